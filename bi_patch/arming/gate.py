@@ -1,0 +1,102 @@
+"""The gate: before the first token, every required seam of this process is closed and as recorded, or a named error.
+
+vLLM's plugin loader passes it in every process, and the engine and worker pass it once more (seams/engine.py), so
+that a plugin list that leaves bi_patch out does not open it.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+
+from bi_patch.arming import switch
+from bi_patch.errors import SeamOpen
+from bi_patch.seams import anchors
+from bi_patch.seams.plan import Planned
+
+CLOSED, OPEN = "closed", "open"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the status: a seam or setting, its place, and whether it is closed."""
+
+    name: str
+    area: str
+    target: str
+    status: str
+    reason: str
+    required: bool
+    why: str
+    how: str
+
+
+def inspect(*, load: bool = True) -> list[Finding]:
+    """The state of every seam and setting of this process's plan; empty when nothing is armed.
+
+    load: import the modules that hold seams first, so that none is left undecided.
+    """
+    current = switch.state()
+    if current is None or current.plan is None:
+        return []
+    findings = []
+    for planned in current.plan.seams:
+        status, reason = _look(current, planned, load)
+        seam = planned.seam
+        findings.append(
+            Finding(seam.name, seam.area, str(planned.target), status, reason, seam.required, seam.why, seam.how)
+        )
+    for setting in current.plan.settings:
+        value = os.environ.get(setting.variable)
+        closed = value == setting.value or not setting.force
+        findings.append(
+            Finding(
+                setting.name, setting.area, f"environment:{setting.variable}", CLOSED if closed else OPEN,
+                "" if closed else f"{setting.variable} is {value!r}, not {setting.value!r}",
+                setting.force, setting.why, f"set to {setting.value}",
+            )
+        )
+    return findings
+
+
+def verify() -> None:
+    """Raise SeamOpen, naming every required seam that is open, or AnchorMoved; return when all are closed.
+
+    Does nothing where batch invariance was not asked for, or BI_PATCH=0.
+    """
+    current = switch.state()
+    if current is None:
+        if os.environ.get(switch.SWITCH, "0") == "1" and os.environ.get("BI_PATCH", "1") != "0":
+            raise SeamOpen(
+                f"{switch.SWITCH}=1 asks for batch invariance but bi_patch is not armed in this process "
+                f"({os.getpid()}): import bi_patch before vllm, or start with `bi-patch run -- ...`, "
+                "or set BI_PATCH=0 to use vLLM's own mode"
+            )
+        return
+    findings = inspect()
+    open_seams = [f for f in findings if f.status == OPEN and f.required]
+    if open_seams and not current.settings.allow_open:
+        lines = "\n".join(f"  {f.name} at {f.target}: {f.reason}" for f in open_seams)
+        raise SeamOpen(
+            f"batch invariance cannot be promised: {len(open_seams)} required seam(s) are open\n{lines}\n"
+            "Run `bi-patch status` for all seams, or set BI_PATCH=0 to run without bi_patch"
+        )
+    assert current.plan is not None and current.installed is not None
+    anchors.verify_installed(current.plan, current.installed.folder.parent, current.settings.cache)
+
+
+def _look(current: switch.State, planned: Planned, load: bool) -> tuple[str, str]:
+    target = planned.target
+    if planned.seam.name in current.settings.leave_open:
+        return OPEN, "left open by BI_PATCH_LEAVE_OPEN"
+    if load:
+        try:
+            importlib.import_module(target.module)
+        except ImportError as error:
+            return OPEN, f"{target.module} cannot be imported: {error}"
+    entries = current.ledger.of(planned.seam.name)
+    if not entries:
+        return OPEN, f"{target.module} is not loaded" if not load else "its module was loaded without bi_patch"
+    changed = [e for e in entries if not e.is_closed()]
+    if changed:
+        return OPEN, f"something else replaced {changed[0].attribute} after bi_patch"
+    return CLOSED, ""

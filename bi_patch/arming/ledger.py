@@ -1,0 +1,69 @@
+"""The ledger: every attribute that was replaced, with its original, so that disarming can put each back."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import wrapt
+
+
+@dataclass
+class Entry:
+    """One replaced attribute. `inherited` means that the owner had no attribute of its own before."""
+
+    seam: str
+    owner: Any
+    attribute: str
+    original: Any
+    replacement: Any
+    inherited: bool
+
+    def is_closed(self) -> bool:
+        return vars(self.owner).get(self.attribute) is self.replacement
+
+    def restore(self) -> None:
+        if self.inherited:
+            delattr(self.owner, self.attribute)
+        else:
+            setattr(self.owner, self.attribute, self.original)
+
+
+class Ledger:
+    """Entries in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    def replace(self, seam: str, module: Any, qualname: str, close: Any) -> Entry:
+        """Replace `module.qualname` by `close(original)`. Raises AttributeError when it is not there."""
+        owner, attribute, _ = wrapt.resolve_path(module, qualname)
+        # The raw entry of the class dictionary, so that static and class methods can be put back as they were.
+        original = _raw(owner, attribute)
+        return self._set(seam, owner, attribute, original, close(original))
+
+    def copy(self, seam: str, module_name: str, entry: Entry) -> None:
+        """Give the replacement to a module that took the original with `from x import y`."""
+        module = sys.modules.get(module_name)
+        if module is not None and vars(module).get(entry.attribute) is entry.original:
+            self._set(seam, module, entry.attribute, entry.original, entry.replacement)
+
+    def of(self, seam: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.seam == seam]
+
+    def restore(self) -> None:
+        """Put every original back, newest first, and forget the entries."""
+        while self.entries:
+            self.entries.pop().restore()
+
+    def _set(self, seam: str, owner: Any, attribute: str, original: Any, replacement: Any) -> Entry:
+        entry = Entry(seam, owner, attribute, original, replacement, attribute not in vars(owner))
+        setattr(owner, attribute, replacement)
+        self.entries.append(entry)
+        return entry
+
+
+def _raw(owner: Any, attribute: str) -> Any:
+    for scope in getattr(owner, "__mro__", (owner,)):
+        if attribute in vars(scope):
+            return vars(scope)[attribute]
+    raise AttributeError(f"{owner!r} has no attribute {attribute!r}")

@@ -1,0 +1,3 @@
+"""Seams of collectives between ranks. On CPU more than one rank is refused (engine.features)."""
+
+SEAMS = ()

@@ -1,0 +1,50 @@
+// Plain interface between the torch bindings and the kernels: no torch headers here.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace bi {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+const char* isa_name();
+
+// ---- GEMM (gemm.cpp); strides in elements, last dimension dense.
+size_t gemm_packed_size(DType t, int64_t n, int64_t k);  // elements
+void gemm_pack(DType t, const void* w, int64_t ldw, int64_t n, int64_t k, void* packed, int threads);
+void gemm(DType t, const void* x, int64_t ldx, int64_t m, const void* packed, int64_t n, int64_t k,
+          const void* bias, void* y, int threads);
+
+// ---- Attention (attention.cpp); strides in elements, head_dim dense.
+struct KvCache {
+  void* data;           // pages [blocks, kv_heads, 2 * block_size * dim]
+  int64_t block_stride, head_stride;
+  int64_t blocks;
+  int kv_heads, block_size, dim;
+  DType type;
+};
+
+void kv_store(const KvCache& c, const void* key, int64_t key_token, int64_t key_head,
+              const void* value, int64_t value_token, int64_t value_head, const int64_t* slots,
+              int64_t tokens, int threads);
+
+struct AttentionArgs {
+  KvCache kv;
+  const void* query;
+  int64_t query_token, query_head;
+  void* out;
+  int64_t out_token, out_head;
+  int heads;
+  int reqs;
+  const int32_t* query_start;  // [reqs + 1]
+  const int32_t* seq_lens;     // [reqs]
+  const int32_t* table;        // [reqs, table_stride]
+  int64_t table_stride;
+  float scale;
+  int window_left;             // keys seen before the token itself; < 0: all
+  float softcap;               // 0: none
+};
+
+void attention(const AttentionArgs& a, int threads);
+
+}  // namespace bi

@@ -1,0 +1,203 @@
+// GEMM y = x w^T + bias, each output one fixed chain of fp32 sums.
+//
+// Order of one output: K is cut in blocks of k_block(K); inside a block one fp32
+// accumulator from zero over ascending K (dot_block); block sums are added in
+// ascending order; then bias; then one rounding. M, N, tiles and threads only choose
+// which outputs are computed when.
+//
+// Packed weight: panels of kPanel outputs, each [K/step][kPanel][step], zero padded.
+#include <omp.h>
+#include <algorithm>
+#include <type_traits>
+#include "api.h"
+#include "gemm.h"
+#include "micro.h"
+#include "scratch.h"
+
+namespace bi {
+
+const char* isa_name() { return BI_ISA; }
+
+namespace {
+
+constexpr int kPanel = 16 * kVecs;
+
+template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+template <class T>
+void pack(const T* w, int64_t ldw, int64_t n, int64_t k, T* out, int threads) {
+  constexpr int step = KindOf<T>::step;
+  const int64_t kp = round_up(k, k_pad(DTypeOf<T>::value));
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t p = 0; p < panels; ++p) {
+    T* o = out + p * kPanel * kp;
+    for (int64_t s = 0; s < kp / step; ++s)
+      for (int j = 0; j < kPanel; ++j)
+        for (int i = 0; i < step; ++i) {
+          const int64_t row = p * kPanel + j, col = s * step + i;
+          T v{};
+          if (row < n && col < k) v = w[row * ldw + col];
+          *o++ = v;
+        }
+  }
+}
+
+template <class T> struct Job {
+  using Kind = KindOf<T>;
+  using A = typename Kind::A;
+  const A* x;
+  int64_t ldx, m;
+  const T* packed;
+  int64_t n, k, kp;
+  const T* bias;
+  T* y;
+
+  // Bias, rounding and the ragged right edge for one row of a panel.
+  template <int NR> BI_INLINE void finish(V16 (&v)[NR], int64_t row, int64_t col) const {
+    T* o = y + row * n + col;
+    if (col + kPanel <= n) {
+#pragma GCC unroll 8
+      for (int i = 0; i < NR; ++i) {
+        if (bias) v[i] = add(v[i], load(bias + col + 16 * i));
+        store(o + 16 * i, v[i]);
+      }
+      return;
+    }
+    for (int i = 0; i < NR; ++i) {
+      const int64_t left = std::min<int64_t>(16, n - col - 16 * i);
+      if (left <= 0) break;
+      T edge[16] = {};
+      if (bias) {
+        std::memcpy(edge, bias + col + 16 * i, left * sizeof(T));
+        v[i] = add(v[i], load(edge));
+      }
+      store(edge, v[i]);
+      std::memcpy(o + 16 * i, edge, left * sizeof(T));
+    }
+  }
+
+  // Rows [m0, m0 + mr) of panel p; `sums` carries the block sums of earlier K blocks.
+  template <int MR>
+  void tile(int64_t m0, int64_t p, int64_t k0, int64_t k1, float* sums) const {
+    V16 acc[MR][kVecs];
+    clear(acc);
+    const T* b[kVecs];
+    for (int i = 0; i < kVecs; ++i) b[i] = packed + p * kPanel * kp + k0 * kPanel + i * 16 * Kind::step;
+    dot_block<Kind, MR, kVecs>(acc, x + m0 * ldx + k0, ldx, b, kPanel * Kind::step,
+                               (k1 - k0 + Kind::step - 1) / Kind::step);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      if (k0 > 0) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kVecs; ++i) acc[r][i] = add(load(sums + r * kPanel + 16 * i), acc[r][i]);
+      }
+      if (k1 == k) {
+        finish(acc[r], m0 + r, p * kPanel);
+      } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < kVecs; ++i) store(sums + r * kPanel + 16 * i, acc[r][i]);
+      }
+    }
+  }
+
+  void panel(int64_t m0, int64_t rows, int64_t p, float* sums) const {
+    const int64_t block = k_block(k);
+    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += block) {
+      const int64_t k1 = std::min(k, k0 + block);
+      row_blocks(int(rows), [&](int at, int mr) {
+        with_rows(mr, [&](auto r) {
+          tile<decltype(r)::value>(m0 + at, p, k0, k1, sums + at * kPanel);
+        });
+      });
+    }
+  }
+};
+
+// Rows of x as the kernel wants them: its A type, K padded to the step.
+template <class T, class A>
+void prepare_rows(const T* x, int64_t ldx, int64_t m, int64_t k, int64_t kp, A* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (m > 1)
+  for (int64_t r = 0; r < m; ++r) {
+    const T* in = x + r * ldx;
+    A* o = out + r * kp;
+    if constexpr (std::is_same_v<T, A>) {
+      std::memcpy(o, in, k * sizeof(T));
+    } else {
+      int64_t i = 0;
+      for (; i + 16 <= k; i += 16) store(o + i, load(in + i));
+      for (; i < k; ++i) o[i] = to_f32(in[i]);
+    }
+    std::memset(static_cast<void*>(o + k), 0, (kp - k) * sizeof(A));
+  }
+}
+
+template <class T>
+void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t k, const T* bias,
+         T* y, int threads) {
+  using Kind = KindOf<T>;
+  using A = typename Kind::A;
+  if (m == 0 || n == 0) return;
+  const int64_t kp = round_up(k, k_pad(DTypeOf<T>::value));
+  static thread_local Scratch rows;
+  const A* a;
+  int64_t lda = ldx;
+  if (std::is_same_v<T, A> && kp == k) {
+    a = reinterpret_cast<const A*>(x);
+  } else {
+    A* buf = rows.get<A>(m * kp);
+    prepare_rows(x, ldx, m, k, kp, buf, threads);
+    a = buf;
+    lda = kp;
+  }
+#if defined(BI_AMX)
+  if constexpr (std::is_same_v<T, bf16>) return gemm_amx(a, lda, m, packed, n, k, bias, y, threads);
+#endif
+  const Job<T> job{a, lda, m, packed, n, k, kp, bias, y};
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+  // A chunk of rows and a panel's K block stay in L2 together.
+  const int64_t chunk_max = std::max<int64_t>(kMaxRows, std::min<int64_t>(m, kChunkRows));
+  const int64_t chunks = (m + chunk_max - 1) / chunk_max;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch sums_buf;
+    float* sums = sums_buf.get<float>(kChunkRows * kPanel);
+    // Panels of one chunk go to one thread in turn: x stays, the panel streams.
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < chunks * panels; ++t) {
+      const int64_t c = t / panels, p = t % panels;
+      const int64_t m0 = m * c / chunks, m1 = m * (c + 1) / chunks;
+      job.panel(m0, m1 - m0, p, sums);
+    }
+  }
+}
+
+}  // namespace
+
+size_t gemm_packed_size(DType t, int64_t n, int64_t k) {
+  return round_up(n, kPanel) * round_up(k, k_pad(t));
+}
+
+void gemm_pack(DType t, const void* w, int64_t ldw, int64_t n, int64_t k, void* out, int threads) {
+  switch (t) {
+    case DType::f32: return pack((const float*)w, ldw, n, k, (float*)out, threads);
+    case DType::bf16: return pack((const bf16*)w, ldw, n, k, (bf16*)out, threads);
+    case DType::f16: return pack((const fp16*)w, ldw, n, k, (fp16*)out, threads);
+  }
+}
+
+void gemm(DType t, const void* x, int64_t ldx, int64_t m, const void* packed, int64_t n, int64_t k,
+          const void* bias, void* y, int threads) {
+  switch (t) {
+    case DType::f32:
+      return run((const float*)x, ldx, m, (const float*)packed, n, k, (const float*)bias, (float*)y, threads);
+    case DType::bf16:
+      return run((const bf16*)x, ldx, m, (const bf16*)packed, n, k, (const bf16*)bias, (bf16*)y, threads);
+    case DType::f16:
+      return run((const fp16*)x, ldx, m, (const fp16*)packed, n, k, (const fp16*)bias, (fp16*)y, threads);
+  }
+}
+
+}  // namespace bi

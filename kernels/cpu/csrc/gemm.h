@@ -1,0 +1,33 @@
+// What the two GEMM paths share: the K blocks and paddings that fix the order.
+#pragma once
+#include <cstdint>
+#include "api.h"
+#include "vec.h"
+
+namespace bi {
+
+// Length of a K block: a function of K alone. The same cut as oneDNN's AVX-512 matmul.
+inline int64_t k_block(int64_t k) { return k > 1024 ? 1024 : 512; }
+
+constexpr int64_t kChunkRows = 96;
+
+template <class T> struct DTypeOf;
+template <> struct DTypeOf<float> { static constexpr DType value = DType::f32; };
+template <> struct DTypeOf<bf16> { static constexpr DType value = DType::bf16; };
+template <> struct DTypeOf<fp16> { static constexpr DType value = DType::f16; };
+
+// K is padded with zeros to this many elements.
+constexpr int64_t k_pad(DType t) {
+#if defined(BI_AMX)
+  return t == DType::bf16 ? 32 : 1;
+#else
+  return t == DType::bf16 ? 2 : 1;
+#endif
+}
+
+#if defined(BI_AMX)
+void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t n, int64_t k,
+              const bf16* bias, bf16* y, int threads);
+#endif
+
+}  // namespace bi

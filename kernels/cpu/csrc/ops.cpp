@@ -1,0 +1,169 @@
+// torch bindings: checks shapes and dtypes, then calls the plain kernels.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+#include "api.h"
+
+namespace at { int get_num_threads(); }
+
+namespace {
+
+bi::DType dtype_of(const at::Tensor& t, const char* what) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return bi::DType::f32;
+    case at::kBFloat16: return bi::DType::bf16;
+    case at::kHalf: return bi::DType::f16;
+    default: TORCH_CHECK(false, "bi_cpu: ", what, " must be float32, bfloat16 or float16, not ", t.scalar_type());
+  }
+}
+
+at::Tensor gemm_pack(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2, "bi_cpu.gemm_pack: weight must be [N, K], got ", weight.sizes());
+  TORCH_CHECK(weight.size(0) > 0 && weight.size(1) > 0, "bi_cpu.gemm_pack: empty weight ", weight.sizes());
+  const auto type = dtype_of(weight, "weight");
+  const at::Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
+  const int64_t n = w.size(0), k = w.size(1);
+  at::Tensor out = at::empty({(int64_t)bi::gemm_packed_size(type, n, k)}, w.options());
+  bi::gemm_pack(type, w.const_data_ptr(), w.stride(0), n, k, out.mutable_data_ptr(), at::get_num_threads());
+  return out;
+}
+
+at::Tensor gemm(const at::Tensor& x, const at::Tensor& packed, int64_t n, int64_t k,
+                const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == k, "bi_cpu.gemm: x must be [..., K=", k, "], got ", x.sizes());
+  const auto type = dtype_of(x, "x");
+  TORCH_CHECK(packed.scalar_type() == x.scalar_type(), "bi_cpu.gemm: x is ", x.scalar_type(),
+              " but the packed weight is ", packed.scalar_type());
+  TORCH_CHECK(packed.is_contiguous() && packed.numel() == (int64_t)bi::gemm_packed_size(type, n, k),
+              "bi_cpu.gemm: packed weight has ", packed.numel(), " elements, not those of [", n, ", ", k,
+              "]; pack it with bi_cpu.gemm_pack");
+  const void* b = nullptr;
+  if (bias) {
+    TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == n &&
+                    bias->is_contiguous(),
+                "bi_cpu.gemm: bias must be dense [N=", n, "] of ", x.scalar_type());
+    b = bias->const_data_ptr();
+  }
+  at::Tensor a = x.dim() == 2 ? x : x.reshape({-1, k});
+  if (a.stride(1) != 1) a = a.contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = n;
+  at::Tensor y = at::empty(shape, x.options());
+  bi::gemm(type, a.const_data_ptr(), a.stride(0), a.size(0), packed.const_data_ptr(), n, k, b,
+           y.mutable_data_ptr(), at::get_num_threads());
+  return y;
+}
+
+bi::KvCache cache_of(const at::Tensor& kv) {
+  TORCH_CHECK(kv.dim() == 4, "bi_cpu: kv_cache must be [blocks, kv_heads, block_size, 2 * D], got ", kv.sizes());
+  bi::KvCache c;
+  c.type = dtype_of(kv, "kv_cache");
+  c.data = kv.data_ptr();
+  c.blocks = kv.size(0);
+  c.kv_heads = kv.size(1);
+  c.block_size = kv.size(2);
+  c.dim = kv.size(3) / 2;
+  c.block_stride = kv.stride(0);
+  c.head_stride = kv.stride(1);
+  TORCH_CHECK(kv.size(3) % 2 == 0 && c.dim % 16 == 0 && c.dim >= 16 && c.dim <= 512,
+              "bi_cpu: head_dim must be a multiple of 16 up to 512, got kv_cache ", kv.sizes());
+  TORCH_CHECK(c.block_size % 16 == 0 && c.block_size > 0, "bi_cpu: block_size must be a multiple of 16, got ", c.block_size);
+  TORCH_CHECK(kv.stride(3) == 1 && kv.stride(2) == 2 * c.dim,
+              "bi_cpu: each (block, kv_head) page of kv_cache must be dense, strides are ", kv.strides());
+  return c;
+}
+
+void check_rows(const at::Tensor& t, const char* what, const bi::KvCache& c, at::ScalarType type) {
+  TORCH_CHECK(t.dim() == 3 && t.size(2) == c.dim && t.stride(2) == 1,
+              "bi_cpu: ", what, " must be [tokens, heads, ", c.dim, "], dense in the last, got ", t.sizes());
+  TORCH_CHECK(t.scalar_type() == type, "bi_cpu: ", what, " is ", t.scalar_type(), " but kv_cache is ", type);
+}
+
+void kv_store(const at::Tensor& key, const at::Tensor& value, at::Tensor kv_cache, const at::Tensor& slots) {
+  const bi::KvCache c = cache_of(kv_cache);
+  check_rows(key, "key", c, kv_cache.scalar_type());
+  check_rows(value, "value", c, kv_cache.scalar_type());
+  TORCH_CHECK(key.size(1) == c.kv_heads && value.size(1) == c.kv_heads,
+              "bi_cpu.kv_store: key and value must have ", c.kv_heads, " heads, got ", key.sizes(), value.sizes());
+  TORCH_CHECK(slots.scalar_type() == at::kLong && slots.dim() == 1 && slots.is_contiguous(),
+              "bi_cpu.kv_store: slot_mapping must be dense int64 [tokens]");
+  // vLLM may pad key and value past the tokens that have a slot.
+  const int64_t tokens = slots.size(0);
+  TORCH_CHECK(key.size(0) >= tokens && value.size(0) >= tokens,
+              "bi_cpu.kv_store: ", tokens, " slots but key ", key.sizes(), ", value ", value.sizes());
+  const int64_t* s = slots.const_data_ptr<int64_t>();
+  const int64_t limit = c.blocks * c.block_size;
+  for (int64_t i = 0; i < tokens; ++i)
+    TORCH_CHECK(s[i] < limit, "bi_cpu.kv_store: slot ", s[i], " is past the cache of ", limit);
+  bi::kv_store(c, key.const_data_ptr(), key.stride(0), key.stride(1), value.const_data_ptr(),
+               value.stride(0), value.stride(1), s, tokens, at::get_num_threads());
+}
+
+const int32_t* int32_of(const at::Tensor& t, const char* what, int64_t dim) {
+  TORCH_CHECK(t.scalar_type() == at::kInt && t.dim() == dim && (t.numel() == 0 || t.stride(dim - 1) == 1),
+              "bi_cpu.attention: ", what, " must be int32, ", dim, "-D, dense in the last dimension");
+  return t.const_data_ptr<int32_t>();
+}
+
+void attention(at::Tensor out, const at::Tensor& query, const at::Tensor& kv_cache,
+               const at::Tensor& query_start_loc, const at::Tensor& seq_lens,
+               const at::Tensor& block_table, double scale, int64_t window_left, double softcap) {
+  bi::AttentionArgs a;
+  a.kv = cache_of(kv_cache);
+  check_rows(query, "query", a.kv, kv_cache.scalar_type());
+  check_rows(out, "out", a.kv, kv_cache.scalar_type());
+  a.heads = query.size(1);
+  TORCH_CHECK(a.heads > 0 && a.heads % a.kv.kv_heads == 0, "bi_cpu.attention: ", a.heads,
+              " heads are not a multiple of ", a.kv.kv_heads, " kv heads");
+  TORCH_CHECK(out.size(0) >= query.size(0) && out.size(1) == a.heads, "bi_cpu.attention: out ", out.sizes(),
+              " does not hold query ", query.sizes());
+  a.query = query.const_data_ptr();
+  a.query_token = query.stride(0);
+  a.query_head = query.stride(1);
+  a.out = out.mutable_data_ptr();
+  a.out_token = out.stride(0);
+  a.out_head = out.stride(1);
+  a.query_start = int32_of(query_start_loc, "query_start_loc", 1);
+  a.seq_lens = int32_of(seq_lens, "seq_lens", 1);
+  a.table = int32_of(block_table, "block_table", 2);
+  a.table_stride = block_table.stride(0);
+  a.reqs = seq_lens.size(0);
+  TORCH_CHECK(query_start_loc.size(0) >= a.reqs + 1 && block_table.size(0) >= a.reqs,
+              "bi_cpu.attention: ", a.reqs, " seq_lens but query_start_loc ", query_start_loc.sizes(),
+              ", block_table ", block_table.sizes());
+  for (int r = 0; r < a.reqs; ++r) {
+    const int64_t q = a.query_start[r + 1] - a.query_start[r], s = a.seq_lens[r];
+    TORCH_CHECK(q >= 0 && (q == 0 || q <= s) && a.query_start[r] >= 0 && a.query_start[r + 1] <= query.size(0),
+                "bi_cpu.attention: request ", r, " has ", q, " query tokens, seq_len ", s, ", query ", query.sizes());
+    const int64_t blocks = q ? (s + a.kv.block_size - 1) / a.kv.block_size : 0;
+    TORCH_CHECK(blocks <= block_table.size(1), "bi_cpu.attention: request ", r, " needs ", blocks,
+                " blocks, block_table has ", block_table.size(1));
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int32_t id = a.table[r * a.table_stride + b];
+      TORCH_CHECK(id >= 0 && id < a.kv.blocks, "bi_cpu.attention: request ", r, " names block ", id,
+                  " of ", a.kv.blocks);
+    }
+  }
+  TORCH_CHECK(softcap >= 0, "bi_cpu.attention: softcap must be >= 0, got ", softcap);
+  a.scale = float(scale);
+  a.window_left = window_left < 0 ? -1 : int(std::min<int64_t>(window_left, INT32_MAX));
+  a.softcap = float(softcap);
+  bi::attention(a, at::get_num_threads());
+}
+
+}  // namespace
+
+TORCH_LIBRARY(bi_cpu, m) {
+  m.def("gemm_pack(Tensor weight) -> Tensor");
+  m.def("gemm(Tensor x, Tensor packed, int n, int k, Tensor? bias) -> Tensor");
+  m.def("kv_store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
+  m.def("attention(Tensor(a!) out, Tensor query, Tensor kv_cache, Tensor query_start_loc, "
+        "Tensor seq_lens, Tensor block_table, float scale, int window_left, float softcap) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
+  m.impl("gemm_pack", &gemm_pack);
+  m.impl("gemm", &gemm);
+  m.impl("kv_store", &kv_store);
+  m.impl("attention", &attention);
+}
