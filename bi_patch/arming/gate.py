@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from bi_patch.arming import switch
 from bi_patch.errors import SeamOpen
-from bi_patch.seams import anchors
+from bi_patch.seams import SEAMS, anchors
 from bi_patch.seams.plan import Planned
 
-CLOSED, OPEN = "closed", "open"
+CLOSED, OPEN, NOT_NEEDED = "closed", "open", "not needed here"
 
 
 @dataclass(frozen=True)
@@ -100,3 +100,25 @@ def _look(current: switch.State, planned: Planned, load: bool) -> tuple[str, str
     if changed:
         return OPEN, f"something else replaced {changed[0].attribute} after bi_patch"
     return CLOSED, ""
+
+
+def not_needed() -> list[Finding]:
+    """The seams of other platforms and releases, which this process does not close."""
+    current = switch.state()
+    if current is None or current.plan is None:
+        return []
+    planned = {p.seam.name for p in current.plan.seams}
+    plan = current.plan
+    findings = []
+    for seam in SEAMS:
+        if seam.name in planned:
+            continue
+        elsewhere = plan.platform not in seam.platforms
+        reason = (
+            f"for {', '.join(sorted(seam.platforms))} only" if elsewhere else f"vLLM {plan.release} does not have it"
+        )
+        target = seam.target(plan.release) or seam.targets[0]
+        findings.append(
+            Finding(seam.name, seam.area, str(target), NOT_NEEDED, reason, seam.required, seam.why, seam.how)
+        )
+    return findings

@@ -73,7 +73,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     new = State(read, plan, found)
     _set_environ(new)
     _state = new
-    active.plan, active.cache = plan, read.cache
+    active.plan, active.cache, active.checks = plan, read.cache, [_gate]
     if read.form == "hooks":
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)
@@ -86,7 +86,7 @@ def disarm() -> None:
     if _state is None:
         return
     _state.ledger.restore()
-    active.plan = None
+    active.plan, active.checks = None, []
     for name, value in _state.previous_environ.items():
         if value is None:
             os.environ.pop(name, None)
@@ -108,6 +108,12 @@ def close_module(module: ModuleType) -> None:
                 if planned.seam.name not in current.settings.leave_open:
                     _close(current, planned, module)
         _hand_out_copies(current, name)
+
+
+def _gate(config: object) -> None:
+    from bi_patch.arming import gate
+
+    gate.verify()
 
 
 def _on_import(module: ModuleType) -> None:

@@ -1,0 +1,51 @@
+"""`bi-patch status`: every seam of the installed vLLM, closed, open with its reason, or not needed here."""
+
+import sys
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bi_patch.cli import app
+
+
+@app.command()
+def status(
+    json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+) -> None:
+    """Arm the installed vLLM, load the modules that hold seams, and list each seam. Exit 1 when a required one is open."""
+    from bi_patch import arming
+    from bi_patch.arming import gate
+    from bi_patch.errors import UnsupportedRelease
+
+    state = arming.arm()
+    if state is None or state.plan is None or state.installed is None:
+        raise UnsupportedRelease("nothing to show: no vLLM is installed in this environment, or BI_PATCH=0 is set")
+    findings = gate.inspect() + gate.not_needed()
+    is_open = [f for f in findings if f.status == gate.OPEN and f.required]
+    if json:
+        report = {
+            "vllm": str(state.plan.release),
+            "distribution": state.installed.distribution,
+            "platform": state.plan.platform,
+            "required_open": [f.name for f in is_open],
+            "seams": findings,
+        }
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    else:
+        _table(state, findings, is_open)
+    raise typer.Exit(1 if is_open else 0)
+
+
+def _table(state, findings, is_open) -> None:
+    console = Console()
+    table = Table(title=f"vLLM {state.plan.release} on {state.plan.platform}", title_justify="left")
+    for column in ("seam", "state", "place", "what takes its place, or why it is open"):
+        table.add_column(column, overflow="fold")
+    colour = {"closed": "green", "open": "bold red", "not needed here": "dim"}
+    for f in findings:
+        table.add_row(f.name, f"[{colour[f.status]}]{f.status}[/]", f.target, f.reason or f.how)
+    console.print(table)
+    closed = sum(f.status == "closed" for f in findings)
+    console.print(f"{closed} closed, {len(is_open)} required and open")

@@ -1,0 +1,369 @@
+// Paged causal GQA attention, each row's sums in an order fixed by positions alone.
+//
+// Order of one row (token, head): its keys are cut in leaves of kLeaf positions
+// aligned at position 0. Inside a leaf: score = scale * dot over ascending head_dim,
+// then softcap; m = max; p = exp(score - m); l = sum of p in 16 lanes (lane = position
+// mod 16, ascending), lanes joined by sum_lanes; o = sum of p v over ascending
+// positions. Leaves are merged in ascending order in fp32 and o / l is rounded once.
+// A masked key adds an exact zero, so which rows share a tile does not matter.
+//
+// Pages: K as [tokens/16][D/step][16][step], then V as [tokens/step][D][step], where
+// step is 2 for bf16 with AVX512_BF16 and 1 otherwise.
+#include <omp.h>
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <vector>
+#include "api.h"
+#include "micro.h"
+#include "scratch.h"
+
+namespace bi {
+namespace {
+
+#ifndef BI_LEAF
+#define BI_LEAF 256
+#endif
+constexpr int kLeaf = BI_LEAF;         // part of the order
+constexpr int kTile = 5 * kMaxRows;    // rows of a work unit; not part of the order
+constexpr int kGroups = kLeaf / 16;
+constexpr int kMaxDim = 512;
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
+
+// ------------------------------------------------------------------ pages
+template <class T> struct Pages {
+  static constexpr int step = KindOf<T>::step;
+  const KvCache& c;
+  T* page(int64_t block, int head) const {
+    return static_cast<T*>(c.data) + block * c.block_stride + head * c.head_stride;
+  }
+  // First element of the 16-token group `group` of K, and of the pair (token) of V.
+  T* k_group(T* page, int group) const { return page + size_t(group) * c.dim * 16; }
+  T* v_step(T* page, int s) const {
+    return page + size_t(c.block_size) * c.dim + size_t(s) * c.dim * step;
+  }
+};
+
+template <class T>
+void store_tokens(const KvCache& c, const T* key, int64_t kt, int64_t kh, const T* value, int64_t vt,
+                  int64_t vh, const int64_t* slots, int64_t tokens, int threads) {
+  constexpr int step = KindOf<T>::step;
+  const Pages<T> pages{c};
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static) if (tokens > 16)
+  for (int h = 0; h < c.kv_heads; ++h)
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (slots[t] < 0) continue;
+      const int off = int(slots[t] % c.block_size);
+      T* page = pages.page(slots[t] / c.block_size, h);
+      T* k = pages.k_group(page, off / 16) + (off % 16) * step;
+      T* v = pages.v_step(page, off / step) + off % step;
+      const T* ks = key + t * kt + h * kh;
+      const T* vs = value + t * vt + h * vh;
+      for (int d = 0; d < c.dim; d += step) std::memcpy(k + d * 16, ks + d, step * sizeof(T));
+      if (step == 1) std::memcpy(v, vs, c.dim * sizeof(T));
+      else for (int d = 0; d < c.dim; ++d) v[d * step] = vs[d];
+    }
+}
+
+// ------------------------------------------------------------------ work
+struct Unit {
+  int req, kv_head;
+  int64_t row0;        // first row of the request's (token, head in group) rows
+  int rows;
+  int leaf0, leaf1;    // leaves any row sees
+};
+
+// One row's softmax state: of a leaf, or running.
+struct State {
+  float m = kMinusInf, l = 0;
+  bool any = false;
+};
+
+// Adds a leaf's (m, l, o) to the running one; the first leaf is taken as it is.
+BI_INLINE void merge(State& run, float* run_o, const State& leaf, const float* o, int dim) {
+  if (!leaf.any) return;
+  if (!run.any) {
+    run = leaf;
+    std::memcpy(run_o, o, dim * sizeof(float));
+    return;
+  }
+  const float m = std::max(run.m, leaf.m);
+  const float fa = exp_neg1(run.m - m), fb = exp_neg1(leaf.m - m);
+  run.m = m;
+  run.l = __builtin_fmaf(run.l, fa, leaf.l * fb);
+  const V16 a = set1(fa), b = set1(fb);
+  for (int d = 0; d < dim; d += 16) store(run_o + d, fma(load(run_o + d), a, mul(load(o + d), b)));
+}
+
+template <class T> class Worker {
+  using Kind = KindOf<T>;
+  using A = typename Kind::A;
+  static constexpr int step = Kind::step;
+
+  const AttentionArgs& a_;
+  const Pages<T> pages_;
+  const int dim_, group_;
+  alignas(64) float s_[kTile * kLeaf];
+  alignas(64) A p_[kTile * kLeaf];
+  alignas(64) A q_[kTile * kMaxDim];
+  alignas(64) T edge_[2][kMaxDim * step];
+  int lo_[kTile], hi_[kTile];  // keys [lo, hi) of each row
+  Unit u_{-1, 0, 0, 0, 0, 0};
+
+  struct Segment { const T* v; int at, steps; };  // keys of one page, or an edge pair
+
+  T* page_of(int pos) const {
+    const int block = a_.table[u_.req * a_.table_stride + pos / a_.kv.block_size];
+    return pages_.page(block, u_.kv_head);
+  }
+
+  template <int MR>
+  void scores(int r0, const T* const (&k)[kVecs], float* out) {
+    V16 acc[MR][kVecs];
+    clear(acc);
+    dot_block<Kind, MR, kVecs>(acc, q_ + r0 * dim_, dim_, k, 16 * step, dim_ / step);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int n = 0; n < kVecs; ++n) store(out + r * kLeaf + 16 * n, acc[r][n]);
+  }
+
+  template <int MR, int NR>
+  void values(int r0, int d, const Segment* seg, int segs, float* o) {
+    V16 acc[MR][NR];
+    clear(acc);
+    for (int i = 0; i < segs; ++i) {
+      const T* v[NR];
+      for (int n = 0; n < NR; ++n) v[n] = seg[i].v + (d + 16 * n) * step;
+      dot_block<Kind, MR, NR>(acc, p_ + r0 * kLeaf + seg[i].at, kLeaf, v, size_t(dim_) * step, seg[i].steps);
+    }
+    // + 0 makes a zero positive whatever zeros of masked keys were added.
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) store(o + (r0 + r) * dim_ + d + 16 * n, add(acc[r][n], zero()));
+  }
+
+  // Scores of a row to probabilities; keys [lo, hi) of the leaf, groups [g0, g1) filled.
+  State softmax(float* s, A* p, int lo, int hi, int g0, int g1) {
+    State st;
+    int first = g0, last = g0;
+    if (lo < hi) {
+      first = lo / 16, last = (hi + 15) / 16;
+      const V16 scale = set1(a_.scale), inf = set1(kMinusInf);
+      V16 top = inf;
+      for (int g = first; g < last; ++g) {
+        V16 x = mul(load(s + 16 * g), scale);
+        if (a_.softcap > 0) x = mul(tanh(div(x, set1(a_.softcap))), set1(a_.softcap));
+        if (16 * g < lo || 16 * g + 16 > hi) x = keep_lanes(x, lo - 16 * g, hi - 16 * g, inf);
+        store(s + 16 * g, x);
+        top = max(top, x);
+      }
+      st.any = true;
+      st.m = max_lanes(top);
+      const V16 m = set1(st.m);
+      V16 sum = zero();
+      for (int g = first; g < last; ++g) {
+        const V16 e = exp_neg(sub(load(s + 16 * g), m));
+        sum = add(sum, e);
+        store(p + 16 * g, e);
+      }
+      st.l = sum_lanes(sum);
+    }
+    if (first > g0) std::memset(static_cast<void*>(p + 16 * g0), 0, (first - g0) * 16 * sizeof(A));
+    if (last < g1) std::memset(static_cast<void*>(p + 16 * last), 0, (g1 - last) * 16 * sizeof(A));
+    return st;
+  }
+
+  // The V rows of leaf keys [k0, k1), which are valid for some row. A pair cut by an
+  // edge is copied with a zero for the key outside: that memory may hold anything.
+  int segments(int j0, int k0, int k1, Segment* seg) {
+    int n = 0;
+    const int bs = a_.kv.block_size;
+    for (int k = k0; k < k1;) {
+      const int pos = j0 + k, off = pos % bs;
+      T* page = page_of(pos);
+      const int end = std::min(k1, k + bs - off);
+      if (step == 2 && (off % 2 || end - k == 1)) {
+        T* e = edge_[off % 2 ? 0 : 1];
+        const T* v = pages_.v_step(page, off / step);
+        for (int d = 0; d < dim_; ++d) {
+          e[d * step + off % step] = v[d * step + off % step];
+          e[d * step + (off + 1) % step] = T{};
+        }
+        seg[n++] = {e, k - off % step, 1};
+        ++k;
+      } else {
+        const int steps = (end - k) / step;
+        seg[n++] = {pages_.v_step(page, off / step), k, steps};
+        k += steps * step;
+      }
+    }
+    return n;
+  }
+
+ public:
+  explicit Worker(const AttentionArgs& a)
+      : a_(a), pages_{a.kv}, dim_(a.kv.dim), group_(a.heads / a.kv.kv_heads) {}
+
+  void open(const Unit& u) {
+    u_ = u;
+    const int first = a_.query_start[u.req], len = a_.query_start[u.req + 1] - first;
+    for (int r = 0; r < u.rows; ++r) {
+      const int64_t t = (u.row0 + r) / group_;
+      const int head = u.kv_head * group_ + int((u.row0 + r) % group_);
+      const T* q = static_cast<const T*>(a_.query) + (first + t) * a_.query_token + head * a_.query_head;
+      A* out = q_ + r * dim_;
+      if constexpr (std::is_same_v<T, A>) std::memcpy(out, q, dim_ * sizeof(T));
+      else for (int d = 0; d < dim_; d += 16) store(out + d, load(q + d));
+      const int pos = a_.seq_lens[u.req] - len + int(t);
+      hi_[r] = pos + 1;
+      lo_[r] = a_.window_left < 0 ? 0 : std::max<int>(0, pos - std::min(pos, a_.window_left));
+    }
+  }
+
+  // One leaf of the open unit: st[rows], o[rows][dim].
+  void leaf(int index, State* st, float* o) {
+    const int j0 = index * kLeaf;
+    // Rows ascend in position, so the first has the least lo and the last the greatest hi.
+    const int k0 = std::max(lo_[0] - j0, 0), k1 = std::min(hi_[u_.rows - 1] - j0, kLeaf);
+    const int g0 = k0 / 16, g1 = (k1 + 15) / 16;
+    const int bs = a_.kv.block_size;
+    for (int g = g0 / kVecs * kVecs; g < g1; g += kVecs) {
+      const T* k[kVecs];
+      for (int n = 0; n < kVecs; ++n) {
+        const int pos = j0 + 16 * std::min(std::max(g + n, g0), g1 - 1);
+        k[n] = pages_.k_group(page_of(pos), pos % bs / 16);
+      }
+      row_blocks(u_.rows, [&](int at, int mr) {
+        with_rows(mr, [&](auto r) { scores<decltype(r)::value>(at, k, s_ + at * kLeaf + 16 * g); });
+      });
+    }
+    for (int r = 0; r < u_.rows; ++r)
+      st[r] = softmax(s_ + r * kLeaf, p_ + r * kLeaf, std::max(lo_[r] - j0, 0), std::min(hi_[r] - j0, kLeaf), g0, g1);
+    Segment seg[kGroups + 2];
+    const int segs = segments(j0, k0, k1, seg);
+    row_blocks(u_.rows, [&](int at, int mr) {
+      with_rows(mr, [&](auto rr) {
+        constexpr int R = decltype(rr)::value;
+        int d = 0;
+        for (; d + 16 * kVecs <= dim_; d += 16 * kVecs) values<R, kVecs>(at, d, seg, segs, o);
+        if constexpr (kVecs == 4)
+          for (; d + 32 <= dim_; d += 32) values<R, 2>(at, d, seg, segs, o);
+        for (; d < dim_; d += 16) values<R, 1>(at, d, seg, segs, o);
+      });
+    });
+  }
+
+  // o / l of row r of the open unit, rounded to the output.
+  void close_row(int r, const State& st, const float* o) {
+    const int64_t t = a_.query_start[u_.req] + (u_.row0 + r) / group_;
+    const int head = u_.kv_head * group_ + int((u_.row0 + r) % group_);
+    T* out = static_cast<T*>(a_.out) + t * a_.out_token + head * a_.out_head;
+    const V16 l = set1(st.l);
+    for (int d = 0; d < dim_; d += 16) store(out + d, div(load(o + d), l));
+  }
+};
+
+std::vector<Unit> make_units(const AttentionArgs& a) {
+  std::vector<Unit> units;
+  const int group = a.heads / a.kv.kv_heads;
+  for (int r = 0; r < a.reqs; ++r) {
+    const int len = a.query_start[r + 1] - a.query_start[r], ctx = a.seq_lens[r] - len;
+    const int64_t rows = int64_t(len) * group;
+    for (int h = 0; h < a.kv.kv_heads; ++h)
+      // Last tile first: it sees most keys, and short ones then even out the threads.
+      for (int64_t i = (rows + kTile - 1) / kTile - 1; i >= 0; --i) {
+        const int64_t row0 = i * kTile;
+        const int n = int(std::min<int64_t>(kTile, rows - row0));
+        const int first = ctx + int(row0 / group), last = ctx + int((row0 + n - 1) / group);
+        const int lo = a.window_left < 0 ? 0 : std::max(0, first - std::min(first, a.window_left));
+        units.push_back({r, h, row0, n, lo / kLeaf, last / kLeaf + 1});
+      }
+  }
+  return units;
+}
+
+template <class T> void run(const AttentionArgs& a, int threads) {
+  const std::vector<Unit> units = make_units(a);
+  const int dim = a.kv.dim;
+  std::vector<int64_t> first(units.size() + 1, 0);  // leaf tasks, and rows of their results
+  std::vector<int64_t> row_at(units.size() + 1, 0);
+  for (size_t i = 0; i < units.size(); ++i) {
+    const int leaves = units[i].leaf1 - units[i].leaf0;
+    first[i + 1] = first[i] + leaves;
+    row_at[i + 1] = row_at[i] + int64_t(leaves) * units[i].rows;
+  }
+  // Few units and long contexts: leaves side by side, merged in the same order.
+  const bool split = threads > 1 && units.size() < size_t(4 * threads) && first.back() > int64_t(units.size());
+  static thread_local Scratch split_o;
+  std::vector<State> split_st(split ? row_at.back() : 0);
+  float* const so = split ? split_o.get<float>(row_at.back() * dim) : nullptr;
+  const int64_t tasks = split ? first.back() : int64_t(units.size());
+#pragma omp parallel num_threads(threads) if (tasks > 1)
+  {
+    static thread_local Scratch worker_mem, o_mem;
+    Worker<T>& w = *new (worker_mem.get<Worker<T>>(1)) Worker<T>(a);
+    float* const run_o = o_mem.get<float>(size_t(2 * kTile) * dim);
+    float* const leaf_o = run_o + size_t(kTile) * dim;
+    State run_st[kTile], leaf_st[kTile];
+    if (split) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < tasks; ++t) {
+        const size_t i = std::upper_bound(first.begin(), first.end(), t) - first.begin() - 1;
+        const int64_t at = row_at[i] + (t - first[i]) * units[i].rows;
+        w.open(units[i]);
+        w.leaf(units[i].leaf0 + int(t - first[i]), split_st.data() + at, so + at * dim);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (size_t i = 0; i < units.size(); ++i) {
+        const Unit& u = units[i];
+        w.open(u);
+        for (int r = 0; r < u.rows; ++r) {
+          State st;
+          for (int64_t at = row_at[i] + r; at < row_at[i + 1]; at += u.rows)
+            merge(st, run_o, split_st[at], so + at * dim, dim);
+          w.close_row(r, st, run_o);
+        }
+      }
+    } else {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < tasks; ++t) {
+        const Unit& u = units[t];
+        w.open(u);
+        for (int r = 0; r < u.rows; ++r) run_st[r] = State{};
+        for (int leaf = u.leaf0; leaf < u.leaf1; ++leaf) {
+          w.leaf(leaf, leaf_st, leaf_o);
+          for (int r = 0; r < u.rows; ++r) merge(run_st[r], run_o + r * dim, leaf_st[r], leaf_o + r * dim, dim);
+        }
+        for (int r = 0; r < u.rows; ++r) w.close_row(r, run_st[r], run_o + r * dim);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void kv_store(const KvCache& c, const void* key, int64_t kt, int64_t kh, const void* value, int64_t vt,
+              int64_t vh, const int64_t* slots, int64_t tokens, int threads) {
+  switch (c.type) {
+    case DType::f32:
+      return store_tokens(c, (const float*)key, kt, kh, (const float*)value, vt, vh, slots, tokens, threads);
+    case DType::bf16:
+      return store_tokens(c, (const bf16*)key, kt, kh, (const bf16*)value, vt, vh, slots, tokens, threads);
+    case DType::f16:
+      return store_tokens(c, (const fp16*)key, kt, kh, (const fp16*)value, vt, vh, slots, tokens, threads);
+  }
+}
+
+void attention(const AttentionArgs& a, int threads) {
+  switch (a.kv.type) {
+    case DType::f32: return run<float>(a, threads);
+    case DType::bf16: return run<bf16>(a, threads);
+    case DType::f16: return run<fp16>(a, threads);
+  }
+}
+
+}  // namespace bi
