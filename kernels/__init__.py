@@ -1,0 +1,1 @@
+"""Batch-invariant kernels, one subpackage per kind of device."""

@@ -1,0 +1,201 @@
+"""Compiles the C++ sources into one library and loads it into torch.
+
+The library is built for the ISA of this machine, kept in a cache directory under a
+name over everything that can change its code, and put there in one rename, so that
+several processes may build at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from .fakes import register_fakes
+
+CSRC = Path(__file__).parent / "csrc"
+ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
+
+# Flags in /proc/cpuinfo that an ISA needs, and the flags that compile for it.
+_CPU_FLAGS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
+_CPU_FLAGS["avx512_bf16"] = _CPU_FLAGS["avx512"] | {"avx512_bf16"}
+_CPU_FLAGS["amx_bf16"] = _CPU_FLAGS["avx512_bf16"] | {"amx_tile", "amx_bf16"}
+_CFLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+_CFLAGS["avx512_bf16"] = [*_CFLAGS["avx512"], "-mavx512bf16"]
+_CFLAGS["amx_bf16"] = [*_CFLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-DBI_AMX"]
+
+# No -ffast-math, and no contraction: FMA is explicit, or template instances could differ.
+_COMMON = ["-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-w"]
+_KERNELS = ("gemm.cpp", "gemm_amx.cpp", "attention.cpp")
+
+_loaded: tuple[str, str] | None = None
+
+
+class KernelBuildError(RuntimeError):
+    """The CPU kernels could not be compiled or loaded; the message says what to do."""
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    for line in lines:
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def runnable_isas() -> list[str]:
+    """The ISAs of `ISAS` this machine can run, best first."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["portable"]
+    have = _cpu_flags()
+    isas = [i for i in ISAS if _CPU_FLAGS.get(i, set()) <= have]
+    # The kernel must also grant this process the use of tile registers.
+    if "amx_bf16" in isas and not torch.cpu._init_amx():
+        isas.remove("amx_bf16")
+    return isas
+
+
+def detect_isa() -> str:
+    """The best ISA this machine can run."""
+    return runnable_isas()[0]
+
+
+def _compiler() -> tuple[str, str]:
+    """Path and version line of the C++ compiler."""
+    name = os.environ.get("CXX") or "g++"
+    path = shutil.which(name)
+    if path is None:
+        raise KernelBuildError(
+            f"no C++ compiler: {name!r} is not on PATH; install g++ 11 or newer, or set CXX"
+        )
+    run = subprocess.run([path, "--version"], capture_output=True, text=True)
+    if run.returncode != 0:
+        raise KernelBuildError(f"{path} --version failed: {run.stderr.strip()}; set CXX to a working compiler")
+    return path, run.stdout.splitlines()[0] if run.stdout else ""
+
+
+def _torch_dir() -> Path:
+    return Path(torch.__file__).parent
+
+
+def _gomp() -> list[str]:
+    """Torch's own OpenMP runtime where it ships one: a second one would be a second pool."""
+    found = sorted((_torch_dir() / "lib").glob("libgomp*.so*"))
+    return [str(found[0])] if found else ["-lgomp"]
+
+
+def _digest(compiler: str, isa: str, defines: tuple[str, ...]) -> str:
+    h = hashlib.sha256()
+    for part in (compiler, torch.__version__, isa, *_CFLAGS[isa], *_COMMON, *defines, *_gomp()):
+        h.update(part.encode() + b"\0")
+    for path in sorted(CSRC.iterdir()):
+        h.update(path.name.encode() + b"\0" + path.read_bytes())
+    h.update(Path(__file__).read_bytes())
+    return h.hexdigest()[:16]
+
+
+def _run(cmd: list[str]) -> None:
+    run = subprocess.run(cmd, capture_output=True, text=True)
+    if run.returncode != 0:
+        tail = "\n".join((run.stderr or run.stdout).splitlines()[-30:])
+        raise KernelBuildError(
+            f"compiling the CPU kernels failed; g++ 11 or newer is needed (set CXX to choose one).\n"
+            f"command: {' '.join(cmd)}\n{tail}"
+        )
+
+
+def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path) -> Path:
+    tdir = _torch_dir()
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    head = [cxx, *_COMMON, *defines, f'-DBI_ISA="{isa}"']
+    jobs = [
+        # Bindings use no vectors; torch's headers need C++20 from 2.13 on.
+        [*head, "-std=c++20", "-O1", abi, f"-I{tdir}/include", "-c", str(CSRC / "ops.cpp"), "-o", str(work / "ops.o")]
+    ]
+    jobs += [
+        [*head, "-std=c++17", "-O3", *_CFLAGS[isa], "-c", str(CSRC / f), "-o", str(work / f"{f}.o")]
+        for f in _KERNELS
+    ]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(_run, jobs))
+    out = work / "lib.so"
+    lib = tdir / "lib"
+    _run(
+        [cxx, "-shared", *(job[-1] for job in jobs), "-o", str(out), f"-L{lib}", f"-Wl,-rpath,{lib}",
+         "-ltorch", "-ltorch_cpu", "-lc10", *_gomp()]
+    )  # fmt: skip
+    return out
+
+
+def build(cache_dir: Path, isa: str | None = None, defines: tuple[str, ...] = ()) -> Path:
+    """Compiles the library for `isa` (default: this machine's best) unless cached.
+
+    `defines` are extra compiler flags, for tests. Returns the path of the library.
+    Raises KernelBuildError for an unknown ISA, a missing compiler or a failed compile.
+    """
+    if isa is None:
+        isa = detect_isa()
+    elif isa not in ISAS:
+        raise KernelBuildError(f"unknown ISA {isa!r}; one of {', '.join(ISAS)}")
+    cxx, version = _compiler()
+    cache_dir = Path(cache_dir)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise KernelBuildError(f"cannot make the kernel cache {cache_dir}: {e}; choose a writable one") from e
+    target = cache_dir / f"bi_cpu-{isa}-{_digest(version, isa, defines)}.so"
+    if target.exists():
+        return target
+    with FileLock(str(target) + ".lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=cache_dir, prefix="build-") as tmp:
+                os.replace(_compile(cxx, isa, defines, Path(tmp)), target)
+    return target
+
+
+def load(cache_dir: Path, isa: str | None = None, defines: tuple[str, ...] = ()) -> str:
+    """Builds if needed, registers `torch.ops.bi_cpu.*` with fakes, returns the ISA.
+
+    A process holds one ISA: a second call returns it, or raises KernelBuildError if it
+    asks for another one. `isa` and `defines` are as for `build`.
+    """
+    global _loaded
+    if _loaded is not None:
+        if isa not in (None, _loaded[0]):
+            raise KernelBuildError(f"this process already runs the {_loaded[0]} kernels, not {isa}")
+        return _loaded[0]
+    runnable = runnable_isas()
+    isa = isa or runnable[0]
+    if isa not in runnable:
+        raise KernelBuildError(f"this machine cannot run {isa!r}; it runs {', '.join(runnable)}")
+    path = build(cache_dir, isa, defines)
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as e:
+        raise KernelBuildError(f"cannot load {path}: {e}; delete it to build it again") from e
+    register_fakes(isa)
+    _loaded = (isa, str(path))
+    return isa
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1]), *sys.argv[2:3]))

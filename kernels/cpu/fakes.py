@@ -1,0 +1,37 @@
+"""Shapes of the ops for tracing: torch.compile sees them without running them."""
+
+from __future__ import annotations
+
+import torch
+
+# Outputs per weight panel (16 * kVecs in csrc/micro.h).
+_PANEL = {"amx_bf16": 64, "avx512_bf16": 64, "avx512": 64, "avx2": 16, "portable": 16}
+
+
+def packed_size(isa: str, dtype: torch.dtype, n: int, k: int) -> int:
+    """Elements of the packed form of a weight [n, k]."""
+    panel = _PANEL[isa]
+    pad = 1 if dtype != torch.bfloat16 else 32 if isa == "amx_bf16" else 2
+    return -(-n // panel) * panel * (-(-k // pad) * pad)
+
+
+def register_fakes(isa: str) -> None:
+    """Registers the fakes of every `bi_cpu` op; call once, after the library is loaded."""
+
+    @torch.library.register_fake("bi_cpu::gemm_pack")
+    def _(weight):
+        n, k = weight.shape
+        return weight.new_empty(packed_size(isa, weight.dtype, n, k))
+
+    @torch.library.register_fake("bi_cpu::gemm")
+    def _(x, packed, n, k, bias):
+        torch._check(x.shape[-1] == k, lambda: f"bi_cpu.gemm: x must be [..., K={k}], got {tuple(x.shape)}")
+        return x.new_empty((*x.shape[:-1], n))
+
+    @torch.library.register_fake("bi_cpu::kv_store")
+    def _(key, value, kv_cache, slot_mapping):
+        return None
+
+    @torch.library.register_fake("bi_cpu::attention")
+    def _(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, window_left, softcap):
+        return None
