@@ -1,0 +1,105 @@
+"""Certificates: recorded evidence that a route keeps an order, kept on disk and made again when anything changes.
+
+One JSON file a certificate, named by the digest of its key and sealed with a digest of its contents: a file that is
+cut short, edited, or made for another key is not believed. Writing replaces the file in one step.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from bi_patch import files
+
+
+class Key(msgspec.Struct, frozen=True):
+    """What evidence is valid for. Any change makes the certificate anew.
+
+    operation: e.g. `cpu.linear`. problem: sizes, dtypes, bias. device: model, instruction set, threads.
+    libraries: versions of everything whose kernels take part. kernels: digest of the bundled kernels.
+    """
+
+    operation: str
+    problem: str
+    device: str
+    libraries: str
+    kernels: str
+
+    def digest(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+class Evidence(msgspec.Struct, frozen=True):
+    """rows: every M that was compared. compared, differing: output elements, bitwise. first: the first difference."""
+
+    rows: list[int]
+    compared: int
+    differing: int
+    first: str = ""
+
+
+class Certificate(msgspec.Struct, frozen=True):
+    """route: the kernel that the evidence is about. passed_rows: the M for which every element was equal.
+
+    seconds: what making it took. microseconds: time a call by route and M, where it was measured.
+    """
+
+    key: Key
+    route: str
+    passed: bool
+    passed_rows: list[int]
+    evidence: Evidence
+    seconds: float
+    made: str
+    microseconds: dict[str, dict[str, float]] = {}
+
+
+class _Sealed(msgspec.Struct):
+    seal: str
+    certificate: Certificate
+
+
+def path(folder: Path, key: Key) -> Path:
+    return folder / "certificates" / f"{key.operation}-{key.digest()[:32]}.json"
+
+
+def load(folder: Path, key: Key) -> Certificate | None:
+    """The certificate for `key`, or None where there is none that can be believed."""
+    sealed = files.read_json(path(folder, key), _Sealed)
+    if sealed is None or sealed.certificate.key != key or sealed.seal != _seal(sealed.certificate):
+        return None
+    return sealed.certificate
+
+
+def save(folder: Path, certificate: Certificate) -> None:
+    files.write_json(path(folder, certificate.key), _Sealed(_seal(certificate), certificate))
+
+
+def obtain(folder: Path, key: Key, make: Callable[[], Certificate]) -> Certificate:
+    """The certificate on disk, or a new one from `make`, which is then kept."""
+    found = load(folder, key)
+    if found is not None:
+        return found
+    certificate = make()
+    save(folder, certificate)
+    return certificate
+
+
+def every(folder: Path) -> list[tuple[Path, Certificate | None]]:
+    """All certificates on disk with their files; None for a file that is not believed."""
+    listed = []
+    for file in sorted((folder / "certificates").glob("*.json")):
+        sealed = files.read_json(file, _Sealed)
+        good = sealed is not None and sealed.seal == _seal(sealed.certificate)
+        listed.append((file, sealed.certificate if sealed is not None and good else None))
+    return listed
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
+
+
+def _seal(certificate: Certificate) -> str:
+    return hashlib.sha256(msgspec.json.encode(certificate)).hexdigest()

@@ -1,0 +1,92 @@
+"""The bundled CPU kernels: built once a machine, loaded once a process, and what identifies them in certificates."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bi_patch.errors import CertificateFailed
+
+if TYPE_CHECKING:
+    import torch
+
+_isa: str | None = None
+
+
+def load_kernels(cache: Path) -> str:
+    """Build (first time on a machine) and load the bundled kernels; returns their instruction set.
+
+    Raises CertificateFailed when they cannot be built: without them CPU attention has no invariant route.
+    """
+    global _isa
+    if _isa is None:
+        from bi_patch.kernels.cpu import build
+
+        try:
+            _isa = build.load(cache / "kernels")
+        except build.KernelBuildError as error:
+            raise CertificateFailed(f"the bundled CPU kernels are not available: {error}") from error
+    return _isa
+
+
+@functools.cache
+def device() -> str:
+    """The CPU's model, instruction set of the bundled kernels, and number of threads."""
+    import torch
+
+    model = "unknown CPU"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    amx = "amx" if torch.cpu._is_amx_tile_supported() else "no amx"
+    return f"{model}, {amx}, {_isa}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def libraries() -> str:
+    """Versions of the libraries whose CPU kernels can be a route."""
+    import torch
+    from vllm.version import __version__ as vllm_version
+
+    return f"vllm {vllm_version}, torch {torch.__version__}"
+
+
+@functools.cache
+def kernels_digest() -> str:
+    """Digest of the bundled kernels' sources."""
+    from bi_patch.kernels.cpu import build
+
+    return build.source_digest()
+
+
+def kv_store(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write keys and values [tokens, kv heads, head size] into their slots of the paged cache."""
+    import torch
+
+    torch.ops.bi_cpu.kv_store(key, value, kv_cache, slot_mapping)
+
+
+def attention(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Causal attention over the paged cache into `out` [tokens, heads, head size] (or flattened heads).
+
+    window: tokens to the left that a query sees, -1 for all; softcap: 0 for none.
+    """
+    import torch
+
+    torch.ops.bi_cpu.attention(
+        out.view(query.shape), query, kv_cache, query_start_loc, seq_lens, block_table, scale, window, float(softcap)
+    )

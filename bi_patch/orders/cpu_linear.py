@@ -1,0 +1,187 @@
+"""Routes of unquantized linears on CPU: the library's GEMM where it is certified and faster, else the bundled one.
+
+Order: ascending K, one fp32 accumulator an output, bias added in fp32 before the only rounding (kernels/cpu/README.md).
+The library is compared with the bundled GEMM for a fixed set of row counts, all of them, and is then only ever called
+with these; other row counts are cut into such pieces, and what is left goes to the bundled GEMM. Equal bits make the
+choice free, so it is made by time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.orders import certificates, cpu
+from bi_patch.orders.certificates import Certificate, Evidence, Key
+
+if TYPE_CHECKING:
+    import torch
+
+# Decode sizes one by one, then the pieces that a long prefill is cut into.
+SMALL = tuple(range(1, 17))
+PIECES = (512, 256, 128, 64)
+TIMED = (1, 8, 64, 512)
+OPERATION = "cpu.linear"
+_FASTER = 0.97  # the library must beat the bundled GEMM by this to be worth a second kernel
+
+Vendor = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "torch.Tensor"]
+
+
+@dataclass
+class Linear:
+    """One layer's route. packed: the weight for the bundled GEMM. vendor_rows: the M that the library serves."""
+
+    packed: torch.Tensor
+    n: int
+    k: int
+    vendor: Vendor
+    weight: torch.Tensor
+    vendor_rows: frozenset[int]
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        import torch
+
+        if not self.vendor_rows:
+            return torch.ops.bi_cpu.gemm(x, self.packed, self.n, self.k, bias)
+        flat = x.reshape(-1, self.k)
+        rows = flat.shape[0]
+        if rows in self.vendor_rows:
+            return self.vendor(flat, self.weight, bias).view(*x.shape[:-1], self.n)
+        parts, start = [], 0
+        for piece in PIECES:
+            while piece in self.vendor_rows and rows - start >= piece:
+                parts.append(self.vendor(flat[start : start + piece], self.weight, bias))
+                start += piece
+        if start < rows or not parts:
+            parts.append(torch.ops.bi_cpu.gemm(flat[start:], self.packed, self.n, self.k, bias))
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.view(*x.shape[:-1], self.n)
+
+
+_layers: list[Linear] = []
+
+
+def route(
+    weight: torch.Tensor, bias: torch.Tensor | None, vendor: Vendor, layer: torch.nn.Module, cache: Path
+) -> Vendor:
+    """The certified route of one layer as a function (x, weight, bias) -> x @ weight.T + bias.
+
+    weight: [N, K], as loaded. bias: [N] or None, as loaded. vendor: the library's GEMM, set up on this weight.
+    layer: holds the parameters that `vendor` is called with. Raises CertificateFailed without bundled kernels.
+    """
+    import torch
+
+    cpu.load_kernels(cache)
+    n, k = weight.shape
+    packed = torch.ops.bi_cpu.gemm_pack(weight)
+    certificate = certificates.obtain(
+        cache, key(n, k, weight.dtype, bias is not None), lambda: _certify(packed, n, k, weight.dtype, bias, vendor, layer)
+    )
+    linear = Linear(packed, n, k, vendor, layer.weight, _worthwhile(certificate))
+    if not linear.vendor_rows:
+        return lambda x, weight, bias: torch.ops.bi_cpu.gemm(x, packed, n, k, bias)
+    _define_op()
+    _layers.append(linear)
+    handle = len(_layers) - 1
+
+    def apply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.bi_patch.cpu_linear(x, bias, handle, n)
+        return linear(x, bias)
+
+    return apply
+
+
+def key(n: int, k: int, dtype: torch.dtype, bias: bool) -> Key:
+    """What a linear's certificate is valid for."""
+    problem = f"N={n} K={k} {str(dtype).removeprefix('torch.')}{' bias' if bias else ''}"
+    return Key(OPERATION, problem, cpu.device(), cpu.libraries(), cpu.kernels_digest())
+
+
+def _certify(packed, n, k, dtype, bias, vendor, layer) -> Certificate:
+    """Compare the library with the bundled GEMM, bitwise, on random rows, for every M that it may be given."""
+    import torch
+
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(n * 1_000_003 + k)
+    x = torch.randn(max(PIECES), k, generator=generator).to(dtype)
+    held = None if bias is None else layer.bias
+    want = torch.ops.bi_cpu.gemm(x, packed, n, k, held)
+    if not bool(torch.isfinite(want.float()).all()):
+        raise CertificateFailed(f"{OPERATION} N={n} K={k}: the weights give values that are not finite")
+    rows = sorted({*SMALL, *PIECES})
+    compared, differing, first, passed = 0, 0, "", []
+    for m in rows:
+        at = (max(PIECES) - m) // 2  # rows from the middle: another place in the same data
+        got, expected = vendor(x[at : at + m], layer.weight, held), want[at : at + m]
+        unequal = int((got.view(_bits(dtype)) != expected.view(_bits(dtype))).sum())
+        compared, differing = compared + got.numel(), differing + unequal
+        if unequal:
+            first = first or f"M={m}: {unequal} of {got.numel()} elements"
+        else:
+            passed.append(m)
+    timed = {
+        "library": {str(m): _time(lambda m=m: vendor(x[:m], layer.weight, held)) for m in TIMED if m in passed},
+        "bundled": {str(m): _time(lambda m=m: torch.ops.bi_cpu.gemm(x[:m], packed, n, k, held)) for m in TIMED},
+    }
+    return Certificate(
+        key(n, k, dtype, bias is not None),
+        "library" if passed else "bundled",
+        differing == 0,
+        passed,
+        Evidence(rows, compared, differing, first),
+        round(time.perf_counter() - start, 3),
+        certificates.today(),
+        timed,
+    )
+
+
+def _worthwhile(certificate: Certificate) -> frozenset[int]:
+    """The certified M at which the library is faster, judged at the nearest timed M."""
+    library, bundled = certificate.microseconds["library"], certificate.microseconds["bundled"]
+    faster = {int(m): library[m] < bundled[m] * _FASTER for m in library}
+    chosen = set()
+    for m in certificate.passed_rows:
+        nearest = min(faster, key=lambda t: abs(t - m), default=None)
+        if nearest is not None and faster[nearest]:
+            chosen.add(m)
+    return frozenset(chosen)
+
+
+def _time(call: Callable[[], object], seconds: float = 0.01) -> float:
+    """Least time of a call in microseconds over about `seconds`."""
+    call()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return round(best * 1e6, 1)
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    import torch
+
+    return {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+
+
+def _define_op() -> None:
+    """torch.ops.bi_patch.cpu_linear: the route as one opaque operation for compiled code."""
+    import torch
+
+    if hasattr(torch.ops.bi_patch, "cpu_linear"):
+        return
+    global _library
+    _library = torch.library.Library("bi_patch", "FRAGMENT")
+    _library.define("cpu_linear(Tensor x, Tensor? bias, int handle, int n) -> Tensor")
+    _library.impl("cpu_linear", lambda x, bias, handle, n: _layers[handle](x, bias), "CPU")
+    torch.library.register_fake(
+        "bi_patch::cpu_linear", lambda x, bias, handle, n: x.new_empty((*x.shape[:-1], n)), lib=_library
+    )
+
+
+_library: torch.library.Library | None = None
