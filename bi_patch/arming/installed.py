@@ -61,7 +61,8 @@ def _distribution(folder: Path) -> tuple[str, str]:
         text = match.group(1) if match else ""
     for name in _DISTRIBUTIONS:
         try:
-            return name, text or importlib.metadata.version(name)
+            stated = importlib.metadata.version(name)
+            return name, text or stated
         except importlib.metadata.PackageNotFoundError:
             continue
     return "", text

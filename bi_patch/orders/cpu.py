@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 _isa: str | None = None
+_library = ""  # the built library's name: instruction set and digest of sources and compiler
 
 
 def load_kernels(cache: Path) -> str:
@@ -19,13 +20,14 @@ def load_kernels(cache: Path) -> str:
 
     Raises CertificateFailed when they cannot be built: without them CPU attention has no invariant route.
     """
-    global _isa
+    global _isa, _library
     if _isa is None:
-        from bi_patch.kernels.cpu import build
+        from bi_patch.kernels import cpu as kernels
 
         try:
-            _isa = build.load(cache / "kernels")
-        except build.KernelBuildError as error:
+            _isa = kernels.load(cache / "kernels")
+            _library = kernels.build(cache / "kernels").stem
+        except kernels.KernelBuildError as error:
             raise CertificateFailed(f"the bundled CPU kernels are not available: {error}") from error
     return _isa
 
@@ -53,12 +55,9 @@ def libraries() -> str:
     return f"vllm {vllm_version}, torch {torch.__version__}"
 
 
-@functools.cache
 def kernels_digest() -> str:
-    """Digest of the bundled kernels' sources."""
-    from bi_patch.kernels.cpu import build
-
-    return build.source_digest()
+    """What identifies the bundled kernels: their instruction set, sources and compiler."""
+    return _library
 
 
 def kv_store(

@@ -1,0 +1,134 @@
+"""What is asked of an engine and what it answers, and the bitwise comparison of two answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One request. Greedy unless temperature > 0; a sampled one needs a seed, or nothing can be compared.
+
+    prompt: token ids. logprobs, prompt_logprobs: how many top alternatives besides the chosen token, None for none
+    at all (a request with prompt_logprobs bypasses vLLM's prefix cache). delay: engine steps before it arrives.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = 0
+    prompt_logprobs: int | None = None
+    delay: int = 0
+
+    def but(self, **changes: object) -> Request:
+        return msgspec.structs.replace(self, **changes)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What came back. Equality (==) is bitwise on ids and floats.
+
+    tokens: generated ids; logprobs: natural log of the chosen token's probability, one per generated token.
+    top: per generated token the (id, logprob) pairs in vLLM's order. prompt_logprobs, prompt_top: the same for
+    prompt positions 1 .. len(prompt) - 1; empty when not asked for.
+    """
+
+    tokens: list[int]
+    logprobs: list[float] = []
+    top: list[list[tuple[int, float]]] = []
+    prompt_logprobs: list[float] = []
+    prompt_top: list[list[tuple[int, float]]] = []
+    text: str = ""
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """Counts of compared positions (generated and prompt), and where two answers part.
+
+    differing: positions where the token, its logprob or a top logprob is not bitwise the same.
+    tokens_changed: positions with another token. largest: the greatest |difference| of logprobs at positions before
+    the first changed token (later ones belong to different texts). first: words for the first differing position.
+    """
+
+    compared: int = 0
+    differing: int = 0
+    tokens_changed: int = 0
+    largest: float = 0.0
+    first: str = ""
+
+    def __add__(self, other: Difference) -> Difference:
+        return Difference(
+            self.compared + other.compared,
+            self.differing + other.differing,
+            self.tokens_changed + other.tokens_changed,
+            max(self.largest, other.largest),
+            self.first or other.first,
+        )
+
+
+def compare(expected: Answer, got: Answer, label: str = "") -> Difference:
+    """Compare two answers to the same request, position by position, bitwise."""
+    total = _compare_prompt(expected, got, label) + _compare_generated(expected, got, label)
+    return total
+
+
+def compare_all(expected: Sequence[Answer], got: Sequence[Answer], labels: Iterable[str]) -> Difference:
+    """The sum over pairs of answers. Raises ValueError when the lengths differ."""
+    return sum(
+        (compare(e, g, label) for e, g, label in zip(expected, got, labels, strict=True)), start=Difference()
+    )
+
+
+def same(a: float, b: float) -> bool:
+    """Bitwise equal, with any NaN equal to any other and -0.0 not equal to 0.0."""
+    if math.isnan(a) or math.isnan(b):
+        return math.isnan(a) and math.isnan(b)
+    return a == b and math.copysign(1.0, a) == math.copysign(1.0, b)
+
+
+def _same_top(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> bool:
+    return len(a) == len(b) and all(x[0] == y[0] and same(x[1], y[1]) for x, y in zip(a, b))
+
+
+def _compare_prompt(expected: Answer, got: Answer, label: str) -> Difference:
+    pairs = list(zip(expected.prompt_logprobs, got.prompt_logprobs, strict=True))
+    tops = zip(expected.prompt_top, got.prompt_top, strict=True)
+    wrong = [i for i, ((a, b), (t, u)) in enumerate(zip(pairs, tops)) if not (same(a, b) and _same_top(t, u))]
+    first = ""
+    if wrong:
+        a, b = pairs[wrong[0]]
+        first = f"{label}: prompt position {wrong[0] + 1}: logprob {a!r} became {b!r}".lstrip(": ")
+    return Difference(len(pairs), len(wrong), 0, _largest(pairs), first)
+
+
+def _compare_generated(expected: Answer, got: Answer, label: str) -> Difference:
+    count = max(len(expected.tokens), len(got.tokens))
+    parted = next((i for i in range(count) if _at(expected.tokens, i) != _at(got.tokens, i)), count)
+    wrong = [
+        i
+        for i in range(count)
+        if _at(expected.tokens, i) != _at(got.tokens, i)
+        or not same(_at(expected.logprobs, i, 0.0), _at(got.logprobs, i, 0.0))
+        or not _same_top(_at(expected.top, i, []), _at(got.top, i, []))
+    ]
+    first = ""
+    if wrong:
+        i = wrong[0]
+        first = f"{label}: generated position {i}: ".lstrip(": ") + (
+            f"token {_at(expected.tokens, i)} became {_at(got.tokens, i)}"
+            if i == parted
+            else f"logprob {_at(expected.logprobs, i, 0.0)!r} became {_at(got.logprobs, i, 0.0)!r}"
+        )
+    changed = sum(_at(expected.tokens, i) != _at(got.tokens, i) for i in range(count))
+    before = list(zip(expected.logprobs[:parted], got.logprobs[:parted]))
+    return Difference(count, len(wrong), changed, _largest(before), first)
+
+
+def _largest(pairs: Iterable[tuple[float, float]]) -> float:
+    return max((abs(a - b) for a, b in pairs if not same(a, b)), default=0.0)
+
+
+def _at(items: list, index: int, default: object = None):
+    return items[index] if index < len(items) else default
