@@ -155,7 +155,7 @@ class LocalEngine:
         return Info(
             mode="armed" if state is not None and state.armed else "stock",
             vllm=vllm.__version__,
-            torch=torch.__version__,
+            torch=str(torch.__version__),
             device=torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()} ({os.cpu_count()} cores)",
             threads=torch.get_num_threads(),
             block_size=config.cache_config.block_size,
