@@ -4,6 +4,8 @@ A prompt that is computed in chunks samples once a chunk, and vLLM takes all but
 generator's offset. CPU generators have no offset, so the state before the draw is kept instead.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 
@@ -33,3 +35,10 @@ def rewindable(generator: torch.Generator) -> Rewindable:
     twin = Rewindable()
     twin.set_state(generator.get_state())
     return twin
+
+
+def remember(generators: Iterable[torch.Generator]) -> None:
+    """Keep the state of each rewindable generator (warm-up runs pass plain ones, which are never taken back)."""
+    for generator in generators:
+        if isinstance(generator, Rewindable):
+            generator.remember()

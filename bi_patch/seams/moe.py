@@ -21,7 +21,33 @@ def _cpu_register(original):
     return process_weights_after_loading
 
 
+def _cpu_support(original):
+    """FusedMoEExperts._supports_batch_invariance: the unquantized CPU experts are certified, so they may be chosen."""
+
+    def _supports_batch_invariance(cls) -> bool:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+        return issubclass(cls, CPUUnquantizedExperts) or original.__func__()
+
+    return classmethod(_supports_batch_invariance)
+
+
 SEAMS = (
+    Seam(
+        name="moe.cpu_support",
+        targets=(
+            Target(
+                "vllm.model_executor.layers.fused_moe.modular_kernel",
+                "FusedMoEExperts._supports_batch_invariance",
+                _CPU_RELEASES,
+            ),
+        ),
+        close=_cpu_support,
+        why="upstream's mode refuses every CPU MoE kernel",
+        how="the unquantized CPU experts may be chosen; moe.cpu_experts certifies them",
+        until="upstream's mode supports CPU",
+        platforms=frozenset({"cpu"}),
+    ),
     Seam(
         name="moe.cpu_experts",
         targets=(

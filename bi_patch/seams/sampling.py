@@ -33,8 +33,9 @@ def _cpu_sample(original):
 
     @functools.wraps(original)
     def forward_cpu(self, logits, generators, k, p):
-        for generator in generators.values():
-            generator.remember()
+        from bi_patch.orders import draws
+
+        draws.remember(generators.values())
         return original(self, logits, generators, k, p)
 
     return forward_cpu

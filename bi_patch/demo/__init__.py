@@ -1,0 +1,1 @@
+"""The demo: the real engine, stock and armed, on real text, alone and inside batches, compared bitwise."""

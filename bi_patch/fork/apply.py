@@ -1,0 +1,92 @@
+"""Applies and reverses patches with `git apply`, and makes a patched copy of the installed vLLM."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from bi_patch.arming import installed
+from bi_patch.errors import PatchError
+from bi_patch.fork import series
+from bi_patch.seams import anchors
+
+
+def apply(folder: Path, patch: Path, *, reverse: bool = False) -> None:
+    """Apply one patch to the tree in `folder` (which holds `vllm/`), or take it back. All of it or nothing.
+
+    Raises PatchError with what git says.
+    """
+    folder = folder.resolve()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # Inside another repository git would leave out paths that are not the repository's; the user's settings
+    # (whitespace, line ends) must not change what is written either.
+    environ |= {
+        "GIT_CEILING_DIRECTORIES": str(folder.parent),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "LC_ALL": "C",
+    }
+    command = ["git", "-c", "core.autocrlf=false", "apply", "-p1", "--whitespace=nowarn"]
+    command += ["--reverse"] if reverse else []
+    try:
+        result = subprocess.run(
+            [*command, str(patch.resolve())], cwd=folder, env=environ, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise PatchError("`git` is not on PATH; patches are applied with `git apply`") from error
+    if result.returncode:
+        does = "reverse" if reverse else "apply"
+        raise PatchError(f"{patch.name} does not {does}: {result.stderr.strip()}")
+
+
+def apply_series(folder: Path, patches: Sequence[Path]) -> None:
+    """Apply patches in order; when one fails, take back those before it. Raises PatchError, naming that one."""
+    done: list[Path] = []
+    try:
+        for patch in patches:
+            apply(folder, patch)
+            done.append(patch)
+    except PatchError:
+        reverse_series(folder, done)
+        raise
+
+
+def reverse_series(folder: Path, patches: Sequence[Path]) -> None:
+    """Take patches back, the last one first. Raises PatchError."""
+    for patch in reversed(patches):
+        apply(folder, patch, reverse=True)
+
+
+def patched_copy(folder: Path) -> Path:
+    """A copy of the installed vLLM in `folder`, with the series of its release applied.
+
+    The copy is small: what no patch touches is a symbolic link to the installed file or folder. A process with
+    `folder` first on PYTHONPATH and BI_PATCH_FORM=patches runs the patched vLLM; metadata stays the installed one.
+
+    Returns `folder`. Raises PatchError when no vLLM is installed, `folder` already holds one, or a patch fails.
+    """
+    found = installed.find("cpu")  # the platform is not looked at: the series is for every platform
+    if found is None:
+        raise PatchError("no vLLM is installed in this environment: there is nothing to copy")
+    patches = series.read(anchors.PATCHES / f"vllm-{found.release}")
+    copy = folder / found.folder.name
+    if copy.exists():
+        raise PatchError(f"{copy} is there already: give an empty folder")
+    _mirror(found.folder, copy, {found.folder.parent / patch.target for patch in patches})
+    apply_series(folder, [patch.path for patch in patches])
+    return folder
+
+
+def _mirror(original: Path, copy: Path, changed: set[Path]) -> None:
+    """A folder with copies of the `changed` files and links to all else."""
+    copy.mkdir(parents=True)
+    for entry in original.iterdir():
+        if entry.name == "__pycache__":
+            continue
+        if entry in changed:
+            shutil.copy2(entry, copy / entry.name)
+        elif entry.is_dir() and any(entry in file.parents for file in changed):
+            _mirror(entry, copy / entry.name, changed)
+        else:
+            (copy / entry.name).symlink_to(entry.resolve())

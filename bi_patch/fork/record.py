@@ -1,0 +1,54 @@
+"""Writes what a release's folder under patches/ holds: the series, the anchors, and the modules that hold copies."""
+
+from pathlib import Path
+
+from bi_patch import files
+from bi_patch.errors import PatchError
+from bi_patch.fork import check, places, series
+from bi_patch.fork.sources import Source
+from bi_patch.seams import anchors
+from bi_patch.seams.plan import Planned
+from bi_patch.seams.registry import RELEASES
+
+_INDEX_TEXT = "# Patches for vLLM {release}, in the order in which they are applied (`git apply -p1`).\n"
+
+
+def record(source: Source) -> Path:
+    """Generate and write the folder of a source's release, and return it.
+
+    Raises PatchError for a release that the registry does not list, or AnchorMoved where a target is missing;
+    nothing is written then.
+    """
+    if source.release not in RELEASES:
+        raise PatchError(
+            f"vLLM {source.release} is not in RELEASES of bi_patch/seams/registry.py ({', '.join(RELEASES)}): "
+            "add it there, and make the seams' targets hold for it, first"
+        )
+    folder = anchors.PATCHES / f"vllm-{source.release}"
+    write(source, series.planned_seams(source.release), folder)
+    return folder
+
+
+def write(source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
+    """Write the series, anchors and copies of these seams in a source. Raises AnchorMoved, PatchError."""
+    taken = [places.take(item, source) for item in planned]
+    texts = {}
+    for patch in series.make(planned):
+        file = anchors.path_of(patch.module, source.files.__contains__)
+        if file is None:
+            raise PatchError(f"{source.label} has no module {patch.module}, which Target.copies of a seam lists")
+        text = source.text(file)
+        if series.CALL in text:
+            raise PatchError(f"{source.label}: {file} carries bi_patch's call already: record the unpatched release")
+        texts[patch.name] = patch.diff(file, text)
+    held = places.holders(planned, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.patch"):
+        if path.name not in texts:
+            path.unlink()
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
+    index = _INDEX_TEXT.format(release=source.release) + "".join(f"{name}\n" for name in texts)
+    (folder / series.INDEX).write_text(index)
+    files.write_json(folder / "anchors.json", taken)
+    files.write_json(folder / check.HOLDERS, held)

@@ -1,0 +1,100 @@
+"""Where a vLLM release is read from: a wheel (or another zip), a source tree, or the installed package, as text."""
+
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.version import InvalidVersion, Version
+
+from bi_patch.arming import installed
+from bi_patch.errors import PatchError
+
+PACKAGE = "vllm"
+_VERSION_LINE = re.compile(r"^__version__\s*=.*?['\"]([^'\"]+)['\"]", re.MULTILINE)
+_METADATA = re.compile(r"vllm(_cpu)?-[^/]+\.dist-info/METADATA")
+_METADATA_LINE = re.compile(r"^Version:\s*(\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One vLLM release as text.
+
+    label: what the user named. release: public version, e.g. `0.32.0`. files: every .py file of the package,
+    relative to the folder that holds it, e.g. `vllm/config/vllm.py`. read: such a name -> its bytes.
+    """
+
+    label: str
+    release: str
+    files: frozenset[str]
+    read: Callable[[str], bytes]
+
+    def text(self, file: str) -> str:
+        """A file's text with its line ends as they are. Raises UnicodeDecodeError."""
+        return self.read(file).decode()
+
+
+def open_source(name: str, release: str | None = None) -> Source:
+    """The source that `name` stands for: `installed`, a wheel or zip, or a folder that holds `vllm/`.
+
+    release: overrides what the source states, for a tree between two releases or one that states nothing.
+    Raises PatchError when there is no such source, it holds no vLLM, or its release cannot be told.
+    """
+    if release is not None:
+        release = release_number(release)
+    if name == "installed":
+        found = installed.find("cpu")  # the platform is not looked at: the diffs are for every platform
+        if found is None:
+            raise PatchError("no vLLM is installed in this environment: name a wheel or a source tree, or use --all")
+        return _tree(found.folder.parent, "installed", release or str(found.release))
+    path = Path(name)
+    if path.is_dir():
+        return _tree(path, name, release)
+    if path.is_file():
+        return _zip(path, name, release)
+    raise PatchError(f"{name!r} is neither a wheel, nor a folder that holds {PACKAGE}/, nor the word `installed`")
+
+
+def release_number(text: str) -> str:
+    """The public part of a version, e.g. `0.32.0` of `0.32.0+cpu`. Raises PatchError for what is no version."""
+    try:
+        return Version(text).public
+    except InvalidVersion as error:
+        raise PatchError(f"{text!r} is not a release number such as 0.32.0") from error
+
+
+def _tree(folder: Path, label: str, release: str | None) -> Source:
+    package = folder / PACKAGE
+    if not (package / "__init__.py").is_file():
+        raise PatchError(f"{folder} holds no {PACKAGE}/__init__.py: name the folder that holds the package {PACKAGE}/")
+    files = frozenset(p.relative_to(folder).as_posix() for p in package.rglob("*.py"))
+    beside = [p.relative_to(folder).as_posix() for p in folder.glob("vllm*.dist-info/METADATA")]
+
+    def read(file: str) -> bytes:
+        return (folder / file).read_bytes()
+
+    return Source(label, release or _stated(label, files, beside, read), files, read)
+
+
+def _zip(path: Path, label: str, release: str | None) -> Source:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise PatchError(f"{path} is not a wheel: {error}") from error
+    names = archive.namelist()
+    files = frozenset(n for n in names if n.startswith(f"{PACKAGE}/") and n.endswith(".py"))
+    if f"{PACKAGE}/__init__.py" not in files:
+        raise PatchError(f"{path} holds no {PACKAGE}/__init__.py: it is not a wheel of vLLM")
+    return Source(label, release or _stated(label, files, names, archive.read), files, archive.read)
+
+
+def _stated(label: str, files: frozenset[str], others: list[str], read: Callable[[str], bytes]) -> str:
+    """The release that a source states in vllm/_version.py, or in a distribution's metadata."""
+    patterns = [(n, _METADATA_LINE) for n in others if _METADATA.fullmatch(n)]
+    if f"{PACKAGE}/_version.py" in files:
+        patterns.insert(0, (f"{PACKAGE}/_version.py", _VERSION_LINE))
+    for name, pattern in patterns:
+        if match := pattern.search(read(name).decode(errors="replace")):
+            return release_number(match.group(1))
+    raise PatchError(f"{label} does not state its vLLM release (no _version.py, no metadata): add --release X.Y.Z")
