@@ -46,24 +46,54 @@ template <class T> struct Pages {
   }
 };
 
+// Rows [0, COUNT) of one head into a page from offset `off` on: 16 fill a group, 1 a slot.
+template <int COUNT, class T>
+void store_run(const Pages<T>& pages, T* page, int off, const T* key, int64_t kt, const T* value, int64_t vt) {
+  constexpr int step = Pages<T>::step;
+  const int dim = pages.c.dim;
+  T* __restrict k = pages.k_group(page, off / 16) + (off % 16) * step;
+  for (int d = 0; d < dim; d += step)
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) std::memcpy(k + d * 16 + i * step, key + i * kt + d, step * sizeof(T));
+  for (int i = 0; i < COUNT; i += step) {
+    T* __restrict v = pages.v_step(page, (off + i) / step) + off % step;
+    const T* v0 = value + i * vt;
+    if constexpr (step == 1) {
+      std::memcpy(v, v0, dim * sizeof(T));
+    } else if constexpr (COUNT == 1) {
+      for (int d = 0; d < dim; ++d) v[d * step] = v0[d];
+    } else {
+      const T* v1 = v0 + vt;
+      for (int d = 0; d < dim; ++d) v[2 * d] = v0[d], v[2 * d + 1] = v1[d];
+    }
+  }
+}
+
 template <class T>
 void store_tokens(const KvCache& c, const T* key, int64_t kt, int64_t kh, const T* value, int64_t vt,
                   int64_t vh, const int64_t* slots, int64_t tokens, int threads) {
-  constexpr int step = KindOf<T>::step;
   const Pages<T> pages{c};
+  // Where each run starts; a run is a whole group of 16 slots, or one token.
+  std::vector<int64_t> runs;
+  for (int64_t t = 0; t < tokens;) {
+    int n = 1;
+    if (slots[t] >= 0 && slots[t] % 16 == 0 && t + 16 <= tokens)
+      while (n < 16 && slots[t + n] == slots[t] + n) ++n;
+    if (slots[t] >= 0) runs.push_back(n == 16 ? -t - 1 : t);
+    t += n == 16 ? 16 : 1;
+  }
+  const int64_t count = int64_t(runs.size());
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static) if (tokens > 16)
-  for (int h = 0; h < c.kv_heads; ++h)
-    for (int64_t t = 0; t < tokens; ++t) {
-      if (slots[t] < 0) continue;
-      const int off = int(slots[t] % c.block_size);
+  for (int64_t i = 0; i < count; ++i)
+    for (int h = 0; h < c.kv_heads; ++h) {
+      const bool whole = runs[i] < 0;
+      const int64_t t = whole ? -runs[i] - 1 : runs[i];
       T* page = pages.page(slots[t] / c.block_size, h);
-      T* k = pages.k_group(page, off / 16) + (off % 16) * step;
-      T* v = pages.v_step(page, off / step) + off % step;
-      const T* ks = key + t * kt + h * kh;
-      const T* vs = value + t * vt + h * vh;
-      for (int d = 0; d < c.dim; d += step) std::memcpy(k + d * 16, ks + d, step * sizeof(T));
-      if (step == 1) std::memcpy(v, vs, c.dim * sizeof(T));
-      else for (int d = 0; d < c.dim; ++d) v[d * step] = vs[d];
+      const int off = int(slots[t] % c.block_size);
+      const T* k = key + t * kt + h * kh;
+      const T* v = value + t * vt + h * vh;
+      if (whole) store_run<16>(pages, page, off, k, kt, v, vt);
+      else store_run<1>(pages, page, off, k, kt, v, vt);
     }
 }
 

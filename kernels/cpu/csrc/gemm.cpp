@@ -21,6 +21,8 @@ const char* isa_name() { return BI_ISA; }
 namespace {
 
 constexpr int kPanel = 16 * kVecs;
+// Loop sizes, no part of the order: of the 1 MiB or more of L2, and fewest rows of a chunk.
+constexpr int64_t kPanelBytes = 512 << 10, kChunkBytes = 512 << 10, kChunkRows = 96;
 
 template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
 
@@ -105,11 +107,15 @@ template <class T> struct Job {
 
   void panel(int64_t m0, int64_t rows, int64_t p, float* sums) const {
     const int64_t block = k_block(k);
-    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += block) {
-      const int64_t k1 = std::min(k, k0 + block);
+    // Loop order only: a panel that fits in L2 is walked whole by each row block, whose
+    // sums then stay in L1; a longer one is walked block by block.
+    const int64_t reach = kp * kPanel * int64_t(sizeof(T)) <= kPanelBytes ? k : block;
+    for (int64_t at_k = 0; at_k < k; at_k += reach) {
       row_blocks(int(rows), [&](int at, int mr) {
         with_rows(mr, [&](auto r) {
-          tile<decltype(r)::value>(m0 + at, p, k0, k1, sums + at * kPanel);
+          for (int64_t k0 = at_k; k0 < std::min(k, at_k + reach); k0 += block)
+            tile<decltype(r)::value>(m0 + at, p, k0, std::min(k, k0 + block),
+                                     sums + (reach < k ? at * kPanel : 0));
         });
       });
     }
@@ -158,12 +164,12 @@ void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t
   const Job<T> job{a, lda, m, packed, n, k, kp, bias, y};
   const int64_t panels = (n + kPanel - 1) / kPanel;
   // A chunk of rows and a panel's K block stay in L2 together.
-  const int64_t chunk_max = std::max<int64_t>(kMaxRows, std::min<int64_t>(m, kChunkRows));
+  const int64_t chunk_max = std::max<int64_t>(kChunkRows, kChunkBytes / (kp * sizeof(A)));
   const int64_t chunks = (m + chunk_max - 1) / chunk_max;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch sums_buf;
-    float* sums = sums_buf.get<float>(kChunkRows * kPanel);
+    float* sums = sums_buf.get<float>(std::min(m, chunk_max) * kPanel);
     // Panels of one chunk go to one thread in turn: x stays, the panel streams.
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < chunks * panels; ++t) {

@@ -9,8 +9,6 @@ namespace bi {
 // Length of a K block: a function of K alone. The same cut as oneDNN's AVX-512 matmul.
 inline int64_t k_block(int64_t k) { return k > 1024 ? 1024 : 512; }
 
-constexpr int64_t kChunkRows = 96;
-
 template <class T> struct DTypeOf;
 template <> struct DTypeOf<float> { static constexpr DType value = DType::f32; };
 template <> struct DTypeOf<bf16> { static constexpr DType value = DType::bf16; };

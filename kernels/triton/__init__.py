@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA devices. Each states its order of reduction; none chooses it by the number of rows."""

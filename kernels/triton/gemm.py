@@ -1,0 +1,182 @@
+"""GEMM in canonical order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding.
+
+out[m, n] = round(sum over k of x[m, k] * w[n, k], in fp32, + bias[n]). Tiles follow M, N and K; no tile splits K, so
+any tile may serve any M wherever the device's matrix instructions add in the same order (certified per device).
+
+`_tile` takes pointers and runs on every architecture: small tiles for few rows, large ones for many.
+`_persistent` loads tiles through tensor descriptors (TMA on Hopper and later), one program per multiprocessor. After the
+pattern of Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+REFERENCE_ROWS = 128
+
+
+class Tile(NamedTuple):
+    """Block sizes and launch options of one kernel variant."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    persistent: bool = False
+
+
+# The order's definition: every other variant is compared with this one.
+REFERENCE = Tile(128, 128, 64, 8, 3)
+REFERENCE_FP32 = Tile(64, 64, 32, 4, 2)
+
+
+@triton.jit
+def _swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile coordinates of program `pid`, in groups of GROUP rows of tiles, so that the L2 cache is shared."""
+    per_group = GROUP * tiles_n
+    first = (pid // per_group) * GROUP
+    size = min(tiles_m - first, GROUP)
+    return first + (pid % per_group) % size, (pid % per_group) // size
+
+
+@triton.jit
+def _tile(
+    x, w, bias, out, rows, cols, depth, stride_x, stride_w, stride_out,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = _swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N), GROUP)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows past the end repeat a valid row: cheaper than a mask, and never stored.
+    x_tile = x + (m % rows).to(tl.int64)[:, None] * stride_x + k[None, :]
+    w_tile = w + (n % cols).to(tl.int64)[None, :] * stride_w + k[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(x_tile)
+            b = tl.load(w_tile)
+        else:
+            a = tl.load(x_tile, mask=k[None, :] < depth - start, other=0.0)
+            b = tl.load(w_tile, mask=k[:, None] < depth - start, other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        x_tile += BLOCK_K
+        w_tile += BLOCK_K
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < cols, other=0.0).to(tl.float32)[None, :]
+    target = out + m.to(tl.int64)[:, None] * stride_out + n[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=(m[:, None] < rows) & (n[None, :] < cols))
+
+
+@triton.jit
+def _persistent(
+    x, w, bias, out, rows, cols, depth,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(cols, BLOCK_N)
+    steps = tl.cdiv(depth, BLOCK_K)
+    for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        tile_m, tile_n = _swizzle(pid, tiles_m, tiles_n, GROUP)
+        m = tile_m * BLOCK_M
+        n = tile_n * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for step in range(steps):
+            # The descriptor fills what lies outside with zeros.
+            a = x.load([m, step * BLOCK_K])
+            b = w.load([n, step * BLOCK_K])
+            total = tl.dot(a, b.T, total, input_precision="ieee")
+        if HAS_BIAS:
+            at = n + tl.arange(0, BLOCK_N)
+            total += tl.load(bias + at, mask=at < cols, other=0.0).to(tl.float32)[None, :]
+        out.store([m, n], total.to(out.dtype))
+
+
+def choose(rows: int, cols: int, depth: int, element_size: int, shared: int, descriptors: bool) -> Tile:
+    """The variant for x [rows, depth] and w [cols, depth].
+
+    element_size: bytes an element. shared: bytes of shared memory that a block may use. descriptors: TMA may be used.
+    """
+    if element_size == 4:
+        tile = Tile(16, 32, 64, 4, 3) if rows <= 32 else REFERENCE_FP32
+    elif rows <= 16:
+        tile = Tile(16, 32, 256, 4, 4) if cols <= 8192 else Tile(16, 128, 128, 4, 4)
+    elif rows <= 32:
+        tile = Tile(32, 32, 256, 4, 4) if cols <= 8192 else Tile(32, 128, 128, 4, 4)
+    elif rows <= 64:
+        tile = Tile(64, 32, 128, 4, 5) if cols <= 8192 else Tile(64, 128, 64, 4, 5)
+    elif rows <= 128:
+        tile = Tile(64, 64, 128, 4, 4) if cols <= 8192 else Tile(128, 128, 64, 8, 4)
+    elif rows <= 512 and cols <= 8192:
+        tile = Tile(128, 64, 64, 4, 4)
+    else:
+        tile = Tile(128, 256, 64, 8, 3, True) if descriptors else Tile(128, 128, 64, 8, 3)
+    return fit(tile, element_size, shared)
+
+
+def fit(tile: Tile, element_size: int, shared: int) -> Tile:
+    """`tile` with fewer stages, then less depth, until it needs at most `shared` bytes."""
+    while (tile.m + tile.n) * tile.k * element_size * tile.stages > shared:
+        if tile.stages > 2:
+            tile = tile._replace(stages=tile.stages - 1)
+        elif tile.k > 32:
+            tile = tile._replace(k=tile.k // 2)
+        else:
+            break
+    return tile
+
+
+def gemm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [M, K] @ weight [N, K].T (+ bias [N]) -> [M, N], all of one dtype: bf16, fp16 or fp32.
+
+    The last dimension of x and weight must be contiguous. A persistent tile also needs 16-byte aligned rows.
+    """
+    rows, depth = x.shape
+    cols = weight.shape[0]
+    if out is None:
+        out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    if rows == 0 or cols == 0:
+        return out
+    if tile.persistent:
+        _launch_persistent(x, weight, bias, tile, out)
+        return out
+    _tile[(triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n),)](
+        x, weight, bias if bias is not None else x, out, rows, cols, depth,
+        x.stride(0), weight.stride(0), out.stride(0),
+        HAS_BIAS=bias is not None, EVEN_K=depth % tile.k == 0,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def can_describe(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can be made: 16-byte aligned base and rows."""
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+
+
+def _launch_persistent(x, weight, bias, tile: Tile, out) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows, depth = x.shape
+    cols = weight.shape[0]
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = min(programs, triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n))
+    _persistent[(programs,)](
+        TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
+        TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
+        bias if bias is not None else x,
+        TensorDescriptor.from_tensor(out, [tile.m, tile.n]),
+        rows, cols, depth,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8, PROGRAMS=programs,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""RMSNorm in one order for every number of rows, with and without residual.
+
+out[r] = round(x[r] * rsqrt(mean(x[r]^2) + eps) * (weight + offset)), all in fp32, one rounding at the end. With a residual,
+s = round(x + residual) in the tensors' dtype takes x's place, and is returned too.
+Order: a row's squares are summed by one program. The tile depends on the number of columns alone: the whole row in
+one block up to 16384 columns, else column blocks of 16384 added in ascending order before the block is summed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_WIDEST = 16384
+
+
+@triton.jit
+def _rms_norm(
+    x, residual, weight, out, summed, rows, heads, cols, stride_row, stride_head, eps, offset,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    source = ((r // heads) * stride_row + (r % heads) * stride_head)[:, None]
+    target = (r * cols)[:, None]
+    squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    values = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        at = chunk * BLOCK + c[None, :]
+        mask = (r[:, None] < rows) & (at < cols)
+        loaded = tl.load(x + source + at, mask=mask, other=0.0)
+        values = loaded.to(tl.float32)
+        if HAS_RESIDUAL:
+            values += tl.load(residual + target + at, mask=mask, other=0.0).to(tl.float32)
+            rounded = values.to(loaded.dtype)
+            tl.store(summed + target + at, rounded, mask=mask)
+            values = rounded.to(tl.float32)
+        squares += values * values
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / cols + eps)[:, None]
+    for chunk in tl.static_range(CHUNKS):
+        at = chunk * BLOCK + c[None, :]
+        mask = (r[:, None] < rows) & (at < cols)
+        if CHUNKS > 1:
+            if HAS_RESIDUAL:
+                values = tl.load(summed + target + at, mask=mask, other=0.0).to(tl.float32)
+            else:
+                values = tl.load(x + source + at, mask=mask, other=0.0).to(tl.float32)
+        normed = values * scale
+        if HAS_WEIGHT:
+            normed = normed * (tl.load(weight + at, mask=at < cols, other=0.0).to(tl.float32) + offset)
+        tl.store(out + target + at, normed.to(out.dtype.element_ty), mask=mask)
+
+
+def shape_of(cols: int) -> tuple[int, int, int, int]:
+    """(block, rows a program, chunks, warps) for rows of `cols` elements."""
+    block = min(triton.next_power_of_2(cols), _WIDEST)
+    rows = max(1, 1024 // block)
+    return block, rows, triton.cdiv(cols, block), max(1, min(16, block * rows // 512))
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """RMSNorm over the last dimension of x [..., C] (bf16, fp16, fp32); weight [C] or None; residual as x or None.
+
+    Returns (out, x + residual), both contiguous, the second None without residual.
+    """
+    cols = x.shape[-1]
+    if x.dim() != 3 or x.stride(-1) != 1:
+        x = x if x.dim() == 2 and x.stride(-1) == 1 else x.contiguous()
+    heads, stride_head = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
+    rows = x.numel() // cols if cols else 0
+    stride_row = x.stride(0) if x.dim() in (2, 3) else cols
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = None
+    if residual is not None:
+        residual = residual.contiguous()
+        summed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return out, summed
+    block, per_program, chunks, warps = shape_of(cols)
+    _rms_norm[(triton.cdiv(rows, per_program),)](
+        x, residual if residual is not None else x, weight if weight is not None else x, out,
+        summed if summed is not None else out,
+        rows, heads, cols, stride_row, stride_head, eps, offset,
+        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
+        BLOCK=block, ROWS=per_program, CHUNKS=chunks, num_warps=warps,
+    )  # fmt: skip
+    return out, summed
