@@ -1,6 +1,7 @@
 """The command line `bi-patch`: one module per command, imported only when its command runs."""
 
 import importlib
+import pkgutil
 import sys
 
 import typer
@@ -15,14 +16,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Each module registers its command on `app` when imported; heavy imports stay inside the commands.
-_COMMANDS = ("run", "status", "check", "certify", "demo", "bench")
 
 
 def main() -> None:
     """Run the command line; a named error is printed in one paragraph, without a traceback, and exits with 2."""
-    for name in _COMMANDS:
-        importlib.import_module(f"bi_patch.cli.{name}")
+    # Each module registers its command on `app`; heavy imports stay inside the commands.
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+        importlib.import_module(f"{__name__}.{module}")
     try:
         app()
     except BiPatchError as error:
