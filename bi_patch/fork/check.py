@@ -20,7 +20,7 @@ from bi_patch.seams.plan import Planned
 from bi_patch.seams.registry import RELEASES
 
 HOLDERS = "copies.json"
-_CALL = ast.dump(ast.parse(series.CALL).body[0])
+_CALL = [ast.dump(statement) for statement in ast.parse(series.CALL).body]
 
 
 class Report(msgspec.Struct):
@@ -197,12 +197,12 @@ def _look(tree: Path, patch: Committed, item: Planned) -> str | None:
 
 
 def _calls(text: str) -> bool:
-    """Whether a module's last statement closes its seams."""
+    """Whether a module ends with the statements that close its seams."""
     try:
         body = ast.parse(text).body
     except SyntaxError:
         return False
-    return bool(body) and ast.dump(body[-1]) == _CALL
+    return [ast.dump(statement) for statement in body[-len(_CALL) :]] == _CALL
 
 
 def _read(path: Path) -> str:

@@ -19,7 +19,11 @@ from bi_patch.seams import plan as plan_module
 from bi_patch.seams.plan import Planned
 from bi_patch.seams.registry import AREAS, PLATFORM_RELEASES, SEAMS
 
-CALL = '__import__("bi_patch.arming.patched", fromlist=["close"]).close(__name__)'
+# The first line keeps the second from arming as `import bi_patch` does: vLLM's modules are loading already.
+CALL = """\
+__import__("bi_patch_entry")
+__import__("bi_patch.arming.patched", fromlist=["close"]).close(__name__)
+"""
 INDEX = "series"
 
 
@@ -39,7 +43,7 @@ class Patch:
             parts.append("closes " + _names(self.closes))
         if self.copies:
             parts.append("hands out " + _names(self.copies))
-        return f"\n# bi_patch: {'; '.join(parts)}\n{CALL}\n"
+        return f"\n# bi_patch: {'; '.join(parts)}\n{CALL}"
 
     def header(self, file: str) -> str:
         """The fields before the diff. file: the module's path, e.g. `vllm/config/vllm.py`."""
@@ -178,7 +182,7 @@ def stale(patches: tuple[Patch, ...], committed: tuple[Committed, ...]) -> list[
             told.append(f"{found.name}: {found.target} is not the file of {patch.module}")
         # A module without a last newline has its last line removed and added again.
         if found.added != found.removed + patch.tail():
-            told.append(f"{found.name}: it adds other lines than {CALL}")
+            told.append(f"{found.name}: it adds other lines than the call that closes {patch.module}")
     return told
 
 
