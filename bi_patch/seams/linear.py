@@ -28,7 +28,106 @@ def _cpu_dispatch(original):
     return dispatch_cpu_unquantized_gemm
 
 
+def _cuda_linear(original):
+    """linear_batch_invariant: the certified route instead of one fixed Triton tile; traced by torch.compile as one op."""
+    from bi_patch.orders import cuda_linear
+
+    cuda_linear.define_op()
+
+    def linear_batch_invariant(input, weight, bias=None):
+        import torch
+
+        return torch.ops.bi_patch.linear(input, weight, bias)
+
+    return linear_batch_invariant
+
+
+def _cuda_mode(original):
+    """init_batch_invariance: upstream's mode, then the switches that forbid split-K, stated once more by us."""
+
+    @functools.wraps(original)
+    def init_batch_invariance(*args, **kwargs):
+        from bi_patch.orders import cuda
+
+        result = original(*args, **kwargs)
+        cuda.forbid_split_k()
+        return result
+
+    return init_batch_invariance
+
+
+def _cuda_load(original):
+    """Worker.load_model: certify every linear of the loaded model before anything is compiled or captured."""
+
+    @functools.wraps(original)
+    def load_model(self, *args, **kwargs):
+        from bi_patch.orders import cuda_linear
+
+        result = original(self, *args, **kwargs)
+        rows = self.vllm_config.scheduler_config.max_num_batched_tokens
+        cuda_linear.certify(_cuda_problems(self.get_model()), rows, active.cache)
+        return result
+
+    return load_model
+
+
+def _cuda_problems(model):
+    """Every unquantized linear of a model, the language-model head included, as a Problem."""
+    from bi_patch.orders.cuda_linear import Problem
+
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        method = type(getattr(module, "quant_method", None)).__name__
+        if method not in _CUDA_METHODS or weight is None or weight.ndim != 2 or not weight.is_cuda:
+            continue
+        bias = getattr(module, "bias", None) is not None and not getattr(module, "skip_bias_add", False)
+        yield Problem(*weight.shape, weight.dtype, bias)
+
+
+_CUDA = frozenset({"cuda"})
+_CUDA_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+_LINEAR_COPIES = ("vllm.model_executor.layers.linear", "vllm.model_executor.layers.vocab_parallel_embedding")
+
+
+def _mode_targets(qualname: str, copies: tuple[str, ...] = ()) -> tuple[Target, ...]:
+    """A function of upstream's mode, whose module moved in 0.32."""
+    return (
+        Target("vllm.model_executor.layers.batch_invariant", qualname, "<0.32", copies),
+        Target("vllm.model_executor.determinism.batch_invariant", qualname, ">=0.32,<0.34", copies),
+    )
+
+
 SEAMS = (
+    Seam(
+        name="linear.cuda_route",
+        targets=_mode_targets("linear_batch_invariant", _LINEAR_COPIES),
+        close=_cuda_linear,
+        why="upstream's fixed Triton tile keeps the order but costs 7 to 200 % of a decode step",
+        how="cuBLASLt without split-K where certified, else the bundled Triton GEMM, as one opaque op",
+        until="upstream's mode routes linears to certified vendor kernels",
+        platforms=_CUDA,
+        causes=(1, 17, 23),
+    ),
+    Seam(
+        name="linear.cuda_mode",
+        targets=_mode_targets("init_batch_invariance"),
+        close=_cuda_mode,
+        why="a library may split K by the number of rows wherever a product does not pass through a linear layer",
+        how="split-K is forbidden by PyTorch's switch and by cuBLASLt's workspace; fp32 stays fp32",
+        until="never: it is the order",
+        platforms=_CUDA,
+        causes=(1, 23),
+    ),
+    Seam(
+        name="linear.cuda_certify",
+        targets=(Target("vllm.v1.worker.gpu_worker", "Worker.load_model"),),
+        close=_cuda_load,
+        why="kernels that slice K inside one launch are masked by no switch",
+        how="every algorithm that the library would pick for any M is compared with the bundled GEMM, bitwise",
+        until="never: it is the certificate",
+        platforms=_CUDA,
+        causes=(1, 19),
+    ),
     Seam(
         name="linear.cpu_dispatch",
         targets=(Target("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", _CPU_RELEASES),),

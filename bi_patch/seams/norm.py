@@ -2,6 +2,7 @@
 
 import functools
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Seam, Target
 
 _CPU_RELEASES = ">=0.32,<0.34"
@@ -21,6 +22,46 @@ def _cpu_register(original):
     return __init__
 
 
+def _cuda_rms(original):
+    """RMSNorm.forward_cuda and forward_native: the bundled kernel, compiled or not."""
+    from bi_patch.orders import cuda_norm
+
+    cuda_norm.define_ops()
+
+    def forward(self, x, residual=None):
+        if self.variance_size_override is not None:
+            raise UnsupportedFeature("norm.cuda_rms: no invariant RMSNorm over a part of the hidden size. Set BI_PATCH=0")
+        held = self.weight.data if self.has_weight else None
+        return cuda_norm.rms_norm(x, held, self.variance_epsilon, residual)
+
+    return forward
+
+
+def _cuda_gemma(original):
+    """GemmaRMSNorm.forward_cuda and forward_native: the same kernel, times (1 + weight)."""
+    from bi_patch.orders import cuda_norm
+
+    cuda_norm.define_ops()
+
+    def forward(self, x, residual=None):
+        return cuda_norm.rms_norm(x, self.weight.data, self.variance_epsilon, residual, 1.0)
+
+    return forward
+
+
+def _cuda_norm(name: str, qualname: str, close) -> Seam:
+    return Seam(
+        name=f"norm.cuda_{name}",
+        targets=(Target("vllm.model_executor.layers.layernorm", qualname),),
+        close=close,
+        why="CUDA kernels choose their block by the number of rows; compiled ones are autotuned anew in each process",
+        how="one bundled Triton kernel, with and without residual, whose tile depends on the hidden size alone",
+        until="upstream's norms state one order for compiled and eager code",
+        platforms=frozenset({"cuda"}),
+        causes=(2, 17, 18),
+    )
+
+
 def _norm(name: str, qualname: str) -> Seam:
     return Seam(
         name=f"norm.cpu_{name}",
@@ -34,4 +75,12 @@ def _norm(name: str, qualname: str) -> Seam:
     )
 
 
-SEAMS = (_norm("rms", "RMSNorm"), _norm("gemma_rms", "GemmaRMSNorm"), _norm("layer", "LayerNorm"))
+SEAMS = (
+    _norm("rms", "RMSNorm"),
+    _norm("gemma_rms", "GemmaRMSNorm"),
+    _norm("layer", "LayerNorm"),
+    _cuda_norm("rms", "RMSNorm.forward_cuda", _cuda_rms),
+    _cuda_norm("rms_native", "RMSNorm.forward_native", _cuda_rms),
+    _cuda_norm("gemma_rms", "GemmaRMSNorm.forward_cuda", _cuda_gemma),
+    _cuda_norm("gemma_rms_native", "GemmaRMSNorm.forward_native", _cuda_gemma),
+)

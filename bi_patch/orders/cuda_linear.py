@@ -1,0 +1,260 @@
+"""Routes of unquantized linears on CUDA: cuBLASLt without split-K where certified, else the bundled Triton GEMM.
+
+Order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding (kernels/triton/gemm.py).
+A certificate covers one (N, K, dtype, bias) for every M up to a limit: the launches of all these calls are listed
+without running them (cuda_launches), and one of each kind runs against the bundled reference, bitwise, at its first, a
+middle and its last M. An M whose kind differs anywhere, and every M past the limit, goes to the bundled kernel.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.orders import certificates, cuda, cuda_launches
+from bi_patch.orders.certificates import Certificate, Evidence, Key
+
+if TYPE_CHECKING:
+    import torch
+
+OPERATION = "cuda.linear"
+VENDOR = "cublaslt"
+# At most this share of free memory is used for inputs and outputs of a certificate; it bounds the M that is covered.
+_MEMORY_SHARE = 0.3
+_log = logging.getLogger("vllm.bi_patch")
+
+
+class Problem(NamedTuple):
+    """One linear: y [M, n] = x [M, k] @ weight [n, k].T + bias."""
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    bias: bool
+
+    def __str__(self) -> str:
+        return f"N={self.n} K={self.k} {cuda.name(self.dtype)}{' bias' if self.bias else ''}"
+
+
+@dataclass
+class Route:
+    """bounds: first, last, first, last, ... of the spans of M that the vendor serves, ascending.
+
+    tiles_agree: the bundled variants give equal bits here, so the fastest may serve each M; else the reference does.
+    """
+
+    bounds: list[int]
+    tiles_agree: bool
+
+    def vendor(self, m: int) -> bool:
+        at = bisect.bisect_left(self.bounds, m)
+        # Inside a span: between its two bounds, or on one of them.
+        return at < len(self.bounds) and (at % 2 == 1 or self.bounds[at] == m)
+
+
+_routes: dict[Problem, Route] = {}
+_defined: list[torch.library.Library] = []
+_TYPES = ("bfloat16", "float16", "float32")
+
+
+def define_op() -> None:
+    """Define torch.ops.bi_patch.linear(x, weight, bias), opaque to torch.compile. Idempotent."""
+    import torch
+
+    if _defined:
+        return
+    library = torch.library.Library("bi_patch", "FRAGMENT")
+    library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    library.impl("linear", linear, "CUDA")
+    library.impl("linear", _fake, "Meta")
+    _defined.append(library)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the certified route. A problem without one is bundled."""
+    import torch
+
+    n, k = weight.shape
+    flat = x.reshape(-1, k)
+    if flat.stride(-1) != 1 or flat.stride(0) != k or flat.data_ptr() % 16:
+        # Certificates are about aligned, packed rows: another layout may get another algorithm.
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    route = _routes.get(Problem(n, k, x.dtype, bias is not None))
+    if route is not None and route.vendor(flat.shape[0]) and weight.stride(0) == k and weight.data_ptr() % 16 == 0:
+        out = torch.nn.functional.linear(flat, weight, bias)
+    else:
+        out = _bundled(flat, weight, bias, route is not None and route.tiles_agree)
+    return out.view(*x.shape[:-1], n)
+
+
+def _fake(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _bundled(x, weight, bias, tiles_agree: bool, out=None):
+    """The bundled GEMM on x [M, K]. tiles_agree: any variant may serve, else only the reference."""
+    from bi_patch.kernels.triton import gemm
+
+    if cuda.name(x.dtype) not in _TYPES or weight.dtype != x.dtype:
+        raise CertificateFailed(f"linear: no invariant GEMM for {x.dtype} rows and {weight.dtype} weights")
+    if weight.stride(-1) != 1:
+        weight = weight.contiguous()
+    size = x.element_size()
+    if not tiles_agree:
+        return gemm.gemm(x, weight, bias, _reference_tile(size), out)
+    descriptors = cuda.vendor_allowed() and gemm.can_describe(x) and gemm.can_describe(weight)
+    descriptors = descriptors and weight.shape[0] * size % 16 == 0
+    tile = gemm.choose(x.shape[0], *weight.shape, size, cuda.shared_memory(), descriptors)
+    return gemm.gemm(x, weight, bias, tile, out)
+
+
+def _reference_tile(size: int):
+    from bi_patch.kernels.triton import gemm
+
+    return gemm.fit(gemm.REFERENCE if size == 2 else gemm.REFERENCE_FP32, size, cuda.shared_memory())
+
+
+def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Certificate]:
+    """Give each problem its route for all M up to max_rows, from disk or anew. Call it before any graph is captured.
+
+    Raises CertificateFailed where the algorithms cannot be listed.
+    """
+    made = []
+    for problem in dict.fromkeys(problems):
+        key = _key(problem, max_rows)
+        certificate = certificates.obtain(cache, key, lambda p=problem, k=key: _certify(p, k, max_rows))
+        _routes[problem] = Route(certificate.passed_rows, certificate.route.endswith("+tiles"))
+        made.append(certificate)
+        if not certificate.passed:
+            _log.warning("bi_patch: %s: %s", problem, certificate.evidence.first)
+    return made
+
+
+def routes() -> dict[Problem, Route]:
+    """The routes of this process."""
+    return dict(_routes)
+
+
+def _key(problem: Problem, max_rows: int) -> Key:
+    return Key(OPERATION, f"{problem} M<={max_rows}", cuda.device(), cuda.libraries(), cuda.kernels_digest())
+
+
+def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
+    import torch
+
+    start = time.perf_counter()
+    trial = _Trial(problem, max_rows)
+    kinds = trial.kinds() if cuda.vendor_allowed() else {}
+    passed, tested, compared, differing, first = [], [], 0, 0, ""
+    for kind, rows in kinds.items():
+        differs = 0
+        for m in sorted({rows[0], rows[len(rows) // 2], rows[-1]}):
+            wrong = trial.vendor_differs(m)
+            tested.append(m)
+            compared += m * problem.n
+            differs += wrong
+            if wrong and not first:
+                first = f"M={m}: {wrong} of {m * problem.n} outputs of {kind[0][0]} differ from the bundled GEMM"
+        differing += differs
+        if not differs:
+            passed += rows
+    # Compiling every variant takes seconds: only where they will serve.
+    agree = (differing > 0 or not kinds) and trial.tiles_agree()
+    del trial
+    torch.cuda.empty_cache()
+    return Certificate(
+        key=key,
+        route=f"{VENDOR}{'+tiles' if agree else ''}",
+        passed=differing == 0 and bool(kinds),
+        passed_rows=_bounds(sorted(passed)),
+        evidence=Evidence(sorted(set(tested)), compared, differing, first),
+        seconds=round(time.perf_counter() - start, 3),
+        made=certificates.today(),
+    )
+
+
+class _Trial:
+    """Random data for one problem, the reference's output, and comparisons with it."""
+
+    def __init__(self, problem: Problem, max_rows: int):
+        import torch
+
+        self.n, self.k, dtype, bias = problem
+        size = dtype.itemsize
+        free, _ = torch.cuda.mem_get_info()
+        limit = int(free * _MEMORY_SHARE / size) - self.n * self.k
+        # The input, the reference and one output at a time.
+        self.rows = max(1, min(max_rows, limit // (self.k + 2 * self.n)))
+        generator = torch.Generator("cuda").manual_seed(self.n * 1_000_003 + self.k)
+        normal = lambda *shape: torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)  # noqa: E731
+        self.x = normal(self.rows, self.k)
+        self.weight = normal(self.n, self.k).mul_(self.k**-0.5)
+        self.bias = normal(self.n) if bias else None
+        self.want = _bundled(self.x, self.weight, self.bias, False)
+        if not bool(torch.isfinite(self.want).all()):
+            raise CertificateFailed(f"{OPERATION} {problem}: the bundled GEMM gives values that are not finite")
+
+    def kinds(self) -> dict[tuple, list[int]]:
+        """All M up to the limit by what the vendor would launch for them."""
+        import torch
+
+        out = torch.empty_like(self.want)
+        flipped = self.weight.t()
+
+        def call(m: int):
+            if self.bias is None:
+                torch.mm(self.x[:m], flipped, out=out[:m])
+            else:
+                torch.addmm(self.bias, self.x[:m], flipped, out=out[:m])
+
+        kinds: dict[tuple, list[int]] = {}
+        for m, kind in cuda_launches.signatures(call, range(1, self.rows + 1)).items():
+            kinds.setdefault(kind, []).append(m)
+        return kinds
+
+    def vendor_differs(self, m: int) -> int:
+        """Outputs that differ from the reference for the first m rows and for the last m rows (another position)."""
+        import torch
+
+        count = 0
+        for at in {0, self.rows - m}:
+            x = self.x[at : at + m]
+            x = x if x.data_ptr() % 16 == 0 else x.clone()
+            got = torch.nn.functional.linear(x, self.weight, self.bias)
+            count += _unequal(got, self.want[at : at + m])
+        return count
+
+    def tiles_agree(self) -> bool:
+        """Whether the bundled variants for few and for many rows give the reference's bits."""
+        return not any(
+            _unequal(_bundled(self.x[:m], self.weight, self.bias, True), self.want[:m])
+            for m in (1, 16, 32, 64, 128, 256, self.rows)
+            if m <= self.rows
+        )
+
+
+def _unequal(got: torch.Tensor, want: torch.Tensor) -> int:
+    """How many elements differ in any bit."""
+    import torch
+
+    kind = {2: torch.int16, 4: torch.int32}[got.element_size()]
+    if torch.equal(got.view(kind), want.view(kind)):
+        return 0
+    return int((got.view(kind) != want.view(kind)).sum())
+
+
+def _bounds(rows: list[int]) -> list[int]:
+    """First and last of each run of consecutive numbers in an ascending list."""
+    bounds: list[int] = []
+    for m in rows:
+        if bounds and bounds[-1] == m - 1:
+            bounds[-1] = m
+        else:
+            bounds += [m, m]
+    return bounds
