@@ -126,7 +126,7 @@ def _run(cmd: list[str]) -> None:
 def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path) -> Path:
     tdir = _torch_dir()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    head = [cxx, *_COMMON, *defines, f'-DBI_ISA="{isa}"']
+    head = [cxx, *_COMMON, *defines]
     jobs = [
         # Bindings use no vectors; torch's headers need C++20 from 2.13 on.
         [*head, "-std=c++20", "-O1", abi, f"-I{tdir}/include", "-c", str(CSRC / "ops.cpp"), "-o", str(work / "ops.o")]

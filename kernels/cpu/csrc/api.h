@@ -7,8 +7,6 @@ namespace bi {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-const char* isa_name();
-
 // ---- GEMM (gemm.cpp); strides in elements, last dimension dense.
 size_t gemm_packed_size(DType t, int64_t n, int64_t k);  // elements
 void gemm_pack(DType t, const void* w, int64_t ldw, int64_t n, int64_t k, void* packed, int threads);

@@ -16,8 +16,6 @@
 
 namespace bi {
 
-const char* isa_name() { return BI_ISA; }
-
 namespace {
 
 constexpr int kPanel = 16 * kVecs;
