@@ -95,6 +95,29 @@ def _cpu_store(original):
     return do_kv_cache_update
 
 
+def _cuda_backend(original):
+    """Attention.__init__: a layer whose backend has no single-split form is refused by name."""
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        name = self.attn_backend.get_name()
+        if name not in _CUDA_BACKENDS:
+            raise UnsupportedFeature(
+                f"attention.cuda_backend: the {name} backend is not covered. "
+                f"Use --attention-backend {' or '.join(_CUDA_BACKENDS)}, or set BI_PATCH=0"
+            )
+
+    return __init__
+
+
+def _refuse_cuda(config) -> None:
+    if config.model_config is not None and config.model_config.use_mla:
+        raise UnsupportedFeature(
+            "attention.cuda_mla: MLA was not shown to be invariant on CUDA. Use a model without MLA, or set BI_PATCH=0"
+        )
+
+
 def _refuse_cpu(config) -> None:
     if config.model_config is not None and config.model_config.use_mla:
         raise UnsupportedFeature(
@@ -115,7 +138,19 @@ def _cpu_seam(name: str, qualname: str, close, how: str) -> Seam:
     )
 
 
+_CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+
 SEAMS = (
+    Seam(
+        name="attention.cuda_backend",
+        targets=(Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),),
+        close=_cuda_backend,
+        why="a backend that splits KV by the batch's lengths changes bits with the batch",
+        how="FlashAttention and Triton attention run one split in upstream's mode; every other backend is refused",
+        until="never: it is the gate",
+        platforms=frozenset({"cuda"}),
+        causes=(3, 4),
+    ),
     _cpu_seam("init", "CPUAttentionBackendImpl.__init__", _cpu_init, "refuses by name what the kernel does not cover"),
     _cpu_seam("build", "CPUAttentionMetadataBuilder.build", _cpu_build, "plans nothing from the batch"),
     _cpu_seam("forward", "CPUAttentionBackendImpl.forward", _cpu_forward,
@@ -124,5 +159,11 @@ SEAMS = (
 )
 
 POLICIES = (
+    Policy(
+        name="attention.cuda_mla",
+        apply=_refuse_cuda,
+        why="MLA was not shown to be invariant on CUDA",
+        platforms=frozenset({"cuda"}),
+    ),
     Policy(name="attention.cpu_mla", apply=_refuse_cpu, why="MLA has no invariant kernel on CPU", platforms=_CPU),
 )

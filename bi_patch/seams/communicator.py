@@ -1,3 +1,58 @@
-"""Seams of collectives between ranks. On CPU more than one rank is refused (engine.features)."""
+"""Seams of collectives between ranks. On CPU more than one rank is refused (engine.features).
+
+On CUDA the safe form: upstream's mode runs one order for every message size (its one-stage all-reduce, or NCCL pinned to
+one algorithm and channel); what would go round it is off or refused.
+"""
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.model import Policy, Setting
 
 SEAMS = ()
+
+_CUDA = frozenset({"cuda"})
+
+SETTINGS = (
+    Setting(
+        name="communicator.one_stage",
+        variable="VLLM_CUSTOM_ALLREDUCE_ALGO",
+        value="1stage",
+        why="the two-stage all-reduce is chosen by message size and sums in another order",
+        platforms=_CUDA,
+    ),
+    Setting(
+        name="communicator.symmetric_memory",
+        variable="VLLM_ALLREDUCE_USE_SYMM_MEM",
+        value="0",
+        why="symmetric-memory all-reduce is chosen by message size and sums in the switch",
+        platforms=_CUDA,
+    ),
+    Setting(
+        name="communicator.flashinfer",
+        variable="VLLM_ALLREDUCE_USE_FLASHINFER",
+        value="0",
+        why="FlashInfer's all-reduce is chosen by message size",
+        platforms=_CUDA,
+    ),
+)
+
+
+def _no_fusion(config) -> None:
+    passes = config.compilation_config.pass_config
+    if getattr(passes, "fuse_allreduce_rms", False):
+        passes.fuse_allreduce_rms = False
+    found = [name for name in ("enable_sp", "fuse_gemm_comms") if getattr(passes, name, False)]
+    if found and config.parallel_config.tensor_parallel_size > 1:
+        raise UnsupportedFeature(
+            f"communicator.fusion: {', '.join(found)} scatters sums by the number of tokens. "
+            "Turn it off in the compilation config, or set BI_PATCH=0"
+        )
+
+
+POLICIES = (
+    Policy(
+        name="communicator.fusion",
+        apply=_no_fusion,
+        why="all-reduce fused with RMSNorm, and sequence parallelism, sum in an order that follows the number of tokens",
+        platforms=_CUDA,
+    ),
+)

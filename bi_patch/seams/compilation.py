@@ -3,7 +3,7 @@
 import functools
 import hashlib
 
-from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.model import Seam, Setting, Target
 
 
 def _hash(original):
@@ -19,7 +19,27 @@ def _hash(original):
     return compute_hash
 
 
+def _no_breakable(original):
+    """VllmConfig._uses_breakable_cudagraph_for_batch_invariance: our tiles need no lookup at capture."""
+
+    def _uses_breakable_cudagraph_for_batch_invariance(self) -> bool:
+        return False
+
+    return _uses_breakable_cudagraph_for_batch_invariance
+
+
 SEAMS = (
+    Seam(
+        name="compilation.cuda_breakable",
+        targets=(
+            Target("vllm.config.vllm", "VllmConfig._uses_breakable_cudagraph_for_batch_invariance", ">=0.32,<0.34"),
+        ),
+        close=_no_breakable,
+        why="upstream's mode turns torch.compile off where it has tuned tiles",
+        how="compilation and full CUDA graphs stay on: the linear op looks its route up by itself",
+        until="upstream's mode keeps torch.compile",
+        platforms=frozenset({"cuda"}),
+    ),
     Seam(
         name="compilation.cache_key",
         targets=(Target("vllm.config.vllm", "VllmConfig.compute_hash"),),
@@ -28,5 +48,15 @@ SEAMS = (
         how="the version of bi_patch goes into the hash that keys vLLM's compile caches",
         until="never",
         causes=(17, 18),
+    ),
+)
+
+SETTINGS = (
+    Setting(
+        name="compilation.cuda_deterministic",
+        variable="TORCHINDUCTOR_DETERMINISTIC",
+        value="1",
+        why="a reduction that is autotuned in each process can change bits at a restart",
+        platforms=frozenset({"cuda"}),
     ),
 )

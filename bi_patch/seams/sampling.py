@@ -2,7 +2,8 @@
 
 import functools
 
-from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.model import Seam, Setting, Target
+from bi_patch.seams.overlay import Overlay, with_globals
 
 _CPU_RELEASES = ">=0.32,<0.34"
 
@@ -41,7 +42,111 @@ def _cpu_sample(original):
     return forward_cpu
 
 
+def _cuda_top_k_top_p(original):
+    """apply_top_k_top_p: one kernel for every number of requests, in pieces that take one path through it."""
+
+    def apply_top_k_top_p(logits, k, p, has_topp_only_rows=True):
+        from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
+
+        if k is None and p is None:
+            return logits
+        logits = logits.contiguous()
+        for start in range(0, logits.shape[0], _PIECE):
+            piece = slice(start, start + _PIECE)
+            apply_top_k_top_p_triton(
+                logits[piece], None if k is None else k[piece], None if p is None else p[piece]
+            )
+        return logits
+
+    return apply_top_k_top_p
+
+
+def _cuda_split_count(original):
+    """_topp_split_count: how many programs share a row does not follow the number of rows."""
+
+    @functools.wraps(original)
+    def _topp_split_count(batch_size, *sizes):
+        return original(_SPLIT_AS_FOR, *sizes)
+
+    return _topp_split_count
+
+
+def _sorted_topk(original):
+    """A function that calls torch.topk, with ties broken by the lower token."""
+    import torch
+
+    from bi_patch.orders.topk import topk
+
+    static = isinstance(original, staticmethod)
+    function = with_globals(original.__func__ if static else original, torch=Overlay(torch, topk=topk))
+    return staticmethod(function) if static else function
+
+
+_CUDA = frozenset({"cuda"})
+# The split top-p pipeline takes at most 64 rows; larger batches would take another kernel.
+_PIECE = 64
+# 8 to 32 programs a row: as upstream does for 16 rows.
+_SPLIT_AS_FOR = 16
+_TOP_P = "vllm.v1.sample.ops.topk_topp_sampler"
+_LOGPROB = "vllm.v1.worker.gpu.sample.logprob"
+_TOP_P_COPIES = (
+    "vllm.v1.sample.rejection_sampler",
+    "vllm.v1.worker.gpu.sample.states",
+    "vllm.v1.worker.gpu.sample.sampler",
+    "vllm.v1.watermarking.gpu_sampler",
+    "vllm.model_executor.models.diffusion_gemma",
+)
+_LOGPROB_COPIES = (
+    "vllm.v1.worker.gpu.sample.sampler",
+    "vllm.v1.worker.gpu.sample.prompt_logprob",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+    "vllm.model_executor.models.diffusion_gemma",
+)
+
 SEAMS = (
+    Seam(
+        name="sampling.cuda_top_k_top_p",
+        targets=(Target(_TOP_P, "apply_top_k_top_p", copies=_TOP_P_COPIES),),
+        close=_cuda_top_k_top_p,
+        why="top-p sums a row in another order for 1, 8 or 65 requests, so a token at the edge comes or goes",
+        how="one Triton path for every number of requests, in pieces of at most 64",
+        until="upstream sums a row in one order",
+        platforms=_CUDA,
+        causes=(21,),
+    ),
+    Seam(
+        name="sampling.cuda_split_count",
+        targets=(Target("vllm.v1.sample.ops.topk_topp_triton", "_topp_split_count", ">=0.32,<0.34"),),
+        close=_cuda_split_count,
+        why="the number of programs that share a row of top-p follows the number of requests",
+        how="one number of programs for every batch",
+        until="upstream sums a row in one order",
+        platforms=_CUDA,
+        causes=(21,),
+    ),
+    Seam(
+        name="sampling.cuda_gather_logprobs",
+        targets=(Target("vllm.v1.sample.sampler", "Sampler.gather_logprobs"),),
+        close=_sorted_topk,
+        why="top-k algorithms are chosen by the number of rows and break ties differently; bf16 logits tie often",
+        how="ties go to the lower token",
+        until="upstream's top logprobs are stable",
+        platforms=_CUDA,
+        causes=(13, 21),
+    ),
+    Seam(
+        name="sampling.cuda_topk_scores",
+        targets=(
+            Target(_LOGPROB, "compute_topk_logprobs", "<0.26", _LOGPROB_COPIES),
+            Target(_LOGPROB, "compute_topk_scores", ">=0.26,<0.34", _LOGPROB_COPIES),
+        ),
+        close=_sorted_topk,
+        why="top-k algorithms are chosen by the number of rows and break ties differently; bf16 logits tie often",
+        how="ties go to the lower token",
+        until="upstream's top logprobs are stable",
+        platforms=_CUDA,
+        causes=(13, 21),
+    ),
     Seam(
         name="sampling.cpu_generator",
         targets=(Target("vllm.v1.worker.gpu_input_batch", "InputBatch.add_request", _CPU_RELEASES),),
@@ -61,5 +166,16 @@ SEAMS = (
         until="upstream draws only for requests that sample",
         platforms=frozenset({"cpu"}),
         causes=(21,),
+    ),
+)
+
+
+SETTINGS = (
+    Setting(
+        name="sampling.cuda_flashinfer",
+        variable="VLLM_USE_FLASHINFER_SAMPLER",
+        value="0",
+        why="FlashInfer's rejection sampling draws from one generator for the whole batch",
+        platforms=_CUDA,
     ),
 )
