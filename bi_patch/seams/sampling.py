@@ -93,20 +93,22 @@ _TOP_P_COPIES = (
     "vllm.v1.sample.rejection_sampler",
     "vllm.v1.worker.gpu.sample.states",
     "vllm.v1.worker.gpu.sample.sampler",
-    "vllm.v1.watermarking.gpu_sampler",
-    "vllm.model_executor.models.diffusion_gemma",
 )
+_TOP_P_COPIES_032 = (*_TOP_P_COPIES, "vllm.v1.watermarking.gpu_sampler", "vllm.model_executor.models.diffusion_gemma")
 _LOGPROB_COPIES = (
     "vllm.v1.worker.gpu.sample.sampler",
     "vllm.v1.worker.gpu.sample.prompt_logprob",
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
-    "vllm.model_executor.models.diffusion_gemma",
 )
+_LOGPROB_COPIES_026 = (*_LOGPROB_COPIES, "vllm.model_executor.models.diffusion_gemma")
 
 SEAMS = (
     Seam(
         name="sampling.cuda_top_k_top_p",
-        targets=(Target(_TOP_P, "apply_top_k_top_p", copies=_TOP_P_COPIES),),
+        targets=(
+            Target(_TOP_P, "apply_top_k_top_p", "<0.32", _TOP_P_COPIES),
+            Target(_TOP_P, "apply_top_k_top_p", ">=0.32,<0.34", _TOP_P_COPIES_032),
+        ),
         close=_cuda_top_k_top_p,
         why="top-p sums a row in another order for 1, 8 or 65 requests, so a token at the edge comes or goes",
         how="one Triton path for every number of requests, in pieces of at most 64",
@@ -138,7 +140,7 @@ SEAMS = (
         name="sampling.cuda_topk_scores",
         targets=(
             Target(_LOGPROB, "compute_topk_logprobs", "<0.26", _LOGPROB_COPIES),
-            Target(_LOGPROB, "compute_topk_scores", ">=0.26,<0.34", _LOGPROB_COPIES),
+            Target(_LOGPROB, "compute_topk_scores", ">=0.26,<0.34", _LOGPROB_COPIES_026),
         ),
         close=_sorted_topk,
         why="top-k algorithms are chosen by the number of rows and break ties differently; bf16 logits tie often",
