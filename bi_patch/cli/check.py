@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 import msgspec
 import typer
 from rich.console import Console
-from rich.syntax import Syntax
 from rich.table import Table
 
 from bi_patch.cli import app
 
 if TYPE_CHECKING:
     from bi_patch.fork.check import Report
+    from bi_patch.fork.places import Problem
 
 
 @app.command()
 def check(
     sources: list[str] = typer.Argument(
-        None, metavar="[SOURCE]...", help="A wheel, a folder that holds vllm/, or `installed`. [default: installed]"
+        None, metavar="[SOURCE]...", help="A wheel, a folder that holds vllm/, or `installed`, which is the default."
     ),
     release: str = typer.Option(
         None, help="Download this release and check it; with a SOURCE: take the source for this release."
@@ -27,7 +27,7 @@ def check(
         False, "--all", help="Check every supported release, downloaded once into the cache folder."
     ),
     write: bool = typer.Option(
-        False, "--write", help="Generate the series and anchors of each source anew first. [default: --all]"
+        False, "--write", help="First generate the series and anchors anew, of every release where no SOURCE is named."
     ),
     json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
 ) -> None:
@@ -59,7 +59,8 @@ def check(
             record.record(source)
         reports.append(check_source(source))
     if json:
-        answer = {"ok": all(r.ok for r in reports), "reports": reports}
+        each = [{"ok": r.ok, **msgspec.to_builtins(r)} for r in reports]
+        answer = {"ok": all(r.ok for r in reports), "reports": each}
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(answer)) + b"\n")
     else:
         _print(reports)
@@ -78,17 +79,25 @@ def _print(reports: "list[Report]") -> None:
             *(_share(*pair) for pair in (
                 (r.applied, r.patches), (r.reversed, r.patches), (r.closed, r.seams), (r.matched, r.anchors)
             )),
-            "[green]fits[/]" if r.ok else f"[bold red]{len(r.problems)} problems[/]",
+            "[green]fits[/]" if r.ok else f"[bold red]problems: {len(r.problems)}[/]",
         )  # fmt: skip
     console.print(table)
     for r in reports:
         for p in r.problems:
-            console.print(f"\nvLLM {r.release}, {p.kind} {p.seam}".rstrip(), style="bold red", highlight=False)
-            if p.target or p.file:
-                console.print(f"  at {p.target}{' in ' if p.target and p.file else ''}{p.file}", highlight=False)
-            console.print(p.message, highlight=False, markup=False, soft_wrap=True)
-            if p.diff:
-                console.print(Syntax(p.diff, "diff", background_color="default", word_wrap=True))
+            _problem(console, r.release, p)
+
+
+def _problem(console: Console, release: str, problem: "Problem") -> None:
+    def line(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    line(f"\nvLLM {release}, {problem.kind} {problem.seam}".rstrip(), "bold red")
+    place = " in ".join(filter(None, (problem.target, problem.file)))
+    if place:
+        line(f"  at {place}")
+    line(problem.message)
+    for text in problem.diff.splitlines():
+        line(text, {"+": "green", "-": "red", "@": "cyan"}.get(text[:1]))
 
 
 def _share(part: int, whole: int) -> str:

@@ -63,8 +63,11 @@ def check(source: Source) -> Report:
 def against(source: Source, base: str, planned: tuple[Planned, ...], folder: Path) -> Report:
     """Check a source against these seams and the series and anchors in `folder`."""
     report = Report(source.label, source.release, base, seams=len(planned), anchors=len(planned), problems=[])
-    _check_series(report, source, planned, folder)
-    _check_places(report, source, planned, folder)
+    held = places.holders(planned, source)
+    _check_series(report, source, planned, series.make(planned, held), folder)
+    _check_anchors(report, source, planned, folder)
+    recorded = files.read_json(folder / HOLDERS, dict[str, list[str]]) or {}
+    report.problems += places.check_holders(planned, source, held, recorded)
     return report
 
 
@@ -74,8 +77,9 @@ def nearest(release: str) -> str:
     return next((r for r in reversed(known) if Version(r) <= Version(release)), known[0])
 
 
-def _check_series(report: Report, source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
-    wanted = series.make(planned)
+def _check_series(
+    report: Report, source: Source, planned: tuple[Planned, ...], wanted: tuple[Patch, ...], folder: Path
+) -> None:
     try:
         committed = series.read(folder)
     except PatchError as error:
@@ -209,7 +213,7 @@ def _read(path: Path) -> str:
     return path.read_bytes().decode(errors="replace") if path.is_file() else ""
 
 
-def _check_places(report: Report, source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
+def _check_anchors(report: Report, source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
     recorded = {a.seam: a for a in files.read_json(folder / "anchors.json", list[Anchor]) or ()}
     for item in planned:
         problem = places.check_anchor(item, source, recorded.get(item.seam.name))
@@ -219,5 +223,3 @@ def _check_places(report: Report, source: Source, planned: tuple[Planned, ...], 
             report.problems.append(problem)
     for seam in sorted(set(recorded) - {p.seam.name for p in planned}):
         report.problems.append(Problem("anchor", f"an anchor is recorded for {seam}, which is no seam here", seam))
-    known = files.read_json(folder / HOLDERS, dict[str, list[str]]) or {}
-    report.problems += places.check_holders(places.holders(planned, source), known)

@@ -42,7 +42,7 @@ def _download(release: str, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("vllm-*.whl"))
     if result.returncode or not wheels:
-        lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+        lines = [x for x in (result.stderr or result.stdout).splitlines() if x.strip() and not x.startswith("WARNING")]
         raise PatchError(
             f"vLLM {release} could not be downloaded with pip:\n" + "\n".join(lines[-4:])
             + "\nName a wheel or a source tree instead: bi-patch check PATH"

@@ -78,9 +78,19 @@ def holders(planned: tuple[Planned, ...], source: Source) -> dict[str, list[str]
     return found
 
 
-def check_holders(found: dict[str, list[str]], recorded: dict[str, list[str]]) -> list[Problem]:
-    """Modules that newly hold a copy of a seam's target."""
+def check_holders(
+    planned: tuple[Planned, ...], source: Source, found: dict[str, list[str]], recorded: dict[str, list[str]]
+) -> list[Problem]:
+    """Modules that newly hold a copy of a seam's target, and modules that are said to but do not."""
     problems = []
+    for item in planned:
+        seam = item.seam.name
+        for module in item.target.copies:
+            # Of a range of releases, some may lack the module.
+            there = anchors.path_of(module, source.files.__contains__) is not None
+            if there and module not in found.get(seam, ()):
+                message = f"Target.copies lists {module}, which does not take {item.target} by `from ... import`"
+                problems.append(Problem("copies", message, seam, str(item.target)))
     for seam, modules in found.items():
         if new := sorted(set(modules) - set(recorded.get(seam, ()))):
             message = f"{', '.join(new)} newly hold a copy: see whether Target.copies must list them, then record them"

@@ -32,16 +32,15 @@ def record(source: Source) -> Path:
 def write(source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
     """Write the series, anchors and copies of these seams in a source. Raises AnchorMoved, PatchError."""
     taken = [places.take(item, source) for item in planned]
+    held = places.holders(planned, source)
     texts = {}
-    for patch in series.make(planned):
+    for patch in series.make(planned, held):
         file = anchors.path_of(patch.module, source.files.__contains__)
-        if file is None:
-            raise PatchError(f"{source.label} has no module {patch.module}, which Target.copies of a seam lists")
+        assert file is not None, "targets were taken and holders found in this source"
         text = source.text(file)
         if series.CALL in text:
             raise PatchError(f"{source.label}: {file} carries bi_patch's call already: record the unpatched release")
         texts[patch.name] = patch.diff(file, text)
-    held = places.holders(planned, source)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.patch"):
         if path.name not in texts:

@@ -6,6 +6,7 @@ further lines begin with a space, as in DEP-3. The logic stays in bi_patch/seams
 
 import difflib
 import io
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
@@ -108,13 +109,16 @@ def inside(module: str) -> bool:
     return module.split(".", 1)[0] == PACKAGE
 
 
-def make(planned: tuple[Planned, ...]) -> tuple[Patch, ...]:
-    """The series for these seams. A number is the area's place and the module's place in the area."""
+def make(planned: tuple[Planned, ...], held: Mapping[str, Collection[str]]) -> tuple[Patch, ...]:
+    """The series for these seams. A number is the area's place and the module's place in the area.
+
+    held: by seam, the modules that hold a copy in this release. Of Target.copies, these alone get a patch.
+    """
     closes: dict[str, list[Planned]] = {}
     copies: dict[str, list[Planned]] = {}
     for item in planned:
         closes.setdefault(item.target.module, []).append(item)
-        for module in filter(inside, item.target.copies):
+        for module in (m for m in item.target.copies if m in held.get(item.seam.name, ())):
             copies.setdefault(module, []).append(item)
     known = [area.__name__.rpartition(".")[2] for area in AREAS]
     areas = [*known, *sorted({p.seam.area for p in planned} - set(known))]
