@@ -54,7 +54,7 @@ class Plan:
 def make(names: Sequence[str], subjects: Sequence[tuple[int, ...]], fillers: Sequence[tuple[int, ...]], *,
          quick: bool = False, temperature: float = 0.7, top_p: float = 0.95) -> Plan:
     """The rounds for prompts given as token ids. quick: fewer batches, for tests."""
-    length = 16 if quick else 32
+    length = 16 if quick else 24
     build = _Builder(
         [Request(tuple(s), max_tokens=length, logprobs=4) for s in subjects],
         [Request(tuple(f), max_tokens=length) for f in fillers],
@@ -87,11 +87,11 @@ def _seeded(build: _Builder, names: Sequence[str], subjects: Sequence[tuple[int,
     short = [i for i, s in enumerate(subjects) if len(s) <= CHUNK // 4]
     long = [i for i in range(len(subjects)) if i not in short]
     rounds = [Round("", f"{names[i]}, alone, seeded", build.one(i, SEEDED)) for i in short]
-    rounds.append(Round("seeded sampling", "the short prompts, sampled together",
+    rounds.append(Round("seeded", "the short prompts, sampled together",
                         build.batch([(i, SEEDED) for i in short], len(short))))
     rounds += [Round("", f"{names[i]}, alone, seeded", build.one(i, SEEDED), may_stop=True) for i in long]
     everyone = [(i, SEEDED) for i in range(len(subjects))]
-    rounds.append(Round("seeded, chunked", "all prompts, sampled in a batch of 40",
+    rounds.append(Round("seeded, split", "all prompts, sampled in a batch of 40",
                         build.batch(everyone, 40, shuffle=5), may_stop=True))
     return rounds
 

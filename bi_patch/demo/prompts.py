@@ -66,7 +66,7 @@ twenty past nine. In summary, the three most important decisions of the evening 
 
 SUBJECTS = (
     Subject("capital", "The capital of France is"),
-    Subject("lighthouse", "The old lighthouse keeper climbed the stairs every evening at six, and on the night of the "
+    Subject("keeper", "The old lighthouse keeper climbed the stairs every evening at six, and on the night of the "
             "great storm he found, to his surprise, that"),
     Subject("bread", "To bake a simple loaf of bread you need flour, water, salt and yeast. Mix the flour and the salt "
             "in a large bowl, stir the yeast into warm water, and pour it in slowly while you stir. When the dough no "
@@ -82,7 +82,7 @@ SUBJECTS = (
     Subject("minutes", "\n\n".join(part.replace("\n", " ") for part in _REPORT.split("\n\n"))),
 )
 
-# Seeded sampling is asked for one of these too; its settings are those that people use.
+# The settings of seeded sampling that people use.
 TEMPERATURE, TOP_P = 0.7, 0.95
 
 FILLERS = (

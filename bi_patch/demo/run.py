@@ -14,7 +14,7 @@ from bi_patch.demo import cases, prompts
 from bi_patch.demo.verdict import Judge, Side, exit_code, sentences
 from bi_patch.errors import BiPatchError
 
-QUICK_SUBJECTS = ("lighthouse", "harbour", "minutes")
+QUICK_SUBJECTS = ("keeper", "harbour", "minutes")
 
 
 class Report(msgspec.Struct):

@@ -13,23 +13,26 @@ _CONTEXT = 14  # words shown before the first that differs
 
 
 def table(names: tuple[str, ...], columns: tuple[str, ...], stock: Side, armed: Side) -> Table:
-    """One line per prompt and batch; stock and armed side by side."""
-    made = Table(title="The same prompt, alone against beside others", title_justify="left")
-    made.add_column("prompt")
-    made.add_column("batch")
-    for mode in ("stock", "armed"):
-        made.add_column(f"{mode}: tokens\nchanged", justify="right")
-        made.add_column("logprobs\nchanged", justify="right")
-        made.add_column("largest\ndifference", justify="right")
+    """One line per prompt and batch; stock and armed side by side; fits 80 characters."""
+    made = Table(title="The same prompt, alone against beside others: positions that changed", title_justify="left",
+                 box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    made.add_column("\nprompt", no_wrap=True)
+    made.add_column("\nbatch", no_wrap=True)
+    made.add_column("\ncompared", justify="right", no_wrap=True)
+    for side in (stock, armed):
+        made.add_column(f"[bold]{side.mode}[/]\ntokens", justify="right", no_wrap=True)
+        made.add_column("\nlogprobs", justify="right", no_wrap=True)
+        made.add_column("\nlargest", justify="right", no_wrap=True)
     for name in names:
         shown = name
         for column in columns:
             cells = [_find(side, name, column) for side in (stock, armed)]
             if not any(cells):
                 continue
-            made.add_row(shown, column, *(text for cell in cells for text in _texts(cell)))
+            compared = max(cell.compared for cell in cells if cell)
+            made.add_row(shown, column, str(compared), *(text for cell in cells for text in _texts(cell)))
             shown = ""
-        made.add_section()
+        made.add_row()
     return made
 
 
@@ -45,7 +48,7 @@ def _texts(cell: Cell | None) -> tuple[str, str, str]:
     colour = "red" if cell.differing else "green"
     tokens = f"[bold red]{cell.tokens_changed}[/]" if cell.tokens_changed else "[green]0[/]"
     largest = f"[red]{cell.largest:.1e}[/]" if cell.largest else f"[{colour}]0[/]"
-    return tokens, f"[{colour}]{cell.differing}[/] of {cell.compared}", largest
+    return tokens, f"[{colour}]{cell.differing}[/]", largest
 
 
 def divergences(side: Side, limit: int = 4) -> RenderableType | None:
@@ -66,12 +69,12 @@ def divergences(side: Side, limit: int = 4) -> RenderableType | None:
 
 
 def pick(found: list[Divergence], limit: int) -> list[Divergence]:
-    """One divergence per prompt first, then more, at most `limit`."""
-    first: dict[str, Divergence] = {}
-    for d in found:
-        first.setdefault(d.prompt, d)
-    rest = [d for d in found if d not in first.values()]
-    return [*first.values(), *rest][:limit]
+    """At most `limit`: the earliest change of each prompt first, then others, each pair of texts once."""
+    once = list({(d.prompt, d.alone, d.beside): d for d in reversed(found)}.values())
+    once.sort(key=lambda d: d.word)
+    first = {d.prompt: d for d in reversed(once)}
+    rest = [d for d in once if d is not first[d.prompt]]
+    return [*sorted(first.values(), key=lambda d: d.word), *rest][:limit]
 
 
 def _marked(text: str, index: int) -> Text:

@@ -1,0 +1,152 @@
+"""The evidence files: what a run measured, on what, in the forms that README tables and plots are made from."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from bi_patch.bench.engine import Info
+from bi_patch.errors import BiPatchError
+from bi_patch.files import write_json
+
+RESULTS = Path("benchmarks/results")
+
+
+class EvidenceMissing(BiPatchError):
+    """A table or plot was asked for and no evidence file of its kind is there."""
+
+
+class CostRow(msgspec.Struct):
+    """One workload's time. stock, upstream, armed: medians in `unit`, None where that engine cannot run.
+
+    ratio: the median over repeats of armed / stock, each pair measured back to back. *_range: least and greatest.
+    """
+
+    model: str
+    workload: str
+    unit: str
+    stock: float | None
+    upstream: float | None
+    armed: float | None
+    repeats: int
+    ratio: float | None = None
+    stock_range: tuple[float, float] | None = None
+    armed_range: tuple[float, float] | None = None
+
+
+class InvarianceRow(msgspec.Struct):
+    """One axis on one model: positions compared bitwise, how many differ, and words for the first one."""
+
+    model: str
+    axis: str
+    compared: int
+    differing: int
+    first: str = ""
+
+
+class Cost(msgspec.Struct):
+    device: str
+    vllm: str
+    torch: str
+    date: str
+    rows: list[CostRow]
+    threads: int = 0
+    note: str = ""
+
+
+class Invariance(msgspec.Struct):
+    device: str
+    vllm: str
+    torch: str
+    date: str
+    rows: list[InvarianceRow]
+    threads: int = 0
+    note: str = ""
+
+
+Evidence = TypeVar("Evidence", Cost, Invariance)
+_KINDS = {Cost: "cost", Invariance: "invariance"}
+
+
+def new(kind: type[Evidence], info: Info) -> Evidence:
+    """An empty evidence of today for what `info` describes."""
+    return kind(info.device, info.vllm, info.torch, datetime.date.today().isoformat(), [], info.threads)
+
+
+def file_name(evidence: Cost | Invariance, platform: str) -> str:
+    """E.g. cost-2026-11-21-cpu-vllm-0.32.0.json. platform: cpu, h100, ..."""
+    release = re.sub(r"[^0-9A-Za-z.]+", "-", evidence.vllm)
+    return f"{_KINDS[type(evidence)]}-{evidence.date}-{platform}-vllm-{release}.json"
+
+
+def write(evidence: Cost | Invariance, platform: str, folder: Path = RESULTS) -> Path:
+    """Write the file; rows of other models that a file of the same name holds are kept. Returns its path."""
+    path = folder / file_name(evidence, platform)
+    if path.exists():
+        before = msgspec.json.decode(path.read_bytes(), type=type(evidence))
+        measured = {row.model for row in evidence.rows}
+        evidence.rows[:0] = [row for row in before.rows if row.model not in measured]
+        evidence.note = evidence.note or before.note
+    write_json(path, evidence)
+    path.chmod(0o644)
+    return path
+
+
+def newest(kind: type[Evidence], folder: Path = RESULTS, platform: str = "*") -> Evidence:
+    """The newest file of a kind. Raises EvidenceMissing."""
+    found = sorted(folder.glob(f"{_KINDS[kind]}-*-{platform}-vllm-*.json"))
+    if not found:
+        raise EvidenceMissing(f"no {_KINDS[kind]}-*.json in {folder}: run `bi-patch bench` first")
+    return msgspec.json.decode(found[-1].read_bytes(), type=kind)
+
+
+def cost_table(cost: Cost) -> str:
+    """Markdown: each workload's time, stock and armed, and their ratio."""
+    lines = ["| model | workload | stock | upstream's mode | armed | armed / stock |", "|---|---|--:|--:|--:|--:|"]
+    for row in cost.rows:
+        times = [_time(value, row.unit) for value in (row.stock, row.upstream, row.armed)]
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        lines.append(f"| {row.model} | {row.workload} | {' | '.join(times)} | {ratio} |")
+    return "\n".join(lines) + "\n\n" + _where(cost)
+
+
+def invariance_table(invariance: Invariance) -> str:
+    """Markdown: axes down, models across; each entry is differing / compared positions."""
+    models = list(dict.fromkeys(row.model for row in invariance.rows))
+    axes = list(dict.fromkeys(row.axis for row in invariance.rows))
+    found = {(row.axis, row.model): f"{row.differing} / {row.compared:,}" for row in invariance.rows}
+    lines = [f"| axis | {' | '.join(models)} |", "|---|" + "--:|" * len(models)]
+    for axis in axes:
+        lines.append(f"| {axis} | {' | '.join(found.get((axis, model), '') for model in models)} |")
+    total, differing = sum(r.compared for r in invariance.rows), sum(r.differing for r in invariance.rows)
+    return "\n".join(lines) + f"\n\n{differing} of {total:,} positions differ. " + _where(invariance)
+
+
+def replace_between(text: str, mark: str, table: str) -> str:
+    """`text` with what stands between `<!-- mark -->` and `<!-- /mark -->` replaced by `table`.
+
+    Raises EvidenceMissing when the marks are not there.
+    """
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if begin not in text or end not in text:
+        raise EvidenceMissing(f"the marks {begin} and {end} are not in the text")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{table.rstrip()}\n{end}{rest.split(end, 1)[1]}"
+
+
+def _time(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+
+
+def _where(evidence: Cost | Invariance) -> str:
+    text = f"{evidence.device}, vLLM {evidence.vllm}, torch {evidence.torch}, {evidence.date}."
+    return f"{text} {evidence.note}" if evidence.note else text
+
+
+def total_differing(rows: Iterable[InvarianceRow]) -> int:
+    return sum(row.differing for row in rows)

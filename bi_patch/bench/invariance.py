@@ -1,0 +1,57 @@
+"""Running the matrix: every axis on every model, dtype and mode, armed, in engines of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bi_patch.bench.answers import Difference
+from bi_patch.bench.child import ARMED, ChildEngine
+from bi_patch.bench.engine import Info, Options
+from bi_patch.bench.evidence import InvarianceRow
+from bi_patch.bench.matrix import CROSS_PROBES, PROBES, CrossProbe, Probe, Result, Workload
+
+LONG = 3000
+
+
+def measure(label: str, options: Options, *, mode: str = ARMED, probes: Sequence[Probe] = PROBES,
+            cross: Sequence[CrossProbe] = CROSS_PROBES, long: int = LONG,
+            tell: Callable[[str], None] = lambda text: None) -> tuple[list[InvarianceRow], Info]:
+    """One row per axis for one model and what the engine is. long: length of the long prompt.
+
+    Raises NotExercised when an axis did not happen, and what an engine fails with: no axis is left out silently.
+    """
+    tell(f"{label}: starting the {mode} engine")
+    rows = []
+    with ChildEngine(mode, options) as engine:
+        workload = Workload.random(engine.info.vocab_size, long=long)
+        for probe in probes:
+            tell(f"{label}: {probe.name}")
+            rows.append(_row(label, probe.run(engine, workload)))
+            tell(f"{label}: {_words(rows[-1])}")
+        expected = {}
+        for crossing in cross:
+            tell(f"{label}: {crossing.name}, reference")
+            expected[crossing.name] = crossing.collect(engine, workload)
+        changes = {crossing.name: crossing.changes(engine) for crossing in cross}
+        info = engine.info
+    for crossing in cross:
+        total = Difference()
+        for change in changes[crossing.name]:
+            tell(f"{label}: {crossing.name}, {change.label}")
+            with ChildEngine(mode, options.but(**change.options)) as other:
+                got = crossing.collect(other, workload, change)
+                result = crossing.judge(change, expected[crossing.name], got)
+            total += Difference(
+                result.compared, result.differing, result.tokens_changed, result.largest, result.first
+            )
+        rows.append(_row(label, Result.of(crossing.name, total)))
+        tell(f"{label}: {_words(rows[-1])}")
+    return rows, info
+
+
+def _row(label: str, result: Result) -> InvarianceRow:
+    return InvarianceRow(label, result.axis, result.compared, result.differing, result.first)
+
+
+def _words(row: InvarianceRow) -> str:
+    return f"{row.axis}: {row.differing} of {row.compared} differ" + (f" ({row.first})" if row.first else "")

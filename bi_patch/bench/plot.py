@@ -1,0 +1,45 @@
+"""The plot of a cost file: armed time over stock time per workload. Needs matplotlib (extra `plots`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bi_patch.bench.cost import TARGET
+from bi_patch.bench.evidence import Cost
+from bi_patch.errors import BiPatchError
+
+
+class PlotsMissing(BiPatchError):
+    """matplotlib is not installed."""
+
+
+def cost(evidence: Cost, path: Path) -> None:
+    """Write a bar chart, one bar per model and workload; the format is the path's ending. Raises PlotsMissing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotsMissing("the plot needs matplotlib: pip install 'bi_patch[plots]'") from error
+
+    rows = [row for row in evidence.rows if row.ratio is not None]
+    models = list(dict.fromkeys(row.model for row in rows))
+    loads = list(dict.fromkeys(row.workload for row in rows))
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    width = 0.8 / max(1, len(models))
+    for number, model in enumerate(models):
+        ratios = {row.workload: row.ratio for row in rows if row.model == model}
+        present = [i for i, load in enumerate(loads) if load in ratios]
+        places = [i + (number - (len(models) - 1) / 2) * width for i in present]
+        bars = axes.bar(places, [ratios[loads[i]] for i in present], width * 0.92, label=model)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    axes.axhline(1.0, color="#1d2733", linewidth=1)
+    axes.axhline(TARGET, color="#c23b22", linewidth=1, linestyle="--", label=f"target {TARGET:.2f}")
+    axes.set_xticks(range(len(loads)), loads, fontsize=8)
+    axes.set_ylabel("time, armed / stock")
+    axes.set_title(f"Cost of batch invariance ({evidence.device}, vLLM {evidence.vllm})", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, ncols=2, frameon=False, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,119 @@
+"""`bi-patch bench`: what invariance costs, and the matrix of axes and models, written as evidence files."""
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from bi_patch.cli import app
+
+
+@app.command()
+def bench(
+    cost: bool = typer.Option(True, help="Measure time, stock against armed."),
+    invariance: bool = typer.Option(True, help="Measure the matrix of axes and models, armed."),
+    quick: bool = typer.Option(False, "--quick", help="Two repeats, and only the first model of each part."),
+    only: list[str] = typer.Option([], "--only", help="Only measurements whose label contains this; repeatable."),
+    repeats: int = typer.Option(5, "--repeats", min=1, help="Timed repeats of each workload."),
+    results: Path = typer.Option(Path("benchmarks/results"), "--results", help="Folder of the evidence files."),
+    tables: bool = typer.Option(False, "--tables", help="Measure nothing: print the tables of the newest files."),
+    readme: Path | None = typer.Option(None, "--readme", help="With --tables: put them between the file's marks."),
+) -> None:
+    """Measure cost and invariance. Exit 1 when a position differed; times are only meant for a quiet machine."""
+    from bi_patch.bench import evidence, plan
+
+    console = Console()
+    if tables:
+        _tables(console, results, readme)
+        return
+    if cost:
+        _cost(console, _chosen(plan.COST, only, quick), 2 if quick else repeats, results)
+    if invariance:
+        rows = _invariance(console, _chosen(plan.INVARIANCE, only, quick), results)
+        if evidence.total_differing(rows):
+            raise typer.Exit(1)
+
+
+def _chosen(specs, only: list[str], quick: bool):
+    found = [s for s in specs if not only or any(text in s.label for text in only)]
+    return found[:1] if quick else found
+
+
+def _options(spec, console: Console):
+    from bi_patch.bench.engine import Options
+    from bi_patch.demo import models
+
+    folder = models.path(spec.model, tell=lambda text: console.print(f"[dim]{text}[/]"))
+    return Options(str(folder), dtype=spec.dtype, eager=spec.eager, max_model_len=3072, chunk=2048)
+
+
+def _cost(console: Console, specs, repeats: int, results: Path) -> None:
+    from rich.table import Table
+
+    from bi_patch.bench import cost, evidence
+
+    table = Table(title="Time of armed over stock vLLM", title_justify="left")
+    for column in ("model", "workload", "stock", "upstream", "armed", "armed / stock"):
+        table.add_column(column, justify="left" if column in ("model", "workload") else "right")
+    for spec in specs:
+        with console.status("") as status:
+            rows, info, note = cost.measure(
+                spec.label, _options(spec, console), repeats=repeats, tell=status.update
+            )
+        found = evidence.new(evidence.Cost, info)
+        found.rows, found.note = rows, note
+        path = evidence.write(found, "cpu", results)
+        for row in rows:
+            colour = "green" if row.ratio <= cost.TARGET else "red"
+            table.add_row(row.model, row.workload, *(_ms(v) for v in (row.stock, row.upstream, row.armed)),
+                          f"[{colour}]{row.ratio:.2f}[/]")
+        console.print(f"{spec.label}: {path}", soft_wrap=True)
+    console.print(table)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f} ms"
+
+
+def _invariance(console: Console, specs, results: Path) -> list:
+    from bi_patch.bench import evidence, invariance, matrix
+
+    everything = []
+    for spec in specs:
+        cross = matrix.CROSS_PROBES if spec.cross else ()
+        with console.status("") as status:
+
+            def tell(text: str) -> None:
+                status.update(text)
+                if " differ" in text:
+                    console.print(text, highlight=False)
+
+            rows, info = invariance.measure(spec.label, _options(spec, console), cross=cross, tell=tell)
+        found = evidence.new(evidence.Invariance, info)
+        found.rows = list(rows)
+        path = evidence.write(found, "cpu", results)
+        everything += rows
+        console.print(f"{spec.label}: {path}", soft_wrap=True)
+    differing = evidence.total_differing(everything)
+    compared = sum(row.compared for row in everything)
+    console.print(f"[bold {'red' if differing else 'green'}]{differing} of {compared:,} positions differ[/]")
+    return everything
+
+
+def _tables(console: Console, results: Path, readme: Path | None) -> None:
+    from bi_patch.bench import evidence, plot
+
+    made = {
+        "cost": evidence.cost_table(evidence.newest(evidence.Cost, results)),
+        "invariance": evidence.invariance_table(evidence.newest(evidence.Invariance, results)),
+    }
+    plot.cost(evidence.newest(evidence.Cost, results), results / "cost.svg")
+    if readme is None:
+        for text in made.values():
+            print(text, end="\n\n")
+        return
+    text = readme.read_text(encoding="utf-8")
+    for mark, table in made.items():
+        text = evidence.replace_between(text, mark, table)
+    readme.write_text(text, encoding="utf-8")
+    console.print(f"{readme}: tables renewed; {results / 'cost.svg'} drawn")
