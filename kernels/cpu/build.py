@@ -103,9 +103,10 @@ def _gomp() -> list[str]:
     return [str(found[0])] if found else ["-lgomp"]
 
 
-def _digest(compiler: str, isa: str, defines: tuple[str, ...]) -> str:
+def _digest(*parts: str) -> str:
+    """Of every source, this file, torch and `parts`."""
     h = hashlib.sha256()
-    for part in (compiler, torch.__version__, isa, *_CFLAGS[isa], *_COMMON, *defines, *_gomp()):
+    for part in (torch.__version__, str(_torch_dir()), *_COMMON, *_gomp(), *parts):
         h.update(part.encode() + b"\0")
     for path in sorted(CSRC.iterdir()):
         h.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -123,24 +124,29 @@ def _run(cmd: list[str]) -> None:
         )
 
 
-def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path) -> Path:
+def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path, bindings: Path) -> Path:
+    """Compiles and links in `work`; `bindings` is where the ISA-free object is kept."""
     tdir = _torch_dir()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    head = [cxx, *_COMMON, *defines]
     jobs = [
-        # Bindings use no vectors; torch's headers need C++20 from 2.13 on.
-        [*head, "-std=c++20", "-O1", abi, f"-I{tdir}/include", "-c", str(CSRC / "ops.cpp"), "-o", str(work / "ops.o")]
-    ]
-    jobs += [
-        [*head, "-std=c++17", "-O3", *_CFLAGS[isa], "-c", str(CSRC / f), "-o", str(work / f"{f}.o")]
+        [cxx, *_COMMON, *defines, "-std=c++17", "-O3", *_CFLAGS[isa], "-c", str(CSRC / f), "-o", str(work / f"{f}.o")]
         for f in _KERNELS
     ]
+    objects = [job[-1] for job in jobs]
+    if not bindings.exists():
+        # The slowest, so first. torch's headers need C++20 from 2.13 on.
+        made = str(work / "ops.o")
+        jobs.insert(
+            0, [cxx, *_COMMON, "-std=c++20", "-O1", abi, f"-I{tdir}/include", "-c", str(CSRC / "ops.cpp"), "-o", made]
+        )
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(_run, jobs))
+    if (work / "ops.o").exists():
+        os.replace(work / "ops.o", bindings)
     out = work / "lib.so"
     lib = tdir / "lib"
     _run(
-        [cxx, "-shared", *(job[-1] for job in jobs), "-o", str(out), f"-L{lib}", f"-Wl,-rpath,{lib}",
+        [cxx, "-shared", str(bindings), *objects, "-o", str(out), f"-L{lib}", f"-Wl,-rpath,{lib}",
          "-ltorch", "-ltorch_cpu", "-lc10", *_gomp()]
     )  # fmt: skip
     return out
@@ -162,13 +168,14 @@ def build(cache_dir: Path, isa: str | None = None, defines: tuple[str, ...] = ()
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise KernelBuildError(f"cannot make the kernel cache {cache_dir}: {e}; choose a writable one") from e
-    target = cache_dir / f"bi_cpu-{isa}-{_digest(version, isa, defines)}.so"
+    target = cache_dir / f"bi_cpu-{isa}-{_digest(version, isa, *_CFLAGS[isa], *defines)}.so"
+    bindings = cache_dir / f"bindings-{_digest(version)}.o"
     if target.exists():
         return target
     with FileLock(str(target) + ".lock"):
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=cache_dir, prefix="build-") as tmp:
-                os.replace(_compile(cxx, isa, defines, Path(tmp)), target)
+                os.replace(_compile(cxx, isa, defines, Path(tmp), bindings), target)
     return target
 
 

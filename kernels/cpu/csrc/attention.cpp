@@ -21,7 +21,7 @@
 namespace bi {
 namespace {
 
-#ifndef BI_LEAF
+#ifndef BI_LEAF  // a test builds another one
 #define BI_LEAF 256
 #endif
 constexpr int kLeaf = BI_LEAF;         // part of the order

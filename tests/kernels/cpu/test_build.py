@@ -37,7 +37,7 @@ def test_key_tells_isa_and_flags_apart(isa, cache_dir, monkeypatch):
     monkeypatch.setattr(
         sys.modules["bi_patch.kernels.cpu.build"],
         "_compile",
-        lambda cxx, isa, defines, work: compiled.append(isa) or _touch(work / "lib.so"),
+        lambda cxx, isa, defines, work, bindings: compiled.append(isa) or _touch(work / "lib.so"),
     )
     names.add(build(cache_dir / "key", "portable").name)
     names.add(build(cache_dir / "key", "portable", ("-DX",)).name)
@@ -53,7 +53,7 @@ def test_processes_building_at_once_compile_once(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from bi_patch.kernels.cpu import build as b\n"
         "m = sys.modules['bi_patch.kernels.cpu.build']\n"
-        "def slow(cxx, isa, defines, work):\n"
+        "def slow(cxx, isa, defines, work, bindings):\n"
         "    time.sleep(0.5); print('compiled'); out = work / 'lib.so'; out.write_bytes(b'x'); return out\n"
         "m._compile = slow\n"
         f"b(Path({str(tmp_path)!r}))"
