@@ -1,7 +1,7 @@
-"""`bi-patch check`: do the patch series and the anchors still fit vLLM? Reads sources only; vLLM is never imported."""
+"""`bi-patch check`: do the patch series and the anchors still fit vLLM? Reads text; never imports vLLM."""
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -17,19 +17,29 @@ if TYPE_CHECKING:
 
 @app.command()
 def check(
-    sources: list[str] = typer.Argument(
-        None, metavar="[SOURCE]...", help="A wheel, a folder that holds vllm/, or `installed`, which is the default."
-    ),
-    release: str = typer.Option(
-        None, help="Download this release and check it; with a SOURCE: take the source for this release."
-    ),
-    every: bool = typer.Option(
-        False, "--all", help="Check every supported release, downloaded once into the cache folder."
-    ),
-    write: bool = typer.Option(
-        False, "--write", help="First generate the series and anchors anew, of every release where no SOURCE is named."
-    ),
-    json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SOURCE]...", help="A wheel, a folder that holds vllm/, or `installed` (the default)."
+        ),
+    ] = None,
+    release: Annotated[
+        str | None,
+        typer.Option(
+            help="Download this release and check it; with a SOURCE: take the source for this release."
+        ),
+    ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Check every supported release, downloaded once into the cache folder."),
+    ] = False,
+    write: Annotated[
+        bool,
+        typer.Option(
+            "--write", help="First generate series and anchors anew, of all releases if no SOURCE is named."
+        ),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Check that the patches apply, reverse and close their seams, and that no anchor moved.
 

@@ -31,7 +31,12 @@ def apply(folder: Path, patch: Path, *, reverse: bool = False) -> None:
     command += ["--reverse"] if reverse else []
     try:
         result = subprocess.run(
-            [*command, str(patch.resolve())], cwd=folder, env=environ, capture_output=True, text=True, check=False
+            [*command, str(patch.resolve())],
+            cwd=folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except FileNotFoundError as error:
         raise PatchError("`git` is not on PATH; patches are applied with `git apply`") from error
@@ -41,7 +46,7 @@ def apply(folder: Path, patch: Path, *, reverse: bool = False) -> None:
 
 
 def apply_series(folder: Path, patches: Sequence[Path]) -> None:
-    """Apply patches in order; when one fails, take back those before it. Raises PatchError, naming that one."""
+    """Apply patches in order; when one fails, take back those before it. Raises PatchError, naming it."""
     done: list[Path] = []
     try:
         for patch in patches:
@@ -61,10 +66,11 @@ def reverse_series(folder: Path, patches: Sequence[Path]) -> None:
 def patched_copy(folder: Path) -> Path:
     """A copy of the installed vLLM in `folder`, with the series of its release applied.
 
-    The copy is small: what no patch touches is a symbolic link to the installed file or folder. A process with
-    `folder` first on PYTHONPATH and BI_PATCH_FORM=patches runs the patched vLLM; metadata stays the installed one.
+    The copy is small: what no patch touches is a symbolic link to the installed file or folder. A process
+    with `folder` first on PYTHONPATH, BI_PATCH_FORM=patches and VLLM_BATCH_INVARIANT=1 runs the patched vLLM.
+    Versions are looked up in the installed distribution still.
 
-    Returns `folder`. Raises PatchError when no vLLM is installed, `folder` already holds one, or a patch fails.
+    Returns `folder`. Raises PatchError when no vLLM is installed, `folder` holds one, or a patch fails.
     """
     found = installed.find("cpu")  # the platform is not looked at: the series is for every platform
     if found is None:

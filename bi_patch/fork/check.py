@@ -1,4 +1,4 @@
-"""Checks one vLLM release against its patch series: applies, reverses, closes what it claims, anchors unmoved."""
+"""Checks one vLLM release against its patches: they apply, reverse and close seams; no anchor moved."""
 
 import ast
 import tempfile
@@ -24,7 +24,7 @@ _CALL = [ast.dump(statement) for statement in ast.parse(series.CALL).body]
 
 
 class Report(msgspec.Struct):
-    """What was found in one source. base: the release whose series was tried, another one where `release` is unknown."""
+    """What was found in one source. base: the release whose series was tried, if `release` is unknown."""
 
     source: str
     release: str
@@ -46,8 +46,8 @@ class Report(msgspec.Struct):
 def check(source: Source) -> Report:
     """Check a source against the committed series of its release.
 
-    A release without a series is a problem by itself; it is then checked against the nearest known release, so
-    that a maintainer sees what has to be ported.
+    A release without a series is a problem by itself; it is then checked against the nearest known release,
+    so that a maintainer sees what has to be ported.
     """
     base = nearest(source.release)
     report = against(source, base, series.planned_seams(base), anchors.PATCHES / f"vllm-{base}")
@@ -114,14 +114,17 @@ def _contents(tree: Path) -> dict[str, bytes]:
     return {p.relative_to(tree).as_posix(): p.read_bytes() for p in tree.rglob("*") if p.is_file()}
 
 
-def _try_each(report: Report, tree: Path, committed: tuple[Committed, ...], *, reverse: bool) -> tuple[Committed, ...]:
+def _try_each(
+    report: Report, tree: Path, committed: tuple[Committed, ...], *, reverse: bool
+) -> tuple[Committed, ...]:
     """Apply or reverse each patch; those that fail are reported, the others returned."""
     done = []
     for patch in committed:
         try:
             if not reverse and series.CALL in _read(tree / patch.target):
                 raise PatchError(
-                    f"{patch.name}: {patch.target} carries bi_patch's call already: check the unpatched release"
+                    f"{patch.name}: {patch.target} carries bi_patch's call already: "
+                    "check the unpatched release"
                 )
             apply.apply(tree, patch.path, reverse=reverse)
             done.append(patch)
@@ -145,7 +148,9 @@ def _check_contents(
     after = _contents(tree)
     for file in sorted({*expected, *after}):
         if after.get(file) != expected.get(file):
-            report.problems.append(Problem("patch", f"{file} is changed by more than the call at its end", file=file))
+            report.problems.append(
+                Problem("patch", f"{file} is changed by more than the call at its end", file=file)
+            )
 
 
 def _count_closed(
@@ -197,7 +202,9 @@ def _look(tree: Path, patch: Committed, item: Planned) -> str | None:
         return str(error)
     except SyntaxError as error:
         return f"{patch.target} cannot be read as Python: {error}"
-    return f"{patch.name} claims {item.seam.name} but {patch.target} does not end with the call that closes it"
+    return (
+        f"{patch.name} claims {item.seam.name} but {patch.target} does not end with the call that closes it"
+    )
 
 
 def _calls(text: str) -> bool:
@@ -222,4 +229,6 @@ def _check_anchors(report: Report, source: Source, planned: tuple[Planned, ...],
         else:
             report.problems.append(problem)
     for seam in sorted(set(recorded) - {p.seam.name for p in planned}):
-        report.problems.append(Problem("anchor", f"an anchor is recorded for {seam}, which is no seam here", seam))
+        report.problems.append(
+            Problem("anchor", f"an anchor is recorded for {seam}, which is no seam here", seam)
+        )

@@ -22,7 +22,7 @@ _WHEEL = (
 
 
 def fetch(release: str, cache: Path) -> Path:
-    """A zip of the Python files and metadata of vLLM `release`, from `cache` or downloaded (about 330 MB, once).
+    """A zip of the Python files and metadata of vLLM `release`, from `cache` or downloaded (330 MB, once).
 
     Raises PatchError when the release cannot be downloaded.
     """
@@ -42,9 +42,14 @@ def _download(release: str, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("vllm-*.whl"))
     if result.returncode or not wheels:
-        lines = [x for x in (result.stderr or result.stdout).splitlines() if x.strip() and not x.startswith("WARNING")]
+        lines = [
+            x
+            for x in (result.stderr or result.stdout).splitlines()
+            if x.strip() and not x.startswith("WARNING")
+        ]
         raise PatchError(
-            f"vLLM {release} could not be downloaded with pip:\n" + "\n".join(lines[-4:])
+            f"vLLM {release} could not be downloaded with pip:\n"
+            + "\n".join(lines[-4:])
             + "\nName a wheel or a source tree instead: bi-patch check PATH"
         )
     return wheels[0]
@@ -52,7 +57,10 @@ def _download(release: str, folder: Path) -> Path:
 
 def _slim(wheel: Path, to: Path) -> Path:
     """A copy of `wheel` with Python files and metadata only."""
-    with zipfile.ZipFile(wheel) as full, zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as slim:
+    with (
+        zipfile.ZipFile(wheel) as full,
+        zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as slim,
+    ):
         for info in full.infolist():
             python = info.filename.startswith(f"{PACKAGE}/") and info.filename.endswith(".py")
             if python or info.filename.endswith(".dist-info/METADATA"):

@@ -1,7 +1,7 @@
-"""Finds a release's places of seams: anchors against the recorded ones, and modules that hold copies of a target.
+"""Finds the places of seams in a release: anchors, against the recorded ones, and modules that hold copies.
 
-A copy is what `from module import name` at the top of another module makes: replacing the name in its own module does
-not reach it when the other module was loaded first.
+A copy is what `from module import name` at the top of another module makes: replacing the name in its own
+module does not reach a copy that was made before.
 """
 
 import ast
@@ -50,15 +50,19 @@ def check_anchor(planned: Planned, source: Source, old: Anchor | None) -> Proble
         new = take(planned, source)
     except AnchorMoved as error:
         near, diff = _nearest(old, _python(source.text(file))) if file else ("", "")
-        return Problem("anchor", str(error) + (f"; the nearest is {near}" if near else ""), name, target, file, diff)
+        return Problem(
+            "anchor", str(error) + (f"; the nearest is {near}" if near else ""), name, target, file, diff
+        )
     if old.target != target:
-        return Problem("anchor", f"the anchor of {name} was recorded for {old.target}, not {target}", name, target, file)
+        return Problem(
+            "anchor", f"the anchor of {name} was recorded for {old.target}, not {target}", name, target, file
+        )
     diff = anchors.compare(old, new)
     return None if diff is None else Problem("anchor", f"upstream changed {target}", name, target, file, diff)
 
 
 def holders(planned: tuple[Planned, ...], source: Source) -> dict[str, list[str]]:
-    """For each seam on a name of a module (not of a class): the modules that take it by `from ... import`, sorted."""
+    """For each seam on a module's own name (not a class's): the modules that take it by `from ... import`."""
     wanted = {p.seam.name: p.target for p in planned if "." not in p.target.qualname}
     names = {t.qualname for t in wanted.values()}
     if not names:
@@ -89,11 +93,15 @@ def check_holders(
             # Of a range of releases, some may lack the module.
             there = anchors.path_of(module, source.files.__contains__) is not None
             if there and module not in found.get(seam, ()):
-                message = f"Target.copies lists {module}, which does not take {item.target} by `from ... import`"
+                message = (
+                    f"Target.copies lists {module}, which does not take {item.target} by `from ... import`"
+                )
                 problems.append(Problem("copies", message, seam, str(item.target)))
     for seam, modules in found.items():
         if new := sorted(set(modules) - set(recorded.get(seam, ()))):
-            message = f"{', '.join(new)} newly hold a copy: see whether Target.copies must list them, then record them"
+            message = (
+                f"{', '.join(new)} newly hold a copy: list them in Target.copies if need be, then record"
+            )
             problems.append(Problem("copies", message, seam))
     return problems
 
@@ -130,7 +138,7 @@ def _top(node: ast.AST) -> Iterator[ast.stmt]:
 
 
 def _nearest(old: Anchor, text: str) -> tuple[str, str]:
-    """The definition most like a lost one, with the diff to it; the whole of the lost one when none is near."""
+    """The definition most like a lost one, with the diff to it; all of the lost one when none is near."""
     try:
         candidates = dict(_definitions(ast.parse(text), text))
     except SyntaxError:
@@ -140,10 +148,16 @@ def _nearest(old: Anchor, text: str) -> tuple[str, str]:
     best, score = "", 0.5
     for name, source in candidates.items():
         matcher.set_seq1(source.splitlines())
-        if matcher.real_quick_ratio() > score and matcher.quick_ratio() > score and (ratio := matcher.ratio()) > score:
+        if (
+            matcher.real_quick_ratio() > score
+            and matcher.quick_ratio() > score
+            and (ratio := matcher.ratio()) > score
+        ):
             best, score = name, ratio
     new = candidates[best].splitlines() if best else []
-    lines = difflib.unified_diff(old.source.splitlines(), new, f"recorded/{old.file}", f"found/{old.file}", lineterm="")
+    lines = difflib.unified_diff(
+        old.source.splitlines(), new, f"recorded/{old.file}", f"found/{old.file}", lineterm=""
+    )
     return best, "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Writes what a release's folder under patches/ holds: the series, the anchors, and the modules that hold copies."""
+"""Writes what a release's folder under patches/ holds: the series, the anchors, the modules with copies."""
 
 from pathlib import Path
 
@@ -21,8 +21,8 @@ def record(source: Source) -> Path:
     """
     if source.release not in RELEASES:
         raise PatchError(
-            f"vLLM {source.release} is not in RELEASES of bi_patch/seams/registry.py ({', '.join(RELEASES)}): "
-            "add it there, and make the seams' targets hold for it, first"
+            f"vLLM {source.release} is not in RELEASES of bi_patch/seams/registry.py "
+            f"({', '.join(RELEASES)}): add it there, and make the seams' targets hold for it, first"
         )
     folder = anchors.PATCHES / f"vllm-{source.release}"
     write(source, series.planned_seams(source.release), folder)
@@ -39,7 +39,9 @@ def write(source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
         assert file is not None, "targets were taken and holders found in this source"
         text = source.text(file)
         if series.CALL in text:
-            raise PatchError(f"{source.label}: {file} carries bi_patch's call already: record the unpatched release")
+            raise PatchError(
+                f"{source.label}: {file} carries bi_patch's call already: record the unpatched release"
+            )
         texts[patch.name] = patch.diff(file, text)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.patch"):

@@ -1,7 +1,7 @@
-"""The patch series of a release, generated from the seams: one diff per vLLM module, which adds one call to its end.
+"""The patch series of a release, generated from the seams: one diff per vLLM module adds one call to its end.
 
-A diff opens with a header of fields (`Description`, `Target`, `Closes`, `Copies`, `Why`, `How`, `Until`), whose
-further lines begin with a space, as in DEP-3. The logic stays in bi_patch/seams; the call closes the module's seams.
+A diff opens with a header of fields (`Description`, `Target`, `Closes`, `Copies`, `Why`, `How`, `Until`),
+whose further lines begin with a space, as in DEP-3. The logic stays in bi_patch/seams: the call closes them.
 """
 
 import difflib
@@ -30,7 +30,7 @@ INDEX = "series"
 
 @dataclass(frozen=True)
 class Patch:
-    """What one diff must be. closes: seams whose target is in `module`; copies: seams of which it holds a copy."""
+    """What one diff must be. closes: seams whose target is in `module`; copies: seams it holds a copy of."""
 
     name: str
     module: str
@@ -71,7 +71,9 @@ class Patch:
     def diff(self, file: str, text: str) -> str:
         """The whole patch file for a module of this text."""
         lines = difflib.unified_diff(_lines(text), _lines(self.patched(text)), f"a/{file}", f"b/{file}")
-        body = "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+        body = "".join(
+            line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines
+        )
         return f"{self.header(file)}\n---\n{body}"
 
 
@@ -101,7 +103,9 @@ def planned_seams(release: str) -> tuple[Planned, ...]:
     platforms = [p for p, wanted in PLATFORM_RELEASES.items() if SpecifierSet(wanted).contains(version)]
     plans = [plan_module.make(version, platform) for platform in platforms or PLATFORM_RELEASES]
     planned = {p.seam.name: p for plan in plans for p in plan.seams}
-    return tuple(planned[s.name] for s in SEAMS if s.name in planned and inside(planned[s.name].target.module))
+    return tuple(
+        planned[s.name] for s in SEAMS if s.name in planned and inside(planned[s.name].target.module)
+    )
 
 
 def inside(module: str) -> bool:
@@ -135,8 +139,8 @@ def make(planned: tuple[Planned, ...], held: Mapping[str, Collection[str]]) -> t
 def read(folder: Path) -> tuple[Committed, ...]:
     """The patches that `folder/series` lists, in its order.
 
-    Raises PatchError when there is no series, it lists a file twice or one that is not there, or a file that is not
-    listed lies beside it, or a file is not a patch of one module.
+    Raises PatchError when there is no series, when it lists a file twice or one that is not there, when a
+    patch that it does not list lies beside it, or when a file is not a patch of one module.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -154,25 +158,32 @@ def read(folder: Path) -> tuple[Committed, ...]:
 
 
 def parse(path: Path) -> Committed:
-    """A patch file. Raises PatchError when it has no header or does not change exactly the file that it names."""
+    """A patch file. Raises PatchError when it has no header, or changes not just the file that it names."""
     header, mark, body = path.read_bytes().decode(errors="replace").partition("\n---\n")
     fields = HeaderParser().parsestr(header)
     target = (fields["Target"] or "").strip()
     if not mark or not target:
-        raise PatchError(f"{path.name} has no header with a Target and a line of three dashes before its diff")
+        raise PatchError(
+            f"{path.name} has no header with a Target and a line of three dashes before its diff"
+        )
     lines = body.split("\n")
     files = [line[4:].split("\t")[0] for line in lines if line.startswith(("--- ", "+++ "))]
     if files != [f"a/{target}", f"b/{target}"] or any(line.startswith("diff --git") for line in lines):
         raise PatchError(f"{path.name} changes {', '.join(files) or 'nothing'}, and not {target} alone")
+    changed = [line for line in lines if not line.startswith(("--- ", "+++ "))]
     return Committed(
-        path, header, target, tuple((fields["Closes"] or "").split()), tuple((fields["Copies"] or "").split()),
-        "".join(f"{line[1:]}\n" for line in lines if line.startswith("+") and not line.startswith("+++ ")),
-        "".join(f"{line[1:]}\n" for line in lines if line.startswith("-") and not line.startswith("--- ")),
-    )  # fmt: skip
+        path=path,
+        header=header,
+        target=target,
+        closes=tuple((fields["Closes"] or "").split()),
+        copies=tuple((fields["Copies"] or "").split()),
+        added="".join(f"{line[1:]}\n" for line in changed if line.startswith("+")),
+        removed="".join(f"{line[1:]}\n" for line in changed if line.startswith("-")),
+    )
 
 
 def stale(patches: tuple[Patch, ...], committed: tuple[Committed, ...]) -> list[str]:
-    """How a committed series differs from the one that the seams ask for, without vLLM's sources; [] when it is as asked."""
+    """How a committed series differs from the one that the seams ask for, told without vLLM's sources."""
     wanted, have = [p.name for p in patches], [c.name for c in committed]
     if wanted != have:
         lines = difflib.unified_diff(have, wanted, "committed/series", "seams", n=0, lineterm="")
@@ -180,7 +191,9 @@ def stale(patches: tuple[Patch, ...], committed: tuple[Committed, ...]) -> list[
     told = []
     for patch, found in zip(patches, committed, strict=True):
         if found.header.strip() != patch.header(found.target).strip():
-            told.append(f"{found.name}: its header is not the one of the seams {_names(patch.closes + patch.copies)}")
+            told.append(
+                f"{found.name}: its header is not the one of the seams {_names(patch.closes + patch.copies)}"
+            )
         base = patch.module.replace(".", "/")
         if found.target not in (f"{base}.py", f"{base}/__init__.py"):
             told.append(f"{found.name}: {found.target} is not the file of {patch.module}")

@@ -1,4 +1,4 @@
-"""Where a vLLM release is read from: a wheel (or another zip), a source tree, or the installed package, as text."""
+"""Where a vLLM release is read from, as text: a wheel (or another zip), a tree, or the installed package."""
 
 import re
 import zipfile
@@ -46,18 +46,22 @@ def open_source(name: str, release: str | None = None) -> Source:
     if name == "installed":
         found = installed.find("cpu")  # the platform is not looked at: the diffs are for every platform
         if found is None:
-            raise PatchError("no vLLM is installed in this environment: name a wheel or a source tree, or use --all")
+            raise PatchError(
+                "no vLLM is installed in this environment: name a wheel or a source tree, or use --all"
+            )
         return _tree(found.folder.parent, "installed", release or str(found.release))
     path = Path(name)
     if path.is_dir():
         return _tree(path, name, release)
     if path.is_file():
         return _zip(path, name, release)
-    raise PatchError(f"{name!r} is neither a wheel, nor a folder that holds {PACKAGE}/, nor the word `installed`")
+    raise PatchError(
+        f"{name!r} is neither a wheel, nor a folder that holds {PACKAGE}/, nor the word `installed`"
+    )
 
 
 def release_number(text: str) -> str:
-    """The public part of a version, e.g. `0.32.0` of `0.32.0+cpu`. Raises PatchError for what is no version."""
+    """The public part of a version, `0.32.0` of `0.32.0+cpu`. Raises PatchError for what is no version."""
     try:
         return Version(text).public
     except InvalidVersion as error:
@@ -67,7 +71,9 @@ def release_number(text: str) -> str:
 def _tree(folder: Path, label: str, release: str | None) -> Source:
     package = folder / PACKAGE
     if not (package / "__init__.py").is_file():
-        raise PatchError(f"{folder} holds no {PACKAGE}/__init__.py: name the folder that holds the package {PACKAGE}/")
+        raise PatchError(
+            f"{folder} holds no {PACKAGE}/__init__.py: name the folder that holds the package {PACKAGE}/"
+        )
     files = frozenset(p.relative_to(folder).as_posix() for p in package.rglob("*.py"))
     beside = [p.relative_to(folder).as_posix() for p in folder.glob("vllm*.dist-info/METADATA")]
 
@@ -97,4 +103,6 @@ def _stated(label: str, files: frozenset[str], others: list[str], read: Callable
     for name, pattern in patterns:
         if match := pattern.search(read(name).decode(errors="replace")):
             return release_number(match.group(1))
-    raise PatchError(f"{label} does not state its vLLM release (no _version.py, no metadata): add --release X.Y.Z")
+    raise PatchError(
+        f"{label} does not state its vLLM release (no _version.py, no metadata): add --release X.Y.Z"
+    )

@@ -4,9 +4,9 @@ import dataclasses
 import zipfile
 from pathlib import Path
 
-import bi_patch_entry  # noqa: F401  before bi_patch, which else arms this process
 import pytest
 
+import bi_patch_entry  # noqa: F401  before bi_patch, which else arms this process
 from bi_patch.fork import check, record, sources
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.plan import Planned
@@ -16,13 +16,15 @@ MODULES = {
     "vllm/__init__.py": "from .ops import scale\n",
     "vllm/_version.py": "__version__ = version = '0.32.0'\n",
     "vllm/ops.py": (
-        '"""Operations."""\n\n\ndef scale(x, by=2):\n    """Scale."""\n    y = x * by\n    z = y + 1\n    return z\n'
+        '"""Operations."""\n\n\ndef scale(x, by=2):\n    """Scale."""\n'
+        "    y = x * by\n    z = y + 1\n    return z\n"
         "\n\nA = 1\nB = 2\nC = 3\n"
     ),
     "vllm/core/__init__.py": "",
     # No newline at its end, a form feed, and a line separator: all text to git.
     "vllm/core/sched.py": (
-        'import os\n\x0c\nMARK = "\u2028"\n\n\nclass Scheduler:\n    def schedule(self):\n        return os.getpid()'
+        'import os\n\x0c\nMARK = "\u2028"\n\n\n'
+        "class Scheduler:\n    def schedule(self):\n        return os.getpid()"
     ),
     "vllm/core/dos.py": "class Dos:\r\n    def run(self):\r\n        return 1\r\n",
     "vllm/user.py": "from vllm.ops import scale\n\n\ndef use():\n    return scale(1)\n",
@@ -32,7 +34,9 @@ MODULES = {
 
 def planned(name: str, module: str, qualname: str, copies: tuple[str, ...] = ()) -> Planned:
     target = Target(module, qualname, copies=copies)
-    seam = Seam(name, (target,), lambda original: original, why=f"why {name}", how=f"how {name}", until="never")
+    seam = Seam(
+        name, (target,), lambda original: original, why=f"why {name}", how=f"how {name}", until="never"
+    )
     return Planned(seam, target)
 
 

@@ -32,9 +32,10 @@ def test_a_last_line_without_newline_is_kept_whole(small):
     patch = small.patch("core-sched")
     assert "\\ No newline at end of file" in patch.read_text()
     apply.apply(small.tree, patch)
-    assert "        return os.getpid()\n\n# bi_patch: closes scheduler.schedule\n" in (
-        small.tree / "vllm/core/sched.py"
-    ).read_text()
+    assert (
+        "        return os.getpid()\n\n# bi_patch: closes scheduler.schedule\n"
+        in (small.tree / "vllm/core/sched.py").read_text()
+    )
 
 
 def test_a_failing_series_leaves_nothing_applied(small):

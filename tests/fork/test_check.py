@@ -126,7 +126,11 @@ def test_a_patch_that_changes_other_lines_too_is_found(small):
 
 def test_a_seam_claimed_twice_is_not_closed(small):
     patch = small.patch("core-sched")
-    patch.write_bytes(patch.read_bytes().replace(b"Closes: scheduler.schedule", b"Closes: scheduler.schedule\n engine.scale"))
+    patch.write_bytes(
+        patch.read_bytes().replace(
+            b"Closes: scheduler.schedule", b"Closes: scheduler.schedule\n engine.scale"
+        )
+    )
     report = small.check()
     assert any("2 diffs claim engine.scale" in p.message for p in told(report, "close"))
 
@@ -138,7 +142,9 @@ def test_a_seam_claimed_by_another_modules_patch_is_not_closed(small):
         patch.write_bytes(patch.read_bytes().replace(b"Closes: " + old, b"Closes: " + new))
     report = small.check()
     assert report.closed == 1
-    assert any("claims scheduler.run, whose target is in vllm.core.dos" in p.message for p in told(report, "close"))
+    assert any(
+        "claims scheduler.run, whose target is in vllm.core.dos" in p.message for p in told(report, "close")
+    )
 
 
 def test_an_unknown_claim_is_found(small):
@@ -196,7 +202,9 @@ def test_a_module_that_newly_holds_a_copy_is_named(small):
     (small.tree / "vllm/core/deep.py").write_text("if True:\n    from ..ops import scale\n")
     (problem,) = small.check().problems
     assert problem.kind == "copies" and problem.seam == "engine.scale"
-    assert "vllm.core.deep, vllm.new newly hold" in problem.message  # vllm/__init__.py hands it on; lazy.py holds none
+    assert (
+        "vllm.core.deep, vllm.new newly hold" in problem.message
+    )  # vllm/__init__.py hands it on; lazy.py holds none
 
 
 def test_a_listed_copy_that_is_none_is_named(small):

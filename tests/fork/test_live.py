@@ -30,8 +30,13 @@ print("RESULT" + json.dumps({
 
 def inspect(path, program, **environ):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_"))}
-    clean |= {"PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)]), "VLLM_BATCH_INVARIANT": "1"} | environ
-    result = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False)
+    clean |= {
+        "PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)]),
+        "VLLM_BATCH_INVARIANT": "1",
+    } | environ
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.rpartition("RESULT")[2])
 

@@ -44,10 +44,15 @@ def test_what_is_no_source_is_named(tmp_path):
     (tmp_path / "a.whl").write_text("no zip")
     with zipfile.ZipFile(tmp_path / "b.whl", "w") as archive:
         archive.writestr("other/__init__.py", "")
-    for name, error in ((str(tmp_path / "none"), "neither a wheel"), (str(tmp_path / "a.whl"), "not a wheel"),
-                        (str(tmp_path / "b.whl"), "not a wheel of vLLM"), (str(tmp_path), "holds no vllm")):  # fmt: skip
+    errors = {
+        "none": "neither a wheel",
+        "a.whl": "not a wheel",
+        "b.whl": "not a wheel of vLLM",
+        "": "holds no vllm",
+    }
+    for name, error in errors.items():
         with pytest.raises(PatchError, match=error):
-            open_source(name)
+            open_source(str(tmp_path / name))
 
 
 def test_nothing_installed_is_named(monkeypatch):
@@ -97,7 +102,9 @@ def test_a_damaged_download_is_made_anew(pip, tmp_path):
 
 def test_a_failed_download_is_a_named_error(monkeypatch, tmp_path):
     def run(command, **kwargs):
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found for vllm==0.32.7\n")
+        return subprocess.CompletedProcess(
+            command, 1, "", "ERROR: No matching distribution found for vllm==0.32.7\n"
+        )
 
     monkeypatch.setattr(fetch.subprocess, "run", run)
     with pytest.raises(PatchError, match="(?s)vLLM 0.32.7 could not be downloaded.*No matching distribution"):
