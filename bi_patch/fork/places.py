@@ -7,6 +7,7 @@ module does not reach a copy that was made before.
 import ast
 import difflib
 import functools
+import re
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -67,11 +68,11 @@ def holders(planned: tuple[Planned, ...], source: Source) -> dict[str, list[str]
     names = {t.qualname for t in wanted.values()}
     if not names:
         return {}
-    mentioned = [name.encode() for name in names]
+    mentioned = re.compile(rb"\b(?:" + b"|".join(re.escape(name.encode()) for name in names) + rb")\b")
     taken: list[tuple[str, str, str]] = []  # (module, from which module, name)
     for file in sorted(source.files):
         content = source.read(file)
-        if any(name in content for name in mentioned):  # a quick look; the syntax tree decides
+        if mentioned.search(content):  # a quick look; the syntax tree decides
             taken += [item for item in _imports(file, content) if item[2] in names]
     found = {}
     for seam, target in wanted.items():
