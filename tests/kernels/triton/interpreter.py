@@ -1,0 +1,97 @@
+"""Runs in a child process with TRITON_INTERPRET=1: every Triton kernel against fp64, and row by row, bitwise.
+
+Prints one line per case: `ok NAME` or `FAIL NAME: reason`.
+"""
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
+import triton.runtime.interpreter as interpreter  # noqa: E402
+
+from bi_patch.kernels.triton import gemm, norm  # noqa: E402
+
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _upcast(handle):
+    """The interpreter holds bf16 as integers, and would multiply these."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    widened = interpreter._convert_float(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
+    return interpreter.TensorHandle(widened, tl.float32)
+
+
+def _create_dot(self, a, b, *rest):
+    return _dot(self, _upcast(a), _upcast(b), *rest)
+
+
+interpreter.InterpreterBuilder.create_dot = _create_dot
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TILES = {
+    "reference": gemm.Tile(32, 32, 32, 4, 2),
+    "skinny": gemm.Tile(16, 32, 64, 4, 2),
+    "ragged depth": gemm.Tile(16, 16, 128, 4, 2),
+}
+
+
+def report(name: str, wrong: str) -> None:
+    print(f"FAIL {name}: {wrong}" if wrong else f"ok {name}", flush=True)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> str:
+    error = float((got.double() - want).norm() / want.norm())
+    limit = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-6}[dtype]
+    return "" if error < limit else f"relative error {error:.2e}"
+
+
+def gemms() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for dtype in DTYPES:
+        for bias in (False, True):
+            x = torch.randn(37, 96, generator=generator).to(dtype)
+            weight = torch.randn(48, 96, generator=generator).to(dtype)
+            held = torch.randn(48, generator=generator).to(dtype) if bias else None
+            want = x.double() @ weight.double().T + (held.double() if bias else 0)
+            for name, tile in TILES.items():
+                case = f"gemm {name} {dtype} {'bias' if bias else 'plain'}"
+                got = gemm.gemm(x, weight, held, tile)
+                report(case, close(got, want, dtype))
+                alone = torch.cat([gemm.gemm(x[m : m + 1], weight, held, tile) for m in (0, 17, 36)])
+                report(f"{case} alone", "" if torch.equal(alone, got[[0, 17, 36]]) else "a row alone differs")
+
+
+def norms() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for dtype in DTYPES:
+        for cols in (96, 128, 1536, 20000):
+            x = torch.randn(5, cols, generator=generator).to(dtype)
+            residual = torch.randn(5, cols, generator=generator).to(dtype)
+            weight = torch.randn(cols, generator=generator).to(dtype)
+            for held in (None, residual):
+                case = f"norm {cols} {dtype} {'residual' if held is not None else 'plain'}"
+                got, summed = norm.rms_norm(x, weight, 1e-6, held)
+                base = x.double() if held is None else (x + held).double()
+                want = base * (base.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+                report(case, close(got, want, dtype))
+                if held is not None:
+                    # The interpreter rounds to bf16 in its own way.
+                    exact = dtype != torch.bfloat16 and torch.equal(summed, x + held)
+                    report(f"{case} sum", "" if exact else close(summed, x.double() + held.double(), dtype))
+                alone, _ = norm.rms_norm(x[3:4], weight, 1e-6, None if held is None else held[3:4])
+                report(f"{case} alone", "" if torch.equal(alone[0], got[3]) else "a row alone differs")
+    wide = torch.randn(3, 4 * 32 + 64, generator=generator)
+    heads = wide[:, : 4 * 32].view(3, 4, 32)
+    got, _ = norm.rms_norm(heads, None, 1e-6)
+    report("norm heads", "" if torch.equal(got, norm.rms_norm(heads.contiguous(), None, 1e-6)[0]) else "strides")
+    got, _ = norm.rms_norm(heads, torch.zeros(32), 1e-6, None, 1.0)
+    report("norm offset", "" if torch.equal(got, norm.rms_norm(heads, None, 1e-6)[0]) else "the offset is lost")
+
+
+if __name__ == "__main__":
+    {"gemm": gemms, "norm": norms}[sys.argv[1]]()
