@@ -22,15 +22,15 @@ demo: setup
 	$(BIN)/bi-patch demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not engine and not slow and not gpu" tests
+	$(BIN)/pytest -m "not engine and not slow and not gpu" tests
 	$(BIN)/bi-patch check --all
-	$(BIN)/python -m pytest -m "engine and not slow and not gpu" tests
+	$(BIN)/pytest -m "engine and not slow and not gpu" tests
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not engine and not slow and not gpu" tests
+	$(BIN)/pytest -m "not engine and not slow and not gpu" tests
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not gpu" tests
+	$(BIN)/pytest -m "not gpu" tests
 
 bench: setup
 	$(BIN)/bi-patch bench

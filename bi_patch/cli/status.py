@@ -41,11 +41,13 @@ def status(
 def _table(state, findings, is_open) -> None:
     console = Console()
     table = Table(title=f"vLLM {state.plan.release} on {state.plan.platform}", title_justify="left")
-    for column in ("seam", "state", "place", "what takes its place, or why it is open"):
-        table.add_column(column, overflow="fold")
+    table.add_column("seam", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("what takes its place, or why it is open; where it is", overflow="fold")
     colour = {"closed": "green", "open": "bold red", "not needed here": "dim"}
     for f in findings:
-        table.add_row(f.name, f"[{colour[f.status]}]{f.status}[/]", f.target, f.reason or f.how)
+        what = f"{f.reason or f.how}\n[dim]{f.target.replace(':', ' : ')}[/]"
+        table.add_row(f.name, f"[{colour[f.status]}]{f.status}[/]", what)
     console.print(table)
     closed = sum(f.status == "closed" for f in findings)
     console.print(f"{closed} closed, {len(is_open)} required and open")

@@ -1,0 +1,134 @@
+"""Arming at interpreter start, in real processes that need no vLLM: inert, blocking, and measured."""
+
+import json
+import statistics
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+LOADED = "import sys, json; print(json.dumps(['bi_patch' in sys.modules, 'bi_patch_entry' in sys.modules]))"
+FAKE = "__version__ = version = '{}'\n"
+
+
+def pth() -> Path:
+    return Path(sysconfig.get_path("purelib")) / "bi_patch_autoload.pth"
+
+
+@pytest.fixture
+def fake_vllm(tmp_path):
+    """A folder with a package vllm of a given release, for PYTHONPATH."""
+
+    def make(release: str) -> str:
+        (tmp_path / "vllm").mkdir()
+        (tmp_path / "vllm" / "__init__.py").write_text("loaded = True\n")
+        (tmp_path / "vllm" / "_version.py").write_text(FAKE.format(release))
+        return str(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [{}, {"VLLM_BATCH_INVARIANT": "0"}, {"VLLM_BATCH_INVARIANT": "1", "BI_PATCH": "0"}],
+    ids=["unset", "zero", "off"],
+)
+def test_inert_unless_asked_for(run_python, environ):
+    done = run_python(LOADED, **environ)
+    assert json.loads(done.stdout) == [False, False] and not done.stderr
+
+
+def test_the_switch_arms_at_start(run_python):
+    done = run_python("import bi_patch; print(bi_patch.state().armed)", VLLM_BATCH_INVARIANT="1")
+    assert done.stdout.split() == ["True"], done.stderr
+    assert json.loads(run_python(LOADED, VLLM_BATCH_INVARIANT="1").stdout) == [True, True]
+
+
+def test_start_costs_nothing_without_the_switch(run_python):
+    """Minimum start of an interpreter with the .pth file against the same start that skips it: a few ms at most."""
+    code = (
+        "import time, site, sys; start = time.perf_counter()\n"
+        "keep = site.addpackage\n"
+        "skip = sys.argv[1] == 'without'\n"
+        "site.addpackage = lambda d, n, k: None if skip and n.startswith('bi_patch') else keep(d, n, k)\n"
+        "site.main(); print(time.perf_counter() - start)"
+    )
+    import subprocess
+
+    times = {"with": [], "without": []}
+    for _ in range(15):
+        for kind, kept in times.items():
+            out = subprocess.run([sys.executable, "-S", "-c", code, kind], capture_output=True, text=True, check=True)
+            kept.append(float(out.stdout) * 1000)
+    cost = min(times["with"]) - min(times["without"])
+    print(f"start {min(times['without']):.2f} ms, with bi_patch {cost:+.2f} ms, medians "
+          f"{statistics.median(times['without']):.2f} and {statistics.median(times['with']):.2f} ms")
+    assert pth().is_file()
+    assert cost < 3.0
+
+
+@pytest.mark.parametrize("environ, said", [
+    ({"BI_PATCH": "maybe"}, "BI_PATCH='maybe'"),
+    ({"BI_PATCH_NEW": "1"}, "BI_PATCH_NEW"),
+    ({"BI_PATCH_LEAVE_OPEN": "no.such"}, "no.such"),
+])
+def test_a_bad_setting_stops_vllm_not_python(run_python, environ, said):
+    """Python swallows errors of .pth files, so importing vLLM must raise them."""
+    assert run_python("print('fine')", VLLM_BATCH_INVARIANT="1", **environ).stdout.strip() == "fine"
+    done = run_python("import vllm", VLLM_BATCH_INVARIANT="1", **environ)
+    assert done.returncode != 0 and "SettingError" in done.stderr and said in done.stderr
+
+
+@pytest.mark.parametrize("release", ["0.99.0", "0.31.0"])
+def test_an_unknown_release_is_refused_either_way(run_python, fake_vllm, release):
+    path = fake_vllm(release)
+    done = run_python("import bi_patch", PYTHONPATH=path)
+    assert "UnsupportedRelease" in done.stderr and release in done.stderr and "0.33.0" in done.stderr
+    done = run_python("import vllm; print(vllm.loaded)", PYTHONPATH=path, VLLM_BATCH_INVARIANT="1")
+    assert done.returncode != 0 and "UnsupportedRelease" in done.stderr
+    done = run_python("import vllm; print(vllm.loaded)", PYTHONPATH=path, VLLM_BATCH_INVARIANT="1", BI_PATCH="0")
+    assert done.stdout.strip() == "True"
+
+
+def test_without_vllm_importing_is_harmless(run_python):
+    code = (
+        "import importlib.util as u; keep = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'vllm' else keep(name, *a)\n"
+        "import bi_patch; print(bi_patch.state())"
+    )
+    assert run_python(code).stdout.strip() == "None"
+
+
+def test_a_contradicting_setting_is_an_error(run_python):
+    done = run_python("import bi_patch", VLLM_USE_V2_MODEL_RUNNER="1")
+    assert "SettingError" in done.stderr and "VLLM_USE_V2_MODEL_RUNNER" in done.stderr
+
+
+def test_disarming_puts_the_environment_back(run_python):
+    code = (
+        "import os, bi_patch; armed = os.environ['VLLM_BATCH_INVARIANT'], os.environ['VLLM_USE_V2_MODEL_RUNNER']\n"
+        "bi_patch.disarm(); print(armed, os.environ.get('VLLM_BATCH_INVARIANT'), bi_patch.state())"
+    )
+    assert run_python(code).stdout.strip() == "('1', '0') None None"
+
+
+def test_sitecustomize_hands_on_to_the_next(run_python, tmp_path):
+    from bi_patch.cli.run import SITE
+
+    (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.theirs = True\n")
+    done = run_python(
+        "import bi_patch; print(theirs, bi_patch.state().armed)",
+        PYTHONPATH=f"{SITE}:{tmp_path}", VLLM_BATCH_INVARIANT="1",
+    )
+    assert done.stdout.strip() == "True True", done.stderr
+
+
+def test_run_arms_a_child_and_keeps_its_exit_code(run_python):
+    program = str(Path(sys.executable).with_name("bi-patch"))
+    import subprocess
+
+    code = "import bi_patch, sys; sys.exit(7 if bi_patch.state().armed else 1)"
+    assert subprocess.run([program, "run", "--", sys.executable, "-c", code]).returncode == 7
+    done = subprocess.run([program, "run", "--", "no-such-program"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no-such-program" in done.stderr
