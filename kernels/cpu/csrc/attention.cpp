@@ -28,6 +28,7 @@ constexpr int kLeaf = BI_LEAF;         // part of the order
 constexpr int kTile = 5 * kMaxRows;    // rows of a work unit; not part of the order
 constexpr int kGroups = kLeaf / 16;
 constexpr int kMaxDim = 512;
+constexpr int64_t kTinyWork = 1 << 15;  // multiply-adds below which waking threads costs more
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
@@ -319,6 +320,10 @@ std::vector<Unit> make_units(const AttentionArgs& a) {
 template <class T> void run(const AttentionArgs& a, int threads) {
   const std::vector<Unit> units = make_units(a);
   const int dim = a.kv.dim;
+  int64_t keys = 0;
+  for (int r = 0; r < a.reqs; ++r)
+    keys += int64_t(a.seq_lens[r]) * (a.query_start[r + 1] - a.query_start[r]);
+  if (keys * a.heads * dim < kTinyWork) threads = 1;
   std::vector<int64_t> first(units.size() + 1, 0);  // leaf tasks, and rows of their results
   std::vector<int64_t> row_at(units.size() + 1, 0);
   for (size_t i = 0; i < units.size(); ++i) {

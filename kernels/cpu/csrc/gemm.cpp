@@ -21,6 +21,7 @@ namespace {
 constexpr int kPanel = 16 * kVecs;
 // Loop sizes, no part of the order: of the 1 MiB or more of L2, and fewest rows of a chunk.
 constexpr int64_t kPanelBytes = 512 << 10, kChunkBytes = 512 << 10, kChunkRows = 96;
+constexpr int64_t kTinyWork = 1 << 16;  // multiply-adds below which waking threads costs more
 
 template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
 
@@ -144,6 +145,7 @@ void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t
   using Kind = KindOf<T>;
   using A = typename Kind::A;
   if (m == 0 || n == 0) return;
+  if (m * n * k < kTinyWork) threads = 1;
   const int64_t kp = round_up(k, k_pad(DTypeOf<T>::value));
   static thread_local Scratch rows;
   const A* a;

@@ -18,11 +18,10 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def isa(cache_dir):
-    """The ISA that this process runs; a child of `on_isa` gets its own."""
+    """The ISA that this process runs."""
     from bi_patch.kernels.cpu import load
 
-    defines = tuple(os.environ.get("BI_TEST_DEFINES", "").split())
-    return load(cache_dir, os.environ.get("BI_TEST_ISA") or None, defines)
+    return load(cache_dir)
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +29,14 @@ def ops(isa):
     return torch.ops.bi_cpu
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads():
-    """Sets torch's threads; puts them back after the test."""
+    """One thread unless the test sets more; put back after it.
+
+    Most tests make thousands of tiny calls, where a team of threads only waits.
+    """
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

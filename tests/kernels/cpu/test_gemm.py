@@ -65,7 +65,7 @@ def test_strides_and_dimensions(ops, dtype, k):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(ops, threads, dtype):
-    for n, k, m in [(300, 576, 1), (300, 1536, 7), (65, 1025, 300)]:
+    for n, k, m in [(300, 576, 1), (300, 1536, 7), (65, 1025, 300), (200, 577, 64), (700, 40, 2000)]:
         x, w, b = make(n, k, dtype, m)
         packed = ops.gemm_pack(w)
         got = []
