@@ -1,0 +1,67 @@
+"""The bitwise comparison of answers."""
+
+import math
+
+import msgspec
+import pytest
+
+from bi_patch.bench import wire
+from bi_patch.bench.answers import Difference, compare, compare_all, same
+
+
+def changed(answer, **changes):
+    return msgspec.structs.replace(answer, **changes)
+
+
+def test_equal_answers_have_no_difference(answer):
+    assert compare(answer, changed(answer)) == Difference(compared=5)
+
+
+def test_the_last_bit_of_a_logprob_counts(answer):
+    nudged = math.nextafter(-1.5, 0.0)
+    found = compare(answer, changed(answer, logprobs=[-0.5, nudged, -2.5]), "p, batch of 2")
+    assert (found.compared, found.differing, found.tokens_changed) == (5, 1, 0)
+    assert found.largest == nudged + 1.5
+    assert found.first.startswith("p, batch of 2: generated position 1: logprob -1.5 became")
+
+
+def test_a_top_logprob_alone_counts(answer):
+    found = compare(answer, changed(answer, top=[[(5, -0.5), (8, -0.75)], [(6, -1.5)], [(7, -2.5)]]))
+    assert (found.differing, found.tokens_changed) == (1, 0)
+
+
+def test_prompt_positions_count(answer):
+    found = compare(answer, changed(answer, prompt_logprobs=[-3.0, -4.5]))
+    assert found.differing == 1 and found.largest == 0.5
+    assert found.first == "prompt position 2: logprob -4.0 became -4.5"
+
+
+def test_logprobs_after_a_changed_token_do_not_enter_the_largest_difference(answer):
+    found = compare(answer, changed(answer, tokens=[5, 8, 7], logprobs=[-0.5, -1.5, -99.0]))
+    assert found.tokens_changed == 1 and found.differing == 2 and found.largest == 0.0
+    assert "token 6 became 8" in found.first
+
+
+def test_a_shorter_answer_differs(answer):
+    found = compare(answer, changed(answer, tokens=[5, 6], logprobs=[-0.5, -1.5], top=answer.top[:2]))
+    assert found.differing == 1 and found.tokens_changed == 1
+
+
+def test_answers_of_another_prompt_are_refused(answer):
+    with pytest.raises(ValueError):
+        compare(answer, changed(answer, prompt_logprobs=[-3.0]))
+    with pytest.raises(ValueError):
+        compare_all([answer], [], ["a"])
+
+
+def test_same_is_bitwise():
+    assert same(float("nan"), float("nan")) and same(-math.inf, -math.inf)
+    assert not same(0.0, -0.0) and not same(1.0, math.nextafter(1.0, 2.0))
+
+
+def test_the_pipe_keeps_every_bit(answer):
+    odd = changed(answer, logprobs=[-math.inf, math.nextafter(-1.5, 0.0), -0.0])
+    (back,) = wire.unpack(msgspec.json.decode(
+        msgspec.json.encode(wire.Reply(answers=wire.pack([odd]))), type=wire.Reply
+    ).answers)
+    assert back == odd and math.copysign(1.0, back.logprobs[2]) == -1.0
