@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from bi_patch import files
+import msgspec
+
 from bi_patch.errors import PatchError
 from bi_patch.fork import check, places, series
 from bi_patch.fork.sources import Source
@@ -51,5 +52,5 @@ def write(source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
         (folder / name).write_bytes(text.encode())
     index = _INDEX_TEXT.format(release=source.release) + "".join(f"{name}\n" for name in texts)
     (folder / series.INDEX).write_text(index)
-    files.write_json(folder / "anchors.json", taken)
-    files.write_json(folder / check.HOLDERS, held)
+    for name, value in (("anchors.json", taken), (check.HOLDERS, held)):
+        (folder / name).write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")

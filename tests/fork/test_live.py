@@ -1,4 +1,4 @@
-"""A patched copy of the installed vLLM closes the seams that the import hooks close, and computes the same bits."""
+"""A patched copy of the installed vLLM closes the seams that the hooks close, and computes the same bits."""
 
 import json
 import os
