@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -38,6 +39,7 @@ class Info(msgspec.Struct, frozen=True):
     """What an engine is: `mode` is "armed" when bi_patch's seams are closed in its process, else "stock".
 
     open_seams: required seams that are open (only with BI_PATCH_ALLOW_OPEN). block_size: tokens in a KV block.
+    platform: what files are named by: "cpu", or a device's short name such as "h100".
     """
 
     mode: str
@@ -48,6 +50,7 @@ class Info(msgspec.Struct, frozen=True):
     block_size: int
     vocab_size: int
     open_seams: tuple[str, ...] = ()
+    platform: str = "cpu"
 
 
 class Engine(Protocol):
@@ -145,25 +148,34 @@ class LocalEngine:
     def _info(self) -> Info:
         import torch
         import vllm
+        from vllm.platforms import current_platform
 
         from bi_patch import arming
         from bi_patch.arming import gate
 
         state = arming.state()
         config = self._llm.llm_engine.vllm_config
-        on_gpu = torch.cuda.is_available()
+        on_gpu = current_platform.device_type != "cpu"
+        device = current_platform.get_device_name() if on_gpu else f"{_cpu_name()} ({os.cpu_count()} cores)"
         return Info(
             mode="armed" if state is not None and state.armed else "stock",
             vllm=vllm.__version__,
             torch=str(torch.__version__),
-            device=torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()} ({os.cpu_count()} cores)",
+            device=device,
             threads=torch.get_num_threads(),
             block_size=config.cache_config.block_size,
             vocab_size=config.model_config.get_vocab_size(),
             open_seams=tuple(
                 f.name for f in gate.inspect(load=False) if f.status == gate.OPEN and f.required
             ),
+            platform=short_name(device) if on_gpu else "cpu",
         )
+
+
+def short_name(device: str) -> str:
+    """The word of a device's name that tells models apart, e.g. "h100" of "NVIDIA H100 80GB HBM3"."""
+    parts = re.findall(r"[a-z0-9]+", device.lower())
+    return next((p for p in parts if re.search(r"[a-z]\d", p)), parts[-1] if parts else "device")
 
 
 def _cpu_name() -> str:

@@ -62,7 +62,7 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
             )
         found = evidence.new(evidence.Cost, info)
         found.rows, found.note = rows, note
-        path = evidence.write(found, "cpu", results)
+        path = evidence.write(found, info.platform, results)
         for row in rows:
             colour = "green" if row.ratio <= cost.TARGET else "red"
             table.add_row(row.model, row.workload, *(_ms(v) for v in (row.stock, row.upstream, row.armed)),
@@ -91,7 +91,7 @@ def _invariance(console: Console, specs, results: Path) -> list:
             rows, info = invariance.measure(spec.label, _options(spec, console), cross=cross, tell=tell)
         found = evidence.new(evidence.Invariance, info)
         found.rows = list(rows)
-        path = evidence.write(found, "cpu", results)
+        path = evidence.write(found, info.platform, results)
         everything += rows
         console.print(f"{spec.label}: {path}", soft_wrap=True)
     differing = evidence.total_differing(everything)

@@ -74,7 +74,7 @@ def colour(cell: Cell) -> str:
     if not cell.differing:
         return "#e2f4e8"
     share = min(1.0, cell.differing / max(1, cell.compared)) ** 0.5
-    pale, strong = (255, 225, 218), (214, 69, 46)
+    pale, strong = (255, 225, 218), (236, 112, 88)
     return "#%02x%02x%02x" % tuple(round(p + (s - p) * share) for p, s in zip(pale, strong))
 
 

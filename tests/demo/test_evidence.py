@@ -6,7 +6,7 @@ import pytest
 from bi_patch.bench import cost, evidence, matrix
 from bi_patch.bench.answers import Answer
 from bi_patch.bench.child import ARMED, STOCK, UPSTREAM, child_environ
-from bi_patch.bench.engine import Info, Options
+from bi_patch.bench.engine import Info, Options, short_name
 
 INFO = Info("armed", "0.32.0", "2.13.0+cpu", "CPU", 2, 16, 500)
 
@@ -126,6 +126,14 @@ def test_the_plot_is_drawn(tmp_path):
     plot.cost(found, tmp_path / "cost.svg")
     assert (tmp_path / "cost.svg").read_text().startswith("<?xml")
     assert "| m | w | 10.0 ms | - | 11.0 ms | 1.10 |" in evidence.cost_table(found)
+
+
+@pytest.mark.parametrize(
+    ("device", "short"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-40GB", "a100"), ("NVIDIA GeForce RTX 4090", "4090")],
+)
+def test_short_names_of_devices(device, short):
+    assert short_name(device) == short
 
 
 def test_children_are_told_their_mode():
