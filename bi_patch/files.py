@@ -25,6 +25,7 @@ def write_json(path: Path, value: object, *, indent: int = 2) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(value), indent=indent) + b"\n")
+        os.chmod(temporary, 0o644)  # caches may be shared between users
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -86,7 +86,7 @@ def verify() -> None:
 
 def _look(current: switch.State, planned: Planned, load: bool) -> tuple[str, str]:
     target = planned.target
-    if planned.seam.name in current.settings.leave_open:
+    if current.settings.leaves_open(planned.seam.name):
         return OPEN, "left open by BI_PATCH_LEAVE_OPEN"
     if load:
         try:

@@ -63,7 +63,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     if found is None:
         return None
     plan = plan_module.make(found.release, found.platform)
-    unknown = read.leave_open - {p.seam.name for p in plan.seams}
+    unknown = read.leave_open - {name for p in plan.seams for name in (p.seam.name, p.seam.area)}
     if unknown:
         raise SettingError(
             f"BI_PATCH_LEAVE_OPEN names seams that this release does not have: {', '.join(sorted(unknown))}"
@@ -74,7 +74,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     _set_environ(new)
     _state = new
     active.plan, active.cache, active.checks = plan, read.cache, [_gate]
-    if read.form == "hooks":
+    if read.form == "hooks" and not by_patch:  # half-loaded modules would call their hook at once
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)
     return new
@@ -105,7 +105,7 @@ def close_module(module: ModuleType) -> None:
         if name not in current.closed_modules:
             current.closed_modules.add(name)
             for planned in current.plan.by_module.get(name, ()):
-                if planned.seam.name not in current.settings.leave_open:
+                if not current.settings.leaves_open(planned.seam.name):
                     _close(current, planned, module)
         _hand_out_copies(current, name)
 

@@ -7,6 +7,7 @@ empty fields, so neither reformatting nor the Python version changes a digest.
 
 import ast
 import difflib
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -39,7 +40,7 @@ def path_of(module: str, exists) -> str | None:
 
 def take(planned: Planned, file: str, text: str) -> Anchor:
     """The anchor of a planned seam in `text`, the contents of `file`. Raises AnchorMoved when it is not there."""
-    node = _find(ast.parse(text), planned.target.qualname)
+    node = _find(_parse(text), planned.target.qualname)
     if node is None:
         raise AnchorMoved(f"seam {planned.seam.name}: {file} no longer defines {planned.target.qualname}")
     return Anchor(
@@ -85,7 +86,7 @@ def verify_installed(plan: Plan, folder: Path, cache: Path) -> None:
         if file is None:
             moved.append(f"{planned.seam.name}: no module {planned.target.module}")
             continue
-        anchor = take(planned, file, (folder / file).read_text())
+        anchor = take(planned, file, (folder / file).read_text(encoding="utf-8"))
         old = known.get(planned.seam.name)
         if old is None:
             moved.append(f"{planned.seam.name}: no anchor was recorded for {planned.target}")
@@ -110,6 +111,11 @@ def _stamp(plan: Plan, folder: Path) -> str:
         info = os.stat(folder / file) if file else None
         parts.append(f"{planned.seam.name} {planned.target} {info and (info.st_size, info.st_mtime_ns)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def _parse(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def _find(tree: ast.AST, qualname: str) -> ast.AST | None:

@@ -1,0 +1,40 @@
+"""The real engine, started few times: many checks per start. Two threads, because one hides variance."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from bi_patch.bench.child import ChildEngine
+from bi_patch.bench.engine import Options
+from bi_patch.demo import models
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    patch = pytest.MonkeyPatch()
+    patch.setenv("OMP_NUM_THREADS", "2")
+    patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    patch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def model(cache):
+    """Name -> folder of a model of the demo, made once."""
+    return lambda name: str(models.path(name, cache=cache / "models"))
+
+
+@pytest.fixture(scope="session")
+def start(model):
+    """start(mode, model name, environ={}, **options): a live engine in a child process, as a context manager."""
+
+    @contextmanager
+    def make(mode: str, name: str, *, environ: dict[str, str] | None = None, **options: object):
+        import os
+
+        given = {"max_model_len": 1024, "chunk": 256, **options}
+        with ChildEngine(mode, Options(model(name), **given), environ=dict(os.environ) | (environ or {})) as engine:
+            yield engine
+
+    return make

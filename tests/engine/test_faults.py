@@ -1,0 +1,50 @@
+"""A planted fault: a seam left open stops the engine by name; forced to run, it is noticed and named."""
+
+import pytest
+
+from bi_patch.bench.child import ARMED, EngineFailed
+from bi_patch.bench.matrix import PROBES, Workload
+from bi_patch.demo import models
+from bi_patch.errors import BiPatchError, SeamOpen
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("seam", ["attention.cpu_forward", "linear.cpu_dispatch"])
+def test_an_open_seam_stops_the_engine_and_is_named(start, seam):
+    with pytest.raises(SeamOpen, match=seam):
+        with start(ARMED, models.QWEN3, environ={"BI_PATCH_LEAVE_OPEN": seam}):
+            pass
+
+
+def test_leaving_the_plugin_out_does_not_open_the_gate(start):
+    environ = {"BI_PATCH_LEAVE_OPEN": "linear.cpu_dispatch", "VLLM_PLUGINS": "none"}
+    with pytest.raises(SeamOpen, match="linear.cpu_dispatch"):
+        with start(ARMED, models.QWEN3, environ=environ):
+            pass
+
+
+def test_forced_to_run_the_fault_is_seen(start):
+    environ = {"BI_PATCH_LEAVE_OPEN": "attention", "BI_PATCH_ALLOW_OPEN": "1"}
+    with start(ARMED, models.QWEN3, environ=environ, max_model_len=3200) as engine:
+        assert set(engine.info.open_seams) >= {"attention.cpu_forward", "attention.cpu_build"}
+        load = Workload.random(engine.info.vocab_size, long=3000)
+        results = [probe.run(engine, load) for probe in PROBES if probe.name in ("batch size", "long prompt")]
+    assert sum(r.differing for r in results) > 0, results
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"extra": {"tensor_parallel_size": 2}}, "tensor parallelism"),
+        ({"extra": {"kv_cache_dtype": "fp8"}}, "quantization.cpu"),
+        ({"extra": {"quantization": "fp8"}}, "quantization.cpu"),
+        ({"extra": {"enable_lora": True}}, "LoRA"),
+    ],
+    ids=["tensor parallel", "fp8 KV cache", "fp8 weights", "LoRA"],
+)
+def test_uncovered_features_are_refused_by_name(start, options, said):
+    with pytest.raises(BiPatchError, match=said) as caught:
+        with start(ARMED, models.QWEN3, **options):
+            pass
+    assert not isinstance(caught.value, EngineFailed)

@@ -1,0 +1,68 @@
+"""Bitwise invariance of the real armed engine, over models, dtypes, eager and compiled, and every axis."""
+
+import pytest
+
+from bi_patch.bench import matrix
+from bi_patch.bench.child import ARMED, STOCK
+from bi_patch.bench.matrix import CROSS_PROBES, PROBES, Workload
+from bi_patch.demo import models
+
+pytestmark = pytest.mark.engine
+
+SIZES = (1, 2, 5, 16, 64)
+# Chunks of 256 tokens, prefix caching on; the first carries the long prompt.
+ENGINES = {
+    "qwen3 bf16": (models.QWEN3, {"max_model_len": 3200}, 3000),
+    "qwen3 fp32": (models.QWEN3, {"dtype": "float32"}, 0),
+    "llama bf16 compiled": (models.LLAMA, {"eager": False}, 0),
+    "moe bf16": (models.MOE, {}, 0),
+}
+
+
+def workload(engine, long=0):
+    made = Workload.random(engine.info.vocab_size, long=long, generate=8)
+    return Workload(made.subjects, made.fillers, made.long, made.generate, SIZES)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_axis(start, name):
+    model, options, long = ENGINES[name]
+    with start(ARMED, model, **options) as engine:
+        assert engine.info.threads == 2 and not engine.info.open_seams
+        load = workload(engine, long)
+        for probe in PROBES:
+            if probe.measure is matrix.long_prompt and not long:
+                continue
+            result = probe.run(engine, load)
+            print(f"{name}: {result.axis}: {result.compared} compared, {result.differing} differing")
+            assert result.compared > 0 and result.differing == 0, f"{result.axis}: {result.first}"
+
+
+def test_across_engines(start):
+    """Chunk budgets, no prefix cache, preemption and restart, against one base engine."""
+    with start(ARMED, models.QWEN3) as base:
+        load = workload(base, 900)
+        planned = [(cross, cross.collect(base, load), list(cross.changes(base))) for cross in CROSS_PROBES]
+        options = base.options
+    wanted = {}
+    for cross, expected, changes in planned:
+        for change in changes:
+            wanted.setdefault(repr(sorted(change.options.items())), []).append((cross, expected, change))
+    for group in wanted.values():
+        with start(ARMED, models.QWEN3, **{**_given(options), **group[0][2].options}) as engine:
+            for cross, expected, change in group:
+                result = cross.judge(change, expected, cross.collect(engine, load, change))
+                print(f"{change.label}: {result.compared} compared, {result.differing} differing")
+                assert result.compared > 0 and result.differing == 0, f"{result.axis}, {change.label}: {result.first}"
+
+
+def _given(options):
+    return {"max_model_len": options.max_model_len, "chunk": options.chunk}
+
+
+def test_the_probes_see_variance_on_stock(start):
+    """The probes are not blind: on the same machine the stock engine differs."""
+    with start(STOCK, models.QWEN3, max_model_len=3200) as engine:
+        load = workload(engine, 3000)
+        differing = {p.name: p.run(engine, load).differing for p in (PROBES[0], PROBES[-1])}
+    assert sum(differing.values()) > 0, differing

@@ -1,0 +1,104 @@
+"""`bi-patch run -- vllm serve` on loopback: the process tree is armed, and concurrent clients get their solo answers."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from openai import AsyncOpenAI
+
+from bi_patch.demo import models
+
+pytestmark = pytest.mark.engine
+
+START_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def server(model, cache, tmp_path_factory):
+    """(base URL, model, process id) of a served model; engine core and worker are processes of their own."""
+    folder = model(models.QWEN3)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    bin_folder = Path(sys.executable).parent
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
+    environ |= {
+        "PATH": f"{bin_folder}:{environ['PATH']}", "BI_PATCH_CACHE": str(cache), "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+    }
+    command = [
+        "bi-patch", "run", "--", "vllm", "serve", folder, "--host", "127.0.0.1", "--port", str(port),
+        "--max-model-len", "2048", "--max-num-batched-tokens", "256", "--enforce-eager",
+    ]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, executable=str(bin_folder / "bi-patch"), env=environ, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-5000:]
+                assert time.monotonic() < deadline, log.read_text()[-5000:]
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1", folder, process.pid
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def test_every_process_of_the_tree_is_armed(server):
+    import psutil
+
+    tree = [psutil.Process(server[2]), *psutil.Process(server[2]).children(recursive=True)]
+    engines = [p for p in tree if "VLLM::" in p.name() or "VLLM::" in " ".join(p.cmdline())]
+    assert len(engines) >= 2, [p.cmdline() for p in tree]
+    for process in engines:
+        assert process.environ()["VLLM_BATCH_INVARIANT"] == "1"
+    holding = [p for p in engines if any("bi_cpu" in m.path for m in p.memory_maps())]
+    assert holding, "no worker has the bundled kernels loaded"
+
+
+def test_concurrent_answers_equal_solo_answers(server):
+    url, folder, _ = server
+    source = random.Random(5)
+    prompts = [[source.randrange(1900) for _ in range(n)] for n in (3, 17, 40, 150, 290, 700, 5, 64, 257, 1200, 31, 9)]
+    kinds = [
+        {"temperature": 0, "logprobs": 2},
+        {"temperature": 0.7, "top_p": 0.95, "seed": 11, "logprobs": 2},
+        {"temperature": 0, "logprobs": 0, "extra_body": {"prompt_logprobs": 1}},
+    ]
+
+    async def ask(client, prompt, kind, delay=0.0):
+        await asyncio.sleep(delay)
+        answer = await client.completions.create(model=folder, prompt=prompt, max_tokens=12, **kind)
+        choice = answer.choices[0]
+        return choice.text, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, getattr(
+            choice, "prompt_logprobs", None
+        )
+
+    async def main():
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            asked = [(p, kinds[i % 3]) for i, p in enumerate(prompts * 2)]
+            solo = [await ask(client, p, k) for p, k in asked]
+            together = await asyncio.gather(
+                *(ask(client, p, k, source.random()) for p, k in asked),
+                *(ask(client, [source.randrange(1900) for _ in range(source.choice((4, 50, 300)))], kinds[0],
+                      source.random()) for _ in range(30)),
+            )
+            return solo, together[: len(asked)]
+
+    solo, together = asyncio.run(main())
+    assert len(solo) == 24 and solo == together
