@@ -20,7 +20,8 @@ def demo(
 
     Exit code 0: the armed engine was bitwise invariant. 1: it was not. 2: it could not be checked.
     """
-    from bi_patch.demo import models, picture as picture_module, run, show
+    from bi_patch.demo import models, run, show
+    from bi_patch.demo import picture as picture_module
     from bi_patch.errors import SettingError
     from bi_patch.files import write_json
 
@@ -58,7 +59,14 @@ class _Progress:
     """rich's progress bar as a watcher; without a terminal, one line per engine."""
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
         self._console = console
         self._progress = Progress(
@@ -84,6 +92,11 @@ class _Progress:
 
     def running(self, mode: str, about: str) -> None:
         self._progress.update(self._tasks[mode], description=f"{about} [dim]({self._differing} differ so far)[/]")
+
+    def stopped(self, mode: str, why: str) -> None:
+        text = f"{self._differing} positions differ; then it stopped: {why}"
+        done = self._progress.tasks[self._tasks[mode]].completed
+        self._progress.update(self._tasks[mode], description=text, total=done)
 
     def finished(self, mode: str, differing: int) -> None:
         self._differing += differing

@@ -28,12 +28,18 @@ NAMES = (SMOL, QWEN3, LLAMA, MOE, QWEN3_100M)
 
 _RECIPE = 1  # raise it when a recipe below changes
 _MARKER = "bi_patch-model.json"
-_SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=3, num_attention_heads=8,
-              num_key_value_heads=2, head_dim=64)
-_MIDDLE = dict(hidden_size=1536, intermediate_size=4608, num_hidden_layers=3, num_attention_heads=16,
-               num_key_value_heads=4, head_dim=128)
-_EXPERTS = dict(moe_intermediate_size=192, num_experts=8, num_experts_per_tok=2, decoder_sparse_step=1,
-                norm_topk_prob=True)
+_SMALL = {
+    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 64,
+}
+_MIDDLE = {
+    "hidden_size": 1536, "intermediate_size": 4608, "num_hidden_layers": 3, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 128,
+}
+_EXPERTS = {
+    "moe_intermediate_size": 192, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
 
 
 class ModelMissing(BiPatchError):

@@ -8,6 +8,10 @@ from bi_patch.demo.show import pick
 from bi_patch.demo.verdict import Cell, Divergence, Side, words
 
 _CELL_W, _CELL_H, _LEFT, _TOP = 104, 46, 110, 58
+_NOTE = (
+    "Each square is one prompt in one kind of batch, compared bitwise with the same prompt alone. Number: positions "
+    "whose token or logprobs changed, of those compared; below it the largest logprob difference."
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 1100px; margin: 2em auto;
        padding: 0 1em; }
@@ -29,9 +33,7 @@ def page(title: str, said: list[str], names: tuple[str, ...], columns: tuple[str
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
         *(f"<p class='verdict'>{html.escape(s)}</p>" for s in said),
-        "<p class='note'>Each square is one prompt in one kind of batch, compared bitwise with the same prompt alone. "
-        "Number: positions whose token or logprobs changed, of those compared; below it the largest logprob "
-        "difference.</p>",
+        f"<p class='note'>{_NOTE}</p>",
     ]
     for side in (stock, armed):
         parts += [f"<h2>{side.mode.capitalize()} vLLM</h2>", heat_map(names, columns, side)]
@@ -50,10 +52,11 @@ def heat_map(names: tuple[str, ...], columns: tuple[str, ...], side: Side) -> st
     """An SVG grid: prompts down, batches across; white is bitwise equal, red is many changed positions."""
     width = _LEFT + _CELL_W * len(columns) + 4
     height = _TOP + _CELL_H * len(names) + 4
-    out = [
+    begin = (
         f"<svg viewBox='0 0 {width} {height}' xmlns='http://www.w3.org/2000/svg' role='img' "
         f"aria-label='{html.escape(side.mode)} differences' font-family='system-ui, sans-serif' font-size='13'>"
-    ]
+    )
+    out = [begin]
     for x, column in enumerate(columns):
         middle = _LEFT + x * _CELL_W + _CELL_W / 2
         out.append(f"<text x='{middle}' y='{_TOP - 12}' text-anchor='middle' fill='#5a6775'>{html.escape(column)}</text>")
@@ -75,7 +78,7 @@ def colour(cell: Cell) -> str:
         return "#e2f4e8"
     share = min(1.0, cell.differing / max(1, cell.compared)) ** 0.5
     pale, strong = (255, 225, 218), (236, 112, 88)
-    return "#%02x%02x%02x" % tuple(round(p + (s - p) * share) for p, s in zip(pale, strong))
+    return "#" + "".join(f"{round(p + (s - p) * share):02x}" for p, s in zip(pale, strong))
 
 
 def _square(left: float, top: float, cell: Cell | None) -> str:

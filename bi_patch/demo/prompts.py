@@ -85,6 +85,18 @@ SUBJECTS = (
 # The settings of seeded sampling that people use.
 TEMPERATURE, TOP_P = 0.7, 0.95
 
+_COMMITTEE = (
+    "Summarise in one sentence: The committee met for five hours, discussed eleven proposals for the new bridge, "
+    "rejected nine of them for reasons of cost, sent one back to its author because the drawings were missing, and "
+    "adopted the last one after its height had been reduced by two metres so that the church can still be seen."
+)
+_RIVER = (
+    "It was the year in which the river froze so hard that a market was held on it. There were stalls for chestnuts, "
+    "for hot wine and for gloves; a man showed a dancing bear, and a printer set up his press in the very middle and "
+    "sold cards with the name of the buyer and the words 'printed on the ice'. My grandmother kept hers all her life, "
+    "and when I asked her what it had been like she always answered with the same words:"
+)
+
 FILLERS = (
     "Write a haiku about rain on a tin roof.",
     "What is 17 times 23?",
@@ -98,9 +110,7 @@ FILLERS = (
     "Ingredients: two onions, a carrot, 500 grams of red lentils, a tin of tomatoes, cumin, salt. Method:",
     "Hello!",
     "Dear diary, today was the first day at the new school, and I was so nervous that",
-    "Summarise in one sentence: The committee met for five hours, discussed eleven proposals for the new bridge, "
-    "rejected nine of them for reasons of cost, sent one back to its author because the drawings were missing, and "
-    "adopted the last one after its height had been reduced by two metres so that the church can still be seen.",
+    _COMMITTEE,
     "A farmer has 12 sheep and all but 5 run away. How many are left? Think step by step.",
     "The quick brown fox jumps over the lazy dog. The dog, who was not lazy at all but merely thoughtful, said:",
     "Q: Which planet has the most moons?\nA:",
@@ -112,10 +122,7 @@ FILLERS = (
     "Reviewer 2 wrote: the paper is well written, but the experiments do not support the claim that",
     "The weather forecast for tomorrow: in the morning fog in the valleys, later",
     "Say something nice about Mondays.",
-    "It was the year in which the river froze so hard that a market was held on it. There were stalls for chestnuts, "
-    "for hot wine and for gloves; a man showed a dancing bear, and a printer set up his press in the very middle and "
-    "sold cards with the name of the buyer and the words 'printed on the ice'. My grandmother kept hers all her life, "
-    "and when I asked her what it had been like she always answered with the same words:",
+    _RIVER,
     "Name a prime number between 90 and 100.",
     "The patient, a man of 54, reported pain in the left knee after",
     "Roses are red, violets are blue,",

@@ -48,6 +48,9 @@ class Watcher:
     def running(self, mode: str, about: str) -> None:
         """A round has started."""
 
+    def stopped(self, mode: str, why: str) -> None:
+        """The engine has stopped with an error where it is known to; the rounds that are left are not run."""
+
     def finished(self, mode: str, differing: int) -> None:
         """A round has ended with so many differing positions."""
 
@@ -94,6 +97,7 @@ def _side(mode: str, options: Options, quick: bool, watch: Watcher) -> tuple[Sid
                 if mode == ARMED or not current.may_stop:
                     raise
                 judge.stop(plan.rounds[index:], _reason(error))
+                watch.stopped(mode, judge.side.stopped)
                 break
             watch.finished(mode, judge.take(current, answers).differing)
         if not judge.side.stopped:

@@ -1,5 +1,7 @@
 """From answers to cells, divergences, words and the exit code."""
 
+import io
+
 import msgspec
 import pytest
 
@@ -93,7 +95,7 @@ def test_pick_takes_each_pair_once_and_every_prompt_first():
 def render(thing, width=80):
     from rich.console import Console
 
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(thing)
     return console.export_text()
 
