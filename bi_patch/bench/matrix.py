@@ -223,15 +223,17 @@ def arrivals(engine: Engine, workload: Workload) -> Difference:
 
 
 def mixed_lengths(engine: Engine, workload: Workload) -> Difference:
-    """The longest prompt beside many of the shortest, and the shortest beside several of the longest."""
-    order = sorted(range(len(workload.subjects)), key=lambda i: len(workload.subjects[i]))
-    short, long = workload.greedy(order[0]), workload.greedy(order[-1])
-    short_alone, long_alone = alone(engine, [short, long])
-    fillers = [workload.filler(i) for i in range(len(workload.fillers))]
-    shortest = sorted(fillers, key=lambda r: len(r.prompt))[:24]
-    longest = sorted(fillers, key=lambda r: -len(r.prompt))[:6]
-    total = beside(engine, long_alone, long, shortest[:12], shortest[12:], "longest prompt beside 24 short")
-    return total + beside(engine, short_alone, short, longest[:3], longest[3:], "shortest prompt beside 6 long")
+    """Every subject beside many of the shortest fillers, and beside several of the longest."""
+    fillers = sorted((workload.filler(i) for i in range(len(workload.fillers))), key=lambda r: len(r.prompt))
+    total = Difference()
+    for index in range(len(workload.subjects)):
+        request = workload.greedy(index)
+        (expected,) = alone(engine, [request])
+        for others, kind in ((fillers[:24], "24 short"), (fillers[-6:], "6 long")):
+            half = len(others) // 2
+            label = f"{workload.label(index)} beside {kind} prompts"
+            total += beside(engine, expected, request, others[:half], others[half:], label)
+    return total
 
 
 def prefix_cache(engine: Engine, workload: Workload) -> Difference:

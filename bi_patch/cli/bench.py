@@ -1,6 +1,7 @@
 """`bi-patch bench`: what invariance costs, and the matrix of axes and models, written as evidence files."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -10,14 +11,18 @@ from bi_patch.cli import app
 
 @app.command()
 def bench(
-    cost: bool = typer.Option(True, help="Measure time, stock against armed."),
-    invariance: bool = typer.Option(True, help="Measure the matrix of axes and models, armed."),
-    quick: bool = typer.Option(False, "--quick", help="Two repeats, and only the first model of each part."),
-    only: list[str] = typer.Option([], "--only", help="Only measurements whose label contains this; repeatable."),
-    repeats: int = typer.Option(5, "--repeats", min=1, help="Timed repeats of each workload."),
-    results: Path = typer.Option(Path("benchmarks/results"), "--results", help="Folder of the evidence files."),
-    tables: bool = typer.Option(False, "--tables", help="Measure nothing: print the tables of the newest files."),
-    readme: Path | None = typer.Option(None, "--readme", help="With --tables: put them between the file's marks."),
+    cost: Annotated[bool, typer.Option(help="Measure time, stock against armed.")] = True,
+    invariance: Annotated[bool, typer.Option(help="Measure the matrix of axes and models, armed.")] = True,
+    quick: Annotated[bool, typer.Option(help="Two repeats, and only the first model of each part.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only measurements whose label contains this; repeatable.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of each workload.")] = 5,
+    results: Annotated[Path, typer.Option(help="Folder of the evidence files.")] = Path("benchmarks/results"),
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Measure nothing: print the tables of the newest files, draw the plot.")
+    ] = False,
+    readme: Annotated[Path | None, typer.Option(help="With --tables: put them between this file's marks.")] = None,
 ) -> None:
     """Measure cost and invariance. Exit 1 when a position differed; times are only meant for a quiet machine."""
     from bi_patch.bench import evidence, plan
@@ -34,7 +39,7 @@ def bench(
             raise typer.Exit(1)
 
 
-def _chosen(specs, only: list[str], quick: bool):
+def _chosen(specs, only: list[str] | None, quick: bool):
     found = [s for s in specs if not only or any(text in s.label for text in only)]
     return found[:1] if quick else found
 

@@ -1,6 +1,7 @@
 """`bi-patch demo`: stock and armed vLLM on the same prompts, alone and inside batches, compared bitwise."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -10,11 +11,11 @@ from bi_patch.cli import app
 
 @app.command()
 def demo(
-    model: str = typer.Option("", "--model", help="A model's folder; by default SmolLM2-135M-Instruct."),
-    dtype: str = typer.Option("bfloat16", "--dtype", help="bfloat16 or float32."),
-    quick: bool = typer.Option(False, "--quick", help="Fewer prompts and batches."),
-    json: Path | None = typer.Option(None, "--json", help="Write the numbers to this file."),
-    picture: Path = typer.Option(Path("bi_patch-demo.html"), "--picture", help="Where to write the picture."),
+    model: Annotated[str, typer.Option(help="A model's folder; by default SmolLM2-135M-Instruct.")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts and batches.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
+    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("bi_patch-demo.html"),
 ) -> None:
     """Show stock vLLM's answers change with the batch, and armed vLLM's not.
 
