@@ -16,7 +16,16 @@ import torch
 
 from . import load
 
-GEMM_SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (3072, 1536), (9216, 1536), (1536, 4608)]
+GEMM_SHAPES = [
+    (960, 576),
+    (576, 576),
+    (3072, 576),
+    (576, 1536),
+    (49152, 576),
+    (3072, 1536),
+    (9216, 1536),
+    (1536, 4608),
+]
 GEMM_ROWS = [1, 8, 64, 512, 2048]
 HEADS = [(9, 3, 64), (16, 4, 128)]
 # name, (query tokens, context) of each request
@@ -44,76 +53,85 @@ def alternate(fns, seconds: float) -> list[float]:
     return best
 
 
+def gemm_case(dtype: torch.dtype, n: int, k: int, m: int, seconds: float) -> tuple[float, float, bool]:
+    """Seconds of ours and of oneDNN for y [m, n], and whether their bits are equal."""
+    from vllm import _custom_ops
+
+    ours = torch.ops.bi_cpu
+    x, w = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+    handler, packed = _custom_ops.create_onednn_mm(w.t(), 32), ours.gemm_pack(w)
+    fns = [lambda: ours.gemm(x, packed, n, k, None), lambda: _custom_ops.onednn_mm(handler, x, None)]
+    same = torch.equal(fns[0](), fns[1]())
+    a, b = alternate(fns, seconds)
+    return a, b, same
+
+
 def gemm(seconds: float) -> None:
+    print(
+        f"{'dtype':9}{'N':>6}{'K':>6}"
+        + "".join(f"{f'M={m} us':>12}{'ratio':>7}{'same':>5}" for m in GEMM_ROWS)
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        for n, k in GEMM_SHAPES:
+            print(f"{str(dtype)[6:]:9}{n:6}{k:6}", end="")
+            for m in GEMM_ROWS:
+                a, b, same = gemm_case(dtype, n, k, m, seconds)
+                print(f"{a * 1e6:12.1f}{a / b:7.2f}{'yes' if same else 'no':>5}", end="", flush=True)
+            print()
+
+
+def attention_case(
+    dtype: torch.dtype, h: int, kh: int, d: int, reqs: list[tuple[int, int]], seconds: float, bs: int = 128
+) -> tuple[float, float, float, float]:
+    """Seconds of attention, ours and stock, then of storing all keys, ours and stock."""
     from vllm import _custom_ops as ops
 
     ours = torch.ops.bi_cpu
-    print(f"{'dtype':9}{'N':>6}{'K':>6}" + "".join(f"{f'M={m} us':>12}{'ratio':>7}{'same':>5}" for m in GEMM_ROWS))
-    for dtype in (torch.bfloat16, torch.float32):
-        for n, k in GEMM_SHAPES:
-            w = torch.randn(n, k, dtype=dtype)
-            handler = ops.create_onednn_mm(w.t(), 32)
-            packed = ours.gemm_pack(w)
-            line = f"{str(dtype)[6:]:9}{n:6}{k:6}"
-            for m in GEMM_ROWS:
-                x = torch.randn(m, k, dtype=dtype)
-                fns = [lambda: ours.gemm(x, packed, n, k, None), lambda: ops.onednn_mm(handler, x, None)]
-                same = torch.equal(fns[0](), fns[1]())
-                a, b = alternate(fns, seconds)
-                line += f"{a * 1e6:12.1f}{a / b:7.2f}{'yes' if same else 'no':>5}"
-            print(line, flush=True)
+    blocks = [-(-s // bs) for _, s in reqs]
+    table = torch.zeros(len(reqs), max(blocks), dtype=torch.int32)
+    at = 1
+    for r, b in enumerate(blocks):
+        table[r, :b] = torch.arange(at, at + b)
+        at += b
+    pos = [torch.arange(s) for _, s in reqs]
+    slots = torch.cat([table[r, p // bs].long() * bs + p % bs for r, p in enumerate(pos)])
+    k, v = (torch.randn(len(slots), kh, d, dtype=dtype) for _ in "kv")
+    q = torch.randn(sum(n for n, _ in reqs), h, d, dtype=dtype)
+    start = torch.tensor([0] + [n for n, _ in reqs]).cumsum(0).int()
+    lens = torch.tensor([s for _, s in reqs]).int()
+    mine = torch.zeros(at, kh, bs, 2 * d, dtype=dtype)
+    kc, vc = torch.zeros(at, kh, bs * 2, d, dtype=dtype).chunk(2, dim=2)
+    scale = d**-0.5
+    meta = ops.cpu_attn_get_scheduler_metadata(len(reqs), h, kh, d, lens, dtype, start, True, -1, "vec", True)
+    out, ref = torch.empty_like(q), torch.empty_like(q)
+    store = alternate(
+        [
+            lambda: ours.kv_store(k, v, mine, slots),
+            lambda: ops.cpu_attn_reshape_and_cache(k, v, kc, vc, slots, "vec"),
+        ],
+        seconds / 4,
+    )
+    attend = alternate(
+        [
+            lambda: ours.attention(out, q, mine, start, lens, table, scale, -1, 0.0),
+            lambda: ops.cpu_attention_with_kv_cache(
+                q, kc, vc, ref, start, lens, scale, True, None, -1, table, 0.0, meta, None
+            ),
+        ],
+        seconds,
+    )
+    torch.testing.assert_close(out, ref, atol=3e-2 if dtype == torch.bfloat16 else 1e-4, rtol=0.02)
+    return *attend, *store
 
 
 def attention(seconds: float) -> None:
-    from vllm import _custom_ops as ops
-
-    ours = torch.ops.bi_cpu
     print(f"{'dtype':9}{'heads':>12}  {'batch':20}{'ours us':>10}{'stock us':>10}{'ratio':>7}{'store':>7}")
-    bs = 128
     for dtype in (torch.bfloat16, torch.float32):
         for h, kh, d in HEADS:
             for name, reqs in BATCHES:
-                blocks = [-(-s // bs) for _, s in reqs]
-                table = torch.zeros(len(reqs), max(blocks), dtype=torch.int32)
-                at = 1
-                for r, b in enumerate(blocks):
-                    table[r, :b] = torch.arange(at, at + b)
-                    at += b
-                pos = [torch.arange(s) for _, s in reqs]
-                slots = torch.cat([table[r, p // bs].long() * bs + p % bs for r, p in enumerate(pos)])
-                k, v = (torch.randn(len(slots), kh, d, dtype=dtype) for _ in "kv")
-                q = torch.randn(sum(n for n, _ in reqs), h, d, dtype=dtype)
-                start = torch.tensor([0] + [n for n, _ in reqs]).cumsum(0).int()
-                lens = torch.tensor([s for _, s in reqs]).int()
-                mine = torch.zeros(at, kh, bs, 2 * d, dtype=dtype)
-                kc, vc = torch.zeros(at, kh, bs * 2, d, dtype=dtype).chunk(2, dim=2)
-                scale = d**-0.5
-                meta = ops.cpu_attn_get_scheduler_metadata(
-                    len(reqs), h, kh, d, lens, dtype, start, True, -1, "vec", True
-                )
-                out, ref = torch.empty_like(q), torch.empty_like(q)
-                sa, sb = alternate(
-                    [
-                        lambda: ours.kv_store(k, v, mine, slots),
-                        lambda: ops.cpu_attn_reshape_and_cache(k, v, kc, vc, slots, "vec"),
-                    ],
-                    seconds / 4,
-                )
-                a, b = alternate(
-                    [
-                        lambda: ours.attention(out, q, mine, start, lens, table, scale, -1, 0.0),
-                        lambda: ops.cpu_attention_with_kv_cache(
-                            q, kc, vc, ref, start, lens, scale, True, None, -1, table, 0.0, meta, None
-                        ),
-                    ],
-                    seconds,
-                )
-                torch.testing.assert_close(out, ref, atol=3e-2 if dtype == torch.bfloat16 else 1e-4, rtol=0.02)
-                print(
-                    f"{str(dtype)[6:]:9}{f'{h}/{kh}/{d}':>12}  {name:20}{a * 1e6:10.1f}{b * 1e6:10.1f}"
-                    f"{a / b:7.2f}{sa / sb:7.2f}",
-                    flush=True,
-                )
+                a, b, sa, sb = attention_case(dtype, h, kh, d, reqs, seconds)
+                head = f"{str(dtype)[6:]:9}{f'{h}/{kh}/{d}':>12}  {name:20}"
+                print(f"{head}{a * 1e6:10.1f}{b * 1e6:10.1f}{a / b:7.2f}{sa / sb:7.2f}", flush=True)
 
 
 def main() -> None:
@@ -121,9 +139,11 @@ def main() -> None:
     parser.add_argument("cache_dir", type=Path)
     parser.add_argument("what", nargs="*", default=["gemm", "attention"])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     import vllm._C  # noqa: F401
 
+    torch.set_num_threads(args.threads)
     print("isa", load(args.cache_dir), "threads", torch.get_num_threads())
     torch.manual_seed(0)
     for what in args.what:

@@ -87,9 +87,11 @@ def _compiler() -> tuple[str, str]:
         raise KernelBuildError(
             f"no C++ compiler: {name!r} is not on PATH; install g++ 11 or newer, or set CXX"
         )
-    run = subprocess.run([path, "--version"], capture_output=True, text=True)
+    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     if run.returncode != 0:
-        raise KernelBuildError(f"{path} --version failed: {run.stderr.strip()}; set CXX to a working compiler")
+        raise KernelBuildError(
+            f"{path} --version failed: {run.stderr.strip()}; set CXX to a working compiler"
+        )
     return path, run.stdout.splitlines()[0] if run.stdout else ""
 
 
@@ -115,7 +117,7 @@ def _digest(*parts: str) -> str:
 
 
 def _run(cmd: list[str]) -> None:
-    run = subprocess.run(cmd, capture_output=True, text=True)
+    run = subprocess.run(cmd, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         tail = "\n".join((run.stderr or run.stdout).splitlines()[-30:])
         raise KernelBuildError(
@@ -129,7 +131,18 @@ def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path, bindings:
     tdir = _torch_dir()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     jobs = [
-        [cxx, *_COMMON, *defines, "-std=c++17", "-O3", *_CFLAGS[isa], "-c", str(CSRC / f), "-o", str(work / f"{f}.o")]
+        [
+            cxx,
+            *_COMMON,
+            *defines,
+            "-std=c++17",
+            "-O3",
+            *_CFLAGS[isa],
+            "-c",
+            str(CSRC / f),
+            "-o",
+            str(work / f"{f}.o"),
+        ]
         for f in _KERNELS
     ]
     objects = [job[-1] for job in jobs]
@@ -137,7 +150,19 @@ def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path, bindings:
         # The slowest, so first. torch's headers need C++20 from 2.13 on.
         made = str(work / "ops.o")
         jobs.insert(
-            0, [cxx, *_COMMON, "-std=c++20", "-O1", abi, f"-I{tdir}/include", "-c", str(CSRC / "ops.cpp"), "-o", made]
+            0,
+            [
+                cxx,
+                *_COMMON,
+                "-std=c++20",
+                "-O1",
+                abi,
+                f"-I{tdir}/include",
+                "-c",
+                str(CSRC / "ops.cpp"),
+                "-o",
+                made,
+            ],
         )
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(_run, jobs))

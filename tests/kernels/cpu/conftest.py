@@ -1,5 +1,7 @@
 """Loads the CPU kernels once for the tests of this folder."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -42,18 +44,21 @@ def threads():
 
 
 @pytest.fixture(scope="session")
-def child(cache_dir):
-    """Runs Python code in a child with `load`ed kernels; returns what it prints."""
+def answers(cache_dir):
+    """What answers.py prints when run with an ISA (None: the best) and compiler flags."""
 
-    def run(code: str, isa: str | None = None, defines: tuple[str, ...] = (), **env: str) -> str:
-        head = (
-            "from pathlib import Path; import torch; from bi_patch.kernels.cpu import load; "
-            f"isa = load(Path({str(cache_dir)!r}), {isa!r}, {defines!r}); ops = torch.ops.bi_cpu\n"
-        )
+    @functools.cache
+    def run(isa: str | None = None, *flags: str) -> dict:
+        script = Path(__file__).with_name("answers.py")
         out = subprocess.run(
-            [sys.executable, "-c", head + code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}
+            [sys.executable, script, cache_dir, isa or "-", *flags],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert out.returncode == 0, out.stderr[-3000:]
-        return out.stdout
+        return json.loads(out.stdout.splitlines()[-1])
 
     return run

@@ -1,0 +1,27 @@
+"""The same sources on other instruction sets, and with another order, in children."""
+
+from pathlib import Path
+
+import pytest
+
+from bi_patch.kernels.cpu import runnable_isas
+
+
+@pytest.mark.parametrize("other", runnable_isas()[1:])
+def test_fp32_and_fp16_bits_are_the_same_on_every_isa(isa, answers, other):
+    assert answers(other) == answers()
+
+
+def test_a_wrong_order_is_noticed(isa, answers):
+    """With leaves of 128 the same sums are cut elsewhere: rows that see a second leaf differ."""
+    right, wrong = answers()["leaves"], answers(None, "-DBI_LEAF=128")["leaves"]
+    assert right[0] == wrong[0]
+    assert all(a != b for a, b in zip(right[1:], wrong[1:], strict=True))
+
+
+def test_amx_tiles_emulated(isa, answers):
+    """gemm_amx.cpp with its tile instructions in plain C++: indices, edges, invariance."""
+    if "avx512_bf16" not in runnable_isas():
+        pytest.skip("the code around the tiles needs AVX512_BF16")
+    header = Path(__file__).with_name("amx_emulation.h")
+    assert answers("amx_bf16", "-include", str(header)) == answers()
