@@ -19,8 +19,10 @@ namespace bi {
 namespace {
 
 constexpr int kPanel = 16 * kVecs;
-// Loop sizes, no part of the order: of the 1 MiB or more of L2, and fewest rows of a chunk.
-constexpr int64_t kPanelBytes = 512 << 10, kChunkBytes = 512 << 10, kChunkRows = 96;
+// Loop sizes, no part of the order: a panel stays in L2 (1 MiB or more) while a chunk of
+// rows streams past it; a chunk is cut further only to give the threads equal work.
+constexpr int64_t kPanelBytes = 512 << 10, kChunkBytes = 1 << 20;
+constexpr int64_t kChunkRows = 96, kFewRows = 24;
 constexpr int64_t kTinyWork = 1 << 16;  // multiply-adds below which waking threads costs more
 
 template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
@@ -163,9 +165,10 @@ void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t
 #endif
   const Job<T> job{a, lda, m, packed, n, k, kp, bias, y};
   const int64_t panels = (n + kPanel - 1) / kPanel;
-  // A chunk of rows and a panel's K block stay in L2 together.
   const int64_t chunk_max = std::max<int64_t>(kChunkRows, kChunkBytes / (kp * sizeof(A)));
-  const int64_t chunks = (m + chunk_max - 1) / chunk_max;
+  int64_t chunks = (m + chunk_max - 1) / chunk_max;
+  const auto idle = [&](int64_t tasks) { return (threads - tasks % threads) % threads; };
+  while (idle(chunks * panels) * 32 > chunks * panels && m / (chunks + 1) >= kFewRows) ++chunks;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch sums_buf;
