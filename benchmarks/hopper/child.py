@@ -34,6 +34,8 @@ def parse(arguments=None):
     parser.add_argument("--only", help="comma-separated cost workloads")
     parser.add_argument("--matrix", action="store_true", help="every axis")
     parser.add_argument("--batches", action="store_true", help="the axis of batch sizes alone")
+    parser.add_argument("--sampled", action="store_true", help="the axes of sampling alone")
+    parser.add_argument("--profile", action="store_true", help="print kernels of prefill and decode steps")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--peer")
     parser.add_argument("--max-model-len", type=int, default=33000)
@@ -146,6 +148,29 @@ def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> di
     }
 
 
+def profile(engine: Engine) -> None:
+    """Print the device's and the host's time by kernel and op, for a prefill of 8 x 1024 and for decode steps of 1."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as trace
+
+    core = engine.llm.llm_engine
+    for title, number, length, skip, steps in (("prefill 8 x 1024", 8, 1024, 0, 1), ("decode 1 x 512", 1, 512, 20, 10)):
+        for warm in (True, False):
+            engine.forget()
+            for i in range(number):
+                engine.add(engine.prompt(4242 + 100 * warm + i, length), skip + steps + 2)
+            for _ in range(skip):
+                core.step()
+            with trace(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as held:
+                for _ in range(steps):
+                    core.step()
+            while core.has_unfinished_requests():
+                core.step()
+        print(title)
+        for key in ("self_cuda_time_total", "self_cpu_time_total"):
+            print(held.key_averages().table(sort_by=key, row_limit=22, max_name_column_width=70))
+
+
 def bits(output) -> list:
     """An answer as exact values: tokens and each step's logprobs."""
     answer = output.outputs[0]
@@ -181,9 +206,9 @@ class Matrix:
         self.rows.append(row | ({"note": note} if note else {}))
         print("matrix", row, flush=True)
 
-    def crowd(self, size: int, seed: int, lengths=(8, 300), staggered: bool = False, **sampling):
+    def crowd(self, size: int, salt: int, lengths=(8, 300), staggered: bool = False, **sampling):
         """The targets among size - len(targets) others, in random order; yields (alone, crowded)."""
-        rng = random.Random(seed)
+        rng = random.Random(salt)
         chosen = list(range(len(self.targets)))[: min(size, len(self.targets))]
         if size < len(self.targets):
             chosen = rng.sample(range(len(self.targets)), min(size - 1, len(self.targets))) or [0]
@@ -197,7 +222,7 @@ class Matrix:
                 names[i] = self.engine.add(self.targets[i], TOKENS, logprobs=5, **sampling)
             else:
                 length = rng.randrange(*lengths)
-                self.engine.add(self.engine.prompt(seed * 997 + i, length), rng.randrange(8, TOKENS + 8))
+                self.engine.add(self.engine.prompt(salt * 997 + i, length), rng.randrange(8, TOKENS + 8))
 
         for job in jobs:
             if staggered:
@@ -300,7 +325,9 @@ def main() -> None:
                 result["cost"].append(row)
                 print("cost", a.model, a.mode, row, flush=True)
             save()
-    if a.matrix or a.batches or a.peer:
+    if a.profile:
+        profile(engine)
+    if a.matrix or a.batches or a.peer or a.sampled:
         matrix = Matrix(engine)
         result["alone"] = [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in matrix.alone]
         result["answers"] = matrix.alone
@@ -314,6 +341,8 @@ def main() -> None:
                 matrix.everything()
             elif a.batches:
                 matrix.batches()
+            elif a.sampled:
+                matrix.sampled()
         finally:
             result["matrix"] = matrix.rows
             save()

@@ -111,6 +111,65 @@ def _cuda_backend(original):
     return __init__
 
 
+def _cuda_rotary(original):
+    """RotaryEmbedding.forward_cuda and forward_native: one bundled kernel, compiled or not."""
+    from bi_patch.orders import cuda_rope
+
+    cuda_rope.define_op()
+
+    def forward(self, positions, query, key=None):
+        if key is None or positions.ndim != 1 or not _covers(self):
+            return original(self, positions, query, key)
+        cache = self._match_cos_sin_cache_dtype(query)
+        return cuda_rope.rope(positions, query, key, cache, self.head_size)
+
+    return forward
+
+
+def _cuda_qk_norm(original):
+    """Qwen3's attention: the norms of query and key heads and the rotation in one launch, as fast as stock's fusion."""
+    from bi_patch.orders import cuda_rope
+
+    cuda_rope.define_op()
+
+    def forward(self, positions, hidden_states):
+        if positions.ndim != 1 or not _covers(self.rotary_emb):
+            return original(self, positions, hidden_states)
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        cache = self.rotary_emb._match_cos_sin_cache_dtype(q)
+        q, k = cuda_rope.rope(
+            positions, q, k, cache, self.head_dim,
+            self.q_norm.weight.data, self.k_norm.weight.data, self.q_norm.variance_epsilon,
+        )  # fmt: skip
+        output, _ = self.o_proj(self.attn(q, k, v))
+        return output
+
+    return forward
+
+
+def _covers(rotary) -> bool:
+    from bi_patch.orders import cuda_rope
+
+    plain = type(rotary).__name__ in _ROTARY_CLASSES
+    return plain and cuda_rope.covers(rotary.head_size, rotary.rotary_dim, rotary.is_neox_style)
+
+
+def _cuda_schedule(original):
+    """FlashAttentionMetadataBuilder._get_scheduler_metadata: tiles are ordered once a step, for one split."""
+
+    @functools.wraps(original)
+    def _get_scheduler_metadata(self, *, aot_schedule, max_num_splits, **arguments):
+        from vllm.v1.attention.backends import flash_attn
+
+        if not hasattr(self, "_bi_patch_one_window"):
+            self._bi_patch_one_window = flash_attn._get_sliding_window_configs(self.vllm_config) <= {None, (-1, -1)}
+        wanted = self.aot_schedule and self._bi_patch_one_window and arguments["causal"] is True
+        return original(self, aot_schedule=aot_schedule or wanted, max_num_splits=max_num_splits, **arguments)
+
+    return _get_scheduler_metadata
+
+
 def _refuse_cuda(config) -> None:
     if config.model_config is not None and config.model_config.use_mla:
         raise UnsupportedFeature(
@@ -139,6 +198,32 @@ def _cpu_seam(name: str, qualname: str, close, how: str) -> Seam:
 
 
 _CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+# Those whose forward is RotaryEmbedding's own.
+_ROTARY_CLASSES = frozenset(
+    {
+        "RotaryEmbedding",
+        "Llama3RotaryEmbedding",
+        "LinearScalingRotaryEmbedding",
+        "DynamicNTKScalingRotaryEmbedding",
+        "YaRNScalingRotaryEmbedding",
+    }
+)
+_ROTARY = "vllm.model_executor.layers.rotary_embedding.base"
+
+
+def _cuda_seam(name: str, module: str, qualname: str, close, why: str, how: str, causes, releases=">=0.23,<0.34") -> Seam:
+    return Seam(
+        name=f"attention.cuda_{name}",
+        targets=(Target(module, qualname, releases),),
+        close=close,
+        why=why,
+        how=how,
+        until="upstream's compiled and eager code give equal bits at the same speed",
+        platforms=frozenset({"cuda"}),
+        required=name.startswith("rotary"),
+        causes=causes,
+    )
+
 
 SEAMS = (
     Seam(
@@ -150,6 +235,27 @@ SEAMS = (
         until="never: it is the gate",
         platforms=frozenset({"cuda"}),
         causes=(3, 4),
+    ),
+    _cuda_seam(
+        "rotary", _ROTARY, "RotaryEmbedding.forward_cuda", _cuda_rotary,
+        "eager code rounds where compiled code does not", "one bundled kernel rounds once, compiled or not", (17,)
+    ),
+    _cuda_seam(
+        "rotary_native", _ROTARY, "RotaryEmbedding.forward_native", _cuda_rotary,
+        "compiled code rounds where its fusions end", "one bundled kernel rounds once, compiled or not", (17,)
+    ),
+    _cuda_seam(
+        "qk_norm_qwen3", "vllm.model_executor.models.qwen3", "Qwen3Attention.forward", _cuda_qk_norm,
+        "two norms and a rotation apart cost three launches a layer", "one launch, in the same order", (2,)
+    ),
+    _cuda_seam(
+        "qk_norm_qwen3_moe", "vllm.model_executor.models.qwen3_moe", "Qwen3MoeAttention.forward", _cuda_qk_norm,
+        "two norms and a rotation apart cost three launches a layer", "one launch, in the same order", (2,)
+    ),
+    _cuda_seam(
+        "schedule", "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder._get_scheduler_metadata",
+        _cuda_schedule, "upstream's mode orders FlashAttention's tiles anew in every layer",
+        "ordered once a step for one split: the order of tiles reaches no sum", (3,), ">=0.32,<0.34"
     ),
     _cpu_seam("init", "CPUAttentionBackendImpl.__init__", _cpu_init, "refuses by name what the kernel does not cover"),
     _cpu_seam("build", "CPUAttentionMetadataBuilder.build", _cpu_build, "plans nothing from the batch"),

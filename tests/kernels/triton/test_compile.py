@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bi_patch.kernels.triton import gemm, norm
+from bi_patch.kernels.triton import gemm, norm, rope
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory a block may use, in bytes.
@@ -73,3 +73,13 @@ def test_norm(architecture, cols):
     build(
         norm._rms_norm, pointers | sizes | {"eps": "fp32", "offset": "fp32"}, constants, architecture, num_warps=warps
     )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_rope(architecture, head_size):
+    pointers = dict.fromkeys(("q", "k", "q_weight", "k_weight", "cache", "q_out", "k_out"), "*bf16")
+    sizes = dict.fromkeys(("heads_q", "heads_k", "stride_q", "stride_k", "stride_cache"), "i32")
+    signature = {"positions": "*i64"} | pointers | sizes | {"eps": "fp32"}
+    constants = {"HALF": head_size // 2, "HEADS": 8, "HAS_NORM": True}
+    build(rope._rotate, signature, constants, architecture, num_warps=2)
