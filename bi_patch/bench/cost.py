@@ -60,7 +60,11 @@ def measure(label: str, options: Options, *, repeats: int = 5, upstream: bool = 
         if upstream:
             try:
                 tell(f"{label}: trying upstream's own mode")
-                engines[UPSTREAM] = stack.enter_context(ChildEngine(UPSTREAM, options))
+                with ExitStack() as trial:
+                    engine = trial.enter_context(ChildEngine(UPSTREAM, options))
+                    engine.generate([Request(tuple(range(5, 40)), max_tokens=2)])  # on CPU it starts, then fails
+                    engines[UPSTREAM] = engine
+                    stack.push(trial.pop_all())
             except EngineFailed as error:
                 note = f"Upstream's own mode (VLLM_BATCH_INVARIANT=1) does not run here: {error.kind}."
         tell(f"{label}: starting the armed engine")
