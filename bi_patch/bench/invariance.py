@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 from bi_patch.bench.answers import Difference
-from bi_patch.bench.child import ARMED, ChildEngine
+from bi_patch.bench.child import ARMED, PATIENT, ChildEngine
 from bi_patch.bench.engine import Info, Options
 from bi_patch.bench.evidence import InvarianceRow
 from bi_patch.bench.matrix import CROSS_PROBES, PROBES, CrossProbe, Probe, Result, Workload
@@ -22,7 +23,8 @@ def measure(label: str, options: Options, *, mode: str = ARMED, probes: Sequence
     """
     tell(f"{label}: starting the {mode} engine")
     rows = []
-    with ChildEngine(mode, options) as engine:
+    environ = {**PATIENT, **os.environ}
+    with ChildEngine(mode, options, environ=environ) as engine:
         workload = Workload.random(engine.info.vocab_size, long=long)
         for probe in probes:
             tell(f"{label}: {probe.name}")
@@ -38,7 +40,7 @@ def measure(label: str, options: Options, *, mode: str = ARMED, probes: Sequence
         total = Difference()
         for change in changes[crossing.name]:
             tell(f"{label}: {crossing.name}, {change.label}")
-            with ChildEngine(mode, options.but(**change.options)) as other:
+            with ChildEngine(mode, options.but(**change.options), environ=environ) as other:
                 got = crossing.collect(other, workload, change)
                 result = crossing.judge(change, expected[crossing.name], got)
             total += Difference(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
 import msgspec
 
 from bi_patch import arming
-from bi_patch.bench.child import ARMED, STOCK, ChildEngine, EngineFailed
+from bi_patch.bench.child import ARMED, PATIENT, STOCK, ChildEngine, EngineFailed
 from bi_patch.bench.engine import Info, Options
 from bi_patch.bench.matrix import HITS
 from bi_patch.demo import cases, prompts
@@ -82,7 +83,7 @@ def _would_arm() -> None:
 def _side(mode: str, options: Options, quick: bool, watch: Watcher) -> tuple[Side, Info, cases.Plan]:
     started = time.monotonic()
     watch.begin(mode)
-    with ChildEngine(mode, options) as engine:
+    with ChildEngine(mode, options, environ={**PATIENT, **os.environ}) as engine:
         plan = _plan(engine.encode, quick)
         watch.planned(mode, len(plan.rounds))
         judge = Judge(mode, plan.names)
