@@ -82,7 +82,7 @@ def attention(
 ) -> None:
     """Causal attention over the paged cache into `out` [tokens, heads, head size] (or flattened heads).
 
-    window: tokens to the left that a query sees, -1 for all; softcap: 0 for none.
+    window: tokens before its own that a query sees, -1 for all; softcap: 0 for none.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """Routes of unquantized linears on CPU: the library's GEMM where it is certified and faster, else the bundled one.
 
-Order: ascending K, one fp32 accumulator an output, bias added in fp32 before the only rounding (kernels/cpu/README.md).
+Order: ascending K in fixed blocks, fp32 throughout, bias added before the only rounding (kernels/cpu/README.md).
 The library is compared with the bundled GEMM for a fixed set of row counts, all of them, and is then only ever called
 with these; other row counts are cut into such pieces, and what is left goes to the bundled GEMM. Equal bits make the
 choice free, so it is made by time.

@@ -75,7 +75,7 @@ def _cpu_forward(original):
             attn_metadata.seq_lens,
             attn_metadata.block_table,
             self.scale,
-            self.sliding_window,
+            self.sliding_window - 1 if self.sliding_window > 0 else -1,  # vLLM's window counts the token itself
             self.logits_soft_cap,
         )
         return output
