@@ -35,3 +35,11 @@ class CertificateFailed(BiPatchError):
 
 class PatchError(BiPatchError):
     """A patch of a series does not apply, does not reverse, or does not close the seam it claims."""
+
+
+class MissingDependency(BiPatchError):
+    """A library that this platform needs is missing, or of a version that was not checked."""
+
+
+class UnsupportedDevice(BiPatchError):
+    """A device whose limits are not known, so that no kernel can be chosen for it."""

@@ -149,7 +149,7 @@ def rms_norm(
         programs = min(chip.vector_cores, rows)
         _rms_norm[(programs,)](
             flat, residual if residual is not None else flat, weight if weight is not None else flat, out,
-            summed if summed is not None else out, rows, cols, flat.stride(0), float(eps), float(offset),
+            summed if summed is not None else flat, rows, cols, flat.stride(0), float(eps), float(offset),
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, PROGRAMS=programs,
             BLOCK=row_block(cols),
         )  # fmt: skip
