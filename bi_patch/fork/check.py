@@ -17,7 +17,7 @@ from bi_patch.fork.sources import Source
 from bi_patch.seams import anchors
 from bi_patch.seams.anchors import Anchor
 from bi_patch.seams.plan import Planned
-from bi_patch.seams.registry import RELEASES
+from bi_patch.seams.registry import PACKAGES
 
 HOLDERS = "copies.json"
 _CALL = [ast.dump(statement) for statement in ast.parse(series.CALL).body]
@@ -37,6 +37,7 @@ class Report(msgspec.Struct):
     anchors: int = 0
     matched: int = 0
     problems: list[Problem] = []
+    package: str = "vllm"
 
     @property
     def ok(self) -> bool:
@@ -49,11 +50,14 @@ def check(source: Source) -> Report:
     A release without a series is a problem by itself; it is then checked against the nearest known release,
     so that a maintainer sees what has to be ported.
     """
-    base = nearest(source.release)
-    report = against(source, base, series.planned_seams(base), anchors.PATCHES / f"vllm-{base}")
+    distribution, releases = PACKAGES[source.package]
+    base = nearest(source.release, source.package)
+    planned = series.planned_seams(base, source.package)
+    report = against(source, base, planned, anchors.folder_of(base, source.package))
     if base != source.release:
+        name = "vLLM" if distribution == "vllm" else distribution
         message = (
-            f"vLLM {source.release} is unknown: there are series for {', '.join(RELEASES)}. "
+            f"{name} {source.release} is unknown: there are series for {', '.join(releases)}. "
             f"What follows compares it with {base}"
         )
         report.problems.insert(0, Problem("release", message))
@@ -62,7 +66,8 @@ def check(source: Source) -> Report:
 
 def against(source: Source, base: str, planned: tuple[Planned, ...], folder: Path) -> Report:
     """Check a source against these seams and the series and anchors in `folder`."""
-    report = Report(source.label, source.release, base, seams=len(planned), anchors=len(planned), problems=[])
+    report = Report(source.label, source.release, base, seams=len(planned), anchors=len(planned), problems=[],
+                    package=source.package)  # fmt: skip
     held = places.holders(planned, source)
     _check_series(report, source, planned, series.make(planned, held), folder)
     _check_anchors(report, source, planned, folder)
@@ -71,9 +76,9 @@ def against(source: Source, base: str, planned: tuple[Planned, ...], folder: Pat
     return report
 
 
-def nearest(release: str) -> str:
+def nearest(release: str, package: str = "vllm") -> str:
     """`release` where it is known, else the newest known one before it, else the oldest."""
-    known = sorted(RELEASES, key=Version)
+    known = sorted(PACKAGES[package][1], key=Version)
     return next((r for r in reversed(known) if Version(r) <= Version(release)), known[0])
 
 

@@ -9,9 +9,9 @@ from bi_patch.fork import check, places, series
 from bi_patch.fork.sources import Source
 from bi_patch.seams import anchors
 from bi_patch.seams.plan import Planned
-from bi_patch.seams.registry import RELEASES
+from bi_patch.seams.registry import PACKAGES
 
-_INDEX_TEXT = "# Patches for vLLM {release}, in the order in which they are applied (`git apply -p1`).\n"
+_INDEX_TEXT = "# Patches for {name} {release}, in the order in which they are applied (`git apply -p1`).\n"
 
 
 def record(source: Source) -> Path:
@@ -20,13 +20,14 @@ def record(source: Source) -> Path:
     Raises PatchError for a release that the registry does not list, or AnchorMoved where a target is missing;
     nothing is written then.
     """
-    if source.release not in RELEASES:
+    releases = PACKAGES[source.package][1]
+    if source.release not in releases:
         raise PatchError(
-            f"vLLM {source.release} is not in RELEASES of bi_patch/seams/registry.py "
-            f"({', '.join(RELEASES)}): add it there, and make the seams' targets hold for it, first"
+            f"{_name(source)} {source.release} is not in RELEASES of bi_patch/seams/registry.py "
+            f"({', '.join(releases)}): add it there, and make the seams' targets hold for it, first"
         )
-    folder = anchors.PATCHES / f"vllm-{source.release}"
-    write(source, series.planned_seams(source.release), folder)
+    folder = anchors.folder_of(source.release, source.package)
+    write(source, series.planned_seams(source.release, source.package), folder)
     return folder
 
 
@@ -50,7 +51,11 @@ def write(source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
             path.unlink()
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())
-    index = _INDEX_TEXT.format(release=source.release) + "".join(f"{name}\n" for name in texts)
+    index = _INDEX_TEXT.format(name=_name(source), release=source.release) + "".join(f"{name}\n" for name in texts)
     (folder / series.INDEX).write_text(index)
     for name, value in (("anchors.json", taken), (check.HOLDERS, held)):
         (folder / name).write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def _name(source: Source) -> str:
+    return "vLLM" if source.package == "vllm" else PACKAGES[source.package][0]

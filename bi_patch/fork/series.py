@@ -94,8 +94,8 @@ class Committed:
         return self.path.name
 
 
-def planned_seams(release: str) -> tuple[Planned, ...]:
-    """Every seam with a target in `release`, over all platforms that support it, in the registry's order.
+def planned_seams(release: str, package: str = PACKAGE) -> tuple[Planned, ...]:
+    """Every seam with a target in `package` at `release`, over all platforms that support it, in the registry's order.
 
     Raises UnsupportedRelease for a release that is not in the matrix.
     """
@@ -104,13 +104,13 @@ def planned_seams(release: str) -> tuple[Planned, ...]:
     plans = [plan_module.make(version, platform) for platform in platforms or PLATFORM_RELEASES]
     planned = {p.seam.name: p for plan in plans for p in plan.seams}
     return tuple(
-        planned[s.name] for s in SEAMS if s.name in planned and inside(planned[s.name].target.module)
+        planned[s.name] for s in SEAMS if s.name in planned and inside(planned[s.name].target.module, package)
     )
 
 
-def inside(module: str) -> bool:
-    """Whether a module belongs to vLLM itself. A plugin's modules are not in vLLM's tree."""
-    return module.split(".", 1)[0] == PACKAGE
+def inside(module: str, package: str = PACKAGE) -> bool:
+    """Whether a module belongs to a package's tree. A plugin's modules are not in vLLM's."""
+    return module.split(".", 1)[0] == package
 
 
 def make(planned: tuple[Planned, ...], held: Mapping[str, Collection[str]]) -> tuple[Patch, ...]:
@@ -124,7 +124,7 @@ def make(planned: tuple[Planned, ...], held: Mapping[str, Collection[str]]) -> t
         closes.setdefault(item.target.module, []).append(item)
         for module in (m for m in item.target.copies if m in held.get(item.seam.name, ())):
             copies.setdefault(module, []).append(item)
-    known = [area.__name__.rpartition(".")[2] for area in AREAS]
+    known = list(dict.fromkeys(area.__name__.rpartition(".")[2] for area in AREAS))
     areas = [*known, *sorted({p.seam.area for p in planned} - set(known))]
     patches = []
     for number, area in enumerate(areas, 1):

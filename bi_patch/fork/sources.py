@@ -1,4 +1,4 @@
-"""Where a vLLM release is read from, as text: a wheel (or another zip), a tree, or the installed package."""
+"""Where a release of vLLM, or of a plugin, is read from, as text: a wheel (or another zip), a tree, or the installed one."""
 
 import re
 import zipfile
@@ -10,16 +10,20 @@ from packaging.version import InvalidVersion, Version
 
 from bi_patch.arming import installed
 from bi_patch.errors import PatchError
+from bi_patch.seams.registry import PACKAGES
 
 PACKAGE = "vllm"
 _VERSION_LINE = re.compile(r"^__version__\s*=.*?['\"]([^'\"]+)['\"]", re.MULTILINE)
-_METADATA = re.compile(r"vllm(_cpu)?-[^/]+\.dist-info/METADATA")
+_METADATA = {
+    "vllm": re.compile(r"vllm(_cpu)?-[^/]+\.dist-info/METADATA"),
+    "vllm_ascend": re.compile(r"vllm_ascend-[^/]+\.dist-info/METADATA"),
+}
 _METADATA_LINE = re.compile(r"^Version:\s*(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One vLLM release as text.
+    """One release of a package as text.
 
     label: what the user named. release: public version, e.g. `0.32.0`. files: every .py file of the package,
     relative to the folder that holds it, e.g. `vllm/config/vllm.py`. read: such a name -> its bytes.
@@ -29,6 +33,7 @@ class Source:
     release: str
     files: frozenset[str]
     read: Callable[[str], bytes]
+    package: str = PACKAGE
 
     def text(self, file: str) -> str:
         """A file's text with its line ends as they are. Raises UnicodeDecodeError."""
@@ -69,18 +74,18 @@ def release_number(text: str) -> str:
 
 
 def _tree(folder: Path, label: str, release: str | None) -> Source:
-    package = folder / PACKAGE
-    if not (package / "__init__.py").is_file():
+    package = next((name for name in PACKAGES if (folder / name / "__init__.py").is_file()), None)
+    if package is None:
         raise PatchError(
-            f"{folder} holds no {PACKAGE}/__init__.py: name the folder that holds the package {PACKAGE}/"
+            f"{folder} holds no {PACKAGE}/__init__.py: name the folder that holds the package {' or '.join(PACKAGES)}"
         )
-    files = frozenset(p.relative_to(folder).as_posix() for p in package.rglob("*.py"))
+    files = frozenset(p.relative_to(folder).as_posix() for p in (folder / package).rglob("*.py"))
     beside = [p.relative_to(folder).as_posix() for p in folder.glob("vllm*.dist-info/METADATA")]
 
     def read(file: str) -> bytes:
         return (folder / file).read_bytes()
 
-    return Source(label, release or _stated(label, files, beside, read), files, read)
+    return Source(label, release or _stated(label, package, files, beside, read), files, read, package)
 
 
 def _zip(path: Path, label: str, release: str | None) -> Source:
@@ -89,17 +94,21 @@ def _zip(path: Path, label: str, release: str | None) -> Source:
     except (zipfile.BadZipFile, OSError) as error:
         raise PatchError(f"{path} is not a wheel: {error}") from error
     names = archive.namelist()
-    files = frozenset(n for n in names if n.startswith(f"{PACKAGE}/") and n.endswith(".py"))
-    if f"{PACKAGE}/__init__.py" not in files:
-        raise PatchError(f"{path} holds no {PACKAGE}/__init__.py: it is not a wheel of vLLM")
-    return Source(label, release or _stated(label, files, names, archive.read), files, archive.read)
+    package = next((name for name in PACKAGES if f"{name}/__init__.py" in names), None)
+    if package is None:
+        raise PatchError(f"{path} holds no {PACKAGE}/__init__.py: it is not a wheel of vLLM or of a plugin")
+    files = frozenset(n for n in names if n.startswith(f"{package}/") and n.endswith(".py"))
+    release = release or _stated(label, package, files, names, archive.read)
+    return Source(label, release, files, archive.read, package)
 
 
-def _stated(label: str, files: frozenset[str], others: list[str], read: Callable[[str], bytes]) -> str:
-    """The release that a source states in vllm/_version.py, or in a distribution's metadata."""
-    patterns = [(n, _METADATA_LINE) for n in others if _METADATA.fullmatch(n)]
-    if f"{PACKAGE}/_version.py" in files:
-        patterns.insert(0, (f"{PACKAGE}/_version.py", _VERSION_LINE))
+def _stated(
+    label: str, package: str, files: frozenset[str], others: list[str], read: Callable[[str], bytes]
+) -> str:
+    """The release that a source states in its _version.py, or in a distribution's metadata."""
+    patterns = [(n, _METADATA_LINE) for n in others if _METADATA[package].fullmatch(n)]
+    if f"{package}/_version.py" in files:
+        patterns.insert(0, (f"{package}/_version.py", _VERSION_LINE))
     for name, pattern in patterns:
         if match := pattern.search(read(name).decode(errors="replace")):
             return release_number(match.group(1))

@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import hashlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import msgspec
 from bi_patch import files
 from bi_patch.errors import AnchorMoved
 from bi_patch.seams.plan import Plan, Planned
+from bi_patch.seams.registry import PACKAGES
 
 PATCHES = Path(__file__).resolve().parent.parent / "patches"
 
@@ -53,9 +55,18 @@ def take(planned: Planned, file: str, text: str) -> Anchor:
     )
 
 
-def recorded(release: str) -> dict[str, Anchor]:
-    """The anchors on file for a release, by seam; empty where none was recorded."""
-    anchors = files.read_json(PATCHES / f"vllm-{release}" / "anchors.json", list[Anchor])
+def folder_of(release: str, package: str = "vllm") -> Path:
+    """Where the series and anchors of a package's release lie, e.g. patches/vllm-ascend-0.23.0."""
+    return PATCHES / f"{PACKAGES[package][0]}-{release}"
+
+
+def package_of(module: str) -> str:
+    return module.split(".", 1)[0]
+
+
+def recorded(release: str, package: str = "vllm") -> dict[str, Anchor]:
+    """The anchors on file for a package's release, by seam; empty where none was recorded."""
+    anchors = files.read_json(folder_of(release, package) / "anchors.json", list[Anchor])
     return {a.seam: a for a in anchors or ()}
 
 
@@ -72,21 +83,25 @@ def compare(old: Anchor, new: Anchor) -> str | None:
 def verify_installed(plan: Plan, folder: Path, cache: Path) -> None:
     """Check the anchors of the vLLM in `folder` (the one that holds the package) against the recorded ones.
 
+    The modules of a plugin are looked for in `folder` first, and else where Python finds the plugin.
+
     cache: where the result is remembered by size and time of each file, so that an installation pays once.
     Raises AnchorMoved, naming each anchor that moved with upstream's change.
     """
-    known = recorded(str(plan.release))
-    stamp = _stamp(plan, folder)
+    known = {name: a for package in PACKAGES for name, a in recorded(str(plan.release), package).items()}
+    roots = {package: _root(package, folder) for package in {package_of(p.target.module) for p in plan.seams}}
+    stamp = _stamp(plan, roots)
     remembered = cache / "anchors" / f"{stamp}.json"
     if files.read_json(remembered, str) == stamp:
         return
     moved = []
     for planned in plan.seams:
-        file = path_of(planned.target.module, lambda p: (folder / p).is_file())
+        root = roots[package_of(planned.target.module)]
+        file = path_of(planned.target.module, lambda p, root=root: (root / p).is_file())
         if file is None:
             moved.append(f"{planned.seam.name}: no module {planned.target.module}")
             continue
-        anchor = take(planned, file, (folder / file).read_text(encoding="utf-8"))
+        anchor = take(planned, file, (root / file).read_text(encoding="utf-8"))
         old = known.get(planned.seam.name)
         if old is None:
             moved.append(f"{planned.seam.name}: no anchor was recorded for {planned.target}")
@@ -101,14 +116,25 @@ def verify_installed(plan: Plan, folder: Path, cache: Path) -> None:
     files.write_json(remembered, stamp)
 
 
-def _stamp(plan: Plan, folder: Path) -> str:
+def _root(package: str, folder: Path) -> Path:
+    """The folder that holds a package: `folder`, or where Python finds it."""
+    if not (folder / package).is_dir():
+        spec = importlib.util.find_spec(package)
+        for place in (spec and spec.submodule_search_locations) or ():
+            return Path(place).parent
+    return folder
+
+
+def _stamp(plan: Plan, roots: dict[str, Path]) -> str:
     """A digest over the planned files' size and time, the recorded anchors and the targets."""
-    parts = [str(plan.release), plan.platform, str(folder)]
-    series = PATCHES / f"vllm-{plan.release}" / "anchors.json"
-    parts.append(hashlib.sha256(series.read_bytes()).hexdigest() if series.is_file() else "none")
+    parts = [str(plan.release), plan.platform, *(f"{name} {roots[name]}" for name in sorted(roots))]
+    for package in PACKAGES:
+        series = folder_of(str(plan.release), package) / "anchors.json"
+        parts.append(hashlib.sha256(series.read_bytes()).hexdigest() if series.is_file() else "none")
     for planned in plan.seams:
-        file = path_of(planned.target.module, lambda p: (folder / p).is_file())
-        info = os.stat(folder / file) if file else None
+        root = roots[package_of(planned.target.module)]
+        file = path_of(planned.target.module, lambda p, root=root: (root / p).is_file())
+        info = os.stat(root / file) if file else None
         parts.append(f"{planned.seam.name} {planned.target} {info and (info.st_size, info.st_mtime_ns)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -1,0 +1,33 @@
+"""Graphs on Ascend: piecewise or none. Attention inside a full graph keeps the split of its capture."""
+
+from bi_patch.seams.ascend.common import ASCEND, refuse
+from bi_patch.seams.model import Policy
+
+_FUSIONS = ("fuse_norm_quant", "fuse_qknorm_rope", "fuse_allreduce_rms", "fuse_muls_add")
+
+
+def _graphs(config) -> None:
+    mode = config.compilation_config.cudagraph_mode
+    name = getattr(mode, "name", str(mode))
+    if name == "FULL_AND_PIECEWISE":
+        config.compilation_config.cudagraph_mode = type(mode)["PIECEWISE"]
+    elif name not in ("NONE", "PIECEWISE", "None"):
+        refuse("compilation.ascend_graphs", [f"cudagraph_mode {name}"], "Use PIECEWISE or NONE")
+
+
+def _fusions(config) -> None:
+    """Turn vLLM-Ascend's fusion passes off in what the workers read."""
+    held = getattr(config, "additional_config", None)
+    if not isinstance(held, dict):
+        config.additional_config = held = {}
+    given = held.setdefault("ascend_compilation_config", {})
+    given.update({name: False for name in _KNOWN_TO_THE_CONFIG})
+
+
+_KNOWN_TO_THE_CONFIG = _FUSIONS[:2]
+
+SEAMS = ()
+POLICIES = (
+    Policy("compilation.ascend_graphs", _graphs, "a captured attention keeps its split", ASCEND),
+    Policy("compilation.ascend_fusions", _fusions, "fused operators go round the table", ASCEND),
+)

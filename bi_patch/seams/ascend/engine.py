@@ -1,0 +1,100 @@
+"""vLLM-Ascend's own mode, its custom operators, and the features that no closed seam covers."""
+
+from bi_patch.seams.ascend.common import ASCEND, RELEASES, option, refuse
+from bi_patch.seams.model import Policy, Seam, Target
+
+
+def _mode(original):
+    """init_batch_invariance: our routes, or an error. Upstream's goes on without what is missing."""
+
+    def init_batch_invariance():
+        import torch
+        from vllm_ascend.ascend_config import get_ascend_config
+
+        from bi_patch.orders import ascend_routes
+
+        config = get_ascend_config()
+        config.weight_nz_mode = 0
+        config.enable_matmul_allreduce = False
+        for name in _FUSIONS:
+            if hasattr(config.ascend_compilation_config, name):
+                setattr(config.ascend_compilation_config, name, False)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        ascend_routes.install()
+
+    return init_batch_invariance
+
+
+def _no_custom_ops(original):
+    """enable_custom_op: never; vLLM-Ascend's C++ operators state no order."""
+
+    def enable_custom_op() -> bool:
+        return False
+
+    return enable_custom_op
+
+
+def _features(config) -> None:
+    model, parallel = config.model_config, config.parallel_config
+    present = {
+        "pooling models": model is not None and model.runner_type == "pooling",
+        "multimodal models": model is not None and model.is_multimodal_model,
+        "encoder-decoder models": model is not None and model.is_encoder_decoder,
+        "hybrid and state-space models": model is not None and model.is_hybrid,
+        "MLA": model is not None and model.use_mla,
+        "speculative decoding": config.speculative_config is not None,
+        "LoRA": config.lora_config is not None,
+        "KV transfer": config.kv_transfer_config is not None,
+        "data parallelism over 1": parallel.data_parallel_size > 1,
+        "expert parallelism": parallel.enable_expert_parallel,
+        "prefill context parallelism over 1": parallel.prefill_context_parallel_size > 1,
+        "decode context parallelism over 1": parallel.decode_context_parallel_size > 1,
+    }
+    refuse("engine.ascend_features", [name for name, there in present.items() if there])
+
+
+def _options(config) -> None:
+    refuse("engine.ascend_options", [name for name in _REFUSED_OPTIONS if option(config, name)], "Take it out of --additional-config")
+
+
+# Passes that put a fused operator in the place of two that are served.
+_FUSIONS = ("fuse_norm_quant", "fuse_qknorm_rope", "fuse_allreduce_rms", "fuse_muls_add")
+_REFUSED_OPTIONS = (
+    "xlite_graph_config.enabled", "enable_reduce_sample", "enable_kv_nz", "enable_mlapo", "enable_fused_mc2",
+    "multistream_overlap_gate", "enable_npugraph_ex", "ascend_compilation_config.enable_npugraph_ex",
+    "eplb_config.dynamic_eplb", "layer_sharding", "enable_shared_expert_dp",
+)  # fmt: skip
+_CUSTOM_COPIES = (
+    "vllm_ascend.ops.layernorm",
+    "vllm_ascend.ops.fused_moe.moe_mlp",
+)
+
+SEAMS = (
+    Seam(
+        name="engine.ascend_mode",
+        targets=(
+            Target("vllm_ascend.batch_invariant", "init_batch_invariance", RELEASES, ("vllm_ascend.worker.worker",)),
+        ),
+        close=_mode,
+        why="upstream's mode leaves many operators open, and goes on with a warning when its kernels are missing",
+        how="every operator that sums is served in one order or refused by name; a missing library is an error",
+        until="upstream's mode covers them and fails closed",
+        platforms=ASCEND,
+        causes=(1, 2, 3, 10, 17),
+    ),
+    Seam(
+        name="engine.ascend_custom_ops",
+        targets=(Target("vllm_ascend.utils", "enable_custom_op", RELEASES, _CUSTOM_COPIES),),
+        close=_no_custom_ops,
+        why="vLLM-Ascend's C++ operators go round the dispatcher's table",
+        how="they stay off, so that torch_npu's are called, which the table serves",
+        until="they state their order",
+        platforms=ASCEND,
+        causes=(2, 10),
+    ),
+)
+
+POLICIES = (
+    Policy("engine.ascend_features", _features, "no closed seam covers them on Ascend", ASCEND),
+    Policy("engine.ascend_options", _options, "these options take operators that no route serves", ASCEND),
+)

@@ -1,0 +1,74 @@
+"""Scheduling on Ascend: chunks, cached prefixes and preemption are free where decode and prefill share one order, refused elsewhere.
+
+The bundled attention cuts keys at fixed positions, so a row's bits do not depend on how its prompt was cut. The
+AscendC operator was not shown to give decode the bits of prefill; where it is installed they are refused.
+"""
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.ascend.common import ASCEND, RELEASES, option, refuse
+from bi_patch.seams.model import Policy, Seam, Target
+
+_WHY = "the AscendC attention was not shown to give a decoded row the bits of a prefilled one"
+
+
+def _preempt(original):
+    """Scheduler._preempt_request: what was decoded would be computed again as a prompt."""
+    import functools
+
+    @functools.wraps(original)
+    def _preempt_request(self, *args, **kwargs):
+        from bi_patch.orders import ascend
+
+        if ascend.ascendc_installed():
+            raise UnsupportedFeature(
+                f"scheduler.ascend_preemption: preempting a request computes its tokens again as a prompt, and {_WHY}. "
+                "Give the KV cache more memory, lower --max-num-seqs, or uninstall batch_invariant_ops"
+            )
+        return original(self, *args, **kwargs)
+
+    return _preempt_request
+
+
+def _cut_prompts(config) -> None:
+    from bi_patch.orders import ascend
+
+    if not ascend.ascendc_installed():
+        return
+    found = []
+    if config.scheduler_config.enable_chunked_prefill:
+        found.append("chunked prefill with AscendC attention (--no-enable-chunked-prefill)")
+    if config.cache_config.enable_prefix_caching:
+        found.append("prefix caching with AscendC attention (--no-enable-prefix-caching)")
+    refuse("scheduler.ascend_chunks", found, f"Turn it off ({_WHY}), or uninstall batch_invariant_ops")
+
+
+def _schedulers(config) -> None:
+    found = [name for name in _OPTIONS if option(config, name) not in (None, False, -1)]
+    chosen = getattr(config.scheduler_config, "scheduler_cls", None)
+    if "vllm_ascend.core" in str(getattr(chosen, "__module__", chosen)):
+        found.append(f"the scheduler {chosen}")
+    refuse("scheduler.ascend_schedulers", found, "Use vLLM's own scheduler")
+
+
+_OPTIONS = (
+    "recompute_scheduler_enable", "enable_balance_scheduling", "SLO_limits_for_dynamic_batch",
+    "profiling_chunk_config.enabled", "enable_async_exponential",
+)  # fmt: skip
+
+SEAMS = (
+    Seam(
+        name="scheduler.ascend_preemption",
+        targets=(Target("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", RELEASES),),
+        close=_preempt,
+        why="a preempted request's decoded tokens are computed again as a prompt",
+        how="free with the bundled attention, whose order is that of positions; refused with AscendC's",
+        until="AscendC's attention is shown to share one order",
+        platforms=ASCEND,
+        causes=(9,),
+    ),
+)
+
+POLICIES = (
+    Policy("scheduler.ascend_chunks", _cut_prompts, _WHY, ASCEND),
+    Policy("scheduler.ascend_schedulers", _schedulers, "nothing under vllm_ascend/core knows of the mode", ASCEND),
+)
