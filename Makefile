@@ -1,9 +1,11 @@
 # make demo    set up, then run the demo: stock vLLM against armed vLLM on a real model
 # make test    set up, then run all tests (unit tests first, then those that start the real engine)
+# make test-ascend    the Ascend checks that need no NPU: real torch_npu over stub CANN libraries, kernels down to HIVM
 # Set-up makes .venv from pinned versions once; later runs reuse it.
 
 PYTHON ?= python3
 VENV ?= .venv
+ASCEND ?= .venv-ascend
 # An index with CPU builds of torch, e.g. PyTorch's own; empty where the default index serves them.
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_auto
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo test test-fast test-all bench check lint setup clean
+.PHONY: demo test test-fast test-all test-ascend bench check lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -22,15 +24,18 @@ demo: setup
 	$(BIN)/bi-patch demo
 
 test: setup
-	$(BIN)/pytest -m "not engine and not slow and not gpu" tests
+	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
 	$(BIN)/bi-patch check --all
-	$(BIN)/pytest -m "engine and not slow and not gpu" tests
+	$(BIN)/pytest -m "engine and not slow and not gpu and not ascend" tests
 
 test-fast: setup
-	$(BIN)/pytest -m "not engine and not slow and not gpu" tests
+	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
 
-test-all: setup
-	$(BIN)/pytest -m "not gpu" tests
+test-all: setup test-ascend
+	$(BIN)/pytest -m "not gpu and not ascend" tests
+
+test-ascend: $(ASCEND)/.installed
+	PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest -m "ascend and not slow" tests/ascend tests/kernels/ascend
 
 bench: setup
 	$(BIN)/bi-patch bench
@@ -42,7 +47,7 @@ lint: setup
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(ASCEND) build dist
 
 $(VENV)/.requirements: requirements/cpu.txt
 	@echo "Setting up $(VENV): the real vLLM engine for CPU, about 3 GB, a few minutes once"
@@ -53,4 +58,13 @@ $(VENV)/.requirements: requirements/cpu.txt
 
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	$(PIP) install --quiet --no-deps --no-build-isolation --force-reinstall .
+	touch $@
+
+$(ASCEND)/.installed: requirements/ascend.txt tests/ascend/stub_cann.py tests/ascend/stub_cann.c tests/ascend/sources.py
+	@echo "Setting up $(ASCEND): torch_npu, triton-ascend, AscendNPU-IR, sources of vLLM 0.23; about 3 GB, minutes once"
+	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Python 3.11 is needed, found " + sys.version'
+	$(PYTHON) -m venv --clear $(ASCEND)
+	$(ASCEND)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/ascend.txt
+	PYTHONPATH=. BI_PATCH=0 $(ASCEND)/bin/python tests/ascend/sources.py $(ASCEND)/sources
+	$(ASCEND)/bin/python tests/ascend/stub_cann.py $(ASCEND)/stub-cann
 	touch $@

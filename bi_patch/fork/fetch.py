@@ -52,7 +52,7 @@ def _download(distribution: str, release: str, folder: Path) -> Path:
             if x.strip() and not x.startswith("WARNING")
         ]
         raise PatchError(
-            f"{distribution} {release} could not be downloaded with pip:\n"
+            f"{'vLLM' if distribution == PACKAGE else distribution} {release} could not be downloaded with pip:\n"
             + "\n".join(lines[-4:])
             + "\nName a wheel or a source tree instead: bi-patch check PATH"
         )
@@ -67,7 +67,8 @@ def _slim(wheel: Path, package: str, to: Path) -> Path:
     ):
         for info in full.infolist():
             python = info.filename.startswith(f"{package}/") and info.filename.endswith(".py")
-            if python or info.filename.endswith(".dist-info/METADATA"):
+            kept = (".dist-info/METADATA", ".dist-info/entry_points.txt")
+            if python or info.filename.endswith(kept):
                 slim.writestr(info.filename, full.read(info))
     return to
 

@@ -12,7 +12,8 @@ POINTWISE = """
 copy_ fill_.Scalar zero_ add.Tensor add_.Tensor add.Scalar add_.Scalar sub.Tensor mul.Tensor mul_.Tensor mul.Scalar
 div.Tensor div_.Tensor neg abs sigmoid silu exp rsqrt pow.Tensor_Scalar eq.Tensor eq.Scalar lt.Tensor le.Tensor ge.Tensor gt.Tensor
 clamp where.self index_select embedding cat stack argmax sort.stable arange.start_step masked_fill_.Scalar masked_fill.Scalar
-_index_put_impl_ index.Tensor gather scatter_.src bitwise_not bitwise_and.Tensor repeat isfinite ne.Scalar clone
+rsub.Scalar rsub.Tensor sub.Scalar scatter.src scatter_.src masked_fill_.Tensor lt.Scalar gt.Scalar lt_.Tensor
+_index_put_impl_ index.Tensor gather bitwise_not bitwise_and.Tensor repeat isfinite ne.Scalar clone
 """.split()
 
 _libraries: list[torch.library.Library] = []

@@ -136,7 +136,22 @@ def main(experts: bool, dtype: torch.dtype) -> None:
     print(json.dumps({"compared": together.numel(), "differing": found, "finite": finite}), flush=True)
 
 
+def leaves_follow_the_rows() -> None:
+    """A planted fault: keys are cut more finely for few tokens, as a split-KV heuristic does."""
+    from bi_patch.kernels.ascend import attention
+
+    stock = attention.attention
+
+    def attend(query, *args, **kwargs):
+        attention.LEAF = 64 if query.shape[0] < 80 else 128
+        return stock(query, *args, **kwargs)
+
+    attention.attention = attend
+
+
 if __name__ == "__main__":
+    if "fault" in sys.argv:
+        leaves_follow_the_rows()
     canonical.install()
     host_ops.install()
     ascend_routes.install()
