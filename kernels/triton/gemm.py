@@ -106,7 +106,9 @@ def choose(rows: int, cols: int, depth: int, element_size: int, shared: int, des
     if element_size == 4:
         tile = Tile(16, 32, 64, 4, 3) if rows <= 32 else REFERENCE_FP32
     elif rows <= 16:
-        tile = Tile(16, 32, 256, 4, 4) if cols <= 8192 else Tile(16, 128, 128, 4, 4)
+        tile = Tile(16, 128, 128, 4, 4)
+        if cols <= 8192:
+            tile = Tile(16, 32, 256, 2, 5) if cols <= 2048 else Tile(16, 64, 256, 4, 5)
     elif rows <= 32:
         tile = Tile(32, 32, 256, 4, 4) if cols <= 8192 else Tile(32, 128, 128, 4, 4)
     elif rows <= 64:
