@@ -71,7 +71,7 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
         for row in rows:
             colour = "green" if row.ratio <= cost.TARGET else "red"
             table.add_row(row.model, row.workload, *(_ms(v) for v in (row.stock, row.upstream, row.armed)),
-                          f"[{colour}]{row.ratio:.2f}[/]")
+                          f"[{colour}]{row.ratio:.2f}[/]{' [yellow]noisy[/]' if cost.is_noisy(row) else ''}")
         console.print(f"{spec.label}: {path}", soft_wrap=True)
     console.print(table)
 

@@ -86,6 +86,8 @@ def test_a_cost_row_takes_medians_and_paired_ratios():
     row = cost.row("m", "w", {STOCK: [10.0, 20.0, 40.0], ARMED: [11.0, 20.0, 42.0]}, 3)
     assert (row.stock, row.upstream, row.armed, row.ratio) == (20.0, None, 20.0, 1.05)
     assert row.stock_range == (10.0, 40.0)
+    assert cost.is_noisy(row)
+    assert not cost.is_noisy(cost.row("m", "w", {STOCK: [10.0, 11.0], ARMED: [11.0, 12.0]}, 2))
 
 
 def made(model, **changes):
