@@ -90,11 +90,18 @@ def write(evidence: Cost | Invariance, platform: str, folder: Path = RESULTS) ->
     if path.exists():
         before = msgspec.json.decode(path.read_bytes(), type=type(evidence))
         measured = {row.model for row in evidence.rows}
-        evidence.rows[:0] = [row for row in before.rows if row.model not in measured]
+        # A list of its own: the caller's rows are only what it measured.
+        evidence.rows = [row for row in before.rows if row.model not in measured] + evidence.rows
         evidence.note = evidence.note or before.note
     write_json(path, evidence)
     path.chmod(0o644)
     return path
+
+
+def platforms(kind: type[Evidence], folder: Path = RESULTS) -> list[str]:
+    """The platforms that have files of a kind."""
+    pattern = re.compile(rf"{_KINDS[kind]}-\d{{4}}-\d\d-\d\d-(.+?)-vllm-")
+    return sorted({m.group(1) for file in folder.glob("*.json") if (m := pattern.match(file.name))})
 
 
 def newest(kind: type[Evidence], folder: Path = RESULTS, platform: str = "*") -> Evidence:

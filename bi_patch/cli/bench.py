@@ -108,11 +108,14 @@ def _invariance(console: Console, specs, results: Path) -> list:
 def _tables(console: Console, results: Path, readme: Path | None) -> None:
     from bi_patch.bench import evidence, plot
 
-    made = {
-        "cost": evidence.cost_table(evidence.newest(evidence.Cost, results)),
-        "invariance": evidence.invariance_table(evidence.newest(evidence.Invariance, results)),
-    }
-    plot.cost(evidence.newest(evidence.Cost, results), results / "cost.svg")
+    made = {}
+    for platform in evidence.platforms(evidence.Cost, results):
+        found = evidence.newest(evidence.Cost, results, platform)
+        made[f"cost-{platform}"] = evidence.cost_table(found)
+        plot.cost(found, results / f"cost-{platform}.svg")
+    for platform in evidence.platforms(evidence.Invariance, results):
+        found = evidence.newest(evidence.Invariance, results, platform)
+        made[f"invariance-{platform}"] = evidence.invariance_table(found)
     if readme is None:
         for text in made.values():
             print(text, end="\n\n")
@@ -121,4 +124,4 @@ def _tables(console: Console, results: Path, readme: Path | None) -> None:
     for mark, table in made.items():
         text = evidence.replace_between(text, mark, table)
     readme.write_text(text, encoding="utf-8")
-    console.print(f"{readme}: tables renewed; {results / 'cost.svg'} drawn")
+    console.print(f"{readme}: {len(made)} tables renewed; plots drawn in {results}")

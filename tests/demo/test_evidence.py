@@ -47,6 +47,13 @@ WORKLOAD = matrix.Workload.random(500, long=600, lengths=(3, 40, 70))
 
 
 @pytest.mark.parametrize("probe", matrix.PROBES, ids=lambda p: p.name)
+def test_platforms_of_a_kind(tmp_path):
+    for name in ("cost-2026-01-02-cpu-vllm-0.32.0.json", "cost-2026-01-02-h100-vllm-0.33.0.json", "other.json"):
+        (tmp_path / name).write_text("{}")
+    assert evidence.platforms(evidence.Cost, tmp_path) == ["cpu", "h100"]
+    assert evidence.platforms(evidence.Invariance, tmp_path) == []
+
+
 def test_every_probe_passes_an_invariant_engine_and_compares_something(probe):
     result = probe.run(Arithmetic(), WORKLOAD)
     assert result.axis == probe.name and result.compared > 0 and result.differing == 0 and not result.first
