@@ -47,13 +47,6 @@ WORKLOAD = matrix.Workload.random(500, long=600, lengths=(3, 40, 70))
 
 
 @pytest.mark.parametrize("probe", matrix.PROBES, ids=lambda p: p.name)
-def test_platforms_of_a_kind(tmp_path):
-    for name in ("cost-2026-01-02-cpu-vllm-0.32.0.json", "cost-2026-01-02-h100-vllm-0.33.0.json", "other.json"):
-        (tmp_path / name).write_text("{}")
-    assert evidence.platforms(evidence.Cost, tmp_path) == ["cpu", "h100"]
-    assert evidence.platforms(evidence.Invariance, tmp_path) == []
-
-
 def test_every_probe_passes_an_invariant_engine_and_compares_something(probe):
     result = probe.run(Arithmetic(), WORKLOAD)
     assert result.axis == probe.name and result.compared > 0 and result.differing == 0 and not result.first
@@ -156,3 +149,10 @@ def test_children_are_told_their_mode():
     assert "TORCHDYNAMO_DISABLE" not in armed
     upstream = child_environ(given, UPSTREAM, eager)
     assert (upstream["BI_PATCH"], upstream["VLLM_BATCH_INVARIANT"]) == ("0", "1")
+
+
+def test_platforms_of_a_kind(tmp_path):
+    for name in ("cost-2026-01-02-cpu-vllm-0.32.0.json", "cost-2026-01-02-h100-vllm-0.33.0.json", "other.json"):
+        (tmp_path / name).write_text("{}")
+    assert evidence.platforms(evidence.Cost, tmp_path) == ["cpu", "h100"]
+    assert evidence.platforms(evidence.Invariance, tmp_path) == []
