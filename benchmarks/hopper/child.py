@@ -34,6 +34,7 @@ def parse(arguments=None):
     parser.add_argument("--only", help="comma-separated cost workloads")
     parser.add_argument("--matrix", action="store_true", help="every axis")
     parser.add_argument("--batches", action="store_true", help="the axis of batch sizes alone")
+    parser.add_argument("--quick", action="store_true", help="the axes that change kernels, in a minute")
     parser.add_argument("--sampled", action="store_true", help="the axes of sampling alone")
     parser.add_argument("--profile", action="store_true", help="print kernels of prefill and decode steps")
     parser.add_argument("--eager", action="store_true")
@@ -247,6 +248,14 @@ class Matrix:
         self.decode_is_prefill()
         self.sampled()
 
+    def quick(self) -> None:
+        for size in (2, 33, 128, 257):
+            self.record(f"batch {size}", ((self.alone[i], got) for i, got in self.crowd(size, size)))
+        self.record("staggered 100", ((self.alone[i], g) for i, g in self.crowd(100, 51, staggered=True)))
+        self.record("mixed lengths to 8k, 24", ((self.alone[i], g) for i, g in self.crowd(24, 77, (500, 8000))))
+        self.cached()
+        self.decode_is_prefill()
+
     def cached(self) -> None:
         """The same prompt again: its prefix comes from the cache, whole or in part."""
         pairs = []
@@ -327,7 +336,7 @@ def main() -> None:
             save()
     if a.profile:
         profile(engine)
-    if a.matrix or a.batches or a.peer or a.sampled:
+    if a.matrix or a.batches or a.peer or a.sampled or a.quick:
         matrix = Matrix(engine)
         result["alone"] = [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in matrix.alone]
         result["answers"] = matrix.alone
@@ -341,6 +350,8 @@ def main() -> None:
                 matrix.everything()
             elif a.batches:
                 matrix.batches()
+            elif a.quick:
+                matrix.quick()
             elif a.sampled:
                 matrix.sampled()
         finally:

@@ -155,16 +155,43 @@ def _covers(rotary) -> bool:
     return plain and cuda_rope.covers(rotary.head_size, rotary.rotary_dim, rotary.is_neox_style)
 
 
+def _cuda_shape(original):
+    """FlashAttentionMetadataBuilder.build: the batch's longest query and context choose no other kernel.
+
+    FlashAttention 3 treats a batch of single queries as non-causal unless heads have 65 to 128 elements, and a window that no
+    context exceeds as no window: both change the length of the KV tiles, and so the order of the softmax's sums.
+    """
+    import copy
+
+    @functools.wraps(original)
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        common = copy.copy(common_attn_metadata)
+        if common.max_query_len == 1 and not 64 < self.headdim <= 128:
+            common.max_query_len = 2
+        if _has_window(self):
+            common.max_seq_len = max(common.max_seq_len, self.model_config.max_model_len)
+        return original(self, common_prefix_len, common, fast_build)
+
+    return build
+
+
+def _has_window(builder) -> bool:
+    """Whether any layer of the builder's model attends to a window only."""
+    held = builder.__dict__.get("_bi_patch_window")
+    if held is None:
+        from vllm.v1.attention.backends import flash_attn
+
+        held = not flash_attn._get_sliding_window_configs(builder.vllm_config) <= {None, (-1, -1)}
+        builder._bi_patch_window = held
+    return held
+
+
 def _cuda_schedule(original):
     """FlashAttentionMetadataBuilder._get_scheduler_metadata: tiles are ordered once a step, for one split."""
 
     @functools.wraps(original)
     def _get_scheduler_metadata(self, *, aot_schedule, max_num_splits, **arguments):
-        from vllm.v1.attention.backends import flash_attn
-
-        if not hasattr(self, "_bi_patch_one_window"):
-            self._bi_patch_one_window = flash_attn._get_sliding_window_configs(self.vllm_config) <= {None, (-1, -1)}
-        wanted = self.aot_schedule and self._bi_patch_one_window and arguments["causal"] is True
+        wanted = self.aot_schedule and not _has_window(self) and arguments["causal"] is True
         return original(self, aot_schedule=aot_schedule or wanted, max_num_splits=max_num_splits, **arguments)
 
     return _get_scheduler_metadata
@@ -220,7 +247,7 @@ def _cuda_seam(name: str, module: str, qualname: str, close, why: str, how: str,
         how=how,
         until="upstream's compiled and eager code give equal bits at the same speed",
         platforms=frozenset({"cuda"}),
-        required=name.startswith("rotary"),
+        required=name.startswith(("rotary", "shape")),
         causes=causes,
     )
 
@@ -251,6 +278,11 @@ SEAMS = (
     _cuda_seam(
         "qk_norm_qwen3_moe", "vllm.model_executor.models.qwen3_moe", "Qwen3MoeAttention.forward", _cuda_qk_norm,
         "two norms and a rotation apart cost three launches a layer", "one launch, in the same order", (2,)
+    ),
+    _cuda_seam(
+        "shape", "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder.build", _cuda_shape,
+        "FlashAttention 3 takes other KV tiles for a batch of single queries, and for contexts within a window",
+        "the longest query and context that it is told choose the same kernel for every batch", (25, 3)
     ),
     _cuda_seam(
         "schedule", "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder._get_scheduler_metadata",
