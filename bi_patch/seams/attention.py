@@ -96,7 +96,7 @@ def _cpu_store(original):
 
 
 def _cuda_backend(original):
-    """Attention.__init__: a layer whose backend has no single-split form is refused by name."""
+    """Attention.__init__: a layer whose backend, head size or window was not shown to be invariant is refused by name."""
 
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
@@ -106,6 +106,14 @@ def _cuda_backend(original):
             raise UnsupportedFeature(
                 f"attention.cuda_backend: the {name} backend is not covered. "
                 f"Use --attention-backend {' or '.join(_CUDA_BACKENDS)}, or set BI_PATCH=0"
+            )
+        found = f"heads of {self.head_size} elements" if self.head_size not in _CUDA_HEAD_SIZES else ""
+        if self.sliding_window is not None:
+            found = f"a sliding window of {self.sliding_window} tokens"
+        if found:
+            raise UnsupportedFeature(
+                f"attention.cuda_backend: with {found}, a token that {name} decodes differs from the same token "
+                "prefilled. Use a model with heads of 128 elements and full attention, or set BI_PATCH=0"
             )
 
     return __init__
@@ -153,26 +161,6 @@ def _covers(rotary) -> bool:
 
     plain = type(rotary).__name__ in _ROTARY_CLASSES
     return plain and cuda_rope.covers(rotary.head_size, rotary.rotary_dim, rotary.is_neox_style)
-
-
-def _cuda_shape(original):
-    """FlashAttentionMetadataBuilder.build: the batch's longest query and context choose no other kernel.
-
-    FlashAttention 3 treats a batch of single queries as non-causal unless heads have 65 to 128 elements, and a window that no
-    context exceeds as no window: both change the length of the KV tiles, and so the order of the softmax's sums.
-    """
-    import copy
-
-    @functools.wraps(original)
-    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
-        common = copy.copy(common_attn_metadata)
-        if common.max_query_len == 1 and not 64 < self.headdim <= 128:
-            common.max_query_len = 2
-        if _has_window(self):
-            common.max_seq_len = max(common.max_seq_len, self.model_config.max_model_len)
-        return original(self, common_prefix_len, common, fast_build)
-
-    return build
 
 
 def _has_window(builder) -> bool:
@@ -224,7 +212,9 @@ def _cpu_seam(name: str, qualname: str, close, how: str) -> Seam:
     )
 
 
-_CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+# What was shown to give equal bits in decode and prefill, whatever the batch.
+_CUDA_BACKENDS = ("FLASH_ATTN",)
+_CUDA_HEAD_SIZES = (128,)
 # Those whose forward is RotaryEmbedding's own.
 _ROTARY_CLASSES = frozenset(
     {
@@ -247,7 +237,7 @@ def _cuda_seam(name: str, module: str, qualname: str, close, why: str, how: str,
         how=how,
         until="upstream's compiled and eager code give equal bits at the same speed",
         platforms=frozenset({"cuda"}),
-        required=name.startswith(("rotary", "shape")),
+        required=name.startswith("rotary"),
         causes=causes,
     )
 
@@ -257,11 +247,11 @@ SEAMS = (
         name="attention.cuda_backend",
         targets=(Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),),
         close=_cuda_backend,
-        why="a backend that splits KV by the batch's lengths changes bits with the batch",
-        how="FlashAttention and Triton attention run one split in upstream's mode; every other backend is refused",
+        why="a backend that splits or tiles KV by the batch changes bits with the batch",
+        how="FlashAttention 3 runs one split in upstream's mode; other backends, head sizes and windows are refused",
         until="never: it is the gate",
         platforms=frozenset({"cuda"}),
-        causes=(3, 4),
+        causes=(3, 4, 25),
     ),
     _cuda_seam(
         "rotary", _ROTARY, "RotaryEmbedding.forward_cuda", _cuda_rotary,
@@ -278,11 +268,6 @@ SEAMS = (
     _cuda_seam(
         "qk_norm_qwen3_moe", "vllm.model_executor.models.qwen3_moe", "Qwen3MoeAttention.forward", _cuda_qk_norm,
         "two norms and a rotation apart cost three launches a layer", "one launch, in the same order", (2,)
-    ),
-    _cuda_seam(
-        "shape", "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder.build", _cuda_shape,
-        "FlashAttention 3 takes other KV tiles for a batch of single queries, and for contexts within a window",
-        "the longest query and context that it is told choose the same kernel for every batch", (25, 3)
     ),
     _cuda_seam(
         "schedule", "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder._get_scheduler_metadata",
