@@ -175,13 +175,14 @@ def profile(engine: Engine) -> None:
 def bits(output) -> list:
     """An answer as exact values: tokens and each step's logprobs."""
     answer = output.outputs[0]
-    steps = [sorted((t, e.logprob.hex() if hasattr(e.logprob, "hex") else e.logprob) for t, e in s.items()) for s in answer.logprobs]
+    exact = lambda value: value.hex() if hasattr(value, "hex") else value  # noqa: E731
+    steps = [sorted((token, exact(entry.logprob)) for token, entry in step.items()) for step in answer.logprobs]
     return [list(answer.token_ids), steps]
 
 
 def differ(a, b) -> int:
-    """Steps that differ in the token or in any logprob."""
-    return sum(x != y for x, y in zip(a[0], b[0])) + sum(x != y for x, y in zip(a[1], b[1])) if a != b else 0
+    """Positions that differ in the token or in any bit of a logprob."""
+    return sum(pair_a != pair_b for pair_a, pair_b in zip(zip(*a), zip(*b)))
 
 
 class Matrix:
@@ -277,7 +278,7 @@ class Matrix:
                 pairs = [(alone, self.one(p)) for alone, p in zip(self.alone, self.targets)]
                 self.record(f"chunked prefill {chunk}", pairs)
                 scheduler.max_num_scheduled_tokens = max(chunk, 512)
-                self.record(f"chunked prefill, crowd of 40", ((self.alone[i], g) for i, g in self.crowd(40, chunk)))
+                self.record("chunked prefill, crowd of 40", ((self.alone[i], g) for i, g in self.crowd(40, chunk)))
         finally:
             scheduler.max_num_scheduled_tokens = kept
 

@@ -1,6 +1,8 @@
 """Turns the JSON files of child.py into the evidence files, a table and a plot.
 
-    PYTHONPATH=. python3 benchmarks/hopper/report.py TAG DATE FILE.json...    # -> benchmarks/results/*-DATE-TAG-vllm-*.json
+    PYTHONPATH=. python3 benchmarks/hopper/report.py TAG DATE FILE.json...
+
+writes benchmarks/results/*-DATE-TAG-vllm-*.json.
 
 TAG names the device, e.g. h100. Files of all models and modes may be given together; devices and releases must agree.
 """
@@ -63,7 +65,8 @@ def table(rows: list[dict]) -> str:
     lines = ["| model | workload | unit | stock | upstream | armed | armed / stock |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         cells = [row["model"], row["workload"], row["unit"], row["stock"], row["upstream"], row["armed"], row["ratio"]]
-        lines.append("| " + " | ".join("" if c is None else f"{c:.3f}" if isinstance(c, float) else c for c in cells) + " |")
+        texts = ["" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells]
+        lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -80,9 +83,10 @@ def main() -> None:
         (results / f"cost-{end}.md").write_text(table(costs) + "\n")
         print(table(costs))
         try:
+            import msgspec
+
             from bi_patch.bench import plot
             from bi_patch.bench.evidence import Cost
-            import msgspec
 
             plot.cost(msgspec.convert(head | {"rows": costs}, Cost), results / f"cost-{end}.svg")
         except (ImportError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""One command on a Hopper host: stock vLLM, upstream's own mode and armed, one after the other, then the evidence files.
+"""One command on a Hopper host: stock vLLM, upstream's own mode and armed in turn, then the evidence files.
 
     PYTHONPATH=. python3 benchmarks/hopper/run.py TAG DATE [--models Qwen3-8B,Qwen3-1.7B] [--raw FOLDER]
 

@@ -2,9 +2,11 @@
 
     PYTHONPATH=. python3 benchmarks/hopper/tune_moe.py EXPERTS N HIDDEN TOP_K OUT_FOLDER
 
-Every tile is first compared with the fixed one, bitwise; a tile that differs is not taken. Times: a CUDA graph of calls.
+Every tile is first compared with the fixed one, bitwise; a tile that differs is not taken. Times: a CUDA graph of
+calls.
 """
 
+import functools
 import json
 import os
 import sys
@@ -41,7 +43,7 @@ def main() -> None:
         x = torch.randn(m, hidden, device="cuda", dtype=torch.bfloat16)
         weights, ids = torch.topk(torch.randn(m, experts, device="cuda").softmax(-1), top_k, dim=-1)
         ids = ids.to(torch.int32)
-        call = lambda: fused_experts(x, w13, w2, weights, ids)  # noqa: E731
+        call = functools.partial(fused_experts, x, w13, w2, weights, ids)
         with override_config(cuda_moe.FIXED):
             want = call()
             fixed = time_calls(torch, [call] * 6)

@@ -1,8 +1,8 @@
 """What every CUDA order shares: the library switches that forbid split-K, and what a certificate's key names.
 
-Split-K is forbidden by a workspace too small to hold partial sums, which covers every dtype and costs no speed on Hopper, and
-by PyTorch's switch, which masks reduction schemes in cuBLASLt for bf16 and fp16. The switch alone is not enough: with
-a full workspace it left results that differ, and kernels many times slower.
+Split-K is forbidden by a workspace too small to hold partial sums, which covers every dtype and costs no speed on
+Hopper, and by PyTorch's switch, which masks reduction schemes in cuBLASLt for bf16 and fp16. The switch alone is not
+enough: with a full workspace it left results that differ, and kernels many times slower.
 """
 
 from __future__ import annotations

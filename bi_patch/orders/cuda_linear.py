@@ -2,8 +2,8 @@
 
 Order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding (kernels/triton/gemm.py).
 A certificate covers one (N, K, dtype, bias) for every M up to a limit: the library is asked for its algorithm for all
-these M (cublaslt), and each kind of algorithm runs against the bundled reference, bitwise, at its first, a middle and its
-last M. An M whose kind differs anywhere, and every M past the limit, goes to the bundled kernel.
+these M (cublaslt), and each kind of algorithm runs against the bundled reference, bitwise, at its first, a middle and
+its last M. An M whose kind differs anywhere, and every M past the limit, goes to the bundled kernel.
 """
 
 from __future__ import annotations

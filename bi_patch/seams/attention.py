@@ -96,7 +96,7 @@ def _cpu_store(original):
 
 
 def _cuda_backend(original):
-    """Attention.__init__: a layer whose backend, head size or window was not shown to be invariant is refused by name."""
+    """Attention.__init__: a backend, head size or window that was not shown to be invariant is refused by name."""
 
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
@@ -228,7 +228,9 @@ _ROTARY_CLASSES = frozenset(
 _ROTARY = "vllm.model_executor.layers.rotary_embedding.base"
 
 
-def _cuda_seam(name: str, module: str, qualname: str, close, why: str, how: str, causes, releases=">=0.23,<0.34") -> Seam:
+def _cuda_seam(
+    name: str, module: str, qualname: str, close, why: str, how: str, causes, releases=">=0.23,<0.34"
+) -> Seam:
     return Seam(
         name=f"attention.cuda_{name}",
         targets=(Target(module, qualname, releases),),

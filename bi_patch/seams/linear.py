@@ -29,7 +29,7 @@ def _cpu_dispatch(original):
 
 
 def _cuda_linear(original):
-    """linear_batch_invariant: the certified route instead of one fixed Triton tile; traced by torch.compile as one op."""
+    """linear_batch_invariant: the certified route instead of one fixed Triton tile; one op to torch.compile."""
     from bi_patch.orders import cuda_linear
 
     cuda_linear.define_op()

@@ -4,8 +4,8 @@ out[m, n] = round(sum over k of x[m, k] * w[n, k], in fp32, + bias[n]). Tiles fo
 any tile may serve any M wherever the device's matrix instructions add in the same order (certified per device).
 
 `_tile` takes pointers and runs on every architecture: small tiles for few rows, large ones for many.
-`_persistent` loads tiles through tensor descriptors (TMA on Hopper and later), one program per multiprocessor. After the
-pattern of Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
+`_persistent` loads tiles through tensor descriptors (TMA on Hopper and later), one program per multiprocessor. After
+the pattern of Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
 """
 
 from typing import NamedTuple

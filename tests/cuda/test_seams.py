@@ -34,8 +34,8 @@ def config(**changes):
             parts[part][field] = value
         else:
             parts[part] = value
-    held = {f"{name}_config": SimpleNamespace(**part) if isinstance(part, dict) else part for name, part in parts.items()}
-    return SimpleNamespace(**held)
+    held = {name: SimpleNamespace(**part) if isinstance(part, dict) else part for name, part in parts.items()}
+    return SimpleNamespace(**{f"{name}_config": part for name, part in held.items()})
 
 
 def cuda_policies():
@@ -83,7 +83,10 @@ def test_a_plain_configuration_passes():
         ({"lora": SimpleNamespace()}, "LoRA"),
         ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
         ({"parallel__data_parallel_size": 2}, "data parallelism"),
-        ({"parallel__tensor_parallel_size": 2, "compilation__pass_config": SimpleNamespace(enable_sp=True)}, "enable_sp"),
+        (
+            {"parallel__tensor_parallel_size": 2, "compilation__pass_config": SimpleNamespace(enable_sp=True)},
+            "enable_sp",
+        ),
     ],
 )
 def test_what_is_not_covered_is_refused_by_name(change, named):
@@ -110,7 +113,8 @@ def test_fused_all_reduce_is_turned_off():
     ],
 )
 def test_attention_layers_that_were_not_shown_are_refused(backend, head_size, window, named):
-    seam = next(p.seam for p in plan.make(Version(RELEASES[-1]), "cuda").seams if p.seam.name == "attention.cuda_backend")
+    planned = plan.make(Version(RELEASES[-1]), "cuda").seams
+    seam = next(p.seam for p in planned if p.seam.name == "attention.cuda_backend")
 
     class Attention:
         def __init__(self):
