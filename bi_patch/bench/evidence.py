@@ -117,7 +117,8 @@ def cost_table(cost: Cost) -> str:
     lines = ["| model | workload | stock | upstream's mode | armed | armed / stock |", "|---|---|--:|--:|--:|--:|"]
     for row in cost.rows:
         times = [_time(value, row.unit) for value in (row.stock, row.upstream, row.armed)]
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        value = row.ratio or (row.armed / row.stock if row.armed and row.stock else None)
+        ratio = "" if value is None else f"{value:.2f}"
         lines.append(f"| {row.model} | {row.workload} | {' | '.join(times)} | {ratio} |")
     return "\n".join(lines) + "\n\n" + _where(cost)
 
@@ -147,7 +148,7 @@ def replace_between(text: str, mark: str, table: str) -> str:
 
 
 def _time(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return "-" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
 
 
 def _where(evidence: Cost | Invariance) -> str:

@@ -121,7 +121,8 @@ def _tables(console: Console, results: Path, readme: Path | None) -> None:
             print(text, end="\n\n")
         return
     text = readme.read_text(encoding="utf-8")
-    for mark, table in made.items():
-        text = evidence.replace_between(text, mark, table)
+    wanted = [mark for mark in made if f"<!-- {mark} -->" in text]  # a file shows the tables that it has marks for
+    for mark in wanted:
+        text = evidence.replace_between(text, mark, made[mark])
     readme.write_text(text, encoding="utf-8")
-    console.print(f"{readme}: {len(made)} tables renewed; plots drawn in {results}")
+    console.print(f"{readme}: {len(wanted)} tables renewed; plots drawn in {results}")
