@@ -21,7 +21,8 @@ export VLLM_NO_USAGE_STATS := 1
 setup: $(VENV)/.installed
 
 demo: setup
-	$(BIN)/bi-patch demo
+	@mkdir -p build
+	$(BIN)/bi-patch demo --picture build/demo.html
 
 test: setup
 	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests

@@ -6,8 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import bi_patch_entry  # noqa: F401  # before bi_patch: importing it then does not arm the test process
 import pytest
+
+import bi_patch_entry  # noqa: F401  # before bi_patch: importing it then does not arm the test process
 
 
 @pytest.fixture(scope="session")

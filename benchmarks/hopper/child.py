@@ -34,6 +34,7 @@ def parse(arguments=None):
     parser.add_argument("--only", help="comma-separated cost workloads")
     parser.add_argument("--matrix", action="store_true", help="every axis")
     parser.add_argument("--batches", action="store_true", help="the axis of batch sizes alone")
+    parser.add_argument("--quick", action="store_true", help="the axes that change kernels, in a minute")
     parser.add_argument("--sampled", action="store_true", help="the axes of sampling alone")
     parser.add_argument("--profile", action="store_true", help="print kernels of prefill and decode steps")
     parser.add_argument("--eager", action="store_true")
@@ -174,13 +175,14 @@ def profile(engine: Engine) -> None:
 def bits(output) -> list:
     """An answer as exact values: tokens and each step's logprobs."""
     answer = output.outputs[0]
-    steps = [sorted((t, e.logprob.hex() if hasattr(e.logprob, "hex") else e.logprob) for t, e in s.items()) for s in answer.logprobs]
+    exact = lambda value: value.hex() if hasattr(value, "hex") else value  # noqa: E731
+    steps = [sorted((token, exact(entry.logprob)) for token, entry in step.items()) for step in answer.logprobs]
     return [list(answer.token_ids), steps]
 
 
 def differ(a, b) -> int:
-    """Steps that differ in the token or in any logprob."""
-    return sum(x != y for x, y in zip(a[0], b[0])) + sum(x != y for x, y in zip(a[1], b[1])) if a != b else 0
+    """Positions that differ in the token or in any bit of a logprob."""
+    return sum(pair_a != pair_b for pair_a, pair_b in zip(zip(*a), zip(*b)))
 
 
 class Matrix:
@@ -247,6 +249,14 @@ class Matrix:
         self.decode_is_prefill()
         self.sampled()
 
+    def quick(self) -> None:
+        for size in (2, 33, 128, 257):
+            self.record(f"batch {size}", ((self.alone[i], got) for i, got in self.crowd(size, size)))
+        self.record("staggered 100", ((self.alone[i], g) for i, g in self.crowd(100, 51, staggered=True)))
+        self.record("mixed lengths to 8k, 24", ((self.alone[i], g) for i, g in self.crowd(24, 77, (500, 8000))))
+        self.cached()
+        self.decode_is_prefill()
+
     def cached(self) -> None:
         """The same prompt again: its prefix comes from the cache, whole or in part."""
         pairs = []
@@ -268,7 +278,7 @@ class Matrix:
                 pairs = [(alone, self.one(p)) for alone, p in zip(self.alone, self.targets)]
                 self.record(f"chunked prefill {chunk}", pairs)
                 scheduler.max_num_scheduled_tokens = max(chunk, 512)
-                self.record(f"chunked prefill, crowd of 40", ((self.alone[i], g) for i, g in self.crowd(40, chunk)))
+                self.record("chunked prefill, crowd of 40", ((self.alone[i], g) for i, g in self.crowd(40, chunk)))
         finally:
             scheduler.max_num_scheduled_tokens = kept
 
@@ -327,7 +337,7 @@ def main() -> None:
             save()
     if a.profile:
         profile(engine)
-    if a.matrix or a.batches or a.peer or a.sampled:
+    if a.matrix or a.batches or a.peer or a.sampled or a.quick:
         matrix = Matrix(engine)
         result["alone"] = [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in matrix.alone]
         result["answers"] = matrix.alone
@@ -341,6 +351,8 @@ def main() -> None:
                 matrix.everything()
             elif a.batches:
                 matrix.batches()
+            elif a.quick:
+                matrix.quick()
             elif a.sampled:
                 matrix.sampled()
         finally:

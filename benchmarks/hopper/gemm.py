@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python3 benchmarks/hopper/gemm.py OUT.json
 
-Every mode runs in its own process, since libraries read their settings once. Microseconds a call: a CUDA graph of calls over
-weights that together exceed the L2 cache, best of several replays. `differing` counts outputs that differ in any bit from the
-bundled reference kernel.
+Every mode runs in its own process, since libraries read their settings once. Microseconds a call: a CUDA graph of
+calls over weights that together exceed the L2 cache, best of several replays. `differing` counts outputs that differ in
+any bit from the bundled reference kernel.
 """
 
 import json
@@ -68,12 +68,12 @@ def child(mode: str) -> None:
             got = torch.nn.functional.linear(x, weights[0])
             row = {"shape": name, "n": n, "k": k, "m": m, "mode": mode, "differing": linear._unequal(got, want)}
             repeat = max(1, 12 // copies) if m <= 512 else 1
-            row["us"] = time_calls(torch, [lambda w=w: torch.nn.functional.linear(x, w) for w in weights * repeat])
+            row["us"] = time_calls(torch, [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in weights * repeat])
             if mode == "both":
                 mine = linear._bundled(x, weights[0], None, True)
                 row["bundled_differing"] = linear._unequal(mine, want)
                 row["bundled_us"] = time_calls(
-                    torch, [lambda w=w: linear._bundled(x, w, None, True) for w in weights * repeat]
+                    torch, [lambda x=x, w=w: linear._bundled(x, w, None, True) for w in weights * repeat]
                 )
             rows.append(row)
     print(json.dumps(rows))
@@ -85,7 +85,9 @@ def main() -> None:
     rows = []
     for mode, (env, _) in MODES.items():
         done = subprocess.run(
-            [sys.executable, __file__, "--child", mode], env={**os.environ, **env, "BI_PATCH": "0"}, stdout=subprocess.PIPE
+            [sys.executable, __file__, "--child", mode],
+            env={**os.environ, **env, "BI_PATCH": "0"},
+            stdout=subprocess.PIPE,
         )
         if done.returncode:
             sys.exit(f"mode {mode} failed")

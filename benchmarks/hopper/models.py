@@ -55,16 +55,19 @@ MODELS = {
     "Mistral-window-512": {
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu",
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 65536, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "sliding_window": 512, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
         "bos_token_id": 1, "eos_token_id": 2,
     },
 }  # fmt: skip
 
+# Qwen3-30B-A3B with 6 of its 48 layers: the same experts and routing in a fraction of the time.
+MODELS["Qwen3-30B-A3B, 6 layers"] = MODELS["Qwen3-30B-A3B"] | {"num_hidden_layers": 6}
+
 
 def write(name: str, root: str) -> str:
     """Write the config of a model and return its folder."""
-    folder = os.path.join(root, name)
+    folder = os.path.join(root, name.replace(", ", "-").replace(" ", "-"))
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump(MODELS[name], file)

@@ -85,6 +85,11 @@ def measure(label: str, options: Options, *, repeats: int = 5, upstream: bool = 
         return rows, engines[ARMED].info, note
 
 
+def is_noisy(found: CostRow) -> bool:
+    """True when repeats of one engine lie over 1.3 times apart: something else ran, and the row proves nothing."""
+    return any(r is not None and r[1] > 1.3 * r[0] for r in (found.stock_range, found.armed_range))
+
+
 def row(model: str, workload: str, times: dict[str, list[float]], repeats: int) -> CostRow:
     """Medians, ranges and the paired ratio of times in ms; `times` maps a mode to its repeats in order."""
     def median(mode: str) -> float | None:

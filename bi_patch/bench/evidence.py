@@ -90,11 +90,18 @@ def write(evidence: Cost | Invariance, platform: str, folder: Path = RESULTS) ->
     if path.exists():
         before = msgspec.json.decode(path.read_bytes(), type=type(evidence))
         measured = {row.model for row in evidence.rows}
-        evidence.rows[:0] = [row for row in before.rows if row.model not in measured]
+        # A list of its own: the caller's rows are only what it measured.
+        evidence.rows = [row for row in before.rows if row.model not in measured] + evidence.rows
         evidence.note = evidence.note or before.note
     write_json(path, evidence)
     path.chmod(0o644)
     return path
+
+
+def platforms(kind: type[Evidence], folder: Path = RESULTS) -> list[str]:
+    """The platforms that have files of a kind."""
+    pattern = re.compile(rf"{_KINDS[kind]}-\d{{4}}-\d\d-\d\d-(.+?)-vllm-")
+    return sorted({m.group(1) for file in folder.glob("*.json") if (m := pattern.match(file.name))})
 
 
 def newest(kind: type[Evidence], folder: Path = RESULTS, platform: str = "*") -> Evidence:
@@ -110,7 +117,8 @@ def cost_table(cost: Cost) -> str:
     lines = ["| model | workload | stock | upstream's mode | armed | armed / stock |", "|---|---|--:|--:|--:|--:|"]
     for row in cost.rows:
         times = [_time(value, row.unit) for value in (row.stock, row.upstream, row.armed)]
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        value = row.ratio or (row.armed / row.stock if row.armed and row.stock else None)
+        ratio = "" if value is None else f"{value:.2f}"
         lines.append(f"| {row.model} | {row.workload} | {' | '.join(times)} | {ratio} |")
     return "\n".join(lines) + "\n\n" + _where(cost)
 
@@ -140,7 +148,7 @@ def replace_between(text: str, mark: str, table: str) -> str:
 
 
 def _time(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return "-" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
 
 
 def _where(evidence: Cost | Invariance) -> str:

@@ -71,7 +71,7 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
         for row in rows:
             colour = "green" if row.ratio <= cost.TARGET else "red"
             table.add_row(row.model, row.workload, *(_ms(v) for v in (row.stock, row.upstream, row.armed)),
-                          f"[{colour}]{row.ratio:.2f}[/]")
+                          f"[{colour}]{row.ratio:.2f}[/]{' [yellow]noisy[/]' if cost.is_noisy(row) else ''}")
         console.print(f"{spec.label}: {path}", soft_wrap=True)
     console.print(table)
 
@@ -108,17 +108,21 @@ def _invariance(console: Console, specs, results: Path) -> list:
 def _tables(console: Console, results: Path, readme: Path | None) -> None:
     from bi_patch.bench import evidence, plot
 
-    made = {
-        "cost": evidence.cost_table(evidence.newest(evidence.Cost, results)),
-        "invariance": evidence.invariance_table(evidence.newest(evidence.Invariance, results)),
-    }
-    plot.cost(evidence.newest(evidence.Cost, results), results / "cost.svg")
+    made = {}
+    for platform in evidence.platforms(evidence.Cost, results):
+        found = evidence.newest(evidence.Cost, results, platform)
+        made[f"cost-{platform}"] = evidence.cost_table(found)
+        plot.cost(found, results / f"cost-{platform}.svg")
+    for platform in evidence.platforms(evidence.Invariance, results):
+        found = evidence.newest(evidence.Invariance, results, platform)
+        made[f"invariance-{platform}"] = evidence.invariance_table(found)
     if readme is None:
         for text in made.values():
             print(text, end="\n\n")
         return
     text = readme.read_text(encoding="utf-8")
-    for mark, table in made.items():
-        text = evidence.replace_between(text, mark, table)
+    wanted = [mark for mark in made if f"<!-- {mark} -->" in text]  # a file shows the tables that it has marks for
+    for mark in wanted:
+        text = evidence.replace_between(text, mark, made[mark])
     readme.write_text(text, encoding="utf-8")
-    console.print(f"{readme}: tables renewed; {results / 'cost.svg'} drawn")
+    console.print(f"{readme}: {len(wanted)} tables renewed; plots drawn in {results}")

@@ -95,7 +95,7 @@ class _Progress:
         self._progress.update(self._tasks[mode], description=f"{about} [dim]({self._differing} differ so far)[/]")
 
     def stopped(self, mode: str, why: str) -> None:
-        text = f"{self._differing} positions differ; then it stopped: {why}"
+        text = f"{self._differing} positions differ; then it stopped"
         done = self._progress.tasks[self._tasks[mode]].completed
         self._progress.update(self._tasks[mode], description=text, total=done)
 

@@ -1,7 +1,8 @@
 """What every CUDA order shares: the library switches that forbid split-K, and what a certificate's key names.
 
-Split-K is forbidden twice: by PyTorch's switch, which masks reduction schemes in cuBLASLt for bf16 and fp16, and by a
-workspace too small to hold partial sums, which also covers fp32. Neither was seen to cost speed on Hopper.
+Split-K is forbidden by a workspace too small to hold partial sums, which covers every dtype and costs no speed on
+Hopper, and by PyTorch's switch, which masks reduction schemes in cuBLASLt for bf16 and fp16. The switch alone is not
+enough: with a full workspace it left results that differ, and kernels many times slower.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def forbid_split_k() -> None:
     """Set this process's libraries so that no matrix product is split along K. Idempotent."""
     import torch
 
-    os.environ.update(WORKSPACE)
+    os.environ.update(WORKSPACE)  # upstream's mode writes another value first
     matmul = torch.backends.cuda.matmul
     # (reduced precision, split-K)
     matmul.allow_bf16_reduced_precision_reduction = (False, False)
@@ -65,9 +66,11 @@ def libraries() -> str:
     import torch
     import triton
 
+    from bi_patch.orders import cublaslt
+
     switches = " ".join(f"{name}={os.environ.get(name, '')}" for name in WORKSPACE)
     return (
-        f"torch {torch.__version__} cuda {torch.version.cuda} cublaslt {_cublaslt_version()} "
+        f"torch {torch.__version__} cuda {torch.version.cuda} cublaslt {cublaslt.version()} "
         f"driver {_driver_version()} triton {triton.__version__} {switches}"
     )
 
@@ -84,15 +87,6 @@ def kernels_digest() -> str:
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _cublaslt_version() -> int:
-    import torch
-
-    torch.cuda.current_blas_handle()  # loads the library
-    library = ctypes.CDLL(f"libcublasLt.so.{str(torch.version.cuda).split('.')[0]}")
-    library.cublasLtGetVersion.restype = ctypes.c_size_t
-    return library.cublasLtGetVersion()
 
 
 def _driver_version() -> int:

@@ -1,23 +1,25 @@
 """Routes of unquantized linears on CUDA: cuBLASLt without split-K where certified, else the bundled Triton GEMM.
 
 Order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding (kernels/triton/gemm.py).
-A certificate covers one (N, K, dtype, bias) for every M up to a limit: the launches of all these calls are listed
-without running them (cuda_launches), and one of each kind runs against the bundled reference, bitwise, at its first, a
-middle and its last M. An M whose kind differs anywhere, and every M past the limit, goes to the bundled kernel.
+A certificate covers one (N, K, dtype, bias) for every M up to a limit: the library is asked for its algorithm for all
+these M (cublaslt), and each kind of algorithm runs against the bundled reference, bitwise, at its first, a middle and
+its last M. An M whose kind differs anywhere, and every M past the limit, goes to the bundled kernel.
 """
 
 from __future__ import annotations
 
 import bisect
 import logging
+import os
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bi_patch.errors import CertificateFailed
-from bi_patch.orders import certificates, cuda, cuda_launches
+from bi_patch.orders import certificates, cublaslt, cuda
 from bi_patch.orders.certificates import Certificate, Evidence, Key
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Route:
 
     bounds: list[int]
     tiles_agree: bool
+    gemm: cublaslt.Gemm | None
 
     def vendor(self, m: int) -> bool:
         at = bisect.bisect_left(self.bounds, m)
@@ -82,15 +85,32 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
     n, k = weight.shape
     flat = x.reshape(-1, k)
-    if flat.stride(-1) != 1 or flat.stride(0) != k or flat.data_ptr() % 16:
+    if not _packed(flat, k):
         # Certificates are about aligned, packed rows: another layout may get another algorithm.
         flat = flat.clone(memory_format=torch.contiguous_format)
-    route = _routes.get(Problem(n, k, x.dtype, bias is not None))
-    if route is not None and route.vendor(flat.shape[0]) and weight.stride(0) == k and weight.data_ptr() % 16 == 0:
-        out = torch.nn.functional.linear(flat, weight, bias)
+    rows = flat.shape[0]
+    route = _routes.get((n, k, x.dtype, bias is not None))
+    plan = route.gemm.plan(rows) if route is not None and route.vendor(rows) else None
+    if plan is not None and _packed(weight, k) and (bias is None or _packed(bias, 1)):
+        out = _vendor(route.gemm, plan, flat, weight, bias)
     else:
         out = _bundled(flat, weight, bias, route is not None and route.tiles_agree)
-    return out.view(*x.shape[:-1], n)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+
+
+def _packed(tensor, row: int) -> bool:
+    return tensor.stride(0) == row and tensor.stride(-1) == 1 and tensor.data_ptr() % cublaslt.ALIGNMENT == 0
+
+
+def _vendor(gemm: cublaslt.Gemm, plan: cublaslt.Plan, x, weight, bias, out=None):
+    """The library's GEMM on packed, aligned tensors, by the algorithm of `plan`."""
+    import torch
+
+    if out is None:
+        out = torch.empty((x.shape[0], gemm.n), dtype=x.dtype, device=x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    gemm(plan, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), stream)
+    return out
 
 
 def _fake(x, weight, bias):
@@ -123,13 +143,14 @@ def _reference_tile(size: int):
 def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Certificate]:
     """Give each problem its route for all M up to max_rows, from disk or anew. Call it before any graph is captured.
 
-    Raises CertificateFailed where the algorithms cannot be listed.
+    Raises CertificateFailed where cuBLASLt cannot be called.
     """
     made = []
     for problem in dict.fromkeys(problems):
         key = _key(problem, max_rows)
         certificate = certificates.obtain(cache, key, lambda p=problem, k=key: _certify(p, k, max_rows))
-        _routes[problem] = Route(certificate.passed_rows, certificate.route.endswith("+tiles"))
+        gemm = cublaslt.Gemm(*problem) if certificate.passed_rows else None
+        _routes[problem] = Route(certificate.passed_rows, certificate.route.endswith("+tiles"), gemm)
         made.append(certificate)
         if not certificate.passed:
             _log.warning("bi_patch: %s: %s", problem, certificate.evidence.first)
@@ -157,10 +178,10 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
         for m in sorted({rows[0], rows[len(rows) // 2], rows[-1]}):
             wrong = trial.vendor_differs(m)
             tested.append(m)
-            compared += m * problem.n
+            compared += 2 * m * problem.n
             differs += wrong
             if wrong and not first:
-                first = f"M={m}: {wrong} of {m * problem.n} outputs of {kind[0][0]} differ from the bundled GEMM"
+                first = f"M={m}: {wrong} outputs of algorithm {tuple(kind)} differ from the bundled GEMM"
         differing += differs
         if not differs:
             passed += rows
@@ -196,37 +217,29 @@ class _Trial:
         self.x = normal(self.rows, self.k)
         self.weight = normal(self.n, self.k).mul_(self.k**-0.5)
         self.bias = normal(self.n) if bias else None
+        self.gemm = cublaslt.Gemm(*problem)
+        self.out = torch.empty((self.rows, self.n), dtype=dtype, device="cuda")
         self.want = _bundled(self.x, self.weight, self.bias, False)
         if not bool(torch.isfinite(self.want).all()):
             raise CertificateFailed(f"{OPERATION} {problem}: the bundled GEMM gives values that are not finite")
 
-    def kinds(self) -> dict[tuple, list[int]]:
-        """All M up to the limit by what the vendor would launch for them."""
-        import torch
-
-        out = torch.empty_like(self.want)
-        flipped = self.weight.t()
-
-        def call(m: int):
-            if self.bias is None:
-                torch.mm(self.x[:m], flipped, out=out[:m])
-            else:
-                torch.addmm(self.bias, self.x[:m], flipped, out=out[:m])
-
-        kinds: dict[tuple, list[int]] = {}
-        for m, kind in cuda_launches.signatures(call, range(1, self.rows + 1)).items():
-            kinds.setdefault(kind, []).append(m)
+    def kinds(self) -> dict[cublaslt.Kind, list[int]]:
+        """All M up to the limit by the algorithm that the library has for them; M without one are left out."""
+        kinds: dict[cublaslt.Kind, list[int]] = {}
+        # The library answers on the host, outside Python's lock.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for m, plan in enumerate(pool.map(self.gemm.plan, range(1, self.rows + 1)), 1):
+                if plan is not None:
+                    kinds.setdefault(plan.kind, []).append(m)
         return kinds
 
     def vendor_differs(self, m: int) -> int:
         """Outputs that differ from the reference for the first m rows and for the last m rows (another position)."""
-        import torch
-
         count = 0
         for at in {0, self.rows - m}:
             x = self.x[at : at + m]
-            x = x if x.data_ptr() % 16 == 0 else x.clone()
-            got = torch.nn.functional.linear(x, self.weight, self.bias)
+            x = x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
+            got = _vendor(self.gemm, self.gemm.plan(m), x, self.weight, self.bias, self.out[:m])
             count += _unequal(got, self.want[at : at + m])
         return count
 

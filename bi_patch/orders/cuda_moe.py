@@ -116,7 +116,7 @@ def _certify(problem: Problem, kernel: Kernel, kinds: dict[str, list[int]], key:
             compared += got.numel()
             differing += wrong
             if wrong and not first:
-                first = f"M={m}: {wrong} of {got.numel()} outputs with tile {kernel.choose(m)} differ from the fixed tile"
+                first = f"M={m}: {wrong} of {got.numel()} outputs of {kernel.choose(m)} differ from the fixed tile"
     return Certificate(
         key=key,
         route="tiles by M",

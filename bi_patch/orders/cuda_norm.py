@@ -1,4 +1,4 @@
-"""RMSNorm on CUDA as ops that torch.compile does not open: one order for every number of rows (kernels/triton/norm.py)."""
+"""RMSNorm on CUDA as ops that torch.compile does not open: one order for all row counts (kernels/triton/norm.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def define_ops() -> None:
         return
     library = torch.library.Library("bi_patch", "FRAGMENT")
     library.define("rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor")
-    library.define("add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)")
+    library.define(
+        "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)"
+    )
     library.impl("rms_norm", _rms_norm, "CUDA")
     library.impl("add_rms_norm", _add_rms_norm, "CUDA")
     library.impl("rms_norm", lambda x, weight, eps, offset: x.new_empty(x.shape), "Meta")

@@ -1,4 +1,4 @@
-"""Rotary embedding on CUDA as an op that torch.compile does not open (kernels/triton/rope.py): compiled equals eager."""
+"""Rotary embedding on CUDA as an op opaque to torch.compile: compiled equals eager (kernels/triton/rope.py)."""
 
 from __future__ import annotations
 

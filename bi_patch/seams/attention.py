@@ -96,7 +96,7 @@ def _cpu_store(original):
 
 
 def _cuda_backend(original):
-    """Attention.__init__: a layer whose backend has no single-split form is refused by name."""
+    """Attention.__init__: a backend, head size or window that was not shown to be invariant is refused by name."""
 
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
@@ -106,6 +106,14 @@ def _cuda_backend(original):
             raise UnsupportedFeature(
                 f"attention.cuda_backend: the {name} backend is not covered. "
                 f"Use --attention-backend {' or '.join(_CUDA_BACKENDS)}, or set BI_PATCH=0"
+            )
+        found = f"heads of {self.head_size} elements" if self.head_size not in _CUDA_HEAD_SIZES else ""
+        if self.sliding_window is not None:
+            found = f"a sliding window of {self.sliding_window} tokens"
+        if found:
+            raise UnsupportedFeature(
+                f"attention.cuda_backend: with {found}, a token that {name} decodes differs from the same token "
+                "prefilled. Use a model with heads of 128 elements and full attention, or set BI_PATCH=0"
             )
 
     return __init__
@@ -155,16 +163,23 @@ def _covers(rotary) -> bool:
     return plain and cuda_rope.covers(rotary.head_size, rotary.rotary_dim, rotary.is_neox_style)
 
 
+def _has_window(builder) -> bool:
+    """Whether any layer of the builder's model attends to a window only."""
+    held = builder.__dict__.get("_bi_patch_window")
+    if held is None:
+        from vllm.v1.attention.backends import flash_attn
+
+        held = not flash_attn._get_sliding_window_configs(builder.vllm_config) <= {None, (-1, -1)}
+        builder._bi_patch_window = held
+    return held
+
+
 def _cuda_schedule(original):
     """FlashAttentionMetadataBuilder._get_scheduler_metadata: tiles are ordered once a step, for one split."""
 
     @functools.wraps(original)
     def _get_scheduler_metadata(self, *, aot_schedule, max_num_splits, **arguments):
-        from vllm.v1.attention.backends import flash_attn
-
-        if not hasattr(self, "_bi_patch_one_window"):
-            self._bi_patch_one_window = flash_attn._get_sliding_window_configs(self.vllm_config) <= {None, (-1, -1)}
-        wanted = self.aot_schedule and self._bi_patch_one_window and arguments["causal"] is True
+        wanted = self.aot_schedule and not _has_window(self) and arguments["causal"] is True
         return original(self, aot_schedule=aot_schedule or wanted, max_num_splits=max_num_splits, **arguments)
 
     return _get_scheduler_metadata
@@ -197,7 +212,9 @@ def _cpu_seam(name: str, qualname: str, close, how: str) -> Seam:
     )
 
 
-_CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+# What was shown to give equal bits in decode and prefill, whatever the batch.
+_CUDA_BACKENDS = ("FLASH_ATTN",)
+_CUDA_HEAD_SIZES = (128,)
 # Those whose forward is RotaryEmbedding's own.
 _ROTARY_CLASSES = frozenset(
     {
@@ -211,7 +228,9 @@ _ROTARY_CLASSES = frozenset(
 _ROTARY = "vllm.model_executor.layers.rotary_embedding.base"
 
 
-def _cuda_seam(name: str, module: str, qualname: str, close, why: str, how: str, causes, releases=">=0.23,<0.34") -> Seam:
+def _cuda_seam(
+    name: str, module: str, qualname: str, close, why: str, how: str, causes, releases=">=0.23,<0.34"
+) -> Seam:
     return Seam(
         name=f"attention.cuda_{name}",
         targets=(Target(module, qualname, releases),),
@@ -230,11 +249,11 @@ SEAMS = (
         name="attention.cuda_backend",
         targets=(Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),),
         close=_cuda_backend,
-        why="a backend that splits KV by the batch's lengths changes bits with the batch",
-        how="FlashAttention and Triton attention run one split in upstream's mode; every other backend is refused",
+        why="a backend that splits or tiles KV by the batch changes bits with the batch",
+        how="FlashAttention 3 runs one split in upstream's mode; other backends, head sizes and windows are refused",
         until="never: it is the gate",
         platforms=frozenset({"cuda"}),
-        causes=(3, 4),
+        causes=(3, 4, 25),
     ),
     _cuda_seam(
         "rotary", _ROTARY, "RotaryEmbedding.forward_cuda", _cuda_rotary,

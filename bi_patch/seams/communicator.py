@@ -1,7 +1,7 @@
 """Seams of collectives between ranks. On CPU more than one rank is refused (engine.features).
 
-On CUDA the safe form: upstream's mode runs one order for every message size (its one-stage all-reduce, or NCCL pinned to
-one algorithm and channel); what would go round it is off or refused.
+On CUDA the safe form: upstream's mode runs one order for every message size (its one-stage all-reduce, or NCCL pinned
+to one algorithm and channel); what would go round it is off or refused.
 """
 
 from bi_patch.errors import UnsupportedFeature
@@ -52,7 +52,7 @@ POLICIES = (
     Policy(
         name="communicator.fusion",
         apply=_no_fusion,
-        why="all-reduce fused with RMSNorm, and sequence parallelism, sum in an order that follows the number of tokens",
+        why="all-reduce fused with RMSNorm, and sequence parallelism, sum in an order set by the number of tokens",
         platforms=_CUDA,
     ),
 )

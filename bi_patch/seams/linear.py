@@ -3,7 +3,7 @@
 import functools
 
 from bi_patch.seams import active
-from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.model import Seam, Setting, Target
 
 _CPU_RELEASES = ">=0.32,<0.34"
 
@@ -29,7 +29,7 @@ def _cpu_dispatch(original):
 
 
 def _cuda_linear(original):
-    """linear_batch_invariant: the certified route instead of one fixed Triton tile; traced by torch.compile as one op."""
+    """linear_batch_invariant: the certified route instead of one fixed Triton tile; one op to torch.compile."""
     from bi_patch.orders import cuda_linear
 
     cuda_linear.define_op()
@@ -137,5 +137,22 @@ SEAMS = (
         until="upstream's CPU GEMMs keep one order for every number of rows",
         platforms=frozenset({"cpu"}),
         causes=(1, 17),
+    ),
+)
+
+SETTINGS = (
+    Setting(
+        name="linear.cuda_lt_workspace",
+        variable="CUBLASLT_WORKSPACE_SIZE",
+        value="1",
+        why="cuBLASLt splits K where its workspace can hold partial sums; PyTorch reads the size at its first product",
+        platforms=_CUDA,
+    ),
+    Setting(
+        name="linear.cuda_workspace",
+        variable="CUBLAS_WORKSPACE_CONFIG",
+        value=":16:8",
+        why="cuBLAS splits K where its workspace can hold partial sums; PyTorch reads the size at its first product",
+        platforms=_CUDA,
     ),
 )

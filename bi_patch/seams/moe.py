@@ -98,8 +98,10 @@ def _cuda_experts(model):
         config = getattr(module, "moe_config", None)
         top_k = getattr(module, "top_k", None) or config.experts_per_token
         problem = Problem(w2.shape[0], w2.shape[2], w2.shape[1], top_k, w2.dtype)
-        choose = functools.partial(fused_moe.try_get_optimal_moe_config, w13.shape, w2.shape, top_k, problem.table[2])
-        yield problem, Kernel(functools.partial(_run_experts, fused_moe.fused_experts, w13, w2), choose, override_config)
+        quantization = problem.table[2]
+        choose = functools.partial(fused_moe.try_get_optimal_moe_config, w13.shape, w2.shape, top_k, quantization)
+        run = functools.partial(_run_experts, fused_moe.fused_experts, w13, w2)
+        yield problem, Kernel(run, choose, override_config)
 
 
 def _run_experts(fused_experts, w13, w2, x, weights, ids):

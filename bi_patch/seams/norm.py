@@ -30,7 +30,9 @@ def _cuda_rms(original):
 
     def forward(self, x, residual=None):
         if self.variance_size_override is not None:
-            raise UnsupportedFeature("norm.cuda_rms: no invariant RMSNorm over a part of the hidden size. Set BI_PATCH=0")
+            raise UnsupportedFeature(
+                "norm.cuda_rms: no invariant RMSNorm over a part of the hidden size. Set BI_PATCH=0"
+            )
         held = self.weight.data if self.has_weight else None
         return cuda_norm.rms_norm(x, held, self.variance_epsilon, residual)
 

@@ -1,4 +1,4 @@
-"""A function's own code with some of its module's names replaced: for a choice inside a function that no argument steers."""
+"""A function's own code with some of its module's names replaced: for a choice inside it that no argument steers."""
 
 import types
 from typing import Any

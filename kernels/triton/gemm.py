@@ -4,8 +4,8 @@ out[m, n] = round(sum over k of x[m, k] * w[n, k], in fp32, + bias[n]). Tiles fo
 any tile may serve any M wherever the device's matrix instructions add in the same order (certified per device).
 
 `_tile` takes pointers and runs on every architecture: small tiles for few rows, large ones for many.
-`_persistent` loads tiles through tensor descriptors (TMA on Hopper and later), one program per multiprocessor. After the
-pattern of Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
+`_persistent` loads tiles through tensor descriptors (TMA on Hopper and later), one program per multiprocessor. After
+the pattern of Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
 """
 
 from typing import NamedTuple
@@ -106,7 +106,9 @@ def choose(rows: int, cols: int, depth: int, element_size: int, shared: int, des
     if element_size == 4:
         tile = Tile(16, 32, 64, 4, 3) if rows <= 32 else REFERENCE_FP32
     elif rows <= 16:
-        tile = Tile(16, 32, 256, 4, 4) if cols <= 8192 else Tile(16, 128, 128, 4, 4)
+        tile = Tile(16, 128, 128, 4, 4)
+        if cols <= 8192:
+            tile = Tile(16, 32, 256, 2, 5) if cols <= 2048 else Tile(16, 64, 256, 4, 5)
     elif rows <= 32:
         tile = Tile(32, 32, 256, 4, 4) if cols <= 8192 else Tile(32, 128, 128, 4, 4)
     elif rows <= 64:

@@ -1,7 +1,7 @@
 """RMSNorm in one order for every number of rows, with and without residual.
 
-out[r] = round(x[r] * rsqrt(mean(x[r]^2) + eps) * (weight + offset)), all in fp32, one rounding at the end. With a residual,
-s = round(x + residual) in the tensors' dtype takes x's place, and is returned too.
+out[r] = round(x[r] * rsqrt(mean(x[r]^2) + eps) * (weight + offset)), all in fp32, one rounding at the end. With a
+residual, s = round(x + residual) in the tensors' dtype takes x's place, and is returned too.
 Order: a row's squares are summed by one program. The tile depends on the number of columns alone: the whole row in
 one block up to 16384 columns, else column blocks of 16384 added in ascending order before the block is summed.
 """

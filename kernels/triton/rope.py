@@ -58,8 +58,8 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q [T, Hq * head_size] and k [T, Hk * head_size] (Hk may be 0); returns new contiguous tensors.
 
-    positions: [T] integers. cache: [P, head_size], cos of the first half then sin, in any float type. q_weight, k_weight:
-    [head_size], both or none. Rows of q and k may be strided; their last dimension is contiguous.
+    positions: [T] integers. cache: [P, head_size], cos of the first half then sin, in any float type. q_weight,
+    k_weight: [head_size], both or none. Rows of q and k may be strided; their last dimension is contiguous.
     """
     tokens = q.shape[0]
     heads_q, heads_k = q.shape[1] // head_size, k.shape[1] // head_size

@@ -86,6 +86,8 @@ def test_a_cost_row_takes_medians_and_paired_ratios():
     row = cost.row("m", "w", {STOCK: [10.0, 20.0, 40.0], ARMED: [11.0, 20.0, 42.0]}, 3)
     assert (row.stock, row.upstream, row.armed, row.ratio) == (20.0, None, 20.0, 1.05)
     assert row.stock_range == (10.0, 40.0)
+    assert cost.is_noisy(row)
+    assert not cost.is_noisy(cost.row("m", "w", {STOCK: [10.0, 11.0], ARMED: [11.0, 12.0]}, 2))
 
 
 def made(model, **changes):
@@ -147,3 +149,10 @@ def test_children_are_told_their_mode():
     assert "TORCHDYNAMO_DISABLE" not in armed
     upstream = child_environ(given, UPSTREAM, eager)
     assert (upstream["BI_PATCH"], upstream["VLLM_BATCH_INVARIANT"]) == ("0", "1")
+
+
+def test_platforms_of_a_kind(tmp_path):
+    for name in ("cost-2026-01-02-cpu-vllm-0.32.0.json", "cost-2026-01-02-h100-vllm-0.33.0.json", "other.json"):
+        (tmp_path / name).write_text("{}")
+    assert evidence.platforms(evidence.Cost, tmp_path) == ["cpu", "h100"]
+    assert evidence.platforms(evidence.Invariance, tmp_path) == []

@@ -1,10 +1,11 @@
 """The real engine, started few times: many checks per start. Two threads, because one hides variance."""
 
+import os
 from contextlib import contextmanager
 
 import pytest
 
-from bi_patch.bench.child import ChildEngine
+from bi_patch.bench.child import PATIENT, ChildEngine
 from bi_patch.bench.engine import Options
 from bi_patch.demo import models
 
@@ -22,7 +23,7 @@ def _two_threads():
 @pytest.fixture(scope="session")
 def model(cache):
     """Name -> folder of a model of the demo, made once."""
-    return lambda name: str(models.path(name, cache=cache / "models"))
+    return lambda name: str(models.path(name, cache=cache))
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +32,8 @@ def start(model):
 
     @contextmanager
     def make(mode: str, name: str, *, environ: dict[str, str] | None = None, **options: object):
-        import os
-
         given = {"max_model_len": 1024, "chunk": 256, **options}
-        with ChildEngine(mode, Options(model(name), **given), environ=dict(os.environ) | (environ or {})) as engine:
+        with ChildEngine(mode, Options(model(name), **given), environ=PATIENT | os.environ | (environ or {})) as engine:
             yield engine
 
     return make

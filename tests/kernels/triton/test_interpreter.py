@@ -1,4 +1,4 @@
-"""The Triton kernels on CPU, in Triton's interpreter: right against fp64, and a row alone equal to the row in a batch."""
+"""The Triton kernels on CPU, in Triton's interpreter: right against fp64, and a row alone equal to it in a batch."""
 
 import importlib.util
 import os

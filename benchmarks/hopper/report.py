@@ -1,0 +1,100 @@
+"""Turns the JSON files of child.py into the evidence files, a table and a plot.
+
+    PYTHONPATH=. python3 benchmarks/hopper/report.py TAG DATE FILE.json...
+
+writes benchmarks/results/*-DATE-TAG-vllm-*.json.
+
+TAG names the device, e.g. h100. Files of all models and modes may be given together; devices and releases must agree.
+"""
+
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+os.environ["BI_PATCH"] = "0"
+MODES = ("stock", "upstream", "armed")
+
+
+def load(paths: list[str]) -> list[dict]:
+    runs = [json.loads(Path(path).read_text()) for path in paths]
+    found = {(run["device"], run["vllm"], run["torch"]) for run in runs}
+    if len(found) != 1:
+        sys.exit(f"the files are not of one device and release: {sorted(found)}")
+    return runs
+
+
+def cost_rows(runs: list[dict]) -> list[dict]:
+    """One row a model and workload: medians over the repeats; decode in ms a step, throughput and prefill in s."""
+    times: dict[tuple, dict[str, list[float]]] = {}
+    for run in runs:
+        for row in run["cost"]:
+            name = row["workload"]
+            number = int(name.split(" ")[0])
+            wanted = [("total", "s", "total_s"), ("prefill", "s", "prefill_s")] if number > 64 else []
+            wanted += [] if number > 64 else [("decode", "ms/step", "decode_ms")]
+            wanted += [("prefill", "s", "prefill_s")] if name in ("8 x 1024/128", "2 x 32000/64") else []
+            for what, unit, field in wanted:
+                key = (run["model"], f"{what} {name}", unit)
+                times.setdefault(key, {}).setdefault(run["mode"], []).append(row[field])
+    rows = []
+    for (model, workload, unit), modes in times.items():
+        median = {mode: statistics.median(modes[mode]) if mode in modes else None for mode in MODES}
+        row = {"model": model, "workload": workload, "unit": unit}
+        row |= {mode: median[mode] and round(median[mode], 4) for mode in MODES}
+        row["repeats"] = min(len(values) for values in modes.values())
+        row["ratio"] = round(median["armed"] / median["stock"], 4) if median["armed"] and median["stock"] else None
+        for mode in ("stock", "armed"):
+            row[f"{mode}_range"] = [round(f(modes[mode]), 4) for f in (min, max)] if mode in modes else None
+        rows.append(row)
+    return rows
+
+
+def invariance_rows(runs: list[dict]) -> list[dict]:
+    return [
+        {"model": run["model"], "axis": row["axis"], "compared": row["compared"], "differing": row["differing"],
+         "first": row.get("note", "")}
+        for run in runs
+        if run["mode"] == "armed"
+        for row in run["matrix"]
+    ]  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| model | workload | unit | stock | upstream | armed | armed / stock |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["model"], row["workload"], row["unit"], row["stock"], row["upstream"], row["armed"], row["ratio"]]
+        texts = ["" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells]
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    tag, date, *paths = sys.argv[1:]
+    runs = load(paths)
+    head = {"device": runs[0]["device"], "vllm": runs[0]["vllm"], "torch": runs[0]["torch"], "date": date}
+    end = f"{date}-{tag}-vllm-{head['vllm']}"
+    results = Path("benchmarks/results")
+    results.mkdir(parents=True, exist_ok=True)
+    costs, matrix = cost_rows(runs), invariance_rows(runs)
+    if costs:
+        (results / f"cost-{end}.json").write_text(json.dumps(head | {"rows": costs}, indent=1) + "\n")
+        (results / f"cost-{end}.md").write_text(table(costs) + "\n")
+        print(table(costs))
+        try:
+            import msgspec
+
+            from bi_patch.bench import plot
+            from bi_patch.bench.evidence import Cost
+
+            plot.cost(msgspec.convert(head | {"rows": costs}, Cost), results / f"cost-{end}.svg")
+        except (ImportError, RuntimeError) as error:
+            print(f"no plot: {error}")
+    if matrix:
+        (results / f"invariance-{end}.json").write_text(json.dumps(head | {"rows": matrix}, indent=1) + "\n")
+        print(f"{sum(r['compared'] for r in matrix)} positions, {sum(r['differing'] for r in matrix)} differing")
+
+
+if __name__ == "__main__":
+    main()

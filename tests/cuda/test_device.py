@@ -1,0 +1,53 @@
+"""On a GPU: certificates are made and read back, and every kernel gives a row the same bits alone and in a batch."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+@pytest.fixture(autouse=True)
+def ops():
+    from bi_patch.orders import cuda, cuda_linear, cuda_norm, cuda_rope
+
+    cuda.forbid_split_k()
+    cuda_linear.define_op()
+    cuda_norm.define_ops()
+    cuda_rope.define_op()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_linear(dtype, bias, tmp_path):
+    from bi_patch.orders import cuda_linear
+
+    problem = cuda_linear.Problem(512, 1024, dtype, bias)
+    (first,) = cuda_linear.certify([problem], 600, tmp_path)
+    (again,) = cuda_linear.certify([problem], 600, tmp_path)
+    assert first == again
+    assert first.evidence.compared
+    weight = torch.randn(512, 1024, device="cuda", dtype=dtype) / 32
+    held = torch.randn(512, device="cuda", dtype=dtype) if bias else None
+    x = torch.randn(700, 1024, device="cuda", dtype=dtype)
+    whole = torch.ops.bi_patch.linear(x, weight, held)
+    want = x.double() @ weight.double().T + (held.double() if bias else 0)
+    assert (whole.double() - want).norm() / want.norm() < {2: 5e-3, 4: 1e-5}[x.element_size()]
+    for m in (1, 2, 17, 128, 129, 600, 601):
+        assert torch.equal(torch.ops.bi_patch.linear(x[:m], weight, held), whole[:m])
+    assert torch.equal(torch.ops.bi_patch.linear(x[333:334], weight, held), whole[333:334])
+
+
+def test_norm_and_rotation():
+    x = torch.randn(300, 2048, device="cuda", dtype=torch.bfloat16)
+    residual, weight = torch.randn_like(x), torch.randn(2048, device="cuda", dtype=torch.bfloat16)
+    whole = torch.ops.bi_patch.add_rms_norm(x, residual, weight, 1e-6, 0.0)
+    positions = torch.arange(300, device="cuda")
+    cache = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16)
+    qk = torch.ones(128, device="cuda", dtype=torch.bfloat16)
+    rotated = torch.ops.bi_patch.rope(positions, x, residual[:, :512], cache, 128, qk, qk, 1e-6)
+    for at, m in ((0, 1), (5, 255), (7, 256), (0, 257)):
+        part = slice(at, at + m)
+        alone = torch.ops.bi_patch.add_rms_norm(x[part], residual[part], weight, 1e-6, 0.0)
+        assert all(torch.equal(a, w[part]) for a, w in zip(alone, whole, strict=True))
+        turned = torch.ops.bi_patch.rope(positions[part], x[part], residual[part, :512], cache, 128, qk, qk, 1e-6)
+        assert all(torch.equal(a, w[part]) for a, w in zip(turned, rotated, strict=True))

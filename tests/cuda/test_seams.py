@@ -1,0 +1,129 @@
+"""The CUDA seams as declared: every release has its targets and anchors, and what is not covered is refused by name."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from packaging.version import Version
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import POLICIES, RELEASES, plan
+from bi_patch.seams.anchors import Anchor
+
+PATCHES = Path(__file__).resolve().parents[2] / "patches"
+
+
+def config(**changes):
+    """A configuration that every CUDA policy lets pass, with changes to its parts, e.g. model_quantization="fp8"."""
+    parts = {
+        "model": {
+            "runner_type": "generate", "is_encoder_decoder": False, "is_hybrid": False, "use_mla": False,
+            "quantization": None, "disable_cascade_attn": False,
+        },
+        "parallel": {
+            "tensor_parallel_size": 1, "data_parallel_size": 1, "decode_context_parallel_size": 1, "enable_dbo": False,
+        },
+        "cache": {"cache_dtype": "auto"},
+        "compilation": {"pass_config": SimpleNamespace(), "custom_ops": ["none"]},
+        "speculative": None, "lora": None, "kv_transfer": None,
+    }  # fmt: skip
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if field:
+            parts[part][field] = value
+        else:
+            parts[part] = value
+    held = {name: SimpleNamespace(**part) if isinstance(part, dict) else part for name, part in parts.items()}
+    return SimpleNamespace(**{f"{name}_config": part for name, part in held.items()})
+
+
+def cuda_policies():
+    return [policy for policy in POLICIES if "cuda" in policy.platforms]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_seam_has_an_anchor(release):
+    made = plan.make(Version(release), "cuda")
+    anchors = msgspec.json.decode((PATCHES / f"vllm-{release}" / "anchors.json").read_bytes(), type=list[Anchor])
+    recorded = {anchor.seam: anchor.target for anchor in anchors}
+    areas = {planned.seam.area for planned in made.seams}
+    assert {"linear", "norm", "moe", "attention", "sampling", "compilation", "engine"} <= areas
+    missing = [p.seam.name for p in made.seams if recorded.get(p.seam.name) != str(p.target)]
+    assert not missing
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_settings_forbid_split_k_and_other_sums(release):
+    values = {s.variable: s.value for s in plan.make(Version(release), "cuda").settings if s.force}
+    assert values["CUBLASLT_WORKSPACE_SIZE"] == "1"
+    assert values["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert values["VLLM_CUSTOM_ALLREDUCE_ALGO"] == "1stage"
+    assert values["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    assert values["TORCHINDUCTOR_DETERMINISTIC"] == "1"
+
+
+def test_a_plain_configuration_passes():
+    held = config()
+    for policy in cuda_policies():
+        policy.apply(held)
+    assert "+silu_and_mul" in held.compilation_config.custom_ops
+    assert held.model_config.disable_cascade_attn
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model__quantization": "fp8"}, "'fp8' weights"),
+        ({"cache__cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' KV cache"),
+        ({"model__use_mla": True}, "MLA"),
+        ({"model__is_hybrid": True}, "hybrid"),
+        ({"model__runner_type": "pooling"}, "pooling"),
+        ({"speculative": SimpleNamespace()}, "speculative decoding"),
+        ({"lora": SimpleNamespace()}, "LoRA"),
+        ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
+        ({"parallel__data_parallel_size": 2}, "data parallelism"),
+        (
+            {"parallel__tensor_parallel_size": 2, "compilation__pass_config": SimpleNamespace(enable_sp=True)},
+            "enable_sp",
+        ),
+    ],
+)
+def test_what_is_not_covered_is_refused_by_name(change, named):
+    held = config(**change)
+    with pytest.raises(UnsupportedFeature, match=named):
+        for policy in cuda_policies():
+            policy.apply(held)
+
+
+def test_fused_all_reduce_is_turned_off():
+    held = config(compilation__pass_config=SimpleNamespace(fuse_allreduce_rms=True))
+    for policy in cuda_policies():
+        policy.apply(held)
+    assert held.compilation_config.pass_config.fuse_allreduce_rms is False
+
+
+@pytest.mark.parametrize(
+    ("backend", "head_size", "window", "named"),
+    [
+        ("FLASHINFER", 128, None, "FLASHINFER backend"),
+        ("FLASH_ATTN", 64, None, "heads of 64"),
+        ("FLASH_ATTN", 128, 512, "sliding window of 512"),
+        ("FLASH_ATTN", 128, None, None),
+    ],
+)
+def test_attention_layers_that_were_not_shown_are_refused(backend, head_size, window, named):
+    planned = plan.make(Version(RELEASES[-1]), "cuda").seams
+    seam = next(p.seam for p in planned if p.seam.name == "attention.cuda_backend")
+
+    class Attention:
+        def __init__(self):
+            self.attn_backend = SimpleNamespace(get_name=lambda: backend)
+            self.head_size, self.sliding_window = head_size, window
+
+    Attention.__init__ = seam.close(Attention.__init__)
+    if named is None:
+        Attention()
+        return
+    with pytest.raises(UnsupportedFeature, match=named):
+        Attention()
