@@ -1,4 +1,5 @@
-"""Where a release of vLLM, or of a plugin, is read from, as text: a wheel (or another zip), a tree, or the installed one."""
+"""Where a release of vLLM, or of a plugin, is read from, as text: a wheel (or another zip), a tree, or the
+installed one."""
 
 import re
 import zipfile

@@ -1,7 +1,10 @@
-"""What every Ascend order shares: the libraries that must be there, the chip, and the optional AscendC operators.
+"""What every Ascend order shares: the libraries that must be there, the chip, and the optional AscendC
+operators.
 
-`batch_invariant_ops` is a prebuilt package of AscendC operators. Where it is installed and its schemas are the ones
-that vLLM-Ascend 0.23 calls, they serve what they can; the bundled Triton kernels serve the rest, or everything.
+`batch_invariant_ops` is a prebuilt package of AscendC operators. Where it is installed and its schemas are
+the ones
+that vLLM-Ascend 0.23 calls, they serve what they can; the bundled Triton kernels serve the rest, or
+everything.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class Library(NamedTuple):
-    """distribution: its name for pip. module: what is imported. versions: those that the seams were written for."""
+    """distribution: its name for pip. module: what is imported. versions: those that the seams were written
+    for."""
 
     distribution: str
     module: str
@@ -47,14 +51,15 @@ ATTENTION_ARGUMENTS = (
 
 
 def require() -> None:
-    """Raise MissingDependency, saying what to install, unless CANN and torch_npu, and a route's library, are there."""
+    """Raise MissingDependency, saying what to install, unless CANN and torch_npu, and a route's library, are
+    there."""
     _version(TORCH_NPU)
     try:
         importlib.import_module(TORCH_NPU.module)
     except (ImportError, OSError) as error:
         raise MissingDependency(
-            f"torch_npu is installed but cannot be imported: {error}. Where a lib*.so is named, CANN is missing: install the "
-            "CANN toolkit and kernels of your chip, then `source set_env.sh` in this shell"
+            f"torch_npu is installed but cannot be imported: {error}. Where a lib*.so is named, CANN is "
+            "missing: install the CANN toolkit and kernels of your chip, then `source set_env.sh` in this shell"
         ) from error
     if not ascendc_installed():
         _version(TRITON, f", or the AscendC package {ASCENDC} and triton-ascend")
@@ -111,9 +116,13 @@ def ascendc() -> dict[str, Callable]:
     for name, (arguments, returns) in SCHEMAS.items():
         packet = getattr(getattr(torch.ops, ASCENDC), name, None)
         if packet is None:
-            raise MissingDependency(f"{ASCENDC} has no operator {name}: install its release for vLLM-Ascend 0.23")
+            raise MissingDependency(
+                f"{ASCENDC} has no operator {name}: install its release for vLLM-Ascend 0.23"
+            )
         names = ATTENTION_ARGUMENTS if "attention" in name else ()
-        if not any(_accepts(getattr(packet, o)._schema, arguments, returns, names) for o in packet.overloads()):
+        if not any(
+            _accepts(getattr(packet, o)._schema, arguments, returns, names) for o in packet.overloads()
+        ):
             raise MissingDependency(
                 f"{ASCENDC}.{name} takes other arguments than vLLM-Ascend 0.23 passes ({', '.join(arguments)}): "
                 "install its release for vLLM-Ascend 0.23, or remove the package to use the bundled kernels"
@@ -123,8 +132,12 @@ def ascendc() -> dict[str, Callable]:
 
 
 def _accepts(schema, arguments: tuple[str, ...], returns: tuple[str, ...], names: tuple[str, ...]) -> bool:
-    """Whether a call with these positional types and keyword names fits the schema and gives these results."""
-    taken = [str(a.type).replace("List[int]", "int[]").replace("Optional[int[]]", "int[]") for a in schema.arguments]
+    """Whether a call with these positional types and keyword names fits the schema and gives these
+    results."""
+    taken = [
+        str(a.type).replace("List[int]", "int[]").replace("Optional[int[]]", "int[]")
+        for a in schema.arguments
+    ]
     rest = schema.arguments[len(arguments) :]
     return (
         tuple(taken[: len(arguments)]) == arguments

@@ -1,6 +1,8 @@
-"""PyTorch's and torch_npu's operators on Ascend, computed in one order: what the dispatcher calls instead of native kernels.
+"""PyTorch's and torch_npu's operators on Ascend, computed in one order: what the dispatcher calls instead of
+native kernels.
 
-Each function has the signature of the operator that it serves (named in ascend_routes) and takes tensors on the NPU. An argument
+Each function has the signature of the operator that it serves (named in ascend_routes) and takes tensors on
+the NPU. An argument
 that the order does not cover is UnsupportedFeature, named; none is passed on to a native kernel.
 """
 
@@ -24,7 +26,8 @@ def refuse(op: str, why: str):
 
 
 def out_form(function: Callable, results: int = 1) -> Callable:
-    """The `.out` overload of a function: the same values, copied into `out` (a tensor, or a list of `results` tensors)."""
+    """The `.out` overload of a function: the same values, copied into `out` (a tensor, or a list of
+    `results` tensors)."""
 
     def into(*args, out, **kwargs):
         made = function(*args, **kwargs)
@@ -65,7 +68,8 @@ def in_place(function: Callable) -> Callable:
 
 
 def _product(x, w, bias=None, alpha=1.0, beta=1.0):
-    """x [B, M, K] @ w [B, K, N] (+ bias), by AscendC where it is installed and by the bundled kernel otherwise."""
+    """x [B, M, K] @ w [B, K, N] (+ bias), by AscendC where it is installed and by the bundled kernel
+    otherwise."""
     from bi_patch.kernels.ascend import matmul
 
     if x.dtype != w.dtype:
@@ -254,7 +258,8 @@ def sort(self, dim=-1, descending=False):
 
 
 def rms_norm(x, weight, eps: float, residual=None, offset: float = 0.0):
-    """RMSNorm of x [..., C] times (weight + offset); with a residual, (norm of x + residual, x + residual)."""
+    """RMSNorm of x [..., C] times (weight + offset); with a residual, (norm of x + residual, x +
+    residual)."""
     from bi_patch.kernels.ascend import rows
 
     out, summed = rows.rms_norm(x, weight, eps, ascend.chip(), residual, offset)
@@ -292,28 +297,41 @@ def rotate(positions, query, key, cache, head_size: int):
     """Rotary embedding, neox style, of query [T, Hq * head_size] and key (or None) by cache [P, rotary]."""
     from bi_patch.kernels.ascend import pointwise
 
-    turned = [pointwise.rotate(positions, x, cache, head_size, ascend.chip()) for x in (query, key) if x is not None]
+    turned = [
+        pointwise.rotate(positions, x, cache, head_size, ascend.chip()) for x in (query, key) if x is not None
+    ]
     return turned[0], turned[1] if key is not None else None
 
 
 # Experts
 
 
-def npu_grouped_matmul(x, weight, *, bias=None, group_list=None, split_item=0, group_type=None, group_list_type=0, **more):
+def npu_grouped_matmul(
+    x, weight, *, bias=None, group_list=None, split_item=0, group_type=None, group_list_type=0, **more
+):
     from bi_patch.kernels.ascend import matmul
 
     op = "npu::npu_grouped_matmul"
     used = sorted(name for name, value in more.items() if value not in (None, 0, [], ()))
     if used:
         refuse(op, f"with {', '.join(used)}")
-    plain = len(x) == 1 and len(weight) == 1 and weight[0].dim() == 3 and split_item in (2, 3) and group_type == 0
-    if not plain or group_list is None or isinstance(group_list, (list, tuple)) or group_list_type not in (0, 1):
+    plain = (
+        len(x) == 1 and len(weight) == 1 and weight[0].dim() == 3 and split_item in (2, 3) and group_type == 0
+    )
+    if (
+        not plain
+        or group_list is None
+        or isinstance(group_list, (list, tuple))
+        or group_list_type not in (0, 1)
+    ):
         refuse(op, "other than one tensor of rows, one of experts, and a tensor of groups along the rows")
     held = bias[0] if bias else None
     return [matmul.grouped(x[0], weight[0], group_list, group_list_type == 1, ascend.chip(), held)]
 
 
-def npu_moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None):
+def npu_moe_token_unpermute(
+    permuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None
+):
     from bi_patch.kernels.ascend import rows
 
     if padded_mode or restore_shape not in (None, [], ()) and probs is None:
@@ -332,13 +350,16 @@ def fused_attention(
     num_heads=1, num_key_value_heads=0, scale=1.0, input_layout="BSH", sparse_mode=0, block_size=0,
     pre_tokens=2**31 - 1, next_tokens=2**31 - 1, learnable_sink=None, workspace=None, inner_precise=0, **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """npu_fused_infer_attention_score for packed sequences (TND); the log-sum-exp is not returned: an empty tensor."""
+    """npu_fused_infer_attention_score for packed sequences (TND); the log-sum-exp is not returned: an empty
+    tensor."""
     import torch
 
     from bi_patch.kernels.ascend import attention
 
     op = "npu::npu_fused_infer_attention_score"
-    used = sorted(name for name, given in more.items() if given is not None and given is not False and given != 0)
+    used = sorted(
+        name for name, given in more.items() if given is not None and given is not False and given != 0
+    )
     if used:
         refuse(op, f"with {', '.join(used)}")
     if input_layout != "TND" or not actual_seq_lengths or not actual_seq_lengths_kv:
@@ -369,7 +390,15 @@ def fused_attention(
 
 
 def fused_attention_v2(
-    query, key, value, *, actual_seq_qlen=None, actual_seq_kvlen=None, num_query_heads=1, softmax_scale=1.0, **more
+    query,
+    key,
+    value,
+    *,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    num_query_heads=1,
+    softmax_scale=1.0,
+    **more,
 ):
     return fused_attention(
         query, key, value, actual_seq_lengths=_list(actual_seq_qlen), actual_seq_lengths_kv=_list(actual_seq_kvlen),

@@ -14,14 +14,32 @@ from bi_patch.seams import (
 )
 from bi_patch.seams.ascend import (
     attention as ascend_attention,
+)
+from bi_patch.seams.ascend import (
     communicator as ascend_communicator,
+)
+from bi_patch.seams.ascend import (
     compilation as ascend_compilation,
+)
+from bi_patch.seams.ascend import (
     engine as ascend_engine,
+)
+from bi_patch.seams.ascend import (
     moe as ascend_moe,
+)
+from bi_patch.seams.ascend import (
     norm as ascend_norm,
+)
+from bi_patch.seams.ascend import (
     quantization as ascend_quantization,
+)
+from bi_patch.seams.ascend import (
     rotary as ascend_rotary,
+)
+from bi_patch.seams.ascend import (
     sampling as ascend_sampling,
+)
+from bi_patch.seams.ascend import (
     scheduler as ascend_scheduler,
 )
 from bi_patch.seams.model import Policy, Seam, Setting

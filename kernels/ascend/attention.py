@@ -1,12 +1,18 @@
-"""Attention whose KV is cut at fixed positions, so that decode, prefill and chunks of a prompt give a row the same bits.
+"""Attention whose KV is cut at fixed positions, so that decode, prefill and chunks of a prompt give a row
+the same bits.
 
-A row is one (token, head). Its keys are cut in leaves of LEAF positions aligned at 0, whatever the batch holds. Inside a
-leaf: score = scale * (q . k), m = max, p = exp(score - m), l = sum p, o = p @ v with p rounded to v's dtype. Leaves merge in
-ascending order: with m' = max(m, m_leaf), l = l e^(m - m') + l_leaf e^(m_leaf - m'), the same for o; last o / l,
+A row is one (token, head). Its keys are cut in leaves of LEAF positions aligned at 0, whatever the batch
+holds. Inside a
+leaf: score = scale * (q . k), m = max, p = exp(score - m), l = sum p, o = p @ v with p rounded to v's dtype.
+Leaves merge in
+ascending order: with m' = max(m, m_leaf), l = l e^(m - m') + l_leaf e^(m_leaf - m'), the same for o; last o
+/ l,
 rounded once. A leaf with no visible key is skipped; a masked key of another adds an exact zero.
 
-`_leaves` does one leaf a program and `_merge` merges; `_whole` does all leaves of a tile of rows in one program, with the
-same steps. The two give the same bits, so that the choice by the number of rows is free: few rows take the first.
+`_leaves` does one leaf a program and `_merge` merges; `_whole` does all leaves of a tile of rows in one
+program, with the
+same steps. The two give the same bits, so that the choice by the number of rows is free: few rows take the
+first.
 The merge is that of FlashAttention-2 (Dao, 2023).
 """
 
@@ -63,7 +69,8 @@ def _leaf(
 
 @triton.jit
 def _rows(tiles, tile, queries_per_kv, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
-    """Of a schedule's line: its sequence, each row's token, head in the group, position and whether it is real; its keys."""
+    """Of a schedule's line: its sequence, each row's token, head in the group, position and whether it is
+    real; its keys."""
     sequence = tl.load(tiles + tile * 6).to(tl.int64)
     token = tl.load(tiles + tile * 6 + 1)
     last = tl.load(tiles + tile * 6 + 2)
@@ -150,7 +157,7 @@ def _leaves(
                 query + at[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :],
                 mask=real[:, None] & (d[None, :] < d_qk), other=0.0,
             )  # fmt: skip
-            m, l, o = _leaf(
+            m, l, o = _leaf(  # noqa: E741
                 q, key, value, table, sequence, kv_start, kv_len, leaf, position, kv_head,
                 stride_kt, stride_kh, stride_vt, stride_vh, stride_table, scale, window, d_qk, d_v,
                 PAGED, CAUSAL, BLOCK_SIZE, ROWS, LEAF, DIM, DIM_V,
@@ -202,8 +209,11 @@ def _merge(
         )  # fmt: skip
 
 
-def schedule(query_ends: list[int], kv_lens: list[int], kv_starts: list[int], per_tile: int) -> list[list[int]]:
-    """Tiles of at most per_tile tokens of one sequence: [sequence, token, last, position - token, kv_start, kv_len]."""
+def schedule(
+    query_ends: list[int], kv_lens: list[int], kv_starts: list[int], per_tile: int
+) -> list[list[int]]:
+    """Tiles of at most per_tile tokens of one sequence: [sequence, token, last, position - token, kv_start,
+    kv_len]."""
     tiles, first = [], 0
     for sequence, (end, length) in enumerate(zip(query_ends, kv_lens, strict=True)):
         offset = length - end  # the last token of a sequence is at its last position
@@ -231,16 +241,23 @@ def attention(
 ) -> torch.Tensor:
     """Attention of packed sequences -> [T, H, Dv], the dtype of query.
 
-    query [T, H, D]. query_ends: where each sequence's tokens end. kv_lens: keys of each, its queries' own included. Without
+    query [T, H, D]. query_ends: where each sequence's tokens end. kv_lens: keys of each, its queries' own
+    included. Without
     block_table, key [S, KVH, D] and value [S, KVH, Dv] hold the sequences one after another; with block_table
     [B, blocks] int32 they are paged, [blocks, block size, KVH, D], the block size a multiple of 128.
-    window: keys before its own that a query sees, None for all. sinks: [H], a logit that takes part in each row's sum.
+    window: keys before its own that a query sees, None for all. sinks: [H], a logit that takes part in each
+    row's sum.
     split: leaves apart (True) or in one program (False), for tests; the bits are the same.
     Raises ValueError for other shapes, dtypes or block sizes.
     """
     paged = block_table is not None
     want = 4 if paged else 3
-    if query.dim() != 3 or key.dim() != want or value.dim() != want or not query.dtype == key.dtype == value.dtype:
+    if (
+        query.dim() != 3
+        or key.dim() != want
+        or value.dim() != want
+        or not query.dtype == key.dtype == value.dtype
+    ):
         raise ValueError(
             f"attention takes query [T, H, D] and {want}-dimensional keys and values of one dtype, not "
             f"{tuple(query.shape)} {query.dtype}, {tuple(key.shape)} {key.dtype}, {tuple(value.shape)} {value.dtype}"

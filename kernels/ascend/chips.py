@@ -1,6 +1,8 @@
-"""Ascend chips by the name that the CANN runtime reports, their cores and memories, and the tiles that fit them.
+"""Ascend chips by the name that the CANN runtime reports, their cores and memories, and the tiles that fit
+them.
 
-The numbers are those that AscendNPU-IR's compiler (ascendnpu-ir 1.2.0) states in the modules that it writes for each target;
+The numbers are those that AscendNPU-IR's compiler (ascendnpu-ir 1.2.0) states in the modules that it writes
+for each target;
 tests/kernels/ascend compares. What orders a sum (BLOCK_K, row blocks, leaves) depends on no chip.
 """
 
@@ -8,7 +10,8 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """name: as aclrtGetSocName returns it. Cores of one device; memories in KiB, ub of one vector core, the rest of one cube."""
+    """name: as aclrtGetSocName returns it. Cores of one device; memories in KiB, ub of one vector core, the
+    rest of one cube."""
 
     name: str
     cube_cores: int
@@ -74,7 +77,8 @@ def find(name: str) -> Chip:
 def matmul_tile(chip: Chip, rows: int, element_size: int) -> Tile:
     """The tile for `rows` rows of elements of element_size bytes: its depth follows element_size alone.
 
-    The largest of 16, 32, 64, 128 rows that holds them, reduced until two operand tiles fit L0A and L0B, the fp32
+    The largest of 16, 32, 64, 128 rows that holds them, reduced until two operand tiles fit L0A and L0B, the
+    fp32
     accumulator L0C, and half of it (one of two vector cores), with a bias of its size, UB.
     """
     depth = 256 // element_size
@@ -97,7 +101,8 @@ def matmul_tile(chip: Chip, rows: int, element_size: int) -> Tile:
 def attention_rows(chip: Chip, group: int, head_size: int) -> int:
     """Rows of an attention tile: at most 64, at least 16 and the `group` query heads that share a KV head.
 
-    Ten tensors of fp32, [rows, 128] of scores and [rows, head_size] of outputs, must fit UB, halved over two vector cores.
+    Ten tensors of fp32, [rows, 128] of scores and [rows, head_size] of outputs, must fit UB, halved over two
+    vector cores.
     """
     rows = 64
     while rows > 16 and rows * 10 * (128 + head_size) * 4 // 2 > chip.ub * 1024:
@@ -106,5 +111,6 @@ def attention_rows(chip: Chip, group: int, head_size: int) -> int:
 
 
 def row_block(cols: int) -> int:
-    """Columns of a row that a program holds at once: the next power of two, at most 2048. Depends on cols alone."""
+    """Columns of a row that a program holds at once: the next power of two, at most 2048. Depends on cols
+    alone."""
     return min(_ROW_BLOCK, max(16, 1 << (cols - 1).bit_length()))

@@ -1,8 +1,12 @@
-"""Matrix products in one order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding.
+"""Matrix products in one order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before
+rounding.
 
-out[b, m, n] = round(alpha * sum over k of x[b, m, k] * w[b, k, n] + beta * bias[b, m, n]). `grouped` multiplies the rows
-of each expert with that expert's weight, in the same order. BLOCK_K depends on the element size alone; BLOCK_M may follow
-M, since no tile splits K and rows of a tile share nothing. Programs walk over tiles, because a launch holds at most 65535.
+out[b, m, n] = round(alpha * sum over k of x[b, m, k] * w[b, k, n] + beta * bias[b, m, n]). `grouped`
+multiplies the rows
+of each expert with that expert's weight, in the same order. BLOCK_K depends on the element size alone;
+BLOCK_M may follow
+M, since no tile splits K and rows of a tile share nothing. Programs walk over tiles, because a launch holds
+at most 65535.
 After the pattern of Triton's tutorial 03 (github.com/triton-lang/triton).
 """
 
@@ -154,7 +158,8 @@ def grouped(
 ) -> torch.Tensor:
     """Rows of x [M, K], sorted by expert, with w [E, K, N] (any strides) -> [M, N].
 
-    groups: [E] integers on x's device, rows of each expert (is_counts) or where each expert ends. bias: [E, N] or None.
+    groups: [E] integers on x's device, rows of each expert (is_counts) or where each expert ends. bias: [E,
+    N] or None.
     Rows after the last group are zero. Raises ValueError for other shapes or dtypes.
     """
     if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[1] or groups.shape != w.shape[:1]:

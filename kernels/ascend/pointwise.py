@@ -1,6 +1,8 @@
-"""SwiGLU and the rotary embedding: no sums over rows; one kernel for every number of tokens, in fp32, rounded once.
+"""SwiGLU and the rotary embedding: no sums over rows; one kernel for every number of tokens, in fp32,
+rounded once.
 
-swiglu: out = round(silu(a) * b) of x = [a | b]. rotate (neox style): halves (a, b) of a head's first `2 * half` elements
+swiglu: out = round(silu(a) * b) of x = [a | b]. rotate (neox style): halves (a, b) of a head's first `2 *
+half` elements
 become (a * cos - b * sin, b * cos + a * sin); what follows is copied.
 """
 
@@ -62,7 +64,8 @@ def swiglu(x: torch.Tensor, chip: Chip) -> torch.Tensor:
 def rotate(
     positions: torch.Tensor, x: torch.Tensor, cache: torch.Tensor, head_size: int, chip: Chip
 ) -> torch.Tensor:
-    """Rotate x [T, heads * head_size] by cache [P, rotary] (cos of the first half, then sin) at positions [T].
+    """Rotate x [T, heads * head_size] by cache [P, rotary] (cos of the first half, then sin) at positions
+    [T].
 
     rotary may be less than head_size. Rows of x may be strided. Returns a new contiguous tensor of x's shape.
     """

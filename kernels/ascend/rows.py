@@ -1,8 +1,12 @@
-"""Reductions over the last dimension, each row alone: RMSNorm, softmax, log_softmax, sum, mean, cumsum, weighted sum.
+"""Reductions over the last dimension, each row alone: RMSNorm, softmax, log_softmax, sum, mean, cumsum,
+weighted sum.
 
-Order of a sum over C columns: lane i of BLOCK adds columns i, i + BLOCK, ... in ascending order, in fp32; then the lanes
-are summed as the compiler sums a vector of BLOCK. BLOCK is fixed (or the next power of two of C, where that is less), so
-the order follows C alone. A program takes whole rows, one after another. RMSNorm rounds once, at the end; with a
+Order of a sum over C columns: lane i of BLOCK adds columns i, i + BLOCK, ... in ascending order, in fp32;
+then the lanes
+are summed as the compiler sums a vector of BLOCK. BLOCK is fixed (or the next power of two of C, where that
+is less), so
+the order follows C alone. A program takes whole rows, one after another. RMSNorm rounds once, at the end;
+with a
 residual, s = round(x + residual) takes x's place. cumsum adds blocks in ascending order.
 """
 
@@ -75,7 +79,9 @@ def _softmax(
 
 
 @triton.jit
-def _total(x, out, rows, cols, stride_row, IS_MEAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+def _total(
+    x, out, rows, cols, stride_row, IS_MEAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr
+):
     for r in range(tl.program_id(0), rows, PROGRAMS):
         row = wide(r)
         lanes = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -96,7 +102,9 @@ def _cumsum(x, out, rows, cols, stride_row, PROGRAMS: tl.constexpr, BLOCK: tl.co
         for start in range(0, cols, BLOCK):
             c = start + tl.arange(0, BLOCK)
             v = tl.load(x + row * stride_row + c, mask=c < cols, other=0.0).to(tl.float32)
-            tl.store(out + row * cols + c, (before + tl.cumsum(v, axis=0)).to(out.dtype.element_ty), mask=c < cols)
+            tl.store(
+                out + row * cols + c, (before + tl.cumsum(v, axis=0)).to(out.dtype.element_ty), mask=c < cols
+            )
             before += tl.sum(v, axis=0)
 
 
@@ -134,7 +142,8 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """RMSNorm over the last dimension of x [..., C] (bf16, fp16, fp32), times (weight [C] + offset); residual as x.
+    """RMSNorm over the last dimension of x [..., C] (bf16, fp16, fp32), times (weight [C] + offset);
+    residual as x.
 
     Returns (out, x + residual), both contiguous, the second None without residual.
     """
@@ -157,7 +166,8 @@ def rms_norm(
 
 
 def softmax(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None, log: bool = False) -> torch.Tensor:
-    """softmax, or log_softmax, over the last dimension of x [..., C]; computed in fp32, rounded to dtype (default x's)."""
+    """softmax, or log_softmax, over the last dimension of x [..., C]; computed in fp32, rounded to dtype
+    (default x's)."""
     flat = _flat(x)
     rows, cols = flat.shape
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
@@ -170,7 +180,8 @@ def softmax(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None, log: 
 
 
 def total(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None, mean: bool = False) -> torch.Tensor:
-    """Sum, or mean, over the last dimension of x [..., C], C >= 1 -> [...]; fp32 inside, rounded to dtype (default x's)."""
+    """Sum, or mean, over the last dimension of x [..., C], C >= 1 -> [...]; fp32 inside, rounded to dtype
+    (default x's)."""
     flat = _flat(x)
     rows, cols = flat.shape
     out = torch.empty(x.shape[:-1], dtype=dtype or x.dtype, device=x.device)
@@ -196,7 +207,8 @@ def cumsum(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None) -> tor
 def weighted(
     x: torch.Tensor, at: torch.Tensor, probs: torch.Tensor | None, top_k: int, chip: Chip
 ) -> torch.Tensor:
-    """out[t] = sum over k ascending of x[at[t * top_k + k]] * probs[t, k], in fp32, rounded once; x [R, C] -> [T, C].
+    """out[t] = sum over k ascending of x[at[t * top_k + k]] * probs[t, k], in fp32, rounded once; x [R, C]
+    -> [T, C].
 
     at: [T * top_k] integers. probs: [T, top_k] or None for weights of one.
     """

@@ -1,4 +1,5 @@
-"""Runs scripts in a process with the real torch_npu over stub CANN libraries; skipped outside `make test-ascend`'s environment."""
+"""Runs scripts in a process with the real torch_npu over stub CANN libraries; skipped outside `make
+test-ascend`'s environment."""
 
 import os
 import subprocess
@@ -14,16 +15,24 @@ SOURCES = Path(sys.prefix) / "sources"
 
 @pytest.fixture(scope="session")
 def on_npu():
-    """Run a script of this folder (or code, with -c) there; returns the finished process. sources: vLLM 0.23 and its plugin
+    """Run a script of this folder (or code, with -c) there; returns the finished process. sources: vLLM 0.23
+    and its plugin
     can be imported. environ adds to the environment.
     """
     if not STUB.is_dir():
         pytest.skip("no stub CANN in this environment: run `make test-ascend`")
 
-    def run(*arguments: str, timeout: float = 300, sources: bool = False, **environ: str) -> subprocess.CompletedProcess:
+    def run(
+        *arguments: str, timeout: float = 300, sources: bool = False, **environ: str
+    ) -> subprocess.CompletedProcess:
         dropped = ("BI_PATCH", "VLLM_", "ASCEND_HOME")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-        folders = (*((SOURCES,) if sources else ()), ROOT, ROOT / "tests/ascend", ROOT / "tests/kernels/ascend")
+        folders = (
+            *((SOURCES,) if sources else ()),
+            ROOT,
+            ROOT / "tests/ascend",
+            ROOT / "tests/kernels/ascend",
+        )
         clean |= {
             "LD_LIBRARY_PATH": str(STUB),
             "TASK_QUEUE_ENABLE": "0",
@@ -34,7 +43,12 @@ def on_npu():
             "PYTHONWARNINGS": "ignore",
         }
         return subprocess.run(
-            [sys.executable, *arguments], env=clean | environ, capture_output=True, text=True, timeout=timeout, cwd=ROOT
+            [sys.executable, *arguments],
+            env=clean | environ,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=ROOT,
         )
 
     return run

@@ -1,17 +1,23 @@
-"""PyTorch operators that move or combine single elements, on the stub NPU: computed by PyTorch on the same memory.
+"""PyTorch operators that move or combine single elements, on the stub NPU: computed by PyTorch on the same
+memory.
 
-On the stub an NPU tensor's memory is the host's, so a CPU tensor over it is a view. Listed are only operators that sum
+On the stub an NPU tensor's memory is the host's, so a CPU tensor over it is a view. Listed are only
+operators that sum
 nothing: what the routes must serve is never among them, so a test that computes has gone through the routes.
 """
 
 import ctypes
 
 import torch
+import torch_npu  # noqa: F401  before any kernel is put in the place of its own
 
 POINTWISE = """
-copy_ fill_.Scalar zero_ add.Tensor add_.Tensor add.Scalar add_.Scalar sub.Tensor mul.Tensor mul_.Tensor mul.Scalar
-div.Tensor div_.Tensor neg abs sigmoid silu exp rsqrt pow.Tensor_Scalar eq.Tensor eq.Scalar lt.Tensor le.Tensor ge.Tensor gt.Tensor
-clamp where.self index_select embedding cat stack argmax sort.stable arange.start_step masked_fill_.Scalar masked_fill.Scalar
+copy_ fill_.Scalar zero_ add.Tensor add_.Tensor add.Scalar add_.Scalar sub.Tensor mul.Tensor mul_.Tensor
+mul.Scalar
+div.Tensor div_.Tensor neg abs sigmoid silu exp rsqrt pow.Tensor_Scalar eq.Tensor eq.Scalar lt.Tensor
+le.Tensor ge.Tensor gt.Tensor
+clamp where.self index_select embedding cat stack argmax sort.stable arange.start_step masked_fill_.Scalar
+masked_fill.Scalar
 rsub.Scalar rsub.Tensor sub.Scalar scatter.src scatter_.src masked_fill_.Tensor lt.Scalar gt.Scalar lt_.Tensor
 _index_put_impl_ index.Tensor gather bitwise_not bitwise_and.Tensor repeat isfinite ne.Scalar clone
 """.split()

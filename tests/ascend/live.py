@@ -1,6 +1,8 @@
-"""vLLM-Ascend 0.23 imported for real, armed, over the stub: every seam closed, then its own functions through the routes.
+"""vLLM-Ascend 0.23 imported for real, armed, over the stub: every seam closed, then its own functions
+through the routes.
 
-Prints JSON lines `{"case", "told"}`; told is empty where the case holds. acl and torchvision, of which nothing is
+Prints JSON lines `{"case", "told"}`; told is empty where the case holds. acl and torchvision, of which
+nothing is
 computed here, are stood in for.
 """
 
@@ -64,7 +66,9 @@ def main() -> None:
     from vllm_ascend import ascend_config, batch_invariant, utils
     from vllm_ascend.worker import worker
 
-    say("the worker holds our mode", worker.init_batch_invariance is not batch_invariant.init_batch_invariance)
+    say(
+        "the worker holds our mode", worker.init_batch_invariance is not batch_invariant.init_batch_invariance
+    )
     held = types.SimpleNamespace(
         weight_nz_mode=1, enable_matmul_allreduce=True, enable_reduce_sample=False, eplb_config=None,
         ascend_compilation_config=types.SimpleNamespace(fuse_norm_quant=True, fuse_qknorm_rope=True),
@@ -79,7 +83,10 @@ def main() -> None:
     x, w, b = torch.randn(4, 32).to("npu"), torch.randn(8, 32).to("npu"), torch.randn(8).to("npu")
     with torch.inference_mode():
         got = torch.ops.vllm.unquantized_gemm(x, w, b).cpu()
-        say("vLLM-Ascend's linear", float((got - torch.nn.functional.linear(x.cpu(), w.cpu(), b.cpu())).abs().max()) > 1e-4)
+        say(
+            "vLLM-Ascend's linear",
+            float((got - torch.nn.functional.linear(x.cpu(), w.cpu(), b.cpu())).abs().max()) > 1e-4,
+        )
         from vllm_ascend.ops.fused_moe import experts_selector
 
         experts_selector.get_weight_prefetch_method = lambda: None
@@ -94,7 +101,9 @@ def main() -> None:
         q, _ = torch.ops.vllm.npu_rotary_embedding(*arguments, True)
         alone, _ = torch.ops.vllm.npu_rotary_embedding(arguments[0][2:3], x[2:3], x[2:3], cache, 16, 16, True)
         say("rotary: a row alone", not torch.equal(alone.cpu()[0], q.cpu()[2]))
-        refused("rotary of another style", lambda: rotary_embedding.rope_forward_oot(*arguments, False), "neox")
+        refused(
+            "rotary of another style", lambda: rotary_embedding.rope_forward_oot(*arguments, False), "neox"
+        )
         from vllm.v1.sample.ops import topk_topp_sampler
 
         logits = torch.randn(9, 50).to("npu")
@@ -113,7 +122,10 @@ def main() -> None:
     chosen = types.SimpleNamespace(use_mla=True, use_sparse=False, use_compress=False)
     refused("MLA's backend", lambda: NPUPlatform.get_attn_backend_cls(None, chosen), "AscendMLABackend")
     chosen.use_mla = False
-    say("the plain backend is kept", not NPUPlatform.get_attn_backend_cls(None, chosen).endswith("AscendAttentionBackend"))
+    say(
+        "the plain backend is kept",
+        not NPUPlatform.get_attn_backend_cls(None, chosen).endswith("AscendAttentionBackend"),
+    )
     refused("a vendor operator", lambda: torch_npu.npu_moe_gating_top_k(x, 2), "npu::npu_moe_gating_top_k")
     bi_patch.disarm()
     restored = batch_invariant.init_batch_invariance.__module__ == "vllm_ascend.batch_invariant"

@@ -1,4 +1,5 @@
-"""Unpacks the Python files of vLLM 0.23.0 and vLLM-Ascend 0.23.0, as `bi-patch check` keeps them: `sources.py FOLDER`.
+"""Unpacks the Python files of vLLM 0.23.0 and vLLM-Ascend 0.23.0, as `bi-patch check` keeps them:
+`sources.py FOLDER`.
 
 Both are downloaded with pip once (330 and 27 MB) into the cache folder of bi_patch.
 """

@@ -1,7 +1,10 @@
-"""Builds stub CANN libraries, so that the real torch_npu imports on a machine without an NPU: `stub_cann.py OUT`.
+"""Builds stub CANN libraries, so that the real torch_npu imports on a machine without an NPU: `stub_cann.py
+OUT`.
 
-Every symbol that torch_npu's libraries leave undefined, and nobody provides, becomes a function that returns 0;
-stub_cann.c holds those that must do more. Takes a second; run by `make .venv-ascend`. Run Python with LD_LIBRARY_PATH=OUT,
+Every symbol that torch_npu's libraries leave undefined, and nobody provides, becomes a function that returns
+0;
+stub_cann.c holds those that must do more. Takes a second; run by `make .venv-ascend`. Run Python with
+LD_LIBRARY_PATH=OUT,
 TASK_QUEUE_ENABLE=0 and TORCH_DEVICE_BACKEND_AUTOLOAD=0, without ASCEND_HOME_PATH.
 """
 
@@ -15,15 +18,26 @@ from pathlib import Path
 MAIN = "libascendcl.so"
 # Names that torch_npu loads; all functions are in the first.
 NAMES = (
-    MAIN, "libhccl.so", "libacl_op_compiler.so", "libge_runner.so", "libgraph.so", "libacl_tdt_channel.so", "libatb.so"
+    MAIN, "libhccl.so", "libacl_op_compiler.so", "libge_runner.so", "libgraph.so", "libacl_tdt_channel.so",
+    "libatb.so"
 )  # fmt: skip
-_SYSTEM = ("libstdc++.so.6", "libm.so.6", "libc.so.6", "libgcc_s.so.1", "libpthread.so.0", "libdl.so.2", "librt.so.1")
+_SYSTEM = (
+    "libstdc++.so.6",
+    "libm.so.6",
+    "libc.so.6",
+    "libgcc_s.so.1",
+    "libpthread.so.0",
+    "libdl.so.2",
+    "librt.so.1",
+)
 _PYTHON = re.compile(r"_?Py[A-Z_]|_Py")
 
 
 def symbols(library: Path, kind: str) -> Iterator[tuple[str, str]]:
     """(type, name) of a library's dynamic symbols. kind: `--undefined-only` or `--defined-only`."""
-    listed = subprocess.run(["nm", "-D", kind, str(library)], capture_output=True, text=True, check=False).stdout
+    listed = subprocess.run(
+        ["nm", "-D", kind, str(library)], capture_output=True, text=True, check=False
+    ).stdout
     for line in listed.splitlines():
         *_, letter, name = line.split()
         yield letter, name
@@ -49,7 +63,8 @@ def build(packages: Path, out: Path) -> int:
     names = missing(packages)
     out.mkdir(parents=True, exist_ok=True)
     lines = [
-        f'__attribute__((visibility("default"), weak)) long stub{i}(void) __asm__("{name}");\nlong stub{i}(void) {{ return 0; }}'
+        f'__attribute__((visibility("default"), weak)) long stub{i}(void) __asm__("{name}");\n'
+        f"long stub{i}(void) {{ return 0; }}"
         for i, name in enumerate(names)
     ]
     (out / "stubs.c").write_text("\n".join(lines) + "\n")

@@ -1,18 +1,20 @@
 """Each spelling of an operation on npu:0: what happens with the routes, and what without. Prints JSON lines.
 
-`served`: computed, and right against the CPU in fp64. `refused`: UnsupportedFeature, named. `native`: torch_npu's own kernel
-was reached (the stub makes it fail). `wrong`: computed, and not right. Run with `stock` to leave the routes out.
+`served`: computed, and right against the CPU in fp64. `refused`: UnsupportedFeature, named. `native`:
+torch_npu's own kernel
+was reached (the stub makes it fail). `wrong`: computed, and not right. Run with `stock` to leave the routes
+out.
 """
 
 import json
 import sys
 from collections import Counter
 
+import canonical
+import host_ops
 import torch
 import torch_npu
 
-import canonical
-import host_ops
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.orders import ascend_routes
 
@@ -199,5 +201,7 @@ if __name__ == "__main__":
             found, told = outcome(run, right)
             counts[found] += 1
             wanted = "served" if right is not None else "refused"
-            print(json.dumps({"spelling": spelling, "found": found, "wanted": wanted, "told": told}), flush=True)
+            print(
+                json.dumps({"spelling": spelling, "found": found, "wanted": wanted, "told": told}), flush=True
+            )
     print(counts, file=sys.stderr)

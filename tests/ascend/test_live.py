@@ -1,4 +1,5 @@
-"""vLLM-Ascend 0.23 armed for real: every seam closed, its functions through the routes, what is not covered refused."""
+"""vLLM-Ascend 0.23 armed for real: every seam closed, its functions through the routes, what is not covered
+refused."""
 
 import json
 
@@ -12,7 +13,7 @@ def test_vllm_ascend_armed(on_npu, tmp_path):
     done = on_npu("tests/ascend/live.py", sources=True, **environ)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) >= 24
+    assert len(found) >= 22
     assert {row["case"]: row["told"] for row in found if row["told"]} == {}
 
 

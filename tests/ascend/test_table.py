@@ -1,4 +1,5 @@
-"""Every spelling on the real torch_npu dispatcher: served and right, or refused by name; without the routes, native."""
+"""Every spelling on the real torch_npu dispatcher: served and right, or refused by name; without the routes,
+native."""
 
 import json
 
@@ -9,7 +10,10 @@ pytestmark = pytest.mark.ascend
 
 def rows(done):
     assert done.returncode == 0, done.stderr[-3000:]
-    return {row["spelling"]: row for row in map(json.loads, filter(lambda s: s.startswith("{"), done.stdout.splitlines()))}
+    return {
+        row["spelling"]: row
+        for row in map(json.loads, filter(lambda s: s.startswith("{"), done.stdout.splitlines()))
+    }
 
 
 @pytest.mark.parametrize("mode", ["inference", "grad"])
@@ -24,3 +28,21 @@ def test_with_the_routes_no_spelling_reaches_a_native_kernel(on_npu, mode):
 def test_without_the_routes_every_spelling_is_native(on_npu):
     table = rows(on_npu("tests/ascend/table.py", "stock"))
     assert {row["found"] for row in table.values()} == {"native"}
+
+
+def test_the_script_for_a_device_runs(on_npu):
+    """In the interpreter, on few rows: what a person with an NPU runs must not fail for its own faults."""
+    code = (
+        "import sys, runpy, canonical, host_ops; canonical.install(); host_ops.install()\n"
+        "sys.argv = ['device.py', '--rows', '3']; runpy.run_path('tests/ascend/device.py', run_name='__main__')"
+    )
+    done = on_npu("-c", code)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    text = done.stdout[done.stdout.index("{") :]
+    assert all(row["ok"] for row in json.loads(text)["rows"])
+
+
+def test_a_chip_that_is_not_in_the_table_is_named(on_npu):
+    code = "import torch_npu\nfrom bi_patch.orders import ascend_routes\nascend_routes.install()"
+    done = on_npu("-c", code, STUB_SOC="Ascend310P3")
+    assert "UnsupportedDevice" in done.stderr and "Ascend310P3" in done.stderr

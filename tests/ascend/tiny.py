@@ -1,21 +1,36 @@
-"""A tiny Qwen3, dense and with experts, on npu:0 through the routes; its rows must not depend on what runs beside them.
+"""A tiny Qwen3, dense and with experts, on npu:0 through the routes; its rows must not depend on what runs
+beside them.
 
-The layers are those of Qwen3 (grouped queries, norms of heads, SwiGLU, tied shapes only in size), written with the operators that
-vLLM-Ascend calls: F.linear, npu_rms_norm, npu_add_rms_norm, npu_fused_infer_attention_score over a paged cache, npu_swiglu,
-npu_grouped_matmul, npu_moe_token_unpermute, log_softmax. Every sum goes through the kernels in the interpreter. Prints JSON.
+The layers are those of Qwen3 (grouped queries, norms of heads, SwiGLU, tied shapes only in size), written
+with the operators that
+vLLM-Ascend calls: F.linear, npu_rms_norm, npu_add_rms_norm, npu_fused_infer_attention_score over a paged
+cache, npu_swiglu,
+npu_grouped_matmul, npu_moe_token_unpermute, log_softmax. Every sum goes through the kernels in the
+interpreter. Prints JSON.
 """
 
 import json
 import sys
 
+import canonical
+import host_ops
 import torch
 import torch_npu
 
-import canonical
-import host_ops
 from bi_patch.orders import ascend_ops, ascend_routes
 
-HIDDEN, HEADS, KV_HEADS, HEAD, INNER, VOCAB, LAYERS, EXPERTS, TOP_K, BLOCK = 32, 4, 2, 16, 48, 96, 2, 4, 2, 128
+HIDDEN, HEADS, KV_HEADS, HEAD, INNER, VOCAB, LAYERS, EXPERTS, TOP_K, BLOCK = (
+    32,
+    4,
+    2,
+    16,
+    48,
+    96,
+    2,
+    4,
+    2,
+    128,
+)
 F = torch.nn.functional
 
 
@@ -30,7 +45,11 @@ class Model:
 
         self.experts, self.dtype = experts, dtype
         width = (HEADS + 2 * KV_HEADS) * HEAD
-        self.embedding, self.head, self.norm = weight(VOCAB, HIDDEN), weight(VOCAB, HIDDEN), weight(HIDDEN, scale=1)
+        self.embedding, self.head, self.norm = (
+            weight(VOCAB, HIDDEN),
+            weight(VOCAB, HIDDEN),
+            weight(HIDDEN, scale=1),
+        )
         self.layers = [
             {
                 "norm": weight(HIDDEN, scale=1), "qkv": weight(width, HIDDEN), "bias": weight(width),
@@ -50,13 +69,18 @@ class Model:
         self.cache = [[torch.zeros(shape, dtype=self.dtype).to("npu") for _ in "kv"] for _ in range(LAYERS)]
 
     def step(self, work: list[tuple[list[int], list[int], int]]) -> torch.Tensor:
-        """Log-probabilities of every token. work: for each sequence its tokens, its blocks, and how many came before."""
+        """Log-probabilities of every token. work: for each sequence its tokens, its blocks, and how many
+        came before."""
         tokens = torch.tensor([t for ids, _, _ in work for t in ids]).to("npu")
         places = [range(before, before + len(ids)) for ids, _, before in work]
-        slots = [blocks[p // BLOCK] * BLOCK + p % BLOCK for (_, blocks, _), at in zip(work, places, strict=True) for p in at]
+        slots = [
+            blocks[p // BLOCK] * BLOCK + p % BLOCK
+            for (_, blocks, _), at in zip(work, places, strict=True)
+            for p in at
+        ]
         positions = torch.tensor([p for at in places for p in at]).to("npu")
         ends, lengths = [], []
-        for (ids, _, before) in work:
+        for ids, _, before in work:
             ends.append((ends[-1] if ends else 0) + len(ids))
             lengths.append(before + len(ids))
         table = torch.zeros(len(work), 4, dtype=torch.int32)
@@ -72,8 +96,12 @@ class Model:
                 x, _, residual = torch_npu.npu_add_rms_norm(hidden, residual, layer["norm"], 1e-6)
             qkv = F.linear(x, layer["qkv"], layer["bias"])
             q, k, v = qkv.split([HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD], -1)
-            q = torch_npu.npu_rms_norm(q.reshape(-1, HEADS, HEAD), layer["q_norm"], 1e-6)[0].view(-1, HEADS * HEAD)
-            k = torch_npu.npu_rms_norm(k.reshape(-1, KV_HEADS, HEAD), layer["k_norm"], 1e-6)[0].view(-1, KV_HEADS * HEAD)
+            q = torch_npu.npu_rms_norm(q.reshape(-1, HEADS, HEAD), layer["q_norm"], 1e-6)[0].view(
+                -1, HEADS * HEAD
+            )
+            k = torch_npu.npu_rms_norm(k.reshape(-1, KV_HEADS, HEAD), layer["k_norm"], 1e-6)[0].view(
+                -1, KV_HEADS * HEAD
+            )
             q, k = ascend_ops.rotate(positions, q, k, self.rotary, HEAD)
             host_ops.view(keys).flatten(0, 1)[slots] = host_ops.view(k).view(-1, KV_HEADS, HEAD)
             host_ops.view(values).flatten(0, 1)[slots] = host_ops.view(v).reshape(-1, KV_HEADS, HEAD)
@@ -100,7 +128,9 @@ class Model:
         counts = torch.bincount(chosen, minlength=EXPERTS).to("npu")
         how = {"split_item": 2, "group_type": 0, "group_list_type": 1, "group_list": counts}
         up = torch_npu.npu_grouped_matmul([rows], [layer["up"].transpose(1, 2)], **how)[0]
-        down = torch_npu.npu_grouped_matmul([torch_npu.npu_swiglu(up)], [layer["down"].transpose(1, 2)], **how)[0]
+        down = torch_npu.npu_grouped_matmul(
+            [torch_npu.npu_swiglu(up)], [layer["down"].transpose(1, 2)], **how
+        )[0]
         return torch_npu.npu_moe_token_unpermute(down, order.argsort().to("npu"), weights)
 
 

@@ -63,7 +63,9 @@ def test_an_unknown_chip_is_named(monkeypatch):
 
 def test_what_orders_a_sum_depends_on_no_chip_and_no_number_of_rows():
     for size in (2, 4):
-        depths = {chips.matmul_tile(c, rows, size).k for c in chips.CHIPS.values() for rows in (1, 17, 64, 9000)}
+        depths = {
+            chips.matmul_tile(c, rows, size).k for c in chips.CHIPS.values() for rows in (1, 17, 64, 9000)
+        }
         assert len(depths) == 1
 
 
@@ -73,7 +75,10 @@ def test_tiles_fit():
             for size in (2, 4):
                 tile = chips.matmul_tile(chip, rows, size)
                 assert tile.m * tile.n * 4 <= chip.l0c * 1024
-                assert 2 * tile.m * tile.k * size <= chip.l0a * 1024 and 2 * tile.n * tile.k * size <= chip.l0b * 1024
+                assert (
+                    2 * tile.m * tile.k * size <= chip.l0a * 1024
+                    and 2 * tile.n * tile.k * size <= chip.l0b * 1024
+                )
         for head in (64, 128, 256):
             assert chips.attention_rows(chip, 5, head) >= 16
 
@@ -97,7 +102,9 @@ TAKEN = {
         {"npu_mm_batch_invariant": "(Tensor a, Tensor b, Tensor bias) -> Tensor"},
         {"npu_matmul_batch_invariant": "(Tensor a, Tensor b) -> (Tensor, Tensor)"},
         {"npu_reduce_sum_batch_invariant": "(Tensor x, bool keepdim=False) -> Tensor"},
-        {"npu_fused_infer_attention_score_batch_invariant": "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)"},
+        {
+            "npu_fused_infer_attention_score_batch_invariant": "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)"
+        },
         {"npu_mm_batch_invariant": None},
     ],
 )
@@ -110,7 +117,9 @@ def test_schemas_of_the_ascendc_package(monkeypatch, changed):
 
     def packet(name, text):
         schema = torch._C.parse_schema(f"batch_invariant_ops::{name}{text}")
-        return types.SimpleNamespace(overloads=lambda: ["default"], default=types.SimpleNamespace(_schema=schema))
+        return types.SimpleNamespace(
+            overloads=lambda: ["default"], default=types.SimpleNamespace(_schema=schema)
+        )
 
     space = types.SimpleNamespace(**{name: packet(name, text) for name, text in schemas.items()})
     monkeypatch.setattr(torch, "ops", types.SimpleNamespace(batch_invariant_ops=space))

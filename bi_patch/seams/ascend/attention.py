@@ -1,4 +1,5 @@
-"""Attention of vLLM-Ascend: one backend, through the fused operator that the table serves; paged and full-graph forms refused."""
+"""Attention of vLLM-Ascend: one backend, through the fused operator that the table serves; paged and
+full-graph forms refused."""
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.ascend.common import ASCEND, RELEASES, refuse, refusing
@@ -36,14 +37,22 @@ def _no_paged(original):
 def _block_size(config) -> None:
     size = getattr(config.cache_config, "block_size", None)
     if size and size % _LEAF:
-        refuse("attention.ascend_block_size", [f"blocks of {size} tokens"], f"Use --block-size {_LEAF} or a multiple")
+        refuse(
+            "attention.ascend_block_size",
+            [f"blocks of {size} tokens"],
+            f"Use --block-size {_LEAF} or a multiple",
+        )
 
 
 def _graph_form(name: str, qualname: str) -> Seam:
     return Seam(
         name=f"attention.ascend_{name}",
         targets=(Target(_MODULE, qualname, RELEASES),),
-        close=refusing(f"attention.ascend_{name}", "attention inside a full graph", "Use cudagraph_mode PIECEWISE or NONE"),
+        close=refusing(
+            f"attention.ascend_{name}",
+            "attention inside a full graph",
+            "Use cudagraph_mode PIECEWISE or NONE",
+        ),
         why="a captured attention keeps the work split and the lengths of its capture",
         how="refused: the graph mode is piecewise or none, so it is never called",
         until="upstream's graphs take lengths from tensors",
@@ -84,5 +93,10 @@ SEAMS = (
 )  # fmt: skip
 
 POLICIES = (
-    Policy("attention.ascend_block_size", _block_size, "keys are cut every 128 positions, inside one block", ASCEND),
+    Policy(
+        "attention.ascend_block_size",
+        _block_size,
+        "keys are cut every 128 positions, inside one block",
+        ASCEND,
+    ),
 )

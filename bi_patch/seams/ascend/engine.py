@@ -54,7 +54,11 @@ def _features(config) -> None:
 
 
 def _options(config) -> None:
-    refuse("engine.ascend_options", [name for name in _REFUSED_OPTIONS if option(config, name)], "Take it out of --additional-config")
+    refuse(
+        "engine.ascend_options",
+        [name for name in _REFUSED_OPTIONS if option(config, name)],
+        "Take it out of --additional-config",
+    )
 
 
 # Passes that put a fused operator in the place of two that are served.
@@ -73,7 +77,12 @@ SEAMS = (
     Seam(
         name="engine.ascend_mode",
         targets=(
-            Target("vllm_ascend.batch_invariant", "init_batch_invariance", RELEASES, ("vllm_ascend.worker.worker",)),
+            Target(
+                "vllm_ascend.batch_invariant",
+                "init_batch_invariance",
+                RELEASES,
+                ("vllm_ascend.worker.worker",),
+            ),
         ),
         close=_mode,
         why="upstream's mode leaves many operators open, and goes on with a warning when its kernels are missing",

@@ -1,4 +1,5 @@
-"""Norms of vLLM-Ascend. RMSNorm reaches npu_rms_norm and npu_add_rms_norm, which the table serves; the gated form is refused."""
+"""Norms of vLLM-Ascend. RMSNorm reaches npu_rms_norm and npu_add_rms_norm, which the table serves; the gated
+form is refused."""
 
 from bi_patch.seams.ascend.common import ASCEND, RELEASES, refusing
 from bi_patch.seams.model import Seam, Target

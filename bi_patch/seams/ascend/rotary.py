@@ -8,19 +8,32 @@ def _rotary(original):
     """rope_forward_oot, which the custom op vllm::npu_rotary_embedding takes when it is registered."""
 
     def rope_forward_oot(
-        positions, query, key, cos_sin_cache, head_size: int, rotary_dim: int, is_neox_style: bool, offsets=None
+        positions,
+        query,
+        key,
+        cos_sin_cache,
+        head_size: int,
+        rotary_dim: int,
+        is_neox_style: bool,
+        offsets=None,
     ):
         from bi_patch.orders import ascend_ops
 
         if not is_neox_style or offsets is not None or positions.ndim != 1:
-            refuse("rotary.ascend_forward", ["rotary embedding other than neox style at plain positions"], "Use another model")
+            refuse(
+                "rotary.ascend_forward",
+                ["rotary embedding other than neox style at plain positions"],
+                "Use another model",
+            )
         tokens = query.shape[0]
         turned = ascend_ops.rotate(
             positions, query.reshape(tokens, -1), key.reshape(tokens, -1), cos_sin_cache, head_size
         )
         return turned[0].view(query.shape), turned[1].view(key.shape)
 
-    rope_forward_oot.__annotations__ = getattr(original, "__annotations__", {})  # the op's schema is read from it
+    rope_forward_oot.__annotations__ = getattr(
+        original, "__annotations__", {}
+    )  # the op's schema is read from it
     return rope_forward_oot
 
 

@@ -1,11 +1,13 @@
-"""Sampling on Ascend: one way to top-k and top-p for every number of requests; its sums are served by the table."""
+"""Sampling on Ascend: one way to top-k and top-p for every number of requests; its sums are served by the
+table."""
 
 from bi_patch.seams.ascend.common import ASCEND, RELEASES
 from bi_patch.seams.model import Seam, Target
 
 
 def _one_way(original):
-    """apply_top_k_top_p: sort and running sum, never the Triton kernel that takes over at some numbers of requests."""
+    """apply_top_k_top_p: sort and running sum, never the Triton kernel that takes over at some numbers of
+    requests."""
 
     def apply_top_k_top_p(logits, k, p):
         from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
@@ -21,7 +23,8 @@ SEAMS = (
         targets=(
             Target(
                 "vllm.v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p", RELEASES,
-                ("vllm.v1.sample.rejection_sampler", "vllm.v1.worker.gpu.sample.states", "vllm.v1.worker.gpu.sample.sampler"),
+                ("vllm.v1.sample.rejection_sampler", "vllm.v1.worker.gpu.sample.states",
+                "vllm.v1.worker.gpu.sample.sampler"),
             ),
         ),
         close=_one_way,

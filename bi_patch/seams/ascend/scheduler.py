@@ -1,6 +1,8 @@
-"""Scheduling on Ascend: chunks, cached prefixes and preemption are free where decode and prefill share one order, refused elsewhere.
+"""Scheduling on Ascend: chunks, cached prefixes and preemption are free where decode and prefill share one
+order, refused elsewhere.
 
-The bundled attention cuts keys at fixed positions, so a row's bits do not depend on how its prompt was cut. The
+The bundled attention cuts keys at fixed positions, so a row's bits do not depend on how its prompt was cut.
+The
 AscendC operator was not shown to give decode the bits of prefill; where it is installed they are refused.
 """
 
@@ -70,5 +72,7 @@ SEAMS = (
 
 POLICIES = (
     Policy("scheduler.ascend_chunks", _cut_prompts, _WHY, ASCEND),
-    Policy("scheduler.ascend_schedulers", _schedulers, "nothing under vllm_ascend/core knows of the mode", ASCEND),
+    Policy(
+        "scheduler.ascend_schedulers", _schedulers, "nothing under vllm_ascend/core knows of the mode", ASCEND
+    ),
 )

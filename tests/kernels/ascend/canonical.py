@@ -1,7 +1,9 @@
 """Triton's interpreter with one order for `tl.dot`: ascending K, one fp32 accumulator, whatever the tile.
 
-The interpreter multiplies with numpy, whose BLAS orders a sum by the shapes; and it holds bf16 as integers, which it would
-multiply as such. `install` replaces both. So a test in the interpreter shows what the kernel does with its tiles, and says nothing of
+The interpreter multiplies with numpy, whose BLAS orders a sum by the shapes; and it holds bf16 as integers,
+which it would
+multiply as such. `install` replaces both. So a test in the interpreter shows what the kernel does with its
+tiles, and says nothing of
 the order inside a device's matrix unit. Import after TRITON_INTERPRET=1 is set.
 """
 
@@ -25,7 +27,8 @@ def _create_dot(self, a, b, total, input_precision, max_num_imprecise_acc):
 
 
 def _reduce(self, input):
-    """tl.max by numpy: triton-ascend's own combination for it is not one that the interpreter knows, and takes minutes."""
+    """tl.max by numpy: triton-ascend's own combination for it is not one that the interpreter knows, and
+    takes minutes."""
     if "_elementwise_max" in getattr(self.combine_fn, "__name__", ""):
         return self.min_max(input[0], val_reduce_op=np.max)
     return _apply(self, input)

@@ -10,7 +10,9 @@ def _i32(names: str) -> dict[str, str]:
 def _matmul(chip, dtype, size, count, bias):
     tile = chips.matmul_tile(chip, count, size)
     signature = dict.fromkeys(("x", "w", "bias", "out"), f"*{dtype}")
-    signature |= _i32("rows cols depth tiles stride_xb stride_xm stride_xk stride_wb stride_wk stride_wn stride_ob stride_om")
+    signature |= _i32(
+        "rows cols depth tiles stride_xb stride_xm stride_xk stride_wb stride_wk stride_wn stride_ob stride_om"
+    )
     signature |= _i32("stride_bb stride_bm stride_bn") | {"alpha": "fp32", "beta": "fp32"}
     constants = {"BIAS": bias, "SCALED": bias == 2, "PROGRAMS": chip.cube_cores}
     constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
@@ -42,7 +44,9 @@ def row_kernels(chip: chips.Chip) -> dict[str, tuple]:
     cases = {}
     for cols in (128, 151936):
         programs = {"PROGRAMS": chip.vector_cores, "BLOCK": chips.row_block(cols)}
-        signature = dict.fromkeys(("x", "residual", "weight", "out", "summed"), "*bf16") | _i32("rows cols stride_row")
+        signature = dict.fromkeys(("x", "residual", "weight", "out", "summed"), "*bf16") | _i32(
+            "rows cols stride_row"
+        )
         norm = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, **programs}
         cases[f"norm {cols}"] = (rows._rms_norm, signature | {"eps": "fp32", "offset": "fp32"}, norm)
         plain = {"x": "*bf16", "out": "*fp32"} | _i32("rows cols stride_row")
@@ -51,7 +55,9 @@ def row_kernels(chip: chips.Chip) -> dict[str, tuple]:
         cases[f"sum {cols}"] = (rows._total, plain, {"IS_MEAN": False, **programs})
         cases[f"mean {cols}"] = (rows._total, plain, {"IS_MEAN": True, **programs})
         cases[f"cumsum {cols}"] = (rows._cumsum, plain, programs)
-        weighted = {"x": "*bf16", "at": "*i32", "probs": "*fp32", "out": "*bf16"} | _i32("rows cols top_k stride_row")
+        weighted = {"x": "*bf16", "at": "*i32", "probs": "*fp32", "out": "*bf16"} | _i32(
+            "rows cols top_k stride_row"
+        )
         cases[f"weighted {cols}"] = (rows._weighted, weighted, {"HAS_PROBS": True, **programs})
         swiglu = {"x": "*bf16", "out": "*bf16"} | _i32("rows half stride_row")
         cases[f"swiglu {cols}"] = (pointwise._swiglu, swiglu, programs)
@@ -68,10 +74,18 @@ def attentions(chip: chips.Chip) -> dict[str, tuple]:
     cases = {}
     for head, group, paged in ((128, 4, True), (128, 1, False), (64, 8, True)):
         count = chips.attention_rows(chip, group, head)
-        shape = {"ROWS": count, "LEAF": attention.LEAF, "DIM": head, "DIM_V": head, "PROGRAMS": chip.cube_cores}
+        shape = {
+            "ROWS": count,
+            "LEAF": attention.LEAF,
+            "DIM": head,
+            "DIM_V": head,
+            "PROGRAMS": chip.cube_cores,
+        }
         flags = {"PAGED": paged, "CAUSAL": True, "BLOCK_SIZE": 128}
         tensors = dict.fromkeys(("query", "key", "value"), "*bf16") | {"table": "*i32", "tiles": "*i32"}
-        numbers = _i32("kv_heads queries_per_kv stride_qt stride_qh stride_kt stride_kh stride_vt stride_vh stride_table")
+        numbers = _i32(
+            "kv_heads queries_per_kv stride_qt stride_qh stride_kt stride_kh stride_vt stride_vh stride_table"
+        )
         numbers |= {"scale": "fp32"} | _i32("window d_qk d_v")
         parts = dict.fromkeys(("part_m", "part_l", "part_o"), "*fp32")
         name = f"head {head} group {group} {'paged' if paged else 'flat'}"

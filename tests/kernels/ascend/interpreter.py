@@ -41,17 +41,29 @@ def randn(*shape, dtype=torch.float32) -> torch.Tensor:
 def matmuls() -> None:
     for dtype in DTYPES:
         x, w = randn(2, 19, 70, dtype=dtype), randn(2, 70, 37, dtype=dtype)
-        for kind, bias in (("none", None), ("row", randn(37, dtype=dtype)), ("full", randn(2, 19, 37, dtype=dtype))):
+        for kind, bias in (
+            ("none", None),
+            ("row", randn(37, dtype=dtype)),
+            ("full", randn(2, 19, 37, dtype=dtype)),
+        ):
             case = f"matmul {dtype} bias {kind}"
             want = x.double() @ w.double() * 0.5 + (bias.double() * 2 if bias is not None else 0)
             outs = [matmul.matmul(x, w, CHIP, bias, 0.5, 2.0, tile) for tile in TILES]
             close(case, outs[0], want, dtype)
             same(f"{case} tiles of other rows and columns", outs[1], outs[0])
             held = bias[:, 3:4] if kind == "full" else bias
-            same(f"{case} alone", matmul.matmul(x[:, 3:4], w, CHIP, held, 0.5, 2.0, TILES[0]), outs[0][:, 3:4])
+            same(
+                f"{case} alone", matmul.matmul(x[:, 3:4], w, CHIP, held, 0.5, 2.0, TILES[0]), outs[0][:, 3:4]
+            )
         turned = w.transpose(1, 2).contiguous().transpose(1, 2)
-        same(f"matmul {dtype} strides", matmul.matmul(x, turned, CHIP, tile=TILES[0]), matmul.matmul(x, w, CHIP, tile=TILES[0]))
-        same(f"matmul {dtype} chip's tile", matmul.matmul(x[:, :1], w, CHIP), matmul.matmul(x, w, CHIP)[:, :1])
+        same(
+            f"matmul {dtype} strides",
+            matmul.matmul(x, turned, CHIP, tile=TILES[0]),
+            matmul.matmul(x, w, CHIP, tile=TILES[0]),
+        )
+        same(
+            f"matmul {dtype} chip's tile", matmul.matmul(x[:, :1], w, CHIP), matmul.matmul(x, w, CHIP)[:, :1]
+        )
 
 
 def groups() -> None:
@@ -77,7 +89,10 @@ def reductions() -> None:
             x = randn(6, cols, dtype=dtype)
             cases = {
                 "softmax": (lambda v: rows.softmax(v, CHIP), x.double().softmax(-1)),
-                "log_softmax": (lambda v: rows.softmax(v, CHIP, torch.float32, True), x.double().log_softmax(-1)),
+                "log_softmax": (
+                    lambda v: rows.softmax(v, CHIP, torch.float32, True),
+                    x.double().log_softmax(-1),
+                ),
                 "sum": (lambda v: rows.total(v.abs(), CHIP), x.double().abs().sum(-1)),
                 "mean": (lambda v: rows.total(v.abs(), CHIP, mean=True), x.double().abs().mean(-1)),
                 "cumsum": (lambda v: rows.cumsum(v.abs(), CHIP), x.double().abs().cumsum(-1)),
@@ -110,7 +125,11 @@ def norms() -> None:
                 one, _ = rows.rms_norm(x[3:4], weight, 1e-6, CHIP, None if held is None else held[3:4])
                 same(f"{case} alone", one, got[3:4])
     heads = randn(3, 4, 32)
-    same("norm heads", rows.rms_norm(heads, None, 1e-6, CHIP)[0][1, 2], rows.rms_norm(heads[1, 2:3], None, 1e-6, CHIP)[0][0])
+    same(
+        "norm heads",
+        rows.rms_norm(heads, None, 1e-6, CHIP)[0][1, 2],
+        rows.rms_norm(heads[1, 2:3], None, 1e-6, CHIP)[0][0],
+    )
 
 
 def pointwises() -> None:
@@ -127,7 +146,12 @@ def pointwises() -> None:
         heads = q.double().view(3, 2, 24)
         cos, sin = (c[:, None].double() for c in cache[positions].chunk(2, -1))
         a, b, rest = heads[..., :8], heads[..., 8:16], heads[..., 16:]
-        close(f"rotate {dtype}", got, torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).view(3, 48), dtype)
+        close(
+            f"rotate {dtype}",
+            got,
+            torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).view(3, 48),
+            dtype,
+        )
         same(f"rotate {dtype} alone", pointwise.rotate(positions[2:], q[2:], cache, 24, CHIP), got[2:])
 
 

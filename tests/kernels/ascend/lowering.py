@@ -1,6 +1,8 @@
-"""Lowers a triton-ascend kernel to Linalg, and to HIVM with the open part of AscendNPU-IR's compiler. No NPU, no CANN.
+"""Lowers a triton-ascend kernel to Linalg, and to HIVM with the open part of AscendNPU-IR's compiler. No
+NPU, no CANN.
 
-`bishengir-compile` writes the HIVM module and then stops, because what turns it into a binary (hivmc) is closed; so its exit code
+`bishengir-compile` writes the HIVM module and then stops, because what turns it into a binary (hivmc) is
+closed; so its exit code
 says nothing, and the module and the messages are looked at instead.
 """
 
@@ -26,13 +28,16 @@ _ATOMIC = re.compile(r"atomic", re.IGNORECASE)
 
 
 class Hivm(NamedTuple):
-    """module: the HIVM text, empty where none was written. errors: messages other than the one about hivmc."""
+    """module: the HIVM text, empty where none was written. errors: messages other than the one about
+    hivmc."""
 
     module: str
     errors: list[str]
 
 
-def linalg(function, signature: dict[str, str], constants: dict[str, object], target: str = TARGETS[0]) -> tuple[str, str]:
+def linalg(
+    function, signature: dict[str, str], constants: dict[str, object], target: str = TARGETS[0]
+) -> tuple[str, str]:
     """(TTIR, Linalg) of a kernel. signature: type by argument, `constexpr` arguments left out."""
     from triton._C.libtriton import ir
     from triton.backends.ascend import compiler
@@ -59,12 +64,17 @@ def hivm(text: str, folder: Path, target: str) -> Hivm:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     written = sorted(folder.glob("*.hivm*.mlir"))
     said = (done.stdout + done.stderr).splitlines()
-    wrong = [line for line in said if "overflow" in line.lower() or ("error" in line.lower() and not _expected(line))]
+    wrong = [
+        line
+        for line in said
+        if "overflow" in line.lower() or ("error" in line.lower() and not _expected(line))
+    ]
     return Hivm(written[-1].read_text() if written else "", wrong)
 
 
 def loops_over_depth(ttir: str) -> list[str]:
-    """Every innermost loop that holds a dot, with the names, shapes of rows and locations taken out: what orders K."""
+    """Every innermost loop that holds a dot, with the names, shapes of rows and locations taken out: what
+    orders K."""
     found = []
     lines = ttir.splitlines()
     for number, line in enumerate(lines):
@@ -87,7 +97,9 @@ def loops_over_depth(ttir: str) -> list[str]:
 
 
 def has_atomics(text: str) -> bool:
-    return any(_ATOMIC.search(line) for line in text.splitlines() if not line.lstrip().startswith(("module", "#")))
+    return any(
+        _ATOMIC.search(line) for line in text.splitlines() if not line.lstrip().startswith(("module", "#"))
+    )
 
 
 def limits(module: str) -> dict[str, int]:

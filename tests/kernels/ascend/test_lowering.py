@@ -1,4 +1,5 @@
-"""The Ascend kernels lower to HIVM for 910B3, A3 and 950: the same K loop for every M tile, no atomics, no UB overflow."""
+"""The Ascend kernels lower to HIVM for 910B3, A3 and 950: the same K loop for every M tile, no atomics, no
+UB overflow."""
 
 import importlib.util
 import sys
@@ -24,7 +25,12 @@ def lower(case, target):
 
 
 def every(chip):
-    return {**cases.products(chip), **cases.products(chip, "fp32"), **cases.row_kernels(chip), **cases.attentions(chip)}
+    return {
+        **cases.products(chip),
+        **cases.products(chip, "fp32"),
+        **cases.row_kernels(chip),
+        **cases.attentions(chip),
+    }
 
 
 @pytest.mark.parametrize("target", lowering.TARGETS)
@@ -50,7 +56,9 @@ def test_the_loop_over_depth_is_one_for_every_number_of_rows(target, dtype):
             loops.setdefault((name.split()[0], loop), []).append(name)
     assert len(tiles) == 4
     assert len(loops) == 2, sorted(loops.values())  # the plain product's and the grouped one's
-    depths = {case[2]["BLOCK_K"] for t in lowering.TARGETS for case in cases.products(chips.find(t), dtype).values()}
+    depths = {
+        case[2]["BLOCK_K"] for t in lowering.TARGETS for case in cases.products(chips.find(t), dtype).values()
+    }
     assert len(depths) == 1
 
 

@@ -61,7 +61,10 @@ def changed(config, path, value):
 
 def test_a_plain_configuration_passes_and_fusions_are_off(config):
     apply(config)
-    assert config.additional_config["ascend_compilation_config"] == {"fuse_norm_quant": False, "fuse_qknorm_rope": False}
+    assert config.additional_config["ascend_compilation_config"] == {
+        "fuse_norm_quant": False,
+        "fuse_qknorm_rope": False,
+    }
     apply(config)  # it runs in every process
 
 
@@ -78,9 +81,17 @@ def test_a_plain_configuration_passes_and_fusions_are_off(config):
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
         ("compilation_config.cudagraph_mode", Mode("FULL_DECODE_ONLY"), "FULL_DECODE_ONLY"),
         ("compilation_config.pass_config.enable_sp", True, "enable_sp"),
-        ("scheduler_config.scheduler_cls", "vllm_ascend.core.scheduler_dynamic_batch.SchedulerDynamicBatch", "scheduler"),
+        (
+            "scheduler_config.scheduler_cls",
+            "vllm_ascend.core.scheduler_dynamic_batch.SchedulerDynamicBatch",
+            "scheduler",
+        ),
         ("additional_config", {"recompute_scheduler_enable": True}, "recompute_scheduler_enable"),
-        ("additional_config", {"profiling_chunk_config": {"enabled": True}}, "profiling_chunk_config.enabled"),
+        (
+            "additional_config",
+            {"profiling_chunk_config": {"enabled": True}},
+            "profiling_chunk_config.enabled",
+        ),
         ("additional_config", {"enable_matmul_allreduce": True}, "enable_matmul_allreduce"),
         ("additional_config", {"weight_nz_mode": 1}, "weight_nz_mode"),
         ("additional_config", {"xlite_graph_config": {"enabled": True}}, "xlite_graph_config"),
@@ -97,7 +108,9 @@ def test_full_graphs_beside_piecewise_ones_are_left_out(config):
     assert made.compilation_config.cudagraph_mode.name == "PIECEWISE"
 
 
-@pytest.mark.parametrize("off", ["scheduler_config.enable_chunked_prefill", "cache_config.enable_prefix_caching"])
+@pytest.mark.parametrize(
+    "off", ["scheduler_config.enable_chunked_prefill", "cache_config.enable_prefix_caching"]
+)
 def test_cut_prompts_are_refused_with_ascendc_attention(config, monkeypatch, off):
     monkeypatch.setattr(ascend, "ascendc_installed", lambda: True)
     with pytest.raises(UnsupportedFeature, match="scheduler.ascend_chunks.*not shown"):
@@ -105,4 +118,7 @@ def test_cut_prompts_are_refused_with_ascendc_attention(config, monkeypatch, off
 
 
 def test_hccl_is_strict():
-    assert {(s.variable, s.value) for s in PLAN.settings} >= {("HCCL_DETERMINISTIC", "strict"), ("LCCL_DETERMINISTIC", "1")}
+    assert {(s.variable, s.value) for s in PLAN.settings} >= {
+        ("HCCL_DETERMINISTIC", "strict"),
+        ("LCCL_DETERMINISTIC", "1"),
+    }
