@@ -44,5 +44,5 @@ def test_the_script_for_a_device_runs(on_npu):
 
 def test_a_chip_that_is_not_in_the_table_is_named(on_npu):
     code = "import torch_npu\nfrom bi_patch.orders import ascend_routes\nascend_routes.install()"
-    done = on_npu("-c", code, STUB_SOC="Ascend310P3")
-    assert "UnsupportedDevice" in done.stderr and "Ascend310P3" in done.stderr
+    done = on_npu("-c", code, STUB_SOC="Ascend950PR_950z")
+    assert "UnsupportedDevice" in done.stderr and "Ascend950PR_950z" in done.stderr
