@@ -42,11 +42,19 @@ class Linear:
     vendor_rows: frozenset[int]
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        import torch
-
         if x.numel() // self.k in self.vendor_rows:
             return self.vendor(x, self.weight, bias)
-        return torch.ops.bi_cpu.gemm(x, self.packed, self.n, self.k, bias)
+        return _bundled(x, self.packed, self.n, self.k, bias)
+
+
+def _bundled(
+    x: torch.Tensor, packed: torch.Tensor, n: int, k: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The bundled GEMM. Upstream widens some layers' bias to fp32 for its kernel: narrowing it back is exact."""
+    import torch
+
+    own = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    return torch.ops.bi_cpu.gemm(x, packed, n, k, own)
 
 
 _layers: list[Linear] = []
@@ -70,7 +78,7 @@ def route(
     )
     linear = Linear(packed, n, k, vendor, layer.weight, _worthwhile(certificate))
     if not linear.vendor_rows:
-        return lambda x, weight, bias: torch.ops.bi_cpu.gemm(x, packed, n, k, bias)
+        return lambda x, weight, bias: _bundled(x, packed, n, k, bias)
     _define_op()
     _layers.append(linear)
     handle = len(_layers) - 1
@@ -97,7 +105,7 @@ def _certify(packed, n, k, dtype, bias, vendor, layer) -> Certificate:
     generator = torch.Generator().manual_seed(n * 1_000_003 + k)
     x = torch.randn(ROWS[-1], k, generator=generator).to(dtype)
     held = None if bias is None else layer.bias
-    want = torch.ops.bi_cpu.gemm(x, packed, n, k, held)
+    want = torch.ops.bi_cpu.gemm(x, packed, n, k, bias)
     if not bool(torch.isfinite(want.float()).all()):
         raise CertificateFailed(f"{OPERATION} N={n} K={k}: the weights give values that are not finite")
     compared, differing, first, passed = 0, 0, "", []
@@ -112,7 +120,7 @@ def _certify(packed, n, k, dtype, bias, vendor, layer) -> Certificate:
             passed.append(m)
     timed = {
         "library": {str(m): _time(lambda m=m: vendor(x[:m], layer.weight, held)) for m in TIMED if m in passed},
-        "bundled": {str(m): _time(lambda m=m: torch.ops.bi_cpu.gemm(x[:m], packed, n, k, held)) for m in TIMED},
+        "bundled": {str(m): _time(lambda m=m: torch.ops.bi_cpu.gemm(x[:m], packed, n, k, bias)) for m in TIMED},
     }
     return Certificate(
         key(n, k, dtype, bias is not None),

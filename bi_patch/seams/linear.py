@@ -22,7 +22,7 @@ def _cpu_dispatch(original):
         bias_kept = None if bias is None else bias.detach().clone()
         held = weight.detach()
         original(layer, remove_weight)
-        # Upstream's choice is the vendor candidate; it may have changed the bias to fp32, which both routes take.
+        # Upstream's choice is the vendor candidate; it may have widened the layer's bias to fp32 for it.
         layer.cpu_linear = cpu_linear.route(held, bias_kept, layer.cpu_linear, layer, active.cache)
 
     return dispatch_cpu_unquantized_gemm

@@ -73,6 +73,23 @@ def test_a_library_in_the_same_order_may_be_used(layer, tmp_path, monkeypatch):
     assert set(calls) <= set(cpu_linear.ROWS)
 
 
+@pytest.mark.parametrize("served", [frozenset(), frozenset({4})], ids=["bundled", "library for 4 rows"])
+def test_a_bias_that_upstream_widened(layer, tmp_path, monkeypatch, served):
+    """Upstream's small-weight kernel takes an fp32 bias and changes the layer's; the bundled GEMM takes the loaded one."""
+    monkeypatch.setattr(cpu_linear, "_worthwhile", lambda certificate: served)
+    loaded, ours = layer.bias.detach().clone(), bundled(layer)
+    layer.bias.data = layer.bias.float()
+
+    def vendor(x, weight, bias):
+        assert bias is None or bias.dtype == torch.float32
+        return ours(x, weight, None if bias is None else bias.to(x.dtype))
+
+    apply = cpu_linear.route(layer.weight, loaded, vendor, layer, tmp_path)
+    x = torch.randn(6, K).to(layer.weight.dtype)
+    for rows in (1, 4, 6):
+        assert torch.equal(apply(x[:rows], layer.weight, layer.bias), ours(x[:rows], layer.weight, loaded))
+
+
 def test_shapes_and_bias(layer, tmp_path):
     apply = route(layer, split_k, tmp_path)
     x = torch.randn(2, 3, K).to(layer.weight.dtype)
