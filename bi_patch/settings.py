@@ -4,7 +4,7 @@ BI_PATCH              1 (default) arm; 0 leave vLLM untouched, whatever else is 
 BI_PATCH_FORM         hooks (default) close seams by import hooks; patches: only the patched modules close them
 BI_PATCH_PLATFORM     cpu | cuda | ascend: overrides detection, for checks on a machine without the device
 BI_PATCH_CACHE        folder of certificates and built kernels (default: ~/.cache/bi_patch)
-BI_PATCH_LEAVE_OPEN   seams or whole areas to leave open, comma separated: a planted fault; the engine then refuses to start
+BI_PATCH_LEAVE_OPEN   seams or areas to leave open, comma separated: a planted fault; the engine refuses to start
 BI_PATCH_ALLOW_OPEN   1: start although seams are open, to see what a planted fault does. Never for real use
 VLLM_BATCH_INVARIANT  1 arms where bi_patch is installed; arming sets it for vLLM and for child processes
 """

@@ -1,4 +1,4 @@
-"""The pipe between a parent and its engine child: JSON lines; answers travel as msgpack, which keeps every float's bits."""
+"""The pipe between a parent and its engine child: JSON lines; answers as msgpack, which keeps every float's bits."""
 
 from __future__ import annotations
 

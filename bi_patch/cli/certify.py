@@ -39,13 +39,15 @@ def certify(
 def _table(folder, good, corrupt) -> None:
     console = Console()
     if not good and not corrupt:
-        console.print(f"No certificates in {folder / 'certificates'} yet: an armed engine makes them as it loads a model.")
+        console.print(f"No certificates in {folder / 'certificates'} yet: an armed engine makes them as it loads.")
         return
     table = Table(title=f"Certificates in {folder / 'certificates'}", title_justify="left")
-    for column in ("operation", "problem", "rows compared", "elements", "differing", "library equal to bundled", "made"):
+    columns = ("operation", "problem", "rows compared", "elements", "differing", "library equal to bundled", "made")
+    for column in columns:
         table.add_column(column, overflow="fold")
     for c in sorted(good, key=lambda c: (c.key.operation, c.key.problem)):
-        verdict = "[green]all rows[/]" if c.passed else f"[yellow]{len(c.passed_rows)} of {len(c.evidence.rows)} rows[/]"
+        some = f"[yellow]{len(c.passed_rows)} of {len(c.evidence.rows)} rows[/]"
+        verdict = "[green]all rows[/]" if c.passed else some
         if c.route == "kept":
             verdict = "[green]rows equal alone and among others[/]" if c.passed else "[bold red]failed[/]"
         rows = c.evidence.rows

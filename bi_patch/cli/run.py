@@ -13,7 +13,10 @@ from bi_patch.errors import SettingError
 SITE = Path(__file__).resolve().parent.parent / "arming" / "site"
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@app.command(context_settings=_PASS_ON)
 def run(context: typer.Context) -> None:
     """Run a command armed, e.g. `bi-patch run -- vllm serve Qwen/Qwen3-8B`.
 

@@ -14,7 +14,7 @@ from bi_patch.cli import app
 def status(
     json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
-    """Arm the installed vLLM, load the modules that hold seams, and list each seam. Exit 1 when a required one is open."""
+    """Arm the installed vLLM, load the modules that hold seams, and list each. Exit 1 when a required one is open."""
     from bi_patch import arming
     from bi_patch.arming import gate
     from bi_patch.errors import UnsupportedRelease

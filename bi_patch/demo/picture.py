@@ -59,7 +59,8 @@ def heat_map(names: tuple[str, ...], columns: tuple[str, ...], side: Side) -> st
     out = [begin]
     for x, column in enumerate(columns):
         middle = _LEFT + x * _CELL_W + _CELL_W / 2
-        out.append(f"<text x='{middle}' y='{_TOP - 12}' text-anchor='middle' fill='#5a6775'>{html.escape(column)}</text>")
+        place = f"x='{middle}' y='{_TOP - 12}' text-anchor='middle'"
+        out.append(f"<text {place} fill='#5a6775'>{html.escape(column)}</text>")
     for y, name in enumerate(names):
         top = _TOP + y * _CELL_H
         out.append(f"<text x='{_LEFT - 10}' y='{top + _CELL_H / 2 + 5}' text-anchor='end'>{html.escape(name)}</text>")

@@ -74,7 +74,9 @@ def route(
     n, k = weight.shape
     packed = torch.ops.bi_cpu.gemm_pack(weight)
     certificate = certificates.obtain(
-        cache, key(n, k, weight.dtype, bias is not None), lambda: _certify(packed, n, k, weight.dtype, bias, vendor, layer)
+        cache,
+        key(n, k, weight.dtype, bias is not None),
+        lambda: _certify(packed, n, k, weight.dtype, bias, vendor, layer),
     )
     linear = Linear(packed, n, k, vendor, layer.weight, _worthwhile(certificate))
     if not linear.vendor_rows:

@@ -169,8 +169,7 @@ def _statements(scope: ast.AST | None):
         if isinstance(node, (ast.If, ast.Try, ast.With)):
             yield from _statements(node)
             for branch in ("orelse", "finalbody"):
-                for inner in getattr(node, branch, ()):
-                    yield inner
+                yield from getattr(node, branch, ())
 
 
 def _signature(node: ast.AST) -> str:

@@ -16,7 +16,8 @@ def test_patched_copy_passes_the_same_probes(start, tmp_path):
     root = apply.patched_copy(tmp_path)
     answers = {}
     for form, path in (("patches", str(root)), ("hooks", "")):
-        environ = {"BI_PATCH_FORM": form, "PYTHONPATH": os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))}
+        paths = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
+        environ = {"BI_PATCH_FORM": form, "PYTHONPATH": paths}
         with start(ARMED, models.QWEN3, environ=environ) as engine:
             load = Workload.random(engine.info.vocab_size, generate=6)
             load = Workload(load.subjects, load.fillers, load.long, load.generate, (1, 5, 16))

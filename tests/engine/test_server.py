@@ -1,4 +1,4 @@
-"""`bi-patch run -- vllm serve` on loopback: the process tree is armed, and concurrent clients get their solo answers."""
+"""`bi-patch run -- vllm serve` on loopback: its processes are armed, and concurrent clients get their solo answers."""
 
 import asyncio
 import os
@@ -41,7 +41,8 @@ def server(model, cache, tmp_path_factory):
     ]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, executable=str(bin_folder / "bi-patch"), env=environ, stdout=out, stderr=out, start_new_session=True
+            command, executable=str(bin_folder / "bi-patch"), env=environ,
+            stdout=out, stderr=out, start_new_session=True,
         )
     try:
         deadline = time.monotonic() + START_SECONDS

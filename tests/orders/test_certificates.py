@@ -12,7 +12,8 @@ KEY = Key("cpu.linear", "N=8 K=8 bfloat16", "a CPU, 2 threads", "torch 2.13", "k
 
 
 def certificate(key=KEY):
-    return Certificate(key, "library", True, [1, 2], Evidence([1, 2], 48, 0), 0.1, "2026-01-01", {"library": {"1": 2.0}})
+    evidence = Evidence([1, 2], 48, 0)
+    return Certificate(key, "library", True, [1, 2], evidence, 0.1, "2026-01-01", {"library": {"1": 2.0}})
 
 
 def test_kept_and_found_again(tmp_path):

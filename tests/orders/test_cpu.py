@@ -64,7 +64,7 @@ def test_a_library_in_the_same_order_may_be_used(layer, tmp_path, monkeypatch):
         calls.append(x.shape[0])
         return ours(x, weight, bias)
 
-    monkeypatch.setattr(cpu_linear, "_time", lambda call: 1.0 if call.__defaults__ and "vendor" in str(call.__code__.co_freevars) else 2.0)
+    monkeypatch.setattr(cpu_linear, "_time", lambda call: 1.0 if "vendor" in call.__code__.co_freevars else 2.0)
     apply = route(layer, vendor, tmp_path)
     (certificate,) = [c for _, c in certificates.every(tmp_path)]
     assert certificate.passed and certificate.evidence.differing == 0
@@ -75,7 +75,7 @@ def test_a_library_in_the_same_order_may_be_used(layer, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("served", [frozenset(), frozenset({4})], ids=["bundled", "library for 4 rows"])
 def test_a_bias_that_upstream_widened(layer, tmp_path, monkeypatch, served):
-    """Upstream's small-weight kernel takes an fp32 bias and changes the layer's; the bundled GEMM takes the loaded one."""
+    """Upstream's small-weight kernel takes an fp32 bias and changes the layer's; the bundled GEMM takes it as loaded."""
     monkeypatch.setattr(cpu_linear, "_worthwhile", lambda certificate: served)
     loaded, ours = layer.bias.detach().clone(), bundled(layer)
     layer.bias.data = layer.bias.float()
@@ -86,8 +86,8 @@ def test_a_bias_that_upstream_widened(layer, tmp_path, monkeypatch, served):
 
     apply = cpu_linear.route(layer.weight, loaded, vendor, layer, tmp_path)
     x = torch.randn(6, K).to(layer.weight.dtype)
-    for rows in (1, 4, 6):
-        assert torch.equal(apply(x[:rows], layer.weight, layer.bias), ours(x[:rows], layer.weight, loaded))
+    for m in (1, 4, 6):
+        assert torch.equal(apply(x[:m], layer.weight, layer.bias), ours(x[:m], layer.weight, loaded))
 
 
 def test_shapes_and_bias(layer, tmp_path):
@@ -110,7 +110,8 @@ def test_a_stale_certificate_is_made_again(layer, tmp_path, monkeypatch):
 def test_routes_compile_whole(layer, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_linear, "_worthwhile", lambda certificate: frozenset({1, 64}))
     apply = route(layer, bundled(layer), tmp_path)
-    compiled = torch.compile(lambda x: apply(x, layer.weight, layer.bias) * 2, fullgraph=True, dynamic=True, backend="eager")
+    doubled = lambda x: apply(x, layer.weight, layer.bias) * 2  # noqa: E731
+    compiled = torch.compile(doubled, fullgraph=True, dynamic=True, backend="eager")
     for m in (1, 5, 64, 70):
         x = torch.randn(m, K).to(layer.weight.dtype)
         assert torch.equal(compiled(x), bundled(layer)(x, layer.weight, layer.bias) * 2)
