@@ -75,7 +75,7 @@ def test_a_library_in_the_same_order_may_be_used(layer, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("served", [frozenset(), frozenset({4})], ids=["bundled", "library for 4 rows"])
 def test_a_bias_that_upstream_widened(layer, tmp_path, monkeypatch, served):
-    """Upstream's small-weight kernel takes an fp32 bias and changes the layer's; the bundled GEMM takes it as loaded."""
+    """Upstream widens the bias of small layers for its own kernel; the bundled GEMM takes it as loaded."""
     monkeypatch.setattr(cpu_linear, "_worthwhile", lambda certificate: served)
     loaded, ours = layer.bias.detach().clone(), bundled(layer)
     layer.bias.data = layer.bias.float()
