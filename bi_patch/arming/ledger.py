@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import wrapt
@@ -51,9 +52,17 @@ class Ledger:
         return [entry for entry in self.entries if entry.seam == seam]
 
     def restore(self) -> None:
-        """Put every original back, newest first, and forget the entries."""
+        """Put every original back, newest first, and forget the entries.
+
+        Modules that took a replaced function with `from x import y` after it was replaced are given the original too.
+        """
         while self.entries:
-            self.entries.pop().restore()
+            entry = self.entries.pop()
+            entry.restore()
+            if isinstance(entry.owner, ModuleType):
+                for module in [m for m in sys.modules.values() if isinstance(m, ModuleType)]:
+                    for name in [n for n, value in vars(module).items() if value is entry.replacement]:
+                        setattr(module, name, entry.original)
 
     def _set(self, seam: str, owner: Any, attribute: str, original: Any, replacement: Any) -> Entry:
         entry = Entry(seam, owner, attribute, original, replacement, attribute not in vars(owner))

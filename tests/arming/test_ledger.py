@@ -78,3 +78,16 @@ def test_copies_of_a_function(module):
         assert other.function is len and module.function is len
     finally:
         del sys.modules["ledger_copy"]
+
+
+def test_a_copy_taken_after_arming_is_restored_too(module):
+    later = types.ModuleType("ledger_later")
+    sys.modules["ledger_later"] = later
+    try:
+        ledger = Ledger()
+        ledger.replace("a", module, "function", lambda original: lambda x: -1)
+        later.renamed = module.function  # as `from ledger_target import function as renamed` does
+        ledger.restore()
+        assert later.renamed is len and module.function is len
+    finally:
+        del sys.modules["ledger_later"]
