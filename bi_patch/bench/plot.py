@@ -40,6 +40,7 @@ def cost(evidence: Cost, path: Path) -> None:
     axes.set_ylabel("time, armed / stock")
     axes.set_title(f"Cost of batch invariance ({evidence.device}, vLLM {evidence.vllm})", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, ncols=2, frameon=False, loc="lower right")
+    axes.set_ylim(0, max([TARGET, *(row.ratio for row in rows)]) + 0.35)  # room for the legend
+    axes.legend(fontsize=7, ncols=3, frameon=False, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
