@@ -3,10 +3,8 @@
 import functools
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams.model import Policy, Seam, Target
+from bi_patch.seams.model import CPU, CPU_RELEASES, CUDA, Policy, Seam, Target
 
-_CPU = frozenset({"cpu"})
-_CPU_RELEASES = ">=0.32,<0.34"
 _CPU_MODULE = "vllm.v1.attention.backends.cpu_attn"
 
 
@@ -58,12 +56,11 @@ def _cpu_build(original):
 
 def _cpu_forward(original):
     """CPUAttentionBackendImpl.forward: the bundled kernel, one order for every split of the work."""
+    from bi_patch.orders import cpu
 
     @functools.wraps(original)
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale=None, output_block_scale=None):
-        from bi_patch.orders import cpu
-
         if attn_metadata is None:  # warm-up
             return output
         tokens = attn_metadata.num_actual_tokens
@@ -85,11 +82,10 @@ def _cpu_forward(original):
 
 def _cpu_store(original):
     """CPUAttentionBackendImpl.do_kv_cache_update: the cache in the bundled kernel's layout."""
+    from bi_patch.orders import cpu
 
     @functools.wraps(original)
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
-        from bi_patch.orders import cpu
-
         cpu.kv_store(key, value, kv_cache, slot_mapping)
 
     return do_kv_cache_update
@@ -202,12 +198,12 @@ def _refuse_cpu(config) -> None:
 def _cpu_seam(name: str, qualname: str, close, how: str) -> Seam:
     return Seam(
         name=f"attention.cpu_{name}",
-        targets=(Target(_CPU_MODULE, qualname, _CPU_RELEASES),),
+        targets=(Target(_CPU_MODULE, qualname, CPU_RELEASES),),
         close=close,
         why="the stock kernel splits KV by the batch's total length over threads, and tiles KV by the query tile",
         how=how,
         until="upstream's CPU attention splits KV by position",
-        platforms=_CPU,
+        platforms=CPU,
         causes=(3, 4, 6, 7, 9),
     )
 
@@ -238,7 +234,7 @@ def _cuda_seam(
         why=why,
         how=how,
         until="upstream's compiled and eager code give equal bits at the same speed",
-        platforms=frozenset({"cuda"}),
+        platforms=CUDA,
         required=name.startswith("rotary"),
         causes=causes,
     )
@@ -252,7 +248,7 @@ SEAMS = (
         why="a backend that splits or tiles KV by the batch changes bits with the batch",
         how="FlashAttention 3 runs one split in upstream's mode; other backends, head sizes and windows are refused",
         until="never: it is the gate",
-        platforms=frozenset({"cuda"}),
+        platforms=CUDA,
         causes=(3, 4, 25),
     ),
     _cuda_seam(
@@ -288,7 +284,7 @@ POLICIES = (
         name="attention.cuda_mla",
         apply=_refuse_cuda,
         why="MLA was not shown to be invariant on CUDA",
-        platforms=frozenset({"cuda"}),
+        platforms=CUDA,
     ),
-    Policy(name="attention.cpu_mla", apply=_refuse_cpu, why="MLA has no invariant kernel on CPU", platforms=_CPU),
+    Policy(name="attention.cpu_mla", apply=_refuse_cpu, why="MLA has no invariant kernel on CPU", platforms=CPU),
 )

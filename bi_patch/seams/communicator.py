@@ -5,11 +5,10 @@ to one algorithm and channel); what would go round it is off or refused.
 """
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams.model import Policy, Setting
+from bi_patch.seams.model import CUDA, Policy, Setting
 
 SEAMS = ()
 
-_CUDA = frozenset({"cuda"})
 
 SETTINGS = (
     Setting(
@@ -17,21 +16,21 @@ SETTINGS = (
         variable="VLLM_CUSTOM_ALLREDUCE_ALGO",
         value="1stage",
         why="the two-stage all-reduce is chosen by message size and sums in another order",
-        platforms=_CUDA,
+        platforms=CUDA,
     ),
     Setting(
         name="communicator.symmetric_memory",
         variable="VLLM_ALLREDUCE_USE_SYMM_MEM",
         value="0",
         why="symmetric-memory all-reduce is chosen by message size and sums in the switch",
-        platforms=_CUDA,
+        platforms=CUDA,
     ),
     Setting(
         name="communicator.flashinfer",
         variable="VLLM_ALLREDUCE_USE_FLASHINFER",
         value="0",
         why="FlashInfer's all-reduce is chosen by message size",
-        platforms=_CUDA,
+        platforms=CUDA,
     ),
 )
 
@@ -53,6 +52,6 @@ POLICIES = (
         name="communicator.fusion",
         apply=_no_fusion,
         why="all-reduce fused with RMSNorm, and sequence parallelism, sum in an order set by the number of tokens",
-        platforms=_CUDA,
+        platforms=CUDA,
     ),
 )

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 
-from bi_patch.seams.model import Policy, Seam, Setting, Target
+from bi_patch.seams.model import CUDA, Policy, Seam, Setting, Target
 
 
 def _hash(original):
@@ -46,7 +46,7 @@ SEAMS = (
         why="upstream's mode turns torch.compile off where it has tuned tiles",
         how="compilation and full CUDA graphs stay on: the linear op looks its route up by itself",
         until="upstream's mode keeps torch.compile",
-        platforms=frozenset({"cuda"}),
+        platforms=CUDA,
     ),
     Seam(
         name="compilation.cache_key",
@@ -65,7 +65,7 @@ SETTINGS = (
         variable="TORCHINDUCTOR_DETERMINISTIC",
         value="1",
         why="a reduction that is autotuned in each process can change bits at a restart",
-        platforms=frozenset({"cuda"}),
+        platforms=CUDA,
     ),
 )
 
@@ -74,6 +74,6 @@ POLICIES = (
         name="compilation.cuda_activation",
         apply=_cuda_activation,
         why="compiled and eager activations round in different places",
-        platforms=frozenset({"cuda"}),
+        platforms=CUDA,
     ),
 )

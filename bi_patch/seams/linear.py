@@ -3,9 +3,7 @@
 import functools
 
 from bi_patch.seams import active
-from bi_patch.seams.model import Seam, Setting, Target
-
-_CPU_RELEASES = ">=0.32,<0.34"
+from bi_patch.seams.model import CPU, CPU_RELEASES, CUDA, Seam, Setting, Target
 
 
 def _cpu_dispatch(original):
@@ -84,7 +82,6 @@ def _cuda_problems(model):
         yield Problem(*weight.shape, weight.dtype, bias)
 
 
-_CUDA = frozenset({"cuda"})
 _CUDA_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 _LINEAR_COPIES = ("vllm.model_executor.layers.linear", "vllm.model_executor.layers.vocab_parallel_embedding")
 
@@ -105,7 +102,7 @@ SEAMS = (
         why="upstream's fixed Triton tile keeps the order but costs 7 to 200 % of a decode step",
         how="cuBLASLt without split-K where certified, else the bundled Triton GEMM, as one opaque op",
         until="upstream's mode routes linears to certified vendor kernels",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(1, 17, 23),
     ),
     Seam(
@@ -115,7 +112,7 @@ SEAMS = (
         why="a library may split K by the number of rows wherever a product does not pass through a linear layer",
         how="split-K is forbidden by PyTorch's switch and by cuBLASLt's workspace; fp32 stays fp32",
         until="never: it is the order",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(1, 23),
     ),
     Seam(
@@ -125,17 +122,17 @@ SEAMS = (
         why="kernels that slice K inside one launch are masked by no switch",
         how="every algorithm that the library would pick for any M is compared with the bundled GEMM, bitwise",
         until="never: it is the certificate",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(1, 19),
     ),
     Seam(
         name="linear.cpu_dispatch",
-        targets=(Target("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", _CPU_RELEASES),),
+        targets=(Target("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", CPU_RELEASES),),
         close=_cpu_dispatch,
         why="the CPU GEMM is chosen by weight size and splits or blocks K by the number of rows",
         how="every linear, lm_head included, gets the fastest route that is certified against the bundled GEMM",
         until="upstream's CPU GEMMs keep one order for every number of rows",
-        platforms=frozenset({"cpu"}),
+        platforms=CPU,
         causes=(1, 17),
     ),
 )
@@ -146,13 +143,13 @@ SETTINGS = (
         variable="CUBLASLT_WORKSPACE_SIZE",
         value="1",
         why="cuBLASLt splits K where its workspace can hold partial sums; PyTorch reads the size at its first product",
-        platforms=_CUDA,
+        platforms=CUDA,
     ),
     Setting(
         name="linear.cuda_workspace",
         variable="CUBLAS_WORKSPACE_CONFIG",
         value=":16:8",
         why="cuBLAS splits K where its workspace can hold partial sums; PyTorch reads the size at its first product",
-        platforms=_CUDA,
+        platforms=CUDA,
     ),
 )

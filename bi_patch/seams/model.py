@@ -14,6 +14,9 @@ from packaging.version import Version
 
 # A required seam that is open stops the engine; an optional one is shown by `bi-patch status` only.
 ALL_PLATFORMS = frozenset({"cpu", "cuda", "ascend"})
+CPU, CUDA = frozenset({"cpu"}), frozenset({"cuda"})
+# The CPU build's seams begin later than the project's.
+CPU_RELEASES = ">=0.32,<0.34"
 
 
 @dataclass(frozen=True)

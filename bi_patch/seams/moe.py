@@ -3,10 +3,8 @@
 import functools
 
 from bi_patch.seams import active
-from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.model import CPU, CPU_RELEASES, CUDA, Seam, Target
 from bi_patch.seams.overlay import Overlay, with_globals
-
-_CPU_RELEASES = ">=0.32,<0.34"
 
 
 def _cpu_register(original):
@@ -108,7 +106,6 @@ def _run_experts(fused_experts, w13, w2, x, weights, ids):
     return fused_experts(x, w13, w2, weights, ids)
 
 
-_CUDA = frozenset({"cuda"})
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe.fused_moe"
 
 SEAMS = (
@@ -119,7 +116,7 @@ SEAMS = (
         why="upstream's mode forces one untuned tile for every batch: up to twice the time of a decode step",
         how="tiles follow the number of tokens, from vLLM's tables or ours, never splitting K",
         until="upstream's mode keeps tuned tiles",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(10,),
     ),
     Seam(
@@ -129,7 +126,7 @@ SEAMS = (
         why="upstream's mode forces one untuned tile for every batch",
         how="stock vLLM's default tiles by the number of tokens, never splitting K",
         until="upstream's mode keeps tuned tiles",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(10,),
     ),
     Seam(
@@ -139,7 +136,7 @@ SEAMS = (
         why="tiles that follow the number of tokens are only safe where each keeps the order",
         how="each tile that any number of tokens would get is compared with upstream's fixed one, bitwise",
         until="never: it is the certificate",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(10, 13),
     ),
     Seam(
@@ -148,14 +145,14 @@ SEAMS = (
             Target(
                 "vllm.model_executor.layers.fused_moe.modular_kernel",
                 "FusedMoEExperts._supports_batch_invariance",
-                _CPU_RELEASES,
+                CPU_RELEASES,
             ),
         ),
         close=_cpu_support,
         why="upstream's mode refuses every CPU MoE kernel",
         how="the unquantized CPU experts may be chosen; moe.cpu_experts certifies them",
         until="upstream's mode supports CPU",
-        platforms=frozenset({"cpu"}),
+        platforms=CPU,
     ),
     Seam(
         name="moe.cpu_experts",
@@ -163,14 +160,14 @@ SEAMS = (
             Target(
                 "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
                 "CPUUnquantizedExperts.process_weights_after_loading",
-                _CPU_RELEASES,
+                CPU_RELEASES,
             ),
         ),
         close=_cpu_register,
         why="a grouped GEMM that tiles by the tokens of an expert can reduce in another order with the batch",
         how="the kernel is kept and its row order certified for the model's experts",
         until="upstream states one order for its CPU MoE",
-        platforms=frozenset({"cpu"}),
+        platforms=CPU,
         causes=(10, 13),
     ),
 )

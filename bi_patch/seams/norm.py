@@ -3,9 +3,7 @@
 import functools
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams.model import Seam, Target
-
-_CPU_RELEASES = ">=0.32,<0.34"
+from bi_patch.seams.model import CPU, CPU_RELEASES, CUDA, Seam, Target
 
 
 def _cpu_register(original):
@@ -59,7 +57,7 @@ def _cuda_norm(name: str, qualname: str, close) -> Seam:
         why="CUDA kernels choose their block by the number of rows; compiled ones are autotuned anew in each process",
         how="one bundled Triton kernel, with and without residual, whose tile depends on the hidden size alone",
         until="upstream's norms state one order for compiled and eager code",
-        platforms=frozenset({"cuda"}),
+        platforms=CUDA,
         causes=(2, 17, 18),
     )
 
@@ -67,12 +65,12 @@ def _cuda_norm(name: str, qualname: str, close) -> Seam:
 def _norm(name: str, qualname: str) -> Seam:
     return Seam(
         name=f"norm.cpu_{name}",
-        targets=(Target("vllm.model_executor.layers.layernorm", f"{qualname}.__init__", _CPU_RELEASES),),
+        targets=(Target("vllm.model_executor.layers.layernorm", f"{qualname}.__init__", CPU_RELEASES),),
         close=_cpu_register,
         why="a reduction whose blocks follow the number of rows changes bits with the batch",
         how="the kernel is kept and its row order certified, with and without residual, for the model's sizes",
         until="upstream states one order for its CPU norms",
-        platforms=frozenset({"cpu"}),
+        platforms=CPU,
         causes=(2,),
     )
 

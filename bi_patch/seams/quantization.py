@@ -1,7 +1,7 @@
 """Rules on quantized weights and KV caches: refused where no closed seam covers them."""
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams.model import Policy
+from bi_patch.seams.model import CPU, CUDA, Policy
 
 
 def _refuse_cpu(config) -> None:
@@ -38,12 +38,12 @@ POLICIES = (
         name="quantization.cuda",
         apply=_refuse_cuda,
         why="quantized linears, experts and KV caches have no certified order on CUDA",
-        platforms=frozenset({"cuda"}),
+        platforms=CUDA,
     ),
     Policy(
         name="quantization.cpu",
         apply=_refuse_cpu,
         why="quantized linears and KV caches have no certified order on CPU",
-        platforms=frozenset({"cpu"}),
+        platforms=CPU,
     ),
 )

@@ -42,14 +42,14 @@ from bi_patch.seams.ascend import (
 from bi_patch.seams.ascend import (
     scheduler as ascend_scheduler,
 )
-from bi_patch.seams.model import Policy, Seam, Setting
+from bi_patch.seams.model import CPU_RELEASES, Policy, Seam, Setting
 
 # The releases that the seams were written for and are checked against; any other is refused.
 RELEASES = ("0.23.0", "0.26.0", "0.32.0", "0.33.0")
 # The packages that hold seams: the distribution of each, and its releases. A plugin's release has the number of vLLM's.
 PACKAGES = {"vllm": ("vllm", RELEASES), "vllm_ascend": ("vllm-ascend", ("0.23.0",))}
 # And where: the seams of a platform may begin later than the project.
-PLATFORM_RELEASES = {"cpu": ">=0.32,<0.34", "cuda": ">=0.23,<0.34", "ascend": "==0.23.*"}
+PLATFORM_RELEASES = {"cpu": CPU_RELEASES, "cuda": ">=0.23,<0.34", "ascend": "==0.23.*"}
 
 AREAS = (engine, compilation, scheduler, linear, norm, moe, attention, sampling, communicator, quantization)
 # The same areas again, of vLLM-Ascend, and rotary.

@@ -2,10 +2,8 @@
 
 import functools
 
-from bi_patch.seams.model import Seam, Setting, Target
+from bi_patch.seams.model import CPU, CPU_RELEASES, CUDA, Seam, Setting, Target
 from bi_patch.seams.overlay import Overlay, with_globals
-
-_CPU_RELEASES = ">=0.32,<0.34"
 
 
 def register_rows(vocab_size: int) -> None:
@@ -82,7 +80,6 @@ def _sorted_topk(original):
     return staticmethod(function) if static else function
 
 
-_CUDA = frozenset({"cuda"})
 # The split top-p pipeline takes at most 64 rows; larger batches would take another kernel.
 _PIECE = 64
 # 8 to 32 programs a row: as upstream does for 16 rows.
@@ -113,7 +110,7 @@ SEAMS = (
         why="top-p sums a row in another order for 1, 8 or 65 requests, so a token at the edge comes or goes",
         how="one Triton path for every number of requests, in pieces of at most 64",
         until="upstream sums a row in one order",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(21,),
     ),
     Seam(
@@ -123,7 +120,7 @@ SEAMS = (
         why="the number of programs that share a row of top-p follows the number of requests",
         how="one number of programs for every batch",
         until="upstream sums a row in one order",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(21,),
     ),
     Seam(
@@ -133,7 +130,7 @@ SEAMS = (
         why="top-k algorithms are chosen by the number of rows and break ties differently; bf16 logits tie often",
         how="ties go to the lower token",
         until="upstream's top logprobs are stable",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(13, 21),
     ),
     Seam(
@@ -146,27 +143,27 @@ SEAMS = (
         why="top-k algorithms are chosen by the number of rows and break ties differently; bf16 logits tie often",
         how="ties go to the lower token",
         until="upstream's top logprobs are stable",
-        platforms=_CUDA,
+        platforms=CUDA,
         causes=(13, 21),
     ),
     Seam(
         name="sampling.cpu_generator",
-        targets=(Target("vllm.v1.worker.gpu_input_batch", "InputBatch.add_request", _CPU_RELEASES),),
+        targets=(Target("vllm.v1.worker.gpu_input_batch", "InputBatch.add_request", CPU_RELEASES),),
         close=_cpu_generator,
         why="a prompt computed in chunks draws once a chunk and takes the draw back; CPU generators cannot, and stop",
         how="seeded requests hold a generator that restores its state before the last draw",
         until="upstream draws only for requests that sample",
-        platforms=frozenset({"cpu"}),
+        platforms=CPU,
         causes=(21,),
     ),
     Seam(
         name="sampling.cpu_draw",
-        targets=(Target("vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler.forward_cpu", _CPU_RELEASES),),
+        targets=(Target("vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler.forward_cpu", CPU_RELEASES),),
         close=_cpu_sample,
         why="the draw of a row must depend on its own seed and position alone",
         how="remembers each generator's state before the draw, so that a discarded draw leaves no trace",
         until="upstream draws only for requests that sample",
-        platforms=frozenset({"cpu"}),
+        platforms=CPU,
         causes=(21,),
     ),
 )
@@ -178,6 +175,6 @@ SETTINGS = (
         variable="VLLM_USE_FLASHINFER_SAMPLER",
         value="0",
         why="FlashInfer's rejection sampling draws from one generator for the whole batch",
-        platforms=_CUDA,
+        platforms=CUDA,
     ),
 )
