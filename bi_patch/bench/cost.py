@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from bi_patch.bench.answers import Request
-from bi_patch.bench.child import ARMED, STOCK, UPSTREAM, ChildEngine, EngineFailed
-from bi_patch.bench.engine import Info, Options
 from bi_patch.bench.evidence import CostRow
+from bi_patch.verify.answers import Request
+from bi_patch.verify.child import ARMED, STOCK, UPSTREAM, ChildEngine, EngineFailed
+from bi_patch.verify.engine import Info, Options
 
 TARGET = 1.10  # armed may take this many times stock's time
 

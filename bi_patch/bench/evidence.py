@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import msgspec
 
-from bi_patch.bench.engine import Info
 from bi_patch.errors import BiPatchError
 from bi_patch.files import write_json
+from bi_patch.verify.engine import Info
 
 RESULTS = Path("benchmarks/results")
 

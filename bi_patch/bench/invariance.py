@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from bi_patch.bench.answers import Difference
-from bi_patch.bench.child import ARMED, PATIENT, ChildEngine
-from bi_patch.bench.engine import Info, Options
 from bi_patch.bench.evidence import InvarianceRow
-from bi_patch.bench.matrix import CROSS_PROBES, PROBES, CrossProbe, Probe, Result, Workload
+from bi_patch.verify.answers import Difference
+from bi_patch.verify.child import ARMED, PATIENT, ChildEngine
+from bi_patch.verify.engine import Info, Options
+from bi_patch.verify.probes import CROSS_PROBES, PROBES, CrossProbe, Probe, Result, Workload
 
 LONG = 3000
 

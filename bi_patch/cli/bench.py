@@ -45,8 +45,8 @@ def _chosen(specs, only: list[str] | None, quick: bool):
 
 
 def _options(spec, console: Console):
-    from bi_patch.bench.engine import Options
     from bi_patch.demo import models
+    from bi_patch.verify.engine import Options
 
     folder = models.path(spec.model, tell=lambda text: console.print(f"[dim]{text}[/]"))
     return Options(str(folder), dtype=spec.dtype, eager=spec.eager, max_model_len=3072, chunk=2048)
@@ -81,11 +81,12 @@ def _ms(value: float | None) -> str:
 
 
 def _invariance(console: Console, specs, results: Path) -> list:
-    from bi_patch.bench import evidence, invariance, matrix
+    from bi_patch.bench import evidence, invariance
+    from bi_patch.verify import probes
 
     everything = []
     for spec in specs:
-        cross = matrix.CROSS_PROBES if spec.cross else ()
+        cross = probes.CROSS_PROBES if spec.cross else ()
         with console.status("") as status:
 
             def tell(text: str) -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bi_patch.bench.answers import Request
+from bi_patch.verify.answers import Request
 
 GREEDY, SEEDED, PROMPT = "greedy", "seeded", "prompt"
 CHUNK = 256  # tokens an engine step may hold, so that the longest prompts are computed in several chunks

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import msgspec
 
 from bi_patch import arming
-from bi_patch.bench.child import ARMED, PATIENT, STOCK, ChildEngine, EngineFailed
-from bi_patch.bench.engine import Info, Options
-from bi_patch.bench.matrix import HITS
 from bi_patch.demo import cases, prompts
 from bi_patch.demo.verdict import Judge, Side, exit_code, sentences
 from bi_patch.errors import BiPatchError
+from bi_patch.verify.child import ARMED, PATIENT, STOCK, ChildEngine, EngineFailed
+from bi_patch.verify.engine import Info, Options
+from bi_patch.verify.probes import HITS
 
 QUICK_SUBJECTS = ("keeper", "harbour", "minutes")
 

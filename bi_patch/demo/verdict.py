@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from bi_patch.bench.answers import Answer, Difference, compare
 from bi_patch.demo.cases import PROMPT, Round
+from bi_patch.verify.answers import Answer, Difference, compare
 
 INVARIANT, VARIANT, UNCHECKED = 0, 1, 2
 

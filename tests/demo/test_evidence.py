@@ -3,10 +3,11 @@
 import msgspec
 import pytest
 
-from bi_patch.bench import cost, evidence, matrix
-from bi_patch.bench.answers import Answer
-from bi_patch.bench.child import ARMED, STOCK, UPSTREAM, child_environ
-from bi_patch.bench.engine import Info, Options, short_name
+from bi_patch.bench import cost, evidence
+from bi_patch.verify import probes
+from bi_patch.verify.answers import Answer
+from bi_patch.verify.child import ARMED, STOCK, UPSTREAM, child_environ
+from bi_patch.verify.engine import Info, Options, short_name
 
 INFO = Info("armed", "0.32.0", "2.13.0+cpu", "CPU", 2, 16, 500)
 
@@ -40,26 +41,26 @@ class Arithmetic:
         self.warm.clear()
 
     def counters(self):
-        return {matrix.HITS: float(self.cached), matrix.PREEMPTIONS: 0.0}
+        return {probes.HITS: float(self.cached), probes.PREEMPTIONS: 0.0}
 
 
-WORKLOAD = matrix.Workload.random(500, long=600, lengths=(3, 40, 70))
+WORKLOAD = probes.Workload.random(500, long=600, lengths=(3, 40, 70))
 
 
-@pytest.mark.parametrize("probe", matrix.PROBES, ids=lambda p: p.name)
+@pytest.mark.parametrize("probe", probes.PROBES, ids=lambda p: p.name)
 def test_every_probe_passes_an_invariant_engine_and_compares_something(probe):
     result = probe.run(Arithmetic(), WORKLOAD)
     assert result.axis == probe.name and result.compared > 0 and result.differing == 0 and not result.first
 
 
-@pytest.mark.parametrize("probe", [p for p in matrix.PROBES if p.name not in ("decode = prefill", "prompt logprobs")],
+@pytest.mark.parametrize("probe", [p for p in probes.PROBES if p.name not in ("decode = prefill", "prompt logprobs")],
                          ids=lambda p: p.name)
 def test_every_probe_catches_a_batch_that_leaks(probe):
     result = probe.run(Arithmetic(leak=True), WORKLOAD)
     assert result.differing > 0 and result.largest > 0 and result.first
 
 
-@pytest.mark.parametrize("cross", matrix.CROSS_PROBES, ids=lambda p: p.name)
+@pytest.mark.parametrize("cross", probes.CROSS_PROBES, ids=lambda p: p.name)
 def test_cross_probes(cross):
     base = Arithmetic()
     expected = cross.collect(base, WORKLOAD)
@@ -68,7 +69,7 @@ def test_cross_probes(cross):
     for change in changes:
         other = Arithmetic()
         if cross.name == "preemption":
-            with pytest.raises(matrix.NotExercised, match="preemption"):
+            with pytest.raises(probes.NotExercised, match="preemption"):
                 cross.collect(other, WORKLOAD, change)
             continue
         result = cross.judge(change, expected, cross.collect(other, WORKLOAD, change))
@@ -76,10 +77,10 @@ def test_cross_probes(cross):
 
 
 def test_probes_that_cannot_happen_say_so():
-    with pytest.raises(matrix.NotExercised):
-        matrix.prefix_cache(Arithmetic(prefix_caching=False), WORKLOAD)
-    with pytest.raises(matrix.NotExercised):
-        matrix.long_prompt(Arithmetic(), matrix.Workload.random(500))
+    with pytest.raises(probes.NotExercised):
+        probes.prefix_cache(Arithmetic(prefix_caching=False), WORKLOAD)
+    with pytest.raises(probes.NotExercised):
+        probes.long_prompt(Arithmetic(), probes.Workload.random(500))
 
 
 def test_a_cost_row_takes_medians_and_paired_ratios():

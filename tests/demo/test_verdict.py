@@ -5,9 +5,9 @@ import io
 import msgspec
 import pytest
 
-from bi_patch.bench.answers import Request
 from bi_patch.demo import picture, show, verdict
 from bi_patch.demo.cases import Round, Slot
+from bi_patch.verify.answers import Request
 
 REQUEST = Request((1, 2))
 ALONE = Round("", "alone", (Slot(REQUEST, 0),))

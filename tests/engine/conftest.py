@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from bi_patch.bench.child import PATIENT, ChildEngine
-from bi_patch.bench.engine import Options
 from bi_patch.demo import models
+from bi_patch.verify.child import PATIENT, ChildEngine
+from bi_patch.verify.engine import Options
 
 
 @pytest.fixture(scope="session", autouse=True)

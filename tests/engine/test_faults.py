@@ -2,10 +2,10 @@
 
 import pytest
 
-from bi_patch.bench.child import ARMED, EngineFailed
-from bi_patch.bench.matrix import PROBES, Workload
 from bi_patch.demo import models
 from bi_patch.errors import BiPatchError, SeamOpen
+from bi_patch.verify.child import ARMED, EngineFailed
+from bi_patch.verify.probes import PROBES, Workload
 
 pytestmark = pytest.mark.engine
 

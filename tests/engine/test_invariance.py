@@ -2,10 +2,10 @@
 
 import pytest
 
-from bi_patch.bench import matrix
-from bi_patch.bench.child import ARMED, STOCK
-from bi_patch.bench.matrix import CROSS_PROBES, PROBES, Workload
 from bi_patch.demo import models
+from bi_patch.verify import probes
+from bi_patch.verify.child import ARMED, STOCK
+from bi_patch.verify.probes import CROSS_PROBES, PROBES, Workload
 
 pytestmark = pytest.mark.engine
 
@@ -32,7 +32,7 @@ def test_every_axis(start, name):
         assert engine.info.threads == 2 and not engine.info.open_seams
         load = workload(engine, long)
         for probe in PROBES:
-            if probe.measure is matrix.long_prompt and not long:
+            if probe.measure is probes.long_prompt and not long:
                 continue
             result = probe.run(engine, load)
             print(f"{name}: {result.axis}: {result.compared} compared, {result.differing} differing")

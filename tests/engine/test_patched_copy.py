@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from bi_patch.bench.child import ARMED
-from bi_patch.bench.matrix import PROBES, Workload
 from bi_patch.demo import models
 from bi_patch.fork import apply
+from bi_patch.verify.child import ARMED
+from bi_patch.verify.probes import PROBES, Workload
 
 pytestmark = pytest.mark.engine
 

@@ -6,8 +6,8 @@ from typing import IO
 
 import msgspec
 
-from bi_patch.bench.answers import Answer, Request
-from bi_patch.bench.engine import Info, Options
+from bi_patch.verify.answers import Answer, Request
+from bi_patch.verify.engine import Info, Options
 
 
 class Command(msgspec.Struct, omit_defaults=True):

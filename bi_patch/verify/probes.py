@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from bi_patch.bench.answers import Answer, Difference, Request, compare, compare_all
-from bi_patch.bench.engine import Engine
 from bi_patch.errors import BiPatchError
+from bi_patch.verify.answers import Answer, Difference, Request, compare, compare_all
+from bi_patch.verify.engine import Engine
 
 HITS, PREEMPTIONS = "vllm:prefix_cache_hits", "vllm:num_preemptions"
 

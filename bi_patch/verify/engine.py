@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from bi_patch.bench.answers import Answer, Request
+from bi_patch.verify.answers import Answer, Request
 
 
 class Options(msgspec.Struct, frozen=True):

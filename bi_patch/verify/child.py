@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 
 from bi_patch import errors
-from bi_patch.bench import wire
-from bi_patch.bench.answers import Answer, Request
-from bi_patch.bench.engine import Info, Options
 from bi_patch.errors import BiPatchError
+from bi_patch.verify import wire
+from bi_patch.verify.answers import Answer, Request
+from bi_patch.verify.engine import Info, Options
 
 STOCK, UPSTREAM, ARMED = "stock", "upstream", "armed"
 
@@ -24,7 +24,7 @@ STOCK, UPSTREAM, ARMED = "stock", "upstream", "armed"
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
 
 # bi_patch_entry first: importing bi_patch would arm before the child can report what arming raises.
-_CODE = "import bi_patch_entry; from bi_patch.bench.worker import main; main()"
+_CODE = "import bi_patch_entry; from bi_patch.verify.worker import main; main()"
 _DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -10,9 +10,9 @@ import sys
 import time
 import traceback
 
-from bi_patch.bench import wire
-from bi_patch.bench.engine import LocalEngine
 from bi_patch.errors import BiPatchError
+from bi_patch.verify import wire
+from bi_patch.verify.engine import LocalEngine
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ import math
 import msgspec
 import pytest
 
-from bi_patch.bench import wire
-from bi_patch.bench.answers import Difference, compare, compare_all, same
+from bi_patch.verify import wire
+from bi_patch.verify.answers import Difference, compare, compare_all, same
 
 
 def changed(answer, **changes):
