@@ -1,5 +1,6 @@
 /* A CANN runtime on host memory, for tests: devices, streams and events that do nothing, memory that is the host's.
    Whatever would launch a kernel fails, so that no native operator ever seems to have computed. */
+#include <malloc.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +14,13 @@ static char contexts[64];
 static int64_t options[128];
 
 static int64_t *option(int number) { return &options[number & 127]; }
+static size_t held; /* bytes of device memory: what vLLM's memory profile reads */
 static int take(void **out, size_t bytes) { return posix_memalign(out, 512, bytes ? bytes : 512); }
+static int take_device(void **out, size_t bytes) {
+  int failed = take(out, bytes);
+  if (!failed) __atomic_add_fetch(&held, malloc_usable_size(*out), __ATOMIC_RELAXED);
+  return failed;
+}
 static int handle(void **out) { return (*out = calloc(1, 64)) ? SUCCESS : 1; }
 
 API int aclInit(const char *path) { return SUCCESS; }
@@ -46,16 +53,24 @@ API int aclrtResetEvent(void *event, void *stream) { return SUCCESS; }
 API int aclrtQueryEventStatus(void *event, int *status) { *status = 1; return SUCCESS; }
 API int aclrtEventElapsedTime(float *ms, void *from, void *to) { *ms = 0; return SUCCESS; }
 
-API int aclrtMalloc(void **out, size_t bytes, int policy) { return take(out, bytes); }
-API int aclrtMallocAlign32(void **out, size_t bytes, int policy) { return take(out, bytes); }
+API int aclrtMalloc(void **out, size_t bytes, int policy) { return take_device(out, bytes); }
+API int aclrtMallocAlign32(void **out, size_t bytes, int policy) { return take_device(out, bytes); }
 API int aclrtMallocHost(void **out, size_t bytes) { return take(out, bytes); }
-API int aclrtFree(void *memory) { free(memory); return SUCCESS; }
+API int aclrtFree(void *memory) {
+  if (memory) __atomic_sub_fetch(&held, malloc_usable_size(memory), __ATOMIC_RELAXED);
+  free(memory);
+  return SUCCESS;
+}
 API int aclrtFreeHost(void *memory) { free(memory); return SUCCESS; }
 API int aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, int kind) { memmove(to, from, bytes); return SUCCESS; }
 API int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t bytes, int kind, void *stream) { memmove(to, from, bytes); return SUCCESS; }
 API int aclrtMemset(void *to, size_t room, int32_t value, size_t bytes) { memset(to, value, bytes); return SUCCESS; }
 API int aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t bytes, void *stream) { memset(to, value, bytes); return SUCCESS; }
-API int aclrtGetMemInfo(int kind, size_t *left, size_t *whole) { *left = *whole = (size_t)4 << 30; return SUCCESS; }
+API int aclrtGetMemInfo(int kind, size_t *left, size_t *whole) {
+  *whole = (size_t)4 << 30;
+  *left = *whole - held;
+  return SUCCESS;
+}
 
 API int aclrtSetOpWaitTimeout(uint32_t seconds) { return SUCCESS; }
 API int aclrtSetOpExecuteTimeOut(uint32_t seconds) { return SUCCESS; }

@@ -34,6 +34,15 @@ def _no_custom_ops(original):
     return enable_custom_op
 
 
+def _no_warm_up(original):
+    """NPUWorker._warm_up_atb: nothing. Its product, which nobody reads, is an operator that the table refuses."""
+
+    def _warm_up_atb(self) -> None:
+        pass
+
+    return _warm_up_atb
+
+
 def _features(config) -> None:
     model, parallel = config.model_config, config.parallel_config
     present = {
@@ -98,6 +107,16 @@ SEAMS = (
         why="vLLM-Ascend's C++ operators go round the dispatcher's table",
         how="they stay off, so that torch_npu's are called, which the table serves",
         until="they state their order",
+        platforms=ASCEND,
+        causes=(2, 10),
+    ),
+    Seam(
+        name="engine.ascend_warm_up",
+        targets=(Target("vllm_ascend.worker.worker", "NPUWorker._warm_up_atb", RELEASES),),
+        close=_no_warm_up,
+        why="it warms a library up by a product in an order of its own, which the table refuses",
+        how="left out: its result is thrown away; the first step loads the library instead",
+        until="upstream warms up by an operator that only moves rows",
         platforms=ASCEND,
         causes=(2, 10),
     ),
