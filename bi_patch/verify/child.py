@@ -87,6 +87,9 @@ class ChildEngine:
     def reset_cache(self) -> None:
         self._ask(wire.Command("reset_cache"))
 
+    def set_chunk(self, tokens: int | None) -> None:
+        self._ask(wire.Command("chunk", chunk=tokens))
+
     def counters(self) -> dict[str, float]:
         return self._ask(wire.Command("counters")).counters
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,6 +19,8 @@ class Options(msgspec.Struct, frozen=True):
     model: folder or name. dtype: "bfloat16" | "float32" | "auto". chunk: tokens per engine step
     (max_num_batched_tokens). chunked: chunked prefill; False needs chunk >= max_model_len.
     kv_blocks: size of the KV cache in blocks (num_gpu_blocks_override). extra: further arguments of vllm.LLM.
+    tokenizer: False for a model without one. random_weights: seed of made weights (see verify.weights), None to load
+    them. tied: rows of the head and the routers made equal in pairs. digests: requests may ask for digests of logits.
     """
 
     model: str
@@ -30,6 +33,10 @@ class Options(msgspec.Struct, frozen=True):
     prefix_caching: bool = True
     kv_blocks: int | None = None
     extra: dict[str, object] = {}
+    tokenizer: bool = True
+    random_weights: int | None = None
+    tied: bool = False
+    digests: bool = False
 
     def but(self, **changes: object) -> Options:
         return msgspec.structs.replace(self, **changes)
@@ -39,7 +46,9 @@ class Info(msgspec.Struct, frozen=True):
     """What an engine is: `mode` is "armed" when bi_patch's seams are closed in its process, else "stock".
 
     open_seams: required seams that are open (only with BI_PATCH_ALLOW_OPEN). block_size: tokens in a KV block.
-    platform: what files are named by: "cpu", or a device's short name such as "h100".
+    platform: what files are named by: "cpu", or a device's short name such as "h100". capture_sizes: rows of each
+    captured graph. kv_tokens: tokens that the KV cache holds. devices: how many this host has. experts: of a MoE layer,
+    0 for none. quantization: vLLM's word for it.
     """
 
     mode: str
@@ -51,6 +60,13 @@ class Info(msgspec.Struct, frozen=True):
     vocab_size: int
     open_seams: tuple[str, ...] = ()
     platform: str = "cpu"
+    capture_sizes: tuple[int, ...] = ()
+    kv_tokens: int = 0
+    devices: int = 1
+    experts: int = 0
+    quantization: str = ""
+    max_num_seqs: int = 0
+    max_model_len: int = 0
 
 
 class Engine(Protocol):
@@ -81,9 +97,22 @@ class LocalEngine:
     def __init__(self, options: Options) -> None:
         from vllm import LLM
 
+        from bi_patch.verify import weights
+
         self.options = options
+        made: dict[str, object] = {}
+        if options.random_weights is not None:
+            weights.make_random(options.random_weights)
+            made["load_format"] = "dummy"
+        if options.tied:
+            weights.make_tied()
+        if options.digests:
+            from bi_patch.verify.rows import Digests
+
+            made["logits_processors"] = [Digests]
         self._llm = LLM(
             options.model,
+            skip_tokenizer_init=not options.tokenizer,
             dtype=options.dtype,
             enforce_eager=options.eager,
             max_model_len=options.max_model_len,
@@ -93,21 +122,31 @@ class LocalEngine:
             enable_prefix_caching=options.prefix_caching,
             num_gpu_blocks_override=options.kv_blocks,
             disable_log_stats=False,  # counters() reads them
-            **options.extra,
+            **{**made, **options.extra},
         )
         self.info = self._info()
         self._serial = 0
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        names = [self._digest_name() if r.digest and self.options.digests else "" for r in requests]
+        parameters = [_sampling(r, name, self.options.tokenizer) for r, name in zip(requests, names)]
         if any(r.delay for r in requests):
-            outputs = self._generate_staggered(requests)
+            outputs = self._generate_staggered(requests, parameters)
         else:
+            adapters = [_adapter(r.lora) for r in requests]
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(r.prompt)} for r in requests],
-                [_sampling(r) for r in requests],
+                parameters,
                 use_tqdm=False,
+                **({"lora_request": adapters} if any(adapters) else {}),
             )
-        return [_answer(o) for o in outputs]
+        return [_answer(o, _digests(name)) for o, name in zip(outputs, names)]
+
+    def set_chunk(self, tokens: int | None) -> None:
+        """The budget of tokens per engine step from now on, at most the one it was started with; None for that one."""
+        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        whole = scheduler.scheduler_config.max_num_batched_tokens
+        scheduler.max_num_scheduled_tokens = whole if tokens is None else min(tokens, whole)
 
     def reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
@@ -124,7 +163,11 @@ class LocalEngine:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._llm.get_tokenizer().encode(text))
 
-    def _generate_staggered(self, requests: Sequence[Request]) -> list:
+    def _digest_name(self) -> str:
+        self._serial += 1
+        return f"row-{self._serial}"
+
+    def _generate_staggered(self, requests: Sequence[Request], parameters: Sequence[object]) -> list:
         """Requests join a running batch: one that is due after n steps is added before step n."""
         engine = self._llm.llm_engine
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].delay)
@@ -138,7 +181,10 @@ class LocalEngine:
                 name = f"staggered-{self._serial}"
                 names[name] = index
                 request = requests[index]
-                engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, _sampling(request))
+                engine.add_request(
+                    name, {"prompt_token_ids": list(request.prompt)}, parameters[index],
+                    lora_request=_adapter(request.lora),
+                )
             for output in engine.step():
                 if output.finished:
                     done[names[output.request_id]] = output
@@ -169,6 +215,13 @@ class LocalEngine:
                 f.name for f in gate.inspect(load=False) if f.status == gate.OPEN and f.required
             ),
             platform=short_name(device) if on_gpu else "cpu",
+            capture_sizes=_captured(config),
+            kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+            devices=torch.accelerator.device_count() if on_gpu else 1,
+            experts=_experts(config.model_config),
+            quantization=str(config.model_config.quantization or ""),
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_model_len=config.model_config.max_model_len,
         )
 
 
@@ -186,11 +239,46 @@ def _cpu_name() -> str:
         return "CPU"
 
 
-def _sampling(request: Request):
+def _captured(config) -> tuple[int, ...]:
+    """The row counts of captured graphs, ascending; none when graphs are off."""
+    compilation = config.compilation_config
+    if config.model_config.enforce_eager or not getattr(compilation.cudagraph_mode, "value", 0):
+        return ()
+    return tuple(sorted(compilation.cudagraph_capture_sizes or ()))
+
+
+def _experts(model_config) -> int:
+    count = getattr(model_config, "get_num_experts", None)
+    return int(count() or 0) if count is not None else 0
+
+
+def _adapter(folder: str):
+    if not folder:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(folder, zlib.crc32(folder.encode()) % 2**31 + 1, folder)
+
+
+def _digests(name: str) -> list[str]:
+    if not name:
+        return []
+    from bi_patch.verify import rows
+
+    return rows.take(name)
+
+
+def _sampling(request: Request, digest: str = "", text: bool = True):
     from vllm import SamplingParams
 
     return SamplingParams(
         temperature=request.temperature,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        extra_args={"bi_patch_digest": digest} if digest else None,
+        detokenize=text,
         top_p=request.top_p,
         seed=request.seed,
         max_tokens=request.max_tokens,
@@ -200,7 +288,7 @@ def _sampling(request: Request):
     )
 
 
-def _answer(output) -> Answer:
+def _answer(output, digests: list[str] | None = None) -> Answer:
     """vLLM's RequestOutput as an Answer; prompt position 0 has no logprob and is left out."""
     completion = output.outputs[0]
     tokens = list(completion.token_ids)
@@ -214,6 +302,7 @@ def _answer(output) -> Answer:
         prompt_logprobs=[entry[token].logprob for token, entry in zip(prompt_ids, prompt)],
         prompt_top=[_top(entry) for entry in prompt],
         text=completion.text,
+        digests=digests or [],
     )
 
 

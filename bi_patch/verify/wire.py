@@ -11,12 +11,13 @@ from bi_patch.verify.engine import Info, Options
 
 
 class Command(msgspec.Struct, omit_defaults=True):
-    """Parent to child. `do` is start, generate, reset_cache, counters, encode or stop."""
+    """Parent to child. `do` is start, generate, reset_cache, counters, chunk, encode or stop."""
 
     do: str
     options: Options | None = None
     requests: list[Request] = []
     text: str = ""
+    chunk: int | None = None
 
 
 class Reply(msgspec.Struct, omit_defaults=True):
