@@ -1,49 +1,91 @@
-"""Asks FlashAttention 3 alone: does a token decoded give the bits of the same token prefilled, by head size and window?
+"""Asks vLLM's attention kernels alone: does a token decoded give the bits of the same token prefilled?
 
-    python3 benchmarks/hopper/attention.py        # needs vLLM's vllm_flash_attn and a Hopper GPU
+    VLLM_BATCH_INVARIANT=1 PYTHONPATH=. python3 benchmarks/hopper/attention.py     # needs vLLM and a Hopper GPU
 
-For one sequence with paged keys and values, the last query's output of a prefill of n tokens is compared with the
-output of that query alone, as the longest query and context told to the library change. One line per case, with the
-count of elements that agree in every bit.
+FlashAttention 3 in one split and Triton's unified attention as upstream's mode runs it, by head size, heads per key
+head, window, soft cap and page size. For several lengths the last query's output of a prefill is compared with that
+query alone, alone in a batch of five, and with the second half of the prompt as one chunk. One line per case: elements
+that agree in every bit, of all. "told 1" is the longest query as stock tells it, "told 128" as the seam does.
 """
 
 import itertools
 import os
+import sys
 
 os.environ["BI_PATCH"] = "0"
-PAGE = 16
-TOKENS = (100, 129, 300, 513, 700, 2000)
+os.environ["VLLM_BATCH_INVARIANT"] = "1"
+TOKENS = (100, 129, 300, 513, 700, 2000, 5003)
+
+
+def flash(q, k, v, pages, starts, lengths, longest_q, window, cap):
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        q=q, k=k, v=v, cu_seqlens_q=starts, max_seqlen_q=longest_q, seqused_k=lengths, max_seqlen_k=8192,
+        softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=[window - 1, 0] if window else [-1, -1],
+        block_table=pages, fa_version=3, num_splits=1, softcap=cap,
+    )  # fmt: skip
+
+
+def triton(q, k, v, pages, starts, lengths, longest_q, window, cap):
+    import torch
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    out = torch.empty_like(q)
+    unified_attention(
+        q=q, k=k, v=v, out=out, cu_seqlens_q=starts, max_seqlen_q=longest_q, seqused_k=lengths, max_seqlen_k=8192,
+        softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=(window - 1, 0) if window else (-1, -1),
+        block_table=pages, softcap=cap, q_descale=None, k_descale=None, v_descale=None,
+    )  # fmt: skip
+    return out
+
+
+def case(attend, size, group, window, cap, page, told) -> str:
+    import torch
+
+    same = dict.fromkeys(("alone", "batch", "half"), (0, 0))
+
+    def count(kind, a, b):
+        agree, of = same[kind]
+        same[kind] = (agree + int((a == b).sum()), of + a.numel())
+
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    for n in TOKENS:
+        torch.manual_seed(n)
+        blocks = -(-n // page)
+        q = torch.randn(n, 2 * group, size, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(5 * blocks, page, 2, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        table = torch.arange(5 * blocks, dtype=torch.int32, device="cuda").reshape(5, blocks)
+
+        def run(rows, pages, starts, lengths, longest):
+            return attend(rows, k, v, pages, tensor(starts), tensor(lengths), max(longest, told), window, cap)  # noqa: B023
+
+        whole = run(q, table[:1], [0, n], [n], n)
+        count("alone", run(q[-1:], table[:1], [0, 1], [n], 1)[0], whole[-1])
+        others = torch.randn(4, 2 * group, size, device="cuda", dtype=torch.bfloat16)
+        rows = torch.cat([others[:2], q[-1:], others[2:]])
+        order = table[[1, 2, 0, 3, 4]]
+        count("batch", run(rows, order, list(range(6)), [7, n // 2 + 1, n, n, 33], 1)[2], whole[-1])
+        count("half", run(q[n // 2 :], table[:1], [0, n - n // 2], [n], n - n // 2), whole[n // 2 :])
+    return " ".join(f"{kind} {agree}/{of}" for kind, (agree, of) in same.items())
 
 
 def main() -> None:
-    import torch
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    def run(q, k, v, pages, n, longest_q, longest_k, window):
-        rows = q.shape[0]
-        return flash_attn_varlen_func(
-            q=q, k=k, v=v,
-            cu_seqlens_q=torch.tensor([0, rows], dtype=torch.int32, device="cuda"), max_seqlen_q=longest_q,
-            seqused_k=torch.tensor([n], dtype=torch.int32, device="cuda"), max_seqlen_k=longest_k,
-            softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=[window - 1, 0] if window else [-1, -1],
-            block_table=pages, fa_version=3, num_splits=1,
-        )  # fmt: skip
-
-    for size, window, n in itertools.product((64, 96, 128, 256), (0, 512), TOKENS):
-        torch.manual_seed(n)
-        count = -(-n // PAGE)
-        q = torch.randn(n, 8, size, device="cuda", dtype=torch.bfloat16)
-        k, v = (torch.randn(count, PAGE, 2, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        pages = torch.arange(count, dtype=torch.int32, device="cuda")[None]
-        whole = run(q, k, v, pages, n, n, n, window)
-        line = [f"head {size} window {window} tokens {n}:"]
-        for longest_q, longest_k in ((1, n), (2, n), (64, n), (512, n), (512, 32768)):
-            alone = run(q[-1:], k, v, pages, n, longest_q, longest_k, window)
-            line.append(f"q<={longest_q} k<={longest_k} {int((alone[0] == whole[-1]).sum())}/{alone.numel()}")
-        half = run(q[n // 2 :], k, v, pages, n, n - n // 2, n, window)
-        line.append(f"second half {int((half == whole[n // 2 :]).sum())}/{half.numel()}")
-        print(" ".join(line), flush=True)
+    for name, attend in (("flash", flash), ("triton", triton)):
+        sizes = (64, 80, 96, 112, 128, 192, 256) if name == "flash" else (64, 80, 128, 256)
+        for size, group, window, cap, page in itertools.product(sizes, (1, 4, 7), (0, 512), (0.0, 30.0), (16, 128)):
+            rare = (group == 7) + (cap > 0) + (page == 128)
+            if rare > 1 or (name == "flash" and window and rare):
+                continue
+            for told in (1, 128) if name == "flash" and size == 64 else (1,):
+                head = f"{name} head {size} group {group} window {window} cap {cap:g} page {page} told {told}:"
+                try:
+                    print(head, case(attend, size, group, window, cap, page, told), flush=True)
+                except Exception as error:  # a case that the library refuses is a finding too
+                    print(head, type(error).__name__, str(error).splitlines()[0], flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """The CUDA seams as declared: every release has its targets and anchors, and what is not covered is refused by name."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,27 +104,63 @@ def test_fused_all_reduce_is_turned_off():
     assert held.compilation_config.pass_config.fuse_allreduce_rms is False
 
 
+def _closed(name, original):
+    planned = plan.make(Version(RELEASES[-1]), "cuda").seams
+    return next(p.seam for p in planned if p.seam.name == name).close(original)
+
+
+class Attention:
+    """The part of vLLM's attention layer that the gate reads."""
+
+    def __init__(self, backend, head_size, window, version=3, attn_type="decoder", attn_backend=None):
+        self.attn_backend = attn_backend or SimpleNamespace(get_name=lambda: backend)
+        self.impl = SimpleNamespace(vllm_flash_attn_version=version)
+        self.head_size, self.sliding_window = head_size, window
+
+
 @pytest.mark.parametrize(
-    ("backend", "head_size", "window", "named"),
+    ("arguments", "named"),
     [
-        ("FLASHINFER", 128, None, "FLASHINFER backend"),
-        ("FLASH_ATTN", 64, None, "heads of 64"),
-        ("FLASH_ATTN", 128, 512, "sliding window of 512"),
-        ("FLASH_ATTN", 128, None, None),
+        (("FLASHINFER", 128, None), "FLASHINFER backend"),
+        (("FLASH_ATTN", 80, None), "heads of 80"),
+        (("FLASH_ATTN", 128, 512), "window .of 512 tokens"),
+        (("FLASH_ATTN", 128, None, 2), "FlashAttention 2"),
+        (("TRITON_ATTN", 80, None, 3, "encoder"), "encoder attention"),
+        (("FLASH_ATTN", 64, None), None),
+        (("FLASH_ATTN", 128, None), None),
+        (("TRITON_ATTN", 80, 512), None),
     ],
 )
-def test_attention_layers_that_were_not_shown_are_refused(backend, head_size, window, named):
-    planned = plan.make(Version(RELEASES[-1]), "cuda").seams
-    seam = next(p.seam for p in planned if p.seam.name == "attention.cuda_backend")
+def test_attention_layers_that_were_not_shown_are_refused(arguments, named, monkeypatch):
+    from bi_patch.seams.attention import cuda as attention_cuda
 
-    class Attention:
-        def __init__(self):
-            self.attn_backend = SimpleNamespace(get_name=lambda: backend)
-            self.head_size, self.sliding_window = head_size, window
-
-    Attention.__init__ = seam.close(Attention.__init__)
+    monkeypatch.setattr(attention_cuda, "_chosen", lambda: True)
+    monkeypatch.setattr(Attention, "__init__", _closed("attention.cuda_backend", Attention.__init__))
     if named is None:
-        Attention()
+        Attention(*arguments)
         return
     with pytest.raises(UnsupportedFeature, match=named):
-        Attention()
+        Attention(*arguments)
+
+
+@pytest.mark.parametrize(("window", "chosen", "served"), [(512, False, "TRITON"), (None, False, "X"), (512, True, "X")])
+def test_layers_with_a_window_go_to_triton_unless_the_user_chose(window, chosen, served, monkeypatch):
+    from bi_patch.seams.attention import cuda as attention_cuda
+
+    class Layer:
+        def __init__(self, per_layer_sliding_window=None, cache_config=None, attn_backend="X"):
+            self.given = attn_backend
+
+    monkeypatch.setattr(attention_cuda, "_chosen", lambda: chosen)
+    monkeypatch.setattr(attention_cuda, "_triton", lambda: "TRITON")
+    monkeypatch.setattr(attention_cuda, "_refuse_layer", lambda *_: None)
+    monkeypatch.setattr(Layer, "__init__", _closed("attention.cuda_backend", Layer.__init__))
+    assert Layer(cache_config=SimpleNamespace(sliding_window=window)).given == served
+    assert Layer(per_layer_sliding_window=window).given == served
+
+
+@pytest.mark.parametrize(("head", "longest", "told"), [(64, 1, 128), (64, 500, 500), (128, 1, 1)])
+def test_a_decode_with_small_heads_is_told_a_long_query(head, longest, told):
+    build = _closed("attention.cuda_longest_query", lambda self, prefix, common, fast_build=False: common)
+    common = dataclasses.make_dataclass("Common", ["max_query_len"])(longest)
+    assert build(SimpleNamespace(headdim=head), 0, common).max_query_len == told
