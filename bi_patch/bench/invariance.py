@@ -25,12 +25,16 @@ def measure(label: str, options: Options, *, mode: str = ARMED, probes: Sequence
     rows = []
     environ = {**PATIENT, **os.environ}
     with ChildEngine(mode, options, environ=environ) as engine:
-        workload = Workload.random(engine.info.vocab_size, long=long)
+        workload = Workload.random(engine.info.vocab_size, long=long, prefix=300)
         for probe in probes:
+            if probe.missing(engine):
+                tell(f"{label}: {probe.name}: does not apply: {probe.missing(engine)}")
+                continue
             tell(f"{label}: {probe.name}")
             rows.append(_row(label, probe.run(engine, workload)))
             tell(f"{label}: {_words(rows[-1])}")
         expected = {}
+        cross = [crossing for crossing in cross if not crossing.missing(engine)]
         for crossing in cross:
             tell(f"{label}: {crossing.name}, reference")
             expected[crossing.name] = crossing.collect(engine, workload)
@@ -40,13 +44,13 @@ def measure(label: str, options: Options, *, mode: str = ARMED, probes: Sequence
         total = Difference()
         for change in changes[crossing.name]:
             tell(f"{label}: {crossing.name}, {change.label}")
-            with ChildEngine(mode, options.but(**change.options), environ=environ) as other:
+            with ChildEngine(mode, options.but(**change.options), environ=environ, fresh=change.fresh) as other:
                 got = crossing.collect(other, workload, change)
                 result = crossing.judge(change, expected[crossing.name], got)
             total += Difference(
                 result.compared, result.differing, result.tokens_changed, result.largest, result.first
             )
-        rows.append(_row(label, Result.of(crossing.name, total)))
+        rows.append(InvarianceRow(label, crossing.name, total.compared, total.differing, total.first))
         tell(f"{label}: {_words(rows[-1])}")
     return rows, info
 

@@ -25,6 +25,7 @@ PATIENT = {"OMP_WAIT_POLICY": "passive"}
 
 # bi_patch_entry first: importing bi_patch would arm before the child can report what arming raises.
 _CODE = "import bi_patch_entry; from bi_patch.verify.worker import main; main()"
+_CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 _DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -47,12 +48,18 @@ class ChildEngine:
     """An Engine in a child process; use it as a context manager. Also keeps `seconds`, the last generate's time.
 
     mode: STOCK (bi_patch off), UPSTREAM (bi_patch off, vLLM's own batch-invariant mode on) or ARMED.
+    fresh: start with empty compile caches (vLLM's, inductor's, Triton's), which are deleted at the end.
     Raises the child's own named error (SeamOpen, UnsupportedFeature, ...), or EngineFailed for any other.
     """
 
-    def __init__(self, mode: str, options: Options, *, environ: dict[str, str] | None = None) -> None:
+    def __init__(self, mode: str, options: Options, *, environ: dict[str, str] | None = None,
+                 fresh: bool = False) -> None:
         self.mode, self.options = mode, options
         self.seconds = 0.0
+        self._caches = tempfile.TemporaryDirectory(prefix="bi_patch-caches-", ignore_cleanup_errors=True)
+        given = dict(os.environ if environ is None else environ)
+        if fresh:
+            given |= {name: os.path.join(self._caches.name, name.lower()) for name in _CACHES}
         self._log = tempfile.NamedTemporaryFile(prefix=f"bi_patch-{mode}-", suffix=".log", delete=False)
         receive, give = os.pipe()
         try:
@@ -62,7 +69,7 @@ class ChildEngine:
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(give,),
-                env=child_environ(dict(os.environ if environ is None else environ), mode, options),
+                env=child_environ(given, mode, options),
             )
         finally:
             os.close(give)
@@ -96,6 +103,10 @@ class ChildEngine:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._ask(wire.Command("encode", text=text)).tokens)
 
+    def ask(self, do: str, data: bytes) -> bytes:
+        """One of verify.instruments, which the child serves."""
+        return self._ask(wire.Command(do, data=data)).data
+
     def close(self, *, keep_log: bool = False) -> None:
         """End the child and wait for it; its log is deleted unless it is kept for an error."""
         if self._process.poll() is None:
@@ -107,6 +118,7 @@ class ChildEngine:
                 self._process.wait()
         self._replies.close()
         self._log.close()
+        self._caches.cleanup()
         if not keep_log:
             Path(self._log.name).unlink(missing_ok=True)
 

@@ -40,11 +40,14 @@ class Arithmetic:
     def reset_cache(self):
         self.warm.clear()
 
+    def set_chunk(self, tokens):
+        self.chunk = tokens
+
     def counters(self):
         return {probes.HITS: float(self.cached), probes.PREEMPTIONS: 0.0}
 
 
-WORKLOAD = probes.Workload.random(500, long=600, lengths=(3, 40, 70))
+WORKLOAD = probes.Workload.random(500, long=600, lengths=(3, 40, 70), prefix=40)
 
 
 @pytest.mark.parametrize("probe", probes.PROBES, ids=lambda p: p.name)
@@ -78,9 +81,26 @@ def test_cross_probes(cross):
 
 def test_probes_that_cannot_happen_say_so():
     with pytest.raises(probes.NotExercised):
-        probes.prefix_cache(Arithmetic(prefix_caching=False), WORKLOAD)
+        list(probes.prefix_cache(probes.Run(Arithmetic(prefix_caching=False), WORKLOAD)))
     with pytest.raises(probes.NotExercised):
-        probes.long_prompt(Arithmetic(), probes.Workload.random(500))
+        list(probes.long_prompt(probes.Run(Arithmetic(), probes.Workload.random(500))))
+    assert "off" in named(probes.PROBES, "prefix cache").missing(Arithmetic(prefix_caching=False))
+    assert "one device" in named(probes.FEATURE_PROBES, "tensor parallel size").missing(Arithmetic())
+
+
+def named(registry, name):
+    return next(probe for probe in registry if probe.name == name)
+
+
+def test_every_difference_keeps_the_pair_that_shows_it():
+    leaking = probes.Run(Arithmetic(leak=True), WORKLOAD)
+    for probe in probes.PROBES:
+        for case in probe.cases(leaking):
+            assert case.axis == probe.name and case.label
+            assert case.alone.request.prompt == case.company.request.prompt or case.part == "decode"
+            if case.differs and not case.part:
+                (again,) = [Arithmetic(leak=True).generate(case.company.requests)[case.company.index]]
+                assert again.logprobs == case.got.logprobs
 
 
 def test_a_cost_row_takes_medians_and_paired_ratios():

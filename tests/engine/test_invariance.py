@@ -21,8 +21,7 @@ ENGINES = {
 
 
 def workload(engine, long=0):
-    made = Workload.random(engine.info.vocab_size, long=long, generate=8)
-    return Workload(made.subjects, made.fillers, made.long, made.generate, SIZES)
+    return Workload.random(engine.info.vocab_size, long=long, generate=8, sizes=SIZES, prefix=300)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -32,7 +31,7 @@ def test_every_axis(start, name):
         assert engine.info.threads == 2 and not engine.info.open_seams
         load = workload(engine, long)
         for probe in PROBES:
-            if probe.measure is probes.long_prompt and not long:
+            if probe.missing(engine) or (probe.measure is probes.long_prompt and not long):
                 continue
             result = probe.run(engine, load)
             print(f"{name}: {result.axis}: {result.compared} compared, {result.differing} differing")
@@ -43,7 +42,8 @@ def test_across_engines(start):
     """Chunk budgets, no prefix cache, preemption and restart, against one base engine."""
     with start(ARMED, models.QWEN3) as base:
         load = workload(base, 900)
-        planned = [(cross, cross.collect(base, load), list(cross.changes(base))) for cross in CROSS_PROBES]
+        asked = [cross for cross in CROSS_PROBES if cross.name != "eager and compiled"]  # `bi-patch verify`'s own test
+        planned = [(cross, cross.collect(base, load), list(cross.changes(base))) for cross in asked]
         options = base.options
     wanted = {}
     for cross, expected, changes in planned:

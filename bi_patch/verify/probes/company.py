@@ -1,0 +1,82 @@
+"""Axes of who else is in the batch: how many, where, how long, when they arrive, what they say."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from bi_patch.verify.answers import Request
+from bi_patch.verify.case import Case
+from bi_patch.verify.probes.base import Run
+
+
+def batch_size(run: Run) -> Iterator[Case]:
+    """Every subject inside batches of each size; where the batch has room all subjects share it."""
+    yield from sizes(run, [run.greedy(i) for i in run.subjects])
+
+
+def sizes(run: Run, requests: list[Request]) -> Iterator[Case]:
+    """The requests inside batches of each size of the workload that the engine can hold."""
+    load = run.workload
+    for size in load.sizes:
+        if size > run.engine.options.max_num_seqs:
+            continue
+        groups = [requests] if size >= len(requests) else [[r] for r in requests]
+        for group in groups:
+            batch = [*group, *(load.filler(i) for i in range(size - len(group)))]
+            random.Random(size).shuffle(batch)
+            labels = {r: f"{load.label(requests.index(r))} in a batch of {size}" for r in group}
+            yield from run.each(batch, {batch.index(r): label for r, label in labels.items()})
+
+
+def position(run: Run) -> Iterator[Case]:
+    """Every subject first, in the middle and last of nine, and with the others in reverse order."""
+    fillers = [run.workload.filler(i) for i in range(8)]
+    for index in run.subjects:
+        for place in (0, 4, 8):
+            for order in (fillers, fillers[::-1]):
+                label = f"{run.workload.label(index)} at place {place} of 9"
+                yield run.beside(order[:place], run.greedy(index), order[place:], label)
+
+
+def arrivals(run: Run) -> Iterator[Case]:
+    """Requests that join and leave a running batch at different engine steps."""
+    load = run.workload
+    for spread in (1, 3):
+        batch = [
+            *(load.filler(i, delay=i % 5 * spread, max_tokens=2 + i % load.generate) for i in range(12)),
+            *(run.greedy(i).but(delay=1 + i * spread) for i in run.subjects),
+        ]
+        yield from run.each(batch, {12 + i: f"{load.label(i)} joining late" for i in run.subjects})
+
+
+def mixed_lengths(run: Run) -> Iterator[Case]:
+    """Every subject beside many of the shortest fillers, and beside several of the longest."""
+    load = run.workload
+    fillers = sorted((load.filler(i) for i in range(len(load.fillers))), key=lambda r: len(r.prompt))
+    for index in run.subjects:
+        for others, kind in ((fillers[:24], "24 short"), (fillers[-6:], "6 long")):
+            half = len(others) // 2
+            label = f"{load.label(index)} beside {kind} prompts"
+            yield run.beside(others[:half], run.greedy(index), others[half:], label)
+
+
+def contents(run: Run) -> Iterator[Case]:
+    """The same batch but for what the others say: a scale or a route that the batch shares would move.
+
+    One token over and over, few tokens in turn, and random ones; shapes, places and counts stay as they are.
+    """
+    load = run.workload
+    vocabulary = run.engine.info.vocab_size - run.engine.info.vocab_size // 16
+    source = random.Random(11)
+    kinds = {
+        "one token over and over": lambda i: [source.randrange(vocabulary)] * 24,
+        "two tokens in turn": lambda i: [i % vocabulary, (7 * i + 1) % vocabulary] * 12,
+        "random tokens": lambda i: [source.randrange(vocabulary) for _ in range(24)],
+    }
+    count = min(15, run.engine.options.max_num_seqs - 1)
+    for index in run.subjects:
+        for kind, words in kinds.items():
+            others = [Request(tuple(words(i)), max_tokens=load.generate) for i in range(count)]
+            half = count // 2
+            yield run.beside(others[:half], run.greedy(index), others[half:], f"{load.label(index)} beside {kind}")
