@@ -11,13 +11,15 @@ from bi_patch.verify.engine import Info, Options
 
 
 class Command(msgspec.Struct, omit_defaults=True):
-    """Parent to child. `do` is start, generate, reset_cache, counters, chunk, encode or stop."""
+    """Parent to child. `do` is start, generate, reset_cache, counters, chunk, encode, stop, or what
+    verify.instruments serves, whose arguments are in `data`."""
 
     do: str
     options: Options | None = None
     requests: list[Request] = []
     text: str = ""
     chunk: int | None = None
+    data: bytes = b""
 
 
 class Reply(msgspec.Struct, omit_defaults=True):
@@ -31,6 +33,7 @@ class Reply(msgspec.Struct, omit_defaults=True):
     error: str = ""
     message: str = ""
     named: bool = False
+    data: bytes = b""
 
 
 _ANSWERS = msgspec.msgpack.Decoder(list[Answer])

@@ -11,7 +11,7 @@ import time
 import traceback
 
 from bi_patch.errors import BiPatchError
-from bi_patch.verify import wire
+from bi_patch.verify import instruments, wire
 from bi_patch.verify.engine import LocalEngine
 
 
@@ -64,6 +64,8 @@ def _serve(engine: LocalEngine | None, command: wire.Command) -> wire.Reply:
         return wire.Reply(counters=engine.counters())
     if command.do == "encode":
         return wire.Reply(tokens=list(engine.encode(command.text)))
+    if command.do in instruments.SERVED:
+        return wire.Reply(data=instruments.SERVED[command.do](engine, command.data))
     raise RuntimeError(f"unknown command {command.do!r}")
 
 

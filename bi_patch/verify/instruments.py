@@ -1,0 +1,59 @@
+"""What a verifying parent may ask of its engine child besides answers: a traced run, faults planted and removed.
+
+Only the worker of bi_patch.verify serves these; no serving process does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from bi_patch.verify.answers import Answer, Request
+from bi_patch.verify.engine import LocalEngine
+from bi_patch.verify.trace import Trace
+
+
+class TraceAsk(msgspec.Struct, frozen=True):
+    """Answer `requests` together and trace the one at `index`. watch: see Tracer. coarse: see Trace."""
+
+    requests: list[Request]
+    index: int
+    watch: tuple[str, str] | None = None
+    coarse: bool = False
+
+
+class Traced(msgspec.Struct, frozen=True):
+    """The traced request's answer, its trace, and the status of every seam that the trace names."""
+
+    answer: Answer
+    trace: Trace
+    statuses: dict[str, str]
+
+
+def traced(engine: LocalEngine, ask: TraceAsk) -> Traced:
+    """Raises NotTraceable where the model does not run in this process."""
+    from bi_patch.verify import owners, runner, trace
+
+    held = runner.model_runner(engine)
+    tracer = trace.Tracer(
+        runner.module_names(held), owners.Owners().seam, owners.kernel, ask.watch, ask.coarse
+    )
+    with runner.Attached(held, tracer, ask.requests, ask.index).attached():
+        answer = engine.generate(ask.requests)[ask.index]
+    names = {call.seam for call in tracer.calls if call.seam}
+    return Traced(answer, Trace(tracer.calls, ask.coarse), {name: owners.status(name) for name in names})
+
+
+def _trace(engine: LocalEngine, data: bytes) -> bytes:
+    return msgspec.msgpack.encode(traced(engine, msgspec.msgpack.decode(data, type=TraceAsk)))
+
+
+def _plant(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.verify import faults
+
+    faults.plant(engine, msgspec.msgpack.decode(data, type=list[str]))
+    return msgspec.msgpack.encode(faults.planted())
+
+
+SERVED: dict[str, Callable[[LocalEngine, bytes], bytes]] = {"trace": _trace, "plant": _plant}
