@@ -147,6 +147,16 @@ SEAMS = (
         causes=(13, 21),
     ),
     Seam(
+        name="sampling.cpu_gather_logprobs",
+        targets=(Target("vllm.v1.sample.sampler", "Sampler.gather_logprobs", CPU_RELEASES),),
+        close=_sorted_topk,
+        why="the number of top logprobs picked is the most any request asks for, and ties follow it",
+        how="ties go to the lower token",
+        until="upstream's top logprobs are stable",
+        platforms=CPU,
+        causes=(8, 13),
+    ),
+    Seam(
         name="sampling.cpu_generator",
         targets=(Target("vllm.v1.worker.gpu_input_batch", "InputBatch.add_request", CPU_RELEASES),),
         close=_cpu_generator,
