@@ -43,3 +43,7 @@ class MissingDependency(BiPatchError):
 
 class UnsupportedDevice(BiPatchError):
     """A device whose limits are not known, so that no kernel can be chosen for it."""
+
+
+class ServerFailed(BiPatchError):
+    """A server under verification is down, died, or answered with an error."""

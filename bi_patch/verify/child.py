@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,7 @@ class ChildEngine:
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(give,),
+                start_new_session=True,  # an interrupt is for the parent, which then ends the child
                 env=child_environ(given, mode, options),
             )
         finally:
@@ -84,7 +86,13 @@ class ChildEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if exc[0] is not None and issubclass(exc[0], KeyboardInterrupt):
+            self._process.kill()  # it is in the middle of a command
         self.close(keep_log=exc[0] is not None)
+
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         reply = self._ask(wire.Command("generate", requests=list(requests)))
@@ -145,8 +153,8 @@ class ChildEngine:
         if not line:
             code = self._process.wait()
             raise EngineFailed(
-                f"the {self.mode} engine's process ended ({code}) at {command.do!r}; its output is in {log}\n"
-                f"{_tail(log)}", kind=f"exit {code}", log=log,
+                f"the {self.mode} engine's process ended ({code}) at {command.do!r}{_hint(code)}; its output is in "
+                f"{log}\n{_tail(log)}", kind=f"exit {code}", log=log,
             )
         reply = msgspec.json.decode(line, type=wire.Reply)
         if reply.error:
@@ -181,6 +189,13 @@ def _error(mode: str, doing: str, reply: wire.Reply, log: Path) -> BiPatchError:
         f"the {mode} engine failed at {doing!r}: {reply.error}: {reply.message}\nits output is in {log}\n{_tail(log)}",
         kind=reply.error, log=log,
     )
+
+
+def _hint(code: int) -> str:
+    """What an exit status usually means."""
+    if code == -signal.SIGKILL:
+        return " (killed, most often for memory: lower max_model_len, max_num_seqs or the KV cache)"
+    return f" ({signal.Signals(-code).name})" if code < 0 else ""
 
 
 def _tail(log: Path, lines: int = 12) -> str:

@@ -21,7 +21,7 @@ A probe that could not do what it is for (no preemption happened, no prefix was 
 from __future__ import annotations
 
 from bi_patch.verify.engine import Engine
-from bi_patch.verify.probes import adapters, crossing
+from bi_patch.verify.probes import adapters, crossing, online
 from bi_patch.verify.probes.base import (
     HITS,
     PREEMPTIONS,
@@ -53,7 +53,7 @@ from bi_patch.verify.probes.scores import (
 
 __all__ = [
     "AXES", "CROSS_PROBES", "FEATURE_PROBES", "HITS", "OWN_PROBES", "PREEMPTIONS", "PROBES", "Change", "CrossProbe",
-    "NotExercised", "Probe", "Result", "Run", "Workload", "batch_size", "long_prompt", "prefix_cache",
+    "NotExercised", "ONLINE_PROBES", "Probe", "Result", "Run", "Workload", "batch_size", "long_prompt", "prefix_cache",
 ]  # fmt: skip
 
 # On the base engine.
@@ -81,6 +81,12 @@ PROBES = (
 def _float_head(engine: Engine) -> str:
     return f"weights are quantized ({engine.info.quantization})" if engine.info.quantization else ""
 
+
+# On a running server.
+ONLINE_PROBES = (
+    Probe("concurrent clients", "every client's answer against its solo answer, over HTTP", online.clients, (8, 20, 21),
+          online.offline, seconds=40),
+)  # fmt: skip
 
 # On an engine of their own, compared within it.
 OWN_PROBES = (
@@ -112,4 +118,4 @@ FEATURE_PROBES = (
                causes=(14, 15), missing=crossing.needs_devices, optional=True),
 )  # fmt: skip
 
-AXES: tuple[Probe | CrossProbe, ...] = (*PROBES, *OWN_PROBES, *CROSS_PROBES, *FEATURE_PROBES)
+AXES: tuple[Probe | CrossProbe, ...] = (*PROBES, *ONLINE_PROBES, *OWN_PROBES, *CROSS_PROBES, *FEATURE_PROBES)
