@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from bi_patch.verify.trace import PHASES, WIDTH, Call, Trace
+from bi_patch.verify.trace import CACHE, WIDTH, Call, Trace
 
-Label = tuple[str, str, int]
+Label = tuple[str, str, int, tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class Compared:
 
 @dataclass
 class _Segment:
-    """The calls of one phase of one step on the same rows."""
+    """The calls of one phase of one step on the same rows. places: of the calls in the whole trace."""
 
     phase: str
     start: int
     rows: int
     calls: list[Call]
+    places: list[int]
 
 
 def compare(alone: Trace, company: Trace) -> Compared:
@@ -50,7 +51,7 @@ def compare(alone: Trace, company: Trace) -> Compared:
     by_phase: dict[str, list[_Segment]] = {}
     for segment in reference:
         by_phase.setdefault(segment.phase, []).append(segment)
-    best: tuple[tuple[int, int, int], First] | None = None
+    best: tuple[tuple[int, int], First] | None = None
     compared = 0
     for other in others:
         for expected, start, end in _first_visits(by_phase.get(other.phase, []), other):
@@ -60,7 +61,7 @@ def compare(alone: Trace, company: Trace) -> Compared:
             compared += count
             if found is not None:
                 order, first = found
-                key = (first.position, PHASES.index(other.phase), order)
+                key = (first.position, order)
                 if best is None or key < best[0]:
                     best = (key, first)
     return Compared(best[1] if best else None, compared)
@@ -68,10 +69,11 @@ def compare(alone: Trace, company: Trace) -> Compared:
 
 def _segments(trace: Trace) -> list[_Segment]:
     found: dict[tuple[str, int, int, int], _Segment] = {}
-    for call in trace.calls:
+    for place, call in enumerate(trace.calls):
         key = (call.phase, call.step, call.position, call.rows)
-        segment = found.setdefault(key, _Segment(call.phase, call.position, call.rows, []))
+        segment = found.setdefault(key, _Segment(call.phase, call.position, call.rows, [], []))
         segment.calls.append(call)
+        segment.places.append(place)
     return list(found.values())
 
 
@@ -95,7 +97,7 @@ def _part(a: _Segment, b: _Segment, start: int, end: int) -> tuple[tuple[int, Fi
     best: tuple[int, int, First] | None = None
     pairs = _pairs(a.calls, b.calls)
     compared = 0
-    for order, (i, j, gap) in enumerate(pairs):
+    for i, j, gap in pairs:
         x, y = a.calls[i], b.calls[j]
         until = end if best is None else min(end, best[0])  # only an earlier position can win now
         left = x.digests[(start - x.position) * WIDTH : (until - x.position) * WIDTH]
@@ -104,7 +106,7 @@ def _part(a: _Segment, b: _Segment, start: int, end: int) -> tuple[tuple[int, Fi
         if left == right:
             continue
         at = next(p for p in range(start, until) if x.digest(p) != y.digest(p))
-        best = (at, order, First(at, x, y, *gap))
+        best = (at, b.places[j], First(at, x, y, *gap))
     return ((best[1], best[2]) if best else None), compared
 
 
@@ -127,4 +129,4 @@ def _pairs(a: Sequence[Call], b: Sequence[Call]) -> list[tuple[int, int, _Gap]]:
 
 
 def _label(call: Call) -> Label:
-    return call.module, call.op, call.output
+    return call.module, call.op, call.output, call.shape[1:] if call.op != CACHE else (), call.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import zlib
@@ -297,13 +298,18 @@ def _answer(output, digests: list[str] | None = None) -> Answer:
     prompt_ids = list(output.prompt_token_ids)[1:]
     return Answer(
         tokens=tokens,
-        logprobs=[entry[token].logprob for token, entry in zip(tokens, generated)],
+        logprobs=[_logprob(entry, token) for token, entry in zip(tokens, generated)],
         top=[_top(entry) for entry in generated],
-        prompt_logprobs=[entry[token].logprob for token, entry in zip(prompt_ids, prompt)],
+        prompt_logprobs=[_logprob(entry, token) for token, entry in zip(prompt_ids, prompt)],
         prompt_top=[_top(entry) for entry in prompt],
         text=completion.text,
         digests=digests or [],
     )
+
+
+def _logprob(entry, token: int) -> float:
+    """NaN where the engine's entry is about other tokens, as a stale one is."""
+    return entry[token].logprob if token in entry else math.nan
 
 
 def _top(entry) -> list[tuple[int, float]]:

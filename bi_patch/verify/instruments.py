@@ -56,4 +56,10 @@ def _plant(engine: LocalEngine, data: bytes) -> bytes:
     return msgspec.msgpack.encode(faults.planted())
 
 
-SERVED: dict[str, Callable[[LocalEngine, bytes], bytes]] = {"trace": _trace, "plant": _plant}
+def _precision(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.verify import precision
+
+    return msgspec.msgpack.encode(precision.measure(engine))
+
+
+SERVED: dict[str, Callable[[LocalEngine, bytes], bytes]] = {"trace": _trace, "plant": _plant, "precision": _precision}

@@ -21,7 +21,7 @@ from bi_patch.verify.case import Case, Setting
 from bi_patch.verify.child import ChildEngine
 from bi_patch.verify.engine import Options
 from bi_patch.verify.instruments import TraceAsk, Traced
-from bi_patch.verify.trace import MODULE, RETURNED, SAMPLE, Call, Trace
+from bi_patch.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, Trace
 
 COMPILED = "compilation.cache_key"  # the seam that stands for compiled code
 
@@ -124,20 +124,21 @@ def _both(case: Case, start, together: bool, coarse: bool) -> Located | None:
     sides = []
     for setting in (case.alone, case.company):
         with start(setting) as engine:  # one after the other: two may not fit on one device
-            sides.append(_traced(engine, setting, coarse))
-    return _judge(case, *sides, coarse)
+            sides.append(trace(engine, setting, coarse))
+    return judge(case, *sides, coarse)
 
 
 def _on(first: ChildEngine, second: ChildEngine, case: Case, coarse: bool) -> Located | None:
-    alone = _traced(first, case.alone, coarse)
-    company = _traced(second, case.company, coarse)
-    located = _judge(case, alone, company, coarse)
+    alone = trace(first, case.alone, coarse)
+    company = trace(second, case.company, coarse)
+    located = judge(case, alone, company, coarse)
     if located is not None and not coarse and first.info.platform != "cpu" and "." in located.op:
         located = _with_kernels(first, second, case, located)
     return located
 
 
-def _traced(engine: ChildEngine, setting: Setting, coarse: bool, watch: tuple[str, str] | None = None) -> Traced:
+def trace(engine: ChildEngine, setting: Setting, coarse: bool = False,
+          watch: tuple[str, str] | None = None) -> Traced:
     """The traced answer in a setting; what warmed its cache is traced too, as far as it is the request's own prefix."""
     engine.reset_cache()
     if setting.chunk is not None:
@@ -196,7 +197,8 @@ def difference(case: Case, alone: Answer, company: Answer) -> Difference:
     return compare_answers(alone, company, case.label)
 
 
-def _judge(case: Case, alone: Traced, company: Traced, coarse: bool) -> Located | None:
+def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> Located | None:
+    """Where two traced sides of a pair part, or None where they do not."""
     again = difference(case, alone.answer, company.answer)
     compared = compare(alone.trace, company.trace)
     if compared.first is None:
@@ -218,11 +220,11 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
     op, seam = b.op, b.seam or a.seam
     if a.op == MODULE:
         op = b.kind or a.kind
-        inside = [*only_company, *only_alone]
-        if inside:  # another path was taken inside the module
-            op, seam = inside[-1].op, inside[-1].seam or seam
+        if only_company or only_alone:  # another path was taken inside the module
+            held = (only_company or only_alone)[-1]
+            op, seam = held.op, held.seam or seam
     note = ""
-    if b.op == "KV cache":
+    if b.op == CACHE:
         note = "keys or values that were written to the cache before differ"
     if coarse:
         seam = seam or COMPILED
@@ -231,7 +233,7 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
         note = f"{note}; the final answers are equal this time".lstrip("; ")
     return Located(
         b.module, op, seam, statuses.get(seam, ""), first.position, b.phase, a.shape, b.shape,
-        a.shape[0] if b.op != "KV cache" else a.rows, b.shape[0] if b.op != "KV cache" else b.rows,
+        a.shape[0] if b.op != CACHE else a.rows, b.shape[0] if b.op != CACHE else b.rows,
         b.dtype, a.stride, b.stride, a.kernel, b.kernel,
         tuple(dict.fromkeys(c.op for c in only_alone)), tuple(dict.fromkeys(c.op for c in only_company)),
         reproduced, coarse, note,
@@ -243,7 +245,7 @@ def _with_kernels(first: ChildEngine, second: ChildEngine, case: Case, located: 
     watch = (located.module, located.op)
     names = []
     for engine, setting in ((first, case.alone), (second, case.company)):
-        trace = _traced(engine, setting, False, watch).trace
-        mine = [c for c in trace.calls if (c.module, c.op) == watch and 0 <= located.position - c.position < c.rows]
+        calls = trace(engine, setting, False, watch).trace.calls
+        mine = [c for c in calls if (c.module, c.op) == watch and 0 <= located.position - c.position < c.rows]
         names.append(mine[0].kernel if mine else "")
     return msgspec.structs.replace(located, kernel_alone=names[0], kernel_company=names[1])

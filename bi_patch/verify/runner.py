@@ -12,7 +12,19 @@ import torch
 
 from bi_patch.errors import BiPatchError
 from bi_patch.verify.answers import Request
-from bi_patch.verify.trace import FORWARD, LOGITS, LOGPROBS, RETURNED, SAMPLE, WIDTH, Rows, Tracer, chain, digest_rows
+from bi_patch.verify.trace import (
+    CACHE,
+    FORWARD,
+    LOGITS,
+    LOGPROBS,
+    RETURNED,
+    SAMPLE,
+    WIDTH,
+    Rows,
+    Tracer,
+    chain,
+    digest_rows,
+)
 
 
 class NotTraceable(BiPatchError):
@@ -265,7 +277,7 @@ class Attached:
             self._tracer._busy = False
         digests = b"".join(chained[(rows.position + i + 1) // size] for i in range(rows.count))
         assert len(digests) == WIDTH * rows.count
-        self._tracer.add("KV cache", 0, rows, digests, tuple(cache.shape), tuple(cache.stride()), cache.dtype,
+        self._tracer.add(CACHE, 0, rows, digests, tuple(cache.shape), tuple(cache.stride()), cache.dtype,
                          layer, path)
 
 

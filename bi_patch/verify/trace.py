@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 WIDTH = 8  # bytes of a row's digest
 FORWARD, LOGITS, LOGPROBS, SAMPLE, RETURNED = PHASES = ("forward", "logits", "logprobs", "sample", "returned")
+CACHE = "KV cache"  # an entry for what a layer is about to read from its cache
 MODULE = "(module)"  # stands for an op where an entry is a module's own output
 # Memory that nothing was written to yet, and draws that need not be the request's own.
 _UNDEFINED = ("empty", "rand", "exponential", "uniform", "normal", "bernoulli")

@@ -1,0 +1,82 @@
+"""Accuracy against fp64: a lower precision that is the same in every batch passes each comparison of bits.
+
+Every linear and the head of the loaded model multiplies random rows, and each output's distance from the fp64 product
+is set against what fp32 accumulation and one rounding of the result may give:
+
+    |y - exact| <= ulp / 2 of the output's type at |exact|  +  LIMIT * sum |x| |w|
+
+LIMIT is 2 ** -20: sums of up to 16,384 products in fp32 stay eight times below it, TF32 inputs exceed it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from bi_patch.verify.engine import LocalEngine
+
+LIMIT = 2.0**-20
+ROWS = (1, 16, 257)
+_COLUMNS = 4096  # of a wide layer, that many outputs are looked at
+
+
+class Imprecise(msgspec.Struct, frozen=True):
+    """One layer at its worst. excess: the error over what is allowed (over 1 fails); rows: M that gave it."""
+
+    module: str
+    seam: str
+    n: int
+    k: int
+    dtype: str
+    rows: int
+    excess: float
+
+
+class Precision(msgspec.Struct, frozen=True):
+    """layers: how many were compared. worst: the largest excess. failed: those over the limit, in the model's order."""
+
+    layers: int
+    outputs: int
+    worst: float
+    failed: list[Imprecise]
+
+
+def measure(engine: LocalEngine) -> Precision:
+    """Compare every linear of the engine's model. Raises NotTraceable where the model is not in this process."""
+    import torch
+
+    from bi_patch.verify import owners
+    from bi_patch.verify.faults import parts
+
+    seams = owners.Owners()
+    failed, worst, layers, outputs = [], 0.0, 0, 0
+    with torch.inference_mode():
+        for name, layer in parts.linears(engine):
+            w = parts.weight(layer)
+            found = max((_excess(layer, w, m) for m in ROWS), key=lambda pair: pair[0])
+            layers += 1
+            outputs += sum(ROWS) * w.shape[0]
+            worst = max(worst, found[0])
+            if found[0] > 1:
+                n, k = w.shape
+                dtype = str(w.dtype).removeprefix("torch.")
+                failed.append(Imprecise(name, seams.seam(layer, name, "linear"), n, k, dtype, found[1], found[0]))
+    return Precision(layers, outputs, worst, failed)
+
+
+def _excess(layer, w, m: int) -> tuple[float, int]:
+    import torch
+
+    generator = torch.Generator(w.device).manual_seed(m)
+    x = torch.randn(m, w.shape[1], generator=generator, device=w.device).to(w.dtype)
+    bias = getattr(layer, "bias", None)
+    bias = None if bias is None or getattr(layer, "skip_bias_add", False) else bias
+    y = layer.quant_method.apply(layer, x, bias)[:, :_COLUMNS].double()
+    wide, exact_w = x.double(), w[:_COLUMNS].double()
+    exact = wide @ exact_w.T
+    allowed = LIMIT * (wide.abs() @ exact_w.abs().T)
+    if bias is not None:
+        exact = exact + bias[:_COLUMNS].double()
+    step = torch.finfo(w.dtype).eps
+    # Half a unit in the last place, of the power of two at or above the value.
+    allowed = allowed + step * exact.abs()
+    return float(((y - exact).abs() / allowed).max()), m
