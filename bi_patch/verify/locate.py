@@ -220,9 +220,11 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
     op, seam = b.op, b.seam or a.seam
     if a.op == MODULE:
         op = b.kind or a.kind
-        if only_company or only_alone:  # another path was taken inside the module
-            held = (only_company or only_alone)[-1]
-            op, seam = held.op, held.seam or seam
+    other_path = [*only_company[::-1], *only_alone[::-1]]
+    # What ran on one side alone says more than an elementary op that follows it; a fused kernel says most.
+    own = next((c for c in other_path if not c.op.startswith("aten.")), other_path[0] if other_path else None)
+    if own is not None and (a.op == MODULE or (b.op.startswith("aten.") and not own.op.startswith("aten."))):
+        op, seam = own.op, own.seam or seam
     note = ""
     if b.op == CACHE:
         note = "keys or values that were written to the cache before differ"

@@ -59,7 +59,8 @@ def measure(engine: LocalEngine) -> Precision:
             if found[0] > 1:
                 n, k = w.shape
                 dtype = str(w.dtype).removeprefix("torch.")
-                failed.append(Imprecise(name, seams.seam(layer, name, "linear"), n, k, dtype, found[1], found[0]))
+                seam = seams.seam(layer, name, "linear") or "linear"
+                failed.append(Imprecise(name, seam, n, k, dtype, found[1], found[0]))
     return Precision(layers, outputs, worst, failed)
 
 

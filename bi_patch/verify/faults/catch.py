@@ -101,7 +101,8 @@ def _judged(engine: ChildEngine, fault: Fault, case: Case, compared: int, locate
 def names(fault: Fault, located: Located, engine: ChildEngine) -> bool:
     """Whether what was located is where the fault was planted."""
     seam = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
-    return fault.module in located.module and fault.op in located.op and (seam is None or seam == located.seam)
+    ops = (located.op, *located.only_alone, *located.only_company)
+    return fault.module in located.module and any(fault.op in op for op in ops) and seam in (None, located.seam)
 
 
 def _restarted(engine: ChildEngine, fault: Fault, load: Workload) -> Caught:

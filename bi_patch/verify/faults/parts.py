@@ -26,7 +26,7 @@ def linears(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
     for name, module in model(engine).named_modules():
         method = getattr(module, "quant_method", None)
         if type(method).__name__ in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
-            if hasattr(module, "input_size") or type(module).__name__ == "ParallelLMHead":
+            if type(module).__name__ != "VocabParallelEmbedding" or module is getattr(model(engine), "lm_head", None):
                 yield name, module
 
 

@@ -158,12 +158,12 @@ def _reduce_op():
     def run(stacked: torch.Tensor, rotated: bool) -> torch.Tensor:
         ranks, width = stacked.shape[0], stacked.shape[-1]
         if not rotated:  # one shot: every rank adds all, in rank order
-            total = stacked[0]
+            total = stacked[0].float()
             for r in range(1, ranks):
-                total = total + stacked[r]
+                total = total + stacked[r].float()
             return total
         out = torch.empty_like(stacked[0])
-        for owner in range(ranks):  # two shots: the owner of a slice starts with its own part
+        for owner in range(ranks):  # a ring: the owner of a slice starts with its own part, every hop rounds
             part = slice(width * owner // ranks, width * (owner + 1) // ranks)
             total = stacked[owner, ..., part]
             for r in range(1, ranks):
@@ -188,9 +188,9 @@ def two_shot(engine: LocalEngine):
 
         def run(x, bias):
             stacked = torch.stack(parts.partials(x, w, cuts))
-            large = stacked[0].numel() * x.element_size() > 8192
-            y = reduce(stacked, large)
-            return (y if bias is None else y + bias.float()).to(x.dtype)
+            message = stacked.to(x.dtype)
+            y = reduce(message, message[0].nbytes > 8192)
+            return (y.float() if bias is None else y.float() + bias.float()).to(x.dtype)
 
         return run
 
@@ -346,10 +346,8 @@ def combine_by_rank(engine: LocalEngine):
     combine = parts.op("combine", "(Tensor parts) -> Tensor", run)
 
     def make(experts, own):
-        local = max(1, experts.moe_config.num_experts // RANKS)
-
-        def apply(x, weights, ids):
-            stacked = [own(x, torch.where(ids // local == r, weights, 0.0), ids).float() for r in range(RANKS)]
+        def apply(x, weights, ids):  # experts are dealt out to the ranks in turn
+            stacked = [own(x, torch.where(ids % RANKS == r, weights, 0.0), ids).float() for r in range(RANKS)]
             return combine(torch.stack(stacked)).to(x.dtype)
 
         return apply
