@@ -25,8 +25,9 @@ class Level:
     """lengths, generate, long, prefix: tokens of the prompts (see Workload). sizes: concurrent requests.
 
     graphs: how many captured sizes get batches of their own size and one more (0: the others' sizes must do).
-    one_engine: all changes to the engine are made in one further engine, not one engine each. seconds: when this is
-    known to be spent, what is left is left out; None for no limit.
+    score_sizes: the same for the axes of prompt logprobs and sampling, empty for all. one_engine: all changes to the
+    engine are made in one further engine, not one engine each. seconds: where more would be spent, what remains is left
+    out; None for no limit. cpu_seconds: the same on a CPU.
     """
 
     name: str
@@ -41,14 +42,19 @@ class Level:
     prefix: int
     max_model_len: int
     graphs: int
+    score_sizes: tuple[int, ...] = ()
     one_engine: bool = False
     seconds: float | None = None
+    cpu_seconds: float | None = None
+
+    def seconds_on(self, platform: str) -> float | None:
+        return self.cpu_seconds if platform == "cpu" else self.seconds
 
 
 QUICK = Level(
-    "quick", own=(), cross=CROSS_PROBES[:2] + CROSS_PROBES[4:], features=(), lengths=(3, 40, 290), generate=6,
-    sizes=(2, 17, 64, 257), filler_lengths=(2, 5, 9, 17, 40), long=900, prefix=200, max_model_len=1024, graphs=2,
-    one_engine=True, seconds=170.0,
+    "quick", own=(), cross=CROSS_PROBES[:2] + CROSS_PROBES[4:], features=(), lengths=(3, 40, 290), generate=5,
+    sizes=(2, 17, 64, 257), filler_lengths=(2, 5, 9, 17), long=700, prefix=200, max_model_len=1024, graphs=2,
+    score_sizes=(17, 64), one_engine=True, seconds=170.0, cpu_seconds=110.0,
 )  # fmt: skip
 DEFAULT = Level(
     "default", own=OWN_PROBES, cross=CROSS_PROBES[:3] + CROSS_PROBES[4:], features=(), lengths=(3, 37, 150, 411),
@@ -107,18 +113,19 @@ def workload(level: Level, engine: Engine, clients: int = 0) -> Workload:
     lengths = [n for n in level.lengths if n <= room]
     if max(lengths, default=0) <= 2 * block and 2 * block + 1 <= room:
         lengths.append(2 * block + 1)  # the prefix cache keeps whole blocks only
-    sizes = [n for n in sorted({*level.sizes, *edges(info, level.graphs)}) if n <= engine.options.max_num_seqs]
+    most = engine.options.max_num_seqs
+    sizes = [n for n in sorted({*level.sizes, *edges(info, level.graphs, most)}) if n <= most]
     return Workload.random(
         info.vocab_size, lengths=lengths, generate=level.generate, sizes=sizes, fillers=max(63, *sizes),
         filler_lengths=[n for n in level.filler_lengths if n <= room] or [2],
         long=min(level.long, room - 2) if room > 600 else 0, prefix=min(level.prefix, room - 24),
-        clients=clients,
+        clients=clients, score_sizes=[n for n in level.score_sizes if n <= most],
     )
 
 
-def edges(info: Info, count: int) -> Sequence[int]:
-    """At most `count` captured graph sizes, evenly chosen with the largest among them, and one row more for each."""
-    captured = info.capture_sizes
+def edges(info: Info, count: int, most: int) -> Sequence[int]:
+    """At most `count` captured graph sizes up to `most` rows, evenly chosen, and one row more for each."""
+    captured = tuple(n for n in info.capture_sizes if n <= most)
     if not captured or not count:
         return ()
     step = max(1, -(-len(captured) // count))

@@ -105,6 +105,8 @@ class _Verification:
                  locate: Callable[[Case, Options, str], object] | None) -> None:
         self.target, self.level, self.watcher, self.clients, self.locate = target, level, watcher, clients, locate
         self.clock = _Clock()
+        self.limit: float | None = None
+        self.started = 0.0  # seconds of the last start
         known = [probe.name for probe in AXES]
         wrong = [name for name in only if name not in known]
         if wrong:
@@ -185,6 +187,7 @@ class _Verification:
 
     def _describe(self, engine: Engine) -> None:
         info, report = engine.info, self.report
+        self.limit = self.level.seconds_on(info.platform)
         report.vllm, report.torch, report.device, report.threads = info.vllm, info.torch, info.device, info.threads
         report.open_seams = info.open_seams if report.mode == "armed" else ()
         options = engine.options
@@ -197,7 +200,7 @@ class _Verification:
         return not why
 
     def _has_time(self, probe: Probe, more: float = 0.0) -> bool:
-        limit = self.level.seconds
+        limit = self.limit
         if limit is None or self.clock.elapsed + probe.seconds * self.clock.pace + more < limit:
             return True
         self._settle(probe.name, LEFT_OUT, f"no time left within {limit:.0f} s: --full measures it")
@@ -268,7 +271,7 @@ class _Verification:
     def _cross(self, group: _Group, load: Workload, expected: dict[str, tuple[list[Request], list[Answer]]],
                groups: Sequence[_Group]) -> None:
         probes = [probe for probe, _ in group.probes]
-        limit = self.level.seconds
+        limit = self.limit
         if limit is not None and self.clock.elapsed + 1.2 * self.started > limit:
             for probe in probes:
                 self._settle(probe.name, LEFT_OUT, f"no time left within {limit:.0f} s: --full measures it")
@@ -319,7 +322,7 @@ class _Verification:
             found = "interrupted before it was found"
         except (BiPatchError, OSError) as error:
             found = f"could not be looked for: {_sentence(error)}"
-        words = str(found) if found is not None else "the pair did not differ again"
+        words = found.words() if hasattr(found, "words") else found or "the pair did not differ again"
         for shown in axis.shown:
             if shown.label == axis.case.label:
                 shown.located = words

@@ -42,7 +42,8 @@ class Workload:
 
     long: one prompt of up to 3,000 tokens, or None where max_model_len is too small for it.
     generate: tokens generated per request. sizes: numbers of concurrent requests. prefix: tokens that requests of the
-    shared-prefix axis have in common. clients: requests at once against a server.
+    shared-prefix axis have in common. clients: requests at once against a server. score_sizes: as sizes, for prompt
+    logprobs and sampling; empty for the same.
     """
 
     subjects: tuple[tuple[int, ...], ...]
@@ -53,12 +54,13 @@ class Workload:
     labels: tuple[str, ...] = field(default=())
     prefix: tuple[int, ...] = ()
     clients: int = 0
+    score_sizes: tuple[int, ...] = ()
 
     @staticmethod
     def random(vocab_size: int, *, long: int = 0, seed: int = 1, lengths: Sequence[int] = (3, 37, 150, 411),
                fillers: int = 63, generate: int = 12, sizes: Sequence[int] | None = None,
                filler_lengths: Sequence[int] = (2, 5, 9, 17, 33, 64, 120, 257), prefix: int = 0,
-               clients: int = 0) -> Workload:
+               clients: int = 0, score_sizes: Sequence[int] = ()) -> Workload:
         """Prompts of random tokens, the same for the same arguments. long, prefix: lengths, 0 for none."""
         source = random.Random(seed)
 
@@ -73,6 +75,7 @@ class Workload:
             sizes=Workload.sizes if sizes is None else tuple(sizes),
             prefix=prompt(prefix),
             clients=clients,
+            score_sizes=tuple(score_sizes),
         )
 
     def label(self, index: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from bi_patch.verify.answers import Request
 from bi_patch.verify.case import Case
@@ -12,13 +12,13 @@ from bi_patch.verify.probes.base import Run
 
 def batch_size(run: Run) -> Iterator[Case]:
     """Every subject inside batches of each size; where the batch has room all subjects share it."""
-    yield from sizes(run, [run.greedy(i) for i in run.subjects])
+    yield from sizes(run, [run.greedy(i) for i in run.subjects], run.workload.sizes)
 
 
-def sizes(run: Run, requests: list[Request]) -> Iterator[Case]:
-    """The requests inside batches of each size of the workload that the engine can hold."""
+def sizes(run: Run, requests: list[Request], counts: Sequence[int]) -> Iterator[Case]:
+    """The requests inside batches of each of these sizes that the engine can hold."""
     load = run.workload
-    for size in load.sizes:
+    for size in counts:
         if size > run.engine.options.max_num_seqs:
             continue
         groups = [requests] if size >= len(requests) else [[r] for r in requests]

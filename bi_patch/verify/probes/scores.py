@@ -36,14 +36,16 @@ def decode_equals_prefill(run: Run) -> Iterator[Case]:
 
 def prompt_logprobs(run: Run) -> Iterator[Case]:
     """Logprobs of the prompt itself, inside batches of each size."""
-    yield from sizes(run, [run.greedy(i).but(prompt_logprobs=1, max_tokens=2) for i in run.subjects])
+    load = run.workload
+    requests = [run.greedy(i).but(prompt_logprobs=1, max_tokens=2) for i in run.subjects]
+    yield from sizes(run, requests, load.score_sizes or load.sizes)
 
 
 def sampled(run: Run) -> Iterator[Case]:
     """Seeded sampling, temperature 0.7 and top-p 0.95, inside batches of each size."""
-    yield from sizes(
-        run, [run.greedy(i).but(temperature=0.7, top_p=0.95, seed=1000 + i) for i in run.subjects]
-    )
+    load = run.workload
+    requests = [run.greedy(i).but(temperature=0.7, top_p=0.95, seed=1000 + i) for i in run.subjects]
+    yield from sizes(run, requests, load.score_sizes or load.sizes)
 
 
 def sampling_kinds(run: Run) -> Iterator[Case]:
@@ -94,7 +96,8 @@ def tied(run: Run) -> Iterator[Case]:
     For an engine whose Options say tied. Raises NotExercised when no two top logprobs were the same.
     """
     ties = 0
-    for case in sizes(run, [run.greedy(i).but(logprobs=20) for i in run.subjects]):
+    load = run.workload
+    for case in sizes(run, [run.greedy(i).but(logprobs=20) for i in run.subjects], load.score_sizes or load.sizes):
         ties += sum(has_tie(top) for top in case.expected.top)
         yield case
     if not ties:
