@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bi_patch.orders import cuda_linear, cuda_moe
-from bi_patch.orders.topk import topk
 from bi_patch.seams.overlay import Overlay, with_globals
 
 
@@ -34,23 +33,6 @@ def test_tiles_fit_the_shared_memory(shared, size):
             tile = gemm.choose(rows, cols, 4096, size, shared, False)
             assert (tile.m + tile.n) * tile.k * size * tile.stages <= shared or tile.stages == 2
             assert not tile.persistent
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_ties_go_to_the_lower_index(dtype):
-    values = torch.randint(-3, 3, (7, 500)).to(dtype)
-    values[0, 5], values[0, 2] = 0.0, -0.0
-    values[1, 9] = float("inf")
-    values[2] = float("-inf")
-    found = topk(values, 40)
-    expected = torch.sort(values, dim=-1, descending=True, stable=True)
-    assert torch.equal(found.indices, expected.indices[:, :40])
-    assert torch.equal(found.values, expected.values[:, :40])
-
-
-def test_topk_takes_the_last_dimension_only():
-    with pytest.raises(ValueError, match="last dimension"):
-        topk(torch.zeros(3, 4), 2, 0)
 
 
 def test_tiles_never_split_k():

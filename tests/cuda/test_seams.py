@@ -122,7 +122,7 @@ class Attention:
     ("arguments", "named"),
     [
         (("FLASHINFER", 128, None), "FLASHINFER backend"),
-        (("FLASH_ATTN", 80, None), "heads of 80"),
+        (("FLASH_ATTN", 72, None), "heads of 72"),
         (("FLASH_ATTN", 128, 512), "window .of 512 tokens"),
         (("FLASH_ATTN", 128, None, 2), "FlashAttention 2"),
         (("TRITON_ATTN", 80, None, 3, "encoder"), "encoder attention"),

@@ -9,7 +9,7 @@ from bi_patch.seams.model import CUDA, Policy, Seam, Target
 
 _FLASH, _TRITON = "FLASH_ATTN", "TRITON_ATTN"
 # Heads for which FlashAttention 3 was shown to give equal bits in decode and prefill, whatever the batch.
-_FLASH_HEAD_SIZES = (64, 96, 128, 256)
+_FLASH_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 # Told this for its longest query, FlashAttention 3 never takes its tile for single queries, which for heads of up to
 # 64 elements cuts KV elsewhere (the tile of one warp group: up to 64 rows of queries times heads of a group).
 _LONG_QUERY = 128
