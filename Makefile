@@ -10,7 +10,7 @@ ASCEND ?= .venv-ascend
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_autoload.pth pyproject.toml -type f -not -name '*.pyc' 2>/dev/null)
+SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_pytest.py bi_patch_autoload.pth pyproject.toml -type f -not -name '*.pyc' 2>/dev/null)
 
 # No model hub and no usage reports; two threads at least, since one hides variance.
 export HF_HUB_OFFLINE := 1

@@ -1,6 +1,7 @@
 """`bi-patch verify`: is this model, engine or server batch-invariant? Every axis measured, bit by bit."""
 
 import json as json_module
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,7 @@ def verify(
     console.print(
         f"[bold]bi_patch verify[/]: {target.name}, {target.mode}, level {level.name}", highlight=False, soft_wrap=True
     )
+    signal.signal(signal.SIGTERM, _interrupt)  # what was compared is kept then, too
     with terminal.Live(console) as live:
         found = measure(target, level, watcher=live, only=tuple(axis or ()), clients=clients,
                         locate=_locate() if locate and not url else None)  # fmt: skip
@@ -81,6 +83,10 @@ def verify(
         html.write_text(page.page(found), encoding="utf-8")
         console.print(f"Page: {html.resolve()}", soft_wrap=True, highlight=False)
     raise typer.Exit(found.exit_code)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _target(console, model, url, level_name, mode, engine_arg, dtype, eager, random_weights, logits, served_model):

@@ -349,5 +349,4 @@ def _alive(engine: Engine) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {str(error).strip()}".removesuffix(": ")

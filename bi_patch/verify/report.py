@@ -156,7 +156,7 @@ def sentences(report: Report) -> list[str]:
     else:
         said.append(f"{what} could not be checked: nothing was compared.")
     if report.stopped:
-        said.append(f"Stopped early: {report.stopped} What was compared until then is kept.")
+        said.append(f"Stopped early: {report.stopped.rstrip('.')}. What was compared until then is kept.")
     undone = [f"{axis.name} ({axis.state}: {axis.reason})" for axis in report.axes if axis.state in UNSETTLED]
     if undone and not report.stopped:
         said.append(f"Could not be checked: {'; '.join(undone)}.")

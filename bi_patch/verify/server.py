@@ -19,6 +19,7 @@ from bi_patch.verify.answers import Answer, Request
 from bi_patch.verify.engine import Info, Options
 from bi_patch.verify.probes.online import SERVER
 
+_WATCH = 5.0  # seconds between looks at a server that is being waited for
 STEP = 0.02  # seconds of delay for each engine step that a request is to wait
 _VOCABULARIES = (120_000, 32_000, 8_000, 1_900, 250)
 
@@ -80,9 +81,33 @@ class ServerEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         async def together() -> list[Answer]:
-            return list(await asyncio.gather(*(self._ask(r) for r in requests)))
+            asked = asyncio.gather(*(self._ask(r) for r in requests))
+            watch = asyncio.ensure_future(self._dies())
+            try:
+                await asyncio.wait({asked, watch}, return_when=asyncio.FIRST_COMPLETED)
+                if not asked.done():
+                    watch.result()
+                return list(await asked)
+            finally:
+                for task in (asked, watch):
+                    task.cancel()
+                await asyncio.gather(asked, watch, return_exceptions=True)
 
         return self._loop.run_until_complete(together())
+
+    async def _dies(self) -> None:
+        """Raise when the server no longer answers: one that shuts down may keep connections open without an end."""
+        missed = 0
+        while True:
+            await asyncio.sleep(_WATCH)
+            try:
+                await asyncio.to_thread(self._get, "/health")
+                missed = 0
+            except ServerFailed as error:
+                missed += 1
+                # A busy server may answer late, but a refused connection or an error is an end.
+                if missed >= 6 or "answered" in str(error) or "refused" in str(error):
+                    raise ServerFailed(f"{error}; it died while it was asked") from error
 
     def reset_cache(self) -> None:
         self._salt = secrets.token_hex(8)

@@ -66,15 +66,13 @@ def summary(report: Report) -> RenderableType:
     for name in ("compared", "differing", "largest", "ulps", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    aside = []
+    table.columns[0].no_wrap = True
     for axis in report.axes:
-        if axis.state in (NOT_APPLICABLE, LEFT_OUT) and not axis.compared:
-            aside.append(axis)
-            continue
-        table.add_row(
-            axis.name, f"{axis.compared:,}", f"{axis.differing:,}", f"{axis.largest:.1e}" if axis.largest else "0",
-            f"{axis.ulps:,}", f"{axis.seconds:.1f}", _state(axis),
-        )
+        if axis.compared:
+            table.add_row(
+                axis.name, f"{axis.compared:,}", f"{axis.differing:,}",
+                f"{axis.largest:.1e}" if axis.largest else "0", f"{axis.ulps:,}", f"{axis.seconds:.1f}", _state(axis),
+            )
     parts: list[RenderableType] = [table]
     for axis in report.axes:
         if axis.shown:
@@ -83,13 +81,12 @@ def summary(report: Report) -> RenderableType:
                 parts.append(Text(f"  {pair.first}"))
                 if pair.located:
                     parts.append(Text(f"  first operation that differs: {pair.located}", style="bold red"))
-    if aside:
-        parts.append(Text(""))
-        parts += [Text.from_markup(f"[dim]{a.name}: {a.state}: {escape(a.reason)}[/]") for a in aside]
+    parts += _aside([axis for axis in report.axes if not axis.compared or axis.state in (FAILED, NOT_EXERCISED)])
     colour = {0: "green", 1: "bold red", 2: "bold yellow"}[report.exit_code]
     parts.append(Text.from_markup(f"\n[{colour}]Verdict.[/] {escape(' '.join(report.verdict))}"))
-    where = ", ".join(filter(None, (report.device, report.vllm and f"vLLM {report.vllm}", report.torch)))
-    parts.append(Text(f"{where}; {report.seconds:.0f} s, engine starts: {report.starts}", style="dim"))
+    what = (report.device, report.vllm and f"vLLM {report.vllm}", report.torch and f"torch {report.torch}",
+            f"{report.seconds:.0f} s", f"engine starts: {report.starts}")  # fmt: skip
+    parts.append(Text(", ".join(filter(None, what)), style="dim"))
     return Group(*parts)
 
 
@@ -108,15 +105,26 @@ class _Nowhere:
         pass
 
 
+def _aside(axes: list[Axis]) -> list[RenderableType]:
+    """What was not measured, axes of one reason in one line."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for axis in axes:
+        grouped.setdefault((axis.state, axis.reason), []).append(axis.name)
+    lines: list[RenderableType] = [Text("")] if grouped else []
+    for (state, reason), names in grouped.items():
+        why = f": {reason}" if reason else ""
+        lines.append(Text.assemble((f"{state}: ", _COLOURS.get(state, "yellow")), ", ".join(names), (why, "dim")))
+    return lines
+
+
 def _line(axis: Axis) -> Text:
     counted = f"{axis.differing:,} of {axis.compared:,} positions differ" if axis.compared else ""
     text = "  ".join(filter(None, (counted, axis.reason)))
     return Text.assemble(("  " + axis.state, _COLOURS.get(axis.state, "")), f"  {axis.name}  ", (text, "dim"))
 
 
-def _state(axis: Axis) -> str:
-    words = f"[{_COLOURS.get(axis.state, '')}]{axis.state}[/]" if axis.state in _COLOURS else axis.state
-    return f"{words} [dim]{escape(axis.reason)}[/]" if axis.reason else words
+def _state(axis: Axis) -> Text:
+    return Text(axis.state, style=_COLOURS.get(axis.state, "yellow"))
 
 
 def _time(seconds: float) -> str:

@@ -1,0 +1,44 @@
+"""pytest plugin: the fixture `verify_invariance`, for a test of your own model or server.
+
+It stands beside the package, and imports nothing of it until the fixture is asked for: importing `bi_patch` would arm
+every pytest process in whose environment it is installed.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def verify_invariance():
+    """verify_invariance(model="", *, url="", level="quick", mode="armed", axes=(), engine_args={}, dtype="auto",
+    eager=None, random_weights=None, logits=False, clients=256) -> bi_patch.verify.report.Report
+
+    Fails the test with the report as text when a position differs, or when an axis that applies could not be checked.
+    The options are those of `bi-patch verify`; axes: names of axes, all of the level by default.
+    """
+    import bi_patch_entry  # noqa: F401  before bi_patch: importing it then does not arm this process
+
+    return _verify
+
+
+def _verify(model: str = "", *, url: str = "", level: str = "quick", mode: str = "armed", axes=(), engine_args=None,
+            dtype: str = "auto", eager: bool | None = None, random_weights: int | None = None, logits: bool = False,
+            clients: int = 256):
+    from bi_patch.verify import levels, terminal
+    from bi_patch.verify.local import local
+    from bi_patch.verify.measure import verify
+    from bi_patch.verify.targets import Running
+
+    chosen = levels.LEVELS[level]
+    if url:
+        target = Running(url, model=model)
+    else:
+        target = local(
+            model, chosen, mode=mode, engine_args=engine_args, dtype=dtype, eager=eager,
+            random_weights=random_weights, logits=logits,
+        )  # fmt: skip
+    report = verify(target, chosen, only=tuple(axes), clients=clients)
+    if report.exit_code:
+        pytest.fail(f"{' '.join(report.verdict)}\n\n{terminal.plain(report)}", pytrace=False)
+    return report
