@@ -381,11 +381,14 @@ def fused_attention(
     if block_table is None:  # lengths of keys come as ends, like those of queries
         lengths = [end - start for start, end in zip([0, *lengths], lengths, strict=False)]
     key, value = (t.view(*t.shape[: 2 if block_table is not None else 1], kv_heads, -1) for t in (key, value))
-    out = attention.attention(
-        query.view(query.shape[0], num_heads, -1), key, value, ends, lengths[: len(ends)], scale, ascend.chip(),
-        block_table=block_table, causal=sparse_mode != _NONE,
-        window=int(pre_tokens) if sparse_mode == _BAND else None, sinks=learnable_sink,
-    )  # fmt: skip
+    try:
+        out = attention.attention(
+            query.view(query.shape[0], num_heads, -1), key, value, ends, lengths[: len(ends)], scale, ascend.chip(),
+            block_table=block_table, causal=sparse_mode != _NONE,
+            window=int(pre_tokens) if sparse_mode == _BAND else None, sinks=learnable_sink,
+        )  # fmt: skip
+    except ValueError as error:
+        refuse(op, str(error))
     return out, torch.empty(0, dtype=torch.float32, device=query.device)
 
 

@@ -68,6 +68,30 @@ def _leaf(
 
 
 @triton.jit
+def _add_leaf(m, l, o, m_leaf, l_leaf, o_leaf):  # noqa: E741
+    """(m, l, o) with one more leaf; a leaf in which a row sees no key leaves that row as it is."""
+    new = tl.maximum(m, m_leaf)
+    old_part = tl.exp(m - new)
+    leaf_part = tl.exp(m_leaf - new)
+    used = l_leaf > 0.0
+    l = tl.where(used, l * old_part + l_leaf * leaf_part, l)  # noqa: E741
+    o = tl.where(used[:, None], o * old_part[:, None] + o_leaf * leaf_part[:, None], o)
+    m = tl.where(used, new, m)
+    return m, l, o
+
+
+@triton.jit
+def _result(m, l, o, sinks, head, HAS_SINK: tl.constexpr):  # noqa: E741
+    """o / l of all leaves, the sink's logit in l."""
+    if HAS_SINK:
+        sink = tl.load(sinks + head).to(tl.float32)
+        new = tl.maximum(m, sink)
+        l = l * tl.exp(m - new) + tl.exp(sink - new)  # noqa: E741
+        o = o * tl.exp(m - new)[:, None]
+    return o / tl.where(l > 0.0, l, 1.0)[:, None]
+
+
+@triton.jit
 def _rows(tiles, tile, queries_per_kv, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
     """Of a schedule's line: its sequence, each row's token, head in the group, position and whether it is
     real; its keys."""
@@ -115,22 +139,11 @@ def _whole(
                 stride_kt, stride_kh, stride_vt, stride_vh, stride_table, scale, window, d_qk, d_v,
                 PAGED, CAUSAL, BLOCK_SIZE, ROWS, LEAF, DIM, DIM_V,
             )  # fmt: skip
-            new = tl.maximum(m, m_leaf)
-            old_part = tl.exp(m - new)
-            leaf_part = tl.exp(m_leaf - new)
-            used = l_leaf > 0.0
-            l = tl.where(used, l * old_part + l_leaf * leaf_part, l)  # noqa: E741
-            o = tl.where(used[:, None], o * old_part[:, None] + o_leaf * leaf_part[:, None], o)
-            m = tl.where(used, new, m)
-        if HAS_SINK:
-            sink = tl.load(sinks + head).to(tl.float32)
-            new = tl.maximum(m, sink)
-            l = l * tl.exp(m - new) + tl.exp(sink - new)  # noqa: E741
-            o = o * tl.exp(m - new)[:, None]
-        value_out = o / tl.where(l > 0.0, l, 1.0)[:, None]
+            m, l, o = _add_leaf(m, l, o, m_leaf, l_leaf, o_leaf)  # noqa: E741
+        result = _result(m, l, o, sinks, head, HAS_SINK)
         tl.store(
             out + (at[:, None] * kv_heads * queries_per_kv + head[:, None]) * d_v + dv[None, :],
-            value_out.to(out.dtype.element_ty), mask=real[:, None] & (dv[None, :] < d_v),
+            result.to(out.dtype.element_ty), mask=real[:, None] & (dv[None, :] < d_v),
         )  # fmt: skip
 
 
@@ -190,22 +203,11 @@ def _merge(
             m_leaf = tl.load(part_m + place)
             l_leaf = tl.load(part_l + place)
             o_leaf = tl.load(part_o + place[:, None] * DIM_V + dv[None, :])
-            new = tl.maximum(m, m_leaf)
-            old_part = tl.exp(m - new)
-            leaf_part = tl.exp(m_leaf - new)
-            used = l_leaf > 0.0
-            l = tl.where(used, l * old_part + l_leaf * leaf_part, l)  # noqa: E741
-            o = tl.where(used[:, None], o * old_part[:, None] + o_leaf * leaf_part[:, None], o)
-            m = tl.where(used, new, m)
-        if HAS_SINK:
-            sink = tl.load(sinks + head).to(tl.float32)
-            new = tl.maximum(m, sink)
-            l = l * tl.exp(m - new) + tl.exp(sink - new)  # noqa: E741
-            o = o * tl.exp(m - new)[:, None]
-        value_out = o / tl.where(l > 0.0, l, 1.0)[:, None]
+            m, l, o = _add_leaf(m, l, o, m_leaf, l_leaf, o_leaf)  # noqa: E741
+        result = _result(m, l, o, sinks, head, HAS_SINK)
         tl.store(
             out + (at[:, None] * kv_heads * queries_per_kv + head[:, None]) * d_v + dv[None, :],
-            value_out.to(out.dtype.element_ty), mask=real[:, None] & (dv[None, :] < d_v),
+            result.to(out.dtype.element_ty), mask=real[:, None] & (dv[None, :] < d_v),
         )  # fmt: skip
 
 

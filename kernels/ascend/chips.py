@@ -65,6 +65,8 @@ CHIPS = {name: Chip(name, cores, 2 * cores, *memories) for name, (cores, memorie
 
 # The widest block of a row that a program holds; several of them, in fp32 and doubled, fit the smallest UB.
 _ROW_BLOCK = 2048
+# The widest head that was lowered for every chip.
+MOST_HEAD = 256
 
 
 def find(name: str) -> Chip:
@@ -99,15 +101,21 @@ def matmul_tile(chip: Chip, rows: int, element_size: int) -> Tile:
 
 
 def attention_rows(chip: Chip, group: int, head_size: int) -> int:
-    """Rows of an attention tile: at most 64, at least 16 and the `group` query heads that share a KV head.
+    """Rows of an attention tile: 16, 32 or 64, and no fewer than the `group` query heads that share a KV head.
 
     Ten tensors of fp32, [rows, 128] of scores and [rows, head_size] of outputs, must fit UB, halved over two
-    vector cores.
+    vector cores. Raises ValueError for heads wider than MOST_HEAD, and for a group that does not fit.
     """
+    if head_size > MOST_HEAD:
+        raise ValueError(f"heads of {head_size} elements: attention holds at most {MOST_HEAD}")
     rows = 64
     while rows > 16 and rows * 10 * (128 + head_size) * 4 // 2 > chip.ub * 1024:
         rows //= 2
-    return max(rows, 1 << (group - 1).bit_length())
+    if group > rows:
+        raise ValueError(
+            f"{group} query heads a KV head: with heads of {head_size} elements {chip.name} holds at most {rows}"
+        )
+    return rows
 
 
 def row_block(cols: int) -> int:

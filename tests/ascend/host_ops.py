@@ -10,6 +10,7 @@ import ctypes
 
 import torch
 import torch_npu  # noqa: F401  before any kernel is put in the place of its own
+import triton.runtime.interpreter as interpreter
 
 POINTWISE = """
 copy_ fill_.Scalar zero_ add.Tensor add_.Tensor add.Scalar add_.Scalar sub.Tensor mul.Tensor mul_.Tensor
@@ -20,7 +21,10 @@ clamp where.self index_select embedding cat stack argmax sort.stable arange.star
 masked_fill.Scalar
 rsub.Scalar rsub.Tensor sub.Scalar scatter.src scatter_.src masked_fill_.Tensor lt.Scalar gt.Scalar lt_.Tensor
 _index_put_impl_ index.Tensor gather bitwise_not bitwise_and.Tensor repeat isfinite ne.Scalar clone
+zeros zeros_like ones pow.Scalar reciprocal arange cos sin rand uniform_
 """.split()
+# Exact in any order for integers; floating-point numbers fail, as any native kernel on the stub.
+INTEGER_SUMS = "sum sum.dim_IntList cumsum".split()
 
 _libraries: list[torch.library.Library] = []
 
@@ -66,6 +70,55 @@ def _host(name: str):
     return compute
 
 
+def _integers(name: str):
+    compute = _host(name)
+
+    def sum_integers(x, *args, **kwargs):
+        if x.is_floating_point():
+            raise RuntimeError(f"aten::{name}: no kernel runs on the stub")
+        return compute(x, *args, **kwargs)
+
+    return sum_integers
+
+
+def _reshape_and_cache(key, value, key_cache, value_cache, slot_indices) -> None:
+    """Rows of keys and values into the slots of a paged cache."""
+    slots = view(slot_indices).long()
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        held = view(cache)
+        held[slots // held.shape[1], slots % held.shape[1]] = view(rows).view(len(slots), *held.shape[2:])
+
+
+def _init_routing(x, expert_idx, *, expert_num=-1, active_expert_range=(), **options):
+    """Rows sorted by expert, stable; where each (token, choice) went; rows of each expert."""
+    chosen = view(expert_idx).flatten().long()
+    order = chosen.argsort(stable=True)
+    places = torch.empty_like(order, dtype=torch.int32)
+    places[order] = torch.arange(len(order), dtype=torch.int32)
+    rows = view(x)[order // expert_idx.shape[1]]
+    counts = torch.bincount(chosen, minlength=expert_num)
+    return tuple(_onto_npu(made) for made in (rows, places, counts, torch.empty(0)))
+
+
+_draws: dict[int, torch.Generator] = {}
+
+
+def _exponential(self, lambd=1.0, *, generator=None):
+    """A generator's draws depend on its seed and on how many it made, as an NPU's do."""
+    if generator is not None:
+        seeded = torch.Generator().manual_seed(generator.initial_seed())
+        generator = _draws.setdefault(id(generator), seeded)
+    view(self).exponential_(lambd, generator=generator)
+    return self
+
+
+def _in_place(self, args, kwargs):
+    """The interpreter works on the tensors' own memory; it would copy them and lose the strides of views."""
+    return [view(a) if isinstance(a, torch.Tensor) else a for a in args], {
+        name: view(a) if isinstance(a, torch.Tensor) else a for name, a in kwargs.items()
+    }
+
+
 def install() -> None:
     """Register the list for the NPU in this process. Idempotent."""
     if _libraries:
@@ -73,4 +126,12 @@ def install() -> None:
     library = torch.library.Library("aten", "IMPL")
     for name in POINTWISE:
         library.impl(name, _host(name), "PrivateUse1")
-    _libraries.append(library)
+    for name in INTEGER_SUMS:
+        library.impl(name, _integers(name), "PrivateUse1")
+    library.impl("exponential_", _exponential, "PrivateUse1")
+    cache, routing = torch.library.Library("atb", "IMPL"), torch.library.Library("npu", "IMPL")
+    cache.impl("_npu_reshape_and_cache", _reshape_and_cache, "PrivateUse1")
+    routing.impl("npu_moe_init_routing_v2", _init_routing, "PrivateUse1")
+    _libraries.extend((library, cache, routing))
+    interpreter.GridExecutor._init_args_hst = _in_place
+    interpreter.GridExecutor._restore_args_dev = lambda *args: None

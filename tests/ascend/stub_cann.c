@@ -46,6 +46,7 @@ API int aclrtStreamQuery(void *stream, int *status) { *status = 1; return SUCCES
 API int aclrtStreamWaitEvent(void *stream, void *event) { return SUCCESS; }
 API int aclrtSetStreamFailureMode(void *stream, uint64_t mode) { return SUCCESS; }
 API int aclrtCreateEventExWithFlag(void **event, uint32_t flag) { return handle(event); }
+API int aclrtCreateEventWithFlag(void **event, uint32_t flag) { return handle(event); }
 API int aclrtDestroyEvent(void *event) { free(event); return SUCCESS; }
 API int aclrtRecordEvent(void *event, void *stream) { return SUCCESS; }
 API int aclrtSynchronizeEvent(void *event) { return SUCCESS; }

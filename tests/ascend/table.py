@@ -158,6 +158,12 @@ SPELLINGS = {
     "attention, BSH layout": (
         lambda: npu.npu_fused_infer_attention_score(on(Q)[None], on(K)[None], on(V)[None], num_heads=4), None
     ),
+    "attention, heads of 512": (
+        lambda: npu.npu_fused_infer_attention_score(
+            *(torch.zeros(5, 2, 512, device="npu") for _ in "qkv"), **LENGTHS, **HEADS | {"num_heads": 2}
+        ),
+        None,
+    ),
     "torch_npu.npu_fusion_attention": (lambda: npu.npu_fusion_attention(on(Q), on(K), on(V), 4, "TND"), None),
     "torch_npu.npu_incre_flash_attention": (lambda: npu.npu_incre_flash_attention(on(Q), on(K), on(V)), None),
     "torch_npu._npu_paged_attention": (

@@ -1,7 +1,7 @@
 """Experts of vLLM-Ascend: routing by softmax and a stable top-k; grouped products and the weighted sum are
 served by the table."""
 
-from bi_patch.seams.ascend.common import ASCEND, RELEASES
+from bi_patch.seams.ascend.common import ASCEND, RELEASES, refuse
 from bi_patch.seams.model import Seam, Target
 
 
@@ -12,6 +12,19 @@ def _no_fused_gating(original):
         return False
 
     return check_npu_moe_gating_top_k
+
+
+def _routed_rows(original):
+    """BaseDeviceAdaptor.npu_moe_init_routing: torch_npu's operator, which only moves rows, on every chip."""
+
+    def npu_moe_init_routing(hidden_states, topk_ids, *, scale=None, quant_mode=-1, act_quant_type=None, **options):
+        import torch_npu
+
+        if scale is not None or quant_mode != -1:
+            refuse("moe.ascend_routing", ["rows quantized as they are routed"], "Use unquantized weights")
+        return torch_npu.npu_moe_init_routing_v2(hidden_states, topk_ids, quant_mode=quant_mode, **options)
+
+    return staticmethod(npu_moe_init_routing)
 
 
 SEAMS = (
@@ -26,5 +39,17 @@ SEAMS = (
         until="upstream states its order",
         platforms=ASCEND,
         causes=(10, 13),
+    ),
+    Seam(
+        name="moe.ascend_routing",
+        targets=(
+            Target("vllm_ascend.device.device_op", "BaseDeviceAdaptor.npu_moe_init_routing", RELEASES),
+        ),
+        close=_routed_rows,
+        why="on A2 and A3 it calls vLLM-Ascend's C++ library, whose operators are off",
+        how="torch_npu's operator of the same meaning, as upstream does on A5; it moves rows and counts them",
+        until="upstream calls torch_npu's on every chip",
+        platforms=ASCEND,
+        causes=(13,),
     ),
 )

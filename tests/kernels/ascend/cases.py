@@ -1,5 +1,7 @@
 """Every Ascend kernel with the tiles that each chip gets: name -> (function, signature, constants)."""
 
+import triton
+
 from bi_patch.kernels.ascend import attention, chips, matmul, pointwise, rows
 
 
@@ -69,16 +71,25 @@ def row_kernels(chip: chips.Chip) -> dict[str, tuple]:
     return cases
 
 
+# head size, query heads a KV head (None: as many as the chip holds), paged
+HEADS = (
+    (64, 8, True), (64, None, True), (96, 8, True), (128, 4, True), (128, 1, False), (128, None, True), (192, 8, True),
+    (256, None, True), (256, 1, False),
+)  # fmt: skip
+
+
 def attentions(chip: chips.Chip) -> dict[str, tuple]:
-    """Both forms of attention, paged and not, at head sizes 64 and 128, 1 to 8 query heads a KV head."""
+    """Both forms of attention, paged and not, at head sizes from 64 to 256, 1 to 8 query heads a KV head."""
     cases = {}
-    for head, group, paged in ((128, 4, True), (128, 1, False), (64, 8, True)):
+    for head, group, paged in HEADS:
+        group = group or chips.attention_rows(chip, 1, head)
         count = chips.attention_rows(chip, group, head)
+        width = triton.next_power_of_2(head)
         shape = {
             "ROWS": count,
             "LEAF": attention.LEAF,
-            "DIM": head,
-            "DIM_V": head,
+            "DIM": width,
+            "DIM_V": width,
             "PROGRAMS": chip.cube_cores,
         }
         flags = {"PAGED": paged, "CAUSAL": True, "BLOCK_SIZE": 128}

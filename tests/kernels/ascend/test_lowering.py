@@ -76,6 +76,18 @@ def test_overflow_is_seen(tmp_path):
     assert any("overflow" in line.lower() for line in made.errors)
 
 
+@pytest.mark.parametrize("target", lowering.TARGETS)
+def test_attention_that_does_not_fit_is_refused_by_name(target):
+    chip = chips.find(target)
+    for head in (64, 96, 128, 192, 256):
+        largest = chips.attention_rows(chip, 1, head)
+        assert chips.attention_rows(chip, largest, head) == largest
+        with pytest.raises(ValueError, match=f"{largest + 1} query heads"):
+            chips.attention_rows(chip, largest + 1, head)
+    with pytest.raises(ValueError, match="heads of 512 elements"):
+        chips.attention_rows(chip, 1, 512)
+
+
 @pytest.mark.parametrize("name", chips.CHIPS)
 def test_the_table_of_chips_is_the_compilers(name, tmp_path):
     chip = chips.find(name)

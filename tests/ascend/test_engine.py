@@ -1,0 +1,37 @@
+"""vLLM's own engine, scheduler and Qwen3 with vLLM-Ascend's worker on npu:0: a request's bits do not depend on what
+runs beside it, on how its prompt is cut, on the prefix cache, on preemption."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.ascend
+
+
+def answer(on_npu, tmp_path, *arguments):
+    environ = {"BI_PATCH": "1", "VLLM_BATCH_INVARIANT": "1", "BI_PATCH_CACHE": str(tmp_path / "cache")}
+    environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    model = tmp_path / "model"
+    model.mkdir()
+    command = ("tests/ascend/engine.py", arguments[0], str(model), *arguments[1:])
+    done = on_npu(*command, sources=True, timeout=900, **environ)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+
+
+@pytest.mark.parametrize("model", ["dense", "experts"])
+def test_a_request_does_not_depend_on_the_batch(on_npu, tmp_path, model):
+    found = answer(on_npu, tmp_path, model)
+    ways = found["ways"]
+    # The paths that are compared were taken: prompts cut in other places, a cached block, a preempted request.
+    assert ways["cuts alone"][2][:2] == [96, 31] and [5, 30, 61] in ways["steps together"]
+    assert ways["cached tokens"] == [128] and ways["preempted"] > 0
+    assert found["compared"] > 250
+    assert set(found["differing"]) == {
+        "batch and chunks", "prefix cache", "decode = prefill", "preemption", "seeded sampling",
+    }  # fmt: skip
+    assert not any(found["differing"].values()), found["differing"]
+
+
+def test_keys_cut_by_the_number_of_rows_are_caught(on_npu, tmp_path):
+    assert answer(on_npu, tmp_path, "dense", "fault")["differing"]["decode = prefill"] > 0
