@@ -65,3 +65,54 @@ def answer():
         prompt_top=[[(1, -3.0)], [(2, -4.0)]],
         text=" the cat sat",
     )
+
+
+@pytest.fixture(scope="session")
+def arithmetic():
+    """Arithmetic(leak=False, **options): an engine made of arithmetic, see there."""
+    from bi_patch.verify import probes
+    from bi_patch.verify.answers import Answer
+    from bi_patch.verify.engine import Info, Options
+
+    class Arithmetic:
+        """An engine whose answers are a function of the request; `leak` lets the batch reach the logprobs."""
+
+        def __init__(self, leak=False, **options):
+            self.options = Options("none", max_model_len=4096, **options)
+            self.info = Info("armed", "0.32.0", "2.13.0+cpu", "CPU", 2, 16, 500)
+            self.leak = leak
+            self.cached = 0
+            self.closed = False
+            self.warm = set()
+
+        def generate(self, requests):
+            return [self._answer(r, len(requests) if self.leak else 0) for r in requests]
+
+        def _answer(self, request, batch):
+            key = request.prompt[:16]
+            self.cached += 16 * (key in self.warm)
+            self.warm.add(key)
+            ids = [*request.prompt, *range(request.max_tokens)]
+            if request.prompt_logprobs is None:
+                scored = []
+            else:
+                scored = [-float(i + 1) for i in range(1, len(request.prompt))]
+            made = [-float(len(request.prompt) + i + 1) - batch * 1e-3 for i in range(request.max_tokens)]
+            return Answer(ids[len(request.prompt):], made, [[] for _ in made], scored, [[] for _ in scored])
+
+        def reset_cache(self):
+            self.warm.clear()
+
+        def set_chunk(self, tokens):
+            self.chunk = tokens
+
+        def counters(self):
+            return {probes.HITS: float(self.cached), probes.PREEMPTIONS: 0.0}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.closed = True
+
+    return Arithmetic

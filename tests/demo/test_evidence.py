@@ -1,106 +1,13 @@
-"""Cost rows, evidence files, tables and marks; the matrix's probes on an engine that is made of arithmetic."""
+"""Cost rows, evidence files, tables and marks; how children are told their mode."""
 
 import msgspec
 import pytest
 
 from bi_patch.bench import cost, evidence
-from bi_patch.verify import probes
-from bi_patch.verify.answers import Answer
 from bi_patch.verify.child import ARMED, STOCK, UPSTREAM, child_environ
 from bi_patch.verify.engine import Info, Options, short_name
 
 INFO = Info("armed", "0.32.0", "2.13.0+cpu", "CPU", 2, 16, 500)
-
-
-class Arithmetic:
-    """An engine whose answers are a function of the request; `leak` lets the batch reach the logprobs."""
-
-    def __init__(self, leak=False, **options):
-        self.options = Options("none", max_model_len=4096, **options)
-        self.info = INFO
-        self.leak = leak
-        self.cached = 0
-        self.warm = set()
-
-    def generate(self, requests):
-        return [self._answer(r, len(requests) if self.leak else 0) for r in requests]
-
-    def _answer(self, request, batch):
-        key = request.prompt[:16]
-        self.cached += 16 * (key in self.warm)
-        self.warm.add(key)
-        ids = [*request.prompt, *range(request.max_tokens)]
-        if request.prompt_logprobs is None:
-            scored = []
-        else:
-            scored = [-float(i + 1) for i in range(1, len(request.prompt))]
-        made = [-float(len(request.prompt) + i + 1) - batch * 1e-3 for i in range(request.max_tokens)]
-        return Answer(ids[len(request.prompt):], made, [[] for _ in made], scored, [[] for _ in scored])
-
-    def reset_cache(self):
-        self.warm.clear()
-
-    def set_chunk(self, tokens):
-        self.chunk = tokens
-
-    def counters(self):
-        return {probes.HITS: float(self.cached), probes.PREEMPTIONS: 0.0}
-
-
-WORKLOAD = probes.Workload.random(500, long=600, lengths=(3, 40, 70), prefix=40)
-
-
-@pytest.mark.parametrize("probe", probes.PROBES, ids=lambda p: p.name)
-def test_every_probe_passes_an_invariant_engine_and_compares_something(probe):
-    result = probe.run(Arithmetic(), WORKLOAD)
-    assert result.axis == probe.name and result.compared > 0 and result.differing == 0 and not result.first
-
-
-@pytest.mark.parametrize("probe", [p for p in probes.PROBES if p.name not in ("decode = prefill", "prompt logprobs")],
-                         ids=lambda p: p.name)
-def test_every_probe_catches_a_batch_that_leaks(probe):
-    result = probe.run(Arithmetic(leak=True), WORKLOAD)
-    assert result.differing > 0 and result.largest > 0 and result.first
-
-
-@pytest.mark.parametrize("cross", probes.CROSS_PROBES, ids=lambda p: p.name)
-def test_cross_probes(cross):
-    base = Arithmetic()
-    expected = cross.collect(base, WORKLOAD)
-    changes = cross.changes(base)
-    assert changes
-    for change in changes:
-        other = Arithmetic()
-        if cross.name == "preemption":
-            with pytest.raises(probes.NotExercised, match="preemption"):
-                cross.collect(other, WORKLOAD, change)
-            continue
-        result = cross.judge(change, expected, cross.collect(other, WORKLOAD, change))
-        assert result.compared > 0 and result.differing == 0
-
-
-def test_probes_that_cannot_happen_say_so():
-    with pytest.raises(probes.NotExercised):
-        list(probes.prefix_cache(probes.Run(Arithmetic(prefix_caching=False), WORKLOAD)))
-    with pytest.raises(probes.NotExercised):
-        list(probes.long_prompt(probes.Run(Arithmetic(), probes.Workload.random(500))))
-    assert "off" in named(probes.PROBES, "prefix cache").missing(Arithmetic(prefix_caching=False))
-    assert "one device" in named(probes.FEATURE_PROBES, "tensor parallel size").missing(Arithmetic())
-
-
-def named(registry, name):
-    return next(probe for probe in registry if probe.name == name)
-
-
-def test_every_difference_keeps_the_pair_that_shows_it():
-    leaking = probes.Run(Arithmetic(leak=True), WORKLOAD)
-    for probe in probes.PROBES:
-        for case in probe.cases(leaking):
-            assert case.axis == probe.name and case.label
-            assert case.alone.request.prompt == case.company.request.prompt or case.part == "decode"
-            if case.differs and not case.part:
-                (again,) = [Arithmetic(leak=True).generate(case.company.requests)[case.company.index]]
-                assert again.logprobs == case.got.logprobs
 
 
 def test_a_cost_row_takes_medians_and_paired_ratios():
