@@ -49,6 +49,27 @@ class InvarianceRow(msgspec.Struct):
     first: str = ""
 
 
+class FaultRow(msgspec.Struct):
+    """One planted fault. cause: its number in docs/causes.md. planted: its name. caught: its axis saw it.
+
+    named: locate named the module, op and seam that it was planted at. emulated: re-created outside its own kernel.
+    axis: the probe that had to see it. located: what locate said. refused: the engine does not start with the feature.
+    """
+
+    cause: int
+    planted: str
+    caught: bool
+    named: bool
+    axis: str = ""
+    emulated: bool = False
+    refused: bool = False
+    located: str = ""
+
+    @property
+    def model(self) -> str:
+        return f"{self.cause} {self.planted}"  # what a later run of the same day replaces
+
+
 class Cost(msgspec.Struct):
     device: str
     vllm: str
@@ -69,8 +90,22 @@ class Invariance(msgspec.Struct):
     note: str = ""
 
 
-Evidence = TypeVar("Evidence", Cost, Invariance)
-_KINDS = {Cost: "cost", Invariance: "invariance"}
+class Faults(msgspec.Struct):
+    """clean: pairs compared on the same axes without a fault, and how many of them differed."""
+
+    device: str
+    vllm: str
+    torch: str
+    date: str
+    rows: list[FaultRow]
+    threads: int = 0
+    note: str = ""
+    clean: tuple[int, int] = (0, 0)
+
+
+Evidence = TypeVar("Evidence", Cost, Invariance, Faults)
+_KINDS = {Cost: "cost", Invariance: "invariance", Faults: "faults"}
+CAUSES = 25  # docs/causes.md
 
 
 def new(kind: type[Evidence], info: Info) -> Evidence:
@@ -78,13 +113,13 @@ def new(kind: type[Evidence], info: Info) -> Evidence:
     return kind(info.device, info.vllm, info.torch, datetime.date.today().isoformat(), [], info.threads)
 
 
-def file_name(evidence: Cost | Invariance, platform: str) -> str:
+def file_name(evidence: Cost | Invariance | Faults, platform: str) -> str:
     """E.g. cost-2026-11-21-cpu-vllm-0.32.0.json. platform: cpu, h100, ..."""
     release = re.sub(r"[^0-9A-Za-z.]+", "-", evidence.vllm)
     return f"{_KINDS[type(evidence)]}-{evidence.date}-{platform}-vllm-{release}.json"
 
 
-def write(evidence: Cost | Invariance, platform: str, folder: Path = RESULTS) -> Path:
+def write(evidence: Cost | Invariance | Faults, platform: str, folder: Path = RESULTS) -> Path:
     """Write the file; rows of other models that a file of the same name holds are kept. Returns its path."""
     path = folder / file_name(evidence, platform)
     if path.exists():
@@ -135,6 +170,33 @@ def invariance_table(invariance: Invariance) -> str:
     return "\n".join(lines) + f"\n\n{differing} of {total:,} positions differ. " + _where(invariance)
 
 
+def faults_caught(rows: Iterable[FaultRow]) -> tuple[int, int]:
+    """Of the CAUSES known causes: caught and named where every fault planted for them was; and refused by name."""
+    by_cause: dict[int, list[FaultRow]] = {}
+    for row in rows:
+        by_cause.setdefault(row.cause, []).append(row)
+    caught = sum(all(r.caught and r.named and not r.refused for r in group) for group in by_cause.values())
+    return caught, sum(any(r.refused for r in group) for group in by_cause.values())
+
+
+def faults_table(faults: Faults) -> str:
+    """Markdown: each planted fault, the probe that saw it, and the first operation that was named."""
+    lines = ["| cause | planted | caught by | named |", "|--:|---|---|---|"]
+    for row in faults.rows:
+        first = row.located.split("\n")[0].replace("|", "/")
+        caught = row.axis if row.caught else "not seen"
+        named = "" if not row.caught else first if row.named else f"wrongly: {first}"
+        if row.refused:
+            caught, named = "refused by name", first
+        lines.append(f"| {row.cause} | {row.planted}{' (emulated)' if row.emulated else ''} | {caught} | {named} |")
+    caught, refused = faults_caught(faults.rows)
+    compared, differing = faults.clean
+    text = f"{caught} of {CAUSES} causes caught and named"
+    text += f", {refused} refused by name" if refused else ""
+    text += f". Without a fault {differing} of {compared} pairs on the same axes differ." if compared else "."
+    return "\n".join(lines) + f"\n\n{text} {_where(faults)}"
+
+
 def replace_between(text: str, mark: str, table: str) -> str:
     """`text` with what stands between `<!-- mark -->` and `<!-- /mark -->` replaced by `table`.
 
@@ -151,7 +213,7 @@ def _time(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
 
 
-def _where(evidence: Cost | Invariance) -> str:
+def _where(evidence: Cost | Invariance | Faults) -> str:
     text = f"{evidence.device}, vLLM {evidence.vllm}, torch {evidence.torch}, {evidence.date}."
     return f"{text} {evidence.note}" if evidence.note else text
 

@@ -52,7 +52,11 @@ def measure(engine: LocalEngine) -> Precision:
     with torch.inference_mode():
         for name, layer in parts.linears(engine):
             w = parts.weight(layer)
-            found = max((_excess(layer, w, m) for m in ROWS), key=lambda pair: pair[0])
+            wide = w.is_cuda and w.dtype != torch.float32  # the fp32 route beside the model's own
+            found = max(
+                (_excess(layer, held, m) for held in ((w, w.float()) if wide else (w,)) for m in ROWS),
+                key=lambda pair: pair[0],
+            )
             layers += 1
             outputs += sum(ROWS) * w.shape[0]
             worst = max(worst, found[0])
@@ -64,6 +68,18 @@ def measure(engine: LocalEngine) -> Precision:
     return Precision(layers, outputs, worst, failed)
 
 
+def _product(layer, x, w, bias):
+    held = getattr(layer, "weight", None)
+    if not w.is_cuda or held is None or held.dtype == w.dtype:
+        return layer.quant_method.apply(layer, x, bias)
+    import torch
+
+    # The layer's method, with its weight widened.
+    stand_in = torch.nn.Module()
+    stand_in.weight = torch.nn.Parameter(w, requires_grad=False)
+    return layer.quant_method.apply(stand_in, x, None if bias is None else bias.float())
+
+
 def _excess(layer, w, m: int) -> tuple[float, int]:
     import torch
 
@@ -71,7 +87,7 @@ def _excess(layer, w, m: int) -> tuple[float, int]:
     x = torch.randn(m, w.shape[1], generator=generator, device=w.device).to(w.dtype)
     bias = getattr(layer, "bias", None)
     bias = None if bias is None or getattr(layer, "skip_bias_add", False) else bias
-    y = layer.quant_method.apply(layer, x, bias)[:, :_COLUMNS].double()
+    y = _product(layer, x, w, bias)[:, :_COLUMNS].double()
     wide, exact_w = x.double(), w[:_COLUMNS].double()
     exact = wide @ exact_w.T
     allowed = LIMIT * (wide.abs() @ exact_w.abs().T)

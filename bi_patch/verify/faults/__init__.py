@@ -14,9 +14,10 @@ __all__ = ["Fault", "UnknownFault", "every", "named", "plant", "planted"]
 
 def every() -> tuple[Fault, ...]:
     """All faults by the number of their cause."""
-    from bi_patch.verify.faults import cpu, shared
+    from bi_patch.verify.faults import attention, cpu, cuda, shared
 
-    return tuple(sorted((*shared.FAULTS, *cpu.FAULTS), key=lambda fault: (fault.cause, fault.name)))
+    found = (*shared.FAULTS, *attention.FAULTS, *cpu.FAULTS, *cuda.FAULTS)
+    return tuple(sorted(found, key=lambda fault: (fault.cause, fault.name)))
 
 
 def named(name: str) -> Fault:

@@ -1,0 +1,222 @@
+"""Plant every fault of this machine's platform, one by one, and write what verification made of each.
+
+    python -m bi_patch.verify.faults                      # on CPU: about a minute
+    python -m bi_patch.verify.faults --platform cuda      # on a GPU host: a model of real shape, random weights
+    python -m bi_patch.verify.faults --only "num_splits 0,split-K for few rows"
+    python -m bi_patch.verify.faults --write-docs         # docs/faults.md anew from the newest files
+
+Writes faults-<date>-<platform>-vllm-<release>.json under --out. Exit code 0: every fault was caught and named and
+nothing differed without one; 1: not so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from bi_patch import settings
+from bi_patch.bench import evidence
+from bi_patch.bench.evidence import FaultRow, Faults
+from bi_patch.errors import BiPatchError
+from bi_patch.verify.child import ARMED, PATIENT, ChildEngine
+from bi_patch.verify.engine import Options
+from bi_patch.verify.faults import Fault, catch, every
+
+# Qwen3-30B-A3B with 3 of its 48 layers: real heads, linears and experts, and an engine that starts in seconds.
+_SHAPE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "head_dim": 128,
+    "num_key_value_heads": 4, "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16", "attention_bias": False, "use_sliding_window": False,
+    "attention_dropout": 0.0, "initializer_range": 0.02, "hidden_size": 2048, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 32, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "router_aux_loss_coef": 0.001, "output_router_logits": False, "tie_word_embeddings": False,
+}  # fmt: skip
+_HYBRID = {
+    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_size": 256, "vocab_size": 2048,
+    "num_hidden_layers": 4, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64, "torch_dtype": "bfloat16", "max_position_embeddings": 4096,
+}  # fmt: skip
+# The tracer's rows are those of model runner V1, which serves the same layers.
+_ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
+
+
+def options(platform: str, folder: str) -> Options:
+    """The engine that faults are planted in: MoE, tied routers and head, eager so that it can be traced."""
+    if platform == "cpu":
+        from bi_patch.demo import models
+
+        return Options(
+            str(models.path(models.MOE, cache=settings.read().cache)), dtype="float32", max_model_len=1024, chunk=512,
+            tied=True, digests=True, extra={"hf_overrides": {"num_experts_per_tok": 4}},
+        )
+    return Options(
+        _model(folder, "qwen3-moe", _SHAPE), max_model_len=2048, chunk=2048, tied=True, digests=True, tokenizer=False,
+        random_weights=7, extra={"gpu_memory_utilization": 0.6},
+    )
+
+
+def few_blocks(given: Options, block: int) -> Options:
+    """The same with a KV cache that holds one request, so that a batch is preempted."""
+    short = given.but(max_model_len=min(given.max_model_len, 1024))
+    return short.but(kv_blocks=-(-short.max_model_len // block) + 1)
+
+
+def run(given: Options, platform: str, only: set[str], environ: dict[str, str]) -> Faults:
+    """Two engines: one for most faults, one with few KV blocks. Prints a line for each fault."""
+    wanted = [f for f in every() if platform in f.platforms and (not only or f.name in only)]
+    rows: list[FaultRow] = []
+    pairs = differing = 0
+    with ChildEngine(ARMED, given, environ=environ) as engine:
+        made = evidence.new(Faults, engine.info)
+        block = engine.info.block_size
+        load = catch.workload(engine)
+        rows += [_row(engine, fault, load) for fault in wanted if fault.axis != catch.PREEMPTION]
+        axes = {fault.axis for fault in wanted} - {catch.PREEMPTION, catch.PRECISION, catch.RESTART}
+        pairs, differing = _clean(engine, axes, load)
+    if any(fault.axis == catch.PREEMPTION for fault in wanted):
+        with ChildEngine(ARMED, few_blocks(given, block), environ=environ) as engine:
+            load = catch.workload(engine)
+            rows += [_row(engine, fault, load) for fault in wanted if fault.axis == catch.PREEMPTION]
+            more = _clean(engine, {catch.PREEMPTION}, load)
+            pairs, differing = pairs + more[0], differing + more[1]
+    made.rows = sorted(rows, key=lambda row: (row.cause, row.planted))
+    made.clean = (pairs, differing)
+    return made
+
+
+def _row(engine: ChildEngine, fault: Fault, load) -> FaultRow:
+    platform = "cpu" if engine.info.platform == "cpu" else "cuda"
+    emulated = platform in fault.emulated
+    try:
+        found = catch.catch(engine, fault.name, load)
+    except Exception as error:
+        if not engine.alive():
+            raise
+        traceback.print_exc()
+        row = FaultRow(fault.cause, fault.name, False, False, fault.axis, emulated, located=f"{error}")
+    else:
+        row = FaultRow(fault.cause, fault.name, found.caught, found.right, fault.axis, emulated, located=found.named)
+    state = "caught and named" if row.caught and row.named else "caught, named wrongly" if row.caught else "NOT CAUGHT"
+    located = row.located.replace("\n", "\n   ")
+    print(f"{row.cause:2} {row.planted}: {state} ({row.axis})\n   {located}", flush=True)
+    return row
+
+
+def _clean(engine: ChildEngine, axes: set[str], load) -> tuple[int, int]:
+    pairs = differing = 0
+    for axis in sorted(axes):
+        for case in catch.cases(engine, axis, load):
+            pairs += 1
+            differing += case.differs
+            if case.differs:
+                print(f"without a fault: {axis}: {case.label}: {case.difference.first}", flush=True)
+    print(f"without a fault: {differing} of {pairs} pairs differ", flush=True)
+    return pairs, differing
+
+
+def refused(folder: str, environ: dict[str, str]) -> FaultRow:
+    """Cause 24: a model with recurrent layers must not start."""
+    given = Options(_model(folder, "hybrid", _HYBRID), max_model_len=512, chunk=512, tokenizer=False, random_weights=1,
+                    prefix_caching=False)
+    planted, said = "a model with recurrent layers", ""
+    try:
+        ChildEngine(ARMED, given, environ=environ).close()
+    except BiPatchError as error:
+        said = str(error).split(":")[0] if type(error).__name__ == "UnsupportedFeature" else ""
+        print(f"24 {planted}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+    return FaultRow(24, planted, bool(said), bool(said), "start", refused=bool(said), located=said)
+
+
+def compiled_norms(given: Options, environ: dict[str, str]) -> FaultRow:
+    """Cause 17 on CUDA: compiled code takes its own norms, eager code the order's: the seams of norms are left open."""
+    from bi_patch.verify import locate
+    from bi_patch.verify.case import Setting
+    from bi_patch.verify.probes.base import pair
+
+    setting, compiled = {}, given.but(eager=False, digests=False)
+    leave = {"BI_PATCH_LEAVE_OPEN": "norm.cuda_rms,norm.cuda_rms_native", "BI_PATCH_ALLOW_OPEN": "1"}
+    answers, traces = [], []
+    for options, more in ((given.but(digests=False), {}), (compiled, leave)):
+        with ChildEngine(ARMED, options, environ=environ | more, fresh=True) as engine:
+            load = catch.workload(engine)
+            setting = Setting.alone(load.greedy(2))
+            engine.reset_cache()
+            answers += engine.generate(setting.requests)
+            traces.append(locate.trace(engine, setting, coarse=True))
+    case = pair("eager against compiled", setting, setting, *answers)
+    located = locate.judge(case, *traces, coarse=True) if case.differs else None
+    right = located is not None and located.seam.split(".")[0] in ("compilation", "attention", "linear")
+    row = FaultRow(17, "compiled norms outside the order", case.differs, right, "eager and compiled",
+                   located=located.words() if located else "")
+    print(f"17 {row.planted}: caught={row.caught} {row.located}", flush=True)
+    return row
+
+
+def _model(folder: str, name: str, config: dict) -> str:
+    path = Path(folder) / name
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def write_docs(folder: Path, page: Path) -> None:
+    """The tables of docs/faults.md from the newest file of each platform."""
+    text = page.read_text()
+    for platform in evidence.platforms(Faults, folder):
+        mark = f"faults-{platform}"
+        if f"<!-- {mark} -->" not in text:
+            text += f"\n## On {platform}\n\n<!-- {mark} -->\n<!-- /{mark} -->\n"
+        table = evidence.faults_table(evidence.newest(Faults, folder, platform))
+        text = evidence.replace_between(text, mark, table)
+    page.write_text(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=evidence.RESULTS, help="folder of the result file")
+    parser.add_argument("--only", default="", help="names of faults, comma separated; writes no file")
+    parser.add_argument("--no-compile", action="store_true", help="cuda: leave out the fault that needs torch.compile")
+    parser.add_argument("--write-docs", action="store_true", help="only write docs/faults.md from the newest files")
+    a = parser.parse_args()
+    if a.write_docs:
+        write_docs(a.out, Path("docs/faults.md"))
+        return 0
+    only = {name.strip() for name in a.only.split(",") if name.strip()}
+    environ = PATIENT | dict(os.environ) | _ENVIRON[a.platform]
+    with tempfile.TemporaryDirectory(prefix="bi_patch-faults-") as folder:
+        given = options(a.platform, folder)
+        found = run(given, a.platform, only, environ)
+        if not only:
+            found.rows.append(refused(folder, environ))
+            if a.platform == "cuda" and not a.no_compile:
+                try:
+                    found.rows.append(compiled_norms(given, environ))
+                except Exception:  # one engine that does not start must not cost the file of the others
+                    traceback.print_exc()
+                    found.rows.append(FaultRow(17, "compiled norms outside the order", False, False))
+            found.rows.sort(key=lambda row: (row.cause, row.planted))
+            short = "cpu" if a.platform == "cpu" else evidence_platform(found.device)
+            print(evidence.write(found, short, a.out))
+    caught, refusals = evidence.faults_caught(found.rows)
+    print(f"{caught} of {evidence.CAUSES} causes caught and named, {refusals} refused by name; "
+          f"without a fault {found.clean[1]} of {found.clean[0]} pairs differ")
+    return 0 if all(row.caught and row.named for row in found.rows) and not found.clean[1] else 1
+
+
+def evidence_platform(device: str) -> str:
+    from bi_patch.verify.engine import short_name
+
+    return short_name(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Faults in what only the CUDA engine runs: vLLM's own kernels and choices put back where bi_patch put its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from bi_patch.verify.engine import LocalEngine
+from bi_patch.verify.faults import parts
+from bi_patch.verify.faults.base import CUDA, Fault
+from bi_patch.verify.runner import model_runner, replaced
+
+
+@contextlib.contextmanager
+def heuristic_splits(engine: LocalEngine) -> Iterator[None]:
+    """FlashAttention chooses its KV splits by itself (num_splits 0)."""
+    context = model_runner(engine).vllm_config.compilation_config.static_forward_context
+
+    def wrap(held):
+        def forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs):
+            if attn_metadata is not None:
+                attn_metadata = dataclasses.replace(attn_metadata, max_num_splits=0, scheduler_metadata=None)
+            return held(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for layer in context.values():
+            if hasattr(layer, "impl"):
+                stack.enter_context(replaced(layer.impl, "forward", wrap))
+        yield
+
+
+def vllm_norm(engine: LocalEngine):
+    """vLLM's own RMSNorm kernel, whose block has 1024 threads for under 256 rows and 256 from there on."""
+
+    def make(name, layer, held):
+        def forward(x, residual=None):
+            weight, eps = layer.weight.data, layer.variance_epsilon
+            if residual is None:
+                out = torch.empty_like(x)
+                torch.ops._C.rms_norm(out, x.contiguous(), weight, eps)
+                return out
+            x, residual = x.clone(), residual.clone()
+            torch.ops._C.fused_add_rms_norm(x, residual, weight, eps)
+            return x, residual
+
+        return forward
+
+    return parts.each_norm(engine, make)
+
+
+def _original(seam: str):
+    """What stood at a seam's place before it was closed."""
+    from bi_patch.arming import switch
+
+    state = switch.state()
+    assert state is not None
+    return state.ledger.of(seam)[0].original
+
+
+def library_topk(engine: LocalEngine):
+    """Top logprobs by the library's top-k, whose algorithm follows the number of rows: ties fall either way."""
+    held = _original("sampling.cuda_gather_logprobs")
+    function = held.__func__ if isinstance(held, staticmethod) else held
+    return replaced(model_runner(engine).sampler, "gather_logprobs", lambda _: function)
+
+
+@contextlib.contextmanager
+def top_p_by_batch(engine: LocalEngine) -> Iterator[None]:
+    """vLLM's own choice of top-p kernels by the number of requests."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    held = topk_topp_sampler.apply_top_k_top_p
+    topk_topp_sampler.apply_top_k_top_p = _original("sampling.cuda_top_k_top_p")
+    try:
+        yield
+    finally:
+        topk_topp_sampler.apply_top_k_top_p = held
+
+
+def tf32(engine: LocalEngine):
+    """fp32 products on matrix units that read ten bits of each input."""
+
+    def make(name, layer, held):
+        def run(x, bias):
+            if x.dtype != torch.float32:
+                return held(x, bias)
+            matmul = torch.backends.cuda.matmul
+            before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+            try:
+                return torch.nn.functional.linear(x, parts.weight(layer).float(), bias)
+            finally:
+                matmul.fp32_precision = before
+
+        return run
+
+    return parts.each_linear(engine, make)
+
+
+FAULTS = (
+    Fault("RMSNorm kernel of vLLM", 2, vllm_norm.__doc__, "batch size", vllm_norm, (CUDA,), "norm",
+          seam={"cuda": "norm.cuda_rms"}),
+    Fault("num_splits 0", 3, heuristic_splits.__doc__, "batch size", heuristic_splits, (CUDA,), "attn",
+          seam={"cuda": "attention.cuda_backend"}),
+    Fault("top-k of the library", 13, library_topk.__doc__, "tied logits and routers", library_topk, (CUDA,),
+          "sampler", seam=None),
+    Fault("top-p kernels by batch", 21, top_p_by_batch.__doc__, "kinds of sampling", top_p_by_batch, (CUDA,),
+          "sampler", seam={"cuda": "sampling.cuda_top_k_top_p"}),
+    Fault("TF32 in fp32 products", 23, tf32.__doc__, "precision", tf32, (CUDA,), seam={"cuda": "linear.cuda_route"}),
+)
