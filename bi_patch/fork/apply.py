@@ -1,5 +1,6 @@
 """Applies and reverses patches with `git apply`, and makes a patched copy of the installed vLLM."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from bi_patch.arming import installed
 from bi_patch.errors import PatchError
 from bi_patch.fork import series
 from bi_patch.seams import anchors
+from bi_patch.seams.registry import PACKAGES
 
 
 def apply(folder: Path, patch: Path, *, reverse: bool = False) -> None:
@@ -64,7 +66,7 @@ def reverse_series(folder: Path, patches: Sequence[Path]) -> None:
 
 
 def patched_copy(folder: Path) -> Path:
-    """A copy of the installed vLLM in `folder`, with the series of its release applied.
+    """A copy of the installed vLLM, and of its plugin vLLM-Ascend where that is installed, patched, in `folder`.
 
     The copy is small: what no patch touches is a symbolic link to the installed file or folder. A process
     with `folder` first on PYTHONPATH, BI_PATCH_FORM=patches and VLLM_BATCH_INVARIANT=1 runs the patched vLLM.
@@ -75,13 +77,25 @@ def patched_copy(folder: Path) -> Path:
     found = installed.find("cpu")  # the platform is not looked at: the series is for every platform
     if found is None:
         raise PatchError("no vLLM is installed in this environment: there is nothing to copy")
-    patches = series.read(anchors.PATCHES / f"vllm-{found.release}")
-    copy = folder / found.folder.name
-    if copy.exists():
-        raise PatchError(f"{copy} is there already: give an empty folder")
-    _mirror(found.folder, copy, {found.folder.parent / patch.target for patch in patches})
-    apply_series(folder, [patch.path for patch in patches])
+    release = str(found.release)
+    packages = {"vllm": found.folder, **_plugins(release)}
+    for package, original in packages.items():
+        if (folder / original.name).exists():
+            raise PatchError(f"{folder / original.name} is there already: give an empty folder")
+        patches = series.read(anchors.folder_of(release, package))
+        _mirror(original, folder / original.name, {original.parent / patch.target for patch in patches})
+        apply_series(folder, [patch.path for patch in patches])
     return folder
+
+
+def _plugins(release: str) -> dict[str, Path]:
+    """The folders of vLLM's installed plugins that hold seams in this release."""
+    found = {}
+    for package, (_, releases) in PACKAGES.items():
+        spec = importlib.util.find_spec(package) if package != "vllm" and release in releases else None
+        for place in (spec and spec.submodule_search_locations) or ():
+            found.setdefault(package, Path(place))
+    return found
 
 
 def _mirror(original: Path, copy: Path, changed: set[Path]) -> None:

@@ -15,19 +15,20 @@ SOURCES = Path(sys.prefix) / "sources"
 
 @pytest.fixture(scope="session")
 def on_npu():
-    """Run a script of this folder (or code, with -c) there; returns the finished process. sources: vLLM 0.23
-    and its plugin
-    can be imported. environ adds to the environment.
+    """Run a script of this folder (or code, with -c) there; returns the finished process.
+
+    sources: vLLM 0.23 and its plugin can be imported. first: folders before them. environ adds to the environment.
     """
     if not STUB.is_dir():
         pytest.skip("no stub CANN in this environment: run `make test-ascend`")
 
     def run(
-        *arguments: str, timeout: float = 300, sources: bool = False, **environ: str
+        *arguments: str, timeout: float = 300, sources: bool = False, first: tuple = (), **environ: str
     ) -> subprocess.CompletedProcess:
         dropped = ("BI_PATCH", "VLLM_", "ASCEND_HOME")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         folders = (
+            *first,
             *((SOURCES,) if sources else ()),
             ROOT,
             ROOT / "tests/ascend",

@@ -1,14 +1,13 @@
-"""vLLM-Ascend 0.23 imported for real, armed, over the stub: every seam closed, then its own functions
-through the routes.
+"""vLLM-Ascend 0.23 imported for real, armed, over the stub: every seam closed, then its own functions on the routes.
 
-Prints JSON lines `{"case", "told"}`; told is empty where the case holds. acl and torchvision, of which
-nothing is
-computed here, are stood in for.
+`live.py patches`: by the code at the end of a patched copy's modules, without hooks. Prints JSON lines
+`{"case", "told"}`; told is empty where the case holds. acl and torchvision are stood in for: nothing of them computes.
 """
 
 import importlib
 import json
 import os
+import sys
 import types
 
 import stand_ins
@@ -34,7 +33,10 @@ def main() -> None:
     import torch
     import torch_npu
 
-    import bi_patch  # arms
+    if sys.argv[1:] != ["patches"]:
+        import bi_patch  # arms
+    importlib.import_module("vllm_ascend.worker.worker")
+    import bi_patch
     from bi_patch.arming import gate
 
     state = bi_patch.state()
@@ -44,7 +46,10 @@ def main() -> None:
 
     canonical.install()
     host_ops.install()
-    importlib.import_module("vllm_ascend.worker.worker")
+    import vllm_ascend
+
+    seams = sorted((f.name, f.status) for f in gate.inspect())
+    print(json.dumps({"seams": seams, "from": vllm_ascend.__file__, "form": state.settings.form}), flush=True)
     open_seams = [(f.name, f.reason) for f in gate.inspect() if f.status != gate.CLOSED]
     say("every seam is closed", open_seams)
     gate.verify()

@@ -8,11 +8,15 @@ import pytest
 pytestmark = pytest.mark.ascend
 
 
+def printed(done):
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 def test_vllm_ascend_armed(on_npu, tmp_path):
     environ = {"BI_PATCH": "1", "VLLM_BATCH_INVARIANT": "1", "BI_PATCH_CACHE": str(tmp_path)}
     done = on_npu("tests/ascend/live.py", sources=True, **environ)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [row for row in printed(done) if "case" in row]
     assert len(found) >= 22
     assert {row["case"]: row["told"] for row in found if row["told"]} == {}
 
@@ -23,3 +27,31 @@ def test_a_seam_left_open_is_named(on_npu, tmp_path):
     done = on_npu("-c", code, sources=True, BI_PATCH_LEAVE_OPEN="engine.ascend_mode", **environ)
     assert done.returncode != 0
     assert "SeamOpen" in done.stderr and "engine.ascend_mode" in done.stderr
+
+
+COPY = """
+import sys
+from pathlib import Path
+import bi_patch_entry
+bi_patch_entry.arm_on_import = False
+from bi_patch.fork.apply import patched_copy
+print(patched_copy(Path(sys.argv[1])))
+"""
+
+
+def test_patches_close_the_seams_that_hooks_close(on_npu, tmp_path):
+    """A patched copy of vLLM and vLLM-Ascend: the same cases hold, by the code at the end of its modules alone."""
+    copy = tmp_path / "copy"
+    made = on_npu("-c", COPY, str(copy), sources=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+    environ = {"VLLM_BATCH_INVARIANT": "1", "BI_PATCH": "1", "BI_PATCH_CACHE": str(tmp_path / "cache")}
+    rows = {}
+    for form, first in (("hooks", ()), ("patches", (copy,))):
+        done = on_npu("tests/ascend/live.py", form, sources=True, first=first, BI_PATCH_FORM=form, **environ)
+        assert done.returncode == 0, done.stderr[-3000:]
+        told = printed(done)
+        (state,) = (row for row in told if "seams" in row)
+        assert state["form"] == form and state["from"].startswith(str(copy)) == (form == "patches")
+        assert {row["case"]: row["told"] for row in told if row.get("told")} == {}
+        rows[form] = state["seams"]
+    assert rows["patches"] == rows["hooks"] and {status for _, status in rows["hooks"]} == {"closed"}
