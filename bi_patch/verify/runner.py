@@ -50,7 +50,7 @@ def model_runner(engine) -> object:
 def module_names(runner) -> dict[int, str]:
     """id(module) -> path, of the model and the sampler."""
     names = {id(m): f"sampler.{name}".rstrip(".") for name, m in runner.sampler.named_modules()}
-    return names | {id(m): name or "model" for name, m in runner.get_model().named_modules()}
+    return names | {id(m): name for name, m in runner.get_model().named_modules()}
 
 
 class Attached:

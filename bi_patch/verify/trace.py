@@ -83,7 +83,7 @@ Kernel = Callable[[object, tuple], str]  # (op overload, arguments) -> kernel
 
 
 class Tracer(TorchDispatchMode):
-    """Records calls while `rows` is set. names: id(module) -> path. watch: (module, op) whose GPU kernels are named."""
+    """Records calls while `rows` is set. names: id(module) -> path, "" for the whole model. watch: (module, op) whose GPU kernels are named."""
 
     def __init__(self, names: dict[int, str], owner: Owner, kernel: Kernel, watch: tuple[str, str] | None = None,
                  coarse: bool = False) -> None:
@@ -140,8 +140,7 @@ class Tracer(TorchDispatchMode):
         if self._busy or self._rows is None:
             return func(*args, **kwargs)
         name = f"{func.namespace}.{func._schema.name.split('::')[-1]}"
-        path = self._modules[-1][1] if self._modules else ""
-        if self._watch == (path, name) and torch.cuda.is_available():
+        if self._watch == (self._modules[-1][1] if self._modules else "", name) and torch.cuda.is_available():
             result, kernel = _profiled(func, args, kwargs)
         else:
             result, kernel = func(*args, **kwargs), ""
@@ -168,7 +167,7 @@ class Tracer(TorchDispatchMode):
         if rows is None:
             return
         innermost, path = self._modules[-1][:2] if self._modules else (None, "")
-        path = path if module is None else module
+        path = path or ("model" if innermost is not None else "") if module is None else module
         self._busy = True
         try:
             for index, tensor in enumerate(outputs):
@@ -204,7 +203,7 @@ class Tracer(TorchDispatchMode):
             stack.enter_context(self.again())
         outer = self._modules[-1][1] if self._modules else ""
         path = self._names.get(id(module), outer)
-        if outer and not path.startswith(outer):  # shared by several layers: named by where it runs
+        if outer and path != outer and not path.startswith(f"{outer}."):  # shared by several layers: named by where it runs
             path = f"{outer}.{path.rsplit('.', 1)[-1]}"
         self._modules.append((module, path, stack))
 

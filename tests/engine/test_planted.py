@@ -1,0 +1,107 @@
+"""Every planted fault of the CPU engine is seen by its axis, and locate names where it was planted."""
+
+import msgspec
+import pytest
+
+from bi_patch.demo import models
+from bi_patch.errors import BiPatchError, UnsupportedFeature
+from bi_patch.verify import locate
+from bi_patch.verify.case import Setting
+from bi_patch.verify.child import ARMED, STOCK
+from bi_patch.verify.faults import catch, every
+from bi_patch.verify.faults.__main__ import _HYBRID, _model, few_blocks, options
+from bi_patch.verify.probes.base import pair
+
+pytestmark = pytest.mark.engine
+
+CPU = [fault for fault in every() if "cpu" in fault.platforms]
+MAIN = [fault.name for fault in CPU if fault.axis != catch.PREEMPTION]
+
+
+@pytest.fixture(scope="module")
+def engine(start, model):
+    """One armed engine in which faults are planted and taken out again; MoE, fp32, tied routers and head."""
+    given = options("cpu", "")
+    changes = {f: getattr(given, f) for f in given.__struct_fields__ if f not in ("model", "chunk", "max_model_len")}
+    with start(ARMED, models.MOE, chunk=given.chunk, max_model_len=given.max_model_len, **changes) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def load(engine):
+    return catch.workload(engine)
+
+
+def test_the_causes_that_cpu_can_show_are_all_planted():
+    assert {fault.cause for fault in CPU} == set(range(1, 26)) - {17, 24}
+    assert len({fault.name for fault in every()}) == len(every())
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_a_planted_fault_is_caught_and_named(engine, load, name):
+    found = catch.catch(engine, name, load)
+    print(f"{found.cause}: {name}: {found.named}")
+    assert found.caught, f"{found.axis} did not see it in {found.compared} pairs"
+    assert found.right, found.named
+
+
+def test_without_a_fault_the_same_axes_see_nothing(engine, load):
+    for axis in sorted({fault.axis for fault in CPU} - {catch.PREEMPTION, catch.PRECISION, catch.RESTART}):
+        cases = list(catch.cases(engine, axis, load))
+        assert cases and not any(case.differs for case in cases), axis
+    precise = catch.precision(engine)
+    assert not precise.failed and precise.layers == 10 and 0 < precise.worst < 1
+
+
+def test_without_a_fault_nothing_is_located(engine, load):
+    request = load.greedy(1)
+    fillers = [load.filler(i) for i in range(4)]
+    alone, company = Setting.alone(request), Setting.among(fillers[:2], request, fillers[2:])
+    answers = [locate.trace(engine, s).answer for s in (alone, company)]
+    case = pair("a batch of 5", alone, company, *answers)
+    assert not case.differs and locate.locate_on(engine, case) is None
+
+
+def test_tracing_changes_no_bit(engine, load):
+    request = load.greedy(2).but(prompt_logprobs=1, temperature=0.7, seed=3)
+    engine.reset_cache()
+    (plain,) = engine.generate([request])
+    assert locate.trace(engine, Setting.alone(request)).answer == plain
+
+
+def test_preemption(start, engine):
+    given = few_blocks(options("cpu", ""), engine.info.block_size)
+    with start(ARMED, models.MOE, chunk=given.chunk, max_model_len=given.max_model_len, kv_blocks=given.kv_blocks,
+               dtype=given.dtype) as small:
+        load = catch.workload(small)
+        assert not any(case.differs for case in catch.cases(small, catch.PREEMPTION, load))
+        for name in (fault.name for fault in CPU if fault.axis == catch.PREEMPTION):
+            found = catch.catch(small, name, load)
+            assert found.caught and found.right, found
+
+
+def test_a_fault_of_another_platform_is_refused(engine):
+    name = next(fault.name for fault in every() if fault.platforms == ("cuda",))
+    with pytest.raises(BiPatchError, match="cannot be planted on cpu"):
+        catch.plant(engine, name)
+    with pytest.raises(BiPatchError, match="there is no fault"):
+        engine.ask("plant", msgspec.msgpack.encode(["no such fault"]))
+
+
+def test_recurrent_layers_are_refused_by_name(start, model, tmp_path):
+    folder = _model(str(tmp_path), "hybrid", _HYBRID)
+    from bi_patch.verify.child import ChildEngine
+    from bi_patch.verify.engine import Options
+
+    with pytest.raises(UnsupportedFeature, match="hybrid and state-space"):
+        ChildEngine(ARMED, Options(folder, max_model_len=512, chunk=512, tokenizer=False, random_weights=1)).close()
+
+
+def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):
+    """Without bi_patch the differences are real; what is named is the seam that would close them."""
+    with start(STOCK, models.QWEN3, max_model_len=3200, dtype="float32") as stock:
+        load = catch.workload(stock)
+        case = next(c for axis in ("batch size", "mixed lengths") for c in catch.cases(stock, axis, load) if c.differs)
+        found = locate.locate_on(stock, case)
+    print(found.words())
+    assert found.seam and found.seam_status.startswith("open") and found.module.startswith("model.layers.0")
