@@ -104,6 +104,7 @@ class _Verification:
     def __init__(self, target: Target, level: Level, watcher: Watcher, only: Sequence[str], clients: int,
                  locate: Callable[[Case, Options, str], object] | None) -> None:
         self.target, self.level, self.watcher, self.clients, self.locate = target, level, watcher, clients, locate
+        self.only = frozenset(only)
         self.clock = _Clock()
         self.limit: float | None = None
         self.started = 0.0  # seconds of the last start
@@ -195,6 +196,8 @@ class _Verification:
 
     def _applies(self, probe: Probe | CrossProbe, engine: Engine) -> bool:
         why = probe.missing(engine)
+        if not why and isinstance(probe, CrossProbe) and probe.name not in self.only:
+            why = probe.unpromised(engine)
         if why:
             self._settle(probe.name, NOT_APPLICABLE, why)
         return not why
@@ -241,7 +244,7 @@ class _Verification:
         groups: dict[str, _Group] = {}
         for probe in cross:
             changes = probe.changes(engine)
-            if self.level.one_engine:
+            if self.level.one_engine and probe.name not in self.only:
                 # Compiling again would take a small level's whole time: a compiled engine is restarted eager.
                 if any(change.fresh != engine.options.eager for change in changes if not change.options):
                     self._settle(probe.name, LEFT_OUT, "an eager engine takes its place here: --full measures it")
@@ -249,6 +252,7 @@ class _Verification:
                 if "eager" in changes[0].options and engine.options.eager:
                     self._settle(probe.name, LEFT_OUT, "would compile the model: --full measures it")
                     continue
+            if self.level.one_engine:
                 changes = changes[:1]
             for change in changes:
                 key = "" if self.level.one_engine else repr((sorted(change.options.items()), change.fresh))

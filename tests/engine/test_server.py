@@ -15,6 +15,13 @@ import pytest
 from openai import AsyncOpenAI
 
 from bi_patch.demo import models
+from bi_patch.errors import ServerFailed
+from bi_patch.verify import report
+from bi_patch.verify.answers import Request
+from bi_patch.verify.levels import QUICK
+from bi_patch.verify.measure import verify
+from bi_patch.verify.server import ServerEngine
+from bi_patch.verify.targets import Running
 
 pytestmark = pytest.mark.engine
 
@@ -103,3 +110,26 @@ def test_concurrent_answers_equal_solo_answers(server):
 
     solo, together = asyncio.run(main())
     assert len(solo) == 24 and solo == together
+
+
+def test_256_clients_get_their_solo_answers(server):
+    """The proof of `bi-patch verify --url`: mixed lengths, arrival times and samplings, cold and then warm."""
+    axes = ("concurrent clients", "prefix cache", "logprobs in any order", "chunk budget", "restart")
+    found = verify(Running(server[0]), QUICK, only=axes, clients=256)
+    states = {axis.name: axis.state for axis in found.axes if axis.name in axes}
+    assert found.exit_code == report.INVARIANT, found.verdict
+    assert states["chunk budget"] == states["restart"] == report.NOT_APPLICABLE
+    clients = next(axis for axis in found.axes if axis.name == "concurrent clients")
+    assert clients.state == report.PASSED and clients.pairs == 512 and clients.compared > 10_000
+
+
+def test_a_server_that_refuses_or_is_down_is_named(server):
+    with ServerEngine(server[0]) as engine:
+        assert engine.alive() and engine.info.block_size > 0 and engine.counters()
+        with pytest.raises(ServerFailed, match="400"):
+            engine.generate([Request((1, 2), prompt_logprobs=10_000)])
+        assert len(engine.generate([Request((1, 2), max_tokens=3)])[0].tokens) == 3
+    found = verify(Running(server[0], model="another"), QUICK)
+    assert found.exit_code == report.UNCHECKED and "does not serve 'another'" in found.stopped
+    found = verify(Running("http://127.0.0.1:9"), QUICK)
+    assert found.exit_code == report.UNCHECKED and "no server answers" in found.stopped

@@ -105,7 +105,7 @@ CROSS_PROBES = (
     CrossProbe("chunked prefill", "several chunk budgets, and off", crossing.chunk_changes, crossing.everything,
                causes=(6,)),
     CrossProbe("eager and compiled", "eager, compiled, graphs", crossing.compiled, crossing.everything,
-               causes=(17, 18, 19), seconds=30),
+               causes=(17, 18, 19), seconds=30, unpromised=crossing.compiled_unpromised),
 )  # fmt: skip
 
 # Features that an engine may lack or refuse: then they do not apply.

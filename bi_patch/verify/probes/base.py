@@ -179,7 +179,10 @@ class Change:
 
 @dataclass(frozen=True)
 class CrossProbe:
-    """One axis across engines: `collect` runs on the base engine and on one engine per change. See Probe."""
+    """One axis across engines: `collect` runs on the base engine and on one engine per change. See Probe.
+
+    unpromised: why neither vLLM nor bi_patch promises the axis there; it is then measured only where it is named.
+    """
 
     name: str
     about: str
@@ -190,6 +193,7 @@ class CrossProbe:
     missing: Callable[[Engine], str] = lambda engine: ""
     seconds: float = 6.0
     optional: bool = False
+    unpromised: Callable[[Engine], str] = lambda engine: ""
 
     def collect(self, engine: Engine, workload: Workload, change: Change | None = None) -> list[Answer]:
         """The answers of one engine, cold. change: what this engine changed, None for the base engine."""

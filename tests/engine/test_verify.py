@@ -1,0 +1,126 @@
+"""`bi-patch verify` on real engines: armed, stock, without weights or tokenizer, killed, interrupted, and in pytest."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bi_patch.demo import models
+from bi_patch.verify import report
+from bi_patch.verify.child import STOCK
+from bi_patch.verify.levels import DEFAULT, QUICK
+from bi_patch.verify.local import local
+from bi_patch.verify.measure import Watcher, verify
+
+pytestmark = pytest.mark.engine
+pytest_plugins = "pytester"
+
+CLI = [sys.executable, "-c", "import bi_patch_entry; bi_patch_entry.cli()", "verify"]
+
+
+@pytest.fixture
+def bare(model, tmp_path):
+    """make(name): a folder with that model's config.json and nothing else: no weights, no tokenizer."""
+
+    def make(name):
+        shutil.copy(Path(model(name)) / "config.json", tmp_path)
+        return tmp_path
+
+    return make
+
+
+def test_quick_on_the_command_line(model, tmp_path):
+    done = subprocess.run(
+        [*CLI, model(models.QWEN3), "--quick", "--json", "report.json", "--html", "page.html"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = report.read(tmp_path / "report.json")
+    assert found.complete and found.mode == "armed" and found.differing == 0 and found.compared > 4000
+    assert {a.state for a in found.axes} == {report.PASSED, report.NOT_APPLICABLE, report.LEFT_OUT}
+    assert found.starts == 2 and "batch size" in done.stdout and "left" in done.stdout
+    assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+def test_stock_differs(model):
+    axes = ("shared prefix", "logprobs in any order", "long prompt")
+    found = verify(local(model(models.QWEN3), QUICK, mode=STOCK), QUICK, only=axes)
+    assert found.exit_code == report.DIFFERS, found.verdict
+    assert any(axis.case is not None and axis.ulps > 0 for axis in found.axes)
+
+
+def test_config_alone_with_logits_and_tied(bare):
+    folder = bare(models.MOE)
+    with pytest.raises(models.ModelMissing, match="--random-weights"):
+        local(str(folder), QUICK)
+    axes = ("mixed lengths", "tied logits and routers", "LoRA")
+    target = local(str(folder), DEFAULT, random_weights=7, logits=True, eager=True)
+    assert not target.options.tokenizer
+    found = verify(target, DEFAULT, only=axes)
+    states = {axis.name: (axis.state, axis.reason) for axis in found.axes if axis.name in axes}
+    assert found.exit_code == report.INVARIANT, (found.verdict, states)
+    assert states["LoRA"][0] == report.NOT_APPLICABLE
+    by_name = {axis.name: axis for axis in found.axes}
+    assert by_name["mixed lengths"].digests > 0 and by_name["tied logits and routers"].digests > 0
+
+
+class Killer(Watcher):
+    """Kills the engine's process when the second axis begins."""
+
+    def __init__(self):
+        self.started = []
+
+    def measuring(self, axis, left):
+        if axis.name == "position and order" and axis.pairs == 2:
+            os.kill(self.started[0]._process.pid, signal.SIGKILL)
+
+
+def test_a_killed_engine_is_named_and_what_was_compared_is_kept(model):
+    killer, target = Killer(), local(model(models.QWEN3), QUICK)
+    start = target.start
+    target.start = lambda options, fresh=False: killer.started.append(start(options, fresh=fresh)) or killer.started[-1]
+    found = verify(target, QUICK, watcher=killer)
+    assert found.exit_code == report.UNCHECKED and "memory" in found.stopped and "-9" in found.stopped
+    assert found.axes[0].state == report.PASSED and found.compared > 0
+    Path(killer.started[0]._log.name).unlink(missing_ok=True)
+
+
+def test_an_interrupted_run_leaves_its_report(model, tmp_path):
+    process = subprocess.Popen(
+        [*CLI, model(models.QWEN3), "--json", "report.json"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if "batch size" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == report.UNCHECKED, rest
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert not kept["complete"] and "interrupted" in kept["stopped"] and kept["axes"][0]["compared"] > 0
+    assert "interrupted" in rest
+
+
+def test_the_pytest_fixture(model, pytester):
+    """As in a user's own tests; needs bi_patch installed, since pytest finds the plugin by its entry point."""
+    pytester.makepyfile(f"""
+        import sys
+
+        def test_nothing_is_armed():
+            assert not any(name.split(".")[0] in ("bi_patch", "torch", "vllm") for name in sys.modules)
+
+        def test_invariant(verify_invariance):
+            report = verify_invariance({model(models.QWEN3)!r}, axes=["mixed lengths", "co-batch contents"])
+            assert report.compared > 0
+
+        def test_stock(verify_invariance):
+            verify_invariance({model(models.QWEN3)!r}, axes=["long prompt", "shared prefix"], mode={STOCK!r})
+    """)
+    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=300)
+    done.assert_outcomes(passed=2, failed=1)
+    done.stdout.fnmatch_lines(["*NOT batch-invariant*", "*shared prefix*"])
+    done.stdout.no_fnmatch_line("*Traceback*")
