@@ -36,11 +36,12 @@ class Library(NamedTuple):
 TORCH_NPU = Library("torch-npu", "torch_npu", ("2.10.0.post4", "2.13.0"))
 TRITON = Library("triton-ascend", "triton", ("3.2.2", "3.2.0"))
 ASCENDC = "batch_invariant_ops"
-# Positional arguments that vLLM-Ascend 0.23 passes, by type, and what it takes back.
+# Positional arguments that vLLM-Ascend 0.23 passes, by type, and what it takes back. A dimension is one int; a list
+# of fixed length takes that too.
 SCHEMAS = {
     "npu_mm_batch_invariant": (("Tensor", "Tensor"), ("Tensor",)),
     "npu_matmul_batch_invariant": (("Tensor", "Tensor"), ("Tensor",)),
-    "npu_reduce_sum_batch_invariant": (("Tensor", "int[]", "bool"), ("Tensor",)),
+    "npu_reduce_sum_batch_invariant": (("Tensor", "int", "bool"), ("Tensor",)),
     "npu_fused_infer_attention_score_batch_invariant": (("Tensor", "Tensor", "Tensor"), ("Tensor", "Tensor")),
 }
 # Keyword arguments of attention that vLLM-Ascend's one causal call passes.
@@ -134,10 +135,7 @@ def ascendc() -> dict[str, Callable]:
 def _accepts(schema, arguments: tuple[str, ...], returns: tuple[str, ...], names: tuple[str, ...]) -> bool:
     """Whether a call with these positional types and keyword names fits the schema and gives these
     results."""
-    taken = [
-        str(a.type).replace("List[int]", "int[]").replace("Optional[int[]]", "int[]")
-        for a in schema.arguments
-    ]
+    taken = ["int" if a.N == 1 else str(a.type) for a in schema.arguments]
     rest = schema.arguments[len(arguments) :]
     return (
         tuple(taken[: len(arguments)]) == arguments

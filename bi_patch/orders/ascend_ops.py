@@ -171,7 +171,7 @@ def _reduce(x, dim, keepdim: bool, dtype, mean: bool):
     if count == 0:
         out = flat.new_full(flat.shape[:-1], float("nan") if mean else 0.0, dtype=dtype or x.dtype)
     elif "npu_reduce_sum_batch_invariant" in ascend.ascendc() and not mean and dtype in (None, x.dtype):
-        out = ascend.ascendc()["npu_reduce_sum_batch_invariant"](flat, [-1], False)
+        out = ascend.ascendc()["npu_reduce_sum_batch_invariant"](flat, -1, False)
     else:
         out = rows.total(flat, ascend.chip(), dtype, mean)
     if keepdim:

@@ -1,8 +1,9 @@
 """vLLM 0.23's engine with vLLM-Ascend's worker on npu:0, armed: its scheduler, Qwen3, layers, attention, sampler.
 
-`engine.py dense|experts FOLDER`, with `fault` to cut keys by the number of rows. The engine computes one set of
-requests alone, together, from the prefix cache, preempted, and as prompts of what it decoded, and compares tokens and
-log-probabilities bitwise. Every sum goes through the kernels in the interpreter; what moves rows is done by host_ops.
+`engine.py dense|experts FOLDER`. The engine computes one set of requests alone, together, from the prefix cache,
+preempted, and as prompts of what it decoded, and compares tokens and log-probabilities bitwise. Every sum goes through
+the kernels in the interpreter; what moves rows is done by host_ops. `fault` cuts keys by the number of rows. `ascendc`:
+that package (or its double) serves, with whole prompts, no prefix cache, and preemption refused.
 Prints one JSON object: positions compared, and per axis those that differ.
 """
 
@@ -85,14 +86,14 @@ def bits(number: float) -> int:
 class Engine:
     """The engine in this process, with what its scheduler did: tokens of each step, preemptions."""
 
-    def __init__(self, model: Path):
+    def __init__(self, model: Path, **options):
         import vllm
 
         self.vllm = vllm
+        options = {"max_num_batched_tokens": BUDGET, "enable_prefix_caching": True, "max_model_len": 256} | options
         self.llm = vllm.LLM(
             model=str(model), load_format="safetensors", skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
-            max_model_len=256, num_gpu_blocks_override=16, block_size=BLOCK, max_num_seqs=4,
-            max_num_batched_tokens=BUDGET, enable_prefix_caching=True, seed=0, disable_log_stats=True,
+            num_gpu_blocks_override=16, block_size=BLOCK, max_num_seqs=4, seed=0, disable_log_stats=True, **options,
         )  # fmt: skip
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         self.steps, self.preempted = [], 0
@@ -165,10 +166,42 @@ def preempted_pair(engine: Engine, prompts: list[list[int]]):
     return pair
 
 
+def refusal(run) -> str:
+    """What the refusal of `run` says, or nothing."""
+    from bi_patch.errors import UnsupportedFeature
+
+    try:
+        run()
+    except UnsupportedFeature as error:
+        return str(error)
+    except Exception as error:  # vLLM's configuration wraps it
+        return str(error) if "batch invariance" in str(error) else ""
+    return ""
+
+
+def whole_prompts(folder: Path) -> None:
+    """What the AscendC package serves: requests alone and together, none of them cut."""
+    import batch_invariant_ops
+    import torch
+
+    refused = {"chunks and prefixes": refusal(lambda: Engine(folder))}
+    engine = Engine(
+        folder, max_model_len=144, max_num_batched_tokens=144, enable_prefix_caching=False, enable_chunked_prefill=False
+    )
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (30, 5, 1)]
+    alone = [engine.run([prompt], prompt_logprobs=True)[0] for prompt in prompts]
+    found = {"batch": differing(engine.run(prompts, prompt_logprobs=True), alone)}
+    calls = dict(batch_invariant_ops.CALLS)
+    request = next(iter(engine.scheduler.requests.values()), None)
+    refused["preemption"] = refusal(lambda: engine.scheduler._preempt_request(request, 0.0))
+    compared = sum(len(part) for answer in alone for part in answer)
+    print(json.dumps({"compared": compared, "differing": found, "refused": refused, "calls": calls}), flush=True)
+
+
 def main(experts: bool, folder: Path, fault: bool) -> None:
     import torch
 
-    write_model(folder, experts)
     engine = Engine(folder)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
@@ -209,4 +242,9 @@ if __name__ == "__main__":
     host_ops.install()
     if "fault" in sys.argv:
         leaves_follow_the_rows()
-    main(sys.argv[1] == "experts", Path(sys.argv[2]), "fault" in sys.argv)
+    checkpoint = Path(sys.argv[2])
+    write_model(checkpoint, sys.argv[1] == "experts")
+    if "ascendc" in sys.argv:
+        whole_prompts(checkpoint)
+    else:
+        main(sys.argv[1] == "experts", checkpoint, "fault" in sys.argv)

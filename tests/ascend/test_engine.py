@@ -2,19 +2,20 @@
 runs beside it, on how its prompt is cut, on the prefix cache, on preemption."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.ascend
 
 
-def answer(on_npu, tmp_path, *arguments):
+def answer(on_npu, tmp_path, *arguments, first=()):
     environ = {"BI_PATCH": "1", "VLLM_BATCH_INVARIANT": "1", "BI_PATCH_CACHE": str(tmp_path / "cache")}
     environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     model = tmp_path / "model"
     model.mkdir()
     command = ("tests/ascend/engine.py", arguments[0], str(model), *arguments[1:])
-    done = on_npu(*command, sources=True, timeout=900, **environ)
+    done = on_npu(*command, sources=True, first=first, timeout=900, **environ)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
@@ -35,3 +36,12 @@ def test_a_request_does_not_depend_on_the_batch(on_npu, tmp_path, model):
 
 def test_keys_cut_by_the_number_of_rows_are_caught(on_npu, tmp_path):
     assert answer(on_npu, tmp_path, "dense", "fault")["differing"]["decode = prefill"] > 0
+
+
+def test_the_ascendc_package_serves_whole_prompts(on_npu, tmp_path):
+    """On a double of the package: sums go through its operators; what would cut a prompt is refused."""
+    found = answer(on_npu, tmp_path, "dense", "ascendc", first=(Path(__file__).parent / "doubles",))
+    assert found["compared"] > 40 and found["differing"] == {"batch": 0}
+    assert "chunked prefill" in found["refused"]["chunks and prefixes"]
+    assert "scheduler.ascend_preemption" in found["refused"]["preemption"]
+    assert set(found["calls"]) >= {"npu_mm_batch_invariant", "npu_fused_infer_attention_score_batch_invariant"}

@@ -2,18 +2,23 @@
 native."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from bi_patch.orders import ascend
+
+DOUBLES = Path(__file__).parent / "doubles"
 pytestmark = pytest.mark.ascend
 
 
 def rows(done):
     assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        row["spelling"]: row
-        for row in map(json.loads, filter(lambda s: s.startswith("{"), done.stdout.splitlines()))
-    }
+    return {row["spelling"]: row for row in printed(done) if "spelling" in row}
+
+
+def printed(done):
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.parametrize("mode", ["inference", "grad"])
@@ -23,6 +28,15 @@ def test_with_the_routes_no_spelling_reaches_a_native_kernel(on_npu, mode):
     assert {name: row["told"] for name, row in table.items() if row["found"] != row["wanted"]} == {}
     refused = [row for row in table.values() if row["found"] == "refused"]
     assert refused and all("::" in row["told"] and "BI_PATCH=0" in row["told"] for row in refused)
+
+
+def test_where_ascendc_is_installed_it_serves(on_npu):
+    """On a double of its package: the same spellings are right, through each of its operators."""
+    done = on_npu("tests/ascend/table.py", first=(DOUBLES,))
+    table = rows(done)
+    assert {name: row["told"] for name, row in table.items() if row["found"] != row["wanted"]} == {}
+    (calls,) = (row["calls"] for row in printed(done) if "calls" in row)
+    assert set(calls) == set(ascend.SCHEMAS) and all(calls.values())
 
 
 def test_without_the_routes_every_spelling_is_native(on_npu):

@@ -1,7 +1,6 @@
 """Attention of vLLM-Ascend: one backend, through the fused operator that the table serves; paged and
 full-graph forms refused."""
 
-from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.ascend.common import ASCEND, RELEASES, refuse, refusing
 from bi_patch.seams.model import Policy, Seam, Target
 
@@ -16,9 +15,10 @@ def _only_one_backend(original):
     def get_attn_backend_cls(cls, *args, **kwargs):
         name = original.__func__(cls, *args, **kwargs)
         if name != _BACKEND:
-            raise UnsupportedFeature(
-                f"attention.ascend_backend: {name} is not covered. Use a model without MLA or sparse attention and the "
-                "default backend, or set BI_PATCH=0"
+            refuse(
+                "attention.ascend_backend",
+                [name],
+                "Use a model without MLA or sparse attention, and the default backend",
             )
         return name
 

@@ -6,7 +6,6 @@ The
 AscendC operator was not shown to give decode the bits of prefill; where it is installed they are refused.
 """
 
-from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.ascend.common import ASCEND, RELEASES, option, refuse
 from bi_patch.seams.model import Policy, Seam, Target
 
@@ -22,9 +21,10 @@ def _preempt(original):
         from bi_patch.orders import ascend
 
         if ascend.ascendc_installed():
-            raise UnsupportedFeature(
-                f"scheduler.ascend_preemption: preempting a request computes its tokens again as a prompt, and {_WHY}. "
-                "Give the KV cache more memory, lower --max-num-seqs, or uninstall batch_invariant_ops"
+            refuse(
+                "scheduler.ascend_preemption",
+                [f"preempting a request: its tokens would be computed again as a prompt, and {_WHY}"],
+                "Give the KV cache more memory, lower --max-num-seqs, or uninstall batch_invariant_ops",
             )
         return original(self, *args, **kwargs)
 

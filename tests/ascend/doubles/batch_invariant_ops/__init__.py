@@ -1,0 +1,49 @@
+"""A double of the AscendC package: its operators, registered for the NPU, computed by the bundled kernels.
+
+The schemas are those of the operators that vLLM-Ascend puts these in the place of, read from torch and torch_npu; of
+the sum, what it passes. CALLS counts, so that a test sees that the route came here.
+"""
+
+from collections import Counter
+from unittest import mock
+
+import torch
+
+from bi_patch.orders import ascend, ascend_ops
+
+CALLS: Counter[str] = Counter()
+
+
+def _schema(name: str, like: str) -> str:
+    space, _, rest = like.partition("::")
+    schema = str(getattr(getattr(torch.ops, space), rest).default._schema)
+    return name + schema[schema.index("(") :]
+
+
+def _sum(x, dim, keepdim=False):
+    return ascend_ops.sum_dim(x, [dim], keepdim)
+
+
+_FUNCTIONS = {
+    "npu_mm_batch_invariant": ("aten::mm", ascend_ops.mm),
+    "npu_matmul_batch_invariant": ("aten::matmul", ascend_ops.matmul),
+    "npu_reduce_sum_batch_invariant": ("(Tensor x, int dim, bool keepdim=False) -> Tensor", _sum),
+    "npu_fused_infer_attention_score_batch_invariant": (
+        "npu::npu_fused_infer_attention_score", ascend_ops.fused_attention
+    ),
+}  # fmt: skip
+
+
+def _counted(name: str, function):
+    def compute(*args, **kwargs):
+        CALLS[name] += 1
+        with mock.patch.object(ascend, "ascendc", dict):  # the bundled kernels, not this package again
+            return function(*args, **kwargs)
+
+    return compute
+
+
+_library = torch.library.Library("batch_invariant_ops", "DEF")
+for _name, (_like, _function) in _FUNCTIONS.items():
+    _library.define(_schema(_name, _like) if "::" in _like else _name + _like)
+    _library.impl(_name, _counted(_name, _function), "PrivateUse1")
