@@ -39,7 +39,7 @@ def traced(engine: LocalEngine, ask: TraceAsk) -> Traced:
     tracer = trace.Tracer(
         runner.module_names(held), owners.Owners().seam, owners.kernel, ask.watch, ask.coarse
     )
-    with runner.Attached(held, tracer, ask.requests, ask.index).attached():
+    with runner.attach(held, tracer, ask.requests, ask.index).attached():
         answer = engine.generate(ask.requests)[ask.index]
     names = {call.seam for call in tracer.calls if call.seam}
     return Traced(answer, Trace(tracer.calls, ask.coarse), {name: owners.status(name) for name in names})

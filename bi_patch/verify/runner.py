@@ -1,6 +1,6 @@
 """Where vLLM's model runner holds a request's rows: the only part of the verifier that knows the runner's names.
 
-Written for model runner V1 of vLLM 0.23 to 0.33 in this process (one rank).
+Written for the model runners V1 and V2 of vLLM 0.23 to 0.33 in this process (one rank).
 """
 
 from __future__ import annotations
@@ -38,23 +38,30 @@ def model_runner(engine) -> object:
         worker = core.model_executor.driver_worker
         worker = getattr(worker, "worker", worker)
         runner = worker.model_runner
-        missing = [n for n in ("_model_forward", "_sample", "_get_prompt_logprobs_dict", "input_batch", "requests")
-                   if not hasattr(runner, n)]
     except AttributeError as error:
         raise NotTraceable(f"the model does not run in this process, so it cannot be traced ({error})") from error
-    if missing:
-        raise NotTraceable(f"this model runner has no {', '.join(missing)}: only model runner V1 can be traced")
     return runner
+
+
+def attach(runner, tracer: Tracer, requests: Sequence[Request], index: int) -> Attached:
+    """The tracer on a runner of either kind. Raises NotTraceable."""
+    for kind in (Attached, AttachedV2):
+        if all(hasattr(runner, name) for name in kind.NEEDED):
+            return kind(runner, tracer, requests, index)
+    raise NotTraceable(f"{type(runner).__module__}.{type(runner).__name__} is neither model runner V1 nor V2")
 
 
 def module_names(runner) -> dict[int, str]:
     """id(module) -> path, of the model and the sampler."""
-    names = {id(m): f"sampler.{name}".rstrip(".") for name, m in runner.sampler.named_modules()}
+    named = runner.sampler.named_modules() if isinstance(runner.sampler, torch.nn.Module) else ()
+    names = {id(m): f"sampler.{name}".rstrip(".") for name, m in named}
     return names | {id(m): name for name, m in runner.get_model().named_modules()}
 
 
 class Attached:
-    """The runner with a tracer on it: every step's rows of one request are handed to the tracer."""
+    """Model runner V1 with a tracer on it: every step's rows of one request are handed to the tracer."""
+
+    NEEDED = ("_model_forward", "_sample", "_get_prompt_logprobs_dict", "input_batch", "requests")
 
     def __init__(self, runner, tracer: Tracer, requests: Sequence[Request], index: int) -> None:
         self._runner, self._tracer = runner, tracer
@@ -69,33 +76,40 @@ class Attached:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """The tracer sees the request's steps inside. Restores everything it replaced."""
-        runner, model, sampler = self._runner, self._runner.get_model(), self._runner.sampler
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tracer.hooked())
-            for owner, name, wrap in (
-                (runner, "execute_model", self._execute),
-                (runner, "_model_forward", self._forward),
-                (runner, "_sample", self._sample),
-                (runner, "_get_prompt_logprobs_dict", self._prompt_logprobs),
-                (model, "compute_logits", self._logits),
-                (sampler, "compute_logprobs", self._logprobs),
-                (sampler, "gather_logprobs", self._logprobs),
-            ):
+            for owner, name, wrap in self._wrapped():
                 stack.enter_context(replaced(owner, name, wrap))
             if not self._tracer.coarse:
                 for layer in self._layers():
                     stack.enter_context(replaced(layer.impl, "forward", lambda held, of=layer: self._attend(held, of)))
                     if hasattr(layer.impl, "do_kv_cache_update"):
                         stack.enter_context(replaced(layer.impl, "do_kv_cache_update", self._inside))
-                for module in model.modules():
-                    experts = getattr(module, "fused_experts", None) or getattr(
-                        getattr(module, "moe_kernel", None), "fused_experts", None)
-                    if experts is not None and hasattr(experts, "apply") and "apply" not in vars(experts):
+                for module in self._runner.get_model().modules():
+                    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+                    experts = getattr(kernel, "fused_experts", None)
+                    if experts is not None:
                         stack.enter_context(replaced(experts, "apply", self._inside))
             yield
 
+    def _wrapped(self):
+        """(owner, name, what takes its place)."""
+        runner, sampler = self._runner, self._runner.sampler
+        return (
+            (runner, "execute_model", self._execute),
+            (runner, "_model_forward", self._forward),
+            (runner, "_sample", self._sample),
+            (runner, "_get_prompt_logprobs_dict", self._prompt_logprobs),
+            (runner.get_model(), "compute_logits", self._logits),
+            (sampler, "compute_logprobs", self._logprobs),
+            (sampler, "gather_logprobs", self._logprobs),
+        )
+
+    def _context(self) -> dict:
+        return self._runner.vllm_config.compilation_config.static_forward_context
+
     def _layers(self) -> list:
-        context = self._runner.compilation_config.static_forward_context
+        context = self._context()
         return [layer for layer in context.values() if hasattr(layer, "impl") and hasattr(layer, "kv_cache")]
 
     def _execute(self, held):
@@ -145,7 +159,7 @@ class Attached:
 
     def _coarse(self, rows: Rows, result) -> None:
         """What is left by compiled code: the keys and values of each layer, and the last hidden states."""
-        for name, layer in self._runner.compilation_config.static_forward_context.items():
+        for name, layer in self._context().items():
             if hasattr(layer, "kv_cache"):
                 self._cache(layer, name, rows)
         self._tracer.record("hidden states", [result], rows=rows, module="model")
@@ -263,11 +277,9 @@ class Attached:
         blocks = self._runner.kv_cache_config.num_blocks
         if not isinstance(cache, torch.Tensor) or blocks not in cache.shape:
             return
-        size = self._runner.cache_config.block_size
+        size = self._runner.vllm_config.cache_config.block_size
         full = (rows.position + rows.count) // size
-        table = self._runner.input_batch.block_table[0]
-        row = self._runner.input_batch.req_id_to_index[self._needle]
-        ids = torch.as_tensor(table.block_table.np[row, :full].copy()) if full else torch.empty(0, dtype=torch.int32)
+        ids = self._blocks(full)
         axis = list(cache.shape).index(blocks)
         self._tracer._busy = True
         try:
@@ -279,6 +291,138 @@ class Attached:
         assert len(digests) == WIDTH * rows.count
         self._tracer.add(CACHE, 0, rows, digests, tuple(cache.shape), tuple(cache.stride()), cache.dtype,
                          layer, path)
+
+
+    def _blocks(self, full: int) -> torch.Tensor:
+        """The ids of the request's first `full` blocks."""
+        row = self._runner.input_batch.req_id_to_index[self._needle]
+        return torch.as_tensor(self._runner.input_batch.block_table[0].block_table.np[row, :full].copy())
+
+
+class AttachedV2(Attached):
+    """Model runner V2 with a tracer on it."""
+
+    NEEDED = ("prepare_inputs", "sample", "prompt_logprobs_worker", "req_states", "block_tables")
+    _batch = None
+
+    def _wrapped(self):
+        runner, model = self._runner, self._runner.get_model()
+        wrapped = [
+            (runner, "execute_model", self._execute),
+            (runner, "prepare_inputs", self._prepared),
+            (runner, "sample", self._sample),
+            (runner.prompt_logprobs_worker, "compute_prompt_logprobs", self._prompt_logprobs),
+            (model, "compute_logits", self._logits),
+            (model, "forward", self._forward),
+        ]
+        manager = getattr(runner, "cudagraph_manager", None)
+        if self._tracer.coarse and manager is not None:
+            wrapped.append((manager, "run_fullgraph", self._forward))
+        return wrapped
+
+    def _prepared(self, held):
+        def prepare_inputs(*args, **kwargs):
+            self._batch = held(*args, **kwargs)
+            return self._batch
+
+        return prepare_inputs
+
+    def _row(self) -> int | None:
+        names = list(self._batch.req_ids) if self._batch is not None else []
+        return names.index(self._needle) if self._needle in names else None
+
+    def _place(self) -> tuple[int, int, int, int] | None:
+        row = self._row() if self._needle is not None else None
+        if row is None:
+            return None
+        batch = self._batch
+        count = int(batch.num_scheduled_tokens[row])
+        first = int(batch.cu_num_logits_np[row]) if hasattr(batch, "cu_num_logits_np") else row
+        return first, int(batch.query_start_loc_np[row]), count, int(batch.num_computed_tokens_np[row])
+
+    def _tokens(self) -> int:
+        return int(self._batch.prefill_len_np[self._row()])
+
+    def _forward(self, held):
+        def forward(*args, **kwargs):
+            place = self._place()
+            if place is None:
+                return held(*args, **kwargs)
+            _, start, count, position = place
+            sizes = frozenset({int(self._batch.num_tokens), int(self._batch.num_tokens_after_padding)})
+            rows = Rows(self._step, FORWARD, sizes, start, count, position)
+            with self._tracer.phase(rows):
+                result = held(*args, **kwargs)
+            if self._tracer.coarse and isinstance(result, torch.Tensor):
+                whole = Rows(self._step, FORWARD, frozenset({result.shape[0]}), start, count, position)
+                self._coarse(whole, result)
+            return result
+
+        return forward
+
+    def _logits(self, held):
+        traced = super()._logits(held)
+
+        def compute_logits(hidden_states, *args, **kwargs):
+            result = traced(hidden_states, *args, **kwargs)
+            if self._prompt_hidden is not None:
+                self._tracer.set_rows(self._logprob_rows)  # until the next chunk's logits
+            return result
+
+        return compute_logits
+
+    def _logit_rows(self, hidden_states) -> Rows | None:
+        if self._prompt_hidden is None:
+            return super()._logit_rows(hidden_states)
+        self._logprob_rows = None
+        place, whole = self._place(), self._prompt_hidden
+        if place is None:
+            return None
+        _, start, count, position = place
+        offset = (hidden_states.data_ptr() - whole.data_ptr()) // (whole.stride(0) * whole.element_size())
+        number = hidden_states.shape[0]
+        low, high = max(start, offset), min(start + count, offset + number)
+        if low >= high:
+            return None
+        where = (frozenset({number}), low - offset, high - low, position + low - start)
+        self._logprob_rows = Rows(self._step, LOGPROBS, *where)
+        return Rows(self._step, LOGITS, *where)
+
+    def _sample(self, held):
+        def sample(hidden_states, input_batch, *args, **kwargs):
+            place = self._place()
+            if place is None or place[3] + place[2] < self._tokens():
+                return held(hidden_states, input_batch, *args, **kwargs)
+            first, _, count, position = place
+            sizes = frozenset({int(input_batch.logits_indices.shape[0])})
+            rows = Rows(self._step, SAMPLE, sizes, first, 1, position + count - 1)
+            with self._tracer.phase(rows):
+                result = held(hidden_states, input_batch, *args, **kwargs)
+            self._tracer.record("sampled token", [result[0].sampled_token_ids], rows=rows, module="sampler")
+            return result
+
+        return sample
+
+    def _prompt_logprobs(self, held):
+        def compute_prompt_logprobs(logits_fn, hidden_states, *args, **kwargs):
+            self._prompt_hidden, self._logprob_rows = hidden_states, None
+            try:
+                with self._tracer.phase(None):
+                    result = held(logits_fn, hidden_states, *args, **kwargs)
+            finally:
+                self._prompt_hidden = self._logprob_rows = None
+            mine = result.get(self._needle)
+            if mine is not None:
+                number = len(mine.logprobs)
+                rows = Rows(self._step, RETURNED, frozenset({number}), 0, number, 0)
+                self._tracer.record("prompt logprobs", list(mine[:3]), rows=rows, module="model runner")
+            return result
+
+        return compute_prompt_logprobs
+
+    def _blocks(self, full: int) -> torch.Tensor:
+        state = int(self._batch.idx_mapping_np[self._row()])
+        return self._runner.block_tables.block_tables[0].gpu[state, :full].clone()
 
 
 @contextlib.contextmanager

@@ -83,7 +83,10 @@ Kernel = Callable[[object, tuple], str]  # (op overload, arguments) -> kernel
 
 
 class Tracer(TorchDispatchMode):
-    """Records calls while `rows` is set. names: id(module) -> path, "" for the whole model. watch: (module, op) whose GPU kernels are named."""
+    """Records calls while `rows` is set.
+
+    names: id(module) -> path, "" for the whole model. watch: (module, op) whose GPU kernels are named.
+    """
 
     def __init__(self, names: dict[int, str], owner: Owner, kernel: Kernel, watch: tuple[str, str] | None = None,
                  coarse: bool = False) -> None:
@@ -203,7 +206,8 @@ class Tracer(TorchDispatchMode):
             stack.enter_context(self.again())
         outer = self._modules[-1][1] if self._modules else ""
         path = self._names.get(id(module), outer)
-        if outer and path != outer and not path.startswith(f"{outer}."):  # shared by several layers: named by where it runs
+        # A module that several layers share is named by where it runs.
+        if outer and path != outer and not path.startswith(f"{outer}."):
             path = f"{outer}.{path.rsplit('.', 1)[-1]}"
         self._modules.append((module, path, stack))
 
