@@ -5,6 +5,7 @@
 writes benchmarks/results/*-DATE-TAG-vllm-*.json.
 
 TAG names the device, e.g. h100. Files of all models and modes may be given together; devices and releases must agree.
+Rows of other models that an earlier run of the same day left in the evidence files are kept.
 """
 
 import json
@@ -61,6 +62,13 @@ def invariance_rows(runs: list[dict]) -> list[dict]:
     ]  # fmt: skip
 
 
+def merged(path: Path, rows: list[dict]) -> list[dict]:
+    """`rows` after the rows of other models that `path` already holds."""
+    models = {row["model"] for row in rows}
+    held = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return [row for row in held if row["model"] not in models] + rows
+
+
 def table(rows: list[dict]) -> str:
     lines = ["| model | workload | unit | stock | upstream | armed | armed / stock |", "|---|---|---|---|---|---|---|"]
     for row in rows:
@@ -79,6 +87,7 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     costs, matrix = cost_rows(runs), invariance_rows(runs)
     if costs:
+        costs = merged(results / f"cost-{end}.json", costs)
         (results / f"cost-{end}.json").write_text(json.dumps(head | {"rows": costs}, indent=1) + "\n")
         (results / f"cost-{end}.md").write_text(table(costs) + "\n")
         print(table(costs))
@@ -92,6 +101,7 @@ def main() -> None:
         except (ImportError, RuntimeError) as error:
             print(f"no plot: {error}")
     if matrix:
+        matrix = merged(results / f"invariance-{end}.json", matrix)
         (results / f"invariance-{end}.json").write_text(json.dumps(head | {"rows": matrix}, indent=1) + "\n")
         print(f"{sum(r['compared'] for r in matrix)} positions, {sum(r['differing'] for r in matrix)} differing")
 

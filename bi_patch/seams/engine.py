@@ -97,11 +97,18 @@ def _cli(original):
     return main
 
 
+def _multimodal(model) -> bool:
+    """Whether a model takes images, sound or video: its encoders are not closed."""
+    taken = getattr(model, "multimodal_config", None)
+    return model.is_multimodal_model and not getattr(taken, "language_model_only", False)
+
+
 def _refuse_cuda_features(config) -> None:
     """What was not shown to be invariant on CUDA is refused by name."""
     model, parallel = config.model_config, config.parallel_config
     refused = {
         "pooling models": model is not None and model.runner_type == "pooling",
+        "multimodal inputs (--language-model-only turns them off)": model is not None and _multimodal(model),
         "encoder-decoder models": model is not None and model.is_encoder_decoder,
         "hybrid and state-space models": model is not None and model.is_hybrid,
         "speculative decoding": config.speculative_config is not None,

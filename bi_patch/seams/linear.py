@@ -41,14 +41,15 @@ def _cuda_linear(original):
 
 
 def _cuda_mode(original):
-    """init_batch_invariance: upstream's mode, then the switches that forbid split-K, stated once more by us."""
+    """init_batch_invariance: upstream's mode, then what it leaves: split-K, and PyTorch's own products and sums."""
 
     @functools.wraps(original)
     def init_batch_invariance(*args, **kwargs):
-        from bi_patch.orders import cuda
+        from bi_patch.orders import cuda, cuda_aten
 
         result = original(*args, **kwargs)
         cuda.forbid_split_k()
+        cuda_aten.override()
         return result
 
     return init_batch_invariance
@@ -109,8 +110,9 @@ SEAMS = (
         name="linear.cuda_mode",
         targets=_mode_targets("init_batch_invariance"),
         close=_cuda_mode,
-        why="a library may split K by the number of rows wherever a product does not pass through a linear layer",
-        how="split-K is forbidden by PyTorch's switch and by cuBLASLt's workspace; fp32 stays fp32",
+        why="a library may split K, or a sum, by the number of rows wherever it does not pass through a closed layer",
+        how="every form of PyTorch's own products, sums and means has one order; split-K is forbidden by PyTorch's "
+        "switch and by cuBLASLt's workspace; fp32 stays fp32",
         until="never: it is the order",
         platforms=CUDA,
         causes=(1, 23),

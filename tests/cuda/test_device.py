@@ -51,3 +51,37 @@ def test_norm_and_rotation():
         assert all(torch.equal(a, w[part]) for a, w in zip(alone, whole, strict=True))
         turned = torch.ops.bi_patch.rope(positions[part], x[part], residual[part, :512], cache, 128, qk, qk, 1e-6)
         assert all(torch.equal(a, w[part]) for a, w in zip(turned, rotated, strict=True))
+
+
+def test_pytorch_own_products_and_sums():
+    """After the overrides, every form gives a row the same bits alone and in a batch, also through inductor."""
+    from bi_patch.orders import cuda_aten
+
+    cuda_aten.override()
+    x = torch.randn(300, 1024, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16) / 32
+    bias = torch.randn(512, device="cuda", dtype=torch.bfloat16)
+
+    def out_form(rows):
+        return torch.mm(rows, weight, out=torch.empty(len(rows), 512, device="cuda", dtype=torch.bfloat16))
+
+    forms = {
+        "mm": lambda rows: rows @ weight,
+        "mm.out": out_form,
+        "mm.dtype": lambda rows: torch.mm(rows, weight, out_dtype=torch.float32),
+        "addmm": lambda rows: torch.addmm(bias, rows, weight, alpha=0.5),
+        "linear": lambda rows: torch.nn.functional.linear(rows, weight.t(), bias),
+        "bmm": lambda rows: torch.bmm(rows[:, None], weight.expand(len(rows), 1024, 512))[:, 0],
+        "sum": lambda rows: rows.sum(-1),
+        "mean": lambda rows: rows.float().mean(-1),
+        "softmax": lambda rows: rows.softmax(-1),
+        "log_softmax": lambda rows: rows.float().log_softmax(-1),
+        "compiled": torch.compile(lambda rows: torch.addmm(bias, rows, weight).relu() @ weight.t(), dynamic=True),
+    }
+    for name, form in forms.items():
+        whole = form(x)
+        for at, m in ((0, 1), (7, 2), (30, 33), (44, 256)):
+            assert torch.equal(form(x[at : at + m]), whole[at : at + m]), (name, m)
+    want = x.double() @ weight.double()
+    assert (forms["mm.dtype"](x).double() - want).norm() / want.norm() < 1e-5
+    assert torch.ones(3, 4, device="cuda", dtype=torch.int32).sum(-1).tolist() == [4, 4, 4]

@@ -19,8 +19,8 @@ def config(**changes):
     """A configuration that every CUDA policy lets pass, with changes to its parts, e.g. model_quantization="fp8"."""
     parts = {
         "model": {
-            "runner_type": "generate", "is_encoder_decoder": False, "is_hybrid": False, "use_mla": False,
-            "quantization": None, "disable_cascade_attn": False,
+            "runner_type": "generate", "is_multimodal_model": False, "is_encoder_decoder": False, "is_hybrid": False,
+            "use_mla": False, "quantization": None, "disable_cascade_attn": False,
         },
         "parallel": {
             "tensor_parallel_size": 1, "data_parallel_size": 1, "decode_context_parallel_size": 1, "enable_dbo": False,
@@ -79,6 +79,7 @@ def test_a_plain_configuration_passes():
         ({"cache__cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' KV cache"),
         ({"model__use_mla": True}, "MLA"),
         ({"model__is_hybrid": True}, "hybrid"),
+        ({"model__is_multimodal_model": True}, "language-model-only"),
         ({"model__runner_type": "pooling"}, "pooling"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
         ({"lora": SimpleNamespace()}, "LoRA"),

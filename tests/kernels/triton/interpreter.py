@@ -13,7 +13,7 @@ import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
-from bi_patch.kernels.triton import gemm, norm, rope  # noqa: E402
+from bi_patch.kernels.triton import gemm, norm, reduce, rope  # noqa: E402
 
 _dot = interpreter.InterpreterBuilder.create_dot
 
@@ -119,5 +119,20 @@ def ropes() -> None:
             report(f"{case} alone", "" if same else "a row alone differs")
 
 
+def sums() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for dtype in DTYPES:
+        for cols in (1, 33, 2048, 5000):
+            x = torch.rand(5, cols, generator=generator).to(dtype)
+            for mean in (False, True):
+                case = f"{'mean' if mean else 'sum'} {cols} {dtype}"
+                got = reduce.row_sum(x, dtype, mean)
+                report(case, close(got, x.double().mean(-1) if mean else x.double().sum(-1), dtype))
+                same = torch.equal(reduce.row_sum(x[3:4], dtype, mean)[0], got[3])
+                report(f"{case} alone", "" if same else "a row alone differs")
+    empty = reduce.row_sum(torch.empty(3, 0), torch.float32)
+    report("sum of nothing", "" if torch.equal(empty, torch.zeros(3)) else "not zero")
+
+
 if __name__ == "__main__":
-    {"gemm": gemms, "norm": norms, "rope": ropes}[sys.argv[1]]()
+    {"gemm": gemms, "norm": norms, "rope": ropes, "sum": sums}[sys.argv[1]]()

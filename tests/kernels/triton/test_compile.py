@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bi_patch.kernels.triton import gemm, norm, rope
+from bi_patch.kernels.triton import gemm, norm, reduce, rope
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory a block may use, in bytes.
@@ -83,3 +83,9 @@ def test_rope(architecture, head_size):
     signature = {"positions": "*i64"} | pointers | sizes | {"eps": "fp32"}
     constants = {"HALF": head_size // 2, "HEADS": 8, "HAS_NORM": True}
     build(rope._rotate, signature, constants, architecture, num_warps=2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_row_sum(architecture):
+    signature = {"x": "*bf16", "out": "*fp32", "cols": "i32", "divisor": "fp32"}
+    build(reduce._row_sum, signature, {"BLOCK": 2048}, architecture, num_warps=4)
