@@ -53,7 +53,7 @@ class Level:
 
 QUICK = Level(
     "quick", own=(), cross=CROSS_PROBES[:2] + CROSS_PROBES[4:], features=(), lengths=(3, 40, 290), generate=5,
-    sizes=(2, 17, 64, 257), filler_lengths=(2, 5, 9, 17), long=700, prefix=200, max_model_len=1024, graphs=2,
+    sizes=(2, 17, 64, 257), filler_lengths=(2, 5, 9, 17), long=900, prefix=200, max_model_len=1024, graphs=2,
     score_sizes=(17, 64), one_engine=True, seconds=170.0, cpu_seconds=110.0,
 )  # fmt: skip
 DEFAULT = Level(

@@ -20,6 +20,7 @@ from bi_patch.verify.measure import Watcher, verify
 pytestmark = pytest.mark.engine
 pytest_plugins = "pytester"
 
+HOME = os.path.expanduser("~")
 CLI = [sys.executable, "-c", "import bi_patch_entry; bi_patch_entry.cli()", "verify"]
 
 
@@ -92,7 +93,7 @@ def test_a_killed_engine_is_named_and_what_was_compared_is_kept(model):
 
 def test_an_interrupted_run_leaves_its_report(model, tmp_path):
     process = subprocess.Popen(
-        [*CLI, model(models.QWEN3), "--json", "report.json"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        [*CLI, model(models.QWEN3), "--eager", "--json", "report.json"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
     )
     for line in process.stdout:
         if "batch size" in line:
@@ -105,8 +106,9 @@ def test_an_interrupted_run_leaves_its_report(model, tmp_path):
     assert "interrupted" in rest
 
 
-def test_the_pytest_fixture(model, pytester):
+def test_the_pytest_fixture(model, monkeypatch, pytester):
     """As in a user's own tests; needs bi_patch installed, since pytest finds the plugin by its entry point."""
+    monkeypatch.setenv("HOME", HOME)  # the empty one of pytester would make vLLM fill its caches anew
     pytester.makepyfile(f"""
         import sys
 
