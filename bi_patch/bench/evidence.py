@@ -171,12 +171,16 @@ def invariance_table(invariance: Invariance) -> str:
 
 
 def faults_caught(rows: Iterable[FaultRow]) -> tuple[int, int]:
-    """Of the CAUSES known causes: caught and named where every fault planted for them was; and refused by name."""
-    by_cause: dict[int, list[FaultRow]] = {}
+    """How many of the CAUSES known causes have faults that were all caught and named; how many are only refused."""
+    planted: dict[int, list[FaultRow]] = {}
+    refused = set()
     for row in rows:
-        by_cause.setdefault(row.cause, []).append(row)
-    caught = sum(all(r.caught and r.named and not r.refused for r in group) for group in by_cause.values())
-    return caught, sum(any(r.refused for r in group) for group in by_cause.values())
+        if row.refused:
+            refused.add(row.cause)
+        else:
+            planted.setdefault(row.cause, []).append(row)
+    caught = sum(all(r.caught and r.named for r in group) for group in planted.values())
+    return caught, len(refused - set(planted))
 
 
 def faults_table(faults: Faults) -> str:
@@ -192,7 +196,7 @@ def faults_table(faults: Faults) -> str:
     caught, refused = faults_caught(faults.rows)
     compared, differing = faults.clean
     text = f"{caught} of {CAUSES} causes caught and named"
-    text += f", {refused} refused by name" if refused else ""
+    text += f", {refused} more refused by name" if refused else ""
     text += f". Without a fault {differing} of {compared} pairs on the same axes differ." if compared else "."
     return "\n".join(lines) + f"\n\n{text} {_where(faults)}"
 

@@ -50,11 +50,12 @@ class ChildEngine:
 
     mode: STOCK (bi_patch off), UPSTREAM (bi_patch off, vLLM's own batch-invariant mode on) or ARMED.
     fresh: start with empty compile caches (vLLM's, inductor's, Triton's), which are deleted at the end.
+    lifts: refusals that this child does not make (verify.faults.lifts), to show what they keep out.
     Raises the child's own named error (SeamOpen, UnsupportedFeature, ...), or EngineFailed for any other.
     """
 
     def __init__(self, mode: str, options: Options, *, environ: dict[str, str] | None = None,
-                 fresh: bool = False) -> None:
+                 fresh: bool = False, lifts: Sequence[str] = ()) -> None:
         self.mode, self.options = mode, options
         self.seconds = 0.0
         self._caches = tempfile.TemporaryDirectory(prefix="bi_patch-caches-", ignore_cleanup_errors=True)
@@ -77,7 +78,7 @@ class ChildEngine:
             os.close(give)
         self._replies = os.fdopen(receive, "rb")
         try:
-            self.info: Info = self._start()
+            self.info: Info = self._start(lifts)
         except BaseException:
             self.close(keep_log=True)
             raise
@@ -130,8 +131,9 @@ class ChildEngine:
         if not keep_log:
             Path(self._log.name).unlink(missing_ok=True)
 
-    def _start(self) -> Info:
-        info = self._ask(wire.Command("start", options=self.options)).info
+    def _start(self, lifts: Sequence[str]) -> Info:
+        data = msgspec.msgpack.encode(list(lifts)) if lifts else b""
+        info = self._ask(wire.Command("start", options=self.options, data=data)).info
         assert info is not None
         expected = "armed" if self.mode == ARMED else "stock"
         if info.mode != expected:

@@ -62,4 +62,11 @@ def _precision(engine: LocalEngine, data: bytes) -> bytes:
     return msgspec.msgpack.encode(precision.measure(engine))
 
 
+def lift(data: bytes) -> None:
+    """Lift refusals before the engine starts (verify.faults.lifts)."""
+    from bi_patch.verify.faults import lifts
+
+    lifts.lift(msgspec.msgpack.decode(data, type=list[str]))
+
+
 SERVED: dict[str, Callable[[LocalEngine, bytes], bytes]] = {"trace": _trace, "plant": _plant, "precision": _precision}

@@ -10,6 +10,7 @@ what compiled code leaves behind is compared: each layer's keys and values, the 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import msgspec
@@ -18,7 +19,7 @@ from bi_patch.verify.align import First, compare
 from bi_patch.verify.answers import Answer, Difference, Request
 from bi_patch.verify.answers import compare as compare_answers
 from bi_patch.verify.case import Case, Setting
-from bi_patch.verify.child import ChildEngine
+from bi_patch.verify.child import PATIENT, ChildEngine
 from bi_patch.verify.engine import Options
 from bi_patch.verify.instruments import TraceAsk, Traced
 from bi_patch.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, Trace
@@ -111,7 +112,8 @@ def locate_on(engine: ChildEngine, case: Case) -> Located | None:
 
 @contextlib.contextmanager
 def _planted(mode: str, options: Options, environ, faults: tuple[str, ...]) -> Iterator[ChildEngine]:
-    with ChildEngine(mode, options, environ=environ) as engine:
+    # Nobody reads times here, so waiting threads may sleep.
+    with ChildEngine(mode, options, environ=PATIENT | dict(os.environ) if environ is None else environ) as engine:
         if faults:
             engine.ask("plant", msgspec.msgpack.encode(list(faults)))
         yield engine

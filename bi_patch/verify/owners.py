@@ -24,7 +24,7 @@ _BY_CLASS = (
     (("LayerNorm",), ("norm.cpu_layer",)),
     (("LinearBase", "ParallelLMHead", "LogitsProcessor"), ("linear.cpu_dispatch", "linear.cuda_route")),
     (("FusedMoE", "MoERunner", "RoutedExperts", "FusedMoEExperts"), ("moe.cpu_experts", "moe.cuda_tables")),
-    (("Attention", "AttentionLayerBase"), ("attention.cpu_forward", "attention.cuda_backend")),
+    (("Attention",), ("attention.cpu_forward", "attention.cuda_backend")),
     (("RotaryEmbedding", "RotaryEmbeddingBase"), ("attention.cuda_rotary",)),
     (("TopKTopPSampler",), ("sampling.cpu_draw", "sampling.cuda_top_k_top_p")),
 )

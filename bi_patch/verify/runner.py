@@ -275,8 +275,9 @@ class Attached:
         cache = layer.kv_cache
         cache = cache[0] if isinstance(cache, (list, tuple)) else cache
         blocks = self._runner.kv_cache_config.num_blocks
-        if not isinstance(cache, torch.Tensor) or blocks not in cache.shape:
-            return
+        groups = getattr(self._runner.kv_cache_config, "kv_cache_groups", [None])
+        if not isinstance(cache, torch.Tensor) or blocks not in cache.shape or len(groups) > 1:
+            return  # several groups have tables and block sizes of their own
         size = self._runner.vllm_config.cache_config.block_size
         full = (rows.position + rows.count) // size
         ids = self._blocks(full)

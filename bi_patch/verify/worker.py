@@ -43,6 +43,8 @@ def _start(command: wire.Command) -> LocalEngine:
 
     if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
         arming.arm()  # before vLLM is imported; BI_PATCH=0 leaves upstream's own mode
+    if command.data:
+        instruments.lift(command.data)
     assert command.options is not None
     return LocalEngine(command.options)
 

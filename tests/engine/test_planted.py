@@ -1,5 +1,7 @@
 """Every planted fault of the CPU engine is seen by its axis, and locate names where it was planted."""
 
+import os
+
 import msgspec
 import pytest
 
@@ -7,9 +9,10 @@ from bi_patch.demo import models
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.verify import locate
 from bi_patch.verify.case import Setting
-from bi_patch.verify.child import ARMED, STOCK
+from bi_patch.verify.child import ARMED, PATIENT, STOCK, ChildEngine
 from bi_patch.verify.faults import catch, every
-from bi_patch.verify.faults.__main__ import _HYBRID, _model, few_blocks, options
+from bi_patch.verify.faults.__main__ import few_blocks, options, recurrent
+from bi_patch.verify.faults.lifts import RECURRENT
 from bi_patch.verify.probes.base import pair
 
 pytestmark = pytest.mark.engine
@@ -88,13 +91,16 @@ def test_a_fault_of_another_platform_is_refused(engine):
         engine.ask("plant", msgspec.msgpack.encode(["no such fault"]))
 
 
-def test_recurrent_layers_are_refused_by_name(start, model, tmp_path):
-    folder = _model(str(tmp_path), "hybrid", _HYBRID)
-    from bi_patch.verify.child import ChildEngine
-    from bi_patch.verify.engine import Options
-
+def test_recurrent_layers_are_refused_by_name_and_seen_where_they_are_let_in(tmp_path):
+    given, environ = recurrent(str(tmp_path)), PATIENT | os.environ
     with pytest.raises(UnsupportedFeature, match="hybrid and state-space"):
-        ChildEngine(ARMED, Options(folder, max_model_len=512, chunk=512, tokenizer=False, random_weights=1)).close()
+        ChildEngine(ARMED, given, environ=environ).close()
+    with ChildEngine(ARMED, given, environ=environ, lifts=[RECURRENT]) as engine:
+        found = catch.catch_recurrent(engine, catch.workload(engine))
+    print(found.named)
+    assert found.caught and found.right, found
+    with pytest.raises(BiPatchError, match="no refusal"):
+        ChildEngine(ARMED, given, environ=environ, lifts=["nothing"]).close()
 
 
 def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):

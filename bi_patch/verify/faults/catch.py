@@ -10,6 +10,7 @@ from bi_patch.verify import locate
 from bi_patch.verify.case import Case, Setting
 from bi_patch.verify.child import ChildEngine
 from bi_patch.verify.faults import Fault, named
+from bi_patch.verify.faults.lifts import RECURRENT
 from bi_patch.verify.locate import Located
 from bi_patch.verify.precision import Precision
 from bi_patch.verify.probes import AXES, Run, Workload
@@ -96,6 +97,21 @@ def _judged(engine: ChildEngine, fault: Fault, case: Case, compared: int, locate
         fault.name, fault.cause, fault.axis, True, located is not None and names(fault, located, engine), compared,
         f"{case.label}: {case.difference.first}", located.words() if located else "", located,
     )
+
+
+def catch_recurrent(engine: ChildEngine, load: Workload) -> Caught:
+    """Cause 24 on an engine whose refusal of recurrent layers was lifted: vLLM's own kernel is the fault."""
+    compared = 0
+    for case in cases(engine, "chunk budget", load):
+        compared += 1
+        if case.differs:
+            located = locate.locate_on(engine, case)
+            right = located is not None and "linear_attn" in located.module and "gdn" in located.op
+            return Caught(
+                RECURRENT, 24, "chunk budget", True, right and not located.seam, compared,
+                f"{case.label}: {case.difference.first}", located.words() if located else "", located,
+            )
+    return Caught(RECURRENT, 24, "chunk budget", False, False, compared)
 
 
 def names(fault: Fault, located: Located, engine: ChildEngine) -> bool:
