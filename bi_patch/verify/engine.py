@@ -127,6 +127,7 @@ class LocalEngine:
         )
         self.info = self._info()
         self._serial = 0
+        self._chunk: int | None = None  # the engine's own budget, once it was changed
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         names = [self._digest_name() if r.digest and self.options.digests else "" for r in requests]
@@ -146,8 +147,9 @@ class LocalEngine:
     def set_chunk(self, tokens: int | None) -> None:
         """The budget of tokens per engine step from now on, at most the one it was started with; None for that one."""
         scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
-        whole = scheduler.scheduler_config.max_num_batched_tokens
-        scheduler.max_num_scheduled_tokens = whole if tokens is None else min(tokens, whole)
+        if self._chunk is None:
+            self._chunk = scheduler.max_num_scheduled_tokens
+        scheduler.max_num_scheduled_tokens = min(tokens or self._chunk, self._chunk)
 
     def reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

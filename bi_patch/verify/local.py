@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def local(model: str, level: Level, *, mode: str = ARMED, engine_args: Mapping[s
         level, folder,
         **{"dtype": dtype, "eager": eager, "random_weights": random_weights, "digests": logits} | known, extra=extra,
     )  # fmt: skip
-    return Local(mode, made, environ=environ)
+    # A name is looked up on the model hub, unless the user says otherwise; a folder needs no hub.
+    hub = {} if Path(folder).expanduser().is_dir() else {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
+    return Local(mode, made, environ=hub | (environ or {}))
 
 
 def _folder(model: str, tell: Callable[[str], None]) -> str:

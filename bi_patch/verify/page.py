@@ -106,8 +106,11 @@ def strip(positions: Sequence[tuple[int, int]], what: str) -> str:
     end = left + len(bins) * each
     out.append(f"<text x='{left - 6}' y='14' text-anchor='end' fill='#5a6775'>{most}</text>")
     out.append(f"<text x='{left}' y='{height + 20}' fill='#5a6775'>0</text>")
-    out.append(f"<text x='{end:.0f}' y='{height + 20}' text-anchor='end' fill='#5a6775'>{last - 1}</text>")
-    out.append(f"<text x='{left + 20}' y='{height + 20}' fill='#5a6775'>{html.escape(what)}</text></svg>")
+    if len(bins) > 2:
+        out.append(f"<text x='{end:.0f}' y='{height + 20}' text-anchor='end' fill='#5a6775'>{last - 1}</text>")
+    words = f"how often each {what} differed"
+    place = (f"x='{end + 12:.0f}' y='14'" if end < 700 else f"x='{left + 60}' y='{height + 20}'")
+    out.append(f"<text {place} fill='#5a6775'>{html.escape(words)}</text></svg>")
     return "".join(out)
 
 

@@ -15,8 +15,8 @@ def make_random(seed: int) -> None:
     original = getattr(DummyModelLoader.load_weights, "__wrapped__", DummyModelLoader.load_weights)
 
     @functools.wraps(original)
-    def load_weights(self, model, model_config):
-        original(self, model, model_config)  # also what quantized layers need besides values
+    def load_weights(self, model, *args, **kwargs):
+        original(self, model, *args, **kwargs)  # also what quantized layers need besides values
         fill(model, seed)
 
     DummyModelLoader.load_weights = load_weights

@@ -40,7 +40,7 @@ def server(model, cache, tmp_path_factory):
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
     environ |= {
         "PATH": f"{bin_folder}:{environ['PATH']}", "BI_PATCH_CACHE": str(cache), "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "passive",
     }
     command = [
         "bi-patch", "run", "--", "vllm", "serve", folder, "--host", "127.0.0.1", "--port", str(port),
