@@ -69,10 +69,13 @@ def verify(
     console.print(
         f"[bold]bi_patch verify[/]: {target.name}, {target.mode}, level {level.name}", highlight=False, soft_wrap=True
     )
-    signal.signal(signal.SIGTERM, _interrupt)  # what was compared is kept then, too
-    with terminal.Live(console) as live:
-        found = measure(target, level, watcher=live, only=tuple(axis or ()), clients=clients,
-                        locate=_locate() if locate and not url else None)  # fmt: skip
+    before = signal.signal(signal.SIGTERM, _interrupt)  # what was compared is kept then, too
+    try:
+        with terminal.Live(console) as live:
+            found = measure(target, level, watcher=live, only=tuple(axis or ()), clients=clients,
+                            locate=_locate() if locate and not url else None)  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, before)
     console.print()
     console.print(terminal.summary(found))
     if json is not None:

@@ -19,7 +19,7 @@ from bi_patch.errors import ServerFailed
 from bi_patch.verify import report
 from bi_patch.verify.answers import Request
 from bi_patch.verify.levels import QUICK
-from bi_patch.verify.measure import verify
+from bi_patch.verify.measure import Watcher, verify
 from bi_patch.verify.server import ServerEngine
 from bi_patch.verify.targets import Running
 
@@ -63,7 +63,8 @@ def server(model, cache, tmp_path_factory):
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1", folder, process.pid
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
 
 
@@ -133,3 +134,17 @@ def test_a_server_that_refuses_or_is_down_is_named(server):
     assert found.exit_code == report.UNCHECKED and "does not serve 'another'" in found.stopped
     found = verify(Running("http://127.0.0.1:9"), QUICK)
     assert found.exit_code == report.UNCHECKED and "no server answers" in found.stopped
+
+
+def test_a_server_that_dies_is_noticed_and_what_was_compared_is_kept(server):
+    """The last test: it ends the server."""
+
+    class Killer(Watcher):
+        def measuring(self, axis, left):
+            if axis.name == "position and order" and axis.pairs == 2:
+                os.killpg(server[2], signal.SIGKILL)
+
+    found = verify(Running(server[0]), QUICK, watcher=Killer())
+    assert found.exit_code == report.UNCHECKED and not found.complete and "kept" in " ".join(found.verdict)
+    assert "is the server still running" in found.stopped or "no server answers" in found.stopped
+    assert found.axes[0].state == report.PASSED and found.compared > 0

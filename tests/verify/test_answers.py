@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from bi_patch.verify import wire
-from bi_patch.verify.answers import Difference, compare, compare_all, same
+from bi_patch.verify.answers import Difference, compare, compare_all, same, ulps
 
 
 def changed(answer, **changes):
@@ -65,3 +65,15 @@ def test_the_pipe_keeps_every_bit(answer):
         msgspec.json.encode(wire.Reply(answers=wire.pack([odd]))), type=wire.Reply
     ).answers)
     assert back == odd and math.copysign(1.0, back.logprobs[2]) == -1.0
+
+
+def test_distances_are_counted_in_steps_of_float32(answer):
+    assert ulps(1.0, 1.0 + 2**-23) == 1 and ulps(0.0, -0.0) == 1 and ulps(-1.0, -1.0) == 0 and ulps(1.0, 2.0) == 2**23
+    found = compare(answer, changed(answer, logprobs=[-0.5, -1.5 - 2**-23, -2.5]))
+    assert (found.ulps, found.generated, found.prompt) == (1, (1,), ())
+
+
+def test_a_digest_of_logits_alone_counts(answer):
+    one, two = changed(answer, digests=["a", "b", "c"]), changed(answer, digests=["a", "x", "c"])
+    found = compare(one, two)
+    assert (found.differing, found.digests, found.generated) == (1, 3, (1,)) and "row of logits" in found.first
