@@ -127,11 +127,11 @@ def install() -> None:
         if not _defined(name):
             ops.refuse(name, "this torch_npu does not define it")
         serve = _exact(name, function) if name in _EXACT_FOR_INTEGERS else function
-        for key in _keys(name):
-            _replace(libraries, name, serve, key)
+        _replace(libraries, name, serve, KEY)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, _ABOVE):
+            _replace(libraries, name, _below(name), _ABOVE)
     for name in refused():
-        for key in _keys(name):
-            _replace(libraries, name, _exact(name, _refusal(name)), key)
+        _replace(libraries, name, _exact(name, _refusal(name)), KEY)
     _installed.extend(libraries.values())
 
 
@@ -182,11 +182,19 @@ def _replace(libraries: dict, name: str, function: Callable, key: str) -> None:
         libraries[space].impl(rest, function, key, with_keyset=getattr(function, "with_keyset", False))
 
 
-def _keys(name: str) -> list[str]:
+def _below(name: str) -> Callable:
+    """The operator again, below autograd: this backend's kernel, or the shapes alone while a graph is traced."""
     import torch
 
-    above = torch._C._dispatch_has_kernel_for_dispatch_key(name, _ABOVE) and name in SERVED
-    return [KEY, _ABOVE] if above else [KEY]
+    space, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    operator = getattr(getattr(getattr(torch.ops, space), packet), overload or "default")
+
+    def again(*args, **kwargs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args, **kwargs)
+
+    return again
 
 
 def _defined(name: str) -> bool:

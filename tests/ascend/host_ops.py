@@ -21,7 +21,7 @@ clamp where.self index_select embedding cat stack argmax sort.stable arange.star
 masked_fill.Scalar
 rsub.Scalar rsub.Tensor sub.Scalar scatter.src scatter_.src masked_fill_.Tensor lt.Scalar gt.Scalar lt_.Tensor
 _index_put_impl_ index.Tensor gather bitwise_not bitwise_and.Tensor repeat isfinite ne.Scalar clone
-zeros zeros_like ones pow.Scalar reciprocal arange cos sin rand uniform_
+zeros zeros_like ones pow.Scalar reciprocal arange cos sin rand randn uniform_ normal_
 """.split()
 # Exact in any order for integers; floating-point numbers fail, as any native kernel on the stub.
 INTEGER_SUMS = "sum sum.dim_IntList cumsum".split()
@@ -100,14 +100,14 @@ def _init_routing(x, expert_idx, *, expert_num=-1, active_expert_range=(), **opt
     return tuple(_onto_npu(made) for made in (rows, places, counts, torch.empty(0)))
 
 
-_draws: dict[int, torch.Generator] = {}
+_draws: dict[int, tuple[torch.Generator, torch.Generator]] = {}  # both kept, so that no id is given twice
 
 
 def _exponential(self, lambd=1.0, *, generator=None):
     """A generator's draws depend on its seed and on how many it made, as an NPU's do."""
     if generator is not None:
         seeded = torch.Generator().manual_seed(generator.initial_seed())
-        generator = _draws.setdefault(id(generator), seeded)
+        generator = _draws.setdefault(id(generator), (generator, seeded))[1]
     view(self).exponential_(lambd, generator=generator)
     return self
 

@@ -21,10 +21,8 @@ def _fusions(config) -> None:
     if not isinstance(held, dict):
         config.additional_config = held = {}
     given = held.setdefault("ascend_compilation_config", {})
-    given.update({name: False for name in _KNOWN_TO_THE_CONFIG})
+    given.update(dict.fromkeys(_FUSIONS, False))
 
-
-_KNOWN_TO_THE_CONFIG = _FUSIONS[:2]
 
 SEAMS = ()
 POLICIES = (

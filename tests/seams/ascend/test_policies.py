@@ -64,6 +64,8 @@ def test_a_plain_configuration_passes_and_fusions_are_off(config):
     assert config.additional_config["ascend_compilation_config"] == {
         "fuse_norm_quant": False,
         "fuse_qknorm_rope": False,
+        "fuse_allreduce_rms": False,
+        "fuse_muls_add": False,
     }
     apply(config)  # it runs in every process
 
