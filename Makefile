@@ -1,6 +1,6 @@
 # make demo    set up, then run the demo: stock vLLM against armed vLLM on a real model
-# make test    set up, then run all tests (unit tests first, then those that start the real engine)
-# make test-ascend    the Ascend checks that need no NPU: real torch_npu over stub CANN libraries, kernels down to HIVM
+# make test    set up, then run all tests: unit tests, those that start the real engine, the Ascend checks
+# make test-ascend    the Ascend checks alone, no NPU needed: real torch_npu over stub CANN libraries, kernels down to HIVM
 # Set-up makes .venv from pinned versions once; later runs reuse it.
 
 PYTHON ?= python3
@@ -28,6 +28,7 @@ test: setup
 	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
 	$(BIN)/bi-patch check --all
 	$(BIN)/pytest -m "engine and not slow and not gpu and not ascend" tests
+	$(MAKE) test-ascend
 
 test-fast: setup
 	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
@@ -64,8 +65,15 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 $(ASCEND)/.installed: requirements/ascend.txt tests/ascend/stub_cann.py tests/ascend/stub_cann.c tests/ascend/sources.py
 	@echo "Setting up $(ASCEND): torch_npu, triton-ascend, AscendNPU-IR, sources of vLLM 0.23; about 3 GB, minutes once"
 	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Python 3.11 is needed, found " + sys.version'
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "The Ascend checks need Linux on x86_64 (wheels of torch_npu, \
+	triton-ascend and ascendnpu-ir); this is $$(uname -sm)" >&2; exit 1; }
+	@for tool in cc nm git; do command -v $$tool > /dev/null || { \
+	echo "The Ascend checks need $$tool on PATH: it builds the stub CANN libraries, or applies patches" >&2; exit 1; }; done
 	$(PYTHON) -m venv --clear $(ASCEND)
-	$(ASCEND)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/ascend.txt
-	PYTHONPATH=. BI_PATCH=0 $(ASCEND)/bin/python tests/ascend/sources.py $(ASCEND)/sources
+	@$(ASCEND)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/ascend.txt || { \
+	echo "A package of requirements/ascend.txt cannot be had: pip names it above. Give an index that has it" \
+	"(PIP_INDEX_URL; TORCH_INDEX=https://download.pytorch.org/whl/cpu for torch)" >&2; exit 1; }
+	@PYTHONPATH=. BI_PATCH=0 $(ASCEND)/bin/python tests/ascend/sources.py $(ASCEND)/sources || { \
+	echo "The releases vllm 0.23.0 and vllm-ascend 0.23.0 cannot be had from the package index" >&2; exit 1; }
 	$(ASCEND)/bin/python tests/ascend/stub_cann.py $(ASCEND)/stub-cann
 	touch $@

@@ -3,7 +3,8 @@
 `engine.py dense|experts FOLDER`. The engine computes one set of requests alone, together, from the prefix cache,
 preempted, and as prompts of what it decoded, and compares tokens and log-probabilities bitwise. Every sum goes through
 the kernels in the interpreter; what moves rows is done by host_ops. `fault` cuts keys by the number of rows. `ascendc`:
-that package (or its double) serves, with whole prompts, no prefix cache, and preemption refused.
+that package (or its double) serves, with whole prompts, no prefix cache, and preemption refused. `compiled`: the graph
+that vLLM compiles, cut in pieces; capturing them as ACL graphs is left out, and only steps too long for one are run.
 Prints one JSON object: positions compared, and per axis those that differ.
 """
 
@@ -90,9 +91,10 @@ class Engine:
         import vllm
 
         self.vllm = vllm
-        options = {"max_num_batched_tokens": BUDGET, "enable_prefix_caching": True, "max_model_len": 256} | options
+        usual = {"max_num_batched_tokens": BUDGET, "enable_prefix_caching": True, "max_model_len": 256}
+        options = usual | {"enforce_eager": True} | options
         self.llm = vllm.LLM(
-            model=str(model), load_format="safetensors", skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
+            model=str(model), load_format="safetensors", skip_tokenizer_init=True, dtype="bfloat16",
             num_gpu_blocks_override=16, block_size=BLOCK, max_num_seqs=4, seed=0, disable_log_stats=True, **options,
         )  # fmt: skip
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
@@ -199,6 +201,24 @@ def whole_prompts(folder: Path) -> None:
     print(json.dumps({"compared": compared, "differing": found, "refused": refused, "calls": calls}), flush=True)
 
 
+def compiled_pieces(folder: Path) -> None:
+    """Prompts longer than the largest graph, alone and together, through the compiled pieces."""
+    import torch
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    NPUModelRunner.capture_model = lambda self: 0
+    compilation = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1]}
+    engine = Engine(folder, enforce_eager=False, compilation_config=compilation, enable_prefix_caching=False)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 17, 3)]
+    how = {"prompt_logprobs": True, "max_tokens": 1}
+    alone = [engine.run([prompt], **how)[0] for prompt in prompts]
+    found = {"batch": differing(engine.run(prompts, **how), alone)}
+    mode = engine.llm.llm_engine.vllm_config.compilation_config.mode
+    compared = sum(len(part) for answer in alone for part in answer)
+    print(json.dumps({"compared": compared, "differing": found, "mode": mode.name}), flush=True)
+
+
 def main(experts: bool, folder: Path, fault: bool) -> None:
     import torch
 
@@ -246,5 +266,7 @@ if __name__ == "__main__":
     write_model(checkpoint, sys.argv[1] == "experts")
     if "ascendc" in sys.argv:
         whole_prompts(checkpoint)
+    elif "compiled" in sys.argv:
+        compiled_pieces(checkpoint)
     else:
         main(sys.argv[1] == "experts", checkpoint, "fault" in sys.argv)
