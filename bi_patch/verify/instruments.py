@@ -13,6 +13,8 @@ from bi_patch.verify.answers import Answer, Request
 from bi_patch.verify.engine import LocalEngine
 from bi_patch.verify.trace import Trace
 
+COMPILED = "compilation.cache_key"  # the seam that stands for compiled code
+
 
 class TraceAsk(msgspec.Struct, frozen=True):
     """Answer `requests` together and trace the one at `index`. watch: see Tracer. coarse: see Trace."""
@@ -41,7 +43,7 @@ def traced(engine: LocalEngine, ask: TraceAsk) -> Traced:
     )
     with runner.attach(held, tracer, ask.requests, ask.index).attached():
         answer = engine.generate(ask.requests)[ask.index]
-    names = {call.seam for call in tracer.calls if call.seam}
+    names = {call.seam for call in tracer.calls if call.seam} | ({COMPILED} if ask.coarse else set())
     return Traced(answer, Trace(tracer.calls, ask.coarse), {name: owners.status(name) for name in names})
 
 

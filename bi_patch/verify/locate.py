@@ -15,16 +15,14 @@ from collections.abc import Iterator
 
 import msgspec
 
-from bi_patch.verify.align import First, compare
+from bi_patch.verify.align import Compared, First, compare
 from bi_patch.verify.answers import Answer, Difference, Request
 from bi_patch.verify.answers import compare as compare_answers
 from bi_patch.verify.case import Case, Setting
 from bi_patch.verify.child import PATIENT, ChildEngine
 from bi_patch.verify.engine import Options
-from bi_patch.verify.instruments import TraceAsk, Traced
+from bi_patch.verify.instruments import COMPILED, TraceAsk, Traced
 from bi_patch.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, Trace
-
-COMPILED = "compilation.cache_key"  # the seam that stands for compiled code
 
 
 class Located(msgspec.Struct, frozen=True):
@@ -203,6 +201,8 @@ def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> L
     """Where two traced sides of a pair part, or None where they do not."""
     again = difference(case, alone.answer, company.answer)
     compared = compare(alone.trace, company.trace)
+    if coarse and compared.first is not None:
+        compared = _first_layer(alone.trace, company.trace) or compared
     if compared.first is None:
         if not again.differing:
             return None
@@ -214,6 +214,16 @@ def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> L
     if not again.differing and coarse:
         return None
     return _located(compared.first, alone.statuses | company.statuses, again.differing > 0, coarse)
+
+
+def _first_layer(alone: Trace, company: Trace) -> Compared | None:
+    """The first layer whose keys and values differ: what a layer caches is computed before the hidden states."""
+    for module in dict.fromkeys(c.module for c in company.calls if c.op == CACHE):
+        sides = (Trace([c for c in t.calls if c.op == CACHE and c.module == module], True) for t in (alone, company))
+        compared = compare(*sides)
+        if compared.first is not None:
+            return compared
+    return None
 
 
 def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: bool) -> Located:
@@ -231,8 +241,8 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
     if b.op == CACHE:
         note = "keys or values that were written to the cache before differ"
     if coarse:
-        seam = seam or COMPILED
-        note = "only compiled code differs: the same pair is equal when it runs eagerly"
+        seam = COMPILED
+        note = "compiled code differs; its ops cannot be traced, so what each layer leaves behind was compared"
     if not reproduced:
         note = f"{note}; the final answers are equal this time".lstrip("; ")
     return Located(

@@ -8,8 +8,10 @@ import pytest
 from bi_patch.demo import models
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.verify import locate
-from bi_patch.verify.case import Setting
+from bi_patch.verify.answers import Answer, Request
+from bi_patch.verify.case import Case, Setting
 from bi_patch.verify.child import ARMED, PATIENT, STOCK, ChildEngine
+from bi_patch.verify.engine import Options
 from bi_patch.verify.faults import catch, every
 from bi_patch.verify.faults.__main__ import few_blocks, options, recurrent
 from bi_patch.verify.faults.lifts import RECURRENT
@@ -111,3 +113,15 @@ def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):
         found = locate.locate_on(stock, case)
     print(found.words())
     assert found.seam and found.seam_status.startswith("open") and found.module.startswith("model.layers.0")
+
+
+@pytest.mark.slow
+def test_a_difference_of_compiled_code_is_located_by_what_layers_leave_behind(model):
+    """On CPU, eager and compiled norms round differently: nothing has to be planted."""
+    request = Request(tuple(7 * i % 1900 for i in range(300)), max_tokens=3, logprobs=3)
+    nobody = Answer([0])
+    settings = Setting([request]), Setting([request], options={"eager": False})
+    case = Case.of("eager and compiled", "compiled", *settings, nobody, nobody)
+    found = locate.locate(case, Options(model(models.QWEN3), dtype="float32", max_model_len=1024, chunk=512), ARMED)
+    assert found is not None and found.compiled and found.seam == "compilation.cache_key"
+    assert found.module.startswith("model.layers.0") and found.op == "KV cache"
