@@ -76,7 +76,7 @@ def options(level: Level, model: str, **changes: object) -> Options:
     most = longest(model)
     length = min(level.max_model_len, most) if most else level.max_model_len
     base = Options(
-        model, dtype="auto", max_model_len=length, max_num_seqs=SEQUENCES, chunk=2048,
+        model, dtype="auto", max_model_len=length, max_num_seqs=SEQUENCES, chunk=None,
         tokenizer=has_tokenizer(model), eager=False,
     )
     return base.but(**changes)

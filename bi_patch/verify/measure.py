@@ -354,4 +354,6 @@ def _alive(engine: Engine) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".removesuffix(": ")
+    """An error in a line or two: a child's message goes on with the end of its log, whose path comes before."""
+    said = " ".join(str(error).strip().splitlines()[:3] if isinstance(error, EngineFailed) else [str(error).strip()])
+    return f"{type(error).__name__}: {said}".removesuffix(": ")
