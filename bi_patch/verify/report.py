@@ -142,6 +142,8 @@ def sentences(report: Report) -> list[str]:
     what = {"server": "The server", "armed": "The armed engine", "stock": "The stock engine"}.get(
         report.mode, "vLLM's own batch-invariant mode")
     settled = [axis for axis in report.axes if axis.compared]
+    digests = sum(axis.digests for axis in report.axes)
+    rows = f", {digests:,} of them by their whole row of logits" if digests else ""
     said = []
     if report.differing:
         wrong = [axis.name for axis in report.axes if axis.differing]
@@ -151,7 +153,8 @@ def sentences(report: Report) -> list[str]:
         )
     elif report.compared:
         said.append(
-            f"{what} was bitwise invariant in all {report.compared:,} positions compared, along {len(settled)} axes."
+            f"{what} was bitwise invariant in all {report.compared:,} positions compared{rows}, along "
+            f"{len(settled)} axes."
         )
     else:
         said.append(f"{what} could not be checked: nothing was compared.")
