@@ -208,6 +208,11 @@ def main() -> int:
     if a.write_docs:
         write_docs(a.out, Path("docs/faults.md"))
         return 0
+    if a.platform == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--platform cuda: torch sees no GPU here")
     only = {name.strip() for name in a.only.split(",") if name.strip()}
     environ = PATIENT | dict(os.environ) | _ENVIRON[a.platform]
     with tempfile.TemporaryDirectory(prefix="bi_patch-faults-") as folder:
