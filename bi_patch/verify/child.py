@@ -58,6 +58,7 @@ class ChildEngine:
                  fresh: bool = False, lifts: Sequence[str] = ()) -> None:
         self.mode, self.options = mode, options
         self.seconds = 0.0
+        self._erred = False  # an error was reported that names the log
         self._caches = tempfile.TemporaryDirectory(prefix="bi_patch-caches-", ignore_cleanup_errors=True)
         given = dict(os.environ if environ is None else environ)
         if fresh:
@@ -128,7 +129,7 @@ class ChildEngine:
         self._replies.close()
         self._log.close()
         self._caches.cleanup()
-        if not keep_log:
+        if not keep_log and not self._erred:
             Path(self._log.name).unlink(missing_ok=True)
 
     def _start(self, lifts: Sequence[str]) -> Info:
@@ -160,6 +161,7 @@ class ChildEngine:
             )
         reply = msgspec.json.decode(line, type=wire.Reply)
         if reply.error:
+            self._erred = True
             raise _error(self.mode, command.do, reply, log)
         return reply
 

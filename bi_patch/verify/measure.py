@@ -223,7 +223,7 @@ class _Verification:
             state, reason = NOT_EXERCISED, str(error)
         except BiPatchError as error:
             state, reason = FAILED, _sentence(error)
-            if not _alive(engine):
+            if not _goes_on(engine):
                 raise
         except KeyboardInterrupt:
             state, reason = FAILED, "interrupted"
@@ -348,12 +348,21 @@ def _within(case: Case, changes: dict[str, object]) -> Case:
     return msgspec.structs.replace(case, alone=alone, company=company)
 
 
-def _alive(engine: Engine) -> bool:
-    ask = getattr(engine, "alive", None)
-    return ask is None or ask()
+def _goes_on(engine: Engine) -> bool:
+    """Whether an engine that failed once is alive and holds no half-done requests."""
+    if not getattr(engine, "alive", lambda: True)():
+        return False
+    try:
+        engine.reset_cache()
+    except BiPatchError:
+        return False
+    return True
 
 
 def _sentence(error: BaseException) -> str:
     """An error in a line or two: a child's message goes on with the end of its log, whose path comes before."""
-    said = " ".join(str(error).strip().splitlines()[:3] if isinstance(error, EngineFailed) else [str(error).strip()])
-    return f"{type(error).__name__}: {said}".removesuffix(": ")
+    lines = str(error).strip().splitlines()
+    if isinstance(error, EngineFailed):
+        last = next((i for i, line in enumerate(lines) if "its output is in" in line), len(lines))
+        lines = lines[: last + 1]
+    return f"{type(error).__name__}: {' '.join(lines)}".removesuffix(": ")
