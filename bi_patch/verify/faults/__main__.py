@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from bi_patch import settings
@@ -63,8 +64,9 @@ def options(platform: str, folder: str, dtype: str = "") -> Options:
         )
     return Options(
         _model(folder, "qwen3-moe", _SHAPE), dtype=dtype or "bfloat16", max_model_len=2048, chunk=2048, tied=True,
-        digests=True, tokenizer=False, random_weights=7, extra={"gpu_memory_utilization": 0.6},
-    )
+        digests=True, tokenizer=False, random_weights=7,
+        extra={"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 8 << 30},
+    )  # fmt: skip
 
 
 def few_blocks(given: Options, block: int) -> Options:
@@ -73,8 +75,12 @@ def few_blocks(given: Options, block: int) -> Options:
     return short.but(kv_blocks=-(-short.max_model_len // block) + 1)
 
 
-def run(given: Options, platform: str, only: set[str], environ: dict[str, str]) -> Faults:
-    """Two engines: one for most faults, one with few KV blocks. Prints a line for each fault."""
+def run(given: Options, platform: str, only: set[str], environ: dict[str, str],
+        keep: Callable[[Faults], object]) -> Faults:
+    """Two engines: one for most faults, one with few KV blocks. Prints a line for each fault.
+
+    keep: given what is known after each engine.
+    """
     wanted = [f for f in every() if platform in f.platforms and (not only or f.name in only)]
     rows: list[FaultRow] = []
     pairs = differing = 0
@@ -84,7 +90,10 @@ def run(given: Options, platform: str, only: set[str], environ: dict[str, str]) 
         load = catch.workload(engine)
         rows += [_row(engine, fault, load) for fault in wanted if fault.axis != catch.PREEMPTION]
         axes = {fault.axis for fault in wanted} - {catch.PREEMPTION, catch.PRECISION, catch.RESTART}
-        pairs, differing = _clean(engine, axes, load)
+        made.rows = list(rows)
+        keep(made)
+        made.clean = pairs, differing = _clean(engine, axes, load)
+        keep(made)
     if any(fault.axis == catch.PREEMPTION for fault in wanted):
         with ChildEngine(ARMED, few_blocks(given, block), environ=environ) as engine:
             load = catch.workload(engine)
@@ -93,6 +102,7 @@ def run(given: Options, platform: str, only: set[str], environ: dict[str, str]) 
             pairs, differing = pairs + more[0], differing + more[1]
     made.rows = sorted(rows, key=lambda row: (row.cause, row.planted))
     made.clean = (pairs, differing)
+    keep(made)
     return made
 
 
@@ -217,7 +227,14 @@ def main() -> int:
     environ = PATIENT | dict(os.environ) | _ENVIRON[a.platform]
     with tempfile.TemporaryDirectory(prefix="bi_patch-faults-") as folder:
         given = options(a.platform, folder, a.dtype)
-        found = run(given, a.platform, only, environ)
+        short = {"": "", "bfloat16": "-bf16", "float32": "-fp32", "float16": "-fp16"}[a.dtype]
+
+        def keep(found: Faults) -> Path | None:
+            name = "cpu" if a.platform == "cpu" else short_name(found.device)
+            found.rows.sort(key=lambda row: (row.cause, row.planted))
+            return None if only else evidence.write(found, name + short, a.out)
+
+        found = run(given, a.platform, only, environ, keep)
         if not only:
             found.rows.append(refused(folder, environ))
             if a.platform == "cpu":
@@ -228,10 +245,7 @@ def main() -> int:
                 except Exception:  # one engine that does not start must not cost the file of the others
                     traceback.print_exc()
                     found.rows.append(FaultRow(17, "compiled norms outside the order", False, False))
-            found.rows.sort(key=lambda row: (row.cause, row.planted))
-            short = "cpu" if a.platform == "cpu" else short_name(found.device)
-            short += {"": "", "bfloat16": "-bf16", "float32": "-fp32", "float16": "-fp16"}[a.dtype]
-            print(evidence.write(found, short, a.out))
+            print(keep(found))
     caught, refusals = evidence.faults_caught(found.rows)
     print(f"{caught} of {evidence.CAUSES} causes caught and named, {refusals} more refused by name; "
           f"without a fault {found.clean[1]} of {found.clean[0]} pairs differ")
