@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -130,6 +131,16 @@ class LocalEngine:
         self._chunk: int | None = None  # the engine's own budget, once it was changed
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        try:
+            return self._generate(requests)
+        except Exception:
+            # What a failed step leaves in the scheduler would keep the cache from being reset.
+            engine = self._llm.llm_engine
+            with contextlib.suppress(Exception):
+                engine.abort_request(list(engine.output_processor.request_states))
+            raise
+
+    def _generate(self, requests: Sequence[Request]) -> list[Answer]:
         names = [self._digest_name() if r.digest and self.options.digests else "" for r in requests]
         parameters = [_sampling(r, name, self.options.tokenizer) for r, name in zip(requests, names)]
         if any(r.delay for r in requests):

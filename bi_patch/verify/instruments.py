@@ -61,7 +61,7 @@ def _plant(engine: LocalEngine, data: bytes) -> bytes:
 def _precision(engine: LocalEngine, data: bytes) -> bytes:
     from bi_patch.verify import precision
 
-    return msgspec.msgpack.encode(precision.measure(engine))
+    return msgspec.msgpack.encode(precision.measure(engine, msgspec.msgpack.decode(data, type=bool)))
 
 
 def lift(data: bytes) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
-from bi_patch.verify import levels
+from bi_patch.verify import levels, precision
 from bi_patch.verify.answers import Answer, Request
 from bi_patch.verify.case import Case
 from bi_patch.verify.child import EngineFailed
@@ -68,9 +68,10 @@ class _Clock:
     def plan(self, name: str, seconds: float) -> None:
         self._planned[name] = seconds
 
-    def finish(self, name: str, seconds: float) -> None:
+    def finish(self, name: str, seconds: float, *, told: bool = True) -> None:
+        """told: whether the pace of the rest can be told from it."""
         planned = self._planned.pop(name, 0.0)
-        if planned and seconds:
+        if told and planned and seconds:
             self._done += planned
             self._spent += seconds
 
@@ -87,6 +88,7 @@ class _Clock:
         return sum(self._planned.values()) * self.pace
 
 
+_PRECISION = 10.0  # seconds that the comparison with fp64 is allowed for
 _START = 12.0  # planned seconds of an engine's start on a small model
 
 
@@ -161,6 +163,8 @@ class _Verification:
             for probe in inside:
                 if self._applies(probe, engine) and self._has_time(probe):
                     self._collect(probe, lambda probe=probe: probe.cases(run), engine)
+            if hasattr(engine, "ask") and not self.only:
+                self._precision(engine)
             groups, expected = self._groups(cross, engine), {}
             for probe in dict.fromkeys(probe for group in groups for probe, _ in group.probes):
                 requests = probe.requests(engine, load)
@@ -169,6 +173,18 @@ class _Verification:
             self._own(probe, load)
         for group in groups:
             self._cross(group, load, expected, groups)
+
+    def _precision(self, engine: Engine) -> None:
+        """A lower precision in every batch alike shows in no comparison of bits."""
+        if self.limit is not None and self.clock.elapsed + _PRECISION > self.limit:
+            return
+        try:
+            found = precision.of(engine)
+        except BiPatchError:
+            if not _goes_on(engine):
+                raise
+            return  # the model does not run in that process, or has products of its own kind
+        self.report.precision = found if found.layers else None
 
     def _plan(self, probes: Iterable[Probe], cross: Iterable[CrossProbe]) -> None:
         self.clock.plan("start", _START)
@@ -183,7 +199,7 @@ class _Verification:
         engine = self.target.start(options, fresh=fresh)
         self.started = time.monotonic() - began
         self.report.starts += 1
-        self.clock.finish("start", self.started)
+        self.clock.finish("start", self.started, told=False)  # a large model's compilation says nothing of its steps
         return engine
 
     def _describe(self, engine: Engine) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import msgspec
 
-from bi_patch.verify.engine import LocalEngine
+from bi_patch.verify.engine import Engine, LocalEngine
 
 LIMIT = 2.0**-20
 ROWS = (1, 16, 257)
@@ -39,9 +39,31 @@ class Precision(msgspec.Struct, frozen=True):
     worst: float
     failed: list[Imprecise]
 
+    def words(self) -> str:
+        """One sentence."""
+        if not self.failed:
+            return (
+                f"The products of {self.layers} linears are as accurate as fp32 sums are: at most {self.worst:.2f} of "
+                f"the error that is allowed against fp64, over {self.outputs:,} outputs."
+            )
+        first = self.failed[0]
+        return (
+            f"Products are NOT as accurate as fp32 sums: {len(self.failed)} of {self.layers} linears, first "
+            f"{first.module} with {first.excess:.0f} times the error that is allowed at M={first.rows} "
+            f"(seam {first.seam})."
+        )
 
-def measure(engine: LocalEngine) -> Precision:
-    """Compare every linear of the engine's model. Raises NotTraceable where the model is not in this process."""
+
+def of(engine: Engine, *, widened: bool = False) -> Precision:
+    """Of an engine in a child process (see measure)."""
+    return msgspec.msgpack.decode(engine.ask("precision", msgspec.msgpack.encode(widened)), type=Precision)
+
+
+def measure(engine: LocalEngine, widened: bool = False) -> Precision:
+    """Compare every linear of the engine's model. Raises NotTraceable where the model is not in this process.
+
+    widened: on a GPU, also the route of fp32 products, with the weights widened, which takes memory.
+    """
     import torch
 
     from bi_patch.verify import owners
@@ -52,7 +74,7 @@ def measure(engine: LocalEngine) -> Precision:
     with torch.inference_mode():
         for name, layer in parts.linears(engine):
             w = parts.weight(layer)
-            wide = w.is_cuda and w.dtype != torch.float32  # the fp32 route beside the model's own
+            wide = widened and w.is_cuda and w.dtype != torch.float32
             found = max(
                 (_excess(layer, held, m) for held in ((w, w.float()) if wide else (w,)) for m in ROWS),
                 key=lambda pair: pair[0],

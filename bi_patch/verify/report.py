@@ -11,6 +11,7 @@ import msgspec
 
 from bi_patch.files import write_json
 from bi_patch.verify.case import Case
+from bi_patch.verify.precision import Precision
 
 INVARIANT, DIFFERS, UNCHECKED = 0, 1, 2  # exit codes
 
@@ -91,6 +92,7 @@ class Report(msgspec.Struct):
     """A run of verify. complete: every axis that the level holds was settled; stopped: what ended it early.
 
     mode: "armed", "upstream", "stock", or "server" where the arming cannot be seen. level: quick, default or full.
+    precision: of the model's linears against fp64, None where it was not measured.
     """
 
     target: str
@@ -105,6 +107,7 @@ class Report(msgspec.Struct):
     options: dict[str, object] = {}
     open_seams: tuple[str, ...] = ()
     logits: bool = False
+    precision: Precision | None = None
     seconds: float = 0.0
     starts: int = 0
     complete: bool = False
@@ -131,8 +134,8 @@ _SHOWN = 8
 
 
 def exit_code(report: Report) -> int:
-    """0: bitwise invariant. 1: a position differed. 2: something could not be checked, or a required seam is open."""
-    if report.differing:
+    """0: invariant, accurate. 1: a position differed, or products are inaccurate. 2: something could not be checked."""
+    if report.differing or (report.precision is not None and report.precision.failed):
         return DIFFERS
     return INVARIANT if report.complete and report.compared and not report.open_seams else UNCHECKED
 
@@ -158,6 +161,8 @@ def sentences(report: Report) -> list[str]:
         )
     else:
         said.append(f"{what} could not be checked: nothing was compared.")
+    if report.precision is not None:
+        said.append(report.precision.words())
     if report.stopped:
         said.append(f"Stopped early: {report.stopped.rstrip('.')}. What was compared until then is kept.")
     undone = [f"{axis.name} ({axis.state}: {axis.reason})" for axis in report.axes if axis.state in UNSETTLED]

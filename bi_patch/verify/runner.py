@@ -265,7 +265,8 @@ class Attached:
             if rows is None:
                 return held(*args, **kwargs)
             self._cache(layer, self._tracer.current()[1], rows)
-            with self._tracer.again():
+            # On CUDA the op around it is recorded; FlashAttention's own op returns what no dispatch mode can hand on.
+            with contextlib.nullcontext() if args[1].is_cuda else self._tracer.again():
                 return held(*args, **kwargs)
 
         return forward

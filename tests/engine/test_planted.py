@@ -7,7 +7,7 @@ import pytest
 
 from bi_patch.demo import models
 from bi_patch.errors import BiPatchError, UnsupportedFeature
-from bi_patch.verify import locate
+from bi_patch.verify import locate, precision
 from bi_patch.verify.answers import Answer, Request
 from bi_patch.verify.case import Case, Setting
 from bi_patch.verify.child import ARMED, PATIENT, STOCK, ChildEngine
@@ -54,7 +54,7 @@ def test_without_a_fault_the_same_axes_see_nothing(engine, load):
     for axis in sorted({fault.axis for fault in CPU} - {catch.PREEMPTION, catch.PRECISION, catch.RESTART}):
         cases = list(catch.cases(engine, axis, load))
         assert cases and not any(case.differs for case in cases), axis
-    precise = catch.precision(engine)
+    precise = precision.of(engine, widened=True)
     assert not precise.failed and precise.layers == 10 and 0 < precise.worst < 1
 
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import msgspec
 
-from bi_patch.verify import locate
+from bi_patch.verify import locate, precision
 from bi_patch.verify.case import Case, Setting
 from bi_patch.verify.child import ChildEngine
 from bi_patch.verify.faults import Fault, named
 from bi_patch.verify.faults.lifts import RECURRENT
 from bi_patch.verify.locate import Located
-from bi_patch.verify.precision import Precision
 from bi_patch.verify.probes import AXES, Run, Workload
 from bi_patch.verify.probes.base import pair
 from bi_patch.verify.probes.crossing import crossing_blocks, preempted
@@ -51,10 +50,6 @@ def workload(engine: ChildEngine) -> Workload:
 def plant(engine: ChildEngine, *names: str) -> None:
     """Plant exactly these in the child's engine."""
     engine.ask("plant", msgspec.msgpack.encode(list(names)))
-
-
-def precision(engine: ChildEngine) -> Precision:
-    return msgspec.msgpack.decode(engine.ask("precision", b""), type=Precision)
 
 
 def cases(engine: ChildEngine, axis: str, load: Workload) -> Iterator[Case]:
@@ -141,7 +136,7 @@ def _restarted(engine: ChildEngine, fault: Fault, load: Workload) -> Caught:
 def _imprecise(engine: ChildEngine, fault: Fault) -> Caught:
     """No comparison of bits sees it: the accuracy does, and names the layers by itself."""
     plant(engine, fault.name)
-    found = precision(engine)
+    found = precision.of(engine, widened=True)
     seam = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
     right = len(found.failed) == found.layers and all(f.seam == seam for f in found.failed)
     first = found.failed[0] if found.failed else None

@@ -82,25 +82,6 @@ def top_p_by_batch(engine: LocalEngine) -> Iterator[None]:
         topk_topp_sampler.apply_top_k_top_p = held
 
 
-def tf32(engine: LocalEngine):
-    """fp32 products on matrix units that read ten bits of each input."""
-
-    def make(name, layer, held):
-        def run(x, bias):
-            if x.dtype != torch.float32:
-                return held(x, bias)
-            matmul = torch.backends.cuda.matmul
-            before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-            try:
-                return torch.nn.functional.linear(x, parts.weight(layer).float(), bias)
-            finally:
-                matmul.fp32_precision = before
-
-        return run
-
-    return parts.each_linear(engine, make)
-
-
 FAULTS = (
     Fault("RMSNorm kernel of vLLM", 2, vllm_norm.__doc__, "batch size", vllm_norm, (CUDA,), "norm",
           seam={"cuda": "norm.cuda_rms"}),
@@ -110,5 +91,4 @@ FAULTS = (
           "sampler", seam=None),
     Fault("top-p kernels by batch", 21, top_p_by_batch.__doc__, "kinds of sampling", top_p_by_batch, (CUDA,),
           "sampler", seam={"cuda": "sampling.cuda_top_k_top_p"}),
-    Fault("TF32 in fp32 products", 23, tf32.__doc__, "precision", tf32, (CUDA,), seam={"cuda": "linear.cuda_route"}),
 )

@@ -70,8 +70,12 @@ def each_linear(engine: LocalEngine, make: Callable[[str, torch.nn.Module, Apply
                 continue
 
             def wrap(held, name=name, layer=layer):
-                own = make(name, layer, lambda x, bias: held(layer, x, bias))
-                return lambda _, x, bias=None: own(x, bias)
+                def of(given):
+                    return make(name, given, lambda x, bias: held(given, x, bias))
+
+                own = of(layer)
+                # Another layer stands in where the product of a widened weight is asked for.
+                return lambda given, x, bias=None: (own if given is layer else of(given))(x, bias)
 
             stack.enter_context(replaced(layer.quant_method, "apply", wrap))
         yield
