@@ -8,7 +8,9 @@ from bi_patch.verify.report import INVARIANT, PASSED, Axis, Report
 ROUGH = Imprecise("model.layers.0.mlp.down_proj", "linear.cpu_dispatch", 64, 128, "float32", 257, 900.0)
 
 
-@pytest.mark.parametrize(("failed", "code", "said"), [([], 0, "as accurate as fp32"), ([ROUGH], 1, "down_proj with 900")])
+@pytest.mark.parametrize(
+    ("failed", "code", "said"), [([], 0, "as accurate as fp32"), ([ROUGH], 1, "down_proj with 900")]
+)
 def test_products_of_low_precision_are_no_pass(failed, code, said):
     axis = Axis("batch size", "", state=PASSED, compared=10)
     report = Report("model", "armed", "quick", "2026-01-01", [axis], precision=Precision(3, 99, 900.0, failed))
