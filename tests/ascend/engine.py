@@ -204,6 +204,7 @@ def whole_prompts(folder: Path) -> None:
 def compiled_pieces(folder: Path) -> None:
     """Prompts longer than the largest graph, alone and together, through the compiled pieces."""
     import torch
+    import vllm_ascend.ops  # noqa: F401  first: the runner's own imports go round in a circle
     from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
 
     NPUModelRunner.capture_model = lambda self: 0
