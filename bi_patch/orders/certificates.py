@@ -18,7 +18,8 @@ class Key(msgspec.Struct, frozen=True):
     """What evidence is valid for. Any change makes the certificate anew.
 
     operation: e.g. `cpu.linear`. problem: sizes, dtypes, bias. device: model, instruction set, threads.
-    libraries: versions of everything whose kernels take part. kernels: digest of the bundled kernels.
+    libraries: versions of everything whose kernels take part. kernels: digest of the bundled kernels. data: what was
+    compared, where its choice is a part of the evidence.
     """
 
     operation: str
@@ -26,6 +27,7 @@ class Key(msgspec.Struct, frozen=True):
     device: str
     libraries: str
     kernels: str
+    data: str = ""
 
     def digest(self) -> str:
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()

@@ -17,6 +17,21 @@ def test_routes_hold_exactly_the_rows_that_passed():
         assert [m for m in range(1, 70) if route.vendor(m)] == passed
 
 
+@pytest.mark.parametrize("k", [64, 65, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_compared_sums_are_zero_and_leave_their_order(dtype, k):
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(k, generator=generator)
+    x = cuda_linear.cancelling(5, order, 1, generator, dtype)
+    w = cuda_linear.cancelling(40, order, -1, generator, dtype)
+    assert x.shape == (5, k) and x.is_contiguous() and x.dtype == dtype
+    assert float((x.double() @ w.double().T).abs().max()) < 1e-9
+    terms = x[:, None].float() * w[None].float()
+    one, other = (sum(part.cumsum(-1)[..., -1] for part in terms.split(size, -1)) for size in (k, 32))
+    if k == 4096:
+        assert float((one.to(dtype) != other.to(dtype)).float().mean()) > 0.5
+
+
 def test_unequal_counts_bits_not_values():
     a = torch.tensor([0.0, 1.0, 2.0], dtype=torch.bfloat16)
     b = torch.tensor([-0.0, 1.0, 3.0], dtype=torch.bfloat16)

@@ -56,6 +56,26 @@ def test_a_library_that_splits_k_is_not_used(layer, tmp_path):
     assert not certificate.passed and certificate.evidence.differing > 0 and "M=1" in certificate.evidence.first
 
 
+def test_an_order_that_rounding_hides_is_seen(tmp_path):
+    """Two halves of K added in fp32 for one row: in bf16, random data shows that in one of thousands of outputs."""
+    n, k = 576, 1536
+    layer = TorchLinear(k, n, bias=False, dtype=torch.bfloat16, device="cpu").requires_grad_(False)
+    pack, gemm = torch.ops.bi_cpu.gemm_pack, torch.ops.bi_cpu.gemm
+    whole = pack(layer.weight)
+    halves = [(slice(a, a + k // 2), pack(layer.weight[:, a : a + k // 2].float())) for a in (0, k // 2)]
+
+    def vendor(x, weight, bias):
+        if x.shape[0] > 1:
+            return gemm(x, whole, n, k, None)
+        parts = [gemm(x[:, span].float(), packed, n, k // 2, None) for span, packed in halves]
+        return (parts[0] + parts[1]).to(x.dtype)
+
+    cpu_linear.route(layer.weight, None, vendor, layer, tmp_path)
+    (certificate,) = [c for _, c in certificates.every(tmp_path)]
+    assert certificate.passed_rows == [m for m in cpu_linear.ROWS if m != 1]
+    assert certificate.evidence.differing > 30
+
+
 def test_a_library_in_the_same_order_may_be_used(layer, tmp_path, monkeypatch):
     calls = []
     ours = bundled(layer)
