@@ -83,10 +83,6 @@ def _addmv(bias, a, b, *, beta=1, alpha=1):
     return _scaled(bias, _wide(a, b[:, None])[:, 0], beta, alpha, a.dtype)
 
 
-def _bmm(a, b):
-    return torch.bmm(a, b)
-
-
 def _mm_as(a, b, dtype):
     """a @ b, rounded to another dtype than theirs."""
     return _wide(a, b).to(dtype)
@@ -132,14 +128,6 @@ def _reduce(x, dim, keepdim, dtype, mean):
     return out.view([1 if d in gone else n for d, n in enumerate(x.shape)] if keepdim else shape)
 
 
-def _softmax(x, dim, half_to_float):
-    return torch._softmax(x, dim, half_to_float)
-
-
-def _log_softmax(x, dim, half_to_float):
-    return torch._log_softmax(x, dim, half_to_float)
-
-
 def _floats(x, *_, dtype=None, **__) -> bool:
     return x.dtype in _FLOATS and dtype in (None, x.dtype, torch.float32)
 
@@ -168,11 +156,11 @@ _OVERRIDES: dict[str, tuple[Callable[..., bool], Callable]] = {
     "baddbmm": (_alike_with_bias, _baddbmm),
     "baddbmm.out": (_alike_with_bias, _baddbmm),
     "baddbmm_": (_alike_with_bias, _baddbmm),
-    "bmm.out": (_alike, _bmm),
+    "bmm.out": (_alike, torch.bmm),
     "sum.dim_IntList": (_floats, _sum),
     "sum.IntList_out": (_floats, _sum),
     "mean.dim": (_floats, _mean),
     "mean.out": (_floats, _mean),
-    "_softmax.out": (_floats, _softmax),
-    "_log_softmax.out": (_floats, _log_softmax),
+    "_softmax.out": (_floats, torch._softmax),
+    "_log_softmax.out": (_floats, torch._log_softmax),
 }

@@ -241,14 +241,17 @@ class Attached:
                 result = held(hidden_states, *args, **kwargs)
             finally:
                 self._prompt_hidden = self._logprob_rows = None
-            mine = result.get(self._needle)
-            if mine is not None:
-                number = len(mine.logprobs)
-                rows = Rows(self._step, RETURNED, frozenset({number}), 0, number, 0)
-                self._tracer.record("prompt logprobs", list(mine[:3]), rows=rows, module="model runner")
+            self._returned(result.get(self._needle))
             return result
 
         return _get_prompt_logprobs_dict
+
+    def _returned(self, mine) -> None:
+        """The prompt logprobs that the runner hands back for the request, if any."""
+        if mine is not None:
+            number = len(mine.logprobs)
+            rows = Rows(self._step, RETURNED, frozenset({number}), 0, number, 0)
+            self._tracer.record("prompt logprobs", list(mine[:3]), rows=rows, module="model runner")
 
     def _inside(self, held):
         def inside(*args, **kwargs):
@@ -413,11 +416,7 @@ class AttachedV2(Attached):
                     result = held(logits_fn, hidden_states, *args, **kwargs)
             finally:
                 self._prompt_hidden = self._logprob_rows = None
-            mine = result.get(self._needle)
-            if mine is not None:
-                number = len(mine.logprobs)
-                rows = Rows(self._step, RETURNED, frozenset({number}), 0, number, 0)
-                self._tracer.record("prompt logprobs", list(mine[:3]), rows=rows, module="model runner")
+            self._returned(result.get(self._needle))
             return result
 
         return compute_prompt_logprobs
