@@ -14,6 +14,8 @@ def answer(on_npu, tmp_path, *arguments, first=()):
     environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     # torch 2.13's cache of compiled graphs refuses the compiler that vLLM-Ascend wrote for torch 2.10.
     environ |= {"TORCHINDUCTOR_AUTOGRAD_CACHE": "0", "VLLM_CACHE_ROOT": str(tmp_path / "vllm")}
+    # vLLM-Ascend's maybe_pad_and_reduce returns its input; torch 2.13 warns of that, and where CI is set it raises.
+    environ |= {"TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "0"}
     model = tmp_path / "model"
     model.mkdir()
     command = ("tests/ascend/engine.py", arguments[0], str(model), *arguments[1:])
