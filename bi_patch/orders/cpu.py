@@ -89,3 +89,36 @@ def attention(
     torch.ops.bi_cpu.attention(
         out.view(query.shape), query, kv_cache, query_start_loc, seq_lens, block_table, scale, window, float(softcap)
     )
+
+
+def covers(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
+    """Whether the bundled row kernels take x: their dtypes, and a weight of the same."""
+    import torch
+
+    known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return known and (weight is None or weight.dtype == x.dtype)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None = None, offset: float = 0.0
+):
+    """RMSNorm of x [..., C] times (weight + offset); with a residual, (norm of x + residual, x + residual)."""
+    import torch
+
+    if residual is None:
+        return torch.ops.bi_cpu.rms_norm(x, weight, eps, offset)
+    return torch.ops.bi_cpu.add_rms_norm(x, residual, weight, eps, offset)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """silu(x[..., :D]) * x[..., D:] of x [..., 2 D], rounded once."""
+    import torch
+
+    return torch.ops.bi_cpu.silu_and_mul(x)
+
+
+def rope(positions: torch.Tensor, x: torch.Tensor, cache: torch.Tensor, head_size: int, neox: bool) -> torch.Tensor:
+    """x [tokens, heads * D] rotated by positions [tokens]; cache [positions, rotary]: cosines, then sines."""
+    import torch
+
+    return torch.ops.bi_cpu.rope(positions, x, cache, head_size, neox)

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 
-from bi_patch.seams.model import CUDA, Policy, Seam, Setting, Target
+from bi_patch.seams.model import CUDA, Seam, Setting, Target
 
 
 def _hash(original):
@@ -26,14 +26,6 @@ def _no_breakable(original):
         return False
 
     return _uses_breakable_cudagraph_for_batch_invariance
-
-
-def _cuda_activation(config) -> None:
-    """One kernel for gated activations, compiled or not: compiled code would round in other places."""
-    held = config.compilation_config.custom_ops
-    for name in ("silu_and_mul", "gelu_and_mul"):
-        if "all" not in held and f"-{name}" not in held and f"+{name}" not in held:
-            held.append(f"+{name}")
 
 
 SEAMS = (
@@ -65,15 +57,6 @@ SETTINGS = (
         variable="TORCHINDUCTOR_DETERMINISTIC",
         value="1",
         why="a reduction that is autotuned in each process can change bits at a restart",
-        platforms=CUDA,
-    ),
-)
-
-POLICIES = (
-    Policy(
-        name="compilation.cuda_activation",
-        apply=_cuda_activation,
-        why="compiled and eager activations round in different places",
         platforms=CUDA,
     ),
 )

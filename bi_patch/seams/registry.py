@@ -1,6 +1,7 @@
 """All seams, settings and policies, collected from the modules of the areas, in a fixed order."""
 
 from bi_patch.seams import (
+    activation,
     attention,
     communicator,
     compilation,
@@ -9,6 +10,7 @@ from bi_patch.seams import (
     moe,
     norm,
     quantization,
+    rotary,
     sampling,
     scheduler,
 )
@@ -51,8 +53,11 @@ PACKAGES = {"vllm": ("vllm", RELEASES), "vllm_ascend": ("vllm-ascend", ("0.23.0"
 # And where: the seams of a platform may begin later than the project.
 PLATFORM_RELEASES = {"cpu": CPU_RELEASES, "cuda": ">=0.23,<0.34", "ascend": "==0.23.*"}
 
-AREAS = (engine, compilation, scheduler, linear, norm, moe, attention, sampling, communicator, quantization)
-# The same areas again, of vLLM-Ascend, and rotary.
+AREAS = (
+    engine, compilation, scheduler, linear, norm, activation, rotary, moe, attention, sampling, communicator,
+    quantization,
+)  # fmt: skip
+# The same areas again, of vLLM-Ascend.
 AREAS += (
     ascend_engine, ascend_compilation, ascend_scheduler, ascend_norm, ascend_moe, ascend_attention, ascend_sampling,
     ascend_communicator, ascend_quantization, ascend_rotary,

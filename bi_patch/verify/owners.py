@@ -16,16 +16,16 @@ _BY_MODULE_FILE = {
     "bi_patch.orders.cpu_linear": "linear.cpu_dispatch",
     "bi_patch.orders.cuda_linear": "linear.cuda_route",
     "bi_patch.orders.cuda_norm": "norm.cuda_rms",
-    "bi_patch.orders.cuda_rope": "attention.cuda_rotary",
+    "bi_patch.orders.cuda_rope": "rotary.cuda_forward",
 }
 # vLLM's layers by the name of a class in their ancestry, or of themselves; the first seam that the plan has counts.
 _BY_CLASS = (
     (("RMSNorm", "GemmaRMSNorm"), ("norm.cpu_rms", "norm.cuda_rms")),
-    (("LayerNorm",), ("norm.cpu_layer",)),
+    (("LayerNorm",), ("norm.cpu_layer_certified",)),
     (("LinearBase", "ParallelLMHead", "LogitsProcessor"), ("linear.cpu_dispatch", "linear.cuda_route")),
     (("FusedMoE", "MoERunner", "RoutedExperts", "FusedMoEExperts"), ("moe.cpu_experts", "moe.cuda_tables")),
     (("Attention",), ("attention.cpu_forward", "attention.cuda_backend")),
-    (("RotaryEmbedding", "RotaryEmbeddingBase"), ("attention.cuda_rotary",)),
+    (("RotaryEmbedding", "RotaryEmbeddingBase"), ("rotary.cpu_forward", "rotary.cuda_forward")),
     (("TopKTopPSampler",), ("sampling.cpu_draw", "sampling.cuda_top_k_top_p")),
 )
 # Ops that say by their name what they are.

@@ -35,3 +35,19 @@ def register_fakes(isa: str) -> None:
     @torch.library.register_fake("bi_cpu::attention")
     def _(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, window_left, softcap):
         return None
+
+    @torch.library.register_fake("bi_cpu::rms_norm")
+    def _(x, weight, eps, offset):
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("bi_cpu::add_rms_norm")
+    def _(x, residual, weight, eps, offset):
+        return x.new_empty(x.shape), x.new_empty(x.shape)
+
+    @torch.library.register_fake("bi_cpu::silu_and_mul")
+    def _(x):
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+    @torch.library.register_fake("bi_cpu::rope")
+    def _(positions, x, cache, head_size, neox):
+        return x.new_empty(x.shape)

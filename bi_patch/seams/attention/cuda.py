@@ -1,4 +1,4 @@
-"""Seams of attention on CUDA: which backend and tile serves which layer, and the rotation before it."""
+"""Seams of attention on CUDA: which backend and tile serves which layer."""
 
 import dataclasses
 import functools
@@ -13,17 +13,6 @@ _FLASH_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 # Told this for its longest query, FlashAttention 3 never takes its tile for single queries, which for heads of up to
 # 64 elements cuts KV elsewhere (the tile of one warp group: up to 64 rows of queries times heads of a group).
 _LONG_QUERY = 128
-# Those whose forward is RotaryEmbedding's own.
-_ROTARY_CLASSES = frozenset(
-    {
-        "RotaryEmbedding",
-        "Llama3RotaryEmbedding",
-        "LinearScalingRotaryEmbedding",
-        "DynamicNTKScalingRotaryEmbedding",
-        "YaRNScalingRotaryEmbedding",
-    }
-)
-_ROTARY = "vllm.model_executor.layers.rotary_embedding.base"
 
 
 def _cuda_backend(original):
@@ -100,50 +89,6 @@ def _cuda_longest_query(original):
     return build
 
 
-def _cuda_rotary(original):
-    """RotaryEmbedding.forward_cuda and forward_native: one bundled kernel, compiled or not."""
-    from bi_patch.orders import cuda_rope
-
-    cuda_rope.define_op()
-
-    def forward(self, positions, query, key=None):
-        if key is None or positions.ndim != 1 or not _covers(self):
-            return original(self, positions, query, key)
-        cache = self._match_cos_sin_cache_dtype(query)
-        return cuda_rope.rope(positions, query, key, cache, self.head_size)
-
-    return forward
-
-
-def _cuda_qk_norm(original):
-    """Qwen3's attention: the norms of query and key heads and the rotation in one launch, as fast as stock's fusion."""
-    from bi_patch.orders import cuda_rope
-
-    cuda_rope.define_op()
-
-    def forward(self, positions, hidden_states):
-        if positions.ndim != 1 or not _covers(self.rotary_emb):
-            return original(self, positions, hidden_states)
-        qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        cache = self.rotary_emb._match_cos_sin_cache_dtype(q)
-        q, k = cuda_rope.rope(
-            positions, q, k, cache, self.head_dim,
-            self.q_norm.weight.data, self.k_norm.weight.data, self.q_norm.variance_epsilon,
-        )  # fmt: skip
-        output, _ = self.o_proj(self.attn(q, k, v))
-        return output
-
-    return forward
-
-
-def _covers(rotary) -> bool:
-    from bi_patch.orders import cuda_rope
-
-    plain = type(rotary).__name__ in _ROTARY_CLASSES
-    return plain and cuda_rope.covers(rotary.head_size, rotary.rotary_dim, rotary.is_neox_style)
-
-
 def _cuda_schedule(original):
     """FlashAttentionMetadataBuilder._get_scheduler_metadata: tiles are ordered once a step, for one split."""
 
@@ -189,24 +134,6 @@ SEAMS = (
         until="never: it is the gate",
         platforms=CUDA,
         causes=(3, 4, 25),
-    ),
-    _cuda_seam(
-        "rotary", _ROTARY, "RotaryEmbedding.forward_cuda", _cuda_rotary,
-        "eager code rounds where compiled code does not", "one bundled kernel rounds once, compiled or not", (17,)
-    ),
-    _cuda_seam(
-        "rotary_native", _ROTARY, "RotaryEmbedding.forward_native", _cuda_rotary,
-        "compiled code rounds where its fusions end", "one bundled kernel rounds once, compiled or not", (17,)
-    ),
-    _cuda_seam(
-        "qk_norm_qwen3", "vllm.model_executor.models.qwen3", "Qwen3Attention.forward", _cuda_qk_norm,
-        "two norms and a rotation apart cost three launches a layer", "one launch, in the same order", (2,),
-        required=False,
-    ),
-    _cuda_seam(
-        "qk_norm_qwen3_moe", "vllm.model_executor.models.qwen3_moe", "Qwen3MoeAttention.forward", _cuda_qk_norm,
-        "two norms and a rotation apart cost three launches a layer", "one launch, in the same order", (2,),
-        required=False,
     ),
     _cuda_seam(
         "longest_query", "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder.build",

@@ -45,4 +45,35 @@ struct AttentionArgs {
 
 void attention(const AttentionArgs& a, int threads);
 
+// ---- RMSNorm (norm.cpp); strides in elements, columns dense; residual, sum and out are dense.
+struct NormArgs {
+  DType type;
+  const void* x;         // [rows, heads, cols]
+  int64_t row, head;     // strides of x
+  int64_t rows, heads, cols;
+  const void* residual;  // null: none
+  const void* weight;    // [cols], null: none
+  float eps, offset;
+  void* out;
+  void* sum;             // round(x + residual), where there is a residual
+};
+
+void rms_norm(const NormArgs& a, int threads);
+
+// ---- Pointwise (pointwise.cpp); strides in elements, last dimension dense.
+void silu_and_mul(DType t, const void* x, int64_t row, int64_t rows, int64_t cols, void* out, int threads);
+
+struct RopeArgs {
+  DType type;
+  const int64_t* positions;  // [tokens]
+  const void* x;             // [tokens, heads * dim]
+  int64_t token;             // stride of x
+  const void* cache;         // [positions, rotary]: cosines, then sines
+  void* out;                 // dense
+  int64_t tokens, heads, dim, rotary;
+  bool neox;
+};
+
+void rope(const RopeArgs& a, int threads);
+
 }  // namespace bi

@@ -151,6 +151,108 @@ void attention(at::Tensor out, const at::Tensor& query, const at::Tensor& kv_cac
   bi::attention(a, at::get_num_threads());
 }
 
+// x as [rows, heads, cols] with dense columns; other shapes are one head of their leading dimensions.
+at::Tensor as_heads(const at::Tensor& x) {
+  const at::Tensor dense = x.stride(-1) == 1 ? x : x.contiguous();
+  if (dense.dim() == 3) return dense;
+  if (dense.dim() == 2) return dense.unsqueeze(1);
+  return dense.reshape({-1, 1, x.size(-1)});
+}
+
+std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                                        const std::optional<at::Tensor>& weight, double eps, double offset) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "bi_cpu.rms_norm: x must be [..., C], got ", x.sizes());
+  const int64_t cols = x.size(-1);
+  bi::NormArgs a{};
+  a.type = dtype_of(x, "x");
+  if (weight) {
+    TORCH_CHECK(weight->scalar_type() == x.scalar_type() && weight->dim() == 1 && weight->size(0) == cols &&
+                    weight->is_contiguous(),
+                "bi_cpu.rms_norm: weight must be dense [C=", cols, "] of ", x.scalar_type(), ", got ",
+                weight->sizes(), " of ", weight->scalar_type());
+    a.weight = weight->const_data_ptr();
+  }
+  at::Tensor held, sum;
+  if (residual) {
+    TORCH_CHECK(residual->sizes() == x.sizes() && residual->scalar_type() == x.scalar_type(),
+                "bi_cpu.add_rms_norm: residual must be as x, ", x.sizes(), " of ", x.scalar_type(), ", got ",
+                residual->sizes(), " of ", residual->scalar_type());
+    held = residual->contiguous();
+    a.residual = held.const_data_ptr();
+    sum = at::empty(x.sizes(), x.options());
+    a.sum = sum.mutable_data_ptr();
+  }
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  const at::Tensor rows = as_heads(x);
+  a.x = rows.const_data_ptr();
+  a.row = rows.stride(0);
+  a.head = rows.stride(1);
+  a.rows = rows.size(0);
+  a.heads = rows.size(1);
+  a.cols = cols;
+  a.eps = float(eps);
+  a.offset = float(offset);
+  a.out = out.mutable_data_ptr();
+  bi::rms_norm(a, at::get_num_threads());
+  return {out, sum};
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, double offset) {
+  return std::get<0>(norm(x, std::nullopt, weight, eps, offset));
+}
+
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
+                                                const std::optional<at::Tensor>& weight, double eps, double offset) {
+  return norm(x, residual, weight, eps, offset);
+}
+
+at::Tensor silu_and_mul(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0, "bi_cpu.silu_and_mul: x must be [..., 2 * D], got ", x.sizes());
+  const auto type = dtype_of(x, "x");
+  const int64_t cols = x.size(-1) / 2;
+  auto shape = x.sizes().vec();
+  shape.back() = cols;
+  at::Tensor out = at::empty(shape, x.options());
+  at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, 2 * cols});
+  if (rows.stride(1) != 1) rows = rows.contiguous();
+  bi::silu_and_mul(type, rows.const_data_ptr(), rows.stride(0), rows.size(0), cols, out.mutable_data_ptr(),
+                   at::get_num_threads());
+  return out;
+}
+
+at::Tensor rope(const at::Tensor& positions, const at::Tensor& x, const at::Tensor& cache, int64_t dim,
+                bool neox) {
+  bi::RopeArgs a;
+  a.type = dtype_of(x, "x");
+  TORCH_CHECK(positions.scalar_type() == at::kLong && positions.dim() == 1 && positions.is_contiguous(),
+              "bi_cpu.rope: positions must be dense int64 [tokens]");
+  a.tokens = positions.size(0);
+  TORCH_CHECK(dim > 0 && a.tokens > 0 ? x.size(0) == a.tokens && x.numel() % (a.tokens * dim) == 0 : x.numel() == 0,
+              "bi_cpu.rope: x must be [tokens=", a.tokens, ", heads * ", dim, "], got ", x.sizes());
+  TORCH_CHECK(cache.dim() == 2 && cache.is_contiguous() && cache.scalar_type() == x.scalar_type() &&
+                  cache.size(1) % 2 == 0 && cache.size(1) <= dim,
+              "bi_cpu.rope: cache must be dense [positions, rotary <= ", dim, "] of ", x.scalar_type(), ", got ",
+              cache.sizes(), " of ", cache.scalar_type());
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  if (a.tokens == 0) return out;
+  a.heads = x.numel() / (a.tokens * dim);
+  at::Tensor rows = x.dim() == 2 ? x : x.reshape({a.tokens, a.heads * dim});
+  if (rows.stride(1) != 1) rows = rows.contiguous();
+  a.positions = positions.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < a.tokens; ++t)
+    TORCH_CHECK(a.positions[t] >= 0 && a.positions[t] < cache.size(0), "bi_cpu.rope: position ", a.positions[t],
+                " is outside the cache of ", cache.size(0));
+  a.x = rows.const_data_ptr();
+  a.token = rows.stride(0);
+  a.cache = cache.const_data_ptr();
+  a.out = out.mutable_data_ptr();
+  a.dim = dim;
+  a.rotary = cache.size(1);
+  a.neox = neox;
+  bi::rope(a, at::get_num_threads());
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(bi_cpu, m) {
@@ -159,6 +261,10 @@ TORCH_LIBRARY(bi_cpu, m) {
   m.def("kv_store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
   m.def("attention(Tensor(a!) out, Tensor query, Tensor kv_cache, Tensor query_start_loc, "
         "Tensor seq_lens, Tensor block_table, float scale, int window_left, float softcap) -> ()");
+  m.def("rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)");
+  m.def("silu_and_mul(Tensor x) -> Tensor");
+  m.def("rope(Tensor positions, Tensor x, Tensor cache, int head_size, bool neox) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
@@ -166,4 +272,8 @@ TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
   m.impl("gemm", &gemm);
   m.impl("kv_store", &kv_store);
   m.impl("attention", &attention);
+  m.impl("rms_norm", &rms_norm);
+  m.impl("add_rms_norm", &add_rms_norm);
+  m.impl("silu_and_mul", &silu_and_mul);
+  m.impl("rope", &rope);
 }

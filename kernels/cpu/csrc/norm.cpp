@@ -1,0 +1,61 @@
+// RMSNorm of a row, with and without residual: out = round(x * inv * (weight + offset)), inv = 1 / sqrt(mean(x^2) + eps).
+//
+// With a residual, s = round(x + residual) takes x's place and is returned too. Order: squares are added by FMA in 64
+// lanes (lane = column mod 64, ascending), lanes joined as (0 + 1) + (2 + 3) of their sixteens, then by sum_lanes. A row
+// belongs to one thread; columns past the end add an exact zero.
+#include <omp.h>
+#include <cmath>
+#include "api.h"
+#include "edge.h"
+
+namespace bi {
+namespace {
+
+template <class T>
+float inverse(const T* x, int64_t cols, float eps) {
+  V16 acc[4] = {zero(), zero(), zero(), zero()};
+  int64_t c = 0;
+  const auto square = [](V16 v, V16 sum) { return fma(v, v, sum); };
+  for (; c + 64 <= cols; c += 64)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) acc[i] = square(load(x + c + 16 * i), acc[i]);
+  for (int i = 0; c < cols; c += 16, ++i) acc[i] = square(load_edge(x + c, cols - c), acc[i]);
+  const float sum = sum_lanes(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
+  return 1.f / std::sqrt(sum / float(cols) + eps);
+}
+
+template <class T> void run(const NormArgs& a, int threads) {
+  const auto* weight = static_cast<const T*>(a.weight);
+  if (a.rows * a.heads * a.cols < kTinyPointwise) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < a.rows * a.heads; ++i) {
+    const T* x = static_cast<const T*>(a.x) + i / a.heads * a.row + i % a.heads * a.head;
+    if (a.residual) {
+      const T* residual = static_cast<const T*>(a.residual) + i * a.cols;
+      T* sum = static_cast<T*>(a.sum) + i * a.cols;
+      by_sixteen(a.cols, [&](int64_t c, int64_t left) {
+        store_edge(sum + c, add(load_edge(x + c, left), load_edge(residual + c, left)), left);
+      });
+      x = sum;
+    }
+    const V16 inv = set1(inverse(x, a.cols, a.eps)), offset = set1(a.offset);
+    T* out = static_cast<T*>(a.out) + i * a.cols;
+    by_sixteen(a.cols, [&](int64_t c, int64_t left) {
+      V16 y = mul(load_edge(x + c, left), inv);
+      if (weight) y = mul(y, add(load_edge(weight + c, left), offset));
+      store_edge(out + c, y, left);
+    });
+  }
+}
+
+}  // namespace
+
+void rms_norm(const NormArgs& a, int threads) {
+  switch (a.type) {
+    case DType::f32: return run<float>(a, threads);
+    case DType::bf16: return run<bf16>(a, threads);
+    case DType::f16: return run<fp16>(a, threads);
+  }
+}
+
+}  // namespace bi
