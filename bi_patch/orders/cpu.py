@@ -122,3 +122,10 @@ def rope(positions: torch.Tensor, x: torch.Tensor, cache: torch.Tensor, head_siz
     import torch
 
     return torch.ops.bi_cpu.rope(positions, x, cache, head_size, neox)
+
+
+def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax routing of logits [rows, experts]: weights (fp32) and ids (int32) [rows, top_k], ties by the lower id."""
+    import torch
+
+    return torch.ops.bi_cpu.route(logits, top_k, renormalize)

@@ -32,6 +32,18 @@ def _cpu_support(original):
     return classmethod(_supports_batch_invariance)
 
 
+def _cpu_routing(original):
+    """_softmax_topk of the CPU router: the bundled kernel, compiled or not."""
+    from bi_patch.orders import cpu
+
+    def _softmax_topk(router_logits, top_k, renormalize):
+        if not cpu.covers(router_logits):
+            return original(router_logits, top_k, renormalize)
+        return cpu.route(router_logits, top_k, renormalize)
+
+    return _softmax_topk
+
+
 def _cuda_configs(original):
     """get_moe_configs: the tuned tiles that stock vLLM uses, by the number of tokens."""
     import vllm.envs as envs
@@ -169,5 +181,15 @@ SEAMS = (
         until="upstream states one order for its CPU MoE",
         platforms=CPU,
         causes=(10, 13),
+    ),
+    Seam(
+        name="moe.cpu_routing",
+        targets=(Target("vllm.model_executor.layers.fused_moe.router.cpu_router", "_softmax_topk", CPU_RELEASES),),
+        close=_cpu_routing,
+        why="compiled code computes another exponential than eager code; which of two tied experts is taken is open",
+        how="one bundled kernel: ties by the lower expert, one order of the sum",
+        until="upstream states both",
+        platforms=CPU,
+        causes=(13, 17),
     ),
 )

@@ -51,3 +51,8 @@ def register_fakes(isa: str) -> None:
     @torch.library.register_fake("bi_cpu::rope")
     def _(positions, x, cache, head_size, neox):
         return x.new_empty(x.shape)
+
+    @torch.library.register_fake("bi_cpu::route")
+    def _(logits, k, renormalize):
+        shape = (logits.shape[0], k)
+        return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)

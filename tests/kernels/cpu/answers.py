@@ -57,6 +57,15 @@ def attention(
     return out
 
 
+def rows(ops, dtype: torch.dtype) -> list[str]:
+    g = torch.Generator().manual_seed(2)
+    x, residual = (torch.randn(9, 200, generator=g).to(dtype) for _ in range(2))
+    normed, added = ops.add_rms_norm(x, residual, x[0], 1e-6, 0.0)
+    turned = ops.rope(torch.arange(9), x, torch.rand(9, 36, generator=g).to(dtype), 50, True)
+    weights, ids = ops.route(x, 6, False)
+    return [digest(t) for t in (normed, added, turned, ops.silu_and_mul(x), weights, ids)]
+
+
 def main() -> None:
     cache, isa, *flags = sys.argv[1:]
     if "-include" in flags:  # an emulated ISA runs everywhere
@@ -66,7 +75,7 @@ def main() -> None:
     ops = torch.ops.bi_cpu
     wide = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        got = gemm(ops, dtype)
+        got = gemm(ops, dtype) + rows(ops, dtype)
         got += [digest(attention(ops, dtype, 300, 6, 2, 80, w, cap)) for w, cap in [(-1, 0.0), (50, 3.0)]]
         if dtype != torch.bfloat16:  # bf16 has its own bits where there are bf16 dot products
             wide += got
