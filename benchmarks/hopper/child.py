@@ -362,7 +362,7 @@ def main() -> None:
     if a.mode == "armed":
         from bi_patch.orders import cuda_linear
 
-        print("routes", {str(p): (r.bounds, r.tiles_agree) for p, r in cuda_linear.routes().items()})
+        print("routes", {str(p): (len(r.kinds), r.limit, r.tiles_agree) for p, r in cuda_linear.routes().items()})
     print("done", a.model, a.mode, "start", result["start_s"], flush=True)
     sys.stdout.flush()
     os._exit(0)

@@ -64,16 +64,16 @@ def child(mode: str) -> None:
             if n > 100000 and m > 512:
                 continue
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            want = linear._bundled(x, weights[0], None, False)
+            want = linear.bundled(x, weights[0], None, False)
             got = torch.nn.functional.linear(x, weights[0])
-            row = {"shape": name, "n": n, "k": k, "m": m, "mode": mode, "differing": linear._unequal(got, want)}
+            row = {"shape": name, "n": n, "k": k, "m": m, "mode": mode, "differing": linear.unequal(got, want)}
             repeat = max(1, 12 // copies) if m <= 512 else 1
             row["us"] = time_calls(torch, [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in weights * repeat])
             if mode == "both":
-                mine = linear._bundled(x, weights[0], None, True)
-                row["bundled_differing"] = linear._unequal(mine, want)
+                mine = linear.bundled(x, weights[0], None, True)
+                row["bundled_differing"] = linear.unequal(mine, want)
                 row["bundled_us"] = time_calls(
-                    torch, [lambda x=x, w=w: linear._bundled(x, w, None, True) for w in weights * repeat]
+                    torch, [lambda x=x, w=w: linear.bundled(x, w, None, True) for w in weights * repeat]
                 )
             rows.append(row)
     print(json.dumps(rows))

@@ -43,9 +43,10 @@ class Evidence(msgspec.Struct, frozen=True):
 
 
 class Certificate(msgspec.Struct, frozen=True):
-    """route: the kernel that the evidence is about. passed_rows: the M for which every element was equal.
+    """route: the kernel that the evidence is about. passed_rows: the compared M for which every element was equal.
 
-    seconds: what making it took. microseconds: time a call by route and M, where it was measured.
+    seconds: what making it took. microseconds: time a call by route and M, where it was measured. algorithms: the
+    library's algorithms that passed, where it has several for a problem.
     """
 
     key: Key
@@ -56,6 +57,7 @@ class Certificate(msgspec.Struct, frozen=True):
     seconds: float
     made: str
     microseconds: dict[str, dict[str, float]] = {}
+    algorithms: list[list[int]] = []
 
 
 class _Sealed(msgspec.Struct):

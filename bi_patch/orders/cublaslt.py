@@ -70,7 +70,7 @@ class Gemm:
         if name not in _TYPES:
             raise CertificateFailed(f"cublaslt: no GEMM for {dtype}")
         self.n, self.k, self.dtype, self.bias = n, k, dtype, bias
-        self._library, self._handle = _library()
+        self._library, self._handle = load()
         self._type = _TYPES[name]
         self._desc = c_void_p()
         self._check(self._library.cublasLtMatmulDescCreate(byref(self._desc), _COMPUTE_32F, _R_32F), "desc")
@@ -164,8 +164,8 @@ class Gemm:
 
 
 @functools.cache
-def _library():
-    """The cuBLASLt that PyTorch has loaded, and a handle on the current device."""
+def load():
+    """The cuBLASLt that PyTorch has loaded, and a handle on the current device. Raises CertificateFailed without."""
     import torch
 
     torch.cuda.current_blas_handle()  # loads the library
@@ -179,4 +179,4 @@ def _library():
 
 
 def version() -> int:
-    return _library()[0].cublasLtGetVersion()
+    return load()[0].cublasLtGetVersion()

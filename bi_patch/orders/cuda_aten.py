@@ -99,7 +99,7 @@ def _wide(a, b):
 
     out = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
     a = a if a.stride(-1) == 1 else a.contiguous()
-    return cuda_linear._bundled(a, b.t(), None, False, out)
+    return cuda_linear.bundled(a, b.t(), None, False, out)
 
 
 def _scaled(bias, product, beta, alpha, dtype):

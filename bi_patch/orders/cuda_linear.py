@@ -1,40 +1,44 @@
 """Routes of unquantized linears on CUDA: cuBLASLt without split-K where certified, else the bundled Triton GEMM.
 
 Order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding (kernels/triton/gemm.py).
-A certificate covers one (N, K, dtype, bias) for every M up to a limit: the library is asked for its algorithm for all
-these M (cublaslt), and each kind of algorithm runs against the bundled reference, bitwise, at its first, a middle and
-its last M. An M whose kind differs anywhere, and every M past the limit, goes to the bundled kernel.
+A certificate covers one (N, K, dtype, bias) for every M up to a limit. The library (cublaslt) is asked for its
+algorithm for each M up to 1024 and every seventh above; each kind of algorithm that it names runs against the bundled
+reference, bitwise, at its first, a middle and its last M. When serving, an M whose algorithm is of a kind that passed
+gets it; a kind that differed anywhere or was never seen, and every M past the limit, gets the bundled kernel.
 
-Rounding to 16 bits hides most other orders: on plain random data one output in thousands shows one. So every sum that
-is compared is exactly zero: what comes out is what its order left, and another order leaves something else.
+Rounding to 16 bits hides most other orders: on plain random data one output in thousands shows one. So half of the sums
+that are compared are exactly zero: what comes out is what their order left, and another order leaves something else.
+The other half are plain, and show where the result was rounded and the bias added.
 """
 
 from __future__ import annotations
 
-import bisect
 import logging
 import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bi_patch.errors import CertificateFailed
 from bi_patch.orders import certificates, cublaslt, cuda
 from bi_patch.orders.certificates import Certificate, Evidence, Key
+from bi_patch.orders.zero_sums import cancelling
 
 if TYPE_CHECKING:
     import torch
 
 OPERATION = "cuda.linear"
-DATA = "sums of zero"
+DATA = "sums of zero and others"
 VENDOR = "cublaslt"
 # At most this share of free memory is used for inputs and outputs of a certificate; it bounds the M that is covered.
 _MEMORY_SHARE = 0.3
 # Up to this many rows are compared at two positions of the input; more rows hold many positions themselves.
 _TWICE = 2048
+# The library is asked for every M up to here, then for every seventh: prime to all that a choice may be aligned to.
+_EACH, _STEP = 1024, 7
 _log = logging.getLogger("vllm.bi_patch")
 
 
@@ -52,19 +56,25 @@ class Problem(NamedTuple):
 
 @dataclass
 class Route:
-    """bounds: first, last, first, last, ... of the spans of M that the vendor serves, ascending.
+    """The kinds of the vendor's algorithms that may serve up to `limit` rows; None of them: the bundled kernel.
 
     tiles_agree: the bundled variants give equal bits here, so the fastest may serve each M; else the reference does.
     """
 
-    bounds: list[int]
+    kinds: frozenset[cublaslt.Kind]
+    limit: int
     tiles_agree: bool
     gemm: cublaslt.Gemm | None
+    _plans: dict[int, cublaslt.Plan | None] = field(default_factory=dict, repr=False)
 
-    def vendor(self, m: int) -> bool:
-        at = bisect.bisect_left(self.bounds, m)
-        # Inside a span: between its two bounds, or on one of them.
-        return at < len(self.bounds) and (at % 2 == 1 or self.bounds[at] == m)
+    def plan(self, rows: int) -> cublaslt.Plan | None:
+        """The vendor's algorithm for a number of rows, where it is certified."""
+        try:
+            return self._plans[rows]
+        except KeyError:
+            asked = self.gemm.plan(rows) if self.gemm is not None and rows <= self.limit else None
+            plan = self._plans[rows] = asked if asked is not None and asked.kind in self.kinds else None
+            return plan
 
 
 _routes: dict[Problem, Route] = {}
@@ -96,11 +106,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         flat = flat.clone(memory_format=torch.contiguous_format)
     rows = flat.shape[0]
     route = _routes.get((n, k, x.dtype, bias is not None))
-    plan = route.gemm.plan(rows) if route is not None and route.vendor(rows) else None
+    plan = route.plan(rows) if route is not None else None
     if plan is not None and _packed(weight, k) and (bias is None or _packed(bias, 1)):
         out = _vendor(route.gemm, plan, flat, weight, bias)
     else:
-        out = _bundled(flat, weight, bias, route is not None and route.tiles_agree)
+        out = bundled(flat, weight, bias, route is not None and route.tiles_agree)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
 
@@ -123,8 +133,11 @@ def _fake(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _bundled(x, weight, bias, tiles_agree: bool, out=None):
-    """The bundled GEMM on x [M, K]. tiles_agree: any variant may serve, else only the reference."""
+def bundled(x, weight, bias, tiles_agree: bool, out=None):
+    """The bundled GEMM: x [M, K] @ weight [N, K].T + bias [N] -> [M, N], into `out` where given.
+
+    tiles_agree: any variant may serve, else only the reference. Raises CertificateFailed for a dtype without a kernel.
+    """
     from bi_patch.kernels.triton import gemm
 
     if cuda.name(x.dtype) not in _TYPES or weight.dtype != x.dtype:
@@ -155,8 +168,10 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
     for problem in dict.fromkeys(problems):
         key = _key(problem, max_rows)
         certificate = certificates.obtain(cache, key, lambda p=problem, k=key: _certify(p, k, max_rows))
-        gemm = cublaslt.Gemm(*problem) if certificate.passed_rows else None
-        _routes[problem] = Route(certificate.passed_rows, certificate.route.endswith("+tiles"), gemm)
+        kinds = frozenset(cublaslt.Kind(*kind) for kind in certificate.algorithms)
+        limit = max(certificate.evidence.rows, default=0)
+        gemm = cublaslt.Gemm(*problem) if kinds else None
+        _routes[problem] = Route(kinds, limit, certificate.route.endswith("+tiles"), gemm)
         made.append(certificate)
         if not certificate.passed:
             _log.warning("bi_patch: %s: %s", problem, certificate.evidence.first)
@@ -172,18 +187,9 @@ def _key(problem: Problem, max_rows: int) -> Key:
     return Key(OPERATION, f"{problem} M<={max_rows}", cuda.device(), cuda.libraries(), cuda.kernels_digest(), DATA)
 
 
-def cancelling(rows: int, order: torch.Tensor, sign: int, generator: torch.Generator, dtype: torch.dtype):
-    """Random [rows, K] whose columns come in pairs of equal (sign 1) or opposite (sign -1) values.
-
-    order: a permutation of K columns, which says where pairs stand. A product of rows of both signs is exactly zero.
-    Values are of the size of 8, so that what is left of a sum is no subnormal number in fp16.
-    """
-    import torch
-
-    k = order.shape[0]
-    half = torch.randn(rows, k // 2, generator=generator, device=order.device, dtype=torch.float32).mul_(8).to(dtype)
-    odd = half.new_zeros((rows, k % 2))
-    return torch.cat((half, half * sign, odd), 1)[:, order]
+def asked_rows(limit: int) -> list[int]:
+    """The M, ascending, for which the library is asked for its algorithm; the limit is one of them."""
+    return sorted({*range(1, min(limit, _EACH) + 1), *range(_EACH, limit, _STEP), limit})
 
 
 def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
@@ -192,10 +198,11 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
     start = time.perf_counter()
     trial = _Trial(problem, max_rows)
     kinds = trial.kinds() if cuda.vendor_allowed() else {}
-    passed, tested, compared, differing, first = [], [], 0, 0, ""
+    passed, good, tested, compared, differing, first = [], [], [], 0, 0, ""
     for kind, rows in kinds.items():
         differs = 0
-        for m in sorted({rows[0], rows[len(rows) // 2], rows[-1]}):
+        some = sorted({rows[0], rows[len(rows) // 2], rows[-1]})
+        for m in some:
             wrong = trial.vendor_differs(m)
             tested.append(m)
             compared += (2 if m <= _TWICE else 1) * m * problem.n
@@ -204,7 +211,8 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
                 first = f"M={m}: {wrong} outputs of algorithm {tuple(kind)} differ from the bundled GEMM"
         differing += differs
         if not differs:
-            passed += rows
+            passed += some
+            good.append(list(kind))
     # Compiling every variant takes seconds: only where they will serve.
     agree = (differing > 0 or not kinds) and trial.tiles_agree()
     del trial
@@ -213,7 +221,8 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
         key=key,
         route=f"{VENDOR}{'+tiles' if agree else ''}",
         passed=differing == 0 and bool(kinds),
-        passed_rows=_bounds(sorted(passed)),
+        passed_rows=sorted(passed),
+        algorithms=sorted(good),
         evidence=Evidence(sorted(set(tested)), compared, differing, first),
         seconds=round(time.perf_counter() - start, 3),
         made=certificates.today(),
@@ -236,22 +245,24 @@ class _Trial:
         order = torch.randperm(self.k, generator=generator, device="cuda")
         self.x = cancelling(self.rows, order, 1, generator, dtype)
         self.weight = cancelling(self.n, order, -1, generator, dtype)
+        self.weight[1::2].abs_().mul_(0.125)  # their sums are not zero; fp16 holds them
         self.bias = None
         if bias:
             self.bias = torch.randn(self.n, generator=generator, device="cuda", dtype=dtype)
-            self.bias[::2] = 0  # a bias would cover what is left of a sum
+            self.bias[::2] = 0  # it would cover what is left of a sum
         self.gemm = cublaslt.Gemm(*problem)
         self.out = torch.empty((self.rows, self.n), dtype=dtype, device="cuda")
-        self.want = _bundled(self.x, self.weight, self.bias, False)
+        self.want = bundled(self.x, self.weight, self.bias, False)
         if not bool(torch.isfinite(self.want).all()):
             raise CertificateFailed(f"{OPERATION} {problem}: the bundled GEMM gives values that are not finite")
 
     def kinds(self) -> dict[cublaslt.Kind, list[int]]:
-        """All M up to the limit by the algorithm that the library has for them; M without one are left out."""
+        """The M that are asked for, by the algorithm that the library has for them; M without one are left out."""
         kinds: dict[cublaslt.Kind, list[int]] = {}
+        asked = asked_rows(self.rows)
         # The library answers on the host, outside Python's lock.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for m, plan in enumerate(pool.map(self.gemm.plan, range(1, self.rows + 1)), 1):
+            for m, plan in zip(asked, pool.map(self.gemm.plan, asked), strict=True):
                 if plan is not None:
                     kinds.setdefault(plan.kind, []).append(m)
         return kinds
@@ -263,19 +274,19 @@ class _Trial:
             x = self.x[at : at + m]
             x = x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
             got = _vendor(self.gemm, self.gemm.plan(m), x, self.weight, self.bias, self.out[:m])
-            count += _unequal(got, self.want[at : at + m])
+            count += unequal(got, self.want[at : at + m])
         return count
 
     def tiles_agree(self) -> bool:
         """Whether the bundled variants for few and for many rows give the reference's bits."""
         return not any(
-            _unequal(_bundled(self.x[:m], self.weight, self.bias, True), self.want[:m])
+            unequal(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m])
             for m in (1, 16, 32, 64, 128, 256, self.rows)
             if m <= self.rows
         )
 
 
-def _unequal(got: torch.Tensor, want: torch.Tensor) -> int:
+def unequal(got: torch.Tensor, want: torch.Tensor) -> int:
     """How many elements differ in any bit."""
     import torch
 
@@ -283,14 +294,3 @@ def _unequal(got: torch.Tensor, want: torch.Tensor) -> int:
     if torch.equal(got.view(kind), want.view(kind)):
         return 0
     return int((got.view(kind) != want.view(kind)).sum())
-
-
-def _bounds(rows: list[int]) -> list[int]:
-    """First and last of each run of consecutive numbers in an ascending list."""
-    bounds: list[int] = []
-    for m in rows:
-        if bounds and bounds[-1] == m - 1:
-            bounds[-1] = m
-        else:
-            bounds += [m, m]
-    return bounds

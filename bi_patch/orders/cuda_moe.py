@@ -2,6 +2,9 @@
 
 Order: each expert's two products run over ascending K in one pass with one fp32 accumulator; a token's experts are then
 summed in the order of its top-k list. Tiles change neither where the device's matrix instructions add alike.
+
+As for linears, rounding to 16 bits hides most other orders. So sums are compared that are zero: those of the first
+product's `up` half, whose rounding errors are then what half of the sums of the second product cancel.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bi_patch.errors import CertificateFailed
 from bi_patch.orders import certificates, cuda
 from bi_patch.orders.certificates import Certificate, Evidence, Key
+from bi_patch.orders.zero_sums import cancelling
 
 if TYPE_CHECKING:
     import torch
 
 OPERATION = "cuda.moe"
+DATA = "sums of zero and others"
 # What every other tile is compared with, and what serves where one differs: upstream's tile in its own mode.
 FIXED = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
 _log = logging.getLogger("vllm.bi_patch")
@@ -47,7 +53,7 @@ class Problem(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """run: (x [M, hidden], weights [M, top_k] fp32, ids [M, top_k] int32) -> [M, hidden]. choose: M -> tile.
+    """run: (x [M, hidden], w13, w2, weights [M, top_k] fp32, ids [M, top_k] int32) -> [M, hidden]. choose: M -> tile.
 
     override: a context in which every call takes the given tile.
     """
@@ -85,12 +91,31 @@ def certify(problem: Problem, kernel: Kernel, max_rows: int, cache: Path) -> Cer
     for m in range(1, max_rows + 1):
         kinds.setdefault(json.dumps(kernel.choose(m), sort_keys=True), []).append(m)
     tiles = json.dumps({min(rows): kind for kind, rows in kinds.items()}, sort_keys=True)
-    key = Key(OPERATION, f"{problem} M<={max_rows} {tiles}", cuda.device(), cuda.libraries(), cuda.kernels_digest())
+    asked = f"{problem} M<={max_rows} {tiles}"
+    key = Key(OPERATION, asked, cuda.device(), cuda.libraries(), cuda.kernels_digest(), DATA)
     certificate = certificates.obtain(cache, key, lambda: _certify(problem, kernel, kinds, key))
     if not certificate.passed:
         _log.warning("bi_patch: %s: %s; the fixed tile serves it", problem, certificate.evidence.first)
         _fixed.add(problem.table)
     return certificate
+
+
+def operands(problem: Problem, rows: int, generator: torch.Generator):
+    """x [rows, hidden], w13 and w2 on the generator's device; every expert has the same weights, held once."""
+    import torch
+
+    device, dtype, n = generator.device, problem.dtype, problem.n
+    columns = torch.randperm(problem.hidden, generator=generator, device=device)
+    inner = torch.randperm(n, generator=generator, device=device)
+    x = cancelling(rows, columns, 1, generator, dtype)
+    gate = torch.randn((n // 2, problem.hidden), generator=generator, device=device).to(dtype)
+    up = cancelling(n // 2, columns, -1, generator, dtype)
+    # Gate and up rows come in equal pairs, so the activations that w2 multiplies do.
+    odd = gate.new_zeros((n % 2, problem.hidden))
+    w13 = torch.cat([torch.cat((half, half, odd))[inner] for half in (gate, up)])
+    w2 = cancelling(problem.hidden, inner, -1, generator, dtype).mul_(16)  # fp16 holds what their sums leave
+    w2[1::2].abs_().mul_(0.125)  # sums that are not zero show where they are rounded
+    return x, w13.expand(problem.experts, -1, -1), w2.expand(problem.experts, -1, -1)
 
 
 def _certify(problem: Problem, kernel: Kernel, kinds: dict[str, list[int]], key: Key) -> Certificate:
@@ -100,18 +125,20 @@ def _certify(problem: Problem, kernel: Kernel, kinds: dict[str, list[int]], key:
     tested = sorted({m for rows in kinds.values() for m in (rows[0], min(rows[-1], 4096)) if m in rows or m == 4096})
     most = max(tested)
     generator = torch.Generator("cuda").manual_seed(problem.n)
-    x = torch.randn(most, problem.hidden, generator=generator, device="cuda", dtype=problem.dtype)
+    x, w13, w2 = operands(problem, most, generator)
     scores = torch.rand(most, problem.experts, generator=generator, device="cuda")
     weights, ids = torch.topk(scores.softmax(-1), problem.top_k, dim=-1)
     ids = ids.to(torch.int32)
     with kernel.override(FIXED):
-        want = kernel.run(x.clone(), weights, ids)
+        want = kernel.run(x.clone(), w13, w2, weights, ids)
+    if not bool(torch.isfinite(want).all()):
+        raise CertificateFailed(f"{OPERATION} {problem}: the fixed tile gives values that are not finite")
     kind = torch.int32 if problem.dtype.itemsize == 4 else torch.int16
     compared, differing, first = 0, 0, ""
     for m in tested:
         for at in {0, most - m}:
             part = slice(at, at + m)
-            got = kernel.run(x[part].clone(), weights[part].contiguous(), ids[part].contiguous())
+            got = kernel.run(x[part].clone(), w13, w2, weights[part].contiguous(), ids[part].contiguous())
             wrong = int((got.view(kind) != want[part].view(kind)).sum())
             compared += got.numel()
             differing += wrong

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     import torch
 
 # Around every power of two, where kernels change their blocks.
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 1025)
 _FEW = ROWS[: ROWS.index(65) + 1]
+# Rounding to 16 bits hides another order in most outputs, so few rows are run at many places, to compare many outputs.
+_PLACES = 32
+DATA = f"random rows at {_PLACES} places"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def certify_registered(cache: Path) -> list[Certificate]:
     made = []
     with torch.inference_mode():
         for check in _registered.values():
-            key = Key(check.operation, check.problem, cpu.device(), cpu.libraries(), cpu.kernels_digest())
+            key = Key(check.operation, check.problem, cpu.device(), cpu.libraries(), cpu.kernels_digest(), DATA)
             made.append(certificates.obtain(cache, key, lambda c=check, k=key: _certify(c, k)))
     _registered.clear()
     failed = [c for c in made if not c.passed]
@@ -76,10 +79,12 @@ def _certify(check: RowCheck, key: Key) -> Certificate:
     want = check.run(*(t.clone() for t in inputs))
     compared, differing, first, passed = 0, 0, "", []
     for m in check.rows:
-        at = (max(check.rows) - m) // 2
-        got = check.run(*(t[at : at + m].clone() for t in inputs))
-        unequal = sum(_unequal(g, w[at : at + m]) for g, w in zip(got, want, strict=True))
-        compared, differing = compared + sum(g.numel() for g in got), differing + unequal
+        unequal = 0
+        for at in _places(m, max(check.rows)):
+            got = check.run(*(t[at : at + m].clone() for t in inputs))
+            unequal += sum(_unequal(g, w[at : at + m]) for g, w in zip(got, want, strict=True))
+            compared += sum(g.numel() for g in got)
+        differing += unequal
         if unequal:
             first = first or f"{m} rows: {unequal} elements differ"
         else:
@@ -87,6 +92,13 @@ def _certify(check: RowCheck, key: Key) -> Certificate:
     seconds = round(time.perf_counter() - start, 3)
     evidence = Evidence(list(check.rows), compared, differing, first)
     return Certificate(key, "kept", differing == 0, passed, evidence, seconds, certificates.today())
+
+
+def _places(rows: int, of: int) -> list[int]:
+    """Where `rows` of `of` rows are taken: up to _PLACES places over the whole, the first and the last among them."""
+    last = of - rows
+    count = min(_PLACES, -(-of // rows))
+    return sorted({last * i // max(1, count - 1) for i in range(count)})
 
 
 def _unequal(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -142,7 +154,10 @@ def register_moe(experts: object, layer: torch.nn.Module) -> None:
     hidden, count, top_k = config.hidden_dim, config.num_experts, config.experts_per_token
     dtype = config.in_dtype
     if layer.w13_weight.dtype != dtype:
-        return
+        raise CertificateFailed(
+            f"cpu.moe: {type(experts).__name__} holds {layer.w13_weight.dtype} weights for {dtype} rows, for which no "
+            "certificate can be made. Use unquantized weights of the model's dtype, or set BI_PATCH=0"
+        )
 
     def make(m):
         scores = torch.rand(m, count)

@@ -114,7 +114,13 @@ def _refuse_cuda_features(config) -> None:
         "speculative decoding": config.speculative_config is not None,
         "LoRA": config.lora_config is not None,
         "KV transfer": config.kv_transfer_config is not None,
+        "pipeline parallelism over 1": parallel.pipeline_parallel_size > 1,
         "data parallelism over 1": parallel.data_parallel_size > 1,
+        "expert parallelism": parallel.enable_expert_parallel,
+        "expert load balancing": getattr(parallel, "enable_eplb", False),
+        "norms over ranks (MiniMax-M2 with tensor parallelism)": parallel.tensor_parallel_size > 1
+        and model is not None
+        and any(name.startswith("MiniMaxM2") for name in model.architectures),
         "decode context parallelism over 1": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "dual-batch overlap": getattr(parallel, "enable_dbo", False),
     }

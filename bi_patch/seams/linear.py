@@ -45,11 +45,12 @@ def _cuda_mode(original):
 
     @functools.wraps(original)
     def init_batch_invariance(*args, **kwargs):
-        from bi_patch.orders import cuda, cuda_aten
+        from bi_patch.orders import cublaslt, cuda, cuda_aten
 
         result = original(*args, **kwargs)
         cuda.forbid_split_k()
         cuda_aten.override()
+        cublaslt.load()  # before vLLM looks how much memory is free, or the handle would be taken from the KV cache
         return result
 
     return init_batch_invariance
@@ -81,6 +82,8 @@ def _cuda_problems(model):
             continue
         bias = getattr(module, "bias", None) is not None and not getattr(module, "skip_bias_add", False)
         yield Problem(*weight.shape, weight.dtype, bias)
+        if bias and getattr(module, "tp_size", 1) > 1:  # only the first rank adds the bias of a sum over ranks
+            yield Problem(*weight.shape, weight.dtype, False)
 
 
 _CUDA_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")

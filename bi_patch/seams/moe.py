@@ -80,6 +80,20 @@ def _cuda_default(original):
     return get_default_config
 
 
+def _cuda_gate(original):
+    """GateLinear.__init__: the gate takes the linear's route for every number of tokens."""
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        # The first also says whether set_out_dtype may turn the others on again.
+        for kernel in ("specialized", "dsv3", "fp32", "bf16x3"):
+            setattr(self, f"allow_{kernel}_router_gemm", False)
+        self.allow_ll_bf16_gemm = False
+
+    return __init__
+
+
 def _cuda_load(original):
     """Worker.determine_available_memory: certify the experts' tiles first, before anything is compiled or captured."""
 
@@ -110,12 +124,7 @@ def _cuda_experts(model):
         problem = Problem(w2.shape[0], w2.shape[2], w2.shape[1], top_k, w2.dtype)
         quantization = problem.table[2]
         choose = functools.partial(fused_moe.try_get_optimal_moe_config, w13.shape, w2.shape, top_k, quantization)
-        run = functools.partial(_run_experts, fused_moe.fused_experts, w13, w2)
-        yield problem, Kernel(run, choose, override_config)
-
-
-def _run_experts(fused_experts, w13, w2, x, weights, ids):
-    return fused_experts(x, w13, w2, weights, ids)
+        yield problem, Kernel(fused_moe.fused_experts, choose, override_config)
 
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe.fused_moe"
@@ -140,6 +149,18 @@ SEAMS = (
         until="upstream's mode keeps tuned tiles",
         platforms=CUDA,
         causes=(10,),
+    ),
+    Seam(
+        name="moe.cuda_gate",
+        targets=(
+            Target("vllm.model_executor.layers.fused_moe.router.gate_linear", "GateLinear.__init__", "<0.33"),
+        ),
+        close=_cuda_gate,
+        why="router kernels for up to 16 or 32 tokens sum in another order than the one for more",
+        how="they are off: every gate is a linear with a certified route",
+        until="vLLM 0.33, whose own mode turns them off",
+        platforms=CUDA,
+        causes=(1, 13),
     ),
     Seam(
         name="moe.cuda_certify",

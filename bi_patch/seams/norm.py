@@ -14,8 +14,7 @@ def _cpu_register(original):
         from bi_patch.orders import rows
 
         original(self, hidden_size, *args, **kwargs)
-        if isinstance(hidden_size, int):
-            rows.register_norm(self, hidden_size)
+        rows.register_norm(self, hidden_size)
 
     return __init__
 

@@ -48,15 +48,36 @@ def _cuda_top_k_top_p(original):
 
         if k is None and p is None:
             return logits
-        logits = logits.contiguous()
-        for start in range(0, logits.shape[0], _PIECE):
-            piece = slice(start, start + _PIECE)
+        logits = _packed_rows(logits)
+        # Only rows with top-p alone take another path in small batches.
+        split = p is not None and has_topp_only_rows
+        told = {} if has_topp_only_rows else {"has_topp_only_rows": False}
+        size = _PIECE if split else max(1, logits.shape[0])
+        for start in range(0, logits.shape[0], size):
+            piece = slice(start, start + size)
             apply_top_k_top_p_triton(
-                logits[piece], None if k is None else k[piece], None if p is None else p[piece]
+                logits[piece], None if k is None else k[piece], None if p is None else p[piece], **told
             )
         return logits
 
     return apply_top_k_top_p
+
+
+def _cuda_logits(original):
+    """LogitsProcessor._get_logits: rows of logits lie as far apart alone as in a batch."""
+
+    @functools.wraps(original)
+    def _get_logits(self, *args, **kwargs):
+        logits = original(self, *args, **kwargs)
+        return logits if logits is None else _packed_rows(logits)
+
+    return _get_logits
+
+
+def _packed_rows(x):
+    """x [rows, C] with a row stride of C. PyTorch calls one row contiguous whatever its stride; Triton compiles other
+    sums for strides that 16 divides."""
+    return x.contiguous().reshape(-1).view(x.shape)
 
 
 def _cuda_split_count(original):
@@ -100,6 +121,16 @@ _LOGPROB_COPIES = (
 _LOGPROB_COPIES_026 = (*_LOGPROB_COPIES, "vllm.model_executor.models.diffusion_gemma")
 
 SEAMS = (
+    Seam(
+        name="sampling.cuda_logits",
+        targets=(Target("vllm.model_executor.layers.logits_processor", "LogitsProcessor._get_logits"),),
+        close=_cuda_logits,
+        why="a padded vocabulary leaves one row of logits at another stride than several; kernels sum by the stride",
+        how="logits are packed where the vocabulary is padded, so that the stride is the same for every number of rows",
+        until="upstream packs its logits",
+        platforms=CUDA,
+        causes=(19, 21),
+    ),
     Seam(
         name="sampling.cuda_top_k_top_p",
         targets=(

@@ -102,7 +102,7 @@ def kernel(func, args: tuple) -> str:
         x, weight, bias = args
         n, k = weight.shape
         route = cuda_linear.routes().get(cuda_linear.Problem(n, k, x.dtype, bias is not None))
-        served = route is not None and route.vendor(x.numel() // k)
+        served = route is not None and route.plan(x.numel() // k) is not None
         return f"{name} by {'cuBLASLt' if served else 'the bundled Triton GEMM'}"
     return name
 

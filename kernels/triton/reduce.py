@@ -1,7 +1,8 @@
 """Sums and means over a row, in one order for every number of rows.
 
-out[r] = round(sum over c of x[r, c], in fp32, * scale). Order: one program a row; BLOCK columns at a time are added to
-BLOCK running sums in ascending order, which are then summed. BLOCK depends on the number of columns alone.
+out[r] = round(sum over c of x[r, c], in fp32, / divisor). Order: BLOCK columns at a time are added to BLOCK running
+sums in ascending order, which are then summed. BLOCK, and how many rows a program takes, depend on the number of
+columns alone.
 """
 
 import torch
@@ -9,25 +10,31 @@ import triton
 import triton.language as tl
 
 _WIDEST = 2048
+_TOGETHER = 1024  # elements that rows of few columns share a program for
 
 
-@triton.jit
-def _row_sum(x, out, cols, divisor, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["rows"])
+def _row_sum(x, out, rows, cols, divisor, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, cols, BLOCK):
-        sums += tl.load(x + row * cols + start + c, mask=start + c < cols, other=0.0).to(tl.float32)
-    tl.store(out + row, (tl.sum(sums, axis=0) / divisor).to(out.dtype.element_ty))
+        mask = (row[:, None] < rows) & (start + c[None, :] < cols)
+        sums += tl.load(x + row[:, None] * cols + start + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row, (tl.sum(sums, axis=1) / divisor).to(out.dtype.element_ty), mask=row < rows)
 
 
 def row_sum(x: torch.Tensor, dtype: torch.dtype, mean: bool = False) -> torch.Tensor:
     """The sum, or mean, of each row of x [R, C] (bf16, fp16 or fp32; packed) as `dtype`: [R]."""
     rows, cols = x.shape
     out = torch.empty(rows, dtype=dtype, device=x.device)
+    if x.data_ptr() % 16:
+        x = x.clone()  # for other addresses Triton compiles other loads, and with them another sum of a block
     if rows and cols:
         block = min(_WIDEST, triton.next_power_of_2(cols))
-        _row_sum[(rows,)](x, out, cols, float(cols if mean else 1), BLOCK=block, num_warps=4)
+        together = max(1, _TOGETHER // block)
+        grid = (triton.cdiv(rows, together),)
+        _row_sum[grid](x, out, rows, cols, float(cols if mean else 1), ROWS=together, BLOCK=block, num_warps=4)
     else:
         out.fill_(float("nan") if mean else 0)
     return out

@@ -1,20 +1,53 @@
-"""The CUDA orders' parts that need no GPU: spans of M, tiles, ties, and replaced globals."""
-
-import random
+"""The CUDA orders' parts that need no GPU: routes, tiles, ties, and replaced globals."""
 
 import pytest
 import torch
 
-from bi_patch.orders import cuda_linear, cuda_moe
+from bi_patch.orders import cublaslt, cuda_linear, cuda_moe, zero_sums
 from bi_patch.seams.overlay import Overlay, with_globals
 
 
-def test_routes_hold_exactly_the_rows_that_passed():
-    rng = random.Random(5)
-    for _ in range(50):
-        passed = sorted(rng.sample(range(1, 60), rng.randrange(0, 40)))
-        route = cuda_linear.Route(cuda_linear._bounds(passed), False, None)
-        assert [m for m in range(1, 70) if route.vendor(m)] == passed
+class Library:
+    """What the vendor would answer: an algorithm of one kind up to 40 rows, of another above, none for 13."""
+
+    def __init__(self):
+        self.asked = []
+
+    def plan(self, rows):
+        self.asked.append(rows)
+        return None if rows == 13 else cublaslt.Plan(None, None, None, FEW if rows <= 40 else MANY)
+
+
+FEW, MANY = (cublaslt.Kind(i, 0, 1, 0, 0, 0, 0, 0) for i in (1, 2))
+
+
+@pytest.mark.parametrize("kinds,served", [
+    ((FEW, MANY), range(1, 61)), ((FEW,), range(1, 41)), ((MANY,), range(41, 61)), ((), ()),
+])  # fmt: skip
+def test_only_algorithms_that_passed_serve_and_only_up_to_the_limit(kinds, served):
+    library = Library()
+    route = cuda_linear.Route(frozenset(kinds), 60, False, library)
+    for _ in range(2):
+        assert [m for m in range(1, 90) if route.plan(m) is not None] == [m for m in served if m != 13]
+    assert sorted(library.asked) == list(range(1, 61))  # once each
+
+
+def test_the_rows_that_are_asked_for():
+    assert cuda_linear.asked_rows(5) == [1, 2, 3, 4, 5]
+    asked = cuda_linear.asked_rows(16384)
+    assert asked[:1024] == list(range(1, 1025)) and asked[-1] == 16384 and len(asked) < 3300
+    assert {m % 64 for m in asked[1024:]} == set(range(64))  # whatever a choice is aligned to
+
+
+def ordered(a, b, size):
+    """a [M, K] @ b [N, K].T in fp32: products added one after the other in blocks of `size`, then the blocks."""
+    total = 0
+    for k in range(0, a.shape[1], size):
+        block = torch.zeros(a.shape[0], b.shape[0])
+        for i in range(k, min(k + size, a.shape[1])):
+            block += a[:, i, None].float() * b[None, :, i].float()
+        total = total + block
+    return total
 
 
 @pytest.mark.parametrize("k", [64, 65, 4096])
@@ -22,21 +55,39 @@ def test_routes_hold_exactly_the_rows_that_passed():
 def test_the_compared_sums_are_zero_and_leave_their_order(dtype, k):
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(k, generator=generator)
-    x = cuda_linear.cancelling(5, order, 1, generator, dtype)
-    w = cuda_linear.cancelling(40, order, -1, generator, dtype)
+    x = zero_sums.cancelling(5, order, 1, generator, dtype)
+    w = zero_sums.cancelling(40, order, -1, generator, dtype)
     assert x.shape == (5, k) and x.is_contiguous() and x.dtype == dtype
     assert float((x.double() @ w.double().T).abs().max()) < 1e-9
-    terms = x[:, None].float() * w[None].float()
-    one, other = (sum(part.cumsum(-1)[..., -1] for part in terms.split(size, -1)) for size in (k, 32))
     if k == 4096:
+        one, other = ordered(x, w, k), ordered(x, w, 32)
         assert float((one.to(dtype) != other.to(dtype)).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_experts_data_shows_another_order_of_either_product(dtype):
+    problem = cuda_moe.Problem(4, 256, 1024, 2, dtype)
+    x, w13, w2 = cuda_moe.operands(problem, 8, torch.Generator().manual_seed(3))
+    assert w13.shape == (4, 512, 1024) and w2.shape == (4, 1024, 256) and w13.stride(0) == w2.stride(0) == 0
+
+    def product(a, b, split):
+        return ordered(a, b, a.shape[1] // split).to(dtype)
+
+    def expert(first, second):
+        gate, up = product(x, w13[0], first).chunk(2, -1)
+        return product((torch.nn.functional.silu(gate.float()) * up.float()).to(dtype), w2[0], second)
+
+    want = expert(1, 1)
+    assert bool(want.isfinite().all()) and float((want != 0).float().mean()) > 0.8
+    for first, second, share in ((2, 1, 0.8), (1, 2, 0.3)):
+        assert float((expert(first, second) != want).float().mean()) > share
 
 
 def test_unequal_counts_bits_not_values():
     a = torch.tensor([0.0, 1.0, 2.0], dtype=torch.bfloat16)
     b = torch.tensor([-0.0, 1.0, 3.0], dtype=torch.bfloat16)
-    assert cuda_linear._unequal(a, b) == 2
-    assert cuda_linear._unequal(a, a.clone()) == 0
+    assert cuda_linear.unequal(a, b) == 2
+    assert cuda_linear.unequal(a, a.clone()) == 0
 
 
 @pytest.mark.parametrize("shared", [49152, 101376, 166912, 232448])

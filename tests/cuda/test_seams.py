@@ -21,9 +21,11 @@ def config(**changes):
         "model": {
             "runner_type": "generate", "is_multimodal_model": False, "is_encoder_decoder": False, "is_hybrid": False,
             "use_mla": False, "quantization": None, "disable_cascade_attn": False,
+            "architectures": ["Qwen3ForCausalLM"],
         },
         "parallel": {
             "tensor_parallel_size": 1, "data_parallel_size": 1, "decode_context_parallel_size": 1, "enable_dbo": False,
+            "pipeline_parallel_size": 1, "enable_expert_parallel": False, "enable_eplb": False,
         },
         "cache": {"cache_dtype": "auto"},
         "compilation": {"pass_config": SimpleNamespace(), "custom_ops": ["none"]},
@@ -85,6 +87,13 @@ def test_a_plain_configuration_passes():
         ({"lora": SimpleNamespace()}, "LoRA"),
         ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
         ({"parallel__data_parallel_size": 2}, "data parallelism"),
+        ({"parallel__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel__enable_expert_parallel": True}, "expert parallelism"),
+        ({"parallel__enable_eplb": True}, "expert load balancing"),
+        (
+            {"parallel__tensor_parallel_size": 2, "model__architectures": ["MiniMaxM2ForCausalLM"]},
+            "norms over ranks",
+        ),
         (
             {"parallel__tensor_parallel_size": 2, "compilation__pass_config": SimpleNamespace(enable_sp=True)},
             "enable_sp",
@@ -165,3 +174,70 @@ def test_a_decode_with_small_heads_is_told_a_long_query(head, longest, told):
     build = _closed("attention.cuda_longest_query", lambda self, prefix, common, fast_build=False: common)
     common = dataclasses.make_dataclass("Common", ["max_query_len"])(longest)
     assert build(SimpleNamespace(headdim=head), 0, common).max_query_len == told
+
+
+class Triton:
+    """vLLM's kernel for top-k and top-p, below the seam: it records what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def apply_top_k_top_p_triton(self, logits, k, p, **told):
+        assert logits.stride() == (logits.shape[1], 1)
+        rows = [None if given is None else len(given) for given in (k, p)]
+        self.calls.append((len(logits), *rows, told))
+        return logits.fill_(-1)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 200])
+@pytest.mark.parametrize("k,p,told", [
+    (True, False, {}), (False, True, {}), (True, True, {}), (True, True, {"has_topp_only_rows": False}),
+])  # fmt: skip
+def test_top_p_alone_goes_in_pieces_and_the_rest_in_one_call(monkeypatch, rows, k, p, told):
+    import sys
+
+    import torch
+
+    from bi_patch.seams import sampling
+
+    kernel = Triton()
+    monkeypatch.setitem(sys.modules, "vllm.v1.sample.ops.topk_topp_triton", kernel)
+    apply = sampling._cuda_top_k_top_p(None)
+    logits = torch.zeros(rows, 56)[:, :51]  # a padded vocabulary
+    given = [torch.ones(rows) if wanted else None for wanted in (k, p)]
+    out = apply(logits, *given, **told)
+    pieces = [rows] if not p or told else [64] * (rows // 64) + ([rows % 64] if rows % 64 else [])
+    assert kernel.calls == [(n, n if k else None, n if p else None, told) for n in pieces]
+    assert out.shape == (rows, 51) and bool((out == -1).all())
+    assert apply(logits, None, None) is logits
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 5])
+@pytest.mark.parametrize("vocab", [51, 56])
+def test_rows_of_logits_are_packed(rows, vocab):
+    import torch
+
+    from bi_patch.seams import sampling
+
+    held = torch.randn(rows, 56)
+    found = sampling._cuda_logits(lambda self, x: x[..., :vocab])(None, held)
+    assert found.stride() == (vocab, 1) and torch.equal(found, held[:, :vocab])
+    assert found.data_ptr() == held.data_ptr() or vocab != 56 or not rows
+    assert sampling._cuda_logits(lambda self, x: x)(None, None) is None
+
+
+@pytest.mark.parametrize("release", ["0.23.0", "0.26.0", "0.32.0"])
+def test_gates_before_vllm_0_33_keep_one_kernel(release):
+    from bi_patch.seams import moe
+
+    class Gate:
+        def __init__(self, size):
+            self.size = size
+            self.allow_specialized_router_gemm = self.allow_ll_bf16_gemm = self.allow_cublas_router_gemm = True
+
+    Gate.__init__ = moe._cuda_gate(Gate.__init__)
+    gate = Gate(3)
+    turned_on = {name for name, value in vars(gate).items() if name.startswith("allow") and value}
+    assert gate.size == 3 and turned_on == {"allow_cublas_router_gemm"}
+    assert "moe.cuda_gate" in {p.seam.name for p in plan.make(Version(release), "cuda").seams}
+    assert "moe.cuda_gate" not in {p.seam.name for p in plan.make(Version("0.33.0"), "cuda").seams}

@@ -48,8 +48,8 @@ def main() -> None:
             for name, spell in SPELLINGS.items()}  # fmt: skip
     cuda_aten.override("CPU")
     calls = []
-    bundled, reduce = cuda_linear._bundled, cuda_aten._reduce
-    cuda_linear._bundled = lambda *args: calls.append("product") or bundled(*args)
+    bundled, reduce = cuda_linear.bundled, cuda_aten._reduce
+    cuda_linear.bundled = lambda *args: calls.append("product") or bundled(*args)
     cuda_aten._reduce = lambda *args, **kwargs: calls.append("sum") or reduce(*args, **kwargs)
     for name, spell in SPELLINGS.items():
         calls.clear()

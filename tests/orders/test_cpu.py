@@ -148,6 +148,13 @@ def test_an_operation_that_varies_with_rows_stops_the_engine(tmp_path):
     rows.certify_registered(tmp_path)  # nothing is left registered
 
 
+def test_few_rows_are_taken_at_many_places():
+    assert rows._places(1, 1025)[:2] == [0, 33] and rows._places(1, 1025)[-1] == 1024
+    assert len(rows._places(1, 1025)) == len(rows._places(7, 1025)) == rows._PLACES
+    assert rows._places(511, 1025) == [0, 257, 514] and rows._places(1025, 1025) == [0]
+    assert rows._places(1, 3) == [0, 1, 2]
+
+
 def test_an_operation_that_reduces_rows_alone_passes(tmp_path):
     rows.register(
         rows.RowCheck("test.softmax", "4096", rows.ROWS, lambda m: (torch.randn(m, 4096),), lambda x: (x.softmax(-1),))

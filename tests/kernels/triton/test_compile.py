@@ -87,5 +87,6 @@ def test_rope(architecture, head_size):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_row_sum(architecture):
-    signature = {"x": "*bf16", "out": "*fp32", "cols": "i32", "divisor": "fp32"}
-    build(reduce._row_sum, signature, {"BLOCK": 2048}, architecture, num_warps=4)
+    signature = {"x": "*bf16", "out": "*fp32", "rows": "i32", "cols": "i32", "divisor": "fp32"}
+    for rows, block in ((1, 2048), (128, 8)):
+        build(reduce._row_sum, signature, {"ROWS": rows, "BLOCK": block}, architecture, num_warps=4)
