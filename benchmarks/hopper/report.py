@@ -1,6 +1,6 @@
 """Turns the JSON files of child.py into the evidence files, a table and a plot.
 
-    PYTHONPATH=. python3 benchmarks/hopper/report.py TAG DATE FILE.json...
+    PYTHONPATH=.:$PYTHONPATH python3 benchmarks/hopper/report.py TAG DATE [--results FOLDER] FILE.json...
 
 writes benchmarks/results/*-DATE-TAG-vllm-*.json.
 
@@ -8,6 +8,7 @@ TAG names the device, e.g. h100. Files of all models and modes may be given toge
 Rows of other models that an earlier run of the same day left in the evidence files are kept.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -62,11 +63,12 @@ def invariance_rows(runs: list[dict]) -> list[dict]:
     ]  # fmt: skip
 
 
-def merged(path: Path, rows: list[dict]) -> list[dict]:
-    """`rows` after the rows of other models that `path` already holds."""
+def merged(path: Path, head: dict, rows: list[dict]) -> dict:
+    """The evidence file: `rows` after the rows of other models that `path` already holds, and its note."""
     models = {row["model"] for row in rows}
-    held = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return [row for row in held if row["model"] not in models] + rows
+    held = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    kept = [row for row in held["rows"] if row["model"] not in models]
+    return {**held, **head, "rows": kept + rows}
 
 
 def table(rows: list[dict]) -> str:
@@ -79,31 +81,41 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    tag, date, *paths = sys.argv[1:]
-    runs = load(paths)
-    head = {"device": runs[0]["device"], "vllm": runs[0]["vllm"], "torch": runs[0]["torch"], "date": date}
-    end = f"{date}-{tag}-vllm-{head['vllm']}"
-    results = Path("benchmarks/results")
-    results.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tag")
+    parser.add_argument("date")
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    a = parser.parse_args()
+    runs = load(a.files)
+    head = {"device": runs[0]["device"], "vllm": runs[0]["vllm"], "torch": runs[0]["torch"], "date": a.date}
+    end = f"{a.date}-{a.tag}-vllm-{head['vllm']}"
+    a.results.mkdir(parents=True, exist_ok=True)
     costs, matrix = cost_rows(runs), invariance_rows(runs)
     if costs:
-        costs = merged(results / f"cost-{end}.json", costs)
-        (results / f"cost-{end}.json").write_text(json.dumps(head | {"rows": costs}, indent=1) + "\n")
-        (results / f"cost-{end}.md").write_text(table(costs) + "\n")
-        print(table(costs))
-        try:
-            import msgspec
-
-            from bi_patch.bench import plot
-            from bi_patch.bench.evidence import Cost
-
-            plot.cost(msgspec.convert(head | {"rows": costs}, Cost), results / f"cost-{end}.svg")
-        except (ImportError, RuntimeError) as error:
-            print(f"no plot: {error}")
+        path = a.results / f"cost-{end}.json"
+        found = merged(path, head, costs)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.with_suffix(".md").write_text(table(found["rows"]) + "\n")
+        print(table(found["rows"]))
+        draw(found, path.with_suffix(".svg"))
     if matrix:
-        matrix = merged(results / f"invariance-{end}.json", matrix)
-        (results / f"invariance-{end}.json").write_text(json.dumps(head | {"rows": matrix}, indent=1) + "\n")
+        path = a.results / f"invariance-{end}.json"
+        path.write_text(json.dumps(merged(path, head, matrix), indent=1) + "\n")
         print(f"{sum(r['compared'] for r in matrix)} positions, {sum(r['differing'] for r in matrix)} differing")
+
+
+def draw(found: dict, picture: Path) -> None:
+    """The plot, where the packages for it are installed."""
+    try:
+        import msgspec
+
+        from bi_patch.bench import plot
+        from bi_patch.bench.evidence import Cost
+
+        plot.cost(msgspec.convert(found, Cost), picture)
+    except (ImportError, RuntimeError) as error:
+        print(f"no plot: {error}")
 
 
 if __name__ == "__main__":
