@@ -1,10 +1,12 @@
 """`bi-patch bench`: what invariance costs, and the matrix of axes and models, written as evidence files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from bi_patch.cli import app
 
@@ -48,7 +50,7 @@ def _options(spec, console: Console):
     from bi_patch.demo import models
     from bi_patch.verify.engine import Options
 
-    folder = models.path(spec.model, tell=lambda text: console.print(f"[dim]{text}[/]"))
+    folder = models.path(spec.model, tell=lambda text: console.print(f"[dim]{escape(text)}[/]"))
     return Options(str(folder), dtype=spec.dtype, eager=spec.eager, max_model_len=3072, chunk=2048)
 
 
@@ -62,9 +64,8 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
         table.add_column(column, justify="left" if column in ("model", "workload") else "right")
     for spec in specs:
         with console.status("") as status:
-            rows, info, note = cost.measure(
-                spec.label, _options(spec, console), repeats=repeats, tell=status.update
-            )
+            tell = _shown_by(status)
+            rows, info, note = cost.measure(spec.label, _options(spec, console), repeats=repeats, tell=tell)
         found = evidence.new(evidence.Cost, info)
         found.rows, found.note = rows, note
         path = evidence.write(found, info.platform, results)
@@ -72,8 +73,12 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
             colour = "green" if row.ratio <= cost.TARGET else "red"
             table.add_row(row.model, row.workload, *(_ms(v) for v in (row.stock, row.upstream, row.armed)),
                           f"[{colour}]{row.ratio:.2f}[/]{' [yellow]noisy[/]' if cost.is_noisy(row) else ''}")
-        console.print(f"{spec.label}: {path}", soft_wrap=True)
+        console.print(f"{spec.label}: {path}", markup=False, soft_wrap=True)
     console.print(table)
+
+
+def _shown_by(status) -> Callable[[str], None]:
+    return lambda text: status.update(escape(text))
 
 
 def _ms(value: float | None) -> str:
@@ -88,18 +93,19 @@ def _invariance(console: Console, specs, results: Path) -> list:
     for spec in specs:
         cross = probes.CROSS_PROBES if spec.cross else ()
         with console.status("") as status:
+            show = _shown_by(status)
 
-            def tell(text: str) -> None:
-                status.update(text)
+            def tell(text: str, show=show) -> None:
+                show(text)
                 if " differ" in text:
-                    console.print(text, highlight=False)
+                    console.print(text, highlight=False, markup=False)
 
             rows, info = invariance.measure(spec.label, _options(spec, console), cross=cross, tell=tell)
         found = evidence.new(evidence.Invariance, info)
         found.rows = list(rows)
         path = evidence.write(found, info.platform, results)
         everything += rows
-        console.print(f"{spec.label}: {path}", soft_wrap=True)
+        console.print(f"{spec.label}: {path}", markup=False, soft_wrap=True)
     differing = evidence.total_differing(everything)
     compared = sum(row.compared for row in everything)
     console.print(f"[bold {'red' if differing else 'green'}]{differing} of {compared:,} positions differ[/]")
@@ -126,4 +132,4 @@ def _tables(console: Console, results: Path, readme: Path | None) -> None:
     for mark in wanted:
         text = evidence.replace_between(text, mark, made[mark])
     readme.write_text(text, encoding="utf-8")
-    console.print(f"{readme}: {len(wanted)} tables renewed; plots drawn in {results}")
+    console.print(f"{readme}: {len(wanted)} tables renewed; plots drawn in {results}", markup=False, soft_wrap=True)
