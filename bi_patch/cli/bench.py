@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bi_patch.cli import app
+from bi_patch.errors import SettingError
 
 
 @app.command()
@@ -33,17 +34,25 @@ def bench(
     if tables:
         _tables(console, results, readme)
         return
-    if cost:
-        _cost(console, _chosen(plan.COST, only, quick), 2 if quick else repeats, results)
-    if invariance:
-        rows = _invariance(console, _chosen(plan.INVARIANCE, only, quick), results)
-        if evidence.total_differing(rows):
-            raise typer.Exit(1)
+    if readme is not None:
+        raise SettingError("--readme goes with --tables")
+    costs, matrix = _chosen(plan.COST if cost else (), plan.INVARIANCE if invariance else (), only or [], quick)
+    if costs:
+        _cost(console, costs, 2 if quick else repeats, results)
+    if matrix and evidence.total_differing(_invariance(console, matrix, results)):
+        raise typer.Exit(1)
 
 
-def _chosen(specs, only: list[str] | None, quick: bool):
-    found = [s for s in specs if not only or any(text in s.label for text in only)]
-    return found[:1] if quick else found
+def _chosen(costs, matrix, only: list[str], quick: bool):
+    """What is measured of each part. Raises SettingError when that is nothing, or a text of --only matches nothing."""
+    labels = list(dict.fromkeys(spec.label for spec in (*costs, *matrix)))
+    if not labels:
+        raise SettingError("--no-cost and --no-invariance leave nothing to measure")
+    for text in only:
+        if not any(text in label for label in labels):
+            raise SettingError(f"--only {text!r} is in no label; there are {', '.join(labels)}")
+    parts = ([s for s in specs if not only or any(text in s.label for text in only)] for specs in (costs, matrix))
+    return tuple(found[:1] if quick else found for found in parts)
 
 
 def _options(spec, console: Console):
@@ -91,7 +100,7 @@ def _invariance(console: Console, specs, results: Path) -> list:
 
     everything = []
     for spec in specs:
-        cross = probes.CROSS_PROBES if spec.cross else ()
+        axes = {"own": probes.OWN_PROBES, "cross": probes.CROSS_PROBES} if spec.cross else {"own": (), "cross": ()}
         with console.status("") as status:
             show = _shown_by(status)
 
@@ -100,7 +109,7 @@ def _invariance(console: Console, specs, results: Path) -> list:
                 if " differ" in text:
                     console.print(text, highlight=False, markup=False)
 
-            rows, info = invariance.measure(spec.label, _options(spec, console), cross=cross, tell=tell)
+            rows, info = invariance.measure(spec.label, _options(spec, console), **axes, tell=tell)
         found = evidence.new(evidence.Invariance, info)
         found.rows = list(rows)
         path = evidence.write(found, info.platform, results)
@@ -123,12 +132,17 @@ def _tables(console: Console, results: Path, readme: Path | None) -> None:
     for platform in evidence.platforms(evidence.Invariance, results):
         found = evidence.newest(evidence.Invariance, results, platform)
         made[f"invariance-{platform}"] = evidence.invariance_table(found)
+    if not made:
+        raise SettingError(f"--results {results} holds no cost-*.json and no invariance-*.json")
     if readme is None:
         for text in made.values():
             print(text, end="\n\n")
         return
     text = readme.read_text(encoding="utf-8")
     wanted = [mark for mark in made if f"<!-- {mark} -->" in text]  # a file shows the tables that it has marks for
+    if not wanted:
+        marks = ", ".join(f"<!-- {mark} -->" for mark in made)
+        raise SettingError(f"--readme {readme} has no mark of a table that there is: {marks}")
     for mark in wanted:
         text = evidence.replace_between(text, mark, made[mark])
     readme.write_text(text, encoding="utf-8")

@@ -54,8 +54,8 @@ def _table(folder, good, corrupt) -> None:
             verdict = "[green]rows equal alone and among others[/]" if c.passed else "[bold red]failed[/]"
         rows = c.evidence.rows
         table.add_row(
-            escape(c.key.operation), escape(c.key.problem), f"{len(rows)} (M {rows[0]}..{rows[-1]})", f"{c.evidence.compared:,}",
-            f"{c.evidence.differing:,}", verdict, f"{c.made}, {c.seconds:.2f} s",
+            escape(c.key.operation), escape(c.key.problem), f"{len(rows)} (M {rows[0]}..{rows[-1]})",
+            f"{c.evidence.compared:,}", f"{c.evidence.differing:,}", verdict, f"{c.made}, {c.seconds:.2f} s",
         )
     console.print(table)
     devices = sorted({f"{c.key.device}; {c.key.libraries}" for c in good})
