@@ -16,7 +16,7 @@ def demo(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts and batches.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
-    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("bi_patch-demo.html"),
+    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("build/demo.html"),
 ) -> None:
     """Show stock vLLM's answers change with the batch, and armed vLLM's not.
 
