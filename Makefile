@@ -1,5 +1,7 @@
 # make demo    set up, then run the demo: stock vLLM against armed vLLM on a real model
 # make test    set up, then run all tests: unit tests, those that start the real engine, the Ascend checks
+# make test-gpu    the tests that need a CUDA GPU; sets nothing up: PYTHON has vLLM for CUDA, wrapt and pytest already,
+#                  e.g. make test-gpu PYTHON=/path/to/venv/bin/python
 # make test-ascend    the Ascend checks alone, no NPU needed: real torch_npu over stub CANN libraries, kernels down to HIVM
 # Set-up makes .venv from pinned versions once; later runs reuse it.
 
@@ -16,13 +18,12 @@ SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_pyte
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo test test-fast test-all test-ascend bench check lint setup clean
+.PHONY: demo test test-fast test-all test-gpu test-ascend bench check lint setup clean
 
 setup: $(VENV)/.installed
 
 demo: setup
-	@mkdir -p build
-	$(BIN)/bi-patch demo --picture build/demo.html
+	$(BIN)/bi-patch demo
 
 test: setup
 	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
@@ -35,6 +36,11 @@ test-fast: setup
 
 test-all: setup test-ascend
 	$(BIN)/pytest -m "not gpu and not ascend" tests
+
+test-gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	echo "test-gpu needs a CUDA GPU and a torch that sees it; $(PYTHON) has none" >&2; exit 1; }
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/cuda
 
 test-ascend: $(ASCEND)/.installed
 	PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest -m "ascend and not slow" tests/ascend tests/kernels/ascend

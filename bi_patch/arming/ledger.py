@@ -43,10 +43,10 @@ class Ledger:
         return self._set(seam, owner, attribute, original, close(original))
 
     def copy(self, seam: str, module_name: str, entry: Entry) -> None:
-        """Give the replacement to a module that took the original with `from x import y`."""
+        """Give the replacement to a module that took the original with `from x import y`, or `... as z`."""
         module = sys.modules.get(module_name)
-        if module is not None and vars(module).get(entry.attribute) is entry.original:
-            self._set(seam, module, entry.attribute, entry.original, entry.replacement)
+        for name in names_of(entry.original, module):
+            self._set(seam, module, name, entry.original, entry.replacement)
 
     def of(self, seam: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.seam == seam]
@@ -60,8 +60,8 @@ class Ledger:
             entry = self.entries.pop()
             entry.restore()
             if isinstance(entry.owner, ModuleType):
-                for module in [m for m in sys.modules.values() if isinstance(m, ModuleType)]:
-                    for name in [n for n, value in vars(module).items() if value is entry.replacement]:
+                for module in list(sys.modules.values()):
+                    for name in names_of(entry.replacement, module):
                         setattr(module, name, entry.original)
 
     def _set(self, seam: str, owner: Any, attribute: str, original: Any, replacement: Any) -> Entry:
@@ -69,6 +69,11 @@ class Ledger:
         setattr(owner, attribute, replacement)
         self.entries.append(entry)
         return entry
+
+
+def names_of(value: Any, module: ModuleType | None) -> list[str]:
+    """Every name under which a module holds this very object; none where it is not loaded."""
+    return [n for n, held in vars(module).items() if held is value] if isinstance(module, ModuleType) else []
 
 
 def _raw(owner: Any, attribute: str) -> Any:

@@ -119,18 +119,29 @@ def file_name(evidence: Cost | Invariance | Faults, platform: str) -> str:
     return f"{_KINDS[type(evidence)]}-{evidence.date}-{platform}-vllm-{release}.json"
 
 
-def write(evidence: Cost | Invariance | Faults, platform: str, folder: Path = RESULTS) -> Path:
-    """Write the file; rows of other models that a file of the same name holds are kept. Returns its path."""
-    path = folder / file_name(evidence, platform)
-    if path.exists():
+def write(evidence: Evidence, platform: str, folder: Path = RESULTS) -> Path:
+    """Write the file and return its path; `evidence` is left as it is.
+
+    Rows of other models that an earlier file of the day holds are kept in it, when it was measured on the same: another
+    device, vLLM, torch or number of threads gets a file of its own, `...-2.json`.
+    """
+    first = folder / file_name(evidence, platform)
+    path, number = first, 1
+    while path.exists():
         before = msgspec.json.decode(path.read_bytes(), type=type(evidence))
-        measured = {row.model for row in evidence.rows}
-        # A list of its own: the caller's rows are only what it measured.
-        evidence.rows = [row for row in before.rows if row.model not in measured] + evidence.rows
-        evidence.note = evidence.note or before.note
+        if _measured_on(before) == _measured_on(evidence):
+            models = {row.model for row in evidence.rows}
+            rows = [row for row in before.rows if row.model not in models] + evidence.rows
+            evidence = msgspec.structs.replace(evidence, rows=rows, note=evidence.note or before.note)
+            break
+        number += 1
+        path = first.with_name(f"{first.stem}-{number}{first.suffix}")
     write_json(path, evidence)
-    path.chmod(0o644)
     return path
+
+
+def _measured_on(evidence: Evidence) -> tuple[str, str, str, int]:
+    return evidence.device, evidence.vllm, evidence.torch, evidence.threads
 
 
 def platforms(kind: type[Evidence], folder: Path = RESULTS) -> list[str]:
@@ -141,7 +152,8 @@ def platforms(kind: type[Evidence], folder: Path = RESULTS) -> list[str]:
 
 def newest(kind: type[Evidence], folder: Path = RESULTS, platform: str = "*") -> Evidence:
     """The newest file of a kind. Raises EvidenceMissing."""
-    found = sorted(folder.glob(f"{_KINDS[kind]}-*-{platform}-vllm-*.json"))
+    # By stem: the second file of a day comes after the first.
+    found = sorted(folder.glob(f"{_KINDS[kind]}-*-{platform}-vllm-*.json"), key=lambda path: path.stem)
     if not found:
         raise EvidenceMissing(f"no {_KINDS[kind]}-*.json in {folder}: run `bi-patch bench` first")
     return msgspec.json.decode(found[-1].read_bytes(), type=kind)

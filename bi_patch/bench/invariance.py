@@ -8,38 +8,57 @@ from collections.abc import Callable, Sequence
 from bi_patch.bench.evidence import InvarianceRow
 from bi_patch.verify.answers import Difference
 from bi_patch.verify.child import ARMED, PATIENT, ChildEngine
-from bi_patch.verify.engine import Info, Options
-from bi_patch.verify.probes import CROSS_PROBES, PROBES, CrossProbe, Probe, Result, Workload
+from bi_patch.verify.engine import Engine, Info, Options
+from bi_patch.verify.probes import CROSS_PROBES, OWN_PROBES, PROBES, CrossProbe, NotExercised, Probe, Workload
 
 LONG = 3000
 
 
 def measure(label: str, options: Options, *, mode: str = ARMED, probes: Sequence[Probe] = PROBES,
-            cross: Sequence[CrossProbe] = CROSS_PROBES, long: int = LONG,
+            own: Sequence[Probe] = OWN_PROBES, cross: Sequence[CrossProbe] = CROSS_PROBES, long: int = LONG,
             tell: Callable[[str], None] = lambda text: None) -> tuple[list[InvarianceRow], Info]:
     """One row per axis for one model and what the engine is. long: length of the long prompt.
 
+    probes run on one engine, each of `own` on one of its own, cross between engines.
     Raises NotExercised when an axis did not happen, and what an engine fails with: no axis is left out silently.
     """
-    tell(f"{label}: starting the {mode} engine")
-    rows = []
+    rows: list[InvarianceRow] = []
     environ = {**PATIENT, **os.environ}
+
+    def applies(probe: Probe | CrossProbe, engine: Engine) -> bool:
+        if why := probe.missing(engine):
+            tell(f"{label}: {probe.name}: does not apply: {why}")
+        return not why
+
+    def count(axis: str, compared: int, differing: int, first: str) -> None:
+        if not compared:
+            raise NotExercised(f"{label}: {axis}: nothing was compared")
+        rows.append(InvarianceRow(label, axis, compared, differing, first))
+        tell(f"{label}: {axis}: {differing} of {compared} differ" + (f" ({first})" if first else ""))
+
+    def within(probe: Probe, engine: Engine) -> None:
+        tell(f"{label}: {probe.name}")
+        result = probe.run(engine, workload)
+        count(probe.name, result.compared, result.differing, result.first)
+
+    tell(f"{label}: starting the {mode} engine")
     with ChildEngine(mode, options, environ=environ) as engine:
         workload = Workload.random(engine.info.vocab_size, long=long, prefix=300)
         for probe in probes:
-            if probe.missing(engine):
-                tell(f"{label}: {probe.name}: does not apply: {probe.missing(engine)}")
-                continue
-            tell(f"{label}: {probe.name}")
-            rows.append(_row(label, probe.run(engine, workload)))
-            tell(f"{label}: {_words(rows[-1])}")
+            if applies(probe, engine):
+                within(probe, engine)
+        own = [probe for probe in own if applies(probe, engine)]
+        cross = [crossing for crossing in cross if applies(crossing, engine)]
         expected = {}
-        cross = [crossing for crossing in cross if not crossing.missing(engine)]
         for crossing in cross:
             tell(f"{label}: {crossing.name}, reference")
             expected[crossing.name] = crossing.collect(engine, workload)
         changes = {crossing.name: crossing.changes(engine) for crossing in cross}
         info = engine.info
+    for probe in own:
+        tell(f"{label}: {probe.name}, starting its engine")
+        with ChildEngine(mode, options.but(**probe.options(options)), environ=environ) as engine:
+            within(probe, engine)
     for crossing in cross:
         total = Difference()
         for change in changes[crossing.name]:
@@ -50,14 +69,5 @@ def measure(label: str, options: Options, *, mode: str = ARMED, probes: Sequence
             total += Difference(
                 result.compared, result.differing, result.tokens_changed, result.largest, result.first
             )
-        rows.append(InvarianceRow(label, crossing.name, total.compared, total.differing, total.first))
-        tell(f"{label}: {_words(rows[-1])}")
+        count(crossing.name, total.compared, total.differing, total.first)
     return rows, info
-
-
-def _row(label: str, result: Result) -> InvarianceRow:
-    return InvarianceRow(label, result.axis, result.compared, result.differing, result.first)
-
-
-def _words(row: InvarianceRow) -> str:
-    return f"{row.axis}: {row.differing} of {row.compared} differ" + (f" ({row.first})" if row.first else "")

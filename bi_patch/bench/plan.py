@@ -11,7 +11,7 @@ _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 @dataclass(frozen=True)
 class Spec:
-    """One engine to measure. cross: also the axes that need engines of other options (one start each)."""
+    """One engine to measure. cross: also the axes that need other engines (one start each)."""
 
     model: str
     dtype: str = "bfloat16"

@@ -1,12 +1,15 @@
 """`bi-patch bench`: what invariance costs, and the matrix of axes and models, written as evidence files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from bi_patch.cli import app
+from bi_patch.errors import SettingError
 
 
 @app.command()
@@ -31,24 +34,32 @@ def bench(
     if tables:
         _tables(console, results, readme)
         return
-    if cost:
-        _cost(console, _chosen(plan.COST, only, quick), 2 if quick else repeats, results)
-    if invariance:
-        rows = _invariance(console, _chosen(plan.INVARIANCE, only, quick), results)
-        if evidence.total_differing(rows):
-            raise typer.Exit(1)
+    if readme is not None:
+        raise SettingError("--readme goes with --tables")
+    costs, matrix = _chosen(plan.COST if cost else (), plan.INVARIANCE if invariance else (), only or [], quick)
+    if costs:
+        _cost(console, costs, 2 if quick else repeats, results)
+    if matrix and evidence.total_differing(_invariance(console, matrix, results)):
+        raise typer.Exit(1)
 
 
-def _chosen(specs, only: list[str] | None, quick: bool):
-    found = [s for s in specs if not only or any(text in s.label for text in only)]
-    return found[:1] if quick else found
+def _chosen(costs, matrix, only: list[str], quick: bool):
+    """What is measured of each part. Raises SettingError when that is nothing, or a text of --only matches nothing."""
+    labels = list(dict.fromkeys(spec.label for spec in (*costs, *matrix)))
+    if not labels:
+        raise SettingError("--no-cost and --no-invariance leave nothing to measure")
+    for text in only:
+        if not any(text in label for label in labels):
+            raise SettingError(f"--only {text!r} is in no label; there are {', '.join(labels)}")
+    parts = ([s for s in specs if not only or any(text in s.label for text in only)] for specs in (costs, matrix))
+    return tuple(found[:1] if quick else found for found in parts)
 
 
 def _options(spec, console: Console):
     from bi_patch.demo import models
     from bi_patch.verify.engine import Options
 
-    folder = models.path(spec.model, tell=lambda text: console.print(f"[dim]{text}[/]"))
+    folder = models.path(spec.model, tell=lambda text: console.print(f"[dim]{escape(text)}[/]"))
     return Options(str(folder), dtype=spec.dtype, eager=spec.eager, max_model_len=3072, chunk=2048)
 
 
@@ -62,9 +73,8 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
         table.add_column(column, justify="left" if column in ("model", "workload") else "right")
     for spec in specs:
         with console.status("") as status:
-            rows, info, note = cost.measure(
-                spec.label, _options(spec, console), repeats=repeats, tell=status.update
-            )
+            tell = _shown_by(status)
+            rows, info, note = cost.measure(spec.label, _options(spec, console), repeats=repeats, tell=tell)
         found = evidence.new(evidence.Cost, info)
         found.rows, found.note = rows, note
         path = evidence.write(found, info.platform, results)
@@ -72,8 +82,12 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
             colour = "green" if row.ratio <= cost.TARGET else "red"
             table.add_row(row.model, row.workload, *(_ms(v) for v in (row.stock, row.upstream, row.armed)),
                           f"[{colour}]{row.ratio:.2f}[/]{' [yellow]noisy[/]' if cost.is_noisy(row) else ''}")
-        console.print(f"{spec.label}: {path}", soft_wrap=True)
+        console.print(f"{spec.label}: {path}", markup=False, soft_wrap=True)
     console.print(table)
+
+
+def _shown_by(status) -> Callable[[str], None]:
+    return lambda text: status.update(escape(text))
 
 
 def _ms(value: float | None) -> str:
@@ -86,20 +100,21 @@ def _invariance(console: Console, specs, results: Path) -> list:
 
     everything = []
     for spec in specs:
-        cross = probes.CROSS_PROBES if spec.cross else ()
+        axes = {"own": probes.OWN_PROBES, "cross": probes.CROSS_PROBES} if spec.cross else {"own": (), "cross": ()}
         with console.status("") as status:
+            show = _shown_by(status)
 
-            def tell(text: str) -> None:
-                status.update(text)
+            def tell(text: str, show=show) -> None:
+                show(text)
                 if " differ" in text:
-                    console.print(text, highlight=False)
+                    console.print(text, highlight=False, markup=False)
 
-            rows, info = invariance.measure(spec.label, _options(spec, console), cross=cross, tell=tell)
+            rows, info = invariance.measure(spec.label, _options(spec, console), **axes, tell=tell)
         found = evidence.new(evidence.Invariance, info)
         found.rows = list(rows)
         path = evidence.write(found, info.platform, results)
         everything += rows
-        console.print(f"{spec.label}: {path}", soft_wrap=True)
+        console.print(f"{spec.label}: {path}", markup=False, soft_wrap=True)
     differing = evidence.total_differing(everything)
     compared = sum(row.compared for row in everything)
     console.print(f"[bold {'red' if differing else 'green'}]{differing} of {compared:,} positions differ[/]")
@@ -117,13 +132,18 @@ def _tables(console: Console, results: Path, readme: Path | None) -> None:
     for platform in evidence.platforms(evidence.Invariance, results):
         found = evidence.newest(evidence.Invariance, results, platform)
         made[f"invariance-{platform}"] = evidence.invariance_table(found)
+    if not made:
+        raise SettingError(f"--results {results} holds no cost-*.json and no invariance-*.json")
     if readme is None:
         for text in made.values():
             print(text, end="\n\n")
         return
     text = readme.read_text(encoding="utf-8")
     wanted = [mark for mark in made if f"<!-- {mark} -->" in text]  # a file shows the tables that it has marks for
+    if not wanted:
+        marks = ", ".join(f"<!-- {mark} -->" for mark in made)
+        raise SettingError(f"--readme {readme} has no mark of a table that there is: {marks}")
     for mark in wanted:
         text = evidence.replace_between(text, mark, made[mark])
     readme.write_text(text, encoding="utf-8")
-    console.print(f"{readme}: {len(wanted)} tables renewed; plots drawn in {results}")
+    console.print(f"{readme}: {len(wanted)} tables renewed; plots drawn in {results}", markup=False, soft_wrap=True)

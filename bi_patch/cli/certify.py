@@ -5,6 +5,7 @@ import sys
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bi_patch import settings
@@ -39,9 +40,10 @@ def certify(
 def _table(folder, good, corrupt) -> None:
     console = Console()
     if not good and not corrupt:
-        console.print(f"No certificates in {folder / 'certificates'} yet: an armed engine makes them as it loads.")
+        text = f"No certificates in {folder / 'certificates'} yet: an armed engine makes them as it loads."
+        console.print(text, markup=False)
         return
-    table = Table(title=f"Certificates in {folder / 'certificates'}", title_justify="left")
+    table = Table(title=f"Certificates in {escape(str(folder / 'certificates'))}", title_justify="left")
     columns = ("operation", "problem", "rows compared", "elements", "differing", "library equal to bundled", "made")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -52,11 +54,11 @@ def _table(folder, good, corrupt) -> None:
             verdict = "[green]rows equal alone and among others[/]" if c.passed else "[bold red]failed[/]"
         rows = c.evidence.rows
         table.add_row(
-            c.key.operation, c.key.problem, f"{len(rows)} (M {rows[0]}..{rows[-1]})", f"{c.evidence.compared:,}",
-            f"{c.evidence.differing:,}", verdict, f"{c.made}, {c.seconds:.2f} s",
+            escape(c.key.operation), escape(c.key.problem), f"{len(rows)} (M {rows[0]}..{rows[-1]})",
+            f"{c.evidence.compared:,}", f"{c.evidence.differing:,}", verdict, f"{c.made}, {c.seconds:.2f} s",
         )
     console.print(table)
     devices = sorted({f"{c.key.device}; {c.key.libraries}" for c in good})
-    console.print("Valid for: " + " | ".join(devices))
+    console.print("Valid for: " + " | ".join(devices), markup=False)
     for name in corrupt:
-        console.print(f"[bold red]corrupt, not believed and made again at the next start:[/] {name}")
+        console.print(f"[bold red]corrupt, not believed and made again at the next start:[/] {escape(name)}")

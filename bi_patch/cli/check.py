@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bi_patch.cli import app
@@ -86,7 +87,7 @@ def _print(reports: "list[Report]") -> None:
         table.add_row(
             ("" if r.package == "vllm" else f"{r.package} ")
             + (r.release if r.base == r.release else f"{r.release} (as {r.base})"),
-            r.source.rsplit("/", 1)[-1],
+            escape(r.source.rsplit("/", 1)[-1]),
             *(_share(*pair) for pair in (
                 (r.applied, r.patches), (r.reversed, r.patches), (r.closed, r.seams), (r.matched, r.anchors)
             )),

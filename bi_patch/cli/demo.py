@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from bi_patch.cli import app
 
@@ -15,7 +16,7 @@ def demo(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts and batches.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
-    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("bi_patch-demo.html"),
+    picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("build/demo.html"),
 ) -> None:
     """Show stock vLLM's answers change with the batch, and armed vLLM's not.
 
@@ -29,9 +30,9 @@ def demo(
     if dtype not in ("bfloat16", "float32"):
         raise SettingError(f"--dtype {dtype!r} is not understood; use bfloat16 or float32")
     console = Console()
-    folder = models.path(model or models.SMOL, tell=lambda text: console.print(f"[dim]{text}[/]"))
+    folder = models.path(model or models.SMOL, tell=lambda text: console.print(f"[dim]{escape(text)}[/]"))
     name = models.describe(folder)
-    console.print(f"[bold]bi_patch demo[/]: {name}, {dtype}, the real vLLM engine, stock and then armed\n")
+    console.print(f"[bold]bi_patch demo[/]: {escape(name)}, {dtype}, the real vLLM engine, stock and then armed\n")
     with _Progress(console) as progress:
         report = run.run(str(folder), dtype=dtype, quick=quick, watcher=progress, name=folder.name)
     names, columns = tuple(report.prompts), tuple(report.columns)
@@ -47,12 +48,12 @@ def demo(
     )
     if json is not None:
         write_json(json, report)
-        console.print(f"Numbers: {json}", soft_wrap=True)
-    console.print(f"Picture: {picture.resolve()}", soft_wrap=True)
+        console.print(f"Numbers: {json}", markup=False, soft_wrap=True)
+    console.print(f"Picture: {picture.resolve()}", markup=False, soft_wrap=True)
     console.print()
     colour = "green" if report.exit_code == 0 else "red"
-    console.print(f"[bold {colour}]Verdict.[/] {' '.join(report.verdict)}")
-    console.print(f"[dim]{report.seconds:.0f} seconds; {report.device}, {report.threads} threads[/]")
+    console.print(f"[bold {colour}]Verdict.[/] {escape(' '.join(report.verdict))}")
+    console.print(f"[dim]{report.seconds:.0f} seconds; {escape(report.device)}, {report.threads} threads[/]")
     raise typer.Exit(report.exit_code)
 
 

@@ -5,6 +5,7 @@ import sys
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bi_patch.cli import app
@@ -46,7 +47,7 @@ def _table(state, findings, is_open) -> None:
     table.add_column("what takes its place, or why it is open; where it is", overflow="fold")
     colour = {"closed": "green", "open": "bold red", "not needed here": "dim"}
     for f in findings:
-        what = f"{f.reason or f.how}\n[dim]{f.target.replace(':', ' : ')}[/]"
+        what = f"{escape(f.reason or f.how)}\n[dim]{escape(f.target.replace(':', ' : '))}[/]"
         table.add_row(f.name, f"[{colour[f.status]}]{f.status}[/]", what)
     console.print(table)
     closed = sum(f.status == "closed" for f in findings)

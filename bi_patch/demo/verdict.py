@@ -9,8 +9,7 @@ import msgspec
 
 from bi_patch.demo.cases import PROMPT, Round
 from bi_patch.verify.answers import Answer, Difference, compare
-
-INVARIANT, VARIANT, UNCHECKED = 0, 1, 2
+from bi_patch.verify.report import DIFFERS, INVARIANT, UNCHECKED
 
 
 class Cell(msgspec.Struct):
@@ -133,10 +132,10 @@ def first_word(a: str, b: str) -> int:
 
 
 def exit_code(armed: Side) -> int:
-    """0: armed and bitwise invariant. 1: it was not, or a required seam was open. 2: nothing could be compared."""
-    if armed.open_seams or armed.differing:
-        return VARIANT
-    return INVARIANT if armed.compared and not armed.stopped else UNCHECKED
+    """0: armed and bitwise invariant. 1: a position differed. 2: it could not be checked, or a seam was open."""
+    if armed.differing:
+        return DIFFERS
+    return INVARIANT if armed.compared and not armed.stopped and not armed.open_seams else UNCHECKED
 
 
 def sentences(stock: Side, armed: Side) -> list[str]:

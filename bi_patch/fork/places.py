@@ -1,7 +1,7 @@
 """Finds the places of seams in a release: anchors, against the recorded ones, and modules that hold copies.
 
-A copy is what `from module import name` at the top of another module makes: replacing the name in its own
-module does not reach a copy that was made before.
+A copy is what `from module import name`, or `... as other`, at the top of another module makes: replacing the name in
+its own module does not reach a copy that was made before.
 """
 
 import ast
@@ -9,6 +9,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -65,21 +66,13 @@ def check_anchor(planned: Planned, source: Source, old: Anchor | None) -> Proble
 def holders(planned: tuple[Planned, ...], source: Source) -> dict[str, list[str]]:
     """For each seam on a module's own name (not a class's): the modules that take it by `from ... import`."""
     wanted = {p.seam.name: p.target for p in planned if "." not in p.target.qualname}
-    names = {t.qualname for t in wanted.values()}
-    if not names:
-        return {}
-    mentioned = re.compile(rb"\b(?:" + b"|".join(re.escape(name.encode()) for name in names) + rb")\b")
-    taken: list[tuple[str, str, str]] = []  # (module, from which module, name)
-    for file in sorted(source.files):
-        content = source.read(file)
-        if mentioned.search(content):  # a quick look; the syntax tree decides
-            taken += [item for item in _imports(file, content) if item[2] in names]
+    taken = _taken(source, {t.qualname for t in wanted.values()})
     found = {}
     for seam, target in wanted.items():
-        have = {target.module}
-        while new := {m for m, origin, name in taken if name == target.qualname and origin in have} - have:
+        have = {(target.module, target.qualname)}
+        while new := {(t.module, t.held) for t in taken if (t.origin, t.name) in have} - have:
             have |= new  # a package may hand the name on
-        found[seam] = sorted(have - {target.module})
+        found[seam] = sorted({module for module, _ in have} - {target.module})
     return found
 
 
@@ -112,8 +105,34 @@ def _python(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _imports(file: str, content: bytes) -> Iterator[tuple[str, str, str]]:
-    """(this module, module, name) of each `from module import name` at the top level of a file."""
+class _Import(NamedTuple):
+    """`from origin import name as held` at the top level of `module`."""
+
+    module: str
+    origin: str
+    name: str
+    held: str
+
+
+def _taken(source: Source, names: set[str]) -> list[_Import]:
+    """Every import of these names, and of the names that they are held under."""
+    taken: list[_Import] = []
+    new, seen = names, set()
+    while new:
+        mentioned = re.compile(rb"\b(?:" + b"|".join(re.escape(name.encode()) for name in new) + rb")\b")
+        found = []
+        for file in sorted(source.files):
+            content = source.read(file)
+            if mentioned.search(content):  # a quick look; the syntax tree decides
+                found += [item for item in _imports(file, content) if item.name in new]
+        taken += found
+        seen = seen | new
+        new = {item.held for item in found} - seen
+    return taken
+
+
+def _imports(file: str, content: bytes) -> Iterator[_Import]:
+    """Each `from ... import` at the top level of a file."""
     package = file.removesuffix(".py").split("/")
     module = ".".join(package[:-1] if package[-1] == "__init__" else package)
     try:
@@ -125,7 +144,7 @@ def _imports(file: str, content: bytes) -> Iterator[tuple[str, str, str]]:
             base = package[: -node.level] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
-                yield module, origin, alias.name
+                yield _Import(module, origin, alias.name, alias.asname or alias.name)
 
 
 def _top(node: ast.AST) -> Iterator[ast.stmt]:

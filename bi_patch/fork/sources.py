@@ -14,7 +14,6 @@ from bi_patch.errors import PatchError
 from bi_patch.seams.registry import PACKAGES
 
 PACKAGE = "vllm"
-_VERSION_LINE = re.compile(r"^__version__\s*=.*?['\"]([^'\"]+)['\"]", re.MULTILINE)
 _METADATA = {
     "vllm": re.compile(r"vllm(_cpu)?-[^/]+\.dist-info/METADATA"),
     "vllm_ascend": re.compile(r"vllm_ascend-[^/]+\.dist-info/METADATA"),
@@ -109,7 +108,7 @@ def _stated(
     """The release that a source states in its _version.py, or in a distribution's metadata."""
     patterns = [(n, _METADATA_LINE) for n in others if _METADATA[package].fullmatch(n)]
     if f"{package}/_version.py" in files:
-        patterns.insert(0, (f"{package}/_version.py", _VERSION_LINE))
+        patterns.insert(0, (f"{package}/_version.py", installed.VERSION_LINE))
     for name, pattern in patterns:
         if match := pattern.search(read(name).decode(errors="replace")):
             return release_number(match.group(1))

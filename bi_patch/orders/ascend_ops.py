@@ -1,9 +1,8 @@
-"""PyTorch's and torch_npu's operators on Ascend, computed in one order: what the dispatcher calls instead of
-native kernels.
+"""PyTorch's and torch_npu's operators on Ascend, computed in one order: what the dispatcher calls, not native kernels.
 
-Each function has the signature of the operator that it serves (named in ascend_routes) and takes tensors on
-the NPU. An argument
-that the order does not cover is UnsupportedFeature, named; none is passed on to a native kernel.
+Each function has the signature of the operator that it serves (named in ascend_routes) and takes tensors on the NPU. An
+argument that the order does not cover is UnsupportedFeature, named; none is passed on to a native kernel. Floats below
+are bf16, fp16 or fp32; results have the dtype of the first tensor unless a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def refuse(op: str, why: str):
+    """Raise UnsupportedFeature, naming the operator and what the order does not cover."""
     raise UnsupportedFeature(
         f"{op}: {why}. No order is fixed for it on Ascend; set BI_PATCH=0 to run without bi_patch"
     )
 
 
 def out_form(function: Callable, results: int = 1) -> Callable:
-    """The `.out` overload of a function: the same values, copied into `out` (a tensor, or a list of
-    `results` tensors)."""
+    """The `.out` overload of a function: the same values, copied into `out` (a tensor, or `results` tensors)."""
 
     def into(*args, out, **kwargs):
         made = function(*args, **kwargs)
@@ -68,8 +67,7 @@ def in_place(function: Callable) -> Callable:
 
 
 def _product(x, w, bias=None, alpha=1.0, beta=1.0):
-    """x [B, M, K] @ w [B, K, N] (+ bias), by AscendC where it is installed and by the bundled kernel
-    otherwise."""
+    """x [B, M, K] @ w [B, K, N] (+ bias), by AscendC where it is installed and by the bundled kernel otherwise."""
     from bi_patch.kernels.ascend import matmul
 
     if x.dtype != w.dtype:
@@ -91,35 +89,43 @@ def _product(x, w, bias=None, alpha=1.0, beta=1.0):
 
 
 def mm(self, mat2):
+    """self [M, K] @ mat2 [K, N] -> [M, N]; floats of one dtype."""
     return _product(self[None], mat2[None])[0]
 
 
 def addmm(self, mat1, mat2, *, beta=1, alpha=1):
+    """beta * self + alpha * (mat1 [M, K] @ mat2 [K, N]) -> [M, N]; floats, self broadcasts to the result."""
     return _product(mat1[None], mat2[None], self, alpha, beta)[0]
 
 
 def bmm(self, mat2):
+    """self [B, M, K] @ mat2 [B, K, N] -> [B, M, N]; floats of one dtype."""
     return _product(self, mat2)
 
 
 def baddbmm(self, batch1, batch2, *, beta=1, alpha=1):
+    """beta * self + alpha * (batch1 [B, M, K] @ batch2 [B, K, N]) -> [B, M, N]; floats, self broadcasts."""
     return _product(batch1, batch2, self, alpha, beta)
 
 
 def mv(self, vec):
+    """self [M, K] @ vec [K] -> [M]; floats of one dtype."""
     return _product(self[None], vec[None, :, None])[0, :, 0]
 
 
 def dot(self, tensor):
+    """self [K] @ tensor [K] -> a scalar tensor; floats of one dtype."""
     return _product(self[None, None], tensor[None, :, None])[0, 0, 0]
 
 
 def linear(input, weight, bias=None):
+    """input [..., K] @ weight [N, K] transposed (+ bias [N]) -> [..., N]; floats of one dtype."""
     rows = input.reshape(-1, input.shape[-1])
     return _product(rows[None], weight.t()[None], bias)[0].view(*input.shape[:-1], weight.shape[0])
 
 
 def matmul(self, other):
+    """self [..., M, K] @ other [..., K, N] -> [..., M, N], broadcast as PyTorch does; floats of one dtype."""
     if self.dim() == 1 and other.dim() == 1:
         return dot(self, other)
     if other.dim() <= 2:
@@ -142,6 +148,7 @@ def matmul(self, other):
 
 
 def npu_linear(input, weight, bias=None):
+    """input [..., K] @ weight [N, K] transposed (+ bias [N]) -> [..., N]; floats of one dtype."""
     return linear(input, weight, bias)
 
 
@@ -180,18 +187,22 @@ def _reduce(x, dim, keepdim: bool, dtype, mean: bool):
 
 
 def sum_all(self, *, dtype=None):
+    """The sum of all of self (floats) -> a scalar tensor of dtype, by default self's."""
     return _reduce(self, None, False, dtype, False)
 
 
 def sum_dim(self, dim, keepdim=False, *, dtype=None):
+    """The sum of self [...] (floats) over dimensions `dim` (all when empty), of dtype, by default self's."""
     return _reduce(self, dim, keepdim, dtype, False)
 
 
 def mean_all(self, *, dtype=None):
+    """The mean of all of self (floats) -> a scalar tensor of dtype, by default self's."""
     return _reduce(self, None, False, dtype, True)
 
 
 def mean_dim(self, dim, keepdim=False, *, dtype=None):
+    """The mean of self [...] (floats) over dimensions `dim` (all when empty), of dtype, by default self's."""
     return _reduce(self, dim, keepdim, dtype, True)
 
 
@@ -213,26 +224,31 @@ def _soft(self, dim, dtype, log):
 
 
 def softmax_half(self, dim, half_to_float):
+    """softmax of self [...] (floats) along dim, the same shape; fp32 where half_to_float."""
     import torch
 
     return _soft(self, dim, torch.float32 if half_to_float else None, False)
 
 
 def log_softmax_half(self, dim, half_to_float):
+    """log_softmax of self [...] (floats) along dim, the same shape; fp32 where half_to_float."""
     import torch
 
     return _soft(self, dim, torch.float32 if half_to_float else None, True)
 
 
 def softmax_int(self, dim, dtype=None):
+    """softmax of self [...] (floats) along dim, the same shape, of dtype, by default self's."""
     return _soft(self, dim, dtype, False)
 
 
 def log_softmax_int(self, dim, dtype=None):
+    """log_softmax of self [...] (floats) along dim, the same shape, of dtype, by default self's."""
     return _soft(self, dim, dtype, True)
 
 
 def cumsum(self, dim, *, dtype=None):
+    """The running sum of self [...] (floats) along dim, the same shape, of dtype, by default self's."""
     from bi_patch.kernels.ascend import rows
 
     if not self.dtype.is_floating_point or self.dtype.itemsize > 4:
@@ -241,7 +257,7 @@ def cumsum(self, dim, *, dtype=None):
 
 
 def topk(self, k, dim=-1, largest=True, sorted=True):
-    """Ties go to the lower index: a stable sort, whatever the number of rows."""
+    """The k best of self [...] along dim, and int64 indices; ties go to the lower index, by a stable sort."""
     import torch
 
     values, indices = torch.ops.aten.sort.stable(self, stable=True, dim=dim, descending=largest)
@@ -249,6 +265,7 @@ def topk(self, k, dim=-1, largest=True, sorted=True):
 
 
 def sort(self, dim=-1, descending=False):
+    """self [...] of any dtype sorted along dim, and int64 indices, both of its shape; ties keep their order."""
     import torch
 
     return torch.ops.aten.sort.stable(self, stable=True, dim=dim, descending=descending)
@@ -258,8 +275,7 @@ def sort(self, dim=-1, descending=False):
 
 
 def rms_norm(x, weight, eps: float, residual=None, offset: float = 0.0):
-    """RMSNorm of x [..., C] times (weight + offset); with a residual, (norm of x + residual, x +
-    residual)."""
+    """RMSNorm of x [..., C] times (weight + offset); with a residual, (norm of x + residual, x + residual)."""
     from bi_patch.kernels.ascend import rows
 
     out, summed = rows.rms_norm(x, weight, eps, ascend.chip(), residual, offset)
@@ -267,13 +283,14 @@ def rms_norm(x, weight, eps: float, residual=None, offset: float = 0.0):
 
 
 def npu_rms_norm(input, gamma, epsilon=1e-6):
-    """The reciprocal of the root is not returned: an empty tensor stands for it."""
+    """RMSNorm of input [..., C] (floats) times gamma [C]; an empty fp32 tensor stands for the reciprocal root."""
     import torch
 
     return rms_norm(input, gamma, epsilon), torch.empty(0, dtype=torch.float32, device=input.device)
 
 
 def npu_gemma_rms_norm(input, gamma, epsilon=1e-6):
+    """RMSNorm of input [..., C] (floats) times (gamma [C] + 1), and an empty fp32 tensor."""
     import torch
 
     out = rms_norm(input, gamma, epsilon, None, 1.0)
@@ -281,6 +298,7 @@ def npu_gemma_rms_norm(input, gamma, epsilon=1e-6):
 
 
 def npu_add_rms_norm(x1, x2, gamma, epsilon=1e-6):
+    """RMSNorm of x1 + x2 [..., C] (floats) times gamma [C], an empty fp32 tensor, and x1 + x2 [..., C]."""
     import torch
 
     out, summed = rms_norm(x1, gamma, epsilon, x2)
@@ -288,6 +306,7 @@ def npu_add_rms_norm(x1, x2, gamma, epsilon=1e-6):
 
 
 def npu_swiglu(input, dim=-1):
+    """silu(first half) * second half of input [..., 2 H, ...] (floats) along dim -> [..., H, ...]."""
     from bi_patch.kernels.ascend import pointwise
 
     return _along(input, dim, lambda x: pointwise.swiglu(x, ascend.chip()))
@@ -309,6 +328,7 @@ def rotate(positions, query, key, cache, head_size: int):
 def npu_grouped_matmul(
     x, weight, *, bias=None, group_list=None, split_item=0, group_type=None, group_list_type=0, **more
 ):
+    """x[0] [T, K] @ weight[0] [E, K, N], each row by its expert -> [[T, N]]; floats; group_list [E] integers."""
     from bi_patch.kernels.ascend import matmul
 
     op = "npu::npu_grouped_matmul"
@@ -332,6 +352,7 @@ def npu_grouped_matmul(
 def npu_moe_token_unpermute(
     permuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None
 ):
+    """permuted_tokens [T * k, C] (floats) back in order by indices [T * k], weighted by probs [T, k] -> [T, C]."""
     from bi_patch.kernels.ascend import rows
 
     if padded_mode or restore_shape not in (None, [], ()) and probs is None:
@@ -350,8 +371,11 @@ def fused_attention(
     num_heads=1, num_key_value_heads=0, scale=1.0, input_layout="BSH", sparse_mode=0, block_size=0,
     pre_tokens=2**31 - 1, next_tokens=2**31 - 1, learnable_sink=None, workspace=None, inner_precise=0, **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """npu_fused_infer_attention_score for packed sequences (TND); the log-sum-exp is not returned: an empty
-    tensor."""
+    """npu_fused_infer_attention_score for packed sequences (TND), query [T, heads, D] of floats -> the same shape.
+
+    key, value: [T, kv heads, D], or pages [blocks, block size, kv heads * D] with a block_table [sequences, blocks].
+    The log-sum-exp is not returned: an empty fp32 tensor stands for it.
+    """
     import torch
 
     from bi_patch.kernels.ascend import attention
@@ -403,6 +427,7 @@ def fused_attention_v2(
     softmax_scale=1.0,
     **more,
 ):
+    """fused_attention under the names of npu_fused_infer_attention_score_v2: the same shapes and dtypes."""
     return fused_attention(
         query, key, value, actual_seq_lengths=_list(actual_seq_qlen), actual_seq_lengths_kv=_list(actual_seq_kvlen),
         num_heads=num_query_heads, scale=softmax_scale, **more,

@@ -1,9 +1,7 @@
-"""The dispatcher's table on Ascend: which operators are served in one order, which keep their kernel, which
-are refused.
+"""The dispatcher's table on Ascend: which operators are served in one order, which keep their kernel or are refused.
 
-Operators are replaced where PyTorch dispatches them, so every spelling reaches the same code: a function of
-torch, a method, a
-torch_npu function, torch.ops directly, functional or `.out`. What sums and is not served is refused by name,
+Operators are replaced where PyTorch dispatches them, so every spelling reaches the same code: a function of torch, a
+method, a torch_npu function, torch.ops directly, functional or `.out`. What sums and is not served is refused by name,
 operators that nobody listed included: a native kernel whose order may follow the batch never runs.
 """
 

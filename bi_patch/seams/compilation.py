@@ -3,6 +3,7 @@
 import functools
 import hashlib
 
+from bi_patch import sources
 from bi_patch.seams.model import CUDA, Seam, Setting, Target
 
 
@@ -11,10 +12,8 @@ def _hash(original):
 
     @functools.wraps(original)
     def compute_hash(self, *args, **kwargs):
-        import bi_patch
-
         stock = original(self, *args, **kwargs)
-        return hashlib.sha256(f"bi_patch {bi_patch.__version__} {stock}".encode()).hexdigest()[: len(stock)]
+        return hashlib.sha256(f"bi_patch {sources.digest()} {stock}".encode()).hexdigest()[: len(stock)]
 
     return compute_hash
 
@@ -45,7 +44,7 @@ SEAMS = (
         targets=(Target("vllm.config.vllm", "VllmConfig.compute_hash"),),
         close=_hash,
         why="code compiled by stock vLLM or another bi_patch must not be loaded by an armed engine",
-        how="the version of bi_patch goes into the hash that keys vLLM's compile caches",
+        how="a digest of bi_patch's sources goes into the hash that keys vLLM's compile caches",
         until="never",
         causes=(17, 18),
     ),

@@ -80,6 +80,21 @@ def test_copies_of_a_function(module):
         del sys.modules["ledger_copy"]
 
 
+def test_a_copy_under_another_name(module):
+    other = types.ModuleType("ledger_renamed")
+    other.first, other.second = module.function, module.function  # `import function as first`, `second = first`
+    sys.modules["ledger_renamed"] = other
+    try:
+        ledger = Ledger()
+        entry = ledger.replace("a", module, "function", lambda original: lambda x: -1)
+        ledger.copy("a", "ledger_renamed", entry)
+        assert other.first is other.second is module.function and other.first("x") == -1
+        ledger.restore()
+        assert other.first is other.second is len and not hasattr(other, "function")
+    finally:
+        del sys.modules["ledger_renamed"]
+
+
 def test_a_copy_taken_after_arming_is_restored_too(module):
     later = types.ModuleType("ledger_later")
     sys.modules["ledger_later"] = later

@@ -1,6 +1,7 @@
 """Arming at interpreter start, in real processes that need no vLLM: inert, blocking, and measured."""
 
 import json
+import os
 import statistics
 import sys
 import sysconfig
@@ -24,9 +25,14 @@ def fake_vllm(tmp_path):
         (tmp_path / "vllm").mkdir()
         (tmp_path / "vllm" / "__init__.py").write_text("loaded = True\n")
         (tmp_path / "vllm" / "_version.py").write_text(FAKE.format(release))
-        return str(tmp_path)
+        return first_on_path(tmp_path)
 
     return make
+
+
+def first_on_path(folder: Path) -> str:
+    """PYTHONPATH with `folder` before what it holds already."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,24 @@ def test_a_bad_setting_stops_vllm_not_python(run_python, environ, said):
     assert run_python("print('fine')", VLLM_BATCH_INVARIANT="1", **environ).stdout.strip() == "fine"
     done = run_python("import vllm", VLLM_BATCH_INVARIANT="1", **environ)
     assert done.returncode != 0 and "SettingError" in done.stderr and said in done.stderr
+
+
+@pytest.mark.parametrize("broken", ["wrapt.py", "vllm/_version.py"], ids=["importing bi_patch", "arming"])
+def test_an_error_without_a_name_stops_vllm_too(run_python, fake_vllm, tmp_path, broken):
+    path = fake_vllm("0.32.0")
+    (tmp_path / broken).write_bytes(b"\xff")  # neither Python nor text
+    asked = {"PYTHONPATH": path, "VLLM_BATCH_INVARIANT": "1"}
+    assert run_python("print('fine')", **asked).stdout.strip() == "fine"
+    done = run_python("import vllm; print(vllm.loaded)", **asked)
+    assert done.returncode != 0 and not done.stdout
+    assert "ArmingFailed" in done.stderr and "0xff" in done.stderr and "BI_PATCH=0" in done.stderr
+    assert run_python("import vllm; print(vllm.loaded)", **asked, BI_PATCH="0").stdout.strip() == "True"
+
+
+def test_a_refused_vllm_can_still_be_looked_for(run_python, fake_vllm):
+    code = "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations)"
+    done = run_python(code, PYTHONPATH=fake_vllm("0.99.0"), VLLM_BATCH_INVARIANT="1")
+    assert "vllm" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("release", ["0.99.0", "0.31.0"])

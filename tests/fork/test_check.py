@@ -207,6 +207,14 @@ def test_a_module_that_newly_holds_a_copy_is_named(small):
     )  # vllm/__init__.py hands it on; lazy.py holds none
 
 
+def test_a_copy_handed_on_under_another_name_is_named(small):
+    (small.tree / "vllm/facade.py").write_text("from vllm.ops import scale as grow\n")
+    (small.tree / "vllm/new.py").write_text("from vllm.facade import grow\n")
+    (small.tree / "vllm/other.py").write_text("from vllm.facade import scale\n")  # which it does not have
+    (problem,) = small.check().problems
+    assert problem.kind == "copies" and "vllm.facade, vllm.new newly hold" in problem.message
+
+
 def test_a_listed_copy_that_is_none_is_named(small):
     small.add("norm.scale", "vllm.ops", "scale", copies=("vllm.lazy", "vllm.not_in_this_release"))
     small.write()

@@ -3,7 +3,8 @@
 from bi_patch.seams.ascend.common import ASCEND, refuse
 from bi_patch.seams.model import Policy
 
-_FUSIONS = ("fuse_norm_quant", "fuse_qknorm_rope", "fuse_allreduce_rms", "fuse_muls_add")
+# Passes that put a fused operator in the place of two that are served.
+FUSIONS = ("fuse_norm_quant", "fuse_qknorm_rope", "fuse_allreduce_rms", "fuse_muls_add")
 
 
 def _graphs(config) -> None:
@@ -21,7 +22,7 @@ def _fusions(config) -> None:
     if not isinstance(held, dict):
         config.additional_config = held = {}
     given = held.setdefault("ascend_compilation_config", {})
-    given.update(dict.fromkeys(_FUSIONS, False))
+    given.update(dict.fromkeys(FUSIONS, False))
 
 
 SEAMS = ()

@@ -1,6 +1,7 @@
 """vLLM-Ascend's own mode, its custom operators, and the features that no closed seam covers."""
 
 from bi_patch.seams.ascend.common import ASCEND, RELEASES, option, refuse
+from bi_patch.seams.ascend.compilation import FUSIONS
 from bi_patch.seams.model import Policy, Seam, Target
 
 
@@ -16,7 +17,7 @@ def _mode(original):
         config = get_ascend_config()
         config.weight_nz_mode = 0
         config.enable_matmul_allreduce = False
-        for name in _FUSIONS:
+        for name in FUSIONS:
             if hasattr(config.ascend_compilation_config, name):
                 setattr(config.ascend_compilation_config, name, False)
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -70,8 +71,6 @@ def _options(config) -> None:
     )
 
 
-# Passes that put a fused operator in the place of two that are served.
-_FUSIONS = ("fuse_norm_quant", "fuse_qknorm_rope", "fuse_allreduce_rms", "fuse_muls_add")
 _REFUSED_OPTIONS = (
     "xlite_graph_config.enabled", "enable_reduce_sample", "enable_kv_nz", "enable_mlapo", "enable_fused_mc2",
     "multistream_overlap_gate", "enable_npugraph_ex", "ascend_compilation_config.enable_npugraph_ex",

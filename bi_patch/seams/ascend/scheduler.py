@@ -1,9 +1,7 @@
-"""Scheduling on Ascend: chunks, cached prefixes and preemption are free where decode and prefill share one
-order, refused elsewhere.
+"""Scheduling on Ascend: chunks, cached prefixes and preemption are free where decode and prefill share one order.
 
-The bundled attention cuts keys at fixed positions, so a row's bits do not depend on how its prompt was cut.
-The
-AscendC operator was not shown to give decode the bits of prefill; where it is installed they are refused.
+The bundled attention cuts keys at fixed positions, so a row's bits do not depend on how its prompt was cut. The AscendC
+operator was not shown to give decode the bits of prefill; where it is installed they are refused.
 """
 
 from bi_patch.seams.ascend.common import ASCEND, RELEASES, option, refuse

@@ -35,6 +35,25 @@ def test_files_are_named_and_keep_other_models(tmp_path):
     assert "| batch size | 0 / 1,000 | 0 / 1,000 |" in table and "0 of 2,000 positions differ" in table
 
 
+def test_writing_leaves_what_was_measured_alone(tmp_path):
+    evidence.write(made("a", note="said before"), "cpu", tmp_path)
+    found = made("b")
+    evidence.write(found, "cpu", tmp_path)
+    assert [r.model for r in found.rows] == ["b"] and not found.note
+    assert evidence.newest(evidence.Invariance, tmp_path).note == "said before"
+
+
+@pytest.mark.parametrize("other", [{"device": "another CPU"}, {"torch": "2.14.0+cpu"}, {"threads": 4}])
+def test_what_was_measured_on_something_else_has_a_file_of_its_own(tmp_path, other):
+    first = evidence.write(made("a"), "cpu", tmp_path)
+    second = evidence.write(made("b", **other), "cpu", tmp_path)
+    assert second.name == f"{first.stem}-2.json"
+    assert evidence.write(made("c", **other), "cpu", tmp_path) == second
+    assert [r.model for r in msgspec.json.decode(first.read_bytes(), type=evidence.Invariance).rows] == ["a"]
+    newest = evidence.newest(evidence.Invariance, tmp_path)
+    assert [r.model for r in newest.rows] == ["b", "c"] and evidence.platforms(evidence.Invariance, tmp_path) == ["cpu"]
+
+
 def test_no_file_is_a_named_error(tmp_path):
     with pytest.raises(evidence.EvidenceMissing, match="bi-patch bench"):
         evidence.newest(evidence.Cost, tmp_path)
