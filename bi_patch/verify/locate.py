@@ -46,8 +46,6 @@ class Located(msgspec.Struct, frozen=True):
     m_alone: int = 0
     m_company: int = 0
     dtype: str = ""
-    stride_alone: tuple[int, ...] = ()
-    stride_company: tuple[int, ...] = ()
     kernel_alone: str = ""
     kernel_company: str = ""
     only_alone: tuple[str, ...] = ()
@@ -248,7 +246,7 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
     return Located(
         b.module, op, seam, statuses.get(seam, ""), first.position, b.phase, a.shape, b.shape,
         a.shape[0] if b.op != CACHE else a.rows, b.shape[0] if b.op != CACHE else b.rows,
-        b.dtype, a.stride, b.stride, a.kernel, b.kernel,
+        b.dtype, a.kernel, b.kernel,
         tuple(dict.fromkeys(c.op for c in only_alone)), tuple(dict.fromkeys(c.op for c in only_company)),
         reproduced, coarse, note,
     )
