@@ -51,7 +51,7 @@ class Precision(msgspec.Struct, frozen=True):
             return f"Products were not compared with fp64: {self.missing}."
         if not self.failed:
             return (
-                f"The products of {self.layers} linears are as accurate as fp32 sums are: at most {self.worst:.2f} of "
+                f"The products of {self.layers} linears are as accurate as fp32 sums are: at most {self.worst:.3f} of "
                 f"the error that is allowed against fp64, over {self.outputs:,} outputs."
             )
         first = self.failed[0]
