@@ -42,6 +42,6 @@ def catch_compiled(given: Options, environ: dict[str, str], platform: str, *, pl
     if case is None:
         return Caught(NAME, CAUSE, AXIS, False, False, len(cases))
     located = locate.judge(cases[setting.index], alone, company, coarse=True)
-    right = located is not None and (located.seam, located.op) == (COMPILED, CACHE) and ".layers.0." in located.module
+    right = located is not None and (located.seam, located.op) == (COMPILED, CACHE)
     words = f"{located.words()}\nrequired seams open there: {seams}" if located else ""
     return Caught(NAME, CAUSE, AXIS, True, right, len(cases), f"{case.label}: {case.difference.first}", words, located)
