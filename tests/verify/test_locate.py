@@ -46,7 +46,8 @@ def test_a_fused_kernel_of_one_side_says_more_than_the_elementary_op_after_it():
 
 
 def test_an_op_of_another_seam_than_the_modules_own_says_most():
-    alone = traced(SAME, call("fault.all_reduce_norm", b"a", seam="communicator"), call("norm", b"c"), call(MODULE, b"e"))
+    reduced = call("fault.all_reduce_norm", b"a", seam="communicator")
+    alone = traced(SAME, reduced, call("norm", b"c"), call(MODULE, b"e"))
     company = traced(OTHER, call("add_norm", b"b"), call(MODULE, b"d"))
     found = locate.judge(case(), alone, company)
     assert (found.op, found.seam) == ("fault.all_reduce_norm", "communicator")
