@@ -15,7 +15,8 @@ def verify_invariance():
     eager=None, random_weights=None, logits=False, clients=256) -> bi_patch.verify.report.Report
 
     Fails the test with the report as text when a position differs, or when an axis that applies could not be checked.
-    The options are those of `bi-patch verify`; axes: names of axes, all of the level by default.
+    The options are those of `bi-patch verify`; axes: names of axes, all of the level by default. Raises SettingError
+    for a mode or a level that does not exist.
     """
     import bi_patch_entry  # noqa: F401  before bi_patch: importing it then does not arm this process
 
@@ -30,7 +31,7 @@ def _verify(model: str = "", *, url: str = "", level: str = "quick", mode: str =
     from bi_patch.verify.measure import verify
     from bi_patch.verify.targets import Running
 
-    chosen = levels.LEVELS[level]
+    chosen = levels.named(level)
     if url:
         target = Running(url, model=model)
     else:

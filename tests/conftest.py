@@ -70,9 +70,12 @@ def answer():
 @pytest.fixture(scope="session")
 def arithmetic():
     """Arithmetic(leak=False, **options): an engine made of arithmetic, see there."""
+    import msgspec
+
     from bi_patch.verify import probes
     from bi_patch.verify.answers import Answer
     from bi_patch.verify.engine import Info, Options
+    from bi_patch.verify.precision import Precision
 
     class Arithmetic:
         """An engine whose answers are a function of the request; `leak` lets the batch reach the logprobs."""
@@ -105,6 +108,13 @@ def arithmetic():
 
         def set_chunk(self, tokens):
             self.chunk = tokens
+
+        def ask(self, do, data):
+            assert do == "precision"
+            return msgspec.msgpack.encode(Precision(1, 1, 0.5, []))
+
+        def alive(self):
+            return True
 
         def counters(self):
             return {probes.HITS: float(self.cached), probes.PREEMPTIONS: 0.0}

@@ -1,7 +1,9 @@
 """`bi-patch verify`: is this model, engine or server batch-invariant? Every axis measured, bit by bit."""
 
 import json as json_module
+import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +25,12 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Everything: more lengths, all graph sizes, one engine per change.")
     ] = False,
-    mode: Annotated[str, typer.Option(help="armed, upstream (vLLM's own mode) or stock.")] = "armed",
+    mode: Annotated[str | None, typer.Option(help="armed (default), upstream (vLLM's own mode) or stock.")] = None,
     axis: Annotated[list[str] | None, typer.Option(help="Only this axis, of any level; repeatable.")] = None,
     engine_arg: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for vllm.LLM, the value in JSON where it can be; repeatable.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="auto (default), bfloat16, float16 or float32.")] = None,
     eager: Annotated[
         bool | None, typer.Option("--eager/--compiled", help="Default: compiled; eager with --quick on CPU.")
     ] = None,
@@ -38,8 +40,10 @@ def verify(
     logits: Annotated[
         bool, typer.Option("--logits", help="Also compare whole rows of logits, by digest. In process only.")
     ] = False,
-    clients: Annotated[int, typer.Option(min=2, help="With --url: so many clients at once.")] = 256,
-    served_model: Annotated[str, typer.Option(help="With --url: the served model's name.")] = "",
+    clients: Annotated[
+        int | None, typer.Option(min=2, help="With --url: so many clients at once, 256 by default.")
+    ] = None,
+    served_model: Annotated[str | None, typer.Option(help="With --url: the served model's name.")] = None,
     locate: Annotated[
         bool, typer.Option(help="Where bits differ, find the first operation that does.")
     ] = True,
@@ -59,33 +63,72 @@ def verify(
 
     if quick and full:
         raise SettingError("--quick and --full: choose one")
-    if mode not in ("armed", "upstream", "stock"):
-        raise SettingError(f"--mode {mode!r} is not understood; use armed, upstream or stock")
-    if url and (model or engine_arg or random_weights is not None or logits):
-        raise SettingError("--url names a server that runs already: no MODEL, --engine-arg, --random-weights, --logits")
+    ours = {"MODEL": model or None, "--mode": mode, "--engine-arg": engine_arg or None, "--dtype": dtype,
+            "--eager or --compiled": eager, "--random-weights": random_weights, "--logits": logits or None}  # fmt: skip
+    _refuse(ours if url else {"--clients": clients, "--served-model": served_model},
+            "--url names a server that runs already" if url else "without --url no server is asked")  # fmt: skip
+    for option, path in (("--json", json), ("--html", html)):
+        _check_file(option, path)
     console = Console()
-    target, level = _target(console, model, url, "quick" if quick else "full" if full else "default", mode, engine_arg,
-                            dtype, eager, random_weights, logits, served_model)  # fmt: skip
+    target, level = _target(console, model, url, "quick" if quick else "full" if full else "default", mode or "armed",
+                            engine_arg, dtype or "auto", eager, random_weights, logits, served_model or "")  # fmt: skip
     console.print(
         f"[bold]bi_patch verify[/]: {target.name}, {target.mode}, level {level.name}", highlight=False, soft_wrap=True
     )
+    finder = None
+    if locate and not url:
+        from bi_patch.verify.locate import locate as finder
     before = signal.signal(signal.SIGTERM, _interrupt)  # what was compared is kept then, too
     try:
         with terminal.Live(console) as live:
-            found = measure(target, level, watcher=live, only=tuple(axis or ()), clients=clients,
-                            locate=_locate() if locate and not url else None)  # fmt: skip
+            found = measure(target, level, watcher=live, only=tuple(axis or ()), clients=clients or 256,
+                            locate=finder)  # fmt: skip
     finally:
         signal.signal(signal.SIGTERM, before)
     console.print()
     console.print(terminal.summary(found))
-    if json is not None:
-        report.write(found, json)
-        console.print(f"Report: {json}", soft_wrap=True, highlight=False)
-    if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(page.page(found), encoding="utf-8")
-        console.print(f"Page: {html.resolve()}", soft_wrap=True, highlight=False)
-    raise typer.Exit(found.exit_code)
+    written = [
+        _keep(console, "Report", json, lambda path: report.write(found, path)),
+        _keep(console, "Page", html, lambda path: path.write_text(page.page(found), encoding="utf-8")),
+    ]
+    raise typer.Exit(found.exit_code or (0 if all(written) else 2))
+
+
+def _refuse(given: dict[str, object], why: str) -> None:
+    from bi_patch.errors import SettingError
+
+    named = [option for option, value in given.items() if value is not None]
+    if named:
+        raise SettingError(f"{why}: leave out {', '.join(named)}")
+
+
+def _check_file(option: str, path: Path | None) -> None:
+    """Before anything is measured: whether the file can be written."""
+    from bi_patch.errors import SettingError
+
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"{option} {path}: its folder cannot be made ({error.strerror})") from error
+    if path.is_dir():
+        raise SettingError(f"{option} {path} is a folder; name a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise SettingError(f"{option} {path} cannot be written")
+
+
+def _keep(console: Console, what: str, path: Path | None, write: Callable[[Path], object]) -> bool:
+    """Write one file of what was found; a failure is told and costs no other file."""
+    if path is None:
+        return True
+    try:
+        write(path)
+    except OSError as error:
+        console.print(f"{what}: {path} could not be written ({error.strerror})", soft_wrap=True, highlight=False)
+        return False
+    console.print(f"{what}: {path.resolve()}", soft_wrap=True, highlight=False)
+    return True
 
 
 def _interrupt(*_: object) -> None:
@@ -97,7 +140,7 @@ def _target(console, model, url, level_name, mode, engine_arg, dtype, eager, ran
     from bi_patch.verify import levels
     from bi_patch.verify.targets import Running
 
-    level = levels.LEVELS[level_name]
+    level = levels.named(level_name)
     if url:
         return Running(url, model=served_model), level
     from bi_patch.verify.local import local
@@ -122,12 +165,3 @@ def _arguments(given: list[str]) -> dict[str, object]:
         except ValueError:
             made[key.replace("-", "_")] = value
     return made
-
-
-def _locate():
-    """What finds the first operation that differs."""
-    try:
-        from bi_patch.verify.locate import locate
-    except ImportError:
-        return None
-    return locate

@@ -8,6 +8,12 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from bi_patch.errors import BiPatchError
+
+
+class AnswerIncomplete(BiPatchError):
+    """An engine left out tokens or logprobs that it was asked for, so nothing could be compared there."""
+
 
 class Request(msgspec.Struct, frozen=True):
     """One request. Greedy unless temperature > 0; a sampled one needs a seed, or nothing can be compared.
@@ -62,7 +68,8 @@ class Difference(msgspec.Struct, frozen=True):
     tokens_changed: positions with another token. largest, ulps: the greatest |difference| of logprobs, and the greatest
     distance in steps of float32, at positions up to the first changed token (later ones belong to different texts).
     first: words for the first differing position. generated, prompt: the differing positions, counted from 0 in the
-    generated tokens and in the prompt. digests: rows of logits compared by their digest.
+    generated tokens and in the prompt. digests: rows of logits compared by their digest. undefined: positions with NaN
+    on both sides, which say nothing and are not among the compared ones.
     """
 
     compared: int = 0
@@ -74,6 +81,7 @@ class Difference(msgspec.Struct, frozen=True):
     generated: tuple[int, ...] = ()
     prompt: tuple[int, ...] = ()
     digests: int = 0
+    undefined: int = 0
 
     def __add__(self, other: Difference) -> Difference:
         return Difference(
@@ -86,6 +94,7 @@ class Difference(msgspec.Struct, frozen=True):
             self.generated + other.generated,
             self.prompt + other.prompt,
             self.digests + other.digests,
+            self.undefined + other.undefined,
         )
 
 
@@ -94,11 +103,29 @@ def compare(expected: Answer, got: Answer, label: str = "") -> Difference:
     return _compare_prompt(expected, got, label) + _compare_generated(expected, got, label)
 
 
-def compare_all(expected: Sequence[Answer], got: Sequence[Answer], labels: Iterable[str]) -> Difference:
-    """The sum over pairs of answers. Raises ValueError when the lengths differ."""
-    return sum(
-        (compare(e, g, label) for e, g, label in zip(expected, got, labels, strict=True)), start=Difference()
-    )
+def checked(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Answer]:
+    """The answers, each with everything that its request asked for. Raises AnswerIncomplete.
+
+    Two engines that leave out the same would agree on nothing.
+    """
+    if len(requests) != len(answers):
+        raise AnswerIncomplete(f"{len(requests)} requests got {len(answers)} answers")
+    for request, answer in zip(requests, answers):
+        wanted = len(answer.tokens)
+        if not wanted and request.max_tokens:
+            raise AnswerIncomplete(f"a request for {request.max_tokens} tokens got none")
+        if request.logprobs is not None and not len(answer.logprobs) == len(answer.top) == wanted:
+            raise AnswerIncomplete(
+                f"{wanted} tokens came with {len(answer.logprobs)} logprobs and {len(answer.top)} lists of top tokens: "
+                "let the engine return logprobs"
+            )
+        wanted = len(request.prompt) - 1
+        if request.prompt_logprobs is not None and not len(answer.prompt_logprobs) == len(answer.prompt_top) == wanted:
+            raise AnswerIncomplete(
+                f"a prompt of {wanted + 1} tokens came with {len(answer.prompt_logprobs)} of {wanted} prompt logprobs: "
+                "let the engine return prompt logprobs"
+            )
+    return list(answers)
 
 
 def same(a: float, b: float) -> bool:
@@ -110,6 +137,11 @@ def same(a: float, b: float) -> bool:
 
 def _same_top(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> bool:
     return len(a) == len(b) and all(x[0] == y[0] and same(x[1], y[1]) for x, y in zip(a, b))
+
+
+def _undefined(a: float, b: float, top_a: list[tuple[int, float]], top_b: list[tuple[int, float]]) -> bool:
+    """Whether a position whose sides are the same has NaN among its logprobs."""
+    return any(math.isnan(value) for value in (a, b, *(v for _, v in top_a), *(v for _, v in top_b)))
 
 
 def ulps(a: float, b: float) -> int:
@@ -129,27 +161,37 @@ def _compare_prompt(expected: Answer, got: Answer, label: str) -> Difference:
     pairs = list(zip(expected.prompt_logprobs, got.prompt_logprobs, strict=True))
     tops = list(zip(expected.prompt_top, got.prompt_top, strict=True))
     wrong = [i for i, ((a, b), (t, u)) in enumerate(zip(pairs, tops)) if not (same(a, b) and _same_top(t, u))]
+    settled = set(wrong)
+    undefined = sum(_undefined(*pair, *top) for i, (pair, top) in enumerate(zip(pairs, tops)) if i not in settled)
     first = ""
     if wrong:
         i = wrong[0]
         first = f"{label}: prompt position {i + 1}: ".lstrip(": ") + _words(pairs[i], tops[i])
     every = pairs + [p for t, u in tops for p in _shared(t, u)]
     return Difference(
-        len(pairs), len(wrong), 0, _largest(every), first, _ulps(every), prompt=tuple(i + 1 for i in wrong)
+        len(pairs) - undefined, len(wrong), 0, _largest(every), first, _ulps(every),
+        prompt=tuple(i + 1 for i in wrong), undefined=undefined,
     )
 
 
 def _compare_generated(expected: Answer, got: Answer, label: str) -> Difference:
     count = max(len(expected.tokens), len(got.tokens))
     parted = next((i for i in range(count) if _at(expected.tokens, i) != _at(got.tokens, i)), count)
+    digests = min(len(expected.digests), len(got.digests))
     wrong = [
         i
         for i in range(count)
         if _at(expected.tokens, i) != _at(got.tokens, i)
         or not same(_at(expected.logprobs, i, 0.0), _at(got.logprobs, i, 0.0))
         or not _same_top(_at(expected.top, i, []), _at(got.top, i, []))
-        or _at(expected.digests, i) != _at(got.digests, i)
+        or (digests and _at(expected.digests, i) != _at(got.digests, i))
     ]
+    settled = set(wrong)
+    undefined = sum(
+        _undefined(_at(expected.logprobs, i, 0.0), _at(got.logprobs, i, 0.0), _at(expected.top, i, []),
+                   _at(got.top, i, []))
+        for i in range(count) if i not in settled
+    )  # fmt: skip
     first = ""
     if wrong:
         i = wrong[0]
@@ -165,8 +207,8 @@ def _compare_generated(expected: Answer, got: Answer, label: str) -> Difference:
     for t, u in zip(expected.top[: parted + 1], got.top[: parted + 1]):
         pairs += _shared(t, u)
     return Difference(
-        count, len(wrong), changed, _largest(pairs), first, _ulps(pairs), generated=tuple(wrong),
-        digests=min(len(expected.digests), len(got.digests)),
+        count - undefined, len(wrong), changed, _largest(pairs), first, _ulps(pairs), generated=tuple(wrong),
+        digests=digests, undefined=undefined,
     )
 
 
@@ -186,7 +228,8 @@ def _shared(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> list[tupl
 
 
 def _largest(pairs: Iterable[tuple[float, float]]) -> float:
-    return max((abs(a - b) for a, b in pairs if not same(a, b)), default=0.0)
+    gaps = (abs(a - b) for a, b in pairs if not same(a, b))
+    return max((gap if gap == gap else math.inf for gap in gaps), default=0.0)  # NaN against a number
 
 
 def _ulps(pairs: Iterable[tuple[float, float]]) -> int:

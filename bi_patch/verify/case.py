@@ -73,6 +73,11 @@ class Case(msgspec.Struct, frozen=True):
     def differs(self) -> bool:
         return self.difference.differing > 0
 
+    @property
+    def digested(self) -> bool:
+        """Whether rows of logits were asked for on both sides; a prompt's rows have no digests."""
+        return self.alone.request.digest and self.company.request.digest and not self.part
+
     @staticmethod
     def of(axis: str, label: str, alone: Setting, company: Setting, expected: Answer, got: Answer,
            part: str = "") -> Case:

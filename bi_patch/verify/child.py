@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,12 +15,14 @@ from pathlib import Path
 import msgspec
 
 from bi_patch import errors
-from bi_patch.errors import BiPatchError
+from bi_patch.errors import BiPatchError, SettingError
 from bi_patch.verify import wire
-from bi_patch.verify.answers import Answer, Request
+from bi_patch.verify.answers import Answer, Request, checked
 from bi_patch.verify.engine import Info, Options
 
-STOCK, UPSTREAM, ARMED = "stock", "upstream", "armed"
+ARMED, UPSTREAM, STOCK = MODES = ("armed", "upstream", "stock")
+_LOOK = 0.5  # seconds between looks at a child that is being waited for
+_END = 20.0  # seconds that an idle child may take to end
 
 # Waiting threads sleep instead of spinning: on a busy machine spinning makes an engine many times slower. For runs
 # whose times nobody reads; the bits do not depend on it.
@@ -36,6 +40,13 @@ _DEFAULTS = {
 }
 
 
+def known_mode(mode: str) -> str:
+    """The mode itself. Raises SettingError for a word that is none: its engine would be stock under another name."""
+    if mode not in MODES:
+        raise SettingError(f"there is no mode {mode!r}; the modes are {', '.join(MODES)}")
+    return mode
+
+
 class EngineFailed(BiPatchError):
     """A child's engine did not start, or stopped. `kind` is the class of the child's error, `log` its output."""
 
@@ -51,14 +62,16 @@ class ChildEngine:
     mode: STOCK (bi_patch off), UPSTREAM (bi_patch off, vLLM's own batch-invariant mode on) or ARMED.
     fresh: start with empty compile caches (vLLM's, inductor's, Triton's), which are deleted at the end.
     lifts: refusals that this child does not make (verify.faults.lifts), to show what they keep out.
-    Raises the child's own named error (SeamOpen, UnsupportedFeature, ...), or EngineFailed for any other.
+    Raises the child's own named error (SeamOpen, UnsupportedFeature, ...), or EngineFailed for any other, which names
+    the child's log; only then is the log kept.
     """
 
     def __init__(self, mode: str, options: Options, *, environ: dict[str, str] | None = None,
                  fresh: bool = False, lifts: Sequence[str] = ()) -> None:
-        self.mode, self.options = mode, options
+        self.mode, self.options = known_mode(mode), options
         self.seconds = 0.0
-        self._erred = False  # an error was reported that names the log
+        self._held = b""  # of a reply that is not whole yet
+        self._named = False  # an error names the log
         self._caches = tempfile.TemporaryDirectory(prefix="bi_patch-caches-", ignore_cleanup_errors=True)
         given = dict(os.environ if environ is None else environ)
         if fresh:
@@ -77,20 +90,18 @@ class ChildEngine:
             )
         finally:
             os.close(give)
-        self._replies = os.fdopen(receive, "rb")
+        self._replies = os.fdopen(receive, "rb", buffering=0)
         try:
             self.info: Info = self._start(lifts)
-        except BaseException:
-            self.close(keep_log=True)
+        except BaseException as error:
+            self.close(now=isinstance(error, KeyboardInterrupt))  # it is in the middle of a command
             raise
 
     def __enter__(self) -> ChildEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if exc[0] is not None and issubclass(exc[0], KeyboardInterrupt):
-            self._process.kill()  # it is in the middle of a command
-        self.close(keep_log=exc[0] is not None)
+        self.close(now=isinstance(exc[1], KeyboardInterrupt))
 
     def alive(self) -> bool:
         """Whether the process still runs."""
@@ -99,7 +110,7 @@ class ChildEngine:
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         reply = self._ask(wire.Command("generate", requests=list(requests)))
         self.seconds = reply.seconds
-        return wire.unpack(reply.answers)
+        return checked(requests, wire.unpack(reply.answers))
 
     def reset_cache(self) -> None:
         self._ask(wire.Command("reset_cache"))
@@ -117,20 +128,26 @@ class ChildEngine:
         """One of verify.instruments, which the child serves."""
         return self._ask(wire.Command(do, data=data)).data
 
-    def close(self, *, keep_log: bool = False) -> None:
-        """End the child and wait for it; its log is deleted unless it is kept for an error."""
-        if self._process.poll() is None:
-            try:
+    def close(self, *, now: bool = False) -> None:
+        """End the child, with all that it started, and wait for it. now: do not wait for what it is doing."""
+        try:
+            if not now and self.alive():
                 wire.send(self._process.stdin, wire.Command("stop"))
-                self._process.wait(timeout=20)
-            except (OSError, ValueError, subprocess.TimeoutExpired):
-                self._process.kill()
-                self._process.wait()
-        self._replies.close()
-        self._log.close()
-        self._caches.cleanup()
-        if not keep_log and not self._erred:
-            Path(self._log.name).unlink(missing_ok=True)
+                self._process.wait(timeout=_END)
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            pass  # it is ended below
+        finally:
+            self._kill()
+            self._replies.close()
+            self._log.close()
+            self._caches.cleanup()
+            if not self._named:
+                Path(self._log.name).unlink(missing_ok=True)
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # the child leads a group of its own
+        self._process.wait()
 
     def _start(self, lifts: Sequence[str]) -> Info:
         data = msgspec.msgpack.encode(list(lifts)) if lifts else b""
@@ -138,7 +155,7 @@ class ChildEngine:
         assert info is not None
         expected = "armed" if self.mode == ARMED else "stock"
         if info.mode != expected:
-            raise EngineFailed(f"the {self.mode} child says it is {info.mode}", log=Path(self._log.name))
+            raise self._failed(f"the {self.mode} child says it is {info.mode}; its output is in {self._log.name}")
         if self.mode == STOCK:
             # A stock CPU engine dies (SIGILL) when its first request has four tokens or fewer.
             self.generate([Request(tuple(range(5, 40)), max_tokens=2)])
@@ -149,21 +166,51 @@ class ChildEngine:
     def _ask(self, command: wire.Command) -> wire.Reply:
         try:
             wire.send(self._process.stdin, command)
-            line = self._replies.readline()
+            line = self._line()
         except (BrokenPipeError, ValueError):
             line = b""
         log = Path(self._log.name)
         if not line:
-            code = self._process.wait()
-            raise EngineFailed(
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_END)
+            self._kill()
+            code = self._process.returncode
+            raise self._failed(
                 f"the {self.mode} engine's process ended ({code}) at {command.do!r}{_hint(code)}; its output is in "
-                f"{log}\n{_tail(log)}", kind=f"exit {code}", log=log,
+                f"{log}\n{_tail(log)}", f"exit {code}",
             )
-        reply = msgspec.json.decode(line, type=wire.Reply)
+        try:
+            reply = msgspec.json.decode(line, type=wire.Reply)
+        except msgspec.DecodeError as error:
+            raise self._failed(
+                f"the {self.mode} engine's reply to {command.do!r} cannot be read ({error}); its output is in {log}"
+            ) from error
+        kind = getattr(errors, reply.error, None)
+        if reply.named and isinstance(kind, type) and issubclass(kind, BiPatchError):
+            raise kind(reply.message)
         if reply.error:
-            self._erred = True
-            raise _error(self.mode, command.do, reply, log)
+            raise self._failed(
+                f"the {self.mode} engine failed at {command.do!r}: {reply.error}: {reply.message}\nits output is in "
+                f"{log}\n{_tail(log)}", reply.error,
+            )
         return reply
+
+    def _line(self) -> bytes:
+        """The next whole reply, b"" when the child has ended: what it started may hold its end of the pipe open."""
+        parts = [self._held]
+        while b"\n" not in parts[-1]:
+            if select.select([self._replies], [], [], _LOOK)[0]:
+                parts.append(os.read(self._replies.fileno(), 1 << 20))
+                if not parts[-1]:
+                    return b""
+            elif not self.alive():
+                return b""
+        line, _, self._held = b"".join(parts).partition(b"\n")
+        return line
+
+    def _failed(self, message: str, kind: str = "") -> EngineFailed:
+        self._named = True
+        return EngineFailed(message, kind=kind, log=Path(self._log.name))
 
 
 def child_environ(environ: dict[str, str], mode: str, options: Options) -> dict[str, str]:
@@ -182,17 +229,6 @@ def child_environ(environ: dict[str, str], mode: str, options: Options) -> dict[
     if mode in (ARMED, UPSTREAM):
         made["VLLM_BATCH_INVARIANT"] = "1"
     return made
-
-
-def _error(mode: str, doing: str, reply: wire.Reply, log: Path) -> BiPatchError:
-    """The child's named error as its own class where the parent knows it, else EngineFailed."""
-    kind = getattr(errors, reply.error, None)
-    if reply.named and isinstance(kind, type) and issubclass(kind, BiPatchError):
-        return kind(reply.message)
-    return EngineFailed(
-        f"the {mode} engine failed at {doing!r}: {reply.error}: {reply.message}\nits output is in {log}\n{_tail(log)}",
-        kind=reply.error, log=log,
-    )
 
 
 def _hint(code: int) -> str:

@@ -14,6 +14,8 @@ import msgspec
 
 from bi_patch.verify.answers import Answer, Request
 
+SERVER = "server"  # Info.platform of a server that runs already
+
 
 class Options(msgspec.Struct, frozen=True):
     """How an engine is started. None leaves vLLM's default.
@@ -48,9 +50,9 @@ class Info(msgspec.Struct, frozen=True):
     """What an engine is: `mode` is "armed" when bi_patch's seams are closed in its process, else "stock".
 
     open_seams: required seams that are open (only with BI_PATCH_ALLOW_OPEN). block_size: tokens in a KV block.
-    platform: what files are named by: "cpu", or a device's short name such as "h100". capture_sizes: rows of each
-    captured graph. kv_tokens: tokens that the KV cache holds. devices: how many this host has. experts: of a MoE layer,
-    0 for none. quantization: vLLM's word for it.
+    platform: what files are named by: "cpu", a device's short name such as "h100", or SERVER. capture_sizes: rows of
+    each captured graph. kv_tokens: tokens that the KV cache holds, 0 where that is not known. devices: how many this
+    host has. quantization: vLLM's word for it.
     """
 
     mode: str
@@ -65,7 +67,6 @@ class Info(msgspec.Struct, frozen=True):
     capture_sizes: tuple[int, ...] = ()
     kv_tokens: int = 0
     devices: int = 1
-    experts: int = 0
     quantization: str = ""
     max_num_seqs: int = 0
     max_model_len: int = 0
@@ -88,6 +89,18 @@ class Engine(Protocol):
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The token ids of a text."""
+
+    def set_chunk(self, tokens: int | None) -> None:
+        """The budget of tokens per engine step from now on, at most the one it was started with; None for that one.
+
+        A server's cannot be moved: it raises ServerFailed.
+        """
+
+    def ask(self, do: str, data: bytes) -> bytes:
+        """One of verify.instruments. A server has none: it raises ServerFailed."""
+
+    def alive(self) -> bool:
+        """Whether it can be asked again."""
 
 
 class LocalEngine:
@@ -130,6 +143,11 @@ class LocalEngine:
         self._serial = 0
         self._chunk: int | None = None  # the engine's own budget, once it was changed
 
+    @property
+    def core(self):
+        """vLLM's engine core. Raises AttributeError where it runs in another process."""
+        return self._llm.llm_engine.engine_core.engine_core
+
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         try:
             return self._generate(requests)
@@ -156,8 +174,7 @@ class LocalEngine:
         return [_answer(o, _digests(name)) for o, name in zip(outputs, names)]
 
     def set_chunk(self, tokens: int | None) -> None:
-        """The budget of tokens per engine step from now on, at most the one it was started with; None for that one."""
-        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler = self.core.scheduler
         if self._chunk is None:
             self._chunk = scheduler.max_num_scheduled_tokens
         scheduler.max_num_scheduled_tokens = min(tokens or self._chunk, self._chunk)
@@ -176,6 +193,14 @@ class LocalEngine:
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._llm.get_tokenizer().encode(text))
+
+    def ask(self, do: str, data: bytes) -> bytes:
+        from bi_patch.verify import instruments
+
+        return instruments.SERVED[do](self, data)
+
+    def alive(self) -> bool:
+        return True
 
     def _digest_name(self) -> str:
         self._serial += 1
@@ -232,7 +257,6 @@ class LocalEngine:
             capture_sizes=_captured(config),
             kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
             devices=torch.accelerator.device_count() if on_gpu else 1,
-            experts=_experts(config.model_config),
             quantization=str(config.model_config.quantization or ""),
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
@@ -259,11 +283,6 @@ def _captured(config) -> tuple[int, ...]:
     if config.model_config.enforce_eager or not getattr(compilation.cudagraph_mode, "value", 0):
         return ()
     return tuple(sorted(compilation.cudagraph_capture_sizes or ()))
-
-
-def _experts(model_config) -> int:
-    count = getattr(model_config, "get_num_experts", None)
-    return int(count() or 0) if count is not None else 0
 
 
 def _adapter(folder: str):

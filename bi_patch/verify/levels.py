@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bi_patch.errors import SettingError
 from bi_patch.verify.engine import Engine, Info, Options
 from bi_patch.verify.probes import (
     CROSS_PROBES,
     FEATURE_PROBES,
+    ONLINE_PROBES,
     OWN_PROBES,
+    PROBES,
     CrossProbe,
     Probe,
     Workload,
+    config,
+    needs_length,
 )
 
 _AROUND_256 = (255, 256, 257)
@@ -47,18 +51,26 @@ class Level:
     seconds: float | None = None
     cpu_seconds: float | None = None
 
+    def holds(self, probe: Probe | CrossProbe) -> bool:
+        return probe in (*PROBES, *ONLINE_PROBES, *self.own, *self.cross, *self.features)
+
     def seconds_on(self, platform: str) -> float | None:
         return self.cpu_seconds if platform == "cpu" else self.seconds
 
 
+def _crossing(*names: str) -> tuple[CrossProbe, ...]:
+    return tuple(next(probe for probe in CROSS_PROBES if probe.name == name) for name in names)
+
+
 QUICK = Level(
-    "quick", own=(), cross=CROSS_PROBES[:2] + CROSS_PROBES[4:], features=(), lengths=(3, 40, 290), generate=5,
-    sizes=(2, 17, 64, 257), filler_lengths=(2, 5, 9, 17), long=900, prefix=200, max_model_len=1024, graphs=2,
-    score_sizes=(17, 64), one_engine=True, seconds=170.0, cpu_seconds=110.0,
+    "quick", own=(), cross=_crossing("preemption", "restart", "eager and compiled"), features=(),
+    lengths=(3, 40, 290), generate=5, sizes=(2, 17, 64, 257), filler_lengths=(2, 5, 9, 17), long=900, prefix=200,
+    max_model_len=1024, graphs=2, score_sizes=(17, 64), one_engine=True, seconds=170.0, cpu_seconds=110.0,
 )  # fmt: skip
 DEFAULT = Level(
-    "default", own=OWN_PROBES, cross=CROSS_PROBES[:3] + CROSS_PROBES[4:], features=(), lengths=(3, 37, 150, 411),
-    generate=12, sizes=(1, 2, 3, 4, 5, 8, 13, 16, 17, 32, 33, 64, *_AROUND_256),
+    "default", own=OWN_PROBES, features=(), lengths=(3, 37, 150, 411), generate=12,
+    cross=_crossing("preemption", "restart", "prefix cache off", "eager and compiled"),
+    sizes=(1, 2, 3, 4, 5, 8, 13, 16, 17, 32, 33, 64, *_AROUND_256),
     filler_lengths=(2, 5, 9, 17, 33, 64, 120), long=1800, prefix=400, max_model_len=2048, graphs=12,
 )  # fmt: skip
 FULL = Level(
@@ -66,7 +78,21 @@ FULL = Level(
     sizes=(*range(1, 18), 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129, 192, *_AROUND_256),
     filler_lengths=(2, 5, 9, 17, 33, 64, 120, 257), long=3000, prefix=600, max_model_len=4096, graphs=1000,
 )  # fmt: skip
-LEVELS = {level.name: level for level in (QUICK, DEFAULT, FULL)}
+LEVELS = {level.name: level for level in (QUICK, DEFAULT, FULL)}  # each holds the axes of those before it
+_ASKED = {QUICK.name: "--quick", DEFAULT.name: "the default level", FULL.name: "--full"}
+
+
+def named(name: str) -> Level:
+    """Raises SettingError."""
+    if name not in LEVELS:
+        raise SettingError(f"there is no level {name!r}; the levels are {', '.join(LEVELS)}")
+    return LEVELS[name]
+
+
+def beyond(level: Level, probe: Probe | CrossProbe) -> str:
+    """Words for the smallest level above this one that measures the probe."""
+    larger = list(LEVELS.values())[list(LEVELS).index(level.name) + 1 :]
+    return f"{next(_ASKED[other.name] for other in larger if other.holds(probe))} measures it"
 
 SEQUENCES = 264  # enough for 257 concurrent requests and the edge of a captured graph
 
@@ -84,11 +110,8 @@ def options(level: Level, model: str, **changes: object) -> Options:
 
 def longest(model: str) -> int | None:
     """The longest context that a local folder's config.json allows; None when it does not say."""
-    path = Path(model).expanduser() / "config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text())
-    found = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
+    held = config(model)
+    found = held.get("max_position_embeddings") or (held.get("text_config") or {}).get("max_position_embeddings")
     return found if isinstance(found, int) else None
 
 
@@ -116,9 +139,9 @@ def workload(level: Level, engine: Engine, clients: int = 0) -> Workload:
     most = engine.options.max_num_seqs
     sizes = [n for n in sorted({*level.sizes, *edges(info, level.graphs, most)}) if n <= most]
     return Workload.random(
-        info.vocab_size, lengths=lengths, generate=level.generate, sizes=sizes, fillers=max(63, *sizes),
+        info.vocab_size, lengths=lengths, generate=level.generate, sizes=sizes, fillers=max([63, *sizes]),
         filler_lengths=[n for n in level.filler_lengths if n <= room] or [2],
-        long=min(level.long, room - 2) if room > 600 else 0, prefix=min(level.prefix, room - 24),
+        long=0 if needs_length(engine) else min(level.long, room - 2), prefix=min(level.prefix, room - 24),
         clients=clients, score_sizes=[n for n in level.score_sizes if n <= most],
     )
 

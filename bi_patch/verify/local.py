@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bi_patch.demo import models
 from bi_patch.verify import levels
-from bi_patch.verify.child import ARMED
+from bi_patch.verify.child import ARMED, known_mode
 from bi_patch.verify.levels import QUICK, Level
 from bi_patch.verify.targets import Local
 
@@ -25,8 +25,10 @@ def local(model: str, level: Level, *, mode: str = ARMED, engine_args: Mapping[s
           environ: dict[str, str] | None = None, tell: Callable[[str], None] = lambda text: None) -> Local:
     """model: a folder, a name of the demo's models ("" for its first), or a name that vLLM resolves.
 
-    Raises ModelMissing for a folder without config.json, or one without weights when random_weights is None.
+    Raises ModelMissing for a folder without config.json, or one without weights when random_weights is None;
+    SettingError for a mode that does not exist.
     """
+    known_mode(mode)  # before a model is made
     folder = _folder(model or models.SMOL, tell)
     if random_weights is None and not levels.has_weights(folder):
         raise models.ModelMissing(

@@ -46,8 +46,6 @@ class Located(msgspec.Struct, frozen=True):
     m_alone: int = 0
     m_company: int = 0
     dtype: str = ""
-    stride_alone: tuple[int, ...] = ()
-    stride_company: tuple[int, ...] = ()
     kernel_alone: str = ""
     kernel_company: str = ""
     only_alone: tuple[str, ...] = ()
@@ -233,8 +231,11 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
     if a.op == MODULE:
         op = b.kind or a.kind
     other_path = [*only_company[::-1], *only_alone[::-1]]
-    # What ran on one side alone says more than an elementary op that follows it; a fused kernel says most.
-    own = next((c for c in other_path if not c.op.startswith("aten.")), other_path[0] if other_path else None)
+    # What ran on one side alone says more than an elementary op that follows it; a fused kernel says more, and one of
+    # another seam than the module's own says most: it should not be there.
+    fused = [c for c in other_path if not c.op.startswith("aten.")]
+    stranger = [c for c in fused if c.seam not in ("", seam)]
+    own = next(iter(stranger or fused or other_path), None)
     if own is not None and (a.op == MODULE or (b.op.startswith("aten.") and not own.op.startswith("aten."))):
         op, seam = own.op, own.seam or seam
     note = ""
@@ -248,7 +249,7 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
     return Located(
         b.module, op, seam, statuses.get(seam, ""), first.position, b.phase, a.shape, b.shape,
         a.shape[0] if b.op != CACHE else a.rows, b.shape[0] if b.op != CACHE else b.rows,
-        b.dtype, a.stride, b.stride, a.kernel, b.kernel,
+        b.dtype, a.kernel, b.kernel,
         tuple(dict.fromkeys(c.op for c in only_alone)), tuple(dict.fromkeys(c.op for c in only_company)),
         reproduced, coarse, note,
     )

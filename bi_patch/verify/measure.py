@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +15,10 @@ from bi_patch.verify import levels, precision
 from bi_patch.verify.answers import Answer, Request
 from bi_patch.verify.case import Case
 from bi_patch.verify.child import EngineFailed
-from bi_patch.verify.engine import Engine, Options
+from bi_patch.verify.engine import SERVER, Engine, Options
 from bi_patch.verify.levels import Level
 from bi_patch.verify.probes import (
     AXES,
-    ONLINE_PROBES,
-    PROBES,
     Change,
     CrossProbe,
     NotExercised,
@@ -27,7 +26,7 @@ from bi_patch.verify.probes import (
     Run,
     Workload,
 )
-from bi_patch.verify.report import FAILED, LEFT_OUT, NOT_APPLICABLE, NOT_EXERCISED, WAITING, Axis, Report
+from bi_patch.verify.report import FAILED, LEFT_OUT, NOT_APPLICABLE, NOT_EXERCISED, OUT_OF_TIME, WAITING, Axis, Report
 from bi_patch.verify.targets import Target
 
 
@@ -35,7 +34,7 @@ class Watcher:
     """Hears what is running. left: seconds that the rest will take, as far as is known."""
 
     def starting(self, what: str, left: float) -> None:
-        """An engine is starting."""
+        """An engine is about to start, or a server to be asked: words for it."""
 
     def measuring(self, axis: Axis, left: float) -> None:
         """An axis begins, or one more pair of it was compared."""
@@ -90,14 +89,17 @@ class _Clock:
 
 _PRECISION = 10.0  # seconds that the comparison with fp64 is allowed for
 _START = 12.0  # planned seconds of an engine's start on a small model
+# What vLLM's arguments and parts raise where this build does not have a feature.
+_LACKING = ("ValidationError", "NotImplementedError")
 
 
 def verify(target: Target, level: Level, *, watcher: Watcher | None = None, only: Sequence[str] = (),
            clients: int = 256, locate: Callable[[Case, Options, str], object] | None = None) -> Report:
     """Measure the level's axes, or those named in `only` (of any level), and conclude.
 
-    Engine and server errors and an interrupt end it early; they are in the report's `stopped`, with all that was
-    compared before. locate: looks for the first operation that differs in a pair (see verify.case).
+    Engine and server errors, an interrupt and errors that nobody foresaw end it early; they are in the report's
+    `stopped` (the last with their traceback in `failure`), with all that was compared before. locate: looks for the
+    first operation that differs in a pair (see verify.case).
     """
     return _Verification(target, level, watcher or Watcher(), only, clients, locate).run()
 
@@ -128,6 +130,9 @@ class _Verification:
             self._stop("interrupted.")
         except (BiPatchError, OSError) as error:
             self._stop(_sentence(error))
+        except Exception as error:
+            self.report.failure = traceback.format_exc()
+            self._stop(f"an error without a name: {_sentence(error)}")
         if not self.report.stopped and self.report.differing and self.locate is not None:
             self._locate()
         self.report.seconds = round(self.clock.elapsed, 1)
@@ -136,15 +141,14 @@ class _Verification:
 
     def _choose(self, probe: Probe | CrossProbe, only: Sequence[str]) -> bool:
         """Whether the probe is to run; else its axis says why not."""
-        of_level = (*PROBES, *ONLINE_PROBES, *self.level.own, *self.level.cross, *self.level.features)
         alone = isinstance(probe, CrossProbe) or probe.options is not None
         axis = self.axes[probe.name]
         if only and probe.name not in only:
             axis.settle(LEFT_OUT, "not asked for")
         elif alone and not self.target.restarts:
             axis.settle(NOT_APPLICABLE, "needs engines of its own: verify the model where the server runs")
-        elif not only and probe not in of_level:
-            axis.settle(LEFT_OUT, f"not in {self.level.name}: --full measures it")
+        elif not only and not self.level.holds(probe):
+            axis.settle(LEFT_OUT, f"not in {self.level.name}: {levels.beyond(self.level, probe)}")
         else:
             return True
         return False
@@ -154,7 +158,8 @@ class _Verification:
         own = [p for p in self.chosen if isinstance(p, Probe) and p.options is not None]
         cross = [p for p in self.chosen if isinstance(p, CrossProbe)]
         self._plan([*inside, *own], cross)
-        with self._start("the engine" if self.target.restarts else "the server", self.target.options) as engine:
+        what = "starting the engine" if self.target.restarts else "asking the server"
+        with self._start(what, self.target.options) as engine:
             self._describe(engine)
             load = levels.workload(self.level, engine, self.clients)
             run = Run(engine, load)
@@ -162,8 +167,8 @@ class _Verification:
             cross = [probe for probe in cross if self._applies(probe, engine)]
             for probe in inside:
                 if self._applies(probe, engine) and self._has_time(probe):
-                    self._collect(probe, lambda probe=probe: probe.cases(run), engine)
-            if hasattr(engine, "ask") and not self.only:
+                    self._collect(probe, lambda probe=probe: probe.cases(run), engine, notes=run.notes)
+            if engine.info.platform != SERVER and not self.only:
                 self._precision(engine)
             groups, expected = self._groups(cross, engine), {}
             for probe in dict.fromkeys(probe for group in groups for probe, _ in group.probes):
@@ -177,14 +182,14 @@ class _Verification:
     def _precision(self, engine: Engine) -> None:
         """A lower precision in every batch alike shows in no comparison of bits."""
         if self.limit is not None and self.clock.elapsed + _PRECISION > self.limit:
+            self.report.precision = precision.none(f"no time left within {self.limit:.0f} s", due=True)
             return
         try:
-            found = precision.of(engine)
-        except BiPatchError:
+            self.report.precision = precision.of(engine)
+        except BiPatchError as error:
+            self.report.precision = precision.none(_sentence(error), due=True)
             if not _goes_on(engine):
                 raise
-            return  # the model does not run in that process, or has products of its own kind
-        self.report.precision = found if found.layers else None
 
     def _plan(self, probes: Iterable[Probe], cross: Iterable[CrossProbe]) -> None:
         self.clock.plan("start", _START)
@@ -212,22 +217,30 @@ class _Verification:
 
     def _applies(self, probe: Probe | CrossProbe, engine: Engine) -> bool:
         why = probe.missing(engine)
-        if not why and isinstance(probe, CrossProbe) and probe.name not in self.only:
-            why = probe.unpromised(engine)
         if why:
             self._settle(probe.name, NOT_APPLICABLE, why)
         return not why
 
-    def _has_time(self, probe: Probe, more: float = 0.0) -> bool:
-        limit = self.limit
-        if limit is None or self.clock.elapsed + probe.seconds * self.clock.pace + more < limit:
+    def _has_time(self, probe: Probe) -> bool:
+        return self._in_time([probe], probe.seconds * self.clock.pace)
+
+    def _in_time(self, probes: Sequence[Probe | CrossProbe], seconds: float) -> bool:
+        """Whether so much more is within the level's limit; else the axes say so. A named one is never dropped."""
+        if self.limit is None or self.clock.elapsed + seconds < self.limit or any(p.name in self.only for p in probes):
             return True
-        self._settle(probe.name, LEFT_OUT, f"no time left within {limit:.0f} s: --full measures it")
+        for probe in probes:
+            self._settle(
+                probe.name, OUT_OF_TIME,
+                f"no time left within {self.limit:.0f} s: --axis, or {levels.beyond(self.level, probe)}",
+            )
         return False
 
     def _collect(self, probe: Probe | CrossProbe, cases: Callable[[], Iterable[Case]], engine: Engine,
-                 last: bool = True) -> None:
-        """Count the cases into the probe's axis. A failure settles it; one that ended the engine goes on up."""
+                 last: bool = True, notes: list[str] | None = None) -> None:
+        """Count the cases into the probe's axis. A failure settles it; one that ended the engine goes on up.
+
+        notes: what the probe has to say besides, which is taken from the list.
+        """
         axis, began = self.axes[probe.name], time.monotonic()
         self.watcher.measuring(axis, self.clock.left)
         state, reason = "", ""
@@ -244,7 +257,13 @@ class _Verification:
         except KeyboardInterrupt:
             state, reason = FAILED, "interrupted"
             raise
+        except Exception as error:
+            state, reason = FAILED, _sentence(error)
+            raise
         finally:
+            if notes:
+                reason = "; ".join(filter(None, (reason, *notes)))
+                notes.clear()
             axis.seconds += round(time.monotonic() - began, 2)
             if last or state:
                 self._settle(probe.name, state, reason)
@@ -261,12 +280,13 @@ class _Verification:
         for probe in cross:
             changes = probe.changes(engine)
             if self.level.one_engine and probe.name not in self.only:
+                more = levels.beyond(self.level, probe)
                 # Compiling again would take a small level's whole time: a compiled engine is restarted eager.
                 if any(change.fresh != engine.options.eager for change in changes if not change.options):
-                    self._settle(probe.name, LEFT_OUT, "an eager engine takes its place here: --full measures it")
+                    self._settle(probe.name, LEFT_OUT, f"an eager engine takes its place: {more}")
                     continue
                 if "eager" in changes[0].options and engine.options.eager:
-                    self._settle(probe.name, LEFT_OUT, "would compile the model: --full measures it")
+                    self._settle(probe.name, LEFT_OUT, f"would compile the model: {more}")
                     continue
             if self.level.one_engine:
                 changes = changes[:1]
@@ -280,27 +300,26 @@ class _Verification:
 
     def _own(self, probe: Probe, load: Workload) -> None:
         assert probe.options is not None
-        changed = probe.options(self.target.options)
+        changed, starts = probe.options(self.target.options), self.report.starts
         try:
-            with self._start(f"an engine for {probe.name}", self.target.options.but(**changed)) as engine:
+            with self._start(f"starting an engine for {probe.name}", self.target.options.but(**changed)) as engine:
                 run = Run(engine, load)
-                self._collect(probe, lambda: (_within(case, changed) for case in probe.cases(run)), engine)
+                self._collect(probe, lambda: (_within(case, changed) for case in probe.cases(run)), engine,
+                              notes=run.notes)
         except BiPatchError as error:
-            self._could_not([probe], error)
+            self._could_not([probe], error, started=self.report.starts > starts)
 
     def _cross(self, group: _Group, load: Workload, expected: dict[str, tuple[list[Request], list[Answer]]],
                groups: Sequence[_Group]) -> None:
-        probes = [probe for probe, _ in group.probes]
-        limit = self.limit
+        waiting = [probe for probe, _ in group.probes]
         faster = group.changes.get("eager") and not self.target.options.eager  # neither compiles nor captures
-        if limit is not None and self.clock.elapsed + (0.5 if faster else 1.2) * self.started > limit:
-            for probe in probes:
-                self._settle(probe.name, LEFT_OUT, f"no time left within {limit:.0f} s: --full measures it")
+        if not self._in_time(waiting, (0.5 if faster else 1.2) * self.started):
             return
+        starts = self.report.starts
         later = {p.name for other in groups[groups.index(group) + 1:] for p, _ in other.probes}
         options = self.target.options.but(**group.changes)
         try:
-            with self._start(f"an engine with {group.label}", options, fresh=group.fresh) as engine:
+            with self._start(f"starting an engine with {group.label}", options, fresh=group.fresh) as engine:
                 for probe, change in group.probes:
                     whole = Change(group.label, group.changes, group.fresh)
                     requests, known = expected[probe.name]
@@ -311,17 +330,17 @@ class _Verification:
                         return probe.cases(whole, requests, known, got)
 
                     self._collect(probe, cases, engine, last=probe.name not in later)
+                    waiting.remove(probe)
         except BiPatchError as error:
-            self._could_not(probes, error)
+            self._could_not(waiting, error, started=self.report.starts > starts)
 
-    def _could_not(self, probes: Sequence[Probe | CrossProbe], error: BiPatchError) -> None:
-        """An engine for these probes did not start, or died."""
+    def _could_not(self, probes: Sequence[Probe | CrossProbe], error: BiPatchError, *, started: bool) -> None:
+        """An engine for these probes did not start, or died once it had started."""
+        lacking = isinstance(error, EngineFailed) and error.kind in _LACKING
         for probe in probes:
-            if self.axes[probe.name].state in (FAILED, NOT_EXERCISED):
-                continue
             if isinstance(error, UnsupportedFeature):
                 self._settle(probe.name, NOT_APPLICABLE, f"refused by the {self.target.mode} engine: {error}")
-            elif probe.optional and isinstance(error, EngineFailed):
+            elif probe.optional and lacking and not started:
                 self._settle(probe.name, NOT_APPLICABLE, f"this engine does not start with it: {_sentence(error)}")
             else:
                 self._settle(probe.name, FAILED, _sentence(error))
@@ -336,13 +355,15 @@ class _Verification:
         """Look for the first operation that differs, for the first axis that does; where it cannot, say why."""
         axis = next(axis for axis in self.report.axes if axis.case is not None)
         assert self.locate is not None and axis.case is not None
-        self.watcher.starting(f"two engines to find the operation behind {axis.name}", 60)
+        self.watcher.starting(f"starting two engines to find the operation behind {axis.name}", 60)
         try:
             found = self.locate(axis.case, self.target.options, self.target.mode)
         except KeyboardInterrupt:
             found = "interrupted before it was found"
-        except (BiPatchError, OSError) as error:
+        except Exception as error:
             found = f"could not be looked for: {_sentence(error)}"
+            if not isinstance(error, (BiPatchError, OSError)):
+                self.report.failure = traceback.format_exc()
         words = found.words() if hasattr(found, "words") else found or "the pair did not differ again"
         for shown in axis.shown:
             if shown.label == axis.case.label:
@@ -366,7 +387,7 @@ def _within(case: Case, changes: dict[str, object]) -> Case:
 
 def _goes_on(engine: Engine) -> bool:
     """Whether an engine that failed once is alive and holds no half-done requests."""
-    if not getattr(engine, "alive", lambda: True)():
+    if not engine.alive():
         return False
     try:
         engine.reset_cache()

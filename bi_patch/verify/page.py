@@ -6,9 +6,19 @@ import html
 from collections.abc import Sequence
 from math import log1p
 
-from bi_patch.verify.report import DIFFERED, FAILED, LEFT_OUT, NOT_APPLICABLE, NOT_EXERCISED, PASSED, Axis, Report
+from bi_patch.verify.report import (
+    DIFFERED,
+    FAILED,
+    LEFT_OUT,
+    NOT_APPLICABLE,
+    NOT_EXERCISED,
+    OUT_OF_TIME,
+    PASSED,
+    Axis,
+    Report,
+)
 
-_FILL = {PASSED: "#bfe6cd", DIFFERED: "#ec7058", FAILED: "#f2c14e", NOT_EXERCISED: "#f2c14e"}
+_FILL = {PASSED: "#bfe6cd", DIFFERED: "#ec7058", FAILED: "#f2c14e", NOT_EXERCISED: "#f2c14e", OUT_OF_TIME: "#f2c14e"}
 _VERDICT = {0: "#1d7a43", 1: "#a3200d", 2: "#8a6100"}
 _BINS = 120
 _STYLE = """
@@ -18,7 +28,7 @@ h1 { font-size: 1.5em; margin-bottom: .2em; } h2 { font-size: 1.1em; margin-top:
 .note, dt { color: #5a6775; } p.verdict { font-size: 1.1em; font-weight: 600; }
 table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25em .8em .25em 0;
        vertical-align: top; border-bottom: 1px solid #e3e6ea; } td.n, th.n { text-align: right; white-space: nowrap; }
-svg { width: 100%; height: auto; } code { font-size: .92em; overflow-wrap: anywhere; }
+pre { overflow-x: auto; } svg { width: 100%; height: auto; } code { font-size: .92em; overflow-wrap: anywhere; }
 .state { border-radius: 4px; padding: .05em .5em; white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; margin: .5em 0; } dd { margin: 0; }
 """
@@ -41,7 +51,7 @@ def page(report: Report) -> str:
         "<h2>Axes</h2>",
         "<p class='note'>Each axis answers the same requests in two settings and compares tokens, chosen and top "
         "logprobs bit by bit"
-        + (", and whole rows of logits by their digest" if report.logits else "")
+        + (", and whole rows of logits by their digest" if any(axis.digests for axis in report.axes) else "")
         + ". Bars: positions compared (logarithmic), and in red those that differ.</p>",
         bars(measured),
     ]
@@ -51,6 +61,8 @@ def page(report: Report) -> str:
     parts += ["<h2>Numbers</h2>", _table(measured)]
     if aside:
         parts += ["<h2>Not measured</h2>", _aside(aside)]
+    if report.failure:
+        parts.append(f"<h2>What ended the run</h2><pre>{html.escape(report.failure)}</pre>")
     parts.append("</body></html>\n")
     return "\n".join(parts)
 

@@ -32,18 +32,26 @@ class Imprecise(msgspec.Struct, frozen=True):
 
 
 class Precision(msgspec.Struct, frozen=True):
-    """layers: how many were compared. worst: the largest excess. failed: those over the limit, in the model's order."""
+    """layers: how many were compared. worst: the largest excess. failed: those over the limit, in the model's order.
+
+    missing: why no layer was compared, "" when some were. due: the comparison applies here, so its lack is told as a
+    check that was not made.
+    """
 
     layers: int
     outputs: int
     worst: float
     failed: list[Imprecise]
+    missing: str = ""
+    due: bool = False
 
     def words(self) -> str:
         """One sentence."""
+        if self.missing:
+            return f"Products were not compared with fp64: {self.missing}."
         if not self.failed:
             return (
-                f"The products of {self.layers} linears are as accurate as fp32 sums are: at most {self.worst:.2f} of "
+                f"The products of {self.layers} linears are as accurate as fp32 sums are: at most {self.worst:.3f} of "
                 f"the error that is allowed against fp64, over {self.outputs:,} outputs."
             )
         first = self.failed[0]
@@ -54,13 +62,18 @@ class Precision(msgspec.Struct, frozen=True):
         )
 
 
+def none(missing: str, *, due: bool) -> Precision:
+    """The result where nothing was compared (see Precision)."""
+    return Precision(0, 0, 0.0, [], missing, due)
+
+
 def of(engine: Engine, *, widened: bool = False) -> Precision:
     """Of an engine in a child process (see measure)."""
     return msgspec.msgpack.decode(engine.ask("precision", msgspec.msgpack.encode(widened)), type=Precision)
 
 
 def measure(engine: LocalEngine, widened: bool = False) -> Precision:
-    """Compare every linear of the engine's model. Raises NotTraceable where the model is not in this process.
+    """Compare every linear of the engine's model; nothing where the model is not in this process.
 
     widened: on a GPU, also the route of fp32 products, with the weights widened, which takes memory.
     """
@@ -68,9 +81,14 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
 
     from bi_patch.verify import owners
     from bi_patch.verify.faults import parts
+    from bi_patch.verify.runner import NotTraceable
 
     seams = owners.Owners()
     failed, worst, layers, outputs = [], 0.0, 0, 0
+    try:
+        parts.model(engine)
+    except NotTraceable as error:
+        return none(str(error), due=False)
     with torch.inference_mode():
         for name, layer in parts.linears(engine):
             w = parts.weight(layer)
@@ -87,6 +105,8 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
                 dtype = str(w.dtype).removeprefix("torch.")
                 seam = seams.seam(layer, name, "linear") or "linear"
                 failed.append(Imprecise(name, seam, n, k, dtype, found[1], found[0]))
+    if not layers:
+        return none("the model has no unquantized linear", due=False)
     return Precision(layers, outputs, worst, failed)
 
 
@@ -109,13 +129,27 @@ def _excess(layer, w, m: int) -> tuple[float, int]:
     x = torch.randn(m, w.shape[1], generator=generator, device=w.device).to(w.dtype)
     bias = getattr(layer, "bias", None)
     bias = None if bias is None or getattr(layer, "skip_bias_add", False) else bias
-    y = _product(layer, x, w, bias)[:, :_COLUMNS].double()
+    y = _product(layer, x, w, bias)[:, :_COLUMNS]
     wide, exact_w = x.double(), w[:_COLUMNS].double()
     exact = wide @ exact_w.T
     allowed = LIMIT * (wide.abs() @ exact_w.abs().T)
     if bias is not None:
         exact = exact + bias[:_COLUMNS].double()
-    step = torch.finfo(w.dtype).eps
-    # Half a unit in the last place, of the power of two at or above the value.
-    allowed = allowed + step * exact.abs()
-    return float(((y - exact).abs() / allowed).max()), m
+    return over(y, exact, allowed), m
+
+
+def over(y, exact, allowed) -> float:
+    """The greatest error of y in what it may have: `allowed` and half a unit in the last place of y's type.
+
+    y: floats of up to 32 bits; exact, allowed: float64; all of one shape. Infinite where one of them is not finite.
+    """
+    import torch
+
+    kind = torch.finfo(y.dtype)
+    # exact = m * 2 ** e with 0.5 <= |m| < 1: its last place is eps * 2 ** (e - 1), and below normal numbers `least`.
+    last = torch.ldexp(torch.full_like(exact, kind.eps), torch.frexp(exact).exponent - 1)
+    least = kind.smallest_normal * kind.eps
+    last = torch.where(exact == 0, least, last.clamp_min(least))
+    error, bound = (y.double() - exact).abs(), allowed + last / 2
+    return float(torch.nan_to_num(error / bound, nan=torch.inf, posinf=torch.inf).max())
+

@@ -16,11 +16,13 @@ from bi_patch.verify.precision import Precision
 INVARIANT, DIFFERS, UNCHECKED = 0, 1, 2  # exit codes
 
 # States of an axis. PASSED: compared and bitwise the same. NOT_APPLICABLE: cannot occur here, or is refused by name.
-# LEFT_OUT: by the level. NOT_EXERCISED: ran, but its cause never occurred. FAILED: the engine or server failed.
-PASSED, DIFFERED, NOT_APPLICABLE, LEFT_OUT, NOT_EXERCISED, FAILED, WAITING = (
-    "invariant", "differs", "not applicable", "left out", "not exercised", "failed", "not run",
+# LEFT_OUT: the level does not hold it. OUT_OF_TIME: the level holds it, and its limit came first. NOT_EXERCISED: ran,
+# but its cause never occurred. FAILED: the engine or server failed, or its answers cannot be compared.
+PASSED, DIFFERED, NOT_APPLICABLE, LEFT_OUT, OUT_OF_TIME, NOT_EXERCISED, FAILED, WAITING = (
+    "invariant", "differs", "not applicable", "left out", "out of time", "not exercised", "failed", "not run",
 )  # fmt: skip
-UNSETTLED = (NOT_EXERCISED, FAILED, WAITING)
+UNSETTLED = (OUT_OF_TIME, NOT_EXERCISED, FAILED, WAITING)
+_SEVERITY = {DIFFERED: 4, FAILED: 3, NOT_EXERCISED: 2, OUT_OF_TIME: 1}  # 0 for the others
 
 
 class Pair(msgspec.Struct):
@@ -37,8 +39,9 @@ class Pair(msgspec.Struct):
 class Axis(msgspec.Struct):
     """One axis: its state and why, and what was compared.
 
-    compared, differing: positions (generated and prompt). pairs: compared pairs of answers; digests: rows of logits
-    compared over the full vocabulary. largest: greatest |difference| of a logprob; ulps: the same in steps of float32.
+    compared, differing: positions (generated and prompt). undefined: positions that are NaN on both sides. pairs:
+    compared pairs of answers; digests: rows of logits compared over the full vocabulary; undigested: pairs that were to
+    have such rows and had none. largest: greatest |difference| of a logprob; ulps: the same in steps of float32.
     generated, prompt: (position, how often it differed), ascending. shown: the first pairs that differ. case: the one
     of them with the smallest company, whole, to run again.
     """
@@ -53,6 +56,8 @@ class Axis(msgspec.Struct):
     tokens_changed: int = 0
     pairs: int = 0
     digests: int = 0
+    undefined: int = 0
+    undigested: int = 0
     largest: float = 0.0
     ulps: int = 0
     seconds: float = 0.0
@@ -69,6 +74,8 @@ class Axis(msgspec.Struct):
         self.differing += d.differing
         self.tokens_changed += d.tokens_changed
         self.digests += d.digests
+        self.undefined += d.undefined
+        self.undigested += case.digested and not d.digests
         self.largest = max(self.largest, d.largest if math.isfinite(d.largest) else sys.float_info.max)
         self.ulps = max(self.ulps, d.ulps)
         if not d.differing:
@@ -81,18 +88,37 @@ class Axis(msgspec.Struct):
             self.case = case
 
     def settle(self, state: str = "", reason: str = "") -> None:
-        """Close the axis. A difference found wins over whatever ended it."""
-        self.reason = reason
-        self.state = DIFFERED if self.differing else state or (PASSED if self.compared else NOT_EXERCISED)
-        if self.state == NOT_EXERCISED and not reason:
-            self.reason = "nothing was compared"
+        """Close the axis, or close it again after one more of its engines: the worst that was found stays."""
+        state, reason = self._judge(state, reason)
+        if _SEVERITY.get(self.state, 0) > _SEVERITY.get(state, 0):
+            return
+        self.reason = self.reason or reason if state == self.state else reason
+        self.state = state
+
+    def _judge(self, state: str, reason: str) -> tuple[str, str]:
+        if self.differing:
+            return DIFFERED, reason
+        if state not in (FAILED, NOT_EXERCISED):
+            if self.undefined:
+                return FAILED, (
+                    f"{self.undefined:,} positions have NaN for a logprob in both answers, which proves nothing: the "
+                    "model's logits are NaN there, or the engine's logprobs are of other tokens"
+                )
+            if self.undigested:
+                return FAILED, f"{self.undigested:,} pairs have no digest of their rows of logits, though asked for"
+            if self.compared and NOT_APPLICABLE in (state, self.state):
+                return FAILED, f"only a part of it could be measured: {reason or self.reason}"
+        if not state:
+            state = PASSED if self.compared else NOT_EXERCISED
+        return state, reason or ("nothing was compared" if state == NOT_EXERCISED else "")
 
 
 class Report(msgspec.Struct):
-    """A run of verify. complete: every axis that the level holds was settled; stopped: what ended it early.
+    """A run of verify. complete: every axis that the level holds was measured, or does not apply; stopped: what ended
+    it early; failure: the traceback where that was an error that has no name.
 
     mode: "armed", "upstream", "stock", or "server" where the arming cannot be seen. level: quick, default or full.
-    precision: of the model's linears against fp64, None where it was not measured.
+    precision: of the model's linears against fp64, None where it was not asked for.
     """
 
     target: str
@@ -112,6 +138,7 @@ class Report(msgspec.Struct):
     starts: int = 0
     complete: bool = False
     stopped: str = ""
+    failure: str = ""
     verdict: list[str] = []
     exit_code: int = UNCHECKED
 
@@ -125,7 +152,8 @@ class Report(msgspec.Struct):
 
     def conclude(self) -> None:
         """Fill in the verdict and the exit code from the axes."""
-        self.complete = not self.stopped and all(axis.state not in UNSETTLED for axis in self.axes)
+        due = self.precision is not None and self.precision.due
+        self.complete = not self.stopped and not due and all(axis.state not in UNSETTLED for axis in self.axes)
         self.exit_code = exit_code(self)
         self.verdict = sentences(self)
 
@@ -165,23 +193,37 @@ def sentences(report: Report) -> list[str]:
         said.append(report.precision.words())
     if report.stopped:
         said.append(f"Stopped early: {report.stopped.rstrip('.')}. What was compared until then is kept.")
-    undone = [f"{axis.name} ({axis.state}: {axis.reason})" for axis in report.axes if axis.state in UNSETTLED]
+    late = [axis for axis in report.axes if axis.state == OUT_OF_TIME]
+    if late:
+        said.append(f"Not measured for lack of time: {', '.join(axis.name for axis in late)} ({late[0].reason}).")
+    undone = [axis for axis in report.axes if axis.state in UNSETTLED and axis not in late]
     if undone and not report.stopped:
-        said.append(f"Could not be checked: {'; '.join(undone)}.")
+        told = "; ".join(f"{axis.name} ({axis.state}: {axis.reason})" for axis in undone)
+        said.append(f"Could not be checked: {told}.")
     if report.open_seams:
         said.append(f"Required seams are open: {', '.join(report.open_seams)}: invariance cannot be promised.")
     return said
 
 
 def write(report: Report, path: Path) -> None:
-    """The JSON file; readable by `read`."""
+    """The JSON file; readable by `read`, bit for bit."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, report)
+    write_json(path, _finite(msgspec.to_builtins(report)))
     path.chmod(0o644)
 
 
 def read(path: Path) -> Report:
-    return msgspec.json.decode(path.read_bytes(), type=Report)
+    """Raises msgspec.DecodeError for a file that is no report."""
+    return msgspec.convert(msgspec.json.decode(path.read_bytes()), Report, strict=False)  # "nan" is a float again
+
+
+def _finite(value: object) -> object:
+    """The same with "nan", "inf" and "-inf" in place of the floats that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(held) for held in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _counted(before: list[tuple[int, int]], positions: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -34,8 +34,7 @@ class NotTraceable(BiPatchError):
 def model_runner(engine) -> object:
     """The model runner of a LocalEngine. Raises NotTraceable."""
     try:
-        core = engine._llm.llm_engine.engine_core.engine_core
-        worker = core.model_executor.driver_worker
+        worker = engine.core.model_executor.driver_worker
         worker = getattr(worker, "worker", worker)
         runner = worker.model_runner
     except AttributeError as error:
@@ -286,12 +285,9 @@ class Attached:
         full = (rows.position + rows.count) // size
         ids = self._blocks(full)
         axis = list(cache.shape).index(blocks)
-        self._tracer._busy = True
-        try:
+        with self._tracer.paused():
             held = cache.movedim(axis, 0)[ids.to(device=cache.device, dtype=torch.int64)] if full else None
             chained = chain(digest_rows(held) if full else b"")
-        finally:
-            self._tracer._busy = False
         digests = b"".join(chained[(rows.position + i + 1) // size] for i in range(rows.count))
         assert len(digests) == WIDTH * rows.count
         self._tracer.add(CACHE, 0, rows, digests, tuple(cache.shape), tuple(cache.stride()), cache.dtype,

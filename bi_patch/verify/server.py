@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import secrets
@@ -15,9 +16,8 @@ import urllib.request
 from collections.abc import Sequence
 
 from bi_patch.errors import MissingDependency, ServerFailed
-from bi_patch.verify.answers import Answer, Request
-from bi_patch.verify.engine import Info, Options
-from bi_patch.verify.probes.online import SERVER
+from bi_patch.verify.answers import Answer, Request, checked
+from bi_patch.verify.engine import SERVER, Info, Options
 
 _WATCH = 5.0  # seconds between looks at a server that is being waited for
 STEP = 0.02  # seconds of delay for each engine step that a request is to wait
@@ -93,7 +93,7 @@ class ServerEngine:
                     task.cancel()
                 await asyncio.gather(asked, watch, return_exceptions=True)
 
-        return self._loop.run_until_complete(together())
+        return checked(requests, self._loop.run_until_complete(together()))
 
     async def _dies(self) -> None:
         """Raise when the server no longer answers: one that shuts down may keep connections open without an end."""
@@ -123,6 +123,12 @@ class ServerEngine:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(json.loads(self._get("/tokenize", {"model": self.options.model, "prompt": text}))["tokens"])
 
+    def set_chunk(self, tokens: int | None) -> None:
+        raise ServerFailed(f"{self.url}: a running server's chunk budget cannot be moved")
+
+    def ask(self, do: str, data: bytes) -> bytes:
+        raise ServerFailed(f"{self.url}: a server answers requests only, and {do!r} is none")
+
     async def _ask(self, request: Request) -> Answer:
         await asyncio.sleep(request.delay * STEP)
         extra: dict[str, object] = {
@@ -148,7 +154,7 @@ class ServerEngine:
                 f"{self.url} gave no answer to a request of {len(request.prompt)} tokens ({type(error).__name__}): "
                 "is the server still running? Its own log says why it stopped"
             ) from error
-        return _answer(answer.choices[0], request)
+        return _answer(answer.choices[0], request, self.url)
 
     def _models(self) -> list[dict]:
         try:
@@ -205,21 +211,37 @@ class ServerEngine:
             ) from error
 
 
-def _answer(choice, request: Request) -> Answer:
-    """A completion's choice; the extra fields are vLLM's. Top tokens keep the server's order."""
+def _answer(choice, request: Request, url: str) -> Answer:
+    """A completion's choice; the extra fields are vLLM's. Top tokens keep the server's order.
+
+    Raises ServerFailed for one without tokens, and for a logprob that is null, as JSON has it for NaN.
+    """
     given = choice.model_extra or {}
     tokens = list(given.get("token_ids") or ())
     found = choice.logprobs
     logprobs = list(found.token_logprobs or ()) if found is not None else []
     if not tokens and found is not None:
-        tokens = [_id(token) for token in found.tokens]
+        tokens = [_id(token) for token in found.tokens or ()]
+    if not tokens:
+        raise ServerFailed(
+            f"{url} returns neither token ids nor logprobs, so nothing can be compared: is it vLLM, and does a proxy "
+            "before it pass `return_token_ids` and `logprobs` on?"
+        )
     tops = [[(_id(k), v) for k, v in (top or {}).items()] for top in (found.top_logprobs or ())] if found else []
     prompt = [{int(k): v["logprob"] for k, v in entry.items()} for entry in (given.get("prompt_logprobs") or ())[1:]]
+    # As a local engine's: NaN where an entry is about other tokens.
+    scored = [entry.get(token, math.nan) for token, entry in zip(request.prompt[1:], prompt)]
+    every = [*logprobs, *scored, *(value for top in tops for _, value in top), *(v for e in prompt for v in e.values())]
+    if None in every:
+        raise ServerFailed(
+            f"{url} returns null for a logprob: the model's logits are NaN there, which proves nothing; look at its "
+            "weights, dtype and quantization"
+        )
     return Answer(
         tokens=tokens,
         logprobs=logprobs,
         top=tops,
-        prompt_logprobs=[entry[token] for token, entry in zip(request.prompt[1:], prompt)],
+        prompt_logprobs=scored,
         prompt_top=[list(entry.items()) for entry in prompt],
         text=choice.text,
     )

@@ -9,11 +9,22 @@ from rich.table import Table
 from rich.text import Text
 
 from bi_patch.verify.measure import Watcher
-from bi_patch.verify.report import DIFFERED, FAILED, LEFT_OUT, NOT_APPLICABLE, NOT_EXERCISED, PASSED, Axis, Report
+from bi_patch.verify.report import (
+    DIFFERED,
+    FAILED,
+    LEFT_OUT,
+    NOT_APPLICABLE,
+    NOT_EXERCISED,
+    OUT_OF_TIME,
+    PASSED,
+    UNSETTLED,
+    Axis,
+    Report,
+)
 
 _COLOURS = {
     PASSED: "green", DIFFERED: "bold red", NOT_APPLICABLE: "dim", LEFT_OUT: "dim", NOT_EXERCISED: "yellow",
-    FAILED: "bold yellow",
+    OUT_OF_TIME: "yellow", FAILED: "bold yellow",
 }  # fmt: skip
 
 
@@ -37,9 +48,9 @@ class Live(Watcher):
 
     def starting(self, what: str, left: float) -> None:
         if self._console.is_terminal:
-            self._show(f"starting {what}", left)
+            self._show(what, left)
         else:
-            self._console.print(f"starting {what}, about {_time(left)} left", highlight=False)
+            self._console.print(f"{what}, about {_time(left)} left", highlight=False)
 
     def measuring(self, axis: Axis, left: float) -> None:
         self._show(f"{axis.name} [dim]({axis.pairs} pairs, {axis.differing} positions differ)[/]", left)
@@ -81,7 +92,9 @@ def summary(report: Report) -> RenderableType:
                 parts.append(Text(f"  {pair.first}"))
                 if pair.located:
                     parts.append(Text(f"  first operation that differs: {pair.located}", style="bold red"))
-    parts += _aside([axis for axis in report.axes if not axis.compared or axis.state in (FAILED, NOT_EXERCISED)])
+    parts += _aside([axis for axis in report.axes if not axis.compared or axis.state in UNSETTLED])
+    if report.failure:
+        parts.append(Text(f"\n{report.failure.rstrip()}", style="dim"))
     colour = {0: "green", 1: "bold red", 2: "bold yellow"}[report.exit_code]
     parts.append(Text.from_markup(f"\n[{colour}]Verdict.[/] {escape(' '.join(report.verdict))}"))
     what = (report.device, report.vllm and f"vLLM {report.vllm}", report.torch and f"torch {report.torch}",

@@ -121,6 +121,15 @@ class Tracer(TorchDispatchMode):
                 yield
 
     @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the tracing itself computes inside is not recorded."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
         """Module hooks are on inside."""
         if self.coarse:
@@ -171,8 +180,7 @@ class Tracer(TorchDispatchMode):
             return
         innermost, path = self._modules[-1][:2] if self._modules else (None, "")
         path = path or ("model" if innermost is not None else "") if module is None else module
-        self._busy = True
-        try:
+        with self.paused():
             for index, tensor in enumerate(outputs):
                 if not isinstance(tensor, torch.Tensor) or not rows.of(tensor):
                     continue
@@ -180,8 +188,6 @@ class Tracer(TorchDispatchMode):
                     op, index, rows, digest_rows(tensor[rows.start : rows.start + rows.count]), tuple(tensor.shape),
                     tuple(tensor.stride()), tensor.dtype, innermost, path, kernel(),
                 )
-        finally:
-            self._busy = False
 
     def add(self, op, index, rows, digests, shape, stride, dtype, innermost, path, kernel="") -> None:
         self.calls.append(

@@ -67,7 +67,7 @@ def _serve(engine: LocalEngine | None, command: wire.Command) -> wire.Reply:
     if command.do == "encode":
         return wire.Reply(tokens=list(engine.encode(command.text)))
     if command.do in instruments.SERVED:
-        return wire.Reply(data=instruments.SERVED[command.do](engine, command.data))
+        return wire.Reply(data=engine.ask(command.do, command.data))
     raise RuntimeError(f"unknown command {command.do!r}")
 
 

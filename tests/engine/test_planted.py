@@ -8,12 +8,11 @@ import pytest
 from bi_patch.demo import models
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.verify import locate, precision
-from bi_patch.verify.answers import Answer, Request
-from bi_patch.verify.case import Case, Setting
+from bi_patch.verify.case import Setting
 from bi_patch.verify.child import ARMED, PATIENT, STOCK, ChildEngine
-from bi_patch.verify.engine import Options
 from bi_patch.verify.faults import catch, every
-from bi_patch.verify.faults.__main__ import few_blocks, options, recurrent
+from bi_patch.verify.faults.__main__ import compilable, few_blocks, options, recurrent
+from bi_patch.verify.faults.compiled import catch_compiled
 from bi_patch.verify.faults.lifts import RECURRENT
 from bi_patch.verify.probes.base import pair
 
@@ -116,12 +115,12 @@ def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):
 
 
 @pytest.mark.slow
-def test_a_difference_of_compiled_code_is_located_by_what_layers_leave_behind(model):
-    """On CPU, eager and compiled norms round differently: nothing has to be planted."""
-    request = Request(tuple(7 * i % 1900 for i in range(300)), max_tokens=3, logprobs=3)
-    nobody = Answer([0])
-    settings = Setting([request]), Setting([request], options={"eager": False})
-    case = Case.of("eager and compiled", "compiled", *settings, nobody, nobody)
-    found = locate.locate(case, Options(model(models.QWEN3), dtype="float32", max_model_len=1024, chunk=512), ARMED)
-    assert found is not None and found.compiled and found.seam == "compilation.cache_key"
-    assert found.module.startswith("model.layers.0") and found.op == "KV cache"
+def test_compiled_norms_are_caught_and_named_by_what_layers_leave_behind():
+    """Cause 17: left to inductor, norms differ from eager ones; in the bundled kernels they do not."""
+    given, environ = compilable("cpu", options("cpu", "")), PATIENT | os.environ
+    found = catch_compiled(given, environ, "cpu")
+    print(found.named)
+    assert found.caught and found.right, found
+    assert "norm.cpu_rms" in found.named
+    clean = catch_compiled(given, environ, "cpu", planted=False)
+    assert clean.compared > 0 and not clean.caught, clean.first

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from bi_patch.verify import wire
-from bi_patch.verify.answers import Difference, compare, compare_all, same, ulps
+from bi_patch.verify.answers import AnswerIncomplete, Difference, Request, checked, compare, same, ulps
 
 
 def changed(answer, **changes):
@@ -50,8 +50,37 @@ def test_a_shorter_answer_differs(answer):
 def test_answers_of_another_prompt_are_refused(answer):
     with pytest.raises(ValueError):
         compare(answer, changed(answer, prompt_logprobs=[-3.0]))
-    with pytest.raises(ValueError):
-        compare_all([answer], [], ["a"])
+
+
+def test_nan_on_both_sides_proves_nothing(answer):
+    nan = changed(answer, logprobs=[-0.5, math.nan, -2.5], prompt_logprobs=[math.nan, -4.0])
+    assert compare(nan, nan) == Difference(compared=3, undefined=2)
+    top = changed(answer, top=[[(5, math.nan)], [(6, -1.5)], [(7, -2.5)]])
+    assert compare(top, top) == Difference(compared=4, undefined=1)
+    found = compare(answer, nan)
+    assert (found.compared, found.differing, found.undefined, found.largest) == (5, 2, 0, math.inf)
+
+
+def test_an_answer_without_what_was_asked_for_is_refused(answer):
+    request = Request((1, 2, 3), max_tokens=3, logprobs=1, prompt_logprobs=1)
+    assert checked([request], [answer]) == [answer]
+    for lacking, said in (
+        ({"logprobs": [], "top": []}, "3 tokens came with 0 logprobs"),
+        ({"top": answer.top[:2]}, "2 lists of top tokens"),
+        ({"prompt_logprobs": [-3.0]}, "1 of 2 prompt logprobs"),
+        ({"tokens": [], "logprobs": [], "top": []}, "got none"),
+    ):
+        with pytest.raises(AnswerIncomplete, match=said):
+            checked([request], [changed(answer, **lacking)])
+    with pytest.raises(AnswerIncomplete, match="got 0 answers"):
+        checked([request], [])
+    plain = Request((1, 2, 3), max_tokens=3, logprobs=None)
+    assert checked([plain], [changed(answer, logprobs=[], top=[], prompt_logprobs=[])])
+
+
+def test_digests_that_one_engine_lacks_are_no_difference(answer):
+    found = compare(changed(answer, digests=["a", "b", "c"]), answer)
+    assert (found.differing, found.digests) == (0, 0)
 
 
 def test_same_is_bitwise():

@@ -2,10 +2,13 @@
 
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
+from bi_patch.bench.evidence import FaultRow, Faults
 from bi_patch.verify.faults import attention, base, every, lifts, named, parts, shared
+from bi_patch.verify.faults.__main__ import write
 
 
 def close(a, b, limit=1e-5):
@@ -91,6 +94,17 @@ def test_every_fault_says_what_it_needs():
         assert fault.about and fault.plant and fault.axis and fault.platforms and named(fault.name) is fault
         assert fault.seam is None or set(fault.platforms) <= set(fault.seam), fault.name
     assert {f.cause for f in every() if "cuda" in f.platforms} >= set(range(1, 26)) - {17, 24}
+
+
+def test_a_run_replaces_the_file_of_an_earlier_one(tmp_path):
+    rows = [FaultRow(1, "one", True, True), FaultRow(2, "two", True, True)]
+    found = Faults("a CPU", "0.32.0", "2.13.0", "2026-01-01", rows)
+    write(found, "cpu", tmp_path)
+    later = msgspec.structs.replace(found, device="another CPU", rows=found.rows[:1])
+    path = write(later, "cpu", tmp_path)
+    assert write(later, "cpu", tmp_path) == path and list(tmp_path.iterdir()) == [path]
+    assert msgspec.json.decode(path.read_bytes(), type=Faults) == later
+    assert len(found.rows) == 2 and len(later.rows) == 1, "the caller's rows are its own"
 
 
 def test_what_is_not_there_is_refused():

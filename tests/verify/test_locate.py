@@ -45,6 +45,15 @@ def test_a_fused_kernel_of_one_side_says_more_than_the_elementary_op_after_it():
     assert (found.op, found.seam) == ("fault.all_reduce_norm", "communicator")
 
 
+def test_an_op_of_another_seam_than_the_modules_own_says_most():
+    reduced = call("fault.all_reduce_norm", b"a", seam="communicator")
+    alone = traced(SAME, reduced, call("norm", b"c"), call(MODULE, b"e"))
+    company = traced(OTHER, call("add_norm", b"b"), call(MODULE, b"d"))
+    found = locate.judge(case(), alone, company)
+    assert (found.op, found.seam) == ("fault.all_reduce_norm", "communicator")
+    assert found.only_company == ("add_norm",)
+
+
 def test_inside_a_module_the_other_path_is_named():
     alone = traced(SAME, call("bi_cpu.gemm", b"a"), call(MODULE, b"c"))
     company = traced(OTHER, call("_C.onednn_mm", b"b"), call(MODULE, b"d"))

@@ -26,7 +26,6 @@ class Fault:
     fault is in the second process only). module, op: what the located module and op must contain.
     seam: what must own it, by platform; "" for vLLM's own code without a seam.
     emulated: the mechanism is re-created outside its own kernel, since this platform does not have it.
-    needs: changes to the base engine's options.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Fault:
     op: str = ""
     seam: dict[str, str] | None = None
     emulated: tuple[str, ...] = ()
-    needs: str = ""
 
 
 _stack = contextlib.ExitStack()

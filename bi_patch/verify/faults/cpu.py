@@ -35,5 +35,5 @@ def unsorted_topk(engine: LocalEngine) -> Iterator[None]:
 
 FAULTS = (
     Fault("unsorted top-k of experts", 13, unsorted_topk.__doc__, "tied logits and routers", unsorted_topk, (CPU,),
-          "mlp.experts", "topk", seam={"cpu": "moe.cpu_experts"}, needs="moe"),
+          "mlp.experts", "topk", seam={"cpu": "moe.cpu_experts"}),
 )

@@ -32,16 +32,20 @@ from bi_patch.verify.probes.base import (
     Result,
     Run,
     Workload,
+    config,
+    either,
 )
 from bi_patch.verify.probes.cache import (
     chunks,
     in_this_process,
     long_prompt,
+    needs_blocks,
     needs_cache,
+    needs_length,
     prefix_cache,
     shared_prefix,
 )
-from bi_patch.verify.probes.company import arrivals, batch_size, contents, mixed_lengths, position
+from bi_patch.verify.probes.company import arrivals, batch_size, contents, mixed_lengths, needs_company, position
 from bi_patch.verify.probes.scores import (
     decode_equals_prefill,
     logprob_orders,
@@ -53,28 +57,40 @@ from bi_patch.verify.probes.scores import (
 
 __all__ = [
     "AXES", "CROSS_PROBES", "FEATURE_PROBES", "HITS", "OWN_PROBES", "PREEMPTIONS", "PROBES", "Change", "CrossProbe",
-    "NotExercised", "ONLINE_PROBES", "Probe", "Result", "Run", "Workload", "batch_size", "long_prompt", "prefix_cache",
+    "NotExercised", "ONLINE_PROBES", "Probe", "Result", "Run", "Workload", "batch_size", "config", "long_prompt",
+    "needs_length", "prefix_cache",
 ]  # fmt: skip
 
 # On the base engine.
 PROBES = (
     Probe("batch size", "concurrent greedy requests, across 256 rows and the captured graphs", batch_size,
-          (1, 2, 3, 10, 12, 19), seconds=9),
-    Probe("position and order", "place in a batch of nine, others reversed", position, (8,), seconds=5),
-    Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), seconds=2),
-    Probe("mixed lengths", "one long beside many short, and the reverse", mixed_lengths, (3, 4, 24), seconds=3),
-    Probe("co-batch contents", "the same shapes beside other words", contents, (11,), seconds=4),
-    Probe("prefix cache", "cold, warm, partly warm", prefix_cache, (6, 7), needs_cache, seconds=3),
-    Probe("shared prefix", "many requests with one prefix in common", shared_prefix, (5,), seconds=2),
+          (1, 2, 3, 10, 12, 19), needs_company, seconds=9),
+    Probe("position and order", "place in a batch of nine, others reversed", position, (8,), needs_company,
+          seconds=5),
+    Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company,
+          seconds=2),
+    Probe("mixed lengths", "one long beside many short, and the reverse", mixed_lengths, (3, 4, 24),
+          needs_company, seconds=3),
+    Probe("co-batch contents", "the same shapes beside other words", contents, (11,), needs_company,
+          seconds=4),
+    Probe("prefix cache", "cold, warm, partly warm", prefix_cache, (6, 7),
+          either(needs_cache, needs_blocks), seconds=3),
+    Probe("shared prefix", "many requests with one prefix in common", shared_prefix, (5,),
+          needs_company, seconds=2),
     Probe("chunk budget", "smaller budgets of tokens per engine step, set on the running engine", chunks, (6,),
           in_this_process, seconds=6),
     Probe("decode = prefill", "decode logprobs against prompt logprobs", decode_equals_prefill, (1, 2, 3, 25),
           seconds=3),
-    Probe("prompt logprobs", "logprobs of the prompt in each batch size", prompt_logprobs, (2, 8), seconds=6),
-    Probe("logprobs in any order", "none, few, many and prompt logprobs in one batch", logprob_orders, (8,), seconds=4),
-    Probe("seeded sampling", "temperature 0.7, top-p 0.95, in each batch size", sampled, (21,), seconds=9),
-    Probe("kinds of sampling", "top-p, top-k, min-p, penalties side by side", sampling_kinds, (21,), seconds=2),
-    Probe("long prompt", "up to 3,000 tokens, alone and in a batch", long_prompt, (3, 4), seconds=6),
+    Probe("prompt logprobs", "logprobs of the prompt in each batch size", prompt_logprobs, (2, 8),
+          needs_company, seconds=6),
+    Probe("logprobs in any order", "none, few, many and prompt logprobs in one batch", logprob_orders,
+          (8,), needs_company, seconds=4),
+    Probe("seeded sampling", "temperature 0.7, top-p 0.95, in each batch size", sampled, (21,),
+          needs_company, seconds=9),
+    Probe("kinds of sampling", "top-p, top-k, min-p, penalties side by side", sampling_kinds, (21,),
+          needs_company, seconds=2),
+    Probe("long prompt", "up to 3,000 tokens, alone and in a batch", long_prompt, (3, 4),
+          either(needs_company, needs_length), seconds=6),
 )  # fmt: skip
 
 
@@ -90,14 +106,14 @@ ONLINE_PROBES = (
 
 # On an engine of their own, compared within it.
 OWN_PROBES = (
-    Probe("tied logits and routers", "rows of the head and of routers made equal in pairs", tied, (13,), _float_head,
-          seconds=5, options=lambda base: {"tied": True}),
+    Probe("tied logits and routers", "rows of the head and of routers made equal in pairs", tied, (13,),
+          either(_float_head, needs_company), seconds=5, options=lambda base: {"tied": True}),
 )  # fmt: skip
 
 # Against the base engine.
 CROSS_PROBES = (
     CrossProbe("preemption", "a KV cache too small for the batch; counted by the engine", crossing.few_blocks,
-               crossing.crossing_blocks, crossing.preempted, causes=(9,)),
+               crossing.crossing_blocks, crossing.preempted, causes=(9,), missing=crossing.needs_crossing),
     CrossProbe("restart", "a new process with empty compile caches", crossing.restarted, crossing.everything,
                causes=(18,)),
     CrossProbe("prefix cache off", "against on", crossing.uncached, crossing.everything, causes=(6, 7),
@@ -105,7 +121,7 @@ CROSS_PROBES = (
     CrossProbe("chunked prefill", "several chunk budgets, and off", crossing.chunk_changes, crossing.everything,
                causes=(6,)),
     CrossProbe("eager and compiled", "eager, compiled, graphs", crossing.compiled, crossing.everything,
-               causes=(17, 18, 19), seconds=30, unpromised=crossing.compiled_unpromised),
+               causes=(17, 18, 19), seconds=30),
 )  # fmt: skip
 
 # Features that an engine may lack or refuse: then they do not apply.

@@ -10,18 +10,21 @@ from pathlib import Path
 
 from bi_patch.verify.case import Case
 from bi_patch.verify.engine import Engine, Options
-from bi_patch.verify.probes.base import NotExercised, Run
+from bi_patch.verify.probes.base import NotExercised, Run, config
 
 RANK = 8
+_LEAST = 8  # concurrent requests: every level has a batch of so many that its subjects leave room in
 _KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def missing(engine: Engine) -> str:
     """Why no adapter can be made for the engine's model, "" when one can."""
-    config = _config(engine.options.model)
-    if config is None:
+    found = config(engine.options.model)
+    if not found:
         return "an adapter is made from the model's config.json, and the model is not a local folder"
-    kind = config.get("model_type")
+    if engine.options.max_num_seqs < _LEAST:
+        return f"max_num_seqs is {engine.options.max_num_seqs}: no batch of {_LEAST} requests"
+    kind = found.get("model_type")
     return "" if kind in _KINDS else f"no adapter is made for models of type {kind!r}"
 
 
@@ -51,11 +54,10 @@ def adapter(model: str, seed: int) -> str:
     import torch
     from safetensors.torch import save_file
 
-    config = _config(model)
-    assert config is not None
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    inner, keys = config["intermediate_size"], (config.get("num_key_value_heads") or heads) * width
+    held = config(model)
+    hidden, heads = held["hidden_size"], held["num_attention_heads"]
+    width = held.get("head_dim") or hidden // heads
+    inner, keys = held["intermediate_size"], (held.get("num_key_value_heads") or heads) * width
     shapes = {
         "self_attn.q_proj": (hidden, heads * width), "self_attn.k_proj": (hidden, keys),
         "self_attn.v_proj": (hidden, keys), "self_attn.o_proj": (heads * width, hidden),
@@ -63,7 +65,7 @@ def adapter(model: str, seed: int) -> str:
     }  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(held["num_hidden_layers"]):
         for name, (fan_in, fan_out) in shapes.items():
             place = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{place}.lora_A.weight"] = torch.randn(RANK, fan_in, generator=generator) * fan_in**-0.5
@@ -79,8 +81,3 @@ def adapter(model: str, seed: int) -> str:
 
 
 _made: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
-
-
-def _config(model: str) -> dict | None:
-    path = Path(model).expanduser() / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else None

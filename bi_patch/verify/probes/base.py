@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
@@ -18,6 +20,12 @@ HITS, PREEMPTIONS = "vllm:prefix_cache_hits", "vllm:num_preemptions"
 
 class NotExercised(BiPatchError):
     """A probe ran but its cause never occurred, so its result would prove nothing."""
+
+
+def config(model: str) -> dict:
+    """A local folder's config.json; empty for a name and for a folder without one."""
+    path = Path(model).expanduser() / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -90,10 +98,11 @@ class Workload:
 
 class Run:
     """One engine with the workload that is asked of it. Solo answers are asked once and kept: later ones are compared
-    with the first, however long ago that was."""
+    with the first, however long ago that was. notes: what the running probe has to say besides its cases."""
 
     def __init__(self, engine: Engine, workload: Workload) -> None:
         self.engine, self.workload = engine, workload
+        self.notes: list[str] = []
         self._solo: dict[Request, Answer] = {}
 
     @property
@@ -102,6 +111,12 @@ class Run:
 
     def greedy(self, index: int) -> Request:
         return self.workload.greedy(index).but(digest=self.engine.options.digests)
+
+    def holds(self, batch: Sequence[Request]) -> bool:
+        """Whether the KV cache has room for all at once, to their last token; else some wait or are preempted."""
+        info = self.engine.info
+        needed = sum(-(-(len(r.prompt) + r.max_tokens) // info.block_size) for r in batch)
+        return not info.kv_tokens or needed < info.kv_tokens // info.block_size  # one block is vLLM's null block
 
     def alone(self, requests: Sequence[Request]) -> list[Answer]:
         """Each request by itself, on a cold cache."""
@@ -131,6 +146,11 @@ class Run:
             yield pair(
                 label, Setting.alone(batch[place]), Setting(list(batch), place), expected[place], answers[place]
             )
+
+
+def either(*missing: Callable[[Engine], str]) -> Callable[[Engine], str]:
+    """The first of several reasons why a probe does not apply."""
+    return lambda engine: next(filter(None, (why(engine) for why in missing)), "")
 
 
 def pair(label: str, alone: Setting, company: Setting, expected: Answer, got: Answer, part: str = "") -> Case:
@@ -179,10 +199,7 @@ class Change:
 
 @dataclass(frozen=True)
 class CrossProbe:
-    """One axis across engines: `collect` runs on the base engine and on one engine per change. See Probe.
-
-    unpromised: why neither vLLM nor bi_patch promises the axis there; it is then measured only where it is named.
-    """
+    """One axis across engines: `collect` runs on the base engine and on one engine per change. See Probe."""
 
     name: str
     about: str
@@ -193,7 +210,6 @@ class CrossProbe:
     missing: Callable[[Engine], str] = lambda engine: ""
     seconds: float = 6.0
     optional: bool = False
-    unpromised: Callable[[Engine], str] = lambda engine: ""
 
     def collect(self, engine: Engine, workload: Workload, change: Change | None = None) -> list[Answer]:
         """The answers of one engine, cold. change: what this engine changed, None for the base engine."""

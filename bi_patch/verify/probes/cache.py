@@ -6,12 +6,28 @@ from collections.abc import Iterator
 
 from bi_patch.verify.answers import Request
 from bi_patch.verify.case import Case, Setting
-from bi_patch.verify.engine import Engine
+from bi_patch.verify.engine import SERVER, Engine
 from bi_patch.verify.probes.base import HITS, NotExercised, Run, pair
+
+LONG_FROM = 640  # max_model_len from which a long prompt is longer than the others
+_ROOM = 34  # tokens that every level leaves free behind a prompt
 
 
 def needs_cache(engine: Engine) -> str:
     return "" if engine.options.prefix_caching else "the engine's prefix cache is off"
+
+
+def needs_blocks(engine: Engine) -> str:
+    least = 2 * engine.info.block_size + 1 + _ROOM
+    return "" if engine.options.max_model_len >= least else (
+        f"max_model_len is {engine.options.max_model_len}: no prompt fills two KV blocks of "
+        f"{engine.info.block_size} tokens"
+    )
+
+
+def needs_length(engine: Engine) -> str:
+    most = engine.options.max_model_len
+    return "" if most >= LONG_FROM else f"max_model_len is {most}: a long prompt needs {LONG_FROM}"
 
 
 def prefix_cache(run: Run) -> Iterator[Case]:
@@ -48,8 +64,10 @@ def shared_prefix(run: Run) -> Iterator[Case]:
         raise NotExercised("shared_prefix: the workload has no prefix")
     count = min(12, run.engine.options.max_num_seqs)
     requests = [
-        Request((*load.prefix, *load.fillers[i][:20], i), max_tokens=load.generate, logprobs=3) for i in range(count)
-    ]
+        Request((*load.prefix, *load.fillers[i][:20], i), max_tokens=load.generate, logprobs=3,
+                digest=run.engine.options.digests)
+        for i in range(count)
+    ]  # fmt: skip
     places = {i: f"one of {count} with {len(load.prefix)} tokens in common" for i in (0, count // 2, count - 1)}
     yield from run.each(requests, places)
     if not run.engine.options.prefix_caching:
@@ -64,7 +82,7 @@ def shared_prefix(run: Run) -> Iterator[Case]:
 
 
 def in_this_process(engine: Engine) -> str:
-    return "" if hasattr(engine, "set_chunk") else "a running server's chunk budget cannot be moved"
+    return "" if engine.info.platform != SERVER else "a running server's chunk budget cannot be moved"
 
 
 def chunks(run: Run) -> Iterator[Case]:
@@ -95,7 +113,7 @@ def long_prompt(run: Run) -> Iterator[Case]:
     if load.long is None:
         raise NotExercised("long_prompt: the workload has no long prompt")
     for changes in ({"prompt_logprobs": 0}, {}):
-        request = Request(load.long, max_tokens=load.generate, **changes)
+        request = Request(load.long, max_tokens=load.generate, digest=run.engine.options.digests, **changes)
         fillers = [load.filler(i) for i in range(5)]
         label = f"prompt of {len(load.long)} tokens in a batch of 6"
         yield run.beside(fillers[:4], request, fillers[4:], label)

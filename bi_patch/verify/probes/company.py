@@ -7,7 +7,14 @@ from collections.abc import Iterator, Sequence
 
 from bi_patch.verify.answers import Request
 from bi_patch.verify.case import Case
-from bi_patch.verify.probes.base import Run
+from bi_patch.verify.engine import Engine
+from bi_patch.verify.probes.base import NotExercised, Run
+
+_EDGE = 256  # rows at which kernels change their block
+
+
+def needs_company(engine: Engine) -> str:
+    return "" if engine.options.max_num_seqs > 1 else "max_num_seqs is 1: nothing runs beside a request"
 
 
 def batch_size(run: Run) -> Iterator[Case]:
@@ -16,17 +23,33 @@ def batch_size(run: Run) -> Iterator[Case]:
 
 
 def sizes(run: Run, requests: list[Request], counts: Sequence[int]) -> Iterator[Case]:
-    """The requests inside batches of each of these sizes that the engine can hold."""
+    """The requests inside batches of each of these sizes that the engine can hold at once.
+
+    Sizes that its KV cache is too small for are left out and noted. Raises NotExercised where they are all that would
+    have crossed 256 rows.
+    """
     load = run.workload
+    counts = [n for n in counts if n <= run.engine.options.max_num_seqs]
+    dropped = []
     for size in counts:
-        if size > run.engine.options.max_num_seqs:
-            continue
         groups = [requests] if size >= len(requests) else [[r] for r in requests]
         for group in groups:
             batch = [*group, *(load.filler(i) for i in range(size - len(group)))]
             random.Random(size).shuffle(batch)
+            if not run.holds(batch):
+                dropped.append(size)
+                break
             labels = {r: f"{load.label(requests.index(r))} in a batch of {size}" for r in group}
             yield from run.each(batch, {batch.index(r): label for r, label in labels.items()})
+    if not dropped:
+        return
+    words = (
+        f"the KV cache of {run.engine.info.kv_tokens:,} tokens does not hold batches of {', '.join(map(str, dropped))} "
+        "at once: give it more memory (on CPU VLLM_CPU_KVCACHE_SPACE, in GiB), or a lower max_num_seqs"
+    )
+    if any(n >= _EDGE for n in counts) and not any(n >= _EDGE for n in counts if n not in dropped):
+        raise NotExercised(f"no batch crossed {_EDGE} rows: {words}")
+    run.notes.append(words)
 
 
 def position(run: Run) -> Iterator[Case]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from bi_patch.verify.answers import Request
 from bi_patch.verify.engine import Engine
-from bi_patch.verify.probes.base import PREEMPTIONS, Change, NotExercised, Workload
+from bi_patch.verify.probes.base import PREEMPTIONS, Change, NotExercised, Workload, config
 
 SPECULATIVE = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3,
@@ -22,21 +22,25 @@ def everything(engine: Engine, workload: Workload) -> list[Request]:
     requests += [workload.greedy(i).but(temperature=0.7, top_p=0.95, seed=i) for i in subjects]
     requests += [workload.greedy(i).but(prompt_logprobs=0) for i in subjects]
     if workload.long is not None:
-        requests.append(Request(workload.long, max_tokens=workload.generate, prompt_logprobs=0))
+        requests.append(Request(workload.long, max_tokens=workload.generate, prompt_logprobs=0, digest=digest))
     return requests
 
 
 def chunk_changes(engine: Engine) -> list[Change]:
     whole = engine.options.max_model_len
+    most = min(64, engine.options.max_num_seqs)
     budgets = [b for b in (64, 256, 1000) if b != engine.options.chunk]
     return [
-        *(Change(f"chunks of {b} tokens", {"chunk": b, "max_num_seqs": min(64, b)}) for b in budgets),
+        *(Change(f"chunks of {b} tokens", {"chunk": b, "max_num_seqs": min(most, b)}) for b in budgets),
         Change("chunked prefill off", {"chunk": max(whole, engine.options.max_num_seqs), "chunked": False}),
     ]
 
 
 def uncached(engine: Engine) -> list[Change]:
     return [Change("no prefix cache", {"prefix_caching": False})]
+
+
+_CROSSING = 16  # tokens that a request generates while it grows into its second block
 
 
 def blocks_for_one(engine: Engine) -> int:
@@ -55,9 +59,19 @@ def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
     count = min(blocks_for_one(engine) + 4, engine.options.max_num_seqs)
     limit = engine.info.vocab_size - engine.info.vocab_size // 16
     return [
-        Request(tuple(source.randrange(limit) for _ in range(block - 4 - i % 3)), max_tokens=16, logprobs=3)
+        Request(tuple(source.randrange(limit) for _ in range(block - 4 - i % 3)), max_tokens=_CROSSING, logprobs=3,
+                digest=engine.options.digests)
         for i in range(count)
-    ]
+    ]  # fmt: skip
+
+
+def needs_crossing(engine: Engine) -> str:
+    length, sequences, block = engine.options.max_model_len, engine.options.max_num_seqs, engine.info.block_size
+    if length < block + _CROSSING:
+        return f"max_model_len is {length}: no request grows over a KV block of {block} tokens"
+    if 2 * sequences < blocks_for_one(engine):  # each needs two blocks, and one block is not for requests
+        return f"max_num_seqs is {sequences}: together they never need more KV blocks than one long request"
+    return ""
 
 
 def preempted(change: Change, counted: dict[str, float]) -> None:
@@ -74,15 +88,6 @@ def compiled(engine: Engine) -> list[Change]:
     return changes
 
 
-def compiled_unpromised(engine: Engine) -> str:
-    if engine.info.platform != "cpu":
-        return ""
-    return (
-        "on CPU, inductor's code sums norms and rounds in other places than eager code, and neither is promised to "
-        "equal the other (name the axis to measure it)"
-    )
-
-
 def restarted(engine: Engine) -> list[Change]:
     return [Change("new process, empty caches", {}, fresh=True)]
 
@@ -90,10 +95,12 @@ def restarted(engine: Engine) -> list[Change]:
 def repeating(engine: Engine, workload: Workload) -> list[Request]:
     """Prompts in which n-grams come again, so that an n-gram proposer has something to propose."""
     subjects = range(len(workload.subjects))
+    digest = engine.options.digests
     requests = [
-        workload.greedy(i).but(prompt=(workload.subjects[i][:20] * 4)[: 20 + i], max_tokens=2 * workload.generate)
+        workload.greedy(i).but(digest=digest, prompt=(workload.subjects[i][:20] * 4)[: 20 + i],
+                               max_tokens=2 * workload.generate)
         for i in subjects
-    ]
+    ]  # fmt: skip
     return requests + [r.but(temperature=0.7, seed=9 + i) for i, r in enumerate(requests)]
 
 
@@ -107,7 +114,8 @@ def speculated(change: Change, counted: dict[str, float]) -> None:
 
 
 def parallel(engine: Engine) -> Sequence[Change]:
-    sizes = [n for n in (2, 4, 8) if n <= engine.info.devices]
+    heads = config(engine.options.model).get("num_attention_heads") or 0
+    sizes = [n for n in (2, 4, 8) if n <= engine.info.devices and not heads % n]
     given = engine.options.extra
     return [Change(f"tensor parallel {n}", {"extra": {**given, "tensor_parallel_size": n}}) for n in sizes]
 
@@ -115,4 +123,6 @@ def parallel(engine: Engine) -> Sequence[Change]:
 def needs_devices(engine: Engine) -> str:
     if engine.info.platform == "cpu":
         return "one CPU is one device"
-    return "" if engine.info.devices > 1 else "the host has one device"
+    if engine.info.devices < 2:
+        return "the host has one device"
+    return "" if parallel(engine) else "the model's attention heads cannot be dealt out to 2, 4 or 8 devices"

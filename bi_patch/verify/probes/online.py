@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 from bi_patch.verify.answers import Request
 from bi_patch.verify.case import Case, Setting
-from bi_patch.verify.engine import Engine
+from bi_patch.verify.engine import SERVER, Engine
 from bi_patch.verify.probes.base import Run, pair
 
-SERVER = "server"  # Info.platform of a server
 _LENGTHS = (3, 5, 9, 17, 31, 40, 64, 90, 150, 257, 290, 700)
 _SPREAD = 60  # arrivals are spread over so many steps of delay
 
