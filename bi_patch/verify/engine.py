@@ -155,7 +155,7 @@ class LocalEngine:
             # What a failed step leaves in the scheduler would keep the cache from being reset.
             engine = self._llm.llm_engine
             with contextlib.suppress(Exception):
-                engine.abort_request(list(engine.output_processor.request_states))
+                engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
 
     def _generate(self, requests: Sequence[Request]) -> list[Answer]:
@@ -251,7 +251,7 @@ class LocalEngine:
             block_size=config.cache_config.block_size,
             vocab_size=config.model_config.get_vocab_size(),
             open_seams=tuple(
-                f.name for f in gate.inspect(load=False) if f.status == gate.OPEN and f.required
+                f.name for f in gate.inspect() if f.status == gate.OPEN and f.required
             ),
             platform=short_name(device) if on_gpu else "cpu",
             capture_sizes=_captured(config),

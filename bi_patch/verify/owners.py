@@ -28,6 +28,8 @@ _BY_CLASS = (
     (("RotaryEmbedding", "RotaryEmbeddingBase"), ("rotary.cpu_forward", "rotary.cuda_forward")),
     (("TopKTopPSampler",), ("sampling.cpu_draw", "sampling.cuda_top_k_top_p")),
 )
+# Seams whose code is on the stack of what other seams serve: the whole engine, a model's whole attention layer.
+_AROUND = ("engine.", "rotary.cuda_qk_norm")
 # Ops that say by their name what they are.
 _BY_OP = (
     ("all_reduce", ("communicator.one_stage",)),
@@ -68,7 +70,7 @@ class Owners:
                 return found or names[0].split(".")[0]
         for frame in _frames():
             found = self._codes.get(frame.f_code)
-            if found and not found.startswith("engine."):
+            if found and not found.startswith(_AROUND):
                 return found
             found = _BY_MODULE_FILE.get(frame.f_globals.get("__name__", ""))
             if found:

@@ -164,15 +164,6 @@ def lifted(folder: str, environ: dict[str, str]) -> FaultRow:
                     located=found.named)
 
 
-def compilable(platform: str, given: Options) -> Options:
-    """What cause 17 is planted in. On CPU a dense model: a MoE router is left to inductor there, fault or none."""
-    if platform != "cpu":
-        return given
-    from bi_patch.demo import models
-
-    return given.but(model=str(models.path(models.QWEN3, cache=settings.read().cache)), tied=False, extra={})
-
-
 def compiled(given: Options, environ: dict[str, str], platform: str) -> tuple[FaultRow, tuple[int, int]]:
     """Cause 17, and the pairs of its axis without it: how many, and how many differ."""
     clean = catch_compiled(given, environ, platform, planted=False)
@@ -244,7 +235,7 @@ def main() -> int:
                 found.rows.append(lifted(folder, environ))
             if not a.no_compile:
                 try:
-                    row, clean = compiled(compilable(a.platform, given), environ, a.platform)
+                    row, clean = compiled(given, environ, a.platform)
                 except Exception:  # one engine that does not start must not cost the file of the others
                     traceback.print_exc()
                     row, clean = FaultRow(CAUSE, NAME, False, False, AXIS), (0, 0)

@@ -119,7 +119,7 @@ def splits_by_batch(engine: LocalEngine):
 
 def tile_by_query(engine: LocalEngine):
     """A batch whose longest query is 64 or more takes the larger query tile, which has a smaller KV tile."""
-    return _attention(engine, lambda s: list(range(48, s.length, 48)) if s.longest >= 64 else None)
+    return _attention(engine, lambda s: list(range(16, s.length, 48)) if s.longest >= 64 else None)
 
 
 def cascade(engine: LocalEngine):
@@ -134,7 +134,7 @@ def context_apart(engine: LocalEngine):
 
 def prefill_tile(engine: LocalEngine):
     """Recomputation is a prefill, and the prefill kernel has another KV tile than the decode kernel."""
-    return _attention(engine, lambda s: list(range(48, s.length, 48)) if s.query > 1 else None)
+    return _attention(engine, lambda s: list(range(4, s.length, 48)) if s.query > 1 else None)
 
 
 def verification_tile(engine: LocalEngine):

@@ -69,19 +69,6 @@ def library_topk(engine: LocalEngine):
     return replaced(model_runner(engine).sampler, "gather_logprobs", lambda _: function)
 
 
-@contextlib.contextmanager
-def top_p_by_batch(engine: LocalEngine) -> Iterator[None]:
-    """vLLM's own choice of top-p kernels by the number of requests."""
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    held = topk_topp_sampler.apply_top_k_top_p
-    topk_topp_sampler.apply_top_k_top_p = _original("sampling.cuda_top_k_top_p")
-    try:
-        yield
-    finally:
-        topk_topp_sampler.apply_top_k_top_p = held
-
-
 FAULTS = (
     Fault("RMSNorm kernel of vLLM", 2, vllm_norm.__doc__, "batch size", vllm_norm, (CUDA,), "norm",
           seam={"cuda": "norm.cuda_rms"}),
@@ -89,6 +76,4 @@ FAULTS = (
           seam={"cuda": "attention.cuda_backend"}),
     Fault("top-k of the library", 13, library_topk.__doc__, "tied logits and routers", library_topk, (CUDA,),
           "sampler", seam=None),
-    Fault("top-p kernels by batch", 21, top_p_by_batch.__doc__, "kinds of sampling", top_p_by_batch, (CUDA,),
-          "sampler", seam={"cuda": "sampling.cuda_top_k_top_p"}),
 )

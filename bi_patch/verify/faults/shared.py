@@ -294,11 +294,12 @@ def each_moe(engine: LocalEngine, make) -> Iterator[None]:
 
 
 def _one_expert_at_a_time(own, x, weights, ids, order):
+    """Added in the rows' dtype, as atomics in memory are: in fp32, what a few experts' order leaves is rounded away."""
     total = None
     for j in order:
-        part = own(x, weights[:, j : j + 1].contiguous(), ids[:, j : j + 1].contiguous()).float()
+        part = own(x, weights[:, j : j + 1].contiguous(), ids[:, j : j + 1].contiguous())
         total = part if total is None else total + part
-    return total.to(x.dtype)
+    return total
 
 
 def experts_by_rows(engine: LocalEngine):
@@ -347,8 +348,8 @@ def combine_by_rank(engine: LocalEngine):
 
     def make(experts, own):
         def apply(x, weights, ids):  # experts are dealt out to the ranks in turn
-            stacked = [own(x, torch.where(ids % RANKS == r, weights, 0.0), ids).float() for r in range(RANKS)]
-            return combine(torch.stack(stacked)).to(x.dtype)
+            stacked = [own(x, torch.where(ids % RANKS == r, weights, 0.0), ids) for r in range(RANKS)]
+            return combine(torch.stack(stacked))
 
         return apply
 

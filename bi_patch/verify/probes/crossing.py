@@ -125,4 +125,9 @@ def needs_devices(engine: Engine) -> str:
         return "one CPU is one device"
     if engine.info.devices < 2:
         return "the host has one device"
+    if engine.info.mode == "armed":
+        return (
+            "other numbers of ranks round in other places, which is not promised to be equal; give "
+            "--engine-arg tensor_parallel_size=2 to verify the other axes on two"
+        )
     return "" if parallel(engine) else "the model's attention heads cannot be dealt out to 2, 4 or 8 devices"
