@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from bi_patch.cli import app
 
@@ -72,9 +73,8 @@ def verify(
     console = Console()
     target, level = _target(console, model, url, "quick" if quick else "full" if full else "default", mode or "armed",
                             engine_arg, dtype or "auto", eager, random_weights, logits, served_model or "")  # fmt: skip
-    console.print(
-        f"[bold]bi_patch verify[/]: {target.name}, {target.mode}, level {level.name}", highlight=False, soft_wrap=True
-    )
+    asked = f"{escape(target.name)}, {target.mode}, level {level.name}"
+    console.print(f"[bold]bi_patch verify[/]: {asked}", highlight=False, soft_wrap=True)
     finder = None
     if locate and not url:
         from bi_patch.verify.locate import locate as finder
@@ -147,7 +147,7 @@ def _target(console, model, url, level_name, mode, engine_arg, dtype, eager, ran
 
     target = local(
         model, level, mode=mode, engine_args=_arguments(engine_arg or []), dtype=dtype, eager=eager,
-        random_weights=random_weights, logits=logits, tell=lambda text: console.print(f"[dim]{text}[/]"),
+        random_weights=random_weights, logits=logits, tell=lambda text: console.print(f"[dim]{escape(text)}[/]"),
     )  # fmt: skip
     return target, level
 

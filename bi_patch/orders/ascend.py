@@ -1,10 +1,7 @@
-"""What every Ascend order shares: the libraries that must be there, the chip, and the optional AscendC
-operators.
+"""What every Ascend order shares: the libraries that must be there, the chip, and the optional AscendC operators.
 
-`batch_invariant_ops` is a prebuilt package of AscendC operators. Where it is installed and its schemas are
-the ones
-that vLLM-Ascend 0.23 calls, they serve what they can; the bundled Triton kernels serve the rest, or
-everything.
+`batch_invariant_ops` is a prebuilt package of AscendC operators. Where it is installed and its schemas are the ones
+that vLLM-Ascend 0.23 calls, they serve what they can; the bundled Triton kernels serve the rest, or everything.
 """
 
 from __future__ import annotations

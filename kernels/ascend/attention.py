@@ -1,18 +1,13 @@
-"""Attention whose KV is cut at fixed positions, so that decode, prefill and chunks of a prompt give a row
-the same bits.
+"""Attention whose KV is cut at fixed positions, so that decode, prefill and chunks of a prompt give a row the same
+bits.
 
-A row is one (token, head). Its keys are cut in leaves of LEAF positions aligned at 0, whatever the batch
-holds. Inside a
-leaf: score = scale * (q . k), m = max, p = exp(score - m), l = sum p, o = p @ v with p rounded to v's dtype.
-Leaves merge in
-ascending order: with m' = max(m, m_leaf), l = l e^(m - m') + l_leaf e^(m_leaf - m'), the same for o; last o
-/ l,
-rounded once. A leaf with no visible key is skipped; a masked key of another adds an exact zero.
+A row is one (token, head). Its keys are cut in leaves of LEAF positions aligned at 0, whatever the batch holds. Inside
+a leaf: score = scale * (q . k), m = max, p = exp(score - m), l = sum p, o = p @ v with p rounded to v's dtype. Leaves
+merge in ascending order: with m' = max(m, m_leaf), l = l e^(m - m') + l_leaf e^(m_leaf - m'), the same for o; last o /
+l, rounded once. A leaf with no visible key is skipped; a masked key of another adds an exact zero.
 
-`_leaves` does one leaf a program and `_merge` merges; `_whole` does all leaves of a tile of rows in one
-program, with the
-same steps. The two give the same bits, so that the choice by the number of rows is free: few rows take the
-first.
+`_leaves` does one leaf a program and `_merge` merges; `_whole` does all leaves of a tile of rows in one program, with
+the same steps. The two give the same bits, so that the choice by the number of rows is free: few rows take the first.
 The merge is that of FlashAttention-2 (Dao, 2023).
 """
 

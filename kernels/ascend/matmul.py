@@ -1,13 +1,9 @@
-"""Matrix products in one order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before
-rounding.
+"""Matrix products in one order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding.
 
-out[b, m, n] = round(alpha * sum over k of x[b, m, k] * w[b, k, n] + beta * bias[b, m, n]). `grouped`
-multiplies the rows
-of each expert with that expert's weight, in the same order. BLOCK_K depends on the element size alone;
-BLOCK_M may follow
-M, since no tile splits K and rows of a tile share nothing. Programs walk over tiles, because a launch holds
-at most 65535.
-After the pattern of Triton's tutorial 03 (github.com/triton-lang/triton).
+out[b, m, n] = round(alpha * sum over k of x[b, m, k] * w[b, k, n] + beta * bias[b, m, n]). `grouped` multiplies the
+rows of each expert with that expert's weight, in the same order. BLOCK_K depends on the element size alone; BLOCK_M
+may follow M, since no tile splits K and rows of a tile share nothing. Programs walk over tiles, because a launch holds
+at most 65535. After the pattern of Triton's tutorial 03 (github.com/triton-lang/triton).
 """
 
 import torch

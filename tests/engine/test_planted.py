@@ -11,7 +11,7 @@ from bi_patch.verify import locate, precision
 from bi_patch.verify.case import Setting
 from bi_patch.verify.child import ARMED, PATIENT, STOCK, ChildEngine
 from bi_patch.verify.faults import catch, every
-from bi_patch.verify.faults.__main__ import compilable, few_blocks, options, recurrent
+from bi_patch.verify.faults.__main__ import few_blocks, options, recurrent
 from bi_patch.verify.faults.compiled import catch_compiled
 from bi_patch.verify.faults.lifts import RECURRENT
 from bi_patch.verify.probes.base import pair
@@ -117,7 +117,7 @@ def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):
 @pytest.mark.slow
 def test_compiled_norms_are_caught_and_named_by_what_layers_leave_behind():
     """Cause 17: left to inductor, norms differ from eager ones; in the bundled kernels they do not."""
-    given, environ = compilable("cpu", options("cpu", "")), PATIENT | os.environ
+    given, environ = options("cpu", ""), PATIENT | os.environ
     found = catch_compiled(given, environ, "cpu")
     print(found.named)
     assert found.caught and found.right, found
