@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from bi_patch.verify.engine import LocalEngine
+from bi_patch.verify.faults import parts
 from bi_patch.verify.faults.base import CPU, Fault
 
 
@@ -16,7 +17,7 @@ def unsorted_topk(engine: LocalEngine) -> Iterator[None]:
     """The router's top-k is unsorted, ties unbroken: for more than four rows by index (radix select), else by value."""
     from vllm.model_executor.layers.fused_moe.router import cpu_router
 
-    from bi_patch.seams.overlay import Overlay
+    from bi_patch.seams.overlay import Overlay, with_globals
 
     def topk(scores, k, dim=-1, **kwargs):
         if scores.shape[0] <= 4:
@@ -25,12 +26,12 @@ def unsorted_topk(engine: LocalEngine) -> Iterator[None]:
         ids = (scores.shape[-1] - 1 - flipped.indices).sort(-1).values
         return scores.gather(-1, ids), ids
 
-    held = cpu_router.torch
-    cpu_router.torch = Overlay(held, topk=topk)
+    held = cpu_router._softmax_topk
+    cpu_router._softmax_topk = with_globals(parts.original("moe.cpu_routing"), torch=Overlay(torch, topk=topk))
     try:
         yield
     finally:
-        cpu_router.torch = held
+        cpu_router._softmax_topk = held
 
 
 FAULTS = (

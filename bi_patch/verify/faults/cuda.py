@@ -53,18 +53,9 @@ def vllm_norm(engine: LocalEngine):
     return parts.each_norm(engine, make)
 
 
-def _original(seam: str):
-    """What stood at a seam's place before it was closed."""
-    from bi_patch.arming import switch
-
-    state = switch.state()
-    assert state is not None
-    return state.ledger.of(seam)[0].original
-
-
 def library_topk(engine: LocalEngine):
     """Top logprobs by the library's top-k, whose algorithm follows the number of rows: ties fall either way."""
-    held = _original("sampling.cuda_gather_logprobs")
+    held = parts.original("sampling.cuda_gather_logprobs")
     function = held.__func__ if isinstance(held, staticmethod) else held
     return replaced(model_runner(engine).sampler, "gather_logprobs", lambda _: function)
 

@@ -216,3 +216,12 @@ def op(name: str, schema: str, run: Callable) -> Callable:
         _ops.define(f"{name}{schema}")
         _ops.impl(name, run, "CompositeExplicitAutograd")
     return getattr(torch.ops.bi_patch_fault, name)
+
+
+def original(seam: str):
+    """What stood at a seam's place before it was closed."""
+    from bi_patch.arming import switch
+
+    state = switch.state()
+    assert state is not None
+    return state.ledger.of(seam)[0].original
