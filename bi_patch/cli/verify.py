@@ -56,7 +56,7 @@ def verify(
     Exit code 0: bitwise invariant along every axis that applies. 1: something differs. 2: it could not be checked.
 
     Memory: one engine at a time, with vLLM's own settings; the rest stays under 1 GB. Times: see --quick; the default
-    and --full have no limit: about 10 minutes (default) for the demo's model, compiled, on two busy CPU cores.
+    and --full have no limit: about 10 minutes (default) for the demo's model, compiled, on two CPU cores.
     """
     from bi_patch.errors import SettingError
     from bi_patch.verify import page, report, terminal
