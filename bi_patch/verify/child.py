@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from bi_patch.verify.engine import Info, Options
 ARMED, UPSTREAM, STOCK = MODES = ("armed", "upstream", "stock")
 _LOOK = 0.5  # seconds between looks at a child that is being waited for
 _END = 20.0  # seconds that an idle child may take to end
+_DYING = 10.0  # seconds that killed processes may take to be gone
 
 # Waiting threads sleep instead of spinning: on a busy machine spinning makes an engine many times slower. For runs
 # whose times nobody reads; the bits do not depend on it.
@@ -148,6 +150,9 @@ class ChildEngine:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # the child leads a group of its own
         self._process.wait()
+        until = time.monotonic() + _DYING
+        while _runs(self._process.pid) and time.monotonic() < until:  # its workers hold the device until they are gone
+            time.sleep(0.02)
 
     def _start(self, lifts: Sequence[str]) -> Info:
         data = msgspec.msgpack.encode(list(lifts)) if lifts else b""
@@ -243,3 +248,13 @@ def _tail(log: Path, lines: int = 12) -> str:
         return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
     except OSError:
         return ""
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of the group is alive; one that only waits to be reaped is not."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, its = file.read_text().rpartition(")")[2].split()[:3]
+            if int(its) == group and state not in "ZX":
+                return True
+    return False
