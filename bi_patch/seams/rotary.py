@@ -23,11 +23,11 @@ def _cpu_rotary(original):
         if positions.ndim != 1 or type(self).__name__ not in _CLASSES:
             return original(self, positions, query, key)
         cache = self._match_cos_sin_cache_dtype(query)
-        turned = (
-            None if x is None else cpu.rope(positions, x, cache, self.head_size, self.is_neox_style)
-            for x in (query, key)
-        )
-        return tuple(turned)
+
+        def turn(x):
+            return cpu.rope(positions, x, cache, self.head_size, self.is_neox_style)
+
+        return turn(query), None if key is None else turn(key)
 
     return forward
 

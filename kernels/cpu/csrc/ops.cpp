@@ -17,6 +17,12 @@ bi::DType dtype_of(const at::Tensor& t, const char* what) {
   }
 }
 
+// x [..., cols] as [rows, cols] with dense columns; rows may be strided.
+at::Tensor as_rows(const at::Tensor& x, int64_t cols) {
+  const at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, cols});
+  return rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
 at::Tensor gemm_pack(const at::Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2, "bi_cpu.gemm_pack: weight must be [N, K], got ", weight.sizes());
   TORCH_CHECK(weight.size(0) > 0 && weight.size(1) > 0, "bi_cpu.gemm_pack: empty weight ", weight.sizes());
@@ -44,8 +50,7 @@ at::Tensor gemm(const at::Tensor& x, const at::Tensor& packed, int64_t n, int64_
                 "bi_cpu.gemm: bias must be dense [N=", n, "] of ", x.scalar_type());
     b = bias->const_data_ptr();
   }
-  at::Tensor a = x.dim() == 2 ? x : x.reshape({-1, k});
-  if (a.stride(1) != 1) a = a.contiguous();
+  const at::Tensor a = as_rows(x, k);
   auto shape = x.sizes().vec();
   shape.back() = n;
   at::Tensor y = at::empty(shape, x.options());
@@ -213,8 +218,7 @@ at::Tensor silu_and_mul(const at::Tensor& x) {
   auto shape = x.sizes().vec();
   shape.back() = cols;
   at::Tensor out = at::empty(shape, x.options());
-  at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, 2 * cols});
-  if (rows.stride(1) != 1) rows = rows.contiguous();
+  const at::Tensor rows = as_rows(x, 2 * cols);
   bi::silu_and_mul(type, rows.const_data_ptr(), rows.stride(0), rows.size(0), cols, out.mutable_data_ptr(),
                    at::get_num_threads());
   return out;
@@ -236,8 +240,7 @@ at::Tensor rope(const at::Tensor& positions, const at::Tensor& x, const at::Tens
   at::Tensor out = at::empty(x.sizes(), x.options());
   if (a.tokens == 0) return out;
   a.heads = x.numel() / (a.tokens * dim);
-  at::Tensor rows = x.dim() == 2 ? x : x.reshape({a.tokens, a.heads * dim});
-  if (rows.stride(1) != 1) rows = rows.contiguous();
+  const at::Tensor rows = as_rows(x, a.heads * dim);
   a.positions = positions.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < a.tokens; ++t)
     TORCH_CHECK(a.positions[t] >= 0 && a.positions[t] < cache.size(0), "bi_cpu.rope: position ", a.positions[t],

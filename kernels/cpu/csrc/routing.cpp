@@ -2,7 +2,6 @@
 // weights. Order: exp(logit - max) by the polynomial of vec.h; the sum goes over the chosen experts in the order of their
 // rank where weights are renormalized, else over all experts in 16 lanes (lane = expert mod 16), joined by sum_lanes.
 #include <omp.h>
-#include <limits>
 #include "api.h"
 #include "edge.h"
 
@@ -13,9 +12,9 @@ namespace {
 template <class T> void choose(const T* logits, int64_t experts, int64_t k, float* best, int32_t* ids) {
   for (int64_t e = 0; e < experts; ++e) {
     const float x = to_f32(logits[e]);
-    int64_t at = std::min(e, k);
-    if (at == k && !(x > best[k - 1])) continue;
-    for (at = std::min(e, k - 1); at > 0 && x > best[at - 1]; --at) {
+    if (e >= k && !(x > best[k - 1])) continue;
+    int64_t at = std::min(e, k - 1);
+    for (; at > 0 && x > best[at - 1]; --at) {
       best[at] = best[at - 1];
       ids[at] = ids[at - 1];
     }
