@@ -52,6 +52,14 @@ def shared_memory() -> int:
 
 
 @functools.cache
+def processors() -> int:
+    """Multiprocessors of the current device."""
+    import torch
+
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+@functools.cache
 def device() -> str:
     """The device as a certificate names it: model, compute capability, multiprocessors."""
     import torch

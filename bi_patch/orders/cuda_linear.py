@@ -147,10 +147,17 @@ def bundled(x, weight, bias, tiles_agree: bool, out=None):
     size = x.element_size()
     if not tiles_agree:
         return gemm.gemm(x, weight, bias, _reference_tile(size), out)
+    return gemm.gemm(x, weight, bias, _tile(x, weight), out)
+
+
+def _tile(x, weight):
+    """The bundled variant for these tensors."""
+    from bi_patch.kernels.triton import gemm
+
+    size = x.element_size()
     descriptors = cuda.vendor_allowed() and gemm.can_describe(x) and gemm.can_describe(weight)
     descriptors = descriptors and weight.shape[0] * size % 16 == 0
-    tile = gemm.choose(x.shape[0], *weight.shape, size, cuda.shared_memory(), descriptors)
-    return gemm.gemm(x, weight, bias, tile, out)
+    return gemm.choose(x.shape[0], *weight.shape, size, cuda.shared_memory(), cuda.processors(), descriptors)
 
 
 def _reference_tile(size: int):
@@ -278,11 +285,10 @@ class _Trial:
         return count
 
     def tiles_agree(self) -> bool:
-        """Whether the bundled variants for few and for many rows give the reference's bits."""
+        """Whether every bundled variant that can serve gives the reference's bits."""
+        most = {_tile(self.x[:m], self.weight): m for m in asked_rows(self.rows)}
         return not any(
-            unequal(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m])
-            for m in (1, 16, 32, 64, 128, 256, self.rows)
-            if m <= self.rows
+            unequal(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m]) for m in most.values()
         )
 
 

@@ -60,7 +60,8 @@ class Located(msgspec.Struct, frozen=True):
         """One name where both sides have it, else both."""
         if self.kernel_alone == self.kernel_company:
             return self.kernel_alone
-        return f"{self.kernel_alone} alone, {self.kernel_company} in company"
+        sides = ((self.kernel_alone, "alone"), (self.kernel_company, "in company"))
+        return ", ".join(f"{kernel} {side}" for kernel, side in sides if kernel)
 
     def words(self) -> str:
         """A few lines for a report."""

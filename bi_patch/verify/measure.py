@@ -313,7 +313,7 @@ class _Verification:
                groups: Sequence[_Group]) -> None:
         waiting = [probe for probe, _ in group.probes]
         faster = group.changes.get("eager") and not self.target.options.eager  # neither compiles nor captures
-        if not self._in_time(waiting, (0.5 if faster else 1.2) * self.started):
+        if not self._in_time(waiting, (0.35 if faster else 1.2) * self.started):
             return
         starts = self.report.starts
         later = {p.name for other in groups[groups.index(group) + 1:] for p, _ in other.probes}

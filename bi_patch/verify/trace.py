@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -250,5 +251,21 @@ def _profiled(func, args, kwargs):
     with profile(activities=[ProfilerActivity.CUDA]) as held:
         result = func(*args, **kwargs)
         torch.cuda.synchronize()
-    names = [event.name for event in held.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return result, " + ".join(dict.fromkeys(names))
+    times: dict[str, float] = {}
+    for event in held.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name] = times.get(event.name, 0.0) + event.time_range.elapsed_us()
+    return result, kernels(sorted(times, key=lambda name: -times[name]))
+
+
+_SHOWN, _WIDE = 3, 90
+_NOISE = re.compile(r"^void |at::native::|\(anonymous namespace\)::")
+
+
+def kernels(names: Sequence[str]) -> str:
+    """Names of GPU kernels, the most important first, as words: the first few, without namespaces, cut to a width."""
+    chosen = [name for name in names if not name.startswith(("Memcpy", "Memset"))] or list(names)
+    short = [_NOISE.sub("", name) for name in chosen]
+    shown = [name if len(name) <= _WIDE else f"{name[:_WIDE]}..." for name in short[:_SHOWN]]
+    more = f" and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
+    return " + ".join(shown) + more

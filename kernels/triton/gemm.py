@@ -4,8 +4,8 @@ out[m, n] = round(sum over k of x[m, k] * w[n, k], in fp32, + bias[n]). Tiles fo
 any tile may serve any M wherever the device's matrix instructions add in the same order (certified per device).
 
 `_tile` takes pointers and runs on every architecture: small tiles for few rows, large ones for many.
-`_persistent` loads tiles through tensor descriptors (TMA on Hopper and later), one program per multiprocessor. After
-the pattern of Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
+`_persistent` loads tiles through tensor descriptors (TMA on Hopper and later), a fixed number of programs a
+multiprocessor. After the pattern of Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
 """
 
 from typing import NamedTuple
@@ -18,14 +18,17 @@ REFERENCE_ROWS = 128
 
 
 class Tile(NamedTuple):
-    """Block sizes and launch options of one kernel variant."""
+    """Block sizes and launch options of one kernel variant.
+
+    persistent: programs a multiprocessor of the variant through tensor descriptors; 0: the variant through pointers.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
-    persistent: bool = False
+    persistent: int = 0
 
 
 # The order's definition: every other variant is compared with this one.
@@ -42,7 +45,8 @@ def _swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + (pid % per_group) % size, (pid % per_group) // size
 
 
-@triton.jit
+# One compiled kernel for every number of rows: one row would otherwise get a slower kernel of its own.
+@triton.jit(do_not_specialize=["rows"])
 def _tile(
     x, w, bias, out, rows, cols, depth, stride_x, stride_w, stride_out,
     HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
@@ -72,17 +76,16 @@ def _tile(
     tl.store(target, total.to(out.dtype.element_ty), mask=(m[:, None] < rows) & (n[None, :] < cols))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _persistent(
     x, w, bias, out, rows, cols, depth,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(cols, BLOCK_N)
     steps = tl.cdiv(depth, BLOCK_K)
-    for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+    for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = _swizzle(pid, tiles_m, tiles_n, GROUP)
         m = tile_m * BLOCK_M
         n = tile_n * BLOCK_N
@@ -98,19 +101,33 @@ def _persistent(
         out.store([m, n], total.to(out.dtype))
 
 
-def choose(rows: int, cols: int, depth: int, element_size: int, shared: int, descriptors: bool) -> Tile:
+# Microseconds that a wave of each (one tile on every multiprocessor) takes per 1024 of K, on an H100: medians of
+# benchmarks/hopper/tune_gemm.py where memory does not bound it. A tile's cost is its waves times this.
+WAVES = {
+    Tile(128, 256, 64, 8, 3, 1): 10.0,
+    Tile(128, 128, 64, 4, 5, 1): 5.5,
+    Tile(64, 128, 128, 4, 4, 1): 3.6,
+    Tile(64, 64, 128, 4, 6, 1): 2.6,
+}
+
+
+def choose(
+    rows: int, cols: int, depth: int, element_size: int, shared: int, processors: int, descriptors: bool
+) -> Tile:
     """The variant for x [rows, depth] and w [cols, depth].
 
-    element_size: bytes an element. shared: bytes of shared memory that a block may use. descriptors: TMA may be used.
+    element_size: bytes an element. shared: bytes of shared memory that a block may use. processors: multiprocessors.
+    descriptors: TMA may be used.
     """
     if element_size == 4:
         tile = Tile(16, 32, 64, 4, 3) if rows <= 32 else REFERENCE_FP32
-    elif rows <= 16:
-        tile = Tile(16, 128, 128, 4, 4)
-        if cols <= 8192:
-            tile = Tile(16, 32, 256, 2, 5) if cols <= 2048 else Tile(16, 64, 256, 4, 5)
+    elif rows <= 16 or rows <= 32 and cols <= 2048:
+        narrow = cols <= (2048 if rows == 1 else 8192)
+        tile = Tile(16, 32, 256, 2, 5) if narrow else Tile(16, 64, 256, 4, 5)
     elif rows <= 32:
         tile = Tile(32, 32, 256, 4, 4) if cols <= 8192 else Tile(32, 128, 128, 4, 4)
+    elif descriptors:
+        tile = min(WAVES, key=lambda t: WAVES[t] * triton.cdiv(count(t, rows, cols), processors))
     elif rows <= 64:
         tile = Tile(64, 32, 128, 4, 5) if cols <= 8192 else Tile(64, 128, 64, 4, 5)
     elif rows <= 128:
@@ -118,12 +135,19 @@ def choose(rows: int, cols: int, depth: int, element_size: int, shared: int, des
     elif rows <= 512 and cols <= 8192:
         tile = Tile(128, 64, 64, 4, 4)
     else:
-        tile = Tile(128, 256, 64, 8, 3, True) if descriptors else Tile(128, 128, 64, 8, 3)
+        tile = Tile(128, 128, 64, 8, 3)
     return fit(tile, element_size, shared)
+
+
+def count(tile: Tile, rows: int, cols: int) -> int:
+    """How many tiles the output has."""
+    return triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n)
 
 
 def fit(tile: Tile, element_size: int, shared: int) -> Tile:
     """`tile` with fewer stages, then less depth, until it needs at most `shared` bytes."""
+    if tile.persistent:
+        shared -= tile.m * tile.n * element_size  # what is stored passes through shared memory
     while (tile.m + tile.n) * tile.k * element_size * tile.stages > shared:
         if tile.stages > 2:
             tile = tile._replace(stages=tile.stages - 1)
@@ -150,7 +174,7 @@ def gemm(
     if tile.persistent:
         _launch_persistent(x, weight, bias, tile, out)
         return out
-    _tile[(triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n),)](
+    _tile[(count(tile, rows, cols),)](
         x, weight, bias if bias is not None else x, out, rows, cols, depth,
         x.stride(0), weight.stride(0), out.stride(0),
         HAS_BIAS=bias is not None, EVEN_K=depth % tile.k == 0,
@@ -170,8 +194,8 @@ def _launch_persistent(x, weight, bias, tile: Tile, out) -> None:
 
     rows, depth = x.shape
     cols = weight.shape[0]
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    programs = min(programs, triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n))
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count * tile.persistent
+    programs = min(programs, count(tile, rows, cols))
     _persistent[(programs,)](
         TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
@@ -179,6 +203,6 @@ def _launch_persistent(x, weight, bias, tile: Tile, out) -> None:
         TensorDescriptor.from_tensor(out, [tile.m, tile.n]),
         rows, cols, depth,
         HAS_BIAS=bias is not None,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8, PROGRAMS=programs,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -37,6 +37,28 @@ def test_linear(dtype, bias, tmp_path):
     assert torch.equal(torch.ops.bi_patch.linear(x[333:334], weight, held), whole[333:334])
 
 
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_every_bundled_tile(dtype, bias):
+    """Each variant that `choose` may name, on sizes that fill no tile, against the reference variant."""
+    from bi_patch.kernels.triton import gemm
+    from bi_patch.orders import cuda
+
+    limits = cuda.shared_memory(), cuda.processors()
+    weight = torch.randn(1032, 1544, device="cuda", dtype=dtype) / 40
+    held = torch.randn(1032, device="cuda", dtype=dtype) if bias else None
+    x = torch.randn(4100, 1544, device="cuda", dtype=dtype)
+    want = gemm.gemm(x, weight, held, gemm.REFERENCE)
+    tiles = {
+        gemm.choose(m, n, 1544, 2, *limits, descriptors)
+        for m in range(1, 4100) for n in (2048, 8192, 24576)
+        for descriptors in ((False, True) if cuda.vendor_allowed() else (False,))
+    }  # fmt: skip
+    assert not cuda.vendor_allowed() or tiles >= {gemm.fit(tile, 2, limits[0]) for tile in gemm.WAVES}
+    for tile in tiles:
+        for m in (1, 7, 64, 100, 300, 4100):
+            assert torch.equal(gemm.gemm(x[:m], weight, held, tile), want[:m]), (tile, m)
+
+
 def test_norm_and_rotation():
     x = torch.randn(300, 2048, device="cuda", dtype=torch.bfloat16)
     residual, weight = torch.randn_like(x), torch.randn(2048, device="cuda", dtype=torch.bfloat16)

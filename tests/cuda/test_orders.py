@@ -96,7 +96,7 @@ def test_tiles_fit_the_shared_memory(shared, size):
     gemm = pytest.importorskip("bi_patch.kernels.triton.gemm", reason="triton is not installed")
     for rows in (1, 16, 17, 64, 128, 300, 5000):
         for cols in (128, 2048, 4096, 24576):
-            tile = gemm.choose(rows, cols, 4096, size, shared, False)
+            tile = gemm.choose(rows, cols, 4096, size, shared, 132, False)
             assert (tile.m + tile.n) * tile.k * size * tile.stages <= shared or tile.stages == 2
             assert not tile.persistent
 

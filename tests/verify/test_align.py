@@ -3,7 +3,7 @@
 import hashlib
 
 from bi_patch.verify.align import compare
-from bi_patch.verify.trace import FORWARD, MODULE, SAMPLE, WIDTH, Call, Trace, chain
+from bi_patch.verify.trace import FORWARD, MODULE, SAMPLE, WIDTH, Call, Trace, chain, kernels
 
 
 def digest(value: object) -> bytes:
@@ -91,3 +91,13 @@ def test_a_chain_stands_for_all_digests_before():
     first, other = digest("a") + digest("b") + digest("c"), digest("a") + digest("X") + digest("c")
     assert chain(first)[:2] == chain(other)[:2]
     assert chain(first)[2] != chain(other)[2] and chain(first)[3] != chain(other)[3]
+
+
+def test_names_of_kernels_are_cut_to_what_tells_them_apart():
+    fill = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int> >(int)"
+    names = ["_tile", fill, "Memcpy DtoD (Device -> Device)", "x" * 200, "_row_sum", "_sort"]
+    assert kernels(names) == (
+        f"_tile + vectorized_elementwise_kernel<4, FillFunctor<int> >(int) + {'x' * 90}... and 2 more"
+    )
+    assert kernels(["Memcpy DtoD (Device -> Device)"]) == "Memcpy DtoD (Device -> Device)"
+    assert kernels([]) == ""

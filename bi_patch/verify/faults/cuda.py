@@ -53,18 +53,9 @@ def vllm_norm(engine: LocalEngine):
     return parts.each_norm(engine, make)
 
 
-def library_topk(engine: LocalEngine):
-    """Top logprobs by the library's top-k, whose algorithm follows the number of rows: ties fall either way."""
-    held = parts.original("sampling.cuda_gather_logprobs")
-    function = held.__func__ if isinstance(held, staticmethod) else held
-    return replaced(model_runner(engine).sampler, "gather_logprobs", lambda _: function)
-
-
 FAULTS = (
     Fault("RMSNorm kernel of vLLM", 2, vllm_norm.__doc__, "batch size", vllm_norm, (CUDA,), "norm",
           seam={"cuda": "norm.cuda_rms"}),
     Fault("num_splits 0", 3, heuristic_splits.__doc__, "batch size", heuristic_splits, (CUDA,), "attn",
           seam={"cuda": "attention.cuda_backend"}),
-    Fault("top-k of the library", 13, library_topk.__doc__, "tied logits and routers", library_topk, (CUDA,),
-          "sampler", seam=None),
 )

@@ -9,13 +9,14 @@ import torch
 
 from bi_patch.verify.engine import LocalEngine
 from bi_patch.verify.faults import parts
-from bi_patch.verify.faults.base import BOTH, CPU, Fault
+from bi_patch.verify.faults.base import BOTH, CPU, Fault, platform
 from bi_patch.verify.runner import model_runner, replaced
 
 _LINEAR = {"cpu": "linear.cpu_dispatch", "cuda": "linear.cuda_route"}
 _NORM = {"cpu": "norm.cpu_rms", "cuda": "norm.cuda_rms"}
 _MOE = {"cpu": "moe.cpu_experts", "cuda": "moe.cuda_tables"}
 _DRAW = {"cpu": "sampling.cpu_draw", "cuda": "sampling.cuda_top_k_top_p"}
+_TOP = {"cpu": "sampling.cpu_gather_logprobs", "cuda": "sampling.cuda_gather_logprobs"}
 _RANKS = {"cpu": "communicator", "cuda": "communicator.one_stage"}
 FEW = 4  # rows up to which a library takes its kernel for few rows
 RANKS = 4  # a sum of two is the same in any order
@@ -253,6 +254,22 @@ def one_generator(engine: LocalEngine):
     return replaced(sampler, "forward", wrap)
 
 
+def ties_by_rows(engine: LocalEngine):
+    """Top logprobs by a top-k that follows the number of rows: in more than a few, ties fall to the higher token."""
+    from bi_patch.orders.topk import TopK, topk
+    from bi_patch.seams.overlay import Overlay, with_globals
+
+    def by_rows(scores, k, dim=-1):
+        if scores.shape[0] <= FEW:
+            return topk(scores, k, dim)
+        found = topk(scores.flip(-1), k, dim)
+        return TopK(found.values, scores.shape[-1] - 1 - found.indices)
+
+    seam = _TOP[platform()]
+    function = with_globals(parts.original(seam).__func__, torch=Overlay(torch, topk=by_rows))
+    return replaced(model_runner(engine).sampler, "gather_logprobs", lambda _: function)
+
+
 @contextlib.contextmanager
 def stale_buffer(engine: LocalEngine) -> Iterator[None]:
     """Prompt logprobs of all requests are gathered in one buffer, which the next request overwrites."""
@@ -369,6 +386,8 @@ FAULTS = (
           emulated=BOTH),
     Fault("block FP8 under the scale group", 12, block_scale.__doc__, "batch size", block_scale, BOTH, seam=_LINEAR,
           emulated=BOTH),
+    Fault("ties of top logprobs by rows", 13, ties_by_rows.__doc__, "tied logits and routers", ties_by_rows, BOTH,
+          "sampler", seam=_TOP, emulated=BOTH),
     Fault("rotated two-shot all-reduce", 14, two_shot.__doc__, "batch size", two_shot, BOTH, "o_proj", "all_reduce",
           seam=_RANKS, emulated=BOTH),
     Fault("all-reduce fused with RMSNorm", 15, fused_norm.__doc__, "batch size", fused_norm, BOTH, "layernorm",

@@ -20,11 +20,9 @@ A probe that could not do what it is for (no preemption happened, no prefix was 
 
 from __future__ import annotations
 
-from bi_patch.verify.engine import Engine
+from bi_patch.verify.engine import HITS, PREEMPTIONS, Engine
 from bi_patch.verify.probes import adapters, crossing, online
 from bi_patch.verify.probes.base import (
-    HITS,
-    PREEMPTIONS,
     Change,
     CrossProbe,
     NotExercised,

@@ -15,8 +15,6 @@ from bi_patch.verify.answers import Answer, Difference, Request
 from bi_patch.verify.case import Case, Setting
 from bi_patch.verify.engine import Engine, Options
 
-HITS, PREEMPTIONS = "vllm:prefix_cache_hits", "vllm:num_preemptions"
-
 
 class NotExercised(BiPatchError):
     """A probe ran but its cause never occurred, so its result would prove nothing."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from bi_patch.verify.answers import Request
 from bi_patch.verify.case import Case, Setting
-from bi_patch.verify.engine import SERVER, Engine
-from bi_patch.verify.probes.base import HITS, NotExercised, Run, pair
+from bi_patch.verify.engine import HITS, SERVER, Engine
+from bi_patch.verify.probes.base import NotExercised, Run, pair
 
 LONG_FROM = 640  # max_model_len from which a long prompt is longer than the others
 _ROOM = 34  # tokens that every level leaves free behind a prompt

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 
 from bi_patch.verify.answers import Request
-from bi_patch.verify.engine import Engine
-from bi_patch.verify.probes.base import PREEMPTIONS, Change, NotExercised, Workload, config
+from bi_patch.verify.engine import PREEMPTIONS, Engine
+from bi_patch.verify.probes.base import Change, NotExercised, Workload, config
 
 SPECULATIVE = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3,

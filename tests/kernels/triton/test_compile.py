@@ -31,7 +31,7 @@ def build(function, signature, constants, architecture, **options):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [1, 64, 4096])
 def test_gemm(architecture, rows):
-    tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], False)
+    tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], 132, False)
     pointers = dict.fromkeys(("x", "w", "bias", "out"), "*bf16")
     sizes = dict.fromkeys(("rows", "cols", "depth", "stride_x", "stride_w", "stride_out"), "i32")
     constants = {
@@ -44,8 +44,9 @@ def test_gemm(architecture, rows):
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a >= 90])
-def test_persistent(architecture):
-    tile = gemm.choose(4096, 4096, 4096, 2, SHARED[architecture], True)
+@pytest.mark.parametrize("rows", [33, 128, 256, 4096])
+def test_persistent(architecture, rows):
+    tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], 132, True)
     assert tile.persistent
     signature = {
         "x": f"tensordesc<bf16[{tile.m}, {tile.k}]>",
@@ -57,7 +58,7 @@ def test_persistent(architecture):
         "depth": "i32",
     }
     constants = {
-        "HAS_BIAS": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": 8, "PROGRAMS": 132
+        "HAS_BIAS": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": 8
     }  # fmt: skip
     built = build(gemm._persistent, signature, constants, architecture, num_warps=tile.warps, num_stages=tile.stages)
     assert built.metadata.shared <= SHARED[architecture]
