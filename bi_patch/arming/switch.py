@@ -9,7 +9,7 @@ from types import ModuleType
 import wrapt
 
 from bi_patch import settings as settings_module
-from bi_patch.arming import installed
+from bi_patch.arming import children, installed
 from bi_patch.arming.installed import Installed
 from bi_patch.arming.ledger import Ledger
 from bi_patch.errors import AnchorMoved, ArmedTooLate, SettingError
@@ -71,7 +71,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     if not by_patch:
         _refuse_late(plan)
     new = State(read, plan, found)
-    _set_environ(new)
+    _set_environ(new, children.environ() if read.form == "hooks" and not by_patch else {})
     _state = new
     active.plan, active.cache, active.checks = plan, read.cache, [_gate]
     if read.form == "hooks" and not by_patch:  # half-loaded modules would call their hook at once
@@ -151,9 +151,9 @@ def _refuse_late(plan: Plan) -> None:
         )
 
 
-def _set_environ(new: State) -> None:
+def _set_environ(new: State, further: dict[str, str]) -> None:
     assert new.plan is not None
-    wanted = {SWITCH: "1"}
+    wanted = {SWITCH: "1"} | further
     for setting in new.plan.settings:
         present = os.environ.get(setting.variable)
         if present is not None and present != setting.value:

@@ -2,16 +2,13 @@
 
 import os
 import shutil
-from pathlib import Path
 
 import typer
 
 from bi_patch import settings
+from bi_patch.arming import children
 from bi_patch.cli import app
 from bi_patch.errors import SettingError
-
-SITE = Path(__file__).resolve().parent.parent / "arming" / "site"
-
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
@@ -36,8 +33,5 @@ def armed_environ(environ: dict[str, str]) -> dict[str, str]:
     """`environ` with what arms a Python process and its children (nothing when BI_PATCH=0)."""
     if environ.get("BI_PATCH") == "0":
         return environ
-    package_parent = SITE.parent.parent.parent
-    paths = [str(SITE), *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
-    if package_parent.name not in ("site-packages", "dist-packages"):
-        paths.insert(1, str(package_parent))  # run from a source tree
-    return environ | {"VLLM_BATCH_INVARIANT": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    path = children.python_path(environ.get("PYTHONPATH", ""))
+    return environ | {"VLLM_BATCH_INVARIANT": "1", "PYTHONPATH": path}

@@ -3,8 +3,10 @@
 import json
 import os
 import statistics
+import subprocess
 import sys
 import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,6 @@ def test_start_costs_nothing_without_the_switch(run_python):
         "site.addpackage = lambda d, n, k: None if skip and n.startswith('bi_patch') else keep(d, n, k)\n"
         "site.main(); print(time.perf_counter() - start)"
     )
-    import subprocess
 
     times = {"with": [], "without": []}
     for _ in range(15):
@@ -138,7 +139,7 @@ def test_disarming_puts_the_environment_back(run_python):
 
 
 def test_sitecustomize_hands_on_to_the_next(run_python, tmp_path):
-    from bi_patch.cli.run import SITE
+    from bi_patch.arming.children import SITE
 
     (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.theirs = True\n")
     done = run_python(
@@ -148,10 +149,34 @@ def test_sitecustomize_hands_on_to_the_next(run_python, tmp_path):
     assert done.stdout.strip() == "True True", done.stderr
 
 
+@pytest.fixture
+def not_installed(tmp_path):
+    """The interpreter of an environment that can import bi_patch and vLLM, and reads no .pth file of bi_patch."""
+    venv.create(tmp_path / "venv")
+    (folder,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (folder / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return str(tmp_path / "venv" / "bin" / "python")
+
+
+def test_children_are_armed_where_bi_patch_is_not_installed(not_installed):
+    code = (
+        "import bi_patch, os, subprocess, sys\n"
+        f"child = subprocess.run([sys.executable, '-c', {LOADED!r}], capture_output=True, text=True).stdout\n"
+        "path = os.environ['PYTHONPATH']; bi_patch.disarm()\n"
+        "print(child.strip(), 'arming/site' in path, os.environ.get('PYTHONPATH'))"
+    )
+    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_BATCH_INVARIANT")}
+    done = subprocess.run([not_installed, "-c", code], env=environ, capture_output=True, text=True)
+    assert done.stdout.strip() == "[true, true] True None", done.stderr
+
+
+def test_children_that_cannot_be_reached_are_an_error(not_installed):
+    done = subprocess.run([not_installed, "-I", "-c", "import bi_patch"], capture_output=True, text=True)
+    assert "SettingError" in done.stderr and "would not all be armed" in done.stderr
+
+
 def test_run_arms_a_child_and_keeps_its_exit_code(run_python):
     program = str(Path(sys.executable).with_name("bi-patch"))
-    import subprocess
-
     code = "import bi_patch, sys; sys.exit(7 if bi_patch.state().armed else 1)"
     assert subprocess.run([program, "run", "--", sys.executable, "-c", code]).returncode == 7
     done = subprocess.run([program, "run", "--", "no-such-program"], capture_output=True, text=True)

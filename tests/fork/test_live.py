@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bi_patch
-from bi_patch.cli.run import SITE
+from bi_patch.arming.children import SITE
 from bi_patch.demo import models
 from bi_patch.fork.apply import patched_copy
 
