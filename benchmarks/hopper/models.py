@@ -65,9 +65,14 @@ MODELS = {
 MODELS["Qwen3-30B-A3B, 6 layers"] = MODELS["Qwen3-30B-A3B"] | {"num_hidden_layers": 6}
 
 
+def short(name: str) -> str:
+    """The name of a model's folder and files."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
 def write(name: str, root: str) -> str:
     """Write the config of a model and return its folder."""
-    folder = os.path.join(root, name.replace(", ", "-").replace(" ", "-"))
+    folder = os.path.join(root, short(name))
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump(MODELS[name], file)

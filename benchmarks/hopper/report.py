@@ -4,7 +4,8 @@
 
 writes benchmarks/results/*-DATE-TAG-vllm-*.json.
 
-TAG names the device, e.g. h100. Files of all models and modes may be given together; devices and releases must agree.
+TAG names the device, e.g. h100. Files of all models and modes may be given together, also reports of `bi-patch verify`,
+whose model is their target's folder; devices and releases must agree.
 Rows of other models that an earlier run of the same day left in the evidence files are kept.
 """
 
@@ -15,16 +16,33 @@ import statistics
 import sys
 from pathlib import Path
 
+import models
+
 os.environ["BI_PATCH"] = "0"
 MODES = ("stock", "upstream", "armed")
 
 
 def load(paths: list[str]) -> list[dict]:
-    runs = [json.loads(Path(path).read_text()) for path in paths]
+    runs = [as_run(json.loads(Path(path).read_text())) for path in paths]
     found = {(run["device"], run["vllm"], run["torch"]) for run in runs}
     if len(found) != 1:
         sys.exit(f"the files are not of one device and release: {sorted(found)}")
     return runs
+
+
+def as_run(found: dict) -> dict:
+    """A report of `bi-patch verify` in the form of child.py's files; the latter as they are."""
+    if "axes" not in found:
+        return found
+    rows = [
+        {"axis": axis["name"], "compared": axis["compared"], "differing": axis["differing"], "note": axis["reason"]}
+        for axis in found["axes"]
+        if axis["compared"]
+    ]
+    kept = {name: found[name] for name in ("mode", "device", "vllm", "torch")}
+    folder = Path(found["target"]).name
+    names = {models.short(name): name for name in models.MODELS}
+    return kept | {"model": names.get(folder, folder), "cost": [], "matrix": rows}
 
 
 def cost_rows(runs: list[dict]) -> list[dict]:

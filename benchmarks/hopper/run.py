@@ -2,9 +2,10 @@
 
     PYTHONPATH=.:$PYTHONPATH python3 benchmarks/hopper/run.py TAG DATE [--model Qwen3-8B]... [--results FOLDER]
 
-Each engine has a process of its own and nothing beside it on the card. Armed also runs the invariance matrix. About 10
-minutes for an 8B model. TAG and DATE name the files under the results; they are written anew after every engine, so
-that a run which is cut short leaves what it measured.
+Each engine has a process of its own and nothing beside it on the card. Armed also runs the invariance matrix, and
+then `bi-patch verify` the axes that need further engines (--no-verify leaves them out; not yet timed on a GPU). About
+10 minutes for an 8B model without them. TAG and DATE name the files under the results; they are written anew after
+every engine, so that a run which is cut short leaves what it measured.
 """
 
 import argparse
@@ -12,9 +13,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models
+
 HERE = Path(__file__).resolve().parent
 # Fewer captured sizes than the default make three starts shorter; they are the same for all modes.
 EXTRA = '{"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}}'
+# Axes that the matrix of one engine cannot hold.
+AXES = ("tied logits and routers", "preemption", "restart", "prefix cache off", "eager and compiled")
+VERIFY = "verify"
+CLI = "import bi_patch_entry; bi_patch_entry.cli()"
+
+
+def verify(model: str, out: Path) -> list[str]:
+    """The command of `bi-patch verify`, installed or not."""
+    axes = [part for axis in AXES for part in ("--axis", axis)]
+    folder = models.write(model, "/tmp/models")
+    return [sys.executable, "-c", CLI, "verify", folder, "--random-weights", "7", *axes, "--json", str(out)]
 
 
 def main() -> None:
@@ -26,20 +40,30 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--raw", type=Path, default=Path("/tmp/bi_patch-hopper"), help="folder of each engine's file")
     parser.add_argument("--max-model-len", default="33000")
+    parser.add_argument("--no-verify", action="store_true")
     a = parser.parse_args()
     a.raw.mkdir(parents=True, exist_ok=True)
     files, failed = [], []
     for model in a.model or ["Qwen3-8B"]:
+        commands = []
         for mode in a.modes.split(","):
-            out = a.raw / f"{model}-{mode}.json".replace(" ", "-")
+            out = a.raw / f"{models.short(model)}-{mode}.json"
             command = [sys.executable, HERE / "child.py", model, mode, out, "--cost", "--extra", EXTRA]
             command += ["--max-model-len", a.max_model_len, *(["--matrix"] if mode == "armed" else [])]
-            if subprocess.run([str(part) for part in command]).returncode:
+            commands.append((out, command))
+        if "armed" in a.modes.split(",") and not a.no_verify:
+            out = a.raw / f"{models.short(model)}-{VERIFY}.json"
+            commands.append((out, verify(model, out)))
+        for out, command in commands:
+            out.unlink(missing_ok=True)
+            wrong = subprocess.run([str(part) for part in command]).returncode
+            if wrong:
                 failed.append(str(out))
-                continue
-            files.append(str(out))
-            report = [sys.executable, HERE / "report.py", a.tag, a.date, "--results", a.results, *files]
-            subprocess.run([str(part) for part in report], check=True)
+            # A report of verify that did not pass still says what was compared.
+            if out.is_file() and (not wrong or out.stem.endswith(VERIFY)):
+                files.append(str(out))
+                report = [sys.executable, HERE / "report.py", a.tag, a.date, "--results", a.results, *files]
+                subprocess.run([str(part) for part in report], check=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
