@@ -39,10 +39,12 @@ def run_python(cache: Path):
     Settings of bi_patch and vLLM's switch are removed first; `environ` adds what the test wants.
     """
 
-    def run(code: str, *arguments: str, timeout: float = 120, **environ: str) -> subprocess.CompletedProcess:
+    def run(
+        code: str, *arguments: str, timeout: float = 120, python: str = sys.executable, **environ: str
+    ) -> subprocess.CompletedProcess:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
         return subprocess.run(
-            [sys.executable, *arguments, "-c", code],
+            [python, *arguments, "-c", code],
             env=clean | {"BI_PATCH_CACHE": str(cache)} | environ,
             capture_output=True,
             text=True,

@@ -46,36 +46,45 @@ def time_calls(torch, calls) -> float:
     return best * 1000 / len(calls)
 
 
-def child(mode: str) -> None:
-    import torch
+def mask_split_k(torch) -> None:
+    """PyTorch's switch alone, in cuBLASLt."""
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, False)
 
-    if mode != "default":
-        torch.backends.cuda.preferred_blas_library("cublaslt")
-    if MODES[mode][1]:
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, False)
-    from bi_patch.orders import cuda_linear as linear
 
-    rows = []
+def problems(torch, rows):
+    """Each shape and M: name, n, k, x [m, k], and the weights [n, k] that a timed graph goes through in turn."""
     for name, (n, k) in SHAPES.items():
         copies = max(1, CACHE_BYTES // (n * k * 2))
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for _ in range(copies)]
-        for m in ROWS:
+        for m in rows:
             if n > 100000 and m > 512:
                 continue
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            want = linear.bundled(x, weights[0], None, False)
-            got = torch.nn.functional.linear(x, weights[0])
-            row = {"shape": name, "n": n, "k": k, "m": m, "mode": mode, "differing": linear.unequal(got, want)}
-            repeat = max(1, 12 // copies) if m <= 512 else 1
-            row["us"] = time_calls(torch, [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in weights * repeat])
-            if mode == "both":
-                mine = linear.bundled(x, weights[0], None, True)
-                row["bundled_differing"] = linear.unequal(mine, want)
-                row["bundled_us"] = time_calls(
-                    torch, [lambda x=x, w=w: linear.bundled(x, w, None, True) for w in weights * repeat]
-                )
-            rows.append(row)
+            yield name, n, k, x, weights * (max(1, 12 // copies) if m <= 512 else 1)
+
+
+def child(mode: str) -> None:
+    import torch
+
+    if MODES[mode][1]:
+        mask_split_k(torch)
+    elif mode != "default":
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+    from bi_patch.orders import cuda_linear as linear
+
+    rows = []
+    for name, n, k, x, weights in problems(torch, ROWS):
+        want = linear.bundled(x, weights[0], None, False)
+        got = torch.nn.functional.linear(x, weights[0])
+        row = {"shape": name, "n": n, "k": k, "m": len(x), "mode": mode, "differing": linear.unequal(got, want)}
+        row["us"] = time_calls(torch, [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in weights])
+        if mode == "both":
+            mine = linear.bundled(x, weights[0], None, True)
+            row["bundled_differing"] = linear.unequal(mine, want)
+            row["bundled_us"] = time_calls(torch, [lambda x=x, w=w: linear.bundled(x, w, None, True) for w in weights])
+        rows.append(row)
     print(json.dumps(rows))
 
 

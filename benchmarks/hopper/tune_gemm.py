@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 os.environ["BI_PATCH"] = "0"
-from gemm import CACHE_BYTES, SHAPES, time_calls
+from gemm import mask_split_k, problems, time_calls
 
 ROWS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 8192)
 # Block m, n, k, warps, stages; programs a multiprocessor (0: through pointers). The rows that a tile is tried for.
@@ -38,31 +38,26 @@ def tiles(rows: int) -> tuple:
     return FEW if rows <= 32 else SOME if rows <= 1024 else tuple(t for t in SOME if t[0] * t[1] >= 128 * 128)
 
 
-def _data(torch, n: int, k: int, m: int):
-    weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5
-    return torch.randn(m, k, device="cuda", dtype=torch.bfloat16), weight
-
-
 def compile_tile(tile: tuple) -> tuple[tuple, str]:
     """Compile one tile into Triton's cache and compare its bits with the reference tile's. Returns what is wrong."""
     import torch
 
     from bi_patch.kernels.triton import gemm
+    from bi_patch.orders.cuda_linear import unequal
 
     torch.manual_seed(0)
-    x, weight = _data(torch, 1024, 2048, 300)
+    x, weight = (torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16) for m in (300, 1024))
     try:
         got = gemm.gemm(x, weight, None, gemm.Tile(*tile))
     except Exception as error:  # too much shared memory, for one
         return tile, f"{type(error).__name__}: {str(error)[:120]}"
-    want = gemm.gemm(x, weight, None, gemm.REFERENCE)
-    return tile, "" if torch.equal(got.view(torch.int16), want.view(torch.int16)) else "other bits"
+    return tile, "other bits" if unequal(got, gemm.gemm(x, weight, None, gemm.REFERENCE)) else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
-    parser.add_argument("--seconds", type=float, default=90, help="no shape is begun later than this")
+    parser.add_argument("--seconds", type=float, default=90, help="nothing is begun later than this")
     parser.add_argument("--rows", type=lambda text: tuple(map(int, text.split(","))), default=ROWS)
     a = parser.parse_args()
     began = time.monotonic()
@@ -74,30 +69,22 @@ def main() -> None:
 
     from bi_patch.kernels.triton import gemm
 
-    torch.backends.cuda.preferred_blas_library("cublaslt")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    mask_split_k(torch)
     rows = []
-    for name, (n, k) in SHAPES.items():
+    for name, n, k, x, weights in problems(torch, a.rows):
         if time.monotonic() - began > a.seconds:
             break
-        copies = max(1, CACHE_BYTES // (n * k * 2))
-        weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for _ in range(copies)]
-        for m in a.rows:
-            if n > 100000 and m > 512:
-                continue
-            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            calls = weights * max(1, 12 // copies) if m <= 512 else weights
-            row = {"shape": name, "n": n, "k": k, "m": m, "tiles": []}
-            row["library_us"] = time_calls(torch, [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in calls])
-            for tile in tiles(m):
-                if not wrong[tile]:
-                    t = gemm.Tile(*tile)
-                    us = time_calls(torch, [lambda x=x, w=w, t=t: gemm.gemm(x, w, None, t) for w in calls])
-                    row["tiles"].append((us, tile))
-            row["tiles"].sort()
-            rows.append(row)
-            best, tile = row["tiles"][0]
-            print(f"{name} M={m} library {row['library_us']:.1f} best {best:.1f} us {tile}", flush=True)
+        row = {"shape": name, "n": n, "k": k, "m": len(x), "tiles": []}
+        row["library_us"] = time_calls(torch, [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in weights])
+        for tile in tiles(len(x)):
+            if not wrong[tile]:
+                t = gemm.Tile(*tile)
+                us = time_calls(torch, [lambda x=x, w=w, t=t: gemm.gemm(x, w, None, t) for w in weights])
+                row["tiles"].append((us, tile))
+        row["tiles"].sort()
+        rows.append(row)
+        best, tile = row["tiles"][0]
+        print(f"{name} M={len(x)} library {row['library_us']:.1f} best {best:.1f} us {tile}", flush=True)
         with open(a.out, "w") as file:
             json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, file)
 

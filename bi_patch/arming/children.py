@@ -15,7 +15,7 @@ SITE = Path(__file__).resolve().parent / "site"
 _STARTUP_FILE = "bi_patch_autoload.pth"
 
 
-def installed() -> bool:
+def reads_startup_file() -> bool:
     """Whether an interpreter of this environment reads bi_patch's .pth file at its start."""
     folders = site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
     return not sys.flags.no_site and any((Path(folder) / _STARTUP_FILE).is_file() for folder in folders)
@@ -32,7 +32,7 @@ def python_path(present: str) -> str:
 
 def environ() -> dict[str, str]:
     """What this process's environment needs for its children. Raises SettingError where nothing can reach them."""
-    if installed():
+    if reads_startup_file():
         return {}
     if sys.flags.ignore_environment or sys.flags.no_site:
         raise SettingError(

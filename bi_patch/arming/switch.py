@@ -71,10 +71,11 @@ def arm(*, by_patch: bool = False) -> State | None:
     if not by_patch:
         _refuse_late(plan)
     new = State(read, plan, found)
-    _set_environ(new, children.environ() if read.form == "hooks" and not by_patch else {})
+    hooked = read.form == "hooks" and not by_patch  # half-loaded modules would call their hook at once
+    _set_environ(new, children.environ() if hooked else {})
     _state = new
     active.plan, active.cache, active.checks = plan, read.cache, [_gate]
-    if read.form == "hooks" and not by_patch:  # half-loaded modules would call their hook at once
+    if hooked:
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)
     return new

@@ -158,20 +158,19 @@ def not_installed(tmp_path):
     return str(tmp_path / "venv" / "bin" / "python")
 
 
-def test_children_are_armed_where_bi_patch_is_not_installed(not_installed):
+def test_children_are_armed_where_bi_patch_is_not_installed(run_python, not_installed):
     code = (
-        "import bi_patch, os, subprocess, sys\n"
+        "import os, subprocess, sys; before = os.environ.get('PYTHONPATH'); import bi_patch\n"
         f"child = subprocess.run([sys.executable, '-c', {LOADED!r}], capture_output=True, text=True).stdout\n"
         "path = os.environ['PYTHONPATH']; bi_patch.disarm()\n"
-        "print(child.strip(), 'arming/site' in path, os.environ.get('PYTHONPATH'))"
+        "print(child.strip(), 'arming/site' in path, os.environ.get('PYTHONPATH') == before)"
     )
-    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VLLM_BATCH_INVARIANT")}
-    done = subprocess.run([not_installed, "-c", code], env=environ, capture_output=True, text=True)
-    assert done.stdout.strip() == "[true, true] True None", done.stderr
+    done = run_python(code, python=not_installed)
+    assert done.stdout.strip() == "[true, true] True True", done.stderr
 
 
-def test_children_that_cannot_be_reached_are_an_error(not_installed):
-    done = subprocess.run([not_installed, "-I", "-c", "import bi_patch"], capture_output=True, text=True)
+def test_children_that_cannot_be_reached_are_an_error(run_python, not_installed):
+    done = run_python("import bi_patch", "-I", python=not_installed)
     assert "SettingError" in done.stderr and "would not all be armed" in done.stderr
 
 

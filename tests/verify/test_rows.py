@@ -3,14 +3,10 @@
 import types
 
 import numpy as np
-import pytest
 import torch
-
-pytest.importorskip("vllm")
+from vllm.v1.worker.gpu.sample import logits_processor as V2
 
 from bi_patch.verify import rows
-
-V2 = pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor")
 
 
 def parameters(name=None):

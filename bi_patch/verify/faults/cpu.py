@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from bi_patch.verify.engine import LocalEngine
 from bi_patch.verify.faults import parts
 from bi_patch.verify.faults.base import CPU, Fault
+from bi_patch.verify.faults.shared import FEW
+from bi_patch.verify.runner import replaced
 
 
-@contextlib.contextmanager
-def unsorted_topk(engine: LocalEngine) -> Iterator[None]:
+def unsorted_topk(engine: LocalEngine):
     """The router's top-k is unsorted, ties unbroken: for more than four rows by index (radix select), else by value."""
     from vllm.model_executor.layers.fused_moe.router import cpu_router
 
     from bi_patch.seams.overlay import Overlay, with_globals
 
     def topk(scores, k, dim=-1, **kwargs):
-        if scores.shape[0] <= 4:
+        if scores.shape[0] <= FEW:
             return torch.topk(scores, k, dim=dim, sorted=True)
-        flipped = torch.topk(scores.flip(-1), k, dim=dim)  # among equals the other one
-        ids = (scores.shape[-1] - 1 - flipped.indices).sort(-1).values
+        ids = parts.higher_first(scores, k).indices.sort(-1).values
         return scores.gather(-1, ids), ids
 
-    held = cpu_router._softmax_topk
-    cpu_router._softmax_topk = with_globals(parts.original("moe.cpu_routing"), torch=Overlay(torch, topk=topk))
-    try:
-        yield
-    finally:
-        cpu_router._softmax_topk = held
+    function = with_globals(parts.original("moe.cpu_routing"), torch=Overlay(torch, topk=topk))
+    return replaced(cpu_router, "_softmax_topk", lambda _: function)
 
 
 FAULTS = (

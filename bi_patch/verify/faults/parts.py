@@ -218,6 +218,14 @@ def op(name: str, schema: str, run: Callable) -> Callable:
     return getattr(torch.ops.bi_patch_fault, name)
 
 
+def higher_first(scores: torch.Tensor, k: int):
+    """Top-k of scores [..., V] whose ties fall to the higher index, as bi_patch's own to the lower: values, indices."""
+    from bi_patch.orders.topk import TopK, topk
+
+    found = topk(scores.flip(-1), k)
+    return TopK(found.values, scores.shape[-1] - 1 - found.indices)
+
+
 def original(seam: str):
     """What stood at a seam's place before it was closed."""
     from bi_patch.arming import switch

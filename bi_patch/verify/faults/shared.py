@@ -256,14 +256,11 @@ def one_generator(engine: LocalEngine):
 
 def ties_by_rows(engine: LocalEngine):
     """Top logprobs by a top-k that follows the number of rows: in more than a few, ties fall to the higher token."""
-    from bi_patch.orders.topk import TopK, topk
+    from bi_patch.orders.topk import topk
     from bi_patch.seams.overlay import Overlay, with_globals
 
     def by_rows(scores, k, dim=-1):
-        if scores.shape[0] <= FEW:
-            return topk(scores, k, dim)
-        found = topk(scores.flip(-1), k, dim)
-        return TopK(found.values, scores.shape[-1] - 1 - found.indices)
+        return topk(scores, k, dim) if scores.shape[0] <= FEW else parts.higher_first(scores, k)
 
     seam = _TOP[platform()]
     function = with_globals(parts.original(seam).__func__, torch=Overlay(torch, topk=by_rows))
