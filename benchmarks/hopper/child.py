@@ -32,6 +32,7 @@ def parse(arguments=None):
     parser.add_argument("out")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--only", help="comma-separated cost workloads")
+    parser.add_argument("--turns", action="store_true", help="cost, each workload when turns.py asks for it")
     parser.add_argument("--matrix", action="store_true", help="every axis")
     parser.add_argument("--batches", action="store_true", help="the axis of batch sizes alone")
     parser.add_argument("--quick", action="store_true", help="the axes that change kernels, in a minute")
@@ -147,6 +148,52 @@ def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> di
         "prefill_s": marks[0] - begin,
         "total_s": marks[-1] - begin,
     }
+
+
+def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> tuple[float, list]:
+    """Milliseconds of GPU kernels in a decode step, which is what it takes when the host costs nothing; the 16 kernels
+    that take most: [microseconds a step, launches a step, name]."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as trace
+
+    core, seen = engine.llm.llm_engine, set()
+    engine.forget()
+    for i in range(number):
+        engine.add(engine.prompt(77000 + i, length), steps + 24)
+    while len(seen) < number:
+        seen.update(o.request_id for o in core.step() if o.outputs[0].token_ids)
+    with trace(activities=[ProfilerActivity.CUDA]) as held:
+        for _ in range(steps):
+            core.step()
+    while core.has_unfinished_requests():
+        core.step()
+    kernels = [e for e in held.key_averages() if e.device_type == DeviceType.CUDA]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    most = [[round(e.self_device_time_total / steps, 1), e.count / steps, e.key[:120]] for e in kernels[:16]]
+    return sum(e.self_device_time_total for e in kernels) / 1000 / steps, most
+
+
+def measure(engine: Engine, result: dict, name: str, repeat: int) -> dict:
+    """One repeat of a workload, kept in `result`; before the first: kernels of its size are loaded, the GPU's time."""
+    number, length, tokens, _ = COST[name]
+    if repeat == 0 and number > 1:
+        cost(engine, number, length, 4, 500)
+    row = {"workload": name, "repeat": repeat} | cost(engine, number, length, tokens, repeat)
+    if repeat == 0 and number <= 64:
+        row["gpu_ms"], row["kernels"] = gpu_cost(engine, number, length)
+    result["cost"].append(row)
+    print("cost", result["model"], result["mode"], row, flush=True)
+    return row
+
+
+def take_turns(engine: Engine, result: dict) -> None:
+    """Answer each line of stdin, NAME<tab>REPEAT, with a line `turn`: another engine shares the card and waits."""
+    print("turn ready", flush=True)
+    for line in sys.stdin:
+        name, repeat = line.rstrip("\n").split("\t")
+        measure(engine, result, name, int(repeat))
+        print("turn done", flush=True)
 
 
 def profile(engine: Engine) -> None:
@@ -325,16 +372,15 @@ def main() -> None:
         chosen = a.only.split(",") if a.only else list(COST)
         cost(engine, 1, 64, 16, 999)
         for name in chosen:
-            number, length, tokens, repeats = COST[name]
+            _, length, tokens, repeats = COST[name]
             if length + tokens > a.max_model_len:
                 continue
-            if number > 1:
-                cost(engine, number, length, 4, 500)  # warm: kernels of this size are loaded
             for repeat in range(repeats):
-                row = {"workload": name, "repeat": repeat} | cost(engine, number, length, tokens, repeat)
-                result["cost"].append(row)
-                print("cost", a.model, a.mode, row, flush=True)
+                measure(engine, result, name, repeat)
             save()
+    if a.turns:
+        cost(engine, 1, 64, 16, 999)
+        take_turns(engine, result)
     if a.profile:
         profile(engine)
     if a.matrix or a.batches or a.peer or a.sampled or a.quick:

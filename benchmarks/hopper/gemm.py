@@ -1,27 +1,33 @@
 """Times and compares GEMM routes on one GPU: the vendor's with and without split-K, and the bundled Triton kernels.
 
-    PYTHONPATH=. python3 benchmarks/hopper/gemm.py OUT.json
+    PYTHONPATH=. python3 benchmarks/hopper/gemm.py OUT.json [--shapes 1B] [--modes default,served]
 
+"served" is what an armed engine calls: the certified algorithm that is kept for M. --shapes takes a beginning of names.
 Every mode runs in its own process, since libraries read their settings once. Microseconds a call: a CUDA graph of
 calls over weights that together exceed the L2 cache, best of several replays. `differing` counts outputs that differ in
 any bit from the bundled reference kernel.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 SHAPES = {
     "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (24576, 4096), "8B down": (4096, 12288),
     "1.7B qkv": (4096, 2048), "1.7B o": (2048, 2048), "1.7B down": (2048, 6144), "8B head": (151936, 4096),
+    "1B qkv": (3072, 2048), "1B gate_up": (16384, 2048), "1B down": (2048, 8192), "1B head": (128256, 2048),
 }  # fmt: skip
 ROWS = (1, 8, 16, 64, 128, 256, 512, 2048, 8192)
+MAX_ROWS = 16384
 MODES = {
     "default": ({}, False),
     "masked": ({}, True),
     "starved": ({"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}, False),
     "both": ({"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}, True),
+    "served": ({}, False),
 }
 CACHE_BYTES = 128 * 2**20
 
@@ -53,9 +59,24 @@ def mask_split_k(torch) -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, False)
 
 
-def problems(torch, rows):
+def serve(torch, shapes: dict):
+    """Certify `shapes` as an armed engine does; returns its product: (x [m, k], weight [n, k]) -> y [m, n]."""
+    import tempfile
+
+    from bi_patch.orders import cuda
+    from bi_patch.orders import cuda_linear as linear
+
+    cuda.forbid_split_k()
+    linear.define_op()
+    wanted = [linear.Problem(n, k, torch.bfloat16, False) for n, k in shapes.values()]
+    with tempfile.TemporaryDirectory() as cache:
+        linear.certify(wanted, MAX_ROWS, Path(cache))
+    return lambda x, weight: torch.ops.bi_patch.linear(x, weight, None)
+
+
+def problems(torch, rows, shapes=None):
     """Each shape and M: name, n, k, x [m, k], and the weights [n, k] that a timed graph goes through in turn."""
-    for name, (n, k) in SHAPES.items():
+    for name, (n, k) in (shapes or SHAPES).items():
         copies = max(1, CACHE_BYTES // (n * k * 2))
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for _ in range(copies)]
         for m in rows:
@@ -65,22 +86,26 @@ def problems(torch, rows):
             yield name, n, k, x, weights * (max(1, 12 // copies) if m <= 512 else 1)
 
 
-def child(mode: str) -> None:
+def child(mode: str, beginning: str) -> None:
     import torch
 
-    if MODES[mode][1]:
+    shapes = {name: shape for name, shape in SHAPES.items() if name.startswith(beginning)}
+    product = torch.nn.functional.linear
+    if mode == "served":
+        product = serve(torch, shapes)
+    elif MODES[mode][1]:
         mask_split_k(torch)
     elif mode != "default":
         torch.backends.cuda.preferred_blas_library("cublaslt")
     from bi_patch.orders import cuda_linear as linear
 
     rows = []
-    for name, n, k, x, weights in problems(torch, ROWS):
+    for name, n, k, x, weights in problems(torch, ROWS, shapes):
         want = linear.bundled(x, weights[0], None, False)
-        got = torch.nn.functional.linear(x, weights[0])
+        got = product(x, weights[0])
         row = {"shape": name, "n": n, "k": k, "m": len(x), "mode": mode, "differing": linear.unequal(got, want)}
-        row["us"] = time_calls(torch, [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in weights])
-        if mode == "both":
+        row["us"] = time_calls(torch, [lambda x=x, w=w: product(x, w) for w in weights])
+        if mode in ("both", "served"):
             mine = linear.bundled(x, weights[0], None, True)
             row["bundled_differing"] = linear.unequal(mine, want)
             row["bundled_us"] = time_calls(torch, [lambda x=x, w=w: linear.bundled(x, w, None, True) for w in weights])
@@ -89,20 +114,25 @@ def child(mode: str) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) == 3 and sys.argv[1] == "--child":
-        return child(sys.argv[2])
-    rows = []
-    for mode, (env, _) in MODES.items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out")
+    parser.add_argument("--shapes", default="", help="beginning of the names of shapes")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.child:
+        return child(a.modes, a.shapes)
+    rows, modes = [], a.modes.split(",")
+    for mode in modes:
         done = subprocess.run(
-            [sys.executable, __file__, "--child", mode],
-            env={**os.environ, **env, "BI_PATCH": "0"},
+            [sys.executable, __file__, a.out, "--child", "--modes", mode, "--shapes", a.shapes],
+            env={**os.environ, **MODES[mode][0], "BI_PATCH": "0"},
             stdout=subprocess.PIPE,
         )
         if done.returncode:
             sys.exit(f"mode {mode} failed")
         rows += json.loads(done.stdout.splitlines()[-1])
-    with open(sys.argv[1], "w") as file:
-        json.dump(rows, file)
+    Path(a.out).write_text(json.dumps(rows))
     table: dict[tuple, dict] = {}
     for row in rows:
         entry = table.setdefault((row["shape"], row["m"]), {})
@@ -110,9 +140,9 @@ def main() -> None:
         if "bundled_us" in row:
             entry["bundled"] = f"{row['bundled_us']:.1f}{'*' if row['bundled_differing'] else ''}"
     print("us a call; * differs from the reference kernel")
-    print("shape", "M", *MODES, "bundled", sep="\t")
+    print("shape", "M", *modes, "bundled", sep="\t")
     for (name, m), entry in table.items():
-        print(name, m, *(entry[mode] for mode in MODES), entry["bundled"], sep="\t")
+        print(name, m, *(entry[mode] for mode in modes), entry.get("bundled", "-"), sep="\t")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def cost_rows(runs: list[dict]) -> list[dict]:
             number = int(name.split(" ")[0])
             wanted = [("total", "s", "total_s"), ("prefill", "s", "prefill_s")] if number > 64 else []
             wanted += [] if number > 64 else [("decode", "ms/step", "decode_ms")]
+            wanted += [("decode (GPU)", "ms/step", "gpu_ms")] if "gpu_ms" in row else []
             wanted += [("prefill", "s", "prefill_s")] if name in ("8 x 1024/128", "2 x 32000/64") else []
             for what, unit, field in wanted:
                 key = (run["model"], f"{what} {name}", unit)

@@ -47,7 +47,25 @@ def _no_fusion(config) -> None:
         )
 
 
+def _whole_lines(config) -> None:
+    width = config.model_config.get_hidden_size()
+    parallel = config.parallel_config
+    if parallel.tensor_parallel_size > 1 and width % 8 and not parallel.disable_custom_all_reduce:
+        raise UnsupportedFeature(
+            f"communicator.width: rows of {width} elements are not whole 16-byte lines, so the all-reduce kernel would "
+            "be chosen by the number of tokens. Run it on one device, or pass disable_custom_all_reduce=True, or set "
+            "BI_PATCH=0"
+        )
+
+
 POLICIES = (
+    Policy(
+        name="communicator.width",
+        apply=_whole_lines,
+        why="vLLM's all-reduce serves messages of whole 16-byte lines and leaves the others, by their size, to NCCL",
+        platforms=CUDA,
+        releases=">=0.32,<0.34",
+    ),
     Policy(
         name="communicator.fusion",
         apply=_no_fusion,

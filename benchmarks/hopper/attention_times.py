@@ -1,0 +1,128 @@
+"""Times vLLM's decode attention kernels alone, as a captured graph runs them: microseconds a layer.
+
+    VLLM_BATCH_INVARIANT=1 PYTHONPATH=. python3 benchmarks/hopper/attention_times.py OUT.json   # vLLM, a Hopper GPU
+
+32 query heads, 8 key heads. "stock" is FlashAttention 3 with up to 32 splits, told a longest query of 1; the others are
+one split, told 1, 16 or 128, with pages of 16 or 128 tokens (TMA loads whole pages where the query is long); "triton"
+is what serves layers with a window. Layers' caches differ, so that they come from memory and not from L2.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+
+os.environ["BI_PATCH"] = "0"
+os.environ["VLLM_BATCH_INVARIANT"] = "1"
+HEADS, KEY_HEADS, CALLS = 32, 8, 12
+LOADS = ((1, 576), (8, 1100), (64, 600), (256, 1100), (2, 32000))
+WAYS = {
+    "stock": {"told": 1, "page": 16, "splits": 32},
+    "one split, told 1": {"told": 1, "page": 16, "splits": 1},
+    "one split, told 16": {"told": 16, "page": 16, "splits": 1},
+    "one split, told 128": {"told": 128, "page": 16, "splits": 1},
+    "one split, told 1, pages of 128": {"told": 1, "page": 128, "splits": 1},
+    "one split, told 128, pages of 128": {"told": 128, "page": 128, "splits": 1},
+}
+
+
+def caches(number: int, context: int, size: int, page: int):
+    """Enough layers of K and V, in pages, that all of them are more than L2 holds; the table of pages."""
+    import torch
+
+    blocks = -(-context // page)
+    bytes_each = 4 * number * blocks * page * KEY_HEADS * size
+    layers = max(2, min(CALLS, (256 << 20) // bytes_each))
+    shape = (number * blocks, page, KEY_HEADS, size)
+    pairs = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)] for _ in range(layers)]
+    table = torch.randperm(number * blocks, device="cuda").to(torch.int32).reshape(number, blocks)
+    return pairs, table
+
+
+def timed(call) -> float:
+    """Microseconds of call(i), in a graph of CALLS of them; the least of 5."""
+    import torch
+
+    for i in range(2):
+        call(i)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(CALLS):
+            call(i)
+    graph.replay()
+    found = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(1000 * begin.elapsed_time(end) / CALLS)
+    return min(found)
+
+
+def flash(q, pairs, table, starts, lengths, context, window, told, page, splits):
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+    from vllm.vllm_flash_attn.flash_attn_interface import get_scheduler_metadata
+
+    edges = [window - 1, 0] if window else [-1, -1]
+    schedule = get_scheduler_metadata(
+        batch_size=len(lengths), max_seqlen_q=told, max_seqlen_k=context, num_heads_q=HEADS, num_heads_kv=KEY_HEADS,
+        headdim=q.shape[-1], cache_seqlens=lengths, qkv_dtype=q.dtype, cu_seqlens_q=starts, page_size=page, causal=True,
+        window_size=edges, num_splits=splits,
+    )  # fmt: skip
+
+    def call(i):
+        k, v = pairs[i % len(pairs)]
+        return flash_attn_varlen_func(
+            q=q, k=k, v=v, cu_seqlens_q=starts, max_seqlen_q=told, seqused_k=lengths, max_seqlen_k=context,
+            softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=edges, block_table=table, fa_version=3,
+            num_splits=splits, scheduler_metadata=schedule,
+        )  # fmt: skip
+
+    return call
+
+
+def triton(q, pairs, table, starts, lengths, window):
+    import attention
+
+    return lambda i: attention.triton(q, *pairs[i % len(pairs)], table, starts, lengths, 1, window, 0.0)
+
+
+def main() -> None:
+    import torch
+    import vllm
+
+    rows = []
+
+    def keep(size, window, number, context, way, call) -> None:
+        row = {"head": size, "window": window, "requests": number, "context": context, "way": way}
+        try:
+            row["us"] = round(timed(call()), 2)
+        except Exception as error:  # what the library refuses is a finding too
+            row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        rows.append(row)
+        print(row, flush=True)
+
+    for size, window in ((64, 0), (128, 0), (128, 512)):
+        for number, context in LOADS:
+            q = torch.randn(number, HEADS, size, device="cuda", dtype=torch.bfloat16)
+            starts = torch.arange(number + 1, device="cuda", dtype=torch.int32)
+            lengths = torch.full((number,), context, device="cuda", dtype=torch.int32)
+            held = {page: caches(number, context, size, page) for page in (16, 128)}
+            ways = {
+                way: partial(flash, q, *held[o["page"]], starts, lengths, context, window, **o)
+                for way, o in WAYS.items()
+                if not window or way == "stock"
+            }
+            ways["triton"] = partial(triton, q, *held[16], starts, lengths, window)
+            for way, call in ways.items():
+                keep(size, window, number, context, way, call)
+    head = {"device": torch.cuda.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__}
+    head["command"] = "benchmarks/hopper/attention_times.py"
+    with open(sys.argv[1], "w") as file:
+        json.dump({**head, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
