@@ -48,9 +48,11 @@ def _no_fusion(config) -> None:
 
 
 def _whole_lines(config) -> None:
-    width = config.model_config.get_hidden_size()
     parallel = config.parallel_config
-    if parallel.tensor_parallel_size > 1 and width % 8 and not parallel.disable_custom_all_reduce:
+    if parallel.tensor_parallel_size == 1 or parallel.disable_custom_all_reduce:
+        return
+    width = config.model_config.get_hidden_size()
+    if width % 8:
         raise UnsupportedFeature(
             f"communicator.width: rows of {width} elements are not whole 16-byte lines, so the all-reduce kernel would "
             "be chosen by the number of tokens. Run it on one device, or pass disable_custom_all_reduce=True, or set "

@@ -21,11 +21,12 @@ def config(**changes):
         "model": {
             "runner_type": "generate", "is_multimodal_model": False, "is_encoder_decoder": False, "is_hybrid": False,
             "use_mla": False, "quantization": None, "disable_cascade_attn": False,
-            "architectures": ["Qwen3ForCausalLM"],
+            "architectures": ["Qwen3ForCausalLM"], "get_hidden_size": lambda: 2048,
         },
         "parallel": {
             "tensor_parallel_size": 1, "data_parallel_size": 1, "decode_context_parallel_size": 1, "enable_dbo": False,
             "pipeline_parallel_size": 1, "enable_expert_parallel": False, "enable_eplb": False,
+            "disable_custom_all_reduce": False,
         },
         "cache": {"cache_dtype": "auto"},
         "compilation": {"pass_config": SimpleNamespace(), "custom_ops": ["none"]},
@@ -66,8 +67,17 @@ def test_settings_forbid_split_k_and_other_sums(release):
     assert values["TORCHINDUCTOR_DETERMINISTIC"] == "1"
 
 
-def test_a_plain_configuration_passes():
-    held = config()
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"parallel__tensor_parallel_size": 4},
+        {"parallel__tensor_parallel_size": 4, "parallel__disable_custom_all_reduce": True,
+         "model__get_hidden_size": lambda: 2052},
+    ],
+)  # fmt: skip
+def test_a_plain_configuration_passes(change):
+    held = config(**change)
     for policy in cuda_policies():
         policy.apply(held)
     assert "+silu_and_mul" in held.compilation_config.custom_ops
@@ -97,6 +107,10 @@ def test_a_plain_configuration_passes():
         (
             {"parallel__tensor_parallel_size": 2, "compilation__pass_config": SimpleNamespace(enable_sp=True)},
             "enable_sp",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "model__get_hidden_size": lambda: 2052},
+            "communicator.width: rows of 2052 elements",
         ),
     ],
 )
