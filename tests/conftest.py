@@ -1,6 +1,7 @@
 """What all tests share: a clean environment for child processes, and one cache folder for the run."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,14 @@ def _cache_for_children(cache: Path):
         del os.environ["BI_PATCH_CACHE"]
     else:
         os.environ["BI_PATCH_CACHE"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts():
+    """A shell's background jobs ignore SIGINT, and their children too; some tests send it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
