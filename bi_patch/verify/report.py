@@ -185,7 +185,7 @@ def sentences(report: Report) -> list[str]:
     elif report.compared:
         said.append(
             f"{what} was bitwise invariant in all {report.compared:,} positions compared{rows}, along "
-            f"{len(settled)} axes."
+            f"{len(settled)} {'axis' if len(settled) == 1 else 'axes'}."
         )
     else:
         said.append(f"{what} could not be checked: nothing was compared.")

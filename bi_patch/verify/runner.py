@@ -38,7 +38,8 @@ def model_runner(engine) -> object:
         worker = getattr(worker, "worker", worker)
         runner = worker.model_runner
     except AttributeError as error:
-        raise NotTraceable(f"the model does not run in this process, so it cannot be traced ({error})") from error
+        where = type(getattr(engine.core, "model_executor", engine.core)).__name__
+        raise NotTraceable(f"the model runs in other processes ({where}), so it cannot be traced") from error
     return runner
 
 

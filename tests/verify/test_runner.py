@@ -4,10 +4,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 from bi_patch.verify.answers import Request
-from bi_patch.verify.runner import AttachedV2, NotTraceable, attach
+from bi_patch.verify.runner import AttachedV2, NotTraceable, attach, model_runner
 from bi_patch.verify.trace import Tracer
 
 
@@ -112,7 +113,14 @@ def test_rows_are_found_in_a_batch_in_chunks_and_in_pieces_of_prompt_logits():
 
 
 def test_another_runner_is_refused_by_name():
-    import pytest
-
     with pytest.raises(NotTraceable, match="neither model runner V1 nor V2"):
         attach(SimpleNamespace(sampler=None), None, [Request((1,))], 0)
+
+
+def test_a_model_in_other_processes_is_not_traced():
+    class MultiprocExecutor:
+        pass
+
+    engine = SimpleNamespace(core=SimpleNamespace(model_executor=MultiprocExecutor()))
+    with pytest.raises(NotTraceable, match=r"runs in other processes \(MultiprocExecutor\)"):
+        model_runner(engine)
