@@ -17,13 +17,18 @@ os.environ["VLLM_BATCH_INVARIANT"] = "1"
 TOKENS = (100, 129, 300, 513, 700, 2000, 5003)
 
 
-def flash(q, k, v, pages, starts, lengths, longest_q, window, cap):
+def edges(window: int) -> list[int]:
+    """FlashAttention's window_size of a causal window; 0 is none."""
+    return [window - 1, 0] if window else [-1, -1]
+
+
+def flash(q, k, v, pages, starts, lengths, longest_q, window, cap, longest_k=8192, splits=1, schedule=None):
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
-        q=q, k=k, v=v, cu_seqlens_q=starts, max_seqlen_q=longest_q, seqused_k=lengths, max_seqlen_k=8192,
-        softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=[window - 1, 0] if window else [-1, -1],
-        block_table=pages, fa_version=3, num_splits=1, softcap=cap,
+        q=q, k=k, v=v, cu_seqlens_q=starts, max_seqlen_q=longest_q, seqused_k=lengths,
+        max_seqlen_k=longest_k, softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=edges(window),
+        block_table=pages, fa_version=3, num_splits=splits, softcap=cap, scheduler_metadata=schedule,
     )  # fmt: skip
 
 

@@ -8,12 +8,13 @@ is what serves layers with a window. Layers' caches differ, so that they come fr
 """
 
 import json
-import os
 import sys
 from functools import partial
+from itertools import cycle, islice
 
-os.environ["BI_PATCH"] = "0"
-os.environ["VLLM_BATCH_INVARIANT"] = "1"
+import attention  # sets the environment
+from gemm import time_calls
+
 HEADS, KEY_HEADS, CALLS = 32, 8, 12
 LOADS = ((1, 576), (8, 1100), (64, 600), (256, 1100), (2, 32000))
 WAYS = {
@@ -39,54 +40,27 @@ def caches(number: int, context: int, size: int, page: int):
     return pairs, table
 
 
-def timed(call) -> float:
-    """Microseconds of call(i), in a graph of CALLS of them; the least of 5."""
-    import torch
-
-    for i in range(2):
-        call(i)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
-            call(i)
-    graph.replay()
-    found = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(1000 * begin.elapsed_time(end) / CALLS)
-    return min(found)
-
-
 def flash(q, pairs, table, starts, lengths, context, window, told, page, splits):
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
     from vllm.vllm_flash_attn.flash_attn_interface import get_scheduler_metadata
 
-    edges = [window - 1, 0] if window else [-1, -1]
     schedule = get_scheduler_metadata(
         batch_size=len(lengths), max_seqlen_q=told, max_seqlen_k=context, num_heads_q=HEADS, num_heads_kv=KEY_HEADS,
         headdim=q.shape[-1], cache_seqlens=lengths, qkv_dtype=q.dtype, cu_seqlens_q=starts, page_size=page, causal=True,
-        window_size=edges, num_splits=splits,
+        window_size=attention.edges(window), num_splits=splits,
     )  # fmt: skip
-
-    def call(i):
-        k, v = pairs[i % len(pairs)]
-        return flash_attn_varlen_func(
-            q=q, k=k, v=v, cu_seqlens_q=starts, max_seqlen_q=told, seqused_k=lengths, max_seqlen_k=context,
-            softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=edges, block_table=table, fa_version=3,
-            num_splits=splits, scheduler_metadata=schedule,
-        )  # fmt: skip
-
-    return call
+    return [
+        partial(attention.flash, q, *pair, table, starts, lengths, told, window, 0.0, context, splits, schedule)
+        for pair in calls(pairs)
+    ]
 
 
 def triton(q, pairs, table, starts, lengths, window):
-    import attention
+    return [partial(attention.triton, q, *pair, table, starts, lengths, 1, window, 0.0) for pair in calls(pairs)]
 
-    return lambda i: attention.triton(q, *pairs[i % len(pairs)], table, starts, lengths, 1, window, 0.0)
+
+def calls(pairs):
+    """The K and V of each of CALLS layers."""
+    return islice(cycle(pairs), CALLS)
 
 
 def main() -> None:
@@ -95,10 +69,10 @@ def main() -> None:
 
     rows = []
 
-    def keep(size, window, number, context, way, call) -> None:
+    def keep(size, window, number, context, way, prepare) -> None:
         row = {"head": size, "window": window, "requests": number, "context": context, "way": way}
         try:
-            row["us"] = round(timed(call()), 2)
+            row["us"] = round(time_calls(torch, prepare()), 2)
         except Exception as error:  # what the library refuses is a finding too
             row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         rows.append(row)
@@ -116,8 +90,8 @@ def main() -> None:
                 if not window or way == "stock"
             }
             ways["triton"] = partial(triton, q, *held[16], starts, lengths, window)
-            for way, call in ways.items():
-                keep(size, window, number, context, way, call)
+            for way, prepare in ways.items():
+                keep(size, window, number, context, way, prepare)
     head = {"device": torch.cuda.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__}
     head["command"] = "benchmarks/hopper/attention_times.py"
     with open(sys.argv[1], "w") as file:

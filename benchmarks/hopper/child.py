@@ -45,6 +45,11 @@ def parse(arguments=None):
     return parser.parse_args(arguments)
 
 
+def workloads(only: str | None, max_model_len: int) -> list[str]:
+    """The names of the cost workloads that were asked for (all, if none was) and fit."""
+    return [name for name in (only.split(",") if only else COST) if sum(COST[name][1:3]) <= max_model_len]
+
+
 def environment(mode: str) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["BI_PATCH"] = "1" if mode == "armed" else "0"
@@ -150,31 +155,37 @@ def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> di
     }
 
 
+def traced(engine: Engine, steps: int, activities: list):
+    """What torch's profiler saw of the next `steps` steps, by kernel and op; the rest is then run to its end."""
+    from torch.profiler import profile as trace
+
+    with trace(activities=activities) as held:
+        for _ in range(steps):
+            engine.llm.llm_engine.step()
+    engine.run()
+    return held.key_averages()
+
+
 def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> tuple[float, list]:
     """Milliseconds of GPU kernels in a decode step, which is what it takes when the host costs nothing; the 16 kernels
     that take most: [microseconds a step, launches a step, name]."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as trace
 
-    core, seen = engine.llm.llm_engine, set()
+    seen = set()
     engine.forget()
     for i in range(number):
         engine.add(engine.prompt(77000 + i, length), steps + 24)
     while len(seen) < number:
-        seen.update(o.request_id for o in core.step() if o.outputs[0].token_ids)
-    with trace(activities=[ProfilerActivity.CUDA]) as held:
-        for _ in range(steps):
-            core.step()
-    while core.has_unfinished_requests():
-        core.step()
-    kernels = [e for e in held.key_averages() if e.device_type == DeviceType.CUDA]
+        seen.update(o.request_id for o in engine.llm.llm_engine.step() if o.outputs[0].token_ids)
+    held = traced(engine, steps, [ProfilerActivity.CUDA])
+    kernels = [e for e in held if e.device_type == DeviceType.CUDA]
     kernels.sort(key=lambda e: -e.self_device_time_total)
     most = [[round(e.self_device_time_total / steps, 1), e.count / steps, e.key[:120]] for e in kernels[:16]]
     return sum(e.self_device_time_total for e in kernels) / 1000 / steps, most
 
 
-def measure(engine: Engine, result: dict, name: str, repeat: int) -> dict:
+def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
     """One repeat of a workload, kept in `result`; before the first: kernels of its size are loaded, the GPU's time."""
     number, length, tokens, _ = COST[name]
     if repeat == 0 and number > 1:
@@ -184,7 +195,6 @@ def measure(engine: Engine, result: dict, name: str, repeat: int) -> dict:
         row["gpu_ms"], row["kernels"] = gpu_cost(engine, number, length)
     result["cost"].append(row)
     print("cost", result["model"], result["mode"], row, flush=True)
-    return row
 
 
 def take_turns(engine: Engine, result: dict) -> None:
@@ -199,24 +209,18 @@ def take_turns(engine: Engine, result: dict) -> None:
 def profile(engine: Engine) -> None:
     """Print the device's and the host's time by kernel and op, for a prefill of 8 x 1024 and for decode steps of 1."""
     from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as trace
 
-    core = engine.llm.llm_engine
     for title, number, length, skip, steps in (("prefill 8 x 1024", 8, 1024, 0, 1), ("decode 1 x 512", 1, 512, 20, 10)):
         for warm in (True, False):
             engine.forget()
             for i in range(number):
                 engine.add(engine.prompt(4242 + 100 * warm + i, length), skip + steps + 2)
             for _ in range(skip):
-                core.step()
-            with trace(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as held:
-                for _ in range(steps):
-                    core.step()
-            while core.has_unfinished_requests():
-                core.step()
+                engine.llm.llm_engine.step()
+            held = traced(engine, steps, [ProfilerActivity.CUDA, ProfilerActivity.CPU])
         print(title)
         for key in ("self_cuda_time_total", "self_cpu_time_total"):
-            print(held.key_averages().table(sort_by=key, row_limit=22, max_name_column_width=70))
+            print(held.table(sort_by=key, row_limit=22, max_name_column_width=70))
 
 
 def bits(output) -> list:
@@ -368,18 +372,14 @@ def main() -> None:
         with open(a.out, "w") as file:
             json.dump(result, file)
 
-    if a.cost:
-        chosen = a.only.split(",") if a.only else list(COST)
+    if a.cost or a.turns:
         cost(engine, 1, 64, 16, 999)
-        for name in chosen:
-            _, length, tokens, repeats = COST[name]
-            if length + tokens > a.max_model_len:
-                continue
-            for repeat in range(repeats):
+    if a.cost:
+        for name in workloads(a.only, a.max_model_len):
+            for repeat in range(COST[name][3]):
                 measure(engine, result, name, repeat)
             save()
     if a.turns:
-        cost(engine, 1, 64, 16, 999)
         take_turns(engine, result)
     if a.profile:
         profile(engine)

@@ -22,13 +22,9 @@ SHAPES = {
 }  # fmt: skip
 ROWS = (1, 8, 16, 64, 128, 256, 512, 2048, 8192)
 MAX_ROWS = 16384
-MODES = {
-    "default": ({}, False),
-    "masked": ({}, True),
-    "starved": ({"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}, False),
-    "both": ({"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}, True),
-    "served": ({}, False),
-}
+STARVED = {"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+# The environment of each mode's process.
+MODES = {"default": {}, "masked": {}, "starved": STARVED, "both": STARVED, "served": {}}
 CACHE_BYTES = 128 * 2**20
 
 
@@ -74,9 +70,9 @@ def serve(torch, shapes: dict):
     return lambda x, weight: torch.ops.bi_patch.linear(x, weight, None)
 
 
-def problems(torch, rows, shapes=None):
+def problems(torch, rows, shapes=SHAPES):
     """Each shape and M: name, n, k, x [m, k], and the weights [n, k] that a timed graph goes through in turn."""
-    for name, (n, k) in (shapes or SHAPES).items():
+    for name, (n, k) in shapes.items():
         copies = max(1, CACHE_BYTES // (n * k * 2))
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for _ in range(copies)]
         for m in rows:
@@ -90,12 +86,10 @@ def child(mode: str, beginning: str) -> None:
     import torch
 
     shapes = {name: shape for name, shape in SHAPES.items() if name.startswith(beginning)}
-    product = torch.nn.functional.linear
-    if mode == "served":
-        product = serve(torch, shapes)
-    elif MODES[mode][1]:
+    product = serve(torch, shapes) if mode == "served" else torch.nn.functional.linear
+    if mode in ("masked", "both"):
         mask_split_k(torch)
-    elif mode != "default":
+    elif mode == "starved":
         torch.backends.cuda.preferred_blas_library("cublaslt")
     from bi_patch.orders import cuda_linear as linear
 
@@ -105,7 +99,7 @@ def child(mode: str, beginning: str) -> None:
         got = product(x, weights[0])
         row = {"shape": name, "n": n, "k": k, "m": len(x), "mode": mode, "differing": linear.unequal(got, want)}
         row["us"] = time_calls(torch, [lambda x=x, w=w: product(x, w) for w in weights])
-        if mode in ("both", "served"):
+        if mode == "served":
             mine = linear.bundled(x, weights[0], None, True)
             row["bundled_differing"] = linear.unequal(mine, want)
             row["bundled_us"] = time_calls(torch, [lambda x=x, w=w: linear.bundled(x, w, None, True) for w in weights])
@@ -126,7 +120,7 @@ def main() -> None:
     for mode in modes:
         done = subprocess.run(
             [sys.executable, __file__, a.out, "--child", "--modes", mode, "--shapes", a.shapes],
-            env={**os.environ, **MODES[mode][0], "BI_PATCH": "0"},
+            env={**os.environ, **MODES[mode], "BI_PATCH": "0"},
             stdout=subprocess.PIPE,
         )
         if done.returncode:

@@ -9,6 +9,7 @@ they are written anew after every engine, so that a run which is cut short leave
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,36 @@ import models
 
 HERE = Path(__file__).resolve().parent
 # Fewer captured sizes than the default make three starts shorter; they are the same for all modes.
-EXTRA = '{"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}}'
+EXTRA = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}}
 # Axes that the matrix of one engine cannot hold.
 AXES = ("tied logits and routers", "preemption", "restart", "prefix cache off", "eager and compiled")
 CLI = "import bi_patch_entry; bi_patch_entry.cli()"
+
+
+def options(doc: str) -> argparse.ArgumentParser:
+    """The options of every command that measures engines and writes evidence."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tag")
+    parser.add_argument("date")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--raw", type=Path, default=Path("/tmp/bi_patch-hopper"), help="folder of each engine's file")
+    parser.add_argument("--max-model-len", type=int, default=33000)
+    return parser
+
+
+def engine(a, model: str, mode: str, *flags: str, **extra) -> tuple[Path, list[str]]:
+    """Where one engine's process writes, and its command; what an earlier run wrote there is removed."""
+    a.raw.mkdir(parents=True, exist_ok=True)
+    out = a.raw / f"{models.short(model)}-{mode}.json"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / "child.py"), model, mode, str(out), *flags]
+    return out, [*command, "--extra", json.dumps(EXTRA | extra), "--max-model-len", str(a.max_model_len)]
+
+
+def report(a, files: list[Path]) -> None:
+    """Write the evidence files anew."""
+    command = [sys.executable, HERE / "report.py", a.tag, a.date, "--results", a.results, *files]
+    subprocess.run([str(part) for part in command], check=True)
 
 
 def verify(model: str, out: Path) -> list[str]:
@@ -31,38 +58,28 @@ def verify(model: str, out: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tag")
-    parser.add_argument("date")
+    parser = options(__doc__)
     parser.add_argument("--model", action="append", help="a name of models.py; repeatable; default: Qwen3-8B")
     parser.add_argument("--modes", default="armed,stock,upstream")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--raw", type=Path, default=Path("/tmp/bi_patch-hopper"), help="folder of each engine's file")
-    parser.add_argument("--max-model-len", default="33000")
     parser.add_argument("--no-verify", action="store_true")
     a = parser.parse_args()
-    a.raw.mkdir(parents=True, exist_ok=True)
     files, failed = [], []
     for model in a.model or ["Qwen3-8B"]:
         commands, modes = [], a.modes.split(",")
         for mode in modes:
-            out = a.raw / f"{models.short(model)}-{mode}.json"
-            command = [sys.executable, HERE / "child.py", model, mode, out, "--cost", "--extra", EXTRA]
-            command += ["--max-model-len", a.max_model_len, *(["--matrix"] if mode == "armed" else [])]
-            commands.append((out, command, False))
+            commands.append((*engine(a, model, mode, "--cost", *(["--matrix"] if mode == "armed" else [])), False))
         if "armed" in modes and not a.no_verify:
             out = a.raw / f"{models.short(model)}-verify.json"
+            out.unlink(missing_ok=True)
             # Its report says what was compared also where it did not pass.
             commands.append((out, verify(model, out), True))
         for out, command, kept_anyway in commands:
-            out.unlink(missing_ok=True)
-            wrong = subprocess.run([str(part) for part in command]).returncode
+            wrong = subprocess.run(command).returncode
             if wrong:
                 failed.append(str(out))
             if out.is_file() and (kept_anyway or not wrong):
-                files.append(str(out))
-                report = [sys.executable, HERE / "report.py", a.tag, a.date, "--results", a.results, *files]
-                subprocess.run([str(part) for part in report], check=True)
+                files.append(out)
+                report(a, files)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
