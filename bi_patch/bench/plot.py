@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from bi_patch.bench.cost import TARGET
@@ -24,7 +25,7 @@ def cost(evidence: Cost, path: Path) -> None:
     rows = [row for row in evidence.rows if row.ratio is not None]
     models = list(dict.fromkeys(row.model for row in rows))
     loads = list(dict.fromkeys(row.workload for row in rows))
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(max(8, 1.05 * len(loads)), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     width = 0.8 / max(1, len(models))
@@ -36,7 +37,8 @@ def cost(evidence: Cost, path: Path) -> None:
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     axes.axhline(1.0, color="#1d2733", linewidth=1)
     axes.axhline(TARGET, color="#c23b22", linewidth=1, linestyle="--", label=f"target {TARGET:.2f}")
-    axes.set_xticks(range(len(loads)), loads, fontsize=8)
+    # What was done over what it was done with: side by side, whole names would run into each other.
+    axes.set_xticks(range(len(loads)), [_two_lines(load) for load in loads], fontsize=8)
     axes.set_ylabel("time, armed / stock")
     axes.set_title(f"Cost of batch invariance ({evidence.device}, vLLM {evidence.vllm})", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -44,3 +46,8 @@ def cost(evidence: Cost, path: Path) -> None:
     axes.legend(fontsize=7, ncols=3, frameon=False, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _two_lines(load: str) -> str:
+    """A workload's name, `decode 8 x 1024/128`, broken before its sizes."""
+    return re.sub(r" (?=\d+ x )", "\n", load, count=1)
