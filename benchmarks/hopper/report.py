@@ -117,22 +117,22 @@ def main() -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")
         path.with_suffix(".md").write_text(table(found["rows"]) + "\n")
         print(table(found["rows"]))
-        draw(found, path.with_suffix(".svg"))
+        draw(found, path.with_suffix(".svg"), a.tag)
     if matrix:
         path = a.results / f"invariance-{end}.json"
         path.write_text(json.dumps(merged(path, head, matrix), indent=1) + "\n")
         print(f"{sum(r['compared'] for r in matrix)} positions, {sum(r['differing'] for r in matrix)} differing")
 
 
-def draw(found: dict, picture: Path) -> None:
+def draw(found: dict, picture: Path, tag: str) -> None:
     """The plot, where the packages for it are installed."""
     try:
         import msgspec
 
-        from bi_patch.bench import plot
+        from bi_patch.bench import cost, plot
         from bi_patch.bench.evidence import Cost
 
-        plot.cost(msgspec.convert(found, Cost), picture)
+        plot.cost(msgspec.convert(found, Cost), picture, cost.target(tag))
     except (ImportError, RuntimeError) as error:
         print(f"no plot: {error}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bi_patch.bench.cost import TARGET
 from bi_patch.bench.evidence import Cost
 from bi_patch.errors import BiPatchError
 
@@ -14,8 +13,11 @@ class PlotsMissing(BiPatchError):
     """matplotlib is not installed."""
 
 
-def cost(evidence: Cost, path: Path) -> None:
-    """Write a bar chart, one bar per model and workload; the format is the path's ending. Raises PlotsMissing."""
+def cost(evidence: Cost, path: Path, target: float) -> None:
+    """Write a bar chart, one bar per model and workload, and a line at the ratio to stay below.
+
+    The format is the path's ending. Raises PlotsMissing.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -36,13 +38,13 @@ def cost(evidence: Cost, path: Path) -> None:
         bars = axes.bar(places, [ratios[loads[i]] for i in present], width * 0.92, label=model)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     axes.axhline(1.0, color="#1d2733", linewidth=1)
-    axes.axhline(TARGET, color="#c23b22", linewidth=1, linestyle="--", label=f"target {TARGET:.2f}")
+    axes.axhline(target, color="#c23b22", linewidth=1, linestyle="--", label=f"target {target:.2f}")
     # What was done over what it was done with: side by side, whole names would run into each other.
     axes.set_xticks(range(len(loads)), [_two_lines(load) for load in loads], fontsize=8)
     axes.set_ylabel("time, armed / stock")
     axes.set_title(f"Cost of batch invariance ({evidence.device}, vLLM {evidence.vllm})", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(0, max([TARGET, *(row.ratio for row in rows)]) + 0.35)  # room for the legend
+    axes.set_ylim(0, max([target, *(row.ratio for row in rows)]) + 0.35)  # room for the legend
     axes.legend(fontsize=7, ncols=3, frameon=False, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -79,7 +79,7 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
         found.rows, found.note = rows, note
         path = evidence.write(found, info.platform, results)
         for row in rows:
-            colour = "green" if row.ratio <= cost.TARGET else "red"
+            colour = "green" if row.ratio <= cost.target(info.platform) else "red"
             table.add_row(row.model, row.workload, *(_ms(v) for v in (row.stock, row.upstream, row.armed)),
                           f"[{colour}]{row.ratio:.2f}[/]{' [yellow]noisy[/]' if cost.is_noisy(row) else ''}")
         console.print(f"{spec.label}: {path}", markup=False, soft_wrap=True)
@@ -122,13 +122,13 @@ def _invariance(console: Console, specs, results: Path) -> list:
 
 
 def _tables(console: Console, results: Path, readme: Path | None) -> None:
-    from bi_patch.bench import evidence, plot
+    from bi_patch.bench import cost, evidence, plot
 
     made = {}
     for platform in evidence.platforms(evidence.Cost, results):
         found = evidence.newest(evidence.Cost, results, platform)
         made[f"cost-{platform}"] = evidence.cost_table(found)
-        plot.cost(found, results / f"cost-{platform}.svg")
+        plot.cost(found, results / f"cost-{platform}.svg", cost.target(platform))
     for platform in evidence.platforms(evidence.Invariance, results):
         found = evidence.newest(evidence.Invariance, results, platform)
         made[f"invariance-{platform}"] = evidence.invariance_table(found)

@@ -72,8 +72,9 @@ def test_the_plot_is_drawn(tmp_path):
 
     found = evidence.new(evidence.Cost, INFO)
     found.rows = [cost.row("m", "w", {STOCK: [10.0], ARMED: [11.0]}, 1)]
-    plot.cost(found, tmp_path / "cost.svg")
+    plot.cost(found, tmp_path / "cost.svg", cost.target("cpu"))
     assert (tmp_path / "cost.svg").read_text().startswith("<?xml")
+    assert (cost.target("cpu"), cost.target("h100")) == (1.10, 1.00)
     assert "| m | w | 10.0 ms | - | 11.0 ms | 1.10 |" in evidence.cost_table(found)
 
 
