@@ -72,7 +72,7 @@ def main() -> None:
     def keep(size, window, number, context, way, prepare) -> None:
         row = {"head": size, "window": window, "requests": number, "context": context, "way": way}
         try:
-            row["us"] = round(time_calls(torch, prepare()), 2)
+            row["us"] = round(time_calls(prepare()), 2)
         except Exception as error:  # what the library refuses is a finding too
             row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         rows.append(row)

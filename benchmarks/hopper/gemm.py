@@ -4,8 +4,8 @@
 
 "served" is what an armed engine calls: the certified algorithm that is kept for M. --shapes takes a beginning of names.
 Every mode runs in its own process, since libraries read their settings once. Microseconds a call: a CUDA graph of
-calls over weights that together exceed the L2 cache, best of several replays. `differing` counts outputs that differ in
-any bit from the bundled reference kernel.
+calls over weights that together exceed the L2 cache, best of several replays that follow each other. `differing` counts
+outputs that differ in any bit from the bundled reference kernel.
 """
 
 import argparse
@@ -28,24 +28,11 @@ MODES = {"default": {}, "masked": {}, "starved": STARVED, "both": STARVED, "serv
 CACHE_BYTES = 128 * 2**20
 
 
-def time_calls(torch, calls) -> float:
+def time_calls(calls) -> float:
     """Microseconds a call, over a graph of all calls."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    best = float("inf")
-    for _ in range(5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end))
-    return best * 1000 / len(calls)
+    from bi_patch.orders import cuda_timing
+
+    return cuda_timing.microseconds([calls])[0]
 
 
 def mask_split_k(torch) -> None:
@@ -98,11 +85,11 @@ def child(mode: str, beginning: str) -> None:
         want = linear.bundled(x, weights[0], None, False)
         got = product(x, weights[0])
         row = {"shape": name, "n": n, "k": k, "m": len(x), "mode": mode, "differing": linear.unequal(got, want)}
-        row["us"] = time_calls(torch, [lambda x=x, w=w: product(x, w) for w in weights])
+        row["us"] = time_calls([lambda x=x, w=w: product(x, w) for w in weights])
         if mode == "served":
             mine = linear.bundled(x, weights[0], None, True)
             row["bundled_differing"] = linear.unequal(mine, want)
-            row["bundled_us"] = time_calls(torch, [lambda x=x, w=w: linear.bundled(x, w, None, True) for w in weights])
+            row["bundled_us"] = time_calls([lambda x=x, w=w: linear.bundled(x, w, None, True) for w in weights])
         rows.append(row)
     print(json.dumps(rows))
 

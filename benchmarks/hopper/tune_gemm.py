@@ -75,11 +75,11 @@ def main() -> None:
         if time.monotonic() - began > a.seconds:
             break
         row = {"shape": name, "n": n, "k": k, "m": len(x), "tiles": []}
-        row["library_us"] = time_calls(torch, [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in weights])
+        row["library_us"] = time_calls([lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in weights])
         for tile in tiles(len(x)):
             if not wrong[tile]:
                 t = gemm.Tile(*tile)
-                us = time_calls(torch, [lambda x=x, w=w, t=t: gemm.gemm(x, w, None, t) for w in weights])
+                us = time_calls([lambda x=x, w=w, t=t: gemm.gemm(x, w, None, t) for w in weights])
                 row["tiles"].append((us, tile))
         row["tiles"].sort()
         rows.append(row)

@@ -46,17 +46,17 @@ def main() -> None:
         call = functools.partial(fused_experts, x, w13, w2, weights, ids)
         with override_config(cuda_moe.FIXED):
             want = call()
-            fixed = time_calls(torch, [call] * 6)
+            fixed = time_calls([call] * 6)
         stock_tile = get_default_config(m, experts, n, hidden, top_k, None)
         with override_config(stock_tile):
-            stock = time_calls(torch, [call] * 6)
+            stock = time_calls([call] * 6)
         found = []
         for tile in TILES:
             if not m // 64 <= tile[0] <= max(16, m // 4):
                 continue
             with override_config(as_config(tile)):
                 if torch.equal(call().view(torch.int16), want.view(torch.int16)):
-                    found.append((time_calls(torch, [call] * 6), tile))
+                    found.append((time_calls([call] * 6), tile))
                 else:
                     print("differs", m, tile, flush=True)
         best = min(found)
