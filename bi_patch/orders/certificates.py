@@ -46,7 +46,8 @@ class Certificate(msgspec.Struct, frozen=True):
     """route: the kernel that the evidence is about. passed_rows: the compared M for which every element was equal.
 
     seconds: what making it took. microseconds: time a call by route and M, where it was measured. algorithms: the
-    library's algorithms that passed, where it has several for a problem.
+    library's algorithms that passed, where it has several for a problem. preferred: which of the library's algorithms
+    was the fastest at each M that was timed, where it was measured; it serves only if it is one of `algorithms`.
     """
 
     key: Key
@@ -58,6 +59,7 @@ class Certificate(msgspec.Struct, frozen=True):
     made: str
     microseconds: dict[str, dict[str, float]] = {}
     algorithms: list[list[int]] = []
+    preferred: dict[int, list[int]] = {}
 
 
 class _Sealed(msgspec.Struct):

@@ -1,8 +1,8 @@
 """cuBLASLt called directly, with an algorithm that is chosen once for a problem and number of rows, and never splits K.
 
 PyTorch asks cuBLASLt for an algorithm in every call; with a workspace too small for split-K that look-up is not cached
-and takes 0.2 ms of host time, more than a whole layer. Here the answer is kept. The request states: no workspace, no
-reduction scheme, 16-byte alignment; an answer that splits K all the same is not taken.
+and takes 0.2 ms of host time, more than a whole layer. Here callers keep an answer and call with it. The request
+states: no workspace, no reduction scheme, 16-byte alignment; an answer that splits K all the same is left out.
 Numbers are those of cublasLt.h (CUDA 12 and 13).
 """
 
@@ -28,6 +28,7 @@ _PREF_WORKSPACE, _PREF_REDUCTION, _PREF_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
 _ALGO = {"id": 0, "tile": 1, "split_k": 2, "reduction": 3, "custom": 5, "stages": 6, "inner": 7, "cluster": 8}
 _SHORT = ("inner", "cluster")  # 16-bit attributes
 ALIGNMENT = 16
+_OFFERS = 8  # at most so many answers are asked for
 
 
 class _Algo(ctypes.Structure):
@@ -78,17 +79,30 @@ class Gemm:
         if bias:
             self._set(_DESC_EPILOGUE, c_uint32(_EPILOGUE_BIAS))
         self._weight = self._layout(k, n)
-        self._plans: dict[int, Plan | None] = {}
+        self._kinds: dict[bytes, Kind] = {}  # of algorithms seen: reading the attributes of one takes longer
         self._alpha, self._beta = c_float(1.0), c_float(0.0)
         self._preference = self._request()
 
-    def plan(self, rows: int) -> Plan | None:
-        """The algorithm for a number of rows, or None where the library has none that keeps K whole."""
-        try:
-            return self._plans[rows]
-        except KeyError:
-            plan = self._plans[rows] = self._ask(rows)
-            return plan
+    def offers(self, rows: int) -> list[Plan]:
+        """The library's algorithms for a number of rows, best guess first, one of a kind; empty where all split K.
+
+        Every call asks the library anew.
+        """
+        # Column-major, as the library sees it: out [N, M] = weight [K, N]^T @ x [K, M].
+        x, out = self._layout(self.k, rows), self._layout(self.n, rows)
+        results, count = (_Result * _OFFERS)(), c_int()
+        code = self._library.cublasLtMatmulAlgoGetHeuristic(
+            self._handle, self._desc, self._weight, x, out, out, self._preference, _OFFERS, results, byref(count)
+        )
+        plans: dict[Kind, Plan] = {}
+        for result in results[: 0 if code else count.value]:
+            if result.state or result.workspace:
+                continue
+            kind = self._kind(result.algo)
+            if kind.split_k <= 1 and not kind.reduction and kind not in plans:
+                # A copy: a result is a part of the array and would keep all of it.
+                plans[kind] = Plan(x, out, _Algo.from_buffer_copy(result.algo), kind)
+        return list(plans.values())
 
     def __call__(
         self, plan: Plan, x: int, weight: int, bias: int | None, out: int, stream: int
@@ -104,21 +118,10 @@ class Gemm:
         if code:
             self._check(code, "cublasLtMatmul")
 
-    def _ask(self, rows: int) -> Plan | None:
-        # Column-major, as the library sees it: out [N, M] = weight [K, N]^T @ x [K, M].
-        x, out = self._layout(self.k, rows), self._layout(self.n, rows)
-        result, count = _Result(), c_int()
-        code = self._library.cublasLtMatmulAlgoGetHeuristic(
-            self._handle, self._desc, self._weight, x, out, out, self._preference, 1, byref(result), byref(count)
-        )
-        if code or not count.value or result.state or result.workspace:
-            return None
-        kind = self._kind(result.algo)
-        if kind.split_k > 1 or kind.reduction:
-            return None
-        return Plan(x, out, result.algo, kind)
-
     def _kind(self, algo: _Algo) -> Kind:
+        known = self._kinds.get(bytes(algo))
+        if known is not None:
+            return known
         values = {}
         for name, attribute in _ALGO.items():
             value, written = c_uint32(), c_size_t()
@@ -128,7 +131,8 @@ class Gemm:
             )
             self._check(code, f"algorithm attribute {name}")
             values[name] = value.value
-        return Kind(**values)
+        kind = self._kinds[bytes(algo)] = Kind(**values)
+        return kind
 
     def _layout(self, rows: int, cols: int) -> c_void_p:
         layout = c_void_p()

@@ -52,6 +52,14 @@ def shared_memory() -> int:
 
 
 @functools.cache
+def cache_bytes() -> int:
+    """Bytes of the current device's L2 cache."""
+    import torch
+
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+
+@functools.cache
 def processors() -> int:
     """Multiprocessors of the current device."""
     import torch

@@ -2,9 +2,11 @@
 
 Order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding (kernels/triton/gemm.py).
 A certificate covers one (N, K, dtype, bias) for every M up to a limit. The library (cublaslt) is asked for its
-algorithm for each M up to 1024 and every seventh above; each kind of algorithm that it names runs against the bundled
-reference, bitwise, at its first, a middle and its last M. When serving, an M whose algorithm is of a kind that passed
-gets it; a kind that differed anywhere or was never seen, and every M past the limit, gets the bundled kernel.
+algorithms for each M up to 1024 and every seventh above, and they are timed at a few M. Each kind of algorithm that is
+picked by time for some M (cublaslt_choice), or that the library offers first, runs against the bundled reference,
+bitwise, at its first, a middle and its last such M. When serving, an M gets the offer picked by time among the kinds
+that passed. A kind that differed anywhere or was never compared does not serve; an M without an offer that may serve,
+and every M past the limit, gets the bundled kernel. So time decides speed alone: another choice gives the same bits.
 
 Rounding to 16 bits hides most other orders: on plain random data one output in thousands shows one. So half of the sums
 that are compared are exactly zero: what comes out is what their order left, and another order leaves something else.
@@ -14,16 +16,18 @@ The other half are plain, and show where the result was rounded and the bias add
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bi_patch.errors import CertificateFailed
-from bi_patch.orders import certificates, cublaslt, cuda
+from bi_patch.orders import certificates, cublaslt, cublaslt_choice, cuda, cuda_timing
 from bi_patch.orders.certificates import Certificate, Evidence, Key
 from bi_patch.orders.zero_sums import cancelling
 
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 OPERATION = "cuda.linear"
-DATA = "sums of zero and others"
+DATA = "sums of zero and others, algorithms by time"
 VENDOR = "cublaslt"
 # At most this share of free memory is used for inputs and outputs of a certificate; it bounds the M that is covered.
 _MEMORY_SHARE = 0.3
@@ -39,6 +43,10 @@ _MEMORY_SHARE = 0.3
 _TWICE = 2048
 # The library is asked for every M up to here, then for every seventh: prime to all that a choice may be aligned to.
 _EACH, _STEP = 1024, 7
+# A timed graph holds enough calls to take about so long, in microseconds, at most so many; its replays.
+_TIMED_US, _CALLS, _REPLAYS = 300, 128, 3
+# Where the first offer takes longer than this, in microseconds, it serves: timing others would take seconds.
+_SLOW_US = 2000
 _log = logging.getLogger("vllm.bi_patch")
 
 
@@ -59,12 +67,14 @@ class Route:
     """The kinds of the vendor's algorithms that may serve up to `limit` rows; None of them: the bundled kernel.
 
     tiles_agree: the bundled variants give equal bits here, so the fastest may serve each M; else the reference does.
+    preferred: the vendor's fastest kind by measured M.
     """
 
     kinds: frozenset[cublaslt.Kind]
     limit: int
     tiles_agree: bool
     gemm: cublaslt.Gemm | None
+    preferred: Mapping[int, cublaslt.Kind] = field(default_factory=dict)
     _plans: dict[int, cublaslt.Plan | None] = field(default_factory=dict, repr=False)
 
     def plan(self, rows: int) -> cublaslt.Plan | None:
@@ -72,8 +82,9 @@ class Route:
         try:
             return self._plans[rows]
         except KeyError:
-            asked = self.gemm.plan(rows) if self.gemm is not None and rows <= self.limit else None
-            plan = self._plans[rows] = asked if asked is not None and asked.kind in self.kinds else None
+            offers = self.gemm.offers(rows) if self.gemm is not None and rows <= self.limit else []
+            plan = cublaslt_choice.choose(rows, offers, self.preferred, self.kinds.__contains__)
+            self._plans[rows] = plan
             return plan
 
 
@@ -176,9 +187,10 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
         key = _key(problem, max_rows)
         certificate = certificates.obtain(cache, key, lambda p=problem, k=key: _certify(p, k, max_rows))
         kinds = frozenset(cublaslt.Kind(*kind) for kind in certificate.algorithms)
+        preferred = {m: cublaslt.Kind(*kind) for m, kind in certificate.preferred.items()}
         limit = max(certificate.evidence.rows, default=0)
         gemm = cublaslt.Gemm(*problem) if kinds else None
-        _routes[problem] = Route(kinds, limit, certificate.route.endswith("+tiles"), gemm)
+        _routes[problem] = Route(kinds, limit, certificate.route.endswith("+tiles"), gemm, preferred)
         made.append(certificate)
         if not certificate.passed:
             _log.warning("bi_patch: %s: %s", problem, certificate.evidence.first)
@@ -195,8 +207,9 @@ def _key(problem: Problem, max_rows: int) -> Key:
 
 
 def asked_rows(limit: int) -> list[int]:
-    """The M, ascending, for which the library is asked for its algorithm; the limit is one of them."""
-    return sorted({*range(1, min(limit, _EACH) + 1), *range(_EACH, limit, _STEP), limit})
+    """The M, ascending, for which the library is asked for its algorithms; the limit is one of them."""
+    each, some = range(1, min(limit, _EACH) + 1), range(_EACH, limit, _STEP)
+    return sorted({*each, *some, *cublaslt_choice.timed_rows(limit)})
 
 
 def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
@@ -204,35 +217,40 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
 
     start = time.perf_counter()
     trial = _Trial(problem, max_rows)
-    kinds = trial.kinds() if cuda.vendor_allowed() else {}
-    passed, good, tested, compared, differing, first = [], [], [], 0, 0, ""
-    for kind, rows in kinds.items():
-        differs = 0
-        some = sorted({rows[0], rows[len(rows) // 2], rows[-1]})
-        for m in some:
-            wrong = trial.vendor_differs(m)
-            tested.append(m)
-            compared += (2 if m <= _TWICE else 1) * m * problem.n
-            differs += wrong
-            if wrong and not first:
-                first = f"M={m}: {wrong} outputs of algorithm {tuple(kind)} differ from the bundled GEMM"
-        differing += differs
-        if not differs:
-            passed += some
-            good.append(list(kind))
+    offers = trial.offers() if cuda.vendor_allowed() else {}
+    times = trial.times(offers)
+    preferred = cublaslt_choice.prefer(offers, times)
+    found = cublaslt_choice.compare(offers, preferred, trial.vendor_differs)
+    good = {kind for kind, wrong in found.items() if not any(wrong.values())}
+    tested = [(kind, m) for kind, wrong in found.items() for m in wrong]
+    differing = sum(sum(wrong.values()) for wrong in found.values())
+    first = ""
+    if differing:
+        kind, m = next((kind, m) for kind, m in tested if found[kind][m])
+        first = f"M={m}: {found[kind][m]} outputs of algorithm {tuple(kind)} differ from the bundled GEMM"
     # Compiling every variant takes seconds: only where they will serve.
-    agree = (differing > 0 or not kinds) and trial.tiles_agree()
+    agree = (differing > 0 or not found) and trial.tiles_agree()
     del trial
     torch.cuda.empty_cache()
     return Certificate(
         key=key,
         route=f"{VENDOR}{'+tiles' if agree else ''}",
-        passed=differing == 0 and bool(kinds),
-        passed_rows=sorted(passed),
-        algorithms=sorted(good),
-        evidence=Evidence(sorted(set(tested)), compared, differing, first),
+        passed=differing == 0 and bool(found),
+        passed_rows=sorted({m for _, m in tested} - {m for kind, m in tested if kind not in good}),
+        evidence=Evidence(
+            rows=sorted({m for _, m in tested}),
+            compared=sum((2 if m <= _TWICE else 1) * m * problem.n for _, m in tested),
+            differing=differing,
+            first=first,
+        ),
         seconds=round(time.perf_counter() - start, 3),
         made=certificates.today(),
+        microseconds={
+            "first offer": {str(m): round(us[0], 2) for m, us in times.items()},
+            "fastest offer": {str(m): round(min(us), 2) for m, us in times.items()},
+        },
+        algorithms=sorted(list(kind) for kind in good),
+        preferred={m: list(kind) for m, kind in preferred.items()},
     )
 
 
@@ -248,6 +266,8 @@ class _Trial:
         limit = int(free * _MEMORY_SHARE / size) - self.n * self.k
         # The input, the reference and one output at a time.
         self.rows = max(1, min(max_rows, limit // (self.k + 2 * self.n)))
+        # Copies of the weight for which there is memory besides.
+        self.copies = (limit - self.rows * (self.k + 2 * self.n)) // (self.n * self.k)
         generator = torch.Generator("cuda").manual_seed(self.n * 1_000_003 + self.k)
         order = torch.randperm(self.k, generator=generator, device="cuda")
         self.x = cancelling(self.rows, order, 1, generator, dtype)
@@ -263,26 +283,47 @@ class _Trial:
         if not bool(torch.isfinite(self.want).all()):
             raise CertificateFailed(f"{OPERATION} {problem}: the bundled GEMM gives values that are not finite")
 
-    def kinds(self) -> dict[cublaslt.Kind, list[int]]:
-        """The M that are asked for, by the algorithm that the library has for them; M without one are left out."""
-        kinds: dict[cublaslt.Kind, list[int]] = {}
+    def offers(self) -> dict[int, list[cublaslt.Plan]]:
+        """The library's algorithms by M, for each M that is asked for, ascending."""
         asked = asked_rows(self.rows)
         # The library answers on the host, outside Python's lock.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for m, plan in zip(asked, pool.map(self.gemm.plan, asked), strict=True):
-                if plan is not None:
-                    kinds.setdefault(plan.kind, []).append(m)
-        return kinds
+            return dict(zip(asked, pool.map(self.gemm.offers, asked), strict=True))
 
-    def vendor_differs(self, m: int) -> int:
+    def times(self, offers: Mapping[int, list[cublaslt.Plan]]) -> dict[int, list[float]]:
+        """Microseconds of each offer, by M, where there are several; up to the first M where one call takes too long.
+
+        Each call takes the next of several copies of the weight, more than the L2 cache holds: a model's come from
+        memory. Nothing is timed where there is no memory for them.
+        """
+        more = min(2 * cuda.cache_bytes() // self.weight.nbytes, _CALLS - 1)
+        if not offers or more > self.copies:
+            return {}
+        weights = [self.weight, *(self.weight.clone() for _ in range(more))]
+        found = {}
+        for m in cublaslt_choice.timed_rows(self.rows):
+            plans = offers.get(m, [])
+            if len(plans) < 2:
+                continue
+            one = cuda_timing.once(partial(self._run, plans[0], self.x[:m], self.weight))
+            if one > _SLOW_US:
+                break
+            rounds = min(math.ceil(_TIMED_US / (max(one, 1.0) * len(weights))), _CALLS // len(weights))
+            ways = [[partial(self._run, plan, self.x[:m], w) for w in weights * rounds] for plan in plans]
+            found[m] = cuda_timing.microseconds(ways, _REPLAYS)
+        return found
+
+    def vendor_differs(self, m: int, plan: cublaslt.Plan) -> int:
         """Outputs that differ from the reference for the first m rows and, if few, the last m (another position)."""
         count = 0
         for at in {0, self.rows - m} if m <= _TWICE else {0}:
             x = self.x[at : at + m]
             x = x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
-            got = _vendor(self.gemm, self.gemm.plan(m), x, self.weight, self.bias, self.out[:m])
-            count += unequal(got, self.want[at : at + m])
+            count += unequal(self._run(plan, x, self.weight), self.want[at : at + m])
         return count
+
+    def _run(self, plan: cublaslt.Plan, x, weight):
+        return _vendor(self.gemm, plan, x, weight, self.bias, self.out[: x.shape[0]])
 
     def tiles_agree(self) -> bool:
         """Whether every bundled variant that can serve gives the reference's bits."""

@@ -1,24 +1,26 @@
 """The CUDA orders' parts that need no GPU: routes, tiles, ties, and replaced globals."""
 
+import msgspec
 import pytest
 import torch
 
-from bi_patch.orders import cublaslt, cuda_linear, cuda_moe, zero_sums
+from bi_patch.orders import certificates, cublaslt, cuda_linear, cuda_moe, zero_sums
 from bi_patch.seams.overlay import Overlay, with_globals
 
 
 class Library:
-    """What the vendor would answer: an algorithm of one kind up to 40 rows, of another above, none for 13."""
+    """What the vendor would offer: an algorithm of one kind up to 40 rows, of another above, then ANY; none for 13."""
 
     def __init__(self):
         self.asked = []
 
-    def plan(self, rows):
+    def offers(self, rows):
         self.asked.append(rows)
-        return None if rows == 13 else cublaslt.Plan(None, None, None, FEW if rows <= 40 else MANY)
+        kinds = () if rows == 13 else (FEW if rows <= 40 else MANY, ANY)
+        return [cublaslt.Plan(None, None, None, kind) for kind in kinds]
 
 
-FEW, MANY = (cublaslt.Kind(i, 0, 1, 0, 0, 0, 0, 0) for i in (1, 2))
+FEW, MANY, ANY = (cublaslt.Kind(i, 0, 1, 0, 0, 0, 0, 0) for i in (1, 2, 3))
 
 
 @pytest.mark.parametrize("kinds,served", [
@@ -32,11 +34,131 @@ def test_only_algorithms_that_passed_serve_and_only_up_to_the_limit(kinds, serve
     assert sorted(library.asked) == list(range(1, 61))  # once each
 
 
+@pytest.mark.parametrize("kinds,preferred_serves", [((FEW, MANY, ANY), True), ((FEW, MANY), False)])
+def test_the_preferred_algorithm_serves_where_it_passed(kinds, preferred_serves):
+    route = cuda_linear.Route(frozenset(kinds), 60, False, Library(), {8: FEW, 20: ANY})
+    served = {m: route.plan(m).kind for m in range(1, 61) if m != 13}
+    fast = ANY if preferred_serves else FEW
+    assert served == {m: FEW if m <= 8 else fast if m <= 20 else FEW if m <= 40 else MANY for m in served}
+
+
 def test_the_rows_that_are_asked_for():
     assert cuda_linear.asked_rows(5) == [1, 2, 3, 4, 5]
     asked = cuda_linear.asked_rows(16384)
     assert asked[:1024] == list(range(1, 1025)) and asked[-1] == 16384 and len(asked) < 3300
     assert {m % 64 for m in asked[1024:]} == set(range(64))  # whatever a choice is aligned to
+
+
+class Bits:
+    """A fake of what a certificate is made with: offers of three kinds, of which `wrong` have other bits."""
+
+    def __init__(self, monkeypatch, wrong=()):
+        self.wrong, self.made = wrong, 0
+        monkeypatch.setattr(cuda_linear, "_Trial", lambda problem, rows: self)
+        monkeypatch.setattr(cuda_linear, "_key", lambda *_: KEY)
+        monkeypatch.setattr(cuda_linear.cuda, "vendor_allowed", lambda: True)
+        monkeypatch.setattr(cublaslt, "Gemm", lambda *_: Library())
+        monkeypatch.setattr(cuda_linear, "_routes", {})
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def offers(self):
+        self.made += 1
+        library = Library()
+        return {m: library.offers(m) for m in cuda_linear.asked_rows(60)}
+
+    def times(self, offers):
+        return {m: [10.0, 9.0] if m == 32 else [10.0, 9.9] for m in (1, 8, 16, 32)}
+
+    def vendor_differs(self, m, plan):
+        return 5 if plan.kind in self.wrong else 0
+
+    def tiles_agree(self):
+        return True
+
+
+KEY = certificates.Key("cuda.linear", "N=8 K=8", "a GPU", "a library", "kernels", cuda_linear.DATA)
+PROBLEM = cuda_linear.Problem(8, 8, torch.bfloat16, False)
+
+
+def test_times_are_kept_so_that_a_second_start_takes_none(monkeypatch, tmp_path):
+    trial = Bits(monkeypatch)
+    (first,) = cuda_linear.certify([PROBLEM], 60, tmp_path)
+    once = cuda_linear.routes()[PROBLEM]
+    (again,) = cuda_linear.certify([PROBLEM], 60, tmp_path)
+    assert trial.made == 1 and first == again and first.passed
+    assert first.preferred == {m: list(ANY if m == 32 else FEW) for m in (1, 8, 16, 32)}
+    assert first.algorithms == [list(FEW), list(MANY), list(ANY)]
+    assert first.microseconds["first offer"]["32"] == 10 and first.microseconds["fastest offer"]["32"] == 9
+    again = cuda_linear.routes()[PROBLEM]
+    for m in (1, 16, 17, 32, 33, 41, 60):
+        assert again.plan(m).kind == once.plan(m).kind == (ANY if 16 < m <= 32 else FEW if m <= 40 else MANY)
+
+
+def test_a_preferred_algorithm_with_other_bits_does_not_serve(monkeypatch, tmp_path):
+    Bits(monkeypatch, wrong={ANY})
+    (certificate,) = cuda_linear.certify([PROBLEM], 60, tmp_path)
+    assert not certificate.passed and certificate.evidence.differing and "algorithm (3," in certificate.evidence.first
+    assert certificate.algorithms == [list(FEW), list(MANY)]
+    assert not {17, 32} & set(certificate.passed_rows) and {1, 40, 60} <= set(certificate.passed_rows)
+    assert {cuda_linear.routes()[PROBLEM].plan(m).kind for m in range(14, 41)} == {FEW}
+
+
+def test_certificates_of_an_older_choice_are_made_again(monkeypatch, tmp_path):
+    trial = Bits(monkeypatch)
+    old = msgspec.structs.replace(KEY, data="sums of zero and others")
+    evidence = certificates.Evidence([1, 60], 8, 0)
+    certificates.save(tmp_path, certificates.Certificate(old, "cublaslt", True, [1, 60], evidence, 0.1, "2026-01-01"))
+    cuda_linear.certify([PROBLEM], 60, tmp_path)
+    assert trial.made == 1
+
+
+class Timer:
+    """Takes the place of cuda_timing: a call takes `us` a row, an offer's place in the list added."""
+
+    def __init__(self, us):
+        self.us, self.ways = us, {}
+
+    def once(self, call):
+        return self.us * len(call.args[1])
+
+    def microseconds(self, ways, replays):
+        rows = len(ways[0][0].args[1])
+        self.ways[rows] = [[call.args[2].data_ptr() for call in calls] for calls in ways]
+        return [float(rows + i) for i in range(len(ways))]
+
+
+def timed(monkeypatch, cache_bytes, copies, us=1.0, offered=2):
+    """What a trial of 600 rows and a weight of 512 bytes times, and the timer."""
+    timer = Timer(us)
+    monkeypatch.setattr(cuda_linear, "cuda_timing", timer)
+    monkeypatch.setattr(cuda_linear.cuda, "cache_bytes", lambda: cache_bytes)
+    trial = object.__new__(cuda_linear._Trial)
+    trial.rows, trial.copies, trial.bias, trial.gemm = 600, copies, None, None
+    trial.x, trial.weight = torch.zeros(600, 16), torch.zeros(8, 16)
+    offers = {m: Library().offers(m)[:offered] for m in cuda_linear.asked_rows(600)}
+    return trial.times(offers), timer
+
+
+def test_timed_calls_go_over_more_weights_than_the_cache_holds(monkeypatch):
+    times, timer = timed(monkeypatch, cache_bytes=1024, copies=4)
+    assert list(times) == [1, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 600]
+    assert times[8] == [8, 9]
+    for ways in timer.ways.values():
+        assert len(ways) == 2 and ways[0] == ways[1] and len(set(ways[0])) == 5
+        assert ways[0] == ways[0][:5] * (len(ways[0]) // 5)
+    # 300 us of calls, at most 128 of them, at least each weight once.
+    assert [len(timer.ways[m][0]) for m in (1, 8, 64, 600)] == [125, 40, 5, 5]
+
+
+def test_a_weight_larger_than_the_cache_needs_no_copy(monkeypatch):
+    _, timer = timed(monkeypatch, cache_bytes=255, copies=0)
+    assert len(set(timer.ways[1][0])) == 1 and len(timer.ways[1][0]) == 128
+
+
+def test_nothing_is_timed_without_memory_or_a_choice_or_where_calls_are_slow(monkeypatch):
+    assert not timed(monkeypatch, cache_bytes=1024, copies=3)[0]
+    assert not timed(monkeypatch, cache_bytes=1024, copies=4, offered=1)[0]
+    assert list(timed(monkeypatch, cache_bytes=1024, copies=4, us=20.0)[0]) == [1, 8, 16, 32, 64]
 
 
 def ordered(a, b, size):

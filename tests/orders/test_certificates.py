@@ -29,6 +29,12 @@ def test_kept_and_found_again(tmp_path):
     assert [c for _, c in certificates.every(tmp_path)] == [certificate()]
 
 
+def test_preferred_algorithms_are_read_back_by_rows(tmp_path):
+    made = msgspec.structs.replace(certificate(), algorithms=[[1, 2]], preferred={1: [1, 2], 192: [3, 4]})
+    certificates.save(tmp_path, made)
+    assert certificates.load(tmp_path, KEY) == made
+
+
 @pytest.mark.parametrize("field", ["operation", "problem", "device", "libraries", "kernels"])
 def test_any_change_of_the_key_makes_it_anew(tmp_path, field):
     certificates.save(tmp_path, certificate())
