@@ -37,6 +37,37 @@ def test_linear(dtype, bias, tmp_path):
     assert torch.equal(torch.ops.bi_patch.linear(x[333:334], weight, held), whole[333:334])
 
 
+def test_linear_by_the_fastest_algorithm(tmp_path):
+    """A size for which the library's first offer is not always the fastest: the reference's bits, and no time lost."""
+    from bi_patch.orders import cuda, cuda_linear, cuda_timing
+    from bi_patch.orders.zero_sums import cancelling
+
+    n, k, rows = 2048, 8192, 1024
+    problem = cuda_linear.Problem(n, k, torch.bfloat16, False)
+    (certificate,) = cuda_linear.certify([problem], rows, tmp_path)
+    (again,) = cuda_linear.certify([problem], rows, tmp_path)
+    assert certificate == again
+    generator = torch.Generator("cuda").manual_seed(1)
+    order = torch.randperm(k, generator=generator, device="cuda")
+    x = cancelling(rows, order, 1, generator, torch.bfloat16)
+    weight = cancelling(n, order, -1, generator, torch.bfloat16)
+    weight[1::2].abs_().mul_(0.125)
+    want = cuda_linear.bundled(x, weight, None, False)
+    for m in range(1, rows + 1):
+        assert not cuda_linear.unequal(torch.ops.bi_patch.linear(x[:m], weight, None), want[:m]), m
+    if not cuda.vendor_allowed():
+        return
+    assert certificate.passed and 192 in certificate.preferred
+    route = cuda_linear.routes()[problem]
+    weights = [weight.clone() for _ in range(2 * cuda.cache_bytes() // weight.nbytes + 1)]
+    ways = [
+        [lambda w=w, plan=plan: cuda_linear._vendor(route.gemm, plan, x[:192], w, None) for w in weights]
+        for plan in (route.gemm.offers(192)[0], route.plan(192))
+    ]
+    first, served = cuda_timing.microseconds(ways)
+    assert served <= 1.1 * first, (served, first)
+
+
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float16, False)])
 def test_every_bundled_tile(dtype, bias):
     """Each variant that `choose` may name, on sizes that fill no tile, against the reference variant."""
