@@ -54,6 +54,15 @@ def flash(q, pairs, table, starts, lengths, context, window, told, page, splits)
     ]
 
 
+def bundled(q, pairs, table, starts, lengths):
+    import torch
+
+    from bi_patch.kernels.cuda import decode
+
+    out = torch.empty_like(q)
+    return lambda i: decode.attend(q, *pairs[i % len(pairs)], out, starts, lengths, table, q.shape[-1] ** -0.5)
+
+
 def triton(q, pairs, table, starts, lengths, window):
     return [partial(attention.triton, q, *pair, table, starts, lengths, 1, window, 0.0) for pair in calls(pairs)]
 
@@ -89,6 +98,8 @@ def main() -> None:
                 for way, o in WAYS.items()
                 if not window or way == "stock"
             }
+            if not window:
+                ways["bundled decode"] = partial(bundled, q, *held[16], starts, lengths)
             ways["triton"] = partial(triton, q, *held[16], starts, lengths, window)
             for way, prepare in ways.items():
                 keep(size, window, number, context, way, prepare)

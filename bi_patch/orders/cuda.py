@@ -92,12 +92,12 @@ def libraries() -> str:
 
 
 @functools.cache
-def kernels_digest() -> str:
-    """A digest over the bundled Triton kernels' source."""
-    from bi_patch.kernels import triton as bundled
+def kernels_digest(kind: str = "triton") -> str:
+    """A digest over the source of the bundled kernels in kernels/<kind>."""
+    from bi_patch import kernels
 
-    folder = Path(next(iter(bundled.__path__)))
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    files = (path for path in (Path(next(iter(kernels.__path__))) / kind).iterdir() if path.is_file())
+    content = b"".join(path.read_bytes() for path in sorted(files))
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -5,7 +5,9 @@ import functools
 import inspect
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import active
 from bi_patch.seams.model import CUDA, Policy, Seam, Target
+from bi_patch.seams.overlay import with_globals
 
 _FLASH, _TRITON = "FLASH_ATTN", "TRITON_ATTN"
 # Heads for which FlashAttention 3 was shown to give equal bits in decode and prefill, whatever the batch.
@@ -13,6 +15,9 @@ _FLASH_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 # Told this for its longest query, FlashAttention 3 never takes its tile for single queries, which for heads of up to
 # 64 elements cuts KV elsewhere (the tile of one warp group: up to 64 rows of queries times heads of a group).
 _LONG_QUERY = 128
+_NO_WINDOW = (-1, -1)
+# How FlashAttentionImpl.forward calls FlashAttention 3, by release: the first of these globals that its module has.
+_CALLS = ("_FA4_DENSE_ATTENTION_KERNEL", "flash_attn_varlen_func")
 
 
 def _cuda_backend(original):
@@ -26,6 +31,8 @@ def _cuda_backend(original):
             held.arguments["attn_backend"] = _triton()
         original(*held.args, **held.kwargs)
         _refuse_layer(self, held.arguments)
+        if self.attn_backend.get_name() == _FLASH:
+            _certify_decode(self)
 
     return __init__
 
@@ -77,16 +84,93 @@ def _tunes_large_heads() -> bool:
     return current_platform.is_device_capability_family(100)
 
 
+def _certify_decode(layer) -> None:
+    """Certify the bundled decode kernel for a layer's heads, once a process, before anything is captured."""
+    import torch
+    from vllm.v1.attention.backends import flash_attn
+    from vllm.version import __version__ as release
+
+    from bi_patch.orders import cuda_attention
+
+    def prefill(q, k, v, pages, scale):
+        def ints(*values):
+            return torch.tensor(values, dtype=torch.int32, device=q.device)
+
+        count = len(q)
+        return flash_attn.flash_attn_varlen_func(
+            q=q, k=k, v=v, cu_seqlens_q=ints(0, count), max_seqlen_q=count, seqused_k=ints(count), max_seqlen_k=count,
+            softmax_scale=scale, causal=True, window_size=[-1, -1], block_table=pages, fa_version=3, num_splits=1,
+        )  # fmt: skip
+
+    problem = cuda_attention.Problem(layer.num_heads, layer.num_kv_heads, layer.head_size, torch.get_default_dtype())
+    cuda_attention.certify(problem, prefill, f"vllm {release}", active.cache)
+
+
+def _cuda_decode(original):
+    """FlashAttentionImpl.forward: a batch of single queries takes the bundled kernel where it is certified."""
+    name = next(name for name in _CALLS if name in original.__globals__)
+    return with_globals(original, **{name: _decode_or(original.__globals__[name])})
+
+
+def _decode_or(flash):
+    """vLLM's call of FlashAttention 3, given to the bundled kernel where that serves."""
+    from bi_patch.orders import cuda_attention
+
+    def attend(**given):
+        if given["max_seqlen_q"] > 1:
+            return flash(**given)
+        q, k = given["q"], given["k"]
+        if _plain(given) and cuda_attention.serves(_problem(q, k), given["seqused_k"].shape[0]):
+            return cuda_attention.attend(
+                q, k, given["v"], given["out"], given["cu_seqlens_q"], given["seqused_k"], given["block_table"],
+                given["softmax_scale"],
+            )  # fmt: skip
+        if q.shape[-1] <= 64:  # the step's schedule may have been made for single queries
+            given |= {"max_seqlen_q": _LONG_QUERY, "scheduler_metadata": None}
+        return flash(**given)
+
+    return attend
+
+
+def _problem(q, k):
+    from bi_patch.orders.cuda_attention import Problem
+
+    return Problem(q.shape[1], k.shape[2], q.shape[2], q.dtype)
+
+
+def _plain(given) -> bool:
+    """Whether a call of FlashAttention asks for nothing but causal attention over pages that the bundled kernel has."""
+    extra = ("alibi_slopes", "s_aux", "mask_mod", "softcap", "dynamic_causal")
+    page = given["k"].shape[1]
+    return (
+        given["causal"] is True
+        and not any(given.get(name) is not None and given[name] != 0 for name in extra)
+        and tuple(given["window_size"] or _NO_WINDOW) == _NO_WINDOW
+        and given["k"].dtype == given["q"].dtype
+        and page & (page - 1) == 0
+    )
+
+
 def _cuda_longest_query(original):
-    """FlashAttentionMetadataBuilder.build: with small heads a decode is told a long query and keeps prefill's tile."""
+    """FlashAttentionMetadataBuilder.build: with small heads a batch that prefill's kernel decodes is told a long query
+    and keeps prefill's tile."""
 
     @functools.wraps(original)
     def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
-        if self.headdim <= 64 and common_attn_metadata.max_query_len < _LONG_QUERY:
+        longest = common_attn_metadata.max_query_len
+        if self.headdim <= 64 and longest < _LONG_QUERY and not (longest == 1 and _decodes(self)):
             common_attn_metadata = dataclasses.replace(common_attn_metadata, max_query_len=_LONG_QUERY)
         return original(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
 
     return build
+
+
+def _decodes(builder) -> bool:
+    """Whether the bundled kernel decodes for the layers of a metadata builder."""
+    from bi_patch.orders import cuda_attention
+
+    problem = cuda_attention.Problem(builder.num_heads_q, builder.num_heads_kv, builder.headdim, builder.kv_cache_dtype)
+    return cuda_attention.serves(problem)
 
 
 def _cuda_schedule(original):
@@ -138,8 +222,14 @@ SEAMS = (
     _cuda_seam(
         "longest_query", "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder.build",
         _cuda_longest_query, "FlashAttention 3 cuts KV elsewhere for single queries when heads have 64 elements",
-        "it is told a query of 128 tokens at least", (25,),
+        "a batch that it serves is told a query of 128 tokens at least", (25,),
         until="FlashAttention 3 keeps one tile for a head size",
+    ),
+    _cuda_seam(
+        "decode", "vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl.forward",
+        _cuda_decode, "prefill's tile has 192 or 128 rows of queries for the few of a decode",
+        "the bundled kernel keeps its order in a tile of 16 rows, where it is certified", (3, 25), required=False,
+        until="FlashAttention 3 has such a tile",
     ),
     _cuda_seam(
         "schedule", "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder._get_scheduler_metadata",

@@ -1,0 +1,121 @@
+"""Decode attention on CUDA: the bundled kernel, where it is certified to give the bits of the prefill that is served.
+
+Prefill runs on FlashAttention 3, whose tiles for single queries are either prefill's, much too large for a decode, or
+(heads of 64) cut KV elsewhere. The bundled kernel keeps prefill's order in small tiles. The certificate compares it
+with prefill itself: one long prompt is prefilled, then the last token of each of its beginnings is decoded, bitwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bi_patch.orders import certificates, cuda
+from bi_patch.orders.certificates import Certificate, Evidence, Key
+from bi_patch.orders.cuda_linear import unequal
+
+if TYPE_CHECKING:
+    import torch
+
+OPERATION = "cuda.decode_attention"
+DATA = "beginnings of one prompt, flat and peaked scores"
+_PROMPT, _PAGE = 2600, 16
+# Beginnings around the ends of tiles, and others.
+_LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 2600} - {0})
+_log = logging.getLogger("vllm.bi_patch")
+_certified: dict[Problem, bool] = {}
+
+# (q [tokens, heads, D], k and v [pages, page size, key heads, D], pages [1, most], scale) -> out, of q's shape: causal
+# attention of a whole prompt, as served.
+Prefill = Callable[..., "torch.Tensor"]
+
+
+class Problem(NamedTuple):
+    """heads and key_heads of one rank, head_size, dtype of q and of the KV cache."""
+
+    heads: int
+    key_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"heads={self.heads}/{self.key_heads} D={self.head_size} {cuda.name(self.dtype)}"
+
+
+def serves(problem: Problem, requests: int = 0) -> bool:
+    """Whether the bundled kernel is certified for `problem` in this process, and the faster for so many requests."""
+    if not _certified.get(problem, False):
+        return False
+    # Heads of 128 have a small tile in FlashAttention 3 too; the bundled one is ahead where blocks have a
+    # multiprocessor each.
+    return problem.head_size <= 64 or requests * problem.key_heads <= cuda.processors()
+
+
+def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Certificate | None:
+    """Compare the bundled kernel with `prefill`, or read that from disk; `library` names the version of prefill's.
+
+    Returns None for a problem that was seen before or that the kernel does not have; `serves` is then as before or
+    False.
+    """
+    from bi_patch.kernels.cuda import decode
+
+    if problem in _certified:
+        return None
+    _certified[problem] = False
+    if not decode.covers(*problem):
+        return None
+    key = Key(
+        OPERATION, str(problem), cuda.device(), f"{library} {cuda.libraries()}", cuda.kernels_digest("cuda"), DATA
+    )
+    certificate = certificates.obtain(cache, key, lambda: _certify(problem, prefill, key))
+    _certified[problem] = certificate.passed
+    if not certificate.passed:
+        _log.warning("bi_patch: %s: %s; prefill's kernel decodes", problem, certificate.evidence.first)
+    return certificate
+
+
+def attend(q, k, v, out, starts, lengths, pages, scale: float) -> None:
+    """The bundled kernel (bi_patch.kernels.cuda.decode.attend)."""
+    from bi_patch.kernels.cuda import decode
+
+    decode.attend(q, k, v, out, starts, lengths, pages, scale)
+
+
+def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
+    import torch
+
+    begin = time.perf_counter()
+    heads, key_heads, size, dtype = problem
+    generator = torch.Generator("cuda").manual_seed(size)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    blocks, number = -(-_PROMPT // _PAGE), len(_LENGTHS)
+    pages = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)[None]
+    k, v = random(blocks, _PAGE, key_heads, size), random(blocks, _PAGE, key_heads, size)
+    lengths = torch.tensor(_LENGTHS, dtype=torch.int32, device="cuda")
+    starts = torch.arange(number + 1, dtype=torch.int32, device="cuda")
+    compared, differing, first = 0, 0, ""
+    for what, factor in (("flat", 1.0), ("peaked", 6.0)):
+        q = (random(_PROMPT, heads, size) * factor).contiguous()
+        want = prefill(q, k, v, pages, size**-0.5)[lengths.long() - 1]
+        got = torch.empty_like(want)
+        attend(q[lengths.long() - 1], k, v, got, starts, lengths, pages.expand(number, blocks), size**-0.5)
+        wrong = unequal(got, want)
+        compared += got.numel()
+        differing += wrong
+        if wrong and not first:
+            first = f"{what} scores: {wrong} of {got.numel()} elements differ from prefill"
+    return Certificate(
+        key=key,
+        route="bundled decode",
+        passed=differing == 0,
+        passed_rows=_LENGTHS if differing == 0 else [],
+        evidence=Evidence(_LENGTHS, compared, differing, first),
+        seconds=round(time.perf_counter() - begin, 3),
+        made=certificates.today(),
+    )

@@ -1,0 +1,1 @@
+"""Bundled CUDA kernels, compiled at run time (nvrtc.py)."""

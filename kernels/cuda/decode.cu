@@ -1,0 +1,213 @@
+// Attention of single queries (decode) over paged KV, in the order of FlashAttention 3's prefill.
+//
+// Order: tiles of 128 keys at multiples of 128, the last tile first. In a tile: scores by ascending 16 elements of the
+// head; the running maximum; p = 2^(score * scale - max * scale); a row's sum is four partial sums (keys 8j + 2t and
+// 8j + 2t + 1 for t = 0..3, ascending), each carried from tile to tile and scaled once a tile, added at the end as
+// (s0 + s2) + (s1 + s3); the output is scaled, then takes p (rounded to 16 bits) times V by ascending 16 keys. At the end
+// it is divided by the sum. FlashAttention 3 (Shah et al. 2024) does the same with 192 or 128 rows of queries a tile, of
+// which a decode fills few; here a block has 16 rows, the query heads of one key head.
+//
+// One block of four warps per request and key head. A warp scores 32 of a tile's keys for all rows, and sums V over all
+// of its keys for a quarter of the head's elements. STAGES tiles of K and V are in flight. Compiled for HEAD (64, 128).
+
+constexpr int TILE = 128, WARPS = 4, THREADS = 32 * WARPS, ROWS = 16;
+constexpr int PIECES = HEAD / 8;  // of 16 bytes, in a row of K or V
+constexpr int PASS_ROWS = THREADS / PIECES, PASSES = TILE / PASS_ROWS;
+constexpr int TILE_BYTES = TILE * HEAD * 2;
+constexpr int WEIGHT_STRIDE = TILE + 8;  // floats; the padding spreads rows over banks
+
+// Where piece `piece` of row `row` lies: rows of one column of pieces fall into different banks.
+DEVICE int place(int row, int pieces, int piece) { return (row * pieces + (piece ^ (row & 7))) * 16; }
+
+struct Cache {
+  const u16 *k, *v;                            // of this key head
+  const int* pages;                            // of this request
+  i64 k_page, k_token, v_page, v_token;        // strides in elements
+  int page_bits, length;                       // a page holds 2^page_bits tokens
+};
+
+DEVICE void find_pages(const Cache& cache, int tile, int (&found)[PASSES]) {
+#pragma unroll
+  for (int i = 0; i < PASSES; ++i) {
+    const int at = tile * TILE + i * PASS_ROWS + thread() / PIECES;
+    found[i] = at < cache.length ? cache.pages[at >> cache.page_bits] : 0;
+  }
+}
+
+DEVICE void load_tile(const Cache& cache, int tile, const int (&pages)[PASSES], unsigned char* k, unsigned char* v) {
+  const int piece = thread() % PIECES;
+#pragma unroll
+  for (int i = 0; i < PASSES; ++i) {
+    const int row = i * PASS_ROWS + thread() / PIECES, at = tile * TILE + row;
+    const int inside = at & ((1 << cache.page_bits) - 1), to = place(row, PIECES, piece);
+    const bool wanted = at < cache.length;
+    copy_16(k + to, cache.k + pages[i] * cache.k_page + inside * cache.k_token + piece * 8, wanted);
+    copy_16(v + to, cache.v + pages[i] * cache.v_page + inside * cache.v_token + piece * 8, wanted);
+  }
+}
+
+// q, out [tokens, heads, HEAD]; k, v [pages, 2^page_bits, key heads, HEAD], by strides in elements; starts [requests + 1]:
+// a request's token, none where the next start is equal; lengths [requests]; pages [requests, page_stride].
+// scale: of the softmax, times log2(e). group: query heads of a key head, at most 16. Grid: key heads x requests.
+KERNEL(THREADS)
+decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, const int* lengths, const int* pages,
+       int page_stride, int page_bits, int group, float scale, i64 q_token, i64 q_head, i64 k_page, i64 k_token,
+       i64 k_head, i64 v_page, i64 v_token, i64 v_head, i64 o_token, i64 o_head) {
+  const int head = block_x(), request = block_y();
+  const int token = starts[request], length = lengths[request];
+  if (starts[request + 1] == token) return;
+  const int warp = thread() / 32, lane = thread() % 32, g = lane / 4, t = lane % 4;
+  q += token * q_token + head * group * q_head;
+  out += token * o_token + head * group * o_head;
+  const Cache cache{k + head * k_head, v + head * v_head, pages + (i64)request * page_stride,
+                    k_page, k_token, v_page, v_token, page_bits, length};
+
+  unsigned char* const keys = shared();
+  unsigned char* const values = keys + STAGES * TILE_BYTES;
+  unsigned char* const rounded = values + STAGES * TILE_BYTES;                    // weights p, 16 bits [ROWS, TILE]
+  float* const weights = reinterpret_cast<float*>(rounded + ROWS * TILE * 2);     // p in fp32 [ROWS, WEIGHT_STRIDE]
+  float* const peaks = weights + ROWS * WEIGHT_STRIDE;                            // a warp's maxima [WARPS, ROWS]
+
+  u32 queries[HEAD / 16][4];
+#pragma unroll
+  for (int i = 0; i < HEAD / 16; ++i) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const int row = g + 8 * (part & 1), d = 16 * i + 8 * (part >> 1) + 2 * t;
+      queries[i][part] = row < group ? *reinterpret_cast<const u32*>(q + row * q_head + d) : 0u;
+    }
+  }
+
+  const int tiles = (length + TILE - 1) / TILE;
+  int next = tiles - 1, found[PASSES];
+  if (next >= 0) find_pages(cache, next, found);
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; ++s) {
+    if (next >= 0) load_tile(cache, next, found, keys + s * TILE_BYTES, values + s * TILE_BYTES);
+    end_group();
+    if (--next >= 0) find_pages(cache, next, found);
+  }
+
+  // This thread's rows are g and g + 8; its partial sum is of row `mine`, keys 8j + 2t and 8j + 2t + 1.
+  const int mine = warp + 4 * g;
+  float o[HEAD / 32][4] = {}, peak[2] = {LOWEST, LOWEST}, my_peak = LOWEST, sum = 0.f;
+  int stage = 0;
+  for (int tile = tiles - 1; tile >= 0; --tile) {
+    wait_groups<STAGES - 2>();
+    barrier();
+    const int free = stage == 0 ? STAGES - 1 : stage - 1;
+    if (next >= 0) load_tile(cache, next, found, keys + free * TILE_BYTES, values + free * TILE_BYTES);
+    end_group();
+    if (--next >= 0) find_pages(cache, next, found);
+    const bool first = tile == tiles - 1;
+
+    float s[4][4] = {};
+#pragma unroll
+    for (int i = 0; i < HEAD / 16; ++i) {
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const int key = 32 * warp + 16 * pair + 8 * (lane / 16) + lane % 8;
+        u32 b[4];
+        load_matrices(b, keys + stage * TILE_BYTES + place(key, PIECES, 2 * i + lane / 8 % 2));
+        multiply_add(s[2 * pair], queries[i], b[0], b[1]);
+        multiply_add(s[2 * pair + 1], queries[i], b[2], b[3]);
+      }
+    }
+    if (first) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (tile * TILE + 32 * warp + 8 * j + 2 * t + e % 2 >= length) s[j][e] = LOWEST;
+        }
+      }
+    }
+    float scaled[2], shrink[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = s[0][2 * half];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) most = fmaxf(most, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+      most = fmaxf(most, exchange(most, 1));
+      most = fmaxf(most, exchange(most, 2));
+      if (t == 0) peaks[warp * ROWS + 8 * half + g] = most;
+    }
+    barrier();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = peak[half];
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, peaks[w * ROWS + 8 * half + g]);
+      shrink[half] = first ? 1.f : power_of_2((peak[half] - most) * scale);
+      peak[half] = most;
+      scaled[half] = most * scale;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = 32 * warp + 8 * j + 2 * t;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float low = power_of_2(fmaf(s[j][2 * half], scale, -scaled[half]));
+        const float high = power_of_2(fmaf(s[j][2 * half + 1], scale, -scaled[half]));
+        const int row = 8 * half + g;
+        weights[row * WEIGHT_STRIDE + column] = low;
+        weights[row * WEIGHT_STRIDE + column + 1] = high;
+        *reinterpret_cast<u32*>(rounded + place(row, TILE / 8, 4 * warp + j) + 4 * t) = round_pair(low, high);
+      }
+    }
+    barrier();
+
+    if (mine < group) {
+      float most = my_peak;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, peaks[w * ROWS + mine]);
+      const float by = power_of_2((my_peak - most) * scale);
+      my_peak = most;
+      const float* row = weights + mine * WEIGHT_STRIDE + 2 * t;
+      sum = first ? row[0] : carry(sum, by, row[0]);
+      sum += row[1];
+#pragma unroll
+      for (int j = 1; j < TILE / 8; ++j) {
+        sum += row[8 * j];
+        sum += row[8 * j + 1];
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < HEAD / 32; ++b) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[b][e] *= shrink[e / 2];
+    }
+#pragma unroll
+    for (int i = 0; i < TILE / 16; ++i) {
+      u32 a[4];
+      load_matrices(a, rounded + place(lane % 8 + 8 * (lane / 8 % 2), TILE / 8, 2 * i + lane / 16));
+#pragma unroll
+      for (int pair = 0; pair < HEAD / 64; ++pair) {
+        const int key = 16 * i + lane % 8 + 8 * (lane / 8 % 2);
+        const int piece = (warp * (HEAD / 4) + 16 * pair) / 8 + lane / 16;
+        u32 b[4];
+        load_matrices_transposed(b, values + stage * TILE_BYTES + place(key, PIECES, piece));
+        multiply_add(o[2 * pair], a, b[0], b[1]);
+        multiply_add(o[2 * pair + 1], a, b[2], b[3]);
+      }
+    }
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  }
+
+  sum += exchange(sum, 2);
+  sum += exchange(sum, 1);
+  barrier();
+  if (t == 0 && mine < group) peaks[mine] = sum;
+  barrier();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = 8 * half + g;
+    if (row >= group) continue;
+    const float total = peaks[row], part = total == 0.f || total != total ? 0.f : 1.f / total;
+#pragma unroll
+    for (int b = 0; b < HEAD / 32; ++b) {
+      u16* to = out + row * o_head + warp * (HEAD / 4) + 8 * b + 2 * t;
+      *reinterpret_cast<u32*>(to) = round_pair(o[b][2 * half] * part, o[b][2 * half + 1] * part);
+    }
+  }
+}

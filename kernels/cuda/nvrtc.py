@@ -1,0 +1,89 @@
+"""CUDA source compiled at run time with NVRTC, which comes with PyTorch's CUDA builds, and launched by the driver.
+
+Compiling needs no GPU. Numbers are those of cuda.h (CUDA 12 and 13).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Sequence
+from ctypes import byref, c_char_p, c_size_t, c_void_p
+from pathlib import Path
+
+_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class CompileError(RuntimeError):
+    """NVRTC or the driver is missing, or refused; the message holds the compiler's log."""
+
+
+@functools.cache
+def library(major: int) -> ctypes.CDLL:
+    """NVRTC of a CUDA major version. Raises CompileError where it is not installed."""
+    name = f"libnvrtc.so.{major}"
+    beside = [str(found) for folder in sys.path for found in Path(folder or ".").glob(f"nvidia/*/lib/{name}")]
+    for path in (name, *beside):
+        try:
+            # It opens its built-in functions by name, from wherever they were opened before.
+            for builtins in Path(path).parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(builtins))
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    raise CompileError(f"{name} was not found: it comes with PyTorch's CUDA builds (package nvidia-cuda-nvrtc)")
+
+
+def compile(source: str, arch: str, defines: dict[str, object], major: int) -> bytes:
+    """The cubin of `source` for `arch`, e.g. sm_90. Raises CompileError with the log."""
+    nvrtc = library(major)
+    program = c_void_p()
+    _check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"kernel.cu", 0, None, None), "nvrtcCreateProgram")
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "--use_fast_math"]
+    options += [f"-D{name}={value}" for name, value in defines.items()]
+    held = (c_char_p * len(options))(*(option.encode() for option in options))
+    code = nvrtc.nvrtcCompileProgram(program, len(options), held)
+    if code:
+        raise CompileError(f"NVRTC, status {code}: {_text(nvrtc, program)}")
+    size = c_size_t()
+    _check(nvrtc.nvrtcGetCUBINSize(program, byref(size)), "nvrtcGetCUBINSize")
+    cubin = ctypes.create_string_buffer(size.value)
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
+    nvrtc.nvrtcDestroyProgram(byref(program))
+    return cubin.raw
+
+
+class Function:
+    """A kernel of a cubin, on the current device. The cubin must live as long as it."""
+
+    def __init__(self, cubin: bytes, name: str, threads: int, shared_bytes: int):
+        self._driver, self._module, self._function = ctypes.CDLL("libcuda.so.1"), c_void_p(), c_void_p()
+        self._threads, self._shared = threads, shared_bytes
+        self._cubin = cubin
+        _check(self._driver.cuModuleLoadData(byref(self._module), cubin), "cuModuleLoadData")
+        code = self._driver.cuModuleGetFunction(byref(self._function), self._module, name.encode())
+        _check(code, "cuModuleGetFunction")
+        _check(self._driver.cuFuncSetAttribute(self._function, _SHARED_BYTES, shared_bytes), "cuFuncSetAttribute")
+
+    def __call__(self, grid: tuple[int, int], stream: int, arguments: Sequence[ctypes._SimpleCData]) -> None:
+        """Enqueue on `stream`. Arguments have the sizes of the kernel's parameters."""
+        held = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        code = self._driver.cuLaunchKernel(
+            self._function, grid[0], grid[1], 1, self._threads, 1, 1, self._shared, c_void_p(stream), held, None
+        )
+        _check(code, "cuLaunchKernel")
+
+
+def _text(nvrtc: ctypes.CDLL, program: c_void_p) -> str:
+    size = c_size_t()
+    nvrtc.nvrtcGetProgramLogSize(program, byref(size))
+    log = ctypes.create_string_buffer(max(1, size.value))
+    nvrtc.nvrtcGetProgramLog(program, log)
+    return log.value.decode(errors="replace")
+
+
+def _check(code: int, call: str) -> None:
+    if code:
+        raise CompileError(f"{call}, status {code}")
+

@@ -1,0 +1,75 @@
+// The instructions that the kernels are written in, for sm_80 and later. tests/kernels/cuda/emulate.h has the same names
+// on the CPU. INPUT names the 16-bit type: "bf16" or "f16".
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+
+#define DEVICE __device__ __forceinline__
+#define LOWEST __int_as_float(0xff800000)  // minus infinity
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+
+DEVICE int thread() { return threadIdx.x; }
+DEVICE int block_x() { return blockIdx.x; }
+DEVICE int block_y() { return blockIdx.y; }
+DEVICE void barrier() { __syncthreads(); }
+
+DEVICE unsigned char* shared() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+DEVICE float exchange(float value, int distance) { return __shfl_xor_sync(0xffffffffu, value, distance); }
+
+DEVICE float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// sum * by + p, rounded once or twice (CONTRACT 1 or 0): as the compiler of FlashAttention 3 made it.
+DEVICE float carry(float sum, float by, float p) {
+  return CONTRACT ? __fmaf_rn(sum, by, p) : __fadd_rn(__fmul_rn(sum, by), p);
+}
+
+// Two floats rounded to nearest even, `low` in the lower half.
+DEVICE u32 round_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn." INPUT "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+DEVICE u32 address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
+
+// 16 bytes to shared memory; zeros where not `wanted`.
+DEVICE void copy_16(void* to, const void* from, bool wanted) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(wanted ? 16 : 0));
+}
+
+DEVICE void end_group() { asm volatile("cp.async.commit_group;"); }
+
+template <int pending>
+DEVICE void wait_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending));
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address(row)));
+}
+
+DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address(row)));
+}
+
+// d [16, 8] += a [16, 16] b [16, 8], products of 16-bit elements, sums in fp32.
+DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." INPUT "." INPUT
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}

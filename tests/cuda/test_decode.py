@@ -1,0 +1,66 @@
+"""On a GPU with vLLM: the decode kernel has the bits of FlashAttention 3's prefill, alone and in any batch."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+def prefill(q, k, v, pages, scale):
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    def ints(*values):
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    n = len(q)
+    return flash_attn_varlen_func(
+        q=q, k=k, v=v, cu_seqlens_q=ints(0, n), max_seqlen_q=n, seqused_k=ints(n), max_seqlen_k=n, softmax_scale=scale,
+        causal=True, window_size=[-1, -1], block_table=pages, fa_version=3, num_splits=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, key_heads", [(32, 8), (16, 8), (8, 8), (14, 2), (64, 4)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_certificate(size, heads, key_heads, dtype, tmp_path):
+    from bi_patch.orders import cuda_attention
+
+    cuda_attention._certified.clear()
+    problem = cuda_attention.Problem(heads, key_heads, size, dtype)
+    certificate = cuda_attention.certify(problem, prefill, "test", tmp_path)
+    assert certificate.evidence.differing == 0, certificate.evidence.first
+    assert cuda_attention.serves(problem, 1)
+
+
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_rows_of_any_batch_through_a_graph(page):
+    """Requests captured in a graph, of other lengths at each replay, one of them empty, one without token."""
+    from bi_patch.kernels.cuda import decode
+
+    torch.manual_seed(page)
+    number, heads, key_heads, size, most = 40, 32, 8, 64, 3000
+    blocks = -(-most // page)
+    # As vLLM lays KV out: K and V of a token side by side.
+    cache = torch.randn(number * blocks, key_heads, page, 2 * size, device="cuda", dtype=torch.bfloat16)
+    k, v = cache.transpose(1, 2).split(size, dim=-1)
+    pages = torch.randperm(number * blocks, device="cuda").to(torch.int32).reshape(number, blocks)
+    q = torch.randn(number, heads, size, device="cuda", dtype=torch.bfloat16)
+    starts = torch.arange(number + 1, device="cuda", dtype=torch.int32)
+    starts[-1] = number - 1
+    lengths = torch.full((number,), 5, device="cuda", dtype=torch.int32)
+    out = torch.zeros_like(q)
+    decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5)
+    for _ in range(3):
+        lengths.copy_(torch.randint(0, most, (number,)))
+        lengths[0] = 0
+        out.fill_(7)
+        graph.replay()
+        assert (out[0] == 0).all() and (out[-1] == 7).all()
+        for i in range(1, number - 1):
+            alone = torch.empty_like(q[:1])
+            one = torch.tensor([0, 1], device="cuda", dtype=torch.int32)
+            decode.attend(q[i : i + 1], k, v, alone, one, lengths[i : i + 1], pages[i : i + 1], size**-0.5)
+            assert torch.equal(alone[0], out[i]), (i, int(lengths[i]))

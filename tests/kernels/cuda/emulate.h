@@ -1,0 +1,154 @@
+// The instructions of kernels/cuda/primitives.h on the CPU: a block's threads are threads, run together. Copies to shared
+// memory happen when their group is waited for, and the order of sums inside multiply_add is not the GPU's.
+
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <thread>
+#include <vector>
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+
+#define DEVICE static inline
+#define LOWEST (-INFINITY)
+#define KERNEL(threads) static void
+static constexpr int LANES = 32, MOST_THREADS = 128;
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool wanted;
+};
+
+struct Warp {
+  std::barrier<> together{LANES};
+  float values[LANES];
+  const unsigned char* rows[LANES];
+  u32 a[LANES][4], b[LANES][2];
+};
+
+static thread_local int this_thread;
+static thread_local std::vector<Copy> open_group;
+static thread_local std::deque<std::vector<Copy>> groups;
+static int this_block_x, this_block_y;
+static std::barrier<>* all;
+static Warp* warps;
+alignas(128) static unsigned char memory[1 << 18];
+
+DEVICE int thread() { return this_thread; }
+DEVICE int block_x() { return this_block_x; }
+DEVICE int block_y() { return this_block_y; }
+DEVICE void barrier() { all->arrive_and_wait(); }
+DEVICE unsigned char* shared() { return memory; }
+DEVICE Warp& warp_of() { return warps[this_thread / LANES]; }
+
+DEVICE float exchange(float value, int distance) {
+  Warp& w = warp_of();
+  w.values[this_thread % LANES] = value;
+  w.together.arrive_and_wait();
+  const float got = w.values[(this_thread % LANES) ^ distance];
+  w.together.arrive_and_wait();
+  return got;
+}
+
+DEVICE float power_of_2(float x) { return exp2f(x); }
+DEVICE float carry(float sum, float by, float p) { return fmaf(sum, by, p); }
+
+DEVICE u32 round_bf16(float value) {
+  u32 bits;
+  memcpy(&bits, &value, 4);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+DEVICE float widen_bf16(u32 half) {
+  const u32 bits = (half & 0xffff) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+
+DEVICE void copy_16(void* to, const void* from, bool wanted) { open_group.push_back({to, from, wanted}); }
+
+DEVICE void end_group() {
+  groups.push_back(open_group);
+  open_group.clear();
+}
+
+template <int pending>
+DEVICE void wait_groups() {
+  while (groups.size() > pending) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.wanted) memcpy(copy.to, copy.from, 16);
+      else memset(copy.to, 0, 16);
+    }
+    groups.pop_front();
+  }
+}
+
+DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+  Warp& w = warp_of();
+  const int lane = this_thread % LANES;
+  w.rows[lane] = static_cast<const unsigned char*>(row);
+  w.together.arrive_and_wait();
+  for (int m = 0; m < 4; ++m) memcpy(&r[m], w.rows[8 * m + lane / 4] + 4 * (lane % 4), 4);
+  w.together.arrive_and_wait();
+}
+
+DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+  Warp& w = warp_of();
+  const int lane = this_thread % LANES;
+  w.rows[lane] = static_cast<const unsigned char*>(row);
+  w.together.arrive_and_wait();
+  for (int m = 0; m < 4; ++m) {
+    u16 pair[2];
+    for (int e = 0; e < 2; ++e) memcpy(&pair[e], w.rows[8 * m + 2 * (lane % 4) + e] + 2 * (lane / 4), 2);
+    r[m] = pair[0] | u32(pair[1]) << 16;
+  }
+  w.together.arrive_and_wait();
+}
+
+DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  Warp& w = warp_of();
+  const int lane = this_thread % LANES, g = lane / 4, t = lane % 4;
+  memcpy(w.a[lane], a, 16);
+  w.b[lane][0] = b0;
+  w.b[lane][1] = b1;
+  w.together.arrive_and_wait();
+  for (int e = 0; e < 4; ++e) {
+    const int half = e / 2, column = 2 * t + e % 2;
+    float sum = d[e];
+    for (int k = 0; k < 16; ++k) {
+      const int part = half + 2 * (k / 8), of = 4 * g + k % 8 / 2, shift = 16 * (k % 2);
+      sum += widen_bf16(w.a[of][part] >> shift) * widen_bf16(w.b[4 * column + k % 8 / 2][k / 8] >> shift);
+    }
+    d[e] = sum;
+  }
+  w.together.arrive_and_wait();
+}
+
+// Runs one block after the other.
+static void run_grid(int x, int y, int threads, const std::function<void()>& kernel) {
+  for (this_block_y = 0; this_block_y < y; ++this_block_y) {
+    for (this_block_x = 0; this_block_x < x; ++this_block_x) {
+      std::barrier<> block(threads);
+      std::vector<Warp> own(threads / LANES);
+      all = &block;
+      warps = own.data();
+      memset(memory, 0xff, sizeof memory);  // not a number: what was not written shows
+      std::vector<std::thread> team;
+      for (int i = 0; i < threads; ++i) {
+        team.emplace_back([&, i] {
+          this_thread = i;
+          kernel();
+        });
+      }
+      for (std::thread& member : team) member.join();
+    }
+  }
+}
