@@ -158,10 +158,13 @@ class Attention:
 def test_attention_layers_that_were_not_shown_are_refused(arguments, named, monkeypatch):
     from bi_patch.seams.attention import cuda as attention_cuda
 
+    certified = []
     monkeypatch.setattr(attention_cuda, "_chosen", lambda: True)
+    monkeypatch.setattr(attention_cuda, "_certify_decode", certified.append)
     monkeypatch.setattr(Attention, "__init__", _closed("attention.cuda_backend", Attention.__init__))
     if named is None:
-        Attention(*arguments)
+        layer = Attention(*arguments)
+        assert certified == ([layer] if arguments[0] == "FLASH_ATTN" else [])
         return
     with pytest.raises(UnsupportedFeature, match=named):
         Attention(*arguments)
@@ -178,16 +181,67 @@ def test_layers_with_a_window_go_to_triton_unless_the_user_chose(window, chosen,
     monkeypatch.setattr(attention_cuda, "_chosen", lambda: chosen)
     monkeypatch.setattr(attention_cuda, "_triton", lambda: "TRITON")
     monkeypatch.setattr(attention_cuda, "_refuse_layer", lambda *_: None)
+    monkeypatch.setattr(Layer, "attn_backend", SimpleNamespace(get_name=lambda: "TRITON_ATTN"), raising=False)
     monkeypatch.setattr(Layer, "__init__", _closed("attention.cuda_backend", Layer.__init__))
     assert Layer(cache_config=SimpleNamespace(sliding_window=window)).given == served
     assert Layer(per_layer_sliding_window=window).given == served
 
 
-@pytest.mark.parametrize(("head", "longest", "told"), [(64, 1, 128), (64, 500, 500), (128, 1, 1)])
-def test_a_decode_with_small_heads_is_told_a_long_query(head, longest, told):
+@pytest.mark.parametrize(
+    ("head", "longest", "certified", "told"),
+    [(64, 1, False, 128), (64, 1, True, 1), (64, 2, True, 128), (64, 500, True, 500), (128, 1, False, 1)],
+)
+def test_a_decode_with_small_heads_is_told_a_long_query_unless_it_has_its_own_kernel(
+    head, longest, certified, told, monkeypatch
+):
+    from bi_patch.orders import cuda_attention
+
     build = _closed("attention.cuda_longest_query", lambda self, prefix, common, fast_build=False: common)
     common = dataclasses.make_dataclass("Common", ["max_query_len"])(longest)
-    assert build(SimpleNamespace(headdim=head), 0, common).max_query_len == told
+    problem = cuda_attention.Problem(32, 8, head, "bf16")
+    monkeypatch.setitem(cuda_attention._certified, problem, certified)
+    builder = SimpleNamespace(headdim=head, num_heads_q=32, num_heads_kv=8, kv_cache_dtype="bf16")
+    assert build(builder, 0, common).max_query_len == told
+
+
+def flash_call(**changes):
+    """What vLLM hands to FlashAttention 3 for a batch of three single queries."""
+    import torch
+
+    cache = torch.zeros(4, 16, 2, changes.pop("head", 64))
+    q = torch.zeros(3, 8, cache.shape[-1])
+    given = {
+        "q": q, "k": cache, "v": cache, "out": q, "cu_seqlens_q": torch.arange(4), "max_seqlen_q": 1,
+        "seqused_k": torch.ones(3), "block_table": torch.zeros(3, 1), "softmax_scale": 0.5, "causal": True,
+        "window_size": None, "softcap": 0, "alibi_slopes": None, "s_aux": None, "scheduler_metadata": "schedule",
+    }  # fmt: skip
+    return given | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "certified", "expected"),
+    [
+        ({}, True, "bundled"),
+        ({"window_size": [-1, -1]}, True, "bundled"),
+        ({}, False, ("flash", 128, None)),
+        ({"max_seqlen_q": 5}, True, ("flash", 5, "schedule")),
+        ({"softcap": 30.0}, True, ("flash", 128, None)),
+        ({"causal": False}, True, ("flash", 128, None)),
+        ({"s_aux": 1}, True, ("flash", 128, None)),
+        ({"window_size": [511, 0]}, True, ("flash", 128, None)),
+        ({"head": 128, "softcap": 30.0}, True, ("flash", 1, "schedule")),
+    ],
+)
+def test_single_queries_take_the_certified_kernel_and_nothing_else_does(changes, certified, expected, monkeypatch):
+    from bi_patch.orders import cuda_attention
+    from bi_patch.seams.attention import cuda as attention_cuda
+
+    given = flash_call(**changes)
+    took = []
+    monkeypatch.setitem(cuda_attention._certified, attention_cuda._problem(given["q"], given["k"]), certified)
+    monkeypatch.setattr(cuda_attention, "attend", lambda *_: took.append("bundled"))
+    attention_cuda._decode_or(lambda **a: took.append(("flash", a["max_seqlen_q"], a["scheduler_metadata"])))(**given)
+    assert took == [expected]
 
 
 class Triton:
