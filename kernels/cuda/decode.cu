@@ -88,8 +88,9 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
     if (--next >= 0) find_pages(cache, next, found);
   }
 
-  // This thread's rows are g and g + 8; its partial sum is of row `mine`, keys 8j + 2t and 8j + 2t + 1.
-  const int mine = warp + 4 * g;
+  // This thread's rows are g and g + 8; its partial sum is of row `mine`, keys 8j + 2t and 8j + 2t + 1. Two threads have
+  // the same one: that costs nothing, and a branch would keep sums and products apart.
+  const int mine = 4 * warp + g % 4;
   float o[HEAD / 32][4] = {}, peak[2] = {LOWEST, LOWEST}, my_peak = LOWEST, sum = 0.f;
   int stage = 0;
   for (int tile = tiles - 1; tile >= 0; --tile) {
@@ -150,27 +151,24 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
         const float low = power_of_2(fmaf(s[j][2 * half], scale, -scaled[half]));
         const float high = power_of_2(fmaf(s[j][2 * half + 1], scale, -scaled[half]));
         const int row = 8 * half + g;
-        weights[row * WEIGHT_STRIDE + column] = low;
-        weights[row * WEIGHT_STRIDE + column + 1] = high;
+        *reinterpret_cast<float2*>(weights + row * WEIGHT_STRIDE + column) = float2{low, high};
         *reinterpret_cast<u32*>(rounded + place(row, TILE / 8, 4 * warp + j) + 4 * t) = round_pair(low, high);
       }
     }
     barrier();
 
-    if (mine < group) {
-      float most = my_peak;
+    float most = my_peak;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, peaks[w * ROWS + mine]);
-      const float by = power_of_2((my_peak - most) * scale);
-      my_peak = most;
-      const float* row = weights + mine * WEIGHT_STRIDE + 2 * t;
-      sum = first ? row[0] : carry(sum, by, row[0]);
-      sum += row[1];
+    for (int w = 0; w < WARPS; ++w) most = fmaxf(most, peaks[w * ROWS + mine]);
+    const float by = power_of_2((my_peak - most) * scale);
+    my_peak = most;
+    const float2* const row = reinterpret_cast<const float2*>(weights + mine * WEIGHT_STRIDE + 2 * t);
+    sum = first ? row[0].x : carry(sum, by, row[0].x);
+    sum += row[0].y;
 #pragma unroll
-      for (int j = 1; j < TILE / 8; ++j) {
-        sum += row[8 * j];
-        sum += row[8 * j + 1];
-      }
+    for (int j = 1; j < TILE / 8; ++j) {
+      sum += row[4 * j].x;
+      sum += row[4 * j].y;
     }
 #pragma unroll
     for (int b = 0; b < HEAD / 32; ++b) {
@@ -197,7 +195,7 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
   sum += exchange(sum, 2);
   sum += exchange(sum, 1);
   barrier();
-  if (t == 0 && mine < group) peaks[mine] = sum;
+  if (t == 0) peaks[mine] = sum;
   barrier();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

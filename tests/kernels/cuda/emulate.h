@@ -18,6 +18,10 @@ typedef long long i64;
 #define KERNEL(threads) static void
 static constexpr int LANES = 32, MOST_THREADS = 128;
 
+struct float2 {
+  float x, y;
+};
+
 struct Copy {
   void* to;
   const void* from;
