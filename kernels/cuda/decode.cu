@@ -8,7 +8,8 @@
 // which a decode fills few; here a block has 16 rows, the query heads of one key head.
 //
 // One block of four warps per request and key head. A warp scores 32 of a tile's keys for all rows, and sums V over all
-// of its keys for a quarter of the head's elements. STAGES tiles of K and V are in flight. Compiled for HEAD (64, 128).
+// of its keys for a quarter of the head's elements. There is room for STAGES tiles of K and V, at least 3: one whose V and
+// one whose K are read, the others on their way. Compiled for HEAD (64, 128).
 
 constexpr int TILE = 128, WARPS = 4, THREADS = 32 * WARPS, ROWS = 16;
 constexpr int PIECES = HEAD / 8;  // of 16 bytes, in a row of K or V
@@ -92,17 +93,10 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
   // the same one: that costs nothing, and a branch would keep sums and products apart.
   const int mine = 4 * warp + g % 4;
   float o[HEAD / 32][4] = {}, peak[2] = {LOWEST, LOWEST}, my_peak = LOWEST, sum = 0.f;
-  int stage = 0;
-  for (int tile = tiles - 1; tile >= 0; --tile) {
-    wait_groups<STAGES - 2>();
-    barrier();
-    const int free = stage == 0 ? STAGES - 1 : stage - 1;
-    if (next >= 0) load_tile(cache, next, found, keys + free * TILE_BYTES, values + free * TILE_BYTES);
-    end_group();
-    if (--next >= 0) find_pages(cache, next, found);
-    const bool first = tile == tiles - 1;
+  float shrink[2], my_shrink;
 
-    float s[4][4] = {};
+  // s [ROWS, 32 keys of this warp] from the keys in `stage`.
+  const auto score = [&](int stage, float(&s)[4][4]) {
 #pragma unroll
     for (int i = 0; i < HEAD / 16; ++i) {
 #pragma unroll
@@ -114,16 +108,10 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
         multiply_add(s[2 * pair + 1], queries[i], b[2], b[3]);
       }
     }
-    if (first) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (tile * TILE + 32 * warp + 8 * j + 2 * t + e % 2 >= length) s[j][e] = LOWEST;
-        }
-      }
-    }
-    float scaled[2], shrink[2];
+  };
+
+  // The new maxima, what they shrink earlier sums by, and the weights of a tile.
+  const auto weigh = [&](const float(&s)[4][4], bool first) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float most = s[0][2 * half];
@@ -134,36 +122,58 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
       if (t == 0) peaks[warp * ROWS + 8 * half + g] = most;
     }
     barrier();
+    const auto raise = [&](float& peak, int row) {
+      float most = peak;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, peaks[w * ROWS + row]);
+      const float by = first ? 1.f : power_of_2((peak - most) * scale);
+      peak = most;
+      return by;
+    };
+    my_shrink = raise(my_peak, mine);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float most = peak[half];
+      const int row = 8 * half + g;
+      shrink[half] = raise(peak[half], row);
+      const float scaled = peak[half] * scale;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, peaks[w * ROWS + 8 * half + g]);
-      shrink[half] = first ? 1.f : power_of_2((peak[half] - most) * scale);
-      peak[half] = most;
-      scaled[half] = most * scale;
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int column = 32 * warp + 8 * j + 2 * t;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float low = power_of_2(fmaf(s[j][2 * half], scale, -scaled[half]));
-        const float high = power_of_2(fmaf(s[j][2 * half + 1], scale, -scaled[half]));
-        const int row = 8 * half + g;
-        *reinterpret_cast<float2*>(weights + row * WEIGHT_STRIDE + column) = float2{low, high};
+      for (int j = 0; j < 4; ++j) {
+        const float low = power_of_2(fmaf(s[j][2 * half], scale, -scaled));
+        const float high = power_of_2(fmaf(s[j][2 * half + 1], scale, -scaled));
+        *reinterpret_cast<float2*>(weights + row * WEIGHT_STRIDE + 32 * warp + 8 * j + 2 * t) = float2{low, high};
         *reinterpret_cast<u32*>(rounded + place(row, TILE / 8, 4 * warp + j) + 4 * t) = round_pair(low, high);
       }
     }
-    barrier();
+  };
 
-    float most = my_peak;
+  if (tiles > 0) {
+    wait_groups<STAGES - 2>();
+    barrier();
+    float s[4][4] = {};
+    score(0, s);
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) most = fmaxf(most, peaks[w * ROWS + mine]);
-    const float by = power_of_2((my_peak - most) * scale);
-    my_peak = most;
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if ((tiles - 1) * TILE + 32 * warp + 8 * j + 2 * t + e % 2 >= length) s[j][e] = LOWEST;
+      }
+    }
+    weigh(s, true);
+  }
+  int stage = 0;
+  for (int tile = tiles - 1; tile >= 0; --tile) {
+    wait_groups<STAGES - 3>();
+    barrier();
+    const int free = stage == 0 ? STAGES - 1 : stage - 1, following = stage == STAGES - 1 ? 0 : stage + 1;
+    if (next >= 0) load_tile(cache, next, found, keys + free * TILE_BYTES, values + free * TILE_BYTES);
+    end_group();
+    if (--next >= 0) find_pages(cache, next, found);
+
+    // The next tile's scores go between this one's sums: alone, each waits for itself. After tile 0 they are not used.
+    float s[4][4] = {};
+    score(following, s);
     const float2* const row = reinterpret_cast<const float2*>(weights + mine * WEIGHT_STRIDE + 2 * t);
-    sum = first ? row[0].x : carry(sum, by, row[0].x);
+    sum = tile == tiles - 1 ? row[0].x : carry(sum, my_shrink, row[0].x);
     sum += row[0].y;
 #pragma unroll
     for (int j = 1; j < TILE / 8; ++j) {
@@ -189,7 +199,8 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
         multiply_add(o[2 * pair + 1], a, b[2], b[3]);
       }
     }
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    if (tile > 0) weigh(s, false);
+    stage = following;
   }
 
   sum += exchange(sum, 2);

@@ -38,7 +38,7 @@ def address(x: torch.Tensor) -> ctypes.c_void_p:
 
 
 @pytest.mark.parametrize(
-    "head, group, key_heads, page, stages", [(64, 4, 2, 16, 3), (128, 8, 1, 32, 2), (64, 16, 1, 128, 2)]
+    "head, group, key_heads, page, stages", [(64, 4, 2, 16, 3), (128, 8, 1, 32, 3), (64, 16, 1, 128, 4)]
 )
 def test_attention_of_single_queries(tmp_path, head, group, key_heads, page, stages):
     library = build(tmp_path, head, stages)
