@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 OPERATION = "cuda.decode_attention"
-DATA = "beginnings of one prompt, flat and peaked scores"
-_PROMPT, _PAGE = 2600, 16
+DATA = "beginnings of one prompt, flat scores in small pages and peaked scores in large ones"
+_PROMPT = 2600
 # Beginnings around the ends of tiles, and others.
 _LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 2600} - {0})
 _log = logging.getLogger("vllm.bi_patch")
@@ -60,6 +60,8 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     Returns None for a problem that was seen before or that the kernel does not have; `serves` is then as before or
     False.
     """
+    import torch
+
     from bi_patch.kernels.cuda import decode
 
     if problem in _certified:
@@ -70,7 +72,14 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     key = Key(
         OPERATION, str(problem), cuda.device(), f"{library} {cuda.libraries()}", cuda.kernels_digest("cuda"), DATA
     )
-    certificate = certificates.obtain(cache, key, lambda: _certify(problem, prefill, key))
+    try:
+        # Compiled and loaded now, not when a graph is captured.
+        decode.kernel(problem.head_size, problem.dtype, torch.cuda.current_device())
+        certificate = certificates.obtain(cache, key, lambda: _certify(problem, prefill, key))
+    except Exception as error:  # what serves without it is slower and no less invariant
+        said = f"{type(error).__name__}: {error}"
+        _log.warning("bi_patch: no decode kernel for %s, prefill's serves: %s", problem, said)
+        return None
     _certified[problem] = certificate.passed
     if not certificate.passed:
         _log.warning("bi_patch: %s: %s; prefill's kernel decodes", problem, certificate.evidence.first)
@@ -94,17 +103,25 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda").to(dtype)
 
-    blocks, number = -(-_PROMPT // _PAGE), len(_LENGTHS)
-    pages = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)[None]
-    k, v = random(blocks, _PAGE, key_heads, size), random(blocks, _PAGE, key_heads, size)
+    def layouts():
+        """k and v of the prompt in random pages: packed in small ones, side by side as vLLM 0.26 has them in large."""
+        for what, page, factor in (("flat", 16, 1.0), ("peaked", 128, 6.0)):
+            blocks = -(-_PROMPT // page)
+            pages = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)[None]
+            if page == 16:
+                k, v = (random(blocks, page, key_heads, size) for _ in range(2))
+            else:
+                k, v = random(blocks, key_heads, page, 2 * size).transpose(1, 2).split(size, dim=-1)
+            yield what, (random(_PROMPT, heads, size) * factor).contiguous(), k, v, pages
+
     lengths = torch.tensor(_LENGTHS, dtype=torch.int32, device="cuda")
-    starts = torch.arange(number + 1, dtype=torch.int32, device="cuda")
+    starts = torch.arange(len(_LENGTHS) + 1, dtype=torch.int32, device="cuda")
     compared, differing, first = 0, 0, ""
-    for what, factor in (("flat", 1.0), ("peaked", 6.0)):
-        q = (random(_PROMPT, heads, size) * factor).contiguous()
+    for what, q, k, v, pages in layouts():
         want = prefill(q, k, v, pages, size**-0.5)[lengths.long() - 1]
         got = torch.empty_like(want)
-        attend(q[lengths.long() - 1], k, v, got, starts, lengths, pages.expand(number, blocks), size**-0.5)
+        held = pages.expand(len(_LENGTHS), -1)
+        attend(q[lengths.long() - 1], k, v, got, starts, lengths, held, size**-0.5)
         wrong = unequal(got, want)
         compared += got.numel()
         differing += wrong

@@ -20,49 +20,44 @@ constexpr int WEIGHT_STRIDE = TILE + 8;  // floats; the padding spreads rows ove
 // Where piece `piece` of row `row` lies: rows of one column of pieces fall into different banks.
 DEVICE int place(int row, int pieces, int piece) { return (row * pieces + (piece ^ (row & 7))) * 16; }
 
+// Strides in bytes. v lies `to_v` bytes after k everywhere; a page holds 2^page_bits tokens, at most TILE.
 struct Cache {
-  const u16 *k, *v;                            // of this key head
-  const int* pages;                            // of this request
-  i64 k_page, k_token, v_page, v_token;        // strides in elements
-  int page_bits, length;                       // a page holds 2^page_bits tokens
+  const unsigned char* k;  // of this key head
+  const int* pages;        // of this request
+  i64 to_v;
+  int page_stride, token_stride, page_bits;
 };
 
-DEVICE void find_pages(const Cache& cache, int tile, int (&found)[PASSES]) {
+DEVICE void find_pages(const Cache& cache, int tile, int length, int (&found)[PASSES]) {
 #pragma unroll
   for (int i = 0; i < PASSES; ++i) {
     const int at = tile * TILE + i * PASS_ROWS + thread() / PIECES;
-    found[i] = at < cache.length ? cache.pages[at >> cache.page_bits] : 0;
+    found[i] = at < length ? cache.pages[at >> cache.page_bits] : 0;
   }
 }
 
-DEVICE void load_tile(const Cache& cache, int tile, const int (&pages)[PASSES], unsigned char* k, unsigned char* v) {
-  const int piece = thread() % PIECES;
+// K and V of a tile on their way to shared memory, as two groups.
+DEVICE void load_tile(const Cache& cache, int tile, int length, const int (&pages)[PASSES], unsigned char* k,
+                      unsigned char* v) {
+  const int piece = thread() % PIECES, mask = (1 << cache.page_bits) - 1;
 #pragma unroll
-  for (int i = 0; i < PASSES; ++i) {
-    const int row = i * PASS_ROWS + thread() / PIECES, at = tile * TILE + row;
-    const int inside = at & ((1 << cache.page_bits) - 1), to = place(row, PIECES, piece);
-    const bool wanted = at < cache.length;
-    copy_16(k + to, cache.k + pages[i] * cache.k_page + inside * cache.k_token + piece * 8, wanted);
-    copy_16(v + to, cache.v + pages[i] * cache.v_page + inside * cache.v_token + piece * 8, wanted);
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int i = 0; i < PASSES; ++i) {
+      const int row = i * PASS_ROWS + thread() / PIECES;
+      const unsigned char* from = cache.k + static_cast<i64>(pages[i]) * cache.page_stride +
+                                  ((row & mask) * cache.token_stride + piece * 16);
+      unsigned char* const to = (part ? v : k) + place(row, PIECES, piece);
+      copy_16(to, part ? from + cache.to_v : from, tile * TILE + row < length);
+    }
+    end_group();
   }
 }
 
-// q, out [tokens, heads, HEAD]; k, v [pages, 2^page_bits, key heads, HEAD], by strides in elements; starts [requests + 1]:
-// a request's token, none where the next start is equal; lengths [requests]; pages [requests, page_stride].
-// scale: of the softmax, times log2(e). group: query heads of a key head, at most 16. Grid: key heads x requests.
-KERNEL(THREADS)
-decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, const int* lengths, const int* pages,
-       int page_stride, int page_bits, int group, float scale, i64 q_token, i64 q_head, i64 k_page, i64 k_token,
-       i64 k_head, i64 v_page, i64 v_token, i64 v_head, i64 o_token, i64 o_head) {
-  const int head = block_x(), request = block_y();
-  const int token = starts[request], length = lengths[request];
-  if (starts[request + 1] == token) return;
+// The attention of one query of each of `group` heads, q and out of the first of them, over `length` tokens.
+DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int group, float scale, int q_head,
+                   int o_head) {
   const int warp = thread() / 32, lane = thread() % 32, g = lane / 4, t = lane % 4;
-  q += token * q_token + head * group * q_head;
-  out += token * o_token + head * group * o_head;
-  const Cache cache{k + head * k_head, v + head * v_head, pages + (i64)request * page_stride,
-                    k_page, k_token, v_page, v_token, page_bits, length};
-
   unsigned char* const keys = shared();
   unsigned char* const values = keys + STAGES * TILE_BYTES;
   unsigned char* const rounded = values + STAGES * TILE_BYTES;                    // weights p, 16 bits [ROWS, TILE]
@@ -75,25 +70,31 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       const int row = g + 8 * (part & 1), d = 16 * i + 8 * (part >> 1) + 2 * t;
-      queries[i][part] = row < group ? *reinterpret_cast<const u32*>(q + row * q_head + d) : 0u;
+      const u32 pair = *reinterpret_cast<const u32*>(q + (row < group ? row : 0) * q_head + d);
+      queries[i][part] = row < group ? pair : 0u;
     }
   }
 
   const int tiles = (length + TILE - 1) / TILE;
   int next = tiles - 1, found[PASSES];
-  if (next >= 0) find_pages(cache, next, found);
+  if (next >= 0) find_pages(cache, next, length, found);
+  const auto load_next = [&](int stage) {
+    if (next >= 0) {
+      load_tile(cache, next, length, found, keys + stage * TILE_BYTES, values + stage * TILE_BYTES);
+    } else {
+      end_group();
+      end_group();
+    }
+    if (--next >= 0) find_pages(cache, next, length, found);
+  };
 #pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s) {
-    if (next >= 0) load_tile(cache, next, found, keys + s * TILE_BYTES, values + s * TILE_BYTES);
-    end_group();
-    if (--next >= 0) find_pages(cache, next, found);
-  }
+  for (int s = 0; s < STAGES - 1; ++s) load_next(s);
 
   // This thread's rows are g and g + 8; its partial sum is of row `mine`, keys 8j + 2t and 8j + 2t + 1. Two threads have
   // the same one: that costs nothing, and a branch would keep sums and products apart.
   const int mine = 4 * warp + g % 4;
   float o[HEAD / 32][4] = {}, peak[2] = {LOWEST, LOWEST}, my_peak = LOWEST, sum = 0.f;
-  float shrink[2], my_shrink;
+  float shrink[2] = {1.f, 1.f}, my_shrink;
 
   // s [ROWS, 32 keys of this warp] from the keys in `stage`.
   const auto score = [&](int stage, float(&s)[4][4]) {
@@ -110,10 +111,11 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
     }
   };
 
-  // The new maxima, what they shrink earlier sums by, and the weights of a tile.
+  // The new maxima, what they shrink earlier sums by, and the weights of a tile. Rows past the group hold anything.
   const auto weigh = [&](const float(&s)[4][4], bool first) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (8 * half >= group) break;
       float most = s[0][2 * half];
 #pragma unroll
       for (int j = 0; j < 4; ++j) most = fmaxf(most, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
@@ -133,6 +135,7 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
     my_shrink = raise(my_peak, mine);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (8 * half >= group) break;
       const int row = 8 * half + g;
       shrink[half] = raise(peak[half], row);
       const float scaled = peak[half] * scale;
@@ -147,7 +150,7 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
   };
 
   if (tiles > 0) {
-    wait_groups<STAGES - 2>();
+    wait_groups<2 * STAGES - 3>();
     barrier();
     float s[4][4] = {};
     score(0, s);
@@ -162,12 +165,10 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
   }
   int stage = 0;
   for (int tile = tiles - 1; tile >= 0; --tile) {
-    wait_groups<STAGES - 3>();
+    wait_groups<2 * STAGES - 5>();  // this tile's V and the next one's K are here
     barrier();
-    const int free = stage == 0 ? STAGES - 1 : stage - 1, following = stage == STAGES - 1 ? 0 : stage + 1;
-    if (next >= 0) load_tile(cache, next, found, keys + free * TILE_BYTES, values + free * TILE_BYTES);
-    end_group();
-    if (--next >= 0) find_pages(cache, next, found);
+    load_next(stage == 0 ? STAGES - 1 : stage - 1);
+    const int following = stage == STAGES - 1 ? 0 : stage + 1;
 
     // The next tile's scores go between this one's sums: alone, each waits for itself. After tile 0 they are not used.
     float s[4][4] = {};
@@ -212,11 +213,32 @@ decode(const u16* q, const u16* k, const u16* v, u16* out, const int* starts, co
   for (int half = 0; half < 2; ++half) {
     const int row = 8 * half + g;
     if (row >= group) continue;
-    const float total = peaks[row], part = total == 0.f || total != total ? 0.f : 1.f / total;
+    const float total = peaks[row], part = total == 0.f || total != total ? 0.f : reciprocal(total);
 #pragma unroll
     for (int b = 0; b < HEAD / 32; ++b) {
       u16* to = out + row * o_head + warp * (HEAD / 4) + 8 * b + 2 * t;
       *reinterpret_cast<u32*>(to) = round_pair(o[b][2 * half] * part, o[b][2 * half + 1] * part);
     }
+  }
+}
+
+// q, out [tokens, heads, HEAD]; k [pages, 2^page_bits, key heads, HEAD], v the same `to_v` bytes further; starts
+// [requests + 1]: where a request's tokens begin in q; lengths [requests]; pages [requests, most_pages]. Strides of q and out
+// in elements, of the cache in bytes. group: query heads of a key head, at most 16. scale: of the softmax, times log2(e).
+// Grid: key heads x requests. A request of several tokens (a graph of single queries may be replayed on one) has them done
+// one after the other.
+KERNEL(THREADS)
+decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const int* lengths, const int* pages,
+       i64 to_v, int most_pages, int page_bits, int group, float scale, int q_token, int q_head, int k_page, int k_token,
+       int k_head, int o_token, int o_head) {
+  const int head = block_x(), request = block_y();
+  const int begin = starts[request], end = starts[request + 1], length = lengths[request];
+  const Cache cache{k + static_cast<i64>(head) * k_head, pages + static_cast<i64>(request) * most_pages, to_v,
+                    k_page, k_token, page_bits};
+  for (int token = begin; token < end; ++token) {
+    if (token > begin) barrier();
+    attend(q + static_cast<i64>(token) * q_token + head * group * q_head,
+           out + static_cast<i64>(token) * o_token + head * group * o_head, cache, length - (end - 1 - token), group, scale,
+           q_head, o_head);
   }
 }

@@ -27,6 +27,11 @@ def covers(heads: int, key_heads: int, head_size: int, dtype: torch.dtype) -> bo
     return head_size in HEAD_SIZES and name in _INPUTS and heads % key_heads == 0 and heads // key_heads <= GROUP
 
 
+def covers_pages(page_size: int) -> bool:
+    """Whether KV may lie in pages of so many tokens: a power of two, at most a tile."""
+    return 0 < page_size <= _TILE and page_size & (page_size - 1) == 0
+
+
 def build(head_size: int, dtype: torch.dtype, arch: str, major: int) -> bytes:
     """The cubin for `arch`, e.g. sm_90, by NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     folder = Path(__file__).resolve().parent
@@ -48,42 +53,52 @@ def attend(
 ) -> None:
     """Write the attention of q [tokens, heads, D] over each request's first `lengths` tokens into out, of q's shape.
 
-    k, v: [pages, page size, key heads, D], the page size a power of two. starts [requests + 1], int32: a request's
-    token in q; a request without token has its next start equal. lengths [requests], int32. pages [requests, most
-    pages], int32. scale: of the softmax. Raises ValueError for what does not fit.
+    k, v: [pages, page size, key heads, D], laid out alike. starts [requests + 1], int32: where a request's tokens
+    begin in q; none where the next start is equal, several are the last ones of `lengths`, in their order. lengths
+    [requests], int32. pages [requests, most pages], int32. scale: of the softmax. Raises ValueError for what does not
+    fit.
     """
-    heads, size = q.shape[1:]
-    page_size, key_heads = k.shape[1:3]
-    if problem := _unfit(q, k, v, out, pages):
-        raise ValueError(problem)
-    strides = (*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *out.stride()[:2])
-    arguments = [
-        *(c_void_p(x.data_ptr()) for x in (q, k, v, out, starts, lengths, pages)),
-        c_int(pages.stride(0)), c_int(page_size.bit_length() - 1), c_int(heads // key_heads),
-        c_float(c_float(scale).value * _LOG2E),
-        *(c_longlong(stride) for stride in strides),
-    ]  # fmt: skip
+    if problem := _unfit(q, k, v, out, starts, lengths, pages):
+        raise ValueError(f"decode: {problem}")
     import torch
 
+    heads, size = q.shape[1:]
+    page_size, key_heads = k.shape[1:3]
+    arguments = [
+        *(c_void_p(x.data_ptr()) for x in (q, k, out, starts, lengths, pages)),
+        c_longlong(v.data_ptr() - k.data_ptr()),
+        c_int(pages.stride(0)), c_int(page_size.bit_length() - 1), c_int(heads // key_heads),
+        c_float(c_float(scale).value * _LOG2E),
+        *(c_int(stride) for stride in (*q.stride()[:2], *(2 * x for x in k.stride()[:3]), *out.stride()[:2])),
+    ]  # fmt: skip
     stream = torch.cuda.current_stream(q.device).cuda_stream
-    _kernel(size, q.dtype, q.device.index)((key_heads, lengths.shape[0]), stream, arguments)
+    kernel(size, q.dtype, q.device.index)((key_heads, lengths.shape[0]), stream, arguments)
 
 
-def _unfit(q, k, v, out, pages) -> str:
+def _unfit(q, k, v, out, starts, lengths, pages) -> str:
     """What in the arguments the kernel cannot take, or nothing."""
     if not covers(q.shape[1], k.shape[2], q.shape[2], q.dtype) or any(x.dtype != q.dtype for x in (k, v, out)):
-        return f"decode: heads {tuple(q.shape[1:])} over {k.shape[2]} in {q.dtype} are not covered"
-    if k.shape[1] & (k.shape[1] - 1):
-        return f"decode: pages of {k.shape[1]} tokens are not covered"
-    if any(x.stride(-1) != 1 for x in (q, k, v, out, pages)):
-        return "decode: elements of a head, or a row's pages, do not lie side by side"
-    if any((x.data_ptr() | 2 * x.stride(i)) % 16 for x in (k, v) for i in range(3)):
-        return "decode: rows of KV are not aligned to 16 bytes"
-    return "decode: rows are not aligned to 4 bytes" if any(x.data_ptr() % 4 for x in (q, out)) else ""
+        return f"heads {tuple(q.shape[1:])} over {k.shape[2]} in {q.dtype} are not covered"
+    if not covers_pages(k.shape[1]):
+        return f"pages of {k.shape[1]} tokens are not covered"
+    if k.shape != v.shape or k.stride() != v.stride() or out.shape != q.shape:
+        return "k and v, or q and out, are not laid out alike"
+    if any(x.stride(-1) != 1 for x in (q, k, out)) or any(x.data_ptr() % 4 or x.stride(0) % 2 or x.stride(1) % 2
+                                                          for x in (q, out)):  # fmt: skip
+        return "elements of a head do not lie side by side, aligned to 4 bytes"
+    if any(x.data_ptr() % 16 or any(2 * stride % 16 for stride in x.stride()[:3]) for x in (k, v)):
+        return "rows of KV are not aligned to 16 bytes"
+    number = lengths.shape[0]
+    if starts.shape[0] != number + 1 or pages.shape[0] != number or 2 * k.stride(0) >= 1 << 31:
+        return f"{tuple(starts.shape)} starts, {tuple(pages.shape)} pages do not belong to {number} requests"
+    if any(str(x.dtype) != "torch.int32" or x.stride(-1) != 1 for x in (starts, lengths, pages)):
+        return "starts, lengths and pages are not int32, side by side"
+    return ""
 
 
 @functools.cache
-def _kernel(head_size: int, dtype: torch.dtype, device: int) -> nvrtc.Function:
+def kernel(head_size: int, dtype: torch.dtype, device: int) -> nvrtc.Function:
+    """The kernel, compiled and loaded on a device. Raises nvrtc.CompileError."""
     import torch
 
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_size_t, c_void_p
 from pathlib import Path
 
-_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, and .._PREFERRED_SHARED_MEMORY_CARVEOUT in percent.
+_SHARED_BYTES, _CARVEOUT = 8, 9
 
 
 class CompileError(RuntimeError):
@@ -64,7 +65,8 @@ class Function:
         _check(self._driver.cuModuleLoadData(byref(self._module), cubin), "cuModuleLoadData")
         code = self._driver.cuModuleGetFunction(byref(self._function), self._module, name.encode())
         _check(code, "cuModuleGetFunction")
-        _check(self._driver.cuFuncSetAttribute(self._function, _SHARED_BYTES, shared_bytes), "cuFuncSetAttribute")
+        for attribute, value in ((_SHARED_BYTES, shared_bytes), (_CARVEOUT, 100)):
+            _check(self._driver.cuFuncSetAttribute(self._function, attribute, value), "cuFuncSetAttribute")
 
     def __call__(self, grid: tuple[int, int], stream: int, arguments: Sequence[ctypes._SimpleCData]) -> None:
         """Enqueue on `stream`. Arguments have the sizes of the kernel's parameters."""

@@ -27,6 +27,12 @@ DEVICE float power_of_2(float x) {
   return y;
 }
 
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // sum * by + p, rounded once or twice (CONTRACT 1 or 0): as the compiler of FlashAttention 3 made it.
 DEVICE float carry(float sum, float by, float p) {
   return CONTRACT ? __fmaf_rn(sum, by, p) : __fadd_rn(__fmul_rn(sum, by), p);

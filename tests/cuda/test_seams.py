@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import torch
 from packaging.version import Version
 
 from bi_patch.errors import UnsupportedFeature
@@ -206,8 +207,6 @@ def test_a_decode_with_small_heads_is_told_a_long_query_unless_it_has_its_own_ke
 
 def flash_call(**changes):
     """What vLLM hands to FlashAttention 3 for a batch of three single queries."""
-    import torch
-
     cache = torch.zeros(4, 16, 2, changes.pop("head", 64))
     q = torch.zeros(3, 8, cache.shape[-1])
     given = {
@@ -227,7 +226,8 @@ def flash_call(**changes):
         ({"max_seqlen_q": 5}, True, ("flash", 5, "schedule")),
         ({"softcap": 30.0}, True, ("flash", 128, None)),
         ({"causal": False}, True, ("flash", 128, None)),
-        ({"s_aux": 1}, True, ("flash", 128, None)),
+        ({"s_aux": torch.ones(8)}, True, ("flash", 128, None)),
+        ({"k": torch.zeros(4, 24, 2, 64)}, True, ("flash", 128, None)),
         ({"window_size": [511, 0]}, True, ("flash", 128, None)),
         ({"head": 128, "softcap": 30.0}, True, ("flash", 1, "schedule")),
     ],
@@ -264,8 +264,6 @@ class Triton:
 def test_top_p_alone_goes_in_pieces_and_the_rest_in_one_call(monkeypatch, rows, k, p, told):
     import sys
 
-    import torch
-
     from bi_patch.seams import sampling
 
     kernel = Triton()
@@ -283,8 +281,6 @@ def test_top_p_alone_goes_in_pieces_and_the_rest_in_one_call(monkeypatch, rows, 
 @pytest.mark.parametrize("rows", [0, 1, 2, 5])
 @pytest.mark.parametrize("vocab", [51, 56])
 def test_rows_of_logits_are_packed(rows, vocab):
-    import torch
-
     from bi_patch.seams import sampling
 
     held = torch.randn(rows, 56)

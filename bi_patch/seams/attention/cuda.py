@@ -140,14 +140,15 @@ def _problem(q, k):
 
 def _plain(given) -> bool:
     """Whether a call of FlashAttention asks for nothing but causal attention over pages that the bundled kernel has."""
-    extra = ("alibi_slopes", "s_aux", "mask_mod", "softcap", "dynamic_causal")
-    page = given["k"].shape[1]
+    from bi_patch.kernels.cuda import decode
+
     return (
         given["causal"] is True
-        and not any(given.get(name) is not None and given[name] != 0 for name in extra)
+        and all(given.get(name) is None for name in ("alibi_slopes", "s_aux", "mask_mod", "dynamic_causal"))
+        and not given.get("softcap")
         and tuple(given["window_size"] or _NO_WINDOW) == _NO_WINDOW
         and given["k"].dtype == given["q"].dtype
-        and page & (page - 1) == 0
+        and decode.covers_pages(given["k"].shape[1])
     )
 
 

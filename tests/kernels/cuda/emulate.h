@@ -60,6 +60,7 @@ DEVICE float exchange(float value, int distance) {
 }
 
 DEVICE float power_of_2(float x) { return exp2f(x); }
+DEVICE float reciprocal(float x) { return 1.f / x; }
 DEVICE float carry(float sum, float by, float p) { return fmaf(sum, by, p); }
 
 DEVICE u32 round_bf16(float value) {

@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from bi_patch.kernels.cuda import decode
 
 KERNELS = Path(__file__).resolve().parents[3] / "kernels" / "cuda"
 LAUNCH = """
-extern "C" void launch(int x, int y, const u16* q, const u16* k, const u16* v, u16* out, const int* starts,
-                       const int* lengths, const int* pages, int page_stride, int page_bits, int group, float scale,
-                       const i64* strides) {
-  const i64* s = strides;
+extern "C" void launch(int x, int y, const u16* q, const unsigned char* k, u16* out, const int* starts,
+                       const int* lengths, const int* pages, i64 to_v, int most_pages, int page_bits, int group,
+                       float scale, const int* strides) {
+  const int* s = strides;
   run_grid(x, y, THREADS, [&] {
-    decode(q, k, v, out, starts, lengths, pages, page_stride, page_bits, group, scale, s[0], s[1], s[2], s[3], s[4],
-           s[5], s[6], s[7], s[8], s[9]);
+    decode(q, k, out, starts, lengths, pages, to_v, most_pages, page_bits, group, scale, s[0], s[1], s[2], s[3], s[4],
+           s[5], s[6]);
   });
 }
 """
@@ -33,41 +34,40 @@ def build(folder: Path, head: int, stages: int) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def address(x: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
-
-
 @pytest.mark.parametrize(
     "head, group, key_heads, page, stages", [(64, 4, 2, 16, 3), (128, 8, 1, 32, 3), (64, 16, 1, 128, 4)]
 )
-def test_attention_of_single_queries(tmp_path, head, group, key_heads, page, stages):
+def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, stages):
     library = build(tmp_path, head, stages)
+
+    def emulated(grid, stream, arguments):
+        strides = (ctypes.c_int * 7)(*(a.value for a in arguments[-7:]))
+        library.launch(*grid, *arguments[:-7], strides)
+
+    monkeypatch.setattr(decode, "kernel", lambda *_: emulated)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     torch.manual_seed(head + group)
-    lengths = torch.tensor([1, 127, 128, 129, 300, 0, 17], dtype=torch.int32)
-    starts = torch.tensor([0, 1, 2, 3, 4, 5, 6, 6], dtype=torch.int32)  # the last request has no token
+    # The one but last request has two tokens, the last has none.
+    lengths = torch.tensor([1, 127, 128, 129, 300, 0, 130, 17], dtype=torch.int32)
+    starts = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 8], dtype=torch.int32)
     heads, blocks = group * key_heads, -(-int(lengths.max()) // page)
     pages = torch.randperm(len(lengths) * blocks).to(torch.int32).reshape(len(lengths), blocks)
-    cache = torch.randn(2, pages.numel(), page, key_heads, head).to(torch.bfloat16)
-    q = torch.randn(len(lengths), heads, head).to(torch.bfloat16)
+    # As vLLM lays KV out: K and V of a token side by side.
+    cache = torch.randn(pages.numel(), key_heads, page, 2 * head).to(torch.bfloat16)
+    k, v = cache.transpose(1, 2).split(head, dim=-1)
+    q = torch.randn(9, heads, head).to(torch.bfloat16)
     out = torch.full_like(q, 7.0)
-    k, v = cache
-    strides = [*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *out.stride()[:2]]
     scale = head**-0.5
-    library.launch(
-        key_heads, len(lengths), address(q), address(k), address(v), address(out), address(starts), address(lengths),
-        address(pages), pages.stride(0), page.bit_length() - 1, group, ctypes.c_float(scale * 1.4426950408889634),
-        (ctypes.c_longlong * 10)(*strides),
-    )  # fmt: skip
-    for i, length in enumerate(lengths.tolist()):
-        if starts[i] == starts[i + 1]:
-            assert (out[i] == 7).all()
-            continue
+    decode.attend(q, k, v, out, starts, lengths, pages, scale)
+    assert (out[8] == 7).all()
+    tokens = [(i, n) for i, n in enumerate(lengths.tolist()[:6])] + [(6, 129), (6, 130)]
+    for token, (i, length) in enumerate(tokens):
         held = [x[pages[i].long()].reshape(-1, key_heads, head)[:length].float() for x in (k, v)]
         held = [x.repeat_interleave(group, 1) for x in held]
-        weights = (torch.einsum("hd,khd->hk", q[i].float(), held[0]) * scale).softmax(-1)
+        weights = (torch.einsum("hd,khd->hk", q[token].float(), held[0]) * scale).softmax(-1)
         want = torch.einsum("hk,khd->hd", weights, held[1])
-        torch.testing.assert_close(out[i].float(), want, atol=2e-2, rtol=2e-2)
-        assert length == 0 or (out[i].float() - want).abs().mean() < 3e-3
+        torch.testing.assert_close(out[token].float(), want, atol=2e-2, rtol=2e-2)
+        assert length == 0 or (out[token].float() - want).abs().mean() < 3e-3
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -78,14 +78,23 @@ def test_compiles_without_a_gpu(arch, head, dtype):
 
 
 def test_what_the_kernel_does_not_have_is_refused():
-    q = torch.zeros(3, 8, 64, dtype=torch.bfloat16)
-    cache, pages = torch.zeros(4, 24, 2, 64, dtype=torch.bfloat16), torch.zeros(3, 4, dtype=torch.int32)
-    with pytest.raises(ValueError, match="pages of 24 tokens"):
-        decode.attend(q, cache, cache, q, None, None, pages, 1.0)
-    with pytest.raises(ValueError, match="in torch.float32 are not covered"):
-        decode.attend(q.float(), cache, cache, q, None, None, pages, 1.0)
-    with pytest.raises(ValueError, match="not aligned to 16 bytes"):
-        shifted = torch.zeros(4 * 16 * 2 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 16, 2, 64)
-        decode.attend(q, shifted, shifted, q, None, None, pages, 1.0)
+    def given(page=16, dtype=torch.bfloat16, shift=0, **changes):
+        q = torch.zeros(3, 8, 64, dtype=dtype)
+        cache = torch.zeros(4 * page * 2 * 64 + shift, dtype=dtype)[shift:].view(4, page, 2, 64)
+        numbers = {"starts": torch.arange(4), "lengths": torch.ones(3), "pages": torch.zeros(3, 4)}
+        held = {name: x.to(torch.int32) for name, x in numbers.items()}
+        return {"q": q, "k": cache, "v": cache, "out": q, "scale": 1.0} | held | changes
+
+    for arguments, said in (
+        (given(page=24), "pages of 24 tokens"),
+        (given(page=256), "pages of 256 tokens"),
+        (given(dtype=torch.float32), "in torch.float32 are not covered"),
+        (given(shift=1), "not aligned to 16 bytes"),
+        (given(out=torch.zeros(2, 8, 64, dtype=torch.bfloat16)), "laid out alike"),
+        (given(starts=torch.arange(3, dtype=torch.int32)), "do not belong to 3 requests"),
+        (given(lengths=torch.ones(3, dtype=torch.int64)), "not int32"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            decode.attend(**arguments)
     assert not decode.covers(34, 2, 64, torch.bfloat16)
     assert not decode.covers(8, 2, 96, torch.bfloat16)
