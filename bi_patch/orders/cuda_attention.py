@@ -74,7 +74,8 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     )
     try:
         # Compiled and loaded now, not when a graph is captured.
-        decode.kernel(problem.head_size, problem.dtype, torch.cuda.current_device())
+        for share in decode.SHARES:
+            decode.kernel(problem.head_size, problem.dtype, share, torch.cuda.current_device())
         certificate = certificates.obtain(cache, key, lambda: _certify(problem, prefill, key))
     except Exception as error:  # what serves without it is slower and no less invariant
         said = f"{type(error).__name__}: {error}"
@@ -86,15 +87,17 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     return certificate
 
 
-def attend(q, k, v, out, starts, lengths, pages, scale: float) -> None:
+def attend(q, k, v, out, starts, lengths, pages, scale: float, share: int | None = None) -> None:
     """The bundled kernel (bi_patch.kernels.cuda.decode.attend)."""
     from bi_patch.kernels.cuda import decode
 
-    decode.attend(q, k, v, out, starts, lengths, pages, scale)
+    decode.attend(q, k, v, out, starts, lengths, pages, scale, share)
 
 
 def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     import torch
+
+    from bi_patch.kernels.cuda import decode
 
     begin = time.perf_counter()
     heads, key_heads, size, dtype = problem
@@ -119,14 +122,15 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     compared, differing, first = 0, 0, ""
     for what, q, k, v, pages in layouts():
         want = prefill(q, k, v, pages, size**-0.5)[lengths.long() - 1]
-        got = torch.empty_like(want)
         held = pages.expand(len(_LENGTHS), -1)
-        attend(q[lengths.long() - 1], k, v, got, starts, lengths, held, size**-0.5)
-        wrong = unequal(got, want)
-        compared += got.numel()
-        differing += wrong
-        if wrong and not first:
-            first = f"{what} scores: {wrong} of {got.numel()} elements differ from prefill"
+        for share in decode.SHARES:
+            got = torch.empty_like(want)
+            attend(q[lengths.long() - 1], k, v, got, starts, lengths, held, size**-0.5, share)
+            wrong = unequal(got, want)
+            compared += got.numel()
+            differing += wrong
+            if wrong and not first:
+                first = f"{what} scores, {share} blocks: {wrong} of {got.numel()} elements differ from prefill"
     return Certificate(
         key=key,
         route="bundled decode",

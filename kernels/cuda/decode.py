@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 HEAD_SIZES = (64, 128)
 GROUP = 16  # most query heads a key head
-_THREADS, _TILE, _STAGES = 128, 128, 3
+SHARES = (8, 4, 2, 1)
+_THREADS, _WARPS, _TILE = 128, 4, 128
 _LOG2E = 1.4426950408889634
 _INPUTS = {"bfloat16": "bf16", "float16": "f16"}
 # Whether the tile's scale and first weight join a partial sum in one rounding: so FlashAttention 3 was compiled.
@@ -28,17 +29,35 @@ def covers(heads: int, key_heads: int, head_size: int, dtype: torch.dtype) -> bo
 
 
 def covers_pages(page_size: int) -> bool:
-    """Whether KV may lie in pages of so many tokens: a power of two, at most a tile."""
-    return 0 < page_size <= _TILE and page_size & (page_size - 1) == 0
+    """Whether KV may lie in pages of so many tokens: a power of two from 16 to a tile."""
+    return 16 <= page_size <= _TILE and page_size & (page_size - 1) == 0
 
 
-def build(head_size: int, dtype: torch.dtype, arch: str, major: int) -> bytes:
-    """The cubin for `arch`, e.g. sm_90, by NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
+def shares(blocks: int, processors: int) -> int:
+    """How many thread blocks share the work of each of `blocks` pairs of request and key head: all may run at once."""
+    return next(number for number in SHARES if number == 1 or number * blocks <= processors)
+
+
+def build(head_size: int, dtype: torch.dtype, share: int, arch: str, major: int) -> bytes:
+    """The cubin for `arch`, e.g. sm_90, by NVRTC of CUDA `major`. More than one share needs sm_90 or later.
+
+    Raises nvrtc.CompileError.
+    """
     folder = Path(__file__).resolve().parent
     source = (folder / "primitives.h").read_text() + (folder / "decode.cu").read_text()
     name = _INPUTS[str(dtype).removeprefix("torch.")]
-    defines = {"HEAD": head_size, "STAGES": _STAGES, "INPUT": f'"{name}"', "CONTRACT": _CONTRACT}
-    return nvrtc.compile(source, arch, defines, major)
+    defines = {"HEAD": head_size, "SHARES": share, "DEPTH": _depth(head_size, share), "INPUT": f'"{name}"'}
+    return nvrtc.compile(source, arch, defines | {"CONTRACT": _CONTRACT}, major)
+
+
+def _depth(head_size: int, share: int) -> int:
+    return 2 if head_size == 128 and share == 8 else 3
+
+
+def _shared_bytes(head_size: int, share: int) -> int:
+    slots = 2 * _depth(head_size, share) * _TILE * head_size * 2
+    rounded, weights = share * GROUP * _TILE * 2, GROUP * (_TILE + 8) * 4
+    return slots + rounded + weights + (share * _WARPS + 1) * GROUP * 4
 
 
 def attend(
@@ -50,13 +69,14 @@ def attend(
     lengths: torch.Tensor,
     pages: torch.Tensor,
     scale: float,
+    share: int | None = None,
 ) -> None:
     """Write the attention of q [tokens, heads, D] over each request's first `lengths` tokens into out, of q's shape.
 
     k, v: [pages, page size, key heads, D], laid out alike. starts [requests + 1], int32: where a request's tokens
     begin in q; none where the next start is equal, several are the last ones of `lengths`, in their order. lengths
-    [requests], int32. pages [requests, most pages], int32. scale: of the softmax. Raises ValueError for what does not
-    fit.
+    [requests], int32. pages [requests, most pages], int32. scale: of the softmax. share: one of SHARES, by default the
+    most that may run at once; it changes no bit. Raises ValueError for what does not fit.
     """
     if problem := _unfit(q, k, v, out, starts, lengths, pages):
         raise ValueError(f"decode: {problem}")
@@ -71,8 +91,9 @@ def attend(
         c_float(c_float(scale).value * _LOG2E),
         *(c_int(stride) for stride in (*q.stride()[:2], *(2 * x for x in k.stride()[:3]), *out.stride()[:2])),
     ]  # fmt: skip
-    stream = torch.cuda.current_stream(q.device).cuda_stream
-    kernel(size, q.dtype, q.device.index)((key_heads, lengths.shape[0]), stream, arguments)
+    stream, number = torch.cuda.current_stream(q.device).cuda_stream, lengths.shape[0]
+    share = share or shares(key_heads * number, _processors(q.device.index))
+    kernel(size, q.dtype, share, q.device.index)((share * key_heads, number), stream, arguments)
 
 
 def _unfit(q, k, v, out, starts, lengths, pages) -> str:
@@ -97,12 +118,18 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
 
 
 @functools.cache
-def kernel(head_size: int, dtype: torch.dtype, device: int) -> nvrtc.Function:
+def _processors(device: int) -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def kernel(head_size: int, dtype: torch.dtype, share: int, device: int) -> nvrtc.Function:
     """The kernel, compiled and loaded on a device. Raises nvrtc.CompileError."""
     import torch
 
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = build(head_size, dtype, arch, int(str(torch.version.cuda).split(".")[0]))
-    shared = 2 * _STAGES * _TILE * head_size * 2 + GROUP * _TILE * 2 + GROUP * (_TILE + 8) * 4 + 4 * GROUP * 4
+    cubin = build(head_size, dtype, share, arch, int(str(torch.version.cuda).split(".")[0]))
     with torch.cuda.device(device):
-        return nvrtc.Function(cubin, "decode", _THREADS, shared)
+        return nvrtc.Function(cubin, "decode", _THREADS, _shared_bytes(head_size, share))

@@ -7,12 +7,62 @@ typedef long long i64;
 
 #define DEVICE __device__ __forceinline__
 #define LOWEST __int_as_float(0xff800000)  // minus infinity
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#if SHARES > 1
+#define KERNEL extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(THREADS)
+#else
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+#endif
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE void barrier() { __syncthreads(); }
+
+// The SHARES blocks of a cluster: this one's number, a barrier of all, a value put where `at` is in another's memory.
+DEVICE int share() {
+#if SHARES > 1
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+DEVICE void everyone() {
+#if SHARES > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+#if SHARES > 1
+DEVICE u32 remote(const void* at, int to) {
+  u32 found;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(found)
+      : "r"(static_cast<u32>(__cvta_generic_to_shared(at))), "r"(to));
+  return found;
+}
+
+DEVICE void put(float* at, int to, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote(at, to)), "f"(value) : "memory");
+}
+
+DEVICE void put(u32* at, int to, u32 value) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote(at, to)), "r"(value) : "memory");
+}
+
+DEVICE void put(float2* at, int to, float2 value) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote(at, to)), "f"(value.x), "f"(value.y) : "memory");
+}
+#else
+template <class T>
+DEVICE void put(T* at, int, T value) {
+  *at = value;
+}
+#endif
 
 DEVICE unsigned char* shared() {
   extern __shared__ __align__(128) unsigned char memory[];
@@ -20,6 +70,8 @@ DEVICE unsigned char* shared() {
 }
 
 DEVICE float exchange(float value, int distance) { return __shfl_xor_sync(0xffffffffu, value, distance); }
+
+DEVICE int from_lane(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 DEVICE float power_of_2(float x) {
   float y;
@@ -69,6 +121,13 @@ DEVICE void load_matrices(u32 (&r)[4], const void* row) {
 DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address(row)));
+}
+
+// Two of them: lanes 0 to 15 give the addresses.
+DEVICE void load_two_transposed(u32 (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
                : "r"(address(row)));
 }
 

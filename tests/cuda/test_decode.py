@@ -59,6 +59,10 @@ def test_rows_of_any_batch_through_a_graph(page):
         out.fill_(7)
         graph.replay()
         assert (out[0] == 0).all() and (out[-1] == 7).all()
+        for share in decode.SHARES:
+            again = torch.full_like(q, 7)
+            decode.attend(q, k, v, again, starts, lengths, pages, size**-0.5, share)
+            assert torch.equal(again, out), share
         for i in range(1, number - 1):
             alone = torch.empty_like(q[:1])
             one = torch.tensor([0, 1], device="cuda", dtype=torch.int32)

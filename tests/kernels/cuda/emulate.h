@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -15,8 +16,8 @@ typedef long long i64;
 
 #define DEVICE static inline
 #define LOWEST (-INFINITY)
-#define KERNEL(threads) static void
-static constexpr int LANES = 32, MOST_THREADS = 128;
+#define KERNEL static void
+static constexpr int LANES = 32;
 
 struct float2 {
   float x, y;
@@ -31,6 +32,7 @@ struct Copy {
 struct Warp {
   std::barrier<> together{LANES};
   float values[LANES];
+  int numbers[LANES];
   const unsigned char* rows[LANES];
   u32 a[LANES][4], b[LANES][2];
 };
@@ -38,23 +40,50 @@ struct Warp {
 static thread_local int this_thread;
 static thread_local std::vector<Copy> open_group;
 static thread_local std::deque<std::vector<Copy>> groups;
-static int this_block_x, this_block_y;
+// Blocks of one cluster run together.
+struct Block {
+  std::barrier<> together;
+  std::vector<Warp> warps;
+  alignas(128) unsigned char memory[1 << 18];
+  explicit Block(int threads) : together(threads), warps(threads / LANES) {
+    memset(memory, 0xff, sizeof memory);  // not a number: what was not written shows
+  }
+};
+
+static thread_local int this_share;
+static int this_cluster_x, this_block_y;
+static std::vector<std::unique_ptr<Block>> cluster;
 static std::barrier<>* all;
-static Warp* warps;
-alignas(128) static unsigned char memory[1 << 18];
 
 DEVICE int thread() { return this_thread; }
-DEVICE int block_x() { return this_block_x; }
+DEVICE int share() { return this_share; }
+DEVICE int block_x() { return this_cluster_x * static_cast<int>(cluster.size()) + this_share; }
 DEVICE int block_y() { return this_block_y; }
-DEVICE void barrier() { all->arrive_and_wait(); }
-DEVICE unsigned char* shared() { return memory; }
-DEVICE Warp& warp_of() { return warps[this_thread / LANES]; }
+DEVICE void barrier() { cluster[this_share]->together.arrive_and_wait(); }
+DEVICE void everyone() { all->arrive_and_wait(); }
+DEVICE unsigned char* shared() { return cluster[this_share]->memory; }
+DEVICE Warp& warp_of() { return cluster[this_share]->warps[this_thread / LANES]; }
+
+template <class T>
+DEVICE void put(T* at, int to, T value) {
+  const auto offset = reinterpret_cast<unsigned char*>(at) - shared();
+  memcpy(cluster[to]->memory + offset, &value, sizeof value);
+}
 
 DEVICE float exchange(float value, int distance) {
   Warp& w = warp_of();
   w.values[this_thread % LANES] = value;
   w.together.arrive_and_wait();
   const float got = w.values[(this_thread % LANES) ^ distance];
+  w.together.arrive_and_wait();
+  return got;
+}
+
+DEVICE int from_lane(int value, int lane) {
+  Warp& w = warp_of();
+  w.numbers[this_thread % LANES] = value;
+  w.together.arrive_and_wait();
+  const int got = w.numbers[lane];
   w.together.arrive_and_wait();
   return got;
 }
@@ -118,6 +147,13 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
   w.together.arrive_and_wait();
 }
 
+DEVICE void load_two_transposed(u32 (&r)[2], const void* row) {
+  u32 all_four[4];
+  load_matrices_transposed(all_four, row);
+  r[0] = all_four[0];
+  r[1] = all_four[1];
+}
+
 DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   Warp& w = warp_of();
   const int lane = this_thread % LANES, g = lane / 4, t = lane % 4;
@@ -137,19 +173,19 @@ DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   w.together.arrive_and_wait();
 }
 
-// Runs one block after the other.
-static void run_grid(int x, int y, int threads, const std::function<void()>& kernel) {
+// Runs one cluster of `shares` blocks after the other.
+static void run_grid(int x, int y, int threads, int shares, const std::function<void()>& kernel) {
   for (this_block_y = 0; this_block_y < y; ++this_block_y) {
-    for (this_block_x = 0; this_block_x < x; ++this_block_x) {
-      std::barrier<> block(threads);
-      std::vector<Warp> own(threads / LANES);
-      all = &block;
-      warps = own.data();
-      memset(memory, 0xff, sizeof memory);  // not a number: what was not written shows
+    for (this_cluster_x = 0; this_cluster_x < x / shares; ++this_cluster_x) {
+      std::barrier<> whole(threads * shares);
+      all = &whole;
+      cluster.clear();
+      for (int i = 0; i < shares; ++i) cluster.push_back(std::make_unique<Block>(threads));
       std::vector<std::thread> team;
-      for (int i = 0; i < threads; ++i) {
+      for (int i = 0; i < threads * shares; ++i) {
         team.emplace_back([&, i] {
-          this_thread = i;
+          this_thread = i % threads;
+          this_share = i / threads;
           kernel();
         });
       }

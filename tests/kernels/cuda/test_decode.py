@@ -16,7 +16,7 @@ extern "C" void launch(int x, int y, const u16* q, const unsigned char* k, u16* 
                        const int* lengths, const int* pages, i64 to_v, int most_pages, int page_bits, int group,
                        float scale, const int* strides) {
   const int* s = strides;
-  run_grid(x, y, THREADS, [&] {
+  run_grid(x, y, THREADS, SHARES, [&] {
     decode(q, k, out, starts, lengths, pages, to_v, most_pages, page_bits, group, scale, s[0], s[1], s[2], s[3], s[4],
            s[5], s[6]);
   });
@@ -24,21 +24,23 @@ extern "C" void launch(int x, int y, const u16* q, const unsigned char* k, u16* 
 """
 
 
-def build(folder: Path, head: int, stages: int) -> ctypes.CDLL:
+def build(folder: Path, head: int, shares: int, depth: int) -> ctypes.CDLL:
     source = folder / "decode.cpp"
     source.write_text(f'#include "emulate.h"\n#include "{KERNELS / "decode.cu"}"\n{LAUNCH}')
     library = folder / "decode.so"
-    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", f"-DHEAD={head}", f"-DSTAGES={stages}",
+    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", f"-DHEAD={head}", f"-DSHARES={shares}",
+               f"-DDEPTH={depth}",
                "-Wno-unknown-pragmas", f"-I{Path(__file__).parent}", str(source), "-o", str(library)]  # fmt: skip
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
 
 @pytest.mark.parametrize(
-    "head, group, key_heads, page, stages", [(64, 4, 2, 16, 3), (128, 8, 1, 32, 3), (64, 16, 1, 128, 4)]
+    "head, group, key_heads, page, shares, depth",
+    [(64, 4, 2, 16, 1, 3), (128, 8, 1, 32, 1, 2), (64, 16, 1, 128, 2, 2), (128, 4, 2, 16, 4, 3), (64, 4, 1, 16, 8, 2)],
 )
-def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, stages):
-    library = build(tmp_path, head, stages)
+def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, shares, depth):
+    library = build(tmp_path, head, shares, depth)
 
     def emulated(grid, stream, arguments):
         strides = (ctypes.c_int * 7)(*(a.value for a in arguments[-7:]))
@@ -58,7 +60,7 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
     q = torch.randn(9, heads, head).to(torch.bfloat16)
     out = torch.full_like(q, 7.0)
     scale = head**-0.5
-    decode.attend(q, k, v, out, starts, lengths, pages, scale)
+    decode.attend(q, k, v, out, starts, lengths, pages, scale, shares)
     assert (out[8] == 7).all()
     tokens = [(i, n) for i, n in enumerate(lengths.tolist()[:6])] + [(6, 129), (6, 130)]
     for token, (i, length) in enumerate(tokens):
@@ -74,7 +76,14 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
 @pytest.mark.parametrize("head", decode.HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiles_without_a_gpu(arch, head, dtype):
-    assert decode.build(head, dtype, arch, 13)[:4] == b"\x7fELF"
+    for share in (1,) if arch == "sm_80" else decode.SHARES:
+        assert decode.build(head, dtype, share, arch, 13)[:4] == b"\x7fELF"
+        assert decode._shared_bytes(head, share) <= 227 * 1024
+
+
+def test_as_many_blocks_share_a_request_as_may_run_at_once():
+    found = {blocks: decode.shares(blocks, 132) for blocks in (1, 16, 17, 33, 34, 66, 67, 2000)}
+    assert found == {1: 8, 16: 8, 17: 4, 33: 4, 34: 2, 66: 2, 67: 1, 2000: 1}
 
 
 def test_what_the_kernel_does_not_have_is_refused():
