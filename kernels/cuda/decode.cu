@@ -2,16 +2,16 @@
 //
 // Order: tiles of 128 keys at multiples of 128, the last tile first. In a tile: scores by ascending 16 elements of the
 // head; the running maximum; p = 2^(score * scale - max * scale); a row's sum is four partial sums (keys 8j + 2t and
-// 8j + 2t + 1 for t = 0..3, ascending), each carried from tile to tile and scaled once a tile, added at the end as
-// (s0 + s2) + (s1 + s3); the output is scaled, then takes p (rounded to 16 bits) times V by ascending 16 keys. At the end
-// it is divided by the sum. FlashAttention 3 (Shah et al. 2024) does the same with 192 or 128 rows of queries a tile, of
-// which a decode fills few; here a block has 16 rows, the query heads of one key head.
+// 8j + 2t + 1 for t = 0..3, ascending), each carried from tile to tile and scaled once a tile, added at the end as (s0
+// + s2) + (s1 + s3); the output is scaled, then takes p (rounded to 16 bits) times V by ascending 16 keys. At the end
+// it is divided by the sum. FlashAttention 3 (Shah et al. 2024) does the same with 192 or 128 rows of queries a tile,
+// of which a decode fills few; here a block has 16 rows, the query heads of one key head.
 //
 // Only the running maximum, the sums and the output go from tile to tile, and of them only the products with V take
-// time; an element of the output needs one column of V. So SHARES blocks of four warps, a cluster, share a request and key
-// head: in a round each scores one of SHARES tiles for all, and each sums V over all of them for its columns. One block
-// alone (SHARES 1) is for many requests. The next round's scores are computed while V is summed. K and V have DEPTH
-// slots each; V comes a round after K. Compiled for HEAD (64, 128), SHARES (1, 2, 4, 8), DEPTH (2 or more).
+// time; an element of the output needs one column of V. So SHARES blocks of four warps, a cluster, share a request and
+// key head: in a round each scores one of SHARES tiles for all, and each sums V over all of them for its columns. One
+// block alone (SHARES 1) is for many requests. The next round's scores are computed while V is summed. K and V have
+// DEPTH slots each; V comes a round after K. Compiled for HEAD (64, 128), SHARES (1, 2, 4, 8), DEPTH (2 or more).
 
 constexpr int TILE = 128, WARPS = 4, THREADS = 32 * WARPS, ROWS = 16;
 constexpr int PIECES = HEAD / 8;           // of 16 bytes, in a row of K
@@ -36,18 +36,21 @@ struct Cache {
   int page_stride, token_stride, page_bits;
 };
 
-// The pages of `tiles` tiles from `tile` down, PAGES of each, a lane's share of them: found[i] is that of 32 * i + lane.
+// The pages of `tiles` tiles from `tile` down, PAGES of each, a lane's share of them: found[i] is that of 32 * i +
+// lane.
 template <int tiles>
 DEVICE void find_pages(const Cache& cache, int tile, int length, int (&found)[(tiles * PAGES + 31) / 32]) {
 #pragma unroll
   for (int i = 0; i < (tiles * PAGES + 31) / 32; ++i) {
     const int number = 32 * i + thread() % 32, inside = number % PAGES << cache.page_bits;
     const int at = (tile - number / PAGES) * TILE + inside;
-    found[i] = number < tiles * PAGES && inside < TILE && at >= 0 && at < length ? cache.pages[at >> cache.page_bits] : 0;
+    const bool there = number < tiles * PAGES && inside < TILE && at >= 0 && at < length;
+    found[i] = there ? cache.pages[at >> cache.page_bits] : 0;
   }
 }
 
-// Rows of K or V of `tiles` tiles from `tile` down on their way to shared memory, PIECES / tiles pieces of each from `first`.
+// Rows of K or V of `tiles` tiles from `tile` down on their way to shared memory, PIECES / tiles pieces of each from
+// `first`.
 template <int tiles>
 DEVICE void copy_rows(const Cache& cache, const unsigned char* part, int tile, int first, int length,
                       const int (&found)[(tiles * PAGES + 31) / 32], unsigned char* slot) {
@@ -135,8 +138,8 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
     }
   };
 
-  // The new maxima, what they shrink earlier sums by, and the weights of this block's tile, given to all blocks. Rows past
-  // the group hold anything.
+  // The new maxima, what they shrink earlier sums by, and the weights of this block's tile, given to all blocks. Rows
+  // past the group hold anything.
   const auto weigh = [&](const float(&s)[4][4], int round) {
     const int tiles = last - round * SHARES + 1;  // of this round and later
 #pragma unroll
@@ -212,13 +215,15 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
     everyone();
     load_next();
 
-    // The next round's scores go between this one's sums: alone, each waits for itself. After the last they are not used.
+    // The next round's scores go between this one's sums: alone, each waits for itself. After the last they are not
+    // used.
     float s[4][4] = {};
     score((round + 1) % DEPTH, s);
 #pragma unroll
     for (int j = 0; j < SHARES; ++j) {
       if (j > last - round * SHARES) break;
-      const float2* const row = reinterpret_cast<const float2*>(weights + (j * OWN_ROWS + mine) * WEIGHT_STRIDE + 2 * t);
+      const float* const whole = weights + (j * OWN_ROWS + mine) * WEIGHT_STRIDE;
+      const float2* const row = reinterpret_cast<const float2*>(whole + 2 * t);
       sum = round == 0 && j == 0 ? row[0].x : carry(sum, my_shrink[j], row[0].x);
       sum += row[0].y;
 #pragma unroll
@@ -279,14 +284,14 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
 }
 
 // q, out [tokens, heads, HEAD]; k [pages, 2^page_bits, key heads, HEAD], v the same `to_v` bytes further; starts
-// [requests + 1]: where a request's tokens begin in q; lengths [requests]; pages [requests, most_pages]. Strides of q and
-// out in elements, of the cache in bytes. group: query heads of a key head, at most 16. scale: of the softmax, times
-// log2(e). Grid: SHARES * key heads x requests. A request of several tokens (a graph of single queries may be replayed on
-// one) has them done one after the other.
+// [requests + 1]: where a request's tokens begin in q; lengths [requests]; pages [requests, most_pages]. Strides of q
+// and out in elements, of the cache in bytes. group: query heads of a key head, at most 16. scale: of the softmax,
+// times log2(e). Grid: SHARES * key heads x requests. A request of several tokens (a graph of single queries may be
+// replayed on one) has them done one after the other.
 KERNEL
 decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const int* lengths, const int* pages,
-       i64 to_v, int most_pages, int page_bits, int group, float scale, int q_token, int q_head, int k_page, int k_token,
-       int k_head, int o_token, int o_head) {
+       i64 to_v, int most_pages, int page_bits, int group, float scale, int q_token, int q_head, int k_page,
+       int k_token, int k_head, int o_token, int o_head) {
   const int head = block_x() / SHARES, request = block_y();
   const int begin = starts[request], end = starts[request + 1], length = lengths[request];
   const Cache cache{k + static_cast<i64>(head) * k_head, pages + static_cast<i64>(request) * most_pages, to_v,

@@ -1,5 +1,5 @@
-// The instructions that the kernels are written in, for sm_80 and later. tests/kernels/cuda/emulate.h has the same names
-// on the CPU. INPUT names the 16-bit type: "bf16" or "f16".
+// The instructions that the kernels are written in, for sm_80 and later. tests/kernels/cuda/emulate.h has the same
+// names on the CPU. INPUT names the 16-bit type: "bf16" or "f16".
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -55,7 +55,8 @@ DEVICE void put(u32* at, int to, u32 value) {
 }
 
 DEVICE void put(float2* at, int to, float2 value) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote(at, to)), "f"(value.x), "f"(value.y) : "memory");
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote(at, to)), "f"(value.x), "f"(value.y)
+               : "memory");
 }
 #else
 template <class T>

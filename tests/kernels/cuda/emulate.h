@@ -1,5 +1,5 @@
-// The instructions of kernels/cuda/primitives.h on the CPU: a block's threads are threads, run together. Copies to shared
-// memory happen when their group is waited for, and the order of sums inside multiply_add is not the GPU's.
+// The instructions of kernels/cuda/primitives.h on the CPU: a block's threads are threads, run together. Copies to
+// shared memory happen when their group is waited for, and the order of sums inside multiply_add is not the GPU's.
 
 #include <barrier>
 #include <cmath>
