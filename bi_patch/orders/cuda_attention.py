@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 OPERATION = "cuda.decode_attention"
 DATA = "beginnings of one prompt, flat scores in small pages and peaked scores in large ones"
-_PROMPT = 2600
+# Long enough that every slot of shared memory is used again, however many blocks share a request.
+_PROMPT = 7300
 # Beginnings around the ends of tiles, and others.
-_LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 2600} - {0})
+_LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 5000, 6200, _PROMPT})
 _log = logging.getLogger("vllm.bi_patch")
 _certified: dict[Problem, bool] = {}
 

@@ -56,11 +56,17 @@ DEVICE void copy_rows(const Cache& cache, const unsigned char* part, int tile, i
                       const int (&found)[(tiles * PAGES + 31) / 32], unsigned char* slot) {
   constexpr int pieces = PIECES / tiles;
   const int piece = thread() % pieces, page_mask = (1 << cache.page_bits) - 1;
+  int of[COPIES];  // all lookups first: each takes long, and copies after it would wait
+#pragma unroll
+  for (int i = 0; i < COPIES; ++i) {
+    const int down = i / pieces, inside = (i * THREADS + thread()) / pieces % TILE;
+    of[i] = from_lane(found[down * PAGES / 32], down * PAGES % 32 + (inside >> cache.page_bits));
+  }
 #pragma unroll
   for (int i = 0; i < COPIES; ++i) {
     const int down = i / pieces, row = (i * THREADS + thread()) / pieces, inside = row % TILE;
     const int at = (tile - down) * TILE + inside;
-    const int page = from_lane(found[down * PAGES / 32], down * PAGES % 32 + (inside >> cache.page_bits));
+    const int page = of[i];
     copy_16(slot + place(row, pieces, piece),
             part + static_cast<i64>(page) * cache.page_stride +
                 ((inside & page_mask) * cache.token_stride + (first + piece) * 16),
@@ -78,6 +84,11 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
   float* const weights = reinterpret_cast<float*>(rounded + SHARES * ROWS * TILE * 2);  // [SHARES, OWN_ROWS, stride]
   float* const peaks = weights + ROWS * WEIGHT_STRIDE;                // warps' maxima [SHARES, WARPS, ROWS]
   float* const totals = peaks + SHARES * WARPS * ROWS;                // [ROWS]
+
+  // Where lanes' rows lie: a multiple of 8 rows further is a constant further, another piece an exclusive or.
+  const int row8 = lane % 8, v_base = place(lane % 16, BLOCKS, OWN == 1 ? warp % BLOCKS : warp * OWN + lane / 16);
+  const int p_base = place(lane % 16, TILE / 8, lane / 16);
+  const int k_base = place(32 * warp + 8 * (lane / 16) + row8, PIECES, lane / 8 % 2);
 
   u32 queries[HEAD / 16][4];
 #pragma unroll
@@ -120,6 +131,7 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
   // This thread's rows are g and g + 8; its partial sum is of row `mine` of this block's, keys 8j + 2t and 8j + 2t + 1.
   // Several threads have the same one: that costs nothing, and a branch would keep sums and products apart.
   const int mine = (4 * warp + g % 4) % OWN_ROWS;
+  const bool sums = ACTIVE == WARPS || warp >= ACTIVE;  // one warp has all of a block's rows where some sum no V
   float o[OWN][4] = {}, peak[2] = {LOWEST, LOWEST}, my_peak = LOWEST, sum = 0.f;
   float shrink[SHARES][2], my_shrink[SHARES];
 
@@ -129,9 +141,8 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
     for (int i = 0; i < HEAD / 16; ++i) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        const int key = 32 * warp + 16 * pair + 8 * (lane / 16) + lane % 8;
         u32 b[4];
-        load_matrices(b, keys + slot * SLOT + place(key, PIECES, 2 * i + lane / 8 % 2));
+        load_matrices(b, keys + slot * SLOT + (k_base ^ i % 4 * 32) + i / 4 * 128 + pair * 16 * PIECES * 16);
         multiply_add(s[2 * pair], queries[i], b[0], b[1]);
         multiply_add(s[2 * pair + 1], queries[i], b[2], b[3]);
       }
@@ -218,20 +229,22 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
     // The next round's scores go between this one's sums: alone, each waits for itself. After the last they are not
     // used.
     float s[4][4] = {};
-    score((round + 1) % DEPTH, s);
+    if (SHARES == 1 || round + 1 < rounds) score((round + 1) % DEPTH, s);
 #pragma unroll
     for (int j = 0; j < SHARES; ++j) {
-      if (j > last - round * SHARES) break;
-      const float* const whole = weights + (j * OWN_ROWS + mine) * WEIGHT_STRIDE;
-      const float2* const row = reinterpret_cast<const float2*>(whole + 2 * t);
-      sum = round == 0 && j == 0 ? row[0].x : carry(sum, my_shrink[j], row[0].x);
-      sum += row[0].y;
+      if (j > 0 && j > last - round * SHARES) break;
+      if (sums) {
+        const float* const whole = weights + (j * OWN_ROWS + mine) * WEIGHT_STRIDE;
+        const float2* const row = reinterpret_cast<const float2*>(whole + 2 * t);
+        sum = round == 0 && j == 0 ? row[0].x : carry(sum, my_shrink[j], row[0].x);
+        sum += row[0].y;
 #pragma unroll
-      for (int i = 1; i < TILE / 8; ++i) {
-        sum += row[4 * i].x;
-        sum += row[4 * i].y;
+        for (int i = 1; i < TILE / 8; ++i) {
+          sum += row[4 * i].x;
+          sum += row[4 * i].y;
+        }
       }
-      if (warp >= ACTIVE) continue;
+      if (ACTIVE < WARPS && warp >= ACTIVE) continue;
 #pragma unroll
       for (int b = 0; b < OWN; ++b) {
 #pragma unroll
@@ -240,19 +253,18 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
 #pragma unroll
       for (int i = 0; i < TILE / 16; ++i) {
         u32 a[4];
-        const int from = place(lane % 8 + 8 * (lane / 8 % 2), TILE / 8, 2 * i + lane / 16);
-        load_matrices(a, rounded + j * ROWS * TILE * 2 + from);
+        load_matrices(a, rounded + j * ROWS * TILE * 2 + (p_base ^ i % 4 * 32) + i / 4 * 128);
         const unsigned char* const slot = values + round % DEPTH * SLOT;
-        const int key = j * TILE + 16 * i + lane % 8 + 8 * (lane / 8 % 2);
+        const int far = (j * TILE + 16 * i) * BLOCKS * 16;
         if constexpr (OWN == 1) {
           u32 b[2];
-          load_two_transposed(b, slot + place(key, BLOCKS, warp));
+          load_two_transposed(b, slot + v_base + far);
           multiply_add(o[0], a, b[0], b[1]);
         } else {
 #pragma unroll
           for (int pair = 0; pair < OWN / 2; ++pair) {
             u32 b[4];
-            load_matrices_transposed(b, slot + place(key, BLOCKS, warp * OWN + 2 * pair + lane / 16));
+            load_matrices_transposed(b, slot + (v_base ^ pair * 32) + far);
             multiply_add(o[2 * pair], a, b[0], b[1]);
             multiply_add(o[2 * pair + 1], a, b[2], b[3]);
           }
@@ -266,7 +278,7 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
   sum += exchange(sum, 1);
 #pragma unroll
   for (int to = 0; to < SHARES; ++to) {
-    if (t == 0) put(totals + mine * SHARES + me, to, sum);
+    if (t == 0 && sums) put(totals + mine * SHARES + me, to, sum);
   }
   everyone();
   if (warp >= ACTIVE) return;

@@ -37,8 +37,11 @@ def build(folder: Path, head: int, shares: int, depth: int) -> ctypes.CDLL:
 
 @pytest.mark.parametrize(
     "head, group, key_heads, page, shares, depth",
-    [(64, 4, 2, 16, 1, 3), (128, 8, 1, 32, 1, 2), (64, 16, 1, 128, 2, 2), (128, 4, 2, 16, 4, 3), (64, 4, 1, 16, 8, 2)],
-)
+    [
+        (64, 4, 2, 16, 1, 3), (128, 8, 1, 32, 1, 2), (64, 16, 1, 128, 2, 2), (128, 4, 2, 16, 4, 3),
+        (64, 4, 1, 16, 8, 2), (128, 8, 1, 16, 8, 2), (64, 4, 1, 16, 4, 3),
+    ],
+)  # fmt: skip
 def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, shares, depth):
     library = build(tmp_path, head, shares, depth)
 
