@@ -59,8 +59,8 @@ def bundled(q, pairs, table, starts, lengths):
 
     from bi_patch.kernels.cuda import decode
 
-    out = torch.empty_like(q)
-    return lambda i: decode.attend(q, *pairs[i % len(pairs)], out, starts, lengths, table, q.shape[-1] ** -0.5)
+    out, scale = torch.empty_like(q), q.shape[-1] ** -0.5
+    return [partial(decode.attend, q, *pair, out, starts, lengths, table, scale) for pair in calls(pairs)]
 
 
 def triton(q, pairs, table, starts, lengths, window):
