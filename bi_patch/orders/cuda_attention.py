@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 OPERATION = "cuda.decode_attention"
 DATA = "beginnings of one prompt, flat scores in small pages and peaked scores in large ones"
-# Long enough that every slot of shared memory is used again, however many blocks share a request.
+# Long enough that every slot of shared memory is used again and again.
 _PROMPT = 7300
 # Beginnings around the ends of tiles, and others.
 _LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 5000, 6200, _PROMPT})
@@ -46,13 +46,9 @@ class Problem(NamedTuple):
         return f"heads={self.heads}/{self.key_heads} D={self.head_size} {cuda.name(self.dtype)}"
 
 
-def serves(problem: Problem, requests: int = 0) -> bool:
-    """Whether the bundled kernel is certified for `problem` in this process, and the faster for so many requests."""
-    if not _certified.get(problem, False):
-        return False
-    # Heads of 128 have a small tile in FlashAttention 3 too; the bundled one is ahead where blocks have a
-    # multiprocessor each.
-    return problem.head_size <= 64 or requests * problem.key_heads <= cuda.processors()
+def serves(problem: Problem) -> bool:
+    """Whether the bundled kernel is certified for `problem` in this process."""
+    return _certified.get(problem, False)
 
 
 def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Certificate | None:
@@ -75,8 +71,8 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     )
     try:
         # Compiled and loaded now, not when a graph is captured.
-        for share in decode.SHARES:
-            decode.kernel(problem.head_size, problem.dtype, share, torch.cuda.current_device())
+        heads, key_heads, head_size, dtype = problem
+        decode.prepare(heads, key_heads, head_size, dtype, torch.cuda.current_device())
         certificate = certificates.obtain(cache, key, lambda: _certify(problem, prefill, key))
     except Exception as error:  # what serves without it is slower and no less invariant
         said = f"{type(error).__name__}: {error}"
@@ -88,11 +84,11 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     return certificate
 
 
-def attend(q, k, v, out, starts, lengths, pages, scale: float, share: int | None = None) -> None:
+def attend(q, k, v, out, starts, lengths, pages, scale: float, parts: int | None = None) -> None:
     """The bundled kernel (bi_patch.kernels.cuda.decode.attend)."""
     from bi_patch.kernels.cuda import decode
 
-    decode.attend(q, k, v, out, starts, lengths, pages, scale, share)
+    decode.attend(q, k, v, out, starts, lengths, pages, scale, parts)
 
 
 def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
@@ -124,14 +120,14 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     for what, q, k, v, pages in layouts():
         want = prefill(q, k, v, pages, size**-0.5)[lengths.long() - 1]
         held = pages.expand(len(_LENGTHS), -1)
-        for share in decode.SHARES:
+        for parts in decode.PARTS:
             got = torch.empty_like(want)
-            attend(q[lengths.long() - 1], k, v, got, starts, lengths, held, size**-0.5, share)
+            attend(q[lengths.long() - 1], k, v, got, starts, lengths, held, size**-0.5, parts)
             wrong = unequal(got, want)
             compared += got.numel()
             differing += wrong
             if wrong and not first:
-                first = f"{what} scores, {share} blocks: {wrong} of {got.numel()} elements differ from prefill"
+                first = f"{what} scores, {parts} parts: {wrong} of {got.numel()} elements differ from prefill"
     return Certificate(
         key=key,
         route="bundled decode",

@@ -5,23 +5,43 @@
 // 8j + 2t + 1 for t = 0..3, ascending), each carried from tile to tile and scaled once a tile, added at the end as (s0
 // + s2) + (s1 + s3); the output is scaled, then takes p (rounded to 16 bits) times V by ascending 16 keys. At the end
 // it is divided by the sum. FlashAttention 3 (Shah et al. 2024) does the same with 192 or 128 rows of queries a tile,
-// of which a decode fills few; here a block has 16 rows, the query heads of one key head.
+// of which a decode fills few; here a block has 8 or 16 rows, the query heads of one key head.
 //
-// Only the running maximum, the sums and the output go from tile to tile, and of them only the products with V take
-// time; an element of the output needs one column of V. So SHARES blocks of four warps, a cluster, share a request and
-// key head: in a round each scores one of SHARES tiles for all, and each sums V over all of them for its columns. One
-// block alone (SHARES 1) is for many requests. The next round's scores are computed while V is summed. K and V have
-// DEPTH slots each; V comes a round after K. Compiled for HEAD (64, 128), SHARES (1, 2, 4, 8), DEPTH (2 or more).
+// From tile to tile go only the running maximum, the partial sums and the output. So each of SCORERS warps has a tile
+// of its own: it copies its K and V, scores it, and waits for the warp before it only for these few numbers. SUMMERS
+// warps have the output, some columns each, and take one tile after the other. Gates (mbarriers) tell who may go on.
+// Where there are few requests, PARTS blocks share one: each scores all of it and sums a part of V's columns.
+// Compiled for HEAD (64, 128), PARTS (1, 2, 4), HALVES (rows: 8 or 16), SCORERS.
 
-constexpr int TILE = 128, WARPS = 4, THREADS = 32 * WARPS, ROWS = 16;
-constexpr int PIECES = HEAD / 8;           // of 16 bytes, in a row of K
-constexpr int COPIES = TILE * PIECES / THREADS;  // a thread's copies of a round's K, and of its V
-constexpr int BLOCKS = PIECES / SHARES;    // of 8 columns of V and of the output, a block's share
-constexpr int OWN = BLOCKS < WARPS ? 1 : BLOCKS / WARPS, ACTIVE = BLOCKS / OWN;  // a warp's; warps that have any
-constexpr int SLOT = TILE * HEAD * 2;      // bytes: K of one tile, or a share of V of SHARES tiles
-constexpr int PAGES = TILE / 16;           // most pages of a tile
-constexpr int OWN_ROWS = ROWS / SHARES;    // rows whose sums a block keeps: row % SHARES is its number
-constexpr int WEIGHT_STRIDE = TILE + 8;    // floats; the padding spreads rows over banks
+constexpr int TILE = 128, COLUMNS = HEAD / PARTS;
+constexpr int KEY_PIECES = HEAD / 8, VALUE_PIECES = COLUMNS / 8;  // of 16 bytes, in a row of K and of V
+constexpr int SUMMERS = VALUE_PIECES < 8 ? VALUE_PIECES / 2 : 4;  // a warp sums at least two pieces
+constexpr int OWN = VALUE_PIECES / SUMMERS;
+constexpr int WARPS = SCORERS + SUMMERS, THREADS = 32 * WARPS;
+constexpr int PAGES = TILE / 16;  // most pages of a tile
+constexpr int STEPS = TILE / 16;  // of 16 keys
+constexpr int ROWS = 16;
+
+// A lane's weights in a step, as multiply_add takes them.
+struct alignas(8 * HALVES) Weights {
+  u32 part[2 * HALVES];
+};
+
+// What belongs to a scorer in shared memory.
+struct Slot {
+  unsigned char keys[TILE * KEY_PIECES * 16], values[TILE * VALUE_PIECES * 16];
+  Weights weights[STEPS][32];
+  float peaks[ROWS], shrinks[ROWS], sums[ROWS][4];  // after its tile; shrinks: what it scales earlier sums by
+  i64 full, empty, peaked, summed;  // gates: weights and V are there; are used; peaks are there; sums are there
+};
+
+struct Shared {
+  Slot slots[SCORERS];
+  float totals[ROWS];
+  i64 done;  // gate: totals are there
+};
+
+DEVICE Shared& memory() { return *reinterpret_cast<Shared*>(shared()); }
 
 // Where piece `piece` of row `row` lies: rows of one column of pieces fall into different banks.
 DEVICE int place(int row, int pieces, int piece) {
@@ -36,59 +56,66 @@ struct Cache {
   int page_stride, token_stride, page_bits;
 };
 
-// The pages of `tiles` tiles from `tile` down, PAGES of each, a lane's share of them: found[i] is that of 32 * i +
-// lane.
-template <int tiles>
-DEVICE void find_pages(const Cache& cache, int tile, int length, int (&found)[(tiles * PAGES + 31) / 32]) {
+// One token's work. Tile i of `tiles` begins at key (tiles - 1 - i) * TILE and is the block's tile number before + i,
+// which names its slot and the phase of its gates.
+struct Work {
+  const u16* q;
+  u16* out;
+  int length, tiles, before, token, group, q_head, o_head, part;
+  float scale;
+};
+
+DEVICE int begin_of(const Work& work, int i) { return (work.tiles - 1 - i) * TILE; }
+DEVICE int slot_of(const Work& work, int i) { return (work.before + i) % SCORERS; }
+DEVICE int phase_of(const Work& work, int i) { return (work.before + i) / SCORERS & 1; }
+
+// The pages of the tile that begins at key `begin`, one a lane.
+DEVICE int find_pages(const Cache& cache, int begin, int length) {
+  const int lane = thread() % 32, inside = lane << cache.page_bits, at = begin + inside;
+  return lane < PAGES && inside < TILE && at < length ? cache.pages[at >> cache.page_bits] : 0;
+}
+
+// A warp's copies of the tile's rows, `pieces` of each from `from`; zeros from `length` on unless `whole`.
+template <int pieces, bool whole>
+DEVICE void copy_rows(const Cache& cache, const unsigned char* from, int begin, int length, int pages,
+                      unsigned char* to) {
+  constexpr int AT_ONCE = 32 / pieces;
+  const int piece = thread() % pieces, first = thread() % 32 / pieces, page_mask = (1 << cache.page_bits) - 1;
+#pragma unroll 2
+  for (int some = 0; some < TILE; some += 16) {  // these lie in one page
+    const int page = from_lane(pages, some >> cache.page_bits);
+    const unsigned char* const row = from + static_cast<i64>(page) * cache.page_stride +
+                                     (((some & page_mask) + first) * cache.token_stride + piece * 16);
 #pragma unroll
-  for (int i = 0; i < (tiles * PAGES + 31) / 32; ++i) {
-    const int number = 32 * i + thread() % 32, inside = number % PAGES << cache.page_bits;
-    const int at = (tile - number / PAGES) * TILE + inside;
-    const bool there = number < tiles * PAGES && inside < TILE && at >= 0 && at < length;
-    found[i] = there ? cache.pages[at >> cache.page_bits] : 0;
+    for (int r = 0; r < 16; r += AT_ONCE) {
+      const int at = some + r + first;
+      copy_16(to + place(at, pieces, piece), row + r * cache.token_stride, whole || begin + at < length);
+    }
   }
 }
 
-// Rows of K or V of `tiles` tiles from `tile` down on their way to shared memory, PIECES / tiles pieces of each from
-// `first`.
-template <int tiles>
-DEVICE void copy_rows(const Cache& cache, const unsigned char* part, int tile, int first, int length,
-                      const int (&found)[(tiles * PAGES + 31) / 32], unsigned char* slot) {
-  constexpr int pieces = PIECES / tiles;
-  const int piece = thread() % pieces, page_mask = (1 << cache.page_bits) - 1;
-  int of[COPIES];  // all lookups first: each takes long, and copies after it would wait
-#pragma unroll
-  for (int i = 0; i < COPIES; ++i) {
-    const int down = i / pieces, inside = (i * THREADS + thread()) / pieces % TILE;
-    of[i] = from_lane(found[down * PAGES / 32], down * PAGES % 32 + (inside >> cache.page_bits));
-  }
-#pragma unroll
-  for (int i = 0; i < COPIES; ++i) {
-    const int down = i / pieces, row = (i * THREADS + thread()) / pieces, inside = row % TILE;
-    const int at = (tile - down) * TILE + inside;
-    const int page = of[i];
-    copy_16(slot + place(row, pieces, piece),
-            part + static_cast<i64>(page) * cache.page_stride +
-                ((inside & page_mask) * cache.token_stride + (first + piece) * 16),
-            at >= 0 && at < length);
+template <int pieces>
+DEVICE void copy_tile(const Cache& cache, const unsigned char* from, int begin, int length, int pages,
+                      unsigned char* to) {
+  if (begin + TILE <= length) {
+    copy_rows<pieces, true>(cache, from, begin, length, pages, to);
+  } else {
+    copy_rows<pieces, false>(cache, from, begin, length, pages, to);
   }
 }
 
-// The attention of one query of each of `group` heads, q and out of the first of them, over `length` tokens.
-DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int group, float scale, int q_head,
-                   int o_head) {
-  const int warp = thread() / 32, lane = thread() % 32, g = lane / 4, t = lane % 4, me = share();
-  unsigned char* const keys = shared();
-  unsigned char* const values = keys + DEPTH * SLOT;
-  unsigned char* const rounded = values + DEPTH * SLOT;               // weights p in 16 bits [SHARES, ROWS, TILE]
-  float* const weights = reinterpret_cast<float*>(rounded + SHARES * ROWS * TILE * 2);  // [SHARES, OWN_ROWS, stride]
-  float* const peaks = weights + ROWS * WEIGHT_STRIDE;                // warps' maxima [SHARES, WARPS, ROWS]
-  float* const totals = peaks + SHARES * WARPS * ROWS;                // [ROWS]
+// Warp `warp` scores the tiles of its slot.
+DEVICE void score(const Work& work, const Cache& cache, int warp) {
+  Slot& slot = memory().slots[warp];
+  const Slot& last = memory().slots[(warp + SCORERS - 1) % SCORERS];  // of the tile before
+  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
+  const int first = (warp + SCORERS - slot_of(work, 0)) % SCORERS;
+  if (first >= work.tiles) return;
 
-  // Where lanes' rows lie: a multiple of 8 rows further is a constant further, another piece an exclusive or.
-  const int row8 = lane % 8, v_base = place(lane % 16, BLOCKS, OWN == 1 ? warp % BLOCKS : warp * OWN + lane / 16);
-  const int p_base = place(lane % 16, TILE / 8, lane / 16);
-  const int k_base = place(32 * warp + 8 * (lane / 16) + row8, PIECES, lane / 8 % 2);
+  int pages = find_pages(cache, begin_of(work, first), work.length), next_pages = 0;
+  copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, first), work.length, pages, slot.keys);
+  end_group();
+  if (first + SCORERS < work.tiles) next_pages = find_pages(cache, begin_of(work, first + SCORERS), work.length);
 
   u32 queries[HEAD / 16][4];
 #pragma unroll
@@ -96,200 +123,167 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       const int row = g + 8 * (part & 1), d = 16 * i + 8 * (part >> 1) + 2 * t;
-      const u32 pair = *reinterpret_cast<const u32*>(q + (row < group ? row : 0) * q_head + d);
-      queries[i][part] = row < group ? pair : 0u;
+      const bool there = (part & 1) < HALVES && row < work.group;
+      queries[i][part] = there ? *reinterpret_cast<const u32*>(work.q + row * work.q_head + d) : 0u;
     }
   }
+  // Where a lane's row of K lies: 16 rows further is a constant further, another piece an exclusive or.
+  const int k_row = place(8 * (lane / 16) + lane % 8, KEY_PIECES, lane / 8 % 2);
 
-  // Tile j of round u is tile last - u * SHARES - j; below 0 there is none.
-  const int last = (length + TILE - 1) / TILE - 1, rounds = (last + SHARES) / SHARES;
-  int key_pages[1], value_pages[(SHARES * PAGES + 31) / 32], next = 0;
-  if (rounds > 0) find_pages<1>(cache, last - me, length, key_pages);
-  // K of round `next` and V of the one before, as one group.
-  const auto load_next = [&] {
-    if (next > 0 && next <= rounds) {
-      copy_rows<SHARES>(cache, cache.k + cache.to_v, last - (next - 1) * SHARES, me * BLOCKS, length, value_pages,
-                        values + (next - 1) % DEPTH * SLOT);
-    }
-    if (next < rounds) {
-      const int tile = last - next * SHARES;
-      copy_rows<1>(cache, cache.k, tile - me, 0, length, key_pages, keys + next % DEPTH * SLOT);
-      if (SHARES == 1) {
-        value_pages[0] = key_pages[0];
-      } else {
-        find_pages<SHARES>(cache, tile, length, value_pages);
+  for (int i = first; i < work.tiles; i += SCORERS) {
+    if (work.before + i >= SCORERS) wait(&slot.empty, phase_of(work, i) ^ 1);
+    copy_tile<VALUE_PIECES>(cache, cache.k + cache.to_v + work.part * VALUE_PIECES * 16, begin_of(work, i), work.length,
+                            pages, slot.values);
+    end_group();
+    wait_groups<1>();  // K is there
+    together();
+
+    float s[2 * STEPS][4] = {};
+#pragma unroll
+    for (int d = 0; d < HEAD / 16; ++d) {
+#pragma unroll
+      for (int pair = 0; pair < STEPS; ++pair) {
+        u32 b[4];
+        load_matrices(b, slot.keys + (k_row ^ d % 4 * 32) + d / 4 * 128 + pair * 16 * KEY_PIECES * 16);
+        multiply_add(s[2 * pair], queries[d], b[0], b[1]);
+        multiply_add(s[2 * pair + 1], queries[d], b[2], b[3]);
       }
-      if (next + 1 < rounds) find_pages<1>(cache, tile - SHARES - me, length, key_pages);
+    }
+    together();
+    pages = next_pages;
+    if (i + SCORERS < work.tiles) {
+      copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, i + SCORERS), work.length, pages, slot.keys);
+      if (i + 2 * SCORERS < work.tiles) {
+        next_pages = find_pages(cache, begin_of(work, i + 2 * SCORERS), work.length);
+      }
     }
     end_group();
-    ++next;
-  };
-#pragma unroll
-  for (int s = 0; s < DEPTH; ++s) load_next();
-  if (SHARES > 1) everyone();  // a block must have begun before another may write into its memory
 
-  // This thread's rows are g and g + 8; its partial sum is of row `mine` of this block's, keys 8j + 2t and 8j + 2t + 1.
-  // Several threads have the same one: that costs nothing, and a branch would keep sums and products apart.
-  const int mine = (4 * warp + g % 4) % OWN_ROWS;
-  const bool sums = ACTIVE == WARPS || warp >= ACTIVE;  // one warp has all of a block's rows where some sum no V
-  float o[OWN][4] = {}, peak[2] = {LOWEST, LOWEST}, my_peak = LOWEST, sum = 0.f;
-  float shrink[SHARES][2], my_shrink[SHARES];
-
-  // s [ROWS, 32 keys of this warp] from the keys in `slot`.
-  const auto score = [&](int slot, float(&s)[4][4]) {
+    if (i == 0) {
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; ++i) {
+      for (int j = 0; j < 2 * STEPS; ++j) {
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        u32 b[4];
-        load_matrices(b, keys + slot * SLOT + (k_base ^ i % 4 * 32) + i / 4 * 128 + pair * 16 * PIECES * 16);
-        multiply_add(s[2 * pair], queries[i], b[0], b[1]);
-        multiply_add(s[2 * pair + 1], queries[i], b[2], b[3]);
-      }
-    }
-  };
-
-  // The new maxima, what they shrink earlier sums by, and the weights of this block's tile, given to all blocks. Rows
-  // past the group hold anything.
-  const auto weigh = [&](const float(&s)[4][4], int round) {
-    const int tiles = last - round * SHARES + 1;  // of this round and later
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (8 * half >= group) break;
-      float most = s[0][2 * half];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) most = fmaxf(most, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-      most = fmaxf(most, exchange(most, 1));
-      most = fmaxf(most, exchange(most, 2));
-#pragma unroll
-      for (int to = 0; to < SHARES; ++to) {
-        if (t == 0) put(peaks + (me * WARPS + warp) * ROWS + 8 * half + g, to, most);
-      }
-    }
-    everyone();
-    float scaled[2] = {};
-    const auto raise = [&](float& peak, int row, int j) {
-      float most = peak;
-#pragma unroll
-      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, peaks[(j * WARPS + w) * ROWS + row]);
-      const float by = round == 0 && j == 0 ? 1.f : power_of_2((peak - most) * scale);
-      peak = most;
-      return by;
-    };
-#pragma unroll
-    for (int j = 0; j < SHARES; ++j) {
-      if (j >= tiles) break;
-      my_shrink[j] = raise(my_peak, mine * SHARES + me, j);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (8 * half >= group) break;
-        shrink[j][half] = raise(peak[half], 8 * half + g, j);
-        if (j == me) scaled[half] = peak[half] * scale;
-      }
-    }
-    if (me >= tiles) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = 8 * half + g;
-      if (8 * half >= group) break;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float low = power_of_2(fmaf(s[j][2 * half], scale, -scaled[half]));
-        const float high = power_of_2(fmaf(s[j][2 * half + 1], scale, -scaled[half]));
-        const u32 pair = round_pair(low, high);
-        if (row >= group) continue;
-        float* const at = weights + (me * OWN_ROWS + row / SHARES) * WEIGHT_STRIDE + 32 * warp + 8 * j + 2 * t;
-        put(reinterpret_cast<float2*>(at), row % SHARES, float2{low, high});
-        unsigned char* const to = rounded + me * ROWS * TILE * 2 + place(row, TILE / 8, 4 * warp + j) + 4 * t;
-#pragma unroll
-        for (int block = 0; block < SHARES; ++block) put(reinterpret_cast<u32*>(to), block, pair);
-      }
-    }
-  };
-
-  if (rounds > 0) {
-    wait_groups<DEPTH - 1>();
-    barrier();
-    float s[4][4] = {};
-    score(0, s);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if ((last - me) * TILE + 32 * warp + 8 * j + 2 * t + e % 2 >= length) s[j][e] = LOWEST;
-      }
-    }
-    weigh(s, 0);
-  }
-  for (int round = 0; round < rounds; ++round) {
-    wait_groups<DEPTH - 2>();  // this round's V and the next one's K are here
-    everyone();
-    load_next();
-
-    // The next round's scores go between this one's sums: alone, each waits for itself. After the last they are not
-    // used.
-    float s[4][4] = {};
-    if (SHARES == 1 || round + 1 < rounds) score((round + 1) % DEPTH, s);
-#pragma unroll
-    for (int j = 0; j < SHARES; ++j) {
-      if (j > 0 && j > last - round * SHARES) break;
-      if (sums) {
-        const float* const whole = weights + (j * OWN_ROWS + mine) * WEIGHT_STRIDE;
-        const float2* const row = reinterpret_cast<const float2*>(whole + 2 * t);
-        sum = round == 0 && j == 0 ? row[0].x : carry(sum, my_shrink[j], row[0].x);
-        sum += row[0].y;
-#pragma unroll
-        for (int i = 1; i < TILE / 8; ++i) {
-          sum += row[4 * i].x;
-          sum += row[4 * i].y;
+        for (int e = 0; e < 4; ++e) {
+          if (begin_of(work, 0) + 8 * j + 2 * t + e % 2 >= work.length) s[j][e] = LOWEST;
         }
       }
-      if (ACTIVE < WARPS && warp >= ACTIVE) continue;
+    }
+    float most[HALVES], by[HALVES];
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      most[half] = s[0][2 * half];
+#pragma unroll
+      for (int j = 0; j < 2 * STEPS; ++j) {
+        most[half] = fmaxf(most[half], fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+      }
+      most[half] = fmaxf(most[half], exchange(most[half], 1));
+      most[half] = fmaxf(most[half], exchange(most[half], 2));
+    }
+    if (i > 0) wait(&last.peaked, phase_of(work, i - 1));
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      const int row = 8 * half + g;
+      const float before = i > 0 ? last.peaks[row] : LOWEST;
+      most[half] = fmaxf(most[half], before);
+      by[half] = i > 0 ? power_of_2((before - most[half]) * work.scale) : 1.f;
+      if (t == 0) slot.peaks[row] = most[half], slot.shrinks[row] = by[half];
+    }
+    arrive(&slot.peaked);
+
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      const float scaled = most[half] * work.scale;
+#pragma unroll
+      for (int j = 0; j < 2 * STEPS; ++j) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) s[j][e] = power_of_2(fmaf(s[j][e], work.scale, -scaled));
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      Weights weights;
+#pragma unroll
+      for (int part = 0; part < 2 * HALVES; ++part) {
+        const int j = 2 * step + part / HALVES, e = part % HALVES * 2;
+        weights.part[part] = round_pair(s[j][e], s[j][e + 1]);
+      }
+      slot.weights[step][lane] = weights;
+    }
+    wait_groups<1>();  // V is there
+    arrive(&slot.full);
+
+    if (i > 0) wait(&last.summed, phase_of(work, i - 1));
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      const int row = 8 * half + g;
+      float sum = i > 0 ? carry(last.sums[row][t], by[half], s[0][2 * half]) : s[0][2 * half];
+      sum += s[0][2 * half + 1];
+#pragma unroll
+      for (int j = 1; j < 2 * STEPS; ++j) {
+        sum += s[j][2 * half];
+        sum += s[j][2 * half + 1];
+      }
+      slot.sums[row][t] = sum;
+      if (i + 1 < work.tiles) continue;
+      sum += exchange(sum, 2);
+      sum += exchange(sum, 1);
+      if (t == 0) memory().totals[row] = sum;
+    }
+    arrive(&slot.summed);
+    if (i + 1 == work.tiles) arrive(&memory().done);
+  }
+}
+
+// Warp `warp` of the summers: the output of its columns.
+DEVICE void sum_values(const Work& work, int warp) {
+  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
+  const int v_row = place(lane % 16, VALUE_PIECES, warp * OWN + lane / 16);
+  float o[OWN][4] = {};
+  for (int i = 0; i < work.tiles; ++i) {
+    Slot& slot = memory().slots[slot_of(work, i)];
+    wait(&slot.full, phase_of(work, i));
+    Weights weights[STEPS];
+    u32 values[STEPS][OWN / 2][4];
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      weights[step] = slot.weights[step][lane];
+#pragma unroll
+      for (int pair = 0; pair < OWN / 2; ++pair) {
+        load_matrices_transposed(values[step][pair], slot.values + (v_row ^ pair * 32) + step * 16 * VALUE_PIECES * 16);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      const float by = slot.shrinks[8 * half + g];
 #pragma unroll
       for (int b = 0; b < OWN; ++b) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o[b][e] *= shrink[j][e / 2];
-      }
-#pragma unroll
-      for (int i = 0; i < TILE / 16; ++i) {
-        u32 a[4];
-        load_matrices(a, rounded + j * ROWS * TILE * 2 + (p_base ^ i % 4 * 32) + i / 4 * 128);
-        const unsigned char* const slot = values + round % DEPTH * SLOT;
-        const int far = (j * TILE + 16 * i) * BLOCKS * 16;
-        if constexpr (OWN == 1) {
-          u32 b[2];
-          load_two_transposed(b, slot + v_base + far);
-          multiply_add(o[0], a, b[0], b[1]);
-        } else {
-#pragma unroll
-          for (int pair = 0; pair < OWN / 2; ++pair) {
-            u32 b[4];
-            load_matrices_transposed(b, slot + (v_base ^ pair * 32) + far);
-            multiply_add(o[2 * pair], a, b[0], b[1]);
-            multiply_add(o[2 * pair + 1], a, b[2], b[3]);
-          }
-        }
+        o[b][2 * half] *= by;
+        o[b][2 * half + 1] *= by;
       }
     }
-    if (round + 1 < rounds) weigh(s, round + 1);
-  }
-
-  sum += exchange(sum, 2);
-  sum += exchange(sum, 1);
 #pragma unroll
-  for (int to = 0; to < SHARES; ++to) {
-    if (t == 0 && sums) put(totals + mine * SHARES + me, to, sum);
-  }
-  everyone();
-  if (warp >= ACTIVE) return;
+    for (int step = 0; step < STEPS; ++step) {
+      const u32* const w = weights[step].part;
+      const u32 a[4] = {w[0], HALVES > 1 ? w[1] : 0u, w[HALVES], HALVES > 1 ? w[2 * HALVES - 1] : 0u};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+      for (int pair = 0; pair < OWN / 2; ++pair) {
+        const u32(&b)[4] = values[step][pair];
+        multiply_add(o[2 * pair], a, b[0], b[1]);
+        multiply_add(o[2 * pair + 1], a, b[2], b[3]);
+      }
+    }
+    arrive(&slot.empty);
+  }
+  if (work.tiles > 0) wait(&memory().done, work.token & 1);
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) {
     const int row = 8 * half + g;
-    if (row >= group) continue;
-    const float total = totals[row], part = total == 0.f || total != total ? 0.f : reciprocal(total);
+    if (row >= work.group) continue;
+    const float total = work.tiles > 0 ? memory().totals[row] : 0.f;
+    const float part = total == 0.f || total != total ? 0.f : reciprocal(total);
 #pragma unroll
     for (int b = 0; b < OWN; ++b) {
-      u16* to = out + row * o_head + (me * BLOCKS + warp * OWN + b) * 8 + 2 * t;
+      u16* const to = work.out + row * work.o_head + work.part * COLUMNS + (warp * OWN + b) * 8 + 2 * t;
       *reinterpret_cast<u32*>(to) = round_pair(o[b][2 * half] * part, o[b][2 * half + 1] * part);
     }
   }
@@ -297,20 +291,38 @@ DEVICE void attend(const u16* q, u16* out, const Cache& cache, int length, int g
 
 // q, out [tokens, heads, HEAD]; k [pages, 2^page_bits, key heads, HEAD], v the same `to_v` bytes further; starts
 // [requests + 1]: where a request's tokens begin in q; lengths [requests]; pages [requests, most_pages]. Strides of q
-// and out in elements, of the cache in bytes. group: query heads of a key head, at most 16. scale: of the softmax,
-// times log2(e). Grid: SHARES * key heads x requests. A request of several tokens (a graph of single queries may be
-// replayed on one) has them done one after the other.
+// and out in elements, of the cache in bytes. group: query heads of a key head, at most 8 * HALVES. scale: of the
+// softmax, times log2(e). Grid: PARTS * key heads x requests. A request of several tokens (a graph of single queries
+// may be replayed on one) has them done one after the other.
 KERNEL
 decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const int* lengths, const int* pages,
        i64 to_v, int most_pages, int page_bits, int group, float scale, int q_token, int q_head, int k_page,
        int k_token, int k_head, int o_token, int o_head) {
-  const int head = block_x() / SHARES, request = block_y();
+  const int head = block_x() / PARTS, request = block_y(), warp = thread() / 32;
   const int begin = starts[request], end = starts[request + 1], length = lengths[request];
   const Cache cache{k + static_cast<i64>(head) * k_head, pages + static_cast<i64>(request) * most_pages, to_v,
                     k_page, k_token, page_bits};
+  if (thread() < SCORERS) {
+    Slot& slot = memory().slots[thread()];
+    open(&slot.full, 32);
+    open(&slot.empty, 32 * SUMMERS);
+    open(&slot.peaked, 32);
+    open(&slot.summed, 32);
+    if (thread() == 0) open(&memory().done, 32);
+  }
+  int before = 0, finished = 0;  // tiles, tokens that had some
   for (int token = begin; token < end; ++token) {
-    attend(q + static_cast<i64>(token) * q_token + head * group * q_head,
-           out + static_cast<i64>(token) * o_token + head * group * o_head, cache, length - (end - 1 - token), group,
-           scale, q_head, o_head);
+    barrier();
+    const int seen = length - (end - 1 - token), tiles = seen > 0 ? (seen + TILE - 1) / TILE : 0;
+    const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
+                    out + static_cast<i64>(token) * o_token + head * group * o_head,
+                    seen, tiles, before, finished, group, q_head, o_head, block_x() % PARTS, scale};
+    if (warp < SCORERS) {
+      score(work, cache, warp);
+    } else {
+      sum_values(work, warp - SCORERS);
+    }
+    before += tiles;
+    finished += tiles > 0;
   }
 }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import nvrtc
 
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 
 HEAD_SIZES = (64, 128)
 GROUP = 16  # most query heads a key head
-SHARES = (8, 4, 2, 1)
-_THREADS, _WARPS, _TILE = 128, 4, 128
+PARTS = (4, 2, 1)
+_TILE = 128
+_MOST_SCORERS = 8
 _LOG2E = 1.4426950408889634
 _INPUTS = {"bfloat16": "bf16", "float16": "f16"}
 # Whether the tile's scale and first weight join a partial sum in one rounding: so FlashAttention 3 was compiled.
@@ -33,31 +35,60 @@ def covers_pages(page_size: int) -> bool:
     return 16 <= page_size <= _TILE and page_size & (page_size - 1) == 0
 
 
-def shares(blocks: int, processors: int) -> int:
-    """How many thread blocks share the work of each of `blocks` pairs of request and key head: all may run at once."""
-    return next(number for number in SHARES if number == 1 or number * blocks <= processors)
+class Form(NamedTuple):
+    """What a kernel is compiled for. group: query heads of a key head; parts: of V's columns, one a block."""
+
+    head_size: int
+    group: int
+    parts: int
+
+    @property
+    def halves(self) -> int:
+        return 1 if self.group <= 8 else 2
+
+    def defines(self, shared: int) -> dict[str, int]:
+        """For `shared` bytes of shared memory a block."""
+        return {"HEAD": self.head_size, "PARTS": self.parts, "HALVES": self.halves, "SCORERS": self.scorers(shared)}
+
+    def scorers(self, shared: int) -> int:
+        """Warps that score: each has a slot in shared memory."""
+        return min(_MOST_SCORERS, (shared - 128) // self._slot_bytes)
+
+    def threads(self, shared: int) -> int:
+        pieces = self.head_size // self.parts // 8
+        return 32 * (self.scorers(shared) + min(4, pieces // 2))
+
+    def shared_bytes(self, shared: int) -> int:
+        return self.scorers(shared) * self._slot_bytes + 128
+
+    @property
+    def _slot_bytes(self) -> int:
+        rows = _TILE * 2 * (self.head_size + self.head_size // self.parts)
+        return rows + _TILE * 16 * self.halves + 6 * GROUP * 4 + 4 * 8
 
 
-def build(head_size: int, dtype: torch.dtype, share: int, arch: str, major: int) -> bytes:
-    """The cubin for `arch`, e.g. sm_90, by NVRTC of CUDA `major`. More than one share needs sm_90 or later.
+def forms(heads: int, key_heads: int, head_size: int) -> list[Form]:
+    """What a model may need, by the number of requests."""
+    return [Form(head_size, heads // key_heads, number) for number in PARTS]
+
+
+def choose_parts(pairs: int, processors: int) -> int:
+    """How many blocks share the work of each of `pairs` pairs of request and key head: the most that leave half of the
+    multiprocessors free. More would take memory's bandwidth, as each reads all of K."""
+    return next(number for number in PARTS if number == 1 or 2 * number * pairs <= processors)
+
+
+@functools.cache
+def build(form: Form, dtype: torch.dtype, arch: str, shared: int, major: int) -> bytes:
+    """The cubin for `arch`, e.g. sm_90, with `shared` bytes of shared memory a block, by NVRTC of CUDA `major`.
 
     Raises nvrtc.CompileError.
     """
     folder = Path(__file__).resolve().parent
     source = (folder / "primitives.h").read_text() + (folder / "decode.cu").read_text()
     name = _INPUTS[str(dtype).removeprefix("torch.")]
-    defines = {"HEAD": head_size, "SHARES": share, "DEPTH": _depth(head_size, share), "INPUT": f'"{name}"'}
-    return nvrtc.compile(source, arch, defines | {"CONTRACT": _CONTRACT}, major)
-
-
-def _depth(head_size: int, share: int) -> int:
-    return 2 if head_size == 128 and share == 8 else 3
-
-
-def _shared_bytes(head_size: int, share: int) -> int:
-    slots = 2 * _depth(head_size, share) * _TILE * head_size * 2
-    rounded, weights = share * GROUP * _TILE * 2, GROUP * (_TILE + 8) * 4
-    return slots + rounded + weights + (share * _WARPS + 1) * GROUP * 4
+    defines = form.defines(shared) | {"INPUT": f'"{name}"', "CONTRACT": _CONTRACT}
+    return nvrtc.compile(source, arch, defines, major)
 
 
 def attend(
@@ -69,14 +100,14 @@ def attend(
     lengths: torch.Tensor,
     pages: torch.Tensor,
     scale: float,
-    share: int | None = None,
+    parts: int | None = None,
 ) -> None:
     """Write the attention of q [tokens, heads, D] over each request's first `lengths` tokens into out, of q's shape.
 
     k, v: [pages, page size, key heads, D], laid out alike. starts [requests + 1], int32: where a request's tokens
     begin in q; none where the next start is equal, several are the last ones of `lengths`, in their order. lengths
-    [requests], int32. pages [requests, most pages], int32. scale: of the softmax. share: one of SHARES, by default the
-    most that may run at once; it changes no bit. Raises ValueError for what does not fit.
+    [requests], int32. pages [requests, most pages], int32. scale: of the softmax. parts: one of PARTS, by
+    default as choose_parts has it; it changes no bit. Raises ValueError for what does not fit.
     """
     if problem := _unfit(q, k, v, out, starts, lengths, pages):
         raise ValueError(f"decode: {problem}")
@@ -92,8 +123,9 @@ def attend(
         *(c_int(stride) for stride in (*q.stride()[:2], *(2 * x for x in k.stride()[:3]), *out.stride()[:2])),
     ]  # fmt: skip
     stream, number = torch.cuda.current_stream(q.device).cuda_stream, lengths.shape[0]
-    share = share or shares(key_heads * number, _processors(q.device.index))
-    kernel(size, q.dtype, share, q.device.index)((share * key_heads, number), stream, arguments)
+    parts = parts or choose_parts(key_heads * number, _processors(q.device.index))
+    form = Form(size, heads // key_heads, parts)
+    kernel(form, q.dtype, q.device.index)((parts * key_heads, number), stream, arguments)
 
 
 def _unfit(q, k, v, out, starts, lengths, pages) -> str:
@@ -124,12 +156,34 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int) -> None:
+    """Compile and load what a model may need, so that it is not done while a graph is captured.
+
+    Raises nvrtc.CompileError.
+    """
+    target = _target(device)
+    needed = forms(heads, key_heads, head_size)
+    with ThreadPoolExecutor(len(needed)) as pool:
+        list(pool.map(lambda form: build(form, dtype, *target), needed))
+    for form in needed:
+        kernel(form, dtype, device)
+
+
 @functools.cache
-def kernel(head_size: int, dtype: torch.dtype, share: int, device: int) -> nvrtc.Function:
+def kernel(form: Form, dtype: torch.dtype, device: int) -> nvrtc.Function:
     """The kernel, compiled and loaded on a device. Raises nvrtc.CompileError."""
     import torch
 
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = build(head_size, dtype, share, arch, int(str(torch.version.cuda).split(".")[0]))
+    arch, shared, major = _target(device)
+    cubin = build(form, dtype, arch, shared, major)
     with torch.cuda.device(device):
-        return nvrtc.Function(cubin, "decode", _THREADS, _shared_bytes(head_size, share))
+        return nvrtc.Function(cubin, "decode", form.threads(shared), form.shared_bytes(shared))
+
+
+def _target(device: int) -> tuple[str, int, int]:
+    """A device's architecture, its shared memory a block in bytes, and CUDA's major version."""
+    import torch
+
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return arch, shared, int(str(torch.version.cuda).split(".")[0])

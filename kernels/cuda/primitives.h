@@ -7,67 +7,19 @@ typedef long long i64;
 
 #define DEVICE __device__ __forceinline__
 #define LOWEST __int_as_float(0xff800000)  // minus infinity
-#if SHARES > 1
-#define KERNEL extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(THREADS)
-#else
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
-#endif
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE void barrier() { __syncthreads(); }
 
-// The SHARES blocks of a cluster: this one's number, a barrier of all, a value put where `at` is in another's memory.
-DEVICE int share() {
-#if SHARES > 1
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
-#endif
-}
-
-DEVICE void everyone() {
-#if SHARES > 1
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __syncthreads();
-#endif
-}
-
-#if SHARES > 1
-DEVICE u32 remote(const void* at, int to) {
-  u32 found;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(found)
-      : "r"(static_cast<u32>(__cvta_generic_to_shared(at))), "r"(to));
-  return found;
-}
-
-DEVICE void put(float* at, int to, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote(at, to)), "f"(value) : "memory");
-}
-
-DEVICE void put(u32* at, int to, u32 value) {
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote(at, to)), "r"(value) : "memory");
-}
-
-DEVICE void put(float2* at, int to, float2 value) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote(at, to)), "f"(value.x), "f"(value.y)
-               : "memory");
-}
-#else
-template <class T>
-DEVICE void put(T* at, int, T value) {
-  *at = value;
-}
-#endif
+// The lanes of a warp wait for each other and see what each wrote.
+DEVICE void together() { __syncwarp(); }
 
 DEVICE unsigned char* shared() {
-  extern __shared__ __align__(128) unsigned char memory[];
-  return memory;
+  extern __shared__ __align__(128) unsigned char dynamic_memory[];
+  return dynamic_memory;
 }
 
 DEVICE float exchange(float value, int distance) { return __shfl_xor_sync(0xffffffffu, value, distance); }
@@ -100,6 +52,31 @@ DEVICE u32 round_pair(float low, float high) {
 
 DEVICE u32 address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
 
+// A gate in shared memory passes from phase to phase whenever `count` threads have arrived; what they wrote before is
+// seen by those who waited. wait: until the phase of this parity is over.
+DEVICE void open(i64* gate, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(gate)), "r"(count) : "memory");
+}
+
+DEVICE void arrive(i64* gate) {
+  asm volatile("{\n\t.reg .b64 phase;\n\tmbarrier.arrive.shared.b64 phase, [%0];\n\t}" ::"r"(address(gate)) : "memory");
+}
+
+DEVICE void wait(const i64* gate, int parity) {
+#if __CUDA_ARCH__ >= 900
+#define WAIT "mbarrier.try_wait.parity.shared.b64"
+#else
+#define WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+  u32 over;
+  do {
+    asm volatile("{\n\t.reg .pred over;\n\t" WAIT " over, [%1], %2;\n\tselp.u32 %0, 1, 0, over;\n\t}"
+                 : "=r"(over)
+                 : "r"(address(gate)), "r"(parity)
+                 : "memory");
+  } while (!over);
+}
+
 // 16 bytes to shared memory; zeros where not `wanted`.
 DEVICE void copy_16(void* to, const void* from, bool wanted) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(wanted ? 16 : 0));
@@ -122,13 +99,6 @@ DEVICE void load_matrices(u32 (&r)[4], const void* row) {
 DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address(row)));
-}
-
-// Two of them: lanes 0 to 15 give the addresses.
-DEVICE void load_two_transposed(u32 (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(address(row)));
 }
 

@@ -29,7 +29,7 @@ def test_certificate(size, heads, key_heads, dtype, tmp_path):
     problem = cuda_attention.Problem(heads, key_heads, size, dtype)
     certificate = cuda_attention.certify(problem, prefill, "test", tmp_path)
     assert certificate.evidence.differing == 0, certificate.evidence.first
-    assert cuda_attention.serves(problem, 1)
+    assert cuda_attention.serves(problem)
 
 
 @pytest.mark.parametrize("page", [16, 64, 128])
@@ -59,10 +59,10 @@ def test_rows_of_any_batch_through_a_graph(page):
         out.fill_(7)
         graph.replay()
         assert (out[0] == 0).all() and (out[-1] == 7).all()
-        for share in decode.SHARES:
+        for parts in decode.PARTS:
             again = torch.full_like(q, 7)
-            decode.attend(q, k, v, again, starts, lengths, pages, size**-0.5, share)
-            assert torch.equal(again, out), share
+            decode.attend(q, k, v, again, starts, lengths, pages, size**-0.5, parts)
+            assert torch.equal(again, out), parts
         for i in range(1, number - 1):
             alone = torch.empty_like(q[:1])
             one = torch.tensor([0, 1], device="cuda", dtype=torch.int32)

@@ -120,7 +120,7 @@ def _decode_or(flash):
         if given["max_seqlen_q"] > 1:
             return flash(**given)
         q, k = given["q"], given["k"]
-        if _plain(given) and cuda_attention.serves(_problem(q, k), given["seqused_k"].shape[0]):
+        if _plain(given) and cuda_attention.serves(_problem(q, k)):
             return cuda_attention.attend(
                 q, k, given["v"], given["out"], given["cu_seqlens_q"], given["seqused_k"], given["block_table"],
                 given["softmax_scale"],

@@ -3,10 +3,12 @@
 
 #include <barrier>
 #include <cmath>
+#include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -18,10 +20,6 @@ typedef long long i64;
 #define LOWEST (-INFINITY)
 #define KERNEL static void
 static constexpr int LANES = 32;
-
-struct float2 {
-  float x, y;
-};
 
 struct Copy {
   void* to;
@@ -40,34 +38,49 @@ struct Warp {
 static thread_local int this_thread;
 static thread_local std::vector<Copy> open_group;
 static thread_local std::deque<std::vector<Copy>> groups;
-// Blocks of one cluster run together.
 struct Block {
-  std::barrier<> together;
+  std::barrier<> whole;
   std::vector<Warp> warps;
+  std::mutex lock;
+  std::condition_variable changed;
   alignas(128) unsigned char memory[1 << 18];
-  explicit Block(int threads) : together(threads), warps(threads / LANES) {
+  explicit Block(int threads) : whole(threads), warps(threads / LANES) {
     memset(memory, 0xff, sizeof memory);  // not a number: what was not written shows
   }
 };
 
-static thread_local int this_share;
-static int this_cluster_x, this_block_y;
-static std::vector<std::unique_ptr<Block>> cluster;
-static std::barrier<>* all;
+static int this_block_x, this_block_y;
+static std::unique_ptr<Block> block;
 
 DEVICE int thread() { return this_thread; }
-DEVICE int share() { return this_share; }
-DEVICE int block_x() { return this_cluster_x * static_cast<int>(cluster.size()) + this_share; }
+DEVICE int block_x() { return this_block_x; }
 DEVICE int block_y() { return this_block_y; }
-DEVICE void barrier() { cluster[this_share]->together.arrive_and_wait(); }
-DEVICE void everyone() { all->arrive_and_wait(); }
-DEVICE unsigned char* shared() { return cluster[this_share]->memory; }
-DEVICE Warp& warp_of() { return cluster[this_share]->warps[this_thread / LANES]; }
+DEVICE void barrier() { block->whole.arrive_and_wait(); }
+DEVICE unsigned char* shared() { return block->memory; }
+DEVICE Warp& warp_of() { return block->warps[this_thread / LANES]; }
+DEVICE void together() { warp_of().together.arrive_and_wait(); }
 
-template <class T>
-DEVICE void put(T* at, int to, T value) {
-  const auto offset = reinterpret_cast<unsigned char*>(at) - shared();
-  memcpy(cluster[to]->memory + offset, &value, sizeof value);
+// In a gate's 8 bytes: how many arrive in a phase, how many are missing, the phase's parity.
+struct Gate {
+  u16 count, missing;
+  u32 parity;
+};
+
+DEVICE void open(i64* gate, int count) { *reinterpret_cast<Gate*>(gate) = {u16(count), u16(count), 0}; }
+
+DEVICE void arrive(i64* at) {
+  const std::lock_guard held(block->lock);
+  Gate& gate = *reinterpret_cast<Gate*>(at);
+  if (--gate.missing) return;
+  gate.missing = gate.count;
+  gate.parity ^= 1;
+  block->changed.notify_all();
+}
+
+DEVICE void wait(const i64* at, int parity) {
+  std::unique_lock held(block->lock);
+  const Gate& gate = *reinterpret_cast<const Gate*>(at);
+  block->changed.wait(held, [&] { return gate.parity != u32(parity); });
 }
 
 DEVICE float exchange(float value, int distance) {
@@ -147,13 +160,6 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
   w.together.arrive_and_wait();
 }
 
-DEVICE void load_two_transposed(u32 (&r)[2], const void* row) {
-  u32 all_four[4];
-  load_matrices_transposed(all_four, row);
-  r[0] = all_four[0];
-  r[1] = all_four[1];
-}
-
 DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   Warp& w = warp_of();
   const int lane = this_thread % LANES, g = lane / 4, t = lane % 4;
@@ -173,19 +179,15 @@ DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   w.together.arrive_and_wait();
 }
 
-// Runs one cluster of `shares` blocks after the other.
-static void run_grid(int x, int y, int threads, int shares, const std::function<void()>& kernel) {
+// Runs one block after the other.
+static void run_grid(int x, int y, int threads, const std::function<void()>& kernel) {
   for (this_block_y = 0; this_block_y < y; ++this_block_y) {
-    for (this_cluster_x = 0; this_cluster_x < x / shares; ++this_cluster_x) {
-      std::barrier<> whole(threads * shares);
-      all = &whole;
-      cluster.clear();
-      for (int i = 0; i < shares; ++i) cluster.push_back(std::make_unique<Block>(threads));
+    for (this_block_x = 0; this_block_x < x; ++this_block_x) {
+      block = std::make_unique<Block>(threads);
       std::vector<std::thread> team;
-      for (int i = 0; i < threads * shares; ++i) {
+      for (int i = 0; i < threads; ++i) {
         team.emplace_back([&, i] {
-          this_thread = i % threads;
-          this_share = i / threads;
+          this_thread = i;
           kernel();
         });
       }

@@ -16,34 +16,38 @@ extern "C" void launch(int x, int y, const u16* q, const unsigned char* k, u16* 
                        const int* lengths, const int* pages, i64 to_v, int most_pages, int page_bits, int group,
                        float scale, const int* strides) {
   const int* s = strides;
-  run_grid(x, y, THREADS, SHARES, [&] {
+  run_grid(x, y, THREADS, [&] {
     decode(q, k, out, starts, lengths, pages, to_v, most_pages, page_bits, group, scale, s[0], s[1], s[2], s[3], s[4],
            s[5], s[6]);
   });
 }
+extern "C" int threads() { return THREADS; }
+extern "C" int shared_bytes() { return sizeof(Shared); }
 """
+# Of a block, on sm_80 and on sm_90 and sm_100.
+AMPERE, SHARED = 163 * 1024, 227 * 1024
 
 
-def build(folder: Path, head: int, shares: int, depth: int) -> ctypes.CDLL:
+def build(folder: Path, form: decode.Form) -> ctypes.CDLL:
     source = folder / "decode.cpp"
     source.write_text(f'#include "emulate.h"\n#include "{KERNELS / "decode.cu"}"\n{LAUNCH}')
     library = folder / "decode.so"
-    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", f"-DHEAD={head}", f"-DSHARES={shares}",
-               f"-DDEPTH={depth}",
-               "-Wno-unknown-pragmas", f"-I{Path(__file__).parent}", str(source), "-o", str(library)]  # fmt: skip
+    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas",
+               f"-I{Path(__file__).parent}", str(source), "-o", str(library)]  # fmt: skip
+    command += [f"-D{name}={value}" for name, value in form.defines(SHARED).items()]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
 
 @pytest.mark.parametrize(
-    "head, group, key_heads, page, shares, depth",
-    [
-        (64, 4, 2, 16, 1, 3), (128, 8, 1, 32, 1, 2), (64, 16, 1, 128, 2, 2), (128, 4, 2, 16, 4, 3),
-        (64, 4, 1, 16, 8, 2), (128, 8, 1, 16, 8, 2), (64, 4, 1, 16, 4, 3),
-    ],
+    "head, group, key_heads, page, parts",
+    [(64, 4, 2, 16, 1), (128, 8, 1, 32, 1), (64, 16, 1, 128, 2), (128, 12, 2, 16, 4), (64, 4, 1, 16, 4)],
 )  # fmt: skip
-def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, shares, depth):
-    library = build(tmp_path, head, shares, depth)
+def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, parts):
+    form = decode.Form(head, group, parts)
+    library = build(tmp_path, form)
+    assert library.shared_bytes() <= form.shared_bytes(SHARED) <= SHARED
+    assert library.threads() == form.threads(SHARED)
 
     def emulated(grid, stream, arguments):
         strides = (ctypes.c_int * 7)(*(a.value for a in arguments[-7:]))
@@ -53,7 +57,7 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     torch.manual_seed(head + group)
     # The one but last request has two tokens, the last has none.
-    lengths = torch.tensor([1, 127, 128, 129, 300, 0, 130, 17], dtype=torch.int32)
+    lengths = torch.tensor([1, 127, 128, 129, 1300, 0, 130, 17], dtype=torch.int32)
     starts = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 8], dtype=torch.int32)
     heads, blocks = group * key_heads, -(-int(lengths.max()) // page)
     pages = torch.randperm(len(lengths) * blocks).to(torch.int32).reshape(len(lengths), blocks)
@@ -63,7 +67,7 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
     q = torch.randn(9, heads, head).to(torch.bfloat16)
     out = torch.full_like(q, 7.0)
     scale = head**-0.5
-    decode.attend(q, k, v, out, starts, lengths, pages, scale, shares)
+    decode.attend(q, k, v, out, starts, lengths, pages, scale, parts)
     assert (out[8] == 7).all()
     tokens = [(i, n) for i, n in enumerate(lengths.tolist()[:6])] + [(6, 129), (6, 130)]
     for token, (i, length) in enumerate(tokens):
@@ -75,18 +79,19 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
         assert length == 0 or (out[token].float() - want).abs().mean() < 3e-3
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch, shared", [("sm_80", AMPERE), ("sm_90", SHARED), ("sm_100", SHARED)])
 @pytest.mark.parametrize("head", decode.HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_compiles_without_a_gpu(arch, head, dtype):
-    for share in (1,) if arch == "sm_80" else decode.SHARES:
-        assert decode.build(head, dtype, share, arch, 13)[:4] == b"\x7fELF"
-        assert decode._shared_bytes(head, share) <= 227 * 1024
+def test_compiles_without_a_gpu(arch, shared, head, dtype):
+    for form in (form for group in (8, 16) for form in decode.forms(group, 1, head)):
+        assert decode.build(form, dtype, arch, shared, 13)[:4] == b"\x7fELF"
+        # A slot waits for the one before it.
+        assert form.scorers(shared) >= 2
 
 
-def test_as_many_blocks_share_a_request_as_may_run_at_once():
-    found = {blocks: decode.shares(blocks, 132) for blocks in (1, 16, 17, 33, 34, 66, 67, 2000)}
-    assert found == {1: 8, 16: 8, 17: 4, 33: 4, 34: 2, 66: 2, 67: 1, 2000: 1}
+def test_few_requests_are_shared_by_several_blocks():
+    found = {pairs: decode.choose_parts(pairs, 132) for pairs in (1, 16, 17, 33, 34, 2000)}
+    assert found == {1: 4, 16: 4, 17: 2, 33: 2, 34: 1, 2000: 1}
 
 
 def test_what_the_kernel_does_not_have_is_refused():
