@@ -44,7 +44,7 @@ _TWICE = 2048
 # The library is asked for every M up to here, then for every seventh: prime to all that a choice may be aligned to.
 _EACH, _STEP = 1024, 7
 # A timed graph holds enough calls to take about so long, in microseconds, at most so many; its replays.
-_TIMED_US, _CALLS, _REPLAYS = 300, 128, 3
+_TIMED_US, _CALLS, _REPLAYS = 150, 128, 3
 # Where the first offer takes longer than this, in microseconds, it serves: timing others would take seconds.
 _SLOW_US = 2000
 _log = logging.getLogger("vllm.bi_patch")

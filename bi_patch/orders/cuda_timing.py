@@ -9,15 +9,14 @@ Call = Callable[[], object]
 
 
 def microseconds(ways: Sequence[Sequence[Call]], replays: int = 5) -> list[float]:
-    """The least time of a call of each way, in microseconds. Every call runs once before, so that its kernel is loaded.
+    """The least time of a call of each way, in microseconds. The calls of a way run the same kernels.
 
     The ways are replayed in turns, so that a clock that changes meets all of them. No graph may be in capture.
     """
     import torch
 
     for calls in ways:
-        for call in calls:
-            call()
+        calls[0]()  # loads its kernels
     torch.cuda.synchronize()
     graphs = [_capture(calls) for calls in ways]
     marks = [[(_event(), _event()) for _ in range(replays)] for _ in ways]

@@ -71,7 +71,7 @@ def device(monkeypatch):
 def test_ways_are_captured_once_and_replayed_in_turns_without_a_wait(device):
     one, other = device.work("a", 2.0), device.work("b", 3.0)
     assert cuda_timing.microseconds([[one, one], [other]], 2) == [2000, 3000]
-    assert device.log == ["a", "a", "b", "wait", "a", "a", "b", "a", "a", "b", "wait"]
+    assert device.log == ["a", "b", "wait", "a", "a", "b", "a", "a", "b", "wait"]
 
 
 def test_one_call_is_timed_after_one_that_loads_its_kernel(device):
