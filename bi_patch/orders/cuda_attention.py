@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 OPERATION = "cuda.decode_attention"
-DATA = "beginnings of one prompt, flat scores in small pages and peaked scores in large ones"
+DATA = "beginnings of one prompt, flat scores in small pages and peaked scores in large ones, several tokens, none"
+# Not a square root of a power of 2: products of those with others round alike in whatever order they are made.
+_ODD_SCALE = 168**-0.5
 # Long enough that every slot of shared memory is used again and again.
-_PROMPT = 7300
+_PROMPT, _SEVERAL = 7300, 5
 # Beginnings around the ends of tiles, and others.
 _LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 5000, 6200, _PROMPT})
 _log = logging.getLogger("vllm.bi_patch")
@@ -52,8 +54,9 @@ def serves(problem: Problem) -> bool:
 
 
 def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Certificate | None:
-    """Compare the bundled kernel with `prefill`, or read that from disk; `library` names the version of prefill's.
+    """Compare the bundled kernel with `prefill`; `library` names the version of prefill's.
 
+    It takes a tenth of a second, so every process makes it anew: an old one could be about another build of either.
     Returns None for a problem that was seen before or that the kernel does not have; `serves` is then as before or
     False.
     """
@@ -73,7 +76,8 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
         # Compiled and loaded now, not when a graph is captured.
         heads, key_heads, head_size, dtype = problem
         decode.prepare(heads, key_heads, head_size, dtype, torch.cuda.current_device())
-        certificate = certificates.obtain(cache, key, lambda: _certify(problem, prefill, key))
+        certificate = _certify(problem, prefill, key)
+        certificates.save(cache, certificate)
     except Exception as error:  # what serves without it is slower and no less invariant
         said = f"{type(error).__name__}: {error}"
         _log.warning("bi_patch: no decode kernel for %s, prefill's serves: %s", problem, said)
@@ -84,11 +88,18 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     return certificate
 
 
-def attend(q, k, v, out, starts, lengths, pages, scale: float, parts: int | None = None) -> None:
-    """The bundled kernel (bi_patch.kernels.cuda.decode.attend)."""
+def attend(q, k, v, out, starts, lengths, pages, scale: float) -> bool:
+    """Write attention into `out` by the bundled kernel (bi_patch.kernels.cuda.decode.attend).
+
+    False, with nothing done, where it cannot take the tensors.
+    """
     from bi_patch.kernels.cuda import decode
 
-    decode.attend(q, k, v, out, starts, lengths, pages, scale, parts)
+    try:
+        decode.attend(q, k, v, out, starts, lengths, pages, scale)
+    except decode.Unfit:
+        return False
+    return True
 
 
 def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
@@ -105,24 +116,29 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
 
     def layouts():
         """k and v of the prompt in random pages: packed in small ones, side by side as vLLM 0.26 has them in large."""
-        for what, page, factor in (("flat", 16, 1.0), ("peaked", 128, 6.0)):
+        for what, page, factor, scale in (("flat", 16, 1.0, size**-0.5), ("peaked", 128, 6.0, _ODD_SCALE)):
             blocks = -(-_PROMPT // page)
             pages = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)[None]
             if page == 16:
                 k, v = (random(blocks, page, key_heads, size) for _ in range(2))
             else:
                 k, v = random(blocks, key_heads, page, 2 * size).transpose(1, 2).split(size, dim=-1)
-            yield what, (random(_PROMPT, heads, size) * factor).contiguous(), k, v, pages
+            yield what, (random(_PROMPT, heads, size) * factor).contiguous(), k, v, pages, scale
 
-    lengths = torch.tensor(_LENGTHS, dtype=torch.int32, device="cuda")
-    starts = torch.arange(len(_LENGTHS) + 1, dtype=torch.int32, device="cuda")
+    def ints(values):
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    # A request a length, one with the prompt's last tokens, one with none.
+    number = len(_LENGTHS)
+    rows = ints([*(length - 1 for length in _LENGTHS), *range(_PROMPT - _SEVERAL, _PROMPT)]).long()
+    starts, lengths = ints([*range(number + 1), len(rows), len(rows)]), ints([*_LENGTHS, _PROMPT, 1])
     compared, differing, first = 0, 0, ""
-    for what, q, k, v, pages in layouts():
-        want = prefill(q, k, v, pages, size**-0.5)[lengths.long() - 1]
-        held = pages.expand(len(_LENGTHS), -1)
+    for what, q, k, v, pages, scale in layouts():
+        want = prefill(q, k, v, pages, scale)[rows]
+        held = pages.expand(len(lengths), -1)
         for parts in decode.PARTS:
             got = torch.empty_like(want)
-            attend(q[lengths.long() - 1], k, v, got, starts, lengths, held, size**-0.5, parts)
+            decode.attend(q[rows], k, v, got, starts, lengths, held, scale, parts)
             wrong = unequal(got, want)
             compared += got.numel()
             differing += wrong

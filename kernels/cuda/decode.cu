@@ -21,6 +21,7 @@ constexpr int WARPS = SCORERS + SUMMERS, THREADS = 32 * WARPS;
 constexpr int PAGES = TILE / 16;  // most pages of a tile
 constexpr int STEPS = TILE / 16;  // of 16 keys
 constexpr int ROWS = 16;
+static_assert(SCORERS > 1);  // a slot's numbers are read while the next one's are written
 
 // A lane's weights in a step, as multiply_add takes them.
 struct alignas(8 * HALVES) Weights {
@@ -56,18 +57,17 @@ struct Cache {
   int page_stride, token_stride, page_bits;
 };
 
-// One token's work. Tile i of `tiles` begins at key (tiles - 1 - i) * TILE and is the block's tile number before + i,
-// which names its slot and the phase of its gates.
+// One token's work.
 struct Work {
   const u16* q;
   u16* out;
-  int length, tiles, before, token, group, q_head, o_head, part;
+  int length, tiles, group, q_head, o_head, part;
   float scale;
 };
 
+// Of tile i: its first key; the phase of its slot's gates.
 DEVICE int begin_of(const Work& work, int i) { return (work.tiles - 1 - i) * TILE; }
-DEVICE int slot_of(const Work& work, int i) { return (work.before + i) % SCORERS; }
-DEVICE int phase_of(const Work& work, int i) { return (work.before + i) / SCORERS & 1; }
+DEVICE int phase_of(int i) { return i / SCORERS & 1; }
 
 // The pages of the tile that begins at key `begin`, one a lane.
 DEVICE int find_pages(const Cache& cache, int begin, int length) {
@@ -104,18 +104,17 @@ DEVICE void copy_tile(const Cache& cache, const unsigned char* from, int begin, 
   }
 }
 
-// Warp `warp` scores the tiles of its slot.
+// Warp `warp` scores the tiles of its slot: every SCORERS-th.
 DEVICE void score(const Work& work, const Cache& cache, int warp) {
   Slot& slot = memory().slots[warp];
   const Slot& last = memory().slots[(warp + SCORERS - 1) % SCORERS];  // of the tile before
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-  const int first = (warp + SCORERS - slot_of(work, 0)) % SCORERS;
-  if (first >= work.tiles) return;
+  if (warp >= work.tiles) return;
 
-  int pages = find_pages(cache, begin_of(work, first), work.length), next_pages = 0;
-  copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, first), work.length, pages, slot.keys);
+  int pages = find_pages(cache, begin_of(work, warp), work.length), next_pages = 0;
+  copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, warp), work.length, pages, slot.keys);
   end_group();
-  if (first + SCORERS < work.tiles) next_pages = find_pages(cache, begin_of(work, first + SCORERS), work.length);
+  if (warp + SCORERS < work.tiles) next_pages = find_pages(cache, begin_of(work, warp + SCORERS), work.length);
 
   u32 queries[HEAD / 16][4];
 #pragma unroll
@@ -130,8 +129,8 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   // Where a lane's row of K lies: 16 rows further is a constant further, another piece an exclusive or.
   const int k_row = place(8 * (lane / 16) + lane % 8, KEY_PIECES, lane / 8 % 2);
 
-  for (int i = first; i < work.tiles; i += SCORERS) {
-    if (work.before + i >= SCORERS) wait(&slot.empty, phase_of(work, i) ^ 1);
+  for (int i = warp; i < work.tiles; i += SCORERS) {
+    if (i >= SCORERS) wait(&slot.empty, phase_of(i - SCORERS));
     copy_tile<VALUE_PIECES>(cache, cache.k + cache.to_v + work.part * VALUE_PIECES * 16, begin_of(work, i), work.length,
                             pages, slot.values);
     end_group();
@@ -179,7 +178,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       most[half] = fmaxf(most[half], exchange(most[half], 1));
       most[half] = fmaxf(most[half], exchange(most[half], 2));
     }
-    if (i > 0) wait(&last.peaked, phase_of(work, i - 1));
+    if (i > 0) wait(&last.peaked, phase_of(i - 1));
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
       const int row = 8 * half + g;
@@ -192,7 +191,8 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
 
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      const float scaled = most[half] * work.scale;
+      // Only the first tile can have nothing but minus infinity and yet count: its weights are then zero.
+      const float scaled = i == 0 && most[half] == LOWEST ? 0.f : most[half] * work.scale;
 #pragma unroll
       for (int j = 0; j < 2 * STEPS; ++j) {
 #pragma unroll
@@ -212,7 +212,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     wait_groups<1>();  // V is there
     arrive(&slot.full);
 
-    if (i > 0) wait(&last.summed, phase_of(work, i - 1));
+    if (i > 0) wait(&last.summed, phase_of(i - 1));
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
       const int row = 8 * half + g;
@@ -240,8 +240,9 @@ DEVICE void sum_values(const Work& work, int warp) {
   const int v_row = place(lane % 16, VALUE_PIECES, warp * OWN + lane / 16);
   float o[OWN][4] = {};
   for (int i = 0; i < work.tiles; ++i) {
-    Slot& slot = memory().slots[slot_of(work, i)];
-    wait(&slot.full, phase_of(work, i));
+    Slot& slot = memory().slots[i % SCORERS];
+    wait(&slot.full, phase_of(i));
+    together();
     Weights weights[STEPS];
     u32 values[STEPS][OWN / 2][4];
 #pragma unroll
@@ -274,7 +275,7 @@ DEVICE void sum_values(const Work& work, int warp) {
     }
     arrive(&slot.empty);
   }
-  if (work.tiles > 0) wait(&memory().done, work.token & 1);
+  if (work.tiles > 0) wait(&memory().done, 0);
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
     const int row = 8 * half + g;
@@ -289,19 +290,34 @@ DEVICE void sum_values(const Work& work, int warp) {
   }
 }
 
+// The request that a token belongs to: the last that begins at or before it.
+DEVICE int request_of(const int* starts, int requests, int token) {
+  if (token < requests && starts[token] == token && starts[token + 1] > token) return token;  // all have one token
+  int low = 0, high = requests;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (starts[middle] <= token ? low : high) = middle;
+  }
+  return low;
+}
+
 // q, out [tokens, heads, HEAD]; k [pages, 2^page_bits, key heads, HEAD], v the same `to_v` bytes further; starts
-// [requests + 1]: where a request's tokens begin in q; lengths [requests]; pages [requests, most_pages]. Strides of q
-// and out in elements, of the cache in bytes. group: query heads of a key head, at most 8 * HALVES. scale: of the
-// softmax, times log2(e). Grid: PARTS * key heads x requests. A request of several tokens (a graph of single queries
-// may be replayed on one) has them done one after the other.
+// [requests + 1]: where a request's tokens begin in q, the last ones of its `lengths` [requests]; pages [requests,
+// most_pages]. Strides of q and out in elements, of the cache in bytes. group: query heads of a key head, at most 8 *
+// HALVES. scale: of the softmax, times log2(e). Grid: PARTS * key heads x tokens; tokens of no request stay as they are.
 KERNEL
 decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const int* lengths, const int* pages,
-       i64 to_v, int most_pages, int page_bits, int group, float scale, int q_token, int q_head, int k_page,
-       int k_token, int k_head, int o_token, int o_head) {
-  const int head = block_x() / PARTS, request = block_y(), warp = thread() / 32;
-  const int begin = starts[request], end = starts[request + 1], length = lengths[request];
+       i64 to_v, int requests, int most_pages, int page_bits, int group, float scale, int q_token, int q_head,
+       int k_page, int k_token, int k_head, int o_token, int o_head) {
+  const int head = block_x() / PARTS, token = block_y(), warp = thread() / 32;
+  const int request = request_of(starts, requests, token), end = starts[request + 1];
+  if (token >= end) return;
+  const int length = lengths[request] - (end - 1 - token), tiles = length > 0 ? (length + TILE - 1) / TILE : 0;
   const Cache cache{k + static_cast<i64>(head) * k_head, pages + static_cast<i64>(request) * most_pages, to_v,
                     k_page, k_token, page_bits};
+  const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
+                  out + static_cast<i64>(token) * o_token + head * group * o_head,
+                  length, tiles, group, q_head, o_head, block_x() % PARTS, scale};
   if (thread() < SCORERS) {
     Slot& slot = memory().slots[thread()];
     open(&slot.full, 32);
@@ -310,19 +326,10 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
     open(&slot.summed, 32);
     if (thread() == 0) open(&memory().done, 32);
   }
-  int before = 0, finished = 0;  // tiles, tokens that had some
-  for (int token = begin; token < end; ++token) {
-    barrier();
-    const int seen = length - (end - 1 - token), tiles = seen > 0 ? (seen + TILE - 1) / TILE : 0;
-    const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
-                    out + static_cast<i64>(token) * o_token + head * group * o_head,
-                    seen, tiles, before, finished, group, q_head, o_head, block_x() % PARTS, scale};
-    if (warp < SCORERS) {
-      score(work, cache, warp);
-    } else {
-      sum_values(work, warp - SCORERS);
-    }
-    before += tiles;
-    finished += tiles > 0;
+  barrier();
+  if (warp < SCORERS) {
+    score(work, cache, warp);
+  } else {
+    sum_values(work, warp - SCORERS);
   }
 }

@@ -24,6 +24,10 @@ _INPUTS = {"bfloat16": "bf16", "float16": "f16"}
 _CONTRACT = 1
 
 
+class Unfit(ValueError):
+    """The kernel cannot take a call's tensors; the message says why."""
+
+
 def covers(heads: int, key_heads: int, head_size: int, dtype: torch.dtype) -> bool:
     """Whether the kernel has these sizes; dtype is that of q, k, v and the output."""
     name = str(dtype).removeprefix("torch.")
@@ -106,26 +110,28 @@ def attend(
 
     k, v: [pages, page size, key heads, D], laid out alike. starts [requests + 1], int32: where a request's tokens
     begin in q; none where the next start is equal, several are the last ones of `lengths`, in their order. lengths
-    [requests], int32. pages [requests, most pages], int32. scale: of the softmax. parts: one of PARTS, by
-    default as choose_parts has it; it changes no bit. Raises ValueError for what does not fit.
+    [requests], int32. pages [requests, most pages], int32. scale: of the softmax. parts: one of PARTS, by default as
+    choose_parts has it; it changes no bit. Raises Unfit, with nothing done, for what the kernel cannot take.
     """
     if problem := _unfit(q, k, v, out, starts, lengths, pages):
-        raise ValueError(f"decode: {problem}")
+        raise Unfit(f"decode: {problem}")
     import torch
 
-    heads, size = q.shape[1:]
+    tokens, heads, size = q.shape
     page_size, key_heads = k.shape[1:3]
+    if not tokens or not len(lengths):
+        return
     arguments = [
         *(c_void_p(x.data_ptr()) for x in (q, k, out, starts, lengths, pages)),
         c_longlong(v.data_ptr() - k.data_ptr()),
-        c_int(pages.stride(0)), c_int(page_size.bit_length() - 1), c_int(heads // key_heads),
+        *(c_int(x) for x in (len(lengths), pages.stride(0), page_size.bit_length() - 1, heads // key_heads)),
         c_float(c_float(scale).value * _LOG2E),
         *(c_int(stride) for stride in (*q.stride()[:2], *(2 * x for x in k.stride()[:3]), *out.stride()[:2])),
     ]  # fmt: skip
-    stream, number = torch.cuda.current_stream(q.device).cuda_stream, lengths.shape[0]
-    parts = parts or choose_parts(key_heads * number, _processors(q.device.index))
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    parts = parts or choose_parts(key_heads * tokens, _processors(q.device.index))
     form = Form(size, heads // key_heads, parts)
-    kernel(form, q.dtype, q.device.index)((parts * key_heads, number), stream, arguments)
+    kernel(form, q.dtype, q.device.index)((parts * key_heads, tokens), stream, arguments)
 
 
 def _unfit(q, k, v, out, starts, lengths, pages) -> str:
@@ -134,18 +140,23 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
         return f"heads {tuple(q.shape[1:])} over {k.shape[2]} in {q.dtype} are not covered"
     if not covers_pages(k.shape[1]):
         return f"pages of {k.shape[1]} tokens are not covered"
-    if k.shape != v.shape or k.stride() != v.stride() or out.shape != q.shape:
-        return "k and v, or q and out, are not laid out alike"
+    if k.shape != v.shape or k.stride() != v.stride() or out.shape != q.shape or out.data_ptr() == q.data_ptr():
+        return "k and v, or q and out, are not laid out alike, or out is q"
     if any(x.stride(-1) != 1 for x in (q, k, out)) or any(x.data_ptr() % 4 or x.stride(0) % 2 or x.stride(1) % 2
                                                           for x in (q, out)):  # fmt: skip
         return "elements of a head do not lie side by side, aligned to 4 bytes"
     if any(x.data_ptr() % 16 or any(2 * stride % 16 for stride in x.stride()[:3]) for x in (k, v)):
         return "rows of KV are not aligned to 16 bytes"
     number = lengths.shape[0]
-    if starts.shape[0] != number + 1 or pages.shape[0] != number or 2 * k.stride(0) >= 1 << 31:
+    if starts.shape[0] != number + 1 or pages.shape[0] != number:
         return f"{tuple(starts.shape)} starts, {tuple(pages.shape)} pages do not belong to {number} requests"
     if any(str(x.dtype) != "torch.int32" or x.stride(-1) != 1 for x in (starts, lengths, pages)):
         return "starts, lengths and pages are not int32, side by side"
+    # What the kernel has in 32 bits: strides, places in a page, a token's heads, the grid.
+    reach = (2 * k.stride(0), 2 * k.shape[1] * k.stride(1), 2 * k.stride(2), pages.stride(0))
+    reach += tuple(x.shape[1] * max(x.stride(0), x.stride(1)) for x in (q, out))
+    if max(reach) >= 1 << 31 or q.shape[0] >= 1 << 16:
+        return f"{tuple(q.shape)} queries over KV of strides {k.stride()} are too large"
     return ""
 
 

@@ -27,9 +27,10 @@ def library(major: int) -> ctypes.CDLL:
     beside = [str(found) for folder in sys.path for found in Path(folder or ".").glob(f"nvidia/*/lib/{name}")]
     for path in (name, *beside):
         try:
-            # It opens its built-in functions by name, from wherever they were opened before.
-            for builtins in Path(path).parent.glob("libnvrtc-builtins.so.*"):
-                ctypes.CDLL(str(builtins))
+            if path != name:
+                # It opens its built-in functions by name, from wherever they were opened before.
+                for builtins in Path(path).parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(builtins))
             return ctypes.CDLL(path)
         except OSError:
             continue

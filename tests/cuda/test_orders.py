@@ -146,8 +146,8 @@ def test_timed_calls_go_over_more_weights_than_the_cache_holds(monkeypatch):
     for ways in timer.ways.values():
         assert len(ways) == 2 and ways[0] == ways[1] and len(set(ways[0])) == 5
         assert ways[0] == ways[0][:5] * (len(ways[0]) // 5)
-    # 300 us of calls, at most 128 of them, at least each weight once.
-    assert [len(timer.ways[m][0]) for m in (1, 8, 64, 600)] == [125, 40, 5, 5]
+    # 150 us of calls, at most 128 of them, at least each weight once.
+    assert [len(timer.ways[m][0]) for m in (1, 8, 64, 600)] == [125, 20, 5, 5]
 
 
 def test_a_weight_larger_than_the_cache_needs_no_copy(monkeypatch):

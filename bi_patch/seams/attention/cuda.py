@@ -120,11 +120,11 @@ def _decode_or(flash):
         if given["max_seqlen_q"] > 1:
             return flash(**given)
         q, k = given["q"], given["k"]
-        if _plain(given) and cuda_attention.serves(_problem(q, k)):
-            return cuda_attention.attend(
-                q, k, given["v"], given["out"], given["cu_seqlens_q"], given["seqused_k"], given["block_table"],
-                given["softmax_scale"],
-            )  # fmt: skip
+        if _plain(given) and cuda_attention.serves(_problem(q, k)) and cuda_attention.attend(
+            q, k, given["v"], given["out"], given["cu_seqlens_q"], given["seqused_k"], given["block_table"],
+            given["softmax_scale"],
+        ):  # fmt: skip
+            return given["out"]
         if q.shape[-1] <= 64:  # the step's schedule may have been made for single queries
             given |= {"max_seqlen_q": _LONG_QUERY, "scheduler_metadata": None}
         return flash(**given)

@@ -120,7 +120,10 @@ DEVICE float widen_bf16(u32 half) {
 
 DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 
-DEVICE void copy_16(void* to, const void* from, bool wanted) { open_group.push_back({to, from, wanted}); }
+DEVICE void copy_16(void* to, const void* from, bool wanted) {
+  memset(to, 0xff, 16);  // not a number until the group is waited for: what still needs the old values shows
+  open_group.push_back({to, from, wanted});
+}
 
 DEVICE void end_group() {
   groups.push_back(open_group);

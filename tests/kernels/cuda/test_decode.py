@@ -13,12 +13,12 @@ from bi_patch.kernels.cuda import decode
 KERNELS = Path(__file__).resolve().parents[3] / "kernels" / "cuda"
 LAUNCH = """
 extern "C" void launch(int x, int y, const u16* q, const unsigned char* k, u16* out, const int* starts,
-                       const int* lengths, const int* pages, i64 to_v, int most_pages, int page_bits, int group,
-                       float scale, const int* strides) {
+                       const int* lengths, const int* pages, i64 to_v, int requests, int most_pages,
+                       int page_bits, int group, float scale, const int* strides) {
   const int* s = strides;
   run_grid(x, y, THREADS, [&] {
-    decode(q, k, out, starts, lengths, pages, to_v, most_pages, page_bits, group, scale, s[0], s[1], s[2], s[3], s[4],
-           s[5], s[6]);
+    decode(q, k, out, starts, lengths, pages, to_v, requests, most_pages, page_bits, group, scale, s[0], s[1], s[2],
+           s[3], s[4], s[5], s[6]);
   });
 }
 extern "C" int threads() { return THREADS; }
@@ -28,26 +28,29 @@ extern "C" int shared_bytes() { return sizeof(Shared); }
 AMPERE, SHARED = 163 * 1024, 227 * 1024
 
 
-def build(folder: Path, form: decode.Form) -> ctypes.CDLL:
+def build(folder: Path, form: decode.Form, shared: int) -> ctypes.CDLL:
     source = folder / "decode.cpp"
     source.write_text(f'#include "emulate.h"\n#include "{KERNELS / "decode.cu"}"\n{LAUNCH}')
     library = folder / "decode.so"
     command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas",
                f"-I{Path(__file__).parent}", str(source), "-o", str(library)]  # fmt: skip
-    command += [f"-D{name}={value}" for name, value in form.defines(SHARED).items()]
+    command += [f"-D{name}={value}" for name, value in form.defines(shared).items()]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
 
 @pytest.mark.parametrize(
-    "head, group, key_heads, page, parts",
-    [(64, 4, 2, 16, 1), (128, 8, 1, 32, 1), (64, 16, 1, 128, 2), (128, 12, 2, 16, 4), (64, 4, 1, 16, 4)],
+    "head, group, key_heads, page, parts, shared",
+    [
+        (64, 4, 2, 16, 1, SHARED), (128, 8, 1, 32, 1, AMPERE), (64, 16, 1, 128, 2, SHARED), (128, 12, 2, 16, 4, SHARED),
+        (64, 4, 1, 16, 4, SHARED),
+    ],
 )  # fmt: skip
-def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, parts):
+def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, parts, shared):
     form = decode.Form(head, group, parts)
-    library = build(tmp_path, form)
-    assert library.shared_bytes() <= form.shared_bytes(SHARED) <= SHARED
-    assert library.threads() == form.threads(SHARED)
+    library = build(tmp_path, form, shared)
+    assert library.shared_bytes() <= form.shared_bytes(shared) <= shared
+    assert library.threads() == form.threads(shared)
 
     def emulated(grid, stream, arguments):
         strides = (ctypes.c_int * 7)(*(a.value for a in arguments[-7:]))
@@ -63,6 +66,9 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
     pages = torch.randperm(len(lengths) * blocks).to(torch.int32).reshape(len(lengths), blocks)
     # As vLLM lays KV out: K and V of a token side by side.
     cache = torch.randn(pages.numel(), key_heads, page, 2 * head).to(torch.bfloat16)
+    for i, length in enumerate(lengths.tolist()):  # what lies past a request's tokens may be anything
+        slots = torch.arange(length, blocks * page)
+        cache[pages[i].long()[slots // page], :, slots % page] = float("nan")
     k, v = cache.transpose(1, 2).split(head, dim=-1)
     q = torch.randn(9, heads, head).to(torch.bfloat16)
     out = torch.full_like(q, 7.0)
@@ -100,18 +106,22 @@ def test_what_the_kernel_does_not_have_is_refused():
         cache = torch.zeros(4 * page * 2 * 64 + shift, dtype=dtype)[shift:].view(4, page, 2, 64)
         numbers = {"starts": torch.arange(4), "lengths": torch.ones(3), "pages": torch.zeros(3, 4)}
         held = {name: x.to(torch.int32) for name, x in numbers.items()}
-        return {"q": q, "k": cache, "v": cache, "out": q, "scale": 1.0} | held | changes
+        return {"q": q, "k": cache, "v": cache, "out": torch.empty_like(q), "scale": 1.0} | held | changes
 
+    # A page's tokens lie further apart than the kernel's offsets reach: a view that nothing reads.
+    far = torch.empty((15 << 27) + 128, dtype=torch.bfloat16).as_strided((4, 16, 2, 64), (0, 1 << 27, 64, 1))
     for arguments, said in (
         (given(page=24), "pages of 24 tokens"),
         (given(page=256), "pages of 256 tokens"),
         (given(dtype=torch.float32), "in torch.float32 are not covered"),
         (given(shift=1), "not aligned to 16 bytes"),
         (given(out=torch.zeros(2, 8, 64, dtype=torch.bfloat16)), "laid out alike"),
+        (given(q=(q := torch.zeros(3, 8, 64, dtype=torch.bfloat16)), out=q), "out is q"),
+        (given(k=far, v=far), "too large"),
         (given(starts=torch.arange(3, dtype=torch.int32)), "do not belong to 3 requests"),
         (given(lengths=torch.ones(3, dtype=torch.int64)), "not int32"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(decode.Unfit, match=said):
             decode.attend(**arguments)
     assert not decode.covers(34, 2, 64, torch.bfloat16)
     assert not decode.covers(8, 2, 96, torch.bfloat16)
