@@ -62,6 +62,33 @@ class Certificate(msgspec.Struct, frozen=True):
     preferred: dict[int, list[int]] = {}
 
 
+class Tally:
+    """Comparisons of one route, which passes where nothing differs. Counts from its making, in seconds too."""
+
+    def __init__(self, rows: list[int]):
+        self.rows, self.compared, self.differing, self.first = rows, 0, 0, ""
+        self._start = time.perf_counter()
+
+    def add(self, outputs: int, wrong: int, said: str) -> None:
+        """`wrong` of so many outputs differ; `said` is kept for the first that do."""
+        self.compared += outputs
+        self.differing += wrong
+        if wrong and not self.first:
+            self.first = said
+
+    def certificate(self, key: Key, route: str) -> Certificate:
+        passed = self.differing == 0
+        return Certificate(
+            key=key,
+            route=route,
+            passed=passed,
+            passed_rows=self.rows if passed else [],
+            evidence=Evidence(self.rows, self.compared, self.differing, self.first),
+            seconds=round(time.perf_counter() - self._start, 3),
+            made=today(),
+        )
+
+
 class _Sealed(msgspec.Struct):
     seal: str
     certificate: Certificate

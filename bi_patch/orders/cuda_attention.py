@@ -8,13 +8,12 @@ with prefill itself: one long prompt is prefilled, then the last token of each o
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bi_patch.orders import certificates, cuda
-from bi_patch.orders.certificates import Certificate, Evidence, Key
+from bi_patch.orders.certificates import Certificate, Key, Tally
 from bi_patch.orders.cuda_linear import unequal
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
 
     from bi_patch.kernels.cuda import decode
 
-    begin = time.perf_counter()
+    tally = Tally(_LENGTHS)
     heads, key_heads, size, dtype = problem
     generator = torch.Generator("cuda").manual_seed(size)
 
@@ -132,7 +131,6 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     number = len(_LENGTHS)
     rows = ints([*(length - 1 for length in _LENGTHS), *range(_PROMPT - _SEVERAL, _PROMPT)]).long()
     starts, lengths = ints([*range(number + 1), len(rows), len(rows)]), ints([*_LENGTHS, _PROMPT, 1])
-    compared, differing, first = 0, 0, ""
     for what, q, k, v, pages, scale in layouts():
         want = prefill(q, k, v, pages, scale)[rows]
         held = pages.expand(len(lengths), -1)
@@ -140,16 +138,6 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
             got = torch.empty_like(want)
             decode.attend(q[rows], k, v, got, starts, lengths, held, scale, parts)
             wrong = unequal(got, want)
-            compared += got.numel()
-            differing += wrong
-            if wrong and not first:
-                first = f"{what} scores, {parts} parts: {wrong} of {got.numel()} elements differ from prefill"
-    return Certificate(
-        key=key,
-        route="bundled decode",
-        passed=differing == 0,
-        passed_rows=_LENGTHS if differing == 0 else [],
-        evidence=Evidence(_LENGTHS, compared, differing, first),
-        seconds=round(time.perf_counter() - begin, 3),
-        made=certificates.today(),
-    )
+            said = f"{what} scores, {parts} parts: {wrong} of {got.numel()} elements differ from prefill"
+            tally.add(got.numel(), wrong, said)
+    return tally.certificate(key, "bundled decode")

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bi_patch.errors import CertificateFailed
 from bi_patch.orders import certificates, cuda
-from bi_patch.orders.certificates import Certificate, Evidence, Key
+from bi_patch.orders.certificates import Certificate, Key, Tally
 from bi_patch.orders.cuda_linear import unequal
 from bi_patch.orders.zero_sums import cancelling
 
@@ -122,9 +121,8 @@ def operands(problem: Problem, rows: int, generator: torch.Generator):
 def _certify(problem: Problem, kernel: Kernel, kinds: dict[str, list[int]], key: Key) -> Certificate:
     import torch
 
-    start = time.perf_counter()
     tested = sorted({m for rows in kinds.values() for m in (rows[0], min(rows[-1], 4096)) if m in rows or m == 4096})
-    most = max(tested)
+    most, tally = max(tested), Tally(tested)
     generator = torch.Generator("cuda").manual_seed(problem.n)
     x, w13, w2 = operands(problem, most, generator)
     scores = torch.rand(most, problem.experts, generator=generator, device="cuda")
@@ -134,22 +132,11 @@ def _certify(problem: Problem, kernel: Kernel, kinds: dict[str, list[int]], key:
         want = kernel.run(x.clone(), w13, w2, weights, ids)
     if not bool(torch.isfinite(want).all()):
         raise CertificateFailed(f"{OPERATION} {problem}: the fixed tile gives values that are not finite")
-    compared, differing, first = 0, 0, ""
     for m in tested:
         for at in {0, most - m}:
             part = slice(at, at + m)
             got = kernel.run(x[part].clone(), w13, w2, weights[part].contiguous(), ids[part].contiguous())
             wrong = unequal(got, want[part])
-            compared += got.numel()
-            differing += wrong
-            if wrong and not first:
-                first = f"M={m}: {wrong} of {got.numel()} outputs of {kernel.choose(m)} differ from the fixed tile"
-    return Certificate(
-        key=key,
-        route="tiles by M",
-        passed=differing == 0,
-        passed_rows=tested if differing == 0 else [],
-        evidence=Evidence(tested, compared, differing, first),
-        seconds=round(time.perf_counter() - start, 3),
-        made=certificates.today(),
-    )
+            said = f"M={m}: {wrong} of {got.numel()} outputs of {kernel.choose(m)} differ from the fixed tile"
+            tally.add(got.numel(), wrong, said)
+    return tally.certificate(key, "tiles by M")

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from bi_patch.orders import certificates
-from bi_patch.orders.certificates import Certificate, Evidence, Key
+from bi_patch.orders.certificates import Certificate, Evidence, Key, Tally
 
 KEY = Key("cpu.linear", "N=8 K=8 bfloat16", "a CPU, 2 threads", "torch 2.13", "kernels 1")
 
@@ -27,6 +27,18 @@ def test_kept_and_found_again(tmp_path):
     assert certificates.obtain(tmp_path, KEY, make) == first == certificate()
     assert made == [1]
     assert [c for _, c in certificates.every(tmp_path)] == [certificate()]
+
+
+def test_a_tally_passes_where_nothing_differs_and_says_what_differed_first():
+    tally = Tally([1, 60])
+    tally.add(8, 0, "nothing")
+    made = tally.certificate(KEY, "tiles")
+    assert made.passed and made.passed_rows == [1, 60] and made.evidence == Evidence([1, 60], 8, 0)
+    tally.add(480, 3, "M=60: 3 of 480")
+    tally.add(8, 1, "another")
+    made = tally.certificate(KEY, "tiles")
+    assert not made.passed and made.passed_rows == [] and (made.key, made.route) == (KEY, "tiles")
+    assert made.evidence == Evidence([1, 60], 496, 4, "M=60: 3 of 480") and made.seconds >= 0
 
 
 def test_preferred_algorithms_are_read_back_by_rows(tmp_path):
