@@ -6,24 +6,12 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
 
-def prefill(q, k, v, pages, scale):
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    def ints(*values):
-        return torch.tensor(values, dtype=torch.int32, device="cuda")
-
-    n = len(q)
-    return flash_attn_varlen_func(
-        q=q, k=k, v=v, cu_seqlens_q=ints(0, n), max_seqlen_q=n, seqused_k=ints(n), max_seqlen_k=n, softmax_scale=scale,
-        causal=True, window_size=[-1, -1], block_table=pages, fa_version=3, num_splits=1,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads, key_heads", [(32, 8), (16, 8), (8, 8), (14, 2), (64, 4)])
 @pytest.mark.parametrize("size", [64, 128])
 def test_certificate(size, heads, key_heads, dtype, tmp_path):
     from bi_patch.orders import cuda_attention
+    from bi_patch.seams.attention.cuda import prefill
 
     cuda_attention._certified.clear()
     problem = cuda_attention.Problem(heads, key_heads, size, dtype)

@@ -84,23 +84,27 @@ def _tunes_large_heads() -> bool:
     return current_platform.is_device_capability_family(100)
 
 
+def prefill(q, k, v, pages, scale: float):
+    """The prompt q [tokens, heads, D] by FlashAttention 3, as it is served; the form of cuda_attention.Prefill."""
+    import torch
+    from vllm.v1.attention.backends import flash_attn
+
+    def ints(*values):
+        return torch.tensor(values, dtype=torch.int32, device=q.device)
+
+    count = len(q)
+    return flash_attn.flash_attn_varlen_func(
+        q=q, k=k, v=v, cu_seqlens_q=ints(0, count), max_seqlen_q=count, seqused_k=ints(count), max_seqlen_k=count,
+        softmax_scale=scale, causal=True, window_size=[-1, -1], block_table=pages, fa_version=3, num_splits=1,
+    )  # fmt: skip
+
+
 def _certify_decode(layer) -> None:
     """Certify the bundled decode kernel for a layer's heads, once a process, before anything is captured."""
     import torch
-    from vllm.v1.attention.backends import flash_attn
     from vllm.version import __version__ as release
 
     from bi_patch.orders import cuda_attention
-
-    def prefill(q, k, v, pages, scale):
-        def ints(*values):
-            return torch.tensor(values, dtype=torch.int32, device=q.device)
-
-        count = len(q)
-        return flash_attn.flash_attn_varlen_func(
-            q=q, k=k, v=v, cu_seqlens_q=ints(0, count), max_seqlen_q=count, seqused_k=ints(count), max_seqlen_k=count,
-            softmax_scale=scale, causal=True, window_size=[-1, -1], block_table=pages, fa_version=3, num_splits=1,
-        )  # fmt: skip
 
     problem = cuda_attention.Problem(layer.num_heads, layer.num_kv_heads, layer.head_size, torch.get_default_dtype())
     cuda_attention.certify(problem, prefill, f"vllm {release}", active.cache)
@@ -229,7 +233,7 @@ SEAMS = (
     _cuda_seam(
         "decode", "vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl.forward",
         _cuda_decode, "prefill's tile has 192 or 128 rows of queries for the few of a decode",
-        "the bundled kernel keeps its order in a tile of 16 rows, where it is certified", (3, 25), required=False,
+        "the bundled kernel keeps its order in tiles of 8 or 16 rows, where it is certified", (3, 25), required=False,
         until="FlashAttention 3 has such a tile",
     ),
     _cuda_seam(
