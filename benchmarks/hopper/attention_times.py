@@ -4,7 +4,8 @@
 
 32 query heads, 8 key heads. "stock" is FlashAttention 3 with up to 32 splits, told a longest query of 1; the others are
 one split, told 1, 16 or 128, with pages of 16 or 128 tokens (TMA loads whole pages where the query is long); "triton"
-is what serves layers with a window. Layers' caches differ, so that they come from memory and not from L2.
+is what serves layers with a window, "bundled decode" what serves single queries elsewhere. Layers' caches differ, so
+that they come from memory and not from L2.
 """
 
 import json

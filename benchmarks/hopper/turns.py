@@ -4,7 +4,8 @@
 
 A decode step of a small model is mostly the host's time, which drifts by tens of percent from one minute to the next
 and from process to process. Here both engines are alive and each repeat of one is followed by the same of the other,
-so that drift meets both. Each has a fixed KV cache, so both must fit on the card: 8B models need run.py.
+so that drift meets both. Each has a fixed KV cache, and both must fit on the card: 8B models take --kv-gib 12, and
+--only workloads that this holds.
 """
 
 import queue
