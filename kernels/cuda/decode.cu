@@ -290,15 +290,22 @@ DEVICE void sum_values(const Work& work, int warp) {
   }
 }
 
-// The request that a token belongs to: the last that begins at or before it.
-DEVICE int request_of(const int* starts, int requests, int token) {
-  if (token < requests && starts[token] == token && starts[token + 1] > token) return token;  // all have one token
-  int low = 0, high = requests;
+// A token's request, that request's last token + 1, and its length.
+struct Request {
+  int number, end, length;
+};
+
+DEVICE Request request_of(const int* starts, const int* lengths, int requests, int token) {
+  // As a rule all have one token: one look then, with loads that do not wait for each other.
+  const int guess = token < requests ? token : requests - 1;
+  const int begin = fetch(starts + guess), end = fetch(starts + guess + 1), length = fetch(lengths + guess);
+  if (begin == token && end > token) return {guess, end, length};
+  int low = 0, high = requests;  // the last request that begins at or before the token
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (starts[middle] <= token ? low : high) = middle;
   }
-  return low;
+  return {low, starts[low + 1], lengths[low]};
 }
 
 // q, out [tokens, heads, HEAD]; k [pages, 2^page_bits, key heads, HEAD], v the same `to_v` bytes further; starts
@@ -310,10 +317,10 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
        i64 to_v, int requests, int most_pages, int page_bits, int group, float scale, int q_token, int q_head,
        int k_page, int k_token, int k_head, int o_token, int o_head) {
   const int head = block_x() / PARTS, token = block_y(), warp = thread() / 32;
-  const int request = request_of(starts, requests, token), end = starts[request + 1];
-  if (token >= end) return;
-  const int length = lengths[request] - (end - 1 - token), tiles = length > 0 ? (length + TILE - 1) / TILE : 0;
-  const Cache cache{k + static_cast<i64>(head) * k_head, pages + static_cast<i64>(request) * most_pages, to_v,
+  const Request request = request_of(starts, lengths, requests, token);
+  if (token >= request.end) return;
+  const int length = request.length - (request.end - 1 - token), tiles = length > 0 ? (length + TILE - 1) / TILE : 0;
+  const Cache cache{k + static_cast<i64>(head) * k_head, pages + static_cast<i64>(request.number) * most_pages, to_v,
                     k_page, k_token, page_bits};
   const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
                   out + static_cast<i64>(token) * o_token + head * group * o_head,

@@ -17,6 +17,13 @@ DEVICE void barrier() { __syncthreads(); }
 // The lanes of a warp wait for each other and see what each wrote.
 DEVICE void together() { __syncwarp(); }
 
+// Loaded here, and not where it is first used.
+DEVICE int fetch(const int* at) {
+  int value;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(at));
+  return value;
+}
+
 DEVICE unsigned char* shared() {
   extern __shared__ __align__(128) unsigned char dynamic_memory[];
   return dynamic_memory;

@@ -59,6 +59,7 @@ DEVICE void barrier() { block->whole.arrive_and_wait(); }
 DEVICE unsigned char* shared() { return block->memory; }
 DEVICE Warp& warp_of() { return block->warps[this_thread / LANES]; }
 DEVICE void together() { warp_of().together.arrive_and_wait(); }
+DEVICE int fetch(const int* at) { return *at; }
 
 // In a gate's 8 bytes: how many arrive in a phase, how many are missing, the phase's parity.
 struct Gate {
