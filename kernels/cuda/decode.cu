@@ -18,7 +18,7 @@ constexpr int KEY_PIECES = HEAD / 8, VALUE_PIECES = COLUMNS / 8;  // of 16 bytes
 constexpr int SUMMERS = VALUE_PIECES < 8 ? VALUE_PIECES / 2 : 4;  // a warp sums at least two pieces
 constexpr int OWN = VALUE_PIECES / SUMMERS;
 constexpr int WARPS = SCORERS + SUMMERS, THREADS = 32 * WARPS;
-constexpr int PAGES = TILE / 16;  // most pages of a tile
+constexpr int GROUP = 16;         // tokens that lie in one page
 constexpr int STEPS = TILE / 16;  // of 16 keys
 constexpr int ROWS = 16;
 static_assert(SCORERS > 1);  // a slot's numbers are read while the next one's are written
@@ -54,7 +54,8 @@ struct Cache {
   const unsigned char* k;  // of this key head
   const int* pages;        // of this request
   i64 to_v;
-  int page_stride, token_stride, page_bits;
+  u32 page_stride, token_stride;
+  int page_bits;
 };
 
 // One token's work.
@@ -69,38 +70,44 @@ struct Work {
 DEVICE int begin_of(const Work& work, int i) { return (work.tiles - 1 - i) * TILE; }
 DEVICE int phase_of(int i) { return i / SCORERS & 1; }
 
-// The pages of the tile that begins at key `begin`, one a lane.
-DEVICE int find_pages(const Cache& cache, int begin, int length) {
-  const int lane = thread() % 32, inside = lane << cache.page_bits, at = begin + inside;
-  return lane < PAGES && inside < TILE && at < length ? cache.pages[at >> cache.page_bits] : 0;
+// The page of the tile's tokens GROUP * lane and on, for the tile that begins at key `begin`.
+DEVICE int find_page(const Cache& cache, int begin, int length) {
+  const int lane = thread() % 32, at = begin + GROUP * lane;
+  return lane < TILE / GROUP && at < length ? cache.pages[at >> cache.page_bits] : 0;
 }
 
-// A warp's copies of the tile's rows, `pieces` of each from `from`; zeros from `length` on unless `whole`.
+// Where these tokens lie in the cache, in bytes.
+DEVICE i64 locate(const Cache& cache, int page) {
+  const u32 inside = GROUP * (thread() % 32) & ((1 << cache.page_bits) - 1);
+  return static_cast<i64>(static_cast<u32>(page)) * cache.page_stride + inside * cache.token_stride;
+}
+
+// A warp's copies of the tile's rows, `pieces` of each from `from`, GROUP rows where `located` has them; zeros from
+// `length` on unless `whole`.
 template <int pieces, bool whole>
-DEVICE void copy_rows(const Cache& cache, const unsigned char* from, int begin, int length, int pages,
+DEVICE void copy_rows(const Cache& cache, const unsigned char* from, int begin, int length, i64 located,
                       unsigned char* to) {
   constexpr int AT_ONCE = 32 / pieces;
-  const int piece = thread() % pieces, first = thread() % 32 / pieces, page_mask = (1 << cache.page_bits) - 1;
+  const int piece = thread() % pieces, first = thread() % 32 / pieces;
+  from += first * cache.token_stride + piece * 16;
 #pragma unroll 2
-  for (int some = 0; some < TILE; some += 16) {  // these lie in one page
-    const int page = from_lane(pages, some >> cache.page_bits);
-    const unsigned char* const row = from + static_cast<i64>(page) * cache.page_stride +
-                                     (((some & page_mask) + first) * cache.token_stride + piece * 16);
+  for (int group = 0; group < TILE / GROUP; ++group) {
+    const unsigned char* const row = from + from_lane(located, group);
 #pragma unroll
-    for (int r = 0; r < 16; r += AT_ONCE) {
-      const int at = some + r + first;
+    for (int r = 0; r < GROUP; r += AT_ONCE) {
+      const int at = GROUP * group + r + first;
       copy_16(to + place(at, pieces, piece), row + r * cache.token_stride, whole || begin + at < length);
     }
   }
 }
 
 template <int pieces>
-DEVICE void copy_tile(const Cache& cache, const unsigned char* from, int begin, int length, int pages,
+DEVICE void copy_tile(const Cache& cache, const unsigned char* from, int begin, int length, i64 located,
                       unsigned char* to) {
   if (begin + TILE <= length) {
-    copy_rows<pieces, true>(cache, from, begin, length, pages, to);
+    copy_rows<pieces, true>(cache, from, begin, length, located, to);
   } else {
-    copy_rows<pieces, false>(cache, from, begin, length, pages, to);
+    copy_rows<pieces, false>(cache, from, begin, length, located, to);
   }
 }
 
@@ -111,11 +118,14 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
   if (warp >= work.tiles) return;
 
-  int pages = find_pages(cache, begin_of(work, warp), work.length), next_pages = 0;
-  copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, warp), work.length, pages, slot.keys);
+  i64 located = locate(cache, find_page(cache, begin_of(work, warp), work.length));
+  copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, warp), work.length, located, slot.keys);
   end_group();
-  if (warp + SCORERS < work.tiles) next_pages = find_pages(cache, begin_of(work, warp + SCORERS), work.length);
+  int next_page = 0;
+  if (warp + SCORERS < work.tiles) next_page = find_page(cache, begin_of(work, warp + SCORERS), work.length);
 
+  // A zero that the compiler does not know: it would move known ones into place for each instruction.
+  const u32 zero = work.group >> 16;
   u32 queries[HEAD / 16][4];
 #pragma unroll
   for (int i = 0; i < HEAD / 16; ++i) {
@@ -123,7 +133,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     for (int part = 0; part < 4; ++part) {
       const int row = g + 8 * (part & 1), d = 16 * i + 8 * (part >> 1) + 2 * t;
       const bool there = (part & 1) < HALVES && row < work.group;
-      queries[i][part] = there ? *reinterpret_cast<const u32*>(work.q + row * work.q_head + d) : 0u;
+      queries[i][part] = there ? *reinterpret_cast<const u32*>(work.q + row * work.q_head + d) : zero;
     }
   }
   // Where a lane's row of K lies: 16 rows further is a constant further, another piece an exclusive or.
@@ -132,7 +142,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   for (int i = warp; i < work.tiles; i += SCORERS) {
     if (i >= SCORERS) wait(&slot.empty, phase_of(i - SCORERS));
     copy_tile<VALUE_PIECES>(cache, cache.k + cache.to_v + work.part * VALUE_PIECES * 16, begin_of(work, i), work.length,
-                            pages, slot.values);
+                            located, slot.values);
     end_group();
     wait_groups<1>();  // K is there
     together();
@@ -149,12 +159,10 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       }
     }
     together();
-    pages = next_pages;
     if (i + SCORERS < work.tiles) {
-      copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, i + SCORERS), work.length, pages, slot.keys);
-      if (i + 2 * SCORERS < work.tiles) {
-        next_pages = find_pages(cache, begin_of(work, i + 2 * SCORERS), work.length);
-      }
+      located = locate(cache, next_page);
+      copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, i + SCORERS), work.length, located, slot.keys);
+      if (i + 2 * SCORERS < work.tiles) next_page = find_page(cache, begin_of(work, i + 2 * SCORERS), work.length);
     }
     end_group();
 
@@ -321,7 +329,7 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
   if (token >= request.end) return;
   const int length = request.length - (request.end - 1 - token), tiles = length > 0 ? (length + TILE - 1) / TILE : 0;
   const Cache cache{k + static_cast<i64>(head) * k_head, pages + static_cast<i64>(request.number) * most_pages, to_v,
-                    k_page, k_token, page_bits};
+                    static_cast<u32>(k_page), static_cast<u32>(k_token), page_bits};
   const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
                   out + static_cast<i64>(token) * o_token + head * group * o_head,
                   length, tiles, group, q_head, o_head, block_x() % PARTS, scale};

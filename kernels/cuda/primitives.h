@@ -31,7 +31,7 @@ DEVICE unsigned char* shared() {
 
 DEVICE float exchange(float value, int distance) { return __shfl_xor_sync(0xffffffffu, value, distance); }
 
-DEVICE int from_lane(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+DEVICE i64 from_lane(i64 value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 DEVICE float power_of_2(float x) {
   float y;

@@ -30,7 +30,7 @@ struct Copy {
 struct Warp {
   std::barrier<> together{LANES};
   float values[LANES];
-  int numbers[LANES];
+  i64 numbers[LANES];
   const unsigned char* rows[LANES];
   u32 a[LANES][4], b[LANES][2];
 };
@@ -93,11 +93,11 @@ DEVICE float exchange(float value, int distance) {
   return got;
 }
 
-DEVICE int from_lane(int value, int lane) {
+DEVICE i64 from_lane(i64 value, int lane) {
   Warp& w = warp_of();
   w.numbers[this_thread % LANES] = value;
   w.together.arrive_and_wait();
-  const int got = w.numbers[lane];
+  const i64 got = w.numbers[lane];
   w.together.arrive_and_wait();
   return got;
 }
