@@ -158,11 +158,11 @@ def bundled(x, weight, bias, tiles_agree: bool, out=None):
     size = x.element_size()
     if not tiles_agree:
         return gemm.gemm(x, weight, bias, _reference_tile(size), out)
-    return gemm.gemm(x, weight, bias, _tile(x, weight), out)
+    return gemm.product(x, weight, bias, _parts(x, weight), out)
 
 
-def _tile(x, weight):
-    """The bundled variant for these tensors."""
+def _parts(x, weight):
+    """The bundled variants for these tensors, by columns."""
     from bi_patch.kernels.triton import gemm
 
     size = x.element_size()
@@ -327,7 +327,7 @@ class _Trial:
 
     def tiles_agree(self) -> bool:
         """Whether every bundled variant that can serve gives the reference's bits."""
-        most = {_tile(self.x[:m], self.weight): m for m in asked_rows(self.rows)}
+        most = {tuple(p.tile for p in _parts(self.x[:m], self.weight)): m for m in asked_rows(self.rows)}
         return not any(
             unequal(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m]) for m in most.values()
         )

@@ -8,6 +8,8 @@ any tile may serve any M wherever the device's matrix instructions add in the sa
 multiprocessor. After the pattern of Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
 """
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,7 +89,9 @@ def _persistent(
     steps = tl.cdiv(depth, BLOCK_K)
     for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = _swizzle(pid, tiles_m, tiles_n, GROUP)
-        m = tile_m * BLOCK_M
+        # The last rows of tiles begin early rather than end past the rows, which makes loads slow: what two tiles
+        # compute has the same bits in both.
+        m = tl.minimum(tile_m * BLOCK_M, tl.maximum(rows - BLOCK_M, 0))
         n = tile_n * BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(steps):
@@ -102,19 +106,29 @@ def _persistent(
 
 
 # Microseconds that a wave of each (one tile on every multiprocessor) takes per 1024 of K, on an H100: medians of
-# benchmarks/hopper/tune_gemm.py where memory does not bound it. A tile's cost is its waves times this.
+# benchmarks/hopper/tune_gemm.py where memory does not bound it. What a launch takes besides.
 WAVES = {
     Tile(128, 256, 64, 8, 3, 1): 10.0,
     Tile(128, 128, 64, 4, 5, 1): 5.5,
     Tile(64, 128, 128, 4, 4, 1): 3.6,
-    Tile(64, 64, 128, 4, 6, 1): 2.6,
+    Tile(64, 64, 128, 4, 6, 1): 2.4,
+    Tile(64, 32, 128, 4, 6, 1): 2.0,
 }
+LAUNCH = 2.0
 
 
+class Part(NamedTuple):
+    """Columns of the output up to `end`, and the tile that they are computed by."""
+
+    tile: Tile
+    end: int
+
+
+@functools.lru_cache(8192)
 def choose(
     rows: int, cols: int, depth: int, element_size: int, shared: int, processors: int, descriptors: bool
-) -> Tile:
-    """The variant for x [rows, depth] and w [cols, depth].
+) -> tuple[Part, ...]:
+    """The variants for x [rows, depth] and w [cols, depth], by columns, ascending.
 
     element_size: bytes an element. shared: bytes of shared memory that a block may use. processors: multiprocessors.
     descriptors: TMA may be used.
@@ -127,7 +141,8 @@ def choose(
     elif rows <= 32:
         tile = Tile(32, 32, 256, 4, 4) if cols <= 8192 else Tile(32, 128, 128, 4, 4)
     elif descriptors:
-        tile = min(WAVES, key=lambda t: WAVES[t] * triton.cdiv(count(t, rows, cols), processors))
+        best = min(_covers(rows, cols, processors), key=lambda parts: _cost(parts, rows, depth, processors))
+        return tuple(Part(fit(tile, element_size, shared), end) for tile, end in best)
     elif rows <= 64:
         tile = Tile(64, 32, 128, 4, 5) if cols <= 8192 else Tile(64, 128, 64, 4, 5)
     elif rows <= 128:
@@ -136,7 +151,28 @@ def choose(
         tile = Tile(128, 64, 64, 4, 4)
     else:
         tile = Tile(128, 128, 64, 8, 3)
-    return fit(tile, element_size, shared)
+    return (Part(fit(tile, element_size, shared), cols),)
+
+
+def _covers(rows: int, cols: int, processors: int) -> Iterator[tuple[Part, ...]]:
+    """One tile for all columns; or full waves of one, and another for the columns that would not fill its next wave."""
+    for tile in WAVES:
+        yield (Part(tile, cols),)
+        down = triton.cdiv(rows, tile.m)
+        for waves in range(1, triton.cdiv(count(tile, rows, cols), processors)):
+            cut = waves * processors // down * tile.n
+            if 0 < cut < cols:
+                yield from ((Part(tile, cut), Part(rest, cols)) for rest in WAVES if rest != tile)
+
+
+def _cost(parts: tuple[Part, ...], rows: int, depth: int, processors: int) -> float:
+    """Microseconds, if memory does not bound them."""
+    total, begin = 0.0, 0
+    for tile, end in parts:
+        waves = triton.cdiv(count(tile, rows, end - begin), processors)
+        total += LAUNCH + WAVES[tile] * waves * depth / 1024
+        begin = end
+    return total
 
 
 def count(tile: Tile, rows: int, cols: int) -> int:
@@ -181,6 +217,22 @@ def gemm(
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    return out
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: Sequence[Part],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """gemm by several tiles, each on its columns."""
+    if len(parts) == 1:
+        return gemm(x, weight, bias, parts[0].tile, out)
+    if out is None:
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    begin = 0
+    for tile, end in parts:
+        gemm(x, weight[begin:end], None if bias is None else bias[begin:end], tile, out[:, begin:end])
+        begin = end
     return out
 
 

@@ -1,5 +1,7 @@
 """On a GPU: certificates are made and read back, and every kernel gives a row the same bits alone and in a batch."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -81,14 +83,18 @@ def test_every_bundled_tile(dtype, bias):
     x = torch.randn(4100, 1544, device="cuda", dtype=dtype)
     want = gemm.gemm(x, weight, held, gemm.REFERENCE)
     tiles = {
-        gemm.choose(m, n, 1544, 2, *limits, descriptors)
+        part.tile
         for m in range(1, 4100) for n in (2048, 8192, 24576)
         for descriptors in ((False, True) if cuda.vendor_allowed() else (False,))
+        for part in gemm.choose(m, n, 1544, 2, *limits, descriptors)
     }  # fmt: skip
     assert not cuda.vendor_allowed() or tiles >= {gemm.fit(tile, 2, limits[0]) for tile in gemm.WAVES}
     for tile in tiles:
         for m in (1, 7, 64, 100, 300, 4100):
             assert not unequal(gemm.gemm(x[:m], weight, held, tile), want[:m]), (tile, m)
+    for first, rest in itertools.pairwise(sorted(tiles)):
+        parts = gemm.Part(first, 256), gemm.Part(rest, 1032)
+        assert not unequal(gemm.product(x[:300], weight, held, parts), want[:300]), parts
 
 
 def test_norm_and_rotation():

@@ -218,9 +218,22 @@ def test_tiles_fit_the_shared_memory(shared, size):
     gemm = pytest.importorskip("bi_patch.kernels.triton.gemm", reason="triton is not installed")
     for rows in (1, 16, 17, 64, 128, 300, 5000):
         for cols in (128, 2048, 4096, 24576):
-            tile = gemm.choose(rows, cols, 4096, size, shared, 132, False)
+            ((tile, end),) = gemm.choose(rows, cols, 4096, size, shared, 132, False)
+            assert end == cols
             assert (tile.m + tile.n) * tile.k * size * tile.stages <= shared or tile.stages == 2
             assert not tile.persistent
+
+
+def test_columns_that_fill_no_wave_get_tiles_of_their_own():
+    gemm = pytest.importorskip("bi_patch.kernels.triton.gemm", reason="triton is not installed")
+    first, rest = gemm.choose(384, 6144, 4096, 2, 232448, 132, True)
+    assert (first.tile.m, first.tile.n, first.end, rest.end) == (128, 128, 44 * 128, 6144)
+    assert rest.tile.m * rest.tile.n < 128 * 128
+    for rows in (33, 64, 192, 700, 5000):
+        for cols in (64, 1000, 6144, 151936):
+            parts = gemm.choose(rows, cols, 4096, 2, 232448, 132, True)
+            ends = [part.end for part in parts]
+            assert ends == sorted(set(ends)) and ends[-1] == cols and all(end % 8 == 0 for end in ends[:-1])
 
 
 def test_tiles_never_split_k():

@@ -62,6 +62,10 @@ def gemms() -> None:
                 case = f"gemm {name} {dtype} {'bias' if bias else 'plain'}"
                 got = gemm.gemm(x, weight, held, tile)
                 report(case, close(got, want, dtype))
+                mixed = gemm.product(x, weight, held, (gemm.Part(gemm.Tile(16, 16, 32, 4, 2), 16), gemm.Part(tile, 48)))
+                whole = [gemm.gemm(x, weight[at], None if held is None else held[at], t) for at, t in (
+                    (slice(16), gemm.Tile(16, 16, 32, 4, 2)), (slice(16, 48), tile))]  # fmt: skip
+                report(f"{case} mixed", "" if torch.equal(mixed, torch.cat(whole, 1)) else "columns are misplaced")
                 alone = torch.cat([gemm.gemm(x[m : m + 1], weight, held, tile) for m in (0, 17, 36)])
                 report(f"{case} alone", "" if torch.equal(alone, got[[0, 17, 36]]) else "a row alone differs")
 

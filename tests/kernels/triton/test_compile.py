@@ -31,7 +31,7 @@ def build(function, signature, constants, architecture, **options):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [1, 64, 4096])
 def test_gemm(architecture, rows):
-    tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], 132, False)
+    tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], 132, False)[0].tile
     pointers = dict.fromkeys(("x", "w", "bias", "out"), "*bf16")
     sizes = dict.fromkeys(("rows", "cols", "depth", "stride_x", "stride_w", "stride_out"), "i32")
     constants = {
@@ -46,7 +46,7 @@ def test_gemm(architecture, rows):
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a >= 90])
 @pytest.mark.parametrize("rows", [33, 128, 256, 4096])
 def test_persistent(architecture, rows):
-    tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], 132, True)
+    tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], 132, True)[-1].tile
     assert tile.persistent
     signature = {
         "x": f"tensordesc<bf16[{tile.m}, {tile.k}]>",
