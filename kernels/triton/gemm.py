@@ -155,14 +155,13 @@ def choose(
 
 
 def _covers(rows: int, cols: int, processors: int) -> Iterator[tuple[Part, ...]]:
-    """One tile for all columns; or full waves of one, and another for the columns that would not fill its next wave."""
+    """One tile for all columns; or its full waves, and another for the columns that would not fill its last one."""
     for tile in WAVES:
         yield (Part(tile, cols),)
-        down = triton.cdiv(rows, tile.m)
-        for waves in range(1, triton.cdiv(count(tile, rows, cols), processors)):
-            cut = waves * processors // down * tile.n
-            if 0 < cut < cols:
-                yield from ((Part(tile, cut), Part(rest, cols)) for rest in WAVES if rest != tile)
+        full = count(tile, rows, cols) // processors * processors
+        cut = full // triton.cdiv(rows, tile.m) * tile.n
+        if 0 < cut < cols:
+            yield from ((Part(tile, cut), Part(rest, cols)) for rest in WAVES if rest != tile)
 
 
 def _cost(parts: tuple[Part, ...], rows: int, depth: int, processors: int) -> float:
