@@ -29,6 +29,10 @@ class UnsupportedFeature(BiPatchError):
     """The engine's configuration uses a feature that no closed seam covers."""
 
 
+class UnsupportedRequest(BiPatchError, ValueError):
+    """A request asks for what no closed seam covers; a server answers it as a bad request (ValueError)."""
+
+
 class CertificateFailed(BiPatchError):
     """No route for an operation could be certified, and no bundled kernel serves it here."""
 

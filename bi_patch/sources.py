@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent
-_ENDINGS = (".py", ".cpp", ".h", ".json")
+_ENDINGS = (".py", ".cpp", ".cu", ".h", ".json")
 _LEFT_OUT = ("__pycache__", "patches")  # patches/ is made from the seams
 
 

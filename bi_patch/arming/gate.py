@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bi_patch.arming import switch
 from bi_patch.arming.ledger import Entry, names_of
-from bi_patch.errors import SeamOpen
+from bi_patch.errors import SeamOpen, SettingError
 from bi_patch.seams import SEAMS, anchors
 from bi_patch.seams.plan import Planned
 
@@ -84,6 +84,25 @@ def verify() -> None:
         )
     assert current.plan is not None and current.installed is not None
     anchors.verify_installed(current.plan, current.installed.folder.parent, current.settings.cache)
+
+
+def verify_platform() -> None:
+    """Raise SettingError where vLLM runs on another platform than the one whose seams are closed."""
+    from vllm.platforms import current_platform
+
+    current = switch.state()
+    if current is None or current.plan is None:
+        return
+    runs = {
+        "cpu": current_platform.is_cpu(),
+        "cuda": current_platform.is_cuda(),
+        "ascend": current_platform.device_type == "npu",
+    }
+    if not runs[current.plan.platform]:
+        raise SettingError(
+            f"bi_patch closed the seams of {current.plan.platform}, but vLLM runs on {current_platform.device_type} "
+            f"({type(current_platform).__name__}). Unset BI_PATCH_PLATFORM, or set BI_PATCH=0"
+        )
 
 
 def _look(current: switch.State, planned: Planned, load: bool) -> tuple[str, str]:

@@ -74,7 +74,8 @@ def arm(*, by_patch: bool = False) -> State | None:
     hooked = read.form == "hooks" and not by_patch  # half-loaded modules would call their hook at once
     _set_environ(new, children.environ() if hooked else {})
     _state = new
-    active.plan, active.cache, active.checks = plan, read.cache, [_gate]
+    active.plan, active.cache = plan, read.cache
+    active.checks, active.worker_checks = [_gate, _platform], [_workers]
     if hooked:
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)
@@ -87,7 +88,7 @@ def disarm() -> None:
     if _state is None:
         return
     _state.ledger.restore()
-    active.plan, active.checks = None, []
+    active.plan, active.checks, active.worker_checks = None, [], []
     for name, value in _state.previous_environ.items():
         if value is None:
             os.environ.pop(name, None)
@@ -115,6 +116,18 @@ def _gate(config: object) -> None:
     from bi_patch.arming import gate
 
     gate.verify()
+
+
+def _platform(config: object) -> None:
+    from bi_patch.arming import gate
+
+    gate.verify_platform()
+
+
+def _workers(executor: object) -> None:
+    from bi_patch.arming import workers
+
+    workers.verify(executor)
 
 
 def _on_import(module: ModuleType) -> None:

@@ -16,6 +16,8 @@ plan: Plan | None = None
 cache: Path = Path("~/.cache/bi_patch").expanduser()
 # Called in every worker before its model loads, with the engine's VllmConfig.
 checks: list[Callable[[Any], None]] = []
+# Called in the engine's process once its workers are up, with its executor.
+worker_checks: list[Callable[[Any], None]] = []
 
 
 def apply_policies(config: Any) -> None:
@@ -29,3 +31,9 @@ def run_checks(config: Any) -> None:
     apply_policies(config)
     for check in checks:
         check(config)
+
+
+def check_workers(executor: Any) -> None:
+    """Every check of all workers that arming registered."""
+    for check in worker_checks:
+        check(executor)

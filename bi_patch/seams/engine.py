@@ -29,6 +29,17 @@ def _worker(original):
     return init_worker
 
 
+def _workers(original):
+    """EngineCore._initialize_kv_caches: the workers, wherever they run, are asked before anything is captured."""
+
+    @functools.wraps(original)
+    def _initialize_kv_caches(self, *args, **kwargs):
+        active.check_workers(self.model_executor)
+        return original(self, *args, **kwargs)
+
+    return _initialize_kv_caches
+
+
 def _cpu_mode(original):
     """init_batch_invariance on CPU: ours only. Upstream's puts Triton kernels on the CPU dispatch key and crashes."""
 
@@ -173,6 +184,14 @@ SEAMS = (
         until="never: it is the gate",
     ),
     Seam(
+        name="engine.workers",
+        targets=(Target("vllm.v1.engine.core", "EngineCore._initialize_kv_caches"),),
+        close=_workers,
+        why="a worker that was not armed has no gate of its own: on another node, or started by Ray before the engine",
+        how="the engine asks every worker for its gate and its bi_patch, and stops where one has none or another",
+        until="never: it is the gate",
+    ),
+    Seam(
         name="engine.cpu_mode",
         targets=(Target("vllm.model_executor.determinism.batch_invariant", "init_batch_invariance", CPU_RELEASES),),
         close=_cpu_mode,
@@ -221,7 +240,18 @@ SETTINGS = (
     ),
 )
 
+def _one_grammar_library(config) -> None:
+    structured = getattr(config, "structured_outputs_config", None)
+    if structured is not None and structured.backend == "auto":
+        structured.backend = "xgrammar"
+
+
 POLICIES = (
+    Policy(
+        name="engine.structured_outputs",
+        apply=_one_grammar_library,
+        why="`auto` lets the first structured request since the start pick the library for all: set to xgrammar",
+    ),
     Policy(
         name="engine.cuda_features",
         apply=_refuse_cuda_features,

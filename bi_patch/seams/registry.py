@@ -10,6 +10,7 @@ from bi_patch.seams import (
     moe,
     norm,
     quantization,
+    requests,
     rotary,
     sampling,
     scheduler,
@@ -55,7 +56,7 @@ PLATFORM_RELEASES = {"cpu": CPU_RELEASES, "cuda": ">=0.23,<0.34", "ascend": "==0
 
 AREAS = (
     engine, compilation, scheduler, linear, norm, activation, rotary, moe, attention, sampling, communicator,
-    quantization,
+    quantization, requests,
 )  # fmt: skip
 # The same areas again, of vLLM-Ascend.
 AREAS += (

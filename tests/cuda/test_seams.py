@@ -122,6 +122,14 @@ def test_what_is_not_covered_is_refused_by_name(change, named):
             policy.apply(held)
 
 
+@pytest.mark.parametrize("named, kept", [("auto", "xgrammar"), ("guidance", "guidance")])
+def test_one_library_makes_all_grammars(named, kept):
+    made = config(structured_outputs=SimpleNamespace(backend=named))
+    for policy in cuda_policies():
+        policy.apply(made)
+    assert made.structured_outputs_config.backend == kept
+
+
 def test_fused_all_reduce_is_turned_off():
     held = config(compilation__pass_config=SimpleNamespace(fuse_allreduce_rms=True))
     for policy in cuda_policies():
@@ -255,6 +263,17 @@ class Triton:
         rows = [None if given is None else len(given) for given in (k, p)]
         self.calls.append((len(logits), *rows, told))
         return logits.fill_(-1)
+
+
+@pytest.mark.parametrize("mode, expected", [("processed_logprobs", torch.float32), ("raw_logprobs", torch.bfloat16)])
+@pytest.mark.parametrize("processed", [False, True])
+def test_processed_logprobs_have_one_type_whatever_others_ask_for(mode, expected, processed):
+    """Only what is summed afterwards; rows that are fp32 already stay as they are."""
+    apply = _closed("sampling.cuda_processed_logprobs", lambda self, x, **_: x.float() if processed else x)
+    logits = torch.randn(1, 8, dtype=torch.bfloat16).as_strided((1, 6), (8, 1))
+    got = apply(SimpleNamespace(logprobs_mode=mode), logits, pos=None)
+    assert got.dtype == (torch.float32 if processed else expected) and torch.equal(got, logits.to(got.dtype))
+    assert mode != "processed_logprobs" or got.stride() == (6, 1)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 200])

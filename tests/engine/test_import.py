@@ -22,17 +22,29 @@ if __name__ == "__main__":
     children = psutil.Process().children(recursive=True)
     kernels = [p.pid for p in children if any("bi_cpu" in m.path for m in p.memory_maps())]
     prompts = [{"prompt_token_ids": [(7 * i + j) % 1900 for j in range(n)]} for i, n in enumerate((5, 300, 40, 611, 9))]
-    sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True)
+    common = dict(temperature=0, max_tokens=8, ignore_eos=True)
+    sampling = SamplingParams(logprobs=1, **common)
 
-    def ask(these):
-        found = []
-        for out in llm.generate(these, sampling, use_tqdm=False):
-            picked = zip(out.outputs[0].token_ids, out.outputs[0].logprobs)
-            found.append([(token, entry[token].logprob) for token, entry in picked])
-        return found
+    def ask(these, sampling=sampling):
+        return [
+            [sorted((token, entry.logprob) for token, entry in step.items()) for step in out.outputs[0].logprobs]
+            for out in llm.generate(these, sampling, use_tqdm=False)
+        ]
 
     alone = [ask([p])[0] for p in prompts]
-    print("RESULT", json.dumps([len(children), len(kernels), alone == ask(prompts)]))
+    equal = alone == ask(prompts)
+    # Top logprobs beside a request for those of given tokens, fewer and more of them than logprobs were asked for.
+    top = SamplingParams(logprobs=3, **common)
+    given = [SamplingParams(logprob_token_ids=ids, **common) for ids in ([5, 6], [9, 8, 7, 6, 5])]
+    lone = [ask([p], s)[0] for p, s in zip(prompts, [top, *given])]
+    kept = lone == ask(prompts[:3], [top, *given]) and [len(step) >= 3 for step in lone[0]] == [True] * 8
+    refused = ""
+    try:
+        ask(prompts[:1], SamplingParams(prompt_logprobs=1, skip_reading_prefix_cache=False, **common))
+    except ValueError as error:
+        refused = str(error)
+    grammar = llm.llm_engine.vllm_config.structured_outputs_config.backend
+    print("RESULT", json.dumps([len(children), len(kernels), equal, kept, refused, grammar]))
 """
 
 
@@ -49,5 +61,8 @@ def test_spawned_engine_processes_are_armed(model, cache, tmp_path):
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert results, done.stderr[-4000:]
-    children, kernels, equal = json.loads(results[0].removeprefix("RESULT"))
+    children, kernels, equal, kept, refused, grammar = json.loads(results[0].removeprefix("RESULT"))
     assert children >= 1 and kernels >= 1 and equal
+    assert kept
+    assert "requests.parameters" in refused and "skip_reading_prefix_cache" in refused
+    assert grammar == "xgrammar"

@@ -1,0 +1,62 @@
+"""The engine asks its workers: one that is not armed, by another bi_patch, or silent stops it by name."""
+
+import pytest
+
+from bi_patch import sources
+from bi_patch.arming import switch, workers
+from bi_patch.errors import SeamOpen, SettingError
+
+
+class Executor:
+    """Answers as vLLM's executors do: a list, one of each worker."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def collective_rpc(self, method):
+        if isinstance(self.answers, Exception):
+            raise self.answers
+        return self.answers
+
+
+def test_workers_of_the_same_bi_patch_pass():
+    workers.verify(Executor([sources.digest()] * 2))
+
+
+@pytest.mark.parametrize(
+    "answers, said",
+    [
+        ([sources.digest(), ""], r"of 2 workers, 1 \(not armed\)"),
+        (["0123"], r"0 \(0123\)"),
+        (ModuleNotFoundError("No module named 'bi_patch'"), "ModuleNotFoundError: No module named 'bi_patch'"),
+    ],
+)
+def test_others_stop_the_engine(answers, said):
+    with pytest.raises(SeamOpen, match=said):
+        workers.verify(Executor(answers))
+
+
+def test_a_process_that_is_not_armed_says_so(monkeypatch):
+    monkeypatch.setattr(switch, "_state", None)
+    monkeypatch.delenv(switch.SWITCH, raising=False)
+    assert workers.report(None) == ""
+
+
+def test_another_platform_than_the_plan_s_is_named(monkeypatch):
+    from types import SimpleNamespace
+
+    import vllm.platforms
+
+    from bi_patch.arming import gate
+    from bi_patch.seams.plan import Plan
+    from bi_patch.settings import Settings
+
+    runs = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_type="cuda")
+    monkeypatch.setattr(vllm.platforms, "_current_platform", runs)
+    for planned, wrong in (("cuda", False), ("cpu", True), ("ascend", True)):
+        monkeypatch.setattr(switch, "_state", switch.State(Settings(), Plan("0.33.0", planned, (), (), ())))
+        if wrong:
+            with pytest.raises(SettingError, match=f"the seams of {planned}, but vLLM runs on cuda"):
+                gate.verify_platform()
+        else:
+            gate.verify_platform()
