@@ -82,8 +82,11 @@ def bundled_table(experts: int, n: int, dtype: str | None) -> dict[int, dict[str
     return {int(m): tile for m, tile in json.loads(file.read_text()).items()}
 
 
-def certify(problem: Problem, kernel: Kernel, max_rows: int, cache: Path) -> Certificate | None:
-    """Compare every tile that any M up to max_rows gets with FIXED; where one differs, FIXED serves the size."""
+def certify(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache: Path) -> Certificate | None:
+    """Compare every tile that any M up to max_rows gets with FIXED; where one differs, FIXED serves the size.
+
+    library: names the version of the kernel's.
+    """
     if problem in _done:
         return None
     _done.add(problem)
@@ -92,7 +95,7 @@ def certify(problem: Problem, kernel: Kernel, max_rows: int, cache: Path) -> Cer
         kinds.setdefault(json.dumps(kernel.choose(m), sort_keys=True), []).append(m)
     tiles = json.dumps({min(rows): kind for kind, rows in kinds.items()}, sort_keys=True)
     asked = f"{problem} M<={max_rows} {tiles}"
-    key = Key(OPERATION, asked, cuda.device(), cuda.libraries(), cuda.kernels_digest(), DATA)
+    key = Key(OPERATION, asked, cuda.device(), f"{library} {cuda.libraries()}", cuda.kernels_digest(), DATA)
     certificate = certificates.obtain(cache, key, lambda: _certify(problem, kernel, kinds, key))
     if not certificate.passed:
         _log.warning("bi_patch: %s: %s; the fixed tile serves it", problem, certificate.evidence.first)

@@ -4,7 +4,8 @@ import functools
 import hashlib
 
 from bi_patch import sources
-from bi_patch.seams.model import CUDA, Seam, Setting, Target
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.model import CUDA, Policy, Seam, Setting, Target
 
 
 def _hash(original):
@@ -47,6 +48,24 @@ SEAMS = (
         how="a digest of bi_patch's sources goes into the hash that keys vLLM's compile caches",
         until="never",
         causes=(17, 18),
+    ),
+)
+
+def _refuse_sizes(config) -> None:
+    sizes = getattr(config.compilation_config, "compile_sizes", None)
+    if sizes:
+        raise UnsupportedFeature(
+            f"compilation.cuda_sizes: compile_sizes {sizes} gives these numbers of tokens kernels of their own, which "
+            "may sum in another order. Leave compile_sizes out, or set BI_PATCH=0"
+        )
+
+
+POLICIES = (
+    Policy(
+        name="compilation.cuda_sizes",
+        apply=_refuse_sizes,
+        why="a size that is compiled apart is tuned apart",
+        platforms=CUDA,
     ),
 )
 

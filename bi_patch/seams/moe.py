@@ -1,6 +1,7 @@
 """Seams of mixture-of-experts layers."""
 
 import functools
+import os
 
 from bi_patch.seams import active
 from bi_patch.seams.model import CPU, CPU_RELEASES, CUDA, Seam, Target
@@ -99,11 +100,15 @@ def _cuda_load(original):
 
     @functools.wraps(original)
     def determine_available_memory(self, *args, **kwargs):
+        from vllm.version import __version__ as release
+
         from bi_patch.orders import cuda_moe
 
+        # Tensor descriptors make another kernel of the same source.
+        library = f"vllm {release} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}"
         rows = self.vllm_config.scheduler_config.max_num_batched_tokens
         for problem, kernel in _cuda_experts(self.get_model()):
-            cuda_moe.certify(problem, kernel, rows, active.cache)
+            cuda_moe.certify(problem, kernel, rows, library, active.cache)
         return original(self, *args, **kwargs)
 
     return determine_available_memory

@@ -7,6 +7,7 @@ from bi_patch.seams import (
     compilation,
     engine,
     linear,
+    models,
     moe,
     norm,
     quantization,
@@ -56,7 +57,7 @@ PLATFORM_RELEASES = {"cpu": CPU_RELEASES, "cuda": ">=0.23,<0.34", "ascend": "==0
 
 AREAS = (
     engine, compilation, scheduler, linear, norm, activation, rotary, moe, attention, sampling, communicator,
-    quantization, requests,
+    quantization, requests, models,
 )  # fmt: skip
 # The same areas again, of vLLM-Ascend.
 AREAS += (

@@ -13,6 +13,7 @@ from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import POLICIES, RELEASES, plan
 from bi_patch.seams.anchors import Anchor
 
+NONE = SimpleNamespace(name="NONE")  # vLLM's compilation mode
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
 
 
@@ -21,7 +22,8 @@ def config(**changes):
     parts = {
         "model": {
             "runner_type": "generate", "is_multimodal_model": False, "is_encoder_decoder": False, "is_hybrid": False,
-            "use_mla": False, "quantization": None, "disable_cascade_attn": False,
+            "use_mla": False, "quantization": None, "disable_cascade_attn": False, "hf_text_config": SimpleNamespace(),
+            "using_transformers_backend": lambda: False,
             "architectures": ["Qwen3ForCausalLM"], "get_hidden_size": lambda: 2048,
         },
         "parallel": {
@@ -29,8 +31,11 @@ def config(**changes):
             "pipeline_parallel_size": 1, "enable_expert_parallel": False, "enable_eplb": False,
             "disable_custom_all_reduce": False,
         },
-        "cache": {"cache_dtype": "auto"},
-        "compilation": {"pass_config": SimpleNamespace(), "custom_ops": ["none"]},
+        "cache": {"cache_dtype": "auto", "block_size": 16},
+        "compilation": {
+            "pass_config": SimpleNamespace(), "custom_ops": ["none"], "compile_sizes": [],
+            "mode": SimpleNamespace(name="VLLM_COMPILE"),
+        },
         "speculative": None, "lora": None, "kv_transfer": None,
     }  # fmt: skip
     for name, value in changes.items():
@@ -73,6 +78,10 @@ def test_settings_forbid_split_k_and_other_sums(release):
     [
         {},
         {"parallel__tensor_parallel_size": 4},
+        {"model__architectures": ["Cohere2ForCausalLM"]},
+        {"model__architectures": ["MiniCPMForCausalLM"]},
+        {"model__using_transformers_backend": lambda: True,
+         "model__hf_text_config": SimpleNamespace(rope_parameters={"rope_type": "yarn"})},
         {"parallel__tensor_parallel_size": 4, "parallel__disable_custom_all_reduce": True,
          "model__get_hidden_size": lambda: 2052},
     ],
@@ -95,6 +104,21 @@ def test_a_plain_configuration_passes(change):
         ({"model__is_multimodal_model": True}, "language-model-only"),
         ({"model__runner_type": "pooling"}, "pooling"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
+        ({"model__architectures": ["HrmTextForCausalLM"]}, "HrmTextForCausalLM is not covered"),
+        ({"model__architectures": ["DeepseekV4ForCausalLM"]}, "kernels of its own"),
+        ({"model__architectures": ["CohereForCausalLM"], "compilation__mode": NONE}, "without compilation"),
+        ({"model__architectures": ["Gemma3nForCausalLM"], "compilation__mode": NONE}, "without compilation"),
+        (
+            {"model__architectures": ["MiniCPMForCausalLM"], "model__hf_text_config": SimpleNamespace(num_experts=8)},
+            "experts' tiles",
+        ),
+        (
+            {"model__using_transformers_backend": lambda: True,
+             "model__hf_text_config": SimpleNamespace(rope_parameters={"full": {"rope_type": "dynamic"}})},
+            "rotation of type dynamic",
+        ),
+        ({"compilation__compile_sizes": [8]}, r"compile_sizes \[8\]"),
+        ({"cache__block_size": 144}, "pages of 144 tokens"),
         ({"lora": SimpleNamespace()}, "LoRA"),
         ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
         ({"parallel__data_parallel_size": 2}, "data parallelism"),

@@ -4,3 +4,4 @@ from bi_patch.seams.attention import cpu, cuda
 
 SEAMS = cuda.SEAMS + cpu.SEAMS
 POLICIES = cuda.POLICIES + cpu.POLICIES
+SETTINGS = cuda.SETTINGS

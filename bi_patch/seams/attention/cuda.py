@@ -6,7 +6,7 @@ import inspect
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
-from bi_patch.seams.model import CUDA, Policy, Seam, Target
+from bi_patch.seams.model import CUDA, Policy, Seam, Setting, Target
 from bi_patch.seams.overlay import with_globals
 
 _FLASH, _TRITON = "FLASH_ATTN", "TRITON_ATTN"
@@ -189,6 +189,22 @@ def _cuda_schedule(original):
     return _get_scheduler_metadata
 
 
+def _softmax_step(original):
+    """softmax_step: a row whose first tile is all masked starts as a row without that tile does."""
+    from bi_patch.kernels.triton.softmax import softmax_step
+
+    return softmax_step
+
+
+def _refuse_pages(config) -> None:
+    size = getattr(config.cache_config, "block_size", None)
+    if size and size & (size - 1):
+        raise UnsupportedFeature(
+            f"attention.cuda_pages: with pages of {size} tokens FlashAttention 3 may tile KV by the longest query. Use "
+            "--block-size with a power of two, or set BI_PATCH=0"
+        )
+
+
 def _refuse_cuda(config) -> None:
     if config.model_config is not None and config.model_config.use_mla:
         raise UnsupportedFeature(
@@ -242,6 +258,32 @@ SEAMS = (
         "ordered once a step for one split: the order of tiles reaches no sum", (3,),
         releases=">=0.32,<0.34", required=False,
     ),
+    Seam(
+        name="attention.cuda_empty_tiles",
+        targets=(
+            Target(
+                "vllm.v1.attention.ops.triton_attention_helpers", "softmax_step", ">=0.23,<0.33",
+                ("vllm.v1.attention.ops.triton_unified_attention",),
+            ),
+        ),  # fmt: skip
+        close=_softmax_step,
+        why="a row of a window goes on from a maximum of 0 after a tile that is all masked for it, which it has or has "
+        "not by its place among the rows of a chunk",
+        how="the maximum stays minus infinity until the row has seen a key, as from 0.33 on",
+        until="0.32 is no longer supported",
+        platforms=CUDA,
+        causes=(4,),
+    ),
+)
+
+SETTINGS = (
+    Setting(
+        name="attention.cuda_mla_disable",
+        variable="VLLM_MLA_DISABLE",
+        value="0",
+        why="it runs an MLA model, which is refused, as if it were another",
+        platforms=CUDA,
+    ),
 )
 
 POLICIES = (
@@ -249,6 +291,12 @@ POLICIES = (
         name="attention.cuda_mla",
         apply=_refuse_cuda,
         why="MLA was not shown to be invariant on CUDA",
+        platforms=CUDA,
+    ),
+    Policy(
+        name="attention.cuda_pages",
+        apply=_refuse_pages,
+        why="FlashAttention 3 has a tile of KV for pages that it divides, chosen by the longest query",
         platforms=CUDA,
     ),
 )

@@ -10,10 +10,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
 from bi_patch.kernels.triton import gemm, norm, reduce, rope  # noqa: E402
+from bi_patch.kernels.triton.softmax import softmax_step  # noqa: E402
 
 _dot = interpreter.InterpreterBuilder.create_dot
 
@@ -138,5 +140,52 @@ def sums() -> None:
     report("sum of nothing", "" if torch.equal(empty, torch.zeros(3)) else "not zero")
 
 
+@triton.jit
+def attend(scores, values, out, tiles, STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """out [ROWS] = softmax(scores [ROWS, tiles * TILE]) @ values, tile by tile, weights rounded to fp16."""
+    row, key = tl.arange(0, ROWS), tl.arange(0, TILE)
+    most = tl.full((ROWS,), float("-inf"), tl.float32)
+    total, held = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for tile in range(tiles):
+        x = tl.load(scores + row[:, None] * tiles * TILE + tile * TILE + key[None, :])
+        most, total, weights, shrink = STEP(x, most, total)
+        v = tl.load(values + tile * TILE + key)
+        held = held * shrink + tl.sum(weights.to(tl.float16).to(tl.float32) * v[None, :], axis=1)
+    tl.store(out + row, held / total)
+
+
+@triton.jit
+def step_from_zero(scores, most, total):
+    """The step of vLLM before 0.33: after a masked tile a row goes on from a maximum of 0."""
+    peak = tl.maximum(most, tl.max(scores, axis=1))
+    peak = tl.where(peak > float("-inf"), peak, 0.0)
+    weights = tl.exp(scores - peak[:, None])
+    shrink = tl.exp(most - peak)
+    return peak, total * shrink + tl.sum(weights, axis=1), weights, shrink
+
+
+def softmaxes() -> None:
+    """Rows whose first tiles are masked, against the same rows without these tiles."""
+    generator = torch.Generator().manual_seed(5)
+    rows, tile = 16, 32
+    for mean in (0.0, -1.0, -4.0, 3.0):
+        for empty in (1, 2, 3):
+            scores = torch.randn(rows, 5 * tile, generator=generator) * 0.5 + mean
+            values = torch.randn(8 * tile, generator=generator)
+            masked = torch.cat((torch.full((rows, empty * tile), -torch.inf), scores), 1)
+            found = {}
+            for step in (softmax_step, step_from_zero):
+                alone, beside = torch.empty(rows), torch.empty(rows)
+                attend[(1,)](scores, values[empty * tile :], alone, 5, step, rows, tile)
+                attend[(1,)](masked, values, beside, 5 + empty, step, rows, tile)
+                found[step] = int((alone != beside).sum())
+            want = (scores.double().softmax(-1) @ values[empty * tile : (empty + 5) * tile].double()).float()
+            case = f"softmax mean {mean} after {empty} empty tiles"
+            report(case, "" if (alone - want).abs().max() < 2e-3 else "wrong")
+            report(f"{case} alone", f"{found[softmax_step]} rows differ" if found[softmax_step] else "")
+            # The old step shows that these scores tell the two apart.
+            report(f"{case} planted", "" if found[step_from_zero] or mean > -4 else "the planted fault is not seen")
+
+
 if __name__ == "__main__":
-    {"gemm": gemms, "norm": norms, "rope": ropes, "sum": sums}[sys.argv[1]]()
+    {"gemm": gemms, "norm": norms, "rope": ropes, "sum": sums, "softmax": softmaxes}[sys.argv[1]]()

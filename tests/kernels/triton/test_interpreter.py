@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.parametrize("kernel", ["gemm", "norm", "rope", "sum"])
+@pytest.mark.parametrize("kernel", ["gemm", "norm", "rope", "sum", "softmax"])
 def test_numerics_and_rows(kernel):
     # The interpreter is chosen when triton is imported: a process of its own.
     env = {**os.environ, "PYTHONPATH": str(ROOT), "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES": ""}
