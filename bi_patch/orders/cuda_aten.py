@@ -90,7 +90,13 @@ def _mm_as(a, b, dtype):
 
 def _baddbmm(bias, a, b, *, beta=1, alpha=1):
     """beta * bias + alpha * (a [B, M, K] @ b [B, K, N]), rounded once."""
-    return _scaled(bias, torch.stack([_wide(x, y) for x, y in zip(a, b)]), beta, alpha, a.dtype)
+    return _scaled(bias, _batched(a, b), beta, alpha, a.dtype)
+
+
+def _batched(a, b):
+    """a [B, M, K] @ b [B, K, N], in fp32."""
+    products = [_wide(x, y) for x, y in zip(a, b, strict=True)]
+    return torch.stack(products) if products else a.new_empty((0, a.shape[1], b.shape[2]), dtype=torch.float32)
 
 
 def _wide(a, b):
@@ -136,12 +142,17 @@ def _alike(a, b, *_, **__) -> bool:
     return a.dtype == b.dtype and a.dtype in _FLOATS
 
 
+def _single(a, b, *_, **__) -> bool:
+    return a.dtype == b.dtype == torch.float32
+
+
 def _alike_with_bias(bias, a, b, **__) -> bool:
     return bias.dtype in _FLOATS and _alike(a, b)
 
 
 # By operator: what is covered, and how it is computed. sum and mean without dimensions call those with; matmul,
-# linear, mv and einsum call products. Upstream's mode holds bmm and softmax, here are their `.out` forms.
+# linear, mv and einsum call products. Upstream's mode holds bmm and softmax, here are their `.out` forms, and bmm of fp32,
+# which upstream multiplies in TF32 (a rotation's positions times frequencies, where Hugging Face's code makes them).
 _OVERRIDES: dict[str, tuple[Callable[..., bool], Callable]] = {
     "mm": (_alike, _mm),
     "mm.out": (_alike, _mm),
@@ -156,6 +167,7 @@ _OVERRIDES: dict[str, tuple[Callable[..., bool], Callable]] = {
     "baddbmm": (_alike_with_bias, _baddbmm),
     "baddbmm.out": (_alike_with_bias, _baddbmm),
     "baddbmm_": (_alike_with_bias, _baddbmm),
+    "bmm": (_single, _batched),
     "bmm.out": (_alike, torch.bmm),
     "sum.dim_IntList": (_floats, _sum),
     "sum.IntList_out": (_floats, _sum),

@@ -95,6 +95,11 @@ def _cuda_gate(original):
     return __init__
 
 
+def _cuda_grouped(original):
+    """grouped_topk: not compiled, so that its softmax and sum are those that have one order."""
+    return original._torchdynamo_orig_callable
+
+
 def _cuda_load(original):
     """Worker.determine_available_memory: certify the experts' tiles first, before anything is compiled or captured."""
 
@@ -166,6 +171,16 @@ SEAMS = (
         until="vLLM 0.33, whose own mode turns them off",
         platforms=CUDA,
         causes=(1, 13),
+    ),
+    Seam(
+        name="moe.cuda_grouped_topk",
+        targets=(Target("vllm.model_executor.layers.fused_moe.router.grouped_topk_router", "grouped_topk"),),
+        close=_cuda_grouped,
+        why="it is compiled apart, for one token and for more: the softmax over experts then sums in two orders",
+        how="its operations are called one by one, each in one order; routers with a correction bias have one kernel",
+        until="upstream's kernel serves routers without a bias",
+        platforms=CUDA,
+        causes=(13, 17),
     ),
     Seam(
         name="moe.cuda_certify",

@@ -142,6 +142,13 @@ def test_pytorch_own_products_and_sums():
         whole = form(x)
         for at, m in ((0, 1), (7, 2), (30, 33), (44, 256)):
             assert torch.equal(form(x[at : at + m]), whole[at : at + m]), (name, m)
+    a, b = torch.rand(3, 40, 64, device="cuda"), torch.rand(3, 64, 50, device="cuda")
+    want = a.double() @ b.double()
+    assert (torch.bmm(a, b).double() - want).norm() / want.norm() < 1e-6  # not TF32
+    assert torch.equal(torch.bmm(a[1:2], b[1:2])[0], torch.bmm(a, b)[1])
+    positions = torch.arange(5000.0, device="cuda")[None, None]
+    assert torch.equal((a[:1, :, :1] @ positions)[0], a[0, :, :1] * positions[0])
+    assert torch.bmm(a[:0], b[:0]).shape == (0, 40, 50)
     want = x.double() @ weight.double()
     assert (forms["mm.dtype"](x).double() - want).norm() / want.norm() < 1e-5
     assert torch.ones(3, 4, device="cuda", dtype=torch.int32).sum(-1).tolist() == [4, 4, 4]

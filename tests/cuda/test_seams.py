@@ -348,3 +348,12 @@ def test_gates_before_vllm_0_33_keep_one_kernel(release):
     assert gate.size == 3 and turned_on == {"allow_cublas_router_gemm"}
     assert "moe.cuda_gate" in {p.seam.name for p in plan.make(Version(release), "cuda").seams}
     assert "moe.cuda_gate" not in {p.seam.name for p in plan.make(Version("0.33.0"), "cuda").seams}
+
+
+def test_grouped_routing_is_not_compiled_apart():
+    @torch.compile(dynamic=True)
+    def grouped_topk(x):
+        assert not torch.compiler.is_compiling()
+        return x
+
+    assert _closed("moe.cuda_grouped_topk", grouped_topk)("as given") == "as given"
