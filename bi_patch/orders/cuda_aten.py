@@ -151,8 +151,8 @@ def _alike_with_bias(bias, a, b, **__) -> bool:
 
 
 # By operator: what is covered, and how it is computed. sum and mean without dimensions call those with; matmul,
-# linear, mv and einsum call products. Upstream's mode holds bmm and softmax, here are their `.out` forms, and bmm of fp32,
-# which upstream multiplies in TF32 (a rotation's positions times frequencies, where Hugging Face's code makes them).
+# linear, mv and einsum call products. Upstream's mode holds bmm and softmax, here are their `.out` forms, and bmm of
+# fp32, which upstream multiplies in TF32 (positions times frequencies, where Hugging Face's code rotates).
 _OVERRIDES: dict[str, tuple[Callable[..., bool], Callable]] = {
     "mm": (_alike, _mm),
     "mm.out": (_alike, _mm),

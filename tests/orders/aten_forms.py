@@ -31,6 +31,9 @@ SPELLINGS = {
     "mv": lambda x, w, b: x.mv(w[:, 0]),
     "addmm_": lambda x, w, b: b.repeat(len(x), 1).addmm_(x, w),
     "baddbmm": lambda x, w, b: torch.baddbmm(b.expand(len(x), 1, N), x[:, None], w.expand(len(x), K, N))[:, 0],
+    "bmm": lambda x, w, b: torch.bmm(x[:, None], w.expand(len(x), K, N))[:, 0],
+    "bmm.out": lambda x, w, b: torch.bmm(x[:, None], w.expand(len(x), K, N), out=torch.empty(len(x), 1, N))[:, 0],
+    "positions times frequencies": lambda x, w, b: (x[None, :, :1] @ b[None, None])[0],
     "sum": lambda x, w, b: x.sum(-1),
     "sum of a list": lambda x, w, b: x[:, None].sum((1, 2), keepdim=True),
     "sum of the middle": lambda x, w, b: x.reshape(len(x), 7, 10).sum(1),
@@ -61,6 +64,8 @@ def main() -> None:
             if not torch.equal(spell(x[at : at + rows], w, b), whole[at : at + rows]) and name != "mean of all":
                 wrong = wrong or f"rows {at} to {at + rows} differ"
         print(f"FAIL {name}: {wrong}" if wrong else f"ok {name}", flush=True)
+    kept = torch.bmm(torch.empty(0, 2, K), torch.empty(0, K, N)).shape == (0, 2, N)
+    print("ok bmm of nothing" if kept else "FAIL bmm of nothing", flush=True)
     kept = torch.arange(12).reshape(3, 4).sum(1).tolist() == [6, 22, 38]
     kept &= torch.ones(2, 3, dtype=torch.float64).mean(1).dtype == torch.float64
     print("ok integers and fp64" if kept else "FAIL integers and fp64", flush=True)
