@@ -1,7 +1,7 @@
 """Runs in a child process with TRITON_INTERPRET=1: vLLM's own Triton attention over a window, prefill against decode.
 
 argv: "stock", or "closed" with the step that the seam attention.cuda_empty_tiles puts in. Scores have a mean of -4: a
-row that meets a masked tile first then shows what maximum it goes on from. Prints how many rows differ, and of how many.
+row that meets a masked tile first then shows what maximum it goes on from. Prints how many rows differ, of how many.
 """
 
 import os
