@@ -12,7 +12,7 @@ _REFUSED_EAGER = dict.fromkeys(
     ("CohereForCausalLM", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM"),
     "its norms are compiled apart then, by the number of tokens",
 )
-_REFUSED_EAGER_ONCE = {"Gemma3nForCausalLM": "the number of tokens picks how its standard deviations are summed"}
+_REFUSED_EAGER_BEFORE_0_33 = {"Gemma3nForCausalLM": "the number of tokens picks how its standard deviations are summed"}
 # Rotations that Hugging Face's code makes from the longest position of the whole batch.
 _ROTATIONS = ("dynamic", "longrope")
 
@@ -35,9 +35,9 @@ def _refuse_models(config) -> None:
         _refuse(_REFUSED_EAGER, config, " without compilation")
 
 
-def _refuse_models_once(config) -> None:
+def _refuse_models_before_0_33(config) -> None:
     if _compiles_nothing(config):
-        _refuse(_REFUSED_EAGER_ONCE, config, " without compilation")
+        _refuse(_REFUSED_EAGER_BEFORE_0_33, config, " without compilation")
 
 
 def _compiles_nothing(config) -> bool:
@@ -84,7 +84,7 @@ POLICIES = (
     ),
     Policy(
         name="models.cuda_before_0_33",
-        apply=_refuse_models_once,
+        apply=_refuse_models_before_0_33,
         why="a model may compute something by itself that no seam reaches",
         platforms=CUDA,
         releases=">=0.23,<0.33",
