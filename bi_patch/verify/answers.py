@@ -19,9 +19,9 @@ class Request(msgspec.Struct, frozen=True):
     """One request. Greedy unless temperature > 0; a sampled one needs a seed, or nothing can be compared.
 
     prompt: token ids. logprobs, prompt_logprobs: how many top alternatives besides the chosen token, None for none
-    at all (a request with prompt_logprobs bypasses vLLM's prefix cache). delay: engine steps before it arrives.
-    top_k: 0 for all. lora: folder of a LoRA adapter, "" for none. digest: whether full rows of logits are digested
-    (an engine whose Options say digests).
+    at all (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: tokens whose logprobs take the place of
+    the top ones. delay: engine steps before it arrives. top_k: 0 for all. lora: folder of a LoRA adapter, "" for none.
+    digest: whether full rows of logits are digested (an engine whose Options say digests).
     """
 
     prompt: tuple[int, ...]
@@ -38,6 +38,7 @@ class Request(msgspec.Struct, frozen=True):
     presence_penalty: float = 0.0
     lora: str = ""
     digest: bool = False
+    asked: tuple[int, ...] = ()
 
     def but(self, **changes: object) -> Request:
         return msgspec.structs.replace(self, **changes)

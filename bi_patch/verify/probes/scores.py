@@ -62,7 +62,8 @@ def sampling_kinds(run: Run) -> Iterator[Case]:
 
 
 def logprob_orders(run: Run) -> Iterator[Case]:
-    """Requests that ask for no, few and many logprobs and for prompt logprobs, in one batch, in several orders."""
+    """Requests that ask for no, few and many logprobs and for prompt logprobs, in one batch, in several orders, beside
+    one that asks for given tokens'."""
     load = run.workload
     asks = ({"logprobs": 0}, {"logprobs": 5}, {"prompt_logprobs": 0, "logprobs": None}, {"prompt_logprobs": 5},
             {"logprobs": 20}, {"logprobs": None})
@@ -70,6 +71,7 @@ def logprob_orders(run: Run) -> Iterator[Case]:
         run.greedy(i % len(load.subjects)).but(**ask, max_tokens=2 + i % load.generate) for i, ask in enumerate(asks)
     ]
     fillers = [load.filler(i, prompt_logprobs=i % 3 if i % 2 else None, delay=i % 3) for i in range(4)]
+    fillers.append(load.filler(4, asked=load.fillers[0][:3], delay=1))
     labels = {r: f"request for {_ask(ask)}" for r, ask in zip(requests, asks)}
     for seed in range(3):
         batch = [*requests, *fillers]
