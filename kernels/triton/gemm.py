@@ -115,6 +115,7 @@ WAVES = {
     Tile(64, 32, 128, 4, 6, 1): 2.0,
 }
 LAUNCH = 2.0
+_DOWN = min(tile.m for tile in WAVES)  # the rows of every other are a multiple of it
 
 
 class Part(NamedTuple):
@@ -124,7 +125,6 @@ class Part(NamedTuple):
     end: int
 
 
-@functools.lru_cache(8192)
 def choose(
     rows: int, cols: int, depth: int, element_size: int, shared: int, processors: int, descriptors: bool
 ) -> tuple[Part, ...]:
@@ -141,7 +141,7 @@ def choose(
     elif rows <= 32:
         tile = Tile(32, 32, 256, 4, 4) if cols <= 8192 else Tile(32, 128, 128, 4, 4)
     elif descriptors:
-        best = min(_covers(rows, cols, processors), key=lambda parts: _cost(parts, rows, depth, processors))
+        best = _cheapest(triton.cdiv(rows, _DOWN) * _DOWN, cols, depth, processors)
         return tuple(Part(fit(tile, element_size, shared), end) for tile, end in best)
     elif rows <= 64:
         tile = Tile(64, 32, 128, 4, 5) if cols <= 8192 else Tile(64, 128, 64, 4, 5)
@@ -152,6 +152,12 @@ def choose(
     else:
         tile = Tile(128, 128, 64, 8, 3)
     return (Part(fit(tile, element_size, shared), cols),)
+
+
+@functools.lru_cache(8192)
+def _cheapest(rows: int, cols: int, depth: int, processors: int) -> tuple[Part, ...]:
+    """rows: rounded up to _DOWN, which changes no tile's number of waves."""
+    return min(_covers(rows, cols, processors), key=lambda parts: _cost(parts, rows, depth, processors))
 
 
 def _covers(rows: int, cols: int, processors: int) -> Iterator[tuple[Part, ...]]:
