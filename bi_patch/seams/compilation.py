@@ -28,6 +28,15 @@ def _no_breakable(original):
     return _uses_breakable_cudagraph_for_batch_invariance
 
 
+def _refuse_sizes(config) -> None:
+    sizes = getattr(config.compilation_config, "compile_sizes", None)
+    if sizes:
+        raise UnsupportedFeature(
+            f"compilation.cuda_sizes: compile_sizes {sizes} gives these numbers of tokens kernels of their own, which "
+            "may sum in another order. Leave compile_sizes out, or set BI_PATCH=0"
+        )
+
+
 SEAMS = (
     Seam(
         name="compilation.cuda_breakable",
@@ -50,15 +59,6 @@ SEAMS = (
         causes=(17, 18),
     ),
 )
-
-def _refuse_sizes(config) -> None:
-    sizes = getattr(config.compilation_config, "compile_sizes", None)
-    if sizes:
-        raise UnsupportedFeature(
-            f"compilation.cuda_sizes: compile_sizes {sizes} gives these numbers of tokens kernels of their own, which "
-            "may sum in another order. Leave compile_sizes out, or set BI_PATCH=0"
-        )
-
 
 POLICIES = (
     Policy(

@@ -166,6 +166,12 @@ def _refuse_cpu_features(config) -> None:
         )
 
 
+def _one_grammar_library(config) -> None:
+    structured = getattr(config, "structured_outputs_config", None)
+    if structured is not None and structured.backend == "auto":
+        structured.backend = "xgrammar"
+
+
 SEAMS = (
     Seam(
         name="engine.config",
@@ -239,12 +245,6 @@ SETTINGS = (
         platforms=CPU,
     ),
 )
-
-def _one_grammar_library(config) -> None:
-    structured = getattr(config, "structured_outputs_config", None)
-    if structured is not None and structured.backend == "auto":
-        structured.backend = "xgrammar"
-
 
 POLICIES = (
     Policy(

@@ -1,5 +1,7 @@
 """Rules on models: what a model computes by itself, past every seam, and by what is beside it, is refused on CUDA."""
 
+from collections.abc import Callable
+
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import CUDA, Policy
 
@@ -17,27 +19,26 @@ _REFUSED_EAGER_BEFORE_0_33 = {"Gemma3nForCausalLM": "the number of tokens picks 
 _ROTATIONS = ("dynamic", "longrope")
 
 
-def _refuse(reasons: dict[str, str], config, where: str = "") -> None:
+def _refuse(config, reason: Callable[[str], str | None], where: str = "") -> None:
+    """Raise UnsupportedFeature where `reason` has one for an architecture of the model."""
     for name in config.model_config.architectures if config.model_config is not None else ():
-        if name in reasons:
+        if why := reason(name):
             raise UnsupportedFeature(
-                f"models.cuda: {name} is not covered{where}: {reasons[name]}. Use another model, or set BI_PATCH=0"
+                f"models.cuda: {name} is not covered{where}: {why}. Use another model, or set BI_PATCH=0"
             )
 
 
 def _refuse_models(config) -> None:
-    if config.model_config is None:
-        return
-    _refuse(_REFUSED, config)
-    _refuse({name: "its package has kernels of its own, chosen by the batch" for name in _own_packages()}, config)
-    _refuse(_certificateless(config.model_config), config)
+    _refuse(config, _REFUSED.get)
+    _refuse(config, _own_package)
+    _refuse(config, _uncertified(config.model_config).get)
     if _compiles_nothing(config):
-        _refuse(_REFUSED_EAGER, config, " without compilation")
+        _refuse(config, _REFUSED_EAGER.get, " without compilation")
 
 
 def _refuse_models_before_0_33(config) -> None:
     if _compiles_nothing(config):
-        _refuse(_REFUSED_EAGER_BEFORE_0_33, config, " without compilation")
+        _refuse(config, _REFUSED_EAGER_BEFORE_0_33.get, " without compilation")
 
 
 def _compiles_nothing(config) -> bool:
@@ -45,15 +46,15 @@ def _compiles_nothing(config) -> bool:
     return getattr(mode, "name", mode) in ("NONE", 0)
 
 
-def _own_packages() -> list[str]:
-    """Architectures that vLLM keeps outside its layers, in vllm.models."""
+def _own_package(name: str) -> str | None:
+    """A reason for what vLLM keeps outside its layers, in vllm.models."""
     from vllm.model_executor.models.registry import ModelRegistry
 
-    held = ModelRegistry.models.items()
-    return [name for name, model in held if getattr(model, "module_name", "").startswith("vllm.models.")]
+    module = getattr(ModelRegistry.models.get(name), "module_name", "")
+    return "its package has kernels of its own, chosen by the batch" if module.startswith("vllm.models.") else None
 
 
-def _certificateless(model) -> dict[str, str]:
+def _uncertified(model) -> dict[str, str]:
     """MiniCPM's experts, whose weights have names of their own, if it has experts."""
     experts = getattr(getattr(model, "hf_text_config", None), "num_experts", 0)
     return {"MiniCPMForCausalLM": "its experts' tiles are not certified"} if experts else {}
