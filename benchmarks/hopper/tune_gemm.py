@@ -11,7 +11,6 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 
 os.environ["BI_PATCH"] = "0"
@@ -24,10 +23,6 @@ FEW = (
     (32, 128, 128, 4, 4, 0), (16, 16, 256, 2, 6, 0), (16, 16, 256, 1, 6, 0), (16, 16, 512, 2, 4, 0),
     (16, 32, 512, 4, 4, 0), (16, 32, 128, 2, 8, 0),
 )  # fmt: skip
-# What may share an output, each its columns: full waves of the first, then the rest by one of the others.
-MIXED = ((128, 256, 64, 8, 3, 1), (128, 128, 64, 4, 5, 1), (64, 128, 128, 4, 4, 1))
-REST = ((128, 128, 64, 4, 5, 1), (64, 128, 128, 4, 4, 1), (64, 64, 128, 4, 6, 1), (64, 32, 128, 4, 6, 1),
-        (128, 32, 128, 4, 5, 1), (128, 64, 64, 4, 7, 1))  # fmt: skip
 SOME = (
     (64, 32, 128, 4, 5, 0), (64, 128, 64, 4, 5, 0), (64, 64, 128, 4, 4, 0), (128, 64, 64, 4, 4, 0),
     (64, 32, 128, 4, 6, 1), (64, 64, 128, 4, 6, 1), (64, 64, 128, 4, 3, 2), (64, 128, 64, 4, 7, 1),
@@ -42,28 +37,6 @@ SOME = (
 
 def tiles(rows: int) -> tuple:
     return FEW if rows <= 32 else SOME if rows <= 1024 else tuple(t for t in SOME if t[0] * t[1] >= 128 * 128)
-
-
-def mixes(rows: int, cols: int, processors: int):
-    """(tile, the columns that full waves of it have, the tile of the rest), where there is a rest."""
-    from bi_patch.kernels.triton.gemm import Tile
-
-    for tile in (Tile(*t) for t in MIXED):
-        down = -(-rows // tile.m)
-        for waves in range(1, 5):
-            cut = waves * processors // down * tile.n
-            if 0 < cut < cols:
-                yield from ((tile, cut, Tile(*rest)) for rest in REST if rest != tuple(tile))
-
-
-def mixed(gemm, x, weight, tile, cut: int, rest):
-    """The product by two launches."""
-    import torch
-
-    out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
-    gemm.gemm(x, weight[:cut], None, tile, out[:, :cut])
-    gemm.gemm(x, weight[cut:], None, rest, out[:, cut:])
-    return out
 
 
 def compile_tile(tile: tuple) -> tuple[tuple, str]:
@@ -110,13 +83,6 @@ def main() -> None:
                 us = time_calls([lambda x=x, w=w, t=t: gemm.gemm(x, w, None, t) for w in weights])
                 row["tiles"].append((us, tile))
         row["tiles"].sort()
-        row["mixes"] = []
-        if 64 < len(x) <= 1024:
-            for mix in mixes(len(x), n, torch.cuda.get_device_properties(0).multi_processor_count):
-                us = time_calls([partial(mixed, gemm, x, w, *mix) for w in weights])
-                row["mixes"].append((us, mix))
-            row["mixes"].sort()
-            print(f"{name} M={len(x)} mixed", row["mixes"][:3], flush=True)
         rows.append(row)
         best, tile = row["tiles"][0]
         print(f"{name} M={len(x)} library {row['library_us']:.1f} best {best:.1f} us {tile}", flush=True)
