@@ -1,10 +1,14 @@
 """The engine asks its workers: one that is not armed, by another bi_patch, or silent stops it by name."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from bi_patch import sources
-from bi_patch.arming import switch, workers
+from bi_patch.arming import gate, switch, workers
 from bi_patch.errors import SeamOpen, SettingError
+from bi_patch.seams.plan import Plan
+from bi_patch.settings import Settings
 
 
 class Executor:
@@ -43,13 +47,7 @@ def test_a_process_that_is_not_armed_says_so(monkeypatch):
 
 
 def test_another_platform_than_the_plan_s_is_named(monkeypatch):
-    from types import SimpleNamespace
-
     import vllm.platforms
-
-    from bi_patch.arming import gate
-    from bi_patch.seams.plan import Plan
-    from bi_patch.settings import Settings
 
     runs = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_type="cuda")
     monkeypatch.setattr(vllm.platforms, "_current_platform", runs)

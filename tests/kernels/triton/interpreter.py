@@ -174,14 +174,14 @@ def softmaxes() -> None:
             values = torch.randn(8 * tile, generator=generator)
             masked = torch.cat((torch.full((rows, empty * tile), -torch.inf), scores), 1)
             found = {}
-            for step in (softmax_step, step_from_zero):
+            for step in (step_from_zero, softmax_step):  # ours last: alone and beside are then its
                 alone, beside = torch.empty(rows), torch.empty(rows)
                 attend[(1,)](scores, values[empty * tile :], alone, 5, step, rows, tile)
                 attend[(1,)](masked, values, beside, 5 + empty, step, rows, tile)
                 found[step] = int((alone != beside).sum())
             want = (scores.double().softmax(-1) @ values[empty * tile : (empty + 5) * tile].double()).float()
             case = f"softmax mean {mean} after {empty} empty tiles"
-            report(case, "" if (alone - want).abs().max() < 2e-3 else "wrong")
+            report(case, "" if (beside - want).abs().max() < 2e-3 else "wrong")
             report(f"{case} alone", f"{found[softmax_step]} rows differ" if found[softmax_step] else "")
             # The old step shows that these scores tell the two apart.
             report(f"{case} planted", "" if found[step_from_zero] or mean > -4 else "the planted fault is not seen")

