@@ -1,6 +1,7 @@
 """Seams of mixture-of-experts layers."""
 
 import functools
+import inspect
 import os
 
 from bi_patch.seams import active
@@ -97,7 +98,7 @@ def _cuda_gate(original):
 
 def _cuda_grouped(original):
     """grouped_topk: not compiled, so that its softmax and sum are those that have one order."""
-    return original._torchdynamo_orig_callable
+    return inspect.unwrap(original)  # as given where torch.compile is off
 
 
 def _cuda_load(original):

@@ -1,6 +1,7 @@
 """The CUDA seams as declared: every release has its targets and anchors, and what is not covered is refused by name."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,3 +358,5 @@ def test_grouped_routing_is_not_compiled_apart():
         return x
 
     assert _closed("moe.cuda_grouped_topk", grouped_topk)("as given") == "as given"
+    plain = inspect.unwrap(grouped_topk)  # what torch.compile gives where TORCHDYNAMO_DISABLE turns it off
+    assert _closed("moe.cuda_grouped_topk", plain) is plain
