@@ -238,6 +238,20 @@ def test_a_decode_with_small_heads_is_told_a_long_query_unless_it_has_its_own_ke
     assert build(builder, 0, common).max_query_len == told
 
 
+@pytest.mark.parametrize(
+    ("longest", "certified", "aot", "asked"),
+    [(1, True, True, None), (1, False, True, True), (5, True, True, True), (5, False, False, False)],
+)
+def test_tiles_are_ordered_once_a_step_unless_the_bundled_kernel_decodes(longest, certified, aot, asked, monkeypatch):
+    from bi_patch.orders import cuda_attention
+
+    schedule = _closed("attention.cuda_schedule", lambda self, aot_schedule, max_num_splits, **_: aot_schedule)
+    monkeypatch.setitem(cuda_attention._certified, cuda_attention.Problem(32, 8, 128, "bf16"), certified)
+    builder = SimpleNamespace(headdim=128, num_heads_q=32, num_heads_kv=8, kv_cache_dtype="bf16", aot_schedule=aot)
+    got = schedule(builder, aot_schedule=False, max_num_splits=1, causal=True, max_query_len=longest)
+    assert got is asked
+
+
 def flash_call(**changes):
     """What vLLM hands to FlashAttention 3 for a batch of three single queries."""
     cache = torch.zeros(4, 16, 2, changes.pop("head", 64))

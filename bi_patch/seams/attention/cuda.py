@@ -179,10 +179,13 @@ def _decodes(builder) -> bool:
 
 
 def _cuda_schedule(original):
-    """FlashAttentionMetadataBuilder._get_scheduler_metadata: tiles are ordered once a step, for one split."""
+    """FlashAttentionMetadataBuilder._get_scheduler_metadata: tiles are ordered once a step, for one split; not at all
+    where the bundled kernel decodes."""
 
     @functools.wraps(original)
     def _get_scheduler_metadata(self, *, aot_schedule, max_num_splits, **arguments):
+        if arguments["max_query_len"] == 1 and _decodes(self):
+            return None
         wanted = self.aot_schedule and arguments["causal"] is True
         return original(self, aot_schedule=aot_schedule or wanted, max_num_splits=max_num_splits, **arguments)
 
@@ -255,7 +258,7 @@ SEAMS = (
     _cuda_seam(
         "schedule", "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder._get_scheduler_metadata",
         _cuda_schedule, "upstream's mode orders FlashAttention's tiles anew in every layer",
-        "ordered once a step for one split: the order of tiles reaches no sum", (3,),
+        "ordered once a step for one split, not for the bundled kernel: the order of tiles reaches no sum", (3,),
         releases=">=0.32,<0.34", required=False,
     ),
     Seam(
