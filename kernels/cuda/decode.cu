@@ -195,7 +195,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       by[half] = i > 0 ? power_of_2((before - most[half]) * work.scale) : 1.f;
       if (t == 0) slot.peaks[row] = most[half], slot.shrinks[row] = by[half];
     }
-    arrive(&slot.peaked);
+    arrive_as_one(&slot.peaked);
 
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
@@ -218,7 +218,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       slot.weights[step][lane] = weights;
     }
     wait_groups<1>();  // V is there
-    arrive(&slot.full);
+    arrive_as_one(&slot.full);
 
     if (i > 0) wait(&last.summed, phase_of(i - 1));
 #pragma unroll
@@ -237,8 +237,8 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       sum += exchange(sum, 1);
       if (t == 0) memory().totals[row] = sum;
     }
-    arrive(&slot.summed);
-    if (i + 1 == work.tiles) arrive(&memory().done);
+    arrive_as_one(&slot.summed);
+    if (i + 1 == work.tiles) arrive_as_one(&memory().done);
   }
 }
 
@@ -281,7 +281,7 @@ DEVICE void sum_values(const Work& work, int warp) {
         multiply_add(o[2 * pair + 1], a, b[2], b[3]);
       }
     }
-    arrive(&slot.empty);
+    arrive_as_one(&slot.empty);
   }
   if (work.tiles > 0) wait(&memory().done, 0);
 #pragma unroll
@@ -333,14 +333,17 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
   const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
                   out + static_cast<i64>(token) * o_token + head * group * o_head,
                   length, tiles, group, q_head, o_head, block_x() % PARTS, scale};
-  if (thread() < SCORERS) {
-    Slot& slot = memory().slots[thread()];
-    open(&slot.full, 32);
-    open(&slot.empty, 32 * SUMMERS);
-    open(&slot.peaked, 32);
-    open(&slot.summed, 32);
-    if (thread() == 0) open(&memory().done, 32);
+  if (thread() % 32 == 0) {  // the threads of a warp would take turns
+#pragma unroll 1
+    for (int i = warp; i < SCORERS; i += THREADS / 32) {
+      Slot& slot = memory().slots[i];
+      open(&slot.full, 1);
+      open(&slot.empty, SUMMERS);
+      open(&slot.peaked, 1);
+      open(&slot.summed, 1);
+    }
   }
+  if (thread() == 0) open(&memory().done, 1);
   barrier();
   if (warp < SCORERS) {
     score(work, cache, warp);

@@ -69,6 +69,12 @@ DEVICE void arrive(i64* gate) {
   asm volatile("{\n\t.reg .b64 phase;\n\tmbarrier.arrive.shared.b64 phase, [%0];\n\t}" ::"r"(address(gate)) : "memory");
 }
 
+// One arrival for a warp: 32 at one gate would take turns.
+DEVICE void arrive_as_one(i64* gate) {
+  together();
+  if (thread() % 32 == 0) arrive(gate);
+}
+
 DEVICE void wait(const i64* gate, int parity) {
 #if __CUDA_ARCH__ >= 900
 #define WAIT "mbarrier.try_wait.parity.shared.b64"

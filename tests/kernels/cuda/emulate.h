@@ -78,6 +78,11 @@ DEVICE void arrive(i64* at) {
   block->changed.notify_all();
 }
 
+DEVICE void arrive_as_one(i64* at) {
+  together();
+  if (this_thread % LANES == 0) arrive(at);
+}
+
 DEVICE void wait(const i64* at, int parity) {
   std::unique_lock held(block->lock);
   const Gate& gate = *reinterpret_cast<const Gate*>(at);
