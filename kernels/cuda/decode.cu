@@ -7,37 +7,44 @@
 // it is divided by the sum. FlashAttention 3 (Shah et al. 2024) does the same with 192 or 128 rows of queries a tile,
 // of which a decode fills few; here a block has 8 or 16 rows, the query heads of one key head.
 //
-// From tile to tile go only the running maximum, the partial sums and the output. So each of SCORERS warps has a tile
-// of its own: it copies its K and V, scores it, and waits for the warp before it only for these few numbers. SUMMERS
-// warps have the output, some columns each, and take one tile after the other. Gates (mbarriers) tell who may go on.
-// Where there are few requests, PARTS blocks share one: each scores all of it and sums a part of V's columns.
-// Compiled for HEAD (64, 128), PARTS (1, 2, 4), HALVES (rows: 8 or 16), SCORERS.
+// From tile to tile go only the running maximum, the partial sums and the output. So scorers, a warp each, have every
+// RING-th tile: they copy its K, score it, and wait for the scorer before them only for these few numbers. Summers, a
+// warp each, have the output, some columns each, and take one tile after the other, for which carriers copy V. Gates
+// (mbarriers) tell who may go on. Where there are few requests, the PARTS blocks of a cluster share one: each scores
+// every PARTS-th run of SCORERS tiles, sends the weights to all, and sums a part of V's columns. What goes to another
+// block counts its bytes at that block's gate, which needs no fence. Compiled for HEAD (64, 128), PARTS (1, 2, 4),
+// HALVES (rows: 8 or 16), SCORERS, SUMMERS, CARRIERS.
 
 constexpr int TILE = 128, COLUMNS = HEAD / PARTS;
 constexpr int KEY_PIECES = HEAD / 8, VALUE_PIECES = COLUMNS / 8;  // of 16 bytes, in a row of K and of V
-constexpr int SUMMERS = VALUE_PIECES < 8 ? VALUE_PIECES / 2 : 4;  // a warp sums at least two pieces
-constexpr int OWN = VALUE_PIECES / SUMMERS;
-constexpr int WARPS = SCORERS + SUMMERS, THREADS = 32 * WARPS;
+constexpr int OWN = VALUE_PIECES / SUMMERS;  // pieces that a warp sums
+constexpr int THREADS = 32 * (SCORERS + SUMMERS + CARRIERS);
+constexpr int RING = SCORERS * PARTS;  // scorers of a cluster; slots of a block
 constexpr int GROUP = 16;         // tokens that lie in one page
+constexpr int GROUPS = TILE / GROUP, FOUND = 32 / GROUPS;  // in a tile; tiles whose pages a warp finds at once
 constexpr int STEPS = TILE / 16;  // of 16 keys
 constexpr int ROWS = 16;
-static_assert(SCORERS > 1);  // a slot's numbers are read while the next one's are written
+constexpr int TAKEN = 2 / HALVES, LOADS = STEPS / TAKEN;  // steps whose weights a lane takes at once; how often
+static_assert(SCORERS > 1);  // a scorer's numbers are read while the next ones are written
 
-// A lane's weights in a step, as multiply_add takes them.
-struct alignas(8 * HALVES) Weights {
-  u32 part[2 * HALVES];
+// What a scorer has in its block's memory.
+struct alignas(128) Scorer {
+  unsigned char keys[TILE * KEY_PIECES * 16];
+  float peaks[ROWS], sums[ROWS][4];  // after the tile before
+  i64 peaked, summed, cleared;       // gates: peaks are there; sums are there; its slots are used, in every block
 };
 
-// What belongs to a scorer in shared memory.
-struct Slot {
-  unsigned char keys[TILE * KEY_PIECES * 16], values[TILE * VALUE_PIECES * 16];
-  Weights weights[STEPS][32];
-  float peaks[ROWS], shrinks[ROWS], sums[ROWS][4];  // after its tile; shrinks: what it scales earlier sums by
-  i64 full, empty, peaked, summed;  // gates: weights and V are there; are used; peaks are there; sums are there
+// What a block's summers take of a tile.
+struct alignas(128) Slot {
+  unsigned char values[TILE * VALUE_PIECES * 16];
+  u32 weights[LOADS][32][4];  // of a lane, as multiply_add takes them
+  float shrinks[ROWS];        // what the tile scales earlier sums by
+  i64 full, empty;            // gates: all of this is there; is used
 };
 
 struct Shared {
-  Slot slots[SCORERS];
+  Scorer scorers[SCORERS];
+  Slot slots[RING];
   float totals[ROWS];
   i64 done;  // gate: totals are there
 };
@@ -66,63 +73,74 @@ struct Work {
   float scale;
 };
 
-// Of tile i: its first key; the phase of its slot's gates.
+// Of tile i: its first key; the phase of its gates.
 DEVICE int begin_of(const Work& work, int i) { return (work.tiles - 1 - i) * TILE; }
-DEVICE int phase_of(int i) { return i / SCORERS & 1; }
+DEVICE int phase_of(int i) { return i / RING & 1; }
 
-// The page of the tile's tokens GROUP * lane and on, for the tile that begins at key `begin`.
-DEVICE int find_page(const Cache& cache, int begin, int length) {
-  const int lane = thread() % 32, at = begin + GROUP * lane;
-  return lane < TILE / GROUP && at < length ? cache.pages[at >> cache.page_bits] : 0;
+// Of tiles i, i + step and so on, a lane's group: the page where it lies.
+DEVICE int find_page(const Cache& cache, const Work& work, int i, int step) {
+  const int lane = thread() % 32, tile = i + lane / GROUPS * step, at = begin_of(work, tile) + GROUP * (lane % GROUPS);
+  return tile < work.tiles && at < work.length ? cache.pages[at >> cache.page_bits] : 0;
 }
 
-// Where these tokens lie in the cache, in bytes.
+// Where this group lies in the cache, in bytes.
 DEVICE i64 locate(const Cache& cache, int page) {
   const u32 inside = GROUP * (thread() % 32) & ((1 << cache.page_bits) - 1);
   return static_cast<i64>(static_cast<u32>(page)) * cache.page_stride + inside * cache.token_stride;
 }
 
-// A warp's copies of the tile's rows, `pieces` of each from `from`, GROUP rows where `located` has them; zeros from
-// `length` on unless `whole`.
+// A warp's copies of tile i's rows, `pieces` of each from `from`, its groups where `located` of lanes from `lane` on has
+// them; zeros past the length unless `whole`.
 template <int pieces, bool whole>
-DEVICE void copy_rows(const Cache& cache, const unsigned char* from, int begin, int length, i64 located,
+DEVICE void copy_rows(const Cache& cache, const unsigned char* from, const Work& work, int i, i64 located, int lane,
                       unsigned char* to) {
   constexpr int AT_ONCE = 32 / pieces;
-  const int piece = thread() % pieces, first = thread() % 32 / pieces;
+  const int piece = thread() % pieces, first = thread() % 32 / pieces, left = work.length - begin_of(work, i);
   from += first * cache.token_stride + piece * 16;
 #pragma unroll 2
-  for (int group = 0; group < TILE / GROUP; ++group) {
-    const unsigned char* const row = from + from_lane(located, group);
+  for (int group = 0; group < GROUPS; ++group) {
+    const unsigned char* const row = from + from_lane(located, lane + group);
 #pragma unroll
     for (int r = 0; r < GROUP; r += AT_ONCE) {
       const int at = GROUP * group + r + first;
-      copy_16(to + place(at, pieces, piece), row + r * cache.token_stride, whole || begin + at < length);
+      copy_16(to + place(at, pieces, piece), row + r * cache.token_stride, whole || at < left);
     }
   }
 }
 
 template <int pieces>
-DEVICE void copy_tile(const Cache& cache, const unsigned char* from, int begin, int length, i64 located,
+DEVICE void copy_tile(const Cache& cache, const unsigned char* from, const Work& work, int i, i64 located, int lane,
                       unsigned char* to) {
-  if (begin + TILE <= length) {
-    copy_rows<pieces, true>(cache, from, begin, length, located, to);
+  if (begin_of(work, i) + TILE <= work.length) {
+    copy_rows<pieces, true>(cache, from, work, i, located, lane, to);
   } else {
-    copy_rows<pieces, false>(cache, from, begin, length, located, to);
+    copy_rows<pieces, false>(cache, from, work, i, located, lane, to);
   }
 }
 
-// Warp `warp` scores the tiles of its slot: every SCORERS-th.
-DEVICE void score(const Work& work, const Cache& cache, int warp) {
-  Slot& slot = memory().slots[warp];
-  const Slot& last = memory().slots[(warp + SCORERS - 1) % SCORERS];  // of the tile before
-  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-  if (warp >= work.tiles) return;
+// A scorer sends each row's number to the scorer of the next tile: to `at` of scorers[next], for its gate.
+DEVICE void send(float* at, float value, i64* gate, const Work& work, int next) {
+  if (next < SCORERS) {
+    *at = value;
+  } else {
+    hand(at, value, gate, (work.part + 1) % PARTS);
+  }
+}
 
-  i64 located = locate(cache, find_page(cache, begin_of(work, warp), work.length));
-  copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, warp), work.length, located, slot.keys);
+// Scorer `warp` of the block scores the tiles of its slot: every RING-th.
+DEVICE void score(const Work& work, const Cache& cache, int warp) {
+  Scorer& own = memory().scorers[warp];
+  const int mine = work.part * SCORERS + warp, next = PARTS == 1 ? (warp + 1) % SCORERS : warp + 1;
+  Scorer& after = memory().scorers[next % SCORERS];
+  Slot& slot = memory().slots[mine];
+  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
+  const bool first_of_block = PARTS > 1 && warp == 0;
+  if (mine >= work.tiles) return all_began();
+
+  const int page = find_page(cache, work, mine, RING);
+  copy_tile<KEY_PIECES>(cache, cache.k, work, mine, locate(cache, page), 0, own.keys);
   end_group();
-  int next_page = 0;
-  if (warp + SCORERS < work.tiles) next_page = find_page(cache, begin_of(work, warp + SCORERS), work.length);
+  int next_page = find_page(cache, work, mine + RING, RING);
 
   // A zero that the compiler does not know: it would move known ones into place for each instruction.
   const u32 zero = work.group >> 16;
@@ -139,12 +157,13 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   // Where a lane's row of K lies: 16 rows further is a constant further, another piece an exclusive or.
   const int k_row = place(8 * (lane / 16) + lane % 8, KEY_PIECES, lane / 8 % 2);
 
-  for (int i = warp; i < work.tiles; i += SCORERS) {
-    if (i >= SCORERS) wait(&slot.empty, phase_of(i - SCORERS));
-    copy_tile<VALUE_PIECES>(cache, cache.k + cache.to_v + work.part * VALUE_PIECES * 16, begin_of(work, i), work.length,
-                            located, slot.values);
-    end_group();
-    wait_groups<1>();  // K is there
+  all_began();
+  for (int i = mine; i < work.tiles; i += RING) {
+    if (first_of_block && lane == 0 && i > 0) {
+      expect(&own.peaked, 8 * HALVES * 4);
+      expect(&own.summed, 32 * HALVES * 4);
+    }
+    wait_groups<0>();  // K is there
     together();
 
     float s[2 * STEPS][4] = {};
@@ -153,16 +172,15 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
 #pragma unroll
       for (int pair = 0; pair < STEPS; ++pair) {
         u32 b[4];
-        load_matrices(b, slot.keys + (k_row ^ d % 4 * 32) + d / 4 * 128 + pair * 16 * KEY_PIECES * 16);
+        load_matrices(b, own.keys + (k_row ^ d % 4 * 32) + d / 4 * 128 + pair * 16 * KEY_PIECES * 16);
         multiply_add(s[2 * pair], queries[d], b[0], b[1]);
         multiply_add(s[2 * pair + 1], queries[d], b[2], b[3]);
       }
     }
     together();
-    if (i + SCORERS < work.tiles) {
-      located = locate(cache, next_page);
-      copy_tile<KEY_PIECES>(cache, cache.k, begin_of(work, i + SCORERS), work.length, located, slot.keys);
-      if (i + 2 * SCORERS < work.tiles) next_page = find_page(cache, begin_of(work, i + 2 * SCORERS), work.length);
+    if (i + RING < work.tiles) {
+      copy_tile<KEY_PIECES>(cache, cache.k, work, i + RING, locate(cache, next_page), 0, own.keys);
+      next_page = find_page(cache, work, i + 2 * RING, RING);
     }
     end_group();
 
@@ -186,16 +204,23 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       most[half] = fmaxf(most[half], exchange(most[half], 1));
       most[half] = fmaxf(most[half], exchange(most[half], 2));
     }
-    if (i > 0) wait(&last.peaked, phase_of(i - 1));
+    if (i > 0) wait(&own.peaked, phase_of(i - 1));
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
       const int row = 8 * half + g;
-      const float before = i > 0 ? last.peaks[row] : LOWEST;
+      const float before = i > 0 ? own.peaks[row] : LOWEST;
       most[half] = fmaxf(most[half], before);
       by[half] = i > 0 ? power_of_2((before - most[half]) * work.scale) : 1.f;
-      if (t == 0) slot.peaks[row] = most[half], slot.shrinks[row] = by[half];
     }
-    arrive_as_one(&slot.peaked);
+    if (i + 1 < work.tiles) {
+      together();  // all have seen the peaks before, which may be overwritten once these are sent
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        const int row = 8 * half + g;
+        if (t == 0) send(&after.peaks[row], most[half], &after.peaked, work, next);
+      }
+      if (next < SCORERS) arrive_as_one(&after.peaked);
+    }
 
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
@@ -207,81 +232,170 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
         for (int e = 2 * half; e < 2 * half + 2; ++e) s[j][e] = power_of_2(fmaf(s[j][e], work.scale, -scaled));
       }
     }
+    if (i >= RING) wait(PARTS == 1 ? &slot.empty : &own.cleared, phase_of(i - RING));
+    if (PARTS == 1) {
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      Weights weights;
-#pragma unroll
-      for (int part = 0; part < 2 * HALVES; ++part) {
-        const int j = 2 * step + part / HALVES, e = part % HALVES * 2;
-        weights.part[part] = round_pair(s[j][e], s[j][e + 1]);
+      for (int half = 0; half < HALVES; ++half) {
+        if (t == 0) slot.shrinks[8 * half + g] = by[half];
       }
-      slot.weights[step][lane] = weights;
+    } else {
+#pragma unroll
+      for (int to = 0; to < PARTS; ++to) {
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) {
+          if (t == 0) hand(&slot.shrinks[8 * half + g], by[half], &slot.full, to);
+        }
+      }
     }
-    wait_groups<1>();  // V is there
-    arrive_as_one(&slot.full);
+#pragma unroll
+    for (int load = 0; load < LOADS; ++load) {
+      u32 weights[4];
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int step = TAKEN * load + part / (2 * HALVES), of = part % (2 * HALVES);
+        const int j = 2 * step + of / HALVES, e = of % HALVES * 2;
+        weights[part] = round_pair(s[j][e], s[j][e + 1]);
+      }
+      if (PARTS == 1) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) slot.weights[load][lane][part] = weights[part];
+      } else {
+#pragma unroll
+        for (int to = 0; to < PARTS; ++to) hand(slot.weights[load][lane], weights, &slot.full, to);
+      }
+    }
+    if (PARTS == 1) arrive_as_one(&slot.full);
 
-    if (i > 0) wait(&last.summed, phase_of(i - 1));
+    if (i > 0) wait(&own.summed, phase_of(i - 1));
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
       const int row = 8 * half + g;
-      float sum = i > 0 ? carry(last.sums[row][t], by[half], s[0][2 * half]) : s[0][2 * half];
+      float sum = i > 0 ? carry(own.sums[row][t], by[half], s[0][2 * half]) : s[0][2 * half];
       sum += s[0][2 * half + 1];
 #pragma unroll
       for (int j = 1; j < 2 * STEPS; ++j) {
         sum += s[j][2 * half];
         sum += s[j][2 * half + 1];
       }
-      slot.sums[row][t] = sum;
-      if (i + 1 < work.tiles) continue;
+      if (i + 1 < work.tiles) {
+        send(&after.sums[row][t], sum, &after.summed, work, next);
+        continue;
+      }
       sum += exchange(sum, 2);
       sum += exchange(sum, 1);
-      if (t == 0) memory().totals[row] = sum;
+      if (t) continue;
+      if (PARTS == 1) {
+        memory().totals[row] = sum;
+      } else {
+#pragma unroll
+        for (int to = 0; to < PARTS; ++to) hand(&memory().totals[row], sum, &memory().done, to);
+      }
     }
-    arrive_as_one(&slot.summed);
-    if (i + 1 == work.tiles) arrive_as_one(&memory().done);
+    if (i + 1 < work.tiles) {
+      if (next < SCORERS) arrive_as_one(&after.summed);
+    } else if (PARTS == 1) {
+      arrive_as_one(&memory().done);
+    }
   }
 }
 
-// Warp `warp` of the summers: the output of its columns.
-DEVICE void sum_values(const Work& work, int warp) {
-  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-  const int v_row = place(lane % 16, VALUE_PIECES, warp * OWN + lane / 16);
-  float o[OWN][4] = {};
-  for (int i = 0; i < work.tiles; ++i) {
-    Slot& slot = memory().slots[i % SCORERS];
-    wait(&slot.full, phase_of(i));
-    together();
-    Weights weights[STEPS];
-    u32 values[STEPS][OWN / 2][4];
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      weights[step] = slot.weights[step][lane];
-#pragma unroll
-      for (int pair = 0; pair < OWN / 2; ++pair) {
-        load_matrices_transposed(values[step][pair], slot.values + (v_row ^ pair * 32) + step * 16 * VALUE_PIECES * 16);
-      }
+// Carrier `warp` of the block copies V of every CARRIERS-th tile.
+DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
+  const unsigned char* const from = cache.k + cache.to_v + work.part * VALUE_PIECES * 16;
+  int next_page = find_page(cache, work, warp, CARRIERS);
+  for (int first = warp; first < work.tiles; first += FOUND * CARRIERS) {
+    const i64 located = locate(cache, next_page);
+    next_page = find_page(cache, work, first + FOUND * CARRIERS, CARRIERS);  // is there when these tiles are copied
+    for (int n = 0; n < FOUND && first + n * CARRIERS < work.tiles; ++n) {
+      const int i = first + n * CARRIERS;
+      Slot& slot = memory().slots[i % RING];
+      if (i >= RING) wait(&slot.empty, phase_of(i - RING));
+      if (PARTS > 1 && thread() % 32 == 0) expect(&slot.full, sizeof slot.weights + 8 * HALVES * 4);
+      together();
+      copy_tile<VALUE_PIECES>(cache, from, work, i, located, GROUPS * n, slot.values);
+      arrive_when_copied(&slot.full);
     }
+  }
+  end_group();
+  wait_groups<0>();  // no copy outlives the thread that began it
+  all_began();
+}
+
+// What a lane of a summer takes of a tile.
+struct Taken {
+  u32 weights[LOADS][4], values[STEPS][OWN / 2][4];
+  float by[HALVES];
+};
+
+DEVICE void take(Taken& taken, const Work& work, int i, int warp) {
+  const int lane = thread() % 32, v_row = place(lane % 16, VALUE_PIECES, warp * OWN + lane / 16);
+  Slot& slot = memory().slots[i % RING];
+  wait(&slot.full, phase_of(i));
+  together();
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) taken.by[half] = slot.shrinks[8 * half + lane / 4];
+#pragma unroll
+  for (int load = 0; load < LOADS; ++load) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) taken.weights[load][part] = slot.weights[load][lane][part];
+  }
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+    for (int pair = 0; pair < OWN / 2; ++pair) {
+      load_matrices_transposed(taken.values[step][pair],
+                               slot.values + (v_row ^ pair * 32) + step * 16 * VALUE_PIECES * 16);
+    }
+  }
+  arrive_as_one(&slot.empty);
+  // Only what someone waits for goes to another block: that one may be gone afterwards.
+  if (PARTS > 1 && lane == 0 && i + RING < work.tiles) {
+    arrive_at(&memory().scorers[i % SCORERS].cleared, i / SCORERS % PARTS);
+  }
+}
+
+DEVICE void add(float (&o)[OWN][4], const Taken& taken) {
+#pragma unroll
+  for (int b = 0; b < OWN; ++b) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      const float by = slot.shrinks[8 * half + g];
-#pragma unroll
-      for (int b = 0; b < OWN; ++b) {
-        o[b][2 * half] *= by;
-        o[b][2 * half + 1] *= by;
-      }
+      o[b][2 * half] *= taken.by[half];
+      o[b][2 * half + 1] *= taken.by[half];
     }
+  }
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      const u32* const w = weights[step].part;
-      const u32 a[4] = {w[0], HALVES > 1 ? w[1] : 0u, w[HALVES], HALVES > 1 ? w[2 * HALVES - 1] : 0u};
+  for (int step = 0; step < STEPS; ++step) {
+    const u32* const w = taken.weights[step / TAKEN] + step % TAKEN * 2;
+    const u32 a[4] = {w[0], HALVES > 1 ? w[1] : 0u, w[HALVES], HALVES > 1 ? w[2 * HALVES - 1] : 0u};
 #pragma unroll
-      for (int pair = 0; pair < OWN / 2; ++pair) {
-        const u32(&b)[4] = values[step][pair];
-        multiply_add(o[2 * pair], a, b[0], b[1]);
-        multiply_add(o[2 * pair + 1], a, b[2], b[3]);
-      }
+    for (int pair = 0; pair < OWN / 2; ++pair) {
+      const u32(&b)[4] = taken.values[step][pair];
+      multiply_add(o[2 * pair], a, b[0], b[1]);
+      multiply_add(o[2 * pair + 1], a, b[2], b[3]);
     }
-    arrive_as_one(&slot.empty);
+  }
+}
+
+// Summer `warp` of the block: the output of its columns.
+DEVICE void sum_values(const Work& work, int warp) {
+  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
+  float o[OWN][4] = {};
+  Taken now;
+  all_began();
+  if (PARTS == 1) {
+    for (int i = 0; i < work.tiles; ++i) {
+      take(now, work, i, warp);
+      add(o, now);
+    }
+  } else {
+    Taken then;  // the next tile's are taken before this one's are added: here every tile waits for the one before
+    if (work.tiles > 0) take(now, work, 0, warp);
+    for (int i = 0; i < work.tiles; i += 2) {
+      if (i + 1 < work.tiles) take(then, work, i + 1, warp);
+      add(o, now);
+      if (i + 2 < work.tiles) take(now, work, i + 2, warp);
+      if (i + 1 < work.tiles) add(o, then);
+    }
   }
   if (work.tiles > 0) wait(&memory().done, 0);
 #pragma unroll
@@ -333,21 +447,27 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
   const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
                   out + static_cast<i64>(token) * o_token + head * group * o_head,
                   length, tiles, group, q_head, o_head, block_x() % PARTS, scale};
-  if (thread() % 32 == 0) {  // the threads of a warp would take turns
-#pragma unroll 1
-    for (int i = warp; i < SCORERS; i += THREADS / 32) {
-      Slot& slot = memory().slots[i];
-      open(&slot.full, 1);
-      open(&slot.empty, SUMMERS);
-      open(&slot.peaked, 1);
-      open(&slot.summed, 1);
-    }
+  if (thread() < SCORERS) {
+    Scorer& scorer = memory().scorers[thread()];
+    open(&scorer.peaked, 1);
+    open(&scorer.summed, 1);
+    open(&scorer.cleared, SUMMERS * PARTS);
   }
-  if (thread() == 0) open(&memory().done, 1);
-  barrier();
+  if (thread() < RING) {
+    Slot& slot = memory().slots[thread()];
+    open(&slot.full, 33);  // V by a warp, and the weights
+    open(&slot.empty, SUMMERS);
+  }
+  if (thread() == 0) {
+    open(&memory().done, 1);
+    if (PARTS > 1) expect(&memory().done, 8 * HALVES * 4);
+  }
+  begin();
   if (warp < SCORERS) {
     score(work, cache, warp);
-  } else {
+  } else if (warp < SCORERS + SUMMERS) {
     sum_values(work, warp - SCORERS);
+  } else {
+    carry_values(work, cache, warp - SCORERS - SUMMERS);
   }
 }

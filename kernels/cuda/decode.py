@@ -18,6 +18,7 @@ GROUP = 16  # most query heads a key head
 PARTS = (4, 2, 1)
 _TILE = 128
 _MOST_SCORERS = 8
+_FEW_WARPS = 8  # of a block, that may have 255 registers a thread
 _LOG2E = 1.4426950408889634
 _INPUTS = {"bfloat16": "bf16", "float16": "f16"}
 # Whether the tile's scale and first weight join a partial sum in one rounding: so FlashAttention 3 was compiled.
@@ -52,34 +53,48 @@ class Form(NamedTuple):
 
     def defines(self, shared: int) -> dict[str, int]:
         """For `shared` bytes of shared memory a block."""
-        return {"HEAD": self.head_size, "PARTS": self.parts, "HALVES": self.halves, "SCORERS": self.scorers(shared)}
-
-    def scorers(self, shared: int) -> int:
-        """Warps that score: each has a slot in shared memory."""
-        return min(_MOST_SCORERS, (shared - 128) // self._slot_bytes)
-
-    def threads(self, shared: int) -> int:
-        pieces = self.head_size // self.parts // 8
-        return 32 * (self.scorers(shared) + min(4, pieces // 2))
-
-    def shared_bytes(self, shared: int) -> int:
-        return self.scorers(shared) * self._slot_bytes + 128
+        return {
+            "HEAD": self.head_size, "PARTS": self.parts, "HALVES": self.halves, "SCORERS": self.scorers(shared),
+            "SUMMERS": self.summers, "CARRIERS": self.carriers,
+        }  # fmt: skip
 
     @property
-    def _slot_bytes(self) -> int:
-        rows = _TILE * 2 * (self.head_size + self.head_size // self.parts)
-        return rows + _TILE * 16 * self.halves + 6 * GROUP * 4 + 4 * 8
+    def summers(self) -> int:
+        """Warps that sum V: of 16 to 32 columns each; more of them would leave each fewer registers."""
+        return self.head_size // self.parts // (32 if self.head_size == 128 and self.parts < 4 else 16)
+
+    @property
+    def carriers(self) -> int:
+        """Warps that copy V: one keeps up where a tile takes as long as all of its K and V."""
+        return 1 if self.parts == 1 else 2
+
+    def scorers(self, shared: int) -> int:
+        """Warps of a block that score: each has K of a tile in shared memory, and a slot in every block."""
+        most = _MOST_SCORERS if self.parts == 1 else _FEW_WARPS - self.summers - self.carriers
+        return min(most, (shared - 128) // self._scorer_bytes)
+
+    def threads(self, shared: int) -> int:
+        return 32 * (self.scorers(shared) + self.summers + self.carriers)
+
+    def shared_bytes(self, shared: int) -> int:
+        return self.scorers(shared) * self._scorer_bytes + 128
+
+    @property
+    def _scorer_bytes(self) -> int:
+        keys = _TILE * 2 * self.head_size + 5 * GROUP * 4 + 3 * 8
+        slot = _TILE * 2 * self.head_size // self.parts + _TILE * 16 * self.halves + GROUP * 4 + 2 * 8
+        return -(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)
 
 
-def forms(heads: int, key_heads: int, head_size: int) -> list[Form]:
-    """What a model may need, by the number of requests."""
-    return [Form(head_size, heads // key_heads, number) for number in PARTS]
+def forms(heads: int, key_heads: int, head_size: int, clusters: bool) -> list[Form]:
+    """What a model may need, by the number of requests. clusters: whether the device has them."""
+    return [Form(head_size, heads // key_heads, number) for number in (PARTS if clusters else PARTS[-1:])]
 
 
-def choose_parts(pairs: int, processors: int) -> int:
-    """How many blocks share the work of each of `pairs` pairs of request and key head: the most that leave half of the
-    multiprocessors free. More would take memory's bandwidth, as each reads all of K."""
-    return next(number for number in PARTS if number == 1 or 2 * number * pairs <= processors)
+def choose_parts(pairs: int, processors: int, clusters: bool) -> int:
+    """How many blocks, a cluster, share the work of each of `pairs` pairs of request and key head: the most that find
+    a multiprocessor each."""
+    return next(number for number in PARTS if number == 1 or clusters and number * pairs <= processors)
 
 
 @functools.cache
@@ -129,7 +144,7 @@ def attend(
         *(c_int(stride) for stride in (*q.stride()[:2], *(2 * x for x in k.stride()[:3]), *out.stride()[:2])),
     ]  # fmt: skip
     stream = torch.cuda.current_stream(q.device).cuda_stream
-    parts = parts or choose_parts(key_heads * tokens, _processors(q.device.index))
+    parts = parts or choose_parts(key_heads * tokens, *_device(q.device.index))
     form = Form(size, heads // key_heads, parts)
     kernel(form, q.dtype, q.device.index)((parts * key_heads, tokens), stream, arguments)
 
@@ -161,10 +176,17 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
 
 
 @functools.cache
-def _processors(device: int) -> int:
+def _device(index: int) -> tuple[int, bool]:
+    """A device's multiprocessors, and whether it has clusters."""
     import torch
 
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major >= 9
+
+
+def parts_of(device: int) -> tuple[int, ...]:
+    """The PARTS that a device has."""
+    return PARTS if _device(device)[1] else PARTS[-1:]
 
 
 def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int) -> None:
@@ -173,7 +195,7 @@ def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, devi
     Raises nvrtc.CompileError.
     """
     target = _target(device)
-    needed = forms(heads, key_heads, head_size)
+    needed = forms(heads, key_heads, head_size, _device(device)[1])
     with ThreadPoolExecutor(len(needed)) as pool:
         list(pool.map(lambda form: build(form, dtype, *target), needed))
     for form in needed:

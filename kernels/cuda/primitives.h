@@ -7,7 +7,11 @@ typedef long long i64;
 
 #define DEVICE __device__ __forceinline__
 #define LOWEST __int_as_float(0xff800000)  // minus infinity
+#if PARTS > 1
+#define KERNEL extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS)
+#else
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+#endif
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
@@ -90,9 +94,58 @@ DEVICE void wait(const i64* gate, int parity) {
   } while (!over);
 }
 
+#if PARTS > 1
+// Bytes that this phase also waits for; arrives.
+DEVICE void expect(i64* gate, int bytes) {
+  asm volatile("{\n\t.reg .b64 phase;\n\tmbarrier.arrive.expect_tx.shared.b64 phase, [%0], %1;\n\t}" ::"r"(
+                   address(gate)), "r"(bytes) : "memory");
+}
+
+// The address of `at` in the memory of the cluster's block `to`.
+DEVICE u32 remote(const void* at, int to) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(at)), "r"(to));
+  return there;
+}
+
+// A value put where `at` is in block `to`, whose `gate` then counts its bytes. No fence: those write to memory and back.
+DEVICE void hand(float* at, float value, i64* gate, int to) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote(at, to)),
+               "f"(value), "r"(remote(gate, to)) : "memory");
+}
+
+DEVICE void hand(u32* at, const u32 (&v)[4], i64* gate, int to) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   remote(at, to)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(remote(gate, to)) : "memory");
+}
+
+DEVICE void arrive_at(i64* gate, int to) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(gate, to)) : "memory");
+}
+
+// Gates are open; other blocks of the cluster may use them after all_began.
+DEVICE void begin() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  barrier();
+}
+DEVICE void all_began() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+#else
+DEVICE void expect(i64*, int) {}
+DEVICE void hand(float*, float, i64*, int) {}
+DEVICE void hand(u32*, const u32 (&)[4], i64*, int) {}
+DEVICE void arrive_at(i64*, int) {}
+DEVICE void begin() { barrier(); }
+DEVICE void all_began() {}
+#endif
+
 // 16 bytes to shared memory; zeros where not `wanted`.
 DEVICE void copy_16(void* to, const void* from, bool wanted) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(wanted ? 16 : 0));
+}
+
+// Arrives at a gate once this thread's copies are there.
+DEVICE void arrive_when_copied(i64* gate) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(gate)) : "memory");
 }
 
 DEVICE void end_group() { asm volatile("cp.async.commit_group;"); }

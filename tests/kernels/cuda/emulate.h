@@ -1,9 +1,11 @@
 // The instructions of kernels/cuda/primitives.h on the CPU: a block's threads are threads, run together. Copies to
 // shared memory happen when their group is waited for, and the order of sums inside multiply_add is not the GPU's.
 
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -38,55 +40,101 @@ struct Warp {
 static thread_local int this_thread;
 static thread_local std::vector<Copy> open_group;
 static thread_local std::deque<std::vector<Copy>> groups;
+// The blocks of a cluster run together.
 struct Block {
   std::barrier<> whole;
   std::vector<Warp> warps;
-  std::mutex lock;
-  std::condition_variable changed;
+  std::atomic<int> running;
   alignas(128) unsigned char memory[1 << 18];
-  explicit Block(int threads) : whole(threads), warps(threads / LANES) {
+  explicit Block(int threads) : whole(threads), warps(threads / LANES), running(threads) {
     memset(memory, 0xff, sizeof memory);  // not a number: what was not written shows
   }
 };
 
-static int this_block_x, this_block_y;
-static std::unique_ptr<Block> block;
+static thread_local int this_part;
+static thread_local bool this_began;
+static int this_cluster, this_block_y;
+static std::vector<std::unique_ptr<Block>> blocks;
+static int not_begun;  // threads of the cluster
+static std::mutex lock;
+static std::condition_variable changed;
 
 DEVICE int thread() { return this_thread; }
-DEVICE int block_x() { return this_block_x; }
+DEVICE int block_x() { return this_cluster * PARTS + this_part; }
 DEVICE int block_y() { return this_block_y; }
-DEVICE void barrier() { block->whole.arrive_and_wait(); }
-DEVICE unsigned char* shared() { return block->memory; }
-DEVICE Warp& warp_of() { return block->warps[this_thread / LANES]; }
+DEVICE void barrier() { blocks[this_part]->whole.arrive_and_wait(); }
+DEVICE unsigned char* shared() { return blocks[this_part]->memory; }
+DEVICE Warp& warp_of() { return blocks[this_part]->warps[this_thread / LANES]; }
 DEVICE void together() { warp_of().together.arrive_and_wait(); }
 DEVICE int fetch(const int* at) { return *at; }
-
-// In a gate's 8 bytes: how many arrive in a phase, how many are missing, the phase's parity.
-struct Gate {
-  u16 count, missing;
-  u32 parity;
-};
-
-DEVICE void open(i64* gate, int count) { *reinterpret_cast<Gate*>(gate) = {u16(count), u16(count), 0}; }
-
-DEVICE void arrive(i64* at) {
-  const std::lock_guard held(block->lock);
-  Gate& gate = *reinterpret_cast<Gate*>(at);
-  if (--gate.missing) return;
-  gate.missing = gate.count;
-  gate.parity ^= 1;
-  block->changed.notify_all();
+DEVICE void begin() {
+  {
+    const std::lock_guard held(lock);
+    --not_begun;
+    changed.notify_all();
+  }
+  barrier();
+}
+DEVICE void all_began() {
+  std::unique_lock held(lock);
+  changed.wait(held, [] { return not_begun == 0; });
+  this_began = true;
 }
 
+// In a gate's 8 bytes: how many arrive in a phase, how many are missing, the phase's parity, bytes that are missing.
+struct Gate {
+  unsigned char count, missing, parity;
+  int bytes;
+};
+
+// Under the lock.
+DEVICE void settle(Gate& gate) {
+  if (gate.missing || gate.bytes) return;
+  gate.missing = gate.count;
+  gate.parity ^= 1;
+  changed.notify_all();
+}
+
+DEVICE void count(i64* at, int arrivals, int bytes) {
+  const std::lock_guard held(lock);
+  Gate& gate = *reinterpret_cast<Gate*>(at);
+  gate.missing -= arrivals;
+  gate.bytes += bytes;
+  settle(gate);
+}
+
+DEVICE void open(i64* at, int count) {
+  const auto number = static_cast<unsigned char>(count);
+  *reinterpret_cast<Gate*>(at) = {number, number, 0, 0};
+}
+DEVICE void arrive(i64* at) { count(at, 1, 0); }
+DEVICE void expect(i64* at, int bytes) { count(at, 1, bytes); }
 DEVICE void arrive_as_one(i64* at) {
   together();
   if (this_thread % LANES == 0) arrive(at);
 }
 
 DEVICE void wait(const i64* at, int parity) {
-  std::unique_lock held(block->lock);
+  std::unique_lock held(lock);
   const Gate& gate = *reinterpret_cast<const Gate*>(at);
-  block->changed.wait(held, [&] { return gate.parity != u32(parity); });
+  changed.wait(held, [&] { return gate.parity != parity; });
+}
+
+// Where `at` is in block `to`: one that has begun and has not ended.
+template <class T>
+DEVICE T* remote(T* at, int to) {
+  if (!this_began || !blocks[to]->running) std::abort();
+  return reinterpret_cast<T*>(blocks[to]->memory + (reinterpret_cast<unsigned char*>(at) - shared()));
+}
+
+DEVICE void arrive_at(i64* at, int to) { count(remote(at, to), 1, 0); }
+DEVICE void hand(float* at, float value, i64* gate, int to) {
+  *remote(at, to) = value;
+  count(remote(gate, to), 0, -4);
+}
+DEVICE void hand(u32* at, const u32 (&v)[4], i64* gate, int to) {
+  memcpy(remote(at, to), v, 16);
+  count(remote(gate, to), 0, -16);
 }
 
 DEVICE float exchange(float value, int distance) {
@@ -129,6 +177,16 @@ DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf
 DEVICE void copy_16(void* to, const void* from, bool wanted) {
   memset(to, 0xff, 16);  // not a number until the group is waited for: what still needs the old values shows
   open_group.push_back({to, from, wanted});
+}
+
+DEVICE void end_group();
+template <int pending>
+DEVICE void wait_groups();
+
+DEVICE void arrive_when_copied(i64* gate) {
+  end_group();
+  wait_groups<0>();
+  arrive(gate);
 }
 
 DEVICE void end_group() {
@@ -188,16 +246,20 @@ DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   w.together.arrive_and_wait();
 }
 
-// Runs one block after the other.
+// Runs one cluster after the other.
 static void run_grid(int x, int y, int threads, const std::function<void()>& kernel) {
   for (this_block_y = 0; this_block_y < y; ++this_block_y) {
-    for (this_block_x = 0; this_block_x < x; ++this_block_x) {
-      block = std::make_unique<Block>(threads);
+    for (this_cluster = 0; this_cluster < x / PARTS; ++this_cluster) {
+      blocks.clear();
+      for (int i = 0; i < PARTS; ++i) blocks.push_back(std::make_unique<Block>(threads));
+      not_begun = threads * PARTS;
       std::vector<std::thread> team;
-      for (int i = 0; i < threads; ++i) {
+      for (int i = 0; i < threads * PARTS; ++i) {
         team.emplace_back([&, i] {
-          this_thread = i;
+          this_thread = i % threads;
+          this_part = i / threads;
           kernel();
+          --blocks[this_part]->running;
         });
       }
       for (std::thread& member : team) member.join();

@@ -43,7 +43,7 @@ def build(folder: Path, form: decode.Form, shared: int) -> ctypes.CDLL:
     "head, group, key_heads, page, parts, shared",
     [
         (64, 4, 2, 16, 1, SHARED), (128, 8, 1, 32, 1, AMPERE), (64, 16, 1, 128, 2, SHARED), (128, 12, 2, 16, 4, SHARED),
-        (64, 4, 1, 16, 4, SHARED),
+        (64, 4, 1, 16, 4, SHARED), (64, 4, 1, 16, 2, SHARED), (64, 16, 1, 16, 4, SHARED), (128, 4, 1, 16, 4, SHARED), (128, 16, 1, 16, 2, SHARED), (128, 16, 1, 16, 1, SHARED),
     ],
 )  # fmt: skip
 def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, parts, shared):
@@ -60,7 +60,7 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     torch.manual_seed(head + group)
     # The one but last request has two tokens, the last has none.
-    lengths = torch.tensor([1, 127, 128, 129, 1300, 0, 130, 17], dtype=torch.int32)
+    lengths = torch.tensor([1, 127, 128, 129, 5780, 0, 130, 17], dtype=torch.int32)
     starts = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 8], dtype=torch.int32)
     heads, blocks = group * key_heads, -(-int(lengths.max()) // page)
     pages = torch.randperm(len(lengths) * blocks).to(torch.int32).reshape(len(lengths), blocks)
@@ -89,15 +89,16 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
 @pytest.mark.parametrize("head", decode.HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiles_without_a_gpu(arch, shared, head, dtype):
-    for form in (form for group in (8, 16) for form in decode.forms(group, 1, head)):
+    for form in (form for group in (8, 16) for form in decode.forms(group, 1, head, arch != "sm_80")):
         assert decode.build(form, dtype, arch, shared, 13)[:4] == b"\x7fELF"
         # A slot waits for the one before it.
         assert form.scorers(shared) >= 2
 
 
-def test_few_requests_are_shared_by_several_blocks():
-    found = {pairs: decode.choose_parts(pairs, 132) for pairs in (1, 16, 17, 33, 34, 2000)}
-    assert found == {1: 4, 16: 4, 17: 2, 33: 2, 34: 1, 2000: 1}
+def test_few_requests_are_shared_by_clusters():
+    found = {pairs: decode.choose_parts(pairs, 132, True) for pairs in (1, 33, 34, 66, 67, 2000)}
+    assert found == {1: 4, 33: 4, 34: 2, 66: 2, 67: 1, 2000: 1}
+    assert decode.choose_parts(1, 108, False) == 1
 
 
 def test_what_the_kernel_does_not_have_is_refused():
