@@ -118,15 +118,6 @@ DEVICE void copy_tile(const Cache& cache, const unsigned char* from, const Work&
   }
 }
 
-// A scorer sends each row's number to the scorer of the next tile: to `at` of scorers[next], for its gate.
-DEVICE void send(float* at, float value, i64* gate, const Work& work, int next) {
-  if (next < SCORERS) {
-    *at = value;
-  } else {
-    hand(at, value, gate, (work.part + 1) % PARTS);
-  }
-}
-
 // Scorer `warp` of the block scores the tiles of its slot: every RING-th.
 DEVICE void score(const Work& work, const Cache& cache, int warp) {
   Scorer& own = memory().scorers[warp];
@@ -214,12 +205,16 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     }
     if (i + 1 < work.tiles) {
       together();  // all have seen the peaks before, which may be overwritten once these are sent
+      if (next < SCORERS) {
 #pragma unroll
-      for (int half = 0; half < HALVES; ++half) {
-        const int row = 8 * half + g;
-        if (t == 0) send(&after.peaks[row], most[half], &after.peaked, work, next);
+        for (int half = 0; half < HALVES; ++half) after.peaks[8 * half + g] = most[half];  // four lanes, one value
+        arrive_as_one(&after.peaked);
+      } else if (t == 0) {
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) {
+          hand(&after.peaks[8 * half + g], most[half], &after.peaked, (work.part + 1) % PARTS);
+        }
       }
-      if (next < SCORERS) arrive_as_one(&after.peaked);
     }
 
 #pragma unroll
@@ -267,20 +262,36 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     if (PARTS == 1) arrive_as_one(&slot.full);
 
     if (i > 0) wait(&own.summed, phase_of(i - 1));
+    float sums[HALVES];
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
       const int row = 8 * half + g;
-      float sum = i > 0 ? carry(own.sums[row][t], by[half], s[0][2 * half]) : s[0][2 * half];
+      float& sum = sums[half];
+      sum = i > 0 ? carry(own.sums[row][t], by[half], s[0][2 * half]) : s[0][2 * half];
       sum += s[0][2 * half + 1];
 #pragma unroll
       for (int j = 1; j < 2 * STEPS; ++j) {
         sum += s[j][2 * half];
         sum += s[j][2 * half + 1];
       }
-      if (i + 1 < work.tiles) {
-        send(&after.sums[row][t], sum, &after.summed, work, next);
-        continue;
+    }
+    if (i + 1 < work.tiles) {
+      if (next < SCORERS) {
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) after.sums[8 * half + g][t] = sums[half];
+        arrive_as_one(&after.summed);
+      } else {
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) {
+          hand(&after.sums[8 * half + g][t], sums[half], &after.summed, (work.part + 1) % PARTS);
+        }
       }
+      continue;
+    }
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      const int row = 8 * half + g;
+      float sum = sums[half];
       sum += exchange(sum, 2);
       sum += exchange(sum, 1);
       if (t) continue;
@@ -291,11 +302,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
         for (int to = 0; to < PARTS; ++to) hand(&memory().totals[row], sum, &memory().done, to);
       }
     }
-    if (i + 1 < work.tiles) {
-      if (next < SCORERS) arrive_as_one(&after.summed);
-    } else if (PARTS == 1) {
-      arrive_as_one(&memory().done);
-    }
+    if (PARTS == 1) arrive_as_one(&memory().done);
   }
 }
 
@@ -327,11 +334,18 @@ struct Taken {
   float by[HALVES];
 };
 
-DEVICE void take(Taken& taken, const Work& work, int i, int warp) {
-  const int lane = thread() % 32, v_row = place(lane % 16, VALUE_PIECES, warp * OWN + lane / 16);
-  Slot& slot = memory().slots[i % RING];
-  wait(&slot.full, phase_of(i));
+// Where a summer is: a slot, its phase, and what a lane takes there.
+struct Turn {
+  int slot, phase, v_row;
+};
+
+template <class Between>
+DEVICE void take(Taken& taken, const Work& work, int i, Turn& turn, Between between) {
+  const int lane = thread() % 32, v_row = turn.v_row, at = turn.slot;
+  Slot& slot = memory().slots[at];
+  wait(&slot.full, turn.phase);
   together();
+  if (++turn.slot == RING) turn.slot = 0, turn.phase ^= 1;
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) taken.by[half] = slot.shrinks[8 * half + lane / 4];
 #pragma unroll
@@ -346,15 +360,16 @@ DEVICE void take(Taken& taken, const Work& work, int i, int warp) {
       load_matrices_transposed(taken.values[step][pair],
                                slot.values + (v_row ^ pair * 32) + step * 16 * VALUE_PIECES * 16);
     }
+    between(step);
   }
   arrive_as_one(&slot.empty);
   // Only what someone waits for goes to another block: that one may be gone afterwards.
   if (PARTS > 1 && lane == 0 && i + RING < work.tiles) {
-    arrive_at(&memory().scorers[i % SCORERS].cleared, i / SCORERS % PARTS);
+    arrive_at(&memory().scorers[at % SCORERS].cleared, at / SCORERS);
   }
 }
 
-DEVICE void add(float (&o)[OWN][4], const Taken& taken) {
+DEVICE void shrink(float (&o)[OWN][4], const Taken& taken) {
 #pragma unroll
   for (int b = 0; b < OWN; ++b) {
 #pragma unroll
@@ -363,17 +378,33 @@ DEVICE void add(float (&o)[OWN][4], const Taken& taken) {
       o[b][2 * half + 1] *= taken.by[half];
     }
   }
+}
+
+DEVICE void add_step(float (&o)[OWN][4], const Taken& taken, int step) {
+  const u32* const w = taken.weights[step / TAKEN] + step % TAKEN * 2;
+  const u32 a[4] = {w[0], HALVES > 1 ? w[1] : 0u, w[HALVES], HALVES > 1 ? w[2 * HALVES - 1] : 0u};
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-    const u32* const w = taken.weights[step / TAKEN] + step % TAKEN * 2;
-    const u32 a[4] = {w[0], HALVES > 1 ? w[1] : 0u, w[HALVES], HALVES > 1 ? w[2 * HALVES - 1] : 0u};
-#pragma unroll
-    for (int pair = 0; pair < OWN / 2; ++pair) {
-      const u32(&b)[4] = taken.values[step][pair];
-      multiply_add(o[2 * pair], a, b[0], b[1]);
-      multiply_add(o[2 * pair + 1], a, b[2], b[3]);
-    }
+  for (int pair = 0; pair < OWN / 2; ++pair) {
+    const u32(&b)[4] = taken.values[step][pair];
+    multiply_add(o[2 * pair], a, b[0], b[1]);
+    multiply_add(o[2 * pair + 1], a, b[2], b[3]);
   }
+}
+
+DEVICE void add(float (&o)[OWN][4], const Taken& taken) {
+  shrink(o, taken);
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) add_step(o, taken, step);
+}
+
+// Adds a tile's and takes those of tile i: between the additions, each of which waits for the one before.
+DEVICE void add_and_take(float (&o)[OWN][4], const Taken& taken, Taken& next, const Work& work, int i, Turn& turn) {
+  if (i >= work.tiles) return add(o, taken);
+  shrink(o, taken);
+  add_step(o, taken, 0);
+  take(next, work, i, turn, [&](int step) {
+    if (step + 1 < STEPS) add_step(o, taken, step + 1);
+  });
 }
 
 // Summer `warp` of the block: the output of its columns.
@@ -381,20 +412,19 @@ DEVICE void sum_values(const Work& work, int warp) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
   float o[OWN][4] = {};
   Taken now;
+  Turn turn{0, 0, keep(place(lane % 16, VALUE_PIECES, warp * OWN + lane / 16))};
   all_began();
   if (PARTS == 1) {
     for (int i = 0; i < work.tiles; ++i) {
-      take(now, work, i, warp);
+      take(now, work, i, turn, [](int) {});
       add(o, now);
     }
   } else {
     Taken then;  // the next tile's are taken before this one's are added: here every tile waits for the one before
-    if (work.tiles > 0) take(now, work, 0, warp);
+    if (work.tiles > 0) take(now, work, 0, turn, [](int) {});
     for (int i = 0; i < work.tiles; i += 2) {
-      if (i + 1 < work.tiles) take(then, work, i + 1, warp);
-      add(o, now);
-      if (i + 2 < work.tiles) take(now, work, i + 2, warp);
-      if (i + 1 < work.tiles) add(o, then);
+      add_and_take(o, now, then, work, i + 1, turn);
+      if (i + 1 < work.tiles) add_and_take(o, then, now, work, i + 2, turn);
     }
   }
   if (work.tiles > 0) wait(&memory().done, 0);
@@ -447,16 +477,19 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
   const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
                   out + static_cast<i64>(token) * o_token + head * group * o_head,
                   length, tiles, group, q_head, o_head, block_x() % PARTS, scale};
-  if (thread() < SCORERS) {
-    Scorer& scorer = memory().scorers[thread()];
-    open(&scorer.peaked, 1);
-    open(&scorer.summed, 1);
-    open(&scorer.cleared, SUMMERS * PARTS);
-  }
-  if (thread() < RING) {
-    Slot& slot = memory().slots[thread()];
-    open(&slot.full, 33);  // V by a warp, and the weights
-    open(&slot.empty, SUMMERS);
+  if (thread() % 32 == 0) {  // a warp's threads would take turns
+#pragma unroll 1
+    for (int i = warp; i < RING; i += THREADS / 32) {
+      if (i < SCORERS) {
+        Scorer& scorer = memory().scorers[i];
+        open(&scorer.peaked, 1);
+        open(&scorer.summed, 1);
+        open(&scorer.cleared, SUMMERS * PARTS);
+      }
+      Slot& slot = memory().slots[i];
+      open(&slot.full, 33);  // V by a warp, and the weights
+      open(&slot.empty, SUMMERS);
+    }
   }
   if (thread() == 0) {
     open(&memory().done, 1);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from pathlib import Path
@@ -86,15 +87,15 @@ class Form(NamedTuple):
         return -(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)
 
 
-def forms(heads: int, key_heads: int, head_size: int, clusters: bool) -> list[Form]:
-    """What a model may need, by the number of requests. clusters: whether the device has them."""
-    return [Form(head_size, heads // key_heads, number) for number in (PARTS if clusters else PARTS[-1:])]
+def forms(heads: int, key_heads: int, head_size: int, parts: Iterable[int]) -> list[Form]:
+    """What a model may need, by the number of requests, of the PARTS that a device has."""
+    return [Form(head_size, heads // key_heads, number) for number in parts]
 
 
-def choose_parts(pairs: int, processors: int, clusters: bool) -> int:
-    """How many blocks, a cluster, share the work of each of `pairs` pairs of request and key head: the most that find
-    a multiprocessor each."""
-    return next(number for number in PARTS if number == 1 or clusters and number * pairs <= processors)
+def choose_parts(pairs: int, at_once: Mapping[int, int]) -> int:
+    """How many blocks, a cluster, share the work of each of `pairs` pairs of request and key head: the most whose
+    clusters all run at once. at_once: how many do, by number of blocks."""
+    return next(number for number in PARTS if pairs <= at_once.get(number, 0) or number == 1)
 
 
 @functools.cache
@@ -144,7 +145,8 @@ def attend(
         *(c_int(stride) for stride in (*q.stride()[:2], *(2 * x for x in k.stride()[:3]), *out.stride()[:2])),
     ]  # fmt: skip
     stream = torch.cuda.current_stream(q.device).cuda_stream
-    parts = parts or choose_parts(key_heads * tokens, *_device(q.device.index))
+    if parts is None:
+        parts = choose_parts(key_heads * tokens, _at_once(heads // key_heads, size, q.dtype, q.device.index))
     form = Form(size, heads // key_heads, parts)
     kernel(form, q.dtype, q.device.index)((parts * key_heads, tokens), stream, arguments)
 
@@ -176,17 +178,17 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, bool]:
-    """A device's multiprocessors, and whether it has clusters."""
+def _at_once(group: int, head_size: int, dtype: torch.dtype, device: int) -> dict[int, int]:
+    """By number of blocks, above 1: how many clusters run at once on a device."""
+    return {n: kernel(Form(head_size, group, n), dtype, device).clusters(n) for n in parts_of(device) if n > 1}
+
+
+@functools.cache
+def parts_of(device: int) -> tuple[int, ...]:
+    """The PARTS that a device has: those above 1 need clusters."""
     import torch
 
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.major >= 9
-
-
-def parts_of(device: int) -> tuple[int, ...]:
-    """The PARTS that a device has."""
-    return PARTS if _device(device)[1] else PARTS[-1:]
+    return PARTS if torch.cuda.get_device_properties(device).major >= 9 else PARTS[-1:]
 
 
 def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int) -> None:
@@ -195,11 +197,12 @@ def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, devi
     Raises nvrtc.CompileError.
     """
     target = _target(device)
-    needed = forms(heads, key_heads, head_size, _device(device)[1])
+    needed = forms(heads, key_heads, head_size, parts_of(device))
     with ThreadPoolExecutor(len(needed)) as pool:
         list(pool.map(lambda form: build(form, dtype, *target), needed))
     for form in needed:
         kernel(form, dtype, device)
+    _at_once(heads // key_heads, head_size, dtype, device)
 
 
 @functools.cache

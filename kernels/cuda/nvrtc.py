@@ -9,11 +9,12 @@ import ctypes
 import functools
 import sys
 from collections.abc import Sequence
-from ctypes import byref, c_char_p, c_size_t, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
 
 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, and .._PREFERRED_SHARED_MEMORY_CARVEOUT in percent.
 _SHARED_BYTES, _CARVEOUT = 8, 9
+_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 
 
 class CompileError(RuntimeError):
@@ -56,6 +57,18 @@ def compile(source: str, arch: str, defines: dict[str, object], major: int) -> b
     return cubin.raw
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute with the size of a cluster."""
+
+    _fields_ = [("id", c_int), ("pad", c_int), ("cluster", c_uint * 3), ("rest", ctypes.c_char * 52)]
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig. sizes: of the grid, of a block, bytes of shared memory."""
+
+    _fields_ = [("sizes", c_uint * 7), ("stream", c_void_p), ("attributes", c_void_p), ("number", c_uint)]
+
+
 class Function:
     """A kernel of a cubin, on the current device. The cubin must live as long as it."""
 
@@ -68,6 +81,15 @@ class Function:
         _check(code, "cuModuleGetFunction")
         for attribute, value in ((_SHARED_BYTES, shared_bytes), (_CARVEOUT, 100)):
             _check(self._driver.cuFuncSetAttribute(self._function, attribute, value), "cuFuncSetAttribute")
+
+    def clusters(self, blocks: int) -> int:
+        """How many clusters of so many blocks run at once: a cluster's multiprocessors lie side by side."""
+        attribute = _Attribute(_CLUSTER, 0, (c_uint * 3)(blocks, 1, 1))
+        sizes = (c_uint * 7)(blocks, 1, 1, self._threads, 1, 1, self._shared)
+        launch, found = _Launch(sizes, None, ctypes.addressof(attribute), 1), c_int()
+        code = self._driver.cuOccupancyMaxActiveClusters(byref(found), self._function, byref(launch))
+        _check(code, "cuOccupancyMaxActiveClusters")
+        return found.value
 
     def __call__(self, grid: tuple[int, int], stream: int, arguments: Sequence[ctypes._SimpleCData]) -> None:
         """Enqueue on `stream`. Arguments have the sizes of the kernel's parameters."""

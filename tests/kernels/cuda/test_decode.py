@@ -89,16 +89,17 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
 @pytest.mark.parametrize("head", decode.HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiles_without_a_gpu(arch, shared, head, dtype):
-    for form in (form for group in (8, 16) for form in decode.forms(group, 1, head, arch != "sm_80")):
+    parts = (1,) if arch == "sm_80" else decode.PARTS  # clusters
+    for form in (form for group in (8, 16) for form in decode.forms(group, 1, head, parts)):
         assert decode.build(form, dtype, arch, shared, 13)[:4] == b"\x7fELF"
         # A slot waits for the one before it.
         assert form.scorers(shared) >= 2
 
 
 def test_few_requests_are_shared_by_clusters():
-    found = {pairs: decode.choose_parts(pairs, 132, True) for pairs in (1, 33, 34, 66, 67, 2000)}
-    assert found == {1: 4, 33: 4, 34: 2, 66: 2, 67: 1, 2000: 1}
-    assert decode.choose_parts(1, 108, False) == 1
+    found = {pairs: decode.choose_parts(pairs, {4: 30, 2: 66}) for pairs in (1, 30, 31, 66, 67, 2000)}
+    assert found == {1: 4, 30: 4, 31: 2, 66: 2, 67: 1, 2000: 1}
+    assert decode.choose_parts(1, {}) == 1
 
 
 def test_what_the_kernel_does_not_have_is_refused():
