@@ -77,6 +77,9 @@ struct Work {
 DEVICE int begin_of(const Work& work, int i) { return (work.tiles - 1 - i) * TILE; }
 DEVICE int phase_of(int i) { return i / RING & 1; }
 
+// A zero that the compiler does not know.
+DEVICE u32 hidden_zero(const Work& work) { return work.group >> 16; }
+
 // Of tiles i, i + step and so on, a lane's group: the page where it lies.
 DEVICE int find_page(const Cache& cache, const Work& work, int i, int step) {
   const int lane = thread() % 32, tile = i + lane / GROUPS * step, at = begin_of(work, tile) + GROUP * (lane % GROUPS);
@@ -133,8 +136,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   end_group();
   int next_page = find_page(cache, work, mine + RING, RING);
 
-  // A zero that the compiler does not know: it would move known ones into place for each instruction.
-  const u32 zero = work.group >> 16;
+  const u32 zero = hidden_zero(work);  // the compiler would move one that it knows into place for each instruction
   u32 queries[HEAD / 16][4];
 #pragma unroll
   for (int i = 0; i < HEAD / 16; ++i) {
@@ -364,8 +366,17 @@ DEVICE void take(Taken& taken, const Work& work, int i, Turn& turn, Between betw
   }
   arrive_as_one(&slot.empty);
   // Only what someone waits for goes to another block: that one may be gone afterwards.
-  if (PARTS > 1 && lane == 0 && i + RING < work.tiles) {
-    arrive_at(&memory().scorers[at % SCORERS].cleared, at / SCORERS);
+  if (PARTS > 1 && i + RING < work.tiles) {
+    u32 values = 0;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) values |= bits_of(taken.by[half]);
+#pragma unroll
+    for (int load = 0; load < LOADS; ++load) {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) values |= taken.weights[load][part];
+    }
+    const int none = zero_after(values, hidden_zero(work));
+    if (lane == 0) arrive_at(&memory().scorers[at % SCORERS].cleared, at / SCORERS + none);
   }
 }
 

@@ -61,6 +61,8 @@ DEVICE u32 round_pair(float low, float high) {
   return pair;
 }
 
+DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
+
 // Computed here once, not again where it is used.
 DEVICE int keep(int x) {
   asm volatile("" : "+r"(x));
@@ -125,6 +127,11 @@ DEVICE void hand(u32* at, const u32 (&v)[4], i64* gate, int to) {
                    remote(at, to)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(remote(gate, to)) : "memory");
 }
 
+// Zero if `zero` is, once all lanes have their `values`.
+DEVICE int zero_after(u32 values, u32 zero) { return __reduce_or_sync(0xffffffffu, values & zero); }
+
+// In block `to`. An arrival at another block overtakes loads before it, and what that block sends then would be what
+// they load: `to` must depend on their values. The fence that orders them too would double the kernel's time.
 DEVICE void arrive_at(i64* gate, int to) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(gate, to)) : "memory");
 }
@@ -139,6 +146,7 @@ DEVICE void all_began() { asm volatile("barrier.cluster.wait.aligned;" ::: "memo
 DEVICE void expect(i64*, int) {}
 DEVICE void hand(float*, float, i64*, int) {}
 DEVICE void hand(u32*, const u32 (&)[4], i64*, int) {}
+DEVICE int zero_after(u32, u32 zero) { return zero; }
 DEVICE void arrive_at(i64*, int) {}
 DEVICE void begin() { barrier(); }
 DEVICE void all_began() {}

@@ -56,3 +56,25 @@ def test_rows_of_any_batch_through_a_graph(page):
             one = torch.tensor([0, 1], device="cuda", dtype=torch.int32)
             decode.attend(q[i : i + 1], k, v, alone, one, lengths[i : i + 1], pages[i : i + 1], size**-0.5)
             assert torch.equal(alone[0], out[i]), (i, int(lengths[i]))
+
+
+@pytest.mark.parametrize("size, number", [(64, 4), (128, 2)])
+def test_long_requests_while_memory_is_busy(size, number):
+    """Messages between the blocks of a cluster overtake copies that wait for memory."""
+    from bi_patch.kernels.cuda import decode
+
+    torch.manual_seed(size)
+    blocks = 2000
+    cache = torch.randn(number * blocks, 8, 16, 2 * size, device="cuda", dtype=torch.bfloat16)
+    k, v = cache.transpose(1, 2).split(size, dim=-1)
+    pages = torch.randperm(number * blocks, device="cuda").to(torch.int32).reshape(number, blocks)
+    q = torch.randn(number, 32, size, device="cuda", dtype=torch.bfloat16)
+    starts = torch.arange(number + 1, device="cuda", dtype=torch.int32)
+    lengths = torch.full((number,), 16 * blocks, device="cuda", dtype=torch.int32)
+    want = torch.empty_like(q)
+    decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, 1)
+    for parts in decode.parts_of(0):
+        outs = [torch.empty_like(q) for _ in range(100)]
+        for out in outs:
+            decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, parts)
+        assert sum(not torch.equal(out, want) for out in outs) == 0, parts

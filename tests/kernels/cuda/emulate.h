@@ -128,6 +128,7 @@ DEVICE T* remote(T* at, int to) {
   return reinterpret_cast<T*>(blocks[to]->memory + (reinterpret_cast<unsigned char*>(at) - shared()));
 }
 
+DEVICE int zero_after(u32, u32 zero) { return zero; }
 DEVICE void arrive_at(i64* at, int to) { count(remote(at, to), 1, 0); }
 DEVICE void hand(float* at, float value, i64* gate, int to) {
   *remote(at, to) = value;
@@ -160,9 +161,14 @@ DEVICE float power_of_2(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.f / x; }
 DEVICE float carry(float sum, float by, float p) { return fmaf(sum, by, p); }
 
-DEVICE u32 round_bf16(float value) {
+DEVICE u32 bits_of(float value) {
   u32 bits;
   memcpy(&bits, &value, 4);
+  return bits;
+}
+
+DEVICE u32 round_bf16(float value) {
+  const u32 bits = bits_of(value);
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
