@@ -334,6 +334,7 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
 struct Taken {
   u32 weights[LOADS][4], values[STEPS][OWN / 2][4];
   float by[HALVES];
+  int slot;
 };
 
 // Where a summer is: a slot, its phase, and what a lane takes there.
@@ -342,7 +343,7 @@ struct Turn {
 };
 
 template <class Between>
-DEVICE void take(Taken& taken, const Work& work, int i, Turn& turn, Between between) {
+DEVICE void take(Taken& taken, Turn& turn, Between between) {
   const int lane = thread() % 32, v_row = turn.v_row, at = turn.slot;
   Slot& slot = memory().slots[at];
   wait(&slot.full, turn.phase);
@@ -365,18 +366,24 @@ DEVICE void take(Taken& taken, const Work& work, int i, Turn& turn, Between betw
     between(step);
   }
   arrive_as_one(&slot.empty);
-  // Only what someone waits for goes to another block: that one may be gone afterwards.
-  if (PARTS > 1 && i + RING < work.tiles) {
-    u32 values = 0;
+  taken.slot = at;
+}
+
+// Tells the block that scores for it that the slot of tile i is free. Only what someone waits for goes to another
+// block: that one may be gone afterwards.
+DEVICE void clear(const Taken& taken, const Work& work, int i) {
+  if (PARTS == 1 || i + RING >= work.tiles) return;
+  u32 values = 0;
 #pragma unroll
-    for (int half = 0; half < HALVES; ++half) values |= bits_of(taken.by[half]);
+  for (int half = 0; half < HALVES; ++half) values |= bits_of(taken.by[half]);
 #pragma unroll
-    for (int load = 0; load < LOADS; ++load) {
+  for (int load = 0; load < LOADS; ++load) {
 #pragma unroll
-      for (int part = 0; part < 4; ++part) values |= taken.weights[load][part];
-    }
-    const int none = zero_after(values, hidden_zero(work));
-    if (lane == 0) arrive_at(&memory().scorers[at % SCORERS].cleared, at / SCORERS + none);
+    for (int part = 0; part < 4; ++part) values |= taken.weights[load][part];
+  }
+  const int none = zero_after(values, hidden_zero(work));
+  if (thread() % 32 == 0) {
+    arrive_at(&memory().scorers[taken.slot % SCORERS].cleared, taken.slot / SCORERS + none);
   }
 }
 
@@ -408,14 +415,15 @@ DEVICE void add(float (&o)[OWN][4], const Taken& taken) {
   for (int step = 0; step < STEPS; ++step) add_step(o, taken, step);
 }
 
-// Adds a tile's and takes those of tile i: between the additions, each of which waits for the one before.
+// Adds tile i's and takes the next one's: between the additions, each of which waits for the one before.
 DEVICE void add_and_take(float (&o)[OWN][4], const Taken& taken, Taken& next, const Work& work, int i, Turn& turn) {
-  if (i >= work.tiles) return add(o, taken);
+  if (i + 1 >= work.tiles) return add(o, taken);
   shrink(o, taken);
   add_step(o, taken, 0);
-  take(next, work, i, turn, [&](int step) {
+  take(next, turn, [&](int step) {
     if (step + 1 < STEPS) add_step(o, taken, step + 1);
   });
+  clear(taken, work, i);  // here nobody waits for its loads
 }
 
 // Summer `warp` of the block: the output of its columns.
@@ -427,15 +435,15 @@ DEVICE void sum_values(const Work& work, int warp) {
   all_began();
   if (PARTS == 1) {
     for (int i = 0; i < work.tiles; ++i) {
-      take(now, work, i, turn, [](int) {});
+      take(now, turn, [](int) {});
       add(o, now);
     }
   } else {
     Taken then;  // the next tile's are taken before this one's are added: here every tile waits for the one before
-    if (work.tiles > 0) take(now, work, 0, turn, [](int) {});
+    if (work.tiles > 0) take(now, turn, [](int) {});
     for (int i = 0; i < work.tiles; i += 2) {
-      add_and_take(o, now, then, work, i + 1, turn);
-      if (i + 1 < work.tiles) add_and_take(o, then, now, work, i + 2, turn);
+      add_and_take(o, now, then, work, i, turn);
+      if (i + 1 < work.tiles) add_and_take(o, then, now, work, i + 1, turn);
     }
   }
   if (work.tiles > 0) wait(&memory().done, 0);
