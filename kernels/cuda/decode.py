@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 HEAD_SIZES = (64, 128)
 GROUP = 16  # most query heads a key head
 PARTS = (4, 2, 1)
+_LEAST_COLUMNS = 32  # of V a block: a warp with all 16 of a quarter of 64 is behind the scores
 _TILE = 128
 _MOST_SCORERS = 8
 _FEW_WARPS = 8  # of a block, that may have 255 registers a thread
@@ -61,8 +62,8 @@ class Form(NamedTuple):
 
     @property
     def summers(self) -> int:
-        """Warps that sum V: of 16 to 32 columns each; more of them would leave each fewer registers."""
-        return self.head_size // self.parts // (32 if self.head_size == 128 and self.parts < 4 else 16)
+        """Warps that sum V, 16 to 32 columns each; more of them would leave each fewer registers."""
+        return 4 if self.parts == 1 else 2
 
     @property
     def carriers(self) -> int:
@@ -87,9 +88,15 @@ class Form(NamedTuple):
         return -(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)
 
 
-def forms(heads: int, key_heads: int, head_size: int, parts: Iterable[int]) -> list[Form]:
-    """What a model may need, by the number of requests, of the PARTS that a device has."""
-    return [Form(head_size, heads // key_heads, number) for number in parts]
+def parts_of(head_size: int, major: int) -> tuple[int, ...]:
+    """By how many blocks the work of a request and key head may be shared, on a device of compute capability `major`:
+    more than one are a cluster."""
+    return tuple(n for n in PARTS if n == 1 or (major >= 9 and head_size // n >= _LEAST_COLUMNS))
+
+
+def forms(heads: int, key_heads: int, head_size: int, major: int) -> list[Form]:
+    """What a model may need, by the number of requests."""
+    return [Form(head_size, heads // key_heads, number) for number in parts_of(head_size, major)]
 
 
 def choose_parts(pairs: int, at_once: Mapping[int, int]) -> int:
@@ -180,15 +187,10 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
 @functools.cache
 def _at_once(group: int, head_size: int, dtype: torch.dtype, device: int) -> dict[int, int]:
     """By number of blocks, above 1: how many clusters run at once on a device."""
-    return {n: kernel(Form(head_size, group, n), dtype, device).clusters(n) for n in parts_of(device) if n > 1}
-
-
-@functools.cache
-def parts_of(device: int) -> tuple[int, ...]:
-    """The PARTS that a device has: those above 1 need clusters."""
     import torch
 
-    return PARTS if torch.cuda.get_device_properties(device).major >= 9 else PARTS[-1:]
+    found = parts_of(head_size, torch.cuda.get_device_capability(device)[0])
+    return {n: kernel(Form(head_size, group, n), dtype, device).clusters(n) for n in found if n > 1}
 
 
 def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int) -> None:
@@ -196,8 +198,10 @@ def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, devi
 
     Raises nvrtc.CompileError.
     """
+    import torch
+
     target = _target(device)
-    needed = forms(heads, key_heads, head_size, parts_of(device))
+    needed = forms(heads, key_heads, head_size, torch.cuda.get_device_capability(device)[0])
     with ThreadPoolExecutor(len(needed)) as pool:
         list(pool.map(lambda form: build(form, dtype, *target), needed))
     for form in needed:

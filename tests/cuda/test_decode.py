@@ -36,18 +36,18 @@ def test_rows_of_any_batch_through_a_graph(page):
     starts = torch.arange(number + 1, device="cuda", dtype=torch.int32)
     starts[-1] = number - 1
     lengths = torch.full((number,), 5, device="cuda", dtype=torch.int32)
-    out = torch.zeros_like(q)
+    out, shared = torch.zeros_like(q), decode.parts_of(size, torch.cuda.get_device_capability()[0])
     decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # clusters, where the device has them
-        decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, decode.parts_of(0)[0])
+        decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, shared[0])
     for _ in range(3):
         lengths.copy_(torch.randint(0, most, (number,)))
         lengths[0] = 0
         out.fill_(7)
         graph.replay()
         assert (out[0] == 0).all() and (out[-1] == 7).all()
-        for parts in decode.parts_of(0):
+        for parts in shared:
             again = torch.full_like(q, 7)
             decode.attend(q, k, v, again, starts, lengths, pages, size**-0.5, parts)
             assert torch.equal(again, out), parts
@@ -73,7 +73,7 @@ def test_long_requests_while_memory_is_busy(size, number):
     lengths = torch.full((number,), 16 * blocks, device="cuda", dtype=torch.int32)
     want = torch.empty_like(q)
     decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, 1)
-    for parts in decode.parts_of(0):
+    for parts in decode.parts_of(size, torch.cuda.get_device_capability()[0]):
         outs = [torch.empty_like(q) for _ in range(100)]
         for out in outs:
             decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, parts)
