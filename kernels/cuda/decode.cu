@@ -26,6 +26,7 @@ constexpr int STEPS = TILE / 16;  // of 16 keys
 constexpr int ROWS = 16;
 constexpr int TAKEN = 2 / HALVES, LOADS = STEPS / TAKEN;  // steps whose weights a lane takes at once; how often
 static_assert(SCORERS > 1);  // a scorer's numbers are read while the next ones are written
+static_assert(RING % CARRIERS == 0);  // a slot has one carrier, whose waits follow each other
 
 // What a scorer has in its block's memory.
 struct alignas(128) Scorer {
@@ -369,8 +370,8 @@ DEVICE void take(Taken& taken, Turn& turn, Between between) {
   taken.slot = at;
 }
 
-// Tells the block that scores for it that the slot of tile i is free. Only what someone waits for goes to another
-// block: that one may be gone afterwards.
+// Tells the block that scores for it that the slot of tile i is free: after the loads of all that blocks send there. Only
+// what someone waits for goes to another block: that one may be gone afterwards.
 DEVICE void clear(const Taken& taken, const Work& work, int i) {
   if (PARTS == 1 || i + RING >= work.tiles) return;
   u32 values = 0;

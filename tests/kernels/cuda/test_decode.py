@@ -1,6 +1,8 @@
 """The decode kernel on the CPU: its own source, compiled by g++ over emulated instructions, against plain attention."""
 
 import ctypes
+import importlib.util
+import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +96,18 @@ def test_compiles_without_a_gpu(arch, shared, head, dtype):
         assert decode.build(form, dtype, arch, shared, 13)[:4] == b"\x7fELF"
         # A slot waits for the one before it.
         assert form.scorers(shared) >= 2
+
+
+@pytest.mark.parametrize("head, parts", [(64, 2), (128, 2), (128, 4)])
+@pytest.mark.parametrize("group", [8, 16])
+def test_another_block_is_told_after_the_loads(tmp_path, head, parts, group):
+    """In the machine code, too, each arrival at another block follows a reduction over what was loaded."""
+    (tmp_path / "cubin").write_bytes(decode.build(decode.Form(head, group, parts), torch.bfloat16, "sm_90", SHARED, 13))
+    triton = Path(importlib.util.find_spec("triton").origin).parent
+    command = [triton / "backends" / "nvidia" / "bin" / "nvdisasm", "-c", tmp_path / "cubin"]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"REDUX\.OR|SYNCS\.ARRIVE\.TRANS64\.RED", listing)
+    assert found and found == ["REDUX.OR", "SYNCS.ARRIVE.TRANS64.RED"] * (len(found) // 2)
 
 
 def test_few_requests_are_shared_by_clusters():
