@@ -40,6 +40,11 @@ class Request(msgspec.Struct, frozen=True):
     digest: bool = False
     asked: tuple[int, ...] = ()
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many tokens' logprobs besides the chosen one's vLLM is to return, None for none at all."""
+        return len(self.asked) or self.logprobs
+
     def but(self, **changes: object) -> Request:
         return msgspec.structs.replace(self, **changes)
 

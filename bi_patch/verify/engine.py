@@ -319,7 +319,7 @@ def _sampling(request: Request, digest: str = "", text: bool = True):
         top_p=request.top_p,
         seed=request.seed,
         max_tokens=request.max_tokens,
-        logprobs=len(request.asked) or request.logprobs,
+        logprobs=request.alternatives,
         logprob_token_ids=list(request.asked) or None,
         prompt_logprobs=request.prompt_logprobs,
         ignore_eos=True,

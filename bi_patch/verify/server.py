@@ -143,9 +143,8 @@ class ServerEngine:
         try:
             answer = await self._client.completions.create(
                 model=request.lora or self.options.model, prompt=list(request.prompt), max_tokens=request.max_tokens,
-                temperature=request.temperature, top_p=request.top_p, seed=request.seed,
-                logprobs=len(request.asked) or request.logprobs, presence_penalty=request.presence_penalty,
-                extra_body=extra,
+                temperature=request.temperature, top_p=request.top_p, seed=request.seed, logprobs=request.alternatives,
+                presence_penalty=request.presence_penalty, extra_body=extra,
             )  # fmt: skip
         except self._openai.APIStatusError as error:
             raise ServerFailed(
