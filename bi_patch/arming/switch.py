@@ -75,7 +75,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     _set_environ(new, children.environ() if hooked else {})
     _state = new
     active.plan, active.cache = plan, read.cache
-    active.checks, active.worker_checks = [_gate, _platform], [_workers]
+    active.checks, active.worker_checks = [_gate], [_workers]
     if hooked:
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)
@@ -116,11 +116,6 @@ def _gate(config: object) -> None:
     from bi_patch.arming import gate
 
     gate.verify()
-
-
-def _platform(config: object) -> None:
-    from bi_patch.arming import gate
-
     gate.verify_platform()
 
 
