@@ -134,7 +134,7 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     for what, q, k, v, pages, scale in layouts():
         want = prefill(q, k, v, pages, scale)[rows]
         held = pages.expand(len(lengths), -1)
-        for parts in decode.parts_of(problem.head_size, torch.cuda.get_device_capability()[0]):
+        for parts in decode.parts_on(problem.head_size, torch.cuda.current_device()):
             got = torch.empty_like(want)
             decode.attend(q[rows], k, v, got, starts, lengths, held, scale, parts)
             wrong = unequal(got, want)

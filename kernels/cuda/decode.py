@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from pathlib import Path
@@ -94,9 +94,16 @@ def parts_of(head_size: int, major: int) -> tuple[int, ...]:
     return tuple(n for n in PARTS if n == 1 or (major >= 9 and head_size // n >= _LEAST_COLUMNS))
 
 
-def forms(heads: int, key_heads: int, head_size: int, major: int) -> list[Form]:
+def parts_on(head_size: int, device: int) -> tuple[int, ...]:
+    """parts_of a device."""
+    import torch
+
+    return parts_of(head_size, torch.cuda.get_device_capability(device)[0])
+
+
+def forms(heads: int, key_heads: int, head_size: int, parts: Iterable[int]) -> list[Form]:
     """What a model may need, by the number of requests."""
-    return [Form(head_size, heads // key_heads, number) for number in parts_of(head_size, major)]
+    return [Form(head_size, heads // key_heads, number) for number in parts]
 
 
 def choose_parts(pairs: int, at_once: Mapping[int, int]) -> int:
@@ -187,9 +194,7 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
 @functools.cache
 def _at_once(group: int, head_size: int, dtype: torch.dtype, device: int) -> dict[int, int]:
     """By number of blocks, above 1: how many clusters run at once on a device."""
-    import torch
-
-    found = parts_of(head_size, torch.cuda.get_device_capability(device)[0])
+    found = parts_on(head_size, device)
     return {n: kernel(Form(head_size, group, n), dtype, device).clusters(n) for n in found if n > 1}
 
 
@@ -198,10 +203,8 @@ def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, devi
 
     Raises nvrtc.CompileError.
     """
-    import torch
-
     target = _target(device)
-    needed = forms(heads, key_heads, head_size, torch.cuda.get_device_capability(device)[0])
+    needed = forms(heads, key_heads, head_size, parts_on(head_size, device))
     with ThreadPoolExecutor(len(needed)) as pool:
         list(pool.map(lambda form: build(form, dtype, *target), needed))
     for form in needed:

@@ -20,23 +20,27 @@ def test_certificate(size, heads, key_heads, dtype, tmp_path):
     assert cuda_attention.serves(problem)
 
 
+def requests(number, size, page, blocks):
+    """q of `number` requests of 32 heads on 8, K, V in `blocks` pages each, where requests begin, and their pages."""
+    # As vLLM lays KV out: K and V of a token side by side.
+    cache = torch.randn(number * blocks, 8, page, 2 * size, device="cuda", dtype=torch.bfloat16)
+    k, v = cache.transpose(1, 2).split(size, dim=-1)
+    pages = torch.randperm(number * blocks, device="cuda").to(torch.int32).reshape(number, blocks)
+    q = torch.randn(number, 32, size, device="cuda", dtype=torch.bfloat16)
+    return q, k, v, torch.arange(number + 1, device="cuda", dtype=torch.int32), pages
+
+
 @pytest.mark.parametrize("page", [16, 64, 128])
 def test_rows_of_any_batch_through_a_graph(page):
     """Requests captured in a graph, of other lengths at each replay, one of them empty, one without token."""
     from bi_patch.kernels.cuda import decode
 
     torch.manual_seed(page)
-    number, heads, key_heads, size, most = 40, 32, 8, 64, 3000
-    blocks = -(-most // page)
-    # As vLLM lays KV out: K and V of a token side by side.
-    cache = torch.randn(number * blocks, key_heads, page, 2 * size, device="cuda", dtype=torch.bfloat16)
-    k, v = cache.transpose(1, 2).split(size, dim=-1)
-    pages = torch.randperm(number * blocks, device="cuda").to(torch.int32).reshape(number, blocks)
-    q = torch.randn(number, heads, size, device="cuda", dtype=torch.bfloat16)
-    starts = torch.arange(number + 1, device="cuda", dtype=torch.int32)
+    number, size, most = 40, 64, 3000
+    q, k, v, starts, pages = requests(number, size, page, -(-most // page))
     starts[-1] = number - 1
     lengths = torch.full((number,), 5, device="cuda", dtype=torch.int32)
-    out, shared = torch.zeros_like(q), decode.parts_of(size, torch.cuda.get_device_capability()[0])
+    out, shared = torch.zeros_like(q), decode.parts_on(size, 0)
     decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # clusters, where the device has them
@@ -64,16 +68,12 @@ def test_long_requests_while_memory_is_busy(size, number):
     from bi_patch.kernels.cuda import decode
 
     torch.manual_seed(size)
-    blocks = 2000
-    cache = torch.randn(number * blocks, 8, 16, 2 * size, device="cuda", dtype=torch.bfloat16)
-    k, v = cache.transpose(1, 2).split(size, dim=-1)
-    pages = torch.randperm(number * blocks, device="cuda").to(torch.int32).reshape(number, blocks)
-    q = torch.randn(number, 32, size, device="cuda", dtype=torch.bfloat16)
-    starts = torch.arange(number + 1, device="cuda", dtype=torch.int32)
-    lengths = torch.full((number,), 16 * blocks, device="cuda", dtype=torch.int32)
+    page, blocks = 16, 2000
+    q, k, v, starts, pages = requests(number, size, page, blocks)
+    lengths = torch.full((number,), page * blocks, device="cuda", dtype=torch.int32)
     want = torch.empty_like(q)
     decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, 1)
-    for parts in decode.parts_of(size, torch.cuda.get_device_capability()[0]):
+    for parts in decode.parts_on(size, 0):
         outs = [torch.empty_like(q) for _ in range(100)]
         for out in outs:
             decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, parts)

@@ -91,8 +91,8 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
 @pytest.mark.parametrize("head", decode.HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiles_without_a_gpu(arch, shared, head, dtype):
-    major = int(arch[3:]) // 10
-    for form in (form for group in (8, 16) for form in decode.forms(group, 1, head, major)):
+    parts = decode.parts_of(head, int(arch[3:]) // 10)
+    for form in (form for group in (8, 16) for form in decode.forms(group, 1, head, parts)):
         assert decode.build(form, dtype, arch, shared, 13)[:4] == b"\x7fELF"
         # A slot waits for the one before it.
         assert form.scorers(shared) >= 2
