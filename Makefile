@@ -40,10 +40,10 @@ test-all: setup test-ascend
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	echo "test-gpu needs a CUDA GPU and a torch that sees it; $(PYTHON) has none" >&2; exit 1; }
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/cuda
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
 
 test-ascend: $(ASCEND)/.installed
-	PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest -m "ascend and not slow" tests/ascend tests/kernels/ascend
+	PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest -m "ascend and not slow" tests/ascend
 
 bench: setup
 	$(BIN)/bi-patch bench

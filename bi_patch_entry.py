@@ -1,12 +1,25 @@
-"""What other programs call by name: the .pth file, vLLM's plugin loader and the console script.
+"""The door to bi_patch: what other programs call by name, without arming their process by accident.
 
-It stands beside the package because importing `bi_patch` arms this process, and these must decide that themselves.
+`import bi_patch` arms. This module stands beside the package, so that the .pth file, vLLM's plugin loader, the patched
+modules of vLLM, the console script and pytest can decide that themselves: `without_arming()` is the one switch.
 """
 
+import importlib
 import os
 import sys
 
-arm_on_import = False  # read by bi_patch/__init__.py: only an explicit `import bi_patch` arms at once
+_import_arms = True
+
+
+def import_arms() -> bool:
+    """Whether importing bi_patch arms this process; bi_patch/__init__.py asks."""
+    return _import_arms
+
+
+def without_arming() -> None:
+    """From now on importing bi_patch does not arm this process: for tools and tests, which arm when they mean to."""
+    global _import_arms
+    _import_arms = False
 
 
 class ArmingFailed(RuntimeError):
@@ -42,6 +55,7 @@ def autoload() -> None:
     Python prints what a .pth file raises and goes on. So every error is kept until vLLM is imported, one of importing
     bi_patch itself included.
     """
+    without_arming()
     try:
         from bi_patch import BiPatchError, arm
     except Exception as error:
@@ -64,17 +78,29 @@ def _refuse(cause: Exception) -> None:
     sys.meta_path.insert(0, _Refusal(reason))
 
 
-def verify() -> None:
+def check() -> None:
     """vLLM's general plugin: in every vLLM process, stop unless every required seam is closed."""
-    asked = os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1" and os.environ.get("BI_PATCH", "1") != "0"
-    if asked or "bi_patch" in sys.modules:
-        from bi_patch.arming import gate
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1" and os.environ.get("BI_PATCH", "1") != "0":
+        without_arming()
+        from bi_patch.arming import startup
 
-        gate.verify()
+        startup.check()
+
+
+def close(module: str) -> None:
+    """Called at the end of a patched vLLM module, which is loading: close its seams where that is asked for."""
+    without_arming()
+    from bi_patch.arming import patched
+
+    patched.close(module)
+
+
+def run(module: str) -> None:
+    """Run a tool: the function `main` of a module of bi_patch."""
+    without_arming()
+    importlib.import_module(module).main()
 
 
 def cli() -> None:
     """The console script `bi-patch`."""
-    from bi_patch.cli import main
-
-    main()
+    run("bi_patch.tools.cli")

@@ -12,33 +12,52 @@ import pytest
 @pytest.fixture(scope="session")
 def verify_invariance():
     """verify_invariance(model="", *, url="", level="quick", mode="armed", axes=(), engine_args={}, dtype="auto",
-    eager=None, random_weights=None, logits=False, clients=256) -> bi_patch.verify.report.Report
+    eager=None, random_weights=None, logits=False, clients=256) -> bi_patch.tools.verify.report.Report
 
     Fails the test with the report as text when a position differs, or when an axis that applies could not be checked.
     The options are those of `bi-patch verify`; axes: names of axes, all of the level by default. Raises SettingError
     for a mode or a level that does not exist.
     """
-    import bi_patch_entry  # noqa: F401  before bi_patch: importing it then does not arm this process
+    import bi_patch_entry
+
+    bi_patch_entry.without_arming()
 
     return _verify
 
 
-def _verify(model: str = "", *, url: str = "", level: str = "quick", mode: str = "armed", axes=(), engine_args=None,
-            dtype: str = "auto", eager: bool | None = None, random_weights: int | None = None, logits: bool = False,
-            clients: int = 256):
-    from bi_patch.verify import levels, terminal
-    from bi_patch.verify.local import local
-    from bi_patch.verify.measure import verify
-    from bi_patch.verify.targets import Running
+def _verify(
+    model: str = "",
+    *,
+    url: str = "",
+    level: str = "quick",
+    mode: str = "armed",
+    axes=(),
+    engine_args=None,
+    dtype: str = "auto",
+    eager: bool | None = None,
+    random_weights: int | None = None,
+    logits: bool = False,
+    clients: int = 256,
+):
+    from bi_patch.tools.verify import levels, terminal
+    from bi_patch.tools.verify.local import local
+    from bi_patch.tools.verify.measure import verify
+    from bi_patch.tools.verify.targets import Running
 
     chosen = levels.named(level)
     if url:
         target = Running(url, model=model)
     else:
         target = local(
-            model, chosen, mode=mode, engine_args=engine_args, dtype=dtype, eager=eager,
-            random_weights=random_weights, logits=logits,
-        )  # fmt: skip
+            model,
+            chosen,
+            mode=mode,
+            engine_args=engine_args,
+            dtype=dtype,
+            eager=eager,
+            random_weights=random_weights,
+            logits=logits,
+        )
     report = verify(target, chosen, only=tuple(axes), clients=clients)
     if report.exit_code:
         pytest.fail(f"{' '.join(report.verdict)}\n\n{terminal.plain(report)}", pytrace=False)

@@ -3,13 +3,12 @@
 Importing it before vLLM arms it. BI_PATCH=0 leaves vLLM as it is.
 """
 
-import sys
-
+import bi_patch_entry
 from bi_patch.arming import arm, disarm, state
 from bi_patch.errors import BiPatchError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["BiPatchError", "__version__", "arm", "disarm", "state"]
 
-if getattr(sys.modules.get("bi_patch_entry"), "arm_on_import", True):
+if bi_patch_entry.import_arms():
     arm()

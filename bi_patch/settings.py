@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bi_patch.errors import SettingError
+from bi_patch.platforms import releases
 
-PLATFORMS = ("cpu", "cuda", "ascend")
+PLATFORMS = tuple(releases.BY_PLATFORM)
 FORMS = ("hooks", "patches")
 
 
@@ -72,7 +73,5 @@ def _choice(env: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:
     """The value of `name`, the first of `allowed` when unset or empty."""
     value = env.get(name, "").strip() or allowed[0]
     if value not in allowed:
-        raise SettingError(
-            f"{name}={value!r} is not understood; use {' or '.join(repr(a) for a in allowed if a)}"
-        )
+        raise SettingError(f"{name}={value!r} is not understood; use {' or '.join(repr(a) for a in allowed if a)}")
     return value

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import bi_patch_entry  # noqa: F401  # before bi_patch: importing it then does not arm the test process
+import bi_patch_entry
+
+bi_patch_entry.without_arming()
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +68,7 @@ def run_python(cache: Path):
 @pytest.fixture
 def answer():
     """A small answer to compare others with."""
-    from bi_patch.verify.answers import Answer
+    from bi_patch.tools.verify.answers import Answer
 
     return Answer(
         tokens=[5, 6, 7],
@@ -83,10 +85,10 @@ def arithmetic():
     """Arithmetic(leak=False, **options): an engine made of arithmetic, see there."""
     import msgspec
 
-    from bi_patch.verify import probes
-    from bi_patch.verify.answers import Answer
-    from bi_patch.verify.engine import Info, Options
-    from bi_patch.verify.precision import Precision
+    from bi_patch.tools.verify import probes
+    from bi_patch.tools.verify.answers import Answer
+    from bi_patch.tools.verify.engine import Info, Options
+    from bi_patch.tools.verify.precision import Precision
 
     class Arithmetic:
         """An engine whose answers are a function of the request; `leak` lets the batch reach the logprobs."""
@@ -112,7 +114,7 @@ def arithmetic():
             else:
                 scored = [-float(i + 1) for i in range(1, len(request.prompt))]
             made = [-float(len(request.prompt) + i + 1) - batch * 1e-3 for i in range(request.max_tokens)]
-            return Answer(ids[len(request.prompt):], made, [[] for _ in made], scored, [[] for _ in scored])
+            return Answer(ids[len(request.prompt) :], made, [[] for _ in made], scored, [[] for _ in scored])
 
         def reset_cache(self):
             self.warm.clear()

@@ -28,10 +28,22 @@ def flash(q, k, v, pages, starts, lengths, longest_q, window, cap, longest_k=819
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
-        q=q, k=k, v=v, cu_seqlens_q=starts, max_seqlen_q=longest_q, seqused_k=lengths,
-        max_seqlen_k=longest_k, softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=edges(window),
-        block_table=pages, fa_version=3, num_splits=splits, softcap=cap, scheduler_metadata=schedule,
-    )  # fmt: skip
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=starts,
+        max_seqlen_q=longest_q,
+        seqused_k=lengths,
+        max_seqlen_k=longest_k,
+        softmax_scale=q.shape[-1] ** -0.5,
+        causal=True,
+        window_size=edges(window),
+        block_table=pages,
+        fa_version=3,
+        num_splits=splits,
+        softcap=cap,
+        scheduler_metadata=schedule,
+    )
 
 
 def triton(q, k, v, pages, starts, lengths, longest_q, window, cap):
@@ -40,10 +52,23 @@ def triton(q, k, v, pages, starts, lengths, longest_q, window, cap):
 
     out = torch.empty_like(q)
     unified_attention(
-        q=q, k=k, v=v, out=out, cu_seqlens_q=starts, max_seqlen_q=longest_q, seqused_k=lengths, max_seqlen_k=8192,
-        softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=(window - 1, 0) if window else (-1, -1),
-        block_table=pages, softcap=cap, q_descale=None, k_descale=None, v_descale=None,
-    )  # fmt: skip
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        cu_seqlens_q=starts,
+        max_seqlen_q=longest_q,
+        seqused_k=lengths,
+        max_seqlen_k=8192,
+        softmax_scale=q.shape[-1] ** -0.5,
+        causal=True,
+        window_size=(window - 1, 0) if window else (-1, -1),
+        block_table=pages,
+        softcap=cap,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+    )
     return out
 
 

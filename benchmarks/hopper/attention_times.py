@@ -45,10 +45,20 @@ def flash(q, pairs, table, starts, lengths, context, window, told, page, splits)
     from vllm.vllm_flash_attn.flash_attn_interface import get_scheduler_metadata
 
     schedule = get_scheduler_metadata(
-        batch_size=len(lengths), max_seqlen_q=told, max_seqlen_k=context, num_heads_q=HEADS, num_heads_kv=KEY_HEADS,
-        headdim=q.shape[-1], cache_seqlens=lengths, qkv_dtype=q.dtype, cu_seqlens_q=starts, page_size=page, causal=True,
-        window_size=attention.edges(window), num_splits=splits,
-    )  # fmt: skip
+        batch_size=len(lengths),
+        max_seqlen_q=told,
+        max_seqlen_k=context,
+        num_heads_q=HEADS,
+        num_heads_kv=KEY_HEADS,
+        headdim=q.shape[-1],
+        cache_seqlens=lengths,
+        qkv_dtype=q.dtype,
+        cu_seqlens_q=starts,
+        page_size=page,
+        causal=True,
+        window_size=attention.edges(window),
+        num_splits=splits,
+    )
     return [
         partial(attention.flash, q, *pair, table, starts, lengths, told, window, 0.0, context, splits, schedule)
         for pair in calls(pairs)

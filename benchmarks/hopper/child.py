@@ -85,9 +85,14 @@ class Engine:
         from vllm import LLM
 
         self.llm = LLM(
-            model=models.write(a.model, "/tmp/models"), skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16",
-            max_model_len=a.max_model_len, enforce_eager=a.eager, **json.loads(a.extra),
-        )  # fmt: skip
+            model=models.write(a.model, "/tmp/models"),
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype="bfloat16",
+            max_model_len=a.max_model_len,
+            enforce_eager=a.eager,
+            **json.loads(a.extra),
+        )
         self.llm.apply_model(randomize)
         self.started = time.perf_counter() - started
         self.vocabulary = models.MODELS[a.model]["vocab_size"]
@@ -254,8 +259,10 @@ class Matrix:
     def record(self, axis: str, pairs, note: str = "") -> None:
         pairs = list(pairs)
         row = {
-            "axis": axis, "compared": sum(len(a[0]) for a, _ in pairs), "differing": sum(differ(a, b) for a, b in pairs)
-        }  # fmt: skip
+            "axis": axis,
+            "compared": sum(len(a[0]) for a, _ in pairs),
+            "differing": sum(differ(a, b) for a, b in pairs),
+        }
         self.rows.append(row | ({"note": note} if note else {}))
         print("matrix", row, flush=True)
 
@@ -344,10 +351,13 @@ class Matrix:
 
     def sampled(self) -> None:
         kinds = {
-            "temperature": {}, "top-p": {"top_p": 0.9}, "top-k": {"top_k": 50},
+            "temperature": {},
+            "top-p": {"top_p": 0.9},
+            "top-k": {"top_k": 50},
             "top-p, top-k": {"top_p": 0.95, "top_k": 1000},
-            "min-p": {"min_p": 0.02}, "penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.3},
-        }  # fmt: skip
+            "min-p": {"min_p": 0.02},
+            "penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.3},
+        }
         for kind, options in kinds.items():
             sampling = {"temperature": 0.8, "seed": 1234} | options
             alone = [self.one(p, **sampling) for p in self.targets]
@@ -364,9 +374,16 @@ def main() -> None:
     import vllm
 
     result = {
-        "model": a.model, "mode": a.mode, "eager": a.eager, "vllm": vllm.__version__, "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(), "start_s": round(engine.started, 1), "cost": [], "matrix": [],
-    }  # fmt: skip
+        "model": a.model,
+        "mode": a.mode,
+        "eager": a.eager,
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
+        "start_s": round(engine.started, 1),
+        "cost": [],
+        "matrix": [],
+    }
 
     def save():
         with open(a.out, "w") as file:
@@ -406,9 +423,9 @@ def main() -> None:
             save()
     save()
     if a.mode == "armed":
-        from bi_patch.orders import cuda_linear
+        from bi_patch.ops.cuda import linear
 
-        print("routes", {str(p): (len(r.kinds), r.limit, r.tiles_agree) for p, r in cuda_linear.routes().items()})
+        print("routes", {str(p): (len(r.kinds), r.limit, r.tiles_agree) for p, r in linear.routes().items()})
     print("done", a.model, a.mode, "start", result["start_s"], flush=True)
     sys.stdout.flush()
     os._exit(0)

@@ -18,10 +18,19 @@ from functools import partial
 from pathlib import Path
 
 SHAPES = {
-    "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (24576, 4096), "8B down": (4096, 12288),
-    "1.7B qkv": (4096, 2048), "1.7B o": (2048, 2048), "1.7B down": (2048, 6144), "8B head": (151936, 4096),
-    "1B qkv": (3072, 2048), "1B gate_up": (16384, 2048), "1B down": (2048, 8192), "1B head": (128256, 2048),
-}  # fmt: skip
+    "8B qkv": (6144, 4096),
+    "8B o": (4096, 4096),
+    "8B gate_up": (24576, 4096),
+    "8B down": (4096, 12288),
+    "1.7B qkv": (4096, 2048),
+    "1.7B o": (2048, 2048),
+    "1.7B down": (2048, 6144),
+    "8B head": (151936, 4096),
+    "1B qkv": (3072, 2048),
+    "1B gate_up": (16384, 2048),
+    "1B down": (2048, 8192),
+    "1B head": (128256, 2048),
+}
 ROWS = (1, 8, 16, 64, 128, 192, 256, 384, 512, 1024, 2048, 8192)
 MAX_ROWS = 16384
 STARVED = {"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
@@ -32,9 +41,9 @@ CACHE_BYTES = 128 * 2**20
 
 def time_calls(calls) -> float:
     """Microseconds a call, over a graph of all calls."""
-    from bi_patch.orders import cuda_timing
+    from bi_patch.ops.cuda import timing
 
-    return cuda_timing.microseconds([calls])[0]
+    return timing.microseconds([calls])[0]
 
 
 def mask_split_k(torch) -> None:
@@ -48,10 +57,9 @@ def serve(torch, shapes: dict):
     """Certify `shapes` as an armed engine does; returns its product: (x [m, k], weight [n, k]) -> y [m, n]."""
     import tempfile
 
-    from bi_patch.orders import cuda
-    from bi_patch.orders import cuda_linear as linear
+    from bi_patch.ops.cuda import linear, machine
 
-    cuda.forbid_split_k()
+    machine.forbid_split_k()
     linear.define_op()
     wanted = [linear.Problem(n, k, torch.bfloat16, False) for n, k in shapes.values()]
     with tempfile.TemporaryDirectory() as cache:
@@ -81,7 +89,7 @@ def child(mode: str, beginning: str) -> None:
         mask_split_k(torch)
     elif mode == "starved":
         torch.backends.cuda.preferred_blas_library("cublaslt")
-    from bi_patch.orders import cuda_linear as linear
+    from bi_patch.ops.cuda import linear
 
     rows = []
     for name, n, k, x, weights in problems(torch, ROWS, shapes):

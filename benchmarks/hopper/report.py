@@ -74,12 +74,17 @@ def cost_rows(runs: list[dict]) -> list[dict]:
 
 def invariance_rows(runs: list[dict]) -> list[dict]:
     return [
-        {"model": run["model"], "axis": row["axis"], "compared": row["compared"], "differing": row["differing"],
-         "first": row.get("note", "")}
+        {
+            "model": run["model"],
+            "axis": row["axis"],
+            "compared": row["compared"],
+            "differing": row["differing"],
+            "first": row.get("note", ""),
+        }
         for run in runs
         if run["mode"] == "armed"
         for row in run["matrix"]
-    ]  # fmt: skip
+    ]
 
 
 def merged(path: Path, head: dict, rows: list[dict]) -> dict:
@@ -129,8 +134,8 @@ def draw(found: dict, picture: Path, tag: str) -> None:
     try:
         import msgspec
 
-        from bi_patch.bench import cost, plot
-        from bi_patch.bench.evidence import Cost
+        from bi_patch.tools.bench import cost, plot
+        from bi_patch.tools.evidence import Cost
 
         plot.cost(msgspec.convert(found, Cost), picture, cost.target(tag))
     except (ImportError, RuntimeError) as error:

@@ -15,11 +15,20 @@ os.environ["BI_PATCH"] = "0"
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 # block m, n, k, group, warps, stages
 TILES = (
-    (16, 64, 64, 1, 4, 4), (16, 64, 128, 1, 4, 4), (16, 128, 64, 1, 4, 4), (16, 128, 128, 1, 4, 3),
-    (16, 32, 256, 1, 4, 3), (16, 64, 256, 1, 4, 3), (32, 64, 128, 1, 4, 4), (32, 128, 64, 1, 4, 4),
-    (64, 128, 64, 1, 4, 4), (64, 128, 64, 16, 8, 4), (64, 256, 64, 16, 8, 3), (128, 128, 64, 16, 8, 4),
+    (16, 64, 64, 1, 4, 4),
+    (16, 64, 128, 1, 4, 4),
+    (16, 128, 64, 1, 4, 4),
+    (16, 128, 128, 1, 4, 3),
+    (16, 32, 256, 1, 4, 3),
+    (16, 64, 256, 1, 4, 3),
+    (32, 64, 128, 1, 4, 4),
+    (32, 128, 64, 1, 4, 4),
+    (64, 128, 64, 1, 4, 4),
+    (64, 128, 64, 16, 8, 4),
+    (64, 256, 64, 16, 8, 3),
+    (128, 128, 64, 16, 8, 4),
     (128, 256, 64, 16, 8, 3),
-)  # fmt: skip
+)
 
 
 def as_config(tile) -> dict:
@@ -34,7 +43,7 @@ def main() -> None:
     from vllm.model_executor.layers.fused_moe import override_config
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts, get_default_config
 
-    from bi_patch.orders import cuda_moe
+    from bi_patch.ops.cuda import moe
 
     make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5  # noqa: E731
     w13, w2 = make(experts, 2 * n, hidden), make(experts, hidden, n)
@@ -44,7 +53,7 @@ def main() -> None:
         weights, ids = torch.topk(torch.randn(m, experts, device="cuda").softmax(-1), top_k, dim=-1)
         ids = ids.to(torch.int32)
         call = functools.partial(fused_experts, x, w13, w2, weights, ids)
-        with override_config(cuda_moe.FIXED):
+        with override_config(moe.FIXED):
             want = call()
             fixed = time_calls([call] * 6)
         stock_tile = get_default_config(m, experts, n, hidden, top_k, None)

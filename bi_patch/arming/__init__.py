@@ -1,5 +1,6 @@
-"""Arming: the switch, the import hooks that close seams, child processes, and the gate before the first token."""
+"""Arming: the switch, the import hooks that close seams, child processes, and the check before the first token."""
 
-from bi_patch.arming.switch import State, arm, disarm, state
+from bi_patch.arming.process import State, state
+from bi_patch.arming.switch import arm, disarm
 
 __all__ = ["State", "arm", "disarm", "state"]

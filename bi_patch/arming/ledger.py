@@ -51,6 +51,10 @@ class Ledger:
     def of(self, seam: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.seam == seam]
 
+    def seams(self) -> set[str]:
+        """The names of the seams that have entries."""
+        return {entry.seam for entry in self.entries}
+
     def restore(self) -> None:
         """Put every original back, newest first, and forget the entries.
 

@@ -3,12 +3,12 @@
 import os
 import sys
 
-from bi_patch.arming import switch
+from bi_patch.arming import process, switch
 
 
 def close(module_name: str) -> None:
     """Close the seams of the vLLM module that is loading, when batch invariance is asked for."""
-    if os.environ.get(switch.SWITCH, "0") != "1" and switch.state() is None:
+    if os.environ.get(process.SWITCH, "0") != "1" and process.state() is None:
         return
     if switch.arm(by_patch=True) is not None:
         switch.close_module(sys.modules[module_name])

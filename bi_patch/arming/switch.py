@@ -2,48 +2,17 @@
 
 import os
 import sys
-import threading
-from dataclasses import dataclass, field
 from types import ModuleType
 
 import wrapt
 
+from bi_patch import installed
 from bi_patch import settings as settings_module
-from bi_patch.arming import children, installed
-from bi_patch.arming.installed import Installed
-from bi_patch.arming.ledger import Ledger
+from bi_patch.arming import catalog, children, process
+from bi_patch.arming.process import SWITCH, State
 from bi_patch.errors import AnchorMoved, ArmedTooLate, SettingError
 from bi_patch.seams import active
-from bi_patch.seams import plan as plan_module
 from bi_patch.seams.plan import Plan, Planned
-from bi_patch.settings import Settings
-
-SWITCH = "VLLM_BATCH_INVARIANT"
-
-
-@dataclass
-class State:
-    """What this process has armed. plan is None while nothing is armed."""
-
-    settings: Settings
-    plan: Plan | None = None
-    installed: Installed | None = None
-    ledger: Ledger = field(default_factory=Ledger)
-    closed_modules: set[str] = field(default_factory=set)
-    previous_environ: dict[str, str | None] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    @property
-    def armed(self) -> bool:
-        return self.plan is not None
-
-
-_state: State | None = None
-
-
-def state() -> State | None:
-    """This process's state, or None where arm() was never called or was undone."""
-    return _state
 
 
 def arm(*, by_patch: bool = False) -> State | None:
@@ -53,16 +22,15 @@ def arm(*, by_patch: bool = False) -> State | None:
     Returns the state, or None when BI_PATCH=0 or no vLLM is installed.
     Raises SettingError, UnsupportedRelease, UnsupportedFeature, ArmedTooLate.
     """
-    global _state
-    if _state is not None:
-        return _state
+    if process.state() is not None:
+        return process.state()
     read = settings_module.read()
     if not read.enabled:
         return None
     found = installed.find(read.platform)
     if found is None:
         return None
-    plan = plan_module.make(found.release, found.platform)
+    plan = catalog.plan(found.release, found.platform)
     unknown = read.leave_open - {name for p in plan.seams for name in (p.seam.name, p.seam.area)}
     if unknown:
         raise SettingError(
@@ -73,9 +41,8 @@ def arm(*, by_patch: bool = False) -> State | None:
     new = State(read, plan, found)
     hooked = read.form == "hooks" and not by_patch  # half-loaded modules would call their hook at once
     _set_environ(new, children.environ() if hooked else {})
-    _state = new
+    process.enter(new)
     active.plan, active.cache = plan, read.cache
-    active.checks, active.worker_checks = [_gate], [_workers]
     if hooked:
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)
@@ -84,23 +51,23 @@ def arm(*, by_patch: bool = False) -> State | None:
 
 def disarm() -> None:
     """Put every original and every environment value back; import hooks that are left do nothing from here on."""
-    global _state
-    if _state is None:
+    current = process.state()
+    if current is None:
         return
-    _state.ledger.restore()
-    active.plan, active.checks, active.worker_checks = None, [], []
-    for name, value in _state.previous_environ.items():
+    current.ledger.restore()
+    active.plan = None
+    for name, value in current.previous_environ.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    _state = None
+    process.enter(None)
 
 
 def close_module(module: ModuleType) -> None:
     """Close the seams whose target is in `module`, and hand replacements to modules that hold a copy."""
-    current = _state
-    if current is None or current.plan is None:
+    current = process.state()
+    if current is None:
         return
     name = module.__name__
     with current.lock:
@@ -112,21 +79,9 @@ def close_module(module: ModuleType) -> None:
         _hand_out_copies(current, name)
 
 
-def _gate(config: object) -> None:
-    from bi_patch.arming import gate
-
-    gate.verify()
-    gate.verify_platform()
-
-
-def _workers(executor: object) -> None:
-    from bi_patch.arming import workers
-
-    workers.verify(executor)
-
-
 def _on_import(module: ModuleType) -> None:
-    if _state is not None and _state.settings.form == "hooks":
+    current = process.state()
+    if current is not None and current.settings.form == "hooks":
         close_module(module)
 
 
@@ -155,24 +110,22 @@ def _refuse_late(plan: Plan) -> None:
     late = [name for name in plan.modules if name in sys.modules]
     if late:
         raise ArmedTooLate(
-            "bi_patch was armed after these vLLM modules were imported: "
-            f"{', '.join(late)}. Import bi_patch before vllm, or start the program with `bi-patch run -- ...`"
+            f"bi_patch was armed after vLLM was imported ({len(late)} modules, {late[0]} first). Import bi_patch "
+            "before vllm, or start the program with `bi-patch run -- ...`; in a notebook, restart the kernel first"
         )
 
 
 def _set_environ(new: State, further: dict[str, str]) -> None:
-    assert new.plan is not None
     wanted = {SWITCH: "1"} | further
-    for setting in new.plan.settings:
-        present = os.environ.get(setting.variable)
-        if present is not None and present != setting.value:
-            if setting.force:
+    for item in new.plan.variables:
+        present = os.environ.get(item.variable)
+        if present is not None and present != item.value:
+            if item.force:
                 raise SettingError(
-                    f"{setting.variable}={present} opens seam {setting.name}: {setting.why}. "
-                    f"Unset it or set it to {setting.value}"
+                    f"{item.variable}={present} opens seam {item.name}: {item.why}. Unset it or set it to {item.value}"
                 )
             continue
-        wanted[setting.variable] = setting.value
+        wanted[item.variable] = item.value
     for name, value in wanted.items():
         new.previous_environ[name] = os.environ.get(name)
         os.environ[name] = value

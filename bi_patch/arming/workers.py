@@ -1,11 +1,11 @@
-"""Workers: each, wherever it runs, must have passed the gate of the same bi_patch as the engine that asks."""
+"""Workers: each, wherever it runs, must have passed the start-up check of the same bi_patch as the engine that asks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bi_patch import sources
-from bi_patch.arming import gate, switch
+from bi_patch import identity
+from bi_patch.arming import process, startup
 from bi_patch.errors import BiPatchError, SeamOpen
 
 _CURE = (
@@ -14,7 +14,7 @@ _CURE = (
 )
 
 
-def verify(executor: Any) -> None:
+def check(executor: Any) -> None:
     """Ask every worker of vLLM's executor. Raises SeamOpen, which says which worker is not armed or by what."""
     try:
         found = executor.collective_rpc(report)
@@ -23,16 +23,16 @@ def verify(executor: Any) -> None:
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         raise SeamOpen(f"a worker could not say whether it is armed: {said}. {_CURE}") from error
-    wrong = [f"{i} ({said or 'not armed'})" for i, said in enumerate(found) if said != sources.digest()]
+    wrong = [f"{i} ({said or 'not armed'})" for i, said in enumerate(found) if said != identity.digest()]
     if wrong:
         raise SeamOpen(
             f"batch invariance cannot be promised: of {len(found)} workers, {', '.join(wrong)} are not armed by this "
-            f"bi_patch ({sources.digest()}). {_CURE}"
+            f"bi_patch ({identity.digest()}). {_CURE}"
         )
 
 
 def report(worker: Any) -> str:
-    """In a worker: the digest of the bi_patch whose gate it passes, or "" where it is not armed."""
-    gate.verify()
-    current = switch.state()
-    return sources.digest() if current is not None and current.armed else ""
+    """In a worker: the digest of the bi_patch whose start-up check it passes, or "" where it is not armed."""
+    startup.check()
+    current = process.state()
+    return identity.digest() if current is not None else ""

@@ -17,8 +17,8 @@ import msgspec
 
 from bi_patch import files
 from bi_patch.errors import AnchorMoved
+from bi_patch.platforms.releases import PACKAGES
 from bi_patch.seams.plan import Plan, Planned
-from bi_patch.seams.registry import PACKAGES
 
 PATCHES = Path(__file__).resolve().parent.parent / "patches"
 
@@ -80,7 +80,7 @@ def compare(old: Anchor, new: Anchor) -> str | None:
     return "\n".join(lines)
 
 
-def verify_installed(plan: Plan, folder: Path, cache: Path) -> None:
+def check_installed(plan: Plan, folder: Path, cache: Path) -> None:
     """Check the anchors of the vLLM in `folder` (the one that holds the package) against the recorded ones.
 
     The modules of a plugin are looked for in `folder` first, and else where Python finds the plugin.

@@ -9,14 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-# A required seam that is open stops the engine; an optional one is shown by `bi-patch status` only.
-ALL_PLATFORMS = frozenset({"cpu", "cuda", "ascend"})
-CPU, CUDA = frozenset({"cpu"}), frozenset({"cuda"})
-# The CPU build's seams begin later than the project's.
-CPU_RELEASES = ">=0.32,<0.34"
+from bi_patch.platforms import releases as known
+
+ALL_PLATFORMS = frozenset(known.BY_PLATFORM)
 
 
 @dataclass(frozen=True)
@@ -24,84 +21,96 @@ class Target:
     """Where a seam is in a range of vLLM releases.
 
     module, qualname: the object that is replaced, e.g. `vllm.v1.core.sched.scheduler`, `Scheduler.schedule`.
-    releases: PEP 440 specifiers of the vLLM releases in which it is there.
+    releases: PEP 440 specifiers of the vLLM releases in which it is there; "" for every supported release.
     copies: modules that took the object with `from module import name` and must be given the replacement too.
     """
 
     module: str
     qualname: str
-    releases: str = ">=0.23,<0.34"
+    releases: str = ""
     copies: tuple[str, ...] = ()
 
     def holds(self, release: Version) -> bool:
-        return SpecifierSet(self.releases).contains(release, prereleases=True)
+        return known.holds(self.releases, release)
 
     def __str__(self) -> str:
         return f"{self.module}:{self.qualname}"
 
 
-@dataclass(frozen=True)
-class Seam:
-    """One intercepted place.
+@dataclass(frozen=True, kw_only=True)
+class _Declared:
+    """What seams, variables and policies have in common.
 
-    name: `area.what`, unique. why: which variance it removes. how: what takes its place.
-    until: when it can go. close: original -> replacement (imports torch and vLLM only when called).
-    causes: numbers of docs/causes.md. required: open means that the engine must not start.
+    name: `area.what`, unique. why: which variance it removes. releases: PEP 440 specifiers, "" for all.
+    platforms: where it holds. The registry fills it in from the folder that holds the declaration.
     """
 
     name: str
+    why: str
+    platforms: frozenset[str] = ALL_PLATFORMS
+    releases: str = ""
+
+    @property
+    def area(self) -> str:
+        return self.name.split(".", 1)[0]
+
+    def holds(self, release: Version, platform: str) -> bool:
+        return platform in self.platforms and known.holds(self.releases, release)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam(_Declared):
+    """One intercepted place.
+
+    how: what takes its place. until: when it can go. close: original -> replacement (imports torch and vLLM only when
+    called). causes: numbers of docs/causes.md. required: the engine must not start while it is open; an optional seam
+    that is open only shows in `bi-patch status`. serves: vLLM's layers, by the name of a class in their ancestry, whose
+    operations this seam answers for.
+    """
+
     targets: tuple[Target, ...]
     close: Callable[[Any], Any] = field(repr=False)
-    why: str
     how: str
     until: str
-    platforms: frozenset[str] = ALL_PLATFORMS
     required: bool = True
     causes: tuple[int, ...] = ()
+    serves: tuple[str, ...] = ()
 
     def target(self, release: Version) -> Target | None:
         """The seam's place in `release`, or None where that release does not have it."""
         return next((t for t in self.targets if t.holds(release)), None)
 
-    @property
-    def area(self) -> str:
-        return self.name.split(".", 1)[0]
 
+@dataclass(frozen=True, kw_only=True)
+class Variable(_Declared):
+    """An environment variable that vLLM or a library reads: set before either is imported, in every process.
 
-@dataclass(frozen=True)
-class Setting:
-    """An environment value that vLLM or a library reads: set before either is imported, in every process.
-
-    force: an other value that the user set is an error (True) or is kept (False: a default only).
+    force: another value that the user set is an error (True) or is kept (False: a default only).
     """
 
-    name: str
     variable: str
     value: str
-    why: str
-    platforms: frozenset[str] = ALL_PLATFORMS
-    releases: str = ">=0.23,<0.34"
     force: bool = True
 
-    @property
-    def area(self) -> str:
-        return self.name.split(".", 1)[0]
 
-
-@dataclass(frozen=True)
-class Policy:
+@dataclass(frozen=True, kw_only=True)
+class Policy(_Declared):
     """A rule on the finished engine configuration (`vllm.config.VllmConfig`).
 
     apply: config -> None. It refuses by raising UnsupportedFeature, or sets a field where a safe value exists.
     Runs in every process that builds a VllmConfig, and once more before the first request.
     """
 
-    name: str
     apply: Callable[[Any], None] = field(repr=False)
-    why: str
-    platforms: frozenset[str] = ALL_PLATFORMS
-    releases: str = ">=0.23,<0.34"
 
-    @property
-    def area(self) -> str:
-        return self.name.split(".", 1)[0]
+
+@dataclass(frozen=True)
+class Catalog:
+    """Every seam, environment variable and policy, in a fixed order."""
+
+    seams: tuple[Seam, ...]
+    variables: tuple[Variable, ...]
+    policies: tuple[Policy, ...]
+
+    def __add__(self, other: "Catalog") -> "Catalog":
+        return Catalog(self.seams + other.seams, self.variables + other.variables, self.policies + other.policies)

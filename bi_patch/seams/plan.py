@@ -1,4 +1,4 @@
-"""The plan: which seams, settings and policies hold for one vLLM release on one platform, and where."""
+"""The plan: which seams, variables and policies hold for one vLLM release on one platform, and where."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,8 +6,8 @@ from functools import cached_property
 from packaging.version import Version
 
 from bi_patch.errors import UnsupportedRelease
-from bi_patch.seams.model import Policy, Seam, Setting, Target
-from bi_patch.seams.registry import PLATFORM_RELEASES, POLICIES, RELEASES, SEAMS, SETTINGS
+from bi_patch.platforms import releases
+from bi_patch.seams.model import Catalog, Policy, Seam, Target, Variable
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Plan:
     release: Version
     platform: str
     seams: tuple[Planned, ...]
-    settings: tuple[Setting, ...]
+    variables: tuple[Variable, ...]
     policies: tuple[Policy, ...]
 
     @cached_property
@@ -41,31 +41,28 @@ class Plan:
         return tuple(dict.fromkeys(names))
 
 
-def make(release: Version, platform: str) -> Plan:
+def make(catalog: Catalog, release: Version, platform: str) -> Plan:
     """The plan for a release and a platform. Raises UnsupportedRelease for a release without checked seams."""
-    if str(release) not in RELEASES:
+    supported = releases.BY_PLATFORM[platform]
+    if str(release) not in releases.ALL:
         raise UnsupportedRelease(
-            f"vLLM {release} is not supported: the seams are checked for {', '.join(RELEASES)}. "
+            f"vLLM {release} is not supported: the seams are checked for {', '.join(releases.ALL)}. "
             "Install one of these, or set BI_PATCH=0 to run vLLM without bi_patch"
         )
-    if not Target("", "", PLATFORM_RELEASES[platform]).holds(release):
+    if str(release) not in supported:
         raise UnsupportedRelease(
-            f"vLLM {release} is not supported on {platform}, where bi_patch needs vLLM {PLATFORM_RELEASES[platform]}. "
+            f"vLLM {release} is not supported on {platform}, where bi_patch needs vLLM {', '.join(supported)}. "
             "Install such a release, or set BI_PATCH=0"
         )
     planned = []
-    for seam in SEAMS:
-        target = seam.target(release) if platform in seam.platforms else None
+    for seam in catalog.seams:
+        target = seam.target(release) if seam.holds(release, platform) else None
         if target is not None:
             planned.append(Planned(seam, target))
     return Plan(
         release,
         platform,
         tuple(planned),
-        tuple(s for s in SETTINGS if platform in s.platforms and _holds(s, release)),
-        tuple(p for p in POLICIES if platform in p.platforms and _holds(p, release)),
+        tuple(v for v in catalog.variables if v.holds(release, platform)),
+        tuple(p for p in catalog.policies if p.holds(release, platform)),
     )
-
-
-def _holds(item: Setting | Policy, release: Version) -> bool:
-    return Target("", "", item.releases).holds(release)

@@ -25,11 +25,33 @@ SPLIT_ROWS = 256
 
 @triton.jit
 def _leaf(
-    q, key, value, table, sequence, kv_start, kv_len, leaf, position, kv_head,
-    stride_kt, stride_kh, stride_vt, stride_vh, stride_table, scale, window, d_qk, d_v,
-    PAGED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-):  # fmt: skip
+    q,
+    key,
+    value,
+    table,
+    sequence,
+    kv_start,
+    kv_len,
+    leaf,
+    position,
+    kv_head,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_table,
+    scale,
+    window,
+    d_qk,
+    d_v,
+    PAGED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEAF: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+):
     """(m, l, o) of one leaf for a tile of rows q [ROWS, DIM] at `position` [ROWS]."""
     s = leaf * LEAF + tl.arange(0, LEAF)
     d = tl.arange(0, DIM)
@@ -44,12 +66,14 @@ def _leaf(
     at = first + tl.arange(0, LEAF)
     k = tl.load(
         key + at[:, None] * stride_kt + kv_head * stride_kh + d[None, :],
-        mask=inside[:, None] & (d[None, :] < d_qk), other=0.0,
-    )  # fmt: skip
+        mask=inside[:, None] & (d[None, :] < d_qk),
+        other=0.0,
+    )
     v = tl.load(
         value + at[:, None] * stride_vt + kv_head * stride_vh + dv[None, :],
-        mask=inside[:, None] & (dv[None, :] < d_v), other=0.0,
-    )  # fmt: skip
+        mask=inside[:, None] & (dv[None, :] < d_v),
+        other=0.0,
+    )
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     seen = inside[None, :] & (position[:, None] >= 0)
     if CAUSAL:
@@ -108,11 +132,37 @@ def _rows(tiles, tile, queries_per_kv, CAUSAL: tl.constexpr, ROWS: tl.constexpr)
 
 @triton.jit
 def _whole(
-    query, key, value, table, tiles, sinks, out, count, kv_heads, queries_per_kv,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_table, scale, window, d_qk, d_v,
-    PAGED: tl.constexpr, CAUSAL: tl.constexpr, HAS_SINK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    table,
+    tiles,
+    sinks,
+    out,
+    count,
+    kv_heads,
+    queries_per_kv,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_table,
+    scale,
+    window,
+    d_qk,
+    d_v,
+    PAGED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEAF: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
     d = tl.arange(0, DIM)
     dv = tl.arange(0, DIM_V)
     for job in range(tl.program_id(0), count * kv_heads, PROGRAMS):
@@ -123,32 +173,84 @@ def _whole(
         head = kv_head * queries_per_kv + group
         q = tl.load(
             query + at[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :],
-            mask=real[:, None] & (d[None, :] < d_qk), other=0.0,
-        )  # fmt: skip
+            mask=real[:, None] & (d[None, :] < d_qk),
+            other=0.0,
+        )
         m = tl.full((ROWS,), -1.0e38, dtype=tl.float32)
         l = tl.zeros((ROWS,), dtype=tl.float32)  # noqa: E741
         o = tl.zeros((ROWS, DIM_V), dtype=tl.float32)
         for leaf in range(0, tl.cdiv(visible, LEAF)):
             m_leaf, l_leaf, o_leaf = _leaf(
-                q, key, value, table, sequence, kv_start, kv_len, leaf, position, kv_head,
-                stride_kt, stride_kh, stride_vt, stride_vh, stride_table, scale, window, d_qk, d_v,
-                PAGED, CAUSAL, BLOCK_SIZE, ROWS, LEAF, DIM, DIM_V,
-            )  # fmt: skip
+                q,
+                key,
+                value,
+                table,
+                sequence,
+                kv_start,
+                kv_len,
+                leaf,
+                position,
+                kv_head,
+                stride_kt,
+                stride_kh,
+                stride_vt,
+                stride_vh,
+                stride_table,
+                scale,
+                window,
+                d_qk,
+                d_v,
+                PAGED,
+                CAUSAL,
+                BLOCK_SIZE,
+                ROWS,
+                LEAF,
+                DIM,
+                DIM_V,
+            )
             m, l, o = _add_leaf(m, l, o, m_leaf, l_leaf, o_leaf)  # noqa: E741
         result = _result(m, l, o, sinks, head, HAS_SINK)
         tl.store(
             out + (at[:, None] * kv_heads * queries_per_kv + head[:, None]) * d_v + dv[None, :],
-            result.to(out.dtype.element_ty), mask=real[:, None] & (dv[None, :] < d_v),
-        )  # fmt: skip
+            result.to(out.dtype.element_ty),
+            mask=real[:, None] & (dv[None, :] < d_v),
+        )
 
 
 @triton.jit
 def _leaves(
-    query, key, value, table, tiles, part_m, part_l, part_o, count, most_leaves, kv_heads, queries_per_kv,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_table, scale, window, d_qk, d_v,
-    PAGED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, LEAF: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    table,
+    tiles,
+    part_m,
+    part_l,
+    part_o,
+    count,
+    most_leaves,
+    kv_heads,
+    queries_per_kv,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_table,
+    scale,
+    window,
+    d_qk,
+    d_v,
+    PAGED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEAF: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
     d = tl.arange(0, DIM)
     dv = tl.arange(0, DIM_V)
     r = tl.arange(0, ROWS)
@@ -163,13 +265,37 @@ def _leaves(
             head = kv_head * queries_per_kv + group
             q = tl.load(
                 query + at[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :],
-                mask=real[:, None] & (d[None, :] < d_qk), other=0.0,
-            )  # fmt: skip
+                mask=real[:, None] & (d[None, :] < d_qk),
+                other=0.0,
+            )
             m, l, o = _leaf(  # noqa: E741
-                q, key, value, table, sequence, kv_start, kv_len, leaf, position, kv_head,
-                stride_kt, stride_kh, stride_vt, stride_vh, stride_table, scale, window, d_qk, d_v,
-                PAGED, CAUSAL, BLOCK_SIZE, ROWS, LEAF, DIM, DIM_V,
-            )  # fmt: skip
+                q,
+                key,
+                value,
+                table,
+                sequence,
+                kv_start,
+                kv_len,
+                leaf,
+                position,
+                kv_head,
+                stride_kt,
+                stride_kh,
+                stride_vt,
+                stride_vh,
+                stride_table,
+                scale,
+                window,
+                d_qk,
+                d_v,
+                PAGED,
+                CAUSAL,
+                BLOCK_SIZE,
+                ROWS,
+                LEAF,
+                DIM,
+                DIM_V,
+            )
             place = wide(job) * ROWS + r
             tl.store(part_m + place, m)
             tl.store(part_l + place, l)
@@ -178,10 +304,24 @@ def _leaves(
 
 @triton.jit
 def _merge(
-    tiles, sinks, part_m, part_l, part_o, out, count, most_leaves, kv_heads, queries_per_kv, d_v,
-    CAUSAL: tl.constexpr, HAS_SINK: tl.constexpr,
-    ROWS: tl.constexpr, LEAF: tl.constexpr, DIM_V: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    tiles,
+    sinks,
+    part_m,
+    part_l,
+    part_o,
+    out,
+    count,
+    most_leaves,
+    kv_heads,
+    queries_per_kv,
+    d_v,
+    CAUSAL: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEAF: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
     dv = tl.arange(0, DIM_V)
     r = tl.arange(0, ROWS)
     for job in range(tl.program_id(0), count * kv_heads, PROGRAMS):
@@ -202,13 +342,12 @@ def _merge(
         result = _result(m, l, o, sinks, head, HAS_SINK)
         tl.store(
             out + (at[:, None] * kv_heads * queries_per_kv + head[:, None]) * d_v + dv[None, :],
-            result.to(out.dtype.element_ty), mask=real[:, None] & (dv[None, :] < d_v),
-        )  # fmt: skip
+            result.to(out.dtype.element_ty),
+            mask=real[:, None] & (dv[None, :] < d_v),
+        )
 
 
-def schedule(
-    query_ends: list[int], kv_lens: list[int], kv_starts: list[int], per_tile: int
-) -> list[list[int]]:
+def schedule(query_ends: list[int], kv_lens: list[int], kv_starts: list[int], per_tile: int) -> list[list[int]]:
     """Tiles of at most per_tile tokens of one sequence: [sequence, token, last, position - token, kv_start,
     kv_len]."""
     tiles, first = [], 0
@@ -249,12 +388,7 @@ def attention(
     """
     paged = block_table is not None
     want = 4 if paged else 3
-    if (
-        query.dim() != 3
-        or key.dim() != want
-        or value.dim() != want
-        or not query.dtype == key.dtype == value.dtype
-    ):
+    if query.dim() != 3 or key.dim() != want or value.dim() != want or not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             f"attention takes query [T, H, D] and {want}-dimensional keys and values of one dtype, not "
             f"{tuple(query.shape)} {query.dtype}, {tuple(key.shape)} {key.dtype}, {tuple(value.shape)} {value.dtype}"
@@ -285,18 +419,39 @@ def attention(
     shared = dict(PAGED=paged, CAUSAL=causal, BLOCK_SIZE=block_size, ROWS=rows, LEAF=LEAF, **dims)
     before = 2**30 if window is None else window
     strides = (
-        query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        table.stride(0), float(scale), before, d_qk, d_v,
-    )  # fmt: skip
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        table.stride(0),
+        float(scale),
+        before,
+        d_qk,
+        d_v,
+    )
     jobs = len(lines) * kv_heads
     if split is None:
         split = tokens * group <= SPLIT_ROWS
     if not split:
         programs = min(chip.cube_cores, jobs)
         _whole[(programs,)](
-            query, key, value, table, tiles, held, out, len(lines), kv_heads, group, *strides,
-            HAS_SINK=sinks is not None, PROGRAMS=programs, **shared,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            table,
+            tiles,
+            held,
+            out,
+            len(lines),
+            kv_heads,
+            group,
+            *strides,
+            HAS_SINK=sinks is not None,
+            PROGRAMS=programs,
+            **shared,
+        )
         return out
     leaves = triton.cdiv(max(kv_lens), LEAF)
     part_m = torch.empty((jobs * leaves * rows,), dtype=torch.float32, device=query.device)
@@ -304,12 +459,40 @@ def attention(
     part_o = torch.empty((jobs * leaves * rows, dims["DIM_V"]), dtype=torch.float32, device=query.device)
     programs = min(chip.cube_cores, jobs * leaves)
     _leaves[(programs,)](
-        query, key, value, table, tiles, part_m, part_l, part_o, len(lines), leaves, kv_heads, group, *strides,
-        PROGRAMS=programs, **shared,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        table,
+        tiles,
+        part_m,
+        part_l,
+        part_o,
+        len(lines),
+        leaves,
+        kv_heads,
+        group,
+        *strides,
+        PROGRAMS=programs,
+        **shared,
+    )
     programs = min(chip.vector_cores, jobs)
     _merge[(programs,)](
-        tiles, held, part_m, part_l, part_o, out, len(lines), leaves, kv_heads, group, d_v,
-        CAUSAL=causal, HAS_SINK=sinks is not None, ROWS=rows, LEAF=LEAF, DIM_V=dims["DIM_V"], PROGRAMS=programs,
-    )  # fmt: skip
+        tiles,
+        held,
+        part_m,
+        part_l,
+        part_o,
+        out,
+        len(lines),
+        leaves,
+        kv_heads,
+        group,
+        d_v,
+        CAUSAL=causal,
+        HAS_SINK=sinks is not None,
+        ROWS=rows,
+        LEAF=LEAF,
+        DIM_V=dims["DIM_V"],
+        PROGRAMS=programs,
+    )
     return out

@@ -3,7 +3,7 @@ them.
 
 The numbers are those that AscendNPU-IR's compiler (ascendnpu-ir 1.2.0) states in the modules that it writes
 for each target;
-tests/kernels/ascend compares. What orders a sum (BLOCK_K, row blocks, leaves) depends on no chip.
+tests/ascend/kernels compares. What orders a sum (BLOCK_K, row blocks, leaves) depends on no chip.
 """
 
 from typing import NamedTuple

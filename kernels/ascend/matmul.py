@@ -18,12 +18,34 @@ _KINDS = {"none": 0, "row": 1, "full": 2}
 
 @triton.jit
 def _matmul(
-    x, w, bias, out, rows, cols, depth, tiles,
-    stride_xb, stride_xm, stride_xk, stride_wb, stride_wk, stride_wn, stride_ob, stride_om,
-    stride_bb, stride_bm, stride_bn, alpha, beta,
-    BIAS: tl.constexpr, SCALED: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    bias,
+    out,
+    rows,
+    cols,
+    depth,
+    tiles,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    stride_wb,
+    stride_wk,
+    stride_wn,
+    stride_ob,
+    stride_om,
+    stride_bb,
+    stride_bm,
+    stride_bn,
+    alpha,
+    beta,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     tiles_n = tl.cdiv(cols, BLOCK_N)
     each = tl.cdiv(rows, BLOCK_M) * tiles_n
     for tile in range(tl.program_id(0), tiles, PROGRAMS):
@@ -37,12 +59,14 @@ def _matmul(
             k = start * BLOCK_K + tl.arange(0, BLOCK_K)
             a = tl.load(
                 x_at + m[:, None] * stride_xm + k[None, :] * stride_xk,
-                mask=(m[:, None] < rows) & (k[None, :] < depth), other=0.0,
-            )  # fmt: skip
+                mask=(m[:, None] < rows) & (k[None, :] < depth),
+                other=0.0,
+            )
             b = tl.load(
                 w_at + k[:, None] * stride_wk + n[None, :] * stride_wn,
-                mask=(k[:, None] < depth) & (n[None, :] < cols), other=0.0,
-            )  # fmt: skip
+                mask=(k[:, None] < depth) & (n[None, :] < cols),
+                other=0.0,
+            )
             total = tl.dot(a, b, total, input_precision="ieee")
         if SCALED:
             total = total * alpha
@@ -64,11 +88,27 @@ def _matmul(
 
 @triton.jit
 def _grouped(
-    x, w, bias, groups, out, experts, cols, depth,
-    stride_xm, stride_we, stride_wk, stride_wn, stride_om, stride_be,
-    HAS_BIAS: tl.constexpr, IS_COUNTS: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    bias,
+    groups,
+    out,
+    experts,
+    cols,
+    depth,
+    stride_xm,
+    stride_we,
+    stride_wk,
+    stride_wn,
+    stride_om,
+    stride_be,
+    HAS_BIAS: tl.constexpr,
+    IS_COUNTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     tiles_n = tl.cdiv(cols, BLOCK_N)
     first = 0
     for expert in range(0, experts):
@@ -87,12 +127,14 @@ def _grouped(
                 k = start * BLOCK_K + tl.arange(0, BLOCK_K)
                 a = tl.load(
                     x + m[:, None] * stride_xm + k[None, :],
-                    mask=(m[:, None] < last) & (k[None, :] < depth), other=0.0,
-                )  # fmt: skip
+                    mask=(m[:, None] < last) & (k[None, :] < depth),
+                    other=0.0,
+                )
                 b = tl.load(
                     w_at + k[:, None] * stride_wk + n[None, :] * stride_wn,
-                    mask=(k[:, None] < depth) & (n[None, :] < cols), other=0.0,
-                )  # fmt: skip
+                    mask=(k[:, None] < depth) & (n[None, :] < cols),
+                    other=0.0,
+                )
                 total = tl.dot(a, b, total, input_precision="ieee")
             if HAS_BIAS:
                 added = tl.load(bias + expert * stride_be + n, mask=n < cols, other=0.0).to(tl.float32)
@@ -135,11 +177,28 @@ def matmul(
     tiles = batch * triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n)
     programs = min(chip.cube_cores, tiles)
     _matmul[(programs,)](
-        x, w, given, out, rows, cols, depth, tiles,
-        *x.stride(), *w.stride(), out.stride(0), out.stride(1), *strides, float(alpha), float(beta),
-        BIAS=_KINDS[kind], SCALED=alpha != 1 or beta != 1, PROGRAMS=programs,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-    )  # fmt: skip
+        x,
+        w,
+        given,
+        out,
+        rows,
+        cols,
+        depth,
+        tiles,
+        *x.stride(),
+        *w.stride(),
+        out.stride(0),
+        out.stride(1),
+        *strides,
+        float(alpha),
+        float(beta),
+        BIAS=_KINDS[kind],
+        SCALED=alpha != 1 or beta != 1,
+        PROGRAMS=programs,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+    )
     return out
 
 
@@ -174,9 +233,23 @@ def grouped(
     programs = min(chip.cube_cores, triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n))
     bias = bias.contiguous() if bias is not None else None
     _grouped[(programs,)](
-        x, w, bias if bias is not None else x, groups, out, experts, cols, depth,
-        x.stride(0), *w.stride(), out.stride(0), cols,
-        HAS_BIAS=bias is not None, IS_COUNTS=is_counts, PROGRAMS=programs,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-    )  # fmt: skip
+        x,
+        w,
+        bias if bias is not None else x,
+        groups,
+        out,
+        experts,
+        cols,
+        depth,
+        x.stride(0),
+        *w.stride(),
+        out.stride(0),
+        cols,
+        HAS_BIAS=bias is not None,
+        IS_COUNTS=is_counts,
+        PROGRAMS=programs,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+    )
     return out

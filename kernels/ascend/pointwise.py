@@ -28,9 +28,21 @@ def _swiglu(x, out, rows, half, stride_row, PROGRAMS: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _rotate(
-    positions, x, cache, out, rows, heads, head_size, half, stride_row, stride_cache,
-    PROGRAMS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HAS_REST: tl.constexpr,
-):  # fmt: skip
+    positions,
+    x,
+    cache,
+    out,
+    rows,
+    heads,
+    head_size,
+    half,
+    stride_row,
+    stride_cache,
+    PROGRAMS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    HAS_REST: tl.constexpr,
+):
     c = tl.arange(0, HALF)
     for r in range(tl.program_id(0), rows, PROGRAMS):
         token = wide(r // heads)
@@ -55,15 +67,11 @@ def swiglu(x: torch.Tensor, chip: Chip) -> torch.Tensor:
     out = torch.empty((*x.shape[:-1], half), dtype=x.dtype, device=x.device)
     if out.numel():
         programs = min(chip.vector_cores, flat.shape[0])
-        _swiglu[(programs,)](
-            flat, out, flat.shape[0], half, flat.stride(0), PROGRAMS=programs, BLOCK=row_block(half)
-        )
+        _swiglu[(programs,)](flat, out, flat.shape[0], half, flat.stride(0), PROGRAMS=programs, BLOCK=row_block(half))
     return out
 
 
-def rotate(
-    positions: torch.Tensor, x: torch.Tensor, cache: torch.Tensor, head_size: int, chip: Chip
-) -> torch.Tensor:
+def rotate(positions: torch.Tensor, x: torch.Tensor, cache: torch.Tensor, head_size: int, chip: Chip) -> torch.Tensor:
     """Rotate x [T, heads * head_size] by cache [P, rotary] (cos of the first half, then sin) at positions
     [T].
 
@@ -78,8 +86,19 @@ def rotate(
         programs = min(chip.vector_cores, rows)
         rest = head_size - 2 * half
         _rotate[(programs,)](
-            positions, x, cache, out, rows, width // head_size, head_size, half, x.stride(0), cache.stride(0),
-            PROGRAMS=programs, HALF=triton.next_power_of_2(half),
-            REST=triton.next_power_of_2(max(1, rest)), HAS_REST=rest > 0,
-        )  # fmt: skip
+            positions,
+            x,
+            cache,
+            out,
+            rows,
+            width // head_size,
+            head_size,
+            half,
+            x.stride(0),
+            cache.stride(0),
+            PROGRAMS=programs,
+            HALF=triton.next_power_of_2(half),
+            REST=triton.next_power_of_2(max(1, rest)),
+            HAS_REST=rest > 0,
+        )
     return out

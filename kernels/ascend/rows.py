@@ -20,9 +20,21 @@ from .scalars import wide
 
 @triton.jit
 def _rms_norm(
-    x, residual, weight, out, summed, rows, cols, stride_row, eps, offset,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    residual,
+    weight,
+    out,
+    summed,
+    rows,
+    cols,
+    stride_row,
+    eps,
+    offset,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     for r in range(tl.program_id(0), rows, PROGRAMS):
         row = wide(r)
         squares = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -51,9 +63,7 @@ def _rms_norm(
 
 
 @triton.jit
-def _softmax(
-    x, out, rows, cols, stride_row, IS_LOG: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _softmax(x, out, rows, cols, stride_row, IS_LOG: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
     for r in range(tl.program_id(0), rows, PROGRAMS):
         row = wide(r)
         most = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
@@ -79,9 +89,7 @@ def _softmax(
 
 
 @triton.jit
-def _total(
-    x, out, rows, cols, stride_row, IS_MEAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _total(x, out, rows, cols, stride_row, IS_MEAN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
     for r in range(tl.program_id(0), rows, PROGRAMS):
         row = wide(r)
         lanes = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -102,17 +110,24 @@ def _cumsum(x, out, rows, cols, stride_row, PROGRAMS: tl.constexpr, BLOCK: tl.co
         for start in range(0, cols, BLOCK):
             c = start + tl.arange(0, BLOCK)
             v = tl.load(x + row * stride_row + c, mask=c < cols, other=0.0).to(tl.float32)
-            tl.store(
-                out + row * cols + c, (before + tl.cumsum(v, axis=0)).to(out.dtype.element_ty), mask=c < cols
-            )
+            tl.store(out + row * cols + c, (before + tl.cumsum(v, axis=0)).to(out.dtype.element_ty), mask=c < cols)
             before += tl.sum(v, axis=0)
 
 
 @triton.jit
 def _weighted(
-    x, at, probs, out, rows, cols, top_k, stride_row,
-    HAS_PROBS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    at,
+    probs,
+    out,
+    rows,
+    cols,
+    top_k,
+    stride_row,
+    HAS_PROBS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     for r in range(tl.program_id(0), rows, PROGRAMS):
         row = wide(r)
         for start in range(0, cols, BLOCK):
@@ -157,11 +172,21 @@ def rms_norm(
     if out.numel():
         programs = min(chip.vector_cores, rows)
         _rms_norm[(programs,)](
-            flat, residual if residual is not None else flat, weight if weight is not None else flat, out,
-            summed if summed is not None else flat, rows, cols, flat.stride(0), float(eps), float(offset),
-            HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, PROGRAMS=programs,
+            flat,
+            residual if residual is not None else flat,
+            weight if weight is not None else flat,
+            out,
+            summed if summed is not None else flat,
+            rows,
+            cols,
+            flat.stride(0),
+            float(eps),
+            float(offset),
+            HAS_RESIDUAL=residual is not None,
+            HAS_WEIGHT=weight is not None,
+            PROGRAMS=programs,
             BLOCK=row_block(cols),
-        )  # fmt: skip
+        )
     return out, summed
 
 
@@ -204,9 +229,7 @@ def cumsum(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None) -> tor
     return out
 
 
-def weighted(
-    x: torch.Tensor, at: torch.Tensor, probs: torch.Tensor | None, top_k: int, chip: Chip
-) -> torch.Tensor:
+def weighted(x: torch.Tensor, at: torch.Tensor, probs: torch.Tensor | None, top_k: int, chip: Chip) -> torch.Tensor:
     """out[t] = sum over k ascending of x[at[t * top_k + k]] * probs[t, k], in fp32, rounded once; x [R, C]
     -> [T, C].
 
@@ -220,7 +243,16 @@ def weighted(
         programs = min(chip.vector_cores, rows)
         held = probs.contiguous() if probs is not None else flat
         _weighted[(programs,)](
-            flat, at.contiguous(), held, out, rows, cols, top_k, flat.stride(0),
-            HAS_PROBS=probs is not None, PROGRAMS=programs, BLOCK=row_block(cols),
-        )  # fmt: skip
+            flat,
+            at.contiguous(),
+            held,
+            out,
+            rows,
+            cols,
+            top_k,
+            flat.stride(0),
+            HAS_PROBS=probs is not None,
+            PROGRAMS=programs,
+            BLOCK=row_block(cols),
+        )
     return out

@@ -67,10 +67,7 @@ def gemm_case(dtype: torch.dtype, n: int, k: int, m: int, seconds: float) -> tup
 
 
 def gemm(seconds: float) -> None:
-    print(
-        f"{'dtype':9}{'N':>6}{'K':>6}"
-        + "".join(f"{f'M={m} us':>12}{'ratio':>7}{'same':>5}" for m in GEMM_ROWS)
-    )
+    print(f"{'dtype':9}{'N':>6}{'K':>6}" + "".join(f"{f'M={m} us':>12}{'ratio':>7}{'same':>5}" for m in GEMM_ROWS))
     for dtype in (torch.bfloat16, torch.float32):
         for n, k in GEMM_SHAPES:
             print(f"{str(dtype)[6:]:9}{n:6}{k:6}", end="")

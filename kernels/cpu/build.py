@@ -84,14 +84,10 @@ def _compiler() -> tuple[str, str]:
     name = os.environ.get("CXX") or "g++"
     path = shutil.which(name)
     if path is None:
-        raise KernelBuildError(
-            f"no C++ compiler: {name!r} is not on PATH; install g++ 11 or newer, or set CXX"
-        )
+        raise KernelBuildError(f"no C++ compiler: {name!r} is not on PATH; install g++ 11 or newer, or set CXX")
     run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     if run.returncode != 0:
-        raise KernelBuildError(
-            f"{path} --version failed: {run.stderr.strip()}; set CXX to a working compiler"
-        )
+        raise KernelBuildError(f"{path} --version failed: {run.stderr.strip()}; set CXX to a working compiler")
     return path, run.stdout.splitlines()[0] if run.stdout else ""
 
 
@@ -171,9 +167,21 @@ def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path, bindings:
     out = work / "lib.so"
     lib = tdir / "lib"
     _run(
-        [cxx, "-shared", str(bindings), *objects, "-o", str(out), f"-L{lib}", f"-Wl,-rpath,{lib}",
-         "-ltorch", "-ltorch_cpu", "-lc10", *_gomp()]
-    )  # fmt: skip
+        [
+            cxx,
+            "-shared",
+            str(bindings),
+            *objects,
+            "-o",
+            str(out),
+            f"-L{lib}",
+            f"-Wl,-rpath,{lib}",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+            *_gomp(),
+        ]
+    )
     return out
 
 

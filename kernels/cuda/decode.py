@@ -56,9 +56,13 @@ class Form(NamedTuple):
     def defines(self, shared: int) -> dict[str, int]:
         """For `shared` bytes of shared memory a block."""
         return {
-            "HEAD": self.head_size, "PARTS": self.parts, "HALVES": self.halves, "SCORERS": self.scorers(shared),
-            "SUMMERS": self.summers, "CARRIERS": self.carriers,
-        }  # fmt: skip
+            "HEAD": self.head_size,
+            "PARTS": self.parts,
+            "HALVES": self.halves,
+            "SCORERS": self.scorers(shared),
+            "SUMMERS": self.summers,
+            "CARRIERS": self.carriers,
+        }
 
     @property
     def summers(self) -> int:
@@ -157,7 +161,7 @@ def attend(
         *(c_int(x) for x in (len(lengths), pages.stride(0), page_size.bit_length() - 1, heads // key_heads)),
         c_float(c_float(scale).value * _LOG2E),
         *(c_int(stride) for stride in (*q.stride()[:2], *(2 * x for x in k.stride()[:3]), *out.stride()[:2])),
-    ]  # fmt: skip
+    ]
     stream = torch.cuda.current_stream(q.device).cuda_stream
     if parts is None:
         parts = choose_parts(key_heads * tokens, _at_once(heads // key_heads, size, q.dtype, q.device.index))
@@ -173,8 +177,9 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
         return f"pages of {k.shape[1]} tokens are not covered"
     if k.shape != v.shape or k.stride() != v.stride() or out.shape != q.shape or out.data_ptr() == q.data_ptr():
         return "k and v, or q and out, are not laid out alike, or out is q"
-    if any(x.stride(-1) != 1 for x in (q, k, out)) or any(x.data_ptr() % 4 or x.stride(0) % 2 or x.stride(1) % 2
-                                                          for x in (q, out)):  # fmt: skip
+    if any(x.stride(-1) != 1 for x in (q, k, out)) or any(
+        x.data_ptr() % 4 or x.stride(0) % 2 or x.stride(1) % 2 for x in (q, out)
+    ):
         return "elements of a head do not lie side by side, aligned to 4 bytes"
     if any(x.data_ptr() % 16 or any(2 * stride % 16 for stride in x.stride()[:3]) for x in (k, v)):
         return "rows of KV are not aligned to 16 bytes"

@@ -111,4 +111,3 @@ def _text(nvrtc: ctypes.CDLL, program: c_void_p) -> str:
 def _check(code: int, call: str) -> None:
     if code:
         raise CompileError(f"{call}, status {code}")
-

@@ -1,4 +1,4 @@
-// The instructions that the kernels are written in, for sm_80 and later. tests/kernels/cuda/emulate.h has the same
+// The instructions that the kernels are written in, for sm_80 and later. tests/unit/kernels/cuda/emulate.h has the same
 // names on the CPU. INPUT names the 16-bit type: "bf16" or "f16".
 
 typedef unsigned int u32;

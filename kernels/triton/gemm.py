@@ -50,10 +50,23 @@ def _swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 # One compiled kernel for every number of rows: one row would otherwise get a slower kernel of its own.
 @triton.jit(do_not_specialize=["rows"])
 def _tile(
-    x, w, bias, out, rows, cols, depth, stride_x, stride_w, stride_out,
-    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    bias,
+    out,
+    rows,
+    cols,
+    depth,
+    stride_x,
+    stride_w,
+    stride_out,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     tile_m, tile_n = _swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N), GROUP)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -80,10 +93,19 @@ def _tile(
 
 @triton.jit(do_not_specialize=["rows"])
 def _persistent(
-    x, w, bias, out, rows, cols, depth,
+    x,
+    w,
+    bias,
+    out,
+    rows,
+    cols,
+    depth,
     HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(cols, BLOCK_N)
     steps = tl.cdiv(depth, BLOCK_K)
@@ -216,19 +238,35 @@ def gemm(
         _launch_persistent(x, weight, bias, tile, out)
         return out
     _tile[(count(tile, rows, cols),)](
-        x, weight, bias if bias is not None else x, out, rows, cols, depth,
-        x.stride(0), weight.stride(0), out.stride(0),
-        HAS_BIAS=bias is not None, EVEN_K=depth % tile.k == 0,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        x,
+        weight,
+        bias if bias is not None else x,
+        out,
+        rows,
+        cols,
+        depth,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        HAS_BIAS=bias is not None,
+        EVEN_K=depth % tile.k == 0,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        GROUP=8,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return out
 
 
 def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: Sequence[Part],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    parts: Sequence[Part],
     out: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """gemm by several tiles, each on its columns."""
     if len(parts) == 1:
         return gemm(x, weight, bias, parts[0].tile, out)
@@ -258,8 +296,14 @@ def _launch_persistent(x, weight, bias, tile: Tile, out) -> None:
         TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
         bias if bias is not None else x,
         TensorDescriptor.from_tensor(out, [tile.m, tile.n]),
-        rows, cols, depth,
+        rows,
+        cols,
+        depth,
         HAS_BIAS=bias is not None,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        GROUP=8,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

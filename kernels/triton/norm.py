@@ -15,10 +15,24 @@ _WIDEST = 16384
 
 @triton.jit
 def _rms_norm(
-    x, residual, weight, out, summed, rows, heads, cols, stride_row, stride_head, eps, offset,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x,
+    residual,
+    weight,
+    out,
+    summed,
+    rows,
+    heads,
+    cols,
+    stride_row,
+    stride_head,
+    eps,
+    offset,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
-):  # fmt: skip
+):
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
     source = ((r // heads) * stride_row + (r % heads) * stride_head)[:, None]
@@ -84,10 +98,23 @@ def rms_norm(
         return out, summed
     block, per_program, chunks, warps = shape_of(cols)
     _rms_norm[(triton.cdiv(rows, per_program),)](
-        x, residual if residual is not None else x, weight if weight is not None else x, out,
+        x,
+        residual if residual is not None else x,
+        weight if weight is not None else x,
+        out,
         summed if summed is not None else out,
-        rows, heads, cols, stride_row, stride_head, eps, offset,
-        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
-        BLOCK=block, ROWS=per_program, CHUNKS=chunks, num_warps=warps,
-    )  # fmt: skip
+        rows,
+        heads,
+        cols,
+        stride_row,
+        stride_head,
+        eps,
+        offset,
+        HAS_RESIDUAL=residual is not None,
+        HAS_WEIGHT=weight is not None,
+        BLOCK=block,
+        ROWS=per_program,
+        CHUNKS=chunks,
+        num_warps=warps,
+    )
     return out, summed

@@ -14,9 +14,24 @@ _HEADS = 8
 
 @triton.jit
 def _rotate(
-    positions, q, k, q_weight, k_weight, cache, q_out, k_out, heads_q, heads_k, stride_q, stride_k, stride_cache, eps,
-    HALF: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
-):  # fmt: skip
+    positions,
+    q,
+    k,
+    q_weight,
+    k_weight,
+    cache,
+    q_out,
+    k_out,
+    heads_q,
+    heads_k,
+    stride_q,
+    stride_k,
+    stride_cache,
+    eps,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, HALF)[None, :]
@@ -66,8 +81,23 @@ def rotate(
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if tokens:
         _rotate[(tokens, triton.cdiv(heads_q + heads_k, _HEADS))](
-            positions, q, k, q_weight if q_weight is not None else q, k_weight if k_weight is not None else q,
-            cache, q_out, k_out, heads_q, heads_k, q.stride(0), k.stride(0), cache.stride(0), eps,
-            HALF=head_size // 2, HEADS=_HEADS, HAS_NORM=q_weight is not None, num_warps=max(1, head_size // 64),
-        )  # fmt: skip
+            positions,
+            q,
+            k,
+            q_weight if q_weight is not None else q,
+            k_weight if k_weight is not None else q,
+            cache,
+            q_out,
+            k_out,
+            heads_q,
+            heads_k,
+            q.stride(0),
+            k.stride(0),
+            cache.stride(0),
+            eps,
+            HALF=head_size // 2,
+            HEADS=_HEADS,
+            HAS_NORM=q_weight is not None,
+            num_warps=max(1, head_size // 64),
+        )
     return q_out, k_out

@@ -14,7 +14,7 @@ import torch
 import torch_npu  # noqa: F401
 
 from bi_patch.kernels.ascend import attention, matmul, rows
-from bi_patch.orders import ascend
+from bi_patch.ops.ascend import machine
 
 COUNTS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 129, 255, 257)
 LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -53,8 +53,8 @@ def cases(chip, dtype, most: int):
 
 
 def main() -> int:
-    ascend.require()
-    chip = ascend.chip()
+    machine.require()
+    chip = machine.chip()
     most = int(sys.argv[sys.argv.index("--rows") + 1]) if "--rows" in sys.argv else max(COUNTS)
     found = []
     for dtype in LIMIT:
@@ -71,9 +71,7 @@ def main() -> int:
                 differing += int((got.view(kind) != want.view(kind)).sum())
             case = f"{name} {str(dtype).removeprefix('torch.')}"
             ok = differing == 0 and error < LIMIT[dtype]
-            found.append(
-                {"case": case, "compared": compared, "differing": differing, "error": error, "ok": ok}
-            )
+            found.append({"case": case, "compared": compared, "differing": differing, "error": error, "ok": ok})
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torch-npu", "triton-ascend")}
     print(json.dumps({"device": chip.name, **versions, "rows": found}, indent=1))
     return 0 if all(row["ok"] for row in found) else 1

@@ -33,17 +33,33 @@ def write_model(folder: Path, experts: bool) -> None:
 
     config = {
         "architectures": ["Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM"],
-        "model_type": "qwen3_moe" if experts else "qwen3", "hidden_size": HIDDEN, "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD,
-        "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "rope_theta": 10000.0, "torch_dtype": "bfloat16", "attention_bias": not experts, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "model_type": "qwen3_moe" if experts else "qwen3",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "torch_dtype": "bfloat16",
+        "attention_bias": not experts,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     if experts:
         config |= {
-            "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": INNER, "norm_topk_prob": True,
-            "decoder_sparse_step": 1, "mlp_only_layers": [],
-        }  # fmt: skip
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": INNER,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     tensors = {"model.embed_tokens.weight": weight(VOCAB, HIDDEN), "lm_head.weight": weight(VOCAB, HIDDEN)}
     tensors["model.norm.weight"] = weight(HIDDEN, scale=1)
     for i in range(LAYERS):
@@ -94,9 +110,17 @@ class Engine:
         usual = {"max_num_batched_tokens": BUDGET, "enable_prefix_caching": True, "max_model_len": 256}
         options = usual | {"enforce_eager": True} | options
         self.llm = vllm.LLM(
-            model=str(model), load_format="safetensors", skip_tokenizer_init=True, dtype="bfloat16",
-            num_gpu_blocks_override=16, block_size=BLOCK, max_num_seqs=4, seed=0, disable_log_stats=True, **options,
-        )  # fmt: skip
+            model=str(model),
+            load_format="safetensors",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            num_gpu_blocks_override=16,
+            block_size=BLOCK,
+            max_num_seqs=4,
+            seed=0,
+            disable_log_stats=True,
+            **options,
+        )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         self.steps, self.preempted = [], 0
         schedule, preempt = self.scheduler.schedule, self.scheduler._preempt_request

@@ -37,7 +37,7 @@ def main() -> None:
         import bi_patch  # arms
     importlib.import_module("vllm_ascend.worker.worker")
     import bi_patch
-    from bi_patch.arming import gate
+    from bi_patch.arming import startup
 
     state = bi_patch.state()
     say("the platform is found", state.plan.platform != "ascend" and state.plan.platform)
@@ -48,24 +48,25 @@ def main() -> None:
     host_ops.install()
     import vllm_ascend
 
-    seams = sorted((f.name, f.status) for f in gate.inspect())
+    seams = sorted((f.name, f.status) for f in startup.inspect())
     print(json.dumps({"seams": seams, "from": vllm_ascend.__file__, "form": state.settings.form}), flush=True)
-    open_seams = [(f.name, f.reason) for f in gate.inspect() if f.status != gate.CLOSED]
+    open_seams = [(f.name, f.reason) for f in startup.inspect() if f.status != startup.CLOSED]
     say("every seam is closed", open_seams)
-    gate.verify()
+    startup.check()
     say("the anchors are the recorded ones")
     say("HCCL is strict", os.environ.get("HCCL_DETERMINISTIC") != "strict")
 
     from vllm_ascend import ascend_config, batch_invariant, utils
     from vllm_ascend.worker import worker
 
-    say(
-        "the worker holds our mode", worker.init_batch_invariance is not batch_invariant.init_batch_invariance
-    )
+    say("the worker holds our mode", worker.init_batch_invariance is not batch_invariant.init_batch_invariance)
     held = types.SimpleNamespace(
-        weight_nz_mode=1, enable_matmul_allreduce=True, enable_reduce_sample=False, eplb_config=None,
+        weight_nz_mode=1,
+        enable_matmul_allreduce=True,
+        enable_reduce_sample=False,
+        eplb_config=None,
         ascend_compilation_config=types.SimpleNamespace(fuse_norm_quant=True, fuse_qknorm_rope=True),
-    )  # fmt: skip
+    )
     ascend_config._ASCEND_CONFIG = held
     worker.init_batch_invariance()
     say("weight_nz is off", held.weight_nz_mode)
@@ -94,9 +95,7 @@ def main() -> None:
         q, _ = torch.ops.vllm.npu_rotary_embedding(*arguments, True)
         alone, _ = torch.ops.vllm.npu_rotary_embedding(arguments[0][2:3], x[2:3], x[2:3], cache, 16, 16, True)
         say("rotary: a row alone", not torch.equal(alone.cpu()[0], q.cpu()[2]))
-        refused(
-            "rotary of another style", lambda: rotary_embedding.rope_forward_oot(*arguments, False), "neox"
-        )
+        refused("rotary of another style", lambda: rotary_embedding.rope_forward_oot(*arguments, False), "neox")
         from vllm.v1.sample.ops import topk_topp_sampler
 
         logits = torch.randn(9, 50).to("npu")

@@ -8,10 +8,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import bi_patch_entry  # noqa: F401  before bi_patch, which else arms this process
-from bi_patch.fork.fetch import fetch
-from bi_patch.seams.registry import PACKAGES
+from bi_patch.platforms.releases import PACKAGES
 from bi_patch.settings import read
+from bi_patch.tools.upstream.fetch import fetch
 
 RELEASE = "0.23.0"
 

@@ -7,9 +7,15 @@ import types
 from unittest.mock import MagicMock
 
 MODULES = (
-    "acl", "acl.rt", "torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.io",
-    "torchvision.transforms.functional", "torchvision.transforms.v2.functional",
-)  # fmt: skip
+    "acl",
+    "acl.rt",
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.v2",
+    "torchvision.io",
+    "torchvision.transforms.functional",
+    "torchvision.transforms.v2.functional",
+)
 
 
 def modules() -> None:

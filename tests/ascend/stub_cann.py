@@ -18,9 +18,14 @@ from pathlib import Path
 MAIN = "libascendcl.so"
 # Names that torch_npu loads; all functions are in the first.
 NAMES = (
-    MAIN, "libhccl.so", "libacl_op_compiler.so", "libge_runner.so", "libgraph.so", "libacl_tdt_channel.so",
-    "libatb.so"
-)  # fmt: skip
+    MAIN,
+    "libhccl.so",
+    "libacl_op_compiler.so",
+    "libge_runner.so",
+    "libgraph.so",
+    "libacl_tdt_channel.so",
+    "libatb.so",
+)
 _SYSTEM = (
     "libstdc++.so.6",
     "libm.so.6",
@@ -35,9 +40,7 @@ _PYTHON = re.compile(r"_?Py[A-Z_]|_Py")
 
 def symbols(library: Path, kind: str) -> Iterator[tuple[str, str]]:
     """(type, name) of a library's dynamic symbols. kind: `--undefined-only` or `--defined-only`."""
-    listed = subprocess.run(
-        ["nm", "-D", kind, str(library)], capture_output=True, text=True, check=False
-    ).stdout
+    listed = subprocess.run(["nm", "-D", kind, str(library)], capture_output=True, text=True, check=False).stdout
     for line in listed.splitlines():
         *_, letter, name = line.split()
         yield letter, name
@@ -48,9 +51,11 @@ def missing(packages: Path) -> list[str]:
     folder = packages / "torch_npu"
     own = [*folder.glob("_C*.so"), *(folder / "lib").glob("*.so")]
     needed = {
-        name for library in own for letter, name in symbols(library, "--undefined-only")
+        name
+        for library in own
+        for letter, name in symbols(library, "--undefined-only")
         if letter not in "wv" and "@" not in name
-    }  # fmt: skip
+    }
     places = [Path(p) for p in ("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64")]
     system = [next((p / name for p in places if (p / name).exists()), None) for name in _SYSTEM]
     others = [*own, *(packages / "torch" / "lib").glob("*.so*"), *(p for p in system if p)]

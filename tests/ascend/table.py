@@ -16,7 +16,7 @@ import torch
 import torch_npu
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.orders import ascend_routes
+from bi_patch.ops.ascend import dispatch
 
 F = torch.nn.functional
 npu, vendor = torch_npu, torch.ops.npu
@@ -26,9 +26,14 @@ Q, K, V = (torch.randn(n, h * 16) for n, h in ((5, 4), (5, 2), (5, 2)))
 LENGTHS = {"actual_seq_lengths": [2, 5], "actual_seq_lengths_kv": [2, 5]}
 HEADS = {"num_heads": 4, "num_key_value_heads": 2, "input_layout": "TND", "scale": 0.25, "sparse_mode": 3}
 HEADS_2 = {
-    "num_query_heads": 4, "num_key_value_heads": 2, "input_layout": "TND", "softmax_scale": 0.25, "sparse_mode": 3,
-    "actual_seq_qlen": [2, 5], "actual_seq_kvlen": [2, 5],
-}  # fmt: skip
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "input_layout": "TND",
+    "softmax_scale": 0.25,
+    "sparse_mode": 3,
+    "actual_seq_qlen": [2, 5],
+    "actual_seq_kvlen": [2, 5],
+}
 
 
 def on(tensor):
@@ -85,7 +90,8 @@ SPELLINGS = {
     "F.linear, three dimensions": (lambda: F.linear(on(X)[None], on(W)), lambda: (D(X) @ D(W).t())[None]),
     "F.linear with bias": (lambda: F.linear(on(X), on(W), on(B)), lambda: D(X) @ D(W).t() + D(B)),
     "nn.Linear": (
-        lambda: torch.nn.Linear(8, 8).requires_grad_(False).to("npu")(on(X)).sum() * 0, lambda: torch.tensor(0.0)
+        lambda: torch.nn.Linear(8, 8).requires_grad_(False).to("npu")(on(X)).sum() * 0,
+        lambda: torch.tensor(0.0),
     ),
     "torch_npu.npu_linear": (lambda: npu.npu_linear(on(X), on(W), on(B)), lambda: D(X) @ D(W).t() + D(B)),
     "torch.addmm": (lambda: torch.addmm(on(B), on(X), on(W), alpha=2), lambda: D(X) @ D(W) * 2 + D(B)),
@@ -124,7 +130,8 @@ SPELLINGS = {
     "torch_npu.npu_rms_norm": (lambda: npu.npu_rms_norm(on(X), on(B))[0], lambda: normed(D(X), D(B))),
     "torch.ops.npu.npu_rms_norm": (lambda: vendor.npu_rms_norm(on(X), on(B))[0], lambda: normed(D(X), D(B))),
     "torch_npu.npu_add_rms_norm": (
-        lambda: npu.npu_add_rms_norm(on(X), on(C), on(B))[0], lambda: normed(D(X) + D(C), D(B))
+        lambda: npu.npu_add_rms_norm(on(X), on(C), on(B))[0],
+        lambda: normed(D(X) + D(C), D(B)),
     ),
     "torch_npu.npu_gemma_rms_norm": (lambda: npu.npu_gemma_rms_norm(on(X), on(B))[0], lambda: normed(D(X), D(B) + 1)),
     "torch_npu.npu_swiglu": (lambda: npu.npu_swiglu(on(X)), lambda: F.silu(D(X)[:, :4]) * D(X)[:, 4:]),
@@ -143,20 +150,25 @@ SPELLINGS = {
     "torch_npu.npu_dynamic_quant": (lambda: npu.npu_dynamic_quant(on(X)), None),
     "torch_npu.npu_top_k_top_p": (lambda: npu.npu_top_k_top_p(on(X)), None),
     "torch_npu attention": (
-        lambda: attention_of(npu.npu_fused_infer_attention_score, **LENGTHS, **HEADS), lambda: attended()
+        lambda: attention_of(npu.npu_fused_infer_attention_score, **LENGTHS, **HEADS),
+        lambda: attended(),
     ),
     "torch.ops.npu attention": (
-        lambda: attention_of(vendor.npu_fused_infer_attention_score, **LENGTHS, **HEADS), lambda: attended()
+        lambda: attention_of(vendor.npu_fused_infer_attention_score, **LENGTHS, **HEADS),
+        lambda: attended(),
     ),
     "attention.out": (
-        lambda: attention_out(npu.npu_fused_infer_attention_score.out, **LENGTHS, **HEADS), lambda: attended()
+        lambda: attention_out(npu.npu_fused_infer_attention_score.out, **LENGTHS, **HEADS),
+        lambda: attended(),
     ),
     "attention v2": (lambda: attention_of(npu.npu_fused_infer_attention_score_v2, **HEADS_2), lambda: attended()),
     "attention v2.out": (
-        lambda: attention_out(npu.npu_fused_infer_attention_score_v2.out, **HEADS_2), lambda: attended()
+        lambda: attention_out(npu.npu_fused_infer_attention_score_v2.out, **HEADS_2),
+        lambda: attended(),
     ),
     "attention, BSH layout": (
-        lambda: npu.npu_fused_infer_attention_score(on(Q)[None], on(K)[None], on(V)[None], num_heads=4), None
+        lambda: npu.npu_fused_infer_attention_score(on(Q)[None], on(K)[None], on(V)[None], num_heads=4),
+        None,
     ),
     "attention, heads of 512": (
         lambda: npu.npu_fused_infer_attention_score(
@@ -168,15 +180,23 @@ SPELLINGS = {
     "torch_npu.npu_incre_flash_attention": (lambda: npu.npu_incre_flash_attention(on(Q), on(K), on(V)), None),
     "torch_npu._npu_paged_attention": (
         lambda: npu._npu_paged_attention(
-            query=on(Q), key_cache=on(K), value_cache=on(V), num_kv_heads=2, num_heads=4, scale_value=1.0,
-            block_table=on(torch.zeros(1, 1).int()), context_lens=torch.ones(1).int(), out=on(Q),
+            query=on(Q),
+            key_cache=on(K),
+            value_cache=on(V),
+            num_kv_heads=2,
+            num_heads=4,
+            scale_value=1.0,
+            block_table=on(torch.zeros(1, 1).int()),
+            context_lens=torch.ones(1).int(),
+            out=on(Q),
         ),
         None,
     ),
     "torch_npu._npu_rotary_embedding": (
-        lambda: npu._npu_rotary_embedding(on(torch.arange(5)), on(Q), on(K), 16, on(Q), True), None
+        lambda: npu._npu_rotary_embedding(on(torch.arange(5)), on(Q), on(K), 16, on(Q), True),
+        None,
     ),
-}  # fmt: skip
+}
 
 
 def outcome(run, right) -> tuple[str, str]:
@@ -200,16 +220,14 @@ if __name__ == "__main__":
     canonical.install()
     host_ops.install()
     if not stock:
-        ascend_routes.install()
+        dispatch.install()
     counts = Counter()
     with torch.inference_mode() if "grad" not in sys.argv else torch.no_grad():
         for spelling, (run, right) in SPELLINGS.items():
             found, told = outcome(run, right)
             counts[found] += 1
             wanted = "served" if right is not None else "refused"
-            print(
-                json.dumps({"spelling": spelling, "found": found, "wanted": wanted, "told": told}), flush=True
-            )
+            print(json.dumps({"spelling": spelling, "found": found, "wanted": wanted, "told": told}), flush=True)
     if "batch_invariant_ops" in sys.modules:  # the double of the AscendC package
         print(json.dumps({"calls": sys.modules["batch_invariant_ops"].CALLS}), flush=True)
     print(counts, file=sys.stderr)

@@ -33,8 +33,12 @@ def test_a_request_does_not_depend_on_the_batch(on_npu, tmp_path, model):
     assert ways["cached tokens"] == [128] and ways["preempted"] > 0
     assert found["compared"] > 250
     assert set(found["differing"]) == {
-        "batch and chunks", "prefix cache", "decode = prefill", "preemption", "seeded sampling",
-    }  # fmt: skip
+        "batch and chunks",
+        "prefix cache",
+        "decode = prefill",
+        "preemption",
+        "seeded sampling",
+    }
     assert not any(found["differing"].values()), found["differing"]
 
 

@@ -33,8 +33,8 @@ COPY = """
 import sys
 from pathlib import Path
 import bi_patch_entry
-bi_patch_entry.arm_on_import = False
-from bi_patch.fork.apply import patched_copy
+bi_patch_entry.without_arming()
+from bi_patch.tools.upstream.apply import patched_copy
 print(patched_copy(Path(sys.argv[1])))
 """
 

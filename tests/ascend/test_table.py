@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bi_patch.orders import ascend
+from bi_patch.ops.ascend import machine
 
 DOUBLES = Path(__file__).parent / "doubles"
 pytestmark = pytest.mark.ascend
@@ -36,7 +36,7 @@ def test_where_ascendc_is_installed_it_serves(on_npu):
     table = rows(done)
     assert {name: row["told"] for name, row in table.items() if row["found"] != row["wanted"]} == {}
     (calls,) = (row["calls"] for row in printed(done) if "calls" in row)
-    assert set(calls) == set(ascend.SCHEMAS) and all(calls.values())
+    assert set(calls) == set(machine.SCHEMAS) and all(calls.values())
 
 
 def test_without_the_routes_every_spelling_is_native(on_npu):
@@ -57,6 +57,6 @@ def test_the_script_for_a_device_runs(on_npu):
 
 
 def test_a_chip_that_is_not_in_the_table_is_named(on_npu):
-    code = "import torch_npu\nfrom bi_patch.orders import ascend_routes\nascend_routes.install()"
+    code = "import torch_npu\nfrom bi_patch.ops import ascend_routes\nascend_routes.install()"
     done = on_npu("-c", code, STUB_SOC="Ascend950PR_950z")
     assert "UnsupportedDevice" in done.stderr and "Ascend950PR_950z" in done.stderr

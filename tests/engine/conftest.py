@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from bi_patch.demo import models
-from bi_patch.verify.child import PATIENT, ChildEngine
-from bi_patch.verify.engine import Options
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify.child import PATIENT, ChildEngine
+from bi_patch.tools.verify.engine import Options
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,7 +23,7 @@ def _two_threads():
 @pytest.fixture(scope="session")
 def model(cache):
     """Name -> folder of a model of the demo, made once."""
-    return lambda name: str(models.path(name, cache=cache))
+    return lambda name: str(recipes.path(name, cache=cache))
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
 import pytest
 
-from bi_patch.demo import models
 from bi_patch.errors import BiPatchError, SeamOpen
-from bi_patch.verify.child import ARMED, EngineFailed
-from bi_patch.verify.probes import PROBES, Workload
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify.child import ARMED, EngineFailed
+from bi_patch.tools.verify.probes import PROBES, Workload
 
 pytestmark = pytest.mark.engine
 
@@ -13,20 +13,20 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize("seam", ["attention.cpu_forward", "linear.cpu_dispatch"])
 def test_an_open_seam_stops_the_engine_and_is_named(start, seam):
     with pytest.raises(SeamOpen, match=seam):
-        with start(ARMED, models.QWEN3, environ={"BI_PATCH_LEAVE_OPEN": seam}):
+        with start(ARMED, recipes.QWEN3, environ={"BI_PATCH_LEAVE_OPEN": seam}):
             pass
 
 
 def test_leaving_the_plugin_out_does_not_open_the_gate(start):
     environ = {"BI_PATCH_LEAVE_OPEN": "linear.cpu_dispatch", "VLLM_PLUGINS": "none"}
     with pytest.raises(SeamOpen, match="linear.cpu_dispatch"):
-        with start(ARMED, models.QWEN3, environ=environ):
+        with start(ARMED, recipes.QWEN3, environ=environ):
             pass
 
 
 def test_forced_to_run_the_fault_is_seen(start):
     environ = {"BI_PATCH_LEAVE_OPEN": "attention", "BI_PATCH_ALLOW_OPEN": "1"}
-    with start(ARMED, models.QWEN3, environ=environ, max_model_len=3200) as engine:
+    with start(ARMED, recipes.QWEN3, environ=environ, max_model_len=3200) as engine:
         assert set(engine.info.open_seams) >= {"attention.cpu_forward", "attention.cpu_build"}
         load = Workload.random(engine.info.vocab_size, long=3000)
         results = [probe.run(engine, load) for probe in PROBES if probe.name in ("batch size", "long prompt")]
@@ -45,6 +45,6 @@ def test_forced_to_run_the_fault_is_seen(start):
 )
 def test_uncovered_features_are_refused_by_name(start, options, said):
     with pytest.raises(BiPatchError, match=said) as caught:
-        with start(ARMED, models.QWEN3, **options):
+        with start(ARMED, recipes.QWEN3, **options):
             pass
     assert not isinstance(caught.value, EngineFailed)

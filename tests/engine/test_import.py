@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bi_patch.demo import models
+from bi_patch.tools.models import recipes
 
 pytestmark = pytest.mark.engine
 
@@ -53,11 +53,15 @@ def test_spawned_engine_processes_are_armed(model, cache, tmp_path):
     script.write_text(SCRIPT)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
     environ = clean | {
-        "BI_PATCH_CACHE": str(cache), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCHDYNAMO_DISABLE": "1",
+        "BI_PATCH_CACHE": str(cache),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "TORCHDYNAMO_DISABLE": "1",
     }
     done = subprocess.run(
-        [sys.executable, str(script), model(models.QWEN3)], env=environ, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), model(recipes.QWEN3)], env=environ, capture_output=True, text=True, timeout=300
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert results, done.stderr[-4000:]

@@ -2,21 +2,21 @@
 
 import pytest
 
-from bi_patch.demo import models
-from bi_patch.verify import probes
-from bi_patch.verify.child import ARMED, STOCK
-from bi_patch.verify.probes import CROSS_PROBES, PROBES, Workload
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify import probes
+from bi_patch.tools.verify.child import ARMED, STOCK
+from bi_patch.tools.verify.probes import CROSS_PROBES, PROBES, Workload
 
 pytestmark = pytest.mark.engine
 
 SIZES = (1, 2, 5, 16, 64)
 # Chunks of 256 tokens, prefix caching on; the first carries the long prompt.
 ENGINES = {
-    "qwen3 bf16": (models.QWEN3, {"max_model_len": 3200}, 3000),
-    "qwen3 fp32": (models.QWEN3, {"dtype": "float32"}, 0),
-    "llama bf16 compiled": (models.LLAMA, {"eager": False}, 0),
-    "moe bf16": (models.MOE, {}, 0),
-    "sliding window bf16": (models.WINDOW, {}, 0),
+    "qwen3 bf16": (recipes.QWEN3, {"max_model_len": 3200}, 3000),
+    "qwen3 fp32": (recipes.QWEN3, {"dtype": "float32"}, 0),
+    "llama bf16 compiled": (recipes.LLAMA, {"eager": False}, 0),
+    "moe bf16": (recipes.MOE, {}, 0),
+    "sliding window bf16": (recipes.WINDOW, {}, 0),
 }
 
 
@@ -40,7 +40,7 @@ def test_every_axis(start, name):
 
 def test_across_engines(start):
     """Chunk budgets, no prefix cache, preemption, restart and compiled code, against one eager base engine."""
-    with start(ARMED, models.QWEN3) as base:
+    with start(ARMED, recipes.QWEN3) as base:
         load = workload(base, 900)
         planned = [(cross, cross.collect(base, load), list(cross.changes(base))) for cross in CROSS_PROBES]
         options = base.options
@@ -49,7 +49,7 @@ def test_across_engines(start):
         for change in changes:
             wanted.setdefault(repr(sorted(change.options.items())), []).append((cross, expected, change))
     for group in wanted.values():
-        with start(ARMED, models.QWEN3, **{**_given(options), **group[0][2].options}) as engine:
+        with start(ARMED, recipes.QWEN3, **{**_given(options), **group[0][2].options}) as engine:
             for cross, expected, change in group:
                 result = cross.judge(change, expected, cross.collect(engine, load, change))
                 print(f"{change.label}: {result.compared} compared, {result.differing} differing")
@@ -62,13 +62,13 @@ def _given(options):
 
 def test_the_probes_see_variance_on_stock(start):
     """The probes are not blind: on the same machine the stock engine differs."""
-    with start(STOCK, models.QWEN3, max_model_len=3200) as engine:
+    with start(STOCK, recipes.QWEN3, max_model_len=3200) as engine:
         load = workload(engine, 3000)
         differing = {p.name: p.run(engine, load).differing for p in (PROBES[0], PROBES[-1])}
     assert sum(differing.values()) > 0, differing
 
 
-@pytest.mark.parametrize("name", [models.WINDOW, models.MOE])
+@pytest.mark.parametrize("name", [recipes.WINDOW, recipes.MOE])
 def test_armed_computes_the_same_model_as_stock(start, name):
     """Other orders round differently, but logprobs stay close: a wrong mask or window would not."""
     answers = {}

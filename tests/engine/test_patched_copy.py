@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from bi_patch.demo import models
-from bi_patch.fork import apply
-from bi_patch.verify.child import ARMED
-from bi_patch.verify.probes import PROBES, Workload
+from bi_patch.tools.models import recipes
+from bi_patch.tools.upstream import apply
+from bi_patch.tools.verify.child import ARMED
+from bi_patch.tools.verify.probes import PROBES, Workload
 
 pytestmark = pytest.mark.engine
 
@@ -18,7 +18,7 @@ def test_patched_copy_passes_the_same_probes(start, tmp_path):
     for form, path in (("patches", str(root)), ("hooks", "")):
         paths = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
         environ = {"BI_PATCH_FORM": form, "PYTHONPATH": paths}
-        with start(ARMED, models.QWEN3, environ=environ) as engine:
+        with start(ARMED, recipes.QWEN3, environ=environ) as engine:
             load = Workload.random(engine.info.vocab_size, generate=6)
             load = Workload(load.subjects, load.fillers, load.long, load.generate, (1, 5, 16))
             for probe in (p for p in PROBES if p.name in ("batch size", "decode = prefill", "prefix cache")):

@@ -5,16 +5,16 @@ import os
 import msgspec
 import pytest
 
-from bi_patch.demo import models
 from bi_patch.errors import BiPatchError, UnsupportedFeature
-from bi_patch.verify import locate, precision
-from bi_patch.verify.case import Setting
-from bi_patch.verify.child import ARMED, PATIENT, STOCK, ChildEngine
-from bi_patch.verify.faults import catch, every
-from bi_patch.verify.faults.__main__ import few_blocks, options, recurrent
-from bi_patch.verify.faults.compiled import catch_compiled
-from bi_patch.verify.faults.lifts import RECURRENT
-from bi_patch.verify.probes.base import pair
+from bi_patch.tools.faults import catch, every
+from bi_patch.tools.faults.__main__ import few_blocks, options, recurrent
+from bi_patch.tools.faults.compiled import catch_compiled
+from bi_patch.tools.faults.lifts import RECURRENT
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify import locate, precision
+from bi_patch.tools.verify.case import Setting
+from bi_patch.tools.verify.child import ARMED, PATIENT, STOCK, ChildEngine
+from bi_patch.tools.verify.probes.base import pair
 
 pytestmark = pytest.mark.engine
 
@@ -27,7 +27,7 @@ def engine(start, model):
     """One armed engine in which faults are planted and taken out again; MoE, fp32, tied routers and head."""
     given = options("cpu", "")
     changes = {f: getattr(given, f) for f in given.__struct_fields__ if f not in ("model", "chunk", "max_model_len")}
-    with start(ARMED, models.MOE, chunk=given.chunk, max_model_len=given.max_model_len, **changes) as made:
+    with start(ARMED, recipes.MOE, chunk=given.chunk, max_model_len=given.max_model_len, **changes) as made:
         yield made
 
 
@@ -75,8 +75,14 @@ def test_tracing_changes_no_bit(engine, load):
 
 def test_preemption(start, engine):
     given = few_blocks(options("cpu", ""), engine.info.block_size)
-    with start(ARMED, models.MOE, chunk=given.chunk, max_model_len=given.max_model_len, kv_blocks=given.kv_blocks,
-               dtype=given.dtype) as small:
+    with start(
+        ARMED,
+        recipes.MOE,
+        chunk=given.chunk,
+        max_model_len=given.max_model_len,
+        kv_blocks=given.kv_blocks,
+        dtype=given.dtype,
+    ) as small:
         load = catch.workload(small)
         assert not any(case.differs for case in catch.cases(small, catch.PREEMPTION, load))
         for name in (fault.name for fault in CPU if fault.axis == catch.PREEMPTION):
@@ -106,7 +112,7 @@ def test_recurrent_layers_are_refused_by_name_and_seen_where_they_are_let_in(tmp
 
 def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):
     """Without bi_patch the differences are real; what is named is the seam that would close them."""
-    with start(STOCK, models.QWEN3, max_model_len=3200, dtype="float32") as stock:
+    with start(STOCK, recipes.QWEN3, max_model_len=3200, dtype="float32") as stock:
         load = catch.workload(stock)
         case = next(c for axis in ("batch size", "mixed lengths") for c in catch.cases(stock, axis, load) if c.differs)
         found = locate.locate_on(stock, case)

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from openai import AsyncOpenAI
 
-from bi_patch.demo import models
 from bi_patch.errors import ServerFailed
-from bi_patch.verify import report
-from bi_patch.verify.answers import Request
-from bi_patch.verify.levels import QUICK
-from bi_patch.verify.measure import Watcher, verify
-from bi_patch.verify.server import ServerEngine
-from bi_patch.verify.targets import Running
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify import report
+from bi_patch.tools.verify.answers import Request
+from bi_patch.tools.verify.levels import QUICK
+from bi_patch.tools.verify.measure import Watcher, verify
+from bi_patch.tools.verify.server import ServerEngine
+from bi_patch.tools.verify.targets import Running
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +31,7 @@ START_SECONDS = 300
 @pytest.fixture(scope="module")
 def server(model, cache, tmp_path_factory):
     """(base URL, model, process id) of a served model; engine core and worker are processes of their own."""
-    folder = model(models.QWEN3)
+    folder = model(recipes.QWEN3)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -39,17 +39,38 @@ def server(model, cache, tmp_path_factory):
     bin_folder = Path(sys.executable).parent
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
     environ |= {
-        "PATH": f"{bin_folder}:{environ['PATH']}", "BI_PATCH_CACHE": str(cache), "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "passive",
+        "PATH": f"{bin_folder}:{environ['PATH']}",
+        "BI_PATCH_CACHE": str(cache),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_WAIT_POLICY": "passive",
     }
     command = [
-        "bi-patch", "run", "--", "vllm", "serve", folder, "--host", "127.0.0.1", "--port", str(port),
-        "--max-model-len", "2048", "--max-num-batched-tokens", "256", "--enforce-eager",
+        "bi-patch",
+        "run",
+        "--",
+        "vllm",
+        "serve",
+        folder,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--max-model-len",
+        "2048",
+        "--max-num-batched-tokens",
+        "256",
+        "--enforce-eager",
     ]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, executable=str(bin_folder / "bi-patch"), env=environ,
-            stdout=out, stderr=out, start_new_session=True,
+            command,
+            executable=str(bin_folder / "bi-patch"),
+            env=environ,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -94,8 +115,11 @@ def test_concurrent_answers_equal_solo_answers(server):
         await asyncio.sleep(delay)
         answer = await client.completions.create(model=folder, prompt=prompt, max_tokens=12, **kind)
         choice = answer.choices[0]
-        return choice.text, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, getattr(
-            choice, "prompt_logprobs", None
+        return (
+            choice.text,
+            choice.logprobs.token_logprobs,
+            choice.logprobs.top_logprobs,
+            getattr(choice, "prompt_logprobs", None),
         )
 
     async def main():
@@ -104,8 +128,15 @@ def test_concurrent_answers_equal_solo_answers(server):
             solo = [await ask(client, p, k) for p, k in asked]
             together = await asyncio.gather(
                 *(ask(client, p, k, source.random()) for p, k in asked),
-                *(ask(client, [source.randrange(1900) for _ in range(source.choice((4, 50, 300)))], kinds[0],
-                      source.random()) for _ in range(30)),
+                *(
+                    ask(
+                        client,
+                        [source.randrange(1900) for _ in range(source.choice((4, 50, 300)))],
+                        kinds[0],
+                        source.random(),
+                    )
+                    for _ in range(30)
+                ),
             )
             return solo, together[: len(asked)]
 

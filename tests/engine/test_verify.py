@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from bi_patch.demo import models
-from bi_patch.verify import report
-from bi_patch.verify.child import STOCK
-from bi_patch.verify.levels import DEFAULT, QUICK
-from bi_patch.verify.local import local
-from bi_patch.verify.measure import Watcher, verify
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify import report
+from bi_patch.tools.verify.child import STOCK
+from bi_patch.tools.verify.levels import DEFAULT, QUICK
+from bi_patch.tools.verify.local import local
+from bi_patch.tools.verify.measure import Watcher, verify
 
 pytestmark = pytest.mark.engine
 pytest_plugins = "pytester"
@@ -37,9 +37,12 @@ def bare(model, tmp_path):
 
 def test_quick_on_the_command_line(model, tmp_path):
     done = subprocess.run(
-        [*CLI, model(models.QWEN3), "--quick", "--json", "report.json", "--html", "page.html"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [*CLI, model(recipes.QWEN3), "--quick", "--json", "report.json", "--html", "page.html"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.read(tmp_path / "report.json")
     assert found.complete and found.mode == "armed" and found.differing == 0 and found.compared > 4000
@@ -50,14 +53,14 @@ def test_quick_on_the_command_line(model, tmp_path):
 
 def test_stock_differs(model):
     axes = ("shared prefix", "logprobs in any order", "long prompt")
-    found = verify(local(model(models.QWEN3), QUICK, mode=STOCK), QUICK, only=axes)
+    found = verify(local(model(recipes.QWEN3), QUICK, mode=STOCK), QUICK, only=axes)
     assert found.exit_code == report.DIFFERS, found.verdict
     assert any(axis.case is not None and axis.ulps > 0 for axis in found.axes)
 
 
 def test_config_alone_with_logits_and_tied(bare):
-    folder = bare(models.MOE)
-    with pytest.raises(models.ModelMissing, match="--random-weights"):
+    folder = bare(recipes.MOE)
+    with pytest.raises(recipes.ModelMissing, match="--random-weights"):
         local(str(folder), QUICK)
     axes = ("mixed lengths", "tied logits and routers", "LoRA")
     target = local(str(folder), DEFAULT, random_weights=7, logits=True, eager=True)
@@ -82,7 +85,7 @@ class Killer(Watcher):
 
 
 def test_a_killed_engine_is_named_and_what_was_compared_is_kept(model):
-    killer, target = Killer(), local(model(models.QWEN3), QUICK)
+    killer, target = Killer(), local(model(recipes.QWEN3), QUICK)
     start = target.start
     target.start = lambda options, fresh=False: killer.started.append(start(options, fresh=fresh)) or killer.started[-1]
     found = verify(target, QUICK, watcher=killer)
@@ -93,7 +96,10 @@ def test_a_killed_engine_is_named_and_what_was_compared_is_kept(model):
 
 def test_an_interrupted_run_leaves_its_report(model, tmp_path):
     process = subprocess.Popen(
-        [*CLI, model(models.QWEN3), "--eager", "--json", "report.json"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        [*CLI, model(recipes.QWEN3), "--eager", "--json", "report.json"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     for line in process.stdout:
         if "batch size" in line:
@@ -116,11 +122,11 @@ def test_the_pytest_fixture(model, monkeypatch, pytester):
             assert not any(name.split(".")[0] in ("bi_patch", "torch", "vllm") for name in sys.modules)
 
         def test_invariant(verify_invariance):
-            report = verify_invariance({model(models.QWEN3)!r}, axes=["mixed lengths", "co-batch contents"])
+            report = verify_invariance({model(recipes.QWEN3)!r}, axes=["mixed lengths", "co-batch contents"])
             assert report.compared > 0
 
         def test_stock(verify_invariance):
-            verify_invariance({model(models.QWEN3)!r}, axes=["long prompt", "shared prefix"], mode={STOCK!r})
+            verify_invariance({model(recipes.QWEN3)!r}, axes=["long prompt", "shared prefix"], mode={STOCK!r})
     """)
     done = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=300)
     done.assert_outcomes(passed=2, failed=1)

@@ -1,7 +1,7 @@
 """Attention of vLLM-Ascend: one backend, through the fused operator that the table serves; paged and
 full-graph forms refused."""
 
-from bi_patch.seams.ascend.common import ASCEND, RELEASES, refuse, refusing
+from bi_patch.seams.ascend.common import refuse, refusing
 from bi_patch.seams.model import Policy, Seam, Target
 
 _BACKEND = "vllm_ascend.attention.attention_v1.AscendAttentionBackend"
@@ -47,7 +47,7 @@ def _block_size(config) -> None:
 def _graph_form(name: str, qualname: str) -> Seam:
     return Seam(
         name=f"attention.ascend_{name}",
-        targets=(Target(_MODULE, qualname, RELEASES),),
+        targets=(Target(_MODULE, qualname),),
         close=refusing(
             f"attention.ascend_{name}",
             "attention inside a full graph",
@@ -56,7 +56,6 @@ def _graph_form(name: str, qualname: str) -> Seam:
         why="a captured attention keeps the work split and the lengths of its capture",
         how="refused: the graph mode is piecewise or none, so it is never called",
         until="upstream's graphs take lengths from tensors",
-        platforms=ASCEND,
         causes=(3, 17, 19),
     )
 
@@ -64,39 +63,35 @@ def _graph_form(name: str, qualname: str) -> Seam:
 SEAMS = (
     Seam(
         name="attention.ascend_backend",
-        targets=(Target("vllm_ascend.platform", "NPUPlatform.get_attn_backend_cls", RELEASES),),
+        targets=(Target("vllm_ascend.platform", "NPUPlatform.get_attn_backend_cls"),),
         close=_only_one_backend,
         why="MLA, sparse and context-parallel backends call operators whose split follows the batch",
         how="refused by name",
         until="a route serves them",
-        platforms=ASCEND,
         causes=(3, 4),
     ),
     Seam(
         name="attention.ascend_paged",
         targets=(
             Target(
-                "vllm_ascend.attention.utils", "using_paged_attention", RELEASES,
-                (_MODULE, "vllm_ascend.worker.model_runner_v1"),
+                "vllm_ascend.attention.utils",
+                "using_paged_attention",
+                copies=(_MODULE, "vllm_ascend.worker.model_runner_v1"),
             ),
         ),
         close=_no_paged,
         why="paged attention is taken for some numbers of tokens only",
         how="the fused operator serves every number of tokens",
         until="never: it is the order",
-        platforms=ASCEND,
         causes=(3, 25),
     ),
     _graph_form("full_graph", "AscendAttentionBackendImpl.full_graph_fia"),
     _graph_form("full_graph_v2", "AscendAttentionBackendImpl.full_graph_fia_v2"),
     _graph_form("full_graph_paged", "AscendAttentionBackendImpl.full_graph_pa"),
-)  # fmt: skip
+)
 
 POLICIES = (
     Policy(
-        "attention.ascend_block_size",
-        _block_size,
-        "keys are cut every 128 positions, inside one block",
-        ASCEND,
+        name="attention.ascend_block_size", apply=_block_size, why="keys are cut every 128 positions, inside one block"
     ),
 )

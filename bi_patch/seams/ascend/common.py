@@ -1,9 +1,6 @@
-"""What the Ascend areas share: platform, releases, and how a seam or a configuration is refused."""
+"""What the Ascend areas share: how a seam or a configuration is refused."""
 
 from bi_patch.errors import UnsupportedFeature
-
-ASCEND = frozenset({"ascend"})
-RELEASES = "==0.23.*"
 
 
 def refuse(name: str, found: list[str], todo: str = "Turn it off") -> None:

@@ -1,6 +1,6 @@
 """Graphs on Ascend: piecewise or none. Attention inside a full graph keeps the split of its capture."""
 
-from bi_patch.seams.ascend.common import ASCEND, refuse
+from bi_patch.seams.ascend.common import refuse
 from bi_patch.seams.model import Policy
 
 # Passes that put a fused operator in the place of two that are served.
@@ -27,6 +27,6 @@ def _fusions(config) -> None:
 
 SEAMS = ()
 POLICIES = (
-    Policy("compilation.ascend_graphs", _graphs, "a captured attention keeps its split", ASCEND),
-    Policy("compilation.ascend_fusions", _fusions, "fused operators go round the table", ASCEND),
+    Policy(name="compilation.ascend_graphs", apply=_graphs, why="a captured attention keeps its split"),
+    Policy(name="compilation.ascend_fusions", apply=_fusions, why="fused operators go round the table"),
 )

@@ -1,6 +1,6 @@
 """vLLM-Ascend's own mode, its custom operators, and the features that no closed seam covers."""
 
-from bi_patch.seams.ascend.common import ASCEND, RELEASES, option, refuse
+from bi_patch.seams.ascend.common import option, refuse
 from bi_patch.seams.ascend.compilation import FUSIONS
 from bi_patch.seams.model import Policy, Seam, Target
 
@@ -12,7 +12,7 @@ def _mode(original):
         import torch
         from vllm_ascend.ascend_config import get_ascend_config
 
-        from bi_patch.orders import ascend_routes
+        from bi_patch.ops.ascend import dispatch
 
         config = get_ascend_config()
         config.weight_nz_mode = 0
@@ -21,7 +21,7 @@ def _mode(original):
             if hasattr(config.ascend_compilation_config, name):
                 setattr(config.ascend_compilation_config, name, False)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        ascend_routes.install()
+        dispatch.install()
 
     return init_batch_invariance
 
@@ -72,10 +72,18 @@ def _options(config) -> None:
 
 
 _REFUSED_OPTIONS = (
-    "xlite_graph_config.enabled", "enable_reduce_sample", "enable_kv_nz", "enable_mlapo", "enable_fused_mc2",
-    "multistream_overlap_gate", "enable_npugraph_ex", "ascend_compilation_config.enable_npugraph_ex",
-    "eplb_config.dynamic_eplb", "layer_sharding", "enable_shared_expert_dp",
-)  # fmt: skip
+    "xlite_graph_config.enabled",
+    "enable_reduce_sample",
+    "enable_kv_nz",
+    "enable_mlapo",
+    "enable_fused_mc2",
+    "multistream_overlap_gate",
+    "enable_npugraph_ex",
+    "ascend_compilation_config.enable_npugraph_ex",
+    "eplb_config.dynamic_eplb",
+    "layer_sharding",
+    "enable_shared_expert_dp",
+)
 _CUSTOM_COPIES = (
     "vllm_ascend.ops.layernorm",
     "vllm_ascend.ops.fused_moe.moe_mlp",
@@ -88,40 +96,36 @@ SEAMS = (
             Target(
                 "vllm_ascend.batch_invariant",
                 "init_batch_invariance",
-                RELEASES,
-                ("vllm_ascend.worker.worker",),
+                copies=("vllm_ascend.worker.worker",),
             ),
         ),
         close=_mode,
         why="upstream's mode leaves many operators open, and goes on with a warning when its kernels are missing",
         how="every operator that sums is served in one order or refused by name; a missing library is an error",
         until="upstream's mode covers them and fails closed",
-        platforms=ASCEND,
         causes=(1, 2, 3, 10, 17),
     ),
     Seam(
         name="engine.ascend_custom_ops",
-        targets=(Target("vllm_ascend.utils", "enable_custom_op", RELEASES, _CUSTOM_COPIES),),
+        targets=(Target("vllm_ascend.utils", "enable_custom_op", copies=_CUSTOM_COPIES),),
         close=_no_custom_ops,
         why="vLLM-Ascend's C++ operators go round the dispatcher's table",
         how="they stay off, so that torch_npu's are called, which the table serves",
         until="they state their order",
-        platforms=ASCEND,
         causes=(2, 10),
     ),
     Seam(
         name="engine.ascend_warm_up",
-        targets=(Target("vllm_ascend.worker.worker", "NPUWorker._warm_up_atb", RELEASES),),
+        targets=(Target("vllm_ascend.worker.worker", "NPUWorker._warm_up_atb"),),
         close=_no_warm_up,
         why="it warms a library up by a product in an order of its own, which the table refuses",
         how="left out: its result is thrown away; the first step loads the library instead",
         until="upstream warms up by an operator that only moves rows",
-        platforms=ASCEND,
         causes=(2, 10),
     ),
 )
 
 POLICIES = (
-    Policy("engine.ascend_features", _features, "no closed seam covers them on Ascend", ASCEND),
-    Policy("engine.ascend_options", _options, "these options take operators that no route serves", ASCEND),
+    Policy(name="engine.ascend_features", apply=_features, why="no closed seam covers them on Ascend"),
+    Policy(name="engine.ascend_options", apply=_options, why="these options take operators that no route serves"),
 )

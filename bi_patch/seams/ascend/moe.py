@@ -1,7 +1,7 @@
 """Experts of vLLM-Ascend: routing by softmax and a stable top-k; grouped products and the weighted sum are
 served by the table."""
 
-from bi_patch.seams.ascend.common import ASCEND, RELEASES, refuse
+from bi_patch.seams.ascend.common import refuse
 from bi_patch.seams.model import Seam, Target
 
 
@@ -30,26 +30,20 @@ def _routed_rows(original):
 SEAMS = (
     Seam(
         name="moe.ascend_gating",
-        targets=(
-            Target("vllm_ascend.ops.fused_moe.experts_selector", "check_npu_moe_gating_top_k", RELEASES),
-        ),
+        targets=(Target("vllm_ascend.ops.fused_moe.experts_selector", "check_npu_moe_gating_top_k"),),
         close=_no_fused_gating,
         why="the fused gating operator sums and breaks ties in an order of its own",
         how="softmax, a stable top-k and a sum that the table serves",
         until="upstream states its order",
-        platforms=ASCEND,
         causes=(10, 13),
     ),
     Seam(
         name="moe.ascend_routing",
-        targets=(
-            Target("vllm_ascend.device.device_op", "BaseDeviceAdaptor.npu_moe_init_routing", RELEASES),
-        ),
+        targets=(Target("vllm_ascend.device.device_op", "BaseDeviceAdaptor.npu_moe_init_routing"),),
         close=_routed_rows,
         why="on A2 and A3 it calls vLLM-Ascend's C++ library, whose operators are off",
         how="torch_npu's operator of the same meaning, as upstream does on A5; it moves rows and counts them",
         until="upstream calls torch_npu's on every chip",
-        platforms=ASCEND,
         causes=(13,),
     ),
 )

@@ -1,6 +1,6 @@
 """Quantized weights and KV caches on Ascend are refused: no route serves their products."""
 
-from bi_patch.seams.ascend.common import ASCEND, refuse
+from bi_patch.seams.ascend.common import refuse
 from bi_patch.seams.model import Policy
 
 
@@ -15,4 +15,4 @@ def _quantized(config) -> None:
     refuse("quantization.ascend", found, "Use unquantized weights and --kv-cache-dtype auto")
 
 
-POLICIES = (Policy("quantization.ascend", _quantized, "no route serves quantized products", ASCEND),)
+POLICIES = (Policy(name="quantization.ascend", apply=_quantized, why="no route serves quantized products"),)

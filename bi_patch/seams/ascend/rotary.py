@@ -1,6 +1,6 @@
 """Rotary embedding of vLLM-Ascend: the bundled kernel for neox style, for every number of tokens."""
 
-from bi_patch.seams.ascend.common import ASCEND, RELEASES, refuse
+from bi_patch.seams.ascend.common import refuse
 from bi_patch.seams.model import Seam, Target
 
 
@@ -17,7 +17,7 @@ def _rotary(original):
         is_neox_style: bool,
         offsets=None,
     ):
-        from bi_patch.orders import ascend_ops
+        from bi_patch.ops.ascend import operators
 
         if not is_neox_style or offsets is not None or positions.ndim != 1:
             refuse(
@@ -26,26 +26,23 @@ def _rotary(original):
                 "Use another model",
             )
         tokens = query.shape[0]
-        turned = ascend_ops.rotate(
+        turned = operators.rotate(
             positions, query.reshape(tokens, -1), key.reshape(tokens, -1), cos_sin_cache, head_size
         )
         return turned[0].view(query.shape), turned[1].view(key.shape)
 
-    rope_forward_oot.__annotations__ = getattr(
-        original, "__annotations__", {}
-    )  # the op's schema is read from it
+    rope_forward_oot.__annotations__ = getattr(original, "__annotations__", {})  # the op's schema is read from it
     return rope_forward_oot
 
 
 SEAMS = (
     Seam(
         name="rotary.ascend_forward",
-        targets=(Target("vllm_ascend.ops.rotary_embedding", "rope_forward_oot", RELEASES),),
+        targets=(Target("vllm_ascend.ops.rotary_embedding", "rope_forward_oot"),),
         close=_rotary,
         why="a Triton kernel or a vendor operator is taken by what is installed; neither states where it rounds",
         how="the bundled kernel: fp32 inside, rounded once",
         until="upstream states where it rounds",
-        platforms=ASCEND,
         causes=(17,),
     ),
 )

@@ -1,7 +1,6 @@
 """Sampling on Ascend: one way to top-k and top-p for every number of requests; its sums are served by the
 table."""
 
-from bi_patch.seams.ascend.common import ASCEND, RELEASES
 from bi_patch.seams.model import Seam, Target
 
 
@@ -22,16 +21,19 @@ SEAMS = (
         name="sampling.ascend_top_k_top_p",
         targets=(
             Target(
-                "vllm.v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p", RELEASES,
-                ("vllm.v1.sample.rejection_sampler", "vllm.v1.worker.gpu.sample.states",
-                "vllm.v1.worker.gpu.sample.sampler"),
+                "vllm.v1.sample.ops.topk_topp_sampler",
+                "apply_top_k_top_p",
+                copies=(
+                    "vllm.v1.sample.rejection_sampler",
+                    "vllm.v1.worker.gpu.sample.states",
+                    "vllm.v1.worker.gpu.sample.sampler",
+                ),
             ),
         ),
         close=_one_way,
         why="another kernel is taken from 8 requests on, so a token at the edge of top-p comes or goes",
         how="sort and running sum for every number of requests, with ties to the lower token",
         until="upstream sums a row in one order",
-        platforms=ASCEND,
         causes=(21,),
     ),
-)  # fmt: skip
+)

@@ -4,7 +4,7 @@ The bundled attention cuts keys at fixed positions, so a row's bits do not depen
 operator was not shown to give decode the bits of prefill; where it is installed they are refused.
 """
 
-from bi_patch.seams.ascend.common import ASCEND, RELEASES, option, refuse
+from bi_patch.seams.ascend.common import option, refuse
 from bi_patch.seams.model import Policy, Seam, Target
 
 _WHY = "the AscendC attention was not shown to give a decoded row the bits of a prefilled one"
@@ -16,9 +16,9 @@ def _preempt(original):
 
     @functools.wraps(original)
     def _preempt_request(self, *args, **kwargs):
-        from bi_patch.orders import ascend
+        from bi_patch.ops.ascend import machine
 
-        if ascend.ascendc_installed():
+        if machine.ascendc_installed():
             refuse(
                 "scheduler.ascend_preemption",
                 [f"preempting a request: its tokens would be computed again as a prompt, and {_WHY}"],
@@ -30,9 +30,9 @@ def _preempt(original):
 
 
 def _cut_prompts(config) -> None:
-    from bi_patch.orders import ascend
+    from bi_patch.ops.ascend import machine
 
-    if not ascend.ascendc_installed():
+    if not machine.ascendc_installed():
         return
     found = []
     if config.scheduler_config.enable_chunked_prefill:
@@ -51,26 +51,28 @@ def _schedulers(config) -> None:
 
 
 _OPTIONS = (
-    "recompute_scheduler_enable", "enable_balance_scheduling", "SLO_limits_for_dynamic_batch",
-    "profiling_chunk_config.enabled", "enable_async_exponential",
-)  # fmt: skip
+    "recompute_scheduler_enable",
+    "enable_balance_scheduling",
+    "SLO_limits_for_dynamic_batch",
+    "profiling_chunk_config.enabled",
+    "enable_async_exponential",
+)
 
 SEAMS = (
     Seam(
         name="scheduler.ascend_preemption",
-        targets=(Target("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", RELEASES),),
+        targets=(Target("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request"),),
         close=_preempt,
         why="a preempted request's decoded tokens are computed again as a prompt",
         how="free with the bundled attention, whose order is that of positions; refused with AscendC's",
         until="AscendC's attention is shown to share one order",
-        platforms=ASCEND,
         causes=(9,),
     ),
 )
 
 POLICIES = (
-    Policy("scheduler.ascend_chunks", _cut_prompts, _WHY, ASCEND),
+    Policy(name="scheduler.ascend_chunks", apply=_cut_prompts, why=_WHY),
     Policy(
-        "scheduler.ascend_schedulers", _schedulers, "nothing under vllm_ascend/core knows of the mode", ASCEND
+        name="scheduler.ascend_schedulers", apply=_schedulers, why="nothing under vllm_ascend/core knows of the mode"
     ),
 )

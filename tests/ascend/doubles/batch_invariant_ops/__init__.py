@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from bi_patch.orders import ascend, ascend_ops
+from bi_patch.ops.ascend import machine, operators
 
 CALLS: Counter[str] = Counter()
 
@@ -21,23 +21,24 @@ def _schema(name: str, like: str) -> str:
 
 
 def _sum(x, dim, keepdim=False):
-    return ascend_ops.sum_dim(x, [dim], keepdim)
+    return operators.sum_dim(x, [dim], keepdim)
 
 
 _FUNCTIONS = {
-    "npu_mm_batch_invariant": ("aten::mm", ascend_ops.mm),
-    "npu_matmul_batch_invariant": ("aten::matmul", ascend_ops.matmul),
+    "npu_mm_batch_invariant": ("aten::mm", operators.mm),
+    "npu_matmul_batch_invariant": ("aten::matmul", operators.matmul),
     "npu_reduce_sum_batch_invariant": ("(Tensor x, int dim, bool keepdim=False) -> Tensor", _sum),
     "npu_fused_infer_attention_score_batch_invariant": (
-        "npu::npu_fused_infer_attention_score", ascend_ops.fused_attention
+        "npu::npu_fused_infer_attention_score",
+        operators.fused_attention,
     ),
-}  # fmt: skip
+}
 
 
 def _counted(name: str, function):
     def compute(*args, **kwargs):
         CALLS[name] += 1
-        with mock.patch.object(ascend, "ascendc", dict):  # the bundled kernels, not this package again
+        with mock.patch.object(machine, "ascendc", dict):  # the bundled kernels, not this package again
             return function(*args, **kwargs)
 
     return compute

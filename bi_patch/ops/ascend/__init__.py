@@ -1,0 +1,1 @@
+"""Operations on Ascend: what the dispatcher calls in place of native kernels."""

@@ -1,0 +1,236 @@
+"""The dispatcher's table on Ascend: which operators are served in one order, which keep their kernel or are refused.
+
+Operators are replaced where PyTorch dispatches them, so every spelling reaches the same code: a function of torch, a
+method, a torch_npu function, torch.ops directly, functional or `.out`. What sums and is not served is refused by name,
+operators that nobody listed included: a native kernel whose order may follow the batch never runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from bi_patch.ops.ascend import machine
+from bi_patch.ops.ascend import operators as ops
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "PrivateUse1"
+# Kernels that torch_npu registers above the backend's own.
+_ABOVE = "AutogradPrivateUse1"
+
+SERVED: dict[str, Callable] = {
+    "aten::mm": ops.mm,
+    "aten::mm.out": ops.out_form(ops.mm),
+    "aten::addmm": ops.addmm,
+    "aten::addmm.out": ops.out_form(ops.addmm),
+    "aten::addmm_": ops.in_place(ops.addmm),
+    "aten::bmm": ops.bmm,
+    "aten::bmm.out": ops.out_form(ops.bmm),
+    "aten::baddbmm": ops.baddbmm,
+    "aten::baddbmm.out": ops.out_form(ops.baddbmm),
+    "aten::baddbmm_": ops.in_place(ops.baddbmm),
+    "aten::mv": ops.mv,
+    "aten::dot": ops.dot,
+    "aten::linear": ops.linear,
+    "aten::matmul": ops.matmul,
+    "aten::matmul.out": ops.out_form(ops.matmul),
+    "aten::sum": ops.sum_all,
+    "aten::sum.dim_IntList": ops.sum_dim,
+    "aten::sum.IntList_out": ops.out_form(ops.sum_dim),
+    "aten::mean": ops.mean_all,
+    "aten::mean.dim": ops.mean_dim,
+    "aten::mean.out": ops.out_form(ops.mean_dim),
+    "aten::softmax.int": ops.softmax_int,
+    "aten::_softmax": ops.softmax_half,
+    "aten::_softmax.out": ops.out_form(ops.softmax_half),
+    "aten::log_softmax.int": ops.log_softmax_int,
+    "aten::_log_softmax": ops.log_softmax_half,
+    "aten::_log_softmax.out": ops.out_form(ops.log_softmax_half),
+    "aten::cumsum": ops.cumsum,
+    "aten::cumsum.out": ops.out_form(ops.cumsum),
+    "aten::topk": ops.topk,
+    "aten::topk.values": ops.named_out_form(ops.topk, ("values", "indices")),
+    "aten::sort": ops.sort,
+    "npu::npu_linear": ops.npu_linear,
+    "npu::npu_rms_norm": ops.npu_rms_norm,
+    "npu::npu_add_rms_norm": ops.npu_add_rms_norm,
+    "npu::npu_gemma_rms_norm": ops.npu_gemma_rms_norm,
+    "npu::npu_swiglu": ops.npu_swiglu,
+    "npu::npu_grouped_matmul": ops.npu_grouped_matmul,
+    "npu::npu_moe_token_unpermute": ops.npu_moe_token_unpermute,
+    "npu::npu_fused_infer_attention_score": ops.fused_attention,
+    "npu::npu_fused_infer_attention_score.out": ops.out_form(ops.fused_attention, 2),
+    "npu::npu_fused_infer_attention_score_v2": ops.fused_attention_v2,
+    "npu::npu_fused_infer_attention_score_v2.out": ops.out_form(ops.fused_attention_v2, 2),
+}
+# PyTorch's other sums over floating-point numbers. Integers are exact in any order and keep their kernel.
+_REFUSED_ATEN = (
+    "addbmm",
+    "addbmm.out",
+    "addbmm_",
+    "addmv",
+    "addmv.out",
+    "addmv_",
+    "vdot",
+    "addr",
+    "nansum",
+    "prod",
+    "prod.dim_int",
+    "logsumexp",
+    "logcumsumexp",
+    "norm.ScalarOpt_dim",
+    "norm.ScalarOpt_dim_dtype",
+    "norm.Scalar",
+    "linalg_vector_norm",
+    "var.correction",
+    "std.correction",
+    "var_mean.correction",
+    "native_layer_norm",
+    "native_group_norm",
+    "native_batch_norm",
+    "cumprod",
+    "index_add",
+    "index_add_",
+    "scatter_add",
+    "scatter_add_",
+    "convolution_overrideable",
+    "_thnn_fused_lstm_cell",
+    "scaled_dot_product_attention",
+    "cdist",
+    "trace",
+)
+# Families of vendor operators that sum, or route, in an order of their own.
+_SUMMING = re.compile(
+    r"attention|matmul|_mm|mm_|bmm|gmm|linear|norm|softmax|moe|quant|reduce|ffn|mla|conv|lstm|gru|"
+    r"cross_entropy|top_k|indexer|logsumexp|rotary|rope|swiglu|geglu"
+)
+_VENDORS = ("npu", "atb", "_C_ascend")
+# Of these families, operators that only move rows, or prepare and never compute.
+KEPT = frozenset(
+    {
+        "npu::npu_moe_init_routing_v2",
+        "npu::npu_moe_init_routing",
+        "npu::npu_moe_token_permute",
+        "npu::npu_moe_compute_expert_tokens",
+        "npu::_npu_fused_infer_attention_score_get_max_workspace",
+        "npu::_npu_fused_infer_attention_score_v2_get_max_workspace",
+        "npu::npu_convert_weight_to_int4pack",
+    }
+)
+
+_installed: list[torch.library.Library] = []
+
+
+def refused() -> list[str]:
+    """Every operator of this process with an NPU kernel that must not run, by full name."""
+    import torch
+
+    names = {name for name in (f"aten::{n}" for n in _REFUSED_ATEN) if _native(name)}
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, rest = name.partition("::")
+        if space in _VENDORS and _SUMMING.search(rest) and "backward" not in rest and name not in KEPT:
+            names.add(name)
+    return sorted(n for n in names - SERVED.keys() if _native(n))
+
+
+def install() -> None:
+    """Replace the kernels of this process. Idempotent. Raises MissingDependency, UnsupportedDevice.
+
+    Libraries are kept for the life of the process: a freed one would put the native kernels back.
+    """
+    import torch
+
+    if _installed:
+        return
+    machine.require()
+    machine.chip()
+    machine.ascendc()
+    libraries = {space: torch.library.Library(space, "IMPL") for space in ("aten", *_VENDORS)}
+    for name, function in SERVED.items():
+        if not _defined(name):
+            ops.refuse(name, "this torch_npu does not define it")
+        serve = _exact(name, function) if name in _EXACT_FOR_INTEGERS else function
+        _replace(libraries, name, serve, KEY)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, _ABOVE):
+            _replace(libraries, name, _below(name), _ABOVE)
+    for name in refused():
+        _replace(libraries, name, _exact(name, _refusal(name)), KEY)
+    _installed.extend(libraries.values())
+
+
+def uninstall() -> None:
+    """Put the native kernels back, for tests."""
+    for library in _installed:
+        library._destroy()
+    _installed.clear()
+
+
+# Sums that are exact whatever their order when nothing is rounded.
+_EXACT_FOR_INTEGERS = frozenset(n for n in SERVED if n.startswith(("aten::sum", "aten::cumsum")))
+
+
+def _exact(name: str, function: Callable) -> Callable:
+    """`function` for floating-point numbers; the native kernel where every tensor holds integers."""
+    import torch
+
+    if not _native(name):
+        return function
+    native = torch.library.get_kernel(name, KEY)
+
+    def serve(keys, *args, **kwargs):
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        floats = any(t.is_floating_point() or t.is_complex() for t in tensors)
+        dtype = kwargs.get("dtype")
+        if tensors and not floats and not (dtype is not None and dtype.is_floating_point):
+            return native.call_boxed(keys, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    serve.with_keyset = True
+    return serve
+
+
+def _refusal(name: str) -> Callable:
+    def refuse(*args, **kwargs):
+        ops.refuse(name, "its native kernel may sum in an order that follows the batch")
+
+    return refuse
+
+
+def _replace(libraries: dict, name: str, function: Callable, key: str) -> None:
+    import warnings
+
+    space, _, rest = name.partition("::")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is replaced is the purpose
+        libraries[space].impl(rest, function, key, with_keyset=getattr(function, "with_keyset", False))
+
+
+def _below(name: str) -> Callable:
+    """The operator again, below autograd: this backend's kernel, or the shapes alone while a graph is traced."""
+    import torch
+
+    space, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    operator = getattr(getattr(getattr(torch.ops, space), packet), overload or "default")
+
+    def again(*args, **kwargs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args, **kwargs)
+
+    return again
+
+
+def _defined(name: str) -> bool:
+    import torch
+
+    return torch._C._dispatch_has_kernel(name)
+
+
+def _native(name: str) -> bool:
+    """Whether an operator is defined here with a kernel of the NPU's own."""
+    import torch
+
+    return _defined(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, KEY)

@@ -1,0 +1,15 @@
+"""Gated activations on CPU by the bundled kernel: fp32 inside, rounded once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """silu(x[..., :D]) * x[..., D:] of x [..., 2 D], rounded once."""
+    import torch
+
+    return torch.ops.bi_cpu.silu_and_mul(x)

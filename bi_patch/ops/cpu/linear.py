@@ -1,0 +1,215 @@
+"""Routes of unquantized linears on CPU: the library's GEMM where it is certified and faster, else the bundled one.
+
+Order: ascending K in fixed blocks, fp32 throughout, bias added before the only rounding (kernels/cpu/README.md).
+The library is compared with the bundled GEMM for a fixed set of row counts, all of them, and is then only ever called
+with these; every other row count goes to the bundled GEMM. Equal bits make the choice free, so it is made by time.
+
+Rounding to 16 bits hides most other orders: on plain random data one output in thousands shows one. So the compared
+rows nearly cancel against some of the weights' rows: their outputs are what the order of the sum leaves, and show it.
+(Cutting long prefills into certified pieces was tried: joining the pieces cost more than the library gained.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.ops import certificates
+from bi_patch.ops.certificates import Certificate, Evidence, Key
+from bi_patch.ops.cpu import machine
+
+if TYPE_CHECKING:
+    import torch
+
+# Decode sizes one by one, then the sizes that prefill budgets usually are.
+ROWS = (*range(1, 17), 32, 64, 128, 256, 512)
+TIMED = (1, 8, 64, 512)
+OPERATION = "cpu.linear"
+DATA = "sums near zero"
+_CANCELLED = 256  # rows of the weight that the compared rows cancel against
+_PLACES = 8  # few rows are compared at so many places of the data
+_FASTER = 0.97  # the library must beat the bundled GEMM by this to be worth a second kernel
+
+Vendor = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "torch.Tensor"]
+
+
+@dataclass
+class Linear:
+    """One layer's route. packed: the weight for the bundled GEMM. vendor_rows: the M that the library serves."""
+
+    packed: torch.Tensor
+    n: int
+    k: int
+    vendor: Vendor
+    weight: torch.Tensor
+    vendor_rows: frozenset[int]
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if x.numel() // self.k in self.vendor_rows:
+            return self.vendor(x, self.weight, bias)
+        return _bundled(x, self.packed, self.n, self.k, bias)
+
+
+def _bundled(x: torch.Tensor, packed: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """The bundled GEMM. Upstream widens some layers' bias to fp32 for its kernel: narrowing it back is exact."""
+    import torch
+
+    own = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    return torch.ops.bi_cpu.gemm(x, packed, n, k, own)
+
+
+_layers: list[Linear] = []
+
+
+def route(
+    weight: torch.Tensor, bias: torch.Tensor | None, vendor: Vendor, layer: torch.nn.Module, cache: Path
+) -> Vendor:
+    """The certified route of one layer as a function (x, weight, bias) -> x @ weight.T + bias.
+
+    weight: [N, K], as loaded. bias: [N] or None, as loaded. vendor: the library's GEMM, set up on this weight.
+    layer: holds the parameters that `vendor` is called with. Raises CertificateFailed without bundled kernels.
+    """
+    import torch
+
+    machine.load_kernels(cache)
+    n, k = weight.shape
+    packed = torch.ops.bi_cpu.gemm_pack(weight)
+    certificate = certificates.obtain(
+        cache,
+        key(n, k, weight.dtype, bias is not None),
+        lambda: _certify(weight, packed, bias, vendor, layer),
+    )
+    linear = Linear(packed, n, k, vendor, layer.weight, _worthwhile(certificate))
+    if not linear.vendor_rows:
+        return lambda x, weight, bias: _bundled(x, packed, n, k, bias)
+    _define_op()
+    _layers.append(linear)
+    handle = len(_layers) - 1
+
+    def apply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.bi_patch.cpu_linear(x, bias, handle, n)
+        return linear(x, bias)
+
+    return apply
+
+
+def key(n: int, k: int, dtype: torch.dtype, bias: bool) -> Key:
+    """What a linear's certificate is valid for."""
+    problem = f"N={n} K={k} {str(dtype).removeprefix('torch.')}{' bias' if bias else ''}"
+    return Key(OPERATION, problem, machine.device(), machine.libraries(), machine.kernels_digest(), DATA)
+
+
+def revealing(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """Random x [rows, K] of which each output x @ weight.T is near zero for some of weight's rows [N, K].
+
+    x is made orthogonal to them, then rounded to weight's dtype: what is left of these sums is the rounding of x, about
+    a thousandth of their terms in bf16, so that their own rounding shows the order they were added in.
+    """
+    import torch
+
+    n, k = weight.shape
+    generator = torch.Generator().manual_seed(n * 1_000_003 + k)
+    x = torch.randn(rows, k, generator=generator, dtype=torch.float64)
+    picked = torch.randperm(n, generator=generator)[: min(_CANCELLED, n, k // 4)]
+    span = torch.linalg.qr(weight[picked].to(torch.float64).T).Q
+    return (x - x @ span @ span.T).to(weight.dtype)
+
+
+def _certify(weight, packed, bias, vendor, layer) -> Certificate:
+    """Compare the library with the bundled GEMM, bitwise, for every M that it may be given."""
+    import torch
+
+    start = time.perf_counter()
+    (n, k), dtype = weight.shape, weight.dtype
+    x = revealing(weight, ROWS[-1])
+    held = None if bias is None else layer.bias
+    # A bias would cover sums near zero, so one of zeros is compared beside the layer's own.
+    biases = [(bias, held)] if bias is None else [(bias, held), (torch.zeros_like(bias), torch.zeros_like(held))]
+    wants = [(torch.ops.bi_cpu.gemm(x, packed, n, k, own), given) for own, given in biases]
+    if not all(bool(torch.isfinite(want.float()).all()) for want, _ in wants):
+        raise CertificateFailed(f"{OPERATION} N={n} K={k}: the weights give values that are not finite")
+    compared, differing, first, passed = 0, 0, "", []
+    for m in ROWS:
+        unequal = tried = 0
+        for at, (want, given) in itertools.product(_places(m), wants):
+            got, expected = vendor(x[at : at + m], layer.weight, given), want[at : at + m]
+            unequal += int((got.view(_bits(dtype)) != expected.view(_bits(dtype))).sum())
+            tried += got.numel()
+        compared, differing = compared + tried, differing + unequal
+        if unequal:
+            first = first or f"M={m}: {unequal} of {tried} elements"
+        else:
+            passed.append(m)
+    timed = {
+        "library": {str(m): _time(lambda m=m: vendor(x[:m], layer.weight, held)) for m in TIMED if m in passed},
+        "bundled": {str(m): _time(lambda m=m: torch.ops.bi_cpu.gemm(x[:m], packed, n, k, bias)) for m in TIMED},
+    }
+    return Certificate(
+        key(n, k, dtype, bias is not None),
+        "library" if passed else "bundled",
+        differing == 0,
+        passed,
+        Evidence(list(ROWS), compared, differing, first),
+        round(time.perf_counter() - start, 3),
+        certificates.today(),
+        timed,
+    )
+
+
+def _places(m: int) -> list[int]:
+    """Where in the data m rows are taken from."""
+    last = ROWS[-1] - m
+    return sorted({last * i // (_PLACES - 1) for i in range(_PLACES)}) if m <= 64 else [last // 2]
+
+
+def _worthwhile(certificate: Certificate) -> frozenset[int]:
+    """The certified M at which the library is faster, judged at the nearest timed M."""
+    library, bundled = certificate.microseconds["library"], certificate.microseconds["bundled"]
+    faster = {int(m): library[m] < bundled[m] * _FASTER for m in library}
+    chosen = set()
+    for m in certificate.passed_rows:
+        nearest = min(faster, key=lambda t: abs(t - m), default=None)
+        if nearest is not None and faster[nearest]:
+            chosen.add(m)
+    return frozenset(chosen)
+
+
+def _time(call: Callable[[], object], seconds: float = 0.01) -> float:
+    """Least time of a call in microseconds over about `seconds`."""
+    call()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return round(best * 1e6, 1)
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    import torch
+
+    return {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+
+
+def _define_op() -> None:
+    """torch.ops.bi_patch.cpu_linear: the route as one opaque operation for compiled code."""
+    import torch
+
+    if hasattr(torch.ops.bi_patch, "cpu_linear"):
+        return
+    global _library
+    _library = torch.library.Library("bi_patch", "FRAGMENT")
+    _library.define("cpu_linear(Tensor x, Tensor? bias, int handle, int n) -> Tensor")
+    _library.impl("cpu_linear", lambda x, bias, handle, n: _layers[handle](x, bias), "CPU")
+    torch.library.register_fake(
+        "bi_patch::cpu_linear", lambda x, bias, handle, n: x.new_empty((*x.shape[:-1], n)), lib=_library
+    )
+
+
+_library: torch.library.Library | None = None

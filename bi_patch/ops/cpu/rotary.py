@@ -1,0 +1,15 @@
+"""Rotary embedding on CPU by the bundled kernel: fp32 inside, rounded once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rope(positions: torch.Tensor, x: torch.Tensor, cache: torch.Tensor, head_size: int, neox: bool) -> torch.Tensor:
+    """x [tokens, heads * D] rotated by positions [tokens]; cache [positions, rotary]: cosines, then sines."""
+    import torch
+
+    return torch.ops.bi_cpu.rope(positions, x, cache, head_size, neox)

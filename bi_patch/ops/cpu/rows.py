@@ -1,0 +1,218 @@
+"""Row certificates: kernels that are kept as they are must give each row the same bits for every number of rows.
+
+Layers register while the model is built; once its weights are loaded every distinct operation is run on random rows,
+alone and among others, and compared bitwise. A failure has no bundled kernel to fall back to and stops the engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.ops import certificates
+from bi_patch.ops.certificates import Certificate, Evidence, Key
+from bi_patch.ops.cpu import machine
+
+if TYPE_CHECKING:
+    import torch
+
+# Around every power of two, where kernels change their blocks.
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 1025)
+_FEW = ROWS[: ROWS.index(65) + 1]
+# Rounding to 16 bits hides another order in most outputs, so few rows are run at many places, to compare many outputs.
+_PLACES = 32
+DATA = f"random rows at {_PLACES} places"
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """make(rows): random inputs, rows first. run(*inputs): outputs, rows first; it may change its inputs."""
+
+    operation: str
+    problem: str
+    rows: tuple[int, ...]
+    make: Callable[[int], tuple[torch.Tensor, ...]]
+    run: Callable[..., tuple[torch.Tensor, ...]]
+
+
+_registered: dict[tuple[str, str], RowCheck] = {}
+
+
+def register(check: RowCheck) -> None:
+    """Ask for a certificate; the same operation and problem is certified once."""
+    _registered.setdefault((check.operation, check.problem), check)
+
+
+def certify_registered(cache: Path) -> list[Certificate]:
+    """Certify everything that was registered. Raises CertificateFailed, naming each operation that failed."""
+    import torch
+
+    machine.load_kernels(cache)
+    made = []
+    with torch.inference_mode():
+        for check in _registered.values():
+            key = Key(
+                check.operation, check.problem, machine.device(), machine.libraries(), machine.kernels_digest(), DATA
+            )
+            made.append(certificates.obtain(cache, key, lambda c=check, k=key: _certify(c, k)))
+    _registered.clear()
+    failed = [c for c in made if not c.passed]
+    if failed:
+        lines = "\n".join(f"  {c.key.operation} {c.key.problem}: {c.evidence.first}" for c in failed)
+        raise CertificateFailed(
+            f"{len(failed)} operation(s) change a row's bits with the number of rows on this machine:\n{lines}\n"
+            "There is no bundled kernel for them. Please report this with the output of `bi-patch certify`; "
+            "BI_PATCH=0 runs without bi_patch"
+        )
+    return made
+
+
+def _certify(check: RowCheck, key: Key) -> Certificate:
+    import torch
+
+    start = time.perf_counter()
+    torch_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    inputs = check.make(max(check.rows))
+    torch.set_rng_state(torch_state)
+    want = check.run(*(t.clone() for t in inputs))
+    compared, differing, first, passed = 0, 0, "", []
+    for m in check.rows:
+        unequal = 0
+        for at in _places(m, max(check.rows)):
+            got = check.run(*(t[at : at + m].clone() for t in inputs))
+            unequal += sum(_unequal(g, w[at : at + m]) for g, w in zip(got, want, strict=True))
+            compared += sum(g.numel() for g in got)
+        differing += unequal
+        if unequal:
+            first = first or f"{m} rows: {unequal} elements differ"
+        else:
+            passed.append(m)
+    seconds = round(time.perf_counter() - start, 3)
+    evidence = Evidence(list(check.rows), compared, differing, first)
+    return Certificate(key, "kept", differing == 0, passed, evidence, seconds, certificates.today())
+
+
+def _places(rows: int, of: int) -> list[int]:
+    """Where `rows` of `of` rows are taken: up to _PLACES places over the whole, the first and the last among them."""
+    last = of - rows
+    count = min(_PLACES, -(-of // rows))
+    return sorted({last * i // max(1, count - 1) for i in range(count)})
+
+
+def _unequal(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Elements whose bits differ (NaN equals the same NaN, 0.0 differs from -0.0)."""
+    import torch
+
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
+    return int((a.contiguous().view(bits) != b.contiguous().view(bits)).sum())
+
+
+def register_norm(layer: torch.nn.Module, size: int) -> None:
+    """RMSNorm and its kin over the last dimension: alone, with residual where it takes one, and per head."""
+    import inspect
+
+    import torch
+
+    dtype = torch.get_default_dtype()
+    kind = type(layer).__name__
+    with_residual = "residual" in inspect.signature(type(layer).forward_native).parameters
+
+    def run(x, *residual):
+        out = layer.forward_native(x, *residual)
+        return out if isinstance(out, tuple) else (out,)
+
+    problem = f"{kind} {size} {str(dtype).removeprefix('torch.')}"
+    register(RowCheck("cpu.norm", problem, ROWS, lambda m: (torch.randn(m, size).to(dtype),), run))
+    register(
+        RowCheck(
+            "cpu.norm",
+            f"{problem} per head",
+            ROWS,
+            lambda m: (torch.randn(m, 12, size).to(dtype),),
+            lambda x: run(x[:, 2:7]),  # a strided view, as query and key are of their joint projection
+        )
+    )
+    if with_residual:
+        register(
+            RowCheck(
+                "cpu.norm",
+                f"{problem} with residual",
+                ROWS,
+                lambda m: (torch.randn(m, size).to(dtype), torch.randn(m, size).to(dtype)),
+                run,
+            )
+        )
+
+
+def register_moe(experts: object, layer: torch.nn.Module) -> None:
+    """The fused experts of one layer: routed rows with fixed weights and expert ids."""
+    import torch
+
+    config = experts.moe_config
+    hidden, count, top_k = config.hidden_dim, config.num_experts, config.experts_per_token
+    dtype = config.in_dtype
+    if layer.w13_weight.dtype != dtype:
+        raise CertificateFailed(
+            f"cpu.moe: {type(experts).__name__} holds {layer.w13_weight.dtype} weights for {dtype} rows, for which no "
+            "certificate can be made. Use unquantized weights of the model's dtype, or set BI_PATCH=0"
+        )
+
+    def make(m):
+        scores = torch.rand(m, count)
+        weights, ids = scores.topk(top_k)
+        return torch.randn(m, hidden).to(dtype), weights, ids.to(torch.int32)
+
+    def run(x, weights, ids):
+        out = torch.empty_like(x)
+        experts.apply(
+            out,
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            weights,
+            ids,
+            config.activation,
+            count,
+            None,
+            None,
+            None,
+            torch.empty(0),
+            torch.empty(0),
+            None,
+            False,
+        )
+        return (out,)
+
+    problem = (
+        f"{type(experts).__name__} E={count} k={top_k} hidden={hidden} "
+        f"intermediate={config.intermediate_size_per_partition} {str(dtype).removeprefix('torch.')}"
+    )
+    register(RowCheck("cpu.moe", problem, ROWS, make, run))
+
+
+def register_sampling(vocab: int) -> None:
+    """log_softmax, softmax, top-k with ties, argmax and the seeded draw over `vocab` logits."""
+    import torch
+
+    def logits(m):
+        return (torch.randn(m, vocab) * 4,)
+
+    def tied(m):
+        return (torch.randn(m, vocab).mul(4).round(),)
+
+    def draw(x):
+        return (torch.ops._C.fused_gumbel_argmax(x, x[:, 0].mul(1000).abs().to(torch.int64)),)
+
+    for name, make, run in (
+        ("log_softmax", logits, lambda x: (x.log_softmax(dim=-1, dtype=torch.float32),)),
+        ("softmax", logits, lambda x: (x.softmax(dim=-1, dtype=torch.float32),)),
+        ("top 20 with ties", tied, lambda x: tuple(torch.topk(x, min(20, vocab), dim=-1))),
+        ("argmax with ties", tied, lambda x: (torch.ops._C.greedy_argmax(x),)),
+        ("seeded draw", logits, draw),
+    ):
+        register(RowCheck("cpu.sampling", f"{name} vocab={vocab}", _FEW, make, run))

@@ -1,0 +1,149 @@
+"""Decode attention on CUDA: the bundled kernel, where it is certified to give the bits of the prefill that is served.
+
+Prefill runs on FlashAttention 3, whose tiles for single queries are either prefill's, much too large for a decode, or
+(heads of 64) cut KV elsewhere. The bundled kernel keeps prefill's order in small tiles. The certificate compares it
+with prefill itself: one long prompt is prefilled, then the last token of each of its beginnings is decoded, bitwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bi_patch.ops import certificates
+from bi_patch.ops.certificates import Certificate, Key, Tally
+from bi_patch.ops.cuda import machine
+from bi_patch.ops.cuda.linear import unequal
+
+if TYPE_CHECKING:
+    import torch
+
+OPERATION = "cuda.decode_attention"
+DATA = "beginnings of one prompt, flat scores in small pages and peaked scores in large ones, several tokens, none"
+# Not a square root of a power of 2: products of those with others round alike in whatever order they are made.
+_ODD_SCALE = 168**-0.5
+# Long enough that every slot of shared memory is used again and again.
+_PROMPT, _SEVERAL = 7300, 5
+# Beginnings around the ends of tiles, and others.
+_LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 5000, 6200, _PROMPT})
+_log = logging.getLogger("vllm.bi_patch")
+_certified: dict[Problem, bool] = {}
+
+# (q [tokens, heads, D], k and v [pages, page size, key heads, D], pages [1, most], scale) -> out, of q's shape: causal
+# attention of a whole prompt, as served.
+Prefill = Callable[..., "torch.Tensor"]
+
+
+class Problem(NamedTuple):
+    """heads and key_heads of one rank, head_size, dtype of q and of the KV cache."""
+
+    heads: int
+    key_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"heads={self.heads}/{self.key_heads} D={self.head_size} {machine.name(self.dtype)}"
+
+
+def serves(problem: Problem) -> bool:
+    """Whether the bundled kernel is certified for `problem` in this process."""
+    return _certified.get(problem, False)
+
+
+def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Certificate | None:
+    """Compare the bundled kernel with `prefill`; `library` names the version of prefill's.
+
+    It takes a tenth of a second, so every process makes it anew: an old one could be about another build of either.
+    Returns None for a problem that was seen before or that the kernel does not have; `serves` is then as before or
+    False.
+    """
+    import torch
+
+    from bi_patch.kernels.cuda import decode
+
+    if problem in _certified:
+        return None
+    _certified[problem] = False
+    if not decode.covers(*problem):
+        return None
+    key = Key(
+        OPERATION,
+        str(problem),
+        machine.device(),
+        f"{library} {machine.libraries()}",
+        machine.kernels_digest("cuda"),
+        DATA,
+    )
+    try:
+        # Compiled and loaded now, not when a graph is captured.
+        heads, key_heads, head_size, dtype = problem
+        decode.prepare(heads, key_heads, head_size, dtype, torch.cuda.current_device())
+        certificate = _certify(problem, prefill, key)
+        certificates.save(cache, certificate)
+    except Exception as error:  # what serves without it is slower and no less invariant
+        said = f"{type(error).__name__}: {error}"
+        _log.warning("bi_patch: no decode kernel for %s, prefill's serves: %s", problem, said)
+        return None
+    _certified[problem] = certificate.passed
+    if not certificate.passed:
+        _log.warning("bi_patch: %s: %s; prefill's kernel decodes", problem, certificate.evidence.first)
+    return certificate
+
+
+def attend(q, k, v, out, starts, lengths, pages, scale: float) -> bool:
+    """Write attention into `out` by the bundled kernel (bi_patch.kernels.cuda.decode.attend).
+
+    False, with nothing done, where it cannot take the tensors.
+    """
+    from bi_patch.kernels.cuda import decode
+
+    try:
+        decode.attend(q, k, v, out, starts, lengths, pages, scale)
+    except decode.Unfit:
+        return False
+    return True
+
+
+def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
+    import torch
+
+    from bi_patch.kernels.cuda import decode
+
+    tally = Tally(_LENGTHS)
+    heads, key_heads, size, dtype = problem
+    generator = torch.Generator("cuda").manual_seed(size)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    def layouts():
+        """k and v of the prompt in random pages: packed in small ones, side by side as vLLM 0.26 has them in large."""
+        for what, page, factor, scale in (("flat", 16, 1.0, size**-0.5), ("peaked", 128, 6.0, _ODD_SCALE)):
+            blocks = -(-_PROMPT // page)
+            pages = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)[None]
+            if page == 16:
+                k, v = (random(blocks, page, key_heads, size) for _ in range(2))
+            else:
+                k, v = random(blocks, key_heads, page, 2 * size).transpose(1, 2).split(size, dim=-1)
+            yield what, (random(_PROMPT, heads, size) * factor).contiguous(), k, v, pages, scale
+
+    def ints(values):
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    # A request a length, one with the prompt's last tokens, one with none.
+    number = len(_LENGTHS)
+    rows = ints([*(length - 1 for length in _LENGTHS), *range(_PROMPT - _SEVERAL, _PROMPT)]).long()
+    starts, lengths = ints([*range(number + 1), len(rows), len(rows)]), ints([*_LENGTHS, _PROMPT, 1])
+    for what, q, k, v, pages, scale in layouts():
+        want = prefill(q, k, v, pages, scale)[rows]
+        held = pages.expand(len(lengths), -1)
+        for parts in decode.parts_on(problem.head_size, torch.cuda.current_device()):
+            got = torch.empty_like(want)
+            decode.attend(q[rows], k, v, got, starts, lengths, held, scale, parts)
+            wrong = unequal(got, want)
+            said = f"{what} scores, {parts} parts: {wrong} of {got.numel()} elements differ from prefill"
+            tally.add(got.numel(), wrong, said)
+    return tally.certificate(key, "bundled decode")

@@ -1,0 +1,344 @@
+"""Routes of unquantized linears on CUDA: cuBLASLt without split-K where certified, else the bundled Triton GEMM.
+
+Order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding (kernels/triton/gemm.py).
+A certificate covers one (N, K, dtype, bias) for every M up to a limit. The library (cublaslt) is asked for its
+algorithms for each M up to 1024 and every seventh above, and they are timed at a few M. Each kind of algorithm that is
+picked by time for some M (cublaslt_choice), or that the library offers first, runs against the bundled reference,
+bitwise, at its first, a middle and its last such M. When serving, an M gets the offer picked by time among the kinds
+that passed. A kind that differed anywhere or was never compared does not serve; an M without an offer that may serve,
+and every M past the limit, gets the bundled kernel. So time decides speed alone: another choice gives the same bits.
+
+Rounding to 16 bits hides most other orders: on plain random data one output in thousands shows one. So half of the sums
+that are compared are exactly zero: what comes out is what their order left, and another order leaves something else.
+The other half are plain, and show where the result was rounded and the bias added.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.ops import certificates
+from bi_patch.ops.certificates import Certificate, Evidence, Key
+from bi_patch.ops.cuda import cublaslt, cublaslt_choice, machine, timing
+from bi_patch.ops.zero_sums import cancelling
+
+if TYPE_CHECKING:
+    import torch
+
+OPERATION = "cuda.linear"
+DATA = "sums of zero and others, algorithms by time"
+VENDOR = "cublaslt"
+# At most this share of free memory is used for inputs and outputs of a certificate; it bounds the M that is covered.
+_MEMORY_SHARE = 0.3
+# Up to this many rows are compared at two positions of the input; more rows hold many positions themselves.
+_TWICE = 2048
+# The library is asked for every M up to here, then for every seventh: prime to all that a choice may be aligned to.
+_EACH, _STEP = 1024, 7
+# A timed graph holds enough calls to take about so long, in microseconds, at most so many; its replays.
+_TIMED_US, _CALLS, _REPLAYS = 150, 128, 3
+# Where the first offer takes longer than this, in microseconds, it serves: timing others would take seconds.
+_SLOW_US = 2000
+_log = logging.getLogger("vllm.bi_patch")
+
+
+class Problem(NamedTuple):
+    """One linear: y [M, n] = x [M, k] @ weight [n, k].T + bias."""
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    bias: bool
+
+    def __str__(self) -> str:
+        return f"N={self.n} K={self.k} {machine.name(self.dtype)}{' bias' if self.bias else ''}"
+
+
+@dataclass
+class Route:
+    """The kinds of the vendor's algorithms that may serve up to `limit` rows; None of them: the bundled kernel.
+
+    tiles_agree: the bundled variants give equal bits here, so the fastest may serve each M; else the reference does.
+    preferred: the vendor's fastest kind by measured M.
+    """
+
+    kinds: frozenset[cublaslt.Kind]
+    limit: int
+    tiles_agree: bool
+    gemm: cublaslt.Gemm | None
+    preferred: Mapping[int, cublaslt.Kind] = field(default_factory=dict)
+    _plans: dict[int, cublaslt.Plan | None] = field(default_factory=dict, repr=False)
+
+    def plan(self, rows: int) -> cublaslt.Plan | None:
+        """The vendor's algorithm for a number of rows, where it is certified."""
+        try:
+            return self._plans[rows]
+        except KeyError:
+            offers = self.gemm.offers(rows) if self.gemm is not None and rows <= self.limit else []
+            plan = cublaslt_choice.choose(rows, offers, self.preferred, self.kinds.__contains__)
+            self._plans[rows] = plan
+            return plan
+
+
+_routes: dict[Problem, Route] = {}
+_defined: list[torch.library.Library] = []
+_TYPES = ("bfloat16", "float16", "float32")
+
+
+def define_op() -> None:
+    """Define torch.ops.bi_patch.linear(x, weight, bias), opaque to torch.compile. Idempotent."""
+    import torch
+
+    if _defined:
+        return
+    library = torch.library.Library("bi_patch", "FRAGMENT")
+    library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    library.impl("linear", linear, "CUDA")
+    library.impl("linear", _fake, "Meta")
+    _defined.append(library)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the certified route. A problem without one is bundled."""
+    import torch
+
+    n, k = weight.shape
+    flat = x.reshape(-1, k)
+    if not _packed(flat, k):
+        # Certificates are about aligned, packed rows: another layout may get another algorithm.
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    rows = flat.shape[0]
+    route = _routes.get((n, k, x.dtype, bias is not None))
+    plan = route.plan(rows) if route is not None else None
+    if plan is not None and _packed(weight, k) and (bias is None or _packed(bias, 1)):
+        out = _vendor(route.gemm, plan, flat, weight, bias)
+    else:
+        out = bundled(flat, weight, bias, route is not None and route.tiles_agree)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+
+
+def _packed(tensor, row: int) -> bool:
+    return tensor.stride(0) == row and tensor.stride(-1) == 1 and tensor.data_ptr() % cublaslt.ALIGNMENT == 0
+
+
+def _vendor(gemm: cublaslt.Gemm, plan: cublaslt.Plan, x, weight, bias, out=None):
+    """The library's GEMM on packed, aligned tensors, by the algorithm of `plan`."""
+    import torch
+
+    if out is None:
+        out = torch.empty((x.shape[0], gemm.n), dtype=x.dtype, device=x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    gemm(plan, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), stream)
+    return out
+
+
+def _fake(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def bundled(x, weight, bias, tiles_agree: bool, out=None):
+    """The bundled GEMM: x [M, K] @ weight [N, K].T + bias [N] -> [M, N], into `out` where given.
+
+    tiles_agree: any variant may serve, else only the reference. Raises CertificateFailed for a dtype without a kernel.
+    """
+    from bi_patch.kernels.triton import gemm
+
+    if machine.name(x.dtype) not in _TYPES or weight.dtype != x.dtype:
+        raise CertificateFailed(f"linear: no invariant GEMM for {x.dtype} rows and {weight.dtype} weights")
+    if weight.stride(-1) != 1:
+        weight = weight.contiguous()
+    size = x.element_size()
+    if not tiles_agree:
+        return gemm.gemm(x, weight, bias, _reference_tile(size), out)
+    return gemm.product(x, weight, bias, _parts(x, weight), out)
+
+
+def _parts(x, weight):
+    """The bundled variants for these tensors, by columns."""
+    from bi_patch.kernels.triton import gemm
+
+    size = x.element_size()
+    descriptors = machine.vendor_allowed() and gemm.can_describe(x) and gemm.can_describe(weight)
+    descriptors = descriptors and weight.shape[0] * size % 16 == 0
+    return gemm.choose(x.shape[0], *weight.shape, size, machine.shared_memory(), machine.processors(), descriptors)
+
+
+def _reference_tile(size: int):
+    from bi_patch.kernels.triton import gemm
+
+    return gemm.fit(gemm.REFERENCE if size == 2 else gemm.REFERENCE_FP32, size, machine.shared_memory())
+
+
+def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Certificate]:
+    """Give each problem its route for all M up to max_rows, from disk or anew. Call it before any graph is captured.
+
+    Raises CertificateFailed where cuBLASLt cannot be called.
+    """
+    made = []
+    for problem in dict.fromkeys(problems):
+        key = _key(problem, max_rows)
+        certificate = certificates.obtain(cache, key, lambda p=problem, k=key: _certify(p, k, max_rows))
+        kinds = frozenset(cublaslt.Kind(*kind) for kind in certificate.algorithms)
+        preferred = {m: cublaslt.Kind(*kind) for m, kind in certificate.preferred.items()}
+        limit = max(certificate.evidence.rows, default=0)
+        gemm = cublaslt.Gemm(*problem) if kinds else None
+        _routes[problem] = Route(kinds, limit, certificate.route.endswith("+tiles"), gemm, preferred)
+        made.append(certificate)
+        if not certificate.passed:
+            _log.warning("bi_patch: %s: %s", problem, certificate.evidence.first)
+    return made
+
+
+def routes() -> dict[Problem, Route]:
+    """The routes of this process."""
+    return dict(_routes)
+
+
+def _key(problem: Problem, max_rows: int) -> Key:
+    return Key(
+        OPERATION, f"{problem} M<={max_rows}", machine.device(), machine.libraries(), machine.kernels_digest(), DATA
+    )
+
+
+def asked_rows(limit: int) -> list[int]:
+    """The M, ascending, for which the library is asked for its algorithms; the limit is one of them."""
+    each, some = range(1, min(limit, _EACH) + 1), range(_EACH, limit, _STEP)
+    return sorted({*each, *some, *cublaslt_choice.timed_rows(limit)})
+
+
+def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
+    import torch
+
+    start = time.perf_counter()
+    trial = _Trial(problem, max_rows)
+    offers = trial.offers() if machine.vendor_allowed() else {}
+    times = trial.times(offers)
+    preferred = cublaslt_choice.prefer(offers, times)
+    found = cublaslt_choice.compare(offers, preferred, trial.vendor_differs)
+    good = {kind for kind, wrong in found.items() if not any(wrong.values())}
+    tested = [(kind, m) for kind, wrong in found.items() for m in wrong]
+    differing = sum(sum(wrong.values()) for wrong in found.values())
+    first = ""
+    if differing:
+        kind, m = next((kind, m) for kind, m in tested if found[kind][m])
+        first = f"M={m}: {found[kind][m]} outputs of algorithm {tuple(kind)} differ from the bundled GEMM"
+    # Compiling every variant takes seconds: only where they will serve.
+    agree = (differing > 0 or not found) and trial.tiles_agree()
+    del trial
+    torch.cuda.empty_cache()
+    return Certificate(
+        key=key,
+        route=f"{VENDOR}{'+tiles' if agree else ''}",
+        passed=differing == 0 and bool(found),
+        passed_rows=sorted({m for _, m in tested} - {m for kind, m in tested if kind not in good}),
+        evidence=Evidence(
+            rows=sorted({m for _, m in tested}),
+            compared=sum((2 if m <= _TWICE else 1) * m * problem.n for _, m in tested),
+            differing=differing,
+            first=first,
+        ),
+        seconds=round(time.perf_counter() - start, 3),
+        made=certificates.today(),
+        microseconds={
+            "first offer": {str(m): round(us[0], 2) for m, us in times.items()},
+            "fastest offer": {str(m): round(min(us), 2) for m, us in times.items()},
+        },
+        algorithms=sorted(list(kind) for kind in good),
+        preferred={m: list(kind) for m, kind in preferred.items()},
+    )
+
+
+class _Trial:
+    """Random data for one problem, the reference's output, and comparisons with it."""
+
+    def __init__(self, problem: Problem, max_rows: int):
+        import torch
+
+        self.n, self.k, dtype, bias = problem
+        size = dtype.itemsize
+        free, _ = torch.cuda.mem_get_info()
+        limit = int(free * _MEMORY_SHARE / size) - self.n * self.k
+        # The input, the reference and one output at a time.
+        self.rows = max(1, min(max_rows, limit // (self.k + 2 * self.n)))
+        # Copies of the weight for which there is memory besides.
+        self.copies = (limit - self.rows * (self.k + 2 * self.n)) // (self.n * self.k)
+        generator = torch.Generator("cuda").manual_seed(self.n * 1_000_003 + self.k)
+        order = torch.randperm(self.k, generator=generator, device="cuda")
+        self.x = cancelling(self.rows, order, 1, generator, dtype)
+        self.weight = cancelling(self.n, order, -1, generator, dtype)
+        self.weight[1::2].abs_().mul_(0.125)  # their sums are not zero; fp16 holds them
+        self.bias = None
+        if bias:
+            self.bias = torch.randn(self.n, generator=generator, device="cuda", dtype=dtype)
+            self.bias[::2] = 0  # it would cover what is left of a sum
+        self.gemm = cublaslt.Gemm(*problem)
+        self.out = torch.empty((self.rows, self.n), dtype=dtype, device="cuda")
+        self.want = bundled(self.x, self.weight, self.bias, False)
+        if not bool(torch.isfinite(self.want).all()):
+            raise CertificateFailed(f"{OPERATION} {problem}: the bundled GEMM gives values that are not finite")
+
+    def offers(self) -> dict[int, list[cublaslt.Plan]]:
+        """The library's algorithms by M, for each M that is asked for, ascending."""
+        asked = asked_rows(self.rows)
+        # The library answers on the host, outside Python's lock.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            return dict(zip(asked, pool.map(self.gemm.offers, asked), strict=True))
+
+    def times(self, offers: Mapping[int, list[cublaslt.Plan]]) -> dict[int, list[float]]:
+        """Microseconds of each offer, by M, where there are several; up to the first M where one call takes too long.
+
+        Each call takes the next of several copies of the weight, more than the L2 cache holds: a model's come from
+        memory. Nothing is timed where there is no memory for them.
+        """
+        more = min(2 * machine.cache_bytes() // self.weight.nbytes, _CALLS - 1)
+        if not offers or more > self.copies:
+            return {}
+        weights = [self.weight, *(self.weight.clone() for _ in range(more))]
+        found = {}
+        for m in cublaslt_choice.timed_rows(self.rows):
+            plans = offers.get(m, [])
+            if len(plans) < 2:
+                continue
+            one = timing.once(partial(self._run, plans[0], self.x[:m], self.weight))
+            if one > _SLOW_US:
+                break
+            rounds = min(math.ceil(_TIMED_US / (max(one, 1.0) * len(weights))), _CALLS // len(weights))
+            ways = [[partial(self._run, plan, self.x[:m], w) for w in weights * rounds] for plan in plans]
+            found[m] = timing.microseconds(ways, _REPLAYS)
+        return found
+
+    def vendor_differs(self, m: int, plan: cublaslt.Plan) -> int:
+        """Outputs that differ from the reference for the first m rows and, if few, the last m (another position)."""
+        count = 0
+        for at in {0, self.rows - m} if m <= _TWICE else {0}:
+            x = self.x[at : at + m]
+            x = x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
+            count += unequal(self._run(plan, x, self.weight), self.want[at : at + m])
+        return count
+
+    def _run(self, plan: cublaslt.Plan, x, weight):
+        return _vendor(self.gemm, plan, x, weight, self.bias, self.out[: x.shape[0]])
+
+    def tiles_agree(self) -> bool:
+        """Whether every bundled variant that can serve gives the reference's bits."""
+        most = {tuple(p.tile for p in _parts(self.x[:m], self.weight)): m for m in asked_rows(self.rows)}
+        return not any(unequal(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m]) for m in most.values())
+
+
+def unequal(got: torch.Tensor, want: torch.Tensor) -> int:
+    """How many elements differ in any bit."""
+    import torch
+
+    kind = {2: torch.int16, 4: torch.int32}[got.element_size()]
+    if torch.equal(got.view(kind), want.view(kind)):
+        return 0
+    return int((got.view(kind) != want.view(kind)).sum())

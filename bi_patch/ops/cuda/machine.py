@@ -1,0 +1,111 @@
+"""What every CUDA order shares: the library switches that forbid split-K, and what a certificate's key names.
+
+Split-K is forbidden by a workspace too small to hold partial sums, which covers every dtype and costs no speed on
+Hopper, and by PyTorch's switch, which masks reduction schemes in cuBLASLt for bf16 and fp16. The switch alone is not
+enough: with a full workspace it left results that differ, and kernels many times slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Read by cuBLAS when a handle is made, and by PyTorch at its first matrix product.
+WORKSPACE = {"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+# cuBLASLt keeps one order where it does not split K; on older architectures that was never seen to hold.
+VENDOR_CAPABILITY = (9, 0)
+
+
+def forbid_split_k() -> None:
+    """Set this process's libraries so that no matrix product is split along K. Idempotent."""
+    import torch
+
+    os.environ.update(WORKSPACE)  # upstream's mode writes another value first
+    matmul = torch.backends.cuda.matmul
+    # (reduced precision, split-K)
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    matmul.allow_fp16_reduced_precision_reduction = (False, False)
+    matmul.fp32_precision = "ieee"
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+
+
+def vendor_allowed() -> bool:
+    """Whether the vendor's GEMM may be certified on this device."""
+    import torch
+
+    return torch.cuda.get_device_capability() >= VENDOR_CAPABILITY
+
+
+@functools.cache
+def shared_memory() -> int:
+    """Bytes of shared memory that one block may use on the current device."""
+    import torch
+
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Bytes of the current device's L2 cache."""
+    import torch
+
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+
+@functools.cache
+def processors() -> int:
+    """Multiprocessors of the current device."""
+    import torch
+
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+@functools.cache
+def device() -> str:
+    """The device as a certificate names it: model, compute capability, multiprocessors."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{properties.name} sm_{properties.major}{properties.minor} x{properties.multi_processor_count}"
+
+
+@functools.cache
+def libraries() -> str:
+    """Versions of all that chooses or compiles a kernel, and the switches that steer the choice."""
+    import torch
+    import triton
+
+    from bi_patch.ops.cuda import cublaslt
+
+    switches = " ".join(f"{name}={os.environ.get(name, '')}" for name in WORKSPACE)
+    return (
+        f"torch {torch.__version__} cuda {torch.version.cuda} cublaslt {cublaslt.version()} "
+        f"driver {_driver_version()} triton {triton.__version__} {switches}"
+    )
+
+
+@functools.cache
+def kernels_digest(kind: str = "triton") -> str:
+    """A digest over the source of the bundled kernels in kernels/<kind>."""
+    from bi_patch import kernels
+
+    files = (path for path in (Path(next(iter(kernels.__path__))) / kind).iterdir() if path.is_file())
+    content = b"".join(path.read_bytes() for path in sorted(files))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _driver_version() -> int:
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value

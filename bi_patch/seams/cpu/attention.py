@@ -1,0 +1,126 @@
+"""Seams of attention on CPU: the bundled kernel replaces the stock one, with KV leaves by position, not by batch."""
+
+import functools
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.model import Policy, Seam, Target
+
+_MODULE = "vllm.v1.attention.backends.cpu_attn"
+
+
+def _init(original):
+    """CPUAttentionBackendImpl.__init__: refuse what the bundled kernel does not compute."""
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        refused = {
+            "ALiBi slopes": self.alibi_slopes is not None,
+            "attention sinks": self.sinks is not None,
+            f"a {self.kv_cache_dtype} KV cache": self.is_fp8_kv_cache,
+            f"{self.attn_type} attention": self.attn_type != "decoder",
+        }
+        found = [name for name, present in refused.items() if present]
+        if found:
+            raise UnsupportedFeature(
+                f"attention.cpu: the invariant CPU attention does not cover {', '.join(found)}. Set BI_PATCH=0"
+            )
+
+    return __init__
+
+
+def _build(original):
+    """CPUAttentionMetadataBuilder.build: no work split is planned from the batch."""
+
+    @functools.wraps(original)
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise UnsupportedFeature("attention.cpu: only causal decoder attention is covered on CPU. Set BI_PATCH=0")
+        return CPUAttentionMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            query_start_loc=common.query_start_loc,
+            max_seq_len=common.max_seq_len,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            scheduler_metadata=None,
+            causal=True,
+        )
+
+    return build
+
+
+def _forward(original):
+    """CPUAttentionBackendImpl.forward: the bundled kernel, one order for every split of the work."""
+    from bi_patch.ops.cpu import attention
+
+    @functools.wraps(original)
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ):
+        if attn_metadata is None:  # warm-up
+            return output
+        tokens = attn_metadata.num_actual_tokens
+        attention.attention(
+            output[:tokens],
+            query[:tokens],
+            kv_cache,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            self.scale,
+            self.sliding_window - 1 if self.sliding_window > 0 else -1,  # vLLM's window counts the token itself
+            self.logits_soft_cap,
+        )
+        return output
+
+    return forward
+
+
+def _store(original):
+    """CPUAttentionBackendImpl.do_kv_cache_update: the cache in the bundled kernel's layout."""
+    from bi_patch.ops.cpu import attention
+
+    @functools.wraps(original)
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        attention.kv_store(key, value, kv_cache, slot_mapping)
+
+    return do_kv_cache_update
+
+
+def _refuse_cpu(config) -> None:
+    if config.model_config is not None and config.model_config.use_mla:
+        raise UnsupportedFeature(
+            "attention.cpu: MLA has no invariant kernel on CPU. Use a model without MLA, or set BI_PATCH=0"
+        )
+
+
+def _seam(name: str, qualname: str, close, how: str) -> Seam:
+    return Seam(
+        name=f"attention.cpu_{name}",
+        targets=(Target(_MODULE, qualname),),
+        close=close,
+        why="the stock kernel splits KV by the batch's total length over threads, and tiles KV by the query tile",
+        how=how,
+        until="upstream's CPU attention splits KV by position",
+        causes=(3, 4, 6, 7, 9),
+    )
+
+
+SEAMS = (
+    _seam("init", "CPUAttentionBackendImpl.__init__", _init, "refuses by name what the kernel does not cover"),
+    _seam("build", "CPUAttentionMetadataBuilder.build", _build, "plans nothing from the batch"),
+    _seam(
+        "forward",
+        "CPUAttentionBackendImpl.forward",
+        _forward,
+        "the bundled kernel: KV leaves of fixed length at fixed positions, merged in ascending order",
+    ),
+    _seam("store", "CPUAttentionBackendImpl.do_kv_cache_update", _store, "the bundled kernel's cache layout"),
+)
+
+POLICIES = (Policy(name="attention.cpu_mla", apply=_refuse_cpu, why="MLA has no invariant kernel on CPU"),)

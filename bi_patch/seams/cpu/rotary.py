@@ -1,0 +1,52 @@
+"""Seams of rotary embedding: the same bits compiled and eager, whatever runs beside a token."""
+
+from bi_patch.seams.model import Seam, Target
+
+_BASE = "vllm.model_executor.layers.rotary_embedding.base"
+
+
+# Those whose forward is RotaryEmbedding's own.
+_CLASSES = frozenset(
+    {
+        "RotaryEmbedding",
+        "Llama3RotaryEmbedding",
+        "LinearScalingRotaryEmbedding",
+        "DynamicNTKScalingRotaryEmbedding",
+        "YaRNScalingRotaryEmbedding",
+    }
+)
+
+
+def _rotary(original):
+    """RotaryEmbedding.forward_cpu and forward_native: one bundled kernel, compiled or not."""
+    from bi_patch.ops.cpu import rotary
+
+    def forward(self, positions, query, key=None):
+        if positions.ndim != 1 or type(self).__name__ not in _CLASSES:
+            return original(self, positions, query, key)
+        cache = self._match_cos_sin_cache_dtype(query)
+
+        def turn(x):
+            return rotary.rope(positions, x, cache, self.head_size, self.is_neox_style)
+
+        return turn(query), None if key is None else turn(key)
+
+    return forward
+
+
+def _forward(name: str, qualname: str, close) -> Seam:
+    return Seam(
+        name=f"rotary.{name}",
+        targets=(Target(_BASE, qualname),),
+        close=close,
+        why="compiled code rounds where its fusions end, eager code after every step",
+        how="one bundled kernel rounds once, compiled or not",
+        until="upstream's compiled and eager code give equal bits at the same speed",
+        causes=(17,),
+    )
+
+
+SEAMS = (
+    _forward("cpu_forward", "RotaryEmbedding.forward_cpu", _rotary),
+    _forward("cpu_native", "RotaryEmbedding.forward_native", _rotary),
+)

@@ -1,0 +1,53 @@
+"""Seams of RMSNorm, LayerNorm and their kin: each row is reduced alone and in one order."""
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.model import Seam, Target
+
+
+def _rms(original):
+    """RMSNorm.forward_cuda and forward_native: the bundled kernel, compiled or not."""
+    from bi_patch.ops.cuda import norm
+
+    norm.define_ops()
+
+    def forward(self, x, residual=None):
+        if self.variance_size_override is not None:
+            raise UnsupportedFeature(
+                "norm.cuda_rms: no invariant RMSNorm over a part of the hidden size. Set BI_PATCH=0"
+            )
+        held = self.weight.data if self.has_weight else None
+        return norm.rms_norm(x, held, self.variance_epsilon, residual)
+
+    return forward
+
+
+def _gemma(original):
+    """GemmaRMSNorm.forward_cuda and forward_native: the same kernel, times (1 + weight)."""
+    from bi_patch.ops.cuda import norm
+
+    norm.define_ops()
+
+    def forward(self, x, residual=None):
+        return norm.rms_norm(x, self.weight.data, self.variance_epsilon, residual, 1.0)
+
+    return forward
+
+
+def _norm(name: str, qualname: str, close) -> Seam:
+    return Seam(
+        name=f"norm.cuda_{name}",
+        targets=(Target("vllm.model_executor.layers.layernorm", qualname),),
+        close=close,
+        why="CUDA kernels choose their block by the number of rows; compiled ones are autotuned anew in each process",
+        how="one bundled Triton kernel, with and without residual, whose tile depends on the hidden size alone",
+        until="upstream's norms state one order for compiled and eager code",
+        causes=(2, 17, 18),
+    )
+
+
+SEAMS = (
+    _norm("rms", "RMSNorm.forward_cuda", _rms),
+    _norm("rms_native", "RMSNorm.forward_native", _rms),
+    _norm("gemma_rms", "GemmaRMSNorm.forward_cuda", _gemma),
+    _norm("gemma_rms_native", "GemmaRMSNorm.forward_native", _gemma),
+)

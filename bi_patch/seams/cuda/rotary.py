@@ -1,0 +1,100 @@
+"""Seams of rotary embedding: the same bits compiled and eager, whatever runs beside a token."""
+
+from bi_patch.seams.model import Seam, Target
+
+_BASE = "vllm.model_executor.layers.rotary_embedding.base"
+
+
+# Those whose forward is RotaryEmbedding's own.
+_CLASSES = frozenset(
+    {
+        "RotaryEmbedding",
+        "Llama3RotaryEmbedding",
+        "LinearScalingRotaryEmbedding",
+        "DynamicNTKScalingRotaryEmbedding",
+        "YaRNScalingRotaryEmbedding",
+    }
+)
+
+
+def _rotary(original):
+    """RotaryEmbedding.forward_cuda and forward_native: one bundled kernel, compiled or not."""
+    from bi_patch.ops.cuda import rotary
+
+    rotary.define_op()
+
+    def forward(self, positions, query, key=None):
+        if key is None or positions.ndim != 1 or not _covers(self):
+            return original(self, positions, query, key)
+        cache = self._match_cos_sin_cache_dtype(query)
+        return rotary.rope(positions, query, key, cache, self.head_size)
+
+    return forward
+
+
+def _qk_norm(original):
+    """Qwen3's attention: the norms of query and key heads and the rotation in one launch, as fast as stock's fusion."""
+    from bi_patch.ops.cuda import rotary
+
+    rotary.define_op()
+
+    def forward(self, positions, hidden_states):
+        if positions.ndim != 1 or not _covers(self.rotary_emb):
+            return original(self, positions, hidden_states)
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        cache = self.rotary_emb._match_cos_sin_cache_dtype(q)
+        q, k = rotary.rope(
+            positions,
+            q,
+            k,
+            cache,
+            self.head_dim,
+            self.q_norm.weight.data,
+            self.k_norm.weight.data,
+            self.q_norm.variance_epsilon,
+        )
+        output, _ = self.o_proj(self.attn(q, k, v))
+        return output
+
+    return forward
+
+
+def _covers(rotary) -> bool:
+    from bi_patch.ops.cuda import rotary
+
+    plain = type(rotary).__name__ in _CLASSES
+    return plain and rotary.covers(rotary.head_size, rotary.rotary_dim, rotary.is_neox_style)
+
+
+def _forward(name: str, qualname: str, close) -> Seam:
+    return Seam(
+        name=f"rotary.{name}",
+        targets=(Target(_BASE, qualname),),
+        close=close,
+        why="compiled code rounds where its fusions end, eager code after every step",
+        how="one bundled kernel rounds once, compiled or not",
+        until="upstream's compiled and eager code give equal bits at the same speed",
+        causes=(17,),
+    )
+
+
+def _fused(model: str, qualname: str) -> Seam:
+    return Seam(
+        name=f"rotary.cuda_qk_norm_{model}",
+        targets=(Target(f"vllm.model_executor.models.{model}", qualname),),
+        close=_qk_norm,
+        why="two norms and a rotation apart cost three launches a layer",
+        how="one launch, in the same order",
+        until="upstream's compiled and eager code give equal bits at the same speed",
+        required=False,
+        causes=(2,),
+    )
+
+
+SEAMS = (
+    _forward("cuda_forward", "RotaryEmbedding.forward_cuda", _rotary),
+    _forward("cuda_native", "RotaryEmbedding.forward_native", _rotary),
+    _fused("qwen3", "Qwen3Attention.forward"),
+    _fused("qwen3_moe", "Qwen3MoeAttention.forward"),
+)

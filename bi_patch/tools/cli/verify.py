@@ -1,0 +1,191 @@
+"""`bi-patch verify`: is this model, engine or server batch-invariant? Every axis measured, bit by bit."""
+
+import json as json_module
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bi_patch.tools.cli import app
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str, typer.Argument(help="A model's folder or name, or one of the demo's models; by default SmolLM2-135M.")
+    ] = "",
+    url: Annotated[str, typer.Option(help="Verify a running server instead, e.g. http://localhost:8000.")] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="At most 2 minutes for the demo's model on CPU, 3 for 8B on an H100.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Everything: more lengths, all graph sizes, one engine per change.")
+    ] = False,
+    mode: Annotated[str | None, typer.Option(help="armed (default), upstream (vLLM's own mode) or stock.")] = None,
+    axis: Annotated[list[str] | None, typer.Option(help="Only this axis, of any level; repeatable.")] = None,
+    engine_arg: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for vllm.LLM, the value in JSON where it can be; repeatable.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (default), bfloat16, float16 or float32.")] = None,
+    eager: Annotated[
+        bool | None, typer.Option("--eager/--compiled", help="Default: compiled; eager with --quick on CPU.")
+    ] = None,
+    random_weights: Annotated[
+        int | None, typer.Option(help="Fill the model with random weights of this seed: config.json is enough.")
+    ] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Also compare whole rows of logits, by digest. In process only.")
+    ] = False,
+    clients: Annotated[
+        int | None, typer.Option(min=2, help="With --url: so many clients at once, 256 by default.")
+    ] = None,
+    served_model: Annotated[str | None, typer.Option(help="With --url: the served model's name.")] = None,
+    locate: Annotated[bool, typer.Option(help="Where bits differ, find the first operation that does.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one page with pictures.")] = None,
+) -> None:
+    """Prove that a request's tokens and logprobs do not depend on what runs beside it, or show where they do.
+
+    Exit code 0: bitwise invariant along every axis that applies. 1: something differs. 2: it could not be checked.
+
+    Memory: one engine at a time, with vLLM's own settings; the rest stays under 1 GB. Times: see --quick; the default
+    and --full have no limit: about 10 minutes (default) for the demo's model, compiled, on two CPU cores.
+    """
+    from bi_patch.errors import SettingError
+    from bi_patch.tools.verify import page, report, terminal
+    from bi_patch.tools.verify.measure import verify as measure
+
+    if quick and full:
+        raise SettingError("--quick and --full: choose one")
+    ours = {
+        "MODEL": model or None,
+        "--mode": mode,
+        "--engine-arg": engine_arg or None,
+        "--dtype": dtype,
+        "--eager or --compiled": eager,
+        "--random-weights": random_weights,
+        "--logits": logits or None,
+    }
+    _refuse(
+        ours if url else {"--clients": clients, "--served-model": served_model},
+        "--url names a server that runs already" if url else "without --url no server is asked",
+    )
+    for option, path in (("--json", json), ("--html", html)):
+        _check_file(option, path)
+    console = Console()
+    target, level = _target(
+        console,
+        model,
+        url,
+        "quick" if quick else "full" if full else "default",
+        mode or "armed",
+        engine_arg,
+        dtype or "auto",
+        eager,
+        random_weights,
+        logits,
+        served_model or "",
+    )
+    asked = f"{escape(target.name)}, {target.mode}, level {level.name}"
+    console.print(f"[bold]bi_patch verify[/]: {asked}", highlight=False, soft_wrap=True)
+    finder = None
+    if locate and not url:
+        from bi_patch.tools.verify.locate import locate as finder
+    before = signal.signal(signal.SIGTERM, _interrupt)  # what was compared is kept then, too
+    try:
+        with terminal.Live(console) as live:
+            found = measure(target, level, watcher=live, only=tuple(axis or ()), clients=clients or 256, locate=finder)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    console.print()
+    console.print(terminal.summary(found))
+    written = [
+        _keep(console, "Report", json, lambda path: report.write(found, path)),
+        _keep(console, "Page", html, lambda path: path.write_text(page.page(found), encoding="utf-8")),
+    ]
+    raise typer.Exit(found.exit_code or (0 if all(written) else 2))
+
+
+def _refuse(given: dict[str, object], why: str) -> None:
+    from bi_patch.errors import SettingError
+
+    named = [option for option, value in given.items() if value is not None]
+    if named:
+        raise SettingError(f"{why}: leave out {', '.join(named)}")
+
+
+def _check_file(option: str, path: Path | None) -> None:
+    """Before anything is measured: whether the file can be written."""
+    from bi_patch.errors import SettingError
+
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"{option} {path}: its folder cannot be made ({error.strerror})") from error
+    if path.is_dir():
+        raise SettingError(f"{option} {path} is a folder; name a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise SettingError(f"{option} {path} cannot be written")
+
+
+def _keep(console: Console, what: str, path: Path | None, write: Callable[[Path], object]) -> bool:
+    """Write one file of what was found; a failure is told and costs no other file."""
+    if path is None:
+        return True
+    try:
+        write(path)
+    except OSError as error:
+        console.print(f"{what}: {path} could not be written ({error.strerror})", soft_wrap=True, highlight=False)
+        return False
+    console.print(f"{what}: {path.resolve()}", soft_wrap=True, highlight=False)
+    return True
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _target(console, model, url, level_name, mode, engine_arg, dtype, eager, random_weights, logits, served_model):
+    """The target and the level that the command line asks for."""
+    from bi_patch.tools.verify import levels
+    from bi_patch.tools.verify.targets import Running
+
+    level = levels.named(level_name)
+    if url:
+        return Running(url, model=served_model), level
+    from bi_patch.tools.verify.local import local
+
+    target = local(
+        model,
+        level,
+        mode=mode,
+        engine_args=_arguments(engine_arg or []),
+        dtype=dtype,
+        eager=eager,
+        random_weights=random_weights,
+        logits=logits,
+        tell=lambda text: console.print(f"[dim]{escape(text)}[/]"),
+    )
+    return target, level
+
+
+def _arguments(given: list[str]) -> dict[str, object]:
+    from bi_patch.errors import SettingError
+
+    made: dict[str, object] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.replace("-", "_").isidentifier():
+            raise SettingError(f"--engine-arg {text!r} is not understood; write KEY=VALUE, e.g. max_model_len=4096")
+        try:
+            made[key.replace("-", "_")] = json_module.loads(value)
+        except ValueError:
+            made[key.replace("-", "_")] = value
+    return made

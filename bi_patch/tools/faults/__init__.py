@@ -1,0 +1,33 @@
+"""Planted faults: scoped re-creations of the known causes (docs/causes.md) that verification must find and name.
+
+They can only be planted through the worker of this package (worker.py), in the engine child that a test or
+ `python -m bi_patch.tools.faults` started; no environment variable or setting plants one.
+"""
+
+from __future__ import annotations
+
+from bi_patch.tools.faults.base import Fault, UnknownFault, planted, put
+from bi_patch.tools.verify.engine import LocalEngine
+
+__all__ = ["Fault", "UnknownFault", "every", "named", "plant", "planted"]
+
+
+def every() -> tuple[Fault, ...]:
+    """All faults by the number of their cause."""
+    from bi_patch.tools.faults import attention, cpu, cuda, shared
+
+    found = (*shared.FAULTS, *attention.FAULTS, *cpu.FAULTS, *cuda.FAULTS)
+    return tuple(sorted(found, key=lambda fault: (fault.cause, fault.name)))
+
+
+def named(name: str) -> Fault:
+    """Raises UnknownFault."""
+    found = next((fault for fault in every() if fault.name == name), None)
+    if found is None:
+        raise UnknownFault(f"there is no fault {name!r}; there are: {', '.join(f.name for f in every())}")
+    return found
+
+
+def plant(engine: LocalEngine, names: list[str]) -> None:
+    """Plant exactly these in the engine of this process; an empty list takes all out. Raises UnknownFault."""
+    put(engine, [named(name) for name in names])

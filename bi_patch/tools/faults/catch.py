@@ -1,0 +1,165 @@
+"""Whether verification notices a planted fault and names it: the fault's own axis, then locate on what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from bi_patch.tools.faults import Fault, named
+from bi_patch.tools.faults.lifts import RECURRENT
+from bi_patch.tools.verify import locate, precision
+from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.child import ChildEngine
+from bi_patch.tools.verify.locate import Located
+from bi_patch.tools.verify.probes import AXES, Run, Workload
+from bi_patch.tools.verify.probes.base import pair
+from bi_patch.tools.verify.probes.crossing import crossing_blocks, preempted
+
+PRECISION, RESTART, PREEMPTION = "precision", "restart", "preemption"
+
+
+class Caught(msgspec.Struct, frozen=True):
+    """What came of one planted fault. compared: pairs of answers until the first difference. named: words of locate.
+
+    caught: its axis saw it. right: module, op and seam are the fault's own.
+    """
+
+    fault: str
+    cause: int
+    axis: str
+    caught: bool
+    right: bool
+    compared: int
+    first: str = ""
+    named: str = ""
+    located: Located | None = None
+
+
+def workload(engine: ChildEngine) -> Workload:
+    """Few requests that reach every planted mechanism: 256 rows, full blocks, shared prefixes, leftover chunks."""
+    block = engine.info.block_size
+    # A GPU's attention splits a single sequence only from several KV tiles on.
+    wanted = 300 if engine.info.platform == "cpu" else 1500
+    long = max(min(wanted, engine.info.max_model_len - 200), 2 * block + 30)
+    return Workload.random(
+        engine.info.vocab_size, lengths=(3, 37, long), generate=6, sizes=(2, 5, 16, 64), prefix=block + block // 2
+    )
+
+
+def plant(engine: ChildEngine, *names: str) -> None:
+    """Plant exactly these in the child's engine."""
+    engine.ask("plant", msgspec.msgpack.encode(list(names)))
+
+
+def cases(engine: ChildEngine, axis: str, load: Workload) -> Iterator[Case]:
+    """The compared pairs of one axis, one by one; preemption within one engine that has few KV blocks."""
+    if axis == PREEMPTION:
+        yield from _preemption(engine, load)
+        return
+    probe = next(p for p in AXES if p.name == axis)
+    yield from probe.cases(Run(engine, load))
+
+
+def _preemption(engine: ChildEngine, load: Workload) -> Iterator[Case]:
+    before = engine.counters()
+    requests = crossing_blocks(engine, load)
+    labels = {i: f"request {i} of a batch too large for the cache" for i in range(len(requests))}
+    found = list(Run(engine, load).each(requests, labels))
+    preempted(None, {k: v - before.get(k, 0.0) for k, v in engine.counters().items()})
+    yield from (msgspec.structs.replace(case, axis=PREEMPTION) for case in found)
+
+
+def catch(engine: ChildEngine, name: str, load: Workload) -> Caught:
+    """Plant one fault, run its axis until the first difference, locate it, and take the fault out again."""
+    fault = named(name)
+    try:
+        if fault.axis == PRECISION:
+            return _imprecise(engine, fault)
+        if fault.axis == RESTART:
+            return _restarted(engine, fault, load)
+        plant(engine, name)
+        compared = 0
+        for case in cases(engine, fault.axis, load):
+            compared += 1
+            if case.differs:
+                return _judged(engine, fault, case, compared, locate.locate_on(engine, case))
+        return Caught(name, fault.cause, fault.axis, False, False, compared)
+    finally:
+        plant(engine)
+
+
+def _judged(engine: ChildEngine, fault: Fault, case: Case, compared: int, located: Located | None) -> Caught:
+    return Caught(
+        fault.name,
+        fault.cause,
+        fault.axis,
+        True,
+        located is not None and names(fault, located, engine),
+        compared,
+        f"{case.label}: {case.difference.first}",
+        located.words() if located else "",
+        located,
+    )
+
+
+def catch_recurrent(engine: ChildEngine, load: Workload) -> Caught:
+    """Cause 24 on an engine whose refusal of recurrent layers was lifted: vLLM's own kernel is the fault."""
+    compared = 0
+    for case in cases(engine, "chunk budget", load):
+        compared += 1
+        if case.differs:
+            located = locate.locate_on(engine, case)
+            right = located is not None and "linear_attn" in located.module and "gdn" in located.op
+            return Caught(
+                RECURRENT,
+                24,
+                "chunk budget",
+                True,
+                right and not located.seam,
+                compared,
+                f"{case.label}: {case.difference.first}",
+                located.words() if located else "",
+                located,
+            )
+    return Caught(RECURRENT, 24, "chunk budget", False, False, compared)
+
+
+def names(fault: Fault, located: Located, engine: ChildEngine) -> bool:
+    """Whether what was located is where the fault was planted."""
+    seam = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
+    ops = (located.op, *located.only_alone, *located.only_company)
+    return fault.module in located.module and any(fault.op in op for op in ops) and seam in (None, located.seam)
+
+
+def _restarted(engine: ChildEngine, fault: Fault, load: Workload) -> Caught:
+    """The answers before planting are those of the process before; the fault is in the second one only."""
+    setting = Setting.alone(load.greedy(1))
+    engine.reset_cache()
+    (expected,) = engine.generate(setting.requests)
+    alone = locate.trace(engine, setting)
+    plant(engine, fault.name)
+    engine.reset_cache()
+    (got,) = engine.generate(setting.requests)
+    case = msgspec.structs.replace(pair("a new process", setting, setting, expected, got), axis=RESTART)
+    if not case.differs:
+        return Caught(fault.name, fault.cause, fault.axis, False, False, 1)
+    return _judged(engine, fault, case, 1, locate.judge(case, alone, locate.trace(engine, setting)))
+
+
+def _imprecise(engine: ChildEngine, fault: Fault) -> Caught:
+    """No comparison of bits sees it: the accuracy does, and names the layers by itself."""
+    plant(engine, fault.name)
+    found = precision.of(engine, widened=True)
+    seam = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
+    right = len(found.failed) == found.layers and all(f.seam == seam for f in found.failed)
+    first = found.failed[0] if found.failed else None
+    words = (
+        ""
+        if first is None
+        else (
+            f"{first.module}: {first.excess:.0f} times the error that {first.dtype} may have at M={first.rows}, "
+            f"as {len(found.failed)} of {found.layers} linears (seam {first.seam})"
+        )
+    )
+    return Caught(fault.name, fault.cause, fault.axis, first is not None, right, found.outputs, words, words)

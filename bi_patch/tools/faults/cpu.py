@@ -1,0 +1,42 @@
+"""Faults in what only the CPU engine runs: the CPU router."""
+
+from __future__ import annotations
+
+import torch
+
+from bi_patch.tools.faults import parts
+from bi_patch.tools.faults.base import CPU, Fault
+from bi_patch.tools.faults.shared import FEW
+from bi_patch.tools.verify.engine import LocalEngine
+from bi_patch.tools.verify.runner import replaced
+
+
+def unsorted_topk(engine: LocalEngine):
+    """The router's top-k is unsorted, ties unbroken: for more than four rows by index (radix select), else by value."""
+    from vllm.model_executor.layers.fused_moe.router import cpu_router
+
+    from bi_patch.seams.overlay import Overlay, with_globals
+
+    def topk(scores, k, dim=-1, **kwargs):
+        if scores.shape[0] <= FEW:
+            return torch.topk(scores, k, dim=dim, sorted=True)
+        ids = parts.higher_first(scores, k).indices.sort(-1).values
+        return scores.gather(-1, ids), ids
+
+    function = with_globals(parts.original("moe.cpu_routing"), torch=Overlay(torch, topk=topk))
+    return replaced(cpu_router, "_softmax_topk", lambda _: function)
+
+
+FAULTS = (
+    Fault(
+        "unsorted top-k of experts",
+        13,
+        unsorted_topk.__doc__,
+        "tied logits and routers",
+        unsorted_topk,
+        (CPU,),
+        "mlp.experts",
+        "topk",
+        seam={"cpu": "moe.cpu_experts"},
+    ),
+)

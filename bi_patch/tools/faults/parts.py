@@ -1,0 +1,239 @@
+"""Parts that faults are made of: products and sums in other orders, and the layers of a running model.
+
+A part computes the same value as the layer it stands in for, up to rounding: only the order or the precision differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from bi_patch.tools.verify.engine import LocalEngine
+from bi_patch.tools.verify.runner import model_runner, replaced
+
+# (x [..., K], bias or None, the layer) -> y [..., N]
+Apply = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def model(engine: LocalEngine) -> torch.nn.Module:
+    return model_runner(engine).get_model()
+
+
+def linears(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every unquantized linear and the head, by path."""
+    for name, module in model(engine).named_modules():
+        method = getattr(module, "quant_method", None)
+        if type(method).__name__ in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
+            if type(module).__name__ != "VocabParallelEmbedding" or module is getattr(model(engine), "lm_head", None):
+                yield name, module
+
+
+def norms(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name, module in model(engine).named_modules():
+        if type(module).__name__ == "RMSNorm":
+            yield name, module
+
+
+def moes(engine: LocalEngine) -> Iterator[tuple[torch.nn.Module, object]]:
+    """Each layer that holds routed experts, with the kernel object whose apply runs them."""
+    for module in model(engine).modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and hasattr(module, "w13_weight"):
+            yield module, kernel.fused_experts
+
+
+def width(layer: torch.nn.Module) -> int:
+    """K of a linear in this rank."""
+    return getattr(layer, "input_size_per_partition", None) or getattr(layer, "input_size", 0) or layer.embedding_dim
+
+
+def weight(layer: torch.nn.Module, apply: Apply | None = None) -> torch.Tensor:
+    """[N, K]. A packed weight is read back as the layer's product with the identity, which is exact."""
+    held = getattr(layer, "weight", None)
+    if held is not None and held.ndim == 2 and held.numel() and held.is_cuda:
+        return held.detach()
+    dtype = held.dtype if held is not None else torch.get_default_dtype()
+    apply = apply or (lambda x, bias: layer.quant_method.apply(layer, x, bias))
+    with torch.inference_mode():
+        return apply(torch.eye(width(layer), dtype=dtype), None).T.contiguous()
+
+
+@contextlib.contextmanager
+def each_linear(
+    engine: LocalEngine,
+    make: Callable[[str, torch.nn.Module, Apply], Apply],
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Iterator[None]:
+    """Every linear that is wanted runs make(path, layer, its own product) instead."""
+    with contextlib.ExitStack() as stack:
+        for name, layer in list(linears(engine)):
+            if not wanted(name):
+                continue
+
+            def wrap(held, name=name, layer=layer):
+                def of(given):
+                    return make(name, given, lambda x, bias: held(given, x, bias))
+
+                own = of(layer)
+                # Another layer stands in where the product of a widened weight is asked for.
+                return lambda given, x, bias=None: (own if given is layer else of(given))(x, bias)
+
+            stack.enter_context(replaced(layer.quant_method, "apply", wrap))
+        yield
+
+
+@contextlib.contextmanager
+def each_norm(engine: LocalEngine, make: Callable[[str, torch.nn.Module, Callable], Callable]) -> Iterator[None]:
+    """Every RMSNorm runs make(path, layer, its own forward) instead: (x, residual or None) -> as vLLM's."""
+    with contextlib.ExitStack() as stack:
+        for name, layer in list(norms(engine)):
+            stack.enter_context(
+                replaced(layer, "_forward_method", lambda held, name=name, layer=layer: make(name, layer, held))
+            )
+        yield
+
+
+def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, cuts: Sequence[int]) -> torch.Tensor:
+    """x [..., K] @ w [N, K].T as partial sums over K between `cuts`, kept in fp32 and added in ascending order."""
+    total = None
+    for part in partials(x, w, cuts):
+        total = part if total is None else total + part
+    return (total if bias is None else total + bias.float()).to(x.dtype)
+
+
+def partials(x: torch.Tensor, w: torch.Tensor, cuts: Sequence[int]) -> list[torch.Tensor]:
+    """fp32 partial products over each span of K, each in the bundled GEMM's order: rows do not depend on M."""
+    edges = [0, *cuts, x.shape[-1]]
+    flat = x.reshape(-1, x.shape[-1])
+    made = []
+    for start, end in zip(edges, edges[1:]):
+        made.append(_in_order(flat[:, start:end].float().contiguous(), w[:, start:end]))
+    return [m.view(*x.shape[:-1], m.shape[-1]) for m in made]
+
+
+_packed: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def forget() -> None:
+    """Let go of the weights of faults that were taken out."""
+    _packed.clear()
+
+
+def _in_order(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    if x.is_cuda:
+        return torch.ops.bi_patch.linear(x, w.float().contiguous(), None)
+    n, k = w.shape
+    key = (w.data_ptr(), n, k)
+    if key not in _packed:
+        _packed[key] = (w, torch.ops.bi_cpu.gemm_pack(w.float().contiguous()))  # w: so that its address stays its own
+    return torch.ops.bi_cpu.gemm(x, _packed[key][1], n, k, None)
+
+
+def evenly(k: int, parts: int) -> list[int]:
+    """The inner edges of `parts` equal spans of k."""
+    return [k * i // parts for i in range(1, parts)]
+
+
+def rows(x: torch.Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def two_block_norm(layer: torch.nn.Module, x: torch.Tensor, residual: torch.Tensor | None, blocks: int = 2):
+    """vLLM's RMSNorm with the squares summed by `blocks` threads' blocks, joined at the end."""
+    if residual is not None:
+        x = x + residual
+        residual = x
+    wide = x.float()
+    squares = torch.stack([part.pow(2).sum(-1) for part in wide.chunk(blocks, -1)], -1)
+    total = squares[..., 0]
+    for i in range(1, blocks):
+        total = total + squares[..., i]
+    y = wide * torch.rsqrt(total / x.shape[-1] + layer.variance_epsilon).unsqueeze(-1)
+    y = y.to(x.dtype) * layer.weight.data
+    return y if residual is None else (y, residual)
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, edges: Sequence[int], scale: float
+) -> torch.Tensor:
+    """Causal attention of the last positions, KV cut at `edges`, partial results merged in ascending order in fp32.
+
+    query [n, heads, D] stands at the last n of the positions of key and value [length, kv heads, D].
+    """
+    n, heads, _ = query.shape
+    length, kv_heads, _ = key.shape
+    group = heads // kv_heads
+    q = query.float().transpose(0, 1)
+    at = torch.arange(length - n, length, device=query.device).unsqueeze(1)
+    best = total = out = None
+    for start, end in zip([0, *edges], [*edges, length]):
+        if start >= end:
+            continue
+        k = key[start:end].float().repeat_interleave(group, 1).permute(1, 2, 0)
+        v = value[start:end].float().repeat_interleave(group, 1).transpose(0, 1)
+        scores = torch.matmul(q, k) * scale
+        hidden = torch.arange(start, end, device=query.device).unsqueeze(0) > at
+        scores = scores.masked_fill(hidden, -torch.inf)
+        top = scores.amax(-1, keepdim=True).clamp_min(-1e30)
+        p = torch.exp(scores - top)
+        mass, part = p.sum(-1, keepdim=True), torch.matmul(p, v)
+        if best is None:
+            best, total, out = top, mass, part
+            continue
+        new = torch.maximum(best, top)
+        a, b = torch.exp(best - new), torch.exp(top - new)
+        best, total, out = new, total * a + mass * b, out * a + part * b
+    return (out / total).transpose(0, 1).to(query.dtype)
+
+
+def unpack_cpu_cache(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int, d: int):
+    """key and value [length, kv heads, D] out of the bundled CPU kernels' pages (kernels/cpu/README.md)."""
+    pages = kv_cache[blocks.long()]  # [n, kv heads, tokens, 2 * D]
+    n, kv_heads, tokens, _ = pages.shape
+    s = pack_width(kv_cache.dtype)
+    flat = pages.reshape(n, kv_heads, 2 * tokens * d)
+    k = flat[..., : tokens * d].view(n, kv_heads, tokens // 16, d // s, 16, s)
+    v = flat[..., tokens * d :].view(n, kv_heads, tokens // s, d, s)
+    k = k.permute(0, 2, 4, 1, 3, 5).reshape(n * tokens, kv_heads, d)
+    v = v.permute(0, 2, 4, 1, 3).reshape(n * tokens, kv_heads, d)
+    return k[:length], v[:length]
+
+
+def pack_width(dtype: torch.dtype) -> int:
+    """How many positions or elements the CPU kernels' pages hold side by side."""
+    from bi_patch.ops.cpu import machine
+
+    return 2 if dtype == torch.bfloat16 and "bf16" in (machine._isa or "") else 1
+
+
+_ops: torch.library.Library | None = None
+
+
+def op(name: str, schema: str, run: Callable) -> Callable:
+    """A dispatcher op of ours, so that traces name the planted sum by what it stands for."""
+    global _ops
+    if _ops is None:
+        _ops = torch.library.Library("bi_patch_fault", "FRAGMENT")
+    if not hasattr(torch.ops.bi_patch_fault, name):
+        _ops.define(f"{name}{schema}")
+        _ops.impl(name, run, "CompositeExplicitAutograd")
+    return getattr(torch.ops.bi_patch_fault, name)
+
+
+def higher_first(scores: torch.Tensor, k: int):
+    """Top-k of scores [..., V] whose ties fall to the higher index, as bi_patch's own to the lower: values, indices."""
+    from bi_patch.ops.topk import TopK, topk
+
+    found = topk(scores.flip(-1), k)
+    return TopK(found.values, scores.shape[-1] - 1 - found.indices)
+
+
+def original(seam: str):
+    """What stood at a seam's place before it was closed."""
+    from bi_patch.arming import process
+
+    state = process.state()
+    assert state is not None
+    return state.ledger.of(seam)[0].original

@@ -1,0 +1,526 @@
+"""Faults that are planted at the model's layers, so that they are the same on every platform."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from bi_patch.tools.faults import parts
+from bi_patch.tools.faults.base import BOTH, CPU, Fault, platform
+from bi_patch.tools.verify.engine import LocalEngine
+from bi_patch.tools.verify.runner import model_runner, replaced
+
+_LINEAR = {"cpu": "linear.cpu_dispatch", "cuda": "linear.cuda_route"}
+_NORM = {"cpu": "norm.cpu_rms", "cuda": "norm.cuda_rms"}
+_MOE = {"cpu": "moe.cpu_experts", "cuda": "moe.cuda_tables"}
+_DRAW = {"cpu": "sampling.cpu_draw", "cuda": "sampling.cuda_top_k_top_p"}
+_TOP = {"cpu": "sampling.cpu_gather_logprobs", "cuda": "sampling.cuda_gather_logprobs"}
+_RANKS = {"cpu": "communicator", "cuda": "communicator.one_stage"}
+FEW = 4  # rows up to which a library takes its kernel for few rows
+RANKS = 4  # a sum of two is the same in any order
+
+
+def split_k(engine: LocalEngine):
+    """Few rows: K in two parts, each by the library, added at the end; otherwise the layer's own route."""
+
+    def make(name, layer, held):
+        w = parts.weight(layer, held)
+        cuts = parts.evenly(w.shape[1], 2)
+        return lambda x, bias: parts.product(x, w, bias, cuts) if parts.rows(x) <= FEW else held(x, bias)
+
+    return parts.each_linear(engine, make)
+
+
+def norm_by_rows(engine: LocalEngine):
+    """256 rows and more: the sum of squares in smaller blocks."""
+
+    def make(name, layer, held):
+        def forward(x, residual=None):
+            if parts.rows(x) < 256:
+                return held(x, residual) if residual is not None else held(x)
+            return parts.two_block_norm(layer, x, residual)
+
+        return forward
+
+    return parts.each_norm(engine, make)
+
+
+def norm_autotuned(engine: LocalEngine):
+    """Every row count: another number of blocks than the process before chose."""
+    return parts.each_norm(
+        engine, lambda name, layer, held: lambda x, residual=None: parts.two_block_norm(layer, x, residual, 4)
+    )
+
+
+def padded_buckets(engine: LocalEngine):
+    """Rows are padded to a captured size with what the buffer holds; sizes up to 8 were captured with split-K."""
+
+    def make(name, layer, held):
+        w = parts.weight(layer, held)
+        cuts = parts.evenly(w.shape[1], 4)
+
+        def run(x, bias):
+            m = parts.rows(x)
+            bucket = next((b for b in (1, 2, 4, 8, 16, 32, 64) if m <= b), m)
+            flat = x.reshape(m, -1)
+            padded = torch.cat([flat, flat[:1].expand(bucket - m, -1)]) if bucket > m else flat
+            y = parts.product(padded, w, bias, cuts) if bucket <= 8 else held(padded, bias)
+            return y[:m].reshape(*x.shape[:-1], -1)
+
+        return run
+
+    return parts.each_linear(engine, make)
+
+
+@contextlib.contextmanager
+def stale_rows(engine: LocalEngine) -> Iterator[None]:
+    """Requests that ended stay one step more; where they lift the rows over a bucket's edge, its kernel splits K."""
+    stale = 0
+
+    def execute(held):
+        def execute_model(scheduler_output, *args, **kwargs):
+            nonlocal stale
+            running = len(scheduler_output.scheduled_cached_reqs.req_ids)
+            stale = len(scheduler_output.finished_req_ids) if running else 0
+            return held(scheduler_output, *args, **kwargs)
+
+        return execute_model
+
+    def make(name, layer, held):
+        w = parts.weight(layer, held)
+        cuts = parts.evenly(w.shape[1], 2)
+
+        def run(x, bias):
+            m = parts.rows(x)
+            over = any(m <= edge < m + stale for edge in (2, 4, 8, 16, 32))
+            return parts.product(x, w, bias, cuts) if over else held(x, bias)
+
+        return run
+
+    with replaced(model_runner(engine), "execute_model", execute), parts.each_linear(engine, make):
+        yield
+
+
+def shared_scale(engine: LocalEngine):
+    """Inputs go through FP8 with one scale for all rows of the batch."""
+
+    def make(name, layer, held):
+        def run(x, bias):
+            scale = x.float().abs().amax().clamp_min(1e-12) / 448.0
+            eighth = (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+            return held(eighth.to(x.dtype), bias)
+
+        return run
+
+    return parts.each_linear(engine, make, lambda name: "lm_head" not in name)
+
+
+def block_scale(engine: LocalEngine):
+    """FP8 by groups of 128 along K, scaled sums added every 64 for few rows (operands swapped), else every 128."""
+
+    def make(name, layer, held):
+        w = parts.weight(layer, held)
+        k = w.shape[1]
+
+        def run(x, bias):
+            if k % 128:
+                return held(x, bias)
+            grouped = x.float().reshape(*x.shape[:-1], k // 128, 128)
+            scale = grouped.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448.0
+            eighth = ((grouped / scale).to(torch.float8_e4m3fn).float() * scale).reshape(x.shape).to(x.dtype)
+            step = 64 if parts.rows(x) <= 16 else 128
+            return parts.product(eighth, w, bias, list(range(step, k, step)))
+
+        return run
+
+    return parts.each_linear(engine, make, lambda name: "lm_head" not in name)
+
+
+def tensor_float(engine: LocalEngine):
+    """fp32 products with inputs cut to TF32's ten bits (bf16: to FP8's three), in the layer's own order."""
+
+    def make(name, layer, held):
+        return lambda x, bias: held(_fewer_bits(x), bias)
+
+    return parts.each_linear(engine, make)
+
+
+def _fewer_bits(x: torch.Tensor) -> torch.Tensor:
+    """Round to the next lower precision that a matrix unit offers: TF32 for fp32, e4m3 by rows for 16 bits."""
+    if x.dtype == torch.float32:
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448.0
+    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+def _reduce_op():
+    def run(stacked: torch.Tensor, rotated: bool) -> torch.Tensor:
+        ranks, width = stacked.shape[0], stacked.shape[-1]
+        if not rotated:  # one shot: every rank adds all, in rank order
+            total = stacked[0].float()
+            for r in range(1, ranks):
+                total = total + stacked[r].float()
+            return total
+        out = torch.empty_like(stacked[0])
+        for owner in range(ranks):  # a ring: the owner of a slice starts with its own part, every hop rounds
+            part = slice(width * owner // ranks, width * (owner + 1) // ranks)
+            total = stacked[owner, ..., part]
+            for r in range(1, ranks):
+                total = total + stacked[(owner + r) % ranks, ..., part]
+            out[..., part] = total
+        return out
+
+    return parts.op("all_reduce", "(Tensor parts, bool rotated) -> Tensor", run)
+
+
+def _row_parallel(name: str) -> bool:
+    return name.endswith((".o_proj", ".down_proj"))
+
+
+def two_shot(engine: LocalEngine):
+    """Row-parallel linears as four ranks: large messages are reduced in slices, each starting at its owner."""
+    reduce = _reduce_op()
+
+    def make(name, layer, held):
+        w = parts.weight(layer, held)
+        cuts = parts.evenly(w.shape[1], RANKS)
+
+        def run(x, bias):
+            stacked = torch.stack(parts.partials(x, w, cuts))
+            message = stacked.to(x.dtype)
+            y = reduce(message, message[0].nbytes > 8192)
+            return (y.float() if bias is None else y.float() + bias.float()).to(x.dtype)
+
+        return run
+
+    return parts.each_linear(engine, make, _row_parallel)
+
+
+@contextlib.contextmanager
+def fused_norm(engine: LocalEngine) -> Iterator[None]:
+    """As four ranks; for few rows the reduction goes on into the norm: the residual is added first, unrounded."""
+    reduce = _reduce_op()
+    waiting: dict[int, torch.Tensor] = {}
+
+    def run_fused(stacked: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        total = residual.float()
+        for r in range(stacked.shape[0]):
+            total = total + stacked[r]
+        return total.to(residual.dtype)
+
+    fuse = parts.op("all_reduce_rms_norm", "(Tensor parts, Tensor residual) -> Tensor", run_fused)
+
+    def make(name, layer, held):
+        w = parts.weight(layer, held)
+        cuts = parts.evenly(w.shape[1], RANKS)
+
+        def run(x, bias):
+            stacked = torch.stack(parts.partials(x, w, cuts))
+            y = reduce(stacked, False).to(x.dtype)
+            if parts.rows(x) <= FEW:
+                waiting[y.data_ptr()] = stacked
+            return y
+
+        return run
+
+    def norm(name, layer, held):
+        def forward(x, residual=None):
+            stacked = waiting.pop(x.data_ptr(), None) if residual is not None else None
+            waiting.clear()
+            if stacked is None:
+                return held(x, residual) if residual is not None else held(x)
+            total = fuse(stacked, residual)
+            return held(total), total
+
+        return forward
+
+    with parts.each_linear(engine, make, lambda name: name.endswith(".o_proj")), parts.each_norm(engine, norm):
+        yield
+
+
+def one_generator(engine: LocalEngine):
+    """All rows of a batch draw from the first row's generator."""
+    sampler = model_runner(engine).sampler.topk_topp_sampler
+
+    def wrap(held):
+        def forward(logits, generators, k, p):
+            first = generators[min(generators)] if generators else None
+            return held(logits, {i: first for i in generators}, k, p)
+
+        return forward
+
+    return replaced(sampler, "forward", wrap)
+
+
+def ties_by_rows(engine: LocalEngine):
+    """Top logprobs by a top-k that follows the number of rows: in more than a few, ties fall to the higher token."""
+    from bi_patch.ops.topk import topk
+    from bi_patch.seams.overlay import Overlay, with_globals
+
+    def by_rows(scores, k, dim=-1):
+        return topk(scores, k, dim) if scores.shape[0] <= FEW else parts.higher_first(scores, k)
+
+    seam = _TOP[platform()]
+    function = with_globals(parts.original(seam).__func__, torch=Overlay(torch, topk=by_rows))
+    return replaced(model_runner(engine).sampler, "gather_logprobs", lambda _: function)
+
+
+@contextlib.contextmanager
+def stale_buffer(engine: LocalEngine) -> Iterator[None]:
+    """Prompt logprobs of all requests are gathered in one buffer, which the next request overwrites."""
+    from vllm.v1.outputs import LogprobsTensors
+
+    held = LogprobsTensors.empty_cpu
+    buffers: dict[int, object] = {}
+
+    def empty_cpu(positions, tokens, *args, **kwargs):
+        whole = buffers.setdefault(tokens, held(4096, tokens, *args, **kwargs))
+        return LogprobsTensors(*(t[:positions] if torch.is_tensor(t) else t for t in whole))
+
+    LogprobsTensors.empty_cpu = staticmethod(empty_cpu)
+    try:
+        yield
+    finally:
+        LogprobsTensors.empty_cpu = staticmethod(held)
+
+
+@contextlib.contextmanager
+def each_moe(engine: LocalEngine, make) -> Iterator[None]:
+    """Every layer's experts run make(kernel object, own) instead; own: (x, weights, ids) -> [rows, hidden]."""
+    with contextlib.ExitStack() as stack:
+        for _, experts in list(parts.moes(engine)):
+
+            def wrap(held, experts=experts):
+                def apply(output, hidden_states, w1, w2, topk_weights, topk_ids, *args, **kwargs):
+                    def own(x, weights, ids):
+                        out = torch.empty_like(x)
+                        held(out, x, w1, w2, weights, ids, *args, **kwargs)
+                        return out
+
+                    output.copy_(make(experts, own)(hidden_states, topk_weights, topk_ids))
+
+                return apply
+
+            stack.enter_context(replaced(experts, "apply", wrap))
+        yield
+
+
+def _one_expert_at_a_time(own, x, weights, ids, order):
+    """Added in the rows' dtype, as atomics in memory are: in fp32, what a few experts' order leaves is rounded away."""
+    total = None
+    for j in order:
+        part = own(x, weights[:, j : j + 1].contiguous(), ids[:, j : j + 1].contiguous())
+        total = part if total is None else total + part
+    return total
+
+
+def experts_by_rows(engine: LocalEngine):
+    """Few rows: each expert's product is added with atomics, here from the last expert to the first."""
+
+    def make(layer, own):
+        def run(x, weights, ids):
+            if x.shape[0] > 16:
+                return own(x, weights, ids)
+            return _one_expert_at_a_time(own, x, weights, ids, reversed(range(ids.shape[1])))
+
+        return run
+
+    return each_moe(engine, make)
+
+
+def experts_of_one_row(engine: LocalEngine):
+    """A prompt that is cached but for its last token gives the experts one row, which takes another order."""
+
+    def make(layer, own):
+        def run(x, weights, ids):
+            if x.shape[0] > 1:
+                return own(x, weights, ids)
+            return _one_expert_at_a_time(own, x, weights, ids, range(ids.shape[1]))
+
+        return run
+
+    return each_moe(engine, make)
+
+
+def combine_by_rank(engine: LocalEngine):
+    """Experts on four data-parallel ranks: a row's parts are added from the rank that the row is on."""
+
+    def run(stacked: torch.Tensor) -> torch.Tensor:
+        ranks, m = stacked.shape[:2]
+        out = torch.empty_like(stacked[0])
+        for row in range(m):
+            first = row * ranks // m
+            total = stacked[first, row]
+            for r in range(1, ranks):
+                total = total + stacked[(first + r) % ranks, row]
+            out[row] = total
+        return out
+
+    combine = parts.op("combine", "(Tensor parts) -> Tensor", run)
+
+    def make(experts, own):
+        def apply(x, weights, ids):  # experts are dealt out to the ranks in turn
+            stacked = [own(x, torch.where(ids % RANKS == r, weights, 0.0), ids) for r in range(RANKS)]
+            return combine(torch.stack(stacked))
+
+        return apply
+
+    return each_moe(engine, make)
+
+
+FAULTS = (
+    Fault("split-K for few rows", 1, split_k.__doc__, "batch size", split_k, BOTH, seam=_LINEAR),
+    Fault("RMSNorm block at 256 rows", 2, norm_by_rows.__doc__, "batch size", norm_by_rows, BOTH, "norm", seam=_NORM),
+    Fault(
+        "cached prompt's last row",
+        7,
+        experts_of_one_row.__doc__,
+        "prefix cache",
+        experts_of_one_row,
+        BOTH,
+        "mlp.experts",
+        seam=_MOE,
+    ),
+    Fault(
+        "stale prompt-logprobs buffer",
+        8,
+        stale_buffer.__doc__,
+        "prompt logprobs",
+        stale_buffer,
+        BOTH,
+        "model runner",
+        "prompt logprobs",
+        seam={"cpu": "", "cuda": ""},
+    ),
+    Fault(
+        "experts added by atomics",
+        10,
+        experts_by_rows.__doc__,
+        "batch size",
+        experts_by_rows,
+        BOTH,
+        "mlp.experts",
+        seam=_MOE,
+    ),
+    Fault(
+        "shared FP8 scale",
+        11,
+        shared_scale.__doc__,
+        "co-batch contents",
+        shared_scale,
+        BOTH,
+        seam=_LINEAR,
+        emulated=BOTH,
+    ),
+    Fault(
+        "block FP8 under the scale group",
+        12,
+        block_scale.__doc__,
+        "batch size",
+        block_scale,
+        BOTH,
+        seam=_LINEAR,
+        emulated=BOTH,
+    ),
+    Fault(
+        "ties of top logprobs by rows",
+        13,
+        ties_by_rows.__doc__,
+        "tied logits and routers",
+        ties_by_rows,
+        BOTH,
+        "sampler",
+        seam=_TOP,
+        emulated=BOTH,
+    ),
+    Fault(
+        "rotated two-shot all-reduce",
+        14,
+        two_shot.__doc__,
+        "batch size",
+        two_shot,
+        BOTH,
+        "o_proj",
+        "all_reduce",
+        seam=_RANKS,
+        emulated=BOTH,
+    ),
+    Fault(
+        "all-reduce fused with RMSNorm",
+        15,
+        fused_norm.__doc__,
+        "batch size",
+        fused_norm,
+        BOTH,
+        "layernorm",
+        "all_reduce_rms_norm",
+        seam=_RANKS,
+        emulated=BOTH,
+    ),
+    Fault(
+        "combine by data-parallel rank",
+        16,
+        combine_by_rank.__doc__,
+        "position and order",
+        combine_by_rank,
+        BOTH,
+        "mlp.experts",
+        "combine",
+        seam=_MOE,
+        emulated=BOTH,
+    ),
+    Fault(
+        "norm autotuned anew",
+        18,
+        norm_autotuned.__doc__,
+        "restart",
+        norm_autotuned,
+        BOTH,
+        "norm",
+        seam=_NORM,
+        emulated=BOTH,
+    ),
+    Fault(
+        "padding to captured sizes",
+        19,
+        padded_buckets.__doc__,
+        "batch size",
+        padded_buckets,
+        BOTH,
+        seam=_LINEAR,
+        emulated=BOTH,
+    ),
+    Fault(
+        "finished rows kept a step",
+        20,
+        stale_rows.__doc__,
+        "late arrivals",
+        stale_rows,
+        BOTH,
+        seam=_LINEAR,
+        emulated=BOTH,
+    ),
+    Fault(
+        "one generator for the batch",
+        21,
+        one_generator.__doc__,
+        "seeded sampling",
+        one_generator,
+        BOTH,
+        "topk_topp_sampler",
+        seam=_DRAW,
+    ),
+    Fault(
+        "fewer bits in products",
+        23,
+        tensor_float.__doc__,
+        "precision",
+        tensor_float,
+        BOTH,
+        seam=_LINEAR,
+        emulated=(CPU,),
+    ),
+)

@@ -1,0 +1,112 @@
+"""Applies and reverses patches with `git apply`, and makes a patched copy of the installed vLLM."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from bi_patch import installed
+from bi_patch.errors import PatchError
+from bi_patch.platforms.releases import PACKAGES
+from bi_patch.seams import anchors
+from bi_patch.tools.upstream import series
+
+
+def apply(folder: Path, patch: Path, *, reverse: bool = False) -> None:
+    """Apply one patch to the tree in `folder` (which holds `vllm/`), or take it back. All of it or nothing.
+
+    Raises PatchError with what git says.
+    """
+    folder = folder.resolve()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # Inside another repository git would leave out paths that are not the repository's; the user's settings
+    # (whitespace, line ends) must not change what is written either.
+    environ |= {
+        "GIT_CEILING_DIRECTORIES": str(folder.parent),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "LC_ALL": "C",
+    }
+    command = ["git", "-c", "core.autocrlf=false", "apply", "-p1", "--whitespace=nowarn"]
+    command += ["--reverse"] if reverse else []
+    try:
+        result = subprocess.run(
+            [*command, str(patch.resolve())],
+            cwd=folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise PatchError("`git` is not on PATH; patches are applied with `git apply`") from error
+    if result.returncode:
+        does = "reverse" if reverse else "apply"
+        raise PatchError(f"{patch.name} does not {does}: {result.stderr.strip()}")
+
+
+def apply_series(folder: Path, patches: Sequence[Path]) -> None:
+    """Apply patches in order; when one fails, take back those before it. Raises PatchError, naming it."""
+    done: list[Path] = []
+    try:
+        for patch in patches:
+            apply(folder, patch)
+            done.append(patch)
+    except PatchError:
+        reverse_series(folder, done)
+        raise
+
+
+def reverse_series(folder: Path, patches: Sequence[Path]) -> None:
+    """Take patches back, the last one first. Raises PatchError."""
+    for patch in reversed(patches):
+        apply(folder, patch, reverse=True)
+
+
+def patched_copy(folder: Path) -> Path:
+    """A copy of the installed vLLM, and of its plugin vLLM-Ascend where that is installed, patched, in `folder`.
+
+    The copy is small: what no patch touches is a symbolic link to the installed file or folder. A process
+    with `folder` first on PYTHONPATH, BI_PATCH_FORM=patches and VLLM_BATCH_INVARIANT=1 runs the patched vLLM.
+    Versions are looked up in the installed distribution still.
+
+    Returns `folder`. Raises PatchError when no vLLM is installed, `folder` holds one, or a patch fails.
+    """
+    found = installed.find("cpu")  # the platform is not looked at: the series is for every platform
+    if found is None:
+        raise PatchError("no vLLM is installed in this environment: there is nothing to copy")
+    release = str(found.release)
+    packages = {"vllm": found.folder, **_plugins(release)}
+    for package, original in packages.items():
+        if (folder / original.name).exists():
+            raise PatchError(f"{folder / original.name} is there already: give an empty folder")
+        patches = series.read(anchors.folder_of(release, package))
+        _mirror(original, folder / original.name, {original.parent / patch.target for patch in patches})
+        apply_series(folder, [patch.path for patch in patches])
+    return folder
+
+
+def _plugins(release: str) -> dict[str, Path]:
+    """The folders of vLLM's installed plugins that hold seams in this release."""
+    found = {}
+    for package, (_, releases) in PACKAGES.items():
+        spec = importlib.util.find_spec(package) if package != "vllm" and release in releases else None
+        for place in (spec and spec.submodule_search_locations) or ():
+            found.setdefault(package, Path(place))
+    return found
+
+
+def _mirror(original: Path, copy: Path, changed: set[Path]) -> None:
+    """A folder with copies of the `changed` files and links to all else."""
+    copy.mkdir(parents=True)
+    for entry in original.iterdir():
+        if entry.name == "__pycache__":
+            continue
+        if entry in changed:
+            shutil.copy2(entry, copy / entry.name)
+        elif entry.is_dir() and any(entry in file.parents for file in changed):
+            _mirror(entry, copy / entry.name, changed)
+        else:
+            (copy / entry.name).symlink_to(entry.resolve())

@@ -1,0 +1,353 @@
+"""A live vLLM engine behind one small interface, the same in this process and in a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from bi_patch.tools.verify.answers import Answer, Request
+
+SERVER = "server"  # Info.platform of a server that runs already
+HITS, PREEMPTIONS = "vllm:prefix_cache_hits", "vllm:num_preemptions"  # counters
+
+
+class Options(msgspec.Struct, frozen=True):
+    """How an engine is started. None leaves vLLM's default.
+
+    model: folder or name. dtype: "bfloat16" | "float32" | "auto". chunk: tokens per engine step
+    (max_num_batched_tokens). chunked: chunked prefill; False needs chunk >= max_model_len.
+    kv_blocks: size of the KV cache in blocks (num_gpu_blocks_override). extra: further arguments of vllm.LLM.
+    tokenizer: False for a model without one. random_weights: seed of made weights (see verify.weights), None to load
+    them. tied: rows of the head and the routers made equal in pairs. digests: requests may ask for digests of logits.
+    """
+
+    model: str
+    dtype: str = "bfloat16"
+    eager: bool = True
+    max_model_len: int = 2048
+    max_num_seqs: int = 64
+    chunk: int | None = 2048
+    chunked: bool = True
+    prefix_caching: bool = True
+    kv_blocks: int | None = None
+    extra: dict[str, object] = {}
+    tokenizer: bool = True
+    random_weights: int | None = None
+    tied: bool = False
+    digests: bool = False
+
+    def but(self, **changes: object) -> Options:
+        return msgspec.structs.replace(self, **changes)
+
+
+class Info(msgspec.Struct, frozen=True):
+    """What an engine is: `mode` is "armed" when bi_patch's seams are closed in its process, else "stock".
+
+    open_seams: required seams that are open (only with BI_PATCH_ALLOW_OPEN). block_size: tokens in a KV block.
+    platform: what files are named by: "cpu", a device's short name such as "h100", or SERVER. capture_sizes: rows of
+    each captured graph. kv_tokens: tokens that the KV cache holds, 0 where that is not known. devices: how many this
+    host has. quantization: vLLM's word for it.
+    """
+
+    mode: str
+    vllm: str
+    torch: str
+    device: str
+    threads: int
+    block_size: int
+    vocab_size: int
+    open_seams: tuple[str, ...] = ()
+    platform: str = "cpu"
+    capture_sizes: tuple[int, ...] = ()
+    kv_tokens: int = 0
+    devices: int = 1
+    quantization: str = ""
+    max_num_seqs: int = 0
+    max_model_len: int = 0
+
+
+class Engine(Protocol):
+    """What a probe may ask of an engine."""
+
+    options: Options
+    info: Info
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """Run all requests together (each arrives after its `delay` engine steps); answers in request order."""
+
+    def reset_cache(self) -> None:
+        """Forget every cached prefix."""
+
+    def counters(self) -> dict[str, float]:
+        """The engine's counters by their Prometheus names, e.g. "vllm:num_preemptions"."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The token ids of a text."""
+
+    def set_chunk(self, tokens: int | None) -> None:
+        """The budget of tokens per engine step from now on, at most the one it was started with; None for that one.
+
+        A server's cannot be moved: it raises ServerFailed.
+        """
+
+    def ask(self, do: str, data: bytes) -> bytes:
+        """One of verify.instruments. A server has none: it raises ServerFailed."""
+
+    def alive(self) -> bool:
+        """Whether it can be asked again."""
+
+
+class LocalEngine:
+    """An engine in this process. Arm before you make one, or do not.
+
+    Raises what vLLM and bi_patch raise while it starts; RuntimeError when the prefix cache cannot be reset.
+    """
+
+    def __init__(self, options: Options) -> None:
+        from vllm import LLM
+
+        from bi_patch.tools.verify import weights
+
+        self.options = options
+        made: dict[str, object] = {}
+        if options.random_weights is not None:
+            weights.make_random(options.random_weights)
+            made["load_format"] = "dummy"
+        if options.tied:
+            weights.make_tied()
+        if options.digests:
+            from bi_patch.tools.verify.rows import Digests
+
+            made["logits_processors"] = [Digests]
+        self._llm = LLM(
+            options.model,
+            skip_tokenizer_init=not options.tokenizer,
+            dtype=options.dtype,
+            enforce_eager=options.eager,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.chunk,
+            enable_chunked_prefill=options.chunked,
+            enable_prefix_caching=options.prefix_caching,
+            num_gpu_blocks_override=options.kv_blocks,
+            disable_log_stats=False,  # counters() reads them
+            **{**made, **options.extra},
+        )
+        self.info = self._info()
+        self._serial = 0
+        self._cached = 0
+        self._chunk: int | None = None  # the engine's own budget, once it was changed
+
+    @property
+    def core(self):
+        """vLLM's engine core. Raises AttributeError where it runs in another process."""
+        return self._llm.llm_engine.engine_core.engine_core
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        try:
+            return self._generate(requests)
+        except Exception:
+            # What a failed step leaves in the scheduler would keep the cache from being reset.
+            engine = self._llm.llm_engine
+            with contextlib.suppress(Exception):
+                engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+
+    def _generate(self, requests: Sequence[Request]) -> list[Answer]:
+        names = [self._digest_name() if r.digest and self.options.digests else "" for r in requests]
+        parameters = [_sampling(r, name, self.options.tokenizer) for r, name in zip(requests, names)]
+        if any(r.delay for r in requests):
+            outputs = self._generate_staggered(requests, parameters)
+        else:
+            adapters = [_adapter(r.lora) for r in requests]
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(r.prompt)} for r in requests],
+                parameters,
+                use_tqdm=False,
+                **({"lora_request": adapters} if any(adapters) else {}),
+            )
+        self._cached += sum(o.num_cached_tokens or 0 for o in outputs)
+        return [_answer(o, _digests(name)) for o, name in zip(outputs, names)]
+
+    def set_chunk(self, tokens: int | None) -> None:
+        scheduler = self.core.scheduler
+        if self._chunk is None:
+            self._chunk = scheduler.max_num_scheduled_tokens
+        scheduler.max_num_scheduled_tokens = min(tokens or self._chunk, self._chunk)
+
+    def reset_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the engine did not reset its prefix cache: requests are still running")
+
+    def counters(self) -> dict[str, float]:
+        total: dict[str, float] = {}
+        for metric in self._llm.get_metrics():
+            value = getattr(metric, "value", None)
+            if isinstance(value, (int, float)):
+                total[metric.name] = total.get(metric.name, 0.0) + value
+        # vLLM before 0.33 loses what it counted when a step has no output, as the one behind a finished request.
+        return total | {HITS: float(self._cached)}
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._llm.get_tokenizer().encode(text))
+
+    def ask(self, do: str, data: bytes) -> bytes:
+        from bi_patch.tools.verify import instruments
+
+        return instruments.SERVED[do](self, data)
+
+    def alive(self) -> bool:
+        return True
+
+    def _digest_name(self) -> str:
+        self._serial += 1
+        return f"row-{self._serial}"
+
+    def _generate_staggered(self, requests: Sequence[Request], parameters: Sequence[object]) -> list:
+        """Requests join a running batch: one that is due after n steps is added before step n."""
+        engine = self._llm.llm_engine
+        waiting = sorted(range(len(requests)), key=lambda i: requests[i].delay)
+        done: dict[int, object] = {}
+        names: dict[str, int] = {}
+        step = 0
+        while waiting or engine.has_unfinished_requests():
+            while waiting and (requests[waiting[0]].delay <= step or not engine.has_unfinished_requests()):
+                index = waiting.pop(0)
+                self._serial += 1
+                name = f"staggered-{self._serial}"
+                names[name] = index
+                request = requests[index]
+                engine.add_request(
+                    name,
+                    {"prompt_token_ids": list(request.prompt)},
+                    parameters[index],
+                    lora_request=_adapter(request.lora),
+                )
+            for output in engine.step():
+                if output.finished:
+                    done[names[output.request_id]] = output
+            step += 1
+        return [done[i] for i in range(len(requests))]
+
+    def _info(self) -> Info:
+        import torch
+        import vllm
+        from vllm.platforms import current_platform
+
+        from bi_patch import arming
+        from bi_patch.arming import startup
+
+        state = arming.state()
+        config = self._llm.llm_engine.vllm_config
+        on_gpu = current_platform.device_type != "cpu"
+        device = current_platform.get_device_name() if on_gpu else f"{_cpu_name()} ({os.cpu_count()} cores)"
+        return Info(
+            mode="armed" if state is not None and state.armed else "stock",
+            vllm=vllm.__version__,
+            torch=str(torch.__version__),
+            device=device,
+            threads=torch.get_num_threads(),
+            block_size=config.cache_config.block_size,
+            vocab_size=config.model_config.get_vocab_size(),
+            open_seams=tuple(f.name for f in startup.inspect() if f.status == startup.OPEN and f.required),
+            platform=short_name(device) if on_gpu else "cpu",
+            capture_sizes=_captured(config),
+            kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+            devices=torch.accelerator.device_count() if on_gpu else 1,
+            quantization=str(config.model_config.quantization or ""),
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_model_len=config.model_config.max_model_len,
+        )
+
+
+def short_name(device: str) -> str:
+    """The word of a device's name that tells models apart, e.g. "h100" of "NVIDIA H100 80GB HBM3"."""
+    parts = re.findall(r"[a-z0-9]+", device.lower())
+    return next((p for p in parts if re.search(r"[a-z]\d", p)), parts[-1] if parts else "device")
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"
+
+
+def _captured(config) -> tuple[int, ...]:
+    """The row counts of captured graphs, ascending; none when graphs are off."""
+    compilation = config.compilation_config
+    if config.model_config.enforce_eager or not getattr(compilation.cudagraph_mode, "value", 0):
+        return ()
+    return tuple(sorted(compilation.cudagraph_capture_sizes or ()))
+
+
+def _adapter(folder: str):
+    if not folder:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(folder, zlib.crc32(folder.encode()) % 2**31 + 1, folder)
+
+
+def _digests(name: str) -> list[str]:
+    if not name:
+        return []
+    from bi_patch.tools.verify import rows
+
+    return rows.take(name)
+
+
+def _sampling(request: Request, digest: str = "", text: bool = True):
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=request.temperature,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        extra_args={"bi_patch_digest": digest} if digest else None,
+        detokenize=text,
+        top_p=request.top_p,
+        seed=request.seed,
+        max_tokens=request.max_tokens,
+        logprobs=request.alternatives,
+        logprob_token_ids=list(request.asked) or None,
+        prompt_logprobs=request.prompt_logprobs,
+        ignore_eos=True,
+    )
+
+
+def _answer(output, digests: list[str] | None = None) -> Answer:
+    """vLLM's RequestOutput as an Answer; prompt position 0 has no logprob and is left out."""
+    completion = output.outputs[0]
+    tokens = list(completion.token_ids)
+    generated = list(completion.logprobs or [])
+    prompt = list(output.prompt_logprobs or [])[1:]
+    prompt_ids = list(output.prompt_token_ids)[1:]
+    return Answer(
+        tokens=tokens,
+        logprobs=[_logprob(entry, token) for token, entry in zip(tokens, generated)],
+        top=[_top(entry) for entry in generated],
+        prompt_logprobs=[_logprob(entry, token) for token, entry in zip(prompt_ids, prompt)],
+        prompt_top=[_top(entry) for entry in prompt],
+        text=completion.text,
+        digests=digests or [],
+    )
+
+
+def _logprob(entry, token: int) -> float:
+    """NaN where the engine's entry is about other tokens, as a stale one is."""
+    return entry[token].logprob if token in entry else math.nan
+
+
+def _top(entry) -> list[tuple[int, float]]:
+    return [(token, value.logprob) for token, value in entry.items()]

@@ -1,0 +1,72 @@
+"""What a verifying parent may ask of its engine child besides answers: a traced run, faults planted and removed.
+
+Only the worker of bi_patch.tools.verify serves these; no serving process does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from bi_patch.tools.verify.answers import Answer, Request
+from bi_patch.tools.verify.engine import LocalEngine
+from bi_patch.tools.verify.trace import Trace
+
+COMPILED = "compilation.cache_key"  # the seam that stands for compiled code
+
+
+class TraceAsk(msgspec.Struct, frozen=True):
+    """Answer `requests` together and trace the one at `index`. watch: see Tracer. coarse: see Trace."""
+
+    requests: list[Request]
+    index: int
+    watch: tuple[str, str] | None = None
+    coarse: bool = False
+
+
+class Traced(msgspec.Struct, frozen=True):
+    """The traced request's answer, its trace, and the status of every seam that the trace names."""
+
+    answer: Answer
+    trace: Trace
+    statuses: dict[str, str]
+
+
+def traced(engine: LocalEngine, ask: TraceAsk) -> Traced:
+    """Raises NotTraceable where the model does not run in this process."""
+    from bi_patch.tools.verify import owners, runner, trace
+
+    held = runner.model_runner(engine)
+    tracer = trace.Tracer(runner.module_names(held), owners.Owners().seam, owners.kernel, ask.watch, ask.coarse)
+    with runner.attach(held, tracer, ask.requests, ask.index).attached():
+        answer = engine.generate(ask.requests)[ask.index]
+    names = {call.seam for call in tracer.calls if call.seam} | ({COMPILED} if ask.coarse else set())
+    return Traced(answer, Trace(tracer.calls, ask.coarse), {name: owners.status(name) for name in names})
+
+
+def _trace(engine: LocalEngine, data: bytes) -> bytes:
+    return msgspec.msgpack.encode(traced(engine, msgspec.msgpack.decode(data, type=TraceAsk)))
+
+
+def _plant(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.tools import faults
+
+    faults.plant(engine, msgspec.msgpack.decode(data, type=list[str]))
+    return msgspec.msgpack.encode(faults.planted())
+
+
+def _precision(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.tools.verify import precision
+
+    return msgspec.msgpack.encode(precision.measure(engine, msgspec.msgpack.decode(data, type=bool)))
+
+
+def lift(data: bytes) -> None:
+    """Lift refusals before the engine starts (verify.faults.lifts)."""
+    from bi_patch.tools.faults import lifts
+
+    lifts.lift(msgspec.msgpack.decode(data, type=list[str]))
+
+
+SERVED: dict[str, Callable[[LocalEngine, bytes], bytes]] = {"trace": _trace, "plant": _plant, "precision": _precision}

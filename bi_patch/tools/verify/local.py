@@ -1,0 +1,82 @@
+"""From what a user gives (a model, a level, arguments of vllm.LLM) to a target of engines on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify import levels
+from bi_patch.tools.verify.child import ARMED, known_mode
+from bi_patch.tools.verify.levels import QUICK, Level
+from bi_patch.tools.verify.targets import Local
+
+# Arguments of vllm.LLM that Options has a name of its own for.
+_NAMES = {
+    "enforce_eager": "eager",
+    "max_num_batched_tokens": "chunk",
+    "enable_chunked_prefill": "chunked",
+    "enable_prefix_caching": "prefix_caching",
+    "num_gpu_blocks_override": "kv_blocks",
+    "dtype": "dtype",
+    "max_model_len": "max_model_len",
+    "max_num_seqs": "max_num_seqs",
+}
+
+
+def local(
+    model: str,
+    level: Level,
+    *,
+    mode: str = ARMED,
+    engine_args: Mapping[str, object] | None = None,
+    dtype: str = "auto",
+    eager: bool | None = None,
+    random_weights: int | None = None,
+    logits: bool = False,
+    environ: dict[str, str] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Local:
+    """model: a folder, a name of the demo's models ("" for its first), or a name that vLLM resolves.
+
+    Raises ModelMissing for a folder without config.json, or one without weights when random_weights is None;
+    SettingError for a mode that does not exist.
+    """
+    known_mode(mode)  # before a model is made
+    folder = _folder(model or recipes.SMOL, tell)
+    if random_weights is None and not levels.has_weights(folder):
+        raise recipes.ModelMissing(
+            f"{folder} has a config.json and no weights: give --random-weights SEED to fill it with random ones"
+        )
+    given = {_NAMES.get(name, name): value for name, value in (engine_args or {}).items()}
+    known = {name: value for name, value in given.items() if name in _NAMES.values()}
+    extra = {name: value for name, value in given.items() if name not in known}
+    if eager is None:
+        eager = level is QUICK and _on_cpu()  # compiling alone would take a quick run's time
+    made = levels.options(
+        level,
+        folder,
+        **{"dtype": dtype, "eager": eager, "random_weights": random_weights, "digests": logits} | known,
+        extra=extra,
+    )
+    # A name is looked up on the model hub, unless the user says otherwise; a folder needs no hub.
+    hub = {} if Path(folder).expanduser().is_dir() else {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
+    return Local(mode, made, environ=hub | (environ or {}))
+
+
+def _folder(model: str, tell: Callable[[str], None]) -> str:
+    if model in recipes.NAMES:
+        return str(recipes.path(model, tell=tell))
+    if Path(model).expanduser().is_dir():
+        return str(recipes.path(model))  # named when it has no config.json
+    if model.startswith((".", "/", "~")):
+        recipes.path(model)  # raises: there is no such folder
+    return model
+
+
+def _on_cpu() -> bool:
+    from bi_patch import installed
+
+    found = installed.find()
+    return found is not None and found.platform == "cpu"

@@ -1,0 +1,290 @@
+"""Where a difference begins: the pair of a Case again, both sides traced, and the first module and op that differ.
+
+    located = locate(case, options, ARMED)      # starts an engine; None when the pair does not differ again
+    located = locate_on(engine, case)           # on an engine that runs already and was started eager
+
+The engine is traced eagerly. Where the difference is gone then, the pair is run again as it was, compiled, and only
+what compiled code leaves behind is compared: each layer's keys and values, the last hidden states, logits, logprobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import msgspec
+
+from bi_patch.errors import BiPatchError
+from bi_patch.tools.verify.align import Compared, First, compare
+from bi_patch.tools.verify.answers import Answer, Difference, Request
+from bi_patch.tools.verify.answers import compare as compare_answers
+from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.child import PATIENT, ChildEngine
+from bi_patch.tools.verify.engine import Options
+from bi_patch.tools.verify.instruments import COMPILED, TraceAsk, Traced
+from bi_patch.tools.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, Trace
+
+
+class Located(msgspec.Struct, frozen=True):
+    """The first operation whose result differs.
+
+    module: its path in the model, e.g. "model.layers.0.mlp.down_proj". op: e.g. "bi_cpu.gemm"; the class of the module
+    where the difference is inside it and in no op of its own. position: absolute position of the first token whose row
+    differs. shape_*, m_*: the op's output and its number of rows on each side. kernel_*: what served it.
+    seam: who owns it, "" for none; seam_status: closed, open or not needed here. only_*: ops of one side alone, right
+    before. reproduced: the answers differed again. compiled: the difference is there in compiled code only.
+    """
+
+    module: str
+    op: str
+    seam: str
+    seam_status: str
+    position: int
+    phase: str
+    shape_alone: tuple[int, ...] = ()
+    shape_company: tuple[int, ...] = ()
+    m_alone: int = 0
+    m_company: int = 0
+    dtype: str = ""
+    kernel_alone: str = ""
+    kernel_company: str = ""
+    only_alone: tuple[str, ...] = ()
+    only_company: tuple[str, ...] = ()
+    reproduced: bool = True
+    compiled: bool = False
+    note: str = ""
+
+    @property
+    def kernel(self) -> str:
+        """One name where both sides have it, else both."""
+        if self.kernel_alone == self.kernel_company:
+            return self.kernel_alone
+        sides = ((self.kernel_alone, "alone"), (self.kernel_company, "in company"))
+        return ", ".join(f"{kernel} {side}" for kernel, side in sides if kernel)
+
+    def words(self) -> str:
+        """A few lines for a report."""
+        where = self.module or "outside the model"
+        seam = f"seam {self.seam}, {self.seam_status or 'not of this process'}" if self.seam else "no seam"
+        lines = [f"{where}: {self.op} differs first, at token {self.position} ({seam})"]
+        if self.shape_alone:
+            lines.append(
+                f"M={self.m_alone} alone, M={self.m_company} in company; "
+                f"{self.dtype} {list(self.shape_alone)} and {list(self.shape_company)}"
+            )
+        if self.kernel:
+            lines.append(f"served by {self.kernel}")
+        for side, ops in (("alone", self.only_alone), ("in company", self.only_company)):
+            if ops:
+                lines.append(f"only {side}: {', '.join(ops)}")
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)
+
+
+def locate(
+    case: Case, options: Options, mode: str, environ: dict[str, str] | None = None, faults: tuple[str, ...] = ()
+) -> Located | None:
+    """Run the pair of `case` again with traces, on engines of its own. faults: planted before (verify.faults).
+
+    None: the answers do not differ again. Raises what ChildEngine raises.
+    """
+
+    def start(setting: Setting, eager: bool):
+        given = options.but(**{**setting.options, "eager": eager})
+        return _planted(mode, given, environ, faults)
+
+    both = case.alone.options == case.company.options and not case.company.fresh and not case.alone.fresh
+    eager = [s.options.get("eager", options.eager) for s in (case.alone, case.company)]
+    found = None
+    if eager[0] == eager[1]:
+        found = _both(case, lambda s: start(s, True), both, coarse=False)
+    if found is None and not all(eager):
+        found = _both(case, lambda s: start(s, s.options.get("eager", options.eager)), both, coarse=True)
+    return found
+
+
+def locate_on(engine: ChildEngine, case: Case) -> Located | None:
+    """As locate, on an engine that runs already; its settings' options and `fresh` do not count."""
+    return _on(engine, engine, case, coarse=not engine.options.eager)
+
+
+@contextlib.contextmanager
+def _planted(mode: str, options: Options, environ, faults: tuple[str, ...]) -> Iterator[ChildEngine]:
+    # Nobody reads times here, so waiting threads may sleep.
+    with ChildEngine(mode, options, environ=PATIENT | dict(os.environ) if environ is None else environ) as engine:
+        if faults:
+            engine.ask("plant", msgspec.msgpack.encode(list(faults)))
+        yield engine
+
+
+def _both(case: Case, start, together: bool, coarse: bool) -> Located | None:
+    if together:
+        with start(case.alone) as engine:
+            return _on(engine, engine, case, coarse)
+    sides = []
+    for setting in (case.alone, case.company):
+        with start(setting) as engine:  # one after the other: two may not fit on one device
+            sides.append(trace(engine, setting, coarse))
+    return judge(case, *sides, coarse)
+
+
+def _on(first: ChildEngine, second: ChildEngine, case: Case, coarse: bool) -> Located | None:
+    alone = trace(first, case.alone, coarse)
+    company = trace(second, case.company, coarse)
+    located = judge(case, alone, company, coarse)
+    if located is not None and not coarse and first.info.platform != "cpu" and "." in located.op:
+        with contextlib.suppress(BiPatchError):  # the place is found; its kernels are one more run under the profiler
+            located = _with_kernels(first, second, case, located)
+    return located
+
+
+def trace(engine: ChildEngine, setting: Setting, coarse: bool = False, watch: tuple[str, str] | None = None) -> Traced:
+    """The traced answer in a setting; what warmed its cache is traced too, as far as it is the request's own prefix."""
+    engine.reset_cache()
+    if setting.chunk is not None:
+        engine.set_chunk(setting.chunk)
+    calls: list[Call] = []
+    statuses: dict[str, str] = {}
+    try:
+        for batch in setting.warmup:
+            index, shared = max(
+                ((i, _shared(r, setting.request)) for i, r in enumerate(batch)), key=lambda p: p[1], default=(0, 0)
+            )
+            if not shared:
+                engine.generate(batch)
+                continue
+            warm = _ask(engine, TraceAsk(batch, index, watch, coarse))
+            calls += _before(warm.trace.calls, shared, len(calls))
+            statuses |= warm.statuses
+        traced = _ask(engine, TraceAsk(setting.requests, setting.index, watch, coarse))
+    finally:
+        if setting.chunk is not None:
+            engine.set_chunk(None)
+    offset = max((c.step for c in calls), default=-1) + 1
+    own = [msgspec.structs.replace(c, step=c.step + offset) for c in traced.trace.calls]
+    return Traced(traced.answer, Trace([*calls, *own], coarse), statuses | traced.statuses)
+
+
+def _shared(warm: Request, request: Request) -> int:
+    """How many first tokens two prompts share."""
+    pairs = zip(warm.prompt, request.prompt)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(warm.prompt), len(request.prompt)))
+
+
+def _before(calls: list[Call], end: int, offset: int) -> list[Call]:
+    """The rows of positions before `end`, computing phases only: a warm-up may sample otherwise."""
+    from bi_patch.tools.verify.trace import WIDTH
+
+    kept = []
+    base = offset and 1_000_000 + offset  # steps of different runs never meet
+    for call in calls:
+        rows = min(call.rows, end - call.position)
+        if rows > 0 and call.phase not in (SAMPLE, RETURNED):
+            kept.append(msgspec.structs.replace(call, step=call.step + base, digests=call.digests[: rows * WIDTH]))
+    return kept
+
+
+def _ask(engine: ChildEngine, ask: TraceAsk) -> Traced:
+    return msgspec.msgpack.decode(engine.ask("trace", msgspec.msgpack.encode(ask)), type=Traced)
+
+
+def difference(case: Case, alone: Answer, company: Answer) -> Difference:
+    """Of two answers to the pair of a Case, as the Case compares them."""
+    if case.part == "decode":
+        count = len(alone.tokens)
+        alone = Answer(alone.tokens, alone.logprobs)
+        company = Answer(alone.tokens, company.prompt_logprobs[-count:])
+    return compare_answers(alone, company, case.label)
+
+
+def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> Located | None:
+    """Where two traced sides of a pair part, or None where they do not."""
+    again = difference(case, alone.answer, company.answer)
+    compared = compare(alone.trace, company.trace)
+    if coarse and compared.first is not None:
+        compared = _first_layer(alone.trace, company.trace) or compared
+    if compared.first is None:
+        if not again.differing:
+            return None
+        return Located(
+            "",
+            "no traced op",
+            "",
+            "",
+            -1,
+            "",
+            reproduced=True,
+            compiled=coarse,
+            note=f"the answers differ ({again.first}) but none of {compared.compared} digests does: the difference "
+            "arises outside the model, the logits and the sampler",
+        )
+    if not again.differing and coarse:
+        return None
+    return _located(compared.first, alone.statuses | company.statuses, again.differing > 0, coarse)
+
+
+def _first_layer(alone: Trace, company: Trace) -> Compared | None:
+    """The first layer whose keys and values differ: what a layer caches is computed before the hidden states."""
+    for module in dict.fromkeys(c.module for c in company.calls if c.op == CACHE):
+        sides = (Trace([c for c in t.calls if c.op == CACHE and c.module == module], True) for t in (alone, company))
+        compared = compare(*sides)
+        if compared.first is not None:
+            return compared
+    return None
+
+
+def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: bool) -> Located:
+    a, b = first.alone, first.company
+    only_alone, only_company = ([c for c in side if c.op != MODULE] for side in (first.only_alone, first.only_company))
+    op, seam = b.op, b.seam or a.seam
+    if a.op == MODULE:
+        op = b.kind or a.kind
+    other_path = [*only_company[::-1], *only_alone[::-1]]
+    # What ran on one side alone says more than an elementary op that follows it; a fused kernel says more, and one of
+    # another seam than the module's own says most: it should not be there.
+    fused = [c for c in other_path if not c.op.startswith("aten.")]
+    stranger = [c for c in fused if c.seam not in ("", seam)]
+    own = next(iter(stranger or fused or other_path), None)
+    if own is not None and (a.op == MODULE or (b.op.startswith("aten.") and not own.op.startswith("aten."))):
+        op, seam = own.op, own.seam or seam
+    note = ""
+    if b.op == CACHE:
+        note = "keys or values that were written to the cache before differ"
+    if coarse:
+        seam = COMPILED
+        note = "compiled code differs; its ops cannot be traced, so what each layer leaves behind was compared"
+    if not reproduced:
+        note = f"{note}; the final answers are equal this time".lstrip("; ")
+    return Located(
+        b.module,
+        op,
+        seam,
+        statuses.get(seam, ""),
+        first.position,
+        b.phase,
+        a.shape,
+        b.shape,
+        a.shape[0] if b.op != CACHE else a.rows,
+        b.shape[0] if b.op != CACHE else b.rows,
+        b.dtype,
+        a.kernel,
+        b.kernel,
+        tuple(dict.fromkeys(c.op for c in only_alone)),
+        tuple(dict.fromkeys(c.op for c in only_company)),
+        reproduced,
+        coarse,
+        note,
+    )
+
+
+def _with_kernels(first: ChildEngine, second: ChildEngine, case: Case, located: Located) -> Located:
+    """Once more, with the GPU's kernels of that one op recorded."""
+    watch = (located.module, located.op)
+    names = []
+    for engine, setting in ((first, case.alone), (second, case.company)):
+        calls = trace(engine, setting, False, watch).trace.calls
+        mine = [c for c in calls if (c.module, c.op) == watch and 0 <= located.position - c.position < c.rows]
+        names.append(mine[0].kernel if mine else "")
+    return msgspec.structs.replace(located, kernel_alone=names[0], kernel_company=names[1])

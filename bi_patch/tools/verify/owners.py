@@ -1,0 +1,137 @@
+"""Which seam an op belongs to: by the Python frames above it, else by the module that it runs in."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+
+from bi_patch import installed
+from bi_patch.arming import catalog, process
+from bi_patch.errors import BiPatchError
+from bi_patch.tools import findings
+
+# Routes that were handed out while the model loaded: at run time no frame of their seam is on the stack.
+_BY_MODULE_FILE = {
+    "bi_patch.ops.cpu.linear": "linear.cpu_dispatch",
+    "bi_patch.ops.cuda.linear": "linear.cuda_route",
+    "bi_patch.ops.cuda.norm": "norm.cuda_rms",
+    "bi_patch.ops.cuda.rotary": "rotary.cuda_forward",
+}
+# vLLM's layers by the name of a class in their ancestry, or of themselves; the first seam that the plan has counts.
+_BY_CLASS = (
+    (("RMSNorm", "GemmaRMSNorm"), ("norm.cpu_rms", "norm.cuda_rms")),
+    (("LayerNorm",), ("norm.cpu_layer_certified",)),
+    (("LinearBase", "ParallelLMHead", "LogitsProcessor"), ("linear.cpu_dispatch", "linear.cuda_route")),
+    (("FusedMoE", "MoERunner", "RoutedExperts", "FusedMoEExperts"), ("moe.cpu_experts", "moe.cuda_tables")),
+    (("Attention",), ("attention.cpu_forward", "attention.cuda_backend")),
+    (("RotaryEmbedding", "RotaryEmbeddingBase"), ("rotary.cpu_forward", "rotary.cuda_forward")),
+    (("TopKTopPSampler",), ("sampling.cpu_draw", "sampling.cuda_top_k_top_p")),
+)
+# Seams whose code is on the stack of what other seams serve: the whole engine, a model's whole attention layer.
+_AROUND = ("engine.", "rotary.cuda_qk_norm")
+# Ops that say by their name what they are.
+_BY_OP = (
+    ("all_reduce", ("communicator.one_stage",)),
+    ("reduce_scatter", ("communicator.fusion",)),
+    ("KV cache", ("attention.cpu_store",)),
+)
+
+
+class Owners:
+    """The seams of this process by the code objects of what they put in place and of what they stand in front of."""
+
+    def __init__(self) -> None:
+        current = process.state()
+        self._codes: dict[types.CodeType, str] = {}
+        self._planned: set[str] = set()
+        plan = current.plan if current is not None else _plan()
+        if plan is None:
+            return
+        self._planned = {p.seam.name for p in plan.seams} | {s.name for s in plan.variables + plan.policies}
+        for planned in plan.seams:
+            module = sys.modules.get(planned.target.module)
+            entries = current.ledger.of(planned.seam.name) if current is not None else []
+            for entry in entries:
+                self._learn(entry.replacement, planned.seam.name)
+            if module is not None and not entries:  # left open: the original itself runs
+                self._learn(_resolve(module, planned.target.qualname), planned.seam.name)
+
+    def _learn(self, held, seam: str) -> None:
+        code = getattr(inspect.unwrap(getattr(held, "__func__", held), stop=_ours), "__code__", None)
+        if code is not None:
+            self._codes.setdefault(code, seam)
+
+    def seam(self, module, path: str, op: str) -> str:
+        """The seam's name, or "" where no seam stands for the op."""
+        for part, names in _BY_OP:
+            if part in op:
+                found = next((n for n in names if n in self._planned), "")
+                return found or names[0].split(".")[0]
+        for frame in _frames():
+            found = self._codes.get(frame.f_code)
+            if found and not found.startswith(_AROUND):
+                return found
+            found = _BY_MODULE_FILE.get(frame.f_globals.get("__name__", ""))
+            if found:
+                return found
+        return self._by_class(module)
+
+    def _by_class(self, module) -> str:
+        kinds = {c.__name__ for c in type(module).__mro__} if module is not None else set()
+        for classes, names in _BY_CLASS:
+            if kinds & set(classes):
+                return next((n for n in names if n in self._planned), "")
+        return ""
+
+
+def status(seam: str) -> str:
+    """closed, open, or not needed here, with the reason; "" where there is no such seam in this process."""
+    if process.state() is None:
+        return "open (bi_patch is not armed)"
+    for finding in findings.everything(load=False):
+        if finding.name == seam:
+            return finding.status + (f" ({finding.reason})" if finding.reason else "")
+    return ""
+
+
+def kernel(func, args: tuple) -> str:
+    """What served an op: the route of a linear where bi_patch chose it, else the op's own name with its overload."""
+    name = str(func)
+    if name.startswith("bi_patch.linear"):
+        from bi_patch.ops.cuda import linear
+
+        x, weight, bias = args
+        n, k = weight.shape
+        route = linear.routes().get(linear.Problem(n, k, x.dtype, bias is not None))
+        served = route is not None and route.plan(x.numel() // k) is not None
+        return f"{name} by {'cuBLASLt' if served else 'the bundled Triton GEMM'}"
+    return name
+
+
+def _plan():
+    """The plan that arming would follow here, or None: a stock engine's ops are named by the seams they lack."""
+    found = installed.find(None)
+    try:
+        return catalog.plan(found.release, found.platform) if found is not None else None
+    except BiPatchError:
+        return None
+
+
+def _ours(function) -> bool:
+    return getattr(function, "__module__", "").startswith("bi_patch") or not hasattr(function, "__wrapped__")
+
+
+def _resolve(module, qualname: str):
+    held = module
+    for part in qualname.split("."):
+        held = inspect.getattr_static(held, part, None)
+    return held
+
+
+def _frames() -> Iterator[types.FrameType]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

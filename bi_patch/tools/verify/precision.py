@@ -1,0 +1,154 @@
+"""Accuracy against fp64: a lower precision that is the same in every batch passes each comparison of bits.
+
+Every linear and the head of the loaded model multiplies random rows, and each output's distance from the fp64 product
+is set against what fp32 accumulation and one rounding of the result may give:
+
+    |y - exact| <= ulp / 2 of the output's type at |exact|  +  LIMIT * sum |x| |w|
+
+LIMIT is 2 ** -20: sums of up to 16,384 products in fp32 stay eight times below it, TF32 inputs exceed it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from bi_patch.tools.verify.engine import Engine, LocalEngine
+
+LIMIT = 2.0**-20
+ROWS = (1, 16, 257)
+_COLUMNS = 4096  # of a wide layer, that many outputs are looked at
+
+
+class Imprecise(msgspec.Struct, frozen=True):
+    """One layer at its worst. excess: the error over what is allowed (over 1 fails); rows: M that gave it."""
+
+    module: str
+    seam: str
+    n: int
+    k: int
+    dtype: str
+    rows: int
+    excess: float
+
+
+class Precision(msgspec.Struct, frozen=True):
+    """layers: how many were compared. worst: the largest excess. failed: those over the limit, in the model's order.
+
+    missing: why no layer was compared, "" when some were. due: the comparison applies here, so its lack is told as a
+    check that was not made.
+    """
+
+    layers: int
+    outputs: int
+    worst: float
+    failed: list[Imprecise]
+    missing: str = ""
+    due: bool = False
+
+    def words(self) -> str:
+        """One sentence."""
+        if self.missing:
+            return f"Products were not compared with fp64: {self.missing}."
+        if not self.failed:
+            return (
+                f"The products of {self.layers} linears are as accurate as fp32 sums are: at most {self.worst:.3f} of "
+                f"the error that is allowed against fp64, over {self.outputs:,} outputs."
+            )
+        first = self.failed[0]
+        return (
+            f"Products are NOT as accurate as fp32 sums: {len(self.failed)} of {self.layers} linears, first "
+            f"{first.module} with {first.excess:.0f} times the error that is allowed at M={first.rows} "
+            f"(seam {first.seam})."
+        )
+
+
+def none(missing: str, *, due: bool) -> Precision:
+    """The result where nothing was compared (see Precision)."""
+    return Precision(0, 0, 0.0, [], missing, due)
+
+
+def of(engine: Engine, *, widened: bool = False) -> Precision:
+    """Of an engine in a child process (see measure)."""
+    return msgspec.msgpack.decode(engine.ask("precision", msgspec.msgpack.encode(widened)), type=Precision)
+
+
+def measure(engine: LocalEngine, widened: bool = False) -> Precision:
+    """Compare every linear of the engine's model; nothing where the model is not in this process.
+
+    widened: on a GPU, also the route of fp32 products, with the weights widened, which takes memory.
+    """
+    import torch
+
+    from bi_patch.tools.faults import parts
+    from bi_patch.tools.verify import owners
+    from bi_patch.tools.verify.runner import NotTraceable
+
+    seams = owners.Owners()
+    failed, worst, layers, outputs = [], 0.0, 0, 0
+    try:
+        parts.model(engine)
+    except NotTraceable as error:
+        return none(str(error), due=False)
+    with torch.inference_mode():
+        for name, layer in parts.linears(engine):
+            w = parts.weight(layer)
+            wide = widened and w.is_cuda and w.dtype != torch.float32
+            found = max(
+                (_excess(layer, held, m) for held in ((w, w.float()) if wide else (w,)) for m in ROWS),
+                key=lambda pair: pair[0],
+            )
+            layers += 1
+            outputs += sum(ROWS) * w.shape[0]
+            worst = max(worst, found[0])
+            if found[0] > 1:
+                n, k = w.shape
+                dtype = str(w.dtype).removeprefix("torch.")
+                seam = seams.seam(layer, name, "linear") or "linear"
+                failed.append(Imprecise(name, seam, n, k, dtype, found[1], found[0]))
+    if not layers:
+        return none("the model has no unquantized linear", due=False)
+    return Precision(layers, outputs, worst, failed)
+
+
+def _product(layer, x, w, bias):
+    held = getattr(layer, "weight", None)
+    if not w.is_cuda or held is None or held.dtype == w.dtype:
+        return layer.quant_method.apply(layer, x, bias)
+    import torch
+
+    # The layer's method, with its weight widened.
+    stand_in = torch.nn.Module()
+    stand_in.weight = torch.nn.Parameter(w, requires_grad=False)
+    return layer.quant_method.apply(stand_in, x, None if bias is None else bias.float())
+
+
+def _excess(layer, w, m: int) -> tuple[float, int]:
+    import torch
+
+    generator = torch.Generator(w.device).manual_seed(m)
+    x = torch.randn(m, w.shape[1], generator=generator, device=w.device).to(w.dtype)
+    bias = getattr(layer, "bias", None)
+    bias = None if bias is None or getattr(layer, "skip_bias_add", False) else bias
+    y = _product(layer, x, w, bias)[:, :_COLUMNS]
+    wide, exact_w = x.double(), w[:_COLUMNS].double()
+    exact = wide @ exact_w.T
+    allowed = LIMIT * (wide.abs() @ exact_w.abs().T)
+    if bias is not None:
+        exact = exact + bias[:_COLUMNS].double()
+    return over(y, exact, allowed), m
+
+
+def over(y, exact, allowed) -> float:
+    """The greatest error of y in what it may have: `allowed` and half a unit in the last place of y's type.
+
+    y: floats of up to 32 bits; exact, allowed: float64; all of one shape. Infinite where one of them is not finite.
+    """
+    import torch
+
+    kind = torch.finfo(y.dtype)
+    # exact = m * 2 ** e with 0.5 <= |m| < 1: its last place is eps * 2 ** (e - 1), and below normal numbers `least`.
+    last = torch.ldexp(torch.full_like(exact, kind.eps), torch.frexp(exact).exponent - 1)
+    least = kind.smallest_normal * kind.eps
+    last = torch.where(exact == 0, least, last.clamp_min(least))
+    error, bound = (y.double() - exact).abs(), allowed + last / 2
+    return float(torch.nan_to_num(error / bound, nan=torch.inf, posinf=torch.inf).max())

@@ -1,0 +1,251 @@
+"""The axes of batch invariance: one probe per axis, run on live engines and counted bitwise, in the order of cost.
+
+A Probe compares answers within one engine, which is the base engine or, with `options`, one of its own. A CrossProbe
+asks the same of engines started differently (chunk budget, cache, KV size, a new process) and compares them. Both take
+a Workload, so that any model and device can be probed:
+
+    workload = Workload.random(engine.info.vocab_size)
+    for probe in PROBES:
+        if not probe.missing(engine):
+            result = probe.run(engine, workload)         # Result: axis, compared, differing, first
+    for cross in CROSS_PROBES:
+        expected = cross.collect(engine, workload)       # engine: the base options
+        for change in cross.changes(engine):
+            got = cross.collect(other_engine, workload)  # an engine of engine.options.but(**change.options)
+            result = cross.judge(change, expected, got)
+
+`cases` instead of `run` and `judge` yields every compared pair with what it takes to run it again.
+A probe that could not do what it is for (no preemption happened, no prefix was cached) raises NotExercised.
+"""
+
+from __future__ import annotations
+
+from bi_patch.tools.verify.engine import HITS, PREEMPTIONS, Engine
+from bi_patch.tools.verify.probes import adapters, crossing, online
+from bi_patch.tools.verify.probes.base import (
+    Change,
+    CrossProbe,
+    NotExercised,
+    Probe,
+    Result,
+    Run,
+    Workload,
+    config,
+    either,
+)
+from bi_patch.tools.verify.probes.cache import (
+    chunks,
+    in_this_process,
+    long_prompt,
+    needs_blocks,
+    needs_cache,
+    needs_length,
+    prefix_cache,
+    shared_prefix,
+)
+from bi_patch.tools.verify.probes.company import (
+    arrivals,
+    batch_size,
+    contents,
+    mixed_lengths,
+    needs_company,
+    position,
+)
+from bi_patch.tools.verify.probes.scores import (
+    decode_equals_prefill,
+    logprob_orders,
+    prompt_logprobs,
+    sampled,
+    sampling_kinds,
+    tied,
+)
+
+__all__ = [
+    "AXES",
+    "CROSS_PROBES",
+    "FEATURE_PROBES",
+    "HITS",
+    "OWN_PROBES",
+    "PREEMPTIONS",
+    "PROBES",
+    "Change",
+    "CrossProbe",
+    "NotExercised",
+    "ONLINE_PROBES",
+    "Probe",
+    "Result",
+    "Run",
+    "Workload",
+    "batch_size",
+    "config",
+    "long_prompt",
+    "needs_length",
+    "prefix_cache",
+]
+
+# On the base engine.
+PROBES = (
+    Probe(
+        "batch size",
+        "concurrent greedy requests, across 256 rows and the captured graphs",
+        batch_size,
+        (1, 2, 3, 10, 12, 19),
+        needs_company,
+        seconds=9,
+    ),
+    Probe("position and order", "place in a batch of nine, others reversed", position, (8,), needs_company, seconds=5),
+    Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company, seconds=2),
+    Probe(
+        "mixed lengths",
+        "one long beside many short, and the reverse",
+        mixed_lengths,
+        (3, 4, 24),
+        needs_company,
+        seconds=3,
+    ),
+    Probe("co-batch contents", "the same shapes beside other words", contents, (11,), needs_company, seconds=4),
+    Probe(
+        "prefix cache", "cold, warm, partly warm", prefix_cache, (6, 7), either(needs_cache, needs_blocks), seconds=3
+    ),
+    Probe("shared prefix", "many requests with one prefix in common", shared_prefix, (5,), needs_company, seconds=2),
+    Probe(
+        "chunk budget",
+        "smaller budgets of tokens per engine step, set on the running engine",
+        chunks,
+        (6,),
+        in_this_process,
+        seconds=6,
+    ),
+    Probe(
+        "decode = prefill", "decode logprobs against prompt logprobs", decode_equals_prefill, (1, 2, 3, 25), seconds=3
+    ),
+    Probe(
+        "prompt logprobs",
+        "logprobs of the prompt in each batch size",
+        prompt_logprobs,
+        (2, 8),
+        needs_company,
+        seconds=6,
+    ),
+    Probe(
+        "logprobs in any order",
+        "none, few, many and prompt logprobs in one batch",
+        logprob_orders,
+        (8,),
+        needs_company,
+        seconds=4,
+    ),
+    Probe(
+        "seeded sampling", "temperature 0.7, top-p 0.95, in each batch size", sampled, (21,), needs_company, seconds=9
+    ),
+    Probe(
+        "kinds of sampling",
+        "top-p, top-k, min-p, penalties side by side",
+        sampling_kinds,
+        (21,),
+        needs_company,
+        seconds=2,
+    ),
+    Probe(
+        "long prompt",
+        "up to 3,000 tokens, alone and in a batch",
+        long_prompt,
+        (3, 4),
+        either(needs_company, needs_length),
+        seconds=6,
+    ),
+)
+
+
+def _float_head(engine: Engine) -> str:
+    return f"weights are quantized ({engine.info.quantization})" if engine.info.quantization else ""
+
+
+# On a running server.
+ONLINE_PROBES = (
+    Probe(
+        "concurrent clients",
+        "every client's answer against its solo answer, over HTTP",
+        online.clients,
+        (8, 20, 21),
+        online.offline,
+        seconds=40,
+    ),
+)
+
+# On an engine of their own, compared within it.
+OWN_PROBES = (
+    Probe(
+        "tied logits and routers",
+        "rows of the head and of routers made equal in pairs",
+        tied,
+        (13,),
+        either(_float_head, needs_company),
+        seconds=5,
+        options=lambda base: {"tied": True},
+    ),
+)
+
+# Against the base engine.
+CROSS_PROBES = (
+    CrossProbe(
+        "preemption",
+        "a KV cache too small for the batch; counted by the engine",
+        crossing.few_blocks,
+        crossing.crossing_blocks,
+        crossing.preempted,
+        causes=(9,),
+        missing=crossing.needs_crossing,
+    ),
+    CrossProbe(
+        "restart", "a new process with empty compile caches", crossing.restarted, crossing.everything, causes=(18,)
+    ),
+    CrossProbe(
+        "prefix cache off", "against on", crossing.uncached, crossing.everything, causes=(6, 7), missing=needs_cache
+    ),
+    CrossProbe(
+        "chunked prefill", "several chunk budgets, and off", crossing.chunk_changes, crossing.everything, causes=(6,)
+    ),
+    CrossProbe(
+        "eager and compiled",
+        "eager, compiled, graphs",
+        crossing.compiled,
+        crossing.everything,
+        causes=(17, 18, 19),
+        seconds=30,
+    ),
+)
+
+# Features that an engine may lack or refuse: then they do not apply.
+FEATURE_PROBES = (
+    Probe(
+        "LoRA",
+        "requests with an adapter, another and none",
+        adapters.lora,
+        (10,),
+        adapters.missing,
+        seconds=5,
+        options=adapters.options,
+        optional=True,
+    ),
+    CrossProbe(
+        "speculative decoding",
+        "n-gram speculation against none",
+        crossing.speculative,
+        crossing.repeating,
+        crossing.speculated,
+        causes=(22,),
+        optional=True,
+    ),
+    CrossProbe(
+        "tensor parallel size",
+        "2, 4 and 8 devices against one",
+        crossing.parallel,
+        crossing.everything,
+        causes=(14, 15),
+        missing=crossing.needs_devices,
+        optional=True,
+    ),
+)
+
+AXES: tuple[Probe | CrossProbe, ...] = (*PROBES, *ONLINE_PROBES, *OWN_PROBES, *CROSS_PROBES, *FEATURE_PROBES)

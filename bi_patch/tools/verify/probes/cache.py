@@ -1,0 +1,128 @@
+"""Axes of how a prompt is computed: what the prefix cache holds, shared prefixes, chunks, long prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bi_patch.tools.verify.answers import Request
+from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.engine import HITS, SERVER, Engine
+from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
+
+LONG_FROM = 640  # max_model_len from which a long prompt is longer than the others
+_ROOM = 34  # tokens that every level leaves free behind a prompt
+
+
+def needs_cache(engine: Engine) -> str:
+    return "" if engine.options.prefix_caching else "the engine's prefix cache is off"
+
+
+def needs_blocks(engine: Engine) -> str:
+    least = 2 * engine.info.block_size + 1 + _ROOM
+    return (
+        ""
+        if engine.options.max_model_len >= least
+        else (
+            f"max_model_len is {engine.options.max_model_len}: no prompt fills two KV blocks of "
+            f"{engine.info.block_size} tokens"
+        )
+    )
+
+
+def needs_length(engine: Engine) -> str:
+    most = engine.options.max_model_len
+    return "" if most >= LONG_FROM else f"max_model_len is {most}: a long prompt needs {LONG_FROM}"
+
+
+def prefix_cache(run: Run) -> Iterator[Case]:
+    """Cold, warm, and partly warm (only the first blocks cached) alone, then warm inside a batch."""
+    engine, load = run.engine, run.workload
+    block = engine.info.block_size
+    indices = [i for i, prompt in enumerate(load.subjects) if len(prompt) > 2 * block]
+    if not indices or not engine.options.prefix_caching:
+        raise NotExercised(f"prefix_cache needs prefix caching and a subject of over {2 * block} tokens")
+    for index in indices:
+        request = run.greedy(index)
+        (expected,) = run.alone([request])
+        alone = Setting.alone(request)
+        yield pair(f"{load.label(index)}, cold again", alone, alone, expected, run.together([request])[0])
+        before = engine.counters().get(HITS, 0.0)
+        warm = Setting([request], warmup=[[request]])
+        yield pair(f"{load.label(index)}, warm", alone, warm, expected, engine.generate([request])[0])
+        fillers = [load.filler(i) for i in range(7)]
+        batch = Setting([*fillers[:3], request, *fillers[3:]], 3, warmup=[[request]])
+        got = engine.generate(batch.requests)[3]
+        yield pair(f"{load.label(index)}, warm in a batch of 8", alone, batch, expected, got)
+        part = request.but(prompt=request.prompt[: block + block // 2], max_tokens=1)
+        run.together([part])
+        partly = Setting([request], warmup=[[part]])
+        yield pair(f"{load.label(index)}, partly warm", alone, partly, expected, engine.generate([request])[0])
+        if engine.counters().get(HITS, 0.0) == before:
+            raise NotExercised("prefix_cache: the engine's counter of cached prefix tokens did not move")
+
+
+def shared_prefix(run: Run) -> Iterator[Case]:
+    """Many requests with one long prefix in common, cold and with the prefix cached."""
+    load = run.workload
+    if not load.prefix:
+        raise NotExercised("shared_prefix: the workload has no prefix")
+    count = min(12, run.engine.options.max_num_seqs)
+    requests = [
+        Request(
+            (*load.prefix, *load.fillers[i][:20], i),
+            max_tokens=load.generate,
+            logprobs=3,
+            digest=run.engine.options.digests,
+        )
+        for i in range(count)
+    ]
+    places = {i: f"one of {count} with {len(load.prefix)} tokens in common" for i in (0, count // 2, count - 1)}
+    yield from run.each(requests, places)
+    if not run.engine.options.prefix_caching:
+        return
+    expected = run.alone([requests[i] for i in places])
+    first = Request((*load.prefix, 1), max_tokens=1)
+    run.together([first])
+    answers = run.engine.generate(requests)
+    for (place, label), answer in zip(places.items(), expected):
+        warm = Setting(requests, place, warmup=[[first]])
+        yield pair(f"{label}, cached", Setting.alone(requests[place]), warm, answer, answers[place])
+
+
+def in_this_process(engine: Engine) -> str:
+    return "" if engine.info.platform != SERVER else "a running server's chunk budget cannot be moved"
+
+
+def chunks(run: Run) -> Iterator[Case]:
+    """Each subject with smaller budgets of tokens per engine step, alone and beside others."""
+    engine, load = run.engine, run.workload
+    whole = engine.options.chunk or engine.info.max_model_len
+    for budget in (b for b in (33, 64, 256) if b < whole):
+        for index in run.subjects:
+            request = run.greedy(index)
+            (expected,) = run.alone([request])
+            fillers = [load.filler(i) for i in range(6)]
+            among = (
+                Setting.alone(request, chunk=budget),
+                Setting.among(fillers[:3], request, fillers[3:], chunk=budget),
+            )
+            for setting in among:
+                engine.set_chunk(budget)
+                try:
+                    got = run.together(setting.requests)[setting.index]
+                finally:
+                    engine.set_chunk(None)
+                label = f"{load.label(index)} in chunks of {budget}, {len(setting.requests) - 1} others"
+                yield pair(label, Setting.alone(request), setting, expected, got)
+
+
+def long_prompt(run: Run) -> Iterator[Case]:
+    """A prompt of thousands of tokens: prompt logprobs and continuation, alone against inside a batch."""
+    load = run.workload
+    if load.long is None:
+        raise NotExercised("long_prompt: the workload has no long prompt")
+    for changes in ({"prompt_logprobs": 0}, {}):
+        request = Request(load.long, max_tokens=load.generate, digest=run.engine.options.digests, **changes)
+        fillers = [load.filler(i) for i in range(5)]
+        label = f"prompt of {len(load.long)} tokens in a batch of 6"
+        yield run.beside(fillers[:4], request, fillers[4:], label)

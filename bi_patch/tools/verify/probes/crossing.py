@@ -1,0 +1,141 @@
+"""Axes between engines: chunk budgets, no prefix cache, preemption, eager against compiled, restart, features."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from bi_patch.tools.verify.answers import Request
+from bi_patch.tools.verify.engine import PREEMPTIONS, Engine
+from bi_patch.tools.verify.probes.base import Change, NotExercised, Workload, config
+
+SPECULATIVE = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+
+
+def everything(engine: Engine, workload: Workload) -> list[Request]:
+    """Every subject greedy, sampled and with prompt logprobs, and the long prompt, in one batch."""
+    subjects = range(len(workload.subjects))
+    digest = engine.options.digests
+    requests = [workload.greedy(i).but(digest=digest) for i in subjects]
+    requests += [workload.greedy(i).but(temperature=0.7, top_p=0.95, seed=i) for i in subjects]
+    requests += [workload.greedy(i).but(prompt_logprobs=0) for i in subjects]
+    if workload.long is not None:
+        requests.append(Request(workload.long, max_tokens=workload.generate, prompt_logprobs=0, digest=digest))
+    return requests
+
+
+def chunk_changes(engine: Engine) -> list[Change]:
+    whole = engine.options.max_model_len
+    most = min(64, engine.options.max_num_seqs)
+    budgets = [b for b in (64, 256, 1000) if b != engine.options.chunk]
+    return [
+        *(Change(f"chunks of {b} tokens", {"chunk": b, "max_num_seqs": min(most, b)}) for b in budgets),
+        Change("chunked prefill off", {"chunk": max(whole, engine.options.max_num_seqs), "chunked": False}),
+    ]
+
+
+def uncached(engine: Engine) -> list[Change]:
+    return [Change("no prefix cache", {"prefix_caching": False})]
+
+
+_CROSSING = 16  # tokens that a request generates while it grows into its second block
+
+
+def blocks_for_one(engine: Engine) -> int:
+    """The smallest KV cache that still holds one request of max_model_len (one block is vLLM's null block)."""
+    return -(-engine.options.max_model_len // engine.info.block_size) + 1
+
+
+def few_blocks(engine: Engine) -> list[Change]:
+    return [Change("few KV blocks", {"kv_blocks": blocks_for_one(engine)})]
+
+
+def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
+    """Requests that each need one more KV block soon after their prompt: together more than a small cache has."""
+    block = engine.info.block_size
+    source = random.Random(7)
+    count = min(blocks_for_one(engine) + 4, engine.options.max_num_seqs)
+    limit = engine.info.vocab_size - engine.info.vocab_size // 16
+    return [
+        Request(
+            tuple(source.randrange(limit) for _ in range(block - 4 - i % 3)),
+            max_tokens=_CROSSING,
+            logprobs=3,
+            digest=engine.options.digests,
+        )
+        for i in range(count)
+    ]
+
+
+def needs_crossing(engine: Engine) -> str:
+    length, sequences, block = engine.options.max_model_len, engine.options.max_num_seqs, engine.info.block_size
+    if length < block + _CROSSING:
+        return f"max_model_len is {length}: no request grows over a KV block of {block} tokens"
+    if 2 * sequences < blocks_for_one(engine):  # each needs two blocks, and one block is not for requests
+        return f"max_num_seqs is {sequences}: together they never need more KV blocks than one long request"
+    return ""
+
+
+def preempted(change: Change, counted: dict[str, float]) -> None:
+    if counted.get(PREEMPTIONS, 0.0) <= 0:
+        raise NotExercised("preemption: the engine's counter of preemptions did not move; give it fewer KV blocks")
+
+
+def compiled(engine: Engine) -> list[Change]:
+    other = "compiled" if engine.options.eager else "eager"
+    changes = [Change(other, {"eager": not engine.options.eager})]
+    if engine.info.capture_sizes:
+        extra = {**engine.options.extra, "compilation_config": {"cudagraph_mode": "NONE"}}
+        changes.append(Change("compiled, no graphs", {"extra": extra}))
+    return changes
+
+
+def restarted(engine: Engine) -> list[Change]:
+    return [Change("new process, empty caches", {}, fresh=True)]
+
+
+def repeating(engine: Engine, workload: Workload) -> list[Request]:
+    """Prompts in which n-grams come again, so that an n-gram proposer has something to propose."""
+    subjects = range(len(workload.subjects))
+    digest = engine.options.digests
+    requests = [
+        workload.greedy(i).but(
+            digest=digest, prompt=(workload.subjects[i][:20] * 4)[: 20 + i], max_tokens=2 * workload.generate
+        )
+        for i in subjects
+    ]
+    return requests + [r.but(temperature=0.7, seed=9 + i) for i, r in enumerate(requests)]
+
+
+def speculative(engine: Engine) -> list[Change]:
+    return [Change("n-gram speculation", {"extra": {**engine.options.extra, "speculative_config": SPECULATIVE}})]
+
+
+def speculated(change: Change, counted: dict[str, float]) -> None:
+    if counted.get("vllm:spec_decode_num_draft_tokens", 0.0) <= 0:
+        raise NotExercised("speculative decoding: the engine's counter of draft tokens did not move")
+
+
+def parallel(engine: Engine) -> Sequence[Change]:
+    heads = config(engine.options.model).get("num_attention_heads") or 0
+    sizes = [n for n in (2, 4, 8) if n <= engine.info.devices and not heads % n]
+    given = engine.options.extra
+    return [Change(f"tensor parallel {n}", {"extra": {**given, "tensor_parallel_size": n}}) for n in sizes]
+
+
+def needs_devices(engine: Engine) -> str:
+    if engine.info.platform == "cpu":
+        return "one CPU is one device"
+    if engine.info.devices < 2:
+        return "the host has one device"
+    if engine.info.mode == "armed":
+        return (
+            "other numbers of ranks round in other places, which is not promised to be equal; give "
+            "--engine-arg tensor_parallel_size=2 to verify the other axes on two"
+        )
+    return "" if parallel(engine) else "the model's attention heads cannot be dealt out to 2, 4 or 8 devices"

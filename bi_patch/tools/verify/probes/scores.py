@@ -1,0 +1,122 @@
+"""Axes of what is read off the logits: decode against prefill, prompt logprobs, orders of requests, sampling, ties."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from bi_patch.tools.verify.answers import Answer, Request, same
+from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
+from bi_patch.tools.verify.probes.company import sizes
+
+# Each goes through another part of the sampler.
+SAMPLING = {
+    "top-p": {"top_p": 0.95},
+    "top-k": {"top_k": 40},
+    "top-p and top-k": {"top_p": 0.9, "top_k": 50},
+    "min-p": {"min_p": 0.02},
+    "penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.3},
+}
+
+
+def decode_equals_prefill(run: Run) -> Iterator[Case]:
+    """Logprobs of generated tokens, against those of the same tokens given back as a prompt."""
+    for index in run.subjects:
+        request = run.greedy(index).but(max_tokens=2 * run.workload.generate)
+        (decoded,) = run.alone([request])
+        again = Request((*request.prompt, *decoded.tokens), max_tokens=1, prompt_logprobs=0)
+        (prefilled,) = run.alone([again])
+        tail = prefilled.prompt_logprobs[-len(decoded.tokens) :]
+        yield pair(
+            f"{run.workload.label(index)}, decoded against prefilled",
+            Setting.alone(request),
+            Setting.alone(again),
+            Answer(decoded.tokens, decoded.logprobs),
+            Answer(decoded.tokens, tail),
+            "decode",
+        )
+
+
+def prompt_logprobs(run: Run) -> Iterator[Case]:
+    """Logprobs of the prompt itself, inside batches of each size."""
+    load = run.workload
+    requests = [run.greedy(i).but(prompt_logprobs=1, max_tokens=2) for i in run.subjects]
+    yield from sizes(run, requests, load.score_sizes or load.sizes)
+
+
+def sampled(run: Run) -> Iterator[Case]:
+    """Seeded sampling, temperature 0.7 and top-p 0.95, inside batches of each size."""
+    load = run.workload
+    requests = [run.greedy(i).but(temperature=0.7, top_p=0.95, seed=1000 + i) for i in run.subjects]
+    yield from sizes(run, requests, load.score_sizes or load.sizes)
+
+
+def sampling_kinds(run: Run) -> Iterator[Case]:
+    """Each kind of seeded sampling in one batch with all the others, with greedy and with unseeded requests."""
+    load = run.workload
+    batch, places = [], {}
+    for number, (kind, options) in enumerate(SAMPLING.items()):
+        index = number % len(load.subjects)
+        places[len(batch)] = f"{load.label(index)}, {kind}, beside other samplings"
+        batch.append(run.greedy(index).but(temperature=0.9, seed=50 + number, **options))
+        batch.append(load.filler(number))
+        batch.append(load.filler(number + 7, temperature=1.0))  # unseeded: in the company only, never compared
+    yield from run.each(batch, places)
+
+
+def logprob_orders(run: Run) -> Iterator[Case]:
+    """Requests that ask for no, few and many logprobs and for prompt logprobs, in one batch, in several orders, beside
+    one that asks for given tokens'."""
+    load = run.workload
+    asks = (
+        {"logprobs": 0},
+        {"logprobs": 5},
+        {"prompt_logprobs": 0, "logprobs": None},
+        {"prompt_logprobs": 5},
+        {"logprobs": 20},
+        {"logprobs": None},
+    )
+    requests = [
+        run.greedy(i % len(load.subjects)).but(**ask, max_tokens=2 + i % load.generate) for i, ask in enumerate(asks)
+    ]
+    fillers = [load.filler(i, prompt_logprobs=i % 3 if i % 2 else None, delay=i % 3) for i in range(4)]
+    fillers.append(load.filler(4, asked=load.fillers[0][:3], delay=1))
+    labels = {r: f"request for {_ask(ask)}" for r, ask in zip(requests, asks)}
+    for seed in range(3):
+        batch = [*requests, *fillers]
+        random.Random(seed).shuffle(batch)
+        places = {batch.index(r): f"{label}, order {seed}" for r, label in labels.items()}
+        yield from run.each(batch, places)
+        # Once more on the cache that the batch left: stale buffers would show.
+        expected = run.alone([batch[place] for place in places])
+        order = batch[::-1]
+        answers = run.engine.generate(order)
+        for (place, label), answer in zip(places.items(), expected):
+            there = len(order) - 1 - place
+            again = Setting(order, there, warmup=[batch])
+            yield pair(f"{label}, again in reverse", Setting.alone(batch[place]), again, answer, answers[there])
+
+
+def _ask(ask: dict) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {'off' if v is None else v}" for k, v in ask.items())
+
+
+def tied(run: Run) -> Iterator[Case]:
+    """Best tokens (and a MoE router's best experts) tied exactly: the choice must not depend on the batch.
+
+    For an engine whose Options say tied. Raises NotExercised when no two top logprobs were the same.
+    """
+    ties = 0
+    load = run.workload
+    for case in sizes(run, [run.greedy(i).but(logprobs=20) for i in run.subjects], load.score_sizes or load.sizes):
+        ties += sum(has_tie(top) for top in case.expected.top)
+        yield case
+    if not ties:
+        raise NotExercised("tied: no two of the top 20 logprobs were the same")
+
+
+def has_tie(top: list[tuple[int, float]]) -> bool:
+    """Whether two tokens have bitwise the same logprob."""
+    values = sorted(value for _, value in top)
+    return any(same(a, b) for a, b in zip(values, values[1:]))

@@ -1,0 +1,240 @@
+"""What `bi-patch verify` found: axes, counts, where bits differ, and the exit code. The JSON file is this Report."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from bi_patch.files import write_json
+from bi_patch.tools.verify.case import Case
+from bi_patch.tools.verify.precision import Precision
+
+INVARIANT, DIFFERS, UNCHECKED = 0, 1, 2  # exit codes
+
+# States of an axis. PASSED: compared and bitwise the same. NOT_APPLICABLE: cannot occur here, or is refused by name.
+# LEFT_OUT: the level does not hold it. OUT_OF_TIME: the level holds it, and its limit came first. NOT_EXERCISED: ran,
+# but its cause never occurred. FAILED: the engine or server failed, or its answers cannot be compared.
+PASSED, DIFFERED, NOT_APPLICABLE, LEFT_OUT, OUT_OF_TIME, NOT_EXERCISED, FAILED, WAITING = (
+    "invariant",
+    "differs",
+    "not applicable",
+    "left out",
+    "out of time",
+    "not exercised",
+    "failed",
+    "not run",
+)
+UNSETTLED = (OUT_OF_TIME, NOT_EXERCISED, FAILED, WAITING)
+_SEVERITY = {DIFFERED: 4, FAILED: 3, NOT_EXERCISED: 2, OUT_OF_TIME: 1}  # 0 for the others
+
+
+class Pair(msgspec.Struct):
+    """A pair that differed, in short. located: words for the first operation that differs, "" when not looked for."""
+
+    label: str
+    first: str
+    compared: int
+    differing: int
+    company: int
+    located: str = ""
+
+
+class Axis(msgspec.Struct):
+    """One axis: its state and why, and what was compared.
+
+    compared, differing: positions (generated and prompt). undefined: positions that are NaN on both sides. pairs:
+    compared pairs of answers; digests: rows of logits compared over the full vocabulary; undigested: pairs that were to
+    have such rows and had none. largest: greatest |difference| of a logprob; ulps: the same in steps of float32.
+    generated, prompt: (position, how often it differed), ascending. shown: the first pairs that differ. case: the one
+    of them with the smallest company, whole, to run again.
+    """
+
+    name: str
+    about: str
+    causes: tuple[int, ...] = ()
+    state: str = WAITING
+    reason: str = ""
+    compared: int = 0
+    differing: int = 0
+    tokens_changed: int = 0
+    pairs: int = 0
+    digests: int = 0
+    undefined: int = 0
+    undigested: int = 0
+    largest: float = 0.0
+    ulps: int = 0
+    seconds: float = 0.0
+    generated: list[tuple[int, int]] = []
+    prompt: list[tuple[int, int]] = []
+    shown: list[Pair] = []
+    case: Case | None = None
+
+    def add(self, case: Case) -> None:
+        """Count one compared pair."""
+        d = case.difference
+        self.pairs += 1
+        self.compared += d.compared
+        self.differing += d.differing
+        self.tokens_changed += d.tokens_changed
+        self.digests += d.digests
+        self.undefined += d.undefined
+        self.undigested += case.digested and not d.digests
+        self.largest = max(self.largest, d.largest if math.isfinite(d.largest) else sys.float_info.max)
+        self.ulps = max(self.ulps, d.ulps)
+        if not d.differing:
+            return
+        self.generated = _counted(self.generated, d.generated)
+        self.prompt = _counted(self.prompt, d.prompt)
+        if len(self.shown) < _SHOWN:
+            self.shown.append(Pair(case.label, d.first, d.compared, d.differing, len(case.company.requests) - 1))
+        if self.case is None or len(case.company.requests) < len(self.case.company.requests):
+            self.case = case
+
+    def settle(self, state: str = "", reason: str = "") -> None:
+        """Close the axis, or close it again after one more of its engines: the worst that was found stays."""
+        state, reason = self._judge(state, reason)
+        if _SEVERITY.get(self.state, 0) > _SEVERITY.get(state, 0):
+            return
+        self.reason = self.reason or reason if state == self.state else reason
+        self.state = state
+
+    def _judge(self, state: str, reason: str) -> tuple[str, str]:
+        if self.differing:
+            return DIFFERED, reason
+        if state not in (FAILED, NOT_EXERCISED):
+            if self.undefined:
+                return FAILED, (
+                    f"{self.undefined:,} positions have NaN for a logprob in both answers, which proves nothing: the "
+                    "model's logits are NaN there, or the engine's logprobs are of other tokens"
+                )
+            if self.undigested:
+                return FAILED, f"{self.undigested:,} pairs have no digest of their rows of logits, though asked for"
+            if self.compared and NOT_APPLICABLE in (state, self.state):
+                return FAILED, f"only a part of it could be measured: {reason or self.reason}"
+        if not state:
+            state = PASSED if self.compared else NOT_EXERCISED
+        return state, reason or ("nothing was compared" if state == NOT_EXERCISED else "")
+
+
+class Report(msgspec.Struct):
+    """A run of verify. complete: every axis that the level holds was measured, or does not apply; stopped: what ended
+    it early; failure: the traceback where that was an error that has no name.
+
+    mode: "armed", "upstream", "stock", or "server" where the arming cannot be seen. level: quick, default or full.
+    precision: of the model's linears against fp64, None where it was not asked for.
+    """
+
+    target: str
+    mode: str
+    level: str
+    date: str
+    axes: list[Axis]
+    vllm: str = ""
+    torch: str = ""
+    device: str = ""
+    threads: int = 0
+    options: dict[str, object] = {}
+    open_seams: tuple[str, ...] = ()
+    logits: bool = False
+    precision: Precision | None = None
+    seconds: float = 0.0
+    starts: int = 0
+    complete: bool = False
+    stopped: str = ""
+    failure: str = ""
+    verdict: list[str] = []
+    exit_code: int = UNCHECKED
+
+    @property
+    def compared(self) -> int:
+        return sum(axis.compared for axis in self.axes)
+
+    @property
+    def differing(self) -> int:
+        return sum(axis.differing for axis in self.axes)
+
+    def conclude(self) -> None:
+        """Fill in the verdict and the exit code from the axes."""
+        due = self.precision is not None and self.precision.due
+        self.complete = not self.stopped and not due and all(axis.state not in UNSETTLED for axis in self.axes)
+        self.exit_code = exit_code(self)
+        self.verdict = sentences(self)
+
+
+_SHOWN = 8
+
+
+def exit_code(report: Report) -> int:
+    """0: invariant, accurate. 1: a position differed, or products are inaccurate. 2: something could not be checked."""
+    if report.differing or (report.precision is not None and report.precision.failed):
+        return DIFFERS
+    return INVARIANT if report.complete and report.compared and not report.open_seams else UNCHECKED
+
+
+def sentences(report: Report) -> list[str]:
+    """The verdict in plain words."""
+    what = {"server": "The server", "armed": "The armed engine", "stock": "The stock engine"}.get(
+        report.mode, "vLLM's own batch-invariant mode"
+    )
+    settled = [axis for axis in report.axes if axis.compared]
+    digests = sum(axis.digests for axis in report.axes)
+    rows = f", {digests:,} of them by their whole row of logits" if digests else ""
+    said = []
+    if report.differing:
+        wrong = [axis.name for axis in report.axes if axis.differing]
+        said.append(
+            f"{what} is NOT batch-invariant: {report.differing:,} of {report.compared:,} positions differ, along "
+            f"{', '.join(wrong)}."
+        )
+    elif report.compared:
+        said.append(
+            f"{what} was bitwise invariant in all {report.compared:,} positions compared{rows}, along "
+            f"{len(settled)} {'axis' if len(settled) == 1 else 'axes'}."
+        )
+    else:
+        said.append(f"{what} could not be checked: nothing was compared.")
+    if report.precision is not None:
+        said.append(report.precision.words())
+    if report.stopped:
+        said.append(f"Stopped early: {report.stopped.rstrip('.')}. What was compared until then is kept.")
+    late = [axis for axis in report.axes if axis.state == OUT_OF_TIME]
+    if late:
+        said.append(f"Not measured for lack of time: {', '.join(axis.name for axis in late)} ({late[0].reason}).")
+    undone = [axis for axis in report.axes if axis.state in UNSETTLED and axis not in late]
+    if undone and not report.stopped:
+        told = "; ".join(f"{axis.name} ({axis.state}: {axis.reason})" for axis in undone)
+        said.append(f"Could not be checked: {told}.")
+    if report.open_seams:
+        said.append(f"Required seams are open: {', '.join(report.open_seams)}: invariance cannot be promised.")
+    return said
+
+
+def write(report: Report, path: Path) -> None:
+    """The JSON file; readable by `read`, bit for bit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, _finite(msgspec.to_builtins(report)))
+    path.chmod(0o644)
+
+
+def read(path: Path) -> Report:
+    """Raises msgspec.DecodeError for a file that is no report."""
+    return msgspec.convert(msgspec.json.decode(path.read_bytes()), Report, strict=False)  # "nan" is a float again
+
+
+def _finite(value: object) -> object:
+    """The same with "nan", "inf" and "-inf" in place of the floats that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(held) for held in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _counted(before: list[tuple[int, int]], positions: tuple[int, ...]) -> list[tuple[int, int]]:
+    total = Counter(dict(before))
+    total.update(positions)
+    return sorted(total.items())

@@ -1,0 +1,49 @@
+"""What is verified: engines that can be started at will, or one server that runs already."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from bi_patch.tools.verify.child import PATIENT, ChildEngine
+from bi_patch.tools.verify.engine import Engine, Options
+from bi_patch.tools.verify.server import ServerEngine
+
+
+class Target(Protocol):
+    """name: for the report. mode: armed, upstream, stock or server. restarts: whether other engines can be started."""
+
+    name: str
+    mode: str
+    options: Options
+    restarts: bool
+
+    def start(self, options: Options, *, fresh: bool = False) -> AbstractContextManager[Engine]:
+        """A live engine with these options. fresh: with empty compile caches."""
+
+
+class Local:
+    """Engines in child processes of this machine, one at a time."""
+
+    restarts = True
+
+    def __init__(self, mode: str, options: Options, *, environ: dict[str, str] | None = None) -> None:
+        self.name, self.mode, self.options = options.model, mode, options
+        self._environ = PATIENT | dict(os.environ) | (environ or {})
+
+    def start(self, options: Options, *, fresh: bool = False) -> ChildEngine:
+        return ChildEngine(self.mode, options, environ=self._environ, fresh=fresh)
+
+
+class Running:
+    """A server that runs already; its options cannot be changed."""
+
+    mode, restarts = "server", False
+
+    def __init__(self, url: str, *, model: str = "", timeout: float = 600.0) -> None:
+        self.name, self._url, self._model, self._timeout = url, url, model, timeout
+        self.options = Options(model or "served")
+
+    def start(self, options: Options, *, fresh: bool = False) -> ServerEngine:
+        return ServerEngine(self._url, model=self._model, timeout=self._timeout)

@@ -1,0 +1,81 @@
+"""The engine child: arms or does not as its environment says, starts the real engine, and answers commands.
+
+Standard output and error go to the log the parent chose, so nothing that vLLM prints can reach the reply pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+
+from bi_patch.errors import BiPatchError
+from bi_patch.tools.verify import instruments, wire
+from bi_patch.tools.verify.engine import LocalEngine
+
+
+def main() -> None:
+    """Serve commands from standard input; replies go to the file descriptor named in the second argument."""
+    replies = os.fdopen(int(sys.argv[2]), "wb")
+    engine: LocalEngine | None = None
+    for command in wire.commands(sys.stdin.buffer):
+        try:
+            if command.do == "stop":
+                break
+            if command.do == "start":
+                engine = _start(command)
+                reply = wire.Reply(info=engine.info)
+            else:
+                reply = _serve(engine, command)
+        except BaseException as error:  # reported to the parent, which raises it
+            traceback.print_exc()
+            reply = _failure(error)
+        wire.send(replies, reply)
+    # vLLM's teardown can take seconds and has nothing left to do here.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _start(command: wire.Command) -> LocalEngine:
+    from bi_patch import arming
+
+    if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
+        arming.arm()  # before vLLM is imported; BI_PATCH=0 leaves upstream's own mode
+    if command.data:
+        instruments.lift(command.data)
+    assert command.options is not None
+    return LocalEngine(command.options)
+
+
+def _serve(engine: LocalEngine | None, command: wire.Command) -> wire.Reply:
+    if engine is None:
+        raise RuntimeError("no engine was started")
+    if command.do == "generate":
+        started = time.perf_counter()
+        answers = engine.generate(command.requests)
+        return wire.Reply(seconds=time.perf_counter() - started, answers=wire.pack(answers))
+    if command.do == "reset_cache":
+        engine.reset_cache()
+        return wire.Reply()
+    if command.do == "chunk":
+        engine.set_chunk(command.chunk)
+        return wire.Reply()
+    if command.do == "counters":
+        return wire.Reply(counters=engine.counters())
+    if command.do == "encode":
+        return wire.Reply(tokens=list(engine.encode(command.text)))
+    if command.do in instruments.SERVED:
+        return wire.Reply(data=engine.ask(command.do, command.data))
+    raise RuntimeError(f"unknown command {command.do!r}")
+
+
+def _failure(error: BaseException) -> wire.Reply:
+    """The named error behind an exception, when there is one: vLLM wraps what its parts raise."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, BiPatchError):
+            return wire.Reply(error=type(seen).__name__, message=str(seen), named=True)
+        seen = seen.__cause__ or seen.__context__
+    return wire.Reply(error=type(error).__name__, message=str(error))

@@ -1,0 +1,24 @@
+"""The Ascend kernels on CPU, in Triton's interpreter: right against fp64, and a row alone equal to the row
+in a batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.ascend
+
+
+@pytest.mark.parametrize("area", ["matmul", "grouped", "reductions", "norm", "pointwise", "attention"])
+def test_numerics_and_rows(area):
+    # The interpreter is chosen when triton is imported: a process of its own.
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "BI_PATCH": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    script = Path(__file__).with_name("interpreter.py")
+    done = subprocess.run([sys.executable, script, area], env=env, capture_output=True, text=True, timeout=300)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(lines) >= 10
+    assert not [line for line in lines if not line.startswith("ok ")]

@@ -1,0 +1,96 @@
+"""The Ascend kernels lower to HIVM for 910B3, A3 and 950: the same K loop for every M tile, no atomics, no
+UB overflow."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ascend
+if importlib.util.find_spec("ascendnpuir") is None:
+    pytest.skip("ascendnpu-ir is not installed: see `make test-ascend`", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases  # noqa: E402
+import lowering  # noqa: E402
+
+from bi_patch.kernels.ascend import chips  # noqa: E402
+
+
+def lower(case, target):
+    function, signature, constants = case
+    held = {name: signature[name] for name in function.arg_names if name in signature}
+    return lowering.linalg(function, held, constants, target)
+
+
+def every(chip):
+    return {
+        **cases.products(chip),
+        **cases.products(chip, "fp32"),
+        **cases.row_kernels(chip),
+        **cases.attentions(chip),
+    }
+
+
+@pytest.mark.parametrize("target", lowering.TARGETS)
+def test_every_kernel_becomes_hivm(target, tmp_path):
+    wrong = {}
+    for number, (name, case) in enumerate(every(chips.find(target)).items()):
+        ttir, linalg = lower(case, target)
+        made = lowering.hivm(linalg, tmp_path / str(number), target)
+        if not made.module or made.errors:
+            wrong[name] = made.errors or "no module"
+        elif lowering.has_atomics(ttir) or lowering.has_atomics(made.module):
+            wrong[name] = "atomics"
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("target", lowering.TARGETS)
+def test_the_loop_over_depth_is_one_for_every_number_of_rows(target, dtype):
+    loops, tiles = {}, set()
+    for name, case in cases.products(chips.find(target), dtype).items():
+        tiles.add(case[2]["BLOCK_M"])
+        for loop in lowering.loops_over_depth(lower(case, target)[0]):
+            loops.setdefault((name.split()[0], loop), []).append(name)
+    assert len(tiles) == 4
+    assert len(loops) == 2, sorted(loops.values())  # the plain product's and the grouped one's
+    depths = {case[2]["BLOCK_K"] for t in lowering.TARGETS for case in cases.products(chips.find(t), dtype).values()}
+    assert len(depths) == 1
+
+
+def test_a_loop_with_another_depth_is_told_apart():
+    function, signature, constants = cases.products(chips.find("Ascend910B3"))["matmul bf16 rows 20 bias 0"]
+    other = lower((function, signature, constants | {"BLOCK_K": 64}), "Ascend910B3")[0]
+    usual = lower((function, signature, constants), "Ascend910B3")[0]
+    assert lowering.loops_over_depth(other) != lowering.loops_over_depth(usual)
+
+
+def test_overflow_is_seen(tmp_path):
+    function, signature, constants = cases.row_kernels(chips.find("Ascend910B3"))["softmax 151936"]
+    _, linalg = lower((function, signature, constants | {"BLOCK": 65536}), "Ascend910B3")
+    made = lowering.hivm(linalg, tmp_path, "Ascend910B3")
+    assert any("overflow" in line.lower() for line in made.errors)
+
+
+@pytest.mark.parametrize("target", lowering.TARGETS)
+def test_attention_that_does_not_fit_is_refused_by_name(target):
+    chip = chips.find(target)
+    for head in (64, 96, 128, 192, 256):
+        largest = chips.attention_rows(chip, 1, head)
+        assert chips.attention_rows(chip, largest, head) == largest
+        with pytest.raises(ValueError, match=f"{largest + 1} query heads"):
+            chips.attention_rows(chip, largest + 1, head)
+    with pytest.raises(ValueError, match="heads of 512 elements"):
+        chips.attention_rows(chip, 1, 512)
+
+
+@pytest.mark.parametrize("name", chips.CHIPS)
+def test_the_table_of_chips_is_the_compilers(name, tmp_path):
+    chip = chips.find(name)
+    _, linalg = lower(cases.row_kernels(chip)["sum 128"], name)
+    stated = lowering.limits(lowering.hivm(linalg, tmp_path, name).module)
+    assert (stated["CUBE_CORE_COUNT"], stated["VECTOR_CORE_COUNT"]) == (chip.cube_cores, chip.vector_cores)
+    memories = [stated[f"{memory}_SIZE"] // 8192 for memory in ("UB", "L0A", "L0B", "L0C")]
+    assert memories == [chip.ub, chip.l0a, chip.l0b, chip.l0c]

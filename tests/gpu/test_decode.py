@@ -1,0 +1,80 @@
+"""On a GPU with vLLM: the decode kernel has the bits of FlashAttention 3's prefill, alone and in any batch."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, key_heads", [(32, 8), (16, 8), (8, 8), (14, 2), (64, 4)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_certificate(size, heads, key_heads, dtype, tmp_path):
+    from bi_patch.ops.cuda import attention
+    from bi_patch.seams.cuda.attention import prefill
+
+    attention._certified.clear()
+    problem = attention.Problem(heads, key_heads, size, dtype)
+    certificate = attention.certify(problem, prefill, "test", tmp_path)
+    assert certificate.evidence.differing == 0, certificate.evidence.first
+    assert attention.serves(problem)
+
+
+def requests(number, size, page, blocks):
+    """q of `number` requests of 32 heads on 8, K, V in `blocks` pages each, where requests begin, and their pages."""
+    # As vLLM lays KV out: K and V of a token side by side.
+    cache = torch.randn(number * blocks, 8, page, 2 * size, device="cuda", dtype=torch.bfloat16)
+    k, v = cache.transpose(1, 2).split(size, dim=-1)
+    pages = torch.randperm(number * blocks, device="cuda").to(torch.int32).reshape(number, blocks)
+    q = torch.randn(number, 32, size, device="cuda", dtype=torch.bfloat16)
+    return q, k, v, torch.arange(number + 1, device="cuda", dtype=torch.int32), pages
+
+
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_rows_of_any_batch_through_a_graph(page):
+    """Requests captured in a graph, of other lengths at each replay, one of them empty, one without token."""
+    from bi_patch.kernels.cuda import decode
+
+    torch.manual_seed(page)
+    number, size, most = 40, 64, 3000
+    q, k, v, starts, pages = requests(number, size, page, -(-most // page))
+    starts[-1] = number - 1
+    lengths = torch.full((number,), 5, device="cuda", dtype=torch.int32)
+    out, shared = torch.zeros_like(q), decode.parts_on(size, 0)
+    decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # clusters, where the device has them
+        decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, shared[0])
+    for _ in range(3):
+        lengths.copy_(torch.randint(0, most, (number,)))
+        lengths[0] = 0
+        out.fill_(7)
+        graph.replay()
+        assert (out[0] == 0).all() and (out[-1] == 7).all()
+        for parts in shared:
+            again = torch.full_like(q, 7)
+            decode.attend(q, k, v, again, starts, lengths, pages, size**-0.5, parts)
+            assert torch.equal(again, out), parts
+        for i in range(1, number - 1):
+            alone = torch.empty_like(q[:1])
+            one = torch.tensor([0, 1], device="cuda", dtype=torch.int32)
+            decode.attend(q[i : i + 1], k, v, alone, one, lengths[i : i + 1], pages[i : i + 1], size**-0.5)
+            assert torch.equal(alone[0], out[i]), (i, int(lengths[i]))
+
+
+@pytest.mark.parametrize("size, number", [(64, 4), (128, 2)])
+def test_long_requests_while_memory_is_busy(size, number):
+    """Messages between the blocks of a cluster overtake copies that wait for memory."""
+    from bi_patch.kernels.cuda import decode
+
+    torch.manual_seed(size)
+    page, blocks = 16, 2000
+    q, k, v, starts, pages = requests(number, size, page, blocks)
+    lengths = torch.full((number,), page * blocks, device="cuda", dtype=torch.int32)
+    want = torch.empty_like(q)
+    decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, 1)
+    for parts in decode.parts_on(size, 0):
+        outs = [torch.empty_like(q) for _ in range(100)]
+        for out in outs:
+            decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, parts)
+        assert sum(not torch.equal(out, want) for out in outs) == 0, parts

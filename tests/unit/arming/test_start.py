@@ -1,0 +1,188 @@
+"""Arming at interpreter start, in real processes that need no vLLM: inert, blocking, and measured."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+LOADED = "import sys, json; print(json.dumps(['bi_patch' in sys.modules, 'bi_patch_entry' in sys.modules]))"
+FAKE = "__version__ = version = '{}'\n"
+
+
+def pth() -> Path:
+    return Path(sysconfig.get_path("purelib")) / "bi_patch_autoload.pth"
+
+
+@pytest.fixture
+def fake_vllm(tmp_path):
+    """A folder with a package vllm of a given release, for PYTHONPATH."""
+
+    def make(release: str) -> str:
+        (tmp_path / "vllm").mkdir()
+        (tmp_path / "vllm" / "__init__.py").write_text("loaded = True\n")
+        (tmp_path / "vllm" / "_version.py").write_text(FAKE.format(release))
+        return first_on_path(tmp_path)
+
+    return make
+
+
+def first_on_path(folder: Path) -> str:
+    """PYTHONPATH with `folder` before what it holds already."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [{}, {"VLLM_BATCH_INVARIANT": "0"}, {"VLLM_BATCH_INVARIANT": "1", "BI_PATCH": "0"}],
+    ids=["unset", "zero", "off"],
+)
+def test_inert_unless_asked_for(run_python, environ):
+    done = run_python(LOADED, **environ)
+    assert json.loads(done.stdout) == [False, False] and not done.stderr
+
+
+def test_the_switch_arms_at_start(run_python):
+    done = run_python("import bi_patch; print(bi_patch.state().armed)", VLLM_BATCH_INVARIANT="1")
+    assert done.stdout.split() == ["True"], done.stderr
+    assert json.loads(run_python(LOADED, VLLM_BATCH_INVARIANT="1").stdout) == [True, True]
+
+
+def test_start_costs_nothing_without_the_switch(run_python):
+    """Minimum start of an interpreter with the .pth file against the same start that skips it: a few ms at most."""
+    code = (
+        "import time, site, sys; start = time.perf_counter()\n"
+        "keep = site.addpackage\n"
+        "skip = sys.argv[1] == 'without'\n"
+        "site.addpackage = lambda d, n, k: None if skip and n.startswith('bi_patch') else keep(d, n, k)\n"
+        "site.main(); print(time.perf_counter() - start)"
+    )
+
+    times = {"with": [], "without": []}
+    for _ in range(15):
+        for kind, kept in times.items():
+            out = subprocess.run([sys.executable, "-S", "-c", code, kind], capture_output=True, text=True, check=True)
+            kept.append(float(out.stdout) * 1000)
+    cost = min(times["with"]) - min(times["without"])
+    print(
+        f"start {min(times['without']):.2f} ms, with bi_patch {cost:+.2f} ms, medians "
+        f"{statistics.median(times['without']):.2f} and {statistics.median(times['with']):.2f} ms"
+    )
+    assert pth().is_file()
+    assert cost < 3.0
+
+
+@pytest.mark.parametrize(
+    "environ, said",
+    [
+        ({"BI_PATCH": "maybe"}, "BI_PATCH='maybe'"),
+        ({"BI_PATCH_NEW": "1"}, "BI_PATCH_NEW"),
+        ({"BI_PATCH_LEAVE_OPEN": "no.such"}, "no.such"),
+    ],
+)
+def test_a_bad_setting_stops_vllm_not_python(run_python, environ, said):
+    """Python swallows errors of .pth files, so importing vLLM must raise them."""
+    assert run_python("print('fine')", VLLM_BATCH_INVARIANT="1", **environ).stdout.strip() == "fine"
+    done = run_python("import vllm", VLLM_BATCH_INVARIANT="1", **environ)
+    assert done.returncode != 0 and "SettingError" in done.stderr and said in done.stderr
+
+
+@pytest.mark.parametrize("broken", ["wrapt.py", "vllm/_version.py"], ids=["importing bi_patch", "arming"])
+def test_an_error_without_a_name_stops_vllm_too(run_python, fake_vllm, tmp_path, broken):
+    path = fake_vllm("0.32.0")
+    (tmp_path / broken).write_bytes(b"\xff")  # neither Python nor text
+    asked = {"PYTHONPATH": path, "VLLM_BATCH_INVARIANT": "1"}
+    assert run_python("print('fine')", **asked).stdout.strip() == "fine"
+    done = run_python("import vllm; print(vllm.loaded)", **asked)
+    assert done.returncode != 0 and not done.stdout
+    assert "ArmingFailed" in done.stderr and "0xff" in done.stderr and "BI_PATCH=0" in done.stderr
+    assert run_python("import vllm; print(vllm.loaded)", **asked, BI_PATCH="0").stdout.strip() == "True"
+
+
+def test_a_refused_vllm_can_still_be_looked_for(run_python, fake_vllm):
+    code = "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations)"
+    done = run_python(code, PYTHONPATH=fake_vllm("0.99.0"), VLLM_BATCH_INVARIANT="1")
+    assert "vllm" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("release", ["0.99.0", "0.31.0"])
+def test_an_unknown_release_is_refused_either_way(run_python, fake_vllm, release):
+    path = fake_vllm(release)
+    done = run_python("import bi_patch", PYTHONPATH=path)
+    assert "UnsupportedRelease" in done.stderr and release in done.stderr and "0.33.0" in done.stderr
+    done = run_python("import vllm; print(vllm.loaded)", PYTHONPATH=path, VLLM_BATCH_INVARIANT="1")
+    assert done.returncode != 0 and "UnsupportedRelease" in done.stderr
+    done = run_python("import vllm; print(vllm.loaded)", PYTHONPATH=path, VLLM_BATCH_INVARIANT="1", BI_PATCH="0")
+    assert done.stdout.strip() == "True"
+
+
+def test_without_vllm_importing_is_harmless(run_python):
+    code = (
+        "import importlib.util as u; keep = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'vllm' else keep(name, *a)\n"
+        "import bi_patch; print(bi_patch.state())"
+    )
+    assert run_python(code).stdout.strip() == "None"
+
+
+def test_a_contradicting_setting_is_an_error(run_python):
+    done = run_python("import bi_patch", VLLM_USE_V2_MODEL_RUNNER="1")
+    assert "SettingError" in done.stderr and "VLLM_USE_V2_MODEL_RUNNER" in done.stderr
+
+
+def test_disarming_puts_the_environment_back(run_python):
+    code = (
+        "import os, bi_patch; armed = os.environ['VLLM_BATCH_INVARIANT'], os.environ['VLLM_USE_V2_MODEL_RUNNER']\n"
+        "bi_patch.disarm(); print(armed, os.environ.get('VLLM_BATCH_INVARIANT'), bi_patch.state())"
+    )
+    assert run_python(code).stdout.strip() == "('1', '0') None None"
+
+
+def test_sitecustomize_hands_on_to_the_next(run_python, tmp_path):
+    from bi_patch.arming.children import SITE
+
+    (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.theirs = True\n")
+    done = run_python(
+        "import bi_patch; print(theirs, bi_patch.state().armed)",
+        PYTHONPATH=f"{SITE}:{tmp_path}",
+        VLLM_BATCH_INVARIANT="1",
+    )
+    assert done.stdout.strip() == "True True", done.stderr
+
+
+@pytest.fixture
+def not_installed(tmp_path):
+    """The interpreter of an environment that can import bi_patch and vLLM, and reads no .pth file of bi_patch."""
+    venv.create(tmp_path / "venv")
+    (folder,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (folder / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return str(tmp_path / "venv" / "bin" / "python")
+
+
+def test_children_are_armed_where_bi_patch_is_not_installed(run_python, not_installed):
+    code = (
+        "import os, subprocess, sys; before = os.environ.get('PYTHONPATH'); import bi_patch\n"
+        f"child = subprocess.run([sys.executable, '-c', {LOADED!r}], capture_output=True, text=True).stdout\n"
+        "path = os.environ['PYTHONPATH']; bi_patch.disarm()\n"
+        "print(child.strip(), 'arming/site' in path, os.environ.get('PYTHONPATH') == before)"
+    )
+    done = run_python(code, python=not_installed)
+    assert done.stdout.strip() == "[true, true] True True", done.stderr
+
+
+def test_children_that_cannot_be_reached_are_an_error(run_python, not_installed):
+    done = run_python("import bi_patch", "-I", python=not_installed)
+    assert "SettingError" in done.stderr and "would not all be armed" in done.stderr
+
+
+def test_run_arms_a_child_and_keeps_its_exit_code(run_python):
+    program = str(Path(sys.executable).with_name("bi-patch"))
+    code = "import bi_patch, sys; sys.exit(7 if bi_patch.state().armed else 1)"
+    assert subprocess.run([program, "run", "--", sys.executable, "-c", code]).returncode == 7
+    done = subprocess.run([program, "run", "--", "no-such-program"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no-such-program" in done.stderr

@@ -1,0 +1,63 @@
+"""The start-up check looks at every module that holds a copy of a seam's target, under whatever name."""
+
+import sys
+import types
+
+import pytest
+
+from bi_patch.arming import process, startup, switch
+from bi_patch.errors import SeamOpen
+from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.plan import Plan, Planned
+from bi_patch.settings import Settings
+
+
+def stock():
+    return "stock"
+
+
+def ours():
+    return "ours"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """`check_home`, which defines the target, and `check_user`, which took it under another name before."""
+    home, user = types.ModuleType("check_home"), types.ModuleType("check_user")
+    home.target = user.renamed = stock
+    for module in (home, user):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    target = Target("check_home", "target", copies=("check_user", "check_not_loaded"))
+    seam = Seam(name="check.test", targets=(target,), close=lambda original: ours, why="why", how="how", until="never")
+    plan = Plan("0.32.0", "cpu", (Planned(seam, target),), (), ())
+    monkeypatch.setattr(process, "_state", process.State(Settings(), plan, None))
+    return home, user
+
+
+def looked():
+    (finding,) = startup.inspect()
+    return finding.status, finding.reason
+
+
+def test_a_renamed_copy_is_replaced_and_the_seam_is_closed(modules):
+    home, user = modules
+    switch.close_module(home)
+    assert home.target is user.renamed is ours
+    assert looked() == (startup.CLOSED, "")
+
+
+def test_a_copy_of_the_original_opens_the_seam(modules):
+    home, user = modules
+    switch.close_module(home)
+    user.again = stock
+    assert looked() == (startup.OPEN, "check_user still holds the original, as again")
+    with pytest.raises(SeamOpen, match="check_user still holds the original"):
+        startup.check()
+
+
+def test_a_copy_that_something_else_took_the_place_of_opens_the_seam(modules):
+    home, user = modules
+    del user.renamed
+    switch.close_module(home)
+    user.renamed = lambda: "theirs"
+    assert looked()[0] == startup.OPEN and "check_user holds no copy of the replacement" in looked()[1]

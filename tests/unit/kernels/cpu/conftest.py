@@ -1,0 +1,64 @@
+"""Loads the CPU kernels once for the tests of this folder."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[4]
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="session")
+def isa(cache_dir):
+    """The ISA that this process runs."""
+    from bi_patch.kernels.cpu import load
+
+    return load(cache_dir)
+
+
+@pytest.fixture(scope="session")
+def ops(isa):
+    return torch.ops.bi_cpu
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread unless the test sets more; put back after it.
+
+    Most tests make thousands of tiny calls, where a team of threads only waits.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def answers(cache_dir):
+    """What answers.py prints when run with an ISA (None: the best) and compiler flags."""
+
+    @functools.cache
+    def run(isa: str | None = None, *flags: str) -> dict:
+        script = Path(__file__).with_name("answers.py")
+        out = subprocess.run(
+            [sys.executable, script, cache_dir, isa or "-", *flags],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert out.returncode == 0, out.stderr[-3000:]
+        return json.loads(out.stdout.splitlines()[-1])
+
+    return run

@@ -1,0 +1,160 @@
+"""The decode kernel on the CPU: its own source, compiled by g++ over emulated instructions, against plain attention."""
+
+import ctypes
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch.kernels.cuda import decode
+
+KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
+LAUNCH = """
+extern "C" void launch(int x, int y, const u16* q, const unsigned char* k, u16* out, const int* starts,
+                       const int* lengths, const int* pages, i64 to_v, int requests, int most_pages,
+                       int page_bits, int group, float scale, const int* strides) {
+  const int* s = strides;
+  run_grid(x, y, THREADS, [&] {
+    decode(q, k, out, starts, lengths, pages, to_v, requests, most_pages, page_bits, group, scale, s[0], s[1], s[2],
+           s[3], s[4], s[5], s[6]);
+  });
+}
+extern "C" int threads() { return THREADS; }
+extern "C" int shared_bytes() { return sizeof(Shared); }
+"""
+# Of a block, on sm_80 and on sm_90 and sm_100.
+AMPERE, SHARED = 163 * 1024, 227 * 1024
+
+
+def build(folder: Path, form: decode.Form, shared: int) -> ctypes.CDLL:
+    source = folder / "decode.cpp"
+    source.write_text(f'#include "emulate.h"\n#include "{KERNELS / "decode.cu"}"\n{LAUNCH}')
+    library = folder / "decode.so"
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-Wno-unknown-pragmas",
+        f"-I{Path(__file__).parent}",
+        str(source),
+        "-o",
+        str(library),
+    ]
+    command += [f"-D{name}={value}" for name, value in form.defines(shared).items()]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.parametrize(
+    "head, group, key_heads, page, parts, shared",
+    [
+        (64, 4, 2, 16, 1, SHARED),
+        (128, 8, 1, 32, 1, AMPERE),
+        (64, 16, 1, 128, 2, SHARED),
+        (128, 12, 2, 16, 4, SHARED),
+        (64, 4, 1, 16, 2, SHARED),
+        (128, 4, 1, 16, 4, SHARED),
+        (128, 16, 1, 16, 1, SHARED),
+    ],
+)
+def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, parts, shared):
+    form = decode.Form(head, group, parts)
+    library = build(tmp_path, form, shared)
+    assert library.shared_bytes() <= form.shared_bytes(shared) <= shared
+    assert library.threads() == form.threads(shared)
+
+    def emulated(grid, stream, arguments):
+        strides = (ctypes.c_int * 7)(*(a.value for a in arguments[-7:]))
+        library.launch(*grid, *arguments[:-7], strides)
+
+    monkeypatch.setattr(decode, "kernel", lambda *_: emulated)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    torch.manual_seed(head + group)
+    # The one but last request has two tokens, the last has none.
+    lengths = torch.tensor([1, 127, 128, 129, 5780, 0, 130, 17], dtype=torch.int32)
+    starts = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 8], dtype=torch.int32)
+    heads, blocks = group * key_heads, -(-int(lengths.max()) // page)
+    pages = torch.randperm(len(lengths) * blocks).to(torch.int32).reshape(len(lengths), blocks)
+    # As vLLM lays KV out: K and V of a token side by side.
+    cache = torch.randn(pages.numel(), key_heads, page, 2 * head).to(torch.bfloat16)
+    for i, length in enumerate(lengths.tolist()):  # what lies past a request's tokens may be anything
+        slots = torch.arange(length, blocks * page)
+        cache[pages[i].long()[slots // page], :, slots % page] = float("nan")
+    k, v = cache.transpose(1, 2).split(head, dim=-1)
+    q = torch.randn(9, heads, head).to(torch.bfloat16)
+    out = torch.full_like(q, 7.0)
+    scale = head**-0.5
+    decode.attend(q, k, v, out, starts, lengths, pages, scale, parts)
+    assert (out[8] == 7).all()
+    tokens = [(i, n) for i, n in enumerate(lengths.tolist()[:6])] + [(6, 129), (6, 130)]
+    for token, (i, length) in enumerate(tokens):
+        held = [x[pages[i].long()].reshape(-1, key_heads, head)[:length].float() for x in (k, v)]
+        held = [x.repeat_interleave(group, 1) for x in held]
+        weights = (torch.einsum("hd,khd->hk", q[token].float(), held[0]) * scale).softmax(-1)
+        want = torch.einsum("hk,khd->hd", weights, held[1])
+        torch.testing.assert_close(out[token].float(), want, atol=2e-2, rtol=2e-2)
+        assert length == 0 or (out[token].float() - want).abs().mean() < 3e-3
+
+
+@pytest.mark.parametrize("arch, shared", [("sm_80", AMPERE), ("sm_90", SHARED), ("sm_100", SHARED)])
+@pytest.mark.parametrize("head", decode.HEAD_SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiles_without_a_gpu(arch, shared, head, dtype):
+    parts = decode.parts_of(head, int(arch[3:]) // 10)
+    for form in (form for group in (8, 16) for form in decode.forms(group, 1, head, parts)):
+        assert decode.build(form, dtype, arch, shared, 13)[:4] == b"\x7fELF"
+        # A slot waits for the one before it.
+        assert form.scorers(shared) >= 2
+
+
+@pytest.mark.parametrize("head, parts", [(64, 2), (128, 2), (128, 4)])
+@pytest.mark.parametrize("group", [8, 16])
+def test_another_block_is_told_after_the_loads(tmp_path, head, parts, group):
+    """In the machine code, too, each arrival at another block follows a reduction over what was loaded."""
+    (tmp_path / "cubin").write_bytes(decode.build(decode.Form(head, group, parts), torch.bfloat16, "sm_90", SHARED, 13))
+    triton = Path(importlib.util.find_spec("triton").origin).parent
+    command = [triton / "backends" / "nvidia" / "bin" / "nvdisasm", "-c", tmp_path / "cubin"]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"REDUX\.OR|SYNCS\.ARRIVE\.TRANS64\.RED", listing)
+    assert found and found == ["REDUX.OR", "SYNCS.ARRIVE.TRANS64.RED"] * (len(found) // 2)
+
+
+def test_few_requests_are_shared_by_clusters():
+    found = {pairs: decode.choose_parts(pairs, {4: 30, 2: 66}) for pairs in (1, 30, 31, 66, 67, 2000)}
+    assert found == {1: 4, 30: 4, 31: 2, 66: 2, 67: 1, 2000: 1}
+    assert decode.choose_parts(1, {}) == 1
+    assert decode.parts_of(128, 9) == (4, 2, 1) and decode.parts_of(64, 10) == (2, 1) and decode.parts_of(64, 8) == (1,)
+
+
+def test_what_the_kernel_does_not_have_is_refused():
+    def given(page=16, dtype=torch.bfloat16, shift=0, **changes):
+        q = torch.zeros(3, 8, 64, dtype=dtype)
+        cache = torch.zeros(4 * page * 2 * 64 + shift, dtype=dtype)[shift:].view(4, page, 2, 64)
+        numbers = {"starts": torch.arange(4), "lengths": torch.ones(3), "pages": torch.zeros(3, 4)}
+        held = {name: x.to(torch.int32) for name, x in numbers.items()}
+        return {"q": q, "k": cache, "v": cache, "out": torch.empty_like(q), "scale": 1.0} | held | changes
+
+    # A page's tokens lie further apart than the kernel's offsets reach: a view that nothing reads.
+    far = torch.empty((15 << 27) + 128, dtype=torch.bfloat16).as_strided((4, 16, 2, 64), (0, 1 << 27, 64, 1))
+    for arguments, said in (
+        (given(page=24), "pages of 24 tokens"),
+        (given(page=256), "pages of 256 tokens"),
+        (given(dtype=torch.float32), "in torch.float32 are not covered"),
+        (given(shift=1), "not aligned to 16 bytes"),
+        (given(out=torch.zeros(2, 8, 64, dtype=torch.bfloat16)), "laid out alike"),
+        (given(q=(q := torch.zeros(3, 8, 64, dtype=torch.bfloat16)), out=q), "out is q"),
+        (given(k=far, v=far), "too large"),
+        (given(starts=torch.arange(3, dtype=torch.int32)), "do not belong to 3 requests"),
+        (given(lengths=torch.ones(3, dtype=torch.int64)), "not int32"),
+    ):
+        with pytest.raises(decode.Unfit, match=said):
+            decode.attend(**arguments)
+    assert not decode.covers(34, 2, 64, torch.bfloat16)
+    assert not decode.covers(8, 2, 96, torch.bfloat16)

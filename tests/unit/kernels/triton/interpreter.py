@@ -1,0 +1,193 @@
+"""Runs in a child process with TRITON_INTERPRET=1: every Triton kernel against fp64, and row by row, bitwise.
+
+Prints one line per case: `ok NAME` or `FAIL NAME: reason`.
+"""
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+import triton.runtime.interpreter as interpreter  # noqa: E402
+
+from bi_patch.kernels.triton import gemm, norm, reduce, rope  # noqa: E402
+from bi_patch.kernels.triton.softmax import softmax_step  # noqa: E402
+
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _upcast(handle):
+    """The interpreter holds bf16 as integers, and would multiply these."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    widened = interpreter._convert_float(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
+    return interpreter.TensorHandle(widened, tl.float32)
+
+
+def _create_dot(self, a, b, *rest):
+    return _dot(self, _upcast(a), _upcast(b), *rest)
+
+
+interpreter.InterpreterBuilder.create_dot = _create_dot
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TILES = {
+    "reference": gemm.Tile(32, 32, 32, 4, 2),
+    "skinny": gemm.Tile(16, 32, 64, 4, 2),
+    "ragged depth": gemm.Tile(16, 16, 128, 4, 2),
+}
+
+
+def report(name: str, wrong: str) -> None:
+    print(f"FAIL {name}: {wrong}" if wrong else f"ok {name}", flush=True)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> str:
+    error = float((got.double() - want).norm() / want.norm())
+    limit = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6}[dtype]
+    return "" if error < limit else f"relative error {error:.2e}"
+
+
+def gemms() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for dtype in DTYPES:
+        for bias in (False, True):
+            x = torch.randn(37, 96, generator=generator).to(dtype)
+            weight = torch.randn(48, 96, generator=generator).to(dtype)
+            held = torch.randn(48, generator=generator).to(dtype) if bias else None
+            want = x.double() @ weight.double().T + (held.double() if bias else 0)
+            for name, tile in TILES.items():
+                case = f"gemm {name} {dtype} {'bias' if bias else 'plain'}"
+                got = gemm.gemm(x, weight, held, tile)
+                report(case, close(got, want, dtype))
+                mixed = gemm.product(x, weight, held, (gemm.Part(gemm.Tile(16, 16, 32, 4, 2), 16), gemm.Part(tile, 48)))
+                whole = [
+                    gemm.gemm(x, weight[at], None if held is None else held[at], t)
+                    for at, t in ((slice(16), gemm.Tile(16, 16, 32, 4, 2)), (slice(16, 48), tile))
+                ]
+                report(f"{case} mixed", "" if torch.equal(mixed, torch.cat(whole, 1)) else "columns are misplaced")
+                alone = torch.cat([gemm.gemm(x[m : m + 1], weight, held, tile) for m in (0, 17, 36)])
+                report(f"{case} alone", "" if torch.equal(alone, got[[0, 17, 36]]) else "a row alone differs")
+
+
+def norms() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for dtype in DTYPES:
+        for cols in (96, 128, 1536, 20000):
+            x = torch.randn(5, cols, generator=generator).to(dtype)
+            residual = torch.randn(5, cols, generator=generator).to(dtype)
+            weight = torch.randn(cols, generator=generator).to(dtype)
+            for held in (None, residual):
+                case = f"norm {cols} {dtype} {'residual' if held is not None else 'plain'}"
+                got, summed = norm.rms_norm(x, weight, 1e-6, held)
+                base = x.double() if held is None else (x + held).double()
+                want = base * (base.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+                report(case, close(got, want, dtype))
+                if held is not None:
+                    # The interpreter rounds to bf16 in its own way.
+                    exact = dtype != torch.bfloat16 and torch.equal(summed, x + held)
+                    report(f"{case} sum", "" if exact else close(summed, x.double() + held.double(), dtype))
+                alone, _ = norm.rms_norm(x[3:4], weight, 1e-6, None if held is None else held[3:4])
+                report(f"{case} alone", "" if torch.equal(alone[0], got[3]) else "a row alone differs")
+    wide = torch.randn(3, 4 * 32 + 64, generator=generator)
+    heads = wide[:, : 4 * 32].view(3, 4, 32)
+    got, _ = norm.rms_norm(heads, None, 1e-6)
+    report("norm heads", "" if torch.equal(got, norm.rms_norm(heads.contiguous(), None, 1e-6)[0]) else "strides")
+    got, _ = norm.rms_norm(heads, torch.zeros(32), 1e-6, None, 1.0)
+    report("norm offset", "" if torch.equal(got, norm.rms_norm(heads, None, 1e-6)[0]) else "the offset is lost")
+
+
+def ropes() -> None:
+    generator = torch.Generator().manual_seed(3)
+    size, heads_q, heads_k, tokens = 32, 5, 2, 4
+    angles = torch.arange(64.0)[:, None] * torch.logspace(0, -3, size // 2)
+    cache = torch.cat((angles.cos(), angles.sin()), -1)
+    positions = torch.tensor([3, 0, 17, 63])
+    for dtype in DTYPES:
+        qkv = torch.randn(tokens, (heads_q + 2 * heads_k) * size, generator=generator).to(dtype)
+        q, k = qkv[:, : heads_q * size], qkv[:, heads_q * size : (heads_q + heads_k) * size]
+        weights = [torch.rand(size, generator=generator).to(dtype) + 0.5 for _ in range(2)]
+        for held in ((None, None), weights):
+            case = f"rope {dtype} {'norm' if held[0] is not None else 'plain'}"
+            got = rope.rotate(positions, q, k, cache, size, *held, 1e-6)
+            for part, x, out, weight in zip("qk", (q, k), got, held, strict=True):
+                heads = x.double().reshape(tokens, -1, size)
+                if weight is not None:
+                    heads = heads * (heads.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+                a, b = heads.chunk(2, -1)
+                cos, sin = (c[:, None].double() for c in cache[positions].chunk(2, -1))
+                want = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).reshape(tokens, -1)
+                report(f"{case} {part}", close(out, want, dtype))
+            alone = rope.rotate(positions[2:3], q[2:3], k[2:3], cache, size, *held, 1e-6)
+            same = torch.equal(alone[0][0], got[0][2]) and torch.equal(alone[1][0], got[1][2])
+            report(f"{case} alone", "" if same else "a row alone differs")
+
+
+def sums() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for dtype in DTYPES:
+        for cols in (1, 33, 2048, 5000):
+            x = torch.rand(5, cols, generator=generator).to(dtype)
+            for mean in (False, True):
+                case = f"{'mean' if mean else 'sum'} {cols} {dtype}"
+                got = reduce.row_sum(x, dtype, mean)
+                report(case, close(got, x.double().mean(-1) if mean else x.double().sum(-1), dtype))
+                same = torch.equal(reduce.row_sum(x[3:4], dtype, mean)[0], got[3])
+                report(f"{case} alone", "" if same else "a row alone differs")
+    empty = reduce.row_sum(torch.empty(3, 0), torch.float32)
+    report("sum of nothing", "" if torch.equal(empty, torch.zeros(3)) else "not zero")
+
+
+@triton.jit
+def attend(scores, values, out, tiles, STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """out [ROWS] = softmax(scores [ROWS, tiles * TILE]) @ values, tile by tile, weights rounded to fp16."""
+    row, key = tl.arange(0, ROWS), tl.arange(0, TILE)
+    most = tl.full((ROWS,), float("-inf"), tl.float32)
+    total, held = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for tile in range(tiles):
+        x = tl.load(scores + row[:, None] * tiles * TILE + tile * TILE + key[None, :])
+        most, total, weights, shrink = STEP(x, most, total)
+        v = tl.load(values + tile * TILE + key)
+        held = held * shrink + tl.sum(weights.to(tl.float16).to(tl.float32) * v[None, :], axis=1)
+    tl.store(out + row, held / total)
+
+
+@triton.jit
+def step_from_zero(scores, most, total):
+    """The step of vLLM before 0.33: after a masked tile a row goes on from a maximum of 0."""
+    peak = tl.maximum(most, tl.max(scores, axis=1))
+    peak = tl.where(peak > float("-inf"), peak, 0.0)
+    weights = tl.exp(scores - peak[:, None])
+    shrink = tl.exp(most - peak)
+    return peak, total * shrink + tl.sum(weights, axis=1), weights, shrink
+
+
+def softmaxes() -> None:
+    """Rows whose first tiles are masked, against the same rows without these tiles."""
+    generator = torch.Generator().manual_seed(5)
+    rows, tile = 16, 32
+    for mean in (0.0, -1.0, -4.0, 3.0):
+        for empty in (1, 2, 3):
+            scores = torch.randn(rows, 5 * tile, generator=generator) * 0.5 + mean
+            values = torch.randn(8 * tile, generator=generator)
+            masked = torch.cat((torch.full((rows, empty * tile), -torch.inf), scores), 1)
+            found = {}
+            for step in (step_from_zero, softmax_step):  # ours last: alone and beside are then its
+                alone, beside = torch.empty(rows), torch.empty(rows)
+                attend[(1,)](scores, values[empty * tile :], alone, 5, step, rows, tile)
+                attend[(1,)](masked, values, beside, 5 + empty, step, rows, tile)
+                found[step] = int((alone != beside).sum())
+            want = (scores.double().softmax(-1) @ values[empty * tile : (empty + 5) * tile].double()).float()
+            case = f"softmax mean {mean} after {empty} empty tiles"
+            report(case, "" if (beside - want).abs().max() < 2e-3 else "wrong")
+            report(f"{case} alone", f"{found[softmax_step]} rows differ" if found[softmax_step] else "")
+            # The old step shows that these scores tell the two apart.
+            report(f"{case} planted", "" if found[step_from_zero] or mean > -4 else "the planted fault is not seen")
+
+
+if __name__ == "__main__":
+    {"gemm": gemms, "norm": norms, "rope": ropes, "sum": sums, "softmax": softmaxes}[sys.argv[1]]()

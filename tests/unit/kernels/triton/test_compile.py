@@ -1,0 +1,87 @@
+"""The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU."""
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bi_patch.kernels.triton import gemm, norm, reduce, rope
+
+ARCHITECTURES = (80, 90, 100)
+# Shared memory a block may use, in bytes.
+SHARED = {80: 166912, 90: 232448, 100: 232448}
+
+
+def build(function, signature, constants, architecture, **options):
+    names = function.arg_names
+    source = ASTSource(
+        fn=function,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+def test_gemm(architecture, rows):
+    tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], 132, False)[0].tile
+    pointers = dict.fromkeys(("x", "w", "bias", "out"), "*bf16")
+    sizes = dict.fromkeys(("rows", "cols", "depth", "stride_x", "stride_w", "stride_out"), "i32")
+    constants = {"HAS_BIAS": True, "EVEN_K": True, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": 8}
+    built = build(gemm._tile, pointers | sizes, constants, architecture, num_warps=tile.warps, num_stages=tile.stages)
+    assert built.metadata.shared <= SHARED[architecture]
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a >= 90])
+@pytest.mark.parametrize("rows", [33, 128, 256, 4096])
+def test_persistent(architecture, rows):
+    tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], 132, True)[-1].tile
+    assert tile.persistent
+    signature = {
+        "x": f"tensordesc<bf16[{tile.m}, {tile.k}]>",
+        "w": f"tensordesc<bf16[{tile.n}, {tile.k}]>",
+        "bias": "*bf16",
+        "out": f"tensordesc<bf16[{tile.m}, {tile.n}]>",
+        "rows": "i32",
+        "cols": "i32",
+        "depth": "i32",
+    }
+    constants = {"HAS_BIAS": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": 8}
+    built = build(gemm._persistent, signature, constants, architecture, num_warps=tile.warps, num_stages=tile.stages)
+    assert built.metadata.shared <= SHARED[architecture]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("cols", [128, 4096, 20000])
+def test_norm(architecture, cols):
+    block, rows, chunks, warps = norm.shape_of(cols)
+    pointers = dict.fromkeys(("x", "residual", "weight", "out", "summed"), "*bf16")
+    sizes = dict.fromkeys(("rows", "heads", "cols", "stride_row", "stride_head"), "i32")
+    constants = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "BLOCK": block, "ROWS": rows, "CHUNKS": chunks}
+    build(
+        norm._rms_norm, pointers | sizes | {"eps": "fp32", "offset": "fp32"}, constants, architecture, num_warps=warps
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_rope(architecture, head_size):
+    pointers = dict.fromkeys(("q", "k", "q_weight", "k_weight", "cache", "q_out", "k_out"), "*bf16")
+    sizes = dict.fromkeys(("heads_q", "heads_k", "stride_q", "stride_k", "stride_cache"), "i32")
+    signature = {"positions": "*i64"} | pointers | sizes | {"eps": "fp32"}
+    constants = {"HALF": head_size // 2, "HEADS": 8, "HAS_NORM": True}
+    build(rope._rotate, signature, constants, architecture, num_warps=2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_row_sum(architecture):
+    signature = {"x": "*bf16", "out": "*fp32", "rows": "i32", "cols": "i32", "divisor": "fp32"}
+    for rows, block in ((1, 2048), (128, 8)):
+        build(reduce._row_sum, signature, {"ROWS": rows, "BLOCK": block}, architecture, num_warps=4)

@@ -1,0 +1,31 @@
+"""vLLM's own kernel over a window, before 0.33: rows that meet a masked tile first, without the seam and with it."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from bi_patch import installed
+
+if importlib.util.find_spec("triton") is None or importlib.util.find_spec("vllm") is None:
+    pytest.skip("triton or vllm is not installed", allow_module_level=True)
+
+
+def differing(form: str) -> tuple[int, int]:
+    script = Path(__file__).with_name("window.py")
+    done = subprocess.run([sys.executable, "-W", "ignore", script, form], capture_output=True, text=True, timeout=300)
+    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("DIFFERING")]
+    assert found, done.stderr[-3000:]
+    return int(found[0][0]), int(found[0][1])
+
+
+@pytest.mark.skipif(installed.find("cpu").release >= Version("0.33"), reason="vLLM has the step from 0.33 on")
+def test_without_the_seam_rows_after_a_masked_tile_differ():
+    assert differing("stock")[0] > 10
+
+
+def test_with_the_seam_none_does():
+    assert differing("closed") == (0, 110)

@@ -1,0 +1,83 @@
+"""Runs in a child process with TRITON_INTERPRET=1: vLLM's own Triton attention over a window, prefill against decode.
+
+argv: "stock", or "closed" with the step that the seam attention.cuda_empty_tiles puts in. Scores have a mean of -4: a
+row that meets a masked tile first then shows what maximum it goes on from. Prints how many rows differ, of how many.
+"""
+
+import os
+import sys
+import types
+
+os.environ |= {"TRITON_INTERPRET": "1", "BI_PATCH": "0", "VLLM_BATCH_INVARIANT": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import triton.backends  # noqa: E402
+import triton.runtime.interpreter as interpreter  # noqa: E402
+
+# vLLM's build for the CPU takes Triton only with a backend for it; the interpreter needs none.
+driver = types.SimpleNamespace(is_active=lambda: True)
+triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver)
+
+
+def _dot(self, a, b, held, *rest):
+    """In fp64: numpy's fp32 products differ by a row's place in the tile."""
+    product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+    return interpreter.TensorHandle((product + held.data).astype(np.float32), held.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot
+
+from vllm.v1.attention.ops import triton_attention_helpers, triton_unified_attention  # noqa: E402
+
+SIZE, HEADS, WINDOW, TOKENS, PAGE = 64, 2, 40, 150, 16
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def attend(q, k, v, pages, length: int):
+    """The last rows of `length` tokens: q [rows, HEADS, SIZE]."""
+    out = torch.empty_like(q)
+    triton_unified_attention.unified_attention(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        cu_seqlens_q=ints(0, len(q)),
+        max_seqlen_q=len(q),
+        seqused_k=ints(length),
+        max_seqlen_k=TOKENS,
+        softmax_scale=SIZE**-0.5,
+        causal=True,
+        window_size=(WINDOW - 1, 0),
+        block_table=pages,
+        softcap=0.0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+    )
+    return out
+
+
+def main(form: str) -> None:
+    if form == "closed":
+        from bi_patch.kernels.triton.softmax import softmax_step
+
+        triton_attention_helpers.softmax_step = triton_unified_attention.softmax_step = softmax_step
+    torch.manual_seed(0)
+    blocks = -(-TOKENS // PAGE)
+    q = torch.randn(TOKENS, HEADS, SIZE)
+    k, v = (torch.randn(blocks, PAGE, HEADS, SIZE) for _ in range(2))
+    q[..., 0], k[..., 0] = 8, -(SIZE**0.5) / 2
+    q, k, v = (x.to(torch.float16) for x in (q, k, v))
+    pages = torch.arange(blocks, dtype=torch.int32)[None]
+    whole = attend(q, k, v, pages, TOKENS)
+    beyond = range(WINDOW, TOKENS)
+    differing = sum(not torch.equal(attend(q[i : i + 1], k, v, pages, i + 1)[0], whole[i]) for i in beyond)
+    print("DIFFERING", differing, len(beyond))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,164 @@
+"""Routes and row certificates on CPU with the real bundled kernels."""
+
+import pytest
+import torch
+from torch.nn import Linear as TorchLinear
+from torch.nn import functional as F
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.ops import certificates
+from bi_patch.ops.cpu import linear, machine, rows
+
+N, K = 192, 128
+
+
+@pytest.fixture(autouse=True)
+def kernels(cache, monkeypatch):
+    machine.load_kernels(cache)
+    monkeypatch.setattr(machine, "libraries", lambda: "test")
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def layer(request):
+    torch.manual_seed(0)
+    return TorchLinear(K, N, bias=True, dtype=request.param, device="cpu").requires_grad_(False)
+
+
+def bundled(layer):
+    packed = torch.ops.bi_cpu.gemm_pack(layer.weight)
+    return lambda x, weight, bias: torch.ops.bi_cpu.gemm(x, packed, N, K, bias)
+
+
+def split_k(x, weight, bias):
+    """A GEMM that splits K in two for fewer than nine rows, as libraries do: a planted cause 1."""
+    if x.shape[0] > 8:
+        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    halves = [x[:, a:b].float() @ weight[:, a:b].float().t() for a, b in ((0, K // 2), (K // 2, K))]
+    return (halves[1].to(x.dtype).float() + halves[0] + bias.float()).to(x.dtype)
+
+
+def route(layer, vendor, folder):
+    return linear.route(layer.weight, layer.bias, vendor, layer, folder)
+
+
+def alone_and_among(apply, layer):
+    x = torch.randn(777, K).to(layer.weight.dtype)
+    whole = apply(x, layer.weight, layer.bias)
+    for m in (1, 2, 7, 16, 17, 64, 65, 130, 512, 600):
+        assert torch.equal(apply(x[100 : 100 + m], layer.weight, layer.bias), whole[100 : 100 + m]), m
+    return x, whole
+
+
+def test_a_library_that_splits_k_is_not_used(layer, tmp_path):
+    apply = route(layer, split_k, tmp_path)
+    x, whole = alone_and_among(apply, layer)
+    assert torch.equal(whole, bundled(layer)(x, layer.weight, layer.bias))
+    (certificate,) = [c for _, c in certificates.every(tmp_path)]
+    assert not certificate.passed and certificate.evidence.differing > 0 and "M=1" in certificate.evidence.first
+
+
+def test_an_order_that_rounding_hides_is_seen(tmp_path):
+    """Two halves of K added in fp32 for one row: in bf16, random data shows that in one of thousands of outputs."""
+    n, k = 576, 1536
+    layer = TorchLinear(k, n, bias=False, dtype=torch.bfloat16, device="cpu").requires_grad_(False)
+    pack, gemm = torch.ops.bi_cpu.gemm_pack, torch.ops.bi_cpu.gemm
+    whole = pack(layer.weight)
+    halves = [(slice(a, a + k // 2), pack(layer.weight[:, a : a + k // 2].float())) for a in (0, k // 2)]
+
+    def vendor(x, weight, bias):
+        if x.shape[0] > 1:
+            return gemm(x, whole, n, k, None)
+        parts = [gemm(x[:, span].float(), packed, n, k // 2, None) for span, packed in halves]
+        return (parts[0] + parts[1]).to(x.dtype)
+
+    linear.route(layer.weight, None, vendor, layer, tmp_path)
+    (certificate,) = [c for _, c in certificates.every(tmp_path)]
+    assert certificate.passed_rows == [m for m in linear.ROWS if m != 1]
+    assert certificate.evidence.differing > 30
+
+
+def test_a_library_in_the_same_order_may_be_used(layer, tmp_path, monkeypatch):
+    calls = []
+    ours = bundled(layer)
+
+    def vendor(x, weight, bias):
+        calls.append(x.shape[0])
+        return ours(x, weight, bias)
+
+    monkeypatch.setattr(linear, "_time", lambda call: 1.0 if "vendor" in call.__code__.co_freevars else 2.0)
+    apply = route(layer, vendor, tmp_path)
+    (certificate,) = [c for _, c in certificates.every(tmp_path)]
+    assert certificate.passed and certificate.evidence.differing == 0
+    calls.clear()
+    alone_and_among(apply, layer)
+    assert set(calls) <= set(linear.ROWS)
+
+
+@pytest.mark.parametrize("served", [frozenset(), frozenset({4})], ids=["bundled", "library for 4 rows"])
+def test_a_bias_that_upstream_widened(layer, tmp_path, monkeypatch, served):
+    """Upstream widens the bias of small layers for its own kernel; the bundled GEMM takes it as loaded."""
+    monkeypatch.setattr(linear, "_worthwhile", lambda certificate: served)
+    loaded, ours = layer.bias.detach().clone(), bundled(layer)
+    layer.bias.data = layer.bias.float()
+
+    def vendor(x, weight, bias):
+        assert bias is None or bias.dtype == torch.float32
+        return ours(x, weight, None if bias is None else bias.to(x.dtype))
+
+    apply = linear.route(layer.weight, loaded, vendor, layer, tmp_path)
+    x = torch.randn(6, K).to(layer.weight.dtype)
+    for m in (1, 4, 6):
+        assert torch.equal(apply(x[:m], layer.weight, layer.bias), ours(x[:m], layer.weight, loaded))
+
+
+def test_shapes_and_bias(layer, tmp_path):
+    apply = route(layer, split_k, tmp_path)
+    x = torch.randn(2, 3, K).to(layer.weight.dtype)
+    assert apply(x, layer.weight, layer.bias).shape == (2, 3, N)
+    assert apply(x[:0], layer.weight, layer.bias).shape == (0, 3, N)
+    assert torch.equal(apply(x, layer.weight, None), apply(x, layer.weight, layer.bias * 0))
+
+
+def test_a_stale_certificate_is_made_again(layer, tmp_path, monkeypatch):
+    route(layer, split_k, tmp_path)
+    route(layer, split_k, tmp_path)
+    assert len(certificates.every(tmp_path)) == 1
+    monkeypatch.setattr(machine, "libraries", lambda: "test 2")
+    route(layer, split_k, tmp_path)
+    assert len(certificates.every(tmp_path)) == 2
+
+
+def test_routes_compile_whole(layer, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "_worthwhile", lambda certificate: frozenset({1, 64}))
+    apply = route(layer, bundled(layer), tmp_path)
+    doubled = lambda x: apply(x, layer.weight, layer.bias) * 2  # noqa: E731
+    compiled = torch.compile(doubled, fullgraph=True, dynamic=True, backend="eager")
+    for m in (1, 5, 64, 70):
+        x = torch.randn(m, K).to(layer.weight.dtype)
+        assert torch.equal(compiled(x), bundled(layer)(x, layer.weight, layer.bias) * 2)
+
+
+def test_an_operation_that_varies_with_rows_stops_the_engine(tmp_path):
+    def mean_by_rows(x):
+        halves = x.float().chunk(2 if x.shape[0] > 16 else 1, dim=-1)
+        return (sum(h.cumsum(-1)[..., -1] for h in halves),)
+
+    rows.register(rows.RowCheck("test.mean", "by rows", rows.ROWS, lambda m: (torch.randn(m, 999),), mean_by_rows))
+    with pytest.raises(CertificateFailed, match=r"test.mean by rows: \d+ rows: \d+ elements differ"):
+        rows.certify_registered(tmp_path)
+    rows.certify_registered(tmp_path)  # nothing is left registered
+
+
+def test_few_rows_are_taken_at_many_places():
+    assert rows._places(1, 1025)[:2] == [0, 33] and rows._places(1, 1025)[-1] == 1024
+    assert len(rows._places(1, 1025)) == len(rows._places(7, 1025)) == rows._PLACES
+    assert rows._places(511, 1025) == [0, 257, 514] and rows._places(1025, 1025) == [0]
+    assert rows._places(1, 3) == [0, 1, 2]
+
+
+def test_an_operation_that_reduces_rows_alone_passes(tmp_path):
+    rows.register(
+        rows.RowCheck("test.softmax", "4096", rows.ROWS, lambda m: (torch.randn(m, 4096),), lambda x: (x.softmax(-1),))
+    )
+    (certificate,) = rows.certify_registered(tmp_path)
+    assert certificate.passed and certificate.evidence.compared > 0

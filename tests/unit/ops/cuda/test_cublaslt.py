@@ -1,0 +1,169 @@
+"""What is taken of cuBLASLt's answers, and which of them serves: a fake library, no GPU."""
+
+import ctypes
+
+import pytest
+import torch
+
+from bi_patch.ops.cuda import cublaslt
+from bi_patch.ops.cuda.cublaslt import Kind, Plan
+from bi_patch.ops.cuda.cublaslt_choice import choose, compare, prefer, timed_rows
+
+A, B, C, D = (Kind(i, 0, 1, 0, 0, 0, 0, 0) for i in range(1, 5))
+
+
+class Fake:
+    """cuBLASLt's functions. An algorithm's first words are its id, split of K, reduction scheme and cluster."""
+
+    def __init__(self, answers, code=0):
+        self.answers, self.code, self.asked = answers, code, 0
+
+    def cublasLtMatmulAlgoGetHeuristic(self, *args):
+        *_, wanted, results, count = args
+        self.asked += 1
+        for result, (algorithm, state, workspace) in zip(results, self.answers[:wanted]):
+            result.algo.data[: len(algorithm)] = algorithm
+            result.state, result.workspace = state, workspace
+        count._obj.value = min(wanted, len(self.answers))
+        return self.code
+
+    def cublasLtMatmulAlgoConfigGetAttribute(self, algo, attribute, value, size, written):
+        word = {0: 0, 2: 1, 3: 2, 8: 3}.get(attribute)
+        value._obj.value = algo._obj.data[word] if word is not None else 0
+        return 0
+
+    def __getattr__(self, name):
+        if not name.startswith("cublasLt"):
+            raise AttributeError(name)
+        return lambda *_: 0
+
+
+def gemm(monkeypatch, *answers, code=0):
+    fake = Fake(answers, code)
+    monkeypatch.setattr(cublaslt, "load", lambda: (fake, ctypes.c_void_p()))
+    return cublaslt.Gemm(8, 16, torch.bfloat16, False)
+
+
+def test_offers_keep_the_librarys_order_and_leave_out_what_splits_or_repeats(monkeypatch):
+    library = gemm(
+        monkeypatch,
+        ((1, 1, 0, 0), 0, 0),
+        ((2, 4, 0, 0), 0, 0),  # splits K
+        ((3, 1, 2, 0), 0, 0),  # reduces
+        ((4, 1, 0, 0), 7, 0),  # not supported
+        ((5, 1, 0, 0), 0, 64),  # wants a workspace
+        ((6, 0, 0, 2), 0, 0),
+        ((1, 1, 0, 0, 9), 0, 0),  # the first once more: only what is no part of a kind differs
+        ((7, 1, 0, 0), 0, 0),
+        ((8, 1, 0, 0), 0, 0),  # the ninth
+    )
+    offers = library.offers(5)
+    assert [plan.kind.id for plan in offers] == [1, 6, 7]
+    assert offers[1].kind.cluster == 2 and offers[0].algo.data[4] == 0
+    assert len({(id(plan.x), id(plan.out)) for plan in offers}) == 1
+
+
+def test_an_offers_algorithm_outlives_the_answers_that_it_came_in(monkeypatch):
+    library = gemm(monkeypatch, ((1, 1), 0, 0), ((2, 1), 0, 0))
+    kept = library.offers(5)
+    library._library.answers = (((3, 1), 0, 0), ((4, 1), 0, 0))
+    assert [plan.kind.id for plan in library.offers(5)] == [3, 4]
+    assert [plan.algo.data[0] for plan in kept] == [1, 2]
+    assert all(plan.algo._b_base_ is None for plan in kept)  # no part of the array
+
+
+@pytest.mark.parametrize("code,answers", [(15, [((1, 1), 0, 0)]), (0, [])])
+def test_no_answer_is_no_offer(monkeypatch, code, answers):
+    assert gemm(monkeypatch, *answers, code=code).offers(5) == []
+
+
+def plans(*kinds):
+    return [Plan(None, None, None, kind) for kind in kinds]
+
+
+def anything(kind):
+    return True
+
+
+def test_offers_are_timed_up_to_the_limit_and_there():
+    assert timed_rows(1) == [1]
+    assert timed_rows(100) == [1, 8, 16, 32, 64, 100]
+    assert timed_rows(192) == [1, 8, 16, 32, 64, 128, 192]
+    assert timed_rows(20000)[-2:] == [8192, 20000]
+
+
+@pytest.mark.parametrize(
+    "times,kind",
+    [
+        ([10, 11, 12], A),
+        ([10, 9.9, 9.81], A),
+        ([10, 10, 10], A),
+        ([10, 9.8, 12], B),
+        ([10, 9, 8], C),
+    ],
+)
+def test_the_first_offer_is_kept_unless_another_is_clearly_faster(times, kind):
+    assert prefer({1: plans(A, B, C)}, {1: times}) == {1: kind}
+
+
+def test_what_is_preferred_ends_with_the_last_timed_rows():
+    offers = {m: plans(A, B) for m in (1, 8, 16, 32, 64)} | {8: plans(B), 16: []}
+    times = {1: [5, 1], 32: [5, 6]}
+    assert prefer(offers, times) == {1: B, 8: B, 32: A}  # 8: the only one; 16: none; 64: not timed
+    assert prefer(offers, {}) == {}
+
+
+@pytest.mark.parametrize(
+    "rows,offered,may,served",
+    [
+        (192, (A, B), (A, B), B),
+        (129, (A, B), (A, B), B),  # between two: as above it
+        (128, (A, B), (A, B), A),
+        (1, (A, B), (A, B), A),
+        (130, (A, C), (A, B, C), A),  # not offered: the first
+        (130, (A, B), (A, C), A),  # not certified: the first
+        (130, (A, B, C), (C,), C),  # the first is not certified either
+        (130, (A, B), (C,), None),
+        (193, (B, A), (A, B), B),  # beyond the last: the first
+        (193, (C, A), (A, B), A),
+        (192, (), (A, B), None),
+    ],
+)
+def test_which_offer_serves(rows, offered, may, served):
+    plan = choose(rows, plans(*offered), {128: A, 192: B}, lambda kind: kind in may)
+    assert (plan and plan.kind) == served
+
+
+def serving(offers, preferred, wrong, rows=None):
+    """What compare finds where all outputs of the kinds in `wrong` differ, and what then serves each M."""
+    found = compare(offers, preferred, lambda m, plan: 3 if plan.kind in wrong else 0)
+    good = {kind for kind, differing in found.items() if not any(differing.values())}
+    served = {m: choose(m, offered, preferred, lambda kind: kind in good) for m, offered in offers.items()}
+    return found, {m: plan and plan.kind for m, plan in served.items()}
+
+
+def test_every_first_and_every_preferred_kind_is_compared_at_the_ends_of_its_rows():
+    offers = {m: plans(A, B, C) for m in range(1, 11)}
+    found, served = serving(offers, {8: B}, ())
+    assert found == {B: {1: 0, 5: 0, 8: 0}, A: {1: 0, 6: 0, 10: 0}}
+    assert served == {m: B if m <= 8 else A for m in offers}
+
+
+def test_where_the_preferred_kind_differs_the_first_serves():
+    offers = {m: plans(A, B, C) for m in range(1, 11)}
+    found, served = serving(offers, {8: B}, {B})
+    assert any(found[B].values()) and set(served.values()) == {A}
+
+
+def test_what_takes_the_place_of_kinds_that_differ_is_compared_where_it_serves():
+    offers = {m: plans(A, B, C) if m <= 8 else plans(C, A) for m in range(1, 11)}
+    found, served = serving(offers, {8: B}, {A, B})
+    assert set(served.values()) == {C}
+    assert {1, 10} <= found[C].keys()  # first offered from 9 on, but it serves from 1 on
+    _, none = serving(offers, {8: B}, {A, B, C})
+    assert set(none.values()) == {None}
+
+
+def test_an_m_without_offers_has_none_to_compare():
+    assert compare({1: [], 2: plans(D)}, {}, lambda m, plan: 0) == {D: {2: 0}}
+    assert compare({}, {}, lambda m, plan: 0) == {}

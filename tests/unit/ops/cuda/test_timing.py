@@ -1,0 +1,92 @@
+"""Times of captured calls, with a stand-in for torch.cuda whose clock the calls move."""
+
+import contextlib
+
+import pytest
+import torch
+
+from bi_patch.ops.cuda import timing
+
+
+class Device:
+    """A clock in ms, and what PyTorch would do with it: calls in a capture are kept, a replay runs them."""
+
+    def __init__(self):
+        self.now, self.capturing, self.log = 0.0, None, []
+
+    def work(self, name, ms):
+        def call():
+            if self.capturing is not None:
+                self.capturing.append((name, ms))
+            else:
+                self.run(name, ms)
+
+        return call
+
+    def run(self, name, ms):
+        self.log.append(name)
+        self.now += ms
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            assert device.capturing is None
+            self.at = device.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Graph:
+        def capture_begin(self, capture_error_mode):
+            self.calls = device.capturing = []
+
+        def capture_end(self):
+            device.capturing = None
+
+        def replay(self):
+            assert device.capturing is None
+            for name, ms in self.calls:
+                device.run(name, ms)
+
+    for name, value in {
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "Stream": object,
+        "synchronize": lambda: device.log.append("wait"),
+        "stream": lambda _: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    timing._stream.cache_clear()
+    yield device
+    timing._stream.cache_clear()
+
+
+def test_ways_are_captured_once_and_replayed_in_turns_without_a_wait(device):
+    one, other = device.work("a", 2.0), device.work("b", 3.0)
+    assert timing.microseconds([[one, one], [other]], 2) == [2000, 3000]
+    assert device.log == ["a", "b", "wait", "a", "a", "b", "a", "a", "b", "wait"]
+
+
+def test_one_call_is_timed_after_one_that_loads_its_kernel(device):
+    durations = iter((50.0, 2.0))
+    assert timing.once(lambda: device.run("a", next(durations))) == 2000
+
+
+def test_a_call_that_fails_in_a_capture_ends_the_capture(device):
+    def fails():
+        if device.capturing is not None:
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        timing.microseconds([[fails]])
+    assert device.capturing is None

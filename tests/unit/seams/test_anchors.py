@@ -1,0 +1,88 @@
+"""Anchors: what counts as a change of a seam's target, and what does not."""
+
+import pytest
+from packaging.version import Version
+
+from bi_patch.errors import AnchorMoved
+from bi_patch.seams import anchors, plan
+from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.plan import Planned
+
+SOURCE = '''
+import os
+
+class Layer:
+    """A layer."""
+
+    def apply(self, x: int, y=3) -> int:
+        """Doc."""
+        return x + y  # sum
+
+if os.name:
+    def free(a):
+        return a
+'''
+
+
+def planned(qualname):
+    seam = Seam(
+        name="x.y", targets=(Target("pkg.mod", qualname),), close=lambda o: o, why="why", how="how", until="until"
+    )
+    return Planned(seam, seam.targets[0])
+
+
+def take(text, qualname="Layer.apply"):
+    return anchors.take(planned(qualname), "pkg/mod.py", text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("# sum", "# another comment"),
+        ('"""Doc."""', '"""Other words."""'),
+        ("x + y  # sum", "(x +\n            y)"),
+        ("x: int, y=3", "x:int,y = 3"),
+        ("import os", "import os\nimport sys"),
+    ],
+)
+def test_what_does_not_move_an_anchor(change):
+    assert anchors.compare(take(SOURCE), take(SOURCE.replace(*change))) is None
+
+
+@pytest.mark.parametrize("change", [("x + y", "y + x"), ("y=3", "y=4"), ("x: int", "x")])
+def test_a_changed_function_moves_and_is_shown(change):
+    difference = anchors.compare(take(SOURCE), take(SOURCE.replace(*change)))
+    assert difference.startswith("--- recorded/pkg/mod.py")
+    assert "\n-" in difference and "\n+" in difference
+
+
+def test_definitions_under_branches_are_found():
+    assert take(SOURCE, "free").signature == "free(a)"
+
+
+def test_a_missing_function_is_named():
+    with pytest.raises(AnchorMoved, match="x.y.*Layer.gone"):
+        take(SOURCE, "Layer.gone")
+
+
+def write(root, text):
+    (root / "pkg").mkdir(exist_ok=True)
+    (root / "pkg" / "mod.py").write_text(text)
+
+
+def test_installed_anchors_are_verified_and_remembered(tmp_path, monkeypatch):
+    write(tmp_path, SOURCE)
+    monkeypatch.setattr(anchors, "PATCHES", tmp_path / "patches")
+    item = planned("Layer.apply")
+    made = plan.Plan(Version("0.32.0"), "cpu", (item,), (), ())
+    cache = tmp_path / "cache"
+    with pytest.raises(AnchorMoved, match="no anchor was recorded"):
+        anchors.check_installed(made, tmp_path, cache)
+    anchors.files.write_json(tmp_path / "patches/vllm-0.32.0/anchors.json", [take(SOURCE)])
+    anchors.check_installed(made, tmp_path, cache)
+    assert len(list((cache / "anchors").iterdir())) == 1
+    anchors.check_installed(made, tmp_path, cache)  # from memory
+    write(tmp_path, SOURCE.replace("x + y", "y * x"))
+    with pytest.raises(AnchorMoved, match=r"x\.y at pkg\.mod:Layer\.apply") as caught:
+        anchors.check_installed(made, tmp_path, cache)
+    assert "+        return y * x" in str(caught.value)

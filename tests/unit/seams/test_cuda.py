@@ -1,0 +1,419 @@
+"""The CUDA seams as declared: every release has its targets and anchors, and what is not covered is refused by name."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+from packaging.version import Version
+
+from bi_patch.arming.catalog import CATALOG, plan
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.platforms.releases import BY_PLATFORM
+from bi_patch.seams.anchors import Anchor
+
+RELEASES = BY_PLATFORM["cuda"]
+NONE = SimpleNamespace(name="NONE")  # vLLM's compilation mode
+PATCHES = Path(__file__).resolve().parents[3] / "patches"
+
+
+def config(**changes):
+    """A configuration that every CUDA policy lets pass, with changes to its parts, e.g. model_quantization="fp8"."""
+    parts = {
+        "model": {
+            "runner_type": "generate",
+            "is_multimodal_model": False,
+            "is_encoder_decoder": False,
+            "is_hybrid": False,
+            "use_mla": False,
+            "quantization": None,
+            "disable_cascade_attn": False,
+            "hf_text_config": SimpleNamespace(),
+            "using_transformers_backend": lambda: False,
+            "architectures": ["Qwen3ForCausalLM"],
+            "get_hidden_size": lambda: 2048,
+        },
+        "parallel": {
+            "tensor_parallel_size": 1,
+            "data_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "enable_dbo": False,
+            "pipeline_parallel_size": 1,
+            "enable_expert_parallel": False,
+            "enable_eplb": False,
+            "disable_custom_all_reduce": False,
+        },
+        "cache": {"cache_dtype": "auto", "block_size": 16},
+        "compilation": {
+            "pass_config": SimpleNamespace(),
+            "custom_ops": ["none"],
+            "compile_sizes": [],
+            "mode": SimpleNamespace(name="VLLM_COMPILE"),
+        },
+        "speculative": None,
+        "lora": None,
+        "kv_transfer": None,
+    }
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if field:
+            parts[part][field] = value
+        else:
+            parts[part] = value
+    held = {name: SimpleNamespace(**part) if isinstance(part, dict) else part for name, part in parts.items()}
+    return SimpleNamespace(**{f"{name}_config": part for name, part in held.items()})
+
+
+def cuda_policies():
+    return [policy for policy in CATALOG.policies if "cuda" in policy.platforms]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_seam_has_an_anchor(release):
+    made = plan(Version(release), "cuda")
+    anchors = msgspec.json.decode((PATCHES / f"vllm-{release}" / "anchors.json").read_bytes(), type=list[Anchor])
+    recorded = {anchor.seam: anchor.target for anchor in anchors}
+    areas = {planned.seam.area for planned in made.seams}
+    assert {"linear", "norm", "moe", "attention", "sampling", "compilation", "engine"} <= areas
+    missing = [p.seam.name for p in made.seams if recorded.get(p.seam.name) != str(p.target)]
+    assert not missing
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_settings_forbid_split_k_and_other_sums(release):
+    values = {s.variable: s.value for s in plan(Version(release), "cuda").variables if s.force}
+    assert values["CUBLASLT_WORKSPACE_SIZE"] == "1"
+    assert values["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert values["VLLM_CUSTOM_ALLREDUCE_ALGO"] == "1stage"
+    assert values["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    assert values["TORCHINDUCTOR_DETERMINISTIC"] == "1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"parallel__tensor_parallel_size": 4},
+        {"model__architectures": ["Cohere2ForCausalLM"]},
+        {"model__architectures": ["MiniCPMForCausalLM"]},
+        {
+            "model__using_transformers_backend": lambda: True,
+            "model__hf_text_config": SimpleNamespace(rope_parameters={"rope_type": "yarn"}),
+        },
+        {
+            "parallel__tensor_parallel_size": 4,
+            "parallel__disable_custom_all_reduce": True,
+            "model__get_hidden_size": lambda: 2052,
+        },
+    ],
+)
+def test_a_plain_configuration_passes(change):
+    held = config(**change)
+    for policy in cuda_policies():
+        policy.apply(held)
+    assert "+silu_and_mul" in held.compilation_config.custom_ops
+    assert held.model_config.disable_cascade_attn
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model__quantization": "fp8"}, "'fp8' weights"),
+        ({"cache__cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' KV cache"),
+        ({"model__use_mla": True}, "MLA"),
+        ({"model__is_hybrid": True}, "hybrid"),
+        ({"model__is_multimodal_model": True}, "language-model-only"),
+        ({"model__runner_type": "pooling"}, "pooling"),
+        ({"speculative": SimpleNamespace()}, "speculative decoding"),
+        ({"model__architectures": ["HrmTextForCausalLM"]}, "HrmTextForCausalLM is not covered"),
+        ({"model__architectures": ["DeepseekV4ForCausalLM"]}, "kernels of its own"),
+        ({"model__architectures": ["CohereForCausalLM"], "compilation__mode": NONE}, "without compilation"),
+        ({"model__architectures": ["Gemma3nForCausalLM"], "compilation__mode": NONE}, "without compilation"),
+        (
+            {"model__architectures": ["MiniCPMForCausalLM"], "model__hf_text_config": SimpleNamespace(num_experts=8)},
+            "experts' tiles",
+        ),
+        (
+            {
+                "model__using_transformers_backend": lambda: True,
+                "model__hf_text_config": SimpleNamespace(rope_parameters={"full": {"rope_type": "dynamic"}}),
+            },
+            "rotation of type dynamic",
+        ),
+        ({"compilation__compile_sizes": [8]}, r"compile_sizes \[8\]"),
+        ({"cache__block_size": 144}, "pages of 144 tokens"),
+        ({"lora": SimpleNamespace()}, "LoRA"),
+        ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
+        ({"parallel__data_parallel_size": 2}, "data parallelism"),
+        ({"parallel__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel__enable_expert_parallel": True}, "expert parallelism"),
+        ({"parallel__enable_eplb": True}, "expert load balancing"),
+        (
+            {"parallel__tensor_parallel_size": 2, "model__architectures": ["MiniMaxM2ForCausalLM"]},
+            "norms over ranks",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "compilation__pass_config": SimpleNamespace(enable_sp=True)},
+            "enable_sp",
+        ),
+        (
+            {"parallel__tensor_parallel_size": 2, "model__get_hidden_size": lambda: 2052},
+            "communicator.width: rows of 2052 elements",
+        ),
+    ],
+)
+def test_what_is_not_covered_is_refused_by_name(change, named):
+    held = config(**change)
+    with pytest.raises(UnsupportedFeature, match=named):
+        for policy in cuda_policies():
+            policy.apply(held)
+
+
+@pytest.mark.parametrize("named, kept", [("auto", "xgrammar"), ("guidance", "guidance")])
+def test_one_library_makes_all_grammars(named, kept):
+    made = config(structured_outputs=SimpleNamespace(backend=named))
+    for policy in cuda_policies():
+        policy.apply(made)
+    assert made.structured_outputs_config.backend == kept
+
+
+def test_fused_all_reduce_is_turned_off():
+    held = config(compilation__pass_config=SimpleNamespace(fuse_allreduce_rms=True))
+    for policy in cuda_policies():
+        policy.apply(held)
+    assert held.compilation_config.pass_config.fuse_allreduce_rms is False
+
+
+def _closed(name, original):
+    planned = plan(Version(RELEASES[-1]), "cuda").seams
+    return next(p.seam for p in planned if p.seam.name == name).close(original)
+
+
+class Attention:
+    """The part of vLLM's attention layer that the gate reads."""
+
+    def __init__(self, backend, head_size, window, version=3, attn_type="decoder", attn_backend=None):
+        self.attn_backend = attn_backend or SimpleNamespace(get_name=lambda: backend)
+        self.impl = SimpleNamespace(vllm_flash_attn_version=version)
+        self.head_size, self.sliding_window = head_size, window
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("FLASHINFER", 128, None), "FLASHINFER backend"),
+        (("FLASH_ATTN", 72, None), "heads of 72"),
+        (("FLASH_ATTN", 128, 512), "window .of 512 tokens"),
+        (("FLASH_ATTN", 128, None, 2), "FlashAttention 2"),
+        (("TRITON_ATTN", 80, None, 3, "encoder"), "encoder attention"),
+        (("FLASH_ATTN", 64, None), None),
+        (("FLASH_ATTN", 128, None), None),
+        (("TRITON_ATTN", 80, 512), None),
+    ],
+)
+def test_attention_layers_that_were_not_shown_are_refused(arguments, named, monkeypatch):
+    from bi_patch.seams.cuda import attention as attention_cuda
+
+    certified = []
+    monkeypatch.setattr(attention_cuda, "_chosen", lambda: True)
+    monkeypatch.setattr(attention_cuda, "_certify_decode", certified.append)
+    monkeypatch.setattr(Attention, "__init__", _closed("attention.cuda_backend", Attention.__init__))
+    if named is None:
+        layer = Attention(*arguments)
+        assert certified == ([layer] if arguments[0] == "FLASH_ATTN" else [])
+        return
+    with pytest.raises(UnsupportedFeature, match=named):
+        Attention(*arguments)
+
+
+@pytest.mark.parametrize(("window", "chosen", "served"), [(512, False, "TRITON"), (None, False, "X"), (512, True, "X")])
+def test_layers_with_a_window_go_to_triton_unless_the_user_chose(window, chosen, served, monkeypatch):
+    from bi_patch.seams.cuda import attention as attention_cuda
+
+    class Layer:
+        def __init__(self, per_layer_sliding_window=None, cache_config=None, attn_backend="X"):
+            self.given = attn_backend
+
+    monkeypatch.setattr(attention_cuda, "_chosen", lambda: chosen)
+    monkeypatch.setattr(attention_cuda, "_triton", lambda: "TRITON")
+    monkeypatch.setattr(attention_cuda, "_refuse_layer", lambda *_: None)
+    monkeypatch.setattr(Layer, "attn_backend", SimpleNamespace(get_name=lambda: "TRITON_ATTN"), raising=False)
+    monkeypatch.setattr(Layer, "__init__", _closed("attention.cuda_backend", Layer.__init__))
+    assert Layer(cache_config=SimpleNamespace(sliding_window=window)).given == served
+    assert Layer(per_layer_sliding_window=window).given == served
+
+
+@pytest.mark.parametrize(
+    ("head", "longest", "certified", "told"),
+    [(64, 1, False, 128), (64, 1, True, 1), (64, 2, True, 128), (64, 500, True, 500), (128, 1, False, 1)],
+)
+def test_a_decode_with_small_heads_is_told_a_long_query_unless_it_has_its_own_kernel(
+    head, longest, certified, told, monkeypatch
+):
+    from bi_patch.ops.cuda import attention
+
+    build = _closed("attention.cuda_longest_query", lambda self, prefix, common, fast_build=False: common)
+    common = dataclasses.make_dataclass("Common", ["max_query_len"])(longest)
+    problem = attention.Problem(32, 8, head, "bf16")
+    monkeypatch.setitem(attention._certified, problem, certified)
+    builder = SimpleNamespace(headdim=head, num_heads_q=32, num_heads_kv=8, kv_cache_dtype="bf16")
+    assert build(builder, 0, common).max_query_len == told
+
+
+@pytest.mark.parametrize(
+    ("longest", "certified", "aot", "asked"),
+    [(1, True, True, None), (1, False, True, True), (5, True, True, True), (5, False, False, False)],
+)
+def test_tiles_are_ordered_once_a_step_unless_the_bundled_kernel_decodes(longest, certified, aot, asked, monkeypatch):
+    from bi_patch.ops.cuda import attention
+
+    schedule = _closed("attention.cuda_schedule", lambda self, aot_schedule, max_num_splits, **_: aot_schedule)
+    monkeypatch.setitem(attention._certified, attention.Problem(32, 8, 128, "bf16"), certified)
+    builder = SimpleNamespace(headdim=128, num_heads_q=32, num_heads_kv=8, kv_cache_dtype="bf16", aot_schedule=aot)
+    got = schedule(builder, aot_schedule=False, max_num_splits=1, causal=True, max_query_len=longest)
+    assert got is asked
+
+
+def flash_call(**changes):
+    """What vLLM hands to FlashAttention 3 for a batch of three single queries."""
+    cache = torch.zeros(4, 16, 2, changes.pop("head", 64))
+    q = torch.zeros(3, 8, cache.shape[-1])
+    given = {
+        "q": q,
+        "k": cache,
+        "v": cache,
+        "out": q,
+        "cu_seqlens_q": torch.arange(4),
+        "max_seqlen_q": 1,
+        "seqused_k": torch.ones(3),
+        "block_table": torch.zeros(3, 1),
+        "softmax_scale": 0.5,
+        "causal": True,
+        "window_size": None,
+        "softcap": 0,
+        "alibi_slopes": None,
+        "s_aux": None,
+        "scheduler_metadata": "schedule",
+    }
+    return given | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "certified", "expected"),
+    [
+        ({}, True, "bundled"),
+        ({"window_size": [-1, -1]}, True, "bundled"),
+        ({}, False, ("flash", 128, None)),
+        ({"max_seqlen_q": 5}, True, ("flash", 5, "schedule")),
+        ({"softcap": 30.0}, True, ("flash", 128, None)),
+        ({"causal": False}, True, ("flash", 128, None)),
+        ({"s_aux": torch.ones(8)}, True, ("flash", 128, None)),
+        ({"k": torch.zeros(4, 8, 2, 64)}, True, ("flash", 128, None)),
+        ({"window_size": [511, 0]}, True, ("flash", 128, None)),
+        ({"head": 128, "softcap": 30.0}, True, ("flash", 1, "schedule")),
+    ],
+)
+def test_single_queries_take_the_certified_kernel_and_nothing_else_does(changes, certified, expected, monkeypatch):
+    from bi_patch.ops.cuda import attention
+    from bi_patch.seams.cuda import attention as attention_cuda
+
+    given = flash_call(**changes)
+    took = []
+    monkeypatch.setitem(attention._certified, attention_cuda._problem(given["q"], given["k"]), certified)
+    monkeypatch.setattr(attention, "attend", lambda *_: took.append("bundled") or True)
+    attention_cuda._decode_or(lambda **a: took.append(("flash", a["max_seqlen_q"], a["scheduler_metadata"])))(**given)
+    assert took == [expected]
+
+
+class Triton:
+    """vLLM's kernel for top-k and top-p, below the seam: it records what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def apply_top_k_top_p_triton(self, logits, k, p, **told):
+        assert logits.stride() == (logits.shape[1], 1)
+        rows = [None if given is None else len(given) for given in (k, p)]
+        self.calls.append((len(logits), *rows, told))
+        return logits.fill_(-1)
+
+
+@pytest.mark.parametrize("mode, expected", [("processed_logprobs", torch.float32), ("raw_logprobs", torch.bfloat16)])
+@pytest.mark.parametrize("processed", [False, True])
+def test_processed_logprobs_have_one_type_whatever_others_ask_for(mode, expected, processed):
+    """Only what is summed afterwards; rows that are fp32 already stay as they are."""
+    apply = _closed("sampling.cuda_processed_logprobs", lambda self, x, **_: x.float() if processed else x)
+    logits = torch.randn(1, 8, dtype=torch.bfloat16).as_strided((1, 6), (8, 1))
+    got = apply(SimpleNamespace(logprobs_mode=mode), logits, pos=None)
+    assert got.dtype == (torch.float32 if processed else expected) and torch.equal(got, logits.to(got.dtype))
+    assert mode != "processed_logprobs" or got.stride() == (6, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 200])
+@pytest.mark.parametrize(
+    "k,p,told",
+    [
+        (True, False, {}),
+        (False, True, {}),
+        (True, True, {}),
+        (True, True, {"has_topp_only_rows": False}),
+    ],
+)
+def test_top_p_alone_goes_in_pieces_and_the_rest_in_one_call(monkeypatch, rows, k, p, told):
+    import sys
+
+    from bi_patch.seams.cuda import sampling
+
+    kernel = Triton()
+    monkeypatch.setitem(sys.modules, "vllm.v1.sample.ops.topk_topp_triton", kernel)
+    apply = sampling._top_k_top_p(None)
+    logits = torch.zeros(rows, 56)[:, :51]  # a padded vocabulary
+    given = [torch.ones(rows) if wanted else None for wanted in (k, p)]
+    out = apply(logits, *given, **told)
+    pieces = [rows] if not p or told else [64] * (rows // 64) + ([rows % 64] if rows % 64 else [])
+    assert kernel.calls == [(n, n if k else None, n if p else None, told) for n in pieces]
+    assert out.shape == (rows, 51) and bool((out == -1).all())
+    assert apply(logits, None, None) is logits
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 5])
+@pytest.mark.parametrize("vocab", [51, 56])
+def test_rows_of_logits_are_packed(rows, vocab):
+    from bi_patch.seams.cuda import sampling
+
+    held = torch.randn(rows, 56)
+    found = sampling._logits(lambda self, x: x[..., :vocab])(None, held)
+    assert found.stride() == (vocab, 1) and torch.equal(found, held[:, :vocab])
+    assert found.data_ptr() == held.data_ptr() or vocab != 56 or not rows
+    assert sampling._logits(lambda self, x: x)(None, None) is None
+
+
+@pytest.mark.parametrize("release", ["0.23.0", "0.26.0", "0.32.0"])
+def test_gates_before_vllm_0_33_keep_one_kernel(release):
+    from bi_patch.seams.cuda import moe
+
+    class Gate:
+        def __init__(self, size):
+            self.size = size
+            self.allow_specialized_router_gemm = self.allow_ll_bf16_gemm = self.allow_cublas_router_gemm = True
+
+    Gate.__init__ = moe._gate(Gate.__init__)
+    gate = Gate(3)
+    turned_on = {name for name, value in vars(gate).items() if name.startswith("allow") and value}
+    assert gate.size == 3 and turned_on == {"allow_cublas_router_gemm"}
+    assert "moe.cuda_gate" in {p.seam.name for p in plan(Version(release), "cuda").seams}
+    assert "moe.cuda_gate" not in {p.seam.name for p in plan(Version("0.33.0"), "cuda").seams}
+
+
+def test_grouped_routing_is_not_compiled_apart():
+    @torch.compile(dynamic=True)
+    def grouped_topk(x):
+        assert not torch.compiler.is_compiling()
+        return x
+
+    assert _closed("moe.cuda_grouped_topk", grouped_topk)("as given") == "as given"
+    plain = inspect.unwrap(grouped_topk)  # what torch.compile gives where TORCHDYNAMO_DISABLE turns it off
+    assert _closed("moe.cuda_grouped_topk", plain) is plain

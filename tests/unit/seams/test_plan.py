@@ -1,0 +1,61 @@
+"""The plan of a release and platform, and what the declarations promise."""
+
+import pytest
+from packaging.version import Version
+
+from bi_patch.arming.catalog import CATALOG, plan
+from bi_patch.errors import UnsupportedRelease
+from bi_patch.platforms.releases import ALL, BY_PLATFORM
+from bi_patch.seams import registry
+
+
+def test_names_are_unique_and_in_their_area():
+    names = [item.name for item in (*CATALOG.seams, *CATALOG.variables, *CATALOG.policies)]
+    assert len(names) == len(set(names))
+    for folder, _ in registry._FOLDERS:
+        for module in registry._modules(folder):
+            own = module.__name__.rsplit(".", 1)[1]
+            for kind in ("SEAMS", "VARIABLES", "POLICIES"):
+                assert all(item.area == own for item in getattr(module, kind, ())), module
+
+
+def test_every_seam_says_why_how_and_until():
+    for seam in CATALOG.seams:
+        assert seam.why and seam.how and seam.until, seam.name
+        assert all(1 <= cause <= 25 for cause in seam.causes), seam.name
+
+
+def test_at_most_one_target_a_release():
+    for seam in CATALOG.seams:
+        for release in ALL:
+            holding = [t for t in seam.targets if t.holds(Version(release))]
+            assert len(holding) <= 1, (seam.name, release, holding)
+
+
+def test_every_target_is_used_by_some_release():
+    for seam in CATALOG.seams:
+        for target in seam.targets:
+            assert any(target.holds(Version(r)) for r in ALL), (seam.name, target)
+
+
+@pytest.mark.parametrize("platform", BY_PLATFORM)
+def test_every_plan_holds_the_start_up_check(platform):
+    for release in BY_PLATFORM[platform]:
+        made = plan(Version(release), platform)
+        assert {"engine.config", "engine.worker"} <= {p.seam.name for p in made.seams}
+        assert set(made.by_module) <= set(made.modules)
+
+
+def test_cpu_covers_every_area():
+    made = plan(Version("0.32.0"), "cpu")
+    areas = {p.seam.area for p in made.seams} | {p.area for p in made.policies}
+    assert {"linear", "norm", "attention", "moe", "sampling", "scheduler", "compilation", "quantization"} <= areas
+
+
+@pytest.mark.parametrize(
+    "release, platform, said",
+    [("0.34.0", "cuda", "0.33.0"), ("0.32.1", "cpu", "not supported"), ("0.26.0", "cpu", "on cpu")],
+)
+def test_unknown_releases_are_refused(release, platform, said):
+    with pytest.raises(UnsupportedRelease, match=said):
+        plan(Version(release), platform)

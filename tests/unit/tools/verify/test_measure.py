@@ -1,0 +1,305 @@
+"""Runs of verify on engines made of arithmetic: verdicts, exit codes, and what is kept when something breaks."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.tools.verify import measure, page, probes, report, terminal
+from bi_patch.tools.verify.answers import Answer, Request
+from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.child import EngineFailed
+from bi_patch.tools.verify.engine import Options
+from bi_patch.tools.verify.levels import DEFAULT, FULL, QUICK
+from bi_patch.tools.verify.measure import NoSuchAxis, Watcher, verify
+
+
+@pytest.fixture
+def target(arithmetic):
+    """target(leak=, refuse=, break_at=): engines in place of vLLM's. refuse: option -> what starting with it raises."""
+
+    class Target:
+        name, mode, restarts = "arithmetic", "armed", True
+
+        def __init__(self, leak=False, refuse=None, break_at=None, alive=False):
+            self.options = Options("none", max_model_len=4096, max_num_seqs=264)
+            self.leak, self.refuse, self.break_at = leak, refuse or {}, break_at
+            self.lives, self.started = alive, []
+            self.error = EngineFailed("it died")
+            self.change, self.info, self.imprecise = {}, {}, None
+
+        def start(self, options, *, fresh=False):
+            for name, error in self.refuse.items():
+                if name in options.extra or getattr(options, name, None):
+                    raise error
+            engine = arithmetic(leak=self.leak)
+            engine.options = options
+            engine.info = msgspec.structs.replace(engine.info, **self.info)
+            self.started.append((options, fresh))
+            asked, answer, counted = [0], engine.generate, engine.counters
+            first = len(self.started) == 1
+
+            def generate(requests):
+                asked[0] += 1
+                if first and asked[0] == self.break_at:
+                    raise self.error
+                return [self.changed(made) for made in answer(requests)]
+
+            engine.generate = generate
+            if options.kv_blocks:
+                engine.counters = lambda: counted() | {probes.PREEMPTIONS: float(asked[0])}
+            engine.alive = lambda: self.lives
+            if self.imprecise is not None:
+                engine.ask, engine.alive = self.refused, lambda: True
+            return engine
+
+        def changed(self, made):
+            values = {name: [value] * len(made.tokens) for name, value in self.change.items()}
+            return msgspec.structs.replace(made, **values)
+
+        def refused(self, do, data):
+            raise self.imprecise
+
+    return Target
+
+
+def test_an_invariant_engine_passes_every_axis(target):
+    made = target(
+        refuse={
+            "enable_lora": UnsupportedFeature("no LoRA"),
+            "tied": EngineFailed("no"),
+            "speculative_config": EngineFailed("not here", kind="ValidationError"),
+        }
+    )
+    found = verify(made, FULL)
+    states = {axis.name: axis.state for axis in found.axes}
+    assert states["LoRA"] == states["speculative decoding"] == states["concurrent clients"] == report.NOT_APPLICABLE
+    assert states["eager and compiled"] == report.PASSED
+    assert states["tied logits and routers"] == report.FAILED and found.exit_code == report.UNCHECKED
+    rest = {name: state for name, state in states.items() if state not in (report.NOT_APPLICABLE, report.FAILED)}
+    assert set(rest.values()) == {report.PASSED} and len(rest) >= 18, states
+    assert any(fresh for _, fresh in made.started)
+
+
+def test_quick_starts_two_engines_and_passes(target):
+    made = target()
+    made.options = made.options.but(eager=True)
+    found = verify(made, QUICK)
+    assert (found.exit_code, found.complete, found.starts) == (0, True, 2), found.verdict
+    assert found.compared > 4000 and "bitwise invariant" in found.verdict[0]
+    assert {a.state for a in found.axes if a.name in ("preemption", "restart")} == {report.PASSED}
+    compiles = next(a for a in found.axes if a.name == "eager and compiled")
+    assert compiles.state == report.LEFT_OUT and compiles.reason.endswith("the default level measures it")
+    speculative = next(a for a in found.axes if a.name == "speculative decoding")
+    assert speculative.reason == "not in quick: --full measures it"
+
+
+def test_on_cpu_too_eager_equals_compiled_is_promised(target):
+    found = verify(target(), DEFAULT, only=("eager and compiled",))
+    assert found.exit_code == report.INVARIANT and found.compared > 0
+
+
+def later_groups_pass(target, error):
+    """A target whose first changed engine fails, and whose others pass."""
+    made = target()
+    start = made.start
+
+    def failing(options, *, fresh=False):
+        if len(made.started) == 1:
+            made.started.append((options, fresh))
+            raise error
+        return start(options, fresh=fresh)
+
+    made.start = failing
+    return made
+
+
+def test_a_failure_of_the_first_of_several_engines_stays(target):
+    found = verify(later_groups_pass(target, EngineFailed("it did not start")), FULL, only=("chunked prefill",))
+    axis = next(a for a in found.axes if a.name == "chunked prefill")
+    assert axis.compared > 0 and axis.state == report.FAILED and "did not start" in axis.reason
+    assert found.exit_code == report.UNCHECKED and not found.complete
+
+
+def test_an_axis_of_which_a_part_is_refused_is_no_pass(target):
+    found = verify(later_groups_pass(target, UnsupportedFeature("no chunks")), FULL, only=("chunked prefill",))
+    axis = next(a for a in found.axes if a.name == "chunked prefill")
+    assert axis.state == report.FAILED and "only a part" in axis.reason and "no chunks" in axis.reason
+
+
+def test_a_feature_whose_engine_crashes_is_no_lack_of_it(target):
+    for error in (EngineFailed("killed", kind="exit -9"), EngineFailed("no memory", kind="RuntimeError")):
+        found = verify(target(refuse={"speculative_config": error}), FULL, only=("speculative decoding",))
+        assert found.exit_code == report.UNCHECKED
+        assert next(a for a in found.axes if a.name == "speculative decoding").state == report.FAILED
+
+
+def test_an_error_that_nobody_foresaw_is_a_report(target):
+    made = target(break_at=40)
+    made.error = KeyError("choices")
+    found = verify(made, QUICK)
+    assert found.exit_code == report.UNCHECKED and not found.complete and found.compared > 0
+    assert "KeyError" in found.stopped and "Traceback" in found.failure and "choices" in found.failure
+    assert [a.state for a in found.axes].count(report.FAILED) == 1
+    assert "Traceback" in page.page(found) and "Traceback" in terminal.plain(found)
+
+
+def test_logprobs_that_are_all_nan_are_no_pass(target):
+    made = target()
+    made.change = {"logprobs": float("nan")}
+    found = verify(made, QUICK, only=("batch size",))
+    axis = found.axes[0]
+    assert found.exit_code == report.UNCHECKED and axis.compared == 0 and axis.undefined > 0
+    assert axis.state == report.FAILED and "NaN" in axis.reason
+
+
+def test_rows_of_logits_that_are_asked_for_and_missing_are_no_pass(target):
+    made = target()
+    made.options = made.options.but(digests=True)
+    found = verify(made, QUICK, only=("batch size", "decode = prefill"))
+    states = {a.name: a for a in found.axes}
+    assert states["batch size"].state == report.FAILED and "rows of logits" in states["batch size"].reason
+    assert states["decode = prefill"].state == report.PASSED, "a prompt's rows have no digests"
+    assert "whole rows of logits by their digest" not in page.page(found)
+
+
+def test_batches_that_the_cache_cannot_hold_are_said(target):
+    made = target()
+    made.info = {"kv_tokens": 16 * 200}
+    axis = verify(made, QUICK, only=("batch size",)).axes[0]
+    assert axis.compared > 0 and axis.state == report.NOT_EXERCISED and "no batch crossed 256 rows" in axis.reason
+    made = target()
+    made.info, made.options = {"kv_tokens": 16 * 80}, made.options.but(max_num_seqs=64)
+    axis = verify(made, QUICK, only=("batch size",)).axes[0]
+    assert axis.state == report.PASSED and "does not hold batches of 64 at once" in axis.reason
+
+
+@pytest.mark.parametrize("options", [{"max_num_seqs": 1}, {"max_model_len": 512}, {"max_num_seqs": 4}], ids=str)
+@pytest.mark.parametrize("level", [QUICK, DEFAULT], ids=lambda level: level.name)
+def test_small_engines_can_be_invariant_too(target, options, level):
+    made = target(refuse={"tied": UnsupportedFeature("arithmetic has no rows to tie")})
+    made.options = made.options.but(eager=True, **options)
+    made.info = {"block_size": 128}
+    found = verify(made, level)
+    assert found.exit_code == report.INVARIANT, found.verdict
+
+
+def test_a_comparison_with_fp64_that_fails_is_told(target):
+    made = target()
+    made.imprecise = EngineFailed("no such op")
+    found = verify(made, QUICK)
+    assert found.exit_code == report.UNCHECKED and not found.complete
+    assert any("not compared with fp64" in said and "no such op" in said for said in found.verdict)
+
+
+def test_a_leak_is_found_kept_and_shown(target, tmp_path):
+    found = verify(target(leak=True), QUICK, locate=lambda case, options, mode: f"op of {case.axis} in {mode}")
+    assert found.exit_code == report.DIFFERS
+    size = found.axes[0]
+    assert size.state == report.DIFFERED and size.largest > 0 and size.ulps > 0 and size.shown and size.generated
+    assert size.case.alone.request.prompt == size.case.company.request.prompt
+    assert any(pair.located == "op of batch size in armed" for pair in size.shown)
+    assert "NOT batch-invariant" in found.verdict[0]
+    report.write(found, tmp_path / "report.json")
+    assert report.read(tmp_path / "report.json") == found
+    drawn = page.page(found)
+    assert (
+        drawn.count("<svg") >= 2
+        and "op of batch size" in drawn
+        and "<script" not in drawn
+        and "http://" not in (drawn.replace("http://www.w3.org/2000/svg", ""))
+    )
+    assert "op of batch size" in terminal.plain(found)
+
+
+def test_an_engine_that_dies_leaves_what_was_compared(target):
+    found = verify(target(break_at=40), DEFAULT)
+    assert found.exit_code == report.UNCHECKED and not found.complete and found.compared > 0
+    assert "it died" in found.stopped and "kept" in found.verdict[1]
+    assert [a.state for a in found.axes].count(report.FAILED) == 1
+    assert page.page(found) and terminal.plain(found)
+
+
+def test_an_engine_that_errs_and_lives_goes_on(target):
+    found = verify(target(break_at=40, alive=True), QUICK)
+    assert found.exit_code == report.UNCHECKED and not found.stopped
+    assert sum(a.state == report.FAILED for a in found.axes) == 1
+    assert sum(a.state == report.PASSED for a in found.axes) >= 12
+
+
+def test_a_difference_wins_over_a_death(target):
+    found = verify(target(leak=True, break_at=40), QUICK)
+    assert found.exit_code == report.DIFFERS and found.stopped
+
+
+def test_an_interrupt_keeps_what_was_compared(target):
+    class Impatient(Watcher):
+        def settled(self, axis, left):
+            if axis.name == "late arrivals":
+                raise KeyboardInterrupt
+
+    found = verify(target(), DEFAULT, watcher=Impatient())
+    assert found.exit_code == report.UNCHECKED and "interrupted" in found.stopped
+    assert found.compared > 0 and found.axes[0].state == report.PASSED and found.axes[-1].state == report.LEFT_OUT
+
+
+def test_an_engine_that_does_not_start(target):
+    found = verify(target(refuse={"model": EngineFailed("no memory")}), QUICK)
+    assert found.exit_code == report.UNCHECKED and found.compared == 0 and "no memory" in found.stopped
+
+
+def test_open_seams_are_no_pass(target, arithmetic):
+    made = target()
+    start = made.start
+
+    def opened(options, *, fresh=False):
+        engine = start(options, fresh=fresh)
+        engine.info = msgspec.structs.replace(engine.info, open_seams=("norm.x",))
+        return engine
+
+    made.start = opened
+    found = verify(made, QUICK, only=("batch size",))
+    assert found.exit_code == report.UNCHECKED and "norm.x" in found.verdict[-1]
+
+
+def test_axes_are_chosen_by_name(target):
+    found = verify(target(), QUICK, only=("long prompt", "chunked prefill"))
+    assert [a.name for a in found.axes if a.compared] == ["long prompt", "chunked prefill"]
+    assert found.exit_code == report.INVARIANT
+    with pytest.raises(NoSuchAxis, match="batch size"):
+        verify(target(), QUICK, only=("size",))
+
+
+def test_a_limit_leaves_out_and_says_so(target, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))  # each look is a second
+    made = target()
+    made.options = made.options.but(eager=True)
+    found = verify(made, dataclasses.replace(QUICK, cpu_seconds=60.0))
+    assert found.compared > 0 and not found.complete and found.exit_code == report.UNCHECKED
+    late = [a.name for a in found.axes if a.state == report.OUT_OF_TIME]
+    assert "batch size" not in late and {"preemption", "restart"} <= set(late)
+    said = next(said for said in found.verdict if "lack of time" in said)
+    drawn = page.page(found)
+    assert all(name in said and name in drawn for name in late) and "out of time" in drawn
+    assert "the default level measures it" in said and "out of time" in terminal.plain(found)
+
+
+def test_an_axis_that_was_named_is_never_dropped_for_time(target):
+    level = dataclasses.replace(QUICK, cpu_seconds=0.0)
+    found = verify(target(), level, only=("batch size", "prefix cache off"))
+    assert found.complete and found.exit_code == report.INVARIANT
+
+
+def test_the_smallest_company_is_kept():
+    axis = report.Axis("a", "")
+    for size in (5, 2, 9):
+        company = Setting([Request((1, 2))] * size)
+        axis.add(
+            Case.of("a", f"{size}", Setting.alone(Request((1, 2))), company, Answer([1], [-1.0]), Answer([1], [-1.5]))
+        )
+    axis.settle()
+    assert axis.case.label == "2" and axis.generated == [(0, 3)] and axis.ulps == 2**22

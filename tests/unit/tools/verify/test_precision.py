@@ -1,0 +1,49 @@
+"""The bound that each output is held to: half a unit in the last place, and nothing that is not finite."""
+
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from bi_patch.tools.verify.precision import over  # noqa: E402
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_passes_and_truncation_does_not(dtype):
+    exact = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    nothing = torch.zeros_like(exact)
+    rounded = exact.to(dtype)
+    assert 0.9 < over(rounded, exact, nothing) <= 1
+    lower = torch.nextafter(rounded, torch.zeros_like(rounded))
+    down = torch.where(rounded.double().abs() > exact.abs(), lower, rounded)
+    assert 1.5 < over(down, exact, nothing) <= 2
+
+
+def test_the_last_place_is_that_of_the_value():
+    exact = torch.tensor([1.0, 1.999, 2.0, 1024.0], dtype=torch.float64)
+    half = torch.tensor([2.0**-24, 2.0**-24, 2.0**-23, 2.0**-14], dtype=torch.float64)
+    for value, part in zip(exact.float().double(), half):
+        off = (value + 2 * part).float()[None]
+        assert over(off, value[None], torch.zeros(1, dtype=torch.float64)) == 2
+
+
+@pytest.mark.parametrize(
+    "y, exact, allowed",
+    [
+        (math.nan, 1.0, 1.0),
+        (math.inf, 1.0, 1.0),
+        (1.0, math.nan, 1.0),
+        (1.0, math.inf, math.inf),
+        (1.0, 1.0, math.nan),
+    ],
+)
+def test_what_is_not_finite_fails(y, exact, allowed):
+    given = torch.tensor([0.5, y]), *(torch.tensor([0.5, v], dtype=torch.float64) for v in (exact, allowed))
+    assert over(*given) == math.inf
+
+
+def test_an_error_where_none_is_allowed_fails():
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert over(torch.tensor([0.0, 0.0]), zero, zero) == 0
+    assert over(torch.tensor([0.0, 1e-30]), zero, zero) > 1

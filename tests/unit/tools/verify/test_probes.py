@@ -1,0 +1,94 @@
+"""Every probe on an engine that is made of arithmetic: none is blind, none sees what is not there."""
+
+import pytest
+
+from bi_patch.tools.verify import levels, probes
+from bi_patch.tools.verify.answers import Request
+from bi_patch.tools.verify.engine import Info
+from bi_patch.tools.verify.probes import online
+from bi_patch.tools.verify.probes.scores import has_tie
+
+WORKLOAD = probes.Workload.random(500, long=600, lengths=(3, 40, 70), prefix=40, clients=6)
+
+WITHIN = (*probes.PROBES, *probes.ONLINE_PROBES)
+BLIND = ("decode = prefill", "prompt logprobs")  # the leak is in decoded logprobs only
+
+
+@pytest.mark.parametrize("probe", WITHIN, ids=lambda p: p.name)
+def test_every_probe_passes_an_invariant_engine_and_compares_something(probe, arithmetic):
+    result = probe.run(arithmetic(), WORKLOAD)
+    assert result.axis == probe.name and result.compared > 0 and result.differing == 0 and not result.first
+
+
+@pytest.mark.parametrize("probe", [p for p in WITHIN if p.name not in BLIND], ids=lambda p: p.name)
+def test_every_probe_catches_a_batch_that_leaks(probe, arithmetic):
+    result = probe.run(arithmetic(leak=True), WORKLOAD)
+    assert result.differing > 0 and result.largest > 0 and result.first
+
+
+@pytest.mark.parametrize("cross", probes.CROSS_PROBES, ids=lambda p: p.name)
+def test_cross_probes(cross, arithmetic):
+    base = arithmetic()
+    expected = cross.collect(base, WORKLOAD)
+    changes = cross.changes(base)
+    assert changes
+    for change in changes:
+        other = arithmetic()
+        if cross.name == "preemption":
+            with pytest.raises(probes.NotExercised, match="preemption"):
+                cross.collect(other, WORKLOAD, change)
+            continue
+        result = cross.judge(change, expected, cross.collect(other, WORKLOAD, change))
+        assert result.compared > 0 and result.differing == 0
+
+
+def test_probes_that_cannot_happen_say_so(arithmetic):
+    with pytest.raises(probes.NotExercised):
+        list(probes.prefix_cache(probes.Run(arithmetic(prefix_caching=False), WORKLOAD)))
+    with pytest.raises(probes.NotExercised):
+        list(probes.long_prompt(probes.Run(arithmetic(), probes.Workload.random(500))))
+    assert "off" in named(probes.PROBES, "prefix cache").missing(arithmetic(prefix_caching=False))
+    assert "one device" in named(probes.FEATURE_PROBES, "tensor parallel size").missing(arithmetic())
+
+
+def named(registry, name):
+    return next(probe for probe in registry if probe.name == name)
+
+
+def test_every_difference_keeps_the_pair_that_shows_it(arithmetic):
+    leaking = probes.Run(arithmetic(leak=True), WORKLOAD)
+    for probe in probes.PROBES:
+        for case in probe.cases(leaking):
+            assert case.axis == probe.name and case.label
+            assert case.alone.request.prompt == case.company.request.prompt or case.part == "decode"
+            if case.differs and not case.part:
+                (again,) = [arithmetic(leak=True).generate(case.company.requests)[case.company.index]]
+                assert again.logprobs == case.got.logprobs
+
+
+def test_more_sizes_than_the_engine_holds_are_left_out():
+    info = Info("armed", "", "", "", 1, 16, 500, capture_sizes=(1, 2, 4, 8, 16, 512))
+    assert levels.edges(info, 1000, 264) == [1, 2, 3, 4, 5, 8, 9, 16, 17]
+    assert levels.edges(info, 2, 264) == [2, 3, 16, 17] and levels.edges(info, 0, 264) == ()
+
+
+@pytest.mark.parametrize("level", levels.LEVELS.values(), ids=levels.LEVELS)
+def test_a_level_fits_an_engine_of_any_length(arithmetic, level):
+    for length in (64, 300, 4096):
+        engine = arithmetic()
+        engine.options = engine.options.but(max_model_len=length)
+        load = levels.workload(level, engine, 9)
+        longest = max(map(len, (*load.subjects, *load.fillers, load.prefix, load.long or ())))
+        assert load.subjects and longest + 2 * load.generate + 2 <= length
+        assert max(load.sizes) <= engine.options.max_num_seqs
+
+
+def test_ties_are_seen():
+    assert has_tie([(4, -1.0), (9, -2.0), (3, -1.0)]) and not has_tie([(4, -1.0), (9, -2.0)]) and not has_tie([])
+
+
+def test_clients_ask_for_every_kind():
+    asked = online.asked(256, 2000, 1500, 5)
+    assert len(set(asked)) == 256 and all(isinstance(r, Request) for r in asked)
+    assert {(r.temperature, r.prompt_logprobs) for r in asked} == {(0.0, None), (0.7, None), (1.0, None), (0.0, 1)}
+    assert all(r.seed is not None for r in asked if r.temperature)
