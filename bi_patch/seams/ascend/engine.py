@@ -44,25 +44,6 @@ def _no_warm_up(original):
     return _warm_up_atb
 
 
-def _features(config) -> None:
-    model, parallel = config.model_config, config.parallel_config
-    present = {
-        "pooling models": model is not None and model.runner_type == "pooling",
-        "multimodal models": model is not None and model.is_multimodal_model,
-        "encoder-decoder models": model is not None and model.is_encoder_decoder,
-        "hybrid and state-space models": model is not None and model.is_hybrid,
-        "MLA": model is not None and model.use_mla,
-        "speculative decoding": config.speculative_config is not None,
-        "LoRA": config.lora_config is not None,
-        "KV transfer": config.kv_transfer_config is not None,
-        "data parallelism over 1": parallel.data_parallel_size > 1,
-        "expert parallelism": parallel.enable_expert_parallel,
-        "prefill context parallelism over 1": parallel.prefill_context_parallel_size > 1,
-        "decode context parallelism over 1": parallel.decode_context_parallel_size > 1,
-    }
-    refuse("engine.ascend_features", [name for name, there in present.items() if there])
-
-
 def _options(config) -> None:
     refuse(
         "engine.ascend_options",
@@ -126,6 +107,5 @@ SEAMS = (
 )
 
 POLICIES = (
-    Policy(name="engine.ascend_features", apply=_features, why="no closed seam covers them on Ascend"),
     Policy(name="engine.ascend_options", apply=_options, why="these options take operators that no route serves"),
 )

@@ -3,7 +3,7 @@
 import functools
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams.model import Policy, Seam, Target
+from bi_patch.seams.model import Seam, Target
 
 _MODULE = "vllm.v1.attention.backends.cpu_attn"
 
@@ -92,13 +92,6 @@ def _store(original):
     return do_kv_cache_update
 
 
-def _refuse_cpu(config) -> None:
-    if config.model_config is not None and config.model_config.use_mla:
-        raise UnsupportedFeature(
-            "attention.cpu: MLA has no invariant kernel on CPU. Use a model without MLA, or set BI_PATCH=0"
-        )
-
-
 def _seam(name: str, qualname: str, close, how: str) -> Seam:
     return Seam(
         name=f"attention.cpu_{name}",
@@ -122,5 +115,3 @@ SEAMS = (
     ),
     _seam("store", "CPUAttentionBackendImpl.do_kv_cache_update", _store, "the bundled kernel's cache layout"),
 )
-
-POLICIES = (Policy(name="attention.cpu_mla", apply=_refuse_cpu, why="MLA has no invariant kernel on CPU"),)

@@ -2,9 +2,8 @@
 
 import functools
 
-from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
-from bi_patch.seams.model import Policy, Seam, Target, Variable
+from bi_patch.seams.model import Seam, Target, Variable
 
 
 def _mode(original):
@@ -75,29 +74,6 @@ def _cli(original):
     return main
 
 
-def _refuse_cpu_features(config) -> None:
-    """What no closed seam covers on CPU is refused by name."""
-    model, parallel = config.model_config, config.parallel_config
-    refused = {
-        "pooling models": model is not None and model.runner_type == "pooling",
-        "multimodal models": model is not None and model.is_multimodal_model,
-        "encoder-decoder models": model is not None and model.is_encoder_decoder,
-        "hybrid and state-space models": model is not None and model.is_hybrid,
-        "speculative decoding": config.speculative_config is not None,
-        "LoRA": config.lora_config is not None,
-        "KV transfer": config.kv_transfer_config is not None,
-        "tensor parallelism over 1": parallel.tensor_parallel_size > 1,
-        "pipeline parallelism over 1": parallel.pipeline_parallel_size > 1,
-        "data parallelism over 1": parallel.data_parallel_size > 1,
-    }
-    found = [name for name, present in refused.items() if present]
-    if found:
-        raise UnsupportedFeature(
-            f"engine.features: batch invariance on CPU does not cover {', '.join(found)}. "
-            "Turn it off, or set BI_PATCH=0 to run without bi_patch"
-        )
-
-
 SEAMS = (
     Seam(
         name="engine.cpu_mode",
@@ -140,13 +116,5 @@ VARIABLES = (
         variable="VLLM_USE_V2_MODEL_RUNNER",
         value="0",
         why="the seams of the CPU build are those of model runner V1",
-    ),
-)
-
-POLICIES = (
-    Policy(
-        name="engine.features",
-        apply=_refuse_cpu_features,
-        why="no closed seam covers them on CPU",
     ),
 )

@@ -229,13 +229,6 @@ def _refuse_pages(config) -> None:
         )
 
 
-def _refuse_cuda(config) -> None:
-    if config.model_config is not None and config.model_config.use_mla:
-        raise UnsupportedFeature(
-            "attention.cuda_mla: MLA was not shown to be invariant on CUDA. Use a model without MLA, or set BI_PATCH=0"
-        )
-
-
 def _seam(
     name: str,
     module: str,
@@ -333,11 +326,6 @@ VARIABLES = (
 )
 
 POLICIES = (
-    Policy(
-        name="attention.cuda_mla",
-        apply=_refuse_cuda,
-        why="MLA was not shown to be invariant on CUDA",
-    ),
     Policy(
         name="attention.cuda_pages",
         apply=_refuse_pages,

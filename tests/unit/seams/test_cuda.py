@@ -1,5 +1,6 @@
 """The CUDA seams as declared: every release has its targets and anchors, and what is not covered is refused by name."""
 
+import contextlib
 import dataclasses
 import inspect
 from pathlib import Path
@@ -13,6 +14,7 @@ from packaging.version import Version
 from bi_patch.arming.catalog import CATALOG, plan
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.platforms.releases import BY_PLATFORM
+from bi_patch.seams import active
 from bi_patch.seams.anchors import Anchor
 
 RELEASES = BY_PLATFORM["cuda"]
@@ -128,10 +130,9 @@ def test_a_plain_configuration_passes(change):
         ({"model__is_multimodal_model": True}, "language-model-only"),
         ({"model__runner_type": "pooling"}, "pooling"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
-        ({"model__architectures": ["HrmTextForCausalLM"]}, "HrmTextForCausalLM is not covered"),
+        ({"model__architectures": ["HrmTextForCausalLM"]}, "does not cover HrmTextForCausalLM"),
         ({"model__architectures": ["DeepseekV4ForCausalLM"]}, "kernels of its own"),
         ({"model__architectures": ["CohereForCausalLM"], "compilation__mode": NONE}, "without compilation"),
-        ({"model__architectures": ["Gemma3nForCausalLM"], "compilation__mode": NONE}, "without compilation"),
         (
             {"model__architectures": ["MiniCPMForCausalLM"], "model__hf_text_config": SimpleNamespace(num_experts=8)},
             "experts' tiles",
@@ -170,6 +171,14 @@ def test_what_is_not_covered_is_refused_by_name(change, named):
     with pytest.raises(UnsupportedFeature, match=named):
         for policy in cuda_policies():
             policy.apply(held)
+
+
+@pytest.mark.parametrize(("release", "refused"), [("0.32.0", True), ("0.33.0", False)])
+def test_gemma3n_in_eager_mode_is_refused_before_0_33(release, refused, monkeypatch):
+    monkeypatch.setattr(active, "plan", plan(Version(release), "cuda"))
+    held = config(model__architectures=["Gemma3nForCausalLM"], compilation__mode=NONE)
+    with pytest.raises(UnsupportedFeature, match="without compilation") if refused else contextlib.nullcontext():
+        active.apply_policies(held)
 
 
 @pytest.mark.parametrize("named, kept", [("auto", "xgrammar"), ("guidance", "guidance")])

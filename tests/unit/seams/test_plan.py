@@ -49,7 +49,7 @@ def test_every_plan_holds_the_start_up_check(platform):
 def test_cpu_covers_every_area():
     made = plan(Version("0.32.0"), "cpu")
     areas = {p.seam.area for p in made.seams} | {p.area for p in made.policies}
-    assert {"linear", "norm", "attention", "moe", "sampling", "scheduler", "compilation", "quantization"} <= areas
+    assert {"linear", "norm", "attention", "moe", "sampling", "scheduler", "compilation", "features"} <= areas
 
 
 @pytest.mark.parametrize(

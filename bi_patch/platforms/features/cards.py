@@ -1,0 +1,34 @@
+"""Devices: on which of them bf16 models were measured, and what to do on the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bi_patch.platforms.features.model import Cell, refused, served, untried
+
+
+@dataclass(frozen=True)
+class Card:
+    """name: a kind of device. platform: cpu, cuda or ascend. recipe: options with which a refused device runs."""
+
+    name: str
+    platform: str
+    cell: Cell
+    recipe: str = ""
+
+
+_TRITON = "--attention-backend TRITON_ATTN"
+_NOT_HOPPER = "vLLM takes another FlashAttention than 3 there"
+
+CARDS: tuple[Card, ...] = (
+    Card("NVIDIA H100", "cuda", served("invariance-2026-11-22-h100-vllm-0.33.0.json")),
+    Card("NVIDIA H200", "cuda", served("invariance-2026-11-22-h200-vllm-0.33.0.json")),
+    Card(
+        "NVIDIA A100, A10, L4, L40, RTX 30 and 40", "cuda", refused(_NOT_HOPPER, by="attention.cuda_backend"), _TRITON
+    ),
+    Card("NVIDIA B200 and later", "cuda", refused(_NOT_HOPPER, by="attention.cuda_backend"), _TRITON),
+    Card("x86-64 CPU with AVX512-BF16", "cpu", served("invariance-2026-11-22-cpu-vllm-0.32.0.json")),
+    Card("x86-64 CPU with AMX, or with AVX2", "cpu", untried("the tests cover their kernels")),
+    Card("Ascend 910B, A3 and 950", "ascend", untried("checked without a device; nothing has run on an NPU")),
+    Card("AMD GPUs, Intel XPU, TPU", "", refused("bi_patch has no seams for these builds of vLLM")),
+)

@@ -1,0 +1,241 @@
+"""What a user turns on: parallelism, adapters, speculation, quantization, kinds of models and of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
+
+_CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
+_H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
+_H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
+_WINDOW = "invariance-2026-11-22-h100-seams-vllm-0.26.0.json"
+_H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
+_NO_NPU = "checked without a device; nothing has run on an NPU"
+_NO_SEAM = "no seam covers it yet"
+
+_CACHES = {"cpu": ("auto", "bfloat16", "float16", "float32"), "cuda": ("auto", "bfloat16", "float16")}
+
+
+def _of_model(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:
+    """Asked for where `check` holds for the engine's model."""
+    return lambda config: words if config.model_config is not None and check(config.model_config) else ""
+
+
+def _of_parallel(name: str, words: str, above: int = 1) -> Callable[[Any], str]:
+    """Asked for where a size of the parallel configuration is above a number; a switch counts as 1."""
+    return lambda config: words if int(getattr(config.parallel_config, name, 0) or 0) > above else ""
+
+
+def _given(name: str, words: str) -> Callable[[Any], str]:
+    return lambda config: words if getattr(config, name) is not None else ""
+
+
+def _quantized(config: Any) -> str:
+    model = config.model_config
+    return f"{model.quantization!r} weights" if model is not None and model.quantization is not None else ""
+
+
+def _quantized_cache(config: Any) -> str:
+    kind = getattr(config.cache_config, "cache_dtype", "auto")
+    return "" if kind in _CACHES["cpu"] else f"a {kind!r} KV cache"
+
+
+def _fp32_cache(config: Any) -> str:
+    return "a 'float32' KV cache" if getattr(config.cache_config, "cache_dtype", "auto") == "float32" else ""
+
+
+def _images(model: Any) -> bool:
+    """Whether a model takes images, sound or video; its encoders have no seams."""
+    taken = getattr(model, "multimodal_config", None)
+    return model.is_multimodal_model and not getattr(taken, "language_model_only", False)
+
+
+def _norms_over_ranks(config: Any) -> str:
+    named = any(n.startswith("MiniMaxM2") for n in getattr(config.model_config, "architectures", None) or ())
+    return "norms over ranks" if named and config.parallel_config.tensor_parallel_size > 1 else ""
+
+
+def _everywhere(why: str, todo: str = "") -> dict:
+    cell = refused(why, todo=todo)
+    return {"cpu": cell, "cuda": cell, "ascend": cell}
+
+
+FEATURES: tuple[Feature, ...] = (
+    row(
+        "bf16 weights", short="bf16 models", cpu=served(_CPU), cuda=served(_H100, _H100_NEWEST), ascend=untried(_NO_NPU)
+    ),
+    row("fp16 weights", cpu=untried(), cuda=untried(), ascend=untried(_NO_NPU)),
+    row("fp32 weights", cpu=served(_CPU), cuda=untried(), ascend=untried(_NO_NPU)),
+    row(
+        "greedy and seeded sampling, logprobs, prompt logprobs",
+        cpu=served(_CPU),
+        cuda=served(_H100, _H100_NEWEST),
+        ascend=untried(_NO_NPU),
+        details="Unseeded sampling draws from one generator for all, as in stock vLLM.",
+    ),
+    row(
+        "prefix caching, chunked prefill, preemption",
+        short="prefix caching, chunked prefill, preemption",
+        cpu=served(_CPU),
+        cuda=served(_H100, _H100_NEWEST),
+        ascend=untried(_NO_NPU),
+    ),
+    row(
+        "torch.compile",
+        short="torch.compile",
+        cpu=served(_CPU),
+        cuda=served(_H100, _H100_NEWEST),
+        ascend=untried(_NO_NPU),
+    ),
+    row(
+        "CUDA graphs",
+        cpu=absent(),
+        cuda=served(_H100, _H100_NEWEST),
+        ascend=refused(
+            "full graphs keep the work split of their capture",
+            todo="Use cudagraph_mode PIECEWISE or NONE",
+            by="compilation.ascend_graphs",
+        ),
+    ),
+    row("structured output", cpu=untried("xgrammar only"), cuda=untried("xgrammar only"), ascend=untried(_NO_NPU)),
+    row(
+        "sliding windows",
+        cpu=untried("the tests cover them"),
+        cuda=served(_WINDOW, why="layers with a window run on Triton attention, which is slower"),
+        ascend=untried(_NO_NPU),
+    ),
+    row(
+        "attention sinks",
+        cpu=refused("the bundled CPU attention has none", by="attention.cpu_init"),
+        cuda=untried(),
+        ascend=refused("no route serves them", by="attention.ascend_backend"),
+    ),
+    row(
+        "ALiBi",
+        cpu=refused("the bundled CPU attention has none", by="attention.cpu_init"),
+        cuda=refused("vLLM takes FlashAttention 2 for it", by="attention.cuda_backend"),
+        ascend=refused("no route serves it", by="attention.ascend_backend"),
+    ),
+    row(
+        "tensor parallelism",
+        short="tensor parallelism",
+        cpu=refused("sums over ranks have no fixed order on CPU"),
+        cuda=served(_H200, why="every collective takes its safe form, whose cost was not measured"),
+        ascend=untried(_NO_NPU),
+        asked=_of_parallel("tensor_parallel_size", "tensor parallelism over 1"),
+    ),
+    row(
+        "pipeline parallelism",
+        cpu=refused(_NO_SEAM),
+        cuda=refused(_NO_SEAM),
+        ascend=untried(_NO_NPU),
+        asked=_of_parallel("pipeline_parallel_size", "pipeline parallelism over 1"),
+    ),
+    row(
+        "data parallelism", **_everywhere(_NO_SEAM), asked=_of_parallel("data_parallel_size", "data parallelism over 1")
+    ),
+    row(
+        "expert parallelism",
+        cpu=refused(_NO_SEAM),
+        cuda=refused(_NO_SEAM),
+        ascend=refused(_NO_SEAM),
+        asked=_of_parallel("enable_expert_parallel", "expert parallelism", 0),
+    ),
+    row(
+        "expert load balancing",
+        **_everywhere("experts move between ranks with the load"),
+        asked=_of_parallel("enable_eplb", "expert load balancing", 0),
+    ),
+    row(
+        "decode context parallelism",
+        **_everywhere("it merges parts of a row by rank"),
+        asked=_of_parallel("decode_context_parallel_size", "decode context parallelism over 1"),
+    ),
+    row(
+        "prefill context parallelism",
+        **_everywhere("it merges parts of a row by rank"),
+        asked=_of_parallel("prefill_context_parallel_size", "prefill context parallelism over 1"),
+    ),
+    row(
+        "dual-batch overlap",
+        **_everywhere("it cuts a batch in two by its size"),
+        asked=_of_parallel("enable_dbo", "dual-batch overlap", 0),
+    ),
+    row(
+        "LoRA",
+        short="LoRA",
+        **_everywhere("its products split K by the number of rows"),
+        asked=_given("lora_config", "LoRA"),
+    ),
+    row(
+        "speculative decoding",
+        short="speculative decoding",
+        **_everywhere("accepted drafts take another path than single steps"),
+        asked=_given("speculative_config", "speculative decoding"),
+    ),
+    row(
+        "KV transfer",
+        **_everywhere("keys and values of another engine have no certificate here"),
+        asked=_given("kv_transfer_config", "KV transfer"),
+    ),
+    row(
+        "pooling: embeddings, rerankers, reward heads",
+        short="pooling, rerankers",
+        **_everywhere(_NO_SEAM, "Use a generating model"),
+        asked=_of_model(lambda m: m.runner_type == "pooling", "pooling models"),
+    ),
+    row(
+        "images, sound, video",
+        short="images, sound, video",
+        cpu=refused(_NO_SEAM, todo="Use a text model"),
+        cuda=refused("encoders have no seams", todo="Pass --language-model-only, which turns them off"),
+        ascend=refused(_NO_SEAM, todo="Use a text model"),
+        asked=_of_model(_images, "multimodal inputs"),
+    ),
+    row(
+        "multimodal models as text models (--language-model-only)",
+        cpu=refused(_NO_SEAM, todo="Use a text model"),
+        cuda=untried(),
+        ascend=refused(_NO_SEAM, todo="Use a text model"),
+        asked=_of_model(lambda m: m.is_multimodal_model and not _images(m), "multimodal models"),
+    ),
+    row(
+        "encoder-decoder models",
+        **_everywhere(_NO_SEAM),
+        asked=_of_model(lambda m: m.is_encoder_decoder, "encoder-decoder models"),
+    ),
+    row(
+        "hybrid and state-space models",
+        **_everywhere("chunks of a recurrent state start where an engine step does"),
+        asked=_of_model(lambda m: m.is_hybrid, "hybrid and state-space models"),
+    ),
+    row(
+        "MLA (multi-head latent attention)",
+        **_everywhere("its two forms of attention have different bits"),
+        asked=_of_model(lambda m: m.use_mla, "MLA"),
+    ),
+    row(
+        "quantized weights",
+        **_everywhere("quantized products have no certified order", "Use unquantized weights"),
+        asked=_quantized,
+    ),
+    row(
+        "quantized KV cache",
+        **_everywhere("its attention has no certificate", "Use --kv-cache-dtype auto"),
+        asked=_quantized_cache,
+    ),
+    row(
+        "fp32 KV cache",
+        cpu=served(_CPU),
+        cuda=refused("no attention serves it", todo="Use --kv-cache-dtype auto"),
+        ascend=refused("no attention serves it", todo="Use --kv-cache-dtype auto"),
+        asked=_fp32_cache,
+    ),
+    row(
+        "norms over ranks (MiniMax-M2 with tensor parallelism)",
+        **_everywhere("the norm is summed over ranks"),
+        asked=_norms_over_ranks,
+    ),
+)

@@ -1,0 +1,183 @@
+"""Families of models on each platform. A model is judged by its layers; its name only says what was measured.
+
+The layer or feature that `why` names refuses a family. An architecture that stands in no row starts if every layer is
+covered, and counts as untried.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bi_patch.platforms.features.model import Feature, refused, row, served, untried
+
+_CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
+_H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
+_H100_FIRST = "invariance-2026-11-21-h100-vllm-0.33.0.json"
+_H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
+_H100_DECODE = "invariance-2026-11-22-h100-decode-vllm-0.33.0.json"
+_HYBRID = refused("hybrid: layers with a recurrent state")
+_MLA = refused("MLA")
+_OWN = refused("its package has kernels of its own, chosen by the batch", by="models.cuda")
+_QUANTIZED = refused("published quantized")
+_POOLING = refused("pooling")
+_IMAGES = refused("encoders have no seams", todo="Pass --language-model-only, which turns them off")
+_MULTIMODAL = refused("multimodal models")
+_ASCEND = untried("nothing has run on an NPU")
+
+
+def _architecture(*names: str):
+    """Asked for by an engine of these architectures."""
+
+    def asked(config: Any) -> str:
+        found = getattr(config.model_config, "architectures", None) or ()
+        return next((name for name in found if name in names), "")
+
+    return asked
+
+
+def _compiles_nothing(config: Any) -> bool:
+    mode = getattr(config.compilation_config, "mode", None)
+    return getattr(mode, "name", mode) in ("NONE", 0)
+
+
+def _eager(*names: str):
+    """Asked for by an engine of these architectures for which vLLM compiles nothing (--enforce-eager, -O0)."""
+    named = _architecture(*names)
+    return lambda config: f"{named(config)} without compilation" if named(config) and _compiles_nothing(config) else ""
+
+
+def _experts_of_minicpm(config: Any) -> str:
+    model = config.model_config
+    experts = getattr(getattr(model, "hf_text_config", None), "num_experts", 0)
+    return _architecture("MiniCPMForCausalLM")(config) and "MiniCPM with experts" if experts else ""
+
+
+FAMILIES: tuple[Feature, ...] = (
+    row("Llama 2 and 3", short="Llama", cpu=served(_CPU), cuda=served(_H100, _H100_NEWEST), ascend=_ASCEND),
+    row("Qwen3 dense", short="Qwen3", cpu=served(_CPU), cuda=served(_H100, _H100_DECODE), ascend=_ASCEND),
+    row("Qwen3-MoE", short="Qwen3-MoE", cpu=served(_CPU), cuda=served(_H100_FIRST), ascend=_ASCEND),
+    row("Qwen2.5", cpu=untried(), cuda=served(_H100), ascend=_ASCEND),
+    row("SmolLM2", cpu=served(_CPU), cuda=untried(), ascend=_ASCEND),
+    row("Mistral 7B", cpu=untried(), cuda=served(_H100_FIRST), ascend=_ASCEND),
+    row("Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE", cpu=untried(), cuda=untried(), ascend=_ASCEND),
+    row(
+        "Gemma 1, 2 and 3 (text)",
+        short="Gemma, Phi, Mistral and other dense models",
+        cpu=untried(),
+        cuda=untried(),
+        ascend=_ASCEND,
+    ),
+    row(
+        "Phi-3.5, Phi-4, Granite 3, Granite SWA, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16, Command R7B, PLaMo 3",
+        cpu=untried(),
+        cuda=untried(),
+        ascend=_ASCEND,
+    ),
+    row(
+        "OLMo 1 to 3, SmolLM3, InternLM, Solar, SeedOss, Nemotron dense, MiMo, Bailing, Step",
+        cpu=untried(),
+        cuda=untried(),
+        ascend=_ASCEND,
+    ),
+    row("GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2", cpu=untried(), cuda=untried(), ascend=_ASCEND),
+    row("gpt-oss in bf16", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=untried(), ascend=_ASCEND),
+    row("gpt-oss as published (MXFP4)", cpu=_QUANTIZED, cuda=_QUANTIZED, ascend=_QUANTIZED),
+    row(
+        "FP8, AWQ and GPTQ checkpoints, MiniMax-M2, GLM-4.6 FP8",
+        short="quantized checkpoints, gpt-oss",
+        cpu=_QUANTIZED,
+        cuda=_QUANTIZED,
+        ascend=_QUANTIZED,
+    ),
+    row(
+        "Qwen3-Next, Qwen3.5, Granite 4-H, Nemotron-H and 3, Falcon-H1, Jamba, Zamba2, LFM2, Mamba",
+        short="Qwen3-Next, Qwen3.5, Granite 4-H and other hybrids",
+        cpu=_HYBRID,
+        cuda=_HYBRID,
+        ascend=_HYBRID,
+    ),
+    row(
+        "DeepSeek V2, V3, V3.1 and R1, Kimi K2, GLM-4.7-Flash, MiniCPM3, LongCat",
+        short="DeepSeek and other MLA models",
+        cpu=_MLA,
+        cuda=_MLA,
+        ascend=_MLA,
+    ),
+    row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_MLA, cuda=_OWN, ascend=_MLA),
+    row(
+        "Llama 4, Gemma 3 4B and larger, Qwen-VL and Omni, Mistral-Small 3, InternVL, LLaVA, Pixtral, GLM-V, Phi-3V",
+        cpu=_MULTIMODAL,
+        cuda=_IMAGES,
+        ascend=_MULTIMODAL,
+    ),
+    row(
+        "Gemma 4",
+        cpu=_MULTIMODAL,
+        cuda=refused(
+            "vLLM takes FlashAttention 2 for its heads",
+            by="attention.cuda_backend",
+            todo="Pass --attention-backend TRITON_ATTN and --language-model-only (untried)",
+        ),
+        ascend=_MULTIMODAL,
+    ),
+    row(
+        "BLOOM, MPT (ALiBi)",
+        cpu=refused("ALiBi", by="attention.cpu_init"),
+        cuda=refused("vLLM takes FlashAttention 2 for ALiBi", by="attention.cuda_backend"),
+        ascend=refused("ALiBi", by="attention.ascend_backend"),
+    ),
+    row(
+        "HunYuan, and rotations of type dynamic or longrope on the Transformers backend",
+        cpu=untried(),
+        cuda=refused(
+            "the rotation follows the longest request of the batch",
+            by="models.cuda_rotation",
+            todo="Use --model-impl vllm where vLLM has the model",
+        ),
+        ascend=_ASCEND,
+    ),
+    row(
+        "Whisper and other encoder-decoders",
+        cpu=refused("encoder-decoder models"),
+        cuda=refused("encoder-decoder models"),
+        ascend=refused("encoder-decoder models"),
+    ),
+    row("BERT-like models, embeddings, rerankers, reward heads", cpu=_POOLING, cuda=_POOLING, ascend=_POOLING),
+    row(
+        "HRM text",
+        cpu=untried(),
+        ascend=_ASCEND,
+        asked=_architecture("HrmTextForCausalLM"),
+        cuda=refused(
+            "a preempted request's prompt is computed anew with sight of its answer", todo="Use another model"
+        ),
+    ),
+    row(
+        "Command R and R7B in eager mode",
+        cpu=untried(),
+        ascend=_ASCEND,
+        asked=_eager("CohereForCausalLM", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM"),
+        cuda=refused("its norms are compiled apart then, by the number of tokens", todo="Let vLLM compile the model"),
+    ),
+    row(
+        "Gemma 3n in eager mode",
+        cpu=untried(),
+        ascend=_ASCEND,
+        asked=_eager("Gemma3nForCausalLM"),
+        cuda=(
+            refused(
+                "the number of tokens picks how its standard deviations are summed",
+                todo="Let vLLM compile the model",
+                releases="<0.33",
+            ),
+            untried(),
+        ),
+    ),
+    row(
+        "MiniCPM with experts",
+        cpu=untried(),
+        ascend=_ASCEND,
+        asked=_experts_of_minicpm,
+        cuda=refused("its experts' tiles are not certified", todo="Use another model"),
+    ),
+)

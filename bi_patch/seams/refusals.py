@@ -1,0 +1,25 @@
+"""The rule of a platform that refuses what the feature table does not serve."""
+
+from collections.abc import Collection
+from typing import Any
+
+from packaging.version import Version
+
+from bi_patch.platforms import releases
+from bi_patch.platforms.features import table
+from bi_patch.seams import active
+from bi_patch.seams.model import Policy
+
+
+def policy(platform: str, lifted: Collection[str] = ()) -> Policy:
+    """The policy `features.<platform>`. lifted: rows of the table that it does not look at."""
+
+    def apply(config: Any) -> None:
+        release = active.plan.release if active.plan is not None else Version(releases.BY_PLATFORM[platform][-1])
+        table.check(config, platform, release, lifted)
+
+    return Policy(
+        name=f"features.{platform}",
+        apply=apply,
+        why="a feature that no seam covers would change bits without a word",
+    )

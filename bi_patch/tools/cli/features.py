@@ -1,0 +1,38 @@
+"""`bi-patch features`: what is served, refused or untried, as tables; renews and checks them in pages."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bi_patch.tools.cli import app
+
+
+@app.command()
+def features(
+    pages: Annotated[list[Path] | None, typer.Argument(help="Markdown pages with marks, e.g. README.md.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Renew the tables between the marks of the pages.")] = False,
+) -> None:
+    """Print the feature table; with pages, check that their tables are those of the code (exit 1), or renew them."""
+    from bi_patch.errors import SettingError
+    from bi_patch.tools import marks
+    from bi_patch.tools.features import blocks
+
+    made = blocks()
+    if not pages:
+        if write:
+            raise SettingError("--write needs pages: bi-patch features --write README.md docs/coverage.md")
+        print("\n\n".join(made[name] for name in ("features", "families", "cards", "releases")))
+        return
+    old = {}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        if not marks.held(text, made):
+            raise marks.MarksMissing(f"{page} has no marks of a table; there are {', '.join(made)}")
+        if write:
+            page.write_text(marks.renew(text, made), encoding="utf-8")
+        elif names := marks.stale(text, made):
+            old[page] = names
+    for page, names in old.items():
+        print(f"{page}: {', '.join(names)} differ from the code. Run: bi-patch features --write {page}")
+    raise typer.Exit(1 if old else 0)

@@ -1,0 +1,91 @@
+"""The feature table as Markdown: the README's short table, and the full tables of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from bi_patch.platforms import releases
+from bi_patch.platforms.features import table
+from bi_patch.platforms.features.cards import CARDS
+from bi_patch.platforms.features.engine import FEATURES
+from bi_patch.platforms.features.families import FAMILIES
+from bi_patch.platforms.features.model import REFUSED, SERVED, TITLES, UNTRIED, Cell, Feature
+from bi_patch.platforms.features.versions import VERSIONS
+
+_STATES = {SERVED: "**served**", REFUSED: "refused", UNTRIED: "untried"}
+
+
+def blocks() -> dict[str, str]:
+    """The generated tables by the name of their marks, e.g. `<!-- features -->` and `<!-- /features -->` in a page."""
+    return {
+        "support": _short([row for row in table.ROWS if row.short]),
+        "features": _full(FEATURES, "feature"),
+        "families": _full(FAMILIES, "models"),
+        "cards": _cards(),
+        "releases": _releases(),
+    }
+
+
+def summary(platform: str) -> dict[str, list[str]]:
+    """Names of the rows by their state on a platform, for its newest release."""
+    found: dict[str, list[str]] = {SERVED: [], UNTRIED: [], REFUSED: []}
+    for row in table.ROWS:
+        found.setdefault(row.cell(platform).state, []).append(row.name)
+    return found
+
+
+def _short(rows: Iterable[Feature]) -> str:
+    lines = [[row.short, *(_state(row.cell(platform)) for platform in TITLES)] for row in rows]
+    return _table(["", *TITLES.values()], lines) + "\n\n" + _MEANING
+
+
+_MEANING = (
+    "**served**: measured, with an evidence file under `benchmarks/results/`. untried: every layer is covered and the "
+    "engine starts; nobody measured the whole. refused: the engine stops with the name of the feature before the first "
+    "token."
+)
+
+
+def _full(rows: Sequence[Feature], what: str) -> str:
+    lines = [
+        [row.name, *(_state(row.cell(platform)) for platform in TITLES), "<br>".join(_remarks(row))] for row in rows
+    ]
+    return _table([what, *TITLES.values(), "why, and what to do"], lines)
+
+
+def _remarks(row: Feature) -> list[str]:
+    """What the cells say besides their state, once for all platforms that say the same."""
+    said: dict[str, list[str]] = {}
+    for platform, title in TITLES.items():
+        cell = row.cell(platform)
+        text = ". ".join(filter(None, (cell.why, cell.todo)))
+        for words in filter(None, (text, *(f"evidence: `{file}`" for file in cell.evidence))):
+            said.setdefault(words, []).append(title)
+    remarks = [f"{', '.join(titles)}: {words}" for words, titles in said.items()]
+    return [*remarks, row.details] if row.details else remarks
+
+
+def _cards() -> str:
+    lines = []
+    for card in CARDS:
+        cell = card.cell
+        state = _state(cell) + (f"; runs with `{card.recipe}` (untried)" if card.recipe else "")
+        lines.append([card.name, state, cell.why or ", ".join(f"evidence: `{file}`" for file in cell.evidence)])
+    return _table(["device", "bf16 models", "why"], lines)
+
+
+def _releases() -> str:
+    lines = [
+        [release, *(_state(VERSIONS[p][release]) if release in VERSIONS[p] else "" for p in TITLES)]
+        for release in reversed(releases.ALL)
+    ]
+    return _table(["vLLM", *TITLES.values()], lines) + "\n\nEvery other release is refused."
+
+
+def _state(cell: Cell) -> str:
+    return _STATES.get(cell.state, cell.state)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

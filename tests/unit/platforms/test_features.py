@@ -1,0 +1,166 @@
+"""The feature table: each claim has its evidence, each refusal happens, and configurations without either pass."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from packaging.version import Version
+
+from bi_patch.arming.catalog import CATALOG
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.platforms import releases
+from bi_patch.platforms.features import model, table
+from bi_patch.platforms.features.cards import CARDS
+from bi_patch.platforms.features.engine import FEATURES
+from bi_patch.platforms.features.versions import VERSIONS
+
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+CELLS = [
+    *((f"{row.name}, {platform}", cell) for row in table.ROWS for platform, held in row.cells.items() for cell in held),
+    *((card.name, card.cell) for card in CARDS),
+    *((f"{platform} {release}", cell) for platform, held in VERSIONS.items() for release, cell in held.items()),
+]
+
+
+def config(**changes):
+    """A configuration that asks for nothing, with changes to its parts, e.g. model_quantization="fp8"."""
+    parts = {
+        "model": {
+            "runner_type": "generate",
+            "is_multimodal_model": False,
+            "is_encoder_decoder": False,
+            "is_hybrid": False,
+            "use_mla": False,
+            "quantization": None,
+            "architectures": ["LlamaForCausalLM"],
+            "hf_text_config": SimpleNamespace(),
+        },
+        "parallel": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1},
+        "cache": {"cache_dtype": "auto"},
+        "compilation": {"mode": None},
+    }
+    whole = {"speculative": None, "lora": None, "kv_transfer": None}
+    for name, value in changes.items():
+        part, _, field = name.partition("_")
+        if part in parts:
+            parts[part][field] = value
+        else:
+            whole[name] = value
+    held = {name: SimpleNamespace(**values) for name, values in parts.items()} | whole
+    return SimpleNamespace(**{f"{name}_config": value for name, value in held.items()})
+
+
+def check(platform, release=None, **changes):
+    table.check(config(**changes), platform, Version(release or releases.BY_PLATFORM[platform][-1]))
+
+
+def test_names_are_unique():
+    names = [row.name for row in table.ROWS]
+    assert len(names) == len(set(names))
+
+
+def test_every_row_speaks_of_every_platform_and_release():
+    for row in table.ROWS:
+        for platform, known in releases.BY_PLATFORM.items():
+            for release in known:
+                assert row.cell(platform, Version(release)) is not model.UNKNOWN, (row.name, platform, release)
+    assert {platform: tuple(held) for platform, held in VERSIONS.items()} == releases.BY_PLATFORM
+
+
+@pytest.mark.parametrize("name, cell", CELLS, ids=[name for name, _ in CELLS])
+def test_a_served_cell_has_evidence_of_no_difference(name, cell):
+    assert bool(cell.evidence) == (cell.state == model.SERVED)
+    for file in cell.evidence:
+        found = json.loads((RESULTS / file).read_text())
+        assert found["rows"] and not sum(row["differing"] for row in found["rows"]), file
+
+
+def test_a_refusal_gives_its_reason_and_what_refuses():
+    known = {item.name for item in (*CATALOG.seams, *CATALOG.policies)}
+    for row in table.ROWS:
+        for cell in (cell for held in row.cells.values() for cell in held if cell.state == model.REFUSED):
+            assert cell.why and (not cell.by or cell.by in known), (row.name, cell)
+    for row in FEATURES:
+        refused = [cell for held in row.cells.values() for cell in held if cell.state == model.REFUSED]
+        assert row.asked is not None or all(cell.by for cell in refused), row.name
+
+
+@pytest.mark.parametrize("platform", releases.BY_PLATFORM)
+def test_a_plain_configuration_passes(platform):
+    check(platform)
+    check(platform, cache_cache_dtype="bfloat16")
+    table.check(SimpleNamespace(**(vars(config()) | {"model_config": None})), platform, Version("0.23.0"))
+
+
+@pytest.mark.parametrize("platform", releases.BY_PLATFORM)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_quantization": "awq"}, "'awq' weights"),
+        ({"cache_cache_dtype": "fp8"}, "'fp8' KV cache"),
+        ({"model_use_mla": True}, "MLA"),
+        ({"model_is_hybrid": True}, "hybrid and state-space models"),
+        ({"model_is_encoder_decoder": True}, "encoder-decoder models"),
+        ({"model_runner_type": "pooling"}, "pooling models"),
+        ({"model_is_multimodal_model": True}, "multimodal inputs"),
+        ({"lora": SimpleNamespace()}, "LoRA"),
+        ({"speculative": SimpleNamespace()}, "speculative decoding"),
+        ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
+        ({"parallel_data_parallel_size": 2}, "data parallelism over 1"),
+        ({"parallel_enable_expert_parallel": True}, "expert parallelism"),
+        ({"parallel_enable_eplb": True}, "expert load balancing"),
+        ({"parallel_decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"parallel_enable_dbo": True}, "dual-batch overlap"),
+        (
+            {"parallel_tensor_parallel_size": 2, "model_architectures": ["MiniMaxM2ForCausalLM"]},
+            "norms over ranks",
+        ),
+    ],
+)
+def test_what_is_not_covered_is_refused_by_name(platform, change, said):
+    with pytest.raises(UnsupportedFeature, match=f"features: .*{said}.*BI_PATCH=0"):
+        check(platform, **change)
+
+
+def test_several_refusals_are_named_at_once_with_what_to_do():
+    with pytest.raises(UnsupportedFeature) as caught:
+        check("cuda", lora=SimpleNamespace(), model_quantization="fp8")
+    assert all(
+        said in str(caught.value) for said in ("LoRA", "'fp8' weights", "Use unquantized weights", "Turn it off")
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "change", "refused"),
+    [
+        ("cpu", {"cache_cache_dtype": "float32"}, False),
+        ("cuda", {"cache_cache_dtype": "float32"}, True),
+        ("cpu", {"parallel_tensor_parallel_size": 2}, True),
+        ("cuda", {"parallel_tensor_parallel_size": 4}, False),
+        ("ascend", {"parallel_tensor_parallel_size": 2}, False),
+    ],
+)
+def test_platforms_differ(platform, change, refused):
+    if not refused:
+        check(platform, **change)
+        return
+    with pytest.raises(UnsupportedFeature):
+        check(platform, **change)
+
+
+def test_text_of_a_multimodal_model_is_served_on_cuda_only():
+    text = {
+        "model_is_multimodal_model": True,
+        "model_multimodal_config": SimpleNamespace(language_model_only=True),
+    }
+    check("cuda", **text)
+    with pytest.raises(UnsupportedFeature, match="multimodal models"):
+        check("cpu", **text)
+
+
+def test_a_lifted_row_is_not_looked_at():
+    held = config(model_is_hybrid=True, lora=SimpleNamespace())
+    with pytest.raises(UnsupportedFeature) as caught:
+        table.check(held, "cpu", Version("0.32.0"), lifted=("hybrid and state-space models",))
+    assert "hybrid" not in str(caught.value) and "LoRA" in str(caught.value)
