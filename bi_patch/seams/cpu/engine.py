@@ -38,7 +38,7 @@ def _load(original):
     @functools.wraps(original)
     def load_model(self, *args, **kwargs):
         from bi_patch.ops.cpu import rows
-        from bi_patch.seams import sampling
+        from bi_patch.seams.cpu import sampling
 
         result = original(self, *args, **kwargs)
         sampling.register_rows(self.model_config.get_vocab_size())
