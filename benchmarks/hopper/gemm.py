@@ -89,20 +89,21 @@ def child(mode: str, beginning: str) -> None:
         mask_split_k(torch)
     elif mode == "starved":
         torch.backends.cuda.preferred_blas_library("cublaslt")
+    from bi_patch.ops import bits
     from bi_patch.ops.cuda import linear
 
     rows = []
     for name, n, k, x, weights in problems(torch, ROWS, shapes):
         want = linear.bundled(x, weights[0], None, False)
         got = product(x, weights[0])
-        row = {"shape": name, "n": n, "k": k, "m": len(x), "mode": mode, "differing": linear.unequal(got, want)}
+        row = {"shape": name, "n": n, "k": k, "m": len(x), "mode": mode, "differing": bits.differing(got, want)}
         row["us"] = time_calls([lambda x=x, w=w: product(x, w) for w in weights])
         if mode == "served":
             route = linear.routes()[linear.Problem(n, k, x.dtype, False)]
             first = route.gemm.offers(len(x))[0]
             row["first_us"] = time_calls([partial(linear._vendor, route.gemm, first, x, w, None) for w in weights])
             mine = linear.bundled(x, weights[0], None, True)
-            row["bundled_differing"] = linear.unequal(mine, want)
+            row["bundled_differing"] = bits.differing(mine, want)
             row["bundled_us"] = time_calls([lambda x=x, w=w: linear.bundled(x, w, None, True) for w in weights])
         rows.append(row)
     print(json.dumps(rows))

@@ -72,7 +72,7 @@ def compile_tile(tile: tuple) -> tuple[tuple, str]:
     import torch
 
     from bi_patch.kernels.triton import gemm
-    from bi_patch.ops.cuda.linear import unequal
+    from bi_patch.ops import bits
 
     torch.manual_seed(0)
     x, weight = (torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16) for m in (300, 1024))
@@ -80,7 +80,7 @@ def compile_tile(tile: tuple) -> tuple[tuple, str]:
         got = gemm.gemm(x, weight, None, gemm.Tile(*tile))
     except Exception as error:  # too much shared memory, for one
         return tile, f"{type(error).__name__}: {str(error)[:120]}"
-    return tile, "other bits" if unequal(got, gemm.gemm(x, weight, None, gemm.REFERENCE)) else ""
+    return tile, "other bits" if bits.differing(got, gemm.gemm(x, weight, None, gemm.REFERENCE)) else ""
 
 
 def main() -> None:

@@ -1,17 +1,29 @@
-"""Certificates: recorded evidence that a route keeps an order, kept on disk and made again when anything changes.
+"""Certificates: recorded evidence that a kernel keeps an order, kept on disk and made again when anything changes.
 
 One JSON file a certificate, named by the digest of its key and sealed with a digest of its contents: a file that is
 cut short, edited, or made for another key is not believed. Writing replaces the file in one step.
+
+A certificate fails in one way, on every platform and for every operation:
+
+- A certificate fails when an element differs, or when making the certificate raises an error.
+- Where another kernel keeps the order by construction, that kernel serves. The log has one warning, which names the
+  operation, the problem and the first difference or the error (`obtain`).
+- Where there is no other kernel, the engine stops with CertificateFailed, which names every failure (`require`).
 """
 
 import hashlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 
 from bi_patch import files
+from bi_patch.errors import CertificateFailed
+
+_log = logging.getLogger("vllm.bi_patch")
+_warned: set[str] = set()
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -110,12 +122,46 @@ def save(folder: Path, certificate: Certificate) -> None:
     files.write_json(path(folder, certificate.key), _Sealed(_seal(certificate), certificate))
 
 
-def obtain(folder: Path, key: Key, make: Callable[[], Certificate]) -> Certificate:
-    """The certificate on disk, or a new one from `make`, which is then kept."""
-    found = load(folder, key)
-    if found is not None:
-        return found
-    certificate = make()
+def obtain(
+    folder: Path, key: Key, make: Callable[[], Certificate], *, instead: str = "", anew: bool = False
+) -> Certificate:
+    """The certificate on disk, or a new one from `make`, which is then kept.
+
+    An error in `make` is a failed certificate, which is not kept: the next start tries again. instead: the kernel that
+    serves where the certificate fails, for the log's warning; without one, hand the certificate to `require`.
+    anew: do not believe the disk.
+    """
+    certificate = None if anew else load(folder, key)
+    if certificate is None:
+        certificate = _made(folder, key, make)
+    if not certificate.passed and instead and key.digest() not in _warned:
+        _warned.add(key.digest())
+        first = certificate.evidence.first
+        _log.warning("bi_patch: %s %s is not certified (%s): %s serves", key.operation, key.problem, first, instead)
+    return certificate
+
+
+def require(made: Iterable[Certificate]) -> None:
+    """For operations that no other kernel can serve: raise CertificateFailed, naming each that failed."""
+    failed = [certificate for certificate in made if not certificate.passed]
+    if failed:
+        lines = "\n".join(f"  {c.key.operation} {c.key.problem}: {c.evidence.first}" for c in failed)
+        raise CertificateFailed(
+            f"{len(failed)} operation(s) change a row's bits with the number of rows on this machine, or could not be "
+            f"compared:\n{lines}\nThere is no bundled kernel for them. Please report this with the output of "
+            "`bi-patch certify`; BI_PATCH=0 runs without bi_patch"
+        )
+
+
+def _made(folder: Path, key: Key, make: Callable[[], Certificate]) -> Certificate:
+    start = time.perf_counter()
+    try:
+        certificate = make()
+    except Exception as error:  # whatever it is, there is no evidence
+        _log.debug("bi_patch: %s %s: no certificate", key.operation, key.problem, exc_info=True)
+        said = str(error) or "no message"
+        evidence = Evidence([], 0, 0, f"{type(error).__name__}: {said}")
+        return Certificate(key, "", False, [], evidence, round(time.perf_counter() - start, 3), today())
     save(folder, certificate)
     return certificate
 

@@ -65,7 +65,8 @@ class Seam(_Declared):
     how: what takes its place. until: when it can go. close: original -> replacement (imports torch and vLLM only when
     called). causes: numbers of docs/causes.md. required: the engine must not start while it is open; an optional seam
     that is open only shows in `bi-patch status`. serves: vLLM's layers, by the name of a class in their ancestry, whose
-    operations this seam answers for.
+    operations this seam answers for. op: the module of ops/ that computes for this seam, where the seam's own
+    code may no longer be on the stack by then.
     """
 
     targets: tuple[Target, ...]
@@ -75,6 +76,7 @@ class Seam(_Declared):
     required: bool = True
     causes: tuple[int, ...] = ()
     serves: tuple[str, ...] = ()
+    op: str = ""
 
     def target(self, release: Version) -> Target | None:
         """The seam's place in `release`, or None where that release does not have it."""

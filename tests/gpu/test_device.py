@@ -41,6 +41,7 @@ def test_linear(dtype, bias, tmp_path):
 
 def test_linear_by_the_fastest_algorithm(tmp_path):
     """A size for which the library's first offer is not always the fastest: the reference's bits, and no time lost."""
+    from bi_patch.ops import bits
     from bi_patch.ops.cuda import linear, machine, timing
     from bi_patch.ops.zero_sums import cancelling
 
@@ -56,15 +57,15 @@ def test_linear_by_the_fastest_algorithm(tmp_path):
     weight[1::2].abs_().mul_(0.125)
     want = linear.bundled(x, weight, None, False)
     for m in range(1, rows + 1):
-        assert not linear.unequal(torch.ops.bi_patch.linear(x[:m], weight, None), want[:m]), m
+        assert not bits.differing(torch.ops.bi_patch.linear(x[:m], weight, None), want[:m]), m
     if not machine.vendor_allowed():
         return
     assert certificate.passed and 192 in certificate.preferred
     route = linear.routes()[problem]
     weights = [weight.clone() for _ in range(2 * machine.cache_bytes() // weight.nbytes + 1)]
     ways = [
-        [lambda w=w, plan=plan: linear._vendor(route.gemm, plan, x[:192], w, None) for w in weights]
-        for plan in (route.gemm.offers(192)[0], route.plan(192))
+        [lambda w=w, offer=offer: linear._vendor(route.gemm, offer, x[:192], w, None) for w in weights]
+        for offer in (route.gemm.offers(192)[0], route.algorithm(192))
     ]
     first, served = timing.microseconds(ways)
     assert served <= 1.1 * first, (served, first)
@@ -74,8 +75,8 @@ def test_linear_by_the_fastest_algorithm(tmp_path):
 def test_every_bundled_tile(dtype, bias):
     """Each variant that `choose` may name, on sizes that fill no tile, against the reference variant."""
     from bi_patch.kernels.triton import gemm
+    from bi_patch.ops import bits
     from bi_patch.ops.cuda import machine
-    from bi_patch.ops.cuda.linear import unequal
 
     limits = machine.shared_memory(), machine.processors()
     weight = torch.randn(1032, 1544, device="cuda", dtype=dtype) / 40
@@ -92,10 +93,10 @@ def test_every_bundled_tile(dtype, bias):
     assert not machine.vendor_allowed() or tiles >= {gemm.fit(tile, 2, limits[0]) for tile in gemm.WAVES}
     for tile in tiles:
         for m in (1, 7, 64, 100, 300, 4100):
-            assert not unequal(gemm.gemm(x[:m], weight, held, tile), want[:m]), (tile, m)
+            assert not bits.differing(gemm.gemm(x[:m], weight, held, tile), want[:m]), (tile, m)
     for first, rest in itertools.pairwise(sorted(tiles)):
         parts = gemm.Part(first, 256), gemm.Part(rest, 1032)
-        assert not unequal(gemm.product(x[:300], weight, held, parts), want[:300]), parts
+        assert not bits.differing(gemm.product(x[:300], weight, held, parts), want[:300]), parts
 
 
 def test_norm_and_rotation():

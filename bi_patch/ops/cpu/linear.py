@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bi_patch.errors import CertificateFailed
-from bi_patch.ops import certificates
+from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
-from bi_patch.ops.cpu import machine
+from bi_patch.ops.cpu import certify, machine
+from bi_patch.ops.registration import define
 
 if TYPE_CHECKING:
     import torch
@@ -67,23 +67,26 @@ _layers: list[Linear] = []
 
 
 def route(
-    weight: torch.Tensor, bias: torch.Tensor | None, vendor: Vendor, layer: torch.nn.Module, cache: Path
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    vendor: Vendor,
+    layer: torch.nn.Module,
+    cache: Path,
+    library: str,
 ) -> Vendor:
     """The certified route of one layer as a function (x, weight, bias) -> x @ weight.T + bias.
 
     weight: [N, K], as loaded. bias: [N] or None, as loaded. vendor: the library's GEMM, set up on this weight.
-    layer: holds the parameters that `vendor` is called with. Raises CertificateFailed without bundled kernels.
+    layer: holds the parameters that `vendor` is called with. library: the vendor's version. Raises CertificateFailed
+    where the bundled kernels cannot be built.
     """
     import torch
 
     machine.load_kernels(cache)
     n, k = weight.shape
     packed = torch.ops.bi_cpu.gemm_pack(weight)
-    certificate = certificates.obtain(
-        cache,
-        key(n, k, weight.dtype, bias is not None),
-        lambda: _certify(weight, packed, bias, vendor, layer),
-    )
+    asked = key(n, k, weight.dtype, bias is not None, library)
+    certificate = certify.certify_linear(cache, asked, lambda: _certify(asked, weight, packed, bias, vendor, layer))
     linear = Linear(packed, n, k, vendor, layer.weight, _worthwhile(certificate))
     if not linear.vendor_rows:
         return lambda x, weight, bias: _bundled(x, packed, n, k, bias)
@@ -99,10 +102,10 @@ def route(
     return apply
 
 
-def key(n: int, k: int, dtype: torch.dtype, bias: bool) -> Key:
+def key(n: int, k: int, dtype: torch.dtype, bias: bool, library: str) -> Key:
     """What a linear's certificate is valid for."""
     problem = f"N={n} K={k} {str(dtype).removeprefix('torch.')}{' bias' if bias else ''}"
-    return Key(OPERATION, problem, machine.device(), machine.libraries(), machine.kernels_digest(), DATA)
+    return Key(OPERATION, problem, machine.device(), machine.libraries(library), machine.kernels_digest(), DATA)
 
 
 def revealing(weight: torch.Tensor, rows: int) -> torch.Tensor:
@@ -121,25 +124,25 @@ def revealing(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return (x - x @ span @ span.T).to(weight.dtype)
 
 
-def _certify(weight, packed, bias, vendor, layer) -> Certificate:
+def _certify(asked: Key, weight, packed, bias, vendor, layer) -> Certificate:
     """Compare the library with the bundled GEMM, bitwise, for every M that it may be given."""
     import torch
 
     start = time.perf_counter()
-    (n, k), dtype = weight.shape, weight.dtype
+    n, k = weight.shape
     x = revealing(weight, ROWS[-1])
     held = None if bias is None else layer.bias
     # A bias would cover sums near zero, so one of zeros is compared beside the layer's own.
     biases = [(bias, held)] if bias is None else [(bias, held), (torch.zeros_like(bias), torch.zeros_like(held))]
     wants = [(torch.ops.bi_cpu.gemm(x, packed, n, k, own), given) for own, given in biases]
     if not all(bool(torch.isfinite(want.float()).all()) for want, _ in wants):
-        raise CertificateFailed(f"{OPERATION} N={n} K={k}: the weights give values that are not finite")
+        raise ArithmeticError("the weights give values that are not finite")
     compared, differing, first, passed = 0, 0, "", []
     for m in ROWS:
         unequal = tried = 0
         for at, (want, given) in itertools.product(_places(m), wants):
             got, expected = vendor(x[at : at + m], layer.weight, given), want[at : at + m]
-            unequal += int((got.view(_bits(dtype)) != expected.view(_bits(dtype))).sum())
+            unequal += bits.differing(got, expected)
             tried += got.numel()
         compared, differing = compared + tried, differing + unequal
         if unequal:
@@ -151,7 +154,7 @@ def _certify(weight, packed, bias, vendor, layer) -> Certificate:
         "bundled": {str(m): _time(lambda m=m: torch.ops.bi_cpu.gemm(x[:m], packed, n, k, bias)) for m in TIMED},
     }
     return Certificate(
-        key(n, k, dtype, bias is not None),
+        asked,
         "library" if passed else "bundled",
         differing == 0,
         passed,
@@ -170,6 +173,8 @@ def _places(m: int) -> list[int]:
 
 def _worthwhile(certificate: Certificate) -> frozenset[int]:
     """The certified M at which the library is faster, judged at the nearest timed M."""
+    if not certificate.passed_rows:
+        return frozenset()
     library, bundled = certificate.microseconds["library"], certificate.microseconds["bundled"]
     faster = {int(m): library[m] < bundled[m] * _FASTER for m in library}
     chosen = set()
@@ -191,25 +196,11 @@ def _time(call: Callable[[], object], seconds: float = 0.01) -> float:
     return round(best * 1e6, 1)
 
 
-def _bits(dtype: torch.dtype) -> torch.dtype:
-    import torch
-
-    return {4: torch.int32, 2: torch.int16}[dtype.itemsize]
-
-
 def _define_op() -> None:
     """torch.ops.bi_patch.cpu_linear: the route as one opaque operation for compiled code."""
-    import torch
-
-    if hasattr(torch.ops.bi_patch, "cpu_linear"):
-        return
-    global _library
-    _library = torch.library.Library("bi_patch", "FRAGMENT")
-    _library.define("cpu_linear(Tensor x, Tensor? bias, int handle, int n) -> Tensor")
-    _library.impl("cpu_linear", lambda x, bias, handle, n: _layers[handle](x, bias), "CPU")
-    torch.library.register_fake(
-        "bi_patch::cpu_linear", lambda x, bias, handle, n: x.new_empty((*x.shape[:-1], n)), lib=_library
+    define(
+        "cpu_linear(Tensor x, Tensor? bias, int handle, int n) -> Tensor",
+        lambda x, bias, handle, n: _layers[handle](x, bias),
+        "CPU",
+        lambda x, bias, handle, n: x.new_empty((*x.shape[:-1], n)),
     )
-
-
-_library: torch.library.Library | None = None

@@ -46,13 +46,11 @@ def device() -> str:
     return f"{model}, {amx}, {_isa}, {torch.get_num_threads()} threads"
 
 
-@functools.cache
-def libraries() -> str:
-    """Versions of the libraries whose CPU kernels can be a route."""
+def libraries(library: str) -> str:
+    """Versions of the libraries whose CPU kernels are certified: `library`, e.g. "vllm 0.33.0", and PyTorch."""
     import torch
-    from vllm.version import __version__ as vllm_version
 
-    return f"vllm {vllm_version}, torch {torch.__version__}"
+    return f"{library}, torch {torch.__version__}"
 
 
 def kernels_digest() -> str:

@@ -1,7 +1,8 @@
 """Row certificates: kernels that are kept as they are must give each row the same bits for every number of rows.
 
-Layers register while the model is built; once its weights are loaded every distinct operation is run on random rows,
-alone and among others, and compared bitwise. A failure has no bundled kernel to fall back to and stops the engine.
+Layers register while the model is built. Once the weights are loaded, every distinct operation is run on random rows,
+alone and among others, and compared bitwise (bi_patch.ops.cpu.certify). No bundled kernel can take the place of an
+operation that fails, so the engine stops.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bi_patch.errors import CertificateFailed
-from bi_patch.ops import certificates
+from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
 from bi_patch.ops.cpu import machine
 
@@ -47,45 +46,34 @@ def register(check: RowCheck) -> None:
     _registered.setdefault((check.operation, check.problem), check)
 
 
-def certify_registered(cache: Path) -> list[Certificate]:
-    """Certify everything that was registered. Raises CertificateFailed, naming each operation that failed."""
-    import torch
-
-    machine.load_kernels(cache)
-    made = []
-    with torch.inference_mode():
-        for check in _registered.values():
-            key = Key(
-                check.operation, check.problem, machine.device(), machine.libraries(), machine.kernels_digest(), DATA
-            )
-            made.append(certificates.obtain(cache, key, lambda c=check, k=key: _certify(c, k)))
+def take_registered() -> list[RowCheck]:
+    """Every check that was registered, in that order; none is left."""
+    taken = list(_registered.values())
     _registered.clear()
-    failed = [c for c in made if not c.passed]
-    if failed:
-        lines = "\n".join(f"  {c.key.operation} {c.key.problem}: {c.evidence.first}" for c in failed)
-        raise CertificateFailed(
-            f"{len(failed)} operation(s) change a row's bits with the number of rows on this machine:\n{lines}\n"
-            "There is no bundled kernel for them. Please report this with the output of `bi-patch certify`; "
-            "BI_PATCH=0 runs without bi_patch"
-        )
-    return made
+    return taken
 
 
-def _certify(check: RowCheck, key: Key) -> Certificate:
+def key(check: RowCheck, library: str) -> Key:
+    """What a check's certificate is valid for. library: the version of what runs, e.g. "vllm 0.33.0"."""
+    libraries, digest = machine.libraries(library), machine.kernels_digest()
+    return Key(check.operation, check.problem, machine.device(), libraries, digest, DATA)
+
+
+def certificate(check: RowCheck, key: Key) -> Certificate:
+    """Run a check: each number of rows among others, taken at many places, against the same rows of the largest run."""
     import torch
 
     start = time.perf_counter()
-    torch_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    inputs = check.make(max(check.rows))
-    torch.set_rng_state(torch_state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inputs = check.make(max(check.rows))
     want = check.run(*(t.clone() for t in inputs))
     compared, differing, first, passed = 0, 0, "", []
     for m in check.rows:
         unequal = 0
         for at in _places(m, max(check.rows)):
             got = check.run(*(t[at : at + m].clone() for t in inputs))
-            unequal += sum(_unequal(g, w[at : at + m]) for g, w in zip(got, want, strict=True))
+            unequal += sum(bits.differing(g, w[at : at + m]) for g, w in zip(got, want, strict=True))
             compared += sum(g.numel() for g in got)
         differing += unequal
         if unequal:
@@ -102,14 +90,6 @@ def _places(rows: int, of: int) -> list[int]:
     last = of - rows
     count = min(_PLACES, -(-of // rows))
     return sorted({last * i // max(1, count - 1) for i in range(count)})
-
-
-def _unequal(a: torch.Tensor, b: torch.Tensor) -> int:
-    """Elements whose bits differ (NaN equals the same NaN, 0.0 differs from -0.0)."""
-    import torch
-
-    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
-    return int((a.contiguous().view(bits) != b.contiguous().view(bits)).sum())
 
 
 def register_norm(layer: torch.nn.Module, size: int) -> None:
@@ -156,13 +136,11 @@ def register_moe(experts: object, layer: torch.nn.Module) -> None:
     config = experts.moe_config
     hidden, count, top_k = config.hidden_dim, config.num_experts, config.experts_per_token
     dtype = config.in_dtype
-    if layer.w13_weight.dtype != dtype:
-        raise CertificateFailed(
-            f"cpu.moe: {type(experts).__name__} holds {layer.w13_weight.dtype} weights for {dtype} rows, for which no "
-            "certificate can be made. Use unquantized weights of the model's dtype, or set BI_PATCH=0"
-        )
 
     def make(m):
+        held = layer.w13_weight.dtype
+        if held != dtype:
+            raise TypeError(f"{held} weights for {dtype} rows; use unquantized weights of the model's dtype")
         scores = torch.rand(m, count)
         weights, ids = scores.topk(top_k)
         return torch.randn(m, hidden).to(dtype), weights, ids.to(torch.int32)

@@ -7,15 +7,13 @@ with prefill itself: one long prompt is prefilled, then the last token of each o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from bi_patch.ops import certificates
+from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Key, Tally
 from bi_patch.ops.cuda import machine
-from bi_patch.ops.cuda.linear import unequal
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +26,6 @@ _ODD_SCALE = 168**-0.5
 _PROMPT, _SEVERAL = 7300, 5
 # Beginnings around the ends of tiles, and others.
 _LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 5000, 6200, _PROMPT})
-_log = logging.getLogger("vllm.bi_patch")
 _certified: dict[Problem, bool] = {}
 
 # (q [tokens, heads, D], k and v [pages, page size, key heads, D], pages [1, most], scale) -> out, of q's shape: causal
@@ -56,12 +53,10 @@ def serves(problem: Problem) -> bool:
 def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Certificate | None:
     """Compare the bundled kernel with `prefill`; `library` names the version of prefill's.
 
-    It takes a tenth of a second, so every process makes it anew: an old one could be about another build of either.
-    Returns None for a problem that was seen before or that the kernel does not have; `serves` is then as before or
-    False.
+    The comparison takes a tenth of a second, so every process makes the certificate anew: the one on disk could be
+    about another build of either kernel. Returns None for a problem that this process has seen before, and for one that
+    the bundled kernel does not have; prefill's kernel then decodes, as it does where the certificate fails.
     """
-    import torch
-
     from bi_patch.kernels.cuda import decode
 
     if problem in _certified:
@@ -77,19 +72,10 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
         machine.kernels_digest("cuda"),
         DATA,
     )
-    try:
-        # Compiled and loaded now, not when a graph is captured.
-        heads, key_heads, head_size, dtype = problem
-        decode.prepare(heads, key_heads, head_size, dtype, torch.cuda.current_device())
-        certificate = _certify(problem, prefill, key)
-        certificates.save(cache, certificate)
-    except Exception as error:  # what serves without it is slower and no less invariant
-        said = f"{type(error).__name__}: {error}"
-        _log.warning("bi_patch: no decode kernel for %s, prefill's serves: %s", problem, said)
-        return None
+    certificate = certificates.obtain(
+        cache, key, lambda: _certify(problem, prefill, key), instead="prefill's kernel", anew=True
+    )
     _certified[problem] = certificate.passed
-    if not certificate.passed:
-        _log.warning("bi_patch: %s: %s; prefill's kernel decodes", problem, certificate.evidence.first)
     return certificate
 
 
@@ -114,6 +100,8 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
 
     tally = Tally(_LENGTHS)
     heads, key_heads, size, dtype = problem
+    device = torch.cuda.current_device()
+    decode.prepare(heads, key_heads, size, dtype, device)  # compiled and loaded now, not when a graph is captured
     generator = torch.Generator("cuda").manual_seed(size)
 
     def random(*shape: int) -> torch.Tensor:
@@ -140,10 +128,10 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     for what, q, k, v, pages, scale in layouts():
         want = prefill(q, k, v, pages, scale)[rows]
         held = pages.expand(len(lengths), -1)
-        for parts in decode.parts_on(problem.head_size, torch.cuda.current_device()):
+        for parts in decode.parts_on(size, device):
             got = torch.empty_like(want)
             decode.attend(q[rows], k, v, got, starts, lengths, held, scale, parts)
-            wrong = unequal(got, want)
+            wrong = bits.differing(got, want)
             said = f"{what} scores, {parts} parts: {wrong} of {got.numel()} elements differ from prefill"
             tally.add(got.numel(), wrong, said)
     return tally.certificate(key, "bundled decode")

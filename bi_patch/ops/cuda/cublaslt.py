@@ -31,13 +31,13 @@ ALIGNMENT = 16
 _OFFERS = 8  # at most so many answers are asked for
 
 
-class _Algo(ctypes.Structure):
+class _Opaque(ctypes.Structure):
     _fields_ = (("data", c_uint64 * 8),)
 
 
 class _Result(ctypes.Structure):
     _fields_ = (
-        ("algo", _Algo),
+        ("algorithm", _Opaque),
         ("workspace", c_size_t),
         ("state", c_int),
         ("waves", c_float),
@@ -58,13 +58,17 @@ class Kind(NamedTuple):
     cluster: int
 
 
-class Plan:
-    """A problem with a number of rows and the algorithm for it. Pointers are given with each call."""
+class Algorithm:
+    """One of the library's algorithms for a problem with a number of rows. Pointers are given with each call.
 
-    __slots__ = ("algo", "kind", "out", "x")
+    x, out: the library's layouts of these matrices. opaque: the algorithm as the library writes it down. kind: its
+    configuration.
+    """
 
-    def __init__(self, x: c_void_p, out: c_void_p, algo: _Algo, kind: Kind):
-        self.x, self.out, self.algo, self.kind = x, out, algo, kind
+    __slots__ = ("kind", "opaque", "out", "x")
+
+    def __init__(self, x: c_void_p, out: c_void_p, opaque: _Opaque, kind: Kind):
+        self.x, self.out, self.opaque, self.kind = x, out, opaque, kind
 
 
 class Gemm:
@@ -87,7 +91,7 @@ class Gemm:
         self._alpha, self._beta = c_float(1.0), c_float(0.0)
         self._preference = self._request()
 
-    def offers(self, rows: int) -> list[Plan]:
+    def offers(self, rows: int) -> list[Algorithm]:
         """The library's algorithms for a number of rows, best guess first, one of a kind; empty where all split K.
 
         Every call asks the library anew.
@@ -98,17 +102,17 @@ class Gemm:
         code = self._library.cublasLtMatmulAlgoGetHeuristic(
             self._handle, self._desc, self._weight, x, out, out, self._preference, _OFFERS, results, byref(count)
         )
-        plans: dict[Kind, Plan] = {}
+        offered: dict[Kind, Algorithm] = {}
         for result in results[: 0 if code else count.value]:
             if result.state or result.workspace:
                 continue
-            kind = self._kind(result.algo)
-            if kind.split_k <= 1 and not kind.reduction and kind not in plans:
+            kind = self._kind(result.algorithm)
+            if kind.split_k <= 1 and not kind.reduction and kind not in offered:
                 # A copy: a result is a part of the array and would keep all of it.
-                plans[kind] = Plan(x, out, _Algo.from_buffer_copy(result.algo), kind)
-        return list(plans.values())
+                offered[kind] = Algorithm(x, out, _Opaque.from_buffer_copy(result.algorithm), kind)
+        return list(offered.values())
 
-    def __call__(self, plan: Plan, x: int, weight: int, bias: int | None, out: int, stream: int) -> None:
+    def __call__(self, algorithm: Algorithm, x: int, weight: int, bias: int | None, out: int, stream: int) -> None:
         """Enqueue the product on `stream`; x, weight, bias and out are device addresses."""
         if bias is not None:
             self._set(_DESC_BIAS, c_void_p(bias))
@@ -119,13 +123,13 @@ class Gemm:
             c_void_p(weight),
             self._weight,
             c_void_p(x),
-            plan.x,
+            algorithm.x,
             byref(self._beta),
             c_void_p(out),
-            plan.out,
+            algorithm.out,
             c_void_p(out),
-            plan.out,
-            byref(plan.algo),
+            algorithm.out,
+            byref(algorithm.opaque),
             None,
             c_size_t(0),
             c_void_p(stream),
@@ -133,8 +137,8 @@ class Gemm:
         if code:
             self._check(code, "cublasLtMatmul")
 
-    def _kind(self, algo: _Algo) -> Kind:
-        known = self._kinds.get(bytes(algo))
+    def _kind(self, opaque: _Opaque) -> Kind:
+        known = self._kinds.get(bytes(opaque))
         if known is not None:
             return known
         values = {}
@@ -142,11 +146,11 @@ class Gemm:
             value, written = c_uint32(), c_size_t()
             size = 2 if name in _SHORT else 4
             code = self._library.cublasLtMatmulAlgoConfigGetAttribute(
-                byref(algo), attribute, byref(value), c_size_t(size), byref(written)
+                byref(opaque), attribute, byref(value), c_size_t(size), byref(written)
             )
             self._check(code, f"algorithm attribute {name}")
             values[name] = value.value
-        kind = self._kinds[bytes(algo)] = Kind(**values)
+        kind = self._kinds[bytes(opaque)] = Kind(**values)
         return kind
 
     def _layout(self, rows: int, cols: int) -> c_void_p:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from bi_patch.ops.cuda.cublaslt import Kind, Plan
+from bi_patch.ops.cuda.cublaslt import Algorithm, Kind
 
 # Where the number of tiles of common sizes changes.
 _TIMED = (1, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048, 4096, 8192)
@@ -20,7 +20,7 @@ def timed_rows(limit: int) -> list[int]:
     return sorted({*(m for m in _TIMED if m < limit), limit})
 
 
-def prefer(offers: Mapping[int, Sequence[Plan]], times: Mapping[int, Sequence[float]]) -> dict[int, Kind]:
+def prefer(offers: Mapping[int, Sequence[Algorithm]], times: Mapping[int, Sequence[float]]) -> dict[int, Kind]:
     """The kind to take at each M up to the last timed one, ascending.
 
     offers: by M, in the library's order. times: of each offer by M, in one unit; M with a single offer need none.
@@ -31,41 +31,42 @@ def prefer(offers: Mapping[int, Sequence[Plan]], times: Mapping[int, Sequence[fl
 
 
 def choose(
-    rows: int, offers: Sequence[Plan], preferred: Mapping[int, Kind], may: Callable[[Kind], bool]
-) -> Plan | None:
+    rows: int, offers: Sequence[Algorithm], preferred: Mapping[int, Kind], may: Callable[[Kind], bool]
+) -> Algorithm | None:
     """The offer that serves `rows`, of a kind that `may`; None where there is no such offer.
 
     It is of the kind preferred at the least M that is not below `rows`, else the first.
     """
-    able = [plan for plan in offers if may(plan.kind)]
+    able = [offer for offer in offers if may(offer.kind)]
     above = min((m for m in preferred if m >= rows), default=None)
     kind = None if above is None else preferred[above]
-    return next((plan for plan in able if plan.kind == kind), able[0] if able else None)
+    return next((offer for offer in able if offer.kind == kind), able[0] if able else None)
 
 
 def compare(
-    offers: Mapping[int, Sequence[Plan]],
+    offers: Mapping[int, Sequence[Algorithm]],
     preferred: Mapping[int, Kind],
-    differs: Callable[[int, Plan], int],
+    differs: Callable[[int, Algorithm], int],
 ) -> dict[Kind, dict[int, int]]:
     """Outputs that differ from the reference, by kind and M: all kinds that serve some M or are offered first there.
 
-    offers: by M, ascending, in the library's order. differs: (M, plan) -> outputs that differ. Each kind is compared at
-    the first, a middle and the last of its M. What would serve in place of a kind that differs is compared in turn.
+    offers: by M, ascending, in the library's order. differs: (M, algorithm) -> outputs that differ. Each kind is
+    compared at the first, a middle and the last of its M. What would serve in place of a kind that differs is compared
+    in turn.
     """
     found: dict[Kind, dict[int, int]] = {}
     failed: set[Kind] = set()
     while True:
-        uses: dict[Kind, dict[int, Plan]] = {}
-        for m, plans in offers.items():
-            serving = choose(m, plans, preferred, lambda kind, failed=failed: kind not in failed)
-            for plan in (serving, *plans[:1]):
-                if plan is not None and plan.kind not in failed:
-                    uses.setdefault(plan.kind, {})[m] = plan
-        for kind, plans in uses.items():
-            rows, known = list(plans), found.setdefault(kind, {})
+        uses: dict[Kind, dict[int, Algorithm]] = {}
+        for m, offered in offers.items():
+            serving = choose(m, offered, preferred, lambda kind, failed=failed: kind not in failed)
+            for algorithm in (serving, *offered[:1]):
+                if algorithm is not None and algorithm.kind not in failed:
+                    uses.setdefault(algorithm.kind, {})[m] = algorithm
+        for kind, used in uses.items():
+            rows, known = list(used), found.setdefault(kind, {})
             for m in sorted({rows[0], rows[len(rows) // 2], rows[-1]} - known.keys()):
-                known[m] = differs(m, plans[m])
+                known[m] = differs(m, used[m])
         differing = {kind for kind, wrong in found.items() if any(wrong.values())}
         if differing == failed:
             return found

@@ -15,7 +15,6 @@ The other half are plain, and show where the result was rounded and the bias add
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -27,9 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bi_patch.errors import CertificateFailed
-from bi_patch.ops import certificates
+from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
 from bi_patch.ops.cuda import cublaslt, cublaslt_choice, machine, timing
+from bi_patch.ops.registration import define
 from bi_patch.ops.zero_sums import cancelling
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ _EACH, _STEP = 1024, 7
 _TIMED_US, _CALLS, _REPLAYS = 150, 128, 3
 # Where the first offer takes longer than this, in microseconds, it serves: timing others would take seconds.
 _SLOW_US = 2000
-_log = logging.getLogger("vllm.bi_patch")
 
 
 class Problem(NamedTuple):
@@ -76,35 +75,26 @@ class Route:
     tiles_agree: bool
     gemm: cublaslt.Gemm | None
     preferred: Mapping[int, cublaslt.Kind] = field(default_factory=dict)
-    _plans: dict[int, cublaslt.Plan | None] = field(default_factory=dict, repr=False)
+    _chosen: dict[int, cublaslt.Algorithm | None] = field(default_factory=dict, repr=False)
 
-    def plan(self, rows: int) -> cublaslt.Plan | None:
+    def algorithm(self, rows: int) -> cublaslt.Algorithm | None:
         """The vendor's algorithm for a number of rows, where it is certified."""
         try:
-            return self._plans[rows]
+            return self._chosen[rows]
         except KeyError:
             offers = self.gemm.offers(rows) if self.gemm is not None and rows <= self.limit else []
-            plan = cublaslt_choice.choose(rows, offers, self.preferred, self.kinds.__contains__)
-            self._plans[rows] = plan
-            return plan
+            algorithm = cublaslt_choice.choose(rows, offers, self.preferred, self.kinds.__contains__)
+            self._chosen[rows] = algorithm
+            return algorithm
 
 
 _routes: dict[Problem, Route] = {}
-_defined: list[torch.library.Library] = []
 _TYPES = ("bfloat16", "float16", "float32")
 
 
 def define_op() -> None:
-    """Define torch.ops.bi_patch.linear(x, weight, bias), opaque to torch.compile. Idempotent."""
-    import torch
-
-    if _defined:
-        return
-    library = torch.library.Library("bi_patch", "FRAGMENT")
-    library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-    library.impl("linear", linear, "CUDA")
-    library.impl("linear", _fake, "Meta")
-    _defined.append(library)
+    """Define torch.ops.bi_patch.linear(x, weight, bias). Idempotent."""
+    define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear, "CUDA", _fake)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -118,9 +108,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         flat = flat.clone(memory_format=torch.contiguous_format)
     rows = flat.shape[0]
     route = _routes.get((n, k, x.dtype, bias is not None))
-    plan = route.plan(rows) if route is not None else None
-    if plan is not None and _packed(weight, k) and (bias is None or _packed(bias, 1)):
-        out = _vendor(route.gemm, plan, flat, weight, bias)
+    algorithm = route.algorithm(rows) if route is not None else None
+    if algorithm is not None and _packed(weight, k) and (bias is None or _packed(bias, 1)):
+        out = _vendor(route.gemm, algorithm, flat, weight, bias)
     else:
         out = bundled(flat, weight, bias, route is not None and route.tiles_agree)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
@@ -130,14 +120,14 @@ def _packed(tensor, row: int) -> bool:
     return tensor.stride(0) == row and tensor.stride(-1) == 1 and tensor.data_ptr() % cublaslt.ALIGNMENT == 0
 
 
-def _vendor(gemm: cublaslt.Gemm, plan: cublaslt.Plan, x, weight, bias, out=None):
-    """The library's GEMM on packed, aligned tensors, by the algorithm of `plan`."""
+def _vendor(gemm: cublaslt.Gemm, algorithm: cublaslt.Algorithm, x, weight, bias, out=None):
+    """The library's GEMM on packed, aligned tensors, by one of its algorithms."""
     import torch
 
     if out is None:
         out = torch.empty((x.shape[0], gemm.n), dtype=x.dtype, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    gemm(plan, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), stream)
+    gemm(algorithm, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), stream)
     return out
 
 
@@ -179,22 +169,19 @@ def _reference_tile(size: int):
 
 
 def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Certificate]:
-    """Give each problem its route for all M up to max_rows, from disk or anew. Call it before any graph is captured.
-
-    Raises CertificateFailed where cuBLASLt cannot be called.
-    """
+    """Give each problem its route for all M up to max_rows, from disk or anew. Call it before any graph is captured."""
     made = []
     for problem in dict.fromkeys(problems):
         key = _key(problem, max_rows)
-        certificate = certificates.obtain(cache, key, lambda p=problem, k=key: _certify(p, k, max_rows))
+        certificate = certificates.obtain(
+            cache, key, lambda p=problem, k=key: _certify(p, k, max_rows), instead="the bundled GEMM"
+        )
         kinds = frozenset(cublaslt.Kind(*kind) for kind in certificate.algorithms)
         preferred = {m: cublaslt.Kind(*kind) for m, kind in certificate.preferred.items()}
         limit = max(certificate.evidence.rows, default=0)
         gemm = cublaslt.Gemm(*problem) if kinds else None
         _routes[problem] = Route(kinds, limit, certificate.route.endswith("+tiles"), gemm, preferred)
         made.append(certificate)
-        if not certificate.passed:
-            _log.warning("bi_patch: %s: %s", problem, certificate.evidence.first)
     return made
 
 
@@ -227,7 +214,7 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
     good = {kind for kind, wrong in found.items() if not any(wrong.values())}
     tested = [(kind, m) for kind, wrong in found.items() for m in wrong]
     differing = sum(sum(wrong.values()) for wrong in found.values())
-    first = ""
+    first = "" if found else f"{VENDOR} has no algorithm that may be certified here"
     if differing:
         kind, m = next((kind, m) for kind, m in tested if found[kind][m])
         first = f"M={m}: {found[kind][m]} outputs of algorithm {tuple(kind)} differ from the bundled GEMM"
@@ -284,16 +271,16 @@ class _Trial:
         self.out = torch.empty((self.rows, self.n), dtype=dtype, device="cuda")
         self.want = bundled(self.x, self.weight, self.bias, False)
         if not bool(torch.isfinite(self.want).all()):
-            raise CertificateFailed(f"{OPERATION} {problem}: the bundled GEMM gives values that are not finite")
+            raise ArithmeticError("the bundled GEMM gives values that are not finite")
 
-    def offers(self) -> dict[int, list[cublaslt.Plan]]:
+    def offers(self) -> dict[int, list[cublaslt.Algorithm]]:
         """The library's algorithms by M, for each M that is asked for, ascending."""
         asked = asked_rows(self.rows)
         # The library answers on the host, outside Python's lock.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             return dict(zip(asked, pool.map(self.gemm.offers, asked), strict=True))
 
-    def times(self, offers: Mapping[int, list[cublaslt.Plan]]) -> dict[int, list[float]]:
+    def times(self, offers: Mapping[int, list[cublaslt.Algorithm]]) -> dict[int, list[float]]:
         """Microseconds of each offer, by M, where there are several; up to the first M where one call takes too long.
 
         Each call takes the next of several copies of the weight, more than the L2 cache holds: a model's come from
@@ -305,40 +292,32 @@ class _Trial:
         weights = [self.weight, *(self.weight.clone() for _ in range(more))]
         found = {}
         for m in cublaslt_choice.timed_rows(self.rows):
-            plans = offers.get(m, [])
-            if len(plans) < 2:
+            offered = offers.get(m, [])
+            if len(offered) < 2:
                 continue
-            one = timing.once(partial(self._run, plans[0], self.x[:m], self.weight))
+            one = timing.once(partial(self._run, offered[0], self.x[:m], self.weight))
             if one > _SLOW_US:
                 break
             rounds = min(math.ceil(_TIMED_US / (max(one, 1.0) * len(weights))), _CALLS // len(weights))
-            ways = [[partial(self._run, plan, self.x[:m], w) for w in weights * rounds] for plan in plans]
+            ways = [[partial(self._run, offer, self.x[:m], w) for w in weights * rounds] for offer in offered]
             found[m] = timing.microseconds(ways, _REPLAYS)
         return found
 
-    def vendor_differs(self, m: int, plan: cublaslt.Plan) -> int:
+    def vendor_differs(self, m: int, algorithm: cublaslt.Algorithm) -> int:
         """Outputs that differ from the reference for the first m rows and, if few, the last m (another position)."""
         count = 0
         for at in {0, self.rows - m} if m <= _TWICE else {0}:
             x = self.x[at : at + m]
             x = x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
-            count += unequal(self._run(plan, x, self.weight), self.want[at : at + m])
+            count += bits.differing(self._run(algorithm, x, self.weight), self.want[at : at + m])
         return count
 
-    def _run(self, plan: cublaslt.Plan, x, weight):
-        return _vendor(self.gemm, plan, x, weight, self.bias, self.out[: x.shape[0]])
+    def _run(self, algorithm: cublaslt.Algorithm, x, weight):
+        return _vendor(self.gemm, algorithm, x, weight, self.bias, self.out[: x.shape[0]])
 
     def tiles_agree(self) -> bool:
         """Whether every bundled variant that can serve gives the reference's bits."""
         most = {tuple(p.tile for p in _parts(self.x[:m], self.weight)): m for m in asked_rows(self.rows)}
-        return not any(unequal(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m]) for m in most.values())
-
-
-def unequal(got: torch.Tensor, want: torch.Tensor) -> int:
-    """How many elements differ in any bit."""
-    import torch
-
-    kind = {2: torch.int16, 4: torch.int32}[got.element_size()]
-    if torch.equal(got.view(kind), want.view(kind)):
-        return 0
-    return int((got.view(kind) != want.view(kind)).sum())
+        return not any(
+            bits.differing(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m]) for m in most.values()
+        )

@@ -10,16 +10,13 @@ product's `up` half, whose rounding errors are then what half of the sums of the
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bi_patch.errors import CertificateFailed
-from bi_patch.ops import certificates
+from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Key, Tally
 from bi_patch.ops.cuda import machine
-from bi_patch.ops.cuda.linear import unequal
 from bi_patch.ops.zero_sums import cancelling
 
 if TYPE_CHECKING:
@@ -29,7 +26,6 @@ OPERATION = "cuda.moe"
 DATA = "sums of zero and others"
 # What every other tile is compared with, and what serves where one differs: upstream's tile in its own mode.
 FIXED = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
-_log = logging.getLogger("vllm.bi_patch")
 _fixed: set[tuple[int, int, str | None]] = set()
 _done: set[Problem] = set()
 _TABLES = Path(__file__).resolve().parent / "tables"
@@ -84,9 +80,9 @@ def bundled_table(experts: int, n: int, dtype: str | None) -> dict[int, dict[str
 
 
 def certify(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache: Path) -> Certificate | None:
-    """Compare every tile that any M up to max_rows gets with FIXED; where one differs, FIXED serves the size.
+    """Compare every tile that any M up to max_rows gets with FIXED; where the certificate fails, FIXED serves the size.
 
-    library: names the version of the kernel's.
+    library: names the version of the kernel's. Returns None for a problem that this process has seen before.
     """
     if problem in _done:
         return None
@@ -97,9 +93,10 @@ def certify(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache
     tiles = json.dumps({min(rows): kind for kind, rows in kinds.items()}, sort_keys=True)
     asked = f"{problem} M<={max_rows} {tiles}"
     key = Key(OPERATION, asked, machine.device(), f"{library} {machine.libraries()}", machine.kernels_digest(), DATA)
-    certificate = certificates.obtain(cache, key, lambda: _certify(problem, kernel, kinds, key))
+    certificate = certificates.obtain(
+        cache, key, lambda: _certify(problem, kernel, kinds, key), instead="the fixed tile"
+    )
     if not certificate.passed:
-        _log.warning("bi_patch: %s: %s; the fixed tile serves it", problem, certificate.evidence.first)
         _fixed.add(problem.table)
     return certificate
 
@@ -135,12 +132,12 @@ def _certify(problem: Problem, kernel: Kernel, kinds: dict[str, list[int]], key:
     with kernel.override(FIXED):
         want = kernel.run(x.clone(), w13, w2, weights, ids)
     if not bool(torch.isfinite(want).all()):
-        raise CertificateFailed(f"{OPERATION} {problem}: the fixed tile gives values that are not finite")
+        raise ArithmeticError("the fixed tile gives values that are not finite")
     for m in tested:
         for at in {0, most - m}:
             part = slice(at, at + m)
             got = kernel.run(x[part].clone(), w13, w2, weights[part].contiguous(), ids[part].contiguous())
-            wrong = unequal(got, want[part])
+            wrong = bits.differing(got, want[part])
             said = f"M={m}: {wrong} of {got.numel()} outputs of {kernel.choose(m)} differ from the fixed tile"
             tally.add(got.numel(), wrong, said)
     return tally.certificate(key, "tiles by M")

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bi_patch.ops.registration import define
+
 if TYPE_CHECKING:
     import torch
-
-_defined: list[torch.library.Library] = []
 
 
 def define_ops() -> None:
     """Define torch.ops.bi_patch.rms_norm and .add_rms_norm. Idempotent."""
-    import torch
-
-    if _defined:
-        return
-    library = torch.library.Library("bi_patch", "FRAGMENT")
-    library.define("rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor")
-    library.define(
-        "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)"
+    arguments = "Tensor? weight, float eps, float offset"
+    define(f"rms_norm(Tensor x, {arguments}) -> Tensor", _rms_norm, "CUDA", lambda x, *_: x.new_empty(x.shape))
+    define(
+        f"add_rms_norm(Tensor x, Tensor residual, {arguments}) -> (Tensor, Tensor)",
+        _add_rms_norm,
+        "CUDA",
+        lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
     )
-    library.impl("rms_norm", _rms_norm, "CUDA")
-    library.impl("add_rms_norm", _add_rms_norm, "CUDA")
-    library.impl("rms_norm", lambda x, weight, eps, offset: x.new_empty(x.shape), "Meta")
-    library.impl(
-        "add_rms_norm",
-        lambda x, residual, weight, eps, offset: (x.new_empty(x.shape), x.new_empty(x.shape)),
-        "Meta",
-    )
-    _defined.append(library)
 
 
 def rms_norm(

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
-_defined: list[torch.library.Library] = []
+from bi_patch.ops.registration import define
 
 
 def define_op() -> None:
     """Define torch.ops.bi_patch.rope. Idempotent."""
-    import torch
-
-    if _defined:
-        return
-    library = torch.library.Library("bi_patch", "FRAGMENT")
-    library.define(
+    define(
         "rope(Tensor positions, Tensor q, Tensor k, Tensor cache, int head_size, Tensor? q_weight, Tensor? k_weight, "
-        "float eps) -> (Tensor, Tensor)"
+        "float eps) -> (Tensor, Tensor)",
+        _rope,
+        "CUDA",
+        lambda positions, q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
     )
-    library.impl("rope", _rope, "CUDA")
-    library.impl("rope", lambda positions, q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)), "Meta")
-    _defined.append(library)
 
 
 def covers(head_size: int, rotary_dim: int, neox: bool) -> bool:

@@ -92,7 +92,7 @@ def _store(original):
     return do_kv_cache_update
 
 
-def _seam(name: str, qualname: str, close, how: str) -> Seam:
+def _seam(name: str, qualname: str, close, how: str, serves: tuple[str, ...] = ()) -> Seam:
     return Seam(
         name=f"attention.cpu_{name}",
         targets=(Target(_MODULE, qualname),),
@@ -101,6 +101,7 @@ def _seam(name: str, qualname: str, close, how: str) -> Seam:
         how=how,
         until="upstream's CPU attention splits KV by position",
         causes=(3, 4, 6, 7, 9),
+        serves=serves,
     )
 
 
@@ -112,6 +113,7 @@ SEAMS = (
         "CPUAttentionBackendImpl.forward",
         _forward,
         "the bundled kernel: KV leaves of fixed length at fixed positions, merged in ascending order",
+        ("Attention",),
     ),
     _seam("store", "CPUAttentionBackendImpl.do_kv_cache_update", _store, "the bundled kernel's cache layout"),
 )

@@ -2,7 +2,7 @@
 
 import functools
 
-from bi_patch.seams import active
+from bi_patch.seams import active, library
 from bi_patch.seams.model import Seam, Target, Variable
 
 
@@ -33,16 +33,15 @@ def _device(original):
 
 
 def _load(original):
-    """CPUModelRunner.load_model: certify the row order of every operation that the loaded model will use."""
+    """CPUModelRunner.load_model: make the certificates of every operation that the loaded model keeps as it is."""
 
     @functools.wraps(original)
     def load_model(self, *args, **kwargs):
-        from bi_patch.ops.cpu import rows
-        from bi_patch.seams.cpu import sampling
+        from bi_patch.ops.cpu import certify, rows
 
         result = original(self, *args, **kwargs)
-        sampling.register_rows(self.model_config.get_vocab_size())
-        rows.certify_registered(active.cache)
+        rows.register_sampling(self.model_config.get_vocab_size())
+        certify.certify(active.cache, library.vllm())
         return result
 
     return load_model

@@ -2,7 +2,7 @@
 
 import functools
 
-from bi_patch.seams import active
+from bi_patch.seams import active, library
 from bi_patch.seams.model import Seam, Target
 
 
@@ -21,7 +21,7 @@ def _dispatch(original):
         held = weight.detach()
         original(layer, remove_weight)
         # Upstream's choice is the vendor candidate; it may have widened the layer's bias to fp32 for it.
-        layer.cpu_linear = linear.route(held, bias_kept, layer.cpu_linear, layer, active.cache)
+        layer.cpu_linear = linear.route(held, bias_kept, layer.cpu_linear, layer, active.cache, library.vllm())
 
     return dispatch_cpu_unquantized_gemm
 
@@ -35,5 +35,7 @@ SEAMS = (
         how="every linear, lm_head included, gets the fastest route that is certified against the bundled GEMM",
         until="upstream's CPU GEMMs keep one order for every number of rows",
         causes=(1, 17),
+        serves=("LinearBase", "ParallelLMHead", "LogitsProcessor"),
+        op="bi_patch.ops.cpu.linear",
     ),
 )

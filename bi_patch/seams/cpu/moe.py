@@ -69,6 +69,7 @@ SEAMS = (
         how="the kernel is kept and its row order certified for the model's experts",
         until="upstream states one order for its CPU MoE",
         causes=(10, 13),
+        serves=("FusedMoE", "MoERunner", "RoutedExperts", "FusedMoEExperts"),
     ),
     Seam(
         name="moe.cpu_routing",

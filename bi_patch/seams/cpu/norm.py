@@ -43,7 +43,7 @@ def _gemma(original):
     return forward_native
 
 
-def _norm(name: str, qualname: str, close) -> Seam:
+def _norm(name: str, qualname: str, close, serves: tuple[str, ...] = ()) -> Seam:
     return Seam(
         name=f"norm.cpu_{name}",
         targets=(Target("vllm.model_executor.layers.layernorm", qualname),),
@@ -52,10 +52,11 @@ def _norm(name: str, qualname: str, close) -> Seam:
         how="one bundled kernel, with and without residual, compiled or not",
         until="upstream's norms state one order for compiled and eager code",
         causes=(2, 17),
+        serves=serves,
     )
 
 
-def _certified(name: str, qualname: str) -> Seam:
+def _certified(name: str, qualname: str, serves: tuple[str, ...] = ()) -> Seam:
     return Seam(
         name=f"norm.cpu_{name}_certified",
         targets=(Target("vllm.model_executor.layers.layernorm", f"{qualname}.__init__"),),
@@ -64,13 +65,14 @@ def _certified(name: str, qualname: str) -> Seam:
         how="the row order of whichever kernel serves the layer is certified, with and without residual",
         until="upstream states one order for its CPU norms",
         causes=(2,),
+        serves=serves,
     )
 
 
 SEAMS = (
-    _norm("rms", "RMSNorm.forward_native", _rms),
+    _norm("rms", "RMSNorm.forward_native", _rms, ("RMSNorm", "GemmaRMSNorm")),
     _norm("gemma_rms", "GemmaRMSNorm.forward_native", _gemma),
     _certified("rms", "RMSNorm"),
     _certified("gemma_rms", "GemmaRMSNorm"),
-    _certified("layer", "LayerNorm"),
+    _certified("layer", "LayerNorm", ("LayerNorm",)),
 )

@@ -34,7 +34,7 @@ def _rotary(original):
     return forward
 
 
-def _forward(name: str, qualname: str, close) -> Seam:
+def _forward(name: str, qualname: str, close, **attributed) -> Seam:
     return Seam(
         name=f"rotary.{name}",
         targets=(Target(_BASE, qualname),),
@@ -43,10 +43,13 @@ def _forward(name: str, qualname: str, close) -> Seam:
         how="one bundled kernel rounds once, compiled or not",
         until="upstream's compiled and eager code give equal bits at the same speed",
         causes=(17,),
+        **attributed,
     )
 
 
+_SERVES = ("RotaryEmbedding", "RotaryEmbeddingBase")
+
 SEAMS = (
-    _forward("cpu_forward", "RotaryEmbedding.forward_cpu", _rotary),
+    _forward("cpu_forward", "RotaryEmbedding.forward_cpu", _rotary, serves=_SERVES),
     _forward("cpu_native", "RotaryEmbedding.forward_native", _rotary),
 )

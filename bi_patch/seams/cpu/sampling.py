@@ -6,13 +6,6 @@ from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.overlay import Overlay, with_globals
 
 
-def register_rows(vocab_size: int) -> None:
-    """Ask for a certificate of the row order of every reduction that the sampler does over `vocab_size` logits."""
-    from bi_patch.ops.cpu import rows
-
-    rows.register_sampling(vocab_size)
-
-
 def _generator(original):
     """InputBatch.add_request: a seeded request gets a generator that can take back its last draw."""
 
@@ -78,5 +71,6 @@ SEAMS = (
         how="remembers each generator's state before the draw, so that a discarded draw leaves no trace",
         until="upstream draws only for requests that sample",
         causes=(21,),
+        serves=("TopKTopPSampler",),
     ),
 )

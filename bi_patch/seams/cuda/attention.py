@@ -5,7 +5,6 @@ import functools
 import inspect
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams import active
 from bi_patch.seams.model import Policy, Seam, Target, Variable
 from bi_patch.seams.overlay import with_globals
 
@@ -31,8 +30,6 @@ def _backend(original):
             held.arguments["attn_backend"] = _triton()
         original(*held.args, **held.kwargs)
         _refuse_layer(self, held.arguments)
-        if self.attn_backend.get_name() == _FLASH:
-            _certify_decode(self)
 
     return __init__
 
@@ -110,15 +107,15 @@ def prefill(q, k, v, pages, scale: float):
     )
 
 
-def _certify_decode(layer) -> None:
-    """Certify the bundled decode kernel for a layer's heads, once a process, before anything is captured."""
-    import torch
-    from vllm.version import __version__ as release
+def decoders(config):
+    """Decode attention of every layer on FlashAttention 3, each with the prefill that its kernel is compared with."""
+    from vllm.model_executor.layers.attention.attention import Attention
 
-    from bi_patch.ops.cuda import attention
+    from bi_patch.ops.cuda.attention import Problem
 
-    problem = attention.Problem(layer.num_heads, layer.num_kv_heads, layer.head_size, torch.get_default_dtype())
-    attention.certify(problem, prefill, f"vllm {release}", active.cache)
+    for layer in config.compilation_config.static_forward_context.values():
+        if isinstance(layer, Attention) and layer.attn_backend.get_name() == _FLASH:
+            yield Problem(layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype), prefill
 
 
 def _decode(original):
@@ -264,6 +261,7 @@ SEAMS = (
         "positions; other backends and head sizes are refused",
         until="never: it is the gate",
         causes=(3, 4, 25),
+        serves=("Attention",),
     ),
     _seam(
         "longest_query",

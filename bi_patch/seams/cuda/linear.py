@@ -1,8 +1,9 @@
 """Seams of unquantized linear layers and the language-model head."""
 
 import functools
+import os
 
-from bi_patch.seams import active
+from bi_patch.seams import active, library
 from bi_patch.seams.model import Seam, Target, Variable
 
 
@@ -37,15 +38,24 @@ def _mode(original):
 
 
 def _load(original):
-    """Worker.load_model: certify every linear of the loaded model before anything is compiled or captured."""
+    """Worker.load_model: make all certificates of the loaded model before anything is compiled or captured."""
 
     @functools.wraps(original)
     def load_model(self, *args, **kwargs):
-        from bi_patch.ops.cuda import linear
+        from bi_patch.ops.cuda import certify
+        from bi_patch.seams.cuda import attention, moe
 
         result = original(self, *args, **kwargs)
-        rows = self.vllm_config.scheduler_config.max_num_batched_tokens
-        linear.certify(_problems(self.get_model()), rows, active.cache)
+        model, config = self.get_model(), self.vllm_config
+        certify.certify(
+            _problems(model),
+            moe.experts(model),
+            attention.decoders(config),
+            max_rows=config.scheduler_config.max_num_batched_tokens,
+            # Tensor descriptors make another kernel of the same source.
+            library=f"{library.vllm()} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}",
+            cache=active.cache,
+        )
         return result
 
     return load_model
@@ -89,6 +99,8 @@ SEAMS = (
         how="cuBLASLt without split-K where certified, else the bundled Triton GEMM, as one opaque op",
         until="upstream's mode routes linears to certified vendor kernels",
         causes=(1, 17, 23),
+        serves=("LinearBase", "ParallelLMHead", "LogitsProcessor"),
+        op="bi_patch.ops.cuda.linear",
     ),
     Seam(
         name="linear.cuda_mode",
@@ -104,10 +116,12 @@ SEAMS = (
         name="linear.cuda_certify",
         targets=(Target("vllm.v1.worker.gpu_worker", "Worker.load_model"),),
         close=_load,
-        why="kernels that slice K inside one launch are masked by no switch",
-        how="every algorithm that may serve some M is compared with the bundled GEMM, bitwise",
+        why="no switch forbids kernels that slice K inside one launch; vLLM's tiles of experts and FlashAttention's of "
+        "queries follow the batch",
+        how="when the model is loaded, its linears, experts' tiles and decode attention are compared, bitwise, with "
+        "kernels that keep the order; what differs does not serve",
         until="never: it is the certificate",
-        causes=(1, 19),
+        causes=(1, 10, 13, 19),
     ),
 )
 

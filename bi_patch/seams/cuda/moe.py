@@ -2,9 +2,7 @@
 
 import functools
 import inspect
-import os
 
-from bi_patch.seams import active
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.overlay import Overlay, with_globals
 
@@ -64,26 +62,7 @@ def _grouped(original):
     return inspect.unwrap(original)  # as given where torch.compile is off
 
 
-def _load(original):
-    """Worker.determine_available_memory: certify the experts' tiles first, before anything is compiled or captured."""
-
-    @functools.wraps(original)
-    def determine_available_memory(self, *args, **kwargs):
-        from vllm.version import __version__ as release
-
-        from bi_patch.ops.cuda import moe
-
-        # Tensor descriptors make another kernel of the same source.
-        library = f"vllm {release} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}"
-        rows = self.vllm_config.scheduler_config.max_num_batched_tokens
-        for problem, kernel in _experts(self.get_model()):
-            moe.certify(problem, kernel, rows, library, active.cache)
-        return original(self, *args, **kwargs)
-
-    return determine_available_memory
-
-
-def _experts(model):
+def experts(model):
     """Each size of unquantized Triton experts in a model, with vLLM's kernel and tile choice for it."""
     from vllm.model_executor.layers.fused_moe import fused_moe, override_config
 
@@ -113,6 +92,7 @@ SEAMS = (
         how="tiles follow the number of tokens, from vLLM's tables or ours, never splitting K",
         until="upstream's mode keeps tuned tiles",
         causes=(10,),
+        serves=("FusedMoE", "MoERunner", "RoutedExperts", "FusedMoEExperts"),
     ),
     Seam(
         name="moe.cuda_default",
@@ -140,14 +120,5 @@ SEAMS = (
         how="its operations are called one by one, each in one order; routers with a correction bias have one kernel",
         until="upstream's kernel serves routers without a bias",
         causes=(13, 17),
-    ),
-    Seam(
-        name="moe.cuda_certify",
-        targets=(Target("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory"),),
-        close=_load,
-        why="tiles that follow the number of tokens are only safe where each keeps the order",
-        how="each tile that any number of tokens would get is compared with upstream's fixed one, bitwise",
-        until="never: it is the certificate",
-        causes=(10, 13),
     ),
 )

@@ -33,7 +33,7 @@ def _gemma(original):
     return forward
 
 
-def _norm(name: str, qualname: str, close) -> Seam:
+def _norm(name: str, qualname: str, close, **attributed) -> Seam:
     return Seam(
         name=f"norm.cuda_{name}",
         targets=(Target("vllm.model_executor.layers.layernorm", qualname),),
@@ -42,11 +42,12 @@ def _norm(name: str, qualname: str, close) -> Seam:
         how="one bundled Triton kernel, with and without residual, whose tile depends on the hidden size alone",
         until="upstream's norms state one order for compiled and eager code",
         causes=(2, 17, 18),
+        **attributed,
     )
 
 
 SEAMS = (
-    _norm("rms", "RMSNorm.forward_cuda", _rms),
+    _norm("rms", "RMSNorm.forward_cuda", _rms, serves=("RMSNorm", "GemmaRMSNorm"), op="bi_patch.ops.cuda.norm"),
     _norm("rms_native", "RMSNorm.forward_native", _rms),
     _norm("gemma_rms", "GemmaRMSNorm.forward_cuda", _gemma),
     _norm("gemma_rms_native", "GemmaRMSNorm.forward_native", _gemma),

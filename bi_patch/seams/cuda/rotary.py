@@ -60,14 +60,14 @@ def _qk_norm(original):
     return forward
 
 
-def _covers(rotary) -> bool:
+def _covers(layer) -> bool:
     from bi_patch.ops.cuda import rotary
 
-    plain = type(rotary).__name__ in _CLASSES
-    return plain and rotary.covers(rotary.head_size, rotary.rotary_dim, rotary.is_neox_style)
+    plain = type(layer).__name__ in _CLASSES
+    return plain and rotary.covers(layer.head_size, layer.rotary_dim, layer.is_neox_style)
 
 
-def _forward(name: str, qualname: str, close) -> Seam:
+def _forward(name: str, qualname: str, close, **attributed) -> Seam:
     return Seam(
         name=f"rotary.{name}",
         targets=(Target(_BASE, qualname),),
@@ -76,6 +76,7 @@ def _forward(name: str, qualname: str, close) -> Seam:
         how="one bundled kernel rounds once, compiled or not",
         until="upstream's compiled and eager code give equal bits at the same speed",
         causes=(17,),
+        **attributed,
     )
 
 
@@ -92,8 +93,10 @@ def _fused(model: str, qualname: str) -> Seam:
     )
 
 
+_SERVES = ("RotaryEmbedding", "RotaryEmbeddingBase")
+
 SEAMS = (
-    _forward("cuda_forward", "RotaryEmbedding.forward_cuda", _rotary),
+    _forward("cuda_forward", "RotaryEmbedding.forward_cuda", _rotary, serves=_SERVES, op="bi_patch.ops.cuda.rotary"),
     _forward("cuda_native", "RotaryEmbedding.forward_native", _rotary),
     _fused("qwen3", "Qwen3Attention.forward"),
     _fused("qwen3_moe", "Qwen3MoeAttention.forward"),

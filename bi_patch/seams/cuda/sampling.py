@@ -133,6 +133,7 @@ SEAMS = (
         how="one Triton path for every number of requests, in pieces of at most 64",
         until="upstream sums a row in one order",
         causes=(21,),
+        serves=("TopKTopPSampler",),
     ),
     Seam(
         name="sampling.cuda_split_count",

@@ -12,23 +12,6 @@ from bi_patch.arming import catalog, process
 from bi_patch.errors import BiPatchError
 from bi_patch.tools import findings
 
-# Routes that were handed out while the model loaded: at run time no frame of their seam is on the stack.
-_BY_MODULE_FILE = {
-    "bi_patch.ops.cpu.linear": "linear.cpu_dispatch",
-    "bi_patch.ops.cuda.linear": "linear.cuda_route",
-    "bi_patch.ops.cuda.norm": "norm.cuda_rms",
-    "bi_patch.ops.cuda.rotary": "rotary.cuda_forward",
-}
-# vLLM's layers by the name of a class in their ancestry, or of themselves; the first seam that the plan has counts.
-_BY_CLASS = (
-    (("RMSNorm", "GemmaRMSNorm"), ("norm.cpu_rms", "norm.cuda_rms")),
-    (("LayerNorm",), ("norm.cpu_layer_certified",)),
-    (("LinearBase", "ParallelLMHead", "LogitsProcessor"), ("linear.cpu_dispatch", "linear.cuda_route")),
-    (("FusedMoE", "MoERunner", "RoutedExperts", "FusedMoEExperts"), ("moe.cpu_experts", "moe.cuda_tables")),
-    (("Attention",), ("attention.cpu_forward", "attention.cuda_backend")),
-    (("RotaryEmbedding", "RotaryEmbeddingBase"), ("rotary.cpu_forward", "rotary.cuda_forward")),
-    (("TopKTopPSampler",), ("sampling.cpu_draw", "sampling.cuda_top_k_top_p")),
-)
 # Seams whose code is on the stack of what other seams serve: the whole engine, a model's whole attention layer.
 _AROUND = ("engine.", "rotary.cuda_qk_norm")
 # Ops that say by their name what they are.
@@ -46,11 +29,17 @@ class Owners:
         current = process.state()
         self._codes: dict[types.CodeType, str] = {}
         self._planned: set[str] = set()
+        self._by_op: dict[str, str] = {}  # seams by the module of ops/ that computes for them
+        self._by_class: dict[str, str] = {}  # seams by the class of vLLM's layers that they serve
         plan = current.plan if current is not None else _plan()
         if plan is None:
             return
         self._planned = {p.seam.name for p in plan.seams} | {s.name for s in plan.variables + plan.policies}
         for planned in plan.seams:
+            if planned.seam.op:
+                self._by_op.setdefault(planned.seam.op, planned.seam.name)
+            for kind in planned.seam.serves:
+                self._by_class.setdefault(kind, planned.seam.name)
             module = sys.modules.get(planned.target.module)
             entries = current.ledger.of(planned.seam.name) if current is not None else []
             for entry in entries:
@@ -73,17 +62,11 @@ class Owners:
             found = self._codes.get(frame.f_code)
             if found and not found.startswith(_AROUND):
                 return found
-            found = _BY_MODULE_FILE.get(frame.f_globals.get("__name__", ""))
+            found = self._by_op.get(frame.f_globals.get("__name__", ""))
             if found:
                 return found
-        return self._by_class(module)
-
-    def _by_class(self, module) -> str:
-        kinds = {c.__name__ for c in type(module).__mro__} if module is not None else set()
-        for classes, names in _BY_CLASS:
-            if kinds & set(classes):
-                return next((n for n in names if n in self._planned), "")
-        return ""
+        kinds = (kind.__name__ for kind in type(module).__mro__)
+        return next((self._by_class[kind] for kind in kinds if kind in self._by_class), "")
 
 
 def status(seam: str) -> str:
@@ -105,7 +88,7 @@ def kernel(func, args: tuple) -> str:
         x, weight, bias = args
         n, k = weight.shape
         route = linear.routes().get(linear.Problem(n, k, x.dtype, bias is not None))
-        served = route is not None and route.plan(x.numel() // k) is not None
+        served = route is not None and route.algorithm(x.numel() // k) is not None
         return f"{name} by {'cuBLASLt' if served else 'the bundled Triton GEMM'}"
     return name
 

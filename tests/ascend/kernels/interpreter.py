@@ -12,6 +12,7 @@ import canonical  # noqa: E402  beside this file
 import torch  # noqa: E402
 
 from bi_patch.kernels.ascend import attention, chips, matmul, pointwise, rows  # noqa: E402
+from bi_patch.ops import bits  # noqa: E402
 
 CHIP = chips.find("Ascend910B3")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,8 +30,7 @@ def close(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) 
 
 
 def same(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
-    bits = {2: torch.int16, 4: torch.int32}[got.element_size()]
-    wrong = int((got.contiguous().view(bits) != want.contiguous().view(bits)).sum())
+    wrong = bits.differing(got, want)
     report(name, f"{wrong} of {got.numel()} elements differ" if wrong else "")
 
 

@@ -5,6 +5,7 @@ import json
 import msgspec
 import pytest
 
+from bi_patch.errors import CertificateFailed
 from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key, Tally
 
@@ -84,3 +85,67 @@ def test_writing_leaves_no_temporary_files(tmp_path):
     for _ in range(3):
         certificates.save(tmp_path, certificate())
     assert [f.name for f in (tmp_path / "certificates").iterdir()] == [certificates.path(tmp_path, KEY).name]
+
+
+def failing(key=KEY):
+    return msgspec.structs.replace(certificate(key), passed=False, evidence=Evidence([1], 48, 3, "M=1: 3 of 48"))
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the log says, one line a warning."""
+    said = []
+    monkeypatch.setattr(certificates, "_warned", set())
+    monkeypatch.setattr(certificates._log, "warning", lambda text, *values: said.append(text % values))
+    return said
+
+
+def test_a_failure_is_said_once_with_what_serves(tmp_path, warnings):
+    for _ in range(2):
+        assert not certificates.obtain(tmp_path, KEY, failing, instead="the bundled GEMM").passed
+    assert warnings == [
+        "bi_patch: cpu.linear N=8 K=8 bfloat16 is not certified (M=1: 3 of 48): the bundled GEMM serves"
+    ]
+    other = msgspec.structs.replace(KEY, problem="N=16")
+    certificates.obtain(tmp_path, other, lambda: failing(other), instead="the bundled GEMM")
+    assert len(warnings) == 2 and "N=16" in warnings[1]
+
+
+def test_what_passes_says_nothing(tmp_path, warnings):
+    certificates.obtain(tmp_path, KEY, certificate, instead="the bundled GEMM")
+    certificates.require([certificate()])
+    assert warnings == []
+
+
+def test_an_error_is_a_failure_that_the_next_start_forgets(tmp_path, warnings):
+    def make():
+        raise MemoryError("no room")
+
+    made = certificates.obtain(tmp_path, KEY, make, instead="the bundled GEMM")
+    assert (made.key, made.passed, made.passed_rows, made.evidence.rows) == (KEY, False, [], [])
+    assert made.evidence.first == "MemoryError: no room" and "(MemoryError: no room)" in warnings[0]
+    assert certificates.every(tmp_path) == []
+    assert certificates.obtain(tmp_path, KEY, certificate).passed
+
+
+def test_an_interrupt_is_no_failure(tmp_path):
+    def make():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        certificates.obtain(tmp_path, KEY, make, instead="the bundled GEMM")
+
+
+def test_a_certificate_that_is_made_anew_does_not_come_from_disk(tmp_path):
+    certificates.save(tmp_path, certificate())
+    assert not certificates.obtain(tmp_path, KEY, failing, anew=True).passed
+    assert not certificates.load(tmp_path, KEY).passed
+
+
+def test_without_another_kernel_every_failure_is_named(tmp_path):
+    other = msgspec.structs.replace(KEY, operation="cpu.norm")
+    with pytest.raises(CertificateFailed) as failed:
+        certificates.require([certificate(), failing(), failing(other)])
+    text = str(failed.value)
+    for part in ("2 operation(s)", "cpu.linear N=8 K=8 bfloat16: M=1: 3 of 48", "cpu.norm", "bi-patch certify"):
+        assert part in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bi_patch.ops.cuda import cublaslt
-from bi_patch.ops.cuda.cublaslt import Kind, Plan
+from bi_patch.ops.cuda.cublaslt import Algorithm, Kind
 from bi_patch.ops.cuda.cublaslt_choice import choose, compare, prefer, timed_rows
 
 A, B, C, D = (Kind(i, 0, 1, 0, 0, 0, 0, 0) for i in range(1, 5))
@@ -22,7 +22,7 @@ class Fake:
         *_, wanted, results, count = args
         self.asked += 1
         for result, (algorithm, state, workspace) in zip(results, self.answers[:wanted]):
-            result.algo.data[: len(algorithm)] = algorithm
+            result.algorithm.data[: len(algorithm)] = algorithm
             result.state, result.workspace = state, workspace
         count._obj.value = min(wanted, len(self.answers))
         return self.code
@@ -58,18 +58,18 @@ def test_offers_keep_the_librarys_order_and_leave_out_what_splits_or_repeats(mon
         ((8, 1, 0, 0), 0, 0),  # the ninth
     )
     offers = library.offers(5)
-    assert [plan.kind.id for plan in offers] == [1, 6, 7]
-    assert offers[1].kind.cluster == 2 and offers[0].algo.data[4] == 0
-    assert len({(id(plan.x), id(plan.out)) for plan in offers}) == 1
+    assert [offer.kind.id for offer in offers] == [1, 6, 7]
+    assert offers[1].kind.cluster == 2 and offers[0].opaque.data[4] == 0
+    assert len({(id(offer.x), id(offer.out)) for offer in offers}) == 1
 
 
 def test_an_offers_algorithm_outlives_the_answers_that_it_came_in(monkeypatch):
     library = gemm(monkeypatch, ((1, 1), 0, 0), ((2, 1), 0, 0))
     kept = library.offers(5)
     library._library.answers = (((3, 1), 0, 0), ((4, 1), 0, 0))
-    assert [plan.kind.id for plan in library.offers(5)] == [3, 4]
-    assert [plan.algo.data[0] for plan in kept] == [1, 2]
-    assert all(plan.algo._b_base_ is None for plan in kept)  # no part of the array
+    assert [offer.kind.id for offer in library.offers(5)] == [3, 4]
+    assert [offer.opaque.data[0] for offer in kept] == [1, 2]
+    assert all(offer.opaque._b_base_ is None for offer in kept)  # no part of the array
 
 
 @pytest.mark.parametrize("code,answers", [(15, [((1, 1), 0, 0)]), (0, [])])
@@ -77,8 +77,8 @@ def test_no_answer_is_no_offer(monkeypatch, code, answers):
     assert gemm(monkeypatch, *answers, code=code).offers(5) == []
 
 
-def plans(*kinds):
-    return [Plan(None, None, None, kind) for kind in kinds]
+def made(*kinds):
+    return [Algorithm(None, None, None, kind) for kind in kinds]
 
 
 def anything(kind):
@@ -103,11 +103,11 @@ def test_offers_are_timed_up_to_the_limit_and_there():
     ],
 )
 def test_the_first_offer_is_kept_unless_another_is_clearly_faster(times, kind):
-    assert prefer({1: plans(A, B, C)}, {1: times}) == {1: kind}
+    assert prefer({1: made(A, B, C)}, {1: times}) == {1: kind}
 
 
 def test_what_is_preferred_ends_with_the_last_timed_rows():
-    offers = {m: plans(A, B) for m in (1, 8, 16, 32, 64)} | {8: plans(B), 16: []}
+    offers = {m: made(A, B) for m in (1, 8, 16, 32, 64)} | {8: made(B), 16: []}
     times = {1: [5, 1], 32: [5, 6]}
     assert prefer(offers, times) == {1: B, 8: B, 32: A}  # 8: the only one; 16: none; 64: not timed
     assert prefer(offers, {}) == {}
@@ -130,33 +130,33 @@ def test_what_is_preferred_ends_with_the_last_timed_rows():
     ],
 )
 def test_which_offer_serves(rows, offered, may, served):
-    plan = choose(rows, plans(*offered), {128: A, 192: B}, lambda kind: kind in may)
-    assert (plan and plan.kind) == served
+    offer = choose(rows, made(*offered), {128: A, 192: B}, lambda kind: kind in may)
+    assert (offer and offer.kind) == served
 
 
 def serving(offers, preferred, wrong, rows=None):
     """What compare finds where all outputs of the kinds in `wrong` differ, and what then serves each M."""
-    found = compare(offers, preferred, lambda m, plan: 3 if plan.kind in wrong else 0)
+    found = compare(offers, preferred, lambda m, offer: 3 if offer.kind in wrong else 0)
     good = {kind for kind, differing in found.items() if not any(differing.values())}
     served = {m: choose(m, offered, preferred, lambda kind: kind in good) for m, offered in offers.items()}
-    return found, {m: plan and plan.kind for m, plan in served.items()}
+    return found, {m: offer and offer.kind for m, offer in served.items()}
 
 
 def test_every_first_and_every_preferred_kind_is_compared_at_the_ends_of_its_rows():
-    offers = {m: plans(A, B, C) for m in range(1, 11)}
+    offers = {m: made(A, B, C) for m in range(1, 11)}
     found, served = serving(offers, {8: B}, ())
     assert found == {B: {1: 0, 5: 0, 8: 0}, A: {1: 0, 6: 0, 10: 0}}
     assert served == {m: B if m <= 8 else A for m in offers}
 
 
 def test_where_the_preferred_kind_differs_the_first_serves():
-    offers = {m: plans(A, B, C) for m in range(1, 11)}
+    offers = {m: made(A, B, C) for m in range(1, 11)}
     found, served = serving(offers, {8: B}, {B})
     assert any(found[B].values()) and set(served.values()) == {A}
 
 
 def test_what_takes_the_place_of_kinds_that_differ_is_compared_where_it_serves():
-    offers = {m: plans(A, B, C) if m <= 8 else plans(C, A) for m in range(1, 11)}
+    offers = {m: made(A, B, C) if m <= 8 else made(C, A) for m in range(1, 11)}
     found, served = serving(offers, {8: B}, {A, B})
     assert set(served.values()) == {C}
     assert {1, 10} <= found[C].keys()  # first offered from 9 on, but it serves from 1 on
@@ -165,5 +165,5 @@ def test_what_takes_the_place_of_kinds_that_differ_is_compared_where_it_serves()
 
 
 def test_an_m_without_offers_has_none_to_compare():
-    assert compare({1: [], 2: plans(D)}, {}, lambda m, plan: 0) == {D: {2: 0}}
-    assert compare({}, {}, lambda m, plan: 0) == {}
+    assert compare({1: [], 2: made(D)}, {}, lambda m, offer: 0) == {D: {2: 0}}
+    assert compare({}, {}, lambda m, offer: 0) == {}

@@ -1,21 +1,19 @@
-"""Routes and row certificates on CPU with the real bundled kernels."""
+"""Routes of linears on CPU with the real bundled kernels."""
 
 import pytest
 import torch
 from torch.nn import Linear as TorchLinear
 from torch.nn import functional as F
 
-from bi_patch.errors import CertificateFailed
-from bi_patch.ops import certificates
-from bi_patch.ops.cpu import linear, machine, rows
+from bi_patch.ops import bits, certificates
+from bi_patch.ops.cpu import linear, machine
 
 N, K = 192, 128
 
 
 @pytest.fixture(autouse=True)
-def kernels(cache, monkeypatch):
+def kernels(cache):
     machine.load_kernels(cache)
-    monkeypatch.setattr(machine, "libraries", lambda: "test")
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -37,8 +35,8 @@ def split_k(x, weight, bias):
     return (halves[1].to(x.dtype).float() + halves[0] + bias.float()).to(x.dtype)
 
 
-def route(layer, vendor, folder):
-    return linear.route(layer.weight, layer.bias, vendor, layer, folder)
+def route(layer, vendor, folder, library="test 1"):
+    return linear.route(layer.weight, layer.bias, vendor, layer, folder, library)
 
 
 def alone_and_among(apply, layer):
@@ -71,7 +69,7 @@ def test_an_order_that_rounding_hides_is_seen(tmp_path):
         parts = [gemm(x[:, span].float(), packed, n, k // 2, None) for span, packed in halves]
         return (parts[0] + parts[1]).to(x.dtype)
 
-    linear.route(layer.weight, None, vendor, layer, tmp_path)
+    linear.route(layer.weight, None, vendor, layer, tmp_path, "test 1")
     (certificate,) = [c for _, c in certificates.every(tmp_path)]
     assert certificate.passed_rows == [m for m in linear.ROWS if m != 1]
     assert certificate.evidence.differing > 30
@@ -105,7 +103,7 @@ def test_a_bias_that_upstream_widened(layer, tmp_path, monkeypatch, served):
         assert bias is None or bias.dtype == torch.float32
         return ours(x, weight, None if bias is None else bias.to(x.dtype))
 
-    apply = linear.route(layer.weight, loaded, vendor, layer, tmp_path)
+    apply = linear.route(layer.weight, loaded, vendor, layer, tmp_path, "test 1")
     x = torch.randn(6, K).to(layer.weight.dtype)
     for m in (1, 4, 6):
         assert torch.equal(apply(x[:m], layer.weight, layer.bias), ours(x[:m], layer.weight, loaded))
@@ -119,12 +117,11 @@ def test_shapes_and_bias(layer, tmp_path):
     assert torch.equal(apply(x, layer.weight, None), apply(x, layer.weight, layer.bias * 0))
 
 
-def test_a_stale_certificate_is_made_again(layer, tmp_path, monkeypatch):
+def test_a_stale_certificate_is_made_again(layer, tmp_path):
     route(layer, split_k, tmp_path)
     route(layer, split_k, tmp_path)
     assert len(certificates.every(tmp_path)) == 1
-    monkeypatch.setattr(machine, "libraries", lambda: "test 2")
-    route(layer, split_k, tmp_path)
+    route(layer, split_k, tmp_path, "test 2")
     assert len(certificates.every(tmp_path)) == 2
 
 
@@ -138,27 +135,18 @@ def test_routes_compile_whole(layer, tmp_path, monkeypatch):
         assert torch.equal(compiled(x), bundled(layer)(x, layer.weight, layer.bias) * 2)
 
 
-def test_an_operation_that_varies_with_rows_stops_the_engine(tmp_path):
-    def mean_by_rows(x):
-        halves = x.float().chunk(2 if x.shape[0] > 16 else 1, dim=-1)
-        return (sum(h.cumsum(-1)[..., -1] for h in halves),)
+def test_a_library_that_cannot_be_compared_is_not_used_and_the_next_start_tries_again(layer, tmp_path):
+    def broken(x, weight, bias):
+        raise RuntimeError("no primitive")
 
-    rows.register(rows.RowCheck("test.mean", "by rows", rows.ROWS, lambda m: (torch.randn(m, 999),), mean_by_rows))
-    with pytest.raises(CertificateFailed, match=r"test.mean by rows: \d+ rows: \d+ elements differ"):
-        rows.certify_registered(tmp_path)
-    rows.certify_registered(tmp_path)  # nothing is left registered
-
-
-def test_few_rows_are_taken_at_many_places():
-    assert rows._places(1, 1025)[:2] == [0, 33] and rows._places(1, 1025)[-1] == 1024
-    assert len(rows._places(1, 1025)) == len(rows._places(7, 1025)) == rows._PLACES
-    assert rows._places(511, 1025) == [0, 257, 514] and rows._places(1025, 1025) == [0]
-    assert rows._places(1, 3) == [0, 1, 2]
+    apply = route(layer, broken, tmp_path)
+    x, whole = alone_and_among(apply, layer)
+    assert torch.equal(whole, bundled(layer)(x, layer.weight, layer.bias))
+    assert certificates.every(tmp_path) == []
 
 
-def test_an_operation_that_reduces_rows_alone_passes(tmp_path):
-    rows.register(
-        rows.RowCheck("test.softmax", "4096", rows.ROWS, lambda m: (torch.randn(m, 4096),), lambda x: (x.softmax(-1),))
-    )
-    (certificate,) = rows.certify_registered(tmp_path)
-    assert certificate.passed and certificate.evidence.compared > 0
+def test_weights_that_are_not_finite_get_the_bundled_kernel(layer, tmp_path):
+    layer.weight[3, 5] = float("inf")
+    apply = route(layer, bundled(layer), tmp_path)
+    x = torch.randn(4, K).to(layer.weight.dtype)
+    assert not bits.differing(apply(x, layer.weight, layer.bias), bundled(layer)(x, layer.weight, layer.bias))

@@ -1,0 +1,8 @@
+"""How certificates name the vLLM whose kernels they are about."""
+
+
+def vllm() -> str:
+    """The installed vLLM, e.g. "vllm 0.33.0". Imports vllm.version."""
+    from vllm.version import __version__
+
+    return f"vllm {__version__}"

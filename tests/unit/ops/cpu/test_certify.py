@@ -1,0 +1,78 @@
+"""Certificates of operations that are kept as they are, on CPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.ops import certificates
+from bi_patch.ops.cpu import certify, machine, rows
+
+
+@pytest.fixture(autouse=True)
+def kernels(cache):
+    machine.load_kernels(cache)
+
+
+def test_an_operation_that_varies_with_rows_stops_the_engine(tmp_path):
+    def mean_by_rows(x):
+        halves = x.float().chunk(2 if x.shape[0] > 16 else 1, dim=-1)
+        return (sum(h.cumsum(-1)[..., -1] for h in halves),)
+
+    rows.register(rows.RowCheck("test.mean", "by rows", rows.ROWS, lambda m: (torch.randn(m, 999),), mean_by_rows))
+    with pytest.raises(CertificateFailed, match=r"test.mean by rows: \d+ rows: \d+ elements differ"):
+        certify.certify(tmp_path, "test 1")
+    certify.certify(tmp_path, "test 1")  # nothing is left registered
+
+
+def test_few_rows_are_taken_at_many_places():
+    assert rows._places(1, 1025)[:2] == [0, 33] and rows._places(1, 1025)[-1] == 1024
+    assert len(rows._places(1, 1025)) == len(rows._places(7, 1025)) == rows._PLACES
+    assert rows._places(511, 1025) == [0, 257, 514] and rows._places(1025, 1025) == [0]
+    assert rows._places(1, 3) == [0, 1, 2]
+
+
+def test_an_operation_that_reduces_rows_alone_passes(tmp_path):
+    rows.register(
+        rows.RowCheck("test.softmax", "4096", rows.ROWS, lambda m: (torch.randn(m, 4096),), lambda x: (x.softmax(-1),))
+    )
+    (certificate,) = certify.certify(tmp_path, "test 1")
+    assert certificate.passed and certificate.evidence.compared > 0
+
+
+def test_every_failure_is_named_at_once_with_what_to_do(tmp_path):
+    def broken(x):
+        raise RuntimeError("no kernel")
+
+    def short(x):
+        return (x[:, 0] + len(x),)
+
+    for name, run in (("broken", broken), ("short", short)):
+        rows.register(rows.RowCheck(f"test.{name}", "8", (1, 2), lambda m: (torch.randn(m, 8),), run))
+    with pytest.raises(CertificateFailed) as failed:
+        certify.certify(tmp_path, "test 1")
+    for part in ("2 operation(s)", "test.broken 8: RuntimeError: no kernel", "test.short 8: 1 rows", "BI_PATCH=0"):
+        assert part in str(failed.value)
+    assert [c.key.operation for _, c in certificates.every(tmp_path)] == ["test.short"]  # an error leaves no evidence
+
+
+def test_quantized_experts_are_named_with_what_to_do(tmp_path):
+    config = SimpleNamespace(
+        hidden_dim=8, num_experts=4, experts_per_token=2, in_dtype=torch.bfloat16, intermediate_size_per_partition=8
+    )
+    layer = SimpleNamespace(w13_weight=torch.zeros(4, 16, 8, dtype=torch.int8))
+    rows.register_moe(SimpleNamespace(moe_config=config), layer)
+    with pytest.raises(CertificateFailed, match="torch.int8 weights for torch.bfloat16 rows; use unquantized weights"):
+        certify.certify(tmp_path, "test 1")
+
+
+def test_the_library_is_a_part_of_the_key(tmp_path):
+    def register():
+        rows.register(rows.RowCheck("test.copy", "8", (1, 2), lambda m: (torch.randn(m, 8),), lambda x: (x,)))
+
+    for library in ("test 1", "test 2"):
+        register()
+        (certificate,) = certify.certify(tmp_path, library)
+        assert certificate.key.libraries == f"{library}, torch {torch.__version__}"
+    assert len(certificates.every(tmp_path)) == 2

@@ -1,0 +1,48 @@
+"""Bits are counted by element, whatever the values mean."""
+
+import pytest
+import torch
+
+from bi_patch.ops.bits import differing
+
+FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_zeros_of_both_signs_differ_and_the_same_nan_does_not(dtype):
+    a = torch.tensor([0.0, 1.0, 2.0, float("nan")]).to(dtype)
+    b = torch.tensor([-0.0, 1.0, 3.0, float("nan")]).to(dtype)
+    assert differing(a, a.clone()) == 0
+    assert differing(a, b) == 2
+
+
+def test_another_nan_differs():
+    nans = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+    assert differing(nans[:1], nans[1:]) == 1
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_integers(dtype):
+    a, b = torch.tensor([0, 1, 1]).to(dtype), torch.tensor([1, 1, 0]).to(dtype)
+    assert differing(a, a.clone()) == 0
+    assert differing(a, b) == 2
+
+
+def test_strides_do_not_matter():
+    held = torch.randn(6, 8)
+    assert differing(held.t(), held.t().contiguous()) == 0
+    assert differing(held[:, ::2], held[:, 1::2]) == 24
+    assert differing(held[:0], held[:0]) == 0
+    assert differing(torch.tensor(1.0), torch.tensor(2.0)) == 1
+
+
+def test_equal_tensors_are_read_once(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__ne__", lambda *_: pytest.fail("compared again"))
+    assert differing(torch.ones(4), torch.ones(4)) == 0
+
+
+@pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(1, 4), torch.zeros(4, dtype=torch.int32)])
+def test_another_shape_or_dtype_is_an_error(other):
+    with pytest.raises(ValueError, match="cannot compare"):
+        differing(torch.zeros(4), other)
