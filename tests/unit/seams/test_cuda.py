@@ -226,16 +226,97 @@ class Attention:
 def test_attention_layers_that_were_not_shown_are_refused(arguments, named, monkeypatch):
     from bi_patch.seams.cuda import attention as attention_cuda
 
-    certified = []
     monkeypatch.setattr(attention_cuda, "_chosen", lambda: True)
-    monkeypatch.setattr(attention_cuda, "_certify_decode", certified.append)
     monkeypatch.setattr(Attention, "__init__", _closed("attention.cuda_backend", Attention.__init__))
     if named is None:
-        layer = Attention(*arguments)
-        assert certified == ([layer] if arguments[0] == "FLASH_ATTN" else [])
+        Attention(*arguments)
         return
     with pytest.raises(UnsupportedFeature, match=named):
         Attention(*arguments)
+
+
+class Experts(torch.nn.Module):
+    """What vLLM's experts hold once their weights are loaded: 4 of them, 6 elements wide between the products."""
+
+    def __init__(self):
+        super().__init__()
+        self.w13_weight, self.w2_weight = (Weight(*shape) for shape in ((4, 12, 8), (4, 8, 6)))
+        self.moe_config = SimpleNamespace(experts_per_token=2)
+
+
+class Weight:
+    """A weight on a GPU that is not there."""
+
+    is_cuda, dtype = True, torch.bfloat16
+
+    def __init__(self, *shape):
+        self.shape, self.ndim = shape, len(shape)
+
+
+class UnquantizedLinearMethod:
+    pass
+
+
+def test_a_loaded_model_is_certified_whole(monkeypatch):
+    """Linears, experts and decode attention are handed over once, when the weights are loaded."""
+    import sys
+
+    from bi_patch.ops.cuda import attention, certify, linear, moe
+    from bi_patch.seams.cuda import attention as attention_cuda
+
+    model = torch.nn.Module()
+    model.linear, model.experts = torch.nn.Module(), Experts()
+    model.linear.weight, model.linear.quant_method = Weight(24, 8), UnquantizedLinearMethod()
+    layers = []
+    for backend, heads in (("FLASH_ATTN", 8), ("TRITON_ATTN", 8), ("FLASH_ATTN", 4)):
+        layers.append(Attention(backend, 128, None))
+        layers[-1].num_heads, layers[-1].num_kv_heads, layers[-1].dtype = heads, 2, torch.bfloat16
+    held = {str(i): layer for i, layer in enumerate([*layers, object()])}
+    vllm = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
+        compilation_config=SimpleNamespace(static_forward_context=held),
+    )
+    fused = SimpleNamespace(fused_experts=len, try_get_optimal_moe_config=lambda *known: known)
+    for name, stand_in in {
+        "vllm.version": SimpleNamespace(__version__="0.33.0"),
+        "vllm.model_executor.layers.attention.attention": SimpleNamespace(Attention=Attention),
+        "vllm.model_executor.layers.fused_moe": SimpleNamespace(fused_moe=fused, override_config="override"),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setenv("VLLM_TRITON_USE_TD", "1")
+    order, made = [], {}
+
+    def certified(linears, experts, attentions, **more):
+        order.append("certified")
+        made.update(more, linears=[*linears], experts=[*experts], attentions=[*attentions])
+
+    monkeypatch.setattr(certify, "certify", certified)
+    worker = SimpleNamespace(vllm_config=vllm, get_model=lambda: model)
+    load = _closed("linear.cuda_certify", lambda self, **_: order.append("loaded") or "done")
+    assert load(worker, load_dummy_weights=True) == "done" and order == ["loaded", "certified"]
+    assert made["linears"] == [linear.Problem(24, 8, torch.bfloat16, False)]
+    ((problem, kernel),) = made["experts"]
+    assert problem == moe.Problem(4, 6, 8, 2, torch.bfloat16)
+    assert kernel.choose(7) == ((4, 12, 8), (4, 8, 6), 2, None, 7) and kernel.override == "override"
+    assert made["attentions"] == [
+        (attention.Problem(heads, 2, 128, torch.bfloat16), attention_cuda.prefill) for heads in (8, 4)
+    ]
+    assert made["max_rows"] == 512 and made["library"] == "vllm 0.33.0 descriptors=1"
+
+
+@pytest.mark.parametrize(("kind", "size", "covered"), [("RotaryEmbedding", 128, True), ("RotaryEmbedding", 96, False)])
+@pytest.mark.parametrize("other", [False, True])
+def test_which_rotations_the_bundled_kernel_takes(kind, size, covered, other, monkeypatch):
+    from bi_patch.ops.cuda import rotary
+
+    taken = []
+    monkeypatch.setattr(rotary, "rope", lambda *given: taken.append("bundled"))
+    forward = _closed("rotary.cuda_forward", lambda self, *given: taken.append("vLLM's own"))
+    layer = type("MRotaryEmbedding" if other else kind, (), {"_match_cos_sin_cache_dtype": lambda self, x: x})()
+    layer.head_size = layer.rotary_dim = size
+    layer.is_neox_style = True
+    forward(layer, torch.arange(3), torch.zeros(3, size), torch.zeros(3, size))
+    assert taken == ["bundled" if covered and not other else "vLLM's own"]
 
 
 @pytest.mark.parametrize(("window", "chosen", "served"), [(512, False, "TRITON"), (None, False, "X"), (512, True, "X")])

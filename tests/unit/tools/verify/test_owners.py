@@ -1,0 +1,73 @@
+"""Which seam answers for a layer, and for an operation of ours, is read off the plan."""
+
+import types
+
+import pytest
+from packaging.version import Version
+
+from bi_patch.arming import catalog
+from bi_patch.tools.verify import owners
+
+LAYERS = {
+    "cpu": {
+        "RMSNorm": "norm.cpu_rms",
+        "GemmaRMSNorm": "norm.cpu_rms",
+        "LayerNorm": "norm.cpu_layer_certified",
+        "LinearBase": "linear.cpu_dispatch",
+        "ParallelLMHead": "linear.cpu_dispatch",
+        "LogitsProcessor": "linear.cpu_dispatch",
+        "FusedMoE": "moe.cpu_experts",
+        "MoERunner": "moe.cpu_experts",
+        "RoutedExperts": "moe.cpu_experts",
+        "FusedMoEExperts": "moe.cpu_experts",
+        "Attention": "attention.cpu_forward",
+        "RotaryEmbedding": "rotary.cpu_forward",
+        "RotaryEmbeddingBase": "rotary.cpu_forward",
+        "TopKTopPSampler": "sampling.cpu_draw",
+    },
+    "cuda": {
+        "RMSNorm": "norm.cuda_rms",
+        "GemmaRMSNorm": "norm.cuda_rms",
+        "LayerNorm": "",
+        "LinearBase": "linear.cuda_route",
+        "ParallelLMHead": "linear.cuda_route",
+        "LogitsProcessor": "linear.cuda_route",
+        "FusedMoE": "moe.cuda_tables",
+        "MoERunner": "moe.cuda_tables",
+        "RoutedExperts": "moe.cuda_tables",
+        "FusedMoEExperts": "moe.cuda_tables",
+        "Attention": "attention.cuda_backend",
+        "RotaryEmbedding": "rotary.cuda_forward",
+        "RotaryEmbeddingBase": "rotary.cuda_forward",
+        "TopKTopPSampler": "sampling.cuda_top_k_top_p",
+    },
+}
+OPS = {
+    "cpu": {"linear": "linear.cpu_dispatch"},
+    "cuda": {"linear": "linear.cuda_route", "norm": "norm.cuda_rms", "rotary": "rotary.cuda_forward"},
+}
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def platform(request, monkeypatch):
+    """The owners of a process that is not armed, where vLLM 0.32.0 is installed for this platform."""
+    monkeypatch.setattr(owners.process, "state", lambda: None)
+    monkeypatch.setattr(owners, "_plan", lambda: catalog.plan(Version("0.32.0"), request.param))
+    return request.param
+
+
+def test_layers_by_their_class_or_one_above_it(platform):
+    made = owners.Owners()
+    for name, seam in LAYERS[platform].items():
+        kind = type(name, (), {})
+        for layer in (kind(), type("Derived", (kind,), {})()):
+            assert made.seam(layer, "model.layers.0", "aten.mm") == seam
+    assert made.seam(object(), "model", "aten.mm") == made.seam(None, "", "aten.mm") == ""
+
+
+def test_operations_by_their_module(platform):
+    made = owners.Owners()
+    for name, seam in OPS[platform].items():
+        module = types.ModuleType(f"bi_patch.ops.{platform}.{name}")
+        exec("def call(made):\n    return made.seam(None, '', 'aten.mm')", module.__dict__)
+        assert module.call(made) == seam
