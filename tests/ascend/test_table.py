@@ -57,6 +57,6 @@ def test_the_script_for_a_device_runs(on_npu):
 
 
 def test_a_chip_that_is_not_in_the_table_is_named(on_npu):
-    code = "import torch_npu\nfrom bi_patch.ops import ascend_routes\nascend_routes.install()"
+    code = "import torch_npu\nfrom bi_patch.ops.ascend import dispatch\ndispatch.install()"
     done = on_npu("-c", code, STUB_SOC="Ascend950PR_950z")
     assert "UnsupportedDevice" in done.stderr and "Ascend950PR_950z" in done.stderr

@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from bi_patch.ops.ascend import machine
-from bi_patch.ops.ascend import operators as ops
+from bi_patch.ops.ascend import activation, attention, forms, machine, moe, norm, products, reductions
 
 if TYPE_CHECKING:
     import torch
@@ -22,49 +21,49 @@ KEY = "PrivateUse1"
 _ABOVE = "AutogradPrivateUse1"
 
 SERVED: dict[str, Callable] = {
-    "aten::mm": ops.mm,
-    "aten::mm.out": ops.out_form(ops.mm),
-    "aten::addmm": ops.addmm,
-    "aten::addmm.out": ops.out_form(ops.addmm),
-    "aten::addmm_": ops.in_place(ops.addmm),
-    "aten::bmm": ops.bmm,
-    "aten::bmm.out": ops.out_form(ops.bmm),
-    "aten::baddbmm": ops.baddbmm,
-    "aten::baddbmm.out": ops.out_form(ops.baddbmm),
-    "aten::baddbmm_": ops.in_place(ops.baddbmm),
-    "aten::mv": ops.mv,
-    "aten::dot": ops.dot,
-    "aten::linear": ops.linear,
-    "aten::matmul": ops.matmul,
-    "aten::matmul.out": ops.out_form(ops.matmul),
-    "aten::sum": ops.sum_all,
-    "aten::sum.dim_IntList": ops.sum_dim,
-    "aten::sum.IntList_out": ops.out_form(ops.sum_dim),
-    "aten::mean": ops.mean_all,
-    "aten::mean.dim": ops.mean_dim,
-    "aten::mean.out": ops.out_form(ops.mean_dim),
-    "aten::softmax.int": ops.softmax_int,
-    "aten::_softmax": ops.softmax_half,
-    "aten::_softmax.out": ops.out_form(ops.softmax_half),
-    "aten::log_softmax.int": ops.log_softmax_int,
-    "aten::_log_softmax": ops.log_softmax_half,
-    "aten::_log_softmax.out": ops.out_form(ops.log_softmax_half),
-    "aten::cumsum": ops.cumsum,
-    "aten::cumsum.out": ops.out_form(ops.cumsum),
-    "aten::topk": ops.topk,
-    "aten::topk.values": ops.named_out_form(ops.topk, ("values", "indices")),
-    "aten::sort": ops.sort,
-    "npu::npu_linear": ops.npu_linear,
-    "npu::npu_rms_norm": ops.npu_rms_norm,
-    "npu::npu_add_rms_norm": ops.npu_add_rms_norm,
-    "npu::npu_gemma_rms_norm": ops.npu_gemma_rms_norm,
-    "npu::npu_swiglu": ops.npu_swiglu,
-    "npu::npu_grouped_matmul": ops.npu_grouped_matmul,
-    "npu::npu_moe_token_unpermute": ops.npu_moe_token_unpermute,
-    "npu::npu_fused_infer_attention_score": ops.fused_attention,
-    "npu::npu_fused_infer_attention_score.out": ops.out_form(ops.fused_attention, 2),
-    "npu::npu_fused_infer_attention_score_v2": ops.fused_attention_v2,
-    "npu::npu_fused_infer_attention_score_v2.out": ops.out_form(ops.fused_attention_v2, 2),
+    "aten::mm": products.mm,
+    "aten::mm.out": forms.out_form(products.mm),
+    "aten::addmm": products.addmm,
+    "aten::addmm.out": forms.out_form(products.addmm),
+    "aten::addmm_": forms.in_place(products.addmm),
+    "aten::bmm": products.bmm,
+    "aten::bmm.out": forms.out_form(products.bmm),
+    "aten::baddbmm": products.baddbmm,
+    "aten::baddbmm.out": forms.out_form(products.baddbmm),
+    "aten::baddbmm_": forms.in_place(products.baddbmm),
+    "aten::mv": products.mv,
+    "aten::dot": products.dot,
+    "aten::linear": products.linear,
+    "aten::matmul": products.matmul,
+    "aten::matmul.out": forms.out_form(products.matmul),
+    "aten::sum": reductions.sum_all,
+    "aten::sum.dim_IntList": reductions.sum_dim,
+    "aten::sum.IntList_out": forms.out_form(reductions.sum_dim),
+    "aten::mean": reductions.mean_all,
+    "aten::mean.dim": reductions.mean_dim,
+    "aten::mean.out": forms.out_form(reductions.mean_dim),
+    "aten::softmax.int": reductions.softmax_int,
+    "aten::_softmax": reductions.softmax_half,
+    "aten::_softmax.out": forms.out_form(reductions.softmax_half),
+    "aten::log_softmax.int": reductions.log_softmax_int,
+    "aten::_log_softmax": reductions.log_softmax_half,
+    "aten::_log_softmax.out": forms.out_form(reductions.log_softmax_half),
+    "aten::cumsum": reductions.cumsum,
+    "aten::cumsum.out": forms.out_form(reductions.cumsum),
+    "aten::topk": reductions.topk,
+    "aten::topk.values": forms.named_out_form(reductions.topk, ("values", "indices")),
+    "aten::sort": reductions.sort,
+    "npu::npu_linear": products.npu_linear,
+    "npu::npu_rms_norm": norm.npu_rms_norm,
+    "npu::npu_add_rms_norm": norm.npu_add_rms_norm,
+    "npu::npu_gemma_rms_norm": norm.npu_gemma_rms_norm,
+    "npu::npu_swiglu": activation.npu_swiglu,
+    "npu::npu_grouped_matmul": moe.npu_grouped_matmul,
+    "npu::npu_moe_token_unpermute": moe.npu_moe_token_unpermute,
+    "npu::npu_fused_infer_attention_score": attention.fused_attention,
+    "npu::npu_fused_infer_attention_score.out": forms.out_form(attention.fused_attention, 2),
+    "npu::npu_fused_infer_attention_score_v2": attention.fused_attention_v2,
+    "npu::npu_fused_infer_attention_score_v2.out": forms.out_form(attention.fused_attention_v2, 2),
 }
 # PyTorch's other sums over floating-point numbers. Integers are exact in any order and keep their kernel.
 _REFUSED_ATEN = (
@@ -151,7 +150,7 @@ def install() -> None:
     libraries = {space: torch.library.Library(space, "IMPL") for space in ("aten", *_VENDORS)}
     for name, function in SERVED.items():
         if not _defined(name):
-            ops.refuse(name, "this torch_npu does not define it")
+            forms.refuse(name, "this torch_npu does not define it")
         serve = _exact(name, function) if name in _EXACT_FOR_INTEGERS else function
         _replace(libraries, name, serve, KEY)
         if torch._C._dispatch_has_kernel_for_dispatch_key(name, _ABOVE):
@@ -194,7 +193,7 @@ def _exact(name: str, function: Callable) -> Callable:
 
 def _refusal(name: str) -> Callable:
     def refuse(*args, **kwargs):
-        ops.refuse(name, "its native kernel may sum in an order that follows the batch")
+        forms.refuse(name, "its native kernel may sum in an order that follows the batch")
 
     return refuse
 

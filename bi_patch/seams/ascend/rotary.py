@@ -17,7 +17,7 @@ def _rotary(original):
         is_neox_style: bool,
         offsets=None,
     ):
-        from bi_patch.ops.ascend import operators
+        from bi_patch.ops.ascend import rotary
 
         if not is_neox_style or offsets is not None or positions.ndim != 1:
             refuse(
@@ -26,9 +26,7 @@ def _rotary(original):
                 "Use another model",
             )
         tokens = query.shape[0]
-        turned = operators.rotate(
-            positions, query.reshape(tokens, -1), key.reshape(tokens, -1), cos_sin_cache, head_size
-        )
+        turned = rotary.rotate(positions, query.reshape(tokens, -1), key.reshape(tokens, -1), cos_sin_cache, head_size)
         return turned[0].view(query.shape), turned[1].view(key.shape)
 
     rope_forward_oot.__annotations__ = getattr(original, "__annotations__", {})  # the op's schema is read from it

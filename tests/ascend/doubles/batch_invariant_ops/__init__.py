@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from bi_patch.ops.ascend import machine, operators
+from bi_patch.ops.ascend import attention, machine, products, reductions
 
 CALLS: Counter[str] = Counter()
 
@@ -21,16 +21,16 @@ def _schema(name: str, like: str) -> str:
 
 
 def _sum(x, dim, keepdim=False):
-    return operators.sum_dim(x, [dim], keepdim)
+    return reductions.sum_dim(x, [dim], keepdim)
 
 
 _FUNCTIONS = {
-    "npu_mm_batch_invariant": ("aten::mm", operators.mm),
-    "npu_matmul_batch_invariant": ("aten::matmul", operators.matmul),
+    "npu_mm_batch_invariant": ("aten::mm", products.mm),
+    "npu_matmul_batch_invariant": ("aten::matmul", products.matmul),
     "npu_reduce_sum_batch_invariant": ("(Tensor x, int dim, bool keepdim=False) -> Tensor", _sum),
     "npu_fused_infer_attention_score_batch_invariant": (
         "npu::npu_fused_infer_attention_score",
-        operators.fused_attention,
+        attention.fused_attention,
     ),
 }
 

@@ -1,0 +1,13 @@
+"""Rotary embedding on Ascend by the bundled kernel."""
+
+from __future__ import annotations
+
+from bi_patch.ops.ascend import machine
+
+
+def rotate(positions, query, key, cache, head_size: int):
+    """Rotary embedding, neox style, of query [T, Hq * head_size] and key (or None) by cache [P, rotary]."""
+    from bi_patch.kernels.ascend import pointwise
+
+    turned = [pointwise.rotate(positions, x, cache, head_size, machine.chip()) for x in (query, key) if x is not None]
+    return turned[0], turned[1] if key is not None else None
