@@ -136,8 +136,12 @@ def obtain(
         certificate = _made(folder, key, make)
     if not certificate.passed and instead and key.digest() not in _warned:
         _warned.add(key.digest())
-        first = certificate.evidence.first
-        _log.warning("bi_patch: %s %s is not certified (%s): %s serves", key.operation, key.problem, first, instead)
+        rows, passed = len(certificate.evidence.rows), len(certificate.passed_rows)
+        some = f" for {rows - passed} of {rows} numbers of rows" if passed else ""
+        _log.warning(
+            "bi_patch: the certificate of %s %s failed%s (%s); %s serves instead",
+            *(key.operation, key.problem, some, certificate.evidence.first, instead),
+        )
     return certificate
 
 

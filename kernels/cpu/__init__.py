@@ -1,4 +1,4 @@
-"""CPU kernels: GEMM, paged attention, norms, activation, rotary embedding and routing, with a fixed order of every sum.
+"""CPU kernels, each with a fixed order of every sum: GEMM, paged attention, norms, activation, rotary embedding, experts.
 
 `load(cache_dir)` compiles and registers them as `torch.ops.bi_cpu.*`; README.md tells
 their orders, layouts and limits.

@@ -52,7 +52,7 @@ def register_fakes(isa: str) -> None:
     def _(positions, x, cache, head_size, neox):
         return x.new_empty(x.shape)
 
-    @torch.library.register_fake("bi_cpu::route")
+    @torch.library.register_fake("bi_cpu::softmax_topk")
     def _(logits, k, renormalize):
         shape = (logits.shape[0], k)
         return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)

@@ -154,3 +154,42 @@ def test_pytorch_own_products_and_sums():
     want = x.double() @ weight.double()
     assert (forms["mm.dtype"](x).double() - want).norm() / want.norm() < 1e-5
     assert torch.ones(3, 4, device="cuda", dtype=torch.int32).sum(-1).tolist() == [4, 4, 4]
+
+
+def test_certificates_of_a_worker(tmp_path, monkeypatch):
+    """Linears, experts' tiles and decode attention, as a loaded model hands them over: each passes and is recorded."""
+    pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe", reason="vLLM is not installed")
+    from types import SimpleNamespace
+
+    from bi_patch.ops import certificates
+    from bi_patch.ops.cuda import attention, certify, linear, machine, moe
+    from bi_patch.seams.cuda.attention import prefill
+    from bi_patch.seams.cuda.moe import experts
+
+    if not machine.vendor_allowed():
+        pytest.skip("FlashAttention 3 and cuBLASLt's order need Hopper")
+    monkeypatch.setattr(moe, "_done", set())
+    monkeypatch.setattr(moe, "_fixed", set())
+    monkeypatch.setattr(attention, "_certified", {})
+    model = torch.nn.Module()
+    model.layer = torch.nn.Module()
+    for name, shape in (("w13_weight", (1, 1536, 2048)), ("w2_weight", (1, 2048, 768))):
+        weight = torch.empty(shape, device="cuda", dtype=torch.bfloat16).expand(128, -1, -1)
+        model.layer.register_buffer(name, weight)
+    model.layer.moe_config = SimpleNamespace(experts_per_token=8)
+    products = [linear.Problem(512, 1024, torch.bfloat16, False)]
+    decoders = [(attention.Problem(32, 8, size, torch.bfloat16), prefill) for size in (64, 128)]
+
+    def make():
+        given = (products * 2, experts(model), decoders * 2)
+        return certify.certify(*given, max_rows=600, library="test", cache=tmp_path)
+
+    made = make()
+    operations = ["cuda.linear", "cuda.moe", "cuda.decode_attention", "cuda.decode_attention"]
+    assert [c.key.operation for c in made] == operations
+    for certificate in made:
+        assert certificate.passed and certificate.evidence.compared, certificate
+        assert certificates.load(tmp_path, certificate.key) == certificate
+    assert products[0] in linear.routes() and all(attention.serves(problem) for problem, _ in decoders)
+    assert not moe._fixed
+    assert make() == made[:1]  # the others were made for this process

@@ -1,4 +1,4 @@
-"""Softmax routing to experts on CPU by the bundled kernel: ties go to the lower expert."""
+"""The choice of experts on CPU by the bundled kernel: ties go to the lower expert."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def softmax_topk(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax routing of logits [rows, experts]: weights (fp32) and ids (int32) [rows, top_k], ties by the lower id."""
+    """The top_k experts of each row of logits [rows, experts] by softmax, ties by the lower id.
+
+    Returns weights (fp32) and ids (int32), both [rows, top_k].
+    """
     import torch
 
-    return torch.ops.bi_cpu.route(logits, top_k, renormalize)
+    return torch.ops.bi_cpu.softmax_topk(logits, top_k, renormalize)

@@ -76,8 +76,8 @@ struct RopeArgs {
 
 void rope(const RopeArgs& a, int threads);
 
-// ---- Routing (routing.cpp); logits [rows, experts], weights and ids dense [rows, k].
-void route(DType t, const void* logits, int64_t row, int64_t rows, int64_t experts, int64_t k, bool renormalize,
-           float* weights, int32_t* ids, int threads);
+// ---- Choice of experts (softmax_topk.cpp); logits [rows, experts], weights and ids dense [rows, k].
+void softmax_topk(DType t, const void* logits, int64_t row, int64_t rows, int64_t experts, int64_t k, bool renormalize,
+                  float* weights, int32_t* ids, int threads);
 
 }  // namespace bi

@@ -256,15 +256,15 @@ at::Tensor rope(const at::Tensor& positions, const at::Tensor& x, const at::Tens
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> route(const at::Tensor& logits, int64_t k, bool renormalize) {
-  TORCH_CHECK(logits.dim() == 2, "bi_cpu.route: logits must be [rows, experts], got ", logits.sizes());
-  TORCH_CHECK(k >= 1 && k <= logits.size(1), "bi_cpu.route: ", k, " of ", logits.size(1), " experts");
+std::tuple<at::Tensor, at::Tensor> softmax_topk(const at::Tensor& logits, int64_t k, bool renormalize) {
+  TORCH_CHECK(logits.dim() == 2, "bi_cpu.softmax_topk: logits must be [rows, experts], got ", logits.sizes());
+  TORCH_CHECK(k >= 1 && k <= logits.size(1), "bi_cpu.softmax_topk: ", k, " of ", logits.size(1), " experts");
   const auto type = dtype_of(logits, "logits");
   const at::Tensor x = logits.stride(1) == 1 ? logits : logits.contiguous();
   at::Tensor weights = at::empty({x.size(0), k}, x.options().dtype(at::kFloat));
   at::Tensor ids = at::empty({x.size(0), k}, x.options().dtype(at::kInt));
-  bi::route(type, x.const_data_ptr(), x.stride(0), x.size(0), x.size(1), k, renormalize,
-            weights.mutable_data_ptr<float>(), ids.mutable_data_ptr<int32_t>(), at::get_num_threads());
+  bi::softmax_topk(type, x.const_data_ptr(), x.stride(0), x.size(0), x.size(1), k, renormalize,
+                   weights.mutable_data_ptr<float>(), ids.mutable_data_ptr<int32_t>(), at::get_num_threads());
   return {weights, ids};
 }
 
@@ -279,7 +279,7 @@ TORCH_LIBRARY(bi_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)");
   m.def("silu_and_mul(Tensor x) -> Tensor");
-  m.def("route(Tensor logits, int k, bool renormalize) -> (Tensor, Tensor)");
+  m.def("softmax_topk(Tensor logits, int k, bool renormalize) -> (Tensor, Tensor)");
   m.def("rope(Tensor positions, Tensor x, Tensor cache, int head_size, bool neox) -> Tensor");
 }
 
@@ -292,5 +292,5 @@ TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
   m.impl("add_rms_norm", &add_rms_norm);
   m.impl("silu_and_mul", &silu_and_mul);
   m.impl("rope", &rope);
-  m.impl("route", &route);
+  m.impl("softmax_topk", &softmax_topk);
 }

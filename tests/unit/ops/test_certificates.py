@@ -88,7 +88,8 @@ def test_writing_leaves_no_temporary_files(tmp_path):
 
 
 def failing(key=KEY):
-    return msgspec.structs.replace(certificate(key), passed=False, evidence=Evidence([1], 48, 3, "M=1: 3 of 48"))
+    evidence = Evidence([1, 2], 48, 3, "M=1: 3 of 48")
+    return msgspec.structs.replace(certificate(key), passed=False, passed_rows=[2], evidence=evidence)
 
 
 @pytest.fixture
@@ -104,7 +105,8 @@ def test_a_failure_is_said_once_with_what_serves(tmp_path, warnings):
     for _ in range(2):
         assert not certificates.obtain(tmp_path, KEY, failing, instead="the bundled GEMM").passed
     assert warnings == [
-        "bi_patch: cpu.linear N=8 K=8 bfloat16 is not certified (M=1: 3 of 48): the bundled GEMM serves"
+        "bi_patch: the certificate of cpu.linear N=8 K=8 bfloat16 failed for 1 of 2 numbers of rows (M=1: 3 of 48); "
+        "the bundled GEMM serves instead"
     ]
     other = msgspec.structs.replace(KEY, problem="N=16")
     certificates.obtain(tmp_path, other, lambda: failing(other), instead="the bundled GEMM")
@@ -123,7 +125,7 @@ def test_an_error_is_a_failure_that_the_next_start_forgets(tmp_path, warnings):
 
     made = certificates.obtain(tmp_path, KEY, make, instead="the bundled GEMM")
     assert (made.key, made.passed, made.passed_rows, made.evidence.rows) == (KEY, False, [], [])
-    assert made.evidence.first == "MemoryError: no room" and "(MemoryError: no room)" in warnings[0]
+    assert made.evidence.first == "MemoryError: no room" and "failed (MemoryError: no room); the" in warnings[0]
     assert certificates.every(tmp_path) == []
     assert certificates.obtain(tmp_path, KEY, certificate).passed
 

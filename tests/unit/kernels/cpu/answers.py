@@ -60,7 +60,7 @@ def rows(ops, dtype: torch.dtype) -> list[str]:
     x, residual = (torch.randn(9, 200, generator=g).to(dtype) for _ in range(2))
     normed, added = ops.add_rms_norm(x, residual, x[0], 1e-6, 0.0)
     turned = ops.rope(torch.arange(9), x, torch.rand(9, 36, generator=g).to(dtype), 50, True)
-    weights, ids = ops.route(x, 6, False)
+    weights, ids = ops.softmax_topk(x, 6, False)
     return [digest(t) for t in (normed, added, turned, ops.silu_and_mul(x), weights, ids)]
 
 

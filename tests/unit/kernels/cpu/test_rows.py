@@ -122,23 +122,25 @@ def test_rope(ops, threads, dtype, neox, dim, rotary):
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_routing(ops, threads, dtype, experts, k, renormalize):
     logits = (make(300, experts, dtype=torch.float32) * 4).round().to(dtype)  # many ties
-    weights, ids = ops.route(logits, k, renormalize)
+    weights, ids = ops.softmax_topk(logits, k, renormalize)
     want = torch.sort(logits.double(), dim=-1, descending=True, stable=True)
     assert torch.equal(ids.long(), want.indices[:, :k])
     exact = logits.double().softmax(-1).gather(1, ids.long())
     exact = exact / exact.sum(-1, keepdim=True) if renormalize else exact
     assert torch.allclose(weights.double(), exact, rtol=k * 2**-23 + 1e-6, atol=1e-9)
     for m in (1, 2, 7, 64):
-        one = ops.route(logits[5 : m + 5], k, renormalize)
+        one = ops.softmax_topk(logits[5 : m + 5], k, renormalize)
         assert torch.equal(one[0], weights[5 : m + 5]) and torch.equal(one[1], ids[5 : m + 5])
     wide = torch.zeros(300, experts + 3, dtype=dtype)
     wide[:, 1:-2] = logits
     threads(3)
-    assert all(torch.equal(a, b) for a, b in zip(ops.route(wide[:, 1:-2], k, renormalize), (weights, ids), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ops.softmax_topk(wide[:, 1:-2], k, renormalize), (weights, ids), strict=True)
+    )
 
 
 def test_routing_by_no_number_still_names_experts(ops):
-    weights, ids = ops.route(torch.full((2, 9), float("nan")), 4, True)
+    weights, ids = ops.softmax_topk(torch.full((2, 9), float("nan")), 4, True)
     assert ids.tolist() == [[0, 1, 2, 3]] * 2 and weights.isnan().all()
 
 
@@ -155,8 +157,8 @@ def test_bad_input_is_refused(ops):
         ("cache must be", lambda: ops.rope(positions, x, cache, 32, True)),
         ("x must be", lambda: ops.rope(positions, x, cache, 48, True)),
         ("x must be", lambda: ops.rope(positions[:2], x, cache, 64, True)),
-        ("of 64 experts", lambda: ops.route(x, 65, True)),
-        ("must be \\[rows, experts\\]", lambda: ops.route(x[0], 2, True)),
+        ("of 64 experts", lambda: ops.softmax_topk(x, 65, True)),
+        ("must be \\[rows, experts\\]", lambda: ops.softmax_topk(x[0], 2, True)),
         ("outside the cache", lambda: ops.rope(positions + 3, x, cache, 64, True)),
         ("must be dense int64", lambda: ops.rope(positions.int(), x, cache, 64, True)),
     ]:
@@ -169,5 +171,5 @@ def test_the_ops_can_be_traced(ops):
     x = make(3, 64, dtype=torch.float32)
     torch.library.opcheck(ops.add_rms_norm, (x, x, torch.ones(64), 1e-6, 1.0))
     torch.library.opcheck(ops.silu_and_mul, (x,))
-    torch.library.opcheck(ops.route, (x, 4, True))
+    torch.library.opcheck(ops.softmax_topk, (x, 4, True))
     torch.library.opcheck(ops.rope, (torch.arange(3), x, torch.ones(5, 32), 64, True))

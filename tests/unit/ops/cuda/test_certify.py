@@ -93,7 +93,7 @@ def test_where_one_fails_another_kernel_serves_and_the_log_says_so(failure, monk
         ("the bundled GEMM", "the fixed tile", "prefill's kernel"),
         strict=True,
     ):
-        assert operation in line and line.endswith(f"{kernel} serves")
+        assert operation in line and line.endswith(f"{kernel} serves instead")
 
 
 def test_heads_that_the_bundled_kernel_does_not_have_need_no_certificate(monkeypatch, tmp_path):

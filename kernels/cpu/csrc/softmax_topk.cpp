@@ -1,6 +1,7 @@
-// Softmax routing: the k experts with the highest logits of a row, highest first, ties by the lower expert, and their
-// weights. Order: exp(logit - max) by the polynomial of vec.h; the sum goes over the chosen experts in the order of their
-// rank where weights are renormalized, else over all experts in 16 lanes (lane = expert mod 16), joined by sum_lanes.
+// The choice of experts by softmax: the k experts with the highest logits of a row, highest first, ties by the lower
+// expert, and their weights. Order: exp(logit - max) by the polynomial of vec.h; the sum goes over the chosen experts in
+// the order of their rank where weights are renormalized, else over all experts in 16 lanes (lane = expert mod 16),
+// joined by sum_lanes.
 #include <omp.h>
 #include "api.h"
 #include "edge.h"
@@ -53,8 +54,8 @@ void run(const T* logits, int64_t row, int64_t rows, int64_t experts, int64_t k,
 
 }  // namespace
 
-void route(DType t, const void* logits, int64_t row, int64_t rows, int64_t experts, int64_t k, bool renormalize,
-           float* weights, int32_t* ids, int threads) {
+void softmax_topk(DType t, const void* logits, int64_t row, int64_t rows, int64_t experts, int64_t k, bool renormalize,
+                  float* weights, int32_t* ids, int threads) {
   switch (t) {
     case DType::f32: return run((const float*)logits, row, rows, experts, k, renormalize, weights, ids, threads);
     case DType::bf16: return run((const bf16*)logits, row, rows, experts, k, renormalize, weights, ids, threads);
