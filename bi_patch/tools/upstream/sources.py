@@ -35,9 +35,14 @@ class Source:
     read: Callable[[str], bytes]
     package: str = PACKAGE
 
-    def text(self, file: str) -> str:
-        """A file's text with its line ends as they are. Raises UnicodeDecodeError."""
-        return self.read(file).decode()
+    @property
+    def name(self) -> str:
+        return name_of(self.package)
+
+
+def name_of(package: str) -> str:
+    """What a reader calls a package: vLLM, or its plugin's distribution."""
+    return "vLLM" if package == PACKAGE else PACKAGES[package][0]
 
 
 def open_source(name: str, release: str | None = None) -> Source:
