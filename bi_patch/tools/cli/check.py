@@ -103,7 +103,7 @@ def _name(report: "Report") -> str:
     """The release, and where it was read unless that is the download of the release."""
     from bi_patch.tools.upstream.sources import name_of
 
-    read = report.source.rsplit("/", 1)[-1] or report.source
+    read = report.source.rstrip("/").rsplit("/", 1)[-1]
     release = report.release if report.base == report.release else f"{report.release} as {report.base}"
     name = f"{name_of(report.package)} {release}"
     return name if read == f"{name_of(report.package).lower()}-{report.release}.zip" else f"{name} ({read})"
@@ -120,7 +120,8 @@ def _shares(report: "Report") -> list[tuple[str, int, int]]:
 
 
 def _verdict(report: "Report") -> str:
-    return "fits" if report.ok else f"{len(report.problems)} problem{'s'[: len(report.problems) != 1]}"
+    number = len(report.problems)
+    return "fits" if report.ok else f"{number} problem{'' if number == 1 else 's'}"
 
 
 def _problem(console: Console, name: str, problem: "Problem") -> None:
