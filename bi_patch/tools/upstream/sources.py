@@ -54,7 +54,7 @@ def open_source(name: str, release: str | None = None) -> Source:
     if release is not None:
         release = release_number(release)
     if name == "installed":
-        found = installed.find("cpu")  # the platform is not looked at: the diffs are for every platform
+        found = installed.find("cpu")  # any platform: a series serves them all
         if found is None:
             raise PatchError("no vLLM is installed in this environment: name a wheel or a source tree, or use --all")
         return _tree(found.folder.parent, "installed", release or str(found.release))
