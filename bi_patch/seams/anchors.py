@@ -10,8 +10,8 @@ import difflib
 import functools
 import hashlib
 import importlib.util
-import os
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,6 +21,7 @@ from bi_patch.platforms.releases import PACKAGES
 from bi_patch.seams.plan import Plan, Planned
 
 PATCHES = Path(__file__).resolve().parent.parent / "patches"
+FILE = "anchors.json"
 
 
 class Anchor(msgspec.Struct, frozen=True):
@@ -32,6 +33,31 @@ class Anchor(msgspec.Struct, frozen=True):
     signature: str
     digest: str
     source: str
+
+
+class Recorded(msgspec.Struct, frozen=True):
+    """What `anchors.json` holds for one release of one package.
+
+    anchors: one for each seam. copies: for each seam on a module's own name (not a class's), the modules that take the
+    name by `from ... import` at their top.
+    """
+
+    anchors: tuple[Anchor, ...] = ()
+    copies: dict[str, list[str]] = {}
+
+    def by_seam(self) -> dict[str, Anchor]:
+        return {anchor.seam: anchor for anchor in self.anchors}
+
+
+def read(folder: Path) -> Recorded:
+    """The record in a release's folder; an empty record where the file is missing or damaged."""
+    return files.read_json(folder / FILE, Recorded) or Recorded()
+
+
+def write(folder: Path, recorded: Recorded) -> None:
+    """Write the record into a release's folder, sorted by seam, so that a new seam is one new entry in the diff."""
+    anchors = tuple(sorted(recorded.anchors, key=lambda anchor: anchor.seam))
+    files.write_json(folder / FILE, Recorded(anchors, dict(sorted(recorded.copies.items()))))
 
 
 def path_of(module: str, exists) -> str | None:
@@ -64,12 +90,6 @@ def package_of(module: str) -> str:
     return module.split(".", 1)[0]
 
 
-def recorded(release: str, package: str = "vllm") -> dict[str, Anchor]:
-    """The anchors on file for a package's release, by seam; empty where none was recorded."""
-    anchors = files.read_json(folder_of(release, package) / "anchors.json", list[Anchor])
-    return {a.seam: a for a in anchors or ()}
-
-
 def compare(old: Anchor, new: Anchor) -> str | None:
     """None where the anchor holds, else upstream's change of that object as a unified diff."""
     if old.digest == new.digest:
@@ -88,16 +108,16 @@ def check_installed(plan: Plan, folder: Path, cache: Path) -> None:
     cache: where the result is remembered by size and time of each file, so that an installation pays once.
     Raises AnchorMoved, naming each anchor that moved with upstream's change.
     """
-    known = {name: a for package in PACKAGES for name, a in recorded(str(plan.release), package).items()}
-    roots = {package: _root(package, folder) for package in {package_of(p.target.module) for p in plan.seams}}
-    stamp = _stamp(plan, roots)
+    places = _places(plan, folder)
+    stamp = _stamp(plan, places)
     remembered = cache / "anchors" / f"{stamp}.json"
     if files.read_json(remembered, str) == stamp:
         return
+    known = {}
+    for package in PACKAGES:
+        known |= read(folder_of(str(plan.release), package)).by_seam()
     moved = []
-    for planned in plan.seams:
-        root = roots[package_of(planned.target.module)]
-        file = path_of(planned.target.module, lambda p, root=root: (root / p).is_file())
+    for planned, root, file in places:
         if file is None:
             moved.append(f"{planned.seam.name}: no module {planned.target.module}")
             continue
@@ -116,6 +136,24 @@ def check_installed(plan: Plan, folder: Path, cache: Path) -> None:
     files.write_json(remembered, stamp)
 
 
+class _Place(NamedTuple):
+    """A planned seam in the installed packages. root: holds the package. file: relative to it, None if missing."""
+
+    planned: Planned
+    root: Path
+    file: str | None
+
+
+def _places(plan: Plan, folder: Path) -> list[_Place]:
+    """Each planned seam's file, looked up once."""
+    roots = {package: _root(package, folder) for package in {package_of(p.target.module) for p in plan.seams}}
+    places = []
+    for planned in plan.seams:
+        root = roots[package_of(planned.target.module)]
+        places.append(_Place(planned, root, path_of(planned.target.module, lambda p, root=root: (root / p).is_file())))
+    return places
+
+
 def _root(package: str, folder: Path) -> Path:
     """The folder that holds a package: `folder`, or where Python finds it."""
     if not (folder / package).is_dir():
@@ -125,17 +163,15 @@ def _root(package: str, folder: Path) -> Path:
     return folder
 
 
-def _stamp(plan: Plan, roots: dict[str, Path]) -> str:
+def _stamp(plan: Plan, places: list[_Place]) -> str:
     """A digest over the planned files' size and time, the recorded anchors and the targets."""
-    parts = [str(plan.release), plan.platform, *(f"{name} {roots[name]}" for name in sorted(roots))]
+    parts = [str(plan.release), plan.platform]
     for package in PACKAGES:
-        series = folder_of(str(plan.release), package) / "anchors.json"
-        parts.append(hashlib.sha256(series.read_bytes()).hexdigest() if series.is_file() else "none")
-    for planned in plan.seams:
-        root = roots[package_of(planned.target.module)]
-        file = path_of(planned.target.module, lambda p, root=root: (root / p).is_file())
-        info = os.stat(root / file) if file else None
-        parts.append(f"{planned.seam.name} {planned.target} {info and (info.st_size, info.st_mtime_ns)}")
+        recorded = folder_of(str(plan.release), package) / FILE
+        parts.append(hashlib.sha256(recorded.read_bytes()).hexdigest() if recorded.is_file() else "none")
+    for planned, root, file in places:
+        info = (root / file).stat() if file else None
+        parts.append(f"{planned.seam.name} {planned.target} {root} {info and (info.st_size, info.st_mtime_ns)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""`bi-patch check`: do the patch series and the anchors still fit vLLM? Reads text; never imports vLLM."""
+"""`bi-patch check`: whether the patches and the anchors fit vLLM. Reads vLLM as text and never imports it."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +12,7 @@ from rich.table import Table
 from bi_patch.tools.cli import app
 
 if TYPE_CHECKING:
-    from bi_patch.tools.upstream.check import Report
-    from bi_patch.tools.upstream.places import Problem
+    from bi_patch.tools.upstream.report import Problem, Report
 
 
 @app.command()
@@ -24,7 +23,7 @@ def check(
     ] = None,
     release: Annotated[
         str | None,
-        typer.Option(help="Download this release and check it; with a SOURCE: take the source for this release."),
+        typer.Option(help="Download this release and check it. With a SOURCE: treat the source as this release."),
     ] = None,
     every: Annotated[
         bool,
@@ -32,13 +31,15 @@ def check(
     ] = False,
     write: Annotated[
         bool,
-        typer.Option("--write", help="First generate series and anchors anew, of all releases if no SOURCE is named."),
+        typer.Option(
+            "--write", help="First regenerate patches and anchors, of every supported release unless a SOURCE is named."
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Check that the patches apply, reverse and close their seams, and that no anchor moved.
+    """Check that the patches apply, reverse and close their patch points, and that upstream changed none of these.
 
-    Exit 1 when something moved.
+    Exit code 1: at least one check failed. Exit code 2: nothing could be checked.
     """
     from bi_patch import installed
     from bi_patch.errors import PatchError
@@ -68,49 +69,70 @@ def check(
         answer = {"ok": all(r.ok for r in reports), "reports": each}
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(answer)) + b"\n")
     else:
-        _print(reports)
+        _print(reports, Console())
     raise typer.Exit(0 if all(r.ok for r in reports) else 1)
 
 
-def _print(reports: "list[Report]") -> None:
-    console = Console()
-    table = Table(title="Patch series against vLLM", title_justify="left")
-    for column in ("vLLM", "source", "applied", "reversed", "seams closed", "anchors matched", ""):
-        table.add_column(column, overflow="fold")
-    for r in reports:
-        table.add_row(
-            ("" if r.package == "vllm" else f"{r.package} ")
-            + (r.release if r.base == r.release else f"{r.release} (as {r.base})"),
-            escape(r.source.rsplit("/", 1)[-1]),
-            *(
-                _share(*pair)
-                for pair in (
-                    (r.applied, r.patches),
-                    (r.reversed, r.patches),
-                    (r.closed, r.seams),
-                    (r.matched, r.anchors),
-                )
-            ),
-            "[green]fits[/]" if r.ok else f"[bold red]problems: {len(r.problems)}[/]",
-        )
-    console.print(table)
+def _print(reports: "list[Report]", console: Console) -> None:
+    """A table on a terminal, a plain line for each report in a pipe; then the problems."""
+    if console.is_terminal:
+        console.print(_table(reports))
+    else:
+        for r in reports:
+            shares = ", ".join(f"{name} {part}/{whole}" for name, part, whole in _shares(r))
+            _line(console, f"{_name(r)}: {_verdict(r)}; {shares}")
     for r in reports:
         for p in r.problems:
-            _problem(console, f"{'vLLM' if r.package == 'vllm' else r.package} {r.release}", p)
+            _problem(console, _name(r), p)
 
 
-def _problem(console: Console, what: str, problem: "Problem") -> None:
-    def line(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+def _table(reports: "list[Report]") -> Table:
+    table = Table(box=None, pad_edge=False, title="Patches and anchors", title_justify="left")
+    for column in ("release", *(name for name, _, _ in _shares(reports[0])), "result"):
+        table.add_column(column, overflow="fold", justify="left" if column in ("release", "result") else "right")
+    for r in reports:
+        table.add_row(
+            escape(_name(r)),
+            *(f"[{'green' if part == whole else 'bold red'}]{part}/{whole}[/]" for _, part, whole in _shares(r)),
+            f"[{'green' if r.ok else 'bold red'}]{_verdict(r)}[/]",
+        )
+    return table
 
-    line(f"\n{what}, {problem.kind} {problem.seam}".rstrip(), "bold red")
+
+def _name(report: "Report") -> str:
+    """The release, and where it was read unless that is the download of the release."""
+    from bi_patch.tools.upstream.sources import name_of
+
+    read = report.source.rstrip("/").rsplit("/", 1)[-1]
+    release = report.release if report.base == report.release else f"{report.release} as {report.base}"
+    name = f"{name_of(report.package)} {release}"
+    return name if read == f"{name_of(report.package).lower()}-{report.release}.zip" else f"{name} ({read})"
+
+
+def _shares(report: "Report") -> list[tuple[str, int, int]]:
+    """What holds of how many: diffs applied, diffs reversed, seams closed, anchors matched."""
+    return [
+        ("applied", report.applied, report.patches),
+        ("reversed", report.reversed, report.patches),
+        ("closed", report.closed, report.seams),
+        ("anchors", report.matched, report.anchors),
+    ]
+
+
+def _verdict(report: "Report") -> str:
+    number = len(report.problems)
+    return "fits" if report.ok else f"{number} problem{'' if number == 1 else 's'}"
+
+
+def _problem(console: Console, name: str, problem: "Problem") -> None:
+    _line(console, f"\n{name}, {problem.kind} {problem.seam}".rstrip(), "bold red")
     place = " in ".join(filter(None, (problem.target, problem.file)))
     if place:
-        line(f"  at {place}")
-    line(problem.message)
+        _line(console, f"  at {place}")
+    _line(console, problem.message)
     for text in problem.diff.splitlines():
-        line(text, {"+": "green", "-": "red", "@": "cyan"}.get(text[:1]))
+        _line(console, text, {"+": "green", "-": "red", "@": "cyan"}.get(text[:1]))
 
 
-def _share(part: int, whole: int) -> str:
-    return f"[{'green' if part == whole else 'bold red'}]{part} of {whole}[/]"
+def _line(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -66,15 +66,15 @@ def reverse_series(folder: Path, patches: Sequence[Path]) -> None:
 
 
 def patched_copy(folder: Path) -> Path:
-    """A copy of the installed vLLM, and of its plugin vLLM-Ascend where that is installed, patched, in `folder`.
+    """Make a patched copy of the installed vLLM, and of its plugin vLLM-Ascend if installed, in `folder`.
 
-    The copy is small: what no patch touches is a symbolic link to the installed file or folder. A process
-    with `folder` first on PYTHONPATH, BI_PATCH_FORM=patches and VLLM_BATCH_INVARIANT=1 runs the patched vLLM.
-    Versions are looked up in the installed distribution still.
+    The copy is small: it links to every file and folder that no patch changes. A process runs the patched vLLM with
+    `folder` first on PYTHONPATH, BI_PATCH_FORM=patches and VLLM_BATCH_INVARIANT=1. It still reads versions from the
+    installed distribution.
 
-    Returns `folder`. Raises PatchError when no vLLM is installed, `folder` holds one, or a patch fails.
+    Returns `folder`. Raises PatchError when no vLLM is installed, `folder` holds a vLLM, or a patch fails.
     """
-    found = installed.find("cpu")  # the platform is not looked at: the series is for every platform
+    found = installed.find("cpu")  # any platform: a series serves them all
     if found is None:
         raise PatchError("no vLLM is installed in this environment: there is nothing to copy")
     release = str(found.release)

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from bi_patch.errors import PatchError
 from bi_patch.platforms.releases import PACKAGES
-from bi_patch.tools.upstream.sources import PACKAGE, release_number
+from bi_patch.tools.upstream.sources import PACKAGE, name_of, release_number
 
 # The machine that checks need not be one that vLLM runs on: the Python files of every build are the same.
 _WHEEL = (
@@ -48,19 +48,20 @@ def fetch(release: str, cache: Path, package: str = PACKAGE) -> Path:
     with FileLock(kept.with_suffix(".lock")):
         if not _usable(kept, package):
             with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-                slim = _slim(_download(distribution, release, Path(folder)), package, Path(folder) / "slim.zip")
+                slim = _slim(_download(package, release, Path(folder)), package, Path(folder) / "slim.zip")
                 os.replace(slim, kept)
     return kept
 
 
-def _download(distribution: str, release: str, folder: Path) -> Path:
+def _download(package: str, release: str, folder: Path) -> Path:
+    distribution = PACKAGES[package][0]
     command = [sys.executable, "-m", "pip", "download", *_WHEEL, "--dest", str(folder), f"{distribution}=={release}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob(f"{distribution.replace('-', '_')}-*.whl"))
     if result.returncode or not wheels:
         lines = [x for x in (result.stderr or result.stdout).splitlines() if x.strip() and not x.startswith("WARNING")]
         raise PatchError(
-            f"{'vLLM' if distribution == PACKAGE else distribution} {release} could not be downloaded with pip:\n"
+            f"{name_of(package)} {release} could not be downloaded with pip:\n"
             + "\n".join(lines[-4:])
             + "\nName a wheel or a source tree instead: bi-patch check PATH"
         )

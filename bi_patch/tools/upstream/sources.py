@@ -35,9 +35,14 @@ class Source:
     read: Callable[[str], bytes]
     package: str = PACKAGE
 
-    def text(self, file: str) -> str:
-        """A file's text with its line ends as they are. Raises UnicodeDecodeError."""
-        return self.read(file).decode()
+    @property
+    def name(self) -> str:
+        return name_of(self.package)
+
+
+def name_of(package: str) -> str:
+    """What a reader calls a package: vLLM, or its plugin's distribution."""
+    return "vLLM" if package == PACKAGE else PACKAGES[package][0]
 
 
 def open_source(name: str, release: str | None = None) -> Source:
@@ -49,7 +54,7 @@ def open_source(name: str, release: str | None = None) -> Source:
     if release is not None:
         release = release_number(release)
     if name == "installed":
-        found = installed.find("cpu")  # the platform is not looked at: the diffs are for every platform
+        found = installed.find("cpu")  # any platform: a series serves them all
         if found is None:
             raise PatchError("no vLLM is installed in this environment: name a wheel or a source tree, or use --all")
         return _tree(found.folder.parent, "installed", release or str(found.release))

@@ -78,7 +78,7 @@ def test_installed_anchors_are_verified_and_remembered(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     with pytest.raises(AnchorMoved, match="no anchor was recorded"):
         anchors.check_installed(made, tmp_path, cache)
-    anchors.files.write_json(tmp_path / "patches/vllm-0.32.0/anchors.json", [take(SOURCE)])
+    anchors.write(tmp_path / "patches/vllm-0.32.0", anchors.Recorded((take(SOURCE),)))
     anchors.check_installed(made, tmp_path, cache)
     assert len(list((cache / "anchors").iterdir())) == 1
     anchors.check_installed(made, tmp_path, cache)  # from memory

@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import inspect
-from pathlib import Path
 from types import SimpleNamespace
 
-import msgspec
 import pytest
 import torch
 from packaging.version import Version
@@ -14,12 +12,10 @@ from packaging.version import Version
 from bi_patch.arming.catalog import CATALOG, plan
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.platforms.releases import BY_PLATFORM
-from bi_patch.seams import active
-from bi_patch.seams.anchors import Anchor
+from bi_patch.seams import active, anchors
 
 RELEASES = BY_PLATFORM["cuda"]
 NONE = SimpleNamespace(name="NONE")  # vLLM's compilation mode
-PATCHES = Path(__file__).resolve().parents[3] / "patches"
 
 
 def config(**changes):
@@ -76,8 +72,7 @@ def cuda_policies():
 @pytest.mark.parametrize("release", RELEASES)
 def test_every_seam_has_an_anchor(release):
     made = plan(Version(release), "cuda")
-    anchors = msgspec.json.decode((PATCHES / f"vllm-{release}" / "anchors.json").read_bytes(), type=list[Anchor])
-    recorded = {anchor.seam: anchor.target for anchor in anchors}
+    recorded = {name: anchor.target for name, anchor in anchors.read(anchors.folder_of(release)).by_seam().items()}
     areas = {planned.seam.area for planned in made.seams}
     assert {"linear", "norm", "moe", "attention", "sampling", "compilation", "engine"} <= areas
     missing = [p.seam.name for p in made.seams if recorded.get(p.seam.name) != str(p.target)]

@@ -76,9 +76,12 @@ class Small:
         assert old.encode() in content
         path.write_bytes(content.replace(old.encode(), new.encode()))
 
-    def patch(self, word: str) -> Path:
-        (found,) = self.series.glob(f"*{word}*.patch")
-        return found
+    def patch(self, name: str) -> Path:
+        return self.series / f"{name}.patch"
+
+    def contents(self) -> dict[str, bytes]:
+        """The recorded files, by name."""
+        return {path.name: path.read_bytes() for path in self.series.iterdir()}
 
     def wheel(self, path: Path) -> Path:
         with zipfile.ZipFile(path, "w") as archive:

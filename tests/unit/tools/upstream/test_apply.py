@@ -5,6 +5,7 @@ import subprocess
 import pytest
 
 from bi_patch.errors import PatchError
+from bi_patch.seams import anchors
 from bi_patch.tools.upstream import apply, series
 
 
@@ -32,10 +33,7 @@ def test_a_last_line_without_newline_is_kept_whole(small):
     patch = small.patch("core-sched")
     assert "\\ No newline at end of file" in patch.read_text()
     apply.apply(small.tree, patch)
-    assert (
-        "        return os.getpid()\n\n# bi_patch: closes scheduler.schedule\n"
-        in (small.tree / "vllm/core/sched.py").read_text()
-    )
+    assert (small.tree / "vllm/core/sched.py").read_text().endswith(f"        return os.getpid()\n{series.TAIL}")
 
 
 def test_a_failing_series_leaves_nothing_applied(small):
@@ -56,14 +54,38 @@ def test_applies_inside_another_repository(small, monkeypatch):
     top = small.tree.parent
     subprocess.run(["git", "init", "--quiet", str(top)], check=True)
     monkeypatch.setenv("GIT_DIR", str(top / ".git"))
-    apply.apply(small.tree, small.patch("engine-ops"))
+    apply.apply(small.tree, small.patch("ops"))
     assert (small.tree / "vllm/ops.py").read_text().endswith(series.CALL)
+
+
+def readme_commands(series):
+    """The shell commands of patches/README.md that apply a series."""
+    text = (anchors.PATCHES / "README.md").read_text()
+    (block,) = [part for part in text.split("```")[1::2] if "git apply" in part]
+    assert "SERIES=/path/to/bi_patch/patches/vllm-0.33.0\n" in block
+    return block.replace("/path/to/bi_patch/patches/vllm-0.33.0", str(series))
+
+
+@pytest.mark.parametrize("case", ["fits", "one diff does not fit", "one diff is missing"])
+def test_the_commands_of_the_readme_apply_all_or_nothing(small, case):
+    subprocess.run(["git", "init", "--quiet", str(small.tree.parent)], check=True)
+    if case == "one diff does not fit":
+        small.change("vllm/user.py", "return scale(1)", "return scale(2)")
+    elif case == "one diff is missing":
+        small.patch("core-sched").unlink()
+    before = contents(small.tree)
+    run = subprocess.run(["sh", "-c", readme_commands(small.series)], cwd=small.tree, check=False)
+    (small.tree / "series.diff").unlink()
+    assert (run.returncode == 0) == (case == "fits")
+    if case == "fits":
+        apply.reverse_series(small.tree, paths(small))
+    assert contents(small.tree) == before
 
 
 def test_without_git_the_error_says_so(small, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(PatchError, match="`git` is not on PATH"):
-        apply.apply(small.tree, small.patch("engine-ops"))
+        apply.apply(small.tree, small.patch("ops"))
 
 
 def test_patched_copy_leaves_the_original_alone(small, monkeypatch, tmp_path):

@@ -1,14 +1,20 @@
 """`bi-patch check` as users run it: exit codes, JSON, and no vLLM in the process."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import bi_patch
+from bi_patch.tools.cli import check
+from bi_patch.tools.upstream import series
+from bi_patch.tools.upstream.report import Problem, Report
 
 ROOT = Path(bi_patch.__file__).parent.parent
 PROGRAM = """
@@ -22,11 +28,11 @@ finally:
 """
 
 
-def run(*arguments, **environ):
+def run(*arguments, command="check", **environ):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_"))}
     clean |= {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | environ
-    command = [sys.executable, "-c", PROGRAM, "check", *map(str, arguments)]
-    result = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    line = [sys.executable, "-c", PROGRAM, command, *map(str, arguments)]
+    result = subprocess.run(line, env=clean, capture_output=True, text=True, check=False)
     assert "loaded []" in result.stderr, result.stderr
     return result
 
@@ -52,6 +58,41 @@ def test_json(small):
 )
 def test_wrong_usage_exits_2(arguments):
     assert run(*arguments).returncode == 2
+
+
+def test_a_pipe_gets_a_plain_line_for_each_report(small):
+    shares = "applied 0/{0}, reversed 0/{0}, closed 0/{1}, anchors 0/{1}"
+    result = run(small.tree, "--release", "0.33.0", COLUMNS="40")
+    first = result.stdout.splitlines()[0]
+    made = re.fullmatch(
+        r"vLLM 0\.33\.0 \(tree\): \d+ problems; applied 0/(\d+), reversed 0/(\d+), closed 0/(\d+), anchors 0/\3", first
+    )
+    assert made and made[1] == made[2] and first.endswith(shares.format(made[1], made[3]))
+
+
+def test_a_terminal_gets_a_table_of_80_columns():
+    fits = {"patches": 41, "applied": 41, "reversed": 41, "seams": 157, "closed": 157, "anchors": 157, "matched": 157}
+    reports = [
+        Report("/cache/vllm-0.33.0.zip", "0.33.0", "0.33.0", **fits),
+        Report("installed", "0.32.0", "0.32.0", **fits),
+        Report("trees/[b]vllm/", "0.34.0", "0.33.0", problems=[Problem("release", "unknown")]),
+        Report("/cache/vllm-ascend-0.23.0.zip", "0.23.0", "0.23.0", **fits, package="vllm_ascend"),
+    ]
+    console = Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
+    check._print(reports, console)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    starts = ("vLLM 0.33.0 ", "vLLM 0.32.0 (installed) ", "vLLM 0.34.0 as 0.33.0 ([b]vllm) ", "vllm-ascend 0.23.0 ")
+    rows = [next(line for line in lines if line.startswith(start)) for start in starts]
+    assert [row.split()[-1] for row in rows] == ["fits", "fits", "problem", "fits"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_patched_copy_is_made_and_not_twice(tmp_path):
+    made = run(tmp_path / "copy", command="patched-copy")
+    assert made.returncode == 0 and f"PYTHONPATH={tmp_path / 'copy'} BI_PATCH_FORM=patches" in made.stdout
+    assert (tmp_path / "copy/vllm/config/vllm.py").read_text().endswith(series.CALL)
+    again = run(tmp_path / "copy", command="patched-copy")
+    assert again.returncode == 2 and "there already" in again.stderr
 
 
 def test_an_unknown_setting_exits_2(small):

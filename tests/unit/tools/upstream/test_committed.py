@@ -2,7 +2,6 @@
 
 import pytest
 
-from bi_patch import files
 from bi_patch.platforms.releases import PACKAGES
 from bi_patch.seams import anchors
 from bi_patch.settings import Settings
@@ -14,35 +13,43 @@ each = pytest.mark.parametrize(("package", "release"), EACH)
 AGAIN = "out of date: run `bi-patch check --write`"
 
 
-def recorded_copies(release, package="vllm"):
-    return files.read_json(anchors.folder_of(release, package) / check.HOLDERS, dict[str, list[str]])
+def recorded(release, package="vllm"):
+    return anchors.read(anchors.folder_of(release, package))
 
 
 @each
 def test_series_is_that_of_the_seams(package, release):
-    wanted = series.make(series.planned_seams(release, package), recorded_copies(release, package))
+    wanted = series.make(series.planned_seams(release, package), recorded(release, package).copies)
     assert series.stale(wanted, series.read(anchors.folder_of(release, package))) == [], AGAIN
 
 
 @each
 def test_anchors_are_those_of_the_seams(package, release):
-    recorded = {name: anchor.target for name, anchor in anchors.recorded(release, package).items()}
-    assert recorded == {p.seam.name: str(p.target) for p in series.planned_seams(release, package)}, AGAIN
+    targets = {name: anchor.target for name, anchor in recorded(release, package).by_seam().items()}
+    assert targets == {p.seam.name: str(p.target) for p in series.planned_seams(release, package)}, AGAIN
 
 
 @each
 def test_copies_are_those_of_the_seams(package, release):
-    recorded = recorded_copies(release, package)
     wanted = {p.seam.name for p in series.planned_seams(release, package) if "." not in p.target.qualname}
-    assert recorded is not None and set(recorded) == wanted, AGAIN
+    assert set(recorded(release, package).copies) == wanted, AGAIN
+
+
+@each
+def test_the_record_is_sorted(package, release):
+    folder = anchors.folder_of(release, package)
+    found = recorded(release, package)
+    names = [anchor.seam for anchor in found.anchors]
+    assert names == sorted(set(names)) and list(found.copies) == sorted(found.copies), AGAIN
+    assert [c.name for c in series.read(folder)] == sorted(p.name for p in folder.glob("*.patch")), AGAIN
 
 
 def test_every_listed_copy_is_in_some_release():
     for package, release in EACH:
         for item in series.planned_seams(release, package):
             releases = PACKAGES[package][1]
-            held = {m for r in releases for m in recorded_copies(r, package).get(item.seam.name, ())}
-            assert {m for m in item.target.copies if series.inside(m, package)} <= held, item.seam.name
+            held = {m for r in releases for m in recorded(r, package).copies.get(item.seam.name, ())}
+            assert {m for m in item.target.copies if anchors.package_of(m) == package} <= held, item.seam.name
 
 
 def test_no_folder_without_a_release():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bi_patch.errors import PatchError
-from bi_patch.tools.upstream import check, fetch, places
+from bi_patch.tools.upstream import check, fetch, imports
 from bi_patch.tools.upstream.sources import open_source
 
 
@@ -62,7 +62,7 @@ def test_nothing_installed_is_named(monkeypatch):
 
 
 def test_imports_at_the_top_are_found(small):
-    held = places.holders(small.planned, small.source())
+    held = imports.holders({"engine.scale": small.planned[0].target}, small.source())
     assert held == {"engine.scale": ["vllm", "vllm.user"]}
 
 
