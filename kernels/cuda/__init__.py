@@ -1,1 +1,1 @@
-"""Bundled CUDA kernels, compiled at run time (nvrtc.py)."""
+"""CUDA kernels. NVRTC compiles them at run time (nvrtc.py)."""

@@ -1,63 +1,75 @@
-// Attention of single queries (decode) over paged KV, in the order of FlashAttention 3's prefill.
+// Decode attention over paged KV, with the same bits as FlashAttention 3's prefill (Shah et al. 2024).
 //
-// Order: tiles of 128 keys at multiples of 128, the last tile first. In a tile: scores by ascending 16 elements of the
-// head; the running maximum; p = 2^(score * scale - max * scale); a row's sum is four partial sums (keys 8j + 2t and
-// 8j + 2t + 1 for t = 0..3, ascending), each carried from tile to tile and scaled once a tile, added at the end as (s0
-// + s2) + (s1 + s3); the output is scaled, then takes p (rounded to 16 bits) times V by ascending 16 keys. At the end
-// it is divided by the sum. FlashAttention 3 (Shah et al. 2024) does the same with 192 or 128 rows of queries a tile,
-// of which a decode fills few; here a block has 8 or 16 rows, the query heads of one key head.
+//   out[t, h] = softmax(scale * q[t, h] K^T) V, where K and V are the keys and values of t's request up to t itself.
 //
-// From tile to tile go only the running maximum, the partial sums and the output. So scorers, a warp each, have every
-// RING-th tile: they copy its K, score it, and wait for the scorer before them only for these few numbers. Summers, a
-// warp each, have the output, some columns each, and take one tile after the other, for which carriers copy V. Gates
-// (mbarriers) tell who may go on. Where there are few requests, the PARTS blocks of a cluster share one: each scores
-// every PARTS-th run of SCORERS tiles, sends the weights to all, and sums a part of V's columns. What goes to another
-// block counts its bytes at that block's gate, which needs no fence. Compiled for HEAD (64, 128), PARTS (1, 2, 4),
-// HALVES (rows: 8 or 16), SCORERS, SUMMERS, CARRIERS.
+// q, out [tokens, heads, HEAD] and k, v [pages, page size, key heads, HEAD] are all bf16 or all fp16; sums are fp32.
+//
+// Order of one output row (token, query head). Keys are cut into tiles of 128 that start at multiples of 128, and the
+// tiles are processed from the last to the first. Each tile:
+//   1. computes the scores q k by ascending steps of 16 elements of the head;
+//   2. updates the running maximum, then computes p = 2^(score * scale - max * scale);
+//   3. rescales four partial sums of p, then adds p: sum t (0 to 3) takes keys 8j + 2t and 8j + 2t + 1, j ascending
+//      (if CONTRACT is 1, the rescale and the first addition are one FMA);
+//   4. rescales the output, then adds p (rounded to 16 bits) times V by ascending steps of 16 keys.
+// After the last tile, the output is multiplied by the reciprocal of (s0 + s2) + (s1 + s3). FlashAttention 3 has tiles
+// of 128 or 192 query rows, most of them empty in a decode; this kernel has 8 or 16: the query heads of one key head.
+//
+// Only the running maximum, the partial sums and the output pass from tile to tile, so tiles overlap. Warps have roles:
+//   - A scorer has every RING-th tile. It copies the tile's K, computes scores, waits for the maximum and the partial
+//     sums of the previous tile, and writes the weights p to a slot of a ring buffer.
+//   - A summer holds some columns of the output and adds the slots' tiles in order.
+//   - A carrier copies V to the slots.
+// Warps synchronize by mbarriers. If there are few requests, a cluster of PARTS blocks shares the work of one token and
+// key head: each block scores every PARTS-th run of SCORERS tiles, sends the weights to all blocks, and sums HEAD /
+// PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
+//
+// Compiled for HEAD (64, 128), PARTS (1, 2, 4), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS and CARRIERS.
+// Limits: sm_80 or later, clusters sm_90 or later; at most 16 query heads per key head; pages of 16, 32, 64 or 128
+// tokens; no sliding window, softcap, sinks or ALiBi.
 
 constexpr int TILE = 128, COLUMNS = HEAD / PARTS;
-constexpr int KEY_PIECES = HEAD / 8, VALUE_PIECES = COLUMNS / 8;  // of 16 bytes, in a row of K and of V
-constexpr int OWN = VALUE_PIECES / SUMMERS;  // pieces that a warp sums
+constexpr int KEY_PIECES = HEAD / 8, VALUE_PIECES = COLUMNS / 8;  // pieces of 16 bytes in a row of K and of V
+constexpr int OWN = VALUE_PIECES / SUMMERS;  // pieces of V that a summer sums
 constexpr int THREADS = 32 * (SCORERS + SUMMERS + CARRIERS);
-constexpr int RING = SCORERS * PARTS;  // scorers of a cluster; slots of a block
-constexpr int GROUP = 16;         // tokens that lie in one page
-constexpr int GROUPS = TILE / GROUP, FOUND = 32 / GROUPS;  // in a tile; tiles whose pages a warp finds at once
-constexpr int STEPS = TILE / 16;  // of 16 keys
+constexpr int RING = SCORERS * PARTS;  // scorers of a cluster, and slots of a block
+constexpr int GROUP = 16;         // consecutive tokens that always share a page
+constexpr int GROUPS = TILE / GROUP, FOUND = 32 / GROUPS;  // groups of a tile; tiles that find_page covers
+constexpr int STEPS = TILE / 16;  // steps of 16 keys in a tile
 constexpr int ROWS = 16;
-constexpr int TAKEN = 2 / HALVES, LOADS = STEPS / TAKEN;  // steps whose weights a lane takes at once; how often
-static_assert(SCORERS > 1);  // a scorer's numbers are read while the next ones are written
-static_assert(RING % CARRIERS == 0);  // a slot has one carrier, whose waits follow each other
+constexpr int TAKEN = 2 / HALVES, LOADS = STEPS / TAKEN;  // steps per load of weights; loads per tile
+static_assert(SCORERS > 1);  // a scorer reads its own numbers while it writes those of the next scorer
+static_assert(RING % CARRIERS == 0);  // each slot has one carrier, which waits for the slot's phases in turn
 
-// What a scorer has in its block's memory.
+// One scorer's shared memory.
 struct alignas(128) Scorer {
   unsigned char keys[TILE * KEY_PIECES * 16];
-  float peaks[ROWS], sums[ROWS][4];  // after the tile before
-  i64 peaked, summed, cleared;       // gates: peaks are there; sums are there; its slots are used, in every block
+  float peaks[ROWS], sums[ROWS][4];  // running maxima and partial sums after the previous tile
+  i64 peaked, summed, cleared;       // mbarriers: peaks written; sums written; slot free in every block
 };
 
-// What a block's summers take of a tile.
+// One tile's inputs for the summers of a block.
 struct alignas(128) Slot {
   unsigned char values[TILE * VALUE_PIECES * 16];
-  u32 weights[LOADS][32][4];  // of a lane, as multiply_add takes them
-  float shrinks[ROWS];        // what the tile scales earlier sums by
-  i64 full, empty;            // gates: all of this is there; is used
+  u32 weights[LOADS][32][4];  // per lane, in the layout of multiply_add
+  float shrinks[ROWS];        // the tile's rescale factors for earlier sums
+  i64 full, empty;            // mbarriers: slot filled; slot free
 };
 
 struct Shared {
   Scorer scorers[SCORERS];
   Slot slots[RING];
   float totals[ROWS];
-  i64 done;  // gate: totals are there
+  i64 done;  // mbarrier: totals written
 };
 
 DEVICE Shared& memory() { return *reinterpret_cast<Shared*>(shared()); }
 
-// Where piece `piece` of row `row` lies: rows of one column of pieces fall into different banks.
+// Byte offset of piece `piece` of row `row`. The exclusive or puts the rows of one column into different banks.
 DEVICE int place(int row, int pieces, int piece) {
   return (row * pieces + (piece ^ (pieces < 8 ? row * pieces / 8 & pieces - 1 : row & 7))) * 16;
 }
 
-// Strides in bytes. v lies `to_v` bytes after k everywhere; a page holds 2^page_bits tokens, 16 to TILE.
+// The KV cache. Strides in bytes; V lies `to_v` bytes after K; a page holds 2^page_bits tokens, 16 to TILE.
 struct Cache {
   const unsigned char* k;  // of this key head
   const int* pages;        // of this request
@@ -66,7 +78,7 @@ struct Cache {
   int page_bits;
 };
 
-// One token's work.
+// The work of a cluster: one token and the `group` query heads of one key head. part: this block's rank.
 struct Work {
   const u16* q;
   u16* out;
@@ -74,27 +86,27 @@ struct Work {
   float scale;
 };
 
-// Of tile i: its first key; the phase of its gates.
+// Tile i's first key, and the parity of its mbarriers' phases.
 DEVICE int begin_of(const Work& work, int i) { return (work.tiles - 1 - i) * TILE; }
 DEVICE int phase_of(int i) { return i / RING & 1; }
 
-// A zero that the compiler does not know.
+// A zero that the compiler cannot prove to be zero.
 DEVICE u32 hidden_zero(const Work& work) { return work.group >> 16; }
 
-// Of tiles i, i + step and so on, a lane's group: the page where it lies.
+// The page of this lane's group: group lane % GROUPS of tile i + lane / GROUPS * step; 0 past the end.
 DEVICE int find_page(const Cache& cache, const Work& work, int i, int step) {
   const int lane = thread() % 32, tile = i + lane / GROUPS * step, at = begin_of(work, tile) + GROUP * (lane % GROUPS);
   return tile < work.tiles && at < work.length ? cache.pages[at >> cache.page_bits] : 0;
 }
 
-// Where this group lies in the cache, in bytes.
+// Byte offset in the cache of this lane's group.
 DEVICE i64 locate(const Cache& cache, int page) {
   const u32 inside = GROUP * (thread() % 32) & ((1 << cache.page_bits) - 1);
   return static_cast<i64>(static_cast<u32>(page)) * cache.page_stride + inside * cache.token_stride;
 }
 
-// A warp's copies of tile i's rows, `pieces` of each from `from`, its groups where `located` of lanes from `lane` on has
-// them; zeros past the length unless `whole`.
+// A warp copies the rows of tile i from `from` to `to`, `pieces` pieces per row. Lane `lane` + g holds the offset of
+// group g in `located`. Rows past the length become zeros; `whole` says that the tile has no such rows.
 template <int pieces, bool whole>
 DEVICE void copy_rows(const Cache& cache, const unsigned char* from, const Work& work, int i, i64 located, int lane,
                       unsigned char* to) {
@@ -122,7 +134,7 @@ DEVICE void copy_tile(const Cache& cache, const unsigned char* from, const Work&
   }
 }
 
-// Scorer `warp` of the block scores the tiles of its slot: every RING-th.
+// Scorer `warp` of the block: scores every RING-th tile, all of which use one slot.
 DEVICE void score(const Work& work, const Cache& cache, int warp) {
   Scorer& own = memory().scorers[warp];
   const int mine = work.part * SCORERS + warp, next = PARTS == 1 ? (warp + 1) % SCORERS : warp + 1;
@@ -137,7 +149,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   end_group();
   int next_page = find_page(cache, work, mine + RING, RING);
 
-  const u32 zero = hidden_zero(work);  // the compiler would move one that it knows into place for each instruction
+  const u32 zero = hidden_zero(work);  // the compiler would set a known zero again for each instruction
   u32 queries[HEAD / 16][4];
 #pragma unroll
   for (int i = 0; i < HEAD / 16; ++i) {
@@ -148,7 +160,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       queries[i][part] = there ? *reinterpret_cast<const u32*>(work.q + row * work.q_head + d) : zero;
     }
   }
-  // Where a lane's row of K lies: 16 rows further is a constant further, another piece an exclusive or.
+  // Offset of this lane's row of K. The row 16 further is a constant away; other pieces differ by an exclusive or.
   const int k_row = place(8 * (lane / 16) + lane % 8, KEY_PIECES, lane / 8 % 2);
 
   all_began();
@@ -157,7 +169,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       expect(&own.peaked, 8 * HALVES * 4);
       expect(&own.summed, 32 * HALVES * 4);
     }
-    wait_groups<0>();  // K is there
+    wait_groups<0>();  // K has arrived
     together();
 
     float s[2 * STEPS][4] = {};
@@ -207,10 +219,10 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       by[half] = i > 0 ? power_of_2((before - most[half]) * work.scale) : 1.f;
     }
     if (i + 1 < work.tiles) {
-      together();  // all have seen the peaks before, which may be overwritten once these are sent
+      together();  // all lanes have read own.peaks, which may change once the new peaks are sent
       if (next < SCORERS) {
 #pragma unroll
-        for (int half = 0; half < HALVES; ++half) after.peaks[8 * half + g] = most[half];  // four lanes, one value
+        for (int half = 0; half < HALVES; ++half) after.peaks[8 * half + g] = most[half];  // equal in four lanes
         arrive_as_one(&after.peaked);
       } else if (t == 0) {
 #pragma unroll
@@ -222,7 +234,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
 
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      // Only the first tile can have nothing but minus infinity and yet count: its weights are then zero.
+      // In the first tile, a row whose scores are all minus infinity gets weights of zero, not NaN.
       const float scaled = i == 0 && most[half] == LOWEST ? 0.f : most[half] * work.scale;
 #pragma unroll
       for (int j = 0; j < 2 * STEPS; ++j) {
@@ -309,13 +321,13 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   }
 }
 
-// Carrier `warp` of the block copies V of every CARRIERS-th tile.
+// Carrier `warp` of the block: copies V of every CARRIERS-th tile to the tile's slot.
 DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
   const unsigned char* const from = cache.k + cache.to_v + work.part * VALUE_PIECES * 16;
   int next_page = find_page(cache, work, warp, CARRIERS);
   for (int first = warp; first < work.tiles; first += FOUND * CARRIERS) {
     const i64 located = locate(cache, next_page);
-    next_page = find_page(cache, work, first + FOUND * CARRIERS, CARRIERS);  // is there when these tiles are copied
+    next_page = find_page(cache, work, first + FOUND * CARRIERS, CARRIERS);  // loads while these tiles are copied
     for (int n = 0; n < FOUND && first + n * CARRIERS < work.tiles; ++n) {
       const int i = first + n * CARRIERS;
       Slot& slot = memory().slots[i % RING];
@@ -327,22 +339,23 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
     }
   }
   end_group();
-  wait_groups<0>();  // no copy outlives the thread that began it
+  wait_groups<0>();  // a thread must not end before its copies
   all_began();
 }
 
-// What a lane of a summer takes of a tile.
+// A tile's inputs in the registers of a summer's lane.
 struct Taken {
   u32 weights[LOADS][4], values[STEPS][OWN / 2][4];
   float by[HALVES];
   int slot;
 };
 
-// Where a summer is: a slot, its phase, and what a lane takes there.
+// A summer's next slot, the parity of its phase, and the offset of this lane's values in a slot.
 struct Turn {
   int slot, phase, v_row;
 };
 
+// Waits for the next slot, loads its contents into `taken` and frees it. Calls between(step) after each step's loads.
 template <class Between>
 DEVICE void take(Taken& taken, Turn& turn, Between between) {
   const int lane = thread() % 32, v_row = turn.v_row, at = turn.slot;
@@ -370,8 +383,8 @@ DEVICE void take(Taken& taken, Turn& turn, Between between) {
   taken.slot = at;
 }
 
-// Tells the block that scores for it that the slot of tile i is free: after the loads of all that blocks send there. Only
-// what someone waits for goes to another block: that one may be gone afterwards.
+// Tells the scorer of tile i's slot that the slot is free in this block, once all loads of what scorers sent have
+// finished. If no scorer waits for the slot, nothing is sent: the scorer's block may have ended.
 DEVICE void clear(const Taken& taken, const Work& work, int i) {
   if (PARTS == 1 || i + RING >= work.tiles) return;
   u32 values = 0;
@@ -416,7 +429,7 @@ DEVICE void add(float (&o)[OWN][4], const Taken& taken) {
   for (int step = 0; step < STEPS; ++step) add_step(o, taken, step);
 }
 
-// Adds tile i's and takes the next one's: between the additions, each of which waits for the one before.
+// Adds tile i and loads tile i + 1 between the additions, which depend on each other and leave time for loads.
 DEVICE void add_and_take(float (&o)[OWN][4], const Taken& taken, Taken& next, const Work& work, int i, Turn& turn) {
   if (i + 1 >= work.tiles) return add(o, taken);
   shrink(o, taken);
@@ -424,10 +437,10 @@ DEVICE void add_and_take(float (&o)[OWN][4], const Taken& taken, Taken& next, co
   take(next, turn, [&](int step) {
     if (step + 1 < STEPS) add_step(o, taken, step + 1);
   });
-  clear(taken, work, i);  // here nobody waits for its loads
+  clear(taken, work, i);  // its loads have finished by now
 }
 
-// Summer `warp` of the block: the output of its columns.
+// Summer `warp` of the block: adds all tiles to its columns of the output, divides by the sum, and stores them.
 DEVICE void sum_values(const Work& work, int warp) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
   float o[OWN][4] = {};
@@ -440,7 +453,7 @@ DEVICE void sum_values(const Work& work, int warp) {
       add(o, now);
     }
   } else {
-    Taken then;  // the next tile's are taken before this one's are added: here every tile waits for the one before
+    Taken then;  // the next tile, loaded while this tile is added: in a cluster every tile waits for the previous tile
     if (work.tiles > 0) take(now, turn, [](int) {});
     for (int i = 0; i < work.tiles; i += 2) {
       add_and_take(o, now, then, work, i, turn);
@@ -462,13 +475,13 @@ DEVICE void sum_values(const Work& work, int warp) {
   }
 }
 
-// A token's request, that request's last token + 1, and its length.
+// A token's request: its number, the end of its tokens in q, and its length in keys.
 struct Request {
   int number, end, length;
 };
 
 DEVICE Request request_of(const int* starts, const int* lengths, int requests, int token) {
-  // As a rule all have one token: one look then, with loads that do not wait for each other.
+  // Usually each request has one token: check this guess first, with loads that do not wait for each other.
   const int guess = token < requests ? token : requests - 1;
   const int begin = fetch(starts + guess), end = fetch(starts + guess + 1), length = fetch(lengths + guess);
   if (begin == token && end > token) return {guess, end, length};
@@ -480,10 +493,11 @@ DEVICE Request request_of(const int* starts, const int* lengths, int requests, i
   return {low, starts[low + 1], lengths[low]};
 }
 
-// q, out [tokens, heads, HEAD]; k [pages, 2^page_bits, key heads, HEAD], v the same `to_v` bytes further; starts
-// [requests + 1]: where a request's tokens begin in q, the last ones of its `lengths` [requests]; pages [requests,
-// most_pages]. Strides of q and out in elements, of the cache in bytes. group: query heads of a key head, at most 8 *
-// HALVES. scale: of the softmax, times log2(e). Grid: PARTS * key heads x tokens; tokens of no request stay as they are.
+// q, out [tokens, heads, HEAD]; k [pages, 2^page_bits, key heads, HEAD]; v has k's layout, `to_v` bytes further.
+// starts [requests + 1]: where each request's tokens begin in q. lengths [requests]: keys of each request; its tokens
+// in q are the last of these. pages [requests, most_pages]. Strides of q and out in elements, of the cache in bytes.
+// group: query heads per key head, at most 8 * HALVES. scale: of the softmax, times log2(e).
+// Grid: PARTS * key heads by tokens. The kernel does not write the output of tokens that belong to no request.
 KERNEL
 decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const int* lengths, const int* pages,
        i64 to_v, int requests, int most_pages, int page_bits, int group, float scale, int q_token, int q_head,
@@ -497,7 +511,7 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
   const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
                   out + static_cast<i64>(token) * o_token + head * group * o_head,
                   length, tiles, group, q_head, o_head, block_x() % PARTS, scale};
-  if (thread() % 32 == 0) {  // a warp's threads would take turns
+  if (thread() % 32 == 0) {  // the lanes of a warp would run one after the other
 #pragma unroll 1
     for (int i = warp; i < RING; i += THREADS / 32) {
       if (i < SCORERS) {
@@ -507,7 +521,7 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
         open(&scorer.cleared, SUMMERS * PARTS);
       }
       Slot& slot = memory().slots[i];
-      open(&slot.full, 33);  // V by a warp, and the weights
+      open(&slot.full, 33);  // 32 lanes that copy V, and 1 for the weights
       open(&slot.empty, SUMMERS);
     }
   }

@@ -1,4 +1,7 @@
-"""Attention of single queries over paged KV: decode.cu, which states the order, compiled and launched."""
+"""Decode attention over paged KV: compiles and launches decode.cu, which states shapes, order and limits.
+
+The bits are the same for every number of blocks (`parts`), so the number of requests may choose it.
+"""
 
 from __future__ import annotations
 
@@ -15,35 +18,35 @@ if TYPE_CHECKING:
     import torch
 
 HEAD_SIZES = (64, 128)
-GROUP = 16  # most query heads a key head
-PARTS = (4, 2, 1)
-_LEAST_COLUMNS = 32  # of V a block: a warp with all 16 of a quarter of 64 is behind the scores
+GROUP = 16  # most query heads per key head
+PARTS = (4, 2, 1)  # blocks of a cluster
+_LEAST_COLUMNS = 32  # of V per block: with 16, a warp that sums V is slower than the warps that score
 _TILE = 128
 _MOST_SCORERS = 8
-_FEW_WARPS = 8  # of a block, that may have 255 registers a thread
+_FEW_WARPS = 8  # most warps of a block whose threads may have 255 registers
 _LOG2E = 1.4426950408889634
 _INPUTS = {"bfloat16": "bf16", "float16": "f16"}
-# Whether the tile's scale and first weight join a partial sum in one rounding: so FlashAttention 3 was compiled.
+# 1: a partial sum's rescale and the tile's first addition are one FMA, as FlashAttention 3 was compiled.
 _CONTRACT = 1
 
 
 class Unfit(ValueError):
-    """The kernel cannot take a call's tensors; the message says why."""
+    """The kernel does not support a call's tensors; the message says why."""
 
 
 def covers(heads: int, key_heads: int, head_size: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel has these sizes; dtype is that of q, k, v and the output."""
+    """Whether the kernel supports these numbers of heads, this head size, and this dtype of q, k, v and the output."""
     name = str(dtype).removeprefix("torch.")
     return head_size in HEAD_SIZES and name in _INPUTS and heads % key_heads == 0 and heads // key_heads <= GROUP
 
 
 def covers_pages(page_size: int) -> bool:
-    """Whether KV may lie in pages of so many tokens: a power of two from 16 to a tile."""
+    """Whether the kernel supports pages of page_size tokens: a power of two from 16 to 128."""
     return 16 <= page_size <= _TILE and page_size & (page_size - 1) == 0
 
 
 class Form(NamedTuple):
-    """What a kernel is compiled for. group: query heads of a key head; parts: of V's columns, one a block."""
+    """What decode.cu is compiled for. group: query heads per key head. parts: blocks of a cluster."""
 
     head_size: int
     group: int
@@ -51,10 +54,11 @@ class Form(NamedTuple):
 
     @property
     def halves(self) -> int:
+        """Eights of query rows in a block."""
         return 1 if self.group <= 8 else 2
 
     def defines(self, shared: int) -> dict[str, int]:
-        """For `shared` bytes of shared memory a block."""
+        """The preprocessor macros of decode.cu, for `shared` bytes of shared memory per block."""
         return {
             "HEAD": self.head_size,
             "PARTS": self.parts,
@@ -66,16 +70,16 @@ class Form(NamedTuple):
 
     @property
     def summers(self) -> int:
-        """Warps that sum V, 16 to 32 columns each; more of them would leave each fewer registers."""
+        """Warps of a block that sum V, 16 to 32 columns each. More warps would leave each warp fewer registers."""
         return 4 if self.parts == 1 else 2
 
     @property
     def carriers(self) -> int:
-        """Warps that copy V: one keeps up where a tile takes as long as all of its K and V."""
+        """Warps of a block that copy V. One warp keeps up if a single block loads all of a tile's K and V."""
         return 1 if self.parts == 1 else 2
 
     def scorers(self, shared: int) -> int:
-        """Warps of a block that score: each has K of a tile in shared memory, and a slot in every block."""
+        """Warps of a block that score. Each needs shared memory for a tile's K, and a slot in every block."""
         most = _MOST_SCORERS if self.parts == 1 else _FEW_WARPS - self.summers - self.carriers
         return min(most, (shared - 128) // self._scorer_bytes)
 
@@ -93,32 +97,36 @@ class Form(NamedTuple):
 
 
 def parts_of(head_size: int, major: int) -> tuple[int, ...]:
-    """By how many blocks the work of a request and key head may be shared, on a device of compute capability `major`:
-    more than one are a cluster."""
+    """The numbers of blocks that may share the work of a token and key head on a device of compute capability `major`.
+
+    More than one block form a cluster.
+    """
     return tuple(n for n in PARTS if n == 1 or (major >= 9 and head_size // n >= _LEAST_COLUMNS))
 
 
 def parts_on(head_size: int, device: int) -> tuple[int, ...]:
-    """parts_of a device."""
+    """parts_of for device number `device`."""
     import torch
 
     return parts_of(head_size, torch.cuda.get_device_capability(device)[0])
 
 
 def forms(heads: int, key_heads: int, head_size: int, parts: Iterable[int]) -> list[Form]:
-    """What a model may need, by the number of requests."""
+    """Every form that a model may need; the number of requests decides which serves a call."""
     return [Form(head_size, heads // key_heads, number) for number in parts]
 
 
 def choose_parts(pairs: int, at_once: Mapping[int, int]) -> int:
-    """How many blocks, a cluster, share the work of each of `pairs` pairs of request and key head: the most whose
-    clusters all run at once. at_once: how many do, by number of blocks."""
+    """How many blocks share the work of a token and key head, given `pairs` such pairs.
+
+    The most blocks for which all clusters run at once. at_once: blocks of a cluster -> clusters that run at once.
+    """
     return next(number for number in PARTS if pairs <= at_once.get(number, 0) or number == 1)
 
 
 @functools.cache
 def build(form: Form, dtype: torch.dtype, arch: str, shared: int, major: int) -> bytes:
-    """The cubin for `arch`, e.g. sm_90, with `shared` bytes of shared memory a block, by NVRTC of CUDA `major`.
+    """Compile a cubin for `arch` (e.g. sm_90) and `shared` bytes of shared memory per block with NVRTC of CUDA `major`.
 
     Raises nvrtc.CompileError.
     """
@@ -140,12 +148,13 @@ def attend(
     scale: float,
     parts: int | None = None,
 ) -> None:
-    """Write the attention of q [tokens, heads, D] over each request's first `lengths` tokens into out, of q's shape.
+    """Causal attention of q [tokens, heads, D] over paged KV, written to out [tokens, heads, D].
 
-    k, v: [pages, page size, key heads, D], laid out alike. starts [requests + 1], int32: where a request's tokens
-    begin in q; none where the next start is equal, several are the last ones of `lengths`, in their order. lengths
-    [requests], int32. pages [requests, most pages], int32. scale: of the softmax. parts: one of PARTS, by default as
-    choose_parts has it; it changes no bit. Raises Unfit, with nothing done, for what the kernel cannot take.
+    k, v [pages, page size, key heads, D]: equal strides. starts [requests + 1], int32: where each request's tokens
+    begin in q; a request may have none. lengths [requests], int32: tokens of each request in KV; its tokens in q are
+    the last of these, in order. pages [requests, most pages], int32. scale: of the softmax. parts: one of PARTS, by
+    default choose_parts's choice; it changes no bit. Raises Unfit before any work if the kernel does not support a
+    tensor.
     """
     if problem := _unfit(q, k, v, out, starts, lengths, pages):
         raise Unfit(f"decode: {problem}")
@@ -170,7 +179,7 @@ def attend(
 
 
 def _unfit(q, k, v, out, starts, lengths, pages) -> str:
-    """What in the arguments the kernel cannot take, or nothing."""
+    """Why the kernel does not support these arguments; empty if it does."""
     if not covers(q.shape[1], k.shape[2], q.shape[2], q.dtype) or any(x.dtype != q.dtype for x in (k, v, out)):
         return f"heads {tuple(q.shape[1:])} over {k.shape[2]} in {q.dtype} are not covered"
     if not covers_pages(k.shape[1]):
@@ -188,7 +197,7 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
         return f"{tuple(starts.shape)} starts, {tuple(pages.shape)} pages do not belong to {number} requests"
     if any(str(x.dtype) != "torch.int32" or x.stride(-1) != 1 for x in (starts, lengths, pages)):
         return "starts, lengths and pages are not int32, side by side"
-    # What the kernel has in 32 bits: strides, places in a page, a token's heads, the grid.
+    # The kernel computes these in 32 bits: strides, offsets in a page, offsets of a token's heads, the grid.
     reach = (2 * k.stride(0), 2 * k.shape[1] * k.stride(1), 2 * k.stride(2), pages.stride(0))
     reach += tuple(x.shape[1] * max(x.stride(0), x.stride(1)) for x in (q, out))
     if max(reach) >= 1 << 31 or q.shape[0] >= 1 << 16:
@@ -198,13 +207,13 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
 
 @functools.cache
 def _at_once(group: int, head_size: int, dtype: torch.dtype, device: int) -> dict[int, int]:
-    """By number of blocks, above 1: how many clusters run at once on a device."""
+    """Blocks of a cluster (more than 1) -> clusters that run at once on the device."""
     found = parts_on(head_size, device)
     return {n: kernel(Form(head_size, group, n), dtype, device).clusters(n) for n in found if n > 1}
 
 
 def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int) -> None:
-    """Compile and load what a model may need, so that it is not done while a graph is captured.
+    """Compile and load every form that a model may need, so that no CUDA graph capture has to.
 
     Raises nvrtc.CompileError.
     """
@@ -219,7 +228,7 @@ def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, devi
 
 @functools.cache
 def kernel(form: Form, dtype: torch.dtype, device: int) -> nvrtc.Function:
-    """The kernel, compiled and loaded on a device. Raises nvrtc.CompileError."""
+    """The kernel, compiled and loaded on the device. Raises nvrtc.CompileError."""
     import torch
 
     arch, shared, major = _target(device)
@@ -229,7 +238,7 @@ def kernel(form: Form, dtype: torch.dtype, device: int) -> nvrtc.Function:
 
 
 def _target(device: int) -> tuple[str, int, int]:
-    """A device's architecture, its shared memory a block in bytes, and CUDA's major version."""
+    """The device's architecture, its bytes of shared memory per block, and CUDA's major version."""
     import torch
 
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))

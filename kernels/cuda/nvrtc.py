@@ -1,6 +1,6 @@
-"""CUDA source compiled at run time with NVRTC, which comes with PyTorch's CUDA builds, and launched by the driver.
+"""Compiles CUDA source at run time with NVRTC, and loads and launches kernels through the CUDA driver.
 
-Compiling needs no GPU. Numbers are those of cuda.h (CUDA 12 and 13).
+PyTorch's CUDA builds bring NVRTC. Compiling needs no GPU. The constants are from cuda.h (CUDA 12 and 13).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 
 
 class CompileError(RuntimeError):
-    """NVRTC or the driver is missing, or refused; the message holds the compiler's log."""
+    """NVRTC is missing, or a call of NVRTC or the driver failed; the message has the compiler's log."""
 
 
 @functools.cache
 def library(major: int) -> ctypes.CDLL:
-    """NVRTC of a CUDA major version. Raises CompileError where it is not installed."""
+    """Load NVRTC of a CUDA major version. Raises CompileError if it is not installed."""
     name = f"libnvrtc.so.{major}"
     beside = [str(found) for folder in sys.path for found in Path(folder or ".").glob(f"nvidia/*/lib/{name}")]
     for path in (name, *beside):
         try:
             if path != name:
-                # It opens its built-in functions by name, from wherever they were opened before.
+                # NVRTC opens libnvrtc-builtins by name, which finds the library only if it is already loaded.
                 for builtins in Path(path).parent.glob("libnvrtc-builtins.so.*"):
                     ctypes.CDLL(str(builtins))
             return ctypes.CDLL(path)
@@ -39,7 +39,7 @@ def library(major: int) -> ctypes.CDLL:
 
 
 def compile(source: str, arch: str, defines: dict[str, object], major: int) -> bytes:
-    """The cubin of `source` for `arch`, e.g. sm_90. Raises CompileError with the log."""
+    """Compile `source` to a cubin for `arch` (e.g. sm_90). Raises CompileError with the log."""
     nvrtc = library(major)
     program = c_void_p()
     _check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"kernel.cu", 0, None, None), "nvrtcCreateProgram")
@@ -58,19 +58,19 @@ def compile(source: str, arch: str, defines: dict[str, object], major: int) -> b
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute with the size of a cluster."""
+    """CUlaunchAttribute that holds the dimensions of a cluster."""
 
     _fields_ = [("id", c_int), ("pad", c_int), ("cluster", c_uint * 3), ("rest", ctypes.c_char * 52)]
 
 
 class _Launch(ctypes.Structure):
-    """CUlaunchConfig. sizes: of the grid, of a block, bytes of shared memory."""
+    """CUlaunchConfig. sizes: grid (3), block (3), bytes of dynamic shared memory."""
 
     _fields_ = [("sizes", c_uint * 7), ("stream", c_void_p), ("attributes", c_void_p), ("number", c_uint)]
 
 
 class Function:
-    """A kernel of a cubin, on the current device. The cubin must live as long as it."""
+    """A kernel of a cubin, loaded on the current device. The object keeps the cubin alive."""
 
     def __init__(self, cubin: bytes, name: str, threads: int, shared_bytes: int):
         self._driver, self._module, self._function = ctypes.CDLL("libcuda.so.1"), c_void_p(), c_void_p()
@@ -83,7 +83,7 @@ class Function:
             _check(self._driver.cuFuncSetAttribute(self._function, attribute, value), "cuFuncSetAttribute")
 
     def clusters(self, blocks: int) -> int:
-        """How many clusters of so many blocks run at once: a cluster's multiprocessors lie side by side."""
+        """How many clusters of `blocks` blocks run at once. A cluster needs neighbouring multiprocessors."""
         attribute = _Attribute(_CLUSTER, 0, (c_uint * 3)(blocks, 1, 1))
         sizes = (c_uint * 7)(blocks, 1, 1, self._threads, 1, 1, self._shared)
         launch, found = _Launch(sizes, None, ctypes.addressof(attribute), 1), c_int()
@@ -92,7 +92,7 @@ class Function:
         return found.value
 
     def __call__(self, grid: tuple[int, int], stream: int, arguments: Sequence[ctypes._SimpleCData]) -> None:
-        """Enqueue on `stream`. Arguments have the sizes of the kernel's parameters."""
+        """Launch on `stream`. Each argument has the size of the kernel's parameter."""
         held = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         code = self._driver.cuLaunchKernel(
             self._function, grid[0], grid[1], 1, self._threads, 1, 1, self._shared, c_void_p(stream), held, None

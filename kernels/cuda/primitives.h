@@ -1,5 +1,5 @@
-// The instructions that the kernels are written in, for sm_80 and later. tests/unit/kernels/cuda/emulate.h has the same
-// names on the CPU. INPUT names the 16-bit type: "bf16" or "f16".
+// The device instructions that the CUDA kernels use: sm_80 and later, clusters (PARTS > 1) sm_90 and later.
+// tests/unit/kernels/cuda/emulate.h defines the same functions for the CPU. INPUT is the 16-bit type: "bf16" or "f16".
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -18,10 +18,10 @@ DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE void barrier() { __syncthreads(); }
 
-// The lanes of a warp wait for each other and see what each wrote.
+// Synchronizes a warp. Each lane then sees what the other lanes wrote.
 DEVICE void together() { __syncwarp(); }
 
-// Loaded here, and not where it is first used.
+// A load that the compiler does not move to the first use of its value.
 DEVICE int fetch(const int* at) {
   int value;
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(at));
@@ -49,12 +49,12 @@ DEVICE float reciprocal(float x) {
   return y;
 }
 
-// sum * by + p, rounded once or twice (CONTRACT 1 or 0): as the compiler of FlashAttention 3 made it.
+// sum * by + p, rounded once (CONTRACT 1) or twice (CONTRACT 0): whichever FlashAttention 3 was compiled to.
 DEVICE float carry(float sum, float by, float p) {
   return CONTRACT ? __fmaf_rn(sum, by, p) : __fadd_rn(__fmul_rn(sum, by), p);
 }
 
-// Two floats rounded to nearest even, `low` in the lower half.
+// Rounds two floats to nearest even; `low` goes to the lower half.
 DEVICE u32 round_pair(float low, float high) {
   u32 pair;
   asm("cvt.rn." INPUT "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -63,7 +63,7 @@ DEVICE u32 round_pair(float low, float high) {
 
 DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
 
-// Computed here once, not again where it is used.
+// Stops the compiler from computing x again at each use.
 DEVICE int keep(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -71,23 +71,23 @@ DEVICE int keep(int x) {
 
 DEVICE u32 address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
 
-// A gate in shared memory passes from phase to phase whenever `count` threads have arrived; what they wrote before is
-// seen by those who waited. wait: until the phase of this parity is over.
-DEVICE void open(i64* gate, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(gate)), "r"(count) : "memory");
+// mbarriers in shared memory. A phase ends after `count` arrivals and after all bytes that `expect` announced. `wait`
+// returns when the phase of the given parity has ended; the waiting thread then sees what the arriving threads wrote.
+DEVICE void open(i64* mbar, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(mbar)), "r"(count) : "memory");
 }
 
-DEVICE void arrive(i64* gate) {
-  asm volatile("{\n\t.reg .b64 phase;\n\tmbarrier.arrive.shared.b64 phase, [%0];\n\t}" ::"r"(address(gate)) : "memory");
+DEVICE void arrive(i64* mbar) {
+  asm volatile("{\n\t.reg .b64 phase;\n\tmbarrier.arrive.shared.b64 phase, [%0];\n\t}" ::"r"(address(mbar)) : "memory");
 }
 
-// One arrival for a warp: 32 at one gate would take turns.
-DEVICE void arrive_as_one(i64* gate) {
+// One arrival for the whole warp: 32 arrivals at one mbarrier would be serialized.
+DEVICE void arrive_as_one(i64* mbar) {
   together();
-  if (thread() % 32 == 0) arrive(gate);
+  if (thread() % 32 == 0) arrive(mbar);
 }
 
-DEVICE void wait(const i64* gate, int parity) {
+DEVICE void wait(const i64* mbar, int parity) {
 #if __CUDA_ARCH__ >= 900
 #define WAIT "mbarrier.try_wait.parity.shared.b64"
 #else
@@ -97,46 +97,46 @@ DEVICE void wait(const i64* gate, int parity) {
   do {
     asm volatile("{\n\t.reg .pred over;\n\t" WAIT " over, [%1], %2;\n\tselp.u32 %0, 1, 0, over;\n\t}"
                  : "=r"(over)
-                 : "r"(address(gate)), "r"(parity)
+                 : "r"(address(mbar)), "r"(parity)
                  : "memory");
   } while (!over);
 }
 
 #if PARTS > 1
-// Bytes that this phase also waits for; arrives.
-DEVICE void expect(i64* gate, int bytes) {
+// Arrives, and makes the phase wait for `bytes` more bytes.
+DEVICE void expect(i64* mbar, int bytes) {
   asm volatile("{\n\t.reg .b64 phase;\n\tmbarrier.arrive.expect_tx.shared.b64 phase, [%0], %1;\n\t}" ::"r"(
-                   address(gate)), "r"(bytes) : "memory");
+                   address(mbar)), "r"(bytes) : "memory");
 }
 
-// The address of `at` in the memory of the cluster's block `to`.
+// The address of `at` in the shared memory of the cluster's block `to`.
 DEVICE u32 remote(const void* at, int to) {
   u32 there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(at)), "r"(to));
   return there;
 }
 
-// A value put where `at` is in block `to`, whose `gate` then counts its bytes. No fence: those write to memory and back.
-DEVICE void hand(float* at, float value, i64* gate, int to) {
+// Stores a value at `at` in block `to` and counts its bytes at that block's `mbar`. A fence would go through memory.
+DEVICE void hand(float* at, float value, i64* mbar, int to) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote(at, to)),
-               "f"(value), "r"(remote(gate, to)) : "memory");
+               "f"(value), "r"(remote(mbar, to)) : "memory");
 }
 
-DEVICE void hand(u32* at, const u32 (&v)[4], i64* gate, int to) {
+DEVICE void hand(u32* at, const u32 (&v)[4], i64* mbar, int to) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                   remote(at, to)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(remote(gate, to)) : "memory");
+                   remote(at, to)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(remote(mbar, to)) : "memory");
 }
 
-// Zero if `zero` is, once all lanes have their `values`.
+// Returns zero, given that `zero` is zero, once all lanes have loaded their `values`.
 DEVICE int zero_after(u32 values, u32 zero) { return __reduce_or_sync(0xffffffffu, values & zero); }
 
-// In block `to`. An arrival at another block overtakes loads before it, and what that block sends then would be what
-// they load: `to` must depend on their values. The fence that orders them too would double the kernel's time.
-DEVICE void arrive_at(i64* gate, int to) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(gate, to)) : "memory");
+// Arrives at `mbar` of block `to`. The arrival can overtake earlier loads, which would then read what block `to` sends
+// next: `to` must depend on the loaded values. A fence would also order them, but doubles the kernel's time.
+DEVICE void arrive_at(i64* mbar, int to) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(mbar, to)) : "memory");
 }
 
-// Gates are open; other blocks of the cluster may use them after all_began.
+// begin: this block's mbarriers are initialized. After all_began, those of every block of the cluster are.
 DEVICE void begin() {
   asm volatile("fence.mbarrier_init.release.cluster;\n\tbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   barrier();
@@ -152,14 +152,14 @@ DEVICE void begin() { barrier(); }
 DEVICE void all_began() {}
 #endif
 
-// 16 bytes to shared memory; zeros where not `wanted`.
+// Copies 16 bytes to shared memory asynchronously; writes zeros unless `wanted`.
 DEVICE void copy_16(void* to, const void* from, bool wanted) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(wanted ? 16 : 0));
 }
 
-// Arrives at a gate once this thread's copies are there.
-DEVICE void arrive_when_copied(i64* gate) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(gate)) : "memory");
+// Arrives once this thread's copies have finished.
+DEVICE void arrive_when_copied(i64* mbar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(mbar)) : "memory");
 }
 
 DEVICE void end_group() { asm volatile("cp.async.commit_group;"); }
@@ -169,7 +169,7 @@ DEVICE void wait_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending));
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void load_matrices(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
