@@ -1,2 +1,4 @@
-"""Kernels for Ascend NPUs in triton-ascend's dialect (3.2). Each states its order of reduction; none chooses
-it by rows."""
+"""Kernels for Ascend NPUs, in the dialect of triton-ascend 3.2.
+
+Each file states its order, which never depends on the number of rows.
+"""

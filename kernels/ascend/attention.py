@@ -1,14 +1,17 @@
-"""Attention whose KV is cut at fixed positions, so that decode, prefill and chunks of a prompt give a row the same
-bits.
+"""Attention with KV cut at fixed positions, so a row has the same bits in decode, prefill and any chunk of a prompt.
 
-A row is one (token, head). Its keys are cut in leaves of LEAF positions aligned at 0, whatever the batch holds. Inside
-a leaf: score = scale * (q . k), m = max, p = exp(score - m), l = sum p, o = p @ v with p rounded to v's dtype. Leaves
-merge in ascending order: with m' = max(m, m_leaf), l = l e^(m - m') + l_leaf e^(m_leaf - m'), the same for o; last o /
-l, rounded once. A leaf with no visible key is skipped; a masked key of another adds an exact zero.
+out[t, h] = softmax(scale * q[t, h] K^T) V for packed sequences: query [T, H, D], keys and values dense [S, KVH, D] or
+paged [blocks, block size, KVH, D], all of one dtype; scores and sums in fp32. Options: causal mask, sliding window,
+sinks. Limits: block size a multiple of 128, heads of at most 256 elements (chips.attention_rows).
 
-`_leaves` does one leaf a program and `_merge` merges; `_whole` does all leaves of a tile of rows in one program, with
-the same steps. The two give the same bits, so that the choice by the number of rows is free: few rows take the first.
-The merge is that of FlashAttention-2 (Dao, 2023).
+Order of one row (token, head): keys are cut into leaves of LEAF positions, aligned at 0. In a leaf:
+    score = scale * dot(q, k); m = max(score); p = exp(score - m); l = sum(p); o = p @ v, p rounded to v's dtype.
+Leaves are merged in ascending order, as in FlashAttention-2 (Dao 2023): with m' = max(m, m_leaf),
+    l = l e^(m - m') + l_leaf e^(m_leaf - m'), and the same for o.
+Last, o / l is rounded once. A leaf without a visible key is skipped; any other masked key adds an exact zero.
+
+Two forms have the same bits, so the number of rows may choose between them. For few rows, `_leaves` computes one leaf
+per program and `_merge` merges the leaves. For many rows, one program of `_whole` computes all leaves of its rows.
 """
 
 import torch
@@ -19,7 +22,7 @@ from .chips import Chip, attention_rows
 from .scalars import wide
 
 LEAF = 128
-# Rows up to which leaves are spread over programs.
+# Up to this many rows, leaves run in separate programs.
 SPLIT_ROWS = 256
 
 
@@ -52,12 +55,12 @@ def _leaf(
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
 ):
-    """(m, l, o) of one leaf for a tile of rows q [ROWS, DIM] at `position` [ROWS]."""
+    """(m, l, o) of one leaf, for rows q [ROWS, DIM] at `position` [ROWS]; a row at position -1 sees no key."""
     s = leaf * LEAF + tl.arange(0, LEAF)
     d = tl.arange(0, DIM)
     dv = tl.arange(0, DIM_V)
     if PAGED:
-        # BLOCK_SIZE is a multiple of LEAF: a leaf lies in one block.
+        # A leaf lies in one block, because BLOCK_SIZE is a multiple of LEAF.
         block = tl.load(table + sequence * stride_table + (leaf * LEAF) // BLOCK_SIZE).to(tl.int64)
         first = block * BLOCK_SIZE + (leaf * LEAF) % BLOCK_SIZE
     else:
@@ -88,7 +91,7 @@ def _leaf(
 
 @triton.jit
 def _add_leaf(m, l, o, m_leaf, l_leaf, o_leaf):  # noqa: E741
-    """(m, l, o) with one more leaf; a leaf in which a row sees no key leaves that row as it is."""
+    """Merge a leaf into (m, l, o). Rows that see no key of the leaf keep their values."""
     new = tl.maximum(m, m_leaf)
     old_part = tl.exp(m - new)
     leaf_part = tl.exp(m_leaf - new)
@@ -101,7 +104,7 @@ def _add_leaf(m, l, o, m_leaf, l_leaf, o_leaf):  # noqa: E741
 
 @triton.jit
 def _result(m, l, o, sinks, head, HAS_SINK: tl.constexpr):  # noqa: E741
-    """o / l of all leaves, the sink's logit in l."""
+    """o / l after the last leaf; with HAS_SINK, l includes the sink's logit."""
     if HAS_SINK:
         sink = tl.load(sinks + head).to(tl.float32)
         new = tl.maximum(m, sink)
@@ -112,8 +115,11 @@ def _result(m, l, o, sinks, head, HAS_SINK: tl.constexpr):  # noqa: E741
 
 @triton.jit
 def _rows(tiles, tile, queries_per_kv, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
-    """Of a schedule's line: its sequence, each row's token, head in the group, position and whether it is
-    real; its keys."""
+    """Unpack entry `tile` of a schedule.
+
+    Returns the sequence; per row its token, head in the group, position, and whether the row exists; and the
+    sequence's first key, its number of keys, and how many of these the tile's rows see.
+    """
     sequence = tl.load(tiles + tile * 6).to(tl.int64)
     token = tl.load(tiles + tile * 6 + 1)
     last = tl.load(tiles + tile * 6 + 2)
@@ -122,11 +128,11 @@ def _rows(tiles, tile, queries_per_kv, CAUSAL: tl.constexpr, ROWS: tl.constexpr)
     kv_len = tl.load(tiles + tile * 6 + 5)
     r = tl.arange(0, ROWS)
     at = token + r // queries_per_kv
-    # Rows after the last token see nothing and are not stored.
+    # Rows after the last token see no key and are not stored.
     position = tl.where(at < last, at + offset, -1)
     visible = kv_len
     if CAUSAL:
-        visible = last + offset  # no row of the tile sees more
+        visible = last + offset  # no row of the tile sees later keys
     return sequence, at, r % queries_per_kv, position, at < last, kv_start, kv_len, visible
 
 
@@ -348,11 +354,13 @@ def _merge(
 
 
 def schedule(query_ends: list[int], kv_lens: list[int], kv_starts: list[int], per_tile: int) -> list[list[int]]:
-    """Tiles of at most per_tile tokens of one sequence: [sequence, token, last, position - token, kv_start,
-    kv_len]."""
+    """Cut each sequence into tiles of at most per_tile tokens.
+
+    A tile is [sequence, first token, end of tokens, position - token, kv_start, kv_len].
+    """
     tiles, first = [], 0
     for sequence, (end, length) in enumerate(zip(query_ends, kv_lens, strict=True)):
-        offset = length - end  # the last token of a sequence is at its last position
+        offset = length - end  # a sequence's last token is at its last position
         tiles += [
             [sequence, token, min(token + per_tile, end), offset, kv_starts[sequence], length]
             for token in range(first, end, per_tile)
@@ -375,16 +383,14 @@ def attention(
     sinks: torch.Tensor | None = None,
     split: bool | None = None,
 ) -> torch.Tensor:
-    """Attention of packed sequences -> [T, H, Dv], the dtype of query.
+    """Attention of packed sequences -> [T, H, Dv], of query's dtype.
 
-    query [T, H, D]. query_ends: where each sequence's tokens end. kv_lens: keys of each, its queries' own
-    included. Without
-    block_table, key [S, KVH, D] and value [S, KVH, Dv] hold the sequences one after another; with block_table
-    [B, blocks] int32 they are paged, [blocks, block size, KVH, D], the block size a multiple of 128.
-    window: keys before its own that a query sees, None for all. sinks: [H], a logit that takes part in each
-    row's sum.
-    split: leaves apart (True) or in one program (False), for tests; the bits are the same.
-    Raises ValueError for other shapes, dtypes or block sizes.
+    query: [T, H, D]. query_ends: where each sequence's tokens end in query. kv_lens: keys of each sequence, those of
+    its queries included. Without block_table, key [S, KVH, D] and value [S, KVH, Dv] hold the sequences one after
+    another. With block_table [B, blocks], int32, key and value are paged: [blocks, block size, KVH, D or Dv], with a
+    block size that is a multiple of 128. window: how many keys before its own a query sees; None for all. sinks: [H],
+    a logit per head that every row's sum includes. split: True for `_leaves`, False for `_whole`, for tests; the bits
+    are the same. Raises ValueError for other shapes, dtypes, block sizes or head sizes.
     """
     paged = block_table is not None
     want = 4 if paged else 3

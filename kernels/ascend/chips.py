@@ -1,17 +1,18 @@
-"""Ascend chips by the name that the CANN runtime reports, their cores and memories, and the tiles that fit
-them.
+"""Ascend chips, by the name that the CANN runtime reports: cores, memories, and the tiles that fit.
 
-The numbers are those that AscendNPU-IR's compiler (ascendnpu-ir 1.2.0) states in the modules that it writes
-for each target;
-tests/ascend/kernels compares. What orders a sum (BLOCK_K, row blocks, leaves) depends on no chip.
+The compiler of AscendNPU-IR (ascendnpu-ir 1.2.0) writes these numbers into its modules for each target;
+tests/ascend/kernels compares them. Block sizes that are part of an order (BLOCK_K, row blocks, leaves) do not depend on
+the chip.
 """
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """name: as aclrtGetSocName returns it. Cores of one device; memories in KiB, ub of one vector core, the
-    rest of one cube."""
+    """name: what aclrtGetSocName returns. Numbers of cores per device.
+
+    Memories in KiB: ub per vector core; l0a, l0b and l0c per cube core.
+    """
 
     name: str
     cube_cores: int
@@ -23,7 +24,7 @@ class Chip(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a matrix product's tile."""
+    """Rows (m), columns (n) and depth (k) of a matrix product's tile."""
 
     m: int
     n: int
@@ -31,7 +32,7 @@ class Tile(NamedTuple):
 
 
 class UnknownChip(LookupError):
-    """A device whose limits are not in the table."""
+    """The table has no chip of this name."""
 
 
 _A2 = (192, 64, 64, 128)
@@ -63,25 +64,25 @@ _TABLE = {
 }
 CHIPS = {name: Chip(name, cores, 2 * cores, *memories) for name, (cores, memories) in _TABLE.items()}
 
-# The widest block of a row that a program holds; several of them, in fp32 and doubled, fit the smallest UB.
+# Most columns of a row that a program holds at once. Several such blocks, in fp32 and double-buffered, fit any UB.
 _ROW_BLOCK = 2048
-# The widest head that was lowered for every chip.
+# The largest head size that the tests lower for every chip.
 MOST_HEAD = 256
 
 
 def find(name: str) -> Chip:
-    """The chip of that name. Raises UnknownChip, naming those that are known."""
+    """The chip of this name. Raises UnknownChip, which lists the known names."""
     if name not in CHIPS:
         raise UnknownChip(f"the NPU {name!r} is not in the table of chips: {', '.join(CHIPS)}")
     return CHIPS[name]
 
 
 def matmul_tile(chip: Chip, rows: int, element_size: int) -> Tile:
-    """The tile for `rows` rows of elements of element_size bytes: its depth follows element_size alone.
+    """The tile for `rows` rows, with elements of element_size bytes. The depth depends on element_size alone.
 
-    The largest of 16, 32, 64, 128 rows that holds them, reduced until two operand tiles fit L0A and L0B, the
-    fp32
-    accumulator L0C, and half of it (one of two vector cores), with a bias of its size, UB.
+    The tile has the fewest of 16, 32, 64 and 128 rows that hold `rows`, or 128. It is then reduced until two tiles of
+    each operand fit L0A and L0B, the fp32 accumulator fits L0C, and a vector core's half of the accumulator, with a
+    bias of that size, fits UB.
     """
     depth = 256 // element_size
     m = next((size for size in (16, 32, 64) if rows <= size), 128)
@@ -101,10 +102,10 @@ def matmul_tile(chip: Chip, rows: int, element_size: int) -> Tile:
 
 
 def attention_rows(chip: Chip, group: int, head_size: int) -> int:
-    """Rows of an attention tile: 16, 32 or 64, and no fewer than the `group` query heads that share a KV head.
+    """Rows of an attention tile: 16, 32 or 64, and at least `group`, the query heads that share a KV head.
 
-    Ten tensors of fp32, [rows, 128] of scores and [rows, head_size] of outputs, must fit UB, halved over two
-    vector cores. Raises ValueError for heads wider than MOST_HEAD, and for a group that does not fit.
+    Two vector cores share a tile. Half of ten fp32 pairs of scores [rows, 128] and outputs [rows, head_size] must fit
+    UB. Raises ValueError for heads larger than MOST_HEAD, and for a group that does not fit.
     """
     if head_size > MOST_HEAD:
         raise ValueError(f"heads of {head_size} elements: attention holds at most {MOST_HEAD}")
@@ -119,6 +120,5 @@ def attention_rows(chip: Chip, group: int, head_size: int) -> int:
 
 
 def row_block(cols: int) -> int:
-    """Columns of a row that a program holds at once: the next power of two, at most 2048. Depends on cols
-    alone."""
+    """Columns of a row that a program holds at once: the next power of two of cols, 16 to 2048."""
     return min(_ROW_BLOCK, max(16, 1 << (cols - 1).bit_length()))

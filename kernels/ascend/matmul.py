@@ -1,9 +1,14 @@
-"""Matrix products in one order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding.
+"""Matrix products, batched (`matmul`) and grouped by expert (`grouped`), in bf16, fp16 or fp32.
 
-out[b, m, n] = round(alpha * sum over k of x[b, m, k] * w[b, k, n] + beta * bias[b, m, n]). `grouped` multiplies the
-rows of each expert with that expert's weight, in the same order. BLOCK_K depends on the element size alone; BLOCK_M
-may follow M, since no tile splits K and rows of a tile share nothing. Programs walk over tiles, because a launch holds
-at most 65535. After the pattern of Triton's tutorial 03 (github.com/triton-lang/triton).
+matmul: out[b, m, n] = round(alpha * sum over k of x[b, m, k] * w[b, k, n] + beta * bias[b, m, n]).
+grouped: out[m, n] = round(sum over k of x[m, k] * w[e, k, n] + bias[e, n]), where e is the expert of row m.
+
+Order of one output: one fp32 accumulator takes K in ascending order in one pass; the bias is added in fp32; the result
+is rounded once. BLOCK_K depends on the element size alone. BLOCK_M may depend on M, because no tile splits K and the
+rows of a tile share no sum.
+
+Each program loops over tiles, because a launch holds at most 65535 programs. Follows Triton's tutorial 03
+(github.com/triton-lang/triton).
 """
 
 import torch
@@ -153,10 +158,10 @@ def matmul(
     beta: float = 1.0,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """x [B, M, K] @ w [B, K, N] -> [B, M, N] contiguous; any strides; bf16, fp16 or fp32, both the same.
+    """alpha * (x [B, M, K] @ w [B, K, N]) + beta * bias -> [B, M, N], contiguous.
 
-    bias: [N], or anything that broadcasts to [B, M, N]. tile: instead of the chip's choice, for tests.
-    Raises ValueError for other shapes or dtypes.
+    x and w: any strides, one dtype of bf16, fp16 and fp32. bias: [N], or a shape that broadcasts to [B, M, N]. tile:
+    replaces the chip's tile, for tests. Raises ValueError for other shapes or dtypes.
     """
     if x.dim() != 3 or w.dim() != 3 or x.shape[0] != w.shape[0] or x.shape[2] != w.shape[1]:
         raise ValueError(f"matmul takes [B, M, K] and [B, K, N], not {tuple(x.shape)} and {tuple(w.shape)}")
@@ -211,11 +216,11 @@ def grouped(
     bias: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Rows of x [M, K], sorted by expert, with w [E, K, N] (any strides) -> [M, N].
+    """Multiply the rows of x [M, K], sorted by expert, with their expert's weight in w [E, K, N] -> [M, N].
 
-    groups: [E] integers on x's device, rows of each expert (is_counts) or where each expert ends. bias: [E,
-    N] or None.
-    Rows after the last group are zero. Raises ValueError for other shapes or dtypes.
+    groups: [E] integers on x's device: the number of rows of each expert (is_counts), or the end of its rows. w: any
+    strides. bias: [E, N] or None. tile: as for matmul. Rows after the last group are zero. Raises ValueError for other
+    shapes or dtypes.
     """
     if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[1] or groups.shape != w.shape[:1]:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""SwiGLU and the rotary embedding: no sums over rows; one kernel for every number of tokens, in fp32,
-rounded once.
+"""SwiGLU and the rotary embedding, in bf16, fp16 or fp32. Both compute in fp32 and round once.
 
-swiglu: out = round(silu(a) * b) of x = [a | b]. rotate (neox style): halves (a, b) of a head's first `2 *
-half` elements
-become (a * cos - b * sin, b * cos + a * sin); what follows is copied.
+swiglu: x [..., 2 * H] = [a | b] -> round(silu(a) * b) [..., H].
+rotate (neox style): the halves (a, b) of a head's first 2 * half elements become (a * cos - b * sin, b * cos + a *
+sin); the remaining elements are copied.
+
+There are no sums, and one kernel serves every number of tokens.
 """
 
 import torch
@@ -72,8 +73,7 @@ def swiglu(x: torch.Tensor, chip: Chip) -> torch.Tensor:
 
 
 def rotate(positions: torch.Tensor, x: torch.Tensor, cache: torch.Tensor, head_size: int, chip: Chip) -> torch.Tensor:
-    """Rotate x [T, heads * head_size] by cache [P, rotary] (cos of the first half, then sin) at positions
-    [T].
+    """Rotate x [T, heads * head_size] by cache [P, rotary] (cosines, then sines) at positions [T].
 
     rotary may be less than head_size. Rows of x may be strided. Returns a new contiguous tensor of x's shape.
     """

@@ -1,13 +1,12 @@
-"""Reductions over the last dimension, each row alone: RMSNorm, softmax, log_softmax, sum, mean, cumsum,
-weighted sum.
+"""Row operations over the last dimension: RMSNorm, softmax, log_softmax, sum, mean, cumsum, and a weighted sum of rows.
 
-Order of a sum over C columns: lane i of BLOCK adds columns i, i + BLOCK, ... in ascending order, in fp32;
-then the lanes
-are summed as the compiler sums a vector of BLOCK. BLOCK is fixed (or the next power of two of C, where that
-is less), so
-the order follows C alone. A program takes whole rows, one after another. RMSNorm rounds once, at the end;
-with a
-residual, s = round(x + residual) takes x's place. cumsum adds blocks in ascending order.
+x [..., C] in bf16, fp16 or fp32; computed in fp32. RMSNorm rounds once, at the end; with a residual, round(x +
+residual) replaces x.
+
+Order of a sum over C columns: lane i of BLOCK adds columns i, i + BLOCK, ... in ascending order, in fp32; then the
+compiler sums the vector of BLOCK lanes. BLOCK is chips.row_block(C), so the order depends on C alone. cumsum scans
+each block and adds blocks in ascending order. The weighted sum adds its rows in ascending k. A program computes whole
+rows, one after another.
 """
 
 import torch
@@ -143,7 +142,7 @@ def _weighted(
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """x as [rows, columns] with contiguous columns; a copy only where a view cannot be."""
+    """x as [rows, columns] with contiguous columns; copies x only if no view exists."""
     if x.dim() == 2 and x.stride(1) == 1:
         return x
     return x.contiguous().view(-1, x.shape[-1])
@@ -157,10 +156,9 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """RMSNorm over the last dimension of x [..., C] (bf16, fp16, fp32), times (weight [C] + offset);
-    residual as x.
+    """RMSNorm over the last dimension of x [..., C] (bf16, fp16, fp32), times (weight [C] + offset).
 
-    Returns (out, x + residual), both contiguous, the second None without residual.
+    residual: x's shape. Returns (out, x + residual), both contiguous; the second is None without a residual.
     """
     flat = _flat(x)
     rows, cols = flat.shape
@@ -191,8 +189,7 @@ def rms_norm(
 
 
 def softmax(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None, log: bool = False) -> torch.Tensor:
-    """softmax, or log_softmax, over the last dimension of x [..., C]; computed in fp32, rounded to dtype
-    (default x's)."""
+    """softmax, or log_softmax if `log`, over the last dimension of x [..., C]; rounded to dtype (default: x's)."""
     flat = _flat(x)
     rows, cols = flat.shape
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
@@ -205,8 +202,7 @@ def softmax(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None, log: 
 
 
 def total(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None, mean: bool = False) -> torch.Tensor:
-    """Sum, or mean, over the last dimension of x [..., C], C >= 1 -> [...]; fp32 inside, rounded to dtype
-    (default x's)."""
+    """Sum, or mean, over the last dimension of x [..., C], C >= 1 -> [...]; rounded to dtype (default: x's)."""
     flat = _flat(x)
     rows, cols = flat.shape
     out = torch.empty(x.shape[:-1], dtype=dtype or x.dtype, device=x.device)
@@ -219,7 +215,7 @@ def total(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None, mean: b
 
 
 def cumsum(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Running sum over the last dimension of x [..., C]; fp32 inside, rounded to dtype (default x's)."""
+    """Running sum over the last dimension of x [..., C], in fp32; rounded to dtype (default: x's)."""
     flat = _flat(x)
     rows, cols = flat.shape
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
@@ -230,10 +226,9 @@ def cumsum(x: torch.Tensor, chip: Chip, dtype: torch.dtype | None = None) -> tor
 
 
 def weighted(x: torch.Tensor, at: torch.Tensor, probs: torch.Tensor | None, top_k: int, chip: Chip) -> torch.Tensor:
-    """out[t] = sum over k ascending of x[at[t * top_k + k]] * probs[t, k], in fp32, rounded once; x [R, C]
-    -> [T, C].
+    """out[t] = sum over ascending k of x[at[t * top_k + k]] * probs[t, k], for x [R, C] -> [T, C].
 
-    at: [T * top_k] integers. probs: [T, top_k] or None for weights of one.
+    Computed in fp32, rounded once. at: [T * top_k] integers. probs: [T, top_k], or None for weights of 1.
     """
     flat = _flat(x)
     cols = flat.shape[1]

@@ -1,4 +1,4 @@
-"""Scalars that all kernels share."""
+"""Scalar helpers of the Ascend kernels."""
 
 import triton
 import triton.language as tl
@@ -6,5 +6,5 @@ import triton.language as tl
 
 @triton.jit
 def wide(i):
-    """i as int64. A loop's counter has no `.to` in the interpreter, where it is a plain int."""
+    """i as int64. In Triton's interpreter a loop counter is a plain int, which has no `.to`."""
     return tl.full([], 0, tl.int64) + i

@@ -1,7 +1,7 @@
-"""CPU kernels, each with a fixed order of every sum: GEMM, paged attention, norms, activation, rotary embedding, experts.
+"""CPU kernels: GEMM, paged attention, norms, SiLU, rotary embedding and choice of experts. Every sum has a fixed order.
 
-`load(cache_dir)` compiles and registers them as `torch.ops.bi_cpu.*`; README.md tells
-their orders, layouts and limits.
+`load(cache_dir)` compiles the kernels and registers them as `torch.ops.bi_cpu.*`. README.md states their arguments,
+orders, layouts and limits.
 """
 
 from .build import ISAS, KernelBuildError, build, detect_isa, load, runnable_isas

@@ -1,8 +1,7 @@
-"""Compiles the C++ sources into one library and loads it into torch.
+"""Compiles the C++ sources into one library for this machine's ISA and loads the library into torch.
 
-The library is built for the ISA of this machine, kept in a cache directory under a
-name over everything that can change its code, and put there in one rename, so that
-several processes may build at once.
+The library is cached. Its name contains a digest of everything that can change its code, and it reaches the cache
+directory by one rename, so several processes may build at once.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .fakes import register_fakes
 CSRC = Path(__file__).parent / "csrc"
 ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
 
-# Flags in /proc/cpuinfo that an ISA needs, and the flags that compile for it.
+# The flags in /proc/cpuinfo that an ISA requires, and the compiler flags for the ISA.
 _CPU_FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
@@ -40,7 +39,7 @@ _CFLAGS = {
 _CFLAGS["avx512_bf16"] = [*_CFLAGS["avx512"], "-mavx512bf16"]
 _CFLAGS["amx_bf16"] = [*_CFLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-DBI_AMX"]
 
-# No -ffast-math, and no contraction: FMA is explicit, or template instances could differ.
+# No -ffast-math and no contraction: the compiler could contract one template instance and not another.
 _COMMON = ["-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-w"]
 _KERNELS = ("gemm.cpp", "gemm_amx.cpp", "attention.cpp", "norm.cpp", "pointwise.cpp", "softmax_topk.cpp")
 
@@ -48,7 +47,7 @@ _loaded: tuple[str, str] | None = None
 
 
 class KernelBuildError(RuntimeError):
-    """The CPU kernels could not be compiled or loaded; the message says what to do."""
+    """Compiling or loading the CPU kernels failed; the message says what to do."""
 
 
 def _cpu_flags() -> set[str]:
@@ -63,19 +62,19 @@ def _cpu_flags() -> set[str]:
 
 
 def runnable_isas() -> list[str]:
-    """The ISAs of `ISAS` this machine can run, best first."""
+    """The members of `ISAS` that this machine can run, best first."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return ["portable"]
     have = _cpu_flags()
     isas = [i for i in ISAS if _CPU_FLAGS.get(i, set()) <= have]
-    # The kernel must also grant this process the use of tile registers.
+    # The operating system must also allow this process to use tile registers.
     if "amx_bf16" in isas and not torch.cpu._init_amx():
         isas.remove("amx_bf16")
     return isas
 
 
 def detect_isa() -> str:
-    """The best ISA this machine can run."""
+    """The best ISA that this machine can run."""
     return runnable_isas()[0]
 
 
@@ -96,13 +95,13 @@ def _torch_dir() -> Path:
 
 
 def _gomp() -> list[str]:
-    """Torch's own OpenMP runtime where it ships one: a second one would be a second pool."""
+    """Linker arguments for OpenMP: torch's own runtime if it ships one, because two runtimes have two thread pools."""
     found = sorted((_torch_dir() / "lib").glob("libgomp*.so*"))
     return [str(found[0])] if found else ["-lgomp"]
 
 
 def _digest(*parts: str) -> str:
-    """Of every source, this file, torch and `parts`."""
+    """Digest of every source, this file, torch's version and folder, and `parts`."""
     h = hashlib.sha256()
     for part in (torch.__version__, str(_torch_dir()), *_COMMON, *_gomp(), *parts):
         h.update(part.encode() + b"\0")
@@ -123,7 +122,7 @@ def _run(cmd: list[str]) -> None:
 
 
 def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path, bindings: Path) -> Path:
-    """Compiles and links in `work`; `bindings` is where the ISA-free object is kept."""
+    """Compile and link in folder `work`. `bindings`: the cached object of ops.cpp, the same for every ISA."""
     tdir = _torch_dir()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     jobs = [
@@ -143,7 +142,7 @@ def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path, bindings:
     ]
     objects = [job[-1] for job in jobs]
     if not bindings.exists():
-        # The slowest, so first. torch's headers need C++20 from 2.13 on.
+        # First, because it takes longest. torch's headers need C++20 from 2.13 on.
         made = str(work / "ops.o")
         jobs.insert(
             0,
@@ -186,10 +185,10 @@ def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path, bindings:
 
 
 def build(cache_dir: Path, isa: str | None = None, defines: tuple[str, ...] = ()) -> Path:
-    """Compiles the library for `isa` (default: this machine's best) unless cached.
+    """Return the path of the library for `isa` (default: this machine's best); compile it if it is not cached.
 
-    `defines` are extra compiler flags, for tests. Returns the path of the library.
-    Raises KernelBuildError for an unknown ISA, a missing compiler or a failed compile.
+    `defines`: extra compiler flags, for tests. Raises KernelBuildError for an unknown ISA, a missing compiler, a cache
+    directory that cannot be created, or a failed compilation.
     """
     if isa is None:
         isa = detect_isa()
@@ -213,10 +212,10 @@ def build(cache_dir: Path, isa: str | None = None, defines: tuple[str, ...] = ()
 
 
 def load(cache_dir: Path, isa: str | None = None, defines: tuple[str, ...] = ()) -> str:
-    """Builds if needed, registers `torch.ops.bi_cpu.*` with fakes, returns the ISA.
+    """Build the library if needed, register `torch.ops.bi_cpu.*` with fakes, and return the ISA.
 
-    A process holds one ISA: a second call returns it, or raises KernelBuildError if it
-    asks for another one. `isa` and `defines` are as for `build`.
+    `isa` and `defines` as for `build`. A process loads one ISA: a second call returns that ISA. Raises
+    KernelBuildError as `build` does, for an ISA that this machine cannot run, and for a second ISA.
     """
     global _loaded
     if _loaded is not None:

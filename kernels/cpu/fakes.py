@@ -1,22 +1,22 @@
-"""Shapes of the ops for tracing: torch.compile sees them without running them."""
+"""Fake implementations of the `bi_cpu` ops: output shapes and dtypes, for tracing by torch.compile."""
 
 from __future__ import annotations
 
 import torch
 
-# Outputs per weight panel (16 * kVecs in csrc/micro.h).
+# Outputs per weight panel: kPanel of csrc/gemm.cpp.
 _PANEL = {"amx_bf16": 64, "avx512_bf16": 64, "avx512": 64, "avx2": 16, "portable": 16}
 
 
 def packed_size(isa: str, dtype: torch.dtype, n: int, k: int) -> int:
-    """Elements of the packed form of a weight [n, k]."""
+    """Elements of a packed weight [n, k], as gemm_packed_size of csrc/gemm.cpp."""
     panel = _PANEL[isa]
     pad = 1 if dtype != torch.bfloat16 else 32 if isa == "amx_bf16" else 2
     return -(-n // panel) * panel * (-(-k // pad) * pad)
 
 
 def register_fakes(isa: str) -> None:
-    """Registers the fakes of every `bi_cpu` op; call once, after the library is loaded."""
+    """Register the fakes of every `bi_cpu` op. Call this once, after loading the library."""
 
     @torch.library.register_fake("bi_cpu::gemm_pack")
     def _(weight):

@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA devices. Each states its order of reduction; none chooses it by the number of rows."""
+"""Triton kernels for CUDA devices. Each file states its order, which never depends on the number of rows."""

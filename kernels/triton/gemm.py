@@ -1,11 +1,14 @@
-"""GEMM in canonical order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding.
+"""GEMM in canonical order: out[m, n] = round(sum over k of x[m, k] * w[n, k] + bias[n]).
 
-out[m, n] = round(sum over k of x[m, k] * w[n, k], in fp32, + bias[n]). Tiles follow M, N and K; no tile splits K, so
-any tile may serve any M wherever the device's matrix instructions add in the same order (certified per device).
+x [M, K], w [N, K], bias [N] or none, out [M, N], all bf16, fp16 or fp32; the last dimension is contiguous.
 
-`_tile` takes pointers and runs on every architecture: small tiles for few rows, large ones for many.
-`_persistent` loads tiles through tensor descriptors (TMA on Hopper and later), a fixed number of programs a
-multiprocessor. After the pattern of Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
+Order of one output: one fp32 accumulator takes K in ascending order in one pass; the bias is added in fp32; the result
+is rounded once. The tile may depend on M, N and K, because no tile splits K. Tiles have equal bits if the device's
+matrix instructions add in the same order for each, which a certificate checks per device.
+
+`_tile` loads through pointers and runs on every architecture, with small tiles for few rows and large tiles for many.
+`_persistent` loads through tensor descriptors (TMA on Hopper and later) and runs a fixed number of programs per
+multiprocessor. Both follow Triton's tutorials 03 and 09 (github.com/triton-lang/triton).
 """
 
 import functools
@@ -22,7 +25,7 @@ REFERENCE_ROWS = 128
 class Tile(NamedTuple):
     """Block sizes and launch options of one kernel variant.
 
-    persistent: programs a multiprocessor of the variant through tensor descriptors; 0: the variant through pointers.
+    persistent: programs per multiprocessor of `_persistent`; 0 selects `_tile`.
     """
 
     m: int
@@ -33,21 +36,21 @@ class Tile(NamedTuple):
     persistent: int = 0
 
 
-# The order's definition: every other variant is compared with this one.
+# These tiles define the order: every other variant is compared with them.
 REFERENCE = Tile(128, 128, 64, 8, 3)
 REFERENCE_FP32 = Tile(64, 64, 32, 4, 2)
 
 
 @triton.jit
 def _swizzle(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile coordinates of program `pid`, in groups of GROUP rows of tiles, so that the L2 cache is shared."""
+    """Tile coordinates of program `pid`. Groups of GROUP rows of tiles run together and share the L2 cache."""
     per_group = GROUP * tiles_n
     first = (pid // per_group) * GROUP
     size = min(tiles_m - first, GROUP)
     return first + (pid % per_group) % size, (pid % per_group) // size
 
 
-# One compiled kernel for every number of rows: one row would otherwise get a slower kernel of its own.
+# One compiled kernel for every number of rows: Triton would compile a slower kernel for rows == 1.
 @triton.jit(do_not_specialize=["rows"])
 def _tile(
     x,
@@ -71,7 +74,7 @@ def _tile(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # Rows past the end repeat a valid row: cheaper than a mask, and never stored.
+    # Rows past the end load a valid row again, which is cheaper than a mask. They are not stored.
     x_tile = x + (m % rows).to(tl.int64)[:, None] * stride_x + k[None, :]
     w_tile = w + (n % cols).to(tl.int64)[None, :] * stride_w + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -111,13 +114,13 @@ def _persistent(
     steps = tl.cdiv(depth, BLOCK_K)
     for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = _swizzle(pid, tiles_m, tiles_n, GROUP)
-        # The last rows of tiles begin early rather than end past the rows, which makes loads slow: what two tiles
-        # compute has the same bits in both.
+        # The last row of tiles begins early, because loads past the last row are slow. Rows that two tiles compute have
+        # the same bits in both.
         m = tl.minimum(tile_m * BLOCK_M, tl.maximum(rows - BLOCK_M, 0))
         n = tile_n * BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(steps):
-            # The descriptor fills what lies outside with zeros.
+            # Elements outside x and w load as zeros.
             a = x.load([m, step * BLOCK_K])
             b = w.load([n, step * BLOCK_K])
             total = tl.dot(a, b.T, total, input_precision="ieee")
@@ -127,8 +130,8 @@ def _persistent(
         out.store([m, n], total.to(out.dtype))
 
 
-# Microseconds that a wave of each (one tile on every multiprocessor) takes per 1024 of K, on an H100: medians of
-# benchmarks/hopper/tune_gemm.py where memory does not bound it. What a launch takes besides.
+# Microseconds per wave (one tile on every multiprocessor) and 1024 elements of K, on an H100: medians of
+# benchmarks/hopper/tune_gemm.py for sizes that memory does not bound. LAUNCH: microseconds per launch.
 WAVES = {
     Tile(128, 256, 64, 8, 3, 1): 10.0,
     Tile(128, 128, 64, 4, 5, 1): 5.5,
@@ -137,11 +140,11 @@ WAVES = {
     Tile(64, 32, 128, 4, 6, 1): 2.0,
 }
 LAUNCH = 2.0
-_DOWN = min(tile.m for tile in WAVES)  # the rows of every other are a multiple of it
+_DOWN = min(tile.m for tile in WAVES)  # divides the rows of every tile above
 
 
 class Part(NamedTuple):
-    """Columns of the output up to `end`, and the tile that they are computed by."""
+    """A range of the output's columns, from the previous part's end to `end`, and its tile."""
 
     tile: Tile
     end: int
@@ -150,10 +153,10 @@ class Part(NamedTuple):
 def choose(
     rows: int, cols: int, depth: int, element_size: int, shared: int, processors: int, descriptors: bool
 ) -> tuple[Part, ...]:
-    """The variants for x [rows, depth] and w [cols, depth], by columns, ascending.
+    """The fastest parts for x [rows, depth] and w [cols, depth], in ascending order of columns.
 
-    element_size: bytes an element. shared: bytes of shared memory that a block may use. processors: multiprocessors.
-    descriptors: TMA may be used.
+    element_size: bytes per element. shared: bytes of shared memory that a block may use. processors: multiprocessors.
+    descriptors: whether the call may use tensor descriptors.
     """
     if element_size == 4:
         tile = Tile(16, 32, 64, 4, 3) if rows <= 32 else REFERENCE_FP32
@@ -178,12 +181,12 @@ def choose(
 
 @functools.lru_cache(8192)
 def _cheapest(rows: int, cols: int, depth: int, processors: int) -> tuple[Part, ...]:
-    """rows: rounded up to _DOWN, which changes no tile's number of waves."""
+    """The parts of least _cost. rows: rounded up to a multiple of _DOWN, which changes no number of waves."""
     return min(_covers(rows, cols, processors), key=lambda parts: _cost(parts, rows, depth, processors))
 
 
 def _covers(rows: int, cols: int, processors: int) -> Iterator[tuple[Part, ...]]:
-    """One tile for all columns; or its full waves, and another for the columns that would not fill its last one."""
+    """Every tile for all columns; and its full waves only, with every other tile for the remaining columns."""
     for tile in WAVES:
         yield (Part(tile, cols),)
         full = count(tile, rows, cols) // processors * processors
@@ -193,7 +196,7 @@ def _covers(rows: int, cols: int, processors: int) -> Iterator[tuple[Part, ...]]
 
 
 def _cost(parts: tuple[Part, ...], rows: int, depth: int, processors: int) -> float:
-    """Microseconds, if memory does not bound them."""
+    """Estimated microseconds, if memory is not the bottleneck."""
     total, begin = 0.0, 0
     for tile, end in parts:
         waves = triton.cdiv(count(tile, rows, end - begin), processors)
@@ -203,14 +206,14 @@ def _cost(parts: tuple[Part, ...], rows: int, depth: int, processors: int) -> fl
 
 
 def count(tile: Tile, rows: int, cols: int) -> int:
-    """How many tiles the output has."""
+    """The number of tiles of the output."""
     return triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n)
 
 
 def fit(tile: Tile, element_size: int, shared: int) -> Tile:
-    """`tile` with fewer stages, then less depth, until it needs at most `shared` bytes."""
+    """Reduce `tile` to at most `shared` bytes of shared memory: first its stages, then its depth."""
     if tile.persistent:
-        shared -= tile.m * tile.n * element_size  # what is stored passes through shared memory
+        shared -= tile.m * tile.n * element_size  # stores pass through shared memory
     while (tile.m + tile.n) * tile.k * element_size * tile.stages > shared:
         if tile.stages > 2:
             tile = tile._replace(stages=tile.stages - 1)
@@ -226,7 +229,8 @@ def gemm(
 ) -> torch.Tensor:
     """x [M, K] @ weight [N, K].T (+ bias [N]) -> [M, N], all of one dtype: bf16, fp16 or fp32.
 
-    The last dimension of x and weight must be contiguous. A persistent tile also needs 16-byte aligned rows.
+    The last dimension of x and weight must be contiguous. A persistent tile also needs bases and rows aligned to 16
+    bytes (can_describe).
     """
     rows, depth = x.shape
     cols = weight.shape[0]
@@ -267,7 +271,7 @@ def product(
     parts: Sequence[Part],
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """gemm by several tiles, each on its columns."""
+    """gemm in parts: each part computes its columns with its own tile, in its own launch."""
     if len(parts) == 1:
         return gemm(x, weight, bias, parts[0].tile, out)
     if out is None:
@@ -280,7 +284,7 @@ def product(
 
 
 def can_describe(tensor: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can be made: 16-byte aligned base and rows."""
+    """Whether the tensor can have a tensor descriptor: base and rows aligned to 16 bytes."""
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
 
 

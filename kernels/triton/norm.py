@@ -1,9 +1,11 @@
-"""RMSNorm in one order for every number of rows, with and without residual.
+"""RMSNorm with and without residual: out[r] = round(x[r] * rsqrt(mean(x[r]^2) + eps) * (weight + offset)).
 
-out[r] = round(x[r] * rsqrt(mean(x[r]^2) + eps) * (weight + offset)), all in fp32, one rounding at the end. With a
-residual, s = round(x + residual) in the tensors' dtype takes x's place, and is returned too.
-Order: a row's squares are summed by one program. The tile depends on the number of columns alone: the whole row in
-one block up to 16384 columns, else column blocks of 16384 added in ascending order before the block is summed.
+x [..., C], residual [..., C], weight [C], in bf16, fp16 or fp32; computed in fp32, rounded once. With a residual,
+round(x + residual), in the dtype of x, replaces x and is returned too.
+
+Order: one program sums a row's squares. Up to 16384 columns, a block holds the whole row. Longer rows are cut into
+blocks of 16384 columns, which are added lane by lane in ascending order; then the lanes are summed. The tile depends
+on C alone.
 """
 
 import torch
@@ -66,7 +68,7 @@ def _rms_norm(
 
 
 def shape_of(cols: int) -> tuple[int, int, int, int]:
-    """(block, rows a program, chunks, warps) for rows of `cols` elements."""
+    """(block, rows per program, blocks per row, warps) for rows of `cols` elements."""
     block = min(triton.next_power_of_2(cols), _WIDEST)
     rows = max(1, 1024 // block)
     return block, rows, triton.cdiv(cols, block), max(1, min(16, block * rows // 512))
@@ -79,9 +81,9 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """RMSNorm over the last dimension of x [..., C] (bf16, fp16, fp32); weight [C] or None; residual as x or None.
+    """RMSNorm over the last dimension of x [..., C] (bf16, fp16, fp32). residual: x's shape. weight: [C].
 
-    Returns (out, x + residual), both contiguous, the second None without residual.
+    Returns (out, x + residual), both contiguous; the second is None without a residual.
     """
     cols = x.shape[-1]
     if x.dim() != 3 or x.stride(-1) != 1:

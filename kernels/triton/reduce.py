@@ -1,8 +1,7 @@
-"""Sums and means over a row, in one order for every number of rows.
+"""Sums and means of rows: out[r] = round(sum over c of x[r, c] / divisor), for x [R, C] in bf16, fp16 or fp32.
 
-out[r] = round(sum over c of x[r, c], in fp32, / divisor). Order: BLOCK columns at a time are added to BLOCK running
-sums in ascending order, which are then summed. BLOCK, and how many rows a program takes, depend on the number of
-columns alone.
+Order: lane i of BLOCK adds columns i, i + BLOCK, ... in fp32, ascending; then one program sums the lanes. BLOCK and
+the number of rows per program depend on C alone.
 """
 
 import torch
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 _WIDEST = 2048
-_TOGETHER = 1024  # elements that rows of few columns share a program for
+_TOGETHER = 1024  # elements per program: short rows share a program
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -25,11 +24,11 @@ def _row_sum(x, out, rows, cols, divisor, ROWS: tl.constexpr, BLOCK: tl.constexp
 
 
 def row_sum(x: torch.Tensor, dtype: torch.dtype, mean: bool = False) -> torch.Tensor:
-    """The sum, or mean, of each row of x [R, C] (bf16, fp16 or fp32; packed) as `dtype`: [R]."""
+    """The sum or the mean of each row of contiguous x [R, C] (bf16, fp16 or fp32) -> [R], of `dtype`."""
     rows, cols = x.shape
     out = torch.empty(rows, dtype=dtype, device=x.device)
     if x.data_ptr() % 16:
-        x = x.clone()  # for other addresses Triton compiles other loads, and with them another sum of a block
+        x = x.clone()  # unaligned, Triton compiles other loads and sums the lanes in another order
     if rows and cols:
         block = min(_WIDEST, triton.next_power_of_2(cols))
         together = max(1, _TOGETHER // block)

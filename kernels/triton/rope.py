@@ -1,8 +1,10 @@
-"""Rotary embedding of queries and keys, with or without RMSNorm of each head before it, in one launch.
+"""Rotary embedding (neox style) of queries and keys, optionally after an RMSNorm of each head, in one launch.
 
-Neox style: a head's halves (a, b) become (a * cos - b * sin, b * cos + a * sin), in fp32, rounded once. With norm
-weights, each head is first normed over its own elements in fp32 and rounded. Order of that sum: one program holds whole
-heads; the tile depends on the head size alone.
+The halves (a, b) of a head become (a * cos - b * sin, b * cos + a * sin), in fp32, rounded once. With norm weights, the
+kernel first normalizes each head over its own elements in fp32 and rounds the result. q [T, Hq * D], k [T, Hk * D], in
+bf16, fp16 or fp32. Limits: the rotation covers the whole head; D is a power of two.
+
+Order of the norm's sum: one program holds whole heads, in a tile that depends on D alone.
 """
 
 import torch
@@ -71,10 +73,10 @@ def rotate(
     k_weight: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate q [T, Hq * head_size] and k [T, Hk * head_size] (Hk may be 0); returns new contiguous tensors.
+    """Rotate q [T, Hq * head_size] and k [T, Hk * head_size] (Hk may be 0). Returns new contiguous tensors.
 
-    positions: [T] integers. cache: [P, head_size], cos of the first half then sin, in any float type. q_weight,
-    k_weight: [head_size], both or none. Rows of q and k may be strided; their last dimension is contiguous.
+    positions: [T] integers. cache: [P, head_size], cosines of the first half, then sines, of any float dtype.
+    q_weight, k_weight: [head_size], both or neither. Rows of q and k may be strided; the last dimension is contiguous.
     """
     tokens = q.shape[0]
     heads_q, heads_k = q.shape[1] // head_size, k.shape[1] // head_size

@@ -1,4 +1,5 @@
-// Plain interface between the torch bindings and the kernels: no torch headers here.
+// The interface between the torch bindings (ops.cpp) and the kernels, free of torch's headers. ops.cpp checks all
+// arguments; the kernels check none. `threads`: how many OpenMP threads may run; bits do not depend on it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,13 +8,13 @@ namespace bi {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// ---- GEMM (gemm.cpp); strides in elements, last dimension dense.
+// ---- GEMM (gemm.cpp). Strides in elements; the last dimension is dense.
 size_t gemm_packed_size(DType t, int64_t n, int64_t k);  // elements
 void gemm_pack(DType t, const void* w, int64_t ldw, int64_t n, int64_t k, void* packed, int threads);
 void gemm(DType t, const void* x, int64_t ldx, int64_t m, const void* packed, int64_t n, int64_t k,
           const void* bias, void* y, int threads);
 
-// ---- Attention (attention.cpp); strides in elements, head_dim dense.
+// ---- Attention (attention.cpp). Strides in elements; head_dim is dense.
 struct KvCache {
   void* data;           // pages [blocks, kv_heads, 2 * block_size * dim]
   int64_t block_stride, head_stride;
@@ -39,13 +40,13 @@ struct AttentionArgs {
   const int32_t* table;        // [reqs, table_stride]
   int64_t table_stride;
   float scale;
-  int window_left;             // keys seen before the token itself; < 0: all
+  int window_left;             // visible keys before the token itself; < 0: all
   float softcap;               // 0: none
 };
 
 void attention(const AttentionArgs& a, int threads);
 
-// ---- RMSNorm (norm.cpp); strides in elements, columns dense; residual, sum and out are dense.
+// ---- RMSNorm (norm.cpp). Strides in elements; columns are dense; residual, sum and out are dense.
 struct NormArgs {
   DType type;
   const void* x;         // [rows, heads, cols]
@@ -55,12 +56,12 @@ struct NormArgs {
   const void* weight;    // [cols], null: none
   float eps, offset;
   void* out;
-  void* sum;             // round(x + residual), where there is a residual
+  void* sum;             // round(x + residual); unused without a residual
 };
 
 void rms_norm(const NormArgs& a, int threads);
 
-// ---- Pointwise (pointwise.cpp); strides in elements, last dimension dense.
+// ---- Pointwise (pointwise.cpp). Strides in elements; the last dimension is dense.
 void silu_and_mul(DType t, const void* x, int64_t row, int64_t rows, int64_t cols, void* out, int threads);
 
 struct RopeArgs {
@@ -76,7 +77,7 @@ struct RopeArgs {
 
 void rope(const RopeArgs& a, int threads);
 
-// ---- Choice of experts (softmax_topk.cpp); logits [rows, experts], weights and ids dense [rows, k].
+// ---- Choice of experts (softmax_topk.cpp). logits [rows, experts]; weights and ids dense [rows, k].
 void softmax_topk(DType t, const void* logits, int64_t row, int64_t rows, int64_t experts, int64_t k, bool renormalize,
                   float* weights, int32_t* ids, int threads);
 

@@ -1,14 +1,14 @@
-// Paged causal GQA attention, each row's sums in an order fixed by positions alone.
+// Causal attention over paged KV, with grouped query heads, sliding window and softcap, in bf16, fp16 or fp32.
 //
-// Order of one row (token, head): its keys are cut in leaves of kLeaf positions
-// aligned at position 0. Inside a leaf: score = scale * dot over ascending head_dim,
-// then softcap; m = max; p = exp(score - m); l = sum of p in 16 lanes (lane = position
-// mod 16, ascending), lanes joined by sum_lanes; o = sum of p v over ascending
-// positions. Leaves are merged in ascending order in fp32 and o / l is rounded once.
-// A masked key adds an exact zero, so which rows share a tile does not matter.
+// Order of one row (token, head): keys are cut into leaves of kLeaf positions, aligned at position 0. In a leaf:
+//   score = scale * dot over ascending head_dim, then softcap; m = max of the scores; p = exp(score - m);
+//   l = sum of p: lane i adds positions i mod 16, ascending, then sum_lanes adds the lanes;
+//   o = sum of p v over ascending positions.
+// Leaves are merged in ascending order in fp32 (merge), and o / l is rounded once. The order depends on positions
+// alone. A masked key adds an exact zero, so the rows that share a tile do not matter.
 //
-// Pages: K as [tokens/16][D/step][16][step], then V as [tokens/step][D][step], where
-// step is 2 for bf16 with AVX512_BF16 and 1 otherwise.
+// Layout of a page (block, KV head): K as [tokens/16][D/step][16][step], then V as [tokens/step][D][step]. step is 2
+// for bf16 with AVX512_BF16, else 1. Limits: head_dim a multiple of 16 up to 512, block size a multiple of 16.
 #include <omp.h>
 #include <algorithm>
 #include <limits>
@@ -21,14 +21,14 @@
 namespace bi {
 namespace {
 
-#ifndef BI_LEAF  // a test builds another one
+#ifndef BI_LEAF  // a test builds another order
 #define BI_LEAF 256
 #endif
 constexpr int kLeaf = BI_LEAF;         // part of the order
 constexpr int kTile = 5 * kMaxRows;    // rows of a work unit; not part of the order
 constexpr int kGroups = kLeaf / 16;
 constexpr int kMaxDim = 512;
-constexpr int64_t kTinyWork = 1 << 15;  // multiply-adds below which waking threads costs more
+constexpr int64_t kTinyWork = 1 << 15;  // multiply-adds; below this, waking threads costs more than it saves
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
@@ -40,14 +40,14 @@ template <class T> struct Pages {
   T* page(int64_t block, int head) const {
     return static_cast<T*>(c.data) + block * c.block_stride + head * c.head_stride;
   }
-  // First element of the 16-token group `group` of K, and of the pair (token) of V.
+  // First element of K's group of 16 tokens, and of V's step (a pair of tokens, or one token).
   T* k_group(T* page, int group) const { return page + size_t(group) * c.dim * 16; }
   T* v_step(T* page, int s) const {
     return page + size_t(c.block_size) * c.dim + size_t(s) * c.dim * step;
   }
 };
 
-// Rows [0, COUNT) of one head into a page from offset `off` on: 16 fill a group, 1 a slot.
+// Stores COUNT tokens of one head at slot `off` of a page. COUNT: 16 (a whole group) or 1.
 template <int COUNT, class T>
 void store_run(const Pages<T>& pages, T* page, int off, const T* key, int64_t kt, const T* value, int64_t vt) {
   constexpr int step = Pages<T>::step;
@@ -74,7 +74,7 @@ template <class T>
 void store_tokens(const KvCache& c, const T* key, int64_t kt, int64_t kh, const T* value, int64_t vt,
                   int64_t vh, const int64_t* slots, int64_t tokens, int threads) {
   const Pages<T> pages{c};
-  // Where each run starts; a run is a whole group of 16 slots, or one token.
+  // The first token of each run: -t - 1 for a whole group of 16 slots, t for a single token.
   std::vector<int64_t> runs;
   for (int64_t t = 0; t < tokens;) {
     int n = 1;
@@ -101,18 +101,18 @@ void store_tokens(const KvCache& c, const T* key, int64_t kt, int64_t kh, const 
 // ------------------------------------------------------------------ work
 struct Unit {
   int req, kv_head;
-  int64_t row0;        // first row of the request's (token, head in group) rows
+  int64_t row0;        // first of the request's rows (token, head in group)
   int rows;
-  int leaf0, leaf1;    // leaves any row sees
+  int leaf0, leaf1;    // leaves [leaf0, leaf1) hold every key that a row sees
 };
 
-// One row's softmax state: of a leaf, or running.
+// One row's maximum and sum, of a leaf or of all leaves so far. any: whether the row has seen a key.
 struct State {
   float m = kMinusInf, l = 0;
   bool any = false;
 };
 
-// Adds a leaf's (m, l, o) to the running one; the first leaf is taken as it is.
+// Merges a leaf's (m, l, o) into the running (m, l, o). The first leaf is copied.
 BI_INLINE void merge(State& run, float* run_o, const State& leaf, const float* o, int dim) {
   if (!leaf.any) return;
   if (!run.any) {
@@ -143,7 +143,7 @@ template <class T> class Worker {
   int lo_[kTile], hi_[kTile];  // keys [lo, hi) of each row
   Unit u_{-1, 0, 0, 0, 0, 0};
 
-  struct Segment { const T* v; int at, steps; };  // keys of one page, or an edge pair
+  struct Segment { const T* v; int at, steps; };  // keys of one page, or a pair at an edge
 
   T* page_of(int pos) const {
     const int block = a_.table[u_.req * a_.table_stride + pos / a_.kv.block_size];
@@ -170,14 +170,14 @@ template <class T> class Worker {
       for (int n = 0; n < NR; ++n) v[n] = seg[i].v + (d + 16 * n) * step;
       dot_block<Kind, MR, NR>(acc, p_ + r0 * kLeaf + seg[i].at, kLeaf, v, size_t(dim_) * step, seg[i].steps);
     }
-    // + 0 makes a zero positive whatever zeros of masked keys were added.
+    // Adding 0 makes every zero positive: its sign would depend on the zeros that masked keys added.
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
       for (int n = 0; n < NR; ++n) store(o + (r0 + r) * dim_ + d + 16 * n, add(acc[r][n], zero()));
   }
 
-  // Scores of a row to probabilities; keys [lo, hi) of the leaf, groups [g0, g1) filled.
+  // Turns a row's scores s into p. The row sees keys [lo, hi) of the leaf; p is filled in groups [g0, g1).
   State softmax(float* s, A* p, int lo, int hi, int g0, int g1) {
     State st;
     int first = g0, last = g0;
@@ -208,8 +208,8 @@ template <class T> class Worker {
     return st;
   }
 
-  // The V rows of leaf keys [k0, k1), which are valid for some row. A pair cut by an
-  // edge is copied with a zero for the key outside: that memory may hold anything.
+  // The segments of V for keys [k0, k1) of the leaf, each of which some row sees. A pair that an edge cuts is copied
+  // with a zero for the key outside, whose memory may hold anything.
   int segments(int j0, int k0, int k1, Segment* seg) {
     int n = 0;
     const int bs = a_.kv.block_size;
@@ -255,10 +255,10 @@ template <class T> class Worker {
     }
   }
 
-  // One leaf of the open unit: st[rows], o[rows][dim].
+  // Computes one leaf of the open unit: st[rows], o[rows][dim].
   void leaf(int index, State* st, float* o) {
     const int j0 = index * kLeaf;
-    // Rows ascend in position, so the first has the least lo and the last the greatest hi.
+    // Positions ascend from row to row: the first row has the lowest lo and the last row the highest hi.
     const int k0 = std::max(lo_[0] - j0, 0), k1 = std::min(hi_[u_.rows - 1] - j0, kLeaf);
     const int g0 = k0 / 16, g1 = (k1 + 15) / 16;
     const int bs = a_.kv.block_size;
@@ -288,7 +288,7 @@ template <class T> class Worker {
     });
   }
 
-  // o / l of row r of the open unit, rounded to the output.
+  // Writes o / l of row r of the open unit, rounded, to the output.
   void close_row(int r, const State& st, const float* o) {
     const int64_t t = a_.query_start[u_.req] + (u_.row0 + r) / group_;
     const int head = u_.kv_head * group_ + int((u_.row0 + r) % group_);
@@ -305,7 +305,7 @@ std::vector<Unit> make_units(const AttentionArgs& a) {
     const int len = a.query_start[r + 1] - a.query_start[r], ctx = a.seq_lens[r] - len;
     const int64_t rows = int64_t(len) * group;
     for (int h = 0; h < a.kv.kv_heads; ++h)
-      // Last tile first: it sees most keys, and short ones then even out the threads.
+      // The last tile first: it has the most keys, and the short tiles that follow even out the threads' work.
       for (int64_t i = (rows + kTile - 1) / kTile - 1; i >= 0; --i) {
         const int64_t row0 = i * kTile;
         const int n = int(std::min<int64_t>(kTile, rows - row0));
@@ -324,14 +324,14 @@ template <class T> void run(const AttentionArgs& a, int threads) {
   for (int r = 0; r < a.reqs; ++r)
     keys += int64_t(a.seq_lens[r]) * (a.query_start[r + 1] - a.query_start[r]);
   if (keys * a.heads * dim < kTinyWork) threads = 1;
-  std::vector<int64_t> first(units.size() + 1, 0);  // leaf tasks, and rows of their results
-  std::vector<int64_t> row_at(units.size() + 1, 0);
+  std::vector<int64_t> first(units.size() + 1, 0);  // first leaf task of each unit
+  std::vector<int64_t> row_at(units.size() + 1, 0);  // first result row of each unit
   for (size_t i = 0; i < units.size(); ++i) {
     const int leaves = units[i].leaf1 - units[i].leaf0;
     first[i + 1] = first[i] + leaves;
     row_at[i + 1] = row_at[i] + int64_t(leaves) * units[i].rows;
   }
-  // Few units and long contexts: leaves side by side, merged in the same order.
+  // Few units and long contexts: compute leaves in parallel and merge them in the same order.
   const bool split = threads > 1 && units.size() < size_t(4 * threads) && first.back() > int64_t(units.size());
   static thread_local Scratch split_o;
   std::vector<State> split_st(split ? row_at.back() : 0);

@@ -1,13 +1,13 @@
-// Sixteen lanes at the end of a row: lanes past it are zero on loading and are not stored.
+// Loads and stores of 16 lanes at the end of a row: lanes past the end load as zero and are not stored.
 #pragma once
 #include <algorithm>
 #include "vec.h"
 
 namespace bi {
 
-constexpr int64_t kTinyPointwise = 1 << 14;  // elements below which waking threads costs more
+constexpr int64_t kTinyPointwise = 1 << 14;  // elements; below this, waking threads costs more than it saves
 
-// `left` elements are at p: all sixteen lanes where that is enough.
+// `left`: elements from p to the end of the row; 16 or more fill all lanes.
 template <class T> BI_INLINE V16 load_edge(const T* p, int64_t left) {
   if (left >= 16) return load(p);
   T held[16] = {};
@@ -21,7 +21,7 @@ template <class T> BI_INLINE void store_edge(T* p, V16 x, int64_t left) {
   std::memcpy(p, held, left * sizeof(T));
 }
 
-// f(column, columns left from there) for every sixteenth column.
+// Calls f(column, columns from there to the end) for every 16th column.
 template <class F> BI_INLINE void by_sixteen(int64_t cols, F f) {
   for (int64_t c = 0; c < cols; c += 16) f(c, cols - c);
 }

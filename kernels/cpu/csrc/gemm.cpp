@@ -1,11 +1,11 @@
-// GEMM y = x w^T + bias, each output one fixed chain of fp32 sums.
+// GEMM: y = x w^T + bias, for x [M, K], w [N, K], bias [N] or none, y [M, N], all of one dtype: bf16, fp16 or fp32.
 //
-// Order of one output: K is cut in blocks of k_block(K); inside a block one fp32
-// accumulator from zero over ascending K (dot_block); block sums are added in
-// ascending order; then bias; then one rounding. M, N, tiles and threads only choose
-// which outputs are computed when.
+// Order of one output: K is cut into blocks of k_block(K) elements. Each block has one fp32 accumulator that starts at
+// zero and takes K in ascending order (dot_block). The block sums are added in ascending order, then the bias is added,
+// then the result is rounded once. bf16 with AVX512_BF16 adds pairs of K by vdpbf16ps; every other case is fp32 FMA.
+// M, N, tiles and threads decide only when an output is computed.
 //
-// Packed weight: panels of kPanel outputs, each [K/step][kPanel][step], zero padded.
+// Layout of a packed weight: panels of kPanel outputs, each [K/step][kPanel][step], padded with zeros.
 #include <omp.h>
 #include <algorithm>
 #include <type_traits>
@@ -19,11 +19,11 @@ namespace bi {
 namespace {
 
 constexpr int kPanel = 16 * kVecs;
-// Loop sizes, no part of the order: a panel stays in L2 (1 MiB or more) while a chunk of
-// rows streams past it; a chunk is cut further only to give the threads equal work.
+// Loop sizes, which are not part of the order. A panel stays in L2 (1 MiB or more) while a chunk of rows streams past
+// it; chunks are cut further only to give the threads equal work.
 constexpr int64_t kPanelBytes = 512 << 10, kChunkBytes = 1 << 20;
 constexpr int64_t kChunkRows = 96, kFewRows = 24;
-constexpr int64_t kTinyWork = 1 << 16;  // multiply-adds below which waking threads costs more
+constexpr int64_t kTinyWork = 1 << 16;  // multiply-adds; below this, waking threads costs more than it saves
 
 template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
 
@@ -58,7 +58,7 @@ template <class T> struct Job {
   const T* bias;
   T* y;
 
-  // Bias, rounding and the ragged right edge for one row of a panel.
+  // Adds the bias to one row of a panel, rounds it and stores the columns that exist.
   template <int NR> BI_INLINE void finish(V16 (&v)[NR], int64_t row, int64_t col) const {
     T* o = y + row * n + col;
     if (col + kPanel <= n) {
@@ -82,7 +82,7 @@ template <class T> struct Job {
     }
   }
 
-  // Rows [m0, m0 + mr) of panel p; `sums` carries the block sums of earlier K blocks.
+  // K [k0, k1) of rows [m0, m0 + MR) of panel p. `sums` holds the sum of the earlier K blocks.
   template <int MR>
   void tile(int64_t m0, int64_t p, int64_t k0, int64_t k1, float* sums) const {
     V16 acc[MR][kVecs];
@@ -108,8 +108,8 @@ template <class T> struct Job {
 
   void panel(int64_t m0, int64_t rows, int64_t p, float* sums) const {
     const int64_t block = k_block(k);
-    // Loop order only: a panel that fits in L2 is walked whole by each row block, whose
-    // sums then stay in L1; a longer one is walked block by block.
+    // Loop order only. If the panel fits in L2, each row block takes all of K, so its sums stay in L1. Otherwise all
+    // row blocks take one K block after another.
     const int64_t reach = kp * kPanel * int64_t(sizeof(T)) <= kPanelBytes ? k : block;
     for (int64_t at_k = 0; at_k < k; at_k += reach) {
       row_blocks(int(rows), [&](int at, int mr) {
@@ -123,7 +123,7 @@ template <class T> struct Job {
   }
 };
 
-// Rows of x as the kernel wants them: its A type, K padded to the step.
+// Copies x to the kernel's A type and pads K with zeros to kp.
 template <class T, class A>
 void prepare_rows(const T* x, int64_t ldx, int64_t m, int64_t k, int64_t kp, A* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (m > 1)
@@ -173,7 +173,7 @@ void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t
   {
     static thread_local Scratch sums_buf;
     float* sums = sums_buf.get<float>(std::min(m, chunk_max) * kPanel);
-    // Panels of one chunk go to one thread in turn: x stays, the panel streams.
+    // A thread takes consecutive panels of one chunk: x stays in cache, the panels stream.
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < chunks * panels; ++t) {
       const int64_t c = t / panels, p = t % panels;

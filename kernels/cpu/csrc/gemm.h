@@ -1,4 +1,4 @@
-// What the two GEMM paths share: the K blocks and paddings that fix the order.
+// The K blocks and the padding of K, which gemm.cpp and gemm_amx.cpp share. The K blocks are part of the order.
 #pragma once
 #include <cstdint>
 #include "api.h"
@@ -6,7 +6,7 @@
 
 namespace bi {
 
-// Length of a K block: a function of K alone. The same cut as oneDNN's AVX-512 matmul.
+// Length of a K block: a function of K alone, the same as in oneDNN's AVX-512 matmul.
 inline int64_t k_block(int64_t k) { return k > 1024 ? 1024 : 512; }
 
 template <class T> struct DTypeOf;
@@ -14,7 +14,7 @@ template <> struct DTypeOf<float> { static constexpr DType value = DType::f32; }
 template <> struct DTypeOf<bf16> { static constexpr DType value = DType::bf16; };
 template <> struct DTypeOf<fp16> { static constexpr DType value = DType::f16; };
 
-// K is padded with zeros to this many elements.
+// K is padded with zeros to a multiple of this many elements.
 constexpr int64_t k_pad(DType t) {
 #if defined(BI_AMX)
   return t == DType::bf16 ? 32 : 1;

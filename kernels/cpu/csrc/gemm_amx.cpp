@@ -1,8 +1,9 @@
-// GEMM on AMX tiles: tdpbf16ps over ascending 32-wide steps of K.
+// GEMM on AMX tiles: y = x w^T + bias, for the shapes of gemm.cpp in bf16.
 //
-// Same K blocks as gemm.cpp (512 or 1024, both multiples of 32); a tile holds one fp32
-// accumulator per output. Rows past M are zero rows of a local copy, so every row goes
-// through the same tile shape whatever M is.
+// Order of one output: the K blocks of gemm.cpp (512 or 1024, both multiples of 32). Each block has one fp32
+// accumulator, to which tdpbf16ps adds ascending steps of 32 elements of K. The block sums are added in ascending
+// order, then the bias, then one rounding. If fewer than 32 rows are left, a copy with zero rows fills the tile, so
+// every row runs through the same tile shape for every M.
 #if defined(BI_AMX)
 #include <omp.h>
 #include <algorithm>
@@ -25,7 +26,7 @@ struct alignas(64) TileConfig {
   }
 };
 
-// c[32][32] = sum over steps of 32 K; a: 32 rows of stride lda, b: VNNI rows of a panel.
+// c[32][32] = a b over `steps` steps of 32 elements of K. a: 32 rows of stride lda; b: 32 columns of a packed panel.
 void block(const bf16* a, int64_t lda, const bf16* b, int64_t steps, float* c) {
   const int64_t as = lda * sizeof(bf16), bs = kPanel * 2 * sizeof(bf16);
   _tile_zero(0);

@@ -1,13 +1,13 @@
-// The inner product block: MR rows of A times NR vectors of B, K ascending.
+// The inner product loop of GEMM and attention: MR rows of A times NR vectors of B.
 //
-// Each output lane is one fp32 chain over ascending K; MR and NR only say how many
-// chains run side by side. All kernels use this one loop, so all have the same order.
+// Order: each output lane is one fp32 accumulator over ascending K. MR and NR decide only how many accumulators run
+// side by side. Every GEMM without AMX and both products of attention use this loop.
 #pragma once
 #include "vec.h"
 
 namespace bi {
 
-// fp32 FMA over ascending K; B of any storage type is widened on load (exact).
+// fp32 FMA over ascending K. Loading widens B from any storage type to fp32, which is exact.
 template <class T> struct Fma {
   using A = float;
   using B = T;
@@ -18,7 +18,7 @@ template <class T> struct Fma {
 };
 
 #if defined(__AVX512BF16__)
-// vdpbf16ps over ascending pairs of K; B is stored as [K/2][16][2].
+// vdpbf16ps over ascending pairs of K. B is stored as [K/2][16][2].
 struct Vnni {
   using A = bf16;
   using B = bf16;
@@ -35,15 +35,15 @@ using Bf16Kind = Fma<bf16>;
 #endif
 
 #if defined(__AVX512F__)
-constexpr int kMaxRows = 6, kVecs = 4;  // 24 accumulators of 32 registers
+constexpr int kMaxRows = 6, kVecs = 4;  // 24 of 32 registers are accumulators
 #elif defined(__AVX2__)
-constexpr int kMaxRows = 6, kVecs = 1;  // 12 of 16 (a V16 is two)
+constexpr int kMaxRows = 6, kVecs = 1;  // 12 of 16 (a V16 is two registers)
 #else
 constexpr int kMaxRows = 4, kVecs = 1;
 #endif
 
 // acc[m][n] += sum over `steps` steps of A[m][k] * B[n][k].
-//   a: row m at a + m * lda (elements); b[n]: one step of 16 lanes at b[n] + s * ldb.
+// Row m of A is at a + m * lda; step s of the 16 lanes of B[n] is at b[n] + s * ldb. lda, ldb: elements.
 template <class Kind, int MR, int NR>
 BI_INLINE void dot_block(V16 (&acc)[MR][NR], const typename Kind::A* a, size_t lda,
                          const typename Kind::B* const (&b)[NR], size_t ldb, size_t steps) {
@@ -82,7 +82,7 @@ template <int R = kMaxRows, class F> BI_INLINE void with_rows(int rows, F&& f) {
   else with_rows<R - 1>(rows, f);
 }
 
-// Cuts m rows into near-equal blocks of at most kMaxRows: f(first, count).
+// Cuts m rows into near-equal blocks of at most kMaxRows rows and calls f(first, count) for each.
 template <class F> BI_INLINE void row_blocks(int m, F&& f) {
   const int blocks = (m + kMaxRows - 1) / kMaxRows;
   for (int i = 0, at = 0; i < blocks; ++i) {

@@ -1,8 +1,9 @@
-// RMSNorm of a row, with and without residual: out = round(x * inv * (weight + offset)), inv = 1 / sqrt(mean(x^2) + eps).
+// RMSNorm: out = round(x * inv * (weight + offset)), inv = 1 / sqrt(mean(x^2) + eps), for rows x [rows, heads, cols].
 //
-// With a residual, s = round(x + residual) takes x's place and is returned too. Order: squares are added by FMA in 64
-// lanes (lane = column mod 64, ascending), lanes joined as (0 + 1) + (2 + 3) of their sixteens, then by sum_lanes. A row
-// belongs to one thread; columns past the end add an exact zero.
+// With a residual, round(x + residual) replaces x and is stored in `sum`. bf16, fp16 or fp32; fp32 inside.
+//
+// Order: lane c mod 64 adds the square of column c by FMA, columns ascending. The four vectors of 16 lanes are added as
+// (0 + 1) + (2 + 3), then sum_lanes adds the 16 lanes. One thread computes a row; columns past the end add zero.
 #include <omp.h>
 #include <cmath>
 #include "api.h"

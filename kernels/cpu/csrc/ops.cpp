@@ -1,4 +1,5 @@
-// torch bindings: checks shapes and dtypes, then calls the plain kernels.
+// The torch bindings of the `bi_cpu` ops: each checks shapes, dtypes and indices, then calls a kernel of api.h.
+// README.md lists the arguments. A bad argument raises RuntimeError.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -17,7 +18,7 @@ bi::DType dtype_of(const at::Tensor& t, const char* what) {
   }
 }
 
-// x [..., cols] as [rows, cols] with dense columns; rows may be strided.
+// Views x [..., cols] as [rows, cols] with dense columns, or copies x. Rows may be strided.
 at::Tensor as_rows(const at::Tensor& x, int64_t cols) {
   const at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, cols});
   return rows.stride(1) == 1 ? rows : rows.contiguous();
@@ -92,7 +93,7 @@ void kv_store(const at::Tensor& key, const at::Tensor& value, at::Tensor kv_cach
               "bi_cpu.kv_store: key and value must have ", c.kv_heads, " heads, got ", key.sizes(), value.sizes());
   TORCH_CHECK(slots.scalar_type() == at::kLong && slots.dim() == 1 && slots.is_contiguous(),
               "bi_cpu.kv_store: slot_mapping must be dense int64 [tokens]");
-  // vLLM may pad key and value past the tokens that have a slot.
+  // vLLM may pad key and value beyond the tokens that have a slot.
   const int64_t tokens = slots.size(0);
   TORCH_CHECK(key.size(0) >= tokens && value.size(0) >= tokens,
               "bi_cpu.kv_store: ", tokens, " slots but key ", key.sizes(), ", value ", value.sizes());
@@ -156,7 +157,7 @@ void attention(at::Tensor out, const at::Tensor& query, const at::Tensor& kv_cac
   bi::attention(a, at::get_num_threads());
 }
 
-// x as [rows, heads, cols] with dense columns; other shapes are one head of their leading dimensions.
+// Views x as [rows, heads, cols] with dense columns, or copies x. Shapes other than 3-D have one head.
 at::Tensor as_heads(const at::Tensor& x) {
   const at::Tensor dense = x.stride(-1) == 1 ? x : x.contiguous();
   if (dense.dim() == 3) return dense;

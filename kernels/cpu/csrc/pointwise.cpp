@@ -1,8 +1,10 @@
-// SiLU times gate, and rotary embedding: fp32 inside, one rounding, each output from its own inputs alone.
+// SwiGLU's activation and the rotary embedding, in bf16, fp16 or fp32. Both compute in fp32 and round once. An output
+// depends on its own inputs alone: there is no sum over columns.
 //
-// silu_and_mul: g * sigmoid(g) * u with sigmoid from exp(-|g|), the polynomial of vec.h.
-// rope: (x1 cos - x2 sin, x2 cos + x1 sin), products and sum rounded to fp32 each; x1, x2 are the halves of the rotated
-// part of a head (neox) or its even and odd elements. The rest of a head is copied.
+// silu_and_mul: x [rows, 2 * D] = [g | u] -> g * sigmoid(g) * u [rows, D]. sigmoid uses exp(-|g|), vec.h's polynomial.
+// rope: x [tokens, heads * dim] -> (x1 cos - x2 sin, x2 cos + x1 sin); each product and each sum is rounded to fp32. x1
+// and x2 are the halves (neox) or the even and odd elements of the first `rotary` elements of a head. The remaining
+// elements are copied.
 #include <omp.h>
 #include "api.h"
 #include "edge.h"

@@ -1,4 +1,4 @@
-// A growing 64-byte aligned buffer; kept per thread so that calls do not allocate.
+// A buffer, aligned to 64 bytes, that only grows. Kernels keep one per thread, so that calls do not allocate.
 #pragma once
 #include <cstdlib>
 #include <new>

@@ -1,7 +1,9 @@
-// The choice of experts by softmax: the k experts with the highest logits of a row, highest first, ties by the lower
-// expert, and their weights. Order: exp(logit - max) by the polynomial of vec.h; the sum goes over the chosen experts in
-// the order of their rank where weights are renormalized, else over all experts in 16 lanes (lane = expert mod 16),
-// joined by sum_lanes.
+// Choice of experts: logits [rows, experts] -> ids and softmax weights [rows, k] of the k experts with the highest
+// logits of each row, highest first; among equal logits the lower id comes first. Logits are bf16, fp16 or fp32; weights
+// are fp32, ids int32.
+//
+// Order: weight = exp(logit - max) / sum, with the exponential of vec.h. With `renormalize`, the sum adds the chosen
+// experts by rank. Without it, lane e mod 16 adds expert e of all experts, ascending, then sum_lanes adds the lanes.
 #include <omp.h>
 #include "api.h"
 #include "edge.h"
@@ -9,7 +11,7 @@
 namespace bi {
 namespace {
 
-// Ids and logits of the k highest, by insertion: a logit goes before those that are lower, never before its equals.
+// Inserts logits into a list of the k highest: a logit goes before lower logits, never before equal ones.
 template <class T> void choose(const T* logits, int64_t experts, int64_t k, float* best, int32_t* ids) {
   for (int64_t e = 0; e < experts; ++e) {
     const float x = to_f32(logits[e]);

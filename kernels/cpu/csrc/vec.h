@@ -1,6 +1,6 @@
-// Sixteen fp32 lanes, the one vector type of all kernels, on AVX-512, AVX2 or plain C++.
+// V16: sixteen fp32 lanes, the only vector type of the kernels, on AVX-512, AVX2 or plain C++.
 //
-// Every function works lane by lane, so a lane's bits are the same on every ISA.
+// Every function works lane by lane (sum_lanes and max_lanes aside), so a lane's bits are the same on every ISA.
 // FMA is always explicit: the library is compiled with -ffp-contract=off.
 #pragma once
 #include <cmath>
@@ -55,7 +55,7 @@ BI_INLINE V16 copysign(V16 mag, V16 sign) {
   return _mm512_castsi512_ps(_mm512_or_si512(_mm512_andnot_si512(s, _mm512_castps_si512(mag)),
                                              _mm512_and_si512(s, _mm512_castps_si512(sign))));
 }
-// y * 2^n, n in the low mantissa bits of t.
+// y * 2^n, where n is in the low mantissa bits of t.
 BI_INLINE V16 ldexp_bits(V16 y, V16 t) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y),
                                               _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
@@ -156,7 +156,7 @@ BI_INLINE V16 keep_lanes(V16 x, int from, int to, V16 fill) {
 #undef BI_EACH
 #endif
 
-// Round to nearest even; NaN stays NaN.
+// Stores as bf16: rounds to nearest even; NaN stays NaN.
 #if defined(__AVX512BF16__)
 BI_INLINE void store(bf16* p, V16 x) {
   const __m256bh h = _mm512_cvtneps_pbh(x);
@@ -174,7 +174,7 @@ BI_INLINE void store(bf16* p, V16 x) {
 }
 #endif
 
-// Lane sum, always the same tree: i with i+8, i+4, i+2, i+1.
+// Sum of the lanes, always by the same tree: lane i plus lane i + 8, then i + 4, i + 2, i + 1.
 BI_INLINE float sum_lanes(V16 x) {
   float f[16];
   store(f, x);
@@ -197,7 +197,7 @@ BI_INLINE float max_lanes(V16 x) {
 // exp(x) for x <= 0: 2^n * P(r), r = x - n ln 2 in two FMA steps, P of degree 6.
 // exp(0) is 1 exactly; x < -87 gives 0 exactly. Relative error below 2e-7.
 BI_INLINE V16 exp_neg(V16 x) {
-  const V16 magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const V16 magic = set1(12582912.f);  // 1.5 * 2^23: adding this rounds to an integer
   const V16 t = fma(x, set1(1.44269504088896341f), magic);
   const V16 n = sub(t, magic);
   V16 r = fma(n, set1(-0.693359375f), x);
@@ -216,7 +216,7 @@ BI_INLINE float exp_neg1(float x) {
   store(f, exp_neg(set1(x)));
   return f[0];
 }
-// tanh by exp(-2|x|), odd by construction.
+// tanh from exp(-2|x|), so that tanh(-x) is -tanh(x).
 BI_INLINE V16 tanh(V16 x) {
   const V16 t = exp_neg(mul(abs(x), set1(-2.f)));
   return copysign(div(sub(set1(1.f), t), add(set1(1.f), t)), x);

@@ -82,31 +82,31 @@ DEVICE void all_began() {
   this_began = true;
 }
 
-// In a gate's 8 bytes: how many arrive in a phase, how many are missing, the phase's parity, bytes that are missing.
-struct Gate {
+// An mbarrier's 8 bytes: arrivals per phase, missing arrivals, the phase's parity, missing bytes.
+struct Mbarrier {
   unsigned char count, missing, parity;
   int bytes;
 };
 
 // Under the lock.
-DEVICE void settle(Gate& gate) {
-  if (gate.missing || gate.bytes) return;
-  gate.missing = gate.count;
-  gate.parity ^= 1;
+DEVICE void settle(Mbarrier& mbar) {
+  if (mbar.missing || mbar.bytes) return;
+  mbar.missing = mbar.count;
+  mbar.parity ^= 1;
   changed.notify_all();
 }
 
 DEVICE void count(i64* at, int arrivals, int bytes) {
   const std::lock_guard held(lock);
-  Gate& gate = *reinterpret_cast<Gate*>(at);
-  gate.missing -= arrivals;
-  gate.bytes += bytes;
-  settle(gate);
+  Mbarrier& mbar = *reinterpret_cast<Mbarrier*>(at);
+  mbar.missing -= arrivals;
+  mbar.bytes += bytes;
+  settle(mbar);
 }
 
 DEVICE void open(i64* at, int count) {
   const auto number = static_cast<unsigned char>(count);
-  *reinterpret_cast<Gate*>(at) = {number, number, 0, 0};
+  *reinterpret_cast<Mbarrier*>(at) = {number, number, 0, 0};
 }
 DEVICE void arrive(i64* at) { count(at, 1, 0); }
 DEVICE void expect(i64* at, int bytes) { count(at, 1, bytes); }
@@ -117,8 +117,8 @@ DEVICE void arrive_as_one(i64* at) {
 
 DEVICE void wait(const i64* at, int parity) {
   std::unique_lock held(lock);
-  const Gate& gate = *reinterpret_cast<const Gate*>(at);
-  changed.wait(held, [&] { return gate.parity != parity; });
+  const Mbarrier& mbar = *reinterpret_cast<const Mbarrier*>(at);
+  changed.wait(held, [&] { return mbar.parity != parity; });
 }
 
 // Where `at` is in block `to`: one that has begun and has not ended.
@@ -130,13 +130,13 @@ DEVICE T* remote(T* at, int to) {
 
 DEVICE int zero_after(u32, u32 zero) { return zero; }
 DEVICE void arrive_at(i64* at, int to) { count(remote(at, to), 1, 0); }
-DEVICE void hand(float* at, float value, i64* gate, int to) {
+DEVICE void hand(float* at, float value, i64* mbar, int to) {
   *remote(at, to) = value;
-  count(remote(gate, to), 0, -4);
+  count(remote(mbar, to), 0, -4);
 }
-DEVICE void hand(u32* at, const u32 (&v)[4], i64* gate, int to) {
+DEVICE void hand(u32* at, const u32 (&v)[4], i64* mbar, int to) {
   memcpy(remote(at, to), v, 16);
-  count(remote(gate, to), 0, -16);
+  count(remote(mbar, to), 0, -16);
 }
 
 DEVICE float exchange(float value, int distance) {
@@ -190,10 +190,10 @@ DEVICE void end_group();
 template <int pending>
 DEVICE void wait_groups();
 
-DEVICE void arrive_when_copied(i64* gate) {
+DEVICE void arrive_when_copied(i64* mbar) {
   end_group();
   wait_groups<0>();
-  arrive(gate);
+  arrive(mbar);
 }
 
 DEVICE void end_group() {
