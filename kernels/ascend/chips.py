@@ -80,9 +80,9 @@ def find(name: str) -> Chip:
 def matmul_tile(chip: Chip, rows: int, element_size: int) -> Tile:
     """The tile for `rows` rows, with elements of element_size bytes. The depth depends on element_size alone.
 
-    The tile has the fewest of 16, 32, 64 and 128 rows that hold `rows`, or 128. It is then reduced until two tiles of
-    each operand fit L0A and L0B, the fp32 accumulator fits L0C, and a vector core's half of the accumulator, with a
-    bias of that size, fits UB.
+    The tile starts with 128 columns and the fewest of 16, 32, 64 and 128 rows that hold `rows`, at most 128. Rows or
+    columns are halved until two tiles of each operand fit L0A and L0B, the fp32 accumulator fits L0C, and a vector
+    core's half of the accumulator, with a bias of that size, fits UB.
     """
     depth = 256 // element_size
     m = next((size for size in (16, 32, 64) if rows <= size), 128)
