@@ -215,7 +215,7 @@ def load(cache_dir: Path, isa: str | None = None, defines: tuple[str, ...] = ())
     """Build the library if needed, register `torch.ops.bi_cpu.*` with fakes, and return the ISA.
 
     `isa` and `defines` as for `build`. A process loads one ISA: a second call returns that ISA. Raises
-    KernelBuildError as `build` does, for an ISA that this machine cannot run, and for a second ISA.
+    KernelBuildError as `build` does, for an ISA that this machine cannot run, and for a different ISA.
     """
     global _loaded
     if _loaded is not None:

@@ -1,6 +1,6 @@
 // Choice of experts: logits [rows, experts] -> ids and softmax weights [rows, k] of the k experts with the highest
-// logits of each row, highest first; among equal logits the lower id comes first. Logits are bf16, fp16 or fp32; weights
-// are fp32, ids int32.
+// logits of each row, highest first; among equal logits the lower id comes first. Logits are bf16, fp16 or fp32.
+// Weights are fp32, ids int32.
 //
 // Order: weight = exp(logit - max) / sum, with the exponential of vec.h. With `renormalize`, the sum adds the chosen
 // experts by rank. Without it, lane e mod 16 adds expert e of all experts, ascending, then sum_lanes adds the lanes.
