@@ -32,6 +32,11 @@ class Provenance(msgspec.Struct, frozen=True):
     command: str
     dirty: bool = False
 
+    def words(self) -> str:
+        """Version, commit and digest, shortened for people."""
+        commit = f"commit {self.commit[:12]}{' with changes' if self.dirty else ''}" if self.commit else "no commit"
+        return f"{self.bi_patch}, {commit}, digest {self.digest[:12]}"
+
 
 def here() -> Provenance:
     """Of this process."""

@@ -12,7 +12,7 @@ from bi_patch.tools.faults.compiled import catch_compiled
 from bi_patch.tools.faults.lifts import RECURRENT
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import locate, precision
-from bi_patch.tools.verify.case import Setting
+from bi_patch.tools.verify.case import Scenario
 from bi_patch.tools.verify.child import ARMED, PATIENT, STOCK, ChildEngine
 from bi_patch.tools.verify.probes.base import pair
 
@@ -60,7 +60,7 @@ def test_without_a_fault_the_same_axes_see_nothing(engine, load):
 def test_without_a_fault_nothing_is_located(engine, load):
     request = load.greedy(1)
     fillers = [load.filler(i) for i in range(4)]
-    alone, company = Setting.alone(request), Setting.among(fillers[:2], request, fillers[2:])
+    alone, company = Scenario.alone(request), Scenario.among(fillers[:2], request, fillers[2:])
     answers = [locate.trace(engine, s).answer for s in (alone, company)]
     case = pair("a batch of 5", alone, company, *answers)
     assert not case.differs and locate.locate_on(engine, case) is None
@@ -70,7 +70,7 @@ def test_tracing_changes_no_bit(engine, load):
     request = load.greedy(2).but(prompt_logprobs=1, temperature=0.7, seed=3)
     engine.reset_cache()
     (plain,) = engine.generate([request])
-    assert locate.trace(engine, Setting.alone(request)).answer == plain
+    assert locate.trace(engine, Scenario.alone(request)).answer == plain
 
 
 def test_preemption(start, engine):

@@ -63,9 +63,9 @@ def test_config_alone_with_logits_and_tied(bare):
     with pytest.raises(recipes.ModelMissing, match="--random-weights"):
         local(str(folder), QUICK)
     axes = ("mixed lengths", "tied logits and routers", "LoRA")
-    target = local(str(folder), DEFAULT, random_weights=7, logits=True, eager=True)
-    assert not target.options.tokenizer
-    found = verify(target, DEFAULT, only=axes)
+    system = local(str(folder), DEFAULT, random_weights=7, logits=True, eager=True)
+    assert not system.options.tokenizer
+    found = verify(system, DEFAULT, only=axes)
     states = {axis.name: (axis.state, axis.reason) for axis in found.axes if axis.name in axes}
     assert found.exit_code == report.INVARIANT, (found.verdict, states)
     assert states["LoRA"][0] == report.NOT_APPLICABLE
@@ -85,10 +85,10 @@ class Killer(Watcher):
 
 
 def test_a_killed_engine_is_named_and_what_was_compared_is_kept(model):
-    killer, target = Killer(), local(model(recipes.QWEN3), QUICK)
-    start = target.start
-    target.start = lambda options, fresh=False: killer.started.append(start(options, fresh=fresh)) or killer.started[-1]
-    found = verify(target, QUICK, watcher=killer)
+    killer, system = Killer(), local(model(recipes.QWEN3), QUICK)
+    start = system.start
+    system.start = lambda options, fresh=False: killer.started.append(start(options, fresh=fresh)) or killer.started[-1]
+    found = verify(system, QUICK, watcher=killer)
     assert found.exit_code == report.UNCHECKED and "memory" in found.stopped and "-9" in found.stopped
     assert found.axes[0].state == report.PASSED and found.compared > 0
     Path(killer.started[0]._log.name).unlink(missing_ok=True)

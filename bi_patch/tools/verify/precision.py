@@ -79,25 +79,24 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
     """
     import torch
 
-    from bi_patch.tools.faults import parts
-    from bi_patch.tools.verify import owners
+    from bi_patch.tools.verify import layers, owners
     from bi_patch.tools.verify.runner import NotTraceable
 
     seams = owners.Owners()
-    failed, worst, layers, outputs = [], 0.0, 0, 0
+    failed, worst, count, outputs = [], 0.0, 0, 0
     try:
-        parts.model(engine)
+        layers.model(engine)
     except NotTraceable as error:
         return none(str(error), due=False)
     with torch.inference_mode():
-        for name, layer in parts.linears(engine):
-            w = parts.weight(layer)
+        for name, layer in layers.linears(engine):
+            w = layers.weight(layer)
             wide = widened and w.is_cuda and w.dtype != torch.float32
             found = max(
                 (_excess(layer, held, m) for held in ((w, w.float()) if wide else (w,)) for m in ROWS),
                 key=lambda pair: pair[0],
             )
-            layers += 1
+            count += 1
             outputs += sum(ROWS) * w.shape[0]
             worst = max(worst, found[0])
             if found[0] > 1:
@@ -105,9 +104,9 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
                 dtype = str(w.dtype).removeprefix("torch.")
                 seam = seams.seam(layer, name, "linear") or "linear"
                 failed.append(Imprecise(name, seam, n, k, dtype, found[1], found[0]))
-    if not layers:
+    if not count:
         return none("the model has no unquantized linear", due=False)
-    return Precision(layers, outputs, worst, failed)
+    return Precision(count, outputs, worst, failed)
 
 
 def _product(layer, x, w, bias):

@@ -7,7 +7,7 @@ import pytest
 from bi_patch.tools.verify import page
 from bi_patch.tools.verify import report as reports
 from bi_patch.tools.verify.answers import Answer, Request
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.precision import Imprecise, Precision, none
 from bi_patch.tools.verify.report import (
     DIFFERED,
@@ -73,7 +73,7 @@ def test_the_worst_of_several_engines_stays():
 
 
 def test_a_report_is_read_back_bit_for_bit(tmp_path):
-    alone = Setting([Request((1, 2))])
+    alone = Scenario([Request((1, 2))])
     odd = Answer([1, 2, 3], [-math.inf, -0.0, math.nextafter(-1.5, 0)], [[(1, -math.inf)], [(2, 0.1)], []])
     axis = Axis("a", "")
     axis.add(Case.of("a", "odd", alone, alone, odd, Answer([1, 2, 3], [math.nan, 0.0, -1.5], [[], [], []])))
