@@ -1,10 +1,5 @@
 """The time left: axes at the pace seen so far, and starts of engines as long as the first one took."""
 
-from types import SimpleNamespace
-
-import pytest
-
-from bi_patch.tools.verify import clock, measure
 from bi_patch.tools.verify.clock import Clock
 
 
@@ -34,12 +29,3 @@ def test_an_axis_that_takes_longer_costs_no_other_its_time():
     made.expect("a", 4)
     made.expect("b", 6)
     assert made.left("a", 1.0) == 9 and made.left("a", 100.0) == 6
-
-
-@pytest.fixture
-def ticking(monkeypatch):
-    """Time that goes on only where an engine works: now.seconds."""
-    now = SimpleNamespace(seconds=0.0)
-    for module in (measure, clock):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now.seconds))
-    return now

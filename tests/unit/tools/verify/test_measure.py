@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+import json
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+import bi_patch
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.tools.verify import clock, measure, page, probes, report, terminal
 from bi_patch.tools.verify.answers import Answer, Request
@@ -205,6 +207,10 @@ def test_a_leak_is_found_kept_and_shown(system, tmp_path):
     assert "NOT batch-invariant" in found.verdict[0]
     report.write(found, tmp_path / "report.json")
     assert report.read(tmp_path / "report.json") == found
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert next(iter(written)) == "format" and written["format"] == report.FORMAT == 1
+    assert written["provenance"]["bi_patch"] == bi_patch.__version__ and written["provenance"]["digest"]
+    assert written["options"]["max_num_seqs"] == 264 and written["served"] is None and written["starts"] == 2
     drawn = page.page(found)
     assert (
         drawn.count("<svg") >= 2
@@ -243,12 +249,18 @@ def test_an_interrupt_keeps_what_was_compared(system):
 
     found = verify(system(), DEFAULT, watcher=Impatient())
     assert found.exit_code == report.UNCHECKED and "interrupted" in found.stopped
+    assert found.verdict[0].startswith("Incomplete: the armed engine was bitwise invariant in all")
+    assert found.verdict[-1] == "Stopped early: interrupted. What was compared until then is kept."
     assert found.compared > 0 and found.axes[0].state == report.PASSED and found.axes[-1].state == report.LEFT_OUT
 
 
 def test_an_engine_that_does_not_start(system):
     found = verify(system(refuse={"model": EngineFailed("no memory")}), QUICK)
     assert found.exit_code == report.UNCHECKED and found.compared == 0 and "no memory" in found.stopped
+    assert found.verdict == [
+        "Incomplete: the armed engine could not be checked: nothing was compared.",
+        "Stopped early: EngineFailed: no memory.",
+    ]
 
 
 def test_open_seams_are_no_pass(system, arithmetic):
@@ -287,6 +299,35 @@ def test_a_limit_leaves_out_and_says_so(system, monkeypatch):
     drawn = page.page(found)
     assert all(name in said and name in drawn for name in late) and "out of time" in drawn
     assert "the default level measures it" in said and "out of time" in terminal.plain(found)
+
+
+def test_the_time_left_counts_starts_and_locate(system, monkeypatch):
+    """A second engine and the search for the first operation are still to come when the axes within one engine are done."""
+    now = [0.0]
+    for module in (measure, clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    made, told = system(leak=True), []
+    made.options = made.options.but(eager=True)
+    start = made.start
+
+    def slow(options, *, fresh=False):
+        now[0] += 20.0
+        return start(options, fresh=fresh)
+
+    def locate(case, options, start):
+        now[0] += 25.0
+        return "an op"
+
+    class Told(Watcher):
+        def starting(self, what, left):
+            told.append((now[0], left, what))
+
+    made.start = slow
+    found = verify(made, QUICK, locate=locate, watcher=Told())
+    assert found.starts == 2 and len(told) == 3
+    assert "one engine" in told[2][2], "both sides of the kept pair can run on one engine"
+    for at, left, what in told[1:]:
+        assert 0.7 * (now[0] - at) <= left <= 1.5 * (now[0] - at), (what, left, now[0] - at)
 
 
 def test_an_axis_that_was_named_is_never_dropped_for_time(system):
