@@ -4,7 +4,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import bi_patch_pytest
 from bi_patch.errors import BiPatchError, SettingError
 from bi_patch.tools.cli import app, status, verify  # noqa: F401  two commands, so that each has its name
 from bi_patch.tools.models.recipes import ModelMissing

@@ -302,7 +302,7 @@ def test_a_limit_leaves_out_and_says_so(system, monkeypatch):
 
 
 def test_the_time_left_counts_starts_and_locate(system, monkeypatch):
-    """A second engine and the search for the first operation are still to come when the axes within one engine are done."""
+    """When the axes within one engine are done, a second engine and the search for the first operation are to come."""
     now = [0.0]
     for module in (measure, clock):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
