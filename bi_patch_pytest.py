@@ -15,8 +15,8 @@ def verify_invariance():
     eager=None, random_weights=None, logits=False, clients=256) -> bi_patch.tools.verify.report.Report
 
     Fails the test with the report as text when a position differs, or when an axis that applies could not be checked.
-    The options are those of `bi-patch verify`; axes: names of axes, all of the level by default. An axis, a level, a mode
-    or a model that does not exist fails the test with one line.
+    The options are those of `bi-patch verify`; axes: names of axes, all of the level by default. An axis, a level, a
+    mode or a model that does not exist fails the test with one line.
     """
     import bi_patch_entry
 

@@ -28,7 +28,7 @@ def model(cache):
 
 @pytest.fixture(scope="session")
 def start(model):
-    """start(mode, model name, environ={}, kind=ChildEngine, **options): a live engine in a child process, to use in `with`."""
+    """start(mode, model name, environ={}, kind=ChildEngine, **options): a live engine in a child process, in `with`."""
 
     @contextmanager
     def make(mode: str, name: str, *, environ: dict[str, str] | None = None, kind=ChildEngine, **options: object):

@@ -150,6 +150,8 @@ def test_256_clients_get_their_solo_answers(server):
     found = verify(RunningServer(server[0]), QUICK, only=axes, clients=256)
     states = {axis.name: axis.state for axis in found.axes if axis.name in axes}
     assert found.exit_code == report.INVARIANT, found.verdict
+    assert found.options is None and found.starts == 0 and not found.device, "nothing that the server did not say"
+    assert found.served["model"] == server[1] and found.served["max_model_len"] > 0 and found.vllm
     assert states["chunk budget"] == states["restart"] == report.NOT_APPLICABLE
     clients = next(axis for axis in found.axes if axis.name == "concurrent clients")
     assert clients.state == report.PASSED and clients.pairs == 512 and clients.compared > 10_000

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bi_patch import identity
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import report
 from bi_patch.tools.verify.child import STOCK
@@ -45,6 +46,7 @@ def test_quick_on_the_command_line(model, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.read(tmp_path / "report.json")
+    assert found.provenance.command.startswith("-c verify") and found.provenance.digest == identity.digest()
     assert found.complete and found.mode == "armed" and found.differing == 0 and found.compared > 4000
     assert {a.state for a in found.axes} == {report.PASSED, report.NOT_APPLICABLE, report.LEFT_OUT}
     assert found.starts == 2 and "batch size" in done.stdout and "left" in done.stdout
@@ -109,7 +111,7 @@ def test_an_interrupted_run_leaves_its_report(model, tmp_path):
     assert process.wait(timeout=60) == report.UNCHECKED, rest
     kept = json.loads((tmp_path / "report.json").read_text())
     assert not kept["complete"] and "interrupted" in kept["stopped"] and kept["axes"][0]["compared"] > 0
-    assert "interrupted" in rest
+    assert "interrupted" in rest and kept["verdict"][0].startswith("Incomplete: the armed engine")
 
 
 def test_the_pytest_fixture(model, monkeypatch, pytester):

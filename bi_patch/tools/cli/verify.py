@@ -136,7 +136,7 @@ def _check_file(option: str, path: Path | None) -> None:
 
 
 def _keep(console: Console, what: str, path: Path | None, write: Callable[[Path], object]) -> bool:
-    """Write one file of what was found; a failure is told and costs no other file."""
+    """Write one file of what was found; a failure is printed and costs no other file."""
     if path is None:
         return True
     try:

@@ -42,7 +42,7 @@ _DEFAULTS = {
 
 
 def known_mode(mode: str) -> str:
-    """The mode itself. Raises SettingError for a word that is none: its engine would be stock under another name."""
+    """Return `mode`. Raises SettingError for a word that is no mode: its engine would be stock under another name."""
     if mode not in MODES:
         raise SettingError(f"there is no mode {mode!r}; the modes are {', '.join(MODES)}")
     return mode
@@ -134,7 +134,7 @@ class ChildEngine:
         return tuple(self._ask(wire.Command("encode", text=text)).tokens)
 
     def ask(self, do: str, data: bytes) -> bytes:
-        """One of verify.instruments, which the child serves."""
+        """Run one of verify.instruments in the child."""
         return self._ask(wire.Command(do, data=data)).data
 
     def close(self, *, now: bool = False) -> None:
@@ -231,7 +231,7 @@ def child_environ(environ: dict[str, str], mode: str, options: Options) -> dict[
     made = {**_DEFAULTS, **environ}
     package = str(Path(__file__).resolve().parents[3])
     paths = [p for p in made.get("PYTHONPATH", "").split(os.pathsep) if p]
-    # A sitecustomize of `bi-patch run` may stand first; the child is told its mode by its environment anyway.
+    # A sitecustomize of `bi-patch run` may stand first; the child's environment states its mode anyway.
     if Path(package).name not in ("site-packages", "dist-packages") and package not in paths:
         paths.append(package)
     made["PYTHONPATH"] = os.pathsep.join(paths)

@@ -190,12 +190,12 @@ class _Verification:
         """A lower precision in every batch alike shows in no comparison of bits."""
         began = time.monotonic()
         if self.limit is not None and self.clock.elapsed + _PRECISION > self.limit:
-            self.report.precision = precision.none(f"no time left within {self.limit:.0f} s", due=True)
+            self.report.precision = precision.none(f"no time left within {self.limit:.0f} s", unchecked=True)
             return
         try:
             self.report.precision = precision.of(engine)
         except BiPatchError as error:
-            self.report.precision = precision.none(_sentence(error), due=True)
+            self.report.precision = precision.none(_sentence(error), unchecked=True)
             if not _goes_on(engine):
                 raise
         finally:

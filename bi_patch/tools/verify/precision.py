@@ -34,8 +34,8 @@ class Imprecise(msgspec.Struct, frozen=True):
 class Precision(msgspec.Struct, frozen=True):
     """layers: how many were compared. worst: the largest excess. failed: those over the limit, in the model's order.
 
-    missing: why no layer was compared, "" when some were. due: the comparison applies here, so its lack is told as a
-    check that was not made.
+    missing: why no layer was compared, "" when some were. unchecked: the comparison applies to this engine and was not
+    made, so the run is incomplete.
     """
 
     layers: int
@@ -43,7 +43,7 @@ class Precision(msgspec.Struct, frozen=True):
     worst: float
     failed: list[Imprecise]
     missing: str = ""
-    due: bool = False
+    unchecked: bool = False
 
     def words(self) -> str:
         """One sentence."""
@@ -62,9 +62,9 @@ class Precision(msgspec.Struct, frozen=True):
         )
 
 
-def none(missing: str, *, due: bool) -> Precision:
+def none(missing: str, *, unchecked: bool) -> Precision:
     """The result where nothing was compared (see Precision)."""
-    return Precision(0, 0, 0.0, [], missing, due)
+    return Precision(0, 0, 0.0, [], missing, unchecked)
 
 
 def of(engine: Engine, *, widened: bool = False) -> Precision:
@@ -87,7 +87,7 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
     try:
         layers.model(engine)
     except NotTraceable as error:
-        return none(str(error), due=False)
+        return none(str(error), unchecked=False)
     with torch.inference_mode():
         for name, layer in layers.linears(engine):
             w = layers.weight(layer)
@@ -105,7 +105,7 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
                 seam = seams.seam(layer, name, "linear") or "linear"
                 failed.append(Imprecise(name, seam, n, k, dtype, found[1], found[0]))
     if not count:
-        return none("the model has no unquantized linear", due=False)
+        return none("the model has no unquantized linear", unchecked=False)
     return Precision(count, outputs, worst, failed)
 
 

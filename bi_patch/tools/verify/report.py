@@ -166,8 +166,8 @@ class Report(msgspec.Struct, tag_field="format", tag=FORMAT):
 
     def conclude(self) -> None:
         """Fill in the verdict and the exit code from the axes."""
-        due = self.precision is not None and self.precision.due
-        self.complete = not self.stopped and not due and all(axis.state not in UNSETTLED for axis in self.axes)
+        unchecked = self.precision is not None and self.precision.unchecked
+        self.complete = not self.stopped and not unchecked and all(axis.state not in UNSETTLED for axis in self.axes)
         self.exit_code = exit_code(self)
         self.verdict = sentences(self)
 
@@ -217,8 +217,8 @@ def sentences(report: Report) -> list[str]:
         said.append(f"Not measured for lack of time: {', '.join(axis.name for axis in late)} ({late[0].reason}).")
     undone = [axis for axis in report.axes if axis.state in UNSETTLED and axis not in late]
     if undone and not report.stopped:
-        told = "; ".join(f"{axis.name} ({axis.state}: {axis.reason})" for axis in undone)
-        said.append(f"Could not be checked: {told}.")
+        named = "; ".join(f"{axis.name} ({axis.state}: {axis.reason})" for axis in undone)
+        said.append(f"Could not be checked: {named}.")
     if report.open_seams:
         said.append(f"Required seams are open: {', '.join(report.open_seams)}: invariance cannot be promised.")
     return said

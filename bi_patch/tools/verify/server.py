@@ -131,7 +131,7 @@ class ServerEngine:
         raise ServerFailed(f"{self.url}: a running server's chunk budget cannot be moved")
 
     def ask(self, do: str, data: bytes) -> bytes:
-        raise ServerFailed(f"{self.url}: a server answers requests only, and {do!r} is none")
+        raise ServerFailed(f"{self.url}: a server answers requests only; it cannot run {do!r}")
 
     async def _ask(self, request: Request) -> Answer:
         await asyncio.sleep(request.delay * STEP)

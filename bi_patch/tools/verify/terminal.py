@@ -34,7 +34,7 @@ _COLOURS = {
 
 
 class _Left(ProgressColumn):
-    """The time left: counts down from what was last told."""
+    """The time left: counts down from the last estimate."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{_time(task.fields['until'] - (task.elapsed or 0.0))} left" if task.fields["until"] else "")

@@ -46,15 +46,15 @@ def test_without_a_comparison_with_fp64_the_axes_decide():
     assert report.exit_code == INVARIANT and len(report.verdict) == 1
 
 
-@pytest.mark.parametrize("due, code", [(True, UNCHECKED), (False, INVARIANT)])
-def test_a_comparison_with_fp64_that_was_not_made_is_said(due, code):
+@pytest.mark.parametrize("unchecked, code", [(True, UNCHECKED), (False, INVARIANT)])
+def test_a_comparison_with_fp64_that_was_not_made_is_said(unchecked, code):
     report = Report(
         "model",
         "armed",
         "quick",
         "2026-01-01",
         [Axis("batch size", "", state=PASSED, compared=10)],
-        precision=none("the reason", due=due),
+        precision=none("the reason", unchecked=unchecked),
     )
     report.conclude()
     assert report.exit_code == code and report.verdict[1] == "Products were not compared with fp64: the reason."
