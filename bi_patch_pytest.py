@@ -15,8 +15,8 @@ def verify_invariance():
     eager=None, random_weights=None, logits=False, clients=256) -> bi_patch.tools.verify.report.Report
 
     Fails the test with the report as text when a position differs, or when an axis that applies could not be checked.
-    The options are those of `bi-patch verify`; axes: names of axes, all of the level by default. Raises SettingError
-    for a mode or a level that does not exist.
+    The options are those of `bi-patch verify`; axes: names of axes, all of the level by default. An axis, a level, a
+    mode or a model that does not exist fails the test with one line.
     """
     import bi_patch_entry
 
@@ -39,26 +39,32 @@ def _verify(
     logits: bool = False,
     clients: int = 256,
 ):
+    from bi_patch.errors import BiPatchError
     from bi_patch.tools.verify import levels, terminal
     from bi_patch.tools.verify.local import local
     from bi_patch.tools.verify.measure import verify
-    from bi_patch.tools.verify.targets import Running
+    from bi_patch.tools.verify.system import RunningServer
 
-    chosen = levels.named(level)
-    if url:
-        target = Running(url, model=model)
+    try:
+        chosen = levels.named(level)
+        if url:
+            system = RunningServer(url, model=model)
+        else:
+            system = local(
+                model,
+                chosen,
+                mode=mode,
+                engine_args=engine_args,
+                dtype=dtype,
+                eager=eager,
+                random_weights=random_weights,
+                logits=logits,
+            )
+        report = verify(system, chosen, only=(axes,) if isinstance(axes, str) else tuple(axes), clients=clients)
+    except BiPatchError as error:
+        wrong = f"{type(error).__name__}: {error}"
     else:
-        target = local(
-            model,
-            chosen,
-            mode=mode,
-            engine_args=engine_args,
-            dtype=dtype,
-            eager=eager,
-            random_weights=random_weights,
-            logits=logits,
-        )
-    report = verify(target, chosen, only=tuple(axes), clients=clients)
-    if report.exit_code:
-        pytest.fail(f"{' '.join(report.verdict)}\n\n{terminal.plain(report)}", pytrace=False)
+        wrong = f"{' '.join(report.verdict)}\n\n{terminal.plain(report)}" if report.exit_code else ""
+    if wrong:  # outside of the handler: pytest would print the error that is handled a second time
+        pytest.fail(wrong, pytrace=False)
     return report

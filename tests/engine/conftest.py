@@ -28,12 +28,12 @@ def model(cache):
 
 @pytest.fixture(scope="session")
 def start(model):
-    """start(mode, model name, environ={}, **options): a live engine in a child process, as a context manager."""
+    """start(mode, model name, environ={}, kind=ChildEngine, **options): a live engine in a child process, in `with`."""
 
     @contextmanager
-    def make(mode: str, name: str, *, environ: dict[str, str] | None = None, **options: object):
+    def make(mode: str, name: str, *, environ: dict[str, str] | None = None, kind=ChildEngine, **options: object):
         given = {"max_model_len": 1024, "chunk": 256, **options}
-        with ChildEngine(mode, Options(model(name), **given), environ=PATIENT | os.environ | (environ or {})) as engine:
+        with kind(mode, Options(model(name), **given), environ=PATIENT | os.environ | (environ or {})) as engine:
             yield engine
 
     return make

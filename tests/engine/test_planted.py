@@ -2,17 +2,17 @@
 
 import os
 
-import msgspec
 import pytest
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.tools.faults import catch, every
-from bi_patch.tools.faults.__main__ import few_blocks, options, recurrent
+from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.compiled import catch_compiled
+from bi_patch.tools.faults.engines import few_blocks, options, recurrent
 from bi_patch.tools.faults.lifts import RECURRENT
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import locate, precision
-from bi_patch.tools.verify.case import Setting
+from bi_patch.tools.verify.case import Scenario
 from bi_patch.tools.verify.child import ARMED, PATIENT, STOCK, ChildEngine
 from bi_patch.tools.verify.probes.base import pair
 
@@ -27,7 +27,9 @@ def engine(start, model):
     """One armed engine in which faults are planted and taken out again; MoE, fp32, tied routers and head."""
     given = options("cpu", "")
     changes = {f: getattr(given, f) for f in given.__struct_fields__ if f not in ("model", "chunk", "max_model_len")}
-    with start(ARMED, recipes.MOE, chunk=given.chunk, max_model_len=given.max_model_len, **changes) as made:
+    with start(
+        ARMED, recipes.MOE, kind=FaultyEngine, chunk=given.chunk, max_model_len=given.max_model_len, **changes
+    ) as made:
         yield made
 
 
@@ -60,7 +62,7 @@ def test_without_a_fault_the_same_axes_see_nothing(engine, load):
 def test_without_a_fault_nothing_is_located(engine, load):
     request = load.greedy(1)
     fillers = [load.filler(i) for i in range(4)]
-    alone, company = Setting.alone(request), Setting.among(fillers[:2], request, fillers[2:])
+    alone, company = Scenario.alone(request), Scenario.among(fillers[:2], request, fillers[2:])
     answers = [locate.trace(engine, s).answer for s in (alone, company)]
     case = pair("a batch of 5", alone, company, *answers)
     assert not case.differs and locate.locate_on(engine, case) is None
@@ -70,7 +72,7 @@ def test_tracing_changes_no_bit(engine, load):
     request = load.greedy(2).but(prompt_logprobs=1, temperature=0.7, seed=3)
     engine.reset_cache()
     (plain,) = engine.generate([request])
-    assert locate.trace(engine, Setting.alone(request)).answer == plain
+    assert locate.trace(engine, Scenario.alone(request)).answer == plain
 
 
 def test_preemption(start, engine):
@@ -78,6 +80,7 @@ def test_preemption(start, engine):
     with start(
         ARMED,
         recipes.MOE,
+        kind=FaultyEngine,
         chunk=given.chunk,
         max_model_len=given.max_model_len,
         kv_blocks=given.kv_blocks,
@@ -93,21 +96,21 @@ def test_preemption(start, engine):
 def test_a_fault_of_another_platform_is_refused(engine):
     name = next(fault.name for fault in every() if fault.platforms == ("cuda",))
     with pytest.raises(BiPatchError, match="cannot be planted on cpu"):
-        catch.plant(engine, name)
+        engine.plant(name)
     with pytest.raises(BiPatchError, match="there is no fault"):
-        engine.ask("plant", msgspec.msgpack.encode(["no such fault"]))
+        engine.plant("no such fault")
 
 
 def test_recurrent_layers_are_refused_by_name_and_seen_where_they_are_let_in(tmp_path):
     given, environ = recurrent(str(tmp_path)), PATIENT | os.environ
     with pytest.raises(UnsupportedFeature, match="hybrid and state-space"):
         ChildEngine(ARMED, given, environ=environ).close()
-    with ChildEngine(ARMED, given, environ=environ, lifts=[RECURRENT]) as engine:
+    with FaultyEngine(ARMED, given, environ=environ, lifts=[RECURRENT]) as engine:
         found = catch.catch_recurrent(engine, catch.workload(engine))
     print(found.named)
     assert found.caught and found.right, found
     with pytest.raises(BiPatchError, match="no refusal"):
-        ChildEngine(ARMED, given, environ=environ, lifts=["nothing"]).close()
+        FaultyEngine(ARMED, given, environ=environ, lifts=["nothing"]).close()
 
 
 def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):

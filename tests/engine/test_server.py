@@ -21,7 +21,7 @@ from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.levels import QUICK
 from bi_patch.tools.verify.measure import Watcher, verify
 from bi_patch.tools.verify.server import ServerEngine
-from bi_patch.tools.verify.targets import Running
+from bi_patch.tools.verify.system import RunningServer
 
 pytestmark = pytest.mark.engine
 
@@ -147,9 +147,11 @@ def test_concurrent_answers_equal_solo_answers(server):
 def test_256_clients_get_their_solo_answers(server):
     """The proof of `bi-patch verify --url`: mixed lengths, arrival times and samplings, cold and then warm."""
     axes = ("concurrent clients", "prefix cache", "logprobs in any order", "chunk budget", "restart")
-    found = verify(Running(server[0]), QUICK, only=axes, clients=256)
+    found = verify(RunningServer(server[0]), QUICK, only=axes, clients=256)
     states = {axis.name: axis.state for axis in found.axes if axis.name in axes}
     assert found.exit_code == report.INVARIANT, found.verdict
+    assert found.options is None and found.starts == 0 and not found.device, "nothing that the server did not say"
+    assert found.served["model"] == server[1] and found.served["max_model_len"] > 0 and found.vllm
     assert states["chunk budget"] == states["restart"] == report.NOT_APPLICABLE
     clients = next(axis for axis in found.axes if axis.name == "concurrent clients")
     assert clients.state == report.PASSED and clients.pairs == 512 and clients.compared > 10_000
@@ -161,9 +163,9 @@ def test_a_server_that_refuses_or_is_down_is_named(server):
         with pytest.raises(ServerFailed, match="400"):
             engine.generate([Request((1, 2), prompt_logprobs=10_000)])
         assert len(engine.generate([Request((1, 2), max_tokens=3)])[0].tokens) == 3
-    found = verify(Running(server[0], model="another"), QUICK)
+    found = verify(RunningServer(server[0], model="another"), QUICK)
     assert found.exit_code == report.UNCHECKED and "does not serve 'another'" in found.stopped
-    found = verify(Running("http://127.0.0.1:9"), QUICK)
+    found = verify(RunningServer("http://127.0.0.1:9"), QUICK)
     assert found.exit_code == report.UNCHECKED and "no server answers" in found.stopped
 
 
@@ -175,7 +177,7 @@ def test_a_server_that_dies_is_noticed_and_what_was_compared_is_kept(server):
             if axis.name == "position and order" and axis.pairs == 2:
                 os.killpg(server[2], signal.SIGKILL)
 
-    found = verify(Running(server[0]), QUICK, watcher=Killer())
+    found = verify(RunningServer(server[0]), QUICK, watcher=Killer())
     assert found.exit_code == report.UNCHECKED and not found.complete and "kept" in " ".join(found.verdict)
     assert "is the server still running" in found.stopped or "no server answers" in found.stopped
     assert found.axes[0].state == report.PASSED and found.compared > 0

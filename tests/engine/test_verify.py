@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bi_patch import identity
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import report
 from bi_patch.tools.verify.child import STOCK
@@ -45,6 +46,7 @@ def test_quick_on_the_command_line(model, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.read(tmp_path / "report.json")
+    assert found.provenance.command.startswith("-c verify") and found.provenance.digest == identity.digest()
     assert found.complete and found.mode == "armed" and found.differing == 0 and found.compared > 4000
     assert {a.state for a in found.axes} == {report.PASSED, report.NOT_APPLICABLE, report.LEFT_OUT}
     assert found.starts == 2 and "batch size" in done.stdout and "left" in done.stdout
@@ -63,9 +65,9 @@ def test_config_alone_with_logits_and_tied(bare):
     with pytest.raises(recipes.ModelMissing, match="--random-weights"):
         local(str(folder), QUICK)
     axes = ("mixed lengths", "tied logits and routers", "LoRA")
-    target = local(str(folder), DEFAULT, random_weights=7, logits=True, eager=True)
-    assert not target.options.tokenizer
-    found = verify(target, DEFAULT, only=axes)
+    system = local(str(folder), DEFAULT, random_weights=7, logits=True, eager=True)
+    assert not system.options.tokenizer
+    found = verify(system, DEFAULT, only=axes)
     states = {axis.name: (axis.state, axis.reason) for axis in found.axes if axis.name in axes}
     assert found.exit_code == report.INVARIANT, (found.verdict, states)
     assert states["LoRA"][0] == report.NOT_APPLICABLE
@@ -85,10 +87,10 @@ class Killer(Watcher):
 
 
 def test_a_killed_engine_is_named_and_what_was_compared_is_kept(model):
-    killer, target = Killer(), local(model(recipes.QWEN3), QUICK)
-    start = target.start
-    target.start = lambda options, fresh=False: killer.started.append(start(options, fresh=fresh)) or killer.started[-1]
-    found = verify(target, QUICK, watcher=killer)
+    killer, system = Killer(), local(model(recipes.QWEN3), QUICK)
+    start = system.start
+    system.start = lambda options, fresh=False: killer.started.append(start(options, fresh=fresh)) or killer.started[-1]
+    found = verify(system, QUICK, watcher=killer)
     assert found.exit_code == report.UNCHECKED and "memory" in found.stopped and "-9" in found.stopped
     assert found.axes[0].state == report.PASSED and found.compared > 0
     Path(killer.started[0]._log.name).unlink(missing_ok=True)
@@ -109,7 +111,7 @@ def test_an_interrupted_run_leaves_its_report(model, tmp_path):
     assert process.wait(timeout=60) == report.UNCHECKED, rest
     kept = json.loads((tmp_path / "report.json").read_text())
     assert not kept["complete"] and "interrupted" in kept["stopped"] and kept["axes"][0]["compared"] > 0
-    assert "interrupted" in rest
+    assert "interrupted" in rest and kept["verdict"][0].startswith("Incomplete: the armed engine")
 
 
 def test_the_pytest_fixture(model, monkeypatch, pytester):

@@ -78,7 +78,7 @@ def verify(
     for option, path in (("--json", json), ("--html", html)):
         _check_file(option, path)
     console = Console()
-    target, level = _target(
+    system, level = _system(
         console,
         model,
         url,
@@ -91,7 +91,7 @@ def verify(
         logits,
         served_model or "",
     )
-    asked = f"{escape(target.name)}, {target.mode}, level {level.name}"
+    asked = f"{escape(system.name)}, {system.mode}, level {level.name}"
     console.print(f"[bold]bi_patch verify[/]: {asked}", highlight=False, soft_wrap=True)
     finder = None
     if locate and not url:
@@ -99,7 +99,7 @@ def verify(
     before = signal.signal(signal.SIGTERM, _interrupt)  # what was compared is kept then, too
     try:
         with terminal.Live(console) as live:
-            found = measure(target, level, watcher=live, only=tuple(axis or ()), clients=clients or 256, locate=finder)
+            found = measure(system, level, watcher=live, only=tuple(axis or ()), clients=clients or 256, locate=finder)
     finally:
         signal.signal(signal.SIGTERM, before)
     console.print()
@@ -136,7 +136,7 @@ def _check_file(option: str, path: Path | None) -> None:
 
 
 def _keep(console: Console, what: str, path: Path | None, write: Callable[[Path], object]) -> bool:
-    """Write one file of what was found; a failure is told and costs no other file."""
+    """Write one file of what was found; a failure is printed and costs no other file."""
     if path is None:
         return True
     try:
@@ -152,17 +152,17 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _target(console, model, url, level_name, mode, engine_arg, dtype, eager, random_weights, logits, served_model):
-    """The target and the level that the command line asks for."""
+def _system(console, model, url, level_name, mode, engine_arg, dtype, eager, random_weights, logits, served_model):
+    """The system and the level that the command line asks for."""
     from bi_patch.tools.verify import levels
-    from bi_patch.tools.verify.targets import Running
+    from bi_patch.tools.verify.system import RunningServer
 
     level = levels.named(level_name)
     if url:
-        return Running(url, model=served_model), level
+        return RunningServer(url, model=served_model), level
     from bi_patch.tools.verify.local import local
 
-    target = local(
+    system = local(
         model,
         level,
         mode=mode,
@@ -173,7 +173,7 @@ def _target(console, model, url, level_name, mode, engine_arg, dtype, eager, ran
         logits=logits,
         tell=lambda text: console.print(f"[dim]{escape(text)}[/]"),
     )
-    return target, level
+    return system, level
 
 
 def _arguments(given: list[str]) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Planted faults: scoped re-creations of the known causes (docs/causes.md) that verification must find and name.
 
-They can only be planted through the worker of this package (worker.py), in the engine child that a test or
- `python -m bi_patch.tools.faults` started; no environment variable or setting plants one.
+Only the worker of this package (worker.py) plants them, in an engine child that a test or `bi-patch faults` started; no
+environment variable or setting plants a fault.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import msgspec
 
 from bi_patch.tools.faults import Fault, named
+from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.lifts import RECURRENT
 from bi_patch.tools.verify import locate, precision
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.child import ChildEngine
 from bi_patch.tools.verify.locate import Located
 from bi_patch.tools.verify.probes import AXES, Run, Workload
@@ -47,11 +48,6 @@ def workload(engine: ChildEngine) -> Workload:
     )
 
 
-def plant(engine: ChildEngine, *names: str) -> None:
-    """Plant exactly these in the child's engine."""
-    engine.ask("plant", msgspec.msgpack.encode(list(names)))
-
-
 def cases(engine: ChildEngine, axis: str, load: Workload) -> Iterator[Case]:
     """The compared pairs of one axis, one by one; preemption within one engine that has few KV blocks."""
     if axis == PREEMPTION:
@@ -70,7 +66,7 @@ def _preemption(engine: ChildEngine, load: Workload) -> Iterator[Case]:
     yield from (msgspec.structs.replace(case, axis=PREEMPTION) for case in found)
 
 
-def catch(engine: ChildEngine, name: str, load: Workload) -> Caught:
+def catch(engine: FaultyEngine, name: str, load: Workload) -> Caught:
     """Plant one fault, run its axis until the first difference, locate it, and take the fault out again."""
     fault = named(name)
     try:
@@ -78,7 +74,7 @@ def catch(engine: ChildEngine, name: str, load: Workload) -> Caught:
             return _imprecise(engine, fault)
         if fault.axis == RESTART:
             return _restarted(engine, fault, load)
-        plant(engine, name)
+        engine.plant(name)
         compared = 0
         for case in cases(engine, fault.axis, load):
             compared += 1
@@ -86,7 +82,7 @@ def catch(engine: ChildEngine, name: str, load: Workload) -> Caught:
                 return _judged(engine, fault, case, compared, locate.locate_on(engine, case))
         return Caught(name, fault.cause, fault.axis, False, False, compared)
     finally:
-        plant(engine)
+        engine.plant()
 
 
 def _judged(engine: ChildEngine, fault: Fault, case: Case, compared: int, located: Located | None) -> Caught:
@@ -132,24 +128,24 @@ def names(fault: Fault, located: Located, engine: ChildEngine) -> bool:
     return fault.module in located.module and any(fault.op in op for op in ops) and seam in (None, located.seam)
 
 
-def _restarted(engine: ChildEngine, fault: Fault, load: Workload) -> Caught:
+def _restarted(engine: FaultyEngine, fault: Fault, load: Workload) -> Caught:
     """The answers before planting are those of the process before; the fault is in the second one only."""
-    setting = Setting.alone(load.greedy(1))
+    scenario = Scenario.alone(load.greedy(1))
     engine.reset_cache()
-    (expected,) = engine.generate(setting.requests)
-    alone = locate.trace(engine, setting)
-    plant(engine, fault.name)
+    (expected,) = engine.generate(scenario.requests)
+    alone = locate.trace(engine, scenario)
+    engine.plant(fault.name)
     engine.reset_cache()
-    (got,) = engine.generate(setting.requests)
-    case = msgspec.structs.replace(pair("a new process", setting, setting, expected, got), axis=RESTART)
+    (got,) = engine.generate(scenario.requests)
+    case = msgspec.structs.replace(pair("a new process", scenario, scenario, expected, got), axis=RESTART)
     if not case.differs:
         return Caught(fault.name, fault.cause, fault.axis, False, False, 1)
-    return _judged(engine, fault, case, 1, locate.judge(case, alone, locate.trace(engine, setting)))
+    return _judged(engine, fault, case, 1, locate.judge(case, alone, locate.trace(engine, scenario)))
 
 
-def _imprecise(engine: ChildEngine, fault: Fault) -> Caught:
+def _imprecise(engine: FaultyEngine, fault: Fault) -> Caught:
     """No comparison of bits sees it: the accuracy does, and names the layers by itself."""
-    plant(engine, fault.name)
+    engine.plant(fault.name)
     found = precision.of(engine, widened=True)
     seam = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
     right = len(found.failed) == found.layers and all(f.seam == seam for f in found.failed)

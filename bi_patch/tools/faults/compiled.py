@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bi_patch.tools.faults.catch import Caught, workload
 from bi_patch.tools.verify import locate
-from bi_patch.tools.verify.case import Setting
+from bi_patch.tools.verify.case import Scenario
 from bi_patch.tools.verify.child import ARMED, ChildEngine
 from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.instruments import COMPILED
@@ -29,19 +29,19 @@ def catch_compiled(given: Options, environ: dict[str, str], platform: str, *, pl
     with ChildEngine(ARMED, eager, environ=environ) as engine:
         load = workload(engine)
         requests, change = probe.requests(engine, load), probe.changes(engine)[0]
-        setting = Setting(requests, len(load.subjects) - 1)  # the longest: its keys and values fill whole blocks
+        scenario = Scenario(requests, len(load.subjects) - 1)  # the longest: its keys and values fill whole blocks
         expected = probe.collect(engine, load)
-        alone = locate.trace(engine, setting, coarse=True)
+        alone = locate.trace(engine, scenario, coarse=True)
     leave = {"BI_PATCH_LEAVE_OPEN": _SEAMS[platform], "BI_PATCH_ALLOW_OPEN": "1"} if planted else {}
     with ChildEngine(ARMED, eager.but(**change.options), environ=environ | leave, fresh=True) as engine:
         got = probe.collect(engine, load, change)
-        company = locate.trace(engine, setting, coarse=True)
+        company = locate.trace(engine, scenario, coarse=True)
         seams = ", ".join(engine.info.open_seams)
     cases = list(probe.cases(change, requests, expected, got))
     case = next((case for case in cases if case.differs), None)
     if case is None:
         return Caught(NAME, CAUSE, AXIS, False, False, len(cases))
-    located = locate.judge(cases[setting.index], alone, company, coarse=True)
+    located = locate.judge(cases[scenario.index], alone, company, coarse=True)
     right = located is not None and (located.seam, located.op) == (COMPILED, CACHE)
     words = f"{located.words()}\nrequired seams open there: {seams}" if located else ""
     return Caught(NAME, CAUSE, AXIS, True, right, len(cases), f"{case.label}: {case.difference.first}", words, located)

@@ -1,4 +1,4 @@
-"""Refusals that the verifier can lift in its own child, to show what they keep out."""
+"""Refusals that the planted faults can lift in their own engine child, to show what the refusals keep out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that faults are made of: products and sums in other orders, and the layers of a running model.
+"""Parts that faults are made of: products and sums in other orders, put in the place of a running model's layers.
 
 A part computes the same value as the layer it stands in for, up to rounding: only the order or the precision differs.
 """
@@ -10,65 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
-from bi_patch.tools.verify.runner import model_runner, replaced
-
-# (x [..., K], bias or None, the layer) -> y [..., N]
-Apply = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-
-def model(engine: LocalEngine) -> torch.nn.Module:
-    return model_runner(engine).get_model()
-
-
-def linears(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Every unquantized linear and the head, by path."""
-    for name, module in model(engine).named_modules():
-        method = getattr(module, "quant_method", None)
-        if type(method).__name__ in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
-            if type(module).__name__ != "VocabParallelEmbedding" or module is getattr(model(engine), "lm_head", None):
-                yield name, module
-
-
-def norms(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
-    for name, module in model(engine).named_modules():
-        if type(module).__name__ == "RMSNorm":
-            yield name, module
-
-
-def moes(engine: LocalEngine) -> Iterator[tuple[torch.nn.Module, object]]:
-    """Each layer that holds routed experts, with the kernel object whose apply runs them."""
-    for module in model(engine).modules():
-        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-        if kernel is not None and hasattr(module, "w13_weight"):
-            yield module, kernel.fused_experts
-
-
-def width(layer: torch.nn.Module) -> int:
-    """K of a linear in this rank."""
-    return getattr(layer, "input_size_per_partition", None) or getattr(layer, "input_size", 0) or layer.embedding_dim
-
-
-def weight(layer: torch.nn.Module, apply: Apply | None = None) -> torch.Tensor:
-    """[N, K]. A packed weight is read back as the layer's product with the identity, which is exact."""
-    held = getattr(layer, "weight", None)
-    if held is not None and held.ndim == 2 and held.numel() and held.is_cuda:
-        return held.detach()
-    dtype = held.dtype if held is not None else torch.get_default_dtype()
-    apply = apply or (lambda x, bias: layer.quant_method.apply(layer, x, bias))
-    with torch.inference_mode():
-        return apply(torch.eye(width(layer), dtype=dtype), None).T.contiguous()
+from bi_patch.tools.verify.layers import Product
+from bi_patch.tools.verify.runner import replaced
 
 
 @contextlib.contextmanager
 def each_linear(
     engine: LocalEngine,
-    make: Callable[[str, torch.nn.Module, Apply], Apply],
+    make: Callable[[str, torch.nn.Module, Product], Product],
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[None]:
     """Every linear that is wanted runs make(path, layer, its own product) instead."""
     with contextlib.ExitStack() as stack:
-        for name, layer in list(linears(engine)):
+        for name, layer in list(layers.linears(engine)):
             if not wanted(name):
                 continue
 
@@ -88,7 +44,7 @@ def each_linear(
 def each_norm(engine: LocalEngine, make: Callable[[str, torch.nn.Module, Callable], Callable]) -> Iterator[None]:
     """Every RMSNorm runs make(path, layer, its own forward) instead: (x, residual or None) -> as vLLM's."""
     with contextlib.ExitStack() as stack:
-        for name, layer in list(norms(engine)):
+        for name, layer in list(layers.norms(engine)):
             stack.enter_context(
                 replaced(layer, "_forward_method", lambda held, name=name, layer=layer: make(name, layer, held))
             )

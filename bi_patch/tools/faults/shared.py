@@ -9,6 +9,7 @@ import torch
 
 from bi_patch.tools.faults import parts
 from bi_patch.tools.faults.base import BOTH, CPU, Fault, platform
+from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner, replaced
 
@@ -26,7 +27,7 @@ def split_k(engine: LocalEngine):
     """Few rows: K in two parts, each by the library, added at the end; otherwise the layer's own route."""
 
     def make(name, layer, held):
-        w = parts.weight(layer, held)
+        w = layers.weight(layer, held)
         cuts = parts.evenly(w.shape[1], 2)
         return lambda x, bias: parts.product(x, w, bias, cuts) if parts.rows(x) <= FEW else held(x, bias)
 
@@ -58,7 +59,7 @@ def padded_buckets(engine: LocalEngine):
     """Rows are padded to a captured size with what the buffer holds; sizes up to 8 were captured with split-K."""
 
     def make(name, layer, held):
-        w = parts.weight(layer, held)
+        w = layers.weight(layer, held)
         cuts = parts.evenly(w.shape[1], 4)
 
         def run(x, bias):
@@ -89,7 +90,7 @@ def stale_rows(engine: LocalEngine) -> Iterator[None]:
         return execute_model
 
     def make(name, layer, held):
-        w = parts.weight(layer, held)
+        w = layers.weight(layer, held)
         cuts = parts.evenly(w.shape[1], 2)
 
         def run(x, bias):
@@ -121,7 +122,7 @@ def block_scale(engine: LocalEngine):
     """FP8 by groups of 128 along K, scaled sums added every 64 for few rows (operands swapped), else every 128."""
 
     def make(name, layer, held):
-        w = parts.weight(layer, held)
+        w = layers.weight(layer, held)
         k = w.shape[1]
 
         def run(x, bias):
@@ -185,7 +186,7 @@ def two_shot(engine: LocalEngine):
     reduce = _reduce_op()
 
     def make(name, layer, held):
-        w = parts.weight(layer, held)
+        w = layers.weight(layer, held)
         cuts = parts.evenly(w.shape[1], RANKS)
 
         def run(x, bias):
@@ -214,7 +215,7 @@ def fused_norm(engine: LocalEngine) -> Iterator[None]:
     fuse = parts.op("all_reduce_rms_norm", "(Tensor parts, Tensor residual) -> Tensor", run_fused)
 
     def make(name, layer, held):
-        w = parts.weight(layer, held)
+        w = layers.weight(layer, held)
         cuts = parts.evenly(w.shape[1], RANKS)
 
         def run(x, bias):
@@ -291,7 +292,7 @@ def stale_buffer(engine: LocalEngine) -> Iterator[None]:
 def each_moe(engine: LocalEngine, make) -> Iterator[None]:
     """Every layer's experts run make(kernel object, own) instead; own: (x, weights, ids) -> [rows, hidden]."""
     with contextlib.ExitStack() as stack:
-        for _, experts in list(parts.moes(engine)):
+        for _, experts in list(layers.experts(engine)):
 
             def wrap(held, experts=experts):
                 def apply(output, hidden_states, w1, w2, topk_weights, topk_ids, *args, **kwargs):

@@ -42,7 +42,7 @@ _DEFAULTS = {
 
 
 def known_mode(mode: str) -> str:
-    """The mode itself. Raises SettingError for a word that is none: its engine would be stock under another name."""
+    """Return `mode`. Raises SettingError for a word that is no mode: its engine would be stock under another name."""
     if mode not in MODES:
         raise SettingError(f"there is no mode {mode!r}; the modes are {', '.join(MODES)}")
     return mode
@@ -62,12 +62,12 @@ class ChildEngine:
 
     mode: STOCK (bi_patch off), UPSTREAM (bi_patch off, vLLM's own batch-invariant mode on) or ARMED.
     fresh: start with empty compile caches (vLLM's, inductor's, Triton's), which are deleted at the end.
-    lifts: refusals that this child does not make (verify.faults.lifts), to show what they keep out.
     Raises the child's own named error (SeamOpen, UnsupportedFeature, ...), or EngineFailed for any other, which names
     the child's log; only then is the log kept.
     """
 
     worker = "bi_patch.tools.verify.worker"  # the module whose `main` the child runs
+    arguments: tuple[str, ...] = ()  # what a worker of another tool is given on its command line
 
     def __init__(
         self,
@@ -76,7 +76,6 @@ class ChildEngine:
         *,
         environ: dict[str, str] | None = None,
         fresh: bool = False,
-        lifts: Sequence[str] = (),
     ) -> None:
         self.mode, self.options = known_mode(mode), options
         self.seconds = 0.0
@@ -90,7 +89,7 @@ class ChildEngine:
         receive, give = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, self.worker, str(give)],
+                [sys.executable, "-c", _CODE, self.worker, str(give), *self.arguments],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
@@ -102,7 +101,7 @@ class ChildEngine:
             os.close(give)
         self._replies = os.fdopen(receive, "rb", buffering=0)
         try:
-            self.info: Info = self._start(lifts)
+            self.info: Info = self._start()
         except BaseException as error:
             self.close(now=isinstance(error, KeyboardInterrupt))  # it is in the middle of a command
             raise
@@ -135,7 +134,7 @@ class ChildEngine:
         return tuple(self._ask(wire.Command("encode", text=text)).tokens)
 
     def ask(self, do: str, data: bytes) -> bytes:
-        """One of verify.instruments, which the child serves."""
+        """Run one of verify.instruments in the child."""
         return self._ask(wire.Command(do, data=data)).data
 
     def close(self, *, now: bool = False) -> None:
@@ -162,9 +161,8 @@ class ChildEngine:
         while _runs(self._process.pid) and time.monotonic() < until:  # its workers hold the device until they are gone
             time.sleep(0.02)
 
-    def _start(self, lifts: Sequence[str]) -> Info:
-        data = msgspec.msgpack.encode(list(lifts)) if lifts else b""
-        info = self._ask(wire.Command("start", options=self.options, data=data)).info
+    def _start(self) -> Info:
+        info = self._ask(wire.Command("start", options=self.options)).info
         assert info is not None
         expected = "armed" if self.mode == ARMED else "stock"
         if info.mode != expected:
@@ -233,7 +231,7 @@ def child_environ(environ: dict[str, str], mode: str, options: Options) -> dict[
     made = {**_DEFAULTS, **environ}
     package = str(Path(__file__).resolve().parents[3])
     paths = [p for p in made.get("PYTHONPATH", "").split(os.pathsep) if p]
-    # A sitecustomize of `bi-patch run` may stand first; the child is told its mode by its environment anyway.
+    # A sitecustomize of `bi-patch run` may stand first; the child's environment states its mode anyway.
     if Path(package).name not in ("site-packages", "dist-packages") and package not in paths:
         paths.append(package)
     made["PYTHONPATH"] = os.pathsep.join(paths)

@@ -98,10 +98,10 @@ class Engine(Protocol):
         """
 
     def ask(self, do: str, data: bytes) -> bytes:
-        """One of verify.instruments. A server has none: it raises ServerFailed."""
+        """Run one of verify.instruments: its arguments and its result as bytes. A server raises ServerFailed."""
 
     def alive(self) -> bool:
-        """Whether it can be asked again."""
+        """Whether the engine can answer another request."""
 
 
 class LocalEngine:
@@ -211,7 +211,7 @@ class LocalEngine:
         return f"row-{self._serial}"
 
     def _generate_staggered(self, requests: Sequence[Request], parameters: Sequence[object]) -> list:
-        """Requests join a running batch: one that is due after n steps is added before step n."""
+        """Requests join a running batch: a request with a delay of n engine steps is added before step n."""
         engine = self._llm.llm_engine
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].delay)
         done: dict[int, object] = {}

@@ -1,6 +1,7 @@
-"""What a verifying parent may ask of its engine child besides answers: a traced run, faults planted and removed.
+"""What a parent may ask of its engine child besides answers: a traced run, and the accuracy of the linears.
 
-Only the worker of bi_patch.tools.verify serves these; no serving process does.
+Only an engine child of `verify` answers these; no serving process does. A tool that runs children of its own, as the
+planted faults do, adds its instruments there with `register`.
 """
 
 from __future__ import annotations
@@ -49,24 +50,17 @@ def _trace(engine: LocalEngine, data: bytes) -> bytes:
     return msgspec.msgpack.encode(traced(engine, msgspec.msgpack.decode(data, type=TraceAsk)))
 
 
-def _plant(engine: LocalEngine, data: bytes) -> bytes:
-    from bi_patch.tools import faults
-
-    faults.plant(engine, msgspec.msgpack.decode(data, type=list[str]))
-    return msgspec.msgpack.encode(faults.planted())
-
-
 def _precision(engine: LocalEngine, data: bytes) -> bytes:
     from bi_patch.tools.verify import precision
 
     return msgspec.msgpack.encode(precision.measure(engine, msgspec.msgpack.decode(data, type=bool)))
 
 
-def lift(data: bytes) -> None:
-    """Lift refusals before the engine starts (verify.faults.lifts)."""
-    from bi_patch.tools.faults import lifts
+Instrument = Callable[[LocalEngine, bytes], bytes]  # (engine, arguments as msgpack) -> result as msgpack
 
-    lifts.lift(msgspec.msgpack.decode(data, type=list[str]))
+SERVED: dict[str, Instrument] = {"trace": _trace, "precision": _precision}
 
 
-SERVED: dict[str, Callable[[LocalEngine, bytes], bytes]] = {"trace": _trace, "plant": _plant, "precision": _precision}
+def register(name: str, instrument: Instrument) -> None:
+    """Serve one more instrument in this process; `ChildEngine.ask(name, ...)` reaches it."""
+    SERVED[name] = instrument

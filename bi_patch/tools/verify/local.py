@@ -1,4 +1,4 @@
-"""From what a user gives (a model, a level, arguments of vllm.LLM) to a target of engines on this machine."""
+"""From what a user gives (a model, a level, arguments of vllm.LLM) to the engines of this machine that are verified."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import levels
 from bi_patch.tools.verify.child import ARMED, known_mode
 from bi_patch.tools.verify.levels import QUICK, Level
-from bi_patch.tools.verify.targets import Local
+from bi_patch.tools.verify.system import LocalEngines
 
 # Arguments of vllm.LLM that Options has a name of its own for.
 _NAMES = {
@@ -37,7 +37,7 @@ def local(
     logits: bool = False,
     environ: dict[str, str] | None = None,
     tell: Callable[[str], None] = lambda text: None,
-) -> Local:
+) -> LocalEngines:
     """model: a folder, a name of the demo's models ("" for its first), or a name that vLLM resolves.
 
     Raises ModelMissing for a folder without config.json, or one without weights when random_weights is None;
@@ -62,7 +62,7 @@ def local(
     )
     # A name is looked up on the model hub, unless the user says otherwise; a folder needs no hub.
     hub = {} if Path(folder).expanduser().is_dir() else {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
-    return Local(mode, made, environ=hub | (environ or {}))
+    return LocalEngines(mode, made, environ=hub | (environ or {}))
 
 
 def _folder(model: str, tell: Callable[[str], None]) -> str:

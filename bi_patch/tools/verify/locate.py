@@ -1,7 +1,7 @@
 """Where a difference begins: the pair of a Case again, both sides traced, and the first module and op that differ.
 
-    located = locate(case, options, ARMED)      # starts an engine; None when the pair does not differ again
-    located = locate_on(engine, case)           # on an engine that runs already and was started eager
+    located = locate(case, system.options, system.start)    # starts engines; None when the pair does not differ again
+    located = locate_on(engine, case)                       # on an engine that runs already
 
 The engine is traced eagerly. Where the difference is gone then, the pair is run again as it was, compiled, and only
 what compiled code leaves behind is compared: each layer's keys and values, the last hidden states, logits, logprobs.
@@ -10,8 +10,8 @@ what compiled code leaves behind is compared: each layer's keys and values, the 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import msgspec
 
@@ -19,8 +19,8 @@ from bi_patch.errors import BiPatchError
 from bi_patch.tools.verify.align import Compared, First, compare
 from bi_patch.tools.verify.answers import Answer, Difference, Request
 from bi_patch.tools.verify.answers import compare as compare_answers
-from bi_patch.tools.verify.case import Case, Setting
-from bi_patch.tools.verify.child import PATIENT, ChildEngine
+from bi_patch.tools.verify.case import Case, Scenario
+from bi_patch.tools.verify.child import ChildEngine
 from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.instruments import COMPILED, TraceAsk, Traced
 from bi_patch.tools.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, Trace
@@ -83,50 +83,44 @@ class Located(msgspec.Struct, frozen=True):
         return "\n".join(lines)
 
 
-def locate(
-    case: Case, options: Options, mode: str, environ: dict[str, str] | None = None, faults: tuple[str, ...] = ()
-) -> Located | None:
-    """Run the pair of `case` again with traces, on engines of its own. faults: planted before (verify.faults).
+Start = Callable[[Options], AbstractContextManager[ChildEngine]]
 
-    None: the answers do not differ again. Raises what ChildEngine raises.
+
+def locate(case: Case, options: Options, start: Start) -> Located | None:
+    """Run the pair of `case` again with traces, on engines of its own.
+
+    options: of the base engine. start: makes an engine with the options that it is given, for example `System.start`
+    or `functools.partial(ChildEngine, ARMED)`. None: the answers do not differ again. Raises what `start` raises.
     """
 
-    def start(setting: Setting, eager: bool):
-        given = options.but(**{**setting.options, "eager": eager})
-        return _planted(mode, given, environ, faults)
+    def begin(scenario: Scenario, eager: bool) -> AbstractContextManager[ChildEngine]:
+        return start(options.but(**{**scenario.options, "eager": eager}))
 
-    both = case.alone.options == case.company.options and not case.company.fresh and not case.alone.fresh
+    both = case.on_one_engine
     eager = [s.options.get("eager", options.eager) for s in (case.alone, case.company)]
     found = None
     if eager[0] == eager[1]:
-        found = _both(case, lambda s: start(s, True), both, coarse=False)
+        found = _both(case, lambda s: begin(s, True), both, coarse=False)
     if found is None and not all(eager):
-        found = _both(case, lambda s: start(s, s.options.get("eager", options.eager)), both, coarse=True)
+        found = _both(case, lambda s: begin(s, s.options.get("eager", options.eager)), both, coarse=True)
     return found
 
 
 def locate_on(engine: ChildEngine, case: Case) -> Located | None:
-    """As locate, on an engine that runs already; its settings' options and `fresh` do not count."""
+    """As locate, on an engine that runs already; its scenarios' options and `fresh` do not count."""
     return _on(engine, engine, case, coarse=not engine.options.eager)
 
 
-@contextlib.contextmanager
-def _planted(mode: str, options: Options, environ, faults: tuple[str, ...]) -> Iterator[ChildEngine]:
-    # Nobody reads times here, so waiting threads may sleep.
-    with ChildEngine(mode, options, environ=PATIENT | dict(os.environ) if environ is None else environ) as engine:
-        if faults:
-            engine.ask("plant", msgspec.msgpack.encode(list(faults)))
-        yield engine
-
-
-def _both(case: Case, start, together: bool, coarse: bool) -> Located | None:
+def _both(
+    case: Case, begin: Callable[[Scenario], AbstractContextManager[ChildEngine]], together: bool, coarse: bool
+) -> Located | None:
     if together:
-        with start(case.alone) as engine:
+        with begin(case.alone) as engine:
             return _on(engine, engine, case, coarse)
     sides = []
-    for setting in (case.alone, case.company):
-        with start(setting) as engine:  # one after the other: two may not fit on one device
-            sides.append(trace(engine, setting, coarse))
+    for scenario in (case.alone, case.company):
+        with begin(scenario) as engine:  # one after the other: two may not fit on one device
+            sides.append(trace(engine, scenario, coarse))
     return judge(case, *sides, coarse)
 
 
@@ -140,17 +134,19 @@ def _on(first: ChildEngine, second: ChildEngine, case: Case, coarse: bool) -> Lo
     return located
 
 
-def trace(engine: ChildEngine, setting: Setting, coarse: bool = False, watch: tuple[str, str] | None = None) -> Traced:
-    """The traced answer in a setting; what warmed its cache is traced too, as far as it is the request's own prefix."""
+def trace(
+    engine: ChildEngine, scenario: Scenario, coarse: bool = False, watch: tuple[str, str] | None = None
+) -> Traced:
+    """The traced answer in a scenario, with the part of its warm-up that computed the request's own prefix."""
     engine.reset_cache()
-    if setting.chunk is not None:
-        engine.set_chunk(setting.chunk)
+    if scenario.chunk is not None:
+        engine.set_chunk(scenario.chunk)
     calls: list[Call] = []
     statuses: dict[str, str] = {}
     try:
-        for batch in setting.warmup:
+        for batch in scenario.warmup:
             index, shared = max(
-                ((i, _shared(r, setting.request)) for i, r in enumerate(batch)), key=lambda p: p[1], default=(0, 0)
+                ((i, _shared(r, scenario.request)) for i, r in enumerate(batch)), key=lambda p: p[1], default=(0, 0)
             )
             if not shared:
                 engine.generate(batch)
@@ -158,9 +154,9 @@ def trace(engine: ChildEngine, setting: Setting, coarse: bool = False, watch: tu
             warm = _ask(engine, TraceAsk(batch, index, watch, coarse))
             calls += _before(warm.trace.calls, shared, len(calls))
             statuses |= warm.statuses
-        traced = _ask(engine, TraceAsk(setting.requests, setting.index, watch, coarse))
+        traced = _ask(engine, TraceAsk(scenario.requests, scenario.index, watch, coarse))
     finally:
-        if setting.chunk is not None:
+        if scenario.chunk is not None:
             engine.set_chunk(None)
     offset = max((c.step for c in calls), default=-1) + 1
     own = [msgspec.structs.replace(c, step=c.step + offset) for c in traced.trace.calls]
@@ -283,8 +279,8 @@ def _with_kernels(first: ChildEngine, second: ChildEngine, case: Case, located: 
     """Once more, with the GPU's kernels of that one op recorded."""
     watch = (located.module, located.op)
     names = []
-    for engine, setting in ((first, case.alone), (second, case.company)):
-        calls = trace(engine, setting, False, watch).trace.calls
+    for engine, scenario in ((first, case.alone), (second, case.company)):
+        calls = trace(engine, scenario, False, watch).trace.calls
         mine = [c for c in calls if (c.module, c.op) == watch and 0 <= located.position - c.position < c.rows]
         names.append(mine[0].kernel if mine else "")
     return msgspec.structs.replace(located, kernel_alone=names[0], kernel_company=names[1])

@@ -1,4 +1,4 @@
-"""Running a level's probes on a target, axis by axis, into a report that holds what was compared whatever happens."""
+"""Running a level's probes on a system, axis by axis, into a report that holds what was compared whatever happens."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import datetime
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import msgspec
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
+from bi_patch.tools import provenance
 from bi_patch.tools.verify import levels, precision
 from bi_patch.tools.verify.answers import Answer, Request
 from bi_patch.tools.verify.case import Case
 from bi_patch.tools.verify.child import EngineFailed
+from bi_patch.tools.verify.clock import Clock
 from bi_patch.tools.verify.engine import SERVER, Engine, Options
 from bi_patch.tools.verify.levels import Level
 from bi_patch.tools.verify.probes import AXES, Change, CrossProbe, NotExercised, Probe, Run, Workload
@@ -28,11 +31,15 @@ from bi_patch.tools.verify.report import (
     Axis,
     Report,
 )
-from bi_patch.tools.verify.targets import Target
+from bi_patch.tools.verify.server import ServerEngine
+from bi_patch.tools.verify.system import System
 
 
 class Watcher:
-    """Hears what is running. left: seconds that the rest will take, as far as is known."""
+    """What `verify` calls as it goes on: before each start, after each compared pair, and when an axis is done.
+
+    A subclass shows the progress. left: seconds that the rest of the run will take, as far as they can be estimated.
+    """
 
     def starting(self, what: str, left: float) -> None:
         """An engine is about to start, or a server to be asked: words for it."""
@@ -56,52 +63,33 @@ class _Group:
     def label(self) -> str:
         return ", ".join(dict.fromkeys(change.label for _, change in self.probes))
 
-
-class _Clock:
-    """Time left: what is planned, at the pace seen so far."""
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self._planned: dict[str, float] = {}
-        self._done, self._spent = 1.0, 1.0
-
-    def plan(self, name: str, seconds: float) -> None:
-        self._planned[name] = seconds
-
-    def finish(self, name: str, seconds: float, *, told: bool = True) -> None:
-        """told: whether the pace of the rest can be told from it."""
-        planned = self._planned.pop(name, 0.0)
-        if told and planned and seconds:
-            self._done += planned
-            self._spent += seconds
-
     @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def pace(self) -> float:
-        return self._spent / self._done
-
-    @property
-    def left(self) -> float:
-        return sum(self._planned.values()) * self.pace
+    def engine(self) -> str:
+        return f"engine with {self.label}"
 
 
 _PRECISION = 10.0  # seconds that the comparison with fp64 is allowed for
-_START = 12.0  # planned seconds of an engine's start on a small model
+_PRECISION_STEP, _PRECISION_SECONDS = "comparison with fp64", 2.0
+_ENGINE = "engine"  # the base engine's start
+_EAGER = 0.35  # of a compiled engine's start: nothing is compiled or captured
+_FRESH = 1.2  # with empty compile caches
+_LOCATE, _TRACING = "locate", 8.0  # seconds of tracing and comparing a pair on a small model
 # What vLLM's arguments and parts raise where this build does not have a feature.
 _LACKING = ("ValidationError", "NotImplementedError")
 
 
+# (pair, options of the base engine, what starts an engine) -> a Located, or words, or None
+Locate = Callable[[Case, Options, Callable[[Options], AbstractContextManager[Engine]]], object]
+
+
 def verify(
-    target: Target,
+    system: System,
     level: Level,
     *,
     watcher: Watcher | None = None,
     only: Sequence[str] = (),
     clients: int = 256,
-    locate: Callable[[Case, Options, str], object] | None = None,
+    locate: Locate | None = None,
 ) -> Report:
     """Measure the level's axes, or those named in `only` (of any level), and conclude.
 
@@ -109,24 +97,23 @@ def verify(
     `stopped` (the last with their traceback in `failure`), with all that was compared before. locate: looks for the
     first operation that differs in a pair (see verify.case).
     """
-    return _Verification(target, level, watcher or Watcher(), only, clients, locate).run()
+    return _Verification(system, level, watcher or Watcher(), only, clients, locate).run()
 
 
 class _Verification:
     def __init__(
         self,
-        target: Target,
+        system: System,
         level: Level,
         watcher: Watcher,
         only: Sequence[str],
         clients: int,
-        locate: Callable[[Case, Options, str], object] | None,
+        locate: Locate | None,
     ) -> None:
-        self.target, self.level, self.watcher, self.clients, self.locate = target, level, watcher, clients, locate
+        self.system, self.level, self.watcher, self.clients, self.locate = system, level, watcher, clients, locate
         self.only = frozenset(only)
-        self.clock = _Clock()
+        self.clock = Clock()
         self.limit: float | None = None
-        self.started = 0.0  # seconds of the last start
         known = [probe.name for probe in AXES]
         wrong = [name for name in only if name not in known]
         if wrong:
@@ -134,12 +121,13 @@ class _Verification:
         self.axes = {probe.name: Axis(probe.name, probe.about, probe.causes) for probe in AXES}
         self.chosen = [probe for probe in AXES if self._choose(probe, only)]
         self.report = Report(
-            target.name,
-            target.mode,
+            system.name,
+            system.mode,
             level.name,
             datetime.datetime.now().isoformat(timespec="seconds"),
             list(self.axes.values()),
-            logits=target.options.digests,
+            logits=system.options.digests,
+            provenance=provenance.here(),
         )
 
     def run(self) -> Report:
@@ -164,7 +152,7 @@ class _Verification:
         axis = self.axes[probe.name]
         if only and probe.name not in only:
             axis.settle(LEFT_OUT, "not asked for")
-        elif alone and not self.target.restarts:
+        elif alone and not self.system.restarts:
             axis.settle(NOT_APPLICABLE, "needs engines of its own: verify the model where the server runs")
         elif not only and not self.level.holds(probe):
             axis.settle(LEFT_OUT, f"not in {self.level.name}: {levels.beyond(self.level, probe)}")
@@ -176,9 +164,9 @@ class _Verification:
         inside = [p for p in self.chosen if isinstance(p, Probe) and p.options is None]
         own = [p for p in self.chosen if isinstance(p, Probe) and p.options is not None]
         cross = [p for p in self.chosen if isinstance(p, CrossProbe)]
-        self._plan([*inside, *own], cross)
-        what = "starting the engine" if self.target.restarts else "asking the server"
-        with self._start(what, self.target.options) as engine:
+        self._expect([*inside, *own], cross)
+        what = "starting the engine" if self.system.restarts else "asking the server"
+        with self._start(what, _ENGINE, self.system.options) as engine:
             self._describe(engine)
             load = levels.workload(self.level, engine, self.clients)
             run = Run(engine, load)
@@ -200,30 +188,42 @@ class _Verification:
 
     def _precision(self, engine: Engine) -> None:
         """A lower precision in every batch alike shows in no comparison of bits."""
+        began = time.monotonic()
         if self.limit is not None and self.clock.elapsed + _PRECISION > self.limit:
-            self.report.precision = precision.none(f"no time left within {self.limit:.0f} s", due=True)
+            self.report.precision = precision.none(f"no time left within {self.limit:.0f} s", unchecked=True)
             return
         try:
             self.report.precision = precision.of(engine)
         except BiPatchError as error:
-            self.report.precision = precision.none(_sentence(error), due=True)
+            self.report.precision = precision.none(_sentence(error), unchecked=True)
             if not _goes_on(engine):
                 raise
+        finally:
+            self.clock.finish(_PRECISION_STEP, time.monotonic() - began)
 
-    def _plan(self, probes: Iterable[Probe], cross: Iterable[CrossProbe]) -> None:
-        self.clock.plan("start", _START)
-        for probe in probes:
-            self.clock.plan(probe.name, probe.seconds + (_START if probe.options else 0))
-        for probe in cross:
-            self.clock.plan(probe.name, probe.seconds + (2 if self.level.one_engine else _START))
+    def _expect(self, probes: Iterable[Probe], cross: Sequence[CrossProbe]) -> None:
+        """Before the engine is there: which changes the cross probes make, and what applies, is not known yet."""
+        self.clock.expect_start(_ENGINE)
+        for probe in (*probes, *cross):
+            self.clock.expect(probe.name, probe.seconds)
+            if isinstance(probe, Probe) and probe.options:
+                self.clock.expect_start(probe.name)
+        for probe in cross[:1] if self.level.one_engine else cross:
+            self.clock.expect_start(probe.name)
+        if self.system.restarts and not self.only:
+            self.clock.expect(_PRECISION_STEP, _PRECISION_SECONDS)
 
-    def _start(self, what: str, options: Options, *, fresh: bool = False):
-        self.watcher.starting(what, self.clock.left)
+    def _start(self, what: str, name: str, options: Options, *, fresh: bool = False):
+        """name: of the start on the clock."""
+        self.watcher.starting(what, self.clock.left())
         began = time.monotonic()
-        engine = self.target.start(options, fresh=fresh)
-        self.started = time.monotonic() - began
-        self.report.starts += 1
-        self.clock.finish("start", self.started, told=False)  # a large model's compilation says nothing of its steps
+        try:
+            engine = self.system.start(options, fresh=fresh)
+        except BaseException:
+            self.clock.finish_start(name)
+            raise
+        self.clock.finish_start(name, time.monotonic() - began)
+        self.report.starts += self.system.restarts  # a server runs already
         return engine
 
     def _describe(self, engine: Engine) -> None:
@@ -231,6 +231,9 @@ class _Verification:
         self.limit = self.level.seconds_on(info.platform)
         report.vllm, report.torch, report.device, report.threads = info.vllm, info.torch, info.device, info.threads
         report.open_seams = info.open_seams if report.mode == "armed" else ()
+        if isinstance(engine, ServerEngine):
+            report.served = engine.said
+            return
         options = engine.options
         report.options = {name: getattr(options, name) for name in options.__struct_fields__ if name != "model"}
 
@@ -268,12 +271,15 @@ class _Verification:
         notes: what the probe has to say besides, which is taken from the list.
         """
         axis, began = self.axes[probe.name], time.monotonic()
-        self.watcher.measuring(axis, self.clock.left)
+        before = axis.seconds
+        self.watcher.measuring(axis, self.clock.left(probe.name, before))
         state, reason = "", ""
         try:
             for case in cases():
                 axis.add(case)
-                self.watcher.measuring(axis, max(0.0, self.clock.left - (time.monotonic() - began)))
+                if case.differs and self.locate is not None:
+                    self._expect_location(case)
+                self.watcher.measuring(axis, self.clock.left(probe.name, before + time.monotonic() - began))
         except NotExercised as error:
             state, reason = NOT_EXERCISED, str(error)
         except BiPatchError as error:
@@ -298,7 +304,8 @@ class _Verification:
         axis = self.axes[name]
         axis.settle(state, reason)
         self.clock.finish(name, axis.seconds)
-        self.watcher.settled(axis, self.clock.left)
+        self.clock.finish_start(name)  # of an axis that does not apply
+        self.watcher.settled(axis, self.clock.left())
 
     def _groups(self, cross: Sequence[CrossProbe], engine: Engine) -> list[_Group]:
         """Which engines to start, and what is measured on each: one per set of changes, or one for all."""
@@ -322,13 +329,23 @@ class _Verification:
                 group.changes |= change.options
                 group.fresh |= change.fresh
                 group.probes.append((probe, change))
+        for probe in cross:
+            self.clock.finish_start(probe.name)  # expected before the groups were known
+        for group in groups.values():
+            self.clock.expect_start(group.engine, self._share(group))
         return list(groups.values())
+
+    def _share(self, group: _Group) -> float:
+        """Of the first start, as the start of the group's engine takes it."""
+        return _EAGER if group.changes.get("eager") and not self.system.options.eager else _FRESH
 
     def _own(self, probe: Probe, load: Workload) -> None:
         assert probe.options is not None
-        changed, starts = probe.options(self.target.options), self.report.starts
+        changed, starts = probe.options(self.system.options), self.report.starts
         try:
-            with self._start(f"starting an engine for {probe.name}", self.target.options.but(**changed)) as engine:
+            with self._start(
+                f"starting an engine for {probe.name}", probe.name, self.system.options.but(**changed)
+            ) as engine:
                 run = Run(engine, load)
                 self._collect(
                     probe, lambda: (_within(case, changed) for case in probe.cases(run)), engine, notes=run.notes
@@ -344,14 +361,14 @@ class _Verification:
         groups: Sequence[_Group],
     ) -> None:
         waiting = [probe for probe, _ in group.probes]
-        faster = group.changes.get("eager") and not self.target.options.eager  # neither compiles nor captures
-        if not self._in_time(waiting, (0.35 if faster else 1.2) * self.started):
+        if not self._in_time(waiting, self.clock.start(self._share(group))):
+            self.clock.finish_start(group.engine)
             return
         starts = self.report.starts
         later = {p.name for other in groups[groups.index(group) + 1 :] for p, _ in other.probes}
-        options = self.target.options.but(**group.changes)
+        options = self.system.options.but(**group.changes)
         try:
-            with self._start(f"starting an engine with {group.label}", options, fresh=group.fresh) as engine:
+            with self._start(f"starting an {group.engine}", group.engine, options, fresh=group.fresh) as engine:
                 for probe, change in group.probes:
                     whole = Change(group.label, group.changes, group.fresh)
                     requests, known = expected[probe.name]
@@ -371,7 +388,7 @@ class _Verification:
         lacking = isinstance(error, EngineFailed) and error.kind in _LACKING
         for probe in probes:
             if isinstance(error, UnsupportedFeature):
-                self._settle(probe.name, NOT_APPLICABLE, f"refused by the {self.target.mode} engine: {error}")
+                self._settle(probe.name, NOT_APPLICABLE, f"refused by the {self.system.mode} engine: {error}")
             elif probe.optional and lacking and not started:
                 self._settle(probe.name, NOT_APPLICABLE, f"this engine does not start with it: {_sentence(error)}")
             else:
@@ -383,13 +400,21 @@ class _Verification:
             if axis.state == WAITING and axis.compared:
                 axis.settle(FAILED, why)
 
+    def _expect_location(self, case: Case) -> None:
+        """Locate comes at the end, on engines of its own that run eagerly."""
+        engines = 1 if case.on_one_engine else 2
+        self.clock.expect_start(_LOCATE, engines * (1.0 if self.system.options.eager else _EAGER))
+        self.clock.expect(_LOCATE, _TRACING)
+
     def _locate(self) -> None:
         """Look for the first operation that differs, for the first axis that does; where it cannot, say why."""
         axis = next(axis for axis in self.report.axes if axis.case is not None)
         assert self.locate is not None and axis.case is not None
-        self.watcher.starting(f"starting two engines to find the operation behind {axis.name}", 60)
+        engines = "one engine" if axis.case.on_one_engine else "two engines"
+        self._expect_location(axis.case)
+        self.watcher.starting(f"starting {engines} to find the operation behind {axis.name}", self.clock.left())
         try:
-            found = self.locate(axis.case, self.target.options, self.target.mode)
+            found = self.locate(axis.case, self.system.options, self.system.start)
         except KeyboardInterrupt:
             found = "interrupted before it was found"
         except Exception as error:
@@ -410,8 +435,8 @@ class NoSuchAxis(BiPatchError):
 
 
 def _within(case: Case, changes: dict[str, object]) -> Case:
-    """A case of an engine with changed options: both of its settings have them."""
-    alone, company = (msgspec.structs.replace(setting, options=changes) for setting in (case.alone, case.company))
+    """A case of an engine with changed options: both of its scenarios have them."""
+    alone, company = (msgspec.structs.replace(side, options=changes) for side in (case.alone, case.company))
     return msgspec.structs.replace(case, alone=alone, company=company)
 
 

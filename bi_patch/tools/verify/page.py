@@ -36,7 +36,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; margi
 
 def page(report: Report) -> str:
     """The whole page."""
-    title = f"Is it batch-invariant? {_short(report.target)}"
+    title = f"Is it batch-invariant? {_short(report.system)}"
     measured = [axis for axis in report.axes if axis.compared or axis.state in _FILL]
     wrong = [axis for axis in measured if axis.differing]
     aside = [axis for axis in report.axes if axis not in measured]
@@ -49,7 +49,7 @@ def page(report: Report) -> str:
         *(f"<p>{html.escape(said)}</p>" for said in report.verdict[1:]),
         _facts(report),
         "<h2>Axes</h2>",
-        "<p class='note'>Each axis answers the same requests in two settings and compares tokens, chosen and top "
+        "<p class='note'>Each axis answers the same requests in two scenarios and compares tokens, chosen and top "
         "logprobs bit by bit"
         + (", and whole rows of logits by their digest" if any(axis.digests for axis in report.axes) else "")
         + ". Bars: positions compared (logarithmic), and in red those that differ.</p>",
@@ -195,7 +195,7 @@ def _aside(axes: Sequence[Axis]) -> str:
 
 def _facts(report: Report) -> str:
     facts = {
-        "target": report.target,
+        "system": report.system,
         "mode": report.mode,
         "level": report.level,
         "device": report.device,
@@ -203,7 +203,10 @@ def _facts(report: Report) -> str:
         "torch": report.torch,
         "when": f"{report.date}, {report.seconds:.0f} s",
         "compared": f"{report.compared:,} positions, {report.differing:,} differ",
-        "options": ", ".join(f"{k} {v}" for k, v in report.options.items() if v not in (None, {}, [], ())),
+        "options": ", ".join(f"{k} {v}" for k, v in (report.options or {}).items() if v not in (None, {}, [], ())),
+        "the server says": ", ".join(f"{k} {v}" for k, v in (report.served or {}).items()),
+        "bi_patch": report.provenance.words() if report.provenance else "",
+        "command": report.provenance.command if report.provenance else "",
     }
     return (
         "<dl>"
@@ -223,5 +226,5 @@ def _log(value: int, most: int) -> float:
     return log1p(value) / log1p(max(1, most))
 
 
-def _short(target: str) -> str:
-    return target if "://" in target else target.rstrip("/").rsplit("/", 1)[-1]
+def _short(system: str) -> str:
+    return system if "://" in system else system.rstrip("/").rsplit("/", 1)[-1]

@@ -34,8 +34,8 @@ class Imprecise(msgspec.Struct, frozen=True):
 class Precision(msgspec.Struct, frozen=True):
     """layers: how many were compared. worst: the largest excess. failed: those over the limit, in the model's order.
 
-    missing: why no layer was compared, "" when some were. due: the comparison applies here, so its lack is told as a
-    check that was not made.
+    missing: why no layer was compared, "" when some were. unchecked: the comparison applies to this engine and was not
+    made, so the run is incomplete.
     """
 
     layers: int
@@ -43,7 +43,7 @@ class Precision(msgspec.Struct, frozen=True):
     worst: float
     failed: list[Imprecise]
     missing: str = ""
-    due: bool = False
+    unchecked: bool = False
 
     def words(self) -> str:
         """One sentence."""
@@ -62,9 +62,9 @@ class Precision(msgspec.Struct, frozen=True):
         )
 
 
-def none(missing: str, *, due: bool) -> Precision:
+def none(missing: str, *, unchecked: bool) -> Precision:
     """The result where nothing was compared (see Precision)."""
-    return Precision(0, 0, 0.0, [], missing, due)
+    return Precision(0, 0, 0.0, [], missing, unchecked)
 
 
 def of(engine: Engine, *, widened: bool = False) -> Precision:
@@ -79,25 +79,24 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
     """
     import torch
 
-    from bi_patch.tools.faults import parts
-    from bi_patch.tools.verify import owners
+    from bi_patch.tools.verify import layers, owners
     from bi_patch.tools.verify.runner import NotTraceable
 
     seams = owners.Owners()
-    failed, worst, layers, outputs = [], 0.0, 0, 0
+    failed, worst, count, outputs = [], 0.0, 0, 0
     try:
-        parts.model(engine)
+        layers.model(engine)
     except NotTraceable as error:
-        return none(str(error), due=False)
+        return none(str(error), unchecked=False)
     with torch.inference_mode():
-        for name, layer in parts.linears(engine):
-            w = parts.weight(layer)
+        for name, layer in layers.linears(engine):
+            w = layers.weight(layer)
             wide = widened and w.is_cuda and w.dtype != torch.float32
             found = max(
                 (_excess(layer, held, m) for held in ((w, w.float()) if wide else (w,)) for m in ROWS),
                 key=lambda pair: pair[0],
             )
-            layers += 1
+            count += 1
             outputs += sum(ROWS) * w.shape[0]
             worst = max(worst, found[0])
             if found[0] > 1:
@@ -105,9 +104,9 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
                 dtype = str(w.dtype).removeprefix("torch.")
                 seam = seams.seam(layer, name, "linear") or "linear"
                 failed.append(Imprecise(name, seam, n, k, dtype, found[1], found[0]))
-    if not layers:
-        return none("the model has no unquantized linear", due=False)
-    return Precision(layers, outputs, worst, failed)
+    if not count:
+        return none("the model has no unquantized linear", unchecked=False)
+    return Precision(count, outputs, worst, failed)
 
 
 def _product(layer, x, w, bias):

@@ -10,9 +10,11 @@ from pathlib import Path
 import msgspec
 
 from bi_patch.files import write_json
+from bi_patch.tools.provenance import Provenance
 from bi_patch.tools.verify.case import Case
 from bi_patch.tools.verify.precision import Precision
 
+FORMAT = 1  # of the JSON file: a field that changes its meaning or goes makes it 2; a new field does not
 INVARIANT, DIFFERS, UNCHECKED = 0, 1, 2  # exit codes
 
 # States of an axis. PASSED: compared and bitwise the same. NOT_APPLICABLE: cannot occur here, or is refused by name.
@@ -120,15 +122,18 @@ class Axis(msgspec.Struct):
         return state, reason or ("nothing was compared" if state == NOT_EXERCISED else "")
 
 
-class Report(msgspec.Struct):
-    """A run of verify. complete: every axis that the level holds was measured, or does not apply; stopped: what ended
-    it early; failure: the traceback where that was an error that has no name.
+class Report(msgspec.Struct, tag_field="format", tag=FORMAT):
+    """A run of verify; docs/verify.md says what each field of the file holds, which begins with its `format`.
 
-    mode: "armed", "upstream", "stock", or "server" where the arming cannot be seen. level: quick, default or full.
-    precision: of the model's linears against fp64, None where it was not asked for.
+    system: the model or the address that was verified. mode: "armed", "upstream", "stock", or "server" where the arming
+    cannot be seen. level: quick, default or full. complete: every axis that the level holds was measured, or does not
+    apply. stopped: what ended the run early. failure: the traceback where that was an error that has no name. options:
+    of the engine that was started; None for a server, which says only what is in `served`. starts: engines started, 0
+    for a server. precision: of the model's linears against fp64, None where it was not asked for. provenance: which
+    bi_patch measured, and the command.
     """
 
-    target: str
+    system: str
     mode: str
     level: str
     date: str
@@ -137,7 +142,8 @@ class Report(msgspec.Struct):
     torch: str = ""
     device: str = ""
     threads: int = 0
-    options: dict[str, object] = {}
+    options: dict[str, object] | None = None
+    served: dict[str, object] | None = None
     open_seams: tuple[str, ...] = ()
     logits: bool = False
     precision: Precision | None = None
@@ -148,6 +154,7 @@ class Report(msgspec.Struct):
     failure: str = ""
     verdict: list[str] = []
     exit_code: int = UNCHECKED
+    provenance: Provenance | None = None
 
     @property
     def compared(self) -> int:
@@ -159,8 +166,8 @@ class Report(msgspec.Struct):
 
     def conclude(self) -> None:
         """Fill in the verdict and the exit code from the axes."""
-        due = self.precision is not None and self.precision.due
-        self.complete = not self.stopped and not due and all(axis.state not in UNSETTLED for axis in self.axes)
+        unchecked = self.precision is not None and self.precision.unchecked
+        self.complete = not self.stopped and not unchecked and all(axis.state not in UNSETTLED for axis in self.axes)
         self.exit_code = exit_code(self)
         self.verdict = sentences(self)
 
@@ -176,9 +183,12 @@ def exit_code(report: Report) -> int:
 
 
 def sentences(report: Report) -> list[str]:
-    """The verdict in plain words."""
-    what = {"server": "The server", "armed": "The armed engine", "stock": "The stock engine"}.get(
+    """The verdict in plain words; that of a run which ended early begins with "Incomplete:"."""
+    what = {"server": "the server", "armed": "the armed engine", "stock": "the stock engine"}.get(
         report.mode, "vLLM's own batch-invariant mode"
+    )
+    what = (
+        f"Incomplete: {what}" if report.stopped else what[0].upper() + what[1:] if report.mode != "upstream" else what
     )
     settled = [axis for axis in report.axes if axis.compared]
     digests = sum(axis.digests for axis in report.axes)
@@ -200,14 +210,15 @@ def sentences(report: Report) -> list[str]:
     if report.precision is not None:
         said.append(report.precision.words())
     if report.stopped:
-        said.append(f"Stopped early: {report.stopped.rstrip('.')}. What was compared until then is kept.")
+        kept = " What was compared until then is kept." if report.compared else ""
+        said.append(f"Stopped early: {report.stopped.rstrip('.')}.{kept}")
     late = [axis for axis in report.axes if axis.state == OUT_OF_TIME]
     if late:
         said.append(f"Not measured for lack of time: {', '.join(axis.name for axis in late)} ({late[0].reason}).")
     undone = [axis for axis in report.axes if axis.state in UNSETTLED and axis not in late]
     if undone and not report.stopped:
-        told = "; ".join(f"{axis.name} ({axis.state}: {axis.reason})" for axis in undone)
-        said.append(f"Could not be checked: {told}.")
+        named = "; ".join(f"{axis.name} ({axis.state}: {axis.reason})" for axis in undone)
+        said.append(f"Could not be checked: {named}.")
     if report.open_seams:
         said.append(f"Required seams are open: {', '.join(report.open_seams)}: invariance cannot be promised.")
     return said
@@ -221,7 +232,7 @@ def write(report: Report, path: Path) -> None:
 
 
 def read(path: Path) -> Report:
-    """Raises msgspec.DecodeError for a file that is no report."""
+    """Raises msgspec.DecodeError for a file that is no report of this format."""
     return msgspec.convert(msgspec.json.decode(path.read_bytes()), Report, strict=False)  # "nan" is a float again
 
 

@@ -69,7 +69,7 @@ class Attached:
         arrivals = sorted(range(len(requests)), key=lambda i: requests[i].delay)
         same = [i for i in arrivals if list(requests[i].prompt) == self._prompt]
         self._turn = same.index(index)  # requests with one prompt are told apart by their order of arrival
-        self._needle: str | None = None
+        self._target: str | None = None
         self._step = -1
         self._scheduled = None
 
@@ -123,18 +123,18 @@ class Attached:
 
     def _find(self, scheduler_output) -> None:
         for new in scheduler_output.scheduled_new_reqs:
-            if self._needle is None and list(new.prompt_token_ids or ()) == self._prompt:
+            if self._target is None and list(new.prompt_token_ids or ()) == self._prompt:
                 if self._turn == 0:
-                    self._needle = new.req_id
+                    self._target = new.req_id
                 self._turn -= 1
 
     def _place(self) -> tuple[int, int, int, int] | None:
         """(request's row, first token's row, tokens, absolute position of the first) in this step, or None."""
-        count = self._scheduled.num_scheduled_tokens.get(self._needle, 0) if self._needle is not None else 0
+        count = self._scheduled.num_scheduled_tokens.get(self._target, 0) if self._target is not None else 0
         if not count:
             return None
         batch = self._runner.input_batch
-        row = batch.req_id_to_index[self._needle]
+        row = batch.req_id_to_index[self._target]
         before = sum(self._scheduled.num_scheduled_tokens[name] for name in batch.req_ids[:row])
         return row, before, count, int(batch.num_computed_tokens_cpu[row])
 
@@ -202,7 +202,7 @@ class Attached:
     _logprob_rows: Rows | None = None
 
     def _tokens(self) -> int:
-        return self._runner.requests[self._needle].num_tokens
+        return self._runner.requests[self._target].num_tokens
 
     def _logprobs(self, held):
         def logprobs(*args, **kwargs):
@@ -241,7 +241,7 @@ class Attached:
                 result = held(hidden_states, *args, **kwargs)
             finally:
                 self._prompt_hidden = self._logprob_rows = None
-            self._returned(result.get(self._needle))
+            self._returned(result.get(self._target))
             return result
 
         return _get_prompt_logprobs_dict
@@ -295,7 +295,7 @@ class Attached:
 
     def _blocks(self, full: int) -> torch.Tensor:
         """The ids of the request's first `full` blocks."""
-        row = self._runner.input_batch.req_id_to_index[self._needle]
+        row = self._runner.input_batch.req_id_to_index[self._target]
         return torch.as_tensor(self._runner.input_batch.block_table[0].block_table.np[row, :full].copy())
 
 
@@ -329,10 +329,10 @@ class AttachedV2(Attached):
 
     def _row(self) -> int | None:
         names = list(self._batch.req_ids) if self._batch is not None else []
-        return names.index(self._needle) if self._needle in names else None
+        return names.index(self._target) if self._target in names else None
 
     def _place(self) -> tuple[int, int, int, int] | None:
-        row = self._row() if self._needle is not None else None
+        row = self._row() if self._target is not None else None
         if row is None:
             return None
         batch = self._batch
@@ -411,7 +411,7 @@ class AttachedV2(Attached):
                     result = held(logits_fn, hidden_states, *args, **kwargs)
             finally:
                 self._prompt_hidden = self._logprob_rows = None
-            self._returned(result.get(self._needle))
+            self._returned(result.get(self._target))
             return result
 
         return compute_prompt_logprobs

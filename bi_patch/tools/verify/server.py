@@ -28,7 +28,8 @@ class ServerEngine:
     """An Engine over HTTP; use it as a context manager. See verify.engine.Engine for the methods.
 
     url: http://host:port with or without /v1. model: the served name, by default the first one. timeout: seconds for
-    one answer. Raises ServerFailed when the server is down, dies, or answers with an error; MissingDependency without
+    one answer. said: what the server said about itself (its model, context length, block size, prefix caching).
+    Raises ServerFailed when the server is down, dies, or answers with an error; MissingDependency without
     the package openai.
     """
 
@@ -49,6 +50,7 @@ class ServerEngine:
         )
         self._salt = secrets.token_hex(8)
         cache = self._cache()
+        self.said = _said(entry, cache)
         self.options = Options(
             entry["id"],
             max_model_len=entry.get("max_model_len") or 2048,
@@ -129,7 +131,7 @@ class ServerEngine:
         raise ServerFailed(f"{self.url}: a running server's chunk budget cannot be moved")
 
     def ask(self, do: str, data: bytes) -> bytes:
-        raise ServerFailed(f"{self.url}: a server answers requests only, and {do!r} is none")
+        raise ServerFailed(f"{self.url}: a server answers requests only; it cannot run {do!r}")
 
     async def _ask(self, request: Request) -> Answer:
         await asyncio.sleep(request.delay * STEP)
@@ -193,7 +195,7 @@ class ServerEngine:
             mode="server",
             vllm=json.loads(self._get("/version")).get("version", ""),
             torch="",
-            device=self.url,
+            device="",
             threads=0,
             block_size=int(block) if block.isdigit() else 16,
             vocab_size=self._vocabulary(),
@@ -231,6 +233,18 @@ class ServerEngine:
                 f"no server answers at {self.url} ({getattr(error, 'reason', error)}): start `vllm serve`, or check "
                 "the address"
             ) from error
+
+
+def _said(entry: dict, cache: dict[str, str]) -> dict[str, object]:
+    """What the server said about itself, and nothing that it did not say. entry: of /v1/models. cache: see _cache."""
+    said: dict[str, object] = {"model": entry["id"]}
+    if entry.get("max_model_len"):
+        said["max_model_len"] = entry["max_model_len"]
+    if cache.get("block_size", "").isdigit():
+        said["block_size"] = int(cache["block_size"])
+    if cache.get("enable_prefix_caching") in ("True", "False"):
+        said["prefix_caching"] = cache["enable_prefix_caching"] == "True"
+    return said
 
 
 def _answer(choice, request: Request, url: str) -> Answer:

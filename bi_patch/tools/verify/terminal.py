@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +33,13 @@ _COLOURS = {
 }
 
 
+class _Left(ProgressColumn):
+    """The time left: counts down from the last estimate."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{_time(task.fields['until'] - (task.elapsed or 0.0))} left" if task.fields["until"] else "")
+
+
 class Live(Watcher):
     """rich's progress bar with the time left; without a terminal, one line per axis."""
 
@@ -42,12 +49,12 @@ class Live(Watcher):
             SpinnerColumn(),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            _Left(),
             TextColumn("{task.description}"),
             console=console,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=1.0, left="")
+        self._task = self._progress.add_task("", total=1.0, until=0.0)
 
     def __enter__(self) -> Live:
         self._progress.start()
@@ -74,9 +81,8 @@ class Live(Watcher):
     def _show(self, what: str, left: float) -> None:
         task = self._progress.tasks[self._task]
         elapsed = task.elapsed or 0.0
-        self._progress.update(
-            self._task, description=what, left=f"{_time(left)} left", completed=elapsed / max(elapsed + left, 0.1)
-        )
+        until = max(elapsed + left, 0.1)
+        self._progress.update(self._task, description=what, until=until, completed=elapsed / until)
 
 
 def summary(report: Report) -> RenderableType:
@@ -118,7 +124,8 @@ def summary(report: Report) -> RenderableType:
         report.vllm and f"vLLM {report.vllm}",
         report.torch and f"torch {report.torch}",
         f"{report.seconds:.0f} s",
-        f"engine starts: {report.starts}",
+        f"engine starts: {report.starts}" if report.mode != "server" else "",
+        report.provenance and f"bi_patch {report.provenance.words()}",
     )
     parts.append(Text(", ".join(filter(None, what)), style="dim"))
     return Group(*parts)

@@ -9,14 +9,18 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from bi_patch.errors import BiPatchError
 from bi_patch.tools.verify import instruments, wire
 from bi_patch.tools.verify.engine import LocalEngine
 
 
-def main() -> None:
-    """Serve commands from standard input; replies go to the file descriptor named in the second argument."""
+def main(prepare: Callable[[], None] = lambda: None) -> None:
+    """Serve commands from standard input; replies go to the file descriptor named in the second argument.
+
+    prepare: called once this process is armed, if it is to be, and before its engine starts.
+    """
     replies = os.fdopen(int(sys.argv[2]), "wb")
     engine: LocalEngine | None = None
     for command in wire.commands(sys.stdin.buffer):
@@ -24,7 +28,7 @@ def main() -> None:
             if command.do == "stop":
                 break
             if command.do == "start":
-                engine = _start(command)
+                engine = _start(command, prepare)
                 reply = wire.Reply(info=engine.info)
             else:
                 reply = _serve(engine, command)
@@ -38,13 +42,12 @@ def main() -> None:
     os._exit(0)
 
 
-def _start(command: wire.Command) -> LocalEngine:
+def _start(command: wire.Command, prepare: Callable[[], None]) -> LocalEngine:
     from bi_patch import arming
 
     if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
         arming.arm()  # before vLLM is imported; BI_PATCH=0 leaves upstream's own mode
-    if command.data:
-        instruments.lift(command.data)
+    prepare()
     assert command.options is not None
     return LocalEngine(command.options)
 

@@ -12,7 +12,7 @@ import msgspec
 
 from bi_patch.errors import BiPatchError
 from bi_patch.tools.verify.answers import Answer, Difference, Request
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.engine import Engine, Options
 
 
@@ -142,16 +142,18 @@ class Run:
     def beside(self, before: Sequence[Request], request: Request, after: Sequence[Request], label: str) -> Case:
         """The request between others, on a cold cache, against itself alone."""
         (expected,) = self.alone([request])
-        company = Setting.among(before, request, after)
+        company = Scenario.among(before, request, after)
         got = self.together(company.requests)[company.index]
-        return pair(label, Setting.alone(request), company, expected, got)
+        return pair(label, Scenario.alone(request), company, expected, got)
 
     def each(self, batch: Sequence[Request], places: Mapping[int, str]) -> Iterator[Case]:
         """One batch on a cold cache; the requests at these places against themselves alone. places: their labels."""
         expected = dict(zip(places, self.alone([batch[place] for place in places])))
         answers = self.together(batch)
         for place, label in places.items():
-            yield pair(label, Setting.alone(batch[place]), Setting(list(batch), place), expected[place], answers[place])
+            yield pair(
+                label, Scenario.alone(batch[place]), Scenario(list(batch), place), expected[place], answers[place]
+            )
 
 
 def either(*missing: Callable[[Engine], str]) -> Callable[[Engine], str]:
@@ -159,7 +161,7 @@ def either(*missing: Callable[[Engine], str]) -> Callable[[Engine], str]:
     return lambda engine: next(filter(None, (why(engine) for why in missing)), "")
 
 
-def pair(label: str, alone: Setting, company: Setting, expected: Answer, got: Answer, part: str = "") -> Case:
+def pair(label: str, alone: Scenario, company: Scenario, expected: Answer, got: Answer, part: str = "") -> Case:
     """A case whose axis the probe fills in."""
     return Case.of("", label, alone, company, expected, got, part)
 
@@ -234,8 +236,8 @@ class CrossProbe:
             yield Case.of(
                 self.name,
                 f"{change.label}: request {i} ({len(requests[i].prompt)} tokens)",
-                Setting(list(requests), i),
-                Setting(list(requests), i, options=change.options, fresh=change.fresh),
+                Scenario(list(requests), i),
+                Scenario(list(requests), i, options=change.options, fresh=change.fresh),
                 mine,
                 other,
             )

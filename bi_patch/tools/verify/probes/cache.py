@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bi_patch.tools.verify.answers import Request
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.engine import HITS, SERVER, Engine
 from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
 
@@ -44,18 +44,18 @@ def prefix_cache(run: Run) -> Iterator[Case]:
     for index in indices:
         request = run.greedy(index)
         (expected,) = run.alone([request])
-        alone = Setting.alone(request)
+        alone = Scenario.alone(request)
         yield pair(f"{load.label(index)}, cold again", alone, alone, expected, run.together([request])[0])
         before = engine.counters().get(HITS, 0.0)
-        warm = Setting([request], warmup=[[request]])
+        warm = Scenario([request], warmup=[[request]])
         yield pair(f"{load.label(index)}, warm", alone, warm, expected, engine.generate([request])[0])
         fillers = [load.filler(i) for i in range(7)]
-        batch = Setting([*fillers[:3], request, *fillers[3:]], 3, warmup=[[request]])
+        batch = Scenario([*fillers[:3], request, *fillers[3:]], 3, warmup=[[request]])
         got = engine.generate(batch.requests)[3]
         yield pair(f"{load.label(index)}, warm in a batch of 8", alone, batch, expected, got)
         part = request.but(prompt=request.prompt[: block + block // 2], max_tokens=1)
         run.together([part])
-        partly = Setting([request], warmup=[[part]])
+        partly = Scenario([request], warmup=[[part]])
         yield pair(f"{load.label(index)}, partly warm", alone, partly, expected, engine.generate([request])[0])
         if engine.counters().get(HITS, 0.0) == before:
             raise NotExercised("prefix_cache: the engine's counter of cached prefix tokens did not move")
@@ -85,8 +85,8 @@ def shared_prefix(run: Run) -> Iterator[Case]:
     run.together([first])
     answers = run.engine.generate(requests)
     for (place, label), answer in zip(places.items(), expected):
-        warm = Setting(requests, place, warmup=[[first]])
-        yield pair(f"{label}, cached", Setting.alone(requests[place]), warm, answer, answers[place])
+        warm = Scenario(requests, place, warmup=[[first]])
+        yield pair(f"{label}, cached", Scenario.alone(requests[place]), warm, answer, answers[place])
 
 
 def in_this_process(engine: Engine) -> str:
@@ -103,17 +103,17 @@ def chunks(run: Run) -> Iterator[Case]:
             (expected,) = run.alone([request])
             fillers = [load.filler(i) for i in range(6)]
             among = (
-                Setting.alone(request, chunk=budget),
-                Setting.among(fillers[:3], request, fillers[3:], chunk=budget),
+                Scenario.alone(request, chunk=budget),
+                Scenario.among(fillers[:3], request, fillers[3:], chunk=budget),
             )
-            for setting in among:
+            for scenario in among:
                 engine.set_chunk(budget)
                 try:
-                    got = run.together(setting.requests)[setting.index]
+                    got = run.together(scenario.requests)[scenario.index]
                 finally:
                     engine.set_chunk(None)
-                label = f"{load.label(index)} in chunks of {budget}, {len(setting.requests) - 1} others"
-                yield pair(label, Setting.alone(request), setting, expected, got)
+                label = f"{load.label(index)} in chunks of {budget}, {len(scenario.requests) - 1} others"
+                yield pair(label, Scenario.alone(request), scenario, expected, got)
 
 
 def long_prompt(run: Run) -> Iterator[Case]:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 from bi_patch.tools.verify.answers import Request
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.engine import SERVER, Engine
 from bi_patch.tools.verify.probes.base import Run, pair
 
@@ -34,8 +34,8 @@ def clients(run: Run) -> Iterator[Case]:
     answers = run.engine.generate(again)
     for place, index in enumerate(order):
         (expected,) = run.alone([requests[index]])
-        warm = Setting(again, place, warmup=[batch])
-        yield pair(f"{labels[index]}, warm", Setting.alone(requests[index]), warm, expected, answers[place])
+        warm = Scenario(again, place, warmup=[batch])
+        yield pair(f"{labels[index]}, warm", Scenario.alone(requests[index]), warm, expected, answers[place])
 
 
 def asked(count: int, vocabulary: int, longest: int, generate: int) -> list[Request]:

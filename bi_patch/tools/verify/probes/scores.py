@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 from bi_patch.tools.verify.answers import Answer, Request, same
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
 from bi_patch.tools.verify.probes.company import sizes
 
@@ -30,8 +30,8 @@ def decode_equals_prefill(run: Run) -> Iterator[Case]:
         tail = prefilled.prompt_logprobs[-len(decoded.tokens) :]
         yield pair(
             f"{run.workload.label(index)}, decoded against prefilled",
-            Setting.alone(request),
-            Setting.alone(again),
+            Scenario.alone(request),
+            Scenario.alone(again),
             Answer(decoded.tokens, decoded.logprobs),
             Answer(decoded.tokens, tail),
             "decode",
@@ -94,8 +94,8 @@ def logprob_orders(run: Run) -> Iterator[Case]:
         answers = run.engine.generate(order)
         for (place, label), answer in zip(places.items(), expected):
             there = len(order) - 1 - place
-            again = Setting(order, there, warmup=[batch])
-            yield pair(f"{label}, again in reverse", Setting.alone(batch[place]), again, answer, answers[there])
+            again = Scenario(order, there, warmup=[batch])
+            yield pair(f"{label}, again in reverse", Scenario.alone(batch[place]), again, answer, answers[there])
 
 
 def _ask(ask: dict) -> str:

@@ -4,7 +4,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import bi_patch_pytest
 from bi_patch.errors import BiPatchError, SettingError
 from bi_patch.tools.cli import app, status, verify  # noqa: F401  two commands, so that each has its name
 from bi_patch.tools.models.recipes import ModelMissing
@@ -58,8 +57,6 @@ def test_a_mode_or_a_level_that_does_not_exist_is_named():
         local("tiny-qwen3", levels.QUICK, mode="amred")
     with pytest.raises(SettingError, match="armed, upstream, stock"):
         ChildEngine("amred", None)
-    with pytest.raises(SettingError, match="quick, default, full"):
-        bi_patch_pytest._verify(level="fast")
 
 
 def test_a_file_that_cannot_be_written_costs_no_other(tmp_path):

@@ -4,12 +4,12 @@ import torch
 
 from bi_patch.tools.verify import locate
 from bi_patch.tools.verify.answers import Answer, Request
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.instruments import Traced
 from bi_patch.tools.verify.trace import FORWARD, MODULE, WIDTH, Call, Rows, Trace, Tracer, digest_rows
 
 SAME, OTHER = Answer([1, 2], [-1.0, -2.0]), Answer([1, 2], [-1.0, -2.5])
-ALONE = Setting([Request((1, 2, 3))])
+ALONE = Scenario([Request((1, 2, 3))])
 
 
 def case(got=OTHER):

@@ -2,15 +2,17 @@
 
 import dataclasses
 import itertools
+import json
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+import bi_patch
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.tools.verify import measure, page, probes, report, terminal
+from bi_patch.tools.verify import clock, measure, page, probes, report, terminal
 from bi_patch.tools.verify.answers import Answer, Request
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.child import EngineFailed
 from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.levels import DEFAULT, FULL, QUICK
@@ -18,10 +20,10 @@ from bi_patch.tools.verify.measure import NoSuchAxis, Watcher, verify
 
 
 @pytest.fixture
-def target(arithmetic):
-    """target(leak=, refuse=, break_at=): engines in place of vLLM's. refuse: option -> what starting with it raises."""
+def system(arithmetic):
+    """system(leak=, refuse=, break_at=): engines in place of vLLM's. refuse: option -> what starting with it raises."""
 
-    class Target:
+    class System:
         name, mode, restarts = "arithmetic", "armed", True
 
         def __init__(self, leak=False, refuse=None, break_at=None, alive=False):
@@ -63,11 +65,11 @@ def target(arithmetic):
         def refused(self, do, data):
             raise self.imprecise
 
-    return Target
+    return System
 
 
-def test_an_invariant_engine_passes_every_axis(target):
-    made = target(
+def test_an_invariant_engine_passes_every_axis(system):
+    made = system(
         refuse={
             "enable_lora": UnsupportedFeature("no LoRA"),
             "tied": EngineFailed("no"),
@@ -84,8 +86,8 @@ def test_an_invariant_engine_passes_every_axis(target):
     assert any(fresh for _, fresh in made.started)
 
 
-def test_quick_starts_two_engines_and_passes(target):
-    made = target()
+def test_quick_starts_two_engines_and_passes(system):
+    made = system()
     made.options = made.options.but(eager=True)
     found = verify(made, QUICK)
     assert (found.exit_code, found.complete, found.starts) == (0, True, 2), found.verdict
@@ -97,14 +99,14 @@ def test_quick_starts_two_engines_and_passes(target):
     assert speculative.reason == "not in quick: --full measures it"
 
 
-def test_on_cpu_too_eager_equals_compiled_is_promised(target):
-    found = verify(target(), DEFAULT, only=("eager and compiled",))
+def test_on_cpu_too_eager_equals_compiled_is_promised(system):
+    found = verify(system(), DEFAULT, only=("eager and compiled",))
     assert found.exit_code == report.INVARIANT and found.compared > 0
 
 
-def later_groups_pass(target, error):
-    """A target whose first changed engine fails, and whose others pass."""
-    made = target()
+def later_groups_pass(system, error):
+    """A system whose first changed engine fails, and whose others pass."""
+    made = system()
     start = made.start
 
     def failing(options, *, fresh=False):
@@ -117,28 +119,28 @@ def later_groups_pass(target, error):
     return made
 
 
-def test_a_failure_of_the_first_of_several_engines_stays(target):
-    found = verify(later_groups_pass(target, EngineFailed("it did not start")), FULL, only=("chunked prefill",))
+def test_a_failure_of_the_first_of_several_engines_stays(system):
+    found = verify(later_groups_pass(system, EngineFailed("it did not start")), FULL, only=("chunked prefill",))
     axis = next(a for a in found.axes if a.name == "chunked prefill")
     assert axis.compared > 0 and axis.state == report.FAILED and "did not start" in axis.reason
     assert found.exit_code == report.UNCHECKED and not found.complete
 
 
-def test_an_axis_of_which_a_part_is_refused_is_no_pass(target):
-    found = verify(later_groups_pass(target, UnsupportedFeature("no chunks")), FULL, only=("chunked prefill",))
+def test_an_axis_of_which_a_part_is_refused_is_no_pass(system):
+    found = verify(later_groups_pass(system, UnsupportedFeature("no chunks")), FULL, only=("chunked prefill",))
     axis = next(a for a in found.axes if a.name == "chunked prefill")
     assert axis.state == report.FAILED and "only a part" in axis.reason and "no chunks" in axis.reason
 
 
-def test_a_feature_whose_engine_crashes_is_no_lack_of_it(target):
+def test_a_feature_whose_engine_crashes_is_no_lack_of_it(system):
     for error in (EngineFailed("killed", kind="exit -9"), EngineFailed("no memory", kind="RuntimeError")):
-        found = verify(target(refuse={"speculative_config": error}), FULL, only=("speculative decoding",))
+        found = verify(system(refuse={"speculative_config": error}), FULL, only=("speculative decoding",))
         assert found.exit_code == report.UNCHECKED
         assert next(a for a in found.axes if a.name == "speculative decoding").state == report.FAILED
 
 
-def test_an_error_that_nobody_foresaw_is_a_report(target):
-    made = target(break_at=40)
+def test_an_error_that_nobody_foresaw_is_a_report(system):
+    made = system(break_at=40)
     made.error = KeyError("choices")
     found = verify(made, QUICK)
     assert found.exit_code == report.UNCHECKED and not found.complete and found.compared > 0
@@ -147,8 +149,8 @@ def test_an_error_that_nobody_foresaw_is_a_report(target):
     assert "Traceback" in page.page(found) and "Traceback" in terminal.plain(found)
 
 
-def test_logprobs_that_are_all_nan_are_no_pass(target):
-    made = target()
+def test_logprobs_that_are_all_nan_are_no_pass(system):
+    made = system()
     made.change = {"logprobs": float("nan")}
     found = verify(made, QUICK, only=("batch size",))
     axis = found.axes[0]
@@ -156,8 +158,8 @@ def test_logprobs_that_are_all_nan_are_no_pass(target):
     assert axis.state == report.FAILED and "NaN" in axis.reason
 
 
-def test_rows_of_logits_that_are_asked_for_and_missing_are_no_pass(target):
-    made = target()
+def test_rows_of_logits_that_are_asked_for_and_missing_are_no_pass(system):
+    made = system()
     made.options = made.options.but(digests=True)
     found = verify(made, QUICK, only=("batch size", "decode = prefill"))
     states = {a.name: a for a in found.axes}
@@ -166,12 +168,12 @@ def test_rows_of_logits_that_are_asked_for_and_missing_are_no_pass(target):
     assert "whole rows of logits by their digest" not in page.page(found)
 
 
-def test_batches_that_the_cache_cannot_hold_are_said(target):
-    made = target()
+def test_batches_that_the_cache_cannot_hold_are_said(system):
+    made = system()
     made.info = {"kv_tokens": 16 * 200}
     axis = verify(made, QUICK, only=("batch size",)).axes[0]
     assert axis.compared > 0 and axis.state == report.NOT_EXERCISED and "no batch crossed 256 rows" in axis.reason
-    made = target()
+    made = system()
     made.info, made.options = {"kv_tokens": 16 * 80}, made.options.but(max_num_seqs=64)
     axis = verify(made, QUICK, only=("batch size",)).axes[0]
     assert axis.state == report.PASSED and "does not hold batches of 64 at once" in axis.reason
@@ -179,32 +181,36 @@ def test_batches_that_the_cache_cannot_hold_are_said(target):
 
 @pytest.mark.parametrize("options", [{"max_num_seqs": 1}, {"max_model_len": 512}, {"max_num_seqs": 4}], ids=str)
 @pytest.mark.parametrize("level", [QUICK, DEFAULT], ids=lambda level: level.name)
-def test_small_engines_can_be_invariant_too(target, options, level):
-    made = target(refuse={"tied": UnsupportedFeature("arithmetic has no rows to tie")})
+def test_small_engines_can_be_invariant_too(system, options, level):
+    made = system(refuse={"tied": UnsupportedFeature("arithmetic has no rows to tie")})
     made.options = made.options.but(eager=True, **options)
     made.info = {"block_size": 128}
     found = verify(made, level)
     assert found.exit_code == report.INVARIANT, found.verdict
 
 
-def test_a_comparison_with_fp64_that_fails_is_told(target):
-    made = target()
+def test_a_comparison_with_fp64_that_fails_is_told(system):
+    made = system()
     made.imprecise = EngineFailed("no such op")
     found = verify(made, QUICK)
     assert found.exit_code == report.UNCHECKED and not found.complete
     assert any("not compared with fp64" in said and "no such op" in said for said in found.verdict)
 
 
-def test_a_leak_is_found_kept_and_shown(target, tmp_path):
-    found = verify(target(leak=True), QUICK, locate=lambda case, options, mode: f"op of {case.axis} in {mode}")
+def test_a_leak_is_found_kept_and_shown(system, tmp_path):
+    found = verify(system(leak=True), QUICK, locate=lambda case, options, start: f"op of {case.axis}")
     assert found.exit_code == report.DIFFERS
     size = found.axes[0]
     assert size.state == report.DIFFERED and size.largest > 0 and size.ulps > 0 and size.shown and size.generated
     assert size.case.alone.request.prompt == size.case.company.request.prompt
-    assert any(pair.located == "op of batch size in armed" for pair in size.shown)
+    assert any(pair.located == "op of batch size" for pair in size.shown)
     assert "NOT batch-invariant" in found.verdict[0]
     report.write(found, tmp_path / "report.json")
     assert report.read(tmp_path / "report.json") == found
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert next(iter(written)) == "format" and written["format"] == report.FORMAT == 1
+    assert written["provenance"]["bi_patch"] == bi_patch.__version__ and written["provenance"]["digest"]
+    assert written["options"]["max_num_seqs"] == 264 and written["served"] is None and written["starts"] == 2
     drawn = page.page(found)
     assert (
         drawn.count("<svg") >= 2
@@ -215,44 +221,50 @@ def test_a_leak_is_found_kept_and_shown(target, tmp_path):
     assert "op of batch size" in terminal.plain(found)
 
 
-def test_an_engine_that_dies_leaves_what_was_compared(target):
-    found = verify(target(break_at=40), DEFAULT)
+def test_an_engine_that_dies_leaves_what_was_compared(system):
+    found = verify(system(break_at=40), DEFAULT)
     assert found.exit_code == report.UNCHECKED and not found.complete and found.compared > 0
     assert "it died" in found.stopped and "kept" in found.verdict[1]
     assert [a.state for a in found.axes].count(report.FAILED) == 1
     assert page.page(found) and terminal.plain(found)
 
 
-def test_an_engine_that_errs_and_lives_goes_on(target):
-    found = verify(target(break_at=40, alive=True), QUICK)
+def test_an_engine_that_errs_and_lives_goes_on(system):
+    found = verify(system(break_at=40, alive=True), QUICK)
     assert found.exit_code == report.UNCHECKED and not found.stopped
     assert sum(a.state == report.FAILED for a in found.axes) == 1
     assert sum(a.state == report.PASSED for a in found.axes) >= 12
 
 
-def test_a_difference_wins_over_a_death(target):
-    found = verify(target(leak=True, break_at=40), QUICK)
+def test_a_difference_wins_over_a_death(system):
+    found = verify(system(leak=True, break_at=40), QUICK)
     assert found.exit_code == report.DIFFERS and found.stopped
 
 
-def test_an_interrupt_keeps_what_was_compared(target):
+def test_an_interrupt_keeps_what_was_compared(system):
     class Impatient(Watcher):
         def settled(self, axis, left):
             if axis.name == "late arrivals":
                 raise KeyboardInterrupt
 
-    found = verify(target(), DEFAULT, watcher=Impatient())
+    found = verify(system(), DEFAULT, watcher=Impatient())
     assert found.exit_code == report.UNCHECKED and "interrupted" in found.stopped
+    assert found.verdict[0].startswith("Incomplete: the armed engine was bitwise invariant in all")
+    assert found.verdict[-1] == "Stopped early: interrupted. What was compared until then is kept."
     assert found.compared > 0 and found.axes[0].state == report.PASSED and found.axes[-1].state == report.LEFT_OUT
 
 
-def test_an_engine_that_does_not_start(target):
-    found = verify(target(refuse={"model": EngineFailed("no memory")}), QUICK)
+def test_an_engine_that_does_not_start(system):
+    found = verify(system(refuse={"model": EngineFailed("no memory")}), QUICK)
     assert found.exit_code == report.UNCHECKED and found.compared == 0 and "no memory" in found.stopped
+    assert found.verdict == [
+        "Incomplete: the armed engine could not be checked: nothing was compared.",
+        "Stopped early: EngineFailed: no memory.",
+    ]
 
 
-def test_open_seams_are_no_pass(target, arithmetic):
-    made = target()
+def test_open_seams_are_no_pass(system, arithmetic):
+    made = system()
     start = made.start
 
     def opened(options, *, fresh=False):
@@ -265,18 +277,19 @@ def test_open_seams_are_no_pass(target, arithmetic):
     assert found.exit_code == report.UNCHECKED and "norm.x" in found.verdict[-1]
 
 
-def test_axes_are_chosen_by_name(target):
-    found = verify(target(), QUICK, only=("long prompt", "chunked prefill"))
+def test_axes_are_chosen_by_name(system):
+    found = verify(system(), QUICK, only=("long prompt", "chunked prefill"))
     assert [a.name for a in found.axes if a.compared] == ["long prompt", "chunked prefill"]
     assert found.exit_code == report.INVARIANT
     with pytest.raises(NoSuchAxis, match="batch size"):
-        verify(target(), QUICK, only=("size",))
+        verify(system(), QUICK, only=("size",))
 
 
-def test_a_limit_leaves_out_and_says_so(target, monkeypatch):
+def test_a_limit_leaves_out_and_says_so(system, monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))  # each look is a second
-    made = target()
+    for module in (measure, clock):  # each look is a second
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    made = system()
     made.options = made.options.but(eager=True)
     found = verify(made, dataclasses.replace(QUICK, cpu_seconds=60.0))
     assert found.compared > 0 and not found.complete and found.exit_code == report.UNCHECKED
@@ -288,18 +301,47 @@ def test_a_limit_leaves_out_and_says_so(target, monkeypatch):
     assert "the default level measures it" in said and "out of time" in terminal.plain(found)
 
 
-def test_an_axis_that_was_named_is_never_dropped_for_time(target):
+def test_the_time_left_counts_starts_and_locate(system, monkeypatch):
+    """When the axes within one engine are done, a second engine and the search for the first operation are to come."""
+    now = [0.0]
+    for module in (measure, clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    made, told = system(leak=True), []
+    made.options = made.options.but(eager=True)
+    start = made.start
+
+    def slow(options, *, fresh=False):
+        now[0] += 20.0
+        return start(options, fresh=fresh)
+
+    def locate(case, options, start):
+        now[0] += 25.0
+        return "an op"
+
+    class Told(Watcher):
+        def starting(self, what, left):
+            told.append((now[0], left, what))
+
+    made.start = slow
+    found = verify(made, QUICK, locate=locate, watcher=Told())
+    assert found.starts == 2 and len(told) == 3
+    assert "one engine" in told[2][2], "both sides of the kept pair can run on one engine"
+    for at, left, what in told[1:]:
+        assert 0.7 * (now[0] - at) <= left <= 1.5 * (now[0] - at), (what, left, now[0] - at)
+
+
+def test_an_axis_that_was_named_is_never_dropped_for_time(system):
     level = dataclasses.replace(QUICK, cpu_seconds=0.0)
-    found = verify(target(), level, only=("batch size", "prefix cache off"))
+    found = verify(system(), level, only=("batch size", "prefix cache off"))
     assert found.complete and found.exit_code == report.INVARIANT
 
 
 def test_the_smallest_company_is_kept():
     axis = report.Axis("a", "")
     for size in (5, 2, 9):
-        company = Setting([Request((1, 2))] * size)
+        company = Scenario([Request((1, 2))] * size)
         axis.add(
-            Case.of("a", f"{size}", Setting.alone(Request((1, 2))), company, Answer([1], [-1.0]), Answer([1], [-1.5]))
+            Case.of("a", f"{size}", Scenario.alone(Request((1, 2))), company, Answer([1], [-1.0]), Answer([1], [-1.5]))
         )
     axis.settle()
     assert axis.case.label == "2" and axis.generated == [(0, 3)] and axis.ulps == 2**22

@@ -1,13 +1,16 @@
 """What a report concludes from its axes and from the comparison with fp64."""
 
 import math
+from pathlib import Path
 
+import msgspec
 import pytest
 
+from bi_patch.tools.provenance import Provenance
 from bi_patch.tools.verify import page
 from bi_patch.tools.verify import report as reports
 from bi_patch.tools.verify.answers import Answer, Request
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.precision import Imprecise, Precision, none
 from bi_patch.tools.verify.report import (
     DIFFERED,
@@ -19,6 +22,7 @@ from bi_patch.tools.verify.report import (
     PASSED,
     UNCHECKED,
     Axis,
+    Pair,
     Report,
 )
 
@@ -42,15 +46,15 @@ def test_without_a_comparison_with_fp64_the_axes_decide():
     assert report.exit_code == INVARIANT and len(report.verdict) == 1
 
 
-@pytest.mark.parametrize("due, code", [(True, UNCHECKED), (False, INVARIANT)])
-def test_a_comparison_with_fp64_that_was_not_made_is_said(due, code):
+@pytest.mark.parametrize("unchecked, code", [(True, UNCHECKED), (False, INVARIANT)])
+def test_a_comparison_with_fp64_that_was_not_made_is_said(unchecked, code):
     report = Report(
         "model",
         "armed",
         "quick",
         "2026-01-01",
         [Axis("batch size", "", state=PASSED, compared=10)],
-        precision=none("the reason", due=due),
+        precision=none("the reason", unchecked=unchecked),
     )
     report.conclude()
     assert report.exit_code == code and report.verdict[1] == "Products were not compared with fp64: the reason."
@@ -72,8 +76,35 @@ def test_the_worst_of_several_engines_stays():
     assert axis.state == FAILED and "only a part" in axis.reason
 
 
+def test_a_file_of_another_format_is_refused(tmp_path):
+    report = Report("model", "armed", "quick", "2026-01-01", [])
+    report.conclude()
+    reports.write(report, tmp_path / "report.json")
+    later = (tmp_path / "report.json").read_text().replace('"format": 1', '"format": 2')
+    (tmp_path / "report.json").write_text(later)
+    with pytest.raises(msgspec.DecodeError, match="format"):
+        reports.read(tmp_path / "report.json")
+
+
+def test_a_difference_of_an_interrupted_run_is_incomplete_too():
+    report = Report("m", "upstream", "quick", "2026-01-01", [Axis("a", "", compared=10, differing=1)], stopped="no.")
+    report.conclude()
+    assert report.verdict[0].startswith("Incomplete: vLLM's own batch-invariant mode is NOT batch-invariant: 1 of 10")
+    report.stopped = ""
+    report.conclude()
+    assert report.verdict[0].startswith("vLLM's own batch-invariant mode is NOT")
+
+
+def test_every_field_of_the_file_is_documented():
+    page = (Path(__file__).parents[4] / "docs" / "verify.md").read_text()
+    table = page[page.index("## The report as JSON") :]
+    for struct in (Report, Axis, Pair, Provenance):
+        missing = [name for name in struct.__struct_fields__ if f"`{name}`" not in table]
+        assert not missing, (struct.__name__, missing)
+
+
 def test_a_report_is_read_back_bit_for_bit(tmp_path):
-    alone = Setting([Request((1, 2))])
+    alone = Scenario([Request((1, 2))])
     odd = Answer([1, 2, 3], [-math.inf, -0.0, math.nextafter(-1.5, 0)], [[(1, -math.inf)], [(2, 0.1)], []])
     axis = Axis("a", "")
     axis.add(Case.of("a", "odd", alone, alone, odd, Answer([1, 2, 3], [math.nan, 0.0, -1.5], [[], [], []])))

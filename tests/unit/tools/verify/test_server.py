@@ -7,7 +7,7 @@ import pytest
 
 from bi_patch.errors import ServerFailed
 from bi_patch.tools.verify.answers import Request
-from bi_patch.tools.verify.server import _answer
+from bi_patch.tools.verify.server import _answer, _said
 
 REQUEST = Request((5, 6, 7), max_tokens=2, logprobs=1, prompt_logprobs=1)
 
@@ -20,6 +20,13 @@ def choice(*, token_ids=(8, 9), logprobs=(-1.0, -2.0), top=({"token_id:8": -1.0}
     )
     prompt = prompt or (None, {"6": {"logprob": -3.0}}, {"7": {"logprob": -4.0}})
     return SimpleNamespace(model_extra={"token_ids": token_ids, "prompt_logprobs": prompt}, logprobs=held, text="")
+
+
+def test_only_what_the_server_said_is_kept():
+    assert _said({"id": "m"}, {}) == {"model": "m"}
+    labels = {"block_size": "128", "enable_prefix_caching": "False", "cache_dtype": "auto"}
+    said = {"model": "m", "max_model_len": 512, "block_size": 128, "prefix_caching": False}
+    assert _said({"id": "m", "max_model_len": 512}, labels) == said
 
 
 def test_a_whole_answer():

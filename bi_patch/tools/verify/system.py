@@ -1,4 +1,4 @@
-"""What is verified: engines that can be started at will, or one server that runs already."""
+"""The system that is verified: engines that can be started at will, or one server that runs already."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from bi_patch.tools.verify.engine import Engine, Options
 from bi_patch.tools.verify.server import ServerEngine
 
 
-class Target(Protocol):
-    """name: for the report. mode: armed, upstream, stock or server. restarts: whether other engines can be started."""
+class System(Protocol):
+    """What is verified.
+
+    name: for the report. mode: armed, upstream, stock or server. options: of the base engine. restarts: whether engines
+    with other options can be started.
+    """
 
     name: str
     mode: str
@@ -23,7 +27,7 @@ class Target(Protocol):
         """A live engine with these options. fresh: with empty compile caches."""
 
 
-class Local:
+class LocalEngines:
     """Engines in child processes of this machine, one at a time."""
 
     restarts = True
@@ -36,7 +40,7 @@ class Local:
         return ChildEngine(self.mode, options, environ=self._environ, fresh=fresh)
 
 
-class Running:
+class RunningServer:
     """A server that runs already; its options cannot be changed."""
 
     mode, restarts = "server", False

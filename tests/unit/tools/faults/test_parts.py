@@ -8,7 +8,7 @@ import torch
 
 from bi_patch.tools.evidence import FaultRow, Faults
 from bi_patch.tools.faults import attention, base, every, lifts, named, parts, shared
-from bi_patch.tools.faults.__main__ import write
+from bi_patch.tools.faults.run import write
 
 
 def close(a, b, limit=1e-5):

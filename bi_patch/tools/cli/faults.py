@@ -1,0 +1,62 @@
+"""`bi-patch faults`: plant every known cause of variance in a live engine, and see whether verification names it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bi_patch.tools.cli import app
+
+
+@app.command()
+def faults(
+    platform: Annotated[
+        str, typer.Option(help="cpu, or cuda on a GPU host: a model of real shape with random weights.")
+    ] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = Path("benchmarks/results"),
+    only: Annotated[str, typer.Option(help="Names of faults, separated by commas; writes no file.")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float32 or float16; by default float32 on CPU, bfloat16 on CUDA.")
+    ] = "",
+    compile: Annotated[bool, typer.Option(help="Plant the fault that needs torch.compile, too.")] = True,
+    write_docs: Annotated[
+        bool, typer.Option("--write-docs", help="Plant nothing: write docs/faults.md from the newest files.")
+    ] = False,
+) -> None:
+    """Plant each fault of a platform, one by one, and write what verification made of it.
+
+    The file faults-DATE-PLATFORM-vllm-RELEASE.json under --out is written whole: nothing of an earlier run stays in it.
+    Exit code 0: every fault was caught and named, and nothing differed without a fault. 1: not so. 2: an engine failed.
+    On CPU a run takes about two minutes.
+    """
+    from bi_patch.errors import SettingError
+    from bi_patch.tools.faults import run
+
+    if write_docs:
+        run.write_docs(out, Path("docs/faults.md"))
+        return
+    for option, value, known in (("--platform", platform, run.PLATFORMS), ("--dtype", dtype, run.DTYPES)):
+        if value not in known:
+            raise SettingError(f"{option} {value!r} is not understood; use {' or '.join(filter(None, known))}")
+    if platform == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SettingError("--platform cuda: torch sees no GPU here")
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    console = Console()
+    kept: list[Path] = []
+
+    def tell(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def keep(found) -> None:
+        if not names:
+            kept[:] = [run.write(found, run.label(found, platform, dtype), out)]
+
+    found = run.measure(platform, only=names, dtype=dtype, compiled=compile, tell=tell, keep=keep)
+    for path in kept:
+        tell(f"Written: {path}")
+    tell(run.verdict(found))
+    raise typer.Exit(0 if run.all_right(found) else 1)

@@ -1,0 +1,37 @@
+"""An engine child in which faults can be planted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from bi_patch.tools.faults.worker import PLANT
+from bi_patch.tools.verify.child import ChildEngine
+from bi_patch.tools.verify.engine import Options
+
+
+class FaultyEngine(ChildEngine):
+    """A ChildEngine that `plant` puts faults into.
+
+    lifts: names of refusals (faults.lifts) that this child does not make, to show what they keep out.
+    Raises what ChildEngine raises; EngineFailed for a refusal that does not exist.
+    """
+
+    worker = "bi_patch.tools.faults.worker"
+
+    def __init__(
+        self,
+        mode: str,
+        options: Options,
+        *,
+        environ: dict[str, str] | None = None,
+        fresh: bool = False,
+        lifts: Sequence[str] = (),
+    ) -> None:
+        self.arguments = tuple(lifts)
+        super().__init__(mode, options, environ=environ, fresh=fresh)
+
+    def plant(self, *names: str) -> None:
+        """Plant exactly these; none takes all out. Raises EngineFailed for a fault that cannot be planted here."""
+        self.ask(PLANT, msgspec.msgpack.encode(list(names)))

@@ -1,0 +1,61 @@
+"""The layers of a running model, by kind: linears, norms and experts, and a linear's width and weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bi_patch.tools.verify.engine import LocalEngine
+from bi_patch.tools.verify.runner import model_runner
+
+# (x [..., K], bias [N] or None) -> y [..., N]
+Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def model(engine: LocalEngine) -> torch.nn.Module:
+    """The model of an engine in this process. Raises NotTraceable where the model runs in other processes."""
+    return model_runner(engine).get_model()
+
+
+def linears(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every unquantized linear and the head: (path, layer)."""
+    for name, module in model(engine).named_modules():
+        method = getattr(module, "quant_method", None)
+        if type(method).__name__ in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
+            if type(module).__name__ != "VocabParallelEmbedding" or module is getattr(model(engine), "lm_head", None):
+                yield name, module
+
+
+def norms(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every RMSNorm: (path, layer)."""
+    for name, module in model(engine).named_modules():
+        if type(module).__name__ == "RMSNorm":
+            yield name, module
+
+
+def experts(engine: LocalEngine) -> Iterator[tuple[torch.nn.Module, object]]:
+    """Every layer that holds routed experts: (layer, the kernel object whose `apply` runs the experts)."""
+    for module in model(engine).modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and hasattr(module, "w13_weight"):
+            yield module, kernel.fused_experts
+
+
+def width(layer: torch.nn.Module) -> int:
+    """K of a linear on this rank."""
+    return getattr(layer, "input_size_per_partition", None) or getattr(layer, "input_size", 0) or layer.embedding_dim
+
+
+def weight(layer: torch.nn.Module, product: Product | None = None) -> torch.Tensor:
+    """[N, K] in the layer's dtype. A packed weight is read back as the layer's product with the identity: exact.
+
+    product: what computes the layer's product, by default the layer's own method.
+    """
+    held = getattr(layer, "weight", None)
+    if held is not None and held.ndim == 2 and held.numel() and held.is_cuda:
+        return held.detach()
+    dtype = held.dtype if held is not None else torch.get_default_dtype()
+    product = product or (lambda x, bias: layer.quant_method.apply(layer, x, bias))
+    with torch.inference_mode():
+        return product(torch.eye(width(layer), dtype=dtype), None).T.contiguous()

@@ -1,0 +1,42 @@
+"""Faults can be planted in a child of their own only: verify's worker knows nothing of them."""
+
+import sys
+
+import pytest
+
+from bi_patch.errors import SettingError
+from bi_patch.tools.faults import base, run, worker
+from bi_patch.tools.faults.child import FaultyEngine
+from bi_patch.tools.verify import instruments
+from bi_patch.tools.verify.child import ChildEngine
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What this process serves; a registered instrument is gone after the test."""
+    monkeypatch.setattr(instruments, "SERVED", dict(instruments.SERVED))
+    return lambda: set(instruments.SERVED)
+
+
+def test_the_worker_of_faults_serves_one_more_instrument_and_lifts_what_it_is_told(monkeypatch, served):
+    given = []
+    monkeypatch.setattr(worker.worker, "main", lambda prepare: given.append(prepare))
+    monkeypatch.setattr(sys, "argv", ["-c", FaultyEngine.worker, "7", "nothing"])
+    assert served() == {"trace", "precision"}
+    worker.main()
+    assert served() == {"trace", "precision", "plant"}
+    with pytest.raises(base.UnknownFault, match="no refusal 'nothing'"):
+        given[0]()
+
+
+def test_a_child_says_which_refusals_are_lifted(monkeypatch):
+    monkeypatch.setattr(ChildEngine, "__init__", lambda self, *given, **options: None)
+    assert FaultyEngine("armed", None, lifts=["a", "b"]).arguments == ("a", "b")
+    assert ChildEngine.arguments == FaultyEngine("armed", None).arguments == ()
+    assert FaultyEngine.worker != ChildEngine.worker
+
+
+def test_a_fault_that_cannot_be_planted_here_is_named_before_an_engine_starts():
+    for name, error, said in (("num_splits 0", SettingError, "on cpu"), ("nothing", base.UnknownFault, "no fault")):
+        with pytest.raises(error, match=said):
+            run.measure("cpu", only=[name], tell=print, keep=print)
