@@ -1,6 +1,7 @@
 """The evidence: result files with the identity of what made them, and the tables that pages show of them.
 
-kinds: what a file holds. store: writing, reading and choosing files. tables: Markdown. pages: tables in pages.
+kinds: what a file holds. store: writing, reading and choosing files.
+tables: Markdown.
 """
 
 from bi_patch.tools.evidence.kinds import (
@@ -16,7 +17,6 @@ from bi_patch.tools.evidence.kinds import (
     faults_caught,
     total_differing,
 )
-from bi_patch.tools.evidence.pages import MarkMissing, outdated, renewed
 from bi_patch.tools.evidence.store import (
     RESULTS,
     EvidenceMissing,
@@ -27,9 +27,10 @@ from bi_patch.tools.evidence.store import (
     new,
     read,
     superseded,
+    triton_release,
     write,
 )
-from bi_patch.tools.evidence.tables import markdown
+from bi_patch.tools.evidence.tables import commit, markdown
 
 __all__ = [
     "CAUSES",
@@ -43,18 +44,17 @@ __all__ = [
     "Faults",
     "Invariance",
     "InvarianceRow",
-    "MarkMissing",
     "Parity",
     "Table",
+    "commit",
     "current",
     "faults_caught",
     "file_name",
     "markdown",
     "new",
-    "outdated",
     "read",
-    "renewed",
     "superseded",
     "total_differing",
+    "triton_release",
     "write",
 ]
