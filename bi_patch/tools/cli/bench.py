@@ -178,5 +178,7 @@ def _check(found, made, results: Path) -> None:
     for page in bench_tables.pages(Path()):
         if wrong := bench_tables.outdated(page, made):
             failed = True
-            print(f"{page}: not the newest files' tables: {', '.join(wrong)}. Run: bi-patch bench --tables --write {page}")
+            print(
+                f"{page}: not the newest files' tables: {', '.join(wrong)}. Run: bi-patch bench --tables --write {page}"
+            )
     raise typer.Exit(1 if failed else 0)

@@ -41,9 +41,9 @@ class InvarianceRow(msgspec.Struct):
 class FaultRow(msgspec.Struct):
     """One planted fault. cause: its number in docs/causes.md. planted: its name. caught: its axis saw the fault.
 
-    named: locate named the module, op and seam where the fault was planted. emulated: re-created outside its own kernel.
-    axis: the probe that had to see the fault. located: what locate said. refused: the engine does not start with the
-    feature.
+    named: locate named the module, op and seam where the fault was planted. emulated: re-created outside the kernel that
+    has the fault. axis: the probe that had to see the fault. located: what locate said. refused: the engine does not
+    start with the feature.
     """
 
     cause: int

@@ -1,9 +1,9 @@
-"""Times the kernels beside vLLM's oneDNN GEMM and its stock CPU attention.
+"""Times the bundled CPU kernels beside vLLM's oneDNN GEMM and its stock CPU attention.
 
-    python -m bi_patch.kernels.cpu.bench CACHE_DIR [gemm|attention|store] [--quick]
+    PYTHONPATH=. python3 benchmarks/cpu/kernels.py CACHE_DIR [gemm] [attention] [--quick]
 
-Every number is the minimum over repeats, ours and theirs alternating; ratio is
-ours / theirs (below 1: ours is faster). Needs vllm's CPU build for the comparison.
+CACHE_DIR keeps the compiled kernels. Every number is the minimum over repeats, ours and theirs alternating; the ratio
+is ours / theirs (below 1: ours is faster). Needs vLLM's CPU build for the comparison.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from pathlib import Path
 
 import torch
 
-from . import load
+import bi_patch_entry
+
+bi_patch_entry.without_arming()  # stock kernels are what ours are compared with
+
+from bi_patch.kernels.cpu import load  # noqa: E402
 
 GEMM_SHAPES = [
     (960, 576),
@@ -134,7 +138,7 @@ def attention(seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache_dir", type=Path)
-    parser.add_argument("what", nargs="*", default=["gemm", "attention"])
+    parser.add_argument("what", nargs="*", default=["gemm", "attention"], help="gemm, attention, or both (default)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
