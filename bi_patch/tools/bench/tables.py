@@ -10,7 +10,7 @@ from bi_patch import identity
 from bi_patch.tools import evidence, marks
 from bi_patch.tools.bench import cost, plot
 from bi_patch.tools.evidence.kinds import KINDS
-from bi_patch.tools.evidence.store import Table, platform
+from bi_patch.tools.evidence.store import Table
 
 _EVIDENCE_MARK = re.compile(rf"<!-- ((?:{'|'.join(kind.kind for kind in KINDS)})-\S+) -->")
 
@@ -62,7 +62,7 @@ def draw(tables: Mapping[str, Table], folder: Path) -> list[Path]:
     for mark, table in distinct(tables).items():
         if table.kind is evidence.Cost and mark == table.name:
             drawn.append(folder / f"{mark}.svg")
-            plot.cost(table.evidence, drawn[-1], cost.target(platform(table.device)))
+            plot.cost(table.evidence, drawn[-1], cost.target(table.newest.evidence.platform))
     return drawn
 
 

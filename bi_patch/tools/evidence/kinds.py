@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import ClassVar, TypeVar
 
 import msgspec
+
+from bi_patch.tools.verify.engine import short_name
 
 CAUSES = 25  # docs/causes.md
 
@@ -41,9 +44,9 @@ class InvarianceRow(msgspec.Struct):
 class FaultRow(msgspec.Struct):
     """One planted fault. cause: its number in docs/causes.md. planted: its name. caught: its axis saw the fault.
 
-    named: locate named the module, op and seam where the fault was planted. emulated: re-created outside the kernel that
-    has the fault. axis: the probe that had to see the fault. located: what locate said. refused: the engine does not
-    start with the feature.
+    named: locate named the module, op and seam where the fault was planted. emulated: re-created outside the kernel
+    that has the fault. axis: the probe that had to see the fault. located: what locate said. refused: the engine does
+    not start with the feature.
     """
 
     cause: int
@@ -82,6 +85,11 @@ class Evidence(msgspec.Struct, kw_only=True):
     note: str = ""
 
     @property
+    def platform(self) -> str:
+        """The short name of the device, as files and marks have it: "cpu" for a processor with its cores."""
+        return "cpu" if re.search(r"\(\d+ cores\)$", self.device) else short_name(self.device)
+
+    @property
     def variant(self) -> str:
         """What tells two tables of one device and release apart, "" for nothing."""
         return ""
@@ -111,7 +119,7 @@ class Parity(Evidence, kw_only=True):
 class Faults(Evidence, kw_only=True):
     """Planted faults. clean: pairs compared on the same axes without a fault, and how many of them differed.
 
-    dtype: of the engine, "" for the platform's default (float32 on the CPU, bfloat16 on a GPU).
+    dtype: of the engine, "" in old files for the platform's default (float32 on the CPU, bfloat16 on a GPU).
     """
 
     kind = "faults"
@@ -121,6 +129,8 @@ class Faults(Evidence, kw_only=True):
 
     @property
     def variant(self) -> str:
+        if self.dtype == ("float32" if self.platform == "cpu" else "bfloat16"):
+            return ""
         return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(self.dtype, self.dtype)
 
 

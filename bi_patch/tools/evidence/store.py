@@ -18,7 +18,6 @@ from bi_patch.files import write_json
 from bi_patch.tools import provenance
 from bi_patch.tools.evidence.kinds import KINDS, Evidence, Faults, Kind
 from bi_patch.tools.provenance import Provenance
-from bi_patch.tools.verify.engine import short_name
 
 RESULTS = Path("benchmarks/results")
 ARCHIVE = "archive"  # the folder, at any depth, whose files supply no table
@@ -70,14 +69,9 @@ def triton_release() -> str:
     return ""
 
 
-def platform(device: str) -> str:
-    """The short name of a device, as files and marks have it: "cpu" for what vLLM's CPU build calls its device."""
-    return "cpu" if re.search(r"\(\d+ cores\)$", device) else short_name(device)
-
-
 def file_name(evidence: Evidence) -> str:
     """E.g. cost-2026-11-28-cpu-vllm-0.32.0.json."""
-    where = "-".join(filter(None, (platform(evidence.device), evidence.variant)))
+    where = "-".join(filter(None, (evidence.platform, evidence.variant)))
     release = re.sub(r"[^0-9A-Za-z.]+", "-", evidence.vllm)
     return f"{evidence.kind}-{evidence.date}-{where}-vllm-{release}.json"
 
@@ -153,7 +147,7 @@ class Table:
     @property
     def name(self) -> str:
         """E.g. cost-h100."""
-        return "-".join(filter(None, (self.kind.kind, platform(self.device), self.variant)))
+        return "-".join(filter(None, (self.kind.kind, self.newest.evidence.platform, self.variant)))
 
     @property
     def rows(self) -> list:

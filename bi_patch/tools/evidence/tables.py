@@ -112,4 +112,5 @@ def commit(evidence: Evidence) -> str:
 
 
 def _note(evidence: Evidence) -> str:
-    return f" {evidence.note.rstrip('.')}." if evidence.note else ""
+    note = evidence.note.rstrip(".")
+    return f" {note[0].upper()}{note[1:]}." if note else ""
