@@ -8,8 +8,6 @@ from typing import ClassVar, TypeVar
 
 import msgspec
 
-from bi_patch.tools.verify.engine import short_name
-
 CAUSES = 25  # docs/causes.md
 
 
@@ -136,6 +134,12 @@ class Faults(Evidence, kw_only=True):
 
 Kind = TypeVar("Kind", bound=Evidence)
 KINDS: tuple[type[Evidence], ...] = (Cost, Invariance, Faults, Parity)
+
+
+def short_name(device: str) -> str:
+    """The word of a device's name that tells models apart, e.g. "h100" of "NVIDIA H100 80GB HBM3"."""
+    parts = re.findall(r"[a-z0-9]+", device.lower())
+    return next((p for p in parts if re.search(r"[a-z]\d", p)), parts[-1] if parts else "device")
 
 
 def total_differing(rows: Iterable[InvarianceRow]) -> int:

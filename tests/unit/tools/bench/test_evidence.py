@@ -8,8 +8,9 @@ import pytest
 from bi_patch import __version__, identity
 from bi_patch.tools import evidence
 from bi_patch.tools.bench import cost
+from bi_patch.tools.evidence.kinds import short_name
 from bi_patch.tools.verify.child import ARMED, STOCK, UPSTREAM, child_environ
-from bi_patch.tools.verify.engine import Info, Options, short_name
+from bi_patch.tools.verify.engine import Info, Options
 
 INFO = Info("armed", "0.32.0", "2.13.0+cpu", "AMD EPYC (2 cores)", 2, 16, 500)
 RESULTS = Path(__file__).resolve().parents[4] / "benchmarks" / "results"
