@@ -70,7 +70,7 @@ def unmeasured(report: Report) -> list[str]:
     holes += [f"{axis.name}: {axis.state}: {axis.reason}" for axis in report.axes if axis.state in UNSETTLED[:-1]]
     if not report.stopped:
         holes += [f"{axis.name}: not run" for axis in report.axes if axis.state == UNSETTLED[-1]]
-    if report.precision is not None and (report.precision.failed or report.precision.due):
+    if report.precision is not None and (report.precision.failed or report.precision.unchecked):
         holes.append(report.precision.words())
     if report.open_seams:
         holes.append(f"required seams are open: {', '.join(report.open_seams)}")
