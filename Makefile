@@ -28,6 +28,7 @@ demo: setup
 test: setup
 	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
 	$(BIN)/bi-patch check --all
+	$(BIN)/bi-patch bench --tables --check
 	$(BIN)/pytest -m "engine and not slow and not gpu and not ascend" tests
 	$(MAKE) test-ascend
 

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import cycle, islice
 
 import attention  # sets the environment
+import stamp
 from gemm import time_calls
 
 HEADS, KEY_HEADS, CALLS = 32, 8, 12
@@ -85,7 +86,6 @@ def calls(pairs):
 
 def main() -> None:
     import torch
-    import vllm
 
     rows = []
 
@@ -114,10 +114,8 @@ def main() -> None:
             ways["triton"] = partial(triton, q, *held[16], starts, lengths, window)
             for way, prepare in ways.items():
                 keep(size, window, number, context, way, prepare)
-    head = {"device": torch.cuda.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__}
-    head["command"] = "benchmarks/hopper/attention_times.py"
     with open(sys.argv[1], "w") as file:
-        json.dump({**head, "rows": rows}, file, indent=1)
+        json.dump({**stamp.head(), "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import stamp
+
 SHAPES = {
     "8B qkv": (6144, 4096),
     "8B o": (4096, 4096),
@@ -128,7 +130,9 @@ def main() -> None:
         if done.returncode:
             sys.exit(f"mode {mode} failed")
         rows += json.loads(done.stdout.splitlines()[-1])
-    Path(a.out).write_text(json.dumps(rows))
+    os.environ["BI_PATCH"] = "0"  # this process only writes the file
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    Path(a.out).write_text(f'{json.dumps(stamp.head())[:-1]}, "rows": [\n{lines}\n]}}\n')
     table: dict[tuple, dict] = {}
     for row in rows:
         entry = table.setdefault((row["shape"], row["m"]), {})

@@ -1,55 +1,68 @@
-"""Turns the JSON files of child.py into the evidence files, a table and a plot.
+"""Makes result files of what child.py and `bi-patch verify --json` wrote.
 
-    PYTHONPATH=.:$PYTHONPATH python3 benchmarks/hopper/report.py TAG DATE [--results FOLDER] FILE.json...
+    PYTHONPATH=. python3 benchmarks/hopper/report.py FILE.json... [--results FOLDER] [--command TEXT] [--note TEXT]
 
-writes benchmarks/results/*-DATE-TAG-vllm-*.json.
-
-TAG names the device, e.g. h100. Files of all models and modes may be given together, also reports of `bi-patch verify`,
-whose model is their target's folder; devices and releases must agree.
-Rows of other models that an earlier run of the same day left in the evidence files are kept.
+Files of several models and modes may be given together; device, libraries and bi_patch's digest must agree. Costs of
+child.py become cost-*.json, reports of verify invariance-*.json. The model of a report is the folder that was verified.
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
 from pathlib import Path
 
-import models
+import bi_patch_entry
 
-os.environ["BI_PATCH"] = "0"
+bi_patch_entry.without_arming()  # this process only reads files
+
+import msgspec  # noqa: E402
+
+from bi_patch.tools import evidence  # noqa: E402
+from bi_patch.tools.bench import invariance  # noqa: E402
+from bi_patch.tools.models import shapes  # noqa: E402
+from bi_patch.tools.provenance import Provenance  # noqa: E402
+from bi_patch.tools.verify import report as verify  # noqa: E402
+
 MODES = ("stock", "upstream", "armed")
 
 
-def load(paths: list[str]) -> list[dict]:
-    runs = [as_run(json.loads(Path(path).read_text())) for path in paths]
-    found = {(run["device"], run["vllm"], run["torch"]) for run in runs}
-    if len(found) != 1:
-        sys.exit(f"the files are not of one device and release: {sorted(found)}")
-    return runs
+class Costs(msgspec.Struct):
+    """What child.py wrote: one engine's repeats, each with its workload and times."""
+
+    model: str
+    mode: str
+    device: str
+    vllm: str
+    torch: str
+    threads: int
+    provenance: Provenance
+    cost: list[dict]
 
 
-def as_run(found: dict) -> dict:
-    """A report of `bi-patch verify` in the form of child.py's files; the latter as they are."""
-    if "axes" not in found:
-        return found
-    rows = [
-        {"axis": axis["name"], "compared": axis["compared"], "differing": axis["differing"], "note": axis["reason"]}
-        for axis in found["axes"]
-        if axis["compared"]
-    ]
-    kept = {name: found[name] for name in ("mode", "device", "vllm", "torch")}
-    folder = Path(found["target"]).name
-    names = {models.short(name): name for name in models.MODELS}
-    return kept | {"model": names.get(folder, folder), "cost": [], "matrix": rows}
+def load(path: Path) -> Costs | verify.Report:
+    """Exits for a file that is neither, and for a report of an engine that was not armed."""
+    try:
+        if "axes" not in msgspec.json.decode(path.read_bytes(), type=dict):
+            return msgspec.json.decode(path.read_bytes(), type=Costs)
+        found = verify.read(path)
+    except (OSError, msgspec.DecodeError, ValueError) as error:
+        sys.exit(f"{path} is neither a file of child.py nor a report of verify: {error}")
+    if found.mode != "armed" or found.provenance is None:
+        sys.exit(f"{path}: only the report of an armed engine is evidence; this one is of {found.mode}")
+    if not found.compared:
+        sys.exit(f"{path}: nothing was compared: {found.stopped}")
+    return found
 
 
-def cost_rows(runs: list[dict]) -> list[dict]:
+def measured_on(run: Costs | verify.Report) -> tuple[str, str, str, str]:
+    return run.device, run.vllm, run.torch, run.provenance.digest
+
+
+def cost_rows(runs: list[Costs]) -> list[evidence.CostRow]:
     """One row a model and workload: medians over the repeats; decode in ms a step, throughput and prefill in s."""
     times: dict[tuple, dict[str, list[float]]] = {}
     for run in runs:
-        for row in run["cost"]:
+        for row in run.cost:
             name = row["workload"]
             number = int(name.split(" ")[0])
             wanted = [("total", "s", "total_s"), ("prefill", "s", "prefill_s")] if number > 64 else []
@@ -57,89 +70,68 @@ def cost_rows(runs: list[dict]) -> list[dict]:
             wanted += [("decode (GPU)", "ms/step", "gpu_ms")] if "gpu_ms" in row else []
             wanted += [("prefill", "s", "prefill_s")] if name in ("8 x 1024/128", "2 x 32000/64") else []
             for what, unit, field in wanted:
-                key = (run["model"], f"{what} {name}", unit)
-                times.setdefault(key, {}).setdefault(run["mode"], []).append(row[field])
-    rows = []
-    for (model, workload, unit), modes in times.items():
-        median = {mode: statistics.median(modes[mode]) if mode in modes else None for mode in MODES}
-        row = {"model": model, "workload": workload, "unit": unit}
-        row |= {mode: median[mode] and round(median[mode], 4) for mode in MODES}
-        row["repeats"] = min(len(values) for values in modes.values())
-        row["ratio"] = round(median["armed"] / median["stock"], 4) if median["armed"] and median["stock"] else None
-        for mode in ("stock", "armed"):
-            row[f"{mode}_range"] = [round(f(modes[mode]), 4) for f in (min, max)] if mode in modes else None
-        rows.append(row)
-    return rows
+                key = (run.model, f"{what} {name}", unit)
+                times.setdefault(key, {}).setdefault(run.mode, []).append(row[field])
+    return [cost_row(*key, modes) for key, modes in times.items()]
 
 
-def invariance_rows(runs: list[dict]) -> list[dict]:
-    return [
-        {
-            "model": run["model"],
-            "axis": row["axis"],
-            "compared": row["compared"],
-            "differing": row["differing"],
-            "first": row.get("note", ""),
-        }
-        for run in runs
-        if run["mode"] == "armed"
-        for row in run["matrix"]
-    ]
+def cost_row(model: str, workload: str, unit: str, times: dict[str, list[float]]) -> evidence.CostRow:
+    """times: every repeat by mode."""
+    median = {mode: round(statistics.median(values), 4) for mode, values in times.items()}
+    span = {mode: (round(min(values), 4), round(max(values), 4)) for mode, values in times.items()}
+    both = "armed" in times and "stock" in times
+    return evidence.CostRow(
+        model,
+        workload,
+        unit,
+        *(median.get(mode) for mode in MODES),
+        repeats=min(map(len, times.values())),
+        ratio=round(statistics.median(times["armed"]) / statistics.median(times["stock"]), 4) if both else None,
+        stock_range=span.get("stock"),
+        armed_range=span.get("armed"),
+    )
 
 
-def merged(path: Path, head: dict, rows: list[dict]) -> dict:
-    """The evidence file: `rows` after the rows of other models that `path` already holds, and its note."""
-    models = {row["model"] for row in rows}
-    held = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    kept = [row for row in held["rows"] if row["model"] not in models]
-    return {**held, **head, "rows": kept + rows}
+def model_of(report: verify.Report) -> str:
+    folder = Path(report.system).name
+    return {shapes.short(name): name for name in shapes.SHAPES}.get(folder, folder)
 
 
-def table(rows: list[dict]) -> str:
-    lines = ["| model | workload | unit | stock | upstream | armed | armed / stock |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        cells = [row["model"], row["workload"], row["unit"], row["stock"], row["upstream"], row["armed"], row["ratio"]]
-        texts = ["" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells]
-        lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines)
+def holes(reports: list[verify.Report]) -> str:
+    """What the reports could not show, for the note."""
+    return ". ".join(
+        f"{model_of(found)}: {hole.rstrip('.')}" for found in reports for hole in invariance.unmeasured(found)
+    )
+
+
+def write(kind, runs: list, rows: list, note: str, a: argparse.Namespace) -> Path:
+    """The result file of these runs: of the command that was given, else of all commands that the runs name."""
+    commands = "; ".join(dict.fromkeys(run.provenance.command for run in runs))
+    made_by = msgspec.structs.replace(runs[-1].provenance, command=a.command or commands)
+    found = evidence.new(kind, runs[-1], made_by)
+    found.rows, found.note = rows, ". ".join(filter(None, (a.note, note)))
+    return evidence.write(found, a.results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tag")
-    parser.add_argument("date")
-    parser.add_argument("files", nargs="+")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--results", type=Path, default=evidence.RESULTS)
+    parser.add_argument("--command", default="", help="what was run, where that is not the files' own commands")
+    parser.add_argument("--note", default="", help="a sentence for the result files")
     a = parser.parse_args()
-    runs = load(a.files)
-    head = {"device": runs[0]["device"], "vllm": runs[0]["vllm"], "torch": runs[0]["torch"], "date": a.date}
-    end = f"{a.date}-{a.tag}-vllm-{head['vllm']}"
-    a.results.mkdir(parents=True, exist_ok=True)
-    costs, matrix = cost_rows(runs), invariance_rows(runs)
-    if costs:
-        path = a.results / f"cost-{end}.json"
-        found = merged(path, head, costs)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        path.with_suffix(".md").write_text(table(found["rows"]) + "\n")
-        print(table(found["rows"]))
-        draw(found, path.with_suffix(".svg"), a.tag)
-    if matrix:
-        path = a.results / f"invariance-{end}.json"
-        path.write_text(json.dumps(merged(path, head, matrix), indent=1) + "\n")
-        print(f"{sum(r['compared'] for r in matrix)} positions, {sum(r['differing'] for r in matrix)} differing")
-
-
-def draw(found: dict, picture: Path, tag: str) -> None:
-    """The plot, where the packages for it are installed."""
-    try:
-        import msgspec
-
-        from bi_patch.tools.bench import cost, plot
-        from bi_patch.tools.evidence import Cost
-
-        plot.cost(msgspec.convert(found, Cost), picture, cost.target(tag))
-    except (ImportError, RuntimeError) as error:
-        print(f"no plot: {error}")
+    runs = [load(path) for path in a.files]
+    if len({measured_on(run) for run in runs}) != 1:
+        sys.exit(f"the files are not of one device, release and bi_patch: {sorted(set(map(measured_on, runs)))}")
+    costs = [run for run in runs if isinstance(run, Costs)]
+    reports = [run for run in runs if isinstance(run, verify.Report)]
+    if rows := cost_rows(costs):
+        print(write(evidence.Cost, costs, rows, "", a))
+        for row in rows:
+            print(f"{row.model}: {row.workload}: armed / stock {row.ratio or '-'}")
+    if rows := [row for found in reports for row in invariance.rows(model_of(found), found)]:
+        print(write(evidence.Invariance, reports, rows, holes(reports), a))
+        print(f"{evidence.total_differing(rows)} of {sum(row.compared for row in rows):,} positions differ")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,35 @@
-"""One command on a Hopper host: stock vLLM, upstream's own mode and armed in turn, then the evidence files.
+"""One command on a Hopper host: stock vLLM, upstream's own mode and armed in turn, then the result files.
 
-    PYTHONPATH=.:$PYTHONPATH python3 benchmarks/hopper/run.py TAG DATE [--model Qwen3-8B]... [--results FOLDER]
+    PYTHONPATH=. python3 benchmarks/hopper/run.py [--model Qwen3-8B]... [--level default] [--results FOLDER]
 
-Each engine has a process of its own and nothing beside it on the card. Armed also runs the invariance matrix, and
-then `bi-patch verify` the axes that need further engines (--no-verify leaves them out). On an H100 6 minutes for a 1B
-model and 10 for an 8B model, and about 5 more for the further engines. TAG and DATE name the files under the results;
-they are written anew after every engine, so that a run which is cut short leaves what it measured.
+Each engine has a process of its own and nothing beside it on the card. Then `bi-patch verify` measures the armed
+engine's axes (--no-verify leaves them out). On an H100 the three engines take 6 minutes for a 1B model and 10 for an 8B
+model; `bi-patch verify --help` says how long a level takes. The result files are written anew after every engine, so
+that a run which is cut short leaves what it measured.
 """
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import models
+import bi_patch_entry
+
+bi_patch_entry.without_arming()  # the engines run in processes of their own
+
+from bi_patch.tools.models import shapes  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 # Fewer captured sizes than the default make three starts shorter; they are the same for all modes.
 EXTRA = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}}
-# Axes that the matrix of one engine cannot hold.
-AXES = ("tied logits and routers", "preemption", "restart", "prefix cache off", "eager and compiled")
 CLI = "import bi_patch_entry; bi_patch_entry.cli()"
 
 
 def options(doc: str) -> argparse.ArgumentParser:
-    """The options of every command that measures engines and writes evidence."""
+    """The options of every command that measures engines and writes result files."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tag")
-    parser.add_argument("date")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--raw", type=Path, default=Path("/tmp/bi_patch-hopper"), help="folder of each engine's file")
     parser.add_argument("--max-model-len", type=int, default=33000)
@@ -38,48 +39,51 @@ def options(doc: str) -> argparse.ArgumentParser:
 def engine(a, model: str, mode: str, *flags: str, **extra) -> tuple[Path, list[str]]:
     """Where one engine's process writes, and its command; what an earlier run wrote there is removed."""
     a.raw.mkdir(parents=True, exist_ok=True)
-    out = a.raw / f"{models.short(model)}-{mode}.json"
+    out = a.raw / f"{shapes.short(model)}-{mode}.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "child.py"), model, mode, str(out), *flags]
     return out, [*command, "--extra", json.dumps(EXTRA | extra), "--max-model-len", str(a.max_model_len)]
 
 
-def report(a, files: list[Path]) -> None:
-    """Write the evidence files anew."""
-    command = [sys.executable, HERE / "report.py", a.tag, a.date, "--results", a.results, *files]
-    subprocess.run([str(part) for part in command], check=True)
+def report(a, files: list[Path], note: str = "") -> bool:
+    """Write the result files anew; False where these files make none."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    made = [sys.executable, HERE / "report.py", "--results", a.results, "--command", command, "--note", note, *files]
+    return not subprocess.run([str(part) for part in made]).returncode
 
 
-def verify(model: str, out: Path) -> list[str]:
+def verify(model: str, level: str, out: Path) -> list[str]:
     """The command of `bi-patch verify`, installed or not."""
-    axes = [part for axis in AXES for part in ("--axis", axis)]
-    folder = models.write(model, "/tmp/models")
-    return [sys.executable, "-c", CLI, "verify", folder, "--random-weights", "7", *axes, "--json", str(out)]
+    folder = shapes.write(model, "/tmp/models")
+    asked = [] if level == "default" else [f"--{level}"]
+    return [sys.executable, "-c", CLI, "verify", folder, "--random-weights", "7", *asked, "--json", str(out)]
 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--model", action="append", help="a name of models.py; repeatable; default: Qwen3-8B")
+    parser.add_argument("--model", action="append", choices=shapes.SHAPES, help="repeatable; default: Qwen3-8B")
     parser.add_argument("--modes", default="armed,stock,upstream")
+    parser.add_argument("--level", choices=("quick", "default", "full"), default="default", help="of verify")
     parser.add_argument("--no-verify", action="store_true")
     a = parser.parse_args()
     files, failed = [], []
     for model in a.model or ["Qwen3-8B"]:
-        commands, modes = [], a.modes.split(",")
-        for mode in modes:
-            commands.append((*engine(a, model, mode, "--cost", *(["--matrix"] if mode == "armed" else [])), False))
+        modes = a.modes.split(",")
+        commands = [(*engine(a, model, mode, "--cost"), False) for mode in modes]
         if "armed" in modes and not a.no_verify:
-            out = a.raw / f"{models.short(model)}-verify.json"
+            out = a.raw / f"{shapes.short(model)}-verify.json"
             out.unlink(missing_ok=True)
             # Its report says what was compared also where it did not pass.
-            commands.append((out, verify(model, out), True))
+            commands.append((out, verify(model, a.level, out), True))
         for out, command, kept_anyway in commands:
             wrong = subprocess.run(command).returncode
             if wrong:
                 failed.append(str(out))
             if out.is_file() and (kept_anyway or not wrong):
-                files.append(out)
-                report(a, files)
+                if report(a, [*files, out]):
+                    files.append(out)
+                else:
+                    failed.append(f"report of {out}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 os.environ["BI_PATCH"] = "0"
+import stamp
 from gemm import mask_split_k, problems, time_calls
 
 ROWS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 8192)
@@ -99,7 +100,7 @@ def main() -> None:
     from bi_patch.kernels.triton import gemm
 
     mask_split_k(torch)
-    rows = []
+    head, rows = stamp.head(), []
     for name, n, k, x, weights in problems(torch, a.rows):
         if time.monotonic() - began > a.seconds:
             break
@@ -115,7 +116,7 @@ def main() -> None:
         best, tile = row["tiles"][0]
         print(f"{name} M={len(x)} library {row['library_us']:.1f} best {best:.1f} us {tile}", flush=True)
         with open(a.out, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, file)
+            json.dump({**head, "rows": rows}, file)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Cost of small models: stock and armed on one card at once, measured in turns.
 
-    PYTHONPATH=.:$PYTHONPATH python3 benchmarks/hopper/turns.py TAG DATE [--model Llama-3.2-1B] [--repeats 5]
+    PYTHONPATH=. python3 benchmarks/hopper/turns.py [--model Llama-3.2-1B] [--repeats 5]
 
 A decode step of a small model is mostly the host's time, which drifts by tens of percent from one minute to the next
 and from process to process. Here both engines are alive and each repeat of one is followed by the same of the other,
@@ -10,6 +10,7 @@ so that drift meets both. Each has a fixed KV cache, and both must fit on the ca
 
 import queue
 import subprocess
+import sys
 import threading
 
 import run
@@ -17,6 +18,7 @@ from child import workloads
 
 MODES = ("stock", "armed")
 START_S, REPEAT_S = 300, 120
+NOTE = "Stock and armed in turns on one card; (GPU): the time of the kernels alone, one profile of 16 steps"
 
 
 class Child:
@@ -57,7 +59,7 @@ class Child:
 
 def main() -> None:
     parser = run.options(__doc__)
-    parser.add_argument("--model", default="Llama-3.2-1B", help="a name of models.py")
+    parser.add_argument("--model", default="Llama-3.2-1B", help="a name of SHAPES")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help="comma-separated workloads")
     parser.add_argument("--kv-gib", type=int, default=24, help="KV cache of each engine")
@@ -76,7 +78,8 @@ def main() -> None:
     finally:
         for child in children:
             child.process.kill()
-    run.report(a, [child.out for child in children])
+    if not run.report(a, [child.out for child in children], NOTE):
+        sys.exit("no result file was written")
 
 
 if __name__ == "__main__":

@@ -1,79 +1,79 @@
-"""Running the matrix: every axis on every model, dtype and mode, armed, in engines of their own."""
+"""The matrix: every axis that verify has, on one model after the other, as rows of evidence."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
+from bi_patch.errors import BiPatchError
 from bi_patch.tools.evidence import InvarianceRow
-from bi_patch.tools.verify.answers import Difference
-from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
-from bi_patch.tools.verify.engine import Engine, Info, Options
-from bi_patch.tools.verify.probes import CROSS_PROBES, OWN_PROBES, PROBES, CrossProbe, NotExercised, Probe, Workload
+from bi_patch.tools.verify import measure as verify
+from bi_patch.tools.verify.levels import Level
+from bi_patch.tools.verify.probes import NotExercised
+from bi_patch.tools.verify.report import LEFT_OUT, NOT_EXERCISED, UNSETTLED, Axis, Report
 
-LONG = 3000
+
+class Unmeasured(BiPatchError):
+    """An axis failed, or the engines could not show what they were asked for: the matrix would have a hole."""
+
+
+class _Teller(verify.Watcher):
+    """Passes on, as lines of text, what verify is doing and what each axis found."""
+
+    def __init__(self, label: str, tell: Callable[[str], None]) -> None:
+        self._label, self._tell = label, tell
+
+    def starting(self, what: str, left: float) -> None:
+        self._tell(f"{self._label}: {what}")
+
+    def measuring(self, axis: Axis, left: float) -> None:
+        self._tell(f"{self._label}: {axis.name}")
+
+    def settled(self, axis: Axis, left: float) -> None:
+        if axis.compared:
+            first = f" ({axis.shown[0].first})" if axis.shown else ""
+            self._tell(f"{self._label}: {axis.name}: {axis.differing} of {axis.compared} differ{first}")
+        elif axis.state != LEFT_OUT:
+            self._tell(f"{self._label}: {axis.name}: {axis.state}: {axis.reason}")
 
 
 def measure(
-    label: str,
-    options: Options,
-    *,
-    mode: str = ARMED,
-    probes: Sequence[Probe] = PROBES,
-    own: Sequence[Probe] = OWN_PROBES,
-    cross: Sequence[CrossProbe] = CROSS_PROBES,
-    long: int = LONG,
-    tell: Callable[[str], None] = lambda text: None,
-) -> tuple[list[InvarianceRow], Info]:
-    """One row per axis for one model and what the engine is. long: length of the long prompt.
+    label: str, system, level: Level, *, only: Sequence[str] = (), tell: Callable[[str], None] = lambda text: None
+) -> tuple[list[InvarianceRow], Report]:
+    """One row for each axis of the level that applies to the system, and verify's report.
 
-    probes run on one engine, each of `own` on one of its own, cross between engines.
-    Raises NotExercised when an axis did not happen, and what an engine fails with: no axis is left out silently.
+    system: what verify starts engines of. only: names of axes, of any level; empty for the level's.
+    Raises NotExercised for an axis whose cause never occurred, Unmeasured for anything else that left a hole: no axis
+    is left out silently. Positions that differ raise nothing; their rows say so.
     """
-    rows: list[InvarianceRow] = []
-    environ = {**PATIENT, **os.environ}
+    report = verify.verify(system, level, only=only, watcher=_Teller(label, tell))
+    for axis in report.axes:
+        if axis.state == NOT_EXERCISED:
+            raise NotExercised(f"{label}: {axis.name}: {axis.reason}")
+    if holes := unmeasured(report):
+        raise Unmeasured(f"{label}: {'; '.join(holes)}")
+    return rows(label, report), report
 
-    def applies(probe: Probe | CrossProbe, engine: Engine) -> bool:
-        if why := probe.missing(engine):
-            tell(f"{label}: {probe.name}: does not apply: {why}")
-        return not why
 
-    def count(axis: str, compared: int, differing: int, first: str) -> None:
-        if not compared:
-            raise NotExercised(f"{label}: {axis}: nothing was compared")
-        rows.append(InvarianceRow(label, axis, compared, differing, first))
-        tell(f"{label}: {axis}: {differing} of {compared} differ" + (f" ({first})" if first else ""))
+def rows(label: str, report: Report) -> list[InvarianceRow]:
+    """A row for each axis that compared something."""
+    return [
+        InvarianceRow(label, axis.name, axis.compared, axis.differing, axis.shown[0].first if axis.shown else "")
+        for axis in report.axes
+        if axis.compared
+    ]
 
-    def within(probe: Probe, engine: Engine) -> None:
-        tell(f"{label}: {probe.name}")
-        result = probe.run(engine, workload)
-        count(probe.name, result.compared, result.differing, result.first)
 
-    tell(f"{label}: starting the {mode} engine")
-    with ChildEngine(mode, options, environ=environ) as engine:
-        workload = Workload.random(engine.info.vocab_size, long=long, prefix=300)
-        for probe in probes:
-            if applies(probe, engine):
-                within(probe, engine)
-        own = [probe for probe in own if applies(probe, engine)]
-        cross = [crossing for crossing in cross if applies(crossing, engine)]
-        expected = {}
-        for crossing in cross:
-            tell(f"{label}: {crossing.name}, reference")
-            expected[crossing.name] = crossing.collect(engine, workload)
-        changes = {crossing.name: crossing.changes(engine) for crossing in cross}
-        info = engine.info
-    for probe in own:
-        tell(f"{label}: {probe.name}, starting its engine")
-        with ChildEngine(mode, options.but(**probe.options(options)), environ=environ) as engine:
-            within(probe, engine)
-    for crossing in cross:
-        total = Difference()
-        for change in changes[crossing.name]:
-            tell(f"{label}: {crossing.name}, {change.label}")
-            with ChildEngine(mode, options.but(**change.options), environ=environ, fresh=change.fresh) as other:
-                got = crossing.collect(other, workload, change)
-                result = crossing.judge(change, expected[crossing.name], got)
-            total += Difference(result.compared, result.differing, result.tokens_changed, result.largest, result.first)
-        count(crossing.name, total.compared, total.differing, total.first)
-    return rows, info
+def unmeasured(report: Report) -> list[str]:
+    """What the report does not show although its level holds it: a sentence each, none for a complete report."""
+    # A run that stopped early says why once; the axes that were waiting then say nothing more.
+    holes = [f"stopped early: {report.stopped}"] if report.stopped else []
+    holes += [f"{axis.name}: {axis.state}: {axis.reason}" for axis in report.axes if axis.state in UNSETTLED[:-1]]
+    if not report.stopped:
+        holes += [f"{axis.name}: not run" for axis in report.axes if axis.state == UNSETTLED[-1]]
+    if report.precision is not None and (report.precision.failed or report.precision.unchecked):
+        holes.append(report.precision.words())
+    if report.open_seams:
+        holes.append(f"required seams are open: {', '.join(report.open_seams)}")
+    if not holes and not report.compared:
+        holes.append("nothing was compared")
+    return holes

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bi_patch.tools.models import recipes
+from bi_patch.tools.verify.levels import FULL
+from bi_patch.tools.verify.probes import PROBES
 
+LEVEL = FULL
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One engine to measure. cross: also the axes that need other engines (one start each)."""
+    """One model, dtype and mode. cross: also the axes that need engines of their own (one start each)."""
 
     model: str
     dtype: str = "bfloat16"
@@ -21,6 +24,11 @@ class Spec:
     @property
     def label(self) -> str:
         return f"{self.model} {_SHORT[self.dtype]}{'' if self.eager else ' compiled'}"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes to measure, none for all of the level's."""
+        return () if self.cross else tuple(probe.name for probe in PROBES)
 
 
 COST = (

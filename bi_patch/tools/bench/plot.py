@@ -19,6 +19,7 @@ def cost(evidence: Cost, path: Path, target: float) -> None:
     The format is the path's ending. Raises PlotsMissing.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -47,7 +48,8 @@ def cost(evidence: Cost, path: Path, target: float) -> None:
     axes.set_ylim(0, max([target, *(row.ratio for row in rows)]) + 0.35)  # room for the legend
     axes.legend(fontsize=7, ncols=3, frameon=False, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with rc_context({"svg.hashsalt": path.stem}):  # the same rows give the same file
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _two_lines(load: str) -> str:

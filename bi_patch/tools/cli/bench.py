@@ -18,25 +18,37 @@ def bench(
     invariance: Annotated[bool, typer.Option(help="Measure the matrix of axes and models, armed.")] = True,
     quick: Annotated[bool, typer.Option(help="Two repeats, and only the first model of each part.")] = False,
     only: Annotated[
-        list[str] | None, typer.Option(help="Only measurements whose label contains this; repeatable.")
+        list[str] | None, typer.Option(help="Only measurements whose label contains this text; repeatable.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of each workload.")] = 5,
-    results: Annotated[Path, typer.Option(help="Folder of the evidence files.")] = Path("benchmarks/results"),
+    results: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("benchmarks/results"),
     tables: Annotated[
-        bool, typer.Option("--tables", help="Measure nothing: print the tables of the newest files, draw the plot.")
+        bool, typer.Option("--tables", help="Measure nothing: print the tables of the newest files, draw the plots.")
     ] = False,
-    readme: Annotated[Path | None, typer.Option(help="With --tables: put them between this file's marks.")] = None,
+    write: Annotated[
+        list[Path] | None, typer.Option(help="With --tables: renew the tables between this page's marks; repeatable.")
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="With --tables: say which tables measured this tree's code; exit 1 if README.md or a page under "
+            "docs/ shows an older table.",
+        ),
+    ] = False,
 ) -> None:
     """Measure cost and invariance. Exit 1 when a position differed; times are only meant for a quiet machine."""
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import matrix
 
     console = Console()
+    if (write or check) and not tables:
+        raise SettingError("--write and --check go with --tables")
+    if write and check:
+        raise SettingError("--write and --check: choose one")
     if tables:
-        _tables(console, results, readme)
+        _tables(console, results, write or [], check)
         return
-    if readme is not None:
-        raise SettingError("--readme goes with --tables")
     costs, matrix = _chosen(matrix.COST if cost else (), matrix.INVARIANCE if invariance else (), only or [], quick)
     if costs:
         _cost(console, costs, 2 if quick else repeats, results)
@@ -79,7 +91,7 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
             rows, info, note = cost.measure(spec.label, _options(spec, console), repeats=repeats, tell=tell)
         found = evidence.new(evidence.Cost, info)
         found.rows, found.note = rows, note
-        path = evidence.write(found, info.platform, results)
+        path = evidence.write(found, results)
         for row in rows:
             colour = "green" if row.ratio <= cost.target(info.platform) else "red"
             table.add_row(
@@ -103,11 +115,11 @@ def _ms(value: float | None) -> str:
 def _invariance(console: Console, specs, results: Path) -> list:
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
-    from bi_patch.tools.verify import probes
+    from bi_patch.tools.bench.matrix import LEVEL
+    from bi_patch.tools.verify import local
 
     everything = []
     for spec in specs:
-        axes = {"own": probes.OWN_PROBES, "cross": probes.CROSS_PROBES} if spec.cross else {"own": (), "cross": ()}
         with console.status("") as status:
             show = _shown_by(status)
 
@@ -116,10 +128,11 @@ def _invariance(console: Console, specs, results: Path) -> list:
                 if " differ" in text:
                     console.print(text, highlight=False, markup=False)
 
-            rows, info = invariance.measure(spec.label, _options(spec, console), **axes, tell=tell)
-        found = evidence.new(evidence.Invariance, info)
-        found.rows = list(rows)
-        path = evidence.write(found, info.platform, results)
+            system = local.local(spec.model, LEVEL, dtype=spec.dtype, eager=spec.eager, tell=tell)
+            rows, report = invariance.measure(spec.label, system, LEVEL, only=spec.axes, tell=tell)
+        found = evidence.new(evidence.Invariance, report)
+        found.rows = rows
+        path = evidence.write(found, results)
         everything += rows
         console.print(f"{spec.label}: {path}", markup=False, soft_wrap=True)
     differing = evidence.total_differing(everything)
@@ -128,30 +141,44 @@ def _invariance(console: Console, specs, results: Path) -> list:
     return everything
 
 
-def _tables(console: Console, results: Path, readme: Path | None) -> None:
+def _tables(console: Console, results: Path, write: list[Path], check: bool) -> None:
     from bi_patch.tools import evidence
-    from bi_patch.tools.bench import cost, plot
+    from bi_patch.tools.bench import plot
+    from bi_patch.tools.bench import tables as bench_tables
 
-    made = {}
-    for platform in evidence.platforms(evidence.Cost, results):
-        found = evidence.newest(evidence.Cost, results, platform)
-        made[f"cost-{platform}"] = evidence.cost_table(found)
-        plot.cost(found, results / f"cost-{platform}.svg", cost.target(platform))
-    for platform in evidence.platforms(evidence.Invariance, results):
-        found = evidence.newest(evidence.Invariance, results, platform)
-        made[f"invariance-{platform}"] = evidence.invariance_table(found)
-    if not made:
-        raise SettingError(f"--results {results} holds no cost-*.json and no invariance-*.json")
-    if readme is None:
-        for text in made.values():
-            print(text, end="\n\n")
+    found = evidence.current(results)
+    made = bench_tables.blocks(found)
+    if check:
+        _check(found, made, results)
         return
-    text = readme.read_text(encoding="utf-8")
-    wanted = [mark for mark in made if f"<!-- {mark} -->" in text]  # a file shows the tables that it has marks for
-    if not wanted:
-        marks = ", ".join(f"<!-- {mark} -->" for mark in made)
-        raise SettingError(f"--readme {readme} has no mark of a table that there is: {marks}")
-    for mark in wanted:
-        text = evidence.replace_between(text, mark, made[mark])
-    readme.write_text(text, encoding="utf-8")
-    console.print(f"{readme}: {len(wanted)} tables renewed; plots drawn in {results}", markup=False, soft_wrap=True)
+    if not write:
+        for mark in bench_tables.distinct(found):
+            print(f"## {mark}\n\n{made[mark]}\n")
+    for page in write:
+        count = bench_tables.write(page, made)
+        console.print(f"{page}: {count} tables renewed", markup=False, soft_wrap=True)
+    try:
+        for path in bench_tables.draw(found, results):
+            console.print(f"{path} drawn", markup=False, soft_wrap=True)
+    except plot.PlotsMissing as error:
+        console.print(f"No plots: {error}", markup=False, soft_wrap=True)
+
+
+def _check(found, made, results: Path) -> None:
+    """Notices on standard output; exit 1 where a page shows an older table."""
+    from bi_patch.tools import evidence
+    from bi_patch.tools.bench import tables as bench_tables
+
+    for mark, table in bench_tables.distinct(found).items():
+        for same, words in bench_tables.origins(mark, table):
+            print(words if same else f"notice: {words}")
+    for path in evidence.superseded(results):
+        print(f"notice: {path} supplies no table: newer files have all its models. Move it to {results / 'archive'}")
+    failed = False
+    for page in bench_tables.pages(Path()):
+        if wrong := bench_tables.outdated(page, made):
+            failed = True
+            print(
+                f"{page}: not the newest files' tables: {', '.join(wrong)}. Run: bi-patch bench --tables --write {page}"
+            )
+    raise typer.Exit(1 if failed else 0)

@@ -20,9 +20,6 @@ def faults(
         str, typer.Option(help="bfloat16, float32 or float16; by default float32 on CPU, bfloat16 on CUDA.")
     ] = "",
     compile: Annotated[bool, typer.Option(help="Plant the fault that needs torch.compile, too.")] = True,
-    write_docs: Annotated[
-        bool, typer.Option("--write-docs", help="Plant nothing: write docs/faults.md from the newest files.")
-    ] = False,
 ) -> None:
     """Plant each fault of a platform, one by one, and write what verification made of it.
 
@@ -33,9 +30,6 @@ def faults(
     from bi_patch.errors import SettingError
     from bi_patch.tools.faults import run
 
-    if write_docs:
-        run.write_docs(out, Path("docs/faults.md"))
-        return
     for option, value, known in (("--platform", platform, run.PLATFORMS), ("--dtype", dtype, run.DTYPES)):
         if value not in known:
             raise SettingError(f"{option} {value!r} is not understood; use {' or '.join(filter(None, known))}")
@@ -53,7 +47,7 @@ def faults(
 
     def keep(found) -> None:
         if not names:
-            kept[:] = [run.write(found, run.label(found, platform, dtype), out)]
+            kept[:] = [run.write(found, out)]
 
     found = run.measure(platform, only=names, dtype=dtype, compiled=compile, tell=tell, keep=keep)
     for path in kept:

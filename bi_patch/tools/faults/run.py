@@ -18,13 +18,13 @@ from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.compiled import AXIS, CAUSE, NAME, catch_compiled
 from bi_patch.tools.faults.lifts import RECURRENT
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
-from bi_patch.tools.verify.engine import Options, short_name
+from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.probes import Workload
 
 # The tracer's rows are those of model runner V1, which serves the same layers.
 _ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 PLATFORMS = tuple(_ENVIRON)
-DTYPES = {"": "", "bfloat16": "-bf16", "float32": "-fp32", "float16": "-fp16"}  # as the files are named
+DTYPES = ("", "bfloat16", "float32", "float16")
 Keep = Callable[[Faults], object]
 Tell = Callable[[str], None]
 
@@ -80,6 +80,7 @@ class _Run:
         rows: list[FaultRow] = []
         with FaultyEngine(ARMED, given, environ=self.environ) as engine:
             made = evidence.new(Faults, engine.info)
+            made.dtype = given.dtype
             block = engine.info.block_size
             load = catch.workload(engine)
             rows += [self._row(engine, fault, load) for fault in wanted if fault.axis != catch.PREEMPTION]
@@ -181,25 +182,8 @@ def verdict(found: Faults) -> str:
     )
 
 
-def label(found: Faults, platform: str, dtype: str) -> str:
-    """How the result file names its device and dtype, e.g. h100-bf16."""
-    return ("cpu" if platform == "cpu" else short_name(found.device)) + DTYPES[dtype]
-
-
-def write(found: Faults, name: str, folder: Path) -> Path:
+def write(found: Faults, folder: Path) -> Path:
     """The result file of one device, model and dtype, in place of an earlier one of the same day. Returns its path."""
-    path = folder / evidence.file_name(found, name)
+    path = folder / evidence.file_name(found)
     write_json(path, found)
     return path
-
-
-def write_docs(folder: Path, page: Path) -> None:
-    """The tables of docs/faults.md from the newest file of each platform."""
-    text = page.read_text()
-    for platform in evidence.platforms(Faults, folder):
-        mark = f"faults-{platform}"
-        if f"<!-- {mark} -->" not in text:
-            text += f"\n## On {platform}\n\n<!-- {mark} -->\n<!-- /{mark} -->\n"
-        table = evidence.faults_table(evidence.newest(Faults, folder, platform))
-        text = evidence.replace_between(text, mark, table)
-    page.write_text(text)

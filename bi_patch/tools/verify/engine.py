@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 
+from bi_patch.tools.evidence.kinds import short_name
 from bi_patch.tools.verify.answers import Answer, Request
 
 SERVER = "server"  # Info.platform of a server that runs already
@@ -265,12 +265,6 @@ class LocalEngine:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
         )
-
-
-def short_name(device: str) -> str:
-    """The word of a device's name that tells models apart, e.g. "h100" of "NVIDIA H100 80GB HBM3"."""
-    parts = re.findall(r"[a-z0-9]+", device.lower())
-    return next((p for p in parts if re.search(r"[a-z]\d", p)), parts[-1] if parts else "device")
 
 
 def _cpu_name() -> str:

@@ -1,54 +1,132 @@
-"""The evidence files of benchmarks/hopper/report.py: ratios, and what an earlier run left is kept."""
+"""benchmarks/hopper: costs and reports of verify become result files; the scripts' own arguments."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-REPORT = Path(__file__).resolve().parents[4] / "benchmarks" / "hopper" / "report.py"
-END = "2026-01-01-h100-vllm-0.33.0.json"
+import msgspec
+import pytest
+
+from bi_patch.tools import evidence
+from bi_patch.tools.provenance import Provenance
+from bi_patch.tools.verify import report as verify
+
+ROOT = Path(__file__).resolve().parents[4]
+HOPPER = ROOT / "benchmarks" / "hopper"
+MADE_BY = Provenance("0.2.0", "c" * 40, "d" * 64, "child.py")
 
 
-def report(folder: Path, files: list[Path]) -> None:
-    command = [sys.executable, REPORT, "h100", "2026-01-01", "--results", folder, *files]
-    subprocess.run([str(part) for part in command], check=True, env={"PYTHONPATH": str(REPORT.parents[4])})
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, HOPPER / script, *arguments]
+    return subprocess.run([str(a) for a in command], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
-def run(folder: Path, model: str, **times: float) -> dict:
+def report(folder: Path, *arguments: object) -> list[Path]:
+    """The result files that are there then, in order."""
+    done = run("report.py", *arguments, "--results", folder / "results")
+    assert not done.returncode, done.stderr
+    return sorted((folder / "results").iterdir())
+
+
+def costs(folder: Path, model: str, **times: float) -> list[Path]:
+    """Files as child.py writes them, of one decode workload. times: ms a step by mode."""
     files = []
     for mode, ms in times.items():
-        row = {"workload": "1 x 512/128", "total_s": 1.0, "prefill_s": 0.1, "decode_ms": ms}
-        found = {"model": model, "mode": mode, "device": "H100", "vllm": "0.33.0", "torch": "2.11", "cost": [row] * 2}
-        found["matrix"] = [{"axis": "batch size", "compared": 7, "differing": 0}] if mode == "armed" else []
+        row = {"workload": "1 x 512/128", "repeat": 0, "total_s": 1.0, "prefill_s": 0.1, "decode_ms": ms}
+        found = {"model": model, "mode": mode, "device": "NVIDIA H100", "vllm": "0.33.0", "torch": "2.11", "threads": 1}
+        found |= {"provenance": msgspec.to_builtins(MADE_BY), "eager": False, "cost": [row] * 2}
         files.append(folder / f"{model}-{mode}.json")
         files[-1].write_text(json.dumps(found))
-    report(folder, files)
-    return json.loads((folder / f"cost-{END}").read_text())
+    return files
 
 
-def test_rows_are_made_anew_by_model_and_notes_stay(tmp_path):
-    first = run(tmp_path, "one", armed=2.0)
-    assert [(row["model"], row["ratio"]) for row in first["rows"]] == [("one", None)]
-    (tmp_path / f"cost-{END}").write_text(json.dumps(first | {"note": "kept"}))
-    assert run(tmp_path, "one", armed=2.0, stock=4.0)["rows"][0]["ratio"] == 0.5
-    both = run(tmp_path, "two", armed=3.0, stock=3.0)
-    assert [(row["model"], row["ratio"]) for row in both["rows"]] == [("one", 0.5), ("two", 1.0)]
-    assert both["note"] == "kept"
-    matrix = json.loads((tmp_path / f"invariance-{END}").read_text())
-    assert [row["model"] for row in matrix["rows"]] == ["one", "two"]
+def verified(folder: Path, model: str, **changes) -> Path:
+    """A report as `bi-patch verify --json` writes it."""
+    axes = [
+        verify.Axis("restart", "", state=verify.PASSED, compared=5, pairs=1),
+        verify.Axis("LoRA", "", state=verify.NOT_APPLICABLE, reason="no adapter"),
+        verify.Axis("prefix cache", "", state=verify.NOT_EXERCISED, reason="no hits"),
+    ]
+    found = verify.Report(f"/models/{model}", "armed", "quick", "2026-01-01T00:00:00", axes)
+    found.device, found.vllm, found.torch, found.threads = "NVIDIA H100", "0.33.0", "2.11", 1
+    found.provenance = msgspec.structs.replace(MADE_BY, command="bi-patch verify")
+    path = folder / f"{model}-verify.json"
+    verify.write(msgspec.structs.replace(found, **changes), path)
+    return path
+
+
+def test_costs_become_rows_with_ratios(tmp_path):
+    (path,) = report(tmp_path, *costs(tmp_path, "one", armed=2.0))
+    found = evidence.read(path, evidence.Cost)
+    assert path.name == f"cost-{found.date}-h100-vllm-0.33.0.json"
+    assert [(row.model, row.armed, row.stock, row.ratio) for row in found.rows] == [("one", 2.0, None, None)]
+    assert (found.commit, found.digest, found.command) == (MADE_BY.commit, MADE_BY.digest, "child.py")
+    report(tmp_path, *costs(tmp_path, "one", armed=2.0, stock=4.0, upstream=5.0))
+    (row,) = evidence.read(path, evidence.Cost).rows
+    assert (row.workload, row.unit, row.upstream, row.ratio) == ("decode 1 x 512/128", "ms/step", 5.0, 0.5)
+    assert row.repeats == 2 and row.armed_range == (2.0, 2.0)
+
+
+def test_other_models_and_notes_stay_in_the_file(tmp_path):
+    report(tmp_path, *costs(tmp_path, "one", armed=2.0, stock=4.0), "--note", "kept")
+    (path,) = report(tmp_path, *costs(tmp_path, "two", armed=3.0, stock=3.0))
+    found = evidence.read(path, evidence.Cost)
+    assert [(row.model, row.ratio) for row in found.rows] == [("one", 0.5), ("two", 1.0)] and found.note == "kept"
+
+
+def test_a_command_that_was_given_is_the_files_command(tmp_path):
+    files = [*costs(tmp_path, "one", armed=2.0), verified(tmp_path, "one")]
+    assert {json.loads(p.read_text())["command"] for p in report(tmp_path, *files)} == {"child.py", "bi-patch verify"}
+    for path in report(tmp_path, *files, "--command", "run.py --model one"):
+        if path.stem.endswith("-2"):
+            assert json.loads(path.read_text())["command"] == "run.py --model one"
 
 
 def test_reports_of_verify_become_rows_of_their_model(tmp_path):
-    run(tmp_path, "Qwen3-30B-A3B, 6 layers", armed=2.0, stock=2.0)
-    axis = {"name": "restart", "compared": 5, "differing": 0, "reason": ""}
-    found = {"target": "/models/Qwen3-30B-A3B-6-layers", "mode": "armed", "device": "H100", "vllm": "0.33.0"}
-    found |= {"torch": "2.11", "axes": [axis, axis | {"name": "LoRA", "compared": 0}]}
-    (tmp_path / "verify.json").write_text(json.dumps(found))
-    files = [tmp_path / "Qwen3-30B-A3B, 6 layers-armed.json", tmp_path / "verify.json"]
-    report(tmp_path, files)
-    rows = json.loads((tmp_path / f"invariance-{END}").read_text())["rows"]
-    assert [(row["model"], row["axis"]) for row in rows] == [
-        ("Qwen3-30B-A3B, 6 layers", "batch size"),
-        ("Qwen3-30B-A3B, 6 layers", "restart"),
-    ]
-    assert json.loads((tmp_path / f"cost-{END}").read_text())["rows"][0]["armed"] == 2.0
+    files = [*costs(tmp_path, "one", armed=2.0), verified(tmp_path, "Qwen3-30B-A3B-6-layers")]
+    cost, invariance = report(tmp_path, *files)
+    found = evidence.read(invariance, evidence.Invariance)
+    rows = [(row.model, row.axis, row.compared, row.differing) for row in found.rows]
+    assert rows == [("Qwen3-30B-A3B, 6 layers", "restart", 5, 0)]
+    assert found.note == "Qwen3-30B-A3B, 6 layers: prefix cache: not exercised: no hits"
+    assert evidence.read(cost, evidence.Cost).rows[0].armed == 2.0
+    assert set(evidence.current(tmp_path / "results")) >= {"cost-h100", "invariance-h100"}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"mode": "stock"}, "only the report of an armed engine is evidence"),
+        ({"axes": [], "stopped": "no GPU"}, "nothing was compared: no GPU"),
+        ({"vllm": "0.26.0"}, "not of one device, release and bi_patch"),
+        ({"provenance": msgspec.structs.replace(MADE_BY, digest="e" * 64)}, "not of one device, release and bi_patch"),
+    ],
+)
+def test_what_is_no_evidence_is_refused(tmp_path, changes, said):
+    done = run("report.py", *costs(tmp_path, "one", armed=2.0), verified(tmp_path, "one", **changes))
+    assert done.returncode == 1 and said in done.stderr
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text('{"rows": []}')
+    done = run("report.py", tmp_path / "x.json")
+    assert done.returncode == 1 and "neither a file of child.py nor a report of verify" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("run.py", "--model", "nosuchmodel"), "invalid choice: 'nosuchmodel'"),
+        (("child.py", "Qwen3-8B", "armed", "x.json"), "nothing to measure"),
+        (("child.py", "Qwen3-8B", "armed", "x.json", "--cost", "--only", "1 x 1"), "no such workload: 1 x 1"),
+    ],
+)
+def test_arguments_that_ask_for_nothing_are_named(arguments, said):
+    done = run(*arguments)
+    assert done.returncode and said in done.stderr
+
+
+@pytest.mark.parametrize("script", ["run.py", "turns.py", "child.py", "report.py"])
+def test_help(script):
+    assert run(script, "--help").returncode == 0

@@ -1,63 +1,103 @@
-"""The matrix counts every axis, in engines of its own where it needs them, and nothing compared is no pass."""
+"""The matrix is verify's measure: every axis is a row, and what leaves a hole stops the run with an error."""
 
+import msgspec
 import pytest
 
 from bi_patch.tools.bench import invariance
+from bi_patch.tools.bench.matrix import INVARIANCE, LEVEL
+from bi_patch.tools.verify import probes, report
+from bi_patch.tools.verify.child import EngineFailed
 from bi_patch.tools.verify.engine import Options
-from bi_patch.tools.verify.probes import Change, CrossProbe, NotExercised, Probe
-
-
-def pairs(run):
-    """One request alone and beside another."""
-    request, other = run.greedy(0), run.greedy(1)
-    yield run.beside([other], request, [], "beside one")
-
-
-def greedy(engine, workload):
-    return [workload.greedy(0), workload.greedy(1)]
+from bi_patch.tools.verify.levels import FULL
+from bi_patch.tools.verify.probes import NotExercised
 
 
 @pytest.fixture
-def started(monkeypatch, arithmetic):
-    """The options of each engine that was started, in order."""
-    options = []
+def system(arithmetic):
+    """system(leak=, change=): engines made of arithmetic. change: applied to each engine after its start."""
 
-    def start(mode, given, **kwargs):
-        options.append(given)
-        return arithmetic()
+    class System:
+        name, mode, restarts = "arithmetic", "armed", True
 
-    monkeypatch.setattr(invariance, "ChildEngine", start)
-    return options
+        def __init__(self, leak=False, change=lambda engine, options: None):
+            self.options = Options("none", max_model_len=4096, max_num_seqs=264)
+            self.leak, self.change = leak, change
+
+        def start(self, options, *, fresh=False):
+            engine = arithmetic(leak=self.leak)
+            engine.options = options
+            counted = engine.counters
+            if options.kv_blocks:
+                engine.counters = lambda: counted() | {probes.PREEMPTIONS: float(len(engine.warm))}
+            self.change(engine, options)
+            return engine
+
+    return System
 
 
-def measure(**axes):
+def measure(system, **options):
     told = []
-    axes = {"probes": (), "own": (), "cross": ()} | axes
-    rows, _ = invariance.measure("m", Options("none"), long=0, tell=told.append, **axes)
-    return [(row.axis, row.compared > 0, row.differing) for row in rows], told
+    rows, found = invariance.measure("m", system, FULL, tell=told.append, **options)
+    return rows, found, told
 
 
-def test_every_kind_of_axis_is_a_row(started):
-    own = Probe("own", "", pairs, options=lambda base: {"tied": True})
-    cross = CrossProbe("cross", "", lambda engine: [Change("compiled", {"eager": False})], greedy)
-    rows, told = measure(probes=[Probe("plain", "", pairs)], own=[own], cross=[cross])
-    assert rows == [("plain", True, 0), ("own", True, 0), ("cross", True, 0)]
-    assert [(o.tied, o.eager) for o in started] == [(False, True), (True, True), (False, False)]
-    assert any(text.startswith("m: cross: 0 of ") for text in told)
+WITHIN = tuple(probe.name for probe in probes.PROBES)
+ASKED = (*WITHIN, *(probe.name for probe in probes.CROSS_PROBES), "concurrent clients", "tensor parallel size")
 
 
-def test_an_axis_that_does_not_apply_is_told(started):
-    told = measure(cross=[CrossProbe("cross", "", lambda e: [], greedy, missing=lambda e: "one device")])[1]
-    assert "m: cross: does not apply: one device" in told
+def test_every_axis_that_applies_is_a_row(system):
+    rows, found, told = measure(system(), only=ASKED)
+    states = {axis.name: axis.state for axis in found.axes if axis.name in ASKED}
+    measured = {name for name, state in states.items() if state == report.PASSED}
+    assert {row.axis for row in rows} == measured and measured > set(WITHIN)
+    assert set(states.values()) == {report.PASSED, report.NOT_APPLICABLE}
+    assert all(row.model == "m" and row.compared and not row.differing for row in rows)
+    assert any(text.startswith("m: restart: 0 of ") for text in told)
+    assert any(text.startswith("m: tensor parallel size: not applicable: ") for text in told)
 
 
-@pytest.mark.parametrize(
-    "axes",
-    [
-        {"probes": [Probe("empty", "", lambda run: iter(()))]},
-        {"cross": [CrossProbe("empty", "", lambda engine: [], greedy)]},
-    ],
-)
-def test_nothing_compared_is_no_pass(started, axes):
-    with pytest.raises(NotExercised, match="empty: nothing was compared"):
-        measure(**axes)
+def test_named_axes_alone_start_one_engine(system):
+    rows, found, _ = measure(system(), only=WITHIN)
+    assert tuple(row.axis for row in rows) == WITHIN and found.starts == 1
+
+
+def test_positions_that_differ_are_rows_and_no_error(system):
+    rows, _, told = measure(system(leak=True), only=("batch size",))
+    assert [row.axis for row in rows] == ["batch size"] and rows[0].differing and "generated position" in rows[0].first
+    assert any(rows[0].first in text for text in told)
+
+
+def test_an_axis_that_did_not_happen_stops_the_run(system):
+    def never_cached(engine, options):
+        engine.counters = lambda: {probes.HITS: 0.0, probes.PREEMPTIONS: 0.0}
+
+    with pytest.raises(NotExercised, match="m: prefix cache: "):
+        measure(system(change=never_cached), only=("prefix cache",))
+
+
+def test_an_engine_that_fails_stops_the_run(system):
+    def broken(engine, options):
+        if options.tied:
+            raise EngineFailed("it died")
+
+    with pytest.raises(invariance.Unmeasured, match="m: tied logits and routers: failed: EngineFailed: it died"):
+        measure(system(change=broken), only=("batch size", "tied logits and routers"))
+
+    def dead(engine, options):
+        raise EngineFailed("it died")
+
+    with pytest.raises(invariance.Unmeasured, match="m: stopped early: EngineFailed: it died"):
+        measure(system(change=dead))
+
+
+def test_open_seams_and_inaccurate_products_stop_the_run(system):
+    def open_seam(engine, options):
+        engine.info = msgspec.structs.replace(engine.info, open_seams=("norm.rms",))
+
+    with pytest.raises(invariance.Unmeasured, match="required seams are open: norm.rms"):
+        measure(system(change=open_seam), only=("batch size",))
+
+
+def test_a_spec_without_cross_has_the_axes_of_one_engine():
+    assert {spec.axes for spec in INVARIANCE if not spec.cross} == {WITHIN}
+    assert {spec.axes for spec in INVARIANCE if spec.cross} == {()} and LEVEL is FULL

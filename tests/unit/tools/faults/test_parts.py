@@ -98,11 +98,12 @@ def test_every_fault_says_what_it_needs():
 
 def test_a_run_replaces_the_file_of_an_earlier_one(tmp_path):
     rows = [FaultRow(1, "one", True, True), FaultRow(2, "two", True, True)]
-    found = Faults("a CPU", "0.32.0", "2.13.0", "2026-01-01", rows)
-    write(found, "cpu", tmp_path)
-    later = msgspec.structs.replace(found, device="another CPU", rows=found.rows[:1])
-    path = write(later, "cpu", tmp_path)
-    assert write(later, "cpu", tmp_path) == path and list(tmp_path.iterdir()) == [path]
+    found = Faults(device="a CPU (2 cores)", vllm="0.32.0", torch="2.13.0", date="2026-01-01", rows=rows)
+    write(found, tmp_path)
+    later = msgspec.structs.replace(found, device="another CPU (4 cores)", rows=found.rows[:1])
+    path = write(later, tmp_path)
+    assert path.name == "faults-2026-01-01-cpu-vllm-0.32.0.json"
+    assert write(later, tmp_path) == path and list(tmp_path.iterdir()) == [path]
     assert msgspec.json.decode(path.read_bytes(), type=Faults) == later
     assert len(found.rows) == 2 and len(later.rows) == 1, "the caller's rows are its own"
 

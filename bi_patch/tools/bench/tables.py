@@ -1,0 +1,83 @@
+"""The tables of the result files: as Markdown, in pages, as plots; and whether they are of this tree's code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from bi_patch import identity
+from bi_patch.tools import evidence, marks
+from bi_patch.tools.bench import cost, plot
+from bi_patch.tools.evidence.kinds import KINDS
+from bi_patch.tools.evidence.store import Table
+
+_EVIDENCE_MARK = re.compile(rf"<!-- ((?:{'|'.join(kind.kind for kind in KINDS)})-\S+) -->")
+
+
+def blocks(tables: Mapping[str, Table]) -> dict[str, str]:
+    """The Markdown of each table by its mark."""
+    return {mark: evidence.markdown(table) for mark, table in tables.items()}
+
+
+def distinct(tables: Mapping[str, Table]) -> dict[str, Table]:
+    """Each table once, by its shortest mark."""
+    found: dict[int, str] = {}
+    for mark in sorted(tables, key=len):
+        found.setdefault(id(tables[mark]), mark)
+    return {mark: tables[mark] for mark in sorted(found.values())}
+
+
+def pages(root: Path) -> list[Path]:
+    """The README and the pages under docs/ of a source tree."""
+    return [page for page in (root / "README.md", *sorted((root / "docs").rglob("*.md"))) if page.is_file()]
+
+
+def write(page: Path, made: Mapping[str, str]) -> int:
+    """Renew the tables of a page; returns how many there are. Raises MarksMissing, or OSError."""
+    text = page.read_text(encoding="utf-8")
+    if unknown := _unknown(text, made):
+        raise marks.MarksMissing(f"{page}: no result file supplies {', '.join(unknown)}; there are {', '.join(made)}")
+    held = marks.held(text, made)
+    if not held:
+        some = ", ".join(f"<!-- {mark} -->" for mark in made)
+        raise marks.MarksMissing(f"{page} has no mark of a table; there are {some}")
+    page.write_text(marks.renew(text, made), encoding="utf-8")
+    return len(held)
+
+
+def outdated(page: Path, made: Mapping[str, str]) -> list[str]:
+    """The marks of a page whose table is not the newest files', or that no file supplies. Raises MarksMissing."""
+    text = page.read_text(encoding="utf-8")
+    return [*_unknown(text, made), *marks.stale(text, made)]
+
+
+def _unknown(text: str, made: Mapping[str, str]) -> list[str]:
+    return [mark for mark in _EVIDENCE_MARK.findall(text) if mark not in made]
+
+
+def draw(tables: Mapping[str, Table], folder: Path) -> list[Path]:
+    """The plot of each device's newest cost table, `cost-<device>.svg`; returns their paths. Raises PlotsMissing."""
+    drawn = []
+    for mark, table in distinct(tables).items():
+        if table.kind is evidence.Cost and mark == table.name:
+            drawn.append(folder / f"{mark}.svg")
+            plot.cost(table.evidence, drawn[-1], cost.target(table.newest.evidence.platform))
+    return drawn
+
+
+def origins(mark: str, table: Table) -> Iterable[tuple[bool, str]]:
+    """For each file behind a table, a sentence, and whether this tree's serving code is what the file measured."""
+    tree = identity.digest()
+    for source in table.sources:
+        found = source.evidence
+        if found.digest == tree:
+            yield True, f"{mark}: {source.path.name} measured the code of this tree"
+        elif found.digest:
+            yield (
+                False,
+                f"{mark}: {source.path.name} measured other code: {evidence.commit(found)}, digest "
+                f"{found.digest[:12]}; this tree has {tree[:12]}",
+            )
+        else:
+            yield False, f"{mark}: {source.path.name} does not say which code it measured ({found.date})"

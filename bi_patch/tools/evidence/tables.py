@@ -1,0 +1,116 @@
+"""A table of evidence as Markdown: the rows, and under them which file, commit and date they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bi_patch.tools.evidence.kinds import (
+    CAUSES,
+    Cost,
+    CostRow,
+    Evidence,
+    FaultRow,
+    Faults,
+    Invariance,
+    InvarianceRow,
+    Parity,
+    faults_caught,
+    total_differing,
+)
+from bi_patch.tools.evidence.store import Table
+
+
+def markdown(table: Table) -> str:
+    """The table, and a line for each file that supplies rows."""
+    return f"{_BODIES[table.kind](table)}\n\n{_origin(table)}"
+
+
+def _cost(table: Table) -> str:
+    lines = ["| model | workload | stock | upstream's mode | armed | armed / stock |", "|---|---|--:|--:|--:|--:|"]
+    row: CostRow
+    for row in table.rows:
+        times = [_time(value, row.unit) for value in (row.stock, row.upstream, row.armed)]
+        value = row.ratio or (row.armed / row.stock if row.armed and row.stock else None)
+        ratio = "" if value is None else f"{value:.2f}"
+        lines.append(f"| {row.model} | {row.workload} | {' | '.join(times)} | {ratio} |")
+    return "\n".join(lines)
+
+
+def _invariance(table: Table) -> str:
+    """Each model with the axes it was measured on, then each axis over all models."""
+    rows: list[InvarianceRow] = table.rows
+    lines = ["| model | axes | positions compared | differing |", "|---|--:|--:|--:|"]
+    for model, own in _by(rows, lambda row: row.model).items():
+        lines.append(f"| {model} | {len({row.axis for row in own})} | {_sums(own)} |")
+    lines += ["", "| axis | models | positions compared | differing |", "|---|--:|--:|--:|"]
+    for axis, own in _by(rows, lambda row: row.axis).items():
+        lines.append(f"| {axis} | {len({row.model for row in own})} | {_sums(own)} |")
+    compared = sum(row.compared for row in rows)
+    return "\n".join(lines) + f"\n\n{total_differing(rows)} of {compared:,} positions differ."
+
+
+def _sums(rows: list[InvarianceRow]) -> str:
+    return f"{sum(row.compared for row in rows):,} | {total_differing(rows)}"
+
+
+def _by(rows: list[InvarianceRow], key: Callable[[InvarianceRow], str]) -> dict[str, list[InvarianceRow]]:
+    found: dict[str, list[InvarianceRow]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def _faults(table: Table) -> str:
+    """Each planted fault, the probe that saw it, and the first operation that was named."""
+    lines = ["| cause | planted | caught by | named |", "|--:|---|---|---|"]
+    rows: list[FaultRow] = table.rows
+    for row in rows:
+        first = row.located.split("\n")[0].replace("|", "/")
+        caught = row.axis if row.caught else "not seen"
+        named = "" if not row.caught else first if row.named else f"wrongly: {first}"
+        if row.refused:
+            caught, named = "refused by name", first
+        lines.append(f"| {row.cause} | {row.planted}{' (emulated)' if row.emulated else ''} | {caught} | {named} |")
+    caught, refused = faults_caught(rows)
+    compared, differing = table.newest.evidence.clean
+    text = f"{caught} of {CAUSES} causes caught and named"
+    text += f", {refused} more refused by name" if refused else ""
+    text += f". Without a fault {differing} of {compared} pairs on the same axes differ." if compared else "."
+    return "\n".join(lines) + f"\n\n{text}"
+
+
+_BODIES = {Cost: _cost, Invariance: _invariance, Parity: _invariance, Faults: _faults}
+
+
+def _time(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
+
+
+def _origin(table: Table) -> str:
+    """Where the rows are from: device and release, then date, commit, libraries and note of each file."""
+    head = f"{table.device}, vLLM {table.vllm}"
+    if len(table.sources) == 1:
+        return f"{head}, {_made(table.newest.evidence)}." + _note(table.newest.evidence)
+    lines = [f"{head}:", ""]
+    for source in reversed(table.sources):
+        lines.append(f"- {', '.join(source.models)}: {_made(source.evidence)}.{_note(source.evidence)}")
+    return "\n".join(lines)
+
+
+def _made(evidence: Evidence) -> str:
+    parts = [f"torch {evidence.torch}"]
+    parts += [f"Triton {evidence.triton}"] if evidence.triton else []
+    parts += [f"{evidence.threads} threads"] if evidence.threads > 1 else []
+    return ", ".join([*parts, evidence.date, commit(evidence)])
+
+
+def commit(evidence: Evidence) -> str:
+    """The commit in short, in words: "commit 76a38d8"; a "+" stands for sources that differed from it."""
+    if not evidence.commit:
+        return f"bi_patch {evidence.bi_patch}, commit unknown" if evidence.bi_patch else "commit not recorded"
+    return f"commit {evidence.commit[:7]}{'+' if evidence.dirty else ''}"
+
+
+def _note(evidence: Evidence) -> str:
+    note = evidence.note.rstrip(".")
+    return f" {note[0].upper()}{note[1:]}." if note else ""
