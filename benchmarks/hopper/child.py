@@ -76,16 +76,15 @@ class Engine:
     """A vLLM engine stepped by hand."""
 
     def __init__(self, a):
-        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-        import models
-
         started = time.perf_counter()
         if a.mode == "armed":
             import bi_patch  # noqa: F401  arms before vllm loads
         from vllm import LLM
 
+        from bi_patch.tools.models import shapes
+
         self.llm = LLM(
-            model=models.write(a.model, "/tmp/models"),
+            model=shapes.write(a.model, "/tmp/models"),
             skip_tokenizer_init=True,
             load_format="dummy",
             dtype="bfloat16",
@@ -95,7 +94,7 @@ class Engine:
         )
         self.llm.apply_model(randomize)
         self.started = time.perf_counter() - started
-        self.vocabulary = models.MODELS[a.model]["vocab_size"]
+        self.vocabulary = shapes.SHAPES[a.model]["vocab_size"]
         self.count = 0
 
     @property

@@ -11,14 +11,16 @@ Rows of other models that an earlier run of the same day left in the evidence fi
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
 
-import models
+import bi_patch_entry
 
-os.environ["BI_PATCH"] = "0"
+bi_patch_entry.without_arming()  # this process only reads files
+
+from bi_patch.tools.models import shapes  # noqa: E402
+
 MODES = ("stock", "upstream", "armed")
 
 
@@ -41,7 +43,7 @@ def as_run(found: dict) -> dict:
     ]
     kept = {name: found[name] for name in ("mode", "device", "vllm", "torch")}
     folder = Path(found["target"]).name
-    names = {models.short(name): name for name in models.MODELS}
+    names = {shapes.short(name): name for name in shapes.SHAPES}
     return kept | {"model": names.get(folder, folder), "cost": [], "matrix": rows}
 
 

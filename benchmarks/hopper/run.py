@@ -14,7 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models
+import bi_patch_entry
+
+bi_patch_entry.without_arming()  # the engines run in processes of their own
+
+from bi_patch.tools.models import shapes  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 # Fewer captured sizes than the default make three starts shorter; they are the same for all modes.
@@ -38,7 +42,7 @@ def options(doc: str) -> argparse.ArgumentParser:
 def engine(a, model: str, mode: str, *flags: str, **extra) -> tuple[Path, list[str]]:
     """Where one engine's process writes, and its command; what an earlier run wrote there is removed."""
     a.raw.mkdir(parents=True, exist_ok=True)
-    out = a.raw / f"{models.short(model)}-{mode}.json"
+    out = a.raw / f"{shapes.short(model)}-{mode}.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "child.py"), model, mode, str(out), *flags]
     return out, [*command, "--extra", json.dumps(EXTRA | extra), "--max-model-len", str(a.max_model_len)]
@@ -53,13 +57,13 @@ def report(a, files: list[Path]) -> None:
 def verify(model: str, out: Path) -> list[str]:
     """The command of `bi-patch verify`, installed or not."""
     axes = [part for axis in AXES for part in ("--axis", axis)]
-    folder = models.write(model, "/tmp/models")
+    folder = shapes.write(model, "/tmp/models")
     return [sys.executable, "-c", CLI, "verify", folder, "--random-weights", "7", *axes, "--json", str(out)]
 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--model", action="append", help="a name of models.py; repeatable; default: Qwen3-8B")
+    parser.add_argument("--model", action="append", help="a name of SHAPES; repeatable; default: Qwen3-8B")
     parser.add_argument("--modes", default="armed,stock,upstream")
     parser.add_argument("--no-verify", action="store_true")
     a = parser.parse_args()
@@ -69,7 +73,7 @@ def main() -> None:
         for mode in modes:
             commands.append((*engine(a, model, mode, "--cost", *(["--matrix"] if mode == "armed" else [])), False))
         if "armed" in modes and not a.no_verify:
-            out = a.raw / f"{models.short(model)}-verify.json"
+            out = a.raw / f"{shapes.short(model)}-verify.json"
             out.unlink(missing_ok=True)
             # Its report says what was compared also where it did not pass.
             commands.append((out, verify(model, out), True))

@@ -57,7 +57,7 @@ class Child:
 
 def main() -> None:
     parser = run.options(__doc__)
-    parser.add_argument("--model", default="Llama-3.2-1B", help="a name of models.py")
+    parser.add_argument("--model", default="Llama-3.2-1B", help="a name of SHAPES")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help="comma-separated workloads")
     parser.add_argument("--kv-gib", type=int, default=24, help="KV cache of each engine")

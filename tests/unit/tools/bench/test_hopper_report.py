@@ -11,7 +11,7 @@ END = "2026-01-01-h100-vllm-0.33.0.json"
 
 def report(folder: Path, files: list[Path]) -> None:
     command = [sys.executable, REPORT, "h100", "2026-01-01", "--results", folder, *files]
-    subprocess.run([str(part) for part in command], check=True, env={"PYTHONPATH": str(REPORT.parents[4])})
+    subprocess.run([str(part) for part in command], check=True, env={"PYTHONPATH": str(REPORT.parents[2])})
 
 
 def run(folder: Path, model: str, **times: float) -> dict:

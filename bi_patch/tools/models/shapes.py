@@ -1,7 +1,11 @@
-"""Real model shapes as config.json, for engines with random weights (no weights are needed or loaded)."""
+"""Model shapes as config.json files, for engines with random weights. No weights are stored or loaded."""
+
+from __future__ import annotations
 
 import json
-import os
+from pathlib import Path
+
+WIDE_MOE, HYBRID = "Qwen3-MoE, 4096 wide, 3 layers", "Qwen3-Next, small"  # the engines that faults are planted in
 
 _QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -20,6 +24,20 @@ _QWEN3 = {
     "use_sliding_window": False,
     "attention_dropout": 0.0,
     "initializer_range": 0.02,
+}
+# The experts of Qwen3-30B-A3B.
+_EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "router_aux_loss_coef": 0.001,
+    "output_router_logits": False,
 }
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,7 +62,7 @@ _LLAMA = {
     },
 }
 
-MODELS = {
+SHAPES: dict[str, dict[str, object]] = {
     "Qwen3-8B": _QWEN3
     | {
         "hidden_size": 4096,
@@ -62,22 +80,12 @@ MODELS = {
         "tie_word_embeddings": True,
     },
     "Qwen3-30B-A3B": _QWEN3
+    | _EXPERTS
     | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
         "hidden_size": 2048,
         "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
         "num_hidden_layers": 48,
         "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "router_aux_loss_coef": 0.001,
-        "output_router_logits": False,
         "tie_word_embeddings": False,
     },
     "Llama-3.2-1B": _LLAMA
@@ -142,18 +150,56 @@ MODELS = {
 }
 
 # Qwen3-30B-A3B with 6 of its 48 layers: the same experts and routing in a fraction of the time.
-MODELS["Qwen3-30B-A3B, 6 layers"] = MODELS["Qwen3-30B-A3B"] | {"num_hidden_layers": 6}
+SHAPES["Qwen3-30B-A3B, 6 layers"] = SHAPES["Qwen3-30B-A3B"] | {"num_hidden_layers": 6}
+# The experts of Qwen3-30B-A3B and the width of Qwen3-8B in 3 layers: an engine that starts in seconds. With more than
+# 2048 elements in a row, vLLM's RMSNorm kernel sums alike in both of its block sizes.
+SHAPES[WIDE_MOE] = (
+    _QWEN3
+    | _EXPERTS
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    }
+)
+# A small model with gated delta nets in three of its four layers.
+SHAPES[HYBRID] = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "hidden_size": 256,
+    "vocab_size": 2048,
+    "num_hidden_layers": 4,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "torch_dtype": "bfloat16",
+    "max_position_embeddings": 4096,
+}
 
 
 def short(name: str) -> str:
-    """The name of a model's folder and files."""
+    """The name of a shape's folder and files: no commas, no spaces."""
     return name.replace(", ", "-").replace(" ", "-")
 
 
-def write(name: str, root: str) -> str:
-    """Write the config of a model and return its folder."""
-    folder = os.path.join(root, short(name))
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "config.json"), "w") as file:
-        json.dump(MODELS[name], file)
-    return folder
+def write(name: str, root: str | Path) -> str:
+    """Write the config.json of a name of SHAPES into a folder below `root`, and return that folder.
+
+    Raises KeyError for a name that is not in SHAPES.
+    """
+    config = json.dumps(SHAPES[name])
+    folder = Path(root) / short(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config)
+    return str(folder)
