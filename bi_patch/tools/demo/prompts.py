@@ -91,9 +91,6 @@ SUBJECTS = (
     Subject("minutes", "\n\n".join(part.replace("\n", " ") for part in _REPORT.split("\n\n"))),
 )
 
-# The settings of seeded sampling that people use.
-TEMPERATURE, TOP_P = 0.7, 0.95
-
 _COMMITTEE = (
     "Summarise in one sentence: The committee met for five hours, discussed eleven proposals for the new bridge, "
     "rejected nine of them for reasons of cost, sent one back to its author because the drawings were missing, and "

@@ -37,6 +37,9 @@ class Watcher:
     def starting(self, what: str, left: float) -> None:
         """An engine is about to start, or a server to be asked: words for it."""
 
+    def compared(self, case: Case) -> None:
+        """A pair was compared; the case holds both answers with their texts."""
+
     def measuring(self, axis: Axis, left: float) -> None:
         """An axis begins, or one more pair of it was compared."""
 
@@ -89,6 +92,7 @@ class _Clock:
 
 
 _PRECISION = 10.0  # seconds that the comparison with fp64 is allowed for
+INTERRUPTED = "interrupted."  # Report.stopped after an interrupt
 _START = 12.0  # planned seconds of an engine's start on a small model
 # What vLLM's arguments and parts raise where this build does not have a feature.
 _LACKING = ("ValidationError", "NotImplementedError")
@@ -102,14 +106,17 @@ def verify(
     only: Sequence[str] = (),
     clients: int = 256,
     locate: Callable[[Case, Options, str], object] | None = None,
+    workload: Callable[[Engine], Workload] | None = None,
 ) -> Report:
     """Measure the level's axes, or those named in `only` (of any level), and conclude.
 
     Engine and server errors, an interrupt and errors that nobody foresaw end it early; they are in the report's
     `stopped` (the last with their traceback in `failure`), with all that was compared before. locate: looks for the
-    first operation that differs in a pair (see verify.case).
+    first operation that differs in a pair (see verify.case). workload: makes the prompts from the live engine; by
+    default they are random tokens of the level's lengths.
     """
-    return _Verification(target, level, watcher or Watcher(), only, clients, locate).run()
+    made = workload or (lambda engine: levels.workload(level, engine, clients))
+    return _Verification(target, level, watcher or Watcher(), only, made, locate).run()
 
 
 class _Verification:
@@ -119,10 +126,10 @@ class _Verification:
         level: Level,
         watcher: Watcher,
         only: Sequence[str],
-        clients: int,
+        workload: Callable[[Engine], Workload],
         locate: Callable[[Case, Options, str], object] | None,
     ) -> None:
-        self.target, self.level, self.watcher, self.clients, self.locate = target, level, watcher, clients, locate
+        self.target, self.level, self.watcher, self.workload, self.locate = target, level, watcher, workload, locate
         self.only = frozenset(only)
         self.clock = _Clock()
         self.limit: float | None = None
@@ -146,7 +153,7 @@ class _Verification:
         try:
             self._measure()
         except KeyboardInterrupt:
-            self._stop("interrupted.")
+            self._stop(INTERRUPTED)
         except (BiPatchError, OSError) as error:
             self._stop(_sentence(error))
         except Exception as error:
@@ -180,7 +187,7 @@ class _Verification:
         what = "starting the engine" if self.target.restarts else "asking the server"
         with self._start(what, self.target.options) as engine:
             self._describe(engine)
-            load = levels.workload(self.level, engine, self.clients)
+            load = self.workload(engine)
             run = Run(engine, load)
             own = [probe for probe in own if self._applies(probe, engine)]
             cross = [probe for probe in cross if self._applies(probe, engine)]
@@ -273,6 +280,7 @@ class _Verification:
         try:
             for case in cases():
                 axis.add(case)
+                self.watcher.compared(case)
                 self.watcher.measuring(axis, max(0.0, self.clock.left - (time.monotonic() - began)))
         except NotExercised as error:
             state, reason = NOT_EXERCISED, str(error)
