@@ -39,7 +39,7 @@ def demo(
         raise SettingError(f"{folder} has no tokenizer, and the demo's prompts are texts")
     run.would_arm()
     console.print(f"[bold]bi_patch demo[/]: {escape(recipes.describe(folder))}, {dtype}")
-    console.print(f"{show.ABOUT} First stock vLLM, then vLLM armed with bi_patch.\n")
+    console.print(f"{show.METHOD} First stock vLLM, then vLLM armed with bi_patch.\n")
     sides = []
     for mode in (STOCK, ARMED):
         console.print(f"[bold]{mode.capitalize()} vLLM[/]")

@@ -11,8 +11,15 @@ CHUNK = 256  # tokens that an engine step may hold, so that the longest prompts 
 
 _QUICK_SUBJECTS = ("keeper", "harbour", "minutes")
 _QUICK_AXES = ("batch size", "prefix cache", "prompt logprobs")
-# The last one is where stock vLLM on CPU stops: it cannot rewind a draw of a prompt that was split into chunks.
-_AXES = ("batch size", "position and order", "prefix cache", "chunk budget", "prompt logprobs", "seeded sampling")
+# Axis of verify -> what it does to a prompt, in words for somebody who has not read about verify.
+ABOUT = {
+    "batch size": "the prompt runs in batches of several sizes",
+    "position and order": "the prompt is the last of nine requests, and the others change their order",
+    "prefix cache": "the prompt's beginning is cached, wholly or in part, alone and in a batch",
+    "chunk budget": "the prompt is computed in steps of 64 tokens, alone and in a batch",
+    "prompt logprobs": "the log probabilities of the prompt's own tokens, in batches",
+    "seeded sampling": "sampled with a fixed seed, temperature 0.7 and top-p 0.95, in batches",
+}
 
 
 def level(quick: bool = False) -> Level:
@@ -23,8 +30,8 @@ def level(quick: bool = False) -> Level:
         cross=(),
         features=(),
         lengths=(),
-        generate=16 if quick else 24,
-        sizes=(2, 16) if quick else (2, 6, 16, 40),
+        generate=16 if quick else 20,
+        sizes=(2, 16) if quick else (2, 5, 16, 40),
         score_sizes=(16,) if quick else (2, 16),
         filler_lengths=(),
         long=0,
@@ -36,7 +43,7 @@ def level(quick: bool = False) -> Level:
 
 def axes(quick: bool = False) -> tuple[str, ...]:
     """The names of the axes that the demo measures, in the order in which verify measures them."""
-    return _QUICK_AXES if quick else _AXES
+    return _QUICK_AXES if quick else tuple(ABOUT)
 
 
 def subjects(quick: bool = False) -> tuple[prompts.Subject, ...]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from bi_patch.tools.demo.level import ABOUT
 from bi_patch.tools.demo.run import Side
-from bi_patch.tools.demo.show import ABOUT, ending, stopped
+from bi_patch.tools.demo.show import METHOD, ending, stopped
 from bi_patch.tools.demo.texts import Divergence, divergences, pick, words
 from bi_patch.tools.verify.case import Case
 
-_SIZE, _GAP, _LEFT, _WIDTH = 20, 4, 190, 1060
+_SIZE, _GAP, _LEFT, _WIDTH = 24, 4, 200, 1060
 _EQUAL, _MISSING = "#bfe6cc", "#e3e6ea"
 _NOTE = (
     "Each square is one such comparison. Green: every token and every log probability is bitwise the same. Red: some "
@@ -38,7 +39,7 @@ def page(title: str, said: Sequence[str], axes: Sequence[str], stock: Side, arme
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
         *(f"<p class='verdict'>{html.escape(s)}</p>" for s in said),
-        f"<p class='note'>{ABOUT} {_NOTE}</p>",
+        f"<p class='note'>{METHOD} {_NOTE}</p>",
         squares(axes, stock, armed),
     ]
     for side in (stock, armed):
@@ -55,7 +56,8 @@ def squares(axes: Sequence[str], stock: Side, armed: Side) -> str:
     out, y = [], 0
     for name in axes:
         count = max(len(stock.of(name)), len(armed.of(name)))
-        out.append(f"<text x='0' y='{y + 15}' font-weight='600'>{html.escape(name)}</text>")
+        about = f"<tspan dx='12' font-weight='400' fill='#5a6775'>{html.escape(ABOUT.get(name, ''))}</tspan>"
+        out.append(f"<text x='0' y='{y + 15}' font-weight='600'>{html.escape(name)}{about}</text>")
         y += 24
         for side in (stock, armed):
             drawn, height = _row(side, name, count, y, stopped(name, side, stock, armed))
@@ -74,10 +76,10 @@ def _row(side: Side, name: str, count: int, top: int, cut: bool) -> tuple[str, i
     step = _SIZE + _GAP
     across = (_WIDTH - _LEFT) // step
     axis, cases = side.axis(name), side.of(name)
-    words_ = f"{axis.differing:,} of {axis.compared:,}" if axis.compared else "stopped" if cut else ""
+    words_ = f"{axis.differing:,} of {axis.compared:,} differ" if axis.compared else "stopped" if cut else ""
     out = [
-        f"<text x='0' y='{top + 15}' fill='#5a6775'>{html.escape(side.report.mode)}</text>",
-        f"<text x='{_LEFT - 14}' y='{top + 15}' text-anchor='end' fill='#5a6775'>{words_}</text>",
+        f"<text x='0' y='{top + 17}' fill='#5a6775'>{html.escape(side.report.mode)}</text>",
+        f"<text x='{_LEFT - 14}' y='{top + 17}' text-anchor='end' fill='#5a6775'>{words_}</text>",
     ]
     for i in range(count):
         left, y = _LEFT + i % across * step, top + i // across * step

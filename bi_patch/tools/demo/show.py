@@ -14,7 +14,7 @@ from bi_patch.tools.demo.run import Side
 from bi_patch.tools.demo.texts import Divergence, divergences, pick, words
 from bi_patch.tools.verify.report import FAILED, Axis
 
-ABOUT = (
+METHOD = (
     "Each prompt was answered alone and then among other requests, and both answers were compared bit by bit, position "
     "by position."
 )
@@ -22,12 +22,17 @@ _COLUMNS = (
     "A position differs when its token or a log probability is not bitwise the same. tokens: positions with another "
     "token. largest: the largest change of a log probability."
 )
+# Failures of stock vLLM that the demo meets, and what they mean.
+_KNOWN = {
+    "CPU Generator does not use offset": "on CPU, stock vLLM cannot sample with a seed when it computes the prompt in "
+    "several chunks",
+}
 _CONTEXT = 14  # words shown before the first that differs
 
 
 def table(axes: Sequence[str], stock: Side, armed: Side) -> RenderableType:
     """One line per axis; stock and armed side by side; fits 80 characters."""
-    made = Table(caption=_COLUMNS, caption_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     made.add_column("\naxis", no_wrap=True)
     for name in ("stock", "armed"):
         made.add_column(f"[bold]{name}[/]\ndiffering", justify="right", no_wrap=True)
@@ -38,7 +43,7 @@ def table(axes: Sequence[str], stock: Side, armed: Side) -> RenderableType:
         cut = [side.axis(name).compared > 0 and stopped(name, side, stock, armed) for side in (stock, armed)]
         if any(cut):
             made.add_row("", *(text for is_cut in cut for text in ("[yellow]then stopped[/]" * is_cut, "", "")))
-    return made
+    return Group(made, Text(), Text(_COLUMNS, style="dim"))
 
 
 def _cells(axis: Axis) -> tuple[str, str, str]:
@@ -111,4 +116,5 @@ def verdict(axes: Sequence[str], stock: Side, armed: Side) -> list[str]:
 
 def _short(reason: str) -> str:
     """An engine's failure without the class of the error around it and without the place of its log."""
-    return re.sub(r"^EngineFailed: |\W*its output is in \S+", "", reason).rstrip(". ")
+    text = re.sub(r"^EngineFailed: |\W*its output is in \S+", "", reason).rstrip(". ")
+    return text + "".join(f" ({meaning})" for words_, meaning in _KNOWN.items() if words_ in text)

@@ -107,6 +107,7 @@ def test_labels_begin_with_the_name_of_one_prompt(engines):
 
 def test_the_texts_are_varied_and_distinct():
     lengths = [len(s.text) for s in prompts.SUBJECTS]
-    assert len(lengths) >= 6 and min(lengths) < 40 and max(lengths) > 3000
-    assert len(set(prompts.FILLERS)) == len(prompts.FILLERS) == 36
+    assert len(lengths) >= 4 and min(lengths) < 150 and max(lengths) > 3000
+    assert min(map(len, prompts.FILLERS)) < 10 and max(map(len, prompts.FILLERS)) > 500
+    assert len(set(prompts.FILLERS)) == len(prompts.FILLERS)
     assert len(prompts.FILLERS) + len(lengths) >= max(level.level().sizes)
