@@ -37,6 +37,9 @@ def demo(
     folder = recipes.path(model or recipes.SMOL, tell=lambda text: console.print(f"[dim]{escape(text)}[/]"))
     if not levels.has_tokenizer(str(folder)):
         raise SettingError(f"{folder} has no tokenizer, and the demo's prompts are texts")
+    for path in (picture, json):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     run.would_arm()
     console.print(f"[bold]bi_patch demo[/]: {escape(recipes.describe(folder))}, {dtype}")
     console.print(f"{show.METHOD} First stock vLLM, then vLLM armed with bi_patch.\n")
@@ -55,7 +58,6 @@ def demo(
         if changed is not None:
             console.print(changed)
     title = f"Is vLLM batch-invariant? {folder.name}, {dtype}, vLLM {found.vllm or stock.report.vllm}"
-    picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_text(picture_module.page(title, said, axes, stock, armed), encoding="utf-8")
     if json is not None:
         write_json(json, {side.report.mode: report.as_json(side.report) for side in sides})

@@ -1,11 +1,15 @@
 """What the demo shows of two reports of verify: the table, the texts that changed, the verdict and the picture."""
 
 import io
+import json
 
 import msgspec
 import pytest
+import typer
 
-from bi_patch.tools.demo import picture, show, texts
+from bi_patch.errors import SettingError
+from bi_patch.tools.cli.demo import demo
+from bi_patch.tools.demo import level, picture, run, show, texts
 from bi_patch.tools.demo.run import Side
 from bi_patch.tools.verify import report
 from bi_patch.tools.verify.answers import Request
@@ -56,6 +60,53 @@ def render(thing, width=80):
 
 def line(text, start):
     return next(row for row in text.splitlines() if row.startswith(start)).split()
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """command(stock, armed): `bi-patch demo` with these sides writes out/a.json and pages/a.html; its exit code."""
+
+    def invoke(stock, armed, model=tmp_path):
+        (tmp_path / "config.json").write_text('{"architectures": ["A"]}')
+        (tmp_path / "tokenizer.json").write_text("{}")
+        monkeypatch.setattr(run, "would_arm", lambda: None)
+        monkeypatch.setattr(run, "side", lambda mode, *_, **__: {"stock": stock, "armed": armed}[mode])
+        monkeypatch.setattr(level, "axes", lambda quick: AXES)
+        with pytest.raises(typer.Exit) as ended:
+            demo(str(model), "float32", False, tmp_path / "out" / "a.json", tmp_path / "pages" / "a.html")
+        return ended.value.exit_code
+
+    return invoke
+
+
+def test_the_command_shows_both_sides_and_writes_both_reports(both, command, tmp_path, capsys):
+    assert command(*both) == report.INVARIANT
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("Stock vLLM", "Armed vLLM", "2 of 10", "after an hour", "NOT batch-invariant", "bitwise invariant"):
+        assert words in said
+    held = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert {mode: report.from_json(value).differing for mode, value in held.items()} == {"stock": 2, "armed": 0}
+    assert "<svg" in (tmp_path / "pages" / "a.html").read_text()
+
+
+def test_the_exit_code_is_that_of_the_armed_side(answer, varied, command):
+    equal, differing = side("armed", case(answer, answer)), side("armed", case(answer, varied))
+    assert command(side("stock", fails={SIZE: "no"}), equal) == report.INVARIANT
+    assert command(side("stock", case(answer, answer)), differing) == report.DIFFERS
+    for armed in (
+        side("armed", case(answer, answer), fails={SEEDED: "it died"}),
+        side("armed", case(answer, answer), open_seams=("attention.cpu_forward",)),
+        side("armed", stopped="SeamOpen: attention.cpu_forward"),
+    ):
+        assert command(side("stock", case(answer, varied)), armed) == report.UNCHECKED
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}")
+    with pytest.raises(SettingError, match="no tokenizer"):
+        demo(str(bare))
 
 
 def test_the_table_shows_both_reports_side_by_side_and_fits_a_terminal(both):
