@@ -1,4 +1,4 @@
-"""The demo on the real engine: stock and armed children, the report, the exit code, and a planted fault."""
+"""`bi-patch demo` on the real engine: the table, the picture, the reports, the exit code, and a planted fault."""
 
 import json
 import os
@@ -7,13 +7,16 @@ import sys
 
 import pytest
 
+from bi_patch.tools.demo import level
+from bi_patch.tools.verify import report
+
 pytestmark = pytest.mark.engine
 
 COMMAND = [sys.executable, "-c", "import bi_patch_entry; bi_patch_entry.cli()", "demo", "--quick"]
 
 
 def run(tmp_path, **environ):
-    """The finished process and its JSON (None when none was written)."""
+    """The finished process and the reports of its JSON by mode (None when none was written)."""
     numbers = tmp_path / "demo.json"
     done = subprocess.run(
         [*COMMAND, "--json", str(numbers), "--picture", str(tmp_path / "demo.html")],
@@ -23,29 +26,42 @@ def run(tmp_path, **environ):
         text=True,
         timeout=600,
     )
-    return done, json.loads(numbers.read_text()) if numbers.exists() else None
+    if not numbers.exists():
+        return done, None
+    return done, {mode: report.from_json(held) for mode, held in json.loads(numbers.read_text()).items()}
 
 
-def test_armed_is_bitwise_invariant(tmp_path):
-    done, report = run(tmp_path)
+def test_stock_differs_and_armed_is_bitwise_invariant(tmp_path):
+    done, found = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    armed, stock = report["armed"], report["stock"]
-    assert report["exit_code"] == 0 and armed["open_seams"] == [] and armed["cached_tokens"] > 0
-    assert sum(c["differing"] for c in armed["cells"]) == 0
-    assert sum(c["compared"] for c in armed["cells"]) == sum(c["compared"] for c in stock["cells"]) > 1000
-    assert report["threads"] < 2 or sum(c["differing"] for c in stock["cells"]) > 0
-    assert (tmp_path / "demo.html").read_text().count("<svg") == 2
+    stock, armed = found["stock"], found["armed"]
+    assert (stock.mode, armed.mode) == ("stock", "armed") and armed.exit_code == report.INVARIANT
+    assert armed.open_seams == () and armed.complete and armed.differing == 0
+    assert armed.compared == stock.compared > 1000
+    states = {axis.name: axis.state for axis in armed.axes if axis.state != report.LEFT_OUT}
+    assert states == dict.fromkeys(level.axes(quick=True), report.PASSED)
+    for name in level.axes(quick=True):
+        assert name in done.stdout
+    page = (tmp_path / "demo.html").read_text()
+    pairs = sum(axis.pairs for side in (stock, armed) for axis in side.axes)
+    assert page.count("<svg") == 1 and page.count("<rect") == pairs
+    if armed.threads > 1:  # one thread hides variance
+        assert stock.differing > 0 and stock.exit_code == report.DIFFERS
+        assert "The stock engine is NOT batch-invariant" in " ".join(done.stdout.split())
+    if any(axis.tokens_changed for axis in stock.axes):
+        assert "alone:" in done.stdout and "<mark>" in page
 
 
 def test_an_open_seam_is_refused_by_name(tmp_path):
-    done, report = run(tmp_path, BI_PATCH_LEAVE_OPEN="attention.cpu_forward")
-    assert done.returncode == 2 and report is None
-    assert "SeamOpen" in done.stderr and "attention.cpu_forward" in done.stderr
+    done, found = run(tmp_path, BI_PATCH_LEAVE_OPEN="attention.cpu_forward")
+    assert done.returncode == 2
+    assert found["armed"].compared == 0 and "SeamOpen" in found["armed"].stopped
+    assert "SeamOpen" in done.stdout and "attention.cpu_forward" in done.stdout
 
 
 def test_an_open_seam_that_is_allowed_is_seen(tmp_path):
-    done, report = run(tmp_path, BI_PATCH_LEAVE_OPEN="linear.cpu_dispatch", BI_PATCH_ALLOW_OPEN="1")
+    done, found = run(tmp_path, BI_PATCH_LEAVE_OPEN="linear.cpu_dispatch", BI_PATCH_ALLOW_OPEN="1")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert report["armed"]["open_seams"] == ["linear.cpu_dispatch"]
-    assert sum(c["differing"] for c in report["armed"]["cells"]) > 0
+    assert found["armed"].open_seams == ("linear.cpu_dispatch",)
+    assert found["armed"].differing > 0
     assert "linear.cpu_dispatch" in done.stdout

@@ -1,4 +1,4 @@
-"""`bi-patch demo`: stock and armed vLLM on the same prompts, alone and inside batches, compared bitwise."""
+"""`bi-patch demo`: stock and armed vLLM on the same prompts, alone and among other requests, compared bitwise."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,99 +14,57 @@ from bi_patch.tools.cli import app
 def demo(
     model: Annotated[str, typer.Option(help="A model's folder; by default SmolLM2-135M-Instruct.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts and batches.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the numbers to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, axes and batches.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write both reports of verify to this file.")] = None,
     picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("build/demo.html"),
 ) -> None:
-    """Show stock vLLM's answers change with the batch, and armed vLLM's not.
+    """Show that stock vLLM's answers change with the batch, and that armed vLLM's answers do not.
 
-    Exit code 0: the armed engine was bitwise invariant. 1: it was not. 2: it could not be checked.
+    Exit code 0: the armed engine was bitwise invariant. 1: it was not. 2: it could not be checked, or a required seam
+    was open.
     """
     from bi_patch.errors import SettingError
     from bi_patch.files import write_json
+    from bi_patch.tools.demo import level, run, show
     from bi_patch.tools.demo import picture as picture_module
-    from bi_patch.tools.demo import run, show
     from bi_patch.tools.models import recipes
+    from bi_patch.tools.verify import levels, report, terminal
+    from bi_patch.tools.verify.child import ARMED, STOCK
 
     if dtype not in ("bfloat16", "float32"):
         raise SettingError(f"--dtype {dtype!r} is not understood; use bfloat16 or float32")
     console = Console()
     folder = recipes.path(model or recipes.SMOL, tell=lambda text: console.print(f"[dim]{escape(text)}[/]"))
-    name = recipes.describe(folder)
-    console.print(f"[bold]bi_patch demo[/]: {escape(name)}, {dtype}, the real vLLM engine, stock and then armed\n")
-    with _Progress(console) as progress:
-        report = run.run(str(folder), dtype=dtype, quick=quick, watcher=progress, name=folder.name)
-    names, columns = tuple(report.prompts), tuple(report.columns)
-    console.print(show.table(names, columns, report.stock, report.armed))
-    for side in (report.stock, report.armed):
-        changed = show.divergences(side)
+    if not levels.has_tokenizer(str(folder)):
+        raise SettingError(f"{folder} has no tokenizer, and the demo's prompts are texts")
+    for path in (picture, json):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    run.would_arm()
+    console.print(f"[bold]bi_patch demo[/]: {escape(recipes.describe(folder))}, {dtype}")
+    console.print(f"{show.METHOD} First stock vLLM, then vLLM armed with bi_patch.\n")
+    sides = []
+    for mode in (STOCK, ARMED):
+        console.print(f"[bold]{mode.capitalize()} vLLM[/]")
+        with terminal.Live(console) as live:
+            sides.append(run.side(mode, str(folder), dtype=dtype, quick=quick, watcher=live))
+    stock, armed = sides
+    axes, found = level.axes(quick), armed.report
+    said = show.verdict(axes, stock, armed)
+    console.print()
+    console.print(show.table(axes, stock, armed))
+    for side in sides:
+        changed = show.texts(side)
         if changed is not None:
             console.print(changed)
-    title = f"Is vLLM batch-invariant? {folder.name}, {dtype}, vLLM {report.vllm}"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    picture.write_text(
-        picture_module.page(title, report.verdict, names, columns, report.stock, report.armed), encoding="utf-8"
-    )
+    title = f"Is vLLM batch-invariant? {folder.name}, {dtype}, vLLM {found.vllm or stock.report.vllm}"
+    picture.write_text(picture_module.page(title, said, axes, stock, armed), encoding="utf-8")
     if json is not None:
-        write_json(json, report)
-        console.print(f"Numbers: {json}", markup=False, soft_wrap=True)
+        write_json(json, {side.report.mode: report.as_json(side.report) for side in sides})
+        console.print(f"Reports: {json}", markup=False, soft_wrap=True)
     console.print(f"Picture: {picture.resolve()}", markup=False, soft_wrap=True)
-    console.print()
-    colour = "green" if report.exit_code == 0 else "red"
-    console.print(f"[bold {colour}]Verdict.[/] {escape(' '.join(report.verdict))}")
-    console.print(f"[dim]{report.seconds:.0f} seconds; {escape(report.device)}, {report.threads} threads[/]")
-    raise typer.Exit(report.exit_code)
-
-
-class _Progress:
-    """rich's progress bar as a watcher; without a terminal, one line per engine."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-
-        self._console = console
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.fields[mode]:5}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-        )
-        self._tasks: dict[str, int] = {}
-        self._differing = 0
-
-    def __enter__(self) -> "_Progress":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def begin(self, mode: str) -> None:
-        self._differing = 0
-        self._tasks[mode] = self._progress.add_task("starting the engine", total=None, mode=mode)
-
-    def planned(self, mode: str, rounds: int) -> None:
-        self._progress.update(self._tasks[mode], total=rounds)
-
-    def running(self, mode: str, about: str) -> None:
-        self._progress.update(self._tasks[mode], description=f"{about} [dim]({self._differing} differ so far)[/]")
-
-    def stopped(self, mode: str, why: str) -> None:
-        text = f"{self._differing} positions differ; then it stopped"
-        done = self._progress.tasks[self._tasks[mode]].completed
-        self._progress.update(self._tasks[mode], description=text, total=done)
-
-    def finished(self, mode: str, differing: int) -> None:
-        self._differing += differing
-        self._progress.advance(self._tasks[mode])
-        self._progress.update(self._tasks[mode], description=f"{self._differing} positions differ")
+    colour = "green" if found.exit_code == 0 else "red"
+    console.print(f"\n[bold {colour}]Verdict.[/] {escape(' '.join(said))}")
+    seconds = sum(side.report.seconds for side in sides)
+    console.print(f"[dim]{seconds:.0f} seconds; {escape(found.device)}, {found.threads} threads[/]")
+    raise typer.Exit(found.exit_code)

@@ -65,7 +65,6 @@ by a note on the door and by a message to those who have given a telephone numbe
 twenty past nine. In summary, the three most important decisions of the evening were"""
 
 SUBJECTS = (
-    Subject("capital", "The capital of France is"),
     Subject(
         "keeper",
         "The old lighthouse keeper climbed the stairs every evening at six, and on the night of the "
@@ -78,21 +77,9 @@ SUBJECTS = (
         "longer sticks to your hands, put it on a board and knead it for ten minutes. Then cover it with a cloth, "
         "leave it in a warm place, and after an hour",
     ),
-    Subject(
-        "email",
-        "Dear Ms Lindqvist,\n\nThank you for your letter of 3 October about the broken heating on the "
-        "second floor. I am sorry that you had to wait so long for an answer. Our technician visited the house on "
-        "Monday and found that the circulation pump had stopped because of a short circuit in its control board. "
-        "He ordered a new board, which should arrive within five working days, and placed two electric heaters "
-        "in the hall so that the pipes do not freeze. The cost of the electricity will of course be deducted from "
-        "your next bill. If the rooms fall below sixteen degrees before the repair, please call me at once, and",
-    ),
     Subject("harbour", _HARBOUR.replace("\n", " ")),
     Subject("minutes", "\n\n".join(part.replace("\n", " ") for part in _REPORT.split("\n\n"))),
 )
-
-# The settings of seeded sampling that people use.
-TEMPERATURE, TOP_P = 0.7, 0.95
 
 _COMMITTEE = (
     "Summarise in one sentence: The committee met for five hours, discussed eleven proposals for the new bridge, "
@@ -105,8 +92,17 @@ _RIVER = (
     "sold cards with the name of the buyer and the words 'printed on the ice'. My grandmother kept hers all her life, "
     "and when I asked her what it had been like she always answered with the same words:"
 )
+_EMAIL = (
+    "Dear Ms Lindqvist,\n\nThank you for your letter of 3 October about the broken heating on the "
+    "second floor. I am sorry that you had to wait so long for an answer. Our technician visited the house on "
+    "Monday and found that the circulation pump had stopped because of a short circuit in its control board. "
+    "He ordered a new board, which should arrive within five working days, and placed two electric heaters "
+    "in the hall so that the pipes do not freeze. The cost of the electricity will of course be deducted from "
+    "your next bill. If the rooms fall below sixteen degrees before the repair, please call me at once, and"
+)
 
 FILLERS = (
+    "The capital of France is",
     "Write a haiku about rain on a tin roof.",
     "What is 17 times 23?",
     "Explain to a child of seven why the sky is blue and the sunset is red.",
@@ -132,6 +128,7 @@ FILLERS = (
     "The weather forecast for tomorrow: in the morning fog in the valleys, later",
     "Say something nice about Mondays.",
     _RIVER,
+    _EMAIL,
     "Name a prime number between 90 and 100.",
     "The patient, a man of 54, reported pain in the left knee after",
     "Roses are red, violets are blue,",

@@ -1,136 +1,74 @@
-"""Running the demo: both engines one after the other, with progress, into a report."""
+"""Measuring one engine with verify on the demo's prompts, and keeping every pair that was compared."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
-
-import msgspec
+from dataclasses import dataclass
 
 from bi_patch import arming
-from bi_patch.errors import BiPatchError
-from bi_patch.tools.demo import cases, prompts
-from bi_patch.tools.demo.verdict import Judge, Side, exit_code, sentences
-from bi_patch.tools.verify.child import ARMED, PATIENT, STOCK, ChildEngine, EngineFailed
-from bi_patch.tools.verify.engine import Info, Options
-from bi_patch.tools.verify.probes import HITS
-
-QUICK_SUBJECTS = ("keeper", "harbour", "minutes")
+from bi_patch.tools.demo import level
+from bi_patch.tools.verify.case import Case
+from bi_patch.tools.verify.local import local
+from bi_patch.tools.verify.measure import INTERRUPTED, Watcher, verify
+from bi_patch.tools.verify.report import Axis, Report
 
 
-class Report(msgspec.Struct):
-    """What the demo found, as its JSON file holds it."""
+@dataclass(frozen=True)
+class Side:
+    """One engine's report, and all its compared pairs in the order in which they were measured."""
 
-    model: str
-    dtype: str
-    vllm: str
-    torch: str
-    device: str
-    threads: int
-    prompts: list[str]
-    columns: list[str]
-    stock: Side
-    armed: Side
-    verdict: list[str]
-    exit_code: int
-    seconds: float
+    report: Report
+    cases: tuple[Case, ...]
+
+    def axis(self, name: str) -> Axis:
+        return next(axis for axis in self.report.axes if axis.name == name)
+
+    def of(self, name: str) -> list[Case]:
+        """The pairs of one axis."""
+        return [case for case in self.cases if case.axis == name]
 
 
-class Watcher:
-    """Hears what is running; the terminal's progress is one."""
+class _Keeper(Watcher):
+    """Keeps the compared pairs and passes everything on to another watcher."""
 
-    def begin(self, mode: str) -> None:
-        """An engine is starting."""
+    def __init__(self, told: Watcher) -> None:
+        self.cases: list[Case] = []
+        self._told = told
+        self.starting, self.measuring, self.settled = told.starting, told.measuring, told.settled
 
-    def planned(self, mode: str, rounds: int) -> None:
-        """The engine is up and will run that many rounds."""
-
-    def running(self, mode: str, about: str) -> None:
-        """A round has started."""
-
-    def stopped(self, mode: str, why: str) -> None:
-        """The engine has stopped with an error where it is known to; the rounds that are left are not run."""
-
-    def finished(self, mode: str, differing: int) -> None:
-        """A round has ended with so many differing positions."""
+    def compared(self, case: Case) -> None:
+        self.cases.append(case)
+        self._told.compared(case)
 
 
-def run(
-    model: str, *, dtype: str = "bfloat16", quick: bool = False, watcher: Watcher | None = None, name: str = ""
-) -> Report:
-    """Run the demo on a model's folder. Raises what the armed engine refuses with (SeamOpen, ...), or EngineFailed."""
-    watch = watcher or Watcher()
-    _would_arm()
-    options = Options(model, dtype=dtype, max_model_len=2048, max_num_seqs=64, chunk=cases.CHUNK, prefix_caching=True)
-    started = time.monotonic()
-    stock, info, plan = _side(STOCK, options, quick, watch)
-    armed, info, plan = _side(ARMED, options, quick, watch)
-    return Report(
-        model=name or model,
+def side(
+    mode: str, model: str, *, dtype: str = "bfloat16", quick: bool = False, watcher: Watcher | None = None
+) -> Side:
+    """Measure one engine, stock or armed, on a model's folder.
+
+    An engine that does not start, or that stops, is in the report and in its exit code. Raises KeyboardInterrupt.
+    """
+    held, keeper = level.level(quick), _Keeper(watcher or Watcher())
+    system = local(
+        model,
+        held,
+        mode=mode,
         dtype=dtype,
-        vllm=info.vllm,
-        torch=info.torch,
-        device=info.device,
-        threads=info.threads,
-        prompts=list(plan.names),
-        columns=list(plan.columns),
-        stock=stock,
-        armed=armed,
-        verdict=sentences(stock, armed),
-        exit_code=exit_code(armed),
-        seconds=round(time.monotonic() - started, 1),
+        eager=True,
+        engine_args={"max_num_batched_tokens": level.CHUNK, "max_num_seqs": 64},
     )
+    report = verify(
+        system,
+        held,
+        watcher=keeper,
+        only=level.axes(quick),
+        workload=lambda engine: level.workload(engine, quick),
+    )
+    if report.stopped == INTERRUPTED:
+        raise KeyboardInterrupt
+    return Side(report, tuple(keeper.cases))
 
 
-def _would_arm() -> None:
-    """Raise now what arming the second child would raise after minutes: a setting, a release, a platform."""
+def would_arm() -> None:
+    """Raise now what the armed engine would raise after the stock engine's minutes: a setting, release or platform."""
     if arming.state() is None and arming.arm() is not None:
         arming.disarm()
-
-
-def _side(mode: str, options: Options, quick: bool, watch: Watcher) -> tuple[Side, Info, cases.Plan]:
-    started = time.monotonic()
-    watch.begin(mode)
-    with ChildEngine(mode, options, environ={**PATIENT, **os.environ}) as engine:
-        plan = _plan(engine.encode, quick)
-        watch.planned(mode, len(plan.rounds))
-        judge = Judge(mode, plan.names)
-        judge.side.open_seams = list(engine.info.open_seams)
-        for index, current in enumerate(plan.rounds):
-            watch.running(mode, current.about)
-            try:
-                if not current.warm:
-                    engine.reset_cache()
-                answers = engine.generate([slot.request for slot in current.slots])
-            except BiPatchError as error:
-                if mode == ARMED or not current.may_stop:
-                    raise
-                judge.stop(plan.rounds[index:], _reason(error))
-                watch.stopped(mode, judge.side.stopped)
-                break
-            watch.finished(mode, judge.take(current, answers).differing)
-        if not judge.side.stopped:
-            judge.side.cached_tokens = int(engine.counters().get(HITS, 0))
-        judge.side.seconds = round(time.monotonic() - started, 1)
-        return judge.side, engine.info, plan
-
-
-def _plan(encode: Callable[[str], tuple[int, ...]], quick: bool) -> cases.Plan:
-    chosen = [s for s in prompts.SUBJECTS if not quick or s.name in QUICK_SUBJECTS]
-    return cases.make(
-        [s.name for s in chosen],
-        [encode(s.text) for s in chosen],
-        [encode(text) for text in prompts.FILLERS],
-        quick=quick,
-        temperature=prompts.TEMPERATURE,
-        top_p=prompts.TOP_P,
-    )
-
-
-def _reason(error: BiPatchError) -> str:
-    """The first line of an engine's failure, without where its log is."""
-    text = str(error).splitlines()[0]
-    if isinstance(error, EngineFailed) and error.kind:
-        return text.split(f"{error.kind}: ", 1)[-1].split(";")[0] or error.kind
-    return text

@@ -1,85 +1,89 @@
-"""The demo's table and texts for a terminal."""
+"""The demo in a terminal: the table of both engines, the texts that changed, and the verdict."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bi_patch.tools.demo.verdict import Cell, Divergence, Side, words
+from bi_patch.tools.demo.run import Side
+from bi_patch.tools.demo.texts import Divergence, divergences, pick, words
+from bi_patch.tools.verify.report import FAILED, Axis
 
+METHOD = (
+    "Each prompt was answered alone and then among other requests, and both answers were compared bit by bit, position "
+    "by position."
+)
+_COLUMNS = (
+    "A position differs when its token or a log probability is not bitwise the same. tokens: positions with another "
+    "token. largest: the largest change of a log probability."
+)
+# Failures of stock vLLM that the demo meets, and what they mean.
+_KNOWN = {
+    "CPU Generator does not use offset": "on CPU, stock vLLM cannot sample with a seed when it computes the prompt in "
+    "several chunks",
+}
 _CONTEXT = 14  # words shown before the first that differs
 
 
-def table(names: tuple[str, ...], columns: tuple[str, ...], stock: Side, armed: Side) -> Table:
-    """One line per prompt and batch; stock and armed side by side; fits 80 characters."""
-    made = Table(
-        title="The same prompt, alone against beside others: positions that changed",
-        title_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    made.add_column("\nprompt", no_wrap=True)
-    made.add_column("\nbatch", no_wrap=True)
-    made.add_column("\ncompared", justify="right", no_wrap=True)
-    for side in (stock, armed):
-        made.add_column(f"[bold]{side.mode}[/]\ntokens", justify="right", no_wrap=True)
-        made.add_column("\nlogprobs", justify="right", no_wrap=True)
+def table(axes: Sequence[str], stock: Side, armed: Side) -> RenderableType:
+    """One line per axis; stock and armed side by side; fits 80 characters."""
+    made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    made.add_column("\naxis", no_wrap=True)
+    for name in ("stock", "armed"):
+        made.add_column(f"[bold]{name}[/]\ndiffering", justify="right", no_wrap=True)
+        made.add_column("\ntokens", justify="right", no_wrap=True)
         made.add_column("\nlargest", justify="right", no_wrap=True)
-    for name in names:
-        shown = name
-        for column in columns:
-            cells = [_find(side, name, column) for side in (stock, armed)]
-            if not any(cells):
-                continue
-            compared = max(cell.compared for cell in cells if cell)
-            made.add_row(shown, column, str(compared), *(text for cell in cells for text in _texts(cell)))
-            shown = ""
-        made.add_row()
-    return made
+    for name in axes:
+        made.add_row(name, *(text for side in (stock, armed) for text in _cells(side.axis(name))))
+        cut = [side.axis(name).compared > 0 and stopped(name, side, stock, armed) for side in (stock, armed)]
+        if any(cut):
+            made.add_row("", *(text for is_cut in cut for text in ("[yellow]then stopped[/]" * is_cut, "", "")))
+    return Group(made, Text(), Text(_COLUMNS, style="dim"))
 
 
-def _find(side: Side, name: str, column: str) -> Cell | None:
-    return next((c for c in side.cells if (c.prompt, c.batch) == (name, column)), None)
+def _cells(axis: Axis) -> tuple[str, str, str]:
+    if not axis.compared:
+        return f"[yellow]{'stopped' if axis.state == FAILED else axis.state}[/]", "", ""
+    colour = "red" if axis.differing else "green"
+    tokens = f"[bold red]{axis.tokens_changed}[/]" if axis.tokens_changed else "[green]0[/]"
+    largest = f"[red]{axis.largest:.1e}[/]" if axis.largest else f"[{colour}]0[/]"
+    return f"[{colour}]{axis.differing} of {axis.compared}[/]", tokens, largest
 
 
-def _texts(cell: Cell | None) -> tuple[str, str, str]:
-    if cell is None:
-        return "", "", ""
-    if cell.stopped and not cell.compared:
-        return "[yellow]stopped[/]", "", ""
-    colour = "red" if cell.differing else "green"
-    tokens = f"[bold red]{cell.tokens_changed}[/]" if cell.tokens_changed else "[green]0[/]"
-    largest = f"[red]{cell.largest:.1e}[/]" if cell.largest else f"[{colour}]0[/]"
-    return tokens, f"[{colour}]{cell.differing}[/]", largest
+def stopped(name: str, side: Side, stock: Side, armed: Side) -> bool:
+    """Whether this side compared fewer pairs along the axis than the other one did."""
+    return side.axis(name).pairs < max(stock.axis(name).pairs, armed.axis(name).pairs)
 
 
-def divergences(side: Side, limit: int = 4) -> RenderableType | None:
+def texts(side: Side, limit: int = 4) -> RenderableType | None:
     """Both continuations of the clearest texts that changed, the first differing word marked; None when none did."""
-    chosen = pick(side.divergences, limit)
+    chosen = pick(divergences(side.cases), limit)
     if not chosen:
         return None
-    panels = []
-    for d in chosen:
-        body = Text()
-        for label, text in (("alone:  ", d.alone), ("beside: ", d.beside)):
-            body.append(label, style="bold")
-            body.append_text(_marked(text, d.word))
-            body.append("\n")
-        body.rstrip()
-        panels.append(Panel(body, title=f"{d.prompt}, {d.batch}", title_align="left"))
-    return Group(Text(f"Where {side.mode} vLLM's text really changed:", style="bold"), *panels)
+    title = Text(f"Texts that changed with the batch in {side.report.mode} vLLM:", style="bold")
+    return Group(title, *(_panel(divergence) for divergence in chosen))
 
 
-def pick(found: list[Divergence], limit: int) -> list[Divergence]:
-    """At most `limit`: the earliest change of each prompt first, then others, each pair of texts once."""
-    once = list({(d.prompt, d.alone, d.beside): d for d in reversed(found)}.values())
-    once.sort(key=lambda d: d.word)
-    first = {d.prompt: d for d in reversed(once)}
-    rest = [d for d in once if d is not first[d.prompt]]
-    return [*sorted(first.values(), key=lambda d: d.word), *rest][:limit]
+def _panel(d: Divergence) -> Panel:
+    body = Text()
+    body.append(f"prompt:  {ending(d.prompt)}\n", style="dim")
+    for label, text in (("alone:   ", d.alone), ("beside:  ", d.beside)):
+        body.append(label, style="bold")
+        body.append_text(_marked(text, d.word))
+        body.append("\n")
+    body.rstrip()
+    return Panel(body, title=d.where, title_align="left")
+
+
+def ending(text: str, count: int = 9) -> str:
+    """The last words of a prompt."""
+    parts = text.split()
+    return ("… " if len(parts) > count else "") + " ".join(parts[-count:])
 
 
 def _marked(text: str, index: int) -> Text:
@@ -91,3 +95,26 @@ def _marked(text: str, index: int) -> Text:
     if index >= len(parts):
         made.append(" (ends here)", style="bold red")
     return made
+
+
+def verdict(axes: Sequence[str], stock: Side, armed: Side) -> list[str]:
+    """The sentences of both reports. What stopped the stock engine is said in short, for the demo goes on."""
+    said = [stock.report.verdict[0]]
+    if stock.report.stopped:
+        said.append(f"It stopped early: {_short(stock.report.stopped)}.")
+    else:
+        said += [
+            f"It stopped early at {name}: {_short(stock.axis(name).reason)}."
+            for name in axes
+            if stopped(name, stock, stock, armed)
+        ]
+    said += armed.report.verdict
+    if armed.report.differing and not armed.report.open_seams:
+        said.append("No seam is open, so this is a defect of bi_patch: please report it with the JSON of this run.")
+    return said
+
+
+def _short(reason: str) -> str:
+    """An engine's failure without the class of the error around it and without the place of its log."""
+    text = re.sub(r"^EngineFailed: |\W*its output is in \S+", "", reason).rstrip(". ")
+    return text + "".join(f" ({meaning})" for words_, meaning in _KNOWN.items() if words_ in text)

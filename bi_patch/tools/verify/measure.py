@@ -44,6 +44,9 @@ class Watcher:
     def starting(self, what: str, left: float) -> None:
         """An engine is about to start, or a server to be asked: words for it."""
 
+    def compared(self, case: Case) -> None:
+        """A pair was compared; the case holds both answers with their texts."""
+
     def measuring(self, axis: Axis, left: float) -> None:
         """An axis begins, or one more pair of it was compared."""
 
@@ -74,6 +77,7 @@ _ENGINE = "engine"  # the base engine's start
 _EAGER = 0.35  # of a compiled engine's start: nothing is compiled or captured
 _FRESH = 1.2  # with empty compile caches
 _LOCATE, _TRACING = "locate", 8.0  # seconds of tracing and comparing a pair on a small model
+INTERRUPTED = "interrupted."  # Report.stopped after an interrupt
 # What vLLM's arguments and parts raise where this build does not have a feature.
 _LACKING = ("ValidationError", "NotImplementedError")
 
@@ -90,14 +94,17 @@ def verify(
     only: Sequence[str] = (),
     clients: int = 256,
     locate: Locate | None = None,
+    workload: Callable[[Engine], Workload] | None = None,
 ) -> Report:
     """Measure the level's axes, or those named in `only` (of any level), and conclude.
 
     Engine and server errors, an interrupt and errors that nobody foresaw end it early; they are in the report's
     `stopped` (the last with their traceback in `failure`), with all that was compared before. locate: looks for the
-    first operation that differs in a pair (see verify.case).
+    first operation that differs in a pair (see verify.case). workload: makes the prompts from the live engine; by
+    default they are random tokens of the level's lengths.
     """
-    return _Verification(system, level, watcher or Watcher(), only, clients, locate).run()
+    made = workload or (lambda engine: levels.workload(level, engine, clients))
+    return _Verification(system, level, watcher or Watcher(), only, made, locate).run()
 
 
 class _Verification:
@@ -107,10 +114,10 @@ class _Verification:
         level: Level,
         watcher: Watcher,
         only: Sequence[str],
-        clients: int,
+        workload: Callable[[Engine], Workload],
         locate: Locate | None,
     ) -> None:
-        self.system, self.level, self.watcher, self.clients, self.locate = system, level, watcher, clients, locate
+        self.system, self.level, self.watcher, self.workload, self.locate = system, level, watcher, workload, locate
         self.only = frozenset(only)
         self.clock = Clock()
         self.limit: float | None = None
@@ -134,7 +141,7 @@ class _Verification:
         try:
             self._measure()
         except KeyboardInterrupt:
-            self._stop("interrupted.")
+            self._stop(INTERRUPTED)
         except (BiPatchError, OSError) as error:
             self._stop(_sentence(error))
         except Exception as error:
@@ -168,7 +175,7 @@ class _Verification:
         what = "starting the engine" if self.system.restarts else "asking the server"
         with self._start(what, _ENGINE, self.system.options) as engine:
             self._describe(engine)
-            load = levels.workload(self.level, engine, self.clients)
+            load = self.workload(engine)
             run = Run(engine, load)
             own = [probe for probe in own if self._applies(probe, engine)]
             cross = [probe for probe in cross if self._applies(probe, engine)]
@@ -279,6 +286,7 @@ class _Verification:
                 axis.add(case)
                 if case.differs and self.locate is not None:
                     self._expect_location(case)
+                self.watcher.compared(case)
                 self.watcher.measuring(axis, self.clock.left(probe.name, before + time.monotonic() - began))
         except NotExercised as error:
             state, reason = NOT_EXERCISED, str(error)

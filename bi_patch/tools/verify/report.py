@@ -227,13 +227,23 @@ def sentences(report: Report) -> list[str]:
 def write(report: Report, path: Path) -> None:
     """The JSON file; readable by `read`, bit for bit."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, _finite(msgspec.to_builtins(report)))
+    write_json(path, as_json(report))
     path.chmod(0o644)
 
 
 def read(path: Path) -> Report:
     """Raises msgspec.DecodeError for a file that is no report of this format."""
-    return msgspec.convert(msgspec.json.decode(path.read_bytes()), Report, strict=False)  # "nan" is a float again
+    return from_json(msgspec.json.decode(path.read_bytes()))
+
+
+def as_json(report: Report) -> object:
+    """The report as the JSON file holds it."""
+    return _finite(msgspec.to_builtins(report))
+
+
+def from_json(value: object) -> Report:
+    """The report again. Raises msgspec.ValidationError for a value that is no report."""
+    return msgspec.convert(value, Report, strict=False)  # "nan" is a float again
 
 
 def _finite(value: object) -> object:

@@ -49,7 +49,8 @@ class Workload:
     long: one prompt of up to 3,000 tokens, or None where max_model_len is too small for it.
     generate: tokens generated per request. sizes: numbers of concurrent requests. prefix: tokens that requests of the
     shared-prefix axis have in common. clients: requests at once against a server. score_sizes: as sizes, for prompt
-    logprobs and sampling; empty for the same.
+    logprobs and sampling; empty for the same. places: where a subject stands in a batch of nine. budgets: tokens per
+    engine step, as far as they are below the engine's own.
     """
 
     subjects: tuple[tuple[int, ...], ...]
@@ -61,6 +62,8 @@ class Workload:
     prefix: tuple[int, ...] = ()
     clients: int = 0
     score_sizes: tuple[int, ...] = ()
+    places: tuple[int, ...] = (0, 4, 8)
+    budgets: tuple[int, ...] = (33, 64, 256)
 
     @staticmethod
     def random(

@@ -97,7 +97,7 @@ def chunks(run: Run) -> Iterator[Case]:
     """Each subject with smaller budgets of tokens per engine step, alone and beside others."""
     engine, load = run.engine, run.workload
     whole = engine.options.chunk or engine.info.max_model_len
-    for budget in (b for b in (33, 64, 256) if b < whole):
+    for budget in (b for b in load.budgets if b < whole):
         for index in run.subjects:
             request = run.greedy(index)
             (expected,) = run.alone([request])

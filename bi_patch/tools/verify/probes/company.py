@@ -53,10 +53,10 @@ def sizes(run: Run, requests: list[Request], counts: Sequence[int]) -> Iterator[
 
 
 def position(run: Run) -> Iterator[Case]:
-    """Every subject first, in the middle and last of nine, and with the others in reverse order."""
+    """Every subject at each of the workload's places among nine, and with the others in reverse order."""
     fillers = [run.workload.filler(i) for i in range(8)]
     for index in run.subjects:
-        for place in (0, 4, 8):
+        for place in run.workload.places:
             for order in (fillers, fillers[::-1]):
                 label = f"{run.workload.label(index)} at place {place} of 9"
                 yield run.beside(order[:place], run.greedy(index), order[place:], label)
