@@ -114,7 +114,8 @@ def _refuse_late(plan: Plan) -> None:
     late = [name for name in plan.modules if name in sys.modules]
     if not late:
         return
-    modules = f"{len(late)} of its modules are loaded, {late[0]} first"
+    more = f" and {len(late) - 3} more" if len(late) > 3 else ""
+    modules = f"loaded: {', '.join(late[:3])}{more}"
     if process.was_disarmed():
         raise ArmedTooLate(
             f"bi_patch was disarmed in this process, which cannot be armed again: vLLM is imported ({modules}), and "

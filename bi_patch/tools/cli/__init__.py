@@ -93,7 +93,8 @@ def _tell(error: Exception) -> None:
         said = str(error)
     elif hasattr(error, "format_message"):  # typer's errors of use; its releases keep their classes in different places
         command = error.ctx.command_path if getattr(error, "ctx", None) else "bi-patch"
-        said = f"{error.format_message().rstrip('.')}. See `{command} --help`"
+        what = error.format_message()
+        said = f"{what}{'' if what.endswith(('.', '?')) else '.'} See `{command} --help`"
     else:
         traceback.print_exception(error)
         return

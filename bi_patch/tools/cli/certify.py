@@ -53,14 +53,14 @@ def certify(
 def state(certificate: "Certificate") -> str:
     """What a certificate says about its library kernel.
 
-    CERTIFIED: it serves every number of rows. PARTLY: only those that were equal. REPLACED: a kernel with a fixed order
-    serves in its place. FAILED: no kernel can replace it, so an engine that needs it stops.
+    CERTIFIED: it serves every number of rows. PARTLY: the numbers of rows, or the algorithms, that were equal serve.
+    REPLACED: a kernel with a fixed order serves in its place. FAILED: no kernel can replace it, so the engine stops.
     """
     if certificate.passed:
         return CERTIFIED
     if certificate.route == "kept":
         return FAILED
-    return PARTLY if certificate.passed_rows else REPLACED
+    return PARTLY if certificate.passed_rows or certificate.algorithms else REPLACED
 
 
 def _print(folder: Path, good: "list[Certificate]", corrupt: list[Path], every: bool) -> None:
@@ -98,8 +98,8 @@ def _print(folder: Path, good: "list[Certificate]", corrupt: list[Path], every: 
 
 
 _EXPLAINED = (
-    "A certificate records whether a fast kernel gives a row the same bits for every number of rows. A kernel that fails "
-    "is replaced by a kernel with a fixed order of sums, in most cases by a bundled one."
+    "A certificate records whether a fast kernel gives a row the same bits for every number of rows. Where the kernel "
+    "does not, a kernel with a fixed order of sums replaces it. Where no such kernel exists, the engine stops."
 )
 
 
