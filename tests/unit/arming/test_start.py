@@ -1,7 +1,6 @@
 """Arming at interpreter start, in real processes that need no vLLM: inert, blocking, and measured."""
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -197,24 +196,25 @@ def target_folder(tmp_path):
 
 def test_importing_from_a_target_folder_arms_children(run_python, not_installed, target_folder):
     """A folder on PYTHONPATH: the switch alone does nothing; importing bi_patch reaches children, and theirs."""
-    environ = {"PYTHONPATH": str(target_folder), "PYTHONSAFEPATH": "1"}  # not from the current folder
-    assert (
-        json.loads(run_python(LOADED, python=not_installed, VLLM_BATCH_INVARIANT="1", **environ).stdout) == [False] * 2
-    )
-    grandchild = "import bi_patch; print(bi_patch.__file__, bi_patch.state().armed)"
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
-    code = f"import subprocess, sys, bi_patch; subprocess.run([sys.executable, '-c', {child!r}])"
-    done = run_python(code, python=not_installed, **environ)
+
+    def run(code, **environ):
+        environ |= {"PYTHONPATH": str(target_folder), "PYTHONSAFEPATH": "1"}  # not from the current folder
+        return run_python(code, python=not_installed, **environ)
+
+    def starting(code):
+        return f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+
+    assert json.loads(run(LOADED, VLLM_BATCH_INVARIANT="1").stdout) == [False, False]
+    done = run("import bi_patch; " + starting(starting(LOADED)))
+    assert json.loads(done.stdout) == [True, True], done.stderr
+    done = run("import bi_patch; " + starting("import bi_patch; print(bi_patch.__file__, bi_patch.state().armed)"))
     assert done.stdout.split() == [str(target_folder / "bi_patch" / "__init__.py"), "True"], done.stderr
-    assert (
-        json.loads(run_python(code.replace(grandchild, LOADED), python=not_installed, **environ).stdout) == [True] * 2
-    )
 
 
 def test_run_from_a_target_folder_arms_the_command(run_python, not_installed, target_folder):
     command = ["bi-patch", "run", "--", not_installed, "-c", LOADED]
     code = f"import sys, bi_patch_entry; sys.argv = {command!r}; bi_patch_entry.cli()"
-    done = run_python(code, python=not_installed, PYTHONPATH=str(target_folder))
+    done = run_python(code, python=not_installed, PYTHONPATH=str(target_folder), PYTHONSAFEPATH="1")
     assert json.loads(done.stdout) == [True, True], done.stderr
 
 

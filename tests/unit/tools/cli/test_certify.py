@@ -38,8 +38,8 @@ def test_the_counts_come_first_and_each_certificate_on_demand(bi_patch, keep):
     assert done.returncode == 0, done.stderr
     first, second, _ = done.stdout.splitlines()
     assert first == (
-        "4 certificates for 2 operations on this machine: 3 kernels certified (1 of them for some numbers of rows only), "
-        "1 replaced by a fixed-order kernel, 0 failed."
+        "4 certificates for 2 operations on this machine: 3 kernels certified "
+        "(1 of them for some numbers of rows only), 1 replaced by a fixed-order kernel, 0 failed."
     )
     assert second == f"Folder: {folder}/certificates"
     done = bi_patch("certify", "--all", BI_PATCH_CACHE=folder)
