@@ -146,7 +146,7 @@ def _summary(look: Look) -> None:
     output.paragraph(
         console,
         "A patch point is one place in vLLM that bi_patch replaces. `bi-patch status --all` lists every patch point; "
-        "`bi-patch status NAME` explains a single one.",
+        "`bi-patch status NAME` explains a single one. `bi-patch features` lists what is served, refused and untried.",
     )
     if look.moved:
         output.whole(console, Text(f"\nAnchorMoved: {look.moved}", style="red"))
