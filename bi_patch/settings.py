@@ -1,12 +1,15 @@
-"""The environment variables that bi_patch reads, checked strictly: an unknown name or value is an error.
+"""The environment variables that bi_patch reads. It checks them strictly: an unknown name or value is an error.
 
-BI_PATCH              1 (default) arm; 0 leave vLLM untouched, whatever else is set
-BI_PATCH_FORM         hooks (default) close seams by import hooks; patches: only the patched modules close them
-BI_PATCH_PLATFORM     cpu | cuda | ascend: overrides detection, for checks on a machine without the device
-BI_PATCH_CACHE        folder of certificates and built kernels (default: ~/.cache/bi_patch)
-BI_PATCH_LEAVE_OPEN   seams or areas to leave open, comma separated: a planted fault; the engine refuses to start
-BI_PATCH_ALLOW_OPEN   1: start although seams are open, to see what a planted fault does. Never for real use
-VLLM_BATCH_INVARIANT  1 arms where bi_patch is installed; arming sets it for vLLM and for child processes
+BI_PATCH              1 (default): arm. 0: leave vLLM as it is, whatever else is set
+BI_PATCH_FORM         hooks (default): import hooks close the patch points. patches: only patched modules close them
+BI_PATCH_PLATFORM     cpu, cuda or ascend: replaces detection, to look at a platform without its device
+BI_PATCH_CACHE        the folder of certificates and built kernels (default: ~/.cache/bi_patch)
+BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas: a planted fault; no engine starts
+BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
+VLLM_BATCH_INVARIANT  1: arm each Python process that starts where bi_patch is installed. Arming sets it, for vLLM and
+                      for child processes
+
+A patch point (`Seam` in the code) is one place in vLLM that bi_patch replaces.
 """
 
 import os
@@ -47,15 +50,15 @@ _NAMES = {
 
 
 def read(environ: Mapping[str, str] | None = None) -> Settings:
-    """Read and check the settings.
+    """Read and check the settings. environ: the variables to read, by default those of this process.
 
-    Raises SettingError for an unknown BI_PATCH* name, or for a value that is not listed in the module's text.
+    Raises SettingError for an unknown name that begins with BI_PATCH, and for a value that this module does not list.
     """
     env = os.environ if environ is None else environ
     unknown = sorted(n for n in env if n.startswith("BI_PATCH") and n not in _NAMES)
     if unknown:
         raise SettingError(
-            f"unknown environment variable {', '.join(unknown)}; bi_patch reads {', '.join(sorted(_NAMES))}"
+            f"unknown environment variable {', '.join(unknown)}. bi_patch reads only {', '.join(sorted(_NAMES))}"
         )
     enabled = _choice(env, "BI_PATCH", ("1", "0"))
     _choice(env, "VLLM_BATCH_INVARIANT", ("1", "0"))
@@ -73,5 +76,7 @@ def _choice(env: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:
     """The value of `name`, the first of `allowed` when unset or empty."""
     value = env.get(name, "").strip() or allowed[0]
     if value not in allowed:
-        raise SettingError(f"{name}={value!r} is not understood; use {' or '.join(repr(a) for a in allowed if a)}")
+        raise SettingError(
+            f"{name}={value!r} is not a value that bi_patch knows. Use {' or '.join(repr(a) for a in allowed if a)}"
+        )
     return value

@@ -1,7 +1,7 @@
 """How arming reaches child processes: by the installed .pth file, else by a sitecustomize first on PYTHONPATH.
 
-Spawned workers import vLLM in a fresh interpreter. Where bi_patch is only on PYTHONPATH or sys.path, no .pth file of it
-is read there, and they would serve without it.
+A spawned worker imports vLLM in a fresh interpreter. Python reads .pth files in site-packages only, not in a folder on
+PYTHONPATH or sys.path, such as one that `pip install --target` made. There the sitecustomize arms the worker.
 """
 
 import os
@@ -31,12 +31,15 @@ def python_path(present: str) -> str:
 
 
 def environ() -> dict[str, str]:
-    """What this process's environment needs for its children. Raises SettingError where nothing can reach them."""
+    """The variables that this process must set so that its children are armed; empty where the .pth file arms them.
+
+    Raises SettingError where neither can reach them.
+    """
     if reads_startup_file():
         return {}
     if sys.flags.ignore_environment or sys.flags.no_site:
         raise SettingError(
-            "bi_patch is not installed in this environment, and Python runs with -E, -I or -S: vLLM's processes "
-            "would not all be armed. Install bi_patch with pip, or start Python without these options"
+            "bi_patch is not installed in this environment, and Python runs with -E, -I or -S, so that vLLM's "
+            "processes would not all be armed. Install bi_patch with pip, or start Python without these options"
         )
     return {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH", ""))}

@@ -16,11 +16,12 @@ from bi_patch.seams.plan import Plan, Planned
 
 
 def arm(*, by_patch: bool = False) -> State | None:
-    """Close every seam of the installed vLLM as its modules load. Calling it again changes nothing.
+    """Close every patch point of the installed vLLM as its modules load. Calling it again changes nothing.
 
     by_patch: called from a patched vLLM module, so vLLM modules are loading already.
     Returns the state, or None when BI_PATCH=0 or no vLLM is installed.
-    Raises SettingError, UnsupportedRelease, UnsupportedFeature, ArmedTooLate.
+    Raises SettingError, UnsupportedRelease, UnsupportedFeature; ArmedTooLate when vLLM modules with patch points are
+    loaded, after disarm() too: objects that vLLM made in the meantime would keep stock code.
     """
     if process.state() is not None:
         return process.state()
@@ -34,7 +35,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     unknown = read.leave_open - {name for p in plan.seams for name in (p.seam.name, p.seam.area)}
     if unknown:
         raise SettingError(
-            f"BI_PATCH_LEAVE_OPEN names seams that this release does not have: {', '.join(sorted(unknown))}"
+            f"BI_PATCH_LEAVE_OPEN names patch points that this release does not have: {', '.join(sorted(unknown))}"
         )
     if not by_patch:
         _refuse_late(plan)
@@ -50,18 +51,21 @@ def arm(*, by_patch: bool = False) -> State | None:
 
 
 def disarm() -> None:
-    """Put every original and every environment value back; import hooks that are left do nothing from here on."""
+    """Put every original and every environment value back. vLLM runs as its release from here on.
+
+    arm() works again only while no vLLM module with a patch point is loaded; after that it raises ArmedTooLate.
+    """
     current = process.state()
     if current is None:
         return
-    current.ledger.restore()
+    current.ledger.restore()  # import hooks cannot be taken back: they do nothing without a state
     active.plan = None
     for name, value in current.previous_environ.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    process.enter(None)
+    process.leave()
 
 
 def close_module(module: ModuleType) -> None:
@@ -108,11 +112,20 @@ def _hand_out_copies(current: State, name: str) -> None:
 
 def _refuse_late(plan: Plan) -> None:
     late = [name for name in plan.modules if name in sys.modules]
-    if late:
+    if not late:
+        return
+    more = f" and {len(late) - 3} more" if len(late) > 3 else ""
+    modules = f"loaded: {', '.join(late[:3])}{more}"
+    if process.was_disarmed():
         raise ArmedTooLate(
-            f"bi_patch was armed after vLLM was imported ({len(late)} modules, {late[0]} first). Import bi_patch "
-            "before vllm, or start the program with `bi-patch run -- ...`; in a notebook, restart the kernel first"
+            f"bi_patch was disarmed in this process, which cannot be armed again: vLLM is imported ({modules}), and "
+            "objects that it made while disarmed would keep stock code. Start a new process; in a notebook, restart "
+            "the kernel"
         )
+    raise ArmedTooLate(
+        f"bi_patch was armed after vLLM was imported ({modules}). Import bi_patch before vllm, or start the program "
+        "with `bi-patch run -- ...`; in a notebook, restart the kernel, then import bi_patch first"
+    )
 
 
 def _set_environ(new: State, further: dict[str, str]) -> None:

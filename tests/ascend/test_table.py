@@ -44,11 +44,11 @@ def test_without_the_routes_every_spelling_is_native(on_npu):
     assert {row["found"] for row in table.values()} == {"native"}
 
 
-def test_the_script_for_a_device_runs(on_npu):
-    """In the interpreter, on few rows: what a person with an NPU runs must not fail for its own faults."""
+def test_the_command_for_a_device_runs(on_npu):
+    """In the interpreter, on few rows: the command that a person with an NPU runs must not fail for its own faults."""
     code = (
-        "import sys, runpy, canonical, host_ops; canonical.install(); host_ops.install()\n"
-        "sys.argv = ['device.py', '--rows', '3']; runpy.run_path('tests/ascend/device.py', run_name='__main__')"
+        "import sys, canonical, host_ops, bi_patch_entry; canonical.install(); host_ops.install()\n"
+        "sys.argv = ['bi-patch', 'ascend-check', '--rows', '3']; bi_patch_entry.cli()"
     )
     done = on_npu("-c", code)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -6,6 +6,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,14 +14,31 @@ from rich.text import Text
 
 from bi_patch.errors import BiPatchError
 
+# Without rich's markup, help is plain text: no boxes, one line a command.
 app = typer.Typer(
-    help="Batch-invariant vLLM: arm it, look at its seams, prove it.",
-    no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
 )
-# Exit code 1 is an answer (it differs, a seam is open); whatever keeps a command from answering is another.
+# Exit code 1 is an answer (bits differ, a patch point is open); an error that prevents an answer has another code.
 NO_ANSWER, INTERRUPTED = 2, 130
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version, and the vLLM that is found.")] = False,
+) -> None:
+    """bi_patch makes vLLM batch-invariant: a request has the same bits whatever runs beside it.
+
+    Run your program armed with `bi-patch run`, look at this environment with `bi-patch status`, and prove the result
+    with `bi-patch verify`.
+    """
+    if version:
+        print(_version())
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main() -> None:
@@ -31,10 +49,22 @@ def main() -> None:
             importlib.import_module(f"{__name__}.{module}")
         for command in app.registered_commands:
             command.callback = _contained(command.callback)
-        app()
+        code = app(standalone_mode=False)
     except Exception as error:
         _tell(error)
-        sys.exit(NO_ANSWER)
+        code = NO_ANSWER
+    sys.exit(code)
+
+
+def _version() -> str:
+    """bi_patch's version, then the vLLM release and platform that arming would find; vLLM is not imported."""
+    from bi_patch import __version__, installed, settings
+
+    try:
+        found = installed.find(settings.read().platform)
+    except BiPatchError as error:
+        return f"bi_patch {__version__}\nvLLM: {type(error).__name__}: {error}"
+    return f"bi_patch {__version__}\n" + (f"vLLM {found.release} on {found.platform}" if found else "vLLM: not found")
 
 
 def _contained(command: Callable) -> Callable:
@@ -48,7 +78,7 @@ def _contained(command: Callable) -> Callable:
             raise
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
-        except SystemExit:  # rich's end where the reader of a pipe has gone
+        except SystemExit:  # rich ends so when the reader of a pipe has gone
             raise typer.Exit(NO_ANSWER) from None
         except Exception as error:
             _tell(error)
@@ -58,9 +88,16 @@ def _contained(command: Callable) -> Callable:
 
 
 def _tell(error: Exception) -> None:
+    """Print a named error or a wrong use of the command line as one paragraph, another error with its traceback."""
     if isinstance(error, BiPatchError):
-        # Not as markup: it names what the user gave.
-        text = Text.assemble((type(error).__name__, "bold red"), f": {error}")
-        Console(stderr=True).print(text, soft_wrap=True)
+        said = str(error)
+    elif hasattr(error, "format_message"):  # typer's errors of use; its releases keep their classes in different places
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "bi-patch"
+        what = error.format_message()
+        said = f"{what}{'' if what.endswith(('.', '?')) else '.'} See `{command} --help`"
     else:
         traceback.print_exception(error)
+        return
+    # Not as markup: the text names what the user gave.
+    text = Text.assemble((type(error).__name__, "bold red"), f": {said}")
+    Console(stderr=True).print(text, soft_wrap=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bi_patch.errors import SettingError
+from bi_patch.tools import output
 from bi_patch.tools.cli import app
 
 
@@ -41,7 +42,7 @@ def bench(
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import matrix
 
-    console = Console()
+    console = output.console()
     if (write or check) and not tables:
         raise SettingError("--write and --check go with --tables")
     if write and check:
@@ -77,12 +78,10 @@ def _options(spec, console: Console):
 
 
 def _cost(console: Console, specs, repeats: int, results: Path) -> None:
-    from rich.table import Table
-
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import cost
 
-    table = Table(title="Time of armed over stock vLLM", title_justify="left")
+    table = output.table(console, "Time of armed over stock vLLM")
     for column in ("model", "workload", "stock", "upstream", "armed", "armed / stock"):
         table.add_column(column, justify="left" if column in ("model", "workload") else "right")
     for spec in specs:

@@ -37,7 +37,9 @@ def check(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Check that the patches apply, reverse and close their patch points, and that upstream changed none of these.
+    """Check that the patch series still fits vLLM.
+
+    The patches apply, reverse and close their patch points, and upstream changed none of these.
 
     Exit code 1: at least one check failed. Exit code 2: nothing could be checked.
     """

@@ -18,7 +18,7 @@ def demo(
     json: Annotated[Path | None, typer.Option(help="Write both reports of verify to this file.")] = None,
     picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("build/demo.html"),
 ) -> None:
-    """Show that stock vLLM's answers change with the batch, and that armed vLLM's answers do not.
+    """Compare stock and armed vLLM on the same prompts.
 
     Exit code 0: the armed engine was bitwise invariant. 1: it was not. 2: it could not be checked, or a required seam
     was open.

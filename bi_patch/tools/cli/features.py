@@ -13,7 +13,10 @@ def features(
     pages: Annotated[list[Path] | None, typer.Argument(help="Markdown pages with marks, e.g. README.md.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Renew the tables between the marks of the pages.")] = False,
 ) -> None:
-    """Print the feature table; with pages, check that their tables are those of the code (exit 1), or renew them."""
+    """Print what is served, refused and untried.
+
+    With pages: check that their tables are those of the code (exit code 1: they are not), or renew them.
+    """
     from bi_patch.errors import SettingError
     from bi_patch.tools import marks
     from bi_patch.tools.features import blocks

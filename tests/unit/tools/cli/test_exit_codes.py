@@ -1,7 +1,5 @@
 """Exit codes of the command line: 1 is an answer, so errors, named or not, end with 2; what users give is no markup."""
 
-from types import SimpleNamespace
-
 import pytest
 
 COMMAND = """
@@ -59,13 +57,3 @@ def test_a_named_error_says_what_the_user_gave_letter_by_letter(bi_patch, name):
 def test_a_folder_is_printed_letter_by_letter(bi_patch, tmp_path):
     done = bi_patch("certify", BI_PATCH_CACHE=str(tmp_path / "[red]a[/bold]"))
     assert done.returncode == 0 and "[red]a[/bold]" in done.stdout.replace("\n", "")
-
-
-def test_a_reason_in_the_status_is_printed_letter_by_letter(capsys):
-    from bi_patch.arming.startup import OPEN, Finding
-    from bi_patch.tools.cli import status
-
-    found = Finding("a.b", "a", "m:q", OPEN, "x[/bold]y", True, "", "")
-    plan = SimpleNamespace(release="0.32.0", platform="cpu")
-    status._table(SimpleNamespace(plan=plan), [found], [found])
-    assert "x[/bold]y" in capsys.readouterr().out

@@ -13,12 +13,12 @@ from bi_patch.tools.demo import level, picture, run, show, texts
 from bi_patch.tools.demo.run import Side
 from bi_patch.tools.verify import report
 from bi_patch.tools.verify.answers import Request
-from bi_patch.tools.verify.case import Case, Setting
+from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.report import Axis, Report
 
 SIZE, SEEDED = AXES = ("batch size", "seeded sampling")
 REQUEST = Request((1, 2))
-BESIDE = Setting([REQUEST.but(prompt=(9,)), REQUEST], 1)
+BESIDE = Scenario([REQUEST.but(prompt=(9,)), REQUEST], 1)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def varied(answer):
 
 
 def case(expected, got, axis=SIZE, label="bread in a batch of 2"):
-    return Case.of(axis, label, Setting.alone(REQUEST), BESIDE, expected, got)
+    return Case.of(axis, label, Scenario.alone(REQUEST), BESIDE, expected, got)
 
 
 def side(mode, *cases, fails=(), **changes):
