@@ -3,6 +3,7 @@
 # make test-gpu    the tests that need a CUDA GPU; sets nothing up: PYTHON has vLLM for CUDA, wrapt and pytest already,
 #                  e.g. make test-gpu PYTHON=/path/to/venv/bin/python
 # make test-ascend    the Ascend checks alone, no NPU needed: real torch_npu over stub CANN libraries, kernels down to HIVM
+# make lint    style of the code, and the arrows between its layers (pyproject.toml, import-linter)
 # Set-up makes .venv from pinned versions once; later runs reuse it.
 
 PYTHON ?= python3
@@ -26,6 +27,7 @@ demo: setup
 	$(BIN)/bi-patch demo
 
 test: setup
+	$(MAKE) lint
 	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
 	$(BIN)/bi-patch check --all
 	$(BIN)/pytest -m "engine and not slow and not gpu and not ascend" tests
@@ -53,6 +55,8 @@ check: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf $(VENV) $(ASCEND) build dist

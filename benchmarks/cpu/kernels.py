@@ -1,6 +1,6 @@
 """Times the kernels beside vLLM's oneDNN GEMM and its stock CPU attention.
 
-    python -m bi_patch.kernels.cpu.bench CACHE_DIR [gemm|attention|store] [--quick]
+    PYTHONPATH=. python3 benchmarks/cpu/kernels.py CACHE_DIR [gemm|attention] [--quick]
 
 Every number is the minimum over repeats, ours and theirs alternating; ratio is
 ours / theirs (below 1: ours is faster). Needs vllm's CPU build for the comparison.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import load
+import bi_patch_entry
 
 GEMM_SHAPES = [
     (960, 576),
@@ -138,7 +138,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    # vLLM's own kernels are what is timed beside ours.
+    bi_patch_entry.without_arming()
     import vllm._C  # noqa: F401
+
+    from bi_patch.kernels.cpu import load
 
     torch.set_num_threads(args.threads)
     print("isa", load(args.cache_dir), "threads", torch.get_num_threads())
