@@ -62,7 +62,7 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build --clean
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
 
 clean:
 	rm -rf $(VENV) $(ASCEND) $(DOCS) build dist
