@@ -32,6 +32,7 @@ test: setup
 	$(MAKE) lint
 	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
 	$(BIN)/bi-patch check --all
+	$(BIN)/bi-patch features README.md docs/coverage.md
 	$(MAKE) docs
 	$(BIN)/pytest -m "engine and not slow and not gpu and not ascend" tests
 	$(MAKE) test-ascend

@@ -1,4 +1,4 @@
-"""Links of the site's pages to files of the repository outside docs/, which a page on GitHub can open and the site cannot.
+"""Links of the site's pages to files outside docs/, which a page in the repository can open and the site cannot.
 
 A picture is copied into the site. Of any other link its text stays. A link to a file that does not exist is a warning,
 which `mkdocs build --strict` ends on.
