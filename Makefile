@@ -3,11 +3,14 @@
 # make test-gpu    the tests that need a CUDA GPU; sets nothing up: PYTHON has vLLM for CUDA, wrapt and pytest already,
 #                  e.g. make test-gpu PYTHON=/path/to/venv/bin/python
 # make test-ascend    the Ascend checks alone, no NPU needed: real torch_npu over stub CANN libraries, kernels down to HIVM
+# make docs    the documentation site into build/site, links checked; sets up .venv-docs from pinned versions, seconds once
+# make lint    style of the code, and the arrows between its layers (pyproject.toml, import-linter)
 # Set-up makes .venv from pinned versions once; later runs reuse it.
 
 PYTHON ?= python3
 VENV ?= .venv
 ASCEND ?= .venv-ascend
+DOCS ?= .venv-docs
 # An index with CPU builds of torch, e.g. PyTorch's own; empty where the default index serves them.
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
@@ -18,7 +21,7 @@ SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_pyte
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo test test-fast test-all test-gpu test-ascend bench check lint setup clean
+.PHONY: demo test test-fast test-all test-gpu test-ascend bench check lint docs setup clean
 
 setup: $(VENV)/.installed
 
@@ -26,9 +29,12 @@ demo: setup
 	$(BIN)/bi-patch demo
 
 test: setup
+	$(MAKE) lint
 	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
 	$(BIN)/bi-patch check --all
 	$(BIN)/bi-patch bench --tables --check
+	$(BIN)/bi-patch features README.md docs/coverage.md
+	$(MAKE) docs
 	$(BIN)/pytest -m "engine and not slow and not gpu and not ascend" tests
 	$(MAKE) test-ascend
 
@@ -54,9 +60,19 @@ check: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
 
 clean:
-	rm -rf $(VENV) $(ASCEND) build dist
+	rm -rf $(VENV) $(ASCEND) $(DOCS) build dist
+
+$(DOCS)/.installed: requirements/docs.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/docs.txt
+	touch $@
 
 $(VENV)/.requirements: requirements/cpu.txt
 	@echo "Setting up $(VENV): the real vLLM engine for CPU, about 3 GB, a few minutes once"
