@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bi_patch.tools import output
 from bi_patch.tools.cli import app
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def check(
         answer = {"ok": all(r.ok for r in reports), "reports": each}
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(answer)) + b"\n")
     else:
-        _print(reports, Console())
+        _print(reports, output.console())
     raise typer.Exit(0 if all(r.ok for r in reports) else 1)
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from bi_patch.tools import output
 from bi_patch.tools.cli import app
 
 
@@ -33,7 +33,7 @@ def demo(
 
     if dtype not in ("bfloat16", "float32"):
         raise SettingError(f"--dtype {dtype!r} is not understood; use bfloat16 or float32")
-    console = Console()
+    console = output.console()
     folder = recipes.path(model or recipes.SMOL, tell=lambda text: console.print(f"[dim]{escape(text)}[/]"))
     if not levels.has_tokenizer(str(folder)):
         raise SettingError(f"{folder} has no tokenizer, and the demo's prompts are texts")

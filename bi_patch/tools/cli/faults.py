@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from bi_patch.tools import output
 from bi_patch.tools.cli import app
 
 
@@ -39,7 +39,7 @@ def faults(
         if not torch.cuda.is_available():
             raise SettingError("--platform cuda: torch sees no GPU here")
     names = [name.strip() for name in only.split(",") if name.strip()]
-    console = Console()
+    console = output.console()
     kept: list[Path] = []
 
     def tell(text: str) -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bi_patch.tools import output
 from bi_patch.tools.cli import app
 
 
@@ -80,7 +81,7 @@ def verify(
     )
     for option, path in (("--json", json), ("--html", html)):
         _check_file(option, path)
-    console = Console()
+    console = output.console()
     system, level = _system(
         console,
         model,
