@@ -20,7 +20,16 @@ from bi_patch.tools.verify.child import EngineFailed
 from bi_patch.tools.verify.clock import Clock
 from bi_patch.tools.verify.engine import SERVER, Engine, Options
 from bi_patch.tools.verify.levels import Level
-from bi_patch.tools.verify.probes import AXES, Change, CrossProbe, NotExercised, Probe, Run, Workload
+from bi_patch.tools.verify.probes import (
+    AXES,
+    ONLINE_PROBES,
+    Change,
+    CrossProbe,
+    NotExercised,
+    Probe,
+    Run,
+    Workload,
+)
 from bi_patch.tools.verify.report import (
     FAILED,
     LEFT_OUT,
@@ -212,6 +221,8 @@ class _Verification:
         """Before the engine is there: which changes the cross probes make, and what applies, is not known yet."""
         self.clock.expect_start(_ENGINE)
         for probe in (*probes, *cross):
+            if self.system.restarts and probe in ONLINE_PROBES:
+                continue  # of a server only
             self.clock.expect(probe.name, probe.seconds)
             if isinstance(probe, Probe) and probe.options:
                 self.clock.expect_start(probe.name)
