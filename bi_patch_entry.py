@@ -72,7 +72,7 @@ def autoload() -> None:
 def _refuse(cause: Exception) -> None:
     reason = ArmingFailed(
         f"VLLM_BATCH_INVARIANT=1 asks for batch invariance, and bi_patch could not arm this process ({os.getpid()}): "
-        f"{type(cause).__name__}: {cause}. Mend that, or set BI_PATCH=0 to use vLLM's own mode"
+        f"{type(cause).__name__}: {cause}. Fix the cause, or set BI_PATCH=0 to use vLLM's own mode"
     )
     reason.__cause__ = cause
     sys.meta_path.insert(0, _Refusal(reason))

@@ -21,8 +21,9 @@ def faults(
     ] = "",
     compile: Annotated[bool, typer.Option(help="Plant the fault that needs torch.compile, too.")] = True,
 ) -> None:
-    """Plant each fault of a platform, one by one, and write what verification made of it.
+    """Plant each known fault and check that verification names it.
 
+    The command plants the faults of a platform one by one, and writes what verification made of each.
     The file faults-DATE-PLATFORM-vllm-RELEASE.json under --out is written whole: nothing of an earlier run stays in it.
     Exit code 0: every fault was caught and named, and nothing differed without a fault. 1: not so. 2: an engine failed.
     On CPU a run takes about two minutes.
