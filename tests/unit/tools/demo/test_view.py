@@ -153,7 +153,7 @@ def test_an_engine_that_did_not_start_is_said(answer):
     )
     said = show.verdict(AXES, stock, side("armed", case(answer, answer)))
     assert said[:2] == [
-        "The stock engine could not be checked: nothing was compared.",
+        "Incomplete: the stock engine could not be checked: nothing was compared.",
         "It stopped early: the stock engine failed at 'start': ValueError: no.",
     ]
     armed = side("armed", stopped="SeamOpen: attention.cpu_forward is open")
