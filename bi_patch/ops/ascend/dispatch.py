@@ -101,7 +101,7 @@ _REFUSED_ATEN = (
     "cdist",
     "trace",
 )
-# Families of vendor operators that sum, or route, in an order of their own.
+# Families of vendor operators that sum, or choose experts, in an order of their own.
 _SUMMING = re.compile(
     r"attention|matmul|_mm|mm_|bmm|gmm|linear|norm|softmax|moe|quant|reduce|ffn|mla|conv|lstm|gru|"
     r"cross_entropy|top_k|indexer|logsumexp|rotary|rope|swiglu|geglu"

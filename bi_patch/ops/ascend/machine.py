@@ -57,8 +57,7 @@ ATTENTION_ARGUMENTS = (
 
 
 def require() -> None:
-    """Raise MissingDependency, saying what to install, unless CANN and torch_npu, and a route's library, are
-    there."""
+    """Raise MissingDependency, saying what to install, unless CANN, torch_npu and triton-ascend are there."""
     _version(TORCH_NPU)
     try:
         importlib.import_module(TORCH_NPU.module)
