@@ -15,8 +15,8 @@ from bi_patch.tools.demo.texts import Divergence, divergences, pick, words
 from bi_patch.tools.verify.report import FAILED, Axis
 
 METHOD = (
-    "Each prompt was answered alone and then among other requests, and both answers were compared bit by bit, position "
-    "by position."
+    "Each prompt is answered alone and then under other conditions: among other requests, with its beginning cached, in "
+    "smaller chunks. Both answers are compared bit by bit, position by position."
 )
 _COLUMNS = (
     "A position differs when its token or a log probability is not bitwise the same. tokens: positions with another "
@@ -65,7 +65,7 @@ def texts(side: Side, limit: int = 4) -> RenderableType | None:
     chosen = pick(divergences(side.cases), limit)
     if not chosen:
         return None
-    title = Text(f"Texts that changed with the batch in {side.report.mode} vLLM:", style="bold")
+    title = Text(f"\nTexts that changed with the batch in {side.report.mode} vLLM:", style="bold")
     return Group(title, *(_panel(divergence) for divergence in chosen))
 
 

@@ -15,7 +15,7 @@ class Divergence:
     """Two continuations of one prompt.
 
     prompt: the text that both continue. where: the axis and the pair. word: the index of the first of words() that
-    differs.
+    differs. sampled: sampled with a seed, not greedy.
     """
 
     prompt: str
@@ -23,6 +23,12 @@ class Divergence:
     alone: str
     beside: str
     word: int
+    sampled: bool = False
+
+    @property
+    def order(self) -> tuple[bool, int]:
+        """Greedy texts and early changes say the most."""
+        return self.sampled, self.word
 
 
 def divergences(cases: Iterable[Case]) -> list[Divergence]:
@@ -34,6 +40,7 @@ def divergences(cases: Iterable[Case]) -> list[Divergence]:
             case.expected.text,
             case.got.text,
             first_word(case.expected.text, case.got.text),
+            case.alone.request.temperature > 0,
         )
         for case in cases
         if case.expected.tokens != case.got.tokens and case.expected.text != case.got.text
@@ -46,12 +53,12 @@ def prompt(case: Case) -> str:
 
 
 def pick(found: Iterable[Divergence], limit: int) -> list[Divergence]:
-    """At most `limit`: the earliest change of each prompt first, then others, each pair of texts once."""
+    """At most `limit`: the clearest change of each prompt first, then others, each pair of texts once."""
     once = list({(d.prompt, d.alone, d.beside): d for d in reversed(list(found))}.values())
-    once.sort(key=lambda d: d.word)
+    once.sort(key=lambda d: d.order)
     first = {d.prompt: d for d in reversed(once)}
     rest = [d for d in once if d is not first[d.prompt]]
-    return [*sorted(first.values(), key=lambda d: d.word), *rest][:limit]
+    return [*sorted(first.values(), key=lambda d: d.order), *rest][:limit]
 
 
 def words(text: str) -> list[str]:

@@ -205,6 +205,11 @@ def test_pick_takes_each_pair_once_and_every_prompt_first():
     assert len(texts.pick(found, 2)) == 2
 
 
+def test_greedy_texts_come_before_sampled_ones():
+    early, late = texts.Divergence("p", "batch", "a", "b", 0, sampled=True), texts.Divergence("q", "batch", "a", "b", 9)
+    assert texts.pick([early, late], 2) == [late, early]
+
+
 def test_a_prompt_is_shown_by_its_end():
     assert show.ending("one two three", 2) == "… two three"
     assert show.ending("one two", 2) == "one two"
