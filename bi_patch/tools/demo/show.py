@@ -15,8 +15,8 @@ from bi_patch.tools.demo.texts import Divergence, divergences, pick, words
 from bi_patch.tools.verify.report import FAILED, Axis
 
 METHOD = (
-    "Each prompt is answered alone and then under other conditions: among other requests, with its beginning cached, in "
-    "smaller chunks. Both answers are compared bit by bit, position by position."
+    "Each prompt is answered alone and then under other conditions: among other requests, with its beginning cached, "
+    "in smaller chunks. Both answers are compared bit by bit, position by position."
 )
 _COLUMNS = (
     "A position differs when its token or a log probability is not bitwise the same. tokens: positions with another "
