@@ -112,20 +112,7 @@ _LOGPROB_COPIES = (
 _LOGPROB_COPIES_026 = (*_LOGPROB_COPIES, "vllm.model_executor.models.diffusion_gemma")
 
 
-def _toy(original):
-    """Sampler.compute_logprobs: unchanged; shows what adding a seam touches."""
-    return original
-
-
 SEAMS = (
-    Seam(
-        name="sampling.cuda_toy",
-        targets=(Target("vllm.v1.sample.sampler", "Sampler.compute_logprobs"),),
-        close=_toy,
-        why="a toy",
-        how="unchanged",
-        until="the next commit",
-    ),
     Seam(
         name="sampling.cuda_logits",
         targets=(Target("vllm.model_executor.layers.logits_processor", "LogitsProcessor._get_logits"),),
