@@ -1,4 +1,4 @@
-"""Seams of collectives between ranks. On CPU more than one rank is refused (engine.features).
+"""Seams of collectives between ranks. The feature table refuses more than one rank on CPU.
 
 On CUDA the safe form: upstream's mode runs one order for every message size (its one-stage all-reduce, or NCCL pinned
 to one algorithm and channel); what would go round it is off or refused.

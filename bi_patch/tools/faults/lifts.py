@@ -20,7 +20,7 @@ def lift(names: Sequence[str]) -> None:
 
 def _recurrent() -> None:
     """Models with recurrent layers start, though no seam fixes where their chunks begin."""
-    _without("engine.features", "engine.cuda_features")
+    _without("hybrid and state-space models")
     from vllm.v1.attention.backends import gdn_attn
 
     for backend in vars(gdn_attn).values():
@@ -28,12 +28,15 @@ def _recurrent() -> None:
             backend.supports_batch_invariance = classmethod(lambda cls: True)
 
 
-def _without(*policies: str) -> None:
-    from bi_patch.seams import active
+def _without(*rows: str) -> None:
+    """From now on this process does not refuse these rows of the feature table."""
+    from bi_patch.seams import active, refusals
 
     plan = active.plan
     if plan is not None:
-        active.plan = dataclasses.replace(plan, policies=tuple(p for p in plan.policies if p.name not in policies))
+        lifted = refusals.policy(plan.platform, lifted=rows)
+        policies = tuple(lifted if policy.name == lifted.name else policy for policy in plan.policies)
+        active.plan = dataclasses.replace(plan, policies=policies)
 
 
 LIFTS: dict[str, Callable[[], None]] = {RECURRENT: _recurrent}
