@@ -48,21 +48,28 @@ _MEANING = (
 
 def _full(rows: Sequence[Feature], what: str) -> str:
     lines = [
-        [row.name, *(_state(row.cell(platform)) for platform in TITLES), "<br>".join(_remarks(row))] for row in rows
+        [row.name, *(_state(row.cell(platform)) for platform in TITLES), "<br>".join(_remarks(row)), _evidence(row)]
+        for row in rows
     ]
-    return _table([what, *TITLES.values(), "why, and what to do"], lines)
+    return _table([what, *TITLES.values(), "why, and what to do", "evidence"], lines)
 
 
 def _remarks(row: Feature) -> list[str]:
-    """What the cells say besides their state, once for all platforms that say the same."""
+    """The reasons and advice of the cells: once for all platforms that share them."""
     said: dict[str, list[str]] = {}
     for platform, title in TITLES.items():
         cell = row.cell(platform)
         text = ". ".join(filter(None, (cell.why, cell.todo)))
-        for words in filter(None, (text, *(f"evidence: `{file}`" for file in cell.evidence))):
-            said.setdefault(words, []).append(title)
-    remarks = [f"{', '.join(titles)}: {words}" for words, titles in said.items()]
+        if text:
+            said.setdefault(text, []).append(title)
+    remarks = [
+        words if len(titles) == len(TITLES) else f"{', '.join(titles)}: {words}" for words, titles in said.items()
+    ]
     return [*remarks, row.details] if row.details else remarks
+
+
+def _evidence(row: Feature) -> str:
+    return "<br>".join(dict.fromkeys(f"`{file}`" for platform in TITLES for file in row.cell(platform).evidence))
 
 
 def _cards() -> str:
