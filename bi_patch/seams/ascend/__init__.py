@@ -1,5 +1,5 @@
-"""Seams of vLLM-Ascend, one module per area, as in bi_patch/seams.
+"""The seams of vLLM-Ascend, one module per area.
 
-What sums is replaced where PyTorch dispatches it (bi_patch/ops/ascend/dispatch.py); these seams install that, and
-close what would choose another way around it.
+bi_patch replaces operators that sum in PyTorch's dispatcher: the dispatch table is bi_patch/ops/ascend/dispatch.py. A seam
+of this folder installs the table. The other seams close the paths that avoid it.
 """

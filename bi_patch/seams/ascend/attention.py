@@ -1,5 +1,7 @@
-"""Attention of vLLM-Ascend: one backend, through the fused operator that the table serves; paged and
-full-graph forms refused."""
+"""Attention of vLLM-Ascend: one backend, whose fused operator the dispatch table serves.
+
+bi_patch turns paged attention off and refuses attention inside a full graph.
+"""
 
 from bi_patch.seams.ascend.common import refuse, refusing
 from bi_patch.seams.model import Policy, Seam, Target
@@ -10,7 +12,7 @@ _LEAF = 128
 
 
 def _only_one_backend(original):
-    """NPUPlatform.get_attn_backend_cls: any other than the fused one is refused."""
+    """NPUPlatform.get_attn_backend_cls: refuse every backend except AscendAttentionBackend."""
 
     def get_attn_backend_cls(cls, *args, **kwargs):
         name = original.__func__(cls, *args, **kwargs)
@@ -26,7 +28,7 @@ def _only_one_backend(original):
 
 
 def _no_paged(original):
-    """using_paged_attention: never; it would be chosen by the number of tokens."""
+    """using_paged_attention: False, because the number of tokens would decide."""
 
     def using_paged_attention(runtime_shape, vllm_config, head_size=None) -> bool:
         return False
@@ -53,9 +55,9 @@ def _graph_form(name: str, qualname: str) -> Seam:
             "attention inside a full graph",
             "Use cudagraph_mode PIECEWISE or NONE",
         ),
-        why="a captured attention keeps the work split and the lengths of its capture",
-        how="refused: the graph mode is piecewise or none, so it is never called",
-        until="upstream's graphs take lengths from tensors",
+        why="attention in a captured graph keeps the split of work and the lengths of its capture",
+        how="bi_patch refuses the call. The graph mode is piecewise or none, so vLLM-Ascend does not make it",
+        until="vLLM-Ascend's full graphs are batch-invariant (https://github.com/vllm-project/vllm-ascend/issues/5487)",
         causes=(3, 17, 19),
     )
 
@@ -65,9 +67,9 @@ SEAMS = (
         name="attention.ascend_backend",
         targets=(Target("vllm_ascend.platform", "NPUPlatform.get_attn_backend_cls"),),
         close=_only_one_backend,
-        why="MLA, sparse and context-parallel backends call operators whose split follows the batch",
-        how="refused by name",
-        until="a route serves them",
+        why="MLA, sparse and context-parallel backends call operators that split their work by the batch",
+        how="bi_patch refuses these backends by name",
+        until="bi_patch or vLLM-Ascend has batch-invariant operators for them (https://github.com/vllm-project/vllm-ascend/issues/5487)",
         causes=(3, 4),
     ),
     Seam(
@@ -80,9 +82,9 @@ SEAMS = (
             ),
         ),
         close=_no_paged,
-        why="paged attention is taken for some numbers of tokens only",
+        why="vLLM-Ascend uses paged attention for some numbers of tokens only",
         how="the fused operator serves every number of tokens",
-        until="never: it is the order",
+        until="never: this patch point fixes the reduction order",
         causes=(3, 25),
     ),
     _graph_form("full_graph", "AscendAttentionBackendImpl.full_graph_fia"),
@@ -92,6 +94,6 @@ SEAMS = (
 
 POLICIES = (
     Policy(
-        name="attention.ascend_block_size", apply=_block_size, why="keys are cut every 128 positions, inside one block"
+        name="attention.ascend_block_size", apply=_block_size, why="the bundled attention splits keys every 128 positions, and such a part must lie inside one KV block"
     ),
 )

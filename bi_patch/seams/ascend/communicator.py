@@ -1,11 +1,11 @@
-"""Collectives on Ascend: HCCL and LCCL strict; what fuses a product with a collective is off or refused."""
+"""Collectives on Ascend: HCCL and LCCL run in strict mode. Fused products and collectives are off or refused."""
 
 from bi_patch.seams.ascend.common import option, refuse
 from bi_patch.seams.model import Policy, Variable
 
 SEAMS = ()
 
-_ARRIVAL = "sums are taken in an order of arrival otherwise"
+_ARRIVAL = "otherwise the library adds the ranks' parts in the order in which they arrive"
 
 VARIABLES = (
     Variable(name="communicator.ascend_hccl", variable="HCCL_DETERMINISTIC", value="strict", why=_ARRIVAL),
@@ -14,13 +14,13 @@ VARIABLES = (
         name="communicator.ascend_matmul",
         variable="VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE",
         value="0",
-        why="a product fused with its all-reduce goes round the table",
+        why="a product that is fused with its all-reduce avoids bi_patch's dispatch table",
     ),
     Variable(
         name="communicator.ascend_flashcomm",
         variable="VLLM_ASCEND_ENABLE_FLASHCOMM1",
         value="0",
-        why="sequence parallelism scatters sums by the number of tokens",
+        why="with sequence parallelism, the number of tokens decides how ranks share a sum",
     ),
 )
 
@@ -49,6 +49,6 @@ _OPTIONS = (
 
 POLICIES = (
     Policy(
-        name="communicator.ascend_fused", apply=_fused, why="fused collectives sum in an order that follows the batch"
+        name="communicator.ascend_fused", apply=_fused, why="fused collectives sum in an order that depends on the batch"
     ),
 )

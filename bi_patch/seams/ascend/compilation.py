@@ -1,9 +1,9 @@
-"""Graphs on Ascend: piecewise or none. Attention inside a full graph keeps the split of its capture."""
+"""Graphs on Ascend: piecewise or none, because attention in a full graph keeps the split of its capture."""
 
 from bi_patch.seams.ascend.common import refuse
 from bi_patch.seams.model import Policy
 
-# Passes that put a fused operator in the place of two that are served.
+# Passes that replace two operators, which the dispatch table serves, with a fused operator.
 FUSIONS = ("fuse_norm_quant", "fuse_qknorm_rope", "fuse_allreduce_rms", "fuse_muls_add")
 
 
@@ -17,7 +17,7 @@ def _graphs(config) -> None:
 
 
 def _fusions(config) -> None:
-    """Turn vLLM-Ascend's fusion passes off in what the workers read."""
+    """Turn vLLM-Ascend's fusion passes off in the configuration that the workers read."""
     held = getattr(config, "additional_config", None)
     if not isinstance(held, dict):
         config.additional_config = held = {}
@@ -27,6 +27,6 @@ def _fusions(config) -> None:
 
 SEAMS = ()
 POLICIES = (
-    Policy(name="compilation.ascend_graphs", apply=_graphs, why="a captured attention keeps its split"),
-    Policy(name="compilation.ascend_fusions", apply=_fusions, why="fused operators go round the table"),
+    Policy(name="compilation.ascend_graphs", apply=_graphs, why="attention in a captured graph keeps the split of its capture"),
+    Policy(name="compilation.ascend_fusions", apply=_fusions, why="fused operators avoid bi_patch's dispatch table"),
 )

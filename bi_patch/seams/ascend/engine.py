@@ -1,4 +1,4 @@
-"""vLLM-Ascend's own mode, its custom operators, and the features that no closed seam covers."""
+"""vLLM-Ascend's own mode, its custom operators, and options that bi_patch refuses."""
 
 from bi_patch.seams.ascend.common import option, refuse
 from bi_patch.seams.ascend.compilation import FUSIONS
@@ -6,7 +6,7 @@ from bi_patch.seams.model import Policy, Seam, Target
 
 
 def _mode(original):
-    """init_batch_invariance: our routes, or an error. Upstream's goes on without what is missing."""
+    """init_batch_invariance: install the dispatch table, or raise. Upstream's function goes on if libraries are missing."""
 
     def init_batch_invariance():
         import torch
@@ -27,7 +27,7 @@ def _mode(original):
 
 
 def _no_custom_ops(original):
-    """enable_custom_op: never; vLLM-Ascend's C++ operators state no order."""
+    """enable_custom_op: False, because vLLM-Ascend's C++ operators state no order."""
 
     def enable_custom_op() -> bool:
         return False
@@ -36,7 +36,7 @@ def _no_custom_ops(original):
 
 
 def _no_warm_up(original):
-    """NPUWorker._warm_up_atb: nothing. Its product, which nobody reads, is an operator that the table refuses."""
+    """NPUWorker._warm_up_atb: do nothing. The dispatch table refuses its product, and nothing reads the result."""
 
     def _warm_up_atb(self) -> None:
         pass
@@ -81,31 +81,32 @@ SEAMS = (
             ),
         ),
         close=_mode,
-        why="upstream's mode leaves many operators open, and goes on with a warning when its kernels are missing",
-        how="every operator that sums is served in one order or refused by name; a missing library is an error",
-        until="upstream's mode covers them and fails closed",
+        why="upstream's mode leaves many operators as they are, and only warns if its kernels are missing",
+        how="bi_patch serves every operator that sums in one order, or refuses the operator by name. A missing library is an "
+        "error",
+        until="upstream's mode covers these operators and stops if it cannot (https://github.com/vllm-project/vllm-ascend/issues/5487)",
         causes=(1, 2, 3, 10, 17),
     ),
     Seam(
         name="engine.ascend_custom_ops",
         targets=(Target("vllm_ascend.utils", "enable_custom_op", copies=_CUSTOM_COPIES),),
         close=_no_custom_ops,
-        why="vLLM-Ascend's C++ operators go round the dispatcher's table",
-        how="they stay off, so that torch_npu's are called, which the table serves",
-        until="they state their order",
+        why="vLLM-Ascend's C++ operators avoid bi_patch's dispatch table",
+        how="these operators stay off, so vLLM-Ascend calls torch_npu's operators, which the table serves",
+        until="these operators state their order",
         causes=(2, 10),
     ),
     Seam(
         name="engine.ascend_warm_up",
         targets=(Target("vllm_ascend.worker.worker", "NPUWorker._warm_up_atb"),),
         close=_no_warm_up,
-        why="it warms a library up by a product in an order of its own, which the table refuses",
-        how="left out: its result is thrown away; the first step loads the library instead",
-        until="upstream warms up by an operator that only moves rows",
+        why="vLLM-Ascend warms up a library with a product in an order of its own, and the dispatch table refuses this product",
+        how="bi_patch leaves the product out. Nothing uses its result, and the first step loads the library",
+        until="vLLM-Ascend warms up with an operator that only moves rows",
         causes=(2, 10),
     ),
 )
 
 POLICIES = (
-    Policy(name="engine.ascend_options", apply=_options, why="these options take operators that no route serves"),
+    Policy(name="engine.ascend_options", apply=_options, why="these options use operators for which bi_patch has no kernel"),
 )

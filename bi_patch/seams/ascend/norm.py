@@ -1,5 +1,7 @@
-"""Norms of vLLM-Ascend. RMSNorm reaches npu_rms_norm and npu_add_rms_norm, which the table serves; the gated
-form is refused."""
+"""Norms of vLLM-Ascend. The dispatch table serves RMSNorm's operators, npu_rms_norm and npu_add_rms_norm.
+
+bi_patch refuses the gated form.
+"""
 
 from bi_patch.seams.ascend.common import refusing
 from bi_patch.seams.model import Seam, Target
@@ -9,9 +11,9 @@ SEAMS = (
         name="norm.ascend_gated",
         targets=(Target("vllm_ascend.ops.layernorm", "AscendRMSNormGated.forward_oot"),),
         close=refusing("norm.ascend_gated", "gated RMSNorm", "Use a model without it"),
-        why="its Triton kernel chooses its blocks by the number of rows",
-        how="refused: hybrid models alone use it",
-        until="a bundled kernel serves it",
+        why="the number of rows decides the blocks of the Triton kernel for gated RMSNorm",
+        how="bi_patch refuses gated RMSNorm, which only hybrid models use",
+        until="bi_patch has a kernel for gated RMSNorm",
         causes=(2, 24),
     ),
 )

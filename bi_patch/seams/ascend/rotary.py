@@ -1,11 +1,11 @@
-"""Rotary embedding of vLLM-Ascend: the bundled kernel for neox style, for every number of tokens."""
+"""Rotary embedding of vLLM-Ascend: the bundled kernel serves neox style for every number of tokens."""
 
 from bi_patch.seams.ascend.common import refuse
 from bi_patch.seams.model import Seam, Target
 
 
 def _rotary(original):
-    """rope_forward_oot, which the custom op vllm::npu_rotary_embedding takes when it is registered."""
+    """rope_forward_oot, the function of the custom op vllm::npu_rotary_embedding: call the bundled kernel."""
 
     def rope_forward_oot(
         positions,
@@ -29,7 +29,7 @@ def _rotary(original):
         turned = rotary.rotate(positions, query.reshape(tokens, -1), key.reshape(tokens, -1), cos_sin_cache, head_size)
         return turned[0].view(query.shape), turned[1].view(key.shape)
 
-    rope_forward_oot.__annotations__ = getattr(original, "__annotations__", {})  # the op's schema is read from it
+    rope_forward_oot.__annotations__ = getattr(original, "__annotations__", {})  # vLLM reads the op's schema from the annotations
     return rope_forward_oot
 
 
@@ -38,9 +38,10 @@ SEAMS = (
         name="rotary.ascend_forward",
         targets=(Target("vllm_ascend.ops.rotary_embedding", "rope_forward_oot"),),
         close=_rotary,
-        why="a Triton kernel or a vendor operator is taken by what is installed; neither states where it rounds",
-        how="the bundled kernel: fp32 inside, rounded once",
-        until="upstream states where it rounds",
+        why="the installed libraries decide whether a Triton kernel or a vendor operator runs, and neither states where it "
+        "rounds",
+        how="the bundled kernel computes in fp32 and rounds once",
+        until="vLLM-Ascend states where its kernels round",
         causes=(17,),
     ),
 )

@@ -1,12 +1,10 @@
-"""Sampling on Ascend: one way to top-k and top-p for every number of requests; its sums are served by the
-table."""
+"""Sampling on Ascend: one method for top-k and top-p for every number of requests. The dispatch table serves its sums."""
 
 from bi_patch.seams.model import Seam, Target
 
 
 def _one_way(original):
-    """apply_top_k_top_p: sort and running sum, never the Triton kernel that takes over at some numbers of
-    requests."""
+    """apply_top_k_top_p: always sort and sum in PyTorch, never in the Triton kernel for larger batches."""
 
     def apply_top_k_top_p(logits, k, p):
         from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
@@ -31,9 +29,11 @@ SEAMS = (
             ),
         ),
         close=_one_way,
-        why="another kernel is taken from 8 requests on, so a token at the edge of top-p comes or goes",
-        how="sort and running sum for every number of requests, with ties to the lower token",
-        until="upstream sums a row in one order",
+        why="from 8 requests on, vLLM uses another kernel. A token at the edge of top-p is then kept in one batch and dropped "
+        "in another",
+        how="every number of requests uses a sort and a running sum, and the lower of two tied tokens comes first",
+        until="upstream computes top-p in one order for every number of requests "
+        "(https://github.com/vllm-project/vllm/pull/50979)",
         causes=(21,),
     ),
 )

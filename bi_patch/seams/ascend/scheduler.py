@@ -1,17 +1,17 @@
-"""Scheduling on Ascend: chunks, cached prefixes and preemption are free where decode and prefill share one order.
+"""Scheduling on Ascend: chunks, cached prefixes and preemption need attention with one order for decode and prefill.
 
-The bundled attention cuts keys at fixed positions, so a row's bits do not depend on how its prompt was cut. The AscendC
-operator was not shown to give decode the bits of prefill; where it is installed they are refused.
+The bundled attention splits keys at fixed positions, so a row's bits do not depend on the chunks of its prompt. No test
+showed that the AscendC operator gives decode the bits of prefill. If it is installed, bi_patch refuses all three.
 """
 
 from bi_patch.seams.ascend.common import option, refuse
 from bi_patch.seams.model import Policy, Seam, Target
 
-_WHY = "the AscendC attention was not shown to give a decoded row the bits of a prefilled one"
+_WHY = "AscendC attention was not shown to give a decoded row the bits of a prefilled row"
 
 
 def _preempt(original):
-    """Scheduler._preempt_request: what was decoded would be computed again as a prompt."""
+    """Scheduler._preempt_request: refuse with AscendC, because vLLM would recompute decoded tokens as a prompt."""
     import functools
 
     @functools.wraps(original)
@@ -21,7 +21,7 @@ def _preempt(original):
         if machine.ascendc_installed():
             refuse(
                 "scheduler.ascend_preemption",
-                [f"preempting a request: its tokens would be computed again as a prompt, and {_WHY}"],
+                [f"preempting a request: vLLM would recompute its tokens as a prompt, and {_WHY}"],
                 "Give the KV cache more memory, lower --max-num-seqs, or uninstall batch_invariant_ops",
             )
         return original(self, *args, **kwargs)
@@ -63,9 +63,10 @@ SEAMS = (
         name="scheduler.ascend_preemption",
         targets=(Target("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request"),),
         close=_preempt,
-        why="a preempted request's decoded tokens are computed again as a prompt",
-        how="free with the bundled attention, whose order is that of positions; refused with AscendC's",
-        until="AscendC's attention is shown to share one order",
+        why="after a preemption, vLLM recomputes a request's decoded tokens as a prompt",
+        how="with the bundled attention, whose order depends on positions only, preemption is allowed. With AscendC attention, "
+        "bi_patch refuses it",
+        until="a test shows that AscendC attention has one order for decode and prefill",
         causes=(9,),
     ),
 )
@@ -73,6 +74,6 @@ SEAMS = (
 POLICIES = (
     Policy(name="scheduler.ascend_chunks", apply=_cut_prompts, why=_WHY),
     Policy(
-        name="scheduler.ascend_schedulers", apply=_schedulers, why="nothing under vllm_ascend/core knows of the mode"
+        name="scheduler.ascend_schedulers", apply=_schedulers, why="vLLM-Ascend's own schedulers (vllm_ascend/core) ignore the batch-invariant mode"
     ),
 )

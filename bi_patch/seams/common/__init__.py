@@ -1,1 +1,1 @@
-"""Seams of vLLM common."""
+"""The seams of vLLM that every platform needs, one module per area of vLLM."""

@@ -1,4 +1,4 @@
-"""Seams of torch.compile: compiled code is never shared between stock, armed, and another bi_patch."""
+"""Compile caches: stock vLLM, this bi_patch and another bi_patch never load each other's compiled code."""
 
 import functools
 import hashlib
@@ -8,7 +8,7 @@ from bi_patch.seams.model import Seam, Target
 
 
 def _hash(original):
-    """VllmConfig.compute_hash: the key of vLLM's compile caches."""
+    """VllmConfig.compute_hash, the key of vLLM's compile caches: add bi_patch's digest."""
 
     @functools.wraps(original)
     def compute_hash(self, *args, **kwargs):
@@ -23,9 +23,9 @@ SEAMS = (
         name="compilation.cache_key",
         targets=(Target("vllm.config.vllm", "VllmConfig.compute_hash"),),
         close=_hash,
-        why="code compiled by stock vLLM or another bi_patch must not be loaded by an armed engine",
-        how="a digest of bi_patch's sources goes into the hash that keys vLLM's compile caches",
-        until="never",
+        why="an armed engine must not load code that stock vLLM or another bi_patch compiled",
+        how="the hash that keys vLLM's compile caches includes a digest of bi_patch's sources",
+        until="never: every bi_patch needs compile caches of its own",
         causes=(17, 18),
     ),
 )

@@ -1,4 +1,4 @@
-"""Rules on the engine's configuration that hold on every platform."""
+"""Rules on the engine's configuration for every platform."""
 
 from bi_patch.seams.model import Policy
 
@@ -13,6 +13,7 @@ POLICIES = (
     Policy(
         name="engine.structured_outputs",
         apply=_one_grammar_library,
-        why="`auto` lets the first structured request since the start pick the library for all: set to xgrammar",
+        why="with `auto`, the first structured-output request after the start chooses the grammar library for all later "
+        "requests, so bi_patch sets xgrammar",
     ),
 )

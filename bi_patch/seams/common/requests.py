@@ -1,4 +1,4 @@
-"""Seams of requests: what one asks for and no seam covers is refused by name, as a bad request."""
+"""Requests: refuse by name, as a bad request, an option that no seam covers."""
 
 import functools
 
@@ -7,7 +7,7 @@ from bi_patch.seams.model import Seam, Target
 
 
 def _checked(original):
-    """InputProcessor._validate_params: refuse what would answer by what happens beside the request."""
+    """InputProcessor._validate_params: refuse options whose answer depends on what else the engine does."""
 
     @functools.wraps(original)
     def _validate_params(self, params, *args, **kwargs):
@@ -23,14 +23,14 @@ def _checked(original):
 
 
 def _uncovered(config, params) -> dict[str, bool]:
-    """What is not covered, and whether the parameters of a request (sampling or pooling) ask for it."""
+    """Each option that bi_patch does not cover, and whether a request's sampling or pooling parameters use it."""
     first_runner = not config.use_v2_model_runner
     prompt = getattr(params, "prompt_logprobs", None) is not None
     return {
-        # After a preemption its state is made anew from the prompt alone.
+        # After a preemption, vLLM makes the state of the budget anew from the prompt alone.
         "thinking_token_budget with model runner V1": first_runner
         and getattr(params, "thinking_token_budget", None) is not None,
-        # Positions from the cache have none: V1 gives what lay in memory, V2 fewer rows.
+        # Cached positions have no logprobs: V1 returns stale memory for these positions, V2 leaves their rows out.
         "prompt_logprobs with skip_reading_prefix_cache=False": prompt
         and getattr(params, "skip_reading_prefix_cache", None) is False,
         "prompt_logprobs with --kv-sharing-fast-prefill": prompt
@@ -43,9 +43,10 @@ SEAMS = (
         name="requests.parameters",
         targets=(Target("vllm.v1.engine.input_processor", "InputProcessor._validate_params"),),
         close=_checked,
-        why="a request may ask for what depends on preemption or on what the cache holds",
-        how="refused by name as a bad request; other requests are served",
-        until="upstream keeps a thinking budget's state over preemption and computes all prompt logprobs",
+        why="the answer to some request options depends on preemptions or on the contents of the prefix cache",
+        how="bi_patch refuses such a request by name as a bad request, and serves other requests",
+        until="upstream keeps the state of a thinking budget over a preemption, and computes all prompt logprobs "
+        "(https://github.com/vllm-project/vllm/issues/42019)",
         causes=(8, 9),
     ),
 )

@@ -1,4 +1,4 @@
-"""Seams of sampling and logprobs."""
+"""Logprobs: each request gets the logprobs that it asked for."""
 
 import functools
 
@@ -7,7 +7,7 @@ from bi_patch.seams.overlay import Overlay
 
 
 def _specific_logprobs(original):
-    """Sampler.forward: a request that asks for the logprobs of given tokens leaves the others their top logprobs."""
+    """Sampler.forward: keep the top logprobs of requests that share a step with a request for given tokens."""
 
     @functools.wraps(original)
     def forward(self, logits, sampling_metadata, *args, **kwargs):
@@ -27,7 +27,7 @@ def _specific_logprobs(original):
 
 
 def _rows_from(top, given, rows: list[int]):
-    """LogprobsTensors with `rows` of `given`, and the others of `top`; what is missing on the right is -inf."""
+    """LogprobsTensors with `rows` from `given` and the other rows from `top`. Minus infinity fills shorter rows."""
     from torch.nn.functional import pad
 
     width = max(top.logprobs.shape[1], given.logprobs.shape[1])
@@ -46,9 +46,10 @@ SEAMS = (
         name="sampling.specific_logprobs",
         targets=(Target("vllm.v1.sample.sampler", "Sampler.forward"),),
         close=_specific_logprobs,
-        why="model runner V1 gives a whole step the tokens of its requests with logprob_token_ids: others lose theirs",
-        how="each row keeps what its request asked for",
-        until="upstream merges them by row",
+        why="if a request of the step has logprob_token_ids, model runner V1 computes only the logprobs of these tokens, and "
+        "the other requests lose their top logprobs",
+        how="each row keeps the logprobs that its request asked for",
+        until="upstream merges the two kinds of logprobs row by row (https://github.com/vllm-project/vllm/pull/51789)",
         causes=(8,),
     ),
 )

@@ -1,4 +1,4 @@
-"""Seams of scheduling: what the scheduler may choose by the batch must not reach a reduction."""
+"""Scheduling: no choice that the scheduler makes for a batch may change a reduction."""
 
 import functools
 
@@ -6,7 +6,7 @@ from bi_patch.seams.model import Policy, Seam, Target
 
 
 def _no_cascade(original):
-    """GPUModelRunner._compute_cascade_attn_prefix_lens: no shared prefix is ever attended apart."""
+    """GPUModelRunner._compute_cascade_attn_prefix_lens: None, so that no layer uses cascade attention."""
 
     @functools.wraps(original)
     def _compute_cascade_attn_prefix_lens(self, *args, **kwargs):
@@ -27,9 +27,9 @@ SEAMS = (
             Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._compute_cascade_attn_prefix_lens", "<0.32"),
         ),
         close=_no_cascade,
-        why="cascade attention splits KV at the prefix that the batch happens to share",
-        how="reports no common prefix; releases from 0.32 on have no cascade attention",
-        until="0.26 is no longer supported",
+        why="cascade attention splits KV at the end of the prefix that all requests of the batch share",
+        how="the model runner reports no common prefix. vLLM 0.32 and later releases have no cascade attention",
+        until="bi_patch no longer supports vLLM 0.26",
         causes=(5,),
     ),
 )
@@ -38,6 +38,6 @@ POLICIES = (
     Policy(
         name="scheduler.cascade_flag",
         apply=_disable_cascade,
-        why="cascade attention is chosen by the prefix that a batch shares",
+        why="the prefix that the requests of a batch share decides whether vLLM uses cascade attention",
     ),
 )

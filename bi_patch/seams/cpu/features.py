@@ -1,4 +1,4 @@
-"""The features that CPU refuses: those of the feature table."""
+"""The policy that refuses, on CPU, every feature that the feature table marks as refused."""
 
 from bi_patch.seams import refusals
 

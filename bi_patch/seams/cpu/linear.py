@@ -1,4 +1,4 @@
-"""Seams of unquantized linear layers and the language-model head."""
+"""Unquantized linear layers and the language-model head: each takes a certified route."""
 
 import functools
 
@@ -7,7 +7,7 @@ from bi_patch.seams.model import Seam, Target
 
 
 def _dispatch(original):
-    """dispatch_cpu_unquantized_gemm: gives a layer its GEMM; ours gives it a certified route."""
+    """dispatch_cpu_unquantized_gemm, which gives a layer its GEMM: give the layer a certified route instead."""
 
     @functools.wraps(original)
     def dispatch_cpu_unquantized_gemm(layer, remove_weight):
@@ -20,7 +20,7 @@ def _dispatch(original):
         bias_kept = None if bias is None else bias.detach().clone()
         held = weight.detach()
         original(layer, remove_weight)
-        # Upstream's choice is the vendor candidate; it may have widened the layer's bias to fp32 for it.
+        # Upstream's GEMM is the vendor candidate. Upstream may have converted the layer's bias to fp32 for this GEMM.
         layer.cpu_linear = linear.route(held, bias_kept, layer.cpu_linear, layer, active.cache, library.vllm())
 
     return dispatch_cpu_unquantized_gemm
@@ -31,9 +31,9 @@ SEAMS = (
         name="linear.cpu_dispatch",
         targets=(Target("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm"),),
         close=_dispatch,
-        why="the CPU GEMM is chosen by weight size and splits or blocks K by the number of rows",
-        how="every linear, lm_head included, gets the fastest route that is certified against the bundled GEMM",
-        until="upstream's CPU GEMMs keep one order for every number of rows",
+        why="the size of the weight decides which CPU GEMM runs, and some GEMMs split or block K by the number of rows",
+        how="every linear layer and the language-model head take the fastest route whose bits equal the bundled GEMM's",
+        until="upstream's CPU GEMMs have one order for every number of rows",
         causes=(1, 17),
         serves=("LinearBase", "ParallelLMHead", "LogitsProcessor"),
         op="bi_patch.ops.cpu.linear",

@@ -1,4 +1,4 @@
-"""Seams of mixture-of-experts layers."""
+"""Mixture-of-experts layers: certificates for the experts, and a bundled router."""
 
 import functools
 
@@ -6,7 +6,7 @@ from bi_patch.seams.model import Seam, Target
 
 
 def _register(original):
-    """CPUUnquantizedExperts.process_weights_after_loading: the packed layer's row order is certified after load."""
+    """CPUUnquantizedExperts.process_weights_after_loading: note the packed layer, so that load_model certifies it."""
 
     @functools.wraps(original)
     def process_weights_after_loading(self, layer):
@@ -20,7 +20,7 @@ def _register(original):
 
 
 def _support(original):
-    """FusedMoEExperts._supports_batch_invariance: the unquantized CPU experts are certified, so they may be chosen."""
+    """FusedMoEExperts._supports_batch_invariance: True for the unquantized CPU experts: moe.cpu_experts certifies them."""
 
     def _supports_batch_invariance(cls) -> bool:
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -31,7 +31,7 @@ def _support(original):
 
 
 def _routing(original):
-    """_softmax_topk of the CPU router: the bundled kernel, compiled or not."""
+    """_softmax_topk of the CPU router: call the bundled kernel in compiled and in eager code."""
     from bi_patch.ops.cpu import machine, moe
 
     def _softmax_topk(router_logits, top_k, renormalize):
@@ -53,7 +53,7 @@ SEAMS = (
         ),
         close=_support,
         why="upstream's mode refuses every CPU MoE kernel",
-        how="the unquantized CPU experts may be chosen; moe.cpu_experts certifies them",
+        how="vLLM may choose the unquantized CPU experts, which the patch point moe.cpu_experts certifies",
         until="upstream's mode supports CPU",
     ),
     Seam(
@@ -65,9 +65,9 @@ SEAMS = (
             ),
         ),
         close=_register,
-        why="a grouped GEMM that tiles by the tokens of an expert can reduce in another order with the batch",
-        how="the kernel is kept and its row order certified for the model's experts",
-        until="upstream states one order for its CPU MoE",
+        why="the tokens of an expert decide the tiles of the grouped GEMM, so its order could change with the batch",
+        how="vLLM's kernel stays, and bi_patch certifies its row order for the model's experts",
+        until="upstream states one order for its CPU experts",
         causes=(10, 13),
         serves=("FusedMoE", "MoERunner", "RoutedExperts", "FusedMoEExperts"),
     ),
@@ -75,9 +75,10 @@ SEAMS = (
         name="moe.cpu_routing",
         targets=(Target("vllm.model_executor.layers.fused_moe.router.cpu_router", "_softmax_topk"),),
         close=_routing,
-        why="compiled code computes another exponential than eager code; which of two tied experts is taken is open",
-        how="one bundled kernel: ties by the lower expert, one order of the sum",
-        until="upstream states both",
+        why="compiled code computes another exponential than eager code, and nothing states which of two tied experts "
+        "wins",
+        how="one bundled kernel sums in one order and takes the lower of two tied experts",
+        until="upstream states the order of the sum and of ties",
         causes=(13, 17),
     ),
 )

@@ -1,4 +1,4 @@
-"""Seams of RMSNorm, LayerNorm and their kin: each row is reduced alone and in one order."""
+"""RMSNorm, LayerNorm and their relatives: each row is reduced alone and in one order."""
 
 import functools
 
@@ -6,7 +6,7 @@ from bi_patch.seams.model import Seam, Target
 
 
 def _register(original):
-    """A norm's __init__ on CPU: the layer is kept on a list and its row order certified once the model is loaded."""
+    """__init__ of a norm: note the layer, so that load_model certifies its row order."""
 
     @functools.wraps(original)
     def __init__(self, hidden_size, *args, **kwargs):
@@ -19,7 +19,7 @@ def _register(original):
 
 
 def _rms(original):
-    """RMSNorm.forward_native, which CPU takes compiled or not: the bundled kernel."""
+    """RMSNorm.forward_native, which CPU runs in compiled and in eager code: call the bundled kernel."""
     from bi_patch.ops.cpu import machine, norm
 
     def forward_native(self, x, residual=None):
@@ -32,7 +32,7 @@ def _rms(original):
 
 
 def _gemma(original):
-    """GemmaRMSNorm.forward_native: the same kernel, times (1 + weight)."""
+    """GemmaRMSNorm.forward_native: call the same kernel, which multiplies by (1 + weight)."""
     from bi_patch.ops.cpu import machine, norm
 
     def forward_native(self, x, residual=None):
@@ -48,9 +48,9 @@ def _norm(name: str, qualname: str, close, serves: tuple[str, ...] = ()) -> Seam
         name=f"norm.cpu_{name}",
         targets=(Target("vllm.model_executor.layers.layernorm", qualname),),
         close=close,
-        why="compiled code sums a row in other places than eager code, which runs six operations for one norm",
-        how="one bundled kernel, with and without residual, compiled or not",
-        until="upstream's norms state one order for compiled and eager code",
+        why="compiled code sums a row in another order than eager code, which runs six operations for one norm",
+        how="one bundled kernel serves compiled and eager code, with and without residual",
+        until="upstream's norms have one order in compiled and eager code",
         causes=(2, 17),
         serves=serves,
     )
@@ -61,8 +61,8 @@ def _certified(name: str, qualname: str, serves: tuple[str, ...] = ()) -> Seam:
         name=f"norm.cpu_{name}_certified",
         targets=(Target("vllm.model_executor.layers.layernorm", f"{qualname}.__init__"),),
         close=_register,
-        why="a reduction whose blocks follow the number of rows changes bits with the batch",
-        how="the row order of whichever kernel serves the layer is certified, with and without residual",
+        why="if the number of rows decides a reduction's blocks, the batch changes the bits",
+        how="bi_patch certifies the row order of the kernel that serves the layer, with and without residual",
         until="upstream states one order for its CPU norms",
         causes=(2,),
         serves=serves,

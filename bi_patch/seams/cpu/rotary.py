@@ -1,11 +1,11 @@
-"""Seams of rotary embedding: the same bits compiled and eager, whatever runs beside a token."""
+"""Rotary embedding: compiled and eager code give the same bits in every batch."""
 
 from bi_patch.seams.model import Seam, Target
 
 _BASE = "vllm.model_executor.layers.rotary_embedding.base"
 
 
-# Those whose forward is RotaryEmbedding's own.
+# The classes that inherit forward from RotaryEmbedding.
 _CLASSES = frozenset(
     {
         "RotaryEmbedding",
@@ -18,7 +18,7 @@ _CLASSES = frozenset(
 
 
 def _rotary(original):
-    """RotaryEmbedding.forward_cpu and forward_native: one bundled kernel, compiled or not."""
+    """RotaryEmbedding.forward_cpu and forward_native: call the bundled kernel in compiled and in eager code."""
     from bi_patch.ops.cpu import rotary
 
     def forward(self, positions, query, key=None):
@@ -39,8 +39,8 @@ def _forward(name: str, qualname: str, close, **attributed) -> Seam:
         name=f"rotary.{name}",
         targets=(Target(_BASE, qualname),),
         close=close,
-        why="compiled code rounds where its fusions end, eager code after every step",
-        how="one bundled kernel rounds once, compiled or not",
+        why="compiled code rounds where a fused kernel ends, and eager code rounds after every operation",
+        how="one bundled kernel serves compiled and eager code, and rounds once",
         until="upstream's compiled and eager code give equal bits at the same speed",
         causes=(17,),
         **attributed,

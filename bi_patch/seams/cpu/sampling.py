@@ -1,4 +1,4 @@
-"""Seams of sampling and logprobs."""
+"""Sampling and logprobs: seeded draws that a request can take back, and ties in one order."""
 
 import functools
 
@@ -7,7 +7,7 @@ from bi_patch.seams.overlay import Overlay, with_globals
 
 
 def _generator(original):
-    """InputBatch.add_request: a seeded request gets a generator that can take back its last draw."""
+    """InputBatch.add_request: give a seeded request a generator that can take back its last draw."""
 
     @functools.wraps(original)
     def add_request(self, request, *args, **kwargs):
@@ -21,7 +21,7 @@ def _generator(original):
 
 
 def _sample(original):
-    """TopKTopPSampler.forward_cpu: each seeded row draws from its own generator, remembered for taking back."""
+    """TopKTopPSampler.forward_cpu: keep each generator's state before it draws, so that it can take the draw back."""
 
     @functools.wraps(original)
     def forward_cpu(self, logits, generators, k, p):
@@ -34,7 +34,7 @@ def _sample(original):
 
 
 def _sorted_topk(original):
-    """A function that calls torch.topk, with ties broken by the lower token."""
+    """The function `original`, which calls torch.topk, with a topk that prefers the lower token in a tie."""
     import torch
 
     from bi_patch.ops.topk import topk
@@ -49,27 +49,30 @@ SEAMS = (
         name="sampling.cpu_gather_logprobs",
         targets=(Target("vllm.v1.sample.sampler", "Sampler.gather_logprobs"),),
         close=_sorted_topk,
-        why="the number of top logprobs picked is the most any request asks for, and ties follow it",
-        how="ties go to the lower token",
-        until="upstream's top logprobs are stable",
+        why="vLLM computes as many top logprobs as the most demanding request wants, and this number decides the order "
+        "of ties",
+        how="of tied tokens, the lower token comes first",
+        until="vLLM orders tied tokens in one way. PyTorch does not yet "
+        "(https://github.com/pytorch/pytorch/issues/27542)",
         causes=(8, 13),
     ),
     Seam(
         name="sampling.cpu_generator",
         targets=(Target("vllm.v1.worker.gpu_input_batch", "InputBatch.add_request"),),
         close=_generator,
-        why="a prompt computed in chunks draws once a chunk and takes the draw back; CPU generators cannot, and stop",
-        how="seeded requests hold a generator that restores its state before the last draw",
-        until="upstream draws only for requests that sample",
+        why="vLLM draws once for each chunk of a prompt and takes the draw back. A CPU generator cannot do that, so "
+        "stock vLLM stops with an error",
+        how="a seeded request gets a generator that can restore its state from before the last draw",
+        until="upstream draws only for requests that sample (https://github.com/vllm-project/vllm/pull/10097)",
         causes=(21,),
     ),
     Seam(
         name="sampling.cpu_draw",
         targets=(Target("vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler.forward_cpu"),),
         close=_sample,
-        why="the draw of a row must depend on its own seed and position alone",
-        how="remembers each generator's state before the draw, so that a discarded draw leaves no trace",
-        until="upstream draws only for requests that sample",
+        why="a row's draw must depend only on the row's own seed and position",
+        how="bi_patch keeps each generator's state before the draw, so that a discarded draw leaves no trace",
+        until="upstream draws only for requests that sample (https://github.com/vllm-project/vllm/pull/10097)",
         causes=(21,),
         serves=("TopKTopPSampler",),
     ),

@@ -1,1 +1,1 @@
-"""Seams of vLLM cuda."""
+"""The seams of vLLM on CUDA, one module per area of vLLM."""

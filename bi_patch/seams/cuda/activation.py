@@ -1,10 +1,10 @@
-"""Seams of gated activations: one rounding, compiled or not."""
+"""Gated activations: compiled and eager code must round once, at the same place."""
 
 from bi_patch.seams.model import Policy
 
 
 def _custom_op(config) -> None:
-    """vLLM's own kernel for gated activations, compiled or not: compiled code would round in other places."""
+    """Use vLLM's own kernel for gated activations in compiled code, too: Inductor would round in other places."""
     held = config.compilation_config.custom_ops
     for name in ("silu_and_mul", "gelu_and_mul"):
         if "all" not in held and f"-{name}" not in held and f"+{name}" not in held:
@@ -15,6 +15,6 @@ POLICIES = (
     Policy(
         name="activation.cuda_custom_op",
         apply=_custom_op,
-        why="compiled and eager activations round in different places",
+        why="code that torch.compile makes for an activation rounds in other places than vLLM's own kernel",
     ),
 )

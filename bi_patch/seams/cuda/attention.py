@@ -1,4 +1,4 @@
-"""Seams of attention on CUDA: which backend and tile serves which layer."""
+"""Seams of attention on CUDA. They choose the backend and the tile for each layer."""
 
 import dataclasses
 import functools
@@ -9,18 +9,19 @@ from bi_patch.seams.model import Policy, Seam, Target, Variable
 from bi_patch.seams.overlay import with_globals
 
 _FLASH, _TRITON = "FLASH_ATTN", "TRITON_ATTN"
-# Heads for which FlashAttention 3 was shown to give equal bits in decode and prefill, whatever the batch.
+# Head sizes for which a test showed that FlashAttention 3 gives decode and prefill equal bits in every batch.
 _FLASH_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
-# Told this for its longest query, FlashAttention 3 never takes its tile for single queries, which for heads of up to
-# 64 elements cuts KV elsewhere (the tile of one warp group: up to 64 rows of queries times heads of a group).
+# FlashAttention 3 has a tile for short queries (up to 64 rows: queries times the heads that share a KV head). For heads
+# of up to 64 elements, this tile splits KV at other positions. FlashAttention 3 never takes the tile if the longest
+# query has 128 tokens.
 _LONG_QUERY = 128
 _NO_WINDOW = (-1, -1)
-# How FlashAttentionImpl.forward calls FlashAttention 3, by release: the first of these globals that its module has.
+# The global through which FlashAttentionImpl.forward calls FlashAttention 3: the first name that its module has.
 _CALLS = ("_FA4_DENSE_ATTENTION_KERNEL", "flash_attn_varlen_func")
 
 
 def _backend(original):
-    """Attention.__init__: layers with a window go to Triton attention; what was not shown is refused by name."""
+    """Attention.__init__: give layers with a window Triton attention, and refuse layers without evidence by name."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -58,19 +59,19 @@ def _refuse_layer(layer, arguments) -> None:
     name = layer.attn_backend.get_name()
     reason, cure = "", f"--attention-backend {_TRITON}"
     if name not in (_FLASH, _TRITON):
-        reason, cure = f"the {name} backend is not covered", f"--attention-backend {_FLASH} or {_TRITON}"
+        reason, cure = f"bi_patch does not cover the {name} backend", f"--attention-backend {_FLASH} or {_TRITON}"
     elif arguments.get("attn_type", "decoder") != "decoder":
-        reason, cure = f"{arguments['attn_type']} attention is not covered", "a decoder-only model"
+        reason, cure = f"bi_patch does not cover {arguments['attn_type']} attention", "a decoder-only model"
     elif name == _FLASH:
         version = getattr(layer.impl, "vllm_flash_attn_version", None)
         if version != 3:
-            reason = f"FlashAttention {version} was not shown to be invariant (3 was)"
+            reason = f"no test showed that FlashAttention {version} is batch-invariant, only FlashAttention 3"
         elif layer.sliding_window is not None:
-            reason = f"FlashAttention 3 places its tiles by the query's window (of {layer.sliding_window} tokens)"
+            reason = f"FlashAttention 3 aligns its KV tiles with the query's window (of {layer.sliding_window} tokens)"
         elif layer.head_size not in _FLASH_HEAD_SIZES:
-            reason = f"FlashAttention 3 was not shown to be invariant for heads of {layer.head_size} elements"
+            reason = f"no test showed that FlashAttention 3 is batch-invariant for heads of {layer.head_size} elements"
     elif layer.head_size == 256 and _tunes_large_heads():
-        reason, cure = f"{name} tiles heads of 256 elements by the query's length on this card", "another card"
+        reason, cure = f"on this GPU, {name} tiles heads of 256 elements by the query's length", "another GPU"
     if reason:
         raise UnsupportedFeature(f"attention.cuda_backend: {reason}. Use {cure}, or set BI_PATCH=0")
 
@@ -82,7 +83,10 @@ def _tunes_large_heads() -> bool:
 
 
 def prefill(q, k, v, pages, scale: float):
-    """The prompt q [tokens, heads, D] by FlashAttention 3, as it is served; the form of attention.Prefill."""
+    """Attention of the prompt q [tokens, heads, D] with the arguments that vLLM gives FlashAttention 3.
+
+    The arguments and the result are those of `attention.Prefill`.
+    """
     import torch
     from vllm.v1.attention.backends import flash_attn
 
@@ -108,7 +112,7 @@ def prefill(q, k, v, pages, scale: float):
 
 
 def decoders(config):
-    """Decode attention of every layer on FlashAttention 3, each with the prefill that its kernel is compared with."""
+    """The decode problem of every layer on FlashAttention 3, with the prefill to which the certificate compares."""
     from vllm.model_executor.layers.attention.attention import Attention
 
     from bi_patch.ops.cuda.attention import Problem
@@ -119,13 +123,13 @@ def decoders(config):
 
 
 def _decode(original):
-    """FlashAttentionImpl.forward: a batch of single queries takes the bundled kernel where it is certified."""
+    """FlashAttentionImpl.forward: use the bundled kernel for a batch of single queries if the kernel is certified."""
     name = next(name for name in _CALLS if name in original.__globals__)
     return with_globals(original, **{name: _decode_or(original.__globals__[name])})
 
 
 def _decode_or(flash):
-    """vLLM's call of FlashAttention 3, given to the bundled kernel where that serves."""
+    """What replaces vLLM's FlashAttention 3 function: it calls the bundled kernel if that kernel serves the call."""
     from bi_patch.ops.cuda import attention
 
     def attend(**given):
@@ -147,7 +151,7 @@ def _decode_or(flash):
             )
         ):
             return given["out"]
-        if q.shape[-1] <= 64:  # the step's schedule may have been made for single queries
+        if q.shape[-1] <= 64:  # vLLM may have made the step's schedule for single queries
             given |= {"max_seqlen_q": _LONG_QUERY, "scheduler_metadata": None}
         return flash(**given)
 
@@ -161,7 +165,7 @@ def _problem(q, k):
 
 
 def _plain(given) -> bool:
-    """Whether a call of FlashAttention asks for nothing but causal attention over pages that the bundled kernel has."""
+    """Whether a call of FlashAttention asks for nothing that the bundled kernel lacks."""
     from bi_patch.kernels.cuda import decode
 
     return (
@@ -175,8 +179,8 @@ def _plain(given) -> bool:
 
 
 def _longest_query(original):
-    """FlashAttentionMetadataBuilder.build: with small heads a batch that prefill's kernel decodes is told a long query
-    and keeps prefill's tile."""
+    """FlashAttentionMetadataBuilder.build: with small heads, report a long query, so that FlashAttention 3 keeps the
+    tile of prefill. A decode batch that the bundled kernel serves stays as it is."""
 
     @functools.wraps(original)
     def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
@@ -189,7 +193,7 @@ def _longest_query(original):
 
 
 def _decodes(builder) -> bool:
-    """Whether the bundled kernel decodes for the layers of a metadata builder."""
+    """Whether the bundled kernel serves decode for the layers of a metadata builder."""
     from bi_patch.ops.cuda import attention
 
     problem = attention.Problem(builder.num_heads_q, builder.num_heads_kv, builder.headdim, builder.kv_cache_dtype)
@@ -197,8 +201,8 @@ def _decodes(builder) -> bool:
 
 
 def _schedule(original):
-    """FlashAttentionMetadataBuilder._get_scheduler_metadata: tiles are ordered once a step, for one split; not at all
-    where the bundled kernel decodes."""
+    """FlashAttentionMetadataBuilder._get_scheduler_metadata: schedule the tiles once a step instead of once a layer.
+    A decode batch that the bundled kernel serves needs no schedule."""
 
     @functools.wraps(original)
     def _get_scheduler_metadata(self, *, aot_schedule, max_num_splits, **arguments):
@@ -211,7 +215,7 @@ def _schedule(original):
 
 
 def _softmax_step(original):
-    """softmax_step: a row whose first tile is all masked starts as a row without that tile does."""
+    """softmax_step: a fully masked first tile leaves a row's running maximum at minus infinity."""
     from bi_patch.kernels.triton.softmax import softmax_step
 
     return softmax_step
@@ -221,8 +225,8 @@ def _refuse_pages(config) -> None:
     size = getattr(config.cache_config, "block_size", None)
     if size and size & (size - 1):
         raise UnsupportedFeature(
-            f"attention.cuda_pages: with pages of {size} tokens FlashAttention 3 may tile KV by the longest query. Use "
-            "--block-size with a power of two, or set BI_PATCH=0"
+            f"attention.cuda_pages: with pages of {size} tokens, the longest query may decide FlashAttention 3's KV "
+            "tile. Use --block-size with a power of two, or set BI_PATCH=0"
         )
 
 
@@ -237,7 +241,7 @@ def _seam(
     *,
     releases: str = "",
     required: bool = True,
-    until: str = "upstream's compiled and eager code give equal bits at the same speed",
+    until: str = "upstream's batch-invariant mode schedules FlashAttention's tiles once a step",
 ) -> Seam:
     return Seam(
         name=f"attention.cuda_{name}",
@@ -256,10 +260,10 @@ SEAMS = (
         name="attention.cuda_backend",
         targets=(Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),),
         close=_backend,
-        why="a backend that splits or tiles KV by the batch changes bits with the batch",
-        how="FlashAttention 3 in one split; layers with a window on Triton attention, whose tiles stand at fixed "
-        "positions; other backends and head sizes are refused",
-        until="never: it is the gate",
+        why="a backend whose split or tile of KV depends on the batch gives bits that depend on the batch",
+        how="FlashAttention 3 runs in one split. Layers with a sliding window run on Triton attention, whose KV tiles "
+        "start at fixed positions. bi_patch refuses other backends and head sizes",
+        until="never: bi_patch itself decides here which backends it accepts",
         causes=(3, 4, 25),
         serves=("Attention",),
     ),
@@ -268,29 +272,32 @@ SEAMS = (
         "vllm.v1.attention.backends.flash_attn",
         "FlashAttentionMetadataBuilder.build",
         _longest_query,
-        "FlashAttention 3 cuts KV elsewhere for single queries when heads have 64 elements",
-        "a batch that it serves is told a query of 128 tokens at least",
+        "with heads of up to 64 elements, FlashAttention 3 has a tile for short queries, and this tile splits KV at "
+        "other positions. The longest query of the batch decides which tile serves all requests",
+        "vLLM reports a longest query of at least 128 tokens to FlashAttention 3, so that every batch takes prefill's "
+        "tile",
         (25,),
-        until="FlashAttention 3 keeps one tile for a head size",
+        until="FlashAttention 3 uses one KV tile per head size (https://github.com/vllm-project/vllm/issues/51902)",
     ),
     _seam(
         "decode",
         "vllm.v1.attention.backends.flash_attn",
         "FlashAttentionImpl.forward",
         _decode,
-        "prefill's tile has 192 or 128 rows of queries for the few of a decode",
-        "the bundled kernel keeps its order in tiles of 8 or 16 rows, where it is certified",
+        "in decode, prefill's tile of 128 or 192 rows is almost empty, because a decode step has few query rows",
+        "if certified, the bundled kernel computes decode in tiles of 8 or 16 rows and adds in the order of prefill",
         (3, 25),
         required=False,
-        until="FlashAttention 3 has such a tile",
+        until="FlashAttention 3 has a small tile with the KV split of prefill",
     ),
     _seam(
         "schedule",
         "vllm.v1.attention.backends.flash_attn",
         "FlashAttentionMetadataBuilder._get_scheduler_metadata",
         _schedule,
-        "upstream's mode orders FlashAttention's tiles anew in every layer",
-        "ordered once a step for one split, not for the bundled kernel: the order of tiles reaches no sum",
+        "upstream's mode schedules FlashAttention's tiles in every layer, which costs time",
+        "vLLM makes the schedule once a step, for one split. The schedule does not change any sum. Steps that the "
+        "bundled decode kernel serves need none",
         (3,),
         releases=">=0.32",
         required=False,
@@ -306,10 +313,10 @@ SEAMS = (
             ),
         ),
         close=_softmax_step,
-        why="a row of a window goes on from a maximum of 0 after a tile that is all masked for it, which it has or has "
-        "not by its place among the rows of a chunk",
-        how="the maximum stays minus infinity until the row has seen a key, as from 0.33 on",
-        until="0.32 is no longer supported",
+        why="with a sliding window, a query row whose first KV tile is fully masked restarts its running maximum at 0 "
+        "instead of minus infinity; whether that happens depends on the row's position in its chunk",
+        how="the running maximum stays at minus infinity until the row has seen a key, as in vLLM 0.33",
+        until="bi_patch no longer supports vLLM 0.32",
         causes=(4,),
     ),
 )
@@ -319,7 +326,7 @@ VARIABLES = (
         name="attention.cuda_mla_disable",
         variable="VLLM_MLA_DISABLE",
         value="0",
-        why="it runs an MLA model, which is refused, as if it were another",
+        why="VLLM_MLA_DISABLE=1 runs an MLA model as an ordinary model, and bi_patch refuses MLA models",
     ),
 )
 
@@ -327,6 +334,7 @@ POLICIES = (
     Policy(
         name="attention.cuda_pages",
         apply=_refuse_pages,
-        why="FlashAttention 3 has a tile of KV for pages that it divides, chosen by the longest query",
+        why="for some page sizes, FlashAttention 3 has a second KV tile, and the longest query decides which tile it "
+        "uses",
     ),
 )

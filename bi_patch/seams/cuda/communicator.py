@@ -1,7 +1,7 @@
-"""Seams of collectives between ranks. The feature table refuses more than one rank on CPU.
+"""Rules for collectives between ranks on CUDA. On CPU, the feature table refuses more than one rank.
 
-On CUDA the safe form: upstream's mode runs one order for every message size (its one-stage all-reduce, or NCCL pinned
-to one algorithm and channel); what would go round it is off or refused.
+Upstream's mode adds in one order for every message size: with its one-stage all-reduce, or with NCCL pinned to one
+algorithm and one channel. These rules turn off or refuse whatever would take another collective.
 """
 
 from bi_patch.errors import UnsupportedFeature
@@ -15,7 +15,7 @@ def _no_fusion(config) -> None:
     found = [name for name in ("enable_sp", "fuse_gemm_comms") if getattr(passes, name, False)]
     if found and config.parallel_config.tensor_parallel_size > 1:
         raise UnsupportedFeature(
-            f"communicator.fusion: {', '.join(found)} scatters sums by the number of tokens. "
+            f"communicator.fusion: with {', '.join(found)}, the number of tokens decides how ranks share a sum. "
             "Turn it off in the compilation config, or set BI_PATCH=0"
         )
 
@@ -27,8 +27,8 @@ def _whole_lines(config) -> None:
     width = config.model_config.get_hidden_size()
     if width % 8:
         raise UnsupportedFeature(
-            f"communicator.width: rows of {width} elements are not whole 16-byte lines, so the all-reduce kernel would "
-            "be chosen by the number of tokens. Run it on one device, or pass disable_custom_all_reduce=True, or set "
+            f"communicator.width: rows of {width} elements do not fill whole 16-byte lines, so the number of tokens "
+            "would decide which all-reduce kernel runs. Use one device, pass disable_custom_all_reduce=True, or set "
             "BI_PATCH=0"
         )
 
@@ -38,19 +38,20 @@ VARIABLES = (
         name="communicator.one_stage",
         variable="VLLM_CUSTOM_ALLREDUCE_ALGO",
         value="1stage",
-        why="the two-stage all-reduce is chosen by message size and sums in another order",
+        why="vLLM takes its two-stage all-reduce for large messages, and this kernel sums in another order",
     ),
     Variable(
         name="communicator.symmetric_memory",
         variable="VLLM_ALLREDUCE_USE_SYMM_MEM",
         value="0",
-        why="symmetric-memory all-reduce is chosen by message size and sums in the switch",
+        why="vLLM takes the symmetric-memory all-reduce for some message sizes, and the switch sums in an order of its "
+        "own",
     ),
     Variable(
         name="communicator.flashinfer",
         variable="VLLM_ALLREDUCE_USE_FLASHINFER",
         value="0",
-        why="FlashInfer's all-reduce is chosen by message size",
+        why="vLLM takes FlashInfer's all-reduce for some message sizes only",
     ),
 )
 
@@ -58,12 +59,14 @@ POLICIES = (
     Policy(
         name="communicator.width",
         apply=_whole_lines,
-        why="vLLM's all-reduce serves messages of whole 16-byte lines and leaves the others, by their size, to NCCL",
+        why="vLLM's all-reduce needs messages of whole 16-byte lines. Other messages go to NCCL, and with rows of such "
+        "a width the number of tokens decides whether a message fills whole lines",
         releases=">=0.32",
     ),
     Policy(
         name="communicator.fusion",
         apply=_no_fusion,
-        why="all-reduce fused with RMSNorm, and sequence parallelism, sum in an order set by the number of tokens",
+        why="all-reduce fused with RMSNorm and sequence parallelism sum in an order that depends on the number of "
+        "tokens",
     ),
 )

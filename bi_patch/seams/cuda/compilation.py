@@ -1,11 +1,11 @@
-"""Seams of torch.compile: compiled code is never shared between stock, armed, and another bi_patch."""
+"""torch.compile and CUDA graphs: compilation stays on, and every number of tokens runs the same compiled code."""
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Policy, Seam, Target, Variable
 
 
 def _no_breakable(original):
-    """VllmConfig._uses_breakable_cudagraph_for_batch_invariance: our tiles need no lookup at capture."""
+    """VllmConfig._uses_breakable_cudagraph_for_batch_invariance: False, because bi_patch looks tiles up at run time."""
 
     def _uses_breakable_cudagraph_for_batch_invariance(self) -> bool:
         return False
@@ -17,8 +17,8 @@ def _refuse_sizes(config) -> None:
     sizes = getattr(config.compilation_config, "compile_sizes", None)
     if sizes:
         raise UnsupportedFeature(
-            f"compilation.cuda_sizes: compile_sizes {sizes} gives these numbers of tokens kernels of their own, which "
-            "may sum in another order. Leave compile_sizes out, or set BI_PATCH=0"
+            f"compilation.cuda_sizes: compile_sizes {sizes} makes separate kernels for these numbers of tokens, and "
+            "such a kernel may sum in another order. Leave compile_sizes out, or set BI_PATCH=0"
         )
 
 
@@ -27,9 +27,10 @@ SEAMS = (
         name="compilation.cuda_breakable",
         targets=(Target("vllm.config.vllm", "VllmConfig._uses_breakable_cudagraph_for_batch_invariance", ">=0.32"),),
         close=_no_breakable,
-        why="upstream's mode turns torch.compile off where it has tuned tiles",
-        how="compilation and full CUDA graphs stay on: the linear op looks its route up by itself",
-        until="upstream's mode keeps torch.compile",
+        why="upstream's mode turns torch.compile off for models for which it has tuned tiles",
+        how="torch.compile and full CUDA graphs stay on, because bi_patch's linear op chooses its route at run time",
+        until="upstream's mode chooses its tiles at run time under torch.compile "
+        "(https://github.com/vllm-project/vllm/pull/54503)",
     ),
 )
 
@@ -38,7 +39,7 @@ VARIABLES = (
         name="compilation.cuda_deterministic",
         variable="TORCHINDUCTOR_DETERMINISTIC",
         value="1",
-        why="a reduction that is autotuned in each process can change bits at a restart",
+        why="Inductor tunes reductions anew in each process, so a restart could change bits",
     ),
 )
 
@@ -46,6 +47,6 @@ POLICIES = (
     Policy(
         name="compilation.cuda_sizes",
         apply=_refuse_sizes,
-        why="a size that is compiled apart is tuned apart",
+        why="vLLM compiles and tunes separate code for each of these sizes",
     ),
 )

@@ -1,4 +1,4 @@
-"""The features that CUDA refuses: those of the feature table."""
+"""The policy that refuses, on CUDA, every feature that the feature table marks as refused."""
 
 from bi_patch.seams import refusals
 

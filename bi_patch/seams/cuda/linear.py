@@ -8,7 +8,7 @@ from bi_patch.seams.model import Seam, Target, Variable
 
 
 def _linear(original):
-    """linear_batch_invariant: the certified route instead of one fixed Triton tile; one op to torch.compile."""
+    """linear_batch_invariant: call the certified route instead of one fixed Triton tile. torch.compile sees one op."""
     from bi_patch.ops.cuda import linear
 
     linear.define_op()
@@ -22,7 +22,7 @@ def _linear(original):
 
 
 def _mode(original):
-    """init_batch_invariance: upstream's mode, then what it leaves: split-K, and PyTorch's own products and sums."""
+    """init_batch_invariance: run upstream's mode, then forbid split-K and fix PyTorch's own products and sums."""
 
     @functools.wraps(original)
     def init_batch_invariance(*args, **kwargs):
@@ -31,14 +31,14 @@ def _mode(original):
         result = original(*args, **kwargs)
         machine.forbid_split_k()
         aten.override()
-        cublaslt.load()  # before vLLM looks how much memory is free, or the handle would be taken from the KV cache
+        cublaslt.load()  # before vLLM measures free memory: a later handle would take memory from the KV cache
         return result
 
     return init_batch_invariance
 
 
 def _load(original):
-    """Worker.load_model: make all certificates of the loaded model before anything is compiled or captured."""
+    """Worker.load_model: make all certificates of the loaded model, before vLLM compiles or captures anything."""
 
     @functools.wraps(original)
     def load_model(self, *args, **kwargs):
@@ -52,7 +52,7 @@ def _load(original):
             moe.experts(model),
             attention.decoders(config),
             max_rows=config.scheduler_config.max_num_batched_tokens,
-            # Tensor descriptors make another kernel of the same source.
+            # With tensor descriptors, Triton makes another kernel from the same source.
             library=f"{library.vllm()} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}",
             cache=active.cache,
         )
@@ -62,7 +62,7 @@ def _load(original):
 
 
 def _problems(model):
-    """Every unquantized linear of a model, the language-model head included, as a Problem."""
+    """A Problem for every unquantized linear layer of a model and for its language-model head."""
     from bi_patch.ops.cuda.linear import Problem
 
     for module in model.modules():
@@ -72,7 +72,7 @@ def _problems(model):
             continue
         bias = getattr(module, "bias", None) is not None and not getattr(module, "skip_bias_add", False)
         yield Problem(*weight.shape, weight.dtype, bias)
-        if bias and getattr(module, "tp_size", 1) > 1:  # only the first rank adds the bias of a sum over ranks
+        if bias and getattr(module, "tp_size", 1) > 1:  # in a sum over ranks, only the first rank adds the bias
             yield Problem(*weight.shape, weight.dtype, False)
 
 
@@ -83,7 +83,7 @@ _LINEAR_COPIES = ("vllm.model_executor.layers.linear", "vllm.model_executor.laye
 
 
 def _mode_targets(qualname: str, copies: tuple[str, ...] = ()) -> tuple[Target, ...]:
-    """A function of upstream's mode, whose module moved in 0.32."""
+    """The targets of a function of upstream's mode: its module moved in vLLM 0.32."""
     return (
         Target("vllm.model_executor.layers.batch_invariant", qualname, "<0.32", copies),
         Target("vllm.model_executor.determinism.batch_invariant", qualname, ">=0.32", copies),
@@ -95,9 +95,11 @@ SEAMS = (
         name="linear.cuda_route",
         targets=_mode_targets("linear_batch_invariant", _LINEAR_COPIES),
         close=_linear,
-        why="upstream's fixed Triton tile keeps the order but costs 7 to 200 % of a decode step",
-        how="cuBLASLt without split-K where certified, else the bundled Triton GEMM, as one opaque op",
-        until="upstream's mode routes linears to certified vendor kernels",
+        why="upstream's fixed Triton tile keeps the order, but makes a decode step 7 to 200 % slower",
+        how="a linear layer runs on cuBLASLt without split-K if its certificate allows that, else on the bundled "
+        "Triton GEMM",
+        until="upstream's mode runs linear layers on fast vendor kernels "
+        "(https://github.com/vllm-project/vllm/issues/27433)",
         causes=(1, 17, 23),
         serves=("LinearBase", "ParallelLMHead", "LogitsProcessor"),
         op="bi_patch.ops.cuda.linear",
@@ -106,21 +108,22 @@ SEAMS = (
         name="linear.cuda_mode",
         targets=_mode_targets("init_batch_invariance"),
         close=_mode,
-        why="a library may split K, or a sum, by the number of rows wherever it does not pass through a closed layer",
-        how="every form of PyTorch's own products, sums and means has one order; split-K is forbidden by PyTorch's "
-        "switch and by cuBLASLt's workspace; fp32 stays fp32",
-        until="never: it is the order",
+        why="products and sums outside of vLLM's layers reach libraries that may split K or a sum by the number of "
+        "rows",
+        how="PyTorch's own products, sums and means run in one order. PyTorch's switch and cuBLASLt's workspace forbid "
+        "split-K. fp32 products stay fp32",
+        until="never: this patch point fixes the reduction order",
         causes=(1, 23),
     ),
     Seam(
         name="linear.cuda_certify",
         targets=(Target("vllm.v1.worker.gpu_worker", "Worker.load_model"),),
         close=_load,
-        why="no switch forbids kernels that slice K inside one launch; vLLM's tiles of experts and FlashAttention's of "
-        "queries follow the batch",
-        how="when the model is loaded, its linears, experts' tiles and decode attention are compared, bitwise, with "
-        "kernels that keep the order; what differs does not serve",
-        until="never: it is the certificate",
+        why="no switch forbids kernels that slice K inside one launch, and the batch decides the tiles of experts and "
+        "of attention",
+        how="after the model is loaded, bi_patch compares its linear layers, experts' tiles and decode attention "
+        "bitwise with kernels that keep the order. A kernel that differs does not serve",
+        until="never: this patch point makes the certificates",
         causes=(1, 10, 13, 19),
     ),
 )
@@ -130,12 +133,12 @@ VARIABLES = (
         name="linear.cuda_lt_workspace",
         variable="CUBLASLT_WORKSPACE_SIZE",
         value="1",
-        why="cuBLASLt splits K where its workspace can hold partial sums; PyTorch reads the size at its first product",
+        why="cuBLASLt splits K if its workspace can hold partial sums, and PyTorch reads the size at its first product",
     ),
     Variable(
         name="linear.cuda_workspace",
         variable="CUBLAS_WORKSPACE_CONFIG",
         value=":16:8",
-        why="cuBLAS splits K where its workspace can hold partial sums; PyTorch reads the size at its first product",
+        why="cuBLAS splits K if its workspace can hold partial sums, and PyTorch reads the size at its first product",
     ),
 )

@@ -1,25 +1,25 @@
-"""Rules on models: what a model computes by itself, past every seam, and by what is beside it, is refused.
+"""Rules on models: refuse a model whose own code depends on the batch and that no seam reaches.
 
-Models that are refused by their name stand in the feature table; the rules here look at what vLLM loads for a model.
+The feature table lists the models that bi_patch refuses by name. These rules look at what vLLM loads for a model.
 """
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Policy
 
-# Rotations that Hugging Face's code makes from the longest position of the whole batch.
+# Rotation types that Hugging Face's code computes from the longest position of the whole batch.
 _ROTATIONS = ("dynamic", "longrope")
 
 
 def _refuse_own_package(config) -> None:
-    """Refuse a model that vLLM keeps outside its layers, in vllm.models."""
+    """Refuse a model whose code vLLM keeps in vllm.models, outside of its common layers."""
     from vllm.model_executor.models.registry import ModelRegistry
 
     for name in config.model_config.architectures if config.model_config is not None else ():
         module = getattr(ModelRegistry.models.get(name), "module_name", "")
         if module.startswith("vllm.models."):
             raise UnsupportedFeature(
-                f"models.cuda: {name} is not covered: its package has kernels of its own, chosen by the batch. "
-                "Use another model, or set BI_PATCH=0"
+                f"models.cuda: bi_patch does not cover {name}: its package has kernels of its own, and the batch "
+                "decides which kernel runs. Use another model, or set BI_PATCH=0"
             )
 
 
@@ -29,12 +29,14 @@ def _refuse_rotations(config) -> None:
         return
     held = [getattr(model.hf_text_config, name, None) for name in ("rope_parameters", "rope_scaling")]
     given = [part for part in held if isinstance(part, dict)]
-    given += [part for parts in given for part in parts.values() if isinstance(part, dict)]  # one a kind of layer
+    given += [
+        part for parts in given for part in parts.values() if isinstance(part, dict)
+    ]  # some models have one set for each kind of layer
     found = {part.get("rope_type", part.get("type")) for part in given} & set(_ROTATIONS)
     if found:
         raise UnsupportedFeature(
-            f"models.cuda_rotation: on vLLM's Transformers backend a rotation of type {', '.join(sorted(found))} "
-            "follows the longest request of the batch. Use --model-impl vllm where vLLM has the model, or set "
+            f"models.cuda_rotation: on vLLM's Transformers backend, a rotation of type {', '.join(sorted(found))} "
+            "depends on the longest request of the batch. Use --model-impl vllm if vLLM has the model, or set "
             "BI_PATCH=0"
         )
 
@@ -43,11 +45,11 @@ POLICIES = (
     Policy(
         name="models.cuda",
         apply=_refuse_own_package,
-        why="a model may compute something by itself that no seam reaches",
+        why="a model with a package of its own may compute something that no patch point reaches",
     ),
     Policy(
         name="models.cuda_rotation",
         apply=_refuse_rotations,
-        why="Hugging Face's dynamic rotations follow the longest position of the whole batch",
+        why="Hugging Face's dynamic rotations depend on the longest position of the whole batch",
     ),
 )

@@ -1,4 +1,4 @@
-"""Seams of mixture-of-experts layers."""
+"""Mixture-of-experts layers: tiles of the experts, and the router."""
 
 import functools
 import inspect
@@ -8,7 +8,7 @@ from bi_patch.seams.overlay import Overlay, with_globals
 
 
 def _configs(original):
-    """get_moe_configs: the tuned tiles that stock vLLM uses, by the number of tokens."""
+    """get_moe_configs: return tuned tiles by the number of tokens, from bi_patch's tables or stock vLLM's."""
     import vllm.envs as envs
 
     from bi_patch.ops.cuda import moe
@@ -27,7 +27,7 @@ def _configs(original):
 
 
 def _default(original):
-    """get_default_config: stock vLLM's tiles for sizes without a table, without split-K."""
+    """get_default_config: return stock vLLM's default tiles for sizes without a table, but never split K."""
     import vllm.envs as envs
 
     from bi_patch.ops.cuda import moe
@@ -44,12 +44,12 @@ def _default(original):
 
 
 def _gate(original):
-    """GateLinear.__init__: the gate takes the linear's route for every number of tokens."""
+    """GateLinear.__init__: turn off the gate's special kernels, so that it takes a linear layer's route."""
 
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        # The first also says whether set_out_dtype may turn the others on again.
+        # set_out_dtype may turn the other kernels on again only while the first flag is set.
         for kernel in ("specialized", "dsv3", "fp32", "bf16x3"):
             setattr(self, f"allow_{kernel}_router_gemm", False)
         self.allow_ll_bf16_gemm = False
@@ -58,12 +58,12 @@ def _gate(original):
 
 
 def _grouped(original):
-    """grouped_topk: not compiled, so that its softmax and sum are those that have one order."""
-    return inspect.unwrap(original)  # as given where torch.compile is off
+    """grouped_topk: run it eagerly, so that its softmax and sum are PyTorch's operations, which have one order."""
+    return inspect.unwrap(original)  # the function itself if torch.compile is off
 
 
 def experts(model):
-    """Each size of unquantized Triton experts in a model, with vLLM's kernel and tile choice for it."""
+    """Each size of unquantized Triton experts in a model, with vLLM's kernel and its choice of tiles for this size."""
     from vllm.model_executor.layers.fused_moe import fused_moe, override_config
 
     from bi_patch.ops.cuda.moe import Kernel, Problem
@@ -88,9 +88,10 @@ SEAMS = (
         name="moe.cuda_tables",
         targets=(Target(_FUSED_MOE, "get_moe_configs"),),
         close=_configs,
-        why="upstream's mode forces one untuned tile for every batch: up to twice the time of a decode step",
-        how="tiles follow the number of tokens, from vLLM's tables or ours, never splitting K",
-        until="upstream's mode keeps tuned tiles",
+        why="upstream's mode forces one untuned tile for every batch, which takes up to twice the time in a decode "
+        "step",
+        how="experts use tiles tuned for the number of tokens, from vLLM's tables or bi_patch's, and never split K",
+        until="upstream's mode keeps tuned tiles (https://github.com/vllm-project/vllm/issues/27433)",
         causes=(10,),
         serves=("FusedMoE", "MoERunner", "RoutedExperts", "FusedMoEExperts"),
     ),
@@ -99,26 +100,29 @@ SEAMS = (
         targets=(Target(_FUSED_MOE, "get_default_config"),),
         close=_default,
         why="upstream's mode forces one untuned tile for every batch",
-        how="stock vLLM's default tiles by the number of tokens, never splitting K",
-        until="upstream's mode keeps tuned tiles",
+        how="experts without a table use stock vLLM's default tiles for the number of tokens, and never split K",
+        until="upstream's mode keeps tuned tiles (https://github.com/vllm-project/vllm/issues/27433)",
         causes=(10,),
     ),
     Seam(
         name="moe.cuda_gate",
         targets=(Target("vllm.model_executor.layers.fused_moe.router.gate_linear", "GateLinear.__init__", "<0.33"),),
         close=_gate,
-        why="router kernels for up to 16 or 32 tokens sum in another order than the one for more",
-        how="they are off: every gate is a linear with a certified route",
-        until="vLLM 0.33, whose own mode turns them off",
+        why="special router kernels serve up to 16 or 32 tokens and sum in another order than the kernel for more "
+        "tokens",
+        how="bi_patch turns these kernels off, so every gate is a linear layer with a certified route",
+        until="bi_patch no longer supports vLLM 0.32. In vLLM 0.33, upstream's mode turns these kernels off",
         causes=(1, 13),
     ),
     Seam(
         name="moe.cuda_grouped_topk",
         targets=(Target("vllm.model_executor.layers.fused_moe.router.grouped_topk_router", "grouped_topk"),),
         close=_grouped,
-        why="it is compiled apart, for one token and for more: the softmax over experts then sums in two orders",
-        how="its operations are called one by one, each in one order; routers with a correction bias have one kernel",
-        until="upstream's kernel serves routers without a bias",
+        why="torch.compile makes one kernel for a single token and another for several, and the two sum the softmax "
+        "over experts in different orders",
+        how="the router calls PyTorch's operations one by one, each in one order. Routers with a correction bias run "
+        "on one fused kernel of vLLM",
+        until="upstream's fused kernel also serves routers without a bias",
         causes=(13, 17),
     ),
 )

@@ -1,11 +1,11 @@
-"""Seams of RMSNorm, LayerNorm and their kin: each row is reduced alone and in one order."""
+"""RMSNorm and its relatives: one kernel reduces each row alone and in one order."""
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Seam, Target
 
 
 def _rms(original):
-    """RMSNorm.forward_cuda and forward_native: the bundled kernel, compiled or not."""
+    """RMSNorm.forward_cuda and forward_native: call the bundled kernel in compiled and in eager code."""
     from bi_patch.ops.cuda import norm
 
     norm.define_ops()
@@ -13,7 +13,7 @@ def _rms(original):
     def forward(self, x, residual=None):
         if self.variance_size_override is not None:
             raise UnsupportedFeature(
-                "norm.cuda_rms: no invariant RMSNorm over a part of the hidden size. Set BI_PATCH=0"
+                "norm.cuda_rms: bi_patch has no RMSNorm over a part of the hidden size. Set BI_PATCH=0"
             )
         held = self.weight.data if self.has_weight else None
         return norm.rms_norm(x, held, self.variance_epsilon, residual)
@@ -22,7 +22,7 @@ def _rms(original):
 
 
 def _gemma(original):
-    """GemmaRMSNorm.forward_cuda and forward_native: the same kernel, times (1 + weight)."""
+    """GemmaRMSNorm.forward_cuda and forward_native: call the same kernel, which multiplies by (1 + weight)."""
     from bi_patch.ops.cuda import norm
 
     norm.define_ops()
@@ -38,9 +38,12 @@ def _norm(name: str, qualname: str, close, **attributed) -> Seam:
         name=f"norm.cuda_{name}",
         targets=(Target("vllm.model_executor.layers.layernorm", qualname),),
         close=close,
-        why="CUDA kernels choose their block by the number of rows; compiled ones are autotuned anew in each process",
-        how="one bundled Triton kernel, with and without residual, whose tile depends on the hidden size alone",
-        until="upstream's norms state one order for compiled and eager code",
+        why="the number of rows decides the block of vLLM's CUDA kernels, and Inductor tunes compiled norms anew in "
+        "each process",
+        how="one bundled Triton kernel serves norms with and without residual, and its tile depends only on the hidden "
+        "size",
+        until="upstream's norms have one order in compiled and eager code "
+        "(https://github.com/vllm-project/vllm/pull/57123)",
         causes=(2, 17, 18),
         **attributed,
     )

@@ -1,11 +1,11 @@
-"""Seams of rotary embedding: the same bits compiled and eager, whatever runs beside a token."""
+"""Rotary embedding: compiled and eager code give the same bits in every batch."""
 
 from bi_patch.seams.model import Seam, Target
 
 _BASE = "vllm.model_executor.layers.rotary_embedding.base"
 
 
-# Those whose forward is RotaryEmbedding's own.
+# The classes that inherit forward from RotaryEmbedding.
 _CLASSES = frozenset(
     {
         "RotaryEmbedding",
@@ -18,7 +18,7 @@ _CLASSES = frozenset(
 
 
 def _rotary(original):
-    """RotaryEmbedding.forward_cuda and forward_native: one bundled kernel, compiled or not."""
+    """RotaryEmbedding.forward_cuda and forward_native: call the bundled kernel in compiled and in eager code."""
     from bi_patch.ops.cuda import rotary
 
     rotary.define_op()
@@ -33,7 +33,7 @@ def _rotary(original):
 
 
 def _qk_norm(original):
-    """Qwen3's attention: the norms of query and key heads and the rotation in one launch, as fast as stock's fusion."""
+    """Qwen3's attention: normalize query and key heads and rotate them in one launch, as fast as stock vLLM."""
     from bi_patch.ops.cuda import rotary
 
     rotary.define_op()
@@ -72,8 +72,8 @@ def _forward(name: str, qualname: str, close, **attributed) -> Seam:
         name=f"rotary.{name}",
         targets=(Target(_BASE, qualname),),
         close=close,
-        why="compiled code rounds where its fusions end, eager code after every step",
-        how="one bundled kernel rounds once, compiled or not",
+        why="compiled code rounds where a fused kernel ends, and eager code rounds after every operation",
+        how="one bundled kernel serves compiled and eager code, and rounds once",
         until="upstream's compiled and eager code give equal bits at the same speed",
         causes=(17,),
         **attributed,
@@ -85,9 +85,9 @@ def _fused(model: str, qualname: str) -> Seam:
         name=f"rotary.cuda_qk_norm_{model}",
         targets=(Target(f"vllm.model_executor.models.{model}", qualname),),
         close=_qk_norm,
-        why="two norms and a rotation apart cost three launches a layer",
-        how="one launch, in the same order",
-        until="upstream's compiled and eager code give equal bits at the same speed",
+        why="two separate norms and a rotation cost three launches in each layer",
+        how="one launch computes both norms and the rotation, with the same bits as the three launches",
+        until="upstream's fused code gives the bits of eager code at the same speed",
         required=False,
         causes=(2,),
     )

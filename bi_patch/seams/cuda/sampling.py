@@ -1,4 +1,4 @@
-"""Seams of sampling and logprobs."""
+"""Sampling and logprobs: neither the number of requests nor their options decide how a row is summed."""
 
 import functools
 
@@ -7,7 +7,7 @@ from bi_patch.seams.overlay import Overlay, with_globals
 
 
 def _top_k_top_p(original):
-    """apply_top_k_top_p: one kernel for every number of requests, in pieces that take one path through it."""
+    """apply_top_k_top_p: call one Triton kernel for every number of requests, in pieces that it treats alike."""
 
     def apply_top_k_top_p(logits, k, p, has_topp_only_rows=True):
         from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
@@ -15,7 +15,7 @@ def _top_k_top_p(original):
         if k is None and p is None:
             return logits
         logits = _packed_rows(logits)
-        # Only rows with top-p alone take another path in small batches.
+        # The batch size changes the kernel only for rows with top-p and without top-k.
         split = p is not None and has_topp_only_rows
         told = {} if has_topp_only_rows else {"has_topp_only_rows": False}
         size = _PIECE if split else max(1, logits.shape[0])
@@ -30,7 +30,7 @@ def _top_k_top_p(original):
 
 
 def _logits(original):
-    """LogitsProcessor._get_logits: rows of logits lie as far apart alone as in a batch."""
+    """LogitsProcessor._get_logits: return logits whose row stride is the same for one row and for several."""
 
     @functools.wraps(original)
     def _get_logits(self, *args, **kwargs):
@@ -41,7 +41,7 @@ def _logits(original):
 
 
 def _processed(original):
-    """Sampler.apply_sampling_params: logits that no request of the batch changes become fp32 as those of others do."""
+    """Sampler.apply_sampling_params: return fp32 logits, even if no request of the batch changes its logits."""
 
     @functools.wraps(original)
     def apply_sampling_params(self, logits, *args, **kwargs):
@@ -52,13 +52,13 @@ def _processed(original):
 
 
 def _packed_rows(x):
-    """x [rows, C] with a row stride of C. PyTorch calls one row contiguous whatever its stride; Triton compiles other
-    sums for strides that 16 divides."""
+    """x [rows, C] with a row stride of C. PyTorch calls a single row contiguous, whatever its stride. Triton compiles
+    another sum for strides that are multiples of 16."""
     return x.contiguous().reshape(-1).view(x.shape)
 
 
 def _split_count(original):
-    """_topp_split_count: how many programs share a row does not follow the number of rows."""
+    """_topp_split_count: the same number of programs shares a row in every batch."""
 
     @functools.wraps(original)
     def _topp_split_count(batch_size, *sizes):
@@ -68,7 +68,7 @@ def _split_count(original):
 
 
 def _sorted_topk(original):
-    """A function that calls torch.topk, with ties broken by the lower token."""
+    """The function `original`, which calls torch.topk, with a topk that prefers the lower token in a tie."""
     import torch
 
     from bi_patch.ops.topk import topk
@@ -78,11 +78,11 @@ def _sorted_topk(original):
     return staticmethod(function) if static else function
 
 
-# The split top-p pipeline takes at most 64 rows; larger batches would take another kernel.
+# From vLLM 0.32 on, up to 64 rows take the split kernels for top-p. Larger batches would take another kernel.
 _PIECE = 64
 
 
-# 8 to 32 programs a row: as upstream does for 16 rows.
+# As many programs per row (8 to 32) as upstream takes for 16 rows.
 _SPLIT_AS_FOR = 16
 
 
@@ -117,8 +117,9 @@ SEAMS = (
         name="sampling.cuda_logits",
         targets=(Target("vllm.model_executor.layers.logits_processor", "LogitsProcessor._get_logits"),),
         close=_logits,
-        why="a padded vocabulary leaves one row of logits at another stride than several; kernels sum by the stride",
-        how="logits are packed where the vocabulary is padded, so that the stride is the same for every number of rows",
+        why="with a padded vocabulary, a single row of logits has another stride than several rows, and Triton "
+        "compiles another sum for another stride",
+        how="bi_patch packs the logits, so that the stride is the same for every number of rows",
         until="upstream packs its logits",
         causes=(19, 21),
     ),
@@ -129,9 +130,11 @@ SEAMS = (
             Target(_TOP_P, "apply_top_k_top_p", ">=0.32", _TOP_P_COPIES_032),
         ),
         close=_top_k_top_p,
-        why="top-p sums a row in another order for 1, 8 or 65 requests, so a token at the edge comes or goes",
-        how="one Triton path for every number of requests, in pieces of at most 64",
-        until="upstream sums a row in one order",
+        why="the number of requests decides which kernel computes top-p, and each kernel sums a row in its own order. "
+        "A token at the edge of top-p is then kept in one batch and dropped in another",
+        how="one Triton kernel serves every number of requests, in pieces of at most 64 rows",
+        until="upstream computes top-p in one order for every number of requests "
+        "(https://github.com/vllm-project/vllm/pull/50979, https://github.com/vllm-project/vllm/pull/54651)",
         causes=(21,),
         serves=("TopKTopPSampler",),
     ),
@@ -139,28 +142,31 @@ SEAMS = (
         name="sampling.cuda_split_count",
         targets=(Target("vllm.v1.sample.ops.topk_topp_triton", "_topp_split_count", ">=0.32"),),
         close=_split_count,
-        why="the number of programs that share a row of top-p follows the number of requests",
-        how="one number of programs for every batch",
-        until="upstream sums a row in one order",
+        why="the number of requests decides how many programs share the sum of a row for top-p",
+        how="the same number of programs shares a row in every batch",
+        until="upstream computes top-p in one order for every number of requests "
+        "(https://github.com/vllm-project/vllm/pull/54651)",
         causes=(21,),
     ),
     Seam(
         name="sampling.cuda_processed_logprobs",
         targets=(Target("vllm.v1.worker.gpu.sample.sampler", "Sampler.apply_sampling_params", ">=0.32"),),
         close=_processed,
-        why="--logprobs-mode processed_logprobs sums fp32 logits if any request is processed, else 16-bit ones in "
-        "another order",
-        how="in this mode logits are always fp32",
-        until="upstream's logits have one type",
+        why="with --logprobs-mode processed_logprobs, vLLM sums fp32 logits if a request of the step changes its "
+        "logits. Otherwise it sums 16-bit logits in another order",
+        how="in this mode, logits are fp32 in every step",
+        until="upstream's logits have one type in every step",
         causes=(21,),
     ),
     Seam(
         name="sampling.cuda_gather_logprobs",
         targets=(Target("vllm.v1.sample.sampler", "Sampler.gather_logprobs"),),
         close=_sorted_topk,
-        why="top-k algorithms are chosen by the number of rows and break ties differently; bf16 logits tie often",
-        how="ties go to the lower token",
-        until="upstream's top logprobs are stable",
+        why="the number of rows decides which algorithm torch.topk runs, and the algorithms order ties differently. "
+        "bf16 logits often tie",
+        how="of tied tokens, the lower token comes first",
+        until="vLLM orders tied tokens in one way. PyTorch does not yet "
+        "(https://github.com/pytorch/pytorch/issues/27542)",
         causes=(13, 21),
     ),
     Seam(
@@ -170,9 +176,11 @@ SEAMS = (
             Target(_LOGPROB, "compute_topk_scores", ">=0.26", _LOGPROB_COPIES_026),
         ),
         close=_sorted_topk,
-        why="top-k algorithms are chosen by the number of rows and break ties differently; bf16 logits tie often",
-        how="ties go to the lower token",
-        until="upstream's top logprobs are stable",
+        why="the number of rows decides which algorithm torch.topk runs, and the algorithms order ties differently. "
+        "bf16 logits often tie",
+        how="of tied tokens, the lower token comes first",
+        until="vLLM orders tied tokens in one way. PyTorch does not yet "
+        "(https://github.com/pytorch/pytorch/issues/27542)",
         causes=(13, 21),
     ),
 )
@@ -182,6 +190,6 @@ VARIABLES = (
         name="sampling.cuda_flashinfer",
         variable="VLLM_USE_FLASHINFER_SAMPLER",
         value="0",
-        why="FlashInfer's rejection sampling draws from one generator for the whole batch",
+        why="FlashInfer's sampler draws from one generator for the whole batch",
     ),
 )
