@@ -1,6 +1,6 @@
-"""bi_patch makes vLLM batch-invariant: tokens and logprobs of a request are bitwise the same whatever runs beside it.
+"""bi_patch makes vLLM batch-invariant: a request's tokens and logprobs are bitwise the same in every batch.
 
-Importing it before vLLM arms it. BI_PATCH=0 leaves vLLM as it is.
+Import bi_patch before vLLM to arm the process. BI_PATCH=0 leaves vLLM as it is.
 """
 
 import bi_patch_entry

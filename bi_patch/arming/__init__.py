@@ -1,4 +1,4 @@
-"""Arming: the switch, the import hooks that close seams, child processes, and the check before the first token."""
+"""Arming: the switch, the import hooks that close seams, child processes, and the start-up check."""
 
 from bi_patch.arming.process import State, state
 from bi_patch.arming.switch import arm, disarm

@@ -1,4 +1,4 @@
-"""Everything that arming puts in place: the start-up check's own seams, then those of seams/."""
+"""The catalog of everything that arming puts in place: the start-up check's own seams, then those of seams/."""
 
 from packaging.version import Version
 
@@ -15,5 +15,5 @@ assert len(_names) == len(set(_names)), "two seams share a name"
 
 
 def plan(release: Version, platform: str) -> Plan:
-    """The plan for a release and a platform. Raises UnsupportedRelease for a release without checked seams."""
+    """The plan for a release and a platform. Raises UnsupportedRelease for a release that bi_patch does not support."""
     return plan_module.make(CATALOG, release, platform)

@@ -1,4 +1,4 @@
-"""The ledger: every attribute that was replaced, with its original, so that disarming can put each back."""
+"""The ledger: every attribute that arming replaced, with the original, so that disarming can restore it."""
 
 import sys
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import wrapt
 
 @dataclass
 class Entry:
-    """One replaced attribute. `inherited` means that the owner had no attribute of its own before."""
+    """One replaced attribute. inherited: the owner had no such attribute of its own before, only an inherited one."""
 
     seam: str
     owner: Any
@@ -36,14 +36,14 @@ class Ledger:
         self.entries: list[Entry] = []
 
     def replace(self, seam: str, module: Any, qualname: str, close: Any) -> Entry:
-        """Replace `module.qualname` by `close(original)`. Raises AttributeError when it is not there."""
+        """Replace `module.qualname` with `close(original)`. Raises AttributeError if the module lacks it."""
         owner, attribute, _ = wrapt.resolve_path(module, qualname)
-        # The raw entry of the class dictionary, so that static and class methods can be put back as they were.
+        # The raw entry of the class dictionary, so that disarming restores a static or class method as it was.
         original = _raw(owner, attribute)
         return self._set(seam, owner, attribute, original, close(original))
 
     def copy(self, seam: str, module_name: str, entry: Entry) -> None:
-        """Give the replacement to a module that took the original with `from x import y`, or `... as z`."""
+        """Give the replacement to a module that copied the original with `from x import y` or `from x import y as z`."""
         module = sys.modules.get(module_name)
         for name in names_of(entry.original, module):
             self._set(seam, module, name, entry.original, entry.replacement)
@@ -56,9 +56,9 @@ class Ledger:
         return {entry.seam for entry in self.entries}
 
     def restore(self) -> None:
-        """Put every original back, newest first, and forget the entries.
+        """Restore every original, newest first, and forget the entries.
 
-        Modules that took a replaced function with `from x import y` after it was replaced are given the original too.
+        A module that copied a replacement with `from x import y` gets the original, too.
         """
         while self.entries:
             entry = self.entries.pop()
@@ -76,7 +76,7 @@ class Ledger:
 
 
 def names_of(value: Any, module: ModuleType | None) -> list[str]:
-    """Every name under which a module holds this very object; none where it is not loaded."""
+    """Every name under which a module holds this very object. Empty if the module is not loaded."""
     return [n for n, held in vars(module).items() if held is value] if isinstance(module, ModuleType) else []
 
 

@@ -1,4 +1,4 @@
-"""What this process has armed: one state, set by the switch and read by everything else."""
+"""The state of this process: the switch sets it, and all other code reads it."""
 
 import os
 import threading
@@ -14,13 +14,13 @@ SWITCH = "VLLM_BATCH_INVARIANT"
 
 @dataclass(repr=False)
 class State:
-    """What this process has armed.
+    """The state of an armed process.
 
     Fields to read: `armed` (always True), `plan.release` (vLLM's release, a packaging Version), `plan.platform` (cpu,
     cuda or ascend), `closed` and `open` (numbers of patch points). The other fields are internal.
 
-    A patch point is one place in vLLM that bi_patch replaces. It closes when vLLM loads the module that holds it, so
-    before vLLM is loaded every patch point is open. The start-up check stops an engine whose patch points do not close.
+    A patch point is one place in vLLM that bi_patch replaces. bi_patch closes a patch point when vLLM loads its module,
+    so every patch point is open before vLLM is loaded. The start-up check stops an engine with an open patch point.
     """
 
     settings: Settings
@@ -42,7 +42,7 @@ class State:
 
     @property
     def open(self) -> int:
-        """The number of patch points that are not closed in this process: vLLM has not loaded their modules yet, or
+        """The number of patch points that are open in this process. Either vLLM has not loaded their modules yet, or
         BI_PATCH_LEAVE_OPEN names them."""
         return len(self.plan.seams) - self.closed
 
@@ -58,10 +58,10 @@ _was_disarmed = False
 
 
 def state() -> State | None:
-    """What this process has armed, or None: it was never armed, it was disarmed, BI_PATCH=0, or there is no vLLM.
+    """The state of this process, or None if it is not armed: never armed, disarmed, BI_PATCH=0, or no vLLM installed.
 
-    `print(bi_patch.state())` shows one line: vLLM's release, the platform, and how many patch points are closed. The
-    fields to read are described at `State`. The answer is about this process only, not about vLLM's workers.
+    `print(bi_patch.state())` shows one line: vLLM's release, the platform, and how many patch points are closed. `State`
+    describes the fields to read. The state says nothing about vLLM's workers, which are other processes.
     """
     return _state
 
@@ -73,16 +73,16 @@ def enter(new: State) -> None:
 
 
 def leave() -> None:
-    """This process is disarmed: it has no state from here on."""
+    """Forget the state: this process is disarmed from now on."""
     global _state, _was_disarmed
     _state, _was_disarmed = None, True
 
 
 def was_disarmed() -> bool:
-    """Whether this process was armed, and disarmed since."""
+    """Whether this process was armed and is disarmed now."""
     return _was_disarmed and _state is None
 
 
 def asked_for() -> bool:
-    """Whether the environment asks for batch invariance from bi_patch."""
+    """Whether the environment asks bi_patch for batch invariance."""
     return os.environ.get(SWITCH, "0") == "1" and os.environ.get("BI_PATCH", "1") != "0"

@@ -1,7 +1,7 @@
-"""The start-up check: before the first token, every required seam of this process is closed, or a named error.
+"""The start-up check: before the first token, every required seam of this process is closed, or the check raises.
 
-vLLM's plugin loader runs it in every process, and the engine and each worker run it once more (startup_seams.py), so
-that a plugin list that leaves bi_patch out does not switch it off.
+vLLM's plugin loader runs the check in every process. The engine and each worker run it once more (startup_seams.py), so
+that no list of plugins can switch it off.
 """
 
 import importlib
@@ -21,7 +21,10 @@ CLOSED, OPEN = "closed", "open"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the status: a seam or an environment variable, its place, and whether it is closed."""
+    """What the check found for one seam or environment variable.
+
+    status: CLOSED or OPEN. reason: why it is open, else "". The other fields come from the declaration.
+    """
 
     name: str
     area: str
@@ -34,9 +37,9 @@ class Finding:
 
 
 def inspect(*, load: bool = True) -> list[Finding]:
-    """The state of every seam and variable of this process's plan; empty when nothing is armed.
+    """A finding for every seam and variable of this process's plan. Empty if the process is not armed.
 
-    load: import the modules that hold seams first, so that none is left undecided.
+    load: first import the modules that hold seams, so that no seam is open only because its module is not loaded.
     """
     current = process.state()
     if current is None:
@@ -60,16 +63,16 @@ def inspect(*, load: bool = True) -> list[Finding]:
 
 
 def check() -> None:
-    """Raise SeamOpen, naming every required seam that is open, or AnchorMoved; return when all are closed.
+    """Raise SeamOpen with every required seam that is open, or AnchorMoved if vLLM's source is not the recorded source.
 
-    Does nothing where batch invariance was not asked for, or BI_PATCH=0.
+    Does nothing if the environment does not ask for batch invariance, or with BI_PATCH=0.
     """
     current = process.state()
     if current is None:
         if process.asked_for():
             raise SeamOpen(
-                f"{process.SWITCH}=1 asks for batch invariance but bi_patch is not armed in this process "
-                f"({os.getpid()}): import bi_patch before vllm, or start with `bi-patch run -- ...`, "
+                f"{process.SWITCH}=1 asks for batch invariance, but bi_patch is not armed in this process "
+                f"({os.getpid()}). Import bi_patch before vllm, start the program with `bi-patch run -- ...`, "
                 "or set BI_PATCH=0 to use vLLM's own mode"
             )
         return
@@ -78,14 +81,14 @@ def check() -> None:
     if open_seams and not current.settings.allow_open:
         lines = "\n".join(f"  {f.name} at {f.target}: {f.reason}" for f in open_seams)
         raise SeamOpen(
-            f"batch invariance cannot be promised: {len(open_seams)} required seam(s) are open\n{lines}\n"
-            "Run `bi-patch status` for all seams, or set BI_PATCH=0 to run without bi_patch"
+            f"bi_patch cannot promise batch invariance. Required patch points that are open: {len(open_seams)}\n{lines}\n"
+            "Run `bi-patch status` to see all open patch points, or set BI_PATCH=0 to run vLLM without bi_patch"
         )
     anchors.check_installed(current.plan, current.installed.folder.parent, current.settings.cache)
 
 
 def check_platform() -> None:
-    """Raise SettingError where vLLM runs on another platform than the one whose seams are closed."""
+    """Raise SettingError if vLLM runs on another platform than that of this process's plan."""
     from vllm.platforms import current_platform
 
     current = process.state()
@@ -98,13 +101,13 @@ def check_platform() -> None:
     }
     if not runs[current.plan.platform]:
         raise SettingError(
-            f"bi_patch closed the seams of {current.plan.platform}, but vLLM runs on {current_platform.device_type} "
+            f"bi_patch closed the patch points for {current.plan.platform}, but vLLM runs on {current_platform.device_type} "
             f"({type(current_platform).__name__}). Unset BI_PATCH_PLATFORM, or set BI_PATCH=0"
         )
 
 
 def check_worker(config: Any) -> None:
-    """In a worker, before its model loads: policies once more, then this check. config: the engine's VllmConfig."""
+    """In a worker, before its model loads: apply the policies once more and check. config: the engine's VllmConfig."""
     active.apply_policies(config)
     check()
     check_platform()
@@ -113,7 +116,7 @@ def check_worker(config: Any) -> None:
 def _look(current: process.State, planned: Planned, load: bool) -> tuple[str, str]:
     target = planned.target
     if current.settings.leaves_open(planned.seam.name):
-        return OPEN, "left open by BI_PATCH_LEAVE_OPEN"
+        return OPEN, "BI_PATCH_LEAVE_OPEN leaves it open"
     if load:
         try:
             importlib.import_module(target.module)
@@ -130,11 +133,11 @@ def _look(current: process.State, planned: Planned, load: bool) -> tuple[str, st
 
 
 def _missed_copy(planned: Planned, entry: Entry) -> str:
-    """Why a loaded module of Target.copies would call something else than the replacement, or ""."""
+    """Why a loaded module of Target.copies would not call the replacement, or ""."""
     for name in planned.target.copies:
         module = sys.modules.get(name)
         if stock := names_of(entry.original, module):
             return f"{name} still holds the original, as {stock[0]}"
         if module is not None and not names_of(entry.replacement, module):
-            return f"{name} holds no copy of the replacement: something else took its place"
+            return f"{name} holds no copy of the replacement, because something else took its place"
     return ""

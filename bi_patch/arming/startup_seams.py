@@ -1,4 +1,4 @@
-"""The seams that run the start-up check: the finished configuration, every worker, the engine that asks its workers."""
+"""The seams that run the start-up check: on the finished configuration, in every worker, and in the engine."""
 
 import functools
 
@@ -8,7 +8,7 @@ from bi_patch.seams.model import Seam, Target
 
 
 def _config(original):
-    """VllmConfig.__post_init__: every finished configuration passes the policies."""
+    """VllmConfig.__post_init__: apply the policies to every finished configuration."""
 
     @functools.wraps(original)
     def __post_init__(self, *args, **kwargs):
@@ -19,7 +19,7 @@ def _config(original):
 
 
 def _worker(original):
-    """WorkerWrapperBase.init_worker: no worker starts with an open seam, whatever plugins were loaded."""
+    """WorkerWrapperBase.init_worker: run the start-up check first, whatever plugins vLLM loaded."""
 
     @functools.wraps(original)
     def init_worker(self, all_kwargs):
@@ -30,7 +30,7 @@ def _worker(original):
 
 
 def _workers(original):
-    """EngineCore._initialize_kv_caches: the workers, wherever they run, are asked before anything is captured."""
+    """EngineCore._initialize_kv_caches: first ask every worker whether it is armed, before vLLM captures a graph."""
 
     @functools.wraps(original)
     def _initialize_kv_caches(self, *args, **kwargs):
@@ -45,24 +45,26 @@ SEAMS = (
         name="engine.config",
         targets=(Target("vllm.config.vllm", "VllmConfig.__post_init__"),),
         close=_config,
-        why="a feature without a closed seam would vary silently",
-        how="the finished configuration passes every policy, or is refused by name",
-        until="upstream refuses what its own mode does not cover",
+        why="a feature that no patch point covers would change bits silently",
+        how="bi_patch applies its policies to the finished configuration, and refuses such a feature by name",
+        until="upstream's mode refuses every feature and platform that it does not cover "
+        "(https://github.com/vllm-project/vllm/pull/55958)",
     ),
     Seam(
         name="engine.worker",
         targets=(Target("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker"),),
         close=_worker,
-        why="VLLM_PLUGINS can leave bi_patch's plugin out",
-        how="every worker verifies all seams and policies before it starts",
-        until="never: it is the gate",
+        why="the variable VLLM_PLUGINS can leave out bi_patch's plugin, which runs the start-up check",
+        how="every worker runs the start-up check and the policies before it starts",
+        until="never: this patch point runs the start-up check",
     ),
     Seam(
         name="engine.workers",
         targets=(Target("vllm.v1.engine.core", "EngineCore._initialize_kv_caches"),),
         close=_workers,
-        why="a worker that was not armed has no gate of its own: on another node, or started by Ray before the engine",
-        how="the engine asks every worker for its gate and its bi_patch, and stops where one has none or another",
-        until="never: it is the gate",
+        why="a worker that is not armed runs no start-up check, e.g. on another node, or if Ray started it before the engine",
+        how="the engine asks every worker for its start-up check and its bi_patch. It stops if a worker is not armed, or is "
+        "armed by another bi_patch",
+        until="never: this patch point runs the start-up check",
     ),
 )

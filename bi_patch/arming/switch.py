@@ -1,4 +1,4 @@
-"""The switch: arming plans the seams and hooks the imports of vLLM's modules; disarming puts every original back."""
+"""The switch: arm() plans the seams and hooks the imports of vLLM's modules. disarm() restores every original."""
 
 import os
 import sys
@@ -18,10 +18,10 @@ from bi_patch.seams.plan import Plan, Planned
 def arm(*, by_patch: bool = False) -> State | None:
     """Close every patch point of the installed vLLM as its modules load. Calling it again changes nothing.
 
-    by_patch: called from a patched vLLM module, so vLLM modules are loading already.
-    Returns the state, or None when BI_PATCH=0 or no vLLM is installed.
-    Raises SettingError, UnsupportedRelease, UnsupportedFeature; ArmedTooLate when vLLM modules with patch points are
-    loaded, after disarm() too: objects that vLLM made in the meantime would keep stock code.
+    by_patch: a patched vLLM module makes the call, so vLLM modules are loading already.
+    Returns the state, or None if BI_PATCH=0 or if no vLLM is installed.
+    Raises SettingError, UnsupportedRelease, UnsupportedFeature. Raises ArmedTooLate if vLLM modules with patch points
+    are loaded, also after disarm(): objects that vLLM made in the meantime would keep stock code.
     """
     if process.state() is not None:
         return process.state()
@@ -40,7 +40,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     if not by_patch:
         _refuse_late(plan)
     new = State(read, plan, found)
-    hooked = read.form == "hooks" and not by_patch  # half-loaded modules would call their hook at once
+    hooked = read.form == "hooks" and not by_patch  # wrapt would call the hook of a half-loaded module at once
     _set_environ(new, children.environ() if hooked else {})
     process.enter(new)
     active.plan, active.cache = plan, read.cache
@@ -51,14 +51,14 @@ def arm(*, by_patch: bool = False) -> State | None:
 
 
 def disarm() -> None:
-    """Put every original and every environment value back. vLLM runs as its release from here on.
+    """Restore every original and every environment variable. From now on vLLM runs stock code.
 
-    arm() works again only while no vLLM module with a patch point is loaded; after that it raises ArmedTooLate.
+    arm() works again only while no vLLM module with a patch point is loaded. Otherwise it raises ArmedTooLate.
     """
     current = process.state()
     if current is None:
         return
-    current.ledger.restore()  # import hooks cannot be taken back: they do nothing without a state
+    current.ledger.restore()  # nothing can remove import hooks: without a state they do nothing
     active.plan = None
     for name, value in current.previous_environ.items():
         if value is None:
@@ -69,7 +69,7 @@ def disarm() -> None:
 
 
 def close_module(module: ModuleType) -> None:
-    """Close the seams whose target is in `module`, and hand replacements to modules that hold a copy."""
+    """Close the seams whose target is in `module`, and give replacements to modules that hold a copy."""
     current = process.state()
     if current is None:
         return
@@ -95,7 +95,7 @@ def _close(current: State, planned: Planned, module: ModuleType) -> None:
         current.ledger.replace(seam.name, module, target.qualname, seam.close)
     except AttributeError as error:
         raise AnchorMoved(
-            f"seam {seam.name}: {target} is not in vLLM {current.plan.release} ({error}). "
+            f"patch point {seam.name}: {target} is not in vLLM {current.plan.release} ({error}). "
             "Run `bi-patch check` to see what upstream changed"
         ) from error
 
@@ -119,7 +119,7 @@ def _refuse_late(plan: Plan) -> None:
     if process.was_disarmed():
         raise ArmedTooLate(
             f"bi_patch was disarmed in this process, which cannot be armed again: vLLM is imported ({modules}), and "
-            "objects that it made while disarmed would keep stock code. Start a new process; in a notebook, restart "
+            "objects that vLLM made in the meantime would keep stock code. Start a new process; in a notebook, restart "
             "the kernel"
         )
     raise ArmedTooLate(
@@ -135,7 +135,8 @@ def _set_environ(new: State, further: dict[str, str]) -> None:
         if present is not None and present != item.value:
             if item.force:
                 raise SettingError(
-                    f"{item.variable}={present} opens seam {item.name}: {item.why}. Unset it or set it to {item.value}"
+                    f"{item.variable}={present} opens the patch point {item.name}: {item.why}. Unset the variable, or set it to "
+                    f"{item.value}"
                 )
             continue
         wanted[item.variable] = item.value

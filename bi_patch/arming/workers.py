@@ -1,4 +1,4 @@
-"""Workers: each, wherever it runs, must have passed the start-up check of the same bi_patch as the engine that asks."""
+"""The engine's check of its workers: each must pass the start-up check of the same bi_patch, wherever it runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from bi_patch.arming import process, startup
 from bi_patch.errors import BiPatchError, SeamOpen
 
 _CURE = (
-    "Install the same bi_patch for every worker, with VLLM_BATCH_INVARIANT=1 in the environment in which Ray or the "
-    "other nodes start, or set BI_PATCH=0 to run without bi_patch"
+    "Install the same bi_patch for every worker, and set VLLM_BATCH_INVARIANT=1 in the environment in which Ray or the "
+    "other nodes start. Or set BI_PATCH=0 to run vLLM without bi_patch"
 )
 
 
 def check(executor: Any) -> None:
-    """Ask every worker of vLLM's executor. Raises SeamOpen, which says which worker is not armed or by what."""
+    """Ask every worker of vLLM's executor. Raises SeamOpen with each worker that is not armed by this bi_patch."""
     try:
         found = executor.collective_rpc(report)
     except BiPatchError:
@@ -26,13 +26,13 @@ def check(executor: Any) -> None:
     wrong = [f"{i} ({said or 'not armed'})" for i, said in enumerate(found) if said != identity.digest()]
     if wrong:
         raise SeamOpen(
-            f"batch invariance cannot be promised: of {len(found)} workers, {', '.join(wrong)} are not armed by this "
+            f"bi_patch cannot promise batch invariance: of {len(found)} workers, {', '.join(wrong)} are not armed by this "
             f"bi_patch ({identity.digest()}). {_CURE}"
         )
 
 
 def report(worker: Any) -> str:
-    """In a worker: the digest of the bi_patch whose start-up check it passes, or "" where it is not armed."""
+    """In a worker: run the start-up check. Returns the digest of its bi_patch, or "" if the worker is not armed."""
     startup.check()
     current = process.state()
     return identity.digest() if current is not None else ""

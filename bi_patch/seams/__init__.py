@@ -1,1 +1,1 @@
-"""The seams of vLLM, declared as data: one folder per platform, one module per area. `registry` collects them."""
+"""The seams of vLLM as data: one folder per platform, one module per area of vLLM. `registry` collects them."""

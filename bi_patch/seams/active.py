@@ -1,4 +1,4 @@
-"""What arming tells the seams of this process: the plan, and where to cache. Seams know nothing of arming."""
+"""The plan and the cache folder of this process. Arming sets both, and seams read them without importing arming."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ cache: Path = Path("~/.cache/bi_patch").expanduser()
 
 
 def apply_policies(config: Any) -> None:
-    """Apply every policy of the plan to a finished VllmConfig. Raises UnsupportedFeature, naming the policy."""
+    """Apply every policy of the plan to a finished VllmConfig. Raises UnsupportedFeature with the policy's name."""
     for policy in plan.policies if plan else ():
         policy.apply(config)

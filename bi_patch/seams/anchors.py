@@ -1,8 +1,8 @@
-"""Anchors: a seam's fingerprint in one vLLM release, from its source text, without importing vLLM.
+"""Anchors: the fingerprint of a seam's source in one vLLM release. Nothing here imports vLLM.
 
-An anchor holds the file, the signature, a digest of the normalized source, and the source itself, so that a moved
-anchor can be shown as a diff. Normalized: the syntax tree without comments, docstrings, annotations' formatting and
-empty fields, so neither reformatting nor the Python version changes a digest.
+An anchor holds the file, the signature, a digest of the normalized source, and the source itself. If the anchor moves,
+bi_patch shows upstream's change as a diff of the two sources. Normalized source is the syntax tree without comments,
+docstrings, formatting and empty fields. Neither a formatter nor the Python version changes its digest.
 """
 
 import ast
@@ -25,7 +25,8 @@ FILE = "anchors.json"
 
 
 class Anchor(msgspec.Struct, frozen=True):
-    """seam: its name. target: `module:qualname`. file: path inside the release. digest: sha256 of the normal form."""
+    """seam: the seam's name. target: `module:qualname`. file: a path inside the release. digest: sha256 (hex) of the
+    normalized source. source: the text that the release has."""
 
     seam: str
     target: str
@@ -36,10 +37,10 @@ class Anchor(msgspec.Struct, frozen=True):
 
 
 class Recorded(msgspec.Struct, frozen=True):
-    """What `anchors.json` holds for one release of one package.
+    """The contents of `anchors.json` for one release of one package.
 
-    anchors: one for each seam. copies: for each seam on a module's own name (not a class's), the modules that take the
-    name by `from ... import` at their top.
+    anchors: an anchor for each seam. copies: for each seam whose target is a name of a module (not of a class), the
+    modules that copy the name with a `from ... import` at their top.
     """
 
     anchors: tuple[Anchor, ...] = ()
@@ -50,24 +51,24 @@ class Recorded(msgspec.Struct, frozen=True):
 
 
 def read(folder: Path) -> Recorded:
-    """The record in a release's folder; an empty record where the file is missing or damaged."""
+    """The record in a release's folder, or an empty record if the file is missing or damaged."""
     return files.read_json(folder / FILE, Recorded) or Recorded()
 
 
 def write(folder: Path, recorded: Recorded) -> None:
-    """Write the record into a release's folder, sorted by seam, so that a new seam is one new entry in the diff."""
+    """Write the record into a release's folder, sorted by seam, so that a new seam adds one entry to the file."""
     anchors = tuple(sorted(recorded.anchors, key=lambda anchor: anchor.seam))
     files.write_json(folder / FILE, Recorded(anchors, dict(sorted(recorded.copies.items()))))
 
 
 def path_of(module: str, exists) -> str | None:
-    """The file of `module` relative to the tree that holds the package, or None. exists: relative path -> bool."""
+    """The path of `module` in the tree that holds the package, or None. exists: relative path -> bool."""
     base = module.replace(".", "/")
     return next((p for p in (f"{base}.py", f"{base}/__init__.py") if exists(p)), None)
 
 
 def take(planned: Planned, file: str, text: str) -> Anchor:
-    """The anchor of a planned seam in `text`, the contents of `file`. Raises AnchorMoved when it is not there."""
+    """The anchor of a planned seam in `text`, the contents of `file`. Raises AnchorMoved if the target is missing."""
     node = _find(_parse(text), planned.target.qualname)
     if node is None:
         raise AnchorMoved(f"seam {planned.seam.name}: {file} no longer defines {planned.target.qualname}")
@@ -82,7 +83,7 @@ def take(planned: Planned, file: str, text: str) -> Anchor:
 
 
 def folder_of(release: str, package: str = "vllm") -> Path:
-    """Where the series and anchors of a package's release lie, e.g. patches/vllm-ascend-0.23.0."""
+    """The folder with the series and anchors of a package's release, e.g. patches/vllm-ascend-0.23.0."""
     return PATCHES / f"{PACKAGES[package][0]}-{release}"
 
 
@@ -91,7 +92,7 @@ def package_of(module: str) -> str:
 
 
 def compare(old: Anchor, new: Anchor) -> str | None:
-    """None where the anchor holds, else upstream's change of that object as a unified diff."""
+    """None if the anchor did not move, else upstream's change of the target as a unified diff."""
     if old.digest == new.digest:
         return None
     lines = difflib.unified_diff(
@@ -101,12 +102,12 @@ def compare(old: Anchor, new: Anchor) -> str | None:
 
 
 def check_installed(plan: Plan, folder: Path, cache: Path) -> None:
-    """Check the anchors of the vLLM in `folder` (the one that holds the package) against the recorded ones.
+    """Compare the anchors of the vLLM in `folder`, the folder that holds the package, with the recorded anchors.
 
-    The modules of a plugin are looked for in `folder` first, and else where Python finds the plugin.
+    A plugin's modules come from `folder` if it holds the plugin, else from where Python finds the plugin.
 
-    cache: where the result is remembered by size and time of each file, so that an installation pays once.
-    Raises AnchorMoved, naming each anchor that moved with upstream's change.
+    cache: keeps the result under the size and time of each file, so that an installation is compared once.
+    Raises AnchorMoved with each anchor that moved and upstream's change.
     """
     places = _places(plan, folder)
     stamp = _stamp(plan, places)
@@ -129,7 +130,7 @@ def check_installed(plan: Plan, folder: Path, cache: Path) -> None:
             moved.append(f"{planned.seam.name} at {planned.target}\n{difference}")
     if moved:
         raise AnchorMoved(
-            f"vLLM {plan.release} in {folder} is not the release that the seams were written for:\n"
+            f"vLLM {plan.release} in {folder} differs from the release for which the patch points were written:\n"
             + "\n".join(moved)
             + "\nInstall the released build, or set BI_PATCH=0"
         )
@@ -137,7 +138,7 @@ def check_installed(plan: Plan, folder: Path, cache: Path) -> None:
 
 
 class _Place(NamedTuple):
-    """A planned seam in the installed packages. root: holds the package. file: relative to it, None if missing."""
+    """The place of a planned seam. root: the folder that holds the package. file: a path in root, None if missing."""
 
     planned: Planned
     root: Path
@@ -145,7 +146,7 @@ class _Place(NamedTuple):
 
 
 def _places(plan: Plan, folder: Path) -> list[_Place]:
-    """Each planned seam's file, looked up once."""
+    """The place of each planned seam."""
     roots = {package: _root(package, folder) for package in {package_of(p.target.module) for p in plan.seams}}
     places = []
     for planned in plan.seams:
@@ -155,7 +156,7 @@ def _places(plan: Plan, folder: Path) -> list[_Place]:
 
 
 def _root(package: str, folder: Path) -> Path:
-    """The folder that holds a package: `folder`, or where Python finds it."""
+    """The folder that holds a package: `folder`, or else the folder in which Python finds the package."""
     if not (folder / package).is_dir():
         spec = importlib.util.find_spec(package)
         for place in (spec and spec.submodule_search_locations) or ():
@@ -164,7 +165,7 @@ def _root(package: str, folder: Path) -> Path:
 
 
 def _stamp(plan: Plan, places: list[_Place]) -> str:
-    """A digest over the planned files' size and time, the recorded anchors and the targets."""
+    """A digest (hex) of the planned files' sizes and times, the recorded anchors and the targets."""
     parts = [str(plan.release), plan.platform]
     for package in PACKAGES:
         recorded = folder_of(str(plan.release), package) / FILE
@@ -181,7 +182,7 @@ def _parse(text: str) -> ast.Module:
 
 
 def _find(tree: ast.AST, qualname: str) -> ast.AST | None:
-    """The definition or assignment of a dotted name; the last one, as Python would keep it."""
+    """The last definition or assignment of a dotted name, which is the definition that Python keeps."""
     scope: ast.AST | None = tree
     for part in qualname.split("."):
         found = None
@@ -199,7 +200,7 @@ def _find(tree: ast.AST, qualname: str) -> ast.AST | None:
 
 
 def _statements(scope: ast.AST | None):
-    """Statements of a body, those under if/else/try included (platform branches define names too)."""
+    """The statements of a body and of its if, else, try and with blocks, where branches for platforms define names."""
     for node in getattr(scope, "body", ()):
         yield node
         if isinstance(node, (ast.If, ast.Try, ast.With)):
@@ -215,7 +216,7 @@ def _signature(node: ast.AST) -> str:
 
 
 def _normal(node: ast.AST) -> str:
-    """A text of the tree that ignores positions, docstrings, and fields that are empty (newer Pythons add some)."""
+    """The tree as text, without positions, docstrings and empty fields. Newer Python versions add empty fields."""
     if isinstance(node, ast.AST):
         fields = []
         for name, value in ast.iter_fields(node):

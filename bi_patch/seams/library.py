@@ -1,4 +1,4 @@
-"""How certificates name the vLLM whose kernels they are about."""
+"""The name of the installed vLLM in certificates."""
 
 
 def vllm() -> str:

@@ -1,8 +1,8 @@
-"""What a seam is: one place in vLLM that is intercepted, declared as data.
+"""Declarations as data. A seam (a patch point in user-facing text) is one place in vLLM that bi_patch replaces.
 
-Status, docs, the patch series, the anchors and the checks all read these declarations; nothing else lists seams.
-A seam's `close` is called once with the original object and returns what takes its place. It is a plain
-function so that torch.compile can trace what it returns, and the original is kept for disarming.
+The status, the docs, the patch series, the anchors and the start-up check read these declarations. No other list of
+seams exists. Arming calls a seam's `close` once with the original object, and `close` returns the replacement. A
+replacement is a plain function, so that torch.compile can trace it. Arming keeps the original for disarming.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ ALL_PLATFORMS = frozenset(known.BY_PLATFORM)
 
 @dataclass(frozen=True)
 class Target:
-    """Where a seam is in a range of vLLM releases.
+    """The place of a seam in a range of vLLM releases.
 
-    module, qualname: the object that is replaced, e.g. `vllm.v1.core.sched.scheduler`, `Scheduler.schedule`.
-    releases: PEP 440 specifiers of the vLLM releases in which it is there; "" for every supported release.
-    copies: modules that took the object with `from module import name` and must be given the replacement too.
+    module, qualname: the object to replace, e.g. `vllm.v1.core.sched.scheduler`, `Scheduler.schedule`.
+    releases: PEP 440 specifiers of the vLLM releases that have the object there, "" for every supported release.
+    copies: modules that copy the object with `from module import name`. They get the replacement, too.
     """
 
     module: str
@@ -39,10 +39,11 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class _Declared:
-    """What seams, variables and policies have in common.
+    """The fields that seams, variables and policies share.
 
-    name: `area.what`, unique. why: which variance it removes. releases: PEP 440 specifiers, "" for all.
-    platforms: where it holds. The registry fills it in from the folder that holds the declaration.
+    name: `area.what`, unique. why: the variance that the declaration removes. releases: PEP 440 specifiers of the vLLM
+    releases that need the declaration, "" for all.
+    platforms: the platforms that need the declaration. The registry sets them from the folder of the declaration.
     """
 
     name: str
@@ -60,13 +61,13 @@ class _Declared:
 
 @dataclass(frozen=True, kw_only=True)
 class Seam(_Declared):
-    """One intercepted place.
+    """One place in vLLM that bi_patch replaces.
 
-    how: what takes its place. until: when it can go. close: original -> replacement (imports torch and vLLM only when
-    called). causes: numbers of docs/causes.md. required: the engine must not start while it is open; an optional seam
-    that is open only shows in `bi-patch status`. serves: vLLM's layers, by the name of a class in their ancestry, whose
-    operations this seam answers for. op: the module of ops/ that computes for this seam, where the seam's own
-    code may no longer be on the stack by then.
+    how: what the replacement does. until: when bi_patch can drop the seam, with upstream's issue or pull request.
+    close: original -> replacement. It imports torch and vLLM only when called. causes: numbers in docs/causes.md.
+    required: no engine starts while the seam is open. `bi-patch status` shows an optional seam that is open.
+    serves: names of vLLM's layer classes, or of their base classes, for whose operations this seam is responsible.
+    op: the module of ops/ that computes for this seam, if the seam's own code can have left the stack by then.
     """
 
     targets: tuple[Target, ...]
@@ -79,15 +80,15 @@ class Seam(_Declared):
     op: str = ""
 
     def target(self, release: Version) -> Target | None:
-        """The seam's place in `release`, or None where that release does not have it."""
+        """The seam's place in `release`, or None if that release does not need the seam."""
         return next((t for t in self.targets if t.holds(release)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variable(_Declared):
-    """An environment variable that vLLM or a library reads: set before either is imported, in every process.
+    """An environment variable that vLLM or a library reads. Arming sets it in every process before they are imported.
 
-    force: another value that the user set is an error (True) or is kept (False: a default only).
+    force: if the user set another value, True makes that an error, and False keeps the user's value.
     """
 
     variable: str
@@ -99,8 +100,8 @@ class Variable(_Declared):
 class Policy(_Declared):
     """A rule on the finished engine configuration (`vllm.config.VllmConfig`).
 
-    apply: config -> None. It refuses by raising UnsupportedFeature, or sets a field where a safe value exists.
-    Runs in every process that builds a VllmConfig, and once more before the first request.
+    apply: config -> None. It raises UnsupportedFeature to refuse the configuration, or sets a field to a safe value.
+    It runs in every process that builds a VllmConfig, and once more in each worker before the model loads.
     """
 
     apply: Callable[[Any], None] = field(repr=False)

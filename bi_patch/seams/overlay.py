@@ -1,11 +1,11 @@
-"""A function's own code with some of its module's names replaced: for a choice inside it that no argument steers."""
+"""Replace global names inside one function, for a choice in its code that no argument controls."""
 
 import types
 from typing import Any
 
 
 class Overlay:
-    """Stands in for a module or object: the given attributes, and the original's for all others."""
+    """A stand-in for a module or object: it has the given attributes, and the original's attributes otherwise."""
 
     def __init__(self, original: Any, **attributes: Any):
         self.__dict__.update(attributes)
@@ -16,7 +16,7 @@ class Overlay:
 
 
 def with_globals(function: types.FunctionType, **names: Any) -> types.FunctionType:
-    """A copy of `function` whose global `names` are replaced; the module's other names as they are now.
+    """A copy of `function` that sees `names` as globals. The copy keeps the present values of all other globals.
 
     Raises NameError for a name that the module does not have.
     """

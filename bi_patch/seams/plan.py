@@ -1,4 +1,4 @@
-"""The plan: which seams, variables and policies hold for one vLLM release on one platform, and where."""
+"""The plan: the seams, variables and policies that one vLLM release on one platform needs, with their places."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from bi_patch.seams.model import Catalog, Policy, Seam, Target, Variable
 
 @dataclass(frozen=True)
 class Planned:
-    """A seam with its place in this release."""
+    """A seam with its place in the plan's release."""
 
     seam: Seam
     target: Target
@@ -28,7 +28,7 @@ class Plan:
 
     @cached_property
     def by_module(self) -> dict[str, tuple[Planned, ...]]:
-        """Planned seams keyed by the module that holds the target."""
+        """The planned seams by the module that holds their target."""
         modules: dict[str, list[Planned]] = {}
         for planned in self.seams:
             modules.setdefault(planned.target.module, []).append(planned)
@@ -36,23 +36,23 @@ class Plan:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """Every module that the plan touches, those with copies of a target included."""
+        """Every module that holds a target or a copy of a target."""
         names = [m for p in self.seams for m in (p.target.module, *p.target.copies)]
         return tuple(dict.fromkeys(names))
 
 
 def make(catalog: Catalog, release: Version, platform: str) -> Plan:
-    """The plan for a release and a platform. Raises UnsupportedRelease for a release without checked seams."""
+    """The plan for a release and a platform. Raises UnsupportedRelease for a release that bi_patch does not support."""
     supported = releases.BY_PLATFORM[platform]
     if str(release) not in releases.ALL:
         raise UnsupportedRelease(
-            f"vLLM {release} is not supported: the seams are checked for {', '.join(releases.ALL)}. "
-            "Install one of these, or set BI_PATCH=0 to run vLLM without bi_patch"
+            f"vLLM {release} is not supported. bi_patch supports vLLM {', '.join(releases.ALL)}. "
+            "Install a supported release, or set BI_PATCH=0 to run vLLM without bi_patch"
         )
     if str(release) not in supported:
         raise UnsupportedRelease(
-            f"vLLM {release} is not supported on {platform}, where bi_patch needs vLLM {', '.join(supported)}. "
-            "Install such a release, or set BI_PATCH=0"
+            f"vLLM {release} is not supported on {platform}. There bi_patch supports vLLM {', '.join(supported)}. "
+            "Install a supported release, or set BI_PATCH=0 to run vLLM without bi_patch"
         )
     planned = []
     for seam in catalog.seams:

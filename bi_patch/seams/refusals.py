@@ -1,4 +1,4 @@
-"""The rule of a platform that refuses what the feature table does not serve."""
+"""The policy of each platform that refuses what the feature table marks as refused."""
 
 from collections.abc import Collection
 from typing import Any
@@ -12,7 +12,7 @@ from bi_patch.seams.model import Policy
 
 
 def policy(platform: str, lifted: Collection[str] = ()) -> Policy:
-    """The policy `features.<platform>`. lifted: rows of the table that it does not look at."""
+    """The policy `features.<platform>`. lifted: names of rows that the policy ignores."""
 
     def apply(config: Any) -> None:
         release = active.plan.release if active.plan is not None else Version(releases.BY_PLATFORM[platform][-1])
@@ -21,5 +21,5 @@ def policy(platform: str, lifted: Collection[str] = ()) -> Policy:
     return Policy(
         name=f"features.{platform}",
         apply=apply,
-        why="a feature that no seam covers would change bits without a word",
+        why="a feature that no patch point covers would change bits silently",
     )

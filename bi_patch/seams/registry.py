@@ -1,4 +1,4 @@
-"""All seams, variables and policies of seams/: one folder per platform, one module per area, in alphabetical order."""
+"""Collect all seams, variables and policies from the modules of seams/, in alphabetical order."""
 
 import dataclasses
 import importlib
@@ -9,7 +9,7 @@ from types import ModuleType
 from bi_patch.seams import ascend, common, cpu, cuda
 from bi_patch.seams.model import ALL_PLATFORMS, Catalog
 
-# The folder decides where its declarations hold.
+# The folder of a declaration decides which platforms need it.
 _FOLDERS = (
     (common, ALL_PLATFORMS),
     (cpu, frozenset({"cpu"})),

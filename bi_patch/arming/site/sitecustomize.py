@@ -1,5 +1,7 @@
-"""Put first on PYTHONPATH by `bi-patch run`: arms every Python process of the tree, then hands on to the next
-sitecustomize, if there is one."""
+"""Arm a Python process at its start, then run the next sitecustomize on the path, if there is one.
+
+`bi-patch run` and an armed parent process put this folder at the front of PYTHONPATH.
+"""
 
 import importlib.machinery
 import importlib.util
@@ -15,7 +17,7 @@ def _arm() -> None:
     try:
         import bi_patch_entry
     except ModuleNotFoundError:
-        return  # an interpreter of another environment, without bi_patch: nothing to arm
+        return  # the interpreter of another environment, without bi_patch: nothing to arm
     bi_patch_entry.autoload()
 
 

@@ -69,7 +69,8 @@ SEAMS = (
         close=_only_one_backend,
         why="MLA, sparse and context-parallel backends call operators that split their work by the batch",
         how="bi_patch refuses these backends by name",
-        until="bi_patch or vLLM-Ascend has batch-invariant operators for them (https://github.com/vllm-project/vllm-ascend/issues/5487)",
+        until="bi_patch or vLLM-Ascend has batch-invariant operators for them "
+        "(https://github.com/vllm-project/vllm-ascend/issues/5487)",
         causes=(3, 4),
     ),
     Seam(
@@ -94,6 +95,8 @@ SEAMS = (
 
 POLICIES = (
     Policy(
-        name="attention.ascend_block_size", apply=_block_size, why="the bundled attention splits keys every 128 positions, and such a part must lie inside one KV block"
+        name="attention.ascend_block_size",
+        apply=_block_size,
+        why="the bundled attention splits keys every 128 positions, and such a part must lie inside one KV block",
     ),
 )

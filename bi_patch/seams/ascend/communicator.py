@@ -49,6 +49,8 @@ _OPTIONS = (
 
 POLICIES = (
     Policy(
-        name="communicator.ascend_fused", apply=_fused, why="fused collectives sum in an order that depends on the batch"
+        name="communicator.ascend_fused",
+        apply=_fused,
+        why="fused collectives sum in an order that depends on the batch",
     ),
 )

@@ -27,6 +27,10 @@ def _fusions(config) -> None:
 
 SEAMS = ()
 POLICIES = (
-    Policy(name="compilation.ascend_graphs", apply=_graphs, why="attention in a captured graph keeps the split of its capture"),
+    Policy(
+        name="compilation.ascend_graphs",
+        apply=_graphs,
+        why="attention in a captured graph keeps the split of its capture",
+    ),
     Policy(name="compilation.ascend_fusions", apply=_fusions, why="fused operators avoid bi_patch's dispatch table"),
 )

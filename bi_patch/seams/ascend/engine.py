@@ -6,7 +6,7 @@ from bi_patch.seams.model import Policy, Seam, Target
 
 
 def _mode(original):
-    """init_batch_invariance: install the dispatch table, or raise. Upstream's function goes on if libraries are missing."""
+    """init_batch_invariance: install the dispatch table, or raise. Upstream's function goes on without its kernels."""
 
     def init_batch_invariance():
         import torch
@@ -82,9 +82,10 @@ SEAMS = (
         ),
         close=_mode,
         why="upstream's mode leaves many operators as they are, and only warns if its kernels are missing",
-        how="bi_patch serves every operator that sums in one order, or refuses the operator by name. A missing library is an "
-        "error",
-        until="upstream's mode covers these operators and stops if it cannot (https://github.com/vllm-project/vllm-ascend/issues/5487)",
+        how="bi_patch serves every operator that sums in one order, or refuses the operator by name. A missing library "
+        "is an error",
+        until="upstream's mode covers these operators and stops if it cannot "
+        "(https://github.com/vllm-project/vllm-ascend/issues/5487)",
         causes=(1, 2, 3, 10, 17),
     ),
     Seam(
@@ -100,7 +101,8 @@ SEAMS = (
         name="engine.ascend_warm_up",
         targets=(Target("vllm_ascend.worker.worker", "NPUWorker._warm_up_atb"),),
         close=_no_warm_up,
-        why="vLLM-Ascend warms up a library with a product in an order of its own, and the dispatch table refuses this product",
+        why="vLLM-Ascend warms up a library with a product in an order of its own, and the dispatch table refuses this "
+        "product",
         how="bi_patch leaves the product out. Nothing uses its result, and the first step loads the library",
         until="vLLM-Ascend warms up with an operator that only moves rows",
         causes=(2, 10),
@@ -108,5 +110,7 @@ SEAMS = (
 )
 
 POLICIES = (
-    Policy(name="engine.ascend_options", apply=_options, why="these options use operators for which bi_patch has no kernel"),
+    Policy(
+        name="engine.ascend_options", apply=_options, why="these options use operators for which bi_patch has no kernel"
+    ),
 )

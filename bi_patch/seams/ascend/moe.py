@@ -23,7 +23,9 @@ def _routed_rows(original):
         import torch_npu
 
         if scale is not None or quant_mode != -1:
-            refuse("moe.ascend_routing", ["quantization of rows on their way to the experts"], "Use unquantized weights")
+            refuse(
+                "moe.ascend_routing", ["quantization of rows on their way to the experts"], "Use unquantized weights"
+            )
         return torch_npu.npu_moe_init_routing_v2(hidden_states, topk_ids, quant_mode=quant_mode, **options)
 
     return staticmethod(npu_moe_init_routing)
@@ -44,7 +46,8 @@ SEAMS = (
         targets=(Target("vllm_ascend.device.device_op", "BaseDeviceAdaptor.npu_moe_init_routing"),),
         close=_routed_rows,
         why="on A2 and A3, vLLM-Ascend calls an operator of its C++ library, and bi_patch turns that library off",
-        how="every chip uses torch_npu's operator with the same result, as upstream does on A5. It only moves and counts rows",
+        how="every chip uses torch_npu's operator with the same result, as upstream does on A5. It only moves and "
+        "counts rows",
         until="vLLM-Ascend calls torch_npu's operator on every chip",
         causes=(13,),
     ),

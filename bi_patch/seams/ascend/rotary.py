@@ -29,7 +29,7 @@ def _rotary(original):
         turned = rotary.rotate(positions, query.reshape(tokens, -1), key.reshape(tokens, -1), cos_sin_cache, head_size)
         return turned[0].view(query.shape), turned[1].view(key.shape)
 
-    rope_forward_oot.__annotations__ = getattr(original, "__annotations__", {})  # vLLM reads the op's schema from the annotations
+    rope_forward_oot.__annotations__ = getattr(original, "__annotations__", {})  # hold the op's schema
     return rope_forward_oot
 
 
@@ -38,8 +38,8 @@ SEAMS = (
         name="rotary.ascend_forward",
         targets=(Target("vllm_ascend.ops.rotary_embedding", "rope_forward_oot"),),
         close=_rotary,
-        why="the installed libraries decide whether a Triton kernel or a vendor operator runs, and neither states where it "
-        "rounds",
+        why="the installed libraries decide whether a Triton kernel or a vendor operator runs, and neither states "
+        "where it rounds",
         how="the bundled kernel computes in fp32 and rounds once",
         until="vLLM-Ascend states where its kernels round",
         causes=(17,),

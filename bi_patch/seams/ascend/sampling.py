@@ -1,4 +1,4 @@
-"""Sampling on Ascend: one method for top-k and top-p for every number of requests. The dispatch table serves its sums."""
+"""Sampling on Ascend: one method for top-k and top-p for every number of requests, on the dispatch table's sums."""
 
 from bi_patch.seams.model import Seam, Target
 
@@ -29,8 +29,8 @@ SEAMS = (
             ),
         ),
         close=_one_way,
-        why="from 8 requests on, vLLM uses another kernel. A token at the edge of top-p is then kept in one batch and dropped "
-        "in another",
+        why="from 8 requests on, vLLM uses another kernel. A token at the edge of top-p is then kept in one batch and "
+        "dropped in another",
         how="every number of requests uses a sort and a running sum, and the lower of two tied tokens comes first",
         until="upstream computes top-p in one order for every number of requests "
         "(https://github.com/vllm-project/vllm/pull/50979)",

@@ -64,8 +64,8 @@ SEAMS = (
         targets=(Target("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request"),),
         close=_preempt,
         why="after a preemption, vLLM recomputes a request's decoded tokens as a prompt",
-        how="with the bundled attention, whose order depends on positions only, preemption is allowed. With AscendC attention, "
-        "bi_patch refuses it",
+        how="with the bundled attention, whose order depends on positions only, preemption is allowed. With AscendC "
+        "attention, bi_patch refuses it",
         until="a test shows that AscendC attention has one order for decode and prefill",
         causes=(9,),
     ),
@@ -74,6 +74,8 @@ SEAMS = (
 POLICIES = (
     Policy(name="scheduler.ascend_chunks", apply=_cut_prompts, why=_WHY),
     Policy(
-        name="scheduler.ascend_schedulers", apply=_schedulers, why="vLLM-Ascend's own schedulers (vllm_ascend/core) ignore the batch-invariant mode"
+        name="scheduler.ascend_schedulers",
+        apply=_schedulers,
+        why="vLLM-Ascend's own schedulers (vllm_ascend/core) ignore the batch-invariant mode",
     ),
 )

@@ -13,7 +13,7 @@ POLICIES = (
     Policy(
         name="engine.structured_outputs",
         apply=_one_grammar_library,
-        why="with `auto`, the first structured-output request after the start chooses the grammar library for all later "
-        "requests, so bi_patch sets xgrammar",
+        why="with `auto`, the first structured-output request after the start chooses the grammar library for all "
+        "later requests, so bi_patch sets xgrammar",
     ),
 )

@@ -46,8 +46,8 @@ SEAMS = (
         name="sampling.specific_logprobs",
         targets=(Target("vllm.v1.sample.sampler", "Sampler.forward"),),
         close=_specific_logprobs,
-        why="if a request of the step has logprob_token_ids, model runner V1 computes only the logprobs of these tokens, and "
-        "the other requests lose their top logprobs",
+        why="if a request of the step has logprob_token_ids, model runner V1 computes only the logprobs of these "
+        "tokens, and the other requests lose their top logprobs",
         how="each row keeps the logprobs that its request asked for",
         until="upstream merges the two kinds of logprobs row by row (https://github.com/vllm-project/vllm/pull/51789)",
         causes=(8,),

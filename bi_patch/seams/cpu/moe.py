@@ -20,7 +20,7 @@ def _register(original):
 
 
 def _support(original):
-    """FusedMoEExperts._supports_batch_invariance: True for the unquantized CPU experts: moe.cpu_experts certifies them."""
+    """FusedMoEExperts._supports_batch_invariance: True for unquantized CPU experts, which moe.cpu_experts certifies."""
 
     def _supports_batch_invariance(cls) -> bool:
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
