@@ -1,7 +1,8 @@
-"""The door to bi_patch: what other programs call by name, without arming their process by accident.
+"""The entry points of bi_patch: functions that other programs call by name without arming their process by accident.
 
-`import bi_patch` arms. This module stands beside the package, so that the .pth file, vLLM's plugin loader, the patched
-modules of vLLM, the console script and pytest can decide that themselves: `without_arming()` is the one switch.
+`import bi_patch` arms. This module stands beside the package, so that its callers can decide that themselves with
+`without_arming()`. The callers are the .pth file, vLLM's plugin loader, patched vLLM modules, the console script and
+pytest.
 """
 
 import importlib
@@ -12,22 +13,22 @@ _import_arms = True
 
 
 def import_arms() -> bool:
-    """Whether importing bi_patch arms this process; bi_patch/__init__.py asks."""
+    """Whether importing bi_patch arms this process. bi_patch/__init__.py calls it."""
     return _import_arms
 
 
 def without_arming() -> None:
-    """From now on importing bi_patch does not arm this process: for tools and tests, which arm when they mean to."""
+    """From now on, importing bi_patch does not arm this process. Tools and tests call it and arm on purpose."""
     global _import_arms
     _import_arms = False
 
 
 class ArmingFailed(RuntimeError):
-    """Batch invariance was asked for, and arming this process ended in an error that has no name of its own."""
+    """The environment asks for batch invariance, and an unexpected error stopped arming in this process."""
 
 
 class _Refusal:
-    """A finder and loader before all others: vLLM is found, as those who only look for it need, and never loaded."""
+    """An import hook that finds vLLM, for code that only looks for it, and raises the reason when Python loads it."""
 
     def __init__(self, reason: Exception) -> None:
         self._reason = reason
@@ -35,7 +36,7 @@ class _Refusal:
     def find_spec(self, name, path=None, target=None):
         if name != "vllm":
             return None
-        # A process can have more than one refusal: the .pth file and sitecustomize both arm.
+        # A process can have two refusals, because the .pth file and sitecustomize both arm.
         finders = [f for f in sys.meta_path if hasattr(f, "find_spec") and not isinstance(f, _Refusal)]
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
         if spec is not None:
@@ -50,10 +51,10 @@ class _Refusal:
 
 
 def autoload() -> None:
-    """Interpreter start with VLLM_BATCH_INVARIANT=1: arm, or make importing vLLM fail with the reason.
+    """Arm at the start of an interpreter with VLLM_BATCH_INVARIANT=1, or make `import vllm` fail with the reason.
 
-    Python prints what a .pth file raises and goes on. So every error is kept until vLLM is imported, one of importing
-    bi_patch itself included.
+    If a .pth file raises, Python prints the error and goes on. So this function keeps every error, also an error of
+    importing bi_patch itself, until the program imports vLLM.
     """
     without_arming()
     try:
@@ -79,7 +80,7 @@ def _refuse(cause: Exception) -> None:
 
 
 def check() -> None:
-    """vLLM's general plugin: in every vLLM process, stop unless every required seam is closed."""
+    """vLLM's general plugin: run the start-up check in every vLLM process. Raises SeamOpen or AnchorMoved."""
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1" and os.environ.get("BI_PATCH", "1") != "0":
         without_arming()
         from bi_patch.arming import startup
@@ -88,7 +89,7 @@ def check() -> None:
 
 
 def close(module: str) -> None:
-    """Called at the end of a patched vLLM module, which is loading: close its seams where that is asked for."""
+    """Close the seams of a vLLM module that is loading. A patched vLLM module calls it as its last line."""
     without_arming()
     from bi_patch.arming import patched
 
@@ -96,7 +97,7 @@ def close(module: str) -> None:
 
 
 def run(module: str) -> None:
-    """Run a tool: the function `main` of a module of bi_patch."""
+    """Run a tool: call the function `main` of a module of bi_patch."""
     without_arming()
     importlib.import_module(module).main()
 

@@ -1,7 +1,7 @@
 """pytest plugin: the fixture `verify_invariance`, for a test of your own model or server.
 
-It stands beside the package, and imports nothing of it until the fixture is asked for: importing `bi_patch` would arm
-every pytest process in whose environment it is installed.
+The plugin stands beside the package and imports nothing of bi_patch before a test uses the fixture. Importing `bi_patch`
+would arm every pytest process of an environment in which bi_patch is installed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ def verify_invariance():
     """verify_invariance(model="", *, url="", level="quick", mode="armed", axes=(), engine_args={}, dtype="auto",
     eager=None, random_weights=None, logits=False, clients=256) -> bi_patch.tools.verify.report.Report
 
-    Fails the test with the report as text when a position differs, or when an axis that applies could not be checked.
-    The options are those of `bi-patch verify`; axes: names of axes, all of the level by default. An axis, a level, a
-    mode or a model that does not exist fails the test with one line.
+    The test fails with the report as text if a position differs, or if an axis that applies could not be measured. If
+    an axis, a level, a mode or a model does not exist, the test fails with one line. The options are those of
+    `bi-patch verify`. axes: names of axes, by default all axes of the level.
     """
     import bi_patch_entry
 
@@ -65,6 +65,6 @@ def _verify(
         wrong = f"{type(error).__name__}: {error}"
     else:
         wrong = f"{' '.join(report.verdict)}\n\n{terminal.plain(report)}" if report.exit_code else ""
-    if wrong:  # outside of the handler: pytest would print the error that is handled a second time
+    if wrong:  # outside of the handler, where pytest would print the handled error a second time
         pytest.fail(wrong, pytrace=False)
     return report

@@ -1,53 +1,53 @@
-"""Named errors. Every one says what failed, where, and what to do; none is ever downgraded to a warning."""
+"""Named errors. Each error says what failed, where, and what to do. bi_patch never turns an error into a warning."""
 
 
 class BiPatchError(RuntimeError):
-    """Base of all errors raised by bi_patch."""
+    """Base class of all errors that bi_patch raises."""
 
 
 class SettingError(BiPatchError):
-    """An environment value that bi_patch does not know, or that contradicts another."""
+    """A setting, e.g. an environment variable or an option, is unknown or contradicts another setting."""
 
 
 class UnsupportedRelease(BiPatchError):
-    """The installed vLLM release is not one that the seams were written and checked for."""
+    """bi_patch does not support the installed vLLM release."""
 
 
 class ArmedTooLate(BiPatchError):
-    """vLLM modules that hold seams were imported before bi_patch was armed."""
+    """vLLM modules that hold patch points were imported before bi_patch was armed."""
 
 
 class AnchorMoved(BiPatchError):
-    """A seam's target is missing in vLLM, or its source is not the one recorded for the release."""
+    """vLLM lacks the target of a patch point, or the target's source differs from the source recorded for the release."""
 
 
 class SeamOpen(BiPatchError):
-    """A required seam is not closed in this process, so invariance cannot be promised."""
+    """A required patch point is open, or a process is not armed, so bi_patch cannot promise batch invariance."""
 
 
 class UnsupportedFeature(BiPatchError):
-    """The engine's configuration uses a feature that no closed seam covers."""
+    """The engine's configuration uses a feature that bi_patch does not cover."""
 
 
 class UnsupportedRequest(BiPatchError, ValueError):
-    """A request asks for what no closed seam covers; a server answers it as a bad request (ValueError)."""
+    """A request uses an option that bi_patch does not cover. A server reports a bad request, as for any ValueError."""
 
 
 class CertificateFailed(BiPatchError):
-    """No route for an operation could be certified, and no bundled kernel serves it here."""
+    """No kernel for an operation could be certified, and no bundled kernel serves the operation here."""
 
 
 class PatchError(BiPatchError):
-    """A patch of a series does not apply, does not reverse, or does not close the seam it claims."""
+    """A patch of a series does not apply, does not reverse, or does not close its patch points."""
 
 
 class MissingDependency(BiPatchError):
-    """A library that this platform needs is missing, or of a version that was not checked."""
+    """A library that this platform needs is missing, or nobody checked bi_patch with its version."""
 
 
 class UnsupportedDevice(BiPatchError):
-    """A device whose limits are not known, so that no kernel can be chosen for it."""
+    """bi_patch does not know the device's limits, so it cannot choose kernels for the device."""
 
 
 class ServerFailed(BiPatchError):
-    """A server under verification is down, died, or answered with an error."""
+    """The server that `bi-patch verify` measures is down, died, or answered with an error."""

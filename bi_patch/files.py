@@ -1,4 +1,4 @@
-"""Small files that several processes read and write: JSON with atomic replacement."""
+"""Small JSON files that several processes read and write: each write replaces the whole file at once."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def read_json(path: Path, kind: type[T]) -> T | None:
-    """The file decoded as `kind`, or None where it is missing, unreadable, or not of that form."""
+    """The file decoded as `kind`, or None if the file is missing, unreadable, or of another form."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.DecodeError):
@@ -19,13 +19,13 @@ def read_json(path: Path, kind: type[T]) -> T | None:
 
 
 def write_json(path: Path, value: object, *, indent: int = 2) -> None:
-    """Write `value` so that a reader sees the old file or the whole new one, never a part."""
+    """Write `value` so that a reader sees the whole old file or the whole new file. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(value), indent=indent) + b"\n")
-        os.chmod(temporary, 0o644)  # caches may be shared between users
+        os.chmod(temporary, 0o644)  # users may share a cache
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

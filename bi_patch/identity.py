@@ -1,6 +1,6 @@
-"""The identity of this bi_patch: a digest of the sources that serve, the bundled kernels' included.
+"""The identity of this bi_patch: a digest of the sources that serve, with the bundled kernels.
 
-A version number does not tell two working copies apart, and what a compile cache holds depends on every line.
+Two working copies can have the same version number. The contents of a compile cache depend on every line.
 """
 
 import functools
@@ -10,19 +10,19 @@ from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent
 _ENDINGS = (".py", ".cpp", ".cu", ".h", ".json")
-# What decides a bit, or whether a process may serve. tools/ proves and never serves; patches/ is made from the seams.
+# The code that decides bits, or whether a process may serve. tools/ never serves, and seams generate patches/.
 _SERVING = ("arming", "seams", "ops", "kernels")
 
 
 @functools.cache
 def digest() -> str:
-    """sha256 (hex) over path and content of every file that serves: the same wherever the same code is installed."""
+    """sha256 (hex) over the path and content of every file that serves. Equal code has the same digest everywhere."""
     return _digest(_ROOT)
 
 
 def _digest(root: Path) -> str:
     files = []
-    # A source tree holds the kernels behind a link, an installation in a folder.
+    # In a source tree, kernels/ is a link. In an installation, it is a folder.
     for serving in _SERVING:
         for folder, inner, names in os.walk(root / serving, followlinks=True):
             inner[:] = [name for name in inner if name != "__pycache__"]

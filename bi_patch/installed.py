@@ -1,4 +1,4 @@
-"""Which vLLM is installed, found without importing it: its folder, release, and platform."""
+"""Find the installed vLLM without importing it: its folder, release and platform."""
 
 import importlib.metadata
 import importlib.util
@@ -11,13 +11,14 @@ from packaging.version import InvalidVersion, Version
 from bi_patch.errors import UnsupportedRelease
 from bi_patch.platforms import detection
 
-# In a package's _version.py.
+# The version in a package's _version.py.
 VERSION_LINE = re.compile(r"^__version__\s*=.*?['\"]([^'\"]+)['\"]", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Installed:
-    """folder: the package's folder; release: its public version; platform: cpu, cuda or ascend."""
+    """folder: the package's folder. release: its public version. platform: cpu, cuda or ascend. distribution: its name,
+    or ""."""
 
     folder: Path
     release: Version
@@ -26,10 +27,10 @@ class Installed:
 
 
 def find(platform: str | None = None) -> Installed | None:
-    """The installed vLLM, or None where there is none.
+    """The installed vLLM, or None if no vLLM is installed.
 
-    platform: what BI_PATCH_PLATFORM forces, or None to detect it.
-    Raises UnsupportedRelease for a release that cannot be read off, UnsupportedFeature for a platform without seams.
+    platform: the platform that BI_PATCH_PLATFORM forces, or None to detect the platform.
+    Raises UnsupportedRelease if vLLM's release is unknown, UnsupportedFeature for a platform without patch points.
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
@@ -38,13 +39,15 @@ def find(platform: str | None = None) -> Installed | None:
     distribution, text = _distribution(folder)
     if not text:
         raise UnsupportedRelease(
-            f"the vLLM in {folder} states no version (no _version.py, no installed distribution); "
-            "install a released vLLM, or set BI_PATCH=0"
+            f"the vLLM in {folder} states no version: it has no _version.py and no installed distribution. "
+            "Install a released vLLM, or set BI_PATCH=0"
         )
     try:
         version = Version(text)
     except InvalidVersion as error:
-        raise UnsupportedRelease(f"vLLM version {text!r} in {folder} is not a release number") from error
+        raise UnsupportedRelease(
+            f"vLLM version {text!r} in {folder} is not a release number. Install a released vLLM, or set BI_PATCH=0"
+        ) from error
     platform = platform or detection.detect(distribution, version)
     if platform == "ascend":
         detection.check_plugin(version)
@@ -52,7 +55,7 @@ def find(platform: str | None = None) -> Installed | None:
 
 
 def _distribution(folder: Path) -> tuple[str, str]:
-    """The distribution's name and version text; the package's own _version.py wins where both exist."""
+    """The distribution's name and the version text. The package's own _version.py wins over the distribution's version."""
     text = ""
     version_file = folder / "_version.py"
     if version_file.is_file():

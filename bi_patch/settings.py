@@ -2,9 +2,9 @@
 
 BI_PATCH              1 (default): arm. 0: leave vLLM as it is, whatever else is set
 BI_PATCH_FORM         hooks (default): import hooks close the patch points. patches: only patched modules close them
-BI_PATCH_PLATFORM     cpu, cuda or ascend: replaces detection, to look at a platform without its device
+BI_PATCH_PLATFORM     cpu, cuda or ascend: use this platform instead of the detected platform, e.g. without its device
 BI_PATCH_CACHE        the folder of certificates and built kernels (default: ~/.cache/bi_patch)
-BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas: a planted fault; no engine starts
+BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas, to plant a fault. No engine starts
 BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
 VLLM_BATCH_INVARIANT  1: arm each Python process that starts where bi_patch is installed. Arming sets it, for vLLM and
                       for child processes
@@ -34,7 +34,7 @@ class Settings:
     allow_open: bool = False
 
     def leaves_open(self, seam: str) -> bool:
-        """Whether BI_PATCH_LEAVE_OPEN names this seam or its area."""
+        """Whether BI_PATCH_LEAVE_OPEN names the seam or its area."""
         return seam in self.leave_open or seam.split(".", 1)[0] in self.leave_open
 
 
@@ -73,7 +73,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 def _choice(env: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:
-    """The value of `name`, the first of `allowed` when unset or empty."""
+    """The value of `name`, or the first of `allowed` if the variable is unset or empty."""
     value = env.get(name, "").strip() or allowed[0]
     if value not in allowed:
         raise SettingError(

@@ -40,7 +40,7 @@ def environ() -> dict[str, str]:
         return {}
     if sys.flags.ignore_environment or sys.flags.no_site:
         raise SettingError(
-            "bi_patch is not installed in this environment, and Python runs with -E, -I or -S. vLLM's processes would not "
-            "all be armed. Install bi_patch with pip, or start Python without these options"
+            "bi_patch is not installed in this environment, and Python runs with -E, -I or -S. vLLM's processes would "
+            "not all be armed. Install bi_patch with pip, or start Python without these options"
         )
     return {"PYTHONPATH": python_path(os.environ.get("PYTHONPATH", ""))}

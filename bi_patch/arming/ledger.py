@@ -43,7 +43,7 @@ class Ledger:
         return self._set(seam, owner, attribute, original, close(original))
 
     def copy(self, seam: str, module_name: str, entry: Entry) -> None:
-        """Give the replacement to a module that copied the original with `from x import y` or `from x import y as z`."""
+        """Give the replacement to a module that copied the original with `from x import y` or `... import y as z`."""
         module = sys.modules.get(module_name)
         for name in names_of(entry.original, module):
             self._set(seam, module, name, entry.original, entry.replacement)

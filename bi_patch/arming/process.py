@@ -60,8 +60,8 @@ _was_disarmed = False
 def state() -> State | None:
     """The state of this process, or None if it is not armed: never armed, disarmed, BI_PATCH=0, or no vLLM installed.
 
-    `print(bi_patch.state())` shows one line: vLLM's release, the platform, and how many patch points are closed. `State`
-    describes the fields to read. The state says nothing about vLLM's workers, which are other processes.
+    `print(bi_patch.state())` shows one line: vLLM's release, the platform, and the number of closed patch points.
+    `State` describes the fields to read. The state says nothing about vLLM's workers, which are other processes.
     """
     return _state
 

@@ -81,8 +81,9 @@ def check() -> None:
     if open_seams and not current.settings.allow_open:
         lines = "\n".join(f"  {f.name} at {f.target}: {f.reason}" for f in open_seams)
         raise SeamOpen(
-            f"bi_patch cannot promise batch invariance. Required patch points that are open: {len(open_seams)}\n{lines}\n"
-            "Run `bi-patch status` to see all open patch points, or set BI_PATCH=0 to run vLLM without bi_patch"
+            "bi_patch cannot promise batch invariance. The number of required patch points that are open is "
+            f"{len(open_seams)}:\n{lines}\nRun `bi-patch status` to see all open patch points, or set BI_PATCH=0 to "
+            "run vLLM without bi_patch"
         )
     anchors.check_installed(current.plan, current.installed.folder.parent, current.settings.cache)
 
@@ -101,8 +102,9 @@ def check_platform() -> None:
     }
     if not runs[current.plan.platform]:
         raise SettingError(
-            f"bi_patch closed the patch points for {current.plan.platform}, but vLLM runs on {current_platform.device_type} "
-            f"({type(current_platform).__name__}). Unset BI_PATCH_PLATFORM, or set BI_PATCH=0"
+            f"bi_patch closed the patch points for {current.plan.platform}, but vLLM runs on "
+            f"{current_platform.device_type} ({type(current_platform).__name__}). Unset BI_PATCH_PLATFORM, or set "
+            "BI_PATCH=0"
         )
 
 

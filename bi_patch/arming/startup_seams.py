@@ -62,9 +62,10 @@ SEAMS = (
         name="engine.workers",
         targets=(Target("vllm.v1.engine.core", "EngineCore._initialize_kv_caches"),),
         close=_workers,
-        why="a worker that is not armed runs no start-up check, e.g. on another node, or if Ray started it before the engine",
-        how="the engine asks every worker for its start-up check and its bi_patch. It stops if a worker is not armed, or is "
-        "armed by another bi_patch",
+        why="a worker that is not armed runs no start-up check, e.g. on another node, or if Ray started it before the "
+        "engine",
+        how="the engine asks every worker for its start-up check and its bi_patch. It stops if a worker is not armed, "
+        "or is armed by another bi_patch",
         until="never: this patch point runs the start-up check",
     ),
 )

@@ -135,8 +135,8 @@ def _set_environ(new: State, further: dict[str, str]) -> None:
         if present is not None and present != item.value:
             if item.force:
                 raise SettingError(
-                    f"{item.variable}={present} opens the patch point {item.name}: {item.why}. Unset the variable, or set it to "
-                    f"{item.value}"
+                    f"{item.variable}={present} opens the patch point {item.name}: {item.why}. Unset the variable, or "
+                    f"set it to {item.value}"
                 )
             continue
         wanted[item.variable] = item.value

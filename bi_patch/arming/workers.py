@@ -26,8 +26,8 @@ def check(executor: Any) -> None:
     wrong = [f"{i} ({said or 'not armed'})" for i, said in enumerate(found) if said != identity.digest()]
     if wrong:
         raise SeamOpen(
-            f"bi_patch cannot promise batch invariance: of {len(found)} workers, {', '.join(wrong)} are not armed by this "
-            f"bi_patch ({identity.digest()}). {_CURE}"
+            f"bi_patch cannot promise batch invariance: of {len(found)} workers, {', '.join(wrong)} are not armed by "
+            f"this bi_patch ({identity.digest()}). {_CURE}"
         )
 
 

@@ -1,1 +1,1 @@
-"""What a platform is: how it is detected, the vLLM releases that it supports, and the table of features."""
+"""Platforms: their detection, the vLLM releases that bi_patch supports on each, and the feature table."""

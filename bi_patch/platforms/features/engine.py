@@ -1,4 +1,4 @@
-"""What a user turns on: parallelism, adapters, speculation, quantization, kinds of models and of attention."""
+"""Features that a user turns on: parallelism, adapters, speculation, quantization, kinds of models and attention."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _WINDOW = "invariance-2026-11-22-h100-seams-vllm-0.26.0.json"
 _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
 _NO_NPU = "checked without a device; nothing has run on an NPU"
-_NO_SEAM = "no seam covers it yet"
+_NO_SEAM = "no patch point covers it yet"
 
 _CACHES = {"cpu": ("auto", "bfloat16", "float16", "float32"), "cuda": ("auto", "bfloat16", "float16")}
 
 
 def _of_model(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:
-    """Asked for where `check` holds for the engine's model."""
+    """`words` if `check` is true for the engine's model, else ""."""
     return lambda config: words if config.model_config is not None and check(config.model_config) else ""
 
 
 def _of_parallel(name: str, words: str, above: int = 1) -> Callable[[Any], str]:
-    """Asked for where a size of the parallel configuration is above a number; a switch counts as 1."""
+    """`words` if a size of the parallel configuration is above a number, else "". A switch counts as 1."""
     return lambda config: words if int(getattr(config.parallel_config, name, 0) or 0) > above else ""
 
 
@@ -47,7 +47,7 @@ def _fp32_cache(config: Any) -> str:
 
 
 def _images(model: Any) -> bool:
-    """Whether a model takes images, sound or video; its encoders have no seams."""
+    """Whether a model takes images, sound or video."""
     taken = getattr(model, "multimodal_config", None)
     return model.is_multimodal_model and not getattr(taken, "language_model_only", False)
 
@@ -73,7 +73,7 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(_CPU),
         cuda=served(_H100, _H100_NEWEST),
         ascend=untried(_NO_NPU),
-        details="Unseeded sampling draws from one generator for all, as in stock vLLM.",
+        details="Unseeded requests share one random generator, as in stock vLLM.",
     ),
     row(
         "prefix caching, chunked prefill, preemption",
@@ -94,7 +94,7 @@ FEATURES: tuple[Feature, ...] = (
         cpu=absent(),
         cuda=served(_H100, _H100_NEWEST),
         ascend=refused(
-            "full graphs keep the work split of their capture",
+            "full graphs keep the split of work of their capture",
             todo="Use cudagraph_mode PIECEWISE or NONE",
             by="compilation.ascend_graphs",
         ),
@@ -110,19 +110,19 @@ FEATURES: tuple[Feature, ...] = (
         "attention sinks",
         cpu=refused("the bundled CPU attention has none", by="attention.cpu_init"),
         cuda=untried(),
-        ascend=refused("no route serves them", by="attention.ascend_backend"),
+        ascend=refused("bi_patch has no kernel for them", by="attention.ascend_backend"),
     ),
     row(
         "ALiBi",
         cpu=refused("the bundled CPU attention has none", by="attention.cpu_init"),
-        cuda=refused("vLLM takes FlashAttention 2 for it", by="attention.cuda_backend"),
-        ascend=refused("no route serves it", by="attention.ascend_backend"),
+        cuda=refused("vLLM uses FlashAttention 2 for it", by="attention.cuda_backend"),
+        ascend=refused("bi_patch has no kernel for it", by="attention.ascend_backend"),
     ),
     row(
         "tensor parallelism",
         short="tensor parallelism",
         cpu=refused("sums over ranks have no fixed order on CPU"),
-        cuda=served(_H200, why="every collective takes its safe form, whose cost was not measured"),
+        cuda=served(_H200, why="every collective uses one order for all message sizes; nobody measured the cost"),
         ascend=untried(_NO_NPU),
         asked=_of_parallel("tensor_parallel_size", "tensor parallelism over 1"),
     ),
@@ -145,22 +145,22 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "expert load balancing",
-        **_everywhere("experts move between ranks with the load"),
+        **_everywhere("the load decides which rank holds an expert"),
         asked=_of_parallel("enable_eplb", "expert load balancing", 0),
     ),
     row(
         "decode context parallelism",
-        **_everywhere("it merges parts of a row by rank"),
+        **_everywhere("ranks merge parts of a row"),
         asked=_of_parallel("decode_context_parallel_size", "decode context parallelism over 1"),
     ),
     row(
         "prefill context parallelism",
-        **_everywhere("it merges parts of a row by rank"),
+        **_everywhere("ranks merge parts of a row"),
         asked=_of_parallel("prefill_context_parallel_size", "prefill context parallelism over 1"),
     ),
     row(
         "dual-batch overlap",
-        **_everywhere("it cuts a batch in two by its size"),
+        **_everywhere("the size of a batch decides where it is split in two"),
         asked=_of_parallel("enable_dbo", "dual-batch overlap", 0),
     ),
     row(
@@ -172,12 +172,12 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "speculative decoding",
         short="speculative decoding",
-        **_everywhere("accepted drafts take another path than single steps"),
+        **_everywhere("a step that checks drafts uses other kernels than a single step"),
         asked=_given("speculative_config", "speculative decoding"),
     ),
     row(
         "KV transfer",
-        **_everywhere("keys and values of another engine have no certificate here"),
+        **_everywhere("bi_patch has no certificate for keys and values of another engine"),
         asked=_given("kv_transfer_config", "KV transfer"),
     ),
     row(
@@ -190,7 +190,7 @@ FEATURES: tuple[Feature, ...] = (
         "images, sound, video",
         short="images, sound, video",
         cpu=refused(_NO_SEAM, todo="Use a text model"),
-        cuda=refused("encoders have no seams", todo="Pass --language-model-only, which turns them off"),
+        cuda=refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off"),
         ascend=refused(_NO_SEAM, todo="Use a text model"),
         asked=_of_model(_images, "multimodal inputs"),
     ),
@@ -208,34 +208,34 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "hybrid and state-space models",
-        **_everywhere("chunks of a recurrent state start where an engine step does"),
+        **_everywhere("chunks of a recurrent state start where an engine step starts"),
         asked=_of_model(lambda m: m.is_hybrid, "hybrid and state-space models"),
     ),
     row(
         "MLA (multi-head latent attention)",
-        **_everywhere("its two forms of attention have different bits"),
+        **_everywhere("its two forms of attention give different bits"),
         asked=_of_model(lambda m: m.use_mla, "MLA"),
     ),
     row(
         "quantized weights",
-        **_everywhere("quantized products have no certified order", "Use unquantized weights"),
+        **_everywhere("bi_patch has no certified order for quantized products", "Use unquantized weights"),
         asked=_quantized,
     ),
     row(
         "quantized KV cache",
-        **_everywhere("its attention has no certificate", "Use --kv-cache-dtype auto"),
+        **_everywhere("bi_patch has no certificate for its attention", "Use --kv-cache-dtype auto"),
         asked=_quantized_cache,
     ),
     row(
         "fp32 KV cache",
         cpu=served(_CPU),
-        cuda=refused("no attention serves it", todo="Use --kv-cache-dtype auto"),
-        ascend=refused("no attention serves it", todo="Use --kv-cache-dtype auto"),
+        cuda=refused("no attention kernel serves it", todo="Use --kv-cache-dtype auto"),
+        ascend=refused("no attention kernel serves it", todo="Use --kv-cache-dtype auto"),
         asked=_fp32_cache,
     ),
     row(
         "norms over ranks (MiniMax-M2 with tensor parallelism)",
-        **_everywhere("the norm is summed over ranks"),
+        **_everywhere("the norm is a sum over ranks"),
         asked=_norms_over_ranks,
     ),
 )

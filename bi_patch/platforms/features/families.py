@@ -1,7 +1,7 @@
-"""Families of models on each platform. A model is judged by its layers; its name only says what was measured.
+"""Families of models on each platform. bi_patch judges a model by its layers. Names only tell what was measured.
 
-The layer or feature that `why` names refuses a family. An architecture that stands in no row starts if every layer is
-covered, and counts as untried.
+`why` names the layer or feature for which bi_patch refuses a family. A model without a row starts if bi_patch covers
+every layer, and counts as untried.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _H100_DECODE = "invariance-2026-11-22-h100-decode-vllm-0.33.0.json"
 _HYBRID = refused("hybrid: layers with a recurrent state")
 _MLA = refused("MLA")
-_OWN = refused("its package has kernels of its own, chosen by the batch", by="models.cuda")
-_QUANTIZED = refused("published quantized")
+_OWN = refused("its package has kernels of its own, and the batch decides which kernel runs", by="models.cuda")
+_QUANTIZED = refused("quantized weights")
 _POOLING = refused("pooling")
-_IMAGES = refused("encoders have no seams", todo="Pass --language-model-only, which turns them off")
+_IMAGES = refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
 _ASCEND = untried("nothing has run on an NPU")
 
 
 def _architecture(*names: str):
-    """Asked for by an engine of these architectures."""
+    """The architecture of the engine's model if it is one of `names`, else ""."""
 
     def asked(config: Any) -> str:
         found = getattr(config.model_config, "architectures", None) or ()
@@ -41,7 +41,7 @@ def _compiles_nothing(config: Any) -> bool:
 
 
 def _eager(*names: str):
-    """Asked for by an engine of these architectures for which vLLM compiles nothing (--enforce-eager, -O0)."""
+    """The same, if vLLM also compiles nothing (--enforce-eager, -O0)."""
     named = _architecture(*names)
     return lambda config: f"{named(config)} without compilation" if named(config) and _compiles_nothing(config) else ""
 
@@ -114,7 +114,7 @@ FAMILIES: tuple[Feature, ...] = (
         "Gemma 4",
         cpu=_MULTIMODAL,
         cuda=refused(
-            "vLLM takes FlashAttention 2 for its heads",
+            "vLLM uses FlashAttention 2 for its heads",
             by="attention.cuda_backend",
             todo="Pass --attention-backend TRITON_ATTN and --language-model-only (untried)",
         ),
@@ -123,16 +123,16 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "BLOOM, MPT (ALiBi)",
         cpu=refused("ALiBi", by="attention.cpu_init"),
-        cuda=refused("vLLM takes FlashAttention 2 for ALiBi", by="attention.cuda_backend"),
+        cuda=refused("vLLM uses FlashAttention 2 for ALiBi", by="attention.cuda_backend"),
         ascend=refused("ALiBi", by="attention.ascend_backend"),
     ),
     row(
         "HunYuan, and rotations of type dynamic or longrope on the Transformers backend",
         cpu=untried(),
         cuda=refused(
-            "the rotation follows the longest request of the batch",
+            "the rotation depends on the longest request of the batch",
             by="models.cuda_rotation",
-            todo="Use --model-impl vllm where vLLM has the model",
+            todo="Use --model-impl vllm if vLLM has the model",
         ),
         ascend=_ASCEND,
     ),
@@ -149,7 +149,7 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_ASCEND,
         asked=_architecture("HrmTextForCausalLM"),
         cuda=refused(
-            "a preempted request's prompt is computed anew with sight of its answer", todo="Use another model"
+            "after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model"
         ),
     ),
     row(
@@ -157,7 +157,9 @@ FAMILIES: tuple[Feature, ...] = (
         cpu=untried(),
         ascend=_ASCEND,
         asked=_eager("CohereForCausalLM", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM"),
-        cuda=refused("its norms are compiled apart then, by the number of tokens", todo="Let vLLM compile the model"),
+        cuda=refused(
+            "then vLLM compiles its norms separately, by the number of tokens", todo="Let vLLM compile the model"
+        ),
     ),
     row(
         "Gemma 3n in eager mode",
@@ -166,7 +168,7 @@ FAMILIES: tuple[Feature, ...] = (
         asked=_eager("Gemma3nForCausalLM"),
         cuda=(
             refused(
-                "the number of tokens picks how its standard deviations are summed",
+                "the number of tokens decides how its standard deviations are summed",
                 todo="Let vLLM compile the model",
                 releases="<0.33",
             ),
@@ -178,6 +180,6 @@ FAMILIES: tuple[Feature, ...] = (
         cpu=untried(),
         ascend=_ASCEND,
         asked=_experts_of_minicpm,
-        cuda=refused("its experts' tiles are not certified", todo="Use another model"),
+        cuda=refused("bi_patch does not certify its experts' tiles", todo="Use another model"),
     ),
 )

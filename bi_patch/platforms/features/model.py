@@ -1,4 +1,4 @@
-"""What a row of the feature table is: a feature and, per platform, its state with the evidence or the reason."""
+"""A row of the feature table: a feature, and its state on each platform with the evidence or the reason."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TITLES = {"cpu": "CPU", "cuda": "CUDA", "ascend": "Ascend"}
 class Cell:
     """The state of a feature on one platform.
 
-    state: SERVED: measured, with its evidence. REFUSED: the engine does not start, or the request is turned down, with
-    the feature's name. UNTRIED: every layer and operation is covered, and nobody measured the whole; it starts.
-    ABSENT: this build of vLLM does not have it.
-    evidence: files under benchmarks/results that back SERVED. why: the reason for REFUSED, or a remark. todo: what a
-    user can do instead. by: the seam or policy that refuses, where it is not the feature table's own policy.
-    releases: PEP 440 specifiers of the vLLM releases that the cell is about, "" for all.
+    state: SERVED: measured, with evidence. REFUSED: bi_patch refuses the engine or the request, and names the feature.
+    UNTRIED: bi_patch covers every layer and operation, and nobody measured the whole. The engine starts.
+    ABSENT: this build of vLLM lacks the feature.
+    evidence: files under benchmarks/results that prove SERVED. why: the reason for REFUSED, or a remark.
+    todo: what a user can do instead. by: the seam or policy that refuses, or "" for the policy of the feature table.
+    releases: PEP 440 specifiers of the cell's vLLM releases, "" for all.
     """
 
     state: str
@@ -50,17 +50,17 @@ def absent(why: str = "") -> Cell:
     return Cell(ABSENT, (), why)
 
 
-# config (vllm.config.VllmConfig) -> what was asked for, in words for an error; "" where it was not.
+# config (vllm.config.VllmConfig) -> the words for an error if the configuration uses the feature, else "".
 Asked = Callable[[Any], str]
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One row. name: as users call it. cells: by platform; of several cells of a platform the first that holds counts.
+    """One row. name: the users' name of the feature. cells: by platform, the first cell for a release counts.
 
-    short: the row's name in the README's table, "" where the table leaves the row out.
-    asked: reads off the finished engine configuration whether the feature is asked for; None where the configuration
-    does not say so: a seam or policy then refuses (Cell.by). details: one sentence for the docs.
+    short: the row's name in the README's table, or "" if that table leaves the row out.
+    asked: tells whether a finished engine configuration uses the feature. It is None if the configuration does not tell.
+    Then a seam or a policy refuses (Cell.by). details: one sentence for the docs.
     """
 
     name: str
@@ -70,13 +70,13 @@ class Feature:
     short: str = ""
 
     def cell(self, platform: str, release: Version | None = None) -> Cell:
-        """The state on a platform, for a release or (None) for its newest."""
+        """The cell for a platform and a release. None means the newest release of the platform."""
         at = release or Version(known.BY_PLATFORM[platform][-1])
         return next((c for c in self.cells.get(platform, ()) if known.holds(c.releases, at)), UNKNOWN)
 
 
-# What no row speaks of is not covered.
-UNKNOWN = Cell(REFUSED, (), "nobody has looked at it")
+# The cell of a platform that a row does not mention.
+UNKNOWN = Cell(REFUSED, (), "nobody has examined it")
 
 
 def row(
@@ -89,7 +89,7 @@ def row(
     details: str = "",
     short: str = "",
 ) -> Feature:
-    """A Feature with one cell, or several by release, for each platform."""
+    """A Feature with one cell for each platform, or with several cells by release."""
     given = {"cpu": cpu, "cuda": cuda, "ascend": ascend}
     cells = {platform: held if isinstance(held, tuple) else (held,) for platform, held in given.items()}
     return Feature(name, cells, asked, details, short)

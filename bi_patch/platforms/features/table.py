@@ -1,4 +1,4 @@
-"""The whole table, and what it says of an engine's configuration."""
+"""The whole feature table, and its answer for an engine's configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS: tuple[Feature, ...] = (*FEATURES, *FAMILIES)
 
 
 def refusals(config: Any, platform: str, release: Version) -> dict[str, tuple[str, Cell]]:
-    """Rows that a finished configuration asks for and that are refused: name -> (what was asked for, the cell).
+    """The refused features that a finished configuration uses: name -> (words for an error, the cell).
 
     config: a vllm.config.VllmConfig.
     """
@@ -29,9 +29,9 @@ def refusals(config: Any, platform: str, release: Version) -> dict[str, tuple[st
 
 
 def check(config: Any, platform: str, release: Version, lifted: Collection[str] = ()) -> None:
-    """Raise UnsupportedFeature where a finished configuration asks for what is refused.
+    """Raise UnsupportedFeature if a finished configuration uses refused features.
 
-    lifted: names of rows that are not looked at: the tests of refusals pass them.
+    lifted: names of rows to ignore. Tests pass them to run a refused feature.
     """
     found = {name: held for name, held in refusals(config, platform, release).items() if name not in lifted}
     if not found:
@@ -40,5 +40,5 @@ def check(config: Any, platform: str, release: Version, lifted: Collection[str] 
     todo = " ".join(dict.fromkeys(f"{cell.todo or 'Turn it off'}." for _, cell in found.values()))
     raise UnsupportedFeature(
         f"features: batch invariance on {TITLES[platform]} does not cover {said}. {todo} "
-        "BI_PATCH=0 runs vLLM without bi_patch"
+        "Or set BI_PATCH=0 to run vLLM without bi_patch"
     )

@@ -55,7 +55,7 @@ def test_another_platform_than_the_plan_s_is_named(monkeypatch):
         state = process.State(Settings(), Plan("0.33.0", planned, (), (), ()), None)
         monkeypatch.setattr(process, "_state", state)
         if wrong:
-            with pytest.raises(SettingError, match=f"the seams of {planned}, but vLLM runs on cuda"):
+            with pytest.raises(SettingError, match=f"the patch points for {planned}, but vLLM runs on cuda"):
                 startup.check_platform()
         else:
             startup.check_platform()
