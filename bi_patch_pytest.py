@@ -1,7 +1,7 @@
 """pytest plugin: the fixture `verify_invariance`, for a test of your own model or server.
 
-The plugin stands beside the package and imports nothing of bi_patch before a test uses the fixture. Importing `bi_patch`
-would arm every pytest process of an environment in which bi_patch is installed.
+The plugin stands beside the package and imports nothing of bi_patch before a test uses the fixture. Otherwise it would
+arm every pytest process of an environment in which bi_patch is installed.
 """
 
 from __future__ import annotations

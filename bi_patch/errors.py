@@ -18,7 +18,7 @@ class ArmedTooLate(BiPatchError):
 
 
 class AnchorMoved(BiPatchError):
-    """vLLM lacks the target of a patch point, or the target's source differs from the source recorded for the release."""
+    """vLLM lacks the target of a patch point, or the target's source differs from the recorded source."""
 
 
 class SeamOpen(BiPatchError):

@@ -55,7 +55,7 @@ def find(platform: str | None = None) -> Installed | None:
 
 
 def _distribution(folder: Path) -> tuple[str, str]:
-    """The distribution's name and the version text. The package's own _version.py wins over the distribution's version."""
+    """The distribution's name, and the version as text: from the package's own _version.py, else the distribution's."""
     text = ""
     version_file = folder / "_version.py"
     if version_file.is_file():

@@ -59,8 +59,8 @@ class Feature:
     """One row. name: the users' name of the feature. cells: by platform, the first cell for a release counts.
 
     short: the row's name in the README's table, or "" if that table leaves the row out.
-    asked: tells whether a finished engine configuration uses the feature. It is None if the configuration does not tell.
-    Then a seam or a policy refuses (Cell.by). details: one sentence for the docs.
+    asked: tells whether a finished engine configuration uses the feature. None: the configuration cannot tell, and a
+    seam or a policy refuses (Cell.by). details: one sentence for the docs.
     """
 
     name: str
