@@ -51,7 +51,7 @@ def load(path: Path) -> Costs | verify.Report:
     if found.mode != "armed" or found.provenance is None:
         sys.exit(f"{path}: only the report of an armed engine is evidence; this report's engine was {found.mode}")
     if not found.compared:
-        sys.exit(f"{path}: verify compared nothing: {found.stopped}")
+        sys.exit(f"{path}: nothing was compared: {found.stopped}")
     return found
 
 
