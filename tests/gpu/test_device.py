@@ -1,5 +1,4 @@
-"""On a GPU: bi_patch makes certificates and reads them back, and every kernel gives a row the same bits in any batch.
-"""
+"""On a GPU: certificates are made and read back, and every kernel gives a row the same bits in any batch."""
 
 import itertools
 

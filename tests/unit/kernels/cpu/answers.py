@@ -2,8 +2,8 @@
 
 python answers.py CACHE_DIR ISA|- [FLAG ...]
 
-Prints one JSON object. "wide" holds digests of fp32 and fp16 results, which are equal on every ISA. "leaves" holds the
-fp32 attention of 512 tokens, in pieces of 128 rows. The script fails if a row's bits depend on the other rows.
+Prints one JSON object. "wide" holds digests of fp32 and fp16 results, which are equal on every ISA. "leaves" holds
+digests of the fp32 attention of 512 tokens, one per 128 rows. The script fails if a row's bits depend on other rows.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The decode kernel on the CPU: g++ compiles its source over emulated instructions; the reference is plain attention."""
+"""The decode kernel on the CPU, compared with plain attention: g++ compiles its source over emulated instructions."""
 
 import ctypes
 import importlib.util
