@@ -169,7 +169,7 @@ class Engine:
 
 
 def differing(got, want) -> int:
-    """How many positions of `want` differ from `got` in any bit or are missing there."""
+    """How many positions differ in any bit, or exist in only one of `got` and `want`."""
     flat = [[entry for answer in side for part in answer for entry in part] for side in (got, want)]
     return abs(len(flat[0]) - len(flat[1])) + sum(a != b for a, b in zip(*flat, strict=False))
 
