@@ -204,7 +204,7 @@ def _time(call: Callable[[], object], seconds: float = 0.01) -> float:
 
 
 def _define_op() -> None:
-    """Define torch.ops.bi_patch.cpu_linear, which serves a layer's route in code that torch.compile made."""
+    """Define torch.ops.bi_patch.cpu_linear, which runs a layer's route in compiled code."""
     define(
         "cpu_linear(Tensor x, Tensor? bias, int handle, int n) -> Tensor",
         lambda x, bias, handle, n: _layers[handle](x, bias),

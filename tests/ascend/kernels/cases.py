@@ -82,7 +82,7 @@ HEADS = (
 
 
 def attentions(chip: chips.Chip) -> dict[str, tuple]:
-    """Attention, paged and not, for the head sizes and numbers of query heads of HEADS."""
+    """Both forms of attention (whole, and by leaves that are merged), for each entry of HEADS."""
     cases = {}
     for head, group, paged in HEADS:
         group = group or chips.attention_rows(chip, 1, head)
