@@ -1,4 +1,4 @@
-"""What all tests share: a clean environment for child processes, and one cache folder for the run."""
+"""Fixtures of all tests: a clean environment for child processes, one cache folder for the run, a fake engine."""
 
 import os
 import signal
@@ -16,9 +16,10 @@ bi_patch_entry.without_arming()
 
 @pytest.fixture(scope="session")
 def cache() -> Path:
-    """One folder for kernels and certificates: what BI_PATCH_CACHE names, else one that the machine keeps.
+    """The folder for kernels and certificates: BI_PATCH_CACHE's, else a fixed folder under the temporary folder.
 
-    Kernels are keyed by their sources and compiler, so a kept folder only saves compiling them again.
+    A kernel's file name holds a digest of its sources and compiler. So a folder that is kept between runs only saves
+    compiling the kernels again.
     """
     kept = os.environ.get("BI_PATCH_CACHE") or os.path.join(tempfile.gettempdir(), "bi_patch-tests")
     return Path(kept)
@@ -37,7 +38,7 @@ def _cache_for_children(cache: Path):
 
 @pytest.fixture(scope="session", autouse=True)
 def _interrupts():
-    """A shell's background jobs ignore SIGINT, and their children too; some tests send it."""
+    """Let SIGINT interrupt: a shell's background jobs and their children ignore SIGINT, which some tests send."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -45,9 +46,10 @@ def _interrupts():
 
 @pytest.fixture
 def run_python(cache: Path):
-    """Run a Python snippet in a real process; returns the finished process with text output.
+    """run_python(code, *arguments, **environ): run code in a child process; returns the finished process.
 
-    Settings of bi_patch and vLLM's switch are removed first; `environ` adds what the test wants.
+    The child's environment holds no setting of bi_patch except the cache folder, and no VLLM_BATCH_INVARIANT. `environ`
+    adds variables.
     """
 
     def run(
@@ -65,9 +67,17 @@ def run_python(cache: Path):
     return run
 
 
+@pytest.fixture(scope="session")
+def cpu_release() -> str:
+    """The release of the CPU build of vLLM that is installed, e.g. "0.33.0"."""
+    from bi_patch import installed
+
+    return str(installed.find("cpu").release)
+
+
 @pytest.fixture
 def answer():
-    """A small answer to compare others with."""
+    """A small answer, for comparisons."""
     from bi_patch.tools.verify.answers import Answer
 
     return Answer(
@@ -82,20 +92,21 @@ def answer():
 
 @pytest.fixture(scope="session")
 def arithmetic():
-    """Arithmetic(leak=False, **options): an engine made of arithmetic, see there."""
+    """Arithmetic(leak=False, **options): the class of a fake engine that computes its answers by arithmetic."""
     import msgspec
 
+    from bi_patch.platforms.releases import BY_PLATFORM
     from bi_patch.tools.verify import probes
     from bi_patch.tools.verify.answers import Answer
     from bi_patch.tools.verify.engine import Info, Options
     from bi_patch.tools.verify.precision import Precision
 
     class Arithmetic:
-        """An engine whose answers are a function of the request; `leak` lets the batch reach the logprobs."""
+        """A fake engine whose answers depend on the request alone; with `leak`, logprobs depend on the batch too."""
 
         def __init__(self, leak=False, **options):
             self.options = Options("none", max_model_len=4096, **options)
-            self.info = Info("armed", "0.32.0", "2.13.0+cpu", "CPU", 2, 16, 500)
+            self.info = Info("armed", BY_PLATFORM["cpu"][-1], "2.13.0+cpu", "CPU", 2, 16, 500)
             self.leak = leak
             self.cached = 0
             self.closed = False

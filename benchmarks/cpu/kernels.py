@@ -1,9 +1,9 @@
-"""Times the kernels beside vLLM's oneDNN GEMM and its stock CPU attention.
+"""Times bi_patch's bundled CPU kernels, and beside them vLLM's oneDNN GEMM and stock CPU attention.
 
     PYTHONPATH=. python3 benchmarks/cpu/kernels.py CACHE_DIR [gemm|attention] [--quick]
 
-Every number is the minimum over repeats, ours and theirs alternating; ratio is
-ours / theirs (below 1: ours is faster). Needs vllm's CPU build for the comparison.
+Needs vLLM's CPU build. Bundled and stock kernels run in turns; every time is the minimum over the repeats. "ratio" is
+the bundled kernel's time divided by the stock kernel's: below 1, the bundled kernel is faster.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GEMM_SHAPES = [
 ]
 GEMM_ROWS = [1, 8, 64, 512, 2048]
 HEADS = [(9, 3, 64), (16, 4, 128)]
-# name, (query tokens, context) of each request
+# A name, and (query tokens, tokens of context) of each request.
 BATCHES = [
     ("prefill 512", [(512, 512)]),
     ("prefill 3000", [(3000, 3000)]),
@@ -38,7 +38,7 @@ BATCHES = [
 
 
 def alternate(fns, seconds: float) -> list[float]:
-    """Minimum time of each callable in seconds, called in turn for about `seconds` in all."""
+    """The minimum time of each callable in seconds. The callables run in turns, for about `seconds` in total."""
     best = [float("inf")] * len(fns)
     for f in fns:
         f()
@@ -54,7 +54,7 @@ def alternate(fns, seconds: float) -> list[float]:
 
 
 def gemm_case(dtype: torch.dtype, n: int, k: int, m: int, seconds: float) -> tuple[float, float, bool]:
-    """Seconds of ours and of oneDNN for y [m, n], and whether their bits are equal."""
+    """Seconds of the bundled GEMM and of oneDNN's for y [m, n] = x [m, k] @ w [n, k].T, and whether the bits agree."""
     from vllm import _custom_ops
 
     ours = torch.ops.bi_cpu
@@ -80,7 +80,7 @@ def gemm(seconds: float) -> None:
 def attention_case(
     dtype: torch.dtype, h: int, kh: int, d: int, reqs: list[tuple[int, int]], seconds: float, bs: int = 128
 ) -> tuple[float, float, float, float]:
-    """Seconds of attention, ours and stock, then of storing all keys, ours and stock."""
+    """Seconds of attention, bundled and stock, then seconds of storing all keys and values, bundled and stock."""
     from vllm import _custom_ops as ops
 
     ours = torch.ops.bi_cpu
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    # vLLM's own kernels are what is timed beside ours.
+    # vLLM's stock kernels are timed too, so vLLM must not be armed.
     bi_patch_entry.without_arming()
     import vllm._C  # noqa: F401
 

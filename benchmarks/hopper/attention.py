@@ -1,13 +1,16 @@
-"""Asks vLLM's attention kernels alone: does a token decoded give the bits of the same token prefilled?
+"""Tests whether vLLM's attention kernels give a decoded token the bits of the same token prefilled.
 
     VLLM_BATCH_INVARIANT=1 PYTHONPATH=. python3 benchmarks/hopper/attention.py     # needs vLLM and a Hopper GPU
 
-FlashAttention 3 in one split and Triton's unified attention as upstream's mode runs it, by head size, heads per key
-head, window, soft cap and page size. For several lengths the last query's output of a prefill is compared with that
-query alone, alone in a batch of five, and with the second half of the prompt as one chunk. One line per case: elements
-that agree in every bit, of all. "told 1" is the longest query as stock tells it, "told 128" as the seam does. "low" are
-scores of a mean of -4: a row whose window begins later than its neighbours' meets a masked tile first, and before vLLM
-0.33 went on from a maximum of 0. --closed puts bi_patch's step there.
+The kernels are FlashAttention 3 with one split, and Triton's unified attention as upstream's mode runs it. Cases differ
+in head size, query heads per key head, window, soft cap and page size. For several lengths, the script prefills a
+prompt. It compares the last query's output with that of the same query alone ("alone") and in a batch of five
+("batch"). It also compares the second half of the prompt with the same half as one chunk ("half"). Each case prints one
+line: the elements equal in every bit, out of all elements.
+
+"told" is the longest query that the caller states: stock vLLM states 1, bi_patch's seam 128. "low" marks scores with a
+mean of -4. There, a query row whose window begins later than its neighbours' can meet a fully masked tile first. Before
+vLLM 0.33, the kernel then restarted the row's running maximum at 0. --closed installs bi_patch's step in its place.
 """
 
 import itertools
@@ -23,7 +26,7 @@ TOKENS = (100, 129, 300, 513, 700, 2000, 5003)
 
 
 def edges(window: int) -> list[int]:
-    """FlashAttention's window_size of a causal window; 0 is none."""
+    """FlashAttention's window_size for a causal window of `window` tokens; 0 means no window."""
     return [window - 1, 0] if window else [-1, -1]
 
 
@@ -110,7 +113,7 @@ def case(attend, size, group, window, cap, page, told, low=False) -> str:
 
 
 def close() -> None:
-    """As the seam attention.cuda_empty_tiles does."""
+    """Install bi_patch's softmax step, as the seam attention.cuda_empty_tiles does."""
     from vllm.v1.attention.ops import triton_attention_helpers, triton_unified_attention
 
     from bi_patch.kernels.triton.softmax import softmax_step
@@ -134,7 +137,7 @@ def main() -> None:
                 head += " low:" if low else ":"
                 try:
                     print(head, case(attend, size, group, window, cap, page, told, low), flush=True)
-                except Exception as error:  # a case that the library refuses is a finding too
+                except Exception as error:  # a refusal by the library is a result too
                     print(head, type(error).__name__, str(error).splitlines()[0], flush=True)
 
 

@@ -1,11 +1,12 @@
-"""Times vLLM's decode attention kernels alone, as a captured graph runs them: microseconds a layer.
+"""Times vLLM's decode attention kernels in captured graphs, in microseconds per layer.
 
     VLLM_BATCH_INVARIANT=1 PYTHONPATH=. python3 benchmarks/hopper/attention_times.py OUT.json   # vLLM, a Hopper GPU
 
-32 query heads, 8 key heads. "stock" is FlashAttention 3 with up to 32 splits, told a longest query of 1; the others are
-one split, told 1, 16 or 128, with pages of 16 or 128 tokens (TMA loads whole pages where the query is long); "triton"
-is what serves layers with a window, "bundled decode" what serves single queries elsewhere. Layers' caches differ, so
-that they come from memory and not from L2.
+All cases have 32 query heads and 8 key heads. "stock" is FlashAttention 3 with up to 32 splits and a stated longest
+query of 1. "one split" is FlashAttention 3 with one split. "told" is its stated longest query; with a long query, TMA
+loads whole pages. Pages have 16 tokens unless the name says 128. "triton" serves layers with a window in an armed
+engine; "bundled decode" serves single queries in other layers. Each layer has its own cache, so that K and V come from
+memory and not from L2.
 """
 
 import json
@@ -30,7 +31,7 @@ WAYS = {
 
 
 def caches(number: int, context: int, size: int, page: int):
-    """Enough layers of K and V, in pages, that all of them are more than L2 holds; the table of pages."""
+    """K and V in pages for so many layers that L2 cannot hold all of them, and the table of pages."""
     import torch
 
     blocks = -(-context // page)
@@ -93,7 +94,7 @@ def main() -> None:
         row = {"head": size, "window": window, "requests": number, "context": context, "way": way}
         try:
             row["us"] = round(time_calls(prepare()), 2)
-        except Exception as error:  # what the library refuses is a finding too
+        except Exception as error:  # a refusal by the library is a result too
             row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         rows.append(row)
         print(row, flush=True)

@@ -1,9 +1,10 @@
-"""One engine in one process: starts it in one mode, measures its cost, writes one JSON file.
+"""Starts one engine in one mode, measures its cost, and writes one JSON file.
 
     PYTHONPATH=. python3 benchmarks/hopper/child.py MODEL MODE OUT.json --cost [--only WORKLOADS] [--eager] [--profile]
 
-MODEL: a name of bi_patch/tools/models/shapes.py. MODE: stock | upstream | armed. Weights are random: normal(0,
-fan_in**-0.5), seeded. report.py makes result files of what this writes.
+MODEL is a name of bi_patch/tools/models/shapes.py. MODE is stock, upstream or armed. The weights are random, from a
+normal distribution with a fixed seed and a standard deviation of fan_in**-0.5. report.py makes result files from the
+JSON files.
 """
 
 import argparse
@@ -29,16 +30,16 @@ def parse(arguments=None):
     parser.add_argument("out")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--only", help="comma-separated cost workloads")
-    parser.add_argument("--turns", action="store_true", help="cost, each workload when turns.py asks for it")
-    parser.add_argument("--profile", action="store_true", help="print kernels of prefill and decode steps")
+    parser.add_argument("--turns", action="store_true", help="measure a workload's cost when turns.py asks for it")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of prefill and decode steps")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--max-model-len", type=int, default=33000)
-    parser.add_argument("--extra", default="{}", help="JSON of further LLM arguments")
+    parser.add_argument("--extra", default="{}", help="further arguments of vllm.LLM, as JSON")
     return parser.parse_args(arguments)
 
 
 def workloads(only: str | None, max_model_len: int) -> list[str]:
-    """The names of the cost workloads that were asked for (all, if none was) and fit. Exits for an unknown name."""
+    """The names of the workloads in `only` (all if None) that fit into max_model_len. Exits for an unknown name."""
     names = only.split(",") if only else list(COST)
     if unknown := [name for name in names if name not in COST]:
         sys.exit(f"no such workload: {', '.join(unknown)}; there are {', '.join(COST)}")
@@ -55,7 +56,7 @@ def environment(mode: str) -> None:
 
 
 def randomize(model) -> int:
-    """Give every parameter seeded random values; returns their number."""
+    """Fill every weight and bias with seeded random values; returns the number of parameters."""
     import torch
 
     generator = torch.Generator("cuda").manual_seed(7)
@@ -68,7 +69,7 @@ def randomize(model) -> int:
 
 
 class Engine:
-    """A vLLM engine stepped by hand."""
+    """A vLLM engine whose steps this script runs one by one."""
 
     def __init__(self, a):
         started = time.perf_counter()
@@ -100,7 +101,7 @@ class Engine:
         return [rng.randrange(100, min(self.vocabulary, 30000)) for _ in range(length)]
 
     def add(self, prompt: list[int], tokens: int) -> str:
-        """Add a greedy request for exactly so many tokens; returns its name."""
+        """Add a greedy request for exactly `tokens` tokens; returns the request's name."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -119,7 +120,10 @@ class Engine:
 
 
 def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> dict:
-    """Milliseconds a decode step, seconds of prefill (to the last request's first token), seconds in all."""
+    """Run one workload; returns milliseconds per decode step, seconds of prefill, and seconds in total.
+
+    Prefill ends with the first token of the last request.
+    """
     import torch
 
     engine.forget()
@@ -135,7 +139,7 @@ def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> di
         first.update(o.request_id for o in outputs if o.outputs and len(o.outputs[0].token_ids) > 0)
         if len(first) == number:
             marks.append(now)
-    # The first mark ends the prefill; the last steps may hold stragglers that began early.
+    # The first mark ends the prefill. Of many requests, those that began early end early: the last steps are smaller.
     steady = marks[: max(2, tokens - 8)] if number > 64 else marks
     return {
         "decode_ms": 1000 * (steady[-1] - steady[0]) / (len(steady) - 1),
@@ -145,7 +149,7 @@ def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> di
 
 
 def traced(engine: Engine, steps: int, activities: list):
-    """What torch's profiler saw of the next `steps` steps, by kernel and op; the rest is then run to its end."""
+    """Profile the next `steps` steps, then run to the end; returns the profile, averaged by kernel and op."""
     from torch.profiler import profile as trace
 
     with trace(activities=activities) as held:
@@ -156,8 +160,11 @@ def traced(engine: Engine, steps: int, activities: list):
 
 
 def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> tuple[float, list]:
-    """Milliseconds of GPU kernels in a decode step, which is what it takes when the host costs nothing; the 16 kernels
-    that take most: [microseconds a step, launches a step, name]."""
+    """Milliseconds of GPU kernels per decode step, and the 16 kernels that take the most time.
+
+    Without any cost of the host, a step would take this time. Each kernel is [microseconds per step, launches per step,
+    name].
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
@@ -175,7 +182,10 @@ def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> tuple
 
 
 def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
-    """One repeat of a workload, kept in `result`; before the first: kernels of its size are loaded, the GPU's time."""
+    """Measure one repeat of a workload and append it to `result`.
+
+    The first repeat also loads the kernels of this size beforehand, and profiles the GPU.
+    """
     number, length, tokens, _ = COST[name]
     if repeat == 0 and number > 1:
         cost(engine, number, length, 4, 500)
@@ -187,7 +197,10 @@ def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
 
 
 def take_turns(engine: Engine, result: dict) -> None:
-    """Answer each line of stdin, NAME<tab>REPEAT, with a line `turn`: another engine shares the card and waits."""
+    """Measure the workload of each line of stdin, NAME<tab>REPEAT, then print "turn done".
+
+    Another engine shares the GPU and waits meanwhile.
+    """
     print("turn ready", flush=True)
     for line in sys.stdin:
         name, repeat = line.rstrip("\n").split("\t")
@@ -196,7 +209,8 @@ def take_turns(engine: Engine, result: dict) -> None:
 
 
 def profile(engine: Engine) -> None:
-    """Print the device's and the host's time by kernel and op, for a prefill of 8 x 1024 and for decode steps of 1."""
+    """Print the GPU's and the host's time by kernel and op: for a prefill of 8 x 1024, and for decode steps of one
+    request."""
     from torch.profiler import ProfilerActivity
 
     for title, number, length, skip, steps in (("prefill 8 x 1024", 8, 1024, 0, 1), ("decode 1 x 512", 1, 512, 20, 10)):
@@ -214,9 +228,9 @@ def profile(engine: Engine) -> None:
 
 def main() -> None:
     a = parse()
-    workloads(a.only, a.max_model_len)  # a wrong name ends here, before an engine starts
+    workloads(a.only, a.max_model_len)  # exits for an unknown name before an engine starts
     if not (a.cost or a.turns or a.profile):
-        sys.exit("nothing to measure: --cost, --turns or --profile")
+        sys.exit("nothing to measure: give --cost, --turns or --profile")
     environment(a.mode)
     engine = Engine(a)
     import torch
@@ -251,7 +265,7 @@ def main() -> None:
 
 
 def head(device: str, vllm: str, torch: str, threads: int) -> dict:
-    """What was measured on what, by which bi_patch and command."""
+    """The device, the libraries, and the identity of bi_patch and of this command."""
     import msgspec
 
     from bi_patch.tools import provenance

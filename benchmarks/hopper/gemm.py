@@ -1,12 +1,15 @@
-"""Times and compares GEMM routes on one GPU: the vendor's with and without split-K, and the bundled Triton kernels.
+"""Times and compares GEMMs on one GPU: the vendor's with and without split-K, and the bundled Triton kernels.
 
     PYTHONPATH=. python3 benchmarks/hopper/gemm.py OUT.json [--shapes 1B] [--modes default,served]
 
-"served" is what an armed engine calls, the certified algorithm that was the fastest; "first" is cuBLASLt's first offer
-in the same process. --shapes takes a beginning of names.
-Every mode runs in its own process, since libraries read their settings once. Microseconds a call: a CUDA graph of
-calls over weights that together exceed the L2 cache, best of several replays that follow each other. `differing` counts
-outputs that differ in any bit from the bundled reference kernel.
+Mode "served" is the GEMM that an armed engine calls: the fastest certified algorithm. In the same process, "first" is
+cuBLASLt's first offer and "bundled" the bundled kernels. The other modes are the vendor's GEMM: "default" as PyTorch
+calls it, "masked" with PyTorch's switch against split-K, "starved" with a workspace too small for split-K, and "both".
+--shapes selects the shapes whose names begin with the given text.
+
+Every mode runs in its own process, because libraries read their environment variables once. Times are microseconds per
+call, in a CUDA graph of calls over weights that together exceed the L2 cache: the best of several replays, back to
+back. `differing` counts the outputs that differ in any bit from the bundled reference kernel.
 """
 
 import argparse
@@ -36,27 +39,27 @@ SHAPES = {
 ROWS = (1, 8, 16, 64, 128, 192, 256, 384, 512, 1024, 2048, 8192)
 MAX_ROWS = 16384
 STARVED = {"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-# The environment of each mode's process.
+# What each mode adds to its process's environment.
 MODES = {"default": {}, "masked": {}, "starved": STARVED, "both": STARVED, "served": {}}
 CACHE_BYTES = 128 * 2**20
 
 
 def time_calls(calls) -> float:
-    """Microseconds a call, over a graph of all calls."""
+    """Microseconds per call, in a graph of all calls."""
     from bi_patch.ops.cuda import timing
 
     return timing.microseconds([calls])[0]
 
 
 def mask_split_k(torch) -> None:
-    """PyTorch's switch alone, in cuBLASLt."""
+    """Switch split-K off in cuBLASLt by PyTorch's switch alone."""
     torch.backends.cuda.preferred_blas_library("cublaslt")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, False)
 
 
 def serve(torch, shapes: dict):
-    """Certify `shapes` as an armed engine does; returns its product: (x [m, k], weight [n, k]) -> y [m, n]."""
+    """Certify `shapes` as an armed engine does; returns the served product (x [m, k], weight [n, k]) -> y [m, n]."""
     import tempfile
 
     from bi_patch.ops.cuda import linear, machine
@@ -71,7 +74,7 @@ def serve(torch, shapes: dict):
 
 
 def problems(torch, rows, shapes=SHAPES):
-    """Each shape and M: name, n, k, x [m, k], and the weights [n, k] that a timed graph goes through in turn."""
+    """For each shape and M: name, n, k, x [m, k], and the weights [n, k] that a timed graph uses in turn."""
     for name, (n, k) in shapes.items():
         copies = max(1, CACHE_BYTES // (n * k * 2))
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for _ in range(copies)]
@@ -114,7 +117,7 @@ def child(mode: str, beginning: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
-    parser.add_argument("--shapes", default="", help="beginning of the names of shapes")
+    parser.add_argument("--shapes", default="", help="run the shapes whose names begin with this text")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -140,7 +143,7 @@ def main() -> None:
         if "bundled_us" in row:
             entry["first"] = f"{row['first_us']:.1f}"
             entry["bundled"] = f"{row['bundled_us']:.1f}{'*' if row['bundled_differing'] else ''}"
-    print("us a call; * differs from the reference kernel")
+    print("us per call; * marks outputs that differ from the reference kernel's")
     print("shape", "M", *modes, "first", "bundled", sep="\t")
     for (name, m), entry in table.items():
         print(name, m, *(entry[mode] for mode in modes), entry.get("first", "-"), entry.get("bundled", "-"), sep="\t")

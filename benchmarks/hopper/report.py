@@ -1,9 +1,10 @@
-"""Makes result files of what child.py and `bi-patch verify --json` wrote.
+"""Makes result files from the files of child.py and of `bi-patch verify --json`.
 
     PYTHONPATH=. python3 benchmarks/hopper/report.py FILE.json... [--results FOLDER] [--command TEXT] [--note TEXT]
 
-Files of several models and modes may be given together; device, libraries and bi_patch's digest must agree. Costs of
-child.py become cost-*.json, reports of verify invariance-*.json. The model of a report is the folder that was verified.
+The files may be of several models and modes, but of one device, with the same libraries and the same digest of
+bi_patch. Costs of child.py become cost-*.json; reports of verify become invariance-*.json. The model of a report is the
+name of the folder that was verified.
 """
 
 import argparse
@@ -27,7 +28,7 @@ MODES = ("stock", "upstream", "armed")
 
 
 class Costs(msgspec.Struct):
-    """What child.py wrote: one engine's repeats, each with its workload and times."""
+    """A file of child.py: one engine's repeats, each with its workload and times."""
 
     model: str
     mode: str
@@ -40,7 +41,7 @@ class Costs(msgspec.Struct):
 
 
 def load(path: Path) -> Costs | verify.Report:
-    """Exits for a file that is neither, and for a report of an engine that was not armed."""
+    """Read a file of child.py or a report of verify. Exits for another file, and for a report that is no evidence."""
     try:
         if "axes" not in msgspec.json.decode(path.read_bytes(), type=dict):
             return msgspec.json.decode(path.read_bytes(), type=Costs)
@@ -48,7 +49,7 @@ def load(path: Path) -> Costs | verify.Report:
     except (OSError, msgspec.DecodeError, ValueError) as error:
         sys.exit(f"{path} is neither a file of child.py nor a report of verify: {error}")
     if found.mode != "armed" or found.provenance is None:
-        sys.exit(f"{path}: only the report of an armed engine is evidence; this one is of {found.mode}")
+        sys.exit(f"{path}: only the report of an armed engine is evidence; this report's engine was {found.mode}")
     if not found.compared:
         sys.exit(f"{path}: nothing was compared: {found.stopped}")
     return found
@@ -59,7 +60,7 @@ def measured_on(run: Costs | verify.Report) -> tuple[str, str, str, str]:
 
 
 def cost_rows(runs: list[Costs]) -> list[evidence.CostRow]:
-    """One row a model and workload: medians over the repeats; decode in ms a step, throughput and prefill in s."""
+    """One row per model, workload and quantity: medians over the repeats, decode in ms per step, others in s."""
     times: dict[tuple, dict[str, list[float]]] = {}
     for run in runs:
         for row in run.cost:
@@ -76,7 +77,7 @@ def cost_rows(runs: list[Costs]) -> list[evidence.CostRow]:
 
 
 def cost_row(model: str, workload: str, unit: str, times: dict[str, list[float]]) -> evidence.CostRow:
-    """times: every repeat by mode."""
+    """One row. times: the times of all repeats, by mode."""
     median = {mode: round(statistics.median(values), 4) for mode, values in times.items()}
     span = {mode: (round(min(values), 4), round(max(values), 4)) for mode, values in times.items()}
     both = "armed" in times and "stock" in times
@@ -98,14 +99,14 @@ def model_of(report: verify.Report) -> str:
 
 
 def holes(reports: list[verify.Report]) -> str:
-    """What the reports could not show, for the note."""
+    """The note's text about positions and axes that the reports could not measure."""
     return ". ".join(
         f"{model_of(found)}: {hole.rstrip('.')}" for found in reports for hole in invariance.unmeasured(found)
     )
 
 
 def write(kind, runs: list, rows: list, note: str, a: argparse.Namespace) -> Path:
-    """The result file of these runs: of the command that was given, else of all commands that the runs name."""
+    """Write the result file of these runs; returns its path. Without --command, it records the runs' own commands."""
     commands = "; ".join(dict.fromkeys(run.provenance.command for run in runs))
     made_by = msgspec.structs.replace(runs[-1].provenance, command=a.command or commands)
     found = evidence.new(kind, runs[-1], made_by)
@@ -117,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--results", type=Path, default=evidence.RESULTS)
-    parser.add_argument("--command", default="", help="what was run, where that is not the files' own commands")
+    parser.add_argument("--command", default="", help="the command to record in place of the files' own commands")
     parser.add_argument("--note", default="", help="a sentence for the result files")
     a = parser.parse_args()
     runs = [load(path) for path in a.files]

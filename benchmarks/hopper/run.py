@@ -1,11 +1,11 @@
-"""One command on a Hopper host: stock vLLM, upstream's own mode and armed in turn, then the result files.
+"""Measures stock vLLM, upstream's own mode and armed vLLM in turn on a Hopper host, and writes the result files.
 
     PYTHONPATH=. python3 benchmarks/hopper/run.py [--model Qwen3-8B]... [--level default] [--results FOLDER]
 
-Each engine has a process of its own and nothing beside it on the card. Then `bi-patch verify` measures the armed
-engine's axes (--no-verify leaves them out). On an H100 the three engines take 6 minutes for a 1B model and 10 for an 8B
-model; `bi-patch verify --help` says how long a level takes. The result files are written anew after every engine, so
-that a run which is cut short leaves what it measured.
+Each engine runs in its own process, alone on the GPU. Then `bi-patch verify` compares the armed engine's answers along
+its axes; --no-verify skips this step. On an H100, the three engines take 6 minutes for a 1B model and 10 minutes for an
+8B model. `bi-patch verify --help` says how long a level takes. The script writes the result files again after every
+engine, so an interrupted run keeps what it has measured.
 """
 
 import argparse
@@ -22,13 +22,13 @@ bi_patch_entry.without_arming()  # the engines run in processes of their own
 from bi_patch.tools.models import shapes  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-# Fewer captured sizes than the default make three starts shorter; they are the same for all modes.
+# Fewer captured sizes than vLLM's default make the starts shorter. All modes capture the same sizes.
 EXTRA = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}}
 CLI = "import bi_patch_entry; bi_patch_entry.cli()"
 
 
 def options(doc: str) -> argparse.ArgumentParser:
-    """The options of every command that measures engines and writes result files."""
+    """A parser with the options of run.py and turns.py."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--raw", type=Path, default=Path("/tmp/bi_patch-hopper"), help="folder of each engine's file")
@@ -37,7 +37,7 @@ def options(doc: str) -> argparse.ArgumentParser:
 
 
 def engine(a, model: str, mode: str, *flags: str, **extra) -> tuple[Path, list[str]]:
-    """Where one engine's process writes, and its command; what an earlier run wrote there is removed."""
+    """The file that one engine's process writes, and its command. Removes the file of an earlier run."""
     a.raw.mkdir(parents=True, exist_ok=True)
     out = a.raw / f"{shapes.short(model)}-{mode}.json"
     out.unlink(missing_ok=True)
@@ -46,14 +46,14 @@ def engine(a, model: str, mode: str, *flags: str, **extra) -> tuple[Path, list[s
 
 
 def report(a, files: list[Path], note: str = "") -> bool:
-    """Write the result files anew; False where these files make none."""
+    """Write the result files again from `files`. Returns False if report.py failed."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     made = [sys.executable, HERE / "report.py", "--results", a.results, "--command", command, "--note", note, *files]
     return not subprocess.run([str(part) for part in made]).returncode
 
 
 def verify(model: str, level: str, out: Path) -> list[str]:
-    """The command of `bi-patch verify`, installed or not."""
+    """The command line of `bi-patch verify`. It works without an installed bi-patch command."""
     folder = shapes.write(model, "/tmp/models")
     asked = [] if level == "default" else [f"--{level}"]
     return [sys.executable, "-c", CLI, "verify", folder, "--random-weights", "7", *asked, "--json", str(out)]
@@ -73,7 +73,7 @@ def main() -> None:
         if "armed" in modes and not a.no_verify:
             out = a.raw / f"{shapes.short(model)}-verify.json"
             out.unlink(missing_ok=True)
-            # Its report says what was compared also where it did not pass.
+            # The report also counts if verify found differences.
             commands.append((out, verify(model, a.level, out), True))
         for out, command, kept_anyway in commands:
             wrong = subprocess.run(command).returncode

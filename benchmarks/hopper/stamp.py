@@ -1,11 +1,11 @@
-"""What every result file of these scripts begins with: device, libraries, date, and which bi_patch measured."""
+"""The first fields of every result file of these scripts: device, libraries, date, and bi_patch's commit and digest."""
 
 import importlib.metadata
 from types import SimpleNamespace
 
 
 def head() -> dict:
-    """The fields of bi_patch.tools.evidence.Evidence, as JSON holds them; "" for a library that is not installed."""
+    """The fields of bi_patch.tools.evidence.Evidence as JSON types. "vllm" is "" if vLLM is not installed."""
     import msgspec
     import torch
 

@@ -1,9 +1,9 @@
-"""Times every tile of the bundled GEMM by shape and number of rows on this GPU, and the library's GEMM beside them.
+"""Times every tile of the bundled GEMM, and the library's GEMM, by shape and number of rows on the current GPU.
 
     PYTHONPATH=. python3 benchmarks/hopper/tune_gemm.py OUT.json [--rows 1,8,16]
 
-The costs in kernels/triton/gemm.py are read off its output. Every tile is first compared bitwise with the reference
-tile. Kernels are compiled by as many processes as the machine has cores, then timed by one; times as in gemm.py.
+The costs in kernels/triton/gemm.py come from this script's output. The script first compares every tile bitwise with
+the reference tile. One process per core, at most 16, compiles kernels. Then one process times them as gemm.py does.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import stamp
 from gemm import mask_split_k, problems, time_calls
 
 ROWS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 8192)
-# Block m, n, k, warps, stages; programs a multiprocessor (0: through pointers). The rows that a tile is tried for.
+# Tiles: block m, n, k, warps, stages, programs per multiprocessor (0: the kernel that loads through pointers).
 FEW = (
     (16, 32, 256, 2, 5, 0),
     (16, 64, 256, 4, 5, 0),
@@ -69,7 +69,10 @@ def tiles(rows: int) -> tuple:
 
 
 def compile_tile(tile: tuple) -> tuple[tuple, str]:
-    """Compile one tile into Triton's cache and compare its bits with the reference tile's. Returns what is wrong."""
+    """Compile one tile into Triton's cache and compare its bits with the reference tile's.
+
+    Returns the tile and what is wrong; "" if nothing is.
+    """
     import torch
 
     from bi_patch.kernels.triton import gemm
@@ -79,7 +82,7 @@ def compile_tile(tile: tuple) -> tuple[tuple, str]:
     x, weight = (torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16) for m in (300, 1024))
     try:
         got = gemm.gemm(x, weight, None, gemm.Tile(*tile))
-    except Exception as error:  # too much shared memory, for one
+    except Exception as error:  # for example, the tile needs too much shared memory
         return tile, f"{type(error).__name__}: {str(error)[:120]}"
     return tile, "other bits" if bits.differing(got, gemm.gemm(x, weight, None, gemm.REFERENCE)) else ""
 
@@ -87,7 +90,7 @@ def compile_tile(tile: tuple) -> tuple[tuple, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
-    parser.add_argument("--seconds", type=float, default=90, help="nothing is begun later than this")
+    parser.add_argument("--seconds", type=float, default=90, help="start no further measurement after this time")
     parser.add_argument("--rows", type=lambda text: tuple(map(int, text.split(","))), default=ROWS)
     a = parser.parse_args()
     began = time.monotonic()

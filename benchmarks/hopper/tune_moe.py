@@ -1,8 +1,8 @@
-"""Tunes the Triton experts' tiles by number of tokens on this GPU, among tiles that keep the order; writes a table.
+"""Finds the fastest tile of the Triton experts for each number of tokens on the current GPU, and writes a table.
 
     PYTHONPATH=. python3 benchmarks/hopper/tune_moe.py EXPERTS N HIDDEN TOP_K OUT_FOLDER
 
-Every tile is first compared with the fixed one, bitwise; a tile that differs is not taken. Times: a CUDA graph of
+The script first compares every tile bitwise with the fixed tile and skips a tile that differs. It times a CUDA graph of
 calls.
 """
 
@@ -13,7 +13,7 @@ import sys
 
 os.environ["BI_PATCH"] = "0"
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
-# block m, n, k, group, warps, stages
+# Tiles: block m, n, k, group, warps, stages.
 TILES = (
     (16, 64, 64, 1, 4, 4),
     (16, 64, 128, 1, 4, 4),

@@ -1,11 +1,11 @@
-"""Cost of small models: stock and armed on one card at once, measured in turns.
+"""Measures the cost of small models with a stock and an armed engine in turns on one GPU.
 
     PYTHONPATH=. python3 benchmarks/hopper/turns.py [--model Llama-3.2-1B] [--repeats 5]
 
-A decode step of a small model is mostly the host's time, which drifts by tens of percent from one minute to the next
-and from process to process. Here both engines are alive and each repeat of one is followed by the same of the other,
-so that drift meets both. Each has a fixed KV cache, and both must fit on the card: 8B models take --kv-gib 12, and
---only workloads that this holds.
+A decode step of a small model is mostly the host's time. The host's time drifts by tens of percent from minute to
+minute and from process to process. So both engines run at once, and each repeat of one engine is followed by the same
+repeat of the other. The drift then affects both engines. Each engine has a fixed KV cache, and both must fit on the
+GPU: for 8B models, give --kv-gib 12, and --only with workloads that fit into this cache.
 """
 
 import queue
@@ -18,15 +18,15 @@ from child import workloads
 
 MODES = ("stock", "armed")
 START_S, REPEAT_S = 300, 120
-NOTE = "Stock and armed in turns on one card; (GPU): the time of the kernels alone, one profile of 16 steps"
+NOTE = "Stock and armed engines in turns on one GPU. (GPU): the kernels' time alone, from one profile of 16 steps"
 
 
 class Child:
-    """One engine's process, which measures when told."""
+    """One engine's process. The process measures a workload when `measure` asks for it."""
 
     def __init__(self, a, mode: str):
         self.mode, self.answers = mode, queue.Queue()
-        # A fixed KV cache: measuring what is free would see the other engine start.
+        # A fixed KV cache: vLLM's measurement of free memory would be wrong while the other engine starts.
         memory = {"kv_cache_memory_bytes": a.kv_gib << 30, "gpu_memory_utilization": 0.4}
         self.out, command = run.engine(a, a.model, mode, "--turns", **memory)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -41,7 +41,8 @@ class Child:
         self.answers.put("ended")
 
     def wait(self, wanted: str, seconds: int) -> None:
-        """Raises RuntimeError where the child ends or says something else, queue.Empty after `seconds`."""
+        """Wait for the answer `wanted`. Raises RuntimeError for another answer or if the child ends, and queue.Empty
+        after `seconds` seconds."""
         if (said := self.answers.get(timeout=seconds)) != wanted:
             raise RuntimeError(f"{self.mode}: {said}, not {wanted}")
 
@@ -51,7 +52,7 @@ class Child:
         self.wait("turn done", REPEAT_S)
 
     def finish(self) -> None:
-        """Raises RuntimeError where the child could not write what it measured."""
+        """End the child. Raises RuntimeError if the child fails, for example because it cannot write its file."""
         self.process.stdin.close()
         if code := self.process.wait(60):
             raise RuntimeError(f"{self.mode}: ended with {code}")
@@ -70,7 +71,7 @@ def main() -> None:
             child.wait("turn ready", START_S)
         for name in workloads(a.only, a.max_model_len):
             for repeat in range(a.repeats):
-                # Who goes first changes, so that neither always finds the card as the other left it.
+                # The engines take turns to go first, so that neither engine always runs right after the other.
                 for child in children[:: 1 if repeat % 2 == 0 else -1]:
                     child.measure(name, repeat)
         for child in children:

@@ -1,4 +1,4 @@
-"""The one comparison of bits: every certificate, test and benchmark counts with it."""
+"""The one comparison of bits. Certificates, tests and benchmarks count differing elements with it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ if TYPE_CHECKING:
 
 
 def differing(got: torch.Tensor, want: torch.Tensor) -> int:
-    """How many elements of two tensors differ in any bit. Equal tensors cost one pass.
+    """How many elements of two tensors differ in any bit. Equal tensors take one pass.
 
-    got, want: one shape and one dtype, of 1, 2, 4 or 8 bytes an element, on one device; their strides may differ.
-    NaN equals NaN where the bits are equal; 0.0 differs from -0.0. Raises ValueError for another shape or dtype.
+    got, want: tensors on one device, of one shape and one dtype, with 1, 2, 4 or 8 bytes per element. Their strides may
+    differ. A NaN equals a NaN with the same bits; 0.0 differs from -0.0. Raises ValueError if the shapes or dtypes
+    differ, or for an element of another size.
     """
     import torch
 

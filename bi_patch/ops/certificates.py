@@ -1,14 +1,14 @@
-"""Certificates: recorded evidence that a kernel keeps an order, kept on disk and made again when anything changes.
+"""Certificates: recorded evidence that a kernel keeps an order. They are kept on disk and made again on any change.
 
-One JSON file a certificate, named by the digest of its key and sealed with a digest of its contents: a file that is
-cut short, edited, or made for another key is not believed. Writing replaces the file in one step.
+Each certificate is one JSON file. Its name has the digest of the certificate's key; a seal holds the digest of its
+contents. `load` ignores a file that is truncated, edited, or made for another key. `save` replaces the file atomically.
 
 A certificate fails in one way, on every platform and for every operation:
 
-- A certificate fails when an element differs, or when making the certificate raises an error.
-- Where another kernel keeps the order by construction, that kernel serves. The log has one warning, which names the
-  operation, the problem and the first difference or the error (`obtain`).
-- Where there is no other kernel, the engine stops with CertificateFailed, which names every failure (`require`).
+- A certificate fails if an element differs, or if making the certificate raises an error.
+- If another kernel keeps the order by construction, that kernel serves. `obtain` logs one warning, which names the
+  operation, the problem, and the first difference or the error.
+- If there is no other kernel, `require` raises CertificateFailed, which names every failure and stops the engine.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ _warned: set[str] = set()
 
 
 class Key(msgspec.Struct, frozen=True):
-    """What evidence is valid for. Any change makes the certificate anew.
+    """What a certificate is valid for. After any change, the certificate is made again.
 
-    operation: e.g. `cpu.linear`. problem: sizes, dtypes, bias. device: model, instruction set, threads.
-    libraries: versions of everything whose kernels take part. kernels: digest of the bundled kernels. data: what was
-    compared, where its choice is a part of the evidence.
+    operation: e.g. `cpu.linear`. problem: sizes, dtypes, bias. device: model, instruction set, threads. libraries: the
+    versions of all libraries whose kernels take part. kernels: the digest of the bundled kernels. data: which operands
+    were compared; "" for an operation that has only one choice of operands.
     """
 
     operation: str
@@ -46,7 +46,11 @@ class Key(msgspec.Struct, frozen=True):
 
 
 class Evidence(msgspec.Struct, frozen=True):
-    """rows: every M that was compared. compared, differing: output elements, bitwise. first: the first difference."""
+    """What a comparison found.
+
+    rows: every number of rows M that was compared. compared: the number of output elements that were compared bitwise.
+    differing: how many of them differed. first: the first difference as text, or the error's text.
+    """
 
     rows: list[int]
     compared: int
@@ -55,11 +59,13 @@ class Evidence(msgspec.Struct, frozen=True):
 
 
 class Certificate(msgspec.Struct, frozen=True):
-    """route: the kernel that the evidence is about. passed_rows: the compared M for which every element was equal.
+    """The evidence for one key.
 
-    seconds: what making it took. microseconds: time a call by route and M, where it was measured. algorithms: the
-    library's algorithms that passed, where it has several for a problem. preferred: which of the library's algorithms
-    was the fastest at each M that was timed, where it was measured; it serves only if it is one of `algorithms`.
+    route: the kernel that the evidence is about. passed: whether every element was equal. passed_rows: the compared M
+    for which every element was equal. seconds: the time that making the certificate took. made: the date, YYYY-MM-DD.
+    microseconds: time per call, by kernel and M; empty if no call was timed. algorithms: the library's algorithms that
+    passed; empty if the operation does not choose among algorithms. preferred: the library's fastest algorithm at each
+    timed M. A preferred algorithm serves only if `algorithms` holds the same algorithm.
     """
 
     key: Key
@@ -75,14 +81,14 @@ class Certificate(msgspec.Struct, frozen=True):
 
 
 class Tally:
-    """Comparisons of one route, which passes where nothing differs. Counts from its making, in seconds too."""
+    """Counts the comparisons of one kernel and makes its certificate. Time counts from the tally's creation."""
 
     def __init__(self, rows: list[int]):
         self.rows, self.compared, self.differing, self.first = rows, 0, 0, ""
         self._start = time.perf_counter()
 
     def add(self, outputs: int, wrong: int, said: str) -> None:
-        """`wrong` of so many outputs differ; `said` is kept for the first that do."""
+        """Count `outputs` compared elements, of which `wrong` differ. said: the text kept for the first difference."""
         self.compared += outputs
         self.differing += wrong
         if wrong and not self.first:
@@ -111,7 +117,7 @@ def path(folder: Path, key: Key) -> Path:
 
 
 def load(folder: Path, key: Key) -> Certificate | None:
-    """The certificate for `key`, or None where there is none that can be believed."""
+    """The certificate for `key`, or None if `folder` has no valid file for `key`."""
     sealed = files.read_json(path(folder, key), _Sealed)
     if sealed is None or sealed.certificate.key != key or sealed.seal != _seal(sealed.certificate):
         return None
@@ -125,11 +131,11 @@ def save(folder: Path, certificate: Certificate) -> None:
 def obtain(
     folder: Path, key: Key, make: Callable[[], Certificate], *, instead: str = "", anew: bool = False
 ) -> Certificate:
-    """The certificate on disk, or a new one from `make`, which is then kept.
+    """The certificate for `key`: read from disk, or made by `make` and then saved.
 
-    An error in `make` is a failed certificate, which is not kept: the next start tries again. instead: the kernel that
-    serves where the certificate fails, for the log's warning; without one, hand the certificate to `require`.
-    anew: do not believe the disk.
+    If `make` raises an error, the certificate fails and is not saved: the next start makes it again. instead: the name
+    of the kernel that serves if the certificate fails, for the log's warning. Without `instead`, the caller hands the
+    certificate to `require`. anew: make the certificate even if the disk has it.
     """
     certificate = None if anew else load(folder, key)
     if certificate is None:
@@ -146,14 +152,14 @@ def obtain(
 
 
 def require(made: Iterable[Certificate]) -> None:
-    """For operations that no other kernel can serve: raise CertificateFailed, naming each that failed."""
+    """Raise CertificateFailed if a certificate failed. Call this for operations that no other kernel can serve."""
     failed = [certificate for certificate in made if not certificate.passed]
     if failed:
         lines = "\n".join(f"  {c.key.operation} {c.key.problem}: {c.evidence.first}" for c in failed)
         raise CertificateFailed(
-            f"{len(failed)} operation(s) change a row's bits with the number of rows on this machine, or could not be "
-            f"compared:\n{lines}\nThere is no bundled kernel for them. Please report this with the output of "
-            "`bi-patch certify`; BI_PATCH=0 runs without bi_patch"
+            f"On this machine, a row's bits change with the number of rows in {len(failed)} operation(s), or the "
+            f"comparison failed:\n{lines}\nbi_patch has no bundled kernel for these operations. Please report this "
+            "error with the output of `bi-patch certify`. Set BI_PATCH=0 to run without bi_patch"
         )
 
 
@@ -161,7 +167,7 @@ def _made(folder: Path, key: Key, make: Callable[[], Certificate]) -> Certificat
     start = time.perf_counter()
     try:
         certificate = make()
-    except Exception as error:  # whatever it is, there is no evidence
+    except Exception as error:  # after any error there is no evidence
         _log.debug("bi_patch: %s %s: no certificate", key.operation, key.problem, exc_info=True)
         said = str(error) or "no message"
         evidence = Evidence([], 0, 0, f"{type(error).__name__}: {said}")
@@ -171,7 +177,7 @@ def _made(folder: Path, key: Key, make: Callable[[], Certificate]) -> Certificat
 
 
 def every(folder: Path) -> list[tuple[Path, Certificate | None]]:
-    """All certificates on disk with their files; None for a file that is not believed."""
+    """All certificate files in `folder`, each with its certificate, or with None if the file is not valid."""
     listed = []
     for file in sorted((folder / "certificates").glob("*.json")):
         sealed = files.read_json(file, _Sealed)

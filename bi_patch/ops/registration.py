@@ -1,4 +1,4 @@
-"""bi_patch's own operators, torch.ops.bi_patch.*: compiled code calls them and cannot look inside."""
+"""bi_patch's own operators, torch.ops.bi_patch.*. torch.compile calls them and does not trace into them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# By operator. A library that is freed takes its operator away, so each is kept for the life of the process.
+# By operator. PyTorch removes an operator when its library is freed, so this dict keeps the libraries.
 _libraries: dict[str, torch.library.Library] = {}
 
 
 def define(schema: str, run: Callable, key: str, fake: Callable) -> None:
-    """Define torch.ops.bi_patch.<name> by its schema. A second definition of the same name does nothing.
+    """Define torch.ops.bi_patch.<name>. A second definition of the same name does nothing.
 
-    schema: in PyTorch's syntax, e.g. "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor". run: what computes, on
-    the dispatch key `key` ("CUDA" or "CPU"). fake: the same arguments -> empty tensors of the results' shapes and
-    dtypes, for tracing.
+    schema: in PyTorch's syntax, e.g. "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor". run: the function that
+    computes the results. key: the dispatch key of `run`, "CUDA" or "CPU". fake: takes the same arguments and returns
+    empty tensors of the results' shapes and dtypes; torch.compile traces with it.
     """
     import torch
 

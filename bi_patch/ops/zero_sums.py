@@ -1,4 +1,6 @@
-"""Random operands whose sums of products are exactly zero: what a kernel gives for them is what its order left."""
+"""Random operands whose sums of products are exactly zero. A kernel's output for them is the rounding that its order of
+summation leaves, so another order shows in the output.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ if TYPE_CHECKING:
 
 
 def cancelling(rows: int, order: torch.Tensor, sign: int, generator: torch.Generator, dtype: torch.dtype):
-    """Random [rows, K] whose columns come in pairs of equal (sign 1) or opposite (sign -1) values.
+    """Random [rows, K] of `dtype` whose columns come in pairs of equal (sign 1) or opposite (sign -1) values.
 
-    order: a permutation of K columns, which says where pairs stand. A product of rows of both signs is exactly zero.
-    Values are of the size of 8, so that what is left of a sum is no subnormal number in fp16.
+    order: a permutation of the K columns, int64, that places the pairs. The dot product of a row made with sign 1 and a
+    row made with sign -1 is exactly zero. The values have a standard deviation of 8, so that the rounding left of a sum
+    is not a subnormal number in fp16.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""Runs scripts in a process with the real torch_npu over stub CANN libraries; skipped outside `make
-test-ascend`'s environment."""
+"""Runs scripts in a child process with the real torch_npu over stub CANN libraries. Outside the environment of `make
+test-ascend`, the tests are skipped."""
 
 import os
 import subprocess
@@ -15,9 +15,10 @@ SOURCES = Path(sys.prefix) / "sources"
 
 @pytest.fixture(scope="session")
 def on_npu():
-    """Run a script of this folder (or code, with -c) there; returns the finished process.
+    """on_npu(script, ...): run a script of this folder, or code with -c, on the stub NPU; returns the finished process.
 
-    sources: vLLM 0.23 and its plugin can be imported. first: folders before them. environ adds to the environment.
+    sources: make vLLM and vLLM-Ascend importable. first: folders that come before them on the path. environ adds
+    variables.
     """
     if not STUB.is_dir():
         pytest.skip("no stub CANN in this environment: run `make test-ascend`")

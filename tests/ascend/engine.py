@@ -1,11 +1,15 @@
-"""vLLM 0.23's engine with vLLM-Ascend's worker on npu:0, armed: its scheduler, Qwen3, layers, attention, sampler.
+"""Runs vLLM's armed engine with vLLM-Ascend's worker on npu:0: scheduler, Qwen3, layers, attention and sampler.
 
-`engine.py dense|experts FOLDER`. The engine computes one set of requests alone, together, from the prefix cache,
-preempted, and as prompts of what it decoded, and compares tokens and log-probabilities bitwise. Every sum goes through
-the kernels in the interpreter; what moves rows is done by host_ops. `fault` cuts keys by the number of rows. `ascendc`:
-that package (or its double) serves, with whole prompts, no prefix cache, and preemption refused. `compiled`: the graph
-that vLLM compiles, cut in pieces; capturing them as ACL graphs is left out, and only steps too long for one are run.
-Prints one JSON object: positions compared, and per axis those that differ.
+`engine.py dense|experts FOLDER`. The engine answers one set of requests alone, together, from the prefix cache, with
+preemption, and with its own decoded tokens as prompts. The script compares tokens and log-probabilities bitwise. The
+bundled kernels compute every sum in Triton's interpreter; host_ops serves operators that move rows.
+
+- `fault` plants a fault: keys are cut by the number of rows.
+- `ascendc`: the AscendC package (or its double) serves, with whole prompts, no prefix cache, and preemption refused.
+- `compiled`: the engine runs the graph that vLLM compiles and cuts into pieces. ACL graphs are not captured, so only
+  steps that are too long for a captured graph run.
+
+Prints one JSON object: the number of positions compared, and the number of differing positions per axis.
 """
 
 import json
@@ -16,13 +20,13 @@ from pathlib import Path
 import stand_ins
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, VOCAB, LAYERS, EXPERTS = 32, 4, 2, 16, 48, 96, 2, 4
-# Tokens of a step: the long prompts are cut, alone in one way and beside others in another.
+# Tokens per step. The long prompts are cut into chunks, alone at other places than beside other requests.
 BUDGET, BLOCK, STEPS = 96, 128, 6
 LENGTHS = (126, 5, 127, 1)
 
 
 def write_model(folder: Path, experts: bool) -> None:
-    """A random Qwen3, dense with biases or with experts, as a checkpoint of Hugging Face's format."""
+    """Write a random Qwen3 as a checkpoint in Hugging Face's format: dense with biases, or with experts."""
     import torch
     from safetensors.torch import save_file
 
@@ -84,7 +88,7 @@ def write_model(folder: Path, experts: bool) -> None:
 
 
 def leaves_follow_the_rows() -> None:
-    """A planted fault: keys are cut more finely for few rows, as a split-KV heuristic does."""
+    """Plant a fault: with few rows, keys are cut into smaller leaves, as a split-KV heuristic does."""
     from bi_patch.kernels.ascend import attention
 
     stock = attention.attention
@@ -101,7 +105,7 @@ def bits(number: float) -> int:
 
 
 class Engine:
-    """The engine in this process, with what its scheduler did: tokens of each step, preemptions."""
+    """The engine in this process, with a record of its scheduler: the tokens of each step, and preemptions."""
 
     def __init__(self, model: Path, **options):
         import vllm
@@ -137,9 +141,9 @@ class Engine:
         self.scheduler.schedule, self.scheduler._preempt_request = seen_schedule, seen_preempt
 
     def run(self, prompts: list[list[int]], keep_cache: bool = False, prompt_logprobs: bool = False, **sampling):
-        """For each prompt: its tokens with the bits of their log-probabilities, and the same of the prompt.
+        """For each prompt: the decoded tokens with the bits of their log-probabilities, and the same for the prompt.
 
-        keep_cache: leave the prefix cache as it is.
+        keep_cache: do not clear the prefix cache first.
         """
         if not keep_cache:
             assert self.llm.reset_prefix_cache()
@@ -165,14 +169,17 @@ class Engine:
 
 
 def differing(got, want) -> int:
-    """Positions of the second that the first does not hold with the same bits."""
+    """How many positions differ in any bit, or exist in only one of `got` and `want`."""
     flat = [[entry for answer in side for part in answer for entry in part] for side in (got, want)]
     return abs(len(flat[0]) - len(flat[1])) + sum(a != b for a, b in zip(*flat, strict=False))
 
 
 def decoded_as_a_prompt(engine: Engine, prompt: list[int], decoded: list) -> tuple[int, int]:
-    """What was decoded, as a prompt: differences of the next tokens with the first block from the cache, and of the
-    decoded tokens' log-probabilities."""
+    """Give the prompt with its decoded tokens as a new prompt.
+
+    Returns two numbers of differences: of the next tokens, with the first block from the prefix cache, and of the
+    decoded tokens' log-probabilities.
+    """
     longer = [prompt + [token for token, _ in decoded]]
     warm = engine.run(longer, keep_cache=True)
     cached = engine.cached
@@ -183,7 +190,7 @@ def decoded_as_a_prompt(engine: Engine, prompt: list[int], decoded: list) -> tup
 
 
 def preempted_pair(engine: Engine, prompts: list[list[int]]):
-    """Two requests of which each crosses into a second block, with three blocks left."""
+    """Run two requests that each need a second block while only three blocks are free, so that one is preempted."""
     pool = engine.scheduler.kv_cache_manager.block_pool
     assert engine.llm.reset_prefix_cache()
     taken = pool.get_new_blocks(pool.get_num_free_blocks() - 3)
@@ -193,20 +200,20 @@ def preempted_pair(engine: Engine, prompts: list[list[int]]):
 
 
 def refusal(run) -> str:
-    """What the refusal of `run` says, or nothing."""
+    """The text of the UnsupportedFeature that `run` raises; "" if it raises none."""
     from bi_patch.errors import UnsupportedFeature
 
     try:
         run()
     except UnsupportedFeature as error:
         return str(error)
-    except Exception as error:  # vLLM's configuration wraps it
+    except Exception as error:  # vLLM's configuration wraps the error
         return str(error) if "batch invariance" in str(error) else ""
     return ""
 
 
 def whole_prompts(folder: Path) -> None:
-    """What the AscendC package serves: requests alone and together, none of them cut."""
+    """With the AscendC package: compare requests alone and together, with no prompt cut into chunks."""
     import batch_invariant_ops
     import torch
 
@@ -226,9 +233,9 @@ def whole_prompts(folder: Path) -> None:
 
 
 def compiled_pieces(folder: Path) -> None:
-    """Prompts longer than the largest graph, alone and together, through the compiled pieces."""
+    """Compare prompts longer than the largest graph, alone and together, in the compiled pieces."""
     import torch
-    import vllm_ascend.ops  # noqa: F401  first: the runner's own imports go round in a circle
+    import vllm_ascend.ops  # noqa: F401  first, because the runner's own imports form a circle
     from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
 
     NPUModelRunner.capture_model = lambda self: 0

@@ -1,15 +1,13 @@
-"""PyTorch operators that move or combine single elements, on the stub NPU: computed by PyTorch on the same
-memory.
+"""PyTorch operators that move or combine single elements: on the stub NPU, PyTorch's CPU kernels compute them.
 
-On the stub an NPU tensor's memory is the host's, so a CPU tensor over it is a view. Listed are only
-operators that sum
-nothing: what the routes must serve is never among them, so a test that computes has gone through the routes.
+On the stub, an NPU tensor's memory is host memory, so a CPU tensor can view it. The list holds only operators that sum
+no floating-point numbers. bi_patch must serve all others, so a test that computes a sum has used bi_patch's operators.
 """
 
 import ctypes
 
 import torch
-import torch_npu  # noqa: F401  before any kernel is put in the place of its own
+import torch_npu  # noqa: F401  before `install` replaces torch_npu's kernels
 import triton.runtime.interpreter as interpreter
 
 POINTWISE = """
@@ -23,14 +21,14 @@ rsub.Scalar rsub.Tensor sub.Scalar scatter.src scatter_.src masked_fill_.Tensor 
 _index_put_impl_ index.Tensor gather bitwise_not bitwise_and.Tensor repeat isfinite ne.Scalar clone
 zeros zeros_like ones pow.Scalar reciprocal arange cos sin rand randn uniform_ normal_
 """.split()
-# Exact in any order for integers; floating-point numbers fail, as any native kernel on the stub.
+# Sums of integers are exact in any order. With floating-point numbers they fail, like every native kernel on the stub.
 INTEGER_SUMS = "sum sum.dim_IntList cumsum".split()
 
 _libraries: list[torch.library.Library] = []
 
 
 def view(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor over an NPU tensor's memory; others as they are."""
+    """A CPU tensor over an NPU tensor's memory. Other values are returned as they are."""
     if tensor.device.type != "npu":
         return tensor
     storage = tensor.untyped_storage()
@@ -82,7 +80,7 @@ def _integers(name: str):
 
 
 def _reshape_and_cache(key, value, key_cache, value_cache, slot_indices) -> None:
-    """Rows of keys and values into the slots of a paged cache."""
+    """Write rows of keys and values into the slots of a paged cache."""
     slots = view(slot_indices).long()
     for rows, cache in ((key, key_cache), (value, value_cache)):
         held = view(cache)
@@ -90,7 +88,7 @@ def _reshape_and_cache(key, value, key_cache, value_cache, slot_indices) -> None
 
 
 def _init_routing(x, expert_idx, *, expert_num=-1, active_expert_range=(), **options):
-    """Rows sorted by expert, stable; where each (token, choice) went; rows of each expert."""
+    """The rows sorted by expert (a stable sort), the place of each (token, choice), and the rows of each expert."""
     chosen = view(expert_idx).flatten().long()
     order = chosen.argsort(stable=True)
     places = torch.empty_like(order, dtype=torch.int32)
@@ -104,7 +102,7 @@ _draws: dict[int, tuple[torch.Generator, torch.Generator]] = {}  # both kept, so
 
 
 def _exponential(self, lambd=1.0, *, generator=None):
-    """A generator's draws depend on its seed and on how many it made, as an NPU's do."""
+    """As on an NPU, a generator's draws depend on its seed and on the number of its earlier draws."""
     if generator is not None:
         seeded = torch.Generator().manual_seed(generator.initial_seed())
         generator = _draws.setdefault(id(generator), (generator, seeded))[1]
@@ -113,14 +111,14 @@ def _exponential(self, lambd=1.0, *, generator=None):
 
 
 def _in_place(self, args, kwargs):
-    """The interpreter works on the tensors' own memory; it would copy them and lose the strides of views."""
+    """Let the interpreter work on the tensors' own memory. By itself it copies tensors and loses views' strides."""
     return [view(a) if isinstance(a, torch.Tensor) else a for a in args], {
         name: view(a) if isinstance(a, torch.Tensor) else a for name, a in kwargs.items()
     }
 
 
 def install() -> None:
-    """Register the list for the NPU in this process. Idempotent."""
+    """Register the operators of this module for the NPU in this process. A second call does nothing."""
     if _libraries:
         return
     library = torch.library.Library("aten", "IMPL")

@@ -1,7 +1,9 @@
-"""vLLM-Ascend 0.23 imported for real, armed, over the stub: every seam closed, then its own functions on the routes.
+"""Imports the real vLLM-Ascend, armed, over the stub: every seam must close, and bi_patch's operators must serve
+vLLM-Ascend's own functions.
 
-`live.py patches`: by the code at the end of a patched copy's modules, without hooks. Prints JSON lines
-`{"case", "told"}`; told is empty where the case holds. acl and torchvision are stood in for: nothing of them computes.
+`live.py patches` closes the seams by the code at the end of a patched copy's modules, without import hooks. Prints JSON
+lines {"case", "told"}; "told" is empty if the case passes. Fakes replace acl and torchvision, which compute nothing
+here.
 """
 
 import importlib

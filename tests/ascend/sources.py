@@ -1,18 +1,17 @@
-"""Unpacks the Python files of vLLM 0.23.0 and vLLM-Ascend 0.23.0, as `bi-patch check` keeps them:
-`sources.py FOLDER`.
+"""Unpacks the Python files of vLLM and vLLM-Ascend, as `bi-patch check` keeps them: `sources.py FOLDER`.
 
-Both are downloaded with pip once (330 and 27 MB) into the cache folder of bi_patch.
+pip downloads both once (330 and 27 MB) into bi_patch's cache folder. The release is the newest that Ascend has.
 """
 
 import sys
 import zipfile
 from pathlib import Path
 
-from bi_patch.platforms.releases import PACKAGES
+from bi_patch.platforms.releases import BY_PLATFORM, PACKAGES
 from bi_patch.settings import read
 from bi_patch.tools.upstream.fetch import fetch
 
-RELEASE = "0.23.0"
+RELEASE = BY_PLATFORM["ascend"][-1]
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

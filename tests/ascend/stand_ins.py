@@ -1,5 +1,8 @@
-"""What vLLM-Ascend needs to import and start beside torch_npu, on a machine without an NPU: modules of which nothing is
-computed, and a Triton driver that states the chip's cores. Kernels run in Triton's interpreter."""
+"""Fakes that vLLM-Ascend needs, beside torch_npu, to start on a machine without an NPU.
+
+They are modules that compute nothing, and a Triton driver that reports the chip's cores. Kernels run in Triton's
+interpreter.
+"""
 
 import importlib.machinery
 import sys
@@ -19,7 +22,7 @@ MODULES = (
 
 
 def modules() -> None:
-    """Put empty modules in the place of MODULES. Before vLLM-Ascend is imported."""
+    """Replace MODULES by empty modules. Call this before vLLM-Ascend is imported."""
     for name in MODULES:
         module = MagicMock()
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -28,7 +31,7 @@ def modules() -> None:
 
 
 class _Driver:
-    """The part of triton-ascend's driver that vLLM-Ascend asks, for a 910B3."""
+    """The part of triton-ascend's driver that vLLM-Ascend calls, for a 910B3."""
 
     utils = types.SimpleNamespace(get_device_properties=lambda device: {"num_aicore": 20, "num_vectorcore": 40})
 
@@ -40,7 +43,7 @@ class _Driver:
 
 
 def triton_driver() -> None:
-    """Make vLLM find one active Triton driver, as with CANN. Before vLLM is imported."""
+    """Make vLLM find one active Triton driver, as with CANN. Call this before vLLM is imported."""
     import triton
     from triton.backends import backends
 

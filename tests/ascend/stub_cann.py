@@ -1,11 +1,9 @@
-"""Builds stub CANN libraries, so that the real torch_npu imports on a machine without an NPU: `stub_cann.py
-OUT`.
+"""Builds stub CANN libraries, with which the real torch_npu imports on a machine without an NPU: `stub_cann.py OUT`.
 
-Every symbol that torch_npu's libraries leave undefined, and nobody provides, becomes a function that returns
-0;
-stub_cann.c holds those that must do more. Takes a second; run by `make .venv-ascend`. Run Python with
-LD_LIBRARY_PATH=OUT,
-TASK_QUEUE_ENABLE=0 and TORCH_DEVICE_BACKEND_AUTOLOAD=0, without ASCEND_HOME_PATH.
+The stub defines every symbol that torch_npu's libraries need and no other library provides, as a function that returns
+0. stub_cann.c defines the functions that must do more. The build takes a second; `make .venv-ascend` runs it. To use
+the stub, run Python with LD_LIBRARY_PATH=OUT, TASK_QUEUE_ENABLE=0 and TORCH_DEVICE_BACKEND_AUTOLOAD=0, and without
+ASCEND_HOME_PATH.
 """
 
 import re
@@ -16,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MAIN = "libascendcl.so"
-# Names that torch_npu loads; all functions are in the first.
+# The names of the libraries that torch_npu loads. The first library holds all functions.
 NAMES = (
     MAIN,
     "libhccl.so",
@@ -39,7 +37,7 @@ _PYTHON = re.compile(r"_?Py[A-Z_]|_Py")
 
 
 def symbols(library: Path, kind: str) -> Iterator[tuple[str, str]]:
-    """(type, name) of a library's dynamic symbols. kind: `--undefined-only` or `--defined-only`."""
+    """The (type, name) of each dynamic symbol of a library. kind: `--undefined-only` or `--defined-only`."""
     listed = subprocess.run(["nm", "-D", kind, str(library)], capture_output=True, text=True, check=False).stdout
     for line in listed.splitlines():
         *_, letter, name = line.split()
@@ -47,7 +45,7 @@ def symbols(library: Path, kind: str) -> Iterator[tuple[str, str]]:
 
 
 def missing(packages: Path) -> list[str]:
-    """What torch_npu in `packages` needs and neither it, torch nor the system defines."""
+    """The symbols that torch_npu in `packages` needs and that neither torch_npu, torch nor the system defines."""
     folder = packages / "torch_npu"
     own = [*folder.glob("_C*.so"), *(folder / "lib").glob("*.so")]
     needed = {
@@ -64,7 +62,7 @@ def missing(packages: Path) -> list[str]:
 
 
 def build(packages: Path, out: Path) -> int:
-    """Write the libraries into `out`; returns how many symbols were stubbed."""
+    """Write the stub libraries into `out`; returns the number of stubbed symbols."""
     names = missing(packages)
     out.mkdir(parents=True, exist_ok=True)
     lines = [

@@ -1,9 +1,8 @@
-"""Each spelling of an operation on npu:0: what happens with the routes, and what without. Prints JSON lines.
+"""Calls each spelling of an operation on npu:0 and prints JSON lines with the outcome.
 
-`served`: computed, and right against the CPU in fp64. `refused`: UnsupportedFeature, named. `native`:
-torch_npu's own kernel
-was reached (the stub makes it fail). `wrong`: computed, and not right. Run with `stock` to leave the routes
-out.
+`served`: bi_patch computed the result, which agrees with the CPU's in fp64. `refused`: bi_patch raised
+UnsupportedFeature with the operator's name. `native`: the call reached torch_npu's own kernel, which fails on the stub.
+`wrong`: the result does not agree. With the argument `stock`, bi_patch's operators are not installed.
 """
 
 import json
@@ -76,7 +75,7 @@ def attention_of(function, **kwargs):
 
 D = torch.Tensor.double
 E = torch.stack([W, W + 1])
-# spelling -> (on the NPU, what is right on the CPU)
+# By spelling: the call on the NPU, and the right result on the CPU.
 SPELLINGS = {
     "torch.mm": (lambda: torch.mm(on(X), on(W)), lambda: D(X) @ D(W)),
     "torch.mm(out=)": (lambda: out_of(torch.mm, on(X), on(W)), lambda: D(X) @ D(W)),
@@ -204,7 +203,7 @@ def outcome(run, right) -> tuple[str, str]:
         got = run()
     except UnsupportedFeature as error:
         return "refused", str(error)
-    except Exception as error:  # the stub's native kernels fail in many ways
+    except Exception as error:  # the stub's native kernels raise many kinds of errors
         return "native", f"{type(error).__name__}: {str(error)[:160]}"
     if right is None:
         return "wrong", "computed, and was to be refused"

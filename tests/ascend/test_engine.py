@@ -1,5 +1,5 @@
-"""vLLM's own engine, scheduler and Qwen3 with vLLM-Ascend's worker on npu:0: a request's bits do not depend on what
-runs beside it, on how its prompt is cut, on the prefix cache, on preemption."""
+"""vLLM's own engine, scheduler and Qwen3 with vLLM-Ascend's worker on npu:0: a request's bits do not depend on other
+requests, on chunks of its prompt, on the prefix cache, or on preemption."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.ascend
 def answer(on_npu, tmp_path, *arguments, first=()):
     environ = {"BI_PATCH": "1", "VLLM_BATCH_INVARIANT": "1", "BI_PATCH_CACHE": str(tmp_path / "cache")}
     environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    # torch 2.13's cache of compiled graphs refuses the compiler that vLLM-Ascend wrote for torch 2.10.
+    # torch 2.13's cache of compiled graphs does not accept vLLM-Ascend's compiler, which was written for torch 2.10.
     environ |= {"TORCHINDUCTOR_AUTOGRAD_CACHE": "0", "VLLM_CACHE_ROOT": str(tmp_path / "vllm")}
-    # vLLM-Ascend's maybe_pad_and_reduce returns its input; torch 2.13 warns of that, and where CI is set it raises.
+    # vLLM-Ascend's maybe_pad_and_reduce returns its input. torch 2.13 warns of this, and raises an error if CI is set.
     environ |= {"TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "0"}
     model = tmp_path / "model"
     model.mkdir()
@@ -28,7 +28,7 @@ def answer(on_npu, tmp_path, *arguments, first=()):
 def test_a_request_does_not_depend_on_the_batch(on_npu, tmp_path, model):
     found = answer(on_npu, tmp_path, model)
     ways = found["ways"]
-    # The paths that are compared were taken: prompts cut in other places, a cached block, a preempted request.
+    # The engine took the compared paths: prompts cut at other places, a cached block, a preempted request.
     assert ways["cuts alone"][2][:2] == [96, 31] and [5, 30, 61] in ways["steps together"]
     assert ways["cached tokens"] == [128] and ways["preempted"] > 0
     assert found["compared"] > 250
@@ -47,7 +47,7 @@ def test_keys_cut_by_the_number_of_rows_are_caught(on_npu, tmp_path):
 
 
 def test_the_ascendc_package_serves_whole_prompts(on_npu, tmp_path):
-    """On a double of the package: sums go through its operators; what would cut a prompt is refused."""
+    """With a double of the package: its operators compute the sums, and options that would cut a prompt are refused."""
     found = answer(on_npu, tmp_path, "dense", "ascendc", first=(Path(__file__).parent / "doubles",))
     assert found["compared"] > 40 and found["differing"] == {"batch": 0}
     assert "chunked prefill" in found["refused"]["chunks and prefixes"]
@@ -55,6 +55,6 @@ def test_the_ascendc_package_serves_whole_prompts(on_npu, tmp_path):
     assert set(found["calls"]) >= {"npu_mm_batch_invariant", "npu_fused_infer_attention_score_batch_invariant"}
 
 
-def test_the_compiled_model_computes_through_the_routes(on_npu, tmp_path):
+def test_the_compiled_model_computes_by_served_operators(on_npu, tmp_path):
     found = answer(on_npu, tmp_path, "dense", "compiled")
     assert found["mode"] == "VLLM_COMPILE" and found["compared"] >= 25 and found["differing"] == {"batch": 0}

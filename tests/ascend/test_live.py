@@ -1,5 +1,5 @@
-"""vLLM-Ascend 0.23 armed for real: every seam closed, its functions through the routes, what is not covered
-refused."""
+"""The real vLLM-Ascend, armed: every seam closes, bi_patch's operators serve its functions, and calls that are not
+covered are refused."""
 
 import json
 
@@ -40,7 +40,7 @@ print(patched_copy(Path(sys.argv[1])))
 
 
 def test_patches_close_the_seams_that_hooks_close(on_npu, tmp_path):
-    """A patched copy of vLLM and vLLM-Ascend: the same cases hold, by the code at the end of its modules alone."""
+    """In a patched copy of vLLM and vLLM-Ascend, the code at the end of the modules alone makes the same cases pass."""
     copy = tmp_path / "copy"
     made = on_npu("-c", COPY, str(copy), sources=True)
     assert made.returncode == 0, made.stderr[-3000:]

@@ -1,5 +1,5 @@
-"""Every spelling on the real torch_npu dispatcher: served and right, or refused by name; without the routes,
-native."""
+"""Every spelling of an operation on the real torch_npu dispatcher. Armed, bi_patch serves the right result or refuses
+the call by name. Stock, the call reaches a native kernel."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def printed(done):
 
 
 @pytest.mark.parametrize("mode", ["inference", "grad"])
-def test_with_the_routes_no_spelling_reaches_a_native_kernel(on_npu, mode):
+def test_armed_no_spelling_reaches_a_native_kernel(on_npu, mode):
     table = rows(on_npu("tests/ascend/table.py", mode))
     assert len(table) >= 60
     assert {name: row["told"] for name, row in table.items() if row["found"] != row["wanted"]} == {}
@@ -31,7 +31,7 @@ def test_with_the_routes_no_spelling_reaches_a_native_kernel(on_npu, mode):
 
 
 def test_where_ascendc_is_installed_it_serves(on_npu):
-    """On a double of its package: the same spellings are right, through each of its operators."""
+    """With a double of the AscendC package, the same spellings are right, and each of its operators serves a call."""
     done = on_npu("tests/ascend/table.py", first=(DOUBLES,))
     table = rows(done)
     assert {name: row["told"] for name, row in table.items() if row["found"] != row["wanted"]} == {}
@@ -39,13 +39,13 @@ def test_where_ascendc_is_installed_it_serves(on_npu):
     assert set(calls) == set(machine.SCHEMAS) and all(calls.values())
 
 
-def test_without_the_routes_every_spelling_is_native(on_npu):
+def test_stock_every_spelling_is_native(on_npu):
     table = rows(on_npu("tests/ascend/table.py", "stock"))
     assert {row["found"] for row in table.values()} == {"native"}
 
 
 def test_the_command_for_a_device_runs(on_npu):
-    """In the interpreter, on few rows: the command that a person with an NPU runs must not fail for its own faults."""
+    """The command for people with an NPU runs without errors of its own, here in the interpreter and on few rows."""
     code = (
         "import sys, canonical, host_ops, bi_patch_entry; canonical.install(); host_ops.install()\n"
         "sys.argv = ['bi-patch', 'ascend-check', '--rows', '3']; bi_patch_entry.cli()"

@@ -1,4 +1,4 @@
-"""The real engine, started few times: many checks per start. Two threads, because one hides variance."""
+"""Fixtures that start the real engine. Tests share a start where they can. Two threads, because one hides variance."""
 
 import os
 from contextlib import contextmanager
@@ -22,13 +22,14 @@ def _two_threads():
 
 @pytest.fixture(scope="session")
 def model(cache):
-    """Name -> folder of a model of the demo, made once."""
+    """model(name): the folder of a recipe's model, made once."""
     return lambda name: str(recipes.path(name, cache=cache))
 
 
 @pytest.fixture(scope="session")
 def start(model):
-    """start(mode, model name, environ={}, kind=ChildEngine, **options): a live engine in a child process, in `with`."""
+    """start(mode, name, environ=None, kind=ChildEngine, **options): a context manager that gives a live engine of the
+    model `name` in a child process."""
 
     @contextmanager
     def make(mode: str, name: str, *, environ: dict[str, str] | None = None, kind=ChildEngine, **options: object):

@@ -16,7 +16,7 @@ COMMAND = [sys.executable, "-c", "import bi_patch_entry; bi_patch_entry.cli()", 
 
 
 def run(tmp_path, **environ):
-    """The finished process and the reports of its JSON by mode (None when none was written)."""
+    """Run the demo; returns the finished process and the reports in its JSON file by mode, or None without a file."""
     numbers = tmp_path / "demo.json"
     done = subprocess.run(
         [*COMMAND, "--json", str(numbers), "--picture", str(tmp_path / "demo.html")],
@@ -45,7 +45,7 @@ def test_stock_differs_and_armed_is_bitwise_invariant(tmp_path):
     page = (tmp_path / "demo.html").read_text()
     pairs = sum(axis.pairs for side in (stock, armed) for axis in side.axes)
     assert page.count("<svg") == 1 and page.count("<rect") == pairs
-    if armed.threads > 1:  # one thread hides variance
+    if armed.threads > 1:  # a single thread hides variance
         assert stock.differing > 0 and stock.exit_code == report.DIFFERS
         assert "The stock engine is NOT batch-invariant" in " ".join(done.stdout.split())
     if any(axis.tokens_changed for axis in stock.axes):

@@ -1,4 +1,5 @@
-"""A planted fault: a seam left open stops the engine by name; forced to run, it is noticed and named."""
+"""A seam left open as a planted fault: the start-up check stops the engine and names the seam. If the engine is forced
+to run, its answers differ."""
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_an_open_seam_stops_the_engine_and_is_named(start, seam):
             pass
 
 
-def test_leaving_the_plugin_out_does_not_open_the_gate(start):
+def test_leaving_the_plugin_out_does_not_skip_the_start_up_check(start):
     environ = {"BI_PATCH_LEAVE_OPEN": "linear.cpu_dispatch", "VLLM_PLUGINS": "none"}
     with pytest.raises(SeamOpen, match="linear.cpu_dispatch"):
         with start(ARMED, recipes.QWEN3, environ=environ):

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
     alone = [ask([p])[0] for p in prompts]
     equal = alone == ask(prompts)
-    # Top logprobs beside a request for those of given tokens, fewer and more of them than logprobs were asked for.
+    # A request for top logprobs, beside requests for the logprobs of fewer and of more given tokens.
     top = SamplingParams(logprobs=3, **common)
     given = [SamplingParams(logprob_token_ids=ids, **common) for ids in ([5, 6], [9, 8, 7, 6, 5])]
     lone = [ask([p], s)[0] for p, s in zip(prompts, [top, *given])]

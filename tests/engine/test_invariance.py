@@ -1,4 +1,4 @@
-"""Bitwise invariance of the real armed engine, over models, dtypes, eager and compiled, and every axis."""
+"""Bitwise invariance of the real armed engine along every axis, for several models and dtypes, eager and compiled."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from bi_patch.tools.verify.probes import CROSS_PROBES, PROBES, Workload
 pytestmark = pytest.mark.engine
 
 SIZES = (1, 2, 5, 16, 64)
-# Chunks of 256 tokens, prefix caching on; the first carries the long prompt.
+# Chunks of 256 tokens, prefix caching on. The first model gets the long prompt.
 ENGINES = {
     "qwen3 bf16": (recipes.QWEN3, {"max_model_len": 3200}, 3000),
     "qwen3 fp32": (recipes.QWEN3, {"dtype": "float32"}, 0),
@@ -39,7 +39,7 @@ def test_every_axis(start, name):
 
 
 def test_across_engines(start):
-    """Chunk budgets, no prefix cache, preemption, restart and compiled code, against one eager base engine."""
+    """Other chunk budgets, no prefix cache, preemption, a restart and compiled code, each against one eager engine."""
     with start(ARMED, recipes.QWEN3) as base:
         load = workload(base, 900)
         planned = [(cross, cross.collect(base, load), list(cross.changes(base))) for cross in CROSS_PROBES]
@@ -61,7 +61,7 @@ def _given(options):
 
 
 def test_the_probes_see_variance_on_stock(start):
-    """The probes are not blind: on the same machine the stock engine differs."""
+    """On the same machine, the probes find differences in the stock engine."""
     with start(STOCK, recipes.QWEN3, max_model_len=3200) as engine:
         load = workload(engine, 3000)
         differing = {p.name: p.run(engine, load).differing for p in (PROBES[0], PROBES[-1])}
@@ -70,7 +70,7 @@ def test_the_probes_see_variance_on_stock(start):
 
 @pytest.mark.parametrize("name", [recipes.WINDOW, recipes.MOE])
 def test_armed_computes_the_same_model_as_stock(start, name):
-    """Other orders round differently, but logprobs stay close: a wrong mask or window would not."""
+    """Another order rounds differently, but logprobs stay close. With a wrong mask or window they would not."""
     answers = {}
     for mode in (STOCK, ARMED):
         with start(mode, name, dtype="float32") as engine:

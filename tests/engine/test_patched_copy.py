@@ -1,4 +1,4 @@
-"""The diffs alone, on a copy of the installed package, reach the same engine as the hooks: same probes, same bits."""
+"""The patches, applied to a copy of the installed package, give the same engine as the import hooks: the same bits."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Every planted fault of the CPU engine is seen by its axis, and locate names where it was planted."""
+"""Every fault planted in the CPU engine makes its axis differ, and locate names the place of the fault."""
 
 import os
 
@@ -24,7 +24,7 @@ MAIN = [fault.name for fault in CPU if fault.axis != catch.PREEMPTION]
 
 @pytest.fixture(scope="module")
 def engine(start, model):
-    """One armed engine in which faults are planted and taken out again; MoE, fp32, tied routers and head."""
+    """One armed engine in which tests plant and remove faults. Its model has experts, fp32, tied routers and head."""
     given = options("cpu", "")
     changes = {f: getattr(given, f) for f in given.__struct_fields__ if f not in ("model", "chunk", "max_model_len")}
     with start(
@@ -114,7 +114,7 @@ def test_recurrent_layers_are_refused_by_name_and_seen_where_they_are_let_in(tmp
 
 
 def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):
-    """Without bi_patch the differences are real; what is named is the seam that would close them."""
+    """Without bi_patch the differences are real, and locate names the seam that would close them."""
     with start(STOCK, recipes.QWEN3, max_model_len=3200, dtype="float32") as stock:
         load = catch.workload(stock)
         case = next(c for axis in ("batch size", "mixed lengths") for c in catch.cases(stock, axis, load) if c.differs)
@@ -125,7 +125,7 @@ def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):
 
 @pytest.mark.slow
 def test_compiled_norms_are_caught_and_named_by_what_layers_leave_behind():
-    """Cause 17: left to inductor, norms differ from eager ones; in the bundled kernels they do not."""
+    """Cause 17: norms that inductor compiles differ from eager norms. The bundled kernels' norms do not."""
     given, environ = options("cpu", ""), PATIENT | os.environ
     found = catch_compiled(given, environ, "cpu")
     print(found.named)

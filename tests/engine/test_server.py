@@ -1,4 +1,5 @@
-"""`bi-patch run -- vllm serve` on loopback: its processes are armed, and concurrent clients get their solo answers."""
+"""`bi-patch run -- vllm serve` on loopback: every process is armed, and concurrent clients get the answers that they
+get alone."""
 
 import asyncio
 import os
@@ -30,7 +31,7 @@ START_SECONDS = 300
 
 @pytest.fixture(scope="module")
 def server(model, cache, tmp_path_factory):
-    """(base URL, model, process id) of a served model; engine core and worker are processes of their own."""
+    """(base URL, model, process id) of a server whose engine core and worker run in their own processes."""
     folder = model(recipes.QWEN3)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -95,7 +96,7 @@ def test_every_process_of_the_tree_is_armed(server):
     tree = [psutil.Process(server[2]), *psutil.Process(server[2]).children(recursive=True)]
     engines = [p for p in tree if "VLLM::" in p.name() or "VLLM::" in " ".join(p.cmdline())]
     assert len(engines) >= 2, [p.cmdline() for p in tree]
-    # Process titles overwrite what /proc shows of the environment, so look at what is loaded: arming loads wrapt.
+    # Process titles overwrite the environment that /proc shows. So look at the loaded libraries: arming loads wrapt.
     loaded = {p.pid: " ".join(m.path for m in p.memory_maps()) for p in [tree[0], *engines]}
     assert all("/wrapt/" in paths for paths in loaded.values()), {pid: "/wrapt/" in m for pid, m in loaded.items()}
     assert any("bi_cpu" in paths for paths in loaded.values()), "no worker has the bundled kernels loaded"
@@ -145,7 +146,7 @@ def test_concurrent_answers_equal_solo_answers(server):
 
 
 def test_256_clients_get_their_solo_answers(server):
-    """The proof of `bi-patch verify --url`: mixed lengths, arrival times and samplings, cold and then warm."""
+    """`bi-patch verify --url` with mixed lengths, arrival times and sampling, on a cold and then on a warm cache."""
     axes = ("concurrent clients", "prefix cache", "logprobs in any order", "chunk budget", "restart")
     found = verify(RunningServer(server[0]), QUICK, only=axes, clients=256)
     states = {axis.name: axis.state for axis in found.axes if axis.name in axes}
@@ -170,7 +171,7 @@ def test_a_server_that_refuses_or_is_down_is_named(server):
 
 
 def test_a_server_that_dies_is_noticed_and_what_was_compared_is_kept(server):
-    """The last test: it ends the server."""
+    """This test ends the server, so it must stay the last test."""
 
     class Killer(Watcher):
         def measuring(self, axis, left):

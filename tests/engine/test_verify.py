@@ -27,7 +27,7 @@ CLI = [sys.executable, "-c", "import bi_patch_entry; bi_patch_entry.cli()", "ver
 
 @pytest.fixture
 def bare(model, tmp_path):
-    """make(name): a folder with that model's config.json and nothing else: no weights, no tokenizer."""
+    """make(name): a folder with only the model's config.json: no weights, no tokenizer."""
 
     def make(name):
         shutil.copy(Path(model(name)) / "config.json", tmp_path)
@@ -115,8 +115,9 @@ def test_an_interrupted_run_leaves_its_report(model, tmp_path):
 
 
 def test_the_pytest_fixture(model, monkeypatch, pytester):
-    """As in a user's own tests; needs bi_patch installed, since pytest finds the plugin by its entry point."""
-    monkeypatch.setenv("HOME", HOME)  # the empty one of pytester would make vLLM fill its caches anew
+    """The fixture in a user's own tests. bi_patch must be installed, because pytest finds the plugin by its entry
+    point."""
+    monkeypatch.setenv("HOME", HOME)  # with pytester's empty HOME, vLLM would fill its caches again
     pytester.makepyfile(f"""
         import sys
 

@@ -1,4 +1,4 @@
-"""On a GPU with vLLM: the decode kernel has the bits of FlashAttention 3's prefill, alone and in any batch."""
+"""On a GPU with vLLM: the decode kernel gives the bits of FlashAttention 3's prefill, alone and in any batch."""
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ def test_certificate(size, heads, key_heads, dtype, tmp_path):
 
 
 def requests(number, size, page, blocks):
-    """q of `number` requests of 32 heads on 8, K, V in `blocks` pages each, where requests begin, and their pages."""
-    # As vLLM lays KV out: K and V of a token side by side.
+    """q, K, V, starts and pages of `number` requests with 32 query heads, 8 key heads and `blocks` pages each."""
+    # K and V of a token lie side by side, as in vLLM.
     cache = torch.randn(number * blocks, 8, page, 2 * size, device="cuda", dtype=torch.bfloat16)
     k, v = cache.transpose(1, 2).split(size, dim=-1)
     pages = torch.randperm(number * blocks, device="cuda").to(torch.int32).reshape(number, blocks)
@@ -32,7 +32,7 @@ def requests(number, size, page, blocks):
 
 @pytest.mark.parametrize("page", [16, 64, 128])
 def test_rows_of_any_batch_through_a_graph(page):
-    """Requests captured in a graph, of other lengths at each replay, one of them empty, one without token."""
+    """Each replay of one graph has requests of other lengths; one request has length 0, one has no query token."""
     from bi_patch.kernels.cuda import decode
 
     torch.manual_seed(page)
@@ -64,7 +64,7 @@ def test_rows_of_any_batch_through_a_graph(page):
 
 @pytest.mark.parametrize("size, number", [(64, 4), (128, 2)])
 def test_long_requests_while_memory_is_busy(size, number):
-    """Messages between the blocks of a cluster overtake copies that wait for memory."""
+    """While memory is busy, messages between the blocks of a cluster overtake copies. The bits must not change."""
     from bi_patch.kernels.cuda import decode
 
     torch.manual_seed(size)

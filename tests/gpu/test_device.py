@@ -1,4 +1,4 @@
-"""On a GPU: certificates are made and read back, and every kernel gives a row the same bits alone and in a batch."""
+"""On a GPU: certificates are made and read back, and every kernel gives a row the same bits in any batch."""
 
 import itertools
 
@@ -40,7 +40,8 @@ def test_linear(dtype, bias, tmp_path):
 
 
 def test_linear_by_the_fastest_algorithm(tmp_path):
-    """A size for which the library's first offer is not always the fastest: the reference's bits, and no time lost."""
+    """For this size, the library's first offer is not always the fastest. The served algorithm gives the reference's
+    bits and is no slower than the first offer."""
     from bi_patch.ops import bits
     from bi_patch.ops.cuda import linear, machine, timing
     from bi_patch.ops.zero_sums import cancelling
@@ -73,7 +74,7 @@ def test_linear_by_the_fastest_algorithm(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float16, False)])
 def test_every_bundled_tile(dtype, bias):
-    """Each variant that `choose` may name, on sizes that fill no tile, against the reference variant."""
+    """Every variant that `choose` may return gives the reference's bits, for sizes that no tile divides."""
     from bi_patch.kernels.triton import gemm
     from bi_patch.ops import bits
     from bi_patch.ops.cuda import machine
@@ -116,7 +117,7 @@ def test_norm_and_rotation():
 
 
 def test_pytorch_own_products_and_sums():
-    """After the overrides, every form gives a row the same bits alone and in a batch, also through inductor."""
+    """With the overrides, every form gives a row the same bits alone and in a batch, also in compiled code."""
     from bi_patch.ops.cuda import aten
 
     aten.override()
@@ -157,7 +158,8 @@ def test_pytorch_own_products_and_sums():
 
 
 def test_certificates_of_a_worker(tmp_path, monkeypatch):
-    """Linears, experts' tiles and decode attention, as a loaded model hands them over: each passes and is recorded."""
+    """The certificates of linears, experts' tiles and decode attention, as for a loaded model: each passes and is
+    saved."""
     pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe", reason="vLLM is not installed")
     from types import SimpleNamespace
 
@@ -192,4 +194,4 @@ def test_certificates_of_a_worker(tmp_path, monkeypatch):
         assert certificates.load(tmp_path, certificate.key) == certificate
     assert products[0] in linear.routes() and all(attention.serves(problem) for problem, _ in decoders)
     assert not moe._fixed
-    assert make() == made[:1]  # the others were made for this process
+    assert make() == made[:1]  # this process has certified the others already

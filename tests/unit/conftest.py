@@ -1,4 +1,4 @@
-"""What unit tests share: a package that looks like vLLM to whatever does not import it."""
+"""Fixtures of unit tests: a package that looks like vLLM to code that does not import vLLM's modules."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,13 @@ import pytest
 
 
 def first_on_path(folder: Path) -> str:
-    """PYTHONPATH with `folder` before what it holds already."""
+    """A PYTHONPATH that begins with `folder`."""
     return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
 @pytest.fixture
 def fake_vllm(tmp_path):
-    """fake_vllm(release): PYTHONPATH with a package vllm of that release, which holds no modules."""
+    """fake_vllm(release): a PYTHONPATH that begins with a package vllm of this release, which holds no modules."""
 
     def make(release: str) -> str:
         (tmp_path / "vllm").mkdir()

@@ -1,1 +1,1 @@
-"""Operations on Ascend: what the dispatcher calls in place of native kernels."""
+"""Operations on Ascend. PyTorch's dispatcher calls these functions in place of the native kernels."""

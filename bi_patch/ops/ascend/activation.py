@@ -7,7 +7,7 @@ from bi_patch.ops.ascend.forms import along
 
 
 def npu_swiglu(input, dim=-1):
-    """silu(first half) * second half of input [..., 2 H, ...] (floats) along dim -> [..., H, ...]."""
+    """silu(first half) * second half, for input [..., 2 H, ...] (floats) split in two along dim -> [..., H, ...]."""
     from bi_patch.kernels.ascend import pointwise
 
     return along(input, dim, lambda x: pointwise.swiglu(x, machine.chip()))

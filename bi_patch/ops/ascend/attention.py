@@ -1,4 +1,4 @@
-"""Attention on Ascend, by AscendC where it is installed and covers the call, else by the bundled kernel."""
+"""Attention on Ascend. AscendC serves a call that it covers where it is installed; else the bundled kernel serves."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def fused_attention(
     inner_precise=0,
     **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """npu_fused_infer_attention_score for packed sequences (TND), query [T, heads, D] of floats -> the same shape.
+    """npu_fused_infer_attention_score for packed sequences (TND): query [T, heads, D] (floats) -> the same shape.
 
     key, value: [T, kv heads, D], or pages [blocks, block size, kv heads * D] with a block_table [sequences, blocks].
-    The log-sum-exp is not returned: an empty fp32 tensor stands for it.
+    The log-sum-exp is not computed: the second result is an empty fp32 tensor. Raises UnsupportedFeature for another
+    layout, for masks other than none, causal and a causal band, and for any argument that is not named here.
     """
     import torch
 
@@ -49,11 +50,11 @@ def fused_attention(
     if used:
         refuse(op, f"with {', '.join(used)}")
     if input_layout != "TND" or not actual_seq_lengths or not actual_seq_lengths_kv:
-        refuse(op, f"layout {input_layout!r}, or without lengths: only TND with both lists of lengths")
+        refuse(op, f"layout {input_layout!r}; bi_patch serves layout TND with the lengths of queries and of keys")
     if sparse_mode not in (_CAUSAL, _BAND, _NONE) or (sparse_mode == _NONE and atten_mask is not None):
-        refuse(op, f"sparse mode {sparse_mode} with this mask")
+        refuse(op, f"sparse mode {sparse_mode} with the given mask")
     if sparse_mode == _BAND and next_tokens != 0:
-        refuse(op, "a band that looks ahead")
+        refuse(op, "a band in which a query sees later tokens")
     if machine.ascendc() and sparse_mode == _CAUSAL and learnable_sink is None:
         serve = machine.ascendc()["npu_fused_infer_attention_score_batch_invariant"]
         return serve(
@@ -73,7 +74,7 @@ def fused_attention(
         )
     kv_heads = num_key_value_heads or num_heads
     ends, lengths = ([int(n) for n in held] for held in (actual_seq_lengths, actual_seq_lengths_kv))
-    if block_table is None:  # lengths of keys come as ends, like those of queries
+    if block_table is None:  # without pages, the caller gives the end of each sequence's keys, as for queries
         lengths = [end - start for start, end in zip([0, *lengths], lengths, strict=False)]
     key, value = (t.view(*t.shape[: 2 if block_table is not None else 1], kv_heads, -1) for t in (key, value))
     try:
@@ -106,7 +107,7 @@ def fused_attention_v2(
     softmax_scale=1.0,
     **more,
 ):
-    """fused_attention under the names of npu_fused_infer_attention_score_v2: the same shapes and dtypes."""
+    """fused_attention with the argument names of npu_fused_infer_attention_score_v2; the same shapes and dtypes."""
     return fused_attention(
         query,
         key,

@@ -1,8 +1,9 @@
-"""The dispatcher's table on Ascend: which operators are served in one order, which keep their kernel or are refused.
+"""The dispatcher's table on Ascend: which operators bi_patch serves, which keep their native kernel, which it refuses.
 
-Operators are replaced where PyTorch dispatches them, so every spelling reaches the same code: a function of torch, a
-method, a torch_npu function, torch.ops directly, functional or `.out`. What sums and is not served is refused by name,
-operators that nobody listed included: a native kernel whose order may follow the batch never runs.
+bi_patch replaces an operator where PyTorch dispatches it. Every spelling of a call therefore reaches the same code: a
+torch function, a method, a torch_npu function, torch.ops, functional or `.out`. An operator that sums and is not served
+raises an error with the operator's name. A vendor's operator that no list here names is refused too, if its name
+suggests a sum. So no native kernel runs whose order may depend on the batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 KEY = "PrivateUse1"
-# Kernels that torch_npu registers above the backend's own.
+# torch_npu registers some kernels here, above the backend's own key.
 _ABOVE = "AutogradPrivateUse1"
 
 SERVED: dict[str, Callable] = {
@@ -65,7 +66,7 @@ SERVED: dict[str, Callable] = {
     "npu::npu_fused_infer_attention_score_v2": attention.fused_attention_v2,
     "npu::npu_fused_infer_attention_score_v2.out": forms.out_form(attention.fused_attention_v2, 2),
 }
-# PyTorch's other sums over floating-point numbers. Integers are exact in any order and keep their kernel.
+# PyTorch's other sums of floating-point numbers. Sums of integers are exact in any order and keep the native kernel.
 _REFUSED_ATEN = (
     "addbmm",
     "addbmm.out",
@@ -107,7 +108,7 @@ _SUMMING = re.compile(
     r"cross_entropy|top_k|indexer|logsumexp|rotary|rope|swiglu|geglu"
 )
 _VENDORS = ("npu", "atb", "_C_ascend")
-# Of these families, operators that only move rows, or prepare and never compute.
+# Operators of these families that only move rows or only prepare a call. They keep the native kernel.
 KEPT = frozenset(
     {
         "npu::npu_moe_init_routing_v2",
@@ -124,7 +125,7 @@ _installed: list[torch.library.Library] = []
 
 
 def refused() -> list[str]:
-    """Every operator of this process with an NPU kernel that must not run, by full name."""
+    """The full names of this process's operators whose native NPU kernel must not run."""
     import torch
 
     names = {name for name in (f"aten::{n}" for n in _REFUSED_ATEN) if _native(name)}
@@ -136,13 +137,14 @@ def refused() -> list[str]:
 
 
 def install() -> None:
-    """Replace the kernels of this process. Idempotent. Raises MissingDependency, UnsupportedDevice.
+    """Replace this process's native kernels. A second call does nothing.
 
-    Libraries are kept for the life of the process: a freed one would put the native kernels back.
+    Raises MissingDependency for a library that is missing or of an unknown version, UnsupportedDevice for an unknown
+    chip, and UnsupportedFeature for an operator that torch_npu does not define.
     """
     import torch
 
-    if _installed:
+    if _installed:  # holds the libraries: PyTorch puts the native kernels back when a library is freed
         return
     machine.require()
     machine.chip()
@@ -161,18 +163,18 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put the native kernels back, for tests."""
+    """Put the native kernels back. Tests call this."""
     for library in _installed:
         library._destroy()
     _installed.clear()
 
 
-# Sums that are exact whatever their order when nothing is rounded.
+# Sums of integers are exact in any order.
 _EXACT_FOR_INTEGERS = frozenset(n for n in SERVED if n.startswith(("aten::sum", "aten::cumsum")))
 
 
 def _exact(name: str, function: Callable) -> Callable:
-    """`function` for floating-point numbers; the native kernel where every tensor holds integers."""
+    """An implementation that calls `function` for floating-point numbers and the native kernel for integers."""
     import torch
 
     if not _native(name):
@@ -193,7 +195,7 @@ def _exact(name: str, function: Callable) -> Callable:
 
 def _refusal(name: str) -> Callable:
     def refuse(*args, **kwargs):
-        forms.refuse(name, "its native kernel may sum in an order that follows the batch")
+        forms.refuse(name, "its native kernel may sum in an order that depends on the batch")
 
     return refuse
 
@@ -203,12 +205,13 @@ def _replace(libraries: dict, name: str, function: Callable, key: str) -> None:
 
     space, _, rest = name.partition("::")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a kernel is replaced is the purpose
+        warnings.simplefilter("ignore")  # PyTorch warns that a kernel is replaced
         libraries[space].impl(rest, function, key, with_keyset=getattr(function, "with_keyset", False))
 
 
 def _below(name: str) -> Callable:
-    """The operator again, below autograd: this backend's kernel, or the shapes alone while a graph is traced."""
+    """A function that dispatches the operator again, below autograd: to this backend's kernel, or to the fake kernel
+    while a graph is traced."""
     import torch
 
     space, _, rest = name.partition("::")
@@ -229,7 +232,7 @@ def _defined(name: str) -> bool:
 
 
 def _native(name: str) -> bool:
-    """Whether an operator is defined here with a kernel of the NPU's own."""
+    """Whether this process has an NPU kernel for the operator."""
     import torch
 
     return _defined(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, KEY)

@@ -1,9 +1,9 @@
-"""What every operator on Ascend shares: how it refuses, and the overloads that write into given tensors.
+"""What all operators on Ascend share: the error for an unsupported call, and the overloads that write into tensors.
 
-Each function has the signature of the operator that it serves (bi_patch.ops.ascend.dispatch says which) and takes
-tensors on the NPU. An argument that the order does not cover is UnsupportedFeature, named; none is passed on to a
-native kernel. Floats are bf16, fp16 or fp32; results have the dtype of the first tensor unless a docstring says
-otherwise.
+The table in bi_patch.ops.ascend.dispatch maps operators to functions of this package. Each function has the signature
+of its operator and takes tensors on the NPU. A function raises UnsupportedFeature for an argument that it does not
+cover, and names the argument. No function passes a call on to a native kernel. "Floats" in a docstring means bf16, fp16
+or fp32. Results have the dtype of the first tensor unless a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from bi_patch.errors import UnsupportedFeature
 
 
 def refuse(op: str, why: str):
-    """Raise UnsupportedFeature, naming the operator and what the order does not cover."""
-    raise UnsupportedFeature(f"{op}: {why}. No order is fixed for it on Ascend; set BI_PATCH=0 to run without bi_patch")
+    """Raise UnsupportedFeature. op: the operator's full name. why: what the call asks for that is not covered."""
+    raise UnsupportedFeature(
+        f"{op}: {why}. bi_patch fixes no order for this call on Ascend; set BI_PATCH=0 to run without bi_patch"
+    )
 
 
 def out_form(function: Callable, results: int = 1) -> Callable:
-    """The `.out` overload of a function: the same values, copied into `out` (a tensor, or `results` tensors)."""
+    """The `.out` overload of `function`: copies the results into `out`, which is a tensor or `results` tensors."""
 
     def into(*args, out, **kwargs):
         made = function(*args, **kwargs)
@@ -34,7 +36,7 @@ def out_form(function: Callable, results: int = 1) -> Callable:
 
 
 def named_out_form(function: Callable, names: tuple[str, ...]) -> Callable:
-    """The same for an overload whose results are keyword arguments of these names."""
+    """The overload of `function` that copies the results into tensors given as keyword arguments of these names."""
 
     def into(*args, **kwargs):
         targets = [kwargs.pop(name) for name in names]
@@ -48,7 +50,7 @@ def named_out_form(function: Callable, names: tuple[str, ...]) -> Callable:
 
 
 def in_place(function: Callable) -> Callable:
-    """The overload that writes into its first argument."""
+    """The in-place overload of `function`: copies the result into the first argument."""
 
     def into(self, *args, **kwargs):
         return self.copy_(function(self, *args, **kwargs))
@@ -57,7 +59,7 @@ def in_place(function: Callable) -> Callable:
 
 
 def along(x, dim: int, run: Callable):
-    """run over the last dimension, of x with `dim` moved there."""
+    """Call `run`, which works along the last dimension, on x [...] along `dim`; returns run's result in x's layout."""
     if x.dim() == 0:
         return run(x[None])[0]
     if dim % x.dim() == x.dim() - 1:

@@ -1,7 +1,8 @@
-"""What every Ascend order shares: the libraries that must be there, the chip, and the optional AscendC operators.
+"""What all operations on Ascend share: the required libraries, the chip, and the optional AscendC operators.
 
-`batch_invariant_ops` is a prebuilt package of AscendC operators. Where it is installed and its schemas are the ones
-that vLLM-Ascend 0.23 calls, they serve what they can; the bundled Triton kernels serve the rest, or everything.
+`batch_invariant_ops` is a prebuilt package of AscendC operators. Where the package is installed, its operators serve
+the calls that they cover, provided that their schemas are those that vLLM-Ascend 0.23 calls. The bundled Triton kernels
+serve all other calls.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ if TYPE_CHECKING:
 
 
 class Library(NamedTuple):
-    """distribution: its name for pip. module: what is imported. versions: those that the seams were written
-    for."""
+    """A required library. distribution: its name for pip. module: its import name. versions: the versions that the
+    seams were written for."""
 
     distribution: str
     module: str
     versions: tuple[str, ...]
 
 
-# The versions that vLLM-Ascend 0.23.0 asks for, and those that the checks on CPU run with.
+# First the version that vLLM-Ascend 0.23.0 requires, then the version that the tests on CPU use.
 TORCH_NPU = Library("torch-npu", "torch_npu", ("2.10.0.post4", "2.13.0"))
 TRITON = Library("triton-ascend", "triton", ("3.2.2", "3.2.0"))
 ASCENDC = "batch_invariant_ops"
-# Positional arguments that vLLM-Ascend 0.23 passes, by type, and what it takes back. A dimension is one int; a list
-# of fixed length takes that too.
+# By AscendC operator: the types of the positional arguments that vLLM-Ascend 0.23 passes, and the types of the results.
+# vLLM-Ascend passes a dimension as one int, which a schema with a list of length 1 accepts too.
 SCHEMAS = {
     "npu_mm_batch_invariant": (("Tensor", "Tensor"), ("Tensor",)),
     "npu_matmul_batch_invariant": (("Tensor", "Tensor"), ("Tensor",)),
     "npu_reduce_sum_batch_invariant": (("Tensor", "int", "bool"), ("Tensor",)),
     "npu_fused_infer_attention_score_batch_invariant": (("Tensor", "Tensor", "Tensor"), ("Tensor", "Tensor")),
 }
-# Keyword arguments of attention that vLLM-Ascend's one causal call passes.
+# The keyword arguments that vLLM-Ascend passes to attention in its causal call.
 ATTENTION_ARGUMENTS = (
     "atten_mask",
     "block_table",
@@ -57,19 +58,19 @@ ATTENTION_ARGUMENTS = (
 
 
 def require() -> None:
-    """Raise MissingDependency, saying what to install, unless CANN, torch_npu and triton-ascend are there."""
+    """Raise MissingDependency, which says what to install, unless CANN, torch_npu and triton-ascend are installed."""
     _version(TORCH_NPU)
     try:
         importlib.import_module(TORCH_NPU.module)
     except (ImportError, OSError) as error:
         raise MissingDependency(
-            f"torch_npu is installed but cannot be imported: {error}. Where a lib*.so is named, CANN is "
-            "missing: install the CANN toolkit and kernels of your chip, then `source set_env.sh` in this shell"
+            f"torch_npu is installed but cannot be imported: {error}. If the error names a lib*.so, CANN is missing: "
+            "install the CANN toolkit and kernels for your chip, then run `source set_env.sh` in this shell"
         ) from error
     if not ascendc_installed():
         _version(TRITON, f", or the AscendC package {ASCENDC} and triton-ascend")
     else:
-        _version(TRITON)  # what AscendC does not have is served by the bundled kernels
+        _version(TRITON)  # the bundled kernels serve the calls that AscendC does not cover
 
 
 def _version(library: Library, otherwise: str = "") -> None:
@@ -82,14 +83,14 @@ def _version(library: Library, otherwise: str = "") -> None:
         ) from error
     if found not in library.versions:
         raise MissingDependency(
-            f"{library.distribution} {found} was not checked with these seams: pip install "
+            f"{library.distribution} {found} was not checked with bi_patch: pip install "
             f"{library.distribution}=={wanted} (checked: {', '.join(library.versions)})"
         )
 
 
 @functools.cache
 def chip() -> Chip:
-    """The current NPU's entry in the table of chips. Raises UnsupportedDevice where it has none."""
+    """The current NPU's entry in the table of chips. Raises UnsupportedDevice for an NPU that the table lacks."""
     import torch
 
     from bi_patch.kernels.ascend import chips
@@ -102,15 +103,16 @@ def chip() -> Chip:
 
 
 def ascendc_installed() -> bool:
-    """Whether the AscendC package is there, without importing it."""
+    """Whether the AscendC package is installed. The function does not import the package."""
     return importlib.util.find_spec(ASCENDC) is not None
 
 
 @functools.cache
 def ascendc() -> dict[str, Callable]:
-    """The AscendC operators by name; empty where the package is not installed.
+    """The AscendC operators by name; empty if the package is not installed.
 
-    Raises MissingDependency when the package is there but an operator is missing or takes other arguments.
+    Raises MissingDependency if the package is installed but lacks an operator, or if an operator's schema does not fit
+    the calls of vLLM-Ascend 0.23.
     """
     if not ascendc_installed():
         return {}
@@ -125,7 +127,7 @@ def ascendc() -> dict[str, Callable]:
         names = ATTENTION_ARGUMENTS if "attention" in name else ()
         if not any(_accepts(getattr(packet, o)._schema, arguments, returns, names) for o in packet.overloads()):
             raise MissingDependency(
-                f"{ASCENDC}.{name} takes other arguments than vLLM-Ascend 0.23 passes ({', '.join(arguments)}): "
+                f"{ASCENDC}.{name} does not take the arguments that vLLM-Ascend 0.23 passes ({', '.join(arguments)}): "
                 "install its release for vLLM-Ascend 0.23, or remove the package to use the bundled kernels"
             )
         found[name] = packet
@@ -133,8 +135,7 @@ def ascendc() -> dict[str, Callable]:
 
 
 def _accepts(schema, arguments: tuple[str, ...], returns: tuple[str, ...], names: tuple[str, ...]) -> bool:
-    """Whether a call with these positional types and keyword names fits the schema and gives these
-    results."""
+    """Whether the schema takes these positional types and keyword names, and returns these types."""
     taken = ["int" if a.N == 1 else str(a.type) for a in schema.arguments]
     rest = schema.arguments[len(arguments) :]
     return (

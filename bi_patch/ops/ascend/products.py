@@ -1,4 +1,4 @@
-"""Matrix products on Ascend in one order, by AscendC where it is installed, else by the bundled kernel."""
+"""Matrix products on Ascend in one order. AscendC serves where it is installed; else the bundled kernel serves."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from bi_patch.ops.ascend.forms import refuse
 
 
 def _product(x, w, bias=None, alpha=1.0, beta=1.0):
-    """x [B, M, K] @ w [B, K, N] (+ bias), by AscendC where it is installed and by the bundled kernel otherwise."""
+    """alpha * (x [B, M, K] @ w [B, K, N]) + beta * bias -> [B, M, N], by AscendC or by the bundled kernel."""
     from bi_patch.kernels.ascend import matmul
 
     if x.dtype != w.dtype:
-        raise RuntimeError(f"expected one dtype of both operands, found {x.dtype} and {w.dtype}")
+        raise RuntimeError(f"both operands must have one dtype, found {x.dtype} and {w.dtype}")
     vendor = machine.ascendc()
     if not vendor or not x.dtype.is_floating_point:
         if not x.dtype.is_floating_point:
@@ -36,7 +36,7 @@ def mm(self, mat2):
 
 
 def addmm(self, mat1, mat2, *, beta=1, alpha=1):
-    """beta * self + alpha * (mat1 [M, K] @ mat2 [K, N]) -> [M, N]; floats, self broadcasts to the result."""
+    """beta * self + alpha * (mat1 [M, K] @ mat2 [K, N]) -> [M, N]; floats; self is broadcast to [M, N]."""
     return _product(mat1[None], mat2[None], self, alpha, beta)[0]
 
 
@@ -46,7 +46,7 @@ def bmm(self, mat2):
 
 
 def baddbmm(self, batch1, batch2, *, beta=1, alpha=1):
-    """beta * self + alpha * (batch1 [B, M, K] @ batch2 [B, K, N]) -> [B, M, N]; floats, self broadcasts."""
+    """beta * self + alpha * (batch1 [B, M, K] @ batch2 [B, K, N]) -> [B, M, N]; floats; self is broadcast."""
     return _product(batch1, batch2, self, alpha, beta)
 
 
@@ -61,13 +61,13 @@ def dot(self, tensor):
 
 
 def linear(input, weight, bias=None):
-    """input [..., K] @ weight [N, K] transposed (+ bias [N]) -> [..., N]; floats of one dtype."""
+    """input [..., K] @ weight [N, K].T (+ bias [N]) -> [..., N]; floats of one dtype."""
     rows = input.reshape(-1, input.shape[-1])
     return _product(rows[None], weight.t()[None], bias)[0].view(*input.shape[:-1], weight.shape[0])
 
 
 def matmul(self, other):
-    """self [..., M, K] @ other [..., K, N] -> [..., M, N], broadcast as PyTorch does; floats of one dtype."""
+    """self [..., M, K] @ other [..., K, N] -> [..., M, N]; batches are broadcast; floats of one dtype."""
     if self.dim() == 1 and other.dim() == 1:
         return dot(self, other)
     if other.dim() <= 2:
@@ -90,5 +90,5 @@ def matmul(self, other):
 
 
 def npu_linear(input, weight, bias=None):
-    """input [..., K] @ weight [N, K] transposed (+ bias [N]) -> [..., N]; floats of one dtype."""
+    """input [..., K] @ weight [N, K].T (+ bias [N]) -> [..., N]; floats of one dtype."""
     return linear(input, weight, bias)

@@ -10,7 +10,7 @@ from bi_patch.ops.ascend.forms import along, refuse
 
 
 def _last(x, dims: Sequence[int]):
-    """x with `dims` moved to the end and made one; and the shape that is left."""
+    """x with `dims` moved to the end and merged into one dimension, and the list of the other dimensions."""
     kept = [d for d in range(x.dim()) if d not in dims]
     moved = x.permute(*kept, *dims).contiguous()
     return moved.view(*(x.shape[d] for d in kept), -1), kept
@@ -46,7 +46,7 @@ def sum_all(self, *, dtype=None):
 
 
 def sum_dim(self, dim, keepdim=False, *, dtype=None):
-    """The sum of self [...] (floats) over dimensions `dim` (all when empty), of dtype, by default self's."""
+    """The sum of self [...] (floats) over the dimensions `dim`, all if empty; of dtype, by default self's."""
     return _reduce(self, dim, keepdim, dtype, False)
 
 
@@ -56,7 +56,7 @@ def mean_all(self, *, dtype=None):
 
 
 def mean_dim(self, dim, keepdim=False, *, dtype=None):
-    """The mean of self [...] (floats) over dimensions `dim` (all when empty), of dtype, by default self's."""
+    """The mean of self [...] (floats) over the dimensions `dim`, all if empty; of dtype, by default self's."""
     return _reduce(self, dim, keepdim, dtype, True)
 
 
@@ -69,31 +69,31 @@ def _soft(self, dim, dtype, log):
 
 
 def softmax_half(self, dim, half_to_float):
-    """softmax of self [...] (floats) along dim, the same shape; fp32 where half_to_float."""
+    """softmax of self [...] (floats) along dim -> the same shape; fp32 if half_to_float."""
     import torch
 
     return _soft(self, dim, torch.float32 if half_to_float else None, False)
 
 
 def log_softmax_half(self, dim, half_to_float):
-    """log_softmax of self [...] (floats) along dim, the same shape; fp32 where half_to_float."""
+    """log_softmax of self [...] (floats) along dim -> the same shape; fp32 if half_to_float."""
     import torch
 
     return _soft(self, dim, torch.float32 if half_to_float else None, True)
 
 
 def softmax_int(self, dim, dtype=None):
-    """softmax of self [...] (floats) along dim, the same shape, of dtype, by default self's."""
+    """softmax of self [...] (floats) along dim -> the same shape, of dtype, by default self's."""
     return _soft(self, dim, dtype, False)
 
 
 def log_softmax_int(self, dim, dtype=None):
-    """log_softmax of self [...] (floats) along dim, the same shape, of dtype, by default self's."""
+    """log_softmax of self [...] (floats) along dim -> the same shape, of dtype, by default self's."""
     return _soft(self, dim, dtype, True)
 
 
 def cumsum(self, dim, *, dtype=None):
-    """The running sum of self [...] (floats) along dim, the same shape, of dtype, by default self's."""
+    """The running sum of self [...] (floats) along dim -> the same shape, of dtype, by default self's."""
     from bi_patch.kernels.ascend import rows
 
     if not self.dtype.is_floating_point or self.dtype.itemsize > 4:
@@ -102,7 +102,10 @@ def cumsum(self, dim, *, dtype=None):
 
 
 def topk(self, k, dim=-1, largest=True, sorted=True):
-    """The k best of self [...] along dim, and int64 indices; ties go to the lower index, by a stable sort."""
+    """The k largest (or smallest) values of self [...] along dim, sorted, and their int64 indices.
+
+    A stable sort selects the values, so the lower index wins a tie.
+    """
     import torch
 
     values, indices = torch.ops.aten.sort.stable(self, stable=True, dim=dim, descending=largest)
@@ -110,7 +113,7 @@ def topk(self, k, dim=-1, largest=True, sorted=True):
 
 
 def sort(self, dim=-1, descending=False):
-    """self [...] of any dtype sorted along dim, and int64 indices, both of its shape; ties keep their order."""
+    """self [...] (any dtype) sorted along dim, and int64 indices, both of self's shape; the sort is stable."""
     import torch
 
     return torch.ops.aten.sort.stable(self, stable=True, dim=dim, descending=descending)

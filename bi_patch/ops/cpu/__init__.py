@@ -1,1 +1,1 @@
-"""Operations on CPU: the bundled kernels, the routes of linears, and what certifies both."""
+"""Operations on CPU: the bundled kernels, the routes of linears, and the certificates."""

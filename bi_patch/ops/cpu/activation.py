@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """silu(x[..., :D]) * x[..., D:] of x [..., 2 D], rounded once."""
+    """silu(x[..., :D]) * x[..., D:] for x [..., 2 D] (bf16, fp16 or fp32) -> [..., D], rounded once."""
     import torch
 
     return torch.ops.bi_cpu.silu_and_mul(x)

@@ -1,4 +1,4 @@
-"""Paged attention on CPU by the bundled kernel: KV leaves of fixed length at fixed positions."""
+"""Paged attention on CPU by the bundled kernel, which reduces KV in leaves of fixed length at fixed positions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def kv_store(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Write keys and values [tokens, kv heads, head size] into their slots of the paged cache."""
+    """Write key and value [tokens, kv heads, head size] into the slots `slot_mapping` [tokens] of the paged cache.
+
+    kv_cache: [blocks, kv heads, block size, 2 * head size]. slot_mapping: int64; a negative slot is skipped.
+    """
     import torch
 
     torch.ops.bi_cpu.kv_store(key, value, kv_cache, slot_mapping)
@@ -26,9 +29,12 @@ def attention(
     window: int,
     softcap: float,
 ) -> None:
-    """Causal attention over the paged cache into `out` [tokens, heads, head size] (or flattened heads).
+    """Write causal attention over the paged cache into `out`.
 
-    window: tokens before its own that a query sees, -1 for all; softcap: 0 for none.
+    query: [tokens, heads, head size]. out: query's shape, or [tokens, heads * head size]. kv_cache: as for kv_store.
+    query_start_loc: [sequences + 1] int32, where each sequence's queries begin. seq_lens: [sequences] int32.
+    block_table: [sequences, blocks] int32. window: the number of earlier tokens that a query sees; -1 for all.
+    softcap: 0 for none.
     """
     import torch
 

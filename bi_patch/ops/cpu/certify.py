@@ -1,9 +1,9 @@
-"""The certificates of a CPU worker: one moment for all of them but those of linears.
+"""The certificates of a CPU worker. All are made when the model is loaded, except those of linears.
 
-`certify` runs when the model is loaded, for norms, experts and sampling. They have no bundled kernel to fall back to:
-a failure stops the engine. `certify_linear` runs while vLLM packs a layer's weight, because the certificate decides
-which packed form of the weight is kept. Made at the end, certificates would find every weight in memory twice, packed
-by the library and by us. Where a linear's certificate fails, the bundled GEMM serves.
+`certify` runs once the model is loaded and certifies norms, experts and sampling. No bundled kernel can replace these
+operations, so a failure stops the engine. `certify_linear` runs while vLLM packs a layer's weight, because the
+certificate decides which packed form of the weight is kept. If linears were certified at the end, every weight would be
+in memory twice: packed by the library and packed by bi_patch. If a linear's certificate fails, the bundled GEMM serves.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from bi_patch.ops.cpu import machine, rows
 
 
 def certify(cache: Path, library: str) -> list[Certificate]:
-    """Certify everything that was registered with `rows`.
+    """Certify every operation that was registered with `rows`.
 
-    cache: where certificates and built kernels are kept. library: the version of vLLM, whose kernels are certified.
-    Raises CertificateFailed, naming each operation that failed, and where the bundled kernels cannot be built.
+    cache: the folder of certificates and built kernels. library: the version of vLLM, whose kernels are certified, e.g.
+    "vllm 0.33.0". Raises CertificateFailed, which names each operation that failed. Raises CertificateFailed also if
+    the bundled kernels cannot be built.
     """
     import torch
 
@@ -35,5 +36,5 @@ def certify(cache: Path, library: str) -> list[Certificate]:
 
 
 def certify_linear(cache: Path, key: Key, make: Callable[[], Certificate]) -> Certificate:
-    """The certificate of one linear, from disk or by `make`, while its weight is packed."""
+    """The certificate of one linear, from disk or by `make`. The caller is packing the linear's weight."""
     return certificates.obtain(cache, key, make, instead="the bundled GEMM")

@@ -1,7 +1,7 @@
-"""Random draws of seeded requests: a generator whose last draw can be taken back.
+"""Random draws of seeded requests: a generator that can undo its last draw.
 
-A prompt that is computed in chunks samples once a chunk, and vLLM takes all but the last draw back by moving the
-generator's offset. CPU generators have no offset, so the state before the draw is kept instead.
+vLLM samples once per chunk of a prompt. It undoes the draw of every chunk but the last by moving the generator's
+offset. CPU generators have no offset, so this generator keeps the state before the draw.
 """
 
 from collections.abc import Iterable
@@ -10,26 +10,26 @@ import torch
 
 
 class Rewindable(torch.Generator):
-    """A CPU generator with the offset interface that vLLM uses: `set_offset` undoes the draw since `remember`."""
+    """A CPU generator with the offset methods that vLLM calls. `set_offset` undoes all draws since `remember`."""
 
     _before: torch.Tensor | None = None
 
     def remember(self) -> None:
-        """Keep the state: the next draw can be taken back."""
+        """Keep the current state, so that set_offset can undo the next draw."""
         self._before = self.get_state()
 
     def get_offset(self) -> int:
         return 0
 
     def set_offset(self, offset: int) -> None:
-        """Take the last draw back; the size of the step is vLLM's count for GPUs and means nothing here."""
+        """Undo the draws since `remember`. vLLM counts `offset` for GPUs; this generator ignores the number."""
         if self._before is not None:
             self.set_state(self._before)
             self._before = None
 
 
 def rewindable(generator: torch.Generator) -> Rewindable:
-    """A rewindable generator in the same state; one that is rewindable already is returned as it is."""
+    """A Rewindable in the same state as `generator`. A Rewindable is returned as it is."""
     if isinstance(generator, Rewindable):
         return generator
     twin = Rewindable()
@@ -38,7 +38,7 @@ def rewindable(generator: torch.Generator) -> Rewindable:
 
 
 def remember(generators: Iterable[torch.Generator]) -> None:
-    """Keep the state of each rewindable generator (warm-up runs pass plain ones, which are never taken back)."""
+    """Call `remember` on each Rewindable. vLLM's warm-up passes plain generators and never undoes their draws."""
     for generator in generators:
         if isinstance(generator, Rewindable):
             generator.remember()

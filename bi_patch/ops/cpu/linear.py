@@ -1,12 +1,13 @@
-"""Routes of unquantized linears on CPU: the library's GEMM where it is certified and faster, else the bundled one.
+"""Routes of unquantized linears on CPU: the library's GEMM where it is certified and faster, else the bundled GEMM.
 
-Order: ascending K in fixed blocks, fp32 throughout, bias added before the only rounding (kernels/cpu/README.md).
-The library is compared with the bundled GEMM for a fixed set of row counts, all of them, and is then only ever called
-with these; every other row count goes to the bundled GEMM. Equal bits make the choice free, so it is made by time.
+Order: ascending K in fixed blocks, fp32 throughout, the bias added before the only rounding (kernels/cpu/README.md).
+The certificate compares the library with the bundled GEMM for each of a fixed set of row counts. The library then
+serves only row counts of this set; the bundled GEMM serves all others. The bits are equal, so the faster GEMM serves.
 
-Rounding to 16 bits hides most other orders: on plain random data one output in thousands shows one. So the compared
-rows nearly cancel against some of the weights' rows: their outputs are what the order of the sum leaves, and show it.
-(Cutting long prefills into certified pieces was tried: joining the pieces cost more than the library gained.)
+Rounding to 16 bits hides most other orders: on plain random data, one output in thousands shows another order. So the
+compared rows nearly cancel against some rows of the weight. The outputs are then mostly rounding errors, which depend
+on the order of the sum. (We tried to cut long prefills into certified pieces. Joining the pieces cost more time than
+the library saved.)
 """
 
 from __future__ import annotations
@@ -26,21 +27,25 @@ from bi_patch.ops.registration import define
 if TYPE_CHECKING:
     import torch
 
-# Decode sizes one by one, then the sizes that prefill budgets usually are.
+# Every small number of rows, as in decode steps; then the usual token budgets of prefill steps.
 ROWS = (*range(1, 17), 32, 64, 128, 256, 512)
 TIMED = (1, 8, 64, 512)
 OPERATION = "cpu.linear"
 DATA = "sums near zero"
-_CANCELLED = 256  # rows of the weight that the compared rows cancel against
-_PLACES = 8  # few rows are compared at so many places of the data
-_FASTER = 0.97  # the library must beat the bundled GEMM by this to be worth a second kernel
+_CANCELLED = 256  # how many rows of the weight the compared rows cancel against
+_PLACES = 8  # up to 64 rows are compared at this many places of the data
+_FASTER = 0.97  # the library serves if its time is below this share of the bundled GEMM's time
 
 Vendor = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "torch.Tensor"]
 
 
 @dataclass
 class Linear:
-    """One layer's route. packed: the weight for the bundled GEMM. vendor_rows: the M that the library serves."""
+    """One layer's route.
+
+    packed: the weight [n, k], packed for the bundled GEMM. vendor: the library's GEMM. weight: the layer's parameter,
+    which `vendor` takes. vendor_rows: the row counts M that the library serves.
+    """
 
     packed: torch.Tensor
     n: int
@@ -56,7 +61,8 @@ class Linear:
 
 
 def _bundled(x: torch.Tensor, packed: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> torch.Tensor:
-    """The bundled GEMM. Upstream widens some layers' bias to fp32 for its kernel: narrowing it back is exact."""
+    """x [..., K] @ weight.T + bias by the bundled GEMM. Upstream widens some layers' bias to fp32 for its own kernel;
+    converting that bias back is exact."""
     import torch
 
     own = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
@@ -74,11 +80,11 @@ def route(
     cache: Path,
     library: str,
 ) -> Vendor:
-    """The certified route of one layer as a function (x, weight, bias) -> x @ weight.T + bias.
+    """Certify one layer; returns its route as a function (x [..., K], weight, bias) -> x @ weight.T + bias [..., N].
 
-    weight: [N, K], as loaded. bias: [N] or None, as loaded. vendor: the library's GEMM, set up on this weight.
-    layer: holds the parameters that `vendor` is called with. library: the vendor's version. Raises CertificateFailed
-    where the bundled kernels cannot be built.
+    weight: [N, K], as loaded. bias: [N] or None, as loaded. vendor: the library's GEMM, prepared for this weight.
+    layer: holds the parameters that `vendor` takes. cache: the folder of certificates and built kernels. library: the
+    vendor's version. Raises CertificateFailed if the bundled kernels cannot be built.
     """
     import torch
 
@@ -103,16 +109,17 @@ def route(
 
 
 def key(n: int, k: int, dtype: torch.dtype, bias: bool, library: str) -> Key:
-    """What a linear's certificate is valid for."""
+    """The key of a linear's certificate. n, k: the weight's shape [n, k]. library: the vendor's version."""
     problem = f"N={n} K={k} {str(dtype).removeprefix('torch.')}{' bias' if bias else ''}"
     return Key(OPERATION, problem, machine.device(), machine.libraries(library), machine.kernels_digest(), DATA)
 
 
 def revealing(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """Random x [rows, K] of which each output x @ weight.T is near zero for some of weight's rows [N, K].
+    """Random x [rows, K] whose products with some rows of weight [N, K] are near zero, in weight's dtype.
 
-    x is made orthogonal to them, then rounded to weight's dtype: what is left of these sums is the rounding of x, about
-    a thousandth of their terms in bf16, so that their own rounding shows the order they were added in.
+    x is made orthogonal to those rows in fp64, then rounded to weight's dtype. Each of these sums then holds only the
+    rounding of x, in bf16 about a thousandth of the size of the terms. So the rounding of the sum itself, which depends
+    on its order, shows in the output.
     """
     import torch
 
@@ -132,7 +139,7 @@ def _certify(asked: Key, weight, packed, bias, vendor, layer) -> Certificate:
     n, k = weight.shape
     x = revealing(weight, ROWS[-1])
     held = None if bias is None else layer.bias
-    # A bias would cover sums near zero, so one of zeros is compared beside the layer's own.
+    # The layer's bias would hide sums near zero, so a bias of zeros is compared too.
     biases = [(bias, held)] if bias is None else [(bias, held), (torch.zeros_like(bias), torch.zeros_like(held))]
     wants = [(torch.ops.bi_cpu.gemm(x, packed, n, k, own), given) for own, given in biases]
     if not all(bool(torch.isfinite(want.float()).all()) for want, _ in wants):
@@ -166,13 +173,13 @@ def _certify(asked: Key, weight, packed, bias, vendor, layer) -> Certificate:
 
 
 def _places(m: int) -> list[int]:
-    """Where in the data m rows are taken from."""
+    """The first row of each group of m rows that is compared."""
     last = ROWS[-1] - m
     return sorted({last * i // (_PLACES - 1) for i in range(_PLACES)}) if m <= 64 else [last // 2]
 
 
 def _worthwhile(certificate: Certificate) -> frozenset[int]:
-    """The certified M at which the library is faster, judged at the nearest timed M."""
+    """The certified M at which the library is faster. The nearest timed M decides."""
     if not certificate.passed_rows:
         return frozenset()
     library, bundled = certificate.microseconds["library"], certificate.microseconds["bundled"]
@@ -186,7 +193,7 @@ def _worthwhile(certificate: Certificate) -> frozenset[int]:
 
 
 def _time(call: Callable[[], object], seconds: float = 0.01) -> float:
-    """Least time of a call in microseconds over about `seconds`."""
+    """The least time of a call in microseconds, over calls for about `seconds`."""
     call()
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -197,7 +204,7 @@ def _time(call: Callable[[], object], seconds: float = 0.01) -> float:
 
 
 def _define_op() -> None:
-    """torch.ops.bi_patch.cpu_linear: the route as one opaque operation for compiled code."""
+    """Define torch.ops.bi_patch.cpu_linear, which runs a layer's route in compiled code."""
     define(
         "cpu_linear(Tensor x, Tensor? bias, int handle, int n) -> Tensor",
         lambda x, bias, handle, n: _layers[handle](x, bias),

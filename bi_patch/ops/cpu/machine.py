@@ -1,4 +1,7 @@
-"""The bundled CPU kernels: built once a machine, loaded once a process, and what identifies them in certificates."""
+"""The bundled CPU kernels, and what identifies them in certificates.
+
+The kernels are built once per machine and loaded once per process.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ _library = ""  # the built library's name: instruction set and digest of sources
 
 
 def load_kernels(cache: Path) -> str:
-    """Build (first time on a machine) and load the bundled kernels; returns their instruction set.
+    """Load the bundled kernels; build them first if `cache` has no build. Returns their instruction set.
 
-    Raises CertificateFailed when they cannot be built: without them CPU attention has no invariant route.
+    Raises CertificateFailed if the kernels cannot be built: no other kernel computes CPU attention in one order.
     """
     global _isa, _library
     if _isa is None:
@@ -34,7 +37,7 @@ def load_kernels(cache: Path) -> str:
 
 @functools.cache
 def device() -> str:
-    """The CPU's model, instruction set of the bundled kernels, and number of threads."""
+    """The device as a certificate names it: the CPU's model, AMX or not, the kernels' instruction set, the threads."""
     import torch
 
     model = "unknown CPU"
@@ -47,19 +50,19 @@ def device() -> str:
 
 
 def libraries(library: str) -> str:
-    """Versions of the libraries whose CPU kernels are certified: `library`, e.g. "vllm 0.33.0", and PyTorch."""
+    """The versions of the libraries whose CPU kernels are certified: `library`, e.g. "vllm 0.33.0", and PyTorch."""
     import torch
 
     return f"{library}, torch {torch.__version__}"
 
 
 def kernels_digest() -> str:
-    """What identifies the bundled kernels: their instruction set, sources and compiler."""
+    """The name of the built kernels, which holds their instruction set and a digest of their sources and compiler."""
     return _library
 
 
 def covers(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
-    """Whether the bundled row kernels take x: their dtypes, and a weight of the same."""
+    """Whether the bundled row kernels take x: bf16, fp16 or fp32, and a weight (if any) of x's dtype."""
     import torch
 
     known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)

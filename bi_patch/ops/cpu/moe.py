@@ -1,4 +1,4 @@
-"""The choice of experts on CPU by the bundled kernel: ties go to the lower expert."""
+"""The choice of experts on CPU by the bundled kernel. The lower expert wins a tie."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def softmax_topk(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top_k experts of each row of logits [rows, experts] by softmax, ties by the lower id.
+    """The top_k experts of each row of logits [rows, experts] by softmax. The lower id wins a tie.
 
-    Returns weights (fp32) and ids (int32), both [rows, top_k].
+    Returns weights (fp32) and ids (int32), both [rows, top_k]. renormalize: divide each row's weights by their sum.
     """
     import torch
 

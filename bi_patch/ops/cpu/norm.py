@@ -1,4 +1,4 @@
-"""RMSNorm on CPU by the bundled kernel, compiled or not (kernels/cpu/README.md)."""
+"""RMSNorm on CPU by the bundled kernel, in eager and in compiled code (kernels/cpu/README.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None = None, offset: float = 0.0
 ):
-    """RMSNorm of x [..., C] times (weight + offset); with a residual, (norm of x + residual, x + residual)."""
+    """RMSNorm of x [..., C] (bf16, fp16 or fp32) times (weight [C] + offset) -> [..., C].
+
+    With a residual [..., C], the function norms x + residual and returns (the norm, x + residual).
+    """
     import torch
 
     if residual is None:

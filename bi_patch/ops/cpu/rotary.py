@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def rope(positions: torch.Tensor, x: torch.Tensor, cache: torch.Tensor, head_size: int, neox: bool) -> torch.Tensor:
-    """x [tokens, heads * D] rotated by positions [tokens]; cache [positions, rotary]: cosines, then sines."""
+    """x [tokens, heads * head_size], rotated by positions [tokens] -> the same shape.
+
+    cache: [positions, rotary], cosines, then sines. neox: rotate halves of a head; else neighbouring elements.
+    """
     import torch
 
     return torch.ops.bi_cpu.rope(positions, x, cache, head_size, neox)

@@ -1,8 +1,8 @@
-"""Row certificates: kernels that are kept as they are must give each row the same bits for every number of rows.
+"""Row certificates: a library's kernel that bi_patch keeps must give a row the same bits for every number of rows.
 
-Layers register while the model is built. Once the weights are loaded, every distinct operation is run on random rows,
-alone and among others, and compared bitwise (bi_patch.ops.cpu.certify). No bundled kernel can take the place of an
-operation that fails, so the engine stops.
+Layers register their operations while the model is built. Once the weights are loaded, bi_patch.ops.cpu.certify runs
+every distinct operation on random rows, alone and among other rows, and compares the outputs bitwise. No bundled kernel
+can replace an operation that fails, so the engine stops.
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ from bi_patch.ops.cpu import machine
 if TYPE_CHECKING:
     import torch
 
-# Around every power of two, where kernels change their blocks.
+# Around every power of two, because kernels change their blocks there.
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 1025)
 _FEW = ROWS[: ROWS.index(65) + 1]
-# Rounding to 16 bits hides another order in most outputs, so few rows are run at many places, to compare many outputs.
+# Rounding to 16 bits hides another order in most outputs. So small numbers of rows run at many places of the data.
 _PLACES = 32
 DATA = f"random rows at {_PLACES} places"
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """make(rows): random inputs, rows first. run(*inputs): outputs, rows first; it may change its inputs."""
+    """An operation to certify.
+
+    operation, problem: as in certificates.Key. rows: the numbers of rows that are compared. make(rows): returns random
+    inputs, whose first dimension is rows. run(*inputs): returns the outputs, whose first dimension is rows; `run` may
+    change its inputs.
+    """
 
     operation: str
     problem: str
@@ -42,25 +47,25 @@ _registered: dict[tuple[str, str], RowCheck] = {}
 
 
 def register(check: RowCheck) -> None:
-    """Ask for a certificate; the same operation and problem is certified once."""
+    """Ask for a certificate. The same operation and problem, registered twice, is certified once."""
     _registered.setdefault((check.operation, check.problem), check)
 
 
 def take_registered() -> list[RowCheck]:
-    """Every check that was registered, in that order; none is left."""
+    """Remove all registered operations and return them, in the order of registration."""
     taken = list(_registered.values())
     _registered.clear()
     return taken
 
 
 def key(check: RowCheck, library: str) -> Key:
-    """What a check's certificate is valid for. library: the version of what runs, e.g. "vllm 0.33.0"."""
+    """The key of a certificate. library: the version of the library whose kernel runs, e.g. "vllm 0.33.0"."""
     libraries, digest = machine.libraries(library), machine.kernels_digest()
     return Key(check.operation, check.problem, machine.device(), libraries, digest, DATA)
 
 
 def certificate(check: RowCheck, key: Key) -> Certificate:
-    """Run a check: each number of rows among others, taken at many places, against the same rows of the largest run."""
+    """Run the operation for each number of rows, at many places, and compare with the same rows of the largest run."""
     import torch
 
     start = time.perf_counter()
@@ -86,14 +91,14 @@ def certificate(check: RowCheck, key: Key) -> Certificate:
 
 
 def _places(rows: int, of: int) -> list[int]:
-    """Where `rows` of `of` rows are taken: up to _PLACES places over the whole, the first and the last among them."""
+    """The first row of each group of `rows` out of `of` rows: up to _PLACES groups, the first and the last included."""
     last = of - rows
     count = min(_PLACES, -(-of // rows))
     return sorted({last * i // max(1, count - 1) for i in range(count)})
 
 
 def register_norm(layer: torch.nn.Module, size: int) -> None:
-    """RMSNorm and its kin over the last dimension: alone, with residual where it takes one, and per head."""
+    """Register a norm of `size` elements: plain, per head, and with a residual if the layer takes one."""
     import inspect
 
     import torch
@@ -114,7 +119,7 @@ def register_norm(layer: torch.nn.Module, size: int) -> None:
             f"{problem} per head",
             ROWS,
             lambda m: (torch.randn(m, 12, size).to(dtype),),
-            lambda x: run(x[:, 2:7]),  # a strided view, as query and key are of their joint projection
+            lambda x: run(x[:, 2:7]),  # a strided view, like the query and key in the output of the QKV projection
         )
     )
     if with_residual:
@@ -130,7 +135,7 @@ def register_norm(layer: torch.nn.Module, size: int) -> None:
 
 
 def register_moe(experts: object, layer: torch.nn.Module) -> None:
-    """The fused experts of one layer: routed rows with fixed weights and expert ids."""
+    """Register the fused experts of one layer, run on random rows with random expert ids and expert weights."""
     import torch
 
     config = experts.moe_config
@@ -174,7 +179,7 @@ def register_moe(experts: object, layer: torch.nn.Module) -> None:
 
 
 def register_sampling(vocab: int) -> None:
-    """log_softmax, softmax, top-k with ties, argmax and the seeded draw over `vocab` logits."""
+    """Register log_softmax, softmax, top-k with ties, argmax with ties and the seeded draw over `vocab` logits."""
     import torch
 
     def logits(m):

@@ -1,1 +1,1 @@
-"""Operations on CUDA: certified library kernels and bundled kernels, as ops that torch.compile does not open."""
+"""Operations on CUDA by certified library kernels and bundled kernels. torch.compile does not trace into these ops."""

@@ -1,9 +1,9 @@
-"""PyTorch's own matrix products, sums and means on CUDA, in canonical order wherever they are called.
+"""PyTorch's own matrix products, sums and means on CUDA, in canonical order for every caller.
 
-Upstream's mode leaves mm, addmm and baddbmm to the library on Hopper, covers mean over given dimensions only, and no
-`.out` form but bmm's; compiled code calls just these forms. Here every form gives one order: products take the route
-of linears (certified, else bundled), sums and means the bundled row sum. What has another dtype or device goes to the
-kernel that PyTorch had: integers have no order, and fp64 is left as it was.
+On Hopper, upstream's mode leaves mm, addmm and baddbmm to the library. Upstream's mode also covers mean only over given
+dimensions, and no `.out` form except bmm's. Compiled code calls the forms that upstream leaves out. Here every form has
+one order. mm and an addmm that is a linear take the linear's route; other products take the bundled GEMM; sums and
+means take the bundled row sum. PyTorch's own kernels serve integers, which are exact in any order, and fp64.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def override(key: str = "CUDA") -> None:
-    """Put the overrides below on a dispatch key, over what PyTorch and upstream's mode have there. Idempotent."""
+    """Register the overrides below on a dispatch key, over those of PyTorch and upstream's mode. A second call does
+    nothing."""
     if _library:
         return
     library = torch.library.Library("aten", "IMPL")
     for name, (covers, compute) in _OVERRIDES.items():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
-            continue  # this PyTorch has no such form
+            continue  # the installed PyTorch lacks this form
         kept = torch.library.get_kernel(f"aten::{name}", key)
         if name.endswith("out"):
             compute = _into(compute)
@@ -35,7 +36,7 @@ def override(key: str = "CUDA") -> None:
 
 
 def _either(covers: Callable[..., bool], compute: Callable, kept) -> Callable:
-    """An implementation that computes what it covers and hands the rest to PyTorch's kernel."""
+    """An implementation that calls `compute` for arguments that `covers` accepts, and PyTorch's kernel for others."""
 
     def implementation(keys, *args, **kwargs):
         if covers(*args, **kwargs):
@@ -46,7 +47,7 @@ def _either(covers: Callable[..., bool], compute: Callable, kept) -> Callable:
 
 
 def _into(compute: Callable) -> Callable:
-    """The `.out` form of an operation."""
+    """The `.out` form of `compute`."""
 
     def into(*args, out, **kwargs):
         result = compute(*args, **kwargs)
@@ -58,19 +59,19 @@ def _into(compute: Callable) -> Callable:
 
 
 def _in_place(compute: Callable) -> Callable:
-    """The in-place form of an operation."""
+    """The in-place form of `compute`."""
     return lambda held, *args, **kwargs: held.copy_(compute(held, *args, **kwargs))
 
 
 def _mm(a, b):
-    """a [M, K] @ b [K, N], as a linear whose weight is b.T."""
+    """a [M, K] @ b [K, N] -> [M, N], as a linear whose weight is b.T."""
     from bi_patch.ops.cuda import linear
 
     return linear.linear(a, b.t(), None)
 
 
 def _addmm(bias, a, b, *, beta=1, alpha=1):
-    """beta * bias + alpha * (a @ b), rounded once; as a linear with bias where it is one."""
+    """beta * bias + alpha * (a [M, K] @ b [K, N]), rounded once. A call that is a linear with bias is served as one."""
     from bi_patch.ops.cuda import linear
 
     if beta == 1 and alpha == 1 and bias.dim() == 1 and bias.shape[0] == b.shape[1] and bias.dtype == a.dtype:
@@ -84,7 +85,7 @@ def _addmv(bias, a, b, *, beta=1, alpha=1):
 
 
 def _mm_as(a, b, dtype):
-    """a @ b, rounded to another dtype than theirs."""
+    """a [M, K] @ b [K, N], rounded once, to `dtype`."""
     return _wide(a, b).to(dtype)
 
 
@@ -110,7 +111,7 @@ def _wide(a, b):
 
 def _scaled(bias, product, beta, alpha, dtype):
     product = product if alpha == 1 else product * alpha
-    # As in PyTorch, beta = 0 ignores what bias holds, NaN too.
+    # As in PyTorch, beta = 0 ignores the contents of bias, also a NaN.
     return (product if beta == 0 else product + beta * bias.float()).to(dtype)
 
 
@@ -150,9 +151,10 @@ def _alike_with_bias(bias, a, b, **__) -> bool:
     return bias.dtype in _FLOATS and _alike(a, b)
 
 
-# By operator: what is covered, and how it is computed. sum and mean without dimensions call those with; matmul,
-# linear, mv and einsum call products. Upstream's mode holds bmm and softmax, here are their `.out` forms, and bmm of
-# fp32, which upstream multiplies in TF32 (positions times frequencies, where Hugging Face's code rotates).
+# By operator: which arguments are covered, and the function that computes the result. PyTorch implements sum and mean
+# without dimensions by the forms with dimensions, and matmul, linear, mv and einsum by these products. Upstream's mode
+# serves bmm and softmax; this table adds their `.out` forms. It also adds bmm of fp32, which upstream multiplies in
+# TF32. Hugging Face's rotary embedding multiplies positions and frequencies with bmm of fp32.
 _OVERRIDES: dict[str, tuple[Callable[..., bool], Callable]] = {
     "mm": (_alike, _mm),
     "mm.out": (_alike, _mm),

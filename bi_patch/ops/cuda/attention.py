@@ -1,8 +1,9 @@
-"""Decode attention on CUDA: the bundled kernel, where it is certified to give the bits of the prefill that is served.
+"""Decode attention on CUDA by the bundled kernel, where a certificate shows that it gives the bits of prefill.
 
-Prefill runs on FlashAttention 3, whose tiles for single queries are either prefill's, much too large for a decode, or
-(heads of 64) cut KV elsewhere. The bundled kernel keeps prefill's order in small tiles. The certificate compares it
-with prefill itself: one long prompt is prefilled, then the last token of each of its beginnings is decoded, bitwise.
+FlashAttention 3 serves prefill. For a single query, FlashAttention 3 either uses prefill's tiles, which are much too
+large, or (for heads of 64) divides KV at other places. The bundled kernel keeps prefill's order in small tiles. The
+certificate compares the kernel with prefill: it prefills one long prompt, then decodes the last token of many of the
+prompt's beginnings, and compares the outputs bitwise.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ if TYPE_CHECKING:
 
 OPERATION = "cuda.decode_attention"
 DATA = "beginnings of one prompt, flat scores in small pages and peaked scores in large ones, several tokens, none"
-# Not a square root of a power of 2: products of those with others round alike in whatever order they are made.
+# Not the square root of a power of 2: with such a scale, products round alike in any order, which hides another order.
 _ODD_SCALE = 168**-0.5
-# Long enough that every slot of shared memory is used again and again.
+# Long enough that the kernel uses every slot of its shared memory many times.
 _PROMPT, _SEVERAL = 7300, 5
-# Beginnings around the ends of tiles, and others.
+# Lengths of beginnings: short ones, those around the ends of tiles, and a few long ones.
 _LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 5000, 6200, _PROMPT})
 _certified: dict[Problem, bool] = {}
 
-# (q [tokens, heads, D], k and v [pages, page size, key heads, D], pages [1, most], scale) -> out, of q's shape: causal
-# attention of a whole prompt, as served.
+# (q [tokens, heads, D], k and v [pages, page size, key heads, D], pages [1, most], scale) -> out, of q's shape: the
+# served causal attention of a whole prompt.
 Prefill = Callable[..., "torch.Tensor"]
 
 
 class Problem(NamedTuple):
-    """heads and key_heads of one rank, head_size, dtype of q and of the KV cache."""
+    """One shape of attention. heads, key_heads: of one rank. dtype: of q and of the KV cache."""
 
     heads: int
     key_heads: int
@@ -51,11 +52,12 @@ def serves(problem: Problem) -> bool:
 
 
 def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Certificate | None:
-    """Compare the bundled kernel with `prefill`; `library` names the version of prefill's.
+    """Compare the bundled kernel with `prefill`. library: the version of prefill's kernel. cache: certificates' folder.
 
-    The comparison takes a tenth of a second, so every process makes the certificate anew: the one on disk could be
-    about another build of either kernel. Returns None for a problem that this process has seen before, and for one that
-    the bundled kernel does not have; prefill's kernel then decodes, as it does where the certificate fails.
+    The comparison takes a tenth of a second, so every process makes the certificate anew: the certificate on disk could
+    be about another build of either kernel. Returns None for a problem that this process has certified before, and for
+    a problem that the bundled kernel does not cover. Prefill's kernel decodes a problem that is not covered, and a
+    problem whose certificate fails.
     """
     from bi_patch.kernels.cuda import decode
 
@@ -80,9 +82,9 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
 
 
 def attend(q, k, v, out, starts, lengths, pages, scale: float) -> bool:
-    """Write attention into `out` by the bundled kernel (bi_patch.kernels.cuda.decode.attend).
+    """Write attention into `out` by the bundled kernel; bi_patch.kernels.cuda.decode.attend documents the arguments.
 
-    False, with nothing done, where it cannot take the tensors.
+    Returns False, and writes nothing, if the kernel cannot take the tensors.
     """
     from bi_patch.kernels.cuda import decode
 
@@ -101,14 +103,15 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     tally = Tally(_LENGTHS)
     heads, key_heads, size, dtype = problem
     device = torch.cuda.current_device()
-    decode.prepare(heads, key_heads, size, dtype, device)  # compiled and loaded now, not when a graph is captured
+    decode.prepare(heads, key_heads, size, dtype, device)  # compile and load now: graph capture allows neither
     generator = torch.Generator("cuda").manual_seed(size)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda").to(dtype)
 
     def layouts():
-        """k and v of the prompt in random pages: packed in small ones, side by side as vLLM 0.26 has them in large."""
+        """The prompt's q, k and v in random pages: small pages of K and of V, and large pages that hold K and V side
+        by side, as in vLLM 0.26."""
         for what, page, factor, scale in (("flat", 16, 1.0, size**-0.5), ("peaked", 128, 6.0, _ODD_SCALE)):
             blocks = -(-_PROMPT // page)
             pages = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)[None]
@@ -121,7 +124,7 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     def ints(values):
         return torch.tensor(values, dtype=torch.int32, device="cuda")
 
-    # A request a length, one with the prompt's last tokens, one with none.
+    # One request per length, then a request with the prompt's last tokens, then a request without tokens.
     number = len(_LENGTHS)
     rows = ints([*(length - 1 for length in _LENGTHS), *range(_PROMPT - _SEVERAL, _PROMPT)]).long()
     starts, lengths = ints([*range(number + 1), len(rows), len(rows)]), ints([*_LENGTHS, _PROMPT, 1])

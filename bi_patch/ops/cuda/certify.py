@@ -1,7 +1,7 @@
-"""The certificates of a CUDA worker: all are made at one moment, when the model is loaded.
+"""The certificates of a CUDA worker. All are made at one moment, when the model is loaded.
 
-Nothing has been compiled or captured by then, and vLLM has not yet measured how much memory is free. Where a
-certificate fails, a kernel serves that keeps the order by construction (bi_patch.ops.certificates).
+At that moment vLLM has compiled and captured nothing, and has not measured the free memory. If a certificate fails,
+another kernel serves, which keeps the order by construction (bi_patch.ops.certificates).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def certify(
 ) -> list[Certificate]:
     """Certify every linear, every size of experts and every shape of decode attention of one worker.
 
-    max_rows: the most tokens of a step; products are certified up to so many rows. library: the version of vLLM, whose
-    kernels are compared, and the switches that choose among them. cache: where certificates are kept. A problem may
-    occur more than once and is certified once.
+    max_rows: the maximum number of tokens of a step. Linears and experts are certified for up to max_rows rows.
+    library: the version of vLLM, whose kernels are compared, and the switches that choose among these kernels. cache:
+    the folder of certificates. A problem that occurs several times is certified once. Returns the certificates of
+    linears, experts and attention, in this order, failed certificates included.
     """
     import torch
 

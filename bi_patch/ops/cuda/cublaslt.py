@@ -1,9 +1,9 @@
-"""cuBLASLt called directly, with an algorithm that is chosen once for a problem and number of rows, and never splits K.
+"""Direct calls of cuBLASLt, with an algorithm that is chosen once per problem and number of rows, and never splits K.
 
-PyTorch asks cuBLASLt for an algorithm in every call; with a workspace too small for split-K that look-up is not cached
-and takes 0.2 ms of host time, more than a whole layer. Here callers keep an answer and call with it. The request
-states: no workspace, no reduction scheme, 16-byte alignment; an answer that splits K all the same is left out.
-Numbers are those of cublasLt.h (CUDA 12 and 13).
+PyTorch asks cuBLASLt for an algorithm in every call. If the workspace is too small for split-K, PyTorch does not cache
+the answer, and each call takes 0.2 ms of host time, more than a whole layer. Here a caller keeps the algorithm and
+passes it to every call. The request asks for no workspace, no reduction scheme and 16-byte alignment. `Gemm.offers`
+drops algorithms that split K anyway. The numbers below are those of cublasLt.h (CUDA 12 and 13).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _R_32F, _TYPES = 0, {"float32": 0, "float16": 2, "bfloat16": 14}
 _DESC_TRANSA, _DESC_EPILOGUE, _DESC_BIAS = 3, 7, 8
 _OP_T, _EPILOGUE_BIAS = 1, 4
 _PREF_WORKSPACE, _PREF_REDUCTION, _PREF_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
-# What makes an algorithm: id, tile, split-K, reduction, custom option, stages, inner shape, cluster. Swizzling of tiles
-# orders blocks and reaches no sum.
+# The attributes that identify an algorithm: id, tile, split-K, reduction, custom option, stages, inner shape, cluster.
+# The swizzling attribute is left out: it changes the order of blocks and no sum.
 _ALGO = {"id": 0, "tile": 1, "split_k": 2, "reduction": 3, "custom": 5, "stages": 6, "inner": 7, "cluster": 8}
 _SHORT = ("inner", "cluster")  # 16-bit attributes
 ALIGNMENT = 16
-_OFFERS = 8  # at most so many answers are asked for
+_OFFERS = 8  # the maximum number of algorithms asked for
 
 
 class _Opaque(ctypes.Structure):
@@ -46,7 +46,7 @@ class _Result(ctypes.Structure):
 
 
 class Kind(NamedTuple):
-    """An algorithm's configuration by the numbers of cublasLt.h."""
+    """An algorithm's configuration, in the numbers of cublasLt.h."""
 
     id: int
     tile: int
@@ -59,10 +59,10 @@ class Kind(NamedTuple):
 
 
 class Algorithm:
-    """One of the library's algorithms for a problem with a number of rows. Pointers are given with each call.
+    """One of the library's algorithms for a problem and a number of rows.
 
-    x, out: the library's layouts of these matrices. opaque: the algorithm as the library writes it down. kind: its
-    configuration.
+    x, out: the library's layouts of these matrices. opaque: the algorithm as the library stores it. kind: the
+    algorithm's configuration.
     """
 
     __slots__ = ("kind", "opaque", "out", "x")
@@ -72,7 +72,11 @@ class Algorithm:
 
 
 class Gemm:
-    """out [M, N] = x [M, K] @ weight [N, K].T + bias [N], all of one dtype, packed rows, 16-byte aligned pointers."""
+    """out [M, N] = x [M, K] @ weight [N, K].T + bias [N].
+
+    All tensors have one dtype (bf16, fp16 or fp32), packed rows and pointers aligned to 16 bytes. Raises
+    CertificateFailed for another dtype, and if the library reports an error.
+    """
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool):
         name = str(dtype).removeprefix("torch.")
@@ -87,14 +91,14 @@ class Gemm:
         if bias:
             self._set(_DESC_EPILOGUE, c_uint32(_EPILOGUE_BIAS))
         self._weight = self._layout(k, n)
-        self._kinds: dict[bytes, Kind] = {}  # of algorithms seen: reading the attributes of one takes longer
+        self._kinds: dict[bytes, Kind] = {}  # a cache: reading an algorithm's attributes takes longer
         self._alpha, self._beta = c_float(1.0), c_float(0.0)
         self._preference = self._request()
 
     def offers(self, rows: int) -> list[Algorithm]:
-        """The library's algorithms for a number of rows, best guess first, one of a kind; empty where all split K.
+        """The library's algorithms for a number of rows, one per kind, in the library's order of estimated speed.
 
-        Every call asks the library anew.
+        The list is empty if all algorithms split K. Every call asks the library again.
         """
         # Column-major, as the library sees it: out [N, M] = weight [K, N]^T @ x [K, M].
         x, out = self._layout(self.k, rows), self._layout(self.n, rows)
@@ -108,12 +112,12 @@ class Gemm:
                 continue
             kind = self._kind(result.algorithm)
             if kind.split_k <= 1 and not kind.reduction and kind not in offered:
-                # A copy: a result is a part of the array and would keep all of it.
+                # Copy: a result is a part of the array and would keep the whole array in memory.
                 offered[kind] = Algorithm(x, out, _Opaque.from_buffer_copy(result.algorithm), kind)
         return list(offered.values())
 
     def __call__(self, algorithm: Algorithm, x: int, weight: int, bias: int | None, out: int, stream: int) -> None:
-        """Enqueue the product on `stream`; x, weight, bias and out are device addresses."""
+        """Enqueue the product on `stream`. x, weight, bias and out are device addresses; stream is a CUDA stream's."""
         if bias is not None:
             self._set(_DESC_BIAS, c_void_p(bias))
         code = self._library.cublasLtMatmul(
@@ -188,7 +192,10 @@ class Gemm:
 
 @functools.cache
 def load():
-    """The cuBLASLt that PyTorch has loaded, and a handle on the current device. Raises CertificateFailed without."""
+    """The cuBLASLt library that PyTorch has loaded, and a handle for the current device.
+
+    Raises CertificateFailed if the library gives no handle.
+    """
     import torch
 
     torch.cuda.current_blas_handle()  # loads the library

@@ -1,7 +1,8 @@
-"""Which of the algorithms that cuBLASLt offers serves a number of rows: by time, among those that are certified.
+"""The choice among cuBLASLt's algorithms for a number of rows M: the fastest algorithm whose kind is certified.
 
-The library orders its offers by its own estimate, and its first is not always the fastest. Offers are timed at a few M;
-the fastest kind there also serves the M below it, down to the timed M before, since they need about as many tiles.
+An offer is an algorithm that the library proposes for an M. The library sorts its offers by its own estimate, and the
+first offer is not always the fastest. Offers are timed at a few M. The fastest kind at a timed M also serves the M
+between the timed M before and this M, because they need about as many tiles.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 from bi_patch.ops.cuda.cublaslt import Algorithm, Kind
 
-# Where the number of tiles of common sizes changes.
+# M around which the number of tiles changes, for common sizes.
 _TIMED = (1, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048, 4096, 8192)
-_FASTER = 0.98  # another offer must beat the first by this: less is noise
+_FASTER = 0.98  # another offer must take at most this share of the first offer's time: less is noise
 
 
 def timed_rows(limit: int) -> list[int]:
-    """The M, ascending, at which offers are timed; the limit is one of them."""
+    """The M at which offers are timed, ascending, up to and including `limit`."""
     return sorted({*(m for m in _TIMED if m < limit), limit})
 
 
 def prefer(offers: Mapping[int, Sequence[Algorithm]], times: Mapping[int, Sequence[float]]) -> dict[int, Kind]:
-    """The kind to take at each M up to the last timed one, ascending.
+    """The fastest kind at each of timed_rows up to the last timed M, ascending.
 
-    offers: by M, in the library's order. times: of each offer by M, in one unit; M with a single offer need none.
+    offers: by M, in the library's order. times: by M, the time of each offer, in one unit for all. An M with a single
+    offer needs no times.
     """
     last = max(times, default=0)
     rows = [m for m in timed_rows(last) if offers.get(m)] if times else []
@@ -33,9 +35,10 @@ def prefer(offers: Mapping[int, Sequence[Algorithm]], times: Mapping[int, Sequen
 def choose(
     rows: int, offers: Sequence[Algorithm], preferred: Mapping[int, Kind], may: Callable[[Kind], bool]
 ) -> Algorithm | None:
-    """The offer that serves `rows`, of a kind that `may`; None where there is no such offer.
+    """The offer that serves `rows`, among offers whose kind `may` accepts; None if `may` accepts no offer.
 
-    It is of the kind preferred at the least M that is not below `rows`, else the first.
+    The chosen offer has the kind preferred at the least M that is not below `rows`. Without an offer of this kind, the
+    first accepted offer is chosen.
     """
     able = [offer for offer in offers if may(offer.kind)]
     above = min((m for m in preferred if m >= rows), default=None)
@@ -48,11 +51,11 @@ def compare(
     preferred: Mapping[int, Kind],
     differs: Callable[[int, Algorithm], int],
 ) -> dict[Kind, dict[int, int]]:
-    """Outputs that differ from the reference, by kind and M: all kinds that serve some M or are offered first there.
+    """Compare kinds with the reference; returns by kind and M the number of outputs that differ.
 
-    offers: by M, ascending, in the library's order. differs: (M, algorithm) -> outputs that differ. Each kind is
-    compared at the first, a middle and the last of its M. What would serve in place of a kind that differs is compared
-    in turn.
+    The function compares each kind that would serve some M or is the first offer for some M, at the first, a middle and
+    the last such M. If a kind differs, the function also compares the kinds that would serve in its place. offers: by
+    M, ascending, in the library's order. differs: (M, algorithm) -> the number of outputs that differ.
     """
     found: dict[Kind, dict[int, int]] = {}
     failed: set[Kind] = set()

@@ -1,16 +1,19 @@
 """Routes of unquantized linears on CUDA: cuBLASLt without split-K where certified, else the bundled Triton GEMM.
 
 Order: ascending K, one pass, one fp32 accumulator, bias added in fp32 before rounding (kernels/triton/gemm.py).
-A certificate covers one (N, K, dtype, bias) for every M up to a limit. The library (cublaslt) is asked for its
-algorithms for each M up to 1024 and every seventh above, and they are timed at a few M. Each kind of algorithm that is
-picked by time for some M (cublaslt_choice), or that the library offers first, runs against the bundled reference,
-bitwise, at its first, a middle and its last such M. When serving, an M gets the offer picked by time among the kinds
-that passed. A kind that differed anywhere or was never compared does not serve; an M without an offer that may serve,
-and every M past the limit, gets the bundled kernel. So time decides speed alone: another choice gives the same bits.
 
-Rounding to 16 bits hides most other orders: on plain random data one output in thousands shows one. So half of the sums
-that are compared are exactly zero: what comes out is what their order left, and another order leaves something else.
-The other half are plain, and show where the result was rounded and the bias added.
+A certificate covers one (N, K, dtype, bias) for every number of rows M up to a limit. bi_patch asks the library
+(cublaslt) for its algorithms for each M up to 1024 and every seventh M above, and times them at a few M. A kind of
+algorithm is compared if it is the fastest for some M (cublaslt_choice) or the library's first offer for some M. The
+comparison with the bundled reference is bitwise, at the first, a middle and the last such M.
+
+When serving, an M gets the fastest offer among the kinds that passed. A kind that differed at any M, or that was never
+compared, does not serve. The bundled kernel serves an M without a certified offer, and every M past the limit. Times
+therefore change only the speed: another choice gives the same bits.
+
+Rounding to 16 bits hides most other orders: on plain random data, one output in thousands shows another order. So half
+of the compared sums are exactly zero. Their outputs are only rounding errors, which depend on the order of the sum. The
+other half are sums of plain random data, which show where a kernel rounds and where it adds the bias.
 """
 
 from __future__ import annotations
@@ -38,15 +41,16 @@ if TYPE_CHECKING:
 OPERATION = "cuda.linear"
 DATA = "sums of zero and others, algorithms by time"
 VENDOR = "cublaslt"
-# At most this share of free memory is used for inputs and outputs of a certificate; it bounds the M that is covered.
+# A certificate's inputs and outputs use at most this share of the free memory, which limits the M that it covers.
 _MEMORY_SHARE = 0.3
-# Up to this many rows are compared at two positions of the input; more rows hold many positions themselves.
+# Up to this many rows are compared at two positions of the input. More rows include many positions anyway.
 _TWICE = 2048
-# The library is asked for every M up to here, then for every seventh: prime to all that a choice may be aligned to.
+# The library is asked for every M up to _EACH, then for every seventh M. 7 divides no alignment that a choice may have.
 _EACH, _STEP = 1024, 7
-# A timed graph holds enough calls to take about so long, in microseconds, at most so many; its replays.
+# A timed graph holds enough calls to take about _TIMED_US microseconds, but at most _CALLS. It is replayed _REPLAYS
+# times.
 _TIMED_US, _CALLS, _REPLAYS = 150, 128, 3
-# Where the first offer takes longer than this, in microseconds, it serves: timing others would take seconds.
+# If the first offer takes longer than this, in microseconds, it serves: timing the others would take seconds.
 _SLOW_US = 2000
 
 
@@ -64,10 +68,11 @@ class Problem(NamedTuple):
 
 @dataclass
 class Route:
-    """The kinds of the vendor's algorithms that may serve up to `limit` rows; None of them: the bundled kernel.
+    """Which kernel serves which numbers of rows M of one problem.
 
-    tiles_agree: the bundled variants give equal bits here, so the fastest may serve each M; else the reference does.
-    preferred: the vendor's fastest kind by measured M.
+    kinds: the kinds of the vendor's algorithms that may serve. limit: the largest M that the vendor may serve.
+    tiles_agree: whether all bundled variants give equal bits, so that the fastest may serve each M; else the reference
+    variant serves. gemm: the vendor's GEMM, None if no kind passed. preferred: the vendor's fastest kind, by timed M.
     """
 
     kinds: frozenset[cublaslt.Kind]
@@ -78,7 +83,7 @@ class Route:
     _chosen: dict[int, cublaslt.Algorithm | None] = field(default_factory=dict, repr=False)
 
     def algorithm(self, rows: int) -> cublaslt.Algorithm | None:
-        """The vendor's algorithm for a number of rows, where it is certified."""
+        """The vendor's certified algorithm for a number of rows, or None if the bundled kernel serves."""
         try:
             return self._chosen[rows]
         except KeyError:
@@ -93,18 +98,22 @@ _TYPES = ("bfloat16", "float16", "float32")
 
 
 def define_op() -> None:
-    """Define torch.ops.bi_patch.linear(x, weight, bias). Idempotent."""
+    """Define torch.ops.bi_patch.linear(x, weight, bias). A second call does nothing."""
     define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear, "CUDA", _fake)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the certified route. A problem without one is bundled."""
+    """x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the problem's route.
+
+    The bundled reference serves a problem without a route. Raises CertificateFailed for a dtype other than bf16, fp16
+    and fp32, and if the dtypes of x and weight differ.
+    """
     import torch
 
     n, k = weight.shape
     flat = x.reshape(-1, k)
     if not _packed(flat, k):
-        # Certificates are about aligned, packed rows: another layout may get another algorithm.
+        # Certificates cover aligned, packed rows only: the library may pick another algorithm for another layout.
         flat = flat.clone(memory_format=torch.contiguous_format)
     rows = flat.shape[0]
     route = _routes.get((n, k, x.dtype, bias is not None))
@@ -121,7 +130,7 @@ def _packed(tensor, row: int) -> bool:
 
 
 def _vendor(gemm: cublaslt.Gemm, algorithm: cublaslt.Algorithm, x, weight, bias, out=None):
-    """The library's GEMM on packed, aligned tensors, by one of its algorithms."""
+    """The library's GEMM with the given algorithm, on packed, aligned tensors."""
     import torch
 
     if out is None:
@@ -136,9 +145,10 @@ def _fake(x, weight, bias):
 
 
 def bundled(x, weight, bias, tiles_agree: bool, out=None):
-    """The bundled GEMM: x [M, K] @ weight [N, K].T + bias [N] -> [M, N], into `out` where given.
+    """The bundled GEMM: x [M, K] @ weight [N, K].T + bias [N] -> [M, N], into `out` if given.
 
-    tiles_agree: any variant may serve, else only the reference. Raises CertificateFailed for a dtype without a kernel.
+    tiles_agree: whether any variant may serve; else only the reference does. Raises CertificateFailed for a dtype
+    without a kernel, and if the dtypes of x and weight differ.
     """
     from bi_patch.kernels.triton import gemm
 
@@ -153,7 +163,7 @@ def bundled(x, weight, bias, tiles_agree: bool, out=None):
 
 
 def _parts(x, weight):
-    """The bundled variants for these tensors, by columns."""
+    """The bundled variants for these tensors, one for each range of columns."""
     from bi_patch.kernels.triton import gemm
 
     size = x.element_size()
@@ -169,7 +179,10 @@ def _reference_tile(size: int):
 
 
 def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Certificate]:
-    """Give each problem its route for all M up to max_rows, from disk or anew. Call it before any graph is captured."""
+    """Certify each problem for all M up to max_rows, or read its certificate from `cache`, and set up its route.
+
+    Call this before any graph is captured. Returns one certificate per distinct problem, failed certificates included.
+    """
     made = []
     for problem in dict.fromkeys(problems):
         key = _key(problem, max_rows)
@@ -186,7 +199,7 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
 
 
 def routes() -> dict[Problem, Route]:
-    """The routes of this process."""
+    """The routes of this process, by problem."""
     return dict(_routes)
 
 
@@ -197,7 +210,7 @@ def _key(problem: Problem, max_rows: int) -> Key:
 
 
 def asked_rows(limit: int) -> list[int]:
-    """The M, ascending, for which the library is asked for its algorithms; the limit is one of them."""
+    """The M for which the library is asked for its algorithms, ascending, up to and including `limit`."""
     each, some = range(1, min(limit, _EACH) + 1), range(_EACH, limit, _STEP)
     return sorted({*each, *some, *cublaslt_choice.timed_rows(limit)})
 
@@ -218,7 +231,7 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
     if differing:
         kind, m = next((kind, m) for kind, m in tested if found[kind][m])
         first = f"M={m}: {found[kind][m]} outputs of algorithm {tuple(kind)} differ from the bundled GEMM"
-    # Compiling every variant takes seconds: only where they will serve.
+    # Compiling every variant takes seconds, so the variants are compared only if they will serve.
     agree = (differing > 0 or not found) and trial.tiles_agree()
     del trial
     torch.cuda.empty_cache()
@@ -245,7 +258,7 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
 
 
 class _Trial:
-    """Random data for one problem, the reference's output, and comparisons with it."""
+    """Random data for one problem, the reference's output, and the comparisons with this output."""
 
     def __init__(self, problem: Problem, max_rows: int):
         import torch
@@ -256,17 +269,17 @@ class _Trial:
         limit = int(free * _MEMORY_SHARE / size) - self.n * self.k
         # The input, the reference and one output at a time.
         self.rows = max(1, min(max_rows, limit // (self.k + 2 * self.n)))
-        # Copies of the weight for which there is memory besides.
+        # How many more copies of the weight fit into the memory.
         self.copies = (limit - self.rows * (self.k + 2 * self.n)) // (self.n * self.k)
         generator = torch.Generator("cuda").manual_seed(self.n * 1_000_003 + self.k)
         order = torch.randperm(self.k, generator=generator, device="cuda")
         self.x = cancelling(self.rows, order, 1, generator, dtype)
         self.weight = cancelling(self.n, order, -1, generator, dtype)
-        self.weight[1::2].abs_().mul_(0.125)  # their sums are not zero; fp16 holds them
+        self.weight[1::2].abs_().mul_(0.125)  # sums that are not zero, small enough for fp16
         self.bias = None
         if bias:
             self.bias = torch.randn(self.n, generator=generator, device="cuda", dtype=dtype)
-            self.bias[::2] = 0  # it would cover what is left of a sum
+            self.bias[::2] = 0  # a bias would hide the rounding left of a sum
         self.gemm = cublaslt.Gemm(*problem)
         self.out = torch.empty((self.rows, self.n), dtype=dtype, device="cuda")
         self.want = bundled(self.x, self.weight, self.bias, False)
@@ -274,17 +287,17 @@ class _Trial:
             raise ArithmeticError("the bundled GEMM gives values that are not finite")
 
     def offers(self) -> dict[int, list[cublaslt.Algorithm]]:
-        """The library's algorithms by M, for each M that is asked for, ascending."""
+        """The library's algorithms by M, for each M of asked_rows, ascending."""
         asked = asked_rows(self.rows)
-        # The library answers on the host, outside Python's lock.
+        # The library computes its answer on the host, without Python's lock.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             return dict(zip(asked, pool.map(self.gemm.offers, asked), strict=True))
 
     def times(self, offers: Mapping[int, list[cublaslt.Algorithm]]) -> dict[int, list[float]]:
-        """Microseconds of each offer, by M, where there are several; up to the first M where one call takes too long.
+        """Microseconds of each offer, by M, for M with several offers; up to the first M at which a call is too slow.
 
-        Each call takes the next of several copies of the weight, more than the L2 cache holds: a model's come from
-        memory. Nothing is timed where there is no memory for them.
+        Each call takes the next of several copies of the weight. The copies together exceed the L2 cache, because a
+        model reads its weights from memory. Returns {} if the copies do not fit into the memory.
         """
         more = min(2 * machine.cache_bytes() // self.weight.nbytes, _CALLS - 1)
         if not offers or more > self.copies:
@@ -304,7 +317,7 @@ class _Trial:
         return found
 
     def vendor_differs(self, m: int, algorithm: cublaslt.Algorithm) -> int:
-        """Outputs that differ from the reference for the first m rows and, if few, the last m (another position)."""
+        """How many outputs differ from the reference, for the first m rows and, if m is small, also the last m rows."""
         count = 0
         for at in {0, self.rows - m} if m <= _TWICE else {0}:
             x = self.x[at : at + m]
@@ -316,7 +329,7 @@ class _Trial:
         return _vendor(self.gemm, algorithm, x, weight, self.bias, self.out[: x.shape[0]])
 
     def tiles_agree(self) -> bool:
-        """Whether every bundled variant that can serve gives the reference's bits."""
+        """Whether every bundled variant that `_parts` may choose gives the reference's bits."""
         most = {tuple(p.tile for p in _parts(self.x[:m], self.weight)): m for m in asked_rows(self.rows)}
         return not any(
             bits.differing(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m]) for m in most.values()

@@ -1,8 +1,8 @@
-"""What every CUDA order shares: the library switches that forbid split-K, and what a certificate's key names.
+"""What all operations on CUDA share: the library switches that forbid split-K, and the parts of a certificate's key.
 
-Split-K is forbidden by a workspace too small to hold partial sums, which covers every dtype and costs no speed on
-Hopper, and by PyTorch's switch, which masks reduction schemes in cuBLASLt for bf16 and fp16. The switch alone is not
-enough: with a full workspace it left results that differ, and kernels many times slower.
+Two switches forbid split-K. A workspace too small for partial sums covers every dtype and costs no speed on Hopper.
+PyTorch's switch masks reduction schemes in cuBLASLt for bf16 and fp16. PyTorch's switch alone is not enough: with a
+full workspace, some results still differed, and some kernels were many times slower.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Read by cuBLAS when a handle is made, and by PyTorch at its first matrix product.
+# cuBLAS reads these variables when a handle is created, PyTorch at its first matrix product.
 WORKSPACE = {"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-# cuBLASLt keeps one order where it does not split K; on older architectures that was never seen to hold.
+# From this compute capability on, cuBLASLt keeps one order if it does not split K. For older devices, bi_patch has no
+# evidence of this.
 VENDOR_CAPABILITY = (9, 0)
 
 
 def forbid_split_k() -> None:
-    """Set this process's libraries so that no matrix product is split along K. Idempotent."""
+    """Switch split-K off in this process's libraries, for every matrix product. A second call changes nothing."""
     import torch
 
-    os.environ.update(WORKSPACE)  # upstream's mode writes another value first
+    os.environ.update(WORKSPACE)  # replaces the value that upstream's mode wrote
     matmul = torch.backends.cuda.matmul
     # (reduced precision, split-K)
     matmul.allow_bf16_reduced_precision_reduction = (False, False)
@@ -37,7 +38,7 @@ def forbid_split_k() -> None:
 
 
 def vendor_allowed() -> bool:
-    """Whether the vendor's GEMM may be certified on this device."""
+    """Whether bi_patch may certify the vendor's GEMM on this device."""
     import torch
 
     return torch.cuda.get_device_capability() >= VENDOR_CAPABILITY
@@ -45,7 +46,7 @@ def vendor_allowed() -> bool:
 
 @functools.cache
 def shared_memory() -> int:
-    """Bytes of shared memory that one block may use on the current device."""
+    """The bytes of shared memory that one block may use on the current device."""
     import torch
 
     return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
@@ -53,7 +54,7 @@ def shared_memory() -> int:
 
 @functools.cache
 def cache_bytes() -> int:
-    """Bytes of the current device's L2 cache."""
+    """The size of the current device's L2 cache in bytes."""
     import torch
 
     return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
@@ -61,7 +62,7 @@ def cache_bytes() -> int:
 
 @functools.cache
 def processors() -> int:
-    """Multiprocessors of the current device."""
+    """The number of multiprocessors of the current device."""
     import torch
 
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
@@ -78,7 +79,7 @@ def device() -> str:
 
 @functools.cache
 def libraries() -> str:
-    """Versions of all that chooses or compiles a kernel, and the switches that steer the choice."""
+    """The versions of all libraries that choose or compile a kernel, and the variables that influence the choice."""
     import torch
     import triton
 
@@ -93,7 +94,7 @@ def libraries() -> str:
 
 @functools.cache
 def kernels_digest(kind: str = "triton") -> str:
-    """A digest over the source of the bundled kernels in kernels/<kind>."""
+    """The digest of the sources of the bundled kernels in kernels/<kind>."""
     from bi_patch import kernels
 
     files = (path for path in (Path(next(iter(kernels.__path__))) / kind).iterdir() if path.is_file())

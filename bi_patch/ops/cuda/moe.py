@@ -1,10 +1,12 @@
-"""Tiles of the Triton experts on CUDA: by the number of tokens, never splitting K, certified against one fixed tile.
+"""Tiles of the Triton experts on CUDA: chosen by the number of tokens, without split-K, certified against a fixed tile.
 
-Order: each expert's two products run over ascending K in one pass with one fp32 accumulator; a token's experts are then
-summed in the order of its top-k list. Tiles change neither where the device's matrix instructions add alike.
+Order: each expert's two products run over ascending K, in one pass, with one fp32 accumulator. A token's experts are
+then summed in the order of the token's top-k list. A tile changes neither order, provided that the device's matrix
+instructions add in one order in every tile. The certificate tests this.
 
-As for linears, rounding to 16 bits hides most other orders. So sums are compared that are zero: those of the first
-product's `up` half, whose rounding errors are then what half of the sums of the second product cancel.
+As for linears, rounding to 16 bits hides most other orders. So the sums in the `up` half of the first product are
+exactly zero, and their outputs are only rounding errors. In half of the sums of the second product, these rounding
+errors cancel again.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 OPERATION = "cuda.moe"
 DATA = "sums of zero and others"
-# What every other tile is compared with, and what serves where one differs: upstream's tile in its own mode.
+# The tile of upstream's mode. Every other tile is compared with FIXED, and FIXED serves if another tile differs.
 FIXED = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
 _fixed: set[tuple[int, int, str | None]] = set()
 _done: set[Problem] = set()
@@ -32,7 +34,7 @@ _TABLES = Path(__file__).resolve().parent / "tables"
 
 
 class Problem(NamedTuple):
-    """w13 [experts, 2 * n, hidden] and w2 [experts, hidden, n], top_k experts a token."""
+    """One size of experts: w13 [experts, 2 * n, hidden], w2 [experts, hidden, n], top_k experts per token."""
 
     experts: int
     n: int
@@ -45,14 +47,15 @@ class Problem(NamedTuple):
 
     @property
     def table(self) -> tuple[int, int, str | None]:
-        """The key by which vLLM looks for tiles: experts, n, name of the quantization (None: bf16 or fp16)."""
+        """The key by which vLLM looks up tiles: experts, n, name of the dtype (None for bf16 and fp16)."""
         return self.experts, self.n, "float32" if self.dtype.itemsize == 4 else None
 
 
 class Kernel(NamedTuple):
-    """run: (x [M, hidden], w13, w2, weights [M, top_k] fp32, ids [M, top_k] int32) -> [M, hidden]. choose: M -> tile.
+    """vLLM's kernel for experts.
 
-    override: a context in which every call takes the given tile.
+    run: (x [M, hidden], w13, w2, weights [M, top_k] fp32, ids [M, top_k] int32) -> [M, hidden]. choose: M -> the tile
+    that serves. override: a context manager in which every call takes the given tile.
     """
 
     run: Callable[..., torch.Tensor]
@@ -61,17 +64,17 @@ class Kernel(NamedTuple):
 
 
 def one_pass(tile: dict[str, int]) -> dict[str, int]:
-    """`tile` without a split of K."""
+    """`tile` without split-K."""
     return {**tile, "SPLIT_K": 1}
 
 
 def is_fixed(experts: int, n: int, dtype: str | None) -> bool:
-    """Whether a size's tiles failed, so that only FIXED may serve it."""
+    """Whether the certificate of this size failed, so that only FIXED may serve."""
     return (experts, n, dtype) in _fixed
 
 
 def bundled_table(experts: int, n: int, dtype: str | None) -> dict[int, dict[str, int]] | None:
-    """Our own tuned tiles by number of tokens, for this device, or None."""
+    """bi_patch's own tuned tiles for this device, by number of tokens; None if bi_patch has no table for this size."""
     model = machine.device().split(" sm_")[0].replace(" ", "_")
     file = _TABLES / f"moe-{model}-E{experts}-N{n}{'-' + dtype if dtype else ''}.json"
     if not file.is_file():
@@ -80,9 +83,10 @@ def bundled_table(experts: int, n: int, dtype: str | None) -> dict[int, dict[str
 
 
 def certify(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache: Path) -> Certificate | None:
-    """Compare every tile that any M up to max_rows gets with FIXED; where the certificate fails, FIXED serves the size.
+    """Compare every tile that serves some M up to max_rows with FIXED. If the certificate fails, FIXED serves the size.
 
-    library: names the version of the kernel's. Returns None for a problem that this process has seen before.
+    library: the version of the kernel's library. cache: the folder of certificates. Returns None for a problem that
+    this process has certified before.
     """
     if problem in _done:
         return None
@@ -102,7 +106,10 @@ def certify(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache
 
 
 def operands(problem: Problem, rows: int, generator: torch.Generator):
-    """x [rows, hidden], w13 and w2 on the generator's device; every expert has the same weights, held once."""
+    """x [rows, hidden], w13 and w2, random, on the generator's device.
+
+    All experts share one set of weights in memory. The module's docstring says which sums are zero.
+    """
     import torch
 
     device, dtype, n = generator.device, problem.dtype, problem.n
@@ -111,11 +118,11 @@ def operands(problem: Problem, rows: int, generator: torch.Generator):
     x = cancelling(rows, columns, 1, generator, dtype)
     gate = torch.randn((n // 2, problem.hidden), generator=generator, device=device).to(dtype)
     up = cancelling(n // 2, columns, -1, generator, dtype)
-    # Gate and up rows come in equal pairs, so the activations that w2 multiplies do.
+    # The gate and up rows come in equal pairs. So the activations, which w2 multiplies, come in equal pairs too.
     odd = gate.new_zeros((n % 2, problem.hidden))
     w13 = torch.cat([torch.cat((half, half, odd))[inner] for half in (gate, up)])
-    w2 = cancelling(problem.hidden, inner, -1, generator, dtype).mul_(16)  # fp16 holds what their sums leave
-    w2[1::2].abs_().mul_(0.125)  # sums that are not zero show where they are rounded
+    w2 = cancelling(problem.hidden, inner, -1, generator, dtype).mul_(16)  # large enough that fp16 holds the errors
+    w2[1::2].abs_().mul_(0.125)  # sums that are not zero show where the kernel rounds
     return x, w13.expand(problem.experts, -1, -1), w2.expand(problem.experts, -1, -1)
 
 

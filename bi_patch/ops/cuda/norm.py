@@ -1,4 +1,7 @@
-"""RMSNorm on CUDA as ops that torch.compile does not open: one order for all row counts (kernels/triton/norm.py)."""
+"""RMSNorm on CUDA by the bundled kernel, which has one order for all row counts (kernels/triton/norm.py).
+
+torch.compile does not trace into the ops.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def define_ops() -> None:
-    """Define torch.ops.bi_patch.rms_norm and .add_rms_norm. Idempotent."""
+    """Define torch.ops.bi_patch.rms_norm and torch.ops.bi_patch.add_rms_norm. A second call does nothing."""
     arguments = "Tensor? weight, float eps, float offset"
     define(f"rms_norm(Tensor x, {arguments}) -> Tensor", _rms_norm, "CUDA", lambda x, *_: x.new_empty(x.shape))
     define(
@@ -25,7 +28,10 @@ def define_ops() -> None:
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None = None, offset: float = 0.0
 ):
-    """RMSNorm of x [..., C] times (weight + offset); with a residual, (norm of x + residual, x + residual)."""
+    """RMSNorm of x [..., C] times (weight [C] + offset) -> [..., C].
+
+    With a residual [..., C], the function norms x + residual and returns (the norm, x + residual).
+    """
     import torch
 
     if residual is None:

@@ -1,4 +1,7 @@
-"""Rotary embedding on CUDA as an op opaque to torch.compile: compiled equals eager (kernels/triton/rope.py)."""
+"""Rotary embedding on CUDA by the bundled kernel (kernels/triton/rope.py).
+
+torch.compile does not trace into the op, so compiled and eager code give the same bits.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from bi_patch.ops.registration import define
 
 
 def define_op() -> None:
-    """Define torch.ops.bi_patch.rope. Idempotent."""
+    """Define torch.ops.bi_patch.rope. A second call does nothing."""
     define(
         "rope(Tensor positions, Tensor q, Tensor k, Tensor cache, int head_size, Tensor? q_weight, Tensor? k_weight, "
         "float eps) -> (Tensor, Tensor)",
@@ -17,12 +20,16 @@ def define_op() -> None:
 
 
 def covers(head_size: int, rotary_dim: int, neox: bool) -> bool:
-    """Whether the bundled kernel computes this form of the embedding."""
+    """Whether the bundled kernel computes this form: neox style, all of a head rotated, head_size a power of two."""
     return neox and rotary_dim == head_size and head_size >= 16 and head_size & (head_size - 1) == 0
 
 
 def rope(positions, q, k, cache, head_size: int, q_weight=None, k_weight=None, eps: float = 0.0):
-    """q [..., Hq * D] and k [..., Hk * D] rotated by positions [T]; with weights [D], each head is normed first."""
+    """q [..., Hq * head_size] and k [..., Hk * head_size], rotated by positions [T] -> the same shapes.
+
+    cache: [P, head_size], cosines, then sines. q_weight, k_weight: [head_size] or None. With these weights, each head
+    is first normed (RMSNorm with `eps`), then rotated.
+    """
     import torch
 
     flat = torch.ops.bi_patch.rope(

@@ -1,4 +1,4 @@
-"""Times of CUDA calls without the host's part: calls are captured in graphs, whose replays follow each other."""
+"""Times of CUDA calls without the host's part. Calls are captured in graphs, which are replayed back to back."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ Call = Callable[[], object]
 
 
 def microseconds(ways: Sequence[Sequence[Call]], replays: int = 5) -> list[float]:
-    """The least time of a call of each way, in microseconds. The calls of a way run the same kernels.
+    """The least time of a call of each way, in microseconds. A way is a list of calls that run the same kernels.
 
-    The ways are replayed in turns, so that a clock that changes meets all of them. No graph may be in capture.
+    The ways are replayed in turns, so that a change of the GPU's clock affects all ways. The caller must not be
+    capturing a graph.
     """
     import torch
 
     for calls in ways:
-        calls[0]()  # loads its kernels
+        calls[0]()  # loads the kernels
     torch.cuda.synchronize()
     graphs = [_capture(calls) for calls in ways]
     marks = [[(_event(), _event()) for _ in range(replays)] for _ in ways]
-    # Nothing waits in between: the next replay is in the queue before one ends.
+    # The host does not wait between replays: the next replay is in the queue before the current replay ends.
     for turn in range(replays):
         for graph, marked in zip(graphs, marks, strict=True):
             start, end = marked[turn]
@@ -35,7 +36,7 @@ def microseconds(ways: Sequence[Sequence[Call]], replays: int = 5) -> list[float
 
 
 def once(call: Call) -> float:
-    """Microseconds of one call whose kernel is loaded; for a short one, the host's."""
+    """Microseconds of one call, after a first call that loads its kernel. For a short call, this is the host's time."""
     call()
     start, end = _event(), _event()
     start.record()
@@ -62,7 +63,7 @@ def _capture(calls: Sequence[Call]):
     """A graph of the calls."""
     import torch
 
-    # Not torch.cuda.graph: it gives all cached memory back first, which hundreds of graphs cannot wait for.
+    # Not torch.cuda.graph: it first frees all cached memory, which takes too long for hundreds of graphs.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(_stream()):
         graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on

@@ -1,10 +1,9 @@
-"""Triton's interpreter with one order for `tl.dot`: ascending K, one fp32 accumulator, whatever the tile.
+"""Gives Triton's interpreter one order for `tl.dot`: ascending K, one fp32 accumulator, for every tile.
 
-The interpreter multiplies with numpy, whose BLAS orders a sum by the shapes; and it holds bf16 as integers,
-which it would
-multiply as such. `install` replaces both. So a test in the interpreter shows what the kernel does with its
-tiles, and says nothing of
-the order inside a device's matrix unit. Import after TRITON_INTERPRET=1 is set.
+The interpreter multiplies with numpy, whose BLAS chooses the order of a sum by the shapes. The interpreter also holds
+bf16 as integers and would multiply these. `install` replaces both. So a test in the interpreter shows what a kernel
+does with its tiles. It shows nothing about the order inside a device's matrix unit. Set TRITON_INTERPRET=1 before the
+import of this module.
 """
 
 import numpy as np
@@ -27,8 +26,7 @@ def _create_dot(self, a, b, total, input_precision, max_num_imprecise_acc):
 
 
 def _reduce(self, input):
-    """tl.max by numpy: triton-ascend's own combination for it is not one that the interpreter knows, and
-    takes minutes."""
+    """tl.max by numpy. The interpreter does not know triton-ascend's combination for it, and takes minutes."""
     if "_elementwise_max" in getattr(self.combine_fn, "__name__", ""):
         return self.min_max(input[0], val_reduce_op=np.max)
     return _apply(self, input)

@@ -31,7 +31,7 @@ def _grouped(chip, dtype, size, count):
 
 
 def products(chip: chips.Chip, dtype: str = "bf16") -> dict[str, tuple]:
-    """Each product for 1, 20, 50 and 4096 rows, with every kind of bias."""
+    """Each product for 1, 20, 50 and 4096 rows; the plain product with every kind of bias."""
     size = 4 if dtype == "fp32" else 2
     cases = {}
     for count in (1, 20, 50, 4096):
@@ -42,7 +42,7 @@ def products(chip: chips.Chip, dtype: str = "bf16") -> dict[str, tuple]:
 
 
 def row_kernels(chip: chips.Chip) -> dict[str, tuple]:
-    """The kernels over rows, for a head and for the widest block."""
+    """The kernels over rows, for rows of a head's width and for the widest rows."""
     cases = {}
     for cols in (128, 151936):
         programs = {"PROGRAMS": chip.vector_cores, "BLOCK": chips.row_block(cols)}
@@ -67,7 +67,7 @@ def row_kernels(chip: chips.Chip) -> dict[str, tuple]:
     return cases
 
 
-# head size, query heads a KV head (None: as many as the chip holds), paged
+# Head size, query heads per KV head (None: as many as the chip holds), paged or not.
 HEADS = (
     (64, 8, True),
     (64, None, True),
@@ -82,7 +82,7 @@ HEADS = (
 
 
 def attentions(chip: chips.Chip) -> dict[str, tuple]:
-    """Both forms of attention, paged and not, at head sizes from 64 to 256, 1 to 8 query heads a KV head."""
+    """Both forms of attention (whole, and by leaves that are merged), for each entry of HEADS."""
     cases = {}
     for head, group, paged in HEADS:
         group = group or chips.attention_rows(chip, 1, head)

@@ -1,6 +1,7 @@
-"""Runs in a child process with TRITON_INTERPRET=1: every Ascend kernel against fp64, and row by row, bitwise.
+"""Runs in a child process with TRITON_INTERPRET=1 and tests every Ascend kernel.
 
-Prints one line per case: `ok NAME` or `FAIL NAME: reason`.
+Each kernel is compared with fp64 within a tolerance, and each row alone with the row in a batch, bitwise. Prints one
+line per case: `ok NAME` or `FAIL NAME: reason`.
 """
 
 import os
@@ -176,7 +177,7 @@ def attentions() -> None:
             close(name, flat, reference(q, keys, values, query_ends, 0.2, **options), dtype)
             got = run(q, *paged, query_ends, kv_lens, 0.2, CHIP, block_table=table, split=False)
             same(f"{name} paged, in one program", got, flat)
-            # The fourth token alone, as decode computes it; then a chunk of the third sequence's prompt.
+            # First the fourth token alone, as in decode. Then a chunk of the third sequence's prompt.
             one = run(q[3:4], *paged, [1], [300], 0.2, CHIP, block_table=table[1:2])
             same(f"{name} decode", one, got[3:4])
             if options.get("causal", True):

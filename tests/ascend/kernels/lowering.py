@@ -1,9 +1,7 @@
-"""Lowers a triton-ascend kernel to Linalg, and to HIVM with the open part of AscendNPU-IR's compiler. No
-NPU, no CANN.
+"""Lowers a triton-ascend kernel to Linalg, and to HIVM with the open part of AscendNPU-IR's compiler.
 
-`bishengir-compile` writes the HIVM module and then stops, because what turns it into a binary (hivmc) is
-closed; so its exit code
-says nothing, and the module and the messages are looked at instead.
+This needs no NPU and no CANN. `bishengir-compile` writes the HIVM module and then fails, because hivmc, which makes a
+binary from the module, is closed. So the tests ignore the exit code and read the module and the messages.
 """
 
 import os
@@ -31,8 +29,7 @@ _ATOMIC = re.compile(r"atomic", re.IGNORECASE)
 
 
 class Hivm(NamedTuple):
-    """module: the HIVM text, empty where none was written. errors: messages other than the one about
-    hivmc."""
+    """The compiler's output. module: the HIVM text, or "". errors: all messages except that about hivmc."""
 
     module: str
     errors: list[str]
@@ -41,7 +38,7 @@ class Hivm(NamedTuple):
 def linalg(
     function, signature: dict[str, str], constants: dict[str, object], target: str = TARGETS[0]
 ) -> tuple[str, str]:
-    """(TTIR, Linalg) of a kernel. signature: type by argument, `constexpr` arguments left out."""
+    """The TTIR and the Linalg text of a kernel. signature: the type of each argument that is no `constexpr`."""
     from triton._C.libtriton import ir
     from triton.backends.ascend import compiler
 
@@ -59,7 +56,7 @@ def linalg(
 
 
 def hivm(text: str, folder: Path, target: str) -> Hivm:
-    """The HIVM module of a Linalg module for a target."""
+    """Lower a Linalg module to HIVM for a target."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "in.mlir").write_text(re.sub(r', mix_mode\s*=\s*"[^"]*"', "", text))
     command = [_compiler(target), str(folder / "in.mlir"), f"--target={target}", *_OPTIONS]
@@ -72,8 +69,7 @@ def hivm(text: str, folder: Path, target: str) -> Hivm:
 
 
 def loops_over_depth(ttir: str) -> list[str]:
-    """Every innermost loop that holds a dot, with the names, shapes of rows and locations taken out: what
-    orders K."""
+    """The text of every innermost loop with a dot, which orders K, without names, shapes of rows and locations."""
     found = []
     lines = ttir.splitlines()
     for number, line in enumerate(lines):
@@ -102,7 +98,7 @@ def has_atomics(text: str) -> bool:
 
 
 def limits(module: str) -> dict[str, int]:
-    """What the compiler states of its target in the HIVM module: cores, and memories in bits."""
+    """The properties of the target in the HIVM module: numbers of cores, and sizes of memories in bits."""
     return {name: int(value) for name, value in re.findall(r'"(\w+)", (\d+) : i32', module[:8000])}
 
 
@@ -111,7 +107,7 @@ def _compiler(target: str) -> str:
     newer = target.startswith(("Ascend950", "Ascend910_95"))
     program = packages / "ascendnpuir" / "bin" / ("bishengir-compile-a5" if newer else "bishengir-compile")
     if not os.access(program, os.X_OK):
-        program.chmod(program.stat().st_mode | 0o111)  # wheels keep no mode bits
+        program.chmod(program.stat().st_mode | 0o111)  # wheels do not keep mode bits
     return str(program)
 
 

@@ -1,5 +1,4 @@
-"""The Ascend kernels on CPU, in Triton's interpreter: right against fp64, and a row alone equal to the row
-in a batch."""
+"""The Ascend kernels in Triton's interpreter on CPU: close to fp64, and a row's bits equal alone and in a batch."""
 
 import os
 import subprocess
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.ascend
 
 @pytest.mark.parametrize("area", ["matmul", "grouped", "reductions", "norm", "pointwise", "attention"])
 def test_numerics_and_rows(area):
-    # The interpreter is chosen when triton is imported: a process of its own.
+    # Triton chooses the interpreter when it is imported, so the kernels run in a child process.
     env = {**os.environ, "PYTHONPATH": str(ROOT), "BI_PATCH": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     script = Path(__file__).with_name("interpreter.py")
     done = subprocess.run([sys.executable, script, area], env=env, capture_output=True, text=True, timeout=300)

@@ -1,5 +1,5 @@
-"""The Ascend kernels lower to HIVM for 910B3, A3 and 950: the same K loop for every M tile, no atomics, no
-UB overflow."""
+"""The Ascend kernels lower to HIVM for 910B3, A3 and 950, with one K loop for every M tile, without atomics and without
+an overflow of the UB."""
 
 import importlib.util
 import sys
@@ -55,7 +55,7 @@ def test_the_loop_over_depth_is_one_for_every_number_of_rows(target, dtype):
         for loop in lowering.loops_over_depth(lower(case, target)[0]):
             loops.setdefault((name.split()[0], loop), []).append(name)
     assert len(tiles) == 4
-    assert len(loops) == 2, sorted(loops.values())  # the plain product's and the grouped one's
+    assert len(loops) == 2, sorted(loops.values())  # the plain product's loop and the grouped product's loop
     depths = {case[2]["BLOCK_K"] for t in lowering.TARGETS for case in cases.products(chips.find(t), dtype).values()}
     assert len(depths) == 1
 

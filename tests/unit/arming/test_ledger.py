@@ -1,4 +1,4 @@
-"""The ledger puts every original back, by identity, whatever kind of attribute it was."""
+"""The ledger restores every original object itself, for every kind of attribute."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""Arming at interpreter start, in real processes that need no vLLM: inert, blocking, and measured."""
+"""Arming at interpreter start, in real processes without vLLM: when nothing happens, what stops vLLM, and the cost."""
 
 import json
 import shutil
@@ -10,6 +10,8 @@ import venv
 from pathlib import Path
 
 import pytest
+
+from bi_patch.platforms import releases
 
 ROOT = Path(__file__).resolve().parents[3]
 LOADED = "import sys, json; print(json.dumps(['bi_patch' in sys.modules, 'bi_patch_entry' in sys.modules]))"
@@ -36,7 +38,7 @@ def test_the_switch_arms_at_start(run_python):
 
 
 def test_start_costs_nothing_without_the_switch(run_python):
-    """Minimum start of an interpreter with the .pth file against the same start that skips it: a few ms at most."""
+    """The .pth file adds a few ms at most to the least time that an interpreter takes to start."""
     code = (
         "import time, site, sys; start = time.perf_counter()\n"
         "keep = site.addpackage\n"
@@ -68,7 +70,7 @@ def test_start_costs_nothing_without_the_switch(run_python):
     ],
 )
 def test_a_bad_setting_stops_vllm_not_python(run_python, environ, said):
-    """Python swallows errors of .pth files, so importing vLLM must raise them."""
+    """Python ignores errors in .pth files, so the import of vLLM must raise them."""
     assert run_python("print('fine')", VLLM_BATCH_INVARIANT="1", **environ).stdout.strip() == "fine"
     done = run_python("import vllm", VLLM_BATCH_INVARIANT="1", **environ)
     assert done.returncode != 0 and "SettingError" in done.stderr and said in done.stderr
@@ -76,7 +78,7 @@ def test_a_bad_setting_stops_vllm_not_python(run_python, environ, said):
 
 @pytest.mark.parametrize("broken", ["wrapt.py", "vllm/_version.py"], ids=["importing bi_patch", "arming"])
 def test_an_error_without_a_name_stops_vllm_too(run_python, fake_vllm, tmp_path, broken):
-    path = fake_vllm("0.32.0")
+    path = fake_vllm(releases.ALL[-1])
     (tmp_path / broken).write_bytes(b"\xff")  # neither Python nor text
     asked = {"PYTHONPATH": path, "VLLM_BATCH_INVARIANT": "1"}
     assert run_python("print('fine')", **asked).stdout.strip() == "fine"
@@ -96,7 +98,7 @@ def test_a_refused_vllm_can_still_be_looked_for(run_python, fake_vllm):
 def test_an_unknown_release_is_refused_either_way(run_python, fake_vllm, release):
     path = fake_vllm(release)
     done = run_python("import bi_patch", PYTHONPATH=path)
-    assert "UnsupportedRelease" in done.stderr and release in done.stderr and "0.33.0" in done.stderr
+    assert "UnsupportedRelease" in done.stderr and release in done.stderr and releases.ALL[-1] in done.stderr
     done = run_python("import vllm; print(vllm.loaded)", PYTHONPATH=path, VLLM_BATCH_INVARIANT="1")
     assert done.returncode != 0 and "UnsupportedRelease" in done.stderr
     done = run_python("import vllm; print(vllm.loaded)", PYTHONPATH=path, VLLM_BATCH_INVARIANT="1", BI_PATCH="0")
@@ -112,7 +114,7 @@ def test_without_vllm_importing_is_harmless(run_python):
     assert run_python(code).stdout.strip() == "None"
 
 
-def test_a_contradicting_setting_is_an_error(run_python):
+def test_a_contradicting_variable_is_an_error(run_python):
     done = run_python("import bi_patch", VLLM_USE_V2_MODEL_RUNNER="1")
     assert "SettingError" in done.stderr and "VLLM_USE_V2_MODEL_RUNNER" in done.stderr
 
@@ -166,7 +168,7 @@ def test_sitecustomize_hands_on_to_the_next(run_python, tmp_path):
 
 @pytest.fixture
 def not_installed(tmp_path):
-    """The interpreter of an environment that can import bi_patch and vLLM, and reads no .pth file of bi_patch."""
+    """The interpreter of an environment that can import bi_patch and vLLM but reads no .pth file of bi_patch."""
     venv.create(tmp_path / "venv")
     (folder,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (folder / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -186,7 +188,7 @@ def test_children_are_armed_where_bi_patch_is_not_installed(run_python, not_inst
 
 @pytest.fixture
 def target_folder(tmp_path):
-    """A folder as `pip install --target` leaves it: the package and its .pth file, which no interpreter reads there."""
+    """A folder as `pip install --target` makes it: the package and its .pth file, which no interpreter reads."""
     folder = tmp_path / "target"
     shutil.copytree(ROOT / "bi_patch", folder / "bi_patch", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("bi_patch_entry.py", "bi_patch_autoload.pth"):
@@ -195,7 +197,8 @@ def target_folder(tmp_path):
 
 
 def test_importing_from_a_target_folder_arms_children(run_python, not_installed, target_folder):
-    """A folder on PYTHONPATH: the switch alone does nothing; importing bi_patch reaches children, and theirs."""
+    """With the folder on PYTHONPATH, the switch alone does nothing. An import of bi_patch also arms children, and the
+    children's children."""
 
     def run(code, **environ):
         environ |= {"PYTHONPATH": str(target_folder), "PYTHONSAFEPATH": "1"}  # not from the current folder

@@ -1,4 +1,4 @@
-"""The start-up check looks at every module that holds a copy of a seam's target, under whatever name."""
+"""The start-up check inspects every module that holds a copy of a seam's target, under any name."""
 
 import sys
 import types
@@ -7,6 +7,7 @@ import pytest
 
 from bi_patch.arming import process, startup, switch
 from bi_patch.errors import SeamOpen
+from bi_patch.platforms.releases import BY_PLATFORM
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.plan import Plan, Planned
 from bi_patch.settings import Settings
@@ -22,14 +23,14 @@ def ours():
 
 @pytest.fixture
 def modules(monkeypatch):
-    """`check_home`, which defines the target, and `check_user`, which took it under another name before."""
+    """Two modules: `check_home` defines the target; `check_user` has imported the target under another name."""
     home, user = types.ModuleType("check_home"), types.ModuleType("check_user")
     home.target = user.renamed = stock
     for module in (home, user):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     target = Target("check_home", "target", copies=("check_user", "check_not_loaded"))
     seam = Seam(name="check.test", targets=(target,), close=lambda original: ours, why="why", how="how", until="never")
-    plan = Plan("0.32.0", "cpu", (Planned(seam, target),), (), ())
+    plan = Plan(BY_PLATFORM["cpu"][-1], "cpu", (Planned(seam, target),), (), ())
     monkeypatch.setattr(process, "_state", process.State(Settings(), plan, None))
     return home, user
 

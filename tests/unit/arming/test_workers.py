@@ -1,4 +1,5 @@
-"""The engine asks its workers: one that is not armed, by another bi_patch, or silent stops it by name."""
+"""The engine asks its workers. A worker that is not armed, is armed by another bi_patch or gives no answer stops the
+engine with a named error."""
 
 from types import SimpleNamespace
 
@@ -7,12 +8,13 @@ import pytest
 from bi_patch import identity
 from bi_patch.arming import process, startup, workers
 from bi_patch.errors import SeamOpen, SettingError
+from bi_patch.platforms.releases import BY_PLATFORM
 from bi_patch.seams.plan import Plan
 from bi_patch.settings import Settings
 
 
 class Executor:
-    """Answers as vLLM's executors do: a list, one of each worker."""
+    """A fake executor. Like vLLM's executors, it returns a list with one answer per worker."""
 
     def __init__(self, answers):
         self.answers = answers
@@ -52,7 +54,7 @@ def test_another_platform_than_the_plan_s_is_named(monkeypatch):
     runs = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_type="cuda")
     monkeypatch.setattr(vllm.platforms, "_current_platform", runs)
     for planned, wrong in (("cuda", False), ("cpu", True), ("ascend", True)):
-        state = process.State(Settings(), Plan("0.33.0", planned, (), (), ()), None)
+        state = process.State(Settings(), Plan(BY_PLATFORM[planned][-1], planned, (), (), ()), None)
         monkeypatch.setattr(process, "_state", state)
         if wrong:
             with pytest.raises(SettingError, match=f"the patch points for {planned}, but vLLM runs on cuda"):

@@ -1,4 +1,4 @@
-"""Bits are counted by element, whatever the values mean."""
+"""Tests of bits.differing, which counts the elements that differ in any bit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Certificates on disk: believed only when whole, unedited, and made for exactly this key."""
+"""Certificates on disk: a file is valid only if it is complete, unedited, and made for exactly the asked key."""
 
 import json
 
@@ -94,7 +94,7 @@ def failing(key=KEY):
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """What the log says, one line a warning."""
+    """The log's warnings, one line each."""
     said = []
     monkeypatch.setattr(certificates, "_warned", set())
     monkeypatch.setattr(certificates._log, "warning", lambda text, *values: said.append(text % values))

@@ -1,4 +1,4 @@
-"""What the operations need of vLLM is handed to them: none imports it."""
+"""No operation imports vLLM. The seams pass to the operations what they need of vLLM."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Operators of ours: defined once, kept, and traced by their shapes alone."""
+"""bi_patch's own operators: each is defined once, kept, and traced by its fake function."""
 
 import gc
 
@@ -14,7 +14,7 @@ def doubled(x):
 def test_an_operator_is_defined_once_and_stays():
     schema = "test_doubled(Tensor x) -> Tensor"
     define(schema, doubled, "CPU", torch.empty_like)
-    define(schema, None, "CPU", None)  # the first stays
+    define(schema, None, "CPU", None)  # does nothing
     gc.collect()
     assert torch.equal(torch.ops.bi_patch.test_doubled(torch.ones(3)), torch.full((3,), 2.0))
     assert torch.ops.bi_patch.test_doubled(torch.ones(3, 4, device="meta")).shape == (3, 4)

@@ -1,4 +1,4 @@
-"""Top-k with ties broken by the lower index, whole and in pieces of rows."""
+"""Top-k in which the lower index wins a tie, on all rows at once and in pieces of rows."""
 
 import pytest
 import torch

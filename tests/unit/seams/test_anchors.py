@@ -1,9 +1,10 @@
-"""Anchors: what counts as a change of a seam's target, and what does not."""
+"""Anchors: which changes of a seam's target move its anchor, and which do not."""
 
 import pytest
 from packaging.version import Version
 
 from bi_patch.errors import AnchorMoved
+from bi_patch.platforms.releases import BY_PLATFORM
 from bi_patch.seams import anchors, plan
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.plan import Planned
@@ -74,14 +75,15 @@ def test_installed_anchors_are_verified_and_remembered(tmp_path, monkeypatch):
     write(tmp_path, SOURCE)
     monkeypatch.setattr(anchors, "PATCHES", tmp_path / "patches")
     item = planned("Layer.apply")
-    made = plan.Plan(Version("0.32.0"), "cpu", (item,), (), ())
+    release = BY_PLATFORM["cpu"][-1]
+    made = plan.Plan(Version(release), "cpu", (item,), (), ())
     cache = tmp_path / "cache"
     with pytest.raises(AnchorMoved, match="no anchor was recorded"):
         anchors.check_installed(made, tmp_path, cache)
-    anchors.write(tmp_path / "patches/vllm-0.32.0", anchors.Recorded((take(SOURCE),)))
+    anchors.write(tmp_path / f"patches/vllm-{release}", anchors.Recorded((take(SOURCE),)))
     anchors.check_installed(made, tmp_path, cache)
     assert len(list((cache / "anchors").iterdir())) == 1
-    anchors.check_installed(made, tmp_path, cache)  # from memory
+    anchors.check_installed(made, tmp_path, cache)  # from the cache
     write(tmp_path, SOURCE.replace("x + y", "y * x"))
     with pytest.raises(AnchorMoved, match=r"x\.y at pkg\.mod:Layer\.apply") as caught:
         anchors.check_installed(made, tmp_path, cache)

@@ -1,4 +1,4 @@
-"""Each Ascend policy lets a plain configuration pass, and refuses by name what no seam covers."""
+"""Each Ascend policy accepts a plain configuration and refuses by name what no seam covers."""
 
 import copy
 from types import SimpleNamespace as Config
@@ -9,12 +9,13 @@ from packaging.version import Version
 from bi_patch.arming.catalog import plan
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.ascend import machine
+from bi_patch.platforms.releases import BY_PLATFORM
 
-PLAN = plan(Version("0.23.0"), "ascend")
+PLAN = plan(Version(BY_PLATFORM["ascend"][-1]), "ascend")
 
 
 class Mode:
-    """Stands in for vLLM's CUDAGraphMode."""
+    """A fake of vLLM's CUDAGraphMode."""
 
     def __init__(self, name):
         self.name = name
@@ -79,7 +80,7 @@ def test_a_plain_configuration_passes_and_fusions_are_off(config):
         "fuse_allreduce_rms": False,
         "fuse_muls_add": False,
     }
-    apply(config)  # it runs in every process
+    apply(config)  # every process applies the policies, so a second time must change nothing
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The CUDA seams as declared: every release has its targets and anchors, and what is not covered is refused by name."""
+"""The CUDA seams: every release has their targets and anchors, and the policies refuse by name what is not covered."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ NONE = SimpleNamespace(name="NONE")  # vLLM's compilation mode
 
 
 def config(**changes):
-    """A configuration that every CUDA policy lets pass, with changes to its parts, e.g. model_quantization="fp8"."""
+    """A configuration that every CUDA policy accepts, with changes to its parts, e.g. model__quantization="fp8"."""
     parts = {
         "model": {
             "runner_type": "generate",
@@ -80,7 +80,7 @@ def test_every_seam_has_an_anchor(release):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_settings_forbid_split_k_and_other_sums(release):
+def test_variables_forbid_split_k_and_other_sums(release):
     values = {s.variable: s.value for s in plan(Version(release), "cuda").variables if s.force}
     assert values["CUBLASLT_WORKSPACE_SIZE"] == "1"
     assert values["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
@@ -197,7 +197,7 @@ def _closed(name, original):
 
 
 class Attention:
-    """The part of vLLM's attention layer that the gate reads."""
+    """The part of vLLM's attention layer that the seam attention.cuda_backend reads."""
 
     def __init__(self, backend, head_size, window, version=3, attn_type="decoder", attn_backend=None):
         self.attn_backend = attn_backend or SimpleNamespace(get_name=lambda: backend)
@@ -231,7 +231,7 @@ def test_attention_layers_that_were_not_shown_are_refused(arguments, named, monk
 
 
 class Experts(torch.nn.Module):
-    """What vLLM's experts hold once their weights are loaded: 4 of them, 6 elements wide between the products."""
+    """A fake of vLLM's experts with loaded weights: 4 experts, 6 elements wide between the two products."""
 
     def __init__(self):
         super().__init__()
@@ -240,7 +240,7 @@ class Experts(torch.nn.Module):
 
 
 class Weight:
-    """A weight on a GPU that is not there."""
+    """A fake of a weight on a GPU."""
 
     is_cuda, dtype = True, torch.bfloat16
 
@@ -253,7 +253,7 @@ class UnquantizedLinearMethod:
 
 
 def test_a_loaded_model_is_certified_whole(monkeypatch):
-    """Linears, experts and decode attention are handed over once, when the weights are loaded."""
+    """When the weights are loaded, the seam certifies linears, experts and decode attention in one call."""
     import sys
 
     from bi_patch.ops.cuda import attention, certify, linear, moe
@@ -273,7 +273,7 @@ def test_a_loaded_model_is_certified_whole(monkeypatch):
     )
     fused = SimpleNamespace(fused_experts=len, try_get_optimal_moe_config=lambda *known: known)
     for name, stand_in in {
-        "vllm.version": SimpleNamespace(__version__="0.33.0"),
+        "vllm.version": SimpleNamespace(__version__=RELEASES[-1]),
         "vllm.model_executor.layers.attention.attention": SimpleNamespace(Attention=Attention),
         "vllm.model_executor.layers.fused_moe": SimpleNamespace(fused_moe=fused, override_config="override"),
     }.items():
@@ -296,7 +296,7 @@ def test_a_loaded_model_is_certified_whole(monkeypatch):
     assert made["attentions"] == [
         (attention.Problem(heads, 2, 128, torch.bfloat16), attention_cuda.prefill) for heads in (8, 4)
     ]
-    assert made["max_rows"] == 512 and made["library"] == "vllm 0.33.0 descriptors=1"
+    assert made["max_rows"] == 512 and made["library"] == f"vllm {RELEASES[-1]} descriptors=1"
 
 
 @pytest.mark.parametrize(("kind", "size", "covered"), [("RotaryEmbedding", 128, True), ("RotaryEmbedding", 96, False)])
@@ -363,7 +363,7 @@ def test_tiles_are_ordered_once_a_step_unless_the_bundled_kernel_decodes(longest
 
 
 def flash_call(**changes):
-    """What vLLM hands to FlashAttention 3 for a batch of three single queries."""
+    """The arguments that vLLM passes to FlashAttention 3 for a batch of three single queries."""
     cache = torch.zeros(4, 16, 2, changes.pop("head", 64))
     q = torch.zeros(3, 8, cache.shape[-1])
     given = {
@@ -414,7 +414,7 @@ def test_single_queries_take_the_certified_kernel_and_nothing_else_does(changes,
 
 
 class Triton:
-    """vLLM's kernel for top-k and top-p, below the seam: it records what it is given."""
+    """A fake of vLLM's kernel for top-k and top-p, which the seam calls. It records its arguments."""
 
     def __init__(self):
         self.calls = []
@@ -429,7 +429,7 @@ class Triton:
 @pytest.mark.parametrize("mode, expected", [("processed_logprobs", torch.float32), ("raw_logprobs", torch.bfloat16)])
 @pytest.mark.parametrize("processed", [False, True])
 def test_processed_logprobs_have_one_type_whatever_others_ask_for(mode, expected, processed):
-    """Only what is summed afterwards; rows that are fp32 already stay as they are."""
+    """The seam converts rows to fp32 only if vLLM sums them afterwards. fp32 rows stay as they are."""
     apply = _closed("sampling.cuda_processed_logprobs", lambda self, x, **_: x.float() if processed else x)
     logits = torch.randn(1, 8, dtype=torch.bfloat16).as_strided((1, 6), (8, 1))
     got = apply(SimpleNamespace(logprobs_mode=mode), logits, pos=None)
@@ -476,7 +476,7 @@ def test_rows_of_logits_are_packed(rows, vocab):
     assert sampling._logits(lambda self, x: x)(None, None) is None
 
 
-@pytest.mark.parametrize("release", ["0.23.0", "0.26.0", "0.32.0"])
+@pytest.mark.parametrize("release", [release for release in RELEASES if Version(release) < Version("0.33")])
 def test_gates_before_vllm_0_33_keep_one_kernel(release):
     from bi_patch.seams.cuda import moe
 
@@ -500,5 +500,5 @@ def test_grouped_routing_is_not_compiled_apart():
         return x
 
     assert _closed("moe.cuda_grouped_topk", grouped_topk)("as given") == "as given"
-    plain = inspect.unwrap(grouped_topk)  # what torch.compile gives where TORCHDYNAMO_DISABLE turns it off
+    plain = inspect.unwrap(grouped_topk)  # torch.compile returns this function if TORCHDYNAMO_DISABLE is set
     assert _closed("moe.cuda_grouped_topk", plain) is plain

@@ -1,4 +1,4 @@
-"""What a request may not ask for is named; all else passes to vLLM's own checks."""
+"""An error names a request's unsupported parameter. bi_patch leaves all other parameters to vLLM's own validation."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def test_it_is_refused_by_name_as_a_bad_request(given, said):
 @pytest.mark.parametrize(
     "given",
     [
-        {},  # pooling parameters have none of them
+        {},  # pooling parameters have none of these fields
         {"v2": True, "thinking_token_budget": 5},
         {"prompt_logprobs": 1, "skip_reading_prefix_cache": None},
         {"fast_prefill": True, "prompt_logprobs": None, "thinking_token_budget": None},

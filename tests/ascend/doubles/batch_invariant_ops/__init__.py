@@ -1,7 +1,8 @@
-"""A double of the AscendC package: its operators, registered for the NPU, computed by the bundled kernels.
+"""A double of the AscendC package: its operators, registered for the NPU and computed by the bundled kernels.
 
-The schemas are those of the operators that vLLM-Ascend puts these in the place of, read from torch and torch_npu; of
-the sum, what it passes. CALLS counts, so that a test sees that the route came here.
+vLLM-Ascend replaces operators of torch and torch_npu with the package's. So each schema comes from the operator that is
+replaced; the sum's schema has the arguments that vLLM-Ascend passes. CALLS counts the calls, so that a test can see
+that the package served.
 """
 
 from collections import Counter
@@ -38,7 +39,7 @@ _FUNCTIONS = {
 def _counted(name: str, function):
     def compute(*args, **kwargs):
         CALLS[name] += 1
-        with mock.patch.object(machine, "ascendc", dict):  # the bundled kernels, not this package again
+        with mock.patch.object(machine, "ascendc", dict):  # the bundled kernels compute, not this package again
             return function(*args, **kwargs)
 
     return compute

@@ -1,10 +1,9 @@
-"""A child of the tests: loads the kernels of one ISA and prints digests of what they compute.
+"""Loads the kernels of one ISA in a child process of the tests and prints digests of their results.
 
 python answers.py CACHE_DIR ISA|- [FLAG ...]
 
-Prints one JSON object: "wide" digests of fp32 and fp16 results, which every ISA shares;
-"leaves", the fp32 attention of 512 tokens by 128 rows. Fails when a row's bits depend on
-its neighbours.
+Prints one JSON object. "wide" holds digests of fp32 and fp16 results, which are equal on every ISA. "leaves" holds
+digests of the fp32 attention of 512 tokens, one per 128 rows. The script fails if a row's bits depend on other rows.
 """
 
 import hashlib
@@ -75,7 +74,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         got = gemm(ops, dtype) + rows(ops, dtype)
         got += [digest(attention(ops, dtype, 300, 6, 2, 80, w, cap)) for w, cap in [(-1, 0.0), (50, 3.0)]]
-        if dtype != torch.bfloat16:  # bf16 has its own bits where there are bf16 dot products
+        if dtype != torch.bfloat16:  # in bf16, an ISA with bf16 dot products gives other bits
             wide += got
     whole = attention(ops, torch.float32, 512, 2, 2, 64, -1, 0.0)
     print(json.dumps({"wide": wide, "leaves": [digest(x) for x in whole.split(128)]}))

@@ -20,7 +20,7 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def isa(cache_dir):
-    """The ISA that this process runs."""
+    """The ISA of the kernels that this process has loaded."""
     from bi_patch.kernels.cpu import load
 
     return load(cache_dir)
@@ -33,9 +33,9 @@ def ops(isa):
 
 @pytest.fixture(autouse=True)
 def threads():
-    """One thread unless the test sets more; put back after it.
+    """Use one thread unless the test sets more; restore the number of threads after the test.
 
-    Most tests make thousands of tiny calls, where a team of threads only waits.
+    Most tests make thousands of tiny calls, for which several threads only wait for each other.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -45,7 +45,7 @@ def threads():
 
 @pytest.fixture(scope="session")
 def answers(cache_dir):
-    """What answers.py prints when run with an ISA (None: the best) and compiler flags."""
+    """answers(isa, *flags): the output of answers.py for an ISA (None: the best) and compiler flags."""
 
     @functools.cache
     def run(isa: str | None = None, *flags: str) -> dict:

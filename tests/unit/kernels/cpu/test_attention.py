@@ -1,4 +1,4 @@
-"""Paged attention: accuracy, and the same bits for a row whatever is around it."""
+"""Paged attention on CPU: its accuracy, and equal bits for a row in any batch."""
 
 from dataclasses import dataclass
 
@@ -26,10 +26,9 @@ def seq(n, h, kh, d, dtype, seed=0):
 
 
 def run(ops, parts, window=-1, cap=0.0, bs=32, seed=0, spare=3):
-    """Attention over `parts`: (Seq, first query position, end) each; returns a list of outputs.
+    """Attention over `parts`, each (Seq, first query position, end); returns a list of outputs.
 
-    Blocks are dealt at random from a cache full of NaN, so a read of a slot that was
-    not stored, or of one past the end, shows.
+    Each request gets random blocks of a cache full of NaN. So a NaN shows a read of a slot that was not stored.
     """
     s0 = parts[0][0]
     kh, d, dtype = s0.k.shape[1], s0.q.shape[2], s0.q.dtype
@@ -123,9 +122,9 @@ def test_neighbours_order_and_blocks_do_not_matter(ops, dtype, bs):
         order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
         got = run(ops, [parts[i] for i in order], bs=bs, seed=seed, spare=1 + seed)
         assert all(same(g, alone[i]) for i, g in zip(order, got, strict=True))
-    # Another block size is only another place for the same keys.
+    # Another block size puts the same keys at other places.
     assert all(same(run(ops, [p], bs=32)[0], a) for p, a in zip(parts, alone, strict=True))
-    # Neighbours with huge, infinite or NaN values stay outside.
+    # Other requests with huge, infinite or NaN values must not reach this request's output.
     bad = seq(70, *model, dtype, seed=9)
     bad.k[::3], bad.v[1::3], bad.v[2::3] = float("inf"), float("nan"), 1e4
     got = run(ops, [(bad, 0, 70), *parts, (bad, 69, 70)], bs=bs)
@@ -137,9 +136,9 @@ def test_threads(ops, threads, dtype):
     model = (4, 1, 64)
     long, short = seq(2100, *model, dtype), seq(90, *model, dtype)
     batches = [
-        [(long, 2099, 2100)],  # leaves side by side
+        [(long, 2099, 2100)],  # threads share the leaves of one query
         [(long, 2090, 2100), (short, 89, 90)],
-        [(long, 1900, 2100), (short, 0, 90)],  # units side by side
+        [(long, 1900, 2100), (short, 0, 90)],  # threads share the units of work
         [(short, i, i + 1) for i in range(90)],
     ]
     for parts in batches:
@@ -157,7 +156,7 @@ def test_threads(ops, threads, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_outside_the_window_is_read(ops, dtype):
-    """Blocks wholly left of the window may be freed: their contents must not matter."""
+    """vLLM may free blocks that lie left of the window, so their contents must not matter."""
     model, n, bs, window = (3, 1, 64), 400, 32, 70
     s = seq(n, *model, dtype)
     want = run(ops, [(s, 0, n)], window)[0]
@@ -217,7 +216,7 @@ def test_empty_requests(ops):
 
 
 def test_agrees_with_the_stock_kernel_and_its_window(ops):
-    """vLLM's sliding_window counts the token itself: window_left is one less."""
+    """vLLM's sliding_window counts the token itself, so window_left is sliding_window - 1."""
     pytest.importorskip("vllm")
     from vllm import _custom_ops
 

@@ -1,4 +1,4 @@
-"""The CPU GEMM: accuracy, and the same bits for a row whatever is around it."""
+"""The CPU GEMM: its accuracy, and equal bits for a row in any batch."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_accuracy(ops, dtype, n, k):
         want = x.double() @ w.double().T + (0 if bias is None else bias.double())
         got = ops.gemm(x, packed, n, k, bias)
         assert got.dtype == dtype and got.shape == (13, n)
-        # One rounding of the output, and k fp32 roundings of sums of size sqrt(k).
+        # The tolerance covers one rounding of the output and k fp32 roundings of sums of size sqrt(k).
         room = want.abs() * EPS[dtype] * 1.01 + k**0.5 * 2**-23 * 8 * (1 + k**0.5 / 8)
         assert ((got.double() - want).abs() <= room).all()
 
@@ -72,7 +72,7 @@ def test_threads(ops, threads, dtype):
 
 
 def canonical(x, w, b):
-    """The documented fp32 order, one FMA at a time (fp64 multiply-add, rounded to fp32)."""
+    """The product in the documented fp32 order, one FMA at a time (fp64 multiply-add, rounded to fp32)."""
     k = x.shape[1]
     block = 512 if k <= 1024 else 1024
     total = None
@@ -89,16 +89,16 @@ def test_fp32_order_is_the_documented_one(ops, k):
     x, w, b = make(20, k, torch.float32, 4)
     got = ops.gemm(x, ops.gemm_pack(w), 20, k, b)
     want = canonical(x, w, b)
-    # fp64 rounds an FMA twice in rare halfway cases: allow none beyond a stray one.
+    # The emulated FMA rounds twice, which rarely gives another result: allow one such element.
     assert (got != want).sum() <= 1
-    # The check sees a wrong order: one chain without blocks differs.
+    # The comparison detects another order: other blocks of K give other bits.
     if k == 1100:
-        half = canonical(x[:, :1000], w[:, :1000], b)  # other cuts
+        half = canonical(x[:, :1000], w[:, :1000], b)  # blocks that end at other places
         assert (half + (x[:, 1000:] @ w[:, 1000:].T) != got).any()
 
 
 def test_onednn_route_has_the_same_bits(ops, isa):
-    """vLLM's oneDNN GEMM cuts K the same way on AVX512_BF16 (M = 1 of K > 1024 aside)."""
+    """On AVX512_BF16, vLLM's oneDNN GEMM cuts K at the same places, except for M = 1 with K > 1024."""
     pytest.importorskip("vllm")
     if isa != "avx512_bf16":
         pytest.skip("oneDNN's order was matched on AVX512_BF16")

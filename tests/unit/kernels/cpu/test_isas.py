@@ -1,4 +1,4 @@
-"""The same sources on other instruction sets, and with another order, in children."""
+"""The same kernel sources, built in child processes for other instruction sets and with another order."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ def test_fp32_and_fp16_bits_are_the_same_on_every_isa(isa, answers, other):
 
 
 def test_a_wrong_order_is_noticed(isa, answers):
-    """With leaves of 128 the same sums are cut elsewhere: rows that see a second leaf differ."""
+    """Leaves of 128 cut the sums at other places, so rows that see a second leaf must differ."""
     right, wrong = answers()["leaves"], answers(None, "-DBI_LEAF=128")["leaves"]
     assert right[0] == wrong[0]
     assert all(a != b for a, b in zip(right[1:], wrong[1:], strict=True))
 
 
 def test_amx_tiles_emulated(isa, answers):
-    """gemm_amx.cpp with its tile instructions in plain C++: indices, edges, invariance."""
+    """gemm_amx.cpp with its tile instructions emulated in C++: this tests indices, edges and invariance."""
     if "avx512_bf16" not in runnable_isas():
         pytest.skip("the code around the tiles needs AVX512_BF16")
     header = Path(__file__).with_name("amx_emulation.h")

@@ -1,4 +1,4 @@
-"""RMSNorm, SiLU, rotary embedding and routing on CPU: accuracy, order, the same bits whatever is around a row."""
+"""RMSNorm, SiLU, rotary embedding and the choice of experts on CPU: accuracy, order, equal bits in any batch."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_a_norm_does_not_depend_on_rows_strides_or_threads(ops, threads, dtype, 
             out, added = ops.add_rms_norm(x[rows], residual[rows], weight, 1e-6, 0.0)
             assert torch.equal(out, want[rows]) and torch.equal(added, sums[rows]), m
     wide = make(300, 4, cols + 5, dtype=dtype)
-    heads = wide[:, 1:3, 2 : cols + 2]  # as query and key heads lie in their joint projection
+    heads = wide[:, 1:3, 2 : cols + 2]  # a strided view, like query and key heads in the QKV projection's output
     assert torch.equal(ops.rms_norm(heads, weight, 1e-6, 0.0), ops.rms_norm(heads.contiguous(), weight, 1e-6, 0.0))
     assert torch.equal(
         ops.rms_norm(x.view(2, 5, 30, cols), weight, 1e-6, 0.0).view(300, cols), ops.rms_norm(x, weight, 1e-6, 0.0)

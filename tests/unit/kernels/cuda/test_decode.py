@@ -1,4 +1,4 @@
-"""The decode kernel on the CPU: its own source, compiled by g++ over emulated instructions, against plain attention."""
+"""The decode kernel on the CPU, compared with plain attention: g++ compiles its source over emulated instructions."""
 
 import ctypes
 import importlib.util
@@ -26,7 +26,7 @@ extern "C" void launch(int x, int y, const u16* q, const unsigned char* k, u16* 
 extern "C" int threads() { return THREADS; }
 extern "C" int shared_bytes() { return sizeof(Shared); }
 """
-# Of a block, on sm_80 and on sm_90 and sm_100.
+# Bytes of shared memory per block: on sm_80, then on sm_90 and sm_100.
 AMPERE, SHARED = 163 * 1024, 227 * 1024
 
 
@@ -77,12 +77,12 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
     monkeypatch.setattr(decode, "kernel", lambda *_: emulated)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     torch.manual_seed(head + group)
-    # The one but last request has two tokens, the last has none.
+    # The last but one request has two tokens, the last request has none.
     lengths = torch.tensor([1, 127, 128, 129, 5780, 0, 130, 17], dtype=torch.int32)
     starts = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 8], dtype=torch.int32)
     heads, blocks = group * key_heads, -(-int(lengths.max()) // page)
     pages = torch.randperm(len(lengths) * blocks).to(torch.int32).reshape(len(lengths), blocks)
-    # As vLLM lays KV out: K and V of a token side by side.
+    # K and V of a token lie side by side, as in vLLM.
     cache = torch.randn(pages.numel(), key_heads, page, 2 * head).to(torch.bfloat16)
     for i, length in enumerate(lengths.tolist()):  # what lies past a request's tokens may be anything
         slots = torch.arange(length, blocks * page)
@@ -110,14 +110,14 @@ def test_compiles_without_a_gpu(arch, shared, head, dtype):
     parts = decode.parts_of(head, int(arch[3:]) // 10)
     for form in (form for group in (8, 16) for form in decode.forms(group, 1, head, parts)):
         assert decode.build(form, dtype, arch, shared, 13)[:4] == b"\x7fELF"
-        # A slot waits for the one before it.
+        # Each slot waits for the slot before it.
         assert form.scorers(shared) >= 2
 
 
 @pytest.mark.parametrize("head, parts", [(64, 2), (128, 2), (128, 4)])
 @pytest.mark.parametrize("group", [8, 16])
 def test_another_block_is_told_after_the_loads(tmp_path, head, parts, group):
-    """In the machine code, too, each arrival at another block follows a reduction over what was loaded."""
+    """In the machine code too, a block signals another block only after a reduction over the loaded values."""
     (tmp_path / "cubin").write_bytes(decode.build(decode.Form(head, group, parts), torch.bfloat16, "sm_90", SHARED, 13))
     triton = Path(importlib.util.find_spec("triton").origin).parent
     command = [triton / "backends" / "nvidia" / "bin" / "nvdisasm", "-c", tmp_path / "cubin"]
@@ -141,7 +141,7 @@ def test_what_the_kernel_does_not_have_is_refused():
         held = {name: x.to(torch.int32) for name, x in numbers.items()}
         return {"q": q, "k": cache, "v": cache, "out": torch.empty_like(q), "scale": 1.0} | held | changes
 
-    # A page's tokens lie further apart than the kernel's offsets reach: a view that nothing reads.
+    # A view, which nothing reads, whose tokens lie further apart than the kernel's offsets reach.
     far = torch.empty((15 << 27) + 128, dtype=torch.bfloat16).as_strided((4, 16, 2, 64), (0, 1 << 27, 64, 1))
     for arguments, said in (
         (given(page=24), "pages of 24 tokens"),

@@ -1,6 +1,7 @@
-"""Runs in a child process with TRITON_INTERPRET=1: every Triton kernel against fp64, and row by row, bitwise.
+"""Runs in a child process with TRITON_INTERPRET=1 and tests every Triton kernel.
 
-Prints one line per case: `ok NAME` or `FAIL NAME: reason`.
+Each kernel is compared with fp64 within a tolerance, and each row alone with the row in a batch, bitwise. Prints one
+line per case: `ok NAME` or `FAIL NAME: reason`.
 """
 
 import os
@@ -21,7 +22,7 @@ _dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _upcast(handle):
-    """The interpreter holds bf16 as integers, and would multiply these."""
+    """Convert bf16 to floats: the interpreter holds bf16 as integers and would multiply these."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     widened = interpreter._convert_float(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
@@ -88,7 +89,7 @@ def norms() -> None:
                 want = base * (base.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
                 report(case, close(got, want, dtype))
                 if held is not None:
-                    # The interpreter rounds to bf16 in its own way.
+                    # The interpreter rounds to bf16 differently.
                     exact = dtype != torch.bfloat16 and torch.equal(summed, x + held)
                     report(f"{case} sum", "" if exact else close(summed, x.double() + held.double(), dtype))
                 alone, _ = norm.rms_norm(x[3:4], weight, 1e-6, None if held is None else held[3:4])
@@ -144,7 +145,7 @@ def sums() -> None:
 
 @triton.jit
 def attend(scores, values, out, tiles, STEP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """out [ROWS] = softmax(scores [ROWS, tiles * TILE]) @ values, tile by tile, weights rounded to fp16."""
+    """out [ROWS] = softmax(scores [ROWS, tiles * TILE]) @ values, tile by tile, with weights rounded to fp16."""
     row, key = tl.arange(0, ROWS), tl.arange(0, TILE)
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total, held = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
@@ -158,7 +159,7 @@ def attend(scores, values, out, tiles, STEP: tl.constexpr, ROWS: tl.constexpr, T
 
 @triton.jit
 def step_from_zero(scores, most, total):
-    """The step of vLLM before 0.33: after a masked tile a row goes on from a maximum of 0."""
+    """The softmax step of vLLM before 0.33: after a fully masked tile, a row's running maximum restarts at 0."""
     peak = tl.maximum(most, tl.max(scores, axis=1))
     peak = tl.where(peak > float("-inf"), peak, 0.0)
     weights = tl.exp(scores - peak[:, None])
@@ -167,7 +168,7 @@ def step_from_zero(scores, most, total):
 
 
 def softmaxes() -> None:
-    """Rows whose first tiles are masked, against the same rows without these tiles."""
+    """Compare rows whose first tiles are fully masked with the same rows without these tiles."""
     generator = torch.Generator().manual_seed(5)
     rows, tile = 16, 32
     for mean in (0.0, -1.0, -4.0, 3.0):
@@ -176,7 +177,7 @@ def softmaxes() -> None:
             values = torch.randn(8 * tile, generator=generator)
             masked = torch.cat((torch.full((rows, empty * tile), -torch.inf), scores), 1)
             found = {}
-            for step in (step_from_zero, softmax_step):  # ours last: alone and beside are then its
+            for step in (step_from_zero, softmax_step):  # bi_patch's step last: the loop leaves its results
                 alone, beside = torch.empty(rows), torch.empty(rows)
                 attend[(1,)](scores, values[empty * tile :], alone, 5, step, rows, tile)
                 attend[(1,)](masked, values, beside, 5 + empty, step, rows, tile)
@@ -185,7 +186,7 @@ def softmaxes() -> None:
             case = f"softmax mean {mean} after {empty} empty tiles"
             report(case, "" if (beside - want).abs().max() < 2e-3 else "wrong")
             report(f"{case} alone", f"{found[softmax_step]} rows differ" if found[softmax_step] else "")
-            # The old step shows that these scores tell the two apart.
+            # The old step differs, so these scores distinguish the two steps.
             report(f"{case} planted", "" if found[step_from_zero] or mean > -4 else "the planted fault is not seen")
 
 

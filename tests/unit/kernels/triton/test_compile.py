@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from bi_patch.kernels.triton import gemm, norm, reduce, rope
 
 ARCHITECTURES = (80, 90, 100)
-# Shared memory a block may use, in bytes.
+# Bytes of shared memory that a block may use.
 SHARED = {80: 166912, 90: 232448, 100: 232448}
 
 

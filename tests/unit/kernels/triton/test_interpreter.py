@@ -1,4 +1,4 @@
-"""The Triton kernels on CPU, in Triton's interpreter: right against fp64, and a row alone equal to it in a batch."""
+"""The Triton kernels in Triton's interpreter on CPU: close to fp64, and a row's bits equal alone and in a batch."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.mark.parametrize("kernel", ["gemm", "norm", "rope", "sum", "softmax"])
 def test_numerics_and_rows(kernel):
-    # The interpreter is chosen when triton is imported: a process of its own.
+    # Triton chooses the interpreter when it is imported, so the kernels run in a child process.
     env = {**os.environ, "PYTHONPATH": str(ROOT), "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).with_name("interpreter.py")
     done = subprocess.run([sys.executable, script, kernel], env=env, capture_output=True, text=True, timeout=300)

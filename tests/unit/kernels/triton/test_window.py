@@ -1,4 +1,4 @@
-"""vLLM's own kernel over a window, before 0.33: rows that meet a masked tile first, without the seam and with it."""
+"""vLLM's own kernel over a sliding window, for rows whose first tile is fully masked: without the seam and with it."""
 
 import importlib.util
 import subprocess
@@ -22,7 +22,7 @@ def differing(form: str) -> tuple[int, int]:
     return int(found[0][0]), int(found[0][1])
 
 
-@pytest.mark.skipif(installed.find("cpu").release >= Version("0.33"), reason="vLLM has the step from 0.33 on")
+@pytest.mark.skipif(installed.find("cpu").release >= Version("0.33"), reason="vLLM has this step itself from 0.33 on")
 def test_without_the_seam_rows_after_a_masked_tile_differ():
     assert differing("stock")[0] > 10
 

@@ -1,7 +1,8 @@
 """Runs in a child process with TRITON_INTERPRET=1: vLLM's own Triton attention over a window, prefill against decode.
 
-argv: "stock", or "closed" with the step that the seam attention.cuda_empty_tiles puts in. Scores have a mean of -4: a
-row that meets a masked tile first then shows what maximum it goes on from. Prints how many rows differ, of how many.
+The argument is "stock", or "closed" for the step that the seam attention.cuda_empty_tiles installs. The scores have a
+mean of -4. So a row whose first tile is fully masked shows at which maximum it restarts. Prints how many rows differ,
+and how many rows there are.
 """
 
 import os
@@ -15,13 +16,13 @@ import torch  # noqa: E402
 import triton.backends  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
-# vLLM's build for the CPU takes Triton only with a backend for it; the interpreter needs none.
+# vLLM's CPU build uses Triton only if Triton has a backend; the interpreter needs none.
 driver = types.SimpleNamespace(is_active=lambda: True)
 triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver)
 
 
 def _dot(self, a, b, held, *rest):
-    """In fp64: numpy's fp32 products differ by a row's place in the tile."""
+    """Multiply in fp64: the bits of numpy's fp32 products depend on a row's place in the tile."""
     product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
     return interpreter.TensorHandle((product + held.data).astype(np.float32), held.dtype.scalar)
 
@@ -38,7 +39,7 @@ def ints(*values: int) -> torch.Tensor:
 
 
 def attend(q, k, v, pages, length: int):
-    """The last rows of `length` tokens: q [rows, HEADS, SIZE]."""
+    """Attention of the last rows of `length` tokens; q [rows, HEADS, SIZE]."""
     out = torch.empty_like(q)
     triton_unified_attention.unified_attention(
         q=q,

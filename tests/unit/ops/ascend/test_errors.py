@@ -1,4 +1,4 @@
-"""Named errors of the Ascend orders, on a machine that has none of its libraries."""
+"""Named errors of the operations on Ascend, on a machine without Ascend's libraries."""
 
 import importlib.metadata
 import importlib.util
@@ -14,7 +14,8 @@ VERSIONS = {"torch-npu": "2.13.0", "triton-ascend": "3.2.0"}
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Distributions as a test says, torch_npu importable, no AscendC package."""
+    """The installed distributions and their versions, which a test may change. torch_npu can be imported; the AscendC
+    package is not installed."""
     versions = dict(VERSIONS)
 
     def version(name):

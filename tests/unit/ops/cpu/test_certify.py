@@ -1,4 +1,4 @@
-"""Certificates of operations that are kept as they are, on CPU."""
+"""Certificates of operations that keep the library's kernel, on CPU."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def test_an_operation_that_varies_with_rows_stops_the_engine(tmp_path):
     rows.register(rows.RowCheck("test.mean", "by rows", rows.ROWS, lambda m: (torch.randn(m, 999),), mean_by_rows))
     with pytest.raises(CertificateFailed, match=r"test.mean by rows: \d+ rows: \d+ elements differ"):
         certify.certify(tmp_path, "test 1")
-    certify.certify(tmp_path, "test 1")  # nothing is left registered
+    certify.certify(tmp_path, "test 1")  # the failed operation is no longer registered
 
 
 def test_few_rows_are_taken_at_many_places():

@@ -1,4 +1,4 @@
-"""A seeded draw can be taken back, and only the last one."""
+"""A rewindable generator can undo its last seeded draw, and no earlier draw."""
 
 import torch
 
@@ -15,7 +15,7 @@ def test_a_taken_back_draw_leaves_no_trace():
     ours = draws.rewindable(twin)
     expected = [draw(plain) for _ in range(3)]
     for value in expected:
-        for _ in range(2):  # two chunks of a prompt: both are drawn and taken back
+        for _ in range(2):  # two chunks of a prompt: each draws and undoes the draw
             draws.remember([ours])
             draw(ours)
             ours.set_offset(ours.get_offset() - 4)

@@ -28,7 +28,7 @@ def bundled(layer):
 
 
 def split_k(x, weight, bias):
-    """A GEMM that splits K in two for fewer than nine rows, as libraries do: a planted cause 1."""
+    """A GEMM that splits K in two for fewer than nine rows, as libraries do: a planted fault of cause 1."""
     if x.shape[0] > 8:
         return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
     halves = [x[:, a:b].float() @ weight[:, a:b].float().t() for a, b in ((0, K // 2), (K // 2, K))]
@@ -56,7 +56,8 @@ def test_a_library_that_splits_k_is_not_used(layer, tmp_path):
 
 
 def test_an_order_that_rounding_hides_is_seen(tmp_path):
-    """Two halves of K added in fp32 for one row: in bf16, random data shows that in one of thousands of outputs."""
+    """For one row, the GEMM adds two halves of K in fp32. In bf16, plain random data shows this in one of thousands of
+    outputs."""
     n, k = 576, 1536
     layer = TorchLinear(k, n, bias=False, dtype=torch.bfloat16, device="cpu").requires_grad_(False)
     pack, gemm = torch.ops.bi_cpu.gemm_pack, torch.ops.bi_cpu.gemm
@@ -94,7 +95,7 @@ def test_a_library_in_the_same_order_may_be_used(layer, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("served", [frozenset(), frozenset({4})], ids=["bundled", "library for 4 rows"])
 def test_a_bias_that_upstream_widened(layer, tmp_path, monkeypatch, served):
-    """Upstream widens the bias of small layers for its own kernel; the bundled GEMM takes it as loaded."""
+    """Upstream widens the bias of small layers for its own kernel. The bundled GEMM takes the bias as loaded."""
     monkeypatch.setattr(linear, "_worthwhile", lambda certificate: served)
     loaded, ours = layer.bias.detach().clone(), bundled(layer)
     layer.bias.data = layer.bias.float()

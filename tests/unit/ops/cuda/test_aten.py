@@ -1,4 +1,4 @@
-"""PyTorch's own products and sums: every form is served by the bundled kernels, here in Triton's interpreter."""
+"""PyTorch's own products and sums: the bundled kernels serve every form. Here they run in Triton's interpreter."""
 
 import importlib.util
 import os

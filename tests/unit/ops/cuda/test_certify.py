@@ -1,4 +1,4 @@
-"""A CUDA worker's certificates without a GPU: one moment for all three kinds, and one way to fail."""
+"""A CUDA worker's certificates, without a GPU: all three kinds are made at one moment and fail in one way."""
 
 import contextlib
 
@@ -17,7 +17,7 @@ KERNEL = moe.Kernel(None, lambda m: {"BLOCK_SIZE_M": 16 if m < 9 else 64}, conte
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch):
-    """A process that has certified nothing, on no device."""
+    """Make this process look as if it had certified nothing and had no device."""
     for name in ("device", "libraries"):
         monkeypatch.setattr(machine, name, lambda: "none")
     monkeypatch.setattr(machine, "kernels_digest", lambda kind="triton": kind)
@@ -34,7 +34,7 @@ def nowhere(monkeypatch):
 
 
 def stand_ins(monkeypatch, wrong=0, error=None):
-    """In place of the three comparisons: all bits equal, some outputs `wrong`, or an error."""
+    """Replace the three comparisons: `wrong` outputs differ, or `error` is raised."""
     made = []
 
     def comparison(key_at, rows, kernel):

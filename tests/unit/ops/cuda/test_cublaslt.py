@@ -1,4 +1,4 @@
-"""What is taken of cuBLASLt's answers, and which of them serves: a fake library, no GPU."""
+"""Which of cuBLASLt's algorithms become offers, and which offer serves. The library is a fake; no GPU is needed."""
 
 import ctypes
 
@@ -13,7 +13,7 @@ A, B, C, D = (Kind(i, 0, 1, 0, 0, 0, 0, 0) for i in range(1, 5))
 
 
 class Fake:
-    """cuBLASLt's functions. An algorithm's first words are its id, split of K, reduction scheme and cluster."""
+    """A fake of cuBLASLt's functions. An algorithm's first words are its id, split-K, reduction scheme and cluster."""
 
     def __init__(self, answers, code=0):
         self.answers, self.code, self.asked = answers, code, 0
@@ -51,9 +51,9 @@ def test_offers_keep_the_librarys_order_and_leave_out_what_splits_or_repeats(mon
         ((2, 4, 0, 0), 0, 0),  # splits K
         ((3, 1, 2, 0), 0, 0),  # reduces
         ((4, 1, 0, 0), 7, 0),  # not supported
-        ((5, 1, 0, 0), 0, 64),  # wants a workspace
+        ((5, 1, 0, 0), 0, 64),  # needs a workspace
         ((6, 0, 0, 2), 0, 0),
-        ((1, 1, 0, 0, 9), 0, 0),  # the first once more: only what is no part of a kind differs
+        ((1, 1, 0, 0, 9), 0, 0),  # the first again: it differs only in an attribute that is no part of a kind
         ((7, 1, 0, 0), 0, 0),
         ((8, 1, 0, 0), 0, 0),  # the ninth
     )
@@ -69,7 +69,7 @@ def test_an_offers_algorithm_outlives_the_answers_that_it_came_in(monkeypatch):
     library._library.answers = (((3, 1), 0, 0), ((4, 1), 0, 0))
     assert [offer.kind.id for offer in library.offers(5)] == [3, 4]
     assert [offer.opaque.data[0] for offer in kept] == [1, 2]
-    assert all(offer.opaque._b_base_ is None for offer in kept)  # no part of the array
+    assert all(offer.opaque._b_base_ is None for offer in kept)  # copies, not parts of the array
 
 
 @pytest.mark.parametrize("code,answers", [(15, [((1, 1), 0, 0)]), (0, [])])
@@ -117,14 +117,14 @@ def test_what_is_preferred_ends_with_the_last_timed_rows():
     "rows,offered,may,served",
     [
         (192, (A, B), (A, B), B),
-        (129, (A, B), (A, B), B),  # between two: as above it
+        (129, (A, B), (A, B), B),  # between two timed M: as at the larger
         (128, (A, B), (A, B), A),
         (1, (A, B), (A, B), A),
         (130, (A, C), (A, B, C), A),  # not offered: the first
         (130, (A, B), (A, C), A),  # not certified: the first
         (130, (A, B, C), (C,), C),  # the first is not certified either
         (130, (A, B), (C,), None),
-        (193, (B, A), (A, B), B),  # beyond the last: the first
+        (193, (B, A), (A, B), B),  # beyond the last timed M: the first
         (193, (C, A), (A, B), A),
         (192, (), (A, B), None),
     ],
@@ -135,7 +135,7 @@ def test_which_offer_serves(rows, offered, may, served):
 
 
 def serving(offers, preferred, wrong, rows=None):
-    """What compare finds where all outputs of the kinds in `wrong` differ, and what then serves each M."""
+    """The result of `compare` if all outputs of the kinds in `wrong` differ, and the kind that then serves each M."""
     found = compare(offers, preferred, lambda m, offer: 3 if offer.kind in wrong else 0)
     good = {kind for kind, differing in found.items() if not any(differing.values())}
     served = {m: choose(m, offered, preferred, lambda kind: kind in good) for m, offered in offers.items()}
@@ -159,7 +159,7 @@ def test_what_takes_the_place_of_kinds_that_differ_is_compared_where_it_serves()
     offers = {m: made(A, B, C) if m <= 8 else made(C, A) for m in range(1, 11)}
     found, served = serving(offers, {8: B}, {A, B})
     assert set(served.values()) == {C}
-    assert {1, 10} <= found[C].keys()  # first offered from 9 on, but it serves from 1 on
+    assert {1, 10} <= found[C].keys()  # C is the first offer from 9 on, but serves from 1 on
     _, none = serving(offers, {8: B}, {A, B, C})
     assert set(none.values()) == {None}
 

@@ -1,4 +1,4 @@
-"""The CUDA orders' parts that need no GPU: routes, tiles, ties, and replaced globals."""
+"""Parts of the operations on CUDA that need no GPU: routes, certificates' data, tiles, and replaced globals."""
 
 import msgspec
 import pytest
@@ -10,7 +10,7 @@ from bi_patch.seams.overlay import Overlay, with_globals
 
 
 class Library:
-    """What the vendor would offer: an algorithm of one kind up to 40 rows, of another above, then ANY; none for 13."""
+    """A fake vendor. It offers first FEW up to 40 rows and MANY above, then ANY. For 13 rows it offers nothing."""
 
     def __init__(self):
         self.asked = []
@@ -53,11 +53,11 @@ def test_the_rows_that_are_asked_for():
     assert linear.asked_rows(5) == [1, 2, 3, 4, 5]
     asked = linear.asked_rows(16384)
     assert asked[:1024] == list(range(1, 1025)) and asked[-1] == 16384 and len(asked) < 3300
-    assert {m % 64 for m in asked[1024:]} == set(range(64))  # whatever a choice is aligned to
+    assert {m % 64 for m in asked[1024:]} == set(range(64))  # every remainder of every alignment up to 64
 
 
 class Bits:
-    """A fake of what a certificate is made with: offers of three kinds, of which `wrong` have other bits."""
+    """A fake of linear._Trial. It has offers of three kinds; the kinds in `wrong` give other bits."""
 
     def __init__(self, monkeypatch, wrong=()):
         self.wrong, self.made = wrong, 0
@@ -120,7 +120,11 @@ def test_certificates_of_an_older_choice_are_made_again(monkeypatch, tmp_path):
 
 
 class Timer:
-    """Takes the place of cuda_timing: a call takes `us` a row, an offer's place in the list added."""
+    """A fake of bi_patch.ops.cuda.timing.
+
+    One call takes `us` microseconds per row. Timed in ways, a call takes a microsecond per row, plus its way's place in
+    the list.
+    """
 
     def __init__(self, us):
         self.us, self.ways = us, {}
@@ -135,7 +139,7 @@ class Timer:
 
 
 def timed(monkeypatch, cache_bytes, copies, us=1.0, offered=2):
-    """What a trial of 600 rows and a weight of 512 bytes times, and the timer."""
+    """The times of a trial of 600 rows and a weight of 512 bytes, and the timer."""
     timer = Timer(us)
     monkeypatch.setattr(linear, "timing", timer)
     monkeypatch.setattr(linear.machine, "cache_bytes", lambda: cache_bytes)
@@ -153,7 +157,7 @@ def test_timed_calls_go_over_more_weights_than_the_cache_holds(monkeypatch):
     for ways in timer.ways.values():
         assert len(ways) == 2 and ways[0] == ways[1] and len(set(ways[0])) == 5
         assert ways[0] == ways[0][:5] * (len(ways[0]) // 5)
-    # 150 us of calls, at most 128 of them, at least each weight once.
+    # Calls for about 150 us, at most 128 calls, and at least one call per weight.
     assert [len(timer.ways[m][0]) for m in (1, 8, 64, 600)] == [125, 20, 5, 5]
 
 
@@ -169,7 +173,7 @@ def test_nothing_is_timed_without_memory_or_a_choice_or_where_calls_are_slow(mon
 
 
 def ordered(a, b, size):
-    """a [M, K] @ b [N, K].T in fp32: products added one after the other in blocks of `size`, then the blocks."""
+    """a [M, K] @ b [N, K].T in fp32: the products of each block of `size` are added in order, then the blocks."""
     total = 0
     for k in range(0, a.shape[1], size):
         block = torch.zeros(a.shape[0], b.shape[0])

@@ -1,4 +1,4 @@
-"""Times of captured calls, with a stand-in for torch.cuda whose clock the calls move."""
+"""Times of captured calls, with a fake torch.cuda whose clock the calls advance."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from bi_patch.ops.cuda import timing
 
 
 class Device:
-    """A clock in ms, and what PyTorch would do with it: calls in a capture are kept, a replay runs them."""
+    """A fake device with a clock in ms. A capture keeps the calls; a replay runs them and advances the clock."""
 
     def __init__(self):
         self.now, self.capturing, self.log = 0.0, None, []
