@@ -32,7 +32,7 @@ class Level:
     prompts (see Workload). sizes: numbers of concurrent requests. score_sizes: the same for the axes of prompt logprobs
     and sampling, empty for `sizes`. graphs: for how many captured graph sizes n to add batches of n and n + 1.
     one_engine: one further engine has all changed options, instead of one engine for each change. seconds: the time
-    limit; an axis that would exceed it is left out; None for no limit. cpu_seconds: the same on a CPU.
+    limit, None for no limit; verify does not start an axis that would exceed the limit. cpu_seconds: the same on a CPU.
     """
 
     name: str
