@@ -42,7 +42,7 @@ def common(
 
 
 def main() -> None:
-    """Run the command line. A named error is printed as one paragraph, any other with its traceback; both exit with 2."""
+    """Run the command line. Print a named error as one paragraph, any other with its traceback, and exit with 2."""
     try:
         # Each module registers its command on `app`; heavy imports stay inside the commands.
         for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
