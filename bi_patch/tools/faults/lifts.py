@@ -29,7 +29,7 @@ def _recurrent() -> None:
 
 
 def _without(*rows: str) -> None:
-    """From now on this process does not refuse these rows of the feature table."""
+    """Make this process accept these rows of the feature table."""
     from bi_patch.seams import active, refusals
 
     plan = active.plan
