@@ -1,1 +1,1 @@
-"""What proves and never serves: nothing outside this folder imports it, and it is no part of the serving digest."""
+"""The tools: they prove and never serve. No module outside this folder imports them, and no digest includes them."""

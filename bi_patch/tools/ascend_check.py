@@ -1,4 +1,7 @@
-"""On an NPU: each bundled kernel against fp64 on the CPU, and each row alone against the row in a batch, bitwise."""
+"""Checks the bundled Ascend kernels on an NPU.
+
+Each kernel is compared with fp64 on the CPU. Each row alone is compared bitwise with the same row in a batch.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,12 @@ LIMIT = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 
 
 def check(most: int = max(COUNTS)) -> dict[str, object]:
-    """Run every kernel on `most` rows, and on each of COUNTS up to `most`; takes the current NPU.
+    """Run every kernel on `most` rows, and on each number of COUNTS up to `most`, on the current NPU.
 
-    Returns the device, the versions of the libraries, and `rows`: for each case the elements compared, those whose bits
-    differ, the relative error, and whether both are good (`ok`).
-    Raises MissingDependency without CANN, torch_npu or triton-ascend, UnsupportedDevice for an unknown chip.
+    Returns the device, the versions of the libraries, and `rows`. Each row holds the number of elements compared, the
+    number whose bits differ, the relative error, and `ok`: no bit differs and the error is below LIMIT.
+    Raises SettingError for fewer than 1 row, MissingDependency without CANN, torch_npu or triton-ascend,
+    UnsupportedDevice for an unknown chip.
     """
     if most < 1:
         raise SettingError(f"{most} rows are too few: take 1 or more")
@@ -40,7 +44,7 @@ def check(most: int = max(COUNTS)) -> dict[str, object]:
 
 
 def _rows(chip: Chip, dtype: str, most: int) -> Iterator[dict[str, object]]:
-    """One result a case, for one type of element."""
+    """One result for each case, for one element type."""
     import torch
 
     bits = {2: torch.int16, 4: torch.int32}
@@ -59,7 +63,7 @@ def _rows(chip: Chip, dtype: str, most: int) -> Iterator[dict[str, object]]:
 
 
 def _cases(chip: Chip, dtype: torch.dtype, most: int) -> Iterator[tuple[str, Callable, torch.Tensor]]:
-    """Each case: its name, the kernel as a function of a slice of `most` rows, and the answer in fp64 on the CPU."""
+    """Each case: its name, the kernel as a function of a slice of the rows, and the fp64 answer from the CPU."""
     import torch
 
     from bi_patch.kernels.ascend import attention, matmul, rows

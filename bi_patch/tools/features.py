@@ -16,7 +16,7 @@ _STATES = {SERVED: "**served**", REFUSED: "refused", UNTRIED: "untried"}
 
 
 def blocks() -> dict[str, str]:
-    """The generated tables by the name of their marks, e.g. `<!-- features -->` and `<!-- /features -->` in a page."""
+    """The generated tables by the name of their marks. A page marks the table "features" with `<!-- features -->`."""
     return {
         "support": _short([row for row in table.ROWS if row.short]),
         "features": _full(FEATURES, "feature"),
@@ -27,7 +27,7 @@ def blocks() -> dict[str, str]:
 
 
 def summary(platform: str) -> dict[str, list[str]]:
-    """Names of the rows by their state on a platform, for its newest release."""
+    """The names of the table's rows by their state on a platform, for the platform's newest release."""
     found: dict[str, list[str]] = {SERVED: [], UNTRIED: [], REFUSED: []}
     for row in table.ROWS:
         found.setdefault(row.cell(platform).state, []).append(row.name)
@@ -55,7 +55,7 @@ def _full(rows: Sequence[Feature], what: str) -> str:
 
 
 def _remarks(row: Feature) -> list[str]:
-    """The reasons and advice of the cells: once for all platforms that share them."""
+    """The reasons and advice of the cells; platforms with the same text share a remark."""
     said: dict[str, list[str]] = {}
     for platform, title in TITLES.items():
         cell = row.cell(platform)

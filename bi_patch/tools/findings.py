@@ -10,7 +10,10 @@ NOT_NEEDED = "not needed here"
 
 
 def everything(*, load: bool = True) -> list[Finding]:
-    """Every seam of the catalog with its state in this process; empty when nothing is armed. load: see startup."""
+    """Every seam of the catalog with its state in this process; empty when nothing is armed.
+
+    load: see startup.inspect.
+    """
     return [*startup.inspect(load=load), *not_needed()]
 
 

@@ -12,12 +12,12 @@ class MarksMissing(BiPatchError):
 
 
 def held(text: str, blocks: Mapping[str, str]) -> list[str]:
-    """The names of the blocks that a page has marks for."""
+    """The names of the blocks for which a page has marks."""
     return [name for name in blocks if f"<!-- {name} -->" in text]
 
 
 def renew(text: str, blocks: Mapping[str, str]) -> str:
-    """The page with every block that it has marks for replaced. Raises MarksMissing where a closing mark lacks."""
+    """The page with the content of every marked block replaced. Raises MarksMissing where a closing mark is missing."""
     for name in held(text, blocks):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, rest = text.split(begin, 1)
@@ -28,5 +28,5 @@ def renew(text: str, blocks: Mapping[str, str]) -> str:
 
 
 def stale(text: str, blocks: Mapping[str, str]) -> list[str]:
-    """The names of the blocks of a page that are not what would be written now."""
+    """The names of the marked blocks whose content in the page differs from `blocks`."""
     return [name for name in held(text, blocks) if renew(text, {name: blocks[name]}) != text]

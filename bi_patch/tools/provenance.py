@@ -1,4 +1,4 @@
-"""Which bi_patch made a result, and by which command: the part that every result file and verify report shares."""
+"""Records which bi_patch made a result, and with which command. Result files and verify reports hold this record."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import bi_patch
 from bi_patch import identity
 
 _PACKAGE = Path(bi_patch.__file__).resolve().parent
-_SOURCES = ("bi_patch", "kernels")  # a result file that a run writes does not make the tree dirty
+_SOURCES = ("bi_patch", "kernels")  # only changes in these folders make the tree dirty, not a new result file
 
 
 class Provenance(msgspec.Struct, frozen=True):
-    """bi_patch: its version. commit: git's full hash of the source tree, None for an installation that records none.
+    """Which bi_patch ran, and how.
 
-    dirty: the package or the kernels differ from that commit. digest: identity.digest(), over everything that serves.
+    bi_patch: the version. commit: git's full hash of the source tree, None for an installation that records no hash.
+    dirty: the package or the kernels differ from the commit. digest: identity.digest(), over everything that serves.
     command: the command line, without the folder of the program.
     """
 
@@ -39,7 +40,7 @@ class Provenance(msgspec.Struct, frozen=True):
 
 
 def here() -> Provenance:
-    """Of this process."""
+    """The provenance of what this process measures."""
     commit, dirty = _commit()
     return Provenance(bi_patch.__version__, commit, identity.digest(), _command(sys.argv), dirty)
 
@@ -59,7 +60,7 @@ def _commit() -> tuple[str | None, bool]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints in the folder of the package; None where git fails or is not there."""
+    """What git prints in the folder of the package; None where git fails or is not installed."""
     try:
         done = subprocess.run(
             ["git", "-C", str(_PACKAGE.parent), *arguments], capture_output=True, text=True, timeout=20, check=True
@@ -70,7 +71,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _installed_from() -> str | None:
-    """The commit that pip wrote down, if it installed this package from a git repository."""
+    """The commit that pip recorded, if pip installed this package from a git repository; else None."""
     try:
         installed = importlib.metadata.distribution("bi_patch")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Measuring cost on live engines, running the matrix of models, and the evidence files and plots made from them.
+"""The tool bench: measures cost and the matrix of models on live engines, and makes tables and plots of the results.
 
-Nothing here is imported by seams or kernels, and nothing imports vLLM before an engine is started.
+No module here imports vLLM before an engine starts.
 """

@@ -1,4 +1,4 @@
-"""What invariance costs: the same workloads on stock and armed engines that live side by side, measured in turns."""
+"""Measures the cost of invariance: stock and armed engines run side by side and answer the same workloads in turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.child import ARMED, STOCK, UPSTREAM, ChildEngine, EngineFailed
 from bi_patch.tools.verify.engine import Info, Options
 
-# How many times stock's time armed may take, by platform; on GPUs invariance is to cost nothing.
+# The largest accepted ratio of armed time to stock time, by platform; on GPUs, invariance must cost nothing.
 _TARGETS = {"cpu": 1.10}
 
 
@@ -23,7 +23,7 @@ def target(platform: str) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """`count` requests of `prompt` random tokens that generate `tokens` each, all at once."""
+    """`count` concurrent requests, each with `prompt` random tokens and `tokens` generated tokens."""
 
     name: str
     count: int
@@ -57,10 +57,11 @@ def measure(
     loads: Sequence[Load] = LOADS,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[CostRow], Info, str]:
-    """Rows for one model, what the armed engine is, and a note on upstream's mode ("" when it ran).
+    """The rows of one model, the armed engine's Info, and a note on upstream's mode ("" when that mode ran).
 
-    Every repeat asks stock, (upstream,) armed in turn for the same fresh prompts; a first round of each is dropped.
-    Prefix caching is off, so that no repeat is served from another. Raises what an engine fails with.
+    In every repeat, the stock, upstream and armed engines answer the same new prompts in turn. The first round is not
+    counted. Prefix caching is off, so that no repeat uses another's cache. upstream: whether to measure upstream's mode
+    where it runs. Raises the error of an engine that fails.
     """
     options = options.but(prefix_caching=False)
     note = ""
@@ -73,7 +74,7 @@ def measure(
                 tell(f"{label}: trying upstream's own mode")
                 with ExitStack() as trial:
                     engine = trial.enter_context(ChildEngine(UPSTREAM, options))
-                    engine.generate([Request(tuple(range(5, 40)), max_tokens=2)])  # on CPU it starts, then fails
+                    engine.generate([Request(tuple(range(5, 40)), max_tokens=2)])  # on CPU it fails after its start
                     engines[UPSTREAM] = engine
                     stack.push(trial.pop_all())
             except EngineFailed as error:
@@ -87,7 +88,7 @@ def measure(
             for repeat in range(repeats + 1):
                 tell(f"{label}: {load.name}, {'warming up' if not repeat else f'{repeat} of {repeats}'}")
                 requests = load.requests(vocab, repeat)
-                # Every other repeat goes the other way round, so that a drift of the machine favours nobody.
+                # Every other repeat reverses the order of engines, so that a drift of the machine favours none.
                 for mode in list(engines)[:: -1 if repeat % 2 else 1]:
                     engines[mode].generate(requests)
                     if repeat:
@@ -97,12 +98,12 @@ def measure(
 
 
 def is_noisy(found: CostRow) -> bool:
-    """True when repeats of one engine lie over 1.3 times apart: something else ran, and the row proves nothing."""
+    """Whether an engine's slowest repeat took over 1.3 times its fastest: then the machine was busy."""
     return any(r is not None and r[1] > 1.3 * r[0] for r in (found.stock_range, found.armed_range))
 
 
 def row(model: str, workload: str, times: dict[str, list[float]], repeats: int) -> CostRow:
-    """Medians, ranges and the paired ratio of times in ms; `times` maps a mode to its repeats in order."""
+    """A row with medians, ranges and the median of paired ratios. times: each mode's repeats in order, in ms."""
 
     def median(mode: str) -> float | None:
         return round(statistics.median(times[mode]), 2) if times.get(mode) else None

@@ -1,4 +1,4 @@
-"""The matrix: every axis that verify has, on one model after the other, as rows of evidence."""
+"""The matrix: runs verify's axes on one model after the other and makes rows of evidence."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bi_patch.tools.verify.report import LEFT_OUT, NOT_EXERCISED, UNSETTLED, Axi
 
 
 class Unmeasured(BiPatchError):
-    """An axis failed, or the engines could not show what they were asked for: the matrix would have a hole."""
+    """An axis has no result, or the run is not complete, so the matrix would have a hole."""
 
 
 class _Teller(verify.Watcher):
-    """Passes on, as lines of text, what verify is doing and what each axis found."""
+    """Turns verify's callbacks into lines of text: what verify does, and what each axis found."""
 
     def __init__(self, label: str, tell: Callable[[str], None]) -> None:
         self._label, self._tell = label, tell
@@ -41,9 +41,9 @@ def measure(
 ) -> tuple[list[InvarianceRow], Report]:
     """One row for each axis of the level that applies to the system, and verify's report.
 
-    system: what verify starts engines of. only: names of axes, of any level; empty for the level's.
-    Raises NotExercised for an axis whose cause never occurred, Unmeasured for anything else that left a hole: no axis
-    is left out silently. Positions that differ raise nothing; their rows say so.
+    system: the System that verify measures. only: names of axes of any level, empty for the level's axes. tell: called
+    with lines about the progress. Raises NotExercised for an axis whose cause never occurred, Unmeasured for every
+    other axis without a result. Positions that differ raise nothing; their rows hold the count.
     """
     report = verify.verify(system, level, only=only, watcher=_Teller(label, tell))
     for axis in report.axes:
@@ -64,8 +64,8 @@ def rows(label: str, report: Report) -> list[InvarianceRow]:
 
 
 def unmeasured(report: Report) -> list[str]:
-    """What the report does not show although its level holds it: a sentence each, none for a complete report."""
-    # A run that stopped early says why once; the axes that were waiting then say nothing more.
+    """What the report lacks although the level holds it, a sentence for each; empty for a complete report."""
+    # A run that stopped early says so once, not for every axis that was still waiting.
     holes = [f"stopped early: {report.stopped}"] if report.stopped else []
     holes += [f"{axis.name}: {axis.state}: {axis.reason}" for axis in report.axes if axis.state in UNSETTLED[:-1]]
     if not report.stopped:

@@ -1,4 +1,4 @@
-"""Which models, dtypes and modes `bi-patch bench` measures on CPU."""
+"""The models, dtypes and modes (eager or compiled) that `bi-patch bench` measures on CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 @dataclass(frozen=True)
 class Spec:
-    """One model, dtype and mode. cross: also the axes that need engines of their own (one start each)."""
+    """One model, dtype and mode. cross: whether to measure the axes that start further engines, too."""
 
     model: str
     dtype: str = "bfloat16"
@@ -27,7 +27,7 @@ class Spec:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The names of the axes to measure, none for all of the level's."""
+        """The names of the axes to measure; empty for all axes of the level."""
         return () if self.cross else tuple(probe.name for probe in PROBES)
 
 

@@ -1,4 +1,4 @@
-"""The plot of a cost file: armed time over stock time per workload. Needs matplotlib (extra `plots`)."""
+"""Plots a cost file: the ratio of armed time to stock time for each workload. Needs matplotlib (extra `plots`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class PlotsMissing(BiPatchError):
 
 
 def cost(evidence: Cost, path: Path, target: float) -> None:
-    """Write a bar chart, one bar per model and workload, and a line at the ratio to stay below.
+    """Write a bar chart with a bar for each model and workload, and a line at `target`, the largest accepted ratio.
 
-    The format is the path's ending. Raises PlotsMissing.
+    The suffix of `path` chooses the format. Raises PlotsMissing.
     """
     try:
         from matplotlib import rc_context
@@ -40,7 +40,7 @@ def cost(evidence: Cost, path: Path, target: float) -> None:
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     axes.axhline(1.0, color="#1d2733", linewidth=1)
     axes.axhline(target, color="#c23b22", linewidth=1, linestyle="--", label=f"target {target:.2f}")
-    # What was done over what it was done with: side by side, whole names would run into each other.
+    # Two lines for each name: whole names side by side would overlap.
     axes.set_xticks(range(len(loads)), [_two_lines(load) for load in loads], fontsize=8)
     axes.set_ylabel("time, armed / stock")
     axes.set_title(f"Cost of batch invariance ({evidence.device}, vLLM {evidence.vllm})", fontsize=9)

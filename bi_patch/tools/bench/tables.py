@@ -1,4 +1,4 @@
-"""The tables of the result files: as Markdown, in pages, as plots; and whether they are of this tree's code."""
+"""Writes the result files' tables as Markdown, into pages and as plots, and says which code the tables measured."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _EVIDENCE_MARK = re.compile(rf"<!-- ((?:{'|'.join(kind.kind for kind in KINDS)})
 
 
 def blocks(tables: Mapping[str, Table]) -> dict[str, str]:
-    """The Markdown of each table by its mark."""
+    """The Markdown of each table, by the table's mark."""
     return {mark: evidence.markdown(table) for mark, table in tables.items()}
 
 
 def distinct(tables: Mapping[str, Table]) -> dict[str, Table]:
-    """Each table once, by its shortest mark."""
+    """Each table once, by the table's shortest mark."""
     found: dict[int, str] = {}
     for mark in sorted(tables, key=len):
         found.setdefault(id(tables[mark]), mark)
@@ -34,20 +34,20 @@ def pages(root: Path) -> list[Path]:
 
 
 def write(page: Path, made: Mapping[str, str]) -> int:
-    """Renew the tables of a page; returns how many there are. Raises MarksMissing, or OSError."""
+    """Renew the tables of a page and return their number. Raises MarksMissing or OSError."""
     text = page.read_text(encoding="utf-8")
     if unknown := _unknown(text, made):
-        raise marks.MarksMissing(f"{page}: no result file supplies {', '.join(unknown)}; there are {', '.join(made)}")
+        raise marks.MarksMissing(f"{page}: no result file supplies {', '.join(unknown)}, only {', '.join(made)}")
     held = marks.held(text, made)
     if not held:
         some = ", ".join(f"<!-- {mark} -->" for mark in made)
-        raise marks.MarksMissing(f"{page} has no mark of a table; there are {some}")
+        raise marks.MarksMissing(f"{page} has no mark of a table; the marks are {some}")
     page.write_text(marks.renew(text, made), encoding="utf-8")
     return len(held)
 
 
 def outdated(page: Path, made: Mapping[str, str]) -> list[str]:
-    """The marks of a page whose table is not the newest files', or that no file supplies. Raises MarksMissing."""
+    """The marks in a page whose table is outdated or supplied by no file. Raises MarksMissing."""
     text = page.read_text(encoding="utf-8")
     return [*_unknown(text, made), *marks.stale(text, made)]
 
@@ -57,7 +57,7 @@ def _unknown(text: str, made: Mapping[str, str]) -> list[str]:
 
 
 def draw(tables: Mapping[str, Table], folder: Path) -> list[Path]:
-    """The plot of each device's newest cost table, `cost-<device>.svg`; returns their paths. Raises PlotsMissing."""
+    """Plot each device's newest cost table as `cost-<device>.svg`, and return the paths. Raises PlotsMissing."""
     drawn = []
     for mark, table in distinct(tables).items():
         if table.kind is evidence.Cost and mark == table.name:
@@ -67,7 +67,7 @@ def draw(tables: Mapping[str, Table], folder: Path) -> list[Path]:
 
 
 def origins(mark: str, table: Table) -> Iterable[tuple[bool, str]]:
-    """For each file behind a table, a sentence, and whether this tree's serving code is what the file measured."""
+    """For each file behind a table: whether the file measured this tree's serving code, and a sentence about it."""
     tree = identity.digest()
     for source in table.sources:
         found = source.evidence

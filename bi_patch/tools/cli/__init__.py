@@ -1,4 +1,4 @@
-"""The command line `bi-patch`: one module per command, imported only when its command runs."""
+"""The command line `bi-patch`: one module for each command. Commands import heavy modules only when they run."""
 
 import functools
 import importlib
@@ -20,14 +20,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-# Exit code 1 is an answer (bits differ, a patch point is open); an error that prevents an answer has another code.
+# Exit code 1 is an answer: bits differ, or a patch point is open. An error that prevents an answer has another code.
 NO_ANSWER, INTERRUPTED = 2, 130
 
 
 @app.callback(invoke_without_command=True)
 def common(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version, and the vLLM that is found.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print bi_patch's version and the vLLM found.")] = False,
 ) -> None:
     """bi_patch makes vLLM batch-invariant: a request has the same bits whatever runs beside it.
 
@@ -42,7 +42,7 @@ def common(
 
 
 def main() -> None:
-    """Run the command line. A named error is printed as one paragraph, any other with its traceback: exit code 2."""
+    """Run the command line. Print a named error as one paragraph, any other with its traceback, and exit with 2."""
     try:
         # Each module registers its command on `app`; heavy imports stay inside the commands.
         for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
@@ -68,7 +68,7 @@ def _version() -> str:
 
 
 def _contained(command: Callable) -> Callable:
-    """`command` with its errors caught before typer sees them, which ends with 1 on some."""
+    """`command` with its errors caught before typer sees them: typer exits with 1 on some errors."""
 
     @functools.wraps(command)
     def run(*args, **kwargs):
@@ -78,7 +78,7 @@ def _contained(command: Callable) -> Callable:
             raise
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
-        except SystemExit:  # rich ends so when the reader of a pipe has gone
+        except SystemExit:  # rich raises it when the reader of a pipe has gone
             raise typer.Exit(NO_ANSWER) from None
         except Exception as error:
             _tell(error)
@@ -88,16 +88,16 @@ def _contained(command: Callable) -> Callable:
 
 
 def _tell(error: Exception) -> None:
-    """Print a named error or a wrong use of the command line as one paragraph, another error with its traceback."""
+    """Print a named error or a usage error as one paragraph, any other error with its traceback."""
     if isinstance(error, BiPatchError):
         said = str(error)
-    elif hasattr(error, "format_message"):  # typer's errors of use; its releases keep their classes in different places
+    elif hasattr(error, "format_message"):  # a usage error: typer's releases define its class in different places
         command = error.ctx.command_path if getattr(error, "ctx", None) else "bi-patch"
         what = error.format_message()
         said = f"{what}{'' if what.endswith(('.', '?')) else '.'} See `{command} --help`"
     else:
         traceback.print_exception(error)
         return
-    # Not as markup: the text names what the user gave.
+    # Not as markup: the text quotes the user's input.
     text = Text.assemble((type(error).__name__, "bold red"), f": {said}")
     Console(stderr=True).print(text, soft_wrap=True)

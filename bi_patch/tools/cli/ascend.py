@@ -1,4 +1,4 @@
-"""`bi-patch ascend-check`: the bundled Ascend kernels on this machine's NPU."""
+"""`bi-patch ascend-check` checks the bundled Ascend kernels on this machine's NPU."""
 
 import json
 from typing import Annotated
@@ -18,7 +18,8 @@ def ascend_check(
     Each kernel is compared with fp64 on the CPU, and each row alone with the same row in a batch, bitwise. The command
     prints one JSON object. It needs CANN, torch_npu and triton-ascend.
 
-    Exit code 0: all bits are equal and all errors small. 1: not so. 2: it could not be checked.
+    Exit code 0: all bits are equal and all errors are small. 1: a bit differs or an error is too large. 2: the kernels
+    could not be checked.
     """
     found = check(rows)
     print(json.dumps(found, indent=1))

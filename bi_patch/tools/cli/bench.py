@@ -1,4 +1,4 @@
-"""`bi-patch bench`: what invariance costs, and the matrix of axes and models, written as evidence files."""
+"""`bi-patch bench` measures the cost of invariance and the matrix of axes and models, and writes evidence files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +15,8 @@ from bi_patch.tools.cli import app
 
 @app.command()
 def bench(
-    cost: Annotated[bool, typer.Option(help="Measure time, stock against armed.")] = True,
-    invariance: Annotated[bool, typer.Option(help="Measure the matrix of axes and models, armed.")] = True,
+    cost: Annotated[bool, typer.Option(help="Measure the time of stock and armed engines.")] = True,
+    invariance: Annotated[bool, typer.Option(help="Measure armed engines along every axis of verify.")] = True,
     quick: Annotated[bool, typer.Option(help="Two repeats, and only the first model of each part.")] = False,
     only: Annotated[
         list[str] | None, typer.Option(help="Only measurements whose label contains this text; repeatable.")
@@ -24,7 +24,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of each workload.")] = 5,
     results: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("benchmarks/results"),
     tables: Annotated[
-        bool, typer.Option("--tables", help="Measure nothing: print the tables of the newest files, draw the plots.")
+        bool, typer.Option("--tables", help="Measure nothing: print the tables of the newest files and draw the plots.")
     ] = False,
     write: Annotated[
         list[Path] | None, typer.Option(help="With --tables: renew the tables between this page's marks; repeatable.")
@@ -38,13 +38,17 @@ def bench(
         ),
     ] = False,
 ) -> None:
-    """Measure cost and invariance. Exit 1 when a position differed; times are only meant for a quiet machine."""
+    """Measure cost and invariance.
+
+    Times mean something only on a machine that runs nothing else. Exit code 1: a position differed, or --check found an
+    older table.
+    """
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import matrix
 
     console = output.console()
     if (write or check) and not tables:
-        raise SettingError("--write and --check go with --tables")
+        raise SettingError("--write and --check need --tables")
     if write and check:
         raise SettingError("--write and --check: choose one")
     if tables:
@@ -58,13 +62,13 @@ def bench(
 
 
 def _chosen(costs, matrix, only: list[str], quick: bool):
-    """What is measured of each part. Raises SettingError when that is nothing, or a text of --only matches nothing."""
+    """The chosen measurements of each part. Raises SettingError when none are left or a text of --only matches none."""
     labels = list(dict.fromkeys(spec.label for spec in (*costs, *matrix)))
     if not labels:
-        raise SettingError("--no-cost and --no-invariance leave nothing to measure")
+        raise SettingError("--no-cost and --no-invariance together leave nothing to measure")
     for text in only:
         if not any(text in label for label in labels):
-            raise SettingError(f"--only {text!r} is in no label; there are {', '.join(labels)}")
+            raise SettingError(f"--only {text!r} is in no label; the labels are {', '.join(labels)}")
     parts = ([s for s in specs if not only or any(text in s.label for text in only)] for specs in (costs, matrix))
     return tuple(found[:1] if quick else found for found in parts)
 
@@ -81,7 +85,7 @@ def _cost(console: Console, specs, repeats: int, results: Path) -> None:
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import cost
 
-    table = output.table(console, "Time of armed over stock vLLM")
+    table = output.table(console, "Time of armed vLLM against stock vLLM")
     for column in ("model", "workload", "stock", "upstream", "armed", "armed / stock"):
         table.add_column(column, justify="left" if column in ("model", "workload") else "right")
     for spec in specs:
@@ -164,7 +168,7 @@ def _tables(console: Console, results: Path, write: list[Path], check: bool) -> 
 
 
 def _check(found, made, results: Path) -> None:
-    """Notices on standard output; exit 1 where a page shows an older table."""
+    """Print which code each table measured, and notices. Exit with 1 when a page shows an older table."""
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import tables as bench_tables
 
@@ -172,12 +176,10 @@ def _check(found, made, results: Path) -> None:
         for same, words in bench_tables.origins(mark, table):
             print(words if same else f"notice: {words}")
     for path in evidence.superseded(results):
-        print(f"notice: {path} supplies no table: newer files have all its models. Move it to {results / 'archive'}")
+        print(f"notice: {path} supplies no table: newer files hold all its models. Move it to {results / 'archive'}")
     failed = False
     for page in bench_tables.pages(Path()):
         if wrong := bench_tables.outdated(page, made):
             failed = True
-            print(
-                f"{page}: not the newest files' tables: {', '.join(wrong)}. Run: bi-patch bench --tables --write {page}"
-            )
+            print(f"{page}: these tables are outdated: {', '.join(wrong)}. Run: bi-patch bench --tables --write {page}")
     raise typer.Exit(1 if failed else 0)

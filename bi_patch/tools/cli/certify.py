@@ -1,4 +1,4 @@
-"""`bi-patch certify`: the certificates on this machine: which operations, which problems, what serves."""
+"""`bi-patch certify` shows this machine's certificates: for each operation and problem, which kernel serves."""
 
 import sys
 from pathlib import Path
@@ -53,8 +53,9 @@ def certify(
 def state(certificate: "Certificate") -> str:
     """What a certificate says about its library kernel.
 
-    CERTIFIED: it serves every number of rows. PARTLY: the numbers of rows, or the algorithms, that were equal serve.
-    REPLACED: a kernel with a fixed order serves in its place. FAILED: no kernel can replace it, so the engine stops.
+    CERTIFIED: the library kernel serves every number of rows. PARTLY: it serves only numbers of rows, or algorithms,
+    whose bits were equal. REPLACED: a kernel with a fixed order serves instead. FAILED: no kernel can replace the
+    library kernel, so the engine stops.
     """
     if certificate.passed:
         return CERTIFIED
@@ -88,7 +89,7 @@ def _print(folder: Path, good: "list[Certificate]", corrupt: list[Path], every: 
             what = f"  {c.key.operation}  {c.key.problem}: {c.evidence.first}; an engine that needs it stops with "
             output.whole(console, Text.assemble((FAILED, _COLOURS[FAILED]), what, "CertificateFailed"))
     for file in corrupt:
-        what = f"  {file}: not used; made again when an engine next loads a model that needs it"
+        what = f"  {file}: bi_patch ignores it and makes it again when an engine loads a model that needs it"
         output.whole(console, Text.assemble(("corrupt", "bold red"), what))
     if every and good:
         output.paragraph(console, "")

@@ -1,4 +1,4 @@
-"""`bi-patch check`: whether the patches and the anchors fit vLLM. Reads vLLM as text and never imports it."""
+"""`bi-patch check` tells whether the patches and the anchors fit vLLM. It reads vLLM as text and never imports it."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -77,7 +77,7 @@ def check(
 
 
 def _print(reports: "list[Report]", console: Console) -> None:
-    """A table on a terminal, a plain line for each report in a pipe; then the problems."""
+    """Print a table in a terminal, or a plain line for each report in a pipe; then print the problems."""
     if console.is_terminal:
         console.print(_table(reports))
     else:
@@ -103,7 +103,7 @@ def _table(reports: "list[Report]") -> Table:
 
 
 def _name(report: "Report") -> str:
-    """The release, and where it was read unless that is the download of the release."""
+    """The release, and the source unless the source is the release's download."""
     from bi_patch.tools.upstream.sources import name_of
 
     read = report.source.rstrip("/").rsplit("/", 1)[-1]
@@ -113,7 +113,7 @@ def _name(report: "Report") -> str:
 
 
 def _shares(report: "Report") -> list[tuple[str, int, int]]:
-    """What holds of how many: diffs applied, diffs reversed, seams closed, anchors matched."""
+    """(name, count, total) of the diffs applied, diffs reversed, seams closed and anchors matched."""
     return [
         ("applied", report.applied, report.patches),
         ("reversed", report.reversed, report.patches),

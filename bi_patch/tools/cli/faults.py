@@ -1,4 +1,4 @@
-"""`bi-patch faults`: plant every known cause of variance in a live engine, and see whether verification names it."""
+"""`bi-patch faults` plants every known cause of differing bits in a live engine, and tests whether verify names it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,21 +12,22 @@ from bi_patch.tools.cli import app
 @app.command()
 def faults(
     platform: Annotated[
-        str, typer.Option(help="cpu, or cuda on a GPU host: a model of real shape with random weights.")
+        str, typer.Option(help="cpu, or cuda on a GPU host (a wide MoE model with random weights).")
     ] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the result file.")] = Path("benchmarks/results"),
-    only: Annotated[str, typer.Option(help="Names of faults, separated by commas; writes no file.")] = "",
+    only: Annotated[str, typer.Option(help="Plant only these faults (names with commas); write no file.")] = "",
     dtype: Annotated[
         str, typer.Option(help="bfloat16, float32 or float16; by default float32 on CPU, bfloat16 on CUDA.")
     ] = "",
-    compile: Annotated[bool, typer.Option(help="Plant the fault that needs torch.compile, too.")] = True,
+    compile: Annotated[bool, typer.Option(help="Also plant the fault that needs torch.compile.")] = True,
 ) -> None:
-    """Plant each known fault and check that verification names it.
+    """Plant each known fault and check that verify names it.
 
-    The command plants the faults of a platform one by one, and writes what verification made of each.
-    The file faults-DATE-PLATFORM-vllm-RELEASE.json under --out is written whole: nothing of an earlier run stays in it.
-    Exit code 0: every fault was caught and named, and nothing differed without a fault. 1: not so. 2: an engine failed.
-    On CPU a run takes about two minutes.
+    The command plants the faults of a platform one by one and writes the results to
+    faults-DATE-PLATFORM-vllm-RELEASE.json under --out. A file of the same name is replaced.
+
+    Exit code 0: verify caught and named every fault, and nothing differed without a fault. 1: otherwise. 2: an engine
+    failed. On CPU a run takes about two minutes.
     """
     from bi_patch.errors import SettingError
     from bi_patch.tools.faults import run

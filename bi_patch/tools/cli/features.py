@@ -1,4 +1,4 @@
-"""`bi-patch features`: what is served, refused or untried, as tables; renews and checks them in pages."""
+"""`bi-patch features` prints tables of what is served, refused or untried, and renews or checks them in pages."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,9 @@ def features(
 ) -> None:
     """Print what is served, refused and untried.
 
-    With pages: check that their tables are those of the code (exit code 1: they are not), or renew them.
+    With PAGES, the command checks that the pages' tables match the code, or renews the tables with --write.
+
+    Exit code 1: a table does not match the code.
     """
     from bi_patch.errors import SettingError
     from bi_patch.tools import marks
@@ -31,7 +33,7 @@ def features(
     for page in pages:
         text = page.read_text(encoding="utf-8")
         if not marks.held(text, made):
-            raise marks.MarksMissing(f"{page} has no marks of a table; there are {', '.join(made)}")
+            raise marks.MarksMissing(f"{page} has no marks of a table; the marks are {', '.join(made)}")
         if write:
             page.write_text(marks.renew(text, made), encoding="utf-8")
         elif names := marks.stale(text, made):

@@ -1,4 +1,4 @@
-"""`bi-patch patched-copy`: a copy of the installed vLLM with the patches applied."""
+"""`bi-patch patched-copy` makes a copy of the installed vLLM and applies the patches."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ def patched_copy(
 ) -> None:
     """Make a patched copy of the installed vLLM.
 
-    vLLM-Ascend is copied too, where it is installed. The copy is small: it links to every file that no patch changes.
+    An installed vLLM-Ascend is copied, too. The copy is small: it links to every file that no patch changes.
     """
     from bi_patch.tools.upstream import apply
 

@@ -1,4 +1,4 @@
-"""`bi-patch run -- COMMAND`: run a command and arm every Python process that it starts."""
+"""`bi-patch run -- COMMAND` runs a command and arms every Python process that the command starts."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""`bi-patch status`: what arming does in this environment: patch points closed, open with the reason, or not needed."""
+"""`bi-patch status` shows what arming does here: which patch points are closed, open (and why), or not needed."""
 
 import dataclasses
 import difflib
@@ -46,7 +46,7 @@ def status(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Explain this patch point.")] = "",
     every: Annotated[bool, typer.Option("--all", help="List every patch point of this platform.")] = False,
     every_platform: Annotated[
-        bool, typer.Option("--every-platform", help="With --all: list those of other platforms, too.")
+        bool, typer.Option("--every-platform", help="With --all: list the patch points of other platforms, too.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
@@ -55,11 +55,11 @@ def status(
     A patch point is one place in vLLM that bi_patch replaces. The command arms its own process, loads the modules of
     vLLM that hold patch points, and says which are closed and which are open. It does not look at running servers.
 
-    Exit code 0: an engine would start armed. 1: a required patch point is open, or vLLM's source is not the release's.
-    2: arming is not possible here.
+    Exit code 0: an engine would start armed. 1: a required patch point is open, or vLLM's source is not that of the
+    release. 2: arming is not possible here.
     """
     if every_platform and not every:
-        raise SettingError("--every-platform goes with --all")
+        raise SettingError("--every-platform needs --all")
     if bool(name) + every + json > 1:
         raise SettingError("NAME, --all and --json: choose one")
     if name:
@@ -219,7 +219,7 @@ def _details(declared: "Seam | Variable", found: "Finding | None") -> list[tuple
 
 
 def _field(console, label: str, text: str) -> None:
-    """One field: its label, and its text wrapped beside it in a terminal; one line elsewhere."""
+    """Print a field: in a terminal, the label with the wrapped text beside it; elsewhere, one line."""
     from rich.table import Table
 
     if not console.is_terminal:

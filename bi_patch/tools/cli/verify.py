@@ -1,4 +1,4 @@
-"""`bi-patch verify`: is this model, engine or server batch-invariant? Every axis measured, bit by bit."""
+"""`bi-patch verify` measures whether a model, engine or server is batch-invariant, bit by bit along every axis."""
 
 import json as json_module
 import os
@@ -18,35 +18,36 @@ from bi_patch.tools.cli import app
 @app.command()
 def verify(
     model: Annotated[
-        str, typer.Argument(help="A model's folder or name, or one of the demo's models; by default SmolLM2-135M.")
+        str, typer.Argument(help="A model's folder or name; by default the demo's model, SmolLM2-135M.")
     ] = "",
     url: Annotated[str, typer.Option(help="Verify a running server instead, e.g. http://localhost:8000.")] = "",
     quick: Annotated[
-        bool, typer.Option("--quick", help="At most 2 minutes for the demo's model on CPU, 3 for 8B on an H100.")
+        bool,
+        typer.Option("--quick", help="At most 2 minutes for the demo's model on CPU, 3 for an 8B model on an H100."),
     ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Everything: more lengths, all graph sizes, one engine per change.")
+        bool, typer.Option("--full", help="Measure more lengths and all graph sizes; start an engine for each change.")
     ] = False,
     mode: Annotated[str | None, typer.Option(help="armed (default), upstream (vLLM's own mode) or stock.")] = None,
-    axis: Annotated[list[str] | None, typer.Option(help="Only this axis, of any level; repeatable.")] = None,
+    axis: Annotated[list[str] | None, typer.Option(help="Measure only this axis, of any level; repeatable.")] = None,
     engine_arg: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE for vllm.LLM, the value in JSON where it can be; repeatable.")
+        list[str] | None, typer.Option(help="KEY=VALUE for vllm.LLM; VALUE is JSON or else text; repeatable.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (default), bfloat16, float16 or float32.")] = None,
     eager: Annotated[
         bool | None, typer.Option("--eager/--compiled", help="Default: compiled; eager with --quick on CPU.")
     ] = None,
     random_weights: Annotated[
-        int | None, typer.Option(help="Fill the model with random weights of this seed: config.json is enough.")
+        int | None, typer.Option(help="Use random weights of this seed; the model's folder needs only config.json.")
     ] = None,
     logits: Annotated[
-        bool, typer.Option("--logits", help="Also compare whole rows of logits, by digest. In process only.")
+        bool, typer.Option("--logits", help="Also compare digests of whole rows of logits. Not with --url.")
     ] = False,
     clients: Annotated[
-        int | None, typer.Option(min=2, help="With --url: so many clients at once, 256 by default.")
+        int | None, typer.Option(min=2, help="With --url: the number of concurrent clients, 256 by default.")
     ] = None,
     served_model: Annotated[str | None, typer.Option(help="With --url: the served model's name.")] = None,
-    locate: Annotated[bool, typer.Option(help="Where bits differ, find the first operation that does.")] = True,
+    locate: Annotated[bool, typer.Option(help="When bits differ, find the first operation that differs.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one page with pictures.")] = None,
 ) -> None:
@@ -55,10 +56,11 @@ def verify(
     The command compares a request's tokens and logprobs bitwise, alone and beside other requests, and shows where they
     differ.
 
-    Exit code 0: bitwise invariant along every axis that applies. 1: something differs. 2: it could not be checked.
+    Exit code 0: bitwise invariant along every axis that applies. 1: a position differs, or products are inaccurate.
+    2: something could not be checked.
 
-    Memory: one engine at a time, with vLLM's own settings; the rest stays under 1 GB. Times: see --quick; the default
-    and --full have no limit: about 10 minutes (default) for the demo's model, compiled, on two CPU cores.
+    Memory: one engine at a time with vLLM's defaults, plus less than 1 GB. Time: --quick is limited; the default takes
+    about 10 minutes for the demo's model, compiled, on two CPU cores; --full takes longer.
     """
     from bi_patch.errors import SettingError
     from bi_patch.tools.verify import page, report, terminal
@@ -77,7 +79,7 @@ def verify(
     }
     _refuse(
         ours if url else {"--clients": clients, "--served-model": served_model},
-        "--url names a server that runs already" if url else "without --url no server is asked",
+        "with --url, verify measures a running server" if url else "without --url, verify asks no server",
     )
     for option, path in (("--json", json), ("--html", html)):
         _check_file(option, path)
@@ -100,7 +102,7 @@ def verify(
     finder = None
     if locate and not url:
         from bi_patch.tools.verify.locate import locate as finder
-    before = signal.signal(signal.SIGTERM, _interrupt)  # what was compared is kept then, too
+    before = signal.signal(signal.SIGTERM, _interrupt)  # SIGTERM keeps the results, like an interrupt
     try:
         with terminal.Live(console) as live:
             found = measure(system, level, watcher=live, only=tuple(axis or ()), clients=clients or 256, locate=finder)
@@ -124,7 +126,7 @@ def _refuse(given: dict[str, object], why: str) -> None:
 
 
 def _check_file(option: str, path: Path | None) -> None:
-    """Before anything is measured: whether the file can be written."""
+    """Check that the file can be written, before anything is measured. Raises SettingError."""
     from bi_patch.errors import SettingError
 
     if path is None:
@@ -132,7 +134,7 @@ def _check_file(option: str, path: Path | None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingError(f"{option} {path}: its folder cannot be made ({error.strerror})") from error
+        raise SettingError(f"{option} {path}: the folder cannot be made ({error.strerror})") from error
     if path.is_dir():
         raise SettingError(f"{option} {path} is a folder; name a file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -140,7 +142,7 @@ def _check_file(option: str, path: Path | None) -> None:
 
 
 def _keep(console: Console, what: str, path: Path | None, write: Callable[[Path], object]) -> bool:
-    """Write one file of what was found; a failure is printed and costs no other file."""
+    """Write one result file. A failure is printed; the other files are still written."""
     if path is None:
         return True
     try:
@@ -157,7 +159,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _system(console, model, url, level_name, mode, engine_arg, dtype, eager, random_weights, logits, served_model):
-    """The system and the level that the command line asks for."""
+    """The system and the level that the command line names."""
     from bi_patch.tools.verify import levels
     from bi_patch.tools.verify.system import RunningServer
 
@@ -187,7 +189,7 @@ def _arguments(given: list[str]) -> dict[str, object]:
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key.replace("-", "_").isidentifier():
-            raise SettingError(f"--engine-arg {text!r} is not understood; write KEY=VALUE, e.g. max_model_len=4096")
+            raise SettingError(f"--engine-arg {text!r} is not KEY=VALUE, such as max_model_len=4096")
         try:
             made[key.replace("-", "_")] = json_module.loads(value)
         except ValueError:

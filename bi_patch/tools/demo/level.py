@@ -7,23 +7,23 @@ from bi_patch.tools.verify.engine import Engine
 from bi_patch.tools.verify.levels import Level
 from bi_patch.tools.verify.probes import Workload
 
-CHUNK = 256  # tokens that an engine step may hold, so that the longest prompts are computed in several chunks
+CHUNK = 256  # tokens per engine step: so few that the longest prompts are computed in several chunks
 
 _QUICK_SUBJECTS = ("keeper", "harbour", "minutes")
 _QUICK_AXES = ("batch size", "prefix cache", "prompt logprobs")
-# Axis of verify -> what it does to a prompt, in words for somebody who has not read about verify.
+# Axis of verify -> what the axis does to a prompt, for readers who do not know verify.
 ABOUT = {
     "batch size": "the prompt runs in batches of several sizes",
     "position and order": "the prompt is the last of nine requests, and the others change their order",
     "prefix cache": "the prompt's beginning is cached, wholly or in part, alone and in a batch",
     "chunk budget": "the prompt is computed in steps of 64 tokens, alone and in a batch",
-    "prompt logprobs": "the log probabilities of the prompt's own tokens, in batches",
-    "seeded sampling": "sampled with a fixed seed, temperature 0.7 and top-p 0.95, in batches",
+    "prompt logprobs": "the engine returns log probabilities of the prompt's own tokens, in batches",
+    "seeded sampling": "the answer is sampled with a fixed seed, temperature 0.7 and top-p 0.95, in batches",
 }
 
 
 def level(quick: bool = False) -> Level:
-    """One engine and no limit of time. The prompts are those of `workload`, so the level states no lengths."""
+    """A level of verify with one engine and no time limit. `workload` makes the prompts, so no lengths are stated."""
     return Level(
         "demo, quick" if quick else "demo",
         own=(),

@@ -1,4 +1,4 @@
-"""The demo's picture: one HTML page with inline SVG, no scripts and nothing to load."""
+"""Draws the demo's picture: one HTML page with inline SVG. The page has no scripts and loads nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ svg { width: 100%; height: auto; }
 
 
 def page(title: str, said: Sequence[str], axes: Sequence[str], stock: Side, armed: Side) -> str:
-    """The whole page. said: the verdict's sentences."""
+    """The whole page. said: the sentences of the verdict."""
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width'>",
@@ -52,7 +52,7 @@ def page(title: str, said: Sequence[str], axes: Sequence[str], stock: Side, arme
 
 
 def squares(axes: Sequence[str], stock: Side, armed: Side) -> str:
-    """An SVG: for each axis a row of squares for stock and below it the same pairs for armed."""
+    """An SVG: for each axis, a row of squares for stock, and below it a row with the same pairs for armed."""
     out, y = [], 0
     for name in axes:
         count = max(len(stock.of(name)), len(armed.of(name)))
@@ -72,7 +72,7 @@ def squares(axes: Sequence[str], stock: Side, armed: Side) -> str:
 
 
 def _row(side: Side, name: str, count: int, top: int, cut: bool) -> tuple[str, int]:
-    """The squares of one engine along one axis, in as many lines as they need, and the height of these lines."""
+    """The squares of one engine along one axis, in as many lines as needed, and the height of these lines."""
     step = _SIZE + _GAP
     across = (_WIDTH - _LEFT) // step
     axis, cases = side.axis(name), side.of(name)
@@ -88,7 +88,7 @@ def _row(side: Side, name: str, count: int, top: int, cut: bool) -> tuple[str, i
 
 
 def colour(case: Case | None) -> str:
-    """Green where no position differs, pale to strong red with the share that does, grey where there is no case."""
+    """A square's colour: green when no position differs, red by the share that differs, grey without a case."""
     if case is None:
         return _MISSING
     if not case.differs:

@@ -1,4 +1,4 @@
-"""The texts that the demo asks about: subjects, whose answers are compared, and what other users ask meanwhile."""
+"""The demo's prompts: subjects, whose answers are compared, and fillers, which stand for other users' requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Subject:
-    """One prompt whose answers are compared. name: how tables call it."""
+    """One prompt whose answers are compared. name: the prompt's name in tables."""
 
     name: str
     text: str

@@ -1,4 +1,4 @@
-"""Measuring one engine with verify on the demo's prompts, and keeping every pair that was compared."""
+"""Measures one engine with verify on the demo's prompts, and keeps every compared pair."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bi_patch.tools.verify.report import Axis, Report
 
 @dataclass(frozen=True)
 class Side:
-    """One engine's report, and all its compared pairs in the order in which they were measured."""
+    """One engine's report, and all compared pairs in the order of measurement."""
 
     report: Report
     cases: tuple[Case, ...]
@@ -28,7 +28,7 @@ class Side:
 
 
 class _Keeper(Watcher):
-    """Keeps the compared pairs and passes everything on to another watcher."""
+    """Keeps every compared pair, and passes each callback on to another watcher."""
 
     def __init__(self, told: Watcher) -> None:
         self.cases: list[Case] = []
@@ -45,7 +45,7 @@ def side(
 ) -> Side:
     """Measure one engine, stock or armed, on a model's folder.
 
-    An engine that does not start, or that stops, is in the report and in its exit code. Raises KeyboardInterrupt.
+    An engine that does not start, or that stops, raises nothing: the report says so. Raises KeyboardInterrupt.
     """
     held, keeper = level.level(quick), _Keeper(watcher or Watcher())
     system = local(
@@ -69,6 +69,6 @@ def side(
 
 
 def would_arm() -> None:
-    """Raise now what the armed engine would raise after the stock engine's minutes: a setting, release or platform."""
+    """Arm once and disarm, so that a wrong setting, release or platform is raised before the stock engine starts."""
     if arming.state() is None and arming.arm() is not None:
         arming.disarm()

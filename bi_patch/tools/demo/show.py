@@ -1,4 +1,4 @@
-"""The demo in a terminal: the table of both engines, the texts that changed, and the verdict."""
+"""Shows the demo in a terminal: the table of both engines, the texts that changed, and the verdict."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ METHOD = (
     "in smaller chunks. Both answers are compared bit by bit, position by position."
 )
 _COLUMNS = (
-    "A position differs when its token or a log probability is not bitwise the same. tokens: positions with another "
-    "token. largest: the largest change of a log probability."
+    "A position differs when its token or a log probability is not bitwise the same. tokens: positions whose token "
+    "changed. largest: the largest change of a log probability."
 )
-# Failures of stock vLLM that the demo meets, and what they mean.
+# Known failures of stock vLLM in the demo, and their meaning.
 _KNOWN = {
     "CPU Generator does not use offset": "on CPU, stock vLLM cannot sample with a seed when it computes the prompt in "
     "several chunks",
@@ -56,12 +56,15 @@ def _cells(axis: Axis) -> tuple[str, str, str]:
 
 
 def stopped(name: str, side: Side, stock: Side, armed: Side) -> bool:
-    """Whether this side compared fewer pairs along the axis than the other one did."""
+    """Whether this side compared fewer pairs along the axis than the other side."""
     return side.axis(name).pairs < max(stock.axis(name).pairs, armed.axis(name).pairs)
 
 
 def texts(side: Side, limit: int = 4) -> RenderableType | None:
-    """Both continuations of the clearest texts that changed, the first differing word marked; None when none did."""
+    """Both continuations of at most `limit` texts that changed, with the first differing word marked.
+
+    None when no text changed.
+    """
     chosen = pick(divergences(side.cases), limit)
     if not chosen:
         return None

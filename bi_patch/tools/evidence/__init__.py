@@ -1,7 +1,6 @@
-"""The evidence: result files with the identity of what made them, and the tables that pages show of them.
+"""The evidence: result files that say which code made them, and the tables that pages show.
 
-kinds: what a file holds. store: writing, reading and choosing files.
-tables: Markdown.
+kinds: what a file holds. store: writes, reads and chooses files. tables: makes Markdown.
 """
 
 from bi_patch.tools.evidence.kinds import (

@@ -1,4 +1,4 @@
-"""What a result file holds: one struct for each kind, all with the same head."""
+"""What a result file holds: one struct for each kind of file, all with the same head."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ CAUSES = 25  # docs/causes.md
 
 
 class CostRow(msgspec.Struct):
-    """The time of one workload. stock, upstream, armed: medians in `unit`, None where that engine cannot run.
+    """The time of one workload.
 
-    ratio: the median over repeats of armed / stock, each pair measured back to back. *_range: least and greatest.
+    stock, upstream, armed: median times in `unit`, None for an engine that cannot run. ratio: the median over repeats
+    of armed / stock, each pair measured back to back. stock_range, armed_range: the least and the greatest time.
     """
 
     model: str
@@ -30,7 +31,7 @@ class CostRow(msgspec.Struct):
 
 
 class InvarianceRow(msgspec.Struct):
-    """One axis on one model: positions compared bitwise, how many differ, and words for the first of them."""
+    """One axis on one model: positions compared bitwise, how many differ, and a description of the first of them."""
 
     model: str
     axis: str
@@ -40,11 +41,12 @@ class InvarianceRow(msgspec.Struct):
 
 
 class FaultRow(msgspec.Struct):
-    """One planted fault. cause: its number in docs/causes.md. planted: its name. caught: its axis saw the fault.
+    """One planted fault.
 
-    named: locate named the module, op and seam where the fault was planted. emulated: re-created outside the kernel
-    that has the fault. axis: the probe that had to see the fault. located: what locate said. refused: the engine does
-    not start with the feature.
+    cause: the number in docs/causes.md. planted: the fault's name. caught: the fault's axis found a difference.
+    named: locate named the module, op and seam of the fault. axis: the probe that must find the fault. emulated: the
+    fault re-creates the mechanism outside the kernel that has it. located: the description that locate gave. refused:
+    the row is about a feature with which the engine refuses to start.
     """
 
     cause: int
@@ -58,12 +60,12 @@ class FaultRow(msgspec.Struct):
 
 
 class Evidence(msgspec.Struct, kw_only=True):
-    """The head of every result file: what was measured, and which bi_patch measured it by which command.
+    """The head of every result file: what was measured, and which bi_patch measured with which command.
 
-    date: the day, YYYY-MM-DD. time: HH:MM:SS, "" in old files. device: its full name. vllm, torch, triton: releases,
-    "" where a library is not installed. threads: of torch, on the CPU. bi_patch: its version. commit: git's full hash,
-    None where it is unknown. dirty: the sources differed from that commit. digest: identity.digest() of what serves.
-    command: the command line. Files from before 2026-11-28 lack bi_patch, commit, digest, command and time.
+    date: the day, YYYY-MM-DD. time: HH:MM:SS, "" in old files. device: the full name. vllm, torch, triton: releases, ""
+    for a library that is not installed. threads: torch's threads on the CPU. bi_patch: the version. commit: git's full
+    hash, None for an unknown commit. dirty: the sources differed from the commit. digest: identity.digest() of what
+    serves. command: the command line. Files from before 2026-11-28 lack bi_patch, commit, digest, command and time.
     """
 
     kind: ClassVar[str]  # the beginning of the file's name
@@ -84,40 +86,41 @@ class Evidence(msgspec.Struct, kw_only=True):
 
     @property
     def platform(self) -> str:
-        """The short name of the device, as files and marks have it: "cpu" for a processor with its cores."""
+        """The device's short name in the names of files and marks: "cpu" for a processor."""
         return "cpu" if re.search(r"\(\d+ cores\)$", self.device) else short_name(self.device)
 
     @property
     def variant(self) -> str:
-        """What tells two tables of one device and release apart, "" for nothing."""
+        """A text that tells two tables of the same device and release apart, "" for none."""
         return ""
 
 
 class Cost(Evidence, kw_only=True):
-    """Time of stock, upstream's mode and armed."""
+    """Times of stock vLLM, upstream's mode and armed vLLM."""
 
     kind = "cost"
     rows: list[CostRow] = []
 
 
 class Invariance(Evidence, kw_only=True):
-    """Positions of armed engines, compared bitwise."""
+    """Positions in answers of armed engines, compared bitwise."""
 
     kind = "invariance"
     rows: list[InvarianceRow] = []
 
 
 class Parity(Evidence, kw_only=True):
-    """Positions of the trainer, compared bitwise with those of the sampler."""
+    """Positions of the trainer, compared bitwise with the sampler's."""
 
     kind = "parity"
     rows: list[InvarianceRow] = []
 
 
 class Faults(Evidence, kw_only=True):
-    """Planted faults. clean: pairs compared on the same axes without a fault, and how many of them differed.
+    """Planted faults.
 
-    dtype: of the engine, "" in old files for the platform's default (float32 on the CPU, bfloat16 on a GPU).
+    clean: pairs compared on the same axes without a fault, and how many of them differed. dtype: the engine's, "" in
+    old files.
     """
 
     kind = "faults"
@@ -137,7 +140,7 @@ KINDS: tuple[type[Evidence], ...] = (Cost, Invariance, Faults, Parity)
 
 
 def short_name(device: str) -> str:
-    """The word of a device's name that tells models apart, e.g. "h100" of "NVIDIA H100 80GB HBM3"."""
+    """The word in a device's name that names the model, e.g. "h100" in "NVIDIA H100 80GB HBM3"."""
     parts = re.findall(r"[a-z0-9]+", device.lower())
     return next((p for p in parts if re.search(r"[a-z]\d", p)), parts[-1] if parts else "device")
 
@@ -147,7 +150,7 @@ def total_differing(rows: Iterable[InvarianceRow]) -> int:
 
 
 def faults_caught(rows: Iterable[FaultRow]) -> tuple[int, int]:
-    """How many of the CAUSES known causes have faults that were all caught and named; how many are only refused."""
+    """Two counts of causes: causes whose faults were all caught and named, and causes that are only refused."""
     planted: dict[int, list[FaultRow]] = {}
     refused = set()
     for row in rows:

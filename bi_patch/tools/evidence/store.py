@@ -1,4 +1,4 @@
-"""Writing result files, reading them, and choosing the newest for each table."""
+"""Writes and reads result files, and chooses the newest files for each table."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _TRITON = ("triton", "pytorch-triton", "triton-ascend", "triton-cpu")  # names o
 
 
 class EvidenceMissing(BiPatchError):
-    """A table or plot was asked for, and no result file of its kind is there."""
+    """A table or plot was requested, and the folder holds no result files."""
 
 
 class EvidenceUnreadable(BiPatchError):
-    """A result file is not JSON, or lacks a field that its kind needs."""
+    """A result file is not JSON, or lacks a field that its kind requires."""
 
 
 class Measured(Protocol):
-    """What a file says of the machine: an engine's Info, or a Report of verify."""
+    """What a file records about the machine: an engine's Info, or a Report of verify."""
 
     device: str
     vllm: str
@@ -42,9 +42,9 @@ class Measured(Protocol):
 
 
 def new(kind: type[Kind], measured: Measured, made_by: Provenance | None = None) -> Kind:
-    """A file of this kind without rows, of now. made_by: what measured, where another process did; by default this one.
+    """A file of this kind with the present time and without rows.
 
-    Raises nothing: where git cannot be asked, the commit is None.
+    made_by: the provenance of the process that measured, by default this process. Without git, the commit is None.
     """
     now = datetime.datetime.now()
     return kind(
@@ -60,7 +60,7 @@ def new(kind: type[Kind], measured: Measured, made_by: Provenance | None = None)
 
 
 def triton_release() -> str:
-    """The release of Triton in this process's environment, "" where there is none."""
+    """The release of Triton in this process's environment, "" without Triton."""
     for name in _TRITON:
         try:
             return importlib.metadata.version(name)
@@ -70,18 +70,18 @@ def triton_release() -> str:
 
 
 def file_name(evidence: Evidence) -> str:
-    """E.g. cost-2026-11-28-cpu-vllm-0.32.0.json."""
+    """The name of the file, e.g. cost-2026-11-28-cpu-vllm-0.32.0.json."""
     where = "-".join(filter(None, (evidence.platform, evidence.variant)))
     release = re.sub(r"[^0-9A-Za-z.]+", "-", evidence.vllm)
     return f"{evidence.kind}-{evidence.date}-{where}-vllm-{release}.json"
 
 
 def write(evidence: Evidence, folder: Path = RESULTS) -> Path:
-    """Write the file and return its path; `evidence` is left as it is.
+    """Write the file and return its path; `evidence` is not changed.
 
-    A file of the same day keeps its rows of other models if the same command of the same bi_patch made it, on the same
-    device with the same libraries; a file of faults is replaced as a whole. What differs in one of these gets a file of
-    its own, `...-2.json`. Raises OSError, and EvidenceUnreadable for an earlier file that is broken.
+    An earlier file with the same head (apart from time and note) is updated: it keeps its rows of other models. A file
+    of faults is replaced as a whole. If the head differs, for example in the command, the new file gets another name,
+    `...-2.json`. Raises OSError, and EvidenceUnreadable for an earlier file that is broken.
     """
     first = folder / file_name(evidence)
     path, number = first, 1
@@ -99,7 +99,7 @@ def write(evidence: Evidence, folder: Path = RESULTS) -> Path:
 
 
 def _made_by(evidence: Evidence) -> tuple:
-    """Everything in the head but the time and the note."""
+    """Everything in the head except the time and the note."""
     return tuple(getattr(evidence, name) for name in Evidence.__struct_fields__ if name not in ("time", "note")) + (
         evidence.variant,
     )
@@ -110,7 +110,7 @@ def _model(row: msgspec.Struct) -> str:
 
 
 def read(path: Path, kind: type[Kind]) -> Kind:
-    """Raises EvidenceUnreadable for a file that is not of this kind, OSError for one that cannot be opened."""
+    """Read a file. Raises EvidenceUnreadable for a file that is not of this kind, OSError when it cannot be opened."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except msgspec.DecodeError as error:
@@ -119,7 +119,7 @@ def read(path: Path, kind: type[Kind]) -> Kind:
 
 @dataclass(frozen=True)
 class Source:
-    """One file, and those of its models that no newer file has: the rows that a table takes from it."""
+    """One file, and the models whose rows a table takes from the file, because no newer file measured them."""
 
     path: Path
     evidence: Evidence
@@ -132,7 +132,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Table:
-    """The current rows of one kind, device and release. sources: newest first; each supplies at least one model."""
+    """The current rows of one kind, device, release and variant.
+
+    sources: the newest file first; each supplies the rows of at least one model.
+    """
 
     kind: type[Evidence]
     device: str
@@ -146,12 +149,12 @@ class Table:
 
     @property
     def name(self) -> str:
-        """E.g. cost-h100."""
+        """The table's mark, e.g. cost-h100."""
         return "-".join(filter(None, (self.kind.kind, self.newest.evidence.platform, self.variant)))
 
     @property
     def rows(self) -> list:
-        """The rows of the oldest source first, as files get their rows."""
+        """The rows of all sources, the oldest source first, as if all had been added to one file."""
         return [row for source in reversed(self.sources) for row in source.rows]
 
     @property
@@ -163,10 +166,10 @@ class Table:
 def current(folder: Path = RESULTS) -> dict[str, Table]:
     """Every table by its mark: `cost-h100` for a device's newest release, `cost-h100-vllm-0.26.0` for each release.
 
-    Device, release and date are those that the files hold. A table shows each model as the newest file that measured
-    it; of faults, only the newest file. Where two devices have one short name, the mark is of the newer file. Folders
-    below are read too, except archive. Raises EvidenceMissing where there is no file, EvidenceUnreadable for a broken
-    file.
+    Device, release and date are read from the files, not from their names. A table shows each model's rows from the
+    newest file that measured the model; a table of faults shows the newest file only. When two devices have the same
+    short name, the mark belongs to the newer file. Subfolders are read, too, except archive. Raises EvidenceMissing for
+    a folder without files, EvidenceUnreadable for a broken file.
     """
     marks: dict[str, Table] = {}
     for table in sorted(_tables(folder), key=lambda t: (_release(t.vllm), _age(t.newest.path, t.newest.evidence))):
@@ -177,7 +180,7 @@ def current(folder: Path = RESULTS) -> dict[str, Table]:
 
 
 def superseded(folder: Path = RESULTS) -> list[Path]:
-    """Files that supply no table, since newer files have all their models. Raises as `current` does."""
+    """Files that supply no table, because newer files hold all their models. Raises EvidenceUnreadable."""
     used = {source.path for table in _tables(folder) for source in table.sources}
     return [path for kind in KINDS for path in _files(kind, folder) if path not in used]
 
@@ -209,7 +212,7 @@ def _files(kind: type[Evidence], folder: Path) -> list[Path]:
 
 
 def _age(path: Path, evidence: Evidence) -> tuple[str, str, str]:
-    """Ascending with time; the name decides between files that were written at the same time only."""
+    """A key that sorts files by time; the name decides only between files of the same time."""
     return evidence.date, evidence.time, path.stem
 
 

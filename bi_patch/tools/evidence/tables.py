@@ -1,4 +1,4 @@
-"""A table of evidence as Markdown: the rows, and under them which file, commit and date they are of."""
+"""Renders a table of evidence as Markdown: the rows, and below them device, release, commit and date."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bi_patch.tools.evidence.store import Table
 
 
 def markdown(table: Table) -> str:
-    """The table, and a line for each file that supplies rows."""
+    """The table as Markdown, followed by the origin of its rows."""
     return f"{_BODIES[table.kind](table)}\n\n{_origin(table)}"
 
 
@@ -37,7 +37,7 @@ def _cost(table: Table) -> str:
 
 
 def _invariance(table: Table) -> str:
-    """Each model with the axes it was measured on, then each axis over all models."""
+    """A table of each model over its axes, then a table of each axis over all models."""
     rows: list[InvarianceRow] = table.rows
     lines = ["| model | axes | positions compared | differing |", "|---|--:|--:|--:|"]
     for model, own in _by(rows, lambda row: row.model).items():
@@ -61,7 +61,7 @@ def _by(rows: list[InvarianceRow], key: Callable[[InvarianceRow], str]) -> dict[
 
 
 def _faults(table: Table) -> str:
-    """Each planted fault, the probe that saw it, and the first operation that was named."""
+    """Each planted fault, the probe that found the fault, and the first operation that locate named."""
     lines = ["| cause | planted | caught by | named |", "|--:|---|---|---|"]
     rows: list[FaultRow] = table.rows
     for row in rows:
@@ -87,7 +87,7 @@ def _time(value: float | None, unit: str) -> str:
 
 
 def _origin(table: Table) -> str:
-    """Where the rows are from: device and release, then date, commit, libraries and note of each file."""
+    """The origin of the rows: device and release, then each file's libraries, date, commit and note."""
     head = f"{table.device}, vLLM {table.vllm}"
     if len(table.sources) == 1:
         return f"{head}, {_made(table.newest.evidence)}." + _note(table.newest.evidence)
@@ -105,7 +105,7 @@ def _made(evidence: Evidence) -> str:
 
 
 def commit(evidence: Evidence) -> str:
-    """The commit in short, in words: "commit 76a38d8"; a "+" stands for sources that differed from it."""
+    """The commit for readers, e.g. "commit 76a38d8"; a "+" means that the sources differed from the commit."""
     if not evidence.commit:
         return f"bi_patch {evidence.bi_patch}, commit unknown" if evidence.bi_patch else "commit not recorded"
     return f"commit {evidence.commit[:7]}{'+' if evidence.dirty else ''}"

@@ -1,7 +1,7 @@
-"""Planted faults: scoped re-creations of the known causes (docs/causes.md) that verification must find and name.
+"""Planted faults: scoped re-creations of the known causes (docs/causes.md) that verify must find and name.
 
-Only the worker of this package (worker.py) plants them, in an engine child that a test or `bi-patch faults` started; no
-environment variable or setting plants a fault.
+Only this package's worker (worker.py) plants faults, in an engine child that a test or `bi-patch faults` started. No
+environment variable plants a fault.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["Fault", "UnknownFault", "every", "named", "plant", "planted"]
 
 
 def every() -> tuple[Fault, ...]:
-    """All faults by the number of their cause."""
+    """All faults, sorted by the number of their cause."""
     from bi_patch.tools.faults import attention, cpu, cuda, shared
 
     found = (*shared.FAULTS, *attention.FAULTS, *cpu.FAULTS, *cuda.FAULTS)
@@ -21,13 +21,13 @@ def every() -> tuple[Fault, ...]:
 
 
 def named(name: str) -> Fault:
-    """Raises UnknownFault."""
+    """The fault of this name. Raises UnknownFault."""
     found = next((fault for fault in every() if fault.name == name), None)
     if found is None:
-        raise UnknownFault(f"there is no fault {name!r}; there are: {', '.join(f.name for f in every())}")
+        raise UnknownFault(f"there is no fault {name!r}; the faults are: {', '.join(f.name for f in every())}")
     return found
 
 
 def plant(engine: LocalEngine, names: list[str]) -> None:
-    """Plant exactly these in the engine of this process; an empty list takes all out. Raises UnknownFault."""
+    """Plant exactly these faults in this process's engine; an empty list removes all faults. Raises UnknownFault."""
     put(engine, [named(name) for name in names])

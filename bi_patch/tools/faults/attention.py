@@ -1,4 +1,4 @@
-"""Faults of attention: KV cut where the order forbids it, for the sequences that a cause would choose."""
+"""Faults of attention: KV is cut where the reduction order forbids a cut, for the sequences that a cause affects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _SEAM = {"cpu": "attention.cpu_forward", "cuda": "attention.cuda_backend"}
 
 
 class _Sequence:
-    """What a planted attention may look at: query and whole length of one sequence, and its batch."""
+    """One sequence and its batch, as a Cut sees them.
+
+    query: the sequence's query rows. length: its KV positions. count: sequences in the batch. longest: the batch's
+    longest query. common: positions in blocks that all sequences share.
+    """
 
     def __init__(self, query: int, length: int, count: int, longest: int, common: int) -> None:
         self.query, self.length = query, length
@@ -27,7 +31,7 @@ Cut = Callable[[_Sequence], "list[int] | None"]
 
 
 def _attention(engine: LocalEngine, cut: Cut) -> contextlib.AbstractContextManager[None]:
-    """The platform's own attention, but a sequence for which `cut` returns edges has its KV cut there."""
+    """The platform's own attention, except that the KV of a sequence is cut at the edges that `cut` returns."""
     return _on_cpu(cut) if platform() == CPU else _on_cuda(engine, cut)
 
 
@@ -84,7 +88,7 @@ def _on_cuda(engine: LocalEngine, cut: Cut) -> Iterator[None]:
 
 
 def _pages(kv_cache: torch.Tensor, d: int):
-    """vLLM's cache as [keys and values, blocks, tokens, kv heads, D], whichever way this release lays it out."""
+    """vLLM's cache as [keys and values, blocks, tokens, kv heads, D], for the layout of every supported release."""
     if kv_cache.dim() == 4 and kv_cache.shape[-1] == 2 * d:
         return _Halves(kv_cache, d)
     return kv_cache if kv_cache.shape[0] == 2 else kv_cache.transpose(0, 1)
@@ -122,37 +126,37 @@ def _overwrite(cut: Cut, out, query, query_start_loc, seq_lens, block_table, siz
 
 
 def splits_by_batch(engine: LocalEngine):
-    """Few sequences: KV in four equal splits, so that all threads have work; many: unsplit."""
+    """With one or two sequences, KV has four equal splits, so that all threads have work; with more, no splits."""
     return _attention(engine, lambda s: parts.evenly(s.length, 4) if s.count <= 2 and s.length >= 4 else None)
 
 
 def tile_by_query(engine: LocalEngine):
-    """A batch whose longest query is 64 or more takes the larger query tile, which has a smaller KV tile."""
+    """A batch whose longest query has 64 rows or more takes the larger query tile, which has a smaller KV tile."""
     return _attention(engine, lambda s: list(range(16, s.length, 48)) if s.longest >= 64 else None)
 
 
 def cascade(engine: LocalEngine):
-    """Four sequences or more with blocks in common: the common part apart, then the rest, then merged."""
+    """With four or more sequences that share blocks, the shared part and the rest are computed apart and merged."""
     return _attention(engine, lambda s: [s.common] if s.count >= 4 and s.common and s.common < s.length else None)
 
 
 def context_apart(engine: LocalEngine):
-    """A chunk attends to what was computed before and to itself apart: its boundary is in the bits."""
+    """A chunk attends to earlier positions and to itself separately, so the bits depend on the chunk's boundary."""
     return _attention(engine, lambda s: [s.length - s.query] if 1 < s.query < s.length else None)
 
 
 def prefill_tile(engine: LocalEngine):
-    """Recomputation is a prefill, and the prefill kernel has another KV tile than the decode kernel."""
+    """The prefill kernel, which also recomputes preempted requests, has another KV tile than the decode kernel."""
     return _attention(engine, lambda s: list(range(4, s.length, 48)) if s.query > 1 else None)
 
 
 def verification_tile(engine: LocalEngine):
-    """Two to eight queries of one sequence, as in verifying a draft, take a kernel with another KV tile."""
+    """Two to eight queries of a sequence, as in the check of a draft, take a kernel with another KV tile."""
     return _attention(engine, lambda s: list(range(32, s.length, 32)) or [1] if 1 < s.query <= 8 else None)
 
 
 def single_query_tile(engine: LocalEngine):
-    """A single query needs no causal mask and takes the block size of the kernel without one."""
+    """A single query needs no causal mask, so it takes the block size of the kernel without a mask."""
     return _attention(engine, lambda s: list(range(176, s.length, 176)) or [s.length // 2] if s.query == 1 else None)
 
 

@@ -1,4 +1,4 @@
-"""What a planted fault is, and planting: scoped to one engine in this process, undone when the next set is planted."""
+"""Defines a fault, and plants faults in an engine of this process. Planting the next faults removes those before."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ BOTH = (CPU, CUDA)
 
 
 class UnknownFault(BiPatchError):
-    """A fault that is not in the list, or is not for the platform of this engine."""
+    """The fault or refusal does not exist, or the fault is not for this engine's platform."""
 
 
 @dataclass(frozen=True)
 class Fault:
     """A scoped re-creation of one cause.
 
-    cause: number of docs/causes.md. about: what is planted, in words. plant: engine -> context manager in which the
-    fault is there. axis: name of the probe that must find it ("precision": the comparison with fp64; "restart": the
-    fault is in the second process only). module, op: what the located module and op must contain.
-    seam: what must own it, by platform; "" for vLLM's own code without a seam.
-    emulated: the mechanism is re-created outside its own kernel, since this platform does not have it.
+    cause: the number in docs/causes.md. about: a description of what is planted. plant: engine -> context manager that
+    holds the fault. axis: the probe that must find the fault ("precision": the comparison with fp64; "restart": the
+    fault is planted only after the first answers). module, op: texts that the located module and op must contain.
+    seam: the seam that must be located, by platform; "" for vLLM's own code without a seam. emulated: platforms on
+    which the fault re-creates the mechanism outside the kernel that has it, because the platform lacks this kernel.
     """
 
     name: str
@@ -51,7 +51,7 @@ def platform() -> str:
 
 
 def put(engine: LocalEngine, faults: list[Fault]) -> None:
-    """Take out what was planted before, then plant these. Raises UnknownFault."""
+    """Remove the planted faults, then plant these. Raises UnknownFault."""
     from bi_patch.tools.faults import parts
 
     _stack.close()

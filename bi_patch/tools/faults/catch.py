@@ -1,4 +1,4 @@
-"""Whether verification notices a planted fault and names it: the fault's own axis, then locate on what differs."""
+"""Tests whether verify notices a planted fault on the fault's own axis, and whether locate names the fault."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ PRECISION, RESTART, PREEMPTION = "precision", "restart", "preemption"
 
 
 class Caught(msgspec.Struct, frozen=True):
-    """What came of one planted fault. compared: pairs of answers until the first difference. named: words of locate.
+    """The result for one planted fault.
 
-    caught: its axis saw it. right: module, op and seam are the fault's own.
+    caught: the fault's axis found a difference. right: locate named the fault's module, op and seam. compared: pairs of
+    answers up to the first difference. named: the description that locate gave.
     """
 
     fault: str
@@ -38,9 +39,9 @@ class Caught(msgspec.Struct, frozen=True):
 
 
 def workload(engine: ChildEngine) -> Workload:
-    """Few requests that reach every planted mechanism: 256 rows, full blocks, shared prefixes, leftover chunks."""
+    """A small workload that reaches every planted mechanism: 256 rows, full blocks, shared prefixes, partial chunks."""
     block = engine.info.block_size
-    # A GPU's attention splits a single sequence only from several KV tiles on.
+    # On a GPU, attention splits a single sequence only when it has several KV tiles.
     wanted = 300 if engine.info.platform == "cpu" else 1500
     long = max(min(wanted, engine.info.max_model_len - 200), 2 * block + 30)
     return Workload.random(
@@ -49,7 +50,7 @@ def workload(engine: ChildEngine) -> Workload:
 
 
 def cases(engine: ChildEngine, axis: str, load: Workload) -> Iterator[Case]:
-    """The compared pairs of one axis, one by one; preemption within one engine that has few KV blocks."""
+    """The compared pairs of one axis, one by one. Preemption needs an engine with few KV blocks."""
     if axis == PREEMPTION:
         yield from _preemption(engine, load)
         return
@@ -67,7 +68,7 @@ def _preemption(engine: ChildEngine, load: Workload) -> Iterator[Case]:
 
 
 def catch(engine: FaultyEngine, name: str, load: Workload) -> Caught:
-    """Plant one fault, run its axis until the first difference, locate it, and take the fault out again."""
+    """Plant a fault, run its axis up to the first difference, locate the difference, and remove the fault."""
     fault = named(name)
     try:
         if fault.axis == PRECISION:
@@ -100,7 +101,7 @@ def _judged(engine: ChildEngine, fault: Fault, case: Case, compared: int, locate
 
 
 def catch_recurrent(engine: ChildEngine, load: Workload) -> Caught:
-    """Cause 24 on an engine whose refusal of recurrent layers was lifted: vLLM's own kernel is the fault."""
+    """Catch cause 24 on an engine that does not refuse recurrent layers: the fault is vLLM's own kernel."""
     compared = 0
     for case in cases(engine, "chunk budget", load):
         compared += 1
@@ -122,14 +123,14 @@ def catch_recurrent(engine: ChildEngine, load: Workload) -> Caught:
 
 
 def names(fault: Fault, located: Located, engine: ChildEngine) -> bool:
-    """Whether what was located is where the fault was planted."""
+    """Whether locate named the place of the fault."""
     seam = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
     ops = (located.op, *located.only_alone, *located.only_company)
     return fault.module in located.module and any(fault.op in op for op in ops) and seam in (None, located.seam)
 
 
 def _restarted(engine: FaultyEngine, fault: Fault, load: Workload) -> Caught:
-    """The answers before planting are those of the process before; the fault is in the second one only."""
+    """Catch a fault of a second process: the answers before planting stand for the first process."""
     scenario = Scenario.alone(load.greedy(1))
     engine.reset_cache()
     (expected,) = engine.generate(scenario.requests)
@@ -144,7 +145,7 @@ def _restarted(engine: FaultyEngine, fault: Fault, load: Workload) -> Caught:
 
 
 def _imprecise(engine: FaultyEngine, fault: Fault) -> Caught:
-    """No comparison of bits sees it: the accuracy does, and names the layers by itself."""
+    """Catch a fault that no comparison of bits notices: the comparison with fp64 finds the fault and names layers."""
     engine.plant(fault.name)
     found = precision.of(engine, widened=True)
     seam = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
@@ -154,8 +155,8 @@ def _imprecise(engine: FaultyEngine, fault: Fault) -> Caught:
         ""
         if first is None
         else (
-            f"{first.module}: {first.excess:.0f} times the error that {first.dtype} may have at M={first.rows}, "
-            f"as {len(found.failed)} of {found.layers} linears (seam {first.seam})"
+            f"{first.module}: {first.excess:.0f} times the error allowed for {first.dtype} at M={first.rows}; "
+            f"{len(found.failed)} of {found.layers} linears exceed it (seam {first.seam})"
         )
     )
     return Caught(fault.name, fault.cause, fault.axis, first is not None, right, found.outputs, words, words)

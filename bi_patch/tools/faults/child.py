@@ -1,4 +1,4 @@
-"""An engine child in which faults can be planted."""
+"""Starts an engine child in which faults can be planted."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bi_patch.tools.verify.engine import Options
 
 
 class FaultyEngine(ChildEngine):
-    """A ChildEngine that `plant` puts faults into.
+    """A ChildEngine with the method `plant`.
 
-    lifts: names of refusals (faults.lifts) that this child does not make, to show what they keep out.
+    lifts: names of refusals (faults.lifts) that this child leaves out, to show what the refusals prevent.
     Raises what ChildEngine raises; EngineFailed for a refusal that does not exist.
     """
 
@@ -33,5 +33,5 @@ class FaultyEngine(ChildEngine):
         super().__init__(mode, options, environ=environ, fresh=fresh)
 
     def plant(self, *names: str) -> None:
-        """Plant exactly these; none takes all out. Raises EngineFailed for a fault that cannot be planted here."""
+        """Plant exactly these faults; no names remove all. Raises EngineFailed for a fault that cannot be planted."""
         self.ask(PLANT, msgspec.msgpack.encode(list(names)))

@@ -1,7 +1,7 @@
-"""Cause 17, compiled code against eager code: the seams of the norms are left open in the compiled engine.
+"""Plants cause 17, compiled code against eager code: the compiled engine leaves the norms' seams open.
 
-What inductor makes of vLLM's own norms rounds in other places. The fault must be there before the model is compiled, so
-it has engines of its own, and ops inside compiled code cannot be traced: what each layer leaves behind names the place.
+Inductor's code for vLLM's own norms rounds in other places. The fault must exist before the model is compiled, so it
+needs new engines. Ops inside compiled code cannot be traced, so each layer's keys and values name the place.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _SEAMS = {"cpu": "norm.cpu_rms", "cuda": "norm.cuda_rms,norm.cuda_rms_native"}
 
 
 def catch_compiled(given: Options, environ: dict[str, str], platform: str, *, planted: bool = True) -> Caught:
-    """The axis across an eager and a compiled engine of these options, and where the two part.
+    """Run the axis on an eager and a compiled engine with these options, and locate where the two part.
 
-    planted: False for the same without the fault. platform: cpu or cuda. Raises what ChildEngine raises.
+    planted: False leaves the fault out. platform: cpu or cuda. Raises what ChildEngine raises.
     """
     probe = next(p for p in CROSS_PROBES if p.name == AXIS)
     eager = given.but(eager=True, digests=False)
     with ChildEngine(ARMED, eager, environ=environ) as engine:
         load = workload(engine)
         requests, change = probe.requests(engine, load), probe.changes(engine)[0]
-        scenario = Scenario(requests, len(load.subjects) - 1)  # the longest: its keys and values fill whole blocks
+        scenario = Scenario(requests, len(load.subjects) - 1)  # the longest fills whole KV blocks
         expected = probe.collect(engine, load)
         alone = locate.trace(engine, scenario, coarse=True)
     leave = {"BI_PATCH_LEAVE_OPEN": _SEAMS[platform], "BI_PATCH_ALLOW_OPEN": "1"} if planted else {}

@@ -1,4 +1,4 @@
-"""Faults in what only the CPU engine runs: the CPU router."""
+"""Faults in code that only the CPU engine runs: the CPU router."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bi_patch.tools.verify.runner import replaced
 
 
 def unsorted_topk(engine: LocalEngine):
-    """The router's top-k is unsorted, ties unbroken: for more than four rows by index (radix select), else by value."""
+    """The router's top-k breaks no ties: it lists experts by index for more than four rows, otherwise by value."""
     from vllm.model_executor.layers.fused_moe.router import cpu_router
 
     from bi_patch.seams.overlay import Overlay, with_globals

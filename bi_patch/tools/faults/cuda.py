@@ -1,4 +1,4 @@
-"""Faults in what only the CUDA engine runs: vLLM's own kernels and choices put back where bi_patch put its own."""
+"""Faults in code that only the CUDA engine runs: vLLM's own kernels and choices in place of bi_patch's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bi_patch.tools.verify.runner import model_runner, replaced
 
 @contextlib.contextmanager
 def heuristic_splits(engine: LocalEngine) -> Iterator[None]:
-    """FlashAttention chooses its KV splits by itself (num_splits 0)."""
+    """FlashAttention chooses the number of KV splits itself (num_splits 0)."""
     context = model_runner(engine).vllm_config.compilation_config.static_forward_context
 
     def wrap(held):
@@ -35,7 +35,7 @@ def heuristic_splits(engine: LocalEngine) -> Iterator[None]:
 
 
 def vllm_norm(engine: LocalEngine):
-    """vLLM's own RMSNorm kernel, whose block has 1024 threads for under 256 rows and 256 from there on."""
+    """vLLM's own RMSNorm kernel, whose block has 1024 threads below 256 rows and 256 threads from 256 rows on."""
 
     def make(name, layer, held):
         def forward(x, residual=None):

@@ -1,4 +1,4 @@
-"""The engines that faults are planted in: their models and options."""
+"""The engines in which faults are planted: their models and options."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from bi_patch import settings
 from bi_patch.tools.verify.engine import Options
 
-# 3 layers with the experts of Qwen3-30B-A3B and the width of Qwen3-8B (over 2048 elements, which vLLM's RMSNorm kernel
-# sums alike in both of its blocks): an engine that starts in seconds.
+# 3 layers with the experts of Qwen3-30B-A3B and the width of Qwen3-8B: an engine that starts in seconds. In rows of
+# more than 2048 elements, vLLM's RMSNorm kernel sums in the same order with both of its block sizes.
 _SHAPE = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -63,7 +63,7 @@ _HYBRID = {
 
 
 def options(platform: str, folder: str, dtype: str = "") -> Options:
-    """The engine that faults are planted in: MoE, tied routers and head, eager so that it can be traced.
+    """The options of the engine in which faults are planted: a MoE model, tied routers and head, eager for traces.
 
     dtype: by default fp32 on CPU, where every change of order shows in the bits, and bf16 on CUDA.
     """
@@ -93,13 +93,13 @@ def options(platform: str, folder: str, dtype: str = "") -> Options:
 
 
 def few_blocks(given: Options, block: int) -> Options:
-    """The same with a KV cache that holds one request, so that a batch is preempted."""
+    """These options with a KV cache for one request of full length, so that a batch is preempted."""
     short = given.but(max_model_len=min(given.max_model_len, 1024))
     return short.but(kv_blocks=-(-short.max_model_len // block) + 1)
 
 
 def recurrent(folder: str) -> Options:
-    """A small model with gated delta nets, for which vLLM's kernels start their chunks where the engine step does."""
+    """The options of a small model with gated delta nets, whose chunks vLLM's kernels start at the engine step."""
     return Options(
         _model(folder, "hybrid", _HYBRID),
         max_model_len=1024,

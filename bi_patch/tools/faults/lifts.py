@@ -1,4 +1,4 @@
-"""Refusals that the planted faults can lift in their own engine child, to show what the refusals keep out."""
+"""Lifts refusals in an engine child of the tool faults, to show what the refusals prevent."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ RECURRENT = "recurrent layers"
 
 
 def lift(names: Sequence[str]) -> None:
-    """Before an armed engine starts in this process. Raises UnknownFault."""
+    """Lift these refusals. Call before the armed engine of this process starts. Raises UnknownFault."""
     for name in names:
         if name not in LIFTS:
-            raise UnknownFault(f"there is no refusal {name!r} to lift; there are: {', '.join(LIFTS)}")
+            raise UnknownFault(f"there is no refusal {name!r} to lift; the refusals are: {', '.join(LIFTS)}")
         LIFTS[name]()
 
 
 def _recurrent() -> None:
-    """Models with recurrent layers start, though no seam fixes where their chunks begin."""
+    """Let models with recurrent layers start, although no seam fixes where their chunks begin."""
     _without("hybrid and state-space models")
     from vllm.v1.attention.backends import gdn_attn
 
@@ -29,7 +29,7 @@ def _recurrent() -> None:
 
 
 def _without(*rows: str) -> None:
-    """From now on this process does not refuse these rows of the feature table."""
+    """Make this process accept these rows of the feature table."""
     from bi_patch.seams import active, refusals
 
     plan = active.plan

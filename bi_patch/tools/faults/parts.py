@@ -1,6 +1,6 @@
-"""Parts that faults are made of: products and sums in other orders, put in the place of a running model's layers.
+"""The parts of faults: products and sums in other orders, which replace a running model's layers.
 
-A part computes the same value as the layer it stands in for, up to rounding: only the order or the precision differs.
+A part computes the same value as the layer that it replaces, up to rounding: only the order or the precision differs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def each_linear(
     make: Callable[[str, torch.nn.Module, Product], Product],
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[None]:
-    """Every linear that is wanted runs make(path, layer, its own product) instead."""
+    """Within this context, every wanted linear runs make(path, layer, own product), where own is the layer's."""
     with contextlib.ExitStack() as stack:
         for name, layer in list(layers.linears(engine)):
             if not wanted(name):
@@ -33,7 +33,7 @@ def each_linear(
                     return make(name, given, lambda x, bias: held(given, x, bias))
 
                 own = of(layer)
-                # Another layer stands in where the product of a widened weight is asked for.
+                # The comparison with fp64 passes another layer, which holds the widened weight.
                 return lambda given, x, bias=None: (own if given is layer else of(given))(x, bias)
 
             stack.enter_context(replaced(layer.quant_method, "apply", wrap))
@@ -42,7 +42,7 @@ def each_linear(
 
 @contextlib.contextmanager
 def each_norm(engine: LocalEngine, make: Callable[[str, torch.nn.Module, Callable], Callable]) -> Iterator[None]:
-    """Every RMSNorm runs make(path, layer, its own forward) instead: (x, residual or None) -> as vLLM's."""
+    """Within this context, every RMSNorm runs make(path, layer, own forward): (x, residual or None) -> as vLLM's."""
     with contextlib.ExitStack() as stack:
         for name, layer in list(layers.norms(engine)):
             stack.enter_context(
@@ -60,7 +60,7 @@ def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, cuts: S
 
 
 def partials(x: torch.Tensor, w: torch.Tensor, cuts: Sequence[int]) -> list[torch.Tensor]:
-    """fp32 partial products over each span of K, each in the bundled GEMM's order: rows do not depend on M."""
+    """fp32 partial products over the spans of K between `cuts`, in the bundled GEMM's order: no row depends on M."""
     edges = [0, *cuts, x.shape[-1]]
     flat = x.reshape(-1, x.shape[-1])
     made = []
@@ -73,7 +73,7 @@ _packed: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 def forget() -> None:
-    """Let go of the weights of faults that were taken out."""
+    """Free the packed weights of removed faults."""
     _packed.clear()
 
 
@@ -83,7 +83,7 @@ def _in_order(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     n, k = w.shape
     key = (w.data_ptr(), n, k)
     if key not in _packed:
-        _packed[key] = (w, torch.ops.bi_cpu.gemm_pack(w.float().contiguous()))  # w: so that its address stays its own
+        _packed[key] = (w, torch.ops.bi_cpu.gemm_pack(w.float().contiguous()))  # keeping w keeps its address unique
     return torch.ops.bi_cpu.gemm(x, _packed[key][1], n, k, None)
 
 
@@ -97,7 +97,7 @@ def rows(x: torch.Tensor) -> int:
 
 
 def two_block_norm(layer: torch.nn.Module, x: torch.Tensor, residual: torch.Tensor | None, blocks: int = 2):
-    """vLLM's RMSNorm with the squares summed by `blocks` threads' blocks, joined at the end."""
+    """vLLM's RMSNorm, with the sum of squares in `blocks` parts that are added at the end."""
     if residual is not None:
         x = x + residual
         residual = x
@@ -114,9 +114,9 @@ def two_block_norm(layer: torch.nn.Module, x: torch.Tensor, residual: torch.Tens
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, edges: Sequence[int], scale: float
 ) -> torch.Tensor:
-    """Causal attention of the last positions, KV cut at `edges`, partial results merged in ascending order in fp32.
+    """Causal attention of the last positions; KV is cut at `edges`, and partial results are merged in order in fp32.
 
-    query [n, heads, D] stands at the last n of the positions of key and value [length, kv heads, D].
+    query: [n, heads, D], at the last n positions. key, value: [length, kv heads, D].
     """
     n, heads, _ = query.shape
     length, kv_heads, _ = key.shape
@@ -145,7 +145,7 @@ def attend(
 
 
 def unpack_cpu_cache(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int, d: int):
-    """key and value [length, kv heads, D] out of the bundled CPU kernels' pages (kernels/cpu/README.md)."""
+    """key and value [length, kv heads, D] from the pages of the bundled CPU kernels (kernels/cpu/README.md)."""
     pages = kv_cache[blocks.long()]  # [n, kv heads, tokens, 2 * D]
     n, kv_heads, tokens, _ = pages.shape
     s = pack_width(kv_cache.dtype)
@@ -158,7 +158,7 @@ def unpack_cpu_cache(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int, 
 
 
 def pack_width(dtype: torch.dtype) -> int:
-    """How many positions or elements the CPU kernels' pages hold side by side."""
+    """The number of positions or elements that the pages of the CPU kernels hold side by side."""
     from bi_patch.ops.cpu import machine
 
     return 2 if dtype == torch.bfloat16 and "bf16" in (machine._isa or "") else 1
@@ -168,7 +168,7 @@ _ops: torch.library.Library | None = None
 
 
 def op(name: str, schema: str, run: Callable) -> Callable:
-    """A dispatcher op of ours, so that traces name the planted sum by what it stands for."""
+    """Define a dispatcher op, so that traces name the planted sum after the operation that it re-creates."""
     global _ops
     if _ops is None:
         _ops = torch.library.Library("bi_patch_fault", "FRAGMENT")
@@ -179,7 +179,7 @@ def op(name: str, schema: str, run: Callable) -> Callable:
 
 
 def higher_first(scores: torch.Tensor, k: int):
-    """Top-k of scores [..., V] whose ties fall to the higher index, as bi_patch's own to the lower: values, indices."""
+    """Top-k of scores [..., V] in which the higher index wins a tie; in bi_patch's top-k, the lower index wins."""
     from bi_patch.ops.topk import TopK, topk
 
     found = topk(scores.flip(-1), k)
@@ -187,7 +187,7 @@ def higher_first(scores: torch.Tensor, k: int):
 
 
 def original(seam: str):
-    """What stood at a seam's place before it was closed."""
+    """The object at a seam's target before the seam was closed."""
     from bi_patch.arming import process
 
     state = process.state()

@@ -1,4 +1,4 @@
-"""Planting every fault of a platform, one by one, and keeping what verification made of each."""
+"""Plants every fault of a platform, one by one, and records what verify finds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.probes import Workload
 
-# The tracer's rows are those of model runner V1, which serves the same layers.
+# On CUDA, faults are planted in model runner V1, which runs the same layers as V2.
 _ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 PLATFORMS = tuple(_ENVIRON)
 DTYPES = ("", "bfloat16", "float32", "float16")
@@ -38,11 +38,12 @@ def measure(
     tell: Tell,
     keep: Keep,
 ) -> Faults:
-    """Every fault of this platform, or those named in `only`, which leaves out causes 17 and 24.
+    """Plant every fault of this platform, or the faults named in `only`, and return the results.
 
-    dtype: "" for the platform's own (see engines.options). compiled: whether cause 17 is planted, which compiles. tell:
-    given a line or more for each fault. keep: given what is known so far, after each engine. Raises UnknownFault for a
-    name that no fault has, SettingError for a fault of another platform, and what an engine fails with.
+    `only` leaves out causes 17 and 24. dtype: "" for the platform's default (see engines.options). compiled: whether to
+    plant cause 17, which compiles the model. tell: called with a text for each fault. keep: called with the results so
+    far, after each engine. Raises UnknownFault for an unknown name, SettingError for a fault of another platform, and
+    the error of an engine that fails.
     """
     wanted = [fault for fault in every() if platform in fault.platforms and (not only or fault.name in only)]
     for name in only:
@@ -67,7 +68,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Run:
-    """platform: cpu or cuda. environ: of the engine children. folder: where models of a config alone are made."""
+    """One run. platform: cpu or cuda. environ: the engine children's environment. folder: holds made config.json."""
 
     platform: str
     environ: dict[str, str]
@@ -76,7 +77,7 @@ class _Run:
     keep: Keep
 
     def planted(self, given: Options, wanted: list[Fault]) -> Faults:
-        """Two engines: one for most faults, one with few KV blocks."""
+        """Plant the faults in two engines: preemption's in an engine with few KV blocks, the others in the first."""
         rows: list[FaultRow] = []
         with FaultyEngine(ARMED, given, environ=self.environ) as engine:
             made = evidence.new(Faults, engine.info)
@@ -101,7 +102,7 @@ class _Run:
         return made
 
     def refused(self) -> FaultRow:
-        """Cause 24 as it is kept out: a model with recurrent layers must not start."""
+        """Show that cause 24 is refused: a model with recurrent layers must not start."""
         planted, said = "a model with recurrent layers", ""
         try:
             ChildEngine(ARMED, engines.recurrent(self.folder), environ=self.environ).close()
@@ -111,7 +112,7 @@ class _Run:
         return FaultRow(24, planted, bool(said), bool(said), "start", refused=bool(said), located=said)
 
     def lifted(self) -> FaultRow:
-        """Cause 24 with the refusal lifted: vLLM's own kernel is the fault."""
+        """Catch cause 24 with the refusal lifted: the fault is vLLM's own kernel."""
         given = engines.recurrent(self.folder)
         with FaultyEngine(ARMED, given, environ=self.environ, lifts=(RECURRENT,)) as engine:
             found = catch.catch_recurrent(engine, catch.workload(engine))
@@ -120,11 +121,11 @@ class _Run:
         return FaultRow(24, planted, found.caught, found.right, found.axis, located=found.named)
 
     def compiled(self, given: Options) -> tuple[FaultRow, tuple[int, int]]:
-        """Cause 17, and the pairs of its axis without it: how many, and how many differ."""
+        """Plant cause 17. Also returns, for its axis without the fault, how many pairs were compared and differ."""
         try:
             clean = catch_compiled(given, self.environ, self.platform, planted=False)
             found = catch_compiled(given, self.environ, self.platform)
-        except Exception:  # one engine that does not start must not cost the file of the others
+        except Exception:  # a failed engine must not cost the results of the others
             self.tell(traceback.format_exc())
             return FaultRow(CAUSE, NAME, False, False, AXIS), (0, 0)
         self.tell(f"17 {found.fault}: caught {found.caught}, named {found.right}\n   {found.named}")
@@ -174,7 +175,7 @@ def all_right(found: Faults) -> bool:
 
 
 def verdict(found: Faults) -> str:
-    """One line of counts."""
+    """A line with the counts."""
     caught, refusals = evidence.faults_caught(found.rows)
     return (
         f"{caught} of {evidence.CAUSES} causes caught and named, {refusals} more refused by name; "
@@ -183,7 +184,7 @@ def verdict(found: Faults) -> str:
 
 
 def write(found: Faults, folder: Path) -> Path:
-    """The result file of one device, model and dtype, in place of an earlier one of the same day. Returns its path."""
+    """Write the result file and return its path. A file of the same day, device, release and dtype is replaced."""
     path = folder / evidence.file_name(found)
     write_json(path, found)
     return path

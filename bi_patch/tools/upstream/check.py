@@ -1,4 +1,4 @@
-"""Checks one vLLM release against its patches: they apply, reverse and close seams; no anchor moved."""
+"""Checks patches against one vLLM release: the patches apply, reverse and close their seams, and no anchor moved."""
 
 import ast
 import tempfile
@@ -23,15 +23,15 @@ _CALL = [ast.dump(statement) for statement in ast.parse(series.CALL).body]
 def check(source: Source) -> Report:
     """Check a source against the committed series of its release.
 
-    A release without a series is a problem by itself; it is then checked against the nearest known release,
-    so that a maintainer sees what has to be ported.
+    A release without a series is a problem of its own. Such a release is checked against the nearest known release, so
+    that a maintainer sees what must be ported.
     """
     base = nearest(source.release, source.package)
     planned = series.planned_seams(base, source.package)
     report = against(source, base, planned, anchors.folder_of(base, source.package))
     if base != source.release:
         message = (
-            f"{source.name} {source.release} is unknown: there are series for "
+            f"{source.name} {source.release} is unknown: the known releases are "
             f"{', '.join(PACKAGES[source.package][1])}. What follows compares it with {base}"
         )
         report.problems.insert(0, Problem("release", message))
@@ -58,7 +58,7 @@ def against(source: Source, base: str, planned: tuple[Planned, ...], folder: Pat
 
 
 def nearest(release: str, package: str = "vllm") -> str:
-    """`release` where it is known, else the newest known one before it, else the oldest."""
+    """`release` if it is known, else the newest known release before it, else the oldest known release."""
     known = sorted(PACKAGES[package][1], key=Version)
     return next((r for r in reversed(known) if Version(r) <= Version(release)), known[0])
 
@@ -82,7 +82,7 @@ def _check_series(report: Report, places: Places, folder: Path) -> None:
         _check_contents(report, tree, before, [m for m in modules if m.file in {c.target for c in applied}])
         report.closed = _count_closed(report, tree, applied, places)
         _check_calls(report, tree, applied, {m.file for m in modules})
-        # One that failed leaves its own file alone, so that the others can still be taken back.
+        # A patch that failed changed no file, so the others can still be reversed.
         report.reversed = len(_try_each(report, tree, tuple(reversed(applied)), reverse=True))
         left = sorted(file for file, content in _contents(tree).items() if content != before.get(file))
         if report.reversed == report.applied and left:
@@ -101,14 +101,12 @@ def _contents(tree: Path) -> dict[str, bytes]:
 
 
 def _try_each(report: Report, tree: Path, committed: tuple[Committed, ...], *, reverse: bool) -> tuple[Committed, ...]:
-    """Apply or reverse each patch; those that fail are reported, the others returned."""
+    """Apply or reverse each patch. Returns the patches that succeed, and reports the others."""
     done = []
     for patch in committed:
         try:
             if not reverse and series.CALL in _read(tree / patch.target):
-                raise PatchError(
-                    f"{patch.name}: {patch.target} carries bi_patch's call already: check the unpatched release"
-                )
+                raise PatchError(f"{patch.name}: {patch.target} is patched already: check the unpatched release")
             apply.apply(tree, patch.path, reverse=reverse)
             done.append(patch)
         except PatchError as error:
@@ -117,16 +115,16 @@ def _try_each(report: Report, tree: Path, committed: tuple[Committed, ...], *, r
 
 
 def _check_contents(report: Report, tree: Path, before: dict[str, bytes], changed: list[Module]) -> None:
-    """Each `changed` module is what it was plus the call, and no other file changed."""
+    """Report each file that changed otherwise: `changed` modules gain the call, and no other file changes."""
     expected = before | {m.file: series.patched(m.text).encode(errors="surrogateescape") for m in changed}
     after = _contents(tree)
     for file in sorted({*expected, *after}):
         if after.get(file) != expected.get(file):
-            report.problems.append(Problem("patch", f"{file} is changed by more than the call at its end", file=file))
+            report.problems.append(Problem("patch", f"the patch changes {file} by more than the final call", file=file))
 
 
 def _count_closed(report: Report, tree: Path, applied: tuple[Committed, ...], places: Places) -> int:
-    """How many seams are closed by exactly one applied diff; each other seam is reported."""
+    """The number of seams that exactly one applied diff closes. Reports every other seam."""
     closed = 0
     for item in places.planned:
         module = places.modules.get(item.target.module)
@@ -140,7 +138,7 @@ def _count_closed(report: Report, tree: Path, applied: tuple[Committed, ...], pl
 
 
 def _why_open(tree: Path, patches: list[Committed], item: Planned, module: Module | None) -> str | None:
-    """Why these diffs of a seam's module do not close the seam, or None."""
+    """Why these diffs of a seam's module do not close the seam; None if they close it."""
     if not patches or module is None:
         return f"no diff that applies closes {item.seam.name}"
     if len(patches) > 1:
@@ -156,12 +154,12 @@ def _why_open(tree: Path, patches: list[Committed], item: Planned, module: Modul
 
 
 def _check_calls(report: Report, tree: Path, applied: tuple[Committed, ...], to_change: set[str]) -> None:
-    """Each applied diff ends its module with the call, and the module holds a seam's target or a copy."""
+    """Report each applied diff that does not end its module with the call, or whose module holds no target or copy."""
     told_of = {p.file for p in report.problems if p.kind == "close"}
     for patch in applied:
         told = None
         if patch.target not in to_change:
-            told = f"{patch.name} changes {patch.target}, where no seam has its target or a copy"
+            told = f"{patch.name} changes {patch.target}, which holds no seam's target and no copy of a target"
         elif patch.target not in told_of and not _calls(_read(tree / patch.target)):
             told = f"{patch.name} does not end {patch.target} with the call"
         if told:
@@ -190,4 +188,4 @@ def _check_anchors(report: Report, places: Places, recorded: Recorded) -> None:
         else:
             report.problems.append(problem)
     for seam in sorted(set(known) - {p.seam.name for p in places.planned}):
-        report.problems.append(Problem("anchor", f"an anchor is recorded for {seam}, which is no seam here", seam))
+        report.problems.append(Problem("anchor", f"an anchor is recorded for {seam}, but there is no such seam", seam))

@@ -1,4 +1,4 @@
-"""Downloads a release of vLLM or a plugin with pip and keeps its Python files, in the cache folder, for later runs."""
+"""Downloads a release of vLLM or a plugin with pip, and keeps its Python files in the cache folder for later runs."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from bi_patch.errors import PatchError
 from bi_patch.platforms.releases import PACKAGES
 from bi_patch.tools.upstream.sources import PACKAGE, name_of, release_number
 
-# The machine that checks need not be one that vLLM runs on: the Python files of every build are the same.
+# The checking machine need not be able to run vLLM: the Python files of all builds are the same.
 _WHEEL = (
     "--no-deps",
     "--only-binary=:all:",
@@ -37,7 +37,7 @@ _WHEEL = (
 
 
 def fetch(release: str, cache: Path, package: str = PACKAGE) -> Path:
-    """A zip of the Python files and metadata of a package's `release`, from `cache` or downloaded (vLLM: 330 MB, once).
+    """A zip of the Python files and metadata of a package's release: from `cache`, or downloaded once (vLLM: 330 MB).
 
     Raises PatchError when the release cannot be downloaded.
     """
@@ -83,7 +83,7 @@ def _slim(wheel: Path, package: str, to: Path) -> Path:
 
 
 def _usable(kept: Path, package: str) -> bool:
-    """Whether an earlier download is whole."""
+    """Whether an earlier download is complete."""
     try:
         with zipfile.ZipFile(kept) as archive:
             return f"{package}/__init__.py" in archive.namelist() and archive.testzip() is None

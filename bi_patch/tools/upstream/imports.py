@@ -1,7 +1,7 @@
 """Finds the modules that hold a copy of a seam's target.
 
-A copy is what `from module import name`, or `... as other`, at the top of another module makes: replacing the name in
-its own module does not reach a copy that was made before.
+`from module import name` (or `... as other`) at the top level of another module makes a copy. Replacing the name in its
+own module does not change an earlier copy.
 """
 
 import ast
@@ -14,13 +14,16 @@ from bi_patch.tools.upstream.sources import Source
 
 
 def holders(targets: Mapping[str, Target], source: Source) -> dict[str, list[str]]:
-    """For each seam, the modules that take its target by `from ... import`. targets: by seam, on module-level names."""
+    """For each seam, the modules that import its target with `from ... import`.
+
+    targets: by seam, only targets that are module-level names.
+    """
     taken = _taken(source, {t.qualname for t in targets.values()})
     found = {}
     for seam, target in targets.items():
         have = {(target.module, target.qualname)}
         while new := {(t.module, t.held) for t in taken if (t.origin, t.name) in have} - have:
-            have |= new  # a package may hand the name on
+            have |= new  # a module may import the name from another copy
         found[seam] = sorted({module for module, _ in have} - {target.module})
     return found
 
@@ -35,7 +38,7 @@ class _Import(NamedTuple):
 
 
 def _taken(source: Source, names: set[str]) -> list[_Import]:
-    """Every import of these names, and of the names that they are held under."""
+    """Every import of these names, and of the names under which copies are held."""
     taken: list[_Import] = []
     new, seen = names, set()
     while new:
@@ -43,7 +46,7 @@ def _taken(source: Source, names: set[str]) -> list[_Import]:
         found = []
         for file in sorted(source.files):
             content = source.read(file)
-            if mentioned.search(content):  # a quick look; the syntax tree decides
+            if mentioned.search(content):  # a quick test; the syntax tree decides
                 found += [item for item in _imports(file, content) if item.name in new]
         taken += found
         seen = seen | new
@@ -58,7 +61,7 @@ def _imports(file: str, content: bytes) -> Iterator[_Import]:
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError):
-        return  # not importable by this Python, so it holds nothing here
+        return  # this Python cannot import the file, so the file holds no copy
     for node in _top(tree):
         if isinstance(node, ast.ImportFrom):
             base = package[: -node.level] if node.level else []

@@ -1,4 +1,4 @@
-"""What upstream moved: seams' targets that differ from their anchors, and copies that are new or gone."""
+"""Finds what upstream changed: targets that differ from their anchors, and copies that are new or gone."""
 
 import ast
 import difflib
@@ -24,7 +24,7 @@ def take(planned: Planned, module: Module | None) -> Anchor:
 
 
 def check_anchor(planned: Planned, module: Module | None, old: Anchor | None) -> Problem | None:
-    """What moved since `old` was recorded, with upstream's change of that function, or None."""
+    """The problem with a seam's anchor, with upstream's change of the target; None when the target is unchanged."""
     name, target, file = planned.seam.name, str(planned.target), module.file if module else ""
     if old is None:
         return Problem("anchor", f"no anchor of {name} was recorded for {target}", name, target, file)
@@ -42,14 +42,14 @@ def check_anchor(planned: Planned, module: Module | None, old: Anchor | None) ->
 
 
 def check_copies(places: Places, recorded: Mapping[str, list[str]]) -> list[Problem]:
-    """Modules that newly hold a copy of a seam's target, and listed modules that hold none."""
+    """Problems with copies: modules that newly hold a copy of a target, and listed modules that hold no copy."""
     problems = []
     for item in places.planned:
         seam = item.seam.name
         for module in item.target.copies:
             # A range of releases may include some without the module.
             if module in places.modules and module not in places.copies.get(seam, ()):
-                message = f"Target.copies lists {module}, which does not take {item.target} by `from ... import`"
+                message = f"Target.copies lists {module}, which does not import {item.target} with `from ... import`"
                 problems.append(Problem("copies", message, seam, str(item.target)))
     for seam, modules in places.copies.items():
         if new := sorted(set(modules) - set(recorded.get(seam, ()))):
@@ -62,12 +62,12 @@ def check_copies(places: Places, recorded: Mapping[str, list[str]]) -> list[Prob
 
 
 def _python(text: str) -> str:
-    """Text with the line ends that Python sees, as the recorded anchors have them."""
+    """The text with Python's line ends, which the recorded anchors have."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _nearest(old: Anchor, text: str) -> tuple[str, str]:
-    """The definition most like a lost one, with the diff to it; all of the lost one when none is near."""
+    """The name of the definition most similar to a lost target, and the diff; without one, "" and the lost source."""
     try:
         candidates = dict(_definitions(ast.parse(text), text))
     except (SyntaxError, ValueError):
@@ -97,6 +97,6 @@ def _definitions(tree: ast.AST, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _segment(lines: list[str], node: ast.AST) -> str:
-    """A definition's source as ast.get_source_segment gives it, without splitting the text anew each time."""
+    """A definition's source, like ast.get_source_segment, which would split the whole text for every definition."""
     first, *rest = lines[node.lineno - 1 : node.end_lineno]
     return first[node.col_offset :] + "".join(rest)

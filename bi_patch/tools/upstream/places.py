@@ -1,4 +1,4 @@
-"""Where the seams of a release lie in one source. `locate` looks each module up once; the rest reads `Places`."""
+"""Finds the modules of a release's seams in one source. `locate` looks up each module once; callers read `Places`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from bi_patch.tools.upstream.sources import Source
 
 @dataclass(frozen=True)
 class Module:
-    """A module of a source. file: its path, e.g. `vllm/config/vllm.py`.
+    """A module of a source. file: the path, e.g. `vllm/config/vllm.py`.
 
-    text: line ends are as they are; bytes that are not UTF-8 are surrogates, so Python refuses to parse them.
+    text: the content with its own line ends. Bytes that are not UTF-8 become surrogates, which Python refuses to parse.
     """
 
     file: str
@@ -24,8 +24,8 @@ class Module:
 class Places:
     """A release's seams in one source.
 
-    modules: by name, each module of a target or of `Target.copies` that the source has. copies: for each seam on a
-    module's own name (not a class's), the modules that take the name by `from ... import`, whether listed or not.
+    modules: by name, each module of a target or of `Target.copies` that the source has. copies: for each seam whose
+    target is a module-level name, the modules that import the name with `from ... import`, whether listed or not.
     """
 
     source: Source

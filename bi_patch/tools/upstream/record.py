@@ -1,4 +1,4 @@
-"""Writes what a release's folder under patches/ holds: the series with its diffs, and the anchors."""
+"""Writes a release's folder under patches/: the series with its diffs, and the anchors."""
 
 from pathlib import Path
 
@@ -14,16 +14,16 @@ _INDEX_TEXT = "# Patches for {name} {release}, in the order in which they are ap
 
 
 def record(source: Source) -> Path:
-    """Generate and write the folder of a source's release, and return it.
+    """Generate and write the folder of a source's release, and return the folder.
 
-    Raises PatchError for a release that the registry does not list, or AnchorMoved where a target is missing;
-    nothing is written then.
+    Raises PatchError for a release that bi_patch/platforms/releases.py does not list, or AnchorMoved for a missing
+    target. In both cases, nothing is written.
     """
     releases = PACKAGES[source.package][1]
     if source.release not in releases:
         raise PatchError(
             f"{source.name} {source.release} is not in bi_patch/platforms/releases.py "
-            f"({', '.join(releases)}): add it there, and make the seams' targets hold for it, first"
+            f"({', '.join(releases)}): first add the release there, and give the seams targets in it"
         )
     folder = anchors.folder_of(source.release, source.package)
     write(source, series.planned_seams(source.release, source.package), folder)
@@ -38,9 +38,7 @@ def write(source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
     for patch in series.make(planned, places.copies):
         module = places.modules[patch.module]
         if series.CALL in module.text:
-            raise PatchError(
-                f"{source.label}: {module.file} carries bi_patch's call already: record the unpatched release"
-            )
+            raise PatchError(f"{source.label}: {module.file} is patched already: record the unpatched release")
         texts[patch.name] = patch.diff(module.file, module.text)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.patch"):

@@ -1,10 +1,10 @@
-"""What a check of one source found."""
+"""The result of checking one source."""
 
 import msgspec
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One thing that is not as it must be. kind: release, series, patch, close, anchor or copies."""
+    """One problem that a check found. kind: release, series, patch, close, anchor or copies."""
 
     kind: str
     message: str
@@ -15,7 +15,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct):
-    """What was found in one source. base: the release whose series was tried, if `release` is unknown."""
+    """What a check found in one source. base: the release whose series was checked; differs for an unknown release."""
 
     source: str
     release: str

@@ -1,7 +1,7 @@
-"""The patch series of a release, generated from the seams: one diff per vLLM module adds one call to the module's end.
+"""Generates the patch series of a release from the seams: each diff adds one call to the end of one vLLM module.
 
-The call closes the seams of its module, so a diff names no seam and changes only when the module does. A diff opens
-with a header of fields, as in DEP-3.
+The call closes the seams of its module, so a diff names no seam and changes only with the module. A diff begins with a
+header of fields, as in DEP-3.
 """
 
 import difflib
@@ -27,13 +27,13 @@ INDEX = "series"
 
 @dataclass(frozen=True)
 class Patch:
-    """The diff of one module, which holds the target of a seam or a copy of one."""
+    """The diff of one module, which holds a seam's target or a copy of a target."""
 
     module: str
 
     @property
     def name(self) -> str:
-        """The file's name: the module's, without the package. Underscores stay: `gpu.x` and `gpu_x` are two modules."""
+        """The file's name: the module's name without the package. Underscores stay, to tell `gpu.x` from `gpu_x`."""
         return f"{self.module.partition('.')[2].replace('.', '-') or '__init__'}.patch"
 
     def header(self, file: str) -> str:
@@ -54,7 +54,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Committed:
-    """A patch file as it lies on disk. header: its text before the diff. target: the file that it changes.
+    """A committed patch file. header: the text before the diff. target: the file that the diff changes.
 
     added, removed: the lines that the diff adds and removes.
     """
@@ -71,14 +71,14 @@ class Committed:
 
 
 def patched(text: str) -> str:
-    """A module's text as it is once its diff is applied."""
+    """A module's text after its diff is applied."""
     return text + ("" if text.endswith("\n") or not text else "\n") + TAIL
 
 
 def planned_seams(release: str, package: str = PACKAGE) -> tuple[Planned, ...]:
-    """Every seam with a target in `package` at `release`, over all platforms that support it, in the registry's order.
+    """Every seam with a target in `package` at `release`, on any platform that supports `release`, in catalog order.
 
-    Raises UnsupportedRelease for a release that is not in the matrix.
+    Raises UnsupportedRelease for a release that bi_patch does not support.
     """
     version = Version(release)
     platforms = [name for name, known in releases.BY_PLATFORM.items() if release in known]
@@ -94,7 +94,7 @@ def planned_seams(release: str, package: str = PACKAGE) -> tuple[Planned, ...]:
 def make(planned: tuple[Planned, ...], held: Mapping[str, Collection[str]]) -> tuple[Patch, ...]:
     """The series for these seams, sorted by name.
 
-    held: by seam, the modules that hold a copy in this release. Of Target.copies, these alone get a patch.
+    held: by seam, the modules that hold a copy in this release. Only these modules of Target.copies get a patch.
     """
     modules = {p.target.module for p in planned}
     modules |= {m for p in planned for m in p.target.copies if m in held.get(p.seam.name, ())}
@@ -104,8 +104,8 @@ def make(planned: tuple[Planned, ...], held: Mapping[str, Collection[str]]) -> t
 def read(folder: Path) -> tuple[Committed, ...]:
     """The patches that `folder/series` lists, in its order.
 
-    Raises PatchError when there is no series, when it lists a file twice or one that is not there, when a
-    patch that it does not list lies beside it, or when a file is not a patch of one module.
+    Raises PatchError when there is no series, when the series lists a file twice or a file that does not exist, when
+    the folder holds a patch that the series does not list, or when a file is not a patch of one module.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -126,7 +126,7 @@ def read(folder: Path) -> tuple[Committed, ...]:
 
 
 def parse(path: Path) -> Committed:
-    """A patch file. Raises PatchError when it has no header, or changes not just the file that it names."""
+    """Read a patch file. Raises PatchError when the file has no header, or changes other files than its Target."""
     header, mark, body = path.read_bytes().decode(errors="replace").partition("\n---\n")
     target = (HeaderParser().parsestr(header)["Target"] or "").strip()
     if not mark or not target:
@@ -134,7 +134,7 @@ def parse(path: Path) -> Committed:
     lines = body.split("\n")
     files = [line[4:].split("\t")[0] for line in lines if line.startswith(("--- ", "+++ "))]
     if files != [f"a/{target}", f"b/{target}"] or any(line.startswith("diff --git") for line in lines):
-        raise PatchError(f"{path.name} changes {', '.join(files) or 'nothing'}, and not {target} alone")
+        raise PatchError(f"{path.name} changes {', '.join(files) or 'nothing'} instead of only {target}")
     changed = [line for line in lines if not line.startswith(("--- ", "+++ "))]
     return Committed(
         path=path,
@@ -146,21 +146,21 @@ def parse(path: Path) -> Committed:
 
 
 def stale(patches: tuple[Patch, ...], committed: tuple[Committed, ...]) -> list[str]:
-    """How a committed series differs from the one that the seams ask for, told without vLLM's sources."""
+    """How a committed series differs from the series generated from the seams. Needs no source of vLLM."""
     wanted, have = [p.name for p in patches], [c.name for c in committed]
     if wanted != have:
         lines = difflib.unified_diff(have, wanted, "committed/series", "seams", n=0, lineterm="")
-        return ["the series is not the one that the seams ask for:\n" + "\n".join(lines)]
+        return ["the series differs from the series generated from the seams:\n" + "\n".join(lines)]
     told = []
     for patch, found in zip(patches, committed, strict=True):
         if found.header.strip() != patch.header(found.target).strip():
-            told.append(f"{found.name}: its header is not the one that `bi-patch check --write` generates")
+            told.append(f"{found.name}: the header differs from the header that `bi-patch check --write` generates")
         base = patch.module.replace(".", "/")
         if found.target not in (f"{base}.py", f"{base}/__init__.py"):
             told.append(f"{found.name}: {found.target} is not the file of {patch.module}")
         # A module without a last newline has its last line removed and added again.
         if found.added != found.removed + TAIL:
-            told.append(f"{found.name}: it adds other lines than the call that closes {patch.module}")
+            told.append(f"{found.name}: the diff adds other lines than the call that closes {patch.module}")
     return told
 
 

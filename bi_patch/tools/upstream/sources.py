@@ -1,5 +1,4 @@
-"""Where a release of vLLM, or of a plugin, is read from, as text: a wheel (or another zip), a tree, or the
-installed one."""
+"""Reads a release of vLLM or of a plugin as text: from a wheel (or another zip), a tree, or the installed package."""
 
 import re
 import zipfile
@@ -25,8 +24,8 @@ _METADATA_LINE = re.compile(r"^Version:\s*(\S+)", re.MULTILINE)
 class Source:
     """One release of a package as text.
 
-    label: what the user named. release: public version, e.g. `0.32.0`. files: every .py file of the package,
-    relative to the folder that holds it, e.g. `vllm/config/vllm.py`. read: such a name -> its bytes.
+    label: the name that the user gave. release: the public version, e.g. `0.32.0`. files: every .py file of the
+    package, relative to the folder that holds the package, e.g. `vllm/config/vllm.py`. read: maps such a name to bytes.
     """
 
     label: str
@@ -41,20 +40,20 @@ class Source:
 
 
 def name_of(package: str) -> str:
-    """What a reader calls a package: vLLM, or its plugin's distribution."""
+    """The name of a package for readers: vLLM, or the plugin's distribution."""
     return "vLLM" if package == PACKAGE else PACKAGES[package][0]
 
 
 def open_source(name: str, release: str | None = None) -> Source:
-    """The source that `name` stands for: `installed`, a wheel or zip, or a folder that holds `vllm/`.
+    """Open a source. name: `installed`, a wheel or zip, or a folder that holds `vllm/`.
 
-    release: overrides what the source states, for a tree between two releases or one that states nothing.
-    Raises PatchError when there is no such source, it holds no vLLM, or its release cannot be told.
+    release: overrides the release that the source states, for a tree between two releases or without a stated release.
+    Raises PatchError when the source does not exist, holds no vLLM, or states no release.
     """
     if release is not None:
         release = release_number(release)
     if name == "installed":
-        found = installed.find("cpu")  # any platform: a series serves them all
+        found = installed.find("cpu")  # any platform: a series serves all platforms
         if found is None:
             raise PatchError("no vLLM is installed in this environment: name a wheel or a source tree, or use --all")
         return _tree(found.folder.parent, "installed", release or str(found.release))
@@ -67,7 +66,7 @@ def open_source(name: str, release: str | None = None) -> Source:
 
 
 def release_number(text: str) -> str:
-    """The public part of a version, `0.32.0` of `0.32.0+cpu`. Raises PatchError for what is no version."""
+    """The public part of a version: `0.32.0` for `0.32.0+cpu`. Raises PatchError for a text that is no version."""
     try:
         return Version(text).public
     except InvalidVersion as error:

@@ -1,1 +1,1 @@
-"""Probes of a live engine along every axis of batch invariance, planted faults, and the first op that differs."""
+"""The tool verify: probes a live engine along every axis of batch invariance and finds the first op that differs."""

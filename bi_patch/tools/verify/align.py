@@ -1,4 +1,7 @@
-"""The first call that differs between two traces of one request: by token position, then in order of execution."""
+"""Finds the first call that differs between two traces of one request.
+
+Calls are ordered by token position, then by execution.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ Label = tuple[str, str, int, tuple[int, ...], str]
 class First:
     """Where two traces part: the calls of both sides at the earliest position that differs.
 
-    only_alone, only_company: ops that ran on one side only, between the last call that agreed and this one.
+    only_alone, only_company: calls of one side only, between the last call that both sides have and the first
+    difference.
     """
 
     position: int
@@ -27,7 +31,7 @@ class First:
 
 @dataclass(frozen=True)
 class Compared:
-    """first: None when every digest that both sides have is equal. compared: pairs of digests."""
+    """The result of a comparison. first: None when all compared digests are equal. compared: pairs of digests."""
 
     first: First | None
     compared: int
@@ -35,7 +39,7 @@ class Compared:
 
 @dataclass
 class _Segment:
-    """The calls of one phase of one step on the same rows. places: of the calls in the whole trace."""
+    """The calls of one phase of one step on the same rows. places: the index of each call in the whole trace."""
 
     phase: str
     start: int
@@ -45,7 +49,10 @@ class _Segment:
 
 
 def compare(alone: Trace, company: Trace) -> Compared:
-    """Every computation of a position in `company` against the first one in `alone`, and in `alone` itself."""
+    """Compare every computation of a position with the position's first computation in `alone`.
+
+    The later computations in `alone` itself are compared as well as those in `company`.
+    """
     reference = _segments(alone)
     others = [*_segments(company), *reference]
     by_phase: dict[str, list[_Segment]] = {}
@@ -78,14 +85,14 @@ def _segments(trace: Trace) -> list[_Segment]:
 
 
 def _first_visits(reference: Sequence[_Segment], other: _Segment) -> Iterator[tuple[_Segment, int, int]]:
-    """Spans of the positions of `other`, each with the first segment of the reference that computed it."""
+    """Spans of the positions of `other`, each with the first segment of the reference that computed the span."""
     position, end = other.start, other.start + other.rows
     while position < end:
         first = next((s for s in reference if s.start <= position < s.start + s.rows), None)
         if first is None:
             position = min((s.start for s in reference if s.start > position), default=end)
             continue
-        # An earlier segment of the reference may begin inside this one: it is the first visit from there on.
+        # A segment that comes earlier in the reference may begin inside this span and is the first visit from there on.
         earlier = reference[: reference.index(first)]
         until = min([first.start + first.rows, end, *(s.start for s in earlier if position < s.start)])
         yield first, position, until
@@ -93,7 +100,7 @@ def _first_visits(reference: Sequence[_Segment], other: _Segment) -> Iterator[tu
 
 
 def _part(a: _Segment, b: _Segment, start: int, end: int) -> tuple[tuple[int, First] | None, int]:
-    """The earliest position in [start, end) at which two segments differ, and its first call; digests compared."""
+    """The first difference of two segments in [start, end), with its place in the trace, and the digests compared."""
     best: tuple[int, int, First] | None = None
     pairs = _pairs(a.calls, b.calls)
     compared = 0
@@ -114,7 +121,7 @@ _Gap = tuple[tuple[Call, ...], tuple[Call, ...]]
 
 
 def _pairs(a: Sequence[Call], b: Sequence[Call]) -> list[tuple[int, int, _Gap]]:
-    """Pairs of calls with one label, in order, each with the calls of one side only that stand right before it."""
+    """Pairs of calls with the same label, in order. Each comes with the unpaired calls right before the pair."""
     left, right = [_label(c) for c in a], [_label(c) for c in b]
     if left == right:
         return [(i, i, ((), ())) for i in range(len(a))]

@@ -1,4 +1,4 @@
-"""What is asked of an engine and what it answers, and the bitwise comparison of two answers."""
+"""Requests to an engine, the engine's answers, and the bitwise comparison of two answers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from bi_patch.errors import BiPatchError
 
 
 class AnswerIncomplete(BiPatchError):
-    """An engine left out tokens or logprobs that it was asked for, so nothing could be compared there."""
+    """An engine left out tokens or logprobs that a request asked for, so they cannot be compared."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One request. Greedy unless temperature > 0; a sampled one needs a seed, or nothing can be compared.
+    """One request. Greedy unless temperature > 0. A sampled request needs a seed, or its answers cannot be compared.
 
-    prompt: token ids. logprobs, prompt_logprobs: how many top alternatives besides the chosen token, None for none
-    at all (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: tokens whose logprobs take the place of
-    the top ones. delay: engine steps before it arrives. top_k: 0 for all. lora: folder of a LoRA adapter, "" for none.
-    digest: whether full rows of logits are digested (an engine whose Options say digests).
+    prompt: token ids. logprobs, prompt_logprobs: the number of top alternatives besides the chosen token, None for no
+    logprobs (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: token ids whose logprobs replace the
+    top alternatives. delay: engine steps before the request arrives. top_k: 0 for all tokens. lora: the folder of a
+    LoRA adapter, "" for none. digest: whether full rows of logits are digested; needs an engine with Options.digests.
     """
 
     prompt: tuple[int, ...]
@@ -42,7 +42,7 @@ class Request(msgspec.Struct, frozen=True):
 
     @property
     def alternatives(self) -> int | None:
-        """How many tokens' logprobs besides the chosen one's vLLM is to return, None for none at all."""
+        """The number of logprobs that vLLM returns besides the chosen token's, None for no logprobs."""
         return len(self.asked) or self.logprobs
 
     def but(self, **changes: object) -> Request:
@@ -50,12 +50,12 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came back. Equality (==) is bitwise on ids and floats.
+    """The answer to one request. `compare` and `same` compare answers bitwise; == does not tell 0.0 from -0.0.
 
-    tokens: generated ids; logprobs: natural log of the chosen token's probability, one per generated token.
-    top: per generated token the (id, logprob) pairs in vLLM's order. prompt_logprobs, prompt_top: the same for
-    prompt positions 1 .. len(prompt) - 1; empty when not asked for. digests: per generated token a hash of the bytes
-    of its whole row of logits, over the full vocabulary; empty when not asked for.
+    tokens: generated ids. logprobs: the natural logarithm of each chosen token's probability.
+    top: for each generated token the (id, logprob) pairs in vLLM's order. prompt_logprobs, prompt_top: the same for
+    prompt positions 1 .. len(prompt) - 1; empty when the request did not ask. digests: for each generated token a hash
+    of its whole row of logits, over the full vocabulary; empty when the request did not ask.
     """
 
     tokens: list[int]
@@ -72,10 +72,10 @@ class Difference(msgspec.Struct, frozen=True):
 
     differing: positions where the token, its logprob, a top logprob or the logits' digest is not bitwise the same.
     tokens_changed: positions with another token. largest, ulps: the greatest |difference| of logprobs, and the greatest
-    distance in steps of float32, at positions up to the first changed token (later ones belong to different texts).
-    first: words for the first differing position. generated, prompt: the differing positions, counted from 0 in the
-    generated tokens and in the prompt. digests: rows of logits compared by their digest. undefined: positions with NaN
-    on both sides, which say nothing and are not among the compared ones.
+    distance in steps of float32, up to the first changed token (later positions belong to different texts).
+    first: a description of the first differing position. generated, prompt: the differing positions, counted from 0 in
+    the generated tokens and in the prompt. digests: rows of logits compared by their digest. undefined: positions that
+    have NaN on both sides, which proves nothing; `compared` leaves them out.
     """
 
     compared: int = 0
@@ -110,9 +110,9 @@ def compare(expected: Answer, got: Answer, label: str = "") -> Difference:
 
 
 def checked(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Answer]:
-    """The answers, each with everything that its request asked for. Raises AnswerIncomplete.
+    """Return the answers. Raises AnswerIncomplete when an answer lacks something that its request asked for.
 
-    Two engines that leave out the same would agree on nothing.
+    Without this check, two engines that both leave out the logprobs would appear to agree.
     """
     if len(requests) != len(answers):
         raise AnswerIncomplete(f"{len(requests)} requests got {len(answers)} answers")
@@ -135,7 +135,7 @@ def checked(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Answ
 
 
 def same(a: float, b: float) -> bool:
-    """Bitwise equal, with any NaN equal to any other and -0.0 not equal to 0.0."""
+    """Whether two floats are bitwise equal. All NaNs count as equal; -0.0 and 0.0 differ."""
     if math.isnan(a) or math.isnan(b):
         return math.isnan(a) and math.isnan(b)
     return a == b and math.copysign(1.0, a) == math.copysign(1.0, b)
@@ -146,19 +146,19 @@ def _same_top(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> bool:
 
 
 def _undefined(a: float, b: float, top_a: list[tuple[int, float]], top_b: list[tuple[int, float]]) -> bool:
-    """Whether a position whose sides are the same has NaN among its logprobs."""
+    """Whether the logprobs of a position include NaN. Called for positions whose sides are the same."""
     return any(math.isnan(value) for value in (a, b, *(v for _, v in top_a), *(v for _, v in top_b)))
 
 
 def ulps(a: float, b: float) -> int:
-    """How many float32 values lie between a and b, the last one counted; 0 for the same bits or where one is NaN."""
+    """The number of float32 steps from a to b; 0 for the same bits, or when a or b is NaN."""
     if same(a, b) or math.isnan(a) or math.isnan(b):
         return 0
     return abs(_rank(a) - _rank(b))
 
 
 def _rank(value: float) -> int:
-    """The place of a float32 among all of them in ascending order, -0.0 just under 0.0."""
+    """The rank of a float32 among all float32 values in ascending order; -0.0 is just below 0.0."""
     (bits,) = struct.unpack("<i", struct.pack("<f", value))
     return bits if bits >= 0 else -(bits & 0x7FFFFFFF) - 1
 
@@ -217,7 +217,7 @@ def _compare_generated(expected: Answer, got: Answer, label: str) -> Difference:
         )
     changed = sum(_at(expected.tokens, i) != _at(got.tokens, i) for i in range(count))
     pairs = list(zip(expected.logprobs[:parted], got.logprobs[:parted]))
-    # The first changed token still follows the same text: what both say of each token there can be compared.
+    # The first changed token still follows the same text, so the logprobs that both sides give there are comparable.
     for t, u in zip(expected.top[: parted + 1], got.top[: parted + 1]):
         pairs += _shared(t, u)
     return Difference(
@@ -234,7 +234,7 @@ def _compare_generated(expected: Answer, got: Answer, label: str) -> Difference:
 
 
 def _words(pair: tuple[float, float], tops: tuple[list, list]) -> str:
-    """How one position differs, its token being the same."""
+    """A description of how a position differs whose token is the same."""
     if not same(*pair):
         return f"logprob {pair[0]!r} became {pair[1]!r}"
     if not _same_top(*tops):
@@ -243,14 +243,14 @@ def _words(pair: tuple[float, float], tops: tuple[list, list]) -> str:
 
 
 def _shared(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    """The logprobs of the tokens that both name."""
+    """Pairs of logprobs of the tokens that both lists hold."""
     other = dict(b)
     return [(value, other[token]) for token, value in a if token in other]
 
 
 def _largest(pairs: Iterable[tuple[float, float]]) -> float:
     gaps = (abs(a - b) for a, b in pairs if not same(a, b))
-    return max((gap if gap == gap else math.inf for gap in gaps), default=0.0)  # NaN against a number
+    return max((gap if gap == gap else math.inf for gap in gaps), default=0.0)  # inf for NaN against a number
 
 
 def _ulps(pairs: Iterable[tuple[float, float]]) -> int:

@@ -1,14 +1,14 @@
-"""One compared pair: a request, the two scenarios it was answered in, both answers and where they part.
+"""One compared pair: a request (the target), the two scenarios that answered it, both answers and where they part.
 
-A Case holds what is needed to run the pair again. For each of its two scenarios:
+A Case holds everything that running the pair again needs. For each of its two scenarios:
 
     engine = start(options.but(**scenario.options), fresh=scenario.fresh)
     engine.reset_cache()
     for batch in scenario.warmup:
-        engine.generate(batch)                       # leaves its prefixes in the cache
+        engine.generate(batch)                       # fills the prefix cache
     answer = engine.generate(scenario.requests)[scenario.index]
 
-`bi_patch.tools.verify.locate.locate(case, options, start)` looks for the first operation that differs and returns a
+`bi_patch.tools.verify.locate.locate(case, options, start)` looks for the first operation that differs. It returns a
 `Located`, or None when the pair does not differ again.
 """
 
@@ -22,12 +22,12 @@ from bi_patch.tools.verify.answers import Answer, Difference, Request, compare
 
 
 class Scenario(msgspec.Struct, frozen=True):
-    """The company and the engine in which one request was answered.
+    """The batch and the engine that answered the target.
 
-    requests: all that run together, the request itself at `index`. warmup: batches run before, in order, on the same
-    cache, which was empty before the first. options: changes to the engine's base Options. fresh: in a new process
-    whose compile caches are empty. chunk: a budget of tokens per engine
-    step set on the running engine, None for the engine's own.
+    requests: all requests that run together; the target is at `index`. warmup: batches that run before, in order, on
+    the same cache; the cache is empty before the first batch. options: changes to the engine's base Options. fresh: the
+    engine runs in a new process whose compile caches are empty. chunk: a budget of tokens per engine step that is set
+    on the running engine, None for the engine's own budget.
     """
 
     requests: list[Request]
@@ -43,21 +43,21 @@ class Scenario(msgspec.Struct, frozen=True):
 
     @staticmethod
     def alone(request: Request, **changes: object) -> Scenario:
-        """The request by itself, at once, on an empty cache."""
+        """The target by itself, without delay, on an empty cache."""
         return Scenario([request.but(delay=0)], 0, **changes)
 
     @staticmethod
     def among(before: Sequence[Request], request: Request, after: Sequence[Request], **changes: object) -> Scenario:
-        """The request between others."""
+        """The target between other requests."""
         return Scenario([*before, request, *after], len(before), **changes)
 
 
 class Case(msgspec.Struct, frozen=True):
-    """The answers to one request in two scenarios. `alone` gave `expected`, `company` gave `got`.
+    """The answers to the target in two scenarios. `alone` gave `expected`, `company` gave `got`.
 
-    axis: the probe's name. label: words for the pair, e.g. "prompt of 37 tokens in a batch of 16".
-    part: "" when whole answers are compared; "decode" when the tokens generated in `alone` stand at the end of the
-    prompt in `company`, so that `expected` holds decode logprobs and `got` the prompt logprobs of the same tokens.
+    axis: the probe's name. label: a description of the pair, e.g. "prompt of 37 tokens in a batch of 16".
+    part: "" when whole answers are compared. "decode" when the prompt of `company` ends with the tokens that `alone`
+    generated: `expected` then holds decode logprobs, and `got` holds the prompt logprobs of the same tokens.
     """
 
     axis: str
@@ -81,12 +81,12 @@ class Case(msgspec.Struct, frozen=True):
 
     @property
     def digested(self) -> bool:
-        """Whether rows of logits were asked for on both sides; a prompt's rows have no digests."""
+        """Whether both sides asked for digests of logits; a prompt's rows have no digests."""
         return self.alone.request.digest and self.company.request.digest and not self.part
 
     @staticmethod
     def of(
         axis: str, label: str, alone: Scenario, company: Scenario, expected: Answer, got: Answer, part: str = ""
     ) -> Case:
-        """Compare the answers now."""
+        """Make a Case by comparing the two answers."""
         return Case(axis, label, alone, company, expected, got, compare(expected, got, label), part)

@@ -1,4 +1,4 @@
-"""A child process with a live engine, seen from the parent as an Engine. Stock, upstream's mode, or armed."""
+"""Starts a live engine in a child process and drives it as an Engine. Modes: stock, upstream's own mode, or armed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from bi_patch.tools.verify.answers import Answer, Request, checked
 from bi_patch.tools.verify.engine import Info, Options
 
 ARMED, UPSTREAM, STOCK = MODES = ("armed", "upstream", "stock")
-_LOOK = 0.5  # seconds between looks at a child that is being waited for
+_LOOK = 0.5  # seconds between two checks of a child whose reply is awaited
 _END = 20.0  # seconds that an idle child may take to end
-_DYING = 10.0  # seconds that killed processes may take to be gone
+_DYING = 10.0  # seconds that killed processes may take to end
 
-# Waiting threads sleep instead of spinning: on a busy machine spinning makes an engine many times slower. For runs
-# whose times nobody reads; the bits do not depend on it.
+# Waiting threads sleep instead of spinning: on a busy machine spinning makes an engine many times slower. Only for runs
+# that report no times; the bits stay the same.
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
 
 _CODE = "import bi_patch_entry, sys; bi_patch_entry.run(sys.argv[1])"
@@ -42,14 +42,14 @@ _DEFAULTS = {
 
 
 def known_mode(mode: str) -> str:
-    """Return `mode`. Raises SettingError for a word that is no mode: its engine would be stock under another name."""
+    """Return `mode`. Raises SettingError for an unknown mode, whose engine would be stock under another name."""
     if mode not in MODES:
         raise SettingError(f"there is no mode {mode!r}; the modes are {', '.join(MODES)}")
     return mode
 
 
 class EngineFailed(BiPatchError):
-    """A child's engine did not start, or stopped. `kind` is the class of the child's error, `log` its output."""
+    """A child's engine did not start, or stopped. `kind`: the class of the child's error. `log`: the child's output."""
 
     def __init__(self, message: str, *, kind: str = "", log: Path | None = None) -> None:
         super().__init__(message)
@@ -58,16 +58,16 @@ class EngineFailed(BiPatchError):
 
 
 class ChildEngine:
-    """An Engine in a child process; use it as a context manager. Also keeps `seconds`, the last generate's time.
+    """An Engine in a child process; use as a context manager. `seconds` is the time that the last generate took.
 
     mode: STOCK (bi_patch off), UPSTREAM (bi_patch off, vLLM's own batch-invariant mode on) or ARMED.
     fresh: start with empty compile caches (vLLM's, inductor's, Triton's), which are deleted at the end.
-    Raises the child's own named error (SeamOpen, UnsupportedFeature, ...), or EngineFailed for any other, which names
-    the child's log; only then is the log kept.
+    Raises the child's own named error (SeamOpen, UnsupportedFeature, ...). Raises EngineFailed for any other error; its
+    message names the child's log, which is kept only in this case.
     """
 
     worker = "bi_patch.tools.verify.worker"  # the module whose `main` the child runs
-    arguments: tuple[str, ...] = ()  # what a worker of another tool is given on its command line
+    arguments: tuple[str, ...] = ()  # further command-line arguments, for the worker of another tool
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class ChildEngine:
     ) -> None:
         self.mode, self.options = known_mode(mode), options
         self.seconds = 0.0
-        self._held = b""  # of a reply that is not whole yet
-        self._named = False  # an error names the log
+        self._held = b""  # the beginning of the next reply
+        self._named = False  # whether an error named the log
         self._caches = tempfile.TemporaryDirectory(prefix="bi_patch-caches-", ignore_cleanup_errors=True)
         given = dict(os.environ if environ is None else environ)
         if fresh:
@@ -94,7 +94,7 @@ class ChildEngine:
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(give,),
-                start_new_session=True,  # an interrupt is for the parent, which then ends the child
+                start_new_session=True,  # an interrupt reaches only the parent, which then ends the child
                 env=child_environ(given, mode, options),
             )
         finally:
@@ -103,7 +103,7 @@ class ChildEngine:
         try:
             self.info: Info = self._start()
         except BaseException as error:
-            self.close(now=isinstance(error, KeyboardInterrupt))  # it is in the middle of a command
+            self.close(now=isinstance(error, KeyboardInterrupt))  # an interrupted child is in the middle of a command
             raise
 
     def __enter__(self) -> ChildEngine:
@@ -134,17 +134,20 @@ class ChildEngine:
         return tuple(self._ask(wire.Command("encode", text=text)).tokens)
 
     def ask(self, do: str, data: bytes) -> bytes:
-        """Run one of verify.instruments in the child."""
+        """Run an instrument of verify.instruments in the child."""
         return self._ask(wire.Command(do, data=data)).data
 
     def close(self, *, now: bool = False) -> None:
-        """End the child, with all that it started, and wait for it. now: do not wait for what it is doing."""
+        """End the child and all processes that it started, and wait until they are gone.
+
+        now: do not let the child finish its current command.
+        """
         try:
             if not now and self.alive():
                 wire.send(self._process.stdin, wire.Command("stop"))
                 self._process.wait(timeout=_END)
         except (OSError, ValueError, subprocess.TimeoutExpired):
-            pass  # it is ended below
+            pass  # _kill ends the child
         finally:
             self._kill()
             self._replies.close()
@@ -158,7 +161,7 @@ class ChildEngine:
             os.killpg(self._process.pid, signal.SIGKILL)  # the child leads a group of its own
         self._process.wait()
         until = time.monotonic() + _DYING
-        while _runs(self._process.pid) and time.monotonic() < until:  # its workers hold the device until they are gone
+        while _runs(self._process.pid) and time.monotonic() < until:  # workers hold the device to their end
             time.sleep(0.02)
 
     def _start(self) -> Info:
@@ -209,7 +212,10 @@ class ChildEngine:
         return reply
 
     def _line(self) -> bytes:
-        """The next whole reply, b"" when the child has ended: what it started may hold its end of the pipe open."""
+        """The next whole reply, b"" when the child has ended.
+
+        The end of the pipe is no sign of that: processes that the child started may hold the pipe open.
+        """
         parts = [self._held]
         while b"\n" not in parts[-1]:
             if select.select([self._replies], [], [], _LOOK)[0]:
@@ -227,11 +233,11 @@ class ChildEngine:
 
 
 def child_environ(environ: dict[str, str], mode: str, options: Options) -> dict[str, str]:
-    """The environment of a child: `environ`, defaults for what it leaves open, and what `mode` means."""
+    """The environment of a child: `environ`, defaults for variables that it lacks, and the variables of `mode`."""
     made = {**_DEFAULTS, **environ}
     package = str(Path(__file__).resolve().parents[3])
     paths = [p for p in made.get("PYTHONPATH", "").split(os.pathsep) if p]
-    # A sitecustomize of `bi-patch run` may stand first; the child's environment states its mode anyway.
+    # PYTHONPATH may begin with the sitecustomize of `bi-patch run`; BI_PATCH below decides the mode anyway.
     if Path(package).name not in ("site-packages", "dist-packages") and package not in paths:
         paths.append(package)
     made["PYTHONPATH"] = os.pathsep.join(paths)
@@ -245,9 +251,9 @@ def child_environ(environ: dict[str, str], mode: str, options: Options) -> dict[
 
 
 def _hint(code: int) -> str:
-    """What an exit status usually means."""
+    """The usual meaning of an exit status, "" where there is none."""
     if code == -signal.SIGKILL:
-        return " (killed, most often for memory: lower max_model_len, max_num_seqs or the KV cache)"
+        return " (killed, most often for lack of memory: lower max_model_len, max_num_seqs or the size of the KV cache)"
     return f" ({signal.Signals(-code).name})" if code < 0 else ""
 
 
@@ -259,9 +265,9 @@ def _tail(log: Path, lines: int = 12) -> str:
 
 
 def _runs(group: int) -> bool:
-    """Whether a process of the group is alive; one that only waits to be reaped is not."""
+    """Whether a process of the group is alive. A process that waits to be reaped is not alive."""
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the process ended meanwhile
             state, _, its = file.read_text().rpartition(")")[2].split()[:3]
             if int(its) == group and state not in "ZX":
                 return True

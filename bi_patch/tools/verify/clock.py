@@ -1,18 +1,18 @@
-"""How long the rest of a run of verify will take."""
+"""Estimates how long the rest of a run of verify will take."""
 
 from __future__ import annotations
 
 import time
 
-_START = 12.0  # seconds of an engine's start on a small model, until the first start was seen
+_START = 12.0  # seconds assumed for an engine's start until the first start is measured
 
 
 class Clock:
-    """Estimates the time left, from the work that is expected.
+    """Estimates the time left from the steps and engine starts that are still to come.
 
-    Work is expected by name. Axes and other steps have a number of seconds for a small model; the pace of those that
-    are done scales the rest. Starts of engines are shares of the first start: a large model's start says nothing of how
-    long its axes take.
+    Steps and starts have names. Each step, such as an axis, states its seconds on a small model; the pace of the
+    finished steps scales these seconds. Starts are estimated apart, as shares of the first start, because a model that
+    starts slowly need not answer slowly.
     """
 
     def __init__(self) -> None:
@@ -23,27 +23,27 @@ class Clock:
         self._done, self._spent = 1.0, 1.0
 
     def expect(self, step: str, seconds: float) -> None:
-        """seconds: what the step takes on a small model."""
+        """Add a step that is to come. seconds: the step's time on a small model."""
         self._steps[step] = seconds
 
     def expect_start(self, engine: str, share: float = 1.0) -> None:
-        """share: of the time that the first start takes."""
+        """Add an engine start that is to come. share: the start's time as a fraction of the first start's."""
         self._starts[engine] = share
 
     def finish(self, step: str, seconds: float) -> None:
-        """The step took so long; 0 for a step that was left out, which says nothing of the pace."""
+        """Record that a step ended. seconds: the time it took, 0 for a step that was left out: the pace ignores it."""
         expected = self._steps.pop(step, 0.0)
         if expected and seconds:
             self._done += expected
             self._spent += seconds
 
     def finish_start(self, engine: str, seconds: float = 0.0) -> None:
-        """The engine's start took so long; 0 for an engine that is not started."""
+        """Record that an engine started. seconds: the time it took, 0 for an engine that will not be started."""
         self._starts.pop(engine, None)
         self._start = self._start or seconds
 
     def start(self, share: float = 1.0) -> float:
-        """Seconds that a start of this share takes."""
+        """The estimated seconds of a start of this share."""
         return share * (self._start or _START)
 
     @property
@@ -53,11 +53,11 @@ class Clock:
 
     @property
     def pace(self) -> float:
-        """Seconds that a second of a small model takes here."""
+        """How many seconds this model needs for the work that takes a small model one second."""
         return self._spent / self._done
 
     def left(self, running: str = "", spent: float = 0.0) -> float:
-        """Seconds until everything that is expected is done. running: the step that has run for `spent` seconds."""
+        """The estimated seconds until everything is done. running: the step that has run for `spent` seconds."""
         rest = sum(seconds for step, seconds in self._steps.items() if step != running)
         now = max(0.0, self._steps.get(running, 0.0) * self.pace - spent)
         return now + rest * self.pace + sum(map(self.start, self._starts.values()))

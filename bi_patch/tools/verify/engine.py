@@ -1,4 +1,4 @@
-"""A live vLLM engine behind one small interface, the same in this process and in a child process."""
+"""The interface Engine to a live vLLM engine, and LocalEngine, the implementation in this process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import msgspec
 from bi_patch.tools.evidence.kinds import short_name
 from bi_patch.tools.verify.answers import Answer, Request
 
-SERVER = "server"  # Info.platform of a server that runs already
+SERVER = "server"  # Info.platform of a running server
 HITS, PREEMPTIONS = "vllm:prefix_cache_hits", "vllm:num_preemptions"  # counters
 
 
 class Options(msgspec.Struct, frozen=True):
     """How an engine is started. None leaves vLLM's default.
 
-    model: folder or name. dtype: "bfloat16" | "float32" | "auto". chunk: tokens per engine step
+    model: folder or name. dtype: e.g. "bfloat16", "float32" or "auto". chunk: tokens per engine step
     (max_num_batched_tokens). chunked: chunked prefill; False needs chunk >= max_model_len.
     kv_blocks: size of the KV cache in blocks (num_gpu_blocks_override). extra: further arguments of vllm.LLM.
-    tokenizer: False for a model without one. random_weights: seed of made weights (see verify.weights), None to load
-    them. tied: rows of the head and the routers made equal in pairs. digests: requests may ask for digests of logits.
+    tokenizer: False for a model without a tokenizer. random_weights: the seed of random weights (see verify.weights),
+    None to load the model's own. tied: make rows of the head and of the routers equal in pairs. digests: requests may
+    ask for digests of logits.
     """
 
     model: str
@@ -48,12 +49,13 @@ class Options(msgspec.Struct, frozen=True):
 
 
 class Info(msgspec.Struct, frozen=True):
-    """What an engine is: `mode` is "armed" when bi_patch's seams are closed in its process, else "stock".
+    """What an engine is.
 
-    open_seams: required seams that are open (only with BI_PATCH_ALLOW_OPEN). block_size: tokens in a KV block.
-    platform: what files are named by: "cpu", a device's short name such as "h100", or SERVER. capture_sizes: rows of
-    each captured graph. kv_tokens: tokens that the KV cache holds, 0 where that is not known. devices: how many this
-    host has. quantization: vLLM's word for it.
+    mode: "armed" when bi_patch armed the engine's process, "server" for a running server, else "stock". open_seams:
+    required seams that are open (only with BI_PATCH_ALLOW_OPEN). block_size: tokens in a KV block. platform: "cpu", a
+    device's short name such as "h100", or SERVER; names of files contain it. capture_sizes: the row count of each
+    captured graph. kv_tokens: tokens that the KV cache holds, 0 where the number is unknown. devices: the host's number
+    of devices. quantization: vLLM's name of the method, "" for none.
     """
 
     mode: str
@@ -74,13 +76,13 @@ class Info(msgspec.Struct, frozen=True):
 
 
 class Engine(Protocol):
-    """What a probe may ask of an engine."""
+    """What a probe needs from an engine."""
 
     options: Options
     info: Info
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Run all requests together (each arrives after its `delay` engine steps); answers in request order."""
+        """Run all requests together; each arrives after its `delay` engine steps. Answers are in request order."""
 
     def reset_cache(self) -> None:
         """Forget every cached prefix."""
@@ -92,22 +94,22 @@ class Engine(Protocol):
         """The token ids of a text."""
 
     def set_chunk(self, tokens: int | None) -> None:
-        """The budget of tokens per engine step from now on, at most the one it was started with; None for that one.
+        """Set the budget of tokens per engine step, at most the budget at the start; None restores that budget.
 
-        A server's cannot be moved: it raises ServerFailed.
+        A server raises ServerFailed: its budget cannot be changed.
         """
 
     def ask(self, do: str, data: bytes) -> bytes:
-        """Run one of verify.instruments: its arguments and its result as bytes. A server raises ServerFailed."""
+        """Run an instrument of verify.instruments. Arguments and result are msgpack. A server raises ServerFailed."""
 
     def alive(self) -> bool:
         """Whether the engine can answer another request."""
 
 
 class LocalEngine:
-    """An engine in this process. Arm before you make one, or do not.
+    """An engine in this process. For an armed engine, arm the process before you make the engine.
 
-    Raises what vLLM and bi_patch raise while it starts; RuntimeError when the prefix cache cannot be reset.
+    Raises what vLLM and bi_patch raise while the engine starts; RuntimeError when the prefix cache cannot be reset.
     """
 
     def __init__(self, options: Options) -> None:
@@ -143,18 +145,18 @@ class LocalEngine:
         self.info = self._info()
         self._serial = 0
         self._cached = 0
-        self._chunk: int | None = None  # the engine's own budget, once it was changed
+        self._chunk: int | None = None  # the engine's own budget, kept from the first change on
 
     @property
     def core(self):
-        """vLLM's engine core. Raises AttributeError where it runs in another process."""
+        """vLLM's engine core. Raises AttributeError where the core runs in another process."""
         return self._llm.llm_engine.engine_core.engine_core
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         try:
             return self._generate(requests)
         except Exception:
-            # What a failed step leaves in the scheduler would keep the cache from being reset.
+            # Requests that a failed step leaves in the scheduler would prevent a reset of the cache.
             engine = self._llm.llm_engine
             with contextlib.suppress(Exception):
                 engine.abort_request(list(engine.output_processor.request_states), internal=True)
@@ -192,7 +194,7 @@ class LocalEngine:
             value = getattr(metric, "value", None)
             if isinstance(value, (int, float)):
                 total[metric.name] = total.get(metric.name, 0.0) + value
-        # vLLM before 0.33 loses what it counted when a step has no output, as the one behind a finished request.
+        # vLLM before 0.33 loses its counts when a step has no output, such as the step after a request finished.
         return total | {HITS: float(self._cached)}
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -211,7 +213,7 @@ class LocalEngine:
         return f"row-{self._serial}"
 
     def _generate_staggered(self, requests: Sequence[Request], parameters: Sequence[object]) -> list:
-        """Requests join a running batch: a request with a delay of n engine steps is added before step n."""
+        """Let requests join a running batch: a request with a delay of n engine steps is added before step n."""
         engine = self._llm.llm_engine
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].delay)
         done: dict[int, object] = {}
@@ -276,7 +278,7 @@ def _cpu_name() -> str:
 
 
 def _captured(config) -> tuple[int, ...]:
-    """The row counts of captured graphs, ascending; none when graphs are off."""
+    """The row counts of captured graphs, ascending; empty when graphs are off."""
     compilation = config.compilation_config
     if config.model_config.enforce_eager or not getattr(compilation.cudagraph_mode, "value", 0):
         return ()
@@ -339,7 +341,7 @@ def _answer(output, digests: list[str] | None = None) -> Answer:
 
 
 def _logprob(entry, token: int) -> float:
-    """NaN where the engine's entry is about other tokens, as a stale one is."""
+    """The token's logprob; NaN where the engine's entry lacks the token, as a stale entry does."""
     return entry[token].logprob if token in entry else math.nan
 
 

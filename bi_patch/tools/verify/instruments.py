@@ -1,7 +1,7 @@
-"""What a parent may ask of its engine child besides answers: a traced run, and the accuracy of the linears.
+"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: a traced run, and linears' accuracy.
 
-Only an engine child of `verify` answers these; no serving process does. A tool that runs children of its own, as the
-planted faults do, adds its instruments there with `register`.
+Only the engine children of verify have instruments; no serving process has them. A tool with its own kind of child adds
+instruments there with `register`. The tool faults does so.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from bi_patch.tools.verify.answers import Answer, Request
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.trace import Trace
 
-COMPILED = "compilation.cache_key"  # the seam that stands for compiled code
+COMPILED = "compilation.cache_key"  # the seam named for a difference in compiled code
 
 
 class TraceAsk(msgspec.Struct, frozen=True):
-    """Answer `requests` together and trace the one at `index`. watch: see Tracer. coarse: see Trace."""
+    """Answer `requests` together and trace the target, the request at `index`. watch: see Tracer. coarse: see Trace."""
 
     requests: list[Request]
     index: int
@@ -27,7 +27,7 @@ class TraceAsk(msgspec.Struct, frozen=True):
 
 
 class Traced(msgspec.Struct, frozen=True):
-    """The traced request's answer, its trace, and the status of every seam that the trace names."""
+    """The target's answer, its trace, and the status of every seam that the trace names."""
 
     answer: Answer
     trace: Trace
@@ -35,7 +35,7 @@ class Traced(msgspec.Struct, frozen=True):
 
 
 def traced(engine: LocalEngine, ask: TraceAsk) -> Traced:
-    """Raises NotTraceable where the model does not run in this process."""
+    """Answer the requests and trace the target. Raises NotTraceable where the model does not run in this process."""
     from bi_patch.tools.verify import owners, runner, trace
 
     held = runner.model_runner(engine)
@@ -62,5 +62,5 @@ SERVED: dict[str, Instrument] = {"trace": _trace, "precision": _precision}
 
 
 def register(name: str, instrument: Instrument) -> None:
-    """Serve one more instrument in this process; `ChildEngine.ask(name, ...)` reaches it."""
+    """Add an instrument to this process; the parent runs the instrument with `ChildEngine.ask(name, ...)`."""
     SERVED[name] = instrument

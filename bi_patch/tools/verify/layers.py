@@ -1,4 +1,4 @@
-"""The layers of a running model, by kind: linears, norms and experts, and a linear's width and weight."""
+"""Finds the layers of a running model by kind: linears, norms and experts. Reads a linear's width and weight."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def width(layer: torch.nn.Module) -> int:
 
 
 def weight(layer: torch.nn.Module, product: Product | None = None) -> torch.Tensor:
-    """[N, K] in the layer's dtype. A packed weight is read back as the layer's product with the identity: exact.
+    """The weight [N, K] in the layer's dtype. A packed weight is read as the layer's product with the identity: exact.
 
-    product: what computes the layer's product, by default the layer's own method.
+    product: the function that computes the layer's product, by default the layer's own method.
     """
     held = getattr(layer, "weight", None)
     if held is not None and held.ndim == 2 and held.numel() and held.is_cuda:

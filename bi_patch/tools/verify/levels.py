@@ -1,4 +1,4 @@
-"""How much is done: quick, default and full, as data. Which axes, which prompts, which batch sizes."""
+"""The levels quick, default and full as data: which axes, prompts and batch sizes verify measures."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ _AROUND_256 = (255, 256, 257)
 
 @dataclass(frozen=True)
 class Level:
-    """lengths, generate, long, prefix: tokens of the prompts (see Workload). sizes: concurrent requests.
+    """How much verify measures.
 
-    graphs: how many captured sizes get batches of their own size and one more (0: the others' sizes must do).
-    score_sizes: the same for the axes of prompt logprobs and sampling, empty for all. one_engine: all changes to the
-    engine are made in one further engine, not one engine each. seconds: where more would be spent, what remains is left
-    out; None for no limit. cpu_seconds: the same on a CPU.
+    own, cross, features: the probes besides those of the base engine. lengths, generate, long, prefix: tokens of the
+    prompts (see Workload). sizes: numbers of concurrent requests. score_sizes: the same for the axes of prompt logprobs
+    and sampling, empty for `sizes`. graphs: for how many captured graph sizes n to add batches of n and n + 1.
+    one_engine: one further engine has all changed options, instead of one engine for each change. seconds: the time
+    limit, None for no limit; verify does not start an axis that would exceed the limit. cpu_seconds: the same on a CPU.
     """
 
     name: str
@@ -108,19 +109,19 @@ FULL = Level(
     max_model_len=4096,
     graphs=1000,
 )
-LEVELS = {level.name: level for level in (QUICK, DEFAULT, FULL)}  # each holds the axes of those before it
+LEVELS = {level.name: level for level in (QUICK, DEFAULT, FULL)}  # each level holds the axes of the levels before it
 _ASKED = {QUICK.name: "--quick", DEFAULT.name: "the default level", FULL.name: "--full"}
 
 
 def named(name: str) -> Level:
-    """Raises SettingError."""
+    """The level of this name. Raises SettingError for an unknown name."""
     if name not in LEVELS:
         raise SettingError(f"there is no level {name!r}; the levels are {', '.join(LEVELS)}")
     return LEVELS[name]
 
 
 def beyond(level: Level, probe: Probe | CrossProbe) -> str:
-    """Words for the smallest level above this one that measures the probe."""
+    """A text that names the smallest level above `level` that measures the probe."""
     larger = list(LEVELS.values())[list(LEVELS).index(level.name) + 1 :]
     return f"{next(_ASKED[other.name] for other in larger if other.holds(probe))} measures it"
 
@@ -129,7 +130,7 @@ SEQUENCES = 264  # enough for 257 concurrent requests and the edge of a captured
 
 
 def options(level: Level, model: str, **changes: object) -> Options:
-    """The base engine's options. changes: what the user gave, which wins."""
+    """The base engine's options. changes: the user's options, which take precedence."""
     most = longest(model)
     length = min(level.max_model_len, most) if most else level.max_model_len
     base = Options(
@@ -145,7 +146,7 @@ def options(level: Level, model: str, **changes: object) -> Options:
 
 
 def longest(model: str) -> int | None:
-    """The longest context that a local folder's config.json allows; None when it does not say."""
+    """The longest context that a local folder's config.json allows; None when the file does not state it."""
     held = config(model)
     found = held.get("max_position_embeddings") or (held.get("text_config") or {}).get("max_position_embeddings")
     return found if isinstance(found, int) else None
@@ -166,7 +167,7 @@ def has_weights(model: str) -> bool:
 
 
 def workload(level: Level, engine: Engine, clients: int = 0) -> Workload:
-    """The level's prompts, cut to what the engine can hold. clients: see Workload."""
+    """The level's prompts and batch sizes, as far as the engine can hold them. clients: see Workload."""
     info, room = engine.info, engine.options.max_model_len - 2 * level.generate - 2
     block = info.block_size
     lengths = [n for n in level.lengths if n <= room]
@@ -189,7 +190,7 @@ def workload(level: Level, engine: Engine, clients: int = 0) -> Workload:
 
 
 def edges(info: Info, count: int, most: int) -> Sequence[int]:
-    """At most `count` captured graph sizes up to `most` rows, evenly chosen, and one row more for each."""
+    """At most `count` captured graph sizes of up to `most` rows, evenly chosen, and each size plus one row."""
     captured = tuple(n for n in info.capture_sizes if n <= most)
     if not captured or not count:
         return ()

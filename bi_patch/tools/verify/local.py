@@ -1,4 +1,4 @@
-"""From what a user gives (a model, a level, arguments of vllm.LLM) to the engines of this machine that are verified."""
+"""Turns a user's arguments (a model, a level, arguments of vllm.LLM) into the local engines that verify measures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bi_patch.tools.verify.child import ARMED, known_mode
 from bi_patch.tools.verify.levels import QUICK, Level
 from bi_patch.tools.verify.system import LocalEngines
 
-# Arguments of vllm.LLM that Options has a name of its own for.
+# Arguments of vllm.LLM that are fields of Options.
 _NAMES = {
     "enforce_eager": "eager",
     "max_num_batched_tokens": "chunk",
@@ -38,29 +38,31 @@ def local(
     environ: dict[str, str] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> LocalEngines:
-    """model: a folder, a name of the demo's models ("" for its first), or a name that vLLM resolves.
+    """The local engines for a model and a level.
 
-    Raises ModelMissing for a folder without config.json, or one without weights when random_weights is None;
-    SettingError for a mode that does not exist.
+    model: a folder, a name in recipes.NAMES ("" for SmolLM2), or a name that vLLM resolves. engine_args: arguments of
+    vllm.LLM by name. eager: None compiles, except on the quick level on CPU. logits: compare digests of logits, too.
+    tell: called with a text before a model is made. Raises ModelMissing for a folder without config.json, or for a
+    folder without weights when random_weights is None; SettingError for a mode that does not exist.
     """
     known_mode(mode)  # before a model is made
     folder = _folder(model or recipes.SMOL, tell)
     if random_weights is None and not levels.has_weights(folder):
         raise recipes.ModelMissing(
-            f"{folder} has a config.json and no weights: give --random-weights SEED to fill it with random ones"
+            f"{folder} has a config.json and no weights: give --random-weights SEED to use random weights"
         )
     given = {_NAMES.get(name, name): value for name, value in (engine_args or {}).items()}
     known = {name: value for name, value in given.items() if name in _NAMES.values()}
     extra = {name: value for name, value in given.items() if name not in known}
     if eager is None:
-        eager = level is QUICK and _on_cpu()  # compiling alone would take a quick run's time
+        eager = level is QUICK and _on_cpu()  # compiling alone would use up the time of a quick run
     made = levels.options(
         level,
         folder,
         **{"dtype": dtype, "eager": eager, "random_weights": random_weights, "digests": logits} | known,
         extra=extra,
     )
-    # A name is looked up on the model hub, unless the user says otherwise; a folder needs no hub.
+    # A name is looked up on the model hub, unless the user sets HF_HUB_OFFLINE; a folder needs no hub.
     hub = {} if Path(folder).expanduser().is_dir() else {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
     return LocalEngines(mode, made, environ=hub | (environ or {}))
 
@@ -69,9 +71,9 @@ def _folder(model: str, tell: Callable[[str], None]) -> str:
     if model in recipes.NAMES:
         return str(recipes.path(model, tell=tell))
     if Path(model).expanduser().is_dir():
-        return str(recipes.path(model))  # named when it has no config.json
+        return str(recipes.path(model))  # raises when the folder has no config.json
     if model.startswith((".", "/", "~")):
-        recipes.path(model)  # raises: there is no such folder
+        recipes.path(model)  # raises: the folder does not exist
     return model
 
 

@@ -1,10 +1,11 @@
-"""Where a difference begins: the pair of a Case again, both sides traced, and the first module and op that differ.
+"""Finds where a difference begins: runs a Case's pair again, traces both sides, and names the first op that differs.
 
     located = locate(case, system.options, system.start)    # starts engines; None when the pair does not differ again
-    located = locate_on(engine, case)                       # on an engine that runs already
+    located = locate_on(engine, case)                       # on a running engine
 
-The engine is traced eagerly. Where the difference is gone then, the pair is run again as it was, compiled, and only
-what compiled code leaves behind is compared: each layer's keys and values, the last hidden states, logits, logprobs.
+The traced engine runs eagerly. If the difference is gone in eager mode, the pair runs again compiled. The ops inside
+compiled code cannot be traced, so only its results are compared: each layer's keys and values, the last hidden states,
+logits and logprobs.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from bi_patch.tools.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, T
 class Located(msgspec.Struct, frozen=True):
     """The first operation whose result differs.
 
-    module: its path in the model, e.g. "model.layers.0.mlp.down_proj". op: e.g. "bi_cpu.gemm"; the class of the module
-    where the difference is inside it and in no op of its own. position: absolute position of the first token whose row
-    differs. shape_*, m_*: the op's output and its number of rows on each side. kernel_*: what served it.
-    seam: who owns it, "" for none; seam_status: closed, open or not needed here. only_*: ops of one side alone, right
-    before. reproduced: the answers differed again. compiled: the difference is there in compiled code only.
+    module: the path in the model, e.g. "model.layers.0.mlp.down_proj". op: e.g. "bi_cpu.gemm", or the module's class
+    when only the module's output differs and none of its ops. position: absolute position of the first token whose row
+    differs. shape_*, m_*: the shape of the op's output, and its number of rows, on each side. kernel_*: the kernel
+    that ran. seam: the op's seam, "" for none. seam_status: closed, open or not needed here. only_*: ops that ran on
+    this side only, right before. reproduced: the answers differed again. compiled: only compiled code differs.
     """
 
     module: str
@@ -57,16 +58,16 @@ class Located(msgspec.Struct, frozen=True):
 
     @property
     def kernel(self) -> str:
-        """One name where both sides have it, else both."""
+        """The kernel's name; the names of both sides where they ran different kernels."""
         if self.kernel_alone == self.kernel_company:
             return self.kernel_alone
         sides = ((self.kernel_alone, "alone"), (self.kernel_company, "in company"))
         return ", ".join(f"{kernel} {side}" for kernel, side in sides if kernel)
 
     def words(self) -> str:
-        """A few lines for a report."""
+        """A description of a few lines, for a report."""
         where = self.module or "outside the model"
-        seam = f"seam {self.seam}, {self.seam_status or 'not of this process'}" if self.seam else "no seam"
+        seam = f"seam {self.seam}, {self.seam_status or 'not in this process'}" if self.seam else "no seam"
         lines = [f"{where}: {self.op} differs first, at token {self.position} ({seam})"]
         if self.shape_alone:
             lines.append(
@@ -74,10 +75,10 @@ class Located(msgspec.Struct, frozen=True):
                 f"{self.dtype} {list(self.shape_alone)} and {list(self.shape_company)}"
             )
         if self.kernel:
-            lines.append(f"served by {self.kernel}")
+            lines.append(f"computed by {self.kernel}")
         for side, ops in (("alone", self.only_alone), ("in company", self.only_company)):
             if ops:
-                lines.append(f"only {side}: {', '.join(ops)}")
+                lines.append(f"ran only {side}: {', '.join(ops)}")
         if self.note:
             lines.append(self.note)
         return "\n".join(lines)
@@ -87,10 +88,11 @@ Start = Callable[[Options], AbstractContextManager[ChildEngine]]
 
 
 def locate(case: Case, options: Options, start: Start) -> Located | None:
-    """Run the pair of `case` again with traces, on engines of its own.
+    """Run the pair of `case` again with traces, on new engines.
 
-    options: of the base engine. start: makes an engine with the options that it is given, for example `System.start`
-    or `functools.partial(ChildEngine, ARMED)`. None: the answers do not differ again. Raises what `start` raises.
+    options: the base engine's. start: starts an engine with given options, for example `System.start` or
+    `functools.partial(ChildEngine, ARMED)`. Returns None when the answers do not differ again. Raises what `start`
+    raises.
     """
 
     def begin(scenario: Scenario, eager: bool) -> AbstractContextManager[ChildEngine]:
@@ -107,7 +109,7 @@ def locate(case: Case, options: Options, start: Start) -> Located | None:
 
 
 def locate_on(engine: ChildEngine, case: Case) -> Located | None:
-    """As locate, on an engine that runs already; its scenarios' options and `fresh` do not count."""
+    """Like locate, on a running engine. The scenarios' `options` and `fresh` are ignored."""
     return _on(engine, engine, case, coarse=not engine.options.eager)
 
 
@@ -119,7 +121,7 @@ def _both(
             return _on(engine, engine, case, coarse)
     sides = []
     for scenario in (case.alone, case.company):
-        with begin(scenario) as engine:  # one after the other: two may not fit on one device
+        with begin(scenario) as engine:  # one after the other: two engines may not fit on one device
             sides.append(trace(engine, scenario, coarse))
     return judge(case, *sides, coarse)
 
@@ -129,7 +131,7 @@ def _on(first: ChildEngine, second: ChildEngine, case: Case, coarse: bool) -> Lo
     company = trace(second, case.company, coarse)
     located = judge(case, alone, company, coarse)
     if located is not None and not coarse and first.info.platform != "cpu" and "." in located.op:
-        with contextlib.suppress(BiPatchError):  # the place is found; its kernels are one more run under the profiler
+        with contextlib.suppress(BiPatchError):  # the op is found already; the profiler adds only its kernels' names
             located = _with_kernels(first, second, case, located)
     return located
 
@@ -137,7 +139,7 @@ def _on(first: ChildEngine, second: ChildEngine, case: Case, coarse: bool) -> Lo
 def trace(
     engine: ChildEngine, scenario: Scenario, coarse: bool = False, watch: tuple[str, str] | None = None
 ) -> Traced:
-    """The traced answer in a scenario, with the part of its warm-up that computed the request's own prefix."""
+    """Trace the target in a scenario. The trace includes the part of the warm-up that computed the target's prefix."""
     engine.reset_cache()
     if scenario.chunk is not None:
         engine.set_chunk(scenario.chunk)
@@ -164,17 +166,17 @@ def trace(
 
 
 def _shared(warm: Request, request: Request) -> int:
-    """How many first tokens two prompts share."""
+    """The length of the common prefix of two prompts."""
     pairs = zip(warm.prompt, request.prompt)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(warm.prompt), len(request.prompt)))
 
 
 def _before(calls: list[Call], end: int, offset: int) -> list[Call]:
-    """The rows of positions before `end`, computing phases only: a warm-up may sample otherwise."""
+    """The warm-up's rows of positions before `end`, without sampling: the warm-up may sample another token."""
     from bi_patch.tools.verify.trace import WIDTH
 
     kept = []
-    base = offset and 1_000_000 + offset  # steps of different runs never meet
+    base = offset and 1_000_000 + offset  # so that different runs have different step numbers
     for call in calls:
         rows = min(call.rows, end - call.position)
         if rows > 0 and call.phase not in (SAMPLE, RETURNED):
@@ -187,7 +189,7 @@ def _ask(engine: ChildEngine, ask: TraceAsk) -> Traced:
 
 
 def difference(case: Case, alone: Answer, company: Answer) -> Difference:
-    """Of two answers to the pair of a Case, as the Case compares them."""
+    """The difference between two answers to a Case's pair, compared as the Case compares them."""
     if case.part == "decode":
         count = len(alone.tokens)
         alone = Answer(alone.tokens, alone.logprobs)
@@ -196,7 +198,7 @@ def difference(case: Case, alone: Answer, company: Answer) -> Difference:
 
 
 def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> Located | None:
-    """Where two traced sides of a pair part, or None where they do not."""
+    """Where two traced sides of a pair part, or None when they do not part."""
     again = difference(case, alone.answer, company.answer)
     compared = compare(alone.trace, company.trace)
     if coarse and compared.first is not None:
@@ -213,8 +215,8 @@ def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> L
             "",
             reproduced=True,
             compiled=coarse,
-            note=f"the answers differ ({again.first}) but none of {compared.compared} digests does: the difference "
-            "arises outside the model, the logits and the sampler",
+            note=f"the answers differ ({again.first}), but all {compared.compared} compared digests are equal: the "
+            "difference arises outside the model, the logits and the sampler",
         )
     if not again.differing and coarse:
         return None
@@ -222,7 +224,7 @@ def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> L
 
 
 def _first_layer(alone: Trace, company: Trace) -> Compared | None:
-    """The first layer whose keys and values differ: what a layer caches is computed before the hidden states."""
+    """The first layer whose keys and values differ: a layer caches them before the hidden states are computed."""
     for module in dict.fromkeys(c.module for c in company.calls if c.op == CACHE):
         sides = (Trace([c for c in t.calls if c.op == CACHE and c.module == module], True) for t in (alone, company))
         compared = compare(*sides)
@@ -238,8 +240,8 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
     if a.op == MODULE:
         op = b.kind or a.kind
     other_path = [*only_company[::-1], *only_alone[::-1]]
-    # What ran on one side alone says more than an elementary op that follows it; a fused kernel says more, and one of
-    # another seam than the module's own says most: it should not be there.
+    # An op that ran on one side only is a better name than an elementary op after it. A fused kernel is better still.
+    # Best is a fused kernel whose seam is not the module's own: this kernel should not run there.
     fused = [c for c in other_path if not c.op.startswith("aten.")]
     stranger = [c for c in fused if c.seam not in ("", seam)]
     own = next(iter(stranger or fused or other_path), None)
@@ -247,12 +249,12 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
         op, seam = own.op, own.seam or seam
     note = ""
     if b.op == CACHE:
-        note = "keys or values that were written to the cache before differ"
+        note = "keys or values already in the cache differ"
     if coarse:
         seam = COMPILED
-        note = "compiled code differs; its ops cannot be traced, so what each layer leaves behind was compared"
+        note = "compiled code differs; its ops cannot be traced, so each layer's keys and values were compared"
     if not reproduced:
-        note = f"{note}; the final answers are equal this time".lstrip("; ")
+        note = f"{note}; the final answers were equal this time".lstrip("; ")
     return Located(
         b.module,
         op,
@@ -276,7 +278,7 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
 
 
 def _with_kernels(first: ChildEngine, second: ChildEngine, case: Case, located: Located) -> Located:
-    """Once more, with the GPU's kernels of that one op recorded."""
+    """Trace both sides again and record the GPU kernels of the located op."""
     watch = (located.module, located.op)
     names = []
     for engine, scenario in ((first, case.alone), (second, case.company)):

@@ -1,4 +1,4 @@
-"""Running a level's probes on a system, axis by axis, into a report that holds what was compared whatever happens."""
+"""Runs a level's probes on a system, axis by axis, and makes the report. An error or interrupt loses no result."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ from bi_patch.tools.verify.system import System
 
 
 class Watcher:
-    """What `verify` calls as it goes on: before each start, after each compared pair, and when an axis is done.
+    """Callbacks of `verify`: before each engine start, after each compared pair, and at the end of each axis.
 
-    A subclass shows the progress. left: seconds that the rest of the run will take, as far as they can be estimated.
+    A subclass shows the progress. left: the estimated seconds that the rest of the run will take.
     """
 
     def starting(self, what: str, left: float) -> None:
-        """An engine is about to start, or a server to be asked: words for it."""
+        """Called before an engine starts, or before a server gets its first request. what: a description for users."""
 
     def compared(self, case: Case) -> None:
-        """A pair was compared; the case holds both answers with their texts."""
+        """Called after a pair was compared. The case holds both answers with their texts."""
 
     def measuring(self, axis: Axis, left: float) -> None:
-        """An axis begins, or one more pair of it was compared."""
+        """Called when an axis begins, and after each compared pair of the axis."""
 
     def settled(self, axis: Axis, left: float) -> None:
-        """An axis is done."""
+        """Called when an axis ends."""
 
 
 @dataclass
 class _Group:
-    """Changes that one further engine makes, and the cross probes that are measured on it."""
+    """The options in which one further engine differs from the base engine, and the cross probes that run on it."""
 
     changes: dict[str, object]
     fresh: bool
@@ -80,18 +80,18 @@ class _Group:
         return f"engine with {self.label}"
 
 
-_PRECISION = 10.0  # seconds that the comparison with fp64 is allowed for
+_PRECISION = 10.0  # seconds that must be left for the comparison with fp64
 _PRECISION_STEP, _PRECISION_SECONDS = "comparison with fp64", 2.0
 _ENGINE = "engine"  # the base engine's start
-_EAGER = 0.35  # of a compiled engine's start: nothing is compiled or captured
-_FRESH = 1.2  # with empty compile caches
+_EAGER = 0.35  # share of a compiled engine's start: an eager engine compiles and captures nothing
+_FRESH = 1.2  # share of the first start with empty compile caches
 _LOCATE, _TRACING = "locate", 8.0  # seconds of tracing and comparing a pair on a small model
 INTERRUPTED = "interrupted."  # Report.stopped after an interrupt
-# What vLLM's arguments and parts raise where this build does not have a feature.
+# The errors of vLLM when this build does not have a feature.
 _LACKING = ("ValidationError", "NotImplementedError")
 
 
-# (pair, options of the base engine, what starts an engine) -> a Located, or words, or None
+# (pair, options of the base engine, function that starts an engine) -> a Located, or a text, or None
 Locate = Callable[[Case, Options, Callable[[Options], AbstractContextManager[Engine]]], object]
 
 
@@ -105,12 +105,13 @@ def verify(
     locate: Locate | None = None,
     workload: Callable[[Engine], Workload] | None = None,
 ) -> Report:
-    """Measure the level's axes, or those named in `only` (of any level), and conclude.
+    """Measure the level's axes, or the axes named in `only` (of any level), and return the report with its verdict.
 
-    Engine and server errors, an interrupt and errors that nobody foresaw end it early; they are in the report's
-    `stopped` (the last with their traceback in `failure`), with all that was compared before. locate: looks for the
-    first operation that differs in a pair (see verify.case). workload: makes the prompts from the live engine; by
-    default they are random tokens of the level's lengths.
+    An engine or server error, an interrupt or an unexpected error ends the run early. The report's `stopped` names it,
+    `failure` holds the traceback of an unexpected error, and everything compared before stays in the report.
+    watcher: gets the progress. clients: concurrent requests on the axis of a running server. locate: finds the first
+    operation that differs in a pair (see verify.locate). workload: makes the prompts for the live engine; by default,
+    random tokens of the level's lengths. Raises NoSuchAxis.
     """
     made = workload or (lambda engine: levels.workload(level, engine, clients))
     return _Verification(system, level, watcher or Watcher(), only, made, locate).run()
@@ -163,13 +164,13 @@ class _Verification:
         return self.report
 
     def _choose(self, probe: Probe | CrossProbe, only: Sequence[str]) -> bool:
-        """Whether the probe is to run; else its axis says why not."""
+        """Whether the probe runs; otherwise its axis gets the reason."""
         alone = isinstance(probe, CrossProbe) or probe.options is not None
         axis = self.axes[probe.name]
         if only and probe.name not in only:
             axis.settle(LEFT_OUT, "not asked for")
         elif alone and not self.system.restarts:
-            axis.settle(NOT_APPLICABLE, "needs engines of its own: verify the model where the server runs")
+            axis.settle(NOT_APPLICABLE, "needs other engines: run `bi-patch verify MODEL` on the server's machine")
         elif not only and not self.level.holds(probe):
             axis.settle(LEFT_OUT, f"not in {self.level.name}: {levels.beyond(self.level, probe)}")
         else:
@@ -203,7 +204,7 @@ class _Verification:
             self._cross(group, load, expected, groups)
 
     def _precision(self, engine: Engine) -> None:
-        """A lower precision in every batch alike shows in no comparison of bits."""
+        """Compare products with fp64. No comparison of bits shows a precision that is too low in every batch alike."""
         began = time.monotonic()
         if self.limit is not None and self.clock.elapsed + _PRECISION > self.limit:
             self.report.precision = precision.none(f"no time left within {self.limit:.0f} s", unchecked=True)
@@ -218,11 +219,11 @@ class _Verification:
             self.clock.finish(_PRECISION_STEP, time.monotonic() - began)
 
     def _expect(self, probes: Iterable[Probe], cross: Sequence[CrossProbe]) -> None:
-        """Before the engine is there: which changes the cross probes make, and what applies, is not known yet."""
+        """Tell the clock what is to come, before the engine shows which axes apply and which engines they need."""
         self.clock.expect_start(_ENGINE)
         for probe in (*probes, *cross):
             if self.system.restarts and probe in ONLINE_PROBES:
-                continue  # of a server only
+                continue  # these probes need a server
             self.clock.expect(probe.name, probe.seconds)
             if isinstance(probe, Probe) and probe.options:
                 self.clock.expect_start(probe.name)
@@ -232,7 +233,7 @@ class _Verification:
             self.clock.expect(_PRECISION_STEP, _PRECISION_SECONDS)
 
     def _start(self, what: str, name: str, options: Options, *, fresh: bool = False):
-        """name: of the start on the clock."""
+        """Start an engine, or connect to the server. name: the name of the start on the clock."""
         self.watcher.starting(what, self.clock.left())
         began = time.monotonic()
         try:
@@ -241,7 +242,7 @@ class _Verification:
             self.clock.finish_start(name)
             raise
         self.clock.finish_start(name, time.monotonic() - began)
-        self.report.starts += self.system.restarts  # a server runs already
+        self.report.starts += self.system.restarts  # a server is not started
         return engine
 
     def _describe(self, engine: Engine) -> None:
@@ -265,7 +266,10 @@ class _Verification:
         return self._in_time([probe], probe.seconds * self.clock.pace)
 
     def _in_time(self, probes: Sequence[Probe | CrossProbe], seconds: float) -> bool:
-        """Whether so much more is within the level's limit; else the axes say so. A named one is never dropped."""
+        """Whether `seconds` more fit into the level's limit; otherwise the probes' axes are out of time.
+
+        Axes that the user named are always measured.
+        """
         if self.limit is None or self.clock.elapsed + seconds < self.limit or any(p.name in self.only for p in probes):
             return True
         for probe in probes:
@@ -284,9 +288,9 @@ class _Verification:
         last: bool = True,
         notes: list[str] | None = None,
     ) -> None:
-        """Count the cases into the probe's axis. A failure settles it; one that ended the engine goes on up.
+        """Add the cases to the probe's axis. A failure settles the axis; a failure that ended the engine is raised.
 
-        notes: what the probe has to say besides, which is taken from the list.
+        notes: the probe's remarks. They become part of the axis's reason, and the list is emptied.
         """
         axis, began = self.axes[probe.name], time.monotonic()
         before = axis.seconds
@@ -323,22 +327,22 @@ class _Verification:
         axis = self.axes[name]
         axis.settle(state, reason)
         self.clock.finish(name, axis.seconds)
-        self.clock.finish_start(name)  # of an axis that does not apply
+        self.clock.finish_start(name)  # an axis that does not apply starts no engine
         self.watcher.settled(axis, self.clock.left())
 
     def _groups(self, cross: Sequence[CrossProbe], engine: Engine) -> list[_Group]:
-        """Which engines to start, and what is measured on each: one per set of changes, or one for all."""
+        """The engines to start and the probes of each: one engine for each set of changes, or one for all changes."""
         groups: dict[str, _Group] = {}
         for probe in cross:
             changes = probe.changes(engine)
             if self.level.one_engine and probe.name not in self.only:
                 more = levels.beyond(self.level, probe)
-                # Compiling again would take a small level's whole time: a compiled engine is restarted eager.
+                # Compiling again would take the whole time of a small level, so its second engine is eager.
                 if any(change.fresh != engine.options.eager for change in changes if not change.options):
-                    self._settle(probe.name, LEFT_OUT, f"an eager engine takes its place: {more}")
+                    self._settle(probe.name, LEFT_OUT, f"this level restarts eager engines only: {more}")
                     continue
                 if "eager" in changes[0].options and engine.options.eager:
-                    self._settle(probe.name, LEFT_OUT, f"would compile the model: {more}")
+                    self._settle(probe.name, LEFT_OUT, f"this axis compiles the model: {more}")
                     continue
             if self.level.one_engine:
                 changes = changes[:1]
@@ -349,13 +353,13 @@ class _Verification:
                 group.fresh |= change.fresh
                 group.probes.append((probe, change))
         for probe in cross:
-            self.clock.finish_start(probe.name)  # expected before the groups were known
+            self.clock.finish_start(probe.name)  # replaced by the groups' starts
         for group in groups.values():
             self.clock.expect_start(group.engine, self._share(group))
         return list(groups.values())
 
     def _share(self, group: _Group) -> float:
-        """Of the first start, as the start of the group's engine takes it."""
+        """The time that the group's engine takes to start, as a share of the first start."""
         return _EAGER if group.changes.get("eager") and not self.system.options.eager else _FRESH
 
     def _own(self, probe: Probe, load: Workload) -> None:
@@ -393,7 +397,7 @@ class _Verification:
                     requests, known = expected[probe.name]
 
                     def cases(probe=probe, change=change, whole=whole, requests=requests, known=known):
-                        # Preemption's check reads its own counters; the pair records everything that was changed.
+                        # A probe checks its own change; the case records all changes of the engine.
                         got = probe.collect(engine, load, change)
                         return probe.cases(whole, requests, known, got)
 
@@ -403,13 +407,13 @@ class _Verification:
             self._could_not(waiting, error, started=self.report.starts > starts)
 
     def _could_not(self, probes: Sequence[Probe | CrossProbe], error: BiPatchError, *, started: bool) -> None:
-        """An engine for these probes did not start, or died once it had started."""
+        """Settle the axes of these probes, whose engine did not start or died after its start."""
         lacking = isinstance(error, EngineFailed) and error.kind in _LACKING
         for probe in probes:
             if isinstance(error, UnsupportedFeature):
-                self._settle(probe.name, NOT_APPLICABLE, f"refused by the {self.system.mode} engine: {error}")
+                self._settle(probe.name, NOT_APPLICABLE, f"the {self.system.mode} engine refuses it: {error}")
             elif probe.optional and lacking and not started:
-                self._settle(probe.name, NOT_APPLICABLE, f"this engine does not start with it: {_sentence(error)}")
+                self._settle(probe.name, NOT_APPLICABLE, f"this vLLM build lacks the feature: {_sentence(error)}")
             else:
                 self._settle(probe.name, FAILED, _sentence(error))
 
@@ -420,13 +424,13 @@ class _Verification:
                 axis.settle(FAILED, why)
 
     def _expect_location(self, case: Case) -> None:
-        """Locate comes at the end, on engines of its own that run eagerly."""
+        """Tell the clock about the search for the first operation, which starts eager engines at the end of the run."""
         engines = 1 if case.on_one_engine else 2
         self.clock.expect_start(_LOCATE, engines * (1.0 if self.system.options.eager else _EAGER))
         self.clock.expect(_LOCATE, _TRACING)
 
     def _locate(self) -> None:
-        """Look for the first operation that differs, for the first axis that does; where it cannot, say why."""
+        """Find the first operation behind the first axis that differs, and record it, or why it was not found."""
         axis = next(axis for axis in self.report.axes if axis.case is not None)
         assert self.locate is not None and axis.case is not None
         engines = "one engine" if axis.case.on_one_engine else "two engines"
@@ -435,12 +439,12 @@ class _Verification:
         try:
             found = self.locate(axis.case, self.system.options, self.system.start)
         except KeyboardInterrupt:
-            found = "interrupted before it was found"
+            found = "not found: the search was interrupted"
         except Exception as error:
-            found = f"could not be looked for: {_sentence(error)}"
+            found = f"not found: the search failed: {_sentence(error)}"
             if not isinstance(error, (BiPatchError, OSError)):
                 self.report.failure = traceback.format_exc()
-        words = found.words() if hasattr(found, "words") else found or "the pair did not differ again"
+        words = found.words() if hasattr(found, "words") else found or "not found: the pair did not differ again"
         for shown in axis.shown:
             if shown.label == axis.case.label:
                 shown.located = words
@@ -450,17 +454,17 @@ class _Verification:
 
 
 class NoSuchAxis(BiPatchError):
-    """An axis was asked for that does not exist."""
+    """The caller named an axis that does not exist."""
 
 
 def _within(case: Case, changes: dict[str, object]) -> Case:
-    """A case of an engine with changed options: both of its scenarios have them."""
+    """The case with the engine's changed options in both of its scenarios."""
     alone, company = (msgspec.structs.replace(side, options=changes) for side in (case.alone, case.company))
     return msgspec.structs.replace(case, alone=alone, company=company)
 
 
 def _goes_on(engine: Engine) -> bool:
-    """Whether an engine that failed once is alive and holds no half-done requests."""
+    """Whether an engine that failed is alive and holds no unfinished requests."""
     if not engine.alive():
         return False
     try:
@@ -471,7 +475,7 @@ def _goes_on(engine: Engine) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-    """An error in a line or two: a child's message goes on with the end of its log, whose path comes before."""
+    """An error on one line. Of a child's message, the path of the log stays, and the log's last lines are dropped."""
     lines = str(error).strip().splitlines()
     if isinstance(error, EngineFailed):
         last = next((i for i, line in enumerate(lines) if "its output is in" in line), len(lines))

@@ -1,4 +1,4 @@
-"""Which seam an op belongs to: by the Python frames above it, else by the module that it runs in."""
+"""Finds the seam of an op: by the Python frames above the op, otherwise by the module in which the op runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bi_patch.arming import catalog, process
 from bi_patch.errors import BiPatchError
 from bi_patch.tools import findings
 
-# Seams whose code is on the stack of what other seams serve: the whole engine, a model's whole attention layer.
+# Seams that wrap code of other seams: the whole engine, a model's whole attention layer.
 _AROUND = ("engine.", "rotary.cuda_qk_norm")
-# Ops that say by their name what they are.
+# Ops whose name identifies the seam.
 _BY_OP = (
     ("all_reduce", ("communicator.one_stage",)),
     ("reduce_scatter", ("communicator.fusion",)),
@@ -23,14 +23,17 @@ _BY_OP = (
 
 
 class Owners:
-    """The seams of this process by the code objects of what they put in place and of what they stand in front of."""
+    """Maps code objects, modules of ops/ and classes of layers to this process's seams.
+
+    A closed seam is known by the code of its replacement, an open seam by the code of its target.
+    """
 
     def __init__(self) -> None:
         current = process.state()
         self._codes: dict[types.CodeType, str] = {}
         self._planned: set[str] = set()
-        self._by_op: dict[str, str] = {}  # seams by the module of ops/ that computes for them
-        self._by_class: dict[str, str] = {}  # seams by the class of vLLM's layers that they serve
+        self._by_op: dict[str, str] = {}  # module of ops/ -> the seam that calls it
+        self._by_class: dict[str, str] = {}  # class of vLLM's layers -> the seam that serves the class
         plan = current.plan if current is not None else _plan()
         if plan is None:
             return
@@ -44,7 +47,7 @@ class Owners:
             entries = current.ledger.of(planned.seam.name) if current is not None else []
             for entry in entries:
                 self._learn(entry.replacement, planned.seam.name)
-            if module is not None and not entries:  # left open: the original itself runs
+            if module is not None and not entries:  # an open seam: the original runs
                 self._learn(_resolve(module, planned.target.qualname), planned.seam.name)
 
     def _learn(self, held, seam: str) -> None:
@@ -53,7 +56,7 @@ class Owners:
             self._codes.setdefault(code, seam)
 
     def seam(self, module, path: str, op: str) -> str:
-        """The seam's name, or "" where no seam stands for the op."""
+        """The name of the op's seam, or "" where the op has none."""
         for part, names in _BY_OP:
             if part in op:
                 found = next((n for n in names if n in self._planned), "")
@@ -70,7 +73,7 @@ class Owners:
 
 
 def status(seam: str) -> str:
-    """closed, open, or not needed here, with the reason; "" where there is no such seam in this process."""
+    """A seam's status: closed, open or not needed here, with the reason; "" for a seam that this process lacks."""
     if process.state() is None:
         return "open (bi_patch is not armed)"
     for finding in findings.everything(load=False):
@@ -80,7 +83,7 @@ def status(seam: str) -> str:
 
 
 def kernel(func, args: tuple) -> str:
-    """What served an op: the route of a linear where bi_patch chose it, else the op's own name with its overload."""
+    """The kernel behind an op: the route of bi_patch's linear on CUDA; for every other op, its name with overload."""
     name = str(func)
     if name.startswith("bi_patch.linear"):
         from bi_patch.ops.cuda import linear
@@ -94,7 +97,7 @@ def kernel(func, args: tuple) -> str:
 
 
 def _plan():
-    """The plan that arming would follow here, or None: a stock engine's ops are named by the seams they lack."""
+    """The plan that arming would follow here, or None. In a stock engine, ops are named by the seams of this plan."""
     found = installed.find(None)
     try:
         return catalog.plan(found.release, found.platform) if found is not None else None

@@ -1,4 +1,4 @@
-"""A report as one HTML page with inline SVG: no scripts and nothing to load."""
+"""Renders a report as one HTML page with inline SVG; the page has no scripts and loads nothing."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def page(report: Report) -> str:
         *(f"<p>{html.escape(said)}</p>" for said in report.verdict[1:]),
         _facts(report),
         "<h2>Axes</h2>",
-        "<p class='note'>Each axis answers the same requests in two scenarios and compares tokens, chosen and top "
-        "logprobs bit by bit"
-        + (", and whole rows of logits by their digest" if any(axis.digests for axis in report.axes) else "")
-        + ". Bars: positions compared (logarithmic), and in red those that differ.</p>",
+        "<p class='note'>On each axis, the engine answers the same requests in two scenarios. Tokens, chosen logprobs "
+        "and top logprobs are compared bit by bit"
+        + ("; whole rows of logits are compared by digest" if any(axis.digests for axis in report.axes) else "")
+        + ". Bars: compared positions (logarithmic scale); red: positions that differ.</p>",
         bars(measured),
     ]
     if wrong:
@@ -68,7 +68,7 @@ def page(report: Report) -> str:
 
 
 def bars(axes: Sequence[Axis]) -> str:
-    """An SVG of one bar per axis: how many positions were compared, how many of them differ."""
+    """An SVG with one bar per axis: the number of compared positions, and of those that differ."""
     left, width, row = 190, 620, 26
     most = max((axis.compared for axis in axes), default=1)
     out = [_open(left + width + 190, row * len(axes) + 8, "positions compared by axis")]
@@ -79,7 +79,7 @@ def bars(axes: Sequence[Axis]) -> str:
         words = (
             f"{axis.differing:,} of {axis.compared:,} differ"
             if axis.differing
-            else f"{axis.compared:,} the same"
+            else f"{axis.compared:,} equal"
             if axis.state == PASSED
             else axis.state
         )
@@ -98,7 +98,7 @@ def bars(axes: Sequence[Axis]) -> str:
 
 
 def strip(positions: Sequence[tuple[int, int]], what: str) -> str:
-    """An SVG histogram over token positions: how often each differed, in at most 120 bins."""
+    """An SVG histogram over token positions: how often each position differed, in at most 120 bins."""
     last = max(position for position, _ in positions) + 1
     per = -(-last // _BINS)
     bins = [0] * -(-last // per)
@@ -189,8 +189,8 @@ def _aside(axes: Sequence[Axis]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(a.name)}</td><td>{a.state}</td><td>{html.escape(a.reason)}</td></tr>" for a in order
     )
-    note = " Left out: another level measures it." if any(a.state == LEFT_OUT for a in axes) else ""
-    return f"<p class='note'>Not applicable: cannot occur here, or is refused by name.{note}</p><table>{rows}</table>"
+    note = " Left out: only another level measures the axis." if any(a.state == LEFT_OUT for a in axes) else ""
+    return f"<p class='note'>Not applicable: cannot occur, or the engine refuses it.{note}</p><table>{rows}</table>"
 
 
 def _facts(report: Report) -> str:

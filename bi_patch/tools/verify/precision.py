@@ -1,11 +1,11 @@
-"""Accuracy against fp64: a lower precision that is the same in every batch passes each comparison of bits.
+"""Compares the accuracy of linears with fp64. No comparison of bits notices a low precision that every batch shares.
 
-Every linear and the head of the loaded model multiplies random rows, and each output's distance from the fp64 product
-is set against what fp32 accumulation and one rounding of the result may give:
+Every linear and the head of the loaded model multiply random rows. Each output's distance from the fp64 product must
+stay below what fp32 accumulation and one rounding of the result can cause:
 
     |y - exact| <= ulp / 2 of the output's type at |exact|  +  LIMIT * sum |x| |w|
 
-LIMIT is 2 ** -20: sums of up to 16,384 products in fp32 stay eight times below it, TF32 inputs exceed it.
+LIMIT is 2 ** -20: fp32 sums of up to 16,384 products stay eight times below this limit; TF32 inputs exceed it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from bi_patch.tools.verify.engine import Engine, LocalEngine
 
 LIMIT = 2.0**-20
 ROWS = (1, 16, 257)
-_COLUMNS = 4096  # of a wide layer, that many outputs are looked at
+_COLUMNS = 4096  # outputs that are compared at most, for wide layers
 
 
 class Imprecise(msgspec.Struct, frozen=True):
-    """One layer at its worst. excess: the error over what is allowed (over 1 fails); rows: M that gave it."""
+    """A layer's largest error. excess: the error divided by the allowed error; above 1 fails. rows: M of the error."""
 
     module: str
     seam: str
@@ -32,10 +32,11 @@ class Imprecise(msgspec.Struct, frozen=True):
 
 
 class Precision(msgspec.Struct, frozen=True):
-    """layers: how many were compared. worst: the largest excess. failed: those over the limit, in the model's order.
+    """The result of the comparison with fp64.
 
-    missing: why no layer was compared, "" when some were. unchecked: the comparison applies to this engine and was not
-    made, so the run is incomplete.
+    layers, outputs: how many were compared. worst: the largest excess. failed: layers over the limit, in the model's
+    order. missing: why no layer was compared, "" when layers were. unchecked: the comparison applies to this engine but
+    was not made, so the run is incomplete.
     """
 
     layers: int
@@ -51,31 +52,31 @@ class Precision(msgspec.Struct, frozen=True):
             return f"Products were not compared with fp64: {self.missing}."
         if not self.failed:
             return (
-                f"The products of {self.layers} linears are as accurate as fp32 sums are: at most {self.worst:.3f} of "
-                f"the error that is allowed against fp64, over {self.outputs:,} outputs."
+                f"The products of {self.layers} linears are as accurate as fp32 sums: the error against fp64 is at "
+                f"most {self.worst:.3f} of the allowed error, over {self.outputs:,} outputs."
             )
         first = self.failed[0]
         return (
-            f"Products are NOT as accurate as fp32 sums: {len(self.failed)} of {self.layers} linears, first "
-            f"{first.module} with {first.excess:.0f} times the error that is allowed at M={first.rows} "
+            f"The products of {len(self.failed)} of {self.layers} linears are NOT as accurate as fp32 sums. The first "
+            f"is {first.module}, with {first.excess:.0f} times the allowed error at M={first.rows} "
             f"(seam {first.seam})."
         )
 
 
 def none(missing: str, *, unchecked: bool) -> Precision:
-    """The result where nothing was compared (see Precision)."""
+    """The result when nothing was compared. missing, unchecked: see Precision."""
     return Precision(0, 0, 0.0, [], missing, unchecked)
 
 
 def of(engine: Engine, *, widened: bool = False) -> Precision:
-    """Of an engine in a child process (see measure)."""
+    """Measure an engine in a child process (see measure)."""
     return msgspec.msgpack.decode(engine.ask("precision", msgspec.msgpack.encode(widened)), type=Precision)
 
 
 def measure(engine: LocalEngine, widened: bool = False) -> Precision:
-    """Compare every linear of the engine's model; nothing where the model is not in this process.
+    """Compare every linear of the engine's model with fp64. Compares nothing when the model runs in other processes.
 
-    widened: on a GPU, also the route of fp32 products, with the weights widened, which takes memory.
+    widened: on a GPU, also compare each linear with its weight widened to fp32, which takes memory.
     """
     import torch
 
@@ -138,14 +139,15 @@ def _excess(layer, w, m: int) -> tuple[float, int]:
 
 
 def over(y, exact, allowed) -> float:
-    """The greatest error of y in what it may have: `allowed` and half a unit in the last place of y's type.
+    """The greatest error of y, divided by the bound: `allowed` plus half a unit in the last place of y's type.
 
-    y: floats of up to 32 bits; exact, allowed: float64; all of one shape. Infinite where one of them is not finite.
+    y: floats of up to 32 bits; exact, allowed: float64; all of one shape. The result is infinite when an element is not
+    finite.
     """
     import torch
 
     kind = torch.finfo(y.dtype)
-    # exact = m * 2 ** e with 0.5 <= |m| < 1: its last place is eps * 2 ** (e - 1), and below normal numbers `least`.
+    # exact = m * 2 ** e with 0.5 <= |m| < 1: its last place is eps * 2 ** (e - 1), and `least` for subnormal numbers.
     last = torch.ldexp(torch.full_like(exact, kind.eps), torch.frexp(exact).exponent - 1)
     least = kind.smallest_normal * kind.eps
     last = torch.where(exact == 0, least, last.clamp_min(least))

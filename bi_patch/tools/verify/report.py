@@ -1,4 +1,4 @@
-"""What `bi-patch verify` found: axes, counts, where bits differ, and the exit code. The JSON file is this Report."""
+"""The Report of `bi-patch verify`, also as a JSON file: axes, counts, where bits differ, and the exit code."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from bi_patch.tools.provenance import Provenance
 from bi_patch.tools.verify.case import Case
 from bi_patch.tools.verify.precision import Precision
 
-FORMAT = 1  # of the JSON file: a field that changes its meaning or goes makes it 2; a new field does not
+FORMAT = 1  # the JSON file's format number: raise it when a field goes or changes its meaning, not for a new field
 INVARIANT, DIFFERS, UNCHECKED = 0, 1, 2  # exit codes
 
-# States of an axis. PASSED: compared and bitwise the same. NOT_APPLICABLE: cannot occur here, or is refused by name.
-# LEFT_OUT: the level does not hold it. OUT_OF_TIME: the level holds it, and its limit came first. NOT_EXERCISED: ran,
-# but its cause never occurred. FAILED: the engine or server failed, or its answers cannot be compared.
+# States of an axis. PASSED: all compared positions are bitwise the same. NOT_APPLICABLE: the axis cannot occur here, or
+# the engine refuses the feature by name. LEFT_OUT: the level does not hold the axis. OUT_OF_TIME: the level holds the
+# axis, but the time limit came first. NOT_EXERCISED: the probe ran, but its cause never occurred. FAILED: the engine or
+# server failed, or its answers cannot be compared.
 PASSED, DIFFERED, NOT_APPLICABLE, LEFT_OUT, OUT_OF_TIME, NOT_EXERCISED, FAILED, WAITING = (
     "invariant",
     "differs",
@@ -35,7 +36,7 @@ _SEVERITY = {DIFFERED: 4, FAILED: 3, NOT_EXERCISED: 2, OUT_OF_TIME: 1}  # 0 for 
 
 
 class Pair(msgspec.Struct):
-    """A pair that differed, in short. located: words for the first operation that differs, "" when not looked for."""
+    """A summary of a pair that differed. located: the first operation that differs, "" when no search was made."""
 
     label: str
     first: str
@@ -46,13 +47,13 @@ class Pair(msgspec.Struct):
 
 
 class Axis(msgspec.Struct):
-    """One axis: its state and why, and what was compared.
+    """One axis: its state, the reason for the state, and what was compared.
 
     compared, differing: positions (generated and prompt). undefined: positions that are NaN on both sides. pairs:
-    compared pairs of answers; digests: rows of logits compared over the full vocabulary; undigested: pairs that were to
-    have such rows and had none. largest: greatest |difference| of a logprob; ulps: the same in steps of float32.
-    generated, prompt: (position, how often it differed), ascending. shown: the first pairs that differ. case: the one
-    of them with the smallest company, whole, to run again.
+    compared pairs of answers. digests: rows of logits compared over the full vocabulary. undigested: pairs that should
+    have such rows and have none. largest: greatest |difference| of a logprob. ulps: the same in steps of float32.
+    generated, prompt: (position, how often the position differed), ascending. shown: the first pairs that differ. case:
+    the complete differing pair with the fewest requests in company, so that it can be run again.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Axis(msgspec.Struct):
             self.case = case
 
     def settle(self, state: str = "", reason: str = "") -> None:
-        """Close the axis, or close it again after one more of its engines: the worst that was found stays."""
+        """Set the axis's state. An axis with several engines is settled after each; the most severe state stays."""
         state, reason = self._judge(state, reason)
         if _SEVERITY.get(self.state, 0) > _SEVERITY.get(state, 0):
             return
@@ -110,27 +111,27 @@ class Axis(msgspec.Struct):
         if state not in (FAILED, NOT_EXERCISED):
             if self.undefined:
                 return FAILED, (
-                    f"{self.undefined:,} positions have NaN for a logprob in both answers, which proves nothing: the "
-                    "model's logits are NaN there, or the engine's logprobs are of other tokens"
+                    f"{self.undefined:,} positions have a NaN logprob in both answers, which proves nothing: the "
+                    "model's logits are NaN there, or the engine returned logprobs of other tokens"
                 )
             if self.undigested:
-                return FAILED, f"{self.undigested:,} pairs have no digest of their rows of logits, though asked for"
+                return FAILED, f"{self.undigested:,} pairs have no digests of logits, although these were requested"
             if self.compared and NOT_APPLICABLE in (state, self.state):
-                return FAILED, f"only a part of it could be measured: {reason or self.reason}"
+                return FAILED, f"only a part of the axis could be measured: {reason or self.reason}"
         if not state:
             state = PASSED if self.compared else NOT_EXERCISED
         return state, reason or ("nothing was compared" if state == NOT_EXERCISED else "")
 
 
 class Report(msgspec.Struct, tag_field="format", tag=FORMAT):
-    """A run of verify; docs/verify.md says what each field of the file holds, which begins with its `format`.
+    """A run of verify. docs/verify.md describes every field of the JSON file; the first field is `format`.
 
-    system: the model or the address that was verified. mode: "armed", "upstream", "stock", or "server" where the arming
-    cannot be seen. level: quick, default or full. complete: every axis that the level holds was measured, or does not
-    apply. stopped: what ended the run early. failure: the traceback where that was an error that has no name. options:
-    of the engine that was started; None for a server, which says only what is in `served`. starts: engines started, 0
-    for a server. precision: of the model's linears against fp64, None where it was not asked for. provenance: which
-    bi_patch measured, and the command.
+    system: the model or the server's address. mode: "armed", "upstream", "stock", or "server", whose arming verify
+    cannot see. level: the level's name. complete: every axis that the level holds was measured or does not apply.
+    stopped: what ended the run early, "" for a complete run. failure: the traceback of an unexpected error. options:
+    the base engine's options, None for a server. served: what a server says about itself. starts: engines started, 0
+    for a server. precision: the accuracy of the model's linears against fp64, None when the run did not measure it.
+    provenance: which bi_patch measured, and with which command.
     """
 
     system: str
@@ -176,14 +177,14 @@ _SHOWN = 8
 
 
 def exit_code(report: Report) -> int:
-    """0: invariant, accurate. 1: a position differed, or products are inaccurate. 2: something could not be checked."""
+    """0: invariant and accurate. 1: a position differs, or products are inaccurate. 2: something was not checked."""
     if report.differing or (report.precision is not None and report.precision.failed):
         return DIFFERS
     return INVARIANT if report.complete and report.compared and not report.open_seams else UNCHECKED
 
 
 def sentences(report: Report) -> list[str]:
-    """The verdict in plain words; that of a run which ended early begins with "Incomplete:"."""
+    """The sentences of the verdict. The verdict of a run that ended early begins with "Incomplete:"."""
     what = {"server": "the server", "armed": "the armed engine", "stock": "the stock engine"}.get(
         report.mode, "vLLM's own batch-invariant mode"
     )
@@ -192,17 +193,17 @@ def sentences(report: Report) -> list[str]:
     )
     settled = [axis for axis in report.axes if axis.compared]
     digests = sum(axis.digests for axis in report.axes)
-    rows = f", {digests:,} of them by their whole row of logits" if digests else ""
+    rows = f" ({digests:,} of them with whole rows of logits)" if digests else ""
     said = []
     if report.differing:
         wrong = [axis.name for axis in report.axes if axis.differing]
         said.append(
-            f"{what} is NOT batch-invariant: {report.differing:,} of {report.compared:,} positions differ, along "
-            f"{', '.join(wrong)}."
+            f"{what} is NOT batch-invariant: {report.differing:,} of {report.compared:,} positions differ. "
+            f"Axes that differ: {', '.join(wrong)}."
         )
     elif report.compared:
         said.append(
-            f"{what} was bitwise invariant in all {report.compared:,} positions compared{rows}, along "
+            f"{what} was bitwise invariant in all {report.compared:,} compared positions{rows}, along "
             f"{len(settled)} {'axis' if len(settled) == 1 else 'axes'}."
         )
     else:
@@ -210,7 +211,7 @@ def sentences(report: Report) -> list[str]:
     if report.precision is not None:
         said.append(report.precision.words())
     if report.stopped:
-        kept = " What was compared until then is kept." if report.compared else ""
+        kept = " The report keeps all comparisons made before." if report.compared else ""
         said.append(f"Stopped early: {report.stopped.rstrip('.')}.{kept}")
     late = [axis for axis in report.axes if axis.state == OUT_OF_TIME]
     if late:
@@ -220,19 +221,19 @@ def sentences(report: Report) -> list[str]:
         named = "; ".join(f"{axis.name} ({axis.state}: {axis.reason})" for axis in undone)
         said.append(f"Could not be checked: {named}.")
     if report.open_seams:
-        said.append(f"Required seams are open: {', '.join(report.open_seams)}: invariance cannot be promised.")
+        said.append(f"Required seams are open, so invariance is not guaranteed: {', '.join(report.open_seams)}.")
     return said
 
 
 def write(report: Report, path: Path) -> None:
-    """The JSON file; readable by `read`, bit for bit."""
+    """Write the JSON file. `read` gives the same report, bit for bit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, as_json(report))
     path.chmod(0o644)
 
 
 def read(path: Path) -> Report:
-    """Raises msgspec.DecodeError for a file that is no report of this format."""
+    """Read a report's JSON file. Raises msgspec.DecodeError for a file that is no report of this format."""
     return from_json(msgspec.json.decode(path.read_bytes()))
 
 
@@ -242,12 +243,12 @@ def as_json(report: Report) -> object:
 
 
 def from_json(value: object) -> Report:
-    """The report again. Raises msgspec.ValidationError for a value that is no report."""
-    return msgspec.convert(value, Report, strict=False)  # "nan" is a float again
+    """The report that `as_json` turned into this value. Raises msgspec.ValidationError for any other value."""
+    return msgspec.convert(value, Report, strict=False)  # strict=False turns "nan" into a float
 
 
 def _finite(value: object) -> object:
-    """The same with "nan", "inf" and "-inf" in place of the floats that JSON does not have."""
+    """The value with "nan", "inf" and "-inf" in place of the floats that JSON cannot express."""
     if isinstance(value, dict):
         return {key: _finite(held) for key, held in value.items()}
     if isinstance(value, (list, tuple)):

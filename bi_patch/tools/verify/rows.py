@@ -1,7 +1,7 @@
-"""A logits processor that changes nothing and hashes whole rows of logits, so that the full vocabulary is compared.
+"""A logits processor that hashes whole rows of logits and changes nothing, so that verify compares the full vocabulary.
 
-vLLM hands it the logits of every sampled row and which request each row belongs to: model runner V1 by batch updates,
-V2 by request slots. One row costs a copy of vocab_size x 4 bytes to the host.
+vLLM hands the processor the logits of every sampled row, and the request of each row: model runner V1 by batch updates,
+V2 by request slots. Each row costs a copy of vocab_size x 4 bytes to the host.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ try:
 except ImportError:  # releases whose model runner V2 takes no processors
     SlotProcessor = LogitsProcessor
 
-KEY = "bi_patch_digest"  # in SamplingParams.extra_args: the name under which a request's digests are kept
+KEY = "bi_patch_digest"  # key in SamplingParams.extra_args; its value names the request's digests
 
 kept: dict[str, dict[int, str]] = {}  # name -> generated position -> digest
 
 
 def take(name: str) -> list[str]:
-    """The digests of a request that has ended, by generated position; they are forgotten here."""
+    """Return and forget the digests of a finished request, in order of the generated positions."""
     found = kept.pop(name, {})
     return [found[i] for i in sorted(found)]
 
 
 def keep(name: str, position: int, row) -> None:
-    """Keep the digest of one row of logits [vocab] under a request's name."""
+    """Keep the digest of a row of logits [vocab] under a request's name."""
     content = row.detach().float().cpu().contiguous().numpy().tobytes()
-    # A row of an unfinished prefill is sampled and dropped: the last one at a position is the one that counts.
+    # vLLM also samples a row of an unfinished prefill and drops it: the last digest at a position counts.
     kept.setdefault(name, {})[position] = hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 class Digests(*dict.fromkeys((LogitsProcessor, SlotProcessor))):
-    """Lives in the worker, which must be this process."""
+    """The logits processor. vLLM runs it in the worker, which must be this process for `take` to find the digests."""
 
     def __init__(self, vllm_config, *given) -> None:
         """given: device, is_pin_memory from model runner V1; the state of the requests from V2."""
@@ -43,7 +43,7 @@ class Digests(*dict.fromkeys((LogitsProcessor, SlotProcessor))):
         self._requests = given[0]
 
     def is_argmax_invariant(self) -> bool:
-        return False  # else vLLM leaves it out when all requests are greedy
+        return False  # otherwise vLLM skips the processor when all requests are greedy
 
     def update_state(self, batch_update) -> None:
         if batch_update is None:
@@ -77,7 +77,7 @@ class Digests(*dict.fromkeys((LogitsProcessor, SlotProcessor))):
         lengths = context.seq_lens_upper_bound_np  # exact without speculation
         for row, slot in enumerate(context.idx_mapping_np.tolist()):
             position = int(lengths[row]) - int(self._requests.prompt_len.np[slot])
-            if slot in self._names and position >= 0:  # below: a prompt that is not computed to its end yet
+            if slot in self._names and position >= 0:  # negative in an unfinished prompt
                 keep(self._names[slot], position, logits[row])
         return logits
 

@@ -1,6 +1,6 @@
-"""Where vLLM's model runner holds a request's rows: the only part of the verifier that knows the runner's names.
+"""Finds the target's rows in vLLM's model runner. No other module of verify uses the runner's names.
 
-Written for the model runners V1 and V2 of vLLM 0.23 to 0.33 in this process (one rank).
+The target is the traced request. Supports model runners V1 and V2 of vLLM 0.23 to 0.33, in this process (one rank).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bi_patch.tools.verify.trace import (
 
 
 class NotTraceable(BiPatchError):
-    """The engine's model does not run in this process, or its runner is not the one that tracing knows."""
+    """The engine's model does not run in this process, or verify does not know its model runner."""
 
 
 def model_runner(engine) -> object:
@@ -44,7 +44,7 @@ def model_runner(engine) -> object:
 
 
 def attach(runner, tracer: Tracer, requests: Sequence[Request], index: int) -> Attached:
-    """The tracer on a runner of either kind. Raises NotTraceable."""
+    """Connect the tracer to a model runner V1 or V2; the target is `requests[index]`. Raises NotTraceable."""
     for kind in (Attached, AttachedV2):
         if all(hasattr(runner, name) for name in kind.NEEDED):
             return kind(runner, tracer, requests, index)
@@ -52,14 +52,14 @@ def attach(runner, tracer: Tracer, requests: Sequence[Request], index: int) -> A
 
 
 def module_names(runner) -> dict[int, str]:
-    """id(module) -> path, of the model and the sampler."""
+    """The path of every module of the model and the sampler, by id(module)."""
     named = runner.sampler.named_modules() if isinstance(runner.sampler, torch.nn.Module) else ()
     names = {id(m): f"sampler.{name}".rstrip(".") for name, m in named}
     return names | {id(m): name for name, m in runner.get_model().named_modules()}
 
 
 class Attached:
-    """Model runner V1 with a tracer on it: every step's rows of one request are handed to the tracer."""
+    """Model runner V1 with a tracer: in every step, the tracer learns which rows are the target's."""
 
     NEEDED = ("_model_forward", "_sample", "_get_prompt_logprobs_dict", "input_batch", "requests")
 
@@ -68,14 +68,14 @@ class Attached:
         self._prompt = list(requests[index].prompt)
         arrivals = sorted(range(len(requests)), key=lambda i: requests[i].delay)
         same = [i for i in arrivals if list(requests[i].prompt) == self._prompt]
-        self._turn = same.index(index)  # requests with one prompt are told apart by their order of arrival
+        self._turn = same.index(index)  # the order of arrival tells requests with the same prompt apart
         self._target: str | None = None
         self._step = -1
         self._scheduled = None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """The tracer sees the request's steps inside. Restores everything it replaced."""
+        """Within this context, the tracer sees the target's steps. At its end, everything replaced is restored."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tracer.hooked())
             for owner, name, wrap in self._wrapped():
@@ -93,7 +93,7 @@ class Attached:
             yield
 
     def _wrapped(self):
-        """(owner, name, what takes its place)."""
+        """(owner, attribute, function that makes the replacement)."""
         runner, sampler = self._runner, self._runner.sampler
         return (
             (runner, "execute_model", self._execute),
@@ -129,7 +129,7 @@ class Attached:
                 self._turn -= 1
 
     def _place(self) -> tuple[int, int, int, int] | None:
-        """(request's row, first token's row, tokens, absolute position of the first) in this step, or None."""
+        """The target in this step, or None: (its row, its first token's row, tokens, first token's position)."""
         count = self._scheduled.num_scheduled_tokens.get(self._target, 0) if self._target is not None else 0
         if not count:
             return None
@@ -158,7 +158,7 @@ class Attached:
         return _model_forward
 
     def _coarse(self, rows: Rows, result) -> None:
-        """What is left by compiled code: the keys and values of each layer, and the last hidden states."""
+        """Record the results of compiled code: each layer's keys and values, and the last hidden states."""
         for name, layer in self._context().items():
             if hasattr(layer, "kv_cache"):
                 self._cache(layer, name, rows)
@@ -185,7 +185,7 @@ class Attached:
         row, start, count, position = place
         if self._prompt_hidden is None:
             if position + count < self._tokens():
-                return None  # an unfinished prompt: what is sampled here is thrown away
+                return None  # an unfinished prompt: vLLM drops the token that it samples here
             sizes = frozenset({hidden_states.shape[0]})
             self._logprob_rows = Rows(self._step, LOGPROBS, sizes, row, 1, position + count - 1)
             return Rows(self._step, LOGITS, sizes, row, 1, position + count - 1)
@@ -247,7 +247,7 @@ class Attached:
         return _get_prompt_logprobs_dict
 
     def _returned(self, mine) -> None:
-        """The prompt logprobs that the runner hands back for the request, if any."""
+        """Record the prompt logprobs that the runner returns for the target, if any."""
         if mine is not None:
             number = len(mine.logprobs)
             rows = Rows(self._step, RETURNED, frozenset({number}), 0, number, 0)
@@ -268,20 +268,20 @@ class Attached:
             if rows is None:
                 return held(*args, **kwargs)
             self._cache(layer, self._tracer.current()[1], rows)
-            # On CUDA the op around it is recorded; FlashAttention's own op returns what no dispatch mode can hand on.
+            # On CUDA only the surrounding op is recorded: a dispatch mode cannot pass on FlashAttention's results.
             with contextlib.nullcontext() if args[1].is_cuda else self._tracer.again():
                 return held(*args, **kwargs)
 
         return forward
 
     def _cache(self, layer, path: str, rows: Rows) -> None:
-        """One entry for the keys and values in the cache before and at each position, as far as blocks are full."""
+        """Record, for each position, a digest of the keys and values in the full blocks up to this position."""
         cache = layer.kv_cache
         cache = cache[0] if isinstance(cache, (list, tuple)) else cache
         blocks = self._runner.kv_cache_config.num_blocks
         groups = getattr(self._runner.kv_cache_config, "kv_cache_groups", [None])
         if not isinstance(cache, torch.Tensor) or blocks not in cache.shape or len(groups) > 1:
-            return  # several groups have tables and block sizes of their own
+            return  # each of several groups has its own block table and block size
         size = self._runner.vllm_config.cache_config.block_size
         full = (rows.position + rows.count) // size
         ids = self._blocks(full)
@@ -294,13 +294,13 @@ class Attached:
         self._tracer.add(CACHE, 0, rows, digests, tuple(cache.shape), tuple(cache.stride()), cache.dtype, layer, path)
 
     def _blocks(self, full: int) -> torch.Tensor:
-        """The ids of the request's first `full` blocks."""
+        """The ids of the target's first `full` blocks."""
         row = self._runner.input_batch.req_id_to_index[self._target]
         return torch.as_tensor(self._runner.input_batch.block_table[0].block_table.np[row, :full].copy())
 
 
 class AttachedV2(Attached):
-    """Model runner V2 with a tracer on it."""
+    """Model runner V2 with a tracer."""
 
     NEEDED = ("prepare_inputs", "sample", "prompt_logprobs_worker", "req_states", "block_tables")
     _batch = None
@@ -423,7 +423,7 @@ class AttachedV2(Attached):
 
 @contextlib.contextmanager
 def replaced(owner, name: str, wrap) -> Iterator[None]:
-    """`owner.name` is `wrap(owner.name)` inside, on this object alone."""
+    """Within this context, `owner.name` is `wrap(owner.name)`, on this object only."""
     held = getattr(owner, name)
     own = vars(owner).get(name)
     object.__setattr__(owner, name, wrap(held))

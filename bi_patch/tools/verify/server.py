@@ -1,6 +1,6 @@
-"""A running vLLM server seen as an Engine, through the OpenAI client: what a probe asks goes over HTTP.
+"""Drives a running vLLM server as an Engine: requests go over HTTP through the OpenAI client.
 
-Prompts are token ids. A cold cache is a new `cache_salt`: prefixes are shared only between requests of one salt.
+Prompts are token ids. A new `cache_salt` acts as an empty cache: only requests with the same salt share prefixes.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from bi_patch.errors import MissingDependency, ServerFailed
 from bi_patch.tools.verify.answers import Answer, Request, checked
 from bi_patch.tools.verify.engine import SERVER, Info, Options
 
-_WATCH = 5.0  # seconds between looks at a server that is being waited for
-STEP = 0.02  # seconds of delay for each engine step that a request is to wait
+_WATCH = 5.0  # seconds between two health checks while requests run
+STEP = 0.02  # seconds of delay for each engine step of Request.delay
 _VOCABULARIES = (120_000, 32_000, 8_000, 1_900, 250)
 
 
 class ServerEngine:
-    """An Engine over HTTP; use it as a context manager. See verify.engine.Engine for the methods.
+    """An Engine over HTTP; use as a context manager. See verify.engine.Engine for the methods.
 
-    url: http://host:port with or without /v1. model: the served name, by default the first one. timeout: seconds for
-    one answer. said: what the server said about itself (its model, context length, block size, prefix caching).
-    Raises ServerFailed when the server is down, dies, or answers with an error; MissingDependency without
-    the package openai.
+    url: http://host:port with or without /v1. model: the served name, by default the server's first. timeout: seconds
+    for one answer. said: what the server said about itself (model, context length, block size, prefix caching).
+    Raises ServerFailed when the server is down, dies, or answers with an error; MissingDependency without the package
+    openai.
     """
 
     def __init__(self, url: str, *, model: str = "", timeout: float = 600.0) -> None:
         try:
             import openai
         except ImportError as error:
-            raise MissingDependency("a server is asked through the OpenAI client: pip install openai") from error
+            raise MissingDependency("verifying a server needs the OpenAI client: pip install openai") from error
         self._openai = openai
         self.url = re.sub(r"/v1/?$", "", url.rstrip("/"))
         served = self._models()
@@ -76,7 +76,7 @@ class ServerEngine:
             self._loop.close()
 
     def alive(self) -> bool:
-        """Whether the server says that it is healthy."""
+        """Whether the server answers its health check."""
         try:
             self._get("/health")
         except ServerFailed:
@@ -100,7 +100,7 @@ class ServerEngine:
         return checked(requests, self._loop.run_until_complete(together()))
 
     async def _dies(self) -> None:
-        """Raise when the server no longer answers: one that shuts down may keep connections open without an end."""
+        """Raise ServerFailed when the server no longer answers. A server that shuts down may keep connections open."""
         missed = 0
         while True:
             await asyncio.sleep(_WATCH)
@@ -109,9 +109,9 @@ class ServerEngine:
                 missed = 0
             except ServerFailed as error:
                 missed += 1
-                # A busy server may answer late, but a refused connection or an error is an end.
+                # A busy server may answer late; a refused connection or an error means that the server died.
                 if missed >= 6 or "answered" in str(error) or "refused" in str(error):
-                    raise ServerFailed(f"{error}; it died while it was asked") from error
+                    raise ServerFailed(f"{error}; the server died while requests were running") from error
 
     def reset_cache(self) -> None:
         self._salt = secrets.token_hex(8)
@@ -128,10 +128,10 @@ class ServerEngine:
         return tuple(json.loads(self._get("/tokenize", {"model": self.options.model, "prompt": text}))["tokens"])
 
     def set_chunk(self, tokens: int | None) -> None:
-        raise ServerFailed(f"{self.url}: a running server's chunk budget cannot be moved")
+        raise ServerFailed(f"{self.url}: a running server's chunk budget cannot be changed")
 
     def ask(self, do: str, data: bytes) -> bytes:
-        raise ServerFailed(f"{self.url}: a server answers requests only; it cannot run {do!r}")
+        raise ServerFailed(f"{self.url}: a server answers requests only and cannot run {do!r}")
 
     async def _ask(self, request: Request) -> Answer:
         await asyncio.sleep(request.delay * STEP)
@@ -205,7 +205,7 @@ class ServerEngine:
         )
 
     def _vocabulary(self) -> int:
-        """A number of token ids that the server's model has: HTTP does not tell its vocabulary."""
+        """A vocabulary size that the server accepts: the API does not state the model's own."""
         for size in _VOCABULARIES:
             try:
                 self.generate([Request((size - 1, 1), max_tokens=1, logprobs=None)])
@@ -236,7 +236,7 @@ class ServerEngine:
 
 
 def _said(entry: dict, cache: dict[str, str]) -> dict[str, object]:
-    """What the server said about itself, and nothing that it did not say. entry: of /v1/models. cache: see _cache."""
+    """Only what the server said about itself. entry: the model's entry of /v1/models. cache: see _cache."""
     said: dict[str, object] = {"model": entry["id"]}
     if entry.get("max_model_len"):
         said["max_model_len"] = entry["max_model_len"]
@@ -248,9 +248,9 @@ def _said(entry: dict, cache: dict[str, str]) -> dict[str, object]:
 
 
 def _answer(choice, request: Request, url: str) -> Answer:
-    """A completion's choice; the extra fields are vLLM's. Top tokens keep the server's order.
+    """The Answer in a completion's choice with vLLM's extra fields. Top tokens keep the server's order.
 
-    Raises ServerFailed for one without tokens, and for a logprob that is null, as JSON has it for NaN.
+    Raises ServerFailed for a choice without tokens, and for a logprob of null, which is how JSON writes NaN.
     """
     given = choice.model_extra or {}
     tokens = list(given.get("token_ids") or ())
@@ -260,18 +260,18 @@ def _answer(choice, request: Request, url: str) -> Answer:
         tokens = [_id(token) for token in found.tokens or ()]
     if not tokens:
         raise ServerFailed(
-            f"{url} returns neither token ids nor logprobs, so nothing can be compared: is it vLLM, and does a proxy "
-            "before it pass `return_token_ids` and `logprobs` on?"
+            f"{url} returns neither token ids nor logprobs, so nothing can be compared: is the server vLLM, and does "
+            "every proxy pass on `return_token_ids` and `logprobs`?"
         )
     tops = [[(_id(k), v) for k, v in (top or {}).items()] for top in (found.top_logprobs or ())] if found else []
     prompt = [{int(k): v["logprob"] for k, v in entry.items()} for entry in (given.get("prompt_logprobs") or ())[1:]]
-    # As a local engine's: NaN where an entry is about other tokens.
+    # As in a local engine: NaN where the entry lacks the token.
     scored = [entry.get(token, math.nan) for token, entry in zip(request.prompt[1:], prompt)]
     every = [*logprobs, *scored, *(value for top in tops for _, value in top), *(v for e in prompt for v in e.values())]
     if None in every:
         raise ServerFailed(
-            f"{url} returns null for a logprob: the model's logits are NaN there, which proves nothing; look at its "
-            "weights, dtype and quantization"
+            f"{url} returns null for a logprob: the model's logits are NaN there, which proves nothing; check the "
+            "model's weights, dtype and quantization"
         )
     return Answer(
         tokens=tokens,

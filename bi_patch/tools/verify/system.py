@@ -1,4 +1,4 @@
-"""The system that is verified: engines that can be started at will, or one server that runs already."""
+"""The system that verify measures: engines that it can start, or a running server."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bi_patch.tools.verify.server import ServerEngine
 
 
 class System(Protocol):
-    """What is verified.
+    """What verify measures.
 
-    name: for the report. mode: armed, upstream, stock or server. options: of the base engine. restarts: whether engines
-    with other options can be started.
+    name: the report shows it. mode: armed, upstream, stock or server. options: the base engine's options. restarts:
+    whether verify can start engines with other options.
     """
 
     name: str
@@ -24,7 +24,7 @@ class System(Protocol):
     restarts: bool
 
     def start(self, options: Options, *, fresh: bool = False) -> AbstractContextManager[Engine]:
-        """A live engine with these options. fresh: with empty compile caches."""
+        """Return a live engine with these options. fresh: start it with empty compile caches."""
 
 
 class LocalEngines:
@@ -41,7 +41,7 @@ class LocalEngines:
 
 
 class RunningServer:
-    """A server that runs already; its options cannot be changed."""
+    """A running server; verify cannot change its options."""
 
     mode, restarts = "server", False
 

@@ -1,4 +1,4 @@
-"""A report and its progress in a terminal."""
+"""Shows a run's progress and its report in a terminal."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _COLOURS = {
 
 
 class _Left(ProgressColumn):
-    """The time left: counts down from the last estimate."""
+    """The column with the time left, counted down from the last estimate."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{_time(task.fields['until'] - (task.elapsed or 0.0))} left" if task.fields["until"] else "")
 
 
 class Live(Watcher):
-    """rich's progress bar with the time left; without a terminal, one line per axis."""
+    """Shows a progress bar with the time left; without a terminal, prints one line per axis."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -86,9 +86,9 @@ class Live(Watcher):
 
 
 def summary(report: Report) -> RenderableType:
-    """The table of axes, the first pairs that differ, what was left out, and the verdict."""
+    """The table of axes, the first pairs that differ, the axes without a result, and the verdict."""
     table = Table(
-        title="Compared bitwise, axis by axis", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title="Positions compared bitwise", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     table.add_column("axis")
     for name in ("compared", "differing", "largest", "ulps", "seconds"):
@@ -132,7 +132,7 @@ def summary(report: Report) -> RenderableType:
 
 
 def plain(report: Report, width: int = 110) -> str:
-    """The same as text without colours, for a test's failure or a log."""
+    """The summary as text without colours, for a log or the message of a failed test."""
     console = Console(width=width, no_color=True, force_terminal=False, record=True, file=_Nowhere())
     console.print(summary(report))
     return console.export_text()
@@ -147,7 +147,7 @@ class _Nowhere:
 
 
 def _aside(axes: list[Axis]) -> list[RenderableType]:
-    """What was not measured, axes of one reason in one line."""
+    """The axes without a result; axes with the same reason share a line."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for axis in axes:
         grouped.setdefault((axis.state, axis.reason), []).append(axis.name)

@@ -1,7 +1,8 @@
-"""A trace of one request through the engine: a digest of its rows after every op and every module.
+"""Traces one request, the target, through the engine: a digest of its rows after every op and every module.
 
-A row is found by its token's absolute position in the request, so that chunked prefill, decode and batches of any
-size line up. The engine runs eagerly while it is traced. Works on one process; ranks above 0 are not traced.
+Rows are identified by their token's absolute position in the target, so that traces of chunked prefill, decode and
+batches of any size line up. The traced engine runs eagerly, unless the trace is coarse. Only this process is traced;
+ranks above 0 are not.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 WIDTH = 8  # bytes of a row's digest
 FORWARD, LOGITS, LOGPROBS, SAMPLE, RETURNED = PHASES = ("forward", "logits", "logprobs", "sample", "returned")
-CACHE = "KV cache"  # an entry for what a layer is about to read from its cache
-MODULE = "(module)"  # stands for an op where an entry is a module's own output
-# Memory that nothing was written to yet, and draws that need not be the request's own.
+CACHE = "KV cache"  # the op of a call that records what a layer is about to read from its cache
+MODULE = "(module)"  # the op of a call that records a module's own output
+# Ops that are not recorded: they return unwritten memory, or random numbers that need not be the target's own.
 _UNDEFINED = ("empty", "rand", "exponential", "uniform", "normal", "bernoulli")
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True):
-    """One output of one op or module, as far as it belongs to the traced request.
+    """The target's rows of one output of one op or module.
 
     step: engine step. position: absolute position of the first row's token. digests: WIDTH bytes for each row.
-    shape, stride: of the whole output, so shape[0] is M. seam: who owns the op. kernel: what served it.
+    shape, stride: of the whole output, so shape[0] is M. seam: the op's seam, "" for none. kernel: the kernel that ran.
     """
 
     step: int
@@ -55,7 +56,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Trace(msgspec.Struct, frozen=True):
-    """The calls of one request in execution order. coarse: only where compiled code ends, not inside it."""
+    """The target's calls in execution order. coarse: only the results of compiled code, not the ops inside."""
 
     calls: list[Call]
     coarse: bool = False
@@ -63,9 +64,10 @@ class Trace(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the request's rows are in the tensors of one phase of one step.
+    """Where the target's rows are in the tensors of one phase of one step.
 
-    sizes: leading dimensions that mean rows of this phase. start, count: the request's rows. position: of the first.
+    sizes: a tensor whose leading dimension is one of these holds rows of this phase. start, count: the target's rows.
+    position: the position of the first.
     """
 
     step: int
@@ -84,9 +86,9 @@ Kernel = Callable[[object, tuple], str]  # (op overload, arguments) -> kernel
 
 
 class Tracer(TorchDispatchMode):
-    """Records calls while `rows` is set.
+    """Records the target's calls while `rows` is set; PyTorch calls it for every op that runs.
 
-    names: id(module) -> path, "" for the whole model. watch: (module, op) whose GPU kernels are named.
+    names: id(module) -> path, "" for the whole model. watch: the (module, op) whose GPU kernels are recorded.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Tracer(TorchDispatchMode):
 
     @contextlib.contextmanager
     def phase(self, rows: Rows | None) -> Iterator[None]:
-        """Record what runs inside as `rows` say; None: nothing of the request runs inside."""
+        """Within this context, record the target's rows as `rows` states; None: the context holds none of its rows."""
         before, self._rows = self._rows, rows
         try:
             with self.again():
@@ -120,7 +122,7 @@ class Tracer(TorchDispatchMode):
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Be active inside an op that was called from this very mode, which has left the stack for it."""
+        """Stay active inside an op that this mode itself called: PyTorch takes the mode off the stack for the op."""
         if self.coarse or self in _get_current_dispatch_mode_stack():
             yield
         else:
@@ -129,7 +131,7 @@ class Tracer(TorchDispatchMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What the tracing itself computes inside is not recorded."""
+        """Within this context, record nothing: the tracer itself computes."""
         self._busy = True
         try:
             yield
@@ -138,7 +140,7 @@ class Tracer(TorchDispatchMode):
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
-        """Module hooks are on inside."""
+        """Within this context, module hooks record each module's path and output."""
         if self.coarse:
             yield
             return
@@ -184,7 +186,7 @@ class Tracer(TorchDispatchMode):
     def record(
         self, op: str, outputs, kernel: Callable[[], str] = str, *, rows: Rows | None = None, module: str | None = None
     ) -> None:
-        """Digest the request's rows of each output that has rows."""
+        """Record a digest of the target's rows of each output that has rows."""
         rows = rows or self._rows
         if rows is None:
             return
@@ -240,13 +242,13 @@ class Tracer(TorchDispatchMode):
             stack.enter_context(self.again())
         outer = self._modules[-1][1] if self._modules else ""
         path = self._names.get(id(module), outer)
-        # A module that several layers share is named by where it runs.
+        # A module that several layers share gets the path of the layer in which it runs.
         if outer and path != outer and not path.startswith(f"{outer}."):
             path = f"{outer}.{path.rsplit('.', 1)[-1]}"
         self._modules.append((module, path, stack))
 
     def _after(self, module, args, output) -> None:
-        if not self._modules:  # hooks were set inside the module's forward
+        if not self._modules:  # the hooks were installed while the module's forward ran
             return
         flat = output if isinstance(output, (tuple, list)) else (output,)
         self.record(MODULE, flat)
@@ -264,7 +266,7 @@ def digest_rows(rows: torch.Tensor) -> bytes:
 
 
 def chain(digests: bytes) -> list[bytes]:
-    """[i] stands for the first i digests."""
+    """A list whose item i is a digest of the first i digests."""
     chained = [b"\0" * WIDTH]
     for at in range(0, len(digests), WIDTH):
         chained.append(hashlib.blake2b(chained[-1] + digests[at : at + WIDTH], digest_size=WIDTH).digest())
@@ -272,7 +274,7 @@ def chain(digests: bytes) -> list[bytes]:
 
 
 def _profiled(func, args, kwargs):
-    """The result and the names of the kernels that ran on the GPU for it."""
+    """The op's result, and the names of the GPU kernels that the op ran."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as held:
@@ -290,7 +292,7 @@ _NOISE = re.compile(r"^void |at::native::|\(anonymous namespace\)::")
 
 
 def kernels(names: Sequence[str]) -> str:
-    """Names of GPU kernels, the most important first, as words: the first few, without namespaces, cut to a width."""
+    """GPU kernels as text: the first names, without namespaces, cut to a width. names: the slowest kernel first."""
     chosen = [name for name in names if not name.startswith(("Memcpy", "Memset"))] or list(names)
     short = [_NOISE.sub("", name) for name in chosen]
     shown = [name if len(name) <= _WIDE else f"{name[:_WIDE]}..." for name in short[:_SHOWN]]

@@ -1,6 +1,6 @@
-"""Weights that are made, not loaded: seeded random ones for a folder without weights, and rows tied on purpose.
+"""Makes weights instead of loading them: seeded random weights for a folder without weights, and rows tied on purpose.
 
-vLLM's own dummy weights are within 0.001 of zero, so small that rounding hides most variance.
+vLLM's own dummy weights are within 0.001 of zero: so small that rounding hides most differences.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ import functools
 
 
 def make_random(seed: int) -> None:
-    """From now on load_format="dummy" in this process fills models with `fill(model, seed)`. Call before the engine."""
+    """Make load_format="dummy" in this process fill models with `fill(model, seed)`. Call before the engine starts."""
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     original = getattr(DummyModelLoader.load_weights, "__wrapped__", DummyModelLoader.load_weights)
 
     @functools.wraps(original)
     def load_weights(self, model, *args, **kwargs):
-        original(self, model, *args, **kwargs)  # also what quantized layers need besides values
+        original(self, model, *args, **kwargs)  # also sets up what quantized layers need besides values
         fill(model, seed)
 
     DummyModelLoader.load_weights = load_weights
 
 
 def make_tied() -> None:
-    """From now on every model loaded in this process is passed to `tie` before its weights are packed."""
+    """Make this process call `tie` on every model that it loads, before weights are packed. Call before the engine."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     for loader in _subclasses(BaseModelLoader):
@@ -33,7 +33,7 @@ def make_tied() -> None:
 
 
 def fill(model, seed: int) -> None:
-    """Matrices normal(0, fan_in ** -0.5), biases normal(0, 0.5), norms 1 + normal(0, 0.1); integers are left alone."""
+    """Fill a model: matrices normal(0, fan_in ** -0.5), biases normal(0, 0.5), norms normal(1, 0.1); no integers."""
     import torch
 
     generators: dict[object, torch.Generator] = {}
@@ -56,7 +56,7 @@ def fill(model, seed: int) -> None:
 
 
 def tie(model) -> None:
-    """Make rows 2i and 2i + 1 equal in the output head and in every router: each best value is then tied exactly."""
+    """Make rows 2i and 2i + 1 equal in the output head and in every router: every best value becomes an exact tie."""
     for name, parameter in model.named_parameters():
         value = parameter.data
         if not _is_scored(name) or value.ndim != 2 or not value.is_floating_point():
@@ -66,7 +66,7 @@ def tie(model) -> None:
 
 
 def _is_scored(name: str) -> bool:
-    """Whether rows of this parameter are scored against each other: the head (also a tied embedding), routers."""
+    """Whether the model picks among the rows of this parameter: the head (also a tied embedding) and routers."""
     return name.endswith(
         ("lm_head.weight", "embed_tokens.weight", "mlp.gate.weight", "router.weight", "block_sparse_moe.gate.weight")
     )
@@ -83,7 +83,7 @@ def _then_tied(original):
 
 
 def _subclasses(kind: type) -> list[type]:
-    from vllm.model_executor.model_loader import default_loader, dummy_loader  # noqa: F401  so that they are known
+    from vllm.model_executor.model_loader import default_loader, dummy_loader  # noqa: F401  imported so that __subclasses__ lists them
 
     found = [kind]
     for each in found:

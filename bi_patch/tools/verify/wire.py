@@ -1,4 +1,4 @@
-"""The pipe between a parent and its engine child: JSON lines; answers as msgpack, which keeps every float's bits."""
+"""The protocol of a parent and its engine child: JSON lines. Answers are msgpack, which keeps a float's bits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from bi_patch.tools.verify.engine import Info, Options
 
 
 class Command(msgspec.Struct, omit_defaults=True):
-    """Parent to child. `do` is start, generate, reset_cache, counters, chunk, encode, stop, or what
-    verify.instruments serves, whose arguments are in `data`."""
+    """From parent to child. `do`: start, generate, reset_cache, counters, chunk, encode, stop, or an instrument's name.
+
+    data: the arguments of the instrument (see verify.instruments).
+    """
 
     do: str
     options: Options | None = None
@@ -23,7 +25,10 @@ class Command(msgspec.Struct, omit_defaults=True):
 
 
 class Reply(msgspec.Struct, omit_defaults=True):
-    """Child to parent, one per command. `error` is the name of an exception class, empty when all went well."""
+    """From child to parent, one reply for each command.
+
+    error: the name of an exception class, "" for success. named: whether the exception is a BiPatchError.
+    """
 
     answers: bytes = b""
     seconds: float = 0.0
@@ -53,7 +58,7 @@ def send(stream: IO[bytes], message: Command | Reply) -> None:
 
 
 def commands(stream: IO[bytes]):
-    """Commands until the parent closes the pipe."""
+    """Yield commands until the parent closes the pipe."""
     decoder = msgspec.json.Decoder(Command)
     for line in stream:
         yield decoder.decode(line)

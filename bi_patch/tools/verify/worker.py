@@ -1,6 +1,6 @@
-"""The engine child: arms or does not as its environment says, starts the real engine, and answers commands.
+"""The process of an engine child: arms itself as its environment says, starts the engine, and answers commands.
 
-Standard output and error go to the log the parent chose, so nothing that vLLM prints can reach the reply pipe.
+Standard output and error go to the log that the parent chose, so vLLM's prints cannot reach the reply pipe.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from bi_patch.tools.verify.engine import LocalEngine
 
 
 def main(prepare: Callable[[], None] = lambda: None) -> None:
-    """Serve commands from standard input; replies go to the file descriptor named in the second argument.
+    """Answer commands from standard input; replies go to the file descriptor in sys.argv[2].
 
-    prepare: called once this process is armed, if it is to be, and before its engine starts.
+    prepare: called after this process is armed (if the mode arms it) and before its engine starts.
     """
     replies = os.fdopen(int(sys.argv[2]), "wb")
     engine: LocalEngine | None = None
@@ -32,11 +32,11 @@ def main(prepare: Callable[[], None] = lambda: None) -> None:
                 reply = wire.Reply(info=engine.info)
             else:
                 reply = _serve(engine, command)
-        except BaseException as error:  # reported to the parent, which raises it
+        except BaseException as error:  # the parent raises it
             traceback.print_exc()
             reply = _failure(error)
         wire.send(replies, reply)
-    # vLLM's teardown can take seconds and has nothing left to do here.
+    # Skip vLLM's teardown, which can take seconds and is not needed here.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -75,7 +75,7 @@ def _serve(engine: LocalEngine | None, command: wire.Command) -> wire.Reply:
 
 
 def _failure(error: BaseException) -> wire.Reply:
-    """The named error behind an exception, when there is one: vLLM wraps what its parts raise."""
+    """The reply for an exception: bi_patch's error behind it, if any, since vLLM wraps the errors of its parts."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, BiPatchError):

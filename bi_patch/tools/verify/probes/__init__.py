@@ -1,8 +1,8 @@
-"""The axes of batch invariance: one probe per axis, run on live engines and counted bitwise, in the order of cost.
+"""The axes of batch invariance: one probe for each axis. Probes compare live engines' answers bitwise.
 
-A Probe compares answers within one engine, which is the base engine or, with `options`, one of its own. A CrossProbe
-asks the same of engines started differently (chunk budget, cache, KV size, a new process) and compares them. Both take
-a Workload, so that any model and device can be probed:
+A Probe compares answers within one engine: the base engine or, with `options`, an engine started for the probe. A
+CrossProbe sends the same requests to the base engine and to engines that differ (chunk budget, cache, KV size, a new
+process) and compares the answers. Both take a Workload, so that they work for any model and device:
 
     workload = Workload.random(engine.info.vocab_size)
     for probe in PROBES:
@@ -14,8 +14,8 @@ a Workload, so that any model and device can be probed:
             got = cross.collect(other_engine, workload)  # an engine of engine.options.but(**change.options)
             result = cross.judge(change, expected, got)
 
-`cases` instead of `run` and `judge` yields every compared pair with what it takes to run it again.
-A probe that could not do what it is for (no preemption happened, no prefix was cached) raises NotExercised.
+`cases`, instead of `run` and `judge`, yields every compared pair with everything that running it again needs.
+A probe raises NotExercised when the cause that it tests did not occur: no preemption happened, no prefix was cached.
 """
 
 from __future__ import annotations
@@ -93,19 +93,19 @@ PROBES = (
         needs_company,
         seconds=9,
     ),
-    Probe("position and order", "place in a batch of nine, others reversed", position, (8,), needs_company, seconds=5),
+    Probe("position and order", "place in a batch of nine; others reversed", position, (8,), needs_company, seconds=5),
     Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company, seconds=2),
     Probe(
         "mixed lengths",
-        "one long beside many short, and the reverse",
+        "each prompt beside many short ones, and beside a few long ones",
         mixed_lengths,
         (3, 4, 24),
         needs_company,
         seconds=3,
     ),
-    Probe("co-batch contents", "the same shapes beside other words", contents, (11,), needs_company, seconds=4),
+    Probe("co-batch contents", "the same shapes beside other tokens", contents, (11,), needs_company, seconds=4),
     Probe(
-        "prefix cache", "cold, warm, partly warm", prefix_cache, (6, 7), either(needs_cache, needs_blocks), seconds=3
+        "prefix cache", "empty, full, partly full", prefix_cache, (6, 7), either(needs_cache, needs_blocks), seconds=3
     ),
     Probe("shared prefix", "many requests with one prefix in common", shared_prefix, (5,), needs_company, seconds=2),
     Probe(
@@ -121,7 +121,7 @@ PROBES = (
     ),
     Probe(
         "prompt logprobs",
-        "logprobs of the prompt in each batch size",
+        "logprobs of the prompt, in each batch size",
         prompt_logprobs,
         (2, 8),
         needs_company,
@@ -129,7 +129,7 @@ PROBES = (
     ),
     Probe(
         "logprobs in any order",
-        "none, few, many and prompt logprobs in one batch",
+        "requests for no, few, many and prompt logprobs in one batch",
         logprob_orders,
         (8,),
         needs_company,
@@ -165,7 +165,7 @@ def _float_head(engine: Engine) -> str:
 ONLINE_PROBES = (
     Probe(
         "concurrent clients",
-        "every client's answer against its solo answer, over HTTP",
+        "each client's answer among others against its answer alone, over HTTP",
         online.clients,
         (8, 20, 21),
         online.offline,
@@ -173,11 +173,11 @@ ONLINE_PROBES = (
     ),
 )
 
-# On an engine of their own, compared within it.
+# Each on an engine started for the probe.
 OWN_PROBES = (
     Probe(
         "tied logits and routers",
-        "rows of the head and of routers made equal in pairs",
+        "equal pairs of rows in the head and in routers",
         tied,
         (13,),
         either(_float_head, needs_company),
@@ -190,7 +190,7 @@ OWN_PROBES = (
 CROSS_PROBES = (
     CrossProbe(
         "preemption",
-        "a KV cache too small for the batch; counted by the engine",
+        "a KV cache too small for the batch; the engine counts preemptions",
         crossing.few_blocks,
         crossing.crossing_blocks,
         crossing.preempted,
@@ -201,7 +201,7 @@ CROSS_PROBES = (
         "restart", "a new process with empty compile caches", crossing.restarted, crossing.everything, causes=(18,)
     ),
     CrossProbe(
-        "prefix cache off", "against on", crossing.uncached, crossing.everything, causes=(6, 7), missing=needs_cache
+        "prefix cache off", "off against on", crossing.uncached, crossing.everything, causes=(6, 7), missing=needs_cache
     ),
     CrossProbe(
         "chunked prefill", "several chunk budgets, and off", crossing.chunk_changes, crossing.everything, causes=(6,)
@@ -216,11 +216,11 @@ CROSS_PROBES = (
     ),
 )
 
-# Features that an engine may lack or refuse: then they do not apply.
+# Features that an engine may lack or refuse; their axes then do not apply.
 FEATURE_PROBES = (
     Probe(
         "LoRA",
-        "requests with an adapter, another and none",
+        "requests with an adapter, beside requests with another or none",
         adapters.lora,
         (10,),
         adapters.missing,

@@ -1,4 +1,4 @@
-"""The axis of LoRA: an adapter made on the fly, requests with and without it in one batch."""
+"""The axis "LoRA": makes random adapters and compares requests with an adapter, beside requests without."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from bi_patch.tools.verify.engine import Engine, Options
 from bi_patch.tools.verify.probes.base import NotExercised, Run, config
 
 RANK = 8
-_LEAST = 8  # concurrent requests: every level has a batch of so many that its subjects leave room in
+_LEAST = 8  # concurrent requests: every level has a batch of this size or more, with room beside its subjects
 _KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def missing(engine: Engine) -> str:
-    """Why no adapter can be made for the engine's model, "" when one can."""
+    """Why no adapter can be made for the engine's model, "" when an adapter can be made."""
     found = config(engine.options.model)
     if not found:
-        return "an adapter is made from the model's config.json, and the model is not a local folder"
+        return "making an adapter needs the model's config.json, and the model is not a local folder"
     if engine.options.max_num_seqs < _LEAST:
         return f"max_num_seqs is {engine.options.max_num_seqs}: no batch of {_LEAST} requests"
     kind = found.get("model_type")
-    return "" if kind in _KINDS else f"no adapter is made for models of type {kind!r}"
+    return "" if kind in _KINDS else f"verify makes no adapter for models of type {kind!r}"
 
 
 def options(base: Options) -> dict[str, object]:
@@ -33,7 +33,7 @@ def options(base: Options) -> dict[str, object]:
 
 
 def lora(run: Run) -> Iterator[Case]:
-    """Each subject with an adapter, among requests with it, with another, and with none."""
+    """Each subject with an adapter, among requests with the same adapter, with another, and without."""
     load, model = run.workload, run.engine.options.model
     first, second = adapter(model, 1), adapter(model, 2)
     requests = [run.greedy(i).but(lora=first) for i in run.subjects]
@@ -50,7 +50,7 @@ def lora(run: Run) -> Iterator[Case]:
 
 @functools.cache
 def adapter(model: str, seed: int) -> str:
-    """The folder of a random adapter of rank 8 for a local Llama-like model; it is kept for the process's life."""
+    """The folder of a random adapter of rank 8 for a local Llama-like model. The folder is deleted at process exit."""
     import torch
     from safetensors.torch import save_file
 

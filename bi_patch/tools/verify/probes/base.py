@@ -1,4 +1,4 @@
-"""What a probe is: cases within one engine, or across engines; the prompts it works on; what it asks of an engine."""
+"""Defines probes (within one engine, and across engines), their prompts, and how they query an engine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class NotExercised(BiPatchError):
 
 
 def config(model: str) -> dict:
-    """A local folder's config.json; empty for a name and for a folder without one."""
+    """A local folder's config.json; empty for a model's name, and for a folder without the file."""
     path = Path(model).expanduser() / "config.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 class Result(msgspec.Struct, frozen=True):
-    """One axis on one engine: positions compared bitwise, how many differ, and words for the first one."""
+    """One axis on one engine: positions compared bitwise, how many differ, and a description of the first of them."""
 
     axis: str
     compared: int
@@ -44,13 +44,14 @@ class Result(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Workload:
-    """subjects: prompts whose answers are compared; fillers: what runs beside them; all token ids.
+    """The prompts of the probes, as token ids.
 
-    long: one prompt of up to 3,000 tokens, or None where max_model_len is too small for it.
+    subjects: prompts whose answers are compared. fillers: prompts that run beside the subjects.
+    long: a prompt of up to 3,000 tokens, None where max_model_len is too small.
     generate: tokens generated per request. sizes: numbers of concurrent requests. prefix: tokens that requests of the
-    shared-prefix axis have in common. clients: requests at once against a server. score_sizes: as sizes, for prompt
-    logprobs and sampling; empty for the same. places: where a subject stands in a batch of nine. budgets: tokens per
-    engine step, as far as they are below the engine's own.
+    shared-prefix axis have in common. clients: concurrent requests to a server. score_sizes: numbers of concurrent
+    requests for prompt logprobs and sampling, empty for `sizes`. places: positions of a subject in a batch of nine.
+    budgets: tokens per engine step; only budgets below the engine's own are used.
     """
 
     subjects: tuple[tuple[int, ...], ...]
@@ -80,7 +81,7 @@ class Workload:
         clients: int = 0,
         score_sizes: Sequence[int] = (),
     ) -> Workload:
-        """Prompts of random tokens, the same for the same arguments. long, prefix: lengths, 0 for none."""
+        """Prompts of random tokens; the same arguments give the same prompts. long, prefix: lengths, 0 for none."""
         source = random.Random(seed)
 
         def prompt(length: int) -> tuple[int, ...]:
@@ -108,8 +109,10 @@ class Workload:
 
 
 class Run:
-    """One engine with the workload that is asked of it. Solo answers are asked once and kept: later ones are compared
-    with the first, however long ago that was. notes: what the running probe has to say besides its cases."""
+    """Runs a workload on one engine. Each request is answered alone only once; later answers are compared with that.
+
+    notes: remarks of the running probe, besides its cases.
+    """
 
     def __init__(self, engine: Engine, workload: Workload) -> None:
         self.engine, self.workload = engine, workload
@@ -124,13 +127,13 @@ class Run:
         return self.workload.greedy(index).but(digest=self.engine.options.digests)
 
     def holds(self, batch: Sequence[Request]) -> bool:
-        """Whether the KV cache has room for all at once, to their last token; else some wait or are preempted."""
+        """Whether the KV cache has room for all requests to their last token, so that none waits or is preempted."""
         info = self.engine.info
         needed = sum(-(-(len(r.prompt) + r.max_tokens) // info.block_size) for r in batch)
-        return not info.kv_tokens or needed < info.kv_tokens // info.block_size  # one block is vLLM's null block
+        return not info.kv_tokens or needed < info.kv_tokens // info.block_size  # vLLM keeps one null block
 
     def alone(self, requests: Sequence[Request]) -> list[Answer]:
-        """Each request by itself, on a cold cache."""
+        """The answers to each request alone, on an empty cache."""
         for request in requests:
             if request.but(delay=0) not in self._solo:
                 self.engine.reset_cache()
@@ -138,19 +141,22 @@ class Run:
         return [self._solo[request.but(delay=0)] for request in requests]
 
     def together(self, requests: Sequence[Request]) -> list[Answer]:
-        """All at once, on a cold cache."""
+        """The answers to all requests in one batch, on an empty cache."""
         self.engine.reset_cache()
         return self.engine.generate(requests)
 
     def beside(self, before: Sequence[Request], request: Request, after: Sequence[Request], label: str) -> Case:
-        """The request between others, on a cold cache, against itself alone."""
+        """Compare the request between others, on an empty cache, with the request alone."""
         (expected,) = self.alone([request])
         company = Scenario.among(before, request, after)
         got = self.together(company.requests)[company.index]
         return pair(label, Scenario.alone(request), company, expected, got)
 
     def each(self, batch: Sequence[Request], places: Mapping[int, str]) -> Iterator[Case]:
-        """One batch on a cold cache; the requests at these places against themselves alone. places: their labels."""
+        """Run a batch on an empty cache and compare the requests at some places with the same requests alone.
+
+        places: the label of each compared place.
+        """
         expected = dict(zip(places, self.alone([batch[place] for place in places])))
         answers = self.together(batch)
         for place, label in places.items():
@@ -165,7 +171,7 @@ def either(*missing: Callable[[Engine], str]) -> Callable[[Engine], str]:
 
 
 def pair(label: str, alone: Scenario, company: Scenario, expected: Answer, got: Answer, part: str = "") -> Case:
-    """A case whose axis the probe fills in."""
+    """A case without an axis; Probe.cases fills in the axis."""
     return Case.of("", label, alone, company, expected, got, part)
 
 
@@ -173,10 +179,10 @@ def pair(label: str, alone: Scenario, company: Scenario, expected: Answer, got: 
 class Probe:
     """One axis within one engine.
 
-    measure: yields a case per compared pair; may raise NotExercised. missing: why it does not apply to an engine, ""
-    when it does. causes: numbers of docs/causes.md. seconds: how long it takes on a small model, for time left.
-    options: changes to the base engine's options when it needs an engine of its own, else None.
-    optional: with an engine of its own, whether a build that cannot start it just lacks the feature.
+    measure: yields a case for each compared pair; may raise NotExercised. missing: why the probe does not apply to an
+    engine, "" when it applies. causes: numbers in docs/causes.md. seconds: the time on a small model, for the time
+    left. options: changes to the base engine's options for a probe that needs another engine, else None.
+    optional: whether a vLLM build may lack the feature, so that an engine that does not start is no failure.
     """
 
     name: str
@@ -198,9 +204,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Change:
-    """options: what differs from the base engine's options ({} = the same, in a new process).
+    """How an engine differs from the base engine.
 
-    fresh: with empty compile caches.
+    options: changes to the base engine's options; {} starts a new process with the same options. fresh: the engine
+    starts with empty compile caches.
     """
 
     label: str
@@ -210,7 +217,10 @@ class Change:
 
 @dataclass(frozen=True)
 class CrossProbe:
-    """One axis across engines: `collect` runs on the base engine and on one engine per change. See Probe."""
+    """One axis across engines: `collect` runs on the base engine, and on one engine for each change. See Probe.
+
+    check: gets a change and how far each counter moved; raises NotExercised when the cause did not occur.
+    """
 
     name: str
     about: str
@@ -223,7 +233,7 @@ class CrossProbe:
     optional: bool = False
 
     def collect(self, engine: Engine, workload: Workload, change: Change | None = None) -> list[Answer]:
-        """The answers of one engine, cold. change: what this engine changed, None for the base engine."""
+        """The answers of one engine, on an empty cache. change: how this engine differs, None for the base engine."""
         engine.reset_cache()
         before = engine.counters()
         answers = engine.generate(self.requests(engine, workload))
@@ -234,7 +244,7 @@ class CrossProbe:
     def cases(
         self, change: Change, requests: Sequence[Request], expected: Sequence[Answer], got: Sequence[Answer]
     ) -> Iterator[Case]:
-        """Request by request, what the base engine answered against what the changed one did."""
+        """Compare the base engine's answers with the changed engine's, request by request."""
         for i, (mine, other) in enumerate(zip(expected, got, strict=True)):
             yield Case.of(
                 self.name,

@@ -1,4 +1,4 @@
-"""Axes of how a prompt is computed: what the prefix cache holds, shared prefixes, chunks, long prompts."""
+"""Axes about how a prompt is computed: the prefix cache's contents, shared prefixes, chunks, long prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.engine import HITS, SERVER, Engine
 from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
 
-LONG_FROM = 640  # max_model_len from which a long prompt is longer than the others
+LONG_FROM = 640  # the smallest max_model_len in which the long prompt is longer than the subjects
 _ROOM = 34  # tokens that every level leaves free behind a prompt
 
 
@@ -35,7 +35,7 @@ def needs_length(engine: Engine) -> str:
 
 
 def prefix_cache(run: Run) -> Iterator[Case]:
-    """Cold, warm, and partly warm (only the first blocks cached) alone, then warm inside a batch."""
+    """Each subject with its prefix not cached, cached, cached in a batch, and with only its first blocks cached."""
     engine, load = run.engine, run.workload
     block = engine.info.block_size
     indices = [i for i, prompt in enumerate(load.subjects) if len(prompt) > 2 * block]
@@ -62,7 +62,7 @@ def prefix_cache(run: Run) -> Iterator[Case]:
 
 
 def shared_prefix(run: Run) -> Iterator[Case]:
-    """Many requests with one long prefix in common, cold and with the prefix cached."""
+    """Many requests with a long common prefix, on an empty cache and with the prefix cached."""
     load = run.workload
     if not load.prefix:
         raise NotExercised("shared_prefix: the workload has no prefix")
@@ -90,7 +90,7 @@ def shared_prefix(run: Run) -> Iterator[Case]:
 
 
 def in_this_process(engine: Engine) -> str:
-    return "" if engine.info.platform != SERVER else "a running server's chunk budget cannot be moved"
+    return "" if engine.info.platform != SERVER else "a running server's chunk budget cannot be changed"
 
 
 def chunks(run: Run) -> Iterator[Case]:
@@ -117,7 +117,7 @@ def chunks(run: Run) -> Iterator[Case]:
 
 
 def long_prompt(run: Run) -> Iterator[Case]:
-    """A prompt of thousands of tokens: prompt logprobs and continuation, alone against inside a batch."""
+    """A prompt of up to 3,000 tokens: its prompt logprobs and its continuation, alone and inside a batch."""
     load = run.workload
     if load.long is None:
         raise NotExercised("long_prompt: the workload has no long prompt")

@@ -1,4 +1,4 @@
-"""Axes of who else is in the batch: how many, where, how long, when they arrive, what they say."""
+"""Axes about the other requests of a batch: their number, places, lengths, arrival times and contents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bi_patch.tools.verify.case import Case
 from bi_patch.tools.verify.engine import Engine
 from bi_patch.tools.verify.probes.base import NotExercised, Run
 
-_EDGE = 256  # rows at which kernels change their block
+_EDGE = 256  # rows at which kernels change their block size
 
 
 def needs_company(engine: Engine) -> str:
@@ -18,15 +18,15 @@ def needs_company(engine: Engine) -> str:
 
 
 def batch_size(run: Run) -> Iterator[Case]:
-    """Every subject inside batches of each size; where the batch has room all subjects share it."""
+    """Every subject inside batches of each size. All subjects share a batch that has room for them."""
     yield from sizes(run, [run.greedy(i) for i in run.subjects], run.workload.sizes)
 
 
 def sizes(run: Run, requests: list[Request], counts: Sequence[int]) -> Iterator[Case]:
-    """The requests inside batches of each of these sizes that the engine can hold at once.
+    """The requests inside batches of these sizes.
 
-    Sizes that its KV cache is too small for are left out and noted. Raises NotExercised where they are all that would
-    have crossed 256 rows.
+    Sizes above max_num_seqs are left out. Sizes that do not fit into the KV cache are left out, and a note names them.
+    Raises NotExercised when the KV cache leaves no batch of 256 rows or more.
     """
     load = run.workload
     counts = [n for n in counts if n <= run.engine.options.max_num_seqs]
@@ -45,7 +45,7 @@ def sizes(run: Run, requests: list[Request], counts: Sequence[int]) -> Iterator[
         return
     words = (
         f"the KV cache of {run.engine.info.kv_tokens:,} tokens does not hold batches of {', '.join(map(str, dropped))} "
-        "at once: give it more memory (on CPU VLLM_CPU_KVCACHE_SPACE, in GiB), or a lower max_num_seqs"
+        "requests: give it more memory (on CPU: VLLM_CPU_KVCACHE_SPACE, in GiB), or lower max_num_seqs"
     )
     if any(n >= _EDGE for n in counts) and not any(n >= _EDGE for n in counts if n not in dropped):
         raise NotExercised(f"no batch crossed {_EDGE} rows: {words}")
@@ -53,7 +53,7 @@ def sizes(run: Run, requests: list[Request], counts: Sequence[int]) -> Iterator[
 
 
 def position(run: Run) -> Iterator[Case]:
-    """Every subject at each of the workload's places among nine, and with the others in reverse order."""
+    """Every subject at each of the workload's places in a batch of nine, with the others in both orders."""
     fillers = [run.workload.filler(i) for i in range(8)]
     for index in run.subjects:
         for place in run.workload.places:
@@ -63,7 +63,7 @@ def position(run: Run) -> Iterator[Case]:
 
 
 def arrivals(run: Run) -> Iterator[Case]:
-    """Requests that join and leave a running batch at different engine steps."""
+    """Subjects that join a running batch, while other requests join and leave at different engine steps."""
     load = run.workload
     for spread in (1, 3):
         batch = [
@@ -85,9 +85,9 @@ def mixed_lengths(run: Run) -> Iterator[Case]:
 
 
 def contents(run: Run) -> Iterator[Case]:
-    """The same batch but for what the others say: a scale or a route that the batch shares would move.
+    """Each subject beside requests with other tokens. A scale that the batch shares would change with these tokens.
 
-    One token over and over, few tokens in turn, and random ones; shapes, places and counts stay as they are.
+    The others repeat one token, alternate between two tokens, or have random tokens. Shapes, places and counts stay.
     """
     load = run.workload
     vocabulary = run.engine.info.vocab_size - run.engine.info.vocab_size // 16

@@ -1,4 +1,4 @@
-"""Axes between engines: chunk budgets, no prefix cache, preemption, eager against compiled, restart, features."""
+"""Axes across engines: chunk budgets, no prefix cache, preemption, eager against compiled, restart, features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPECULATIVE = {
 
 
 def everything(engine: Engine, workload: Workload) -> list[Request]:
-    """Every subject greedy, sampled and with prompt logprobs, and the long prompt, in one batch."""
+    """One batch of the long prompt and every subject: greedy, sampled, and with prompt logprobs."""
     subjects = range(len(workload.subjects))
     digest = engine.options.digests
     requests = [workload.greedy(i).but(digest=digest) for i in subjects]
@@ -47,7 +47,7 @@ _CROSSING = 16  # tokens that a request generates while it grows into its second
 
 
 def blocks_for_one(engine: Engine) -> int:
-    """The smallest KV cache that still holds one request of max_model_len (one block is vLLM's null block)."""
+    """The blocks of the smallest KV cache that holds one request of max_model_len; one block is vLLM's null block."""
     return -(-engine.options.max_model_len // engine.info.block_size) + 1
 
 
@@ -56,7 +56,7 @@ def few_blocks(engine: Engine) -> list[Change]:
 
 
 def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
-    """Requests that each need one more KV block soon after their prompt: together more than a small cache has."""
+    """Requests that each need a second KV block soon after their prompt: together, more blocks than the cache has."""
     block = engine.info.block_size
     source = random.Random(7)
     count = min(blocks_for_one(engine) + 4, engine.options.max_num_seqs)
@@ -75,9 +75,9 @@ def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
 def needs_crossing(engine: Engine) -> str:
     length, sequences, block = engine.options.max_model_len, engine.options.max_num_seqs, engine.info.block_size
     if length < block + _CROSSING:
-        return f"max_model_len is {length}: no request grows over a KV block of {block} tokens"
+        return f"max_model_len is {length}: no request outgrows a KV block of {block} tokens"
     if 2 * sequences < blocks_for_one(engine):  # each needs two blocks, and one block is not for requests
-        return f"max_num_seqs is {sequences}: together they never need more KV blocks than one long request"
+        return f"max_num_seqs is {sequences}: so few requests never need more KV blocks than one long request"
     return ""
 
 
@@ -100,7 +100,7 @@ def restarted(engine: Engine) -> list[Change]:
 
 
 def repeating(engine: Engine, workload: Workload) -> list[Request]:
-    """Prompts in which n-grams come again, so that an n-gram proposer has something to propose."""
+    """Prompts with repeated n-grams, so that the n-gram proposer has something to propose."""
     subjects = range(len(workload.subjects))
     digest = engine.options.digests
     requests = [
@@ -135,7 +135,7 @@ def needs_devices(engine: Engine) -> str:
         return "the host has one device"
     if engine.info.mode == "armed":
         return (
-            "other numbers of ranks round in other places, which is not promised to be equal; give "
-            "--engine-arg tensor_parallel_size=2 to verify the other axes on two"
+            "bi_patch does not promise equal bits for different numbers of ranks; to verify the other axes on two "
+            "devices, give --engine-arg tensor_parallel_size=2"
         )
-    return "" if parallel(engine) else "the model's attention heads cannot be dealt out to 2, 4 or 8 devices"
+    return "" if parallel(engine) else "the model's attention heads cannot be divided among 2, 4 or 8 devices"

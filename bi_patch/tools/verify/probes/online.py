@@ -1,4 +1,4 @@
-"""The axis of a running server: many clients at once, each of which must get its solo answer."""
+"""The axis of a running server: many concurrent clients, each of which must get the answer that it gets alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bi_patch.tools.verify.engine import SERVER, Engine
 from bi_patch.tools.verify.probes.base import Run, pair
 
 _LENGTHS = (3, 5, 9, 17, 31, 40, 64, 90, 150, 257, 290, 700)
-_SPREAD = 60  # arrivals are spread over so many steps of delay
+_SPREAD = 60  # steps of delay over which arrivals are spread
 
 
 def offline(engine: Engine) -> str:
@@ -19,7 +19,10 @@ def offline(engine: Engine) -> str:
 
 
 def clients(run: Run) -> Iterator[Case]:
-    """Mixed lengths, arrival times and samplings, all at once: cold, then again in another order on a warm cache."""
+    """Concurrent requests of mixed lengths, arrival times and samplings.
+
+    They run on an empty cache, then in another order with their prefixes cached.
+    """
     load = run.workload
     requests = asked(
         load.clients, run.engine.info.vocab_size, run.engine.options.max_model_len - load.generate - 1, load.generate
@@ -39,7 +42,7 @@ def clients(run: Run) -> Iterator[Case]:
 
 
 def asked(count: int, vocabulary: int, longest: int, generate: int) -> list[Request]:
-    """So many different requests: greedy, seeded at several temperatures, with prompt logprobs, in turn."""
+    """`count` different requests: in turn greedy, seeded at two temperatures, and with prompt logprobs."""
     source = random.Random(256)
     made = []
     for i in range(count):

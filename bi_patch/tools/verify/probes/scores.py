@@ -1,4 +1,4 @@
-"""Axes of what is read off the logits: decode against prefill, prompt logprobs, orders of requests, sampling, ties."""
+"""Axes about the use of logits: decode against prefill, prompt logprobs, orders of requests, sampling, ties."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
 from bi_patch.tools.verify.probes.company import sizes
 
-# Each goes through another part of the sampler.
+# Each kind uses another part of the sampler.
 SAMPLING = {
     "top-p": {"top_p": 0.95},
     "top-k": {"top_k": 40},
@@ -21,7 +21,7 @@ SAMPLING = {
 
 
 def decode_equals_prefill(run: Run) -> Iterator[Case]:
-    """Logprobs of generated tokens, against those of the same tokens given back as a prompt."""
+    """The logprobs of generated tokens against the prompt logprobs of the same tokens in a prompt."""
     for index in run.subjects:
         request = run.greedy(index).but(max_tokens=2 * run.workload.generate)
         (decoded,) = run.alone([request])
@@ -39,7 +39,7 @@ def decode_equals_prefill(run: Run) -> Iterator[Case]:
 
 
 def prompt_logprobs(run: Run) -> Iterator[Case]:
-    """Logprobs of the prompt itself, inside batches of each size."""
+    """Prompt logprobs, inside batches of each size."""
     load = run.workload
     requests = [run.greedy(i).but(prompt_logprobs=1, max_tokens=2) for i in run.subjects]
     yield from sizes(run, requests, load.score_sizes or load.sizes)
@@ -53,7 +53,7 @@ def sampled(run: Run) -> Iterator[Case]:
 
 
 def sampling_kinds(run: Run) -> Iterator[Case]:
-    """Each kind of seeded sampling in one batch with all the others, with greedy and with unseeded requests."""
+    """Each kind of seeded sampling, in one batch with all other kinds and with greedy and unseeded requests."""
     load = run.workload
     batch, places = [], {}
     for number, (kind, options) in enumerate(SAMPLING.items()):
@@ -61,13 +61,15 @@ def sampling_kinds(run: Run) -> Iterator[Case]:
         places[len(batch)] = f"{load.label(index)}, {kind}, beside other samplings"
         batch.append(run.greedy(index).but(temperature=0.9, seed=50 + number, **options))
         batch.append(load.filler(number))
-        batch.append(load.filler(number + 7, temperature=1.0))  # unseeded: in the company only, never compared
+        batch.append(load.filler(number + 7, temperature=1.0))  # unseeded, so never compared
     yield from run.each(batch, places)
 
 
 def logprob_orders(run: Run) -> Iterator[Case]:
-    """Requests that ask for no, few and many logprobs and for prompt logprobs, in one batch, in several orders, beside
-    one that asks for given tokens'."""
+    """Requests for no, few, many and prompt logprobs in one batch, in several orders.
+
+    A further request of the batch asks for the logprobs of given tokens.
+    """
     load = run.workload
     asks = (
         {"logprobs": 0},
@@ -88,7 +90,7 @@ def logprob_orders(run: Run) -> Iterator[Case]:
         random.Random(seed).shuffle(batch)
         places = {batch.index(r): f"{label}, order {seed}" for r, label in labels.items()}
         yield from run.each(batch, places)
-        # Once more on the cache that the batch left: stale buffers would show.
+        # Again in reverse order, on the cache that the batch filled: this shows stale buffers.
         expected = run.alone([batch[place] for place in places])
         order = batch[::-1]
         answers = run.engine.generate(order)
@@ -103,9 +105,9 @@ def _ask(ask: dict) -> str:
 
 
 def tied(run: Run) -> Iterator[Case]:
-    """Best tokens (and a MoE router's best experts) tied exactly: the choice must not depend on the batch.
+    """The best tokens (and a MoE router's best experts) are exact ties; the choice must not depend on the batch.
 
-    For an engine whose Options say tied. Raises NotExercised when no two top logprobs were the same.
+    Needs an engine with Options.tied. Raises NotExercised when no two top logprobs were the same.
     """
     ties = 0
     load = run.workload
