@@ -148,8 +148,21 @@ def _summary(look: Look) -> None:
         "A patch point is one place in vLLM that bi_patch replaces. `bi-patch status --all` lists every patch point; "
         "`bi-patch status NAME` explains a single one. `bi-patch features` lists what is served, refused and untried.",
     )
+    output.paragraph(console, _covered(look))
     if look.moved:
         output.whole(console, Text(f"\nAnchorMoved: {look.moved}", style="red"))
+
+
+def _covered(look: Look) -> str:
+    """What the feature table says of this release and platform, in two sentences."""
+    from bi_patch.platforms.features.engine import FEATURES
+    from bi_patch.platforms.features.model import REFUSED
+    from bi_patch.platforms.features.versions import VERSIONS
+
+    release, platform = look.state.plan.release, look.state.plan.platform
+    refused = [row.name for row in FEATURES if row.cell(platform, release).state == REFUSED]
+    state = VERSIONS[platform][str(release)].state
+    return f"The feature table counts vLLM {release} on {platform} as {state}. Refused by name: {', '.join(refused)}."
 
 
 def _open(look: Look) -> None:

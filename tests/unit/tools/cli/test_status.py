@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from packaging.version import Version
 
 from bi_patch.arming.startup import CLOSED, OPEN, Finding
 from bi_patch.errors import SettingError
@@ -30,7 +31,7 @@ BROKEN = finding("norm.cpu_rms", OPEN, "x[/bold]y,\nsomething else replaced it")
 
 def look(*found, moved="", allow_open=False):
     state = SimpleNamespace(
-        plan=SimpleNamespace(release="0.32.0", platform="cpu"), settings=SimpleNamespace(allow_open=allow_open)
+        plan=SimpleNamespace(release=Version("0.32.0"), platform="cpu"), settings=SimpleNamespace(allow_open=allow_open)
     )
     return status.Look(state, list(found), moved)
 
@@ -46,8 +47,10 @@ def test_the_summary_cannot_be_taken_for_a_servers_state(capsys):
     assert "nothing about a running server" in lines[0]
     assert lines[1] == "In this environment vLLM 0.32.0 on cpu would be armed: 2 patch points closed, 0 open."
     assert lines[2].startswith("A patch point is one place in vLLM that bi_patch replaces.")
+    assert lines[3].startswith("The feature table counts vLLM 0.32.0 on cpu as served. Refused by name: ")
+    assert "LoRA" in lines[3] and "bf16 weights" not in lines[3]
     status._open(look(*POINTS))
-    assert len(lines) == 3 and capsys.readouterr().out == ""
+    assert len(lines) == 4 and capsys.readouterr().out == ""
 
 
 def test_only_what_is_open_is_listed_with_its_reason_letter_by_letter(capsys):
