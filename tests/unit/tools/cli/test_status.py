@@ -182,4 +182,4 @@ def test_the_installed_vllm(bi_patch):
     closed = sum(s["status"] == "closed" and not s["target"].startswith("environment:") for s in report["seams"])
     done = bi_patch("status")
     assert f"vLLM {report['vllm']} on cpu would be armed: {closed} patch points closed, 0 open." in done.stdout
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4
