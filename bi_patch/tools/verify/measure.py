@@ -84,7 +84,7 @@ _PRECISION = 10.0  # seconds that the comparison with fp64 is allowed for
 _PRECISION_STEP, _PRECISION_SECONDS = "comparison with fp64", 2.0
 _ENGINE = "engine"  # the base engine's start
 _EAGER = 0.35  # of a compiled engine's start: nothing is compiled or captured
-_FRESH = 1.2  # with empty compile caches
+_FRESH = 1.8  # with empty compile caches
 _LOCATE, _TRACING = "locate", 8.0  # seconds of tracing and comparing a pair on a small model
 INTERRUPTED = "interrupted."  # Report.stopped after an interrupt
 # What vLLM's arguments and parts raise where this build does not have a feature.
@@ -355,8 +355,10 @@ class _Verification:
         return list(groups.values())
 
     def _share(self, group: _Group) -> float:
-        """Of the first start, as the start of the group's engine takes it."""
-        return _EAGER if group.changes.get("eager") and not self.system.options.eager else _FRESH
+        """How long the start of the group's engine takes, in first starts."""
+        if group.changes.get("eager") and not self.system.options.eager:
+            return _EAGER
+        return _FRESH if group.fresh else 1.0
 
     def _own(self, probe: Probe, load: Workload) -> None:
         assert probe.options is not None
