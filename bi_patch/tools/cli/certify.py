@@ -89,7 +89,7 @@ def _print(folder: Path, good: "list[Certificate]", corrupt: list[Path], every: 
             what = f"  {c.key.operation}  {c.key.problem}: {c.evidence.first}; an engine that needs it stops with "
             output.whole(console, Text.assemble((FAILED, _COLOURS[FAILED]), what, "CertificateFailed"))
     for file in corrupt:
-        what = f"  {file}: bi_patch ignores it and makes it again when an engine loads a model that needs it"
+        what = f"  {file}: not used; an engine that needs this certificate makes it again"
         output.whole(console, Text.assemble(("corrupt", "bold red"), what))
     if every and good:
         output.paragraph(console, "")
@@ -107,7 +107,7 @@ _EXPLAINED = (
 def _row(c: "Certificate") -> tuple[str | Text, ...]:
     certified = state(c)
     compared = f"{len(c.passed_rows)} of {len(c.evidence.rows)} numbers of rows equal, {c.evidence.differing:,} of "
-    compared += f"{c.evidence.compared:,} elements differ, route {c.route}, made {c.made} in {c.seconds:.2f} s"
+    compared += f"{c.evidence.compared:,} elements differ, kernel {c.route}, made {c.made} in {c.seconds:.2f} s"
     return Text(certified, style=_COLOURS[certified]), c.key.operation, c.key.problem, compared
 
 

@@ -84,7 +84,7 @@ _PRECISION = 10.0  # seconds that must be left for the comparison with fp64
 _PRECISION_STEP, _PRECISION_SECONDS = "comparison with fp64", 2.0
 _ENGINE = "engine"  # the base engine's start
 _EAGER = 0.35  # share of a compiled engine's start: an eager engine compiles and captures nothing
-_FRESH = 1.2  # share of the first start with empty compile caches
+_FRESH = 1.8  # share of the first start with empty compile caches
 _LOCATE, _TRACING = "locate", 8.0  # seconds of tracing and comparing a pair on a small model
 INTERRUPTED = "interrupted."  # Report.stopped after an interrupt
 # The errors of vLLM when this build does not have a feature.
@@ -360,7 +360,9 @@ class _Verification:
 
     def _share(self, group: _Group) -> float:
         """The time that the group's engine takes to start, as a share of the first start."""
-        return _EAGER if group.changes.get("eager") and not self.system.options.eager else _FRESH
+        if group.changes.get("eager") and not self.system.options.eager:
+            return _EAGER
+        return _FRESH if group.fresh else 1.0
 
     def _own(self, probe: Probe, load: Workload) -> None:
         assert probe.options is not None

@@ -1,4 +1,4 @@
-"""`bi-patch ascend-check` without an NPU: stand-ins for kernels that keep a row's bits, and one that does not."""
+"""`bi-patch ascend-check` without an NPU, on stand-ins: kernels that keep a row's bits, and a kernel that does not."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ CASES = ("matmul with bias", "rms_norm with residual", "log_softmax", "softmax",
 
 
 def by_row(function, x):
-    """`function` of each row in fp64, so that no row knows of another."""
+    """Apply `function` to each row in fp64, so that no row depends on another row."""
     return torch.stack([function(row.double()) for row in x])
 
 

@@ -1,4 +1,4 @@
-"""What commands print: fitted to a terminal; elsewhere plain, whole, one line an item."""
+"""Commands fit their output to a terminal; in a pipe they print plain text, one whole line for each item."""
 
 import io
 
@@ -13,7 +13,7 @@ ITEMS = [("a", Text("closed", style="red"), LONG), ("a.longer", "open", "[red]x[
 
 
 def printed(how, *, terminal):
-    """What a console got from `how(console)`, as lines; a terminal is 80 columns wide."""
+    """The lines that `how(console)` prints to a console; a terminal is 80 columns wide."""
     held = io.StringIO()
     width = 80 if terminal else output.console().width
     how(Console(file=held, force_terminal=terminal, width=width, no_color=True))

@@ -1,4 +1,4 @@
-"""A result says which bi_patch made it, and by which command."""
+"""A result says which bi_patch made it, and with which command."""
 
 import subprocess
 from pathlib import Path
@@ -18,7 +18,7 @@ def _fresh():
 
 
 def _repository(root: Path, monkeypatch) -> str:
-    """A git repository whose package is taken for this one. Returns its commit."""
+    """A git repository whose package stands in for bi_patch. Returns the repository's commit."""
     (root / "bi_patch").mkdir()
     (root / "bi_patch" / "__init__.py").write_text("")
     (root / "kernels").mkdir()

@@ -1,4 +1,4 @@
-"""The command line of bench: what would measure or show nothing is an error; tables are written and checked."""
+"""The command line of bench: a call that would measure or show nothing is an error; tables are written and checked."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_the_first_model_of_each_part_is_quick():
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A source tree with one result file and a page; tree(digest) writes the file."""
+    """A source tree with a result file and a page. `write(**changes)` writes the file with changed fields."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "results.md").write_text(f"# Results\n\n{MARKS}")
@@ -64,7 +64,7 @@ def test_tables_are_written_into_pages_and_checked(tree):
     folder, write = tree
     page = folder / "docs" / "results.md"
     done = run("--tables", "--check")
-    assert done.exit_code == 1 and "docs/results.md: not the newest files' tables: invariance-cpu" in done.output
+    assert done.exit_code == 1 and "docs/results.md: these tables are outdated: invariance-cpu" in done.output
     assert run("--tables", "--write", str(page)).exit_code == 0
     assert "| m | 1 | 1,000 | 0 |" in page.read_text() and "2026-01-02, commit not recorded" in page.read_text()
     assert run("--tables", "--check").exit_code == 0
@@ -107,7 +107,7 @@ def test_a_page_without_marks_or_with_unknown_ones_is_named(tree):
     done = run("--tables", "--write", "README.md")
     assert isinstance(done.exception, MarksMissing) and "no result file supplies cost-h100" in str(done.exception)
     done = run("--tables", "--check")
-    assert done.exit_code == 1 and "README.md: not the newest files' tables: cost-h100" in done.output
+    assert done.exit_code == 1 and "README.md: these tables are outdated: cost-h100" in done.output
 
 
 def test_tables_need_no_matplotlib(tree, monkeypatch):

@@ -1,4 +1,4 @@
-"""Cost rows, result files, which of them are current, and their tables; how children are told their mode."""
+"""Cost rows, result files, the choice of current files, and tables; how a child learns its mode."""
 
 from pathlib import Path
 

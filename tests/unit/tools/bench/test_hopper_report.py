@@ -1,4 +1,4 @@
-"""benchmarks/hopper: costs and reports of verify become result files; the scripts' own arguments."""
+"""benchmarks/hopper: costs and verify's reports become result files; the arguments of the scripts."""
 
 import json
 import subprocess
@@ -23,14 +23,14 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def report(folder: Path, *arguments: object) -> list[Path]:
-    """The result files that are there then, in order."""
+    """The result files that exist after the call, in order."""
     done = run("report.py", *arguments, "--results", folder / "results")
     assert not done.returncode, done.stderr
     return sorted((folder / "results").iterdir())
 
 
 def costs(folder: Path, model: str, **times: float) -> list[Path]:
-    """Files as child.py writes them, of one decode workload. times: ms a step by mode."""
+    """Files like those of child.py for one decode workload. times: milliseconds per step, by mode."""
     files = []
     for mode, ms in times.items():
         row = {"workload": "1 x 512/128", "repeat": 0, "total_s": 1.0, "prefill_s": 0.1, "decode_ms": ms}
@@ -42,7 +42,7 @@ def costs(folder: Path, model: str, **times: float) -> list[Path]:
 
 
 def verified(folder: Path, model: str, **changes) -> Path:
-    """A report as `bi-patch verify --json` writes it."""
+    """A report like that of `bi-patch verify --json`."""
     axes = [
         verify.Axis("restart", "", state=verify.PASSED, compared=5, pairs=1),
         verify.Axis("LoRA", "", state=verify.NOT_APPLICABLE, reason="no adapter"),

@@ -1,4 +1,4 @@
-"""The matrix is verify's measure: every axis is a row, and what leaves a hole stops the run with an error."""
+"""The matrix runs verify: every axis gives a row, and an axis without a result stops the run with an error."""
 
 import msgspec
 import pytest
@@ -14,7 +14,7 @@ from bi_patch.tools.verify.probes import NotExercised
 
 @pytest.fixture
 def system(arithmetic):
-    """system(leak=, change=): engines made of arithmetic. change: applied to each engine after its start."""
+    """system(leak=, change=): simulated engines. change: a function that is applied to each engine after its start."""
 
     class System:
         name, mode, restarts = "arithmetic", "armed", True

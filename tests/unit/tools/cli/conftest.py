@@ -1,4 +1,4 @@
-"""The command line in a real process, and a terminal of 80 columns."""
+"""Fixtures that run the command line: in a real process, and in a terminal of 80 columns."""
 
 import io
 import subprocess
@@ -12,7 +12,7 @@ FRAMES = frozenset(map(chr, range(0x2500, 0x2580)))  # box-drawing characters
 
 @pytest.fixture
 def bi_patch(run_python):
-    """bi_patch(*arguments, **environ): the finished process, whose output goes into pipes."""
+    """bi_patch(*arguments, **environ) returns the finished process, whose output goes into pipes."""
 
     def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
         done = run_python(COMMAND.format(arguments=arguments), **{"COLUMNS": "80"} | environ)
@@ -24,7 +24,7 @@ def bi_patch(run_python):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal of 80 columns for commands that run in this process; terminal() is what it shows, line by line."""
+    """A terminal of 80 columns for commands in this process. terminal() returns the lines that it shows."""
     from bi_patch.tools import output
 
     shown = io.StringIO()

@@ -1,4 +1,4 @@
-"""What `bi-patch certify` shows: counts first, then what failed or is corrupt, and every certificate on demand."""
+"""`bi-patch certify` shows counts first, then failed and corrupt certificates, and every certificate on demand."""
 
 import json
 
@@ -19,7 +19,7 @@ FAILED = ("cpu.layer_norm", "hidden=576 [/bold]", "kept", False, [2])
 
 @pytest.fixture
 def keep(tmp_path):
-    """keep(*certificates): writes them to a cache folder, which it returns."""
+    """keep(*certificates) writes the certificates to a cache folder and returns the folder."""
 
     def make(*made):
         for operation, problem, route, passed, rows in made:
@@ -47,7 +47,7 @@ def test_the_counts_come_first_and_each_certificate_on_demand(bi_patch, keep):
     assert len(lines) == 5 and lines[-1] == "Made for: a CPU, 2 threads; torch 2.13"
     assert lines[0] == (
         "certified cpu.linear N=49152 K=576 bfloat16 3 of 3 numbers of rows equal, 0 of 48,000 elements differ, "
-        "route library, made 2026-01-01 in 0.25 s"
+        "kernel library, made 2026-01-01 in 0.25 s"
     )
     assert lines[1].startswith("certified in part cpu.linear") and lines[2].startswith("replaced cpu.linear")
     assert MADE[3][1] in lines[3]
@@ -65,7 +65,7 @@ def test_what_failed_or_is_corrupt_is_named_with_its_cure(bi_patch, keep):
         "failed  cpu.layer_norm  hidden=576 [/bold]: 3 rows: 4 elements differ; an engine that needs it stops with "
         "CertificateFailed"
     )
-    assert last == f"corrupt  {corrupt}: not used; made again when an engine next loads a model that needs it"
+    assert last == f"corrupt  {corrupt}: not used; an engine that needs this certificate makes it again"
     report = json.loads(bi_patch("certify", "--json", BI_PATCH_CACHE=str(folder)).stdout)
     assert report["corrupt"] == [corrupt.name] and len(report["certificates"]) == 5
     assert report["folder"] == str(folder / "certificates")

@@ -1,4 +1,4 @@
-"""Exit codes of the command line: 1 is an answer, so errors, named or not, end with 2; what users give is no markup."""
+"""Exit code 1 is an answer, so every error exits with 2. Errors do not read the user's input as markup."""
 
 import pytest
 
@@ -17,7 +17,7 @@ main()
 
 @pytest.fixture
 def bi_patch(run_python):
-    """bi_patch(*arguments, error=...): the finished process; the command `planted` raises that error."""
+    """bi_patch(*arguments, error=...) returns the finished process, whose command `planted` raises the error."""
 
     def run(*arguments, error="AssertionError", **environ):
         return run_python(COMMAND.format(arguments=arguments, error=error), COLUMNS="200", **environ)

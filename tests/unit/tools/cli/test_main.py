@@ -1,4 +1,4 @@
-"""The program itself: help, version, and errors of use."""
+"""The program `bi-patch`: help, version, and usage errors."""
 
 import importlib
 import pkgutil
@@ -52,7 +52,7 @@ def test_a_vllm_that_is_refused_does_not_hide_the_version(bi_patch, fake_vllm):
         (["status", "--bogus"], "--bogus. See `bi-patch status --help`"),
         (["ascend-check", "--rows", "0"], "'--rows'"),
         (["run"], "SettingError: no command is given"),
-        (["status", "--every-platform"], "SettingError: --every-platform goes with --all"),
+        (["status", "--every-platform"], "SettingError: --every-platform needs --all"),
         (["status", "--all", "--json"], "SettingError: NAME, --all and --json: choose one"),
     ],
 )

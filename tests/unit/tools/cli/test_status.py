@@ -1,4 +1,4 @@
-"""What `bi-patch status` shows: into a pipe, in a terminal, of one patch point."""
+"""The output of `bi-patch status`: in a pipe, in a terminal, and for one patch point."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The demo's measuring: its prompts, and verify on engines made of arithmetic."""
+"""The demo's prompts, and its runs of verify on simulated engines."""
 
 import msgspec
 import pytest
@@ -11,7 +11,7 @@ from bi_patch.tools.verify.measure import Watcher
 
 @pytest.fixture
 def engines(arithmetic, monkeypatch):
-    """engines(leak=, sampled=): run.side measures these in place of vLLM's. sampled: what seeded requests raise."""
+    """engines(leak=, sampled=): engines that run.side measures in place of vLLM's. sampled: seeded requests' error."""
 
     def use(leak=False, sampled=None):
         class System:

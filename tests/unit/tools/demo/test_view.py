@@ -1,4 +1,4 @@
-"""What the demo shows of two reports of verify: the table, the texts that changed, the verdict and the picture."""
+"""The demo's view of two verify reports: the table, the texts that changed, the verdict and the picture."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def case(expected, got, axis=SIZE, label="bread in a batch of 2"):
 
 
 def side(mode, *cases, fails=(), **changes):
-    """A side whose report holds these pairs. fails: axes that ended in an error, with the error's words."""
+    """A side whose report holds these pairs. fails: axes that ended in an error, with the error's message."""
     axes = [Axis(name, "about it") for name in AXES]
     for axis in axes:
         for one in (c for c in cases if c.axis == axis.name):
@@ -45,7 +45,7 @@ def side(mode, *cases, fails=(), **changes):
 
 @pytest.fixture
 def both(answer, varied):
-    """Stock that differs in one of two pairs, and armed that does not."""
+    """A stock side that differs in one of two pairs, and an armed side that does not differ."""
     equal = case(answer, answer)
     return side("stock", case(answer, varied), equal), side("armed", equal, equal)
 

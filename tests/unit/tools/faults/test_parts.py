@@ -1,4 +1,4 @@
-"""Parts of faults compute what they stand in for, up to rounding: a fault is another order, never another function."""
+"""Parts of faults compute what the layers that they replace compute, up to rounding: only the order is another."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Faults can be planted in a child of their own only: verify's worker knows nothing of them."""
+"""Only the worker of the tool faults can plant faults; verify's worker cannot."""
 
 import sys
 
@@ -13,7 +13,7 @@ from bi_patch.tools.verify.child import ChildEngine
 
 @pytest.fixture
 def served(monkeypatch):
-    """What this process serves; a registered instrument is gone after the test."""
+    """The instruments of this process. After the test, an instrument that it registered is removed."""
     monkeypatch.setattr(instruments, "SERVED", dict(instruments.SERVED))
     return lambda: set(instruments.SERVED)
 

@@ -1,4 +1,4 @@
-"""The models that the demo and the benchmarks make for themselves."""
+"""The models that bi_patch makes for the demo and the benchmarks."""
 
 import importlib.util
 import json

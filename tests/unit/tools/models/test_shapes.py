@@ -1,4 +1,4 @@
-"""The shapes of real models that engines with random weights are made of."""
+"""The shapes of real models, for engines with random weights."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""A small vLLM and a small set of seams, on which the checks are tried without any real release."""
+"""A small vLLM and a small set of seams, so that tests of the checks need no real release."""
 
 import dataclasses
 import zipfile
@@ -20,7 +20,7 @@ MODULES = {
         "\n\nA = 1\nB = 2\nC = 3\n"
     ),
     "vllm/core/__init__.py": "",
-    # No newline at its end, a form feed, and a line separator: all text to git.
+    # No final newline, a form feed, and a line separator: git treats all as text.
     "vllm/core/sched.py": (
         'import os\n\x0c\nMARK = "\u2028"\n\n\nclass Scheduler:\n    def schedule(self):\n        return os.getpid()'
     ),
@@ -52,7 +52,7 @@ PLANNED = (
 
 @dataclasses.dataclass
 class Small:
-    """A tree that may be changed, and the folder of its recorded series."""
+    """A tree that tests may change, and the folder of the series recorded for the tree."""
 
     tree: Path
     series: Path

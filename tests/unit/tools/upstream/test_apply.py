@@ -1,4 +1,4 @@
-"""Applying and reversing with git leaves every byte as it was, in folders of any kind."""
+"""Applying and then reversing with git restores every byte, in any kind of folder."""
 
 import subprocess
 
@@ -50,7 +50,7 @@ def test_reversing_what_was_not_applied_fails(small):
 
 
 def test_applies_inside_another_repository(small, monkeypatch):
-    """git apply skips, in silence, files that belong to an enclosing repository's other folders."""
+    """Without GIT_CEILING_DIRECTORIES, git apply silently skips files in another repository's folders."""
     top = small.tree.parent
     subprocess.run(["git", "init", "--quiet", str(top)], check=True)
     monkeypatch.setenv("GIT_DIR", str(top / ".git"))

@@ -1,4 +1,4 @@
-"""The check says what is wrong, by name, for each way in which a series and a vLLM can part."""
+"""For each way in which a series and a vLLM can differ, the check names the problem."""
 
 import dataclasses
 import difflib
@@ -141,7 +141,7 @@ def test_a_module_that_grew_at_its_end_does_not_take_the_patch(small):
 def test_a_vllm_that_is_patched_already_is_named(small):
     apply.apply(small.tree, small.patch("ops"))
     (problem,) = told(small.check(), "patch")
-    assert "carries bi_patch's call already" in problem.message
+    assert "is patched already" in problem.message
     with pytest.raises(PatchError, match="already"):
         small.write()
 
@@ -181,7 +181,7 @@ def test_a_patch_that_changes_other_lines_too_is_found(small):
     assert " B = 2\n" in text
     patch.write_text(text.replace(" B = 2\n", "-B = 2\n+B = 4\n"))
     report = small.check()
-    assert any("changed by more than the call" in p.message for p in told(report, "patch"))
+    assert any("by more than the final call" in p.message for p in told(report, "patch"))
 
 
 def test_two_diffs_of_one_module_are_found(small):
@@ -194,7 +194,7 @@ def test_two_diffs_of_one_module_are_found(small):
     assert told(report, "series") and (report.applied, report.closed) == (5, 2)
     (problem,) = told(report, "close")
     assert (problem.seam, problem.message) == ("engine.scale", "2 diffs change vllm/ops.py: more.patch, ops.patch")
-    assert any("vllm/ops.py is changed by more" in p.message for p in told(report, "patch"))
+    assert any("changes vllm/ops.py by more" in p.message for p in told(report, "patch"))
 
 
 def test_a_diff_of_a_module_without_a_seam_is_found(small):
@@ -206,8 +206,8 @@ def test_a_diff_of_a_module_without_a_seam_is_found(small):
     report = small.check()
     assert told(report, "series")
     (problem,) = told(report, "close")
-    assert "lazy.patch changes vllm/lazy.py, where no seam" in problem.message
-    assert any("vllm/lazy.py is changed by more" in p.message for p in told(report, "patch"))
+    assert "lazy.patch changes vllm/lazy.py, which holds no seam's target" in problem.message
+    assert any("changes vllm/lazy.py by more" in p.message for p in told(report, "patch"))
 
 
 def test_a_seam_whose_diff_is_another_modules_is_open(small):
@@ -288,7 +288,7 @@ def test_a_module_that_newly_holds_a_copy_is_named(small):
     assert problem.kind == "copies" and problem.seam == "engine.scale"
     assert (
         "newly hold a copy: vllm.core.deep, vllm.new." in problem.message
-    )  # vllm/__init__.py hands it on; lazy.py holds none
+    )  # vllm/__init__.py passes the copy on; lazy.py holds no copy
 
 
 def test_a_copy_handed_on_under_another_name_is_named(small):

@@ -1,4 +1,4 @@
-"""`bi-patch check` as users run it: exit codes, JSON, and no vLLM in the process."""
+"""`bi-patch check` in a process, as users run it: exit codes, JSON, and no import of vLLM."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def test_an_unknown_release_exits_1_and_is_named(small):
 
 def test_json(small):
     result = run(small.tree, "--json")
-    assert result.returncode == 1  # the small vLLM calls itself 0.32.0 and has none of its seams
+    assert result.returncode == 1  # the small vLLM states release 0.32.0, but has no target of that release's seams
     answer = json.loads(result.stdout)
     (report,) = answer["reports"]
     assert answer["ok"] is report["ok"] is False and report["release"] == "0.32.0"

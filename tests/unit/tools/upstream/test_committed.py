@@ -1,4 +1,4 @@
-"""The committed series, anchors and copies are as the seams ask; else `bi-patch check --write`."""
+"""The committed series, anchors and copies match the seams. If not, run `bi-patch check --write`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A patched copy of the installed vLLM closes the seams that the hooks close, and computes the same bits."""
+"""A patched copy of the installed vLLM closes the same seams as the import hooks and computes the same bits."""
 
 import json
 import os
@@ -30,7 +30,7 @@ print("RESULT" + json.dumps({
 """
 
 
-# Started in a file: vLLM's engine process imports it again.
+# A program in a file, because vLLM's engine process imports the main module again.
 GENERATE = """
 import json
 import sys
@@ -60,7 +60,7 @@ if __name__ == "__main__":
 
 
 def run(path, *arguments, **environ):
-    """The result that a Python process prints. path: folders that come first on PYTHONPATH."""
+    """The result that a Python process prints. path: the first folders on PYTHONPATH."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
     clean |= {"PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)]), "VLLM_BATCH_INVARIANT": "1"}
     clean |= {k: v for k, v in os.environ.items() if k == "BI_PATCH_CACHE"} | environ

@@ -1,4 +1,4 @@
-"""A release is read the same from a wheel and a tree, and a download is kept."""
+"""A wheel and a tree of a release read alike, and a download is kept."""
 
 import shutil
 import subprocess
@@ -68,7 +68,7 @@ def test_imports_at_the_top_are_found(small):
 
 @pytest.fixture
 def pip(small, tmp_path, monkeypatch):
-    """A `pip download` that delivers the small wheel and counts its calls."""
+    """A stand-in for `pip download` that delivers the small wheel and counts the calls."""
     wheel = small.wheel(tmp_path / "vllm-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl")
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("vllm/_C.abi3.so", b"\x7fELF" * 1000)

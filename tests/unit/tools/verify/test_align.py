@@ -1,4 +1,4 @@
-"""The first difference of two traces, on made-up traces."""
+"""The comparison finds the first difference between two invented traces."""
 
 import hashlib
 

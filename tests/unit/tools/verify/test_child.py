@@ -1,4 +1,4 @@
-"""The life of an engine child, on a stand-in that speaks the worker's protocol: how it ends, and what stays of it."""
+"""How an engine child ends and what stays of it, tested on a stand-in that speaks the worker's protocol."""
 
 import base64
 import contextlib
@@ -38,7 +38,7 @@ STARTED, HELPER = "reply(info=INFO)", "helper = subprocess.Popen(['sleep', '600'
 
 @pytest.fixture
 def worker(monkeypatch, tmp_path):
-    """worker(at start, at other commands): children run this in place of the real worker; logs lie under tmp_path."""
+    """worker(at start, at other commands): code that children run in place of the worker. Logs are under tmp_path."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def use(start=STARTED, other="reply()"):
@@ -53,7 +53,7 @@ def left(folder):
 
 
 def group(leader):
-    """The processes of a group that still run."""
+    """The running processes of a group."""
     listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
     pairs = [line.split() for line in listed.splitlines()]
     return [pair for pair in pairs if pair[0] == str(leader) and not pair[1].startswith("Z")]

@@ -1,4 +1,4 @@
-"""The time left: axes at the pace seen so far, and starts of engines as long as the first one took."""
+"""The time left follows the pace of the finished axes and the time of the first engine start."""
 
 from bi_patch.tools.verify.clock import Clock
 

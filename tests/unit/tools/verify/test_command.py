@@ -1,4 +1,4 @@
-"""The command line of verify: what it refuses, by name, before any engine starts."""
+"""The command line of verify refuses wrong arguments by name, before any engine starts."""
 
 import pytest
 from rich.console import Console
@@ -21,12 +21,12 @@ def run(*arguments):
     [
         (["--quick", "--full"], "choose one"),
         (["--mode", "fast"], "armed, upstream, stock"),
-        (["--url", "http://x", "--logits"], "runs already: leave out --logits"),
+        (["--url", "http://x", "--logits"], "measures a running server: leave out --logits"),
         (
             ["--url", "http://x", "--dtype", "bfloat16", "--mode", "armed", "--eager"],
             "--mode, --dtype, --eager or --com",
         ),
-        (["tiny-qwen3", "--clients", "8"], "without --url no server is asked: leave out --clients"),
+        (["tiny-qwen3", "--clients", "8"], "without --url, verify asks no server: leave out --clients"),
         (["tiny-qwen3", "--json", "."], "is a folder"),
         (["tiny-qwen3", "--html", "/proc/nowhere/page.html"], "cannot be made"),
         (["tiny-qwen3", "--engine-arg", "max_model_len"], "KEY=VALUE"),

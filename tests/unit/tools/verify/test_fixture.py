@@ -1,4 +1,4 @@
-"""The pytest fixture: a word that it does not know fails the test in one line, before any engine starts."""
+"""The pytest fixture: an unknown name fails the test with one line, before any engine starts."""
 
 import os
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_a_word_that_does_not_exist_fails_in_one_line(pytester, monkeypatch, giv
 
 
 def _installed() -> bool:
-    """Whether pytest finds the plugin by itself."""
+    """Whether pytest finds the plugin through the installed entry point."""
     from importlib.metadata import entry_points
 
     return any(found.value == "bi_patch_pytest" for found in entry_points(group="pytest11"))

@@ -1,4 +1,4 @@
-"""What locate says, on made-up traces; the tracer itself on a small torch module."""
+"""The results of locate on invented traces, and the tracer on a small torch module."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Runs of verify on engines made of arithmetic: verdicts, exit codes, and what is kept when something breaks."""
+"""Runs of verify on simulated engines: verdicts, exit codes, and the results that stay when something breaks."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from bi_patch.tools.verify.measure import NoSuchAxis, Watcher, verify
 
 @pytest.fixture
 def system(arithmetic):
-    """system(leak=, refuse=, break_at=): engines in place of vLLM's. refuse: option -> what starting with it raises."""
+    """system(leak=, refuse=, break_at=): engines in place of vLLM's. refuse: option -> the error of a start with it."""
 
     class System:
         name, mode, restarts = "arithmetic", "armed", True
@@ -105,7 +105,7 @@ def test_on_cpu_too_eager_equals_compiled_is_promised(system):
 
 
 def later_groups_pass(system, error):
-    """A system whose first changed engine fails, and whose others pass."""
+    """A system whose first changed engine fails, and whose other engines pass."""
     made = system()
     start = made.start
 
@@ -165,7 +165,7 @@ def test_rows_of_logits_that_are_asked_for_and_missing_are_no_pass(system):
     states = {a.name: a for a in found.axes}
     assert states["batch size"].state == report.FAILED and "rows of logits" in states["batch size"].reason
     assert states["decode = prefill"].state == report.PASSED, "a prompt's rows have no digests"
-    assert "whole rows of logits by their digest" not in page.page(found)
+    assert "whole rows of logits are compared by digest" not in page.page(found)
 
 
 def test_batches_that_the_cache_cannot_hold_are_said(system):
@@ -250,7 +250,7 @@ def test_an_interrupt_keeps_what_was_compared(system):
     found = verify(system(), DEFAULT, watcher=Impatient())
     assert found.exit_code == report.UNCHECKED and "interrupted" in found.stopped
     assert found.verdict[0].startswith("Incomplete: the armed engine was bitwise invariant in all")
-    assert found.verdict[-1] == "Stopped early: interrupted. What was compared until then is kept."
+    assert found.verdict[-1] == "Stopped early: interrupted. The report keeps all comparisons made before."
     assert found.compared > 0 and found.axes[0].state == report.PASSED and found.axes[-1].state == report.LEFT_OUT
 
 
@@ -287,7 +287,7 @@ def test_axes_are_chosen_by_name(system):
 
 def test_a_limit_leaves_out_and_says_so(system, monkeypatch):
     ticks = itertools.count()
-    for module in (measure, clock):  # each look is a second
+    for module in (measure, clock):  # each reading of the clock takes a second
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     made = system()
     made.options = made.options.but(eager=True)
@@ -302,7 +302,7 @@ def test_a_limit_leaves_out_and_says_so(system, monkeypatch):
 
 
 def test_the_time_left_counts_starts_and_locate(system, monkeypatch):
-    """When the axes within one engine are done, a second engine and the search for the first operation are to come."""
+    """After the axes within one engine, the time left still counts a second engine and the search for the first op."""
     now = [0.0]
     for module in (measure, clock):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -311,7 +311,7 @@ def test_the_time_left_counts_starts_and_locate(system, monkeypatch):
     start = made.start
 
     def slow(options, *, fresh=False):
-        now[0] += 20.0
+        now[0] += 36.0 if fresh else 20.0
         return start(options, fresh=fresh)
 
     def locate(case, options, start):

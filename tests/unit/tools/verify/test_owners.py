@@ -1,4 +1,4 @@
-"""Which seam answers for a layer, and for an operation of ours, is read off the plan."""
+"""The plan says which seam belongs to a layer and to an operation of bi_patch."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""The bound that each output is held to: half a unit in the last place, and nothing that is not finite."""
+"""The bound on each output's error: half a unit in the last place, and every output finite."""
 
 import math
 

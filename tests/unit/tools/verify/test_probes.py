@@ -1,4 +1,4 @@
-"""Every probe on an engine that is made of arithmetic: none is blind, none sees what is not there."""
+"""Every probe on a simulated engine: each probe finds an existing difference, and reports none where there is none."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a report concludes from its axes and from the comparison with fp64."""
+"""A report's verdict follows from its axes and from the comparison with fp64."""
 
 import math
 from pathlib import Path

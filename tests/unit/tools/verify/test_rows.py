@@ -1,4 +1,4 @@
-"""Digests of whole rows of logits, as model runner V2 hands them over; V1's are seen on the real engine."""
+"""Digests of whole rows of logits that model runner V2 passes on; a test on the real engine covers V1."""
 
 import types
 
@@ -26,7 +26,7 @@ def test_rows_are_kept_by_slot_and_generated_position():
     logits = list(torch.randn(4, 3, 8))
     for step, (slots, lengths) in enumerate([([2, 0, 1], [5, 3, 4]), ([0, 1, 2], [4, 10, 6]), ([1, 2, 0], [11, 7, 5])]):
         assert digests.apply(logits[step], context(slots, lengths)) is logits[step]
-    digests.add_request(0, parameters())  # the slot goes to a request that is not digested
+    digests.add_request(0, parameters())  # a request without digest takes over the slot
     digests.apply(logits[3], context([0, 1, 2], [3, 12, 8]))
 
     def wanted(*places):

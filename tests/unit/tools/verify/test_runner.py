@@ -1,4 +1,7 @@
-"""Finding a request's rows in model runner V2, on a stand-in with its call order (V1 is traced on the real engine)."""
+"""The search for the target's rows in model runner V2, on a stand-in with V2's order of calls.
+
+A test on the real engine covers V1.
+"""
 
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -41,7 +44,7 @@ class PromptWorker:
 
 
 class RunnerV2:
-    """Runs steps of [(name, prompt, first token, tokens)] as V2 does: prepare, model, sample, prompt logprobs."""
+    """Runs steps of [(name, prompt, first token, tokens)] like V2: prepare, model, sample, prompt logprobs."""
 
     def __init__(self):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a server's completion becomes, and what of it is refused by name."""
+"""How a server's completion becomes an Answer, and which completions raise a named error."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Made weights: seeded, of a useful size, and tied where ties are wanted."""
+"""Random weights are seeded, have a useful spread, and are tied on request."""
 
 import pytest
 
