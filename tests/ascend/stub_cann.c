@@ -1,5 +1,5 @@
-/* A CANN runtime on host memory, for tests: devices, streams and events that do nothing, memory that is the host's.
-   Whatever would launch a kernel fails, so that no native operator ever seems to have computed. */
+/* A CANN runtime for tests. Device memory is host memory; devices, streams and events do nothing. Every function that
+   would launch a kernel fails, so that no native operator seems to have computed. */
 #include <malloc.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -14,7 +14,7 @@ static char contexts[64];
 static int64_t options[128];
 
 static int64_t *option(int number) { return &options[number & 127]; }
-static size_t held; /* bytes of device memory: what vLLM's memory profile reads */
+static size_t held; /* bytes of allocated device memory, which vLLM's memory profile reads */
 static int take(void **out, size_t bytes) { return posix_memalign(out, 512, bytes ? bytes : 512); }
 static int take_device(void **out, size_t bytes) {
   int failed = take(out, bytes);

@@ -1,4 +1,5 @@
-// AMX tiles in plain C++, put before the sources: machines without AMX test gemm_amx.cpp.
+// AMX tiles in plain C++. The compiler includes this file before the sources, so that machines without AMX can test
+// gemm_amx.cpp.
 #pragma once
 #include <immintrin.h>
 #include <cstdint>
@@ -16,7 +17,7 @@ inline void store(int t, void* base, long stride) {
 }
 inline float wide(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 
-// As the manual has it: even and odd products in two chains, then both into the sum.
+// As in the manual: even and odd products form two chains, and both are then added to the sum.
 inline void dpbf16(int c, int a, int b) {
   for (int m = 0; m < 16; ++m)
     for (int n = 0; n < 16; ++n) {

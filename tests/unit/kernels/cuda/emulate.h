@@ -1,5 +1,6 @@
-// The instructions of kernels/cuda/primitives.h on the CPU: a block's threads are threads, run together. Copies to
-// shared memory happen when their group is waited for, and the order of sums inside multiply_add is not the GPU's.
+// The instructions of kernels/cuda/primitives.h, emulated on the CPU. Each thread of a block is a thread of the CPU, and
+// all threads of a block run at once. A copy to shared memory happens when a thread waits for the copy's group. The order
+// of sums inside multiply_add differs from the GPU's.
 
 #include <atomic>
 #include <barrier>
@@ -40,14 +41,14 @@ struct Warp {
 static thread_local int this_thread;
 static thread_local std::vector<Copy> open_group;
 static thread_local std::deque<std::vector<Copy>> groups;
-// The blocks of a cluster run together.
+// The blocks of a cluster run at once.
 struct Block {
   std::barrier<> whole;
   std::vector<Warp> warps;
   std::atomic<int> running;
   alignas(128) unsigned char memory[1 << 18];
   explicit Block(int threads) : whole(threads), warps(threads / LANES), running(threads) {
-    memset(memory, 0xff, sizeof memory);  // not a number: what was not written shows
+    memset(memory, 0xff, sizeof memory);  // NaN: a read of memory that was not written shows
   }
 };
 
@@ -55,7 +56,7 @@ static thread_local int this_part;
 static thread_local bool this_began;
 static int this_cluster, this_block_y;
 static std::vector<std::unique_ptr<Block>> blocks;
-static int not_begun;  // threads of the cluster
+static int not_begun;  // how many threads of the cluster have not begun
 static std::mutex lock;
 static std::condition_variable changed;
 
@@ -88,7 +89,7 @@ struct Mbarrier {
   int bytes;
 };
 
-// Under the lock.
+// The caller holds the lock.
 DEVICE void settle(Mbarrier& mbar) {
   if (mbar.missing || mbar.bytes) return;
   mbar.missing = mbar.count;
@@ -121,7 +122,7 @@ DEVICE void wait(const i64* at, int parity) {
   changed.wait(held, [&] { return mbar.parity != parity; });
 }
 
-// Where `at` is in block `to`: one that has begun and has not ended.
+// The address of `at` in block `to`. Aborts unless that block has begun and has not ended.
 template <class T>
 DEVICE T* remote(T* at, int to) {
   if (!this_began || !blocks[to]->running) std::abort();
@@ -182,7 +183,7 @@ DEVICE float widen_bf16(u32 half) {
 DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 
 DEVICE void copy_16(void* to, const void* from, bool wanted) {
-  memset(to, 0xff, 16);  // not a number until the group is waited for: what still needs the old values shows
+  memset(to, 0xff, 16);  // NaN until a thread waits for the group: a read of the old values shows
   open_group.push_back({to, from, wanted});
 }
 
