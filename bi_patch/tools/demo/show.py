@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -69,18 +68,20 @@ def texts(side: Side, limit: int = 4) -> RenderableType | None:
     if not chosen:
         return None
     title = Text(f"\nTexts that changed with the batch in {side.report.mode} vLLM:", style="bold")
-    return Group(title, *(_panel(divergence) for divergence in chosen))
+    return Group(title, *(_block(divergence) for divergence in chosen))
 
 
-def _panel(d: Divergence) -> Panel:
+def _block(d: Divergence) -> Text:
+    """Four lines without a box, which stay readable in a file."""
     body = Text()
-    body.append(f"prompt:  {ending(d.prompt)}\n", style="dim")
-    for label, text in (("alone:   ", d.alone), ("beside:  ", d.beside)):
+    body.append(f"\n{d.where}\n", style="bold")
+    body.append(f"  prompt:  {ending(d.prompt)}\n", style="dim")
+    for label, text in (("  alone:   ", d.alone), ("  beside:  ", d.beside)):
         body.append(label, style="bold")
         body.append_text(_marked(text, d.word))
         body.append("\n")
     body.rstrip()
-    return Panel(body, title=d.where, title_align="left")
+    return body
 
 
 def ending(text: str, count: int = 9) -> str:

@@ -164,7 +164,7 @@ def test_an_engine_that_did_not_start_is_said(answer):
 def test_the_verdict_tells_both_engines_apart(both):
     stock, armed = show.verdict(AXES, *both)
     assert "stock engine is NOT batch-invariant: 2 of 10 positions differ" in stock
-    assert "armed engine was bitwise invariant in all 10 positions" in armed
+    assert "armed engine was bitwise invariant in all 10 compared positions" in armed
 
 
 def test_variance_with_all_seams_closed_asks_for_a_report(answer, varied):
@@ -182,6 +182,7 @@ def test_a_text_that_changed_shows_the_prompt_and_both_texts(both):
     assert texts.words(found.alone)[found.word] == " sat"
     shown = render(show.texts(stock))
     assert "after an hour" in shown and " sat" in shown and "<ran>" in shown
+    assert max(map(len, render(show.texts(stock), width=9999).splitlines())) < 80
     assert show.texts(armed) is None
 
 
