@@ -274,8 +274,8 @@ SEAMS = (
         _longest_query,
         "with heads of up to 64 elements, FlashAttention 3 has a tile for short queries, and this tile splits KV at "
         "other positions. The longest query of the batch decides which tile serves all requests",
-        "vLLM reports a longest query of at least 128 tokens to FlashAttention 3, so that every batch takes prefill's "
-        "tile",
+        "bi_patch reports a longest query of at least 128 tokens to FlashAttention 3, so that FlashAttention 3 always "
+        "takes prefill's tile",
         (25,),
         until="FlashAttention 3 uses one KV tile per head size (https://github.com/vllm-project/vllm/issues/51902)",
     ),

@@ -134,7 +134,7 @@ SEAMS = (
         "A token at the edge of top-p is then kept in one batch and dropped in another",
         how="one Triton kernel serves every number of requests, in pieces of at most 64 rows",
         until="upstream computes top-p in one order for every number of requests "
-        "(https://github.com/vllm-project/vllm/pull/50979, https://github.com/vllm-project/vllm/pull/54651)",
+        "(compare https://github.com/vllm-project/vllm/pull/50979 and https://github.com/vllm-project/vllm/pull/54651)",
         causes=(21,),
         serves=("TopKTopPSampler",),
     ),
@@ -145,7 +145,7 @@ SEAMS = (
         why="the number of requests decides how many programs share the sum of a row for top-p",
         how="the same number of programs shares a row in every batch",
         until="upstream computes top-p in one order for every number of requests "
-        "(https://github.com/vllm-project/vllm/pull/54651)",
+        "(https://github.com/vllm-project/vllm/pull/54651 introduced the split)",
         causes=(21,),
     ),
     Seam(
