@@ -1,6 +1,6 @@
-// The instructions of kernels/cuda/primitives.h, emulated on the CPU. Each thread of a block is a thread of the CPU, and
-// all threads of a block run at once. A copy to shared memory happens when a thread waits for the copy's group. The order
-// of sums inside multiply_add differs from the GPU's.
+// The instructions of kernels/cuda/primitives.h, emulated on the CPU. Each thread of a block is a thread of the CPU,
+// and all threads of a block run at once. A copy to shared memory happens when a thread waits for the copy's group. The
+// order of sums inside multiply_add differs from the GPU's.
 
 #include <atomic>
 #include <barrier>
