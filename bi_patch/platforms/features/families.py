@@ -13,6 +13,7 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_FIRST = "invariance-2026-11-21-h100-vllm-0.33.0.json"
+_H100_MOE = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _H100_DECODE = "invariance-2026-11-22-h100-decode-vllm-0.33.0.json"
 _HYBRID = refused("hybrid: layers with a recurrent state")
@@ -55,7 +56,7 @@ def _experts_of_minicpm(config: Any) -> str:
 FAMILIES: tuple[Feature, ...] = (
     row("Llama 2 and 3", short="Llama", cpu=served(_CPU), cuda=served(_H100, _H100_NEWEST), ascend=_ASCEND),
     row("Qwen3 dense", short="Qwen3", cpu=served(_CPU), cuda=served(_H100, _H100_DECODE), ascend=_ASCEND),
-    row("Qwen3-MoE", short="Qwen3-MoE", cpu=served(_CPU), cuda=served(_H100_FIRST), ascend=_ASCEND),
+    row("Qwen3-MoE", short="Qwen3-MoE", cpu=served(_CPU), cuda=served(_H100_FIRST, _H100_MOE), ascend=_ASCEND),
     row("Qwen2.5", cpu=untried(), cuda=served(_H100), ascend=_ASCEND),
     row("SmolLM2", cpu=served(_CPU), cuda=untried(), ascend=_ASCEND),
     row("Mistral 7B", cpu=untried(), cuda=served(_H100_FIRST), ascend=_ASCEND),
