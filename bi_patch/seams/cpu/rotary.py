@@ -1,20 +1,7 @@
 """Rotary embedding: compiled and eager code give the same bits in every batch."""
 
 from bi_patch.seams.model import Seam, Target
-
-_BASE = "vllm.model_executor.layers.rotary_embedding.base"
-
-
-# The classes that inherit forward from RotaryEmbedding.
-_CLASSES = frozenset(
-    {
-        "RotaryEmbedding",
-        "Llama3RotaryEmbedding",
-        "LinearScalingRotaryEmbedding",
-        "DynamicNTKScalingRotaryEmbedding",
-        "YaRNScalingRotaryEmbedding",
-    }
-)
+from bi_patch.seams.rotations import BASE, CLASSES
 
 
 def _rotary(original):
@@ -22,7 +9,7 @@ def _rotary(original):
     from bi_patch.ops.cpu import rotary
 
     def forward(self, positions, query, key=None):
-        if positions.ndim != 1 or type(self).__name__ not in _CLASSES:
+        if positions.ndim != 1 or type(self).__name__ not in CLASSES:
             return original(self, positions, query, key)
         cache = self._match_cos_sin_cache_dtype(query)
 
@@ -37,7 +24,7 @@ def _rotary(original):
 def _forward(name: str, qualname: str, close, **attributed) -> Seam:
     return Seam(
         name=f"rotary.{name}",
-        targets=(Target(_BASE, qualname),),
+        targets=(Target(BASE, qualname),),
         close=close,
         why="compiled code rounds where a fused kernel ends, and eager code rounds after every operation",
         how="one bundled kernel serves compiled and eager code, and rounds once",

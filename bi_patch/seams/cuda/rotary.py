@@ -1,20 +1,7 @@
 """Rotary embedding: compiled and eager code give the same bits in every batch."""
 
 from bi_patch.seams.model import Seam, Target
-
-_BASE = "vllm.model_executor.layers.rotary_embedding.base"
-
-
-# The classes that inherit forward from RotaryEmbedding.
-_CLASSES = frozenset(
-    {
-        "RotaryEmbedding",
-        "Llama3RotaryEmbedding",
-        "LinearScalingRotaryEmbedding",
-        "DynamicNTKScalingRotaryEmbedding",
-        "YaRNScalingRotaryEmbedding",
-    }
-)
+from bi_patch.seams.rotations import BASE, CLASSES
 
 
 def _rotary(original):
@@ -63,14 +50,14 @@ def _qk_norm(original):
 def _covers(layer) -> bool:
     from bi_patch.ops.cuda import rotary
 
-    plain = type(layer).__name__ in _CLASSES
+    plain = type(layer).__name__ in CLASSES
     return plain and rotary.covers(layer.head_size, layer.rotary_dim, layer.is_neox_style)
 
 
 def _forward(name: str, qualname: str, close, **attributed) -> Seam:
     return Seam(
         name=f"rotary.{name}",
-        targets=(Target(_BASE, qualname),),
+        targets=(Target(BASE, qualname),),
         close=close,
         why="compiled code rounds where a fused kernel ends, and eager code rounds after every operation",
         how="one bundled kernel serves compiled and eager code, and rounds once",
