@@ -115,7 +115,7 @@ class Axis(msgspec.Struct):
                     "model's logits are NaN there, or the engine returned logprobs of other tokens"
                 )
             if self.undigested:
-                return FAILED, f"{self.undigested:,} pairs have no digests of logits, although these were requested"
+                return FAILED, f"{self.undigested:,} pairs have no digests of their rows of logits, although requested"
             if self.compared and NOT_APPLICABLE in (state, self.state):
                 return FAILED, f"only a part of the axis could be measured: {reason or self.reason}"
         if not state:

@@ -101,5 +101,5 @@ def test_patched_copy_leaves_the_original_alone(small, monkeypatch, tmp_path):
     assert contents(small.tree) == before
     assert (copy / "vllm/ops.py").read_text().endswith(series.CALL)
     assert (copy / "vllm/lazy.py").is_symlink()
-    with pytest.raises(PatchError, match="there already"):
+    with pytest.raises(PatchError, match="exists already"):
         apply.patched_copy(tmp_path / "copy")

@@ -172,7 +172,7 @@ def test_a_patch_that_changes_another_file_too_is_refused(small):
     other = "--- a/vllm/lazy.py\n+++ b/vllm/lazy.py\n@@ -1 +1 @@\n-def use():\n+def use(x):\n"
     patch.write_text(patch.read_text() + other)
     (problem, *_) = told(small.check(), "series")
-    assert "not vllm/ops.py alone" in problem.message
+    assert "instead of only vllm/ops.py" in problem.message
 
 
 def test_a_patch_that_changes_other_lines_too_is_found(small):

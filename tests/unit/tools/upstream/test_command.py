@@ -92,7 +92,7 @@ def test_a_patched_copy_is_made_and_not_twice(tmp_path):
     assert made.returncode == 0 and f"PYTHONPATH={tmp_path / 'copy'} BI_PATCH_FORM=patches" in made.stdout
     assert (tmp_path / "copy/vllm/config/vllm.py").read_text().endswith(series.CALL)
     again = run(tmp_path / "copy", command="patched-copy")
-    assert again.returncode == 2 and "there already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
 
 
 def test_an_unknown_setting_exits_2(small):

@@ -30,7 +30,7 @@ ROUGH = Imprecise("model.layers.0.mlp.down_proj", "linear.cpu_dispatch", 64, 128
 
 
 @pytest.mark.parametrize(
-    ("failed", "code", "said"), [([], 0, "as accurate as fp32"), ([ROUGH], 1, "down_proj with 900")]
+    ("failed", "code", "said"), [([], 0, "as accurate as fp32"), ([ROUGH], 1, "down_proj, with 900")]
 )
 def test_products_of_low_precision_are_no_pass(failed, code, said):
     axis = Axis("batch size", "", state=PASSED, compared=10)
