@@ -33,7 +33,7 @@ def on_npu():
             *((SOURCES,) if sources else ()),
             ROOT,
             ROOT / "tests/ascend",
-            ROOT / "tests/kernels/ascend",
+            ROOT / "tests/ascend/kernels",
         )
         clean |= {
             "LD_LIBRARY_PATH": str(STUB),
