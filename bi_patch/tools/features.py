@@ -26,14 +26,6 @@ def blocks() -> dict[str, str]:
     }
 
 
-def summary(platform: str) -> dict[str, list[str]]:
-    """The names of the table's rows by their state on a platform, for the platform's newest release."""
-    found: dict[str, list[str]] = {SERVED: [], UNTRIED: [], REFUSED: []}
-    for row in table.ROWS:
-        found.setdefault(row.cell(platform).state, []).append(row.name)
-    return found
-
-
 def _short(rows: Iterable[Feature]) -> str:
     lines = [[row.short, *(_state(row.cell(platform)) for platform in TITLES)] for row in rows]
     return _table(["", *TITLES.values()], lines) + "\n\n" + _MEANING

@@ -241,7 +241,7 @@ def _seam(
     *,
     releases: str = "",
     required: bool = True,
-    until: str = "upstream's batch-invariant mode schedules FlashAttention's tiles once a step",
+    until: str,
 ) -> Seam:
     return Seam(
         name=f"attention.cuda_{name}",
@@ -301,6 +301,7 @@ SEAMS = (
         (3,),
         releases=">=0.32",
         required=False,
+        until="upstream's batch-invariant mode schedules FlashAttention's tiles once a step",
     ),
     Seam(
         name="attention.cuda_empty_tiles",
