@@ -198,8 +198,12 @@ def write(name: str, root: str | Path) -> str:
 
     Raises KeyError for a name that is not in SHAPES.
     """
-    config = json.dumps(SHAPES[name])
+    return save(name, SHAPES[name], root)
+
+
+def save(name: str, shape: dict[str, object], root: str | Path) -> str:
+    """Write `shape` as config.json into a folder below `root`, named by `name`. Returns the folder."""
     folder = Path(root) / short(name)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config)
+    (folder / "config.json").write_text(json.dumps(shape))
     return str(folder)
