@@ -149,7 +149,7 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path) ->
     if family == "Falcon":
         del config["head_dim"]  # its configuration class computes the size itself
     level = replace(levels.QUICK, seconds=None, cross=(), graphs=1)
-    given = {"gpu_memory_utilization": share, "kv_cache_memory_bytes": CACHE}
+    given = {"gpu_memory_utilization": share, "kv_cache_memory_bytes": CACHE, "max_num_batched_tokens": 2048}
     folder = shapes.save(family, config, root)
     system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given)
     rows, report = invariance.measure(f"{family}{', eager' if eager else ''}", system, level, only=AXES)

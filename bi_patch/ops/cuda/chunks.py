@@ -95,15 +95,15 @@ def steps(tokens: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     yield "a chunk beside single rows", [(200, 700), *((at, 1) for at in singles[::3])]
 
 
-def _certify(problem: Problem, prepare: Prepare, key: Key) -> Certificate:
+def _certify(problem: Problem, prepare: Prepare, key: Key, device: str = "cuda") -> Certificate:
     import torch
 
     tokens = _TOKENS + min(problem.window, _LONGEST_WINDOW)
     tally = Tally([tokens])
-    generator = torch.Generator("cuda").manual_seed(problem.head_size)
+    generator = torch.Generator(device).manual_seed(problem.head_size)
 
     def random(heads: int) -> torch.Tensor:
-        return torch.randn((tokens, heads, problem.head_size), generator=generator, device="cuda").to(problem.dtype)
+        return torch.randn((tokens, heads, problem.head_size), generator=generator, device=device).to(problem.dtype)
 
     q, k, v = random(problem.heads), random(problem.key_heads), random(problem.key_heads)
     for scores, factor in (("flat", 1), ("peaked", 6)):

@@ -63,7 +63,7 @@ def _prepare(layer, problem: Problem, q, k, v):
     tokens, device = len(q), q.device
     count = -(-tokens // problem.page)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(device)
-    cache = _cache(layer, problem, count)
+    cache = _cache(layer, problem, count, device)
     at = torch.arange(tokens, device=device)
     layer.impl.do_kv_cache_update(layer, k, v, cache, order[at // problem.page] * problem.page + at % problem.page)
     bundled = attention.serves(attention.Problem(problem.heads, problem.key_heads, problem.head_size, problem.dtype))
@@ -98,15 +98,16 @@ def _prepare(layer, problem: Problem, q, k, v):
     return run
 
 
-def _cache(layer, problem: Problem, pages: int):
+def _cache(layer, problem: Problem, pages: int, device):
     """An empty KV cache of one layer, with the shape and the strides that vLLM would give it."""
     import torch
 
     backend = layer.attn_backend
-    shape = backend.get_kv_cache_shape(pages, problem.page, problem.key_heads, problem.head_size)
-    try:
+    if hasattr(backend, "get_kv_cache_shape"):  # until vLLM 0.26, each backend has a shape of its own
+        shape = backend.get_kv_cache_shape(pages, problem.page, problem.key_heads, problem.head_size)
         order = backend.get_kv_cache_stride_order()
-    except (AttributeError, NotImplementedError):
-        order = tuple(range(len(shape)))
-    laid_out = torch.zeros([shape[i] for i in order], dtype=problem.dtype, device="cuda")
+    else:  # pages, heads, tokens, a key and a value; in memory, tokens come before heads
+        shape = (pages, problem.key_heads, problem.page, 2 * problem.head_size)
+        order = (0, 2, 1, 3)
+    laid_out = torch.zeros([shape[i] for i in order], dtype=problem.dtype, device=device)
     return laid_out.permute([order.index(i) for i in range(len(shape))])
