@@ -115,7 +115,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "ALiBi",
         cpu=refused("the bundled CPU attention has none", by="attention.cpu_init"),
-        cuda=refused("vLLM uses FlashAttention 2 for it", by="attention.cuda_backend"),
+        cuda=untried("layers with ALiBi run on Triton attention"),
         ascend=refused("bi_patch has no kernel for it", by="attention.ascend_backend"),
     ),
     row(

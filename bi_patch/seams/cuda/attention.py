@@ -250,6 +250,13 @@ def _softmax_step(original):
     return softmax_step
 
 
+def _alibi(original):
+    """apply_alibi_to_score: count the distance from the query, wherever the query's chunk starts."""
+    from bi_patch.kernels.triton.alibi import apply_alibi_to_score
+
+    return apply_alibi_to_score
+
+
 def _triton_without_flash(config) -> None:
     """Choose Triton attention on GPUs for which vLLM has no FlashAttention 3, unless the user named a backend."""
     from vllm.platforms import current_platform
@@ -361,6 +368,22 @@ SEAMS = (
         how="the running maximum stays at minus infinity until the row has seen a key, as in vLLM 0.33",
         until="bi_patch no longer supports vLLM 0.32",
         causes=(4,),
+    ),
+    Seam(
+        name="attention.cuda_alibi",
+        targets=(
+            Target(
+                "vllm.v1.attention.ops.triton_attention_helpers",
+                "apply_alibi_to_score",
+                copies=("vllm.v1.attention.ops.triton_unified_attention",),
+            ),
+        ),
+        close=_alibi,
+        why="Triton attention counts ALiBi's distances from the first token of a chunk. So a row's scores round in "
+        "another way in another chunk",
+        how="distances are counted from the query's own position",
+        until="upstream's Triton attention counts distances from the query",
+        causes=(6,),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""vLLM's own kernel over a sliding window, for rows whose first tile is fully masked: without the seam and with it."""
+"""vLLM's own Triton attention with a sliding window or ALiBi, prefill against decode: without the seams and with them."""
 
 import importlib.util
 import subprocess
@@ -14,9 +14,9 @@ if importlib.util.find_spec("triton") is None or importlib.util.find_spec("vllm"
     pytest.skip("triton or vllm is not installed", allow_module_level=True)
 
 
-def differing(form: str) -> tuple[int, int]:
-    script = Path(__file__).with_name("window.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", script, form], capture_output=True, text=True, timeout=300)
+def differing(case: str, form: str) -> tuple[int, int]:
+    script = Path(__file__).with_name("vllm_attention.py")
+    done = subprocess.run([sys.executable, "-W", "ignore", script, case, form], capture_output=True, text=True, timeout=300)
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("DIFFERING")]
     assert found, done.stderr[-3000:]
     return int(found[0][0]), int(found[0][1])
@@ -24,8 +24,13 @@ def differing(form: str) -> tuple[int, int]:
 
 @pytest.mark.skipif(installed.find("cpu").release >= Version("0.33"), reason="vLLM has this step itself from 0.33 on")
 def test_without_the_seam_rows_after_a_masked_tile_differ():
-    assert differing("stock")[0] > 10
+    assert differing("window", "stock")[0] > 10
 
 
-def test_with_the_seam_none_does():
-    assert differing("closed") == (0, 110)
+def test_without_the_seam_rows_with_alibi_differ():
+    assert differing("alibi", "stock")[0] > 10
+
+
+@pytest.mark.parametrize("case", ["window", "alibi"])
+def test_with_the_seams_none_does(case):
+    assert differing(case, "closed") == (0, 110)

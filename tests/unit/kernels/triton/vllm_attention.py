@@ -1,8 +1,8 @@
-"""Runs in a child process with TRITON_INTERPRET=1: vLLM's own Triton attention over a window, prefill against decode.
+"""Runs in a child process with TRITON_INTERPRET=1: vLLM's own Triton attention, prefill against decode.
 
-The argument is "stock", or "closed" for the step that the seam attention.cuda_empty_tiles installs. The scores have a
-mean of -4. So a row whose first tile is fully masked shows at which maximum it restarts. Prints how many rows differ,
-and how many rows there are.
+Arguments: "window" or "alibi", then "stock", or "closed" for the functions that the seams attention.cuda_empty_tiles and
+attention.cuda_alibi install. The scores have a mean of -4. So a row whose first tile is fully masked shows at which
+maximum it restarts. Prints how many rows differ, and how many rows there are.
 """
 
 import os
@@ -38,7 +38,7 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def attend(q, k, v, pages, length: int):
+def attend(case, q, k, v, pages, length: int):
     """Attention of the last rows of `length` tokens; q [rows, HEADS, SIZE]."""
     out = torch.empty_like(q)
     triton_unified_attention.unified_attention(
@@ -52,7 +52,8 @@ def attend(q, k, v, pages, length: int):
         max_seqlen_k=TOKENS,
         softmax_scale=SIZE**-0.5,
         causal=True,
-        window_size=(WINDOW - 1, 0),
+        window_size=(WINDOW - 1, 0) if case == "window" else (-1, -1),
+        alibi_slopes=torch.tensor([0.3, 0.07]) if case == "alibi" else None,
         block_table=pages,
         softcap=0.0,
         q_descale=None,
@@ -62,11 +63,13 @@ def attend(q, k, v, pages, length: int):
     return out
 
 
-def main(form: str) -> None:
+def main(case: str, form: str) -> None:
     if form == "closed":
+        from bi_patch.kernels.triton.alibi import apply_alibi_to_score
         from bi_patch.kernels.triton.softmax import softmax_step
 
-        triton_attention_helpers.softmax_step = triton_unified_attention.softmax_step = softmax_step
+        for module in (triton_attention_helpers, triton_unified_attention):
+            module.softmax_step, module.apply_alibi_to_score = softmax_step, apply_alibi_to_score
     torch.manual_seed(0)
     blocks = -(-TOKENS // PAGE)
     q = torch.randn(TOKENS, HEADS, SIZE)
@@ -74,11 +77,11 @@ def main(form: str) -> None:
     q[..., 0], k[..., 0] = 8, -(SIZE**0.5) / 2
     q, k, v = (x.to(torch.float16) for x in (q, k, v))
     pages = torch.arange(blocks, dtype=torch.int32)[None]
-    whole = attend(q, k, v, pages, TOKENS)
+    whole = attend(case, q, k, v, pages, TOKENS)
     beyond = range(WINDOW, TOKENS)
-    differing = sum(not torch.equal(attend(q[i : i + 1], k, v, pages, i + 1)[0], whole[i]) for i in beyond)
+    differing = sum(not torch.equal(attend(case, q[i : i + 1], k, v, pages, i + 1)[0], whole[i]) for i in beyond)
     print("DIFFERING", differing, len(beyond))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
