@@ -1,11 +1,12 @@
-"""RMSNorm with and without residual: out[r] = round(x[r] * rsqrt(mean(x[r]^2) + eps) * (weight + offset)).
+"""RMSNorm and LayerNorm of rows, in bf16, fp16 or fp32; computed in fp32, rounded once.
 
-x [..., C], residual [..., C], weight [C], in bf16, fp16 or fp32; computed in fp32, rounded once. With a residual,
-round(x + residual), in the dtype of x, replaces x and is returned too.
+RMSNorm: out[r] = round(x[r] * rsqrt(mean(x[r]^2) + eps) * (weight + offset)). With a residual, round(x + residual), in
+the dtype of x, replaces x and is returned too.
+LayerNorm: out[r] = round((x[r] - mean(x[r])) * rsqrt(mean((x[r] - mean(x[r]))^2) + eps) * weight + bias).
 
-Order: one program sums a row's squares. Up to 16384 columns, a block holds the whole row. Longer rows are cut into
-blocks of 16384 columns, which are added lane by lane in ascending order; then the lanes are summed. The tile depends
-on C alone.
+Order: one program sums a row. Up to 16384 columns, a block holds the whole row. RMSNorm cuts longer rows into blocks of
+16384 columns, which are added lane by lane in ascending order; then the lanes are summed. LayerNorm takes no longer
+rows. The tile depends on C alone.
 """
 
 import torch
@@ -67,6 +68,34 @@ def _rms_norm(
         tl.store(out + target + at, normed.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _layer_norm(
+    x,
+    weight,
+    bias,
+    out,
+    rows,
+    cols,
+    stride_row,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)[None, :]
+    mask = (r[:, None] < rows) & (c < cols)
+    values = tl.load(x + (r * stride_row)[:, None] + c, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.where(mask, values - (tl.sum(values, axis=1) / cols)[:, None], 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=1) / cols + eps)[:, None]
+    if HAS_WEIGHT:
+        normed = normed * tl.load(weight + c, mask=c < cols, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        normed = normed + tl.load(bias + c, mask=c < cols, other=0.0).to(tl.float32)
+    tl.store(out + (r * cols)[:, None] + c, normed.to(out.dtype.element_ty), mask=mask)
+
+
 def shape_of(cols: int) -> tuple[int, int, int, int]:
     """(block, rows per program, blocks per row, warps) for rows of `cols` elements."""
     block = min(triton.next_power_of_2(cols), _WIDEST)
@@ -120,3 +149,38 @@ def rms_norm(
         num_warps=warps,
     )
     return out, summed
+
+
+def covers_layer_norm(cols: int) -> bool:
+    """Whether `layer_norm` takes rows of `cols` elements."""
+    return 0 < cols <= _WIDEST
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """LayerNorm over the last dimension of x [..., C] (bf16, fp16, fp32) -> the same shape and dtype, contiguous.
+
+    weight, bias: [C] or None. C is at most 16384 (`covers_layer_norm`).
+    """
+    cols = x.shape[-1]
+    flat = x if x.dim() == 2 and x.stride(-1) == 1 else x.reshape(-1, cols).contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = flat.shape[0]
+    if rows == 0:
+        return out
+    block, per_program, _, warps = shape_of(cols)
+    _layer_norm[(triton.cdiv(rows, per_program),)](
+        flat,
+        weight if weight is not None else flat,
+        bias if bias is not None else flat,
+        out,
+        rows,
+        cols,
+        flat.stride(0),
+        eps,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK=block,
+        ROWS=per_program,
+        num_warps=warps,
+    )
+    return out

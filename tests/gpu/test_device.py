@@ -116,6 +116,28 @@ def test_norm_and_rotation():
         assert all(torch.equal(a, w[part]) for a, w in zip(turned, rotated, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("cols", [64, 768, 4544, 8192])
+def test_layer_norm(dtype, cols):
+    """A row alone has the bits that it has among others, in eager and in compiled code. Its values are right."""
+    from bi_patch.seams.cuda import norm
+
+    generator = torch.Generator("cuda").manual_seed(cols)
+    x = torch.randn(300, cols, device="cuda", generator=generator).to(dtype)
+    model = torch.nn.Sequential(torch.nn.LayerNorm(cols)).to("cuda", dtype)
+    for weight in model.parameters():
+        weight.data = torch.randn(cols, device="cuda", generator=generator).to(dtype)
+    want = torch.nn.functional.layer_norm(x.double(), (cols,), *(p.double() for p in model.parameters()), 1e-5)
+    norm.replace_layer_norms(model)
+    with torch.inference_mode():
+        whole = model(x)
+        assert (whole.double() - want).norm() / want.norm() < (1e-5 if dtype == torch.float32 else 5e-3)
+        compiled = torch.compile(model, dynamic=True)
+        for at, m in ((0, 1), (5, 255), (7, 256), (0, 257)):
+            assert torch.equal(model(x[at : at + m]), whole[at : at + m])
+            assert torch.equal(compiled(x[at : at + m]), whole[at : at + m])
+
+
 def test_pytorch_own_products_and_sums():
     """With the overrides, every form gives a row the same bits alone and in a batch, also in compiled code."""
     from bi_patch.ops.cuda import aten
@@ -163,6 +185,8 @@ def test_certificates_of_a_worker(tmp_path, monkeypatch):
     pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe", reason="vLLM is not installed")
     from types import SimpleNamespace
 
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
     from bi_patch.ops import certificates
     from bi_patch.ops.cuda import attention, certify, linear, machine, moe
     from bi_patch.seams.cuda.attention import prefill
@@ -171,19 +195,19 @@ def test_certificates_of_a_worker(tmp_path, monkeypatch):
     if not machine.vendor_allowed():
         pytest.skip("FlashAttention 3 and cuBLASLt's order need Hopper")
     monkeypatch.setattr(moe, "_done", set())
-    monkeypatch.setattr(moe, "_fixed", set())
+    monkeypatch.setattr(moe, "_passed", {})
     monkeypatch.setattr(attention, "_certified", {})
     model = torch.nn.Module()
     model.layer = torch.nn.Module()
     for name, shape in (("w13_weight", (1, 1536, 2048)), ("w2_weight", (1, 2048, 768))):
         weight = torch.empty(shape, device="cuda", dtype=torch.bfloat16).expand(128, -1, -1)
         model.layer.register_buffer(name, weight)
-    model.layer.moe_config = SimpleNamespace(experts_per_token=8)
+    model.layer.moe_config = SimpleNamespace(experts_per_token=8, activation=MoEActivation.SILU)
     products = [linear.Problem(512, 1024, torch.bfloat16, False)]
     decoders = [(attention.Problem(32, 8, size, torch.bfloat16), prefill) for size in (64, 128)]
 
     def make():
-        given = (products * 2, experts(model), decoders * 2)
+        given = (products * 2, experts(model), decoders * 2, [], [])
         return certify.certify(*given, max_rows=600, library="test", cache=tmp_path)
 
     made = make()
@@ -193,5 +217,5 @@ def test_certificates_of_a_worker(tmp_path, monkeypatch):
         assert certificate.passed and certificate.evidence.compared, certificate
         assert certificates.load(tmp_path, certificate.key) == certificate
     assert products[0] in linear.routes() and all(attention.serves(problem) for problem, _ in decoders)
-    assert not moe._fixed
+    assert all(moe._passed.values())
     assert make() == made[:1]  # this process has certified the others already

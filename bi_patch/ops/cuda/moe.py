@@ -28,22 +28,32 @@ OPERATION = "cuda.moe"
 DATA = "sums of zero and others"
 # The tile of upstream's mode. Every other tile is compared with FIXED, and FIXED serves if another tile differs.
 FIXED = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
-_fixed: set[tuple[int, int, str | None]] = set()
+# By table key: whether every certificate of this size passed. A size that is not here has none, and FIXED serves it.
+_passed: dict[tuple[int, int, str | None], bool] = {}
 _done: set[Problem] = set()
 _TABLES = Path(__file__).resolve().parent / "tables"
 
 
 class Problem(NamedTuple):
-    """One size of experts: w13 [experts, 2 * n, hidden], w2 [experts, hidden, n], top_k experts per token."""
+    """One kind of experts: w13 [experts, 2 * n, hidden], w2 [experts, hidden, n], top_k experts per token.
+
+    activation: vLLM's name of the gated activation. bias: both products add a bias. weighted_input: a token's weight
+    multiplies the experts' input instead of their output.
+    """
 
     experts: int
     n: int
     hidden: int
     top_k: int
     dtype: torch.dtype
+    activation: str = "silu"
+    bias: bool = False
+    weighted_input: bool = False
 
     def __str__(self) -> str:
-        return f"E={self.experts} N={self.n} K={self.hidden} top{self.top_k} {machine.name(self.dtype)}"
+        extras = f"{' bias' * self.bias}{' weighted input' * self.weighted_input}"
+        size = f"E={self.experts} N={self.n} K={self.hidden} top{self.top_k}"
+        return f"{size} {self.activation}{extras} {machine.name(self.dtype)}"
 
     @property
     def table(self) -> tuple[int, int, str | None]:
@@ -52,7 +62,7 @@ class Problem(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """vLLM's kernel for experts.
+    """vLLM's kernel for one kind of experts, with the activation and the bias of this kind.
 
     run: (x [M, hidden], w13, w2, weights [M, top_k] fp32, ids [M, top_k] int32) -> [M, hidden]. choose: M -> the tile
     that serves. override: a context manager in which every call takes the given tile.
@@ -69,8 +79,8 @@ def one_pass(tile: dict[str, int]) -> dict[str, int]:
 
 
 def is_fixed(experts: int, n: int, dtype: str | None) -> bool:
-    """Whether the certificate of this size failed, so that only FIXED may serve."""
-    return (experts, n, dtype) in _fixed
+    """Whether only FIXED may serve this size: it has no certificate, or a certificate failed."""
+    return not _passed.get((experts, n, dtype), False)
 
 
 def bundled_table(experts: int, n: int, dtype: str | None) -> dict[int, dict[str, int]] | None:
@@ -86,23 +96,30 @@ def certify(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache
     """Compare every tile that serves some M up to max_rows with FIXED. If the certificate fails, FIXED serves the size.
 
     library: the version of the kernel's library. cache: the folder of certificates. Returns None for a problem that
-    this process has certified before.
+    this process has certified before, and for a size of which another certificate failed.
     """
     if problem in _done:
         return None
     _done.add(problem)
+    if not _passed.get(problem.table, True):
+        return None
+    _passed[problem.table], passed = True, False  # every tile may serve while the tiles are compared
+    try:
+        certificate = _obtain(problem, kernel, max_rows, library, cache)
+        passed = certificate.passed
+    finally:
+        _passed[problem.table] = passed
+    return certificate
+
+
+def _obtain(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache: Path) -> Certificate:
     kinds: dict[str, list[int]] = {}
     for m in range(1, max_rows + 1):
         kinds.setdefault(json.dumps(kernel.choose(m), sort_keys=True), []).append(m)
     tiles = json.dumps({min(rows): kind for kind, rows in kinds.items()}, sort_keys=True)
     asked = f"{problem} M<={max_rows} {tiles}"
     key = Key(OPERATION, asked, machine.device(), f"{library} {machine.libraries()}", machine.kernels_digest(), DATA)
-    certificate = certificates.obtain(
-        cache, key, lambda: _certify(problem, kernel, kinds, key), instead="the fixed tile"
-    )
-    if not certificate.passed:
-        _fixed.add(problem.table)
-    return certificate
+    return certificates.obtain(cache, key, lambda: _certify(problem, kernel, kinds, key), instead="the fixed tile")
 
 
 def operands(problem: Problem, rows: int, generator: torch.Generator):

@@ -1,4 +1,4 @@
-"""RMSNorm on CUDA by the bundled kernel, which has one order for all row counts (kernels/triton/norm.py).
+"""RMSNorm and LayerNorm on CUDA by bundled kernels with one order for all row counts (kernels/triton/norm.py).
 
 torch.compile does not trace into the ops.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def define_ops() -> None:
-    """Define torch.ops.bi_patch.rms_norm and torch.ops.bi_patch.add_rms_norm. A second call does nothing."""
+    """Define torch.ops.bi_patch.rms_norm, add_rms_norm and layer_norm. A second call does nothing."""
     arguments = "Tensor? weight, float eps, float offset"
     define(f"rms_norm(Tensor x, {arguments}) -> Tensor", _rms_norm, "CUDA", lambda x, *_: x.new_empty(x.shape))
     define(
@@ -23,6 +23,8 @@ def define_ops() -> None:
         "CUDA",
         lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
     )
+    arguments = "Tensor? weight, Tensor? bias, float eps"
+    define(f"layer_norm(Tensor x, {arguments}) -> Tensor", _layer_norm, "CUDA", lambda x, *_: x.new_empty(x.shape))
 
 
 def rms_norm(
@@ -37,6 +39,29 @@ def rms_norm(
     if residual is None:
         return torch.ops.bi_patch.rms_norm(x, weight, eps, offset)
     return torch.ops.bi_patch.add_rms_norm(x, residual, weight, eps, offset)
+
+
+def covers_layer_norm(x: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether `layer_norm` serves a LayerNorm of x over its last dimensions `shape`."""
+    import torch
+
+    from bi_patch.kernels.triton import norm
+
+    floats = (torch.bfloat16, torch.float16, torch.float32)
+    return x.is_cuda and x.dtype in floats and len(shape) == 1 and norm.covers_layer_norm(shape[0])
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """LayerNorm of x [..., C] with weight and bias [C] -> [..., C], in x's dtype, computed in fp32."""
+    import torch
+
+    return torch.ops.bi_patch.layer_norm(x, weight, bias, eps)
+
+
+def _layer_norm(x, weight, bias, eps):
+    from bi_patch.kernels.triton import norm
+
+    return norm.layer_norm(x, weight, bias, eps)
 
 
 def _rms_norm(x, weight, eps, offset):

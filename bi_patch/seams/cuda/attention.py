@@ -21,13 +21,13 @@ _CALLS = ("_FA4_DENSE_ATTENTION_KERNEL", "flash_attn_varlen_func")
 
 
 def _backend(original):
-    """Attention.__init__: give layers with a window Triton attention, and refuse layers without evidence by name."""
+    """Attention.__init__: use Triton attention where FlashAttention 3 cannot serve, and refuse other backends."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
         held = signature.bind(self, *args, **kwargs)
-        if held.arguments.get("attn_backend") is None and _window(held.arguments) is not None and not _chosen():
+        if held.arguments.get("attn_backend") is None and not _chosen() and not _flash_serves(held.arguments):
             held.arguments["attn_backend"] = _triton()
         original(*held.args, **held.kwargs)
         _refuse_layer(self, held.arguments)
@@ -42,8 +42,31 @@ def _window(arguments) -> int | None:
     return layers if layers is not None or cache is None else cache.sliding_window
 
 
+def _flash_serves(arguments) -> bool:
+    """Whether FlashAttention 3 would serve the layer that Attention.__init__ makes of its arguments, invariantly."""
+    return (
+        _window(arguments) is None
+        and arguments["head_size"] in _FLASH_HEAD_SIZES
+        and arguments.get("alibi_slopes") is None
+        and _flash_version(arguments) == 3
+    )
+
+
+def _flash_version(arguments) -> int | None:
+    """The version of FlashAttention that vLLM would take for a layer."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    asked = {
+        "head_size": arguments["head_size"],
+        "has_sinks": arguments.get("extra_impl_args", {}).get("sinks") is not None,
+        "requires_softcap": bool(arguments.get("logits_soft_cap")),
+    }
+    known = inspect.signature(get_flash_attn_version).parameters
+    return get_flash_attn_version(**{name: value for name, value in asked.items() if name in known})
+
+
 def _chosen() -> bool:
-    """Whether the user named an attention backend."""
+    """Whether the user or a policy named an attention backend."""
     from vllm.config import get_current_vllm_config
 
     return get_current_vllm_config().attention_config.backend is not None
@@ -185,11 +208,17 @@ def _longest_query(original):
     @functools.wraps(original)
     def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
         longest = common_attn_metadata.max_query_len
-        if self.headdim <= 64 and longest < _LONG_QUERY and not (longest == 1 and _decodes(self)):
-            common_attn_metadata = dataclasses.replace(common_attn_metadata, max_query_len=_LONG_QUERY)
+        reported = reported_query(longest, self.headdim, longest == 1 and _decodes(self))
+        if reported != longest:
+            common_attn_metadata = dataclasses.replace(common_attn_metadata, max_query_len=reported)
         return original(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
 
     return build
+
+
+def reported_query(longest: int, head_size: int, bundled: bool) -> int:
+    """The longest query of a step as FlashAttention 3 hears it. bundled: the bundled kernel serves the step."""
+    return max(longest, _LONG_QUERY) if head_size <= 64 and not bundled else longest
 
 
 def _decodes(builder) -> bool:
@@ -219,6 +248,19 @@ def _softmax_step(original):
     from bi_patch.kernels.triton.softmax import softmax_step
 
     return softmax_step
+
+
+def _triton_without_flash(config) -> None:
+    """Choose Triton attention on GPUs for which vLLM has no FlashAttention 3, unless the user named a backend."""
+    from vllm.platforms import current_platform
+
+    held = getattr(config, "attention_config", None)
+    if held is None or held.backend is not None or not current_platform.is_cuda():
+        return
+    if not current_platform.is_device_capability_family(90):
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        held.backend = AttentionBackendEnum.TRITON_ATTN
 
 
 def _refuse_pages(config) -> None:
@@ -261,8 +303,8 @@ SEAMS = (
         targets=(Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),),
         close=_backend,
         why="a backend whose split or tile of KV depends on the batch gives bits that depend on the batch",
-        how="FlashAttention 3 runs in one split. Layers with a sliding window run on Triton attention, whose KV tiles "
-        "start at fixed positions. bi_patch refuses other backends and head sizes",
+        how="FlashAttention 3 runs in one split. Layers that it cannot serve, e.g. layers with a sliding window or "
+        "ALiBi, run on Triton attention, whose KV tiles start at fixed positions. bi_patch refuses other backends",
         until="never: bi_patch itself decides here which backends it accepts",
         causes=(3, 4, 25),
         serves=("Attention",),
@@ -332,6 +374,12 @@ VARIABLES = (
 )
 
 POLICIES = (
+    Policy(
+        name="attention.cuda_card",
+        apply=_triton_without_flash,
+        why="only on Hopper GPUs, vLLM uses FlashAttention 3, whose order bi_patch knows. Elsewhere Triton attention "
+        "serves",
+    ),
     Policy(
         name="attention.cuda_pages",
         apply=_refuse_pages,

@@ -43,14 +43,17 @@ def _load(original):
     @functools.wraps(original)
     def load_model(self, *args, **kwargs):
         from bi_patch.ops.cuda import certify
-        from bi_patch.seams.cuda import attention, moe
+        from bi_patch.seams.cuda import attention, chunks, moe, norm, rows
 
         result = original(self, *args, **kwargs)
         model, config = self.get_model(), self.vllm_config
+        norm.replace_layer_norms(model)
         certify.certify(
             _problems(model),
             moe.experts(model),
             attention.decoders(config),
+            chunks.layers(config),
+            rows.checks(model, config.model_config.dtype, config.model_config.get_vocab_size()),
             max_rows=config.scheduler_config.max_num_batched_tokens,
             # With tensor descriptors, Triton makes another kernel from the same source.
             library=f"{library.vllm()} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}",
@@ -122,7 +125,8 @@ SEAMS = (
         why="no switch forbids kernels that slice K inside one launch, and the batch decides the tiles of experts and "
         "of attention",
         how="after the model is loaded, bi_patch compares its linear layers, experts' tiles and decode attention "
-        "bitwise with kernels that keep the order. A kernel that differs does not serve",
+        "bitwise with kernels that keep the order. A kernel that differs does not serve. Attention, norms, routers and "
+        "sampling are compared with themselves, in chunks and among other rows. If they differ, the engine stops",
         until="never: this patch point makes the certificates",
         causes=(1, 10, 13, 19),
     ),

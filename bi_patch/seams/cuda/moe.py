@@ -63,7 +63,7 @@ def _grouped(original):
 
 
 def experts(model):
-    """Each size of unquantized Triton experts in a model, with vLLM's kernel and its choice of tiles for this size."""
+    """Each kind of unquantized Triton experts in a model, with vLLM's kernel and its choice of tiles for this kind."""
     from vllm.model_executor.layers.fused_moe import fused_moe, override_config
 
     from bi_patch.ops.cuda.moe import Kernel, Problem
@@ -74,10 +74,36 @@ def experts(model):
             continue
         config = getattr(module, "moe_config", None)
         top_k = getattr(module, "top_k", None) or config.experts_per_token
-        problem = Problem(w2.shape[0], w2.shape[2], w2.shape[1], top_k, w2.dtype)
+        activation = getattr(config, "activation", None) or module.activation
+        bias = getattr(module, "w13_bias", None) is not None
+        weighted = bool(getattr(module, "apply_router_weight_on_input", False))
+        problem = Problem(w2.shape[0], w2.shape[2], w2.shape[1], top_k, w2.dtype, activation.value, bias, weighted)
         quantization = problem.table[2]
         choose = functools.partial(fused_moe.try_get_optimal_moe_config, w13.shape, w2.shape, top_k, quantization)
-        yield problem, Kernel(fused_moe.fused_experts, choose, override_config)
+        yield problem, Kernel(_run(fused_moe.fused_experts, activation, bias, weighted), choose, override_config)
+
+
+def _run(fused_experts, activation, bias: bool, weighted: bool):
+    """fused_experts for one kind of experts. A bias is zero, because a large one would hide how the sums round."""
+
+    def run(x, w13, w2, weights, ids):
+        from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, biased_moe_quant_config
+
+        held = FUSED_MOE_UNQUANTIZED_CONFIG
+        if bias:
+            held = biased_moe_quant_config(*(w.new_zeros(w.shape[:2]) for w in (w13, w2)))
+        return fused_experts(
+            x,
+            w13,
+            w2,
+            weights,
+            ids,
+            activation=activation,
+            apply_router_weight_on_input=weighted,
+            quant_config=held,
+        )
+
+    return run
 
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe.fused_moe"

@@ -1,4 +1,6 @@
-"""RMSNorm and its relatives: one kernel reduces each row alone and in one order."""
+"""RMSNorm, LayerNorm and their relatives: one kernel reduces each row alone and in one order."""
+
+import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Seam, Target
@@ -33,10 +35,54 @@ def _gemma(original):
     return forward
 
 
-def _norm(name: str, qualname: str, close, **attributed) -> Seam:
+def _layer(original):
+    """LayerNorm.forward_cuda and forward_native: call the bundled kernel in compiled and in eager code."""
+    from bi_patch.ops.cuda import norm
+
+    norm.define_ops()
+
+    @functools.wraps(original)
+    def forward(self, x):
+        if norm.covers_layer_norm(x, self.normalized_shape):
+            return norm.layer_norm(x, self.weight, self.bias, self.eps)
+        return original(self, x)
+
+    return forward
+
+
+def replace_layer_norms(model) -> None:
+    """Give every torch.nn.LayerNorm of a loaded model the bundled kernel, before vLLM compiles the model."""
+    from torch import nn
+
+    from bi_patch.ops.cuda import norm
+
+    norm.define_ops()
+    for module in model.modules():
+        if type(module) is nn.LayerNorm:
+            module.__class__ = _bundled_layer_norm()
+
+
+@functools.cache
+def _bundled_layer_norm():
+    from torch import nn
+
+    from bi_patch.ops.cuda import norm
+
+    class LayerNorm(nn.LayerNorm):
+        """torch.nn.LayerNorm on the bundled kernel."""
+
+        def forward(self, x):
+            if norm.covers_layer_norm(x, self.normalized_shape):
+                return norm.layer_norm(x, self.weight, self.bias, self.eps)
+            return super().forward(x)
+
+    return LayerNorm
+
+
+def _norm(name: str, qualname: str, close, releases: str = "", **attributed) -> Seam:
     return Seam(
         name=f"norm.cuda_{name}",
-        targets=(Target("vllm.model_executor.layers.layernorm", qualname),),
+        targets=(Target("vllm.model_executor.layers.layernorm", qualname, releases),),
         close=close,
         why="the number of rows decides the block of vLLM's CUDA kernels, and Inductor tunes compiled norms anew in "
         "each process",
@@ -54,4 +100,7 @@ SEAMS = (
     _norm("rms_native", "RMSNorm.forward_native", _rms),
     _norm("gemma_rms", "GemmaRMSNorm.forward_cuda", _gemma),
     _norm("gemma_rms_native", "GemmaRMSNorm.forward_native", _gemma),
+    # Before vLLM 0.32, models use torch.nn.LayerNorm.
+    _norm("layer", "LayerNorm.forward_cuda", _layer, ">=0.32", serves=("LayerNorm",), op="bi_patch.ops.cuda.norm"),
+    _norm("layer_native", "LayerNorm.forward_native", _layer, ">=0.32"),
 )

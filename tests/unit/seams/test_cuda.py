@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -236,7 +237,8 @@ class Experts(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.w13_weight, self.w2_weight = (Weight(*shape) for shape in ((4, 12, 8), (4, 8, 6)))
-        self.moe_config = SimpleNamespace(experts_per_token=2)
+        self.w13_bias = Weight(4, 12)
+        self.moe_config = SimpleNamespace(experts_per_token=2, activation=SimpleNamespace(value="swigluoai"))
 
 
 class Weight:
@@ -253,9 +255,7 @@ class UnquantizedLinearMethod:
 
 
 def test_a_loaded_model_is_certified_whole(monkeypatch):
-    """When the weights are loaded, the seam certifies linears, experts and decode attention in one call."""
-    import sys
-
+    """When the weights are loaded, the seam certifies every operation in one call."""
     from bi_patch.ops.cuda import attention, certify, linear, moe
     from bi_patch.seams.cuda import attention as attention_cuda
 
@@ -270,6 +270,7 @@ def test_a_loaded_model_is_certified_whole(monkeypatch):
     vllm = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
         compilation_config=SimpleNamespace(static_forward_context=held),
+        model_config=SimpleNamespace(dtype=torch.bfloat16, get_vocab_size=lambda: 100),
     )
     fused = SimpleNamespace(fused_experts=len, try_get_optimal_moe_config=lambda *known: known)
     for name, stand_in in {
@@ -281,9 +282,9 @@ def test_a_loaded_model_is_certified_whole(monkeypatch):
     monkeypatch.setenv("VLLM_TRITON_USE_TD", "1")
     order, made = [], {}
 
-    def certified(linears, experts, attentions, **more):
+    def certified(linears, experts, decoders, attentions, checks, **more):
         order.append("certified")
-        made.update(more, linears=[*linears], experts=[*experts], attentions=[*attentions])
+        made.update(more, linears=[*linears], experts=[*experts], decoders=[*decoders])
 
     monkeypatch.setattr(certify, "certify", certified)
     worker = SimpleNamespace(vllm_config=vllm, get_model=lambda: model)
@@ -291,9 +292,9 @@ def test_a_loaded_model_is_certified_whole(monkeypatch):
     assert load(worker, load_dummy_weights=True) == "done" and order == ["loaded", "certified"]
     assert made["linears"] == [linear.Problem(24, 8, torch.bfloat16, False)]
     ((problem, kernel),) = made["experts"]
-    assert problem == moe.Problem(4, 6, 8, 2, torch.bfloat16)
+    assert problem == moe.Problem(4, 6, 8, 2, torch.bfloat16, "swigluoai", True)
     assert kernel.choose(7) == ((4, 12, 8), (4, 8, 6), 2, None, 7) and kernel.override == "override"
-    assert made["attentions"] == [
+    assert made["decoders"] == [
         (attention.Problem(heads, 2, 128, torch.bfloat16), attention_cuda.prefill) for heads in (8, 4)
     ]
     assert made["max_rows"] == 512 and made["library"] == f"vllm {RELEASES[-1]} descriptors=1"
@@ -314,21 +315,43 @@ def test_which_rotations_the_bundled_kernel_takes(kind, size, covered, other, mo
     assert taken == ["bundled" if covered and not other else "vLLM's own"]
 
 
-@pytest.mark.parametrize(("window", "chosen", "served"), [(512, False, "TRITON"), (None, False, "X"), (512, True, "X")])
-def test_layers_with_a_window_go_to_triton_unless_the_user_chose(window, chosen, served, monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "version", "chosen", "served"),
+    [
+        ({}, 3, False, "X"),
+        ({}, 2, False, "TRITON"),  # e.g. another GPU
+        ({"per_layer_sliding_window": 512}, 3, False, "TRITON"),
+        ({"cache_config": SimpleNamespace(sliding_window=512)}, 3, False, "TRITON"),
+        ({"cache_config": SimpleNamespace(sliding_window=512)}, 3, True, "X"),
+        ({"alibi_slopes": [0.5]}, 3, False, "TRITON"),
+        ({"head_size": 72}, 3, False, "TRITON"),
+        ({"sinks": torch.zeros(2)}, 3, False, "X"),
+    ],
+)
+def test_layers_go_to_triton_where_flash_attention_cannot_serve(given, version, chosen, served, monkeypatch):
     from bi_patch.seams.cuda import attention as attention_cuda
 
     class Layer:
-        def __init__(self, per_layer_sliding_window=None, cache_config=None, attn_backend="X"):
+        def __init__(
+            self,
+            head_size,
+            alibi_slopes=None,
+            per_layer_sliding_window=None,
+            cache_config=None,
+            attn_backend="X",
+            **extra_impl_args,
+        ):
             self.given = attn_backend
+
+    utilities = SimpleNamespace(get_flash_attn_version=lambda head_size=None, has_sinks=False: version)
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.fa_utils", utilities)
 
     monkeypatch.setattr(attention_cuda, "_chosen", lambda: chosen)
     monkeypatch.setattr(attention_cuda, "_triton", lambda: "TRITON")
     monkeypatch.setattr(attention_cuda, "_refuse_layer", lambda *_: None)
     monkeypatch.setattr(Layer, "attn_backend", SimpleNamespace(get_name=lambda: "TRITON_ATTN"), raising=False)
     monkeypatch.setattr(Layer, "__init__", _closed("attention.cuda_backend", Layer.__init__))
-    assert Layer(cache_config=SimpleNamespace(sliding_window=window)).given == served
-    assert Layer(per_layer_sliding_window=window).given == served
+    assert Layer(**{"head_size": 128, **given}).given == served
 
 
 @pytest.mark.parametrize(
@@ -448,8 +471,6 @@ def test_processed_logprobs_have_one_type_whatever_others_ask_for(mode, expected
     ],
 )
 def test_top_p_alone_goes_in_pieces_and_the_rest_in_one_call(monkeypatch, rows, k, p, told):
-    import sys
-
     from bi_patch.seams.cuda import sampling
 
     kernel = Triton()

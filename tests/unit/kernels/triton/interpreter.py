@@ -102,6 +102,23 @@ def norms() -> None:
     report("norm offset", "" if torch.equal(got, norm.rms_norm(heads, None, 1e-6)[0]) else "the offset is lost")
 
 
+def layer_norms() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for dtype in DTYPES:
+        for cols in (96, 1536):
+            wide = torch.randn(5, cols + 32, generator=generator).to(dtype)
+            weight, bias = torch.randn(2, cols, generator=generator).to(dtype)
+            for w, b in ((None, None), (weight, None), (weight, bias)):
+                for x in (wide[:, :cols].contiguous(), wide[:, :cols]):
+                    case = f"layer norm {cols} {dtype} {w is not None} {b is not None} {x.is_contiguous()}"
+                    got = norm.layer_norm(x, w, b, 1e-5)
+                    held = [None if t is None else t.double() for t in (w, b)]
+                    want = torch.nn.functional.layer_norm(x.double(), (cols,), *held, 1e-5)
+                    report(case, close(got, want, dtype))
+                    alone = norm.layer_norm(x[3:4], w, b, 1e-5)
+                    report(f"{case} alone", "" if torch.equal(alone[0], got[3]) else "a row alone differs")
+
+
 def ropes() -> None:
     generator = torch.Generator().manual_seed(3)
     size, heads_q, heads_k, tokens = 32, 5, 2, 4
@@ -191,4 +208,4 @@ def softmaxes() -> None:
 
 
 if __name__ == "__main__":
-    {"gemm": gemms, "norm": norms, "rope": ropes, "sum": sums, "softmax": softmaxes}[sys.argv[1]]()
+    {"gemm": gemms, "norm": norms, "layer norm": layer_norms, "rope": ropes, "sum": sums, "softmax": softmaxes}[sys.argv[1]]()

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU."""
+"""The Triton kernels compile for every NVIDIA architecture from Ampere on, without a GPU."""
 
 import importlib.util
 
@@ -13,9 +13,10 @@ from triton.compiler import ASTSource
 
 from bi_patch.kernels.triton import gemm, norm, reduce, rope
 
-ARCHITECTURES = (80, 90, 100)
+# A100, RTX 30, RTX 40 and L4, Hopper, B200, RTX 50.
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Bytes of shared memory that a block may use.
-SHARED = {80: 166912, 90: 232448, 100: 232448}
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 def build(function, signature, constants, architecture, **options):
@@ -39,7 +40,7 @@ def test_gemm(architecture, rows):
     assert built.metadata.shared <= SHARED[architecture]
 
 
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a >= 90])
+@pytest.mark.parametrize("architecture", [90, 100])
 @pytest.mark.parametrize("rows", [33, 128, 256, 4096])
 def test_persistent(architecture, rows):
     tile = gemm.choose(rows, 4096, 4096, 2, SHARED[architecture], 132, True)[-1].tile
@@ -68,6 +69,15 @@ def test_norm(architecture, cols):
     build(
         norm._rms_norm, pointers | sizes | {"eps": "fp32", "offset": "fp32"}, constants, architecture, num_warps=warps
     )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layer_norm(architecture):
+    block, rows, _, warps = norm.shape_of(4096)
+    pointers = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16")
+    sizes = dict.fromkeys(("rows", "cols", "stride_row"), "i32")
+    constants = {"HAS_WEIGHT": True, "HAS_BIAS": True, "BLOCK": block, "ROWS": rows}
+    build(norm._layer_norm, pointers | sizes | {"eps": "fp32"}, constants, architecture, num_warps=warps)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,17 +1,21 @@
-"""A CUDA worker's certificates, without a GPU: all three kinds are made at one moment and fail in one way."""
+"""A CUDA worker's certificates, without a GPU: all kinds are made at one moment, and each fails in its way."""
 
 import contextlib
 
 import pytest
 import torch
 
+from bi_patch.errors import CertificateFailed
 from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Tally
-from bi_patch.ops.cuda import attention, certify, cublaslt, linear, machine, moe
+from bi_patch.ops.cuda import attention, certify, chunks, cublaslt, linear, machine, moe, rows
 
 LINEAR = linear.Problem(8, 16, torch.bfloat16, False)
 EXPERTS = moe.Problem(4, 6, 8, 2, torch.bfloat16)
 ATTENTION = attention.Problem(8, 2, 128, torch.bfloat16)
+CHUNKED = chunks.Problem("FLASH_ATTN 3", 8, 2, 128, 0, 16, torch.bfloat16)
+ROWS = rows.RowCheck("cuda.norm", "RMSNorm 64 bfloat16", rows.FEW, None, None)
+KINDS = ["cuda.linear", "cuda.moe", "cuda.decode_attention", "cuda.attention", "cuda.norm"]
 KERNEL = moe.Kernel(None, lambda m: {"BLOCK_SIZE_M": 16 if m < 9 else 64}, contextlib.nullcontext)
 
 
@@ -25,7 +29,7 @@ def nowhere(monkeypatch):
     monkeypatch.setattr(cublaslt, "Gemm", lambda *_: None)
     for module, name, empty in (
         (linear, "_routes", {}),
-        (moe, "_fixed", set()),
+        (moe, "_passed", {}),
         (moe, "_done", set()),
         (attention, "_certified", {}),
         (certificates, "_warned", set()),
@@ -33,17 +37,18 @@ def nowhere(monkeypatch):
         monkeypatch.setattr(module, name, empty)
 
 
-def stand_ins(monkeypatch, wrong=0, error=None):
-    """Replace the three comparisons: `wrong` outputs differ, or `error` is raised."""
+def stand_ins(monkeypatch, wrong=0, error=None, kinds=KINDS):
+    """Replace the comparisons: of `kinds`, `wrong` outputs differ, or `error` is raised."""
     made = []
 
     def comparison(key_at, rows, kernel):
         def make(*given):
             made.append(given[key_at].operation)
-            if error is not None:
+            bad = given[key_at].operation in kinds
+            if error is not None and bad:
                 raise error
             tally = Tally(rows)
-            tally.add(100, wrong, "some differ")
+            tally.add(100, wrong * bad, "some differ")
             return tally.certificate(given[key_at], kernel)
 
         return make
@@ -51,18 +56,26 @@ def stand_ins(monkeypatch, wrong=0, error=None):
     monkeypatch.setattr(linear, "_certify", comparison(1, [1, 60], "cublaslt"))
     monkeypatch.setattr(moe, "_certify", comparison(3, [1, 60], "tiles by M"))
     monkeypatch.setattr(attention, "_certify", comparison(2, [1, 60], "bundled decode"))
+    monkeypatch.setattr(chunks, "_certify", comparison(2, [1500], "kept"))
+    monkeypatch.setattr(rows, "_certify", comparison(1, [1, 60], "kept"))
     return made
 
 
 def run(cache):
-    given = ([LINEAR, LINEAR], [(EXPERTS, KERNEL), (EXPERTS, KERNEL)], [(ATTENTION, None), (ATTENTION, None)])
+    given = (
+        [LINEAR, LINEAR],
+        [(EXPERTS, KERNEL), (EXPERTS, KERNEL)],
+        [(ATTENTION, None), (ATTENTION, None)],
+        [(CHUNKED, None)],
+        [ROWS],
+    )
     return certify.certify(*given, max_rows=60, library="vllm 1", cache=cache)
 
 
 def test_each_kind_is_certified_once_and_kept(monkeypatch, tmp_path):
     made = stand_ins(monkeypatch)
     done = run(tmp_path)
-    assert [c.key.operation for c in done] == made == ["cuda.linear", "cuda.moe", "cuda.decode_attention"]
+    assert [c.key.operation for c in done] == made == KINDS
     assert all(c.passed for c in done)
     assert {c.key.operation for _, c in certificates.every(tmp_path)} == set(made)
     assert attention.serves(ATTENTION) and not moe.is_fixed(*EXPERTS.table) and LINEAR in linear.routes()
@@ -74,15 +87,15 @@ def test_a_second_process_makes_only_the_decode_kernels_anew(monkeypatch, tmp_pa
     moe._done.clear()
     attention._certified.clear()
     made = stand_ins(monkeypatch)
-    assert len(run(tmp_path)) == 3 and made == ["cuda.decode_attention"]
+    assert len(run(tmp_path)) == 5 and made == ["cuda.decode_attention"]
 
 
 @pytest.mark.parametrize("failure", [{"wrong": 3}, {"error": RuntimeError("no kernel image")}])
 def test_where_one_fails_another_kernel_serves_and_the_log_says_so(failure, monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr(certificates._log, "warning", lambda text, *values: said.append(text % values))
-    stand_ins(monkeypatch, **failure)
-    assert not any(c.passed for c in run(tmp_path))
+    stand_ins(monkeypatch, kinds=KINDS[:3], **failure)
+    assert [c.passed for c in run(tmp_path)] == [False] * 3 + [True] * 2
     assert not attention.serves(ATTENTION) and moe.is_fixed(*EXPERTS.table)
     assert linear.routes()[LINEAR].algorithm(4) is None and not linear.routes()[LINEAR].tiles_agree
     first = "RuntimeError: no kernel image" if "error" in failure else "some differ"
@@ -94,6 +107,45 @@ def test_where_one_fails_another_kernel_serves_and_the_log_says_so(failure, monk
         strict=True,
     ):
         assert operation in line and line.endswith(f"{kernel} serves instead")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("cuda.attention", "FLASH_ATTN 3 heads=8/2 D=128 page=16"), ("cuda.norm", "RMSNorm 64 bfloat16: some differ")],
+)
+def test_without_another_kernel_the_engine_stops(kind, said, monkeypatch, tmp_path):
+    stand_ins(monkeypatch, wrong=3, kinds=[kind])
+    with pytest.raises(CertificateFailed, match=said):
+        run(tmp_path)
+
+
+def test_a_size_of_experts_without_certificate_has_the_fixed_tile(monkeypatch, tmp_path):
+    """Nobody certified the size; choosing its tiles fails; another kind of the same size fails."""
+    stand_ins(monkeypatch)
+    assert moe.is_fixed(*EXPERTS.table)
+
+    def broken(m):
+        assert not moe.is_fixed(*EXPERTS.table)
+        raise KeyError(m)
+
+    with pytest.raises(KeyError):
+        moe.certify(EXPERTS, KERNEL._replace(choose=broken), 60, "vllm 1", tmp_path)
+    assert moe.is_fixed(*EXPERTS.table)
+    moe._passed.clear()
+    gelu = EXPERTS._replace(activation="gelu", bias=True)
+    assert moe.certify(gelu, KERNEL, 60, "vllm 1", tmp_path).passed and not moe.is_fixed(*EXPERTS.table)
+    stand_ins(monkeypatch, wrong=1)
+    assert not moe.certify(EXPERTS._replace(weighted_input=True), KERNEL, 60, "vllm 1", tmp_path).passed
+    assert moe.is_fixed(*EXPERTS.table)
+
+
+def test_steps_hold_rows_of_the_prompt_in_every_kind_of_cut():
+    tokens = 1500
+    for what, sequences in chunks.steps(tokens):
+        assert all(0 <= first and first + count <= tokens and count for first, count in sequences), what
+    named = dict(chunks.steps(tokens))
+    assert [sum(count for _, count in named[f"chunks of {size}"]) for size in (9, 300)] == [tokens] * 2
+    assert named["one row beside prompts of 9 and 10 tokens"] == [(tokens - 1, 1), (0, 9), (0, 10)]
 
 
 def test_heads_that_the_bundled_kernel_does_not_have_need_no_certificate(monkeypatch, tmp_path):

@@ -1,0 +1,211 @@
+"""Measures the invariance of one model of each family on a GPU: published sizes of a layer, few layers, random weights.
+
+    PYTHONPATH=. python3 benchmarks/hopper/families.py [FAMILY ...] [--beside N] [--eager] [--results FOLDER]
+
+A family takes the shape of bi_patch/tools/models/families.py, with the sizes below. N engines run beside each other,
+each in a part of the GPU's memory. The rows join one result file of the day. A refusal is printed and gets no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import bi_patch_entry
+
+AXES = ("batch size", "mixed lengths", "co-batch contents", "prefix cache", "chunk budget", "decode = prefill")
+SEED = 7
+CACHE = 3 << 30  # bytes of the KV cache of one engine
+WINDOW = 256
+
+_LAYERS = {"num_hidden_layers": 4, "vocab_size": 32000, "max_position_embeddings": 8192}
+_EVERY_FOURTH = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": WINDOW}
+
+
+def _sizes(hidden, intermediate, heads, key_heads, head_dim=None, **more):
+    made = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "head_dim": head_dim or hidden // heads,
+    }
+    return _LAYERS | made | more
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "Gemma 1": _sizes(3072, 24576, 16, 16, 256),
+    "Gemma 2": _sizes(3584, 14336, 16, 8, 256, **_EVERY_FOURTH, query_pre_attn_scalar=256),
+    "Gemma 3": _sizes(1152, 6912, 4, 1, 256, **_EVERY_FOURTH, query_pre_attn_scalar=256),
+    "Phi-3": _sizes(3072, 8192, 32, 32),
+    "Granite": _sizes(4096, 12800, 32, 8),
+    "Granite MoE": _sizes(1536, 512, 24, 8, num_local_experts=40, num_experts_per_tok=8),
+    "EXAONE 4": _sizes(5120, 27392, 40, 8, **_EVERY_FOURTH, sliding_window_pattern=4),
+    "ERNIE 4.5": _sizes(1024, 3072, 16, 2, 128),
+    "GLM-4": _sizes(4096, 13696, 32, 2, 128),
+    "GLM-4.5": _sizes(4096, 10944, 96, 8, 128, n_routed_experts=128, num_experts_per_tok=8, moe_intermediate_size=1408),
+    "Command R7B": _sizes(4096, 14336, 32, 8, **_EVERY_FOURTH),
+    "Qwen2-MoE": _sizes(
+        2048,
+        5632,
+        16,
+        16,
+        num_experts=60,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+    ),
+    "gpt-oss in bf16": _sizes(2880, 2880, 64, 8, 64, num_local_experts=32, num_experts_per_tok=4),
+    "Mixtral": _sizes(4096, 14336, 32, 8, num_hidden_layers=2),
+    "OLMoE": _sizes(2048, 1024, 16, 16, num_experts=64, num_experts_per_tok=8),
+    "PhiMoE": _sizes(4096, 6400, 32, 8, num_local_experts=16, num_experts_per_tok=2, num_hidden_layers=2),
+    "DeepSeek-MoE": _sizes(
+        2048, 10944, 16, 16, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, moe_intermediate_size=1408
+    ),
+    "OLMo 2": _sizes(4096, 11008, 32, 32),
+    "OLMo 3": _sizes(4096, 11008, 32, 32, **_EVERY_FOURTH),
+    "OLMo 1": _sizes(4096, 11008, 32, 32),
+    "SmolLM3": _sizes(2048, 11008, 16, 4, no_rope_layers=[1, 1, 1, 0]),
+    "SeedOss": _sizes(5120, 27648, 80, 8, 128, num_hidden_layers=2),
+    "Qwen2.5": _sizes(3584, 18944, 28, 4),
+    "Mistral": _sizes(4096, 14336, 32, 8, sliding_window=WINDOW),
+    "Nemotron": _sizes(3072, 9216, 24, 8, 128),
+    "MiMo": _sizes(4096, 11008, 32, 8),
+    "InternLM 3": _sizes(4096, 10240, 32, 2, 128),
+    "Ling 2": _sizes(
+        2048,
+        5120,
+        16,
+        4,
+        128,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=512,
+        n_group=8,
+        topk_group=4,
+    ),
+    "GPT-2": {"n_embd": 1280, "n_layer": 4, "n_head": 20, "n_inner": 5120, "n_positions": 2048, "vocab_size": 32000}
+    | {"hidden_size": 1280, "num_hidden_layers": 4, "num_attention_heads": 20},
+    "GPT-NeoX": _sizes(2560, 10240, 32, 32),
+    "OPT": _sizes(2048, 8192, 32, 32, ffn_dim=8192, word_embed_proj_dim=2048),
+    "Falcon": _sizes(4544, 18176, 71, 71),
+    "StableLM": _sizes(2560, 6912, 32, 32),
+    "Starcoder2": _sizes(3072, 12288, 24, 2),
+    "HunYuan": _sizes(4096, 14336, 32, 8, 128),
+    "Granite SWA": _sizes(2048, 8192, 32, 8, **_EVERY_FOURTH),
+    "MiniCPM": _sizes(2304, 5760, 36, 36),
+    "BLOOM": {"n_layer": 4, "n_head": 32, "hidden_size": 4096, "vocab_size": 32000},
+}
+
+_PLAIN = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+# Families that the CPU sweep does not have: bi_patch serves them on GPUs only.
+GPU_ONLY: dict[str, dict[str, object]] = {
+    "gpt-oss in bf16": _PLAIN
+    | {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_act": "silu",
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        "tie_word_embeddings": False,
+    },
+    "BLOOM": _PLAIN
+    | {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "layer_norm_epsilon": 1e-5,
+        "apply_residual_connection_post_layernorm": False,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def measure(family: str, eager: bool, share: float, root: str, results: Path) -> int:
+    """Measure one family and write its rows. Returns the number of positions that differ."""
+    from bi_patch.tools import evidence
+    from bi_patch.tools.bench import invariance
+    from bi_patch.tools.models import families, shapes
+    from bi_patch.tools.verify import levels, local
+
+    config = families.FAMILIES.get(family, {}) | GPU_ONLY.get(family, {}) | SIZES[family]
+    if family == "Falcon":
+        del config["head_dim"]  # its configuration class computes the size itself
+    level = replace(levels.QUICK, seconds=None, cross=(), graphs=1)
+    given = {"gpu_memory_utilization": share, "kv_cache_memory_bytes": CACHE}
+    folder = shapes.save(family, config, root)
+    system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given)
+    rows, report = invariance.measure(f"{family}{', eager' if eager else ''}", system, level, only=AXES)
+    found = evidence.new(evidence.Invariance, report)
+    found.rows = rows
+    found.command = "python3 benchmarks/hopper/families.py"
+    evidence.write(found, results)
+    return evidence.total_differing(rows)
+
+
+def alone(family: str, args: argparse.Namespace) -> int:
+    """Run this script for one family, and print its last line."""
+    from bi_patch.tools.models import shapes
+
+    start = time.perf_counter()
+    own = args.results / "families" / shapes.short(family)  # processes must not write to the same file
+    own.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, family, "--results", str(own), "--share", str(0.9 / args.beside)]
+    done = subprocess.run([*command, *["--eager"] * args.eager], capture_output=True, text=True)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no output"]
+    (own / "log.txt").write_text(done.stdout + done.stderr)
+    print(f"[{done.returncode}] {lines[-1][:400]} ({time.perf_counter() - start:.0f} s)", flush=True)
+    return done.returncode
+
+
+def join(results: Path) -> None:
+    """Write the rows of all families to one result file."""
+    from bi_patch.tools import evidence
+
+    for file in sorted((results / "families").glob("*/invariance-*.json")):
+        evidence.write(evidence.read(file, evidence.Invariance), results)
+
+
+def main() -> None:
+    bi_patch_entry.without_arming()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", default=list(SIZES))
+    parser.add_argument("--beside", type=int, default=4)
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument(
+        "--share", type=float, help="the share of the GPU's memory, for a single family in this process"
+    )
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    if args.share is None:
+        with ThreadPoolExecutor(args.beside) as pool:
+            codes = list(pool.map(lambda family: alone(family, args), args.families))
+        join(args.results)
+        sys.exit(max(codes))
+    (family,) = args.families
+    with tempfile.TemporaryDirectory() as root:
+        differing = measure(family, args.eager, args.share, root, args.results)
+    print(f"{family}: {differing} differ")
+    sys.exit(1 if differing else 0)
+
+
+if __name__ == "__main__":
+    main()

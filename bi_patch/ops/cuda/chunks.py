@@ -1,0 +1,119 @@
+"""Chunk certificates of attention: on this device, a token's row has the same bits however its prompt was computed.
+
+One prompt is computed in one piece. The same rows are then computed in chunks, one by one, and beside chunks of other
+lengths, over the same cached keys and values, and the outputs are compared bitwise. The layer's own code runs: its
+backend, its window, soft cap, sinks and ALiBi slopes. A layer that fails has no other kernel, so the engine stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.ops import bits, certificates
+from bi_patch.ops.certificates import Certificate, Key, Tally
+from bi_patch.ops.cuda import machine
+
+if TYPE_CHECKING:
+    import torch
+
+OPERATION = "cuda.attention"
+DATA = "one prompt in chunks, single rows, and both together; flat and peaked scores"
+# Longer than the tiles of every kernel and, up to a limit, longer than the window.
+_TOKENS, _LONGEST_WINDOW = 1500, 4096
+_CHUNKS = (9, 16, 17, 64, 129, 300)
+
+# (the first token, the number of tokens) of each sequence of a step -> their rows [sum of tokens, heads, D].
+Run = Callable[[list[tuple[int, int]]], "torch.Tensor"]
+
+
+class Problem(NamedTuple):
+    """One kind of attention layer. heads, key_heads: of one rank. window: in tokens, 0 without. page: tokens per page.
+
+    backend: the name and version of the kernel. extras: words for everything else that chooses code, e.g. "sinks".
+    """
+
+    backend: str
+    heads: int
+    key_heads: int
+    head_size: int
+    window: int
+    page: int
+    dtype: torch.dtype
+    extras: str = ""
+
+    def __str__(self) -> str:
+        window = f" window={self.window}" if self.window else ""
+        extras = f" {self.extras}" if self.extras else ""
+        size = f"heads={self.heads}/{self.key_heads} D={self.head_size} page={self.page}"
+        return f"{self.backend} {size}{window}{extras} {machine.name(self.dtype)}"
+
+
+# (q [tokens, heads, D], k and v [tokens, key heads, D]) -> how to compute rows of this prompt.
+Prepare = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], Run]
+
+
+def certify(problem: Problem, prepare: Prepare, library: str, cache: Path) -> Certificate:
+    """Compare the rows of one prompt, computed in many ways, with the prompt in one piece.
+
+    library: the version of the kernel's library. cache: the folder of certificates.
+    """
+    key = Key(
+        OPERATION, str(problem), machine.device(), f"{library} {machine.libraries()}", machine.kernels_digest(), DATA
+    )
+    return certificates.obtain(cache, key, lambda: _certify(problem, prepare, key))
+
+
+def require(made: list[Certificate]) -> None:
+    """Raise CertificateFailed with every failed certificate and the options that avoid its kernel."""
+    failed = [certificate for certificate in made if not certificate.passed]
+    if failed:
+        lines = "\n".join(f"  {c.key.problem}: {c.evidence.first}" for c in failed)
+        raise CertificateFailed(
+            f"On this GPU, attention of {len(failed)} kind(s) of layers depends on how a prompt is cut, or the "
+            f"comparison failed:\n{lines}\nTry --attention-backend TRITON_ATTN, or FLASH_ATTN on Hopper. Please report "
+            "this error with the output of `bi-patch certify`. Set BI_PATCH=0 to run without bi_patch"
+        )
+
+
+def steps(tokens: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """The ways to compute rows of a prompt of `tokens` tokens: words for an error, and (first token, tokens) of each
+    sequence of one step."""
+    last = tokens - 1
+    singles = sorted({*range(0, 40, 3), *range(127, tokens, 127), *range(128, tokens, 128), last})
+    yield "single rows", [(at, 1) for at in singles]
+    yield "150 equal rows", [(last, 1)] * 150
+    for at in (8, 300, last):
+        yield "one row alone", [(at, 1)]
+        yield "one row beside prompts of 9 and 10 tokens", [(at, 1), (0, 9), (0, 10)]
+    for size in _CHUNKS:
+        cuts = [(at, min(size, tokens - at)) for at in range(0, tokens, size)]
+        yield f"chunks of {size}", cuts
+        yield f"one chunk of {size}", [cuts[-2]]
+    yield "a chunk beside single rows", [(200, 700), *((at, 1) for at in singles[::3])]
+
+
+def _certify(problem: Problem, prepare: Prepare, key: Key) -> Certificate:
+    import torch
+
+    tokens = _TOKENS + min(problem.window, _LONGEST_WINDOW)
+    tally = Tally([tokens])
+    generator = torch.Generator("cuda").manual_seed(problem.head_size)
+
+    def random(heads: int) -> torch.Tensor:
+        return torch.randn((tokens, heads, problem.head_size), generator=generator, device="cuda").to(problem.dtype)
+
+    q, k, v = random(problem.heads), random(problem.key_heads), random(problem.key_heads)
+    for scores, factor in (("flat", 1), ("peaked", 6)):
+        run = prepare(q * factor, k, v)
+        want = run([(0, tokens)])
+        if not bool(torch.isfinite(want).all()) or not bool(want.any()):
+            raise ArithmeticError("attention of a whole prompt gives values that are not finite, or only zeros")
+        for what, sequences in steps(tokens):
+            rows = [at for first, count in sequences for at in range(first, first + count)]
+            got = run(sequences)
+            wrong = bits.differing(got, want[rows])
+            tally.add(got.numel(), wrong, f"{what}, {scores} scores: {wrong} of {got.numel()} elements differ")
+    return tally.certificate(key, "kept")

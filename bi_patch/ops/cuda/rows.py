@@ -1,0 +1,68 @@
+"""Row certificates: on this device, an operation gives a row the same bits for every number of rows.
+
+They cover what serves without a certificate of another kind: norms, activations, rotary embedding, routers, logprobs
+and draws. Most of these kernels sum each row alone by construction. The certificate shows that this holds on the user's
+device and with the user's compiler. No other kernel can replace an operation that fails, so the engine stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bi_patch.ops import bits, certificates
+from bi_patch.ops.certificates import Certificate, Key, Tally
+from bi_patch.ops.cuda import machine
+
+if TYPE_CHECKING:
+    import torch
+
+# Around every power of two, because kernels change their blocks there.
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 1025)
+FEW = ROWS[: ROWS.index(65) + 1]
+_PLACES = 4
+DATA = f"random rows at {_PLACES} places"
+
+
+class RowCheck(NamedTuple):
+    """An operation to certify.
+
+    operation, problem: as in certificates.Key. rows: the numbers of rows that are compared. make(rows, generator):
+    random inputs on the device, whose first dimension is rows. run(*inputs): the outputs, whose first dimension is
+    rows; `run` may change its inputs.
+    """
+
+    operation: str
+    problem: str
+    rows: tuple[int, ...]
+    make: Callable[[int, torch.Generator], tuple[torch.Tensor, ...]]
+    run: Callable[..., tuple[torch.Tensor, ...]]
+
+
+def certify(check: RowCheck, library: str, cache: Path) -> Certificate:
+    """The certificate of `check`, from the folder `cache` or made now. library: the version of the kernel's library."""
+    key = Key(
+        check.operation,
+        check.problem,
+        machine.device(),
+        f"{library} {machine.libraries()}",
+        machine.kernels_digest(),
+        DATA,
+    )
+    return certificates.obtain(cache, key, lambda: _certify(check, key))
+
+
+def _certify(check: RowCheck, key: Key) -> Certificate:
+    import torch
+
+    tally, most = Tally(list(check.rows)), max(check.rows)
+    inputs = check.make(most, torch.Generator("cuda").manual_seed(most))
+    want = check.run(*(t.clone() for t in inputs))
+    for m in check.rows:
+        for at in sorted({(most - m) * i // (_PLACES - 1) for i in range(_PLACES)}):
+            got = check.run(*(t[at : at + m].clone() for t in inputs))
+            for g, w in zip(got, want, strict=True):
+                wrong = bits.differing(g, w[at : at + m])
+                tally.add(g.numel(), wrong, f"{m} rows: {wrong} of {g.numel()} elements differ")
+    return tally.certificate(key, "kept")

@@ -1,0 +1,112 @@
+"""How the certificates of attention call a layer's own code: for each kind of layer, rows of one prompt in any cut."""
+
+import functools
+
+from bi_patch.ops.cuda.chunks import Problem
+from bi_patch.seams.cuda.attention import reported_query
+
+
+class _Metadata:
+    """What a backend's forward reads about a step. Everything that is not given is None, as in a plain step."""
+
+    def __init__(self, **given):
+        self.__dict__.update(given)
+
+    def __getattr__(self, name):
+        return None
+
+
+def layers(config):
+    """Each kind of attention layer of a loaded model, with the function that computes rows of a prompt by such a layer.
+
+    config: the engine's VllmConfig.
+    """
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    page = config.cache_config.block_size or 16
+    found = {}
+    for layer in config.compilation_config.static_forward_context.values():
+        if isinstance(layer, Attention):
+            found.setdefault(_problem(layer, page), layer)
+    for problem, layer in found.items():
+        yield problem, functools.partial(_prepare, layer, problem)
+
+
+def _problem(layer, page: int) -> Problem:
+    impl = layer.impl
+    version = getattr(impl, "vllm_flash_attn_version", None)
+    extras = {
+        "sinks": getattr(impl, "sinks", None) is not None,
+        "alibi": getattr(impl, "alibi_slopes", None) is not None,
+        "sqrt": bool(getattr(impl, "use_alibi_sqrt", False)),
+        f"softcap={getattr(impl, 'logits_soft_cap', 0)}": bool(getattr(impl, "logits_soft_cap", 0)),
+        f"lookback={getattr(impl, 'chunk_lookback', -1)}": getattr(impl, "chunk_lookback", -1) != -1,
+    }
+    return Problem(
+        backend=layer.attn_backend.get_name() + (f" {version}" if version else ""),
+        heads=layer.num_heads,
+        key_heads=layer.num_kv_heads,
+        head_size=layer.head_size,
+        window=layer.sliding_window or 0,
+        page=page,
+        dtype=layer.dtype,
+        extras=" ".join(word for word, holds in extras.items() if holds),
+    )
+
+
+def _prepare(layer, problem: Problem, q, k, v):
+    """Write k and v of a prompt into a cache as vLLM does, and return how to compute rows of the prompt."""
+    import torch
+
+    from bi_patch.ops.cuda import attention
+
+    tokens, device = len(q), q.device
+    count = -(-tokens // problem.page)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(device)
+    cache = _cache(layer, problem, count)
+    at = torch.arange(tokens, device=device)
+    layer.impl.do_kv_cache_update(layer, k, v, cache, order[at // problem.page] * problem.page + at % problem.page)
+    bundled = attention.serves(attention.Problem(problem.heads, problem.key_heads, problem.head_size, problem.dtype))
+
+    def ints(values):
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    def run(sequences):
+        longest = max(count for _, count in sequences)
+        starts = [0]
+        for _, new in sequences:
+            starts.append(starts[-1] + new)
+        lengths = [first + new for first, new in sequences]
+        rows = torch.cat([at[first : first + new] for first, new in sequences])
+        query = q[rows]
+        out = torch.empty_like(query)
+        known = _Metadata(
+            num_actual_tokens=len(rows),
+            max_query_len=reported_query(longest, problem.head_size, longest == 1 and bundled),
+            query_start_loc=ints(starts),
+            max_seq_len=max(lengths),
+            seq_lens=ints(lengths),
+            block_table=order.to(torch.int32).expand(len(sequences), -1).contiguous(),
+            slot_mapping=order[rows // problem.page] * problem.page + rows % problem.page,
+            use_cascade=False,
+            causal=True,
+            max_num_splits=1,
+        )
+        layer.impl.forward(layer, query, k[rows], v[rows], cache, known, out)
+        return out
+
+    return run
+
+
+def _cache(layer, problem: Problem, pages: int):
+    """An empty KV cache of one layer, with the shape and the strides that vLLM would give it."""
+    import torch
+
+    backend = layer.attn_backend
+    shape = backend.get_kv_cache_shape(pages, problem.page, problem.key_heads, problem.head_size)
+    try:
+        order = backend.get_kv_cache_stride_order()
+    except (AttributeError, NotImplementedError):
+        order = tuple(range(len(shape)))
+    laid_out = torch.zeros([shape[i] for i in order], dtype=problem.dtype, device="cuda")
+    return laid_out.permute([order.index(i) for i in range(len(shape))])
