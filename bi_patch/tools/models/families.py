@@ -93,7 +93,13 @@ FAMILIES: dict[str, dict[str, object]] = {
     ),
     "GLM-4": _as("Glm4ForCausalLM", "glm4", partial_rotary_factor=0.5, attention_bias=True),
     "Command R7B": _as(
-        "Cohere2ForCausalLM", "cohere2", _EVERY_OTHER, _NARROW, layer_norm_eps=1e-5, logit_scale=0.25, tie_word_embeddings=True
+        "Cohere2ForCausalLM",
+        "cohere2",
+        _EVERY_OTHER,
+        _NARROW,
+        layer_norm_eps=1e-5,
+        logit_scale=0.25,
+        tie_word_embeddings=True,
     ),
     "Command R": _as(
         "CohereForCausalLM",
@@ -128,7 +134,13 @@ FAMILIES: dict[str, dict[str, object]] = {
     "OLMo 3": _as("Olmo3ForCausalLM", "olmo3", _EVERY_OTHER, _NARROW),
     "OLMo 1": _as("OlmoForCausalLM", "olmo", _NARROW, clip_qkv=None),
     "OLMoE": _as(
-        "OlmoeForCausalLM", "olmoe", _NARROW, num_experts=8, num_experts_per_tok=2, norm_topk_prob=False, intermediate_size=128
+        "OlmoeForCausalLM",
+        "olmoe",
+        _NARROW,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        intermediate_size=128,
     ),
     "EXAONE 4": _as("Exaone4ForCausalLM", "exaone4", _EVERY_OTHER, _NARROW, sliding_window_pattern=2),
     "ERNIE 4.5": _as("Ernie4_5ForCausalLM", "ernie4_5", use_bias=False),
@@ -190,7 +202,12 @@ FAMILIES: dict[str, dict[str, object]] = {
         tie_word_embeddings=True,
     ),
     "GPT-NeoX": _as(
-        "GPTNeoXForCausalLM", "gpt_neox", num_attention_heads=4, rotary_pct=0.25, hidden_act="gelu", use_parallel_residual=True
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        num_attention_heads=4,
+        rotary_pct=0.25,
+        hidden_act="gelu",
+        use_parallel_residual=True,
     ),
     "Falcon": _as(
         "FalconForCausalLM",
@@ -205,12 +222,21 @@ FAMILIES: dict[str, dict[str, object]] = {
     ),
     "StableLM": _as("StableLmForCausalLM", "stablelm", _NARROW, partial_rotary_factor=0.25, layer_norm_eps=1e-5),
     "Starcoder2": _as(
-        "Starcoder2ForCausalLM", "starcoder2", _NARROW, hidden_act="gelu_pytorch_tanh", use_bias=True, sliding_window=None
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        _NARROW,
+        hidden_act="gelu_pytorch_tanh",
+        use_bias=True,
+        sliding_window=None,
     ),
-    "Nemotron": _as("NemotronForCausalLM", "nemotron", _NARROW, hidden_act="relu2", norm_eps=1e-5, partial_rotary_factor=0.5),
+    "Nemotron": _as(
+        "NemotronForCausalLM", "nemotron", _NARROW, hidden_act="relu2", norm_eps=1e-5, partial_rotary_factor=0.5
+    ),
     "InternLM 2": _as("InternLM2ForCausalLM", "llama", _NARROW, bias=False),
     "InternLM 3": _as("InternLM3ForCausalLM", "llama", qkv_bias=False, bias=False),
-    "Solar": _as("SolarForCausalLM", "llama", _NARROW, bskcn_1=[1], bskcn_2=[1], bskcn_3=[1], bskcn_4=[1], bskcn_tv=[0.9, 0.8]),
+    "Solar": _as(
+        "SolarForCausalLM", "llama", _NARROW, bskcn_1=[1], bskcn_2=[1], bskcn_3=[1], bskcn_4=[1], bskcn_tv=[0.9, 0.8]
+    ),
     "MiMo": _as("MiMoForCausalLM", "qwen2", _NARROW),
     "Bailing": _as(
         "BailingMoeForCausalLM",
@@ -264,7 +290,12 @@ FAMILIES: dict[str, dict[str, object]] = {
         },
     ),
     "PLaMo 3": _as(
-        "Plamo3ForCausalLM", "llama", window_size=_WINDOW, sliding_window=_WINDOW, sliding_window_pattern=2, interleaved_sliding_window=[96, None]
+        "Plamo3ForCausalLM",
+        "llama",
+        window_size=_WINDOW,
+        sliding_window=_WINDOW,
+        sliding_window_pattern=2,
+        interleaved_sliding_window=[96, None],
     ),
     "Granite SWA": _as(
         "GraniteSWAForCausalLM",
