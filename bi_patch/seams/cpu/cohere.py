@@ -40,7 +40,7 @@ def _certified(original):
 
 def _router(original):
     """token_choice_with_bias: the function without the compiler. The patch point moe.cpu_router certifies it."""
-    return original._torchdynamo_orig_callable
+    return getattr(original, "_torchdynamo_orig_callable", original)
 
 
 def _seam(name: str, targets: tuple[Target, ...], close, how: str, serves: tuple[str, ...] = ()) -> Seam:

@@ -40,6 +40,11 @@ def _as(architecture: str, model_type: str, *parts: dict[str, object], **own: ob
     return made | own | {"architectures": [architecture], "model_type": model_type}
 
 
+def _without_groups(*given: object, **own: object) -> dict[str, object]:
+    """A shape as `_as` makes it, whose configuration has neither groups of heads nor a size of heads."""
+    return {k: v for k, v in _as(*given, **own).items() if k not in ("num_key_value_heads", "head_dim")}
+
+
 FAMILIES: dict[str, dict[str, object]] = {
     "Qwen2.5": _as("Qwen2ForCausalLM", "qwen2", _NARROW),
     "Mistral": _as("MistralForCausalLM", "mistral", sliding_window=_WINDOW),
@@ -180,7 +185,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         moe_layer_freq=1,
         norm_topk_prob=False,
     ),
-    "OPT": _as(
+    "OPT": _without_groups(
         "OPTForCausalLM",
         "opt",
         ffn_dim=512,
@@ -190,7 +195,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         layerdrop=0.0,
         tie_word_embeddings=True,
     ),
-    "GPT-2": _as(
+    "GPT-2": _without_groups(
         "GPT2LMHeadModel",
         "gpt2",
         n_embd=256,
@@ -201,7 +206,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         activation_function="gelu_new",
         tie_word_embeddings=True,
     ),
-    "GPT-NeoX": _as(
+    "GPT-NeoX": _without_groups(
         "GPTNeoXForCausalLM",
         "gpt_neox",
         num_attention_heads=4,
@@ -209,7 +214,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         hidden_act="gelu",
         use_parallel_residual=True,
     ),
-    "Falcon": _as(
+    "Falcon": _without_groups(
         "FalconForCausalLM",
         "falcon",
         num_attention_heads=4,
@@ -290,12 +295,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         },
     ),
     "PLaMo 3": _as(
-        "Plamo3ForCausalLM",
-        "llama",
-        window_size=_WINDOW,
-        sliding_window=_WINDOW,
-        sliding_window_pattern=2,
-        interleaved_sliding_window=[96, None],
+        "Plamo3ForCausalLM", "llama", _EVERY_OTHER, window_size=_WINDOW, interleaved_sliding_window=[96, None]
     ),
     "Granite SWA": _as(
         "GraniteSWAForCausalLM",
@@ -307,7 +307,6 @@ FAMILIES: dict[str, dict[str, object]] = {
         residual_multiplier=0.22,
         attention_multiplier=0.0156,
     ),
-    "Step 1": _as("Step1ForCausalLM", "llama", _NARROW),
     "Gemma 3n (text)": _as(
         "Gemma3nForCausalLM",
         "gemma3n_text",
@@ -326,7 +325,6 @@ FAMILIES: dict[str, dict[str, object]] = {
         final_logit_softcapping=30.0,
         tie_word_embeddings=True,
     ),
-    "HRM text": _as("HrmTextForCausalLM", "hrm_text"),
     "MiniCPM": _as("MiniCPMForCausalLM", "llama", _NARROW, scale_emb=12, scale_depth=1.4, dim_model_base=256),
 }
 
