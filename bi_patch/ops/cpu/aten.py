@@ -28,9 +28,9 @@ def keep_whole() -> None:
     Compiled code then has the bits of eager code. Inductor's own code has a tail like PyTorch's on instruction sets
     without masks.
     """
-    from torch._inductor import config, decomposition, lowering
+    from torch._inductor import decomposition, lowering
 
-    config.cache_key_tag = _TAG  # code from before these calls is never loaded
+    torch.compiler.config.cache_key_tag = _TAG  # code from before these calls is never loaded
     aten = torch.ops.aten
     for op in (aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.softplus.default, _LAYER_NORM):
         decomposition.decompositions.pop(op, None)

@@ -23,6 +23,7 @@ _QUANTIZED = refused("quantized weights")
 _POOLING = refused("pooling")
 _IMAGES = refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
+_HRM = refused("after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model")
 _ASCEND = untried("nothing has run on an NPU")
 
 
@@ -146,12 +147,10 @@ FAMILIES: tuple[Feature, ...] = (
     row("BERT-like models, embeddings, rerankers, reward heads", cpu=_POOLING, cuda=_POOLING, ascend=_POOLING),
     row(
         "HRM text",
-        cpu=untried(),
+        cpu=_HRM,
         ascend=_ASCEND,
         asked=_architecture("HrmTextForCausalLM"),
-        cuda=refused(
-            "after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model"
-        ),
+        cuda=_HRM,
     ),
     row(
         "Command R and R7B in eager mode",
@@ -178,7 +177,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "MiniCPM with experts",
-        cpu=untried(),
+        cpu=refused("its experts run on a Triton kernel", todo="Use another model"),
         ascend=_ASCEND,
         asked=_experts_of_minicpm,
         cuda=refused("bi_patch does not certify its experts' tiles", todo="Use another model"),

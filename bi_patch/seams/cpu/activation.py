@@ -43,8 +43,8 @@ def _seam(name: str, qualname: str, close, how: str = "one bundled kernel comput
         name=f"activation.cpu_{name}",
         targets=(Target("vllm.model_executor.layers.activation", f"{qualname}.forward_native"),),
         close=close,
-        why="compiled code computes another exponential than eager code and rounds in other places. PyTorch computes the "
-        "last elements of a tensor by scalar code, which rounds differently",
+        why="compiled code computes another exponential than eager code and rounds in other places. PyTorch computes "
+        "the last elements of a tensor by scalar code, which rounds differently",
         how=how,
         until="upstream's compiled and eager code give equal bits, wherever an element lies",
         causes=(17, 26),

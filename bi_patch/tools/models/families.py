@@ -295,7 +295,12 @@ FAMILIES: dict[str, dict[str, object]] = {
         },
     ),
     "PLaMo 3": _as(
-        "Plamo3ForCausalLM", "llama", _EVERY_OTHER, window_size=_WINDOW, interleaved_sliding_window=[96, None]
+        "Plamo3ForCausalLM",
+        "llama",
+        _EVERY_OTHER,
+        window_size=_WINDOW,
+        interleaved_sliding_window=[_WINDOW, None],
+        rope_local_theta=10000.0,
     ),
     "Granite SWA": _as(
         "GraniteSWAForCausalLM",
