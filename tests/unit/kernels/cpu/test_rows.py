@@ -86,23 +86,20 @@ def test_a_pointwise_result_depends_on_its_own_element_alone(ops, threads, dtype
     given, exact = POINTWISE[name]
     run = getattr(ops, name.split()[0])
     x = (make(600, 71, dtype=torch.float32) * 8).to(dtype)
-    x[0, 0], x[1, 0], x[2, 0] = float("inf"), -1000.0, float("nan")
+    x = x.abs() if name == "rsqrt" else x
     want, out = exact(x.double()), run(x, *given)
-    assert close(out[3:][want[3:].isfinite()], want[3:][want[3:].isfinite()], dtype)
-    assert torch.equal(out[:3].double().isnan(), want[:3].isnan()) and torch.equal(
-        out[2:3, 1:], run(x[2:3, 1:], *given)
-    )
+    assert close(out, want, dtype)
+    edges = torch.tensor([float("inf"), 1000.0, float("nan")], dtype=dtype)
+    got, expected = run(edges, *given), exact(edges.double()).to(dtype)
+    assert torch.equal(got[:2], expected[:2]) and got[2].isnan()
     for count in (1, 2, 3):
         threads(count)
         for m in (1, 2, 17, 129, 257, 600):
             for at in (0, (600 - m) // 2, 600 - m):
-                assert torch.equal(run(x[at : at + m], *given)[at == 0 and 3 :], out[at : at + m][at == 0 and 3 :]), (
-                    m,
-                    at,
-                )
+                assert torch.equal(run(x[at : at + m], *given), out[at : at + m]), (m, at)
     turned = run(x.t(), *given)
-    assert turned.stride() == x.t().stride() and torch.equal(turned[:, 3:], out.t()[:, 3:])
-    assert torch.equal(run(x[3:, 1:], *given), out[3:, 1:]) and run(x[:0], *given).shape == (0, 71)
+    assert turned.stride() == x.t().stride() and torch.equal(turned, out.t())
+    assert torch.equal(run(x[:, 1:], *given), out[:, 1:]) and run(x[:0], *given).shape == (0, 71)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
