@@ -25,10 +25,12 @@ def override() -> None:
 def keep_whole() -> None:
     """Let Inductor call these operators and LayerNorm instead of compiling code of its own for them.
 
-    Compiled code then has the bits of eager code. Inductor's own code has a tail like PyTorch's on instruction sets
-    without masks.
+    Inductor's own code has a tail like PyTorch's on instruction sets without masks. Inductor also rounds 16-bit results
+    after every operation from then on, as eager code does. So compiled code has the bits of eager code.
     """
-    from torch._inductor import decomposition, lowering
+    from torch._inductor import config, decomposition, lowering
+
+    config.emulate_precision_casts = True
 
     torch.compiler.config.cache_key_tag = _TAG  # code from before these calls is never loaded
     aten = torch.ops.aten

@@ -46,10 +46,14 @@ def test_other_types_stay_with_pytorch():
     assert torch.equal(torch.sigmoid(torch.zeros(3, dtype=torch.float64)), torch.full((3,), 0.5, dtype=torch.float64))
 
 
-def test_compiled_code_has_the_bits_of_eager_code():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_code_has_the_bits_of_eager_code(dtype):
+    def layer(x):
+        return F.layer_norm(F.gelu(x) * 1.7 * torch.sigmoid(x) + x, (20,))
+
     aten.keep_whole()
-    function = torch.compile(lambda x: F.layer_norm(F.gelu(x) * torch.sigmoid(x), (20,)), dynamic=True, fullgraph=True)
-    x = torch.randn(257, 20)
+    function = torch.compile(layer, dynamic=True, fullgraph=True)
+    x = torch.randn(257, 20).to(dtype)
     with torch.inference_mode():
-        want = F.layer_norm(F.gelu(x) * torch.sigmoid(x), (20,))
+        want = layer(x)
         assert torch.equal(function(x), want) and torch.equal(function(x[:17]), want[:17])
