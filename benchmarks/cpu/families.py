@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python3 benchmarks/cpu/families.py [FAMILY ...] [--dtype float32] [--compiled] [--results FOLDER]
 
-Families are names in bi_patch/tools/models/families.py. The rows join one result file of the day. A family that bi_patch
-refuses gets no row; its refusal is printed. A family that differs gets its rows, and the exit code is 1.
+Families are names in bi_patch/tools/models/families.py. The rows join one result file of the day. A family that
+bi_patch refuses gets no row; its refusal is printed. A family that differs gets its rows, and the exit code is 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CPU kernels: GEMM, paged attention, norms, SiLU, rotary embedding and choice of experts. Every sum has a fixed order.
+"""CPU kernels: GEMM, paged attention, norms, activations, rotary embedding, choice of experts. Sums have a fixed order.
 
 `load(cache_dir)` compiles the kernels and registers them as `torch.ops.bi_cpu.*`. README.md states their arguments,
 orders, layouts and limits.

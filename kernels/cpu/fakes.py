@@ -48,6 +48,16 @@ def register_fakes(isa: str) -> None:
     def _(x):
         return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
+    @torch.library.register_fake("bi_cpu::gelu_and_mul")
+    def _(x, tanh):
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+    def pointwise(x, *_):
+        return torch.empty_like(x)
+
+    for name in ("sigmoid", "silu", "gelu", "rsqrt", "softplus"):
+        torch.library.register_fake(f"bi_cpu::{name}", pointwise)
+
     @torch.library.register_fake("bi_cpu::rope")
     def _(positions, x, cache, head_size, neox):
         return x.new_empty(x.shape)

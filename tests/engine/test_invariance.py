@@ -2,7 +2,7 @@
 
 import pytest
 
-from bi_patch.tools.models import recipes
+from bi_patch.tools.models import families, recipes
 from bi_patch.tools.verify import probes
 from bi_patch.tools.verify.child import ARMED, STOCK
 from bi_patch.tools.verify.probes import CROSS_PROBES, PROBES, Workload
@@ -35,6 +35,17 @@ def test_every_axis(start, name):
                 continue
             result = probe.run(engine, load)
             print(f"{name}: {result.axis}: {result.compared} compared, {result.differing} differing")
+            assert result.compared > 0 and result.differing == 0, f"{result.axis}: {result.first}"
+
+
+def test_a_sigmoid_of_fp32_rows(start, tmp_path):
+    """The gate of shared experts is a sigmoid of one element a row: PyTorch computes the last rows by scalar code."""
+    folder = families.write("Qwen2-MoE", tmp_path)
+    options = {"dtype": "float32", "random_weights": 7, "tokenizer": False, "chunk": 2048}
+    with start(ARMED, folder, **options) as engine:
+        load = Workload.random(engine.info.vocab_size, lengths=(3, 40, 290), generate=5, sizes=(2, 17, 57))
+        for probe in (p for p in PROBES if p.name in ("batch size", "chunk budget")):
+            result = probe.run(engine, load)
             assert result.compared > 0 and result.differing == 0, f"{result.axis}: {result.first}"
 
 

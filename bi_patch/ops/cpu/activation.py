@@ -13,3 +13,13 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.ops.bi_cpu.silu_and_mul(x)
+
+
+def gelu_and_mul(x: torch.Tensor, tanh: bool) -> torch.Tensor:
+    """gelu(x[..., :D]) * x[..., D:] for x [..., 2 D] (bf16, fp16 or fp32) -> [..., D], rounded once.
+
+    tanh: the approximation by tanh; else the exact form by erf.
+    """
+    import torch
+
+    return torch.ops.bi_cpu.gelu_and_mul(x, tanh)

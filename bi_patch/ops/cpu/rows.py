@@ -24,7 +24,8 @@ ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 12
 _FEW = ROWS[: ROWS.index(65) + 1]
 # Rounding to 16 bits hides another order in most outputs. So small numbers of rows run at many places of the data.
 _PLACES = 32
-DATA = f"random rows at {_PLACES} places"
+_THREADS = (1, 3)  # besides the engine's own number of threads
+DATA = f"random rows at {_PLACES} places; {' and '.join(map(str, _THREADS))} threads"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ def key(check: RowCheck, library: str) -> Key:
 
 
 def certificate(check: RowCheck, key: Key) -> Certificate:
-    """Run the operation for each number of rows, at many places, and compare with the same rows of the largest run."""
+    """Run the operation for each number of rows, at many places, and compare with the same rows of the largest run.
+
+    The numbers of rows and threads decide where PyTorch cuts a tensor. So a few places are compared under other numbers
+    of threads, too.
+    """
     import torch
 
     start = time.perf_counter()
@@ -73,11 +78,16 @@ def certificate(check: RowCheck, key: Key) -> Certificate:
         torch.manual_seed(0)
         inputs = check.make(max(check.rows))
     want = check.run(*(t.clone() for t in inputs))
+    own = torch.get_num_threads()
     compared, differing, first, passed = 0, 0, "", []
     for m in check.rows:
         unequal = 0
-        for at in _places(m, max(check.rows)):
-            got = check.run(*(t[at : at + m].clone() for t in inputs))
+        for threads, at in _tries(m, max(check.rows), own):
+            torch.set_num_threads(threads)
+            try:
+                got = check.run(*(t[at : at + m].clone() for t in inputs))
+            finally:
+                torch.set_num_threads(own)
             unequal += sum(bits.differing(g, w[at : at + m]) for g, w in zip(got, want, strict=True))
             compared += sum(g.numel() for g in got)
         differing += unequal
@@ -88,6 +98,13 @@ def certificate(check: RowCheck, key: Key) -> Certificate:
     seconds = round(time.perf_counter() - start, 3)
     evidence = Evidence(list(check.rows), compared, differing, first)
     return Certificate(key, "kept", differing == 0, passed, evidence, seconds, certificates.today())
+
+
+def _tries(rows: int, of: int, own: int) -> list[tuple[int, int]]:
+    """The comparisons for one number of rows: a number of threads, and the first row. own: the engine's threads."""
+    places = _places(rows, of)
+    others = [threads for threads in _THREADS if threads != own]
+    return [(own, at) for at in places] + [(threads, at) for threads in others for at in (places[0], places[-1])]
 
 
 def _places(rows: int, of: int) -> list[int]:
@@ -132,6 +149,41 @@ def register_norm(layer: torch.nn.Module, size: int) -> None:
                 run,
             )
         )
+
+
+def register_layer_norm(layer: torch.nn.Module, sizes: tuple[int, ...]) -> None:
+    """Register a LayerNorm over the last of `sizes`, run on rows of these sizes in the dtype of its weight."""
+    import torch
+
+    weight = getattr(layer, "weight", None)
+    dtype = torch.get_default_dtype() if weight is None else weight.dtype
+    problem = f"{type(layer).__name__} {'x'.join(map(str, sizes))} {str(dtype).removeprefix('torch.')}"
+    register(
+        RowCheck(
+            "cpu.norm", problem, ROWS, lambda m: (torch.randn(m, *sizes).to(dtype),), lambda x: (_first(layer(x)),)
+        )
+    )
+
+
+def _first(output: torch.Tensor | tuple) -> torch.Tensor:
+    """The first output: some layers return a residual, too."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def register_router(router: Callable, kind: str, experts: int, top_k: int) -> None:
+    """Register a router on fp32 logits and on logits of the model's dtype.
+
+    router: (hidden states, logits [rows, experts], input ids) -> weights, ids [rows, top_k]. kind: what decides its
+    operations, in words.
+    """
+    import torch
+
+    def run(logits):
+        return tuple(router(logits, logits, None))
+
+    for dtype in dict.fromkeys((torch.float32, torch.get_default_dtype())):
+        problem = f"{kind} E={experts} k={top_k} {str(dtype).removeprefix('torch.')}"
+        register(RowCheck("cpu.routing", problem, ROWS, lambda m, d=dtype: (torch.randn(m, experts).to(d),), run))
 
 
 def register_moe(experts: object, layer: torch.nn.Module) -> None:

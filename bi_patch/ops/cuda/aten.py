@@ -9,9 +9,10 @@ means take the bundled row sum. PyTorch's own kernels serve integers, which are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
+
+from bi_patch.ops import overrides
 
 _library: list[torch.library.Library] = []
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,47 +21,8 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def override(key: str = "CUDA") -> None:
     """Register the overrides below on a dispatch key, over those of PyTorch and upstream's mode. A second call does
     nothing."""
-    if _library:
-        return
-    library = torch.library.Library("aten", "IMPL")
-    for name, (covers, compute) in _OVERRIDES.items():
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
-            continue  # the installed PyTorch lacks this form
-        kept = torch.library.get_kernel(f"aten::{name}", key)
-        if name.endswith("out"):
-            compute = _into(compute)
-        elif name.endswith("_"):
-            compute = _in_place(compute)
-        library.impl(f"aten::{name}", _either(covers, compute, kept), key, with_keyset=True, allow_override=True)
-    _library.append(library)
-
-
-def _either(covers: Callable[..., bool], compute: Callable, kept) -> Callable:
-    """An implementation that calls `compute` for arguments that `covers` accepts, and PyTorch's kernel for others."""
-
-    def implementation(keys, *args, **kwargs):
-        if covers(*args, **kwargs):
-            return compute(*args, **kwargs)
-        return kept.call_boxed(keys, *args, **kwargs)
-
-    return implementation
-
-
-def _into(compute: Callable) -> Callable:
-    """The `.out` form of `compute`."""
-
-    def into(*args, out, **kwargs):
-        result = compute(*args, **kwargs)
-        if out.shape != result.shape:
-            out.resize_(result.shape)
-        return out.copy_(result)
-
-    return into
-
-
-def _in_place(compute: Callable) -> Callable:
-    """The in-place form of `compute`."""
-    return lambda held, *args, **kwargs: held.copy_(compute(held, *args, **kwargs))
+    if not _library:
+        _library.append(overrides.register(_OVERRIDES, key))
 
 
 def _mm(a, b):
@@ -155,7 +117,7 @@ def _alike_with_bias(bias, a, b, **__) -> bool:
 # without dimensions by the forms with dimensions, and matmul, linear, mv and einsum by these products. Upstream's mode
 # serves bmm and softmax; this table adds their `.out` forms. It also adds bmm of fp32, which upstream multiplies in
 # TF32. Hugging Face's rotary embedding multiplies positions and frequencies with bmm of fp32.
-_OVERRIDES: dict[str, tuple[Callable[..., bool], Callable]] = {
+_OVERRIDES: overrides.Overrides = {
     "mm": (_alike, _mm),
     "mm.out": (_alike, _mm),
     "mm.dtype": (_alike, _mm_as),

@@ -28,7 +28,11 @@ CARDS: tuple[Card, ...] = (
     ),
     Card("NVIDIA B200 and later", "cuda", refused(_NOT_HOPPER, by="attention.cuda_backend"), _TRITON),
     Card("x86-64 CPU with AVX512-BF16", "cpu", served("invariance-2026-11-22-cpu-vllm-0.32.0.json")),
-    Card("x86-64 CPU with AMX, or with AVX2", "cpu", untried("the tests cover their kernels")),
+    Card(
+        "x86-64 CPU with AMX, or with AVX2",
+        "cpu",
+        untried("with AMX the tests and the demo pass; slower than stock there"),
+    ),
     Card("Ascend 910B, A3 and 950", "ascend", untried("checked without a device; nothing has run on an NPU")),
     Card("AMD GPUs, Intel XPU, TPU", "", refused("bi_patch has no patch points for these builds of vLLM")),
 )

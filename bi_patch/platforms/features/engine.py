@@ -8,6 +8,7 @@ from typing import Any
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
+_FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _WINDOW = "invariance-2026-11-22-h100-seams-vllm-0.26.0.json"
@@ -102,7 +103,7 @@ FEATURES: tuple[Feature, ...] = (
     row("structured output", cpu=untried("xgrammar only"), cuda=untried("xgrammar only"), ascend=untried(_NO_NPU)),
     row(
         "sliding windows",
-        cpu=untried("the tests cover them"),
+        cpu=served(_FAMILIES),
         cuda=served(_WINDOW, why="layers with a window run on Triton attention, which is slower"),
         ascend=untried(_NO_NPU),
     ),

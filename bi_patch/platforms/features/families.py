@@ -11,11 +11,13 @@ from typing import Any
 from bi_patch.platforms.features.model import Feature, refused, row, served, untried
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
+_FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_FIRST = "invariance-2026-11-21-h100-vllm-0.33.0.json"
 _H100_MOE = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _H100_DECODE = "invariance-2026-11-22-h100-decode-vllm-0.33.0.json"
+_TINY = served(_FAMILIES, why="tiny shapes with random weights")
 _HYBRID = refused("hybrid: layers with a recurrent state")
 _MLA = refused("MLA")
 _OWN = refused("its package has kernels of its own, and the batch decides which kernel runs", by="models.cuda")
@@ -23,6 +25,7 @@ _QUANTIZED = refused("quantized weights")
 _POOLING = refused("pooling")
 _IMAGES = refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
+_HRM = refused("after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model")
 _ASCEND = untried("nothing has run on an NPU")
 
 
@@ -57,30 +60,37 @@ FAMILIES: tuple[Feature, ...] = (
     row("Llama 2 and 3", short="Llama", cpu=served(_CPU), cuda=served(_H100, _H100_NEWEST), ascend=_ASCEND),
     row("Qwen3 dense", short="Qwen3", cpu=served(_CPU), cuda=served(_H100, _H100_DECODE), ascend=_ASCEND),
     row("Qwen3-MoE", short="Qwen3-MoE", cpu=served(_CPU), cuda=served(_H100_FIRST, _H100_MOE), ascend=_ASCEND),
-    row("Qwen2.5", cpu=untried(), cuda=served(_H100), ascend=_ASCEND),
+    row("Qwen2.5", cpu=_TINY, cuda=served(_H100), ascend=_ASCEND),
     row("SmolLM2", cpu=served(_CPU), cuda=untried(), ascend=_ASCEND),
-    row("Mistral 7B", cpu=untried(), cuda=served(_H100_FIRST), ascend=_ASCEND),
-    row("Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE", cpu=untried(), cuda=untried(), ascend=_ASCEND),
+    row("Mistral 7B", cpu=_TINY, cuda=served(_H100_FIRST), ascend=_ASCEND),
+    row("Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE", cpu=_TINY, cuda=untried(), ascend=_ASCEND),
     row(
         "Gemma 1, 2 and 3 (text)",
         short="Gemma, Phi, Mistral and other dense models",
-        cpu=untried(),
+        cpu=_TINY,
         cuda=untried(),
         ascend=_ASCEND,
     ),
     row(
-        "Phi-3.5, Phi-4, Granite 3, Granite SWA, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16, Command R7B, PLaMo 3",
-        cpu=untried(),
+        "Phi-3.5, Phi-4, Granite 3, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16, Command R7B, PLaMo 3",
+        cpu=_TINY,
         cuda=untried(),
         ascend=_ASCEND,
     ),
     row(
-        "OLMo 1 to 3, SmolLM3, InternLM, Solar, SeedOss, Nemotron dense, MiMo, Bailing, Step",
-        cpu=untried(),
+        "OLMo 1 to 3, SmolLM3, InternLM, Solar, SeedOss, Nemotron dense, MiMo, Bailing",
+        cpu=_TINY,
         cuda=untried(),
         ascend=_ASCEND,
     ),
-    row("GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2", cpu=untried(), cuda=untried(), ascend=_ASCEND),
+    row(
+        "Step 1 and Step 3",
+        cpu=untried("Step 1 needs square-root ALiBi, which vLLM's CPU attention lacks"),
+        cuda=untried(),
+        ascend=_ASCEND,
+    ),
+    row("Granite SWA", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=untried(), ascend=_ASCEND),
+    row("GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2", cpu=_TINY, cuda=untried(), ascend=_ASCEND),
     row("gpt-oss in bf16", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=untried(), ascend=_ASCEND),
     row("gpt-oss as published (MXFP4)", cpu=_QUANTIZED, cuda=_QUANTIZED, ascend=_QUANTIZED),
     row(
@@ -129,7 +139,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "HunYuan, and rotations of type dynamic or longrope on the Transformers backend",
-        cpu=untried(),
+        cpu=served(_FAMILIES, why="a tiny HunYuan; bi_patch refuses a max_model_len beyond the length of its training"),
         cuda=refused(
             "the rotation depends on the longest request of the batch",
             by="models.cuda_rotation",
@@ -146,16 +156,14 @@ FAMILIES: tuple[Feature, ...] = (
     row("BERT-like models, embeddings, rerankers, reward heads", cpu=_POOLING, cuda=_POOLING, ascend=_POOLING),
     row(
         "HRM text",
-        cpu=untried(),
+        cpu=_HRM,
         ascend=_ASCEND,
         asked=_architecture("HrmTextForCausalLM"),
-        cuda=refused(
-            "after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model"
-        ),
+        cuda=_HRM,
     ),
     row(
         "Command R and R7B in eager mode",
-        cpu=untried(),
+        cpu=_TINY,
         ascend=_ASCEND,
         asked=_eager("CohereForCausalLM", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM"),
         cuda=refused(
@@ -164,7 +172,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "Gemma 3n in eager mode",
-        cpu=untried(),
+        cpu=_TINY,
         ascend=_ASCEND,
         asked=_eager("Gemma3nForCausalLM"),
         cuda=(
@@ -178,7 +186,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "MiniCPM with experts",
-        cpu=untried(),
+        cpu=refused("its experts run on a Triton kernel", todo="Use another model"),
         ascend=_ASCEND,
         asked=_experts_of_minicpm,
         cuda=refused("bi_patch does not certify its experts' tiles", todo="Use another model"),

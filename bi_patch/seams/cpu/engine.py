@@ -7,13 +7,15 @@ from bi_patch.seams.model import Seam, Target, Variable
 
 
 def _mode(original):
-    """init_batch_invariance: load bi_patch's kernels. Upstream's function would register Triton kernels and crash."""
+    """init_batch_invariance: load bi_patch's kernels, which also serve PyTorch's pointwise operators. Upstream's
+    function would register Triton kernels and crash."""
 
     @functools.wraps(original)
     def init_batch_invariance(*args, **kwargs):
-        from bi_patch.ops.cpu import machine
+        from bi_patch.ops.cpu import aten, machine
 
         machine.load_kernels(active.cache)
+        aten.override()
 
     return init_batch_invariance
 
@@ -37,9 +39,16 @@ def _load(original):
 
     @functools.wraps(original)
     def load_model(self, *args, **kwargs):
-        from bi_patch.ops.cpu import certify, rows
+        import torch
 
+        from bi_patch.ops.cpu import aten, certify, rows
+
+        if getattr(self.vllm_config.compilation_config.mode, "name", "NONE") != "NONE":
+            aten.keep_whole()
         result = original(self, *args, **kwargs)
+        for module in self.get_model().modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                rows.register_layer_norm(module, tuple(module.normalized_shape))
         rows.register_sampling(self.model_config.get_vocab_size())
         certify.certify(active.cache, library.vllm())
         return result
@@ -78,9 +87,12 @@ SEAMS = (
         name="engine.cpu_mode",
         targets=(Target("vllm.model_executor.determinism.batch_invariant", "init_batch_invariance"),),
         close=_mode,
-        why="upstream's mode crashes on CPU, because it registers Triton kernels for CPU tensors",
-        how="bi_patch loads its bundled CPU kernels instead",
-        until="upstream's mode supports CPU",
+        why="upstream's mode crashes on CPU, because it registers Triton kernels for CPU tensors. And PyTorch computes "
+        "the last elements of a tensor by scalar code, which rounds sigmoid, SiLU, GELU and others differently",
+        how="bi_patch loads its bundled CPU kernels instead, and they serve these operators for every caller",
+        until="upstream's mode supports CPU, and PyTorch's vector and scalar code round alike",
+        causes=(26,),
+        op="bi_patch.ops.cpu.aten",
     ),
     Seam(
         name="engine.cpu_device",
@@ -97,7 +109,7 @@ SEAMS = (
         close=_load,
         why="an operation that stays on its stock kernel must reduce each row in an order that the batch does not "
         "change",
-        how="after the weights are loaded, bi_patch certifies the row order of norms, experts and sampling",
+        how="after the weights are loaded, bi_patch certifies the row order of norms, routers, experts and sampling",
         until="never: this patch point makes the certificates",
     ),
     Seam(

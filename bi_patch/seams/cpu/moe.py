@@ -42,6 +42,61 @@ def _routing(original):
     return _softmax_topk
 
 
+def _keep(original):
+    """CPURouter.__init__: keep the router, and certify every choice of experts but the plain softmax."""
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        from bi_patch.ops.cpu import moe, rows
+
+        original(self, *args, **kwargs)
+        self.bi_patch_handle = None
+        if not _is_plain(self):
+            compute = _original_routing(type(self))
+
+            def router(hidden, logits, input_ids):
+                return compute(self, hidden, logits, None, input_ids=input_ids)
+
+            self.bi_patch_handle = moe.keep(router)
+            rows.register_router(router, _kind(self), self.global_num_experts, self.top_k)
+
+    return __init__
+
+
+def _route(original):
+    """CPURouter._compute_routing: one operator for every choice of experts but the plain softmax."""
+    from bi_patch.ops.cpu import moe
+
+    def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        if self.bi_patch_handle is None:
+            return original(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
+        return moe.route(hidden_states, router_logits, input_ids, self.bi_patch_handle, self.top_k)
+
+    _compute_routing.__wrapped__ = original
+    return _compute_routing
+
+
+def _original_routing(router):
+    """vLLM's own _compute_routing, which the patch point moe.cpu_router wraps."""
+    held = router._compute_routing
+    return getattr(held, "__wrapped__", held)
+
+
+def _is_plain(router) -> bool:
+    """Whether a router is a softmax without groups, which the patch point moe.cpu_routing serves."""
+    return not router.use_grouped_topk and router.custom_routing_function is None and router.scoring_func == "softmax"
+
+
+def _kind(router) -> str:
+    """What decides a router's operations, in words for its certificate."""
+    if router.use_grouped_topk:
+        groups = f"{router.topk_group} of {router.num_expert_group} groups"
+        bias = " bias" if router.e_score_correction_bias is not None else ""
+        return f"{router.scoring_func}{bias}, {groups}{', renormalized' if router.renormalize else ''}"
+    custom = router.custom_routing_function
+    return router.scoring_func if custom is None else getattr(custom, "__qualname__", type(custom).__name__)
+
+
 SEAMS = (
     Seam(
         name="moe.cpu_support",
@@ -80,5 +135,26 @@ SEAMS = (
         how="one bundled kernel sums in one order and takes the lower of two tied experts",
         until="upstream states the order of the sum and of ties",
         causes=(13, 17),
+    ),
+    Seam(
+        name="moe.cpu_router_init",
+        targets=(Target("vllm.model_executor.layers.fused_moe.router.cpu_router", "CPURouter.__init__"),),
+        close=_keep,
+        why="routers with groups, sigmoid or a function of the model use PyTorch's operators, and the numbers of rows "
+        "and threads decide which elements PyTorch computes by scalar code",
+        how="bi_patch certifies the row order of the layer's router",
+        until="upstream states one order for its CPU routers",
+        causes=(13, 26),
+    ),
+    Seam(
+        name="moe.cpu_router",
+        targets=(Target("vllm.model_executor.layers.fused_moe.router.cpu_router", "CPURouter._compute_routing"),),
+        close=_route,
+        why="compiled code computes another sigmoid than eager code, and cuts rows in another place",
+        how="compiled code calls the certified router as one operator",
+        until="upstream states one order for its CPU routers",
+        causes=(13, 17, 26),
+        serves=("CPURouter",),
+        op="bi_patch.ops.cpu.moe",
     ),
 )

@@ -3,42 +3,18 @@
 The feature table lists the models that bi_patch refuses by name. These rules look at what vLLM loads for a model.
 """
 
-from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import models
 from bi_patch.seams.model import Policy
-
-# Rotation types that Hugging Face's code computes from the longest position of the whole batch.
-_ROTATIONS = ("dynamic", "longrope")
 
 
 def _refuse_own_package(config) -> None:
-    """Refuse a model whose code vLLM keeps in vllm.models, outside of its common layers."""
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    for name in config.model_config.architectures if config.model_config is not None else ():
-        module = getattr(ModelRegistry.models.get(name), "module_name", "")
-        if module.startswith("vllm.models."):
-            raise UnsupportedFeature(
-                f"models.cuda: bi_patch does not cover {name}: its package has kernels of its own, and the batch "
-                "decides which kernel runs. Use another model, or set BI_PATCH=0"
-            )
+    models.refuse_own_package(config, "models.cuda")
 
 
 def _refuse_rotations(config) -> None:
-    model = config.model_config
-    if model is None or not model.using_transformers_backend():
-        return
-    held = [getattr(model.hf_text_config, name, None) for name in ("rope_parameters", "rope_scaling")]
-    given = [part for part in held if isinstance(part, dict)]
-    given += [
-        part for parts in given for part in parts.values() if isinstance(part, dict)
-    ]  # some models have one set for each kind of layer
-    found = {part.get("rope_type", part.get("type")) for part in given} & set(_ROTATIONS)
+    found = models.dynamic_rotations(config.model_config)
     if found:
-        raise UnsupportedFeature(
-            f"models.cuda_rotation: on vLLM's Transformers backend, a rotation of type {', '.join(sorted(found))} "
-            "depends on the longest request of the batch. Use --model-impl vllm if vLLM has the model, or set "
-            "BI_PATCH=0"
-        )
+        models.refuse_rotations(found, "models.cuda_rotation")
 
 
 POLICIES = (

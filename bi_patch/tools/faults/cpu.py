@@ -27,6 +27,25 @@ def unsorted_topk(engine: LocalEngine):
     return replaced(cpu_router, "_softmax_topk", lambda _: function)
 
 
+def scalar_tail(engine: LocalEngine):
+    """Rows past the last four full rows get their experts' weights from scalar code, which rounds in other places."""
+    from bi_patch.ops.cpu import moe
+
+    def make(held):
+        def softmax_topk(logits, top_k, renormalize):
+            weights, ids = held(logits, top_k, renormalize)
+            tail = logits.shape[0] // FEW * FEW
+            wide = logits[tail:].double()
+            scores = wide.gather(-1, ids[tail:].long())
+            total = (scores if renormalize else wide).logsumexp(-1, keepdim=True)
+            weights[tail:] = (scores - total).exp().float()
+            return weights, ids
+
+        return softmax_topk
+
+    return replaced(moe, "softmax_topk", make)
+
+
 FAULTS = (
     Fault(
         "unsorted top-k of experts",
@@ -38,5 +57,16 @@ FAULTS = (
         "mlp.experts",
         "topk",
         seam={"cpu": "moe.cpu_experts"},
+    ),
+    Fault(
+        "scalar code for the last rows",
+        26,
+        scalar_tail.__doc__,
+        "batch size",
+        scalar_tail,
+        (CPU,),
+        "mlp.experts",
+        seam={"cpu": "moe.cpu_experts"},
+        emulated=(CPU,),
     ),
 )

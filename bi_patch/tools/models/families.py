@@ -40,6 +40,11 @@ def _as(architecture: str, model_type: str, *parts: dict[str, object], **own: ob
     return made | own | {"architectures": [architecture], "model_type": model_type}
 
 
+def _without_groups(*given: object, **own: object) -> dict[str, object]:
+    """A shape as `_as` makes it, whose configuration has neither groups of heads nor a size of heads."""
+    return {k: v for k, v in _as(*given, **own).items() if k not in ("num_key_value_heads", "head_dim")}
+
+
 FAMILIES: dict[str, dict[str, object]] = {
     "Qwen2.5": _as("Qwen2ForCausalLM", "qwen2", _NARROW),
     "Mistral": _as("MistralForCausalLM", "mistral", sliding_window=_WINDOW),
@@ -93,7 +98,13 @@ FAMILIES: dict[str, dict[str, object]] = {
     ),
     "GLM-4": _as("Glm4ForCausalLM", "glm4", partial_rotary_factor=0.5, attention_bias=True),
     "Command R7B": _as(
-        "Cohere2ForCausalLM", "cohere2", _EVERY_OTHER, _NARROW, layer_norm_eps=1e-5, logit_scale=0.25, tie_word_embeddings=True
+        "Cohere2ForCausalLM",
+        "cohere2",
+        _EVERY_OTHER,
+        _NARROW,
+        layer_norm_eps=1e-5,
+        logit_scale=0.25,
+        tie_word_embeddings=True,
     ),
     "Command R": _as(
         "CohereForCausalLM",
@@ -128,7 +139,13 @@ FAMILIES: dict[str, dict[str, object]] = {
     "OLMo 3": _as("Olmo3ForCausalLM", "olmo3", _EVERY_OTHER, _NARROW),
     "OLMo 1": _as("OlmoForCausalLM", "olmo", _NARROW, clip_qkv=None),
     "OLMoE": _as(
-        "OlmoeForCausalLM", "olmoe", _NARROW, num_experts=8, num_experts_per_tok=2, norm_topk_prob=False, intermediate_size=128
+        "OlmoeForCausalLM",
+        "olmoe",
+        _NARROW,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        intermediate_size=128,
     ),
     "EXAONE 4": _as("Exaone4ForCausalLM", "exaone4", _EVERY_OTHER, _NARROW, sliding_window_pattern=2),
     "ERNIE 4.5": _as("Ernie4_5ForCausalLM", "ernie4_5", use_bias=False),
@@ -168,7 +185,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         moe_layer_freq=1,
         norm_topk_prob=False,
     ),
-    "OPT": _as(
+    "OPT": _without_groups(
         "OPTForCausalLM",
         "opt",
         ffn_dim=512,
@@ -178,7 +195,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         layerdrop=0.0,
         tie_word_embeddings=True,
     ),
-    "GPT-2": _as(
+    "GPT-2": _without_groups(
         "GPT2LMHeadModel",
         "gpt2",
         n_embd=256,
@@ -189,10 +206,15 @@ FAMILIES: dict[str, dict[str, object]] = {
         activation_function="gelu_new",
         tie_word_embeddings=True,
     ),
-    "GPT-NeoX": _as(
-        "GPTNeoXForCausalLM", "gpt_neox", num_attention_heads=4, rotary_pct=0.25, hidden_act="gelu", use_parallel_residual=True
+    "GPT-NeoX": _without_groups(
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        num_attention_heads=4,
+        rotary_pct=0.25,
+        hidden_act="gelu",
+        use_parallel_residual=True,
     ),
-    "Falcon": _as(
+    "Falcon": _without_groups(
         "FalconForCausalLM",
         "falcon",
         num_attention_heads=4,
@@ -205,12 +227,21 @@ FAMILIES: dict[str, dict[str, object]] = {
     ),
     "StableLM": _as("StableLmForCausalLM", "stablelm", _NARROW, partial_rotary_factor=0.25, layer_norm_eps=1e-5),
     "Starcoder2": _as(
-        "Starcoder2ForCausalLM", "starcoder2", _NARROW, hidden_act="gelu_pytorch_tanh", use_bias=True, sliding_window=None
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        _NARROW,
+        hidden_act="gelu_pytorch_tanh",
+        use_bias=True,
+        sliding_window=None,
     ),
-    "Nemotron": _as("NemotronForCausalLM", "nemotron", _NARROW, hidden_act="relu2", norm_eps=1e-5, partial_rotary_factor=0.5),
+    "Nemotron": _as(
+        "NemotronForCausalLM", "nemotron", _NARROW, hidden_act="relu2", norm_eps=1e-5, partial_rotary_factor=0.5
+    ),
     "InternLM 2": _as("InternLM2ForCausalLM", "llama", _NARROW, bias=False),
     "InternLM 3": _as("InternLM3ForCausalLM", "llama", qkv_bias=False, bias=False),
-    "Solar": _as("SolarForCausalLM", "llama", _NARROW, bskcn_1=[1], bskcn_2=[1], bskcn_3=[1], bskcn_4=[1], bskcn_tv=[0.9, 0.8]),
+    "Solar": _as(
+        "SolarForCausalLM", "llama", _NARROW, bskcn_1=[1], bskcn_2=[1], bskcn_3=[1], bskcn_4=[1], bskcn_tv=[0.9, 0.8]
+    ),
     "MiMo": _as("MiMoForCausalLM", "qwen2", _NARROW),
     "Bailing": _as(
         "BailingMoeForCausalLM",
@@ -264,7 +295,12 @@ FAMILIES: dict[str, dict[str, object]] = {
         },
     ),
     "PLaMo 3": _as(
-        "Plamo3ForCausalLM", "llama", window_size=_WINDOW, sliding_window=_WINDOW, sliding_window_pattern=2, interleaved_sliding_window=[96, None]
+        "Plamo3ForCausalLM",
+        "llama",
+        _EVERY_OTHER,
+        window_size=_WINDOW,
+        interleaved_sliding_window=[_WINDOW, None],
+        rope_local_theta=10000.0,
     ),
     "Granite SWA": _as(
         "GraniteSWAForCausalLM",
@@ -276,7 +312,6 @@ FAMILIES: dict[str, dict[str, object]] = {
         residual_multiplier=0.22,
         attention_multiplier=0.0156,
     ),
-    "Step 1": _as("Step1ForCausalLM", "llama", _NARROW),
     "Gemma 3n (text)": _as(
         "Gemma3nForCausalLM",
         "gemma3n_text",
@@ -295,7 +330,6 @@ FAMILIES: dict[str, dict[str, object]] = {
         final_logit_softcapping=30.0,
         tie_word_embeddings=True,
     ),
-    "HRM text": _as("HrmTextForCausalLM", "hrm_text"),
     "MiniCPM": _as("MiniCPMForCausalLM", "llama", _NARROW, scale_emb=12, scale_depth=1.4, dim_model_base=256),
 }
 

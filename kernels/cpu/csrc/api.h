@@ -62,7 +62,13 @@ struct NormArgs {
 void rms_norm(const NormArgs& a, int threads);
 
 // ---- Pointwise (pointwise.cpp). Strides in elements; the last dimension is dense.
-void silu_and_mul(DType t, const void* x, int64_t row, int64_t rows, int64_t cols, void* out, int threads);
+enum class Activation { sigmoid, silu, gelu, gelu_tanh, rsqrt, softplus };
+
+// f(x) for n dense elements. beta and threshold: of softplus.
+void activate(Activation f, DType t, const void* x, int64_t n, float beta, float threshold, void* out, int threads);
+
+// f(g) * u for rows [g | u] of 2 * cols; f is silu, gelu or gelu_tanh.
+void gated(Activation f, DType t, const void* x, int64_t row, int64_t rows, int64_t cols, void* out, int threads);
 
 struct RopeArgs {
   DType type;

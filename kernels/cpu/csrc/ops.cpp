@@ -2,6 +2,7 @@
 // README.md lists the arguments. A bad argument raises RuntimeError.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 #include "api.h"
 
@@ -212,17 +213,42 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::T
   return norm(x, residual, weight, eps, offset);
 }
 
-at::Tensor silu_and_mul(const at::Tensor& x) {
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0, "bi_cpu.silu_and_mul: x must be [..., 2 * D], got ", x.sizes());
+at::Tensor gated(const char* name, bi::Activation f, const at::Tensor& x) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0, "bi_cpu.", name, ": x must be [..., 2 * D], got ", x.sizes());
   const auto type = dtype_of(x, "x");
   const int64_t cols = x.size(-1) / 2;
   auto shape = x.sizes().vec();
   shape.back() = cols;
   at::Tensor out = at::empty(shape, x.options());
   const at::Tensor rows = as_rows(x, 2 * cols);
-  bi::silu_and_mul(type, rows.const_data_ptr(), rows.stride(0), rows.size(0), cols, out.mutable_data_ptr(),
-                   at::get_num_threads());
+  bi::gated(f, type, rows.const_data_ptr(), rows.stride(0), rows.size(0), cols, out.mutable_data_ptr(),
+            at::get_num_threads());
   return out;
+}
+
+at::Tensor silu_and_mul(const at::Tensor& x) { return gated("silu_and_mul", bi::Activation::silu, x); }
+at::Tensor gelu_and_mul(const at::Tensor& x, bool tanh) {
+  return gated("gelu_and_mul", tanh ? bi::Activation::gelu_tanh : bi::Activation::gelu, x);
+}
+
+// As PyTorch's pointwise operators, the result has the order of x's strides and no gaps.
+at::Tensor activate(bi::Activation f, const at::Tensor& x, double beta = 1, double threshold = 0) {
+  const auto type = dtype_of(x, "x");
+  const at::Tensor dense = x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x);
+  at::Tensor out = at::empty_like(dense);
+  bi::activate(f, type, dense.const_data_ptr(), dense.numel(), float(beta), float(threshold), out.mutable_data_ptr(),
+               at::get_num_threads());
+  return out;
+}
+
+at::Tensor sigmoid(const at::Tensor& x) { return activate(bi::Activation::sigmoid, x); }
+at::Tensor silu(const at::Tensor& x) { return activate(bi::Activation::silu, x); }
+at::Tensor rsqrt(const at::Tensor& x) { return activate(bi::Activation::rsqrt, x); }
+at::Tensor gelu(const at::Tensor& x, bool tanh) {
+  return activate(tanh ? bi::Activation::gelu_tanh : bi::Activation::gelu, x);
+}
+at::Tensor softplus(const at::Tensor& x, double beta, double threshold) {
+  return activate(bi::Activation::softplus, x, beta, threshold);
 }
 
 at::Tensor rope(const at::Tensor& positions, const at::Tensor& x, const at::Tensor& cache, int64_t dim,
@@ -280,6 +306,12 @@ TORCH_LIBRARY(bi_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)");
   m.def("silu_and_mul(Tensor x) -> Tensor");
+  m.def("gelu_and_mul(Tensor x, bool tanh) -> Tensor");
+  m.def("sigmoid(Tensor x) -> Tensor");
+  m.def("silu(Tensor x) -> Tensor");
+  m.def("gelu(Tensor x, bool tanh) -> Tensor");
+  m.def("rsqrt(Tensor x) -> Tensor");
+  m.def("softplus(Tensor x, float beta, float threshold) -> Tensor");
   m.def("softmax_topk(Tensor logits, int k, bool renormalize) -> (Tensor, Tensor)");
   m.def("rope(Tensor positions, Tensor x, Tensor cache, int head_size, bool neox) -> Tensor");
 }
@@ -292,6 +324,12 @@ TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);
   m.impl("silu_and_mul", &silu_and_mul);
+  m.impl("gelu_and_mul", &gelu_and_mul);
+  m.impl("sigmoid", &sigmoid);
+  m.impl("silu", &silu);
+  m.impl("gelu", &gelu);
+  m.impl("rsqrt", &rsqrt);
+  m.impl("softplus", &softplus);
   m.impl("rope", &rope);
   m.impl("softmax_topk", &softmax_topk);
 }

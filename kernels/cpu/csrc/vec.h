@@ -48,6 +48,7 @@ BI_INLINE V16 sub(V16 a, V16 b) { return _mm512_sub_ps(a, b); }
 BI_INLINE V16 mul(V16 a, V16 b) { return _mm512_mul_ps(a, b); }
 BI_INLINE V16 div(V16 a, V16 b) { return _mm512_div_ps(a, b); }
 BI_INLINE V16 max(V16 a, V16 b) { return _mm512_max_ps(a, b); }
+BI_INLINE V16 sqrt(V16 a) { return _mm512_sqrt_ps(a); }
 BI_INLINE V16 fma(V16 a, V16 b, V16 c) { return _mm512_fmadd_ps(a, b, c); }
 BI_INLINE V16 abs(V16 a) { return _mm512_abs_ps(a); }
 BI_INLINE V16 copysign(V16 mag, V16 sign) {
@@ -63,6 +64,10 @@ BI_INLINE V16 ldexp_bits(V16 y, V16 t) {
 // lo where x < limit, else y.
 BI_INLINE V16 if_less(V16 x, V16 limit, V16 lo, V16 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), y, lo);
+}
+// x where x is NaN, else y.
+BI_INLINE V16 or_nan(V16 x, V16 y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), y, x);
 }
 // x in lanes [from, to), fill elsewhere.
 BI_INLINE V16 keep_lanes(V16 x, int from, int to, V16 fill) {
@@ -96,6 +101,7 @@ BI_INLINE V16 sub(V16 x, V16 y) { BI_EACH(_mm256_sub_ps(x.a, y.a), _mm256_sub_ps
 BI_INLINE V16 mul(V16 x, V16 y) { BI_EACH(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
 BI_INLINE V16 div(V16 x, V16 y) { BI_EACH(_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)); }
 BI_INLINE V16 max(V16 x, V16 y) { BI_EACH(_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)); }
+BI_INLINE V16 sqrt(V16 x) { BI_EACH(_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)); }
 BI_INLINE V16 fma(V16 x, V16 y, V16 z) {
   BI_EACH(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b));
 }
@@ -116,6 +122,10 @@ BI_INLINE V16 ldexp_bits(V16 y, V16 t) { BI_EACH(ldexp_half(y.a, t.a), ldexp_hal
 BI_INLINE V16 if_less(V16 x, V16 l, V16 lo, V16 y) {
   BI_EACH(_mm256_blendv_ps(y.a, lo.a, _mm256_cmp_ps(x.a, l.a, _CMP_LT_OQ)),
           _mm256_blendv_ps(y.b, lo.b, _mm256_cmp_ps(x.b, l.b, _CMP_LT_OQ)));
+}
+BI_INLINE V16 or_nan(V16 x, V16 y) {
+  BI_EACH(_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q)),
+          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q)));
 }
 BI_INLINE V16 keep_lanes(V16 x, int from, int to, V16 fill) {
   alignas(32) float v[16], f[16];
@@ -141,6 +151,7 @@ BI_INLINE V16 sub(V16 a, V16 b) { BI_EACH(a.v[i] - b.v[i]); }
 BI_INLINE V16 mul(V16 a, V16 b) { BI_EACH(a.v[i] * b.v[i]); }
 BI_INLINE V16 div(V16 a, V16 b) { BI_EACH(a.v[i] / b.v[i]); }
 BI_INLINE V16 max(V16 a, V16 b) { BI_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+BI_INLINE V16 sqrt(V16 a) { BI_EACH(__builtin_sqrtf(a.v[i])); }
 BI_INLINE V16 fma(V16 a, V16 b, V16 c) { BI_EACH(__builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
 BI_INLINE V16 abs(V16 a) { BI_EACH(__builtin_fabsf(a.v[i])); }
 BI_INLINE V16 copysign(V16 m, V16 s) { BI_EACH(__builtin_copysignf(m.v[i], s.v[i])); }
@@ -150,6 +161,7 @@ BI_INLINE float ldexp_one(float y, float t) {
 }
 BI_INLINE V16 ldexp_bits(V16 y, V16 t) { BI_EACH(ldexp_one(y.v[i], t.v[i])); }
 BI_INLINE V16 if_less(V16 x, V16 l, V16 lo, V16 y) { BI_EACH(x.v[i] < l.v[i] ? lo.v[i] : y.v[i]); }
+BI_INLINE V16 or_nan(V16 x, V16 y) { BI_EACH(x.v[i] != x.v[i] ? x.v[i] : y.v[i]); }
 BI_INLINE V16 keep_lanes(V16 x, int from, int to, V16 fill) {
   BI_EACH((i >= from && i < to) ? x.v[i] : fill.v[i]);
 }
@@ -220,6 +232,43 @@ BI_INLINE float exp_neg1(float x) {
 BI_INLINE V16 tanh(V16 x) {
   const V16 t = exp_neg(mul(abs(x), set1(-2.f)));
   return copysign(div(sub(set1(1.f), t), add(set1(1.f), t)), x);
+}
+
+// 1 / (1 + exp(-x)) from exp(-|x|).
+BI_INLINE V16 sigmoid(V16 x) {
+  const V16 one = set1(1.f), t = exp_neg(sub(zero(), abs(x)));
+  return or_nan(x, div(if_less(x, zero(), t, one), add(one, t)));
+}
+// erf(x) = x P(x^2) / Q(x^2), with |x| held below 4, where erf is 1 in fp32. Error below 1e-6.
+BI_INLINE V16 erf(V16 x) {
+  const V16 a = abs(x), four = set1(4.f), h = if_less(a, four, a, four), h2 = mul(h, h);
+  V16 p = set1(-2.72614225801306e-10f);
+  p = fma(p, h2, set1(2.77068142495902e-08f));
+  p = fma(p, h2, set1(-2.10102402082508e-06f));
+  p = fma(p, h2, set1(-5.69250639462346e-05f));
+  p = fma(p, h2, set1(-7.34990630326855e-04f));
+  p = fma(p, h2, set1(-2.95459980854025e-03f));
+  p = fma(p, h2, set1(-1.60960333262415e-02f));
+  V16 q = set1(-1.45660718464996e-05f);
+  q = fma(q, h2, set1(-2.13374055278905e-04f));
+  q = fma(q, h2, set1(-1.68282697438203e-03f));
+  q = fma(q, h2, set1(-7.37332916720468e-03f));
+  q = fma(q, h2, set1(-1.42647390514189e-02f));
+  return copysign(div(mul(h, p), q), x);
+}
+// log(1 + t) for 0 <= t <= 1: 2 atanh(s), s = t / (2 + t), by its series to s^17.
+BI_INLINE V16 log1p_unit(V16 t) {
+  const V16 s = div(t, add(set1(2.f), t)), s2 = mul(s, s);
+  V16 y = set1(1.f / 17);
+  y = fma(y, s2, set1(1.f / 15));
+  y = fma(y, s2, set1(1.f / 13));
+  y = fma(y, s2, set1(1.f / 11));
+  y = fma(y, s2, set1(1.f / 9));
+  y = fma(y, s2, set1(1.f / 7));
+  y = fma(y, s2, set1(1.f / 5));
+  y = fma(y, s2, set1(1.f / 3));
+  y = fma(y, s2, set1(1.f));
+  return mul(add(s, s), y);
 }
 
 }  // namespace bi

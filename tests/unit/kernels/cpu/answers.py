@@ -60,7 +60,16 @@ def rows(ops, dtype: torch.dtype) -> list[str]:
     normed, added = ops.add_rms_norm(x, residual, x[0], 1e-6, 0.0)
     turned = ops.rope(torch.arange(9), x, torch.rand(9, 36, generator=g).to(dtype), 50, True)
     weights, ids = ops.softmax_topk(x, 6, False)
-    return [digest(t) for t in (normed, added, turned, ops.silu_and_mul(x), weights, ids)]
+    gated = (ops.silu_and_mul(x), ops.gelu_and_mul(x, True), ops.gelu_and_mul(x, False))
+    each = (
+        ops.sigmoid(x),
+        ops.silu(x),
+        ops.gelu(x, False),
+        ops.gelu(x, True),
+        ops.softplus(x, 1.0, 20.0),
+        ops.rsqrt(x),
+    )
+    return [digest(t) for t in (normed, added, turned, *gated, *each, weights, ids)]
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 COLUMNS = [1, 7, 16, 33, 64, 100, 576, 1025]
@@ -67,6 +68,48 @@ def test_a_norm_does_not_depend_on_rows_strides_or_threads(ops, threads, dtype, 
     threads(3)
     assert torch.equal(ops.add_rms_norm(x, residual, weight, 1e-6, 0.0)[0], want)
     assert ops.rms_norm(x[:0], weight, 1e-6, 0.0).shape == (0, cols)
+
+
+POINTWISE = {
+    "sigmoid": ((), torch.sigmoid),
+    "silu": ((), F.silu),
+    "gelu": ((False,), F.gelu),
+    "gelu tanh": ((True,), lambda x: F.gelu(x, approximate="tanh")),
+    "softplus": ((1.5, 20.0), lambda x: F.softplus(x, 1.5)),
+    "rsqrt": ((), torch.rsqrt),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", POINTWISE)
+def test_a_pointwise_result_depends_on_its_own_element_alone(ops, threads, dtype, name):
+    given, exact = POINTWISE[name]
+    run = getattr(ops, name.split()[0])
+    x = (make(600, 71, dtype=torch.float32) * 8).to(dtype)
+    x = x.abs() if name == "rsqrt" else x
+    want, out = exact(x.double()), run(x, *given)
+    assert close(out, want, dtype)
+    edges = torch.tensor([float("inf"), 1000.0, float("nan")], dtype=dtype)
+    got, expected = run(edges, *given), exact(edges.double()).to(dtype)
+    assert torch.allclose(got[:2], expected[:2], rtol=EPS[dtype]) and got[2].isnan()
+    for count in (1, 2, 3):
+        threads(count)
+        for m in (1, 2, 17, 129, 257, 600):
+            for at in (0, (600 - m) // 2, 600 - m):
+                assert torch.equal(run(x[at : at + m], *given), out[at : at + m]), (m, at)
+    turned = run(x.t(), *given)
+    assert turned.stride() == x.t().stride() and torch.equal(turned, out.t())
+    assert torch.equal(run(x[:, 1:], *given), out[:, 1:]) and run(x[:0], *given).shape == (0, 71)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tanh", [False, True])
+def test_gelu_and_mul(ops, dtype, tanh):
+    x = make(300, 2 * 100, dtype=dtype)
+    want = F.gelu(x[:, :100].double(), approximate="tanh" if tanh else "none") * x[:, 100:].double()
+    out = ops.gelu_and_mul(x, tanh)
+    assert close(out, want, dtype)
+    assert all(torch.equal(ops.gelu_and_mul(x[at : at + m], tanh), out[at : at + m]) for m, at in [(1, 7), (33, 250)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -171,5 +214,7 @@ def test_the_ops_can_be_traced(ops):
     x = make(3, 64, dtype=torch.float32)
     torch.library.opcheck(ops.add_rms_norm, (x, x, torch.ones(64), 1e-6, 1.0))
     torch.library.opcheck(ops.silu_and_mul, (x,))
+    torch.library.opcheck(ops.gelu_and_mul, (x, True))
+    torch.library.opcheck(ops.softplus, (x, 1.0, 20.0))
     torch.library.opcheck(ops.softmax_topk, (x, 4, True))
     torch.library.opcheck(ops.rope, (torch.arange(3), x, torch.ones(5, 32), 64, True))

@@ -76,3 +76,26 @@ def test_the_library_is_a_part_of_the_key(tmp_path):
         (certificate,) = certify.certify(tmp_path, library)
         assert certificate.key.libraries == f"{library}, torch {torch.__version__}"
     assert len(certificates.every(tmp_path)) == 2
+
+
+def test_other_numbers_of_threads_are_tried_and_put_back(tmp_path):
+    own = torch.get_num_threads()
+
+    def by_threads(x):
+        return (x + (torch.get_num_threads() == 3),)
+
+    rows.register(rows.RowCheck("test.threads", "8", (1, 2), lambda m: (torch.randn(m, 8),), by_threads))
+    with pytest.raises(CertificateFailed, match=r"test.threads 8: 1 rows: \d+ elements differ"):
+        certify.certify(tmp_path, "test 1")
+    assert torch.get_num_threads() == own
+
+
+def test_layer_norms_and_routers_pass(tmp_path):
+    def router(hidden, logits, input_ids):
+        weights, ids = logits.float().softmax(-1).topk(2)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+    rows.register_layer_norm(torch.nn.LayerNorm(96), (96,))
+    rows.register_router(router, "softmax, renormalized", 8, 2)
+    made = certify.certify(tmp_path, "test 1")
+    assert [c.key.operation for c in made if c.passed] == ["cpu.norm", "cpu.routing"]

@@ -1,0 +1,68 @@
+"""PyTorch's pointwise operators on CPU whose vector code and scalar code round differently, by one bundled kernel.
+
+PyTorch cuts a tensor among threads and computes the last elements of each part by scalar code. So the numbers of rows
+and threads decide which elements are computed by which code. In vector and in scalar code, exp, tanh, erf, log, sqrt,
+sin and cos give equal bits; sigmoid, silu, gelu and softplus do not, nor does rsqrt of 16-bit numbers. The bundled
+kernels compute all elements by the same code. PyTorch's own kernels serve fp64, integers and complex numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bi_patch.ops import overrides
+
+_library: list[torch.library.Library] = []
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def override() -> None:
+    """Register the overrides below for CPU tensors. A second call does nothing."""
+    if not _library:
+        _library.append(overrides.register(_OVERRIDES, "CPU"))
+
+
+def keep_whole() -> None:
+    """Let Inductor call these operators and LayerNorm instead of compiling code of its own for them.
+
+    Inductor's own code has a tail like PyTorch's on instruction sets without masks. Inductor also rounds 16-bit results
+    after every operation from then on, as eager code does. So compiled code has the bits of eager code.
+    """
+    from torch._inductor import config, decomposition, lowering
+
+    config.emulate_precision_casts = True
+
+    torch.compiler.config.cache_key_tag = _TAG  # code from before these calls is never loaded
+    aten = torch.ops.aten
+    for op in (aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.softplus.default, _LAYER_NORM):
+        decomposition.decompositions.pop(op, None)
+        lowering.make_fallback(op, warn=False, override_decomp=True)
+
+
+_TAG = "bi_patch: whole operators"
+_LAYER_NORM = torch.ops.aten.native_layer_norm.default
+
+
+def _floats(x, *_, **__) -> bool:
+    return x.dtype in _FLOATS
+
+
+def _gelu(x, *, approximate="none"):
+    return torch.ops.bi_cpu.gelu(x, approximate == "tanh")
+
+
+def _softplus(x, beta=1, threshold=20):
+    return torch.ops.bi_cpu.softplus(x, float(beta), float(threshold))
+
+
+def _forms(name: str, compute, *forms: str) -> dict:
+    return {form: (_floats, compute) for form in (name, *forms)}
+
+
+_OVERRIDES: overrides.Overrides = {
+    **_forms("sigmoid", lambda x: torch.ops.bi_cpu.sigmoid(x), "sigmoid.out", "sigmoid_"),
+    **_forms("silu", lambda x: torch.ops.bi_cpu.silu(x), "silu.out", "silu_"),
+    **_forms("gelu", _gelu, "gelu.out", "gelu_"),
+    **_forms("softplus", _softplus, "softplus.out"),
+    **_forms("rsqrt", lambda x: torch.ops.bi_cpu.rsqrt(x), "rsqrt.out", "rsqrt_"),
+}

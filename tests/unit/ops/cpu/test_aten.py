@@ -1,0 +1,59 @@
+"""PyTorch's pointwise operators on CPU: every form takes the bundled kernels, whatever the rows and threads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bi_patch.ops.cpu import aten, machine
+
+FORMS = {
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus": F.softplus,
+    "in place": lambda x: x.clone().sigmoid_(),
+    "out": lambda x: torch.sigmoid(x, out=torch.empty(0, dtype=x.dtype)),
+}
+
+
+@pytest.fixture(autouse=True)
+def overridden(cache):
+    machine.load_kernels(cache)
+    aten.override()
+    yield
+    aten._library.pop()._destroy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_a_window_of_rows_has_the_bits_of_the_whole(name, dtype):
+    run = FORMS[name]
+    x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0)).mul(2).to(dtype)
+    own = torch.get_num_threads()
+    try:
+        want = run(x)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for m in (1, 17, 129, 257):
+                assert all(torch.equal(run(x[at : at + m]), want[at : at + m]) for at in range(0, 600 - m, 37)), m
+    finally:
+        torch.set_num_threads(own)
+
+
+def test_other_types_stay_with_pytorch():
+    assert torch.sigmoid(torch.tensor([0, 1])).dtype == torch.float32
+    assert torch.equal(torch.sigmoid(torch.zeros(3, dtype=torch.float64)), torch.full((3,), 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_code_has_the_bits_of_eager_code(dtype):
+    def layer(x):
+        return F.layer_norm(F.gelu(x) * 1.7 * torch.sigmoid(x) + x, (20,))
+
+    aten.keep_whole()
+    function = torch.compile(layer, dynamic=True, fullgraph=True)
+    x = torch.randn(257, 20).to(dtype)
+    with torch.inference_mode():
+        want = layer(x)
+        assert torch.equal(function(x), want) and torch.equal(function(x[:17]), want[:17])
