@@ -54,8 +54,10 @@ class Info(msgspec.Struct, frozen=True):
     mode: "armed" when bi_patch armed the engine's process, "server" for a running server, else "stock". open_seams:
     required seams that are open (only with BI_PATCH_ALLOW_OPEN). block_size: tokens in a KV block. platform: "cpu", a
     device's short name such as "h100", or SERVER; names of files contain it. capture_sizes: the row count of each
-    captured graph. kv_tokens: tokens that the KV cache holds, 0 where the number is unknown. devices: the host's number
-    of devices. quantization: vLLM's name of the method, "" for none.
+    captured graph. kv_blocks: blocks of the KV cache, 0 where the number is unknown; one of them is vLLM's null block.
+    kv_groups: tokens in a block of each of vLLM's KV groups; a request takes blocks of every group, all from one pool.
+    Empty where unknown: one group. kv_longest: blocks that vLLM plans for one request of max_model_len, 0 where unknown.
+    devices: the host's number of devices. quantization: vLLM's name of the method, "" for none.
     """
 
     mode: str
@@ -68,11 +70,22 @@ class Info(msgspec.Struct, frozen=True):
     open_seams: tuple[str, ...] = ()
     platform: str = "cpu"
     capture_sizes: tuple[int, ...] = ()
-    kv_tokens: int = 0
+    kv_blocks: int = 0
+    kv_groups: tuple[int, ...] = ()
+    kv_longest: int = 0
     devices: int = 1
     quantization: str = ""
     max_num_seqs: int = 0
     max_model_len: int = 0
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds, 0 where the number is unknown."""
+        return self.kv_blocks // len(self.kv_groups or (1,)) * self.block_size
+
+    def blocks(self, tokens: int) -> int:
+        """The KV blocks that a request of this many tokens takes at most, in all groups together."""
+        return sum(-(-tokens // size) for size in self.kv_groups or (self.block_size,))
 
 
 class Engine(Protocol):
@@ -248,6 +261,7 @@ class LocalEngine:
 
         state = arming.state()
         config = self._llm.llm_engine.vllm_config
+        specs = [group.kv_cache_spec for group in self.core.scheduler.kv_cache_config.kv_cache_groups]
         on_gpu = current_platform.device_type != "cpu"
         device = current_platform.get_device_name() if on_gpu else f"{_cpu_name()} ({os.cpu_count()} cores)"
         return Info(
@@ -261,7 +275,9 @@ class LocalEngine:
             open_seams=tuple(f.name for f in startup.inspect() if f.status == startup.OPEN and f.required),
             platform=short_name(device) if on_gpu else "cpu",
             capture_sizes=_captured(config),
-            kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+            kv_blocks=config.cache_config.num_gpu_blocks or 0,
+            kv_groups=tuple(spec.block_size for spec in specs),
+            kv_longest=sum(-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs),
             devices=torch.accelerator.device_count() if on_gpu else 1,
             quantization=str(config.model_config.quantization or ""),
             max_num_seqs=config.scheduler_config.max_num_seqs,

@@ -129,8 +129,8 @@ class Run:
     def holds(self, batch: Sequence[Request]) -> bool:
         """Whether the KV cache has room for all requests to their last token, so that none waits or is preempted."""
         info = self.engine.info
-        needed = sum(-(-(len(r.prompt) + r.max_tokens) // info.block_size) for r in batch)
-        return not info.kv_tokens or needed < info.kv_tokens // info.block_size  # vLLM keeps one null block
+        needed = sum(info.blocks(len(r.prompt) + r.max_tokens) for r in batch)
+        return not info.kv_blocks or needed < info.kv_blocks  # vLLM keeps one null block
 
     def alone(self, requests: Sequence[Request]) -> list[Answer]:
         """The answers to each request alone, on an empty cache."""
