@@ -26,7 +26,7 @@ class Options(msgspec.Struct, frozen=True):
     kv_blocks: size of the KV cache in blocks (num_gpu_blocks_override). extra: further arguments of vllm.LLM.
     tokenizer: False for a model without a tokenizer. random_weights: the seed of random weights (see verify.weights),
     None to load the model's own. tied: make rows of the head and of the routers equal in pairs. digests: requests may
-    ask for digests of logits.
+    ask for digests of logits. threads: OpenMP threads of a CPU engine, None for the environment's number.
     """
 
     model: str
@@ -43,6 +43,7 @@ class Options(msgspec.Struct, frozen=True):
     random_weights: int | None = None
     tied: bool = False
     digests: bool = False
+    threads: int | None = None
 
     def but(self, **changes: object) -> Options:
         return msgspec.structs.replace(self, **changes)
@@ -95,7 +96,10 @@ class Engine(Protocol):
     info: Info
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Run all requests together; each arrives after its `delay` engine steps. Answers are in request order."""
+        """Run all requests together; each arrives after its `delay` engine steps. Answers are in request order.
+
+        A request with `abort` is given up that many steps after its arrival.
+        """
 
     def reset_cache(self) -> None:
         """Forget every cached prefix."""
@@ -132,6 +136,10 @@ class LocalEngine:
 
         self.options = options
         made: dict[str, object] = {}
+        if options.threads is not None:
+            import torch
+
+            torch.set_num_threads(options.threads)  # OpenMP's variable counts up to the number of cores only
         if options.random_weights is not None:
             weights.make_random(options.random_weights)
             made["load_format"] = "dummy"
@@ -178,7 +186,7 @@ class LocalEngine:
     def _generate(self, requests: Sequence[Request]) -> list[Answer]:
         names = [self._digest_name() if r.digest and self.options.digests else "" for r in requests]
         parameters = [_sampling(r, name, self.options.tokenizer) for r, name in zip(requests, names)]
-        if any(r.delay for r in requests):
+        if any(r.delay or r.abort for r in requests):
             outputs = self._generate_staggered(requests, parameters)
         else:
             adapters = [_adapter(r.lora) for r in requests]
@@ -188,8 +196,8 @@ class LocalEngine:
                 use_tqdm=False,
                 **({"lora_request": adapters} if any(adapters) else {}),
             )
-        self._cached += sum(o.num_cached_tokens or 0 for o in outputs)
-        return [_answer(o, _digests(name)) for o, name in zip(outputs, names)]
+        self._cached += sum(o.num_cached_tokens or 0 for o in outputs if o is not None)
+        return [Answer([]) if o is None else _answer(o, _digests(name)) for o, name in zip(outputs, names)]
 
     def set_chunk(self, tokens: int | None) -> None:
         scheduler = self.core.scheduler
@@ -200,6 +208,14 @@ class LocalEngine:
     def reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("the engine did not reset its prefix cache: requests are still running")
+
+    def sleep(self, level: int) -> None:
+        """Put the engine to sleep and wake it. level: 1 keeps the weights on the host, 2 drops and loads them again."""
+        self._llm.sleep(level=level)
+        self._llm.wake_up()
+        if level > 1:
+            self._llm.collective_rpc("reload_weights")
+        self.reset_cache()
 
     def counters(self) -> dict[str, float]:
         total: dict[str, float] = {}
@@ -226,11 +242,15 @@ class LocalEngine:
         return f"row-{self._serial}"
 
     def _generate_staggered(self, requests: Sequence[Request], parameters: Sequence[object]) -> list:
-        """Let requests join a running batch: a request with a delay of n engine steps is added before step n."""
+        """Let requests join and leave a running batch: a request with a delay of n is added before engine step n.
+
+        The output of an aborted request is None.
+        """
         engine = self._llm.llm_engine
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].delay)
         done: dict[int, object] = {}
         names: dict[str, int] = {}
+        ends: dict[str, int] = {}  # the step before which a request is aborted
         step = 0
         while waiting or engine.has_unfinished_requests():
             while waiting and (requests[waiting[0]].delay <= step or not engine.has_unfinished_requests()):
@@ -239,17 +259,22 @@ class LocalEngine:
                 name = f"staggered-{self._serial}"
                 names[name] = index
                 request = requests[index]
+                if request.abort:
+                    ends[name] = step + request.abort
                 engine.add_request(
                     name,
                     {"prompt_token_ids": list(request.prompt)},
                     parameters[index],
                     lora_request=_adapter(request.lora),
                 )
+            for name in [name for name, end in ends.items() if end == step]:
+                if names[name] not in done:
+                    engine.abort_request([name])
             for output in engine.step():
                 if output.finished:
                     done[names[output.request_id]] = output
             step += 1
-        return [done[i] for i in range(len(requests))]
+        return [done.get(i) if requests[i].abort else done[i] for i in range(len(requests))]
 
     def _info(self) -> Info:
         import torch
@@ -334,6 +359,8 @@ def _sampling(request: Request, digest: str = "", text: bool = True):
         logprobs=request.alternatives,
         logprob_token_ids=list(request.asked) or None,
         prompt_logprobs=request.prompt_logprobs,
+        stop=list(request.stop),
+        stop_token_ids=list(request.stop_tokens),
         ignore_eos=True,
     )
 
@@ -353,7 +380,14 @@ def _answer(output, digests: list[str] | None = None) -> Answer:
         prompt_top=[_top(entry) for entry in prompt],
         text=completion.text,
         digests=digests or [],
+        experts=_experts(completion),
     )
+
+
+def _experts(completion) -> list[str]:
+    """The routed experts of each position as text; vLLM gives an array [positions, layers, experts per token]."""
+    found = getattr(completion, "routed_experts", None)
+    return [] if found is None else [row.tobytes().hex() for row in found]
 
 
 def _logprob(entry, token: int) -> float:

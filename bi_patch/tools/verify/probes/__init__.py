@@ -21,7 +21,7 @@ A probe raises NotExercised when the cause that it tests did not occur: no preem
 from __future__ import annotations
 
 from bi_patch.tools.verify.engine import HITS, PREEMPTIONS, Engine
-from bi_patch.tools.verify.probes import adapters, crossing, online
+from bi_patch.tools.verify.probes import adapters, crossing, online, routing, sleeping
 from bi_patch.tools.verify.probes.base import (
     Change,
     CrossProbe,
@@ -51,6 +51,7 @@ from bi_patch.tools.verify.probes.company import (
     needs_company,
     position,
 )
+from bi_patch.tools.verify.probes.leaving import leaving
 from bi_patch.tools.verify.probes.scores import (
     decode_equals_prefill,
     logprob_orders,
@@ -108,6 +109,14 @@ PROBES = (
         "prefix cache", "empty, full, partly full", prefix_cache, (6, 7), either(needs_cache, needs_blocks), seconds=3
     ),
     Probe("shared prefix", "many requests with one prefix in common", shared_prefix, (5,), needs_company, seconds=2),
+    Probe(
+        "aborts and stops",
+        "beside and after requests that are aborted or end on a stop string",
+        leaving,
+        (6, 7, 20),
+        needs_company,
+        seconds=2,
+    ),
     Probe(
         "chunk budget",
         "smaller budgets of tokens per engine step, set on the running engine",
@@ -227,6 +236,33 @@ FEATURE_PROBES = (
         seconds=5,
         options=adapters.options,
         optional=True,
+    ),
+    Probe(
+        "sleep and wake",
+        "after the engine slept: the weights kept on the host, or loaded again",
+        sleeping.sleeping,
+        missing=sleeping.missing,
+        seconds=5,
+        options=sleeping.options,
+        optional=True,
+    ),
+    Probe(
+        "routed experts",
+        "the experts that a caller gets back, in batches and on the warm cache",
+        routing.routing,
+        (8, 10, 13),
+        routing.missing,
+        seconds=5,
+        options=routing.options,
+        optional=True,
+    ),
+    CrossProbe(
+        "thread count",
+        "another number of threads of a CPU engine",
+        crossing.threads,
+        crossing.everything,
+        causes=(26,),
+        missing=crossing.needs_threads,
     ),
     CrossProbe(
         "speculative decoding",

@@ -145,6 +145,19 @@ class Run:
         self.engine.reset_cache()
         return self.engine.generate(requests)
 
+    def scenario(self, scenario: Scenario) -> Answer:
+        """The target's answer in a scenario on this engine: an empty cache, the warm-up batches, the batch."""
+        if scenario.chunk is not None:
+            self.engine.set_chunk(scenario.chunk)
+        try:
+            self.engine.reset_cache()
+            for batch in scenario.warmup:
+                self.engine.generate(batch)
+            return self.engine.generate(scenario.requests)[scenario.index]
+        finally:
+            if scenario.chunk is not None:
+                self.engine.set_chunk(None)
+
     def beside(self, before: Sequence[Request], request: Request, after: Sequence[Request], label: str) -> Case:
         """Compare the request between others, on an empty cache, with the request alone."""
         (expected,) = self.alone([request])

@@ -98,6 +98,16 @@ def compiled(engine: Engine) -> list[Change]:
     return changes
 
 
+def threads(engine: Engine) -> list[Change]:
+    """An uneven number of threads, so that every thread's share of the rows and the columns moves."""
+    count = 3 if engine.info.threads != 3 else 2
+    return [Change(f"{count} threads", {"threads": count})]
+
+
+def needs_threads(engine: Engine) -> str:
+    return "" if engine.info.platform == "cpu" else "the threads of the host compute nothing on a GPU"
+
+
 def restarted(engine: Engine) -> list[Change]:
     return [Change("new process, empty caches", {}, fresh=True)]
 
