@@ -222,6 +222,7 @@ CROSS_PROBES = (
         crossing.everything,
         causes=(17, 18, 19),
         seconds=30,
+        compiles=True,
     ),
 )
 

@@ -232,7 +232,8 @@ class Change:
 class CrossProbe:
     """One axis across engines: `collect` runs on the base engine, and on one engine for each change. See Probe.
 
-    check: gets a change and how far each counter moved; raises NotExercised when the cause did not occur.
+    check: gets a change and how far each counter moved; raises NotExercised when the cause did not occur. compiles:
+    whether an eager base engine's other engine is compiled.
     """
 
     name: str
@@ -244,6 +245,7 @@ class CrossProbe:
     missing: Callable[[Engine], str] = lambda engine: ""
     seconds: float = 6.0
     optional: bool = False
+    compiles: bool = False
 
     def collect(self, engine: Engine, workload: Workload, change: Change | None = None) -> list[Answer]:
         """The answers of one engine, on an empty cache. change: how this engine differs, None for the base engine."""

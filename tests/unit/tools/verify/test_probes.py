@@ -5,7 +5,7 @@ import pytest
 from bi_patch.tools.verify import levels, probes
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.engine import Info
-from bi_patch.tools.verify.probes import online
+from bi_patch.tools.verify.probes import crossing, online
 from bi_patch.tools.verify.probes.scores import has_tie
 
 WORKLOAD = probes.Workload.random(500, long=600, lengths=(3, 40, 70), prefix=40, clients=6)
@@ -92,3 +92,21 @@ def test_clients_ask_for_every_kind():
     assert len(set(asked)) == 256 and all(isinstance(r, Request) for r in asked)
     assert {(r.temperature, r.prompt_logprobs) for r in asked} == {(0.0, None), (0.7, None), (1.0, None), (0.0, 1)}
     assert all(r.seed is not None for r in asked if r.temperature)
+
+
+def test_a_small_cache_is_counted_in_the_blocks_of_every_kv_group(arithmetic):
+    engine = arithmetic()
+    one = Info("armed", "0.33.0", "2.13.0", "CPU", 2, 16, 500)
+    two = Info("armed", "0.33.0", "2.13.0", "CPU", 2, 16, 500, kv_blocks=200, kv_groups=(16, 32), kv_longest=300)
+    assert one.blocks(33) == 3 and two.blocks(33) == 3 + 2 and two.kv_tokens == 100 * 16
+    for info, blocks in ((one, 4096 // 16 + 1), (two, 301)):
+        engine.info = info
+        (change,) = crossing.few_blocks(engine)
+        assert change.options == {"kv_blocks": blocks} and not crossing.needs_crossing(engine)
+        batch = crossing.crossing_blocks(engine, WORKLOAD)
+        before, after = (sum(info.blocks(n) for n in lengths) for lengths in _lengths(batch))
+        assert before >= blocks - info.blocks(1) and after > blocks, "all that are admitted together outgrow the cache"
+
+
+def _lengths(batch):
+    return [len(r.prompt) for r in batch], [len(r.prompt) + r.max_tokens for r in batch]
