@@ -57,8 +57,8 @@ class Info(msgspec.Struct, frozen=True):
     device's short name such as "h100", or SERVER; names of files contain it. capture_sizes: the row count of each
     captured graph. kv_blocks: blocks of the KV cache, 0 where the number is unknown; one of them is vLLM's null block.
     kv_groups: tokens in a block of each of vLLM's KV groups; a request takes blocks of every group, all from one pool.
-    Empty where unknown: one group. kv_longest: blocks that vLLM plans for one request of max_model_len, 0 where unknown.
-    devices: the host's number of devices. quantization: vLLM's name of the method, "" for none.
+    Empty where unknown: one group. kv_longest: blocks that vLLM plans for one request of max_model_len, 0 where
+    unknown. devices: the host's number of devices. quantization: vLLM's name of the method, "" for none.
     """
 
     mode: str

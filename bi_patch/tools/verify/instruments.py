@@ -1,4 +1,4 @@
-"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: a traced run, linears' accuracy, sleep.
+"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: a trace, linears' accuracy, sleep.
 
 Only the engine children of verify have instruments; no serving process has them. A tool with its own kind of child adds
 instruments there with `register`. The tool faults does so.

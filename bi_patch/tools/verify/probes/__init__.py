@@ -115,7 +115,7 @@ PROBES = (
         leaving,
         (6, 7, 20),
         needs_company,
-        seconds=2,
+        seconds=4,
     ),
     Probe(
         "chunk budget",

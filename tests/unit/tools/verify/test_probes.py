@@ -95,7 +95,7 @@ def test_clients_ask_for_every_kind():
 
 
 def test_a_small_cache_is_counted_in_the_blocks_of_every_kv_group(arithmetic):
-    engine = arithmetic()
+    engine = arithmetic(max_num_seqs=264)
     one = Info("armed", "0.33.0", "2.13.0", "CPU", 2, 16, 500)
     two = Info("armed", "0.33.0", "2.13.0", "CPU", 2, 16, 500, kv_blocks=200, kv_groups=(16, 32), kv_longest=300)
     assert one.blocks(33) == 3 and two.blocks(33) == 3 + 2 and two.kv_tokens == 100 * 16
