@@ -169,7 +169,14 @@ def test_echoed_logprobs_are_those_of_the_request_alone(server):
 
 def test_256_clients_get_their_solo_answers(server):
     """`bi-patch verify --url` with mixed lengths, arrival times and sampling, on a cold and then on a warm cache."""
-    axes = ("concurrent clients", "prefix cache", "logprobs in any order", "chunk budget", "restart")
+    axes = (
+        "concurrent clients",
+        "prefix cache",
+        "aborts and stops",
+        "logprobs in any order",
+        "chunk budget",
+        "restart",
+    )
     found = verify(RunningServer(server[0]), QUICK, only=axes, clients=256)
     states = {axis.name: axis.state for axis in found.axes if axis.name in axes}
     assert found.exit_code == report.INVARIANT, found.verdict

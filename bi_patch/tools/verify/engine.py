@@ -276,6 +276,14 @@ class LocalEngine:
             step += 1
         return [done.get(i) if requests[i].abort else done[i] for i in range(len(requests))]
 
+    def _kv_specs(self) -> list:
+        """vLLM's KV spec of each KV group; empty where the core runs in another process."""
+        try:
+            groups = self.core.scheduler.kv_cache_config.kv_cache_groups
+        except AttributeError:
+            return []
+        return [group.kv_cache_spec for group in groups]
+
     def _info(self) -> Info:
         import torch
         import vllm
@@ -286,7 +294,7 @@ class LocalEngine:
 
         state = arming.state()
         config = self._llm.llm_engine.vllm_config
-        specs = [group.kv_cache_spec for group in self.core.scheduler.kv_cache_config.kv_cache_groups]
+        specs = self._kv_specs()
         on_gpu = current_platform.device_type != "cpu"
         device = current_platform.get_device_name() if on_gpu else f"{_cpu_name()} ({os.cpu_count()} cores)"
         return Info(

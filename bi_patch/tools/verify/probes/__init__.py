@@ -92,21 +92,21 @@ PROBES = (
         batch_size,
         (1, 2, 3, 10, 12, 19),
         needs_company,
-        seconds=9,
+        seconds=6,
     ),
-    Probe("position and order", "place in a batch of nine; others reversed", position, (8,), needs_company, seconds=5),
-    Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company, seconds=2),
+    Probe("position and order", "place in a batch of nine; others reversed", position, (8,), needs_company, seconds=4),
+    Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company, seconds=1),
     Probe(
         "mixed lengths",
         "each prompt beside many short ones, and beside a few long ones",
         mixed_lengths,
         (3, 4, 24),
         needs_company,
-        seconds=3,
+        seconds=2,
     ),
     Probe("co-batch contents", "the same shapes beside other tokens", contents, (11,), needs_company, seconds=4),
     Probe(
-        "prefix cache", "empty, full, partly full", prefix_cache, (6, 7), either(needs_cache, needs_blocks), seconds=3
+        "prefix cache", "empty, full, partly full", prefix_cache, (6, 7), either(needs_cache, needs_blocks), seconds=1
     ),
     Probe("shared prefix", "many requests with one prefix in common", shared_prefix, (5,), needs_company, seconds=2),
     Probe(
@@ -115,7 +115,7 @@ PROBES = (
         leaving,
         (6, 7, 20),
         needs_company,
-        seconds=4,
+        seconds=3,
     ),
     Probe(
         "chunk budget",
@@ -123,10 +123,10 @@ PROBES = (
         chunks,
         (6,),
         in_this_process,
-        seconds=6,
+        seconds=4,
     ),
     Probe(
-        "decode = prefill", "decode logprobs against prompt logprobs", decode_equals_prefill, (1, 2, 3, 25), seconds=3
+        "decode = prefill", "decode logprobs against prompt logprobs", decode_equals_prefill, (1, 2, 3, 25), seconds=1
     ),
     Probe(
         "prompt logprobs",
@@ -134,7 +134,7 @@ PROBES = (
         prompt_logprobs,
         (2, 8),
         needs_company,
-        seconds=6,
+        seconds=3,
     ),
     Probe(
         "logprobs in any order",
@@ -142,10 +142,10 @@ PROBES = (
         logprob_orders,
         (8,),
         needs_company,
-        seconds=4,
+        seconds=5,
     ),
     Probe(
-        "seeded sampling", "temperature 0.7, top-p 0.95, in each batch size", sampled, (21,), needs_company, seconds=9
+        "seeded sampling", "temperature 0.7, top-p 0.95, in each batch size", sampled, (21,), needs_company, seconds=3
     ),
     Probe(
         "kinds of sampling",
@@ -153,7 +153,7 @@ PROBES = (
         sampling_kinds,
         (21,),
         needs_company,
-        seconds=2,
+        seconds=1,
     ),
     Probe(
         "long prompt",
@@ -161,7 +161,7 @@ PROBES = (
         long_prompt,
         (3, 4),
         either(needs_company, needs_length),
-        seconds=6,
+        seconds=5,
     ),
 )
 
