@@ -188,7 +188,7 @@ SHAPES[HYBRID] = {
     "max_position_embeddings": 4096,
 }
 
-# A small model with windows in half of its layers: vLLM keeps the KV of the two kinds of layers in two groups of blocks.
+# A small model with windows in half of its layers, so that vLLM keeps the KV of its layers in two groups of blocks.
 SHAPES[GEMMA_2] = {
     "architectures": ["Gemma2ForCausalLM"],
     "model_type": "gemma2",
