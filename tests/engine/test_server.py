@@ -146,7 +146,7 @@ def test_concurrent_answers_equal_solo_answers(server):
 
 
 def test_echoed_logprobs_are_those_of_the_request_alone(server):
-    """vLLM 44106: the prompt's own logprobs, by `echo`. The thread is about model runner V2, where stock gave an error."""
+    """vLLM 44106: the prompt's own logprobs, by `echo`. In the thread, model runner V2 gave an error."""
     url, folder, _ = server
     source = random.Random(9)
     prompts = [[source.randrange(1900) for _ in range(n)] for n in (3, 40, 290, 17, 150, 9)]
