@@ -56,7 +56,8 @@ def decode_beside_prefill(engine):
 
 def resident_sequences(engine):
     """51187: 44 sequences at once, five times on one warm cache."""
-    lengths = [random.Random(2).randrange(3, 300) for _ in range(44)]
+    source = random.Random(2)
+    lengths = [source.randrange(3, 300) for _ in range(44)]
     requests = [greedy(p, temperature=0.8 * (i % 2), seed=i) for i, p in enumerate(prompts(2, *lengths))]
     expected = alone(engine, requests)
     engine.reset_cache()
