@@ -116,15 +116,18 @@ def arithmetic():
             return [self._answer(r, len(requests) if self.leak else 0) for r in requests]
 
         def _answer(self, request, batch):
+            if request.abort:
+                return Answer([])
             key = request.prompt[:16]
             self.cached += 16 * (key in self.warm)
             self.warm.add(key)
-            ids = [*request.prompt, *range(request.max_tokens)]
+            count = min([request.max_tokens, *(token + 1 for token in request.stop_tokens)])
+            ids = [*request.prompt, *range(count)]
             if request.prompt_logprobs is None:
                 scored = []
             else:
                 scored = [-float(i + 1) for i in range(1, len(request.prompt))]
-            made = [-float(len(request.prompt) + i + 1) - batch * 1e-3 for i in range(request.max_tokens)]
+            made = [-float(len(request.prompt) + i + 1) - batch * 1e-3 for i in range(count)]
             return Answer(ids[len(request.prompt) :], made, [[] for _ in made], scored, [[] for _ in scored])
 
         def reset_cache(self):

@@ -145,9 +145,38 @@ def test_concurrent_answers_equal_solo_answers(server):
     assert len(solo) == 24 and solo == together
 
 
+def test_echoed_logprobs_are_those_of_the_request_alone(server):
+    """vLLM 44106: the prompt's own logprobs, by `echo`. In the thread, model runner V2 gave an error."""
+    url, folder, _ = server
+    source = random.Random(9)
+    prompts = [[source.randrange(1900) for _ in range(n)] for n in (3, 40, 290, 17, 150, 9)]
+
+    async def ask(client, prompt):
+        answer = await client.completions.create(
+            model=folder, prompt=prompt, max_tokens=4, temperature=0, logprobs=2, echo=True
+        )
+        return answer.choices[0].logprobs.token_logprobs, answer.choices[0].logprobs.top_logprobs
+
+    async def main():
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            solo = [await ask(client, prompt) for prompt in prompts]
+            return solo, await asyncio.gather(*(ask(client, prompt) for prompt in prompts * 3))
+
+    solo, together = asyncio.run(main())
+    assert [len(logprobs) for logprobs, _ in solo] == [len(prompt) + 4 for prompt in prompts]
+    assert solo * 3 == together
+
+
 def test_256_clients_get_their_solo_answers(server):
     """`bi-patch verify --url` with mixed lengths, arrival times and sampling, on a cold and then on a warm cache."""
-    axes = ("concurrent clients", "prefix cache", "logprobs in any order", "chunk budget", "restart")
+    axes = (
+        "concurrent clients",
+        "prefix cache",
+        "aborts and stops",
+        "logprobs in any order",
+        "chunk budget",
+        "restart",
+    )
     found = verify(RunningServer(server[0]), QUICK, only=axes, clients=256)
     states = {axis.name: axis.state for axis in found.axes if axis.name in axes}
     assert found.exit_code == report.INVARIANT, found.verdict

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bi_patch import identity
-from bi_patch.tools.models import recipes
+from bi_patch.tools.models import recipes, shapes
 from bi_patch.tools.verify import report
 from bi_patch.tools.verify.child import STOCK
 from bi_patch.tools.verify.levels import DEFAULT, QUICK
@@ -73,6 +73,16 @@ def test_config_alone_with_logits_and_tied(bare):
     assert states["LoRA"][0] == report.NOT_APPLICABLE
     by_name = {axis.name: axis for axis in found.axes}
     assert by_name["mixed lengths"].digests > 0 and by_name["tied logits and routers"].digests > 0
+
+
+def test_a_model_with_sliding_windows_is_preempted(tmp_path):
+    """Its layers' KV is in two groups, which take blocks from one pool: a request needs blocks of both."""
+    system = local(shapes.write(shapes.GEMMA_2, tmp_path), QUICK, random_weights=7)
+    axes = ("preemption", "thread count")  # of one further engine: few KV blocks, three threads
+    found = verify(system, QUICK, only=axes)
+    by_name = {axis.name: axis for axis in found.axes}
+    assert found.exit_code == report.INVARIANT and found.starts == 2, found.verdict
+    assert all(by_name[name].state == report.PASSED and by_name[name].compared > 100 for name in axes)
 
 
 class Killer(Watcher):

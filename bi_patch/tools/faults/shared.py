@@ -288,6 +288,25 @@ def stale_buffer(engine: LocalEngine) -> Iterator[None]:
         LogprobsTensors.empty_cpu = staticmethod(held)
 
 
+def aborted_prefix(engine: LocalEngine):
+    """Every block of an aborted prompt counts as computed, also a block that the prompt's chunks filled in part."""
+    scheduler = engine.core.scheduler
+
+    def wrap(held):
+        def finish_requests(request_ids, status):
+            for name in [request_ids] if isinstance(request_ids, str) else list(request_ids or ()):
+                request = scheduler.requests.get(name)
+                if request is not None and not request.is_finished():
+                    manager = scheduler.kv_cache_manager
+                    slots = len(manager.get_block_ids(name)[0]) * engine.info.block_size
+                    manager.cache_blocks(request, min(request.num_prompt_tokens, slots))
+            return held(request_ids, status)
+
+        return finish_requests
+
+    return replaced(scheduler, "finish_requests", wrap)
+
+
 @contextlib.contextmanager
 def each_moe(engine: LocalEngine, make) -> Iterator[None]:
     """Within this context, every layer's experts run make(kernel object, own).
@@ -387,6 +406,16 @@ FAULTS = (
         BOTH,
         "mlp.experts",
         seam=_MOE,
+    ),
+    Fault(
+        "prefix of an aborted prompt",
+        7,
+        aborted_prefix.__doc__,
+        "aborts and stops",
+        aborted_prefix,
+        BOTH,
+        "attn",
+        "KV cache",
     ),
     Fault(
         "stale prompt-logprobs buffer",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 WIDE_MOE, HYBRID = "Qwen3-MoE, 4096 wide, 3 layers", "Qwen3-Next, small"  # faults are planted in these engines
+GEMMA_2 = "Gemma 2, small"
 
 _QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -185,6 +186,28 @@ SHAPES[HYBRID] = {
     "shared_expert_intermediate_size": 64,
     "torch_dtype": "bfloat16",
     "max_position_embeddings": 4096,
+}
+
+# A small model with windows in half of its layers, so that vLLM keeps the KV of its layers in two groups of blocks.
+SHAPES[GEMMA_2] = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 2048,
+    "max_position_embeddings": 4096,
+    "sliding_window": 96,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 64,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
 }
 
 

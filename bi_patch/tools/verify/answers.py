@@ -22,6 +22,8 @@ class Request(msgspec.Struct, frozen=True):
     logprobs (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: token ids whose logprobs replace the
     top alternatives. delay: engine steps before the request arrives. top_k: 0 for all tokens. lora: the folder of a
     LoRA adapter, "" for none. digest: whether full rows of logits are digested; needs an engine with Options.digests.
+    stop, stop_tokens: strings and token ids that end the answer. abort: engine steps after its arrival at which the
+    client gives the request up, 0 for never; the answer to an aborted request has no tokens.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +41,9 @@ class Request(msgspec.Struct, frozen=True):
     lora: str = ""
     digest: bool = False
     asked: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    abort: int = 0
 
     @property
     def alternatives(self) -> int | None:
@@ -55,7 +60,9 @@ class Answer(msgspec.Struct, frozen=True):
     tokens: generated ids. logprobs: the natural logarithm of each chosen token's probability.
     top: for each generated token the (id, logprob) pairs in vLLM's order. prompt_logprobs, prompt_top: the same for
     prompt positions 1 .. len(prompt) - 1; empty when the request did not ask. digests: for each generated token a hash
-    of its whole row of logits, over the full vocabulary; empty when the request did not ask.
+    of its whole row of logits, over the full vocabulary; empty when the request did not ask. experts: for each position
+    of the prompt and of the generated tokens but the last, the experts of every layer as hexadecimal text; empty where
+    the engine returns none.
     """
 
     tokens: list[int]
@@ -65,6 +72,7 @@ class Answer(msgspec.Struct, frozen=True):
     prompt_top: list[list[tuple[int, float]]] = []
     text: str = ""
     digests: list[str] = []
+    experts: list[str] = []
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -106,7 +114,11 @@ class Difference(msgspec.Struct, frozen=True):
 
 def compare(expected: Answer, got: Answer, label: str = "") -> Difference:
     """Compare two answers to the same request, position by position, bitwise."""
-    return _compare_prompt(expected, got, label) + _compare_generated(expected, got, label)
+    return (
+        _compare_prompt(expected, got, label)
+        + _compare_generated(expected, got, label)
+        + _compare_experts(expected, got, label)
+    )
 
 
 def checked(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Answer]:
@@ -117,6 +129,8 @@ def checked(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Answ
     if len(requests) != len(answers):
         raise AnswerIncomplete(f"{len(requests)} requests got {len(answers)} answers")
     for request, answer in zip(requests, answers):
+        if request.abort:
+            continue
         wanted = len(answer.tokens)
         if not wanted and request.max_tokens:
             raise AnswerIncomplete(f"a request for {request.max_tokens} tokens got none")
@@ -231,6 +245,14 @@ def _compare_generated(expected: Answer, got: Answer, label: str) -> Difference:
         digests=digests,
         undefined=undefined,
     )
+
+
+def _compare_experts(expected: Answer, got: Answer, label: str) -> Difference:
+    """Compare the experts of each position; positions are counted from the prompt's first token."""
+    count = max(len(expected.experts), len(got.experts))
+    wrong = [i for i in range(count) if _at(expected.experts, i) != _at(got.experts, i)]
+    first = f"{label}: position {wrong[0]}: the returned experts changed".lstrip(": ") if wrong else ""
+    return Difference(count, len(wrong), first=first)
 
 
 def _words(pair: tuple[float, float], tops: tuple[list, list]) -> str:

@@ -170,6 +170,8 @@ class ChildEngine:
         expected = "armed" if self.mode == ARMED else "stock"
         if info.mode != expected:
             raise self._failed(f"the {self.mode} child says it is {info.mode}; its output is in {self._log.name}")
+        if self.options.threads not in (None, info.threads):
+            raise self._failed(f"the engine runs {info.threads} threads, not {self.options.threads}")
         if self.mode == STOCK:
             # A stock CPU engine dies (SIGILL) when its first request has four tokens or fewer.
             self.generate([Request(tuple(range(5, 40)), max_tokens=2)])
@@ -243,6 +245,9 @@ def child_environ(environ: dict[str, str], mode: str, options: Options) -> dict[
     made["PYTHONPATH"] = os.pathsep.join(paths)
     if options.eager:
         made["TORCHDYNAMO_DISABLE"] = "1"
+    if options.threads is not None:
+        # vLLM would take one thread for each core that it binds, whatever OpenMP's variable says.
+        made |= {"OMP_NUM_THREADS": str(options.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     made.pop("VLLM_BATCH_INVARIANT", None)
     made["BI_PATCH"] = "1" if mode == ARMED else "0"
     if mode in (ARMED, UPSTREAM):

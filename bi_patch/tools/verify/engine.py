@@ -26,7 +26,7 @@ class Options(msgspec.Struct, frozen=True):
     kv_blocks: size of the KV cache in blocks (num_gpu_blocks_override). extra: further arguments of vllm.LLM.
     tokenizer: False for a model without a tokenizer. random_weights: the seed of random weights (see verify.weights),
     None to load the model's own. tied: make rows of the head and of the routers equal in pairs. digests: requests may
-    ask for digests of logits.
+    ask for digests of logits. threads: OpenMP threads of a CPU engine, None for the environment's number.
     """
 
     model: str
@@ -43,6 +43,7 @@ class Options(msgspec.Struct, frozen=True):
     random_weights: int | None = None
     tied: bool = False
     digests: bool = False
+    threads: int | None = None
 
     def but(self, **changes: object) -> Options:
         return msgspec.structs.replace(self, **changes)
@@ -54,8 +55,10 @@ class Info(msgspec.Struct, frozen=True):
     mode: "armed" when bi_patch armed the engine's process, "server" for a running server, else "stock". open_seams:
     required seams that are open (only with BI_PATCH_ALLOW_OPEN). block_size: tokens in a KV block. platform: "cpu", a
     device's short name such as "h100", or SERVER; names of files contain it. capture_sizes: the row count of each
-    captured graph. kv_tokens: tokens that the KV cache holds, 0 where the number is unknown. devices: the host's number
-    of devices. quantization: vLLM's name of the method, "" for none.
+    captured graph. kv_blocks: blocks of the KV cache, 0 where the number is unknown; one of them is vLLM's null block.
+    kv_groups: tokens in a block of each of vLLM's KV groups; a request takes blocks of every group, all from one pool.
+    Empty where unknown: one group. kv_longest: blocks that vLLM plans for one request of max_model_len, 0 where
+    unknown. devices: the host's number of devices. quantization: vLLM's name of the method, "" for none.
     """
 
     mode: str
@@ -68,11 +71,22 @@ class Info(msgspec.Struct, frozen=True):
     open_seams: tuple[str, ...] = ()
     platform: str = "cpu"
     capture_sizes: tuple[int, ...] = ()
-    kv_tokens: int = 0
+    kv_blocks: int = 0
+    kv_groups: tuple[int, ...] = ()
+    kv_longest: int = 0
     devices: int = 1
     quantization: str = ""
     max_num_seqs: int = 0
     max_model_len: int = 0
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds, 0 where the number is unknown."""
+        return self.kv_blocks // len(self.kv_groups or (1,)) * self.block_size
+
+    def blocks(self, tokens: int) -> int:
+        """The KV blocks that a request of this many tokens takes at most, in all groups together."""
+        return sum(-(-tokens // size) for size in self.kv_groups or (self.block_size,))
 
 
 class Engine(Protocol):
@@ -82,7 +96,10 @@ class Engine(Protocol):
     info: Info
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Run all requests together; each arrives after its `delay` engine steps. Answers are in request order."""
+        """Run all requests together; each arrives after its `delay` engine steps. Answers are in request order.
+
+        A request with `abort` is given up that many steps after its arrival.
+        """
 
     def reset_cache(self) -> None:
         """Forget every cached prefix."""
@@ -119,6 +136,10 @@ class LocalEngine:
 
         self.options = options
         made: dict[str, object] = {}
+        if options.threads is not None:
+            import torch
+
+            torch.set_num_threads(options.threads)  # OpenMP's variable counts up to the number of cores only
         if options.random_weights is not None:
             weights.make_random(options.random_weights)
             made["load_format"] = "dummy"
@@ -165,7 +186,7 @@ class LocalEngine:
     def _generate(self, requests: Sequence[Request]) -> list[Answer]:
         names = [self._digest_name() if r.digest and self.options.digests else "" for r in requests]
         parameters = [_sampling(r, name, self.options.tokenizer) for r, name in zip(requests, names)]
-        if any(r.delay for r in requests):
+        if any(r.delay or r.abort for r in requests):
             outputs = self._generate_staggered(requests, parameters)
         else:
             adapters = [_adapter(r.lora) for r in requests]
@@ -175,8 +196,8 @@ class LocalEngine:
                 use_tqdm=False,
                 **({"lora_request": adapters} if any(adapters) else {}),
             )
-        self._cached += sum(o.num_cached_tokens or 0 for o in outputs)
-        return [_answer(o, _digests(name)) for o, name in zip(outputs, names)]
+        self._cached += sum(o.num_cached_tokens or 0 for o in outputs if o is not None)
+        return [Answer([]) if o is None else _answer(o, _digests(name)) for o, name in zip(outputs, names)]
 
     def set_chunk(self, tokens: int | None) -> None:
         scheduler = self.core.scheduler
@@ -187,6 +208,14 @@ class LocalEngine:
     def reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("the engine did not reset its prefix cache: requests are still running")
+
+    def sleep(self, level: int) -> None:
+        """Put the engine to sleep and wake it. level: 1 keeps the weights on the host, 2 drops and loads them again."""
+        self._llm.sleep(level=level)
+        self._llm.wake_up()
+        if level > 1:
+            self._llm.collective_rpc("reload_weights")
+        self.reset_cache()
 
     def counters(self) -> dict[str, float]:
         total: dict[str, float] = {}
@@ -213,11 +242,15 @@ class LocalEngine:
         return f"row-{self._serial}"
 
     def _generate_staggered(self, requests: Sequence[Request], parameters: Sequence[object]) -> list:
-        """Let requests join a running batch: a request with a delay of n engine steps is added before step n."""
+        """Let requests join and leave a running batch: a request with a delay of n is added before engine step n.
+
+        The output of an aborted request is None.
+        """
         engine = self._llm.llm_engine
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].delay)
         done: dict[int, object] = {}
         names: dict[str, int] = {}
+        ends: dict[str, int] = {}  # the step before which a request is aborted
         step = 0
         while waiting or engine.has_unfinished_requests():
             while waiting and (requests[waiting[0]].delay <= step or not engine.has_unfinished_requests()):
@@ -226,17 +259,30 @@ class LocalEngine:
                 name = f"staggered-{self._serial}"
                 names[name] = index
                 request = requests[index]
+                if request.abort:
+                    ends[name] = step + request.abort
                 engine.add_request(
                     name,
                     {"prompt_token_ids": list(request.prompt)},
                     parameters[index],
                     lora_request=_adapter(request.lora),
                 )
+            for name in [name for name, end in ends.items() if end == step]:
+                if names[name] not in done:
+                    engine.abort_request([name])
             for output in engine.step():
                 if output.finished:
                     done[names[output.request_id]] = output
             step += 1
-        return [done[i] for i in range(len(requests))]
+        return [done.get(i) if requests[i].abort else done[i] for i in range(len(requests))]
+
+    def _kv_specs(self) -> list:
+        """vLLM's KV spec of each KV group; empty where the core runs in another process."""
+        try:
+            groups = self.core.scheduler.kv_cache_config.kv_cache_groups
+        except AttributeError:
+            return []
+        return [group.kv_cache_spec for group in groups]
 
     def _info(self) -> Info:
         import torch
@@ -248,6 +294,7 @@ class LocalEngine:
 
         state = arming.state()
         config = self._llm.llm_engine.vllm_config
+        specs = self._kv_specs()
         on_gpu = current_platform.device_type != "cpu"
         device = current_platform.get_device_name() if on_gpu else f"{_cpu_name()} ({os.cpu_count()} cores)"
         return Info(
@@ -261,7 +308,9 @@ class LocalEngine:
             open_seams=tuple(f.name for f in startup.inspect() if f.status == startup.OPEN and f.required),
             platform=short_name(device) if on_gpu else "cpu",
             capture_sizes=_captured(config),
-            kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+            kv_blocks=config.cache_config.num_gpu_blocks or 0,
+            kv_groups=tuple(spec.block_size for spec in specs),
+            kv_longest=sum(-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs),
             devices=torch.accelerator.device_count() if on_gpu else 1,
             quantization=str(config.model_config.quantization or ""),
             max_num_seqs=config.scheduler_config.max_num_seqs,
@@ -318,6 +367,8 @@ def _sampling(request: Request, digest: str = "", text: bool = True):
         logprobs=request.alternatives,
         logprob_token_ids=list(request.asked) or None,
         prompt_logprobs=request.prompt_logprobs,
+        stop=list(request.stop),
+        stop_token_ids=list(request.stop_tokens),
         ignore_eos=True,
     )
 
@@ -337,7 +388,14 @@ def _answer(output, digests: list[str] | None = None) -> Answer:
         prompt_top=[_top(entry) for entry in prompt],
         text=completion.text,
         digests=digests or [],
+        experts=_experts(completion),
     )
+
+
+def _experts(completion) -> list[str]:
+    """The routed experts of each position as text; vLLM gives an array [positions, layers, experts per token]."""
+    found = getattr(completion, "routed_experts", None)
+    return [] if found is None else [row.tobytes().hex() for row in found]
 
 
 def _logprob(entry, token: int) -> float:

@@ -1,4 +1,4 @@
-"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: a traced run, and linears' accuracy.
+"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: a trace, linears' accuracy, sleep.
 
 Only the engine children of verify have instruments; no serving process has them. A tool with its own kind of child adds
 instruments there with `register`. The tool faults does so.
@@ -56,9 +56,14 @@ def _precision(engine: LocalEngine, data: bytes) -> bytes:
     return msgspec.msgpack.encode(precision.measure(engine, msgspec.msgpack.decode(data, type=bool)))
 
 
+def _sleep(engine: LocalEngine, data: bytes) -> bytes:
+    engine.sleep(msgspec.msgpack.decode(data, type=int))
+    return b""
+
+
 Instrument = Callable[[LocalEngine, bytes], bytes]  # (engine, arguments as msgpack) -> result as msgpack
 
-SERVED: dict[str, Instrument] = {"trace": _trace, "precision": _precision}
+SERVED: dict[str, Instrument] = {"trace": _trace, "precision": _precision, "sleep": _sleep}
 
 
 def register(name: str, instrument: Instrument) -> None:

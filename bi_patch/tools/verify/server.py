@@ -135,6 +135,15 @@ class ServerEngine:
 
     async def _ask(self, request: Request) -> Answer:
         await asyncio.sleep(request.delay * STEP)
+        if not request.abort:
+            return await self._complete(request)
+        try:
+            await asyncio.wait_for(self._complete(request), request.abort * STEP)
+        except TimeoutError:
+            pass  # closing the connection aborts the request
+        return Answer([])
+
+    async def _complete(self, request: Request) -> Answer:
         extra: dict[str, object] = {
             "ignore_eos": True,
             "top_k": request.top_k,
@@ -146,6 +155,8 @@ class ServerEngine:
         }
         if request.prompt_logprobs is not None:
             extra["prompt_logprobs"] = request.prompt_logprobs
+        if request.stop_tokens:
+            extra["stop_token_ids"] = list(request.stop_tokens)
         if request.asked:
             extra["logprob_token_ids"] = list(request.asked)
         try:
@@ -158,6 +169,7 @@ class ServerEngine:
                 seed=request.seed,
                 logprobs=request.alternatives,
                 presence_penalty=request.presence_penalty,
+                stop=list(request.stop) or None,
                 extra_body=extra,
             )
         except self._openai.APIStatusError as error:

@@ -21,7 +21,7 @@ A probe raises NotExercised when the cause that it tests did not occur: no preem
 from __future__ import annotations
 
 from bi_patch.tools.verify.engine import HITS, PREEMPTIONS, Engine
-from bi_patch.tools.verify.probes import adapters, crossing, online
+from bi_patch.tools.verify.probes import adapters, crossing, online, routing, sleeping
 from bi_patch.tools.verify.probes.base import (
     Change,
     CrossProbe,
@@ -51,6 +51,7 @@ from bi_patch.tools.verify.probes.company import (
     needs_company,
     position,
 )
+from bi_patch.tools.verify.probes.leaving import leaving
 from bi_patch.tools.verify.probes.scores import (
     decode_equals_prefill,
     logprob_orders,
@@ -91,33 +92,41 @@ PROBES = (
         batch_size,
         (1, 2, 3, 10, 12, 19),
         needs_company,
-        seconds=9,
+        seconds=6,
     ),
-    Probe("position and order", "place in a batch of nine; others reversed", position, (8,), needs_company, seconds=5),
-    Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company, seconds=2),
+    Probe("position and order", "place in a batch of nine; others reversed", position, (8,), needs_company, seconds=4),
+    Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company, seconds=1),
     Probe(
         "mixed lengths",
         "each prompt beside many short ones, and beside a few long ones",
         mixed_lengths,
         (3, 4, 24),
         needs_company,
-        seconds=3,
+        seconds=2,
     ),
     Probe("co-batch contents", "the same shapes beside other tokens", contents, (11,), needs_company, seconds=4),
     Probe(
-        "prefix cache", "empty, full, partly full", prefix_cache, (6, 7), either(needs_cache, needs_blocks), seconds=3
+        "prefix cache", "empty, full, partly full", prefix_cache, (6, 7), either(needs_cache, needs_blocks), seconds=1
     ),
     Probe("shared prefix", "many requests with one prefix in common", shared_prefix, (5,), needs_company, seconds=2),
+    Probe(
+        "aborts and stops",
+        "beside and after requests that are aborted or end on a stop string",
+        leaving,
+        (6, 7, 20),
+        needs_company,
+        seconds=3,
+    ),
     Probe(
         "chunk budget",
         "smaller budgets of tokens per engine step, set on the running engine",
         chunks,
         (6,),
         in_this_process,
-        seconds=6,
+        seconds=4,
     ),
     Probe(
-        "decode = prefill", "decode logprobs against prompt logprobs", decode_equals_prefill, (1, 2, 3, 25), seconds=3
+        "decode = prefill", "decode logprobs against prompt logprobs", decode_equals_prefill, (1, 2, 3, 25), seconds=1
     ),
     Probe(
         "prompt logprobs",
@@ -125,7 +134,7 @@ PROBES = (
         prompt_logprobs,
         (2, 8),
         needs_company,
-        seconds=6,
+        seconds=3,
     ),
     Probe(
         "logprobs in any order",
@@ -133,10 +142,10 @@ PROBES = (
         logprob_orders,
         (8,),
         needs_company,
-        seconds=4,
+        seconds=5,
     ),
     Probe(
-        "seeded sampling", "temperature 0.7, top-p 0.95, in each batch size", sampled, (21,), needs_company, seconds=9
+        "seeded sampling", "temperature 0.7, top-p 0.95, in each batch size", sampled, (21,), needs_company, seconds=3
     ),
     Probe(
         "kinds of sampling",
@@ -144,7 +153,7 @@ PROBES = (
         sampling_kinds,
         (21,),
         needs_company,
-        seconds=2,
+        seconds=1,
     ),
     Probe(
         "long prompt",
@@ -152,7 +161,7 @@ PROBES = (
         long_prompt,
         (3, 4),
         either(needs_company, needs_length),
-        seconds=6,
+        seconds=5,
     ),
 )
 
@@ -213,6 +222,7 @@ CROSS_PROBES = (
         crossing.everything,
         causes=(17, 18, 19),
         seconds=30,
+        compiles=True,
     ),
 )
 
@@ -227,6 +237,33 @@ FEATURE_PROBES = (
         seconds=5,
         options=adapters.options,
         optional=True,
+    ),
+    Probe(
+        "sleep and wake",
+        "after the engine slept: the weights kept on the host, or loaded again",
+        sleeping.sleeping,
+        missing=sleeping.missing,
+        seconds=5,
+        options=sleeping.options,
+        optional=True,
+    ),
+    Probe(
+        "routed experts",
+        "the experts that a caller gets back, in batches and on the warm cache",
+        routing.routing,
+        (8, 10, 13),
+        routing.missing,
+        seconds=5,
+        options=routing.options,
+        optional=True,
+    ),
+    CrossProbe(
+        "thread count",
+        "another number of threads of a CPU engine",
+        crossing.threads,
+        crossing.everything,
+        causes=(26,),
+        missing=crossing.needs_threads,
     ),
     CrossProbe(
         "speculative decoding",

@@ -129,8 +129,8 @@ class Run:
     def holds(self, batch: Sequence[Request]) -> bool:
         """Whether the KV cache has room for all requests to their last token, so that none waits or is preempted."""
         info = self.engine.info
-        needed = sum(-(-(len(r.prompt) + r.max_tokens) // info.block_size) for r in batch)
-        return not info.kv_tokens or needed < info.kv_tokens // info.block_size  # vLLM keeps one null block
+        needed = sum(info.blocks(len(r.prompt) + r.max_tokens) for r in batch)
+        return not info.kv_blocks or needed < info.kv_blocks  # vLLM keeps one null block
 
     def alone(self, requests: Sequence[Request]) -> list[Answer]:
         """The answers to each request alone, on an empty cache."""
@@ -144,6 +144,19 @@ class Run:
         """The answers to all requests in one batch, on an empty cache."""
         self.engine.reset_cache()
         return self.engine.generate(requests)
+
+    def scenario(self, scenario: Scenario) -> Answer:
+        """The target's answer in a scenario on this engine: an empty cache, the warm-up batches, the batch."""
+        if scenario.chunk is not None:
+            self.engine.set_chunk(scenario.chunk)
+        try:
+            self.engine.reset_cache()
+            for batch in scenario.warmup:
+                self.engine.generate(batch)
+            return self.engine.generate(scenario.requests)[scenario.index]
+        finally:
+            if scenario.chunk is not None:
+                self.engine.set_chunk(None)
 
     def beside(self, before: Sequence[Request], request: Request, after: Sequence[Request], label: str) -> Case:
         """Compare the request between others, on an empty cache, with the request alone."""
@@ -219,7 +232,8 @@ class Change:
 class CrossProbe:
     """One axis across engines: `collect` runs on the base engine, and on one engine for each change. See Probe.
 
-    check: gets a change and how far each counter moved; raises NotExercised when the cause did not occur.
+    check: gets a change and how far each counter moved; raises NotExercised when the cause did not occur. compiles:
+    whether an eager base engine's other engine is compiled.
     """
 
     name: str
@@ -231,6 +245,7 @@ class CrossProbe:
     missing: Callable[[Engine], str] = lambda engine: ""
     seconds: float = 6.0
     optional: bool = False
+    compiles: bool = False
 
     def collect(self, engine: Engine, workload: Workload, change: Change | None = None) -> list[Answer]:
         """The answers of one engine, on an empty cache. change: how this engine differs, None for the base engine."""

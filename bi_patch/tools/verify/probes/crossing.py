@@ -47,8 +47,11 @@ _CROSSING = 16  # tokens that a request generates while it grows into its second
 
 
 def blocks_for_one(engine: Engine) -> int:
-    """The blocks of the smallest KV cache that holds one request of max_model_len; one block is vLLM's null block."""
-    return -(-engine.options.max_model_len // engine.info.block_size) + 1
+    """The blocks of the smallest KV cache that holds one request of max_model_len; one block is vLLM's null block.
+
+    In a model with sliding windows, every KV group takes its own blocks for the request.
+    """
+    return (engine.info.kv_longest or engine.info.blocks(engine.options.max_model_len)) + 1
 
 
 def few_blocks(engine: Engine) -> list[Change]:
@@ -59,7 +62,7 @@ def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
     """Requests that each need a second KV block soon after their prompt: together, more blocks than the cache has."""
     block = engine.info.block_size
     source = random.Random(7)
-    count = min(blocks_for_one(engine) + 4, engine.options.max_num_seqs)
+    count = min(blocks_for_one(engine) // engine.info.blocks(1) + 4, engine.options.max_num_seqs)
     limit = engine.info.vocab_size - engine.info.vocab_size // 16
     return [
         Request(
@@ -76,7 +79,7 @@ def needs_crossing(engine: Engine) -> str:
     length, sequences, block = engine.options.max_model_len, engine.options.max_num_seqs, engine.info.block_size
     if length < block + _CROSSING:
         return f"max_model_len is {length}: no request outgrows a KV block of {block} tokens"
-    if 2 * sequences < blocks_for_one(engine):  # each needs two blocks, and one block is not for requests
+    if sequences * engine.info.blocks(block + 1) < blocks_for_one(engine):  # one block is not for requests
         return f"max_num_seqs is {sequences}: so few requests never need more KV blocks than one long request"
     return ""
 
@@ -93,6 +96,16 @@ def compiled(engine: Engine) -> list[Change]:
         extra = {**engine.options.extra, "compilation_config": {"cudagraph_mode": "NONE"}}
         changes.append(Change("compiled, no graphs", {"extra": extra}))
     return changes
+
+
+def threads(engine: Engine) -> list[Change]:
+    """An uneven number of threads, so that every thread's share of the rows and the columns moves."""
+    count = 3 if engine.info.threads != 3 else 2
+    return [Change(f"{count} threads", {"threads": count})]
+
+
+def needs_threads(engine: Engine) -> str:
+    return "" if engine.info.platform == "cpu" else "the threads of the host compute nothing on a GPU"
 
 
 def restarted(engine: Engine) -> list[Change]:

@@ -131,6 +131,19 @@ def test_neighbours_order_and_blocks_do_not_matter(ops, dtype, bs):
     assert all(same(g, a) for g, a in zip(got[1:-1], alone, strict=True))
 
 
+@pytest.mark.parametrize("ratio", range(1, 9))
+def test_a_decode_beside_prefills_of_9_and_10_tokens(ops, threads, ratio):
+    """vLLM 51902 and 47069: query heads per KV head from 1 to 8, heads of 64, a long context."""
+    threads(2)
+    for dtype in (torch.bfloat16, torch.float32):
+        victim = (seq(1203, 2 * ratio, 2, 64, dtype), 1202, 1203)
+        alone = run(ops, [victim])[0]
+        for count in (9, 10):
+            neighbour = (seq(count, 2 * ratio, 2, 64, dtype, seed=3), 0, count)
+            assert same(run(ops, [victim, neighbour])[0], alone), (dtype, count)
+            assert same(run(ops, [neighbour, victim])[1], alone), (dtype, count)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(ops, threads, dtype):
     model = (4, 1, 64)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from bi_patch.tools.verify import wire
-from bi_patch.tools.verify.answers import AnswerIncomplete, Difference, Request, checked, compare, same, ulps
+from bi_patch.tools.verify.answers import Answer, AnswerIncomplete, Difference, Request, checked, compare, same, ulps
 
 
 def changed(answer, **changes):
@@ -76,6 +76,20 @@ def test_an_answer_without_what_was_asked_for_is_refused(answer):
         checked([request], [])
     plain = Request((1, 2, 3), max_tokens=3, logprobs=None)
     assert checked([plain], [changed(answer, logprobs=[], top=[], prompt_logprobs=[])])
+
+
+def test_an_aborted_request_has_no_answer():
+    request = Request((1, 2, 3), abort=2)
+    assert checked([request], [Answer([])]) == [Answer([])]
+    with pytest.raises(AnswerIncomplete):
+        checked([request.but(abort=0)], [Answer([])])
+
+
+def test_returned_experts_are_compared_by_position(answer):
+    one, two = changed(answer, experts=["00", "01", "02"]), changed(answer, experts=["00", "03", "02"])
+    assert compare(one, one).differing == 0 and compare(one, one).compared == compare(answer, answer).compared + 3
+    found = compare(one, two)
+    assert found.differing == 1 and "position 1: the returned experts" in found.first
 
 
 def test_digests_that_one_engine_lacks_are_no_difference(answer):

@@ -130,3 +130,9 @@ def test_answers_without_what_was_asked_for_are_refused(worker):
     with worker(other=f"reply(answers={packed!r})")() as engine:
         with pytest.raises(AnswerIncomplete, match="2 tokens came with 0 logprobs"):
             engine.generate([Request((1, 2), max_tokens=2)])
+
+
+def test_threads_of_an_engine_reach_its_process():
+    asked = child.child_environ({"OMP_NUM_THREADS": "8"}, ARMED, Options("none", threads=3))
+    assert (asked["OMP_NUM_THREADS"], asked["VLLM_CPU_OMP_THREADS_BIND"]) == ("3", "nobind")
+    assert child.child_environ({"OMP_NUM_THREADS": "8"}, ARMED, Options("none"))["OMP_NUM_THREADS"] == "8"

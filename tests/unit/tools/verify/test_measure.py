@@ -170,11 +170,11 @@ def test_rows_of_logits_that_are_asked_for_and_missing_are_no_pass(system):
 
 def test_batches_that_the_cache_cannot_hold_are_said(system):
     made = system()
-    made.info = {"kv_tokens": 16 * 200}
+    made.info = {"kv_blocks": 200}
     axis = verify(made, QUICK, only=("batch size",)).axes[0]
     assert axis.compared > 0 and axis.state == report.NOT_EXERCISED and "no batch crossed 256 rows" in axis.reason
     made = system()
-    made.info, made.options = {"kv_tokens": 16 * 80}, made.options.but(max_num_seqs=64)
+    made.info, made.options = {"kv_blocks": 80}, made.options.but(max_num_seqs=64)
     axis = verify(made, QUICK, only=("batch size",)).axes[0]
     assert axis.state == report.PASSED and "does not hold batches of 64 requests" in axis.reason
 

@@ -1,11 +1,12 @@
 """Every probe on a simulated engine: each probe finds an existing difference, and reports none where there is none."""
 
+import msgspec
 import pytest
 
 from bi_patch.tools.verify import levels, probes
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.engine import Info
-from bi_patch.tools.verify.probes import online
+from bi_patch.tools.verify.probes import crossing, online
 from bi_patch.tools.verify.probes.scores import has_tie
 
 WORKLOAD = probes.Workload.random(500, long=600, lengths=(3, 40, 70), prefix=40, clients=6)
@@ -92,3 +93,73 @@ def test_clients_ask_for_every_kind():
     assert len(set(asked)) == 256 and all(isinstance(r, Request) for r in asked)
     assert {(r.temperature, r.prompt_logprobs) for r in asked} == {(0.0, None), (0.7, None), (1.0, None), (0.0, 1)}
     assert all(r.seed is not None for r in asked if r.temperature)
+
+
+def test_a_small_cache_is_counted_in_the_blocks_of_every_kv_group(arithmetic):
+    engine = arithmetic(max_num_seqs=264)
+    one = Info("armed", "0.33.0", "2.13.0", "CPU", 2, 16, 500)
+    two = Info("armed", "0.33.0", "2.13.0", "CPU", 2, 16, 500, kv_blocks=200, kv_groups=(16, 32), kv_longest=300)
+    assert one.blocks(33) == 3 and two.blocks(33) == 3 + 2 and two.kv_tokens == 100 * 16
+    for info, blocks in ((one, 4096 // 16 + 1), (two, 301)):
+        engine.info = info
+        (change,) = crossing.few_blocks(engine)
+        assert change.options == {"kv_blocks": blocks} and not crossing.needs_crossing(engine)
+        batch = crossing.crossing_blocks(engine, WORKLOAD)
+        before, after = (sum(info.blocks(n) for n in lengths) for lengths in _lengths(batch))
+        assert before >= blocks - info.blocks(1) and after > blocks, "all that are admitted together outgrow the cache"
+
+
+def _lengths(batch):
+    return [len(r.prompt) for r in batch], [len(r.prompt) + r.max_tokens for r in batch]
+
+
+@pytest.fixture
+def featured(arithmetic):
+    """featured(leak, **options): an engine that sleeps and returns experts; with `leak` both change its answers."""
+
+    class Featured(arithmetic):
+        slept = 0
+
+        def ask(self, do, data):
+            assert do == "sleep"
+            self.levels = [*getattr(self, "levels", []), msgspec.msgpack.decode(data)]
+            self.slept = self.leaks
+
+        def generate(self, requests):
+            experts = [f"{i % 4:02x}" for i in range(90)]
+            wrong = ["ff"] if self.leaks and len(requests) > 1 else []
+            return [
+                msgspec.structs.replace(a, experts=wrong + experts[: len(r.prompt)], logprobs=self._after(a))
+                for r, a in zip(requests, super().generate(requests))
+            ]
+
+        def _after(self, answer):
+            return [value - self.slept for value in answer.logprobs]
+
+    def make(leak, **options):
+        engine = Featured(**options)
+        engine.leaks = leak
+        return engine
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["sleep and wake", "routed experts"])
+def test_features_of_a_gpu_are_compared(name, featured):
+    probe = named(probes.FEATURE_PROBES, name)
+    assert probe.missing(featured(False)), "not on CPU"
+    good, bad = (probe.run(featured(leak), WORKLOAD) for leak in (False, True))
+    assert good.compared > 0 and not good.differing and bad.differing > 0
+
+
+def test_random_weights_are_not_loaded_again_after_a_sleep(featured):
+    probe = named(probes.FEATURE_PROBES, "sleep and wake")
+    for seed, levels_ in ((None, [1, 2]), (7, [1])):
+        engine = featured(False, random_weights=seed)
+        probe.run(engine, WORKLOAD)
+        assert engine.levels == levels_
+
+
+def test_an_engine_that_returns_no_experts_is_no_pass(arithmetic):
+    with pytest.raises(probes.NotExercised, match="returned none"):
+        named(probes.FEATURE_PROBES, "routed experts").run(arithmetic(), WORKLOAD)
