@@ -1,6 +1,7 @@
 """torch.compile and CUDA graphs: compilation stays on, and every number of tokens runs the same compiled code."""
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import graphs
 from bi_patch.seams.model import Policy, Seam, Target, Variable
 
 
@@ -20,6 +21,10 @@ def _refuse_sizes(config) -> None:
             f"compilation.cuda_sizes: compile_sizes {sizes} makes separate kernels for these numbers of tokens, and "
             "such a kernel may sum in another order. Leave compile_sizes out, or set BI_PATCH=0"
         )
+
+
+def _modes(config) -> None:
+    graphs.check_mode("compilation.cuda_mode", config, ("NONE", "VLLM_COMPILE"))
 
 
 SEAMS = (
@@ -48,5 +53,10 @@ POLICIES = (
         name="compilation.cuda_sizes",
         apply=_refuse_sizes,
         why="vLLM compiles and tunes separate code for each of these sizes",
+    ),
+    Policy(
+        name="compilation.cuda_mode",
+        apply=_modes,
+        why="PyTorch's own compilation makes a graph for one token and another for more",
     ),
 )
