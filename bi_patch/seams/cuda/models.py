@@ -6,8 +6,8 @@ The feature table lists the models that bi_patch refuses by name. These rules lo
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Policy
 
-# Rotation types that Hugging Face's code computes from the longest position of the whole batch.
-_ROTATIONS = ("dynamic", "longrope")
+# Rotation types that Hugging Face's code computes anew once a position of the batch passes a limit, and the limit.
+_LIMITS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
 def _refuse_own_package(config) -> None:
@@ -32,13 +32,27 @@ def _refuse_rotations(config) -> None:
     given += [
         part for parts in given for part in parts.values() if isinstance(part, dict)
     ]  # some models have one set for each kind of layer
-    found = {part.get("rope_type", part.get("type")) for part in given} & set(_ROTATIONS)
+    found = {name for part in given if (name := _moving(model, part))}
     if found:
         raise UnsupportedFeature(
             f"models.cuda_rotation: on vLLM's Transformers backend, a rotation of type {', '.join(sorted(found))} "
-            "depends on the longest request of the batch. Use --model-impl vllm if vLLM has the model, or set "
+            "depends on the longest request of the batch. Use --model-impl vllm if vLLM has the model, or a "
+            f"--max-model-len of at most the model's {' or '.join(_LIMITS[name] for name in sorted(found))}, or set "
             "BI_PATCH=0"
         )
+
+
+def _moving(model, rotation: dict) -> str:
+    """The type of a rotation that some request of the engine can change for others, else "".
+
+    model: vllm.config.ModelConfig. rotation: one set of the model's `rope_parameters`.
+    """
+    name = rotation.get("rope_type", rotation.get("type"))
+    if name not in _LIMITS:
+        return ""
+    field = _LIMITS[name]
+    limit = rotation.get(field) or getattr(model.hf_text_config, field, None)
+    return "" if limit and model.max_model_len <= limit else name
 
 
 POLICIES = (
