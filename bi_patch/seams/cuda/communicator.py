@@ -55,11 +55,11 @@ def _check_order(config) -> None:
     )
     if found is not None:
         raise UnsupportedFeature(
-            f"communicator.cuda_order: {group.world_size} ranks add a row of a message of {found} rows in another order "
-            "than a row alone. Probably NCCL was in use in this process before vLLM fixed NCCL's order, e.g. by a "
-            "trainer. Leave vLLM's own all-reduce on (disable_custom_all_reduce=False); or set NCCL_ALGO=allreduce:tree, "
-            "NCCL_PROTO=Simple, NCCL_MIN_NCHANNELS=1, NCCL_MAX_NCHANNELS=1 and NCCL_NVLS_ENABLE=0 before the process "
-            "starts; or use one device, or set BI_PATCH=0"
+            f"communicator.cuda_order: {group.world_size} ranks add a row of a message of {found} rows in another "
+            "order than a row alone. Probably NCCL was in use in this process before vLLM fixed NCCL's order, e.g. by "
+            "a trainer. Leave vLLM's own all-reduce on (disable_custom_all_reduce=False); or set "
+            "NCCL_ALGO=allreduce:tree, NCCL_PROTO=Simple, NCCL_MIN_NCHANNELS=1, NCCL_MAX_NCHANNELS=1 and "
+            "NCCL_NVLS_ENABLE=0 before the process starts; or use one device, or set BI_PATCH=0"
         )
 
 
@@ -115,8 +115,8 @@ VARIABLES = (
         variable="NCCL_NO_CACHE",
         value=",".join(_PINS),
         force=False,
-        why="NCCL 2.29.7 and later reads these variables again for each communicator, so that upstream's mode fixes the "
-        "order although a trainer in the same process used NCCL before",
+        why="NCCL 2.29.7 and later reads these variables again for each communicator, so that upstream's mode fixes "
+        "the order although a trainer in the same process used NCCL before",
     ),
     Variable(
         name="communicator.one_stage",
