@@ -151,6 +151,16 @@ def make(name: str, root: Path) -> str:
     return str(folder)
 
 
+def _kind(name: str):
+    """evidence.Invariance for a file with `name` in its name."""
+    from bi_patch.tools import evidence
+
+    class Found(evidence.Invariance, kw_only=True):
+        variant = property(lambda self: name)
+
+    return Found
+
+
 def measure(results: Path) -> int:
     """Measure every case, write both result files, and return the number of positions that differ."""
     import torch
@@ -170,12 +180,6 @@ def measure(results: Path) -> int:
         folders = {name: make(name, Path(root)) for name in ("qwen3", "llava", "hunyuan")}
         plain = {}
         for variant, cases in CASES.items():
-
-            class Found(evidence.Invariance, kw_only=True):
-                @property
-                def variant(self, name=variant) -> str:
-                    return name
-
             rows = []
             for label, name, options, other in cases:
                 given = {"model": folders[name]}
@@ -189,7 +193,7 @@ def measure(results: Path) -> int:
                     print(f"{label}: {axis}: {differ} of {compared} differ", flush=True)
                     rows.append(evidence.InvarianceRow(label, axis, compared, differ))
                     total += differ
-            found = evidence.new(Found, here)
+            found = evidence.new(_kind(variant), here)
             found.rows = rows
             evidence.write(found, results)
     return total
