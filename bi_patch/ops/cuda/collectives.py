@@ -8,6 +8,9 @@ import torch
 
 from bi_patch.ops import bits
 
+# Bytes. Libraries choose no order by the size beyond it, and a larger message could take memory that a trainer needs.
+_LARGEST = 1 << 28
+
 
 def lengths(most: int) -> list[int]:
     """Numbers of rows to try, ascending: powers of two and the number after each, up to `most`, and `most` itself."""
@@ -31,11 +34,11 @@ def moved(
     it 1, 2, 3, ... times in one message. So each row of a result must have the bits of the first result.
 
     all_reduce: a tensor -> its sum over the ranks, as a new tensor. rank: this process's place in the group of
-    `ranks`. width: elements in a row. most: the largest number of rows.
+    `ranks`. width: elements in a row. most: the largest number of rows; messages stay below 256 MiB.
     """
     row = _row(rank, ranks, width).to(dtype).to(device)
     alone = all_reduce(row)
-    for rows in lengths(most):
+    for rows in lengths(max(1, min(most, _LARGEST // (width * row.element_size())))):
         total = all_reduce(row.expand(rows, width).contiguous())
         if bits.differing(total, alone.expand(rows, width)):
             return rows
