@@ -8,7 +8,7 @@ import torch
 
 from bi_patch.ops import bits
 
-# Bytes. Libraries choose no order by the size beyond it, and a larger message could take memory that a trainer needs.
+# Bytes. The sizes at which libraries change the order lie far below; a larger message would take memory from a trainer.
 _LARGEST = 1 << 28
 
 
