@@ -1,6 +1,6 @@
 """Measures armed engines of other forms on CPU against a plain one: several ranks, text-only and constant rotations.
 
-    PYTHONPATH=. python3 benchmarks/cpu/engines.py [--results FOLDER]
+    PYTHONPATH=. python3 benchmarks/cpu/engines.py [ranks] [text] [--results FOLDER]
 
 Each engine gets nine prompts together and then one by one, greedy and seeded. Every answer is compared, bit by bit,
 with the answers that the plain engine of the same model gives one by one. Exit code 1: positions differ.
@@ -49,8 +49,8 @@ CASES = {
         ("tiny-qwen3 bf16 PP 2 compiled", "qwen3", {}, {"pipeline_parallel_size": 2} | COMPILED),
     ),
     "text": (
-        ("tiny-llava bf16, language model only", "llava", TEXT, None),
-        ("tiny-llava bf16, language model only, compiled", "llava", TEXT, TEXT | COMPILED),
+        ("tiny-idefics3 bf16, language model only", "idefics3", TEXT, None),
+        ("tiny-idefics3 bf16, language model only, compiled", "idefics3", TEXT, TEXT | COMPILED),
         ("tiny-hunyuan bf16", "hunyuan", {}, None),
         ("tiny-hunyuan bf16 compiled", "hunyuan", {}, COMPILED),
     ),
@@ -128,14 +128,12 @@ def make(name: str, root: Path) -> str:
         vocab_size=2048,
         max_position_embeddings=2048,
     )
-    if name == "llava":
+    if name == "idefics3":
         sight = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-        config = transformers.LlavaConfig(
-            text_config=transformers.LlamaConfig(**shape),
-            vision_config=transformers.CLIPVisionConfig(**sight, image_size=28, patch_size=14, projection_dim=64),
-            image_token_index=2000,
+        config = transformers.Idefics3Config(
+            text_config=transformers.LlamaConfig(**shape), vision_config=sight | {"image_size": 28, "patch_size": 14}
         )
-        model = transformers.LlavaForConditionalGeneration(config)
+        model = transformers.Idefics3ForConditionalGeneration(config)
     else:
         rotation = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
         config = transformers.HunYuanDenseV1Config(**shape, rope_parameters=rotation)
@@ -161,8 +159,8 @@ def _kind(name: str):
     return Found
 
 
-def measure(results: Path) -> int:
-    """Measure every case, write both result files, and return the number of positions that differ."""
+def measure(parts: list[str], results: Path) -> int:
+    """Measure the cases of these parts, write a result file for each part, and return the number of positions that differ."""
     import torch
     import vllm
 
@@ -177,11 +175,11 @@ def measure(results: Path) -> int:
     )
     total = 0
     with tempfile.TemporaryDirectory() as root:
-        folders = {name: make(name, Path(root)) for name in ("qwen3", "llava", "hunyuan")}
+        folders = {name: make(name, Path(root)) for part in parts for _, name, *_ in CASES[part]}
         plain = {}
-        for variant, cases in CASES.items():
+        for variant in parts:
             rows = []
-            for label, name, options, other in cases:
+            for label, name, options, other in CASES[variant]:
                 given = {"model": folders[name]}
                 if name not in plain:
                     plain[name] = start(given | options)
@@ -201,6 +199,7 @@ def measure(results: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*CASES, []], help="by default all")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--engine", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -212,7 +211,7 @@ def main() -> None:
         Path(file).write_text(json.dumps(asyncio.run(answers(json.loads(options)))))
         return
     bi_patch_entry.without_arming()
-    sys.exit(1 if measure(args.results) else 0)
+    sys.exit(1 if measure(args.parts or list(CASES), args.results) else 0)
 
 
 if __name__ == "__main__":
