@@ -1,6 +1,6 @@
 """Measures armed engines of other forms on CPU against a plain one: several ranks, text-only and constant rotations.
 
-    PYTHONPATH=. python3 benchmarks/cpu/engines.py [ranks] [text] [--results FOLDER]
+    PYTHONPATH=. python3 benchmarks/cpu/engines.py [--only ranks|text] [--results FOLDER]
 
 Each engine gets nine prompts together and then one by one, greedy and seeded. Every answer is compared, bit by bit,
 with the answers that the plain engine of the same model gives one by one. Exit code 1: positions differ.
@@ -175,7 +175,7 @@ def measure(parts: list[str], results: Path) -> int:
     )
     total = 0
     with tempfile.TemporaryDirectory() as root:
-        folders = {name: make(name, Path(root)) for part in parts for _, name, *_ in CASES[part]}
+        folders = {name: make(name, Path(root)) for name in {case[1] for part in parts for case in CASES[part]}}
         plain = {}
         for variant in parts:
             rows = []
@@ -199,7 +199,7 @@ def measure(parts: list[str], results: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*CASES, []], help="by default all")
+    parser.add_argument("--only", choices=list(CASES))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--engine", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -211,7 +211,7 @@ def main() -> None:
         Path(file).write_text(json.dumps(asyncio.run(answers(json.loads(options)))))
         return
     bi_patch_entry.without_arming()
-    sys.exit(1 if measure(args.parts or list(CASES), args.results) else 0)
+    sys.exit(1 if measure([args.only] if args.only else list(CASES), args.results) else 0)
 
 
 if __name__ == "__main__":
