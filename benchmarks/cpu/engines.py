@@ -160,7 +160,7 @@ def _kind(name: str):
 
 
 def measure(parts: list[str], results: Path) -> int:
-    """Measure the cases of these parts, write a result file for each part, and return the number of positions that differ."""
+    """Measure the cases of these parts, write a result file for each, and return how many positions differ."""
     import torch
     import vllm
 
