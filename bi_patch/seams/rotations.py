@@ -7,6 +7,8 @@ CLASSES = frozenset(
         "RotaryEmbedding",
         "Llama3RotaryEmbedding",
         "LinearScalingRotaryEmbedding",
+        "NTKScalingRotaryEmbedding",
+        "DynamicNTKAlphaRotaryEmbedding",
         "DynamicNTKScalingRotaryEmbedding",
         "YaRNScalingRotaryEmbedding",
     }

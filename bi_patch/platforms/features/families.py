@@ -12,6 +12,7 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
+_CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_FIRST = "invariance-2026-11-21-h100-vllm-0.33.0.json"
 _H100_MOE = "invariance-2026-11-28-h100-vllm-0.33.0.json"
@@ -23,6 +24,7 @@ _MLA = refused("MLA")
 _OWN = refused("its package has kernels of its own, and the batch decides which kernel runs", by="models.cuda")
 _QUANTIZED = refused("quantized weights")
 _POOLING = refused("pooling")
+_SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")
 _IMAGES = refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
 _HRM = refused("after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model")
@@ -54,6 +56,13 @@ def _experts_of_minicpm(config: Any) -> str:
     model = config.model_config
     experts = getattr(getattr(model, "hf_text_config", None), "num_experts", 0)
     return _architecture("MiniCPMForCausalLM")(config) and "MiniCPM with experts" if experts else ""
+
+
+def _sigmoid_of_cohere(config: Any) -> str:
+    model = config.model_config
+    chosen = getattr(getattr(model, "hf_text_config", None), "expert_selection_fn", "")
+    named = _architecture("Cohere2MoeForCausalLM")(config)
+    return f"{named} with sigmoid routing" if named and chosen == "sigmoid" else ""
 
 
 FAMILIES: tuple[Feature, ...] = (
@@ -117,13 +126,13 @@ FAMILIES: tuple[Feature, ...] = (
     row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_MLA, cuda=_OWN, ascend=_MLA),
     row(
         "Llama 4, Gemma 3 4B and larger, Qwen-VL and Omni, Mistral-Small 3, InternVL, LLaVA, Pixtral, GLM-V, Phi-3V",
-        cpu=_MULTIMODAL,
+        cpu=_IMAGES,
         cuda=_IMAGES,
         ascend=_MULTIMODAL,
     ),
     row(
         "Gemma 4",
-        cpu=_MULTIMODAL,
+        cpu=_IMAGES,
         cuda=refused(
             "vLLM uses FlashAttention 2 for its heads",
             by="attention.cuda_backend",
@@ -138,12 +147,22 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=refused("ALiBi", by="attention.ascend_backend"),
     ),
     row(
-        "HunYuan, and rotations of type dynamic or longrope on the Transformers backend",
-        cpu=served(_FAMILIES, why="a tiny HunYuan; bi_patch refuses a max_model_len beyond the length of its training"),
+        "HunYuan dense (dynamic NTK with a constant alpha)",
+        cpu=served(_CPU_TEXT, _FAMILIES),
+        cuda=untried("the rotation is a constant table"),
+        ascend=_ASCEND,
+    ),
+    row(
+        "rotations of type dynamic or longrope on the Transformers backend, past the model's original length",
+        cpu=refused(
+            "the rotation depends on the longest request of the batch",
+            by="models.cpu_rotation",
+            todo="Use --model-impl vllm if vLLM has the model",
+        ),
         cuda=refused(
             "the rotation depends on the longest request of the batch",
             by="models.cuda_rotation",
-            todo="Use --model-impl vllm if vLLM has the model",
+            todo="Use --model-impl vllm if vLLM has the model, or a shorter --max-model-len",
         ),
         ascend=_ASCEND,
     ),
@@ -169,6 +188,13 @@ FAMILIES: tuple[Feature, ...] = (
         cuda=refused(
             "then vLLM compiles its norms separately, by the number of tokens", todo="Let vLLM compile the model"
         ),
+    ),
+    row(
+        "Cohere2-MoE with sigmoid routing",
+        cpu=untried("one certified operator routes"),
+        cuda=_SIZES,
+        ascend=_SIZES,
+        asked=_sigmoid_of_cohere,
     ),
     row(
         "Gemma 3n in eager mode",

@@ -1,5 +1,6 @@
 """Graphs on Ascend: piecewise or none, because attention in a full graph keeps the split of its capture."""
 
+from bi_patch.seams import graphs
 from bi_patch.seams.ascend.common import refuse
 from bi_patch.seams.model import Policy
 
@@ -25,12 +26,21 @@ def _fusions(config) -> None:
     given.update(dict.fromkeys(FUSIONS, False))
 
 
+def _modes(config) -> None:
+    graphs.check_mode("compilation.ascend_mode", config, ("NONE", "VLLM_COMPILE"))
+
+
 SEAMS = ()
 POLICIES = (
     Policy(
         name="compilation.ascend_graphs",
         apply=_graphs,
         why="attention in a captured graph keeps the split of its capture",
+    ),
+    Policy(
+        name="compilation.ascend_mode",
+        apply=_modes,
+        why="PyTorch's own compilation makes a graph for one token and another for more",
     ),
     Policy(name="compilation.ascend_fusions", apply=_fusions, why="fused operators avoid bi_patch's dispatch table"),
 )

@@ -1,10 +1,14 @@
-"""Compile caches: stock vLLM, this bi_patch and another bi_patch never load each other's compiled code."""
+"""Compiled code: one graph for every number of tokens, in caches of its own.
+
+Stock vLLM, this bi_patch and another bi_patch never load each other's compiled code.
+"""
 
 import functools
 import hashlib
 
 from bi_patch import identity
-from bi_patch.seams.model import Seam, Target
+from bi_patch.seams import graphs
+from bi_patch.seams.model import Policy, Seam, Target
 
 
 def _hash(original):
@@ -27,5 +31,18 @@ SEAMS = (
         how="the hash that keys vLLM's compile caches includes a digest of bi_patch's sources",
         until="never: every bi_patch needs compile caches of its own",
         causes=(17, 18),
+    ),
+)
+
+POLICIES = (
+    Policy(
+        name="compilation.one_range",
+        apply=graphs.one_range,
+        why="vLLM compiles separate code for each range of numbers of tokens, and each may sum in another order",
+    ),
+    Policy(
+        name="compilation.operators",
+        apply=graphs.check_operators,
+        why="with ir_op_priority, the shape of a batch decides which kernel serves an operator",
     ),
 )

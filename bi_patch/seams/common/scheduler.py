@@ -15,6 +15,16 @@ def _no_cascade(original):
     return _compute_cascade_attn_prefix_lens
 
 
+def _reset(original):
+    """Scheduler.reset_prefix_cache: forget offloaded keys and values, too. Whoever resets the cache changed weights."""
+
+    @functools.wraps(original)
+    def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
+        return original(self, reset_running_requests, reset_connector or self.connector is not None)
+
+    return reset_prefix_cache
+
+
 def _disable_cascade(config) -> None:
     if config.model_config is not None and hasattr(config.model_config, "disable_cascade_attn"):
         config.model_config.disable_cascade_attn = True
@@ -31,6 +41,14 @@ SEAMS = (
         how="the model runner reports no common prefix. vLLM 0.32 and later releases have no cascade attention",
         until="bi_patch no longer supports vLLM 0.26",
         causes=(5,),
+    ),
+    Seam(
+        name="scheduler.offloaded",
+        targets=(Target("vllm.v1.core.sched.scheduler", "Scheduler.reset_prefix_cache"),),
+        close=_reset,
+        why="after new weights, a reset of the prefix cache leaves offloaded keys and values of the old weights",
+        how="a reset of the prefix cache also resets the connector that holds offloaded keys and values",
+        until="upstream's reset_prefix_cache resets the connector by default",
     ),
 )
 

@@ -1,4 +1,7 @@
-"""Rules on models: refuse a model whose own code depends on the batch and that no seam reaches."""
+"""Rules on models: refuse a model whose own code depends on the batch and that no seam reaches.
+
+The feature table lists the models that bi_patch refuses by name. These rules look at what vLLM loads for a model.
+"""
 
 from bi_patch.seams import models
 from bi_patch.seams.model import Policy
@@ -9,19 +12,7 @@ def _refuse_own_package(config) -> None:
 
 
 def _refuse_rotations(config) -> None:
-    model = config.model_config
-    found = {
-        kind
-        for kind, given in models.dynamic_rotations(model).items()
-        if model.max_model_len > _constant_up_to(model.hf_text_config, given)
-    }
-    if found:
-        models.refuse_rotations(found, "models.cpu_rotation")
-
-
-def _constant_up_to(config, given: dict) -> int:
-    """The longest request for which Hugging Face never changes a dynamic rotation."""
-    return given.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+    models.refuse_rotations(config, "models.cpu_rotation")
 
 
 POLICIES = (
@@ -33,6 +24,6 @@ POLICIES = (
     Policy(
         name="models.cpu_rotation",
         apply=_refuse_rotations,
-        why="beyond the length of its training, a dynamic rotation depends on the longest position of the whole batch",
+        why="beyond a limit, Hugging Face's dynamic rotations depend on the longest position of the whole batch",
     ),
 )

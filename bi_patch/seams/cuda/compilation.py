@@ -1,6 +1,6 @@
 """torch.compile and CUDA graphs: compilation stays on, and every number of tokens runs the same compiled code."""
 
-from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import graphs
 from bi_patch.seams.model import Policy, Seam, Target, Variable
 
 
@@ -14,12 +14,11 @@ def _no_breakable(original):
 
 
 def _refuse_sizes(config) -> None:
-    sizes = getattr(config.compilation_config, "compile_sizes", None)
-    if sizes:
-        raise UnsupportedFeature(
-            f"compilation.cuda_sizes: compile_sizes {sizes} makes separate kernels for these numbers of tokens, and "
-            "such a kernel may sum in another order. Leave compile_sizes out, or set BI_PATCH=0"
-        )
+    graphs.refuse_sizes("compilation.cuda_sizes", config)
+
+
+def _modes(config) -> None:
+    graphs.check_mode("compilation.cuda_mode", config, ("NONE", "VLLM_COMPILE"))
 
 
 SEAMS = (
@@ -48,5 +47,10 @@ POLICIES = (
         name="compilation.cuda_sizes",
         apply=_refuse_sizes,
         why="vLLM compiles and tunes separate code for each of these sizes",
+    ),
+    Policy(
+        name="compilation.cuda_mode",
+        apply=_modes,
+        why="PyTorch's own compilation makes a graph for one token and another for more",
     ),
 )

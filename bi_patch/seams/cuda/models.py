@@ -12,9 +12,7 @@ def _refuse_own_package(config) -> None:
 
 
 def _refuse_rotations(config) -> None:
-    found = models.dynamic_rotations(config.model_config)
-    if found:
-        models.refuse_rotations(found, "models.cuda_rotation")
+    models.refuse_rotations(config, "models.cuda_rotation")
 
 
 POLICIES = (
@@ -26,6 +24,6 @@ POLICIES = (
     Policy(
         name="models.cuda_rotation",
         apply=_refuse_rotations,
-        why="Hugging Face's dynamic rotations depend on the longest position of the whole batch",
+        why="beyond a limit, Hugging Face's dynamic rotations depend on the longest position of the whole batch",
     ),
 )

@@ -55,6 +55,20 @@ def norm_autotuned(engine: LocalEngine):
     )
 
 
+def two_graphs(engine: LocalEngine):
+    """Steps of up to four tokens run a compiled graph of their own, whose norms sum the squares in two blocks."""
+
+    def make(name, layer, held):
+        def forward(x, residual=None):
+            if parts.rows(x) <= FEW:
+                return parts.two_block_norm(layer, x, residual)
+            return held(x, residual) if residual is not None else held(x)
+
+        return forward
+
+    return parts.each_norm(engine, make)
+
+
 def padded_buckets(engine: LocalEngine):
     """Rows are padded to a captured size; graphs of up to 8 rows were captured with split-K."""
 
@@ -511,6 +525,17 @@ FAULTS = (
         norm_autotuned.__doc__,
         "restart",
         norm_autotuned,
+        BOTH,
+        "norm",
+        seam=_NORM,
+        emulated=BOTH,
+    ),
+    Fault(
+        "two compiled graphs",
+        32,
+        two_graphs.__doc__,
+        "batch size",
+        two_graphs,
         BOTH,
         "norm",
         seam=_NORM,

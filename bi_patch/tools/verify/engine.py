@@ -296,7 +296,7 @@ class LocalEngine:
         config = self._llm.llm_engine.vllm_config
         specs = self._kv_specs()
         on_gpu = current_platform.device_type != "cpu"
-        device = current_platform.get_device_name() if on_gpu else f"{_cpu_name()} ({os.cpu_count()} cores)"
+        device = current_platform.get_device_name() if on_gpu else f"{cpu_name()} ({os.cpu_count()} cores)"
         return Info(
             mode="armed" if state is not None and state.armed else "stock",
             vllm=vllm.__version__,
@@ -318,7 +318,8 @@ class LocalEngine:
         )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, "CPU" where Linux does not tell."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

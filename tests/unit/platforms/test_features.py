@@ -51,6 +51,10 @@ def config(**changes):
     return SimpleNamespace(**{f"{name}_config": value for name, value in held.items()})
 
 
+def offload(**extra):
+    return SimpleNamespace(kv_connector="OffloadingConnector", kv_connector_extra_config=extra)
+
+
 def check(platform, release=None, **changes):
     table.check(config(**changes), platform, Version(release or releases.BY_PLATFORM[platform][-1]))
 
@@ -108,7 +112,25 @@ def test_a_plain_configuration_passes(platform):
         ({"lora": SimpleNamespace()}, "LoRA"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
         ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
-        ({"parallel_data_parallel_size": 2}, "data parallelism over 1"),
+        ({"kv_transfer": SimpleNamespace(kv_connector="NixlConnector")}, "KV transfer .NixlConnector"),
+        ({"kv_transfer": offload(spec_name="TieringOffloadingSpec")}, "KV transfer .OffloadingConnector"),
+        ({"kv_transfer": offload(disk_path="/disk")}, "KV transfer .OffloadingConnector"),
+        ({"parallel_data_parallel_size": 2, "model_is_moe": True}, "data parallelism over 1 of a MoE model"),
+        ({"model_is_diffusion": True}, "diffusion language models"),
+        (
+            {
+                "model_is_multimodal_model": True,
+                "model_multimodal_config": SimpleNamespace(language_model_only=True, enable_mm_embeds=True),
+            },
+            "multimodal embeddings",
+        ),
+        (
+            {
+                "model_architectures": ["Cohere2MoeForCausalLM"],
+                "model_hf_text_config": SimpleNamespace(expert_selection_fn="sigmoid"),
+            },
+            "Cohere2MoeForCausalLM with sigmoid routing",
+        ),
         ({"parallel_enable_expert_parallel": True}, "expert parallelism"),
         ({"parallel_enable_eplb": True}, "expert load balancing"),
         ({"parallel_decode_context_parallel_size": 2}, "decode context parallelism"),
@@ -140,6 +162,12 @@ def test_several_refusals_are_named_at_once_with_what_to_do():
         ("cpu", {"parallel_tensor_parallel_size": 2}, True),
         ("cuda", {"parallel_tensor_parallel_size": 4}, False),
         ("ascend", {"parallel_tensor_parallel_size": 2}, False),
+        ("cpu", {"parallel_data_parallel_size": 2, "model_is_moe": False}, False),
+        ("cuda", {"parallel_data_parallel_size": 2, "model_is_moe": False}, False),
+        ("ascend", {"parallel_data_parallel_size": 2, "model_is_moe": False}, True),
+        ("cpu", {"parallel_pipeline_parallel_size": 2}, False),
+        ("cuda", {"kv_transfer": offload(cpu_bytes_to_use=1)}, False),
+        ("cpu", {"kv_transfer": offload()}, True),
     ],
 )
 def test_platforms_differ(platform, change, refused):
@@ -150,14 +178,21 @@ def test_platforms_differ(platform, change, refused):
         check(platform, **change)
 
 
-def test_text_of_a_multimodal_model_is_served_on_cuda_only():
+def test_text_of_a_multimodal_model_is_served_on_cpu_and_cuda():
     text = {
         "model_is_multimodal_model": True,
         "model_multimodal_config": SimpleNamespace(language_model_only=True),
     }
     check("cuda", **text)
+    check("cpu", **text)
     with pytest.raises(UnsupportedFeature, match="multimodal models"):
-        check("cpu", **text)
+        check("ascend", **text)
+
+
+def test_offload_is_refused_before_it_keeps_prompt_logprobs():
+    check("cuda", "0.32.0", kv_transfer=offload())
+    with pytest.raises(UnsupportedFeature, match="KV offload"):
+        check("cuda", "0.26.0", kv_transfer=offload())
 
 
 def test_a_lifted_row_is_not_looked_at():

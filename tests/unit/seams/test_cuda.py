@@ -95,7 +95,15 @@ def test_variables_forbid_split_k_and_other_sums(release):
     [
         {},
         {"parallel__tensor_parallel_size": 4},
+        {"parallel__data_parallel_size": 2, "model__is_moe": False, "parallel__pipeline_parallel_size": 2},
         {"model__architectures": ["Cohere2ForCausalLM"]},
+        {
+            "model__using_transformers_backend": lambda: True,
+            "model__max_model_len": 4096,
+            "model__hf_text_config": SimpleNamespace(
+                rope_parameters={"rope_type": "dynamic", "alpha": 1000.0}, max_position_embeddings=4096
+            ),
+        },
         {"model__architectures": ["MiniCPMForCausalLM"]},
         {
             "model__using_transformers_backend": lambda: True,
@@ -140,12 +148,24 @@ def test_a_plain_configuration_passes(change):
             },
             "rotation of type dynamic",
         ),
+        (
+            {
+                "model__using_transformers_backend": lambda: True,
+                "model__max_model_len": 8192,
+                "model__hf_text_config": SimpleNamespace(
+                    rope_parameters={"rope_type": "longrope", "original_max_position_embeddings": 4096},
+                    max_position_embeddings=8192,
+                ),
+            },
+            "rotation of type longrope.*original_max_position_embeddings",
+        ),
         ({"compilation__compile_sizes": [8]}, r"compile_sizes \[8\]"),
         ({"cache__block_size": 144}, "pages of 144 tokens"),
         ({"lora": SimpleNamespace()}, "LoRA"),
         ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
-        ({"parallel__data_parallel_size": 2}, "data parallelism"),
-        ({"parallel__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel__data_parallel_size": 2, "model__is_moe": True}, "data parallelism"),
+        ({"compilation__mode": SimpleNamespace(name="STOCK_TORCH_COMPILE")}, "cuda_mode: .*STOCK_TORCH_COMPILE"),
+        ({"compilation__mode": SimpleNamespace(name="DYNAMO_TRACE_ONCE")}, "cuda_mode: .*DYNAMO_TRACE_ONCE"),
         ({"parallel__enable_expert_parallel": True}, "expert parallelism"),
         ({"parallel__enable_eplb": True}, "expert load balancing"),
         (
@@ -185,11 +205,60 @@ def test_one_library_makes_all_grammars(named, kept):
     assert made.structured_outputs_config.backend == kept
 
 
-def test_fused_all_reduce_is_turned_off():
-    held = config(compilation__pass_config=SimpleNamespace(fuse_allreduce_rms=True))
-    for policy in cuda_policies():
-        policy.apply(held)
-    assert held.compilation_config.pass_config.fuse_allreduce_rms is False
+def test_fused_all_reduce_is_turned_off_with_its_range():
+    held = config(
+        compilation__pass_config=SimpleNamespace(fuse_allreduce_rms=True),
+        compilation__compile_ranges_endpoints=[64, 512, 8192],
+    )
+    for _ in range(2):  # in the engine, and again in each worker
+        for policy in cuda_policies():
+            policy.apply(held)
+        assert held.compilation_config.pass_config.fuse_allreduce_rms is False
+        assert held.compilation_config.compile_ranges_endpoints == [8192]
+
+
+@pytest.mark.parametrize("given, refused", [(["native"], False), (["vllm_c", "native"], True)])
+def test_chosen_operators_are_refused(given, refused, monkeypatch):
+    from vllm.platforms import current_platform
+
+    @dataclasses.dataclass
+    class Priority:
+        rms_norm: list
+        fused_add_rms_norm: list = dataclasses.field(default_factory=lambda: ["native"])
+
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "get_default_ir_op_priority", classmethod(lambda cls, config: Priority(["native"])))
+    held = config(kernel=SimpleNamespace(ir_op_priority=Priority(given)))
+    with (
+        pytest.raises(UnsupportedFeature, match="ir_op_priority for rms_norm") if refused else contextlib.nullcontext()
+    ):
+        for policy in cuda_policies():
+            policy.apply(held)
+
+
+class Ranks:
+    """A fake of vLLM's group of tensor-parallel ranks, whose sums are twice the tensor plus what the size adds."""
+
+    rank_in_group, device = 0, "cpu"
+
+    def __init__(self, world_size, large):
+        self.world_size, self.large = world_size, large
+
+    def all_reduce(self, tensor):
+        return tensor * 2 + (self.large if len(tensor) > 5 else 0)
+
+
+@pytest.mark.parametrize("ranks, large, named", [(1, 1, ""), (4, 0, ""), (4, 1, "a message of 8 rows")])
+def test_each_worker_checks_the_order_over_ranks(ranks, large, named, monkeypatch):
+    from vllm.distributed import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(ranks, large))
+    started = []
+    start = _closed("communicator.cuda_order", lambda config, *args: started.append(args))
+    held = config(model__dtype=torch.bfloat16, scheduler=SimpleNamespace(max_num_batched_tokens=16))
+    with pytest.raises(UnsupportedFeature, match=f"cuda_order: .*{named}") if named else contextlib.nullcontext():
+        start(held, 0, "env://")
+    assert started == [(0, "env://")]
 
 
 def _closed(name, original):

@@ -26,7 +26,8 @@ def test_a_rotation_that_can_grow_is_refused(length, given):
         refuse(config(length, backend=False, **given))
 
 
-def test_on_cpu_a_rotation_within_its_length_is_served():
-    cpu._refuse_rotations(config(4096, rope_type="dynamic"))
-    cpu._refuse_rotations(config(2048, full={"rope_type": "longrope", "original_max_position_embeddings": 2048}))
-    cpu._refuse_rotations(config(9999))
+@pytest.mark.parametrize("platform", [cpu, cuda])
+def test_a_rotation_within_its_length_is_served(platform):
+    platform._refuse_rotations(config(4096, rope_type="dynamic"))
+    platform._refuse_rotations(config(2048, full={"rope_type": "longrope", "original_max_position_embeddings": 2048}))
+    platform._refuse_rotations(config(9999))

@@ -1,0 +1,67 @@
+"""One of several ranks, as a program: `ranks.py RANK RANKS FOLDER` prints what `collectives.moved` finds, as JSON."""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from bi_patch.ops.cuda import collectives
+
+WIDTH, MOST = 96, 40
+
+
+def gathered(tensor):
+    """The ranks' tensors, in rank order."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return parts
+
+
+def added(parts, dtype):
+    total = torch.zeros_like(parts[0], dtype=torch.float32)
+    for part in parts:
+        total = total + part.float()
+    return total.to(dtype)
+
+
+def in_rank_order(tensor):
+    return added(gathered(tensor), tensor.dtype)
+
+
+def like_a_ring(tensor):
+    """Each chunk of the message starts at a rank of its own, as in a ring."""
+    parts = [part.flatten() for part in gathered(tensor)]
+    ranks = len(parts)
+    chunks = [part.chunk(ranks) for part in parts]
+    done = [added([chunks[(r + c) % ranks][c] for r in range(ranks)], tensor.dtype) for c in range(len(chunks[0]))]
+    return torch.cat(done).view_as(tensor)
+
+
+def by_size(tensor):
+    """Large messages are added from the last rank to the first."""
+    parts = gathered(tensor)
+    return added(parts[::-1] if tensor.numel() > 16 * WIDTH else parts, tensor.dtype)
+
+
+def of_gloo(tensor):
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def main(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    found = {
+        f"{way.__name__} {str(dtype).removeprefix('torch.')}": collectives.moved(
+            way, rank=rank, ranks=ranks, width=WIDTH, most=MOST, dtype=dtype, device="cpu"
+        )
+        for way in (in_rank_order, like_a_ring, by_size, of_gloo)
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
