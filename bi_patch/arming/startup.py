@@ -119,6 +119,8 @@ def _look(current: process.State, planned: Planned, load: bool) -> tuple[str, st
     target = planned.target
     if current.settings.leaves_open(planned.seam.name):
         return OPEN, "BI_PATCH_LEAVE_OPEN leaves it open"
+    if planned.seam.on_import and target.module not in sys.modules:
+        return CLOSED, "as soon as its module is loaded"
     if load:
         try:
             importlib.import_module(target.module)
