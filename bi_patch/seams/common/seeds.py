@@ -15,15 +15,14 @@ from bi_patch.ops import seeds
 from bi_patch.seams.model import Policy, Seam, Target
 
 HEADER = "bi-patch-seed"
+_GREEDY_BELOW = 1e-5  # vllm.sampling_params._SAMPLING_EPS
 _SEED = "_bi_patch_seed"  # attribute of vLLM's RequestState
 _DERIVED = "_bi_patch_derived"  # attribute of vLLM's EngineCore
 
 
 def samples(params) -> bool:
     """Whether parameters ask for random sampling. params: SamplingParams, PoolingParams or None."""
-    from vllm.sampling_params import _SAMPLING_EPS
-
-    return getattr(params, "temperature", 0.0) >= _SAMPLING_EPS
+    return getattr(params, "temperature", 0.0) >= _GREEDY_BELOW
 
 
 def lacks_seed(params) -> bool:
@@ -150,8 +149,10 @@ def _one_core(config) -> None:
 
 
 _OUTPUTS = "vllm.v1.engine.output_processor"
-_WHY = "the runners draw the seed or the noise of an unseeded request in the order of arrival, and V2 draws again after "
-_WHY += "a preemption. So nobody can replay the answer"
+_WHY = (
+    "a runner draws the seed or the noise of an unseeded request in the order of arrival, and V2 draws again after a "
+    "preemption. So nobody can replay the answer"
+)
 _UNTIL = "upstream gives each request a seed on arrival and returns it"
 
 SEAMS = (

@@ -16,7 +16,7 @@ class AnswerIncomplete(BiPatchError):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One request. Greedy unless temperature > 0. A sampled request needs a seed, or its answers cannot be compared.
+    """One request. Greedy unless temperature > 0. Two answers to a sampled request are comparable if it has a seed.
 
     prompt: token ids. logprobs, prompt_logprobs: the number of top alternatives besides the chosen token, None for no
     logprobs (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: token ids whose logprobs replace the
@@ -55,7 +55,8 @@ class Answer(msgspec.Struct, frozen=True):
     tokens: generated ids. logprobs: the natural logarithm of each chosen token's probability.
     top: for each generated token the (id, logprob) pairs in vLLM's order. prompt_logprobs, prompt_top: the same for
     prompt positions 1 .. len(prompt) - 1; empty when the request did not ask. digests: for each generated token a hash
-    of its whole row of logits, over the full vocabulary; empty when the request did not ask.
+    of its whole row of logits, over the full vocabulary; empty when the request did not ask. seed: the seed that the
+    engine names for a sampled answer, None where it names none; it is not compared.
     """
 
     tokens: list[int]
@@ -65,6 +66,7 @@ class Answer(msgspec.Struct, frozen=True):
     prompt_top: list[list[tuple[int, float]]] = []
     text: str = ""
     digests: list[str] = []
+    seed: int | None = None
 
 
 class Difference(msgspec.Struct, frozen=True):

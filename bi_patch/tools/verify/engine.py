@@ -337,6 +337,7 @@ def _answer(output, digests: list[str] | None = None) -> Answer:
         prompt_top=[_top(entry) for entry in prompt],
         text=completion.text,
         digests=digests or [],
+        seed=getattr(completion, "seed", None),
     )
 
 
