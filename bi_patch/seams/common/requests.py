@@ -7,8 +7,8 @@ request again, since clients other than vLLM's Python front end send requests to
 import functools
 
 from bi_patch import settings
-from bi_patch.errors import UnsupportedRequest
 from bi_patch.seams.common import seeds
+from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
 
@@ -19,15 +19,15 @@ def check(config, params) -> None:
     """
     found = [name for name, asked in _uncovered(config, params).items() if asked]
     if found:
-        raise UnsupportedRequest(
+        raise bad_request(
             f"requests.parameters: batch invariance does not cover {'; nor '.join(found)}. Leave it out, or start "
             "the engine with BI_PATCH=0"
         )
     found = [name for name, asked in _wrong_seed(params).items() if asked]
     if found:
-        raise UnsupportedRequest(f"requests.parameters: the request has {'; and '.join(found)}. Give it another seed")
+        raise bad_request(f"requests.parameters: the request has {'; and '.join(found)}. Give it another seed")
     if seeds.lacks_seed(params) and settings.read().unseeded == "refuse":
-        raise UnsupportedRequest(
+        raise bad_request(
             "requests.parameters: the request samples without a seed, and BI_PATCH_UNSEEDED=refuse. Give it a seed, or "
             "temperature 0"
         )
@@ -80,18 +80,11 @@ def _checked_in_core(original):
 
     @functools.wraps(original)
     def preprocess_add_request(self, request, *args, **kwargs):
-        from vllm.exceptions import VLLMValidationError
-
         # The original comes first: it keeps the core's multimodal cache in step with the front end's.
         added = original(self, request, *args, **kwargs)
-        if request.abort_immediately:  # it only frees what another engine holds for it
-            return added
-        try:
+        if not request.abort_immediately:  # such a request only frees what another engine holds for it
             check(self.vllm_config, request.params)
             seeds.settle(self, request, added[0])
-        except UnsupportedRequest as error:
-            # vLLM answers this request with an error. From 0.33 on, the answer of this type holds the message.
-            raise VLLMValidationError(str(error)) from error
         return added
 
     return preprocess_add_request

@@ -10,8 +10,9 @@ import copy
 import functools
 
 from bi_patch import settings
-from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import seeds
+from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Policy, Seam, Target
 
 HEADER = "bi-patch-seed"
@@ -40,8 +41,8 @@ def settle(core, request, added) -> None:
     if not lacks_seed(params):
         return
     if request.resumable:
-        raise UnsupportedRequest(
-            "requests.core: the request streams its input and samples without a seed, and each part of the input would "
+        raise bad_request(
+            "seeds.request: the request streams its input and samples without a seed, and each part of the input would "
             "get a seed of its own. Give it a seed"
         )
     seed = _derived(core, request) if settings.read().unseeded == "derive" else seeds.drawn()
@@ -70,7 +71,10 @@ def _derived(core, request) -> int:
     table = core.__dict__.get(_DERIVED)
     if table is None:
         table = core.__dict__[_DERIVED] = seeds.Derived(core.vllm_config.model_config.seed)
-    return table.seed(*identity(request))
+    try:
+        return table.seed(*identity(request))
+    except TypeError as error:
+        raise bad_request(f"seeds.request: {error} (BI_PATCH_UNSEEDED=derive). Give it a seed") from error
 
 
 def _seeded(params, seed: int):
@@ -143,7 +147,7 @@ def _of_answer(original):
 def _one_core(config) -> None:
     if config.parallel_config.data_parallel_size > 1 and settings.read().unseeded == "derive":
         raise UnsupportedFeature(
-            "requests.derived_seeds: BI_PATCH_UNSEEDED=derive counts identical requests in one engine core, and data "
+            "seeds.derived: BI_PATCH_UNSEEDED=derive counts identical requests in one engine core, and data "
             "parallelism has several. Use BI_PATCH_UNSEEDED=random, or give each request a seed"
         )
 
@@ -157,7 +161,7 @@ _UNTIL = "upstream gives each request a seed on arrival and returns it"
 
 SEAMS = (
     Seam(
-        name="requests.seed",
+        name="seeds.request",
         targets=(Target(_OUTPUTS, "OutputProcessor.add_request"),),
         close=_of_request,
         why=_WHY,
@@ -166,7 +170,7 @@ SEAMS = (
         causes=(29,),
     ),
     Seam(
-        name="requests.parent_seed",
+        name="seeds.parent",
         targets=(Target("vllm.v1.engine.parallel_sampling", "ParentRequest.__init__"),),
         close=_of_parent,
         why=_WHY,
@@ -176,7 +180,7 @@ SEAMS = (
         causes=(29,),
     ),
     Seam(
-        name="requests.core_seed",
+        name="seeds.from_core",
         targets=(Target(_OUTPUTS, "OutputProcessor.process_outputs"),),
         close=_from_core,
         why="the front end does not know a seed that the engine core gave to a request",
@@ -185,7 +189,7 @@ SEAMS = (
         causes=(29,),
     ),
     Seam(
-        name="requests.answer_seed",
+        name="seeds.answer",
         targets=(Target(_OUTPUTS, "RequestState._new_completion_output"),),
         close=_of_answer,
         why="an answer can be replayed only if its seed is known",
@@ -197,7 +201,7 @@ SEAMS = (
 
 POLICIES = (
     Policy(
-        name="requests.derived_seeds",
+        name="seeds.derived",
         apply=_one_core,
         why="with BI_PATCH_UNSEEDED=derive, identical requests are counted in one engine core",
     ),

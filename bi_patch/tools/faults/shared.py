@@ -545,7 +545,7 @@ FAULTS = (
         BOTH,
         "sampler",
         "seed",
-        seam={"cpu": "requests.seed", "cuda": "requests.seed"},
+        seam={"cpu": "seeds.request", "cuda": "seeds.request"},
     ),
     Fault(
         "fewer bits in products",
