@@ -30,7 +30,7 @@ class UnsupportedFeature(BiPatchError):
 
 
 class UnsupportedRequest(BiPatchError, ValueError):
-    """A request uses an option that bi_patch does not cover. A server reports a bad request, as for any ValueError."""
+    """A request uses an option that bi_patch does not cover. A server answers that it is a bad request."""
 
 
 class CertificateFailed(BiPatchError):

@@ -3,6 +3,8 @@
 BI_PATCH              1 (default): arm. 0: leave vLLM as it is, whatever else is set
 BI_PATCH_FORM         hooks (default): import hooks close the patch points. patches: only patched modules close them
 BI_PATCH_PLATFORM     cpu, cuda or ascend: use this platform instead of the detected platform, e.g. without its device
+BI_PATCH_UNSEEDED     the seed of a sampled request that has none. random (default): a random seed. derive: a seed
+                      derived from the request. refuse: the request is a bad request
 BI_PATCH_CACHE        the folder of certificates and built kernels (default: ~/.cache/bi_patch)
 BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas, to plant a fault. No engine starts
 BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
@@ -22,6 +24,7 @@ from bi_patch.platforms import releases
 
 PLATFORMS = tuple(releases.BY_PLATFORM)
 FORMS = ("hooks", "patches")
+UNSEEDED = ("random", "derive", "refuse")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Settings:
     cache: Path = Path("~/.cache/bi_patch")
     leave_open: frozenset[str] = frozenset()
     allow_open: bool = False
+    unseeded: str = "random"
 
     def leaves_open(self, seam: str) -> bool:
         """Whether BI_PATCH_LEAVE_OPEN names the seam or its area."""
@@ -46,6 +50,7 @@ _NAMES = {
     "BI_PATCH_CACHE",
     "BI_PATCH_LEAVE_OPEN",
     "BI_PATCH_ALLOW_OPEN",
+    "BI_PATCH_UNSEEDED",
 }
 
 
@@ -69,6 +74,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         cache=Path(env.get("BI_PATCH_CACHE") or _DEFAULT_CACHE).expanduser(),
         leave_open=frozenset(n.strip() for n in env.get("BI_PATCH_LEAVE_OPEN", "").split(",") if n.strip()),
         allow_open=_choice(env, "BI_PATCH_ALLOW_OPEN", ("0", "1")) == "1",
+        unseeded=_choice(env, "BI_PATCH_UNSEEDED", UNSEEDED),
     )
 
 

@@ -128,7 +128,9 @@ def arithmetic():
             else:
                 scored = [-float(i + 1) for i in range(1, len(request.prompt))]
             made = [-float(len(request.prompt) + i + 1) - batch * 1e-3 for i in range(count)]
-            return Answer(ids[len(request.prompt) :], made, [[] for _ in made], scored, [[] for _ in scored])
+            tops = [[] for _ in made], [[] for _ in scored]
+            seed = (request.seed or 7) if request.temperature else None
+            return Answer(ids[len(request.prompt) :], made, tops[0], scored, tops[1], seed=seed)
 
         def reset_cache(self):
             self.warm.clear()

@@ -36,17 +36,19 @@ class Finding:
     how: str
 
 
-def inspect(*, load: bool = True) -> list[Finding]:
+def inspect(*, load: bool = True, large: bool = True) -> list[Finding]:
     """A finding for every seam and variable of this process's plan. Empty if the process is not armed.
 
     load: first import the modules that hold seams, so that no seam is open only because its module is not loaded.
+    large: also the modules of seams that close on import (Seam.on_import). Without it, such a seam counts as closed
+    until its module is loaded.
     """
     current = process.state()
     if current is None:
         return []
     findings = []
     for planned in current.plan.seams:
-        status, reason = _look(current, planned, load)
+        status, reason = _look(current, planned, load, large)
         seam = planned.seam
         findings.append(
             Finding(seam.name, seam.area, str(planned.target), status, reason, seam.required, seam.why, seam.how)
@@ -76,7 +78,7 @@ def check() -> None:
                 "or set BI_PATCH=0 to use vLLM's own mode"
             )
         return
-    findings = inspect()
+    findings = inspect(large=False)
     open_seams = [f for f in findings if f.status == OPEN and f.required]
     if open_seams and not current.settings.allow_open:
         lines = "\n".join(f"  {f.name} at {f.target}: {f.reason}" for f in open_seams)
@@ -115,10 +117,12 @@ def check_worker(config: Any) -> None:
     check_platform()
 
 
-def _look(current: process.State, planned: Planned, load: bool) -> tuple[str, str]:
+def _look(current: process.State, planned: Planned, load: bool, large: bool) -> tuple[str, str]:
     target = planned.target
     if current.settings.leaves_open(planned.seam.name):
         return OPEN, "BI_PATCH_LEAVE_OPEN leaves it open"
+    if not large and planned.seam.on_import and target.module not in sys.modules:
+        return CLOSED, "as soon as its module is loaded"
     if load:
         try:
             importlib.import_module(target.module)

@@ -68,6 +68,8 @@ class Seam(_Declared):
     required: no engine starts while the seam is open. `bi-patch status` shows an optional seam that is open.
     serves: names of vLLM's layer classes, or of their base classes, for whose operations this seam is responsible.
     op: the module of ops/ that computes for this seam, if the seam's own code can have left the stack by then.
+    on_import: the start-up check does not load the target's module, because the module is large, and only some
+    processes need it. The seam closes where the module is loaded.
     """
 
     targets: tuple[Target, ...]
@@ -78,6 +80,7 @@ class Seam(_Declared):
     causes: tuple[int, ...] = ()
     serves: tuple[str, ...] = ()
     op: str = ""
+    on_import: bool = False
 
     def target(self, release: Version) -> Target | None:
         """The seam's place in `release`, or None if that release does not need the seam."""

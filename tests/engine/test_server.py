@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, BadRequestError
 
 from bi_patch.errors import ServerFailed
 from bi_patch.tools.models import recipes
@@ -63,6 +63,8 @@ def server(model, cache, tmp_path_factory):
         "--max-num-batched-tokens",
         "256",
         "--enforce-eager",
+        "--chat-template",
+        "{{ messages[0]['content'] }}",
     ]
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -185,6 +187,51 @@ def test_256_clients_get_their_solo_answers(server):
     assert states["chunk budget"] == states["restart"] == report.NOT_APPLICABLE
     clients = next(axis for axis in found.axes if axis.name == "concurrent clients")
     assert clients.state == report.PASSED and clients.pairs == 512 and clients.compared > 10_000
+
+
+def test_unseeded_answers_name_their_seeds_and_can_be_replayed(server):
+    """Completions and chat, whole and streamed, with two answers to each request, beside one another."""
+    url, folder, _ = server
+    asked = {"model": folder, "temperature": 1.0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+
+    async def complete(client, stream, **given):
+        made = await client.completions.create(prompt=[5, 6, 7], stream=stream, **asked, **given)
+        return await read(made, stream, lambda choice: choice.text)
+
+    async def chat(client, stream, **given):
+        messages = [{"role": "user", "content": "the cat"}]
+        made = await client.chat.completions.create(messages=messages, stream=stream, **asked, **given)
+        part = "delta" if stream else "message"
+        return await read(made, stream, lambda choice: getattr(choice, part).content or "")
+
+    async def read(made, stream, text):
+        """The text and the seed of each answer."""
+        if not stream:
+            return [(text(choice), choice.seed) for choice in made.choices]
+        texts, seeds = {}, {}
+        async for event in made:
+            for choice in event.choices:
+                texts[choice.index] = texts.get(choice.index, "") + text(choice)
+                assert choice.finish_reason is None or choice.seed is not None
+                if choice.finish_reason:
+                    seeds[choice.index] = choice.seed
+        return [(texts[i], seeds[i]) for i in sorted(texts)]
+
+    async def main():
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            kinds = [(ask, stream) for ask in (complete, chat) for stream in (False, True)] * 2
+            together = await asyncio.gather(*(ask(client, stream, n=2) for ask, stream in kinds))
+            for (ask, stream), answers in zip(kinds, together):
+                (_, first), (_, second) = answers
+                assert second == first + 1
+                for answer in answers:
+                    assert await ask(client, not stream, seed=answer[1]) == [answer]
+            drawn = [seed for answers in together for _, seed in answers]
+            assert len(set(drawn)) == len(drawn) == 16
+            with pytest.raises(BadRequestError, match="more than 64 bits"):
+                await complete(client, False, seed=2**63 - 1, n=2)
+
+    asyncio.run(main())
 
 
 def test_a_server_that_refuses_or_is_down_is_named(server):

@@ -11,7 +11,7 @@ from bi_patch.errors import SettingError
 def test_defaults():
     read = settings.read({})
     assert read.enabled and read.form == "hooks" and read.platform is None
-    assert not read.leave_open and not read.allow_open
+    assert not read.leave_open and not read.allow_open and read.unseeded == "random"
 
 
 def test_values():
@@ -28,6 +28,7 @@ def test_values():
         ({"BI_PATCH": "yes"}, "BI_PATCH='yes'"),
         ({"BI_PATCH_FORM": "magic"}, "'hooks' or 'patches'"),
         ({"BI_PATCH_PLATFORM": "tpu"}, "'cpu' or 'cuda' or 'ascend'"),
+        ({"BI_PATCH_UNSEEDED": "seed"}, "'random' or 'derive' or 'refuse'"),
         ({"BI_PATCH_CASHE": "/x"}, "BI_PATCH_CASHE"),
         ({"VLLM_BATCH_INVARIANT": "true"}, "VLLM_BATCH_INVARIANT='true'"),
     ],

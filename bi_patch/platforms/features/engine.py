@@ -113,7 +113,7 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(_CPU),
         cuda=served(_H100, _H100_NEWEST),
         ascend=untried(_NO_NPU),
-        details="Unseeded requests share one random generator, as in stock vLLM.",
+        details="A sampled request without a seed gets a seed of its own, and the answer names the seed.",
     ),
     row(
         "prefix caching, chunked prefill, preemption",

@@ -1,41 +1,93 @@
-"""Requests: refuse by name, as a bad request, an option that no seam covers."""
+"""Requests: refuse by name, as a bad request, an option that no seam covers.
+
+The front end checks first, so that a server answers with the status of a bad request. The engine core checks every
+request again, since clients other than vLLM's Python front end send requests to it as well.
+"""
 
 import functools
 
-from bi_patch.errors import UnsupportedRequest
+from bi_patch import settings
+from bi_patch.seams.common import seeds
+from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
 
-def _checked(original):
-    """InputProcessor._validate_params: refuse options whose answer depends on what else the engine does."""
+def check(config, params) -> None:
+    """Raise UnsupportedRequest for options whose answer depends on what else the engine does.
 
-    @functools.wraps(original)
-    def _validate_params(self, params, *args, **kwargs):
-        found = [name for name, asked in _uncovered(self.vllm_config, params).items() if asked]
-        if found:
-            raise UnsupportedRequest(
-                f"requests.parameters: batch invariance does not cover {'; nor '.join(found)}. Leave it out, or start "
-                "the engine with BI_PATCH=0"
-            )
-        return original(self, params, *args, **kwargs)
-
-    return _validate_params
+    config: the engine's VllmConfig. params: SamplingParams or PoolingParams.
+    """
+    found = [name for name, asked in _uncovered(config, params).items() if asked]
+    if found:
+        raise bad_request(
+            f"requests.parameters: batch invariance does not cover {'; nor '.join(found)}. Leave it out, or start "
+            "the engine with BI_PATCH=0"
+        )
+    found = [name for name, asked in _wrong_seed(params).items() if asked]
+    if found:
+        raise bad_request(f"requests.parameters: the request has {'; and '.join(found)}. Give it another seed")
+    if seeds.lacks_seed(params) and settings.read().unseeded == "refuse":
+        raise bad_request(
+            "requests.parameters: the request samples without a seed, and BI_PATCH_UNSEEDED=refuse. Give it a seed, or "
+            "temperature 0"
+        )
 
 
 def _uncovered(config, params) -> dict[str, bool]:
     """Each option that bi_patch does not cover, and whether a request's sampling or pooling parameters use it."""
     first_runner = not config.use_v2_model_runner
+    cached = getattr(params, "skip_reading_prefix_cache", None) is False
     prompt = getattr(params, "prompt_logprobs", None) is not None
+    scored = getattr(params, "prompt_logprob_token_ids", None) is not None
+    fast = bool(getattr(config.cache_config, "kv_sharing_fast_prefill", False))
     return {
         # After a preemption, vLLM makes the state of the budget anew from the prompt alone.
         "thinking_token_budget with model runner V1": first_runner
         and getattr(params, "thinking_token_budget", None) is not None,
         # Cached positions have no logprobs: V1 returns stale memory for these positions, V2 leaves their rows out.
-        "prompt_logprobs with skip_reading_prefix_cache=False": prompt
-        and getattr(params, "skip_reading_prefix_cache", None) is False,
-        "prompt_logprobs with --kv-sharing-fast-prefill": prompt
-        and bool(getattr(config.cache_config, "kv_sharing_fast_prefill", False)),
+        "prompt_logprobs with skip_reading_prefix_cache=False": prompt and cached,
+        "prompt_logprob_token_ids with skip_reading_prefix_cache=False": scored and cached,
+        "prompt_logprobs with --kv-sharing-fast-prefill": prompt and fast,
     }
+
+
+def _wrong_seed(params) -> dict[str, bool]:
+    """Each fault of a request's seed, and whether its parameters have the fault."""
+    seed = getattr(params, "seed", None)
+    if seed is None:
+        return {}
+    last = seed + (params.n or 1) - 1  # answer i of a request has the seed `seed + i`
+    return {
+        # Such a seed does not fit into the worker's tensor, which would stop the whole engine.
+        "a seed of more than 64 bits": not -(2**63) <= seed <= last < 2**63,
+        "a range of n seeds that holds -1, which vLLM reads as no seed": seed <= -1 <= last,
+    }
+
+
+def _checked(original):
+    """InputProcessor._validate_params: refuse a request in the front end."""
+
+    @functools.wraps(original)
+    def _validate_params(self, params, *args, **kwargs):
+        check(self.vllm_config, params)
+        return original(self, params, *args, **kwargs)
+
+    return _validate_params
+
+
+def _checked_in_core(original):
+    """EngineCore.preprocess_add_request: refuse a request in the engine core, and give it its seed."""
+
+    @functools.wraps(original)
+    def preprocess_add_request(self, request, *args, **kwargs):
+        # The original comes first: it keeps the core's multimodal cache in step with the front end's.
+        added = original(self, request, *args, **kwargs)
+        if not request.abort_immediately:  # such a request only frees what another engine holds for it
+            check(self.vllm_config, request.params)
+            seeds.settle(self, request, added[0])
+        return added
+
+    return preprocess_add_request
 
 
 SEAMS = (
@@ -48,5 +100,16 @@ SEAMS = (
         until="upstream keeps the state of a thinking budget over a preemption, and computes all prompt logprobs "
         "(https://github.com/vllm-project/vllm/issues/42019)",
         causes=(8, 9),
+    ),
+    Seam(
+        name="requests.core",
+        targets=(Target("vllm.v1.engine.core", "EngineCore.preprocess_add_request"),),
+        close=_checked_in_core,
+        why="vLLM checks requests in its Python front end only. The Rust front end and other clients send requests to "
+        "the engine core directly",
+        how="the engine core makes the same check. A refused request is answered with an error, and other requests go "
+        "on. A sampled request without a seed gets its seed here if the front end gave it none",
+        until="upstream validates requests in the engine core",
+        causes=(8, 9, 29),
     ),
 )

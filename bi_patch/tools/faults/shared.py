@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import random
 from collections.abc import Iterator
 
 import torch
@@ -268,6 +270,23 @@ def one_generator(engine: LocalEngine):
         return forward
 
     return replaced(sampler, "forward", wrap)
+
+
+def seeds_on_arrival(engine: LocalEngine):
+    """The runner draws the seed of each sampled request when the request arrives there, from one stream for all."""
+    stream = random.Random(0)
+
+    def execute(held):
+        def execute_model(scheduler_output, *args, **kwargs):
+            for new in scheduler_output.scheduled_new_reqs:
+                if new.sampling_params is not None and new.sampling_params.seed is not None:
+                    new.sampling_params = copy.copy(new.sampling_params)
+                    new.sampling_params.seed = stream.randrange(2**52)
+            return held(scheduler_output, *args, **kwargs)
+
+        return execute_model
+
+    return replaced(model_runner(engine), "execute_model", execute)
 
 
 def ties_by_rows(engine: LocalEngine):
@@ -570,6 +589,17 @@ FAULTS = (
         BOTH,
         "topk_topp_sampler",
         seam=_DRAW,
+    ),
+    Fault(
+        "seeds drawn on arrival",
+        29,
+        seeds_on_arrival.__doc__,
+        "unseeded sets",
+        seeds_on_arrival,
+        BOTH,
+        "sampler",
+        "seed",
+        seam={"cpu": "seeds.request", "cuda": "seeds.request"},
     ),
     Fault(
         "fewer bits in products",

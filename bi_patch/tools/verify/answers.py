@@ -16,7 +16,7 @@ class AnswerIncomplete(BiPatchError):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One request. Greedy unless temperature > 0. A sampled request needs a seed, or its answers cannot be compared.
+    """One request. Greedy unless temperature > 0. Two answers to a sampled request are comparable if it has a seed.
 
     prompt: token ids. logprobs, prompt_logprobs: the number of top alternatives besides the chosen token, None for no
     logprobs (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: token ids whose logprobs replace the
@@ -62,7 +62,8 @@ class Answer(msgspec.Struct, frozen=True):
     prompt positions 1 .. len(prompt) - 1; empty when the request did not ask. digests: for each generated token a hash
     of its whole row of logits, over the full vocabulary; empty when the request did not ask. experts: for each position
     of the prompt and of the generated tokens but the last, the experts of every layer as hexadecimal text; empty where
-    the engine returns none.
+    the engine returns none. seed: the seed that the engine names for a sampled answer, None where it names none; it
+    is not compared.
     """
 
     tokens: list[int]
@@ -73,6 +74,7 @@ class Answer(msgspec.Struct, frozen=True):
     text: str = ""
     digests: list[str] = []
     experts: list[str] = []
+    seed: int | None = None
 
 
 class Difference(msgspec.Struct, frozen=True):

@@ -305,7 +305,7 @@ class LocalEngine:
             threads=torch.get_num_threads(),
             block_size=config.cache_config.block_size,
             vocab_size=config.model_config.get_vocab_size(),
-            open_seams=tuple(f.name for f in startup.inspect() if f.status == startup.OPEN and f.required),
+            open_seams=tuple(f.name for f in startup.inspect(large=False) if f.status == startup.OPEN and f.required),
             platform=short_name(device) if on_gpu else "cpu",
             capture_sizes=_captured(config),
             kv_blocks=config.cache_config.num_gpu_blocks or 0,
@@ -390,6 +390,7 @@ def _answer(output, digests: list[str] | None = None) -> Answer:
         text=completion.text,
         digests=digests or [],
         experts=_experts(completion),
+        seed=getattr(completion, "seed", None),
     )
 
 

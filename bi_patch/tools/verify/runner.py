@@ -19,6 +19,7 @@ from bi_patch.tools.verify.trace import (
     LOGPROBS,
     RETURNED,
     SAMPLE,
+    SEED,
     WIDTH,
     Rows,
     Tracer,
@@ -226,6 +227,7 @@ class Attached:
             row, _, count, position = place
             sizes = frozenset({logits.shape[0]})
             rows = Rows(self._step, SAMPLE, sizes, row, 1, position + count - 1)
+            self._record_seed(rows)
             with self._tracer.phase(rows):
                 result = held(logits, *args, **kwargs)
             self._logprob_rows = None
@@ -233,6 +235,16 @@ class Attached:
             return result
 
         return _sample
+
+    def _seed(self) -> int | None:
+        """The seed with which the runner samples the target, None for a greedy target."""
+        return self._runner.requests[self._target].sampling_params.seed
+
+    def _record_seed(self, rows: Rows) -> None:
+        seed = self._seed()
+        if seed is not None:
+            one = Rows(rows.step, SAMPLE, frozenset({1}), 0, 1, rows.position)
+            self._tracer.record(SEED, [torch.tensor([seed], dtype=torch.int64)], rows=one, module="sampler")
 
     def _prompt_logprobs(self, held):
         def _get_prompt_logprobs_dict(hidden_states, *args, **kwargs):
@@ -396,6 +408,7 @@ class AttachedV2(Attached):
             first, _, count, position = place
             sizes = frozenset({int(input_batch.logits_indices.shape[0])})
             rows = Rows(self._step, SAMPLE, sizes, first, 1, position + count - 1)
+            self._record_seed(rows)
             with self._tracer.phase(rows):
                 result = held(hidden_states, input_batch, *args, **kwargs)
             self._tracer.record("sampled token", [result[0].sampled_token_ids], rows=rows, module="sampler")
@@ -415,6 +428,10 @@ class AttachedV2(Attached):
             return result
 
         return compute_prompt_logprobs
+
+    def _seed(self) -> int | None:
+        states, state = self._runner.sampler.sampling_states, int(self._batch.idx_mapping_np[self._row()])
+        return int(states.seeds.np[state]) if states.temperature.np[state] else None
 
     def _blocks(self, full: int) -> torch.Tensor:
         state = int(self._batch.idx_mapping_np[self._row()])

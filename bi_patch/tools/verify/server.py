@@ -292,6 +292,7 @@ def _answer(choice, request: Request, url: str) -> Answer:
         prompt_logprobs=scored,
         prompt_top=[list(entry.items()) for entry in prompt],
         text=choice.text,
+        seed=given.get("seed"),
     )
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 WIDTH = 8  # bytes of a row's digest
 FORWARD, LOGITS, LOGPROBS, SAMPLE, RETURNED = PHASES = ("forward", "logits", "logprobs", "sample", "returned")
 CACHE = "KV cache"  # the op of a call that records what a layer is about to read from its cache
+SEED = "request's seed"  # the op of a call that records the seed with which the runner samples
 MODULE = "(module)"  # the op of a call that records a module's own output
 # Ops that are not recorded: they return unwritten memory, or random numbers that need not be the target's own.
 _UNDEFINED = ("empty", "rand", "exponential", "uniform", "normal", "bernoulli")

@@ -62,3 +62,16 @@ def test_a_copy_that_something_else_took_the_place_of_opens_the_seam(modules):
     switch.close_module(home)
     user.renamed = lambda: "theirs"
     assert looked()[0] == startup.OPEN and "check_user holds no copy of the replacement" in looked()[1]
+
+
+def test_a_large_module_that_no_process_loaded_is_not_loaded_by_the_check(modules, monkeypatch):
+    (planned,) = process.state().plan.seams
+    lazy = Seam(**{**vars(planned.seam), "on_import": True})
+    plan = Plan(BY_PLATFORM["cpu"][-1], "cpu", (Planned(lazy, planned.target),), (), ())
+    monkeypatch.setattr(process, "_state", process.State(Settings(), plan, None))
+    (finding,) = startup.inspect(large=False)
+    assert finding.status == startup.OPEN  # the module is loaded, and nobody closed the seam
+    monkeypatch.delitem(sys.modules, "check_home")
+    (finding,) = startup.inspect(large=False)
+    assert (finding.status, finding.reason) == (startup.CLOSED, "as soon as its module is loaded")
+    assert startup.inspect()[0].status == startup.OPEN

@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
-from bi_patch.errors import UnsupportedRequest
-from bi_patch.seams.common import requests
+from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
+from bi_patch.seams.common import requests, seeds
 
 
 def ask(v2=False, fast_prefill=False, **parameters):
@@ -21,12 +22,22 @@ def ask(v2=False, fast_prefill=False, **parameters):
         ({"thinking_token_budget": 5}, "thinking_token_budget with model runner V1"),
         ({"prompt_logprobs": 0, "skip_reading_prefix_cache": False}, "skip_reading_prefix_cache=False"),
         ({"v2": True, "fast_prefill": True, "prompt_logprobs": 1}, "--kv-sharing-fast-prefill"),
+        (
+            {"v2": True, "prompt_logprob_token_ids": [[1]], "skip_reading_prefix_cache": False},
+            "prompt_logprob_token_ids with skip_reading_prefix_cache=False",
+        ),
+        ({"seed": 2**63, "n": 1}, "more than 64 bits"),
+        ({"seed": -(2**63) - 1, "n": 1}, "more than 64 bits"),
+        ({"seed": 2**63 - 2, "n": 3}, "more than 64 bits"),
+        ({"seed": -3, "n": 3}, "holds -1"),
     ],
 )
 def test_it_is_refused_by_name_as_a_bad_request(given, said):
     with pytest.raises(UnsupportedRequest, match=said) as caught:
         ask(**given)
-    assert isinstance(caught.value, ValueError)  # a server answers 400
+    # A server answers 400 to these two, depending on the release of vLLM.
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, VLLMValidationError)
+    assert type(caught.value).__name__ == "UnsupportedRequest"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +47,103 @@ def test_it_is_refused_by_name_as_a_bad_request(given, said):
         {"v2": True, "thinking_token_budget": 5},
         {"prompt_logprobs": 1, "skip_reading_prefix_cache": None},
         {"fast_prefill": True, "prompt_logprobs": None, "thinking_token_budget": None},
+        {"seed": 2**63 - 3, "n": 3},
+        {"seed": -3, "n": 2},
+        {"seed": None, "n": 2, "temperature": 1.0},
     ],
 )
 def test_all_else_passes(given):
     assert ask(**given) == "passed"
+
+
+def test_refuse_names_requests_that_sample_without_a_seed(monkeypatch):
+    monkeypatch.setenv("BI_PATCH_UNSEEDED", "refuse")
+    with pytest.raises(UnsupportedRequest, match="BI_PATCH_UNSEEDED=refuse"):
+        ask(seed=None, n=1, temperature=0.5)
+    assert ask(seed=None, n=1, temperature=0.0) == ask(seed=4, n=1, temperature=0.5) == "passed"
+
+
+class Params:
+    """The fields of vLLM's SamplingParams that the engine core's seam reads."""
+
+    __struct_fields__ = ("temperature", "seed", "n", "extra_args", "_private")
+
+    def __init__(self, **given):
+        vars(self).update({"temperature": 1.0, "seed": None, "n": 1, "extra_args": None, "_private": object(), **given})
+
+
+class Core:
+    """An engine core that records what it preprocessed."""
+
+    def __init__(self):
+        cache = SimpleNamespace(kv_sharing_fast_prefill=False)
+        model = SimpleNamespace(seed=0)
+        self.vllm_config = SimpleNamespace(use_v2_model_runner=True, cache_config=cache, model_config=model)
+        self.seen = []
+
+    def add(self, params, **given):
+        request = SimpleNamespace(
+            **{
+                "abort_immediately": False, "resumable": False, "prompt_token_ids": [1, 2], "prompt_embeds": None,
+                "prompt_is_token_ids": None, "mm_features": None, "lora_request": None, "cache_salt": None, **given,
+            },
+            params=params,
+            sampling_params=params,
+        )  # fmt: skip
+
+        def original(core, request):
+            core.seen.append(request)
+            return SimpleNamespace(sampling_params=request.sampling_params, trace_headers={"traceparent": "x"}), 0
+
+        return requests._checked_in_core(original)(self, request)[0]
+
+
+def test_the_core_draws_a_seed_and_returns_it_in_the_trace_headers():
+    core, params = Core(), Params()
+    found = [core.add(params) for _ in range(2)]
+    assert params.seed is None and found[0].sampling_params.seed != found[1].sampling_params.seed
+    assert found[0].trace_headers == {"traceparent": "x", seeds.HEADER: str(found[0].sampling_params.seed)}
+    for own in (Params(seed=5), Params(temperature=0.0)):
+        kept = core.add(own)
+        assert kept.sampling_params is own and kept.trace_headers == {"traceparent": "x"}
+
+
+def test_the_core_derives_seeds_from_requests(monkeypatch):
+    monkeypatch.setenv("BI_PATCH_UNSEEDED", "derive")
+    first, second = Core(), Core()
+    expected = [first.add(Params()).sampling_params.seed for _ in range(3)]
+    others = [
+        {"cache_salt": "salt"},
+        {"lora_request": SimpleNamespace(lora_name="adapter")},
+        {
+            "mm_features": [
+                SimpleNamespace(identifier="image", mm_position=SimpleNamespace(offset=1, length=4)),
+            ]
+        },
+    ]
+    found = []
+    for other in [*others, {}]:
+        found.append(second.add(Params(), **other).sampling_params.seed)
+    assert len({*expected, *found}) == 6 and found[-1] == expected[0]
+    with pytest.raises(UnsupportedRequest, match="holds object, from which no seed can be derived"):
+        second.add(Params(extra_args={"own": object()}))
+    transfer = Params(extra_args={"kv_transfer_params": {"remote": "a"}})
+    assert Core().add(transfer).sampling_params.seed == Core().add(Params(extra_args={})).sampling_params.seed
+
+
+def test_the_core_refuses_after_it_kept_its_multimodal_cache_in_step():
+    core = Core()
+    with pytest.raises(UnsupportedRequest, match="more than 64 bits"):
+        core.add(Params(seed=2**64))
+    with pytest.raises(UnsupportedRequest, match="streams its input"):
+        core.add(Params(), resumable=True)
+    assert len(core.seen) == 2
+    assert core.add(Params(seed=2**64), abort_immediately=True)  # it only frees what another engine holds
+
+
+def test_derived_seeds_need_one_engine_core(monkeypatch):
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=2))
+    seeds._one_core(config)
+    monkeypatch.setenv("BI_PATCH_UNSEEDED", "derive")
+    with pytest.raises(UnsupportedFeature, match="BI_PATCH_UNSEEDED=derive counts"):
+        seeds._one_core(config)

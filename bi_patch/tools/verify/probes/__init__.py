@@ -59,6 +59,7 @@ from bi_patch.tools.verify.probes.scores import (
     sampled,
     sampling_kinds,
     tied,
+    unseeded,
 )
 
 __all__ = [
@@ -83,6 +84,11 @@ __all__ = [
     "needs_length",
     "prefix_cache",
 ]
+
+
+def _names_no_seed(engine: Engine) -> str:
+    return "vLLM names no seed in an answer" if engine.info.mode == "stock" else ""
+
 
 # On the base engine.
 PROBES = (
@@ -154,6 +160,14 @@ PROBES = (
         (21,),
         needs_company,
         seconds=1,
+    ),
+    Probe(
+        "unseeded sets",
+        "sampled requests without seeds, each replayed alone from its answer's seed",
+        unseeded,
+        (29,),
+        either(needs_company, _names_no_seed),
+        seconds=3,
     ),
     Probe(
         "long prompt",

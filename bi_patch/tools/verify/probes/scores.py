@@ -65,6 +65,26 @@ def sampling_kinds(run: Run) -> Iterator[Case]:
     yield from run.each(batch, places)
 
 
+def unseeded(run: Run) -> Iterator[Case]:
+    """Unseeded requests, three identical ones of each subject, in one batch: each is replayed alone with its seed.
+
+    Raises NotExercised when the engine names no seed of an answer.
+    """
+    load = run.workload
+    batch = [run.greedy(i).but(temperature=1.0, top_p=0.95) for i in run.subjects for _ in range(3)]
+    places = range(len(batch))
+    batch += [load.filler(i, temperature=float(i % 2), seed=i % 3 or None) for i in range(5)]
+    answers = run.together(batch)
+    if any(answers[place].seed is None for place in places):
+        raise NotExercised("unseeded: the engine names no seed of an answer, so nobody can replay the answer")
+    # With its seeds, the batch is the same again: the search for the first difference runs it once more.
+    again = [r.but(seed=a.seed) if r.temperature else r for r, a in zip(batch, answers)]
+    for place in places:
+        (replayed,) = run.alone([again[place]])
+        label = f"{load.label(place // 3)}, unseeded, answer {place % 3} of 3"
+        yield pair(label, Scenario.alone(again[place]), Scenario(again, place), replayed, answers[place])
+
+
 def logprob_orders(run: Run) -> Iterator[Case]:
     """Requests for no, few, many and prompt logprobs in one batch, in several orders.
 

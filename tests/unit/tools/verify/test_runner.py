@@ -48,7 +48,10 @@ class RunnerV2:
 
     def __init__(self):
         torch.manual_seed(0)
-        self.model, self.sampler = Model(), object()
+        self.model = Model()
+        held = {"seeds": np.array([7, 8]), "temperature": np.array([0.7, 1.0])}
+        states = SimpleNamespace(**{name: SimpleNamespace(np=values) for name, values in held.items()})
+        self.sampler = SimpleNamespace(sampling_states=states)
         self.prompt_logprobs_worker = PromptWorker()
         self.req_states = self.block_tables = None
         empty = SimpleNamespace(static_forward_context={})
@@ -114,7 +117,7 @@ def test_rows_are_found_in_a_batch_in_chunks_and_in_pieces_of_prompt_logits():
     for phase, op in (("forward", "aten.linear"), ("logits", "aten.linear"), ("logprobs", "aten.log_softmax")):
         assert rows(alone, phase, op) == rows(both, phase, op) == set(range(7)), (phase, op)
     assert [c.position for c in both if c.op == "sampled token"] == [6]
-    assert {c.op for c in both if c.phase == "sample"} >= {"aten.argmax", "sampled token"}
+    assert {c.op for c in both if c.phase == "sample"} >= {"request's seed", "aten.argmax", "sampled token"}
     assert any(c.phase == "returned" and c.position == 0 for c in both)
     embedded = [c for c in both if c.phase == "forward"]
     assert all(c.shape[0] in (8, 9, 4, 5) for c in embedded)

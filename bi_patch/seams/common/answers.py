@@ -1,0 +1,135 @@
+"""The OpenAI server's answers: each sampled choice names its seed, in the extra field `seed`."""
+
+import contextlib
+import functools
+import inspect
+import json
+
+from bi_patch.seams.model import Seam, Target
+
+_FINISHED = '"finish_reason":"'  # vLLM writes JSON without spaces; inside a text, the quotes would be escaped
+
+
+class _Noted:
+    """An iterator over engine outputs that notes the seed of each choice on the way.
+
+    outputs: yields RequestOutput, or (index of the prompt, RequestOutput). n: choices for each prompt.
+    seeds: number of the choice -> seed.
+    """
+
+    def __init__(self, outputs, n: int) -> None:
+        self._outputs, self._n = outputs, n
+        self.seeds: dict[int, int] = {}
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        item = await anext(self._outputs)
+        prompt, output = item if isinstance(item, tuple) else (0, item)
+        for completion in output.outputs:
+            seed = getattr(completion, "seed", None)
+            if seed is not None:
+                self.seeds[completion.index + prompt * self._n] = seed
+        return item
+
+
+def _noting(original, self, args, kwargs):
+    """The arguments of a server's generator, with its engine outputs noted on the way, and the notes."""
+    given = inspect.signature(original).bind(self, *args, **kwargs)
+    noted = _Noted(given.arguments["result_generator"], given.arguments["request"].n or 1)
+    given.arguments["result_generator"] = noted
+    return given, noted.seeds
+
+
+def _completion(original):
+    """OpenAIServingCompletion.request_output_to_completion_response: name the seed in each choice."""
+
+    @functools.wraps(original)
+    def request_output_to_completion_response(self, final_res_batch, *args, **kwargs):
+        response = original(self, final_res_batch, *args, **kwargs)
+        completions = (completion for output in final_res_batch for completion in output.outputs)
+        for choice, completion in zip(response.choices, completions, strict=True):
+            seed = getattr(completion, "seed", None)
+            if seed is not None:
+                choice.seed = seed
+        return response
+
+    return request_output_to_completion_response
+
+
+def _chat(original):
+    """OpenAIServingChat.chat_completion_full_generator: name the seed in each choice."""
+
+    @functools.wraps(original)
+    async def chat_completion_full_generator(self, *args, **kwargs):
+        given, seeds = _noting(original, self, args, kwargs)
+        response = await original(*given.args, **given.kwargs)
+        for choice in getattr(response, "choices", ()):  # an error has none
+            if choice.index in seeds:
+                choice.seed = seeds[choice.index]
+        return response
+
+    return chat_completion_full_generator
+
+
+def _stream(original):
+    """The generator of a stream's events: name the seed in the last event of each choice."""
+
+    @functools.wraps(original)
+    async def stream_generator(self, *args, **kwargs):
+        given, seeds = _noting(original, self, args, kwargs)
+        async with contextlib.aclosing(original(*given.args, **given.kwargs)) as events:
+            async for event in events:
+                yield _named(event, seeds) if _FINISHED in event else event
+
+    return stream_generator
+
+
+def _named(event: str, seeds: dict[int, int]) -> str:
+    """A server-sent event, with the seed in each choice that it finishes."""
+    chunk = json.loads(event.removeprefix("data: "))
+    for choice in chunk.get("choices", ()):
+        if choice.get("finish_reason") and choice["index"] in seeds:
+            choice["seed"] = seeds[choice["index"]]
+    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+_COMPLETION = "vllm.entrypoints.openai.completion.serving"
+_CHAT = "vllm.entrypoints.openai.chat_completion.serving"
+
+
+def _seam(name: str, module: str, target: str, close, how: str) -> Seam:
+    return Seam(
+        name=name,
+        targets=(Target(module, target),),
+        close=close,
+        why="a client can replay an answer only if it knows the seed of the answer",
+        how=how,
+        until="upstream returns the seed of each answer",
+        causes=(29,),
+        on_import=True,
+    )
+
+
+_CHOICE = "each sampled choice has the field `seed`"
+_LAST = "the last event of each sampled choice has the field `seed`"
+
+SEAMS = (
+    _seam(
+        "answers.completion",
+        _COMPLETION,
+        "OpenAIServingCompletion.request_output_to_completion_response",
+        _completion,
+        _CHOICE,
+    ),
+    _seam(
+        "answers.completion_stream",
+        _COMPLETION,
+        "OpenAIServingCompletion.completion_stream_generator",
+        _stream,
+        _LAST,
+    ),
+    _seam("answers.chat", _CHAT, "OpenAIServingChat.chat_completion_full_generator", _chat, _CHOICE),
+    _seam("answers.chat_stream", _CHAT, "OpenAIServingChat.chat_completion_stream_generator", _stream, _LAST),
+)
