@@ -30,11 +30,13 @@ class Backends:
         self._config = config
         self._make = make or _made
         self._held: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def prepare(self, name: str, tokenizer: Any) -> None:
         """Make the library's backend unless it exists. Raises ValueError for an unknown library."""
-        if name not in self._held:
-            self._held[name] = self._make(name, self._config, tokenizer)
+        with self._lock:
+            if name not in self._held:
+                self._held[name] = self._make(name, self._config, tokenizer)
 
     def of(self, name: str) -> _Compiler:
         """The compiler of the library's grammars. Raises KeyError for a library that was not prepared."""
@@ -72,7 +74,7 @@ class _Compiler:
 
 
 def _fill_part(fill: Any, width: int, bitmask: Any, index: int) -> None:
-    """Fill a row of the shared mask from a row of the library's own width: some tokenizers are larger than the model."""
+    """Fill a row of the shared mask from a row of the library's own width: a tokenizer can be larger than the model."""
     import torch
 
     row = torch.full((1, width), -1, dtype=torch.int32)
@@ -99,18 +101,28 @@ def _manager(original):
     return __init__
 
 
-def _choose(original):
-    """StructuredOutputManager.grammar_init: know the request's library, and make the library's backend."""
+def _choose(manager: Any, request: Any) -> str:
+    """The request's library, which is then ready to compile. A request of another client than vLLM's Python front end
+    names none: the rules of that front end choose it.
+
+    Raises ValueError for a grammar that no library takes.
+    """
+    params = request.sampling_params
+    asked = params.structured_outputs
+    if asked._backend in (None, "auto"):
+        asked._backend = None
+        params._validate_structured_outputs(manager.vllm_config.structured_outputs_config, manager.tokenizer)
+    manager.backend.prepare(asked._backend, manager.tokenizer)
+    return asked._backend
+
+
+def _init(original):
+    """StructuredOutputManager.grammar_init: choose the library first, while an error still belongs to the request."""
 
     @functools.wraps(original)
     def grammar_init(self, request, *args, **kwargs):
         if request.structured_output_request is not None:
-            params = request.sampling_params
-            asked = params.structured_outputs
-            if asked._backend in (None, "auto"):  # the request of a client without vLLM's Python front end
-                asked._backend = None
-                params._validate_structured_outputs(self.vllm_config.structured_outputs_config, self.tokenizer)
-            self.backend.prepare(asked._backend, self.tokenizer)
+            _choose(self, request)
         return original(self, request, *args, **kwargs)
 
     return grammar_init
@@ -121,8 +133,8 @@ def _compile(original):
 
     @functools.wraps(original)
     def _create_grammar(self, request, *args, **kwargs):
-        name = request.sampling_params.structured_outputs._backend
-        return original(Overlay(self, backend=self.backend.of(name)), request, *args, **kwargs)
+        library = self.backend.of(_choose(self, request))
+        return original(Overlay(self, backend=library), request, *args, **kwargs)
 
     return _create_grammar
 
@@ -184,8 +196,9 @@ SEAMS = (
     ),
     Seam(
         name="structured.choice",
-        targets=(Target(_MODULE, "StructuredOutputManager.grammar_init"),),
-        close=_choose,
+        # vLLM-Ascend 0.23 replaces this method itself; there, structured.compile chooses.
+        targets=(Target(_MODULE, "StructuredOutputManager.grammar_init", ">=0.26"),),
+        close=_init,
         why="a request that does not come from vLLM's Python front end names no grammar library",
         how="the engine chooses the library by the request alone, with the rules of vLLM's front end",
         until=_UNTIL,
@@ -208,8 +221,10 @@ SEAMS = (
                 f"{_MODULE}.utils",
                 "compile_regex_with_timeout",
                 ">=0.26",
-                copies=tuple(
-                    f"{_MODULE}.{name}" for name in ("backend_xgrammar", "backend_outlines", "backend_lm_format_enforcer")
+                copies=(
+                    f"{_MODULE}.backend_xgrammar",
+                    f"{_MODULE}.backend_outlines",
+                    f"{_MODULE}.backend_lm_format_enforcer",
                 ),
             ),
         ),
