@@ -22,6 +22,7 @@ class Request(msgspec.Struct, frozen=True):
     logprobs (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: token ids whose logprobs replace the
     top alternatives. delay: engine steps before the request arrives. top_k: 0 for all tokens. lora: the folder of a
     LoRA adapter, "" for none. digest: whether full rows of logits are digested; needs an engine with Options.digests.
+    grammar: vLLM's `structured_outputs` as JSON, "" for none.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +40,7 @@ class Request(msgspec.Struct, frozen=True):
     lora: str = ""
     digest: bool = False
     asked: tuple[int, ...] = ()
+    grammar: str = ""
 
     @property
     def alternatives(self) -> int | None:

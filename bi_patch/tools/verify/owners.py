@@ -19,6 +19,7 @@ _BY_OP = (
     ("all_reduce", ("communicator.one_stage",)),
     ("reduce_scatter", ("communicator.fusion",)),
     ("KV cache", ("attention.cpu_store",)),
+    ("grammar mask", ("structured.compile",)),
 )
 
 

@@ -230,9 +230,7 @@ def sentences(report: Report) -> list[str]:
 def _sign(said: object) -> str:
     """A sentence on what a server's /version says of bi_patch."""
     if not isinstance(said, dict):
-        return (
-            "The server is not armed: its /version gives no sign of bi_patch. It runs upstream's mode or stock vLLM."
-        )
+        return "The server is not armed: its /version gives no sign of bi_patch. It runs upstream's mode or stock vLLM."
     return f"The server says that it is armed: bi_patch {said.get('version')}, digest {str(said.get('digest'))[:12]}."
 
 

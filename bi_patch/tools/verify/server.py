@@ -150,6 +150,8 @@ class ServerEngine:
             extra["prompt_logprobs"] = request.prompt_logprobs
         if request.asked:
             extra["logprob_token_ids"] = list(request.asked)
+        if request.grammar:
+            extra["structured_outputs"] = json.loads(request.grammar)
         try:
             answer = await self._client.completions.create(
                 model=request.lora or self.options.model,

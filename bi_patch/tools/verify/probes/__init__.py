@@ -21,7 +21,7 @@ A probe raises NotExercised when the cause that it tests did not occur: no preem
 from __future__ import annotations
 
 from bi_patch.tools.verify.engine import HITS, PREEMPTIONS, Engine
-from bi_patch.tools.verify.probes import adapters, crossing, online
+from bi_patch.tools.verify.probes import adapters, crossing, grammars, online
 from bi_patch.tools.verify.probes.base import (
     Change,
     CrossProbe,
@@ -145,6 +145,14 @@ PROBES = (
         (21,),
         needs_company,
         seconds=2,
+    ),
+    Probe(
+        "structured output",
+        "grammars of two libraries side by side, in any order",
+        grammars.structured,
+        (28,),
+        either(needs_company, grammars.needs_tokenizer),
+        seconds=6,
     ),
     Probe(
         "long prompt",
