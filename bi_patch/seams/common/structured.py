@@ -108,11 +108,17 @@ def _choose(manager: Any, request: Any) -> str:
     Raises ValueError for a grammar that no library takes.
     """
     params = request.sampling_params
-    asked = params.structured_outputs
+    asked, tokenizer = params.structured_outputs, getattr(manager, "tokenizer", None)
     if asked._backend in (None, "auto"):
         asked._backend = None
-        params._validate_structured_outputs(manager.vllm_config.structured_outputs_config, manager.tokenizer)
-    manager.backend.prepare(asked._backend, manager.tokenizer)
+        config = manager.vllm_config
+        params.verify(
+            model_config=config.model_config,
+            speculative_config=config.speculative_config,
+            structured_outputs_config=config.structured_outputs_config,
+            tokenizer=tokenizer,
+        )
+    manager.backend.prepare(asked._backend, tokenizer)
     return asked._backend
 
 

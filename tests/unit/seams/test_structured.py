@@ -82,17 +82,16 @@ def test_an_unknown_library_is_named():
 def test_the_engine_core_chooses_for_a_client_that_did_not(named, chosen):
     """A client other than vLLM's Python front end names no library, and may not have checked the grammar."""
     asked = SimpleNamespace(_backend=named)
+    config = SimpleNamespace(model_config="model", speculative_config=None, structured_outputs_config="auto")
     seen = []
 
-    def validate(config, tokenizer):
-        assert asked._backend is None and (config, tokenizer) == ("config", "tokenizer")
+    def verify(**given):
+        assert asked._backend is None and given == vars(config) | {"tokenizer": "tokenizer"}
         asked._backend = "guidance"
 
     held = SimpleNamespace(prepare=lambda *given: seen.append(given), of=lambda name: f"the library {name}")
-    manager = SimpleNamespace(
-        vllm_config=SimpleNamespace(structured_outputs_config="config"), tokenizer="tokenizer", backend=held
-    )
-    params = SimpleNamespace(structured_outputs=asked, _validate_structured_outputs=validate)
+    manager = SimpleNamespace(vllm_config=config, tokenizer="tokenizer", backend=held)
+    params = SimpleNamespace(structured_outputs=asked, verify=verify)
     request = SimpleNamespace(structured_output_request=object(), sampling_params=params)
     structured._init(lambda self, request: None)(manager, request)
     compiled = structured._compile(lambda self, request: self.backend)(manager, request)
