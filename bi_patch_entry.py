@@ -1,8 +1,8 @@
 """The entry points of bi_patch: functions that other programs call by name without arming their process by accident.
 
 `import bi_patch` arms. This module stands beside the package, so that its callers can decide that themselves with
-`without_arming()`. The callers are the .pth file, vLLM's plugin loader, patched vLLM modules, the console script and
-pytest.
+`without_arming()`. The callers are the .pth file, vLLM's plugin loader, PyTorch, patched vLLM modules, the console
+script and pytest.
 """
 
 import importlib
@@ -50,6 +50,43 @@ class _Refusal:
         raise self._reason
 
 
+class _Unarmed:
+    """An import hook that raises SeamOpen when a process that is not armed loads the modules of vLLM's engine."""
+
+    _ENGINE = ("vllm.v1.engine.core", "vllm.v1.engine.core_client", "vllm.v1.worker.worker_base")
+
+    def find_spec(self, name, path=None, target=None):
+        if name in self._ENGINE and _asked_for() and not _armed():
+            without_arming()
+            from bi_patch.errors import SeamOpen
+
+            raise SeamOpen(
+                f"VLLM_BATCH_INVARIANT=1 asks for batch invariance, but bi_patch is not armed in this process "
+                f"({os.getpid()}). Import bi_patch before vllm, start the program with `bi-patch run -- ...`, or set "
+                "BI_PATCH=0 to use vLLM's own mode"
+            )
+        return None
+
+
+def _asked_for() -> bool:
+    return os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1" and os.environ.get("BI_PATCH", "1") != "0"
+
+
+def _armed() -> bool:
+    process = sys.modules.get("bi_patch.arming.process")
+    return process is not None and process.state() is not None
+
+
+def guard() -> None:
+    """PyTorch's entry point for backends: let no engine start unarmed where the .pth file does not arm.
+
+    This is so where bi_patch is only on PYTHONPATH. vLLM's plugin loader would call `check`, but VLLM_PLUGINS can leave
+    it out. The hook waits for the engine's modules: a later `import bi_patch`, or a patched vLLM, may still arm.
+    """
+    if _asked_for() and not _armed():
+        sys.meta_path.insert(0, _Unarmed())
+
+
 def autoload() -> None:
     """Arm at the start of an interpreter with VLLM_BATCH_INVARIANT=1, or make `import vllm` fail with the reason.
 
@@ -81,7 +118,7 @@ def _refuse(cause: Exception) -> None:
 
 def check() -> None:
     """vLLM's general plugin: run the start-up check in every vLLM process. Raises SeamOpen or AnchorMoved."""
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1" and os.environ.get("BI_PATCH", "1") != "0":
+    if _asked_for():
         without_arming()
         from bi_patch.arming import startup
 

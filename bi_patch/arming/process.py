@@ -1,13 +1,19 @@
 """The state of this process: the switch sets it, and all other code reads it."""
 
+from __future__ import annotations
+
 import os
 import threading
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from bi_patch.arming.ledger import Ledger
 from bi_patch.installed import Installed
 from bi_patch.seams.plan import Plan
 from bi_patch.settings import Settings
+
+if TYPE_CHECKING:
+    from bi_patch.arming.sign import Sign
 
 SWITCH = "VLLM_BATCH_INVARIANT"
 
@@ -17,7 +23,8 @@ class State:
     """The state of an armed process.
 
     Fields to read: `armed` (always True), `plan.release` (vLLM's release, a packaging Version), `plan.platform` (cpu,
-    cuda or ascend), `closed` and `open` (numbers of patch points). The other fields are internal.
+    cuda or ascend), `closed` and `open` (numbers of patch points), `engine` (what the engine core says of itself, None
+    before it is ready). The other fields are internal.
 
     A patch point is one place in vLLM that bi_patch replaces. bi_patch closes a patch point when vLLM loads its module,
     so every patch point is open before vLLM is loaded. The start-up check stops an engine with an open patch point.
@@ -30,6 +37,7 @@ class State:
     closed_modules: set[str] = field(default_factory=set)
     previous_environ: dict[str, str | None] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    engine: Sign | None = None
 
     @property
     def armed(self) -> bool:

@@ -1,8 +1,9 @@
 """The seams that run the start-up check: on the finished configuration, in every worker, and in the engine."""
 
+import dataclasses
 import functools
 
-from bi_patch.arming import startup, workers
+from bi_patch.arming import sign, startup, workers
 from bi_patch.seams import active
 from bi_patch.seams.model import Seam, Target
 
@@ -35,9 +36,51 @@ def _workers(original):
     @functools.wraps(original)
     def _initialize_kv_caches(self, *args, **kwargs):
         workers.check(self.model_executor)
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        sign.make(self.vllm_config, self.model_executor)
+        return result
 
     return _initialize_kv_caches
+
+
+def _ready(original):
+    """EngineCoreReadyResponse: the engine core's ready message, with the sign of the armed engine core."""
+
+    @dataclasses.dataclass
+    class EngineCoreReadyResponse(original):
+        bi_patch: "dict | None" = dataclasses.field(default_factory=sign.held)
+
+    EngineCoreReadyResponse.__module__ = original.__module__
+    EngineCoreReadyResponse.__qualname__ = original.__qualname__
+    return EngineCoreReadyResponse
+
+
+def _front_end(original):
+    """MPClient._apply_ready_response: check the engine core's sign before the front end sends it a request."""
+
+    @functools.wraps(original)
+    def _apply_ready_response(self, payload, *args, **kwargs):
+        sign.take(payload)
+        return original(self, payload, *args, **kwargs)
+
+    return _apply_ready_response
+
+
+def _version(original):
+    """register_instrumentator_api_routers: answer /version with the engine's sign. The first route of a path serves."""
+
+    @functools.wraps(original)
+    def register_instrumentator_api_routers(app, *args, **kwargs):
+        async def show_version():
+            from fastapi.responses import JSONResponse
+            from vllm.version import __version__
+
+            return JSONResponse({"version": __version__, "bi_patch": sign.held()})
+
+        app.add_api_route("/version", show_version, methods=["GET"])
+        return original(app, *args, **kwargs)
+
+    return register_instrumentator_api_routers
 
 
 SEAMS = (
@@ -67,5 +110,37 @@ SEAMS = (
         how="the engine asks every worker for its start-up check and its bi_patch. It stops if a worker is not armed, "
         "or is armed by another bi_patch",
         until="never: this patch point runs the start-up check",
+    ),
+    Seam(
+        name="engine.sign",
+        targets=(
+            Target(
+                "vllm.v1.engine",
+                "EngineCoreReadyResponse",
+                copies=("vllm.v1.engine.core", "vllm.v1.engine.core_client"),
+            ),
+        ),
+        close=_ready,
+        why="an engine core that is not armed gives no sign of it",
+        how="an armed engine core says so in its ready message: release and digest of bi_patch, patch points, "
+        "certificates",
+        until="never: this patch point runs the start-up check",
+    ),
+    Seam(
+        name="engine.front_end",
+        targets=(Target("vllm.v1.engine.core_client", "MPClient._apply_ready_response"),),
+        close=_front_end,
+        why="an armed front end would use an engine core that is not armed, e.g. on another node",
+        how="the front end stops if an engine core is not armed, or is armed by another bi_patch",
+        until="never: this patch point runs the start-up check",
+    ),
+    Seam(
+        name="engine.version",
+        targets=(Target("vllm.entrypoints.serve.instrumentator", "register_instrumentator_api_routers"),),
+        close=_version,
+        why="nobody can see from outside whether a server is armed",
+        how="the server's answer to /version has the field bi_patch, the engine core's sign",
+        until="never: this patch point shows that the server is armed",
+        required=False,
     ),
 )

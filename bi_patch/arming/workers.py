@@ -7,6 +7,7 @@ from typing import Any
 from bi_patch import identity
 from bi_patch.arming import process, startup
 from bi_patch.errors import BiPatchError, SeamOpen
+from bi_patch.ops.certificates import Counts, counts
 
 _CURE = (
     "Install the same bi_patch for every worker, and set VLLM_BATCH_INVARIANT=1 in the environment in which Ray or the "
@@ -36,3 +37,14 @@ def report(worker: Any) -> str:
     startup.check()
     current = process.state()
     return identity.digest() if current is not None else ""
+
+
+def certificates(executor: Any) -> Counts:
+    """The certificates of all workers, once their models are loaded."""
+    return sum((Counts(*held) for held in executor.collective_rpc(_certificates)), start=Counts())
+
+
+def _certificates(worker: Any) -> tuple[int, int, int]:
+    """In a worker: the numbers of its certificates, as plain numbers for the way between processes."""
+    held = counts()
+    return held.passed, held.failed, held.cached

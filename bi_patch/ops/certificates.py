@@ -24,6 +24,7 @@ from bi_patch.errors import CertificateFailed
 
 _log = logging.getLogger("vllm.bi_patch")
 _warned: set[str] = set()
+_obtained: dict[str, tuple[bool, bool]] = {}  # by the key's digest: whether it passed, whether it was read from disk
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -78,6 +79,17 @@ class Certificate(msgspec.Struct, frozen=True):
     microseconds: dict[str, dict[str, float]] = {}
     algorithms: list[list[int]] = []
     preferred: dict[int, list[int]] = {}
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """Numbers of certificates. cached: those that were read from disk, passed or failed."""
+
+    passed: int = 0
+    failed: int = 0
+    cached: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.passed + other.passed, self.failed + other.failed, self.cached + other.cached)
 
 
 class Tally:
@@ -137,9 +149,10 @@ def obtain(
     of the kernel that serves if the certificate fails, for the log's warning. Without `instead`, the caller hands the
     certificate to `require`. anew: make the certificate even if the disk has it.
     """
-    certificate = None if anew else load(folder, key)
+    certificate = held = None if anew else load(folder, key)
     if certificate is None:
         certificate = _made(folder, key, make)
+    _obtained[key.digest()] = certificate.passed, held is not None
     if not certificate.passed and instead and key.digest() not in _warned:
         _warned.add(key.digest())
         rows, passed = len(certificate.evidence.rows), len(certificate.passed_rows)
@@ -149,6 +162,12 @@ def obtain(
             *(key.operation, key.problem, some, certificate.evidence.first, instead),
         )
     return certificate
+
+
+def counts() -> Counts:
+    """The certificates that this process obtained, each counted once."""
+    passed = sum(good for good, _ in _obtained.values())
+    return Counts(passed, len(_obtained) - passed, sum(cached for _, cached in _obtained.values()))
 
 
 def require(made: Iterable[Certificate]) -> None:

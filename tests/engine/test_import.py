@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -43,14 +44,58 @@ if __name__ == "__main__":
         ask(prompts[:1], SamplingParams(prompt_logprobs=1, skip_reading_prefix_cache=False, **common))
     except ValueError as error:
         refused = str(error)
-    grammar = llm.llm_engine.vllm_config.structured_outputs_config.backend
-    print("RESULT", json.dumps([len(children), len(kernels), equal, kept, refused, grammar]))
+    print("RESULT", json.dumps([len(children), len(kernels), equal, kept, refused, grammars(llm, ask)]))
+"""
+GRAMMARS = """
+# For each kind of grammar: the library, and whether the answer alone equals the answers beside the others.
+def grammars(llm, ask):
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def schema(**more):
+        return {"type": "object", "properties": {"n": {"type": "integer", **more}}, "required": ["n"]}
+
+    tag = {"triggers": ["<f>"], "structures": [{"begin": "<f>", "schema": schema(), "end": "</f>"}]}
+    kinds = {
+        "multipleOf": {"json": schema(multipleOf=7)},
+        "schema": {"json": schema()},
+        "regex": {"regex": "[a-f]{3,9}[0-9]+x"},
+        "choice": {"choice": ["alpha", "beta"]},
+        "object": {"json_object": True},
+        "tag": {"structural_tag": json.dumps(tag)},
+        "pattern": {"json": {**schema(), "patternProperties": {"^k": {"type": "integer"}}}},
+    }
+
+    def made(kind):
+        given = {"structured_outputs": StructuredOutputsParams(**kinds[kind])} if kind else {}
+        return SamplingParams(temperature=0, max_tokens=10, logprobs=1, **given)
+
+    prompts = {k: {"prompt_token_ids": [(3 * i + j) % 1900 for j in range(7 + i)]} for i, k in enumerate([*kinds, ""])}
+    asked = {kind: made(kind) for kind in prompts}
+    alone = {kind: ask([prompts[kind]], asked[kind])[0] for kind in prompts}
+    told = {kind: [asked[kind].structured_outputs._backend if kind else "", True] for kind in prompts}
+    for order in (list(prompts), list(prompts)[::-1]):
+        answers = ask([prompts[kind] for kind in order], [made(kind) for kind in order])
+        for kind, answer in zip(order, answers):
+            told[kind][1] &= len(answer) > 0 and answer == alone[kind]
+    return told
+"""
+# Front end armed, engine core not: the child processes inherit BI_PATCH=0.
+UNARMED = """
+import bi_patch
+import os, sys
+from vllm import LLM
+
+if __name__ == "__main__":
+    del os.environ["VLLM_BATCH_INVARIANT"]
+    os.environ["BI_PATCH"] = "0"
+    LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=256)
 """
 
 
-def test_spawned_engine_processes_are_armed(model, cache, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+def run(script, source, model, cache):
+    """Run a script in a clean environment, with vLLM's engine core in a process of its own."""
+    script.write_text(source)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
     environ = clean | {
         "BI_PATCH_CACHE": str(cache),
@@ -60,13 +105,27 @@ def test_spawned_engine_processes_are_armed(model, cache, tmp_path):
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    done = subprocess.run(
-        [sys.executable, str(script), model(recipes.QWEN3)], env=environ, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, str(script), model(recipes.QWEN3)]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+
+
+def test_spawned_engine_processes_are_armed(model, cache, tmp_path):
+    done = run(tmp_path / "script.py", GRAMMARS + SCRIPT, model, cache)
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert results, done.stderr[-4000:]
-    children, kernels, equal, kept, refused, grammar = json.loads(results[0].removeprefix("RESULT"))
+    children, kernels, equal, kept, refused, grammars = json.loads(results[0].removeprefix("RESULT"))
     assert children >= 1 and kernels >= 1 and equal
     assert kept
     assert "requests.parameters" in refused and "skip_reading_prefix_cache" in refused
-    assert grammar == "xgrammar"
+    libraries = {"multipleOf": "guidance", "pattern": "outlines", "": ""}
+    kinds = ("multipleOf", "schema", "regex", "choice", "object", "tag", "pattern", "")
+    assert grammars == {kind: [libraries.get(kind, "xgrammar"), True] for kind in kinds}
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "bi_patch 0." in line and " armed: " in line]
+    assert len(said) == 2 and all(re.search(r"certificates: [1-9]\d* passed, ", line) for line in said), said
+    assert "engine core" in said[0] and "front end" in said[1]
+
+
+def test_a_front_end_stops_if_its_engine_core_is_not_armed(model, cache, tmp_path):
+    done = run(tmp_path / "script.py", UNARMED, model, cache)
+    assert done.returncode != 0 and "SeamOpen" in done.stderr
+    assert "the engine core is not armed, and its front end is armed" in done.stderr

@@ -31,7 +31,7 @@ START_SECONDS = 300
 
 @pytest.fixture(scope="module")
 def server(model, cache, tmp_path_factory):
-    """(base URL, model, process id) of a server whose engine core and worker run in their own processes."""
+    """(base URL, model, process id, log file) of a server whose engine core and worker run in their own processes."""
     folder = model(recipes.QWEN3)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -85,7 +85,7 @@ def server(model, cache, tmp_path_factory):
                 assert process.poll() is None, log.read_text()[-5000:]
                 assert time.monotonic() < deadline, log.read_text()[-5000:]
                 time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1", folder, process.pid
+        yield f"http://127.0.0.1:{port}/v1", folder, process.pid, log
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
@@ -105,7 +105,7 @@ def test_every_process_of_the_tree_is_armed(server):
 
 
 def test_concurrent_answers_equal_solo_answers(server):
-    url, folder, _ = server
+    url, folder, *_ = server
     source = random.Random(5)
     prompts = [[source.randrange(1900) for _ in range(n)] for n in (3, 17, 40, 150, 290, 700, 5, 64, 257, 1200, 31, 9)]
     kinds = [
@@ -176,6 +176,7 @@ def test_256_clients_get_their_solo_answers(server):
         "prefix cache",
         "aborts and stops",
         "logprobs in any order",
+        "structured output",
         "chunk budget",
         "restart",
     )
@@ -183,6 +184,11 @@ def test_256_clients_get_their_solo_answers(server):
     states = {axis.name: axis.state for axis in found.axes if axis.name in axes}
     assert found.exit_code == report.INVARIANT, found.verdict
     assert found.options is None and found.starts == 0 and not found.device, "nothing that the server did not say"
+    sign, logged = found.served["bi_patch"], server[3].read_text()
+    assert sign["platform"] == "cpu" and sign["closed"] == sign["seams"] > 0 and sign["certificates"]["passed"] > 0
+    assert f"it is armed: bi_patch {sign['version']}, digest {sign['digest'][:12]}" in " ".join(found.verdict)
+    for place in ("(engine core)", "(front end, as its engine core says)"):
+        assert f"digest {sign['digest'][:12]} {place}" in logged
     assert found.served["model"] == server[1] and found.served["max_model_len"] > 0 and found.vllm
     assert states["chunk budget"] == states["restart"] == report.NOT_APPLICABLE
     clients = next(axis for axis in found.axes if axis.name == "concurrent clients")

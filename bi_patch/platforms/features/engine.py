@@ -26,6 +26,11 @@ def _of_model(check: Callable[[Any], object], words: str) -> Callable[[Any], str
     return lambda config: words if config.model_config is not None and check(config.model_config) else ""
 
 
+def _weights(dtype: str) -> Callable[[Any], str]:
+    """The words for weights of a torch dtype's name."""
+    return _of_model(lambda model: str(getattr(model, "dtype", "")) == f"torch.{dtype}", f"{dtype} weights")
+
+
 def _of_parallel(name: str, words: str, above: int = 1) -> Callable[[Any], str]:
     """`words` if a size of the parallel configuration is above a number, else "". A switch counts as 1."""
     return lambda config: words if int(getattr(config.parallel_config, name, 0) or 0) > above else ""
@@ -104,10 +109,15 @@ def _everywhere(why: str, todo: str = "") -> dict:
 
 FEATURES: tuple[Feature, ...] = (
     row(
-        "bf16 weights", short="bf16 models", cpu=served(_CPU), cuda=served(_H100, _H100_NEWEST), ascend=untried(_NO_NPU)
+        "bf16 weights",
+        short="bf16 models",
+        cpu=served(_CPU),
+        cuda=served(_H100, _H100_NEWEST),
+        ascend=untried(_NO_NPU),
+        asked=_weights("bfloat16"),
     ),
-    row("fp16 weights", cpu=untried(), cuda=untried(), ascend=untried(_NO_NPU)),
-    row("fp32 weights", cpu=served(_CPU), cuda=untried(), ascend=untried(_NO_NPU)),
+    row("fp16 weights", cpu=untried(), cuda=untried(), ascend=untried(_NO_NPU), asked=_weights("float16")),
+    row("fp32 weights", cpu=served(_CPU), cuda=untried(), ascend=untried(_NO_NPU), asked=_weights("float32")),
     row(
         "greedy and seeded sampling, logprobs, prompt logprobs",
         cpu=served(_CPU),
@@ -139,7 +149,13 @@ FEATURES: tuple[Feature, ...] = (
             by="compilation.ascend_graphs",
         ),
     ),
-    row("structured output", cpu=untried("xgrammar only"), cuda=untried("xgrammar only"), ascend=untried(_NO_NPU)),
+    row(
+        "structured output",
+        cpu=untried("the tests cover it"),
+        cuda=untried(),
+        ascend=untried(_NO_NPU),
+        details="Each request is served by the grammar library that it chooses itself, beside requests of others.",
+    ),
     row(
         "sliding windows",
         cpu=served(_FAMILIES),

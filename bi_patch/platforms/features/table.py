@@ -10,7 +10,8 @@ from packaging.version import Version
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.families import FAMILIES
-from bi_patch.platforms.features.model import REFUSED, TITLES, Cell, Feature
+from bi_patch.platforms.features.model import REFUSED, TITLES, UNTRIED, Cell, Feature
+from bi_patch.platforms.features.versions import VERSIONS
 
 ROWS: tuple[Feature, ...] = (*FEATURES, *FAMILIES)
 
@@ -42,3 +43,11 @@ def check(config: Any, platform: str, release: Version, lifted: Collection[str] 
         f"features: batch invariance on {TITLES[platform]} does not cover {said}. {todo} "
         "Or set BI_PATCH=0 to run vLLM without bi_patch"
     )
+
+
+def untried(config: Any, platform: str, release: Version) -> tuple[str, ...]:
+    """What a finished configuration uses, as far as it can tell, and what the table calls untried."""
+    used = [f for f in ROWS if f.asked is not None and f.cell(platform, release).state == UNTRIED and f.asked(config)]
+    version = VERSIONS[platform].get(str(release))
+    newer = [f"vLLM {release} on {TITLES[platform]}"] if version is None or version.state == UNTRIED else []
+    return (*newer, *(feature.name for feature in used))

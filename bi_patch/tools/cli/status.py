@@ -134,7 +134,8 @@ def _summary(look: Look) -> None:
     output.paragraph(
         console,
         "This command arms its own process to see what arming would do here. It says nothing about a running server: "
-        "check that with `bi-patch verify --url URL`.",
+        "an armed server logs a line that begins with `bi_patch VERSION armed`, and its /version has the field "
+        "`bi_patch`. A server without them is not armed. `bi-patch verify --url URL` reads the field and measures.",
     )
     summary = f"In this environment vLLM {look.state.plan.release} on {look.state.plan.platform} {would}: {counted}."
     output.paragraph(console, Text(summary, style="green" if look.ok else "bold red"))

@@ -302,6 +302,21 @@ def ties_by_rows(engine: LocalEngine):
     return replaced(model_runner(engine).sampler, "gather_logprobs", lambda _: function)
 
 
+def first_library(engine: LocalEngine):
+    """The first structured-output request of a running batch picks the grammar library of all requests."""
+    scheduler = engine.core.scheduler
+    backends = scheduler.structured_output_manager.backend
+
+    def wrap(held):
+        def of(name):
+            running = [r for r in list(scheduler.requests.values()) if r.structured_output_request is not None]
+            return held(running[0].sampling_params.structured_outputs._backend if running else name)
+
+        return of
+
+    return replaced(backends, "of", wrap)
+
+
 @contextlib.contextmanager
 def stale_buffer(engine: LocalEngine) -> Iterator[None]:
     """The prompt logprobs of all requests share one buffer, which the next request overwrites."""
@@ -610,5 +625,16 @@ FAULTS = (
         BOTH,
         seam=_LINEAR,
         emulated=(CPU,),
+    ),
+    Fault(
+        "grammar library of the first request",
+        28,
+        first_library.__doc__,
+        "structured output",
+        first_library,
+        BOTH,
+        "structured output",
+        "grammar mask",
+        seam={"cpu": "structured.compile", "cuda": "structured.compile"},
     ),
 )

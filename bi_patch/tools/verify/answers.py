@@ -24,6 +24,7 @@ class Request(msgspec.Struct, frozen=True):
     LoRA adapter, "" for none. digest: whether full rows of logits are digested; needs an engine with Options.digests.
     stop, stop_tokens: strings and token ids that end the answer. abort: engine steps after its arrival at which the
     client gives the request up, 0 for never; the answer to an aborted request has no tokens.
+    grammar: vLLM's `structured_outputs` as JSON, "" for none.
     """
 
     prompt: tuple[int, ...]
@@ -44,6 +45,7 @@ class Request(msgspec.Struct, frozen=True):
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     abort: int = 0
+    grammar: str = ""
 
     @property
     def alternatives(self) -> int | None:

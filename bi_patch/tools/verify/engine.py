@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import zlib
@@ -353,8 +354,11 @@ def _digests(name: str) -> list[str]:
 
 def _sampling(request: Request, digest: str = "", text: bool = True):
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
+    grammar = StructuredOutputsParams(**json.loads(request.grammar)) if request.grammar else None
     return SamplingParams(
+        structured_outputs=grammar,
         temperature=request.temperature,
         top_k=request.top_k,
         min_p=request.min_p,

@@ -20,6 +20,7 @@ _BY_OP = (
     ("reduce_scatter", ("communicator.fusion",)),
     ("KV cache", ("attention.cpu_store",)),
     ("request's seed", ("seeds.request",)),
+    ("grammar mask", ("structured.compile",)),
 )
 
 

@@ -126,8 +126,8 @@ class Axis(msgspec.Struct):
 class Report(msgspec.Struct, tag_field="format", tag=FORMAT):
     """A run of verify. docs/verify.md describes every field of the JSON file; the first field is `format`.
 
-    system: the model or the server's address. mode: "armed", "upstream", "stock", or "server", whose arming verify
-    cannot see. level: the level's name. complete: every axis that the level holds was measured or does not apply.
+    system: the model or the server's address. mode: "armed", "upstream", "stock", or "server", whose arming `served`
+    states. level: the level's name. complete: every axis that the level holds was measured or does not apply.
     stopped: what ended the run early, "" for a complete run. failure: the traceback of an unexpected error. options:
     the base engine's options, None for a server. served: what a server says about itself. starts: engines started, 0
     for a server. precision: the accuracy of the model's linears against fp64, None when the run did not measure it.
@@ -208,6 +208,8 @@ def sentences(report: Report) -> list[str]:
         )
     else:
         said.append(f"{what} could not be checked: nothing was compared.")
+    if report.served is not None:
+        said.append(_sign(report.served.get("bi_patch")))
     if report.precision is not None:
         said.append(report.precision.words())
     if report.stopped:
@@ -223,6 +225,13 @@ def sentences(report: Report) -> list[str]:
     if report.open_seams:
         said.append(f"Required seams are open, so invariance is not guaranteed: {', '.join(report.open_seams)}.")
     return said
+
+
+def _sign(said: object) -> str:
+    """A sentence on what a server's /version says of bi_patch."""
+    if not isinstance(said, dict):
+        return "The server is not armed: its /version gives no sign of bi_patch. It runs upstream's mode or stock vLLM."
+    return f"The server says that it is armed: bi_patch {said.get('version')}, digest {str(said.get('digest'))[:12]}."
 
 
 def write(report: Report, path: Path) -> None:

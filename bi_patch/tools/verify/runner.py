@@ -6,6 +6,7 @@ The target is the traced request. Supports model runners V1 and V2 of vLLM 0.23 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,6 +27,8 @@ from bi_patch.tools.verify.trace import (
     chain,
     digest_rows,
 )
+
+MASKED = "grammar mask"  # the op of a call that records the logits of a request whose grammar masked them
 
 
 class NotTraceable(BiPatchError):
@@ -70,6 +73,7 @@ class Attached:
         arrivals = sorted(range(len(requests)), key=lambda i: requests[i].delay)
         same = [i for i in arrivals if list(requests[i].prompt) == self._prompt]
         self._turn = same.index(index)  # the order of arrival tells requests with the same prompt apart
+        self._constrained = bool(requests[index].grammar)
         self._target: str | None = None
         self._step = -1
         self._scheduled = None
@@ -228,6 +232,8 @@ class Attached:
             sizes = frozenset({logits.shape[0]})
             rows = Rows(self._step, SAMPLE, sizes, row, 1, position + count - 1)
             self._record_seed(rows)
+            if self._constrained:
+                self._tracer.record(MASKED, [logits], rows=rows, module="structured output")
             with self._tracer.phase(rows):
                 result = held(logits, *args, **kwargs)
             self._logprob_rows = None
@@ -327,6 +333,8 @@ class AttachedV2(Attached):
             (model, "compute_logits", self._logits),
             (model, "forward", self._forward),
         ]
+        if self._constrained:
+            wrapped.append((runner.structured_outputs_worker, "apply_grammar_bitmask", self._masked))
         manager = getattr(runner, "cudagraph_manager", None)
         if self._tracer.coarse and manager is not None:
             wrapped.append((manager, "run_fullgraph", self._forward))
@@ -338,6 +346,15 @@ class AttachedV2(Attached):
             return self._batch
 
         return prepare_inputs
+
+    def _masked(self, held):
+        def apply_grammar_bitmask(logits, *args, **kwargs):
+            held(logits, *args, **kwargs)
+            if self._tracer.rows is not None:
+                rows = dataclasses.replace(self._tracer.rows, sizes=frozenset({logits.shape[0]}))
+                self._tracer.record(MASKED, [logits], rows=rows, module="structured output")
+
+        return apply_grammar_bitmask
 
     def _row(self) -> int | None:
         names = list(self._batch.req_ids) if self._batch is not None else []

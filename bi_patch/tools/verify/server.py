@@ -28,7 +28,8 @@ class ServerEngine:
     """An Engine over HTTP; use as a context manager. See verify.engine.Engine for the methods.
 
     url: http://host:port with or without /v1. model: the served name, by default the server's first. timeout: seconds
-    for one answer. said: what the server said about itself (model, context length, block size, prefix caching).
+    for one answer. said: what the server said about itself (model, bi_patch, context length, block size, prefix
+    caching).
     Raises ServerFailed when the server is down, dies, or answers with an error; MissingDependency without the package
     openai.
     """
@@ -50,7 +51,8 @@ class ServerEngine:
         )
         self._salt = secrets.token_hex(8)
         cache = self._cache()
-        self.said = _said(entry, cache)
+        self._version = json.loads(self._get("/version"))
+        self.said = _said(entry, cache, self._version)
         self.options = Options(
             entry["id"],
             max_model_len=entry.get("max_model_len") or 2048,
@@ -159,6 +161,8 @@ class ServerEngine:
             extra["stop_token_ids"] = list(request.stop_tokens)
         if request.asked:
             extra["logprob_token_ids"] = list(request.asked)
+        if request.grammar:
+            extra["structured_outputs"] = json.loads(request.grammar)
         try:
             answer = await self._client.completions.create(
                 model=request.lora or self.options.model,
@@ -205,7 +209,7 @@ class ServerEngine:
         block = cache.get("block_size", "16")
         return Info(
             mode="server",
-            vllm=json.loads(self._get("/version")).get("version", ""),
+            vllm=self._version.get("version", ""),
             torch="",
             device="",
             threads=0,
@@ -247,9 +251,13 @@ class ServerEngine:
             ) from error
 
 
-def _said(entry: dict, cache: dict[str, str]) -> dict[str, object]:
-    """Only what the server said about itself. entry: the model's entry of /v1/models. cache: see _cache."""
-    said: dict[str, object] = {"model": entry["id"]}
+def _said(entry: dict, cache: dict[str, str], version: dict) -> dict[str, object]:
+    """Only what the server said about itself.
+
+    entry: the model's entry of /v1/models. cache: see _cache. version: the answer to /version, where an armed server
+    has the sign of its engine core (arming.sign); "bi_patch" is None for any other server.
+    """
+    said: dict[str, object] = {"model": entry["id"], "bi_patch": version.get("bi_patch")}
     if entry.get("max_model_len"):
         said["max_model_len"] = entry["max_model_len"]
     if cache.get("block_size", "").isdigit():

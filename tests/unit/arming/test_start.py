@@ -1,6 +1,7 @@
 """Arming at interpreter start, in real processes without vLLM: when nothing happens, what stops vLLM, and the cost."""
 
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from bi_patch.platforms import releases
 
 ROOT = Path(__file__).resolve().parents[3]
+PROJECT = ROOT / "pyproject.toml"
 LOADED = "import sys, json; print(json.dumps(['bi_patch' in sys.modules, 'bi_patch_entry' in sys.modules]))"
 
 
@@ -212,6 +214,36 @@ def test_importing_from_a_target_folder_arms_children(run_python, not_installed,
     assert json.loads(done.stdout) == [True, True], done.stderr
     done = run("import bi_patch; " + starting("import bi_patch; print(bi_patch.__file__, bi_patch.state().armed)"))
     assert done.stdout.split() == [str(target_folder / "bi_patch" / "__init__.py"), "True"], done.stderr
+
+
+def test_no_list_of_plugins_starts_an_unarmed_engine(run_python, not_installed, target_folder):
+    """On PYTHONPATH alone, the switch arms nothing. PyTorch then calls bi_patch, and the engine's module is refused."""
+    engine = target_folder / "vllm" / "v1" / "engine"
+    engine.mkdir(parents=True)
+    for folder in (engine.parents[1], engine.parent, engine):
+        (folder / "__init__.py").touch()
+    (engine.parents[1] / "__init__.py").write_text("import torch\n")
+    (engine.parents[1] / "_version.py").write_text(f"__version__ = version = '{releases.ALL[-1]}'\n")
+    (engine / "core.py").write_text("print('an engine core')\n")
+    told = target_folder / "bi_patch-0.2.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: bi_patch\nVersion: 0.2.0\n")
+    declared = re.findall(r'^\[project.entry-points."torch.backends"\]\nbi_patch = "(.*)"', PROJECT.read_text(), re.M)
+    (told / "entry_points.txt").write_text(f"[torch.backends]\nbi_patch = {declared[0]}\n")
+
+    def run(code, **environ):
+        environ |= {"PYTHONPATH": str(target_folder), "PYTHONSAFEPATH": "1", "VLLM_PLUGINS": "another"}
+        return run_python(code, python=not_installed, **environ)
+
+    done = run("import vllm.v1.engine.core", VLLM_BATCH_INVARIANT="1")
+    assert done.returncode != 0 and "SeamOpen" in done.stderr and not done.stdout, done.stderr
+    armed = {"VLLM_BATCH_INVARIANT": "1", "BI_PATCH_PLATFORM": "cpu", "BI_PATCH_LEAVE_OPEN": "engine"}
+    for code, environ in (
+        ("import vllm.v1.engine.core", {"VLLM_BATCH_INVARIANT": "1", "BI_PATCH": "0"}),
+        ("import torch, bi_patch, vllm.v1.engine.core", armed),
+    ):
+        done = run(code, **environ)
+        assert done.stdout.strip() == "an engine core", done.stderr
 
 
 def test_run_from_a_target_folder_arms_the_command(run_python, not_installed, target_folder):

@@ -200,3 +200,12 @@ def test_a_lifted_row_is_not_looked_at():
     with pytest.raises(UnsupportedFeature) as caught:
         table.check(held, "cpu", Version(releases.BY_PLATFORM["cpu"][-1]), lifted=("hybrid and state-space models",))
     assert "hybrid" not in str(caught.value) and "LoRA" in str(caught.value)
+
+
+def test_what_is_untried_is_named_for_the_line_that_says_armed():
+    def untried(platform, release, **changes):
+        return table.untried(config(**changes), platform, Version(release))
+
+    assert untried("cpu", "0.32.0", model_dtype="torch.bfloat16") == ()
+    assert untried("cpu", "0.32.0", model_dtype="torch.float16") == ("fp16 weights",)
+    assert untried("cuda", "0.32.0", model_dtype="torch.float32") == ("vLLM 0.32.0 on CUDA", "fp32 weights")

@@ -197,14 +197,6 @@ def test_gemma3n_in_eager_mode_is_refused_before_0_33(release, refused, monkeypa
         active.apply_policies(held)
 
 
-@pytest.mark.parametrize("named, kept", [("auto", "xgrammar"), ("guidance", "guidance")])
-def test_one_library_makes_all_grammars(named, kept):
-    made = config(structured_outputs=SimpleNamespace(backend=named))
-    for policy in cuda_policies():
-        policy.apply(made)
-    assert made.structured_outputs_config.backend == kept
-
-
 def test_fused_all_reduce_is_turned_off_with_its_range():
     held = config(
         compilation__pass_config=SimpleNamespace(fuse_allreduce_rms=True),

@@ -21,7 +21,7 @@ A probe raises NotExercised when the cause that it tests did not occur: no preem
 from __future__ import annotations
 
 from bi_patch.tools.verify.engine import HITS, PREEMPTIONS, Engine
-from bi_patch.tools.verify.probes import adapters, crossing, online, routing, sleeping
+from bi_patch.tools.verify.probes import adapters, crossing, grammars, online, routing, sleeping
 from bi_patch.tools.verify.probes.base import (
     Change,
     CrossProbe,
@@ -168,6 +168,14 @@ PROBES = (
         (29,),
         either(needs_company, _names_no_seed),
         seconds=3,
+    ),
+    Probe(
+        "structured output",
+        "grammars of two libraries side by side, in any order",
+        grammars.structured,
+        (28,),
+        either(needs_company, grammars.needs_tokenizer),
+        seconds=6,
     ),
     Probe(
         "long prompt",

@@ -23,10 +23,12 @@ def choice(*, token_ids=(8, 9), logprobs=(-1.0, -2.0), top=({"token_id:8": -1.0}
 
 
 def test_only_what_the_server_said_is_kept():
-    assert _said({"id": "m"}, {}) == {"model": "m"}
+    assert _said({"id": "m"}, {}, {}) == {"model": "m", "bi_patch": None}
+    sign = {"version": "0.2.0"}
+    assert _said({"id": "m"}, {}, {"version": "0.33.0", "bi_patch": sign}) == {"model": "m", "bi_patch": sign}
     labels = {"block_size": "128", "enable_prefix_caching": "False", "cache_dtype": "auto"}
-    said = {"model": "m", "max_model_len": 512, "block_size": 128, "prefix_caching": False}
-    assert _said({"id": "m", "max_model_len": 512}, labels) == said
+    said = {"model": "m", "bi_patch": None, "max_model_len": 512, "block_size": 128, "prefix_caching": False}
+    assert _said({"id": "m", "max_model_len": 512}, labels, {}) == said
 
 
 def test_a_whole_answer():

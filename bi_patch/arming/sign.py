@@ -1,0 +1,101 @@
+"""The sign of an armed engine: a record that the engine core makes, and the line that says so in the log.
+
+An environment without bi_patch cannot say that it is not armed. So an engine without this sign counts as not armed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+
+from bi_patch import identity
+from bi_patch.arming import process, workers
+from bi_patch.errors import SeamOpen
+from bi_patch.ops.certificates import Counts
+from bi_patch.platforms.features import table
+
+_log = logging.getLogger("vllm.bi_patch")
+
+
+class Sign(msgspec.Struct, frozen=True):
+    """What an armed engine core says of itself.
+
+    version, digest: bi_patch's release and the digest of its code. vllm, platform: as in the plan. closed, seams: the
+    numbers of patch points that are closed, and of all. certificates: those of all workers. untried: what this engine
+    uses, and what the feature table calls untried.
+    """
+
+    version: str
+    digest: str
+    vllm: str
+    platform: str
+    closed: int
+    seams: int
+    certificates: Counts
+    untried: tuple[str, ...] = ()
+
+    def words(self) -> str:
+        """One line for a log."""
+        c = self.certificates
+        untried = f"; untried: {', '.join(self.untried)}" if self.untried else ""
+        return (
+            f"bi_patch {self.version} armed: vLLM {self.vllm} on {self.platform}, {self.closed} of {self.seams} patch "
+            f"points closed, certificates: {c.passed} passed, {c.failed} failed, {c.cached} of them from the cache, "
+            f"digest {self.digest[:12]}{untried}"
+        )
+
+
+def make(config: Any, executor: Any) -> None:
+    """In the engine core, once its workers are ready: make the sign, keep it in the state, and log it.
+
+    config: the engine's VllmConfig. executor: vLLM's executor. Does nothing in a process that is not armed.
+    """
+    current = process.state()
+    if current is None:
+        return
+    from bi_patch import __version__
+
+    plan = current.plan
+    current.engine = Sign(
+        __version__,
+        identity.digest(),
+        str(plan.release),
+        plan.platform,
+        current.closed,
+        len(plan.seams),
+        workers.certificates(executor),
+        table.untried(config, plan.platform, plan.release),
+    )
+    _log.info("%s (engine core)", current.engine.words())
+
+
+def held() -> dict[str, object] | None:
+    """The engine's sign as plain data, or None before the engine core made it, and in a process that is not armed."""
+    current = process.state()
+    return None if current is None or current.engine is None else msgspec.to_builtins(current.engine)
+
+
+def take(payload: bytes) -> None:
+    """In a front end: check the sign in an engine core's ready message, keep it in the state, and log it.
+
+    payload: the message, a msgpack map. Raises SeamOpen if the engine core is not armed by this bi_patch.
+    """
+    current = process.state()
+    if current is None:
+        return
+    said = msgspec.msgpack.decode(payload).get("bi_patch") if payload else None
+    try:
+        found = msgspec.convert(said, Sign) if said else None
+    except msgspec.ValidationError:
+        found = None  # the sign of another release of bi_patch
+    if found is None or found.digest != identity.digest():
+        raise SeamOpen(
+            "bi_patch cannot promise batch invariance: the engine core "
+            + (f"is armed by another bi_patch ({said.get('digest')})" if said else "is not armed")
+            + f", and its front end is armed by bi_patch {identity.digest()}. Install the same bi_patch wherever an "
+            "engine core runs, and set VLLM_BATCH_INVARIANT=1 there. Or set BI_PATCH=0 to run vLLM without bi_patch"
+        )
+    current.engine = found
+    _log.info("%s (front end, as its engine core says)", found.words())

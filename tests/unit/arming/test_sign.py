@@ -1,0 +1,80 @@
+"""The sign of an armed engine core: what it says, and which engine cores a front end refuses."""
+
+import dataclasses
+import logging
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from bi_patch import identity
+from bi_patch.arming import process, sign, startup_seams
+from bi_patch.errors import SeamOpen
+from bi_patch.ops.certificates import Counts
+from bi_patch.platforms.releases import BY_PLATFORM
+from bi_patch.seams.plan import Plan
+from bi_patch.settings import Settings
+
+
+@pytest.fixture
+def state(monkeypatch):
+    made = process.State(Settings(), Plan(BY_PLATFORM["cpu"][0], "cpu", (), (), ()), None)
+    monkeypatch.setattr(process, "_state", made)
+    return made
+
+
+def signed(**changes):
+    made = sign.Sign("0.2.0", identity.digest(), "0.32.0", "cpu", 3, 3, Counts(4, 1, 2))
+    return msgspec.structs.replace(made, **changes)
+
+
+def message(**fields):
+    return msgspec.msgpack.encode({"max_model_len": 5} | fields)
+
+
+def test_the_engine_core_says_what_is_armed(state, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(sign.table, "untried", lambda config, platform, release: ("fp16 weights",))
+    answers = [(2, 0, 2), (3, 1, 0)]
+    with caplog.at_level(logging.INFO, logger="vllm.bi_patch"):
+        sign.make(None, SimpleNamespace(collective_rpc=lambda method: answers))
+    assert state.engine.certificates == Counts(5, 1, 2) and state.engine.digest == identity.digest()
+    (line,) = caplog.messages
+    assert "armed: vLLM 0.32.0 on cpu, 0 of 0 patch points closed" in line
+    assert "certificates: 5 passed, 1 failed, 2 of them from the cache" in line and "untried: fp16 weights" in line
+
+
+def test_the_sign_travels_in_the_ready_message(state):
+    @dataclasses.dataclass
+    class Stock:
+        max_model_len: int
+
+    state.engine = signed()
+    ready = startup_seams._ready(Stock)
+    sent = msgspec.msgpack.encode(ready(max_model_len=7))
+    state.engine = None
+    sign.take(sent)
+    assert state.engine == signed()
+    assert msgspec.msgpack.decode(sent, type=Stock) == Stock(7)  # a stock front end reads it, too
+
+
+@pytest.mark.parametrize(
+    "payload, said",
+    [
+        (b"", "the engine core is not armed"),
+        (message(), "the engine core is not armed"),
+        (message(bi_patch=None), "the engine core is not armed"),
+        (message(bi_patch=msgspec.to_builtins(signed(digest="0123"))), r"armed by another bi_patch \(0123\)"),
+        (message(bi_patch={"digest": "4567"}), r"armed by another bi_patch \(4567\)"),
+    ],
+    ids=["empty", "stock", "not ready", "other code", "other form"],
+)
+def test_a_front_end_refuses_another_engine_core(state, payload, said):
+    with pytest.raises(SeamOpen, match=said):
+        startup_seams._front_end(lambda self, payload: None)(None, payload)
+
+
+def test_a_front_end_that_is_not_armed_asks_nothing(monkeypatch):
+    monkeypatch.setattr(process, "_state", None)
+    sign.take(message())
+    assert sign.held() is None
