@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from bi_patch.tools.faults import parts
-from bi_patch.tools.faults.base import BOTH, CPU, Fault, platform
+from bi_patch.tools.faults.base import BOTH, CPU, CUDA, Fault, platform
 from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner, replaced
@@ -254,6 +254,22 @@ def one_generator(engine: LocalEngine):
         return forward
 
     return replaced(sampler, "forward", wrap)
+
+
+def masked_by_company(engine: LocalEngine):
+    """As soon as one request of a step has top-p, vLLM's PyTorch code sorts and masks every row."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    def every_row(logits, k, p, *args, **kwargs):
+        return topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
+
+    if platform() == CPU:
+        from bi_patch.ops.cpu import top_k_top_p
+
+        return replaced(top_k_top_p, "mask", lambda held: every_row)
+    from vllm.v1.sample.ops import topk_topp_triton
+
+    return replaced(topk_topp_triton, "apply_top_k_top_p_triton", lambda held: every_row)
 
 
 def ties_by_rows(engine: LocalEngine):
@@ -526,5 +542,16 @@ FAULTS = (
         BOTH,
         seam=_LINEAR,
         emulated=(CPU,),
+    ),
+    Fault(
+        "top-p masks every row",
+        27,
+        masked_by_company.__doc__,
+        "processed logprobs",
+        masked_by_company,
+        BOTH,
+        "topk_topp_sampler",
+        seam={"cpu": "sampling.cpu_top_k_top_p", "cuda": "sampling.cuda_top_k_top_p"},
+        emulated=(CUDA,),
     ),
 )

@@ -20,8 +20,10 @@ class Request(msgspec.Struct, frozen=True):
 
     prompt: token ids. logprobs, prompt_logprobs: the number of top alternatives besides the chosen token, None for no
     logprobs (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: token ids whose logprobs replace the
-    top alternatives. delay: engine steps before the request arrives. top_k: 0 for all tokens. lora: the folder of a
-    LoRA adapter, "" for none. digest: whether full rows of logits are digested; needs an engine with Options.digests.
+    top alternatives. delay: engine steps before the request arrives. top_k: 0 for all tokens. bias: pairs of a token id
+    and a number that is added to its logit. allowed: the only token ids that may be chosen, () for all. lora: the
+    folder of a LoRA adapter, "" for none. digest: whether full rows of logits are digested; needs an engine with
+    Options.digests.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +41,9 @@ class Request(msgspec.Struct, frozen=True):
     lora: str = ""
     digest: bool = False
     asked: tuple[int, ...] = ()
+    frequency_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed: tuple[int, ...] = ()
 
     @property
     def alternatives(self) -> int | None:

@@ -99,6 +99,12 @@ class Engine(Protocol):
         A server raises ServerFailed: its budget cannot be changed.
         """
 
+    def set_logprobs(self, mode: str | None) -> None:
+        """Set what logprobs hold, one of vLLM's values of --logprobs-mode; None restores the mode of the start.
+
+        A server raises ServerFailed: its mode cannot be changed.
+        """
+
     def ask(self, do: str, data: bytes) -> bytes:
         """Run an instrument of verify.instruments. Arguments and result are msgpack. A server raises ServerFailed."""
 
@@ -146,6 +152,7 @@ class LocalEngine:
         self._serial = 0
         self._cached = 0
         self._chunk: int | None = None  # the engine's own budget, kept from the first change on
+        self._logprobs: str | None = None  # the engine's own mode, kept from the first change on
 
     @property
     def core(self):
@@ -183,6 +190,16 @@ class LocalEngine:
         if self._chunk is None:
             self._chunk = scheduler.max_num_scheduled_tokens
         scheduler.max_num_scheduled_tokens = min(tokens or self._chunk, self._chunk)
+
+    def set_logprobs(self, mode: str | None) -> None:
+        from bi_patch.tools.verify import runner
+
+        sampler = runner.model_runner(self).sampler
+        if self._logprobs is None:
+            self._logprobs = sampler.logprobs_mode
+        for part in (sampler, getattr(sampler, "topk_topp_sampler", None)):  # model runner V2 has the first only
+            if part is not None:
+                part.logprobs_mode = mode or self._logprobs
 
     def reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
@@ -310,6 +327,9 @@ def _sampling(request: Request, digest: str = "", text: bool = True):
         min_p=request.min_p,
         repetition_penalty=request.repetition_penalty,
         presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=dict(request.bias) or None,
+        allowed_token_ids=list(request.allowed) or None,
         extra_args={"bi_patch_digest": digest} if digest else None,
         detokenize=text,
         top_p=request.top_p,

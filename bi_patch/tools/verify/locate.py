@@ -143,6 +143,8 @@ def trace(
     engine.reset_cache()
     if scenario.chunk is not None:
         engine.set_chunk(scenario.chunk)
+    if scenario.scores is not None:
+        engine.set_logprobs(scenario.scores)
     calls: list[Call] = []
     statuses: dict[str, str] = {}
     try:
@@ -160,6 +162,8 @@ def trace(
     finally:
         if scenario.chunk is not None:
             engine.set_chunk(None)
+        if scenario.scores is not None:
+            engine.set_logprobs(None)
     offset = max((c.step for c in calls), default=-1) + 1
     own = [msgspec.structs.replace(c, step=c.step + offset) for c in traced.trace.calls]
     return Traced(traced.answer, Trace([*calls, *own], coarse), statuses | traced.statuses)

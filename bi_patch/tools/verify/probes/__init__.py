@@ -54,6 +54,7 @@ from bi_patch.tools.verify.probes.company import (
 from bi_patch.tools.verify.probes.scores import (
     decode_equals_prefill,
     logprob_orders,
+    processed_logprobs,
     prompt_logprobs,
     sampled,
     sampling_kinds,
@@ -144,6 +145,14 @@ PROBES = (
         sampling_kinds,
         (21,),
         needs_company,
+        seconds=2,
+    ),
+    Probe(
+        "processed logprobs",
+        "logprobs after sampling's changes, beside other samplings",
+        processed_logprobs,
+        (27,),
+        either(needs_company, in_this_process),
         seconds=2,
     ),
     Probe(
