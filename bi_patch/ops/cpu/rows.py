@@ -179,8 +179,7 @@ def register_moe(experts: object, layer: torch.nn.Module) -> None:
 
 
 def register_sampling(vocab: int) -> None:
-    """Register log_softmax, softmax, the sums of top-p, top-k with ties, argmax with ties and the seeded draw over `vocab`
-    logits."""
+    """Register log_softmax, softmax, the sums of top-p, top-k and argmax with ties, and the seeded draw, over `vocab`."""
     import torch
 
     def logits(m):

@@ -31,7 +31,9 @@ def _uncovered(config, params) -> dict[str, bool]:
         "thinking_token_budget with model runner V1": first_runner
         and getattr(params, "thinking_token_budget", None) is not None,
         # Cached positions have no logprobs: V1 returns stale memory for these positions, V2 leaves their rows out.
-        "prompt_logprobs with skip_reading_prefix_cache=False": prompt
+        "prompt_logprobs with skip_reading_prefix_cache=False": (
+            prompt or getattr(params, "prompt_logprob_token_ids", None) is not None
+        )
         and getattr(params, "skip_reading_prefix_cache", None) is False,
         "prompt_logprobs with --kv-sharing-fast-prefill": prompt
         and bool(getattr(config.cache_config, "kv_sharing_fast_prefill", False)),

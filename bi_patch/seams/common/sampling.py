@@ -91,8 +91,8 @@ SEAMS = (
         name="sampling.allowed_tokens_left",
         targets=(Target(_BATCH, "InputBatch.condense", "<0.32"),),
         close=_condense,
-        why="if a request with allowed_token_ids moves up in the batch, model runner V1 leaves its mask behind. The next "
-        "request in that place gets the mask",
+        why="if a request with allowed_token_ids moves up in the batch, model runner V1 leaves its mask behind. The "
+        "next request in that place gets the mask",
         how="bi_patch clears the masks of the places that become empty",
         until=_MASKS,
         causes=(27,),
@@ -101,7 +101,8 @@ SEAMS = (
         name="sampling.allowed_tokens_swapped",
         targets=(Target(_BATCH, "InputBatch.swap_states", "<0.32"),),
         close=_swap_states,
-        why="if two requests change places in the batch, model runner V1 gives both the allowed_token_ids of the second",
+        why="if two requests change places in the batch, model runner V1 gives both the allowed_token_ids of the "
+        "second request",
         how="each request keeps its own mask",
         until=_MASKS,
         causes=(27,),

@@ -272,6 +272,17 @@ def masked_by_company(engine: LocalEngine):
     return replaced(topk_topp_triton, "apply_top_k_top_p_triton", lambda held: every_row)
 
 
+def calls_counted(engine: LocalEngine):
+    """A custom logits processor counts its calls, also those for parts of a prompt, whose token is dropped."""
+    from bi_patch.tools.verify import rows
+
+    def counted(followed, position):
+        followed.calls += 1
+        return followed.value + followed.calls - 1
+
+    return replaced(rows, "counted", lambda held: counted)
+
+
 def ties_by_rows(engine: LocalEngine):
     """The top-k of the top logprobs depends on the number of rows: in more than a few, the higher token wins a tie."""
     from bi_patch.ops.topk import topk
@@ -542,6 +553,15 @@ FAULTS = (
         BOTH,
         seam=_LINEAR,
         emulated=(CPU,),
+    ),
+    Fault(
+        "processor counts its calls",
+        29,
+        calls_counted.__doc__,
+        "custom logits processors",
+        calls_counted,
+        (CPU,),  # model runner V2 tells a processor which rows belong to an unfinished prompt
+        "sampler",
     ),
     Fault(
         "top-p masks every row",

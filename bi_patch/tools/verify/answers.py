@@ -22,8 +22,9 @@ class Request(msgspec.Struct, frozen=True):
     logprobs (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: token ids whose logprobs replace the
     top alternatives. delay: engine steps before the request arrives. top_k: 0 for all tokens. bias: pairs of a token id
     and a number that is added to its logit. allowed: the only token ids that may be chosen, () for all. lora: the
-    folder of a LoRA adapter, "" for none. digest: whether full rows of logits are digested; needs an engine with
-    Options.digests.
+    folder of a LoRA adapter, "" for none. digest: whether full rows of logits are digested. first: a custom logits
+    processor makes this token the answer's first, and the next higher token the next; None for no processor. Both need
+    an engine with Options.digests.
     """
 
     prompt: tuple[int, ...]
@@ -44,6 +45,7 @@ class Request(msgspec.Struct, frozen=True):
     frequency_penalty: float = 0.0
     bias: tuple[tuple[int, float], ...] = ()
     allowed: tuple[int, ...] = ()
+    first: int | None = None
 
     @property
     def alternatives(self) -> int | None:

@@ -26,7 +26,7 @@ class Options(msgspec.Struct, frozen=True):
     kv_blocks: size of the KV cache in blocks (num_gpu_blocks_override). extra: further arguments of vllm.LLM.
     tokenizer: False for a model without a tokenizer. random_weights: the seed of random weights (see verify.weights),
     None to load the model's own. tied: make rows of the head and of the routers equal in pairs. digests: requests may
-    ask for digests of logits.
+    use verify's logits processors: digests of logits, and tokens chosen by position.
     """
 
     model: str
@@ -131,9 +131,9 @@ class LocalEngine:
         if options.tied:
             weights.make_tied()
         if options.digests:
-            from bi_patch.tools.verify.rows import Digests
+            from bi_patch.tools.verify.rows import Counting, Digests
 
-            made["logits_processors"] = [Digests]
+            made["logits_processors"] = [Digests, Counting]
         self._llm = LLM(
             options.model,
             skip_tokenizer_init=not options.tokenizer,
@@ -330,7 +330,7 @@ def _sampling(request: Request, digest: str = "", text: bool = True):
         frequency_penalty=request.frequency_penalty,
         logit_bias=dict(request.bias) or None,
         allowed_token_ids=list(request.allowed) or None,
-        extra_args={"bi_patch_digest": digest} if digest else None,
+        extra_args=_extra(request, digest),
         detokenize=text,
         top_p=request.top_p,
         seed=request.seed,
@@ -340,6 +340,12 @@ def _sampling(request: Request, digest: str = "", text: bool = True):
         prompt_logprobs=request.prompt_logprobs,
         ignore_eos=True,
     )
+
+
+def _extra(request: Request, digest: str) -> dict[str, object] | None:
+    """The arguments of verify's logits processors (see verify.rows)."""
+    given = {"bi_patch_digest": digest or None, "bi_patch_first": request.first}
+    return {name: value for name, value in given.items() if value is not None} or None
 
 
 def _answer(output, digests: list[str] | None = None) -> Answer:

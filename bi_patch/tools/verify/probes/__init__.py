@@ -40,7 +40,9 @@ from bi_patch.tools.verify.probes.cache import (
     needs_blocks,
     needs_cache,
     needs_length,
+    needs_processors,
     prefix_cache,
+    processors,
     shared_prefix,
 )
 from bi_patch.tools.verify.probes.company import (
@@ -115,6 +117,14 @@ PROBES = (
         chunks,
         (6,),
         in_this_process,
+        seconds=6,
+    ),
+    Probe(
+        "custom logits processors",
+        "a processor that chooses tokens, over chunk budgets",
+        processors,
+        (29,),
+        either(in_this_process, needs_processors),
         seconds=6,
     ),
     Probe(

@@ -29,9 +29,10 @@ POINTS = [
 BROKEN = finding("norm.cpu_rms", OPEN, "x[/bold]y,\nsomething else replaced it")
 
 
-def look(*found, moved="", allow_open=False):
+def look(*found, moved="", allow_open=False, allow_code=()):
     state = SimpleNamespace(
-        plan=SimpleNamespace(release=Version("0.32.0"), platform="cpu"), settings=SimpleNamespace(allow_open=allow_open)
+        plan=SimpleNamespace(release=Version("0.32.0"), platform="cpu"),
+        settings=SimpleNamespace(allow_open=allow_open, allow_code=frozenset(allow_code)),
     )
     return status.Look(state, list(found), moved)
 
@@ -74,6 +75,13 @@ def test_an_optional_open_point_and_a_planted_fault_are_said(capsys):
     status._summary(look(BROKEN, allow_open=True))
     said = capsys.readouterr().out
     assert "would start without batch invariance" in said and "BI_PATCH_ALLOW_OPEN=1" in said
+
+
+def test_code_that_the_user_vouches_for_is_said(capsys):
+    status._summary(look(*POINTS, allow_code=["my.Worker", "a.Model"]))
+    assert "You vouch for code that bi_patch does not cover (BI_PATCH_ALLOW_CODE): a.Model, my.Worker." in words(
+        capsys.readouterr().out
+    )
 
 
 def test_a_source_that_moved_is_no_armed_vllm(capsys):
