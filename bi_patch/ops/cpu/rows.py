@@ -179,7 +179,7 @@ def register_moe(experts: object, layer: torch.nn.Module) -> None:
 
 
 def register_sampling(vocab: int) -> None:
-    """Register log_softmax, softmax, the sums of top-p, top-k and argmax with ties, and the seeded draw, over `vocab`."""
+    """Register what sampling does with rows of `vocab` logits: log_softmax, softmax, sums, top-k, argmax, the draw."""
     import torch
 
     def logits(m):

@@ -562,6 +562,7 @@ FAULTS = (
         calls_counted,
         (CPU,),  # model runner V2 tells a processor which rows belong to an unfinished prompt
         "sampler",
+        seam={"cpu": ""},
     ),
     Fault(
         "top-p masks every row",

@@ -251,6 +251,8 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
     own = next(iter(stranger or fused or other_path), None)
     if own is not None and (a.op == MODULE or (b.op.startswith("aten.") and not own.op.startswith("aten."))):
         op, seam = own.op, own.seam or seam
+    elif own is not None and own.op.startswith("aten.") and own.seam not in ("", seam):
+        op, seam = own.op, own.seam  # the last op of the other path is another seam's, so that seam changed the row
     note = ""
     if b.op == CACHE:
         note = "keys or values already in the cache differ"

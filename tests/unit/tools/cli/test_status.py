@@ -186,7 +186,8 @@ def test_the_installed_vllm(bi_patch):
     report = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
     assert (report["version"], report["required_open"], report["moved"]) == (__version__, [], "")
-    assert set(report) == {"version", "vllm", "distribution", "platform", "required_open", "moved", "seams"}
+    fields = {"version", "vllm", "distribution", "platform", "required_open", "allowed_code", "moved", "seams"}
+    assert set(report) == fields and report["allowed_code"] == []
     closed = sum(s["status"] == "closed" and not s["target"].startswith("environment:") for s in report["seams"])
     done = bi_patch("status")
     assert f"vLLM {report['vllm']} on cpu would be armed: {closed} patch points closed, 0 open." in done.stdout
