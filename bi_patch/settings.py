@@ -8,6 +8,8 @@ BI_PATCH_UNSEEDED     the seed of a sampled request that has none. random (defau
 BI_PATCH_CACHE        the folder of certificates and built kernels (default: ~/.cache/bi_patch)
 BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas, to plant a fault. No engine starts
 BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
+BI_PATCH_ALLOW_CODE   dotted names of code from outside vLLM that you vouch for, separated by commas: worker classes,
+                      models, plugins, logits processors. bi_patch refuses others by name
 VLLM_BATCH_INVARIANT  1: arm each Python process that starts where bi_patch is installed. Arming sets it, for vLLM and
                       for child processes
 
@@ -36,6 +38,7 @@ class Settings:
     leave_open: frozenset[str] = frozenset()
     allow_open: bool = False
     unseeded: str = "random"
+    allow_code: frozenset[str] = frozenset()
 
     def leaves_open(self, seam: str) -> bool:
         """Whether BI_PATCH_LEAVE_OPEN names the seam or its area."""
@@ -51,6 +54,7 @@ _NAMES = {
     "BI_PATCH_LEAVE_OPEN",
     "BI_PATCH_ALLOW_OPEN",
     "BI_PATCH_UNSEEDED",
+    "BI_PATCH_ALLOW_CODE",
 }
 
 
@@ -72,10 +76,15 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         form=_choice(env, "BI_PATCH_FORM", FORMS),
         platform=_choice(env, "BI_PATCH_PLATFORM", ("", *PLATFORMS)) or None,
         cache=Path(env.get("BI_PATCH_CACHE") or _DEFAULT_CACHE).expanduser(),
-        leave_open=frozenset(n.strip() for n in env.get("BI_PATCH_LEAVE_OPEN", "").split(",") if n.strip()),
+        leave_open=_names(env, "BI_PATCH_LEAVE_OPEN"),
         allow_open=_choice(env, "BI_PATCH_ALLOW_OPEN", ("0", "1")) == "1",
         unseeded=_choice(env, "BI_PATCH_UNSEEDED", UNSEEDED),
+        allow_code=frozenset(n.replace(":", ".") for n in _names(env, "BI_PATCH_ALLOW_CODE")),
     )
+
+
+def _names(env: Mapping[str, str], name: str) -> frozenset[str]:
+    return frozenset(n.strip() for n in env.get(name, "").split(",") if n.strip())
 
 
 def _choice(env: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:

@@ -138,6 +138,9 @@ def arithmetic():
         def set_chunk(self, tokens):
             self.chunk = tokens
 
+        def set_logprobs(self, mode):
+            self.mode = mode
+
         def ask(self, do, data):
             assert do == "precision"
             return msgspec.msgpack.encode(Precision(1, 1, 0.5, []))

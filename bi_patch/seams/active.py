@@ -1,4 +1,4 @@
-"""The plan and the cache folder of this process. Arming sets both, and seams read them without importing arming."""
+"""The plan and the settings of this process that seams read. Arming sets them, so that seams need not import arming."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 plan: Plan | None = None
 cache: Path = Path("~/.cache/bi_patch").expanduser()
+allowed: frozenset[str] = frozenset()  # BI_PATCH_ALLOW_CODE
 
 
 def apply_policies(config: Any) -> None:

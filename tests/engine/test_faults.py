@@ -41,8 +41,9 @@ def test_forced_to_run_the_fault_is_seen(start):
         ({"extra": {"kv_cache_dtype": "fp8"}}, "features: .*on CPU does not cover a 'fp8' KV cache"),
         ({"extra": {"quantization": "fp8"}}, "features: .*'fp8' weights"),
         ({"extra": {"enable_lora": True}}, "LoRA"),
+        ({"extra": {"worker_extension_cls": "my.Extension"}}, "plugins.code: .*BI_PATCH_ALLOW_CODE=my.Extension"),
     ],
-    ids=["tensor parallel", "fp8 KV cache", "fp8 weights", "LoRA"],
+    ids=["tensor parallel", "fp8 KV cache", "fp8 weights", "LoRA", "worker extension"],
 )
 def test_uncovered_features_are_refused_by_name(start, options, said):
     with pytest.raises(BiPatchError, match=said) as caught:

@@ -85,6 +85,7 @@ def test_preemption(start, engine):
         max_model_len=given.max_model_len,
         kv_blocks=given.kv_blocks,
         dtype=given.dtype,
+        digests=True,  # so that a custom logits processor is preempted, too
     ) as small:
         load = catch.workload(small)
         assert not any(case.differs for case in catch.cases(small, catch.PREEMPTION, load))

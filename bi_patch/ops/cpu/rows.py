@@ -231,7 +231,7 @@ def register_moe(experts: object, layer: torch.nn.Module) -> None:
 
 
 def register_sampling(vocab: int) -> None:
-    """Register log_softmax, softmax, top-k with ties, argmax with ties and the seeded draw over `vocab` logits."""
+    """Register what sampling does with rows of `vocab` logits: log_softmax, softmax, sums, top-k, argmax, the draw."""
     import torch
 
     def logits(m):
@@ -246,6 +246,7 @@ def register_sampling(vocab: int) -> None:
     for name, make, run in (
         ("log_softmax", logits, lambda x: (x.log_softmax(dim=-1, dtype=torch.float32),)),
         ("softmax", logits, lambda x: (x.softmax(dim=-1, dtype=torch.float32),)),
+        ("sums of top-p", logits, lambda x: (x.softmax(dim=-1).cumsum(dim=-1),)),
         ("top 20 with ties", tied, lambda x: tuple(torch.topk(x, min(20, vocab), dim=-1))),
         ("argmax with ties", tied, lambda x: (torch.ops._C.greedy_argmax(x),)),
         ("seeded draw", logits, draw),

@@ -17,6 +17,8 @@ _WINDOW = "invariance-2026-11-22-h100-seams-vllm-0.26.0.json"
 _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
 _NO_NPU = "checked without a device; nothing has run on an NPU"
 _NO_SEAM = "no patch point covers it yet"
+_OUTSIDE = "bi_patch has patch points for vLLM's own code only"
+_VOUCH = "Name the code in BI_PATCH_ALLOW_CODE if you know that its results do not depend on the batch"
 
 _CACHES = {"cpu": ("auto", "bfloat16", "float16", "float32"), "cuda": ("auto", "bfloat16", "float16")}
 
@@ -155,6 +157,33 @@ FEATURES: tuple[Feature, ...] = (
         cuda=untried(),
         ascend=untried(_NO_NPU),
         details="Each request is served by the grammar library that it chooses itself, beside requests of others.",
+    ),
+    row(
+        "processed logprobs and logits (--logprobs-mode)",
+        cpu=untried("the tests cover them"),
+        cuda=untried(),
+        ascend=untried(_NO_NPU),
+    ),
+    row(
+        "custom logits processors",
+        cpu=untried("the tests cover them"),
+        cuda=untried(),
+        ascend=untried(_NO_NPU),
+        details="The class must say `batch_invariant = True`: its result for a row depends only on the request's "
+        "parameters, prompt, generated tokens and logits. Other classes are refused (`plugins.logits_processors`).",
+    ),
+    row(
+        "code from outside vLLM: workers, worker extensions, executors, schedulers, models, layers, general plugins",
+        cpu=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
+        cuda=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
+        ascend=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
+    ),
+    row(
+        "modelling code from a model's repository (--trust-remote-code)",
+        cpu=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
+        cuda=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
+        ascend=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
+        details="Models that vLLM has its own code for are not affected.",
     ),
     row(
         "sliding windows",

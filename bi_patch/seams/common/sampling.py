@@ -41,6 +41,41 @@ def _rows_from(top, given, rows: list[int]):
     return top._replace(logprob_token_ids=ids, logprobs=merged(top.logprobs, given.logprobs, float("-inf")))
 
 
+def _condense(original):
+    """InputBatch.condense: forget the allowed tokens of the places that it leaves empty."""
+
+    @functools.wraps(original)
+    def condense(self, *args, **kwargs):
+        before = len(self._req_ids)
+        result = original(self, *args, **kwargs)
+        mask = self.allowed_token_ids_mask_cpu_tensor
+        if mask is not None:
+            mask[self.num_reqs : before] = False
+        return result
+
+    return condense
+
+
+def _swap_states(original):
+    """InputBatch.swap_states: swap the allowed tokens of two requests."""
+
+    @functools.wraps(original)
+    def swap_states(self, i1, i2):
+        mask = self.allowed_token_ids_mask_cpu_tensor
+        swapped = None if mask is None else mask[[i2, i1]]  # upstream swaps two views, and so copies the second
+        original(self, i1, i2)
+        if mask is not None:
+            mask[[i1, i2]] = swapped
+
+    return swap_states
+
+
+_BATCH = "vllm.v1.worker.gpu_input_batch"
+
+
+_MASKS = "upstream clears and swaps the masks of moved requests, as it does from 0.32 on"
+
+
 SEAMS = (
     Seam(
         name="sampling.specific_logprobs",
@@ -51,5 +86,25 @@ SEAMS = (
         how="each row keeps the logprobs that its request asked for",
         until="upstream merges the two kinds of logprobs row by row (https://github.com/vllm-project/vllm/pull/51789)",
         causes=(8,),
+    ),
+    Seam(
+        name="sampling.allowed_tokens_left",
+        targets=(Target(_BATCH, "InputBatch.condense", "<0.32"),),
+        close=_condense,
+        why="if a request with allowed_token_ids moves up in the batch, model runner V1 leaves its mask behind. The "
+        "next request in that place gets the mask",
+        how="bi_patch clears the masks of the places that become empty",
+        until=_MASKS,
+        causes=(27,),
+    ),
+    Seam(
+        name="sampling.allowed_tokens_swapped",
+        targets=(Target(_BATCH, "InputBatch.swap_states", "<0.32"),),
+        close=_swap_states,
+        why="if two requests change places in the batch, model runner V1 gives both the allowed_token_ids of the "
+        "second request",
+        how="each request keeps its own mask",
+        until=_MASKS,
+        causes=(27,),
     ),
 )

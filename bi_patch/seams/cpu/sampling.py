@@ -33,6 +33,17 @@ def _sample(original):
     return forward_cpu
 
 
+def _top_k_top_p(original):
+    """apply_top_k_top_p: mask only the rows whose own request has top-k or top-p."""
+
+    def apply_top_k_top_p(logits, k, p, has_topp_only_rows=True):
+        from bi_patch.ops.cpu import top_k_top_p
+
+        return top_k_top_p.mask(logits, k, p)
+
+    return apply_top_k_top_p
+
+
 def _sorted_topk(original):
     """The function `original`, which calls torch.topk, with a topk that prefers the lower token in a tie."""
     import torch
@@ -44,7 +55,28 @@ def _sorted_topk(original):
     return staticmethod(function) if static else function
 
 
+# The modules that import apply_top_k_top_p by name. The CPU build holds them all, and loads the first.
+_COPIES = (
+    "vllm.v1.sample.rejection_sampler",
+    "vllm.v1.worker.gpu.sample.states",
+    "vllm.v1.worker.gpu.sample.sampler",
+    "vllm.v1.watermarking.gpu_sampler",
+    "vllm.model_executor.models.diffusion_gemma",
+)
+
+
 SEAMS = (
+    Seam(
+        name="sampling.cpu_top_k_top_p",
+        targets=(Target("vllm.v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p", copies=_COPIES),),
+        close=_top_k_top_p,
+        why="a step in which one request has top-p masks every row. A row without top-p then loses the tokens whose "
+        "probability underflows to 0",
+        how="bi_patch masks only the rows whose own request has top-k or top-p. Of tied tokens, top-p drops the lower "
+        "token first",
+        until="upstream masks only the rows that ask (https://github.com/vllm-project/vllm/pull/42259)",
+        causes=(27,),
+    ),
     Seam(
         name="sampling.cpu_gather_logprobs",
         targets=(Target("vllm.v1.sample.sampler", "Sampler.gather_logprobs"),),

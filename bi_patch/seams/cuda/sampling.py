@@ -1,13 +1,17 @@
 """Sampling and logprobs: neither the number of requests nor their options decide how a row is summed."""
 
 import functools
+import inspect
 
 from bi_patch.seams.model import Seam, Target, Variable
 from bi_patch.seams.overlay import Overlay, with_globals
 
 
 def _top_k_top_p(original):
-    """apply_top_k_top_p: call one Triton kernel for every number of requests, in pieces that it treats alike."""
+    """apply_top_k_top_p: call one compiled Triton kernel for all requests, in pieces that it treats alike."""
+    import torch
+
+    has_flag = "has_topp_only_rows" in inspect.signature(original).parameters
 
     def apply_top_k_top_p(logits, k, p, has_topp_only_rows=True):
         from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
@@ -15,15 +19,17 @@ def _top_k_top_p(original):
         if k is None and p is None:
             return logits
         logits = _packed_rows(logits)
+        rows, vocab = logits.shape
         # The batch size changes the kernel only for rows with top-p and without top-k.
         split = p is not None and has_topp_only_rows
-        told = {} if has_topp_only_rows else {"has_topp_only_rows": False}
-        size = _PIECE if split else max(1, logits.shape[0])
-        for start in range(0, logits.shape[0], size):
+        told = {"has_topp_only_rows": False} if has_flag and not split else {}
+        # Without one of the tensors, Triton compiles another kernel for the rows of the other.
+        k = torch.full((rows,), vocab, dtype=torch.int32, device=logits.device) if k is None else k
+        p = torch.ones(rows, dtype=torch.float32, device=logits.device) if p is None else p
+        size = _PIECE if split else max(1, rows)
+        for start in range(0, rows, size):
             piece = slice(start, start + size)
-            apply_top_k_top_p_triton(
-                logits[piece], None if k is None else k[piece], None if p is None else p[piece], **told
-            )
+            apply_top_k_top_p_triton(logits[piece], k[piece], p[piece], **told)
         return logits
 
     return apply_top_k_top_p
@@ -130,12 +136,13 @@ SEAMS = (
             Target(_TOP_P, "apply_top_k_top_p", ">=0.32", _TOP_P_COPIES_032),
         ),
         close=_top_k_top_p,
-        why="the number of requests decides which kernel computes top-p, and each kernel sums a row in its own order. "
-        "A token at the edge of top-p is then kept in one batch and dropped in another",
-        how="one Triton kernel serves every number of requests, in pieces of at most 64 rows",
+        why="the number of requests, and the limits of the other requests, decide which kernel computes a row's top-p. "
+        "Each kernel sums in its own order. A token at the edge of top-p then stays in one batch and goes in another",
+        how="one compiled Triton kernel serves every number of requests and every mix of limits, in pieces of at most "
+        "64 rows",
         until="upstream computes top-p in one order for every number of requests "
         "(compare https://github.com/vllm-project/vllm/pull/50979 and https://github.com/vllm-project/vllm/pull/54651)",
-        causes=(21,),
+        causes=(21, 27),
         serves=("TopKTopPSampler",),
     ),
     Seam(

@@ -116,6 +116,7 @@ def _json(look: Look) -> None:
         "distribution": look.state.installed.distribution,
         "platform": look.state.plan.platform,
         "required_open": [f.name for f in look.required_open],
+        "allowed_code": sorted(look.state.settings.allow_code),
         "moved": look.moved,
         "seams": look.findings,
     }
@@ -150,6 +151,9 @@ def _summary(look: Look) -> None:
         "`bi-patch status NAME` explains a single one. `bi-patch features` lists what is served, refused and untried.",
     )
     output.paragraph(console, _covered(look))
+    if look.state.settings.allow_code:
+        names = ", ".join(sorted(look.state.settings.allow_code))
+        output.paragraph(console, f"You vouch for code that bi_patch does not cover (BI_PATCH_ALLOW_CODE): {names}.")
     if look.moved:
         output.whole(console, Text(f"\nAnchorMoved: {look.moved}", style="red"))
 

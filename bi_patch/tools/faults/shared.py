@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from bi_patch.tools.faults import parts
-from bi_patch.tools.faults.base import BOTH, CPU, Fault, platform
+from bi_patch.tools.faults.base import BOTH, CPU, CUDA, Fault, platform
 from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner, replaced
@@ -287,6 +287,33 @@ def seeds_on_arrival(engine: LocalEngine):
         return execute_model
 
     return replaced(model_runner(engine), "execute_model", execute)
+
+
+def masked_by_company(engine: LocalEngine):
+    """As soon as one request of a step has top-p, vLLM's PyTorch code sorts and masks every row."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    def every_row(logits, k, p, *args, **kwargs):
+        return topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
+
+    if platform() == CPU:
+        from bi_patch.ops.cpu import top_k_top_p
+
+        return replaced(top_k_top_p, "mask", lambda held: every_row)
+    from vllm.v1.sample.ops import topk_topp_triton
+
+    return replaced(topk_topp_triton, "apply_top_k_top_p_triton", lambda held: every_row)
+
+
+def calls_counted(engine: LocalEngine):
+    """A custom logits processor counts its calls, also those for parts of a prompt, whose token is dropped."""
+    from bi_patch.tools.verify import rows
+
+    def counted(followed, position):
+        followed.calls += 1
+        return followed.value + followed.calls - 1
+
+    return replaced(rows, "counted", lambda held: counted)
 
 
 def ties_by_rows(engine: LocalEngine):
@@ -636,5 +663,26 @@ FAULTS = (
         "structured output",
         "grammar mask",
         seam={"cpu": "structured.compile", "cuda": "structured.compile"},
+    ),
+    Fault(
+        "processor counts its calls",
+        29,
+        calls_counted.__doc__,
+        "custom logits processors",
+        calls_counted,
+        (CPU,),  # model runner V2 tells a processor which rows belong to an unfinished prompt
+        "sampler",
+        seam={"cpu": ""},
+    ),
+    Fault(
+        "top-p masks every row",
+        27,
+        masked_by_company.__doc__,
+        "processed logprobs",
+        masked_by_company,
+        BOTH,
+        "topk_topp_sampler",
+        seam={"cpu": "sampling.cpu_top_k_top_p", "cuda": "sampling.cuda_top_k_top_p"},
+        emulated=(CUDA,),
     ),
 )

@@ -20,11 +20,13 @@ class Request(msgspec.Struct, frozen=True):
 
     prompt: token ids. logprobs, prompt_logprobs: the number of top alternatives besides the chosen token, None for no
     logprobs (a request with prompt_logprobs bypasses vLLM's prefix cache). asked: token ids whose logprobs replace the
-    top alternatives. delay: engine steps before the request arrives. top_k: 0 for all tokens. lora: the folder of a
-    LoRA adapter, "" for none. digest: whether full rows of logits are digested; needs an engine with Options.digests.
-    stop, stop_tokens: strings and token ids that end the answer. abort: engine steps after its arrival at which the
-    client gives the request up, 0 for never; the answer to an aborted request has no tokens.
-    grammar: vLLM's `structured_outputs` as JSON, "" for none.
+    top alternatives. delay: engine steps before the request arrives. top_k: 0 for all tokens. bias: pairs of a token id
+    and a number that is added to its logit. allowed: the only token ids that may be chosen, () for all. lora: the
+    folder of a LoRA adapter, "" for none. digest: whether full rows of logits are digested. first: a custom logits
+    processor makes this token the answer's first, and the next higher token the next; None for no processor. Both need
+    an engine with Options.digests. stop, stop_tokens: strings and token ids that end the answer. abort: engine steps
+    after its arrival at which the client gives the request up, 0 for never; the answer to an aborted request has no
+    tokens. grammar: vLLM's `structured_outputs` as JSON, "" for none.
     """
 
     prompt: tuple[int, ...]
@@ -46,6 +48,10 @@ class Request(msgspec.Struct, frozen=True):
     stop_tokens: tuple[int, ...] = ()
     abort: int = 0
     grammar: str = ""
+    frequency_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed: tuple[int, ...] = ()
+    first: int | None = None
 
     @property
     def alternatives(self) -> int | None:

@@ -27,7 +27,8 @@ class Scenario(msgspec.Struct, frozen=True):
     requests: all requests that run together; the target is at `index`. warmup: batches that run before, in order, on
     the same cache; the cache is empty before the first batch. options: changes to the engine's base Options. fresh: the
     engine runs in a new process whose compile caches are empty. chunk: a budget of tokens per engine step that is set
-    on the running engine, None for the engine's own budget.
+    on the running engine, None for the engine's own budget. scores: the logprobs mode that is set on the running
+    engine, None for the engine's own mode.
     """
 
     requests: list[Request]
@@ -36,6 +37,7 @@ class Scenario(msgspec.Struct, frozen=True):
     options: dict[str, object] = {}
     fresh: bool = False
     chunk: int | None = None
+    scores: str | None = None
 
     @property
     def request(self) -> Request:

@@ -127,6 +127,9 @@ class ChildEngine:
     def set_chunk(self, tokens: int | None) -> None:
         self._ask(wire.Command("chunk", chunk=tokens))
 
+    def set_logprobs(self, mode: str | None) -> None:
+        self._ask(wire.Command("logprobs", text=mode or ""))
+
     def counters(self) -> dict[str, float]:
         return self._ask(wire.Command("counters")).counters
 

@@ -27,7 +27,8 @@ class Options(msgspec.Struct, frozen=True):
     kv_blocks: size of the KV cache in blocks (num_gpu_blocks_override). extra: further arguments of vllm.LLM.
     tokenizer: False for a model without a tokenizer. random_weights: the seed of random weights (see verify.weights),
     None to load the model's own. tied: make rows of the head and of the routers equal in pairs. digests: requests may
-    ask for digests of logits. threads: OpenMP threads of a CPU engine, None for the environment's number.
+    use verify's logits processors: digests of logits, and tokens chosen by position. threads: OpenMP threads of a CPU
+    engine, None for the environment's number.
     """
 
     model: str
@@ -117,6 +118,12 @@ class Engine(Protocol):
         A server raises ServerFailed: its budget cannot be changed.
         """
 
+    def set_logprobs(self, mode: str | None) -> None:
+        """Set what logprobs hold, one of vLLM's values of --logprobs-mode; None restores the mode of the start.
+
+        A server raises ServerFailed: its mode cannot be changed.
+        """
+
     def ask(self, do: str, data: bytes) -> bytes:
         """Run an instrument of verify.instruments. Arguments and result are msgpack. A server raises ServerFailed."""
 
@@ -147,9 +154,9 @@ class LocalEngine:
         if options.tied:
             weights.make_tied()
         if options.digests:
-            from bi_patch.tools.verify.rows import Digests
+            from bi_patch.tools.verify.rows import Counting, Digests
 
-            made["logits_processors"] = [Digests]
+            made["logits_processors"] = [Digests, Counting]
         self._llm = LLM(
             options.model,
             skip_tokenizer_init=not options.tokenizer,
@@ -168,6 +175,7 @@ class LocalEngine:
         self._serial = 0
         self._cached = 0
         self._chunk: int | None = None  # the engine's own budget, kept from the first change on
+        self._logprobs: str | None = None  # the engine's own mode, kept from the first change on
 
     @property
     def core(self):
@@ -205,6 +213,16 @@ class LocalEngine:
         if self._chunk is None:
             self._chunk = scheduler.max_num_scheduled_tokens
         scheduler.max_num_scheduled_tokens = min(tokens or self._chunk, self._chunk)
+
+    def set_logprobs(self, mode: str | None) -> None:
+        from bi_patch.tools.verify import runner
+
+        sampler = runner.model_runner(self).sampler
+        if self._logprobs is None:
+            self._logprobs = sampler.logprobs_mode
+        for part in (sampler, getattr(sampler, "topk_topp_sampler", None)):  # model runner V2 has the first only
+            if part is not None:
+                part.logprobs_mode = mode or self._logprobs
 
     def reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
@@ -364,7 +382,10 @@ def _sampling(request: Request, digest: str = "", text: bool = True):
         min_p=request.min_p,
         repetition_penalty=request.repetition_penalty,
         presence_penalty=request.presence_penalty,
-        extra_args={"bi_patch_digest": digest} if digest else None,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=dict(request.bias) or None,
+        allowed_token_ids=list(request.allowed) or None,
+        extra_args=_extra(request, digest),
         detokenize=text,
         top_p=request.top_p,
         seed=request.seed,
@@ -376,6 +397,12 @@ def _sampling(request: Request, digest: str = "", text: bool = True):
         stop_token_ids=list(request.stop_tokens),
         ignore_eos=True,
     )
+
+
+def _extra(request: Request, digest: str) -> dict[str, object] | None:
+    """The arguments of verify's logits processors (see verify.rows)."""
+    given = {"bi_patch_digest": digest or None, "bi_patch_first": request.first}
+    return {name: value for name, value in given.items() if value is not None} or None
 
 
 def _answer(output, digests: list[str] | None = None) -> Answer:

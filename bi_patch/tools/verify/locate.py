@@ -143,6 +143,8 @@ def trace(
     engine.reset_cache()
     if scenario.chunk is not None:
         engine.set_chunk(scenario.chunk)
+    if scenario.scores is not None:
+        engine.set_logprobs(scenario.scores)
     calls: list[Call] = []
     statuses: dict[str, str] = {}
     try:
@@ -160,6 +162,8 @@ def trace(
     finally:
         if scenario.chunk is not None:
             engine.set_chunk(None)
+        if scenario.scores is not None:
+            engine.set_logprobs(None)
     offset = max((c.step for c in calls), default=-1) + 1
     own = [msgspec.structs.replace(c, step=c.step + offset) for c in traced.trace.calls]
     return Traced(traced.answer, Trace([*calls, *own], coarse), statuses | traced.statuses)
@@ -247,6 +251,8 @@ def _located(first: First, statuses: dict[str, str], reproduced: bool, coarse: b
     own = next(iter(stranger or fused or other_path), None)
     if own is not None and (a.op == MODULE or (b.op.startswith("aten.") and not own.op.startswith("aten."))):
         op, seam = own.op, own.seam or seam
+    elif own is not None and own.op.startswith("aten.") and own.seam not in ("", seam):
+        op, seam = own.op, own.seam  # the last op of the other path is another seam's, so that seam changed the row
     note = ""
     if b.op == CACHE:
         note = "keys or values already in the cache differ"

@@ -132,6 +132,9 @@ class ServerEngine:
     def set_chunk(self, tokens: int | None) -> None:
         raise ServerFailed(f"{self.url}: a running server's chunk budget cannot be changed")
 
+    def set_logprobs(self, mode: str | None) -> None:
+        raise ServerFailed(f"{self.url}: a running server's logprobs mode cannot be changed")
+
     def ask(self, do: str, data: bytes) -> bytes:
         raise ServerFailed(f"{self.url}: a server answers requests only and cannot run {do!r}")
 

@@ -258,7 +258,8 @@ class Tracer(TorchDispatchMode):
 
 def digest_rows(rows: torch.Tensor) -> bytes:
     """WIDTH bytes for each row of a tensor [rows, ...]."""
-    held = rows.detach().contiguous().cpu()
+    # PyTorch calls a single element contiguous, whatever its stride, and does not view its bytes.
+    held = rows.detach().cpu().clone(memory_format=torch.contiguous_format)
     count = held.shape[0]
     if not count or not held.numel():
         return hashlib.blake2b(b"", digest_size=WIDTH).digest() * count

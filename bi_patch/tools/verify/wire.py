@@ -11,9 +11,10 @@ from bi_patch.tools.verify.engine import Info, Options
 
 
 class Command(msgspec.Struct, omit_defaults=True):
-    """From parent to child. `do`: start, generate, reset_cache, counters, chunk, encode, stop, or an instrument's name.
+    """From parent to child. `do`: start, generate, reset_cache, counters, chunk, logprobs, encode, stop, or an
+    instrument's name.
 
-    data: the arguments of the instrument (see verify.instruments).
+    text: what to encode, or the logprobs mode. data: the arguments of the instrument (see verify.instruments).
     """
 
     do: str

@@ -65,6 +65,9 @@ def _serve(engine: LocalEngine | None, command: wire.Command) -> wire.Reply:
     if command.do == "chunk":
         engine.set_chunk(command.chunk)
         return wire.Reply()
+    if command.do == "logprobs":
+        engine.set_logprobs(command.text or None)
+        return wire.Reply()
     if command.do == "counters":
         return wire.Reply(counters=engine.counters())
     if command.do == "encode":

@@ -521,27 +521,39 @@ def test_processed_logprobs_have_one_type_whatever_others_ask_for(mode, expected
     assert mode != "processed_logprobs" or got.stride() == (6, 1)
 
 
+def before_033(logits, k, p):
+    """The signature of vLLM's function up to 0.32."""
+
+
+def since_033(logits, k, p, has_topp_only_rows=True):
+    """The signature of vLLM's function from 0.33 on."""
+
+
 @pytest.mark.parametrize("rows", [1, 64, 65, 200])
 @pytest.mark.parametrize(
-    "k,p,told",
+    "original,k,p,told",
     [
-        (True, False, {}),
-        (False, True, {}),
-        (True, True, {}),
-        (True, True, {"has_topp_only_rows": False}),
+        (before_033, True, False, {}),
+        (before_033, False, True, {}),
+        (before_033, True, True, {}),
+        (since_033, True, False, {}),
+        (since_033, False, True, {}),
+        (since_033, True, True, {}),
+        (since_033, True, True, {"has_topp_only_rows": False}),
     ],
 )
-def test_top_p_alone_goes_in_pieces_and_the_rest_in_one_call(monkeypatch, rows, k, p, told):
+def test_top_p_alone_goes_in_pieces_and_the_rest_in_one_call(monkeypatch, rows, original, k, p, told):
     from bi_patch.seams.cuda import sampling
 
     kernel = Triton()
     monkeypatch.setitem(sys.modules, "vllm.v1.sample.ops.topk_topp_triton", kernel)
-    apply = sampling._top_k_top_p(None)
+    apply = sampling._top_k_top_p(original)
     logits = torch.zeros(rows, 56)[:, :51]  # a padded vocabulary
     given = [torch.ones(rows) if wanted else None for wanted in (k, p)]
     out = apply(logits, *given, **told)
     pieces = [rows] if not p or told else [64] * (rows // 64) + ([rows % 64] if rows % 64 else [])
-    assert kernel.calls == [(n, n if k else None, n if p else None, told) for n in pieces]
+    flag = {"has_topp_only_rows": False} if original is since_033 and (told or not p) else {}
+    assert kernel.calls == [(n, n, n, flag) for n in pieces]  # a row's kernel does not depend on the others' limits
     assert out.shape == (rows, 51) and bool((out == -1).all())
     assert apply(logits, None, None) is logits
 

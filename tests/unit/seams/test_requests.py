@@ -21,6 +21,7 @@ def ask(v2=False, fast_prefill=False, **parameters):
     [
         ({"thinking_token_budget": 5}, "thinking_token_budget with model runner V1"),
         ({"prompt_logprobs": 0, "skip_reading_prefix_cache": False}, "skip_reading_prefix_cache=False"),
+        ({"prompt_logprob_token_ids": [[7]], "skip_reading_prefix_cache": False}, "skip_reading_prefix_cache=False"),
         ({"v2": True, "fast_prefill": True, "prompt_logprobs": 1}, "--kv-sharing-fast-prefill"),
         (
             {"v2": True, "prompt_logprob_token_ids": [[1]], "skip_reading_prefix_cache": False},

@@ -40,7 +40,9 @@ from bi_patch.tools.verify.probes.cache import (
     needs_blocks,
     needs_cache,
     needs_length,
+    needs_processors,
     prefix_cache,
+    processors,
     shared_prefix,
 )
 from bi_patch.tools.verify.probes.company import (
@@ -55,6 +57,7 @@ from bi_patch.tools.verify.probes.leaving import leaving
 from bi_patch.tools.verify.probes.scores import (
     decode_equals_prefill,
     logprob_orders,
+    processed_logprobs,
     prompt_logprobs,
     sampled,
     sampling_kinds,
@@ -132,6 +135,14 @@ PROBES = (
         seconds=4,
     ),
     Probe(
+        "custom logits processors",
+        "a processor that chooses tokens, over chunk budgets",
+        processors,
+        (29,),
+        either(in_this_process, needs_processors),
+        seconds=6,
+    ),
+    Probe(
         "decode = prefill", "decode logprobs against prompt logprobs", decode_equals_prefill, (1, 2, 3, 25), seconds=1
     ),
     Probe(
@@ -176,6 +187,14 @@ PROBES = (
         (28,),
         either(needs_company, grammars.needs_tokenizer),
         seconds=6,
+    ),
+    Probe(
+        "processed logprobs",
+        "logprobs after sampling's changes, beside other samplings",
+        processed_logprobs,
+        (27,),
+        either(needs_company, in_this_process),
+        seconds=2,
     ),
     Probe(
         "long prompt",

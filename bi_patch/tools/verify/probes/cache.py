@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.case import Case, Scenario
@@ -93,13 +93,25 @@ def in_this_process(engine: Engine) -> str:
     return "" if engine.info.platform != SERVER else "a running server's chunk budget cannot be changed"
 
 
-def chunks(run: Run) -> Iterator[Case]:
-    """Each subject with smaller budgets of tokens per engine step, alone and beside others."""
+def needs_processors(engine: Engine) -> str:
+    return "" if engine.options.digests else "verify starts its logits processors only with --logits"
+
+
+def processors(run: Run) -> Iterator[Case]:
+    """The same for requests whose tokens a custom logits processor chooses, each by its place in the answer."""
+    yield from chunks(run, "a custom logits processor's ", lambda index: run.greedy(index).but(first=100 + 50 * index))
+
+
+def chunks(run: Run, whose: str = "", ask: Callable[[int], Request] | None = None) -> Iterator[Case]:
+    """Each subject with smaller budgets of tokens per engine step, alone and beside others.
+
+    whose: begins each label. ask: the index of a subject -> its request, None for the run's greedy requests.
+    """
     engine, load = run.engine, run.workload
     whole = engine.options.chunk or engine.info.max_model_len
     for budget in (b for b in load.budgets if b < whole):
         for index in run.subjects:
-            request = run.greedy(index)
+            request = (ask or run.greedy)(index)
             (expected,) = run.alone([request])
             fillers = [load.filler(i) for i in range(6)]
             among = (
@@ -112,7 +124,7 @@ def chunks(run: Run) -> Iterator[Case]:
                     got = run.together(scenario.requests)[scenario.index]
                 finally:
                     engine.set_chunk(None)
-                label = f"{load.label(index)} in chunks of {budget}, {len(scenario.requests) - 1} others"
+                label = f"{whose}{load.label(index)} in chunks of {budget}, {len(scenario.requests) - 1} others"
                 yield pair(label, Scenario.alone(request), scenario, expected, got)
 
 

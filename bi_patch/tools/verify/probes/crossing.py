@@ -60,7 +60,7 @@ def few_blocks(engine: Engine) -> list[Change]:
 
 def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
     """Requests that each need a second KV block soon after their prompt: together, more blocks than the cache has."""
-    block = engine.info.block_size
+    block, follows = engine.info.block_size, engine.options.digests
     source = random.Random(7)
     count = min(blocks_for_one(engine) // engine.info.blocks(1) + 4, engine.options.max_num_seqs)
     limit = engine.info.vocab_size - engine.info.vocab_size // 16
@@ -70,6 +70,7 @@ def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
             max_tokens=_CROSSING,
             logprobs=3,
             digest=engine.options.digests,
+            first=20 * i if follows and i % 2 else None,  # a logits processor must know its place after a preemption
         )
         for i in range(count)
     ]

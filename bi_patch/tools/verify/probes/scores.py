@@ -85,6 +85,43 @@ def unseeded(run: Run) -> Iterator[Case]:
         yield pair(label, Scenario.alone(again[place]), Scenario(again, place), replayed, answers[place])
 
 
+# vLLM's smallest temperature: the probability of most tokens underflows to 0.
+_COLD = {"temperature": 0.01}
+PROCESSED = "processed_logprobs"
+_MANY = 20  # tokens whose logprobs a request asks for; vLLM allows no more by default
+
+
+def processed_logprobs(run: Run) -> Iterator[Case]:
+    """Logprobs of the logits that sampling has changed. Each kind of request runs beside all other kinds."""
+    load, vocab = run.workload, run.engine.info.vocab_size
+    spread = tuple(range(7, vocab, max(1, vocab // _MANY)))[:_MANY]
+    kinds = {"greedy": {}, "temperature": {}, **SAMPLING, **_limits(vocab)}
+    batch, labels = [], []
+    for number, (kind, options) in enumerate(kinds.items()):
+        index = number % len(load.subjects)
+        drawn = {} if kind == "greedy" else {**_COLD, "seed": 80 + number}
+        batch.append(run.greedy(index).but(asked=spread, digest=False, **drawn, **options))
+        labels.append(f"{load.label(index)}, {kind}, processed logprobs beside other samplings")
+    run.engine.set_logprobs(PROCESSED)
+    try:
+        expected = Run(run.engine, load).alone(batch)  # the run's own answers have the engine's mode
+        answers = run.together(batch)
+    finally:
+        run.engine.set_logprobs(None)
+    for place, (label, mine, other) in enumerate(zip(labels, expected, answers)):
+        alone = Scenario.alone(batch[place], scores=PROCESSED)
+        yield pair(label, alone, Scenario(batch, place, scores=PROCESSED), mine, other)
+
+
+def _limits(vocab: int) -> dict[str, dict[str, object]]:
+    """The kinds of requests that change the logits of given tokens."""
+    return {
+        "frequency penalty": {"frequency_penalty": 0.5},
+        "logit bias": {"bias": ((5, 2.0), (9, -3.0))},
+        "allowed tokens": {"allowed": tuple(range(11, min(vocab, 400)))},
+    }
+
+
 def logprob_orders(run: Run) -> Iterator[Case]:
     """Requests for no, few, many and prompt logprobs in one batch, in several orders.
 

@@ -208,4 +208,6 @@ def softmaxes() -> None:
 
 
 if __name__ == "__main__":
-    {"gemm": gemms, "norm": norms, "layer norm": layer_norms, "rope": ropes, "sum": sums, "softmax": softmaxes}[sys.argv[1]]()
+    {"gemm": gemms, "norm": norms, "layer norm": layer_norms, "rope": ropes, "sum": sums, "softmax": softmaxes}[
+        sys.argv[1]
+    ]()

@@ -1,4 +1,4 @@
-"""vLLM's own Triton attention with a sliding window or ALiBi, prefill against decode: without the seams and with them."""
+"""vLLM's own Triton attention with a window or ALiBi, prefill against decode: without the seams and with them."""
 
 import importlib.util
 import subprocess
@@ -16,7 +16,9 @@ if importlib.util.find_spec("triton") is None or importlib.util.find_spec("vllm"
 
 def differing(case: str, form: str) -> tuple[int, int]:
     script = Path(__file__).with_name("vllm_attention.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", script, case, form], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, case, form], capture_output=True, text=True, timeout=300
+    )
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("DIFFERING")]
     assert found, done.stderr[-3000:]
     return int(found[0][0]), int(found[0][1])

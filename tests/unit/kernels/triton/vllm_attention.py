@@ -1,6 +1,6 @@
 """Runs in a child process with TRITON_INTERPRET=1: vLLM's own Triton attention, prefill against decode.
 
-Arguments: "window" or "alibi", then "stock", or "closed" for the functions that the seams attention.cuda_empty_tiles and
+Arguments: "window" or "alibi", then "stock", or "closed" for what the seams attention.cuda_empty_tiles and
 attention.cuda_alibi install. The scores have a mean of -4. So a row whose first tile is fully masked shows at which
 maximum it restarts. Prints how many rows differ, and how many rows there are.
 """

@@ -29,9 +29,10 @@ POINTS = [
 BROKEN = finding("norm.cpu_rms", OPEN, "x[/bold]y,\nsomething else replaced it")
 
 
-def look(*found, moved="", allow_open=False):
+def look(*found, moved="", allow_open=False, allow_code=()):
     state = SimpleNamespace(
-        plan=SimpleNamespace(release=Version("0.32.0"), platform="cpu"), settings=SimpleNamespace(allow_open=allow_open)
+        plan=SimpleNamespace(release=Version("0.32.0"), platform="cpu"),
+        settings=SimpleNamespace(allow_open=allow_open, allow_code=frozenset(allow_code)),
     )
     return status.Look(state, list(found), moved)
 
@@ -74,6 +75,13 @@ def test_an_optional_open_point_and_a_planted_fault_are_said(capsys):
     status._summary(look(BROKEN, allow_open=True))
     said = capsys.readouterr().out
     assert "would start without batch invariance" in said and "BI_PATCH_ALLOW_OPEN=1" in said
+
+
+def test_code_that_the_user_vouches_for_is_said(capsys):
+    status._summary(look(*POINTS, allow_code=["my.Worker", "a.Model"]))
+    assert "You vouch for code that bi_patch does not cover (BI_PATCH_ALLOW_CODE): a.Model, my.Worker." in words(
+        capsys.readouterr().out
+    )
 
 
 def test_a_source_that_moved_is_no_armed_vllm(capsys):
@@ -178,7 +186,8 @@ def test_the_installed_vllm(bi_patch):
     report = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
     assert (report["version"], report["required_open"], report["moved"]) == (__version__, [], "")
-    assert set(report) == {"version", "vllm", "distribution", "platform", "required_open", "moved", "seams"}
+    fields = {"version", "vllm", "distribution", "platform", "required_open", "allowed_code", "moved", "seams"}
+    assert set(report) == fields and report["allowed_code"] == []
     closed = sum(s["status"] == "closed" and not s["target"].startswith("environment:") for s in report["seams"])
     done = bi_patch("status")
     assert f"vLLM {report['vllm']} on cpu would be armed: {closed} patch points closed, 0 open." in done.stdout
