@@ -42,23 +42,26 @@ def _load(original):
 
     @functools.wraps(original)
     def load_model(self, *args, **kwargs):
+        from vllm.config import set_current_vllm_config
+
         from bi_patch.ops.cuda import certify
         from bi_patch.seams.cuda import attention, chunks, moe, norm, rows
 
         result = original(self, *args, **kwargs)
         model, config = self.get_model(), self.vllm_config
         norm.replace_layer_norms(model)
-        certify.certify(
-            _problems(model),
-            moe.experts(model),
-            attention.decoders(config),
-            chunks.layers(config),
-            rows.checks(model, config.model_config.dtype, config.model_config.get_vocab_size()),
-            max_rows=config.scheduler_config.max_num_batched_tokens,
-            # With tensor descriptors, Triton makes another kernel from the same source.
-            library=f"{library.vllm()} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}",
-            cache=active.cache,
-        )
+        with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
+            certify.certify(
+                _problems(model),
+                moe.experts(model),
+                attention.decoders(config),
+                chunks.layers(config),
+                rows.checks(model, config.model_config.dtype, config.model_config.get_vocab_size()),
+                max_rows=config.scheduler_config.max_num_batched_tokens,
+                # With tensor descriptors, Triton makes another kernel from the same source.
+                library=f"{library.vllm()} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}",
+                cache=active.cache,
+            )
         return result
 
     return load_model
