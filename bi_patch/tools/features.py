@@ -68,7 +68,7 @@ def _cards() -> str:
     lines = []
     for card in CARDS:
         cell = card.cell
-        state = _state(cell) + (f"; runs with `{card.recipe}` (untried)" if card.recipe else "")
+        state = _state(cell)
         lines.append([card.name, state, cell.why or ", ".join(f"evidence: `{file}`" for file in cell.evidence)])
     return _table(["device", "bf16 models", "why"], lines)
 

@@ -9,24 +9,20 @@ from bi_patch.platforms.features.model import Cell, refused, served, untried
 
 @dataclass(frozen=True)
 class Card:
-    """name: a kind of device. platform: cpu, cuda, ascend or "". recipe: options with which a refused device runs."""
+    """name: a kind of device. platform: cpu, cuda, ascend or ""."""
 
     name: str
     platform: str
     cell: Cell
-    recipe: str = ""
 
 
-_TRITON = "--attention-backend TRITON_ATTN"
-_NOT_HOPPER = "there vLLM does not use FlashAttention 3"
+_NOT_HOPPER = untried("Triton attention serves there, certified at each first start; nothing has run on such a card")
 
 CARDS: tuple[Card, ...] = (
     Card("NVIDIA H100", "cuda", served("invariance-2026-11-22-h100-vllm-0.33.0.json")),
     Card("NVIDIA H200", "cuda", served("invariance-2026-11-22-h200-vllm-0.33.0.json")),
-    Card(
-        "NVIDIA A100, A10, L4, L40, RTX 30 and 40", "cuda", refused(_NOT_HOPPER, by="attention.cuda_backend"), _TRITON
-    ),
-    Card("NVIDIA B200 and later", "cuda", refused(_NOT_HOPPER, by="attention.cuda_backend"), _TRITON),
+    Card("NVIDIA A100, A10, L4, L40, RTX 30 and 40", "cuda", _NOT_HOPPER),
+    Card("NVIDIA B200 and later", "cuda", _NOT_HOPPER),
     Card("x86-64 CPU with AVX512-BF16", "cpu", served("invariance-2026-11-22-cpu-vllm-0.32.0.json")),
     Card(
         "x86-64 CPU with AMX, or with AVX2",

@@ -14,6 +14,9 @@ _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _WINDOW = "invariance-2026-11-22-h100-seams-vllm-0.26.0.json"
+_WINDOW_H200 = "invariance-2026-11-28-h200-vllm-0.26.0.json"
+_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
+_ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
 _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
 _NO_NPU = "checked without a device; nothing has run on an NPU"
 _NO_SEAM = "no patch point covers it yet"
@@ -188,19 +191,21 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "sliding windows",
         cpu=served(_FAMILIES),
-        cuda=served(_WINDOW, why="layers with a window run on Triton attention, which is slower"),
+        cuda=served(
+            _WINDOW, _WINDOW_H200, _LAYERS, why="layers with a window run on Triton attention, which is slower"
+        ),
         ascend=untried(_NO_NPU),
     ),
     row(
         "attention sinks",
         cpu=refused("the bundled CPU attention has none", by="attention.cpu_init"),
-        cuda=untried(),
+        cuda=served(_LAYERS, why="gpt-oss in bf16"),
         ascend=refused("bi_patch has no kernel for them", by="attention.ascend_backend"),
     ),
     row(
         "ALiBi",
         cpu=refused("the bundled CPU attention has none", by="attention.cpu_init"),
-        cuda=untried("layers with ALiBi run on Triton attention"),
+        cuda=served(_ALIBI, why="layers with ALiBi run on Triton attention"),
         ascend=refused("bi_patch has no kernel for it", by="attention.ascend_backend"),
     ),
     row(

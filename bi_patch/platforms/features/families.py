@@ -14,6 +14,8 @@ _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
+_H100_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
+_H100_ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
 _H100_FIRST = "invariance-2026-11-21-h100-vllm-0.33.0.json"
 _H100_MOE = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
@@ -29,6 +31,7 @@ _IMAGES = refused("no patch point covers encoders", todo="Pass --language-model-
 _MULTIMODAL = refused("multimodal models")
 _HRM = refused("after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model")
 _ASCEND = untried("nothing has run on an NPU")
+_LAYERS = served(_H100_LAYERS, why="two to four layers of published sizes, in eager mode")
 
 
 def _architecture(*names: str):
@@ -72,22 +75,23 @@ FAMILIES: tuple[Feature, ...] = (
     row("Qwen2.5", cpu=_TINY, cuda=served(_H100), ascend=_ASCEND),
     row("SmolLM2", cpu=served(_CPU), cuda=untried(), ascend=_ASCEND),
     row("Mistral 7B", cpu=_TINY, cuda=served(_H100_FIRST), ascend=_ASCEND),
-    row("Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE", cpu=_TINY, cuda=untried(), ascend=_ASCEND),
+    row("Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE", cpu=_TINY, cuda=_LAYERS, ascend=_ASCEND),
     row(
         "Gemma 1, 2 and 3 (text)",
         short="Gemma, Phi, Mistral and other dense models",
         cpu=_TINY,
-        cuda=untried(),
+        cuda=_LAYERS,
         ascend=_ASCEND,
     ),
     row(
-        "Phi-3.5, Phi-4, Granite 3, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16, Command R7B, PLaMo 3",
+        "Phi-3.5, Phi-4, Granite 3, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16",
         cpu=_TINY,
-        cuda=untried(),
+        cuda=_LAYERS,
         ascend=_ASCEND,
     ),
+    row("OLMo 1 to 3, SmolLM3, SeedOss, Nemotron dense, Ling 2", cpu=_TINY, cuda=_LAYERS, ascend=_ASCEND),
     row(
-        "OLMo 1 to 3, SmolLM3, InternLM, Solar, SeedOss, Nemotron dense, MiMo, Bailing",
+        "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing",
         cpu=_TINY,
         cuda=untried(),
         ascend=_ASCEND,
@@ -99,8 +103,8 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_ASCEND,
     ),
     row("Granite SWA", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=untried(), ascend=_ASCEND),
-    row("GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2", cpu=_TINY, cuda=untried(), ascend=_ASCEND),
-    row("gpt-oss in bf16", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=untried(), ascend=_ASCEND),
+    row("GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2", cpu=_TINY, cuda=_LAYERS, ascend=_ASCEND),
+    row("gpt-oss in bf16", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=_LAYERS, ascend=_ASCEND),
     row("gpt-oss as published (MXFP4)", cpu=_QUANTIZED, cuda=_QUANTIZED, ascend=_QUANTIZED),
     row(
         "FP8, AWQ and GPTQ checkpoints, MiniMax-M2, GLM-4.6 FP8",
@@ -133,23 +137,19 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "Gemma 4",
         cpu=_IMAGES,
-        cuda=refused(
-            "vLLM uses FlashAttention 2 for its heads",
-            by="attention.cuda_backend",
-            todo="Pass --attention-backend TRITON_ATTN and --language-model-only (untried)",
-        ),
+        cuda=refused("no patch point covers encoders", todo="Pass --language-model-only (untried)"),
         ascend=_MULTIMODAL,
     ),
     row(
         "BLOOM, MPT (ALiBi)",
         cpu=refused("ALiBi", by="attention.cpu_init"),
-        cuda=refused("vLLM uses FlashAttention 2 for ALiBi", by="attention.cuda_backend"),
+        cuda=served(_H100_ALIBI, why="four layers of BLOOM, in eager mode, on Triton attention"),
         ascend=refused("ALiBi", by="attention.ascend_backend"),
     ),
     row(
         "HunYuan dense (dynamic NTK with a constant alpha)",
         cpu=served(_CPU_TEXT, _FAMILIES),
-        cuda=untried("the rotation is a constant table"),
+        cuda=served(_H100_ALIBI, why="four layers of published sizes, in eager mode"),
         ascend=_ASCEND,
     ),
     row(

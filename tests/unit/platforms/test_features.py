@@ -124,13 +124,6 @@ def test_a_plain_configuration_passes(platform):
             },
             "multimodal embeddings",
         ),
-        (
-            {
-                "model_architectures": ["Cohere2MoeForCausalLM"],
-                "model_hf_text_config": SimpleNamespace(expert_selection_fn="sigmoid"),
-            },
-            "Cohere2MoeForCausalLM with sigmoid routing",
-        ),
         ({"parallel_enable_expert_parallel": True}, "expert parallelism"),
         ({"parallel_enable_eplb": True}, "expert load balancing"),
         ({"parallel_decode_context_parallel_size": 2}, "decode context parallelism"),
@@ -157,6 +150,17 @@ def test_several_refusals_are_named_at_once_with_what_to_do():
 @pytest.mark.parametrize(
     ("platform", "change", "refused"),
     [
+        *(
+            (
+                platform,
+                {
+                    "model_architectures": ["Cohere2MoeForCausalLM"],
+                    "model_hf_text_config": SimpleNamespace(expert_selection_fn="sigmoid"),
+                },
+                platform != "cpu",
+            )
+            for platform in releases.BY_PLATFORM
+        ),
         ("cpu", {"cache_cache_dtype": "float32"}, False),
         ("cuda", {"cache_cache_dtype": "float32"}, True),
         ("cpu", {"parallel_tensor_parallel_size": 2}, True),

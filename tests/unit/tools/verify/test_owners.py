@@ -28,7 +28,7 @@ LAYERS = {
     "cuda": {
         "RMSNorm": "norm.cuda_rms",
         "GemmaRMSNorm": "norm.cuda_rms",
-        "LayerNorm": "",
+        "LayerNorm": "norm.cuda_layer",
         "LinearBase": "linear.cuda_route",
         "ParallelLMHead": "linear.cuda_route",
         "LogitsProcessor": "linear.cuda_route",
