@@ -6,6 +6,7 @@ An environment without bi_patch cannot say that it is not armed. So an engine wi
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import msgspec
@@ -23,8 +24,8 @@ class Sign(msgspec.Struct, frozen=True):
     """What an armed engine core says of itself.
 
     version, digest: bi_patch's release and the digest of its code. vllm, platform: as in the plan. closed, seams: the
-    numbers of patch points that are closed, and of all. certificates: those of all workers. untried: what this engine
-    uses, and what the feature table calls untried.
+    numbers of patch points that are closed, and of all whose modules an engine core loads. certificates: those of all
+    workers. untried: what this engine uses, and what the feature table calls untried.
     """
 
     version: str
@@ -64,7 +65,7 @@ def make(config: Any, executor: Any) -> None:
         str(plan.release),
         plan.platform,
         current.closed,
-        len(plan.seams),
+        sum(not p.seam.on_import or p.target.module in sys.modules for p in plan.seams),
         workers.certificates(executor),
         table.untried(config, plan.platform, plan.release),
     )

@@ -1,5 +1,7 @@
 """Real configurations of vLLM meet the policies of the CPU platform: set to safe values, or refused by name."""
 
+import os
+
 import pytest
 
 from bi_patch.arming.catalog import CATALOG
@@ -11,8 +13,13 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture
 def configured(model):
-    """configured(name, **options): the finished configuration of vLLM, after the policies of the CPU platform."""
+    """configured(name, **options): the finished configuration of vLLM, after the policies of the CPU platform.
+
+    vLLM sets variables of the process, e.g. LD_PRELOAD. Later tests must not start engines with them.
+    """
     from vllm.engine.arg_utils import EngineArgs
+
+    before = dict(os.environ)
 
     def make(name=recipes.QWEN3, **options):
         given = {"max_model_len": 512, "max_num_batched_tokens": 256, "max_num_seqs": 32, "seed": 0, **options}
@@ -22,7 +29,9 @@ def configured(model):
                 policy.apply(config)
         return config
 
-    return make
+    yield make
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_one_range_serves_every_number_of_tokens(configured):

@@ -149,7 +149,7 @@ def test_concurrent_answers_equal_solo_answers(server):
 
 def test_echoed_logprobs_are_those_of_the_request_alone(server):
     """vLLM 44106: the prompt's own logprobs, by `echo`. In the thread, model runner V2 gave an error."""
-    url, folder, _ = server
+    url, folder, *_ = server
     source = random.Random(9)
     prompts = [[source.randrange(1900) for _ in range(n)] for n in (3, 40, 290, 17, 150, 9)]
 
@@ -197,7 +197,7 @@ def test_256_clients_get_their_solo_answers(server):
 
 def test_unseeded_answers_name_their_seeds_and_can_be_replayed(server):
     """Completions and chat, whole and streamed, with two answers to each request, beside one another."""
-    url, folder, _ = server
+    url, folder, *_ = server
     asked = {"model": folder, "temperature": 1.0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
 
     async def complete(client, stream, **given):

@@ -56,7 +56,7 @@ FAULTS = (
         (CPU,),
         "mlp.experts",
         "topk",
-        seam={"cpu": "moe.cpu_experts"},
+        seam={"cpu": "moe.cpu_router"},
     ),
     Fault(
         "scalar code for the last rows",
@@ -66,7 +66,7 @@ FAULTS = (
         scalar_tail,
         (CPU,),
         "mlp.experts",
-        seam={"cpu": "moe.cpu_experts"},
+        seam={"cpu": "moe.cpu_routing"},
         emulated=(CPU,),
     ),
 )
