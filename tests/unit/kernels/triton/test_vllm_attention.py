@@ -36,3 +36,14 @@ def test_without_the_seam_rows_with_alibi_differ():
 @pytest.mark.parametrize("case", ["window", "alibi"])
 def test_with_the_seams_none_does(case):
     assert differing(case, "closed") == (0, 110)
+
+
+def test_it_compiles_for_every_gpu_from_ampere_on():
+    """vLLM's Triton attention, with the seams, serves GPUs other than Hopper. It fits into their shared memory."""
+    script = Path(__file__).with_name("compile_attention.py")
+    capabilities = ("80", "86", "89", "90", "100", "120")
+    command = [sys.executable, "-W", "ignore", script, *capabilities]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    made = [line.split() for line in done.stdout.splitlines() if line.startswith("COMPILED")]
+    assert len(made) == 5 * len(capabilities), done.stderr[-3000:]
+    assert max(int(line[-1]) for line in made) <= 101376  # the smallest of these GPUs
