@@ -39,46 +39,59 @@ KINDS = {
 
 
 class Compiled:
-    """Stands in for the kernel: compiles for the driver's target instead of launching."""
+    """Stands in for the kernel: compiles for a GPU instead of launching."""
+
+    said = ""
 
     def __getitem__(self, grid):
-        def compile_only(**given):
-            print("COMPILED", target.arch, kind, kernel.warmup(grid=grid, **given).metadata.shared)
-
-        return compile_only
+        return lambda **given: print("COMPILED", self.said, kernel.warmup(grid=grid, **given).metadata.shared)
 
 
-triton_unified_attention.kernel_unified_attention = Compiled()
-for capability in map(int, sys.argv[1:]):
-    target = GPUTarget("cuda", capability, 32)
-    triton.runtime.driver.set_active(
-        types.SimpleNamespace(
-            get_current_target=lambda: target,
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-        )
+class Driver:
+    """Stands in for the driver of a GPU."""
+
+    def __init__(self, capability):
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def attend(heads, key_heads, size, window, cap, sinks, alibi):
+    pages = torch.zeros(4, 16, key_heads, size, dtype=torch.bfloat16)
+    q = torch.zeros(48, heads, size, dtype=torch.bfloat16)
+    triton_unified_attention.unified_attention(
+        q=q,
+        k=pages,
+        v=pages,
+        out=torch.empty_like(q),
+        cu_seqlens_q=torch.tensor([0, 48], dtype=torch.int32),
+        max_seqlen_q=48,
+        seqused_k=torch.tensor([64], dtype=torch.int32),
+        max_seqlen_k=64,
+        softmax_scale=size**-0.5,
+        causal=True,
+        window_size=(window - 1, 0) if window else (-1, -1),
+        block_table=torch.arange(4, dtype=torch.int32)[None],
+        softcap=cap,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        alibi_slopes=torch.ones(heads) if alibi else None,
+        sinks=torch.ones(heads, dtype=torch.bfloat16) if sinks else None,
     )
+
+
+compiled = triton_unified_attention.kernel_unified_attention = Compiled()
+for capability in map(int, sys.argv[1:]):
+    triton.runtime.driver.set_active(Driver(capability))
     kernel.device_caches.clear()
-    for kind, (heads, key_heads, size, window, cap, sinks, alibi) in KINDS.items():
-        pages = torch.zeros(4, 16, key_heads, size, dtype=torch.bfloat16)
-        q = torch.zeros(48, heads, size, dtype=torch.bfloat16)
-        triton_unified_attention.unified_attention(
-            q=q,
-            k=pages,
-            v=pages,
-            out=torch.empty_like(q),
-            cu_seqlens_q=torch.tensor([0, 48], dtype=torch.int32),
-            max_seqlen_q=48,
-            seqused_k=torch.tensor([64], dtype=torch.int32),
-            max_seqlen_k=64,
-            softmax_scale=size**-0.5,
-            causal=True,
-            window_size=(window - 1, 0) if window else (-1, -1),
-            block_table=torch.arange(4, dtype=torch.int32)[None],
-            softcap=cap,
-            q_descale=None,
-            k_descale=None,
-            v_descale=None,
-            alibi_slopes=torch.ones(heads) if alibi else None,
-            sinks=torch.ones(heads, dtype=torch.bfloat16) if sinks else None,
-        )
+    for name, kind in KINDS.items():
+        compiled.said = f"{capability} {name}"
+        attend(*kind)
