@@ -22,7 +22,11 @@ CARDS: tuple[Card, ...] = (
     Card("NVIDIA H100", "cuda", served("invariance-2026-11-22-h100-vllm-0.33.0.json")),
     Card("NVIDIA H200", "cuda", served("invariance-2026-11-22-h200-vllm-0.33.0.json")),
     Card("NVIDIA A100, A10, L4, L40, RTX 30 and 40", "cuda", _NOT_HOPPER),
-    Card("NVIDIA B200 and later", "cuda", _NOT_HOPPER),
+    Card(
+        "NVIDIA B200 and later",
+        "cuda",
+        untried("as on other cards; on B200, bi_patch refuses heads of 256 elements"),
+    ),
     Card("x86-64 CPU with AVX512-BF16", "cpu", served("invariance-2026-11-22-cpu-vllm-0.32.0.json")),
     Card(
         "x86-64 CPU with AMX, or with AVX2",

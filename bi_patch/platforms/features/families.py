@@ -108,7 +108,7 @@ FAMILIES: tuple[Feature, ...] = (
     row("gpt-oss as published (MXFP4)", cpu=_QUANTIZED, cuda=_QUANTIZED, ascend=_QUANTIZED),
     row(
         "FP8, AWQ and GPTQ checkpoints, MiniMax-M2, GLM-4.6 FP8",
-        short="quantized checkpoints, gpt-oss",
+        short="quantized checkpoints, gpt-oss as published",
         cpu=_QUANTIZED,
         cuda=_QUANTIZED,
         ascend=_QUANTIZED,
@@ -141,9 +141,15 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_MULTIMODAL,
     ),
     row(
-        "BLOOM, MPT (ALiBi)",
+        "BLOOM",
         cpu=refused("ALiBi", by="attention.cpu_init"),
-        cuda=served(_H100_ALIBI, why="four layers of BLOOM, in eager mode, on Triton attention"),
+        cuda=served(_H100_ALIBI, why="four layers of published sizes, in eager mode, on Triton attention"),
+        ascend=refused("ALiBi", by="attention.ascend_backend"),
+    ),
+    row(
+        "MPT",
+        cpu=refused("ALiBi", by="attention.cpu_init"),
+        cuda=untried(),
         ascend=refused("ALiBi", by="attention.ascend_backend"),
     ),
     row(

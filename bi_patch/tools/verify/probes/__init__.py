@@ -99,7 +99,7 @@ PROBES = (
         "batch size",
         "concurrent greedy requests, across 256 rows and the captured graphs",
         batch_size,
-        (1, 2, 3, 10, 12, 19),
+        (1, 2, 3, 10, 12, 19, 26, 32),
         needs_company,
         seconds=6,
     ),
