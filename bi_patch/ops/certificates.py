@@ -170,15 +170,18 @@ def counts() -> Counts:
     return Counts(passed, len(_obtained) - passed, sum(cached for _, cached in _obtained.values()))
 
 
-def require(made: Iterable[Certificate]) -> None:
-    """Raise CertificateFailed if a certificate failed. Call this for operations that no other kernel can serve."""
+def require(made: Iterable[Certificate], cure: str = "") -> None:
+    """Raise CertificateFailed if a certificate failed. Call this for operations that no other kernel can serve.
+
+    cure: a sentence on what the user can try.
+    """
     failed = [certificate for certificate in made if not certificate.passed]
     if failed:
         lines = "\n".join(f"  {c.key.operation} {c.key.problem}: {c.evidence.first}" for c in failed)
         raise CertificateFailed(
             f"On this machine, a row's bits change with the number of rows in {len(failed)} operation(s), or the "
-            f"comparison failed:\n{lines}\nbi_patch has no bundled kernel for these operations. Please report this "
-            "error with the output of `bi-patch certify`. Set BI_PATCH=0 to run without bi_patch"
+            f"comparison failed:\n{lines}\nbi_patch has no bundled kernel for these operations. {cure}Please report "
+            "this error with the output of `bi-patch certify`. Set BI_PATCH=0 to run without bi_patch"
         )
 
 

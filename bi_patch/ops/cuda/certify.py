@@ -45,6 +45,6 @@ def certify(
         chunked = [chunks.certify(problem, prepare, library, cache) for problem, prepare in attentions]
         among_rows = [rows.certify(check, library, cache) for check in checks]
     torch.cuda.empty_cache()
-    chunks.require(chunked)
+    certificates.require(chunked, "Try --attention-backend TRITON_ATTN, or FLASH_ATTN on Hopper. ")
     certificates.require(among_rows)
     return [certificate for certificate in (*made, *chunked, *among_rows) if certificate is not None]

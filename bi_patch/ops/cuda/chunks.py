@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from bi_patch.errors import CertificateFailed
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Key, Tally
 from bi_patch.ops.cuda import machine
@@ -64,18 +63,6 @@ def certify(problem: Problem, prepare: Prepare, library: str, cache: Path) -> Ce
         OPERATION, str(problem), machine.device(), f"{library} {machine.libraries()}", machine.kernels_digest(), DATA
     )
     return certificates.obtain(cache, key, lambda: _certify(problem, prepare, key))
-
-
-def require(made: list[Certificate]) -> None:
-    """Raise CertificateFailed with every failed certificate and the options that avoid its kernel."""
-    failed = [certificate for certificate in made if not certificate.passed]
-    if failed:
-        lines = "\n".join(f"  {c.key.problem}: {c.evidence.first}" for c in failed)
-        raise CertificateFailed(
-            f"On this GPU, attention of {len(failed)} kind(s) of layers depends on how a prompt is cut, or the "
-            f"comparison failed:\n{lines}\nTry --attention-backend TRITON_ATTN, or FLASH_ATTN on Hopper. Please report "
-            "this error with the output of `bi-patch certify`. Set BI_PATCH=0 to run without bi_patch"
-        )
 
 
 def steps(tokens: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:

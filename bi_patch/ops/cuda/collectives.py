@@ -38,11 +38,13 @@ def moved(
     """
     row = _row(rank, ranks, width).to(dtype).to(device)
     alone = all_reduce(row)
+    first = None
     for rows in lengths(max(1, min(most, _LARGEST // (width * row.element_size())))):
+        # A rank that stopped here would let the others wait.
         total = all_reduce(row.expand(rows, width).contiguous())
-        if bits.differing(total, alone.expand(rows, width)):
-            return rows
-    return None
+        if bits.differing(total, alone.expand(rows, width)) and first is None:
+            first = rows
+    return first
 
 
 def _row(rank: int, ranks: int, width: int) -> torch.Tensor:

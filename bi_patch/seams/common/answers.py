@@ -28,15 +28,14 @@ class _Noted:
         item = await anext(self._outputs)
         prompt, output = item if isinstance(item, tuple) else (0, item)
         for completion in output.outputs:
-            seed = getattr(completion, "seed", None)
-            if seed is not None:
+            if completion.finish_reason is not None and (seed := getattr(completion, "seed", None)) is not None:
                 self.seeds[completion.index + prompt * self._n] = seed
         return item
 
 
-def _noting(original, self, args, kwargs):
+def _noting(signature, self, args, kwargs):
     """The arguments of a server's generator, with its engine outputs noted on the way, and the notes."""
-    given = inspect.signature(original).bind(self, *args, **kwargs)
+    given = signature.bind(self, *args, **kwargs)
     noted = _Noted(given.arguments["result_generator"], given.arguments["request"].n or 1)
     given.arguments["result_generator"] = noted
     return given, noted.seeds
@@ -60,10 +59,11 @@ def _completion(original):
 
 def _chat(original):
     """OpenAIServingChat.chat_completion_full_generator: name the seed in each choice."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     async def chat_completion_full_generator(self, *args, **kwargs):
-        given, seeds = _noting(original, self, args, kwargs)
+        given, seeds = _noting(signature, self, args, kwargs)
         response = await original(*given.args, **given.kwargs)
         for choice in getattr(response, "choices", ()):  # an error has none
             if choice.index in seeds:
@@ -75,13 +75,14 @@ def _chat(original):
 
 def _stream(original):
     """The generator of a stream's events: name the seed in the last event of each choice."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     async def stream_generator(self, *args, **kwargs):
-        given, seeds = _noting(original, self, args, kwargs)
+        given, seeds = _noting(signature, self, args, kwargs)
         async with contextlib.aclosing(original(*given.args, **given.kwargs)) as events:
             async for event in events:
-                yield _named(event, seeds) if _FINISHED in event else event
+                yield _named(event, seeds) if seeds and _FINISHED in event else event
 
     return stream_generator
 

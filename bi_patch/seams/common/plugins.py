@@ -43,6 +43,9 @@ def _outside(config) -> Iterator[tuple[str, str]]:
     registry = sys.modules.get("vllm.model_executor.custom_op")  # not loaded: nothing has registered a layer
     for layer, replacement in getattr(registry, "op_registry_oot", {}).items():
         yield f"a replacement of the layer {layer},", _dotted(replacement)
+    backends = sys.modules.get("vllm.v1.attention.backends.registry")
+    for backend, replacement in getattr(backends, "_ATTN_OVERRIDES", {}).items():
+        yield f"a replacement of the attention backend {backend.name},", _dotted(replacement)
 
 
 def _models(model) -> Iterator[tuple[str, str]]:

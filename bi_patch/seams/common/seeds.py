@@ -125,8 +125,9 @@ def _from_core(original):
         for output in engine_core_outputs:
             if output.trace_headers and HEADER in output.trace_headers:
                 state = self.request_states.get(output.request_id)
-                if state is not None:
-                    setattr(state, _SEED, int(output.trace_headers[HEADER]))
+                said = output.trace_headers[HEADER]
+                if state is not None and said.isdecimal():  # a client's own header can hold anything
+                    setattr(state, _SEED, int(said))
         return original(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs

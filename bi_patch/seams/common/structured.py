@@ -8,7 +8,7 @@ import importlib
 import threading
 from typing import Any
 
-from bi_patch.errors import UnsupportedRequest
+from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.overlay import Overlay
 
@@ -178,7 +178,7 @@ def _no_late_choice(original):
         _choice.late = False
         original(self, *args, **kwargs)
         if _choice.late:
-            raise UnsupportedRequest(
+            raise bad_request(
                 "structured.late_choice: the first grammar library did not read the regular expression within "
                 "VLLM_REGEX_COMPILATION_TIMEOUT_S seconds, and the load must not choose the library. Shorten the "
                 "expression, raise the variable, or name a library with --structured-outputs-config.backend"

@@ -3,6 +3,7 @@
 import functools
 
 from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.naming import dotted
 
 
 def _register(original):
@@ -94,7 +95,8 @@ def _kind(router) -> str:
         bias = " bias" if router.e_score_correction_bias is not None else ""
         return f"{router.scoring_func}{bias}, {groups}{', renormalized' if router.renormalize else ''}"
     custom = router.custom_routing_function
-    return router.scoring_func if custom is None else getattr(custom, "__qualname__", type(custom).__name__)
+    named = router.scoring_func if custom is None else dotted(custom)
+    return f"{named}{', renormalized' if router.renormalize else ''}"
 
 
 SEAMS = (

@@ -2,8 +2,8 @@
 
 import functools
 
+from bi_patch.seams import ties
 from bi_patch.seams.model import Seam, Target
-from bi_patch.seams.overlay import Overlay, with_globals
 
 
 def _generator(original):
@@ -44,17 +44,6 @@ def _top_k_top_p(original):
     return apply_top_k_top_p
 
 
-def _sorted_topk(original):
-    """The function `original`, which calls torch.topk, with a topk that prefers the lower token in a tie."""
-    import torch
-
-    from bi_patch.ops.topk import topk
-
-    static = isinstance(original, staticmethod)
-    function = with_globals(original.__func__ if static else original, torch=Overlay(torch, topk=topk))
-    return staticmethod(function) if static else function
-
-
 # The modules that import apply_top_k_top_p by name. The CPU build holds them all, and loads the first.
 _COPIES = (
     "vllm.v1.sample.rejection_sampler",
@@ -80,7 +69,7 @@ SEAMS = (
     Seam(
         name="sampling.cpu_gather_logprobs",
         targets=(Target("vllm.v1.sample.sampler", "Sampler.gather_logprobs"),),
-        close=_sorted_topk,
+        close=ties.sorted_topk,
         why="vLLM computes as many top logprobs as the most demanding request wants, and this number decides the order "
         "of ties",
         how="of tied tokens, the lower token comes first",

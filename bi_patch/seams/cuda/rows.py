@@ -4,11 +4,14 @@ import inspect
 import itertools
 
 from bi_patch.ops.cuda.rows import FEW, ROWS, RowCheck
+from bi_patch.seams.naming import dotted
 
 
 def checks(model, dtype, vocab: int):
     """A RowCheck for each distinct norm, activation, rotary embedding and router of a model, and for sampling.
 
+    A layer without one gets none: a norm without weights or with a weight of several dimensions, an activation that
+    follows another product than gate_up_proj, a rotation of an attention layer that does not name its sizes.
     dtype: of the model's rows. vocab: the number of logits of a row.
     """
     seen = set()
@@ -68,7 +71,10 @@ def _activation(module, dtype):
     if act is None or weight is None or weight.ndim != 2 or not weight.is_cuda:
         return
     size = weight.shape[0]
-    yield RowCheck("cuda.activation", _name(act, size, dtype=dtype), ROWS, _random(dtype, size), lambda x: (act(x),))
+    method = getattr(getattr(act, "_forward_method", None), "__name__", "forward")
+    yield RowCheck(
+        "cuda.activation", f"{_name(act, size, dtype=dtype)} {method}", ROWS, _random(dtype, size), lambda x: (act(x),)
+    )
 
 
 def _rotation(module, dtype):
@@ -105,8 +111,33 @@ def _router(module, dtype):
         logits = torch.randn((rows, experts), generator=generator, device="cuda").mul(8).round().div(4)
         return x, logits.to(logits_type)
 
-    name = _name(router, f"E={experts}", f"top{config.experts_per_token}", dtype=logits_type)
+    name = _name(router, f"E={experts}", f"top{config.experts_per_token}", *_way(router), dtype=logits_type)
     yield RowCheck("cuda.router", name, ROWS, make, lambda x, logits: router.select_experts(x, logits))
+
+
+def _way(router) -> list[str]:
+    """What decides a router's kernel, in words. Functions count by their dotted names, tensors by their presence."""
+    words = []
+    for name, value in sorted(vars(router).items()):
+        if name.lstrip("_") in _WAYS and value is not None:
+            known = isinstance(value, (bool, int, float, str))
+            words.append(f"{name}={value}" if known else f"{name}={dotted(value)}" if callable(value) else name)
+    return words
+
+
+# What vLLM's routers branch on, in every release.
+_WAYS = (
+    "scoring_func",
+    "renormalize",
+    "use_grouped_topk",
+    "num_expert_group",
+    "topk_group",
+    "num_fused_shared_experts",
+    "routed_scaling_factor",
+    "e_score_correction_bias",
+    "custom_routing_function",
+    "apply_router_weight_on_input",
+)
 
 
 def _of_sampling(vocab: int):

@@ -3,8 +3,8 @@
 import functools
 import inspect
 
+from bi_patch.seams import ties
 from bi_patch.seams.model import Seam, Target, Variable
-from bi_patch.seams.overlay import Overlay, with_globals
 
 
 def _top_k_top_p(original):
@@ -71,17 +71,6 @@ def _split_count(original):
         return original(_SPLIT_AS_FOR, *sizes)
 
     return _topp_split_count
-
-
-def _sorted_topk(original):
-    """The function `original`, which calls torch.topk, with a topk that prefers the lower token in a tie."""
-    import torch
-
-    from bi_patch.ops.topk import topk
-
-    static = isinstance(original, staticmethod)
-    function = with_globals(original.__func__ if static else original, torch=Overlay(torch, topk=topk))
-    return staticmethod(function) if static else function
 
 
 # From vLLM 0.32 on, up to 64 rows take the split kernels for top-p. Larger batches would take another kernel.
@@ -168,7 +157,7 @@ SEAMS = (
     Seam(
         name="sampling.cuda_gather_logprobs",
         targets=(Target("vllm.v1.sample.sampler", "Sampler.gather_logprobs"),),
-        close=_sorted_topk,
+        close=ties.sorted_topk,
         why="the number of rows decides which algorithm torch.topk runs, and the algorithms order ties differently. "
         "bf16 logits often tie",
         how="of tied tokens, the lower token comes first",
@@ -182,7 +171,7 @@ SEAMS = (
             Target(_LOGPROB, "compute_topk_logprobs", "<0.26", _LOGPROB_COPIES),
             Target(_LOGPROB, "compute_topk_scores", ">=0.26", _LOGPROB_COPIES_026),
         ),
-        close=_sorted_topk,
+        close=ties.sorted_topk,
         why="the number of rows decides which algorithm torch.topk runs, and the algorithms order ties differently. "
         "bf16 logits often tie",
         how="of tied tokens, the lower token comes first",

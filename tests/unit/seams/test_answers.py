@@ -10,7 +10,7 @@ from bi_patch.seams.common import answers
 
 
 def output(*seeds):
-    completions = [SimpleNamespace(index=i, seed=seed) for i, seed in enumerate(seeds)]
+    completions = [SimpleNamespace(index=i, seed=seed, finish_reason="length") for i, seed in enumerate(seeds)]
     return SimpleNamespace(outputs=completions)
 
 

@@ -128,6 +128,7 @@ def test_a_plain_configuration_passes(change):
     ("change", "named"),
     [
         ({"model__quantization": "fp8"}, "'fp8' weights"),
+        ({"compilation__custom_ops": ["all", "-silu_and_mul"]}, "custom_ops has -silu_and_mul"),
         ({"cache__cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' KV cache"),
         ({"model__use_mla": True}, "MLA"),
         ({"model__is_hybrid": True}, "hybrid"),

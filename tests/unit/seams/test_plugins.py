@@ -1,5 +1,7 @@
 """Code from outside vLLM is refused by name, until the user vouches for it."""
 
+import enum
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,12 @@ from bi_patch import settings
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
 from bi_patch.seams.common import plugins
+
+
+class Backend(enum.Enum):
+    """Stands for vLLM's list of attention backends."""
+
+    TRITON_ATTN = "vllm.TritonAttentionBackend"
 
 
 class Registered:
@@ -109,3 +117,10 @@ def test_a_processor_that_says_that_it_keeps_no_state_is_served(monkeypatch):
         plugins._checked_v2(lambda: [Silent()])()
     monkeypatch.setattr(active, "allowed", frozenset({f"{__name__}.Silent"}))
     assert build(Silent)
+
+
+def test_a_replaced_attention_backend_is_refused(monkeypatch):
+    registry = SimpleNamespace(_ATTN_OVERRIDES={Backend.TRITON_ATTN: "my.Attention"})
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", registry)
+    with pytest.raises(UnsupportedFeature, match="attention backend TRITON_ATTN, my.Attention"):
+        plugins._refuse_code(config())
