@@ -10,8 +10,8 @@ def _custom_op(config) -> None:
     for name in ("silu_and_mul", "gelu_and_mul"):
         if f"-{name}" in held:
             raise UnsupportedFeature(
-                f"activation.cuda_custom_op: custom_ops has -{name}, and the code that torch.compile makes for it has no "
-                "certificate. Leave it out, or set BI_PATCH=0"
+                f"activation.cuda_custom_op: custom_ops has -{name}, and the code that torch.compile makes instead has "
+                "no certificate. Leave it out, or set BI_PATCH=0"
             )
         if "all" not in held and f"+{name}" not in held:
             held.append(f"+{name}")
