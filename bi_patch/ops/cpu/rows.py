@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
 from bi_patch.ops.cpu import machine
+from bi_patch.ops.row_counts import FEW, ROWS
 
 if TYPE_CHECKING:
     import torch
 
-# Around every power of two, because kernels change their blocks there.
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 1025)
-_FEW = ROWS[: ROWS.index(65) + 1]
 # Rounding to 16 bits hides another order in most outputs. So small numbers of rows run at many places of the data.
 _PLACES = 32
 _THREADS = (1, 3)  # besides the engine's own number of threads
@@ -251,4 +249,4 @@ def register_sampling(vocab: int) -> None:
         ("argmax with ties", tied, lambda x: (torch.ops._C.greedy_argmax(x),)),
         ("seeded draw", logits, draw),
     ):
-        register(RowCheck("cpu.sampling", f"{name} vocab={vocab}", _FEW, make, run))
+        register(RowCheck("cpu.sampling", f"{name} vocab={vocab}", FEW, make, run))

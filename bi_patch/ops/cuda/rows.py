@@ -18,9 +18,6 @@ from bi_patch.ops.cuda import machine
 if TYPE_CHECKING:
     import torch
 
-# Around every power of two, because kernels change their blocks there.
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 1025)
-FEW = ROWS[: ROWS.index(65) + 1]
 _PLACES = 4
 DATA = f"random rows at {_PLACES} places"
 

@@ -8,6 +8,7 @@ import torch
 from bi_patch.errors import CertificateFailed
 from bi_patch.ops import certificates
 from bi_patch.ops.cpu import certify, machine, rows
+from bi_patch.ops.row_counts import ROWS
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def test_an_operation_that_varies_with_rows_stops_the_engine(tmp_path):
         halves = x.float().chunk(2 if x.shape[0] > 16 else 1, dim=-1)
         return (sum(h.cumsum(-1)[..., -1] for h in halves),)
 
-    rows.register(rows.RowCheck("test.mean", "by rows", rows.ROWS, lambda m: (torch.randn(m, 999),), mean_by_rows))
+    rows.register(rows.RowCheck("test.mean", "by rows", ROWS, lambda m: (torch.randn(m, 999),), mean_by_rows))
     with pytest.raises(CertificateFailed, match=r"test.mean by rows: \d+ rows: \d+ elements differ"):
         certify.certify(tmp_path, "test 1")
     certify.certify(tmp_path, "test 1")  # the failed operation is no longer registered
@@ -35,7 +36,7 @@ def test_few_rows_are_taken_at_many_places():
 
 def test_an_operation_that_reduces_rows_alone_passes(tmp_path):
     rows.register(
-        rows.RowCheck("test.softmax", "4096", rows.ROWS, lambda m: (torch.randn(m, 4096),), lambda x: (x.softmax(-1),))
+        rows.RowCheck("test.softmax", "4096", ROWS, lambda m: (torch.randn(m, 4096),), lambda x: (x.softmax(-1),))
     )
     (certificate,) = certify.certify(tmp_path, "test 1")
     assert certificate.passed and certificate.evidence.compared > 0
