@@ -32,6 +32,7 @@ from bi_patch.errors import CertificateFailed
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
 from bi_patch.ops.cuda import cublaslt, cublaslt_choice, machine, timing
+from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.ops.registration import define
 from bi_patch.ops.zero_sums import cancelling
 
@@ -198,6 +199,30 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
     return made
 
 
+def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None:
+    """Compile ahead what `certify` will launch. Does nothing if `cache` has the certificate."""
+    if certificates.load(cache, _key(problem, max_rows)) is None:
+        ahead.rehearse(lambda: _rehearse(problem, max_rows))
+
+
+def _rehearse(problem: Problem, max_rows: int) -> None:
+    import torch
+
+    n, k, dtype, bias = problem
+    # A kernel's form depends on no contents, so these tensors have none.
+    x, weight = (torch.empty((rows, k), dtype=dtype, device="meta") for rows in (max_rows, n))
+    added = torch.empty(n, dtype=dtype, device="meta") if bias else None
+    bundled(x, weight, added, False)
+    if not machine.vendor_allowed():
+        for m in _of_each_variant(x, weight):
+            bundled(x[:m], weight, added, True)
+
+
+def _of_each_variant(x, weight) -> Iterable[int]:
+    """For each choice of bundled variants, an M that takes it."""
+    return {tuple(p.tile for p in _parts(x[:m], weight)): m for m in asked_rows(x.shape[0])}.values()
+
+
 def routes() -> dict[Problem, Route]:
     """The routes of this process, by problem."""
     return dict(_routes)
@@ -330,7 +355,7 @@ class _Trial:
 
     def tiles_agree(self) -> bool:
         """Whether every bundled variant that `_parts` may choose gives the reference's bits."""
-        most = {tuple(p.tile for p in _parts(self.x[:m], self.weight)): m for m in asked_rows(self.rows)}
         return not any(
-            bits.differing(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m]) for m in most.values()
+            bits.differing(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m])
+            for m in _of_each_variant(self.x, self.weight)
         )
