@@ -55,8 +55,8 @@ def certify(
 
     max_rows: the maximum number of tokens of a step. Linears and experts are certified for up to max_rows rows.
     library: the version of vLLM, whose kernels are compared, and the switches that choose among these kernels. cache:
-    the folder of certificates. ahead: what `begin` started. A problem that occurs several times is certified once. Returns all certificates, in the
-    order of the arguments, with failed certificates of linears, experts and decoders.
+    the folder of certificates. ahead: what `begin` started. A problem that occurs several times is certified once.
+    Returns all certificates, in the order of the arguments, with failed certificates of linears, experts and decoders.
     Raises CertificateFailed for attention or another operation whose certificate failed.
     """
     import torch
@@ -81,7 +81,7 @@ def certify(
 
 def _compile(linears, experts, attentions, checks, max_rows, library, cache, ahead) -> None:
     """Rehearse every certificate that `certify` will make, and wait until its kernels are compiled."""
-    for problem, kernel in experts:
+    for problem, kernel in dict(experts).items():
         _try(lambda p=problem, k=kernel: moe.rehearse(p, k, max_rows, library, cache, ahead))
     for problem in dict.fromkeys(linears):
         _try(lambda p=problem: linear.rehearse(p, max_rows, cache, ahead))
