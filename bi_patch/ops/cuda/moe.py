@@ -149,8 +149,11 @@ def _asked(problem: Problem, kernel: Kernel, max_rows: int, library: str) -> tup
     asked = problem, max_rows, library
     if asked not in _known:
         kinds: Kinds = {}
+        last, rows = None, []
         for m in range(1, max_rows + 1):
-            kinds.setdefault(tuple(sorted(kernel.choose(m).items())), []).append(m)
+            if (tile := kernel.choose(m)) != last:  # neighbours mostly have one tile, and every start asks for each M
+                last, rows = tile, kinds.setdefault(tuple(sorted(tile.items())), [])
+            rows.append(m)
         tiles = json.dumps({min(rows): dict(tile) for tile, rows in kinds.items()}, sort_keys=True)
         operands, libraries = f"{problem} M<={max_rows} {tiles}", f"{library} {machine.libraries()}"
         _known[asked] = kinds, Key(OPERATION, operands, machine.device(), libraries, machine.kernels_digest(), DATA)
