@@ -47,6 +47,10 @@ class Ahead:
         except Exception:
             _log.debug("bi_patch: kernels are not all compiled ahead", exc_info=True)
 
+    def work(self, call: Callable[[], object]) -> None:
+        """Run `call` in a thread meanwhile. An error ends it, and goes no further."""
+        self._threads().submit(call)
+
     def finish(self) -> None:
         """Wait for the threads. After this, a kernel that a thread could not compile looks as if nobody had tried."""
         if self._pool is None:
@@ -65,11 +69,14 @@ class Ahead:
     def _start(self) -> None:
         import triton
 
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "bi_patch-compile")
-        mode = triton.AsyncCompileMode(self._pool, ignore_errors=True)
+        mode = triton.AsyncCompileMode(self._threads(), ignore_errors=True)
         self._context.run(mode.__enter__)
         self._mode = mode
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "bi_patch-compile")
+        return self._pool
 
     def _run(self, call: Callable[[], object]) -> None:
         with _compiling_only(self._functions):

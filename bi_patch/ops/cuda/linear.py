@@ -95,6 +95,8 @@ class Route:
 
 
 _routes: dict[Problem, Route] = {}
+# What the library offers for each M of asked_rows, for problems that `rehearse` asked about, by the limit of M.
+_asked: dict[tuple[Problem, int], dict[int, list[cublaslt.Algorithm]]] = {}
 _TYPES = ("bfloat16", "float16", "float32")
 
 
@@ -200,9 +202,20 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
 
 
 def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None:
-    """Compile ahead what `certify` will launch. Does nothing if `cache` has the certificate."""
-    if certificates.load(cache, _key(problem, max_rows)) is None:
-        ahead.rehearse(lambda: _rehearse(problem, max_rows))
+    """Compile ahead what `certify` will launch, and ask the library for its algorithms meanwhile.
+
+    Does nothing if `cache` has the certificate.
+    """
+    if certificates.load(cache, _key(problem, max_rows)) is not None:
+        return
+    ahead.rehearse(lambda: _rehearse(problem, max_rows))
+    if machine.vendor_allowed():
+        ahead.work(lambda: _ask(problem, max_rows))
+
+
+def _ask(problem: Problem, max_rows: int) -> None:
+    gemm = cublaslt.Gemm(*problem)
+    _asked[problem, max_rows] = {m: gemm.offers(m) for m in asked_rows(max_rows)}
 
 
 def _rehearse(problem: Problem, max_rows: int) -> None:
@@ -288,6 +301,7 @@ class _Trial:
     def __init__(self, problem: Problem, max_rows: int):
         import torch
 
+        self.problem = problem
         self.n, self.k, dtype, bias = problem
         size = dtype.itemsize
         free, _ = torch.cuda.mem_get_info()
@@ -313,6 +327,9 @@ class _Trial:
 
     def offers(self) -> dict[int, list[cublaslt.Algorithm]]:
         """The library's algorithms by M, for each M of asked_rows, ascending."""
+        held = _asked.pop((self.problem, self.rows), None)
+        if held is not None:
+            return held
         asked = asked_rows(self.rows)
         # The library computes its answer on the host, without Python's lock.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
