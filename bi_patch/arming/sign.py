@@ -39,11 +39,10 @@ class Sign(msgspec.Struct, frozen=True):
 
     def words(self) -> str:
         """One line for a log."""
-        c = self.certificates
         untried = f"; untried: {', '.join(self.untried)}" if self.untried else ""
         return (
             f"bi_patch {self.version} armed: vLLM {self.vllm} on {self.platform}, {self.closed} of {self.seams} patch "
-            f"points closed, certificates: {c.passed} passed, {c.failed} failed, {c.cached} of them from the cache, "
+            f"points closed, {self.certificates.words()}, "
             f"digest {self.digest[:12]}{untried}"
         )
 

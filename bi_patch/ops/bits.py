@@ -17,10 +17,22 @@ def differing(got: torch.Tensor, want: torch.Tensor) -> int:
     """
     import torch
 
+    a, b = _integers(got, want)
+    return 0 if torch.equal(a, b) else int((a != b).sum())
+
+
+def count(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """As `differing`, but the number stays on the tensors' device [] int64, so that the host need not wait for it."""
+    a, b = _integers(got, want)
+    return (a != b).sum()
+
+
+def _integers(got: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
     if got.shape != want.shape or got.dtype != want.dtype:
         raise ValueError(f"cannot compare {got.dtype} {tuple(got.shape)} with {want.dtype} {tuple(want.shape)}")
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(got.element_size())
     if integer is None:
         raise ValueError(f"cannot compare the bits of {got.dtype}")
-    a, b = got.view(integer), want.view(integer)
-    return 0 if torch.equal(a, b) else int((a != b).sum())
+    return got.view(integer), want.view(integer)

@@ -11,20 +11,29 @@ A certificate fails in one way, on every platform and for every operation:
 - If there is no other kernel, `require` raises CertificateFailed, which names every failure and stops the engine.
 """
 
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from bi_patch import files
 from bi_patch.errors import CertificateFailed
 
+if TYPE_CHECKING:
+    import torch
+
 _log = logging.getLogger("vllm.bi_patch")
 _warned: set[str] = set()
 _obtained: dict[str, tuple[bool, bool]] = {}  # by the key's digest: whether it passed, whether it was read from disk
+_seconds: dict[str, float] = {}  # by kind of work (`clock`)
+_inside: list[float] = []  # for each running clock, the seconds of the clocks inside it
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -82,14 +91,30 @@ class Certificate(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Numbers of certificates. cached: those that were read from disk, passed or failed."""
+    """Numbers of certificates, and the time that they took.
+
+    cached: those that were read from disk, passed or failed. seconds: by kind of work, e.g. `linear`, with the time to
+    read and to compile. Workers start side by side, so a sum of several workers has the seconds of the slowest.
+    """
 
     passed: int = 0
     failed: int = 0
     cached: int = 0
+    seconds: dict[str, float] = {}
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.passed + other.passed, self.failed + other.failed, self.cached + other.cached)
+    def __add__(self, other: Counts) -> Counts:
+        kinds = self.seconds.keys() | other.seconds.keys()
+        seconds = {kind: max(self.seconds.get(kind, 0.0), other.seconds.get(kind, 0.0)) for kind in sorted(kinds)}
+        return Counts(self.passed + other.passed, self.failed + other.failed, self.cached + other.cached, seconds)
+
+    def words(self) -> str:
+        """For a log: the numbers, all seconds, and the kinds of work that took at least a twentieth of a second."""
+        long = sorted(((s, kind) for kind, s in self.seconds.items() if s >= 0.05), reverse=True)
+        kinds = f" ({', '.join(f'{kind} {s:.1f}' for s, kind in long)})" if long else ""
+        return (
+            f"certificates: {self.passed} passed, {self.failed} failed, {self.cached} of them from the cache, "
+            f"in {sum(self.seconds.values()):.1f} s{kinds}"
+        )
 
 
 class Tally:
@@ -98,6 +123,7 @@ class Tally:
     def __init__(self, rows: list[int]):
         self.rows, self.compared, self.differing, self.first = rows, 0, 0, ""
         self._start = time.perf_counter()
+        self._waiting: list[tuple[int, torch.Tensor, Callable[[int], str]]] = []
 
     def add(self, outputs: int, wrong: int, said: str) -> None:
         """Count `outputs` compared elements, of which `wrong` differ. said: the text kept for the first difference."""
@@ -106,7 +132,19 @@ class Tally:
         if wrong and not self.first:
             self.first = said
 
+    def add_later(self, outputs: int, wrong: torch.Tensor, said: Callable[[int], str]) -> None:
+        """As `add`, for a count that the device has not computed yet (bits.count). The host waits once for all counts,
+        in `certificate`. said: the text of a difference, from the number of elements that differ."""
+        self._waiting.append((outputs, wrong, said))
+
     def certificate(self, key: Key, route: str) -> Certificate:
+        if self._waiting:
+            import torch
+
+            counts = torch.stack([wrong for _, wrong, _ in self._waiting]).tolist()
+            for (outputs, _, said), wrong in zip(self._waiting, counts, strict=True):
+                self.add(outputs, wrong, said(wrong))
+            self._waiting.clear()
         passed = self.differing == 0
         return Certificate(
             key=key,
@@ -149,9 +187,10 @@ def obtain(
     of the kernel that serves if the certificate fails, for the log's warning. Without `instead`, the caller hands the
     certificate to `require`. anew: make the certificate even if the disk has it.
     """
-    certificate = held = None if anew else load(folder, key)
-    if certificate is None:
-        certificate = _made(folder, key, make)
+    with clock(key.operation.split(".", 1)[-1]):
+        certificate = held = None if anew else load(folder, key)
+        if certificate is None:
+            certificate = _made(folder, key, make)
     _obtained[key.digest()] = certificate.passed, held is not None
     if not certificate.passed and instead and key.digest() not in _warned:
         _warned.add(key.digest())
@@ -164,10 +203,25 @@ def obtain(
     return certificate
 
 
+@contextlib.contextmanager
+def clock(kind: str) -> Iterator[None]:
+    """Count a block's time for `kind`, which `counts` tells. A block inside counts for its own kind alone."""
+    start = time.perf_counter()
+    _inside.append(0.0)
+    try:
+        yield
+    finally:
+        spent = time.perf_counter() - start
+        _seconds[kind] = _seconds.get(kind, 0.0) + spent - _inside.pop()
+        if _inside:
+            _inside[-1] += spent
+
+
 def counts() -> Counts:
-    """The certificates that this process obtained, each counted once."""
+    """The certificates that this process obtained, each counted once, and the time that they took."""
     passed = sum(good for good, _ in _obtained.values())
-    return Counts(passed, len(_obtained) - passed, sum(cached for _, cached in _obtained.values()))
+    seconds = {kind: round(spent, 3) for kind, spent in sorted(_seconds.items())}
+    return Counts(passed, len(_obtained) - passed, sum(cached for _, cached in _obtained.values()), seconds)
 
 
 def require(made: Iterable[Certificate], cure: str = "") -> None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, and .._PREFERRED_SHARED_MEMORY_CARVEOUT in percent.
 _SHARED_BYTES, _CARVEOUT = 8, 9
 _CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+folder: Path | None = None  # keeps compiled code for later processes; None keeps none
 
 
 class CompileError(RuntimeError):
@@ -39,12 +43,58 @@ def library(major: int) -> ctypes.CDLL:
 
 
 def compile(source: str, arch: str, defines: dict[str, object], major: int) -> bytes:
-    """Compile `source` to a cubin for `arch` (e.g. sm_90). Raises CompileError with the log."""
+    """Compile `source` to a cubin for `arch` (e.g. sm_90), or read the cubin from `folder`.
+
+    Raises CompileError with the log.
+    """
     nvrtc = library(major)
-    program = c_void_p()
-    _check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"kernel.cu", 0, None, None), "nvrtcCreateProgram")
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--use_fast_math"]
     options += [f"-D{name}={value}" for name, value in defines.items()]
+    file = _file(nvrtc, source, options)
+    held = _read(file)
+    if held is None:
+        held = _compile(nvrtc, source, options)
+        _write(file, held)
+    return held
+
+
+def _file(nvrtc, source: str, options: list[str]) -> Path | None:
+    """Where the cubin of this source, these options and this release of NVRTC is kept."""
+    if folder is None:
+        return None
+    release = c_int(), c_int()
+    _check(nvrtc.nvrtcVersion(*map(byref, release)), "nvrtcVersion")
+    text = "\0".join([source, *options, *(str(part.value) for part in release)])
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+
+
+def _read(file: Path | None) -> bytes | None:
+    """The cubin in `file`, which begins with its digest, or None if there is none, or a damaged one."""
+    try:
+        held = file.read_bytes() if file is not None else b""
+    except OSError:
+        return None
+    return held[32:] if held and hashlib.sha256(held[32:]).digest() == held[:32] else None
+
+
+def _write(file: Path | None, cubin: bytes) -> None:
+    """Keep a cubin; a folder that cannot be written keeps none."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(hashlib.sha256(cubin).digest() + cubin)
+        os.chmod(temporary, 0o644)  # users may share a cache
+        os.replace(temporary, file)
+    except OSError:
+        return
+
+
+def _compile(nvrtc, source: str, options: list[str]) -> bytes:
+    program = c_void_p()
+    _check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"kernel.cu", 0, None, None), "nvrtcCreateProgram")
     held = (c_char_p * len(options))(*(option.encode() for option in options))
     code = nvrtc.nvrtcCompileProgram(program, len(options), held)
     if code:

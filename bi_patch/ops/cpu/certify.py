@@ -25,9 +25,10 @@ def certify(cache: Path, library: str) -> list[Certificate]:
     """
     import torch
 
-    machine.load_kernels(cache)
+    with certificates.clock("kernels"):
+        machine.load_kernels(cache)
     made = []
-    with torch.inference_mode():
+    with certificates.clock("other"), torch.inference_mode():
         for check in rows.take_registered():
             key = rows.key(check, library)
             made.append(certificates.obtain(cache, key, lambda c=check, k=key: rows.certificate(c, k)))

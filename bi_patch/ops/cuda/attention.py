@@ -59,10 +59,11 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     a problem that the bundled kernel does not cover. Prefill's kernel decodes a problem that is not covered, and a
     problem whose certificate fails.
     """
-    from bi_patch.kernels.cuda import decode
+    from bi_patch.kernels.cuda import decode, nvrtc
 
     if problem in _certified:
         return None
+    nvrtc.folder = cache / "cubins"
     _certified[problem] = False
     if not decode.covers(*problem):
         return None

@@ -7,12 +7,36 @@ other certificates there is no such kernel, so the engine stops (bi_patch.ops.ce
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Certificate
-from bi_patch.ops.cuda import attention, chunks, linear, moe, rows
+from bi_patch.ops.cuda import attention, chunks, linear, machine, moe, rows
+from bi_patch.ops.cuda.ahead import Ahead
+
+_log = logging.getLogger("vllm.bi_patch")
+
+
+def begin(checks: Callable[[], Iterable[rows.RowCheck]], library: str, cache: Path) -> Ahead:
+    """Start to compile what the certificates of `checks` launch, as far as they are not in `cache`.
+
+    checks: those that need no model, so that threads compile their kernels while the model loads. Call `certify` with
+    the result. library, cache: as for `certify`.
+    """
+    import torch
+
+    ahead = Ahead()
+
+    def call():
+        machine.device()  # without a device, import nothing
+        for check in checks():
+            rows.rehearse(check, library, cache, ahead)
+
+    with certificates.clock("compile"), torch.inference_mode():
+        _try(call)
+    return ahead
 
 
 def certify(
@@ -25,26 +49,52 @@ def certify(
     max_rows: int,
     library: str,
     cache: Path,
+    ahead: Ahead | None = None,
 ) -> list[Certificate]:
     """Certify every linear, every kind of experts and of attention, and the rows of all other operations of one worker.
 
     max_rows: the maximum number of tokens of a step. Linears and experts are certified for up to max_rows rows.
     library: the version of vLLM, whose kernels are compared, and the switches that choose among these kernels. cache:
-    the folder of certificates. A problem that occurs several times is certified once. Returns all certificates, in the
-    order of the arguments, with failed certificates of linears, experts and decoders.
+    the folder of certificates. ahead: what `begin` started. A problem that occurs several times is certified once.
+    Returns all certificates, in the order of the arguments, with failed certificates of linears, experts and decoders.
     Raises CertificateFailed for attention or another operation whose certificate failed.
     """
     import torch
 
-    made: list[Certificate | None] = [*linear.certify(linears, max_rows, cache)]
-    for problem, kernel in experts:
-        made.append(moe.certify(problem, kernel, max_rows, library, cache))
-    for problem, prefill in decoders:
-        made.append(attention.certify(problem, prefill, library, cache))
-    with torch.inference_mode():
-        chunked = [chunks.certify(problem, prepare, library, cache) for problem, prepare in attentions]
-        among_rows = [rows.certify(check, library, cache) for check in checks]
-    torch.cuda.empty_cache()
+    linears, experts, attentions, checks = (list(given) for given in (linears, experts, attentions, checks))
+    with certificates.clock("other"):
+        with certificates.clock("compile"), torch.inference_mode():
+            _compile(linears, experts, attentions, checks, max_rows, library, cache, ahead or Ahead())
+        made: list[Certificate | None] = [*linear.certify(linears, max_rows, cache)]
+        for problem, kernel in experts:
+            made.append(moe.certify(problem, kernel, max_rows, library, cache))
+        for decoder, prefill in decoders:
+            made.append(attention.certify(decoder, prefill, library, cache))
+        with torch.inference_mode():
+            chunked = [chunks.certify(layer, prepare, library, cache) for layer, prepare in attentions]
+            among_rows = [rows.certify(check, library, cache) for check in checks]
+        torch.cuda.empty_cache()
     certificates.require(chunked, "Try --attention-backend TRITON_ATTN, or FLASH_ATTN on Hopper. ")
     certificates.require(among_rows)
     return [certificate for certificate in (*made, *chunked, *among_rows) if certificate is not None]
+
+
+def _compile(linears, experts, attentions, checks, max_rows, library, cache, ahead) -> None:
+    """Rehearse every certificate that `certify` will make, and wait until its kernels are compiled."""
+    for problem, kernel in dict(experts).items():
+        _try(lambda p=problem, k=kernel: moe.rehearse(p, k, max_rows, library, cache, ahead))
+    for problem in dict.fromkeys(linears):
+        _try(lambda p=problem: linear.rehearse(p, max_rows, cache, ahead))
+    for problem, prepare in attentions:
+        _try(lambda p=problem, run=prepare: chunks.rehearse(p, run, library, cache, ahead))
+    for check in checks:
+        _try(lambda c=check: rows.rehearse(c, library, cache, ahead))
+    ahead.finish()
+
+
+def _try(call: Callable[[], object]) -> None:
+    """Run `call`. Its errors are no matter here: what fails will fail again where the certificate is made."""
+    try:
+        call()
+    except Exception:
+        _log.debug("bi_patch: no rehearsal", exc_info=True)

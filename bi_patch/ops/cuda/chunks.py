@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Key, Tally
 from bi_patch.ops.cuda import machine
+from bi_patch.ops.cuda.ahead import Ahead
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +60,38 @@ def certify(problem: Problem, prepare: Prepare, library: str, cache: Path) -> Ce
 
     library: the version of the kernel's library. cache: the folder of certificates.
     """
-    key = Key(
+    key = _key(problem, library)
+    return certificates.obtain(cache, key, lambda: _certify(problem, prepare, key))
+
+
+def rehearse(problem: Problem, prepare: Prepare, library: str, cache: Path, ahead: Ahead) -> None:
+    """Compile ahead what `certify` will launch. Does nothing if `cache` has the certificate."""
+    if certificates.load(cache, _key(problem, library)) is not None:
+        return
+
+    def call():
+        import torch
+
+        tokens = _tokens(problem)
+        q, k = (
+            torch.zeros((tokens, heads, problem.head_size), dtype=problem.dtype, device="cuda")
+            for heads in (problem.heads, problem.key_heads)
+        )
+        run = prepare(q, k, k.clone())
+        for sequences in ([(0, tokens)], *(sequences for _, sequences in steps(tokens))):
+            run(sequences)
+
+    ahead.rehearse(call)
+
+
+def _key(problem: Problem, library: str) -> Key:
+    return Key(
         OPERATION, str(problem), machine.device(), f"{library} {machine.libraries()}", machine.kernels_digest(), DATA
     )
-    return certificates.obtain(cache, key, lambda: _certify(problem, prepare, key))
+
+
+def _tokens(problem: Problem) -> int:
+    return _TOKENS + min(problem.window, _LONGEST_WINDOW)
 
 
 def steps(tokens: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
@@ -85,7 +114,7 @@ def steps(tokens: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
 def _certify(problem: Problem, prepare: Prepare, key: Key, device: str = "cuda") -> Certificate:
     import torch
 
-    tokens = _TOKENS + min(problem.window, _LONGEST_WINDOW)
+    tokens = _tokens(problem)
     tally = Tally([tokens])
     generator = torch.Generator(device).manual_seed(problem.head_size)
 
@@ -101,6 +130,6 @@ def _certify(problem: Problem, prepare: Prepare, key: Key, device: str = "cuda")
         for what, sequences in steps(tokens):
             rows = [at for first, count in sequences for at in range(first, first + count)]
             got = run(sequences)
-            wrong = bits.differing(got, want[rows])
-            tally.add(got.numel(), wrong, f"{what}, {scores} scores: {wrong} of {got.numel()} elements differ")
+            said = f"{what}, {scores} scores: %d of {got.numel()} elements differ"
+            tally.add_later(got.numel(), bits.count(got, want[rows]), said.__mod__)
     return tally.certificate(key, "kept")

@@ -32,6 +32,7 @@ from bi_patch.errors import CertificateFailed
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
 from bi_patch.ops.cuda import cublaslt, cublaslt_choice, machine, timing
+from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.ops.registration import define
 from bi_patch.ops.zero_sums import cancelling
 
@@ -94,6 +95,8 @@ class Route:
 
 
 _routes: dict[Problem, Route] = {}
+# What the library offers for each M of asked_rows, for problems that `rehearse` asked about, by the limit of M.
+_asked: dict[tuple[Problem, int], dict[int, list[cublaslt.Algorithm]]] = {}
 _TYPES = ("bfloat16", "float16", "float32")
 
 
@@ -198,6 +201,41 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
     return made
 
 
+def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None:
+    """Compile ahead what `certify` will launch, and ask the library for its algorithms meanwhile.
+
+    Does nothing if `cache` has the certificate.
+    """
+    if certificates.load(cache, _key(problem, max_rows)) is not None:
+        return
+    ahead.rehearse(lambda: _rehearse(problem, max_rows))
+    if machine.vendor_allowed():
+        ahead.work(lambda: _ask(problem, max_rows))
+
+
+def _ask(problem: Problem, max_rows: int) -> None:
+    gemm = cublaslt.Gemm(*problem)
+    _asked[problem, max_rows] = {m: gemm.offers(m) for m in asked_rows(max_rows)}
+
+
+def _rehearse(problem: Problem, max_rows: int) -> None:
+    import torch
+
+    n, k, dtype, bias = problem
+    # A kernel's form depends on no contents, so these tensors have none.
+    x, weight = (torch.empty((rows, k), dtype=dtype, device="meta") for rows in (max_rows, n))
+    added = torch.empty(n, dtype=dtype, device="meta") if bias else None
+    bundled(x, weight, added, False)
+    if not machine.vendor_allowed():
+        for m in _of_each_variant(x, weight):
+            bundled(x[:m], weight, added, True)
+
+
+def _of_each_variant(x, weight) -> Iterable[int]:
+    """For each choice of bundled variants, an M that takes it."""
+    return {tuple(p.tile for p in _parts(x[:m], weight)): m for m in asked_rows(x.shape[0])}.values()
+
+
 def routes() -> dict[Problem, Route]:
     """The routes of this process, by problem."""
     return dict(_routes)
@@ -263,6 +301,7 @@ class _Trial:
     def __init__(self, problem: Problem, max_rows: int):
         import torch
 
+        self.problem = problem
         self.n, self.k, dtype, bias = problem
         size = dtype.itemsize
         free, _ = torch.cuda.mem_get_info()
@@ -288,6 +327,9 @@ class _Trial:
 
     def offers(self) -> dict[int, list[cublaslt.Algorithm]]:
         """The library's algorithms by M, for each M of asked_rows, ascending."""
+        held = _asked.pop((self.problem, self.rows), None)
+        if held is not None:
+            return held
         asked = asked_rows(self.rows)
         # The library computes its answer on the host, without Python's lock.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -330,7 +372,7 @@ class _Trial:
 
     def tiles_agree(self) -> bool:
         """Whether every bundled variant that `_parts` may choose gives the reference's bits."""
-        most = {tuple(p.tile for p in _parts(self.x[:m], self.weight)): m for m in asked_rows(self.rows)}
         return not any(
-            bits.differing(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m]) for m in most.values()
+            bits.differing(bundled(self.x[:m], self.weight, self.bias, True), self.want[:m])
+            for m in _of_each_variant(self.x, self.weight)
         )

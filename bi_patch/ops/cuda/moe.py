@@ -12,13 +12,15 @@ errors cancel again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Key, Tally
 from bi_patch.ops.cuda import machine
+from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.ops.zero_sums import cancelling
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ FIXED = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE
 # By table key: whether every certificate of this size passed. A size that is not here has none, and FIXED serves it.
 _passed: dict[tuple[int, int, str | None], bool] = {}
 _done: set[Problem] = set()
+Kinds = dict[tuple[tuple[str, int], ...], list[int]]  # by tile, sorted by name: the M that it serves, ascending
+_known: dict[tuple[Problem, int, str], tuple[Kinds, Key]] = {}
 _TABLES = Path(__file__).resolve().parent / "tables"
 
 
@@ -103,23 +107,78 @@ def certify(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache
     _done.add(problem)
     if not _passed.get(problem.table, True):
         return None
-    _passed[problem.table], passed = True, False  # every tile may serve while the tiles are compared
+    passed = False
     try:
-        certificate = _obtain(problem, kernel, max_rows, library, cache)
+        with _every_tile(problem):
+            kinds, key = _asked(problem, kernel, max_rows, library)
+            certificate = certificates.obtain(
+                cache, key, lambda: _certify(problem, kernel, kinds, key), instead="the fixed tile"
+            )
         passed = certificate.passed
     finally:
         _passed[problem.table] = passed
     return certificate
 
 
-def _obtain(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache: Path) -> Certificate:
-    kinds: dict[str, list[int]] = {}
-    for m in range(1, max_rows + 1):
-        kinds.setdefault(json.dumps(kernel.choose(m), sort_keys=True), []).append(m)
-    tiles = json.dumps({min(rows): kind for kind, rows in kinds.items()}, sort_keys=True)
-    asked = f"{problem} M<={max_rows} {tiles}"
-    key = Key(OPERATION, asked, machine.device(), f"{library} {machine.libraries()}", machine.kernels_digest(), DATA)
-    return certificates.obtain(cache, key, lambda: _certify(problem, kernel, kinds, key), instead="the fixed tile")
+def rehearse(problem: Problem, kernel: Kernel, max_rows: int, library: str, cache: Path, ahead: Ahead) -> None:
+    """Compile ahead what `certify` will launch. Does nothing if `cache` has the certificate."""
+    if problem in _done or not _passed.get(problem.table, True):
+        return
+    with _every_tile(problem):
+        kinds, key = _asked(problem, kernel, max_rows, library)
+        if certificates.load(cache, key) is None:
+            ahead.rehearse(lambda: _rehearse(problem, kernel, _tested(kinds)))
+
+
+@contextmanager
+def _every_tile(problem: Problem) -> Iterator[None]:
+    """Let every tile serve a size, while its tiles are compared."""
+    held = _passed.get(problem.table)
+    _passed[problem.table] = True
+    try:
+        yield
+    finally:
+        if held is None:
+            del _passed[problem.table]
+        else:
+            _passed[problem.table] = held
+
+
+def _asked(problem: Problem, kernel: Kernel, max_rows: int, library: str) -> tuple[Kinds, Key]:
+    """The M that each tile serves, and the certificate's key, which names the tiles."""
+    asked = problem, max_rows, library
+    if asked not in _known:
+        kinds: Kinds = {}
+        last, rows = None, []
+        for m in range(1, max_rows + 1):
+            if (tile := kernel.choose(m)) != last:  # neighbours mostly have one tile, and every start asks for each M
+                last, rows = tile, kinds.setdefault(tuple(sorted(tile.items())), [])
+            rows.append(m)
+        tiles = json.dumps({min(rows): dict(tile) for tile, rows in kinds.items()}, sort_keys=True)
+        operands, libraries = f"{problem} M<={max_rows} {tiles}", f"{library} {machine.libraries()}"
+        _known[asked] = kinds, Key(OPERATION, operands, machine.device(), libraries, machine.kernels_digest(), DATA)
+    return _known[asked]
+
+
+def _tested(kinds: Kinds) -> list[int]:
+    """The M that are compared: the first and the last of each tile, up to 4096."""
+    return sorted({m for rows in kinds.values() for m in (rows[0], min(rows[-1], 4096)) if m in rows or m == 4096})
+
+
+def _rehearse(problem: Problem, kernel: Kernel, tested: list[int]) -> None:
+    import torch
+
+    def zeros(*sizes: int, dtype=problem.dtype) -> torch.Tensor:
+        return torch.zeros(sizes, dtype=dtype, device="cuda")
+
+    w13 = zeros(2 * problem.n, problem.hidden).expand(problem.experts, -1, -1)
+    w2 = zeros(problem.hidden, problem.n).expand(problem.experts, -1, -1)
+    for m in tested:
+        given = zeros(m, problem.hidden), w13, w2, zeros(m, problem.top_k, dtype=torch.float32)
+        ids = torch.arange(problem.top_k, dtype=torch.int32, device="cuda").repeat(m, 1)
+        kernel.run(*given, ids)
+    with kernel.override(FIXED):
+        kernel.run(*given, ids)
 
 
 def operands(problem: Problem, rows: int, generator: torch.Generator):
@@ -143,10 +202,10 @@ def operands(problem: Problem, rows: int, generator: torch.Generator):
     return x, w13.expand(problem.experts, -1, -1), w2.expand(problem.experts, -1, -1)
 
 
-def _certify(problem: Problem, kernel: Kernel, kinds: dict[str, list[int]], key: Key) -> Certificate:
+def _certify(problem: Problem, kernel: Kernel, kinds: Kinds, key: Key) -> Certificate:
     import torch
 
-    tested = sorted({m for rows in kinds.values() for m in (rows[0], min(rows[-1], 4096)) if m in rows or m == 4096})
+    tested = _tested(kinds)
     most, tally = max(tested), Tally(tested)
     generator = torch.Generator("cuda").manual_seed(problem.n)
     x, w13, w2 = operands(problem, most, generator)
@@ -161,7 +220,6 @@ def _certify(problem: Problem, kernel: Kernel, kinds: dict[str, list[int]], key:
         for at in {0, most - m}:
             part = slice(at, at + m)
             got = kernel.run(x[part].clone(), w13, w2, weights[part].contiguous(), ids[part].contiguous())
-            wrong = bits.differing(got, want[part])
-            said = f"M={m}: {wrong} of {got.numel()} outputs of {kernel.choose(m)} differ from the fixed tile"
-            tally.add(got.numel(), wrong, said)
+            said = f"M={m}: %d of {got.numel()} outputs of {kernel.choose(m)} differ from the fixed tile"
+            tally.add_later(got.numel(), bits.count(got, want[part]), said.__mod__)
     return tally.certificate(key, "tiles by M")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Key, Tally
 from bi_patch.ops.cuda import machine
+from bi_patch.ops.cuda.ahead import Ahead
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,8 @@ class RowCheck(NamedTuple):
 
     operation, problem: as in certificates.Key. rows: the numbers of rows that are compared. make(rows, generator):
     random inputs on the device, whose first dimension is rows. run(*inputs): the outputs, whose first dimension is
-    rows; `run` may change its inputs.
+    rows; `run` may change its inputs. indexes: a kernel's result may be used as an index, so the operation is not
+    rehearsed (bi_patch.ops.cuda.ahead).
     """
 
     operation: str
@@ -35,11 +37,33 @@ class RowCheck(NamedTuple):
     rows: tuple[int, ...]
     make: Callable[[int, torch.Generator], tuple[torch.Tensor, ...]]
     run: Callable[..., tuple[torch.Tensor, ...]]
+    indexes: bool = False
 
 
 def certify(check: RowCheck, library: str, cache: Path) -> Certificate:
     """The certificate of `check`, from the folder `cache` or made now. library: the version of the kernel's library."""
-    key = Key(
+    key = _key(check, library)
+    return certificates.obtain(cache, key, lambda: _certify(check, key))
+
+
+def rehearse(check: RowCheck, library: str, cache: Path, ahead: Ahead) -> None:
+    """Compile ahead what `certify` will launch. Does nothing if `cache` has the certificate."""
+    if check.indexes or certificates.load(cache, _key(check, library)) is not None:
+        return
+
+    def call():
+        import torch
+
+        most = max(check.rows)
+        inputs = check.make(most, torch.Generator("cuda").manual_seed(most))
+        for m in check.rows:
+            check.run(*(t[:m].clone() for t in inputs))
+
+    ahead.rehearse(call)
+
+
+def _key(check: RowCheck, library: str) -> Key:
+    return Key(
         check.operation,
         check.problem,
         machine.device(),
@@ -47,7 +71,6 @@ def certify(check: RowCheck, library: str, cache: Path) -> Certificate:
         machine.kernels_digest(),
         DATA,
     )
-    return certificates.obtain(cache, key, lambda: _certify(check, key))
 
 
 def _certify(check: RowCheck, key: Key) -> Certificate:
@@ -60,6 +83,6 @@ def _certify(check: RowCheck, key: Key) -> Certificate:
         for at in sorted({(most - m) * i // (_PLACES - 1) for i in range(_PLACES)}):
             got = check.run(*(t[at : at + m].clone() for t in inputs))
             for g, w in zip(got, want, strict=True):
-                wrong = bits.differing(g, w[at : at + m])
-                tally.add(g.numel(), wrong, f"{m} rows: {wrong} of {g.numel()} elements differ")
+                said = f"{m} rows: %d of {g.numel()} elements differ"
+                tally.add_later(g.numel(), bits.count(g, w[at : at + m]), said.__mod__)
     return tally.certificate(key, "kept")

@@ -38,7 +38,8 @@ def _mode(original):
 
 
 def _load(original):
-    """Worker.load_model: make all certificates of the loaded model, before vLLM compiles or captures anything."""
+    """Worker.load_model: make all certificates of the loaded model, before vLLM compiles or captures anything. The
+    kernels of sampling are compiled while the model loads."""
 
     @functools.wraps(original)
     def load_model(self, *args, **kwargs):
@@ -47,8 +48,14 @@ def _load(original):
         from bi_patch.ops.cuda import certify
         from bi_patch.seams.cuda import attention, chunks, moe, norm, rows
 
+        config = self.vllm_config
+        vocab = config.model_config.get_vocab_size()
+        # With tensor descriptors, Triton makes another kernel from the same source.
+        version = f"{library.vllm()} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}"
+        with set_current_vllm_config(config):
+            ahead = certify.begin(lambda: rows.of_sampling(vocab), version, active.cache)
         result = original(self, *args, **kwargs)
-        model, config = self.get_model(), self.vllm_config
+        model = self.get_model()
         norm.replace_layer_norms(model)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
             certify.certify(
@@ -56,11 +63,11 @@ def _load(original):
                 moe.experts(model),
                 attention.decoders(config),
                 chunks.layers(config),
-                rows.checks(model, config.model_config.dtype, config.model_config.get_vocab_size()),
+                rows.checks(model, config.model_config.dtype, vocab),
                 max_rows=config.scheduler_config.max_num_batched_tokens,
-                # With tensor descriptors, Triton makes another kernel from the same source.
-                library=f"{library.vllm()} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}",
+                library=version,
                 cache=active.cache,
+                ahead=ahead,
             )
         return result
 

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.cuda.rows import RowCheck
 from bi_patch.ops.row_counts import FEW, ROWS
 from bi_patch.seams.naming import dotted
@@ -11,12 +12,12 @@ from bi_patch.seams.naming import dotted
 def checks(model, dtype, vocab: int):
     """A RowCheck for each distinct norm, activation, rotary embedding and router of a model, and for sampling.
 
-    A layer without one gets none: a norm without weights or with a weight of several dimensions, an activation that
-    follows another product than gate_up_proj, a rotation of an attention layer that does not name its sizes.
-    dtype: of the model's rows. vocab: the number of logits of a row.
+    dtype: of the model's rows. vocab: the number of logits of a row. Raises UnsupportedFeature, with the layer's class,
+    for a norm whose size is unknown. A function that is not a module, e.g. an activation in a layer's own code, has no
+    check.
     """
     seen = set()
-    for check in itertools.chain(_of_layers(model, dtype), _of_sampling(vocab)):
+    for check in itertools.chain(_of_layers(model, dtype), of_sampling(vocab)):
         if (check.operation, check.problem) not in seen:
             seen.add((check.operation, check.problem))
             yield check
@@ -25,7 +26,7 @@ def checks(model, dtype, vocab: int):
 def _of_layers(model, dtype):
     for module in model.modules():
         yield from _norm(module, dtype)
-        yield from _activation(module, dtype)
+        yield from _activations(module, dtype)
         yield from _rotation(module, dtype)
         yield from _router(module, dtype)
 
@@ -46,44 +47,111 @@ def _random(dtype, *sizes):
 
 
 def _norm(module, dtype):
-    weight = getattr(module, "weight", None)
+    from torch import nn
+
     if not any(kind.__name__ in ("RMSNorm", "GemmaRMSNorm", "LayerNorm") for kind in type(module).__mro__):
         return
-    if weight is None or weight.ndim != 1 or not weight.is_cuda:
-        return
-    size = weight.shape[0]
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter) and not weight.is_cuda:
+        return  # a layer of another device
+    sizes = _sizes(module, weight)
+    words = [f"without {name}" for name in ("weight", "bias") if not _has(module, name)]
 
     def run(x, *residual):
         out = module(x, *residual)
         return tuple(part for part in (out if isinstance(out, tuple) else (out,)) if part is not None)
 
-    yield RowCheck("cuda.norm", _name(module, size, dtype=dtype), ROWS, _random(dtype, size), run)
+    name = _name(module, *sizes, *words, dtype=dtype)
+    yield RowCheck("cuda.norm", name, ROWS, _random(dtype, *sizes), run)
     native = getattr(type(module), "forward_native", None)
     if native is not None and "residual" in inspect.signature(native).parameters:
-        name = f"{_name(module, size, dtype=dtype)} with residual"
-        both = _random(dtype, 2, size)
-        yield RowCheck("cuda.norm", name, ROWS, both, lambda x: run(x[:, 0].contiguous(), x[:, 1].contiguous()))
+        both = _random(dtype, 2, *sizes)
+        yield RowCheck(
+            "cuda.norm",
+            f"{name} with residual",
+            ROWS,
+            both,
+            lambda x: run(x[:, 0].contiguous(), x[:, 1].contiguous()),
+        )
 
 
-def _activation(module, dtype):
-    """The gated activation of a feed-forward layer: it follows the product gate_up_proj."""
-    act, product = getattr(module, "act_fn", None), getattr(module, "gate_up_proj", None)
-    weight = getattr(product, "weight", None)
-    if act is None or weight is None or weight.ndim != 2 or not weight.is_cuda:
-        return
-    size = weight.shape[0]
-    method = getattr(getattr(act, "_forward_method", None), "__name__", "forward")
-    yield RowCheck(
-        "cuda.activation", f"{_name(act, size, dtype=dtype)} {method}", ROWS, _random(dtype, size), lambda x: (act(x),)
-    )
+def _sizes(module, weight) -> tuple[int, ...]:
+    """The size of a norm's row, one number or more, e.g. (heads, head size)."""
+    known = getattr(module, "normalized_shape", None) or getattr(module, "hidden_size", None)
+    if weight is not None:
+        return tuple(weight.shape)
+    if known is None:
+        kind = type(module)
+        raise UnsupportedFeature(
+            f"linear.cuda_certify: the norm {kind.__module__}.{kind.__qualname__} has no weight and tells no size, so "
+            "bi_patch cannot certify it. Use another model, or set BI_PATCH=0"
+        )
+    return (known,) if isinstance(known, int) else tuple(known)
+
+
+def _has(module, name: str) -> bool:
+    """Whether a norm uses its weight or bias: RMSNorm holds a weight that it does not use."""
+    return getattr(module, name, None) is not None and getattr(module, f"has_{name}", True)
+
+
+def _activations(module, dtype):
+    """The activations of a feed-forward layer, gated or not. They follow its first product, or its gate_up_proj."""
+    for name, act in module.named_children():
+        if name == "act_fn" or _is_activation(act):
+            size = _width(module)
+            method = getattr(getattr(act, "_forward_method", None), "__name__", "forward")
+            yield RowCheck(
+                "cuda.activation",
+                f"{_name(act, size, dtype=dtype)} {method}",
+                ROWS,
+                _random(dtype, size),
+                lambda x, act=act: (act(x),),
+            )
+
+
+_ACTIVATIONS = ("vllm.model_executor.layers.activation", "torch.nn.modules.activation")
+_NO_ACTIVATIONS = ("MultiheadAttention", "Softmax", "LogSoftmax", "Softmin", "Softmax2d")
+
+
+def _is_activation(module) -> bool:
+    return type(module).__module__ in _ACTIVATIONS and type(module).__name__ not in _NO_ACTIVATIONS
+
+
+def _width(module) -> int:
+    """The width of the rows that a layer's activation gets. Elements are computed alone, so any width would do."""
+    products = [getattr(module, "gate_up_proj", None), *module.children()]
+    weights = [weight for product in products if (weight := getattr(product, "weight", None)) is not None]
+    return next((weight.shape[0] for weight in weights if weight.ndim == 2), _WIDE)
+
+
+_WIDE = 4096
+_LONGEST = 4096  # positions
 
 
 def _rotation(module, dtype):
-    rotary = getattr(module, "rotary_emb", None)
+    """The rotary embeddings of an attention layer, for its numbers of heads."""
+    for rotary in module.children():
+        if not any("RotaryEmbedding" in kind.__name__ for kind in type(rotary).__mro__):
+            continue
+        computes = getattr(rotary, "forward_native", rotary.forward)
+        if list(inspect.signature(computes).parameters)[:3] == ["positions", "query", "key"]:
+            yield _rotary_check(rotary, *_head_sizes(module, rotary), dtype)
+
+
+def _head_sizes(module, rotary) -> tuple[int, int]:
+    """The widths of queries and keys of an attention layer: its own numbers, its attention's, or those of 2 heads on 1
+    if the layer tells none."""
     q_size, kv_size = (getattr(module, name, None) for name in ("q_size", "kv_size"))
-    if not hasattr(rotary, "cos_sin_cache") or q_size is None or kv_size is None:
-        return
-    longest = min(rotary.cos_sin_cache.shape[0], 4096)
+    if q_size is not None and kv_size is not None:
+        return q_size, kv_size
+    attn = getattr(module, "attn", None)
+    size = getattr(attn, "head_size", rotary.head_size)
+    return getattr(attn, "num_heads", 2) * size, getattr(attn, "num_kv_heads", 1) * size
+
+
+def _rotary_check(rotary, q_size: int, kv_size: int, dtype) -> RowCheck:
+    cache = getattr(rotary, "cos_sin_cache", None)
+    longest = min(_LONGEST if cache is None else cache.shape[0], _LONGEST)
 
     def make(rows, generator):
         import torch
@@ -92,9 +160,9 @@ def _rotation(module, dtype):
         positions = torch.randint(longest, (rows,), generator=generator, device="cuda")
         return positions, x[:, :q_size].contiguous(), x[:, q_size:].contiguous()
 
-    yield RowCheck(
-        "cuda.rotary", _name(rotary, q_size, kv_size, dtype=dtype), ROWS, make, lambda at, q, k: rotary(at, q, k)
-    )
+    form = (f"{word}={value}" for word in ("head_size", "rotary_dim") if (value := getattr(rotary, word, None)))
+    name = _name(rotary, q_size, kv_size, *form, dtype=dtype)
+    return RowCheck("cuda.rotary", name, ROWS, make, lambda at, q, k: rotary(at, q, k))
 
 
 def _router(module, dtype):
@@ -113,7 +181,8 @@ def _router(module, dtype):
         return x, logits.to(logits_type)
 
     name = _name(router, f"E={experts}", f"top{config.experts_per_token}", *_way(router), dtype=logits_type)
-    yield RowCheck("cuda.router", name, ROWS, make, lambda x, logits: router.select_experts(x, logits))
+    # A model's own routing may use a kernel's result as an index.
+    yield RowCheck("cuda.router", name, ROWS, make, lambda x, logits: router.select_experts(x, logits), indexes=True)
 
 
 def _way(router) -> list[str]:
@@ -141,7 +210,7 @@ _WAYS = (
 )
 
 
-def _of_sampling(vocab: int):
+def of_sampling(vocab: int):
     """Logprobs, top-k and top-p, ties and draws over `vocab` logits, of both model runners."""
     import torch
     from vllm.v1.sample.ops import topk_topp_sampler

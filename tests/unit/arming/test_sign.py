@@ -35,13 +35,17 @@ def message(**fields):
 def test_the_engine_core_says_what_is_armed(state, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(sign.table, "untried", lambda config, platform, release: ("fp16 weights",))
-    answers = [(2, 0, 2), (3, 1, 0)]
+    answers = [(2, 0, 2, {"linear": 1.0}), (3, 1, 0, {"linear": 0.5, "norm": 0.25})]
     with caplog.at_level(logging.INFO, logger="vllm.bi_patch"):
         sign.make(None, SimpleNamespace(collective_rpc=lambda method: answers))
-    assert state.engine.certificates == Counts(5, 1, 2) and state.engine.digest == identity.digest()
+    assert (
+        state.engine.certificates == Counts(5, 1, 2, {"linear": 1.0, "norm": 0.25})
+        and state.engine.digest == identity.digest()
+    )
     (line,) = caplog.messages
     assert "armed: vLLM 0.32.0 on cpu, 0 of 0 patch points closed" in line
-    assert "certificates: 5 passed, 1 failed, 2 of them from the cache" in line and "untried: fp16 weights" in line
+    said = "certificates: 5 passed, 1 failed, 2 of them from the cache, in 1.2 s (linear 1.0, norm 0.2), digest"
+    assert said in line and "untried: fp16 weights" in line
 
 
 def test_the_sign_travels_in_the_ready_message(state):

@@ -4,9 +4,10 @@ import json
 
 import msgspec
 import pytest
+import torch
 
 from bi_patch.errors import CertificateFailed
-from bi_patch.ops import certificates
+from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key, Tally
 
 KEY = Key("cpu.linear", "N=8 K=8 bfloat16", "a CPU, 2 threads", "torch 2.13", "kernels 1")
@@ -151,3 +152,39 @@ def test_without_another_kernel_every_failure_is_named(tmp_path):
     text = str(failed.value)
     for part in ("2 operation(s)", "cpu.linear N=8 K=8 bfloat16: M=1: 3 of 48", "cpu.norm", "bi-patch certify"):
         assert part in text
+
+
+def test_time_counts_once_for_the_innermost_kind_and_workers_start_side_by_side(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(certificates.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(certificates, "_seconds", {})
+    monkeypatch.setattr(certificates, "_obtained", {})
+
+    def make(seconds, error=None):
+        now[0] += seconds
+        if error:
+            raise error
+        return certificate()
+
+    with certificates.clock("other"):
+        now[0] += 1
+        certificates.obtain(tmp_path, KEY, lambda: make(2))
+        with certificates.clock("compile"):
+            now[0] += 4
+        certificates.obtain(tmp_path, KEY, lambda: make(8, RuntimeError("none")), anew=True)
+    kind = KEY.operation.split(".")[1]
+    held = certificates.counts()
+    assert held.seconds == {"other": 1.0, kind: 10.0, "compile": 4.0}
+    both = held + certificates.Counts(1, 0, 1, {"other": 3.0, "norm": 0.04})
+    assert both.seconds == {"other": 3.0, kind: 10.0, "compile": 4.0, "norm": 0.04}
+    assert both.words().endswith(f"in 17.0 s ({kind} 10.0, compile 4.0, other 3.0)")
+
+
+def test_counts_of_the_device_are_read_once_and_named_in_order():
+    tally = certificates.Tally([1, 2])
+    for outputs, wrong in ((10, 0), (20, 3), (30, 5)):
+        tally.add_later(
+            outputs, bits.count(torch.arange(outputs) < wrong, torch.zeros(outputs) > 0), "%d differ".__mod__
+        )
+    made = tally.certificate(KEY, "kept")
+    assert not made.passed and made.evidence == certificates.Evidence([1, 2], 60, 8, "3 differ")

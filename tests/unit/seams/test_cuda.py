@@ -348,10 +348,11 @@ def test_a_loaded_model_is_certified_whole(monkeypatch):
         order.append("certified")
         made.update(more, linears=[*linears], experts=[*experts], decoders=[*decoders])
 
+    monkeypatch.setattr(certify, "begin", lambda checks, library, cache: order.append("begun") or library)
     monkeypatch.setattr(certify, "certify", certified)
     worker = SimpleNamespace(vllm_config=vllm, get_model=lambda: model)
     load = _closed("linear.cuda_certify", lambda self, **_: order.append("loaded") or "done")
-    assert load(worker, load_dummy_weights=True) == "done" and order == ["loaded", "certified"]
+    assert load(worker, load_dummy_weights=True) == "done" and order == ["begun", "loaded", "certified"]
     assert made["linears"] == [linear.Problem(24, 8, torch.bfloat16, False)]
     ((problem, kernel),) = made["experts"]
     assert problem == moe.Problem(4, 6, 8, 2, torch.bfloat16, "swigluoai", True)
@@ -359,7 +360,7 @@ def test_a_loaded_model_is_certified_whole(monkeypatch):
     assert made["decoders"] == [
         (attention.Problem(heads, 2, 128, torch.bfloat16), attention_cuda.prefill) for heads in (8, 4)
     ]
-    assert made["max_rows"] == 512 and made["library"] == f"vllm {RELEASES[-1]} descriptors=1"
+    assert made["max_rows"] == 512 and made["library"] == made["ahead"] == f"vllm {RELEASES[-1]} descriptors=1"
 
 
 @pytest.mark.parametrize(("kind", "size", "covered"), [("RotaryEmbedding", 128, True), ("RotaryEmbedding", 96, False)])

@@ -1,10 +1,13 @@
-"""Keys of row certificates on CUDA: routers that run different code have different certificates."""
+"""Row certificates on CUDA: which operations get one, and keys that differ where a router's code differs."""
 
 import functools
 from types import SimpleNamespace
 
+import pytest
 import torch
+from torch import nn
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.cuda import rows
 from bi_patch.seams.naming import dotted
 
@@ -48,3 +51,76 @@ def test_what_decides_a_routers_kernel_is_in_its_key():
 def test_names_of_code():
     assert dotted(functools.partial(functools.partial(choose, 1), 2)) == dotted(choose)
     assert dotted(Router()).endswith(".Router")
+
+
+class LayerNorm(nn.LayerNorm):
+    pass
+
+
+class Unsized(nn.Module):
+    pass
+
+
+Unsized.__name__ = "RMSNorm"
+
+
+class TwoRotaryEmbedding(nn.Module):
+    head_size, rotary_dim = 8, 4
+
+    def __init__(self, vision=False):
+        super().__init__()
+        self.cos_sin_cache = torch.zeros(32, 4)
+        if vision:
+            self.forward_native = lambda query, key: None
+
+    def forward(self, positions, query, key):
+        return query, key
+
+
+def checked(module):
+    return [(check.operation, check.problem) for check in rows._of_layers(module, torch.bfloat16)]
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Weights look as if they were on a GPU."""
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+
+
+def test_norms_without_weight_and_of_several_dimensions(on_device):
+    name = "LayerNorm"
+    assert checked(LayerNorm(6)) == [("cuda.norm", f"{name} 6 bfloat16")]
+    assert checked(LayerNorm(6, bias=False)) == [("cuda.norm", f"{name} 6 without bias bfloat16")]
+    plain = LayerNorm((4, 6), elementwise_affine=False)
+    assert checked(plain) == [("cuda.norm", f"{name} 4 6 without weight without bias bfloat16")]
+    (check,) = rows._norm(plain, torch.float32)
+    x = torch.randn(3, 4, 6)
+    assert torch.equal(check.run(x)[0], plain(x))
+    with pytest.raises(UnsupportedFeature, match=r"RMSNorm|Unsized"):
+        checked(Unsized())
+
+
+def test_activations_of_plain_and_gated_layers():
+    plain = nn.Sequential(nn.Linear(4, 16), nn.GELU(approximate="tanh"), nn.Linear(16, 4))
+    assert checked(plain) == [("cuda.activation", "GELU 16 bfloat16 forward")]
+    gated = nn.ModuleDict({"down_proj": nn.Linear(8, 4), "gate_up_proj": nn.Linear(4, 16), "act_fn": nn.Identity()})
+    assert checked(gated) == [("cuda.activation", "Identity 16 bfloat16 forward")]
+    assert checked(nn.Sequential(nn.ReLU(), nn.Softmax(-1))) == [("cuda.activation", "ReLU 4096 bfloat16 forward")]
+
+
+def test_rotations_of_layers_with_and_without_sizes():
+    def layer(**sizes):
+        held = nn.Module()
+        held.turning = TwoRotaryEmbedding()
+        held.__dict__.update(sizes)
+        return checked(held)
+
+    def rotation(q, k):
+        return [("cuda.rotary", f"TwoRotaryEmbedding {q} {k} head_size=8 rotary_dim=4 bfloat16")]
+
+    assert layer(q_size=32, kv_size=16) == rotation(32, 16)
+    assert layer(attn=SimpleNamespace(num_heads=6, num_kv_heads=2, head_size=8)) == rotation(48, 16)
+    assert layer() == rotation(16, 8)
+    seeing = nn.Module()
+    seeing.rotary_emb = TwoRotaryEmbedding(vision=True)  # of a vision tower: it takes no positions
+    assert checked(seeing) == []

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bi_patch.kernels.cuda import decode
+from bi_patch.kernels.cuda import decode, nvrtc
 
 KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
 LAUNCH = """
@@ -158,3 +158,21 @@ def test_what_the_kernel_does_not_have_is_refused():
             decode.attend(**arguments)
     assert not decode.covers(34, 2, 64, torch.bfloat16)
     assert not decode.covers(8, 2, 96, torch.bfloat16)
+
+
+def test_compiled_code_is_kept_for_later_processes(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(nvrtc, "folder", tmp_path / "cubins")
+    monkeypatch.setattr(nvrtc, "_compile", lambda *given: made.append(given[1:]) or b"code")
+    for source in ("a", "a", "b"):
+        assert nvrtc.compile(source, "sm_90", {"N": 1}, 13) == b"code"
+    assert [source for source, _ in made] == ["a", "b"]
+    nvrtc.compile("a", "sm_90", {"N": 2}, 13)
+    nvrtc.compile("a", "sm_80", {"N": 1}, 13)
+    assert len(made) == 4 == len([*(tmp_path / "cubins").iterdir()])
+    for file in (tmp_path / "cubins").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])  # damaged: compiled again
+    assert nvrtc.compile("a", "sm_90", {"N": 1}, 13) == b"code" and len(made) == 5
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(nvrtc, "folder", tmp_path / "file")  # cannot be written
+    assert nvrtc.compile("a", "sm_90", {"N": 1}, 13) == b"code"

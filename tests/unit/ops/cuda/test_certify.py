@@ -9,6 +9,7 @@ from bi_patch.errors import CertificateFailed
 from bi_patch.ops import certificates, row_counts
 from bi_patch.ops.certificates import Tally
 from bi_patch.ops.cuda import attention, certify, chunks, cublaslt, linear, machine, moe, rows
+from bi_patch.ops.cuda.ahead import Ahead
 
 LINEAR = linear.Problem(8, 16, torch.bfloat16, False)
 EXPERTS = moe.Problem(4, 6, 8, 2, torch.bfloat16)
@@ -31,6 +32,7 @@ def nowhere(monkeypatch):
         (linear, "_routes", {}),
         (moe, "_passed", {}),
         (moe, "_done", set()),
+        (moe, "_known", {}),
         (attention, "_certified", {}),
         (certificates, "_warned", set()),
     ):
@@ -79,6 +81,26 @@ def test_each_kind_is_certified_once_and_kept(monkeypatch, tmp_path):
     assert all(c.passed for c in done)
     assert {c.key.operation for _, c in certificates.every(tmp_path)} == set(made)
     assert attention.serves(ATTENTION) and not moe.is_fixed(*EXPERTS.table) and LINEAR in linear.routes()
+
+
+def test_what_is_made_is_rehearsed_once_and_what_is_on_disk_is_not(monkeypatch, tmp_path):
+    stand_ins(monkeypatch)
+    called = []
+    monkeypatch.setattr(linear, "_rehearse", lambda problem, max_rows: called.append("cuda.linear"))
+    monkeypatch.setattr(moe, "_rehearse", lambda *_: called.append(f"cuda.moe {moe.is_fixed(*EXPERTS.table)}"))
+
+    class Rehearsal(Ahead):
+        def rehearse(self, call):
+            if call.__module__ in (chunks.__name__, rows.__name__):
+                called.append(call.__module__)
+            else:
+                call()
+
+    monkeypatch.setattr(certify, "Ahead", Rehearsal)
+    run(tmp_path)
+    assert called == ["cuda.moe False", "cuda.linear", chunks.__name__, rows.__name__]
+    begun = certify.begin(lambda: [ROWS], "vllm 1", tmp_path)
+    assert isinstance(begun, Rehearsal) and len(called) == 4
 
 
 def test_a_second_process_makes_only_the_decode_kernels_anew(monkeypatch, tmp_path):

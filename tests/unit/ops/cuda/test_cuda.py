@@ -6,6 +6,7 @@ import torch
 
 from bi_patch.ops import certificates, zero_sums
 from bi_patch.ops.cuda import cublaslt, linear, moe
+from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.seams.overlay import Overlay, with_globals
 
 
@@ -99,6 +100,25 @@ def test_times_are_kept_so_that_a_second_start_takes_none(monkeypatch, tmp_path)
     again = linear.routes()[PROBLEM]
     for m in (1, 16, 17, 32, 33, 41, 60):
         assert again.algorithm(m).kind == once.algorithm(m).kind == (ANY if 16 < m <= 32 else FEW if m <= 40 else MANY)
+
+
+def test_what_the_library_offers_is_asked_once(monkeypatch, tmp_path):
+    library = Library()
+    monkeypatch.setattr(linear, "_key", lambda *_: KEY)
+    monkeypatch.setattr(linear.machine, "vendor_allowed", lambda: True)
+    monkeypatch.setattr(cublaslt, "Gemm", lambda *_: library)
+    monkeypatch.setattr(linear, "_asked", {})
+    ahead = Ahead()
+    monkeypatch.setattr(ahead, "rehearse", lambda call: None)
+    linear.rehearse(PROBLEM, 60, tmp_path, ahead)
+    ahead.finish()
+    trial = object.__new__(linear._Trial)
+    trial.problem, trial.rows, trial.gemm = PROBLEM, 60, library
+    first = trial.offers()
+    assert library.asked == linear.asked_rows(60) == list(first)
+    again = trial.offers()  # another trial of the problem asks anew
+    assert [[o.kind for o in offers] for offers in again.values()] == [[o.kind for o in of] for of in first.values()]
+    assert len(library.asked) == 120
 
 
 def test_a_preferred_algorithm_with_other_bits_does_not_serve(monkeypatch, tmp_path):
