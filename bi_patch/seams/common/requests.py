@@ -76,18 +76,31 @@ def _checked(original):
 
 
 def _checked_in_core(original):
-    """EngineCore.preprocess_add_request: refuse a request in the engine core, and give it its seed."""
+    """EngineCore.preprocess_add_request: refuse a request in the engine core before any work on it starts, and give it
+    its seed."""
 
     @functools.wraps(original)
     def preprocess_add_request(self, request, *args, **kwargs):
-        # The original comes first: it keeps the core's multimodal cache in step with the front end's.
-        added = original(self, request, *args, **kwargs)
-        if not request.abort_immediately:  # such a request only frees what another engine holds for it
+        if request.abort_immediately:  # such a request only frees what another engine holds for it
+            return original(self, request, *args, **kwargs)
+        try:
             check(self.vllm_config, request.params)
-            seeds.settle(self, request, added[0])
+            seed = seeds.source(self, request)
+        except Exception:
+            _keep_in_step(self, request)
+            raise
+        added = original(self, request, *args, **kwargs)
+        if seed is not None:
+            seeds.give(added[0], seed())
         return added
 
     return preprocess_add_request
+
+
+def _keep_in_step(core, request) -> None:
+    """Put the inputs of a refused request into the core's multimodal cache: the front end counts on them there."""
+    if core.mm_receiver_cache is not None and request.mm_features:
+        core.mm_receiver_cache.get_and_update_features(request.mm_features)
 
 
 SEAMS = (

@@ -76,11 +76,15 @@ class Params:
 class Core:
     """An engine core that records what it preprocessed."""
 
+    failing = False
+
     def __init__(self):
         cache = SimpleNamespace(kv_sharing_fast_prefill=False)
         model = SimpleNamespace(seed=0)
         self.vllm_config = SimpleNamespace(use_v2_model_runner=True, cache_config=cache, model_config=model)
-        self.seen = []
+        self.seen = []  # what the engine core worked on
+        self.kept = []  # what its multimodal cache holds
+        self.mm_receiver_cache = SimpleNamespace(get_and_update_features=self.kept.extend)
 
     def add(self, params, **given):
         request = SimpleNamespace(
@@ -93,6 +97,8 @@ class Core:
         )  # fmt: skip
 
         def original(core, request):
+            if core.failing:
+                raise LookupError("a part of the request is not in the cache")
             core.seen.append(request)
             return SimpleNamespace(sampling_params=request.sampling_params, trace_headers={"traceparent": "x"}), 0
 
@@ -132,14 +138,29 @@ def test_the_core_derives_seeds_from_requests(monkeypatch):
     assert Core().add(transfer).sampling_params.seed == Core().add(Params(extra_args={})).sampling_params.seed
 
 
-def test_the_core_refuses_after_it_kept_its_multimodal_cache_in_step():
+def test_the_core_refuses_before_it_works_on_a_request(monkeypatch):
+    """Otherwise a grammar would compile for a refused request. The multimodal cache stays in step with the client's."""
     core = Core()
+    image = SimpleNamespace(identifier="image", mm_position=SimpleNamespace(offset=1, length=4))
     with pytest.raises(UnsupportedRequest, match="more than 64 bits"):
-        core.add(Params(seed=2**64))
+        core.add(Params(seed=2**64), mm_features=[image])
     with pytest.raises(UnsupportedRequest, match="streams its input"):
         core.add(Params(), resumable=True)
-    assert len(core.seen) == 2
+    monkeypatch.setenv("BI_PATCH_UNSEEDED", "derive")
+    with pytest.raises(UnsupportedRequest, match="no seed can be derived"):
+        core.add(Params(extra_args={"own": object()}), mm_features=[image])
+    assert core.seen == [] and core.kept == [image, image]
     assert core.add(Params(seed=2**64), abort_immediately=True)  # it only frees what another engine holds
+
+
+def test_a_request_that_the_core_could_not_take_counts_for_no_seed(monkeypatch):
+    monkeypatch.setenv("BI_PATCH_UNSEEDED", "derive")
+    core, expected = Core(), Core().add(Params()).sampling_params.seed
+    core.failing = True
+    with pytest.raises(LookupError):
+        core.add(Params())
+    core.failing = False
+    assert core.add(Params()).sampling_params.seed == expected
 
 
 def test_derived_seeds_need_one_engine_core(monkeypatch):
