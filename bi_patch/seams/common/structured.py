@@ -130,7 +130,8 @@ def _choose(manager: Any, request: Any) -> str:
     params, tokenizer = request.sampling_params, getattr(manager, "tokenizer", None)
     asked = params.structured_outputs
     if asked._backend in (None, "auto"):
-        asked._backend = manager.backend.choice(asked, lambda: _chosen(manager.vllm_config, params, tokenizer))
+        _chosen(manager.vllm_config, params, tokenizer)
+        manager.backend.choice(asked, lambda: asked._backend)
     else:
         own = manager.backend.choice(asked, lambda: _chosen(manager.vllm_config, _unnamed(params), tokenizer))
         if own != asked._backend:

@@ -131,7 +131,7 @@ def test_old_choices_are_forgotten(monkeypatch):
     monkeypatch.setattr(structured, "_REMEMBERED", 2)
     held, seen = backends(guidance=Library("guidance")), []
     for content in ("{guidance}", "{{guidance}}", "{{{guidance}}}", "{{guidance}}", "{guidance}"):
-        ask(held, Asked(content), seen)
+        ask(held, Asked(content, "guidance"), seen)
     assert len(seen) == 4
 
 
