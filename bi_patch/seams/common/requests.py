@@ -6,7 +6,7 @@ request again, since clients other than vLLM's Python front end send requests to
 
 import functools
 
-from bi_patch import settings
+from bi_patch.seams import active
 from bi_patch.seams.common import seeds
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
@@ -26,7 +26,7 @@ def check(config, params) -> None:
     found = [name for name, asked in _wrong_seed(params).items() if asked]
     if found:
         raise bad_request(f"requests.parameters: the request has {'; and '.join(found)}. Give it another seed")
-    if seeds.lacks_seed(params) and settings.read().unseeded == "refuse":
+    if seeds.lacks_seed(params) and active.unseeded == "refuse":
         raise bad_request(
             "requests.parameters: the request samples without a seed, and BI_PATCH_UNSEEDED=refuse. Give it a seed, or "
             "temperature 0"
@@ -85,6 +85,7 @@ def _checked_in_core(original):
             return original(self, request, *args, **kwargs)
         try:
             check(self.vllm_config, request.params)
+            _clear_signs(request.params)
             seed = seeds.source(self, request)
         except Exception:
             _keep_in_step(self, request)
@@ -95,6 +96,14 @@ def _checked_in_core(original):
         return added
 
     return preprocess_add_request
+
+
+def _clear_signs(params) -> None:
+    """Make penalties of -0.0 plain zeros. vLLM counts both as no penalty, but once another request of the step has a
+    penalty, model runner V1 subtracts each row's own: a logit of -0.0 minus -0.0 is 0.0."""
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(params, name, None) == 0:
+            setattr(params, name, 0.0)
 
 
 def _keep_in_step(core, request) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from bi_patch import settings
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import seeds
+from bi_patch.seams import active
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Policy, Seam, Target
 
@@ -46,7 +47,7 @@ def source(core, request) -> Callable[[], int] | None:
             "seeds.request: the request streams its input and samples without a seed, and each part of the input would "
             "get a seed of its own. Give it a seed"
         )
-    return _derived(core, request) if settings.read().unseeded == "derive" else seeds.drawn
+    return _derived(core, request) if active.unseeded == "derive" else seeds.drawn
 
 
 def give(added, seed: int) -> None:
@@ -92,7 +93,7 @@ def _seeded(params, seed: int):
 
 def _draw(request, seed: int | None = None) -> None:
     """Give an unseeded request a seed in the front end. seed: None to draw the seed."""
-    if lacks_seed(request.sampling_params) and settings.read().unseeded == "random":
+    if lacks_seed(request.sampling_params) and active.unseeded == "random":
         request.sampling_params = _seeded(request.sampling_params, seeds.drawn() if seed is None else seed)
 
 
@@ -151,7 +152,8 @@ def _of_answer(original):
 
 
 def _one_core(config) -> None:
-    if config.parallel_config.data_parallel_size > 1 and settings.read().unseeded == "derive":
+    active.unseeded = settings.read().unseeded  # as the engine core that this process starts will read it
+    if config.parallel_config.data_parallel_size > 1 and active.unseeded == "derive":
         raise UnsupportedFeature(
             "seeds.derived: BI_PATCH_UNSEEDED=derive counts identical requests in one engine core, and data "
             "parallelism has several. Use BI_PATCH_UNSEEDED=random, or give each request a seed"
