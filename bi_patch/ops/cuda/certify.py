@@ -13,6 +13,7 @@ from pathlib import Path
 from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Certificate
 from bi_patch.ops.cuda import attention, chunks, linear, moe, rows
+from bi_patch.ops.row_checks import RowCheck
 
 
 def certify(
@@ -20,7 +21,7 @@ def certify(
     experts: Iterable[tuple[moe.Problem, moe.Kernel]],
     decoders: Iterable[tuple[attention.Problem, attention.Prefill]],
     attentions: Iterable[tuple[chunks.Problem, chunks.Prepare]],
-    checks: Iterable[rows.RowCheck],
+    checks: Iterable[RowCheck],
     *,
     max_rows: int,
     library: str,
