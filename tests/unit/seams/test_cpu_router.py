@@ -47,9 +47,11 @@ def run(monkeypatch):
     """run(layer): the weights and ids of three rows, in a step of the engine that holds the layer."""
     x, logits = torch.ones(3, HIDDEN, dtype=torch.bfloat16), torch.arange(3.0 * EXPERTS).view(3, EXPERTS)
 
+    context = SimpleNamespace(no_compile_layers={})
+    monkeypatch.setattr("vllm.forward_context.get_forward_context", lambda: context)
+
     def run(layer):
-        context = SimpleNamespace(no_compile_layers={layer.layer_name: layer})
-        monkeypatch.setattr("vllm.forward_context.get_forward_context", lambda: context)
+        context.no_compile_layers = {layer.layer_name: layer}
         return ROUTE(layer.router, x, logits, None)
 
     return run

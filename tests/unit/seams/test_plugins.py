@@ -156,10 +156,9 @@ def test_a_replaced_attention_backend_is_refused(monkeypatch):
 
 def test_what_a_program_sets_for_its_whole_process_is_refused(monkeypatch):
     inductor = importlib.import_module("torch._inductor.config")
-    monkeypatch.setattr(inductor, "joint_custom_pre_pass", run_on_graph)
-    with pytest.raises(UnsupportedFeature, match="the Inductor pass 'joint_custom_pre_pass', .*run_on_graph"):
-        plugins._refuse_code(config())
-    monkeypatch.undo()
+    with inductor.patch(joint_custom_pre_pass=run_on_graph):
+        with pytest.raises(UnsupportedFeature, match="the Inductor pass 'joint_custom_pre_pass', .*run_on_graph"):
+            plugins._refuse_code(config())
     monkeypatch.setattr("vllm.platforms._current_platform", Registered())
     with pytest.raises(UnsupportedFeature, match="the platform .*Registered"):
         plugins._refuse_code(config())

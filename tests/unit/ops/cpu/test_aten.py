@@ -59,7 +59,7 @@ def test_compiled_code_has_the_bits_of_eager_code(dtype):
         assert torch.equal(function(x), want) and torch.equal(function(x[:17]), want[:17])
 
 
-def test_what_changed_in_pytorch_is_restored(monkeypatch):
+def test_what_changed_in_pytorch_is_restored():
     from torch._inductor import config, decomposition, lowering
 
     def state():
@@ -68,12 +68,12 @@ def test_what_changed_in_pytorch_is_restored(monkeypatch):
         marks = [op in marked for marked in (lowering.fallbacks, lowering.needs_realized_inputs) for op in ops]
         return held, marks, config.emulate_precision_casts, torch.compiler.config.cache_key_tag
 
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "the user's")
-    before = state()
-    for _ in range(2):
-        aten.keep_whole()
-        assert state()[2:] == (True, "the user's; bi_patch: whole operators")
-        aten.keep_whole()  # a second engine in the process
-        assert state()[3].count("bi_patch") == 1 and state()[0] != before[0]
-        aten.restore()
-        assert state() == before and not aten._library
+    with torch.compiler.config.patch(cache_key_tag="the user's"):
+        before = state()
+        for _ in range(2):
+            aten.keep_whole()
+            assert state()[2:] == (True, "the user's; bi_patch: whole operators")
+            aten.keep_whole()  # a second engine in the process
+            assert state()[3].count("bi_patch") == 1 and state()[0] != before[0]
+            aten.restore()
+            assert state() == before and not aten._library
