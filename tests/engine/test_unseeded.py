@@ -19,7 +19,7 @@ SCRIPT = """
 import bi_patch
 import json, random, sys
 from vllm import LLM, SamplingParams
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from bi_patch.ops import seeds as drawn
 from bi_patch.seams import active
 from bi_patch.seams.common import seeds
@@ -115,6 +115,10 @@ def main():
     built("cached prompt", prompt_logprobs=1, skip_reading_prefix_cache=False)
     built("wide seed", seed=2**63)
     built("no seed", seed=None)
+    for library in ("xgrammar", "guidance"):
+        asked = StructuredOutputsParams(regex="[a-f]{300,400}")
+        asked._backend = library
+        built(library, structured_outputs=asked)
     done = {}
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -197,6 +201,9 @@ def test_the_engine_core_refuses_one_request_and_goes_on(found):
         "cached prompt": "error",
         "wide seed": "error",
         "no seed": "length",
+        "xgrammar": "length",
+        "guidance": "error",
     }
     assert found["good"] and found["core's seed"]
     assert "skip_reading_prefix_cache=False" in found["log"] and "more than 64 bits" in found["log"]
+    assert "names the grammar library 'guidance', and by its content 'xgrammar' serves it" in found["log"]
