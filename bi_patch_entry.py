@@ -56,7 +56,7 @@ class _Unarmed:
     _ENGINE = ("vllm.v1.engine.core", "vllm.v1.engine.core_client", "vllm.v1.worker.worker_base")
 
     def find_spec(self, name, path=None, target=None):
-        if name in self._ENGINE and _asked_for() and not _armed():
+        if name in self._ENGINE and asked_for() and not _armed():
             without_arming()
             from bi_patch.errors import SeamOpen
 
@@ -68,7 +68,8 @@ class _Unarmed:
         return None
 
 
-def _asked_for() -> bool:
+def asked_for() -> bool:
+    """Whether the environment asks bi_patch for batch invariance."""
     return os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1" and os.environ.get("BI_PATCH", "1") != "0"
 
 
@@ -83,7 +84,7 @@ def guard() -> None:
     This is so where bi_patch is only on PYTHONPATH. vLLM's plugin loader would call `check`, but VLLM_PLUGINS can leave
     it out. The hook waits for the engine's modules: a later `import bi_patch`, or a patched vLLM, may still arm.
     """
-    if _asked_for() and not _armed():
+    if asked_for() and not _armed():
         sys.meta_path.insert(0, _Unarmed())
 
 
@@ -118,7 +119,7 @@ def _refuse(cause: Exception) -> None:
 
 def check() -> None:
     """vLLM's general plugin: run the start-up check in every vLLM process. Raises SeamOpen or AnchorMoved."""
-    if _asked_for():
+    if asked_for():
         without_arming()
         from bi_patch.arming import startup
 

@@ -89,8 +89,3 @@ def leave() -> None:
 def was_disarmed() -> bool:
     """Whether this process was armed and is disarmed now."""
     return _was_disarmed and _state is None
-
-
-def asked_for() -> bool:
-    """Whether the environment asks bi_patch for batch invariance."""
-    return os.environ.get(SWITCH, "0") == "1" and os.environ.get("BI_PATCH", "1") != "0"

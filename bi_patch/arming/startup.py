@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import bi_patch_entry
 from bi_patch.arming import process
 from bi_patch.arming.ledger import Entry, names_of
 from bi_patch.errors import SeamOpen, SettingError
@@ -71,7 +72,7 @@ def check() -> None:
     """
     current = process.state()
     if current is None:
-        if process.asked_for():
+        if bi_patch_entry.asked_for():
             raise SeamOpen(
                 f"{process.SWITCH}=1 asks for batch invariance, but bi_patch is not armed in this process "
                 f"({os.getpid()}). Import bi_patch before vllm, start the program with `bi-patch run -- ...`, "

@@ -43,7 +43,8 @@ def arm(*, by_patch: bool = False) -> State | None:
     hooked = read.form == "hooks" and not by_patch  # wrapt would call the hook of a half-loaded module at once
     _set_environ(new, children.environ() if hooked else {})
     process.enter(new)
-    active.plan, active.cache, active.allowed = plan, read.cache, read.allow_code
+    active.plan, active.cache = plan, read.cache
+    active.allowed, active.unseeded = read.allow_code, read.unseeded
     if hooked:
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)
@@ -59,6 +60,7 @@ def disarm() -> None:
     if current is None:
         return
     current.ledger.restore()  # nothing can remove import hooks: without a state they do nothing
+    active.undo_all()
     active.plan, active.allowed = None, frozenset()
     for name, value in current.previous_environ.items():
         if value is None:

@@ -33,9 +33,12 @@ class Derived:
         self._engine_seed, self._remembered = engine_seed, remembered
         self._seen: OrderedDict[bytes, int] = OrderedDict()
 
-    def seed(self, *request: Any) -> int:
-        """The seed of the next request with these parts: prompt, parameters and the like. See `digest`."""
-        key = digest(self._engine_seed, *request)
+    def key(self, *request: Any) -> bytes:
+        """What identical requests share. request: its parts: prompt, parameters and the like. See `digest`."""
+        return digest(self._engine_seed, *request)
+
+    def seed(self, key: bytes) -> int:
+        """The seed of the next request with this key."""
         count = self._seen.pop(key, 0)
         self._seen[key] = count + 1
         if len(self._seen) > self._remembered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,22 @@ if TYPE_CHECKING:
 plan: Plan | None = None
 cache: Path = Path("~/.cache/bi_patch").expanduser()
 allowed: frozenset[str] = frozenset()  # BI_PATCH_ALLOW_CODE
+unseeded: str = "random"  # BI_PATCH_UNSEEDED, which every request asks for
+
+
+_undo: list[Callable[[], None]] = []
+
+
+def at_disarm(undo: Callable[[], None]) -> None:
+    """Call `undo` when the process is disarmed, for a change that is not the replacement of an object."""
+    if undo not in _undo:
+        _undo.append(undo)
+
+
+def undo_all() -> None:
+    """Call what `at_disarm` was given, the last first."""
+    while _undo:
+        _undo.pop()()
 
 
 def apply_policies(config: Any) -> None:

@@ -1,16 +1,38 @@
-"""What several platforms ask about a model: is its code outside of vLLM's common layers, and how does it rotate?"""
+"""Rules on models, for several platforms: refuse a model whose own code depends on the batch and that no seam reaches.
+
+The feature table lists the models that bi_patch refuses by name. These rules look at what vLLM loads for a model: is
+its code outside of vLLM's common layers, and how does it rotate?
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.model import Policy
 
 # Rotation types that Hugging Face's code computes anew once a position of the batch passes a limit, and the limit.
 _LIMITS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
-def refuse_own_package(config: Any, policy: str) -> None:
+def policies(platform: str) -> tuple[Policy, ...]:
+    """The rules of a platform, with its name in theirs."""
+    return (
+        Policy(
+            name=f"models.{platform}",
+            apply=functools.partial(_refuse_own_package, policy=f"models.{platform}"),
+            why="a model with a package of its own may compute something that no patch point reaches",
+        ),
+        Policy(
+            name=f"models.{platform}_rotation",
+            apply=functools.partial(_refuse_rotations, policy=f"models.{platform}_rotation"),
+            why="beyond a limit, Hugging Face's dynamic rotations depend on the longest position of the whole batch",
+        ),
+    )
+
+
+def _refuse_own_package(config: Any, policy: str) -> None:
     """Refuse a model whose code vLLM keeps in vllm.models, outside of its common layers. policy: the policy's name."""
     from vllm.model_executor.models.registry import ModelRegistry
 
@@ -23,7 +45,7 @@ def refuse_own_package(config: Any, policy: str) -> None:
             )
 
 
-def refuse_rotations(config: Any, policy: str) -> None:
+def _refuse_rotations(config: Any, policy: str) -> None:
     """Refuse a rotation that some request of the engine can change for others. policy: the policy's name.
 
     Only models of vLLM's Transformers backend run Hugging Face's rotations.

@@ -1,4 +1,4 @@
-"""Names of code in the keys of certificates."""
+"""Names of code, in the keys of certificates and in errors."""
 
 import functools
 

@@ -14,13 +14,14 @@ from bi_patch.tools.models import recipes
 
 pytestmark = pytest.mark.engine
 
-# The engine core reads BI_PATCH_UNSEEDED=derive when it starts. The front end reads it for every request.
+# The engine core reads BI_PATCH_UNSEEDED=derive when it starts. The script changes what its front end read.
 SCRIPT = """
 import bi_patch
-import json, os, random, sys
+import json, random, sys
 from vllm import LLM, SamplingParams
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from bi_patch.ops import seeds as drawn
+from bi_patch.seams import active
 from bi_patch.seams.common import seeds
 
 
@@ -63,7 +64,7 @@ def main():
         return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
     # Random seeds: identical requests, seeded and greedy neighbours, n answers, more requests than the cache holds.
-    os.environ["BI_PATCH_UNSEEDED"] = "random"
+    active.unseeded = "random"
     asked = [prompt("same", 5)] * 4 + [prompt(i, block - 6) for i in range(12)]
     given = [params()] * 4 + [params(seed=(None, 7, -5)[i % 3], temperature=(1.0, 0.7, 0.0)[i // 4], max_tokens=20)
                               for i in range(12)]
@@ -80,7 +81,7 @@ def main():
     found["n again"] = [bits(c) for c in whole.outputs] == [bits(c) for c in many.outputs]
 
     # Derived seeds: the k-th of identical requests has the k-th seed, in any order, beside any others.
-    os.environ["BI_PATCH_UNSEEDED"] = "derive"
+    active.unseeded = "derive"
     asked = [(kind, prompt(kind, 5)) for kind in ("a", "a", "a", "a", "b", "b", "c")]
     random.Random(int(sys.argv[3])).shuffle(asked)
     outputs = ask([p for _, p in asked], params())
@@ -92,7 +93,7 @@ def main():
     found["derived n"] = [c.seed for c in many.outputs]
 
     # The front end refuses, with a name.
-    os.environ["BI_PATCH_UNSEEDED"] = "refuse"
+    active.unseeded = "refuse"
     found["refused"] = []
     for one in (params(), params(seed=2**70), params(seed=2**63 - 2, n=4), params(seed=-3, n=4)):
         try:
@@ -114,6 +115,10 @@ def main():
     built("cached prompt", prompt_logprobs=1, skip_reading_prefix_cache=False)
     built("wide seed", seed=2**63)
     built("no seed", seed=None)
+    for library in ("xgrammar", "guidance"):
+        asked = StructuredOutputsParams(regex="[a-f]{300,400}")
+        asked._backend = library
+        built(library, structured_outputs=asked)
     done = {}
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -196,6 +201,9 @@ def test_the_engine_core_refuses_one_request_and_goes_on(found):
         "cached prompt": "error",
         "wide seed": "error",
         "no seed": "length",
+        "xgrammar": "length",
+        "guidance": "error",
     }
     assert found["good"] and found["core's seed"]
     assert "skip_reading_prefix_cache=False" in found["log"] and "more than 64 bits" in found["log"]
+    assert "names the grammar library 'guidance', and by its content 'xgrammar' serves it" in found["log"]

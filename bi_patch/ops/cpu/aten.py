@@ -8,6 +8,9 @@ kernels compute all elements by the same code. PyTorch's own kernels serve fp64,
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from bi_patch.ops import overrides
@@ -23,24 +26,58 @@ def override() -> None:
 
 
 def keep_whole() -> None:
-    """Let Inductor call these operators and LayerNorm instead of compiling code of its own for them.
+    """Let Inductor call these operators and LayerNorm instead of compiling code of its own for them. A second call does
+    nothing.
 
     Inductor's own code has a tail like PyTorch's on instruction sets without masks. Inductor also rounds 16-bit results
     after every operation from then on, as eager code does. So compiled code has the bits of eager code.
     """
+    if _undo:
+        return
     from torch._inductor import config, decomposition, lowering
 
-    config.emulate_precision_casts = True
-
-    torch.compiler.config.cache_key_tag = _TAG  # code from before these calls is never loaded
     aten = torch.ops.aten
-    for op in (aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.softplus.default, _LAYER_NORM):
+    whole = (aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.softplus.default, _LAYER_NORM)
+    for held in (decomposition.decompositions, lowering.lowerings):
+        _undo.append(functools.partial(_put_back, held, {op: held.get(op) for op in whole}))
+    for marked in (lowering.fallbacks, lowering.needs_realized_inputs):
+        new = [op for op in whole if op not in marked]
+        _undo.append(functools.partial(marked.difference_update, new))
+    _set(config, "emulate_precision_casts", True)
+    before = torch.compiler.config.cache_key_tag
+    # Code from before these calls is never loaded.
+    _set(torch.compiler.config, "cache_key_tag", f"{before}; {_TAG}" if before else _TAG)
+    for op in whole:
         decomposition.decompositions.pop(op, None)
         lowering.make_fallback(op, warn=False, override_decomp=True)
 
 
+def restore() -> None:
+    """Undo `override` and `keep_whole`. Code that is compiled already keeps its calls."""
+    while _undo:
+        _undo.pop()()
+    while _library:
+        _library.pop()._destroy()
+
+
+_undo: list[Callable[[], None]] = []
 _TAG = "bi_patch: whole operators"
 _LAYER_NORM = torch.ops.aten.native_layer_norm.default
+
+
+def _put_back(held: dict, entries: dict) -> None:
+    """Put entries into `held` again. None: there was no such entry."""
+    for name, value in entries.items():
+        if value is None:
+            held.pop(name, None)
+        else:
+            held[name] = value
+
+
+def _set(config, name: str, value: object) -> None:
+    """Set an option of a configuration of PyTorch until `restore`."""
+    _undo.append(functools.partial(setattr, config, name, getattr(config, name)))
+    setattr(config, name, value)
 
 
 def _floats(x, *_, **__) -> bool:

@@ -26,26 +26,26 @@ def softmax_topk(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[t
 
 # (hidden states [rows, hidden], logits [rows, experts], input ids [rows] or None) -> weights, ids [rows, top_k].
 Router = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "tuple[torch.Tensor, torch.Tensor]"]
-_routers: list[Router] = []
 
 
-def keep(router: Router) -> int:
-    """Keep a layer's router for `route`. Returns the router's handle."""
+def define_route(find: Callable[[str], Router]) -> None:
+    """Define the operator of `route`. find: the router of a layer of the engine that runs, by the layer's name."""
     define(
-        "cpu_route(Tensor hidden, Tensor logits, Tensor? input_ids, int handle, int top_k) -> (Tensor, Tensor)",
-        lambda hidden, logits, input_ids, handle, top_k: _run(_routers[handle], hidden, logits, input_ids),
+        "cpu_route(Tensor hidden, Tensor logits, Tensor? input_ids, str layer, int top_k) -> (Tensor, Tensor)",
+        lambda hidden, logits, input_ids, layer, top_k: _run(find(layer), hidden, logits, input_ids),
         "CPU",
         _fake,
     )
-    _routers.append(router)
-    return len(_routers) - 1
 
 
-def route(hidden, logits, input_ids, handle: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a kept router as one operator. Returns weights (fp32) and ids (int32), both [rows, top_k]."""
+def route(hidden, logits, input_ids, layer: str, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a layer's router as one operator. Returns weights (fp32) and ids (int32), both [rows, top_k].
+
+    Compiled code, also from the compile cache, holds only the layer's name.
+    """
     import torch
 
-    return torch.ops.bi_patch.cpu_route(hidden, logits, input_ids, handle, top_k)
+    return torch.ops.bi_patch.cpu_route(hidden, logits, input_ids, layer, top_k)
 
 
 def _run(router: Router, hidden, logits, input_ids):
@@ -55,7 +55,7 @@ def _run(router: Router, hidden, logits, input_ids):
     return weights.to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
 
 
-def _fake(hidden, logits, input_ids, handle, top_k):
+def _fake(hidden, logits, input_ids, layer, top_k):
     import torch
 
     shape = (logits.shape[0], top_k)

@@ -7,15 +7,15 @@ can replace an operation that fails, so the engine stops.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
 from bi_patch.ops.cpu import machine
-from bi_patch.ops.row_counts import FEW, ROWS
+from bi_patch.ops.row_checks import FEW, ROWS, RowCheck
 
 if TYPE_CHECKING:
     import torch
@@ -24,23 +24,6 @@ if TYPE_CHECKING:
 _PLACES = 32
 _THREADS = (1, 3)  # besides the engine's own number of threads
 DATA = f"random rows at {_PLACES} places; {' and '.join(map(str, _THREADS))} threads"
-
-
-@dataclass(frozen=True)
-class RowCheck:
-    """An operation to certify.
-
-    operation, problem: as in certificates.Key. rows: the numbers of rows that are compared. make(rows): returns random
-    inputs, whose first dimension is rows. run(*inputs): returns the outputs, whose first dimension is rows; `run` may
-    change its inputs.
-    """
-
-    operation: str
-    problem: str
-    rows: tuple[int, ...]
-    make: Callable[[int], tuple[torch.Tensor, ...]]
-    run: Callable[..., tuple[torch.Tensor, ...]]
-
 
 _registered: dict[tuple[str, str], RowCheck] = {}
 
@@ -72,9 +55,7 @@ def certificate(check: RowCheck, key: Key) -> Certificate:
     import torch
 
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        inputs = check.make(max(check.rows))
+    inputs = check.make(max(check.rows), torch.Generator().manual_seed(0))
     want = check.run(*(t.clone() for t in inputs))
     own = torch.get_num_threads()
     compared, differing, first, passed = 0, 0, "", []
@@ -127,13 +108,13 @@ def register_norm(layer: torch.nn.Module, size: int) -> None:
         return out if isinstance(out, tuple) else (out,)
 
     problem = f"{kind} {size} {str(dtype).removeprefix('torch.')}"
-    register(RowCheck("cpu.norm", problem, ROWS, lambda m: (torch.randn(m, size).to(dtype),), run))
+    register(RowCheck("cpu.norm", problem, ROWS, lambda m, g: (torch.randn(m, size, generator=g).to(dtype),), run))
     register(
         RowCheck(
             "cpu.norm",
             f"{problem} per head",
             ROWS,
-            lambda m: (torch.randn(m, 12, size).to(dtype),),
+            lambda m, g: (torch.randn(m, 12, size, generator=g).to(dtype),),
             lambda x: run(x[:, 2:7]),  # a strided view, like the query and key in the output of the QKV projection
         )
     )
@@ -143,7 +124,7 @@ def register_norm(layer: torch.nn.Module, size: int) -> None:
                 "cpu.norm",
                 f"{problem} with residual",
                 ROWS,
-                lambda m: (torch.randn(m, size).to(dtype), torch.randn(m, size).to(dtype)),
+                lambda m, g: torch.randn(2, m, size, generator=g).to(dtype).unbind(),
                 run,
             )
         )
@@ -158,7 +139,11 @@ def register_layer_norm(layer: torch.nn.Module, sizes: tuple[int, ...]) -> None:
     problem = f"{type(layer).__name__} {'x'.join(map(str, sizes))} {str(dtype).removeprefix('torch.')}"
     register(
         RowCheck(
-            "cpu.norm", problem, ROWS, lambda m: (torch.randn(m, *sizes).to(dtype),), lambda x: (_first(layer(x)),)
+            "cpu.norm",
+            problem,
+            ROWS,
+            lambda m, g: (torch.randn(m, *sizes, generator=g).to(dtype),),
+            lambda x: (_first(layer(x)),),
         )
     )
 
@@ -168,20 +153,24 @@ def _first(output: torch.Tensor | tuple) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def register_router(router: Callable, kind: str, experts: int, top_k: int) -> None:
+def register_router(router: Callable, kind: str, experts: int, top_k: int, hidden: int, dtype: torch.dtype) -> None:
     """Register a router on fp32 logits and on logits of the model's dtype.
 
-    router: (hidden states, logits [rows, experts], input ids) -> weights, ids [rows, top_k]. kind: what decides its
-    operations, in words.
+    router: (hidden states [rows, hidden], logits [rows, experts], input ids) -> weights, ids [rows, top_k]. It gets no
+    input ids. kind: what decides its operations, in words. dtype: of the hidden states.
     """
     import torch
 
-    def run(logits):
-        return tuple(router(logits, logits, None))
+    def run(x, logits):
+        return tuple(router(x, logits, None))
 
-    for dtype in dict.fromkeys((torch.float32, torch.get_default_dtype())):
-        problem = f"{kind} E={experts} k={top_k} {str(dtype).removeprefix('torch.')}"
-        register(RowCheck("cpu.routing", problem, ROWS, lambda m, d=dtype: (torch.randn(m, experts).to(d),), run))
+    def make(m, generator, of_logits):
+        x, logits = (torch.randn(m, size, generator=generator) for size in (hidden, experts))
+        return x.to(dtype), logits.to(of_logits)
+
+    for kept in dict.fromkeys((torch.float32, dtype)):
+        problem = f"{kind} E={experts} k={top_k} hidden={hidden} {str(kept).removeprefix('torch.')}"
+        register(RowCheck("cpu.routing", problem, ROWS, functools.partial(make, of_logits=kept), run))
 
 
 def register_moe(experts: object, layer: torch.nn.Module) -> None:
@@ -192,13 +181,13 @@ def register_moe(experts: object, layer: torch.nn.Module) -> None:
     hidden, count, top_k = config.hidden_dim, config.num_experts, config.experts_per_token
     dtype = config.in_dtype
 
-    def make(m):
+    def make(m, generator):
         held = layer.w13_weight.dtype
         if held != dtype:
             raise TypeError(f"{held} weights for {dtype} rows; use unquantized weights of the model's dtype")
-        scores = torch.rand(m, count)
+        scores = torch.rand(m, count, generator=generator)
         weights, ids = scores.topk(top_k)
-        return torch.randn(m, hidden).to(dtype), weights, ids.to(torch.int32)
+        return torch.randn(m, hidden, generator=generator).to(dtype), weights, ids.to(torch.int32)
 
     def run(x, weights, ids):
         out = torch.empty_like(x)
@@ -232,11 +221,11 @@ def register_sampling(vocab: int) -> None:
     """Register what sampling does with rows of `vocab` logits: log_softmax, softmax, sums, top-k, argmax, the draw."""
     import torch
 
-    def logits(m):
-        return (torch.randn(m, vocab) * 4,)
+    def logits(m, generator):
+        return (torch.randn(m, vocab, generator=generator) * 4,)
 
-    def tied(m):
-        return (torch.randn(m, vocab).mul(4).round(),)
+    def tied(m, generator):
+        return (torch.randn(m, vocab, generator=generator).mul(4).round(),)
 
     def draw(x):
         return (torch.ops._C.fused_gumbel_argmax(x, x[:, 0].mul(1000).abs().to(torch.int64)),)

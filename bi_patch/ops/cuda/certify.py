@@ -15,11 +15,12 @@ from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Certificate
 from bi_patch.ops.cuda import attention, chunks, linear, machine, moe, rows
 from bi_patch.ops.cuda.ahead import Ahead
+from bi_patch.ops.row_checks import RowCheck
 
 _log = logging.getLogger("vllm.bi_patch")
 
 
-def begin(checks: Callable[[], Iterable[rows.RowCheck]], library: str, cache: Path) -> Ahead:
+def begin(checks: Callable[[], Iterable[RowCheck]], library: str, cache: Path) -> Ahead:
     """Start to compile what the certificates of `checks` launch, as far as they are not in `cache`.
 
     checks: those that need no model, so that threads compile their kernels while the model loads. Call `certify` with
@@ -44,7 +45,7 @@ def certify(
     experts: Iterable[tuple[moe.Problem, moe.Kernel]],
     decoders: Iterable[tuple[attention.Problem, attention.Prefill]],
     attentions: Iterable[tuple[chunks.Problem, chunks.Prepare]],
-    checks: Iterable[rows.RowCheck],
+    checks: Iterable[RowCheck],
     *,
     max_rows: int,
     library: str,

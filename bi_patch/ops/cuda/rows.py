@@ -7,37 +7,16 @@ device and with the user's compiler. No other kernel can replace an operation th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Key, Tally
 from bi_patch.ops.cuda import machine
 from bi_patch.ops.cuda.ahead import Ahead
-
-if TYPE_CHECKING:
-    import torch
+from bi_patch.ops.row_checks import RowCheck
 
 _PLACES = 4
 DATA = f"random rows at {_PLACES} places"
-
-
-class RowCheck(NamedTuple):
-    """An operation to certify.
-
-    operation, problem: as in certificates.Key. rows: the numbers of rows that are compared. make(rows, generator):
-    random inputs on the device, whose first dimension is rows. run(*inputs): the outputs, whose first dimension is
-    rows; `run` may change its inputs. indexes: a kernel's result may be used as an index, so the operation is not
-    rehearsed (bi_patch.ops.cuda.ahead).
-    """
-
-    operation: str
-    problem: str
-    rows: tuple[int, ...]
-    make: Callable[[int, torch.Generator], tuple[torch.Tensor, ...]]
-    run: Callable[..., tuple[torch.Tensor, ...]]
-    indexes: bool = False
 
 
 def certify(check: RowCheck, library: str, cache: Path) -> Certificate:

@@ -12,6 +12,7 @@ _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
+_H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _WINDOW = "invariance-2026-11-22-h100-seams-vllm-0.26.0.json"
 _WINDOW_H200 = "invariance-2026-11-28-h200-vllm-0.26.0.json"
@@ -164,7 +165,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "processed logprobs and logits (--logprobs-mode)",
         cpu=untried("the tests cover them"),
-        cuda=untried(),
+        cuda=served(_H100_AXES, why="measured in the mode processed_logprobs, on an MoE model"),
         ascend=untried(_NO_NPU),
     ),
     row(
@@ -176,7 +177,8 @@ FEATURES: tuple[Feature, ...] = (
         "parameters, prompt, generated tokens and logits. Other classes are refused (`plugins.logits_processors`).",
     ),
     row(
-        "code from outside vLLM: workers, worker extensions, executors, schedulers, models, layers, general plugins",
+        "code from outside vLLM: workers, worker extensions, executors, schedulers, models, layers, Inductor passes, "
+        "platforms, general plugins",
         cpu=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
         cuda=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
         ascend=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
@@ -355,6 +357,20 @@ FEATURES: tuple[Feature, ...] = (
         cuda=refused("no attention kernel serves it", todo="Use --kv-cache-dtype auto"),
         ascend=refused("no attention kernel serves it", todo="Use --kv-cache-dtype auto"),
         asked=_fp32_cache,
+    ),
+    row(
+        "KV cache pages whose number of tokens is no power of two (--block-size)",
+        cpu=untried(),
+        cuda=refused(
+            "the longest query may decide FlashAttention 3's KV tile",
+            todo="Use a power of two",
+            by="attention.cuda_pages",
+        ),
+        ascend=refused(
+            "the kernels need pages of a multiple of 128 tokens",
+            todo="Use --block-size 128",
+            by="attention.ascend_block_size",
+        ),
     ),
     row(
         "norms over ranks (MiniMax-M2 with tensor parallelism)",

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
 from bi_patch.seams.model import Policy, Seam, Target
+from bi_patch.seams.naming import dotted
 
 # The packages whose code bi_patch has patch points for, and bi_patch itself.
 _KNOWN = ("vllm", "vllm_ascend", "bi_patch", "bi_patch_entry")
@@ -35,6 +36,9 @@ def _outside(config) -> Iterator[tuple[str, str]]:
     yield "the executor", _dotted(getattr(parallel, "distributed_executor_backend", None))
     yield "the scheduler", _dotted(getattr(getattr(config, "scheduler_config", None), "scheduler_cls", None))
     yield "the compiler backend", _dotted(getattr(config.compilation_config, "backend", None))
+    yield from _passes(config.compilation_config)
+    platform = getattr(sys.modules.get("vllm.platforms"), "_current_platform", None)
+    yield "the platform", _dotted(None if platform is None else type(platform))
     yield from _models(config.model_config)
     chosen = os.environ.get("VLLM_PLUGINS")
     for plugin in entry_points(group="vllm.general_plugins"):
@@ -46,6 +50,30 @@ def _outside(config) -> Iterator[tuple[str, str]]:
     backends = sys.modules.get("vllm.v1.attention.backends.registry")
     for backend, replacement in getattr(backends, "_ATTN_OVERRIDES", {}).items():
         yield f"a replacement of the attention backend {backend.name},", _dotted(replacement)
+
+
+def _passes(compilation) -> Iterator[tuple[str, str]]:
+    """Code that Inductor runs on the graphs that it compiles: from vLLM's options, or set for the whole process."""
+    inductor = sys.modules.get("torch._inductor.config")  # not loaded: nothing has set a pass
+    given = [*(getattr(compilation, "inductor_compile_config", None) or {}).items()]
+    given += [(name, getattr(inductor, name, None)) for name in _INDUCTOR]
+    for name, code in given:
+        if callable(code):
+            # vLLM wraps a function.
+            yield f"the Inductor pass {name!r},", dotted(getattr(code, "callable", code))
+
+
+# Options of torch._inductor.config that hold code.
+_INDUCTOR = (
+    "post_grad_custom_pre_pass",
+    "post_grad_custom_post_pass",
+    "joint_custom_pre_pass",
+    "joint_custom_post_pass",
+    "pre_grad_custom_pass",
+    "_pre_fusion_custom_pass",
+    "_post_fusion_custom_pass",
+    "custom_partitioner_fn",
+)
 
 
 def _models(model) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ request again, since clients other than vLLM's Python front end send requests to
 
 import functools
 
-from bi_patch import settings
+from bi_patch.seams import active
 from bi_patch.seams.common import seeds
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
@@ -26,7 +26,7 @@ def check(config, params) -> None:
     found = [name for name, asked in _wrong_seed(params).items() if asked]
     if found:
         raise bad_request(f"requests.parameters: the request has {'; and '.join(found)}. Give it another seed")
-    if seeds.lacks_seed(params) and settings.read().unseeded == "refuse":
+    if seeds.lacks_seed(params) and active.unseeded == "refuse":
         raise bad_request(
             "requests.parameters: the request samples without a seed, and BI_PATCH_UNSEEDED=refuse. Give it a seed, or "
             "temperature 0"
@@ -76,18 +76,40 @@ def _checked(original):
 
 
 def _checked_in_core(original):
-    """EngineCore.preprocess_add_request: refuse a request in the engine core, and give it its seed."""
+    """EngineCore.preprocess_add_request: refuse a request in the engine core before any work on it starts, and give it
+    its seed."""
 
     @functools.wraps(original)
     def preprocess_add_request(self, request, *args, **kwargs):
-        # The original comes first: it keeps the core's multimodal cache in step with the front end's.
-        added = original(self, request, *args, **kwargs)
-        if not request.abort_immediately:  # such a request only frees what another engine holds for it
+        if request.abort_immediately:  # such a request only frees what another engine holds for it
+            return original(self, request, *args, **kwargs)
+        try:
             check(self.vllm_config, request.params)
-            seeds.settle(self, request, added[0])
+            _clear_signs(request.params)
+            seed = seeds.source(self, request)
+        except Exception:
+            _keep_in_step(self, request)
+            raise
+        added = original(self, request, *args, **kwargs)
+        if seed is not None:
+            seeds.give(added[0], seed())
         return added
 
     return preprocess_add_request
+
+
+def _clear_signs(params) -> None:
+    """Make penalties of -0.0 plain zeros. vLLM counts both as no penalty, but once another request of the step has a
+    penalty, model runner V1 subtracts each row's own: a logit of -0.0 minus -0.0 is 0.0."""
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(params, name, None) == 0:
+            setattr(params, name, 0.0)
+
+
+def _keep_in_step(core, request) -> None:
+    """Put the inputs of a refused request into the core's multimodal cache: the front end counts on them there."""
+    if core.mm_receiver_cache is not None and request.mm_features:
+        core.mm_receiver_cache.get_and_update_features(request.mm_features)
 
 
 SEAMS = (

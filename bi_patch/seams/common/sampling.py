@@ -15,13 +15,14 @@ def _specific_logprobs(original):
         if not sampling_metadata.logprob_token_ids or most is None:
             return original(self, logits, sampling_metadata, *args, **kwargs)
 
+        top = functools.cache(self.gather_logprobs)  # by_row needs it, and the original asks again for the same
+
         def by_row(logprobs, wanted, sampled):
             given = self.gather_specific_token_logprobs(logprobs, wanted, sampled)
-            return _rows_from(self.gather_logprobs(logprobs, most, token_ids=sampled), given, list(wanted))
+            return _rows_from(top(logprobs, most, token_ids=sampled), given, list(wanted))
 
-        return original(
-            Overlay(self, gather_specific_token_logprobs=by_row), logits, sampling_metadata, *args, **kwargs
-        )
+        sampler = Overlay(self, gather_specific_token_logprobs=by_row, gather_logprobs=top)
+        return original(sampler, logits, sampling_metadata, *args, **kwargs)
 
     return forward
 

@@ -8,10 +8,12 @@ output of the request repeats.
 
 import copy
 import functools
+from collections.abc import Callable
 
 from bi_patch import settings
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import seeds
+from bi_patch.seams import active
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Policy, Seam, Target
 
@@ -31,22 +33,26 @@ def lacks_seed(params) -> bool:
     return samples(params) and params.seed is None
 
 
-def settle(core, request, added) -> None:
-    """Give an unseeded request its seed in the engine core, and return the seed with each output.
+def source(core, request) -> Callable[[], int] | None:
+    """What gives an unseeded request its seed in the engine core, to call once the core took the request. None for
+    other requests.
 
-    core: vLLM's EngineCore. request: the EngineCoreRequest. added: the Request that the core made from it.
-    Raises UnsupportedRequest for streaming input without a seed.
+    core: vLLM's EngineCore. request: the EngineCoreRequest.
+    Raises UnsupportedRequest for streaming input without a seed, and for a request from which no seed can be derived.
     """
-    params = request.sampling_params
-    if not lacks_seed(params):
-        return
+    if not lacks_seed(request.sampling_params):
+        return None
     if request.resumable:
         raise bad_request(
             "seeds.request: the request streams its input and samples without a seed, and each part of the input would "
             "get a seed of its own. Give it a seed"
         )
-    seed = _derived(core, request) if settings.read().unseeded == "derive" else seeds.drawn()
-    added.sampling_params = _seeded(params, seed)
+    return _derived(core, request) if active.unseeded == "derive" else seeds.drawn
+
+
+def give(added, seed: int) -> None:
+    """Give a request its seed, and return the seed with each output. added: the Request that the core made."""
+    added.sampling_params = _seeded(added.sampling_params, seed)
     added.trace_headers = {**(added.trace_headers or {}), HEADER: str(seed)}
 
 
@@ -67,12 +73,12 @@ def identity(request) -> tuple:
     )
 
 
-def _derived(core, request) -> int:
+def _derived(core, request) -> Callable[[], int]:
     table = core.__dict__.get(_DERIVED)
     if table is None:
         table = core.__dict__[_DERIVED] = seeds.Derived(core.vllm_config.model_config.seed)
     try:
-        return table.seed(*identity(request))
+        return functools.partial(table.seed, table.key(*identity(request)))
     except TypeError as error:
         raise bad_request(f"seeds.request: {error} (BI_PATCH_UNSEEDED=derive). Give it a seed") from error
 
@@ -87,7 +93,7 @@ def _seeded(params, seed: int):
 
 def _draw(request, seed: int | None = None) -> None:
     """Give an unseeded request a seed in the front end. seed: None to draw the seed."""
-    if lacks_seed(request.sampling_params) and settings.read().unseeded == "random":
+    if lacks_seed(request.sampling_params) and active.unseeded == "random":
         request.sampling_params = _seeded(request.sampling_params, seeds.drawn() if seed is None else seed)
 
 
@@ -146,7 +152,8 @@ def _of_answer(original):
 
 
 def _one_core(config) -> None:
-    if config.parallel_config.data_parallel_size > 1 and settings.read().unseeded == "derive":
+    active.unseeded = settings.read().unseeded  # as the engine core that this process starts will read it
+    if config.parallel_config.data_parallel_size > 1 and active.unseeded == "derive":
         raise UnsupportedFeature(
             "seeds.derived: BI_PATCH_UNSEEDED=derive counts identical requests in one engine core, and data "
             "parallelism has several. Use BI_PATCH_UNSEEDED=random, or give each request a seed"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import hashlib
 import importlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from bi_patch.seams.common.refused import bad_request
@@ -19,6 +22,8 @@ _LIBRARIES = {
     "lm-format-enforcer": ("backend_lm_format_enforcer", "LMFormatEnforcerBackend"),
 }
 
+_REMEMBERED = 1024
+
 
 class Backends:
     """In the place of the manager's only StructuredOutputBackend: one backend for each library that a request chose.
@@ -30,7 +35,22 @@ class Backends:
         self._config = config
         self._make = make or _made
         self._held: dict[str, Any] = {}
+        self._choices: dict[bytes, str] = {}
         self._lock = threading.Lock()
+
+    def choice(self, asked: Any, choose: Callable[[], str]) -> str:
+        """The library for the content of a request's StructuredOutputsParams. choose: called for content that is new,
+        or that the last _REMEMBERED contents do not hold."""
+        names = (field.name for field in dataclasses.fields(asked) if not field.name.startswith("_"))
+        key = hashlib.sha256(repr([getattr(asked, name) for name in names]).encode()).digest()
+        found = self._choices.get(key)
+        if found is None:
+            found = choose()
+            with self._lock:
+                while len(self._choices) >= _REMEMBERED:
+                    del self._choices[next(iter(self._choices))]
+                self._choices[key] = found
+        return found
 
     def prepare(self, name: str, tokenizer: Any) -> None:
         """Make the library's backend unless it exists. Raises ValueError for an unknown library."""
@@ -102,24 +122,44 @@ def _manager(original):
 
 
 def _choose(manager: Any, request: Any) -> str:
-    """The request's library, which is then ready to compile. A request of another client than vLLM's Python front end
-    names none: the rules of that front end choose it.
+    """The request's library, which is then ready to compile: the library that the rules of vLLM's Python front end
+    choose for the request. A request of another client may name none, or a wrong one.
 
-    Raises ValueError for a grammar that no library takes.
+    Raises ValueError for a grammar that no library takes. Raises UnsupportedRequest for a wrong name.
     """
-    params = request.sampling_params
-    asked, tokenizer = params.structured_outputs, getattr(manager, "tokenizer", None)
+    params, tokenizer = request.sampling_params, getattr(manager, "tokenizer", None)
+    asked = params.structured_outputs
     if asked._backend in (None, "auto"):
-        asked._backend = None
-        config = manager.vllm_config
-        params.verify(
-            model_config=config.model_config,
-            speculative_config=config.speculative_config,
-            structured_outputs_config=config.structured_outputs_config,
-            tokenizer=tokenizer,
-        )
+        _chosen(manager.vllm_config, params, tokenizer)
+        manager.backend.choice(asked, lambda: asked._backend)
+    else:
+        own = manager.backend.choice(asked, lambda: _chosen(manager.vllm_config, _unnamed(params), tokenizer))
+        if own != asked._backend:
+            raise bad_request(
+                f"structured.choice: the request names the grammar library {asked._backend!r}, and by its content "
+                f"{own!r} serves it. Name no library in the request"
+            )
     manager.backend.prepare(asked._backend, tokenizer)
     return asked._backend
+
+
+def _chosen(config: Any, params: Any, tokenizer: Any) -> str:
+    """The library that vLLM's front end would choose for SamplingParams, which it checks on the way."""
+    params.structured_outputs._backend = None
+    params.verify(
+        model_config=config.model_config,
+        speculative_config=config.speculative_config,
+        structured_outputs_config=config.structured_outputs_config,
+        tokenizer=tokenizer,
+    )
+    return params.structured_outputs._backend
+
+
+def _unnamed(params: Any) -> Any:
+    """A copy of SamplingParams to choose for: checking it changes nothing in the request."""
+    params = copy.copy(params)
+    params.structured_outputs = copy.copy(params.structured_outputs)
+    return params
 
 
 def _init(original):
@@ -205,8 +245,9 @@ SEAMS = (
         # vLLM-Ascend 0.23 replaces this method itself; there, structured.compile chooses.
         targets=(Target(_MODULE, "StructuredOutputManager.grammar_init", ">=0.26"),),
         close=_init,
-        why="a request that does not come from vLLM's Python front end names no grammar library",
-        how="the engine chooses the library by the request alone, with the rules of vLLM's front end",
+        why="a request that does not come from vLLM's Python front end names no grammar library, or any library",
+        how="the engine chooses the library by the request's content alone, with the rules of vLLM's front end, and "
+        "refuses another name",
         until=_UNTIL,
         causes=(28,),
     ),

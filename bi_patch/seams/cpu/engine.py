@@ -15,6 +15,7 @@ def _mode(original):
         from bi_patch.ops.cpu import aten, machine
 
         machine.load_kernels(active.cache)
+        active.at_disarm(aten.restore)
         aten.override()
 
     return init_batch_invariance
@@ -42,13 +43,16 @@ def _load(original):
         import torch
 
         from bi_patch.ops.cpu import aten, certify, rows
+        from bi_patch.seams.cpu import moe
 
         if getattr(self.vllm_config.compilation_config.mode, "name", "NONE") != "NONE":
+            active.at_disarm(aten.restore)
             aten.keep_whole()
         result = original(self, *args, **kwargs)
         for module in self.get_model().modules():
             if isinstance(module, torch.nn.LayerNorm):
                 rows.register_layer_norm(module, tuple(module.normalized_shape))
+        moe.certify_routers(self.get_model())
         rows.register_sampling(self.model_config.get_vocab_size())
         certify.certify(active.cache, library.vllm())
         return result

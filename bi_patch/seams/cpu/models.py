@@ -1,29 +1,5 @@
-"""Rules on models: refuse a model whose own code depends on the batch and that no seam reaches.
-
-The feature table lists the models that bi_patch refuses by name. These rules look at what vLLM loads for a model.
-"""
+"""Rules on models on CPU: refuse a model whose own code depends on the batch and that no seam reaches."""
 
 from bi_patch.seams import models
-from bi_patch.seams.model import Policy
 
-
-def _refuse_own_package(config) -> None:
-    models.refuse_own_package(config, "models.cpu")
-
-
-def _refuse_rotations(config) -> None:
-    models.refuse_rotations(config, "models.cpu_rotation")
-
-
-POLICIES = (
-    Policy(
-        name="models.cpu",
-        apply=_refuse_own_package,
-        why="a model with a package of its own may compute something that no patch point reaches",
-    ),
-    Policy(
-        name="models.cpu_rotation",
-        apply=_refuse_rotations,
-        why="beyond a limit, Hugging Face's dynamic rotations depend on the longest position of the whole batch",
-    ),
-)
+POLICIES = models.policies("cpu")

@@ -2,6 +2,7 @@
 
 import functools
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.naming import dotted
 
@@ -43,35 +44,68 @@ def _routing(original):
     return _softmax_topk
 
 
-def _keep(original):
-    """CPURouter.__init__: keep the router, and certify every choice of experts but the plain softmax."""
+def _init(original):
+    """CPURouter.__init__: every choice of experts but the plain softmax becomes an operator, named by its layer."""
 
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
-        from bi_patch.ops.cpu import moe, rows
-
         original(self, *args, **kwargs)
-        self.bi_patch_handle = None
-        if not _is_plain(self):
-            compute = _original_routing(type(self))
-
-            def router(hidden, logits, input_ids):
-                return compute(self, hidden, logits, None, input_ids=input_ids)
-
-            self.bi_patch_handle = moe.keep(router)
-            rows.register_router(router, _kind(self), self.global_num_experts, self.top_k)
+        self.bi_patch_layer = None if _is_plain(self) else ""
 
     return __init__
+
+
+def certify_routers(model) -> None:
+    """Name each router of a loaded model by its layer, and register it for a certificate, unless it is a plain softmax.
+
+    Raises UnsupportedFeature for a router that reads token ids.
+    """
+    from bi_patch.ops.cpu import rows
+
+    for layer in model.modules():
+        router = getattr(layer, "router", None)
+        if getattr(router, "bi_patch_layer", None) is None or not hasattr(layer, "layer_name"):
+            continue
+        if router._hash_indices_table is not None:
+            raise UnsupportedFeature(
+                f"moe.cpu_router: the layer {layer.layer_name} chooses experts by token ids, and bi_patch has no "
+                "certificate for that. Use another model, or set BI_PATCH=0"
+            )
+        router.bi_patch_layer = layer.layer_name
+        config = layer.moe_config
+        choose = functools.partial(_choose, router)
+        rows.register_router(
+            choose, _kind(router), router.global_num_experts, router.top_k, config.hidden_dim, config.in_dtype
+        )
+
+
+def _choose(router, hidden, logits, input_ids):
+    """The router's weights and ids, by vLLM's own code."""
+    return _original_routing(type(router))(router, hidden, logits, None, input_ids=input_ids)
+
+
+def _of_layer(name: str):
+    """The choice of experts of a layer, in the engine whose step runs."""
+    from vllm.forward_context import get_forward_context
+
+    return functools.partial(_choose, get_forward_context().no_compile_layers[name].router)
 
 
 def _route(original):
     """CPURouter._compute_routing: one operator for every choice of experts but the plain softmax."""
     from bi_patch.ops.cpu import moe
 
+    moe.define_route(_of_layer)
+
     def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
-        if self.bi_patch_handle is None:
+        if self.bi_patch_layer is None:
             return original(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
-        return moe.route(hidden_states, router_logits, input_ids, self.bi_patch_handle, self.top_k)
+        if not self.bi_patch_layer:
+            raise UnsupportedFeature(
+                "moe.cpu_router: a router outside of the layers of the model has no certificate. Use another model, or "
+                "set BI_PATCH=0"
+            )
+        return moe.route(hidden_states, router_logits, input_ids, self.bi_patch_layer, self.top_k)
 
     _compute_routing.__wrapped__ = original
     return _compute_routing
@@ -141,10 +175,10 @@ SEAMS = (
     Seam(
         name="moe.cpu_router_init",
         targets=(Target("vllm.model_executor.layers.fused_moe.router.cpu_router", "CPURouter.__init__"),),
-        close=_keep,
+        close=_init,
         why="routers with groups, sigmoid or a function of the model use PyTorch's operators, and the numbers of rows "
         "and threads decide which elements PyTorch computes by scalar code",
-        how="bi_patch certifies the row order of the layer's router",
+        how="bi_patch marks the layer's router, and certifies its row order when the model is loaded",
         until="upstream states one order for its CPU routers",
         causes=(13, 26),
     ),

@@ -4,8 +4,7 @@ import inspect
 import itertools
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.ops.cuda.rows import RowCheck
-from bi_patch.ops.row_counts import FEW, ROWS
+from bi_patch.ops.row_checks import FEW, ROWS, RowCheck
 from bi_patch.seams.naming import dotted
 
 

@@ -20,7 +20,12 @@ assert findings and all(f.status == startup.CLOSED for f in findings), findings
 startup.check()
 entries = list(state.ledger.entries)
 assert len(entries) >= 15 and all(e.is_closed() for e in entries)
+from vllm.model_executor.determinism.batch_invariant import init_batch_invariance
+from bi_patch.ops.cpu import aten
+init_batch_invariance(None)
+assert aten._library
 bi_patch.disarm()
+assert not aten._library
 for e in entries:
     now = vars(e.owner).get(e.attribute)
     assert (now is None) if e.inherited else (now is e.original), e

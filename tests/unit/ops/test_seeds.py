@@ -15,40 +15,44 @@ def test_drawn_seeds_are_exact_in_json_and_differ():
     assert len(set(found)) == 100 and all(0 <= seed < 2**52 for seed in found)
 
 
+def next_seed(table, *request):
+    return table.seed(table.key(*request))
+
+
 def test_eight_identical_requests_have_the_same_set_of_seeds_in_any_company():
     alone = seeds.Derived(0)
-    expected = [alone.seed([1, 2, 3], {"temperature": 1.0}) for _ in range(8)]
+    expected = [next_seed(alone, [1, 2, 3], {"temperature": 1.0}) for _ in range(8)]
     assert len(set(expected)) == 8
     for order in range(5):
         requests = [[1, 2, 3]] * 8 + [[i] for i in range(50)] + [[4]] * 5
         random.Random(order).shuffle(requests)
         table = seeds.Derived(0)
-        found = [(r, table.seed(r, {"temperature": 1.0})) for r in requests]
+        found = [(r, next_seed(table, r, {"temperature": 1.0})) for r in requests]
         assert [seed for r, seed in found if r == [1, 2, 3]] == expected
 
 
 def test_the_engine_seed_and_every_part_count():
     parts = ([1, 2], None, {"temperature": 1.0, "top_p": 0.9}, {"a", "b"})
-    first = seeds.Derived(0).seed(*parts)
-    assert seeds.Derived(0).seed([1, 2], None, {"top_p": 0.9, "temperature": 1.0}, {"b", "a"}) == first
-    assert seeds.Derived(1).seed(*parts) != first
+    first = next_seed(seeds.Derived(0), *parts)
+    assert next_seed(seeds.Derived(0), [1, 2], None, {"top_p": 0.9, "temperature": 1.0}, {"b", "a"}) == first
+    assert next_seed(seeds.Derived(1), *parts) != first
     for changed in (
         ([1, 3], *parts[1:]),
         (parts[0], "salt", *parts[2:]),
         (*parts[:2], {"temperature": 1.0, "top_p": 0.91}, parts[3]),
         (*parts[:3], {"a"}),
     ):
-        assert seeds.Derived(0).seed(*changed) != first
+        assert next_seed(seeds.Derived(0), *changed) != first
 
 
 def test_beyond_the_bound_the_request_not_seen_for_longest_counts_from_0_again():
     table = seeds.Derived(0, remembered=2)
-    first, second = table.seed("a"), table.seed("a")
-    table.seed("b")
-    assert table.seed("a") not in (first, second)  # two different requests are remembered
-    table.seed("c")  # "b" is forgotten
-    table.seed("d")  # "a" is forgotten
-    assert table.seed("a") == first
+    first, second = next_seed(table, "a"), next_seed(table, "a")
+    next_seed(table, "b")
+    assert next_seed(table, "a") not in (first, second)  # two different requests are remembered
+    next_seed(table, "c")  # "b" is forgotten
+    next_seed(table, "d")  # "a" is forgotten
+    assert next_seed(table, "a") == first
 
 
 @dataclass

@@ -15,19 +15,22 @@ def config(length, backend=True, **given):
     return SimpleNamespace(model_config=model)
 
 
+@pytest.fixture(params=[cpu, cuda], ids=["cpu", "cuda"])
+def refuse(request):
+    return next(policy.apply for policy in request.param.POLICIES if policy.name.endswith("_rotation"))
+
+
 @pytest.mark.parametrize(
     ("length", "given"),
     [(8192, {"rope_type": "dynamic"}), (4096, {"rope_type": "longrope", "original_max_position_embeddings": 2048})],
 )
-def test_a_rotation_that_can_grow_is_refused(length, given):
-    for refuse in (cpu._refuse_rotations, cuda._refuse_rotations):
-        with pytest.raises(UnsupportedFeature, match=f"_rotation: .*{given['rope_type']}"):
-            refuse(config(length, **given))
-        refuse(config(length, backend=False, **given))
+def test_a_rotation_that_can_grow_is_refused(refuse, length, given):
+    with pytest.raises(UnsupportedFeature, match=f"_rotation: .*{given['rope_type']}"):
+        refuse(config(length, **given))
+    refuse(config(length, backend=False, **given))
 
 
-@pytest.mark.parametrize("platform", [cpu, cuda])
-def test_a_rotation_within_its_length_is_served(platform):
-    platform._refuse_rotations(config(4096, rope_type="dynamic"))
-    platform._refuse_rotations(config(2048, full={"rope_type": "longrope", "original_max_position_embeddings": 2048}))
-    platform._refuse_rotations(config(9999))
+def test_a_rotation_within_its_length_is_served(refuse):
+    refuse(config(4096, rope_type="dynamic"))
+    refuse(config(2048, full={"rope_type": "longrope", "original_max_position_embeddings": 2048}))
+    refuse(config(9999))

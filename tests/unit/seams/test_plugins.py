@@ -1,6 +1,7 @@
 """Code from outside vLLM is refused by name, until the user vouches for it."""
 
 import enum
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -22,13 +23,29 @@ class Registered:
     """Stands for a model's class that a plugin registered."""
 
 
-def config(model=None, **parallel):
+def run_on_graph(graph):
+    """Stands for a user's pass on Inductor's graphs."""
+
+
+class Wrapped:
+    """Stands for vLLM's CallableInductorPass."""
+
+    __module__ = "vllm.compilation"
+
+    def __init__(self, function):
+        self.callable = function
+
+    def __call__(self, graph):
+        self.callable(graph)
+
+
+def config(model=None, passes=None, **parallel):
     scheduler = parallel.pop("scheduler_cls", None)
     parallel = {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker", "distributed_executor_backend": "mp"} | parallel
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel),
         scheduler_config=SimpleNamespace(scheduler_cls=scheduler, async_scheduling=False),
-        compilation_config=SimpleNamespace(backend="inductor"),
+        compilation_config=SimpleNamespace(backend="inductor", inductor_compile_config=passes or {}),
         model_config=model,
     )
 
@@ -52,6 +69,8 @@ OUTSIDE = {
     "my.Scheduler": config(scheduler_cls="my.Scheduler"),
     "foo.models.FooForCausalLM": config(model(LAZY)),
     "remote.modeling_foo.Foo": config(model(OWN, remote=True)),
+    f"{__name__}.run_on_graph": config(passes={"post_grad_custom_post_pass": Wrapped(run_on_graph)}),
+    f"{__name__}.Backend": config(passes={"custom_partitioner_fn": Backend}),
 }
 
 
@@ -63,7 +82,16 @@ def test_it_is_refused_by_name_and_served_when_the_user_vouches_for_it(name, mon
     plugins._refuse_code(OUTSIDE[name])
 
 
-@pytest.mark.parametrize("held", [config(), config(model(OWN)), config(model(None)), config(worker_extension_cls="")])
+@pytest.mark.parametrize(
+    "held",
+    [
+        config(),
+        config(model(OWN)),
+        config(model(None)),
+        config(worker_extension_cls=""),
+        config(passes={"post_grad_custom_post_pass": Wrapped(Wrapped(None)), "dce": True, "cpp.simdlen": None}),
+    ],
+)
 def test_vllms_own_code_passes(held):
     plugins._refuse_code(held)
 
@@ -123,4 +151,14 @@ def test_a_replaced_attention_backend_is_refused(monkeypatch):
     registry = SimpleNamespace(_ATTN_OVERRIDES={Backend.TRITON_ATTN: "my.Attention"})
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", registry)
     with pytest.raises(UnsupportedFeature, match="attention backend TRITON_ATTN, my.Attention"):
+        plugins._refuse_code(config())
+
+
+def test_what_a_program_sets_for_its_whole_process_is_refused(monkeypatch):
+    inductor = importlib.import_module("torch._inductor.config")
+    with inductor.patch(joint_custom_pre_pass=run_on_graph):
+        with pytest.raises(UnsupportedFeature, match="the Inductor pass 'joint_custom_pre_pass', .*run_on_graph"):
+            plugins._refuse_code(config())
+    monkeypatch.setattr("vllm.platforms._current_platform", Registered())
+    with pytest.raises(UnsupportedFeature, match="the platform .*Registered"):
         plugins._refuse_code(config())

@@ -1,11 +1,14 @@
 """An error names a request's unsupported parameter. bi_patch leaves all other parameters to vLLM's own validation."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 
+from bi_patch import settings
 from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
+from bi_patch.seams import active
 from bi_patch.seams.common import requests, seeds
 
 
@@ -58,7 +61,7 @@ def test_all_else_passes(given):
 
 
 def test_refuse_names_requests_that_sample_without_a_seed(monkeypatch):
-    monkeypatch.setenv("BI_PATCH_UNSEEDED", "refuse")
+    monkeypatch.setattr(active, "unseeded", "refuse")
     with pytest.raises(UnsupportedRequest, match="BI_PATCH_UNSEEDED=refuse"):
         ask(seed=None, n=1, temperature=0.5)
     assert ask(seed=None, n=1, temperature=0.0) == ask(seed=4, n=1, temperature=0.5) == "passed"
@@ -76,11 +79,15 @@ class Params:
 class Core:
     """An engine core that records what it preprocessed."""
 
+    failing = False
+
     def __init__(self):
         cache = SimpleNamespace(kv_sharing_fast_prefill=False)
         model = SimpleNamespace(seed=0)
         self.vllm_config = SimpleNamespace(use_v2_model_runner=True, cache_config=cache, model_config=model)
-        self.seen = []
+        self.seen = []  # what the engine core worked on
+        self.kept = []  # what its multimodal cache holds
+        self.mm_receiver_cache = SimpleNamespace(get_and_update_features=self.kept.extend)
 
     def add(self, params, **given):
         request = SimpleNamespace(
@@ -93,6 +100,8 @@ class Core:
         )  # fmt: skip
 
         def original(core, request):
+            if core.failing:
+                raise LookupError("a part of the request is not in the cache")
             core.seen.append(request)
             return SimpleNamespace(sampling_params=request.sampling_params, trace_headers={"traceparent": "x"}), 0
 
@@ -110,7 +119,7 @@ def test_the_core_draws_a_seed_and_returns_it_in_the_trace_headers():
 
 
 def test_the_core_derives_seeds_from_requests(monkeypatch):
-    monkeypatch.setenv("BI_PATCH_UNSEEDED", "derive")
+    monkeypatch.setattr(active, "unseeded", "derive")
     first, second = Core(), Core()
     expected = [first.add(Params()).sampling_params.seed for _ in range(3)]
     others = [
@@ -132,19 +141,53 @@ def test_the_core_derives_seeds_from_requests(monkeypatch):
     assert Core().add(transfer).sampling_params.seed == Core().add(Params(extra_args={})).sampling_params.seed
 
 
-def test_the_core_refuses_after_it_kept_its_multimodal_cache_in_step():
+def test_the_core_refuses_before_it_works_on_a_request(monkeypatch):
+    """Otherwise a grammar would compile for a refused request. The multimodal cache stays in step with the client's."""
     core = Core()
+    image = SimpleNamespace(identifier="image", mm_position=SimpleNamespace(offset=1, length=4))
     with pytest.raises(UnsupportedRequest, match="more than 64 bits"):
-        core.add(Params(seed=2**64))
+        core.add(Params(seed=2**64), mm_features=[image])
     with pytest.raises(UnsupportedRequest, match="streams its input"):
         core.add(Params(), resumable=True)
-    assert len(core.seen) == 2
+    monkeypatch.setattr(active, "unseeded", "derive")
+    with pytest.raises(UnsupportedRequest, match="no seed can be derived"):
+        core.add(Params(extra_args={"own": object()}), mm_features=[image])
+    assert core.seen == [] and core.kept == [image, image]
     assert core.add(Params(seed=2**64), abort_immediately=True)  # it only frees what another engine holds
 
 
+def test_a_penalty_of_minus_zero_is_none():
+    params = Params(frequency_penalty=-0.0, presence_penalty=-0.0)
+    Core().add(params)
+    assert [math.copysign(1, getattr(params, f"{kind}_penalty")) for kind in ("frequency", "presence")] == [1, 1]
+
+
+def test_a_request_that_the_core_could_not_take_counts_for_no_seed(monkeypatch):
+    monkeypatch.setattr(active, "unseeded", "derive")
+    core, expected = Core(), Core().add(Params()).sampling_params.seed
+    core.failing = True
+    with pytest.raises(LookupError):
+        core.add(Params())
+    core.failing = False
+    assert core.add(Params()).sampling_params.seed == expected
+
+
 def test_derived_seeds_need_one_engine_core(monkeypatch):
+    monkeypatch.setattr(active, "unseeded", "random")
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=2))
     seeds._one_core(config)
     monkeypatch.setenv("BI_PATCH_UNSEEDED", "derive")
     with pytest.raises(UnsupportedFeature, match="BI_PATCH_UNSEEDED=derive counts"):
         seeds._one_core(config)
+
+
+def test_no_request_reads_the_environment(monkeypatch):
+    """The front end reads BI_PATCH_UNSEEDED with the engine's configuration, and the engine core when it is armed."""
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+    monkeypatch.setattr(active, "unseeded", "random")
+    monkeypatch.setenv("BI_PATCH_UNSEEDED", "derive")
+    seeds._one_core(config)
+    assert active.unseeded == "derive"
+    monkeypatch.setattr(settings, "read", None)
+    first, second = (Core().add(Params()).sampling_params.seed for _ in range(2))
+    assert first == second

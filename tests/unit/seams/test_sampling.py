@@ -1,7 +1,9 @@
 """The seams of the sampler, on stand-ins: masks of allowed tokens follow their requests."""
 
+import math
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from bi_patch.seams.common import sampling
@@ -41,3 +43,44 @@ def test_without_masks_nothing_happens():
     held.allowed_token_ids_mask_cpu_tensor = None
     sampling._condense(lambda held: held._req_ids.pop())(held)
     sampling._swap_states(lambda held, i1, i2: None)(held, 0, 1)
+
+
+def test_top_logprobs_are_gathered_once_in_a_mixed_step():
+    from vllm.v1.sample.sampler import Sampler
+
+    calls = []
+
+    class Counting(Sampler):
+        @staticmethod
+        def gather_logprobs(logprobs, count, token_ids):
+            calls.append(count)
+            return Sampler.gather_logprobs(logprobs, count, token_ids)
+
+    logprobs = torch.randn(2, 50).log_softmax(-1)
+    sampled = torch.tensor([3, 4])
+
+    def forward(sampler, logits, metadata):  # the end of Sampler.forward: it prefers the given tokens
+        specific = sampler.gather_specific_token_logprobs(logits, metadata.logprob_token_ids, sampled)
+        sampler.gather_logprobs(logits, metadata.max_num_logprobs, token_ids=sampled)
+        return specific
+
+    metadata = SimpleNamespace(max_num_logprobs=2, logprob_token_ids={1: [7]})
+    found = sampling._specific_logprobs(forward)(Counting(), logprobs, metadata)
+    top = Sampler.gather_logprobs(logprobs, 2, token_ids=sampled)
+    assert calls == [2]
+    assert torch.equal(found.logprobs[0], top.logprobs[0]) and found.logprob_token_ids[1, 1] == 7
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_model_runner_v1_changes_no_bit_of_a_row_without_penalties(zero):
+    """Beside a row with penalties. A penalty of -0.0 would: that is why requests.core makes it 0.0."""
+    from vllm.v1.sample.ops.penalties import apply_all_penalties
+
+    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 1e-45, -1e-45, 3e38, -3e38])
+    logits = torch.cat([torch.randn(2, 500), special.repeat(2, 1)], dim=1)
+    vocab = logits.shape[1]
+    penalties = [torch.tensor([zero, 0.5]), torch.tensor([zero, 0.5]), torch.tensor([1.0, 1.5])]
+    prompt = torch.arange(vocab - 5, vocab).repeat(2, 1)
+    found = apply_all_penalties(logits.clone(), prompt, *penalties, [[vocab - 7, vocab - 7, 5], [vocab - 7]])
+    changed = (found.view(torch.int32) != logits.view(torch.int32))[0].nonzero().flatten()
+    assert changed.tolist() == ([] if math.copysign(1, zero) > 0 else [501])  # the logit of -0.0

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -78,24 +79,60 @@ def test_an_unknown_library_is_named():
         structured.Backends(config).prepare("another", None)
 
 
-@pytest.mark.parametrize("named, chosen", [("xgrammar", "xgrammar"), (None, "guidance"), ("auto", "guidance")])
-def test_the_engine_core_chooses_for_a_client_that_did_not(named, chosen):
-    """A client other than vLLM's Python front end names no library, and may not have checked the grammar."""
-    asked = SimpleNamespace(_backend=named)
+@dataclass
+class Asked:
+    """Stands for vLLM's StructuredOutputsParams."""
+
+    json: str
+    _backend: str | None = None
+
+
+class Params:
+    """Stands for vLLM's SamplingParams: the content "{guidance}" chooses the library guidance, and so on."""
+
+    def __init__(self, asked, seen):
+        self.structured_outputs, self.seen = asked, seen
+
+    def verify(self, **given):
+        self.seen.append(given)
+        assert self.structured_outputs._backend is None
+        self.structured_outputs._backend = self.structured_outputs.json.strip("{}")
+
+
+def ask(backends, asked, seen):
+    """Init and compile one grammar; returns its library."""
     config = SimpleNamespace(model_config="model", speculative_config=None, structured_outputs_config="auto")
-    seen = []
-
-    def verify(**given):
-        assert asked._backend is None and given == vars(config) | {"tokenizer": "tokenizer"}
-        asked._backend = "guidance"
-
-    held = SimpleNamespace(prepare=lambda *given: seen.append(given), of=lambda name: f"the library {name}")
-    manager = SimpleNamespace(vllm_config=config, tokenizer="tokenizer", backend=held)
-    params = SimpleNamespace(structured_outputs=asked, verify=verify)
-    request = SimpleNamespace(structured_output_request=object(), sampling_params=params)
+    manager = SimpleNamespace(vllm_config=config, tokenizer="tokenizer", backend=backends)
+    request = SimpleNamespace(structured_output_request=object(), sampling_params=Params(asked, seen))
     structured._init(lambda self, request: None)(manager, request)
-    compiled = structured._compile(lambda self, request: self.backend)(manager, request)
-    assert compiled == f"the library {chosen}" and set(seen) == {(chosen, "tokenizer")}
+    compiler = structured._compile(lambda self, request: self.backend)(manager, request)
+    assert all(given == vars(config) | {"tokenizer": "tokenizer"} for given in seen)
+    return compiler.compile_grammar("json", asked.json).made
+
+
+@pytest.mark.parametrize("named", ["guidance", None, "auto"])
+def test_the_engine_core_chooses_by_the_content(named):
+    """A client other than vLLM's Python front end names no library, and may not have checked the grammar."""
+    held, seen, asked = backends(guidance=Library("guidance")), [], Asked("{guidance}", named)
+    assert ask(held, asked, seen) == "guidance: {guidance}" and asked._backend == "guidance"
+    assert ask(held, Asked("{guidance}", "guidance"), seen) and len(seen) == 1  # known content is not chosen again
+
+
+def test_a_library_that_the_content_does_not_choose_is_refused():
+    held, seen = backends(guidance=Library("guidance"), xgrammar=Library("xgrammar")), []
+    for _ in range(2):
+        with pytest.raises(UnsupportedRequest, match="names the grammar library 'xgrammar', .* 'guidance' serves it"):
+            ask(held, Asked("{guidance}", "xgrammar"), seen)
+    assert ask(held, Asked("{xgrammar}", "xgrammar"), seen)
+    assert len(seen) == 2
+
+
+def test_old_choices_are_forgotten(monkeypatch):
+    monkeypatch.setattr(structured, "_REMEMBERED", 2)
+    held, seen = backends(guidance=Library("guidance")), []
+    for content in ("{guidance}", "{{guidance}}", "{{{guidance}}}", "{{guidance}}", "{guidance}"):
+        ask(held, Asked(content, "guidance"), seen)
+    assert len(seen) == 4
 
 
 def test_a_request_without_a_grammar_chooses_nothing():

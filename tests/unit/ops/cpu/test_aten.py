@@ -22,7 +22,7 @@ def overridden(cache):
     machine.load_kernels(cache)
     aten.override()
     yield
-    aten._library.pop()._destroy()
+    aten.restore()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,3 +57,23 @@ def test_compiled_code_has_the_bits_of_eager_code(dtype):
     with torch.inference_mode():
         want = layer(x)
         assert torch.equal(function(x), want) and torch.equal(function(x[:17]), want[:17])
+
+
+def test_what_changed_in_pytorch_is_restored():
+    from torch._inductor import config, decomposition, lowering
+
+    def state():
+        ops = (torch.ops.aten.gelu.default, torch.ops.aten.silu.default, aten._LAYER_NORM)
+        held = [table.get(op) for table in (decomposition.decompositions, lowering.lowerings) for op in ops]
+        marks = [op in marked for marked in (lowering.fallbacks, lowering.needs_realized_inputs) for op in ops]
+        return held, marks, config.emulate_precision_casts, torch.compiler.config.cache_key_tag
+
+    with torch.compiler.config.patch(cache_key_tag="the user's"):
+        before = state()
+        for _ in range(2):
+            aten.keep_whole()
+            assert state()[2:] == (True, "the user's; bi_patch: whole operators")
+            aten.keep_whole()  # a second engine in the process
+            assert state()[3].count("bi_patch") == 1 and state()[0] != before[0]
+            aten.restore()
+            assert state() == before and not aten._library

@@ -8,7 +8,7 @@ import torch
 from bi_patch.errors import CertificateFailed
 from bi_patch.ops import certificates
 from bi_patch.ops.cpu import certify, machine, rows
-from bi_patch.ops.row_counts import ROWS
+from bi_patch.ops.row_checks import ROWS, RowCheck
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,9 @@ def test_an_operation_that_varies_with_rows_stops_the_engine(tmp_path):
         halves = x.float().chunk(2 if x.shape[0] > 16 else 1, dim=-1)
         return (sum(h.cumsum(-1)[..., -1] for h in halves),)
 
-    rows.register(rows.RowCheck("test.mean", "by rows", ROWS, lambda m: (torch.randn(m, 999),), mean_by_rows))
+    rows.register(
+        RowCheck("test.mean", "by rows", ROWS, lambda m, g: (torch.randn(m, 999, generator=g),), mean_by_rows)
+    )
     with pytest.raises(CertificateFailed, match=r"test.mean by rows: \d+ rows: \d+ elements differ"):
         certify.certify(tmp_path, "test 1")
     certify.certify(tmp_path, "test 1")  # the failed operation is no longer registered
@@ -36,7 +38,9 @@ def test_few_rows_are_taken_at_many_places():
 
 def test_an_operation_that_reduces_rows_alone_passes(tmp_path):
     rows.register(
-        rows.RowCheck("test.softmax", "4096", ROWS, lambda m: (torch.randn(m, 4096),), lambda x: (x.softmax(-1),))
+        RowCheck(
+            "test.softmax", "4096", ROWS, lambda m, g: (torch.randn(m, 4096, generator=g),), lambda x: (x.softmax(-1),)
+        )
     )
     (certificate,) = certify.certify(tmp_path, "test 1")
     assert certificate.passed and certificate.evidence.compared > 0
@@ -50,7 +54,7 @@ def test_every_failure_is_named_at_once_with_what_to_do(tmp_path):
         return (x[:, 0] + len(x),)
 
     for name, run in (("broken", broken), ("short", short)):
-        rows.register(rows.RowCheck(f"test.{name}", "8", (1, 2), lambda m: (torch.randn(m, 8),), run))
+        rows.register(RowCheck(f"test.{name}", "8", (1, 2), lambda m, g: (torch.randn(m, 8, generator=g),), run))
     with pytest.raises(CertificateFailed) as failed:
         certify.certify(tmp_path, "test 1")
     for part in ("2 operation(s)", "test.broken 8: RuntimeError: no kernel", "test.short 8: 1 rows", "BI_PATCH=0"):
@@ -70,7 +74,9 @@ def test_quantized_experts_are_named_with_what_to_do(tmp_path):
 
 def test_the_library_is_a_part_of_the_key(tmp_path):
     def register():
-        rows.register(rows.RowCheck("test.copy", "8", (1, 2), lambda m: (torch.randn(m, 8),), lambda x: (x,)))
+        rows.register(
+            RowCheck("test.copy", "8", (1, 2), lambda m, g: (torch.randn(m, 8, generator=g),), lambda x: (x,))
+        )
 
     for library in ("test 1", "test 2"):
         register()
@@ -85,18 +91,21 @@ def test_other_numbers_of_threads_are_tried_and_put_back(tmp_path):
     def by_threads(x):
         return (x + (torch.get_num_threads() == 3),)
 
-    rows.register(rows.RowCheck("test.threads", "8", (1, 2), lambda m: (torch.randn(m, 8),), by_threads))
+    rows.register(RowCheck("test.threads", "8", (1, 2), lambda m, g: (torch.randn(m, 8, generator=g),), by_threads))
     with pytest.raises(CertificateFailed, match=r"test.threads 8: 1 rows: \d+ elements differ"):
         certify.certify(tmp_path, "test 1")
     assert torch.get_num_threads() == own
 
 
 def test_layer_norms_and_routers_pass(tmp_path):
-    def router(hidden, logits, input_ids):
-        weights, ids = logits.float().softmax(-1).topk(2)
+    scale = torch.rand(24)
+
+    def router(hidden, logits, input_ids):  # it reads hidden states, which are wider than the logits
+        weights, ids = (logits.float() * (hidden * scale).float().amax(-1, keepdim=True)).softmax(-1).topk(2)
         return weights / weights.sum(-1, keepdim=True), ids
 
     rows.register_layer_norm(torch.nn.LayerNorm(96), (96,))
-    rows.register_router(router, "softmax, renormalized", 8, 2)
+    rows.register_router(router, "softmax, renormalized", 8, 2, 24, torch.bfloat16)
     made = certify.certify(tmp_path, "test 1")
-    assert [c.key.operation for c in made if c.passed] == ["cpu.norm", "cpu.routing"]
+    assert [c.key.operation for c in made if c.passed] == ["cpu.norm", "cpu.routing", "cpu.routing"]
+    assert made[-1].key.problem == "softmax, renormalized E=8 k=2 hidden=24 bfloat16"

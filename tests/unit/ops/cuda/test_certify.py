@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bi_patch.errors import CertificateFailed
-from bi_patch.ops import certificates, row_counts
+from bi_patch.ops import certificates, row_checks
 from bi_patch.ops.certificates import Tally
 from bi_patch.ops.cuda import attention, certify, chunks, cublaslt, linear, machine, moe, rows
 from bi_patch.ops.cuda.ahead import Ahead
@@ -15,7 +15,7 @@ LINEAR = linear.Problem(8, 16, torch.bfloat16, False)
 EXPERTS = moe.Problem(4, 6, 8, 2, torch.bfloat16)
 ATTENTION = attention.Problem(8, 2, 128, torch.bfloat16)
 CHUNKED = chunks.Problem("FLASH_ATTN 3", 8, 2, 128, 0, 16, torch.bfloat16)
-ROWS = rows.RowCheck("cuda.norm", "RMSNorm 64 bfloat16", row_counts.FEW, None, None)
+ROWS = row_checks.RowCheck("cuda.norm", "RMSNorm 64 bfloat16", row_checks.FEW, None, None)
 KINDS = ["cuda.linear", "cuda.moe", "cuda.decode_attention", "cuda.attention", "cuda.norm"]
 KERNEL = moe.Kernel(None, lambda m: {"BLOCK_SIZE_M": 16 if m < 9 else 64}, contextlib.nullcontext)
 
