@@ -75,6 +75,14 @@ def cpu_release() -> str:
     return str(installed.find("cpu").release)
 
 
+@pytest.fixture(scope="session")
+def patched(tmp_path_factory) -> Path:
+    """A patched copy of the installed vLLM: the first folder on the path of a process that uses the copy."""
+    from bi_patch.tools.upstream.apply import patched_copy
+
+    return patched_copy(tmp_path_factory.mktemp("patched"))
+
+
 @pytest.fixture
 def answer():
     """A small answer, for comparisons."""
