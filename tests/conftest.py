@@ -44,7 +44,7 @@ def _interrupts():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python(cache: Path):
     """run_python(code, *arguments, **environ): run code in a child process; returns the finished process.
 
