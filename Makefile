@@ -40,6 +40,9 @@ test: setup
 	$(MAKE) -j2 --output-sync=target test-engine test-unit test-tables docs test-ascend
 	$(MAKE) test-alone
 
+# Waiting threads sleep, for other tests run beside them.
+test-engine test-unit test-ascend: export OMP_WAIT_POLICY := passive
+
 test-engine: setup
 	$(BIN)/pytest -m "engine and $(BESIDE)" tests
 

@@ -1,6 +1,7 @@
 """The Ascend kernels in Triton's interpreter on CPU: close to fp64, and a row's bits equal alone and in a batch."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def lines() -> dict[str, list[str]]:
     script = Path(__file__).with_name("interpreter.py")
     done = subprocess.run([sys.executable, script, *AREAS], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    parts = [part.splitlines() for part in done.stdout.split("area ")[1:]]
+    parts = [part.splitlines() for part in re.split("^area ", done.stdout, flags=re.M)[1:]]
     return {name: found for name, *found in parts}
 
 

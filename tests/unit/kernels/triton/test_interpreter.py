@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-AREAS = ("gemm", "norm", "rope", "sum", "softmax")
+AREAS = ("gemm", "norm", "layer norm", "rope", "sum", "softmax")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def lines() -> dict[str, list[str]]:
     script = Path(__file__).with_name("interpreter.py")
     done = subprocess.run([sys.executable, script, *AREAS], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    parts = [part.splitlines() for part in done.stdout.split("area ")[1:]]
+    parts = [part.splitlines() for part in re.split("^area ", done.stdout, flags=re.M)[1:]]
     return {name: found for name, *found in parts}
 
 
