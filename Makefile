@@ -1,5 +1,6 @@
 # make demo    set up, then run the demo: stock vLLM against armed vLLM on a real model
-# make test    set up, then run all tests: unit tests, those that start the real engine, the Ascend checks
+# make test    set up, then run all tests: unit tests, those that start the real engine, the Ascend checks. Two parts run
+#              at once, and each part's output is printed whole when the part is done
 # make test-gpu    the tests that need a CUDA GPU; sets nothing up: PYTHON has vLLM for CUDA, wrapt and pytest already,
 #                  e.g. make test-gpu PYTHON=/path/to/venv/bin/python
 # make test-ascend    the Ascend checks alone, no NPU needed: real torch_npu over stub CANN libraries, kernels down to HIVM
@@ -21,7 +22,12 @@ SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_pyte
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo test test-fast test-all test-gpu test-ascend bench check lint docs setup clean
+.PHONY: demo test test-engine test-unit test-tables test-alone test-fast test-all test-gpu test-ascend bench check lint \
+	docs setup clean
+
+# Tests of `make test`: without the slow ones, and without those that measure time, which run alone.
+HERE := not slow and not gpu and not ascend
+BESIDE := $(HERE) and not alone
 
 setup: $(VENV)/.installed
 
@@ -30,16 +36,29 @@ demo: setup
 
 test: setup
 	$(MAKE) lint
-	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
+	@echo "The engine's tests run beside the other parts. Each part prints its output when it is done, after minutes"
+	$(MAKE) -j2 --output-sync=target test-engine test-unit test-tables docs test-ascend
+	$(MAKE) test-alone
+
+# Waiting threads sleep, for other tests run beside them.
+test-engine test-unit test-ascend: export OMP_WAIT_POLICY := passive
+
+test-engine: setup
+	$(BIN)/pytest -m "engine and $(BESIDE)" tests
+
+test-unit: setup
+	$(BIN)/pytest -m "not engine and $(BESIDE)" tests
+
+test-tables: setup
 	$(BIN)/bi-patch check --all
 	$(BIN)/bi-patch bench --tables --check
 	$(BIN)/bi-patch features README.md docs/coverage.md
-	$(MAKE) docs
-	$(BIN)/pytest -m "engine and not slow and not gpu and not ascend" tests
-	$(MAKE) test-ascend
+
+test-alone: setup
+	$(BIN)/pytest -m "alone and $(HERE)" tests
 
 test-fast: setup
-	$(BIN)/pytest -m "not engine and not slow and not gpu and not ascend" tests
+	$(BIN)/pytest -m "not engine and $(HERE)" tests
 
 test-all: setup test-ascend
 	$(BIN)/pytest -m "not gpu and not ascend" tests

@@ -44,7 +44,7 @@ def _interrupts():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python(cache: Path):
     """run_python(code, *arguments, **environ): run code in a child process; returns the finished process.
 
@@ -73,6 +73,14 @@ def cpu_release() -> str:
     from bi_patch import installed
 
     return str(installed.find("cpu").release)
+
+
+@pytest.fixture(scope="session")
+def patched(tmp_path_factory) -> Path:
+    """A patched copy of the installed vLLM: the first folder on the path of a process that uses the copy."""
+    from bi_patch.tools.upstream.apply import patched_copy
+
+    return patched_copy(tmp_path_factory.mktemp("patched"))
 
 
 @pytest.fixture

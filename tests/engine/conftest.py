@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import pytest
 
 from bi_patch.tools.models import recipes
-from bi_patch.tools.verify.child import PATIENT, ChildEngine
+from bi_patch.tools.verify import wire
+from bi_patch.tools.verify.child import ARMED, PATIENT, STOCK, ChildEngine
 from bi_patch.tools.verify.engine import Options
 
 
@@ -38,3 +39,48 @@ def start(model):
             yield engine
 
     return make
+
+
+class Refusing(ChildEngine):
+    """An armed child that is asked for one engine after the other, all of which it refuses."""
+
+    def _start(self):
+        return None
+
+    def refuse(self, options: Options) -> None:
+        """Ask for an engine with these options. Raises the child's error."""
+        self._ask(wire.Command("start", options=options))
+
+
+@pytest.fixture(scope="session")
+def user_code(tmp_path_factory):
+    """A folder from which `refusing` can import."""
+    return tmp_path_factory.mktemp("code")
+
+
+@pytest.fixture(scope="session")
+def refusing(start, user_code):
+    paths = os.pathsep.join(filter(None, (str(user_code), os.environ.get("PYTHONPATH"))))
+    with start(ARMED, recipes.QWEN3, environ={"PYTHONPATH": paths}, kind=Refusing) as child:
+        yield child
+
+
+@pytest.fixture(scope="session")
+def bf16(start):
+    """An armed engine in bf16: chunks of 256 tokens, a prefix cache."""
+    with start(ARMED, recipes.QWEN3) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def fp32(start):
+    """An armed engine in fp32: 8 heads of 64, 2 KV heads, KV blocks of 128 tokens, a prefix cache."""
+    with start(ARMED, recipes.QWEN3, dtype="float32", max_model_len=2048) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def stock(start):
+    """The stock engine in fp32, where every change of an order shows in the bits."""
+    with start(STOCK, recipes.QWEN3, dtype="float32", max_model_len=3200) as engine:
+        yield engine

@@ -12,27 +12,59 @@ from bi_patch.tools.verify import report
 
 pytestmark = pytest.mark.engine
 
-COMMAND = [sys.executable, "-c", "import bi_patch_entry; bi_patch_entry.cli()", "demo", "--quick"]
+# The tests differ in the armed engine only. So the stock engine's side is measured once and kept in a file.
+CODE = """
+import pickle, sys
+from pathlib import Path
+import bi_patch_entry
+bi_patch_entry.without_arming()
+from bi_patch.tools.demo import run
+
+kept, measure = Path(sys.argv.pop(1)), run.side
+
+def side(mode, *given, **options):
+    if mode != "stock":
+        return measure(mode, *given, **options)
+    if not kept.exists():
+        kept.write_bytes(pickle.dumps(measure(mode, *given, **options)))
+    return pickle.loads(kept.read_bytes())
+
+run.side = side
+bi_patch_entry.cli()
+"""
 
 
-def run(tmp_path, **environ):
-    """Run the demo; returns the finished process and the reports in its JSON file by mode, or None without a file."""
-    numbers = tmp_path / "demo.json"
-    done = subprocess.run(
-        [*COMMAND, "--json", str(numbers), "--picture", str(tmp_path / "demo.html")],
-        check=False,
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if not numbers.exists():
-        return done, None
-    return done, {mode: report.from_json(held) for mode, held in json.loads(numbers.read_text()).items()}
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The file of the stock engine's side."""
+    return tmp_path_factory.mktemp("demo") / "stock.pickle"
 
 
-def test_stock_differs_and_armed_is_bitwise_invariant(tmp_path):
-    done, found = run(tmp_path)
+@pytest.fixture
+def run(kept, tmp_path):
+    """run(**environ): run the demo; returns the finished process and the reports in its JSON file by mode, or None
+    without a file."""
+
+    def run(**environ):
+        numbers = tmp_path / "demo.json"
+        command = [sys.executable, "-c", CODE, str(kept), "demo", "--quick", "--json", str(numbers)]
+        done = subprocess.run(
+            [*command, "--picture", str(tmp_path / "demo.html")],
+            check=False,
+            env=os.environ | environ,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if not numbers.exists():
+            return done, None
+        return done, {mode: report.from_json(held) for mode, held in json.loads(numbers.read_text()).items()}
+
+    return run
+
+
+def test_stock_differs_and_armed_is_bitwise_invariant(run, tmp_path):
+    done, found = run()
     assert done.returncode == 0, done.stdout + done.stderr
     stock, armed = found["stock"], found["armed"]
     assert (stock.mode, armed.mode) == ("stock", "armed") and armed.exit_code == report.INVARIANT
@@ -52,15 +84,15 @@ def test_stock_differs_and_armed_is_bitwise_invariant(tmp_path):
         assert "alone:" in done.stdout and "<mark>" in page
 
 
-def test_an_open_seam_is_refused_by_name(tmp_path):
-    done, found = run(tmp_path, BI_PATCH_LEAVE_OPEN="attention.cpu_forward")
+def test_an_open_seam_is_refused_by_name(run):
+    done, found = run(BI_PATCH_LEAVE_OPEN="attention.cpu_forward")
     assert done.returncode == 2
     assert found["armed"].compared == 0 and "SeamOpen" in found["armed"].stopped
     assert "SeamOpen" in done.stdout and "attention.cpu_forward" in done.stdout
 
 
-def test_an_open_seam_that_is_allowed_is_seen(tmp_path):
-    done, found = run(tmp_path, BI_PATCH_LEAVE_OPEN="linear.cpu_dispatch", BI_PATCH_ALLOW_OPEN="1")
+def test_an_open_seam_that_is_allowed_is_seen(run):
+    done, found = run(BI_PATCH_LEAVE_OPEN="linear.cpu_dispatch", BI_PATCH_ALLOW_OPEN="1")
     assert done.returncode == 1, done.stdout + done.stderr
     assert found["armed"].open_seams == ("linear.cpu_dispatch",)
     assert found["armed"].differing > 0

@@ -10,10 +10,9 @@ from bi_patch.tools.verify.probes import CROSS_PROBES, PROBES, Workload
 pytestmark = pytest.mark.engine
 
 SIZES = (1, 2, 5, 16, 64)
-# Chunks of 256 tokens, prefix caching on. The first model gets the long prompt.
+# Chunks of 256 tokens, prefix caching on. The first model gets the long prompt. One more engine is the fixture `fp32`.
 ENGINES = {
     "qwen3 bf16": (recipes.QWEN3, {"max_model_len": 3200}, 3000),
-    "qwen3 fp32": (recipes.QWEN3, {"dtype": "float32"}, 0),
     "llama bf16 compiled": (recipes.LLAMA, {"eager": False}, 0),
     "moe bf16": (recipes.MOE, {}, 0),
     "sliding window bf16": (recipes.WINDOW, {}, 0),
@@ -24,18 +23,26 @@ def workload(engine, long=0):
     return Workload.random(engine.info.vocab_size, long=long, generate=8, sizes=SIZES, prefix=300)
 
 
+def every_axis(name, engine, long=0):
+    assert engine.info.threads == 2 and not engine.info.open_seams
+    load = workload(engine, long)
+    for probe in PROBES:
+        if probe.missing(engine) or (probe.measure is probes.long_prompt and not long):
+            continue
+        result = probe.run(engine, load)
+        print(f"{name}: {result.axis}: {result.compared} compared, {result.differing} differing")
+        assert result.compared > 0 and result.differing == 0, f"{result.axis}: {result.first}"
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_axis(start, name):
     model, options, long = ENGINES[name]
     with start(ARMED, model, **options) as engine:
-        assert engine.info.threads == 2 and not engine.info.open_seams
-        load = workload(engine, long)
-        for probe in PROBES:
-            if probe.missing(engine) or (probe.measure is probes.long_prompt and not long):
-                continue
-            result = probe.run(engine, load)
-            print(f"{name}: {result.axis}: {result.compared} compared, {result.differing} differing")
-            assert result.compared > 0 and result.differing == 0, f"{result.axis}: {result.first}"
+        every_axis(name, engine, long)
+
+
+def test_every_axis_in_fp32(fp32):
+    every_axis("qwen3 fp32", fp32)
 
 
 def test_a_sigmoid_of_fp32_rows(start, tmp_path):
@@ -49,18 +56,16 @@ def test_a_sigmoid_of_fp32_rows(start, tmp_path):
             assert result.compared > 0 and result.differing == 0, f"{result.axis}: {result.first}"
 
 
-def test_across_engines(start):
+def test_across_engines(start, bf16):
     """Other chunk budgets, no prefix cache, preemption, a restart and compiled code, each against one eager engine."""
-    with start(ARMED, recipes.QWEN3) as base:
-        load = workload(base, 900)
-        planned = [(cross, cross.collect(base, load), list(cross.changes(base))) for cross in CROSS_PROBES]
-        options = base.options
+    load = workload(bf16, 900)
+    planned = [(cross, cross.collect(bf16, load), list(cross.changes(bf16))) for cross in CROSS_PROBES]
     wanted = {}
     for cross, expected, changes in planned:
         for change in changes:
             wanted.setdefault(repr(sorted(change.options.items())), []).append((cross, expected, change))
     for group in wanted.values():
-        with start(ARMED, recipes.QWEN3, **{**_given(options), **group[0][2].options}) as engine:
+        with start(ARMED, recipes.QWEN3, **{**_given(bf16.options), **group[0][2].options}) as engine:
             for cross, expected, change in group:
                 result = cross.judge(change, expected, cross.collect(engine, load, change))
                 print(f"{change.label}: {result.compared} compared, {result.differing} differing")
@@ -71,11 +76,10 @@ def _given(options):
     return {"max_model_len": options.max_model_len, "chunk": options.chunk}
 
 
-def test_the_probes_see_variance_on_stock(start):
+def test_the_probes_see_variance_on_stock(stock):
     """On the same machine, the probes find differences in the stock engine."""
-    with start(STOCK, recipes.QWEN3, max_model_len=3200) as engine:
-        load = workload(engine, 3000)
-        differing = {p.name: p.run(engine, load).differing for p in (PROBES[0], PROBES[-1])}
+    load = workload(stock, 3000)
+    differing = {p.name: p.run(stock, load).differing for p in (PROBES[0], PROBES[-1])}
     assert sum(differing.values()) > 0, differing
 
 

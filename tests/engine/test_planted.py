@@ -13,7 +13,7 @@ from bi_patch.tools.faults.lifts import RECURRENT
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import locate, precision
 from bi_patch.tools.verify.case import Scenario
-from bi_patch.tools.verify.child import ARMED, PATIENT, STOCK, ChildEngine
+from bi_patch.tools.verify.child import ARMED, PATIENT
 from bi_patch.tools.verify.probes.base import pair
 
 pytestmark = pytest.mark.engine
@@ -102,10 +102,10 @@ def test_a_fault_of_another_platform_is_refused(engine):
         engine.plant("no such fault")
 
 
-def test_recurrent_layers_are_refused_by_name_and_seen_where_they_are_let_in(tmp_path):
+def test_recurrent_layers_are_refused_by_name_and_seen_where_they_are_let_in(refusing, tmp_path):
     given, environ = recurrent(str(tmp_path)), PATIENT | os.environ
     with pytest.raises(UnsupportedFeature, match="hybrid and state-space"):
-        ChildEngine(ARMED, given, environ=environ).close()
+        refusing.refuse(given)
     with FaultyEngine(ARMED, given, environ=environ, lifts=[RECURRENT]) as engine:
         found = catch.catch_recurrent(engine, catch.workload(engine))
     print(found.named)
@@ -114,12 +114,11 @@ def test_recurrent_layers_are_refused_by_name_and_seen_where_they_are_let_in(tmp
         FaultyEngine(ARMED, given, environ=environ, lifts=["nothing"]).close()
 
 
-def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(start):
+def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(stock):
     """Without bi_patch the differences are real, and locate names the seam that would close them."""
-    with start(STOCK, recipes.QWEN3, max_model_len=3200, dtype="float32") as stock:
-        load = catch.workload(stock)
-        case = next(c for axis in ("batch size", "mixed lengths") for c in catch.cases(stock, axis, load) if c.differs)
-        found = locate.locate_on(stock, case)
+    load = catch.workload(stock)
+    case = next(c for axis in ("batch size", "mixed lengths") for c in catch.cases(stock, axis, load) if c.differs)
+    found = locate.locate_on(stock, case)
     print(found.words())
     assert found.seam and found.seam_status.startswith("open") and found.module.startswith("model.layers.0")
 

@@ -8,21 +8,17 @@ import random
 
 import pytest
 
-from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import probes
 from bi_patch.tools.verify.answers import Request, compare
-from bi_patch.tools.verify.child import ARMED
 
 pytestmark = pytest.mark.engine
 
 SIZE = 1900  # tokens of the vocabulary that prompts use
 
 
-@pytest.fixture(scope="module")
-def engine(start):
-    """An armed engine: 8 heads of 64, 2 KV heads, KV blocks of 128 tokens, a prefix cache."""
-    with start(ARMED, recipes.QWEN3, dtype="float32", max_model_len=2048, chunk=512) as made:
-        yield made
+@pytest.fixture
+def engine(fp32):
+    return fp32
 
 
 def prompts(seed, *lengths):

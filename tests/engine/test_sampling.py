@@ -82,9 +82,8 @@ class Counter(AdapterLogitsProcessor):
 """
 
 
-def test_a_processor_that_does_not_say_that_it_keeps_no_state_is_refused(start, tmp_path):
-    (tmp_path / "my_processor.py").write_text(PROCESSOR)
-    given = {"environ": {"PYTHONPATH": str(tmp_path)}, "extra": {"logits_processors": ["my_processor:Counter"]}}
+def test_a_processor_that_does_not_say_that_it_keeps_no_state_is_refused(refusing, user_code):
+    (user_code / "my_processor.py").write_text(PROCESSOR)
+    options = refusing.options.but(extra={"logits_processors": ["my_processor:Counter"]})
     with pytest.raises(UnsupportedFeature, match="plugins.logits_processors: .*my_processor.Counter.*batch_invariant"):
-        with start(ARMED, recipes.QWEN3, **given):
-            pass
+        refusing.refuse(options)

@@ -36,7 +36,9 @@ def bare(model, tmp_path):
     return make
 
 
+@pytest.mark.alone
 def test_quick_on_the_command_line(model, tmp_path):
+    """A quick run has a time limit, and no axis may be left out for lack of time."""
     done = subprocess.run(
         [*CLI, model(recipes.QWEN3), "--quick", "--json", "report.json", "--html", "page.html"],
         cwd=tmp_path,

@@ -215,5 +215,7 @@ AREAS = {
 
 if __name__ == "__main__":
     canonical.install()
-    torch.manual_seed(4)
-    AREAS[sys.argv[1]]()
+    for area in sys.argv[1:]:
+        print(f"area {area}")
+        torch.manual_seed(4)
+        AREAS[area]()

@@ -1,6 +1,7 @@
 """The Ascend kernels lower to HIVM for 910B3, A3 and 950, with one K loop for every M tile, without atomics and without
 an overflow of the UB."""
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ def lower(case, target):
     return lowering.linalg(function, held, constants, target)
 
 
-def every(chip):
+@functools.cache
+def every(target):
+    chip = chips.find(target)
     return {
         **cases.products(chip),
         **cases.products(chip, "fp32"),
@@ -33,11 +36,16 @@ def every(chip):
     }
 
 
+@functools.cache
+def lowered(target, name):
+    return lower(every(target)[name], target)
+
+
 @pytest.mark.parametrize("target", lowering.TARGETS)
 def test_every_kernel_becomes_hivm(target, tmp_path):
     wrong = {}
-    for number, (name, case) in enumerate(every(chips.find(target)).items()):
-        ttir, linalg = lower(case, target)
+    for number, name in enumerate(every(target)):
+        ttir, linalg = lowered(target, name)
         made = lowering.hivm(linalg, tmp_path / str(number), target)
         if not made.module or made.errors:
             wrong[name] = made.errors or "no module"
@@ -52,7 +60,7 @@ def test_the_loop_over_depth_is_one_for_every_number_of_rows(target, dtype):
     loops, tiles = {}, set()
     for name, case in cases.products(chips.find(target), dtype).items():
         tiles.add(case[2]["BLOCK_M"])
-        for loop in lowering.loops_over_depth(lower(case, target)[0]):
+        for loop in lowering.loops_over_depth(lowered(target, name)[0]):
             loops.setdefault((name.split()[0], loop), []).append(name)
     assert len(tiles) == 4
     assert len(loops) == 2, sorted(loops.values())  # the plain product's loop and the grouped product's loop

@@ -39,6 +39,7 @@ def test_the_switch_arms_at_start(run_python):
     assert json.loads(run_python(LOADED, VLLM_BATCH_INVARIANT="1").stdout) == [True, True]
 
 
+@pytest.mark.alone
 def test_start_costs_nothing_without_the_switch(run_python):
     """The .pth file adds a few ms at most to the least time that an interpreter takes to start."""
     code = (

@@ -14,16 +14,11 @@ ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(scope="session")
-def isa(cache_dir):
+def isa(cache):
     """The ISA of the kernels that this process has loaded."""
     from bi_patch.kernels.cpu import load
 
-    return load(cache_dir)
+    return load(cache)
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +39,14 @@ def threads():
 
 
 @pytest.fixture(scope="session")
-def answers(cache_dir):
+def answers(cache):
     """answers(isa, *flags): the output of answers.py for an ISA (None: the best) and compiler flags."""
 
     @functools.cache
     def run(isa: str | None = None, *flags: str) -> dict:
         script = Path(__file__).with_name("answers.py")
         out = subprocess.run(
-            [sys.executable, script, cache_dir, isa or "-", *flags],
+            [sys.executable, script, cache, isa or "-", *flags],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,

@@ -58,7 +58,8 @@ static int this_cluster, this_block_y;
 static std::vector<std::unique_ptr<Block>> blocks;
 static int not_begun;  // how many threads of the cluster have not begun
 static std::mutex lock;
-static std::condition_variable changed;
+static std::condition_variable all_begun;
+static std::condition_variable changed[64];  // by the address of an mbarrier: few threads wait for the same one
 
 DEVICE int thread() { return this_thread; }
 DEVICE int block_x() { return this_cluster * PARTS + this_part; }
@@ -72,14 +73,13 @@ DEVICE int keep(int x) { return x; }
 DEVICE void begin() {
   {
     const std::lock_guard held(lock);
-    --not_begun;
-    changed.notify_all();
+    if (--not_begun == 0) all_begun.notify_all();
   }
   barrier();
 }
 DEVICE void all_began() {
   std::unique_lock held(lock);
-  changed.wait(held, [] { return not_begun == 0; });
+  all_begun.wait(held, [] { return not_begun == 0; });
   this_began = true;
 }
 
@@ -89,12 +89,16 @@ struct Mbarrier {
   int bytes;
 };
 
+DEVICE std::condition_variable& changes_of(const void* mbar) {
+  return changed[reinterpret_cast<unsigned long>(mbar) / sizeof(i64) % 64];
+}
+
 // The caller holds the lock.
 DEVICE void settle(Mbarrier& mbar) {
   if (mbar.missing || mbar.bytes) return;
   mbar.missing = mbar.count;
   mbar.parity ^= 1;
-  changed.notify_all();
+  changes_of(&mbar).notify_all();
 }
 
 DEVICE void count(i64* at, int arrivals, int bytes) {
@@ -119,7 +123,7 @@ DEVICE void arrive_as_one(i64* at) {
 DEVICE void wait(const i64* at, int parity) {
   std::unique_lock held(lock);
   const Mbarrier& mbar = *reinterpret_cast<const Mbarrier*>(at);
-  changed.wait(held, [&] { return mbar.parity != parity; });
+  changes_of(at).wait(held, [&] { return mbar.parity != parity; });
 }
 
 // The address of `at` in block `to`. Aborts unless that block has begun and has not ended.

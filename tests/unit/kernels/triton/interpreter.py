@@ -207,7 +207,9 @@ def softmaxes() -> None:
             report(f"{case} planted", "" if found[step_from_zero] or mean > -4 else "the planted fault is not seen")
 
 
+AREAS = {"gemm": gemms, "norm": norms, "layer norm": layer_norms, "rope": ropes, "sum": sums, "softmax": softmaxes}
+
 if __name__ == "__main__":
-    {"gemm": gemms, "norm": norms, "layer norm": layer_norms, "rope": ropes, "sum": sums, "softmax": softmaxes}[
-        sys.argv[1]
-    ]()
+    for area in sys.argv[1:]:
+        print(f"area {area}")
+        AREAS[area]()

@@ -1,12 +1,12 @@
 """Runs in a child process with TRITON_INTERPRET=1: vLLM's own Triton attention, prefill against decode.
 
-Arguments: "window" or "alibi", then "stock", or "closed" for what the seams attention.cuda_empty_tiles and
-attention.cuda_alibi install. The scores have a mean of -4. So a row whose first tile is fully masked shows at which
-maximum it restarts. Prints how many rows differ, and how many rows there are.
+The cases "window" and "alibi" run in the form "stock", and then in the form "closed", with what the seams
+attention.cuda_empty_tiles and attention.cuda_alibi install. The scores have a mean of -4. So a row whose first tile is
+fully masked shows at which maximum it restarts. Prints for each case and form how many rows differ, and how many rows
+there are.
 """
 
 import os
-import sys
 import types
 
 os.environ |= {"TRITON_INTERPRET": "1", "BI_PATCH": "0", "VLLM_BATCH_INVARIANT": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -63,13 +63,15 @@ def attend(case, q, k, v, pages, length: int):
     return out
 
 
-def main(case: str, form: str) -> None:
-    if form == "closed":
-        from bi_patch.kernels.triton.alibi import apply_alibi_to_score
-        from bi_patch.kernels.triton.softmax import softmax_step
+def close() -> None:
+    from bi_patch.kernels.triton.alibi import apply_alibi_to_score
+    from bi_patch.kernels.triton.softmax import softmax_step
 
-        for module in (triton_attention_helpers, triton_unified_attention):
-            module.softmax_step, module.apply_alibi_to_score = softmax_step, apply_alibi_to_score
+    for module in (triton_attention_helpers, triton_unified_attention):
+        module.softmax_step, module.apply_alibi_to_score = softmax_step, apply_alibi_to_score
+
+
+def compare(case: str, form: str) -> None:
     torch.manual_seed(0)
     blocks = -(-TOKENS // PAGE)
     q = torch.randn(TOKENS, HEADS, SIZE)
@@ -80,8 +82,12 @@ def main(case: str, form: str) -> None:
     whole = attend(case, q, k, v, pages, TOKENS)
     beyond = range(WINDOW, TOKENS)
     differing = sum(not torch.equal(attend(case, q[i : i + 1], k, v, pages, i + 1)[0], whole[i]) for i in beyond)
-    print("DIFFERING", differing, len(beyond))
+    print("DIFFERING", case, form, differing, len(beyond))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for form in ("stock", "closed"):
+        if form == "closed":
+            close()
+        for case in ("window", "alibi"):
+            compare(case, form)
