@@ -37,7 +37,7 @@ demo: setup
 test: setup
 	$(MAKE) lint
 	@echo "The engine's tests run beside the other parts. Each part prints its output when it is done, after minutes"
-	$(MAKE) -j2 --output-sync=target test-engine test-unit test-tables docs test-ascend
+	$(MAKE) -k -j2 --output-sync=target test-engine test-unit test-tables docs test-ascend
 	$(MAKE) test-alone
 
 # Waiting threads sleep, for other tests run beside them.
