@@ -1,0 +1,1 @@
+"""The trainer's side: Hugging Face models with the sampler's bits."""
