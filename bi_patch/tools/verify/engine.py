@@ -178,6 +178,11 @@ class LocalEngine:
         self._logprobs: str | None = None  # the engine's own mode, kept from the first change on
 
     @property
+    def llm(self):
+        """The vllm.LLM."""
+        return self._llm
+
+    @property
     def core(self):
         """vLLM's engine core. Raises AttributeError where the core runs in another process."""
         return self._llm.llm_engine.engine_core.engine_core
