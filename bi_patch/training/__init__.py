@@ -1,1 +1,0 @@
-"""The trainer's side: Hugging Face models with the sampler's bits."""
