@@ -1,4 +1,4 @@
-"""Causal attention on CPU by the bundled kernel over pages of its own, with a backward that sees one sequence a time."""
+"""Causal attention on CPU by the bundled kernel over its own pages. The backward sees one sequence at a time."""
 
 from __future__ import annotations
 
