@@ -20,9 +20,13 @@ import torch
 from torch.autograd import Function
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
-from bi_patch.training.layout import Spans, spans
+from bi_patch.training import devices, huggingface, ops
 
-CALL = "bi_patch_call"  # the keyword argument that carries a call's spans and number to the layers
+_CALL = "bi_patch_call"  # the keyword argument that carries a call's spans and number to the layers
+
+Spans = Sequence[tuple[int, int]]  # of each sequence in the rows of a batch: the first row, and the row after the last
+# (gradient of the output [rows, ...], input [rows, ...], chain) -> None: adds the gradient of one sequence
+Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class GradientsOpen(BiPatchError):
@@ -33,54 +37,63 @@ class GradientsUnordered(BiPatchError):
     """Backward passes in another order than the forward passes, or a layer that one pass uses twice."""
 
 
-# (gradient of the output [rows, ...], input [rows, ...], the chain, the module) -> None: adds one sequence's gradient
-Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.nn.Module], None]
-
-
 @dataclass(frozen=True)
-class _Use:
-    """One use of a parameter: a module, the parameter's name in it, and the rule that adds a sequence's gradient."""
+class Call:
+    """One forward pass of the model. number: counted from 1. spans: its sequences. rows: padding included."""
 
-    module: torch.nn.Module
-    name: str
-    parameter: torch.nn.Parameter
-    add: Add
+    number: int
+    spans: tuple[tuple[int, int], ...]
+    rows: int
+
+    def of(self, rows: int, what: str) -> Spans:
+        """The spans, for an operator that got this many rows. Raises UnsupportedFeature for another number."""
+        if rows != self.rows:
+            raise UnsupportedFeature(
+                f"training.gradients: a {what} got {rows} rows of a batch of {self.rows}. The gradient of a sequence "
+                "needs all rows of the batch: leave out logits_to_keep, or call training.logprobs"
+            )
+        return self.spans
 
 
 @dataclass
 class Gradients:
-    """The chains of one `gradients` block. spans, call: of the call of the model that runs."""
+    """The chains of one `gradients` block. call: the call of the model that runs.
 
-    uses: list[_Use]
-    spans: Spans | None = None
-    call: int = 0
-    _chains: dict[_Use, torch.Tensor] = field(default_factory=dict)
-    _added: dict[_Use, int] = field(default_factory=dict)
+    chains: by parameter and use, "embedding" or "layer".
+    """
 
-    def add(self, use: _Use, grad: torch.Tensor, x: torch.Tensor, rows: Spans, call: int) -> None:
-        """Add one micro-batch, sequence by sequence. grad, x: [rows of the batch, ...]. Raises GradientsUnordered."""
-        if call <= self._added.get(use, 0):
+    call: Call | None = None
+    count: int = 0
+    chains: dict[tuple[torch.nn.Parameter, str], torch.Tensor] = field(default_factory=dict)
+    _last: dict[tuple[torch.nn.Parameter, str], int] = field(default_factory=dict)
+
+    def chain(self, parameter: torch.nn.Parameter, use: str, call: Call) -> torch.Tensor:
+        """The buffer to which `call` now adds. Raises GradientsUnordered if this call or a later one has added."""
+        key = (parameter, use)
+        last = self._last.get(key, 0)
+        if call.number <= last:
             raise GradientsUnordered(
-                f"{type(use.module).__name__}: its gradient of call {call} of the model came after that of call "
-                f"{self._added[use]}. Run the backward pass of each micro-batch before the next forward pass, and use "
-                "each layer once in a pass"
+                f"training.gradients: pass {call.number} came after pass {last} at a weight of shape "
+                f"{list(parameter.shape)}. Run the backward pass of each micro-batch before the next forward pass, and "
+                "use each layer once in a pass"
             )
-        self._added[use] = call
-        chain = self._chains.get(use)
-        if chain is None:
-            chain = self._chains[use] = torch.zeros_like(use.parameter, dtype=torch.float32)
-        for begin, end in rows.of(x.shape[0], use.module):
-            # Fresh copies: a library may choose its code by the address of the first element.
-            use.add(_copied(grad[begin:end]), _copied(x[begin:end]), chain, use.module)
+        self._last[key] = call.number
+        if key not in self.chains:
+            self.chains[key] = torch.zeros_like(parameter, dtype=torch.float32)
+        return self.chains[key]
 
-    def joined(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """The gradient of each parameter in fp32: its chains, added in the order of the model's modules."""
-        found: dict[torch.nn.Parameter, torch.Tensor] = {}
-        for use in self.uses:
-            chain = self._chains.pop(use, None)
-            if chain is not None:
-                found[use.parameter] = found[use.parameter] + chain if use.parameter in found else chain
-        return found
+    def add(self, parameter, use: str, call: Call, spans: Spans, grad, x, rule: Add) -> None:
+        """Add the gradients of one call, sequence by sequence. grad, x: [rows, ...]."""
+        chain = self.chain(parameter, use, call)
+        for first, last in spans:
+            # Fresh copies: a library may choose its code by the address of the first element.
+            rule(_copied(grad[first:last]), _copied(x[first:last]), chain)
+
+    def joined(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """The gradient of a parameter, fp32; None if it got none. Its chains are forgotten."""
+        found = [self.chains.pop((parameter, use), None) for use in ("embedding", "layer")]
+        held = [chain for chain in found if chain is not None]
+        return None if not held else held[0] if len(held) == 1 else held[0] + held[1]
 
 
 def _copied(x: torch.Tensor) -> torch.Tensor:
@@ -91,62 +104,54 @@ def _copied(x: torch.Tensor) -> torch.Tensor:
 def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
     """Within this block, backward passes of the armed `model` give gradients that do not depend on micro-batches.
 
-    Run any number of micro-batches inside: forward, then backward. At the end of the block, every parameter that
-    requires a gradient has the sum in `parameter.main_grad` (fp32, the parameter's shape; None if it got none), and an
-    fp32 parameter has it in `parameter.grad`, too. A second block begins anew.
+    Run any number of micro-batches in the block: forward, then backward, one after the other. At its end, every
+    parameter that requires a gradient has the sum in `parameter.main_grad` (fp32, the parameter's shape; None if it got
+    none). An fp32 parameter has it in `parameter.grad`, too. A second block begins anew.
 
-    The loss must divide by a number that is known before the first micro-batch. Sequences count in the order in which
-    they come: the order of the batch must not change with the cut.
+    The loss must divide by a number that is known before the first micro-batch, and the order of the sequences must not
+    change with the cut. Cost: one product for each weight and sequence, and 4 bytes for each element of a weight.
 
-    Raises UnsupportedFeature for a trainable parameter without a rule, GradientsOpen for a block inside a block.
+    Raises GradientsOpen for a block inside a block, and BiPatchError for a model that is not armed.
     """
-    if hasattr(model, _OPEN):
-        raise GradientsOpen("this model is inside a block of training.gradients already")
-    uses = list(_uses(model))
-    made = Gradients(uses)
-    trained = list(dict.fromkeys(use.parameter for use in uses))
-    with contextlib.ExitStack() as stack:
-        setattr(model, _OPEN, made)
-        stack.callback(delattr, model, _OPEN)
-        for parameter in trained:  # so that autograd computes no second gradient of the weights
-            parameter.requires_grad_(False)
-            stack.callback(parameter.requires_grad_, True)
-        stack.enter_context(_seen(model, made))
-        for module in dict.fromkeys(use.module for use in uses):
-            own = [use for use in uses if use.module is module]
-            handle = module.register_forward_hook(lambda m, args, y, own=own: _tapped(made, own, args[0], y))
-            stack.callback(handle.remove)
-        yield made
-        found = made.joined()
-    for parameter in trained:
-        parameter.main_grad = found.get(parameter)
-        if parameter.dtype == torch.float32:
-            parameter.grad = parameter.main_grad
-
-
-_OPEN = "_bi_patch_gradients"
+    state = huggingface.armed(model)
+    if state is None:
+        raise BiPatchError("training.gradients: the model is not armed. Call bi_patch.training.arm first")
+    if any(isinstance(held, _Chained) for held in state.functions.values()):
+        raise GradientsOpen("training.gradients: this model is in such a block already")
+    made, before = Gradients(), dict(state.functions)
+    state.functions.update({name: _Chained(made, state, make) for name, make in _OPERATORS.items()})
+    try:
+        with _watched(huggingface.unwrapped(model), state, made):
+            yield made
+    finally:
+        state.functions.update(before)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.main_grad = made.joined(parameter)
+            if parameter.dtype == torch.float32:
+                parameter.grad = parameter.main_grad
 
 
 @contextlib.contextmanager
-def _seen(model: torch.nn.Module, made: Gradients) -> Iterator[None]:
-    """Keep the spans of the call that runs. A checkpointed layer gets them again when it runs a second time."""
-    base = getattr(model, "base_model", model)
+def _watched(model: torch.nn.Module, state: huggingface.Armed, made: Gradients) -> Iterator[None]:
+    """Keep the call that runs. A checkpointed layer that runs a second time gets its own call again."""
 
-    def enter(module, args, kwargs):
-        given = kwargs.get("input_ids", args[0] if args else None)
-        if given is None:
-            given = kwargs["inputs_embeds"][..., 0]
-        made.call += torch.is_grad_enabled()
-        made.spans = spans(given.shape, kwargs.get("attention_mask"), kwargs.get("position_ids"))
-        return args, kwargs | {CALL: (made.spans, made.call)}
+    def enter(base, args, kwargs):
+        given = kwargs["position_ids"]  # [batch, length], which arming's own hook has set
+        starts, lengths = (x.tolist() for x in state.layout)
+        made.count += torch.is_grad_enabled()
+        spans = tuple((first, first + length) for first, length in zip(starts, lengths) if length)
+        made.call = Call(made.count, spans, given.numel())
+        return args, kwargs | {_CALL: made.call}
 
-    def layer(module, args, kwargs):
-        made.spans, made.call = kwargs.pop(CALL, (made.spans, made.call))
+    def again(layer, args, kwargs):
+        made.call = kwargs.pop(_CALL, made.call)
         return args, kwargs
 
-    layers = [m for m in base.modules() if hasattr(m, "gradient_checkpointing") and m is not base]
+    base = model.base_model
+    layers = [module for module in base.modules() if module is not base and hasattr(module, "gradient_checkpointing")]
     handles = [base.register_forward_pre_hook(enter, with_kwargs=True)]
-    handles += [m.register_forward_pre_hook(layer, with_kwargs=True) for m in layers]
+    handles += [layer.register_forward_pre_hook(again, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:
@@ -154,73 +159,122 @@ def _seen(model: torch.nn.Module, made: Gradients) -> Iterator[None]:
             handle.remove()
 
 
-def _tapped(made: Gradients, uses: Sequence[_Use], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return y
-    if made.spans is None:
-        raise GradientsOpen("a layer of the model was called by itself: call the model inside training.gradients")
-    anchor = y if y.requires_grad else y.detach().requires_grad_()
-    return _Tap.apply(anchor, x.detach(), made, uses, made.spans, made.call)
+@dataclass
+class _Chained:
+    """An operator of an armed model whose weights' gradients go to the chains."""
+
+    made: Gradients
+    state: huggingface.Armed
+    run: Callable
+
+    def __call__(self, *args):
+        if not torch.is_grad_enabled():
+            return self.run(None, None, *args)
+        if self.made.call is None:
+            raise GradientsOpen("training.gradients: call the model itself in the block, not one of its layers")
+        return self.run(self.made, self.state, *args)
 
 
 class _Tap(Function):
-    """The identity. Backward also hands the gradient of a module's output to the chains of its parameters."""
+    """The identity of an operator's output y [rows, ...]. Backward hands the output's gradient to the chains."""
 
     @staticmethod
-    def forward(ctx, y, x, made, uses, rows, call):
+    def forward(ctx, y, x, made, call, uses):
         ctx.save_for_backward(x)
-        ctx.made, ctx.uses, ctx.rows, ctx.call = made, uses, rows, call
+        ctx.made, ctx.call, ctx.uses = made, call, uses
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        for use in ctx.uses:
-            ctx.made.add(use, _flat(grad), _flat(x) if x.is_floating_point() else x.reshape(-1), ctx.rows, ctx.call)
-        return grad, None, None, None, None, None
+        spans = ctx.call.of(x.shape[0], "layer")
+        for parameter, use, rule in ctx.uses:
+            ctx.made.add(parameter, use, ctx.call, spans, grad.reshape(x.shape[0], -1), x, rule)
+        return grad, None, None, None, None
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    """[batch, length, ...] -> [batch * length, ...]; a tensor of rows stays."""
-    return x.flatten(0, 1) if x.dim() > 2 else x
+def _tapped(made: Gradients | None, y, x, uses) -> torch.Tensor:
+    """y, with a tap for the parameters that require gradients. x: the operator's input as [rows, ...]."""
+    uses = tuple(use for use in uses if use[0] is not None and use[0].requires_grad)
+    if made is None or not uses:
+        return y
+    return _Tap.apply(y if y.requires_grad else y.detach().requires_grad_(), x.detach(), made, made.call, uses)
 
 
-def _uses(model: torch.nn.Module) -> Iterator[_Use]:
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                yield _Use(module, name, parameter, _rule(path, module, name))
+def _linear(made, state, x, weight, bias=None, parts=1):
+    y = ops.linear(x, weight.detach(), None if bias is None else bias.detach(), parts)
+    return _tapped(made, y, x.reshape(-1, x.shape[-1]), ((weight, "layer", _product), (bias, "layer", _sum)))
 
 
-def _rule(path: str, module: torch.nn.Module, name: str) -> Add:
-    if isinstance(module, torch.nn.Linear):
-        return _linear_bias if name == "bias" else _linear
-    if isinstance(module, torch.nn.Embedding):
-        return _embedding
-    if type(module).__name__.endswith("RMSNorm") and name == "weight":
-        return _norm
-    raise UnsupportedFeature(
-        f"{path} ({type(module).__name__}): training.gradients has no rule for its parameter {name!r}; freeze it with "
-        "requires_grad_(False), or train without training.gradients"
-    )
+def _rms_norm(made, state, x, weight, eps, offset=0.0):
+    y = ops.rms_norm(x, weight.detach(), eps, offset)
+
+    def rule(grad, x, chain):
+        x = x.view(-1, chain.shape[0])
+        chain.add_((grad.view_as(x) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))).sum(0))
+
+    return _tapped(made, y, _tokens(made, x), ((weight, "layer", rule),))
 
 
-def _linear(grad, x, chain, module) -> None:
+def _embedding(made, state, ids, weight, dtype):
+    y = ops.embedding(ids, weight.detach(), dtype)
+    return _tapped(made, y, ids.reshape(-1), ((weight, "embedding", _rows),))
+
+
+def _tokens(made, x: torch.Tensor) -> torch.Tensor:
+    """x [..., C] as [tokens, ...]: a norm of heads has several rows for a token."""
+    return x.reshape(-1 if made is None else made.call.rows, *x.shape[-1:]) if x.dim() < 4 else x.flatten(0, 1)
+
+
+def _product(grad, x, chain) -> None:
     chain.addmm_(grad.t(), x)
 
 
-def _linear_bias(grad, x, chain, module) -> None:
+def _sum(grad, x, chain) -> None:
     chain.add_(grad.sum(0))
 
 
-def _embedding(grad, ids, chain, module) -> None:
-    if module.padding_idx is not None:
-        kept = ids != module.padding_idx
-        ids, grad = ids[kept], grad[kept]
-    chain.index_add_(0, ids, grad)
+def _rows(grad, ids, chain) -> None:
+    chain.index_put_((ids,), grad, accumulate=True)
 
 
-def _norm(grad, x, chain, module) -> None:
-    eps = getattr(module, "variance_epsilon", None) or module.eps
-    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    chain.add_((grad * normed).reshape(-1, x.shape[-1]).sum(0))
+def _head(made, state, hidden, weight, tokens, temperature, top_k=None, top_p=None, softcap=0.0):
+    if made is None or not weight.requires_grad:
+        return ops.token_logprobs(hidden, weight.detach(), tokens, temperature, top_k, top_p, softcap)
+    spans = _asked(made.call, state.asked.rows)
+    return _Head.apply(hidden, weight, tokens, temperature, top_k, top_p, softcap, made, made.call, spans)
+
+
+def _asked(call: Call, rows: torch.Tensor) -> Spans:
+    """The spans of a call's sequences among the rows of the batch that the head was asked for, ascending."""
+    edges = torch.tensor(call.spans, device=rows.device)
+    found = torch.searchsorted(rows, edges.reshape(-1)).view(-1, 2).tolist()
+    return tuple((first, last) for first, last in found if first < last)
+
+
+class _Head(Function):
+    """Logprobs of given tokens. Backward adds the head's gradient to its chain, sequence by sequence."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature, top_k, top_p, softcap, made, call, spans):
+        ctx.save_for_backward(hidden, tokens, temperature, top_k, top_p)
+        ctx.weight, ctx.softcap, ctx.made, ctx.call, ctx.spans = weight, softcap, made, call, spans
+        return ops.token_logprobs(hidden, weight, tokens, temperature, top_k, top_p, softcap)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, tokens, temperature, top_k, top_p = ctx.saved_tensors
+        head, held = devices.implementation(hidden.device.type, "head"), ctx.weight.detach()
+        of_hidden, _ = head.token_logprobs_backward(
+            grad, hidden, held, tokens, temperature, top_k, top_p, ctx.softcap, True, False
+        )
+        chain = ctx.made.chain(ctx.weight, "layer", ctx.call)
+        for first, last in ctx.spans:
+            own = [None if x is None else x[first:last] for x in (tokens, temperature, top_k, top_p)]
+            rows = hidden[first:last]
+            for at, of_logits in head.logit_gradients(grad[first:last], rows, held, *own, ctx.softcap):
+                _product(_copied(of_logits), _copied(rows[at]), chain)
+        return of_hidden, None, None, None, None, None, None, None, None, None
+
+
+_OPERATORS = {"linear": _linear, "rms_norm": _rms_norm, "embedding": _embedding, "head": _head}
