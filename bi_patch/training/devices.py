@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from bi_patch import settings
 from bi_patch.errors import UnsupportedDevice
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ def implementation(device: str, module: str = "") -> Any:
     if device not in FOLDERS:
         raise UnsupportedDevice(f"training.device: bi_patch has no operators with a backward on {device}")
     return importlib.import_module(f"{FOLDERS[device]}.{module}" if module else FOLDERS[device])
+
+
+def prepare(device: str) -> None:
+    """Load what a device's operators need, before the first of them runs."""
+    implementation(device).prepare(settings.read().cache.expanduser())
 
 
 def _of(device: str, module: str, name: str) -> Callable:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bi_patch import settings
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.training import devices, layout, ops
 from bi_patch.training.families import ACTIVATIONS, FAMILIES, ROTATIONS, ROW_PARALLEL, Family
@@ -103,8 +102,7 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
         raise BiPatchError("training.arm: the model is armed already. Call disarm first")
     family = _family(model)
     plan = _plan(model, family, dtype, parts)
-    device = next(model.parameters()).device.type
-    devices.implementation(device).prepare(settings.read().cache.expanduser())
+    devices.prepare(next(model.parameters()).device.type)
     state = Armed(dtype, family, parts, before=model.config._attn_implementation)
     base = model.base_model
     state.names = tuple(inspect.signature(type(base).forward).parameters)[1:]
@@ -157,8 +155,8 @@ def _family(model: torch.nn.Module) -> Family:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES or not type(model).__name__.removeprefix("FSDP").endswith("ForCausalLM"):
         raise UnsupportedFeature(
-            f"training.model: {type(model).__name__} ({kind}) is not covered. bi_patch covers causal language models of "
-            f"transformers of these types: {', '.join(FAMILIES)}"
+            f"training.model: {type(model).__name__} ({kind}) is not covered. bi_patch covers causal language models "
+            f"of transformers of these types: {', '.join(FAMILIES)}"
         )
     if getattr(model.config, "attention_dropout", 0):
         raise UnsupportedFeature(

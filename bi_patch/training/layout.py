@@ -64,8 +64,8 @@ def _padded(mask):
     run = (at >= first[:, None]) & (at < (first + lengths)[:, None])
     if not torch.equal(run, held) or not bool(((mask == 0) | (mask == 1)).all()):
         raise UnsupportedRequest(
-            "training.mask: the attention mask is no padding mask. A padding mask [B, T] holds 0 and 1, and the ones of "
-            "a row are neighbours. Pack sequences by position_ids or cu_seq_lens_q instead"
+            "training.mask: the attention mask is no padding mask. A padding mask [B, T] holds 0 and 1, and the ones "
+            "of a row are neighbours. Pack sequences by position_ids or cu_seq_lens_q instead"
         )
     return first + torch.arange(batch, device=mask.device) * tokens, lengths
 

@@ -6,13 +6,14 @@ import torch
 
 from bi_patch.errors import BiPatchError, ContractBroken, UnsupportedRequest
 from bi_patch.training import huggingface, layout
+from bi_patch.training.samples import Batch
 
 Number = float | torch.Tensor
 
 
 def logprobs(
     model: torch.nn.Module,
-    ids: torch.Tensor,
+    ids: torch.Tensor | Batch,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
@@ -24,8 +25,8 @@ def logprobs(
 
     ids: [B, T] int64. attention_mask: a padding mask [B, T], padded on any side. A packed batch has position_ids [B, T]
     that begin anew at 0, or cu_seqlens [sequences + 1] int, and then ids may be [T]. temperature, top_k (0: none),
-    top_p: one number, or one for each token of ids, with which that token was sampled. They count for a sampler with
-    logprobs_mode="processed_logprobs" only.
+    top_p: a number, or a tensor that expands to ids' shape, with which the tokens were sampled. They count for a
+    sampler with logprobs_mode="processed_logprobs" only. A Batch in the place of ids brings its own mask and transforms.
 
     Returns fp32 of ids' shape. Padding and the first token of each sequence have no logprob, and get 0. A token that
     top-k or top-p drops gets minus infinity. Rows are computed without padding, so padding costs nothing.
@@ -35,6 +36,10 @@ def logprobs(
     state = huggingface.armed(model)
     if state is None:
         raise BiPatchError("training.logprobs: the model is not armed. Call bi_patch.training.arm first")
+    if isinstance(ids, Batch):
+        given, ids, attention_mask = ids, ids.ids, ids.attention_mask
+        if state.contract.get("logprobs_mode") != "raw_logprobs":
+            temperature, top_k, top_p = given.temperature, given.top_k, given.top_p
     batch = ids if ids.ndim == 2 else ids[None]
     flat = batch.reshape(-1)
     starts, lengths = _layout(batch, attention_mask, position_ids, cu_seqlens)
@@ -51,7 +56,7 @@ def logprobs(
     if not len(asked):
         return found.view(ids.shape)
     request = huggingface.Asked(
-        asked, flat[targets], *_transforms(model, state, targets, flat.shape, temperature, top_k, top_p)
+        asked, flat[targets], *_transforms(model, state, targets, ids.shape, temperature, top_k, top_p)
     )
     config = huggingface.unwrapped(model).config
     request.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
@@ -79,7 +84,7 @@ def _transforms(model, state, targets, shape, temperature, top_k, top_p):
 
     def spread(x, dtype):
         given = torch.as_tensor(x, dtype=dtype, device=targets.device)
-        return given.expand(shape) if given.ndim == 0 else given.reshape(shape)
+        return given.expand(shape).reshape(-1)
 
     heat = spread(temperature, torch.float32)[targets].contiguous()
     count, share = spread(top_k, torch.int64)[targets], spread(top_p, torch.float32)[targets]

@@ -31,3 +31,6 @@ def kernels() -> dict[str, str]:
     from bi_patch.ops.cpu import machine
 
     return {"kernels": machine.kernels_digest(), "device": machine.device().rpartition(",")[0]}  # without threads
+
+
+ATTENTION = ("CPU_ATTN",)  # vLLM's backends whose bits the folder's attention has
