@@ -51,3 +51,7 @@ class UnsupportedDevice(BiPatchError):
 
 class ServerFailed(BiPatchError):
     """The server that `bi-patch verify` measures is down, died, or answered with an error."""
+
+
+class NoEngine(BiPatchError):
+    """The call needs an armed engine, or a model of an armed engine, in this process."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bi_patch import settings
 from bi_patch.tools.models import recipes, shapes
+from bi_patch.tools.verify import checkpoint
 from bi_patch.tools.verify.engine import Options
 
 
@@ -39,6 +42,13 @@ def few_blocks(given: Options, block: int) -> Options:
     """These options with a KV cache for one request of full length, so that a batch is preempted."""
     short = given.but(max_model_len=min(given.max_model_len, 1024))
     return short.but(kv_blocks=-(-short.max_model_len // block) + 1)
+
+
+def updated(given: Options, folder: str) -> Options:
+    """These options with weights of a folder, which an update can load again. The head is the embedding."""
+    written = checkpoint.write(given.model, 3, Path(folder) / "weights", tied=True)
+    extra = {**given.extra, "hf_overrides": {**given.extra.get("hf_overrides", {}), "tie_word_embeddings": True}}
+    return given.but(model=str(written), random_weights=None, tied=False, digests=False, extra=extra)
 
 
 def recurrent(folder: str) -> Options:

@@ -24,6 +24,7 @@ from bi_patch.tools.verify.probes import Workload
 # On CUDA, faults are planted in model runner V1, which runs the same layers as V2.
 _ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 PLATFORMS = tuple(_ENVIRON)
+_OTHER = (catch.PREEMPTION, catch.UPDATE)  # axes with an engine of their own
 DTYPES = ("", "bfloat16", "float32", "float16")
 Keep = Callable[[Faults], object]
 Tell = Callable[[str], None]
@@ -77,24 +78,31 @@ class _Run:
     keep: Keep
 
     def planted(self, given: Options, wanted: list[Fault]) -> Faults:
-        """Plant the faults in two engines: preemption's in an engine with few KV blocks, the others in the first."""
+        """Plant the faults: preemption's in an engine with few KV blocks, those of updates in an engine with weights of a
+        folder, all others in the first engine."""
         rows: list[FaultRow] = []
         with FaultyEngine(ARMED, given, environ=self.environ) as engine:
             made = evidence.new(Faults, engine.info)
             made.dtype = given.dtype
             block = engine.info.block_size
             load = catch.workload(engine)
-            rows += [self._row(engine, fault, load) for fault in wanted if fault.axis != catch.PREEMPTION]
-            axes = {fault.axis for fault in wanted} - {catch.PREEMPTION, catch.PRECISION, catch.RESTART}
+            rows += [self._row(engine, fault, load) for fault in wanted if fault.axis not in _OTHER]
+            axes = {fault.axis for fault in wanted} - {*_OTHER, catch.PRECISION, catch.RESTART}
             made.rows = list(rows)
             self.keep(made)
             made.clean = pairs, differing = self._clean(engine, axes, load)
             self.keep(made)
-        if any(fault.axis == catch.PREEMPTION for fault in wanted):
-            with FaultyEngine(ARMED, engines.few_blocks(given, block), environ=self.environ) as engine:
+        for axis in _OTHER:
+            there = [fault for fault in wanted if fault.axis == axis]
+            if not there:
+                continue
+            other = (
+                engines.few_blocks(given, block) if axis == catch.PREEMPTION else engines.updated(given, self.folder)
+            )
+            with FaultyEngine(ARMED, other, environ=self.environ) as engine:
                 load = catch.workload(engine)
-                rows += [self._row(engine, fault, load) for fault in wanted if fault.axis == catch.PREEMPTION]
-                more = self._clean(engine, {catch.PREEMPTION}, load)
+                rows += [self._row(engine, fault, load) for fault in there]
+                more = self._clean(engine, {axis}, load)
                 pairs, differing = pairs + more[0], differing + more[1]
         made.rows, made.clean = rows, (pairs, differing)
         _sort(made)
