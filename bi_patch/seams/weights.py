@@ -7,6 +7,7 @@ engine. Engine cores register with `watch_core`, models with `watch_model`.
 
 from __future__ import annotations
 
+import functools
 import secrets
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from bi_patch.errors import NoEngine
 
 _identity = secrets.token_hex(16)
 _cores: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
-_models: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
+_models: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
 pending = False  # a model got weights, and `settle` did not run since
 
 
@@ -30,8 +31,29 @@ def watch_core(core: Any, renew: Callable[[Any], None]) -> None:
     _cores[core] = renew
 
 
-def watch_model(model: Any, settle: Callable[[Any], None]) -> None:
-    """Call settle(model) before a model with new weights computes. model: a torch.nn.Module, held weakly."""
+def _nothing(model: Any) -> None:
+    """What a platform does whose layers compute with the parameters themselves."""
+
+
+def watch_model(
+    model: Any, before: Callable[[Any], object] = _nothing, settle: Callable[[Any], object] = _nothing
+) -> None:
+    """Let `model.load_weights` of a loaded model tell that the model got weights.
+
+    model: a torch.nn.Module, held weakly. before(model): runs before such a load. settle(model): runs before a model
+    with new weights computes.
+    """
+    held, mine = type(model).load_weights, weakref.ref(model)
+
+    @functools.wraps(held)
+    def load_weights(*args, **kwargs):
+        before(mine())
+        try:
+            return held(mine(), *args, **kwargs)
+        finally:
+            wrote()
+
+    model.load_weights = load_weights
     _models[model] = settle
 
 

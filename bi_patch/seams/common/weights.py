@@ -44,27 +44,6 @@ def tell(state, completion) -> None:
     completion.weights_changed = getattr(state, _MIXED, False)
 
 
-def watch(model) -> None:
-    """Let `model.load_weights` of a loaded model tell that the model got weights. model: a torch.nn.Module."""
-    weights.watch_model(model, lambda model: None)
-    guard(model, lambda model: None)
-
-
-def guard(model, before) -> None:
-    """Replace `model.load_weights` of this model: before(model) runs first, and the weights count as written after."""
-    held = type(model).load_weights
-
-    @functools.wraps(held)
-    def load_weights(*args, **kwargs):
-        before(model)
-        try:
-            return held(model, *args, **kwargs)
-        finally:
-            weights.wrote()
-
-    model.load_weights = load_weights
-
-
 def _first_block(original):
     """generate_block_hash_extra_keys: the first block's hash holds the identity of the weights."""
 

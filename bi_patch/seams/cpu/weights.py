@@ -9,7 +9,6 @@ import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import weights
-from bi_patch.seams.common.weights import guard
 from bi_patch.seams.model import Seam, Target
 
 _LOADING = "_bi_patch_loading"  # attribute of a model: `begin` started a layerwise load
@@ -20,8 +19,7 @@ def watch(model, config) -> None:
     from bi_patch.ops.cpu import linear
 
     linear.take_routed()  # the first load's layers
-    weights.watch_model(model, functools.partial(_settle, config=config))
-    guard(model, _begin)
+    weights.watch_model(model, _begin, functools.partial(_settle, config=config))
 
 
 def _in_progress(model) -> bool:

@@ -78,8 +78,8 @@ class _Run:
     keep: Keep
 
     def planted(self, given: Options, wanted: list[Fault]) -> Faults:
-        """Plant the faults: preemption's in an engine with few KV blocks, those of updates in an engine with weights of a
-        folder, all others in the first engine."""
+        """Plant the faults of preemption in an engine with few KV blocks, those of updates in an engine with weights of
+        a folder, and all others in the first engine."""
         rows: list[FaultRow] = []
         with FaultyEngine(ARMED, given, environ=self.environ) as engine:
             made = evidence.new(Faults, engine.info)
