@@ -44,11 +44,17 @@ def few_blocks(given: Options, block: int) -> Options:
     return short.but(kv_blocks=-(-short.max_model_len // block) + 1)
 
 
-def updated(given: Options, folder: str) -> Options:
-    """These options with weights of a folder, which an update can load again. The head is the embedding."""
-    written = checkpoint.write(given.model, 3, Path(folder) / "weights", tied=True)
-    extra = {**given.extra, "hf_overrides": {**given.extra.get("hf_overrides", {}), "tie_word_embeddings": True}}
-    return given.but(model=str(written), random_weights=None, tied=False, digests=False, extra=extra)
+def updated(platform: str, folder: str, dtype: str = "") -> Options:
+    """The options of an engine for updates: a small MoE model with weights in a folder, its head is its embedding."""
+    source = recipes.path(recipes.MOE, cache=settings.read().cache)
+    sleeping = {} if platform == "cpu" else {"enable_sleep_mode": True, "kv_cache_memory_bytes": 1 << 30}
+    return Options(
+        str(checkpoint.write(str(source), 3, Path(folder) / "weights", tied=True)),
+        dtype=dtype or ("float32" if platform == "cpu" else "bfloat16"),
+        max_model_len=1024,
+        chunk=512,
+        extra=sleeping,
+    )
 
 
 def recurrent(folder: str) -> Options:
