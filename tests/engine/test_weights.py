@@ -10,6 +10,7 @@ from bi_patch.tools.faults import catch, every
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import checkpoint, updates
+from bi_patch.tools.verify.answers import Answer, NotComparable, compare
 from bi_patch.tools.verify.case import Update
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 from bi_patch.tools.verify.engine import Options
