@@ -59,3 +59,7 @@ class ContractBroken(BiPatchError):
 
 class ParityBroken(BiPatchError):
     """A trainer's logprobs are not the sampler's, bit for bit."""
+
+
+class NoEngine(BiPatchError):
+    """The call needs an armed engine, or a model of an armed engine, in this process."""

@@ -5,6 +5,8 @@ In the bundled kernel, the lower expert wins a tie.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -26,19 +28,22 @@ def softmax_topk(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[t
 
 # (hidden states [rows, hidden], logits [rows, experts], input ids [rows] or None) -> weights, ids [rows, top_k].
 Router = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "tuple[torch.Tensor, torch.Tensor]"]
-_routers: list[Router] = []
+_routers: dict[int, Router] = {}  # a router lives as long as its layer
+_handles = itertools.count()
 
 
-def keep(router: Router) -> int:
-    """Keep a layer's router for `route`. Returns the router's handle."""
+def keep(router: Router, owner: object) -> int:
+    """Keep a router for `route` as long as its owner lives. Returns the router's handle."""
     define(
         "cpu_route(Tensor hidden, Tensor logits, Tensor? input_ids, int handle, int top_k) -> (Tensor, Tensor)",
         lambda hidden, logits, input_ids, handle, top_k: _run(_routers[handle], hidden, logits, input_ids),
         "CPU",
         _fake,
     )
-    _routers.append(router)
-    return len(_routers) - 1
+    handle = next(_handles)
+    _routers[handle] = router
+    weakref.finalize(owner, _routers.pop, handle, None)
+    return handle
 
 
 def route(hidden, logits, input_ids, handle: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,6 +42,7 @@ def _load(original):
         import torch
 
         from bi_patch.ops.cpu import aten, certify, rows
+        from bi_patch.seams.cpu import weights
 
         if getattr(self.vllm_config.compilation_config.mode, "name", "NONE") != "NONE":
             aten.keep_whole()
@@ -51,6 +52,7 @@ def _load(original):
                 rows.register_layer_norm(module, tuple(module.normalized_shape))
         rows.register_sampling(self.model_config.get_vocab_size())
         certify.certify(active.cache, library.vllm())
+        weights.watch(self.get_model(), self.vllm_config)
         return result
 
     return load_model

@@ -1,6 +1,7 @@
 """Mixture-of-experts layers: certificates for the experts, and a bundled router."""
 
 import functools
+import weakref
 
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.naming import dotted
@@ -55,10 +56,12 @@ def _keep(original):
         if not _is_plain(self):
             compute = _original_routing(type(self))
 
-            def router(hidden, logits, input_ids):
-                return compute(self, hidden, logits, None, input_ids=input_ids)
+            mine = weakref.ref(self)  # the certificate's check must not keep the layer alive
 
-            self.bi_patch_handle = moe.keep(router)
+            def router(hidden, logits, input_ids):
+                return compute(mine(), hidden, logits, None, input_ids=input_ids)
+
+            self.bi_patch_handle = moe.keep(router, self)
             rows.register_router(router, _kind(self), self.global_num_experts, self.top_k)
 
     return __init__

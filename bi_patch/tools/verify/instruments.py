@@ -1,4 +1,4 @@
-"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: a trace, linears' accuracy, sleep.
+"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: traces, accuracy, sleep, new weights.
 
 Only the engine children of verify have instruments; no serving process has them. A tool with its own kind of child adds
 instruments there with `register`. The tool faults does so.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from bi_patch.tools.verify.answers import Answer, Request
+from bi_patch.tools.verify.case import Update
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.trace import Trace
 
@@ -24,6 +25,13 @@ class TraceAsk(msgspec.Struct, frozen=True):
     index: int
     watch: tuple[str, str] | None = None
     coarse: bool = False
+
+
+class InFlight(msgspec.Struct, frozen=True):
+    """Answer `requests` together, and give the engine new weights after their first steps."""
+
+    update: Update
+    requests: list[Request]
 
 
 class Traced(msgspec.Struct, frozen=True):
@@ -61,9 +69,36 @@ def _sleep(engine: LocalEngine, data: bytes) -> bytes:
     return b""
 
 
+def _update(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.tools.verify import updates
+
+    updates.update(engine, msgspec.msgpack.decode(data, type=Update))
+    return b""
+
+
+def _update_in_flight(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.tools.verify import updates
+
+    ask = msgspec.msgpack.decode(data, type=InFlight)
+    return msgspec.msgpack.encode(updates.in_flight(engine, ask.update, ask.requests))
+
+
+def _held(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.tools.verify import updates
+
+    return msgspec.msgpack.encode(updates.held())
+
+
 Instrument = Callable[[LocalEngine, bytes], bytes]  # (engine, arguments as msgpack) -> result as msgpack
 
-SERVED: dict[str, Instrument] = {"trace": _trace, "precision": _precision, "sleep": _sleep}
+SERVED: dict[str, Instrument] = {
+    "trace": _trace,
+    "precision": _precision,
+    "sleep": _sleep,
+    "update": _update,
+    "update in flight": _update_in_flight,
+    "held": _held,
+}
 
 
 def register(name: str, instrument: Instrument) -> None:
