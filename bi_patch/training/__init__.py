@@ -16,14 +16,29 @@ from typing import TYPE_CHECKING, Any
 
 from bi_patch.training import contract, devices, huggingface
 from bi_patch.training.compare import Parity, compare
+from bi_patch.training.gradients import gradients
 from bi_patch.training.huggingface import disarm
 from bi_patch.training.logprobs import logprobs
 from bi_patch.training.samples import Batch, batch
+from bi_patch.training.sync import require_synced, sync
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Batch", "Parity", "arm", "batch", "compare", "contract", "disarm", "exact", "logprobs"]
+__all__ = [
+    "Batch",
+    "Parity",
+    "arm",
+    "batch",
+    "compare",
+    "contract",
+    "disarm",
+    "exact",
+    "gradients",
+    "logprobs",
+    "require_synced",
+    "sync",
+]
 
 
 def arm(model: torch.nn.Module, sampler: Any = None, *, dtype: torch.dtype | None = None) -> torch.nn.Module:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd import Function
 
-from bi_patch.errors import BiPatchError, UnsupportedFeature
+from bi_patch.errors import BiPatchError, GradientsOpen, GradientsUnordered, UnsupportedFeature
 from bi_patch.training import devices, huggingface, ops
 
 _CALL = "bi_patch_call"  # the keyword argument that carries a call's spans and number to the layers
@@ -27,14 +27,6 @@ _CALL = "bi_patch_call"  # the keyword argument that carries a call's spans and 
 Spans = Sequence[tuple[int, int]]  # of each sequence in the rows of a batch: the first row, and the row after the last
 # (gradient of the output [rows, ...], input [rows, ...], chain) -> None: adds the gradient of one sequence
 Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-class GradientsOpen(BiPatchError):
-    """A block of `gradients` inside another of the same model, or a layer that was called without its model."""
-
-
-class GradientsUnordered(BiPatchError):
-    """Backward passes in another order than the forward passes, or a layer that one pass uses twice."""
 
 
 @dataclass(frozen=True)

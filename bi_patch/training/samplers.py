@@ -11,17 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bi_patch.errors import BiPatchError, UnsupportedFeature
+from bi_patch.errors import SamplerFailed, UnsupportedFeature
 
 if TYPE_CHECKING:
     import torch
 
 Weights = Iterable[tuple[str, "torch.Tensor"]]
 _SCORED = 8  # tokens that the comparison samples
-
-
-class SamplerFailed(BiPatchError):
-    """The sampler cannot be reached, or it answered a request of `training.sync` with an error."""
 
 
 class Sampler(Protocol):
@@ -104,9 +100,7 @@ class Server:
 
     def _ask(self, path: str, body: dict | None, method: str = "POST"):
         data = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(
-            self._address + path, data, {"Content-Type": "application/json"}, method=method
-        )
+        asked = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"}, method=method)
         try:
             with urllib.request.urlopen(asked, timeout=self._timeout) as reply:
                 return json.loads(reply.read() or b"null")

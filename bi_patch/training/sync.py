@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bi_patch.errors import BiPatchError
-from bi_patch.training import samplers
+from bi_patch.errors import BiPatchError, WeightsNotSynced
+from bi_patch.training import huggingface, samplers
+from bi_patch.training.compare import compare
+from bi_patch.training.logprobs import logprobs
 
 PROBE = tuple(range(11, 59, 3))  # the tokens of the comparison, where the caller gives none
-
-
-class WeightsNotSynced(BiPatchError):
-    """The sampler serves other weights than the trainer has."""
 
 
 @dataclass(frozen=True)
@@ -95,22 +93,21 @@ def _versions(model: torch.nn.Module) -> tuple:
 
 
 def _computes(model: torch.nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+    state = huggingface.armed(model)
+    if state is None:
+        raise BiPatchError("training.sync: the model is not armed. Call bi_patch.training.arm first")
+    return state.dtype
 
 
 def _compare(model: torch.nn.Module, to: samplers.Sampler, probe: list[int]) -> int:
-    from bi_patch.training.logprobs import logprobs
-
     ids, sampled = to.score(probe)
     with torch.no_grad():
         own = logprobs(model, torch.tensor([ids], device=next(model.parameters()).device))
-    got, want = own[0, -len(sampled) :].cpu(), torch.tensor(sampled, dtype=torch.float32)
-    wrong = (got.view(torch.int32) != want.view(torch.int32)).nonzero()[:, 0].tolist()
-    if wrong:
-        at = wrong[0]
+    found = compare(own[0, -len(sampled) :], torch.tensor(sampled, dtype=torch.float32))
+    if found.differing:
         raise WeightsNotSynced(
-            f"after the sync, {len(wrong)} of {len(sampled)} logprobs differ between the sampler and the trainer, first "
-            f"at token {at}: {want[at].item()!r} and {got[at].item()!r}. The sampler still serves older weights in part, "
-            "or the model is not armed for this sampler"
+            f"training.sync: after the sync, {found.differing} of {found.compared} logprobs differ between sampler and "
+            f"trainer, by up to {found.worst:.3g}. The sampler still serves other weights in part, or the model is not "
+            "armed for this sampler. `bi-patch parity` names the first operation that differs"
         )
-    return len(sampled)
+    return found.compared

@@ -13,7 +13,9 @@ from bi_patch.tools.cli import verify as shared
 
 @app.command()
 def parity(
-    model: Annotated[str, typer.Argument(help="A model's folder or name, such as tiny-qwen3; by default SmolLM2-135M.")] = "",
+    model: Annotated[
+        str, typer.Argument(help="A model's folder or name, such as tiny-qwen3; by default SmolLM2-135M.")
+    ] = "",
     steps: Annotated[int, typer.Option(min=1, help="GRPO steps of each of the two runs.")] = 6,
     micro: Annotated[
         str, typer.Option(help="Sequences in a micro-batch, in the first and in the second run of GRPO.")

@@ -81,9 +81,7 @@ def words(session) -> str:
 
 def _logprobs(session, sample, transforms) -> int:
     """How many raw logprobs of the sample's tokens differ between sampler and trainer, on a cold cache."""
-    (answer,) = session.engine.generate(
-        [Request(tuple(sample.ids), max_tokens=1, prompt_logprobs=0)]
-    )
+    (answer,) = session.engine.generate([Request(tuple(sample.ids), max_tokens=1, prompt_logprobs=0)])
     own = session.trainer.logprobs([sample], ALONE)[0].detach()
     want = torch.tensor(answer.prompt_logprobs[-len(own) :], dtype=torch.float32)
     return bits.differing(own.contiguous(), want)
@@ -104,7 +102,9 @@ def _trainer(session, ids: list[int]) -> list[_Call]:
         def hook(module, args, result):
             rows = _rows(result, len(ids))
             if path.endswith("down_proj"):
-                calls.append(_Call("activation", path.removesuffix(".down_proj"), f"{path}:in", _rows(args[0], len(ids))))
+                calls.append(
+                    _Call("activation", path.removesuffix(".down_proj"), f"{path}:in", _rows(args[0], len(ids)))
+                )
             if rows is not None:
                 calls.append(_Call(_kind(module), path, f"{path}:out", rows))
 

@@ -44,7 +44,9 @@ def _run(session: Session, micro: int, seats: int) -> Iterator[tuple[str, Differ
     trainer, plan = session.trainer, session.plan
     initial = trainer.saved()
     masters = {name: p.detach().float().clone() for name, p in trainer.model.named_parameters()}
-    optimizer = torch.optim.AdamW(list(masters.values()), lr=plan.rate, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
+    optimizer = torch.optim.AdamW(
+        list(masters.values()), lr=plan.rate, betas=(0.9, 0.95), weight_decay=0.0, foreach=False
+    )
     done: list[Step] = []
     try:
         with session.seated(seats):
@@ -64,9 +66,7 @@ def _run(session: Session, micro: int, seats: int) -> Iterator[tuple[str, Differ
 def _step(session, micro, at, label, masters, optimizer) -> tuple[Step, list[tuple[str, Difference]]]:
     trainer, plan = session.trainer, session.plan
     prompts = [prompt for prompt in session.short_prompts() for _ in range(plan.group)]
-    samples = session.sample(
-        prompts, seed=1000 * (at + 1), tokens=plan.tokens, processed=plan.processed, **plan.transforms
-    )
+    samples = session.sample(prompts, seed=1000 * (at + 1), tokens=plan.tokens, **plan.transforms)
     rewards = torch.tensor([reward(s.answer.tokens) for s in samples]).view(-1, plan.group)
     spread = rewards.std(1, keepdim=True) + 1e-4
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / spread).flatten().tolist()
@@ -80,6 +80,8 @@ def _step(session, micro, at, label, masters, optimizer) -> tuple[Step, list[tup
             for offset, (sample, new) in enumerate(zip(part, own)):
                 name = f"{label}, sample {begin + offset}"
                 compared.append((name, difference(sample.answer, new.detach(), name)))
+                if compared[-1][1].differing:
+                    session.looking = sample, plan.processed
                 kl += k3(sample.answer, new.detach())
                 ratio = (new - torch.tensor(sample.answer.logprobs)).exp()
                 gain = advantages[begin + offset]
@@ -92,7 +94,11 @@ def _step(session, micro, at, label, masters, optimizer) -> tuple[Step, list[tup
     optimizer.zero_grad()
     counted = [d for _, d in compared]
     step = Step(
-        float(rewards.mean()), float(norm), kl / total, sum(d.compared for d in counted), sum(d.differing for d in counted)
+        float(rewards.mean()),
+        float(norm),
+        kl / total,
+        sum(d.compared for d in counted),
+        sum(d.differing for d in counted),
     )
     return step, compared
 

@@ -45,13 +45,15 @@ def _sampling(session: Session) -> Compared:
     prompts = session.prompts()[:2]
     for kind in KINDS:
         label = ", ".join(f"{name} {value}" for name, value in kind.items())
-        samples = session.sample(prompts, seed=300, tokens=session.plan.tokens, processed=True, **kind)
-        yield from session.compared(samples, session.trainer.logprobs(samples, RIGHT, **kind), label)
+        samples = session.sample(prompts, seed=300, tokens=session.plan.tokens, **kind)
+        yield from session.compared(samples, session.trainer.logprobs(samples, RIGHT, **kind), label, **kind)
 
 
 def _updates(session: Session) -> Compared:
-    """New weights, with a warm prefix cache, and back to the first ones."""
+    """New weights, with a prefix cache that is warm from the weights before, and back to the first weights."""
     trainer, first = session.trainer, session.trainer.saved()
+    session.engine.reset_cache()
+    yield from _updated(session, "as loaded")
     try:
         for step in range(1, session.plan.updates + 1):
             trainer.perturb(seed=step)

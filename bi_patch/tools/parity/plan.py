@@ -11,7 +11,12 @@ TEXTS = (
     ("The lighthouse keeper climbed the stairs every evening, and the light was the same as before. ", 7),
     ("In the year 1969 the first people walked on the moon, and everyone watched. ", 16),
 )
-PROMPTS = ("The number of the house is", "My favourite numbers are", "In the year", "The price of the book is")  # of GRPO
+PROMPTS = (
+    "The number of the house is",
+    "My favourite numbers are",
+    "In the year",
+    "The price of the book is",
+)  # of GRPO
 KINDS = (  # kinds of sampling whose processed logprobs the trainer computes again
     {"temperature": 1.0},
     {"temperature": 0.7},
@@ -95,8 +100,7 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One GRPO step. reward: mean over all answers. norm: of the gradient. kl: k3 between sampler and trainer, a token.
-    """
+    """One GRPO step. reward: mean over all answers. norm: of the gradient. kl: k3 between sampler and trainer, a token."""
 
     reward: float
     norm: float

@@ -13,8 +13,6 @@ from bi_patch.tools.parity.trainers import Trainer
 from bi_patch.tools.verify.answers import Answer, Difference, Request, compare
 from bi_patch.tools.verify.engine import LocalEngine
 
-RAW, PROCESSED = "raw_logprobs", "processed_logprobs"
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -32,7 +30,8 @@ class Sample:
 class Session:
     """The sampler and the trainer. samples: of the first line, reused by later lines with the same weights.
 
-    runs: the runs of GRPO, each with its master weights in fp32.
+    runs: the runs of GRPO, each with its master weights in fp32. looking: the sample that was compared last, and
+    whether its logprobs are those after other transforms than temperature 1; None on lines without samples.
     """
 
     engine: LocalEngine
@@ -40,6 +39,7 @@ class Session:
     plan: Plan
     samples: list[Sample] = field(default_factory=list)
     runs: list[tuple[Run, dict[str, torch.Tensor]]] = field(default_factory=list)
+    looking: tuple[Sample, bool] | None = None
 
     def prompts(self) -> list[tuple[int, ...]]:
         """Short and long prompts as token ids, at most half of the engine's length each."""
@@ -71,11 +71,8 @@ class Session:
         finally:
             scheduler.max_num_running_reqs = before
 
-    def sample(
-        self, prompts: Sequence[tuple[int, ...]], *, seed: int, tokens: int, processed: bool = False, **kind: float
-    ) -> list[Sample]:
+    def sample(self, prompts: Sequence[tuple[int, ...]], *, seed: int, tokens: int, **kind: float) -> list[Sample]:
         """Sample an answer to each prompt, all together. kind: temperature, top_k, top_p; by default temperature 1."""
-        self.engine.set_logprobs(PROCESSED if processed else RAW)
         asked = [
             Request(prompt, max_tokens=tokens, seed=seed + i, **{"temperature": 1.0, **kind})
             for i, prompt in enumerate(prompts)
@@ -89,9 +86,13 @@ class Session:
             self.samples = self.sample(self.prompts() * 2, seed=100, tokens=2 * self.plan.tokens)
         return self.samples
 
-    def compared(self, samples: Sequence[Sample], own: Sequence[torch.Tensor], label: str) -> Iterator[tuple]:
-        """(label, Difference) for each sample. own: the trainer's logprobs of the sampled tokens, fp32."""
+    def compared(
+        self, samples: Sequence[Sample], own: Sequence[torch.Tensor], label: str, **kind: float
+    ) -> Iterator[tuple[str, Difference]]:
+        """(label, Difference) for each sample. own: the trainer's logprobs of the sampled tokens, fp32. kind: how the
+        tokens were sampled."""
         for at, (sample, logprobs) in enumerate(zip(samples, own, strict=True)):
+            self.looking = sample, bool(kind) and kind != {"temperature": 1.0}
             yield f"{label}, sample {at}", difference(sample.answer, logprobs, f"{label}, sample {at}")
 
 

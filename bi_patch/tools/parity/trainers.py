@@ -18,18 +18,27 @@ if TYPE_CHECKING:
 class Trainer:
     """A Hugging Face model beside its sampler. Without arming: attention by sdpa, gradients by autograd.
 
-    model: on the CPU or the sampler's GPU, in the sampler's dtype.
+    model: on the CPU, in the sampler's dtype.
     """
+
+    masters = False  # whether the model's own weights are fp32 master weights
 
     def __init__(self, engine: LocalEngine) -> None:
         from transformers import AutoModelForCausalLM
 
         self.engine = engine
-        dtype = engine.llm.llm_engine.vllm_config.model_config.dtype
-        self.model = AutoModelForCausalLM.from_pretrained(engine.options.model, dtype=dtype).eval()
+        self.dtype = engine.llm.llm_engine.vllm_config.model_config.dtype
+        held = torch.float32 if self.masters else self.dtype
+        self.model = AutoModelForCausalLM.from_pretrained(engine.options.model, dtype=held).eval()
 
     def logprobs(
-        self, samples: Sequence[Sample], layout: str, *, chunk: int | None = None, grad: bool = False, **transforms: float
+        self,
+        samples: Sequence[Sample],
+        layout: str,
+        *,
+        chunk: int | None = None,
+        grad: bool = False,
+        **transforms: float,
     ) -> list[torch.Tensor]:
         """The logprobs of each sample's sampled tokens [tokens] fp32. transforms: temperature, top_k, top_p."""
         found = []
@@ -100,21 +109,37 @@ class Trainer:
             parameter.add_((noise * parameter.float().std() * 0.02).to(parameter.dtype))
 
 
+@contextlib.contextmanager
+def _chunks(rows: int | None) -> Iterator[None]:
+    """Within this block, the head of a CPU trainer computes this many rows of logits at a time; None: its own number."""
+    from bi_patch.training.cpu import head
+
+    held = head.CHUNK
+    head.CHUNK = rows or held
+    try:
+        yield
+    finally:
+        head.CHUNK = held
+
+
 class Armed(Trainer):
-    """The model armed for its sampler."""
+    """The model armed for its sampler. Its weights are fp32 master weights, which every operator rounds."""
+
+    masters = True
 
     def __init__(self, engine: LocalEngine) -> None:
         from bi_patch import training
 
         super().__init__(engine)
-        training.arm(self.model, sampler=engine.llm)
+        training.arm(self.model, sampler=engine.llm, dtype=self.dtype)
 
     def _logprobs(self, batch, chunk, transforms) -> torch.Tensor:
         from bi_patch import training
 
-        return training.logprobs(
-            self.model, batch.ids, attention_mask=batch.mask, position_ids=batch.positions, **transforms
-        )
+        with _chunks(chunk):
+            return training.logprobs(
+                self.model, batch.ids, attention_mask=batch.mask, position_ids=batch.positions, **transforms
+            )
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -52,11 +52,13 @@ def measure(session, ask: Ask) -> Axis:
     start = time.perf_counter()
     try:
         with faults.planted(ask.plan.fault, session):
+            session.looking = None
             for label, difference in lines.MEASURES[line.name](session):
                 axis.count(label, difference)
+                if difference.differing and ask.locate and session.looking and not axis.shown[0].located:
+                    # Now: the weights and caches are still those of the comparison.
+                    axis.shown[0].located = first.words(session)
             axis.settle()
-            if axis.differing and ask.locate and axis.shown:
-                axis.shown[0].located = first.words(session)
     except BiPatchError as error:
         traceback.print_exc()
         axis.settle(FAILED, f"{type(error).__name__}: {error}")
