@@ -76,7 +76,7 @@ class Engine:
 
 
 class Server:
-    """A server of `vllm serve` with VLLM_SERVER_DEV_MODE=1, which reads weights from a folder that it shares with us."""
+    """A server of `vllm serve` with VLLM_SERVER_DEV_MODE=1, which reads weights from a folder that both sides see."""
 
     def __init__(self, address: str, timeout: float = 600.0) -> None:
         self._address, self._timeout = address.rstrip("/"), timeout

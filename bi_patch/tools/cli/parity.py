@@ -56,6 +56,7 @@ def parity(
     from bi_patch.tools.parity import report, run
     from bi_patch.tools.parity.plan import Plan
     from bi_patch.tools.verify import levels, page, terminal
+    from bi_patch.tools.verify import report as verify_report
     from bi_patch.tools.verify.local import local
 
     if mode not in ("armed", "stock"):
@@ -75,7 +76,7 @@ def parity(
         model,
         levels.QUICK,
         mode=mode,
-        engine_args=shared._arguments(engine_arg or []),
+        engine_args={"logprobs_mode": "processed_logprobs"} | shared._arguments(engine_arg or []),
         dtype=dtype,
         eager=eager,
         tell=lambda text: console.print(f"[dim]{escape(text)}[/]"),
@@ -90,7 +91,7 @@ def parity(
     console.print()
     console.print(terminal.summary(found))
     written = [
-        shared._keep(console, "Report", json, lambda path: report.write(found, path)),
+        shared._keep(console, "Report", json, lambda path: verify_report.write(found, path)),
         shared._keep(
             console,
             "Page",
