@@ -112,6 +112,7 @@ def _pack_experts(original):
     return _setup_kernel
 
 
+_RELOAD = "vllm.model_executor.model_loader.reload"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _PACKED = "linear layers and heads compute with packed copies, which do not follow every kind of weight update"
 
@@ -133,7 +134,7 @@ SEAMS = (
     _step("cpu_dummy_step", "_dummy_run"),
     Seam(
         name="weights.cpu_complete",
-        targets=(Target("vllm.model_executor.model_loader.reload.layerwise", "materialize_layer"),),
+        targets=(Target(f"{_RELOAD}.meta", "materialize_layer", "", (f"{_RELOAD}.layerwise",)),),
         close=_complete,
         why="a layer that gets a part of its weights computes with uninitialized memory for the others",
         how="the other weights stay. If they are packed by vLLM, the update is refused by name",
