@@ -105,7 +105,7 @@ def _of_engine(sampler: Any) -> dict[str, Any]:
     config = getattr(getattr(sampler, "llm_engine", sampler), "vllm_config", None)
     if config is None:
         raise ContractBroken(
-            f"training.contract: {type(sampler).__name__} is no sampler. Give an LLM, a server's URL or a saved contract"
+            f"training.contract: {type(sampler).__name__} is no sampler. Give an LLM, a URL or a saved contract"
         )
     return _said(running.contracts.get(config.instance_id), "the sampler")
 

@@ -26,7 +26,7 @@ def logprobs(
     ids: [B, T] int64. attention_mask: a padding mask [B, T], padded on any side. A packed batch has position_ids [B, T]
     that begin anew at 0, or cu_seqlens [sequences + 1] int, and then ids may be [T]. temperature, top_k (0: none),
     top_p: a number, or a tensor that expands to ids' shape, with which the tokens were sampled. They count for a
-    sampler with logprobs_mode="processed_logprobs" only. A Batch in the place of ids brings its own mask and transforms.
+    sampler with logprobs_mode="processed_logprobs" only. A Batch in the place of ids brings its mask and transforms.
 
     Returns fp32 of ids' shape. Padding and the first token of each sequence have no logprob, and get 0. A token that
     top-k or top-p drops gets minus infinity. Rows are computed without padding, so padding costs nothing.
