@@ -42,7 +42,8 @@ def gains():
 def loss(logprobs, places, part, own):
     """The sum of the sequences' own losses, over a count of the whole batch."""
     terms = [
-        -gain * logprobs[row, at + 1 : at + len(s)].sum() / sum(LENGTHS) for s, gain, (row, at) in zip(part, own, places)
+        -gain * logprobs[row, at + 1 : at + len(s)].sum() / sum(LENGTHS)
+        for s, gain, (row, at) in zip(part, own, places)
     ]
     return sum(terms)
 
