@@ -15,7 +15,7 @@ from bi_patch.tools.verify.case import Update
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.instruments import InFlight
-from bi_patch.tools.verify.probes import FEATURE_PROBES
+from bi_patch.tools.verify.probes import FEATURE_PROBES, updating
 
 pytestmark = pytest.mark.engine
 
@@ -73,7 +73,8 @@ def test_updates_of_experts_and_of_a_tied_head(folder):
 
 def _in_place(engine, asked):
     """On CPU, embeddings, norms and heads can be written in place. The packed head follows `weights_changed`."""
-    own, first = engine.options.model, next(m for m, held in updating._folders.items() if held.name != m)
+    own = engine.options.model
+    first = next(model for model, held in updating._folders.items() if held.name == own)
     known = engine.generate(asked)
     for folder in (first, own, first):  # the first two reload what the others write
         engine.ask("update", msgspec.msgpack.encode(Update(updates.COPY, folder)))

@@ -45,8 +45,8 @@ class Linear:
     """One layer's route. New weights keep it: compiled code holds its handle, and its packed weight in place.
 
     key: of the certificate. packed: the weight [n, k], packed for the bundled GEMM. vendor: the library's GEMM, None
-    where it serves no row count. vendor_rows: the row counts M that the library serves. layer: the layer, whose parameter `vendor` takes.
-    function: the route as a function (x, weight, bias).
+    where it serves no row count. vendor_rows: the row counts M that the library serves. layer: the layer, whose
+    parameter `vendor` takes. function: the route as a function (x, weight, bias).
     """
 
     key: Key
