@@ -44,11 +44,12 @@ Vendor = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "torc
 class Linear:
     """One layer's route. New weights keep it: compiled code holds its handle, and its packed weight in place.
 
-    packed: the weight [n, k], packed for the bundled GEMM. vendor: the library's GEMM, None where it serves no row
-    count. vendor_rows: the row counts M that the library serves. layer: the layer, whose parameter `vendor` takes.
-    function: the route as a function (x, weight, bias).
+    key: of the certificate. packed: the weight [n, k], packed for the bundled GEMM. vendor: the library's GEMM, None
+    where it serves no row count. vendor_rows: the row counts M that the library serves. layer: the layer, whose
+    parameter `vendor` takes. function: the route as a function (x, weight, bias).
     """
 
+    key: Key
     packed: torch.Tensor
     n: int
     k: int
@@ -99,15 +100,15 @@ def route(
     n, k = weight.shape
     packed = torch.ops.bi_cpu.gemm_pack(weight)
     _note(layer)
+    asked = key(n, k, weight.dtype, bias is not None, library)
     held = _layers.get(getattr(layer, _HANDLE, None))
-    if held is not None and (held.n, held.k, held.packed.dtype) == (n, k, packed.dtype):
+    if held is not None and held.key == asked:
         held.packed.copy_(packed)
         held.vendor = vendor if held.vendor_rows else None
         return held.function
-    asked = key(n, k, weight.dtype, bias is not None, library)
     certificate = certify.certify_linear(cache, asked, lambda: _certify(asked, weight, packed, bias, vendor, layer))
     rows = _worthwhile(certificate)
-    made = Linear(packed, n, k, vendor if rows else None, rows, weakref.ref(layer))
+    made = Linear(asked, packed, n, k, vendor if rows else None, rows, weakref.ref(layer))
     handle = next(_handles)
     setattr(layer, _HANDLE, handle)
     _layers[handle] = made

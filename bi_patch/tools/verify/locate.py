@@ -23,10 +23,8 @@ from bi_patch.tools.verify.answers import compare as compare_answers
 from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.child import ChildEngine
 from bi_patch.tools.verify.engine import Options
-from bi_patch.tools.verify.instruments import COMPILED, TraceAsk, Traced
+from bi_patch.tools.verify.instruments import COMPILED, PREFIX, TraceAsk, Traced
 from bi_patch.tools.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, Trace
-
-PREFIX = "weights.first_block"  # the seam named for keys and values of other weights
 
 
 class Located(msgspec.Struct, frozen=True):
@@ -228,9 +226,11 @@ def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> L
         )
     if not again.differing and coarse:
         return None
-    located = _located(compared.first, alone.statuses | company.statuses, again.differing > 0, coarse)
+    statuses = alone.statuses | company.statuses
+    located = _located(compared.first, statuses, again.differing > 0, coarse)
     if case.company.updates and located.op == CACHE and not coarse:
-        located = msgspec.structs.replace(located, seam=PREFIX, seam_status="", note="other weights computed a prefix")
+        note, status = "other weights computed a prefix", statuses.get(PREFIX, "")
+        located = msgspec.structs.replace(located, seam=PREFIX, seam_status=status, note=note)
     return located
 
 
