@@ -26,6 +26,8 @@ FAMILIES = {
     "qwen3": Family("Qwen3"),
     "gemma2": Family("Gemma2", offset=1.0),
     "gemma3_text": Family("Gemma3", offset=1.0),
+    "mixtral": Family("Mixtral", experts=True),
+    "qwen3_moe": Family("Qwen3Moe", experts=True),
 }
 
 # How transformers names an activation -> its kind in bi_patch.training.ops.gated.
