@@ -5,13 +5,14 @@
 Runs on a CPU. The reward is the share of digits in an answer. Another MICRO gives the same weights.
 """
 
+# ruff: noqa: I001  bi_patch comes before vllm
 import os
 import sys
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights are handed over, not copied
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-import bi_patch  # before vllm: it arms the engine
+import bi_patch  # noqa: F401  before vllm: it arms the engine
 import torch
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams

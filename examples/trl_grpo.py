@@ -6,6 +6,7 @@ TRL logs `sampling/sampling_logp_difference/max`, which must be 0, and this exam
 accelerate and datasets. The model's weights are in the sampler's dtype: TRL hands them to vLLM as they are.
 """
 
+# ruff: noqa: I001  bi_patch comes before vllm
 import os
 import sys
 

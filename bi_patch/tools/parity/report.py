@@ -20,8 +20,8 @@ class ParityReport(Report, tag_field="format", tag=verify.FORMAT):
 
     title: ClassVar[str] = "Do trainer and sampler agree?"
     note: ClassVar[str] = (
-        "Each line compares numbers bit by bit: the logprobs of sampler and trainer, the gradients of other micro-batches, "
-        "or two runs of GRPO"
+        "Each line compares numbers bit by bit: the logprobs of sampler and trainer, the gradients of other "
+        "micro-batches, or two runs of GRPO"
     )
 
     plan: Plan = msgspec.field(default_factory=Plan)

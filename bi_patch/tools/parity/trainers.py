@@ -111,7 +111,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _chunks(rows: int | None) -> Iterator[None]:
-    """Within this block, the head of a CPU trainer computes this many rows of logits at a time; None: its own number."""
+    """Within this block, the head of a CPU trainer computes this many rows of logits at a time; None: as always."""
     from bi_patch.training.cpu import head
 
     held = head.CHUNK
