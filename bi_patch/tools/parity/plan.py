@@ -100,7 +100,7 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One GRPO step. reward: mean over all answers. norm: of the gradient. kl: k3 between sampler and trainer, a token."""
+    """One GRPO step. reward: mean over all answers. norm: of the gradient. kl: k3 of sampler and trainer, a token."""
 
     reward: float
     norm: float
