@@ -167,5 +167,6 @@ def test_a_server_loads_a_folder_and_is_asked_for_a_score(model):
         assert samplers.Server(address).score([1, 2]) == ([1, 2, 7], [-0.5])
     finally:
         server.shutdown()
+        server.server_close()
     with pytest.raises(SamplerFailed, match="/collective_rpc"):
         training.sync(model, address)
