@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -222,8 +223,7 @@ def _old_prefix(session: Session) -> Iterator[None]:
 @contextlib.contextmanager
 def _left_out(session: Session) -> Iterator[None]:
     """The sync sends the first weights of one linear again."""
-    from bi_patch.training import sync
-
+    sync = importlib.import_module("bi_patch.training.sync")  # the package has a function of this name
     left = f"model.{_LATE}.mlp.down_proj.weight"
     first = dict(session.trainer.model.named_parameters())[left].detach().clone()
 
