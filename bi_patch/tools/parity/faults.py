@@ -12,7 +12,6 @@ import msgspec
 
 from bi_patch.tools.parity.child import ParityEngine
 from bi_patch.tools.parity.plan import Plan
-from bi_patch.tools.verify.runner import replaced
 
 if TYPE_CHECKING:
     from bi_patch.tools.parity.session import Session
@@ -39,6 +38,20 @@ class Caught(msgspec.Struct, frozen=True):
     caught: bool
     named: bool
     words: str
+
+
+@contextlib.contextmanager
+def _replaced(owner, name: str, wrap: Callable) -> Iterator[None]:
+    """Within this block, `owner.name` is wrap(owner.name). owner: an object, a class or a module."""
+    held, own = getattr(owner, name), name in vars(owner)
+    setattr(owner, name, wrap(held))
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, held)
+        else:
+            delattr(owner, name)
 
 
 @contextlib.contextmanager
@@ -178,13 +191,13 @@ def _rotation(session: Session) -> contextlib.AbstractContextManager[None]:
 
         return rotate
 
-    return replaced(huggingface, "_rotate", wrap)
+    return _replaced(huggingface, "_rotate", wrap)
 
 
 @contextlib.contextmanager
 def _no_temperature(session: Session) -> Iterator[None]:
     """The trainer's logprobs leave the temperature out."""
-    with replaced(
+    with _replaced(
         session.trainer,
         "logprobs",
         lambda held: lambda samples, layout, **given: held(samples, layout, **{**given, "temperature": 1.0}),
@@ -215,7 +228,7 @@ def _old_prefix(session: Session) -> Iterator[None]:
 
     with (
         weights.old_prefix(session.engine),
-        replaced(samplers.Engine, "forget", lambda held: lambda self: None),
+        _replaced(samplers.Engine, "forget", lambda held: lambda self: None),
     ):
         yield
 
@@ -234,7 +247,7 @@ def _left_out(session: Session) -> Iterator[None]:
 
         return weights
 
-    with replaced(sync, "weights", wrap):
+    with _replaced(sync, "weights", wrap):
         yield
 
 
@@ -252,7 +265,7 @@ def _one_chain(session: Session) -> contextlib.AbstractContextManager[None]:
 
         return chain
 
-    return replaced(Gradients, "chain", wrap)
+    return _replaced(Gradients, "chain", wrap)
 
 
 def _whole_batch(session: Session) -> contextlib.AbstractContextManager[None]:
@@ -265,7 +278,7 @@ def _whole_batch(session: Session) -> contextlib.AbstractContextManager[None]:
 
         return add
 
-    return replaced(Gradients, "add", wrap)
+    return _replaced(Gradients, "add", wrap)
 
 
 FAULTS = (
