@@ -51,3 +51,31 @@ class UnsupportedDevice(BiPatchError):
 
 class ServerFailed(BiPatchError):
     """The server that `bi-patch verify` measures is down, died, or answered with an error."""
+
+
+class ContractBroken(BiPatchError):
+    """A trainer and its sampler differ in something that decides bits."""
+
+
+class ParityBroken(BiPatchError):
+    """A trainer's logprobs are not the sampler's, bit for bit."""
+
+
+class GradientsOpen(BiPatchError):
+    """A block of training.gradients inside another of the same model, or a layer that was called without its model."""
+
+
+class GradientsUnordered(BiPatchError):
+    """Backward passes came in another order than the forward passes, or one pass used a layer twice."""
+
+
+class WeightsNotSynced(BiPatchError):
+    """A sampler serves other weights than its trainer has."""
+
+
+class SamplerFailed(BiPatchError):
+    """A sampler cannot be reached, or it could not do what training.sync asked for."""
+
+
+class NoEngine(BiPatchError):
+    """The call needs an armed engine, or a model of an armed engine, in this process."""

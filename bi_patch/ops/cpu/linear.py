@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,22 +42,25 @@ Vendor = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "torc
 
 @dataclass
 class Linear:
-    """One layer's route.
+    """One layer's route. New weights keep it: compiled code holds its handle, and its packed weight in place.
 
-    packed: the weight [n, k], packed for the bundled GEMM. vendor: the library's GEMM. weight: the layer's parameter,
-    which `vendor` takes. vendor_rows: the row counts M that the library serves.
+    key: of the certificate. packed: the weight [n, k], packed for the bundled GEMM. vendor: the library's GEMM, None
+    where it serves no row count. vendor_rows: the row counts M that the library serves. layer: the layer, whose
+    parameter `vendor` takes. function: the route as a function (x, weight, bias).
     """
 
+    key: Key
     packed: torch.Tensor
     n: int
     k: int
-    vendor: Vendor
-    weight: torch.Tensor
+    vendor: Vendor | None
     vendor_rows: frozenset[int]
+    layer: weakref.ref[torch.nn.Module]
+    function: Vendor | None = None
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if x.numel() // self.k in self.vendor_rows:
-            return self.vendor(x, self.weight, bias)
+            return self.vendor(x, weight, bias)
         return _bundled(x, self.packed, self.n, self.k, bias)
 
 
@@ -69,7 +73,10 @@ def _bundled(x: torch.Tensor, packed: torch.Tensor, n: int, k: int, bias: torch.
     return torch.ops.bi_cpu.gemm(x, packed, n, k, own)
 
 
-_layers: list[Linear] = []
+_HANDLE = "bi_patch_handle"  # attribute of a layer: the key of its route
+_layers: dict[int, Linear] = {}  # a route lives as long as its layer
+_handles = itertools.count()
+_routed: weakref.WeakSet[torch.nn.Module] | None = None
 
 
 def route(
@@ -82,6 +89,7 @@ def route(
 ) -> Vendor:
     """Certify one layer; returns its route as a function (x [..., K], weight, bias) -> x @ weight.T + bias [..., N].
 
+    A layer that has a route keeps its handle, its certified row counts and its function: only the weights change.
     weight: [N, K], as loaded. bias: [N] or None, as loaded. vendor: the library's GEMM, prepared for this weight.
     layer: holds the parameters that `vendor` takes. cache: the folder of certificates and built kernels. library: the
     vendor's version. Raises CertificateFailed if the bundled kernels cannot be built.
@@ -91,21 +99,68 @@ def route(
     machine.load_kernels(cache)
     n, k = weight.shape
     packed = torch.ops.bi_cpu.gemm_pack(weight)
+    _note(layer)
     asked = key(n, k, weight.dtype, bias is not None, library)
+    held = _layers.get(getattr(layer, _HANDLE, None))
+    if held is not None and held.key == asked:
+        held.packed.copy_(packed)
+        held.vendor = vendor if held.vendor_rows else None
+        return held.function
     certificate = certify.certify_linear(cache, asked, lambda: _certify(asked, weight, packed, bias, vendor, layer))
-    linear = Linear(packed, n, k, vendor, layer.weight, _worthwhile(certificate))
-    if not linear.vendor_rows:
-        return lambda x, weight, bias: _bundled(x, packed, n, k, bias)
+    rows = _worthwhile(certificate)
+    made = Linear(asked, packed, n, k, vendor if rows else None, rows, weakref.ref(layer))
+    handle = next(_handles)
+    setattr(layer, _HANDLE, handle)
+    _layers[handle] = made
+    weakref.finalize(layer, _layers.pop, handle, None)
+    made.function = _with_library(made, handle) if rows else _without_library(packed, n, k)
+    return made.function
+
+
+def _without_library(packed: torch.Tensor, n: int, k: int) -> Vendor:
+    return lambda x, weight, bias: _bundled(x, packed, n, k, bias)
+
+
+def _with_library(linear: Linear, handle: int) -> Vendor:
+    import torch
+
     _define_op()
-    _layers.append(linear)
-    handle = len(_layers) - 1
+    n = linear.n
 
     def apply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return torch.ops.bi_patch.cpu_linear(x, bias, handle, n)
-        return linear(x, bias)
+        return linear(x, weight, bias)
 
     return apply
+
+
+def has_route(layer: torch.nn.Module) -> bool:
+    """Whether `route` gave this layer a route."""
+    return getattr(layer, _HANDLE, None) in _layers
+
+
+def unpacked(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight [n, k] that a layer with a route computes with: its product with the identity is exact."""
+    import torch
+
+    held = _layers[getattr(layer, _HANDLE)]
+    eye = torch.eye(held.k, dtype=held.packed.dtype)
+    return torch.ops.bi_cpu.gemm(eye, held.packed, held.n, held.k, None).T
+
+
+def take_routed() -> set[torch.nn.Module]:
+    """The layers that were routed since the last call."""
+    global _routed
+    taken, _routed = set(_routed or ()), None
+    return taken
+
+
+def _note(layer: torch.nn.Module) -> None:
+    global _routed
+    if _routed is None:
+        _routed = weakref.WeakSet()
+    _routed.add(layer)
 
 
 def key(n: int, k: int, dtype: torch.dtype, bias: bool, library: str) -> Key:
@@ -207,7 +262,7 @@ def _define_op() -> None:
     """Define torch.ops.bi_patch.cpu_linear, which runs a layer's route in compiled code."""
     define(
         "cpu_linear(Tensor x, Tensor? bias, int handle, int n) -> Tensor",
-        lambda x, bias, handle, n: _layers[handle](x, bias),
+        lambda x, bias, handle, n: _layers[handle](x, _layers[handle].layer().weight, bias),
         "CPU",
         lambda x, bias, handle, n: x.new_empty((*x.shape[:-1], n)),
     )

@@ -156,6 +156,15 @@ FEATURES: tuple[Feature, ...] = (
         ),
     ),
     row(
+        "weight updates",
+        short="weight updates",
+        cpu=untried("the tests cover them"),
+        cuda=untried(),
+        ascend=untried(_NO_NPU),
+        details="An engine that gets weights answers as an engine that was started with them. Writes of your own need "
+        "`bi_patch.weights_changed()`.",
+    ),
+    row(
         "structured output",
         cpu=untried("the tests cover it"),
         cuda=untried(),

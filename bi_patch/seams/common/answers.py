@@ -1,4 +1,4 @@
-"""The OpenAI server's answers: each sampled choice names its seed, in the extra field `seed`."""
+"""The OpenAI server's answers: the seed of each sampled choice (`seed`), and updates on its way (`weights_changed`)."""
 
 import contextlib
 import functools
@@ -11,15 +11,15 @@ _FINISHED = '"finish_reason":"'  # vLLM writes JSON without spaces; inside a tex
 
 
 class _Noted:
-    """An iterator over engine outputs that notes the seed of each choice on the way.
+    """An iterator over engine outputs that notes the extra fields of each choice on the way.
 
     outputs: yields RequestOutput, or (index of the prompt, RequestOutput). n: choices for each prompt.
-    seeds: number of the choice -> seed.
+    fields: number of the choice -> its extra fields.
     """
 
     def __init__(self, outputs, n: int) -> None:
         self._outputs, self._n = outputs, n
-        self.seeds: dict[int, int] = {}
+        self.fields: dict[int, dict[str, int | bool]] = {}
 
     def __aiter__(self):
         return self
@@ -28,9 +28,16 @@ class _Noted:
         item = await anext(self._outputs)
         prompt, output = item if isinstance(item, tuple) else (0, item)
         for completion in output.outputs:
-            if completion.finish_reason is not None and (seed := getattr(completion, "seed", None)) is not None:
-                self.seeds[completion.index + prompt * self._n] = seed
+            if completion.finish_reason is not None and (fields := _fields(completion)):
+                self.fields[completion.index + prompt * self._n] = fields
         return item
+
+
+def _fields(completion) -> dict[str, int | bool]:
+    """The extra fields of a choice: its seed, and `weights_changed` if weights changed while it was made."""
+    seed = getattr(completion, "seed", None)
+    changed = {"weights_changed": True} if getattr(completion, "weights_changed", False) else {}
+    return changed if seed is None else {"seed": seed, **changed}
 
 
 def _noting(signature, self, args, kwargs):
@@ -38,7 +45,7 @@ def _noting(signature, self, args, kwargs):
     given = signature.bind(self, *args, **kwargs)
     noted = _Noted(given.arguments["result_generator"], given.arguments["request"].n or 1)
     given.arguments["result_generator"] = noted
-    return given, noted.seeds
+    return given, noted.fields
 
 
 def _completion(original):
@@ -49,9 +56,8 @@ def _completion(original):
         response = original(self, final_res_batch, *args, **kwargs)
         completions = (completion for output in final_res_batch for completion in output.outputs)
         for choice, completion in zip(response.choices, completions, strict=True):
-            seed = getattr(completion, "seed", None)
-            if seed is not None:
-                choice.seed = seed
+            for name, value in _fields(completion).items():
+                setattr(choice, name, value)
         return response
 
     return request_output_to_completion_response
@@ -63,11 +69,11 @@ def _chat(original):
 
     @functools.wraps(original)
     async def chat_completion_full_generator(self, *args, **kwargs):
-        given, seeds = _noting(signature, self, args, kwargs)
+        given, noted = _noting(signature, self, args, kwargs)
         response = await original(*given.args, **given.kwargs)
         for choice in getattr(response, "choices", ()):  # an error has none
-            if choice.index in seeds:
-                choice.seed = seeds[choice.index]
+            for name, value in noted.get(choice.index, {}).items():
+                setattr(choice, name, value)
         return response
 
     return chat_completion_full_generator
@@ -79,20 +85,20 @@ def _stream(original):
 
     @functools.wraps(original)
     async def stream_generator(self, *args, **kwargs):
-        given, seeds = _noting(signature, self, args, kwargs)
+        given, noted = _noting(signature, self, args, kwargs)
         async with contextlib.aclosing(original(*given.args, **given.kwargs)) as events:
             async for event in events:
-                yield _named(event, seeds) if seeds and _FINISHED in event else event
+                yield _named(event, noted) if noted and _FINISHED in event else event
 
     return stream_generator
 
 
-def _named(event: str, seeds: dict[int, int]) -> str:
-    """A server-sent event, with the seed in each choice that it finishes."""
+def _named(event: str, noted: dict[int, dict[str, int | bool]]) -> str:
+    """A server-sent event, with the extra fields in each choice that it finishes."""
     chunk = json.loads(event.removeprefix("data: "))
     for choice in chunk.get("choices", ()):
-        if choice.get("finish_reason") and choice["index"] in seeds:
-            choice["seed"] = seeds[choice["index"]]
+        if choice.get("finish_reason"):
+            choice.update(noted.get(choice["index"], {}))
     return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 

@@ -14,6 +14,7 @@ from bi_patch import settings
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import seeds
 from bi_patch.seams import active
+from bi_patch.seams.common import weights
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Policy, Seam, Target
 
@@ -124,13 +125,15 @@ def _of_request(original):
 
 
 def _from_core(original):
-    """OutputProcessor.process_outputs: read the seeds that the engine core gave."""
+    """OutputProcessor.process_outputs: read the seeds that the engine core gave, and whether weights changed."""
 
     @functools.wraps(original)
     def process_outputs(self, engine_core_outputs, *args, **kwargs):
         for output in engine_core_outputs:
+            state = self.request_states.get(output.request_id)
+            if state is not None:
+                weights.read(state, output)
             if output.trace_headers and HEADER in output.trace_headers:
-                state = self.request_states.get(output.request_id)
                 said = output.trace_headers[HEADER]
                 if state is not None and said.isdecimal():  # a client's own header can hold anything
                     setattr(state, _SEED, int(said))
@@ -140,12 +143,13 @@ def _from_core(original):
 
 
 def _of_answer(original):
-    """RequestState._new_completion_output: name the seed in the answer, as the attribute `seed`."""
+    """RequestState._new_completion_output: name the seed in the answer, and whether weights changed meanwhile."""
 
     @functools.wraps(original)
     def _new_completion_output(self, *args, **kwargs):
         output = original(self, *args, **kwargs)
         output.seed = getattr(self, _SEED, None)
+        weights.tell(self, output)
         return output
 
     return _new_completion_output

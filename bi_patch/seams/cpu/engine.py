@@ -43,7 +43,7 @@ def _load(original):
         import torch
 
         from bi_patch.ops.cpu import aten, certify, rows
-        from bi_patch.seams.cpu import moe
+        from bi_patch.seams.cpu import moe, weights
 
         if getattr(self.vllm_config.compilation_config.mode, "name", "NONE") != "NONE":
             active.at_disarm(aten.restore)
@@ -55,6 +55,7 @@ def _load(original):
         moe.certify_routers(self.get_model())
         rows.register_sampling(self.model_config.get_vocab_size())
         certify.certify(active.cache, library.vllm())
+        weights.watch(self.get_model(), self.vllm_config)
         return result
 
     return load_model

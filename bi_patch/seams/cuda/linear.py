@@ -46,6 +46,7 @@ def _load(original):
         from vllm.config import set_current_vllm_config
 
         from bi_patch.ops.cuda import certify
+        from bi_patch.seams import weights
         from bi_patch.seams.cuda import attention, chunks, moe, norm, rows
 
         config = self.vllm_config
@@ -57,6 +58,7 @@ def _load(original):
         result = original(self, *args, **kwargs)
         model = self.get_model()
         norm.replace_layer_norms(model)
+        weights.watch_model(model)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
             certify.certify(
                 _problems(model),

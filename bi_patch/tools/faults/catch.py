@@ -9,15 +9,15 @@ import msgspec
 from bi_patch.tools.faults import Fault, named
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.lifts import RECURRENT
-from bi_patch.tools.verify import locate, precision
-from bi_patch.tools.verify.case import Case, Scenario
+from bi_patch.tools.verify import locate, precision, updates
+from bi_patch.tools.verify.case import Case, Scenario, Update
 from bi_patch.tools.verify.child import ChildEngine
 from bi_patch.tools.verify.locate import Located
-from bi_patch.tools.verify.probes import AXES, Run, Workload
+from bi_patch.tools.verify.probes import AXES, Run, Workload, updating
 from bi_patch.tools.verify.probes.base import pair
 from bi_patch.tools.verify.probes.crossing import crossing_blocks, preempted
 
-PRECISION, RESTART, PREEMPTION = "precision", "restart", "preemption"
+PRECISION, RESTART, PREEMPTION, UPDATE = "precision", "restart", "preemption", "weight update"
 
 
 class Caught(msgspec.Struct, frozen=True):
@@ -54,6 +54,9 @@ def cases(engine: ChildEngine, axis: str, load: Workload) -> Iterator[Case]:
     if axis == PREEMPTION:
         yield from _preemption(engine, load)
         return
+    if axis == UPDATE:
+        yield from _round_trips(engine, load)
+        return
     probe = next(p for p in AXES if p.name == axis)
     yield from probe.cases(Run(engine, load))
 
@@ -67,6 +70,46 @@ def _preemption(engine: ChildEngine, load: Workload) -> Iterator[Case]:
     yield from (msgspec.structs.replace(case, axis=PREEMPTION) for case in found)
 
 
+def _round_trips(engine: ChildEngine, load: Workload) -> Iterator[Case]:
+    """In each way to give an engine weights: to other weights and back, on a warm cache."""
+    requests = updating.requests(engine, load)
+    own, other = engine.options.model, updating.other(engine.options.model)
+    engine.reset_cache()
+    expected = {own: engine.generate(requests)}
+    for way in updating.ways(engine):
+        for folder in (other, own):
+            engine.ask("update", msgspec.msgpack.encode(Update(way, folder)))
+            answers = engine.generate(requests)
+            for i, known in enumerate(expected.setdefault(folder, answers)):
+                scenario = Scenario(requests, i)
+                yield msgspec.structs.replace(
+                    pair(f"{way}: request {i}", scenario, scenario, known, answers[i]), axis=UPDATE
+                )
+
+
+def _updated(engine: FaultyEngine, fault: Fault, load: Workload) -> Caught:
+    """Catch a fault of an update: the answers with the other weights, before planting, are the expected ones."""
+    own, other = engine.options.model, updating.other(engine.options.model)
+    requests = updating.requests(engine, load)
+    longest = max(range(len(requests)), key=lambda i: len(requests[i].prompt))
+    give = [Update(updates.RELOAD, other)]
+    alone, company = Scenario(requests, longest), Scenario(requests, longest, [requests], updates=give)
+    try:
+        engine.ask("update", msgspec.msgpack.encode(give[0]))
+        expected = locate.trace(engine, alone)
+        engine.ask("update", msgspec.msgpack.encode(Update(updates.RELOAD, own)))
+        engine.plant(fault.name)
+        got = locate.trace(engine, company)
+        case = msgspec.structs.replace(pair("a reload", alone, company, expected.answer, got.answer), axis=UPDATE)
+        if not case.differs:
+            return Caught(fault.name, fault.cause, fault.axis, False, False, 1)
+        return _judged(engine, fault, case, 1, locate.judge(case, expected, got))
+    finally:
+        engine.plant()
+        engine.ask("update", msgspec.msgpack.encode(Update(updates.RELOAD, own)))
+        engine.reset_cache()
+
+
 def catch(engine: FaultyEngine, name: str, load: Workload) -> Caught:
     """Plant a fault, run its axis up to the first difference, locate the difference, and remove the fault."""
     fault = named(name)
@@ -75,6 +118,8 @@ def catch(engine: FaultyEngine, name: str, load: Workload) -> Caught:
             return _imprecise(engine, fault)
         if fault.axis == RESTART:
             return _restarted(engine, fault, load)
+        if fault.axis == UPDATE:
+            return _updated(engine, fault, load)
         engine.plant(name)
         compared = 0
         for case in cases(engine, fault.axis, load):

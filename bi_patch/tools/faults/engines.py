@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bi_patch import settings
 from bi_patch.tools.models import recipes, shapes
+from bi_patch.tools.verify import checkpoint
 from bi_patch.tools.verify.engine import Options
 
 
@@ -39,6 +42,19 @@ def few_blocks(given: Options, block: int) -> Options:
     """These options with a KV cache for one request of full length, so that a batch is preempted."""
     short = given.but(max_model_len=min(given.max_model_len, 1024))
     return short.but(kv_blocks=-(-short.max_model_len // block) + 1)
+
+
+def updated(platform: str, folder: str, dtype: str = "") -> Options:
+    """The options of an engine for updates: a small MoE model with weights in a folder, its head is its embedding."""
+    source = recipes.path(recipes.MOE, cache=settings.read().cache)
+    sleeping = {} if platform == "cpu" else {"enable_sleep_mode": True, "kv_cache_memory_bytes": 1 << 30}
+    return Options(
+        str(checkpoint.write(str(source), 3, Path(folder) / "weights", tied=True)),
+        dtype=dtype or ("float32" if platform == "cpu" else "bfloat16"),
+        max_model_len=1024,
+        chunk=512,
+        extra=sleeping,
+    )
 
 
 def recurrent(folder: str) -> Options:

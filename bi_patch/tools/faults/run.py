@@ -24,6 +24,7 @@ from bi_patch.tools.verify.probes import Workload
 # On CUDA, faults are planted in model runner V1, which runs the same layers as V2.
 _ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 PLATFORMS = tuple(_ENVIRON)
+_OTHER = (catch.PREEMPTION, catch.UPDATE)  # axes with an engine of their own
 DTYPES = ("", "bfloat16", "float32", "float16")
 Keep = Callable[[Faults], object]
 Tell = Callable[[str], None]
@@ -77,29 +78,36 @@ class _Run:
     keep: Keep
 
     def planted(self, given: Options, wanted: list[Fault]) -> Faults:
-        """Plant the faults in two engines: preemption's in an engine with few KV blocks, the others in the first."""
-        rows: list[FaultRow] = []
-        with FaultyEngine(ARMED, given, environ=self.environ) as engine:
-            made = evidence.new(Faults, engine.info)
-            made.dtype = given.dtype
-            block = engine.info.block_size
-            load = catch.workload(engine)
-            rows += [self._row(engine, fault, load) for fault in wanted if fault.axis != catch.PREEMPTION]
-            axes = {fault.axis for fault in wanted} - {catch.PREEMPTION, catch.PRECISION, catch.RESTART}
-            made.rows = list(rows)
-            self.keep(made)
-            made.clean = pairs, differing = self._clean(engine, axes, load)
-            self.keep(made)
-        if any(fault.axis == catch.PREEMPTION for fault in wanted):
-            with FaultyEngine(ARMED, engines.few_blocks(given, block), environ=self.environ) as engine:
+        """Plant the faults of preemption in an engine with few KV blocks, those of updates in an engine with weights of
+        a folder, and all others in the first engine."""
+        made: Faults | None = None
+        block, first = 0, [fault for fault in wanted if fault.axis not in _OTHER]
+        for axis in ("", *_OTHER):
+            there = [fault for fault in wanted if fault.axis == axis] if axis else first
+            # The first engine also tells the size of a block.
+            if not there and (axis or not any(fault.axis == catch.PREEMPTION for fault in wanted)):
+                continue
+            with FaultyEngine(ARMED, self._options(axis, given, block), environ=self.environ) as engine:
+                if made is None:
+                    made = evidence.new(Faults, engine.info)
+                    made.dtype = given.dtype
+                block = block or engine.info.block_size
                 load = catch.workload(engine)
-                rows += [self._row(engine, fault, load) for fault in wanted if fault.axis == catch.PREEMPTION]
-                more = self._clean(engine, {catch.PREEMPTION}, load)
-                pairs, differing = pairs + more[0], differing + more[1]
-        made.rows, made.clean = rows, (pairs, differing)
-        _sort(made)
-        self.keep(made)
+                made.rows += [self._row(engine, fault, load) for fault in there]
+                self.keep(made)
+                axes = {fault.axis for fault in there} - {catch.PRECISION, catch.RESTART}
+                pairs, differing = self._clean(engine, axes, load)
+                made.clean = (made.clean[0] + pairs, made.clean[1] + differing)
+                _sort(made)
+                self.keep(made)
+        assert made is not None
         return made
+
+    def _options(self, axis: str, given: Options, block: int) -> Options:
+        """The options of an axis's engine; "" stands for the axes that share the first engine."""
+        if axis == catch.UPDATE:
+            return engines.updated(self.platform, self.folder, given.dtype)
+        return engines.few_blocks(given, block) if axis else given
 
     def refused(self) -> FaultRow:
         """Show that cause 24 is refused: a model with recurrent layers must not start."""

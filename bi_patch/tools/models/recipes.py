@@ -25,7 +25,8 @@ from bi_patch.files import read_json, write_json
 SMOL = "smollm2-135m-instruct"
 QWEN3, LLAMA, MOE, QWEN3_100M = "tiny-qwen3", "tiny-llama", "tiny-qwen3-moe", "qwen3-100m"
 WINDOW = "tiny-mistral-window"
-NAMES = (SMOL, QWEN3, LLAMA, MOE, WINDOW, QWEN3_100M)
+TIED = "tiny-llama-tied"
+NAMES = (SMOL, QWEN3, LLAMA, TIED, MOE, WINDOW, QWEN3_100M)
 
 _RECIPE = 1  # raise it when a recipe below changes
 _MARKER = "bi_patch-model.json"
@@ -71,6 +72,7 @@ class _Random:
 _RANDOM = {
     QWEN3: _Random("Qwen3", _SMALL),
     LLAMA: _Random("Llama", _SMALL),
+    TIED: _Random("Llama", _SMALL | dict(tie_word_embeddings=True)),
     MOE: _Random("Qwen3Moe", _SMALL | _EXPERTS),
     WINDOW: _Random("Mistral", _SMALL | dict(sliding_window=96)),
     QWEN3_100M: _Random("Qwen3", _MIDDLE, vocab=4096, spread=0.03),

@@ -15,6 +15,10 @@ class AnswerIncomplete(BiPatchError):
     """An engine left out tokens or logprobs that a request asked for, so they cannot be compared."""
 
 
+class NotComparable(BiPatchError):
+    """Weights changed while an engine made an answer, so the answer belongs to no weights and proves nothing."""
+
+
 class Request(msgspec.Struct, frozen=True):
     """One request. Greedy unless temperature > 0. Two answers to a sampled request are comparable if it has a seed.
 
@@ -71,7 +75,7 @@ class Answer(msgspec.Struct, frozen=True):
     of its whole row of logits, over the full vocabulary; empty when the request did not ask. experts: for each position
     of the prompt and of the generated tokens but the last, the experts of every layer as hexadecimal text; empty where
     the engine returns none. seed: the seed that the engine names for a sampled answer, None where it names none; it
-    is not compared.
+    is not compared. weights_changed: the engine says that weights changed while it made the answer.
     """
 
     tokens: list[int]
@@ -83,6 +87,7 @@ class Answer(msgspec.Struct, frozen=True):
     digests: list[str] = []
     experts: list[str] = []
     seed: int | None = None
+    weights_changed: bool = False
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -123,7 +128,9 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 def compare(expected: Answer, got: Answer, label: str = "") -> Difference:
-    """Compare two answers to the same request, position by position, bitwise."""
+    """Compare two answers to the same request, position by position, bitwise. Raises NotComparable."""
+    if expected.weights_changed or got.weights_changed:
+        raise NotComparable(f"{label}: weights changed while the engine made the answer".lstrip(": "))
     return (
         _compare_prompt(expected, got, label)
         + _compare_generated(expected, got, label)

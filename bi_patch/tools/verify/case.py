@@ -21,6 +21,13 @@ import msgspec
 from bi_patch.tools.verify.answers import Answer, Difference, Request, compare
 
 
+class Update(msgspec.Struct, frozen=True):
+    """New weights for a running engine. way: one of verify.updates.WAYS. model: the folder that holds the weights."""
+
+    way: str
+    model: str
+
+
 class Scenario(msgspec.Struct, frozen=True):
     """The batch and the engine that answered the target.
 
@@ -28,7 +35,7 @@ class Scenario(msgspec.Struct, frozen=True):
     the same cache; the cache is empty before the first batch. options: changes to the engine's base Options. fresh: the
     engine runs in a new process whose compile caches are empty. chunk: a budget of tokens per engine step that is set
     on the running engine, None for the engine's own budget. scores: the logprobs mode that is set on the running
-    engine, None for the engine's own mode.
+    engine, None for the engine's own mode. updates: weights that the running engine gets after the warm-up, in order.
     """
 
     requests: list[Request]
@@ -38,6 +45,7 @@ class Scenario(msgspec.Struct, frozen=True):
     fresh: bool = False
     chunk: int | None = None
     scores: str | None = None
+    updates: list[Update] = []
 
     @property
     def request(self) -> Request:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -178,6 +178,11 @@ class LocalEngine:
         self._logprobs: str | None = None  # the engine's own mode, kept from the first change on
 
     @property
+    def llm(self):
+        """The vllm.LLM."""
+        return self._llm
+
+    @property
     def core(self):
         """vLLM's engine core. Raises AttributeError where the core runs in another process."""
         return self._llm.llm_engine.engine_core.engine_core
@@ -230,11 +235,24 @@ class LocalEngine:
 
     def sleep(self, level: int) -> None:
         """Put the engine to sleep and wake it. level: 1 keeps the weights on the host, 2 drops and loads them again."""
+        self.sleep_and_wake(level)
+        if level > 1:
+            self.rpc("reload_weights")
+        self.reset_cache()
+
+    def sleep_and_wake(self, level: int) -> None:
+        """Put the engine to sleep and wake it. After level 2, the weights are undefined."""
         self._llm.sleep(level=level)
         self._llm.wake_up()
-        if level > 1:
-            self._llm.collective_rpc("reload_weights")
-        self.reset_cache()
+
+    def rpc(self, method: str | Callable, **arguments: object) -> None:
+        """Run a method of the workers, or a function of a worker, in every worker."""
+        self._llm.collective_rpc(method, kwargs=arguments)
+
+    def generate_around(self, requests: Sequence[Request], steps: int, call: Callable[[], None]) -> list[Answer]:
+        """Answer all requests together, and run `call` after this many engine steps."""
+        parameters = [_sampling(r, "", self.options.tokenizer) for r in requests]
+        return [_answer(output) for output in self._generate_staggered(requests, parameters, {steps: call})]
 
     def counters(self) -> dict[str, float]:
         total: dict[str, float] = {}
@@ -260,10 +278,15 @@ class LocalEngine:
         self._serial += 1
         return f"row-{self._serial}"
 
-    def _generate_staggered(self, requests: Sequence[Request], parameters: Sequence[object]) -> list:
+    def _generate_staggered(
+        self,
+        requests: Sequence[Request],
+        parameters: Sequence[object],
+        calls: Mapping[int, Callable[[], None]] | None = None,
+    ) -> list:
         """Let requests join and leave a running batch: a request with a delay of n is added before engine step n.
 
-        The output of an aborted request is None.
+        The output of an aborted request is None. calls: step -> a function that runs before the step.
         """
         engine = self._llm.llm_engine
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].delay)
@@ -272,6 +295,8 @@ class LocalEngine:
         ends: dict[str, int] = {}  # the step before which a request is aborted
         step = 0
         while waiting or engine.has_unfinished_requests():
+            if calls and step in calls:
+                calls[step]()
             while waiting and (requests[waiting[0]].delay <= step or not engine.has_unfinished_requests()):
                 index = waiting.pop(0)
                 self._serial += 1
@@ -422,6 +447,7 @@ def _answer(output, digests: list[str] | None = None) -> Answer:
         digests=digests or [],
         experts=_experts(completion),
         seed=getattr(completion, "seed", None),
+        weights_changed=getattr(completion, "weights_changed", False),
     )
 
 

@@ -1,4 +1,4 @@
-"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: a trace, linears' accuracy, sleep.
+"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: traces, accuracy, sleep, new weights.
 
 Only the engine children of verify have instruments; no serving process has them. A tool with its own kind of child adds
 instruments there with `register`. The tool faults does so.
@@ -11,10 +11,12 @@ from collections.abc import Callable
 import msgspec
 
 from bi_patch.tools.verify.answers import Answer, Request
+from bi_patch.tools.verify.case import Update
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.trace import Trace
 
 COMPILED = "compilation.cache_key"  # the seam named for a difference in compiled code
+PREFIX = "weights.first_block"  # the seam named for cached keys and values of other weights
 
 
 class TraceAsk(msgspec.Struct, frozen=True):
@@ -24,6 +26,13 @@ class TraceAsk(msgspec.Struct, frozen=True):
     index: int
     watch: tuple[str, str] | None = None
     coarse: bool = False
+
+
+class InFlight(msgspec.Struct, frozen=True):
+    """Answer `requests` together, and give the engine new weights after their first steps."""
+
+    update: Update
+    requests: list[Request]
 
 
 class Traced(msgspec.Struct, frozen=True):
@@ -42,7 +51,7 @@ def traced(engine: LocalEngine, ask: TraceAsk) -> Traced:
     tracer = trace.Tracer(runner.module_names(held), owners.Owners().seam, owners.kernel, ask.watch, ask.coarse)
     with runner.attach(held, tracer, ask.requests, ask.index).attached():
         answer = engine.generate(ask.requests)[ask.index]
-    names = {call.seam for call in tracer.calls if call.seam} | ({COMPILED} if ask.coarse else set())
+    names = {call.seam for call in tracer.calls if call.seam} | {PREFIX} | ({COMPILED} if ask.coarse else set())
     return Traced(answer, Trace(tracer.calls, ask.coarse), {name: owners.status(name) for name in names})
 
 
@@ -61,9 +70,36 @@ def _sleep(engine: LocalEngine, data: bytes) -> bytes:
     return b""
 
 
+def _update(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.tools.verify import updates
+
+    updates.update(engine, msgspec.msgpack.decode(data, type=Update))
+    return b""
+
+
+def _update_in_flight(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.tools.verify import updates
+
+    ask = msgspec.msgpack.decode(data, type=InFlight)
+    return msgspec.msgpack.encode(updates.in_flight(engine, ask.update, ask.requests))
+
+
+def _held(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.tools.verify import updates
+
+    return msgspec.msgpack.encode(updates.held())
+
+
 Instrument = Callable[[LocalEngine, bytes], bytes]  # (engine, arguments as msgpack) -> result as msgpack
 
-SERVED: dict[str, Instrument] = {"trace": _trace, "precision": _precision, "sleep": _sleep}
+SERVED: dict[str, Instrument] = {
+    "trace": _trace,
+    "precision": _precision,
+    "sleep": _sleep,
+    "update": _update,
+    "update in flight": _update_in_flight,
+    "held": _held,
+}
 
 
 def register(name: str, instrument: Instrument) -> None:

@@ -23,7 +23,7 @@ from bi_patch.tools.verify.answers import compare as compare_answers
 from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.child import ChildEngine
 from bi_patch.tools.verify.engine import Options
-from bi_patch.tools.verify.instruments import COMPILED, TraceAsk, Traced
+from bi_patch.tools.verify.instruments import COMPILED, PREFIX, TraceAsk, Traced
 from bi_patch.tools.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, Trace
 
 
@@ -152,12 +152,14 @@ def trace(
             index, shared = max(
                 ((i, _shared(r, scenario.request)) for i, r in enumerate(batch)), key=lambda p: p[1], default=(0, 0)
             )
-            if not shared:
+            if not shared or scenario.updates:  # other weights computed the prefix
                 engine.generate(batch)
                 continue
             warm = _ask(engine, TraceAsk(batch, index, watch, coarse))
             calls += _before(warm.trace.calls, shared, len(calls))
             statuses |= warm.statuses
+        for update in scenario.updates:
+            engine.ask("update", msgspec.msgpack.encode(update))
         traced = _ask(engine, TraceAsk(scenario.requests, scenario.index, watch, coarse))
     finally:
         if scenario.chunk is not None:
@@ -224,7 +226,12 @@ def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> L
         )
     if not again.differing and coarse:
         return None
-    return _located(compared.first, alone.statuses | company.statuses, again.differing > 0, coarse)
+    statuses = alone.statuses | company.statuses
+    located = _located(compared.first, statuses, again.differing > 0, coarse)
+    if case.company.updates and located.op == CACHE and not coarse:
+        note, status = "other weights computed a prefix", statuses.get(PREFIX, "")
+        located = msgspec.structs.replace(located, seam=PREFIX, seam_status=status, note=note)
+    return located
 
 
 def _first_layer(alone: Trace, company: Trace) -> Compared | None:

@@ -34,9 +34,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1em 1em; margi
 """
 
 
-def page(report: Report) -> str:
-    """The whole page."""
-    title = f"Is it batch-invariant? {_short(report.system)}"
+def page(report: Report, more: Sequence[str] = ()) -> str:
+    """The whole page. more: further parts in HTML, after the table of numbers."""
+    title = f"{report.title} {_short(report.system)}"
     measured = [axis for axis in report.axes if axis.compared or axis.state in _FILL]
     wrong = [axis for axis in measured if axis.differing]
     aside = [axis for axis in report.axes if axis not in measured]
@@ -49,8 +49,7 @@ def page(report: Report) -> str:
         *(f"<p>{html.escape(said)}</p>" for said in report.verdict[1:]),
         _facts(report),
         "<h2>Axes</h2>",
-        "<p class='note'>On each axis, the engine answers the same requests in two scenarios. Tokens, chosen logprobs "
-        "and top logprobs are compared bit by bit"
+        f"<p class='note'>{report.note}"
         + ("; whole rows of logits are compared by digest" if any(axis.digests for axis in report.axes) else "")
         + ". Bars: compared positions (logarithmic scale); red: positions that differ.</p>",
         bars(measured),
@@ -58,7 +57,7 @@ def page(report: Report) -> str:
     if wrong:
         parts.append("<h2>Where bits differ</h2>")
         parts += [_wrong(axis) for axis in wrong]
-    parts += ["<h2>Numbers</h2>", _table(measured)]
+    parts += ["<h2>Numbers</h2>", _table(measured), *more]
     if aside:
         parts += ["<h2>Not measured</h2>", _aside(aside)]
     if report.failure:

@@ -6,11 +6,13 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 
 from bi_patch.files import write_json
 from bi_patch.tools.provenance import Provenance
+from bi_patch.tools.verify.answers import Difference
 from bi_patch.tools.verify.case import Case
 from bi_patch.tools.verify.precision import Precision
 
@@ -78,14 +80,20 @@ class Axis(msgspec.Struct):
 
     def add(self, case: Case) -> None:
         """Count one compared pair."""
-        d = case.difference
+        self.undigested += case.digested and not case.difference.digests
+        beside = len(case.company.requests) - 1
+        self.count(case.label, case.difference, beside)
+        if case.differs and (self.case is None or beside < len(self.case.company.requests) - 1):
+            self.case = case
+
+    def count(self, label: str, d: Difference, beside: int = 0) -> None:
+        """Count the difference of one pair. beside: the number of requests in company."""
         self.pairs += 1
         self.compared += d.compared
         self.differing += d.differing
         self.tokens_changed += d.tokens_changed
         self.digests += d.digests
         self.undefined += d.undefined
-        self.undigested += case.digested and not d.digests
         self.largest = max(self.largest, d.largest if math.isfinite(d.largest) else sys.float_info.max)
         self.ulps = max(self.ulps, d.ulps)
         if not d.differing:
@@ -93,9 +101,7 @@ class Axis(msgspec.Struct):
         self.generated = _counted(self.generated, d.generated)
         self.prompt = _counted(self.prompt, d.prompt)
         if len(self.shown) < _SHOWN:
-            self.shown.append(Pair(case.label, d.first, d.compared, d.differing, len(case.company.requests) - 1))
-        if self.case is None or len(case.company.requests) < len(self.case.company.requests):
-            self.case = case
+            self.shown.append(Pair(label, d.first, d.compared, d.differing, beside))
 
     def settle(self, state: str = "", reason: str = "") -> None:
         """Set the axis's state. An axis with several engines is settled after each; the most severe state stays."""
@@ -133,6 +139,12 @@ class Report(msgspec.Struct, tag_field="format", tag=FORMAT):
     for a server. precision: the accuracy of the model's linears against fp64, None when the run did not measure it.
     provenance: which bi_patch measured, and with which command.
     """
+
+    title: ClassVar[str] = "Is it batch-invariant?"  # of the page
+    note: ClassVar[str] = (
+        "On each axis, the engine answers the same requests in two scenarios. Tokens, chosen logprobs and top logprobs "
+        "are compared bit by bit"
+    )
 
     system: str
     mode: str

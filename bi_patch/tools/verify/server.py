@@ -304,6 +304,7 @@ def _answer(choice, request: Request, url: str) -> Answer:
         prompt_top=[list(entry.items()) for entry in prompt],
         text=choice.text,
         seed=given.get("seed"),
+        weights_changed=bool(given.get("weights_changed", False)),
     )
 
 

@@ -36,8 +36,9 @@ class LocalEngines:
         self.name, self.mode, self.options = options.model, mode, options
         self._environ = PATIENT | dict(os.environ) | (environ or {})
 
-    def start(self, options: Options, *, fresh: bool = False) -> ChildEngine:
-        return ChildEngine(self.mode, options, environ=self._environ, fresh=fresh)
+    def start(self, options: Options, *, fresh: bool = False, kind: type[ChildEngine] = ChildEngine) -> ChildEngine:
+        """kind: the class of the child, for another tool's children."""
+        return kind(self.mode, options, environ=self._environ, fresh=fresh)
 
 
 class RunningServer:

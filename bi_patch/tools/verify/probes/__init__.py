@@ -21,7 +21,7 @@ A probe raises NotExercised when the cause that it tests did not occur: no preem
 from __future__ import annotations
 
 from bi_patch.tools.verify.engine import HITS, PREEMPTIONS, Engine
-from bi_patch.tools.verify.probes import adapters, crossing, grammars, online, routing, sleeping
+from bi_patch.tools.verify.probes import adapters, crossing, grammars, online, routing, sleeping, updating
 from bi_patch.tools.verify.probes.base import (
     Change,
     CrossProbe,
@@ -297,6 +297,15 @@ FEATURE_PROBES = (
         seconds=5,
         options=routing.options,
         optional=True,
+    ),
+    updating.UpdateProbe(
+        "weight update",
+        "weights that a running engine gets, against an engine started with them; and back",
+        updating.changes,
+        updating.requests,
+        causes=(31,),
+        missing=updating.missing,
+        seconds=20,
     ),
     CrossProbe(
         "thread count",

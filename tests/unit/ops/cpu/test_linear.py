@@ -1,5 +1,8 @@
 """Routes of linears on CPU with the real bundled kernels."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn import Linear as TorchLinear
@@ -151,3 +154,37 @@ def test_weights_that_are_not_finite_get_the_bundled_kernel(layer, tmp_path):
     apply = route(layer, bundled(layer), tmp_path)
     x = torch.randn(4, K).to(layer.weight.dtype)
     assert not bits.differing(apply(x, layer.weight, layer.bias), bundled(layer)(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("serves", ["library", "bundled"])
+def test_new_weights_keep_the_route_and_free_the_old_ones(layer, tmp_path, monkeypatch, serves):
+    """Compiled code holds the handle of the first load. With new weights, the same handle serves them."""
+    monkeypatch.setattr(linear, "_worthwhile", lambda c: frozenset(linear.ROWS if serves == "library" else ()))
+    first = route(layer, bundled(layer), tmp_path)
+    handle, packed, count = layer.bi_patch_handle, linear._layers[layer.bi_patch_handle].packed, len(linear._layers)
+    old = weakref.ref(linear._layers[handle].vendor) if serves == "library" else lambda: None
+    layer.weight.mul_(-1.5)
+    again = route(layer, bundled(layer), tmp_path)
+    assert again is first and layer.bi_patch_handle == handle and linear._layers[handle].packed is packed
+    assert len(linear._layers) == count and old() is None
+    x = torch.randn(16, K).to(layer.weight.dtype)
+    want = bundled(layer)(x, layer.weight, layer.bias)
+    assert torch.equal(again(x, layer.weight, layer.bias), want)
+    if serves == "library":
+        assert torch.equal(torch.ops.bi_patch.cpu_linear(x, layer.bias, handle, N), want)
+    assert torch.equal(linear.unpacked(layer), layer.weight)
+    assert linear.has_route(layer) and layer in linear.take_routed() and not linear.take_routed()
+    del layer.bi_patch_handle
+    assert not linear.has_route(layer)
+
+
+def test_a_route_ends_with_its_layer(tmp_path):
+    torch.manual_seed(0)
+    layer = TorchLinear(K, N, bias=True, dtype=torch.bfloat16, device="cpu").requires_grad_(False)
+    route(layer, bundled(layer), tmp_path)
+    handle = layer.bi_patch_handle
+    assert handle in linear._layers
+    linear.take_routed()
+    del layer
+    gc.collect()
+    assert handle not in linear._layers

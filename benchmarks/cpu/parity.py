@@ -1,0 +1,64 @@
+"""Runs `bi-patch parity` for several models on this CPU, and writes parity-DATE-cpu-vllm-RELEASE.json.
+
+    PYTHONPATH=. python3 benchmarks/cpu/parity.py [--only LABEL ...] [--results FOLDER]
+
+Exit code 1: a value differs. 2: something could not be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import bi_patch_entry
+
+# label -> (model of bi_patch.tools.models.recipes, dtype, eager, GRPO steps of each of two runs)
+CASES = {
+    "tiny-llama-tied bf16": ("tiny-llama-tied", "bfloat16", True, 6),
+    "tiny-llama-tied fp32": ("tiny-llama-tied", "float32", True, 6),
+    "tiny-llama-tied bf16 compiled": ("tiny-llama-tied", "bfloat16", False, 6),
+    "tiny-llama-tied fp32 compiled": ("tiny-llama-tied", "float32", False, 6),
+    "tiny-qwen3 bf16": ("tiny-qwen3", "bfloat16", True, 6),
+    "tiny-qwen3 fp32": ("tiny-qwen3", "float32", True, 6),
+    "tiny-qwen3 bf16 compiled": ("tiny-qwen3", "bfloat16", False, 6),
+    "tiny-qwen3 fp32 compiled": ("tiny-qwen3", "float32", False, 6),
+    "SmolLM2-135M bf16": ("smollm2-135m-instruct", "bfloat16", True, 4),
+}
+
+
+def main() -> int:
+    from bi_patch.tools import evidence
+    from bi_patch.tools.evidence import InvarianceRow, Parity
+    from bi_patch.tools.parity import run
+    from bi_patch.tools.parity.plan import Plan
+    from bi_patch.tools.verify import levels, terminal
+    from bi_patch.tools.verify.local import local
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--results", type=Path, default=evidence.RESULTS)
+    given = parser.parse_args()
+    codes = []
+    for label in given.only:
+        model, dtype, eager, steps = CASES[label]
+        options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64}
+        system = local(model, levels.QUICK, dtype=dtype, eager=eager, engine_args=options)
+        report = run.measure(system, Plan(steps=steps))
+        print(f"{label}\n{terminal.plain(report)}", flush=True)
+        codes.append(report.exit_code)
+        if report.exit_code == 2:
+            continue
+        made = evidence.new(Parity, report, report.provenance)
+        made.rows = [
+            InvarianceRow(label, axis.name, axis.compared, axis.differing, axis.shown[0].first if axis.shown else "")
+            for axis in report.axes
+            if axis.compared
+        ]
+        print(evidence.write(made, given.results), flush=True)
+    return 1 if 1 in codes else max(codes, default=0)
+
+
+if __name__ == "__main__":
+    bi_patch_entry.without_arming()
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""Weight updates: no request uses keys and values of other weights, and an answer over an update says so."""
+
+import functools
+import secrets
+
+from bi_patch.seams import active, weights
+from bi_patch.seams.model import Seam, Target
+
+HEADER = "bi-patch-weights"
+_KEY = "_bi_patch_weights"  # attribute of vLLM's Request: the weights in its block hashes
+_MIXED = "_bi_patch_mixed"  # attribute of vLLM's RequestState
+_DROPPED = "_bi_patch_dropped"  # attribute of vLLM's EngineCore: it sleeps without its weights
+
+# Methods of workers that write no weights. Every other call to the workers counts as a write.
+READING = frozenset(
+    {
+        "check_health",
+        "compute_weight_checksums",
+        "get_kv_cache_spec",
+        "get_model_inspection",
+        "get_supported_tasks",
+        "init_weight_transfer_engine",
+        "list_loras",
+        "profile",
+        "reset_encoder_cache",
+        "reset_mm_cache",
+        "save_sharded_state",
+        "save_tensorized_model",
+        "shutdown_weight_transfer_engine",
+        "supports_draft_weight_updates",
+        "synchronize_device",
+    }
+)
+
+
+def read(state, output) -> None:
+    """Note in the front end that weights changed under a request. state: RequestState. output: EngineCoreOutput."""
+    if output.trace_headers and HEADER in output.trace_headers:
+        setattr(state, _MIXED, True)
+
+
+def tell(state, completion) -> None:
+    """Say in an answer (CompletionOutput) whether weights changed while it was made, as `weights_changed`."""
+    completion.weights_changed = getattr(state, _MIXED, False)
+
+
+def _first_block(original):
+    """generate_block_hash_extra_keys: the first block's hash holds the identity of the weights."""
+
+    @functools.wraps(original)
+    def generate_block_hash_extra_keys(request, start_token_idx, end_token_idx, start_mm_idx):
+        keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        if start_token_idx:
+            return keys, next_mm_idx
+        held = request.__dict__.setdefault(_KEY, weights.identity())
+        return (("weights", held), *(keys or ())), next_mm_idx
+
+    return generate_block_hash_extra_keys
+
+
+def _hash_again(request, held: str) -> None:
+    """Make the block hashes of vLLM's Request again, with other weights in them."""
+    setattr(request, _KEY, held)
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def renew(core) -> None:
+    """After a change of the weights: no request of the engine core uses or leaves keys and values of other weights.
+
+    Requests that were not computed yet are hashed with the new weights. A request that holds keys and values gets
+    hashes that no other request has, so that what it computes from now on is used by nobody. Requests that were
+    computed in part are marked, and their answers say so.
+    """
+    scheduler = core.scheduler
+    for request in list(scheduler.requests.values()):
+        holds = any(scheduler.kv_cache_manager.get_block_ids(request.request_id))
+        if holds or request.num_output_tokens or request.num_computed_tokens or request.num_preemptions:
+            request.trace_headers = {**(request.trace_headers or {}), HEADER: "changed"}
+        _hash_again(request, secrets.token_hex(16) if holds else weights.identity())
+    if getattr(scheduler, "connector", None) is not None:
+        scheduler.reset_connector_cache()
+
+
+def _core(original):
+    """EngineCore.__init__: tell this engine core about new weights."""
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        weights.watch_core(self, renew)
+
+    return __init__
+
+
+def _arrival(original):
+    """EngineCore.add_request: hash a request again whose hashes were made before the weights changed."""
+
+    @functools.wraps(original)
+    def add_request(self, request, *args, **kwargs):
+        if request.__dict__.get(_KEY, weights.identity()) != weights.identity():
+            _hash_again(request, weights.identity())
+        return original(self, request, *args, **kwargs)
+
+    return add_request
+
+
+def _settled(worker) -> None:
+    """In a worker: what the model derives from its weights follows them."""
+    weights.settle()
+
+
+def _calls(original):
+    """EngineCore.collective_rpc: after a call that may write weights, they count as changed."""
+
+    @functools.wraps(original)
+    def collective_rpc(self, method, *args, **kwargs):
+        if method in READING:
+            return original(self, method, *args, **kwargs)
+        try:
+            result = original(self, method, *args, **kwargs)
+            if active.plan is not None and active.plan.platform == "cpu":  # only CPU workers keep packed copies
+                self.model_executor.collective_rpc(_settled)
+            return result
+        finally:
+            weights.renew()
+
+    return collective_rpc
+
+
+def _sleep(original):
+    """EngineCore.sleep: a level above 1 drops the weights."""
+
+    @functools.wraps(original)
+    def sleep(self, level=1, *args, **kwargs):
+        if level > 1:
+            self.__dict__[_DROPPED] = True
+            weights.renew()
+        return original(self, level, *args, **kwargs)
+
+    return sleep
+
+
+def _wake(original):
+    """EngineCore.wake_up: after a sleep without weights, the memory holds other weights."""
+
+    @functools.wraps(original)
+    def wake_up(self, *args, **kwargs):
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            if self.__dict__.get(_DROPPED):
+                weights.renew()
+
+    return wake_up
+
+
+def _reload(original):
+    """GPUModelRunner.reload_weights: the weights count as written, also if the call fails on the way."""
+
+    @functools.wraps(original)
+    def reload_weights(self, *args, **kwargs):
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            weights.wrote()
+
+    return reload_weights
+
+
+_CORE = "vllm.v1.engine.core"
+_HASHES = "vllm.v1.core.kv_cache_utils"
+_POOL = "vllm.v1.core.block_pool"
+_OFFLOAD = "vllm.v1.simple_kv_offload.manager"
+_STALE = "cached keys and values of old weights are used after new weights arrived, if nobody resets the prefix cache"
+_UNTIL = "upstream keys cached blocks by the weights (https://github.com/vllm-project/vllm/pull/46125)"
+
+
+def _seam(name: str, module: str, qualname: str, close, how: str) -> Seam:
+    return Seam(
+        name=f"weights.{name}",
+        targets=(Target(module, qualname),),
+        close=close,
+        why=_STALE,
+        how=how,
+        until=_UNTIL,
+        causes=(31,),
+    )
+
+
+SEAMS = (
+    Seam(
+        name="weights.first_block",
+        targets=(
+            Target(_HASHES, "generate_block_hash_extra_keys", "<0.32", (_POOL,)),
+            Target(_HASHES, "generate_block_hash_extra_keys", ">=0.32", (_POOL, _OFFLOAD)),
+        ),
+        close=_first_block,
+        why=_STALE,
+        how="the hash of a prompt's first block holds a random identity of the loaded weights, and all later blocks "
+        "follow from the first",
+        until=_UNTIL,
+        causes=(31,),
+    ),
+    _seam("core", _CORE, "EngineCore.__init__", _core, "each engine core hears of new weights in its process"),
+    _seam(
+        "arrival",
+        _CORE,
+        "EngineCore.add_request",
+        _arrival,
+        "a request that arrives while weights change is hashed with the new weights",
+    ),
+    _seam(
+        "calls",
+        _CORE,
+        "EngineCore.collective_rpc",
+        _calls,
+        "every call to the workers that may write weights changes their identity. Waiting requests are hashed again, "
+        "running requests leave nothing in the cache that others use, and their answers say so",
+    ),
+    _seam("sleep", _CORE, "EngineCore.sleep", _sleep, "a sleep that drops the weights changes their identity"),
+    _seam("wake", _CORE, "EngineCore.wake_up", _wake, "waking up without weights changes their identity"),
+    _seam(
+        "reload",
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.reload_weights",
+        _reload,
+        "a reload in the engine's own process changes the identity",
+    ),
+    _seam(
+        "reload_v2",
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.reload_weights",
+        _reload,
+        "a reload in the engine's own process changes the identity",
+    ),
+)

@@ -1,0 +1,158 @@
+"""Weight updates on CPU: layers compute with packed copies of their weights, which must follow every update.
+
+vLLM frees a linear layer's own weight once it is packed, so a weight cannot be written in place. `model.load_weights`
+therefore begins a layerwise load: a layer that gets all its weights is packed at once. Before the next step, layers
+that got a part are completed with the weights that they have.
+"""
+
+import functools
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import weights
+from bi_patch.seams.model import Seam, Target
+
+_LOADING = "_bi_patch_loading"  # attribute of a model: `begin` started a layerwise load
+
+
+def watch(model, config) -> None:
+    """Make every kind of load reach the packed copies of a loaded model. config: the engine's VllmConfig."""
+    from bi_patch.ops.cpu import linear
+
+    linear.take_routed()  # the first load's layers
+    weights.watch_model(model, _begin, functools.partial(_settle, config=config))
+
+
+def _in_progress(model) -> bool:
+    """Whether a layerwise load is under way, begun by vLLM or by `_begin`."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return get_layerwise_info(model).can_load()
+
+
+def _begin(model) -> None:
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+    if not _in_progress(model):
+        initialize_layerwise_reload(model)
+        setattr(model, _LOADING, True)
+
+
+def _settle(model, config) -> None:
+    """End a load that `_begin` started, and pack the weights of heads again, which vLLM does not do for a tied head."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
+
+    from bi_patch.ops.cpu import linear, rows
+
+    with set_current_vllm_config(config):
+        if model.__dict__.pop(_LOADING, False) and _in_progress(model):
+            finalize_layerwise_reload(model, config.model_config)
+        if _in_progress(model):  # vLLM ends its own load
+            return
+        routed = linear.take_routed()
+        for layer in model.modules():
+            if linear.has_route(layer) and layer.weight.numel() and layer not in routed:
+                layer.quant_method.process_weights_after_loading(layer)
+        linear.take_routed()
+    rows.take_registered()  # the first load certified the same operations
+
+
+def _settled(original):
+    """GPUModelRunner.execute_model and _dummy_run: end a load first, and pack again what it left unpacked."""
+
+    @functools.wraps(original)
+    def run(self, *args, **kwargs):
+        if weights.pending:
+            weights.settle()
+        return original(self, *args, **kwargs)
+
+    return run
+
+
+def _complete(original):
+    """materialize_layer: a layer that gets a part of its weights keeps the others. vLLM leaves these uninitialized."""
+
+    @functools.wraps(original)
+    def materialize_layer(layer, info):
+        original(layer, info)
+        if info.kernel_tensors is None or info.load_numel >= info.load_numel_total:
+            return
+        for name, held in (info.kernel_tensors[0] | info.kernel_tensors[1]).items():
+            fresh = getattr(layer, name, None)
+            if fresh is not None and fresh is not held:
+                fresh.data.copy_(_unpacked(layer, name, held, fresh))
+
+    return materialize_layer
+
+
+def _unpacked(layer, name: str, held, fresh):
+    """The weight that a layer computes with, in the shape of `fresh`."""
+    from bi_patch.ops.cpu import linear
+
+    if name == "weight" and not held.numel() and linear.has_route(layer):
+        return linear.unpacked(layer)
+    if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None or held.shape != fresh.shape:
+        raise UnsupportedFeature(
+            f"weights.cpu_complete: a load gave a part of the weights of {type(layer).__name__}; the rest is packed. "
+            "Give all weights of a layer between two requests, or use reload_weights"
+        )
+    return held
+
+
+def _pack_experts(original):
+    """UnquantizedFusedMoEMethod._setup_kernel: pack the experts' weights after an update, too."""
+
+    @functools.wraps(original)
+    def _setup_kernel(self, layer, *args, **kwargs):
+        again = self.moe_kernel is not None
+        original(self, layer, *args, **kwargs)
+        if again:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    return _setup_kernel
+
+
+_RELOAD = "vllm.model_executor.model_loader.reload"
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_PACKED = "linear layers and heads compute with packed copies, which do not follow every kind of weight update"
+
+
+def _step(name: str, method: str) -> Seam:
+    return Seam(
+        name=f"weights.{name}",
+        targets=(Target(_RUNNER, f"GPUModelRunner.{method}"),),
+        close=_settled,
+        why=_PACKED,
+        how="before a step after an update, a load by model.load_weights is ended, and heads are packed again",
+        until="upstream's layerwise load covers tied heads and model.load_weights on CPU",
+        causes=(31,),
+    )
+
+
+SEAMS = (
+    _step("cpu_step", "execute_model"),
+    _step("cpu_dummy_step", "_dummy_run"),
+    Seam(
+        name="weights.cpu_complete",
+        targets=(Target(f"{_RELOAD}.meta", "materialize_layer", "", (f"{_RELOAD}.layerwise",)),),
+        close=_complete,
+        why="a layer that gets a part of its weights computes with uninitialized memory for the others",
+        how="the other weights stay. If they are packed by vLLM, the update is refused by name",
+        until="upstream keeps weights that an update leaves out",
+        causes=(31,),
+    ),
+    Seam(
+        name="weights.cpu_experts",
+        targets=(
+            Target(
+                "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",
+                "UnquantizedFusedMoEMethod._setup_kernel",
+            ),
+        ),
+        close=_pack_experts,
+        why="vLLM packs the experts' weights at the first load only, and then reads unpacked weights as packed ones",
+        how="the experts' weights are packed after every load",
+        until="upstream packs the experts of a CPU layer after an update",
+        causes=(31,),
+    ),
+)

@@ -1,0 +1,97 @@
+"""New weights in this process: which weights are loaded, and what has to follow when they change.
+
+Cached keys and values belong to the weights that computed them. So the identity of the loaded weights is a part of the
+hash of each prompt's first block. The identity is random: a counter would repeat after a restart, and in another
+engine. Engine cores register with `watch_core`, models with `watch_model`.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.errors import NoEngine
+
+_identity = secrets.token_hex(16)
+_cores: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
+_models: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
+pending = False  # a model got weights, and `settle` did not run since
+
+
+def identity() -> str:
+    """The identity of the weights that this process serves, 32 hexadecimal digits."""
+    return _identity
+
+
+def watch_core(core: Any, renew: Callable[[Any], None]) -> None:
+    """Call renew(core) whenever the identity changes. core: vLLM's EngineCore, held weakly."""
+    _cores[core] = renew
+
+
+def _nothing(model: Any) -> None:
+    """What a platform does whose layers compute with the parameters themselves."""
+
+
+def watch_model(
+    model: Any, before: Callable[[Any], object] = _nothing, settle: Callable[[Any], object] = _nothing
+) -> None:
+    """Let `model.load_weights` of a loaded model tell that the model got weights.
+
+    model: a torch.nn.Module, held weakly. before(model): runs before such a load. settle(model): runs before a model
+    with new weights computes.
+    """
+    held, mine = type(model).load_weights, weakref.ref(model)
+
+    @functools.wraps(held)
+    def load_weights(*args, **kwargs):
+        before(mine())
+        try:
+            return held(mine(), *args, **kwargs)
+        finally:
+            wrote()
+
+    model.load_weights = load_weights
+    _models[model] = settle
+
+
+def wrote() -> None:
+    """Note that a model of this process got weights: a new identity, and `settle` is due."""
+    global pending
+    pending = True
+    renew()
+
+
+def renew() -> None:
+    """Take a new identity, and tell every engine core of this process."""
+    global _identity
+    _identity = secrets.token_hex(16)
+    for core, call in list(_cores.items()):
+        call(core)
+
+
+def settle() -> None:
+    """Make again what every model of this process derives from its weights, e.g. packed copies."""
+    global pending
+    pending = False
+    for model, call in list(_models.items()):
+        call(model)
+
+
+def weights_changed() -> None:
+    """Say that weights were written in place (`parameter.copy_(...)`), which no patch point sees.
+
+    Call it in the process that wrote, after the last write and before the next request: in the engine's own process,
+    or in its workers through `collective_rpc`. Packed copies are made again, prefixes that the old weights computed are
+    not used any more, and requests in flight are marked. Weights that vLLM loads itself need no call.
+    Raises NoEngine if this process has neither an armed engine nor a model of such an engine.
+    """
+    if not _cores and not _models:
+        raise NoEngine(
+            "weights_changed: this process has no armed engine and no model of an armed engine. Call it where the "
+            "weights were written, e.g. with llm.collective_rpc"
+        )
+    settle()
+    renew()

@@ -1,0 +1,86 @@
+"""Writes a model's folder with other weights: the same files, names, shapes and dtypes, and seeded random values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+
+
+def write(model: str, seed: int, folder: Path, *, tied: bool = False) -> Path:
+    """Write the model with weights of this seed into `folder`, and return the folder.
+
+    model: a local folder. tied: the written model's head is its embedding. With safetensors, each tensor keeps its mean
+    and its spread. Without weights, transformers names the tensors: matrices are normal(0, fan_in ** -0.5), norms
+    normal(1, 0.1), biases normal(0, 0.5).
+    Raises FileNotFoundError if `model` is no local folder.
+    """
+    from safetensors.torch import save_file
+
+    source = Path(model).expanduser()
+    if not source.is_dir():
+        raise FileNotFoundError(f"{model} is no local folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix not in _WEIGHTS and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    if tied:
+        config = json.loads((source / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}, indent=1))
+    left_out = {"lm_head.weight"} if tied else set()
+    held = sorted(source.glob("*.safetensors"))
+    for file in held:
+        made = {name: tensor for name, tensor in _like(file, seed) if name not in left_out}
+        save_file(made, folder / file.name, {"format": "pt"})
+    if held:
+        for index in source.glob("*.safetensors.index.json"):
+            shutil.copyfile(index, folder / index.name)
+    else:
+        made = {name: tensor for name, tensor in _made(folder, seed) if name not in left_out}
+        save_file(made, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _like(file: Path, seed: int) -> Iterator[tuple[str, object]]:
+    """Tensors with the names, shapes, dtypes, means and spreads of a file's. Integers stay."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as held:
+        for name in held.keys():  # noqa: SIM118  the file is no dict
+            tensor = held.get_tensor(name)
+            if tensor.is_floating_point() and tensor.numel() > 1:
+                wide = tensor.float()
+                noise = torch.randn(tensor.shape, generator=_generator(name, seed))
+                tensor = (wide.mean() + wide.std().clamp_min(0.02) * noise).to(tensor.dtype)
+            yield name, tensor
+
+
+def _made(source: Path, seed: int) -> Iterator[tuple[str, object]]:
+    """Tensors for a folder that holds config.json only."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=_generator(name, seed))
+        if parameter.ndim >= 2:
+            noise *= parameter.shape[-1] ** -0.5
+        elif name.endswith("bias"):
+            noise *= 0.5
+        else:
+            noise = 1 + 0.1 * noise
+        yield name, noise.to(dtype)
+
+
+def _generator(name: str, seed: int):
+    import torch
+
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

@@ -1,0 +1,272 @@
+"""Gradients in fp32 that do not depend on how a batch is cut into micro-batches.
+
+Autograd sums a weight's gradient over all tokens of a micro-batch, so the cut decides the order of the sum, and every
+micro-batch rounds its sum to the weight's dtype. Here each use of a weight has one fp32 buffer, the *chain*. Sequence
+after sequence, in the order of the batch, the sequence's own gradient is added to the chain. A sequence's gradient
+depends on the sequence alone, so each cut of the same batch adds the same numbers in the same order.
+
+A weight with two uses, as the embedding and the head of a tied model, has two chains, which are added at the end: the
+uses alternate with the micro-batches. The loss must not depend on the cut either: divide by a count of the whole
+batch, such as all its tokens, never by a count of the micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.autograd import Function
+
+from bi_patch.errors import BiPatchError, GradientsOpen, GradientsUnordered, UnsupportedFeature
+from bi_patch.training import devices, huggingface, ops
+
+_CALL = "bi_patch_call"  # the keyword argument that carries a call's spans and number to the layers
+
+Spans = Sequence[tuple[int, int]]  # of each sequence in the rows of a batch: the first row, and the row after the last
+# (gradient of the output [rows, ...], input [rows, ...], chain) -> None: adds the gradient of one sequence
+Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward pass of the model. number: counted from 1. spans: its sequences. rows: padding included."""
+
+    number: int
+    spans: tuple[tuple[int, int], ...]
+    rows: int
+
+    def of(self, rows: int, what: str) -> Spans:
+        """The spans, for an operator that got this many rows. Raises UnsupportedFeature for another number."""
+        if rows != self.rows:
+            raise UnsupportedFeature(
+                f"training.gradients: a {what} got {rows} rows of a batch of {self.rows}. The gradient of a sequence "
+                "needs all rows of the batch: leave out logits_to_keep, or call training.logprobs"
+            )
+        return self.spans
+
+
+@dataclass
+class Gradients:
+    """The chains of one `gradients` block. call: the call of the model that runs.
+
+    chains: by parameter and use, "embedding" or "layer".
+    """
+
+    call: Call | None = None
+    count: int = 0
+    chains: dict[tuple[torch.nn.Parameter, str], torch.Tensor] = field(default_factory=dict)
+    _last: dict[tuple[torch.nn.Parameter, str], int] = field(default_factory=dict)
+
+    def chain(self, parameter: torch.nn.Parameter, use: str, call: Call) -> torch.Tensor:
+        """The buffer to which `call` now adds. Raises GradientsUnordered if this call or a later one has added."""
+        key = (parameter, use)
+        last = self._last.get(key, 0)
+        if call.number <= last:
+            raise GradientsUnordered(
+                f"training.gradients: pass {call.number} came after pass {last} at a weight of shape "
+                f"{list(parameter.shape)}. Run the backward pass of each micro-batch before the next forward pass, and "
+                "use each layer once in a pass"
+            )
+        self._last[key] = call.number
+        if key not in self.chains:
+            self.chains[key] = torch.zeros_like(parameter, dtype=torch.float32)
+        return self.chains[key]
+
+    def add(self, parameter, use: str, call: Call, spans: Spans, grad, x, rule: Add) -> None:
+        """Add the gradients of one call, sequence by sequence. grad, x: [rows, ...]."""
+        chain = self.chain(parameter, use, call)
+        for first, last in spans:
+            # Fresh copies: a library may choose its code by the address of the first element.
+            rule(_copied(grad[first:last]), _copied(x[first:last]), chain)
+
+    def joined(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """The gradient of a parameter, fp32; None if it got none. Its chains are forgotten."""
+        found = [self.chains.pop((parameter, use), None) for use in ("embedding", "layer")]
+        held = [chain for chain in found if chain is not None]
+        return None if not held else held[0] if len(held) == 1 else held[0] + held[1]
+
+
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float32, copy=True) if x.is_floating_point() else x
+
+
+@contextlib.contextmanager
+def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
+    """Within this block, backward passes of the armed `model` give gradients that do not depend on micro-batches.
+
+    Run any number of micro-batches in the block: forward, then backward, one after the other. At its end, every
+    parameter that requires a gradient has the sum in `parameter.main_grad` (fp32, the parameter's shape; None if it got
+    none). An fp32 parameter has it in `parameter.grad`, too. A second block begins anew.
+
+    The loss must divide by a number that is known before the first micro-batch, and the order of the sequences must not
+    change with the cut. Cost: one product for each weight and sequence, and 4 bytes for each element of a weight.
+
+    Raises GradientsOpen for a block inside a block, and BiPatchError for a model that is not armed.
+    """
+    state = huggingface.armed(model)
+    if state is None:
+        raise BiPatchError("training.gradients: the model is not armed. Call bi_patch.training.arm first")
+    if any(isinstance(held, _Chained) for held in state.functions.values()):
+        raise GradientsOpen("training.gradients: this model is in such a block already")
+    made, before = Gradients(), dict(state.functions)
+    state.functions.update({name: _Chained(made, state, make) for name, make in _OPERATORS.items()})
+    try:
+        with _watched(huggingface.unwrapped(model), state, made):
+            yield made
+    finally:
+        state.functions.update(before)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.main_grad = made.joined(parameter)
+            if parameter.dtype == torch.float32:
+                parameter.grad = parameter.main_grad
+
+
+@contextlib.contextmanager
+def _watched(model: torch.nn.Module, state: huggingface.Armed, made: Gradients) -> Iterator[None]:
+    """Keep the call that runs. A checkpointed layer that runs a second time gets its own call again."""
+
+    def enter(base, args, kwargs):
+        given = kwargs["position_ids"]  # [batch, length], which arming's own hook has set
+        starts, lengths = (x.tolist() for x in state.layout)
+        made.count += torch.is_grad_enabled()
+        spans = tuple((first, first + length) for first, length in zip(starts, lengths) if length)
+        made.call = Call(made.count, spans, given.numel())
+        return args, kwargs | {_CALL: made.call}
+
+    def again(layer, args, kwargs):
+        made.call = kwargs.pop(_CALL, made.call)
+        return args, kwargs
+
+    base = model.base_model
+    layers = [module for module in base.modules() if module is not base and hasattr(module, "gradient_checkpointing")]
+    handles = [base.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [layer.register_forward_pre_hook(again, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Chained:
+    """An operator of an armed model whose weights' gradients go to the chains."""
+
+    made: Gradients
+    state: huggingface.Armed
+    run: Callable
+
+    def __call__(self, *args):
+        if not torch.is_grad_enabled():
+            return self.run(None, None, *args)
+        if self.made.call is None:
+            raise GradientsOpen("training.gradients: call the model itself in the block, not one of its layers")
+        return self.run(self.made, self.state, *args)
+
+
+class _Tap(Function):
+    """The identity of an operator's output y [rows, ...]. Backward hands the output's gradient to the chains."""
+
+    @staticmethod
+    def forward(ctx, y, x, made, call, uses):
+        ctx.save_for_backward(x)
+        ctx.made, ctx.call, ctx.uses = made, call, uses
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        spans = ctx.call.of(x.shape[0], "layer")
+        for parameter, use, rule in ctx.uses:
+            ctx.made.add(parameter, use, ctx.call, spans, grad.reshape(x.shape[0], -1), x, rule)
+        return grad, None, None, None, None
+
+
+def _tapped(made: Gradients | None, y, x, uses) -> torch.Tensor:
+    """y, with a tap for the parameters that require gradients. x: the operator's input as [rows, ...]."""
+    uses = tuple(use for use in uses if use[0] is not None and use[0].requires_grad)
+    if made is None or not uses:
+        return y
+    return _Tap.apply(y if y.requires_grad else y.detach().requires_grad_(), x.detach(), made, made.call, uses)
+
+
+def _linear(made, state, x, weight, bias=None, parts=1):
+    y = ops.linear(x, weight.detach(), None if bias is None else bias.detach(), parts)
+    return _tapped(made, y, x.reshape(-1, x.shape[-1]), ((weight, "layer", _product), (bias, "layer", _sum)))
+
+
+def _rms_norm(made, state, x, weight, eps, offset=0.0):
+    y = ops.rms_norm(x, weight.detach(), eps, offset)
+
+    def rule(grad, x, chain):
+        x = x.view(-1, chain.shape[0])
+        chain.add_((grad.view_as(x) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))).sum(0))
+
+    return _tapped(made, y, _tokens(made, x), ((weight, "layer", rule),))
+
+
+def _embedding(made, state, ids, weight, dtype):
+    y = ops.embedding(ids, weight.detach(), dtype)
+    return _tapped(made, y, ids.reshape(-1), ((weight, "embedding", _rows),))
+
+
+def _tokens(made, x: torch.Tensor) -> torch.Tensor:
+    """x [..., C] as [tokens, ...]: a norm of heads has several rows for a token."""
+    return x.reshape(-1 if made is None else made.call.rows, *x.shape[-1:]) if x.dim() < 4 else x.flatten(0, 1)
+
+
+def _product(grad, x, chain) -> None:
+    chain.addmm_(grad.t(), x)
+
+
+def _sum(grad, x, chain) -> None:
+    chain.add_(grad.sum(0))
+
+
+def _rows(grad, ids, chain) -> None:
+    chain.index_put_((ids,), grad, accumulate=True)
+
+
+def _head(made, state, hidden, weight, tokens, temperature, top_k=None, top_p=None, softcap=0.0):
+    if made is None or not weight.requires_grad:
+        return ops.token_logprobs(hidden, weight.detach(), tokens, temperature, top_k, top_p, softcap)
+    spans = _asked(made.call, state.asked.rows)
+    return _Head.apply(hidden, weight, tokens, temperature, top_k, top_p, softcap, made, made.call, spans)
+
+
+def _asked(call: Call, rows: torch.Tensor) -> Spans:
+    """The spans of a call's sequences among the rows of the batch that the head was asked for, ascending."""
+    edges = torch.tensor(call.spans, device=rows.device)
+    found = torch.searchsorted(rows, edges.reshape(-1)).view(-1, 2).tolist()
+    return tuple((first, last) for first, last in found if first < last)
+
+
+class _Head(Function):
+    """Logprobs of given tokens. Backward adds the head's gradient to its chain, sequence by sequence."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature, top_k, top_p, softcap, made, call, spans):
+        ctx.save_for_backward(hidden, tokens, temperature, top_k, top_p)
+        ctx.weight, ctx.softcap, ctx.made, ctx.call, ctx.spans = weight, softcap, made, call, spans
+        return ops.token_logprobs(hidden, weight, tokens, temperature, top_k, top_p, softcap)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, tokens, temperature, top_k, top_p = ctx.saved_tensors
+        head, held = devices.implementation(hidden.device.type, "head"), ctx.weight.detach()
+        of_hidden, _ = head.token_logprobs_backward(
+            grad, hidden, held, tokens, temperature, top_k, top_p, ctx.softcap, True, False
+        )
+        chain = ctx.made.chain(ctx.weight, "layer", ctx.call)
+        for first, last in ctx.spans:
+            own = [None if x is None else x[first:last] for x in (tokens, temperature, top_k, top_p)]
+            rows = hidden[first:last]
+            for at, of_logits in head.logit_gradients(grad[first:last], rows, held, *own, ctx.softcap):
+                _product(_copied(of_logits), _copied(rows[at]), chain)
+        return of_hidden, None, None, None, None, None, None, None, None, None
+
+
+_OPERATORS = {"linear": _linear, "rms_norm": _rms_norm, "embedding": _embedding, "head": _head}

@@ -1,0 +1,173 @@
+"""Weight updates below the engine: identities, block hashes, marks, and a model's load_weights. Stand-ins for vLLM."""
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+
+from bi_patch.errors import NoEngine
+from bi_patch.seams import weights
+from bi_patch.seams.common import weights as seams
+
+
+@pytest.fixture(autouse=True)
+def _own(monkeypatch):
+    """Cores and models of this test only."""
+    monkeypatch.setattr(weights, "_cores", type(weights._cores)())
+    monkeypatch.setattr(weights, "_models", type(weights._models)())
+    monkeypatch.setattr(weights, "pending", False)
+
+
+class Request:
+    """What the patch points read of vLLM's Request. Its hasher makes two blocks."""
+
+    def __init__(self, name, blocks=0, outputs=0, computed=0, preemptions=0):
+        self.request_id, self.blocks = name, blocks
+        self.num_output_tokens, self.num_computed_tokens, self.num_preemptions = outputs, computed, preemptions
+        self.trace_headers = None
+        self.block_hashes = []
+        self.update_block_hashes()
+
+    def update_block_hashes(self):
+        for start in (0, 16):
+            self.block_hashes.append((tuple(self.block_hashes), keys(self, start, start + 16, 0)[0]))
+
+
+def _stock(request, start_token_idx, end_token_idx, start_mm_idx):
+    return ((("cache_salt", "salt"),) if start_token_idx == 0 else None), start_mm_idx + 1
+
+
+keys = seams._first_block(_stock)
+
+
+class Core:
+    def __init__(self, *requests, connector=None):
+        self.reset = []
+        manager = SimpleNamespace(get_block_ids=lambda name: ([0] * self.scheduler.requests[name].blocks,))
+        self.scheduler = SimpleNamespace(
+            requests={r.request_id: r for r in requests},
+            kv_cache_manager=manager,
+            connector=connector,
+            reset_connector_cache=lambda: self.reset.append(True),
+        )
+        weights.watch_core(self, seams.renew)
+
+
+def test_the_first_block_names_the_weights_and_later_blocks_do_not():
+    request = Request("a")
+    first = request.block_hashes[0][1]
+    assert first == (("weights", weights.identity()), ("cache_salt", "salt"))
+    assert request.block_hashes[1][1] is None and keys(request, 0, 16, 3)[1] == 4
+
+
+def test_identities_are_random_and_never_return():
+    seen = {weights.identity()}
+    for _ in range(100):
+        weights.renew()
+        seen.add(weights.identity())
+    assert len(seen) == 101 and all(len(held) == 32 for held in seen)
+
+
+def test_each_request_follows_an_update_by_its_state():
+    waiting, running = Request("waiting"), Request("running", blocks=2, computed=20)
+    preempted, fetched = Request("preempted", outputs=3, preemptions=1), Request("fetched", blocks=1)
+    core = Core(waiting, running, preempted, fetched)
+    old = {name: list(r.block_hashes) for name, r in core.scheduler.requests.items()}
+    weights.renew()
+    new = (("weights", weights.identity()), ("cache_salt", "salt"))
+    assert waiting.block_hashes[0][1] == preempted.block_hashes[0][1] == new
+    for request in (running, fetched):  # nobody else has these hashes
+        assert request.block_hashes[0][1] != new and request.block_hashes[0] != old[request.request_id][0]
+    assert running.block_hashes[0] != fetched.block_hashes[0]
+    marked = {name for name, r in core.scheduler.requests.items() if seams.HEADER in (r.trace_headers or {})}
+    assert marked == {"running", "preempted", "fetched"}
+    assert not core.reset
+
+
+def test_a_connector_forgets_what_it_holds():
+    core = Core(connector=object())
+    weights.renew()
+    assert core.reset == [True]
+
+
+def test_a_request_that_was_hashed_before_an_update_is_hashed_again_on_arrival():
+    late, added = Request("late"), []
+    weights.renew()
+    add = seams._arrival(lambda self, request, wave=0: added.append((request, wave)))
+    add(None, late, 3)
+    assert added == [(late, 3)] and late.block_hashes[0][1][0] == ("weights", weights.identity())
+    before = late.block_hashes[0]
+    add(None, late)
+    assert late.block_hashes[0] is before
+
+
+def test_calls_count_as_writes_unless_they_are_known_to_read():
+    calls = seams._calls(lambda self, method, *args, **kwargs: [method])
+    core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda call: None))
+    for method in ("reload_weights", "update_weights", "some_extension_method", lambda worker: None):
+        before = weights.identity()
+        assert calls(core, method) == [method] and weights.identity() != before
+    for method in seams.READING:
+        before = weights.identity()
+        assert calls(core, method) == [method] and weights.identity() == before
+
+
+def test_a_call_that_fails_may_have_written():
+    def fails(self, method):
+        raise RuntimeError("half of it")
+
+    before = weights.identity()
+    with pytest.raises(RuntimeError, match="half of it"):
+        seams._calls(fails)(SimpleNamespace(), "reload_weights")
+    assert weights.identity() != before
+
+
+def test_only_a_sleep_without_weights_changes_them():
+    core = SimpleNamespace()
+    sleep, wake = seams._sleep(lambda self, level=1, mode="abort": level), seams._wake(lambda self, tags=None: True)
+    before = weights.identity()
+    assert sleep(core, 1) == 1 and wake(core) and weights.identity() == before
+    assert sleep(core, level=2, mode="keep") == 2
+    asleep = weights.identity()
+    assert asleep != before and wake(core) and weights.identity() != asleep
+
+
+def test_an_answer_tells_that_weights_changed():
+    state, completion = SimpleNamespace(), SimpleNamespace()
+    seams.tell(state, completion)
+    assert completion.weights_changed is False
+    seams.read(state, SimpleNamespace(trace_headers=None))
+    seams.read(state, SimpleNamespace(trace_headers={seams.HEADER: "changed"}))
+    seams.tell(state, completion)
+    assert completion.weights_changed is True
+
+
+class Model:
+    def __init__(self):
+        self.loaded = []
+
+    def load_weights(self, pairs):
+        self.loaded += pairs
+        return {name for name, _ in pairs}
+
+
+def test_load_weights_of_a_model_is_seen_and_keeps_no_model_alive():
+    model, before = Model(), weights.identity()
+    weights.watch_model(model)
+    assert model.load_weights([("a", 1)]) == {"a"} and model.loaded == [("a", 1)]
+    assert weights.pending and weights.identity() != before
+    weights.settle()
+    assert not weights.pending and len(weights._models) == 1
+    del model
+    gc.collect()
+    assert not weights._models
+
+
+def test_weights_changed_needs_an_engine_or_a_model():
+    with pytest.raises(NoEngine, match="collective_rpc"):
+        weights.weights_changed()
+    settled, model = [], Model()
+    weights.watch_model(model, settle=settled.append)
+    before = weights.identity()
+    weights.weights_changed()
+    assert settled == [model] and weights.identity() != before

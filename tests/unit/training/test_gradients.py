@@ -1,0 +1,148 @@
+"""Gradients in chains: the same bits for every cut into micro-batches, and the gradient that autograd computes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bi_patch import training
+from bi_patch.errors import BiPatchError, GradientsOpen, GradientsUnordered, UnsupportedFeature
+from bi_patch.ops import bits
+from bi_patch.tools.parity.batches import LEFT, PACKED, RIGHT, batches
+
+LENGTHS = (5, 33, 3, 17, 140, 2, 9, 21)
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 320,
+}
+
+
+def made(tied=True):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)
+    return model.train()
+
+
+def sequences():
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(0, SHAPE["vocab_size"], (n,), generator=draw).tolist() for n in LENGTHS]
+
+
+def gains():
+    return torch.randn(len(LENGTHS), generator=torch.Generator().manual_seed(2)).tolist()
+
+
+def loss(logprobs, places, part, own):
+    """The sum of the sequences' own losses, over a count of the whole batch."""
+    terms = [
+        -gain * logprobs[row, at + 1 : at + len(s)].sum() / sum(LENGTHS)
+        for s, gain, (row, at) in zip(part, own, places)
+    ]
+    return sum(terms)
+
+
+def gradient(model, cut, layout=RIGHT, checkpointing=False):
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    at = 0
+    with training.gradients(model):
+        for size in cut:
+            part, own = sequences()[at : at + size], gains()[at : at + size]
+            (batch,) = batches(part, layout)
+            found = training.logprobs(model, batch.ids, batch.mask, batch.positions)
+            loss(found, batch.places, part, own).backward()
+            at += size
+    model.gradient_checkpointing_disable()
+    return {name: p.main_grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
+def test_no_cut_changes_a_bit(dtype, tied):
+    model = training.arm(made(tied), dtype=dtype)
+    whole = gradient(model, [8])
+    for cut, layout, checkpointing in (
+        ([8], RIGHT, False),
+        ([1] * 8, RIGHT, False),
+        ([3, 5], LEFT, False),
+        ([2, 2, 4], RIGHT, True),
+        ([2, 6], PACKED, False),
+        ([8], PACKED, True),
+    ):
+        found = gradient(model, cut, layout, checkpointing)
+        wrong = {name: bits.differing(found[name], value) for name, value in whole.items()}
+        assert not any(wrong.values()), (cut, layout, checkpointing, wrong)
+    assert all(p.grad is p.main_grad and p.main_grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_gradient_is_the_one_of_autograd():
+    model = made()
+    part = sequences()
+    total = 0.0
+    for s, gain in zip(part, gains()):
+        own = model(torch.tensor([s]), use_cache=False).logits.log_softmax(-1)
+        total = total - gain * own[0, :-1].gather(-1, torch.tensor(s[1:])[:, None]).sum() / sum(LENGTHS)
+    total.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    training.arm(model)
+    found = gradient(model, [3, 5])
+    got = torch.cat([found[name].flatten() for name, _ in model.named_parameters()]).double()
+    assert float(got @ expected / got.norm() / expected.norm()) > 1 - 1e-10
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def test_logits_of_the_model_itself_have_such_gradients_too():
+    model = training.arm(made(), dtype=torch.bfloat16)
+    found = []
+    for cut in ([8], [3, 5]):
+        at = 0
+        with training.gradients(model):
+            for size in cut:
+                part, own = sequences()[at : at + size], gains()[at : at + size]
+                (batch,) = batches(part, RIGHT)
+                logits = model(batch.ids, attention_mask=batch.mask).logits
+                picked = logits[:, :-1].log_softmax(-1, dtype=torch.float32).gather(-1, batch.ids[:, 1:, None])[..., 0]
+                loss(torch.nn.functional.pad(picked, (1, 0)), batch.places, part, own).backward()
+                at += size
+        found.append({name: p.main_grad for name, p in model.named_parameters()})
+    assert not any(bits.differing(found[1][name], value) for name, value in found[0].items())
+
+
+def test_frozen_weights_get_none_and_a_second_block_begins_anew():
+    model = training.arm(made(), dtype=torch.bfloat16)
+    first = gradient(model, [8])
+    model.model.layers[0].mlp.requires_grad_(False)
+    second = gradient(model, [8])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(frozen) == 3
+    assert not any(bits.differing(second[name], value) for name, value in first.items() if name not in frozen)
+    assert all(model.get_parameter(name).grad is None or name in frozen for name in frozen)
+
+
+def test_misuse_is_named():
+    model = made()
+    (batch,) = batches(sequences()[:2], RIGHT)
+    with pytest.raises(BiPatchError, match="not armed"):
+        with training.gradients(model):
+            pass
+    training.arm(model, dtype=torch.bfloat16)
+    with pytest.raises(GradientsOpen):
+        with training.gradients(model), training.gradients(model):
+            pass
+    with pytest.raises(GradientsUnordered, match="backward pass of each micro-batch"):
+        with training.gradients(model):
+            both = [training.logprobs(model, batch.ids, batch.mask).sum() for _ in range(2)]
+            sum(both).backward()
+    with pytest.raises(UnsupportedFeature, match="logits_to_keep"):
+        with training.gradients(model):
+            model(batch.ids, attention_mask=batch.mask, logits_to_keep=1).logits.sum().backward()
+    with training.gradients(model), torch.no_grad():
+        training.logprobs(model, batch.ids, batch.mask)
+    assert all(p.main_grad is None for p in model.parameters())
