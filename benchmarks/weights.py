@@ -21,8 +21,8 @@ LENGTH = 1024
 ARGUMENTS = {"max_model_len": LENGTH, "max_num_seqs": 16, "max_num_batched_tokens": 512}
 
 
-def measure(only: str, results: Path) -> int:
-    """Measure the cases whose label contains `only`, write a result file, and return how many positions differ."""
+def measure(only: str, results: Path | None) -> int:
+    """Measure the cases whose label contains `only`, and return how many positions differ. results: None for no file."""
     import torch
 
     from bi_patch import settings
@@ -35,7 +35,7 @@ def measure(only: str, results: Path) -> int:
     on_gpu = torch.cuda.is_available()
     dense = recipes.QWEN3_100M if on_gpu else recipes.QWEN3  # heads of 128 on a GPU
     further = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30} if on_gpu else {}
-    found, rows = None, []
+    rows = []
     with tempfile.TemporaryDirectory(prefix="bi_patch-weights-") as root:
         for eager in (True, False):
             for name in (dense, recipes.MOE):
@@ -58,12 +58,12 @@ def measure(only: str, results: Path) -> int:
                     label, system, levels.QUICK, only=["weight update"], tell=lambda text: print(text, flush=True)
                 )
                 rows += made
-                found = found or evidence.new(_kind(), report)
-    if found is None:
+                if results is not None:  # after each case: the next one may fail
+                    found = evidence.new(_kind(), report)
+                    found.rows = made
+                    print(evidence.write(found, results), flush=True)
+    if not rows:
         raise SystemExit(f"no case has {only!r} in its label")
-    found.rows = rows
-    if not only:
-        print(evidence.write(found, results))
     return evidence.total_differing(rows)
 
 
@@ -79,8 +79,8 @@ def _kind():
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="measure only cases with this text in their label; write no file")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--only", default="", help="measure only cases with this text in their label")
+    parser.add_argument("--results", type=Path, help="the folder of a result file; by default, none is written")
     given = parser.parse_args()
     bi_patch_entry.without_arming()
     sys.exit(1 if measure(given.only, given.results) else 0)
