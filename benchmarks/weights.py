@@ -22,7 +22,7 @@ ARGUMENTS = {"max_model_len": LENGTH, "max_num_seqs": 16, "max_num_batched_token
 
 
 def measure(only: str, results: Path | None) -> int:
-    """Measure the cases whose label contains `only`, and return how many positions differ. results: None for no file."""
+    """Measure the cases whose label contains `only`. Returns how many positions differ. results: None for no file."""
     import torch
 
     from bi_patch import settings
