@@ -54,8 +54,9 @@ def ways(engine: Engine) -> list[str]:
     """The ways to give this engine weights. A CPU engine has no sleep mode, and packs weights that it then frees."""
     if int(engine.options.extra.get("tensor_parallel_size", 1)) > 1:  # the others need the model in this process
         return [updates.RELOAD]
-    absent = (*updates.IN_PLACE, *updates.SLEEPS) if engine.info.platform == "cpu" else ()
-    return [way for way in updates.WAYS if way not in absent]
+    if engine.info.platform == "cpu":
+        return [way for way in updates.WAYS if way not in (*updates.IN_PLACE, *updates.SLEEPS)]
+    return [*updates.WAYS, *updates.IN_PLACE]  # their first round also reloads, to have what they write
 
 
 def changes(engine: Engine) -> list[Change]:
