@@ -11,7 +11,7 @@ import msgspec
 
 from bi_patch.errors import BiPatchError
 from bi_patch.tools.verify import checkpoint, updates
-from bi_patch.tools.verify.answers import Answer, Request
+from bi_patch.tools.verify.answers import Answer, Request, compare
 from bi_patch.tools.verify.case import Case, Scenario, Update
 from bi_patch.tools.verify.child import ARMED
 from bi_patch.tools.verify.engine import HITS, SERVER, Engine
@@ -109,6 +109,8 @@ class UpdateProbe(CrossProbe):
     ) -> Iterator[Case]:
         count, started = len(requests), str(change.options["model"])
         steps, problem = _given[started]
+        if not any(compare(a, b).differing for a, b in zip(expected, got)):
+            raise NotExercised("weight update: the other weights give the same answers")
         for number in range(1, len(got) // count):
             to_base = number % 2 == 1
             known = expected if to_base else got[:count]
