@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -249,6 +250,8 @@ def _activation(config: Any) -> str:
 
 
 def _check_rotation(name: str, module: torch.nn.Module) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
     for layers, kind in kinds.items():
         if kind not in ROTATIONS:
@@ -256,15 +259,28 @@ def _check_rotation(name: str, module: torch.nn.Module) -> None:
                 f"training.rotation: {name} has the rotation {kind!r}. The tables of other rotations than "
                 f"{', '.join(ROTATIONS)} may differ between transformers and vLLM"
             )
+        parameters = module.config.rope_parameters[layers] if layers else module.config.rope_parameters
+        if kind == "linear" and math.frexp(parameters["factor"])[0] != 0.5:
+            raise UnsupportedFeature(
+                f"training.rotation: {name} divides by {parameters['factor']}, and the tables of transformers and vLLM "
+                "are equal only for a power of two"
+            )
         at = f"{layers}_" if layers else ""
         held = getattr(module, f"{at}inv_freq")
+        if 2 * held.numel() != _head_size(module.config):
+            raise UnsupportedFeature(f"training.rotation: {name} rotates a part of each head only")
         own = {"layer_type": layers} if layers else {}
-        want = type(module).compute_default_rope_parameters(module.config, **own)[0]
+        compute = type(module).compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+        want = compute(module.config, **own)[0]
         if held.dtype != torch.float32 or (held.device.type == "cpu" and not torch.equal(held, want)):
             raise UnsupportedFeature(
                 f"training.rotation: the frequencies of {name} are rounded. Load the model with from_pretrained(..., "
                 "dtype=...); model.to(dtype) and model.half() round them"
             )
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _OWN() -> None:

@@ -1,6 +1,10 @@
 """Hooks of transformers: every form of a batch gives the same bits, and what has no cover is refused by name."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,6 +141,60 @@ def _quantize(model):
     model.hf_quantizer = object()
 
 
+SCALED = {
+    "linear": {"factor": 8.0},
+    "llama3": {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 1024},
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_rotations(make, ids, kind):
+    model = make("Llama", rope_parameters={"rope_type": kind, "rope_theta": 5e5, **SCALED[kind]})
+    plain = stock(model, *ids)
+    training.arm(model)
+    both = ids[1][:, 1:].bool()
+    torch.testing.assert_close(training.logprobs(model, *ids)[:, 1:][both], plain[both], rtol=1e-4, atol=1e-4)
+
+
+TABLES = """
+import copy, json, sys
+import bi_patch_entry
+bi_patch_entry.without_arming()
+import torch
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+with set_current_vllm_config(VllmConfig()):
+    for kind, own in json.loads(sys.stdin.read()).items():
+        given = {"rope_type": kind, "rope_theta": 5e5, **own}
+        config = AutoConfig.for_model("llama", head_dim=64, max_position_embeddings=4096, rope_parameters=given)
+        for dtype in (torch.bfloat16, torch.float32):
+            cos, sin = LlamaRotaryEmbedding(config)(torch.empty(1, dtype=dtype), torch.arange(4096)[None])
+            held = copy.deepcopy(config.rope_parameters)
+            theirs = get_rope(64, max_position=4096, is_neox_style=True, rope_parameters=held, dtype=dtype)
+            ours = torch.cat((cos[0, :, :32], sin[0, :, :32]), -1)
+            assert torch.equal(theirs.cos_sin_cache[:4096].to(dtype), ours), (kind, dtype)
+print("equal")
+"""
+
+
+def test_vllm_computes_the_tables_alike(cache):
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_BATCH")}
+    given = json.dumps({"default": {}, **SCALED})
+    done = subprocess.run(
+        [sys.executable, "-c", TABLES], env=environ, input=given, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout.split()[-1:] == ["equal"], done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -162,6 +220,9 @@ def test_models_and_rotations_without_cover(make):
     scaled = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(UnsupportedFeature, match="training.rotation: .*'dynamic'"):
         training.arm(make("Llama", rope_parameters=scaled))
+    thirds = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+    with pytest.raises(UnsupportedFeature, match="training.rotation: .*power of two"):
+        training.arm(make("Llama", rope_parameters=thirds))
     with pytest.raises(UnsupportedFeature, match="training.leaf: .*relu"):
         training.arm(make("Llama", hidden_act="relu"))
 
