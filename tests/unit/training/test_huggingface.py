@@ -186,7 +186,7 @@ print("equal")
 """
 
 
-def test_vllm_computes_the_tables_alike(cache):
+def test_vllm_computes_the_tables_alike():
     environ = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_BATCH")}
     given = json.dumps({"default": {}, **SCALED})
     done = subprocess.run(
