@@ -46,15 +46,17 @@ def test_rows_that_nobody_may_compare():
         answer([1], [2], finish_reason="abort"),
         answer([1], [2, 3], weight_versions=["step 1", "step 2"]),
         answer([1], [2, 3], logprobs=False),
+        answer([1], [2, 3], weights_changed=True),
     ]
     found = training.batch(outputs)
     assert {row: reason.split()[-1] for row, reason in found.not_comparable.items()} == {
         1: "aborted",
         2: "changed",
         3: "logprobs",
+        4: "changed",
     }
     compared = training.compare(torch.where(found.sampled, found.logprobs, 9.0), found)
-    assert compared.compared == 2 and compared.exact and "3 rows not comparable" in str(compared)
+    assert compared.compared == 2 and compared.exact and "4 rows not comparable" in str(compared)
 
 
 def test_the_first_difference():
