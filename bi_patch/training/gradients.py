@@ -103,11 +103,16 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
     The loss must divide by a number that is known before the first micro-batch, and the order of the sequences must not
     change with the cut. Cost: one product for each weight and sequence, and 4 bytes for each element of a weight.
 
-    Raises GradientsOpen for a block inside a block, and BiPatchError for a model that is not armed.
+    Raises GradientsOpen for a block inside a block, BiPatchError for a model that is not armed, and UnsupportedFeature
+    for a model whose experts are trained.
     """
     state = huggingface.armed(model)
     if state is None:
         raise BiPatchError("training.gradients: the model is not armed. Call bi_patch.training.arm first")
+    if state.family.experts and any(p.requires_grad and p.dim() > 2 for p in model.parameters()):
+        raise UnsupportedFeature(
+            "training.gradients: the weights of experts have no chain. Train without the block, or freeze the experts"
+        )
     if any(isinstance(held, _Chained) for held in state.functions.values()):
         raise GradientsOpen("training.gradients: this model is in such a block already")
     made, before = Gradients(), dict(state.functions)

@@ -53,13 +53,7 @@ def test_updates_of_experts_and_of_a_tied_head(folder):
     """Eager: each way to and fro, on a warm cache; memory; marks; a part of a layer; faults, each caught and named."""
 
     def further(engine, load):
-        (request,) = PROBE.requests(engine, load)[-1:]
-        give = Update(updates.RELOAD, engine.options.model)
-        data = engine.ask("update in flight", msgspec.msgpack.encode(InFlight(give, [request.but(max_tokens=8)])))
-        (spanning,) = msgspec.msgpack.decode(data, type=list[Answer])
-        assert spanning.weights_changed
-        with pytest.raises(NotComparable, match="weights changed"):
-            compare(spanning, spanning)
+        _in_flight(engine, PROBE.requests(engine, load)[-1].but(max_tokens=8))
         _in_place(engine, PROBE.requests(engine, load))
         for name in FAULTS:
             found = catch.catch(engine, name, load)
@@ -71,10 +65,27 @@ def test_updates_of_experts_and_of_a_tied_head(folder):
     assert not [f"{case.label}: {case.difference.first}" for case in cases if case.differs]
 
 
+def _first(engine) -> str:
+    """The folder of the weights that the engine was not started with."""
+    return next(model for model, held in updating._folders.items() if held.name == engine.options.model)
+
+
+def _in_flight(engine, request):
+    """An answer over an update says so, and leaves nothing for a request that comes after the update."""
+    update = InFlight(Update(updates.RELOAD, _first(engine)), [request, request.but(delay=5)])
+    data = engine.ask("update in flight", msgspec.msgpack.encode(update))
+    spanning, later = msgspec.msgpack.decode(data, type=list[Answer])
+    assert spanning.weights_changed and not later.weights_changed
+    with pytest.raises(NotComparable, match="weights changed"):
+        compare(spanning, later)
+    engine.reset_cache()
+    assert not compare(later, engine.generate([request])[0]).differing
+    engine.ask("update", msgspec.msgpack.encode(Update(updates.RELOAD, engine.options.model)))
+
+
 def _in_place(engine, asked):
     """On CPU, embeddings, norms and heads can be written in place. The packed head follows `weights_changed`."""
-    own = engine.options.model
-    first = next(model for model, held in updating._folders.items() if held.name == own)
+    own, first = engine.options.model, _first(engine)
     known = engine.generate(asked)
     for folder in (first, own, first):  # the first two reload what the others write
         engine.ask("update", msgspec.msgpack.encode(Update(updates.COPY, folder)))

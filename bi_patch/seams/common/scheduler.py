@@ -49,6 +49,7 @@ SEAMS = (
         why="after new weights, a reset of the prefix cache leaves offloaded keys and values of the old weights",
         how="a reset of the prefix cache also resets the connector that holds offloaded keys and values",
         until="upstream's reset_prefix_cache resets the connector by default",
+        causes=(31,),
     ),
 )
 

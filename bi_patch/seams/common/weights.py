@@ -176,7 +176,7 @@ _STALE = "cached keys and values of old weights are used after new weights arriv
 _UNTIL = "upstream keys cached blocks by the weights (https://github.com/vllm-project/vllm/pull/46125)"
 
 
-def _seam(name: str, module: str, qualname: str, close, how: str) -> Seam:
+def _seam(name: str, module: str, qualname: str, close, how: str, **given) -> Seam:
     return Seam(
         name=f"weights.{name}",
         targets=(Target(module, qualname),),
@@ -185,6 +185,7 @@ def _seam(name: str, module: str, qualname: str, close, how: str) -> Seam:
         how=how,
         until=_UNTIL,
         causes=(31,),
+        **given,
     )
 
 
@@ -233,5 +234,6 @@ SEAMS = (
         "GPUModelRunner.reload_weights",
         _reload,
         "a reload in the engine's own process changes the identity",
+        on_import=True,
     ),
 )

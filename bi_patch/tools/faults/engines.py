@@ -45,15 +45,16 @@ def few_blocks(given: Options, block: int) -> Options:
 
 
 def updated(platform: str, folder: str, dtype: str = "") -> Options:
-    """The options of an engine for updates: a small MoE model with weights in a folder, its head is its embedding."""
-    source = recipes.path(recipes.MOE, cache=settings.read().cache)
-    sleeping = {} if platform == "cpu" else {"enable_sleep_mode": True, "kv_cache_memory_bytes": 1 << 30}
+    """The options of an engine for updates: a small model with weights in a folder, whose head is its embedding."""
+    name = recipes.MOE if platform == "cpu" else recipes.QWEN3_100M
+    source = recipes.path(name, cache=settings.read().cache)
+    on_gpu = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30}
     return Options(
         str(checkpoint.write(str(source), 3, Path(folder) / "weights", tied=True)),
         dtype=dtype or ("float32" if platform == "cpu" else "bfloat16"),
         max_model_len=1024,
         chunk=512,
-        extra=sleeping,
+        extra={} if platform == "cpu" else on_gpu,
     )
 
 

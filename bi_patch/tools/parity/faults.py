@@ -175,7 +175,7 @@ def _rounded(logits):
 
 def _rotation(session: Session) -> contextlib.AbstractContextManager[None]:
     """Transformers' rotation, whose products are rounded one by one."""
-    from bi_patch.training import huggingface
+    from bi_patch.training import hooks
 
     def wrap(held):
         def rotate(q, k, table):
@@ -191,7 +191,7 @@ def _rotation(session: Session) -> contextlib.AbstractContextManager[None]:
 
         return rotate
 
-    return _replaced(huggingface, "_rotate", wrap)
+    return _replaced(hooks, "_rotate", wrap)
 
 
 @contextlib.contextmanager

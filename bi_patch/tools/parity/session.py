@@ -64,12 +64,14 @@ class Session:
     def seated(self, requests: int) -> Iterator[None]:
         """Within this block, the sampler runs at most this many requests together."""
         scheduler = self.engine.core.scheduler
-        before = scheduler.max_num_running_reqs
-        scheduler.max_num_running_reqs = min(requests, before)
+        # vLLM 0.32 and later admit by a number of its own.
+        name = "max_num_active_reqs" if hasattr(scheduler, "max_num_active_reqs") else "max_num_running_reqs"
+        before = getattr(scheduler, name)
+        setattr(scheduler, name, min(requests, before))
         try:
             yield
         finally:
-            scheduler.max_num_running_reqs = before
+            setattr(scheduler, name, before)
 
     def sample(self, prompts: Sequence[tuple[int, ...]], *, seed: int, tokens: int, **kind: float) -> list[Sample]:
         """Sample an answer to each prompt, all together. kind: temperature, top_k, top_p; by default temperature 1."""

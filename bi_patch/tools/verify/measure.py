@@ -353,6 +353,7 @@ class _Verification:
                 changes = changes[:1]
             for change in changes:
                 key = "" if self.level.one_engine else repr((sorted(change.options.items()), change.fresh))
+                key = probe.name if probe.single else key
                 group = groups.setdefault(key, _Group({}, False))
                 group.changes |= change.options
                 group.fresh |= change.fresh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,9 +47,10 @@ def held() -> tuple[int, int]:
         return 0, torch.cuda.memory_allocated()
     held: dict[int, int] = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+        with contextlib.suppress(RuntimeError):  # a compiler's stand-in for a tensor has no storage
+            if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+                storage = thing.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
     return len(held), sum(held.values())
 
 

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from bi_patch.errors import NoEngine
+from bi_patch.errors import NoEngine, UnsupportedFeature
 from bi_patch.seams import weights
 from bi_patch.seams.common import weights as seams
+from bi_patch.seams.cpu import weights as cpu
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +172,20 @@ def test_weights_changed_needs_an_engine_or_a_model():
     before = weights.identity()
     weights.weights_changed()
     assert settled == [model] and weights.identity() != before
+
+
+def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others():
+    torch = pytest.importorskip("torch")
+    old, layer = torch.ones(3), SimpleNamespace(scale=torch.full((3,), 7.0), quant_method=None)
+
+    def complete(layer, loaded, total, kernel=({"scale": old}, {})):
+        layer.scale = torch.full((3,), 7.0)
+        info = SimpleNamespace(kernel_tensors=kernel, load_numel=loaded, load_numel_total=total)
+        cpu._complete(lambda layer, info: None)(layer, info)
+        return layer.scale.tolist()
+
+    assert complete(layer, 2, 3) == [1.0] * 3
+    assert complete(layer, 3, 3) == complete(layer, 0, 3, None) == [7.0] * 3  # all weights come; the first load
+    layer.quant_method = SimpleNamespace(moe_kernel=object())
+    with pytest.raises(UnsupportedFeature, match="weights.cpu_complete: .*reload_weights"):
+        complete(layer, 2, 3)

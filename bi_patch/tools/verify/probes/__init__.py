@@ -306,6 +306,7 @@ FEATURE_PROBES = (
         causes=(31,),
         missing=updating.missing,
         seconds=20,
+        single=True,
     ),
     CrossProbe(
         "thread count",

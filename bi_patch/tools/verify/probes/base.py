@@ -233,7 +233,7 @@ class CrossProbe:
     """One axis across engines: `collect` runs on the base engine, and on one engine for each change. See Probe.
 
     check: gets a change and how far each counter moved; raises NotExercised when the cause did not occur. compiles:
-    whether an eager base engine's other engine is compiled.
+    whether an eager base engine's other engine is compiled. single: whether its engine serves no other probe.
     """
 
     name: str
@@ -246,6 +246,7 @@ class CrossProbe:
     seconds: float = 6.0
     optional: bool = False
     compiles: bool = False
+    single: bool = False
 
     def collect(self, engine: Engine, workload: Workload, change: Change | None = None) -> list[Answer]:
         """The answers of one engine, on an empty cache. change: how this engine differs, None for the base engine."""

@@ -22,9 +22,9 @@ def test_the_worker_of_faults_serves_one_more_instrument_and_lifts_what_it_is_to
     given = []
     monkeypatch.setattr(worker.worker, "main", lambda prepare: given.append(prepare))
     monkeypatch.setattr(sys, "argv", ["-c", FaultyEngine.worker, "7", "nothing"])
-    assert served() == {"trace", "precision", "sleep"}
+    assert served() == {"trace", "precision", "sleep", "update", "update in flight", "held"}
     worker.main()
-    assert served() == {"trace", "precision", "sleep", "plant"}
+    assert served() == {"trace", "precision", "sleep", "update", "update in flight", "held", "plant"}
     with pytest.raises(base.UnknownFault, match="no refusal 'nothing'"):
         given[0]()
 

@@ -1,0 +1,90 @@
+"""Measures weight updates: an engine that got weights against an engine that was started with them, and back.
+
+    PYTHONPATH=. python3 benchmarks/weights.py [--only TEXT] [--results FOLDER]
+
+It runs the axis "weight update" of `bi-patch verify` on small models whose head is their embedding, in bf16, eager and
+compiled, with CUDA graphs on a GPU. Exit code 1: positions differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import bi_patch_entry
+
+# Two threads, because one hides variance.
+ENVIRON = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+LENGTH = 1024
+ARGUMENTS = {"max_model_len": LENGTH, "max_num_seqs": 16, "max_num_batched_tokens": 512}
+
+
+def measure(only: str, results: Path | None) -> int:
+    """Measure the cases whose label contains `only`. Returns how many positions differ. results: None for no file."""
+    import torch
+
+    from bi_patch import settings
+    from bi_patch.tools import evidence
+    from bi_patch.tools.bench import invariance
+    from bi_patch.tools.models import recipes
+    from bi_patch.tools.verify import checkpoint, levels
+    from bi_patch.tools.verify.local import local
+
+    on_gpu = torch.cuda.is_available()
+    dense = recipes.QWEN3_100M if on_gpu else recipes.QWEN3  # heads of 128 on a GPU
+    further = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30} if on_gpu else {}
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bi_patch-weights-") as root:
+        for eager in (True, False):
+            for name in (dense, recipes.MOE):
+                label = f"{name} bf16 tied, {'eager' if eager else 'graphs' if on_gpu else 'compiled'}"
+                if only not in label:
+                    continue
+                source = recipes.path(name, cache=settings.read().cache)
+                folder = Path(root) / name
+                if not folder.is_dir():
+                    checkpoint.write(str(source), 3, folder, tied=True)
+                system = local(
+                    str(folder),
+                    levels.QUICK,
+                    engine_args=ARGUMENTS | further,
+                    dtype="bfloat16",
+                    eager=eager,
+                    environ={} if on_gpu else ENVIRON,
+                )
+                made, report = invariance.measure(
+                    label, system, levels.QUICK, only=["weight update"], tell=lambda text: print(text, flush=True)
+                )
+                rows += made
+                if results is not None:  # after each case: the next one may fail
+                    found = evidence.new(_kind(), report)
+                    found.rows = made
+                    print(evidence.write(found, results), flush=True)
+    if not rows:
+        raise SystemExit(f"no case has {only!r} in its label")
+    return evidence.total_differing(rows)
+
+
+def _kind():
+    """evidence.Invariance for a file with `weights` in its name."""
+    from bi_patch.tools import evidence
+
+    class Found(evidence.Invariance, kw_only=True):
+        variant = property(lambda self: "weights")
+
+    return Found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="measure only cases with this text in their label")
+    parser.add_argument("--results", type=Path, help="the folder of a result file; by default, none is written")
+    given = parser.parse_args()
+    bi_patch_entry.without_arming()
+    sys.exit(1 if measure(given.only, given.results) else 0)
+
+
+if __name__ == "__main__":
+    main()
