@@ -6,6 +6,7 @@ line per case: `ok NAME` or `FAIL NAME: reason`.
 
 import os
 import sys
+from typing import NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -15,7 +16,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
-from bi_patch.kernels.triton import gemm, norm, reduce, rope  # noqa: E402
+from bi_patch.kernels.triton import attention_backward, gemm, norm, reduce, rope  # noqa: E402
 from bi_patch.kernels.triton.softmax import softmax_step  # noqa: E402
 
 _dot = interpreter.InterpreterBuilder.create_dot
@@ -207,7 +208,95 @@ def softmaxes() -> None:
             report(f"{case} planted", "" if found[step_from_zero] or mean > -4 else "the planted fault is not seen")
 
 
+class Packed(NamedTuple):
+    """Sequences in one batch: q, do [T, H, D], k, v [T, G, D], and each sequence's first row."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    do: torch.Tensor
+    starts: list[int]
+
+    def only(self, *sequences: int) -> "Packed":
+        parts = [[x[self.starts[s] : self.starts[s + 1]] for s in sequences] for x in self[:4]]
+        lengths = [self.starts[s + 1] - self.starts[s] for s in sequences]
+        return Packed(*map(torch.cat, parts), [0, *np.cumsum(lengths).tolist()])
+
+
+def packed(lengths, heads: int, key_heads: int, size: int, dtype, generator) -> Packed:
+    def random(count):
+        return torch.randn(sum(lengths), count, size, generator=generator).to(dtype)
+
+    return Packed(random(heads), random(key_heads), random(key_heads), random(heads), [0, *np.cumsum(lengths).tolist()])
+
+
+def attention(batch: Packed, scale: float, window: int | None, cap: float):
+    """(o, lse, dq, dk, dv) in fp64 by autograd."""
+    q, k, v = (x.double().requires_grad_() for x in batch[:3])
+    group = q.shape[1] // k.shape[1]
+    outs, lses = [], []
+    for a, b in zip(batch.starts, batch.starts[1:]):
+        scores = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b].repeat_interleave(group, 1)) * scale
+        if cap:
+            scores = cap * (scores / cap).tanh()
+        behind = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        scores = scores.masked_fill((behind < 0) | (behind >= (window or b - a)), -torch.inf)
+        lses.append(scores.logsumexp(-1))
+        outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[a:b].repeat_interleave(group, 1)))
+    o = torch.cat(outs)
+    return o.detach(), torch.cat(lses, 1).detach(), *torch.autograd.grad(o, (q, k, v), batch.do.double())
+
+
+def attention_backwards() -> None:
+    generator = torch.Generator().manual_seed(6)
+    whole = (attention_backward.Tile(16, 32, 4, 1), attention_backward.Tile(32, 16, 4, 1))
+    split = attention_backward.Tiles(*(tile._replace(split=True) for tile in whole))
+    whole = attention_backward.Tiles(*whole)
+    other = attention_backward.Tiles(attention_backward.Tile(32, 16, 4, 1), attention_backward.Tile(16, 32, 4, 1))
+    both = (torch.bfloat16, torch.float32)
+    # (heads, heads of keys, head size, window, soft cap, dtypes)
+    kinds = {
+        "plain": (4, 2, 64, None, 0.0, both),
+        "odd heads": (3, 1, 96, None, 0.0, both[:1]),
+        "window and cap": (2, 1, 64, 19, 2.0, both),
+        "small window": (1, 1, 32, 3, 0.0, both[1:]),
+    }
+    for name, (heads, key_heads, size, window, cap, dtypes) in kinds.items():
+        for dtype in dtypes:
+            batch = packed((1, 50, 17, 32), heads, key_heads, size, dtype, generator)
+            scale = size**-0.5 * 1.3
+            o, lse, *want = attention(batch, scale, window, cap)
+            o, lse = o.to(dtype), lse.float()
+
+            def run(batch, o, lse, tiles, longest=50, scale=scale, window=window, cap=cap):
+                starts = torch.tensor(batch.starts, dtype=torch.int32)
+                q, k, v, do = batch[:4]
+                return attention_backward.backward(q, k, v, o, lse, do, starts, longest, scale, window, cap, tiles)
+
+            got = run(batch, o, lse, whole)
+            for part, g, w in zip(("dq", "dk", "dv"), got, want, strict=True):
+                report(f"backward {name} {dtype} {part}", close(g, w, dtype))
+            same = all(map(torch.equal, run(batch, o, lse, split), got))
+            report(f"backward {name} {dtype} split loops", "" if same else "other bits")
+            same = all(map(torch.equal, run(batch, o, lse, whole, 90), got))
+            report(f"backward {name} {dtype} longer limit", "" if same else "other bits")
+            for order in ((1,), (2, 0, 3, 1)):
+                rows = torch.cat([torch.arange(batch.starts[s], batch.starts[s + 1]) for s in order])
+                found = run(batch.only(*order), o[rows], lse[:, rows].contiguous(), whole)
+                same = all(torch.equal(f, g[rows]) for f, g in zip(found, got, strict=True))
+                report(f"backward {name} {dtype} sequences {order}", "" if same else "other bits")
+            if dtype == torch.float32:  # bf16 hides it
+                same = all(map(torch.equal, run(batch, o, lse, other), got))
+                report(f"backward {name} {dtype} planted", "another order is not seen" if same else "")
+
+
 if __name__ == "__main__":
-    {"gemm": gemms, "norm": norms, "layer norm": layer_norms, "rope": ropes, "sum": sums, "softmax": softmaxes}[
-        sys.argv[1]
-    ]()
+    {
+        "gemm": gemms,
+        "norm": norms,
+        "layer norm": layer_norms,
+        "rope": ropes,
+        "sum": sums,
+        "softmax": softmaxes,
+        "attention backward": attention_backwards,
+    }[sys.argv[1]]()
