@@ -1,20 +1,20 @@
-"""Gradients of causal attention over packed sequences, from q, k, v, the output o, its lse, and the output's gradient.
+"""Gradients of causal attention over packed sequences, from q, k, v, the output o, its lse and the output's gradient.
 
-q, o, do, dq [T, H, D]; k, v, dk, dv [T, G, D] in one dtype, bf16, fp16 or fp32; lse [H, T] fp32, natural logarithms. Sequence s
-holds the rows starts[s] to starts[s + 1]. Each H / G neighbouring query heads share a KV head. Optionally a window (a
-query sees that many keys, its own included) and a soft cap (cap * tanh(score / cap)).
+q, o, do, dq [T, H, D]; k, v, dk, dv [T, G, D], of one dtype: bf16, fp16 or fp32. lse [H, T] fp32: natural logarithms.
+Sequence s holds the rows starts[s] to starts[s + 1]. Each H / G neighbouring query heads share a KV head. Optional: a
+window (a query sees that many keys, its own included), and a soft cap (a score becomes cap * tanh(score / cap)).
 
-Order: tiles start at each sequence's first token, and every sum below has one fp32 accumulator.
-delta of a row: one program sums its D products of o and do.
-dk and dv of a block of keys: the query heads of the group in ascending order; in each head the blocks of queries that
-see a key of the block, ascending, one matrix product a block. Weights and their gradients are rounded to the dtype
-before the product; the scale is applied at the end; the result is rounded once.
-dq of a block of queries: the blocks of keys that a query of the block sees, ascending; the same rounding.
-No two programs add to one number. So the bits of a sequence's gradients depend on this sequence alone, on the tile, and
-on the device. They do not depend on packing, padding, neighbours or the number of sequences.
+Order: tiles start at each sequence's first token, and each sum has one fp32 accumulator.
+- delta of a row is the sum of its D products of o and do, added by one program.
+- dk and dv of a block of keys: the query heads of the group ascending; within a head, the blocks of queries that see a
+  key of the block, ascending, with one matrix product for each. The scale is applied at the end.
+- dq of a block of queries: the blocks of keys that a query of the block sees, ascending.
+- Weights and the gradients of scores are rounded to the dtype before a product. A result is rounded once.
+No two programs add to one number. So the bits of a sequence's gradients depend on this sequence, the tile and the
+device. They do not depend on packing, padding, neighbours or the number of sequences.
 
-The recomputed weights are exp2((score * scale - lse) * log2(e)); a row past the sequence's end has an lse of infinity
-and therefore weights of zero.
+The weights are computed again: exp2((score * scale - lse) * log2(e)). A row past the sequence's end has an lse of
+infinity, so its weights are zero.
 """
 
 from typing import NamedTuple
@@ -61,7 +61,7 @@ TILES: dict[tuple[int, int], tuple[Tiles, ...]] = {
 _SMALLEST = 64
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "stride_delta"])
 def _delta(
     o,
     do,
@@ -139,7 +139,7 @@ def _add_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "stride_lse", "stride_delta"])
 def _for_keys(
     q, k, v, do, lse, delta, dk, dv, starts,
     scale, cap, window, stride_q, stride_k, stride_v, stride_do, stride_lse, stride_delta, stride_dk, stride_dv,
@@ -223,7 +223,7 @@ def _add_keys(
     return tl.dot(dscores.to(keys.dtype), keys, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["blocks", "window"])
+@triton.jit(do_not_specialize=["blocks", "window", "stride_lse", "stride_delta"])
 def _for_queries(
     q, k, v, do, lse, delta, dq, starts, blocks,
     scale, cap, window, stride_q, stride_k, stride_v, stride_do, stride_lse, stride_delta, stride_dq,
@@ -322,9 +322,9 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq [T, H, D], dk [T, G, D], dv [T, G, D]), contiguous, in q's dtype.
 
-    q, o, do [T, H, D]; k, v [T, G, D], of one dtype; lse [H, T] fp32. starts: [sequences + 1] int32, ascending from 0 to
-    T. longest: the longest sequence, or more. window: keys that a query sees, None for all. cap: 0 for none. tiles: None
-    for the table's. Raises ValueError for shapes and dtypes that the kernels do not take.
+    q, o, do [T, H, D]; k, v [T, G, D], of one dtype; lse [H, T] fp32. starts: [sequences + 1] int32, ascending from 0
+    to T. longest: the longest sequence, or more. window: keys that a query sees, None for all. cap: 0 for none. tiles:
+    None for the table's. Raises ValueError for shapes and dtypes that the kernels do not take.
     """
     tokens, heads, size = q.shape
     key_heads = k.shape[1]
