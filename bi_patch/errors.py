@@ -51,3 +51,11 @@ class UnsupportedDevice(BiPatchError):
 
 class ServerFailed(BiPatchError):
     """The server that `bi-patch verify` measures is down, died, or answered with an error."""
+
+
+class ContractBroken(BiPatchError):
+    """A trainer and its sampler differ in something that decides bits."""
+
+
+class ParityBroken(BiPatchError):
+    """A trainer's logprobs are not the sampler's, bit for bit."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from bi_patch import identity
-from bi_patch.arming import process, workers
+from bi_patch import identity, running
+from bi_patch.arming import contract, process, workers
 from bi_patch.errors import SeamOpen
 from bi_patch.ops.certificates import Counts
 from bi_patch.platforms.features import table
@@ -25,7 +25,8 @@ class Sign(msgspec.Struct, frozen=True):
 
     version, digest: bi_patch's release and the digest of its code. vllm, platform: as in the plan. closed, seams: the
     numbers of patch points that are closed, and of all whose modules an engine core loads. certificates: those of all
-    workers. untried: what this engine uses, and what the feature table calls untried.
+    workers. untried: what this engine uses, and what the feature table calls untried. contract: what decides
+    the engine's bits (bi_patch.arming.contract).
     """
 
     version: str
@@ -36,6 +37,7 @@ class Sign(msgspec.Struct, frozen=True):
     seams: int
     certificates: Counts
     untried: tuple[str, ...] = ()
+    contract: dict[str, Any] = {}
 
     def words(self) -> str:
         """One line for a log."""
@@ -68,7 +70,9 @@ def make(config: Any, executor: Any) -> None:
         sum(not p.seam.on_import or p.target.module in sys.modules for p in plan.seams),
         workers.certificates(executor),
         table.untried(config, plan.platform, plan.release),
+        contract.make(config, executor, plan.platform, str(plan.release)),
     )
+    running.keep(current.engine.contract)
     _log.info("%s (engine core)", current.engine.words())
 
 
@@ -99,4 +103,5 @@ def take(payload: bytes) -> None:
             "engine core runs, and set VLLM_BATCH_INVARIANT=1 there. Or set BI_PATCH=0 to run vLLM without bi_patch"
         )
     current.engine = found
+    running.keep(found.contract)
     _log.info("%s (front end, as its engine core says)", found.words())

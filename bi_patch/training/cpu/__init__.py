@@ -1,0 +1,36 @@
+"""The trainer's operators on CPU: the sampler's kernels, each with its backward.
+
+Rules for every folder of `bi_patch.training.devices.FOLDERS`:
+
+- Rows are [rows, ...] without padding between batch and sequence. A row's bits depend on this row alone, or in
+  attention on the rows of its own sequence.
+- Forward: the sampler's kernel and its bits. A weight in fp32 beside rows in bf16 or fp16 is a master weight, and is
+  rounded to the rows' dtype first.
+- Backward: sums in fp32, in an order that a second run repeats. The gradient of rows has the rows' dtype, and does not
+  depend on the other rows. The gradient of a weight has the weight's dtype.
+- A gradient that nobody asked for is an empty tensor, `empty(0)`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def prepare(cache: Path) -> None:
+    """Load the kernels, before the first operator runs. cache: the folder of built kernels and certificates.
+
+    Raises CertificateFailed if the kernels cannot be built.
+    """
+    from bi_patch.ops.cpu import machine
+
+    machine.load_kernels(cache)
+
+
+def kernels() -> dict[str, str]:
+    """What decides the bits of this device's kernels: {"kernels": ..., "device": ...}, after `prepare`."""
+    from bi_patch.ops.cpu import machine
+
+    return {"kernels": machine.kernels_digest(), "device": machine.device().rpartition(",")[0]}  # without threads
+
+
+ATTENTION = ("CPU_ATTN",)  # vLLM's backends whose bits the folder's attention has

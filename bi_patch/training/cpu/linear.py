@@ -1,0 +1,48 @@
+"""Linear layers on CPU by the bundled GEMM (kernels/cpu/README.md), forward and backward.
+
+The weight is packed at each call. Packing costs a small share of a product of many rows, and a copy that is kept would
+go stale silently: `param.data.copy_` and FSDP2 change a weight without changing its version.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> torch.Tensor:
+    """x @ weight.T + bias. x: [rows, K]. weight: [N, K]. bias: [N] or None. Returns [rows, N] in x's dtype.
+
+    parts: 1, or how many ranks of a tensor-parallel sampler share K. Each part of K is then rounded as its rank does,
+    and the parts are added in the order of ranks in fp32 and rounded once. The bias belongs to rank 0.
+    """
+    held, own = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if parts == 1:
+        return _product(x, held, own)
+    width = x.shape[1] // parts
+    total = None
+    for rank in range(parts):
+        cut = slice(rank * width, (rank + 1) * width)
+        part = _product(x[:, cut].contiguous(), held[:, cut].contiguous(), own if rank == 0 else None).float()
+        total = part if total is None else total + part
+    return total.to(x.dtype)
+
+
+def linear_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, of_x: bool, of_weight: bool, of_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x [rows, K], of weight [N, K] and of bias [N] (weight's dtype), from grad [rows, N]."""
+    none = grad.new_empty(0)
+    grad = grad.contiguous()
+    of_rows = _product(grad, weight.to(x.dtype).t().contiguous(), None) if of_x else none
+    of_weights = weight_gradient(grad, x).to(weight.dtype) if of_weight else none
+    return of_rows, of_weights, grad.sum(0, dtype=torch.float32).to(weight.dtype) if of_bias else none
+
+
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """grad.T @ x in fp32. grad: [rows, N]. x: [rows, K]. Returns [N, K] fp32."""
+    return grad.float().t() @ x.float()
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    n, k = weight.shape
+    return torch.ops.bi_cpu.gemm(x, torch.ops.bi_cpu.gemm_pack(weight), n, k, bias)
