@@ -16,7 +16,17 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
-from bi_patch.kernels.triton import attention_backward, gemm, norm, reduce, rope  # noqa: E402
+from bi_patch.kernels.triton import (
+    attention_backward,
+    embedding_backward,
+    gated_backward,
+    gemm,
+    logits_backward,
+    norm,
+    norm_backward,
+    reduce,
+    rope,
+)  # noqa: E402
 from bi_patch.kernels.triton.softmax import softmax_step  # noqa: E402
 
 _dot = interpreter.InterpreterBuilder.create_dot
@@ -290,6 +300,84 @@ def attention_backwards() -> None:
                 report(f"backward {name} {dtype} planted", "another order is not seen" if same else "")
 
 
+def gradients(out, inputs, grad):
+    return torch.autograd.grad(out, inputs, grad.double())
+
+
+def norm_backwards() -> None:
+    generator = torch.Generator().manual_seed(7)
+    for dtype in (torch.bfloat16, torch.float32):
+        for cols, rows in ((96, 700), (1536, 37)):
+            x, g = torch.randn(2, rows, cols, generator=generator).to(dtype)
+            weight = torch.rand(cols, generator=generator).to(dtype)
+            wide, w = (t.double().requires_grad_() for t in (x, weight))
+            out = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (w + 1)
+            got = norm_backward.rms_norm(x, g, weight, 1e-6, 1.0)
+            for part, found, want in zip(("x", "weight"), got, gradients(out, (wide, w), g), strict=True):
+                report(f"norm backward {cols} {dtype} {part}", close(found, want, dtype))
+            alone = norm_backward.rms_norm(x[3:4], g[3:4], weight, 1e-6, 1.0)[0]
+            report(f"norm backward {cols} {dtype} alone", "" if torch.equal(alone[0], got[0][3]) else "a row differs")
+
+
+def gated_backwards() -> None:
+    generator = torch.Generator().manual_seed(8)
+    for dtype in (torch.bfloat16, torch.float32):
+        for kind in gated_backward.KINDS:
+            g, gate, up = torch.randn(3, 5, 300, generator=generator).to(dtype)
+            wide, u = (t.double().requires_grad_() for t in (gate, up))
+            approximate = "tanh" if kind == "gelu_tanh" else "none"
+            functional = torch.nn.functional
+            act = functional.silu(wide) if kind == "silu" else functional.gelu(wide, approximate=approximate)
+            got = gated_backward.gated(g, gate, up, kind)
+            for part, found, want in zip(("gate", "up"), got, gradients(act * u, (wide, u), g), strict=True):
+                report(f"gated backward {kind} {dtype} {part}", close(found, want, dtype))
+            alone = gated_backward.gated(*(t[2:3] for t in (g, gate, up)), kind)
+            same = all(torch.equal(a[0], b[2]) for a, b in zip(alone, got, strict=True))
+            report(f"gated backward {kind} {dtype} alone", "" if same else "a row differs")
+
+
+def logits_backwards() -> None:
+    generator = torch.Generator().manual_seed(9)
+    for dtype in (torch.bfloat16, torch.float32):
+        for cap in (0.0, 5.0):
+            raw = torch.randn(5, 9000, generator=generator) * 4
+            x = raw.double().requires_grad_()
+            capped = cap * (x / cap).tanh() if cap else x
+            heat = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7])
+            tokens = torch.tensor([0, 8999, 17, 4096, 5])
+            dropped = torch.zeros(5, 9000, dtype=torch.bool)
+            dropped[1, :4500] = dropped[4, 6:] = True
+            scores = (capped / heat[:, None]).masked_fill(dropped, -torch.inf)
+            g = torch.randn(5, generator=generator)
+            (want,) = gradients(scores.log_softmax(-1)[torch.arange(5), tokens], (x,), g)
+            held = (g, scores.detach().float(), capped.detach().float(), tokens, heat)
+            got = logits_backward.logits(*held, cap, dtype)
+            report(
+                f"logits backward {dtype} {cap}", close(got, want, dtype if dtype != torch.float32 else torch.float16)
+            )
+            alone = logits_backward.logits(*(t[3:4] for t in held), cap, dtype)
+            report(f"logits backward {dtype} {cap} alone", "" if torch.equal(alone[0], got[3]) else "a row differs")
+
+
+def embedding_backwards() -> None:
+    generator = torch.Generator().manual_seed(10)
+    ids = torch.tensor([5, 0, 5, 7, 0, 5, 99])
+    for dtype in (torch.bfloat16, torch.float32):
+        g = torch.randn(7, 600, generator=generator).to(dtype)
+        want = torch.zeros(100, 600)
+        for row, token in zip(g, ids.tolist(), strict=True):
+            want[token] += row.float()
+        got = embedding_backward.embedding(g, ids, 100)
+        report(f"embedding backward {dtype}", "" if torch.equal(got, want) else "not the ascending sum")
+
+
+def training() -> None:
+    norm_backwards()
+    gated_backwards()
+    logits_backwards()
+    embedding_backwards()
+
+
 if __name__ == "__main__":
     {
         "gemm": gemms,
@@ -299,4 +387,5 @@ if __name__ == "__main__":
         "sum": sums,
         "softmax": softmaxes,
         "attention backward": attention_backwards,
+        "training": training,
     }[sys.argv[1]]()

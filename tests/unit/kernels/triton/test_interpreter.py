@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.parametrize("kernel", ["gemm", "norm", "rope", "sum", "softmax", "attention backward"])
+@pytest.mark.parametrize("kernel", ["gemm", "norm", "rope", "sum", "softmax", "attention backward", "training"])
 def test_numerics_and_rows(kernel):
     # Triton chooses the interpreter when it is imported, so the kernels run in a child process.
     env = {**os.environ, "PYTHONPATH": str(ROOT), "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES": ""}
