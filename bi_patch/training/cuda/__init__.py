@@ -1,4 +1,4 @@
-"""The trainer's operators on CUDA: the sampler's kernels, and a backward for each. bi_patch.training.cpu has the rules."""
+"""The trainer's operators on CUDA: the sampler's kernels with a backward each. bi_patch.training.cpu has the rules."""
 
 from __future__ import annotations
 
