@@ -11,6 +11,9 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parent
 _ENDINGS = (".py", ".cpp", ".cu", ".h", ".json")
 # The code that decides bits, or whether a process may serve. tools/ never serves, and seams generate patches/.
+# training/ never serves either: it runs the operators of ops/ and kernels/, which count here. So a change of training/
+# leaves compile caches and running samplers as they are, and a trainer still finds out whether its operators are the
+# sampler's.
 _SERVING = ("arming", "seams", "ops", "kernels")
 
 

@@ -26,13 +26,16 @@ FAMILIES = {
     "qwen3": Family("Qwen3"),
     "gemma2": Family("Gemma2", offset=1.0),
     "gemma3_text": Family("Gemma3", offset=1.0),
+    "mixtral": Family("Mixtral", experts=True),
+    "qwen3_moe": Family("Qwen3Moe", experts=True),
 }
 
 # How transformers names an activation -> its kind in bi_patch.training.ops.gated.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
-# Rotations whose tables transformers and vLLM compute alike, in any batch.
-ROTATIONS = ("default",)
+# Rotations whose tables transformers and vLLM compute alike, in any batch. For "linear", transformers divides the
+# frequencies and vLLM the positions, so the tables are equal for a factor that is a power of two.
+ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 # Linear layers whose K a tensor-parallel sampler shares among its ranks.
 ROW_PARALLEL = ("o_proj", "down_proj")

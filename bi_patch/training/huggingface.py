@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._inductor import config as inductor
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.training import devices, layout, ops
@@ -58,7 +60,7 @@ class Armed:
     family: Family
     parts: int = 1
     contract: dict[str, Any] = field(default_factory=dict)
-    before: str | None = None
+    before: tuple[Any, ...] = ()
     names: tuple[str, ...] = ()
     layout: tuple[torch.Tensor, torch.Tensor] | None = None
     asked: Asked | None = None
@@ -66,11 +68,13 @@ class Armed:
         default_factory=lambda: {
             "attention": ops.attention,
             "embedding": ops.embedding,
+            "experts": ops.experts,
             "gated": ops.gated,
             "head": ops.token_logprobs,
             "linear": ops.linear,
             "rms_norm": ops.rms_norm,
             "rope": ops.rope,
+            "route": ops.route,
         }
     )
 
@@ -101,9 +105,14 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
     if armed(model) is not None:
         raise BiPatchError("training.arm: the model is armed already. Call disarm first")
     family = _family(model)
+    if family.experts and parts > 1:
+        raise UnsupportedFeature(
+            "training.parallel: a sampler whose ranks share experts is not repeated by the trainer"
+        )
     plan = _plan(model, family, dtype, parts)
     devices.prepare(next(model.parameters()).device.type)
-    state = Armed(dtype, family, parts, before=model.config._attn_implementation)
+    state = Armed(dtype, family, parts, before=(model.config._attn_implementation, inductor.emulate_precision_casts))
+    inductor.emulate_precision_casts = True  # compiled code rounds after every operation, as eager code does
     base = model.base_model
     state.names = tuple(inspect.signature(type(base).forward).parameters)[1:]
     _register()
@@ -130,7 +139,8 @@ def disarm(model: torch.nn.Module) -> None:
     for module in model.modules():
         if vars(module).pop(_HELD, None) is not None:
             vars(module).pop("forward", None)
-    model.set_attn_implementation(state.before)
+    attention, inductor.emulate_precision_casts = state.before
+    model.set_attn_implementation(attention)
 
 
 @contextlib.contextmanager
@@ -208,6 +218,12 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
         if ACTIVATIONS.get(_activation(module.config)) is None:
             raise UnsupportedFeature(f"training.leaf: {name} has the activation {_activation(module.config)}")
         return _mlp
+    if family.experts and kind == f"{prefix}TopKRouter":
+        return _router
+    if family.experts and kind == f"{prefix}Experts":
+        if ACTIVATIONS.get(_activation(module.config)) is None:
+            raise UnsupportedFeature(f"training.leaf: {name} has the activation {_activation(module.config)}")
+        return _experts
     if kind == f"{prefix}RotaryEmbedding":
         _check_rotation(name, module)
         return _rotary
@@ -234,6 +250,8 @@ def _activation(config: Any) -> str:
 
 
 def _check_rotation(name: str, module: torch.nn.Module) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
     for layers, kind in kinds.items():
         if kind not in ROTATIONS:
@@ -241,15 +259,28 @@ def _check_rotation(name: str, module: torch.nn.Module) -> None:
                 f"training.rotation: {name} has the rotation {kind!r}. The tables of other rotations than "
                 f"{', '.join(ROTATIONS)} may differ between transformers and vLLM"
             )
+        parameters = module.config.rope_parameters[layers] if layers else module.config.rope_parameters
+        if kind == "linear" and math.frexp(parameters["factor"])[0] != 0.5:
+            raise UnsupportedFeature(
+                f"training.rotation: {name} divides by {parameters['factor']}, and the tables of transformers and vLLM "
+                "are equal only for a power of two"
+            )
         at = f"{layers}_" if layers else ""
         held = getattr(module, f"{at}inv_freq")
+        if 2 * held.numel() != _head_size(module.config):
+            raise UnsupportedFeature(f"training.rotation: {name} rotates a part of each head only")
         own = {"layer_type": layers} if layers else {}
-        want = type(module).compute_default_rope_parameters(module.config, **own)[0]
+        compute = type(module).compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+        want = compute(module.config, **own)[0]
         if held.dtype != torch.float32 or (held.device.type == "cpu" and not torch.equal(held, want)):
             raise UnsupportedFeature(
                 f"training.rotation: the frequencies of {name} are rounded. Load the model with from_pretrained(..., "
                 "dtype=...); model.to(dtype) and model.half() round them"
             )
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _OWN() -> None:
@@ -289,6 +320,19 @@ def _norm(self, x):
 def _mlp(self, x):
     gated = self._bi_patch.functions["gated"]
     return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), ACTIVATIONS[_activation(self.config)]))
+
+
+def _router(self, hidden):
+    """The router: logits, weights (fp32) and ids of the chosen experts."""
+    functions = self._bi_patch.functions
+    logits = functions["linear"](hidden.reshape(-1, hidden.shape[-1]), self.weight, None, 1)
+    weights, ids = functions["route"](logits, self.top_k, getattr(self, "norm_topk_prob", True))
+    return logits, weights, ids
+
+
+def _experts(self, hidden, ids, weights):
+    kind = ACTIVATIONS[_activation(self.config)]
+    return self._bi_patch.functions["experts"](hidden, weights, ids, self.gate_up_proj, self.down_proj, kind)
 
 
 def _rotary(self, x, position_ids, *args, **kwargs):

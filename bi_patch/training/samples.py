@@ -58,7 +58,8 @@ def why_not(completion: Any) -> str:
     """Why a completion's logprobs cannot be compared with a trainer's, or ""."""
     if completion.finish_reason == "abort":
         return "the request was aborted"
-    if len(getattr(completion, "weight_versions", None) or ()) > 1:
+    versions = getattr(completion, "weight_versions", None) or ()  # vLLM's own mark, if the trainer names its versions
+    if len(versions) > 1 or getattr(completion, "weights_changed", False):
         return "the request ran while the weights changed"
     if completion.logprobs is None:
         return "the request asked for no logprobs"

@@ -168,6 +168,13 @@ FEATURES: tuple[Feature, ...] = (
         ascend=untried(_NO_NPU),
     ),
     row(
+        "a trainer on Hugging Face transformers with the sampler's bits",
+        cpu=untried("the tests cover it"),
+        cuda=untried("nobody has compared bits yet"),
+        ascend=refused("its operators with a backward do not exist there", by="training.device"),
+        details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",
+    ),
+    row(
         "custom logits processors",
         cpu=untried("the tests cover them"),
         cuda=untried(),

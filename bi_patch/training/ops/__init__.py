@@ -6,10 +6,11 @@ One file an operator: its schema, its fake, its autograd formula, and a function
 
 from bi_patch.training.ops.attention import attention
 from bi_patch.training.ops.embedding import embedding
+from bi_patch.training.ops.experts import experts, route
 from bi_patch.training.ops.gated import gated
 from bi_patch.training.ops.head import token_logprobs
 from bi_patch.training.ops.linear import linear
 from bi_patch.training.ops.norm import rms_norm
 from bi_patch.training.ops.rope import rope
 
-__all__ = ["attention", "embedding", "gated", "linear", "rms_norm", "rope", "token_logprobs"]
+__all__ = ["attention", "embedding", "experts", "gated", "linear", "rms_norm", "rope", "route", "token_logprobs"]

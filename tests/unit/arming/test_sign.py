@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from bi_patch import identity
+from bi_patch import identity, running
 from bi_patch.arming import process, sign, startup_seams
 from bi_patch.errors import SeamOpen
 from bi_patch.ops.certificates import Counts
@@ -24,7 +24,8 @@ def state(monkeypatch):
 
 
 def signed(**changes):
-    made = sign.Sign("0.2.0", identity.digest(), "0.32.0", "cpu", 3, 3, Counts(4, 1, 2))
+    agreed = {"instance": "cd456", "model": {"head_dim": 64}}
+    made = sign.Sign("0.2.0", identity.digest(), "0.32.0", "cpu", 3, 3, Counts(4, 1, 2), contract=agreed)
     return msgspec.structs.replace(made, **changes)
 
 
@@ -35,16 +36,21 @@ def message(**fields):
 def test_the_engine_core_says_what_is_armed(state, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(sign.table, "untried", lambda config, platform, release: ("fp16 weights",))
+    monkeypatch.setattr(sign.contract, "make", lambda *given: {"instance": "ab123", "dtype": "bfloat16"})
+    monkeypatch.setattr(running, "contracts", {})
     answers = [(2, 0, 2), (3, 1, 0)]
     with caplog.at_level(logging.INFO, logger="vllm.bi_patch"):
         sign.make(None, SimpleNamespace(collective_rpc=lambda method: answers))
     assert state.engine.certificates == Counts(5, 1, 2) and state.engine.digest == identity.digest()
+    assert running.contracts == {"ab123": state.engine.contract}
     (line,) = caplog.messages
     assert "armed: vLLM 0.32.0 on cpu, 0 of 0 patch points closed" in line
     assert "certificates: 5 passed, 1 failed, 2 of them from the cache" in line and "untried: fp16 weights" in line
 
 
-def test_the_sign_travels_in_the_ready_message(state):
+def test_the_sign_travels_in_the_ready_message(state, monkeypatch):
+    monkeypatch.setattr(running, "contracts", {})
+
     @dataclasses.dataclass
     class Stock:
         max_model_len: int
@@ -54,7 +60,7 @@ def test_the_sign_travels_in_the_ready_message(state):
     sent = msgspec.msgpack.encode(ready(max_model_len=7))
     state.engine = None
     sign.take(sent)
-    assert state.engine == signed()
+    assert state.engine == signed() and running.contracts["cd456"] == signed().contract
     assert msgspec.msgpack.decode(sent, type=Stock) == Stock(7)  # a stock front end reads it, too
 
 

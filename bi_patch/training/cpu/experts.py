@@ -1,0 +1,87 @@
+"""The choice of experts and the experts on CPU: the bundled kernel and vLLM's, with their backward in fp32.
+
+vLLM's kernel must be loaded: a trainer whose model has experts imports vllm in its process. The sampler certified the
+kernel's row order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bi_patch.errors import MissingDependency, UnsupportedFeature
+from bi_patch.training.cpu.gated import _DERIVED
+
+_ALIGNED = 32  # vLLM pads other sizes
+
+
+def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top_k experts of each row of logits [rows, experts] by softmax: weights fp32 and ids int32 [rows, top_k].
+
+    The highest comes first, and the lower id wins a tie. renormalize: divide each row's weights by their sum.
+    """
+    return torch.ops.bi_cpu.softmax_topk(logits, top_k, renormalize)
+
+
+def route_backward(
+    grad: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, renormalize: bool
+) -> torch.Tensor:
+    """The gradient of logits [rows, experts], from grad [rows, top_k] fp32 and what the forward returned."""
+    chosen, weighted = ids.long(), grad * weights
+    total = weighted.sum(-1, keepdim=True)
+    if renormalize:
+        found = torch.zeros(logits.shape, dtype=torch.float32).scatter_(-1, chosen, weighted - weights * total)
+    else:
+        found = (logits.softmax(-1, dtype=torch.float32) * -total).scatter_add_(-1, chosen, weighted)
+    return found.to(logits.dtype)
+
+
+def experts(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """The weighted sum of each row's experts.
+
+    x: [rows, C]. weights: [rows, k] fp32. ids: [rows, k] int32. gate_up: [experts, 2 D, C]. down: [experts, C, D].
+    kind: as for gated. Returns [rows, C] in x's dtype. Raises MissingDependency without vLLM's kernel.
+    """
+    if not hasattr(torch.ops._C, "cpu_fused_moe"):
+        raise MissingDependency("training.experts: vLLM's CPU kernel of experts is not loaded. Import vllm first")
+    if x.shape[1] % _ALIGNED or down.shape[2] % _ALIGNED:
+        raise UnsupportedFeature(f"training.experts: the sizes of experts must be multiples of {_ALIGNED}")
+    isa = "amx" if torch.cpu._is_amx_tile_supported() and x.dtype == torch.bfloat16 else "vec"
+    held = [weight.to(x.dtype) for weight in (gate_up, down)]
+    packed = [torch.empty_like(weight) for weight in held]
+    for weight, into in zip(held, packed):
+        torch.ops._C.prepack_moe_weight(weight, into, isa)
+    out = torch.empty_like(x)
+    torch.ops._C.cpu_fused_moe(out, x, *packed, None, None, weights.contiguous(), ids.contiguous(), False, kind, isa)
+    return out
+
+
+def experts_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    kind: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x [rows, C], weights [rows, k] fp32, gate_up and down (their dtypes), from grad [rows, C]."""
+    of_x, of_weights = torch.zeros(x.shape, dtype=torch.float32), torch.zeros_like(weights)
+    of_gate_up, of_down = (torch.zeros_like(weight) for weight in (gate_up, down))
+    for expert in range(gate_up.shape[0]):
+        rows, place = (ids == expert).nonzero(as_tuple=True)
+        if not len(rows):
+            continue
+        first, second = (weight[expert].to(x.dtype).float() for weight in (gate_up, down))
+        held, g, share = x[rows].float(), grad[rows].float(), weights[rows, place, None]
+        gate, up = (held @ first.t()).chunk(2, -1)
+        value, slope = _DERIVED[kind](gate)
+        inner = value * up
+        of_weights[rows, place] = (g * (inner @ second.t())).sum(-1)
+        of_down[expert] = ((g * share).t() @ inner).to(down.dtype)
+        of_inner = (g * share) @ second
+        of_both = torch.cat((of_inner * up * slope, of_inner * value), -1)
+        of_gate_up[expert] = (of_both.t() @ held).to(gate_up.dtype)
+        of_x.index_add_(0, rows, of_both @ first)
+    return of_x.to(x.dtype), of_weights, of_gate_up, of_down

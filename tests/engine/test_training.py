@@ -1,0 +1,130 @@
+"""A trainer on transformers beside the real engine: every logprob has the sampler's bits, in every form of a batch."""
+
+import json
+
+import pytest
+
+from bi_patch.tools.models import recipes
+
+pytestmark = pytest.mark.engine
+
+# The engine and the trainer share one process, as in a trainer's colocate mode.
+CODE = """
+import gc, json, sys
+import bi_patch
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from bi_patch import training
+from bi_patch.errors import BiPatchError
+
+KINDS = [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_k": 50},
+         {"temperature": 0.6, "top_k": 20, "top_p": 0.95}, {"temperature": 0.0}]
+LENGTHS = (5, 17, 300, 3, 33, 9)
+
+
+def prompts():
+    drawn = torch.Generator().manual_seed(1)
+    return [{"prompt_token_ids": torch.randint(3, 2000, (n,), generator=drawn).tolist()} for n in LENGTHS]
+
+
+def forms(model, outputs, params, batch):
+    pairs = {side: training.batch(outputs, params, side=side) for side in ("right", "left")}
+    found = {side: training.compare(training.logprobs(model, held), held) for side, held in pairs.items()}
+    apart = [training.batch([o], [p]) for o, p in zip(outputs, params)]
+    alone = [training.compare(training.logprobs(model, held), held) for held in apart]
+    found["alone"] = training.Parity(sum(p.compared for p in alone), sum(p.differing for p in alone), None, 0.0)
+    real = batch.attention_mask.bool()
+    ends = batch.attention_mask.sum(1).cumsum(0)
+    own = {} if processed is False else {
+        name: getattr(batch, name).expand(batch.ids.shape)[real] for name in ("temperature", "top_k", "top_p")
+    }
+    flat = batch.ids[real]
+    packed = training.logprobs(model, flat, cu_seqlens=torch.cat((ends.new_zeros(1), ends)), **own)
+    found["packed"] = training.compare(packed, batch.logprobs[real], batch.sampled[real])
+    model.train()
+    model.gradient_checkpointing_enable()
+    scored = training.logprobs(model, batch)
+    scored[batch.sampled].sum().backward()
+    found["checkpointing"] = training.compare(scored, batch)
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+    model.gradient_checkpointing_disable()
+    return found
+
+
+for path, dtype, mode in json.loads(sys.argv[1]):
+    processed = mode == "processed_logprobs"
+    llm = LLM(path, dtype=dtype, max_model_len=512, enforce_eager=True, max_num_seqs=4, max_num_batched_tokens=128,
+              seed=0, logprobs_mode=mode, skip_tokenizer_init=True)
+    params = [SamplingParams(seed=7 + i, max_tokens=16 + i, logprobs=0, ignore_eos=True, detokenize=False,
+                             **(kind if processed else {})) for i, kind in enumerate(KINDS)]
+    outputs = llm.generate(prompts(), params, use_tqdm=False)
+    batch = training.batch(outputs, params)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        plain = model(batch.ids, attention_mask=batch.attention_mask).logits.float()[:, :-1]
+    plain = (plain / (batch.temperature[..., None] if processed else 1)).log_softmax(-1)
+    plain = torch.nn.functional.pad(plain.gather(-1, batch.ids[:, 1:, None])[..., 0], (1, 0))
+    found = {"stock": training.compare(plain, batch)}
+    training.arm(model, sampler=llm)
+    found |= forms(model, outputs, params, batch)
+    training.disarm(model)
+    if dtype == "bfloat16":
+        wide = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        try:
+            training.arm(wide, sampler=llm)
+        except BiPatchError as error:
+            named = str(error)
+        training.arm(wide, sampler=llm, dtype=torch.bfloat16)
+        found["master weights"] = training.compare(training.logprobs(wide, batch), batch)
+        assert "dtype is 'float32' in the trainer and 'bfloat16' in the sampler" in named
+    print("FOUND " + json.dumps({k: [p.compared, p.differing, str(p)] for k, p in found.items()}), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    gc.collect()
+"""
+
+RUNS = [
+    (recipes.LLAMA, "bfloat16", "raw_logprobs"),
+    (recipes.LLAMA, "float32", "processed_logprobs"),
+    (recipes.QWEN3, "bfloat16", "processed_logprobs"),
+    (recipes.QWEN3, "float32", "raw_logprobs"),
+]
+
+
+@pytest.fixture(scope="module")
+def found(model, cache, tmp_path_factory):
+    """By model and dtype: the comparisons by form of the batch, as (compared, differing, words)."""
+    import os
+    import subprocess
+    import sys
+
+    given = json.dumps([(model(name), dtype, mode) for name, dtype, mode in RUNS])
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
+    own = {"BI_PATCH_CACHE": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    script = tmp_path_factory.mktemp("training") / "run.py"
+    script.write_text(CODE)
+    done = subprocess.run(
+        [sys.executable, str(script), given],
+        env=clean | own | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return dict(zip([run[:2] for run in RUNS], lines, strict=True))
+
+
+@pytest.mark.parametrize("name, dtype, mode", RUNS)
+def test_the_trainers_bits_are_the_samplers(found, name, dtype, mode):
+    forms = found[name, dtype]
+    assert forms.pop("stock")[1] > 0  # the comparison sees a difference where one is
+    expected = {"right", "left", "alone", "packed", "checkpointing"} | (
+        {"master weights"} if dtype[0] == "b" else set()
+    )
+    assert set(forms) == expected
+    for form, (compared, differing, words) in forms.items():
+        assert compared == sum(16 + i for i in range(6)) and differing == 0, f"{form}: {words}"

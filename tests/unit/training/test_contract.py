@@ -1,0 +1,139 @@
+"""The contract: the first difference between a trainer and its sampler is named, and nothing is compared in silence."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch import identity, running, training
+from bi_patch.arming import contract as made
+from bi_patch.errors import ContractBroken
+from bi_patch.training import contract, devices
+
+
+@pytest.fixture
+def model(make):
+    return make("Llama")
+
+
+@pytest.fixture
+def agreed(model):
+    """The contract of a sampler that has this model's bits."""
+    return {
+        "instance": "ab123",
+        "platform": "cpu",
+        "vllm": "0.32.0",
+        "torch": torch.__version__,
+        "digest": identity.digest(),
+        **devices.implementation("cpu").kernels(),
+        "attention": {"model.layers.0.self_attn.attn": "CPU_ATTN"},
+        "dtype": "float32",
+        "quantization": None,
+        "kv_cache_dtype": "auto",
+        "tensor_parallel_size": 1,
+        "rank_sums": "none",
+        "logprobs_mode": "raw_logprobs",
+        "runner": "V1",
+        "compiled": True,
+        "model": {name: made._plain(getattr(model.config, name, None)) for name in made._MODEL},
+    }
+
+
+def test_both_sides_agree(model, agreed, ids):
+    training.arm(model, sampler=agreed)
+    training.logprobs(model, *ids)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("platform", "cuda"),
+        ("digest", "0" * 64),
+        ("kernels", "bi_cpu-avx2-00"),
+        ("device", "another CPU"),
+        ("torch", "2.12.0"),
+        ("dtype", "bfloat16"),
+        ("quantization", "fp8"),
+        ("kv_cache_dtype", "fp8"),
+        ("logprobs_mode", "raw_logits"),
+        ("rank_sums", "in any order"),
+        ("attention", {"model.layers.0.self_attn.attn": "TRITON_ATTN"}),
+    ],
+)
+def test_the_first_difference_is_named(model, agreed, name, value):
+    with pytest.raises(ContractBroken, match=f"training.contract: .*{name}"):
+        training.arm(model, sampler=agreed | {name: value})
+
+
+def test_another_model(model, agreed):
+    agreed["model"]["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
+    with pytest.raises(ContractBroken, match="model.rope_parameters"):
+        training.arm(model, sampler=agreed)
+
+
+def test_raw_logprobs_show_no_temperature(model, agreed, ids):
+    training.arm(model, sampler=agreed)
+    for change in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
+        with pytest.raises(ContractBroken, match="raw_logprobs"):
+            training.logprobs(model, *ids, **change)
+
+
+def test_where_a_contract_comes_from(agreed, tmp_path, monkeypatch):
+    file = tmp_path / "contract.json"
+    contract.save(agreed, file)
+    assert contract.of(file) == contract.of(str(file)) == agreed
+    monkeypatch.setattr(running, "contracts", {})
+    running.keep(agreed)
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(instance_id="ab123")))
+    assert contract.of(llm) is agreed
+    stock = SimpleNamespace(vllm_config=SimpleNamespace(instance_id="cd456"))
+    with pytest.raises(ContractBroken, match="not armed"):
+        contract.of(stock)
+    with pytest.raises(ContractBroken, match="is no sampler"):
+        contract.of(7)
+
+
+def test_a_server_says_its_contract(agreed, monkeypatch):
+    asked = []
+
+    class Answer:
+        def __init__(self, said):
+            self.said = said
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        def read(self):
+            return json.dumps(self.said)
+
+    said = {"version": "0.32.0", "bi_patch": {"contract": agreed}}
+    monkeypatch.setattr(contract.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Answer(said))
+    assert contract.of("http://localhost:8000/v1") == agreed and asked == ["http://localhost:8000/version"]
+    said["bi_patch"] = None
+    with pytest.raises(ContractBroken, match="the server http://localhost:8000 is not armed"):
+        contract.of("http://localhost:8000")
+
+
+def test_the_engines_side():
+    text = SimpleNamespace(model_type="llama", rope_parameters={"rope_theta": 1.0}, layer_types=("a", "b"))
+    config = SimpleNamespace(
+        instance_id="ab123",
+        model_config=SimpleNamespace(
+            dtype=torch.bfloat16, quantization=None, logprobs_mode="raw_logprobs", hf_text_config=text
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        compilation_config=SimpleNamespace(mode=SimpleNamespace(name="NONE")),
+    )
+    layer = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: "CPU_ATTN"))
+    held = SimpleNamespace(static_forward_context={"layers.0": layer, "other": object()})
+    worker = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=held))
+    found = made.make(config, SimpleNamespace(collective_rpc=lambda call: [call(worker)] * 2), "cpu", "0.32.0")
+    assert json.loads(json.dumps(found)) == found
+    assert found["attention"] == {"layers.0": "CPU_ATTN"} and found["dtype"] == "bfloat16"
+    assert found["rank_sums"] == "ascending in fp32, rounded once" and not found["compiled"] and found["runner"] == "V1"
+    assert found["model"]["layer_types"] == ["a", "b"] and found["model"]["head_dim"] is None

@@ -1,0 +1,63 @@
+"""The choice of experts and the experts: gradients against autograd in double precision."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from bi_patch.errors import MissingDependency
+from bi_patch.training import ops
+
+ROWS, HIDDEN, INNER, EXPERTS, CHOSEN = 9, 32, 64, 6, 2
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_route(renormalize):
+    logits = randn(ROWS, EXPERTS)
+    single, double = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    weights, ids = ops.route(single, CHOSEN, renormalize)
+    want, chosen = double.softmax(-1).topk(CHOSEN, dim=-1)
+    want = want / want.sum(-1, keepdim=True) if renormalize else want
+    assert torch.equal(ids.long(), chosen) and not ids.requires_grad
+    torch.testing.assert_close(weights.double(), want)
+    mixed = randn(ROWS, CHOSEN, seed=1)
+    (weights * mixed).sum().backward()
+    (want * mixed.double()).sum().backward()
+    torch.testing.assert_close(single.grad.double(), double.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+def test_gradients_of_experts(kind):
+    plain = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    }[kind]
+    weights, ids = ops.route(randn(ROWS, EXPERTS), CHOSEN, True)
+    given = [randn(ROWS, HIDDEN), weights, randn(EXPERTS, 2 * INNER, HIDDEN, seed=1), randn(EXPERTS, HIDDEN, INNER)]
+    x, share, gate_up, down = (t.double().requires_grad_() for t in given)
+    gate, up = torch.einsum("rc,rkdc->rkd", x, gate_up[ids.long()]).chunk(2, -1)
+    out = torch.einsum("rkd,rkcd,rk->rc", plain(gate) * up, down[ids.long()], share)
+    grad = randn(ROWS, HIDDEN, seed=2)
+    out.backward(grad.double())
+    found = torch.ops.bi_training.experts_backward(grad, given[0], weights, ids, given[2], given[3], kind)
+    for got, want in zip(found, (x.grad, share.grad, gate_up.grad, down.grad), strict=True):
+        scale = float(want.abs().max())
+        torch.testing.assert_close(got.double() / scale, want / scale, rtol=0, atol=5e-6)
+
+
+def test_the_compiler_sees_one_node():
+    logits = randn(ROWS, EXPERTS).requires_grad_()
+    torch.library.opcheck(torch.ops.bi_training.route.default, (logits, CHOSEN, True))
+
+
+@pytest.mark.skipif(hasattr(torch.ops._C, "cpu_fused_moe"), reason="vLLM's kernel is loaded in this process")
+def test_without_vllms_kernel():
+    weights, ids = ops.route(randn(ROWS, EXPERTS), CHOSEN, True)
+    with pytest.raises(MissingDependency, match="training.experts"):
+        ops.experts(
+            randn(ROWS, HIDDEN), weights, ids, randn(EXPERTS, 2 * INNER, HIDDEN), randn(EXPERTS, HIDDEN, INNER), "silu"
+        )
