@@ -41,21 +41,29 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """for_keys: the tile of dk and dv. for_queries: the tile of dq."""
+    """for_keys: the tile of dk and dv. for_queries: the tile of dq. shared: bytes of shared memory that both fit into."""
 
     for_keys: Tile
     for_queries: Tile
+    shared: int
 
 
-# By (head size rounded up to a power of two, bytes an element): tiles in order of preference. The first whose shared
-# memory fits serves. The first of each list is for Hopper, whose matrix instructions take 64 rows for every four warps.
+# By (head size rounded up to a power of two, bytes an element): tiles in order of preference. The first that fits into
+# the device's shared memory serves. The first of each list is for Hopper, whose matrix instructions take 64 rows for
+# every four warps.
 TILES: dict[tuple[int, int], tuple[Tiles, ...]] = {
-    (64, 2): (Tiles(Tile(64, 128, 8, 3), Tile(128, 64, 4, 3)), Tiles(Tile(32, 64, 4, 2), Tile(64, 32, 4, 2))),
-    (128, 2): (Tiles(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)), Tiles(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1))),
-    (256, 2): (Tiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)), Tiles(Tile(16, 32, 4, 1), Tile(32, 16, 4, 1))),
-    (64, 4): (Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
-    (128, 4): (Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),),
-    (256, 4): (Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),),
+    (64, 2): (Tiles(Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), 82944),),
+    (128, 2): (
+        Tiles(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), 131584),
+        Tiles(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), 57344),
+    ),
+    (256, 2): (
+        Tiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), 114688),
+        Tiles(Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), 57344),
+    ),
+    (64, 4): (Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), 36864),),
+    (128, 4): (Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), 69632),),
+    (256, 4): (Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), 66560),),
 }
 # The size of a small head is rounded up to this.
 _SMALLEST = 64
@@ -281,14 +289,7 @@ def choose(head_size: int, element_size: int, shared: int) -> Tiles:
     if (width, element_size) not in TILES or head_size % 16:
         raise ValueError(f"attention_backward: no tiles for heads of {head_size} elements of {element_size} bytes")
     held = TILES[width, element_size]
-    return next((tiles for tiles in held if _shared(tiles, width, element_size) <= shared), held[-1])
-
-
-def _shared(tiles: Tiles, width: int, size: int) -> int:
-    """An upper estimate of the shared memory of the larger kernel, in bytes."""
-    a, b = tiles
-    held = 2 * max(a.keys + a.stages * a.queries, b.queries + b.stages * b.keys) * width * size
-    return held + 4 * 2 * a.stages * a.queries + max(a.queries * a.keys, b.queries * b.keys) * size
+    return next((tiles for tiles in held if tiles.shared <= shared), held[-1])
 
 
 def covers(head_size: int, dtype: torch.dtype) -> bool:

@@ -259,10 +259,10 @@ def attention(batch: Packed, scale: float, window: int | None, cap: float):
 
 def attention_backwards() -> None:
     generator = torch.Generator().manual_seed(6)
-    whole = (attention_backward.Tile(16, 32, 4, 1), attention_backward.Tile(32, 16, 4, 1))
-    split = attention_backward.Tiles(*(tile._replace(split=True) for tile in whole))
-    whole = attention_backward.Tiles(*whole)
-    other = attention_backward.Tiles(attention_backward.Tile(32, 16, 4, 1), attention_backward.Tile(16, 32, 4, 1))
+    pair = (attention_backward.Tile(16, 32, 4, 1), attention_backward.Tile(32, 16, 4, 1))
+    whole = attention_backward.Tiles(*pair, 0)
+    split = attention_backward.Tiles(*(tile._replace(split=True) for tile in pair), 0)
+    other = attention_backward.Tiles(*reversed(pair), 0)
     both = (torch.bfloat16, torch.float32)
     # (heads, heads of keys, head size, window, soft cap, dtypes)
     kinds = {
