@@ -13,8 +13,8 @@ Order: tiles start at each sequence's first token, and each sum has one fp32 acc
 No two programs add to one number. So the bits of a sequence's gradients depend on this sequence, the tile and the
 device. They do not depend on packing, padding, neighbours or the number of sequences.
 
-The weights are computed again: exp2((score * scale - lse) * log2(e)). A row past the sequence's end has an lse of
-infinity, so its weights are zero.
+The weights are computed again: exp2(score * scale * log2(e) - lse * log2(e)). A row past the sequence's end has an lse
+of infinity, so its weights are zero.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,9 @@ import triton
 import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_DELTA_ELEMENTS = 8192  # of o, for each program of _delta
+# lse and delta are copied, with each sequence padded to a multiple of this, so that loads need no mask.
+_PAD = tl.constexpr(128)
+_ELEMENTS = 8192  # of o, for each program of _rows
 
 
 class Tile(NamedTuple):
@@ -69,28 +71,42 @@ TILES: dict[tuple[int, int], tuple[Tiles, ...]] = {
 _SMALLEST = 64
 
 
-@triton.jit(do_not_specialize=["rows", "stride_delta"])
-def _delta(
+@triton.jit
+def _padded(start, sequence):
+    """Where a sequence's rows begin in lse2 and delta: at a multiple of _PAD, with room for whole blocks of _PAD."""
+    return (start + sequence * _PAD) // _PAD * _PAD
+
+
+@triton.jit(do_not_specialize=["stride_lse"])
+def _rows(
     o,
     do,
+    lse,
+    lse2,
     delta,
-    rows,
-    heads,
+    starts,
     stride_o,
     stride_do,
-    stride_delta,
+    stride_lse,
+    stride_rows,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """delta[h, t] = sum over d of o[t, h, d] * do[t, h, d]. rows: T * H."""
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, WIDTH)
-    t, h = r // heads, r % heads
-    inside = (r < rows)[:, None] & (d < D)[None, :]
-    a = tl.load(o + (t * stride_o + h * D)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(do + (t * stride_do + h * D)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta + h * stride_delta + t, tl.sum(a * b, axis=1), mask=r < rows)
+    """A block of rows of one head: lse in base 2, and delta = sum of o * do. Past the sequence's end: infinity and 0."""
+    start = tl.load(starts + tl.program_id(2))
+    length = tl.load(starts + tl.program_id(2) + 1) - start
+    first = tl.program_id(0) * ROWS
+    if first >= tl.cdiv(length, _PAD) * _PAD:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    at = first + tl.arange(0, ROWS)
+    a = _tile(o + start.to(tl.int64) * stride_o + head * D, at, length, stride_o, D, WIDTH).to(tl.float32)
+    b = _tile(do + start.to(tl.int64) * stride_do + head * D, at, length, stride_do, D, WIDTH).to(tl.float32)
+    to = head * stride_rows + _padded(start, tl.program_id(2)) + at
+    tl.store(delta + to, tl.sum(a * b, axis=1))
+    logs = tl.load(lse + head * stride_lse + start + at, mask=at < length, other=float("inf"))
+    tl.store(lse2 + to, logs * _LOG2E)
 
 
 @triton.jit
@@ -104,14 +120,14 @@ def _tile(base, at, length, stride, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _weights(scores, lse, scale, cap, HAS_CAP: tl.constexpr):
-    """(softmax weights, factor of the scores' gradient) of raw scores; lse broadcasts against the scores."""
+def _weights(scores, lse2, scale, cap, HAS_CAP: tl.constexpr):
+    """(softmax weights, factor of the scores' gradient) of raw scores; lse2 broadcasts against the scores."""
     if HAS_CAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1)
         tanh = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * _LOG2E * scale / cap)) + 1.0)
-        return tl.exp2((cap * tanh - lse) * _LOG2E), 1.0 - tanh * tanh
+        return tl.exp2(tanh * (cap * _LOG2E) - lse2), 1.0 - tanh * tanh
     else:
-        return tl.exp2(scores * (scale * _LOG2E) - lse * _LOG2E), 1.0
+        return tl.exp2(scores * (scale * _LOG2E) - lse2), 1.0
 
 
 @triton.jit
@@ -125,20 +141,19 @@ def _seen(query, key, window, HAS_WINDOW: tl.constexpr):
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, q, do, lse, delta, at, key, length, stride_q, stride_do, scale, cap, window,
+    dk, dv, k, v, q, do, lse2, delta, at, key, length, stride_q, stride_do, scale, cap, window,
     D: tl.constexpr, WIDTH: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv plus what the queries at positions `at` give."""
     queries = _tile(q, at, length, stride_q, D, WIDTH)
-    inside = at < length
-    row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
+    row_lse = tl.load(lse2 + at)
     scores = tl.dot(k, tl.trans(queries), input_precision="ieee")
     weights, slope = _weights(scores, row_lse[None, :], scale, cap, HAS_CAP)
     if MASKED:
         weights = tl.where(_seen(at[None, :], key[:, None], window, HAS_WINDOW), weights, 0.0)
     grads = _tile(do, at, length, stride_do, D, WIDTH)
     dv = tl.dot(weights.to(grads.dtype), grads, dv, input_precision="ieee")
-    row_delta = tl.load(delta + at, mask=inside, other=0.0)
+    row_delta = tl.load(delta + at)
     dweights = tl.dot(v, tl.trans(grads), input_precision="ieee")
     dscores = weights * (dweights - row_delta[None, :])
     if HAS_CAP:
@@ -147,10 +162,10 @@ def _add_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["window", "stride_lse", "stride_delta"])
+@triton.jit(do_not_specialize=["window"])
 def _for_keys(
-    q, k, v, do, lse, delta, dk, dv, starts,
-    scale, cap, window, stride_q, stride_k, stride_v, stride_do, stride_lse, stride_delta, stride_dk, stride_dv,
+    q, k, v, do, lse2, delta, dk, dv, starts,
+    scale, cap, window, stride_q, stride_k, stride_v, stride_do, stride_rows, stride_dk, stride_dv,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -167,8 +182,9 @@ def _for_keys(
     held_v = _tile(v + row * stride_v + head * D, key, length, stride_v, D, WIDTH)
     q += row * stride_q + head * (GROUP * D)
     do += row * stride_do + head * (GROUP * D)
-    lse += row + head.to(tl.int64) * GROUP * stride_lse
-    delta += row + head.to(tl.int64) * GROUP * stride_delta
+    rows = head.to(tl.int64) * GROUP * stride_rows + _padded(start, tl.program_id(2))
+    lse2 += rows
+    delta += rows
     sum_k = tl.zeros((KEYS, WIDTH), tl.float32)
     sum_v = tl.zeros((KEYS, WIDTH), tl.float32)
     # Blocks of queries start at position 0, whatever the block of keys.
@@ -183,14 +199,14 @@ def _for_keys(
         for member in range(GROUP):
             for at in range(low, open, QUERIES):
                 sum_k, sum_v = _add_queries(
-                    sum_k, sum_v, held_k, held_v, q + member * D, do + member * D, lse + member * stride_lse,
-                    delta + member * stride_delta, at + offset, key, length, stride_q, stride_do, scale, cap, window,
+                    sum_k, sum_v, held_k, held_v, q + member * D, do + member * D, lse2 + member * stride_rows,
+                    delta + member * stride_rows, at + offset, key, length, stride_q, stride_do, scale, cap, window,
                     D, WIDTH, HAS_CAP, HAS_WINDOW, True,
                 )  # fmt: skip
             for at in range(open, high, QUERIES):
                 sum_k, sum_v = _add_queries(
-                    sum_k, sum_v, held_k, held_v, q + member * D, do + member * D, lse + member * stride_lse,
-                    delta + member * stride_delta, at + offset, key, length, stride_q, stride_do, scale, cap, window,
+                    sum_k, sum_v, held_k, held_v, q + member * D, do + member * D, lse2 + member * stride_rows,
+                    delta + member * stride_rows, at + offset, key, length, stride_q, stride_do, scale, cap, window,
                     D, WIDTH, HAS_CAP, HAS_WINDOW, False,
                 )  # fmt: skip
     else:
@@ -200,8 +216,8 @@ def _for_keys(
             member = step // blocks
             at = low + (step - member * blocks) * QUERIES
             sum_k, sum_v = _add_queries(
-                sum_k, sum_v, held_k, held_v, q + member * D, do + member * D, lse + member * stride_lse,
-                delta + member * stride_delta, at + offset, key, length, stride_q, stride_do, scale, cap, window,
+                sum_k, sum_v, held_k, held_v, q + member * D, do + member * D, lse2 + member * stride_rows,
+                delta + member * stride_rows, at + offset, key, length, stride_q, stride_do, scale, cap, window,
                 D, WIDTH, HAS_CAP, HAS_WINDOW, True,
             )  # fmt: skip
     d = tl.arange(0, WIDTH)
@@ -231,10 +247,10 @@ def _add_keys(
     return tl.dot(dscores.to(keys.dtype), keys, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["blocks", "window", "stride_lse", "stride_delta"])
+@triton.jit(do_not_specialize=["blocks", "window"])
 def _for_queries(
-    q, k, v, do, lse, delta, dq, starts, blocks,
-    scale, cap, window, stride_q, stride_k, stride_v, stride_do, stride_lse, stride_delta, stride_dq,
+    q, k, v, do, lse2, delta, dq, starts, blocks,
+    scale, cap, window, stride_q, stride_k, stride_v, stride_do, stride_rows, stride_dq,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -249,9 +265,9 @@ def _for_queries(
     query = first + tl.arange(0, QUERIES)
     held_q = _tile(q + row * stride_q + head * D, query, length, stride_q, D, WIDTH)
     held_do = _tile(do + row * stride_do + head * D, query, length, stride_do, D, WIDTH)
-    inside = query < length
-    row_lse = tl.load(lse + row + head.to(tl.int64) * stride_lse + query, mask=inside, other=float("inf"))
-    row_delta = tl.load(delta + row + head.to(tl.int64) * stride_delta + query, mask=inside, other=0.0)
+    rows = head.to(tl.int64) * stride_rows + _padded(start, tl.program_id(2)) + query
+    row_lse = tl.load(lse2 + rows)
+    row_delta = tl.load(delta + rows)
     k += row * stride_k + head // GROUP * D
     v += row * stride_v + head // GROUP * D
     low = 0
@@ -345,26 +361,27 @@ def backward(
     if tiles is None:
         tiles = choose(size, q.element_size(), _shared_memory(q.device))
     width = max(_SMALLEST, triton.next_power_of_2(size))
-    delta = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
-    together = _DELTA_ELEMENTS // width
-    _delta[(triton.cdiv(tokens * heads, together),)](
-        o, do, delta, tokens * heads, heads, o.stride(0), do.stride(0), delta.stride(0),
-        D=size, WIDTH=width, ROWS=together, num_warps=8,
+    padded = (tokens // _PAD.value + sequences + 1) * _PAD.value
+    lse2, delta = torch.empty((2, heads, padded), dtype=torch.float32, device=q.device)
+    block = _ELEMENTS // width
+    _rows[(triton.cdiv(longest, _PAD.value) * (_PAD.value // block), heads, sequences)](
+        o, do, lse, lse2, delta, starts, o.stride(0), do.stride(0), lse.stride(0), padded,
+        D=size, WIDTH=width, ROWS=block, num_warps=8,
     )  # fmt: skip
     shared = {
         "GROUP": heads // key_heads, "D": size, "WIDTH": width, "HAS_CAP": cap > 0, "HAS_WINDOW": window is not None
     }  # fmt: skip
     scalars = (scale, cap, window or 0)
-    strides = (q.stride(0), k.stride(0), v.stride(0), do.stride(0), lse.stride(0), delta.stride(0))
+    strides = (q.stride(0), k.stride(0), v.stride(0), do.stride(0), padded)
     tile = tiles.for_keys
     _for_keys[(triton.cdiv(longest, tile.keys), key_heads, sequences)](
-        q, k, v, do, lse, delta, dk, dv, starts, *scalars, *strides, dk.stride(0), dv.stride(0), **shared,
+        q, k, v, do, lse2, delta, dk, dv, starts, *scalars, *strides, dk.stride(0), dv.stride(0), **shared,
         QUERIES=tile.queries, KEYS=tile.keys, SPLIT=tile.split, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     tile = tiles.for_queries
     blocks = triton.cdiv(longest, tile.queries)
     _for_queries[(blocks, heads, sequences)](
-        q, k, v, do, lse, delta, dq, starts, blocks, *scalars, *strides, dq.stride(0), **shared,
+        q, k, v, do, lse2, delta, dq, starts, blocks, *scalars, *strides, dq.stride(0), **shared,
         QUERIES=tile.queries, KEYS=tile.keys, SPLIT=tile.split, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dq, dk, dv

@@ -111,7 +111,7 @@ def test_row_sum(architecture):
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_attention_backward(architecture, head_size):
     tiles = attention_backward.choose(head_size, 2, SHARED[architecture])
-    pointers = dict.fromkeys(("q", "k", "v", "do", "dk", "dv", "dq"), "*bf16") | {"lse": "*fp32", "delta": "*fp32"}
+    pointers = dict.fromkeys(("q", "k", "v", "do", "dk", "dv", "dq"), "*bf16") | {"lse2": "*fp32", "delta": "*fp32"}
     constants = {"GROUP": 4, "D": head_size, "WIDTH": head_size, "HAS_CAP": False, "HAS_WINDOW": False}
     for kernel, tile in (
         (attention_backward._for_keys, tiles.for_keys),
