@@ -43,6 +43,7 @@ def arm(model: torch.nn.Module, sampler: Any = None, *, dtype: torch.dtype | Non
     if agreed:
         devices.prepare(own.device.type)
         contract.check(agreed, inner, dtype)
+        devices.implementation(own.device.type).agree(agreed)
     huggingface.arm(model, dtype, agreed.get("tensor_parallel_size", 1)).contract = agreed
     return model
 

@@ -14,6 +14,9 @@ Rules for every folder of `bi_patch.training.devices.FOLDERS`:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+ATTENTION = ("CPU_ATTN",)  # vLLM's backends whose bits the folder's attention has
 
 
 def prepare(cache: Path) -> None:
@@ -26,11 +29,12 @@ def prepare(cache: Path) -> None:
     machine.load_kernels(cache)
 
 
+def agree(contract: dict[str, Any]) -> None:
+    """Take from the sampler's contract how it sums logprobs. On CPU, every sampler sums them in one way."""
+
+
 def kernels() -> dict[str, str]:
     """What decides the bits of this device's kernels: {"kernels": ..., "device": ...}, after `prepare`."""
     from bi_patch.ops.cpu import machine
 
     return {"kernels": machine.kernels_digest(), "device": machine.device().rpartition(",")[0]}  # without threads
-
-
-ATTENTION = ("CPU_ATTN",)  # vLLM's backends whose bits the folder's attention has

@@ -1,0 +1,200 @@
+"""Which module of a transformers model gets which forward. A module without cover is refused by name.
+
+Each forward is bound to its module, and finds the armed model's state in the module's attribute `_bi_patch`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.training.families import ACTIVATIONS, FAMILIES, ROTATIONS, ROW_PARALLEL, Family
+
+PARTS = "_bi_patch_parts"  # the attribute of a linear layer: how many ranks of the sampler share its K
+
+
+def family_of(model: torch.nn.Module) -> Family:
+    """The family of a transformers model. Raises UnsupportedFeature for a model without cover."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES or not type(model).__name__.removeprefix("FSDP").endswith("ForCausalLM"):
+        raise UnsupportedFeature(
+            f"training.model: {type(model).__name__} ({kind}) is not covered. bi_patch covers causal language models "
+            f"of transformers of these types: {', '.join(FAMILIES)}"
+        )
+    if getattr(model.config, "attention_dropout", 0):
+        raise UnsupportedFeature(
+            "training.dropout: the configuration has attention_dropout, and a sampler drops nothing. Set it to 0"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedFeature("training.quantization: a quantized model's layers have no cover in the trainer")
+    return FAMILIES[kind]
+
+
+def plan(model, family: Family, dtype: torch.dtype, parts: int) -> list[tuple[torch.nn.Module, Callable | None, int]]:
+    """Each module, the forward that it gets, and how many of the sampler's ranks share its K.
+
+    The forward is None for a module whose own forward is exact. Raises UnsupportedFeature with the module's name.
+    """
+    found = []
+    for name, module in model.named_modules():
+        forward = _forward(module, name, family, model)
+        if forward is not _OWN and "forward" in vars(module):
+            raise UnsupportedFeature(f"training.leaf: something else replaced the forward of {name}. Remove it first")
+        _check_parameters(name, module, dtype)
+        module_parts = parts if name.rpartition(".")[2] in ROW_PARALLEL else 1
+        if module_parts > 1 and module.weight.shape[1] % parts:
+            raise UnsupportedFeature(f"training.parallel: {parts} ranks cannot share the input of {name} equally")
+        found.append((module, None if forward is _OWN else forward, module_parts))
+    return found
+
+
+def _check_parameters(name: str, module: torch.nn.Module, dtype: torch.dtype) -> None:
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.dtype not in (dtype, torch.float32):
+            raise UnsupportedFeature(
+                f"training.dtype: {name}.{own} is {parameter.dtype}, and the sampler computes in {dtype}. Parameters "
+                f"are in {dtype}, or in float32 as master weights"
+            )
+
+
+def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn.Module) -> Callable:
+    """The forward for one module. Raises UnsupportedFeature with the module's name and class if it has no cover."""
+    kind, prefix = type(module).__name__.removeprefix("FSDP"), family.prefix
+    if type(module) is torch.nn.Linear:
+        return _head if module is model.get_output_embeddings() else _linear
+    if type(module) is torch.nn.Embedding or kind == f"{prefix}TextScaledWordEmbedding":
+        if module.max_norm is not None:
+            raise UnsupportedFeature(f"training.leaf: {name} has max_norm, which changes weights in a forward")
+        return _embedding
+    if kind == f"{prefix}RMSNorm":
+        return _norm
+    if kind == f"{prefix}MLP":
+        _check_activation(name, module)
+        return _mlp
+    if family.experts and kind == f"{prefix}TopKRouter":
+        return _router
+    if family.experts and kind == f"{prefix}Experts":
+        _check_activation(name, module)
+        return _experts
+    if kind == f"{prefix}RotaryEmbedding":
+        _check_rotation(name, module)
+        return _rotary
+    if isinstance(module, torch.nn.Dropout) and module.p:
+        raise UnsupportedFeature(f"training.dropout: {name} drops a share of {module.p}. Set it to 0")
+    if isinstance(module, (torch.nn.Dropout, torch.nn.Identity, torch.nn.ModuleList)):
+        return _OWN
+    if any(base.__module__ == module_of(model) for base in type(module).__mro__) and list(module.children()):
+        return _OWN
+    if name.endswith(".act_fn"):
+        return _OWN  # the MLP's forward does not call it
+    raise UnsupportedFeature(
+        f"training.leaf: {name} ({type(module).__module__}.{type(module).__qualname__}) has no cover in the trainer"
+    )
+
+
+def module_of(model: torch.nn.Module) -> str:
+    """The module of transformers that defines the model's class. FSDP2 puts a class of its own before it."""
+    return next(base.__module__ for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+
+
+def _activation(config: Any) -> str:
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def _check_activation(name: str, module: torch.nn.Module) -> None:
+    if _activation(module.config) not in ACTIVATIONS:
+        raise UnsupportedFeature(f"training.leaf: {name} has the activation {_activation(module.config)}")
+
+
+def _check_rotation(name: str, module: torch.nn.Module) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
+    for layers, kind in kinds.items():
+        if kind not in ROTATIONS:
+            raise UnsupportedFeature(
+                f"training.rotation: {name} has the rotation {kind!r}. The tables of other rotations than "
+                f"{', '.join(ROTATIONS)} may differ between transformers and vLLM"
+            )
+        parameters = module.config.rope_parameters[layers] if layers else module.config.rope_parameters
+        if kind == "linear" and math.frexp(parameters["factor"])[0] != 0.5:
+            raise UnsupportedFeature(
+                f"training.rotation: {name} divides by {parameters['factor']}, and the tables of transformers and vLLM "
+                "are equal only for a power of two"
+            )
+        at = f"{layers}_" if layers else ""
+        held = getattr(module, f"{at}inv_freq")
+        if 2 * held.numel() != _head_size(module.config):
+            raise UnsupportedFeature(f"training.rotation: {name} rotates a part of each head only")
+        own = {"layer_type": layers} if layers else {}
+        compute = type(module).compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+        want = compute(module.config, **own)[0]
+        if held.dtype != torch.float32 or (held.device.type == "cpu" and not torch.equal(held, want)):
+            raise UnsupportedFeature(
+                f"training.rotation: the frequencies of {name} are rounded. Load the model with from_pretrained(..., "
+                "dtype=...); model.to(dtype) and model.half() round them"
+            )
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _OWN() -> None:
+    """Stands for a module's own forward."""
+
+
+def _linear(self, x):
+    return self._bi_patch.functions["linear"](x, self.weight, self.bias, self._bi_patch_parts)
+
+
+def _head(self, hidden):
+    state = self._bi_patch
+    asked = state.asked
+    if asked is None:
+        return state.functions["linear"](hidden, self.weight, self.bias, 1)
+    rows = hidden.reshape(-1, hidden.shape[-1])[asked.rows]
+    return state.functions["head"](
+        rows, self.weight, asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.softcap
+    )
+
+
+def _embedding(self, ids):
+    state = self._bi_patch
+    found = state.functions["embedding"](ids, self.weight, state.dtype)
+    scale = getattr(self, "scalar_embed_scale", None)
+    return found if scale is None else found * torch.tensor(scale, dtype=state.dtype, device=found.device)
+
+
+def _norm(self, x):
+    eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+    return self._bi_patch.functions["rms_norm"](x, self.weight, eps, self._bi_patch.family.offset)
+
+
+def _mlp(self, x):
+    gated = self._bi_patch.functions["gated"]
+    return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), ACTIVATIONS[_activation(self.config)]))
+
+
+def _router(self, hidden):
+    """The router: logits, weights (fp32) and ids of the chosen experts."""
+    functions = self._bi_patch.functions
+    logits = functions["linear"](hidden.reshape(-1, hidden.shape[-1]), self.weight, None, 1)
+    weights, ids = functions["route"](logits, self.top_k, getattr(self, "norm_topk_prob", True))
+    return logits, weights, ids
+
+
+def _experts(self, hidden, ids, weights):
+    kind = ACTIVATIONS[_activation(self.config)]
+    return self._bi_patch.functions["experts"](hidden, weights, ids, self.gate_up_proj, self.down_proj, kind)
+
+
+def _rotary(self, x, position_ids, *args, **kwargs):
+    """The table of the armed rotation: (cosines and sines [B, T, D], None)."""
+    cos, sin = type(self).forward(self, x, position_ids, *args, **kwargs)
+    half = cos.shape[-1] // 2
+    return torch.cat((cos[..., :half], sin[..., :half]), -1), None
