@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """for_keys: the tile of dk and dv. for_queries: the tile of dq. shared: bytes of shared memory that both fit into."""
+    """for_keys: the tile of dk and dv. for_queries: the tile of dq. shared: bytes of shared memory for either."""
 
     for_keys: Tile
     for_queries: Tile
@@ -93,7 +93,7 @@ def _rows(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A block of rows of one head: lse in base 2, and delta = sum of o * do. Past the sequence's end: infinity and 0."""
+    """For a block of rows of one head: lse in base 2, and delta. Past the sequence's end: infinity and 0."""
     start = tl.load(starts + tl.program_id(2))
     length = tl.load(starts + tl.program_id(2) + 1) - start
     first = tl.program_id(0) * ROWS

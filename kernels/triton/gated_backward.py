@@ -37,9 +37,7 @@ def _gated(g, gate, up, dgate, dup, count, KIND: tl.constexpr, BLOCK: tl.constex
     tl.store(dup + at, (grad * value).to(dup.dtype.element_ty), mask=mask)
 
 
-def gated(
-    g: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gated(g: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(dgate, dup) from g, gate and up of one shape and dtype. kind: one of KINDS."""
     g, gate, up = (x.contiguous() for x in (g, gate, up))
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)

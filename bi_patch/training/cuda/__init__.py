@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 # vLLM's backends whose bits the folder's attention has.
-ATTENTION = ("FLASH_ATTN",)
+ATTENTION = ("FLASH_ATTN", "TRITON_ATTN")
 
 
 def prepare(cache: Path) -> None:
@@ -26,12 +26,13 @@ def prepare(cache: Path) -> None:
 
 
 def agree(contract: dict[str, Any]) -> None:
-    """Take from the sampler's contract how it sums logprobs: by which model runner, of raw or of processed logits."""
-    from bi_patch.training.cuda import head
+    """Take from the sampler's contract how it sums logprobs, and whether Triton attention serves all of its layers."""
+    from bi_patch.training.cuda import attention, head
 
     head.form = head.Form(
         runner=contract.get("runner", "V2"), processed=contract.get("logprobs_mode") == "processed_logprobs"
     )
+    attention.everywhere = set(contract.get("attention", {}).values()) == {"TRITON_ATTN"}
 
 
 def kernels() -> dict[str, str]:

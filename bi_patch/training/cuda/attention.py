@@ -1,7 +1,10 @@
-"""Causal attention on CUDA: FlashAttention 3 in one split forward, as the sampler runs it, and a bundled backward.
+"""Causal attention on CUDA: the sampler's FlashAttention 3 in one split, or its Triton attention; a bundled backward.
 
-The sampler's keys and values lie in pages. Contiguous keys and values serve here if they gave the bits of pages of 16
-tokens for the same heads in this process; otherwise keys and values are copied into pages.
+Layers with a window, in fp32 or with other head sizes than FlashAttention 3's run on vLLM's Triton attention, in the
+sampler and here. That kernel keeps no lse, so a bundled kernel computes the lse for the backward.
+
+The sampler's keys and values lie in pages. For FlashAttention 3, contiguous keys and values serve here if they gave the
+bits of pages of 16 tokens for the same heads in this process; otherwise keys and values are copied into pages.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ import functools
 
 import torch
 
-from bi_patch.errors import UnsupportedFeature
 from bi_patch.kernels.triton import attention_backward as kernel
+from bi_patch.kernels.triton import attention_lse
 from bi_patch.ops import bits
 from bi_patch.training.cuda import sequences, vllm_kernels
 
@@ -19,7 +22,9 @@ _PAGE = 16  # tokens
 # Up to this head size, FlashAttention 3 takes another tile for short queries. The sampler reports a longest query of at
 # least _LONG_QUERY tokens there, and so does the trainer.
 _SMALL_HEAD, _LONG_QUERY = 64, 128
+# Head sizes that the sampler gives to FlashAttention 3.
 _SIZES = (64, 80, 96, 112, 128, 192, 256)
+everywhere = False  # Triton attention serves all layers of the sampler; bi_patch.training.cuda.agree sets it
 _TRIED = (1, 3, 16, 127, 128, 129, 300, 1027, 2500)  # lengths in tokens
 
 
@@ -36,17 +41,19 @@ def attention(
     """Causal attention of each sequence.
 
     query: [rows, heads, D]. key, value: [rows, kv heads, D]. starts, lengths: [sequences] int64, the first row and the
-    number of rows of each sequence. Rows outside all sequences are padding, and get zeros. softcap: 0 for none.
+    number of rows of each sequence. Rows outside all sequences are padding, and get zeros. window: the number of tokens
+    that a token sees, itself included; 0 for all. softcap: 0 for none.
     Returns the output [rows, heads, D] and the log of each row's sum of exponentials [heads, rows] fp32.
-    Raises UnsupportedFeature for what the sampler's FlashAttention 3 does not serve: a window, fp32, other head sizes.
     """
-    _check(query, window)
     where = sequences.of(starts, lengths, len(query))
     if not where.host:
         return torch.zeros_like(query), query.new_zeros(query.shape[1], len(query), dtype=torch.float32)
     q, k, v = (_rows(x, where) for x in (query, key, value))
-    pages = not _contiguous_serves(query.shape[1], key.shape[1], query.shape[2], query.dtype, query.device)
-    out, kept = _flash(q, k, v, where, scale, softcap, pages)
+    if everywhere or window or query.dtype == torch.float32 or query.shape[2] not in _SIZES:
+        out, kept = _triton(q, k, v, where, scale, window, softcap)
+    else:
+        pages = not _contiguous_serves(query.shape[1], key.shape[1], query.shape[2], query.dtype, query.device)
+        out, kept = _flash(q, k, v, where, scale, softcap, pages)
     if where.rows is None:
         return out, kept
     whole = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
@@ -82,20 +89,6 @@ def attention_backward(
     return tuple(whole.index_copy_(0, where.rows, part) for whole, part in zip(wholes, found, strict=True))
 
 
-def _check(query, window: int) -> None:
-    reason = ""
-    if window:
-        reason = f"a window of {window} tokens"
-    elif query.dtype not in (torch.bfloat16, torch.float16):
-        reason = f"attention in {query.dtype}"
-    elif query.shape[2] not in _SIZES:
-        reason = f"heads of {query.shape[2]} elements"
-    if reason:
-        raise UnsupportedFeature(
-            f"training.attention: {reason}. The trainer repeats the sampler's FlashAttention 3, which does not serve it"
-        )
-
-
 def _rows(x: torch.Tensor, where: sequences.Sequences) -> torch.Tensor:
     return x if where.rows is None else x.index_select(0, where.rows)
 
@@ -118,6 +111,25 @@ def _flash(q, k, v, where: sequences.Sequences, scale: float, softcap: float, pa
         softcap=softcap,
         **given,
     )
+
+
+def _triton(q, k, v, where: sequences.Sequences, scale: float, window: int, softcap: float):
+    """vLLM's Triton attention of packed q, k and v: (output, lse)."""
+    pages_k, pages_v, table = _paged(k, v, where)
+    out = vllm_kernels.triton_attention(
+        q=q,
+        k=pages_k,
+        v=pages_v,
+        cu_seqlens_q=where.starts,
+        max_seqlen_q=where.longest,
+        seqused_k=where.lengths,
+        max_seqlen_k=where.longest,
+        softmax_scale=scale,
+        window_size=(window - 1, 0) if window else (-1, -1),
+        block_table=table,
+        softcap=softcap,
+    )
+    return out, attention_lse.lse(q, k, where.starts, where.longest, scale, window or None, softcap)
 
 
 def _paged(k, v, where: sequences.Sequences):

@@ -28,6 +28,16 @@ def flash_attention(**given) -> tuple[torch.Tensor, torch.Tensor]:
     )[:2]
 
 
+def triton_attention(**given) -> torch.Tensor:
+    """vLLM's Triton attention, causal, over pages: the output [rows, heads, D]."""
+    import torch
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    out = torch.empty_like(given["q"], memory_format=torch.contiguous_format)
+    unified_attention(out=out, causal=True, q_descale=None, k_descale=None, v_descale=None, **given)
+    return out
+
+
 def gated(both: torch.Tensor, kind: str) -> torch.Tensor:
     """activation(gate) * up of both [rows, 2 * D], which holds gate, then up -> [rows, D]."""
     import torch

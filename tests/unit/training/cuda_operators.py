@@ -16,12 +16,16 @@ DTYPE = torch.float16  # the interpreter cannot multiply bf16
 ROWS, STARTS, LENGTHS = 40, (3, 20, 33), (11, 0, 6)
 
 
-def sequence_attention(q, k, v, scale):
+def sequence_attention(q, k, v, scale, window=0, cap=0.0):
     """(output, lse) of one sequence in fp64."""
     group = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    if cap:
+        scores = cap * (scores / cap).tanh()
     hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+    if window:
+        hidden |= torch.ones(len(q), len(q), dtype=torch.bool).tril(-window)
     scores = scores.masked_fill(hidden, -torch.inf)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1)
 
@@ -29,7 +33,20 @@ def sequence_attention(q, k, v, scale):
 told = []
 
 
-def flash_attention(*, q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, block_table=None, seqused_k=None, **given):
+def flash_attention(
+    *,
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    max_seqlen_q,
+    softmax_scale,
+    block_table=None,
+    seqused_k=None,
+    window=0,
+    softcap=0.0,
+    **given,
+):
     told.append((max_seqlen_q, block_table is not None))
     outs, sums = [], []
     for s, (a, b) in enumerate(zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:])):
@@ -37,7 +54,7 @@ def flash_attention(*, q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, block
             held = k[a:b], v[a:b]
         else:
             held = (x[block_table[s].long()].flatten(0, 1)[: int(seqused_k[s])] for x in (k, v))
-        out, lse = sequence_attention(q[a:b], *held, softmax_scale)
+        out, lse = sequence_attention(q[a:b], *held, softmax_scale, window, softcap)
         outs.append(out)
         sums.append(lse)
     return torch.cat(outs).to(q.dtype), torch.cat(sums, 1).float()
@@ -53,7 +70,13 @@ def outer(grad, x, out, add=False):
     return out.add_(found) if add else out.copy_(found)
 
 
+def triton_attention(*, window_size, softcap, max_seqlen_k, **given):
+    told.append((window_size, softcap))
+    return flash_attention(**given, window=window_size[0] + 1, softcap=softcap)[0]
+
+
 vllm_kernels.flash_attention = flash_attention
+vllm_kernels.triton_attention = triton_attention
 vllm_kernels.gated = activated
 vllm_kernels.token_logprobs = lambda x, ids: x.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 vllm_kernels.divide = lambda x, heat: x.div_(heat[:, None])
@@ -75,21 +98,27 @@ def close(name, got, want, limit=3e-3):
     report(name, "" if got.shape == want.shape and error < limit else f"relative error {error:.1e}")
 
 
-def attentions(generator, size, pages):
+def triton_attention(*, window_size, softcap, max_seqlen_k, **given):
+    told.append((window_size, softcap))
+    return flash_attention(**given, window=window_size[0] + 1, softcap=softcap)[0]
+
+
+def attentions(generator, size, pages, window=0, cap=0.0):
     attention._contiguous_serves = lambda *_: not pages
     q, g = torch.randn(2, ROWS, 4, size, generator=generator).to(DTYPE)
     k, v = torch.randn(2, ROWS, 2, size, generator=generator).to(DTYPE)
     starts, lengths = torch.tensor(STARTS), torch.tensor(LENGTHS)
     told.clear()
-    out, kept = attention.attention(q, k, v, starts, lengths, 0.2, 0, 0.0)
-    found = attention.attention_backward(g, q, k, v, out, kept, starts, lengths, 0.2, 0, 0.0)
-    name = f"attention {size} {'pages' if pages else 'contiguous'}"
-    report(f"{name} told", "" if told == [(128 if size <= 64 else 11, pages)] else str(told))
+    out, kept = attention.attention(q, k, v, starts, lengths, 0.2, window, cap)
+    found = attention.attention_backward(g, q, k, v, out, kept, starts, lengths, 0.2, window, cap)
+    name = f"attention {size} {'window' if window else 'pages' if pages else 'contiguous'}"
+    asked = [((window - 1, 0), cap), (11, True)] if window else [(128 if size <= 64 else 11, pages)]
+    report(f"{name} told", "" if told == asked else str(told))
     want, grads = torch.zeros_like(q), [torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v)]
     for first, count in zip(STARTS, LENGTHS):
         at = slice(first, first + count)
         wide = [x[at].double().requires_grad_() for x in (q, k, v)]
-        o = sequence_attention(*wide, 0.2)[0]
+        o = sequence_attention(*wide, 0.2, window, cap)[0]
         want[at] = o.detach()
         for whole, part in zip(grads, torch.autograd.grad(o, wide, g[at].double())):
             whole[at] = part
@@ -97,8 +126,8 @@ def attentions(generator, size, pages):
     for part, got, grad in zip("qkv", found, grads, strict=True):
         close(f"{name} gradient of {part}", got, grad)
     none = torch.zeros(2, dtype=torch.int64)
-    empty = attention.attention(q, k, v, none, none, 0.2, 0, 0.0)
-    grads = attention.attention_backward(g, q, k, v, *empty, none, none, 0.2, 0, 0.0)
+    empty = attention.attention(q, k, v, none, none, 0.2, window, cap)
+    grads = attention.attention_backward(g, q, k, v, *empty, none, none, 0.2, window, cap)
     report(f"{name} of nothing", "" if not any(x.any() for x in (*empty, *grads)) else "not zero")
 
 
@@ -184,5 +213,6 @@ if __name__ == "__main__":
     generator = torch.Generator().manual_seed(11)
     attentions(generator, 64, False)
     attentions(generator, 128, True)
+    attentions(generator, 64, True, 4, 3.0)
     others(generator)
     heads(generator)

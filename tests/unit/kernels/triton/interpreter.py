@@ -18,6 +18,7 @@ import triton.runtime.interpreter as interpreter  # noqa: E402
 
 from bi_patch.kernels.triton import (
     attention_backward,
+    attention_lse,
     embedding_backward,
     gated_backward,
     gemm,
@@ -283,6 +284,13 @@ def attention_backwards() -> None:
                 q, k, v, do = batch[:4]
                 return attention_backward.backward(q, k, v, o, lse, do, starts, longest, scale, window, cap, tiles)
 
+            limits = torch.tensor(batch.starts, dtype=torch.int32), 50, scale, window, cap
+            logs = attention_lse.lse(batch.q, batch.k, *limits)
+            report(f"lse {name} {dtype}", close(logs, lse.double(), torch.float32))
+            one = batch.only(2)
+            alone = attention_lse.lse(one.q, one.k, torch.tensor(one.starts, dtype=torch.int32), *limits[1:])
+            same = torch.equal(alone, logs[:, batch.starts[2] : batch.starts[3]])
+            report(f"lse {name} {dtype} alone", "" if same else "other bits")
             got = run(batch, o, lse, whole)
             for part, g, w in zip(("dq", "dk", "dv"), got, want, strict=True):
                 report(f"backward {name} {dtype} {part}", close(g, w, dtype))
