@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .attention_backward import _LOG2E, _SMALLEST, _seen, _tile
 
-_QUERIES, _KEYS = 64, 64
+_BLOCKS = {2: 64, 4: 32}  # rows of queries and of keys, by bytes an element
 
 
 @triton.jit(do_not_specialize=["blocks", "window", "stride_lse"])
@@ -81,7 +81,8 @@ def lse(
     q, k = q.contiguous(), k.contiguous()
     if not tokens:
         return out
-    blocks = triton.cdiv(longest, _QUERIES)
+    block = _BLOCKS[q.element_size()]
+    blocks = triton.cdiv(longest, block)
     _lse[(blocks, heads, len(starts) - 1)](
         q,
         k,
@@ -99,8 +100,8 @@ def lse(
         WIDTH=max(_SMALLEST, triton.next_power_of_2(size)),
         HAS_CAP=cap > 0,
         HAS_WINDOW=window is not None,
-        QUERIES=_QUERIES,
-        KEYS=_KEYS,
+        QUERIES=block,
+        KEYS=block,
         num_warps=4,
         num_stages=2,
     )
