@@ -267,24 +267,24 @@ def attention_backwards() -> None:
     both = (torch.bfloat16, torch.float32)
     # (heads, heads of keys, head size, window, soft cap, dtypes)
     kinds = {
-        "plain": (4, 2, 64, None, 0.0, both),
+        "plain": (2, 1, 64, None, 0.0, both),
         "odd heads": (3, 1, 96, None, 0.0, both[:1]),
         "window and cap": (2, 1, 64, 19, 2.0, both),
         "small window": (1, 1, 32, 3, 0.0, both[1:]),
     }
     for name, (heads, key_heads, size, window, cap, dtypes) in kinds.items():
         for dtype in dtypes:
-            batch = packed((1, 50, 17, 32), heads, key_heads, size, dtype, generator)
+            batch = packed((1, 37, 17), heads, key_heads, size, dtype, generator)
             scale = size**-0.5 * 1.3
             o, lse, *want = attention(batch, scale, window, cap)
             o, lse = o.to(dtype), lse.float()
 
-            def run(batch, o, lse, tiles, longest=50, scale=scale, window=window, cap=cap):
+            def run(batch, o, lse, tiles, longest=37, scale=scale, window=window, cap=cap):
                 starts = torch.tensor(batch.starts, dtype=torch.int32)
                 q, k, v, do = batch[:4]
                 return attention_backward.backward(q, k, v, o, lse, do, starts, longest, scale, window, cap, tiles)
 
-            limits = torch.tensor(batch.starts, dtype=torch.int32), 50, scale, window, cap
+            limits = torch.tensor(batch.starts, dtype=torch.int32), 37, scale, window, cap
             logs = attention_lse.lse(batch.q, batch.k, *limits)
             report(f"lse {name} {dtype}", close(logs, lse.double(), torch.float32))
             one = batch.only(2)
@@ -296,9 +296,9 @@ def attention_backwards() -> None:
                 report(f"backward {name} {dtype} {part}", close(g, w, dtype))
             same = all(map(torch.equal, run(batch, o, lse, split), got))
             report(f"backward {name} {dtype} split loops", "" if same else "other bits")
-            same = all(map(torch.equal, run(batch, o, lse, whole, 90), got))
+            same = all(map(torch.equal, run(batch, o, lse, whole, 70), got))
             report(f"backward {name} {dtype} longer limit", "" if same else "other bits")
-            for order in ((1,), (2, 0, 3, 1)):
+            for order in ((1,), (2, 0, 1)):
                 rows = torch.cat([torch.arange(batch.starts[s], batch.starts[s + 1]) for s in order])
                 found = run(batch.only(*order), o[rows], lse[:, rows].contiguous(), whole)
                 same = all(torch.equal(f, g[rows]) for f, g in zip(found, got, strict=True))
