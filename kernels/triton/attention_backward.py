@@ -32,7 +32,8 @@ _ELEMENTS = 8192  # of o, for each program of _rows
 class Tile(NamedTuple):
     """Block sizes and launch options of one kernel.
 
-    split: blocks that need no mask run in a loop of their own.
+    split: blocks that need no mask run in a loop of their own. level: the blocks with the most work of all heads and
+    sequences run first, so that programs end together; else the blocks of one head run together and share the L2 cache.
     """
 
     queries: int
@@ -40,6 +41,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     split: bool = False
+    level: bool = False
 
 
 class Tiles(NamedTuple):
@@ -69,6 +71,19 @@ TILES: dict[tuple[int, int], tuple[Tiles, ...]] = {
 }
 # The size of a small head is rounded up to this.
 _SMALLEST = 64
+
+
+@triton.jit
+def _place(LEVEL: tl.constexpr):
+    """(block, head, sequence) of this program."""
+    if LEVEL:
+        return tl.program_id(2), tl.program_id(0), tl.program_id(1)
+    else:
+        return tl.program_id(0), tl.program_id(1), tl.program_id(2)
+
+
+def _grid(tile: Tile, blocks: int, heads: int, sequences: int) -> tuple[int, int, int]:
+    return (heads, sequences, blocks) if tile.level else (blocks, heads, sequences)
 
 
 @triton.jit
@@ -167,22 +182,22 @@ def _for_keys(
     q, k, v, do, lse2, delta, dk, dv, starts,
     scale, cap, window, stride_q, stride_k, stride_v, stride_do, stride_rows, stride_dk, stride_dv,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, LEVEL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one KV head. The first blocks have the most queries and run first."""
-    start = tl.load(starts + tl.program_id(2))
-    length = tl.load(starts + tl.program_id(2) + 1) - start
-    first = tl.program_id(0) * KEYS
+    block, head, sequence = _place(LEVEL)
+    start = tl.load(starts + sequence)
+    length = tl.load(starts + sequence + 1) - start
+    first = block * KEYS
     if first >= length:
         return
-    head = tl.program_id(1)
     row = start.to(tl.int64)
     key = first + tl.arange(0, KEYS)
     held_k = _tile(k + row * stride_k + head * D, key, length, stride_k, D, WIDTH)
     held_v = _tile(v + row * stride_v + head * D, key, length, stride_v, D, WIDTH)
     q += row * stride_q + head * (GROUP * D)
     do += row * stride_do + head * (GROUP * D)
-    rows = head.to(tl.int64) * GROUP * stride_rows + _padded(start, tl.program_id(2))
+    rows = head.to(tl.int64) * GROUP * stride_rows + _padded(start, sequence)
     lse2 += rows
     delta += rows
     sum_k = tl.zeros((KEYS, WIDTH), tl.float32)
@@ -252,20 +267,20 @@ def _for_queries(
     q, k, v, do, lse2, delta, dq, starts, blocks,
     scale, cap, window, stride_q, stride_k, stride_v, stride_do, stride_rows, stride_dq,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, LEVEL: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head. The last blocks have the most keys and run first. blocks: of the grid."""
-    start = tl.load(starts + tl.program_id(2))
-    length = tl.load(starts + tl.program_id(2) + 1) - start
-    first = (blocks - 1 - tl.program_id(0)) * QUERIES
+    block, head, sequence = _place(LEVEL)
+    start = tl.load(starts + sequence)
+    length = tl.load(starts + sequence + 1) - start
+    first = (blocks - 1 - block) * QUERIES
     if first >= length:
         return
-    head = tl.program_id(1)
     row = start.to(tl.int64)
     query = first + tl.arange(0, QUERIES)
     held_q = _tile(q + row * stride_q + head * D, query, length, stride_q, D, WIDTH)
     held_do = _tile(do + row * stride_do + head * D, query, length, stride_do, D, WIDTH)
-    rows = head.to(tl.int64) * stride_rows + _padded(start, tl.program_id(2)) + query
+    rows = head.to(tl.int64) * stride_rows + _padded(start, sequence) + query
     row_lse = tl.load(lse2 + rows)
     row_delta = tl.load(delta + rows)
     k += row * stride_k + head // GROUP * D
@@ -374,15 +389,17 @@ def backward(
     scalars = (scale, cap, window or 0)
     strides = (q.stride(0), k.stride(0), v.stride(0), do.stride(0), padded)
     tile = tiles.for_keys
-    _for_keys[(triton.cdiv(longest, tile.keys), key_heads, sequences)](
+    _for_keys[_grid(tile, triton.cdiv(longest, tile.keys), key_heads, sequences)](
         q, k, v, do, lse2, delta, dk, dv, starts, *scalars, *strides, dk.stride(0), dv.stride(0), **shared,
-        QUERIES=tile.queries, KEYS=tile.keys, SPLIT=tile.split, num_warps=tile.warps, num_stages=tile.stages,
+        QUERIES=tile.queries, KEYS=tile.keys, SPLIT=tile.split, LEVEL=tile.level,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     tile = tiles.for_queries
     blocks = triton.cdiv(longest, tile.queries)
-    _for_queries[(blocks, heads, sequences)](
+    _for_queries[_grid(tile, blocks, heads, sequences)](
         q, k, v, do, lse2, delta, dq, starts, blocks, *scalars, *strides, dq.stride(0), **shared,
-        QUERIES=tile.queries, KEYS=tile.keys, SPLIT=tile.split, num_warps=tile.warps, num_stages=tile.stages,
+        QUERIES=tile.queries, KEYS=tile.keys, SPLIT=tile.split, LEVEL=tile.level,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dq, dk, dv
 

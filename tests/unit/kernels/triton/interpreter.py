@@ -262,7 +262,7 @@ def attention_backwards() -> None:
     generator = torch.Generator().manual_seed(6)
     pair = (attention_backward.Tile(16, 32, 4, 1), attention_backward.Tile(32, 16, 4, 1))
     whole = attention_backward.Tiles(*pair, 0)
-    split = attention_backward.Tiles(*(tile._replace(split=True) for tile in pair), 0)
+    split = attention_backward.Tiles(*(tile._replace(split=True, level=True) for tile in pair), 0)
     other = attention_backward.Tiles(*reversed(pair), 0)
     both = (torch.bfloat16, torch.float32)
     # (heads, heads of keys, head size, window, soft cap, dtypes)
@@ -295,7 +295,7 @@ def attention_backwards() -> None:
             for part, g, w in zip(("dq", "dk", "dv"), got, want, strict=True):
                 report(f"backward {name} {dtype} {part}", close(g, w, dtype))
             same = all(map(torch.equal, run(batch, o, lse, split), got))
-            report(f"backward {name} {dtype} split loops", "" if same else "other bits")
+            report(f"backward {name} {dtype} split loops, level", "" if same else "other bits")
             same = all(map(torch.equal, run(batch, o, lse, whole, 70), got))
             report(f"backward {name} {dtype} longer limit", "" if same else "other bits")
             for order in ((1,), (2, 0, 1)):

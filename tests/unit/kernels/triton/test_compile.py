@@ -120,7 +120,7 @@ def test_attention_backward(architecture, head_size):
         names = kernel.arg_names
         sizes = dict.fromkeys((n for n in names if n.startswith("stride_") or n in ("window", "blocks")), "i32")
         signature = pointers | sizes | {"starts": "*i32", "scale": "fp32", "cap": "fp32"}
-        chosen = constants | {"QUERIES": tile.queries, "KEYS": tile.keys, "SPLIT": tile.split}
+        chosen = constants | {"QUERIES": tile.queries, "KEYS": tile.keys, "SPLIT": tile.split, "LEVEL": tile.level}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         built = build(kernel, {n: signature[n] for n in names if n in signature}, chosen, architecture, **options)
         assert built.metadata.shared <= tiles.shared <= SHARED[architecture]
