@@ -57,8 +57,7 @@ def forms(model, outputs, params, batch):
     return found
 
 
-def weights(path):
-    """Random weights beside a config.json."""
+def weights(path):  # random, beside a config.json
     made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
     fill(made, 7)
     made.bfloat16().save_pretrained(path)
