@@ -124,6 +124,7 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
         setattr(module, leaves.PARTS, shared)
         if forward is not None:
             module.forward = types.MethodType(forward, module)
+        leaves.take_frequencies(module)
     for module in {model, base}:
         setattr(module, _HELD, state)
     base._bi_patch_hook = base.register_forward_pre_hook(hooks.prepare, with_kwargs=True)
@@ -142,6 +143,7 @@ def disarm(model: torch.nn.Module) -> None:
         held = vars(module)
         held.pop(_HELD, None)
         held.pop(leaves.PARTS, None)
+        leaves.return_frequencies(module)
         if getattr(held.get("forward"), "__module__", "") == leaves.__name__:
             del module.forward
     _models.discard(model)

@@ -15,6 +15,7 @@ from bi_patch.errors import UnsupportedFeature
 from bi_patch.training.families import ACTIVATIONS, FAMILIES, ROTATIONS, ROW_PARALLEL, Family
 
 PARTS = "_bi_patch_parts"  # the attribute of a linear layer: how many ranks of the sampler share its K
+FREQUENCIES = "_bi_patch_frequencies"  # of a rotary module: its own, by name
 
 
 def family_of(model: torch.nn.Module) -> Family:
@@ -111,10 +112,7 @@ def _check_activation(name: str, module: torch.nn.Module) -> None:
 
 
 def _check_rotation(name: str, module: torch.nn.Module) -> None:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
-    for layers, kind in kinds.items():
+    for layers, kind in _rotations(module):
         if kind not in ROTATIONS:
             raise UnsupportedFeature(
                 f"training.rotation: {name} has the rotation {kind!r}. The tables of other rotations than "
@@ -130,14 +128,46 @@ def _check_rotation(name: str, module: torch.nn.Module) -> None:
         held = getattr(module, f"{at}inv_freq")
         if 2 * held.numel() != _head_size(module.config):
             raise UnsupportedFeature(f"training.rotation: {name} rotates a part of each head only")
-        own = {"layer_type": layers} if layers else {}
-        compute = type(module).compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
-        want = compute(module.config, **own)[0]
-        if held.dtype != torch.float32 or (held.device.type == "cpu" and not torch.equal(held, want)):
+        want = _frequencies(module, layers, kind, "cpu")
+        if held.dtype != torch.float32 or not torch.equal(held.cpu(), want):
             raise UnsupportedFeature(
                 f"training.rotation: the frequencies of {name} are rounded. Load the model with from_pretrained(..., "
                 "dtype=...); model.to(dtype) and model.half() round them"
             )
+
+
+def _rotations(module: torch.nn.Module) -> list[tuple[str, str]]:
+    """The kinds of a rotary module's rotations, each with its type of layers; "" for a module with one rotation."""
+    return list(module.rope_type.items() if isinstance(module.rope_type, dict) else [("", module.rope_type)])
+
+
+def _frequencies(module: torch.nn.Module, layers: str, kind: str, device: Any) -> torch.Tensor:
+    """A rotation's frequencies, computed on `device`."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    own = {"layer_type": layers} if layers else {}
+    compute = type(module).compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+    with torch.device(device):
+        return compute(module.config, **own)[0]
+
+
+def take_frequencies(module: torch.nn.Module) -> None:
+    """Compute a rotary module's frequencies where the sampler does: on its device. Powers round in other ways there.
+
+    transformers computes them on the host, whatever the device. Modules on the host keep theirs.
+    """
+    for layers, kind in _rotations(module) if hasattr(module, "rope_type") else ():
+        name = f"{layers}_inv_freq" if layers else "inv_freq"
+        held = getattr(module, name)
+        if held.device.type != "cpu":
+            vars(module).setdefault(FREQUENCIES, {})[name] = held
+            setattr(module, name, _frequencies(module, layers, kind, held.device))
+
+
+def return_frequencies(module: torch.nn.Module) -> None:
+    """Give a rotary module back the frequencies that `take_frequencies` replaced."""
+    for name, held in vars(module).pop(FREQUENCIES, {}).items():
+        setattr(module, name, held)
 
 
 def _head_size(config: Any) -> int:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _COMPUTE_32F = 68
 _R_32F, _TYPES = 0, {"float32": 0, "float16": 2, "bfloat16": 14}
-_DESC_TRANSA, _DESC_EPILOGUE, _DESC_BIAS = 3, 7, 8
-_OP_T, _EPILOGUE_BIAS = 1, 4
+_DESC_TRANS, _DESC_EPILOGUE, _DESC_BIAS = {"a": 3, "b": 4}, 7, 8
+_OP_N, _OP_T, _EPILOGUE_BIAS = 0, 1, 4
 _PREF_WORKSPACE, _PREF_REDUCTION, _PREF_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
 # The attributes that identify an algorithm: id, tile, split-K, reduction, custom option, stages, inner shape, cluster.
 # The swizzling attribute is left out: it changes the order of blocks and no sum.
@@ -71,75 +71,36 @@ class Algorithm:
         self.x, self.out, self.opaque, self.kind = x, out, opaque, kind
 
 
-class Gemm:
-    """out [M, N] = x [M, K] @ weight [N, K].T + bias [N].
+class _Product:
+    """What every product shares: the library, a description of the product, and a request for algorithms."""
 
-    All tensors have one dtype (bf16, fp16 or fp32), packed rows and pointers aligned to 16 bytes. Raises
-    CertificateFailed for another dtype, and if the library reports an error.
-    """
-
-    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool):
-        name = str(dtype).removeprefix("torch.")
-        if name not in _TYPES:
-            raise CertificateFailed(f"cublaslt: no GEMM for {dtype}")
-        self.n, self.k, self.dtype, self.bias = n, k, dtype, bias
+    def __init__(self, dtype: torch.dtype, **operations: int):
+        """operations: the library's operation on the first matrix, `a`, and on the second, `b`."""
         self._library, self._handle = load()
-        self._type = _TYPES[name]
+        self._type = _number(dtype)
         self._desc = c_void_p()
         self._check(self._library.cublasLtMatmulDescCreate(byref(self._desc), _COMPUTE_32F, _R_32F), "desc")
-        self._set(_DESC_TRANSA, c_int(_OP_T))
-        if bias:
-            self._set(_DESC_EPILOGUE, c_uint32(_EPILOGUE_BIAS))
-        self._weight = self._layout(k, n)
+        for name, operation in operations.items():
+            self._set(_DESC_TRANS[name], c_int(operation))
         self._kinds: dict[bytes, Kind] = {}  # a cache: reading an algorithm's attributes takes longer
         self._alpha, self._beta = c_float(1.0), c_float(0.0)
         self._preference = self._request()
 
-    def offers(self, rows: int) -> list[Algorithm]:
-        """The library's algorithms for a number of rows, one per kind, in the library's order of estimated speed.
-
-        The list is empty if all algorithms split K. Every call asks the library again.
-        """
-        # Column-major, as the library sees it: out [N, M] = weight [K, N]^T @ x [K, M].
-        x, out = self._layout(self.k, rows), self._layout(self.n, rows)
+    def _ask(self, a: c_void_p, b: c_void_p, out: c_void_p) -> list[tuple[_Opaque, Kind]]:
+        """The library's algorithms for these layouts that do not split K, one per kind, in the library's order."""
         results, count = (_Result * _OFFERS)(), c_int()
         code = self._library.cublasLtMatmulAlgoGetHeuristic(
-            self._handle, self._desc, self._weight, x, out, out, self._preference, _OFFERS, results, byref(count)
+            self._handle, self._desc, a, b, out, out, self._preference, _OFFERS, results, byref(count)
         )
-        offered: dict[Kind, Algorithm] = {}
+        offered: dict[Kind, _Opaque] = {}
         for result in results[: 0 if code else count.value]:
             if result.state or result.workspace:
                 continue
             kind = self._kind(result.algorithm)
             if kind.split_k <= 1 and not kind.reduction and kind not in offered:
                 # Copy: a result is a part of the array and would keep the whole array in memory.
-                offered[kind] = Algorithm(x, out, _Opaque.from_buffer_copy(result.algorithm), kind)
-        return list(offered.values())
-
-    def __call__(self, algorithm: Algorithm, x: int, weight: int, bias: int | None, out: int, stream: int) -> None:
-        """Enqueue the product on `stream`. x, weight, bias and out are device addresses; stream is a CUDA stream's."""
-        if bias is not None:
-            self._set(_DESC_BIAS, c_void_p(bias))
-        code = self._library.cublasLtMatmul(
-            self._handle,
-            self._desc,
-            byref(self._alpha),
-            c_void_p(weight),
-            self._weight,
-            c_void_p(x),
-            algorithm.x,
-            byref(self._beta),
-            c_void_p(out),
-            algorithm.out,
-            c_void_p(out),
-            algorithm.out,
-            byref(algorithm.opaque),
-            None,
-            c_size_t(0),
-            c_void_p(stream),
-        )
-        if code:
-            self._check(code, "cublasLtMatmul")
+                offered[kind] = _Opaque.from_buffer_copy(result.algorithm)
+        return [(opaque, kind) for kind, opaque in offered.items()]
 
     def _kind(self, opaque: _Opaque) -> Kind:
         known = self._kinds.get(bytes(opaque))
@@ -157,10 +118,10 @@ class Gemm:
         kind = self._kinds[bytes(opaque)] = Kind(**values)
         return kind
 
-    def _layout(self, rows: int, cols: int) -> c_void_p:
+    def _layout(self, rows: int, cols: int, kind: int | None = None) -> c_void_p:
         layout = c_void_p()
         code = self._library.cublasLtMatrixLayoutCreate(
-            byref(layout), self._type, c_uint64(rows), c_uint64(cols), c_int64(rows)
+            byref(layout), self._type if kind is None else kind, c_uint64(rows), c_uint64(cols), c_int64(rows)
         )
         self._check(code, "layout")
         return layout
@@ -188,6 +149,103 @@ class Gemm:
     def _check(code: int, what: str) -> None:
         if code:
             raise CertificateFailed(f"cublaslt: {what} failed with status {code}")
+
+
+class Gemm(_Product):
+    """out [M, N] = x [M, K] @ weight [N, K].T + bias [N].
+
+    All tensors have one dtype (bf16, fp16 or fp32), packed rows and pointers aligned to 16 bytes. Raises
+    CertificateFailed for another dtype, and if the library reports an error.
+    """
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool):
+        super().__init__(dtype, a=_OP_T)
+        self.n, self.k, self.dtype, self.bias = n, k, dtype, bias
+        if bias:
+            self._set(_DESC_EPILOGUE, c_uint32(_EPILOGUE_BIAS))
+        self._weight = self._layout(k, n)
+
+    def offers(self, rows: int) -> list[Algorithm]:
+        """The library's algorithms for a number of rows, one per kind, in the library's order of estimated speed.
+
+        The list is empty if all algorithms split K. Every call asks the library again.
+        """
+        # Column-major, as the library sees it: out [N, M] = weight [K, N]^T @ x [K, M].
+        x, out = self._layout(self.k, rows), self._layout(self.n, rows)
+        return [Algorithm(x, out, opaque, kind) for opaque, kind in self._ask(self._weight, x, out)]
+
+    def __call__(self, algorithm: Algorithm, x: int, weight: int, bias: int | None, out: int, stream: int) -> None:
+        """Enqueue the product on `stream`. x, weight, bias and out are device addresses; stream is a CUDA stream's."""
+        if bias is not None:
+            self._set(_DESC_BIAS, c_void_p(bias))
+        code = self._library.cublasLtMatmul(
+            self._handle,
+            self._desc,
+            byref(self._alpha),
+            c_void_p(weight),
+            self._weight,
+            c_void_p(x),
+            algorithm.x,
+            byref(self._beta),
+            c_void_p(out),
+            algorithm.out,
+            c_void_p(out),
+            algorithm.out,
+            byref(algorithm.opaque),
+            None,
+            c_size_t(0),
+            c_void_p(stream),
+        )
+        if code:
+            self._check(code, "cublasLtMatmul")
+
+
+class WeightGradient(_Product):
+    """out [N, K] = grad [M, N].T @ x [M, K] + beta * out, for one M, by the library's first offer.
+
+    grad and x have one dtype (bf16, fp16 or fp32); out has the same dtype, or fp32. Rows are packed, and pointers are
+    aligned to 16 bytes. The sizes alone decide the algorithm, so equal sizes give equal bits. Another M may have
+    another order. Raises CertificateFailed for another dtype, for sizes without an offer, and for the library's errors.
+    """
+
+    def __init__(self, rows: int, n: int, k: int, dtype: torch.dtype, into: torch.dtype):
+        super().__init__(dtype, a=_OP_N, b=_OP_T)
+        # Column-major, as the library sees it: out [K, N] = x [K, M] @ grad [N, M]^T.
+        self._x, self._grad, self._out = self._layout(k, rows), self._layout(n, rows), self._layout(k, n, _number(into))
+        offered = self._ask(self._x, self._grad, self._out)
+        if not offered:
+            raise CertificateFailed(f"cublaslt: no weight gradient for M={rows} N={n} K={k}, {dtype} into {into}")
+        self._algorithm = offered[0][0]
+
+    def __call__(self, grad: int, x: int, out: int, beta: float, stream: int) -> None:
+        """Enqueue the product on `stream`. grad, x and out are device addresses; stream is a CUDA stream's."""
+        code = self._library.cublasLtMatmul(
+            self._handle,
+            self._desc,
+            byref(self._alpha),
+            c_void_p(x),
+            self._x,
+            c_void_p(grad),
+            self._grad,
+            byref(c_float(beta)),
+            c_void_p(out),
+            self._out,
+            c_void_p(out),
+            self._out,
+            byref(self._algorithm),
+            None,
+            c_size_t(0),
+            c_void_p(stream),
+        )
+        self._check(code, "cublasLtMatmul")
+
+
+def _number(dtype: torch.dtype) -> int:
+    """The library's number of a dtype. Raises CertificateFailed for another dtype than bf16, fp16 and fp32."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in _TYPES:
+        raise CertificateFailed(f"cublaslt: no GEMM for {dtype}")
+    return _TYPES[name]
 
 
 @functools.cache

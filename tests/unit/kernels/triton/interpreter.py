@@ -6,6 +6,7 @@ line per case: `ok NAME` or `FAIL NAME: reason`.
 
 import os
 import sys
+from typing import NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -15,7 +16,18 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
-from bi_patch.kernels.triton import gemm, norm, reduce, rope  # noqa: E402
+from bi_patch.kernels.triton import (
+    attention_backward,
+    attention_lse,
+    embedding_backward,
+    gated_backward,
+    gemm,
+    logits_backward,
+    norm,
+    norm_backward,
+    reduce,
+    rope,
+)  # noqa: E402
 from bi_patch.kernels.triton.softmax import softmax_step  # noqa: E402
 
 _dot = interpreter.InterpreterBuilder.create_dot
@@ -207,7 +219,183 @@ def softmaxes() -> None:
             report(f"{case} planted", "" if found[step_from_zero] or mean > -4 else "the planted fault is not seen")
 
 
-AREAS = {"gemm": gemms, "norm": norms, "layer norm": layer_norms, "rope": ropes, "sum": sums, "softmax": softmaxes}
+class Packed(NamedTuple):
+    """Sequences in one batch: q, do [T, H, D], k, v [T, G, D], and each sequence's first row."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    do: torch.Tensor
+    starts: list[int]
+
+    def only(self, *sequences: int) -> "Packed":
+        parts = [[x[self.starts[s] : self.starts[s + 1]] for s in sequences] for x in self[:4]]
+        lengths = [self.starts[s + 1] - self.starts[s] for s in sequences]
+        return Packed(*map(torch.cat, parts), [0, *np.cumsum(lengths).tolist()])
+
+
+def packed(lengths, heads: int, key_heads: int, size: int, dtype, generator) -> Packed:
+    def random(count):
+        return torch.randn(sum(lengths), count, size, generator=generator).to(dtype)
+
+    return Packed(random(heads), random(key_heads), random(key_heads), random(heads), [0, *np.cumsum(lengths).tolist()])
+
+
+def attention(batch: Packed, scale: float, window: int | None, cap: float):
+    """(o, lse, dq, dk, dv) in fp64 by autograd."""
+    q, k, v = (x.double().requires_grad_() for x in batch[:3])
+    group = q.shape[1] // k.shape[1]
+    outs, lses = [], []
+    for a, b in zip(batch.starts, batch.starts[1:]):
+        scores = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b].repeat_interleave(group, 1)) * scale
+        if cap:
+            scores = cap * (scores / cap).tanh()
+        behind = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        scores = scores.masked_fill((behind < 0) | (behind >= (window or b - a)), -torch.inf)
+        lses.append(scores.logsumexp(-1))
+        outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[a:b].repeat_interleave(group, 1)))
+    o = torch.cat(outs)
+    return o.detach(), torch.cat(lses, 1).detach(), *torch.autograd.grad(o, (q, k, v), batch.do.double())
+
+
+def attention_backwards() -> None:
+    generator = torch.Generator().manual_seed(6)
+    pair = (attention_backward.Tile(16, 32, 4, 1), attention_backward.Tile(32, 16, 4, 1))
+    whole = attention_backward.Tiles(*pair, 0)
+    split = attention_backward.Tiles(*(tile._replace(split=True, level=True) for tile in pair), 0)
+    other = attention_backward.Tiles(*reversed(pair), 0)
+    both = (torch.bfloat16, torch.float32)
+    # (heads, heads of keys, head size, window, soft cap, dtypes)
+    kinds = {
+        "plain": (2, 1, 64, None, 0.0, both),
+        "odd heads": (3, 1, 96, None, 0.0, both[:1]),
+        "window and cap": (2, 1, 64, 19, 2.0, both),
+        "small window": (1, 1, 32, 3, 0.0, both[1:]),
+    }
+    for name, (heads, key_heads, size, window, cap, dtypes) in kinds.items():
+        for dtype in dtypes:
+            batch = packed((1, 37, 17), heads, key_heads, size, dtype, generator)
+            scale = size**-0.5 * 1.3
+            o, lse, *want = attention(batch, scale, window, cap)
+            o, lse = o.to(dtype), lse.float()
+
+            def run(batch, o, lse, tiles, longest=37, scale=scale, window=window, cap=cap):
+                starts = torch.tensor(batch.starts, dtype=torch.int32)
+                q, k, v, do = batch[:4]
+                return attention_backward.backward(q, k, v, o, lse, do, starts, longest, scale, window, cap, tiles)
+
+            limits = torch.tensor(batch.starts, dtype=torch.int32), 37, scale, window, cap
+            logs = attention_lse.lse(batch.q, batch.k, *limits)
+            report(f"lse {name} {dtype}", close(logs, lse.double(), torch.float32))
+            one = batch.only(2)
+            alone = attention_lse.lse(one.q, one.k, torch.tensor(one.starts, dtype=torch.int32), *limits[1:])
+            same = torch.equal(alone, logs[:, batch.starts[2] : batch.starts[3]])
+            report(f"lse {name} {dtype} alone", "" if same else "other bits")
+            got = run(batch, o, lse, whole)
+            for part, g, w in zip(("dq", "dk", "dv"), got, want, strict=True):
+                report(f"backward {name} {dtype} {part}", close(g, w, dtype))
+            same = all(map(torch.equal, run(batch, o, lse, split), got))
+            report(f"backward {name} {dtype} split loops, level", "" if same else "other bits")
+            same = all(map(torch.equal, run(batch, o, lse, whole, 70), got))
+            report(f"backward {name} {dtype} longer limit", "" if same else "other bits")
+            for order in ((1,), (2, 0, 1)):
+                rows = torch.cat([torch.arange(batch.starts[s], batch.starts[s + 1]) for s in order])
+                found = run(batch.only(*order), o[rows], lse[:, rows].contiguous(), whole)
+                same = all(torch.equal(f, g[rows]) for f, g in zip(found, got, strict=True))
+                report(f"backward {name} {dtype} sequences {order}", "" if same else "other bits")
+            if dtype == torch.float32:  # bf16 hides it
+                same = all(map(torch.equal, run(batch, o, lse, other), got))
+                report(f"backward {name} {dtype} planted", "another order is not seen" if same else "")
+
+
+def gradients(out, inputs, grad):
+    return torch.autograd.grad(out, inputs, grad.double())
+
+
+def norm_backwards() -> None:
+    generator = torch.Generator().manual_seed(7)
+    for dtype in (torch.bfloat16, torch.float32):
+        for cols, rows in ((96, 700), (1536, 37)):
+            x, g = torch.randn(2, rows, cols, generator=generator).to(dtype)
+            weight = torch.rand(cols, generator=generator).to(dtype)
+            wide, w = (t.double().requires_grad_() for t in (x, weight))
+            out = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (w + 1)
+            got = norm_backward.rms_norm(x, g, weight, 1e-6, 1.0)
+            for part, found, want in zip(("x", "weight"), got, gradients(out, (wide, w), g), strict=True):
+                report(f"norm backward {cols} {dtype} {part}", close(found, want, dtype))
+            alone = norm_backward.rms_norm(x[3:4], g[3:4], weight, 1e-6, 1.0)[0]
+            report(f"norm backward {cols} {dtype} alone", "" if torch.equal(alone[0], got[0][3]) else "a row differs")
+
+
+def gated_backwards() -> None:
+    generator = torch.Generator().manual_seed(8)
+    for dtype in (torch.bfloat16, torch.float32):
+        for kind in gated_backward.KINDS:
+            g, gate, up = torch.randn(3, 5, 300, generator=generator).to(dtype)
+            wide, u = (t.double().requires_grad_() for t in (gate, up))
+            approximate = "tanh" if kind == "gelu_tanh" else "none"
+            functional = torch.nn.functional
+            act = functional.silu(wide) if kind == "silu" else functional.gelu(wide, approximate=approximate)
+            got = gated_backward.gated(g, gate, up, kind)
+            for part, found, want in zip(("gate", "up"), got, gradients(act * u, (wide, u), g), strict=True):
+                report(f"gated backward {kind} {dtype} {part}", close(found, want, dtype))
+            alone = gated_backward.gated(*(t[2:3] for t in (g, gate, up)), kind)
+            same = all(torch.equal(a[0], b[2]) for a, b in zip(alone, got, strict=True))
+            report(f"gated backward {kind} {dtype} alone", "" if same else "a row differs")
+
+
+def logits_backwards() -> None:
+    generator = torch.Generator().manual_seed(9)
+    for dtype in (torch.bfloat16, torch.float32):
+        for cap in (0.0, 5.0):
+            raw = torch.randn(5, 9000, generator=generator) * 4
+            x = raw.double().requires_grad_()
+            capped = cap * (x / cap).tanh() if cap else x
+            heat = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7])
+            tokens = torch.tensor([0, 8999, 17, 4096, 5])
+            dropped = torch.zeros(5, 9000, dtype=torch.bool)
+            dropped[1, :4500] = dropped[4, 6:] = True
+            scores = (capped / heat[:, None]).masked_fill(dropped, -torch.inf)
+            g = torch.randn(5, generator=generator)
+            (want,) = gradients(scores.log_softmax(-1)[torch.arange(5), tokens], (x,), g)
+            held = (g, scores.detach().float(), capped.detach().float(), tokens, heat)
+            got = logits_backward.logits(*held, cap, dtype)
+            report(
+                f"logits backward {dtype} {cap}", close(got, want, dtype if dtype != torch.float32 else torch.float16)
+            )
+            alone = logits_backward.logits(*(t[3:4] for t in held), cap, dtype)
+            report(f"logits backward {dtype} {cap} alone", "" if torch.equal(alone[0], got[3]) else "a row differs")
+
+
+def embedding_backwards() -> None:
+    generator = torch.Generator().manual_seed(10)
+    ids = torch.tensor([5, 0, 5, 7, 0, 5, 99])
+    for dtype in (torch.bfloat16, torch.float32):
+        g = torch.randn(7, 600, generator=generator).to(dtype)
+        want = torch.zeros(100, 600)
+        for row, token in zip(g, ids.tolist(), strict=True):
+            want[token] += row.float()
+        got = embedding_backward.embedding(g, ids, 100)
+        report(f"embedding backward {dtype}", "" if torch.equal(got, want) else "not the ascending sum")
+
+
+def training() -> None:
+    norm_backwards()
+    gated_backwards()
+    logits_backwards()
+    embedding_backwards()
+
+
+AREAS = {
+    "gemm": gemms,
+    "norm": norms,
+    "layer norm": layer_norms,
+    "rope": ropes,
+    "sum": sums,
+    "softmax": softmaxes,
+    "attention backward": attention_backwards,
+    "training": training,
+}
 
 if __name__ == "__main__":
     for area in sys.argv[1:]:

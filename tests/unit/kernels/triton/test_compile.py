@@ -11,7 +11,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bi_patch.kernels.triton import gemm, norm, reduce, rope
+from bi_patch.kernels.triton import (
+    attention_backward,
+    embedding_backward,
+    gated_backward,
+    gemm,
+    logits_backward,
+    norm,
+    norm_backward,
+    reduce,
+    rope,
+)
 
 # A100, RTX 30, RTX 40 and L4, Hopper, B200, RTX 50.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -95,3 +105,46 @@ def test_row_sum(architecture):
     signature = {"x": "*bf16", "out": "*fp32", "rows": "i32", "cols": "i32", "divisor": "fp32"}
     for rows, block in ((1, 2048), (128, 8)):
         build(reduce._row_sum, signature, {"ROWS": rows, "BLOCK": block}, architecture, num_warps=4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_attention_backward(architecture, head_size):
+    tiles = attention_backward.choose(head_size, 2, SHARED[architecture])
+    pointers = dict.fromkeys(("q", "k", "v", "do", "dk", "dv", "dq"), "*bf16") | {"lse2": "*fp32", "delta": "*fp32"}
+    constants = {"GROUP": 4, "D": head_size, "WIDTH": head_size, "HAS_CAP": False, "HAS_WINDOW": False}
+    for kernel, tile in (
+        (attention_backward._for_keys, tiles.for_keys),
+        (attention_backward._for_queries, tiles.for_queries),
+    ):
+        names = kernel.arg_names
+        sizes = dict.fromkeys((n for n in names if n.startswith("stride_") or n in ("window", "blocks")), "i32")
+        signature = pointers | sizes | {"starts": "*i32", "scale": "fp32", "cap": "fp32"}
+        chosen = constants | {"QUERIES": tile.queries, "KEYS": tile.keys, "SPLIT": tile.split, "LEVEL": tile.level}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        built = build(kernel, {n: signature[n] for n in names if n in signature}, chosen, architecture, **options)
+        assert built.metadata.shared <= tiles.shared <= SHARED[architecture]
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_gradients_of_rows(architecture):
+    cases = (
+        (norm_backward._rms_norm, {"BLOCK": 2048, "ROWS": 1}, {"x", "g", "weight", "dx"}, {"parts"}, {"eps", "offset"}),
+        (norm_backward._column_sum, {"BLOCK": 64}, set(), {"parts", "out"}, set()),
+        (gated_backward._gated, {"KIND": 0, "BLOCK": 1024}, {"g", "gate", "up", "dgate", "dup"}, set(), set()),
+        (
+            logits_backward._logits,
+            {"HAS_CAP": False, "BLOCK": 4096},
+            {"scores", "logits", "out"},
+            {"g", "temperature"},
+            {"cap"},
+        ),
+        (embedding_backward._embedding, {"BLOCK": 512}, {"g"}, {"out"}, set()),
+    )
+    whole = {"tokens": "*i64", "order": "*i64", "begins": "*i64"}
+    for kernel, constants, halves, singles, scalars in cases:
+        kinds = (
+            dict.fromkeys(halves, "*bf16") | dict.fromkeys(singles, "*fp32") | dict.fromkeys(scalars, "fp32") | whole
+        )
+        signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constants}
+        build(kernel, signature, constants, architecture, num_warps=4)

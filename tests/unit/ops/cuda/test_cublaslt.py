@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 
+from bi_patch.errors import CertificateFailed
 from bi_patch.ops.cuda import cublaslt
 from bi_patch.ops.cuda.cublaslt import Algorithm, Kind
 from bi_patch.ops.cuda.cublaslt_choice import choose, compare, prefer, timed_rows
@@ -167,3 +168,14 @@ def test_what_takes_the_place_of_kinds_that_differ_is_compared_where_it_serves()
 def test_an_m_without_offers_has_none_to_compare():
     assert compare({1: [], 2: made(D)}, {}, lambda m, offer: 0) == {D: {2: 0}}
     assert compare({}, {}, lambda m, offer: 0) == {}
+
+
+def test_a_weight_gradient_takes_the_first_offer_that_does_not_split(monkeypatch):
+    fake = Fake([((2, 4, 0, 0), 0, 0), ((5, 1, 0, 0), 0, 64), ((6, 1, 0, 0), 0, 0), ((1, 1, 0, 0), 0, 0)])
+    monkeypatch.setattr(cublaslt, "load", lambda: (fake, ctypes.c_void_p()))
+    product = cublaslt.WeightGradient(7, 8, 16, torch.bfloat16, torch.float32)
+    assert product._algorithm.data[0] == 6
+    product(16, 32, 48, 1.0, 0)
+    fake.answers = []
+    with pytest.raises(CertificateFailed, match="M=7 N=8 K=16"):
+        cublaslt.WeightGradient(7, 8, 16, torch.bfloat16, torch.float32)

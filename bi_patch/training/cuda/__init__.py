@@ -1,0 +1,42 @@
+"""The trainer's operators on CUDA: the sampler's kernels with a backward each. bi_patch.training.cpu has the rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# vLLM's backends whose bits the folder's attention has.
+ATTENTION = ("FLASH_ATTN", "TRITON_ATTN")
+
+
+def prepare(cache: Path) -> None:
+    """Load the libraries and vLLM's kernels, before the first operator runs. cache: the folder of certificates.
+
+    Raises MissingDependency without vLLM, and UnsupportedDevice on a GPU without FlashAttention 3.
+    """
+    import torch
+
+    from bi_patch.errors import UnsupportedDevice
+    from bi_patch.training.cuda import linear, vllm_kernels
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        raise UnsupportedDevice("training.device: bi_patch trains on Hopper GPUs, whose FlashAttention 3 it knows")
+    linear.certificates_in(cache)
+    vllm_kernels.load()
+
+
+def agree(contract: dict[str, Any]) -> None:
+    """Take from the sampler's contract how it sums logprobs, and whether Triton attention serves all of its layers."""
+    from bi_patch.training.cuda import attention, head
+
+    head.form = head.Form(
+        runner=contract.get("runner", "V2"), processed=contract.get("logprobs_mode") == "processed_logprobs"
+    )
+    attention.everywhere = set(contract.get("attention", {}).values()) == {"TRITON_ATTN"}
+
+
+def kernels() -> dict[str, str]:
+    """What decides the bits of this device's kernels: {"kernels": ..., "device": ...}, after `prepare`."""
+    import torch
+
+    return {"kernels": f"cuda {torch.version.cuda}", "device": torch.cuda.get_device_name()}

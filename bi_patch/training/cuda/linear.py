@@ -1,0 +1,83 @@
+"""Linear layers on CUDA by the sampler's routes: cuBLASLt where certified, else the bundled GEMM.
+
+A problem (N, K) is certified when the trainer first meets it, for up to _MOST rows. The backward multiplies by the
+transposed weight, a problem of its own. A route changes the speed and never the bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bi_patch.kernels.triton import reduce
+from bi_patch.ops.cuda import linear as routes
+from bi_patch.ops.cuda import outer
+
+_MOST = 32768  # rows: more take the bundled GEMM
+_cache: list[Path] = []
+_known: set[routes.Problem] = set()
+
+
+def certificates_in(folder: Path) -> None:
+    """Keep certificates in `folder`. Without this call, the bundled GEMM serves."""
+    _cache[:] = [folder]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> torch.Tensor:
+    """x @ weight.T + bias. x: [rows, K]. weight: [N, K]. bias: [N] or None. Returns [rows, N] in x's dtype.
+
+    parts: 1, or how many ranks of a tensor-parallel sampler share K. Each part of K is then rounded as its rank does,
+    and the parts are added in the order of ranks in fp32 and rounded once. The bias belongs to rank 0.
+    """
+    held, own = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if parts == 1:
+        return product(x, held, own)
+    width = x.shape[1] // parts
+    total = None
+    for rank in range(parts):
+        cut = slice(rank * width, (rank + 1) * width)
+        part = product(x[:, cut].contiguous(), held[:, cut].contiguous(), own if rank == 0 else None).float()
+        total = part if total is None else total + part
+    return total.to(x.dtype)
+
+
+def linear_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, of_x: bool, of_weight: bool, of_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x [rows, K], of weight [N, K] and of bias [N] (weight's dtype), from grad [rows, N]."""
+    none = grad.new_empty(0)
+    grad = grad.contiguous()
+    of_rows = product(grad, weight.to(x.dtype).t().contiguous(), None) if of_x else none
+    of_weights = (
+        outer.product(grad, x, torch.empty(weight.shape, dtype=weight.dtype, device=x.device)) if of_weight else none
+    )
+    return of_rows, of_weights, _column_sum(grad).to(weight.dtype) if of_bias else none
+
+
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    """grad.T @ x in fp32. grad: [rows, N]. x: [rows, K]. Returns [N, K] fp32.
+
+    into: [N, K] fp32 to which the product is added, in place. The number of rows decides the order of the sum.
+    """
+    if into is not None:
+        return outer.product(grad, x, into, add=True)
+    return outer.product(grad, x, torch.empty(grad.shape[1], x.shape[1], dtype=torch.float32, device=x.device))
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, most: int = _MOST) -> torch.Tensor:
+    """x [rows, K] @ weight [N, K].T + bias [N] -> [rows, N], all of one dtype, by the problem's route.
+
+    most: the number of rows up to which a new problem is certified.
+    """
+    if not len(x):
+        return x.new_empty(0, len(weight))
+    problem = routes.Problem(*weight.shape, x.dtype, bias is not None)
+    if _cache and problem not in _known:
+        _known.add(problem)
+        routes.certify([problem], most, _cache[0])
+    return routes.linear(x, weight, bias)
+
+
+def _column_sum(grad: torch.Tensor) -> torch.Tensor:
+    return reduce.row_sum(grad.t().contiguous(), torch.float32)
