@@ -56,9 +56,9 @@ class Tiles(NamedTuple):
 # the device's shared memory serves. The first of each list is for Hopper, whose matrix instructions take 64 rows for
 # every four warps.
 TILES: dict[tuple[int, int], tuple[Tiles, ...]] = {
-    (64, 2): (Tiles(Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), 82944),),
+    (64, 2): (Tiles(Tile(64, 64, 4, 3, level=True), Tile(128, 64, 8, 3, split=True), 81920),),
     (128, 2): (
-        Tiles(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), 131584),
+        Tiles(Tile(64, 64, 4, 2, level=True), Tile(64, 64, 4, 2, split=True), 99328),
         Tiles(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), 57344),
     ),
     (256, 2): (
