@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bi_patch import training
-from bi_patch.errors import BiPatchError, UnsupportedFeature, UnsupportedRequest
+from bi_patch.errors import BiPatchError, MissingDependency, UnsupportedFeature, UnsupportedRequest
 from bi_patch.ops import bits
 from bi_patch.training import huggingface
 
@@ -214,6 +214,12 @@ def test_what_has_no_cover_is_refused_by_name(make, change, named):
     assert huggingface.armed(model) is None and model.config._attn_implementation == "eager"
 
 
+def test_a_release_whose_hooks_nobody_checked(make, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    with pytest.raises(MissingDependency, match="4.57.1"):
+        training.arm(make("Llama"))
+
+
 def test_models_and_rotations_without_cover(make):
     with pytest.raises(UnsupportedFeature, match="training.model: GraniteForCausalLM"):
         training.arm(make("Granite"))
@@ -243,6 +249,8 @@ def test_calls_without_cover(make, ids):
             call(holes)
     with pytest.raises(UnsupportedRequest, match="training.positions"):
         model(tokens.flip(1), attention_mask=mask.flip(1), position_ids=torch.arange(40)[None])
+    with pytest.raises(UnsupportedRequest, match="training.layout"):
+        training.logprobs(model, tokens[0], cu_seqlens=torch.tensor([0, 20, 50]))
     with pytest.raises(UnsupportedRequest, match="temperature"):
         training.logprobs(model, tokens, mask, temperature=0.0)
 
