@@ -43,8 +43,8 @@ def logprobs(
     batch = ids if ids.ndim == 2 else ids[None]
     flat = batch.reshape(-1)
     starts, lengths = _layout(batch, attention_mask, position_ids, cu_seqlens)
-    if position_ids is not None:
-        layout.positions(starts, lengths, len(flat), position_ids.expand(batch.shape).reshape(-1))
+    own = None if position_ids is None else position_ids.expand(batch.shape).reshape(-1)
+    layout.positions(starts, lengths, len(flat), own)  # checks both
     rows = layout.rows_of(starts, lengths)
     ends = lengths.cumsum(0)
     begins = ends - lengths
@@ -55,11 +55,10 @@ def logprobs(
     found = torch.zeros(flat.shape, dtype=torch.float32, device=ids.device)
     if not len(asked):
         return found.view(ids.shape)
-    request = huggingface.Asked(
-        asked, flat[targets], *_transforms(model, state, targets, ids.shape, temperature, top_k, top_p)
-    )
     config = huggingface.unwrapped(model).config
-    request.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+    transforms = _transforms(state, config.vocab_size, targets, ids.shape, temperature, top_k, top_p)
+    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+    request = huggingface.Asked(asked, flat[targets], *transforms, softcap)
     cumulative = torch.cat((begins, ends[-1:])).to(torch.int32)
     with huggingface.asking(state, request, config):
         out = model(input_ids=flat[rows][None], cu_seq_lens_q=cumulative, use_cache=False)
@@ -78,9 +77,8 @@ def _layout(batch, attention_mask, position_ids, cu_seqlens):
     return layout.full(*batch.shape, batch.device)
 
 
-def _transforms(model, state, targets, shape, temperature, top_k, top_p):
-    """temperature, top_k and top_p of each target, as the head takes them, and a soft cap to be set."""
-    vocabulary = huggingface.unwrapped(model).config.vocab_size
+def _transforms(state, vocabulary, targets, shape, temperature, top_k, top_p):
+    """temperature, top_k and top_p of each target, as the head takes them."""
 
     def spread(x, dtype):
         given = torch.as_tensor(x, dtype=dtype, device=targets.device)
@@ -98,4 +96,4 @@ def _transforms(model, state, targets, shape, temperature, top_k, top_p):
             "no truncation. Start the sampler with logprobs_mode='processed_logprobs', or leave them out here"
         )
     kept = count.where((count > 0) & (count < vocabulary), vocabulary)
-    return heat, kept if bounded else None, share.contiguous() if cut else None, 0.0
+    return heat, kept if bounded else None, share.contiguous() if cut else None

@@ -1,23 +1,27 @@
 """A trainer on transformers beside the real engine: every logprob has the sampler's bits, in every form of a batch."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from bi_patch.tools.models import recipes
+from bi_patch.tools.models import families, recipes
 
 pytestmark = pytest.mark.engine
 
 # The engine and the trainer share one process, as in a trainer's colocate mode.
 CODE = """
-import gc, json, sys
+import gc, json, os, sys
 import bi_patch
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from bi_patch import training
 from bi_patch.errors import BiPatchError
+from bi_patch.tools.verify.weights import fill
 
 KINDS = [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_k": 50},
          {"temperature": 0.6, "top_k": 20, "top_p": 0.95}, {"temperature": 0.0}]
@@ -53,7 +57,15 @@ def forms(model, outputs, params, batch):
     return found
 
 
+def weights(path):  # random, beside a config.json
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    fill(made, 7)
+    made.bfloat16().save_pretrained(path)
+
+
 for path, dtype, mode in json.loads(sys.argv[1]):
+    if not any(name.endswith("safetensors") for name in os.listdir(path)):
+        weights(path)
     processed = mode == "processed_logprobs"
     llm = LLM(path, dtype=dtype, max_model_len=512, enforce_eager=True, max_num_seqs=4, max_num_batched_tokens=128,
               seed=0, logprobs_mode=mode, skip_tokenizer_init=True)
@@ -61,7 +73,7 @@ for path, dtype, mode in json.loads(sys.argv[1]):
                              **(kind if processed else {})) for i, kind in enumerate(KINDS)]
     outputs = llm.generate(prompts(), params, use_tqdm=False)
     batch = training.batch(outputs, params)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager")
     with torch.no_grad():
         plain = model(batch.ids, attention_mask=batch.attention_mask).logits.float()[:, :-1]
     plain = (plain / (batch.temperature[..., None] if processed else 1)).log_softmax(-1)
@@ -91,20 +103,27 @@ RUNS = [
     (recipes.LLAMA, "float32", "processed_logprobs"),
     (recipes.QWEN3, "bfloat16", "processed_logprobs"),
     (recipes.QWEN3, "float32", "raw_logprobs"),
+    ("Qwen2.5", "bfloat16", "raw_logprobs"),
+    ("Mistral", "bfloat16", "raw_logprobs"),
+    ("Gemma 2", "bfloat16", "processed_logprobs"),
+    ("Gemma 3", "bfloat16", "raw_logprobs"),
+    ("Mixtral", "bfloat16", "raw_logprobs"),
+    (recipes.MOE, "bfloat16", "raw_logprobs"),
 ]
 
 
 @pytest.fixture(scope="module")
 def found(model, cache, tmp_path_factory):
     """By model and dtype: the comparisons by form of the batch, as (compared, differing, words)."""
-    import os
-    import subprocess
-    import sys
+    folder = tmp_path_factory.mktemp("training")
 
-    given = json.dumps([(model(name), dtype, mode) for name, dtype, mode in RUNS])
+    def path(name):
+        return families.write(name, folder) if name in families.FAMILIES else model(name)
+
+    given = json.dumps([(path(name), dtype, mode) for name, dtype, mode in RUNS])
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
     own = {"BI_PATCH_CACHE": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    script = tmp_path_factory.mktemp("training") / "run.py"
+    script = folder / "run.py"
     script.write_text(CODE)
     done = subprocess.run(
         [sys.executable, str(script), given],

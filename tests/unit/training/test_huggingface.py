@@ -243,6 +243,8 @@ def test_calls_without_cover(make, ids):
             call(holes)
     with pytest.raises(UnsupportedRequest, match="training.positions"):
         model(tokens.flip(1), attention_mask=mask.flip(1), position_ids=torch.arange(40)[None])
+    with pytest.raises(UnsupportedRequest, match="training.layout"):
+        training.logprobs(model, tokens[0], cu_seqlens=torch.tensor([0, 20, 50]))
     with pytest.raises(UnsupportedRequest, match="temperature"):
         training.logprobs(model, tokens, mask, temperature=0.0)
 
