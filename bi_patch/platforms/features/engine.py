@@ -10,6 +10,7 @@ from bi_patch.platforms.features.model import Feature, absent, refused, row, ser
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
+_CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
@@ -157,7 +158,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "weight updates",
         short="weight updates",
-        cpu=untried("the tests cover them"),
+        cpu=served(_CPU_WEIGHTS, why="by reload_weights and model.load_weights"),
         cuda=untried(),
         ascend=untried(_NO_NPU),
         details="An engine that gets weights answers as an engine that was started with them. Writes of your own need "
