@@ -5,12 +5,25 @@ from __future__ import annotations
 import types
 
 import torch
+from packaging.version import Version
 
-from bi_patch.errors import UnsupportedFeature
+from bi_patch.errors import MissingDependency, UnsupportedFeature
 from bi_patch.training import layout, ops
 
 NAME = "bi_patch"  # of the attention function and of the mask function
+_MAJOR = 5  # of transformers
 _LAYOUT = "bi_patch_layout"  # the keyword argument that carries starts and lengths to the attention function
+
+
+def check_release() -> None:
+    """Raise MissingDependency for a release of transformers whose hooks nobody checked."""
+    import transformers
+
+    if Version(transformers.__version__).major != _MAJOR:
+        raise MissingDependency(
+            f"training.transformers: bi_patch knows the hooks of transformers {_MAJOR}, and {transformers.__version__} "
+            "is installed"
+        )
 
 
 def prepare(base, args, kwargs):

@@ -105,6 +105,7 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
     model = unwrapped(model)
     if armed(model) is not None:
         raise BiPatchError("training.arm: the model is armed already. Call disarm first")
+    hooks.check_release()
     family = leaves.family_of(model)
     if family.experts and parts > 1:
         raise UnsupportedFeature(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bi_patch import training
-from bi_patch.errors import BiPatchError, UnsupportedFeature, UnsupportedRequest
+from bi_patch.errors import BiPatchError, MissingDependency, UnsupportedFeature, UnsupportedRequest
 from bi_patch.ops import bits
 from bi_patch.training import huggingface
 
@@ -212,6 +212,12 @@ def test_what_has_no_cover_is_refused_by_name(make, change, named):
     with pytest.raises(UnsupportedFeature, match=named):
         training.arm(model)
     assert huggingface.armed(model) is None and model.config._attn_implementation == "eager"
+
+
+def test_a_release_whose_hooks_nobody_checked(make, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    with pytest.raises(MissingDependency, match="4.57.1"):
+        training.arm(make("Llama"))
 
 
 def test_models_and_rotations_without_cover(make):
