@@ -59,9 +59,9 @@ class ExactGRPOTrainer(GRPOTrainer):
         return loss
 
 
-def digits(completions, **given) -> list[float]:
-    """The share of digits in each completion."""
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+def vowels(completions, **given) -> list[float]:
+    """The share of vowels in each completion."""
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
 
 def main(name: str, steps: int) -> None:
@@ -86,7 +86,7 @@ def main(name: str, steps: int) -> None:
         dataloader_pin_memory=False,
     )
     data = Dataset.from_dict({"prompt": PROMPTS * 8})
-    ExactGRPOTrainer(name, reward_funcs=digits, args=config, train_dataset=data).train()
+    ExactGRPOTrainer(name, reward_funcs=vowels, args=config, train_dataset=data).train()
 
 
 if __name__ == "__main__":

@@ -232,7 +232,11 @@ def _sum(grad, x, chain) -> None:
 
 
 def _rows(grad, ids, chain) -> None:
-    chain.index_put_((ids,), grad, accumulate=True)
+    """Add row by row. On CPU, index_put_ adds from several threads; on CUDA, index_add_ adds in any order."""
+    if chain.device.type == "cpu":
+        chain.index_add_(0, ids, grad)
+    else:
+        chain.index_put_((ids,), grad, accumulate=True)
 
 
 def _head(made, state, hidden, weight, tokens, temperature, top_k=None, top_p=None, softcap=0.0):

@@ -155,9 +155,12 @@ def _sampler(session, ids: list[int]) -> dict[str, torch.Tensor]:
     model, count = layers.model(session.engine), len(ids)
 
     def keep(key, value):
-        rows = _rows(value, count)
-        if rows is not None and key not in found:
-            found[key] = rows.clone()
+        """Add the rows of one step: a long sequence takes several."""
+        x, held = _first(value), found.get(key)
+        missing = count - (0 if held is None else len(held))
+        if isinstance(x, torch.Tensor) and x.dim() > 1 and missing > 0:
+            rows = x.detach()[:missing].flatten(1).clone()
+            found[key] = rows if held is None else torch.cat((held, rows))
 
     def after(path):
         def hook(module, args, result):
@@ -172,7 +175,7 @@ def _sampler(session, ids: list[int]) -> dict[str, torch.Tensor]:
             for whole, parts in _WHOLE:
                 if path.endswith(whole):
                     sizes = _sizes(session, module, whole)
-                    for part, value in zip(parts, _first(result)[:count].split(sizes, -1)):
+                    for part, value in zip(parts, _first(result).split(sizes, -1)):
                         keep(f"{path.removesuffix(whole)}{part}:out", value)
             keep(f"{path}:out", result)
 

@@ -34,7 +34,7 @@ class ParityReport(Report, tag_field="format", tag=verify.FORMAT):
 
 
 def _sentences(report: ParityReport) -> list[str]:
-    what = "The armed trainer and its sampler" if report.mode == "armed" else "The stock trainer and its sampler"
+    what = f"{'Incomplete: the' if report.stopped else 'The'} {report.mode} trainer and its sampler"
     lines = [axis.name for axis in report.axes if axis.compared]
     said = []
     if report.differing:

@@ -9,7 +9,7 @@ from bi_patch.errors import BiPatchError, GradientsOpen, GradientsUnordered, Uns
 from bi_patch.ops import bits
 from bi_patch.tools.parity.batches import LEFT, PACKED, RIGHT, batches
 
-LENGTHS = (5, 33, 3, 17, 140, 2, 9, 21)
+LENGTHS = (5, 33, 3, 17, 600, 2, 9, 21)
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
