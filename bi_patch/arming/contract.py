@@ -54,7 +54,7 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
         "instance": config.instance_id,
         "platform": platform,
         "vllm": release,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "digest": identity.digest(),
         **workers[0],
         "dtype": str(model.dtype).removeprefix("torch."),

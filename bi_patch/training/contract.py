@@ -75,7 +75,7 @@ def check(contract: dict[str, Any], model: torch.nn.Module, dtype: torch.dtype) 
         "platform": device,
         "digest": identity.digest(),
         **folder.kernels(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": None,
     }
