@@ -37,7 +37,7 @@ def _cost(table: Table) -> str:
 
 
 def _invariance(table: Table, name: str = "axis", names: str = "axes") -> str:
-    """A table of each model over its axes, then a table of each axis over all models. name, names: words for an axis."""
+    """A table of each model over its axes, then a table of each axis over all models. name, names: of an axis."""
     rows: list[InvarianceRow] = table.rows
     lines = [f"| model | {names} | positions compared | differing |", "|---|--:|--:|--:|"]
     for model, own in _by(rows, lambda row: row.model).items():

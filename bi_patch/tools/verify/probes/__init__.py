@@ -103,7 +103,9 @@ PROBES = (
         needs_company,
         seconds=6,
     ),
-    Probe("position and order", "place in a batch of nine; others reversed", position, (8, 16), needs_company, seconds=4),
+    Probe(
+        "position and order", "place in a batch of nine; others reversed", position, (8, 16), needs_company, seconds=4
+    ),
     Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company, seconds=1),
     Probe(
         "mixed lengths",
