@@ -3,8 +3,8 @@
     python examples/trl_grpo.py [MODEL] [STEPS]
 
 TRL logs `sampling/sampling_logp_difference/max`, which must be 0, and this example stops if a bit differs. Needs trl,
-accelerate and datasets. The model's weights are in the sampler's dtype: TRL hands them to vLLM as they are. The gradients
-are autograd's: the example does not use training.gradients, so they depend on how a batch is cut into micro-batches.
+accelerate and datasets. The model's weights are in the sampler's dtype: TRL hands them to vLLM as they are. The example
+does not use training.gradients: its gradients are autograd's, and depend on how a batch is cut into micro-batches.
 """
 
 # ruff: noqa: I001  bi_patch comes before vllm
