@@ -1,9 +1,10 @@
 """TRL's GRPOTrainer with vLLM in its process: the trainer's logprobs are the sampler's, bit for bit.
 
-    VLLM_BATCH_INVARIANT=1 python examples/trl_grpo.py [MODEL] [STEPS]
+    python examples/trl_grpo.py [MODEL] [STEPS]
 
 TRL logs `sampling/sampling_logp_difference/max`, which must be 0, and this example stops if a bit differs. Needs trl,
-accelerate and datasets. The model's weights are in the sampler's dtype: TRL hands them to vLLM as they are.
+accelerate and datasets. The model's weights are in the sampler's dtype: TRL hands them to vLLM as they are. The example
+does not use training.gradients: its gradients are autograd's, and depend on how a batch is cut into micro-batches.
 """
 
 # ruff: noqa: I001  bi_patch comes before vllm
@@ -12,7 +13,6 @@ import sys
 
 # One process holds the trainer and the engine, as TRL's colocate mode wants.
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
 
 import bi_patch  # noqa: F401  before vllm: it arms the engine
 import torch

@@ -4,8 +4,8 @@ from bi_patch import training
 
 training.arm(model, sampler=llm)                # in place, on a transformers model
 batch = training.batch(llm.generate(prompts, params), params)
-lp = training.logprobs(model, batch)            # with gradients
-training.compare(lp, batch, strict=True)        # counts bits
+new = training.logprobs(model, batch)           # with gradients
+training.compare(new, batch, strict=True)       # counts bits
 """
 
 from __future__ import annotations

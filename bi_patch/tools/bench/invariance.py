@@ -73,7 +73,7 @@ def unmeasured(report: Report) -> list[str]:
     if report.precision is not None and (report.precision.failed or report.precision.unchecked):
         holes.append(report.precision.words())
     if report.open_seams:
-        holes.append(f"required seams are open: {', '.join(report.open_seams)}")
+        holes.append(f"required patch points are open: {', '.join(report.open_seams)}")
     if not holes and not report.compared:
         holes.append("nothing was compared")
     return holes

@@ -23,7 +23,7 @@ def cost(evidence: Cost, path: Path, target: float) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlotsMissing("the plot needs matplotlib: pip install 'bi_patch[plots]'") from error
+        raise PlotsMissing("the plot needs matplotlib: in a clone of bi_patch, run pip install '.[plots]'") from error
 
     rows = [row for row in evidence.rows if row.ratio is not None]
     models = list(dict.fromkeys(row.model for row in rows))

@@ -46,6 +46,8 @@ def parity(
     It compares logprobs of padded and packed batches, kinds of sampling, weight updates, and the gradients of other
     micro-batches. Then GRPO runs twice, with other sizes, and must end with the same weights.
 
+    CPU only: the trainer stays on the CPU, so parity refuses a vLLM for another platform.
+
     Exit code 0: no bit differs. 1: a bit differs. 2: something could not be compared. With --faults, 0: every fault was
     caught and named.
 
@@ -71,6 +73,7 @@ def parity(
         top_k=top_k,
         top_p=top_p,
     )
+    run.check_platform()
     console = output.console()
     system = local(
         model,

@@ -114,7 +114,7 @@ def verdict(axes: Sequence[str], stock: Side, armed: Side) -> list[str]:
         ]
     said += armed.report.verdict
     if armed.report.differing and not armed.report.open_seams:
-        said.append("No seam is open, so this is a defect of bi_patch: please report it with the JSON of this run.")
+        said.append("No patch point is open, so this is a defect of bi_patch: please report it with this run's JSON.")
     return said
 
 

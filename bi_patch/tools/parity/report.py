@@ -54,7 +54,7 @@ def _sentences(report: ParityReport) -> list[str]:
     if undone and not report.stopped:
         said.append(f"Could not be checked: {'; '.join(f'{a.name} ({a.state}: {a.reason})' for a in undone)}.")
     if report.open_seams:
-        said.append(f"Required seams are open, so nothing is guaranteed: {', '.join(report.open_seams)}.")
+        said.append(f"Required patch points are open, so nothing is guaranteed: {', '.join(report.open_seams)}.")
     return said
 
 

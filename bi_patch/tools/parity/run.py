@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from bi_patch.errors import BiPatchError, SettingError
+from bi_patch import installed
+from bi_patch.errors import BiPatchError, SettingError, UnsupportedDevice
 from bi_patch.tools import provenance
 from bi_patch.tools.parity.child import ParityEngine
 from bi_patch.tools.parity.plan import LINES, NAMES, Plan
@@ -19,6 +20,16 @@ from bi_patch.tools.verify.report import LEFT_OUT, Axis
 from bi_patch.tools.verify.system import LocalEngines
 
 _START = 15.0  # seconds until sampler and trainer are ready, on a tiny model
+
+
+def check_platform() -> None:
+    """Raise UnsupportedDevice if the installed vLLM samples on another device than the CPU, where the trainer is."""
+    found = installed.find()
+    if found is not None and found.platform != "cpu":
+        raise UnsupportedDevice(
+            f"parity.device: the trainer of parity stays on the CPU, and this vLLM samples on {found.platform}. Use "
+            "parity with vLLM for CPU; on another device, call training.compare in your own loop"
+        )
 
 
 def measure(

@@ -67,8 +67,8 @@ class Located(msgspec.Struct, frozen=True):
     def words(self) -> str:
         """A description of a few lines, for a report."""
         where = self.module or "outside the model"
-        seam = f"seam {self.seam}, {self.seam_status or 'not in this process'}" if self.seam else "no seam"
-        lines = [f"{where}: {self.op} differs first, at token {self.position} ({seam})"]
+        owner = f"patch point {self.seam}, {self.seam_status or 'not in this process'}" if self.seam else ""
+        lines = [f"{where}: {self.op} differs first, at token {self.position} ({owner or 'no patch point'})"]
         if self.shape_alone:
             lines.append(
                 f"M={self.m_alone} alone, M={self.m_company} in company; "

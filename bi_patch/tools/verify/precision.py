@@ -59,7 +59,7 @@ class Precision(msgspec.Struct, frozen=True):
         return (
             f"The products of {len(self.failed)} of {self.layers} linears are NOT as accurate as fp32 sums. The first "
             f"is {first.module}, with {first.excess:.0f} times the allowed error at M={first.rows} "
-            f"(seam {first.seam})."
+            f"(patch point {first.seam})."
         )
 
 

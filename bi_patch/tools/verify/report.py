@@ -235,7 +235,7 @@ def sentences(report: Report) -> list[str]:
         named = "; ".join(f"{axis.name} ({axis.state}: {axis.reason})" for axis in undone)
         said.append(f"Could not be checked: {named}.")
     if report.open_seams:
-        said.append(f"Required seams are open, so invariance is not guaranteed: {', '.join(report.open_seams)}.")
+        said.append(f"Required patch points are open, so invariance is not guaranteed: {', '.join(report.open_seams)}.")
     return said
 
 

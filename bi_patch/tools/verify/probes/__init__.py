@@ -103,7 +103,9 @@ PROBES = (
         needs_company,
         seconds=6,
     ),
-    Probe("position and order", "place in a batch of nine; others reversed", position, (8,), needs_company, seconds=4),
+    Probe(
+        "position and order", "place in a batch of nine; others reversed", position, (8, 16), needs_company, seconds=4
+    ),
     Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company, seconds=1),
     Probe(
         "mixed lengths",
@@ -130,7 +132,7 @@ PROBES = (
         "chunk budget",
         "smaller budgets of tokens per engine step, set on the running engine",
         chunks,
-        (6,),
+        (6, 22, 24),
         in_this_process,
         seconds=4,
     ),

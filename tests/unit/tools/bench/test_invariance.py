@@ -95,7 +95,7 @@ def test_open_seams_and_inaccurate_products_stop_the_run(system):
     def open_seam(engine, options):
         engine.info = msgspec.structs.replace(engine.info, open_seams=("norm.rms",))
 
-    with pytest.raises(invariance.Unmeasured, match="required seams are open: norm.rms"):
+    with pytest.raises(invariance.Unmeasured, match="required patch points are open: norm.rms"):
         measure(system(change=open_seam), only=("batch size",))
 
 

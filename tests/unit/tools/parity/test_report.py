@@ -1,10 +1,14 @@
 """The report of parity: verdict, exit code, JSON and page, and what the command line refuses."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
+from packaging.version import Version
 from typer.testing import CliRunner
 
-from bi_patch.errors import SettingError
+from bi_patch import installed
+from bi_patch.errors import SettingError, UnsupportedDevice
 from bi_patch.tools.cli import app, parity, status  # noqa: F401  two commands, so that each has its name
 from bi_patch.tools.parity import report as parity_report
 from bi_patch.tools.parity.plan import LINES, Plan, Run, Step
@@ -62,6 +66,12 @@ def test_json_and_page_hold_the_runs(tmp_path):
 def test_wrong_arguments_are_named(arguments, said):
     done = CliRunner().invoke(app, ["parity", *arguments])
     assert isinstance(done.exception, SettingError) and said in str(done.exception)
+
+
+def test_another_device_than_the_cpu_is_named_before_an_engine_starts(monkeypatch):
+    monkeypatch.setattr(installed, "find", lambda: installed.Installed(Path(), Version("0.33.0"), "cuda", "vllm"))
+    done = CliRunner().invoke(app, ["parity", "no-such-model"])
+    assert isinstance(done.exception, UnsupportedDevice) and "cuda" in str(done.exception)
 
 
 def test_an_unknown_line_is_named():
