@@ -11,15 +11,14 @@ import contextlib
 import inspect
 import sys
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor import config as inductor
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
+from bi_patch.ops.casts import Hold
 from bi_patch.training import devices, hooks, leaves, ops
 from bi_patch.training.families import Family
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HELD = "_bi_patch"  # the attribute of each module that holds the model's state
-_models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # armed in this process
-_casts = inductor.emulate_precision_casts  # what Inductor had before the first of them
 
 
 @dataclass
@@ -54,7 +51,7 @@ class Armed:
     contract: what the sampler and this model agreed on. before: the model's own attention. names: the arguments of the
     base model's forward. functions: the operators that the leaves call, by name. A way
     to compute gradients may replace them. layout: starts and lengths of the last forward's sequences. asked: set while
-    the head computes logprobs.
+    the head computes logprobs. casts: compiled code rounds as eager code does while a model or a copy of it is armed.
     """
 
     dtype: torch.dtype
@@ -65,6 +62,7 @@ class Armed:
     names: tuple[str, ...] = ()
     layout: tuple[torch.Tensor, torch.Tensor] | None = None
     asked: Asked | None = None
+    casts: Hold = field(default_factory=Hold)
     functions: dict[str, Callable] = field(
         default_factory=lambda: {
             "attention": ops.attention,
@@ -114,7 +112,6 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
     plan = leaves.plan(model, family, dtype, parts)
     devices.prepare(next(model.parameters()).device.type)
     state = Armed(dtype, family, parts, before=model.config._attn_implementation)
-    _compile_as_eager(model)
     base = model.base_model
     state.names = tuple(inspect.signature(type(base).forward).parameters)[1:]
     hooks.register()
@@ -147,19 +144,8 @@ def disarm(model: torch.nn.Module) -> None:
         leaves.return_frequencies(module)
         if getattr(held.get("forward"), "__module__", "") == leaves.__name__:
             del module.forward
-    _models.discard(model)
-    if not _models:
-        inductor.emulate_precision_casts = _casts
+    state.casts.release()
     model.set_attn_implementation(state.before)
-
-
-def _compile_as_eager(model: torch.nn.Module) -> None:
-    """Let compiled code round after every operation, as eager code does, while a model is armed."""
-    global _casts
-    if not _models:
-        _casts = inductor.emulate_precision_casts
-    _models.add(model)
-    inductor.emulate_precision_casts = True
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from bi_patch.ops import overrides
+from bi_patch.ops import casts, overrides
 
 _library: list[torch.library.Library] = []
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +34,7 @@ def keep_whole() -> None:
     """
     if _undo:
         return
-    from torch._inductor import config, decomposition, lowering
+    from torch._inductor import decomposition, lowering
 
     aten = torch.ops.aten
     whole = (aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.softplus.default, _LAYER_NORM)
@@ -43,7 +43,7 @@ def keep_whole() -> None:
     for marked in (lowering.fallbacks, lowering.needs_realized_inputs):
         new = [op for op in whole if op not in marked]
         _undo.append(functools.partial(marked.difference_update, new))
-    _set(config, "emulate_precision_casts", True)
+    _undo.append(casts.Hold().release)
     before = torch.compiler.config.cache_key_tag
     # Code from before these calls is never loaded.
     _set(torch.compiler.config, "cache_key_tag", f"{before}; {_TAG}" if before else _TAG)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bi_patch.errors import CertificateFailed
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
 from bi_patch.ops.cpu import certify, machine
@@ -42,7 +43,7 @@ Vendor = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "torc
 
 @dataclass
 class Linear:
-    """One layer's route. New weights keep it: compiled code holds its handle, and its packed weight in place.
+    """One layer's route. New weights keep it: compiled code takes its number, and its packed weight in place.
 
     key: of the certificate. packed: the weight [n, k], packed for the bundled GEMM. vendor: the library's GEMM, None
     where it serves no row count. vendor_rows: the row counts M that the library serves. layer: the layer, whose
@@ -74,7 +75,7 @@ def _bundled(x: torch.Tensor, packed: torch.Tensor, n: int, k: int, bias: torch.
 
 
 _HANDLE = "bi_patch_handle"  # attribute of a layer: the key of its route
-_layers: dict[int, Linear] = {}  # a route lives as long as its layer
+_layers: dict[int, Linear] = {}  # by handle; a route lives as long as its layer
 _handles = itertools.count()
 _routed: weakref.WeakSet[torch.nn.Module] | None = None
 
@@ -113,23 +114,26 @@ def route(
     setattr(layer, _HANDLE, handle)
     _layers[handle] = made
     weakref.finalize(layer, _layers.pop, handle, None)
-    made.function = _with_library(made, handle) if rows else _without_library(packed, n, k)
+    made.function = _function(made, handle)
     return made.function
 
 
-def _without_library(packed: torch.Tensor, n: int, k: int) -> Vendor:
-    return lambda x, weight, bias: _bundled(x, packed, n, k, bias)
-
-
-def _with_library(linear: Linear, handle: int) -> Vendor:
+def _function(linear: Linear, handle: int) -> Vendor:
+    """A route as a function. Whether the library serves decides which of its two operators compiled code calls."""
     import torch
 
     _define_op()
-    n = linear.n
+    packed, n, k, library = linear.packed, linear.n, linear.k, bool(linear.vendor_rows)
+    # A tensor, as the packed weight is: compiled code takes both from the layers of the model that it runs with. An
+    # integer would be a part of the code, and the code also serves another engine with the same configuration. There,
+    # certificates may choose the other operator, so every route holds what both take.
+    number = torch.tensor(handle, device="cpu")
 
     def apply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not library:
+            return _bundled(x, packed, n, k, bias)
         if torch.compiler.is_compiling():
-            return torch.ops.bi_patch.cpu_linear(x, bias, handle, n)
+            return torch.ops.bi_patch.cpu_linear(x, bias, number, n)
         return linear(x, weight, bias)
 
     return apply
@@ -259,10 +263,25 @@ def _time(call: Callable[[], object], seconds: float = 0.01) -> float:
 
 
 def _define_op() -> None:
-    """Define torch.ops.bi_patch.cpu_linear, which runs a layer's route in compiled code."""
+    """Define torch.ops.bi_patch.cpu_linear, which runs a layer's route in compiled code.
+
+    number: int64, without dimensions: the layer's handle. Raises CertificateFailed if no living layer has this handle,
+    or if its weight has other sizes.
+    """
     define(
-        "cpu_linear(Tensor x, Tensor? bias, int handle, int n) -> Tensor",
-        lambda x, bias, handle, n: _layers[handle](x, _layers[handle].layer().weight, bias),
+        "cpu_linear(Tensor x, Tensor? bias, Tensor number, int n) -> Tensor",
+        _run,
         "CPU",
-        lambda x, bias, handle, n: x.new_empty((*x.shape[:-1], n)),
+        lambda x, bias, number, n: x.new_empty((*x.shape[:-1], n)),
     )
+
+
+def _run(x: torch.Tensor, bias: torch.Tensor | None, number: torch.Tensor, n: int) -> torch.Tensor:
+    held = _layers.get(number.item()) if number.ndim == 0 else None
+    layer = None if held is None else held.layer()
+    if layer is None or (held.n, held.k) != (n, x.shape[-1]):
+        raise CertificateFailed(
+            f"{OPERATION}: compiled code asks for a linear N={n} K={x.shape[-1]} that its model does not have. Delete "
+            "vLLM's compile cache, and start the engine again"
+        )
+    return held(x, layer.weight, bias)

@@ -36,6 +36,14 @@ def load_kernels(cache: Path) -> str:
 
 
 @functools.cache
+def allow_tiles() -> bool:
+    """Whether this process may use AMX tiles. Asks Linux for them, once a process: without, they end it with SIGILL."""
+    import torch
+
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+@functools.cache
 def device() -> str:
     """The device as a certificate names it: the CPU's model, AMX or not, the kernels' instruction set, the threads."""
     import torch

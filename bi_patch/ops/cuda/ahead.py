@@ -83,28 +83,61 @@ class Ahead:
             call()
 
 
+_rehearsing = threading.local()  # .seen: the kernels of the call that this thread rehearses
+_lock = threading.Lock()
+_users = 0  # how many calls are rehearsed, in all threads
+_originals: tuple[Callable, Callable] | None = None  # while calls are rehearsed: Triton's launch and its tuner's
+
+
 @contextmanager
 def _compiling_only(seen: dict[int, Any]) -> Iterator[None]:
-    """In this thread, launches of Triton kernels compile only, and tuners do nothing. seen: gets the kernels."""
+    """In this thread, launches of Triton kernels compile only, and tuners do nothing. seen: gets the kernels.
+
+    The first of several threads replaces Triton's functions, and the last puts them back.
+    """
+    global _users
+    outer = getattr(_rehearsing, "seen", None)
+    with _lock:
+        if not _users:
+            _replace()
+        _users += 1
+    _rehearsing.seen = seen
+    try:
+        yield
+    finally:
+        _rehearsing.seen = outer
+        with _lock:
+            _users -= 1
+            if not _users:
+                _put_back()
+
+
+def _replace() -> None:
+    global _originals
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    launch, tuned, own = JITFunction.run, Autotuner.run, threading.get_ident()
+    launch, tuned = _originals = JITFunction.run, Autotuner.run
 
     def run(self, *args, grid, warmup, **kwargs):
-        if threading.get_ident() == own:
+        seen = getattr(_rehearsing, "seen", None)
+        if seen is not None:
             seen[id(self)], warmup = self, True
         return launch(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     def run_tuned(self, *args, **kwargs):
         # A tuner times launches, and nothing is launched here.
-        return None if threading.get_ident() == own else tuned(self, *args, **kwargs)
+        return None if getattr(_rehearsing, "seen", None) is not None else tuned(self, *args, **kwargs)
 
     JITFunction.run, Autotuner.run = run, run_tuned
-    try:
-        yield
-    finally:
-        JITFunction.run, Autotuner.run = launch, tuned
+
+
+def _put_back() -> None:
+    global _originals
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    (JITFunction.run, Autotuner.run), _originals = _originals, None
 
 
 def _forget_unfinished(function: Any) -> None:

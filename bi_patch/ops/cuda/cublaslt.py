@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
+import weakref
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -164,6 +166,7 @@ class Gemm(_Product):
         if bias:
             self._set(_DESC_EPILOGUE, c_uint32(_EPILOGUE_BIAS))
         self._weight = self._layout(k, n)
+        self._lock = threading.Lock()
 
     def offers(self, rows: int) -> list[Algorithm]:
         """The library's algorithms for a number of rows, one per kind, in the library's order of estimated speed.
@@ -176,8 +179,14 @@ class Gemm(_Product):
 
     def __call__(self, algorithm: Algorithm, x: int, weight: int, bias: int | None, out: int, stream: int) -> None:
         """Enqueue the product on `stream`. x, weight, bias and out are device addresses; stream is a CUDA stream's."""
-        if bias is not None:
+        if bias is None:
+            return self._call(algorithm, x, weight, out, stream)
+        # The library reads the description within its call, and other threads run meanwhile.
+        with self._lock:
             self._set(_DESC_BIAS, c_void_p(bias))
+            return self._call(algorithm, x, weight, out, stream)
+
+    def _call(self, algorithm: Algorithm, x: int, weight: int, out: int, stream: int) -> None:
         code = self._library.cublasLtMatmul(
             self._handle,
             self._desc,
@@ -216,6 +225,8 @@ class WeightGradient(_Product):
         if not offered:
             raise CertificateFailed(f"cublaslt: no weight gradient for M={rows} N={n} K={k}, {dtype} into {into}")
         self._algorithm = offered[0][0]
+        library, layouts = self._library, (self._x, self._grad, self._out)
+        weakref.finalize(self, _free, library, self._desc, self._preference, layouts).atexit = False
 
     def __call__(self, grad: int, x: int, out: int, beta: float, stream: int) -> None:
         """Enqueue the product on `stream`. grad, x and out are device addresses; stream is a CUDA stream's."""
@@ -238,6 +249,14 @@ class WeightGradient(_Product):
             c_void_p(stream),
         )
         self._check(code, "cublasLtMatmul")
+
+
+def _free(library, desc: c_void_p, preference: c_void_p, layouts: tuple[c_void_p, ...]) -> None:
+    """Free what a product holds in the library's memory. Calls that are enqueued already do not need it."""
+    library.cublasLtMatmulDescDestroy(desc)
+    library.cublasLtMatmulPreferenceDestroy(preference)
+    for layout in layouts:
+        library.cublasLtMatrixLayoutDestroy(layout)
 
 
 def _number(dtype: torch.dtype) -> int:

@@ -85,17 +85,19 @@ class Route:
 
     def algorithm(self, rows: int) -> cublaslt.Algorithm | None:
         """The vendor's certified algorithm for a number of rows, or None if the bundled kernel serves."""
+        if self.gemm is None or rows > self.limit:
+            return None
         try:
             return self._chosen[rows]
         except KeyError:
-            offers = self.gemm.offers(rows) if self.gemm is not None and rows <= self.limit else []
+            offers = self.gemm.offers(rows)
             algorithm = cublaslt_choice.choose(rows, offers, self.preferred, self.kinds.__contains__)
             self._chosen[rows] = algorithm
             return algorithm
 
 
 _routes: dict[Problem, Route] = {}
-# What the library offers for each M of asked_rows, for problems that `rehearse` asked about, by the limit of M.
+# What the library offers for each M of asked_rows, by the limit of M. `rehearse` fills it, and `certify` empties it.
 _asked: dict[tuple[Problem, int], dict[int, list[cublaslt.Algorithm]]] = {}
 _TYPES = ("bfloat16", "float16", "float32")
 
@@ -189,9 +191,12 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
     made = []
     for problem in dict.fromkeys(problems):
         key = _key(problem, max_rows)
-        certificate = certificates.obtain(
-            cache, key, lambda p=problem, k=key: _certify(p, k, max_rows), instead="the bundled GEMM"
-        )
+        try:
+            certificate = certificates.obtain(
+                cache, key, lambda p=problem, k=key: _certify(p, k, max_rows), instead="the bundled GEMM"
+            )
+        finally:
+            _asked.pop((problem, max_rows), None)  # unused where the memory allows a smaller M only
         kinds = frozenset(cublaslt.Kind(*kind) for kind in certificate.algorithms)
         preferred = {m: cublaslt.Kind(*kind) for m, kind in certificate.preferred.items()}
         limit = max(certificate.evidence.rows, default=0)

@@ -6,12 +6,14 @@ order, so there is no certificate. Each sum over M has one fp32 accumulator: no 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from bi_patch.ops.cuda import cublaslt
 
-# By (M, N, K, dtype of the factors, dtype of the output). A sequence's length is an M.
-_products: dict[tuple, cublaslt.WeightGradient] = {}
+# A sequence's length is an M, so a trainer meets ever more sizes. A product that is made again has the same algorithm.
+_product = functools.lru_cache(maxsize=1024)(cublaslt.WeightGradient)
 
 
 def product(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, add: bool = False) -> torch.Tensor:
@@ -24,11 +26,9 @@ def product(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, add: bool = 
     rows, n = grad.shape
     if not rows:
         return out if add else out.zero_()
-    key = (rows, n, x.shape[1], x.dtype, out.dtype)
-    if key not in _products:
-        _products[key] = cublaslt.WeightGradient(*key)
+    made = _product(rows, n, x.shape[1], x.dtype, out.dtype)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    _products[key](grad.data_ptr(), x.data_ptr(), out.data_ptr(), float(add), stream)
+    made(grad.data_ptr(), x.data_ptr(), out.data_ptr(), float(add), stream)
     return out
 
 

@@ -26,10 +26,9 @@ def _device(original):
 
     @functools.wraps(original)
     def init_device(self, *args, **kwargs):
-        import torch
+        from bi_patch.ops.cpu import machine
 
-        if torch.cpu._is_amx_tile_supported():
-            torch.cpu._init_amx()
+        machine.allow_tiles()
         return original(self, *args, **kwargs)
 
     return init_device

@@ -2,7 +2,7 @@
 
 import functools
 
-from bi_patch.errors import UnsupportedFeature
+from bi_patch.errors import CertificateFailed, UnsupportedFeature
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.naming import dotted
 
@@ -85,10 +85,16 @@ def _choose(router, hidden, logits, input_ids):
 
 
 def _of_layer(name: str):
-    """The choice of experts of a layer, in the engine whose step runs."""
+    """The choice of experts of a layer, in the engine whose step runs. Raises CertificateFailed without this layer."""
     from vllm.forward_context import get_forward_context
 
-    return functools.partial(_choose, get_forward_context().no_compile_layers[name].router)
+    router = getattr(get_forward_context().no_compile_layers.get(name), "router", None)
+    if router is None:
+        raise CertificateFailed(
+            f"moe.cpu_router: compiled code asks for the router of {name}, which the model does not have. Delete "
+            "vLLM's compile cache, and start the engine again"
+        )
+    return functools.partial(_choose, router)
 
 
 def _route(original):

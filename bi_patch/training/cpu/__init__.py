@@ -20,13 +20,15 @@ ATTENTION = ("CPU_ATTN",)  # vLLM's backends whose bits the folder's attention h
 
 
 def prepare(cache: Path) -> None:
-    """Load the kernels, before the first operator runs. cache: the folder of built kernels and certificates.
+    """Load the kernels, and ask Linux for AMX tiles, before the first operator runs.
 
+    cache: the folder of built kernels and certificates.
     Raises CertificateFailed if the kernels cannot be built.
     """
     from bi_patch.ops.cpu import machine
 
     machine.load_kernels(cache)
+    machine.allow_tiles()
 
 
 def agree(contract: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from bi_patch.errors import MissingDependency, UnsupportedFeature
+from bi_patch.errors import MissingDependency, UnsupportedDevice, UnsupportedFeature
+from bi_patch.ops.cpu import machine
 from bi_patch.training.cpu.gated import _DERIVED
 
 _ALIGNED = 32  # vLLM pads other sizes
@@ -41,13 +42,17 @@ def experts(
     """The weighted sum of each row's experts.
 
     x: [rows, C]. weights: [rows, k] fp32. ids: [rows, k] int32. gate_up: [experts, 2 D, C]. down: [experts, C, D].
-    kind: as for gated. Returns [rows, C] in x's dtype. Raises MissingDependency without vLLM's kernel.
+    kind: as for gated. Returns [rows, C] in x's dtype. Raises MissingDependency without vLLM's kernel, and
+    UnsupportedDevice where Linux refuses the AMX tiles that the sampler's kernel takes.
     """
     if not hasattr(torch.ops._C, "cpu_fused_moe"):
         raise MissingDependency("training.experts: vLLM's CPU kernel of experts is not loaded. Import vllm first")
     if x.shape[1] % _ALIGNED or down.shape[2] % _ALIGNED:
         raise UnsupportedFeature(f"training.experts: the sizes of experts must be multiples of {_ALIGNED}")
-    isa = "amx" if torch.cpu._is_amx_tile_supported() and x.dtype == torch.bfloat16 else "vec"
+    tiles = torch.cpu._is_amx_tile_supported() and x.dtype == torch.bfloat16
+    if tiles and not machine.allow_tiles():
+        raise UnsupportedDevice("training.experts: Linux does not let this process use AMX tiles")
+    isa = "amx" if tiles else "vec"
     held = [weight.to(x.dtype) for weight in (gate_up, down)]
     packed = [torch.empty_like(weight) for weight in held]
     for weight, into in zip(held, packed):

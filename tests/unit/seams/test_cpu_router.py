@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
-from bi_patch.errors import UnsupportedFeature
+from bi_patch.errors import CertificateFailed, UnsupportedFeature
 from bi_patch.ops.cpu import rows
 from bi_patch.seams.cpu import moe
 
@@ -76,6 +76,13 @@ def test_each_engine_finds_its_own_router(run):
     first, second = certified(Layer(1.0)), certified(Layer(2.0))
     one, other, again = run(first)[0], run(second)[0], run(first)[0]
     assert torch.equal(one * 2, other) and torch.equal(one, again)
+
+
+def test_compiled_code_of_another_model_is_an_error_by_name(run):
+    layer = certified(Layer())
+    layer.router.bi_patch_layer = "model.layers.1.mlp.experts"
+    with pytest.raises(CertificateFailed, match="router of model.layers.1.mlp.experts"):
+        run(layer)
 
 
 def test_nothing_holds_the_router_of_an_engine_that_is_gone(run):

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bi_patch.errors import MissingDependency
-from bi_patch.training import ops
+from bi_patch.errors import MissingDependency, UnsupportedDevice
+from bi_patch.ops.cpu import machine
+from bi_patch.training import devices, ops
+from bi_patch.training.cpu import experts
 
 ROWS, HIDDEN, INNER, EXPERTS, CHOSEN = 9, 32, 64, 6, 2
 
@@ -61,3 +63,22 @@ def test_without_vllms_kernel():
         ops.experts(
             randn(ROWS, HIDDEN), weights, ids, randn(EXPERTS, 2 * INNER, HIDDEN), randn(EXPERTS, HIDDEN, INNER), "silu"
         )
+
+
+def test_tiles_are_asked_for_before_an_operator_takes_them(cache, monkeypatch):
+    asked, granted = [], True
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(1) or granted)
+    monkeypatch.setattr(torch.ops._C, "cpu_fused_moe", None, raising=False)
+    machine.allow_tiles.cache_clear()
+    try:
+        devices.prepare("cpu")
+        assert asked == [1]
+        granted = False
+        machine.allow_tiles.cache_clear()
+        weights, ids = ops.route(randn(ROWS, EXPERTS), CHOSEN, True)
+        given = randn(ROWS, HIDDEN), weights, ids, randn(EXPERTS, 2 * INNER, HIDDEN), randn(EXPERTS, HIDDEN, INNER)
+        with pytest.raises(UnsupportedDevice, match="AMX"):
+            experts.experts(given[0].bfloat16(), *given[1:], "silu")
+    finally:
+        machine.allow_tiles.cache_clear()

@@ -8,6 +8,7 @@ import torch
 from torch.nn import Linear as TorchLinear
 from torch.nn import functional as F
 
+from bi_patch.errors import CertificateFailed
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.cpu import linear, machine
 
@@ -158,7 +159,7 @@ def test_weights_that_are_not_finite_get_the_bundled_kernel(layer, tmp_path):
 
 @pytest.mark.parametrize("serves", ["library", "bundled"])
 def test_new_weights_keep_the_route_and_free_the_old_ones(layer, tmp_path, monkeypatch, serves):
-    """Compiled code holds the handle of the first load. With new weights, the same handle serves them."""
+    """Compiled code takes the handle of the first load. With new weights, the same handle serves them."""
     monkeypatch.setattr(linear, "_worthwhile", lambda c: frozenset(linear.ROWS if serves == "library" else ()))
     first = route(layer, bundled(layer), tmp_path)
     handle, packed, count = layer.bi_patch_handle, linear._layers[layer.bi_patch_handle].packed, len(linear._layers)
@@ -171,7 +172,7 @@ def test_new_weights_keep_the_route_and_free_the_old_ones(layer, tmp_path, monke
     want = bundled(layer)(x, layer.weight, layer.bias)
     assert torch.equal(again(x, layer.weight, layer.bias), want)
     if serves == "library":
-        assert torch.equal(torch.ops.bi_patch.cpu_linear(x, layer.bias, handle, N), want)
+        assert torch.equal(torch.ops.bi_patch.cpu_linear(x, layer.bias, torch.tensor(handle), N), want)
     assert torch.equal(linear.unpacked(layer), layer.weight)
     assert linear.has_route(layer) and layer in linear.take_routed() and not linear.take_routed()
     del layer.bi_patch_handle
@@ -188,3 +189,44 @@ def test_a_route_ends_with_its_layer(tmp_path):
     del layer
     gc.collect()
     assert handle not in linear._layers
+
+
+class Model(torch.nn.Module):
+    """A layer with a route, as vLLM's linears call their routes."""
+
+    def __init__(self, seed, folder):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = TorchLinear(K, N, bias=True, dtype=torch.bfloat16, device="cpu").requires_grad_(False)
+        self.layer.cpu_linear = route(self.layer, bundled(self.layer), folder)
+
+    def forward(self, x):
+        return self.layer.cpu_linear(x, self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.parametrize("serves", ["library", "bundled"])
+def test_compiled_code_computes_with_the_layers_of_the_model_that_it_gets(tmp_path, monkeypatch, serves):
+    """vLLM drops the guards of compiled code, and keeps the code for every engine with the same configuration."""
+
+    def made(seed, library):
+        monkeypatch.setattr(linear, "_worthwhile", lambda certificate: frozenset(linear.ROWS if library else ()))
+        return Model(seed, tmp_path)
+
+    first, second, other = (made(1, serves == "library"), made(2, serves == "library"), made(3, serves != "library"))
+    x = torch.randn(16, K).bfloat16()
+    torch._dynamo.reset()
+    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    compiled = torch.compile(Model.forward, fullgraph=True, backend="aot_eager", options=options)
+    for model in (first, second, other, first):
+        assert torch.equal(compiled(model, x), bundled(model.layer)(x, model.layer.weight, model.layer.bias))
+
+
+def test_code_of_another_model_is_an_error_by_name(layer, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "_worthwhile", lambda c: frozenset(linear.ROWS))
+    route(layer, bundled(layer), tmp_path)
+    x, number = torch.randn(2, K).to(layer.weight.dtype), torch.tensor(layer.bi_patch_handle)
+    for given in (torch.tensor(10**9), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(CertificateFailed, match="N=192 K=128 that its model does not have"):
+            torch.ops.bi_patch.cpu_linear(x, layer.bias, given, N)
+    with pytest.raises(CertificateFailed, match="N=64"):
+        torch.ops.bi_patch.cpu_linear(x, layer.bias, number, 64)

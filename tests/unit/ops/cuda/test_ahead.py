@@ -123,6 +123,35 @@ def test_only_a_rehearsed_call_does_not_launch(compiled):
     ahead.finish()
 
 
+def test_calls_of_two_threads_leave_tritons_launch_as_it_was(compiled):
+    """The first thread begins first and ends first, while the other still rehearses."""
+    held, tuned = JITFunction.run, Autotuner.run
+    double, _ = kernels()
+    begun, ended = threading.Event(), threading.Event()
+
+    def late():
+        begun.set()
+        assert ended.wait(60)
+        double[(1,)](X, 1, WIDE=64)
+
+    batches = Ahead(), Ahead()
+    other = threading.Thread(target=batches[1].rehearse, args=(late,))
+
+    def early():
+        other.start()
+        assert begun.wait(60)
+
+    batches[0].rehearse(early)
+    ended.set()
+    other.join()
+    for ahead in batches:
+        ahead.finish()
+    assert compiled == [("double", True)]
+    assert (JITFunction.run, Autotuner.run) == (held, tuned)
+    with pytest.raises(Exception):  # noqa: B017  a launch again, and Driver cannot launch
+        double[(1,)](X, 1, WIDE=64)
+
+
 def test_a_triton_that_cannot_compile_in_threads_compiles_at_the_launch(compiled, monkeypatch):
     monkeypatch.delattr(triton, "AsyncCompileMode")
     ahead, called = Ahead(), []

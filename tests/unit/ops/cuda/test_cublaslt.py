@@ -1,12 +1,16 @@
 """Which of cuBLASLt's algorithms become offers, and which offer serves. The library is a fake; no GPU is needed."""
 
 import ctypes
+import gc
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bi_patch.errors import CertificateFailed
-from bi_patch.ops.cuda import cublaslt
+from bi_patch.ops.cuda import cublaslt, outer
 from bi_patch.ops.cuda.cublaslt import Algorithm, Kind
 from bi_patch.ops.cuda.cublaslt_choice import choose, compare, prefer, timed_rows
 
@@ -179,3 +183,57 @@ def test_a_weight_gradient_takes_the_first_offer_that_does_not_split(monkeypatch
     fake.answers = []
     with pytest.raises(CertificateFailed, match="M=7 N=8 K=16"):
         cublaslt.WeightGradient(7, 8, 16, torch.bfloat16, torch.float32)
+
+
+def test_calls_of_two_threads_add_their_own_bias(monkeypatch):
+    """The library's functions run without Python's lock, so another thread may run between two of them."""
+    fake, added = Fake([]), []
+
+    def matmul(*arguments):
+        time.sleep(0.001)
+        added.append((arguments[8].value, fake.bias))
+
+    def describe(desc, attribute, value, size):
+        if attribute == cublaslt._DESC_BIAS:
+            fake.bias = value._obj.value
+            time.sleep(0.001)
+        return 0
+
+    fake.cublasLtMatmul, fake.cublasLtMatmulDescSetAttribute = matmul, describe
+    monkeypatch.setattr(cublaslt, "load", lambda: (fake, ctypes.c_void_p()))
+    shared = cublaslt.Gemm(8, 16, torch.bfloat16, True)
+    algorithm = Algorithm(None, None, cublaslt._Opaque(), A)
+
+    def run(name):
+        for _ in range(20):
+            shared(algorithm, 16, 32, name, name, 0)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(added) == 40 and all(out == bias for out, bias in added)
+
+
+def test_the_products_of_many_lengths_are_freed(monkeypatch):
+    fake = Fake([((1, 1, 0, 0), 0, 0)])
+    made, freed = [], []
+    for name, calls in (("Create", made), ("Destroy", freed)):
+        for kind in ("MatmulDesc", "MatrixLayout", "MatmulPreference"):
+            monkeypatch.setattr(
+                fake, f"cublasLt{kind}{name}", lambda *_, k=kind, c=calls: c.append(k) or 0, raising=False
+            )
+    monkeypatch.setattr(cublaslt, "load", lambda: (fake, ctypes.c_void_p()))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    limit = outer._product.cache_info().maxsize
+    out = torch.zeros(8, 8)
+    for rows in range(1, limit + 11):
+        x = torch.zeros(rows, 8)
+        outer.product(x, x, out)
+    assert outer._product.cache_info().currsize == limit
+    gc.collect()
+    assert (len(made), len(freed)) == (5 * (limit + 10), 50)
+    outer._product.cache_clear()
+    gc.collect()
+    assert sorted(made) == sorted(freed)

@@ -121,6 +121,15 @@ def test_what_the_library_offers_is_asked_once(monkeypatch, tmp_path):
     assert len(library.asked) == 120
 
 
+def test_what_was_asked_is_forgotten_where_memory_lets_fewer_rows_be_compared(monkeypatch, tmp_path):
+    Bits(monkeypatch)  # its offers are its own, as those of fewer rows are
+    monkeypatch.setattr(linear, "_asked", {(PROBLEM, 60): {}, (PROBLEM, 70): {}})
+    linear.certify([PROBLEM], 60, tmp_path)
+    assert list(linear._asked) == [(PROBLEM, 70)]
+    route = linear.routes()[PROBLEM]
+    assert route.algorithm(61) is route.algorithm(10**6) is None and not {61, 10**6} & set(route._chosen)
+
+
 def test_a_preferred_algorithm_with_other_bits_does_not_serve(monkeypatch, tmp_path):
     Bits(monkeypatch, wrong={ANY})
     (certificate,) = linear.certify([PROBLEM], 60, tmp_path)
