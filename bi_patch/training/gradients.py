@@ -98,13 +98,14 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
 
     Run any number of micro-batches in the block: forward, then backward, one after the other. At its end, every
     parameter that requires a gradient has the sum in `parameter.main_grad` (fp32, the parameter's shape; None if it got
-    none). An fp32 parameter has it in `parameter.grad`, too. A second block begins anew.
+    none). Compiled code runs as eager code in the block. An fp32 parameter has it in `parameter.grad`, too. A second
+    block begins anew.
 
     The loss must divide by a number that is known before the first micro-batch, and the order of the sequences must not
     change with the cut. Cost: one product for each weight and sequence, and 4 bytes for each element of a weight.
 
     Raises GradientsOpen for a block inside a block, BiPatchError for a model that is not armed, and UnsupportedFeature
-    for a model whose experts are trained.
+    for a model whose experts are trained, or that several ranks train (FSDP2, DistributedDataParallel).
     """
     state = huggingface.armed(model)
     if state is None:
@@ -113,12 +114,14 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
         raise UnsupportedFeature(
             "training.gradients: the weights of experts have no chain. Train without the block, or freeze the experts"
         )
+    _refuse_wrappers(model)
     if any(isinstance(held, _Chained) for held in state.functions.values()):
         raise GradientsOpen("training.gradients: this model is in such a block already")
     made, before = Gradients(), dict(state.functions)
     state.functions.update({name: _Chained(made, state, make) for name, make in _OPERATORS.items()})
     try:
-        with _watched(huggingface.unwrapped(model), state, made):
+        # A compiler would trace the chains, which are state that lives longer than a call.
+        with _watched(huggingface.unwrapped(model), state, made), torch.compiler.set_stance("force_eager"):
             yield made
     finally:
         state.functions.update(before)
@@ -127,6 +130,30 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
             parameter.main_grad = made.joined(parameter)
             if parameter.dtype == torch.float32:
                 parameter.grad = parameter.main_grad
+    if made.chains:
+        shapes = ", ".join(str(list(parameter.shape)) for parameter, _ in made.chains)
+        raise UnsupportedFeature(
+            f"training.gradients: {len(made.chains)} gradients belong to no parameter of the model (shapes {shapes}). "
+            "Something replaced its parameters in the block. Train without the block"
+        )
+
+
+def _refuse_wrappers(model: torch.nn.Module) -> None:
+    """Raise UnsupportedFeature for a model whose gradients several ranks would have to add."""
+    at = model
+    while at is not None:
+        if isinstance(at, torch.nn.parallel.DistributedDataParallel) and at.process_group.size() > 1:
+            raise UnsupportedFeature(
+                "training.gradients: DistributedDataParallel adds no chains, so each rank would keep gradients of its "
+                "own. Train without the block, or on one rank"
+            )
+        at = huggingface.inside(at)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, torch.distributed.tensor.DTensor):
+            raise UnsupportedFeature(
+                f"training.gradients: {name} is a DTensor (FSDP2, tensor parallelism), and a part of a parameter has no "
+                "chain. Train without the block"
+            )
 
 
 @contextlib.contextmanager

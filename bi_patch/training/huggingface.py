@@ -82,13 +82,16 @@ class Armed:
 
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside the wrappers of torch.compile and DistributedDataParallel."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+    while (found := inside(model)) is not None:
+        model = found
+    return model
+
+
+def inside(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The model inside one wrapper, or None if there is no wrapper."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return model.module
+    return getattr(model, "_orig_mod", None)
 
 
 def armed(model: torch.nn.Module) -> Armed | None:
