@@ -151,8 +151,8 @@ def _refuse_wrappers(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, torch.distributed.tensor.DTensor):
             raise UnsupportedFeature(
-                f"training.gradients: {name} is a DTensor (FSDP2, tensor parallelism), and a part of a parameter has no "
-                "chain. Train without the block"
+                f"training.gradients: {name} is a DTensor (FSDP2, tensor parallelism), and a part of a "
+                "parameter has no chain. Train without the block"
             )
 
 

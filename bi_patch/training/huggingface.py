@@ -54,7 +54,7 @@ class Armed:
     contract: what the sampler and this model agreed on. before: the model's own attention. names: the arguments of the
     base model's forward. functions: the operators that the leaves call, by name. A way
     to compute gradients may replace them. layout: starts and lengths of the last forward's sequences. asked: set while
-    the head computes logprobs.
+    the head computes logprobs. plan: the modules that were armed, the model first.
     """
 
     dtype: torch.dtype
@@ -65,6 +65,7 @@ class Armed:
     names: tuple[str, ...] = ()
     layout: tuple[torch.Tensor, torch.Tensor] | None = None
     asked: Asked | None = None
+    plan: list[leaves.Planned] = field(default_factory=list, repr=False)
     functions: dict[str, Callable] = field(
         default_factory=lambda: {
             "attention": ops.attention,
@@ -123,16 +124,23 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
     hooks.register()
     model.set_attn_implementation(hooks.NAME)
     hooks.open_rotation(sys.modules[leaves.module_of(model)])
-    for module, forward, shared in plan:
+    state.plan = plan
+    for planned in plan:
+        module = planned.module
         setattr(module, _HELD, state)
-        setattr(module, leaves.PARTS, shared)
-        if forward is not None:
-            module.forward = types.MethodType(forward, module)
+        setattr(module, leaves.PARTS, planned.parts)
+        if planned.forward is not None:
+            module.forward = types.MethodType(planned.forward, module)
         leaves.take_frequencies(module)
     for module in {model, base}:
         setattr(module, _HELD, state)
     base._bi_patch_hook = base.register_forward_pre_hook(hooks.prepare, with_kwargs=True)
     return state
+
+
+def check_unchanged(state: Armed) -> None:
+    """Raise UnsupportedFeature by name if the model changed after arming: a new module, forward or hook."""
+    leaves.check_unchanged(state.plan[0].module, state.plan)
 
 
 def disarm(model: torch.nn.Module) -> None:
