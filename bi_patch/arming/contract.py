@@ -9,32 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from bi_patch import identity
-
-# Values of a model's configuration that decide bits. A configuration without a value has None.
-_MODEL = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "head_dim",
-    "hidden_act",
-    "hidden_activation",
-    "rms_norm_eps",
-    "rope_parameters",
-    "sliding_window",
-    "layer_types",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "attention_bias",
-)
+from bi_patch import identity, running
 
 
 def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, Any]:
@@ -65,7 +40,7 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
         "logprobs_mode": str(model.logprobs_mode),
         "runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",
         "compiled": getattr(config.compilation_config.mode, "name", "NONE") != "NONE",
-        "model": {name: _plain(getattr(model.hf_text_config, name, None)) for name in _MODEL},
+        "model": {name: _plain(getattr(model.hf_text_config, name, None)) for name in running.MODEL},
     }
 
 

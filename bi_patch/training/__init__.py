@@ -55,7 +55,7 @@ def arm(model: torch.nn.Module, sampler: Any = None, *, dtype: torch.dtype | Non
     own = next(inner.parameters())
     dtype = own.dtype if dtype is None else dtype
     agreed = {} if sampler is None else contract.of(sampler)
-    if agreed:
+    if sampler is not None:
         devices.prepare(own.device.type)
         contract.check(agreed, inner, dtype)
         devices.implementation(own.device.type).agree(agreed)

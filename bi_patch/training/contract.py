@@ -45,16 +45,16 @@ _SUMS = ("none", "ascending in fp32, rounded once")
 def of(sampler: Any) -> dict[str, Any]:
     """The contract of a sampler: an LLM or AsyncLLM of this process, a server's URL, a saved file, or a contract.
 
-    Raises ContractBroken for a sampler that bi_patch did not arm, or that says nothing of itself.
+    Raises ContractBroken for a sampler that bi_patch did not arm, or whose contract lacks a field.
     """
     if isinstance(sampler, dict):
-        return sampler
+        return _said(sampler, "the given contract")
     if isinstance(sampler, str) and sampler.startswith(("http://", "https://")):
         with urllib.request.urlopen(f"{sampler.rstrip('/').removesuffix('/v1')}/version", timeout=30) as answer:
             said = json.load(answer).get("bi_patch")
         return _said(said and said.get("contract"), f"the server {sampler}")
     if isinstance(sampler, (str, Path)):
-        return json.loads(Path(sampler).expanduser().read_text())
+        return _said(json.loads(Path(sampler).expanduser().read_text()), f"the contract in {sampler}")
     return _of_engine(sampler)
 
 
@@ -81,12 +81,12 @@ def check(contract: dict[str, Any], model: torch.nn.Module, dtype: torch.dtype) 
     }
     for name, value in own.items():
         _same(name, value, contract.get(name))
-    for name, value in contract.get("model", {}).items():
+    for name, value in contract["model"].items():
         _same(f"model.{name}", _plain(getattr(model.config, name, None)), value)
     _among("kv_cache_dtype", contract.get("kv_cache_dtype"), ("auto", own["dtype"]))
     _among("logprobs_mode", contract.get("logprobs_mode"), ("raw_logprobs", "processed_logprobs"))
     _among("rank_sums", contract.get("rank_sums"), _SUMS)
-    for layer, backend in contract.get("attention", {}).items():
+    for layer, backend in contract["attention"].items():
         _among(f"attention of {layer}", backend, folder.ATTENTION)
 
 
@@ -114,6 +114,12 @@ def _said(contract: dict[str, Any] | None, who: str) -> dict[str, Any]:
     if not contract:
         raise ContractBroken(
             f"training.contract: {who} is not armed by this release of bi_patch, so nobody knows what decides its bits"
+        )
+    missing = [name for name in running.FIELDS if name not in contract]
+    missing += [f"model.{name}" for name in running.MODEL if name not in (contract.get("model") or ())]
+    if missing or not contract["attention"]:
+        raise ContractBroken(
+            f"training.contract: {who} lacks {', '.join(missing) or 'attention'}, so nobody knows what decides its bits"
         )
     return contract
 

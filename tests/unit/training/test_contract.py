@@ -37,7 +37,7 @@ def agreed(model):
         "logprobs_mode": "raw_logprobs",
         "runner": "V1",
         "compiled": True,
-        "model": {name: made._plain(getattr(model.config, name, None)) for name in made._MODEL},
+        "model": {name: made._plain(getattr(model.config, name, None)) for name in running.MODEL},
     }
 
 
@@ -71,6 +71,26 @@ def test_another_model(model, agreed):
     agreed["model"]["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
     with pytest.raises(ContractBroken, match="model.rope_parameters"):
         training.arm(model, sampler=agreed)
+
+
+@pytest.mark.parametrize("cut", [{}, None, "model", "attention", "rank_sums", "model.rope_parameters"])
+def test_an_empty_or_cut_contract_is_no_contract(model, agreed, tmp_path, cut):
+    if not cut:
+        agreed = cut
+    elif cut.startswith("model."):
+        del agreed["model"][cut.partition(".")[2]]
+    else:
+        del agreed[cut]
+    file = tmp_path / "contract.json"
+    file.write_text(json.dumps(agreed))
+    for given in (str(file), *([] if agreed is None else [agreed])):
+        with pytest.raises(ContractBroken, match=f"training.contract: .*{cut or 'not armed'}"):
+            training.arm(model, sampler=given)
+
+
+def test_a_contract_without_layers_is_no_contract(model, agreed):
+    with pytest.raises(ContractBroken, match="lacks attention"):
+        training.arm(model, sampler=agreed | {"attention": {}})
 
 
 def test_raw_logprobs_show_no_temperature(model, agreed, ids):
@@ -137,6 +157,7 @@ def test_the_engines_side():
     assert (
         msgspec.msgpack.decode(msgspec.msgpack.encode(found)) == found
     )  # the way to another process takes no subclass
+    assert set(found) == set(running.FIELDS) and set(found["model"]) == set(running.MODEL)
     assert found["attention"] == {"layers.0": "CPU_ATTN"} and found["dtype"] == "bfloat16"
     assert found["rank_sums"] == "ascending in fp32, rounded once" and not found["compiled"] and found["runner"] == "V1"
     assert found["model"]["layer_types"] == ["a", "b"] and found["model"]["head_dim"] is None
