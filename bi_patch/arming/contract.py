@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 from bi_patch import identity, running
@@ -36,7 +37,6 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
         "quantization": model.quantization,
         "kv_cache_dtype": config.cache_config.cache_dtype,
         "tensor_parallel_size": ranks,
-        "rank_sums": "ascending in fp32, rounded once" if ranks > 1 else "none",
         "logprobs_mode": str(model.logprobs_mode),
         "runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",
         "compiled": getattr(config.compilation_config.mode, "name", "NONE") != "NONE",
@@ -45,12 +45,44 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
 
 
 def _worker(worker: Any, platform: str) -> dict[str, Any]:
-    """In a worker: its device, its kernels, and the attention backend of each layer."""
+    """In a worker: its device, its kernels, how ranks are summed, and the attention backend of each layer."""
     layers = worker.vllm_config.compilation_config.static_forward_context
     attention = {
         name: layer.attn_backend.get_name() for name, layer in layers.items() if hasattr(layer, "attn_backend")
     }
-    return {**_KERNELS[platform](), "attention": attention}
+    return {**_KERNELS[platform](), "rank_sums": _rank_sums(worker.vllm_config, platform), "attention": attention}
+
+
+def _rank_sums(config: Any, platform: str) -> str:
+    """How ranks are summed: "none" for one rank, "nccl" where another than vLLM's one-stage all-reduce adds."""
+    if config.parallel_config.tensor_parallel_size == 1:
+        return "none"
+    if platform != "cuda":
+        return "by the platform's library"
+    import torch
+    from vllm.distributed.parallel_state import get_tp_group
+
+    held = get_tp_group().device_communicator
+    width = config.model_config.get_hidden_size()
+    return _sums_of(held, torch.empty(1, width, dtype=config.model_config.dtype, device=held.device))
+
+
+def _sums_of(communicator: Any, row: Any) -> str:
+    """rank_sums of vLLM's CudaCommunicator. row: [1, hidden size], one row of a message.
+
+    A second check (communicator.cuda_order) proves that a message of many rows is summed as one row is.
+    """
+    first = [getattr(communicator, name, None) for name in ("qr_comm", "fi_ar_comm", "fi_pcie_ipc_ar_comm")]
+    own = getattr(communicator, "ca_comm", None)
+    serves = (
+        not any(other is not None and not getattr(other, "disabled", False) for other in first)
+        and os.environ.get("VLLM_USE_NCCL_SYMM_MEM", "0") == "0"
+        and os.environ.get("VLLM_CUSTOM_ALLREDUCE_ALGO") == "1stage"
+        and own is not None
+        and not own.disabled
+        and own.should_custom_ar(row)
+    )
+    return "ascending in fp32, rounded once" if serves else "nccl"
 
 
 def _cpu() -> dict[str, str]:
@@ -61,9 +93,13 @@ def _cpu() -> dict[str, str]:
 
 def _cuda() -> dict[str, str]:
     import torch
+    import triton
 
     # Triton and CUDA compile the kernels' sources, which are part of the digest of the code.
-    return {"kernels": f"cuda {torch.version.cuda}", "device": torch.cuda.get_device_name()}
+    return {
+        "kernels": f"cuda {torch.version.cuda}, triton {triton.__version__}",
+        "device": torch.cuda.get_device_name(),
+    }
 
 
 def _none() -> dict[str, str]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from bi_patch import identity, running
+from bi_patch import identity, installed, running
 from bi_patch.errors import ContractBroken, UnsupportedRequest
-from bi_patch.training import devices
+from bi_patch.training import devices, leaves
 
 # What a request may ask for beside the defaults of vLLM's SamplingParams. Everything else could change the logits in a
 # way that the trainer does not repeat, or does not concern logits and is not listed because nobody looked.
@@ -79,6 +79,9 @@ def check(contract: dict[str, Any], model: torch.nn.Module, dtype: torch.dtype) 
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": None,
     }
+    if folder.CALLS_VLLM or leaves.family_of(model).experts:
+        found = installed.find(device)
+        own["vllm"] = None if found is None else str(found.release)
     for name, value in own.items():
         _same(name, value, contract.get(name))
     for name, value in contract["model"].items():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ATTENTION = ("CPU_ATTN",)  # vLLM's backends whose bits the folder's attention has
+CALLS_VLLM = False  # only experts call a kernel of the installed vLLM
 
 
 def prepare(cache: Path) -> None:

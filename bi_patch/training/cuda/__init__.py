@@ -7,6 +7,7 @@ from typing import Any
 
 # vLLM's backends whose bits the folder's attention has.
 ATTENTION = ("FLASH_ATTN", "TRITON_ATTN")
+CALLS_VLLM = True  # every model calls kernels of the installed vLLM
 
 
 def prepare(cache: Path) -> None:
@@ -38,5 +39,9 @@ def agree(contract: dict[str, Any]) -> None:
 def kernels() -> dict[str, str]:
     """What decides the bits of this device's kernels: {"kernels": ..., "device": ...}, after `prepare`."""
     import torch
+    import triton
 
-    return {"kernels": f"cuda {torch.version.cuda}", "device": torch.cuda.get_device_name()}
+    return {
+        "kernels": f"cuda {torch.version.cuda}, triton {triton.__version__}",
+        "device": torch.cuda.get_device_name(),
+    }

@@ -146,18 +146,47 @@ def test_the_engines_side():
         model_config=SimpleNamespace(
             dtype=torch.bfloat16, quantization=None, logprobs_mode="raw_logprobs", hf_text_config=text
         ),
-        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         compilation_config=SimpleNamespace(mode=SimpleNamespace(name="NONE")),
     )
     layer = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: "CPU_ATTN"))
     held = SimpleNamespace(static_forward_context={"layers.0": layer, "other": object()})
-    worker = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=held))
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(compilation_config=held, parallel_config=config.parallel_config)
+    )
     found = made.make(config, SimpleNamespace(collective_rpc=lambda call: [call(worker)] * 2), "cpu", "0.32.0")
     assert (
         msgspec.msgpack.decode(msgspec.msgpack.encode(found)) == found
     )  # the way to another process takes no subclass
     assert set(found) == set(running.FIELDS) and set(found["model"]) == set(running.MODEL)
     assert found["attention"] == {"layers.0": "CPU_ATTN"} and found["dtype"] == "bfloat16"
-    assert found["rank_sums"] == "ascending in fp32, rounded once" and not found["compiled"] and found["runner"] == "V1"
+    assert found["rank_sums"] == "none" and not found["compiled"] and found["runner"] == "V1"
     assert found["model"]["layer_types"] == ["a", "b"] and found["model"]["head_dim"] is None
+
+
+def test_only_the_one_stage_all_reduce_adds_as_the_trainer_does(monkeypatch):
+    monkeypatch.setenv("VLLM_CUSTOM_ALLREDUCE_ALGO", "1stage")
+    own = SimpleNamespace(disabled=False, should_custom_ar=lambda row: row.shape[1] % 8 == 0)
+    whole, odd = torch.empty(1, 64), torch.empty(1, 63)
+    plain = SimpleNamespace(ca_comm=own)
+    assert made._sums_of(plain, whole) == "ascending in fp32, rounded once"
+    assert made._sums_of(plain, odd) == "nccl"
+    assert made._sums_of(SimpleNamespace(ca_comm=None), whole) == "nccl"  # disable_custom_all_reduce
+    assert made._sums_of(SimpleNamespace(ca_comm=SimpleNamespace(disabled=True)), whole) == "nccl"
+    other = SimpleNamespace(disabled=False)
+    assert made._sums_of(SimpleNamespace(ca_comm=own, fi_ar_comm=other), whole) == "nccl"
+    monkeypatch.setenv("VLLM_CUSTOM_ALLREDUCE_ALGO", "2stage")
+    assert made._sums_of(plain, whole) == "nccl"
+
+
+def test_nccl_is_refused(model, agreed):
+    with pytest.raises(ContractBroken, match="rank_sums is 'nccl'"):
+        training.arm(model, sampler=agreed | {"tensor_parallel_size": 2, "rank_sums": "nccl"})
+
+
+def test_experts_call_the_kernel_of_the_same_vllm(make, agreed):
+    model = make("Mixtral")
+    agreed["model"] = {name: made._plain(getattr(model.config, name, None)) for name in running.MODEL}
+    with pytest.raises(ContractBroken, match="vllm is .*'0.1.0' in the sampler"):
+        training.arm(model, sampler=agreed | {"vllm": "0.1.0"})
