@@ -33,6 +33,7 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
         "torch": str(torch.__version__),
         "digest": identity.digest(),
         **workers[0],
+        "attention": {name: backend for worker in workers for name, backend in worker["attention"].items()},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
         "kv_cache_dtype": config.cache_config.cache_dtype,

@@ -59,7 +59,9 @@ def arm(model: torch.nn.Module, sampler: Any = None, *, dtype: torch.dtype | Non
         devices.prepare(own.device.type)
         contract.check(agreed, inner, dtype)
         devices.implementation(own.device.type).agree(agreed)
-    huggingface.arm(model, dtype, agreed.get("tensor_parallel_size", 1)).contract = agreed
+    state = huggingface.arm(model, dtype, agreed.get("tensor_parallel_size", 1))
+    if sampler is not None:
+        state.contract, state.form = agreed, contract.form(agreed)
     return model
 
 

@@ -6,7 +6,9 @@ The sampler's side is a dict that an armed engine makes (bi_patch.arming.contrac
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,27 @@ SAMPLING = frozenset(
         "skip_reading_prefix_cache",
     }
 )
+_LAYER = re.compile(r"\blayers\.(\d+)\.")  # the number of a layer in vLLM's name of its attention
 _SUMS = ("none", "ascending in fp32, rounded once")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What of a contract chooses kernels. runner: "V1" or "V2". processed: whether logprobs show the transforms.
+
+    backends: vLLM's attention backend of each layer; () lets bi_patch choose.
+    """
+
+    runner: str = "V2"
+    processed: bool = False
+    backends: tuple[str, ...] = ()
+
+
+def form(contract: dict[str, Any]) -> Form:
+    """The form of a contract that `check` has passed."""
+    layers = {int(_LAYER.search(name)[1]): backend for name, backend in contract["attention"].items()}
+    backends = tuple(layers[number] for number in sorted(layers))
+    return Form(contract["runner"], contract["logprobs_mode"] == "processed_logprobs", backends)
 
 
 def of(sampler: Any) -> dict[str, Any]:
@@ -89,8 +111,14 @@ def check(contract: dict[str, Any], model: torch.nn.Module, dtype: torch.dtype) 
     _among("kv_cache_dtype", contract.get("kv_cache_dtype"), ("auto", own["dtype"]))
     _among("logprobs_mode", contract.get("logprobs_mode"), ("raw_logprobs", "processed_logprobs"))
     _among("rank_sums", contract.get("rank_sums"), _SUMS)
+    numbers = {name: _LAYER.search(name) for name in contract["attention"]}
+    layers = sorted(int(found[1]) if found else -1 for found in numbers.values())
+    _same("the layers of attention", list(range(model.config.num_hidden_layers)), layers)
+    _among("runner", contract["runner"], ("V1", "V2"))
+    attention, size = devices.implementation(device, "attention"), leaves.head_size(model.config)
     for layer, backend in contract["attention"].items():
-        _among(f"attention of {layer}", backend, folder.ATTENTION)
+        window = _window(model.config, int(numbers[layer][1]))
+        _among(f"attention of {layer}", backend, attention.backends(dtype, size, window))
 
 
 def check_sampling(params: Any) -> None:
@@ -102,6 +130,13 @@ def check_sampling(params: Any) -> None:
                 f"training.sampling: the trainer does not repeat {name}={getattr(params, name)!r}. It repeats "
                 "temperature, top_k, top_p and seed"
             )
+
+
+def _window(config: Any, layer: int) -> int:
+    """The tokens that a token sees in a layer; 0 for all."""
+    kinds = getattr(config, "layer_types", None)
+    whole = kinds is not None and kinds[layer] != "sliding_attention"
+    return 0 if whole else getattr(config, "sliding_window", None) or 0
 
 
 def _of_engine(sampler: Any) -> dict[str, Any]:

@@ -240,9 +240,14 @@ def _rms_norm(made, state, x, weight, eps, offset=0.0):
     return _tapped(made, y, _tokens(made, x), ((weight, "layer", rule),))
 
 
-def _embedding(made, state, ids, weight, dtype):
-    y = ops.embedding(ids, weight.detach(), dtype)
-    return _tapped(made, y, ids.reshape(-1), ((weight, "embedding", _rows),))
+def _embedding(made, state, ids, weight, dtype, padding=-1):
+    y = ops.embedding(ids, weight.detach(), dtype, padding)
+
+    def rule(grad, ids, chain):
+        real = ids != padding
+        _rows(grad[real], ids[real], chain)
+
+    return _tapped(made, y, ids.reshape(-1), ((weight, "embedding", rule if padding >= 0 else _rows),))
 
 
 def _tokens(made, x: torch.Tensor) -> torch.Tensor:
@@ -251,7 +256,7 @@ def _tokens(made, x: torch.Tensor) -> torch.Tensor:
 
 
 def _product(grad, x, chain) -> None:
-    chain.addmm_(grad.t(), x)
+    devices.implementation(chain.device.type, "linear").weight_gradient(grad, x, chain)
 
 
 def _sum(grad, x, chain) -> None:
@@ -266,11 +271,11 @@ def _rows(grad, ids, chain) -> None:
         chain.index_put_((ids,), grad, accumulate=True)
 
 
-def _head(made, state, hidden, weight, tokens, temperature, top_k=None, top_p=None, softcap=0.0):
+def _head(made, state, hidden, weight, *given):
     if made is None or not weight.requires_grad:
-        return ops.token_logprobs(hidden, weight.detach(), tokens, temperature, top_k, top_p, softcap)
+        return ops.token_logprobs(hidden, weight.detach(), *given)
     spans = _asked(made.call, state.asked.rows)
-    return _Head.apply(hidden, weight, tokens, temperature, top_k, top_p, softcap, made, made.call, spans)
+    return _Head.apply(hidden, weight, *given, made, made.call, spans)
 
 
 def _asked(call: Call, rows: torch.Tensor) -> Spans:
@@ -284,25 +289,26 @@ class _Head(Function):
     """Logprobs of given tokens. Backward adds the head's gradient to its chain, sequence by sequence."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, top_k, top_p, softcap, made, call, spans):
+    def forward(ctx, hidden, weight, tokens, temperature, top_k, top_p, *rest):
+        *form, made, call, spans = rest  # form: softcap, runner, processed
         ctx.save_for_backward(hidden, tokens, temperature, top_k, top_p)
-        ctx.weight, ctx.softcap, ctx.made, ctx.call, ctx.spans = weight, softcap, made, call, spans
-        return ops.token_logprobs(hidden, weight, tokens, temperature, top_k, top_p, softcap)
+        ctx.weight, ctx.form, ctx.made, ctx.call, ctx.spans = weight, form, made, call, spans
+        return ops.token_logprobs(hidden, weight, tokens, temperature, top_k, top_p, *form)
 
     @staticmethod
     def backward(ctx, grad):
         hidden, tokens, temperature, top_k, top_p = ctx.saved_tensors
         head, held = devices.implementation(hidden.device.type, "head"), ctx.weight.detach()
         of_hidden, _ = head.token_logprobs_backward(
-            grad, hidden, held, tokens, temperature, top_k, top_p, ctx.softcap, True, False
+            grad, hidden, held, tokens, temperature, top_k, top_p, *ctx.form, True, False
         )
         chain = ctx.made.chain(ctx.weight, "layer", ctx.call)
         for first, last in ctx.spans:
             own = [None if x is None else x[first:last] for x in (tokens, temperature, top_k, top_p)]
             rows = hidden[first:last]
-            for at, of_logits in head.logit_gradients(grad[first:last], rows, held, *own, ctx.softcap):
+            for at, of_logits in head.logit_gradients(grad[first:last], rows, held, *own, *ctx.form):
                 _product(_copied(of_logits), _copied(rows[at]), chain)
-        return of_hidden, None, None, None, None, None, None, None, None, None
+        return of_hidden, *[None] * 11
 
 
 _OPERATORS = {"linear": _linear, "rms_norm": _rms_norm, "embedding": _embedding, "head": _head}

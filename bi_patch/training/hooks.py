@@ -79,7 +79,9 @@ def _attention(
     batch, heads, length, size = query.shape
     rows = [x.transpose(1, 2).reshape(batch * length, x.shape[1], size) for x in (query, key, value)]
     scale = size**-0.5 if scaling is None else scaling
-    found = module._bi_patch.functions["attention"](*rows, *where, scale, sliding_window or 0, softcap or 0.0)
+    state = module._bi_patch
+    backend = state.form.backends[module.layer_idx] if state.form.backends else ""
+    found = state.functions["attention"](*rows, *where, scale, sliding_window or 0, softcap or 0.0, backend)
     return found.view(batch, length, heads, size), None
 
 

@@ -21,6 +21,7 @@ from torch._inductor import config as inductor
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.training import devices, hooks, leaves, ops
+from bi_patch.training.contract import Form
 from bi_patch.training.families import Family
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Armed:
     """The state of an armed model.
 
     dtype: what all rows are computed in. parts: how many ranks of the sampler share the K of row-parallel layers.
-    contract: what the sampler and this model agreed on. before: the model's own attention. names: the arguments of the
+    contract: what the sampler and this model agreed on. form: what of it chooses kernels. before: the model's own attention. names: the arguments of the
     base model's forward. functions: the operators that the leaves call, by name. A way
     to compute gradients may replace them. layout: starts and lengths of the last forward's sequences. asked: set while
     the head computes logprobs. plan: the modules that were armed, the model first.
@@ -61,6 +62,7 @@ class Armed:
     family: Family
     parts: int = 1
     contract: dict[str, Any] = field(default_factory=dict)
+    form: Form = Form()
     before: str | None = None
     names: tuple[str, ...] = ()
     layout: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -182,7 +182,7 @@ def _check_rotation(name: str, module: torch.nn.Module) -> None:
             )
         at = f"{layers}_" if layers else ""
         held = getattr(module, f"{at}inv_freq")
-        if 2 * held.numel() != _head_size(module.config):
+        if 2 * held.numel() != head_size(module.config):
             raise UnsupportedFeature(f"training.rotation: {name} rotates a part of each head only")
         want = _frequencies(module, layers, kind, "cpu")
         if held.dtype != torch.float32 or not torch.equal(held.cpu(), want):
@@ -226,7 +226,7 @@ def return_frequencies(module: torch.nn.Module) -> None:
         setattr(module, name, held)
 
 
-def _head_size(config: Any) -> int:
+def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -244,14 +244,14 @@ def _head(self, hidden):
     if asked is None:
         return state.functions["linear"](hidden, self.weight, self.bias, 1)
     rows = hidden.reshape(-1, hidden.shape[-1])[asked.rows]
-    return state.functions["head"](
-        rows, self.weight, asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.softcap
-    )
+    given = asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.softcap
+    return state.functions["head"](rows, self.weight, *given, state.form.runner, state.form.processed)
 
 
 def _embedding(self, ids):
     state = self._bi_patch
-    found = state.functions["embedding"](ids, self.weight, state.dtype)
+    padding = -1 if self.padding_idx is None else self.padding_idx
+    found = state.functions["embedding"](ids, self.weight, state.dtype, padding)
     scale = getattr(self, "scalar_embed_scale", None)
     return found if scale is None else found * torch.tensor(scale, dtype=state.dtype, device=found.device)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# vLLM's backends whose bits the folder's attention has.
-ATTENTION = ("FLASH_ATTN", "TRITON_ATTN")
 CALLS_VLLM = True  # every model calls kernels of the installed vLLM
 
 
@@ -27,13 +25,15 @@ def prepare(cache: Path) -> None:
 
 
 def agree(contract: dict[str, Any]) -> None:
-    """Take from the sampler's contract how it sums logprobs, and whether Triton attention serves all of its layers."""
-    from bi_patch.training.cuda import attention, head
+    """Raise ContractBroken if this process cannot repeat the sampler's transforms: its vLLM must be armed for them."""
+    from bi_patch.errors import ContractBroken
+    from bi_patch.training.cuda import vllm_kernels
 
-    head.form = head.Form(
-        runner=contract.get("runner", "V2"), processed=contract.get("logprobs_mode") == "processed_logprobs"
-    )
-    attention.everywhere = set(contract.get("attention", {}).values()) == {"TRITON_ATTN"}
+    if contract["logprobs_mode"] == "processed_logprobs" and not vllm_kernels.truncates_as_armed():
+        raise ContractBroken(
+            "training.contract: the sampler's logprobs show top-k and top-p (processed_logprobs), and this process is "
+            "not armed, so vLLM's own function would apply them. Import bi_patch before vllm, without BI_PATCH=0"
+        )
 
 
 def kernels() -> dict[str, str]:

@@ -109,7 +109,7 @@ def attentions(generator, size, pages, window=0, cap=0.0):
     k, v = torch.randn(2, ROWS, 2, size, generator=generator).to(DTYPE)
     starts, lengths = torch.tensor(STARTS), torch.tensor(LENGTHS)
     told.clear()
-    out, kept = attention.attention(q, k, v, starts, lengths, 0.2, window, cap)
+    out, kept = attention.attention(q, k, v, starts, lengths, 0.2, window, cap, "")
     found = attention.attention_backward(g, q, k, v, out, kept, starts, lengths, 0.2, window, cap)
     name = f"attention {size} {'window' if window else 'pages' if pages else 'contiguous'}"
     asked = [((window - 1, 0), cap), (11, True)] if window else [(128 if size <= 64 else 11, pages)]
@@ -126,7 +126,7 @@ def attentions(generator, size, pages, window=0, cap=0.0):
     for part, got, grad in zip("qkv", found, grads, strict=True):
         close(f"{name} gradient of {part}", got, grad)
     none = torch.zeros(2, dtype=torch.int64)
-    empty = attention.attention(q, k, v, none, none, 0.2, window, cap)
+    empty = attention.attention(q, k, v, none, none, 0.2, window, cap, "")
     grads = attention.attention_backward(g, q, k, v, *empty, none, none, 0.2, window, cap)
     report(f"{name} of nothing", "" if not any(x.any() for x in (*empty, *grads)) else "not zero")
 
@@ -177,7 +177,7 @@ def others(generator):
 
     ids, w, g = torch.tensor([3, 1, 3]), random(5, 32), random(3, 32)
     out, grad = by_autograd(lambda w: w[ids], g, w)
-    close("embedding", embedding.embedding(ids, w, DTYPE), out)
+    close("embedding", embedding.embedding(ids, w, DTYPE, -1), out)
     close("embedding gradient", embedding.embedding_backward(g, ids, 5), grad)
 
 
@@ -201,10 +201,10 @@ def heads(generator):
         seen = kept.gather(-1, tokens[:, None])[:, 0]
         want = logits.masked_fill(~kept, -torch.inf).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         grads = torch.autograd.grad(want[seen], wide, g[seen].double())
-        got = head.token_logprobs(x, w, tokens, *given)
+        got = head.token_logprobs(x, w, tokens, *given, "V2", False)
         close(f"head {name}", got[seen], want[seen].detach())
         report(f"head {name} dropped", "" if bool((got[~seen] == -torch.inf).all()) else "not minus infinity")
-        found = head.token_logprobs_backward(torch.where(seen, g, 0.0), x, w, tokens, *given, True, True)
+        found = head.token_logprobs_backward(torch.where(seen, g, 0.0), x, w, tokens, *given, "V2", False, True, True)
         for part, a, b in zip(("hidden", "weight"), found, grads, strict=True):
             close(f"head {name} gradient of {part}", a, b, 1e-2)
 

@@ -10,7 +10,11 @@ import torch
 from bi_patch import identity, running, training
 from bi_patch.arming import contract as made
 from bi_patch.errors import ContractBroken
-from bi_patch.training import contract, devices
+from bi_patch.training import contract, devices, huggingface
+
+
+def attentions(layers, backend):
+    return {f"model.layers.{number}.self_attn.attn": backend for number in range(layers)}
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def agreed(model):
         "torch": str(torch.__version__),
         "digest": identity.digest(),
         **devices.implementation("cpu").kernels(),
-        "attention": {"model.layers.0.self_attn.attn": "CPU_ATTN"},
+        "attention": attentions(model.config.num_hidden_layers, "CPU_ATTN"),
         "dtype": "float32",
         "quantization": None,
         "kv_cache_dtype": "auto",
@@ -59,12 +63,47 @@ def test_both_sides_agree(model, agreed, ids):
         ("kv_cache_dtype", "fp8"),
         ("logprobs_mode", "raw_logits"),
         ("rank_sums", "in any order"),
-        ("attention", {"model.layers.0.self_attn.attn": "TRITON_ATTN"}),
+        ("attention", attentions(1, "CPU_ATTN")),
+        ("attention", {"attn": "CPU_ATTN"}),
+        ("runner", "V3"),
     ],
 )
 def test_the_first_difference_is_named(model, agreed, name, value):
     with pytest.raises(ContractBroken, match=f"training.contract: .*{name}"):
         training.arm(model, sampler=agreed | {name: value})
+
+
+def test_the_backend_of_each_layer_is_compared(model, agreed):
+    agreed["attention"]["model.layers.1.self_attn.attn"] = "TRITON_ATTN"
+    with pytest.raises(ContractBroken, match="attention of model.layers.1.self_attn.attn is 'TRITON_ATTN'"):
+        training.arm(model, sampler=agreed)
+
+
+def test_each_model_keeps_the_form_of_its_own_sampler(make, agreed):
+    first, second = make("Llama"), make("Llama")
+    training.arm(first, sampler=agreed | {"runner": "V2", "logprobs_mode": "processed_logprobs"})
+    training.arm(second, sampler=agreed)
+    backends = ("CPU_ATTN",) * first.config.num_hidden_layers
+    assert huggingface.armed(first).form == contract.Form("V2", True, backends)
+    assert huggingface.armed(second).form == contract.Form("V1", False, backends)
+
+
+def test_a_cuda_layer_has_the_backend_that_the_trainer_can_repeat():
+    backends = devices.implementation("cuda", "attention").backends
+    assert backends(torch.bfloat16, 128, 0) == ("FLASH_ATTN", "TRITON_ATTN")
+    for dtype, size, window in ((torch.float32, 128, 0), (torch.bfloat16, 48, 0), (torch.bfloat16, 128, 9)):
+        assert backends(dtype, size, window) == ("TRITON_ATTN",)
+
+
+def test_a_cuda_process_that_is_not_armed_repeats_no_truncation(monkeypatch, agreed):
+    folder, kernels = (devices.implementation("cuda", name) for name in ("", "vllm_kernels"))
+    for closed in (True, False):
+        monkeypatch.setattr(kernels, "truncates_as_armed", lambda closed=closed: closed)
+        folder.agree(agreed)
+        if closed:
+            folder.agree(agreed | {"logprobs_mode": "processed_logprobs"})
+    with pytest.raises(ContractBroken, match="not armed"):
+        folder.agree(agreed | {"logprobs_mode": "processed_logprobs"})
 
 
 def test_another_model(model, agreed):
