@@ -232,12 +232,20 @@ def _linear(made, state, x, weight, bias=None, parts=1):
 
 def _rms_norm(made, state, x, weight, eps, offset=0.0):
     y = ops.rms_norm(x, weight.detach(), eps, offset)
+    return _tapped(made, y, _tokens(made, x), ((weight, "layer", _norm_rule(eps)),))
 
+
+def _norm_rule(eps: float) -> Add:
     def rule(grad, x, chain):
         x = x.view(-1, chain.shape[0])
         chain.add_((grad.view_as(x) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))).sum(0))
 
-    return _tapped(made, y, _tokens(made, x), ((weight, "layer", rule),))
+    return rule
+
+
+def _head_norm(made, state, x, weight, eps):
+    y = ops.head_norm(x, weight.detach(), eps)
+    return _tapped(made, y, _tokens(made, x), ((weight, "layer", _norm_rule(eps)),))
 
 
 def _embedding(made, state, ids, weight, dtype, padding=-1):
@@ -311,4 +319,4 @@ class _Head(Function):
         return of_hidden, *[None] * 11
 
 
-_OPERATORS = {"linear": _linear, "rms_norm": _rms_norm, "embedding": _embedding, "head": _head}
+_OPERATORS = {"linear": _linear, "rms_norm": _rms_norm, "head_norm": _head_norm, "embedding": _embedding, "head": _head}

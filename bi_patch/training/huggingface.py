@@ -52,10 +52,10 @@ class Armed:
     """The state of an armed model.
 
     dtype: what all rows are computed in. parts: how many ranks of the sampler share the K of row-parallel layers.
-    contract: what the sampler and this model agreed on. form: what of it chooses kernels. before: the model's own attention. names: the arguments of the
-    base model's forward. functions: the operators that the leaves call, by name. A way
-    to compute gradients may replace them. layout: starts and lengths of the last forward's sequences. asked: set while
-    the head computes logprobs. plan: the modules that were armed, the model first.
+    contract: what the sampler and this model agreed on. form: what of it chooses kernels. before: the model's own
+    attention. names: the arguments of the base model's forward. functions: the operators that the leaves call, by name.
+    A way to compute gradients may replace them. layout: starts and lengths of the last forward's sequences. asked:
+    set while the head computes logprobs. plan: the modules that were armed, the model first.
     """
 
     dtype: torch.dtype
@@ -74,6 +74,7 @@ class Armed:
             "embedding": ops.embedding,
             "experts": ops.experts,
             "gated": ops.gated,
+            "head_norm": ops.head_norm,
             "head": ops.token_logprobs,
             "linear": ops.linear,
             "rms_norm": ops.rms_norm,

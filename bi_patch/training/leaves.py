@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.training import devices
 from bi_patch.training.families import ACTIVATIONS, FAMILIES, ROTATIONS, ROW_PARALLEL, Family
 
 PARTS = "_bi_patch_parts"  # the attribute of a linear layer: how many ranks of the sampler share its K
@@ -56,6 +57,7 @@ class Planned:
 
 def plan(model: torch.nn.Module, family: Family, dtype: torch.dtype, parts: int) -> list[Planned]:
     """What each module gets. parts: the sampler's ranks. Raises UnsupportedFeature with the module's name."""
+    devices.implementation(next(model.parameters()).device.type).cover(head_size(model.config), family.experts)
     found = []
     for name, module in model.named_modules():
         forward = _forward(module, name, family, model)
@@ -122,7 +124,7 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
             raise UnsupportedFeature(f"training.leaf: {name} has max_norm, which changes weights in a forward")
         return _embedding
     if kind == f"{prefix}RMSNorm":
-        return _norm
+        return _head_norm if family.fused and name.endswith((".q_norm", ".k_norm")) else _norm
     if kind == f"{prefix}MLP":
         _check_activation(name, module)
         return _mlp
@@ -259,6 +261,10 @@ def _embedding(self, ids):
 def _norm(self, x):
     eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
     return self._bi_patch.functions["rms_norm"](x, self.weight, eps, self._bi_patch.family.offset)
+
+
+def _head_norm(self, x):
+    return self._bi_patch.functions["head_norm"](x, self.weight, self.variance_epsilon)
 
 
 def _mlp(self, x):

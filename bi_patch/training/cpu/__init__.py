@@ -29,6 +29,10 @@ def prepare(cache: Path) -> None:
     machine.load_kernels(cache)
 
 
+def cover(head_size: int, experts: bool) -> None:
+    """Raise UnsupportedFeature for a model that the operators do not cover. experts: whether its layers choose them."""
+
+
 def agree(contract: dict[str, Any]) -> None:
     """Raise ContractBroken if this process cannot repeat the sampler's transforms. On CPU, bi_patch's own code does."""
 

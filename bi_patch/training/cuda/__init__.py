@@ -24,6 +24,19 @@ def prepare(cache: Path) -> None:
     vllm_kernels.load()
 
 
+def cover(head_size: int, experts: bool) -> None:
+    """Raise UnsupportedFeature for a model that the operators do not cover. experts: whether its layers choose them."""
+    from bi_patch.errors import UnsupportedFeature
+
+    if experts:
+        raise UnsupportedFeature("training.experts: the trainer has no experts on CUDA. Train the model on CPU")
+    if head_size < 16 or head_size & (head_size - 1):
+        raise UnsupportedFeature(
+            f"training.rotation: heads of {head_size} elements take another rotation in the sampler on CUDA than the "
+            "bundled kernel, which covers powers of two from 16 on"
+        )
+
+
 def agree(contract: dict[str, Any]) -> None:
     """Raise ContractBroken if this process cannot repeat the sampler's transforms: its vLLM must be armed for them."""
     from bi_patch.errors import ContractBroken

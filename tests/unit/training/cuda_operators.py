@@ -10,6 +10,7 @@ os.environ |= {"TRITON_INTERPRET": "1", "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES":
 
 import torch  # noqa: E402
 
+from bi_patch.ops import bits  # noqa: E402
 from bi_patch.training.cuda import attention, embedding, gated, head, linear, norm, rope, vllm_kernels  # noqa: E402
 
 DTYPE = torch.float16  # the interpreter cannot multiply bf16
@@ -174,6 +175,13 @@ def others(generator):
     out, grad = by_autograd(turn, g, x)
     close("rope", rope.rope(x, table), out)
     close("rope gradient", rope.rope_backward(g, table), grad)
+
+    q, k, qw, kw = random(9, 96), random(9, 64), random(32), random(32)
+    both = rope.kernel.rotate(torch.arange(9), q, k, table, 32, qw, kw, 1e-6)
+    for name, x, w, want in (("q", q, qw, both[0]), ("k", k, kw, both[1])):
+        normed = norm.head_norm(x.view(9, -1, 32), w, 1e-6)
+        got = rope.rope(normed, table).view(want.shape)
+        report(f"norm of {name} and rotation", "" if not bits.differing(got, want) else "not the fused kernel's bits")
 
     ids, w, g = torch.tensor([3, 1, 3]), random(5, 32), random(3, 32)
     out, grad = by_autograd(lambda w: w[ids], g, w)

@@ -98,6 +98,18 @@ def test_the_gradient_is_the_one_of_autograd():
     assert float((got - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+def test_a_padding_token_gets_no_gradient():
+    first = sequences()[3][5]
+    model = made(tied=False)
+    plain = gradient(training.arm(model), [3, 5])["model.embed_tokens.weight"]
+    training.disarm(model)
+    model.model.embed_tokens.padding_idx = first
+    found = gradient(training.arm(model), [8])["model.embed_tokens.weight"]
+    assert plain[first].any() and not found[first].any()
+    rest = torch.arange(len(plain)) != first
+    assert not bits.differing(found[rest], plain[rest])
+
+
 def test_logits_of_the_model_itself_have_such_gradients_too():
     model = training.arm(made(), dtype=torch.bfloat16)
     found = []

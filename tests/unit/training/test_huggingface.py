@@ -12,7 +12,7 @@ import torch
 from bi_patch import training
 from bi_patch.errors import BiPatchError, MissingDependency, UnsupportedFeature, UnsupportedRequest
 from bi_patch.ops import bits
-from bi_patch.training import huggingface
+from bi_patch.training import devices, huggingface
 
 COVERED = ("Llama", "Qwen3", "Qwen2.5", "Mistral", "Gemma 2", "Gemma 3")
 
@@ -348,3 +348,14 @@ def test_sampling_transforms_by_token(make, ids):
     cut = training.logprobs(model, tokens, mask, top_k=3)
     kept = logits >= logits.topk(3).values[..., -1:]
     assert torch.equal(cut[:, 1:][both].isinf(), ~kept.gather(-1, tokens[:, 1:, None])[..., 0][both])
+
+
+@pytest.mark.parametrize(
+    "size, experts, named", [(16, True, "training.experts"), (48, False, "training.rotation: .*48")]
+)
+def test_what_cuda_does_not_cover_is_refused_while_arming(make, monkeypatch, size, experts, named):
+    model = make("Mixtral" if experts else "Llama", head_dim=size)
+    monkeypatch.setattr(devices.implementation("cpu"), "cover", devices.implementation("cuda").cover)
+    with pytest.raises(UnsupportedFeature, match=named):
+        training.arm(model)
+    assert huggingface.armed(model) is None

@@ -164,6 +164,7 @@ def operators():
     return {
         "linear": (wide(5, 64), wide(32, 64), wide(32), 2),
         "rms_norm": (wide(5, 64), wide(64), 1e-5, 0.0),
+        "head_norm": (wide(5, 3, 64), wide(64), 1e-5),
         "gated": (wide(5, 64), wide(5, 64), "silu"),
         "rope": (wide(9, 4, 32), randn(9, 32)),
         "embedding": (torch.arange(5), wide(10, 16), torch.bfloat16, 3),
