@@ -7,34 +7,10 @@ it.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
-from bi_patch import identity
-
-# Values of a model's configuration that decide bits. A configuration without a value has None.
-_MODEL = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "head_dim",
-    "hidden_act",
-    "hidden_activation",
-    "rms_norm_eps",
-    "rope_parameters",
-    "sliding_window",
-    "layer_types",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "attention_bias",
-)
+from bi_patch import identity, running
 
 
 def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, Any]:
@@ -57,25 +33,57 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
         "torch": str(torch.__version__),
         "digest": identity.digest(),
         **workers[0],
+        "attention": {name: backend for worker in workers for name, backend in worker["attention"].items()},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
         "kv_cache_dtype": config.cache_config.cache_dtype,
         "tensor_parallel_size": ranks,
-        "rank_sums": "ascending in fp32, rounded once" if ranks > 1 else "none",
         "logprobs_mode": str(model.logprobs_mode),
         "runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",
         "compiled": getattr(config.compilation_config.mode, "name", "NONE") != "NONE",
-        "model": {name: _plain(getattr(model.hf_text_config, name, None)) for name in _MODEL},
+        "model": {name: _plain(getattr(model.hf_text_config, name, None)) for name in running.MODEL},
     }
 
 
 def _worker(worker: Any, platform: str) -> dict[str, Any]:
-    """In a worker: its device, its kernels, and the attention backend of each layer."""
+    """In a worker: its device, its kernels, how ranks are summed, and the attention backend of each layer."""
     layers = worker.vllm_config.compilation_config.static_forward_context
     attention = {
         name: layer.attn_backend.get_name() for name, layer in layers.items() if hasattr(layer, "attn_backend")
     }
-    return {**_KERNELS[platform](), "attention": attention}
+    return {**_KERNELS[platform](), "rank_sums": _rank_sums(worker.vllm_config, platform), "attention": attention}
+
+
+def _rank_sums(config: Any, platform: str) -> str:
+    """How ranks are summed: "none" for one rank, "nccl" where another than vLLM's one-stage all-reduce adds."""
+    if config.parallel_config.tensor_parallel_size == 1:
+        return "none"
+    if platform != "cuda":
+        return "by the platform's library"
+    import torch
+    from vllm.distributed.parallel_state import get_tp_group
+
+    held = get_tp_group().device_communicator
+    width = config.model_config.get_hidden_size()
+    return _sums_of(held, torch.empty(1, width, dtype=config.model_config.dtype, device=held.device))
+
+
+def _sums_of(communicator: Any, row: Any) -> str:
+    """rank_sums of vLLM's CudaCommunicator. row: [1, hidden size], one row of a message.
+
+    A second check (communicator.cuda_order) proves that a message of many rows is summed as one row is.
+    """
+    first = [getattr(communicator, name, None) for name in ("qr_comm", "fi_ar_comm", "fi_pcie_ipc_ar_comm")]
+    own = getattr(communicator, "ca_comm", None)
+    serves = (
+        not any(other is not None and not getattr(other, "disabled", False) for other in first)
+        and os.environ.get("VLLM_USE_NCCL_SYMM_MEM", "0") == "0"
+        and os.environ.get("VLLM_CUSTOM_ALLREDUCE_ALGO") == "1stage"
+        and own is not None
+        and not own.disabled
+        and own.should_custom_ar(row)
+    )
+    return "ascending in fp32, rounded once" if serves else "nccl"
 
 
 def _cpu() -> dict[str, str]:
@@ -86,9 +94,13 @@ def _cpu() -> dict[str, str]:
 
 def _cuda() -> dict[str, str]:
     import torch
+    import triton
 
     # Triton and CUDA compile the kernels' sources, which are part of the digest of the code.
-    return {"kernels": f"cuda {torch.version.cuda}", "device": torch.cuda.get_device_name()}
+    return {
+        "kernels": f"cuda {torch.version.cuda}, triton {triton.__version__}",
+        "device": torch.cuda.get_device_name(),
+    }
 
 
 def _none() -> dict[str, str]:

@@ -55,11 +55,13 @@ def arm(model: torch.nn.Module, sampler: Any = None, *, dtype: torch.dtype | Non
     own = next(inner.parameters())
     dtype = own.dtype if dtype is None else dtype
     agreed = {} if sampler is None else contract.of(sampler)
-    if agreed:
+    if sampler is not None:
         devices.prepare(own.device.type)
         contract.check(agreed, inner, dtype)
         devices.implementation(own.device.type).agree(agreed)
-    huggingface.arm(model, dtype, agreed.get("tensor_parallel_size", 1)).contract = agreed
+    state = huggingface.arm(model, dtype, agreed.get("tensor_parallel_size", 1))
+    if sampler is not None:
+        state.contract, state.form = agreed, contract.form(agreed)
     return model
 
 

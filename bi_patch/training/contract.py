@@ -6,15 +6,17 @@ The sampler's side is a dict that an armed engine makes (bi_patch.arming.contrac
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bi_patch import identity, running
+from bi_patch import identity, installed, running
 from bi_patch.errors import ContractBroken, UnsupportedRequest
-from bi_patch.training import devices
+from bi_patch.training import devices, leaves
 
 # What a request may ask for beside the defaults of vLLM's SamplingParams. Everything else could change the logits in a
 # way that the trainer does not repeat, or does not concern logits and is not listed because nobody looked.
@@ -39,22 +41,42 @@ SAMPLING = frozenset(
         "skip_reading_prefix_cache",
     }
 )
+_LAYER = re.compile(r"\blayers\.(\d+)\.")  # the number of a layer in vLLM's name of its attention
 _SUMS = ("none", "ascending in fp32, rounded once")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What of a contract chooses kernels. runner: "V1" or "V2". processed: whether logprobs show the transforms.
+
+    backends: vLLM's attention backend of each layer; () lets bi_patch choose.
+    """
+
+    runner: str = "V2"
+    processed: bool = False
+    backends: tuple[str, ...] = ()
+
+
+def form(contract: dict[str, Any]) -> Form:
+    """The form of a contract that `check` has passed."""
+    layers = {int(_LAYER.search(name)[1]): backend for name, backend in contract["attention"].items()}
+    backends = tuple(layers[number] for number in sorted(layers))
+    return Form(contract["runner"], contract["logprobs_mode"] == "processed_logprobs", backends)
 
 
 def of(sampler: Any) -> dict[str, Any]:
     """The contract of a sampler: an LLM or AsyncLLM of this process, a server's URL, a saved file, or a contract.
 
-    Raises ContractBroken for a sampler that bi_patch did not arm, or that says nothing of itself.
+    Raises ContractBroken for a sampler that bi_patch did not arm, or whose contract lacks a field.
     """
     if isinstance(sampler, dict):
-        return sampler
+        return _said(sampler, "the given contract")
     if isinstance(sampler, str) and sampler.startswith(("http://", "https://")):
         with urllib.request.urlopen(f"{sampler.rstrip('/').removesuffix('/v1')}/version", timeout=30) as answer:
             said = json.load(answer).get("bi_patch")
         return _said(said and said.get("contract"), f"the server {sampler}")
     if isinstance(sampler, (str, Path)):
-        return json.loads(Path(sampler).expanduser().read_text())
+        return _said(json.loads(Path(sampler).expanduser().read_text()), f"the contract in {sampler}")
     return _of_engine(sampler)
 
 
@@ -79,15 +101,24 @@ def check(contract: dict[str, Any], model: torch.nn.Module, dtype: torch.dtype) 
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": None,
     }
+    if folder.CALLS_VLLM or leaves.family_of(model).experts:
+        found = installed.find(device)
+        own["vllm"] = None if found is None else str(found.release)
     for name, value in own.items():
         _same(name, value, contract.get(name))
-    for name, value in contract.get("model", {}).items():
+    for name, value in contract["model"].items():
         _same(f"model.{name}", _plain(getattr(model.config, name, None)), value)
     _among("kv_cache_dtype", contract.get("kv_cache_dtype"), ("auto", own["dtype"]))
     _among("logprobs_mode", contract.get("logprobs_mode"), ("raw_logprobs", "processed_logprobs"))
     _among("rank_sums", contract.get("rank_sums"), _SUMS)
-    for layer, backend in contract.get("attention", {}).items():
-        _among(f"attention of {layer}", backend, folder.ATTENTION)
+    numbers = {name: _LAYER.search(name) for name in contract["attention"]}
+    layers = sorted(int(found[1]) if found else -1 for found in numbers.values())
+    _same("the layers of attention", list(range(model.config.num_hidden_layers)), layers)
+    _among("runner", contract["runner"], ("V1", "V2"))
+    attention, size = devices.implementation(device, "attention"), leaves.head_size(model.config)
+    for layer, backend in contract["attention"].items():
+        window = _window(model.config, int(numbers[layer][1]))
+        _among(f"attention of {layer}", backend, attention.backends(dtype, size, window))
 
 
 def check_sampling(params: Any) -> None:
@@ -99,6 +130,13 @@ def check_sampling(params: Any) -> None:
                 f"training.sampling: the trainer does not repeat {name}={getattr(params, name)!r}. It repeats "
                 "temperature, top_k, top_p and seed"
             )
+
+
+def _window(config: Any, layer: int) -> int:
+    """The tokens that a token sees in a layer; 0 for all."""
+    kinds = getattr(config, "layer_types", None)
+    whole = kinds is not None and kinds[layer] != "sliding_attention"
+    return 0 if whole else getattr(config, "sliding_window", None) or 0
 
 
 def _of_engine(sampler: Any) -> dict[str, Any]:
@@ -114,6 +152,12 @@ def _said(contract: dict[str, Any] | None, who: str) -> dict[str, Any]:
     if not contract:
         raise ContractBroken(
             f"training.contract: {who} is not armed by this release of bi_patch, so nobody knows what decides its bits"
+        )
+    missing = [name for name in running.FIELDS if name not in contract]
+    missing += [f"model.{name}" for name in running.MODEL if name not in (contract.get("model") or ())]
+    if missing or not contract["attention"]:
+        raise ContractBroken(
+            f"training.contract: {who} lacks {', '.join(missing) or 'attention'}, so nobody knows what decides its bits"
         )
     return contract
 

@@ -10,12 +10,14 @@ class Family:
     """One family of models.
 
     prefix: what its classes are named by, e.g. "Llama" of LlamaMLP. offset: what its norms add to their weight.
-    experts: whether its layers choose among experts.
+    experts: whether its layers choose among experts. fused: whether a sampler on CUDA norms the heads of queries and
+    keys in the kernel that rotates them.
     """
 
     prefix: str
     offset: float = 0.0
     experts: bool = False
+    fused: bool = False
 
 
 # By the model_type of the configuration.
@@ -23,11 +25,11 @@ FAMILIES = {
     "llama": Family("Llama"),
     "mistral": Family("Mistral"),
     "qwen2": Family("Qwen2"),
-    "qwen3": Family("Qwen3"),
+    "qwen3": Family("Qwen3", fused=True),
     "gemma2": Family("Gemma2", offset=1.0),
     "gemma3_text": Family("Gemma3", offset=1.0),
     "mixtral": Family("Mixtral", experts=True),
-    "qwen3_moe": Family("Qwen3Moe", experts=True),
+    "qwen3_moe": Family("Qwen3Moe", experts=True, fused=True),
 }
 
 # How transformers names an activation -> its kind in bi_patch.training.ops.gated.

@@ -98,13 +98,14 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
 
     Run any number of micro-batches in the block: forward, then backward, one after the other. At its end, every
     parameter that requires a gradient has the sum in `parameter.main_grad` (fp32, the parameter's shape; None if it got
-    none). An fp32 parameter has it in `parameter.grad`, too. A second block begins anew.
+    none). Compiled code runs as eager code in the block. An fp32 parameter has it in `parameter.grad`, too. A second
+    block begins anew.
 
     The loss must divide by a number that is known before the first micro-batch, and the order of the sequences must not
     change with the cut. Cost: one product for each weight and sequence, and 4 bytes for each element of a weight.
 
     Raises GradientsOpen for a block inside a block, BiPatchError for a model that is not armed, and UnsupportedFeature
-    for a model whose experts are trained.
+    for a model whose experts are trained, or that several ranks train (FSDP2, DistributedDataParallel).
     """
     state = huggingface.armed(model)
     if state is None:
@@ -113,12 +114,14 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
         raise UnsupportedFeature(
             "training.gradients: the weights of experts have no chain. Train without the block, or freeze the experts"
         )
+    _refuse_wrappers(model)
     if any(isinstance(held, _Chained) for held in state.functions.values()):
         raise GradientsOpen("training.gradients: this model is in such a block already")
     made, before = Gradients(), dict(state.functions)
     state.functions.update({name: _Chained(made, state, make) for name, make in _OPERATORS.items()})
     try:
-        with _watched(huggingface.unwrapped(model), state, made):
+        # A compiler would trace the chains, which are state that lives longer than a call.
+        with _watched(huggingface.unwrapped(model), state, made), torch.compiler.set_stance("force_eager"):
             yield made
     finally:
         state.functions.update(before)
@@ -127,6 +130,30 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
             parameter.main_grad = made.joined(parameter)
             if parameter.dtype == torch.float32:
                 parameter.grad = parameter.main_grad
+    if made.chains:
+        shapes = ", ".join(str(list(parameter.shape)) for parameter, _ in made.chains)
+        raise UnsupportedFeature(
+            f"training.gradients: {len(made.chains)} gradients belong to no parameter of the model (shapes {shapes}). "
+            "Something replaced its parameters in the block. Train without the block"
+        )
+
+
+def _refuse_wrappers(model: torch.nn.Module) -> None:
+    """Raise UnsupportedFeature for a model whose gradients several ranks would have to add."""
+    at = model
+    while at is not None:
+        if isinstance(at, torch.nn.parallel.DistributedDataParallel) and at.process_group.size() > 1:
+            raise UnsupportedFeature(
+                "training.gradients: DistributedDataParallel adds no chains, so each rank would keep gradients of its "
+                "own. Train without the block, or on one rank"
+            )
+        at = huggingface.inside(at)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, torch.distributed.tensor.DTensor):
+            raise UnsupportedFeature(
+                f"training.gradients: {name} is a DTensor (FSDP2, tensor parallelism), and a part of a "
+                "parameter has no chain. Train without the block"
+            )
 
 
 @contextlib.contextmanager
@@ -205,17 +232,30 @@ def _linear(made, state, x, weight, bias=None, parts=1):
 
 def _rms_norm(made, state, x, weight, eps, offset=0.0):
     y = ops.rms_norm(x, weight.detach(), eps, offset)
+    return _tapped(made, y, _tokens(made, x), ((weight, "layer", _norm_rule(eps)),))
 
+
+def _norm_rule(eps: float) -> Add:
     def rule(grad, x, chain):
         x = x.view(-1, chain.shape[0])
         chain.add_((grad.view_as(x) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))).sum(0))
 
-    return _tapped(made, y, _tokens(made, x), ((weight, "layer", rule),))
+    return rule
 
 
-def _embedding(made, state, ids, weight, dtype):
-    y = ops.embedding(ids, weight.detach(), dtype)
-    return _tapped(made, y, ids.reshape(-1), ((weight, "embedding", _rows),))
+def _head_norm(made, state, x, weight, eps):
+    y = ops.head_norm(x, weight.detach(), eps)
+    return _tapped(made, y, _tokens(made, x), ((weight, "layer", _norm_rule(eps)),))
+
+
+def _embedding(made, state, ids, weight, dtype, padding=-1):
+    y = ops.embedding(ids, weight.detach(), dtype, padding)
+
+    def rule(grad, ids, chain):
+        real = ids != padding
+        _rows(grad[real], ids[real], chain)
+
+    return _tapped(made, y, ids.reshape(-1), ((weight, "embedding", rule if padding >= 0 else _rows),))
 
 
 def _tokens(made, x: torch.Tensor) -> torch.Tensor:
@@ -224,7 +264,7 @@ def _tokens(made, x: torch.Tensor) -> torch.Tensor:
 
 
 def _product(grad, x, chain) -> None:
-    chain.addmm_(grad.t(), x)
+    devices.implementation(chain.device.type, "linear").weight_gradient(grad, x, chain)
 
 
 def _sum(grad, x, chain) -> None:
@@ -239,11 +279,11 @@ def _rows(grad, ids, chain) -> None:
         chain.index_put_((ids,), grad, accumulate=True)
 
 
-def _head(made, state, hidden, weight, tokens, temperature, top_k=None, top_p=None, softcap=0.0):
+def _head(made, state, hidden, weight, *given):
     if made is None or not weight.requires_grad:
-        return ops.token_logprobs(hidden, weight.detach(), tokens, temperature, top_k, top_p, softcap)
+        return ops.token_logprobs(hidden, weight.detach(), *given)
     spans = _asked(made.call, state.asked.rows)
-    return _Head.apply(hidden, weight, tokens, temperature, top_k, top_p, softcap, made, made.call, spans)
+    return _Head.apply(hidden, weight, *given, made, made.call, spans)
 
 
 def _asked(call: Call, rows: torch.Tensor) -> Spans:
@@ -257,25 +297,26 @@ class _Head(Function):
     """Logprobs of given tokens. Backward adds the head's gradient to its chain, sequence by sequence."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, top_k, top_p, softcap, made, call, spans):
+    def forward(ctx, hidden, weight, tokens, temperature, top_k, top_p, *rest):
+        *form, made, call, spans = rest  # form: softcap, runner, processed
         ctx.save_for_backward(hidden, tokens, temperature, top_k, top_p)
-        ctx.weight, ctx.softcap, ctx.made, ctx.call, ctx.spans = weight, softcap, made, call, spans
-        return ops.token_logprobs(hidden, weight, tokens, temperature, top_k, top_p, softcap)
+        ctx.weight, ctx.form, ctx.made, ctx.call, ctx.spans = weight, form, made, call, spans
+        return ops.token_logprobs(hidden, weight, tokens, temperature, top_k, top_p, *form)
 
     @staticmethod
     def backward(ctx, grad):
         hidden, tokens, temperature, top_k, top_p = ctx.saved_tensors
         head, held = devices.implementation(hidden.device.type, "head"), ctx.weight.detach()
         of_hidden, _ = head.token_logprobs_backward(
-            grad, hidden, held, tokens, temperature, top_k, top_p, ctx.softcap, True, False
+            grad, hidden, held, tokens, temperature, top_k, top_p, *ctx.form, True, False
         )
         chain = ctx.made.chain(ctx.weight, "layer", ctx.call)
         for first, last in ctx.spans:
             own = [None if x is None else x[first:last] for x in (tokens, temperature, top_k, top_p)]
             rows = hidden[first:last]
-            for at, of_logits in head.logit_gradients(grad[first:last], rows, held, *own, ctx.softcap):
+            for at, of_logits in head.logit_gradients(grad[first:last], rows, held, *own, *ctx.form):
                 _product(_copied(of_logits), _copied(rows[at]), chain)
-        return of_hidden, None, None, None, None, None, None, None, None, None
+        return of_hidden, *[None] * 11
 
 
-_OPERATORS = {"linear": _linear, "rms_norm": _rms_norm, "embedding": _embedding, "head": _head}
+_OPERATORS = {"linear": _linear, "rms_norm": _rms_norm, "head_norm": _head_norm, "embedding": _embedding, "head": _head}

@@ -8,7 +8,7 @@ import torch
 from packaging.version import Version
 
 from bi_patch.errors import MissingDependency, UnsupportedFeature
-from bi_patch.training import layout, ops
+from bi_patch.training import layout, leaves, ops
 
 NAME = "bi_patch"  # of the attention function and of the mask function
 _MAJOR = 5  # of transformers
@@ -37,6 +37,8 @@ def prepare(base, args, kwargs):
             "training.autocast: autocast changes dtypes between layers. Leave the context, and arm a model whose "
             "parameters are in the sampler's dtype, or in float32 with dtype=..."
         )
+    if state.asked is None and not torch.compiler.is_compiling():  # training.logprobs has looked
+        leaves.check_unchanged(state.plan[0].module, state.plan)
     if given.get("past_key_values") is not None or given.get("use_cache"):
         raise UnsupportedFeature("training.cache: an armed model keeps no KV cache. Let the sampler generate")
     batch, length = tokens.shape[:2]
@@ -53,7 +55,8 @@ def prepare(base, args, kwargs):
         where = layout.packed(positions)
     else:
         where = layout.full(batch, length, tokens.device)
-    checked = layout.positions(*where, batch * length, None if positions is None else positions.reshape(-1))
+    beside = None if cumulative is None else mask
+    checked = layout.positions(*where, batch * length, None if positions is None else positions.reshape(-1), beside)
     state.layout = where
     own = {"attention_mask": None, "position_ids": checked.view(batch, length), "use_cache": False, _LAYOUT: where}
     return (), given | own
@@ -76,7 +79,9 @@ def _attention(
     batch, heads, length, size = query.shape
     rows = [x.transpose(1, 2).reshape(batch * length, x.shape[1], size) for x in (query, key, value)]
     scale = size**-0.5 if scaling is None else scaling
-    found = module._bi_patch.functions["attention"](*rows, *where, scale, sliding_window or 0, softcap or 0.0)
+    state = module._bi_patch
+    backend = state.form.backends[module.layer_idx] if state.form.backends else ""
+    found = state.functions["attention"](*rows, *where, scale, sliding_window or 0, softcap or 0.0, backend)
     return found.view(batch, length, heads, size), None
 
 

@@ -20,6 +20,7 @@ import torch
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.ops.casts import Hold
 from bi_patch.training import devices, hooks, leaves, ops
+from bi_patch.training.contract import Form
 from bi_patch.training.families import Family
 
 if TYPE_CHECKING:
@@ -48,27 +49,31 @@ class Armed:
     """The state of an armed model.
 
     dtype: what all rows are computed in. parts: how many ranks of the sampler share the K of row-parallel layers.
-    contract: what the sampler and this model agreed on. before: the model's own attention. names: the arguments of the
-    base model's forward. functions: the operators that the leaves call, by name. A way
-    to compute gradients may replace them. layout: starts and lengths of the last forward's sequences. asked: set while
-    the head computes logprobs. casts: compiled code rounds as eager code does while a model or a copy of it is armed.
+    contract: what the sampler and this model agreed on. form: what of it chooses kernels. before: the model's own
+    attention. names: the arguments of the base model's forward. functions: the operators that the leaves call, by name.
+    A way to compute gradients may replace them. layout: starts and lengths of the last forward's sequences. asked:
+    set while the head computes logprobs. plan: the modules that were armed, the model first. casts: compiled code
+    rounds as eager code does while a model or a copy of it is armed.
     """
 
     dtype: torch.dtype
     family: Family
     parts: int = 1
     contract: dict[str, Any] = field(default_factory=dict)
+    form: Form = Form()
     before: str | None = None
     names: tuple[str, ...] = ()
     layout: tuple[torch.Tensor, torch.Tensor] | None = None
     asked: Asked | None = None
     casts: Hold = field(default_factory=Hold)
+    plan: list[leaves.Planned] = field(default_factory=list, repr=False)
     functions: dict[str, Callable] = field(
         default_factory=lambda: {
             "attention": ops.attention,
             "embedding": ops.embedding,
             "experts": ops.experts,
             "gated": ops.gated,
+            "head_norm": ops.head_norm,
             "head": ops.token_logprobs,
             "linear": ops.linear,
             "rms_norm": ops.rms_norm,
@@ -80,13 +85,16 @@ class Armed:
 
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside the wrappers of torch.compile and DistributedDataParallel."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+    while (found := inside(model)) is not None:
+        model = found
+    return model
+
+
+def inside(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The model inside one wrapper, or None if there is no wrapper."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return model.module
+    return getattr(model, "_orig_mod", None)
 
 
 def armed(model: torch.nn.Module) -> Armed | None:
@@ -117,16 +125,23 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
     hooks.register()
     model.set_attn_implementation(hooks.NAME)
     hooks.open_rotation(sys.modules[leaves.module_of(model)])
-    for module, forward, shared in plan:
+    state.plan = plan
+    for planned in plan:
+        module = planned.module
         setattr(module, _HELD, state)
-        setattr(module, leaves.PARTS, shared)
-        if forward is not None:
-            module.forward = types.MethodType(forward, module)
+        setattr(module, leaves.PARTS, planned.parts)
+        if planned.forward is not None:
+            module.forward = types.MethodType(planned.forward, module)
         leaves.take_frequencies(module)
     for module in {model, base}:
         setattr(module, _HELD, state)
     base._bi_patch_hook = base.register_forward_pre_hook(hooks.prepare, with_kwargs=True)
     return state
+
+
+def check_unchanged(state: Armed) -> None:
+    """Raise UnsupportedFeature by name if the model changed after arming: a new module, forward or hook."""
+    leaves.check_unchanged(state.plan[0].module, state.plan)
 
 
 def disarm(model: torch.nn.Module) -> None:

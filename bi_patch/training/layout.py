@@ -38,14 +38,19 @@ def full(batch: int, tokens: int, device: torch.device) -> tuple[torch.Tensor, t
 
 
 def positions(
-    starts: torch.Tensor, lengths: torch.Tensor, rows: int, given: torch.Tensor | None = None
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    rows: int,
+    given: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each row's position in its sequence [rows] int64, 0 for padding.
 
-    given: the caller's positions [rows], or None. Raises UnsupportedRequest if they differ in a row of a sequence, or
-    if a sequence reaches beyond the rows.
+    given: the caller's positions [rows], or None. mask: the caller's padding mask [B, T] beside sequences that do not
+    come from it, or None. Raises UnsupportedRequest if positions differ in a row of a sequence, if the mask says other
+    sequences, or if a sequence reaches beyond the rows.
     """
-    return torch.ops.bi_training.positions(starts, lengths, rows, given)
+    return torch.ops.bi_training.positions(starts, lengths, rows, given, mask)
 
 
 def rows_of(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -82,9 +87,17 @@ def _packed(positions):
     return starts, ends - starts
 
 
-def _positions(starts, lengths, rows, given):
+def _positions(starts, lengths, rows, given, mask):
     if len(starts) and (int((starts + lengths).max()) > rows or int(starts.min()) < 0):
         raise UnsupportedRequest(f"training.layout: the sequences reach beyond the {rows} tokens of the batch")
+    if mask is not None:
+        pairs = [torch.stack(pair, 1) for pair in (_padded(mask), (starts, lengths))]
+        theirs, ours = (pair[pair[:, 1] > 0] for pair in pairs)
+        if not torch.equal(theirs, ours.to(theirs.dtype)):
+            raise UnsupportedRequest(
+                "training.mask: the attention mask and the cumulative lengths say different sequences. Give "
+                "the lengths alone"
+            )
     at = rows_of(starts, lengths)
     found = starts.new_zeros(rows)
     found[at] = at - starts.repeat_interleave(lengths)
@@ -103,11 +116,11 @@ def _packed_fake(positions):
 
 _library.define("padded(Tensor mask) -> (Tensor, Tensor)")
 _library.define("packed(Tensor positions) -> (Tensor, Tensor)")
-_library.define("positions(Tensor starts, Tensor lengths, SymInt rows, Tensor? given) -> Tensor")
+_library.define("positions(Tensor starts, Tensor lengths, SymInt rows, Tensor? given, Tensor? mask) -> Tensor")
 for _name, _run, _fake in (
     ("padded", _padded, lambda mask: tuple(mask.new_empty(mask.shape[0], dtype=torch.int64) for _ in range(2))),
     ("packed", _packed, _packed_fake),
-    ("positions", _positions, lambda starts, lengths, rows, given: starts.new_empty(rows)),
+    ("positions", _positions, lambda starts, lengths, rows, given, mask: starts.new_empty(rows)),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bi_training::{_name}", _fake, lib=_library)

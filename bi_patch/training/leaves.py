@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.training import devices
 from bi_patch.training.families import ACTIVATIONS, FAMILIES, ROTATIONS, ROW_PARALLEL, Family
 
 PARTS = "_bi_patch_parts"  # the attribute of a linear layer: how many ranks of the sampler share its K
+# Whose forward hooks leave values as they are: FSDP2, transformers' records of outputs, and bi_patch.
+_HOOKS = ("torch.distributed.", "transformers.utils.output_capturing", "bi_patch.")
 FREQUENCIES = "_bi_patch_frequencies"  # of a rotary module: its own, by name
 
 
@@ -30,27 +34,75 @@ def family_of(model: torch.nn.Module) -> Family:
         raise UnsupportedFeature(
             "training.dropout: the configuration has attention_dropout, and a sampler drops nothing. Set it to 0"
         )
+    if getattr(model.config, "router_jitter_noise", 0):
+        raise UnsupportedFeature(
+            "training.dropout: the configuration has router_jitter_noise, and a sampler's router has no noise. "
+            "Set it to 0"
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedFeature("training.quantization: a quantized model's layers have no cover in the trainer")
+    module_of(model)  # raises for a class of another library
     return FAMILIES[kind]
 
 
-def plan(model, family: Family, dtype: torch.dtype, parts: int) -> list[tuple[torch.nn.Module, Callable | None, int]]:
-    """Each module, the forward that it gets, and how many of the sampler's ranks share its K.
+@dataclass(frozen=True)
+class Planned:
+    """A module, its name, the forward that it gets (None: its own is exact), and how many ranks share its K."""
 
-    The forward is None for a module whose own forward is exact. Raises UnsupportedFeature with the module's name.
-    """
+    name: str
+    module: torch.nn.Module
+    forward: Callable | None
+    parts: int
+
+
+def plan(model: torch.nn.Module, family: Family, dtype: torch.dtype, parts: int) -> list[Planned]:
+    """What each module gets. parts: the sampler's ranks. Raises UnsupportedFeature with the module's name."""
+    devices.implementation(next(model.parameters()).device.type).cover(head_size(model.config), family.experts)
     found = []
     for name, module in model.named_modules():
         forward = _forward(module, name, family, model)
-        if forward is not _OWN and "forward" in vars(module):
+        if module is not model and "forward" in vars(module):
             raise UnsupportedFeature(f"training.leaf: something else replaced the forward of {name}. Remove it first")
+        if module not in (model, model.base_model):
+            _check_hooks(name, module)
         _check_parameters(name, module, dtype)
         module_parts = parts if name.rpartition(".")[2] in ROW_PARALLEL else 1
         if module_parts > 1 and module.weight.shape[1] % parts:
             raise UnsupportedFeature(f"training.parallel: {parts} ranks cannot share the input of {name} equally")
-        found.append((module, None if forward is _OWN else forward, module_parts))
+        found.append(Planned(name, module, None if forward is _OWN else forward, module_parts))
     return found
+
+
+def check_unchanged(model: torch.nn.Module, planned: list[Planned]) -> None:
+    """Raise UnsupportedFeature with a module's name if the modules of an armed model are not what was armed."""
+    held = list(model.named_modules())
+    for (name, module), known in zip(held, planned):
+        if module is not known.module:
+            raise UnsupportedFeature(
+                f"training.leaf: {name} ({type(module).__module__}.{type(module).__qualname__}) came after arm. Arm "
+                "the model again"
+            )
+        if module in (model, model.base_model):
+            continue  # a trainer may wrap the model itself, and arming's own hook is there
+        own = vars(module).get("forward")
+        if getattr(own, "__func__", own) is not known.forward:
+            raise UnsupportedFeature(f"training.leaf: something replaced the forward of {name} after arm. Remove it")
+        _check_hooks(name, module)
+    if len(held) != len(planned):
+        raise UnsupportedFeature(
+            f"training.leaf: the model has {len(held)} modules, and {len(planned)} were armed. Arm the model again"
+        )
+
+
+def _check_hooks(name: str, module: torch.nn.Module) -> None:
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        source = getattr(hook, "__module__", None) or type(hook).__module__
+        called = getattr(hook, "__qualname__", type(hook).__qualname__)
+        if not source.startswith(_HOOKS) and not called.endswith(".make_inputs_require_grads"):
+            raise UnsupportedFeature(
+                f"training.hook: {name} has a forward hook of {source}.{called} (NEFTune and others change values so). "
+                "Remove it"
+            )
 
 
 def _check_parameters(name: str, module: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -72,7 +124,7 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
             raise UnsupportedFeature(f"training.leaf: {name} has max_norm, which changes weights in a forward")
         return _embedding
     if kind == f"{prefix}RMSNorm":
-        return _norm
+        return _head_norm if family.fused and name.endswith((".q_norm", ".k_norm")) else _norm
     if kind == f"{prefix}MLP":
         _check_activation(name, module)
         return _mlp
@@ -99,7 +151,13 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
 
 def module_of(model: torch.nn.Module) -> str:
     """The module of transformers that defines the model's class. FSDP2 puts a class of its own before it."""
-    return next(base.__module__ for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+    found = [base.__module__ for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")]
+    if not found:
+        raise UnsupportedFeature(
+            f"training.model: {type(model).__module__}.{type(model).__qualname__} is no class of transformers.models, "
+            "but code or a wrapper (PEFT) of its own. Arm the model inside"
+        )
+    return found[0]
 
 
 def _activation(config: Any) -> str:
@@ -126,7 +184,7 @@ def _check_rotation(name: str, module: torch.nn.Module) -> None:
             )
         at = f"{layers}_" if layers else ""
         held = getattr(module, f"{at}inv_freq")
-        if 2 * held.numel() != _head_size(module.config):
+        if 2 * held.numel() != head_size(module.config):
             raise UnsupportedFeature(f"training.rotation: {name} rotates a part of each head only")
         want = _frequencies(module, layers, kind, "cpu")
         if held.dtype != torch.float32 or not torch.equal(held.cpu(), want):
@@ -170,7 +228,7 @@ def return_frequencies(module: torch.nn.Module) -> None:
         setattr(module, name, held)
 
 
-def _head_size(config: Any) -> int:
+def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -188,14 +246,14 @@ def _head(self, hidden):
     if asked is None:
         return state.functions["linear"](hidden, self.weight, self.bias, 1)
     rows = hidden.reshape(-1, hidden.shape[-1])[asked.rows]
-    return state.functions["head"](
-        rows, self.weight, asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.softcap
-    )
+    given = asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.softcap
+    return state.functions["head"](rows, self.weight, *given, state.form.runner, state.form.processed)
 
 
 def _embedding(self, ids):
     state = self._bi_patch
-    found = state.functions["embedding"](ids, self.weight, state.dtype)
+    padding = -1 if self.padding_idx is None else self.padding_idx
+    found = state.functions["embedding"](ids, self.weight, state.dtype, padding)
     scale = getattr(self, "scalar_embed_scale", None)
     return found if scale is None else found * torch.tensor(scale, dtype=state.dtype, device=found.device)
 
@@ -203,6 +261,10 @@ def _embedding(self, ids):
 def _norm(self, x):
     eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
     return self._bi_patch.functions["rms_norm"](x, self.weight, eps, self._bi_patch.family.offset)
+
+
+def _head_norm(self, x):
+    return self._bi_patch.functions["head_norm"](x, self.weight, self.variance_epsilon)
 
 
 def _mlp(self, x):

@@ -36,6 +36,7 @@ def logprobs(
     state = huggingface.armed(model)
     if state is None:
         raise BiPatchError("training.logprobs: the model is not armed. Call bi_patch.training.arm first")
+    huggingface.check_unchanged(state)
     if isinstance(ids, Batch):
         given, ids, attention_mask = ids, ids.ids, ids.attention_mask
         if state.contract.get("logprobs_mode") != "raw_logprobs":
@@ -44,7 +45,8 @@ def logprobs(
     flat = batch.reshape(-1)
     starts, lengths = _layout(batch, attention_mask, position_ids, cu_seqlens)
     own = None if position_ids is None else position_ids.expand(batch.shape).reshape(-1)
-    layout.positions(starts, lengths, len(flat), own)  # checks both
+    beside = None if cu_seqlens is None else attention_mask
+    layout.positions(starts, lengths, len(flat), own, beside)  # checks all
     rows = layout.rows_of(starts, lengths)
     ends = lengths.cumsum(0)
     begins = ends - lengths
@@ -66,11 +68,11 @@ def logprobs(
 
 
 def _layout(batch, attention_mask, position_ids, cu_seqlens):
+    if attention_mask is not None and attention_mask.shape != batch.shape:
+        raise UnsupportedRequest("training.mask: the attention mask is no padding mask of ids' shape")
     if cu_seqlens is not None:
         return layout.cumulative(cu_seqlens.to(batch.device))
     if attention_mask is not None:
-        if attention_mask.shape != batch.shape:
-            raise UnsupportedRequest("training.mask: the attention mask is no padding mask of ids' shape")
         return layout.padded(attention_mask)
     if position_ids is not None:
         return layout.packed(position_ids.expand(batch.shape))

@@ -130,7 +130,7 @@ def _silu(held):
 
 
 def _sdpa(held):
-    def attention(query, key, value, starts, lengths, scale, window, softcap):
+    def attention(query, key, value, starts, lengths, scale, window, softcap, backend):
         import torch
 
         found = torch.zeros_like(query)
@@ -151,7 +151,7 @@ def _head(formula: Callable):
     """A head with another formula of log-softmax."""
 
     def make(held):
-        def head(hidden, weight, tokens, temperature, top_k=None, top_p=None, softcap=0.0):
+        def head(hidden, weight, tokens, temperature, *transforms):
             from bi_patch.training import ops
 
             logits = ops.linear(hidden, weight)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-ATTENTION = ("CPU_ATTN",)  # vLLM's backends whose bits the folder's attention has
+CALLS_VLLM = False  # only experts call a kernel of the installed vLLM
 
 
 def prepare(cache: Path) -> None:
@@ -31,8 +31,12 @@ def prepare(cache: Path) -> None:
     machine.allow_tiles()
 
 
+def cover(head_size: int, experts: bool) -> None:
+    """Raise UnsupportedFeature for a model that the operators do not cover. experts: whether its layers choose them."""
+
+
 def agree(contract: dict[str, Any]) -> None:
-    """Take from the sampler's contract how it sums logprobs. On CPU, every sampler sums them in one way."""
+    """Raise ContractBroken if this process cannot repeat the sampler's transforms. On CPU, bi_patch's own code does."""
 
 
 def kernels() -> dict[str, str]:

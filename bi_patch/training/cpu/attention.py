@@ -16,12 +16,14 @@ def attention(
     scale: float,
     window: int,
     softcap: float,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of each sequence.
 
     query: [rows, heads, D]. key, value: [rows, kv heads, D]. starts, lengths: [sequences] int64, the first row and the
     number of rows of each sequence. Rows outside all sequences are padding, and get zeros. window: the number of tokens
-    that a token sees, itself included; 0 for all. softcap: 0 for none.
+    that a token sees, itself included; 0 for all. softcap: 0 for none. backend: vLLM's that serves the sampler's layer,
+    or "" for the one that bi_patch chooses.
     Returns the output [rows, heads, D] and what the backward needs besides: on CUDA the log of each row's sum of
     exponentials [heads, rows] fp32, on CPU empty(0).
     """
@@ -47,6 +49,11 @@ def attention(
     # The kernel counts the tokens before a token; -1 is none of a window.
     torch.ops.bi_cpu.attention(into, packed, cache, begins, counts, blocks, scale, window - 1, float(softcap))
     return out.index_copy_(0, rows, into), query.new_empty(0, dtype=torch.float32)
+
+
+def backends(dtype: torch.dtype, size: int, window: int) -> tuple[str, ...]:
+    """vLLM's backends whose bits a layer can have here, the one that bi_patch chooses first. size: of a head."""
+    return ("CPU_ATTN",)
 
 
 def attention_backward(

@@ -11,6 +11,6 @@ def embedding_backward(grad: torch.Tensor, ids: torch.Tensor, vocabulary: int) -
     return total.index_add_(0, ids, grad.float())
 
 
-def embedding(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight[ids] in `dtype`. ids: [rows] int64. weight: [vocabulary, C]. Returns [rows, C]."""
+def embedding(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, padding: int) -> torch.Tensor:
+    """weight[ids] in `dtype`. ids: [rows] int64. weight: [vocabulary, C]. Returns [rows, C]. padding: for autograd."""
     return weight[ids].to(dtype)

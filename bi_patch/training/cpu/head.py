@@ -21,12 +21,15 @@ def token_logprobs(
     top_k: torch.Tensor | None,
     top_p: torch.Tensor | None,
     softcap: float,
+    runner: str,
+    processed: bool,
 ) -> torch.Tensor:
     """The logprob of tokens [rows] (int64) under the logits hidden @ weight.T. Returns [rows] fp32.
 
     hidden: [rows, C]. weight: [V, C]. temperature: [rows] fp32, 1 for a row that is not scaled. top_k: [rows] int64, V
     for a row without top-k, or None. top_p: [rows] fp32, 1 for a row without top-p, or None. softcap: the model's own
-    cap of logits, 0 for none. A token that truncation drops has the logprob minus infinity.
+    cap of logits, 0 for none. A token that truncation drops has the logprob minus infinity. runner: the sampler's, "V1"
+    or "V2". processed: whether the sampler sums logits after its transforms. Both decide bits on CUDA only.
     """
     found = hidden.new_empty(len(hidden), dtype=torch.float32)
     packed = _pack(weight, hidden.dtype)
@@ -47,6 +50,8 @@ def token_logprobs_backward(
     top_k: torch.Tensor | None,
     top_p: torch.Tensor | None,
     softcap: float,
+    runner: str,
+    processed: bool,
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +59,9 @@ def token_logprobs_backward(
     into = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
     total = torch.zeros(weight.shape, dtype=torch.float32) if of_weight else None
     packed = torch.ops.bi_cpu.gemm_pack(weight.to(hidden.dtype).t().contiguous()) if of_hidden else None
-    for at, of_logits in logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap):
+    for at, of_logits in logit_gradients(
+        grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed
+    ):
         if of_hidden:
             into[at] = torch.ops.bi_cpu.gemm(of_logits, packed, weight.shape[1], weight.shape[0], None)
         if total is not None:
@@ -62,7 +69,7 @@ def token_logprobs_backward(
     return into, hidden.new_empty(0) if total is None else total.to(weight.dtype)
 
 
-def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap):
+def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed):
     """Yield (a slice of rows, the gradient of these rows' logits [rows, V] in hidden's dtype), rows ascending."""
     packed = _pack(weight, hidden.dtype)
     for at in _chunks(len(hidden)):

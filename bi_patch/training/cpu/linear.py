@@ -38,8 +38,13 @@ def linear_backward(
     return of_rows, of_weights, grad.sum(0, dtype=torch.float32).to(weight.dtype) if of_bias else none
 
 
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """grad.T @ x in fp32. grad: [rows, N]. x: [rows, K]. Returns [N, K] fp32."""
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    """grad.T @ x in fp32. grad: [rows, N]. x: [rows, K]. Returns [N, K] fp32.
+
+    into: [N, K] fp32 to which the product is added, in place. The number of rows decides the order of the sum.
+    """
+    if into is not None:
+        return into.addmm_(grad.float().t(), x.float())
     return grad.float().t() @ x.float()
 
 

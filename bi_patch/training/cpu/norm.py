@@ -10,6 +10,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -
     return torch.ops.bi_cpu.rms_norm(x, weight.to(x.dtype), eps, offset)
 
 
+def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of each head of x [rows, heads, D], with weight [D]. On CUDA, the kernel that rotates also norms."""
+    return rms_norm(x.flatten(0, 1), weight, eps, 0.0).view(x.shape)
+
+
 def rms_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# vLLM's backends whose bits the folder's attention has.
-ATTENTION = ("FLASH_ATTN", "TRITON_ATTN")
+CALLS_VLLM = True  # every model calls kernels of the installed vLLM
 
 
 def prepare(cache: Path) -> None:
@@ -25,18 +24,37 @@ def prepare(cache: Path) -> None:
     vllm_kernels.load()
 
 
-def agree(contract: dict[str, Any]) -> None:
-    """Take from the sampler's contract how it sums logprobs, and whether Triton attention serves all of its layers."""
-    from bi_patch.training.cuda import attention, head
+def cover(head_size: int, experts: bool) -> None:
+    """Raise UnsupportedFeature for a model that the operators do not cover. experts: whether its layers choose them."""
+    from bi_patch.errors import UnsupportedFeature
 
-    head.form = head.Form(
-        runner=contract.get("runner", "V2"), processed=contract.get("logprobs_mode") == "processed_logprobs"
-    )
-    attention.everywhere = set(contract.get("attention", {}).values()) == {"TRITON_ATTN"}
+    if experts:
+        raise UnsupportedFeature("training.experts: the trainer has no experts on CUDA. Train the model on CPU")
+    if head_size < 16 or head_size & (head_size - 1):
+        raise UnsupportedFeature(
+            f"training.rotation: heads of {head_size} elements take another rotation in the sampler on CUDA than the "
+            "bundled kernel, which covers powers of two from 16 on"
+        )
+
+
+def agree(contract: dict[str, Any]) -> None:
+    """Raise ContractBroken if this process cannot repeat the sampler's transforms: its vLLM must be armed for them."""
+    from bi_patch.errors import ContractBroken
+    from bi_patch.training.cuda import vllm_kernels
+
+    if contract["logprobs_mode"] == "processed_logprobs" and not vllm_kernels.truncates_as_armed():
+        raise ContractBroken(
+            "training.contract: the sampler's logprobs show top-k and top-p (processed_logprobs), and this process is "
+            "not armed, so vLLM's own function would apply them. Import bi_patch before vllm, without BI_PATCH=0"
+        )
 
 
 def kernels() -> dict[str, str]:
     """What decides the bits of this device's kernels: {"kernels": ..., "device": ...}, after `prepare`."""
     import torch
+    import triton
 
-    return {"kernels": f"cuda {torch.version.cuda}", "device": torch.cuda.get_device_name()}
+    return {
+        "kernels": f"cuda {torch.version.cuda}, triton {triton.__version__}",
+        "device": torch.cuda.get_device_name(),
+    }

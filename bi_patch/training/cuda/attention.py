@@ -24,7 +24,6 @@ _PAGE = 16  # tokens
 _SMALL_HEAD, _LONG_QUERY = 64, 128
 # Head sizes that the sampler gives to FlashAttention 3.
 _SIZES = (64, 80, 96, 112, 128, 192, 256)
-everywhere = False  # Triton attention serves all layers of the sampler; bi_patch.training.cuda.agree sets it
 _TRIED = (1, 3, 16, 127, 128, 129, 300, 1027, 2500)  # lengths in tokens
 
 
@@ -37,28 +36,37 @@ def attention(
     scale: float,
     window: int,
     softcap: float,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of each sequence.
 
     query: [rows, heads, D]. key, value: [rows, kv heads, D]. starts, lengths: [sequences] int64, the first row and the
     number of rows of each sequence. Rows outside all sequences are padding, and get zeros. window: the number of tokens
-    that a token sees, itself included; 0 for all. softcap: 0 for none.
+    that a token sees, itself included; 0 for all. softcap: 0 for none. backend: vLLM's that serves the sampler's layer,
+    or "" for the one that bi_patch chooses.
     Returns the output [rows, heads, D] and the log of each row's sum of exponentials [heads, rows] fp32.
     """
     where = sequences.of(starts, lengths, len(query))
     if not where.host:
         return torch.zeros_like(query), query.new_zeros(query.shape[1], len(query), dtype=torch.float32)
     q, k, v = (_rows(x, where) for x in (query, key, value))
-    if everywhere or window or query.dtype == torch.float32 or query.shape[2] not in _SIZES:
+    if (backend or backends(query.dtype, query.shape[2], window)[0]) == "TRITON_ATTN":
         out, kept = _triton(q, k, v, where, scale, window, softcap)
     else:
-        pages = not _contiguous_serves(query.shape[1], key.shape[1], query.shape[2], query.dtype, query.device)
+        form = query.shape[1], key.shape[1], query.shape[2], query.dtype, softcap, query.device
+        pages = not _contiguous_serves(*form)
         out, kept = _flash(q, k, v, where, scale, softcap, pages)
     if where.rows is None:
         return out, kept
     whole = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     sums = torch.zeros((query.shape[1], len(query)), dtype=torch.float32, device=query.device)
     return whole.index_copy_(0, where.rows, out), sums.index_copy_(1, where.rows, kept)
+
+
+def backends(dtype: torch.dtype, size: int, window: int) -> tuple[str, ...]:
+    """vLLM's backends whose bits a layer can have here, the one that bi_patch chooses first. size: of a head."""
+    triton = window or dtype == torch.float32 or size not in _SIZES
+    return ("TRITON_ATTN",) if triton else ("FLASH_ATTN", "TRITON_ATTN")
 
 
 def attention_backward(
@@ -153,7 +161,9 @@ def _paged(k, v, where: sequences.Sequences):
 
 
 @functools.cache
-def _contiguous_serves(heads: int, key_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+def _contiguous_serves(
+    heads: int, key_heads: int, size: int, dtype: torch.dtype, softcap: float, device: torch.device
+) -> bool:
     """Whether FlashAttention 3 gives contiguous keys and values the bits of pages, flat and peaked scores alike."""
     generator = torch.Generator(device).manual_seed(size)
     lengths = torch.tensor(_TRIED, device=device)
@@ -164,7 +174,7 @@ def _contiguous_serves(heads: int, key_heads: int, size: int, dtype: torch.dtype
 
     for factor in (1.0, 6.0):
         q, k, v = random(heads) * factor, random(key_heads), random(key_heads)
-        pair = [_flash(q, k, v, where, size**-0.5, 0.0, pages) for pages in (True, False)]
+        pair = [_flash(q, k, v, where, size**-0.5, softcap, pages) for pages in (True, False)]
         if any(bits.differing(a, b) for a, b in zip(*pair, strict=True)):
             return False
     return True

@@ -7,8 +7,8 @@ import torch
 from bi_patch.kernels.triton import embedding_backward as kernel
 
 
-def embedding(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight[ids] in `dtype`. ids: [rows] int64. weight: [vocabulary, C]. Returns [rows, C]."""
+def embedding(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, padding: int) -> torch.Tensor:
+    """weight[ids] in `dtype`. ids: [rows] int64. weight: [vocabulary, C]. Returns [rows, C]. padding: for autograd."""
     return weight[ids].to(dtype)
 
 

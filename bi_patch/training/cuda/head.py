@@ -7,8 +7,6 @@ whole vocabulary exist for few rows at a time. The backward computes the logits 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from bi_patch.kernels.triton import logits_backward
@@ -16,17 +14,6 @@ from bi_patch.ops.cuda import outer
 from bi_patch.training.cuda import linear, vllm_kernels
 
 CHUNK = 1024  # rows
-
-
-@dataclass(frozen=True)
-class Form:
-    """How the sampler sums logprobs. runner: "V1" or "V2". processed: whether it sums logits after its transforms."""
-
-    runner: str = "V2"
-    processed: bool = False
-
-
-form = Form()  # of the sampler that this process trains for; bi_patch.training.cuda.agree sets it
 
 
 def token_logprobs(
@@ -37,19 +24,23 @@ def token_logprobs(
     top_k: torch.Tensor | None,
     top_p: torch.Tensor | None,
     softcap: float,
+    runner: str,
+    processed: bool,
 ) -> torch.Tensor:
     """The logprob of tokens [rows] (int64) under the logits hidden @ weight.T. Returns [rows] fp32.
 
     hidden: [rows, C]. weight: [V, C]. temperature: [rows] fp32, 1 for a row that is not scaled. top_k: [rows] int64, V
     for a row without top-k, or None. top_p: [rows] fp32, 1 for a row without top-p, or None. softcap: the model's own
-    cap of logits, 0 for none. A token that truncation drops has the logprob minus infinity.
+    cap of logits, 0 for none. A token that truncation drops has the logprob minus infinity. runner: the sampler's, "V1"
+    or "V2". processed: whether the sampler sums logits after its transforms. Both decide bits on CUDA only.
     """
     found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     held = weight.to(hidden.dtype)
     change = _changes(temperature)
     for at in _chunks(len(hidden)):
-        scores = _scores(hidden[at], held, temperature[at], _cut(top_k, at), _cut(top_p, at), softcap, change)[1]
-        if form.runner == "V2":
+        given = temperature[at], _cut(top_k, at), _cut(top_p, at), softcap, runner, processed, change
+        scores = _scores(hidden[at], held, *given)[1]
+        if runner == "V2":
             found[at] = vllm_kernels.token_logprobs(scores, tokens[at])
         else:
             found[at] = vllm_kernels.log_softmax(scores).gather(-1, tokens[at, None])[:, 0]
@@ -65,6 +56,8 @@ def token_logprobs_backward(
     top_k: torch.Tensor | None,
     top_p: torch.Tensor | None,
     softcap: float,
+    runner: str,
+    processed: bool,
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +65,9 @@ def token_logprobs_backward(
     into = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if of_weight else None
     turned = weight.to(hidden.dtype).t().contiguous() if of_hidden else None
-    for at, of_logits in logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap):
+    for at, of_logits in logit_gradients(
+        grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed
+    ):
         if of_hidden:
             into[at] = linear.product(of_logits, turned, None, CHUNK)
         if total is not None:
@@ -80,12 +75,13 @@ def token_logprobs_backward(
     return into, hidden.new_empty(0) if total is None else total.to(weight.dtype)
 
 
-def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap):
+def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed):
     """Yield (a slice of rows, the gradient of these rows' logits [rows, V] in hidden's dtype), rows ascending."""
     held = weight.to(hidden.dtype)
     change = _changes(temperature)
     for at in _chunks(len(hidden)):
-        logits, scores = _scores(hidden[at], held, temperature[at], _cut(top_k, at), _cut(top_p, at), softcap, change)
+        given = temperature[at], _cut(top_k, at), _cut(top_p, at), softcap, runner, processed, change
+        logits, scores = _scores(hidden[at], held, *given)
         yield (
             at,
             logits_backward.logits(
@@ -94,16 +90,16 @@ def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, sof
         )
 
 
-def _scores(hidden, weight, temperature, top_k, top_p, softcap, change):
+def _scores(hidden, weight, temperature, top_k, top_p, softcap, runner, processed, change):
     """The logits of some rows, capped, in hidden's dtype; and as the sampler sums them. change: apply temperatures."""
     logits = linear.product(hidden, weight, None, CHUNK)
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
-    if not (form.processed or form.runner == "V1" or change or top_k is not None or top_p is not None):
+    if not (processed or runner == "V1" or change or top_k is not None or top_p is not None):
         return logits, logits
     scores = logits.to(torch.float32, copy=True)
     if change:
-        if form.runner == "V2":
+        if runner == "V2":
             vllm_kernels.divide(scores, temperature)
         else:
             scores.div_(temperature[:, None])

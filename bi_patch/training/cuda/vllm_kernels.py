@@ -72,6 +72,13 @@ def divide(logits: torch.Tensor, temperature: torch.Tensor) -> None:
     apply_temperature(logits, torch.arange(len(logits), dtype=torch.int32, device=logits.device), temperature)
 
 
+def truncates_as_armed() -> bool:
+    """Whether the patch point sampling.cuda_top_k_top_p is closed in this process."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    return topk_topp_sampler.apply_top_k_top_p.__module__ == "bi_patch.seams.cuda.sampling"
+
+
 def top_k_top_p(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None) -> torch.Tensor:
     """Mask logits [rows, V] fp32 outside top-k and top-p [rows], by the sampler's function, which arming replaced."""
     from vllm.v1.sample.ops import topk_topp_sampler

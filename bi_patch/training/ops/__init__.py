@@ -10,7 +10,18 @@ from bi_patch.training.ops.experts import experts, route
 from bi_patch.training.ops.gated import gated
 from bi_patch.training.ops.head import token_logprobs
 from bi_patch.training.ops.linear import linear
-from bi_patch.training.ops.norm import rms_norm
+from bi_patch.training.ops.norm import head_norm, rms_norm
 from bi_patch.training.ops.rope import rope
 
-__all__ = ["attention", "embedding", "experts", "gated", "linear", "rms_norm", "rope", "route", "token_logprobs"]
+__all__ = [
+    "attention",
+    "embedding",
+    "experts",
+    "gated",
+    "head_norm",
+    "linear",
+    "rms_norm",
+    "rope",
+    "route",
+    "token_logprobs",
+]

@@ -16,16 +16,17 @@ def attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    backend: str = "",
 ) -> torch.Tensor:
     """Attention of query [rows, heads, D] to key and value [rows, kv heads, D] -> [rows, heads, D].
 
     starts, lengths: [sequences] int64. window: the tokens that a token sees, itself included; 0 for all. softcap: 0 for
-    none. Rows outside all sequences get zeros.
+    none. Rows outside all sequences get zeros. backend: vLLM's backend that serves the sampler's layer, or "".
     """
-    return _attention(query, key, value, starts, lengths, scale, window, softcap)[0]
+    return _attention(query, key, value, starts, lengths, scale, window, softcap, backend)[0]
 
 
-def _fake(query, key, value, starts, lengths, scale, window, softcap):
+def _fake(query, key, value, starts, lengths, scale, window, softcap, backend):
     # On CUDA, the backward takes the log of each row's sum of exponentials.
     kept = (query.shape[1], query.shape[0]) if query.device.type == "cuda" else 0
     return query.new_empty(query.shape), query.new_empty(kept, dtype=torch.float32)
@@ -36,13 +37,13 @@ def _backward_fake(grad, query, key, value, out, kept, starts, lengths, scale, w
 
 
 def _setup(ctx, inputs, output):
-    query, key, value, starts, lengths, ctx.scale, ctx.window, ctx.softcap = inputs
+    query, key, value, starts, lengths, ctx.scale, ctx.window, ctx.softcap, _ = inputs
     ctx.save_for_backward(query, key, value, *output, starts, lengths)
 
 
 def _backward(ctx, grad, _):
     found = _attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window, ctx.softcap)
-    return *found, None, None, None, None, None
+    return *found, None, None, None, None, None, None
 
 
 _attention_backward = define(
@@ -53,7 +54,7 @@ _attention_backward = define(
 )
 _attention = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor starts, Tensor lengths, float scale, int window, "
-    "float softcap) -> (Tensor, Tensor)",
+    "float softcap, str backend) -> (Tensor, Tensor)",
     "attention",
     _fake,
     _backward,

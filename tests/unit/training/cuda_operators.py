@@ -10,6 +10,7 @@ os.environ |= {"TRITON_INTERPRET": "1", "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES":
 
 import torch  # noqa: E402
 
+from bi_patch.ops import bits  # noqa: E402
 from bi_patch.training.cuda import attention, embedding, gated, head, linear, norm, rope, vllm_kernels  # noqa: E402
 
 DTYPE = torch.float16  # the interpreter cannot multiply bf16
@@ -109,7 +110,7 @@ def attentions(generator, size, pages, window=0, cap=0.0):
     k, v = torch.randn(2, ROWS, 2, size, generator=generator).to(DTYPE)
     starts, lengths = torch.tensor(STARTS), torch.tensor(LENGTHS)
     told.clear()
-    out, kept = attention.attention(q, k, v, starts, lengths, 0.2, window, cap)
+    out, kept = attention.attention(q, k, v, starts, lengths, 0.2, window, cap, "")
     found = attention.attention_backward(g, q, k, v, out, kept, starts, lengths, 0.2, window, cap)
     name = f"attention {size} {'window' if window else 'pages' if pages else 'contiguous'}"
     asked = [((window - 1, 0), cap), (11, True)] if window else [(128 if size <= 64 else 11, pages)]
@@ -126,7 +127,7 @@ def attentions(generator, size, pages, window=0, cap=0.0):
     for part, got, grad in zip("qkv", found, grads, strict=True):
         close(f"{name} gradient of {part}", got, grad)
     none = torch.zeros(2, dtype=torch.int64)
-    empty = attention.attention(q, k, v, none, none, 0.2, window, cap)
+    empty = attention.attention(q, k, v, none, none, 0.2, window, cap, "")
     grads = attention.attention_backward(g, q, k, v, *empty, none, none, 0.2, window, cap)
     report(f"{name} of nothing", "" if not any(x.any() for x in (*empty, *grads)) else "not zero")
 
@@ -175,9 +176,16 @@ def others(generator):
     close("rope", rope.rope(x, table), out)
     close("rope gradient", rope.rope_backward(g, table), grad)
 
+    q, k, qw, kw = random(9, 96), random(9, 64), random(32), random(32)
+    both = rope.kernel.rotate(torch.arange(9), q, k, table, 32, qw, kw, 1e-6)
+    for name, x, w, want in (("q", q, qw, both[0]), ("k", k, kw, both[1])):
+        normed = norm.head_norm(x.view(9, -1, 32), w, 1e-6)
+        got = rope.rope(normed, table).view(want.shape)
+        report(f"norm of {name} and rotation", "" if not bits.differing(got, want) else "not the fused kernel's bits")
+
     ids, w, g = torch.tensor([3, 1, 3]), random(5, 32), random(3, 32)
     out, grad = by_autograd(lambda w: w[ids], g, w)
-    close("embedding", embedding.embedding(ids, w, DTYPE), out)
+    close("embedding", embedding.embedding(ids, w, DTYPE, -1), out)
     close("embedding gradient", embedding.embedding_backward(g, ids, 5), grad)
 
 
@@ -201,10 +209,10 @@ def heads(generator):
         seen = kept.gather(-1, tokens[:, None])[:, 0]
         want = logits.masked_fill(~kept, -torch.inf).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         grads = torch.autograd.grad(want[seen], wide, g[seen].double())
-        got = head.token_logprobs(x, w, tokens, *given)
+        got = head.token_logprobs(x, w, tokens, *given, "V2", False)
         close(f"head {name}", got[seen], want[seen].detach())
         report(f"head {name} dropped", "" if bool((got[~seen] == -torch.inf).all()) else "not minus infinity")
-        found = head.token_logprobs_backward(torch.where(seen, g, 0.0), x, w, tokens, *given, True, True)
+        found = head.token_logprobs_backward(torch.where(seen, g, 0.0), x, w, tokens, *given, "V2", False, True, True)
         for part, a, b in zip(("hidden", "weight"), found, grads, strict=True):
             close(f"head {name} gradient of {part}", a, b, 1e-2)
 

@@ -10,7 +10,11 @@ import torch
 from bi_patch import identity, running, training
 from bi_patch.arming import contract as made
 from bi_patch.errors import ContractBroken
-from bi_patch.training import contract, devices
+from bi_patch.training import contract, devices, huggingface
+
+
+def attentions(layers, backend):
+    return {f"model.layers.{number}.self_attn.attn": backend for number in range(layers)}
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def agreed(model):
         "torch": str(torch.__version__),
         "digest": identity.digest(),
         **devices.implementation("cpu").kernels(),
-        "attention": {"model.layers.0.self_attn.attn": "CPU_ATTN"},
+        "attention": attentions(model.config.num_hidden_layers, "CPU_ATTN"),
         "dtype": "float32",
         "quantization": None,
         "kv_cache_dtype": "auto",
@@ -37,7 +41,7 @@ def agreed(model):
         "logprobs_mode": "raw_logprobs",
         "runner": "V1",
         "compiled": True,
-        "model": {name: made._plain(getattr(model.config, name, None)) for name in made._MODEL},
+        "model": {name: made._plain(getattr(model.config, name, None)) for name in running.MODEL},
     }
 
 
@@ -59,7 +63,9 @@ def test_both_sides_agree(model, agreed, ids):
         ("kv_cache_dtype", "fp8"),
         ("logprobs_mode", "raw_logits"),
         ("rank_sums", "in any order"),
-        ("attention", {"model.layers.0.self_attn.attn": "TRITON_ATTN"}),
+        ("attention", attentions(1, "CPU_ATTN")),
+        ("attention", {"attn": "CPU_ATTN"}),
+        ("runner", "V3"),
     ],
 )
 def test_the_first_difference_is_named(model, agreed, name, value):
@@ -67,10 +73,63 @@ def test_the_first_difference_is_named(model, agreed, name, value):
         training.arm(model, sampler=agreed | {name: value})
 
 
+def test_the_backend_of_each_layer_is_compared(model, agreed):
+    agreed["attention"]["model.layers.1.self_attn.attn"] = "TRITON_ATTN"
+    with pytest.raises(ContractBroken, match="attention of model.layers.1.self_attn.attn is 'TRITON_ATTN'"):
+        training.arm(model, sampler=agreed)
+
+
+def test_each_model_keeps_the_form_of_its_own_sampler(make, agreed):
+    first, second = make("Llama"), make("Llama")
+    training.arm(first, sampler=agreed | {"runner": "V2", "logprobs_mode": "processed_logprobs"})
+    training.arm(second, sampler=agreed)
+    backends = ("CPU_ATTN",) * first.config.num_hidden_layers
+    assert huggingface.armed(first).form == contract.Form("V2", True, backends)
+    assert huggingface.armed(second).form == contract.Form("V1", False, backends)
+
+
+def test_a_cuda_layer_has_the_backend_that_the_trainer_can_repeat():
+    backends = devices.implementation("cuda", "attention").backends
+    assert backends(torch.bfloat16, 128, 0) == ("FLASH_ATTN", "TRITON_ATTN")
+    for dtype, size, window in ((torch.float32, 128, 0), (torch.bfloat16, 48, 0), (torch.bfloat16, 128, 9)):
+        assert backends(dtype, size, window) == ("TRITON_ATTN",)
+
+
+def test_a_cuda_process_that_is_not_armed_repeats_no_truncation(monkeypatch, agreed):
+    folder, kernels = (devices.implementation("cuda", name) for name in ("", "vllm_kernels"))
+    for closed in (True, False):
+        monkeypatch.setattr(kernels, "truncates_as_armed", lambda closed=closed: closed)
+        folder.agree(agreed)
+        if closed:
+            folder.agree(agreed | {"logprobs_mode": "processed_logprobs"})
+    with pytest.raises(ContractBroken, match="not armed"):
+        folder.agree(agreed | {"logprobs_mode": "processed_logprobs"})
+
+
 def test_another_model(model, agreed):
     agreed["model"]["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
     with pytest.raises(ContractBroken, match="model.rope_parameters"):
         training.arm(model, sampler=agreed)
+
+
+@pytest.mark.parametrize("cut", [{}, None, "model", "attention", "rank_sums", "model.rope_parameters"])
+def test_an_empty_or_cut_contract_is_no_contract(model, agreed, tmp_path, cut):
+    if not cut:
+        agreed = cut
+    elif cut.startswith("model."):
+        del agreed["model"][cut.partition(".")[2]]
+    else:
+        del agreed[cut]
+    file = tmp_path / "contract.json"
+    file.write_text(json.dumps(agreed))
+    for given in (str(file), *([] if agreed is None else [agreed])):
+        with pytest.raises(ContractBroken, match=f"training.contract: .*{cut or 'not armed'}"):
+            training.arm(model, sampler=given)
+
+
+def test_a_contract_without_layers_is_no_contract(model, agreed):
+    with pytest.raises(ContractBroken, match="lacks attention"):
+        training.arm(model, sampler=agreed | {"attention": {}})
 
 
 def test_raw_logprobs_show_no_temperature(model, agreed, ids):
@@ -126,17 +185,47 @@ def test_the_engines_side():
         model_config=SimpleNamespace(
             dtype=torch.bfloat16, quantization=None, logprobs_mode="raw_logprobs", hf_text_config=text
         ),
-        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         compilation_config=SimpleNamespace(mode=SimpleNamespace(name="NONE")),
     )
     layer = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: "CPU_ATTN"))
     held = SimpleNamespace(static_forward_context={"layers.0": layer, "other": object()})
-    worker = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=held))
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(compilation_config=held, parallel_config=config.parallel_config)
+    )
     found = made.make(config, SimpleNamespace(collective_rpc=lambda call: [call(worker)] * 2), "cpu", "0.32.0")
     assert (
         msgspec.msgpack.decode(msgspec.msgpack.encode(found)) == found
     )  # the way to another process takes no subclass
+    assert set(found) == set(running.FIELDS) and set(found["model"]) == set(running.MODEL)
     assert found["attention"] == {"layers.0": "CPU_ATTN"} and found["dtype"] == "bfloat16"
-    assert found["rank_sums"] == "ascending in fp32, rounded once" and not found["compiled"] and found["runner"] == "V1"
+    assert found["rank_sums"] == "none" and not found["compiled"] and found["runner"] == "V1"
     assert found["model"]["layer_types"] == ["a", "b"] and found["model"]["head_dim"] is None
+
+
+def test_only_the_one_stage_all_reduce_adds_as_the_trainer_does(monkeypatch):
+    monkeypatch.setenv("VLLM_CUSTOM_ALLREDUCE_ALGO", "1stage")
+    own = SimpleNamespace(disabled=False, should_custom_ar=lambda row: row.shape[1] % 8 == 0)
+    whole, odd = torch.empty(1, 64), torch.empty(1, 63)
+    plain = SimpleNamespace(ca_comm=own)
+    assert made._sums_of(plain, whole) == "ascending in fp32, rounded once"
+    assert made._sums_of(plain, odd) == "nccl"
+    assert made._sums_of(SimpleNamespace(ca_comm=None), whole) == "nccl"  # disable_custom_all_reduce
+    assert made._sums_of(SimpleNamespace(ca_comm=SimpleNamespace(disabled=True)), whole) == "nccl"
+    other = SimpleNamespace(disabled=False)
+    assert made._sums_of(SimpleNamespace(ca_comm=own, fi_ar_comm=other), whole) == "nccl"
+    monkeypatch.setenv("VLLM_CUSTOM_ALLREDUCE_ALGO", "2stage")
+    assert made._sums_of(plain, whole) == "nccl"
+
+
+def test_nccl_is_refused(model, agreed):
+    with pytest.raises(ContractBroken, match="rank_sums is 'nccl'"):
+        training.arm(model, sampler=agreed | {"tensor_parallel_size": 2, "rank_sums": "nccl"})
+
+
+def test_experts_call_the_kernel_of_the_same_vllm(make, agreed):
+    model = make("Mixtral")
+    agreed["model"] = {name: made._plain(getattr(model.config, name, None)) for name in running.MODEL}
+    with pytest.raises(ContractBroken, match="vllm is .*'0.1.0' in the sampler"):
+        training.arm(model, sampler=agreed | {"vllm": "0.1.0"})

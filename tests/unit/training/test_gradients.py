@@ -98,6 +98,18 @@ def test_the_gradient_is_the_one_of_autograd():
     assert float((got - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+def test_a_padding_token_gets_no_gradient():
+    first = sequences()[3][5]
+    model = made(tied=False)
+    plain = gradient(training.arm(model), [3, 5])["model.embed_tokens.weight"]
+    training.disarm(model)
+    model.model.embed_tokens.padding_idx = first
+    found = gradient(training.arm(model), [8])["model.embed_tokens.weight"]
+    assert plain[first].any() and not found[first].any()
+    rest = torch.arange(len(plain)) != first
+    assert not bits.differing(found[rest], plain[rest])
+
+
 def test_logits_of_the_model_itself_have_such_gradients_too():
     model = training.arm(made(), dtype=torch.bfloat16)
     found = []
@@ -146,3 +158,49 @@ def test_misuse_is_named():
     with training.gradients(model), torch.no_grad():
         training.logprobs(model, batch.ids, batch.mask)
     assert all(p.main_grad is None for p in model.parameters())
+
+
+def test_chains_of_replaced_parameters_are_refused():
+    model = training.arm(made(), dtype=torch.bfloat16)
+    (batch,) = batches(sequences()[:2], RIGHT)
+    with pytest.raises(UnsupportedFeature, match="belong to no parameter"):
+        with training.gradients(model):
+            training.logprobs(model, batch.ids, batch.mask).sum().backward()
+            layer = model.model.layers[0].mlp.up_proj  # as FSDP2 does after a pass
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+
+
+def test_a_compiled_model_runs_as_eager_code():
+    model = training.arm(made(), dtype=torch.bfloat16)
+    want = gradient(model, [8])
+    (batch,) = batches(sequences(), RIGHT)
+    with training.gradients(model):
+        found = training.logprobs(torch.compile(model), batch.ids, batch.mask, batch.positions)
+        loss(found, batch.places, sequences(), gains()).backward()
+    assert not any(bits.differing(p.main_grad, want[name]) for name, p in model.named_parameters())
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_models_of_several_ranks_are_refused(ranks, monkeypatch):
+    model = training.arm(made(), dtype=torch.bfloat16)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    with training.gradients(wrapped):
+        pass
+    monkeypatch.setattr(type(wrapped.process_group), "size", lambda self: 2)
+    with pytest.raises(UnsupportedFeature, match="training.gradients: DistributedDataParallel"):
+        with training.gradients(wrapped):
+            pass
+    monkeypatch.undo()
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model)
+    with pytest.raises(UnsupportedFeature, match="training.gradients: .*DTensor"):
+        with training.gradients(model):
+            pass

@@ -12,7 +12,7 @@ import torch
 from bi_patch import training
 from bi_patch.errors import BiPatchError, MissingDependency, UnsupportedFeature, UnsupportedRequest
 from bi_patch.ops import bits
-from bi_patch.training import huggingface
+from bi_patch.training import devices, huggingface
 
 COVERED = ("Llama", "Qwen3", "Qwen2.5", "Mistral", "Gemma 2", "Gemma 3")
 
@@ -141,6 +141,19 @@ def _quantize(model):
     model.hf_quantizer = object()
 
 
+def _noise(model):
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output + 0.1)
+
+
+def _wrap_layer(model):
+    own = model.model.layers[0].forward
+    model.model.layers[0].forward = lambda *args, **kwargs: own(*args, **kwargs)
+
+
+def _add(model):
+    model.model.layers[0].mlp.adapter = torch.nn.Linear(2, 2)
+
+
 SCALED = {
     "linear": {"factor": 8.0},
     "llama3": {
@@ -204,6 +217,8 @@ def test_vllm_computes_the_tables_alike():
         (_half, "training.dtype: model.norm.weight is torch.float16"),
         (_round, "training.rotation: .*rotary_emb are rounded"),
         (_quantize, "training.quantization"),
+        (_noise, "training.hook: model.embed_tokens .*_noise"),
+        (_wrap_layer, "training.leaf: .*model.layers.0"),
     ],
 )
 def test_what_has_no_cover_is_refused_by_name(make, change, named):
@@ -212,6 +227,71 @@ def test_what_has_no_cover_is_refused_by_name(make, change, named):
     with pytest.raises(UnsupportedFeature, match=named):
         training.arm(model)
     assert huggingface.armed(model) is None and model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (_replace, "training.leaf: model.layers.0.mlp.up_proj .*Wrapped.* came after arm"),
+        (_hook, "training.leaf: .*model.layers.0.mlp.up_proj after arm"),
+        (_noise, "training.hook: model.embed_tokens .*_noise"),
+        (_wrap_layer, "training.leaf: .*model.layers.0 after arm"),
+        (_add, "training.leaf: .*modules"),
+    ],
+)
+def test_what_changes_after_arming_is_refused_by_name(make, ids, change, named):
+    model = training.arm(make("Llama"))
+    copied = copy.deepcopy(model)
+    change(model)
+    for call in (lambda: training.logprobs(model, *ids), lambda: model(ids[0], attention_mask=ids[1])):
+        with pytest.raises(UnsupportedFeature, match=named):
+            call()
+    with pytest.raises(UnsupportedFeature, match=named):
+        training.logprobs(torch.compile(model, backend="eager"), *ids)
+    training.logprobs(copied, *ids)
+
+
+def test_hooks_that_change_no_value_stay(make, ids):
+    model = training.arm(make("Llama"))
+    want = training.logprobs(model, *ids).detach()
+    model.enable_input_require_grads()
+    assert not bits.differing(training.logprobs(model, *ids).detach(), want)
+    assert model(*ids[:1], output_hidden_states=True).hidden_states
+
+
+class PeftModelForCausalLM(torch.nn.Module):
+    """Like a wrapper of PEFT, it shows the configuration of the model inside."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_model = base
+        self.config = base.config
+
+
+def test_a_wrapper_of_another_library_is_refused_by_name(make):
+    with pytest.raises(UnsupportedFeature, match="training.model: .*PeftModelForCausalLM is no class"):
+        training.arm(PeftModelForCausalLM(make("Llama")))
+
+
+def test_a_router_with_noise_is_refused(make):
+    model = make("Llama")
+    model.config.router_jitter_noise = 0.1
+    with pytest.raises(UnsupportedFeature, match="router_jitter_noise"):
+        training.arm(model)
+
+
+def test_a_mask_beside_lengths_must_say_the_same_sequences(make, ids):
+    tokens, mask = ids
+    model = training.arm(make("Llama"))
+    packed, ends = tokens[:1], torch.tensor([0, 10, 40])
+    one = torch.ones_like(packed)
+    with pytest.raises(UnsupportedRequest, match="training.mask: .*cumulative lengths"):
+        model(packed, attention_mask=one, cu_seq_lens_q=ends)
+    with pytest.raises(UnsupportedRequest, match="training.mask: .*cumulative lengths"):
+        training.logprobs(model, packed, attention_mask=one, cu_seqlens=ends)
+    whole = torch.tensor([0, 40])
+    want = training.logprobs(model, packed).detach()
+    assert not bits.differing(training.logprobs(model, packed, one, cu_seqlens=whole).detach(), want)
 
 
 def test_a_release_whose_hooks_nobody_checked(make, monkeypatch):
@@ -268,3 +348,14 @@ def test_sampling_transforms_by_token(make, ids):
     cut = training.logprobs(model, tokens, mask, top_k=3)
     kept = logits >= logits.topk(3).values[..., -1:]
     assert torch.equal(cut[:, 1:][both].isinf(), ~kept.gather(-1, tokens[:, 1:, None])[..., 0][both])
+
+
+@pytest.mark.parametrize(
+    "size, experts, named", [(16, True, "training.experts"), (48, False, "training.rotation: .*48")]
+)
+def test_what_cuda_does_not_cover_is_refused_while_arming(make, monkeypatch, size, experts, named):
+    model = make("Mixtral" if experts else "Llama", head_dim=size)
+    monkeypatch.setattr(devices.implementation("cpu"), "cover", devices.implementation("cuda").cover)
+    with pytest.raises(UnsupportedFeature, match=named):
+        training.arm(model)
+    assert huggingface.armed(model) is None

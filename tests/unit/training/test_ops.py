@@ -67,6 +67,12 @@ def test_embedding():
     close(lambda w: ops.embedding(ids, w, torch.float32), lambda w: functional.embedding(ids, w), randn(10, 16))
 
 
+def test_a_padding_token_gets_no_gradient():
+    ids = torch.tensor([[3, 1, 3], [0, 3, 9]])
+    run = functional.embedding
+    close(lambda w: ops.embedding(ids, w, torch.float32, 3), lambda w: run(ids, w, padding_idx=3), randn(10, 16))
+
+
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_attention(window, softcap):
@@ -153,14 +159,15 @@ def operators():
     def wide(*shape):
         return randn(*shape).requires_grad_()
 
-    heads = (wide(18, 4, 32), wide(18, 2, 32), wide(18, 2, 32), STARTS, LENGTHS, 0.3, 3, 5.0)
-    score = (wide(70, 32), wide(100, 32), torch.arange(70), torch.ones(70), None, None, 0.0)
+    heads = (wide(18, 4, 32), wide(18, 2, 32), wide(18, 2, 32), STARTS, LENGTHS, 0.3, 3, 5.0, "")
+    score = (wide(70, 32), wide(100, 32), torch.arange(70), torch.ones(70), None, None, 0.0, "V2", False)
     return {
         "linear": (wide(5, 64), wide(32, 64), wide(32), 2),
         "rms_norm": (wide(5, 64), wide(64), 1e-5, 0.0),
+        "head_norm": (wide(5, 3, 64), wide(64), 1e-5),
         "gated": (wide(5, 64), wide(5, 64), "silu"),
         "rope": (wide(9, 4, 32), randn(9, 32)),
-        "embedding": (torch.arange(5), wide(10, 16), torch.bfloat16),
+        "embedding": (torch.arange(5), wide(10, 16), torch.bfloat16, 3),
         "attention": heads,
         "token_logprobs": score,
     }
