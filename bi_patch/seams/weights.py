@@ -13,12 +13,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from bi_patch.errors import NoEngine
+from bi_patch.errors import NoEngine, WeightsBroken
 
 _identity = secrets.token_hex(16)
 _cores: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
 _models: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
-pending = False  # a model got weights, and `settle` did not run since
+_broken: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # why a model may not compute
+pending = False  # a model got weights, and `settle` did not succeed since
 
 
 def identity() -> str:
@@ -47,8 +48,8 @@ def watch_model(
 
     @functools.wraps(held)
     def load_weights(*args, **kwargs):
-        before(mine())
         try:
+            before(mine())
             return held(mine(), *args, **kwargs)
         finally:
             wrote()
@@ -73,11 +74,25 @@ def renew() -> None:
 
 
 def settle() -> None:
-    """Make again what every model of this process derives from its weights, e.g. packed copies."""
+    """Make again what every model of this process derives from its weights, e.g. packed copies.
+
+    A model for which that fails stays broken: a part of its weights is old, and nobody knows which. Its error is raised
+    once. `pending` stays, so that every later call raises WeightsBroken.
+    """
     global pending
-    pending = False
+    pending = True
     for model, call in list(_models.items()):
-        call(model)
+        if model in _broken:
+            raise WeightsBroken(
+                f"an update of the weights of {type(model).__name__} failed half way, so the engine stops. Start it "
+                f"again. What failed: {_broken[model]}"
+            )
+        try:
+            call(model)
+        except BaseException as error:
+            _broken[model] = f"{type(error).__name__}: {error}"
+            raise
+    pending = False
 
 
 def weights_changed() -> None:

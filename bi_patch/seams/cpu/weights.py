@@ -33,8 +33,8 @@ def _begin(model) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
     if not _in_progress(model):
-        initialize_layerwise_reload(model)
         setattr(model, _LOADING, True)
+        initialize_layerwise_reload(model)
 
 
 def _settle(model, config) -> None:
@@ -45,8 +45,9 @@ def _settle(model, config) -> None:
     from bi_patch.ops.cpu import linear, rows
 
     with set_current_vllm_config(config):
-        if model.__dict__.pop(_LOADING, False) and _in_progress(model):
+        if model.__dict__.get(_LOADING) and _in_progress(model):
             finalize_layerwise_reload(model, config.model_config)
+        model.__dict__.pop(_LOADING, None)
         if _in_progress(model):  # vLLM ends its own load
             return
         routed = linear.take_routed()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bi_patch.errors import NoEngine, UnsupportedFeature
+from bi_patch.errors import NoEngine, UnsupportedFeature, WeightsBroken
 from bi_patch.seams import weights
 from bi_patch.seams.common import weights as seams
 from bi_patch.seams.cpu import weights as cpu
@@ -162,6 +162,37 @@ def test_load_weights_of_a_model_is_seen_and_keeps_no_model_alive():
     del model
     gc.collect()
     assert not weights._models
+
+
+def test_an_update_that_fails_stops_the_engine():
+    def fails(model):
+        raise UnsupportedFeature("weights.some: a part of the weights")
+
+    model = Model()
+    weights.watch_model(model, settle=fails)
+    model.load_weights([("a", 1)])
+    with pytest.raises(UnsupportedFeature, match="weights.some"):
+        weights.settle()
+    step = cpu._settled(lambda self: "an answer")
+    for again in (weights.settle, weights.weights_changed, lambda: step(None)):
+        with pytest.raises(WeightsBroken, match="Model failed half way.*UnsupportedFeature: weights.some"):
+            again()
+    del model, again
+    gc.collect()
+    assert not weights._models
+    weights.settle()  # another model's steps run
+    assert not weights.pending
+
+
+def test_a_load_that_cannot_begin_counts_as_a_write():
+    def fails(model):
+        raise ValueError("half of it")
+
+    model, before = Model(), weights.identity()
+    weights.watch_model(model, fails)
+    with pytest.raises(ValueError, match="half of it"):
+        model.load_weights([("a", 1)])
+    assert weights.pending and weights.identity() != before and not model.loaded
 
 
 def test_weights_changed_needs_an_engine_or_a_model():
