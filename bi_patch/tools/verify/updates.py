@@ -88,10 +88,15 @@ def _pieces(engine: LocalEngine, folder: str) -> None:
 
 
 def _parameters(engine: LocalEngine, folder: str) -> dict[str, object]:
-    """A copy of every parameter of the folder's weights, on the host: the device may not hold several."""
+    """A copy of every parameter of the folder's weights, on the host: the device may not hold several.
+
+    On CPU without the experts, which are packed, so that a write of them is refused.
+    """
     if folder not in _kept:
         _reload(engine, folder)
-        _kept[folder] = {name: p.detach().cpu().clone() for name, p in _model(engine).named_parameters()}
+        packed = ("w13_weight", "w2_weight") if engine.info.platform == "cpu" else ()
+        held = _model(engine).named_parameters()
+        _kept[folder] = {name: p.detach().cpu().clone() for name, p in held if not name.endswith(packed)}
     return _kept[folder]
 
 
@@ -100,7 +105,8 @@ def _write(model, values: dict[str, object]) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(values[name])
+            if name in values:
+                parameter.copy_(values[name])
 
 
 def _copy(engine: LocalEngine, folder: str) -> None:

@@ -220,3 +220,29 @@ def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others():
     layer.quant_method = SimpleNamespace(moe_kernel=object())
     with pytest.raises(UnsupportedFeature, match="weights.cpu_complete: .*reload_weights"):
         complete(layer, 2, 3)
+
+
+def test_packed_experts_may_be_written_by_a_load_only():
+    torch = pytest.importorskip("torch")
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w13_weight, self.w2_weight = (torch.nn.Parameter(torch.randn(2, 8, 4)) for _ in range(2))
+
+    def setup(self, layer):
+        self.moe_kernel = SimpleNamespace(fused_experts=SimpleNamespace(process_weights_after_loading=pack))
+
+    def pack(layer):
+        with torch.no_grad():
+            layer.w13_weight.copy_(layer.w13_weight.flip(0))
+
+    method, model = SimpleNamespace(moe_kernel=None), torch.nn.Sequential(torch.nn.Identity(), Layer())
+    load = cpu._pack_experts(setup)
+    load(method, model[1])
+    cpu._unwritten(model)
+    model[1].w2_weight.data.copy_(model[1].w2_weight.flip(0))
+    with pytest.raises(UnsupportedFeature, match="weights.cpu_experts: the experts of 1 .*reload_weights"):
+        cpu._unwritten(model)
+    load(method, model[1])
+    cpu._unwritten(model)
