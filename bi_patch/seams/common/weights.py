@@ -1,5 +1,6 @@
 """Weight updates: no request uses keys and values of other weights, and an answer over an update says so."""
 
+import contextlib
 import functools
 import secrets
 
@@ -106,8 +107,14 @@ def _arrival(original):
 
 
 def _settled(worker) -> None:
-    """In a worker: what the model derives from its weights follows them."""
+    """In a worker: the core knows of the new weights, and what the model derives from its weights follows them."""
+    weights.told()
     weights.settle()
+
+
+def _settle(core) -> None:
+    if active.plan is not None and active.plan.platform in ("cpu", "cuda"):
+        core.model_executor.collective_rpc(_settled)
 
 
 def _calls(original):
@@ -119,8 +126,12 @@ def _calls(original):
             return original(self, method, *args, **kwargs)
         try:
             result = original(self, method, *args, **kwargs)
-            if active.plan is not None and active.plan.platform == "cpu":  # only CPU workers keep packed copies
-                self.model_executor.collective_rpc(_settled)
+        except BaseException:
+            with contextlib.suppress(Exception):  # a worker that did not settle refuses its next step
+                _settle(self)
+            raise
+        else:
+            _settle(self)
             return result
         finally:
             weights.renew()

@@ -82,18 +82,6 @@ def _unwritten(model) -> None:
             )
 
 
-def _settled(original):
-    """GPUModelRunner.execute_model and _dummy_run: end a load first, and pack again what it left unpacked."""
-
-    @functools.wraps(original)
-    def run(self, *args, **kwargs):
-        if weights.pending:
-            weights.settle()
-        return original(self, *args, **kwargs)
-
-    return run
-
-
 def _complete(original):
     """materialize_layer: a layer that gets a part of its weights keeps the others. vLLM leaves these uninitialized."""
 
@@ -147,7 +135,7 @@ def _step(name: str, method: str) -> Seam:
     return Seam(
         name=f"weights.{name}",
         targets=(Target(_RUNNER, f"GPUModelRunner.{method}"),),
-        close=_settled,
+        close=weights.before_step,
         why=_PACKED,
         how="before a step after an update, a load by model.load_weights is ended, and heads are packed again",
         until="upstream's layerwise load covers tied heads and model.load_weights on CPU",

@@ -17,6 +17,7 @@ def _own(monkeypatch):
     monkeypatch.setattr(weights, "_cores", type(weights._cores)())
     monkeypatch.setattr(weights, "_models", type(weights._models)())
     monkeypatch.setattr(weights, "pending", False)
+    monkeypatch.setattr(weights, "_untold", False)
 
 
 class Request:
@@ -153,7 +154,7 @@ class Model:
 
 
 def test_load_weights_of_a_model_is_seen_and_keeps_no_model_alive():
-    model, before = Model(), weights.identity()
+    core, model, before = Core(), Model(), weights.identity()
     weights.watch_model(model)
     assert model.load_weights([("a", 1)]) == {"a"} and model.loaded == [("a", 1)]
     assert weights.pending and weights.identity() != before
@@ -168,12 +169,12 @@ def test_an_update_that_fails_stops_the_engine():
     def fails(model):
         raise UnsupportedFeature("weights.some: a part of the weights")
 
-    model = Model()
+    core, model = Core(), Model()
     weights.watch_model(model, settle=fails)
     model.load_weights([("a", 1)])
     with pytest.raises(UnsupportedFeature, match="weights.some"):
         weights.settle()
-    step = cpu._settled(lambda self: "an answer")
+    step = weights.before_step(lambda self: "an answer")
     for again in (weights.settle, weights.weights_changed, lambda: step(None)):
         with pytest.raises(WeightsBroken, match="Model failed half way.*UnsupportedFeature: weights.some"):
             again()
@@ -182,6 +183,35 @@ def test_an_update_that_fails_stops_the_engine():
     assert not weights._models
     weights.settle()  # another model's steps run
     assert not weights.pending
+
+
+def test_a_worker_runs_no_step_with_weights_that_its_core_does_not_know(monkeypatch):
+    """A process without engine cores: only a call of the core to its workers says that the core knows."""
+    model, step = Model(), weights.before_step(lambda self: "an answer")
+    weights.watch_model(model)
+    worker = SimpleNamespace(collective_rpc=lambda call: call(None))
+    calls = seams._calls(lambda self, method: method())
+    monkeypatch.setattr(seams.active, "plan", SimpleNamespace(platform="cuda"))
+    for write in (lambda: model.load_weights([("a", 1)]), weights.weights_changed):
+        assert step(None) == "an answer"
+        write()
+        weights.settle()
+        for _ in range(2):
+            with pytest.raises(WeightsBroken, match=r"not by a call through the engine.*llm\.collective_rpc"):
+                step(None)
+        calls(SimpleNamespace(model_executor=worker), write)
+        assert step(None) == "an answer" and not weights.pending
+
+    def fails():
+        model.load_weights([("a", 1)])
+        raise ValueError("half of it")
+
+    with pytest.raises(ValueError, match="half of it"):
+        calls(SimpleNamespace(model_executor=worker), fails)
+    assert step(None) == "an answer"
+    core = Core()
+    model.load_weights([("a", 1)])
+    assert step(None) == "an answer" and core.scheduler is not None
 
 
 def test_a_load_that_cannot_begin_counts_as_a_write():
