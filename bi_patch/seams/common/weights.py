@@ -3,13 +3,16 @@
 import contextlib
 import functools
 import secrets
+from pathlib import Path
 
+from bi_patch.files import HANDED_OVER
 from bi_patch.seams import active, weights
 from bi_patch.seams.model import Seam, Target
 
 HEADER = "bi-patch-weights"
 _KEY = "_bi_patch_weights"  # attribute of vLLM's Request: the weights in its block hashes
 _MIXED = "_bi_patch_mixed"  # attribute of vLLM's RequestState
+_SOURCE = ("model", "model_weights", "revision")  # fields of vLLM's ModelConfig: where weights are read
 _DROPPED = "_bi_patch_dropped"  # attribute of vLLM's EngineCore: it sleeps without its weights
 
 # Methods of workers that write no weights. Every other call to the workers counts as a write.
@@ -167,13 +170,20 @@ def _wake(original):
 
 
 def _reload(original):
-    """GPUModelRunner.reload_weights: the weights count as written, also if the call fails on the way."""
+    """GPUModelRunner.reload_weights: the weights count as written, also if the call fails on the way.
+
+    vLLM notes the folder as the model's, and reads it at the next reload. A folder of training.sync is gone by then.
+    """
 
     @functools.wraps(original)
     def reload_weights(self, *args, **kwargs):
+        config = self.vllm_config.model_config
+        own = {name: getattr(config, name) for name in _SOURCE if hasattr(config, name)}
         try:
             return original(self, *args, **kwargs)
         finally:
+            if Path(config.model).name.startswith(HANDED_OVER):
+                vars(config).update(own)
             weights.wrote()
 
     return reload_weights

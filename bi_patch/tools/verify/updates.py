@@ -41,6 +41,7 @@ def held() -> tuple[int, int]:
     """(tensors, bytes) that this process holds: of all CPU tensors, or of the CUDA allocator with 0 tensors."""
     import torch
 
+    gc.unfreeze()  # vLLM froze what it had after its start, and the collector lists nothing that is frozen
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -4,11 +4,14 @@ import gc
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from bi_patch import files
 from bi_patch.errors import NoEngine, UnsupportedFeature, WeightsBroken
 from bi_patch.seams import weights
 from bi_patch.seams.common import weights as seams
 from bi_patch.seams.cpu import weights as cpu
+from bi_patch.training import samplers
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +157,7 @@ class Model:
 
 
 def test_load_weights_of_a_model_is_seen_and_keeps_no_model_alive():
-    core, model, before = Core(), Model(), weights.identity()
+    model, _core, before = Model(), Core(), weights.identity()
     weights.watch_model(model)
     assert model.load_weights([("a", 1)]) == {"a"} and model.loaded == [("a", 1)]
     assert weights.pending and weights.identity() != before
@@ -169,7 +172,7 @@ def test_an_update_that_fails_stops_the_engine():
     def fails(model):
         raise UnsupportedFeature("weights.some: a part of the weights")
 
-    core, model = Core(), Model()
+    model, _core = Model(), Core()
     weights.watch_model(model, settle=fails)
     model.load_weights([("a", 1)])
     with pytest.raises(UnsupportedFeature, match="weights.some"):
@@ -236,7 +239,6 @@ def test_weights_changed_needs_an_engine_or_a_model():
 
 
 def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others():
-    torch = pytest.importorskip("torch")
     old, layer = torch.ones(3), SimpleNamespace(scale=torch.full((3,), 7.0), quant_method=None)
 
     def complete(layer, loaded, total, kernel=({"scale": old}, {})):
@@ -253,7 +255,6 @@ def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others():
 
 
 def test_packed_experts_may_be_written_by_a_load_only():
-    torch = pytest.importorskip("torch")
 
     class Layer(torch.nn.Module):
         def __init__(self):
@@ -276,3 +277,23 @@ def test_packed_experts_may_be_written_by_a_load_only():
         cpu._unwritten(model)
     load(method, model[1])
     cpu._unwritten(model)
+
+
+def test_a_reload_keeps_its_folder_but_for_a_folder_of_sync():
+    config = SimpleNamespace(model="started", model_weights="bucket", revision="main")
+
+    def load(self, weights_path):
+        config.model, config.model_weights, config.revision = weights_path, "", None
+        if weights_path.endswith("bad"):
+            raise OSError("half of it")
+
+    runner = SimpleNamespace(vllm_config=SimpleNamespace(model_config=config))
+    reload = seams._reload(load)
+    with samplers.written([("a", torch.ones(1))]) as folder:
+        reload(runner, str(folder))
+    assert vars(config) == {"model": "started", "model_weights": "bucket", "revision": "main"}
+    with pytest.raises(OSError, match="half of it"):
+        reload(runner, f"/tmp/{files.HANDED_OVER}bad")
+    assert config.model == "started" and weights.pending
+    reload(runner, "other")
+    assert vars(config) == {"model": "other", "model_weights": "", "revision": None}
