@@ -9,7 +9,7 @@ def _step(name: str, module: str, **given) -> Seam:
         name=f"weights.{name}",
         targets=(Target(module, "GPUModelRunner.execute_model"),),
         close=weights.before_step,
-        why="a load in a worker's process that the engine core did not ask for leaves the core's cached keys and values",
+        why="a load in a worker that the engine core did not ask for leaves the core's cached keys and values",
         how="a step after such a load is refused by name",
         until="upstream keys cached blocks by the weights (https://github.com/vllm-project/vllm/pull/46125)",
         causes=(31,),
