@@ -78,7 +78,8 @@ def _unwritten(model) -> None:
         if layer in _packed and _checksums(layer) != _packed[layer]:
             raise UnsupportedFeature(
                 f"weights.cpu_experts: the experts of {name} were written in place. vLLM packs the weights of experts "
-                "on CPU, so a write in place gives other weights than it means. Use reload_weights or model.load_weights"
+                "on CPU, so a write in place gives other weights than it means. Use reload_weights or "
+                "model.load_weights"
             )
 
 
