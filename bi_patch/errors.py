@@ -73,6 +73,10 @@ class WeightsNotSynced(BiPatchError):
     """A sampler serves other weights than its trainer has."""
 
 
+class WeightsBroken(BiPatchError):
+    """An update of the engine's weights failed half way, or nobody told the engine core of it. The engine stops."""
+
+
 class SamplerFailed(BiPatchError):
     """A sampler cannot be reached, or it could not do what training.sync asked for."""
 

@@ -1,4 +1,4 @@
-"""Small JSON files that several processes read and write: each write replaces the whole file at once."""
+"""Small JSON files that several processes read and write: each write replaces the whole file at once. And one name."""
 
 import os
 import tempfile
@@ -8,6 +8,8 @@ from typing import TypeVar
 import msgspec
 
 T = TypeVar("T")
+# How the folder's name begins through which training.sync hands over weights. The folder is deleted once they are read.
+HANDED_OVER = "bi_patch-sync-"
 
 
 def read_json(path: Path, kind: type[T]) -> T | None:

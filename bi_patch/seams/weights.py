@@ -3,22 +3,29 @@
 Cached keys and values belong to the weights that computed them. So the identity of the loaded weights is a part of the
 hash of each prompt's first block. The identity is random: a counter would repeat after a restart, and in another
 engine. Engine cores register with `watch_core`, models with `watch_model`.
+
+A worker may be another process than its engine core. The core then renews its identity around its own calls to the
+workers, and tells them with `told`. A write that no core knows of stops the next step.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import secrets
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from bi_patch.errors import NoEngine
+from bi_patch.errors import NoEngine, WeightsBroken
 
 _identity = secrets.token_hex(16)
 _cores: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
+os.register_at_fork(after_in_child=_cores.clear)  # a forked worker runs no engine core of its parent
 _models: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
-pending = False  # a model got weights, and `settle` did not run since
+_broken: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # why a model may not compute
+pending = False  # the next step has something to do: see `ready`
+_untold = False  # weights changed in this process, which has no engine core, and no core said that it knows
 
 
 def identity() -> str:
@@ -47,8 +54,8 @@ def watch_model(
 
     @functools.wraps(held)
     def load_weights(*args, **kwargs):
-        before(mine())
         try:
+            before(mine())
             return held(mine(), *args, **kwargs)
         finally:
             wrote()
@@ -61,7 +68,20 @@ def wrote() -> None:
     """Note that a model of this process got weights: a new identity, and `settle` is due."""
     global pending
     pending = True
+    _changed()
+
+
+def _changed() -> None:
+    global pending, _untold
+    if not _cores:
+        pending = _untold = True
     renew()
+
+
+def told() -> None:
+    """Note that the engine core of this worker knows of all writes so far."""
+    global _untold
+    _untold = False
 
 
 def renew() -> None:
@@ -72,12 +92,52 @@ def renew() -> None:
         call(core)
 
 
+def ready() -> None:
+    """Before a step with `pending`: refuse weights that the engine core does not know of, and settle the others.
+
+    Raises WeightsBroken, and what `settle` raises.
+    """
+    if _untold:
+        raise WeightsBroken(
+            "weights were written in a worker, but not by a call through the engine, so the engine core would use keys "
+            "and values of the old weights. Write them by llm.collective_rpc (an executor's own collective_rpc is not "
+            "enough), or follow the write with llm.collective_rpc(lambda worker: bi_patch.weights_changed())"
+        )
+    settle()
+
+
+def before_step(original):
+    """Wrap a model runner's step. It costs the look at one flag while no weights change."""
+
+    @functools.wraps(original)
+    def run(self, *args, **kwargs):
+        if pending:
+            ready()
+        return original(self, *args, **kwargs)
+
+    return run
+
+
 def settle() -> None:
-    """Make again what every model of this process derives from its weights, e.g. packed copies."""
+    """Make again what every model of this process derives from its weights, e.g. packed copies.
+
+    A model for which that fails stays broken: a part of its weights is old, and nobody knows which. Its error is raised
+    once. `pending` stays, so that every later call raises WeightsBroken.
+    """
     global pending
-    pending = False
+    pending = True
     for model, call in list(_models.items()):
-        call(model)
+        if model in _broken:
+            raise WeightsBroken(
+                f"an update of the weights of {type(model).__name__} failed half way, so the engine stops. Start it "
+                f"again. What failed: {_broken[model]}"
+            )
+        try:
+            call(model)
+        except BaseException as error:
+            _broken[model] = f"{type(error).__name__}: {error}"
+            raise
+    pending = _untold
 
 
 def weights_changed() -> None:
@@ -94,4 +154,4 @@ def weights_changed() -> None:
             "weights were written, e.g. with llm.collective_rpc"
         )
     settle()
-    renew()
+    _changed()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bi_patch.errors import SamplerFailed, UnsupportedFeature
+from bi_patch.files import HANDED_OVER
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,7 @@ def written(weights: Weights) -> Iterator[Path]:
     """A folder with the weights as safetensors, deleted at the end of the block."""
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory(prefix="bi_patch-weights-") as folder:
+    with tempfile.TemporaryDirectory(prefix=HANDED_OVER) as folder:
         held = {name: tensor.contiguous() for name, tensor in weights}
         save_file(held, Path(folder) / "model.safetensors", {"format": "pt"})
         yield Path(folder)

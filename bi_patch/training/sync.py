@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from bi_patch.errors import BiPatchError, WeightsNotSynced
+from bi_patch.ops import bits
 from bi_patch.training import huggingface, samplers
 from bi_patch.training.compare import compare
 from bi_patch.training.logprobs import logprobs
@@ -27,8 +28,8 @@ class Synced:
     compared: int
 
 
-# For each model: the parameters' versions at its last sync.
-_last: weakref.WeakKeyDictionary[torch.nn.Module, tuple] = weakref.WeakKeyDictionary()
+# For each model and sampler: the checksum of each weight that the sampler got. A sampler is an address, or a weakref.
+_synced: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, dict[str, int] | None]] = weakref.WeakKeyDictionary()
 
 
 def sync(
@@ -45,24 +46,32 @@ def sync(
     sampler: a vllm.LLM, or the address of a server with VLLM_SERVER_DEV_MODE=1 that reads this machine's temporary
     folder. version: a name that later answers of the sampler carry. dtype: the sampler's, by default the dtype in which
     the armed model computes; fp32 weights are rounded to it. probe: token ids of the comparison. check: whether to
-    compare: the sampler continues the probe greedily, and the trainer computes the logprobs of the answer.
+    compare: the sampler continues the probe greedily, and the trainer computes the logprobs of the answer. That shows
+    the weights that these few tokens reach: not each expert, nor each row of an embedding.
 
     Raises WeightsNotSynced if a logprob differs, SamplerFailed if the sampler cannot load weights.
     """
     start = time.perf_counter()
     to = samplers.sampler(sampler)
     held = list(weights(model, dtype or _computes(model)))
+    synced = _synced.setdefault(huggingface.unwrapped(model), {})
+    synced[_key(sampler)] = None  # until the end, nobody knows what the sampler serves
+    sums = _checksums(model)
     to.load(held)
     to.forget()
     if version:
         to.name(version)
-    _last[model] = _versions(model)
     compared = _compare(model, to, list(probe or PROBE)) if check else 0
+    synced[_key(sampler)] = sums
     return Synced(version, len(held), time.perf_counter() - start, compared)
 
 
 def weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights as a checkpoint of this model names them, floats rounded to `dtype`. A tied head is left out."""
+    """The weights as a checkpoint of this model names them, floats rounded to `dtype`. A tied head is left out.
+
+    Wrappers of torch.compile and DistributedDataParallel add nothing to the names.
+    """
+    model = huggingface.unwrapped(model)
     held = {name: p.detach() for name, p in model.named_parameters()}
     named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     held |= {name: t for name, t in model.state_dict().items() if name not in named}  # buffers
@@ -74,22 +83,39 @@ def weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, t
         yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def require_synced(model: torch.nn.Module) -> None:
-    """Raise WeightsNotSynced if a parameter of `model` was written since its last sync, or if there was no sync."""
-    last = _last.get(model)
-    if last is None:
+def require_synced(model: torch.nn.Module, sampler: object = None) -> None:
+    """Raise WeightsNotSynced unless `model` has the weights of its last sync, bit for bit, and that sync succeeded.
+
+    sampler: as in `sync`; None means every sampler that this model was synced with. It reads each weight once.
+    """
+    model = huggingface.unwrapped(model)
+    held = {key: sums for key, sums in _synced.get(model, {}).items() if not _gone(key)}
+    asked = list(held.values()) if sampler is None else [held[key] for key in [_key(sampler)] if key in held]
+    if not asked:
         raise WeightsNotSynced("this model was never synced with a sampler: call training.sync after each update")
-    now = _versions(model)
-    changed = [name for (name, *_), a, b in zip(now, now, last) if a != b] if len(now) == len(last) else ["parameters"]
-    if changed:
-        raise WeightsNotSynced(
-            f"{len(changed)} parameters changed since the last training.sync, first {changed[0]}: the sampler serves "
-            "older weights"
-        )
+    if None in asked:
+        raise WeightsNotSynced("the last training.sync failed, so the sampler's weights are unknown: sync again")
+    now = _checksums(model)
+    for last in asked:
+        changed = [name for name in now | last if now.get(name) != last.get(name)]
+        if changed:
+            raise WeightsNotSynced(
+                f"{len(changed)} weights changed since the last training.sync, first {changed[0]}: the sampler serves "
+                "older weights"
+            )
 
 
-def _versions(model: torch.nn.Module) -> tuple:
-    return tuple((name, p.data_ptr(), p._version) for name, p in model.named_parameters())
+def _key(sampler: object) -> object:
+    return sampler.rstrip("/") if isinstance(sampler, str) else weakref.ref(sampler)
+
+
+def _gone(key: object) -> bool:
+    return isinstance(key, weakref.ref) and key() is None
+
+
+def _checksums(model: torch.nn.Module) -> dict[str, int]:
+    """The checksum of each parameter and buffer. A write through `.data` changes no version of PyTorch's, but this."""
+    return {name: bits.checksum(t) for name, t in huggingface.unwrapped(model).state_dict().items()}
 
 
 def _computes(model: torch.nn.Module) -> torch.dtype:

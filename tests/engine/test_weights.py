@@ -2,6 +2,8 @@
 
 import functools
 import os
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -99,3 +101,63 @@ def _in_place(engine, asked):
 def test_compiled_code_serves_new_weights(folder, name):
     cases = axis(options(folder(name), eager=False))
     assert cases and not [f"{case.label}: {case.difference.first}" for case in cases if case.differs]
+
+
+# The engine core is in this process, the worker in another one.
+WORKER = """
+import pytest
+import sys
+import bi_patch
+from safetensors.torch import load_file
+from vllm import LLM, SamplingParams
+from bi_patch.errors import WeightsBroken
+from bi_patch.seams import weights
+from bi_patch.training import samplers
+
+if __name__ == "__main__":
+    own, other = sys.argv[1:]
+    llm = LLM(own, max_model_len=256, enforce_eager=True, distributed_executor_backend="mp", skip_tokenizer_init=True)
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+
+    def answer():
+        asked = SamplingParams(temperature=0.0, max_tokens=4, logprobs=0, detokenize=False)
+        (made,) = llm.generate([{"prompt_token_ids": list(range(5, 45))}], asked, use_tqdm=False)
+        return made.outputs[0].token_ids, [next(iter(step.values())).logprob for step in made.outputs[0].logprobs]
+
+    def folder():
+        return executor.collective_rpc(lambda worker: worker.vllm_config.model_config.model)
+
+    def write(worker):
+        for name, parameter in worker.get_model().named_parameters():
+            if name.endswith("w2_weight"):
+                parameter.data.copy_(parameter.data.flip(0))
+
+    known = answer()
+    executor.collective_rpc("reload_weights", kwargs={"weights_path": other})
+    with pytest.raises(RuntimeError, match="not by a call through the engine"):
+        executor.collective_rpc(lambda worker: weights.ready())
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": other})
+    assert answer() != known and folder() == [other]
+    samplers.sampler(llm).load(load_file(own + "/model.safetensors").items())
+    assert answer() == known and folder() == [other]
+    llm.collective_rpc("reload_weights")
+    assert answer() != known
+    with pytest.raises(RuntimeError, match="weights.cpu_experts: the experts of .* were written in place"):
+        llm.collective_rpc(write)
+    with pytest.raises(RuntimeError, match="failed half way.*weights.cpu_experts"):
+        answer()
+    print("DONE", flush=True)
+"""
+
+
+def test_a_worker_in_a_process_of_its_own(folder, cache, tmp_path):
+    """A load that the core did not ask for; a sync's folder; experts written in place; then no step runs."""
+    own = folder(recipes.MOE)
+    other = str(checkpoint.write(own, 4, tmp_path / "other"))
+    script = tmp_path / "run.py"
+    script.write_text(WORKER)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
+    given = {"BI_PATCH_CACHE": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    asked = [sys.executable, str(script), own, other]
+    done = subprocess.run(asked, env=clean | given, capture_output=True, text=True, timeout=300)
+    assert "DONE" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

@@ -1,14 +1,18 @@
 """Weight updates: no request uses keys and values of other weights, and an answer over an update says so."""
 
+import contextlib
 import functools
 import secrets
+from pathlib import Path
 
+from bi_patch.files import HANDED_OVER
 from bi_patch.seams import active, weights
 from bi_patch.seams.model import Seam, Target
 
 HEADER = "bi-patch-weights"
 _KEY = "_bi_patch_weights"  # attribute of vLLM's Request: the weights in its block hashes
 _MIXED = "_bi_patch_mixed"  # attribute of vLLM's RequestState
+_SOURCE = ("model", "model_weights", "revision")  # fields of vLLM's ModelConfig: where weights are read
 _DROPPED = "_bi_patch_dropped"  # attribute of vLLM's EngineCore: it sleeps without its weights
 
 # Methods of workers that write no weights. Every other call to the workers counts as a write.
@@ -106,8 +110,14 @@ def _arrival(original):
 
 
 def _settled(worker) -> None:
-    """In a worker: what the model derives from its weights follows them."""
+    """In a worker: the core knows of the new weights, and what the model derives from its weights follows them."""
+    weights.told()
     weights.settle()
+
+
+def _settle(core) -> None:
+    if active.plan is not None and active.plan.platform in ("cpu", "cuda"):
+        core.model_executor.collective_rpc(_settled)
 
 
 def _calls(original):
@@ -119,8 +129,12 @@ def _calls(original):
             return original(self, method, *args, **kwargs)
         try:
             result = original(self, method, *args, **kwargs)
-            if active.plan is not None and active.plan.platform == "cpu":  # only CPU workers keep packed copies
-                self.model_executor.collective_rpc(_settled)
+        except BaseException:
+            with contextlib.suppress(Exception):  # a worker that did not settle refuses its next step
+                _settle(self)
+            raise
+        else:
+            _settle(self)
             return result
         finally:
             weights.renew()
@@ -156,13 +170,20 @@ def _wake(original):
 
 
 def _reload(original):
-    """GPUModelRunner.reload_weights: the weights count as written, also if the call fails on the way."""
+    """GPUModelRunner.reload_weights: the weights count as written, also if the call fails on the way.
+
+    vLLM notes the folder as the model's, and reads it at the next reload. A folder of training.sync is gone by then.
+    """
 
     @functools.wraps(original)
     def reload_weights(self, *args, **kwargs):
+        config = self.vllm_config.model_config
+        own = {name: getattr(config, name) for name in _SOURCE if hasattr(config, name)}
         try:
             return original(self, *args, **kwargs)
         finally:
+            if Path(config.model).name.startswith(HANDED_OVER):
+                vars(config).update(own)
             weights.wrote()
 
     return reload_weights

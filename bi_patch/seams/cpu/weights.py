@@ -1,17 +1,24 @@
 """Weight updates on CPU: layers compute with packed copies of their weights, which must follow every update.
 
-vLLM frees a linear layer's own weight once it is packed, so a weight cannot be written in place. `model.load_weights`
+vLLM frees a linear layer's own weight once it is packed, so the weight cannot be written in place. `model.load_weights`
 therefore begins a layerwise load: a layer that gets all its weights is packed at once. Before the next step, layers
 that got a part are completed with the weights that they have.
+
+Experts keep their parameters, which hold packed weights of the same shape. A write in place would go through, and the
+kernel would read it as packed. So a checksum tells whether anything but a load wrote packed experts.
 """
 
 import functools
+import weakref
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import weights
 from bi_patch.seams.model import Seam, Target
 
 _LOADING = "_bi_patch_loading"  # attribute of a model: `begin` started a layerwise load
+
+_EXPERTS = ("w13_weight", "w2_weight")  # what vLLM packs of a layer of experts
+_packed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer of experts -> the checksums of _EXPERTS
 
 
 def watch(model, config) -> None:
@@ -33,8 +40,8 @@ def _begin(model) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
     if not _in_progress(model):
-        initialize_layerwise_reload(model)
         setattr(model, _LOADING, True)
+        initialize_layerwise_reload(model)
 
 
 def _settle(model, config) -> None:
@@ -45,8 +52,9 @@ def _settle(model, config) -> None:
     from bi_patch.ops.cpu import linear, rows
 
     with set_current_vllm_config(config):
-        if model.__dict__.pop(_LOADING, False) and _in_progress(model):
+        if model.__dict__.get(_LOADING) and _in_progress(model):
             finalize_layerwise_reload(model, config.model_config)
+        model.__dict__.pop(_LOADING, None)
         if _in_progress(model):  # vLLM ends its own load
             return
         routed = linear.take_routed()
@@ -54,19 +62,25 @@ def _settle(model, config) -> None:
             if linear.has_route(layer) and layer.weight.numel() and layer not in routed:
                 layer.quant_method.process_weights_after_loading(layer)
         linear.take_routed()
+    _unwritten(model)
     rows.take_registered()  # the first load certified the same operations
 
 
-def _settled(original):
-    """GPUModelRunner.execute_model and _dummy_run: end a load first, and pack again what it left unpacked."""
+def _checksums(layer) -> tuple[int, ...]:
+    from bi_patch.ops import bits
 
-    @functools.wraps(original)
-    def run(self, *args, **kwargs):
-        if weights.pending:
-            weights.settle()
-        return original(self, *args, **kwargs)
+    return tuple(bits.checksum(getattr(layer, name)) for name in _EXPERTS)
 
-    return run
+
+def _unwritten(model) -> None:
+    """Raise UnsupportedFeature if packed experts changed without a load."""
+    for name, layer in model.named_modules():
+        if layer in _packed and _checksums(layer) != _packed[layer]:
+            raise UnsupportedFeature(
+                f"weights.cpu_experts: the experts of {name} were written in place. vLLM packs the weights of experts "
+                "on CPU, so a write in place gives other weights than it means. Use reload_weights or "
+                "model.load_weights"
+            )
 
 
 def _complete(original):
@@ -100,7 +114,7 @@ def _unpacked(layer, name: str, held, fresh):
 
 
 def _pack_experts(original):
-    """UnquantizedFusedMoEMethod._setup_kernel: pack the experts' weights after an update, too."""
+    """UnquantizedFusedMoEMethod._setup_kernel: pack the experts' weights after an update, too, and note their sums."""
 
     @functools.wraps(original)
     def _setup_kernel(self, layer, *args, **kwargs):
@@ -108,6 +122,7 @@ def _pack_experts(original):
         original(self, layer, *args, **kwargs)
         if again:
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+        _packed[layer] = _checksums(layer)
 
     return _setup_kernel
 
@@ -121,7 +136,7 @@ def _step(name: str, method: str) -> Seam:
     return Seam(
         name=f"weights.{name}",
         targets=(Target(_RUNNER, f"GPUModelRunner.{method}"),),
-        close=_settled,
+        close=weights.before_step,
         why=_PACKED,
         how="before a step after an update, a load by model.load_weights is ended, and heads are packed again",
         until="upstream's layerwise load covers tied heads and model.load_weights on CPU",
@@ -151,7 +166,7 @@ SEAMS = (
         ),
         close=_pack_experts,
         why="vLLM packs the experts' weights at the first load only, and then reads unpacked weights as packed ones",
-        how="the experts' weights are packed after every load",
+        how="the experts' weights are packed after every load. Experts that were written in place are refused by name",
         until="upstream packs the experts of a CPU layer after an update",
         causes=(31,),
     ),

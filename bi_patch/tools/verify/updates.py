@@ -41,6 +41,7 @@ def held() -> tuple[int, int]:
     """(tensors, bytes) that this process holds: of all CPU tensors, or of the CUDA allocator with 0 tensors."""
     import torch
 
+    gc.unfreeze()  # vLLM froze what it had after its start, and the collector lists nothing that is frozen
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -88,10 +89,15 @@ def _pieces(engine: LocalEngine, folder: str) -> None:
 
 
 def _parameters(engine: LocalEngine, folder: str) -> dict[str, object]:
-    """A copy of every parameter of the folder's weights, on the host: the device may not hold several."""
+    """A copy of every parameter of the folder's weights, on the host: the device may not hold several.
+
+    On CPU without the experts, which are packed, so that a write of them is refused.
+    """
     if folder not in _kept:
         _reload(engine, folder)
-        _kept[folder] = {name: p.detach().cpu().clone() for name, p in _model(engine).named_parameters()}
+        packed = ("w13_weight", "w2_weight") if engine.info.platform == "cpu" else ()
+        held = _model(engine).named_parameters()
+        _kept[folder] = {name: p.detach().cpu().clone() for name, p in held if not name.endswith(packed)}
     return _kept[folder]
 
 
@@ -100,7 +106,8 @@ def _write(model, values: dict[str, object]) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(values[name])
+            if name in values:
+                parameter.copy_(values[name])
 
 
 def _copy(engine: LocalEngine, folder: str) -> None:

@@ -1,8 +1,9 @@
-"""Tests of bits.differing, which counts the elements that differ in any bit."""
+"""Tests of bits.differing, which counts the elements that differ in any bit, and of bits.checksum."""
 
 import pytest
 import torch
 
+from bi_patch.ops import bits
 from bi_patch.ops.bits import differing
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -46,3 +47,22 @@ def test_equal_tensors_are_read_once(monkeypatch):
 def test_another_shape_or_dtype_is_an_error(other):
     with pytest.raises(ValueError, match="cannot compare"):
         differing(torch.zeros(4), other)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 4093 * 4, 4093 * 8 + 5])
+def test_a_checksum_tells_of_each_element_and_of_its_place(count):
+    values = torch.arange(count).to(torch.int16).view(torch.bfloat16)
+    known = bits.checksum(values)
+    assert bits.checksum(values.clone().view(1, -1)) == known
+    for at in {0, count // 2, count - 1} if count else ():
+        other = values.clone()
+        other.view(torch.int16)[at] += 1
+        assert bits.checksum(other) != known
+    if count > 1:
+        assert bits.checksum(values.flip(0)) != known
+
+
+def test_a_checksum_tells_of_another_order_of_the_same_words():
+    values = torch.randn(64, 32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert bits.checksum(values.transpose(0, 1)) != bits.checksum(values)
+    assert bits.checksum(values.view(64, 32, 32, 2).transpose(1, 2)) != bits.checksum(values)

@@ -4,11 +4,14 @@ import gc
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bi_patch.errors import NoEngine, UnsupportedFeature
+from bi_patch import files
+from bi_patch.errors import NoEngine, UnsupportedFeature, WeightsBroken
 from bi_patch.seams import weights
 from bi_patch.seams.common import weights as seams
 from bi_patch.seams.cpu import weights as cpu
+from bi_patch.training import samplers
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +20,7 @@ def _own(monkeypatch):
     monkeypatch.setattr(weights, "_cores", type(weights._cores)())
     monkeypatch.setattr(weights, "_models", type(weights._models)())
     monkeypatch.setattr(weights, "pending", False)
+    monkeypatch.setattr(weights, "_untold", False)
 
 
 class Request:
@@ -153,7 +157,7 @@ class Model:
 
 
 def test_load_weights_of_a_model_is_seen_and_keeps_no_model_alive():
-    model, before = Model(), weights.identity()
+    model, _core, before = Model(), Core(), weights.identity()
     weights.watch_model(model)
     assert model.load_weights([("a", 1)]) == {"a"} and model.loaded == [("a", 1)]
     assert weights.pending and weights.identity() != before
@@ -162,6 +166,66 @@ def test_load_weights_of_a_model_is_seen_and_keeps_no_model_alive():
     del model
     gc.collect()
     assert not weights._models
+
+
+def test_an_update_that_fails_stops_the_engine():
+    def fails(model):
+        raise UnsupportedFeature("weights.some: a part of the weights")
+
+    model, _core = Model(), Core()
+    weights.watch_model(model, settle=fails)
+    model.load_weights([("a", 1)])
+    with pytest.raises(UnsupportedFeature, match="weights.some"):
+        weights.settle()
+    step = weights.before_step(lambda self: "an answer")
+    for again in (weights.settle, weights.weights_changed, lambda: step(None)):
+        with pytest.raises(WeightsBroken, match="Model failed half way.*UnsupportedFeature: weights.some"):
+            again()
+    del model, again
+    gc.collect()
+    assert not weights._models
+    weights.settle()  # another model's steps run
+    assert not weights.pending
+
+
+def test_a_worker_runs_no_step_with_weights_that_its_core_does_not_know(monkeypatch):
+    """A process without engine cores: only a call of the core to its workers says that the core knows."""
+    model, step = Model(), weights.before_step(lambda self: "an answer")
+    weights.watch_model(model)
+    worker = SimpleNamespace(collective_rpc=lambda call: call(None))
+    calls = seams._calls(lambda self, method: method())
+    monkeypatch.setattr(seams.active, "plan", SimpleNamespace(platform="cuda"))
+    for write in (lambda: model.load_weights([("a", 1)]), weights.weights_changed):
+        assert step(None) == "an answer"
+        write()
+        weights.settle()
+        for _ in range(2):
+            with pytest.raises(WeightsBroken, match=r"not by a call through the engine.*llm\.collective_rpc"):
+                step(None)
+        calls(SimpleNamespace(model_executor=worker), write)
+        assert step(None) == "an answer" and not weights.pending
+
+    def fails():
+        model.load_weights([("a", 1)])
+        raise ValueError("half of it")
+
+    with pytest.raises(ValueError, match="half of it"):
+        calls(SimpleNamespace(model_executor=worker), fails)
+    assert step(None) == "an answer"
+    core = Core()
+    model.load_weights([("a", 1)])
+    assert step(None) == "an answer" and core.scheduler is not None
+
+
+def test_a_load_that_cannot_begin_counts_as_a_write():
+    def fails(model):
+        raise ValueError("half of it")
+
+    model, before = Model(), weights.identity()
+    weights.watch_model(model, fails)
+    with pytest.raises(ValueError, match="half of it"):
+        model.load_weights([("a", 1)])
+    assert weights.pending and weights.identity() != before and not model.loaded
 
 
 def test_weights_changed_needs_an_engine_or_a_model():
@@ -175,7 +239,6 @@ def test_weights_changed_needs_an_engine_or_a_model():
 
 
 def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others():
-    torch = pytest.importorskip("torch")
     old, layer = torch.ones(3), SimpleNamespace(scale=torch.full((3,), 7.0), quant_method=None)
 
     def complete(layer, loaded, total, kernel=({"scale": old}, {})):
@@ -189,3 +252,48 @@ def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others():
     layer.quant_method = SimpleNamespace(moe_kernel=object())
     with pytest.raises(UnsupportedFeature, match="weights.cpu_complete: .*reload_weights"):
         complete(layer, 2, 3)
+
+
+def test_packed_experts_may_be_written_by_a_load_only():
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w13_weight, self.w2_weight = (torch.nn.Parameter(torch.randn(2, 8, 4)) for _ in range(2))
+
+    def setup(self, layer):
+        self.moe_kernel = SimpleNamespace(fused_experts=SimpleNamespace(process_weights_after_loading=pack))
+
+    def pack(layer):
+        with torch.no_grad():
+            layer.w13_weight.copy_(layer.w13_weight.flip(0))
+
+    method, model = SimpleNamespace(moe_kernel=None), torch.nn.Sequential(torch.nn.Identity(), Layer())
+    load = cpu._pack_experts(setup)
+    load(method, model[1])
+    cpu._unwritten(model)
+    model[1].w2_weight.data.copy_(model[1].w2_weight.flip(0))
+    with pytest.raises(UnsupportedFeature, match="weights.cpu_experts: the experts of 1 .*reload_weights"):
+        cpu._unwritten(model)
+    load(method, model[1])
+    cpu._unwritten(model)
+
+
+def test_a_reload_keeps_its_folder_but_for_a_folder_of_sync():
+    config = SimpleNamespace(model="started", model_weights="bucket", revision="main")
+
+    def load(self, weights_path):
+        config.model, config.model_weights, config.revision = weights_path, "", None
+        if weights_path.endswith("bad"):
+            raise OSError("half of it")
+
+    runner = SimpleNamespace(vllm_config=SimpleNamespace(model_config=config))
+    reload = seams._reload(load)
+    with samplers.written([("a", torch.ones(1))]) as folder:
+        reload(runner, str(folder))
+    assert vars(config) == {"model": "started", "model_weights": "bucket", "revision": "main"}
+    with pytest.raises(OSError, match="half of it"):
+        reload(runner, f"/tmp/{files.HANDED_OVER}bad")
+    assert config.model == "started" and weights.pending
+    reload(runner, "other")
+    assert vars(config) == {"model": "other", "model_weights": "", "revision": None}

@@ -1,6 +1,7 @@
 """sync: what is sent, what is named when a sampler serves other weights, and how servers are asked."""
 
 import copy
+import gc
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -106,11 +107,51 @@ def test_a_sampler_that_keeps_old_weights_is_named(model):
 def test_a_forgotten_sync_is_named(model):
     with pytest.raises(WeightsNotSynced, match="never synced"):
         training.require_synced(model)
-    training.sync(model, Llm(model), check=False)
+    llm = Llm(model)
+    training.sync(model, llm, check=False)
     training.require_synced(model)
-    changed(model)
-    with pytest.raises(WeightsNotSynced, match="up_proj"):
+    model.model.norm.weight.data[3] += 1  # PyTorch counts no version of it
+    with pytest.raises(WeightsNotSynced, match="1 weights changed .*model.norm.weight"):
         training.require_synced(model)
+    model.model.norm.weight.data[3] -= 1
+    training.require_synced(torch.compile(model))
+
+
+def test_each_sampler_needs_its_own_sync(model):
+    first, second = Llm(model), Llm(model)
+    training.sync(model, first)
+    with pytest.raises(WeightsNotSynced, match="never synced"):
+        training.require_synced(model, second)
+    changed(model)
+    training.sync(model, second)
+    training.require_synced(model, second)
+    for asked in (None, first):
+        with pytest.raises(WeightsNotSynced, match="up_proj"):
+            training.require_synced(model, asked)
+    del first, asked
+    gc.collect()
+    training.require_synced(model)
+
+
+def test_a_sync_that_fails_is_no_sync(model):
+    llm = Llm(model)
+    training.sync(model, llm)
+    llm.lazy = True
+    changed(model)
+    with pytest.raises(WeightsNotSynced, match="logprobs differ"):
+        training.sync(model, llm)
+    other = Llm(model)
+    training.sync(model, other)
+    with pytest.raises(WeightsNotSynced, match="sync failed"):
+        training.require_synced(model)
+    training.require_synced(model, other)
+
+
+def test_a_compiled_model_has_the_names_of_its_model(model):
+    assert list(dict(weights(torch.compile(model), torch.bfloat16))) == list(dict(weights(model, torch.bfloat16)))
+    llm = Llm(model)
+    assert training.sync(torch.compile(model), llm, check=False).sent == len(list(model.named_parameters()))
+    training.require_synced(model)
 
 
 def test_weights_are_rounded_and_named_as_a_checkpoint(model):

@@ -19,7 +19,7 @@ from bi_patch.tools.verify.instruments import InFlight
 from bi_patch.tools.verify.probes.base import Change, CrossProbe, NotExercised, Workload
 
 _SEED = 5  # of the other weights
-_SLACK = 1.02  # how much an engine may grow from its first round of updates to its last
+_SLACK = 0.05  # the share of the weights by which updates may let an engine grow
 _folders: dict[str, tempfile.TemporaryDirectory] = {}
 # Folder that an engine was started with -> its updates, and what went wrong besides bits.
 _given: dict[str, tuple[list[Update], BiPatchError | None]] = {}
@@ -96,11 +96,11 @@ class UpdateProbe(CrossProbe):
         answers = engine.generate(asked)
         if change is None:
             return answers
-        sizes, steps = [], _updates(engine)
+        sizes, steps = [_size(engine)], _updates(engine)
         for update in steps:
             engine.ask("update", msgspec.msgpack.encode(update))
             answers += engine.generate(asked)
-            sizes.append(msgspec.msgpack.decode(engine.ask("held", b""), type=tuple[int, int])[1])
+            sizes.append(_size(engine))
         _given[engine.options.model] = steps, _problem(engine, asked, sizes)
         return answers
 
@@ -128,11 +128,19 @@ class UpdateProbe(CrossProbe):
             raise problem
 
 
+def _size(engine: Engine) -> int:
+    return msgspec.msgpack.decode(engine.ask("held", b""), type=tuple[int, int])[1]
+
+
 def _problem(engine: Engine, asked: list[Request], sizes: list[int]) -> BiPatchError | None:
-    """What an update did wrong besides bits. sizes: the bytes that the engine held after each update."""
+    """What an update did wrong besides bits. sizes: the bytes that the engine held, first before all updates."""
     try:
-        if max(sizes) > sizes[1] * _SLACK:
-            return UpdateFailed(f"weight update: an engine of {sizes[1]:,} bytes grew to {max(sizes):,} bytes")
+        weights = sum(file.stat().st_size for file in Path(engine.options.model).glob("*.safetensors"))
+        if max(sizes) > sizes[0] + weights * _SLACK:
+            return UpdateFailed(
+                f"weight update: an engine of {sizes[0]:,} bytes grew to {max(sizes):,} bytes; after each update "
+                f"{', '.join(f'{size:,}' for size in sizes[1:])}"
+            )
         if engine.info.mode == ARMED:
             _hits(engine, asked)
             _marks(engine, asked)
