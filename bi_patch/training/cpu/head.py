@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from bi_patch.ops.cpu import top_k_top_p
+from bi_patch.training.chunks import chunked
 
 CHUNK = 64  # rows: the certificates of log_softmax cover this many, whatever the vocabulary
 
@@ -32,11 +33,7 @@ def token_logprobs(
     or "V2". processed: whether the sampler sums logits after its transforms. Both decide bits on CUDA only.
     """
     found = hidden.new_empty(len(hidden), dtype=torch.float32)
-    packed = _pack(weight, hidden.dtype)
-    for at in _chunks(len(hidden)):
-        scores = _scores(hidden[at], packed, weight.shape, temperature[at], _cut(top_k, at), _cut(top_p, at), softcap)[
-            1
-        ]
+    for at, _, scores in _scored(hidden, weight, temperature, top_k, top_p, softcap):
         found[at] = scores.log_softmax(-1, dtype=torch.float32).gather(-1, tokens[at, None])[:, 0]
     return found
 
@@ -71,11 +68,7 @@ def token_logprobs_backward(
 
 def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed):
     """Yield (a slice of rows, the gradient of these rows' logits [rows, V] in hidden's dtype), rows ascending."""
-    packed = _pack(weight, hidden.dtype)
-    for at in _chunks(len(hidden)):
-        logits, scores = _scores(
-            hidden[at], packed, weight.shape, temperature[at], _cut(top_k, at), _cut(top_p, at), softcap
-        )
+    for at, logits, scores in _scored(hidden, weight, temperature, top_k, top_p, softcap):
         g = grad[at, None].float()
         of_scores = scores.softmax(-1, dtype=torch.float32).mul_(-g)
         of_scores.scatter_add_(-1, tokens[at, None], g)
@@ -83,6 +76,13 @@ def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, sof
         if softcap:
             of_scores.mul_(1 - (logits.float() / softcap).square())
         yield at, of_scores.to(hidden.dtype)
+
+
+def _scored(hidden, weight, temperature, top_k, top_p, softcap):
+    """Yield (a slice of rows, and of these rows what `_scores` returns), rows ascending."""
+    packed = torch.ops.bi_cpu.gemm_pack(weight.to(hidden.dtype))
+    for at, rows, *transforms in chunked(CHUNK, hidden, temperature, top_k, top_p):
+        yield at, *_scores(rows, packed, weight.shape, *transforms, softcap)
 
 
 def _scores(hidden, packed, shape, temperature, top_k, top_p, softcap):
@@ -96,15 +96,3 @@ def _scores(hidden, packed, shape, temperature, top_k, top_p, softcap):
     elif scores is logits:
         scores = scores.clone()
     return logits, top_k_top_p.mask(scores, top_k, top_p)
-
-
-def _pack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.ops.bi_cpu.gemm_pack(weight.to(dtype))
-
-
-def _cut(x: torch.Tensor | None, at: slice) -> torch.Tensor | None:
-    return None if x is None else x[at]
-
-
-def _chunks(rows: int) -> list[slice]:
-    return [slice(first, first + CHUNK) for first in range(0, rows, CHUNK)]

@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import torch
 
+from bi_patch.training.ranks import by_rank
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> torch.Tensor:
     """x @ weight.T + bias. x: [rows, K]. weight: [N, K]. bias: [N] or None. Returns [rows, N] in x's dtype.
 
-    parts: 1, or how many ranks of a tensor-parallel sampler share K. Each part of K is then rounded as its rank does,
-    and the parts are added in the order of ranks in fp32 and rounded once. The bias belongs to rank 0.
+    parts: 1, or how many ranks of a tensor-parallel sampler share K (bi_patch.training.ranks).
     """
-    held, own = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if parts == 1:
-        return _product(x, held, own)
-    width = x.shape[1] // parts
-    total = None
-    for rank in range(parts):
-        cut = slice(rank * width, (rank + 1) * width)
-        part = _product(x[:, cut].contiguous(), held[:, cut].contiguous(), own if rank == 0 else None).float()
-        total = part if total is None else total + part
-    return total.to(x.dtype)
+    return by_rank(_product, x, weight, bias, parts)
 
 
 def linear_backward(

@@ -38,12 +38,8 @@ def attention(
     softcap: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of each sequence.
+    """As bi_patch.training.cpu.attention, which states the shapes.
 
-    query: [rows, heads, D]. key, value: [rows, kv heads, D]. starts, lengths: [sequences] int64, the first row and the
-    number of rows of each sequence. Rows outside all sequences are padding, and get zeros. window: the number of tokens
-    that a token sees, itself included; 0 for all. softcap: 0 for none. backend: vLLM's that serves the sampler's layer,
-    or "" for the one that bi_patch chooses.
     Returns the output [rows, heads, D] and the log of each row's sum of exponentials [heads, rows] fp32.
     """
     where = sequences.of(starts, lengths, len(query))

@@ -11,6 +11,7 @@ import torch
 
 from bi_patch.kernels.triton import logits_backward
 from bi_patch.ops.cuda import outer
+from bi_patch.training.chunks import chunked
 from bi_patch.training.cuda import linear, vllm_kernels
 
 CHUNK = 1024  # rows
@@ -27,19 +28,9 @@ def token_logprobs(
     runner: str,
     processed: bool,
 ) -> torch.Tensor:
-    """The logprob of tokens [rows] (int64) under the logits hidden @ weight.T. Returns [rows] fp32.
-
-    hidden: [rows, C]. weight: [V, C]. temperature: [rows] fp32, 1 for a row that is not scaled. top_k: [rows] int64, V
-    for a row without top-k, or None. top_p: [rows] fp32, 1 for a row without top-p, or None. softcap: the model's own
-    cap of logits, 0 for none. A token that truncation drops has the logprob minus infinity. runner: the sampler's, "V1"
-    or "V2". processed: whether the sampler sums logits after its transforms. Both decide bits on CUDA only.
-    """
+    """As bi_patch.training.cpu.head, which states the shapes. runner and processed decide bits here."""
     found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    held = weight.to(hidden.dtype)
-    change = _changes(temperature)
-    for at in _chunks(len(hidden)):
-        given = temperature[at], _cut(top_k, at), _cut(top_p, at), softcap, runner, processed, change
-        scores = _scores(hidden[at], held, *given)[1]
+    for at, _, scores in _scored(hidden, weight, temperature, top_k, top_p, softcap, runner, processed):
         if runner == "V2":
             found[at] = vllm_kernels.token_logprobs(scores, tokens[at])
         else:
@@ -77,17 +68,17 @@ def token_logprobs_backward(
 
 def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed):
     """Yield (a slice of rows, the gradient of these rows' logits [rows, V] in hidden's dtype), rows ascending."""
+    for at, logits, scores in _scored(hidden, weight, temperature, top_k, top_p, softcap, runner, processed):
+        rows = grad[at].float(), scores, logits, tokens[at], temperature[at]
+        yield at, logits_backward.logits(*rows, softcap, hidden.dtype)
+
+
+def _scored(hidden, weight, temperature, top_k, top_p, softcap, runner, processed):
+    """Yield (a slice of rows, and of these rows what `_scores` returns), rows ascending."""
     held = weight.to(hidden.dtype)
-    change = _changes(temperature)
-    for at in _chunks(len(hidden)):
-        given = temperature[at], _cut(top_k, at), _cut(top_p, at), softcap, runner, processed, change
-        logits, scores = _scores(hidden[at], held, *given)
-        yield (
-            at,
-            logits_backward.logits(
-                grad[at].float(), scores, logits, tokens[at], temperature[at], softcap, hidden.dtype
-            ),
-        )
+    change = not bool((temperature == 1).all())
+    for at, rows, *transforms in chunked(CHUNK, hidden, temperature, top_k, top_p):
+        yield at, *_scores(rows, held, *transforms, softcap, runner, processed, change)
 
 
 def _scores(hidden, weight, temperature, top_k, top_p, softcap, runner, processed, change):
@@ -106,15 +97,3 @@ def _scores(hidden, weight, temperature, top_k, top_p, softcap, runner, processe
     if top_k is not None or top_p is not None:
         scores = vllm_kernels.top_k_top_p(scores, top_k, top_p)
     return logits, scores
-
-
-def _changes(temperature: torch.Tensor) -> bool:
-    return not bool((temperature == 1).all())
-
-
-def _cut(x: torch.Tensor | None, at: slice) -> torch.Tensor | None:
-    return None if x is None else x[at]
-
-
-def _chunks(rows: int) -> list[slice]:
-    return [slice(first, first + CHUNK) for first in range(0, rows, CHUNK)]

@@ -13,6 +13,7 @@ import torch
 from bi_patch.kernels.triton import reduce
 from bi_patch.ops.cuda import linear as routes
 from bi_patch.ops.cuda import outer
+from bi_patch.training.ranks import by_rank
 
 _MOST = 32768  # rows: more take the bundled GEMM
 _cache: list[Path] = []
@@ -27,19 +28,9 @@ def certificates_in(folder: Path) -> None:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> torch.Tensor:
     """x @ weight.T + bias. x: [rows, K]. weight: [N, K]. bias: [N] or None. Returns [rows, N] in x's dtype.
 
-    parts: 1, or how many ranks of a tensor-parallel sampler share K. Each part of K is then rounded as its rank does,
-    and the parts are added in the order of ranks in fp32 and rounded once. The bias belongs to rank 0.
+    parts: 1, or how many ranks of a tensor-parallel sampler share K (bi_patch.training.ranks).
     """
-    held, own = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if parts == 1:
-        return product(x, held, own)
-    width = x.shape[1] // parts
-    total = None
-    for rank in range(parts):
-        cut = slice(rank * width, (rank + 1) * width)
-        part = product(x[:, cut].contiguous(), held[:, cut].contiguous(), own if rank == 0 else None).float()
-        total = part if total is None else total + part
-    return total.to(x.dtype)
+    return by_rank(product, x, weight, bias, parts)
 
 
 def linear_backward(
