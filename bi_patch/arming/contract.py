@@ -89,18 +89,13 @@ def _sums_of(communicator: Any, row: Any) -> str:
 def _cpu() -> dict[str, str]:
     from bi_patch.ops.cpu import machine
 
-    return {"kernels": machine.kernels_digest(), "device": machine.device().rpartition(",")[0]}  # without threads
+    return machine.kernels()
 
 
 def _cuda() -> dict[str, str]:
-    import torch
-    import triton
+    from bi_patch.ops.cuda import machine
 
-    # Triton and CUDA compile the kernels' sources, which are part of the digest of the code.
-    return {
-        "kernels": f"cuda {torch.version.cuda}, triton {triton.__version__}",
-        "device": torch.cuda.get_device_name(),
-    }
+    return machine.kernels()
 
 
 def _none() -> dict[str, str]:

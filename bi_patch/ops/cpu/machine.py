@@ -69,6 +69,14 @@ def kernels_digest() -> str:
     return _library
 
 
+def kernels() -> dict[str, str]:
+    """What decides the bits of this device's kernels, once they are loaded: {"kernels": ..., "device": ...}.
+
+    The number of threads decides no bit. A sampler and its trainer compare these values.
+    """
+    return {"kernels": kernels_digest(), "device": device().rpartition(",")[0]}
+
+
 def covers(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
     """Whether the bundled row kernels take x: bf16, fp16 or fp32, and a weight (if any) of x's dtype."""
     import torch

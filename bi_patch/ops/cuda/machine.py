@@ -102,6 +102,21 @@ def kernels_digest(kind: str = "triton") -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def kernels() -> dict[str, str]:
+    """What decides the bits of this device's kernels: {"kernels": ..., "device": ...}.
+
+    Triton and CUDA compile the kernels' sources, and the digest of bi_patch's code covers the sources. A sampler and
+    its trainer compare these values.
+    """
+    import torch
+    import triton
+
+    return {
+        "kernels": f"cuda {torch.version.cuda}, triton {triton.__version__}",
+        "device": torch.cuda.get_device_name(),
+    }
+
+
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

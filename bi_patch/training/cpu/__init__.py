@@ -43,4 +43,4 @@ def kernels() -> dict[str, str]:
     """What decides the bits of this device's kernels: {"kernels": ..., "device": ...}, after `prepare`."""
     from bi_patch.ops.cpu import machine
 
-    return {"kernels": machine.kernels_digest(), "device": machine.device().rpartition(",")[0]}  # without threads
+    return machine.kernels()

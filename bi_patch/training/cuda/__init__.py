@@ -51,10 +51,6 @@ def agree(contract: dict[str, Any]) -> None:
 
 def kernels() -> dict[str, str]:
     """What decides the bits of this device's kernels: {"kernels": ..., "device": ...}, after `prepare`."""
-    import torch
-    import triton
+    from bi_patch.ops.cuda import machine
 
-    return {
-        "kernels": f"cuda {torch.version.cuda}, triton {triton.__version__}",
-        "device": torch.cuda.get_device_name(),
-    }
+    return machine.kernels()
