@@ -73,6 +73,9 @@ class Algorithm:
         self.x, self.out, self.opaque, self.kind = x, out, opaque, kind
 
 
+_Matrix = tuple[int, c_void_p]  # a device address and a layout
+
+
 class _Product:
     """What every product shares: the library, a description of the product, and a request for algorithms."""
 
@@ -103,6 +106,29 @@ class _Product:
                 # Copy: a result is a part of the array and would keep the whole array in memory.
                 offered[kind] = _Opaque.from_buffer_copy(result.algorithm)
         return [(opaque, kind) for kind, opaque in offered.items()]
+
+    def _enqueue(self, a: _Matrix, b: _Matrix, out: _Matrix, opaque: _Opaque, beta: c_float, stream: int) -> None:
+        """Enqueue out = a @ b + beta * out, as the library sees the matrices, on a CUDA stream."""
+        code = self._library.cublasLtMatmul(
+            self._handle,
+            self._desc,
+            byref(self._alpha),
+            c_void_p(a[0]),
+            a[1],
+            c_void_p(b[0]),
+            b[1],
+            byref(beta),
+            c_void_p(out[0]),
+            out[1],
+            c_void_p(out[0]),
+            out[1],
+            byref(opaque),
+            None,
+            c_size_t(0),
+            c_void_p(stream),
+        )
+        if code:
+            self._check(code, "cublasLtMatmul")
 
     def _kind(self, opaque: _Opaque) -> Kind:
         known = self._kinds.get(bytes(opaque))
@@ -179,34 +205,13 @@ class Gemm(_Product):
 
     def __call__(self, algorithm: Algorithm, x: int, weight: int, bias: int | None, out: int, stream: int) -> None:
         """Enqueue the product on `stream`. x, weight, bias and out are device addresses; stream is a CUDA stream's."""
+        first, second, into = (weight, self._weight), (x, algorithm.x), (out, algorithm.out)
         if bias is None:
-            return self._call(algorithm, x, weight, out, stream)
+            return self._enqueue(first, second, into, algorithm.opaque, self._beta, stream)
         # The library reads the description within its call, and other threads run meanwhile.
         with self._lock:
             self._set(_DESC_BIAS, c_void_p(bias))
-            return self._call(algorithm, x, weight, out, stream)
-
-    def _call(self, algorithm: Algorithm, x: int, weight: int, out: int, stream: int) -> None:
-        code = self._library.cublasLtMatmul(
-            self._handle,
-            self._desc,
-            byref(self._alpha),
-            c_void_p(weight),
-            self._weight,
-            c_void_p(x),
-            algorithm.x,
-            byref(self._beta),
-            c_void_p(out),
-            algorithm.out,
-            c_void_p(out),
-            algorithm.out,
-            byref(algorithm.opaque),
-            None,
-            c_size_t(0),
-            c_void_p(stream),
-        )
-        if code:
-            self._check(code, "cublasLtMatmul")
+            return self._enqueue(first, second, into, algorithm.opaque, self._beta, stream)
 
 
 class WeightGradient(_Product):
@@ -230,25 +235,8 @@ class WeightGradient(_Product):
 
     def __call__(self, grad: int, x: int, out: int, beta: float, stream: int) -> None:
         """Enqueue the product on `stream`. grad, x and out are device addresses; stream is a CUDA stream's."""
-        code = self._library.cublasLtMatmul(
-            self._handle,
-            self._desc,
-            byref(self._alpha),
-            c_void_p(x),
-            self._x,
-            c_void_p(grad),
-            self._grad,
-            byref(c_float(beta)),
-            c_void_p(out),
-            self._out,
-            c_void_p(out),
-            self._out,
-            byref(self._algorithm),
-            None,
-            c_size_t(0),
-            c_void_p(stream),
-        )
-        self._check(code, "cublasLtMatmul")
+        first, second, into = (x, self._x), (grad, self._grad), (out, self._out)
+        self._enqueue(first, second, into, self._algorithm, c_float(beta), stream)
 
 
 def _free(library, desc: c_void_p, preference: c_void_p, layouts: tuple[c_void_p, ...]) -> None:
