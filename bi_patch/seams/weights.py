@@ -65,7 +65,7 @@ def watch_model(
 
 
 def wrote() -> None:
-    """Note that a model of this process got weights: a new identity, and `settle` is due."""
+    """Note that a model of this process got weights: the identity changes, and the next step calls `settle`."""
     global pending
     pending = True
     _changed()
