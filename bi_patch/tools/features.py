@@ -10,6 +10,7 @@ from bi_patch.platforms.features.cards import CARDS
 from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.families import FAMILIES
 from bi_patch.platforms.features.model import REFUSED, SERVED, TITLES, UNTRIED, Cell, Feature
+from bi_patch.platforms.features.quantization import QUANTIZATION
 from bi_patch.platforms.features.versions import VERSIONS
 
 _STATES = {SERVED: "**served**", REFUSED: "refused", UNTRIED: "untried"}
@@ -20,6 +21,7 @@ def blocks() -> dict[str, str]:
     return {
         "support": _short([row for row in table.ROWS if row.short]),
         "features": _full(FEATURES, "feature"),
+        "quantization": _full(QUANTIZATION, "weights"),
         "families": _full(FAMILIES, "models"),
         "cards": _cards(),
         "releases": _releases(),

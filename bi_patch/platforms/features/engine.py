@@ -80,11 +80,6 @@ def _transfer(to_host: bool) -> Callable[[Any], str]:
     return asked
 
 
-def _quantized(config: Any) -> str:
-    model = config.model_config
-    return f"{model.quantization!r} weights" if model is not None and model.quantization is not None else ""
-
-
 def _quantized_cache(config: Any) -> str:
     kind = getattr(config.cache_config, "cache_dtype", "auto")
     return "" if kind in _CACHES["cpu"] else f"a {kind!r} KV cache"
@@ -359,11 +354,6 @@ FEATURES: tuple[Feature, ...] = (
         "MLA (multi-head latent attention)",
         **_everywhere("its two forms of attention give different bits"),
         asked=_of_model(lambda m: m.use_mla, "MLA"),
-    ),
-    row(
-        "quantized weights",
-        **_everywhere("bi_patch has no certified order for quantized products", "Use unquantized weights"),
-        asked=_quantized,
     ),
     row(
         "quantized KV cache",

@@ -24,7 +24,7 @@ _TINY = served(_FAMILIES, why="tiny shapes with random weights")
 _HYBRID = refused("hybrid: layers with a recurrent state")
 _MLA = refused("MLA")
 _OWN = refused("its package has kernels of its own, and the batch decides which kernel runs", by="models.cuda")
-_QUANTIZED = refused("quantized weights")
+_QUANTIZED = refused("quantized experts")
 _POOLING = refused("pooling")
 _SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")
 _IMAGES = refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off")
@@ -107,8 +107,8 @@ FAMILIES: tuple[Feature, ...] = (
     row("gpt-oss in bf16", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=_LAYERS, ascend=_ASCEND),
     row("gpt-oss as published (MXFP4)", cpu=_QUANTIZED, cuda=_QUANTIZED, ascend=_QUANTIZED),
     row(
-        "FP8, AWQ and GPTQ checkpoints, MiniMax-M2, GLM-4.6 FP8",
-        short="quantized checkpoints, gpt-oss as published",
+        "MiniMax-M2, GLM-4.6 FP8",
+        short="MiniMax-M2, GLM-4.6 FP8, gpt-oss as published",
         cpu=_QUANTIZED,
         cuda=_QUANTIZED,
         ascend=_QUANTIZED,

@@ -103,7 +103,7 @@ def test_a_plain_configuration_passes(platform):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_quantization": "awq"}, "'awq' weights"),
+        ({"model_quantization": "awq"}, "quantized weights .awq"),
         ({"cache_cache_dtype": "fp8"}, "'fp8' KV cache"),
         ({"model_use_mla": True}, "MLA"),
         ({"model_is_hybrid": True}, "hybrid and state-space models"),
@@ -144,7 +144,8 @@ def test_several_refusals_are_named_at_once_with_what_to_do():
     with pytest.raises(UnsupportedFeature) as caught:
         check("cuda", lora=SimpleNamespace(), model_quantization="fp8")
     assert all(
-        said in str(caught.value) for said in ("LoRA", "'fp8' weights", "Use unquantized weights", "Turn it off")
+        said in str(caught.value)
+        for said in ("LoRA", "quantized weights (fp8", "Use unquantized weights", "Turn it off")
     )
 
 

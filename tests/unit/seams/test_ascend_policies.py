@@ -87,7 +87,7 @@ def test_a_plain_configuration_passes_and_fusions_are_off(config):
     ("path", "value", "said"),
     [
         ("model_config.use_mla", True, "MLA"),
-        ("model_config.quantization", "ascend", "'ascend' weights"),
+        ("model_config.quantization", "ascend", "quantized weights .ascend"),
         ("cache_config.cache_dtype", "int8", "'int8' KV cache"),
         ("cache_config.block_size", 64, "--block-size 128"),
         ("speculative_config", object(), "speculative"),

@@ -1,0 +1,115 @@
+"""Quantized weights: one row for each scheme that a kernel of its own serves, and one for all others.
+
+A checkpoint may have several schemes, and layers without any. Each scheme belongs to one row of _SCHEMES, and the
+engine starts if no row that its checkpoint uses is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.platforms import schemes
+from bi_patch.platforms.features.model import Cell, Feature, refused, row
+from bi_patch.platforms.schemes import CHANNEL, TENSOR, TOKEN, Scheme
+
+_NONE = refused("bi_patch has no certified order for their products", todo="Use unquantized weights")
+_REFUSED = {"cpu": _NONE, "cuda": _NONE, "ascend": _NONE}
+_GROUPS = ("32", "64", "128", CHANNEL)  # sizes with a kernel
+
+Cells = dict[str, Cell | tuple[Cell, ...]]
+
+
+def _weight_only(scheme: Scheme, bits: int) -> bool:
+    return scheme.weight == f"int{bits}" and scheme.scale in _GROUPS and not scheme.activation and not scheme.online
+
+
+def _int4(method: str) -> Callable[[Scheme], bool]:
+    """4-bit weights of one method, whose groups are in order."""
+    return lambda s: s.method == method and _weight_only(s, 4) and not s.order
+
+
+def _int8_rows(scheme: Scheme) -> bool:
+    """INT8 activations whose scale belongs to the token or to the checkpoint."""
+    kind = (scheme.activation, scheme.activation_scale, scheme.static)
+    return (
+        scheme.weight == "int8"
+        and scheme.scale in (CHANNEL, TENSOR)
+        and not (scheme.zeros or scheme.order)
+        and kind in (("int8", TOKEN, False), ("int8", TENSOR, True))
+    )
+
+
+def _fp8(scheme: Scheme, scale: str, activation: str, *, static: bool = False, online: bool = False) -> bool:
+    kind = (scheme.weight, scheme.scale, scheme.activation, scheme.activation_scale, scheme.static, scheme.online)
+    return kind == ("fp8", scale, "fp8", activation, static, online)
+
+
+# (name, whether a scheme belongs to the row, its cells). A scheme belongs to the first row that takes it.
+_SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
+    ("INT8 weights and activations (compressed-tensors W8A8)", _int8_rows, _REFUSED),
+    ("AWQ, 4 bits", _int4("awq"), _REFUSED),
+    ("GPTQ, 4 bits", _int4("gptq"), _REFUSED),
+    ("compressed-tensors W4A16", _int4("compressed-tensors"), _REFUSED),
+    (
+        "GPTQ and compressed-tensors with act-order",
+        lambda s: s.order and (_weight_only(s, 4) or _weight_only(s, 8)),
+        _REFUSED,
+    ),
+    ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", lambda s: _weight_only(s, 8), _REFUSED),
+    ("FP8 in blocks of 128 x 128", lambda s: _fp8(s, "128x128", "128"), _REFUSED),
+    (
+        "FP8 per channel or tensor, activations per token (compressed-tensors)",
+        lambda s: any(_fp8(s, scale, TOKEN) for scale in (CHANNEL, TENSOR)),
+        _REFUSED,
+    ),
+    (
+        "FP8 per channel or tensor, static activations",
+        lambda s: any(_fp8(s, scale, TENSOR, static=True) for scale in (CHANNEL, TENSOR)),
+        _REFUSED,
+    ),
+    ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _REFUSED),
+    ("FP8 made while loading (--quantization fp8)", lambda s: _fp8(s, TENSOR, TENSOR, online=True), _REFUSED),
+)
+_OTHERS = "other quantized weights"
+
+
+def _row(scheme: Scheme) -> str:
+    """The name of the row that a scheme belongs to."""
+    taken = () if scheme.other else (name for name, takes, _ in _SCHEMES if takes(scheme))
+    return next(iter(taken), _OTHERS)
+
+
+def _words(used: tuple[Scheme, ...]) -> str:
+    return f"quantized weights ({'; '.join(map(str, used))})" if used else ""
+
+
+def _asked(name: str) -> Callable[[Any], str]:
+    return lambda config: _words(tuple(s for s in schemes.of(config) if _row(s) == name))
+
+
+def _experts(config: Any) -> str:
+    used = schemes.of(config)
+    return (
+        f"quantized experts ({'; '.join(map(str, used))})"
+        if used and getattr(config.model_config, "is_moe", False)
+        else ""
+    )
+
+
+def _head(config: Any) -> str:
+    used = tuple(s for s in schemes.of(config) if s.head)
+    return f"a quantized language-model head ({'; '.join(map(str, used))})" if used else ""
+
+
+QUANTIZATION: tuple[Feature, ...] = (
+    *(row(name, **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
+    row("quantized experts", **_REFUSED, asked=_experts),
+    row("quantized language-model head", **_REFUSED, asked=_head),
+    row(
+        _OTHERS,
+        **_REFUSED,
+        asked=_asked(_OTHERS),
+        details="Each method, group size and packing that no row above names: MXFP4, NVFP4, torchao, Quark, ModelOpt",
+    ),
+)

@@ -1,0 +1,138 @@
+"""Which quantization schemes a configuration has, and to which row of the feature table each belongs."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from bi_patch.platforms import schemes
+from bi_patch.platforms.features import quantization
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def tensors(weights, rows=None, **more):
+    group = {"weights": weights, "input_activations": rows, "targets": ["Linear"]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+        **more,
+    }
+
+
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
+TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "dynamic": False}
+W8A8, W4A16 = tensors(INT8, TOKEN), tensors(INT4, format="pack-quantized")
+CHANNELS = tensors(INT8 | {"type": "float"}, TOKEN | {"type": "float"}, format="float-quantized")
+
+
+def config(held, method=None, **model):
+    hf = SimpleNamespace(**({} if held is None else {"quantization_config": held}))
+    method = method or held["quant_method"]
+    return SimpleNamespace(model_config=SimpleNamespace(quantization=method, hf_config=hf, **model))
+
+
+def rows(held, method=None, **model):
+    made = config(held, method, **model)
+    return [row.name for row in quantization.QUANTIZATION if row.asked(made)]
+
+
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [
+        (W8A8, "INT8 weights and activations (compressed-tensors W8A8)"),
+        (
+            tensors(INT8 | {"strategy": "tensor"}, INT8 | {"strategy": "tensor"}),
+            "INT8 weights and activations (compressed-tensors W8A8)",
+        ),
+        (AWQ, "AWQ, 4 bits"),
+        (GPTQ, "GPTQ, 4 bits"),
+        (GPTQ | {"group_size": -1}, "GPTQ, 4 bits"),
+        (W4A16, "compressed-tensors W4A16"),
+        (GPTQ | {"desc_act": True}, "GPTQ and compressed-tensors with act-order"),
+        (tensors(INT4 | {"actorder": "group"}), "GPTQ and compressed-tensors with act-order"),
+        (tensors(INT4 | {"actorder": "weight"}), "compressed-tensors W4A16"),
+        (GPTQ | {"bits": 8}, "8-bit weights alone (GPTQ, compressed-tensors W8A16)"),
+        (tensors(INT8), "8-bit weights alone (GPTQ, compressed-tensors W8A16)"),
+        (FP8, "FP8 in blocks of 128 x 128"),
+        (CHANNELS, "FP8 per channel or tensor, activations per token (compressed-tensors)"),
+        (
+            FP8 | {"weight_block_size": None, "activation_scheme": "static"},
+            "FP8 per channel or tensor, static activations",
+        ),
+        (FP8 | {"weight_block_size": None}, "FP8 per tensor, dynamic activations"),
+    ],
+)
+def test_a_scheme_belongs_to_one_row(held, name):
+    assert rows(held) == [name]
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        AWQ | {"group_size": 48},
+        AWQ | {"bits": 3},
+        AWQ | {"version": "gemv"},
+        AWQ | {"new_option": 1},
+        {"quant_method": "awq"},
+        GPTQ | {"checkpoint_format": "marlin"},
+        FP8 | {"weight_block_size": [64, 64]},
+        FP8 | {"fmt": "e5m2"},
+        FP8 | {"scale_fmt": "ue8m0"},
+        tensors(INT8, TOKEN | {"symmetric": False}),
+        tensors(INT8, TOKEN | {"strategy": "tensor"}),
+        tensors(INT8 | {"symmetric": False}, TOKEN),
+        tensors(INT4, TOKEN),
+        tensors(INT4 | {"dynamic": "local"}),
+        tensors(INT4 | {"scale_dtype": "torch.uint8"}),
+        tensors(INT8, TOKEN, kv_cache_scheme=INT8),
+        tensors(INT8, TOKEN, transform_config={"config_groups": {"a": 1}}),
+        tensors(INT8, TOKEN, sparsity_config={"format": "dense"}),
+        tensors(INT8, TOKEN, format="marlin-24"),
+        {"quant_method": "mxfp4"},
+        {"quant_method": "torchao", "quant_type": "int4"},
+    ],
+)
+def test_what_no_row_names_is_among_the_others(held):
+    assert rows(held) == ["other quantized weights"]
+
+
+def test_each_scheme_of_a_mixed_checkpoint_counts():
+    mixed = tensors(INT8, TOKEN)
+    mixed["config_groups"]["group_1"] = {"weights": INT4 | {"group_size": 40}, "targets": ["re:.*down_proj"]}
+    assert rows(mixed) == ["INT8 weights and activations (compressed-tensors W8A8)", "other quantized weights"]
+    unknown = GPTQ | {"dynamic": {"+:.*down.*": {"adapter": {}}}}
+    assert rows(unknown) == ["GPTQ, 4 bits", "other quantized weights"]
+    ruled = GPTQ | {"dynamic": {"-:.*gate.*": {}, r"+:.*\.1\..*": {"bits": 8}}}
+    assert rows(ruled) == ["GPTQ, 4 bits", "8-bit weights alone (GPTQ, compressed-tensors W8A16)"]
+
+
+def test_experts_and_heads_have_rows_of_their_own():
+    assert rows(AWQ, is_moe=True) == ["AWQ, 4 bits", "quantized experts"]
+    assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head"]
+
+
+def test_a_method_must_be_the_checkpoints():
+    assert rows(AWQ, "awq_marlin") == rows(AWQ, "auto_awq") == ["AWQ, 4 bits"]
+    for made in (
+        rows(AWQ, "gptq"),
+        rows(GPTQ, "moe_wna16"),
+        rows(None, "awq"),
+        rows(AWQ, quantization_config=object()),
+    ):
+        assert made == ["other quantized weights"]
+    assert rows(None, "fp8") == ["FP8 made while loading (--quantization fp8)"]
+    assert schemes.of(SimpleNamespace(model_config=None)) == ()
+
+
+def test_a_scheme_says_what_it_is():
+    (scheme,) = schemes.of(config(GPTQ | {"desc_act": True, "lm_head": True}))
+    assert str(scheme) == "gptq int4, groups of 128, act-order, a quantized head"
+    (scheme,) = schemes.of(config(W8A8))
+    assert str(scheme) == "compressed-tensors int8, scales per channel, int8 activations per token"
+    (scheme,) = schemes.of(config({"quant_method": "awq"}))
+    assert "cannot be read" in str(scheme)
