@@ -21,12 +21,12 @@ def old_head(engine: LocalEngine):
         from bi_patch.ops.cpu import linear
 
         return replaced(linear, "has_route", lambda held: lambda layer: False)
-    return _old_products(engine, "lm_head")
+    return old_products(engine, "lm_head")
 
 
 def old_handle(engine: LocalEngine):
     """Linear layers compute with the weights before, as compiled code does that holds the handle of the first load."""
-    return _old_products(engine, "")
+    return old_products(engine, "")
 
 
 def old_prefix(engine: LocalEngine):
@@ -37,7 +37,7 @@ def old_prefix(engine: LocalEngine):
 
 
 @contextlib.contextmanager
-def _old_products(engine: LocalEngine, name: str) -> Iterator[None]:
+def old_products(engine: LocalEngine, name: str) -> Iterator[None]:
     """Within this context, linears whose path contains `name` compute with the weights that they have now."""
     kept = {path: layers.weight(layer).clone() for path, layer in layers.linears(engine) if name in path}
 

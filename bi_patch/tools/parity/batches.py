@@ -21,6 +21,11 @@ class Batch:
     positions: torch.Tensor | None
     places: list[tuple[int, int]]
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on another device."""
+        moved = (None if x is None else x.to(device) for x in (self.ids, self.mask, self.positions))
+        return Batch(*moved, self.places)
+
 
 def batches(sequences: Sequence[Sequence[int]], layout: str) -> list[Batch]:
     """The sequences, in order, in one batch; alone: in a batch each."""

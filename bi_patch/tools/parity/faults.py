@@ -216,17 +216,9 @@ def _old_head(session: Session) -> contextlib.AbstractContextManager[None]:
 
 def _old_handle(session: Session) -> contextlib.AbstractContextManager[None]:
     """A linear computes with the weights that it has now, as compiled code does that holds an old handle."""
-    import torch
+    from bi_patch.tools.faults import weights
 
-    from bi_patch.tools.faults import parts
-    from bi_patch.tools.verify import layers
-
-    def make(path, layer, own):
-        weight = layers.weight(layer)
-        packed = torch.ops.bi_cpu.gemm_pack(weight)
-        return lambda x, bias: torch.ops.bi_cpu.gemm(x, packed, *weight.shape, bias)
-
-    return parts.each_linear(session.engine, make, lambda path: path.endswith(f"{_LATE}.mlp.gate_up_proj"))
+    return weights.old_products(session.engine, f"{_LATE}.mlp.gate_up_proj")
 
 
 @contextlib.contextmanager

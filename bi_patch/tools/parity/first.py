@@ -84,7 +84,7 @@ def _logprobs(session, sample, transforms) -> int:
     (answer,) = session.engine.generate([Request(tuple(sample.ids), max_tokens=1, prompt_logprobs=0)])
     own = session.trainer.logprobs([sample], ALONE)[0].detach()
     want = torch.tensor(answer.prompt_logprobs[-len(own) :], dtype=torch.float32)
-    return bits.differing(own.contiguous(), want)
+    return bits.differing(own.cpu().contiguous(), want)
 
 
 def _answers_otherwise(session, sample) -> bool:
@@ -122,7 +122,7 @@ def _trainer(session, ids: list[int]) -> list[_Call]:
                 stack.callback(module.register_forward_hook(after(path)).remove)
         stack.enter_context(_watched(model, attention))
         with torch.no_grad():
-            model(torch.tensor([ids]), use_cache=False)
+            model(torch.tensor([ids], device=session.trainer.device), use_cache=False)
     return calls
 
 

@@ -83,7 +83,7 @@ def _step(session, micro, at, label, masters, optimizer) -> tuple[Step, list[tup
                 if compared[-1][1].differing:
                     session.looking = sample, plan.processed
                 kl += k3(sample.answer, new.detach())
-                ratio = (new - torch.tensor(sample.answer.logprobs)).exp()
+                ratio = (new - torch.tensor(sample.answer.logprobs, device=new.device)).exp()
                 gain = advantages[begin + offset]
                 loss = loss - torch.minimum(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain).sum() / total
             loss.backward()
@@ -112,5 +112,5 @@ def digest(masters: dict[str, torch.Tensor]) -> str:
     """SHA-256 of the bits of all master weights, in the order of their names."""
     found = hashlib.sha256()
     for _, value in sorted(masters.items()):
-        found.update(value.contiguous().numpy().tobytes())
+        found.update(value.contiguous().cpu().numpy().tobytes())
     return found.hexdigest()

@@ -22,14 +22,20 @@ from bi_patch.tools.verify.system import LocalEngines
 _START = 15.0  # seconds until sampler and trainer are ready, on a tiny model
 
 
-def check_platform() -> None:
-    """Raise UnsupportedDevice if the installed vLLM samples on another device than the CPU, where the trainer is."""
+# Arguments of vllm.LLM for a sampler that shares its device with the trainer, by platform. A user's own come first.
+SHARED: dict[str, dict[str, object]] = {"cpu": {}, "cuda": {"gpu_memory_utilization": 0.4}}
+
+
+def shared() -> dict[str, object]:
+    """The arguments of SHARED for the installed vLLM. Raises UnsupportedDevice if no trainer exists on its device."""
     found = installed.find()
-    if found is not None and found.platform != "cpu":
+    if found is None:
+        return {}
+    if found.platform not in SHARED:
         raise UnsupportedDevice(
-            f"parity.device: the trainer of parity stays on the CPU, and this vLLM samples on {found.platform}. Use "
-            "parity with vLLM for CPU; on another device, call training.compare in your own loop"
+            f"parity.device: bi_patch has no trainer on {found.platform}. Use parity with vLLM for CPU or CUDA"
         )
+    return SHARED[found.platform]
 
 
 def measure(

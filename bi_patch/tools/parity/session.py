@@ -105,5 +105,5 @@ def difference(answer: Answer, own: torch.Tensor, label: str) -> Difference:
 
 def k3(answer: Answer, own: torch.Tensor) -> float:
     """The sum over tokens of exp(r) - 1 - r, with r the trainer's logprob minus the sampler's."""
-    r = own.double() - torch.tensor(answer.logprobs, dtype=torch.float64)
+    r = own.double().cpu() - torch.tensor(answer.logprobs, dtype=torch.float64)
     return float((r.exp() - 1 - r).sum())

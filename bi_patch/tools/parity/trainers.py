@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Trainer:
     """A Hugging Face model beside its sampler. Without arming: attention by sdpa, gradients by autograd.
 
-    model: on the CPU, in the sampler's dtype.
+    model: on the sampler's device, in its dtype.
     """
 
     masters = False  # whether the model's own weights are fp32 master weights
@@ -27,9 +27,10 @@ class Trainer:
         from transformers import AutoModelForCausalLM
 
         self.engine = engine
-        self.dtype = engine.llm.llm_engine.vllm_config.model_config.dtype
+        config = engine.llm.llm_engine.vllm_config
+        self.dtype, self.device = config.model_config.dtype, torch.device(config.device_config.device)
         held = torch.float32 if self.masters else self.dtype
-        self.model = AutoModelForCausalLM.from_pretrained(engine.options.model, dtype=held).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(engine.options.model, dtype=held).to(self.device).eval()
 
     def logprobs(
         self,
@@ -45,7 +46,9 @@ class Trainer:
         with torch.set_grad_enabled(grad):
             for batch in batches([s.ids for s in samples], layout):
                 part = samples[len(found) : len(found) + len(batch.places)]
-                own = self._logprobs(batch, chunk, transforms)  # [batch, length]; index 0 of a sequence means nothing
+                own = self._logprobs(
+                    batch.to(self.device), chunk, transforms
+                )  # [batch, length]; index 0 of a sequence means nothing
                 for sample, (row, at) in zip(part, batch.places):
                     end = at + len(sample.ids)
                     found.append(own[row, end - len(sample.answer.tokens) : end])
@@ -106,14 +109,15 @@ class Trainer:
         draw = torch.Generator().manual_seed(seed)
         for parameter in self.model.parameters():
             noise = torch.randn(parameter.shape, generator=draw)
-            parameter.add_((noise * parameter.float().std() * 0.02).to(parameter.dtype))
+            parameter.add_((noise.to(parameter.device) * parameter.float().std() * 0.02).to(parameter.dtype))
 
 
 @contextlib.contextmanager
-def _chunks(rows: int | None) -> Iterator[None]:
-    """Within this block, the head of a CPU trainer computes this many rows of logits at a time; None: as always."""
-    from bi_patch.training.cpu import head
+def _chunks(device: torch.device, rows: int | None) -> Iterator[None]:
+    """Within this block, the trainer's head computes this many rows of logits at a time; None: as always."""
+    from bi_patch.training import devices
 
+    head = devices.implementation(device.type, "head")
     held = head.CHUNK
     head.CHUNK = rows or held
     try:
@@ -136,7 +140,7 @@ class Armed(Trainer):
     def _logprobs(self, batch, chunk, transforms) -> torch.Tensor:
         from bi_patch import training
 
-        with _chunks(chunk):
+        with _chunks(self.device, chunk):
             return training.logprobs(
                 self.model, batch.ids, attention_mask=batch.mask, position_ids=batch.positions, **transforms
             )

@@ -11,6 +11,7 @@ from bi_patch import installed
 from bi_patch.errors import SettingError, UnsupportedDevice
 from bi_patch.tools.cli import app, parity, status  # noqa: F401  two commands, so that each has its name
 from bi_patch.tools.parity import report as parity_report
+from bi_patch.tools.parity import run
 from bi_patch.tools.parity.plan import LINES, Plan, Run, Step
 from bi_patch.tools.parity.report import ParityReport
 from bi_patch.tools.parity.run import measure
@@ -68,10 +69,15 @@ def test_wrong_arguments_are_named(arguments, said):
     assert isinstance(done.exception, SettingError) and said in str(done.exception)
 
 
-def test_another_device_than_the_cpu_is_named_before_an_engine_starts(monkeypatch):
-    monkeypatch.setattr(installed, "find", lambda: installed.Installed(Path(), Version("0.33.0"), "cuda", "vllm"))
+def test_a_device_without_a_trainer_is_named_before_an_engine_starts(monkeypatch):
+    monkeypatch.setattr(installed, "find", lambda: installed.Installed(Path(), Version("0.23.0"), "ascend", "vllm"))
     done = CliRunner().invoke(app, ["parity", "no-such-model"])
-    assert isinstance(done.exception, UnsupportedDevice) and "cuda" in str(done.exception)
+    assert isinstance(done.exception, UnsupportedDevice) and "ascend" in str(done.exception)
+
+
+def test_on_a_gpu_the_sampler_leaves_memory_to_the_trainer(monkeypatch):
+    monkeypatch.setattr(installed, "find", lambda: installed.Installed(Path(), Version("0.33.0"), "cuda", "vllm"))
+    assert run.shared()["gpu_memory_utilization"] < 0.5
 
 
 def test_an_unknown_line_is_named():

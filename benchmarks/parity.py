@@ -1,6 +1,6 @@
-"""Runs `bi-patch parity` for several models on this CPU, and writes parity-DATE-cpu-vllm-RELEASE.json.
+"""Runs `bi-patch parity` for several models on this device, and writes parity-DATE-DEVICE-vllm-RELEASE.json.
 
-    PYTHONPATH=. python3 benchmarks/cpu/parity.py [--only LABEL ...] [--results FOLDER]
+    PYTHONPATH=. python3 benchmarks/parity.py [--only LABEL ...] [--results FOLDER]
 
 Exit code 1: a value differs. 2: something could not be compared.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import bi_patch_entry
 
 # label -> (model of bi_patch.tools.models.recipes, dtype, eager, GRPO steps of each of two runs)
-CASES = {
+CPU = {
     "tiny-llama-tied bf16": ("tiny-llama-tied", "bfloat16", True, 6),
     "tiny-llama-tied fp32": ("tiny-llama-tied", "float32", True, 6),
     "tiny-llama-tied bf16 compiled": ("tiny-llama-tied", "bfloat16", False, 6),
@@ -25,9 +25,17 @@ CASES = {
     "tiny-qwen3 fp32 compiled": ("tiny-qwen3", "float32", False, 6),
     "SmolLM2-135M bf16": ("smollm2-135m-instruct", "bfloat16", True, 4),
 }
+CUDA = {
+    "qwen3-100m bf16": ("qwen3-100m", "bfloat16", True, 6),
+    "qwen3-100m bf16 graphs": ("qwen3-100m", "bfloat16", False, 6),
+    "tiny-llama-tied bf16": ("tiny-llama-tied", "bfloat16", True, 6),
+    "tiny-llama-tied bf16 graphs": ("tiny-llama-tied", "bfloat16", False, 6),
+}
 
 
 def main() -> int:
+    import torch
+
     from bi_patch.tools import evidence
     from bi_patch.tools.evidence import InvarianceRow, Parity
     from bi_patch.tools.parity import run
@@ -35,14 +43,15 @@ def main() -> int:
     from bi_patch.tools.verify import levels, terminal
     from bi_patch.tools.verify.local import local
 
+    cases = CUDA if torch.cuda.is_available() else CPU
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="*", choices=cases, default=list(cases))
     parser.add_argument("--results", type=Path, default=evidence.RESULTS)
     given = parser.parse_args()
     codes = []
     for label in given.only:
-        model, dtype, eager, steps = CASES[label]
-        options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64}
+        model, dtype, eager, steps = cases[label]
+        options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64} | run.shared()
         system = local(model, levels.QUICK, dtype=dtype, eager=eager, engine_args=options)
         report = run.measure(system, Plan(steps=steps))
         print(f"{label}\n{terminal.plain(report)}", flush=True)
