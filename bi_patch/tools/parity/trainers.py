@@ -46,9 +46,8 @@ class Trainer:
         with torch.set_grad_enabled(grad):
             for batch in batches([s.ids for s in samples], layout):
                 part = samples[len(found) : len(found) + len(batch.places)]
-                own = self._logprobs(
-                    batch.to(self.device), chunk, transforms
-                )  # [batch, length]; index 0 of a sequence means nothing
+                # [batch, length]; index 0 of a sequence means nothing
+                own = self._logprobs(batch.to(self.device), chunk, transforms)
                 for sample, (row, at) in zip(part, batch.places):
                     end = at + len(sample.ids)
                     found.append(own[row, end - len(sample.answer.tokens) : end])
