@@ -81,9 +81,7 @@ def sample(folder: Path, vocabulary: int, a: argparse.Namespace):
     prompts = torch.randint(100, vocabulary, (a.sequences, PROMPT), generator=draw).tolist()
     tokens = a.length - PROMPT
     parameters = [
-        SamplingParams(
-            temperature=1.0, seed=i, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
-        )
+        SamplingParams(temperature=1.0, seed=i, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
         for i in range(a.sequences)
     ]
     began = time.perf_counter()

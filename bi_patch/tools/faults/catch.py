@@ -18,6 +18,7 @@ from bi_patch.tools.verify.probes.base import pair
 from bi_patch.tools.verify.probes.crossing import crossing_blocks, preempted
 
 PRECISION, RESTART, PREEMPTION, UPDATE = "precision", "restart", "preemption", "weight update"
+STRUCTURED = "structured output"
 
 
 class Caught(msgspec.Struct, frozen=True):

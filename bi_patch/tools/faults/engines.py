@@ -44,6 +44,17 @@ def few_blocks(given: Options, block: int) -> Options:
     return short.but(kv_blocks=-(-short.max_model_len // block) + 1)
 
 
+def small() -> Options:
+    """The options of a small model with a tokenizer, in bf16."""
+    return Options(
+        str(recipes.path(recipes.QWEN3_100M, cache=settings.read().cache)),
+        max_model_len=1024,
+        chunk=512,
+        digests=True,
+        extra={"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30},
+    )
+
+
 def updated(platform: str, folder: str, dtype: str = "") -> Options:
     """The options of an engine for updates: a small model with weights in a folder, whose head is its embedding."""
     name = recipes.MOE if platform == "cpu" else recipes.QWEN3_100M

@@ -24,7 +24,8 @@ from bi_patch.tools.verify.probes import Workload
 # On CUDA, faults are planted in model runner V1, which runs the same layers as V2.
 _ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 PLATFORMS = tuple(_ENVIRON)
-_OTHER = (catch.PREEMPTION, catch.UPDATE)  # axes with an engine of their own
+# Axes with an engine of their own. Grammars need a tokenizer, and the large model on CUDA has none.
+_OTHER = {"cpu": (catch.PREEMPTION, catch.UPDATE), "cuda": (catch.PREEMPTION, catch.UPDATE, catch.STRUCTURED)}
 DTYPES = ("", "bfloat16", "float32", "float16")
 Keep = Callable[[Faults], object]
 Tell = Callable[[str], None]
@@ -78,11 +79,12 @@ class _Run:
     keep: Keep
 
     def planted(self, given: Options, wanted: list[Fault]) -> Faults:
-        """Plant the faults of preemption in an engine with few KV blocks, those of updates in an engine with weights of
-        a folder, and all others in the first engine."""
+        """Plant the faults of preemption in an engine with few KV blocks, those of other axes of _OTHER in a small
+        engine, and all others in the first engine."""
         made: Faults | None = None
-        block, first = 0, [fault for fault in wanted if fault.axis not in _OTHER]
-        for axis in ("", *_OTHER):
+        other = _OTHER[self.platform]
+        block, first = 0, [fault for fault in wanted if fault.axis not in other]
+        for axis in ("", *other):
             there = [fault for fault in wanted if fault.axis == axis] if axis else first
             # The first engine also tells the size of a block.
             if not there and (axis or not any(fault.axis == catch.PREEMPTION for fault in wanted)):
@@ -107,6 +109,8 @@ class _Run:
         """The options of an axis's engine; "" stands for the axes that share the first engine."""
         if axis == catch.UPDATE:
             return engines.updated(self.platform, self.folder, given.dtype)
+        if axis == catch.STRUCTURED:
+            return engines.small()
         return engines.few_blocks(given, block) if axis else given
 
     def refused(self) -> FaultRow:
