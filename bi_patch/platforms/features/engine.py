@@ -12,6 +12,7 @@ _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_PARITY = "parity-2026-11-28-cpu-vllm-0.32.0.json"
+_H200_PARITY = "parity-2026-11-28-h200-vllm-0.33.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
@@ -178,7 +179,7 @@ FEATURES: tuple[Feature, ...] = (
         "a trainer on Hugging Face transformers with the sampler's bits",
         short="a trainer with the sampler's bits",
         cpu=served(_CPU_PARITY, why="dense models: two tiny models and SmolLM2-135M"),
-        cuda=untried("nobody has compared bits yet"),
+        cuda=served(_H200_PARITY, why="dense models: two small models with random weights"),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",
     ),
