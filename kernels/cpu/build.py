@@ -41,7 +41,7 @@ _CFLAGS["amx_bf16"] = [*_CFLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-DB
 
 # No -ffast-math and no contraction: the compiler could contract one template instance and not another.
 _COMMON = ["-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-w"]
-_KERNELS = ("gemm.cpp", "gemm_amx.cpp", "attention.cpp", "norm.cpp", "pointwise.cpp", "softmax_topk.cpp")
+_KERNELS = ("gemm.cpp", "gemm_amx.cpp", "attention.cpp", "latent.cpp", "norm.cpp", "pointwise.cpp", "softmax_topk.cpp")
 
 _loaded: tuple[str, str] | None = None
 

@@ -36,6 +36,14 @@ def register_fakes(isa: str) -> None:
     def _(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, window_left, softcap):
         return None
 
+    @torch.library.register_fake("bi_cpu::latent_attention")
+    def _(out, query, cache, query_start_loc, seq_lens, block_table, scale):
+        return None
+
+    @torch.library.register_fake("bi_cpu::heads_gemm")
+    def _(out, x, packed):
+        return None
+
     @torch.library.register_fake("bi_cpu::rms_norm")
     def _(x, weight, eps, offset):
         return x.new_empty(x.shape)

@@ -353,8 +353,16 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "MLA (multi-head latent attention)",
-        **_everywhere("its two forms of attention give different bits"),
+        cpu=untried(),
+        cuda=refused("its two forms of attention give different bits"),
+        ascend=refused("its two forms of attention give different bits"),
         asked=_of_model(lambda m: m.use_mla, "MLA"),
+        details="On CPU, one bundled kernel computes prompts and generated tokens in the absorbed form.",
+    ),
+    row(
+        "sparse MLA: an indexer that chooses tokens (DeepSeek V3.2, GLM-5)",
+        **_everywhere("nothing fixes which of two tied tokens the indexer chooses"),
+        asked=_of_model(lambda m: m.use_mla and hasattr(getattr(m, "hf_text_config", None), "index_topk"), "sparse MLA"),
     ),
     row(
         "quantized KV cache",

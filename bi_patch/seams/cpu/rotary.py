@@ -1,5 +1,7 @@
 """Rotary embedding: compiled and eager code give the same bits in every batch."""
 
+import functools
+
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.rotations import BASE, CLASSES
 
@@ -21,10 +23,28 @@ def _rotary(original):
     return forward
 
 
-def _forward(name: str, qualname: str, close, **attributed) -> Seam:
+def _latent(original):
+    """DeepseekScalingRotaryEmbedding.forward_native, of MLA's keys and queries: call the same kernel."""
+    from bi_patch.ops.cpu import rotary
+
+    @functools.wraps(original)
+    def forward_native(self, positions, query, key=None, offsets=None):
+        if offsets is not None or positions.ndim != 1 or type(self).__name__ != "DeepseekScalingRotaryEmbedding":
+            return original(self, positions, query, key, offsets)
+        cache = self._match_cos_sin_cache_dtype(query)
+
+        def turn(x):
+            return rotary.rope(positions, x, cache, self.head_size, self.is_neox_style)
+
+        return turn(query), None if key is None else turn(key)
+
+    return forward_native
+
+
+def _forward(name: str, qualname: str, close, module: str = BASE, **attributed) -> Seam:
     return Seam(
         name=f"rotary.{name}",
-        targets=(Target(BASE, qualname),),
+        targets=(Target(module, qualname),),
         close=close,
         why="compiled code rounds where a fused kernel ends, and eager code rounds after every operation",
         how="one bundled kernel serves compiled and eager code, and rounds once",
@@ -34,9 +54,11 @@ def _forward(name: str, qualname: str, close, **attributed) -> Seam:
     )
 
 
+_DEEPSEEK = "vllm.model_executor.layers.rotary_embedding.deepseek_scaling_rope"
 _SERVES = ("RotaryEmbedding", "RotaryEmbeddingBase")
 
 SEAMS = (
     _forward("cpu_forward", "RotaryEmbedding.forward_cpu", _rotary, serves=_SERVES),
     _forward("cpu_native", "RotaryEmbedding.forward_native", _rotary),
+    _forward("cpu_latent", "DeepseekScalingRotaryEmbedding.forward_native", _latent, _DEEPSEEK),
 )

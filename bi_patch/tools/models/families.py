@@ -30,6 +30,47 @@ _TINY = {
 }
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 _NARROW = {"head_dim": 32}  # of models whose heads share the hidden size
+# vLLM's MLA on CPU takes latents of 512 + 64 only.
+_LATENT = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "n_routed_experts": 16,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+    },
+    "num_nextn_predict_layers": 0,
+}
+_SIGMOID = {
+    "q_lora_rank": 96,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
 _EVERY_OTHER = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": _WINDOW}
 
 
@@ -184,6 +225,23 @@ FAMILIES: dict[str, dict[str, object]] = {
         first_k_dense_replace=1,
         moe_layer_freq=1,
         norm_topk_prob=False,
+    ),
+    "DeepSeek V2": _as("DeepseekV2ForCausalLM", "deepseek_v2", _LATENT, topk_method="group_limited_greedy", n_group=4, topk_group=2),
+    "DeepSeek V3": _as("DeepseekV3ForCausalLM", "deepseek_v3", _LATENT, _SIGMOID, n_group=4, topk_group=2),
+    "Kimi K2": _as("DeepseekV3ForCausalLM", "kimi_k2", _LATENT, _SIGMOID),
+    "GLM-4.7-Flash": _as("Glm4MoeLiteForCausalLM", "glm4_moe_lite", _LATENT, _SIGMOID, rope_scaling=None, v_head_dim=64),
+    "MiniCPM3": _as(
+        "MiniCPM3ForCausalLM",
+        "minicpm3",
+        num_key_value_heads=8,
+        q_lora_rank=96,
+        kv_lora_rank=128,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=32,
+        scale_emb=12,
+        scale_depth=1.4,
+        dim_model_base=256,
     ),
     "OPT": _without_groups(
         "OPTForCausalLM",

@@ -46,6 +46,41 @@ struct AttentionArgs {
 
 void attention(const AttentionArgs& a, int threads);
 
+// ---- Attention over latents, and products by head (latent.cpp). Strides in elements; the last dimension is dense.
+constexpr int kMaxLatent = 576;
+
+struct LatentArgs {
+  DType type;
+  const void* cache;     // [blocks, block_size, dim], dense in the last two
+  int64_t block_stride;
+  int block_size, dim, vdim;
+  const void* query;     // [tokens, heads, dim]
+  int64_t query_token, query_head;
+  void* out;             // [tokens, heads, vdim]
+  int64_t out_token, out_head;
+  int heads;
+  int reqs;
+  const int32_t* query_start;  // [reqs + 1]
+  const int32_t* seq_lens;     // [reqs]
+  const int32_t* table;        // [reqs, table_stride]
+  int64_t table_stride;
+  float scale;
+};
+
+void latent_attention(const LatentArgs& a, int threads);
+
+struct HeadsGemmArgs {
+  DType type;
+  const void* x;       // [tokens, heads, k]
+  int64_t x_token, x_head;
+  const void* packed;  // [heads, gemm_packed_size]
+  void* out;           // [tokens, heads, n]
+  int64_t out_token, out_head;
+  int64_t tokens, heads, n, k;
+};
+
+void heads_gemm(const HeadsGemmArgs& a, int threads);
+
 // ---- RMSNorm (norm.cpp). Strides in elements; columns are dense; residual, sum and out are dense.
 struct NormArgs {
   DType type;

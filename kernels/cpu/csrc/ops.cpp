@@ -112,6 +112,31 @@ const int32_t* int32_of(const at::Tensor& t, const char* what, int64_t dim) {
   return t.const_data_ptr<int32_t>();
 }
 
+// Reads the requests of a step into AttentionArgs or LatentArgs, and checks every block that a request names.
+template <class Args>
+void read_requests(Args& a, const at::Tensor& query, const at::Tensor& query_start_loc, const at::Tensor& seq_lens,
+                   const at::Tensor& block_table, int64_t held, int64_t block_size, const char* op) {
+  a.query_start = int32_of(query_start_loc, "query_start_loc", 1);
+  a.seq_lens = int32_of(seq_lens, "seq_lens", 1);
+  a.table = int32_of(block_table, "block_table", 2);
+  a.table_stride = block_table.stride(0);
+  a.reqs = seq_lens.size(0);
+  TORCH_CHECK(query_start_loc.size(0) >= a.reqs + 1 && block_table.size(0) >= a.reqs, op, ": ", a.reqs,
+              " seq_lens but query_start_loc ", query_start_loc.sizes(), ", block_table ", block_table.sizes());
+  for (int r = 0; r < a.reqs; ++r) {
+    const int64_t q = a.query_start[r + 1] - a.query_start[r], s = a.seq_lens[r];
+    TORCH_CHECK(q >= 0 && (q == 0 || q <= s) && a.query_start[r] >= 0 && a.query_start[r + 1] <= query.size(0), op,
+                ": request ", r, " has ", q, " query tokens, seq_len ", s, ", query ", query.sizes());
+    const int64_t blocks = q ? (s + block_size - 1) / block_size : 0;
+    TORCH_CHECK(blocks <= block_table.size(1), op, ": request ", r, " needs ", blocks, " blocks, block_table has ",
+                block_table.size(1));
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int32_t id = a.table[r * a.table_stride + b];
+      TORCH_CHECK(id >= 0 && id < held, op, ": request ", r, " names block ", id, " of ", held);
+    }
+  }
+}
+
 void attention(at::Tensor out, const at::Tensor& query, const at::Tensor& kv_cache,
                const at::Tensor& query_start_loc, const at::Tensor& seq_lens,
                const at::Tensor& block_table, double scale, int64_t window_left, double softcap) {
@@ -130,32 +155,81 @@ void attention(at::Tensor out, const at::Tensor& query, const at::Tensor& kv_cac
   a.out = out.mutable_data_ptr();
   a.out_token = out.stride(0);
   a.out_head = out.stride(1);
-  a.query_start = int32_of(query_start_loc, "query_start_loc", 1);
-  a.seq_lens = int32_of(seq_lens, "seq_lens", 1);
-  a.table = int32_of(block_table, "block_table", 2);
-  a.table_stride = block_table.stride(0);
-  a.reqs = seq_lens.size(0);
-  TORCH_CHECK(query_start_loc.size(0) >= a.reqs + 1 && block_table.size(0) >= a.reqs,
-              "bi_cpu.attention: ", a.reqs, " seq_lens but query_start_loc ", query_start_loc.sizes(),
-              ", block_table ", block_table.sizes());
-  for (int r = 0; r < a.reqs; ++r) {
-    const int64_t q = a.query_start[r + 1] - a.query_start[r], s = a.seq_lens[r];
-    TORCH_CHECK(q >= 0 && (q == 0 || q <= s) && a.query_start[r] >= 0 && a.query_start[r + 1] <= query.size(0),
-                "bi_cpu.attention: request ", r, " has ", q, " query tokens, seq_len ", s, ", query ", query.sizes());
-    const int64_t blocks = q ? (s + a.kv.block_size - 1) / a.kv.block_size : 0;
-    TORCH_CHECK(blocks <= block_table.size(1), "bi_cpu.attention: request ", r, " needs ", blocks,
-                " blocks, block_table has ", block_table.size(1));
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int32_t id = a.table[r * a.table_stride + b];
-      TORCH_CHECK(id >= 0 && id < a.kv.blocks, "bi_cpu.attention: request ", r, " names block ", id,
-                  " of ", a.kv.blocks);
-    }
-  }
+  read_requests(a, query, query_start_loc, seq_lens, block_table, a.kv.blocks, a.kv.block_size, "bi_cpu.attention");
   TORCH_CHECK(softcap >= 0, "bi_cpu.attention: softcap must be >= 0, got ", softcap);
   a.scale = float(scale);
   a.window_left = window_left < 0 ? -1 : int(std::min<int64_t>(window_left, INT32_MAX));
   a.softcap = float(softcap);
   bi::attention(a, at::get_num_threads());
+}
+
+bi::DType latent_types(const at::Tensor& cache, const at::Tensor& query, const at::Tensor& out) {
+  TORCH_CHECK(query.scalar_type() == cache.scalar_type() && out.scalar_type() == cache.scalar_type(),
+              "bi_cpu.latent_attention: query is ", query.scalar_type(), ", out ", out.scalar_type(), ", the cache ",
+              cache.scalar_type());
+  return dtype_of(cache, "cache");
+}
+
+void latent_attention(at::Tensor out, const at::Tensor& query, const at::Tensor& cache,
+                      const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
+                      double scale) {
+  bi::LatentArgs a;
+  a.type = latent_types(cache, query, out);
+  TORCH_CHECK(cache.dim() == 3 && cache.stride(2) == 1 && cache.stride(1) == cache.size(2),
+              "bi_cpu.latent_attention: cache must be [blocks, block_size, D], dense in the last two, got ",
+              cache.sizes());
+  a.dim = cache.size(2);
+  TORCH_CHECK(query.dim() == 3 && query.size(2) == a.dim && query.stride(2) == 1,
+              "bi_cpu.latent_attention: query must be [tokens, heads, D=", a.dim, "], dense in the last, got ",
+              query.sizes());
+  a.heads = query.size(1);
+  TORCH_CHECK(out.dim() == 3 && out.stride(2) == 1 && out.size(1) == a.heads && out.size(0) >= query.size(0),
+              "bi_cpu.latent_attention: out ", out.sizes(), " does not hold query ", query.sizes());
+  a.vdim = out.size(2);
+  TORCH_CHECK(a.dim % 16 == 0 && a.vdim % 16 == 0 && a.vdim >= 16 && a.vdim <= a.dim && a.dim <= bi::kMaxLatent,
+              "bi_cpu.latent_attention: D and V must be multiples of 16, V <= D <= ", bi::kMaxLatent, ", got ", a.dim,
+              " and ", a.vdim);
+  a.cache = cache.const_data_ptr();
+  a.block_stride = cache.stride(0);
+  a.block_size = cache.size(1);
+  a.query = query.const_data_ptr();
+  a.query_token = query.stride(0);
+  a.query_head = query.stride(1);
+  a.out = out.mutable_data_ptr();
+  a.out_token = out.stride(0);
+  a.out_head = out.stride(1);
+  const int64_t blocks = cache.size(0);
+  read_requests(a, query, query_start_loc, seq_lens, block_table, blocks, a.block_size, "bi_cpu.latent_attention");
+  a.scale = float(scale);
+  bi::latent_attention(a, at::get_num_threads());
+}
+
+void heads_gemm(at::Tensor out, const at::Tensor& x, const at::Tensor& packed) {
+  bi::HeadsGemmArgs a;
+  a.type = dtype_of(x, "x");
+  TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.stride(2) == 1 && out.stride(2) == 1 && out.size(0) == x.size(0) &&
+                  out.size(1) == x.size(1) && x.size(1) > 0 && x.size(2) > 0 && out.size(2) > 0,
+              "bi_cpu.heads_gemm: x [tokens, heads, K] and out [tokens, heads, N] must be dense in the last, got ",
+              x.sizes(), " and ", out.sizes());
+  a.tokens = x.size(0);
+  a.heads = x.size(1);
+  a.k = x.size(2);
+  a.n = out.size(2);
+  TORCH_CHECK(packed.scalar_type() == x.scalar_type() && out.scalar_type() == x.scalar_type(),
+              "bi_cpu.heads_gemm: x is ", x.scalar_type(), ", out ", out.scalar_type(), ", the packed weight ",
+              packed.scalar_type());
+  TORCH_CHECK(packed.dim() == 2 && packed.is_contiguous() && packed.size(0) == a.heads &&
+                  packed.size(1) == (int64_t)bi::gemm_packed_size(a.type, a.n, a.k),
+              "bi_cpu.heads_gemm: packed weights ", packed.sizes(), " are not those of ", a.heads, " heads of [", a.n,
+              ", ", a.k, "]; pack each with bi_cpu.gemm_pack");
+  a.x = x.const_data_ptr();
+  a.x_token = x.stride(0);
+  a.x_head = x.stride(1);
+  a.packed = packed.const_data_ptr();
+  a.out = out.mutable_data_ptr();
+  a.out_token = out.stride(0);
+  a.out_head = out.stride(1);
+  bi::heads_gemm(a, at::get_num_threads());
 }
 
 // Views x as [rows, heads, cols] with dense columns, or copies x. Shapes other than 3-D have one head.
@@ -303,6 +377,9 @@ TORCH_LIBRARY(bi_cpu, m) {
   m.def("kv_store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
   m.def("attention(Tensor(a!) out, Tensor query, Tensor kv_cache, Tensor query_start_loc, "
         "Tensor seq_lens, Tensor block_table, float scale, int window_left, float softcap) -> ()");
+  m.def("latent_attention(Tensor(a!) out, Tensor query, Tensor cache, Tensor query_start_loc, Tensor seq_lens, "
+        "Tensor block_table, float scale) -> ()");
+  m.def("heads_gemm(Tensor(a!) out, Tensor x, Tensor packed) -> ()");
   m.def("rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)");
   m.def("silu_and_mul(Tensor x) -> Tensor");
@@ -321,6 +398,8 @@ TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
   m.impl("gemm", &gemm);
   m.impl("kv_store", &kv_store);
   m.impl("attention", &attention);
+  m.impl("latent_attention", &latent_attention);
+  m.impl("heads_gemm", &heads_gemm);
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);
   m.impl("silu_and_mul", &silu_and_mul);
