@@ -128,6 +128,20 @@ def _forward(original):
     return forward_impl
 
 
+def _store(original):
+    """AMXMLAImpl.do_kv_cache_update: store fp32 and fp16, too, which vLLM's kernel does not take. A copy has no order."""
+
+    @functools.wraps(original)
+    def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale):
+        import torch
+        from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
+
+        store = original if kv_cache.dtype == torch.bfloat16 else CPUMLAImpl.do_kv_cache_update
+        return store(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)
+
+    return do_kv_cache_update
+
+
 def _seam(name: str, module: str, qualname: str, close, how: str, **given) -> Seam:
     return Seam(
         name=f"mla.cpu_{name}",
@@ -166,6 +180,15 @@ SEAMS = (
         "AMXMLAMetadataBuilder.build",
         _build,
         "vLLM does not split a step into prompts and generated tokens, and computes no number of splits",
+    ),
+    Seam(
+        name="mla.cpu_store",
+        targets=(Target(_AMX, "AMXMLAImpl.do_kv_cache_update"),),
+        close=_store,
+        why="with AMX, vLLM stores latents of bf16 only, and an fp32 or fp16 model stops at its first request",
+        how="other latents are stored by the code of vLLM's backend for CPUs without AMX",
+        until="upstream's AMX_MLA stores every type that its own check accepts",
+        required=False,
     ),
     _seam(
         "forward",

@@ -14,9 +14,9 @@ __all__ = ["Fault", "UnknownFault", "every", "named", "plant", "planted"]
 
 def every() -> tuple[Fault, ...]:
     """All faults, sorted by the number of their cause."""
-    from bi_patch.tools.faults import attention, cpu, cuda, shared, weights
+    from bi_patch.tools.faults import attention, cpu, cuda, latent, shared, weights
 
-    found = (*shared.FAULTS, *attention.FAULTS, *cpu.FAULTS, *cuda.FAULTS, *weights.FAULTS)
+    found = (*shared.FAULTS, *attention.FAULTS, *cpu.FAULTS, *cuda.FAULTS, *latent.FAULTS, *weights.FAULTS)
     return tuple(sorted(found, key=lambda fault: (fault.cause, fault.name)))
 
 

@@ -45,7 +45,7 @@ def _on_cpu(cut: Cut) -> Iterator[None]:
         held(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, window, softcap)
         size, d = kv_cache.shape[2], query.shape[-1]
         read = lambda blocks, length: parts.unpack_cpu_cache(kv_cache, blocks, length, d)  # noqa: E731
-        _overwrite(cut, out.view(query.shape), query, query_start_loc, seq_lens, block_table, size, read, scale)
+        overwrite(cut, out.view(query.shape), query, query_start_loc, seq_lens, block_table, size, read, scale)
 
     op.attention = attention
     try:
@@ -65,7 +65,7 @@ def _on_cuda(engine: LocalEngine, cut: Cut) -> Iterator[None]:
                 d, m = impl.head_size, attn_metadata
                 size = _pages(kv_cache, d).shape[2]
                 read = lambda blocks, length: _unpack(kv_cache, blocks, length, d)  # noqa: E731
-                _overwrite(
+                overwrite(
                     cut,
                     output.view(-1, impl.num_heads, d),
                     query.view(-1, impl.num_heads, d),
@@ -110,7 +110,14 @@ def _unpack(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int, d: int):
     return tuple(pages[i][blocks.long()].flatten(0, 1)[:length] for i in (0, 1))
 
 
-def _overwrite(cut: Cut, out, query, query_start_loc, seq_lens, block_table, size, read, scale) -> None:
+def overwrite(
+    cut: Cut, out, query, query_start_loc, seq_lens, block_table, size, read, scale, attend=parts.attend
+) -> None:
+    """Overwrite the rows of each sequence for which `cut` returns edges.
+
+    out, query: [tokens, heads, D]. size: tokens of a page. read(blocks, length) -> the sequence's keys and values.
+    attend: as parts.attend, which computes the rows.
+    """
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     lengths = [n for n, s, e in zip(lengths, starts, starts[1:]) if e > s]
     count = len(lengths)
@@ -122,7 +129,7 @@ def _overwrite(cut: Cut, out, query, query_start_loc, seq_lens, block_table, siz
         if edges:
             key, value = read(block_table[i, : -(-lengths[i] // size)], lengths[i])
             rows = slice(starts[i], starts[i + 1])
-            out[rows] = parts.attend(query[rows], key, value, edges, scale)
+            out[rows] = attend(query[rows], key, value, edges, scale)
 
 
 def splits_by_batch(engine: LocalEngine):

@@ -26,6 +26,7 @@ class Fault:
     fault is planted only after the first answers). module, op: texts that the located module and op must contain.
     seam: the seam that must be located, by platform; "" for vLLM's own code without a seam. emulated: platforms on
     which the fault re-creates the mechanism outside the kernel that has it, because the platform lacks this kernel.
+    model: the family (tools/models/families.py) whose layers the fault needs, "" for the layers of every model.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Fault:
     op: str = ""
     seam: dict[str, str] | None = None
     emulated: tuple[str, ...] = ()
+    model: str = ""
 
 
 _stack = contextlib.ExitStack()

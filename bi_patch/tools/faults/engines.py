@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bi_patch import settings
-from bi_patch.tools.models import recipes, shapes
+from bi_patch.tools.models import families, recipes, shapes
 from bi_patch.tools.verify import checkpoint
 from bi_patch.tools.verify.engine import Options
 
@@ -35,6 +35,19 @@ def options(platform: str, folder: str, dtype: str = "") -> Options:
         tokenizer=False,
         random_weights=7,
         extra={"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 8 << 30},
+    )
+
+
+def of_family(name: str, folder: str, dtype: str = "") -> Options:
+    """The options of an engine with the tiny model of a family, on CPU, for faults of layers that only it has."""
+    return Options(
+        families.write(name, folder),
+        dtype=dtype or "bfloat16",
+        max_model_len=1024,
+        chunk=512,
+        tokenizer=False,
+        random_weights=7,
+        digests=True,
     )
 
 

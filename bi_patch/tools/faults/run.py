@@ -82,6 +82,14 @@ class _Run:
         """Plant the faults of preemption in an engine with few KV blocks, those of other axes of _OTHER in a small
         engine, and all others in the first engine."""
         made: Faults | None = None
+        for model in sorted({fault.model for fault in wanted}):
+            of = engines.of_family(model, self.folder, given.dtype) if model else given
+            made = self._in_model(of, [fault for fault in wanted if fault.model == model], made)
+        assert made is not None
+        return made
+
+    def _in_model(self, given: Options, wanted: list[Fault], made: Faults | None) -> Faults:
+        """Plant the faults of one model, and add the results to `made`."""
         other = _OTHER[self.platform]
         block, first = 0, [fault for fault in wanted if fault.axis not in other]
         for axis in ("", *other):
