@@ -362,7 +362,9 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "sparse MLA: an indexer that chooses tokens (DeepSeek V3.2, GLM-5)",
         **_everywhere("nothing fixes which of two tied tokens the indexer chooses"),
-        asked=_of_model(lambda m: m.use_mla and hasattr(getattr(m, "hf_text_config", None), "index_topk"), "sparse MLA"),
+        asked=_of_model(
+            lambda m: m.use_mla and hasattr(getattr(m, "hf_text_config", None), "index_topk"), "sparse MLA"
+        ),
     ),
     row(
         "quantized KV cache",

@@ -30,7 +30,9 @@ def _init(original):
         }
         found = [name for name, present in refused.items() if present]
         if found:
-            raise UnsupportedFeature(f"mla.cpu: the bundled CPU kernel does not cover {', '.join(found)}. Set BI_PATCH=0")
+            raise UnsupportedFeature(
+                f"mla.cpu: the bundled CPU kernel does not cover {', '.join(found)}. Set BI_PATCH=0"
+            )
 
     return __init__
 
@@ -110,7 +112,8 @@ def _forward(original):
             return output.fill_(0)
         if output_scale is not None or any(given is not None for given in (*args, *kwargs.values())):
             raise UnsupportedFeature(
-                "mla.cpu: on CPU, bi_patch covers neither quantized outputs nor replicated queries of MLA. Set BI_PATCH=0"
+                "mla.cpu: on CPU, bi_patch covers neither quantized outputs nor replicated queries of MLA. Set "
+                "BI_PATCH=0"
             )
         tokens = attn_metadata.num_actual_tokens
         latent.attention(
@@ -129,7 +132,7 @@ def _forward(original):
 
 
 def _store(original):
-    """AMXMLAImpl.do_kv_cache_update: store fp32 and fp16, too, which vLLM's kernel does not take. A copy has no order."""
+    """AMXMLAImpl.do_kv_cache_update: store fp32 and fp16, too, which vLLM's kernel does not take."""
 
     @functools.wraps(original)
     def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale):
@@ -158,7 +161,11 @@ def _seam(name: str, module: str, qualname: str, close, how: str, **given) -> Se
 
 SEAMS = (
     _seam(
-        "init", _LAYER, "MLAAttention.__init__", _init, "bi_patch refuses by name what the bundled kernel does not cover"
+        "init",
+        _LAYER,
+        "MLAAttention.__init__",
+        _init,
+        "bi_patch refuses by name what the bundled kernel does not cover",
     ),
     _seam(
         "weights",
@@ -195,8 +202,8 @@ SEAMS = (
         _LAYER,
         "MLAAttention.forward_impl",
         _forward,
-        "one bundled kernel computes every token in the absorbed form. It splits keys at fixed positions and merges the "
-        "parts in ascending order",
+        "one bundled kernel computes every token in the absorbed form. It splits keys at fixed positions and merges "
+        "the parts in ascending order",
         serves=("MLAAttention", "MultiHeadLatentAttentionWrapper"),
         op="bi_patch.ops.cpu.latent",
     ),

@@ -91,9 +91,7 @@ def other_form(engine: LocalEngine):
 
         shaped = out.view(len(query), heads, absorbed.size)
         cut = lambda s: [s.length] if s.query > 1 else None  # noqa: E731
-        overwrite(
-            cut, shaped, query, query_start_loc, seq_lens, block_table, cache.shape[1], read, scale, parts.attend
-        )
+        overwrite(cut, shaped, query, query_start_loc, seq_lens, block_table, cache.shape[1], read, scale, parts.attend)
 
     return _instead(make)
 

@@ -226,10 +226,19 @@ FAMILIES: dict[str, dict[str, object]] = {
         moe_layer_freq=1,
         norm_topk_prob=False,
     ),
-    "DeepSeek V2": _as("DeepseekV2ForCausalLM", "deepseek_v2", _LATENT, topk_method="group_limited_greedy", n_group=4, topk_group=2),
+    "DeepSeek V2": _as(
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        _LATENT,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+    ),
     "DeepSeek V3": _as("DeepseekV3ForCausalLM", "deepseek_v3", _LATENT, _SIGMOID, n_group=4, topk_group=2),
-    "Kimi K2": _as("DeepseekV3ForCausalLM", "kimi_k2", _LATENT, _SIGMOID),
-    "GLM-4.7-Flash": _as("Glm4MoeLiteForCausalLM", "glm4_moe_lite", _LATENT, _SIGMOID, rope_scaling=None, v_head_dim=64),
+    "Kimi K2": _as("DeepseekV3ForCausalLM", "deepseek_v3", _LATENT, _SIGMOID),  # vLLM reads kimi_k2 as deepseek_v3
+    "GLM-4.7-Flash": _as(
+        "Glm4MoeLiteForCausalLM", "glm4_moe_lite", _LATENT, _SIGMOID, rope_scaling=None, v_head_dim=64
+    ),
     "MiniCPM3": _as(
         "MiniCPM3ForCausalLM",
         "minicpm3",

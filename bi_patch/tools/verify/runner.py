@@ -87,7 +87,9 @@ class Attached:
                 stack.enter_context(replaced(owner, name, wrap))
             if not self._tracer.coarse:
                 for layer in self._layers():
-                    stack.enter_context(replaced(layer.impl, "forward", lambda held, of=layer: self._attend(held, of)))
+                    # An MLA layer computes attention itself.
+                    owner, name = (layer.impl, "forward") if hasattr(layer.impl, "forward") else (layer, "forward_impl")
+                    stack.enter_context(replaced(owner, name, lambda held, of=layer: self._attend(held, of)))
                     if hasattr(layer.impl, "do_kv_cache_update"):
                         stack.enter_context(replaced(layer.impl, "do_kv_cache_update", self._inside))
                 for module in self._runner.get_model().modules():

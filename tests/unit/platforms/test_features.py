@@ -105,7 +105,7 @@ def test_a_plain_configuration_passes(platform):
     [
         ({"model_quantization": "awq"}, "quantized weights .awq"),
         ({"cache_cache_dtype": "fp8"}, "'fp8' KV cache"),
-        ({"model_use_mla": True}, "MLA"),
+        ({"model_use_mla": True, "model_hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model_is_hybrid": True}, "hybrid and state-space models"),
         ({"model_is_encoder_decoder": True}, "encoder-decoder models"),
         ({"model_runner_type": "pooling"}, "pooling models"),
@@ -138,6 +138,13 @@ def test_a_plain_configuration_passes(platform):
 def test_what_is_not_covered_is_refused_by_name(platform, change, said):
     with pytest.raises(UnsupportedFeature, match=f"features: .*{said}.*BI_PATCH=0"):
         check(platform, **change)
+
+
+def test_mla_is_refused_except_on_cpu():
+    check("cpu", model_use_mla=True)
+    for platform in ("cuda", "ascend"):
+        with pytest.raises(UnsupportedFeature, match="features: .*MLA"):
+            check(platform, model_use_mla=True)
 
 
 def test_several_refusals_are_named_at_once_with_what_to_do():

@@ -61,7 +61,7 @@ def test_only_the_chosen_sequences_are_overwritten():
         seen.append((sequence.query, sequence.length, sequence.count, sequence.longest, sequence.common))
         return [9] if sequence.length == 30 else None
 
-    attention._overwrite(cut, out, query, starts, lengths, table, 16, read, 0.3)
+    attention.overwrite(cut, out, query, starts, lengths, table, 16, read, 0.3)
     assert seen == [(3, 20, 2, 4, 0), (4, 30, 2, 4, 0)]
     assert not out[:3].any()
     assert torch.equal(out[3:], parts.attend(query[3:], *read(table[1], 30), [9], 0.3))

@@ -1,0 +1,53 @@
+"""MLA on CPU in a real engine: no axis sees anything, and planted faults are caught and named."""
+
+import os
+
+import pytest
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.tools.faults import catch, engines, latent
+from bi_patch.tools.faults.child import FaultyEngine
+from bi_patch.tools.verify.child import ARMED, PATIENT
+
+pytestmark = pytest.mark.engine
+
+AXES = ("batch size", "prefix cache", "chunk budget", "decode = prefill")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    return engines.of_family(latent.MODEL, str(tmp_path_factory.mktemp("mla")))
+
+
+@pytest.fixture(scope="module")
+def engine(given):
+    with FaultyEngine(ARMED, given, environ=PATIENT | os.environ) as made:
+        yield made
+
+
+def test_without_a_fault_no_axis_sees_anything(engine):
+    load = catch.workload(engine)
+    for axis in AXES:
+        cases = list(catch.cases(engine, axis, load))
+        assert cases and not any(case.differs for case in cases), axis
+
+
+@pytest.mark.parametrize("fault", [f for f in latent.FAULTS if f.axis != catch.PREEMPTION], ids=lambda f: f.name)
+def test_a_planted_fault_is_caught_and_named(engine, fault):
+    found = catch.catch(engine, fault.name, catch.workload(engine))
+    assert found.caught and found.right, found
+
+
+def test_preemption(given, engine):
+    with FaultyEngine(ARMED, engines.few_blocks(given, engine.info.block_size), environ=PATIENT | os.environ) as small:
+        load = catch.workload(small)
+        assert not any(case.differs for case in catch.cases(small, catch.PREEMPTION, load))
+        for fault in latent.FAULTS:
+            if fault.axis == catch.PREEMPTION:
+                found = catch.catch(small, fault.name, load)
+                assert found.caught and found.right, found
+
+
+def test_sparse_mla_is_refused_by_name(given, refusing):
+    with pytest.raises(UnsupportedFeature, match="sparse MLA"):
+        refusing.refuse(given.but(extra={"hf_overrides": {"index_topk": 64}}))
