@@ -12,6 +12,7 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
+_CPU_MLA = "invariance-2026-11-28-cpu-mla-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
@@ -23,6 +24,7 @@ _H100_DECODE = "invariance-2026-11-22-h100-decode-vllm-0.33.0.json"
 _TINY = served(_FAMILIES, why="tiny shapes with random weights")
 _HYBRID = refused("hybrid: layers with a recurrent state")
 _MLA = refused("MLA")
+_SPARSE = refused("sparse MLA, layers with a recurrent state, or a package with kernels of its own")
 _OWN = refused("its package has kernels of its own, and the batch decides which kernel runs", by="models.cuda")
 _QUANTIZED = refused("quantized experts")
 _POOLING = refused("pooling")
@@ -121,13 +123,15 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_HYBRID,
     ),
     row(
-        "DeepSeek V2, V3, V3.1 and R1, Kimi K2, GLM-4.7-Flash, MiniCPM3, LongCat",
+        "DeepSeek V2, V3, V3.1 and R1, Kimi K2, in bf16",
         short="DeepSeek and other MLA models",
-        cpu=_MLA,
+        cpu=served(_CPU_MLA, why="tiny shapes with random weights"),
         cuda=_MLA,
         ascend=_MLA,
     ),
-    row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_MLA, cuda=_OWN, ascend=_MLA),
+    row("GLM-4.7-Flash, LongCat", cpu=untried(), cuda=_MLA, ascend=_MLA),
+    row("MiniCPM3, which vLLM runs as ordinary attention", cpu=untried(), cuda=untried(), ascend=_ASCEND),
+    row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_SPARSE, cuda=_OWN, ascend=_MLA),
     row(
         "Llama 4, Gemma 3 4B and larger, Qwen-VL and Omni, Mistral-Small 3, InternVL, LLaVA, Pixtral, GLM-V, Phi-3V",
         cpu=_IMAGES,
