@@ -7,7 +7,6 @@ from typing import Any
 
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
 
-_CPU_MLA = "invariance-2026-11-28-cpu-mla-vllm-0.32.0.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
@@ -354,7 +353,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "MLA (multi-head latent attention)",
-        cpu=served(_CPU_MLA, why="tiny shapes; the latents are 512 + 64, as vLLM's CPU build demands"),
+        cpu=untried("the tests cover it"),
         cuda=refused("its two forms of attention give different bits"),
         ascend=refused("its two forms of attention give different bits"),
         asked=_of_model(lambda m: m.use_mla, "MLA"),
