@@ -10,8 +10,9 @@ _PANEL = {"amx_bf16": 64, "avx512_bf16": 64, "avx512": 64, "avx2": 16, "portable
 
 def packed_size(isa: str, dtype: torch.dtype, n: int, k: int) -> int:
     """Elements of a packed weight [n, k], as gemm_packed_size of csrc/gemm.cpp."""
-    panel = _PANEL[isa]
-    pad = 1 if dtype != torch.bfloat16 else 32 if isa == "amx_bf16" else 2
+    tiles = isa == "amx_bf16" and dtype == torch.bfloat16  # csrc/gemm_amx.cpp
+    panel = 32 if tiles else _PANEL[isa]
+    pad = 32 if tiles else 2 if dtype == torch.bfloat16 else 1
     return -(-n // panel) * panel * (-(-k // pad) * pad)
 
 

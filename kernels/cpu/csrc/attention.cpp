@@ -7,6 +7,9 @@
 // Leaves are merged in ascending order in fp32 (merge), and o / l is rounded once. The order depends on positions
 // alone. A masked key adds an exact zero, so the rows that share a tile do not matter.
 //
+// bf16 takes both products by tdpbf16ps over steps of 32 (BI_AMX), or by vdpbf16ps over pairs (AVX512_BF16). All else is
+// fp32 FMA.
+//
 // Layout of a page (block, KV head): K as [tokens/16][D/step][16][step], then V as [tokens/step][D][step]. step is 2
 // for bf16 with AVX512_BF16, else 1. Limits: head_dim a multiple of 16 up to 512, block size a multiple of 16.
 #include <omp.h>
@@ -15,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 #include "api.h"
+#include "attention_amx.h"
 #include "micro.h"
 #include "scratch.h"
 
@@ -25,7 +29,13 @@ namespace {
 #define BI_LEAF 256
 #endif
 constexpr int kLeaf = BI_LEAF;         // part of the order
-constexpr int kTile = 5 * kMaxRows;    // rows of a work unit; not part of the order
+#if defined(BI_AMX)
+template <class T> constexpr bool kUseTiles = std::is_same_v<T, bf16>;
+#else
+template <class T> constexpr bool kUseTiles = false;
+#endif
+// Rows of a work unit; not part of the order.
+template <class T> constexpr int kRowsOf = kUseTiles<T> ? 32 : 5 * kMaxRows;
 constexpr int kGroups = kLeaf / 16;
 constexpr int kMaxDim = 512;
 constexpr int64_t kTinyWork = 1 << 15;  // multiply-adds; below this, waking threads costs more than it saves
@@ -132,6 +142,7 @@ template <class T> class Worker {
   using Kind = KindOf<T>;
   using A = typename Kind::A;
   static constexpr int step = Kind::step;
+  static constexpr int kTile = kRowsOf<T>;
 
   const AttentionArgs& a_;
   const Pages<T> pages_;
@@ -140,8 +151,12 @@ template <class T> class Worker {
   alignas(64) A p_[kTile * kLeaf];
   alignas(64) A q_[kTile * kMaxDim];
   alignas(64) T edge_[2][kMaxDim * step];
+  alignas(64) T edges_[kUseTiles<T> ? kLeaf * kMaxDim : 1];  // steps of V that are copied
+  alignas(64) T tail_[kUseTiles<T> ? 4 : 1][16 * 32];  // the last step of head_dim of 4 groups of keys, if it is short
   int lo_[kTile], hi_[kTile];  // keys [lo, hi) of each row
   Unit u_{-1, 0, 0, 0, 0, 0};
+  int configured_ = 0;  // rows of the tiles of sums and of A
+  const int ldq_;  // of q_, elements: with tiles, whole steps
 
   struct Segment { const T* v; int at, steps; };  // keys of one page, or a pair at an edge
 
@@ -154,7 +169,7 @@ template <class T> class Worker {
   void scores(int r0, const T* const (&k)[kVecs], float* out) {
     V16 acc[MR][kVecs];
     clear(acc);
-    dot_block<Kind, MR, kVecs>(acc, q_ + r0 * dim_, dim_, k, 16 * step, dim_ / step);
+    dot_block<Kind, MR, kVecs>(acc, q_ + r0 * ldq_, ldq_, k, 16 * step, dim_ / step);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -208,6 +223,73 @@ template <class T> class Worker {
     return st;
   }
 
+#if defined(BI_AMX)
+  // A leaf by tiles, of all rows (1 or 2 tiles of 16). Rows of a tile that the unit does not have hold anything.
+  template <int ROW_TILES> void leaf_tiles(int j0, int k0, int k1, State* st, float* o) {
+    const int bs = a_.kv.block_size, steps = ldq_ / 32;
+    const int s0 = k0 / kStepTokens, s1 = (k1 + kStepTokens - 1) / kStepTokens;
+    const int g0 = k0 / 16, g1 = (k1 + 15) / 16;
+    constexpr int together = 4 / ROW_TILES;
+    for (int g = g0 / together * together; g < g1; g += together) {
+      const T *k[together], *tail[together];
+      for (int n = 0; n < together; ++n) {
+        const int pos = j0 + 16 * std::min(std::max(g + n, g0), g1 - 1);
+        k[n] = pages_.k_group(page_of(pos), pos % bs / 16);
+        tail[n] = k[n] + (steps - 1) * 512;
+        if (ldq_ > dim_) {
+          std::memcpy(tail_[n], tail[n], 256 * sizeof(T));
+          tail[n] = tail_[n];
+        }
+      }
+      tile_scores<ROW_TILES, together>(q_, ldq_, k, tail, steps, s_ + 16 * g, kLeaf);
+    }
+    for (int r = 0; r < u_.rows; ++r)
+      st[r] = softmax(s_ + r * kLeaf, p_ + r * kLeaf, std::max(lo_[r] - j0, 0), std::min(hi_[r] - j0, kLeaf), 2 * s0, 2 * s1);
+    const T* v[kLeaf / kStepTokens];
+    for (int s = s0; s < s1; ++s) v[s - s0] = step_values(j0, s, k0, k1);
+    alignas(64) float out[ROW_TILES * 16 * 64];
+    const T* p = p_ + s0 * kStepTokens;
+    const auto take = [&](auto cols, int d) {
+      constexpr int n = decltype(cols)::value;
+      tile_values<ROW_TILES, n>(p, kLeaf, v, s1 - s0, dim_, d, out);
+      // Adding 0 makes every zero positive: its sign would depend on the zeros that masked keys added.
+      for (int r = 0; r < u_.rows; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < n; ++i) store(o + r * dim_ + d + 16 * i, add(load(out + r * 64 + 16 * i), zero()));
+    };
+    int d = 0;
+    if constexpr (ROW_TILES == 1)
+      for (; d + 64 <= dim_; d += 64) take(Int<4>{}, d);
+    for (; d + 32 <= dim_; d += 32) take(Int<2>{}, d);
+    if (d < dim_) take(Int<1>{}, d);
+  }
+
+  // V of step s of the leaf at j0, [16][dim][2]. A step that [k0, k1) or a page cuts is copied, with zeros for the keys
+  // outside [k0, k1), whose memory may hold anything. At most both ends of a leaf, or every step of small pages.
+  const T* step_values(int j0, int s, int k0, int k1) {
+    const int bs = a_.kv.block_size, first = s * kStepTokens, off = (j0 + first) % bs;
+    if (first >= k0 && first + kStepTokens <= k1 && off + kStepTokens <= bs)
+      return pages_.v_step(page_of(j0 + first), off / 2);
+    T* const copy = edges_ + size_t(s) * kStepTokens * dim_;
+    for (int i = 0; i < kStepTokens; i += 2) {
+      T* to = copy + size_t(i) * dim_;
+      const int k = first + i;
+      const bool even = k >= k0 && k < k1, odd = k + 1 >= k0 && k + 1 < k1;
+      if (!even && !odd) {
+        std::memset(static_cast<void*>(to), 0, 2 * dim_ * sizeof(T));
+        continue;
+      }
+      const T* from = pages_.v_step(page_of(j0 + k), (j0 + k) % bs / 2);
+      if (even && odd) {
+        std::memcpy(to, from, 2 * dim_ * sizeof(T));
+      } else {
+        for (int d = 0; d < dim_; ++d) to[2 * d] = even ? from[2 * d] : T{}, to[2 * d + 1] = odd ? from[2 * d + 1] : T{};
+      }
+    }
+    return copy;
+  }
+#endif
+
   // The segments of V for keys [k0, k1) of the leaf, each of which some row sees. A pair that an edge cuts is copied
   // with a zero for the key outside, whose memory may hold anything.
   int segments(int j0, int k0, int k1, Segment* seg) {
@@ -237,16 +319,35 @@ template <class T> class Worker {
 
  public:
   explicit Worker(const AttentionArgs& a)
-      : a_(a), pages_{a.kv}, dim_(a.kv.dim), group_(a.heads / a.kv.kv_heads) {}
+      : a_(a),
+        pages_{a.kv},
+        dim_(a.kv.dim),
+        group_(a.heads / a.kv.kv_heads),
+        ldq_(kUseTiles<T> ? (a.kv.dim + 31) / 32 * 32 : a.kv.dim) {
+    if (ldq_ > dim_) {
+      std::memset(static_cast<void*>(q_), 0, sizeof q_);
+      std::memset(static_cast<void*>(tail_), 0, sizeof tail_);
+    }
+  }
 
   void open(const Unit& u) {
+#if defined(BI_AMX)
+    if constexpr (kUseTiles<T>) {
+      const int rows = std::min(u.rows, 16);
+      if (rows != configured_) {
+        const TileConfig config = TileConfig::few(rows);
+        _tile_loadconfig(&config);
+        configured_ = rows;
+      }
+    }
+#endif
     u_ = u;
     const int first = a_.query_start[u.req], len = a_.query_start[u.req + 1] - first;
     for (int r = 0; r < u.rows; ++r) {
       const int64_t t = (u.row0 + r) / group_;
       const int head = u.kv_head * group_ + int((u.row0 + r) % group_);
       const T* q = static_cast<const T*>(a_.query) + (first + t) * a_.query_token + head * a_.query_head;
-      A* out = q_ + r * dim_;
+      A* out = q_ + r * ldq_;
       if constexpr (std::is_same_v<T, A>) std::memcpy(out, q, dim_ * sizeof(T));
       else for (int d = 0; d < dim_; d += 16) store(out + d, load(q + d));
       const int pos = a_.seq_lens[u.req] - len + int(t);
@@ -260,6 +361,13 @@ template <class T> class Worker {
     const int j0 = index * kLeaf;
     // Positions ascend from row to row: the first row has the lowest lo and the last row the highest hi.
     const int k0 = std::max(lo_[0] - j0, 0), k1 = std::min(hi_[u_.rows - 1] - j0, kLeaf);
+#if defined(BI_AMX)
+    if constexpr (kUseTiles<T>) {
+      if (u_.rows > 16) leaf_tiles<2>(j0, k0, k1, st, o);
+      else leaf_tiles<1>(j0, k0, k1, st, o);
+      return;
+    }
+#endif
     const int g0 = k0 / 16, g1 = (k1 + 15) / 16;
     const int bs = a_.kv.block_size;
     for (int g = g0 / kVecs * kVecs; g < g1; g += kVecs) {
@@ -288,6 +396,13 @@ template <class T> class Worker {
     });
   }
 
+  // After the last unit of this worker.
+  void done() {
+#if defined(BI_AMX)
+    if constexpr (kUseTiles<T>) _tile_release();
+#endif
+  }
+
   // Writes o / l of row r of the open unit, rounded, to the output.
   void close_row(int r, const State& st, const float* o) {
     const int64_t t = a_.query_start[u_.req] + (u_.row0 + r) / group_;
@@ -298,7 +413,7 @@ template <class T> class Worker {
   }
 };
 
-std::vector<Unit> make_units(const AttentionArgs& a) {
+std::vector<Unit> make_units(const AttentionArgs& a, int tile) {
   std::vector<Unit> units;
   const int group = a.heads / a.kv.kv_heads;
   for (int r = 0; r < a.reqs; ++r) {
@@ -306,9 +421,9 @@ std::vector<Unit> make_units(const AttentionArgs& a) {
     const int64_t rows = int64_t(len) * group;
     for (int h = 0; h < a.kv.kv_heads; ++h)
       // The last tile first: it has the most keys, and the short tiles that follow even out the threads' work.
-      for (int64_t i = (rows + kTile - 1) / kTile - 1; i >= 0; --i) {
-        const int64_t row0 = i * kTile;
-        const int n = int(std::min<int64_t>(kTile, rows - row0));
+      for (int64_t i = (rows + tile - 1) / tile - 1; i >= 0; --i) {
+        const int64_t row0 = i * tile;
+        const int n = int(std::min<int64_t>(tile, rows - row0));
         const int first = ctx + int(row0 / group), last = ctx + int((row0 + n - 1) / group);
         const int lo = a.window_left < 0 ? 0 : std::max(0, first - std::min(first, a.window_left));
         units.push_back({r, h, row0, n, lo / kLeaf, last / kLeaf + 1});
@@ -318,7 +433,8 @@ std::vector<Unit> make_units(const AttentionArgs& a) {
 }
 
 template <class T> void run(const AttentionArgs& a, int threads) {
-  const std::vector<Unit> units = make_units(a);
+  constexpr int kTile = kRowsOf<T>;
+  const std::vector<Unit> units = make_units(a, kTile);
   const int dim = a.kv.dim;
   int64_t keys = 0;
   for (int r = 0; r < a.reqs; ++r)
@@ -376,6 +492,7 @@ template <class T> void run(const AttentionArgs& a, int threads) {
         for (int r = 0; r < u.rows; ++r) w.close_row(r, run_st[r], run_o + r * dim);
       }
     }
+    w.done();
   }
 }
 

@@ -148,6 +148,9 @@ void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t
   using A = typename Kind::A;
   if (m == 0 || n == 0) return;
   if (m * n * k < kTinyWork) threads = 1;
+#if defined(BI_AMX)
+  if constexpr (std::is_same_v<T, bf16>) return gemm_amx(x, ldx, m, packed, n, k, bias, y, threads);
+#endif
   const int64_t kp = round_up(k, k_pad(DTypeOf<T>::value));
   static thread_local Scratch rows;
   const A* a;
@@ -160,9 +163,6 @@ void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t
     a = buf;
     lda = kp;
   }
-#if defined(BI_AMX)
-  if constexpr (std::is_same_v<T, bf16>) return gemm_amx(a, lda, m, packed, n, k, bias, y, threads);
-#endif
   const Job<T> job{a, lda, m, packed, n, k, kp, bias, y};
   const int64_t panels = (n + kPanel - 1) / kPanel;
   const int64_t chunk_max = std::max<int64_t>(kChunkRows, kChunkBytes / (kp * sizeof(A)));
@@ -186,13 +186,20 @@ void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t
 }  // namespace
 
 size_t gemm_packed_size(DType t, int64_t n, int64_t k) {
+#if defined(BI_AMX)
+  if (t == DType::bf16) return gemm_amx_packed_size(n, k);
+#endif
   return round_up(n, kPanel) * round_up(k, k_pad(t));
 }
 
 void gemm_pack(DType t, const void* w, int64_t ldw, int64_t n, int64_t k, void* out, int threads) {
   switch (t) {
     case DType::f32: return pack((const float*)w, ldw, n, k, (float*)out, threads);
+#if defined(BI_AMX)
+    case DType::bf16: return gemm_amx_pack((const bf16*)w, ldw, n, k, (bf16*)out, threads);
+#else
     case DType::bf16: return pack((const bf16*)w, ldw, n, k, (bf16*)out, threads);
+#endif
     case DType::f16: return pack((const fp16*)w, ldw, n, k, (fp16*)out, threads);
   }
 }

@@ -1,4 +1,4 @@
-// The K blocks and the padding of K, which gemm.cpp and gemm_amx.cpp share. The K blocks are part of the order.
+// What gemm.cpp and gemm_amx.cpp share. The K blocks are part of the order.
 #pragma once
 #include <cstdint>
 #include "api.h"
@@ -15,15 +15,12 @@ template <> struct DTypeOf<bf16> { static constexpr DType value = DType::bf16; }
 template <> struct DTypeOf<fp16> { static constexpr DType value = DType::f16; };
 
 // K is padded with zeros to a multiple of this many elements.
-constexpr int64_t k_pad(DType t) {
-#if defined(BI_AMX)
-  return t == DType::bf16 ? 32 : 1;
-#else
-  return t == DType::bf16 ? 2 : 1;
-#endif
-}
+constexpr int64_t k_pad(DType t) { return t == DType::bf16 ? 2 : 1; }
 
 #if defined(BI_AMX)
+// gemm_amx.cpp: bf16 on tiles, with a layout of its own.
+size_t gemm_amx_packed_size(int64_t n, int64_t k);
+void gemm_amx_pack(const bf16* w, int64_t ldw, int64_t n, int64_t k, bf16* packed, int threads);
 void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t n, int64_t k,
               const bf16* bias, bf16* y, int threads);
 #endif

@@ -2,103 +2,320 @@
 //
 // Order of one output: the K blocks of gemm.cpp (512 or 1024, both multiples of 32). Each block has one fp32
 // accumulator, to which tdpbf16ps adds ascending steps of 32 elements of K. The block sums are added in ascending
-// order, then the bias, then one rounding. If fewer than 32 rows are left, a copy with zero rows fills the tile, so
-// every row runs through the same tile shape for every M.
+// order, then the bias, then one rounding. A tile computes each of its rows alone, so neither the rows of a tile nor
+// zero rows beside them matter. An accumulator may be stored and loaded again between two steps: it is fp32 throughout.
+//
+// Layout of a packed weight: panels of 32 outputs, each [K/32][2 tiles][16 pairs of K][16 outputs][2], padded with zeros.
 #if defined(BI_AMX)
 #include <omp.h>
 #include <algorithm>
 #include "gemm.h"
 #include "micro.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace bi {
 namespace {
 
-constexpr int kPanel = 16 * kVecs;
-constexpr int kRows = 32, kCols = 32;  // 2 x 2 tiles of 16 x 16
+constexpr int kUnit = 32;                 // rows that share a load of B: two tiles
+constexpr int64_t kStep = 32;             // elements of K in a tile
+constexpr int64_t kTile = 512;            // elements of a tile of A or B
+constexpr int64_t kTileSum = 256;         // elements of a tile of sums
+// Loop sizes, which are not part of the order. A group of panels stays in L2. A pass of K of 32 rows (32 KiB) stays in
+// L1 while the group streams past it. A short rest of K joins the last pass.
+constexpr int64_t kGroupBytes = 512 << 10;
+constexpr int64_t kPass = 16, kRest = 4;  // steps
+constexpr int64_t kAhead = 8;             // steps of B to prefetch where B streams from memory
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t colsb[16] = {};
-  uint8_t rows[16] = {};
-  TileConfig() {
-    for (int i = 0; i < 8; ++i) colsb[i] = 64, rows[i] = 16;
+struct Job {
+  const bf16* packed;
+  int64_t n, steps, block;  // steps of K, steps of a K block
+  const bf16* bias;
+  bf16* y;
+
+  const bf16* panel(int64_t p) const { return packed + p * steps * 2 * kTile; }
+
+  // Adds the earlier sum (if any) and the bias to 32 outputs of `rows` rows, rounds and stores them.
+  // sum, c: tiles [rows / 16][2][16][16].
+  void finish(const float* sum, const float* c, int64_t row, int64_t rows, int64_t col) const {
+    const int64_t left = n - col;
+    const bool whole = left >= 32;
+    V16 b0 = zero(), b1 = zero();
+    if (bias) {
+      bf16 edge[32] = {};
+      std::memcpy(edge, bias + col, std::min<int64_t>(32, left) * sizeof(bf16));
+      b0 = load(edge), b1 = load(edge + 16);
+    }
+    bf16* o = y + row * n + col;
+    for (int64_t r = 0; r < rows; ++r, o += n) {
+      const int64_t at = r / 16 * 2 * kTileSum + r % 16 * 16;
+      V16 v0 = load(c + at), v1 = load(c + at + kTileSum);
+      if (sum) v0 = add(load(sum + at), v0), v1 = add(load(sum + at + kTileSum), v1);
+      if (bias) v0 = add(v0, b0), v1 = add(v1, b1);
+      if (whole) {
+        const __m512bh both = _mm512_cvtne2ps_pbh(v1, v0);
+        std::memcpy(o, &both, sizeof both);
+      } else {
+        bf16 edge[32];
+        store(edge, v0);
+        store(edge + 16, v1);
+        std::memcpy(o, edge, left * sizeof(bf16));
+      }
+    }
   }
 };
 
-// c[32][32] = a b over `steps` steps of 32 elements of K. a: 32 rows of stride lda; b: 32 columns of a packed panel.
-void block(const bf16* a, int64_t lda, const bf16* b, int64_t steps, float* c) {
-  const int64_t as = lda * sizeof(bf16), bs = kPanel * 2 * sizeof(bf16);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(4, a + s * 32, as);
-    _tile_loadd(5, a + 16 * lda + s * 32, as);
-    _tile_loadd(6, b + s * 16 * kPanel * 2, bs);
-    _tile_loadd(7, b + s * 16 * kPanel * 2 + 32, bs);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+// Up to 32 rows of x: row r of a tile and step s of K are at x + r * stride + s * step, the second tile is `second` further.
+struct Rows {
+  const bf16* x;
+  int64_t stride, step, second;  // elements
+};
+
+// sums += a b over `steps` steps, for TILES (1 or 2) tiles of 16 rows and the 32 outputs of a panel. fresh: the sums
+// start at zero. a stays in L1, and b streams past it.
+template <int TILES> BI_INLINE void mac(const Rows& a, int64_t s0, const bf16* b, int64_t steps, float* c, bool fresh) {
+  if (fresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (TILES == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + kTileSum, 64);
+    if constexpr (TILES == 2) {
+      _tile_loadd(2, c + 2 * kTileSum, 64);
+      _tile_loadd(3, c + 3 * kTileSum, 64);
+    }
   }
-  constexpr int cs = kCols * sizeof(float);
-  _tile_stored(0, c, cs);
-  _tile_stored(1, c + 16, cs);
-  _tile_stored(2, c + 16 * kCols, cs);
-  _tile_stored(3, c + 16 * kCols + 16, cs);
+  const bf16* at = a.x + s0 * a.step;
+  const int64_t stride = a.stride * sizeof(bf16);
+  for (int64_t s = 0; s < steps; ++s, at += a.step, b += 2 * kTile) {
+    _tile_loadd(4, at, stride);
+    _tile_stream_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_stream_loadd(7, b + kTile, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (TILES == 2) {
+      _tile_loadd(5, at + a.second, stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + kTileSum, 64);
+  if constexpr (TILES == 2) {
+    _tile_stored(2, c + 2 * kTileSum, 64);
+    _tile_stored(3, c + 3 * kTileSum, 64);
+  }
+}
+
+void add_to(float* sum, const float* c, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) store(sum + i, add(load(sum + i), load(c + i)));
+}
+
+// Packs one unit of up to 32 rows as `mac` takes it: one tile for up to 16 rows, else two. Missing rows and columns
+// become zeros.
+void pack_unit(const bf16* x, int64_t ldx, int64_t rows, int64_t k, int64_t steps, bf16* out) {
+  const int64_t tiles = rows > 16 ? 2 : 1;
+  constexpr int64_t together = 4;  // steps: a cache line each
+  for (int64_t s0 = 0; s0 < steps; s0 += together) {
+    const int64_t s1 = std::min(steps, s0 + together);
+    for (int64_t r = 0; r < tiles * 16; ++r) {
+      bf16* o = out + r * kStep;
+      const bf16* in = x + r * ldx;
+      for (int64_t s = s0; s < s1; ++s) {
+        bf16* line = o + s * tiles * kTile;
+        const int64_t have = r < rows ? std::min(kStep, k - s * kStep) : 0;
+        if (have == kStep) {
+          std::memcpy(line, in + s * kStep, kStep * sizeof(bf16));
+        } else {
+          std::memset(static_cast<void*>(line), 0, kStep * sizeof(bf16));
+          if (have > 0) std::memcpy(line, in + s * kStep, have * sizeof(bf16));
+        }
+      }
+    }
+  }
+}
+
+// Steps [s0, s1) of one unit and one panel. The sums of the first K block go to `sum`, those of a later one to `c`.
+template <int TILES>
+BI_INLINE void pass(const Job& job, const Rows& a, const bf16* b, int64_t s0, int64_t s1, float* sum, float* c,
+                    int64_t row, int64_t rows, int64_t col) {
+  for (int64_t s = s0; s < s1;) {
+    const int64_t first = s / job.block * job.block;
+    const int64_t end = std::min(s1, first + job.block);
+    float* to = first ? c : sum;
+    mac<TILES>(a, s, b + s * 2 * kTile, end - s, to, s == first);
+    if (end == job.steps) job.finish(first ? sum : nullptr, to, row, rows, col);
+    else if (first && end == first + job.block) add_to(sum, c, TILES * 2 * kTileSum);
+    s = end;
+  }
+}
+
+// One unit of up to 32 rows, which starts at `row`, and panels [p0, p1). sums: two blocks of sums for each panel.
+// next: where the next unit begins, 32 rows of stride `line` bytes, which are fetched meanwhile; null: none.
+template <int TILES>
+void unit_group(const Job& job, const Rows& a, int64_t row, int64_t rows, int64_t p0, int64_t p1, float* sums,
+                const char* next, int64_t line) {
+  for (int64_t s0 = 0, s1; s0 < job.steps; s0 = s1) {
+    s1 = job.steps - s0 <= kPass + kRest ? job.steps : s0 + kPass;
+    const bool whole = s0 == 0 && s1 == job.steps;
+    for (int64_t p = p0; p < p1; ++p) {
+      float* sum = sums + (whole ? p % 2 : p - p0) * 8 * kTileSum;
+      if (next)
+        for (int64_t r = kUnit * (p - p0) / (p1 - p0); r < kUnit * (p - p0 + 1) / (p1 - p0); ++r)
+          for (int64_t s = s0; s < s1; ++s) _mm_prefetch(next + r * line + s * 64, _MM_HINT_T1);
+      pass<TILES>(job, a, job.panel(p), s0, s1, sum, sum + 4 * kTileSum, row, rows, p * 32);
+    }
+  }
+}
+
+// Cuts the product among the threads: `across` parts of the panels times `down` parts of the rows. Of equal cuts, many
+// rows prefer parts of the rows, and few rows prefer parts of the panels, so that no panel is read twice.
+struct Parts { int64_t across, down; };
+Parts cut(int64_t panels, int64_t units, int64_t threads) {
+  Parts best{1, 1};
+  int64_t least = INT64_MAX;
+  const bool many = units >= 8 * threads;
+  for (int64_t i = 1; i <= threads; ++i) {
+    const int64_t across = many ? i : threads + 1 - i, down = threads / across;
+    const int64_t work = ((panels + across - 1) / across) * ((units + down - 1) / down);
+    if (work < least) least = work, best = {across, down};
+  }
+  return best;
+}
+
+// Up to 16 rows: tiles of just these rows, PANELS (1 or 2) panels side by side. x: [rows][steps * 32] of stride ldx.
+template <int PANELS>
+void few_rows(const Job& job, const bf16* x, int64_t ldx, int64_t rows, int64_t p, float* sums) {
+  const bf16 *b0 = job.panel(p), *b1 = job.panel(p + PANELS - 1);
+  const int64_t lda = ldx * sizeof(bf16);
+  float* const late = sums + 4 * kTileSum;
+  for (int64_t s0 = 0; s0 < job.steps; s0 += job.block) {
+    const int64_t s1 = std::min(job.steps, s0 + job.block);
+    float* const c = s0 ? late : sums;
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (PANELS == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t s = s0; s < s1; ++s) {
+      const bf16 *at0 = b0 + s * 2 * kTile, *at1 = b1 + s * 2 * kTile;
+      for (int i = 0; i < 32; ++i) _mm_prefetch(reinterpret_cast<const char*>(at0 + kAhead * 2 * kTile) + i * 64, _MM_HINT_T0);
+      if constexpr (PANELS == 2)
+        for (int i = 0; i < 32; ++i) _mm_prefetch(reinterpret_cast<const char*>(at1 + kAhead * 2 * kTile) + i * 64, _MM_HINT_T0);
+      _tile_loadd(4, x + s * kStep, lda);
+      _tile_loadd(6, at0, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, at0 + kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (PANELS == 2) {
+        _tile_loadd(6, at1, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, at1 + kTile, 64);
+        _tile_dpbf16ps(3, 4, 7);
+      }
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + kTileSum, 64);
+    if constexpr (PANELS == 2) {
+      _tile_stored(2, c + 2 * kTileSum, 64);
+      _tile_stored(3, c + 3 * kTileSum, 64);
+    }
+    if (s1 == job.steps) {
+      for (int i = 0; i < PANELS; ++i)
+        job.finish(s0 ? sums + i * 2 * kTileSum : nullptr, c + i * 2 * kTileSum, 0, rows, (p + i) * 32);
+    } else if (s0) {
+      for (int i = 0; i < 2 * PANELS; ++i) add_to(sums + i * kTileSum, late + i * kTileSum, rows * 16);
+    }
+  }
 }
 
 }  // namespace
 
-void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t n, int64_t k,
-              const bf16* bias, bf16* y, int threads) {
-  const int64_t kp = (k + 31) / 32 * 32;
-  const int64_t col_tiles = (n + kCols - 1) / kCols, row_tiles = (m + kRows - 1) / kRows;
-  const int64_t kb = k_block(k);
+size_t gemm_amx_packed_size(int64_t n, int64_t k) { return (n + 31) / 32 * 32 * ((k + 31) / 32 * 32); }
+
+void gemm_amx_pack(const bf16* w, int64_t ldw, int64_t n, int64_t k, bf16* out, int threads) {
+  const int64_t panels = (n + 31) / 32, steps = (k + 31) / 32;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t j = 0; j < 32; ++j) {
+      bf16* o = out + p * steps * 2 * kTile + j / 16 * kTile + j % 16 * 2;
+      const int64_t row = p * 32 + j;
+      for (int64_t c = 0; c < steps * 32; c += 2)
+        for (int64_t i = 0; i < 2; ++i)
+          o[c / 32 * 2 * kTile + c % 32 * 16 + i] = row < n && c + i < k ? w[row * ldw + c + i] : bf16{};
+    }
+}
+
+void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t n, int64_t k, const bf16* bias, bf16* y,
+              int threads) {
+  const int64_t steps = (k + 31) / 32, kp = steps * kStep;
+  const Job job{packed, n, steps, k_block(k) / kStep, bias, y};
+  const int64_t panels = (n + 31) / 32;
+  static thread_local Scratch shared_mem;
+  if (m <= 16) {
+    if (kp != k) {
+      bf16* copy = shared_mem.get<bf16>(m * kp);
+      for (int64_t r = 0; r < m; ++r) {
+        std::memcpy(copy + r * kp, x + r * ldx, k * sizeof(bf16));
+        std::memset(static_cast<void*>(copy + r * kp + k), 0, (kp - k) * sizeof(bf16));
+      }
+      x = copy;
+      ldx = kp;
+    }
+    const TileConfig config = TileConfig::few(int(m));
+    const int64_t pairs = (panels + 1) / 2;
+#pragma omp parallel num_threads(threads)
+    {
+      _tile_loadconfig(&config);
+      alignas(64) float sums[8 * kTileSum];
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < pairs; ++i) {
+        if (2 * i + 1 < panels) few_rows<2>(job, x, ldx, m, 2 * i, sums);
+        else few_rows<1>(job, x, ldx, m, 2 * i, sums);
+      }
+      _tile_release();
+    }
+    return;
+  }
+  const int64_t units = (m + kUnit - 1) / kUnit;
+  const Parts parts = cut(panels, units, threads);
+  // x is read in place if a pass of 32 rows fits into L1 as it lies; the last rows and other x are packed.
+  const int64_t line = ldx * sizeof(bf16);
+  const bool direct = kp == k && line % 64 == 0 && line % 2048 != 0 && reinterpret_cast<uintptr_t>(x) % 64 == 0;
+  const int64_t whole = direct ? m / kUnit : 0;  // units read in place
+  bf16* const held = shared_mem.get<bf16>(std::max<int64_t>(1, units - whole) * kUnit * kp);
   static const TileConfig config;
 #pragma omp parallel num_threads(threads)
   {
-    _tile_loadconfig(&config);
-    static thread_local Scratch pad_mem;
-    bf16* const pad = pad_mem.get<bf16>(kRows * kp);
-    int64_t padded = -1;
-    alignas(64) float c[kRows * kCols], sum[kRows * kCols];
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < row_tiles * col_tiles; ++t) {
-      const int64_t col = t / row_tiles * kCols, row = t % row_tiles * kRows;
-      const int64_t rows = std::min<int64_t>(kRows, m - row);
-      const bf16* a = x + row * ldx;
-      int64_t lda = ldx;
-      if (rows < kRows) {
-        if (padded != row) {
-          std::memset(static_cast<void*>(pad), 0, kRows * kp * sizeof(bf16));
-          for (int64_t r = 0; r < rows; ++r) std::memcpy(pad + r * kp, a + r * ldx, kp * sizeof(bf16));
-          padded = row;
+    for (int64_t u = whole; u < units; ++u)
+      pack_unit(x + u * kUnit * ldx, ldx, std::min<int64_t>(kUnit, m - u * kUnit), k, steps, held + (u - whole) * kUnit * kp);
+    _tile_loadconfig(&config);
+    static thread_local Scratch sums_mem;
+#pragma omp for schedule(static) nowait
+    for (int64_t t = 0; t < parts.across * parts.down; ++t) {
+      const int64_t i = t % parts.across, j = t / parts.across;
+      const int64_t q0 = panels * i / parts.across, q1 = panels * (i + 1) / parts.across;
+      const int64_t u0 = units * j / parts.down, u1 = units * (j + 1) / parts.down;
+      const int64_t most = std::max<int64_t>(2, kGroupBytes / (kp * 32 * sizeof(bf16)));
+      const int64_t groups = (q1 - q0 + most - 1) / most;
+      float* const sums = sums_mem.get<float>(most * 8 * kTileSum);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t p0 = q0 + (q1 - q0) * g / groups, p1 = q0 + (q1 - q0) * (g + 1) / groups;
+        for (int64_t u = u0; u < u1; ++u) {
+          const int64_t row = u * kUnit, rows = std::min<int64_t>(kUnit, m - row);
+          const bf16* packed_rows = held + (u - whole) * kUnit * kp;
+          const char* next = u + 1 < std::min(u1, whole) ? reinterpret_cast<const char*>(x + (row + kUnit) * ldx) : nullptr;
+          if (rows <= 16) unit_group<1>(job, {packed_rows, kStep, kTile, 0}, row, rows, p0, p1, sums, next, line);
+          else if (u >= whole) unit_group<2>(job, {packed_rows, kStep, 2 * kTile, kTile}, row, rows, p0, p1, sums, next, line);
+          else unit_group<2>(job, {x + row * ldx, ldx, kStep, 16 * ldx}, row, rows, p0, p1, sums, next, line);
         }
-        a = pad;
-        lda = kp;
       }
-      const bf16* b = packed + col / kPanel * kPanel * kp + col % kPanel * 2;
-      for (int64_t k0 = 0; k0 < kp; k0 += kb) {
-        const int64_t steps = (std::min(kp, k0 + kb) - k0) / 32;
-        block(a + k0, lda, b + k0 * kPanel, steps, k0 ? c : sum);
-        if (k0)
-          for (int i = 0; i < kRows * kCols; i += 16) store(sum + i, add(load(sum + i), load(c + i)));
-      }
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = 0; j < kCols && col + j < n; j += 16) {
-          const int64_t left = std::min<int64_t>(16, n - col - j);
-          V16 v = load(sum + r * kCols + j);
-          bf16 edge[16] = {};
-          if (bias) {
-            std::memcpy(edge, bias + col + j, left * sizeof(bf16));
-            v = add(v, load(edge));
-          }
-          store(edge, v);
-          std::memcpy(y + (row + r) * n + col + j, edge, left * sizeof(bf16));
-        }
     }
     _tile_release();
   }
