@@ -72,8 +72,11 @@ struct Rows {
 };
 
 // sums += a b over `steps` steps, for TILES (1 or 2) tiles of 16 rows and the 32 outputs of a panel. fresh: the sums
-// start at zero. a stays in L1, and b streams past it.
-template <int TILES> BI_INLINE void mac(const Rows& a, int64_t s0, const bf16* b, int64_t steps, float* c, bool fresh) {
+// start at zero. a stays in L1, and b streams past it. y: where `each` rows a step of stride ldy bytes are fetched, because
+// they are written next; null: none.
+template <int TILES>
+BI_INLINE void mac(const Rows& a, int64_t s0, const bf16* b, int64_t steps, float* c, bool fresh, const char* y, int64_t ldy,
+                   int64_t each) {
   if (fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -92,6 +95,8 @@ template <int TILES> BI_INLINE void mac(const Rows& a, int64_t s0, const bf16* b
   const bf16* at = a.x + s0 * a.step;
   const int64_t stride = a.stride * sizeof(bf16);
   for (int64_t s = 0; s < steps; ++s, at += a.step, b += 2 * kTile) {
+    if (y)
+      for (int64_t i = 0; i < each; ++i, y += ldy) _mm_prefetch(y, _MM_HINT_T0);
     _tile_loadd(4, at, stride);
     _tile_stream_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -143,11 +148,13 @@ void pack_unit(const bf16* x, int64_t ldx, int64_t rows, int64_t k, int64_t step
 template <int TILES>
 BI_INLINE void pass(const Job& job, const Rows& a, const bf16* b, int64_t s0, int64_t s1, float* sum, float* c,
                     int64_t row, int64_t rows, int64_t col) {
+  const char* y = s1 == job.steps ? reinterpret_cast<const char*>(job.y + row * job.n + col) : nullptr;
   for (int64_t s = s0; s < s1;) {
     const int64_t first = s / job.block * job.block;
     const int64_t end = std::min(s1, first + job.block);
     float* to = first ? c : sum;
-    mac<TILES>(a, s, b + s * 2 * kTile, end - s, to, s == first);
+    mac<TILES>(a, s, b + s * 2 * kTile, end - s, to, s == first, y, job.n * sizeof(bf16), rows / (end - s));
+    y = nullptr;
     if (end == job.steps) job.finish(first ? sum : nullptr, to, row, rows, col);
     else if (first && end == first + job.block) add_to(sum, c, TILES * 2 * kTileSum);
     s = end;
@@ -155,18 +162,13 @@ BI_INLINE void pass(const Job& job, const Rows& a, const bf16* b, int64_t s0, in
 }
 
 // One unit of up to 32 rows, which starts at `row`, and panels [p0, p1). sums: two blocks of sums for each panel.
-// next: where the next unit begins, 32 rows of stride `line` bytes, which are fetched meanwhile; null: none.
 template <int TILES>
-void unit_group(const Job& job, const Rows& a, int64_t row, int64_t rows, int64_t p0, int64_t p1, float* sums,
-                const char* next, int64_t line) {
+void unit_group(const Job& job, const Rows& a, int64_t row, int64_t rows, int64_t p0, int64_t p1, float* sums) {
   for (int64_t s0 = 0, s1; s0 < job.steps; s0 = s1) {
     s1 = job.steps - s0 <= kPass + kRest ? job.steps : s0 + kPass;
     const bool whole = s0 == 0 && s1 == job.steps;
     for (int64_t p = p0; p < p1; ++p) {
       float* sum = sums + (whole ? p % 2 : p - p0) * 8 * kTileSum;
-      if (next)
-        for (int64_t r = kUnit * (p - p0) / (p1 - p0); r < kUnit * (p - p0 + 1) / (p1 - p0); ++r)
-          for (int64_t s = s0; s < s1; ++s) _mm_prefetch(next + r * line + s * 64, _MM_HINT_T1);
       pass<TILES>(job, a, job.panel(p), s0, s1, sum, sum + 4 * kTileSum, row, rows, p * 32);
     }
   }
@@ -310,10 +312,9 @@ void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t
         for (int64_t u = u0; u < u1; ++u) {
           const int64_t row = u * kUnit, rows = std::min<int64_t>(kUnit, m - row);
           const bf16* packed_rows = held + (u - whole) * kUnit * kp;
-          const char* next = u + 1 < std::min(u1, whole) ? reinterpret_cast<const char*>(x + (row + kUnit) * ldx) : nullptr;
-          if (rows <= 16) unit_group<1>(job, {packed_rows, kStep, kTile, 0}, row, rows, p0, p1, sums, next, line);
-          else if (u >= whole) unit_group<2>(job, {packed_rows, kStep, 2 * kTile, kTile}, row, rows, p0, p1, sums, next, line);
-          else unit_group<2>(job, {x + row * ldx, ldx, kStep, 16 * ldx}, row, rows, p0, p1, sums, next, line);
+          if (rows <= 16) unit_group<1>(job, {packed_rows, kStep, kTile, 0}, row, rows, p0, p1, sums);
+          else if (u >= whole) unit_group<2>(job, {packed_rows, kStep, 2 * kTile, kTile}, row, rows, p0, p1, sums);
+          else unit_group<2>(job, {x + row * ldx, ldx, kStep, 16 * ldx}, row, rows, p0, p1, sums);
         }
       }
     }
