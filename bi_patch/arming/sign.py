@@ -42,10 +42,11 @@ class Sign(msgspec.Struct, frozen=True):
     def words(self) -> str:
         """One line for a log."""
         untried = f"; untried: {', '.join(self.untried)}" if self.untried else ""
+        kernels = f"kernels {self.contract['kernels']}, " if "kernels" in self.contract else ""
         return (
             f"bi_patch {self.version} armed: vLLM {self.vllm} on {self.platform}, {self.closed} of {self.seams} patch "
             f"points closed, {self.certificates.words()}, "
-            f"digest {self.digest[:12]}{untried}"
+            f"{kernels}digest {self.digest[:12]}{untried}"
         )
 
 

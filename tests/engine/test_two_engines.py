@@ -24,7 +24,7 @@ from bi_patch.ops.cpu import linear
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.engine import LocalEngine, Options
 
-linear._worthwhile = lambda certificate: frozenset(linear.ROWS if sys.argv[2] == "library" else ())
+linear.serving = lambda certificate: frozenset(linear.ROWS if sys.argv[2] == "library" else ())
 linear._certify = None  # the tested routes compare nothing
 certificate = type("", (), {"passed_rows": list(linear.ROWS)})
 linear.certify.certify_linear = lambda *_: certificate

@@ -108,7 +108,7 @@ def route(
         held.vendor = vendor if held.vendor_rows else None
         return held.function
     certificate = certify.certify_linear(cache, asked, lambda: _certify(asked, weight, packed, bias, vendor, layer))
-    rows = _worthwhile(certificate)
+    rows = serving(certificate)
     made = Linear(asked, packed, n, k, vendor if rows else None, rows, weakref.ref(layer))
     handle = next(_handles)
     setattr(layer, _HANDLE, handle)
@@ -237,11 +237,11 @@ def _places(m: int) -> list[int]:
     return sorted({last * i // (_PLACES - 1) for i in range(_PLACES)}) if m <= 64 else [last // 2]
 
 
-def _worthwhile(certificate: Certificate) -> frozenset[int]:
-    """The certified M at which the library is faster. The nearest timed M decides."""
+def serving(certificate: Certificate) -> frozenset[int]:
+    """The M that the library serves: certified, and faster there. The nearest timed M decides."""
     if not certificate.passed_rows:
         return frozenset()
-    library, bundled = certificate.microseconds["library"], certificate.microseconds["bundled"]
+    library, bundled = (certificate.microseconds.get(kernel, {}) for kernel in ("library", "bundled"))
     faster = {int(m): library[m] < bundled[m] * _FASTER for m in library}
     chosen = set()
     for m in certificate.passed_rows:

@@ -18,7 +18,7 @@ _TARGETS = {"cpu": 1.10}
 
 
 def target(platform: str) -> float:
-    return _TARGETS.get(platform, 1.00)
+    return _TARGETS.get(platform.partition("-")[0], 1.00)
 
 
 @dataclass(frozen=True)

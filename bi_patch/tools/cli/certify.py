@@ -108,7 +108,19 @@ def _row(c: "Certificate") -> tuple[str | Text, ...]:
     certified = state(c)
     compared = f"{len(c.passed_rows)} of {len(c.evidence.rows)} numbers of rows equal, {c.evidence.differing:,} of "
     compared += f"{c.evidence.compared:,} elements differ, kernel {c.route}, made {c.made} in {c.seconds:.2f} s"
+    compared += _serves(c)
     return Text(certified, style=_COLOURS[certified]), c.key.operation, c.key.problem, compared
+
+
+def _serves(c: "Certificate") -> str:
+    """Of a CPU linear: for which numbers of rows the library serves, and the bundled kernels that serve the rest."""
+    from bi_patch.ops.cpu import linear
+
+    if c.key.operation != linear.OPERATION:
+        return ""
+    rows = linear.serving(c)
+    library = f"M = {', '.join(map(str, sorted(rows)))}" if rows else "no number of rows"
+    return f"; the library serves {library}, {c.key.kernels} the rest"
 
 
 def _number(count: int, what: str) -> str:

@@ -86,8 +86,10 @@ class Evidence(msgspec.Struct, kw_only=True):
 
     @property
     def platform(self) -> str:
-        """The device's short name in the names of files and marks: "cpu" for a processor."""
-        return "cpu" if re.search(r"\(\d+ cores\)$", self.device) else short_name(self.device)
+        """The device's short name in the names of files and marks: for a processor "cpu", with AMX tiles "cpu-amx"."""
+        if re.search(r"\(\d+ cores\)$", self.device):
+            return "cpu-amx" if ", AMX (" in self.device else "cpu"
+        return short_name(self.device)
 
     @property
     def variant(self) -> str:
@@ -130,7 +132,7 @@ class Faults(Evidence, kw_only=True):
 
     @property
     def variant(self) -> str:
-        if self.dtype == ("float32" if self.platform == "cpu" else "bfloat16"):
+        if self.dtype == ("float32" if self.platform.startswith("cpu") else "bfloat16"):
             return ""
         return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(self.dtype, self.dtype)
 

@@ -8,6 +8,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -363,12 +364,13 @@ class LocalEngine:
 
 
 def cpu_name() -> str:
-    """The processor's name, "CPU" where Linux does not tell."""
+    """The processor's name, "CPU" where Linux does not tell; with AMX tiles for bf16 it ends with ", AMX"."""
     try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
         return "CPU"
+    held = dict((part.strip() for part in line.split(":", 1)) for line in told.splitlines() if ":" in line)
+    return held.get("model name", "CPU") + (", AMX" if "amx_bf16" in held.get("flags", "").split() else "")
 
 
 def _captured(config) -> tuple[int, ...]:

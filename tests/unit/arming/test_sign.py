@@ -50,6 +50,8 @@ def test_the_engine_core_says_what_is_armed(state, caplog, monkeypatch):
     assert "armed: vLLM 0.32.0 on cpu, 0 of 0 patch points closed" in line
     said = "certificates: 5 passed, 1 failed, 2 of them from the cache, in 1.2 s (linear 1.0, norm 0.2), digest"
     assert said in line and "untried: fp16 weights" in line
+    named = msgspec.structs.replace(state.engine, contract={"kernels": "bi_cpu-amx_bf16-0123"})
+    assert "(linear 1.0, norm 0.2), kernels bi_cpu-amx_bf16-0123, digest" in named.words()
 
 
 def test_the_sign_travels_in_the_ready_message(state, monkeypatch):

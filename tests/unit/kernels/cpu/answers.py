@@ -2,8 +2,9 @@
 
 python answers.py CACHE_DIR ISA|- [FLAG ...]
 
-Prints one JSON object. "wide" holds digests of fp32 and fp16 results, which are equal on every ISA. "leaves" holds
-digests of the fp32 attention of 512 tokens, one per 128 rows. The script fails if a row's bits depend on other rows.
+Prints one JSON object. "wide" holds digests of fp32 and fp16 results, which are equal on every ISA. "bf16" holds those
+of bf16. "leaves" holds digests of the fp32 attention of 512 tokens, one per 128 rows. The script fails if a row's bits
+depend on other rows.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ def digest(x: torch.Tensor) -> str:
 
 def gemm(ops, dtype: torch.dtype) -> list[str]:
     out = []
-    for n, k in [(1, 1), (65, 33), (70, 577), (40, 1100)]:
+    for n, k in [(1, 1), (65, 33), (70, 577), (40, 1100), (40, 576), (34, 1024), (33, 2112)]:
         g = torch.Generator().manual_seed(1)
         x, w, b = (torch.randn(*s, generator=g).to(dtype) for s in ((37, k), (n, k), (n,)))
         packed = ops.gemm_pack(w)
@@ -35,11 +36,13 @@ def gemm(ops, dtype: torch.dtype) -> list[str]:
     return out
 
 
-def attention(ops, dtype: torch.dtype, n: int, h: int, kh: int, d: int, window: int, cap: float) -> torch.Tensor:
+def attention(
+    ops, dtype: torch.dtype, n: int, h: int, kh: int, d: int, window: int, cap: float, block: int = 16
+) -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, x, d, generator=g).to(dtype) for x in (h, kh, kh))
-    blocks = -(-n // 16)
-    kv = torch.full((blocks, kh, 16, 2 * d), float("nan"), dtype=dtype)
+    blocks = -(-n // block)
+    kv = torch.full((blocks, kh, block, 2 * d), float("nan"), dtype=dtype)
     ops.kv_store(k, v, kv, torch.arange(n))
     table = torch.arange(blocks, dtype=torch.int32)[None]
 
@@ -79,14 +82,17 @@ def main() -> None:
     load(Path(cache), None if isa == "-" else isa, tuple(flags))
     torch.set_num_threads(1)
     ops = torch.ops.bi_cpu
-    wide = []
+    wide, narrow = [], []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         got = gemm(ops, dtype) + rows(ops, dtype)
         got += [digest(attention(ops, dtype, 300, 6, 2, 80, w, cap)) for w, cap in [(-1, 0.0), (50, 3.0)]]
+        got.append(digest(attention(ops, dtype, 300, 4, 2, 64, -1, 0.0, 64)))
         if dtype != torch.bfloat16:  # in bf16, an ISA with bf16 dot products gives other bits
             wide += got
+        else:
+            narrow = got
     whole = attention(ops, torch.float32, 512, 2, 2, 64, -1, 0.0)
-    print(json.dumps({"wide": wide, "leaves": [digest(x) for x in whole.split(128)]}))
+    print(json.dumps({"wide": wide, "bf16": narrow, "leaves": [digest(x) for x in whole.split(128)]}))
 
 
 if __name__ == "__main__":

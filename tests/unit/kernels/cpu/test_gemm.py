@@ -28,7 +28,7 @@ def test_accuracy(ops, dtype, n, k):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n,k", [(65, 33), (200, 576), (70, 513), (130, 1536)])
+@pytest.mark.parametrize("n,k", [(65, 33), (200, 576), (70, 513), (34, 1024), (130, 1536), (40, 2112)])
 def test_row_bits_do_not_depend_on_rows(ops, dtype, n, k):
     x, w, b = make(n, k, dtype, 300)
     packed = ops.gemm_pack(w)
@@ -60,8 +60,22 @@ def test_strides_and_dimensions(ops, dtype, k):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [576, 640, 1024])
+def test_where_the_rows_lie_does_not_matter(ops, dtype, k):
+    """AMX reads rows in place if they are aligned and do not share cache sets, and packs them otherwise."""
+    n, m = 70, 75
+    x, w, b = make(n, k, dtype, m)
+    packed = ops.gemm_pack(w)
+    want = ops.gemm(x, packed, n, k, b)
+    for first, width in ((0, k + 32), (1, k + 1), (32, 2048)):
+        held = torch.full((m, width), float("nan"), dtype=dtype)
+        held[:, first : first + k] = x
+        assert torch.equal(ops.gemm(held[:, first : first + k], packed, n, k, b), want), (first, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(ops, threads, dtype):
-    for n, k, m in [(300, 576, 1), (300, 1536, 7), (65, 1025, 300), (200, 577, 64), (700, 40, 2000)]:
+    for n, k, m in [(300, 576, 1), (300, 1536, 7), (65, 1025, 300), (200, 577, 64), (700, 40, 2000), (64, 576, 700)]:
         x, w, b = make(n, k, dtype, m)
         packed = ops.gemm_pack(w)
         got = []

@@ -100,7 +100,7 @@ def test_a_library_in_the_same_order_may_be_used(layer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("served", [frozenset(), frozenset({4})], ids=["bundled", "library for 4 rows"])
 def test_a_bias_that_upstream_widened(layer, tmp_path, monkeypatch, served):
     """Upstream widens the bias of small layers for its own kernel. The bundled GEMM takes the bias as loaded."""
-    monkeypatch.setattr(linear, "_worthwhile", lambda certificate: served)
+    monkeypatch.setattr(linear, "serving", lambda certificate: served)
     loaded, ours = layer.bias.detach().clone(), bundled(layer)
     layer.bias.data = layer.bias.float()
 
@@ -131,7 +131,7 @@ def test_a_stale_certificate_is_made_again(layer, tmp_path):
 
 
 def test_routes_compile_whole(layer, tmp_path, monkeypatch):
-    monkeypatch.setattr(linear, "_worthwhile", lambda certificate: frozenset({1, 64}))
+    monkeypatch.setattr(linear, "serving", lambda certificate: frozenset({1, 64}))
     apply = route(layer, bundled(layer), tmp_path)
     doubled = lambda x: apply(x, layer.weight, layer.bias) * 2  # noqa: E731
     compiled = torch.compile(doubled, fullgraph=True, dynamic=True, backend="eager")
@@ -160,7 +160,7 @@ def test_weights_that_are_not_finite_get_the_bundled_kernel(layer, tmp_path):
 @pytest.mark.parametrize("serves", ["library", "bundled"])
 def test_new_weights_keep_the_route_and_free_the_old_ones(layer, tmp_path, monkeypatch, serves):
     """Compiled code takes the handle of the first load. With new weights, the same handle serves them."""
-    monkeypatch.setattr(linear, "_worthwhile", lambda c: frozenset(linear.ROWS if serves == "library" else ()))
+    monkeypatch.setattr(linear, "serving", lambda c: frozenset(linear.ROWS if serves == "library" else ()))
     first = route(layer, bundled(layer), tmp_path)
     handle, packed, count = layer.bi_patch_handle, linear._layers[layer.bi_patch_handle].packed, len(linear._layers)
     old = weakref.ref(linear._layers[handle].vendor) if serves == "library" else lambda: None
@@ -209,7 +209,7 @@ def test_compiled_code_computes_with_the_layers_of_the_model_that_it_gets(tmp_pa
     """vLLM drops the guards of compiled code, and keeps the code for every engine with the same configuration."""
 
     def made(seed, library):
-        monkeypatch.setattr(linear, "_worthwhile", lambda certificate: frozenset(linear.ROWS if library else ()))
+        monkeypatch.setattr(linear, "serving", lambda certificate: frozenset(linear.ROWS if library else ()))
         return Model(seed, tmp_path)
 
     first, second, other = (made(1, serves == "library"), made(2, serves == "library"), made(3, serves != "library"))
@@ -222,7 +222,7 @@ def test_compiled_code_computes_with_the_layers_of_the_model_that_it_gets(tmp_pa
 
 
 def test_code_of_another_model_is_an_error_by_name(layer, tmp_path, monkeypatch):
-    monkeypatch.setattr(linear, "_worthwhile", lambda c: frozenset(linear.ROWS))
+    monkeypatch.setattr(linear, "serving", lambda c: frozenset(linear.ROWS))
     route(layer, bundled(layer), tmp_path)
     x, number = torch.randn(2, K).to(layer.weight.dtype), torch.tensor(layer.bi_patch_handle)
     for given in (torch.tensor(10**9), torch.zeros(4, dtype=torch.int64)):

@@ -187,6 +187,7 @@ def test_the_plot_is_drawn(tmp_path):
         ("NVIDIA A100-SXM4-40GB", "a100"),
         ("NVIDIA GeForce RTX 4090", "4090"),
         ("Intel(R) Xeon(R) Platinum 8488C (8 cores)", "cpu"),
+        ("Intel(R) Xeon(R) Platinum 8488C, AMX (8 cores)", "cpu-amx"),
     ],
 )
 def test_short_names_of_devices(device, short):

@@ -47,10 +47,19 @@ def test_the_counts_come_first_and_each_certificate_on_demand(bi_patch, keep):
     assert len(lines) == 5 and lines[-1] == "Made for: a CPU, 2 threads; torch 2.13"
     assert lines[0] == (
         "certified cpu.linear N=49152 K=576 bfloat16 3 of 3 numbers of rows equal, 0 of 48,000 elements differ, "
-        "kernel library, made 2026-01-01 in 0.25 s"
+        "kernel library, made 2026-01-01 in 0.25 s; the library serves no number of rows, kernels 1 the rest"
     )
     assert lines[1].startswith("certified in part cpu.linear") and lines[2].startswith("replaced cpu.linear")
     assert MADE[3][1] in lines[3]
+
+
+def test_a_linear_says_for_which_rows_the_library_serves(bi_patch, tmp_path):
+    key = Key("cpu.linear", "N=8 K=8 bfloat16", "a CPU", "torch 2.13", "bi_cpu-amx_bf16-1")
+    times = {"library": {"1": 5.0, "3": 1.0}, "bundled": {"1": 2.0, "3": 2.0}}
+    made = Certificate(key, "library", True, [1, 3], Evidence([1, 3], 64, 0, ""), 0.25, "2026-01-01", times)
+    certificates.save(tmp_path, made)
+    done = bi_patch("certify", "--all", BI_PATCH_CACHE=str(tmp_path))
+    assert "the library serves M = 3, bi_cpu-amx_bf16-1 the rest" in " ".join(done.stdout.split()), done.stdout
 
 
 def test_what_failed_or_is_corrupt_is_named_with_its_cure(bi_patch, keep):
