@@ -34,36 +34,39 @@ struct Job {
   bf16* y;
 
   const bf16* panel(int64_t p) const { return packed + p * steps * 2 * kTile; }
-
-  // Adds the earlier sum (if any) and the bias to 32 outputs of `rows` rows, rounds and stores them.
-  // sum, c: tiles [rows / 16][2][16][16].
-  void finish(const float* sum, const float* c, int64_t row, int64_t rows, int64_t col) const {
-    const int64_t left = n - col;
-    const bool whole = left >= 32;
-    V16 b0 = zero(), b1 = zero();
-    if (bias) {
-      bf16 edge[32] = {};
-      std::memcpy(edge, bias + col, std::min<int64_t>(32, left) * sizeof(bf16));
-      b0 = load(edge), b1 = load(edge + 16);
-    }
-    bf16* o = y + row * n + col;
-    for (int64_t r = 0; r < rows; ++r, o += n) {
-      const int64_t at = r / 16 * 2 * kTileSum + r % 16 * 16;
-      V16 v0 = load(c + at), v1 = load(c + at + kTileSum);
-      if (sum) v0 = add(load(sum + at), v0), v1 = add(load(sum + at + kTileSum), v1);
-      if (bias) v0 = add(v0, b0), v1 = add(v1, b1);
-      if (whole) {
-        const __m512bh both = _mm512_cvtne2ps_pbh(v1, v0);
-        std::memcpy(o, &both, sizeof both);
-      } else {
-        bf16 edge[32];
-        store(edge, v0);
-        store(edge + 16, v1);
-        std::memcpy(o, edge, left * sizeof(bf16));
-      }
-    }
-  }
 };
+
+// Asks for `lines` cache lines from p on.
+template <_mm_hint HINT> BI_INLINE void fetch(const bf16* p, int lines) {
+  for (int i = 0; i < lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p + i * 32), HINT);
+}
+
+// 32 outputs of `rows` rows whose sums are complete: c, and sum of the earlier K blocks (null: none), both tiles
+// [rows / 16][2][16][16]. Rows from `done` on still have to be rounded and stored.
+struct Late {
+  const float *sum, *c;
+  int64_t row, rows, col, done;
+};
+
+// Adds the earlier sum (if any) and the bias to the next `count` rows, rounds and stores them.
+BI_INLINE void finish(const Job& job, Late& late, int64_t count) {
+  const int64_t end = std::min(late.rows, late.done + count), left = job.n - late.col;
+  if (late.done == end) return;
+  const __mmask32 lanes = left >= 32 ? ~0u : (1u << left) - 1;
+  V16 b0 = zero(), b1 = zero();
+  if (job.bias) {
+    bf16 edge[32];
+    _mm512_storeu_si512(edge, _mm512_maskz_loadu_epi16(lanes, job.bias + late.col));
+    b0 = load(edge), b1 = load(edge + 16);
+  }
+  for (; late.done < end; ++late.done) {
+    const int64_t r = late.done, at = r / 16 * 2 * kTileSum + r % 16 * 16;
+    V16 v0 = load(late.c + at), v1 = load(late.c + at + kTileSum);
+    if (late.sum) v0 = add(load(late.sum + at), v0), v1 = add(load(late.sum + at + kTileSum), v1);
+    if (job.bias) v0 = add(v0, b0), v1 = add(v1, b1);
+    _mm512_mask_storeu_epi16(job.y + (late.row + r) * job.n + late.col, lanes, (__m512i)_mm512_cvtne2ps_pbh(v1, v0));
+  }
+}
 
 // Up to 32 rows of x: row r of a tile and step s of K are at x + r * stride + s * step, the second tile is `second` further.
 struct Rows {
@@ -72,11 +75,12 @@ struct Rows {
 };
 
 // sums += a b over `steps` steps, for TILES (1 or 2) tiles of 16 rows and the 32 outputs of a panel. fresh: the sums
-// start at zero. a stays in L1, and b streams past it. y: where `each` rows a step of stride ldy bytes are fetched, because
-// they are written next; null: none.
+// start at zero. a stays in L1, and b streams past it. Meanwhile, `late` is finished, two rows a step, and the rows of y
+// that these sums will be written to are fetched, `each` a step (y null: none). cold: b comes from memory, so it is fetched
+// kAhead steps before.
 template <int TILES>
-BI_INLINE void mac(const Rows& a, int64_t s0, const bf16* b, int64_t steps, float* c, bool fresh, const char* y, int64_t ldy,
-                   int64_t each) {
+BI_INLINE void mac(const Job& job, const Rows& a, int64_t s0, const bf16* b, int64_t steps, float* c, bool fresh, Late& late,
+                   const char* y, int64_t each, bool cold) {
   if (fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -95,8 +99,10 @@ BI_INLINE void mac(const Rows& a, int64_t s0, const bf16* b, int64_t steps, floa
   const bf16* at = a.x + s0 * a.step;
   const int64_t stride = a.stride * sizeof(bf16);
   for (int64_t s = 0; s < steps; ++s, at += a.step, b += 2 * kTile) {
+    finish(job, late, 2);
+    if (cold) fetch<_MM_HINT_T1>(b + kAhead * 2 * kTile, 32);
     if (y)
-      for (int64_t i = 0; i < each; ++i, y += ldy) _mm_prefetch(y, _MM_HINT_T0);
+      for (int64_t i = 0; i < each; ++i, y += job.n * sizeof(bf16)) _mm_prefetch(y, _MM_HINT_T0);
     _tile_loadd(4, at, stride);
     _tile_stream_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -147,42 +153,48 @@ void pack_unit(const bf16* x, int64_t ldx, int64_t rows, int64_t k, int64_t step
 // Steps [s0, s1) of one unit and one panel. The sums of the first K block go to `sum`, those of a later one to `c`.
 template <int TILES>
 BI_INLINE void pass(const Job& job, const Rows& a, const bf16* b, int64_t s0, int64_t s1, float* sum, float* c,
-                    int64_t row, int64_t rows, int64_t col) {
+                    int64_t row, int64_t rows, int64_t col, Late& late, bool cold) {
   const char* y = s1 == job.steps ? reinterpret_cast<const char*>(job.y + row * job.n + col) : nullptr;
   for (int64_t s = s0; s < s1;) {
     const int64_t first = s / job.block * job.block;
     const int64_t end = std::min(s1, first + job.block);
     float* to = first ? c : sum;
-    mac<TILES>(a, s, b + s * 2 * kTile, end - s, to, s == first, y, job.n * sizeof(bf16), rows / (end - s));
+    mac<TILES>(job, a, s, b + s * 2 * kTile, end - s, to, s == first, late, y, rows / (end - s), cold);
     y = nullptr;
-    if (end == job.steps) job.finish(first ? sum : nullptr, to, row, rows, col);
-    else if (first && end == first + job.block) add_to(sum, c, TILES * 2 * kTileSum);
+    if (end == job.steps) {
+      finish(job, late, kUnit);
+      late = {first ? sum : nullptr, to, row, rows, col, 0};
+    } else if (first && end == first + job.block) {
+      add_to(sum, c, TILES * 2 * kTileSum);
+    }
     s = end;
   }
 }
 
 // One unit of up to 32 rows, which starts at `row`, and panels [p0, p1). sums: two blocks of sums for each panel.
 template <int TILES>
-void unit_group(const Job& job, const Rows& a, int64_t row, int64_t rows, int64_t p0, int64_t p1, float* sums) {
+void unit_group(const Job& job, const Rows& a, int64_t row, int64_t rows, int64_t p0, int64_t p1, float* sums,
+                Late& late, bool cold) {
   for (int64_t s0 = 0, s1; s0 < job.steps; s0 = s1) {
     s1 = job.steps - s0 <= kPass + kRest ? job.steps : s0 + kPass;
     const bool whole = s0 == 0 && s1 == job.steps;
     for (int64_t p = p0; p < p1; ++p) {
-      float* sum = sums + (whole ? p % 2 : p - p0) * 8 * kTileSum;
-      pass<TILES>(job, a, job.panel(p), s0, s1, sum, sum + 4 * kTileSum, row, rows, p * 32);
+      // `late` holds the sums of the panel before this one.
+      float* sum = sums + (whole ? (late.c && late.c < sums + 8 * kTileSum) : p - p0) * 8 * kTileSum;
+      pass<TILES>(job, a, job.panel(p), s0, s1, sum, sum + 4 * kTileSum, row, rows, p * 32, late, cold);
     }
   }
+  if (p1 - p0 == 1) finish(job, late, kUnit);
 }
 
-// Cuts the product among the threads: `across` parts of the panels times `down` parts of the rows. Of equal cuts, many
-// rows prefer parts of the rows, and few rows prefer parts of the panels, so that no panel is read twice.
+// Cuts the product among the threads: `across` parts of the panels times `down` parts of the rows. Of equal cuts it takes
+// that with most parts of the panels: each reads its part of the weight once.
 struct Parts { int64_t across, down; };
 Parts cut(int64_t panels, int64_t units, int64_t threads) {
   Parts best{1, 1};
   int64_t least = INT64_MAX;
-  const bool many = units >= 8 * threads;
-  for (int64_t i = 1; i <= threads; ++i) {
-    const int64_t across = many ? i : threads + 1 - i, down = threads / across;
+  for (int64_t across = threads; across >= 1; --across) {
+    const int64_t down = threads / across;
     const int64_t work = ((panels + across - 1) / across) * ((units + down - 1) / down);
     if (work < least) least = work, best = {across, down};
   }
@@ -206,9 +218,8 @@ void few_rows(const Job& job, const bf16* x, int64_t ldx, int64_t rows, int64_t 
     }
     for (int64_t s = s0; s < s1; ++s) {
       const bf16 *at0 = b0 + s * 2 * kTile, *at1 = b1 + s * 2 * kTile;
-      for (int i = 0; i < 32; ++i) _mm_prefetch(reinterpret_cast<const char*>(at0 + kAhead * 2 * kTile) + i * 64, _MM_HINT_T0);
-      if constexpr (PANELS == 2)
-        for (int i = 0; i < 32; ++i) _mm_prefetch(reinterpret_cast<const char*>(at1 + kAhead * 2 * kTile) + i * 64, _MM_HINT_T0);
+      fetch<_MM_HINT_T0>(at0 + kAhead * 2 * kTile, 32);
+      if constexpr (PANELS == 2) fetch<_MM_HINT_T0>(at1 + kAhead * 2 * kTile, 32);
       _tile_loadd(4, x + s * kStep, lda);
       _tile_loadd(6, at0, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -228,8 +239,10 @@ void few_rows(const Job& job, const bf16* x, int64_t ldx, int64_t rows, int64_t 
       _tile_stored(3, c + 3 * kTileSum, 64);
     }
     if (s1 == job.steps) {
-      for (int i = 0; i < PANELS; ++i)
-        job.finish(s0 ? sums + i * 2 * kTileSum : nullptr, c + i * 2 * kTileSum, 0, rows, (p + i) * 32);
+      for (int i = 0; i < PANELS; ++i) {
+        Late late{s0 ? sums + i * 2 * kTileSum : nullptr, c + i * 2 * kTileSum, 0, rows, (p + i) * 32, 0};
+        finish(job, late, rows);
+      }
     } else if (s0) {
       for (int i = 0; i < 2 * PANELS; ++i) add_to(sums + i * kTileSum, late + i * kTileSum, rows * 16);
     }
@@ -307,16 +320,18 @@ void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t
       const int64_t most = std::max<int64_t>(2, kGroupBytes / (kp * 32 * sizeof(bf16)));
       const int64_t groups = (q1 - q0 + most - 1) / most;
       float* const sums = sums_mem.get<float>(most * 8 * kTileSum);
+      Late late{};
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t p0 = q0 + (q1 - q0) * g / groups, p1 = q0 + (q1 - q0) * (g + 1) / groups;
         for (int64_t u = u0; u < u1; ++u) {
           const int64_t row = u * kUnit, rows = std::min<int64_t>(kUnit, m - row);
           const bf16* packed_rows = held + (u - whole) * kUnit * kp;
-          if (rows <= 16) unit_group<1>(job, {packed_rows, kStep, kTile, 0}, row, rows, p0, p1, sums);
-          else if (u >= whole) unit_group<2>(job, {packed_rows, kStep, 2 * kTile, kTile}, row, rows, p0, p1, sums);
-          else unit_group<2>(job, {x + row * ldx, ldx, kStep, 16 * ldx}, row, rows, p0, p1, sums);
+          if (rows <= 16) unit_group<1>(job, {packed_rows, kStep, kTile, 0}, row, rows, p0, p1, sums, late, u == u0);
+          else if (u >= whole) unit_group<2>(job, {packed_rows, kStep, 2 * kTile, kTile}, row, rows, p0, p1, sums, late, u == u0);
+          else unit_group<2>(job, {x + row * ldx, ldx, kStep, 16 * ldx}, row, rows, p0, p1, sums, late, u == u0);
         }
       }
+      finish(job, late, kUnit);
     }
     _tile_release();
   }
