@@ -162,7 +162,7 @@ def _gptq(held: Mapping[str, Any]) -> Iterator[Scheme]:
             f"int{int(said['bits'])}",
             _group(said["group_size"]),
             zeros=not said["sym"],
-            order=bool(said["desc_act"]),
+            order=bool(said["desc_act"]) and int(said["group_size"]) != -1,  # one group has one order
             head=bool(held.get("lm_head", False)),
             other=other or (f"layers with {strange}" if strange else ""),
         )

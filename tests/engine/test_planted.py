@@ -18,7 +18,8 @@ from bi_patch.tools.verify.probes.base import pair
 
 pytestmark = pytest.mark.engine
 
-CPU = [fault for fault in every() if "cpu" in fault.platforms and not fault.model]  # test_mla.py plants the others
+# test_mla.py and test_quantized.py plant the others.
+CPU = [fault for fault in every() if "cpu" in fault.platforms and not fault.model]
 MAIN = [fault.name for fault in CPU if fault.axis not in (catch.PREEMPTION, catch.UPDATE)]  # test_weights.py updates
 
 

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_patch.platforms import schemes
-from bi_patch.platforms.features.model import Cell, Feature, refused, row
+from bi_patch.platforms.features.model import Cell, Feature, refused, row, untried
 from bi_patch.platforms.schemes import CHANNEL, TENSOR, TOKEN, Scheme
 
 _NONE = refused("bi_patch has no certified order for their products", todo="Use unquantized weights")
 _REFUSED = {"cpu": _NONE, "cuda": _NONE, "ascend": _NONE}
+_NO_KERNEL = _REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them", todo="Use unquantized weights")}
+_CPU = _REFUSED | {"cpu": untried()}
 _GROUPS = ("32", "64", "128", CHANNEL)  # sizes with a kernel
 
 Cells = dict[str, Cell | tuple[Cell, ...]]
@@ -25,8 +27,9 @@ def _weight_only(scheme: Scheme, bits: int) -> bool:
 
 
 def _int4(method: str) -> Callable[[Scheme], bool]:
-    """4-bit weights of one method, whose groups are in order."""
-    return lambda s: s.method == method and _weight_only(s, 4) and not s.order
+    """4-bit weights of one method, whose groups are in order, with the zero points that its checkpoints have."""
+    zeros = {"awq": (True,), "gptq": (False,)}.get(method, (True, False))
+    return lambda s: s.method == method and _weight_only(s, 4) and not s.order and s.zeros in zeros
 
 
 def _int8_rows(scheme: Scheme) -> bool:
@@ -47,17 +50,17 @@ def _fp8(scheme: Scheme, scale: str, activation: str, *, static: bool = False, o
 
 # (name, whether a scheme belongs to the row, its cells). A scheme belongs to the first row that takes it.
 _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
-    ("INT8 weights and activations (compressed-tensors W8A8)", _int8_rows, _REFUSED),
-    ("AWQ, 4 bits", _int4("awq"), _REFUSED),
-    ("GPTQ, 4 bits", _int4("gptq"), _REFUSED),
-    ("compressed-tensors W4A16", _int4("compressed-tensors"), _REFUSED),
+    ("INT8 weights and activations (compressed-tensors W8A8)", _int8_rows, _CPU),
+    ("AWQ, 4 bits", _int4("awq"), _CPU),
+    ("GPTQ, 4 bits", _int4("gptq"), _CPU),
+    ("compressed-tensors W4A16", _int4("compressed-tensors"), _CPU),
     (
         "GPTQ and compressed-tensors with act-order",
         lambda s: s.order and (_weight_only(s, 4) or _weight_only(s, 8)),
-        _REFUSED,
+        _NO_KERNEL,
     ),
-    ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", lambda s: _weight_only(s, 8), _REFUSED),
-    ("FP8 in blocks of 128 x 128", lambda s: _fp8(s, "128x128", "128"), _REFUSED),
+    ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", lambda s: _weight_only(s, 8), _NO_KERNEL),
+    ("FP8 in blocks of 128 x 128", lambda s: _fp8(s, "128x128", "128"), _CPU),
     (
         "FP8 per channel or tensor, activations per token (compressed-tensors)",
         lambda s: any(_fp8(s, scale, TOKEN) for scale in (CHANNEL, TENSOR)),

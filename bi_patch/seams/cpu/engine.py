@@ -42,12 +42,13 @@ def _load(original):
         import torch
 
         from bi_patch.ops.cpu import aten, certify, rows
-        from bi_patch.seams.cpu import moe, weights
+        from bi_patch.seams.cpu import moe, quantized, weights
 
         if getattr(self.vllm_config.compilation_config.mode, "name", "NONE") != "NONE":
             active.at_disarm(aten.restore)
             aten.keep_whole()
         result = original(self, *args, **kwargs)
+        quantized.check(self.get_model())
         for module in self.get_model().modules():
             if isinstance(module, torch.nn.LayerNorm):
                 rows.register_layer_norm(module, tuple(module.normalized_shape))

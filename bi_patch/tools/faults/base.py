@@ -26,7 +26,8 @@ class Fault:
     fault is planted only after the first answers). module, op: texts that the located module and op must contain.
     seam: the seam that must be located, by platform; "" for vLLM's own code without a seam. emulated: platforms on
     which the fault re-creates the mechanism outside the kernel that has it, because the platform lacks this kernel.
-    model: the family (tools/models/families.py) whose layers the fault needs, "" for the layers of every model.
+    model: the family (tools/models/families.py) or the quantized recipe (tools/models/recipes.py) whose layers the
+    fault needs, "" for the layers of every model.
     """
 
     name: str

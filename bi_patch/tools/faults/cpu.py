@@ -1,12 +1,16 @@
-"""Faults in code that only the CPU engine runs: the CPU router."""
+"""Faults in code that only the CPU engine runs: the CPU router, and INT8 linears."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 
 from bi_patch.tools.faults import parts
 from bi_patch.tools.faults.base import CPU, Fault
 from bi_patch.tools.faults.shared import FEW
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import replaced
 
@@ -46,7 +50,35 @@ def scalar_tail(engine: LocalEngine):
     return replaced(moe, "softmax_topk", make)
 
 
+@contextlib.contextmanager
+def shared_int8_scale(engine: LocalEngine):
+    """Quantized linears round their inputs to INT8 with one scale for all rows of the batch."""
+    with contextlib.ExitStack() as stack:
+        for _, layer, _ in list(layers.quantized(engine)):
+
+            def wrap(held):
+                def apply(given, x, bias=None):
+                    scale = x.float().abs().amax().clamp_min(1e-12) / 127
+                    return held(given, ((x.float() / scale).round() * scale).to(x.dtype), bias)
+
+                return apply
+
+            stack.enter_context(replaced(layer.quant_method, "apply", wrap))
+        yield
+
+
 FAULTS = (
+    Fault(
+        "shared INT8 scale",
+        11,
+        shared_int8_scale.__doc__,
+        "co-batch contents",
+        shared_int8_scale,
+        (CPU,),
+        "qkv_proj",
+        seam={"cpu": "quantized.cpu_int8"},
+        model=recipes.INT8,
+    ),
     Fault(
         "unsorted top-k of experts",
         13,

@@ -39,7 +39,12 @@ def options(platform: str, folder: str, dtype: str = "") -> Options:
 
 
 def of_family(name: str, folder: str, dtype: str = "") -> Options:
-    """The options of an engine with the tiny model of a family, on CPU, for faults of layers that only it has."""
+    """The options of an engine with the tiny model of a family, on CPU, for faults of layers that only it has. A recipe
+    of a quantized model has weights, and keeps its type.
+    """
+    if name in recipes.QUANTIZED:
+        made = str(recipes.path(name, cache=settings.read().cache))
+        return Options(made, max_model_len=1024, chunk=512, digests=True)
     return Options(
         families.write(name, folder),
         dtype=dtype or "bfloat16",

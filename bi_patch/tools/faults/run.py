@@ -80,7 +80,7 @@ class _Run:
 
     def planted(self, given: Options, wanted: list[Fault]) -> Faults:
         """Plant the faults of preemption in an engine with few KV blocks, those of other axes of _OTHER in a small
-        engine, and all others in the first engine."""
+        engine, those of a model in an engine of this model, and all others in the first engine."""
         made: Faults | None = None
         for model in sorted({fault.model for fault in wanted}):
             of = engines.of_family(model, self.folder, given.dtype) if model else given

@@ -21,12 +21,16 @@ from filelock import FileLock
 from bi_patch import settings
 from bi_patch.errors import BiPatchError
 from bi_patch.files import read_json, write_json
+from bi_patch.tools.models import quantize
 
 SMOL = "smollm2-135m-instruct"
 QWEN3, LLAMA, MOE, QWEN3_100M = "tiny-qwen3", "tiny-llama", "tiny-qwen3-moe", "qwen3-100m"
 WINDOW = "tiny-mistral-window"
 TIED = "tiny-llama-tied"
-NAMES = (SMOL, QWEN3, LLAMA, TIED, MOE, WINDOW, QWEN3_100M)
+INT8, AWQ, GPTQ, W4A16 = "tiny-qwen3-int8", "tiny-qwen2-awq", "tiny-llama-gptq", "tiny-qwen3-w4a16"
+STATIC, ZEROS, FP8_BLOCKS = "tiny-llama-int8-static", "tiny-qwen3-w4a16-zeros", "tiny-qwen3-fp8-blocks"
+QUANTIZED = (INT8, STATIC, AWQ, GPTQ, W4A16, ZEROS, FP8_BLOCKS)
+NAMES = (SMOL, QWEN3, LLAMA, TIED, MOE, WINDOW, QWEN3_100M, *QUANTIZED)
 
 _RECIPE = 1  # raise it when a recipe below changes
 _MARKER = "bi_patch-model.json"
@@ -61,12 +65,16 @@ class ModelMissing(BiPatchError):
 
 @dataclass(frozen=True)
 class _Random:
-    """A random model: the prefix of its transformers classes, its shape, vocabulary size and spread of weights."""
+    """A random model: the prefix of its transformers classes, its shape, vocabulary size and spread of weights.
+
+    scheme: how `quantize` stores its linears, "" for bf16. The last layer's down_proj and the head stay in bf16.
+    """
 
     architecture: str
     shape: dict[str, object]
     vocab: int = 2048
     spread: float = 0.05
+    scheme: str = ""
 
 
 _RANDOM = {
@@ -76,6 +84,13 @@ _RANDOM = {
     MOE: _Random("Qwen3Moe", _SMALL | _EXPERTS),
     WINDOW: _Random("Mistral", _SMALL | dict(sliding_window=96)),
     QWEN3_100M: _Random("Qwen3", _MIDDLE, vocab=4096, spread=0.03),
+    INT8: _Random("Qwen3", _SMALL, scheme=quantize.INT8),
+    STATIC: _Random("Llama", _SMALL, scheme=quantize.STATIC),
+    FP8_BLOCKS: _Random("Qwen3", _SMALL, scheme=quantize.FP8_BLOCKS),
+    ZEROS: _Random("Qwen3", _SMALL, scheme=quantize.ZEROS),
+    AWQ: _Random("Qwen2", _SMALL | dict(num_attention_heads=4), scheme=quantize.AWQ),  # its attention has biases
+    GPTQ: _Random("Llama", _SMALL, scheme=quantize.GPTQ),
+    W4A16: _Random("Qwen3", _SMALL, scheme=quantize.W4A16),
 }
 
 
@@ -165,7 +180,14 @@ def _make_random(recipe: _Random, folder: Path) -> None:
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name:  # norms of exactly one would hide a wrong order
                     parameter.add_(torch.randn(parameter.shape).mul_(0.1).to(parameter.dtype))
+            if recipe.scheme:  # transformers starts biases at zero
+                for parameter_name, parameter in model.named_parameters():
+                    if parameter_name.endswith("bias"):
+                        parameter.add_(torch.randn(parameter.shape).mul_(0.5).to(parameter.dtype))
     model.save_pretrained(folder, safe_serialization=True)
+    if recipe.scheme:
+        last = recipe.shape["num_hidden_layers"] - 1
+        quantize.convert(folder, recipe.scheme, left_out=(f"model.layers.{last}.mlp.down_proj",))
 
 
 def _tokenizer(vocab: int, folder: Path) -> int:

@@ -46,7 +46,8 @@ def write(model: str, seed: int, folder: Path, *, tied: bool = False) -> Path:
 
 
 def _like(file: Path, seed: int) -> Iterator[tuple[str, object]]:
-    """Tensors with the names, shapes, dtypes, means and spreads of a file's. Integers stay."""
+    """Tensors with the names, shapes, dtypes, means and spreads of a file's. Rows of quantized weights change their
+    order, scales stay positive, and other integers stay."""
     import torch
     from safetensors import safe_open
 
@@ -56,7 +57,12 @@ def _like(file: Path, seed: int) -> Iterator[tuple[str, object]]:
             if tensor.is_floating_point() and tensor.numel() > 1:
                 wide = tensor.float()
                 noise = torch.randn(tensor.shape, generator=_generator(name, seed))
-                tensor = (wide.mean() + wide.std().clamp_min(0.02) * noise).to(tensor.dtype)
+                if name.endswith(("scale", "scales", "scale_inv")):
+                    tensor = (wide * (1 + 0.1 * noise).clamp(0.5, 1.5)).to(tensor.dtype)
+                else:
+                    tensor = (wide.mean() + wide.std().clamp_min(0.02) * noise).to(tensor.dtype)
+            elif name.endswith(("weight", "weight_packed")) and tensor.ndim == 2:
+                tensor = tensor[torch.randperm(tensor.shape[0], generator=_generator(name, seed))].contiguous()
             yield name, tensor
 
 

@@ -27,6 +27,17 @@ def linears(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
                 yield name, module
 
 
+def quantized(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """Every quantized linear that has a route on CPU: (path, layer, its scheme in words, e.g. "W4A8 groups of 128")."""
+    if engine.info.platform != "cpu":
+        return
+    from bi_patch.ops.cpu import quantized as routes
+
+    for name, module in model(engine).named_modules():
+        if routes.has_route(module):
+            yield name, module, routes.scheme(module)
+
+
 def norms(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
     """Every RMSNorm: (path, layer)."""
     for name, module in model(engine).named_modules():

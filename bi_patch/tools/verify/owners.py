@@ -69,9 +69,21 @@ class Owners:
                 return found
             found = self._by_op.get(frame.f_globals.get("__name__", ""))
             if found:
-                return found
+                return _of_scheme(module) or found
+        if quantized := _of_scheme(module):
+            return quantized
         kinds = (kind.__name__ for kind in type(module).__mro__)
         return next((self._by_class[kind] for kind in kinds if kind in self._by_class), "")
+
+
+def _of_scheme(module) -> str:
+    """The seam of a quantized linear on CPU, "" for other layers: all schemes share one module of ops/."""
+    from bi_patch.ops.cpu import quantized
+
+    if not quantized.has_route(module):
+        return ""
+    kinds = {"W8": "int8", "W4": "int4", "FP": "fp8"}
+    return f"quantized.cpu_{kinds[quantized.scheme(module)[:2]]}"
 
 
 def status(seam: str) -> str:

@@ -6,6 +6,10 @@ stay below what fp32 accumulation and one rounding of the result can cause:
     |y - exact| <= ulp / 2 of the output's type at |exact|  +  LIMIT * sum |x| |w|
 
 LIMIT is 2 ** -20: fp32 sums of up to 16,384 products stay eight times below this limit; TF32 inputs exceed it.
+
+A quantized linear is compared with fp64 on the dequantized weight of the checkpoint's files. If its scheme rounds
+activations to INT8, `exact` is the product of the rounded rows. Elements within NEAR of the middle between two integers
+are zero in the data, because a kernel may round them to either.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import msgspec
 from bi_patch.tools.verify.engine import Engine, LocalEngine
 
 LIMIT = 2.0**-20
+NEAR = 1e-4
 ROWS = (1, 16, 257)
 _COLUMNS = 4096  # outputs that are compared at most, for wide layers
 
@@ -105,9 +110,66 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
                 dtype = str(w.dtype).removeprefix("torch.")
                 seam = seams.seam(layer, name, "linear") or "linear"
                 failed.append(Imprecise(name, seam, n, k, dtype, found[1], found[0]))
+        missing = ""
+        made = engine.options.random_weights is not None  # made weights have no files to compare with
+        for name, layer, scheme in () if made else layers.quantized(engine):
+            try:
+                held = _checkpoint(engine)
+                w = held.weight(name, None if "A8" in scheme else _dtype(engine))
+                scale = held.static_scale(name) if scheme.endswith("onednn static") else None
+            except (KeyError, OSError) as error:
+                missing = missing or f"the checkpoint has no tensors for {name} ({error})"
+                continue
+            errors = [(_quantized(layer, w, scheme, _dtype(engine), m, scale), m) for m in ROWS]
+            found = max(errors, key=lambda pair: pair[0])
+            count += 1
+            outputs += sum(ROWS) * w.shape[0]
+            worst = max(worst, found[0])
+            if found[0] > 1:
+                n, k = w.shape
+                seam = seams.seam(layer, name, "linear") or "quantized"
+                failed.append(Imprecise(name, seam, n, k, scheme, found[1], found[0]))
+    if missing:
+        return none(missing, unchecked=True)
     if not count:
-        return none("the model has no unquantized linear", unchecked=False)
+        return none("the model has no linear that can be compared", unchecked=False)
     return Precision(count, outputs, worst, failed)
+
+
+def _dtype(engine: LocalEngine):
+    from bi_patch.tools.verify import layers
+
+    return next(p.dtype for p in layers.model(engine).parameters() if p.is_floating_point() and p.ndim > 1)
+
+
+def _checkpoint(engine: LocalEngine):
+    from bi_patch.tools.verify import dequantized, layers
+
+    return dequantized.Checkpoint(engine.options.model, getattr(layers.model(engine), "packed_modules_mapping", {}))
+
+
+def _quantized(layer, w, scheme: str, dtype, m: int, scale: float | None = None) -> float:
+    """The largest error of a quantized linear, divided by the allowed error.
+
+    w: [N, K] in fp64. scale: of activations, None for a scale of each row: its largest absolute value over 127.
+    """
+    import torch
+
+    x = torch.randn(m, w.shape[1], generator=torch.Generator().manual_seed(m)).to(dtype)
+    rounds = "A8" in scheme
+    step = x.double().abs().amax(-1, keepdim=True) / 127 if scale is None else scale
+    if rounds:
+        x = torch.where((((x.double() / step).abs() % 1) - 0.5).abs() < NEAR, 0, x)
+    bias = getattr(layer, "bias", None)
+    bias = None if bias is None or getattr(layer, "skip_bias_add", False) else bias
+    y = layer.quant_method.apply(layer, x, bias)[:, :_COLUMNS]
+    wide = (x.double() / step).round().clamp(-128, 127) * step if rounds else x.double()
+    w = w[:_COLUMNS]
+    exact = wide @ w.T
+    allowed = LIMIT * (wide.abs() @ w.abs().T)
+    if bias is not None:
+        exact = exact + bias[:_COLUMNS].double()
+    return over(y, exact, allowed)
 
 
 def _product(layer, x, w, bias):

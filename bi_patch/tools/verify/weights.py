@@ -33,13 +33,23 @@ def make_tied() -> None:
 
 
 def fill(model, seed: int) -> None:
-    """Fill a model: matrices normal(0, fan_in ** -0.5), biases normal(0, 0.5), norms normal(1, 0.1); no integers."""
+    """Fill a model: matrices normal(0, fan_in ** -0.5), biases normal(0, 0.5), norms normal(1, 0.1).
+
+    Packed integers get random bits. Their scales give the weights about the spread of other matrices.
+    """
     import torch
 
     generators: dict[object, torch.Generator] = {}
     for name, parameter in model.named_parameters():
         value = parameter.data
         if not value.is_floating_point():
+            if name.endswith(_PACKED) and value.ndim >= 2:
+                _fill_integers(value, generators.setdefault(value.device, _seeded(value.device, seed)))
+            continue
+        if name.endswith(_SCALES) and (step := _step(model.get_submodule(name.rpartition(".")[0]))):
+            generator = generators.setdefault(value.device, _seeded(value.device, seed))
+            noise = torch.rand(value.shape, generator=generator, device=value.device)
+            value.copy_(step * (0.5 + noise))
             continue
         generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(seed))
         wide = value if value.element_size() > 1 else torch.empty(value.shape, device=value.device)
@@ -53,6 +63,36 @@ def fill(model, seed: int) -> None:
             continue
         if wide is not value:
             value.copy_(wide)
+
+
+_PACKED = (".weight", ".weight_packed", ".weight_zero_point", ".qweight", ".qzeros")
+_SCALES = (".weight_scale", ".scales")
+
+
+def _seeded(device, seed: int):
+    import torch
+
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _fill_integers(value, generator) -> None:
+    """Random bits. dummy weights would leave what was in memory, and other bits at the next start."""
+    import torch
+
+    held = torch.iinfo(value.dtype)
+    low = held.min + (held.bits == 8)  # no -128: such weights are symmetric
+    made = torch.randint(low, held.max, value.shape, generator=generator, device=value.device, dtype=torch.int64)
+    value.copy_(made.to(value.dtype))
+
+
+def _step(layer) -> float:
+    """The scale that gives random integers of a quantized linear a spread of fan_in ** -0.5; 0 for other layers."""
+    size = getattr(layer, "input_size_per_partition", 0)
+    if not size:
+        return 0.0
+    integers = [p for name, p in layer.named_parameters() if not p.is_floating_point() and p.ndim >= 2]
+    spread = {1: 73.0, 4: 4.6}.get(integers[0].element_size(), 0.0) if integers else 0.0  # of int8, of 4-bit integers
+    return size**-0.5 / spread if spread else 0.0
 
 
 def tie(model) -> None:

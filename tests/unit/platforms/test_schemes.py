@@ -56,6 +56,7 @@ def rows(held, method=None, **model):
         (GPTQ | {"desc_act": True}, "GPTQ and compressed-tensors with act-order"),
         (tensors(INT4 | {"actorder": "group"}), "GPTQ and compressed-tensors with act-order"),
         (tensors(INT4 | {"actorder": "weight"}), "compressed-tensors W4A16"),
+        (tensors(INT4 | {"symmetric": False, "strategy": "channel", "group_size": None}), "compressed-tensors W4A16"),
         (GPTQ | {"bits": 8}, "8-bit weights alone (GPTQ, compressed-tensors W8A16)"),
         (tensors(INT8), "8-bit weights alone (GPTQ, compressed-tensors W8A16)"),
         (FP8, "FP8 in blocks of 128 x 128"),
@@ -76,6 +77,8 @@ def test_a_scheme_belongs_to_one_row(held, name):
     [
         AWQ | {"group_size": 48},
         AWQ | {"bits": 3},
+        AWQ | {"zero_point": False},
+        GPTQ | {"sym": False},
         AWQ | {"version": "gemv"},
         AWQ | {"new_option": 1},
         {"quant_method": "awq"},

@@ -1,0 +1,125 @@
+"""Quantized checkpoints on the real CPU engine: axes, accuracy against fp64, a planted fault, and refusals by name."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.tools.faults import catch, every
+from bi_patch.tools.faults.child import FaultyEngine
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify import precision
+from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
+from bi_patch.tools.verify.engine import Options
+from bi_patch.tools.verify.probes import FEATURE_PROBES
+
+pytestmark = pytest.mark.engine
+
+AXES = ("batch size", "co-batch contents", "chunk budget")
+
+
+def invariant(engine):
+    load = catch.workload(engine)
+    for axis in AXES:
+        found = list(catch.cases(engine, axis, load))
+        assert found and not any(case.differs for case in found), axis
+    return load
+
+
+def accurate(engine, linears):
+    found = precision.of(engine)
+    assert found.layers == linears and not found.failed and 0 < found.worst < 1, found.words()
+
+
+def test_int8_and_a_scale_that_the_batch_shares(start):
+    """Three layers of four linears, the head, and a layer's down_proj that stays in bf16."""
+    with start(ARMED, recipes.INT8, kind=FaultyEngine, chunk=512, digests=True) as engine:
+        load = invariant(engine)
+        accurate(engine, 13)
+        names = [fault.name for fault in every() if fault.model == recipes.INT8]
+        assert names
+        for name in names:
+            found = catch.catch(engine, name, load)
+            print(f"{name}: {found.named}")
+            assert found.caught and found.right, found
+
+
+@pytest.mark.parametrize("name", [recipes.AWQ, recipes.GPTQ])
+def test_four_bits(start, name):
+    with start(ARMED, name, chunk=512) as engine:
+        invariant(engine)
+        accurate(engine, 13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipes.QUANTIZED)
+def test_compiled(start, name):
+    with start(ARMED, name, chunk=512, eager=False) as engine:
+        invariant(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [recipes.STATIC, recipes.W4A16, recipes.ZEROS, recipes.FP8_BLOCKS])
+def test_further_schemes(start, name):
+    if name == recipes.FP8_BLOCKS and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM's CPU build needs AMX for FP8 in blocks")
+    with start(ARMED, name, chunk=512) as engine:
+        invariant(engine)
+        accurate(engine, 13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype", "environ"),
+    [
+        (recipes.AWQ, "bfloat16", {"VLLM_CPU_INT4_W4A8": "0"}),  # what machines without AMX run, too
+        (recipes.ZEROS, "float16", {}),
+        (recipes.W4A16, "float32", {}),  # vLLM has no kernel for it, so the bundled GEMM serves
+        (recipes.INT8, "float16", {}),  # vLLM's AMX kernel would end the process
+        (recipes.INT8, "float32", {}),
+        (recipes.STATIC, "float32", {}),
+    ],
+)
+def test_other_kernels(start, name, dtype, environ):
+    with start(ARMED, name, chunk=512, dtype=dtype, environ=environ) as engine:
+        invariant(engine)
+        accurate(engine, 13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [recipes.INT8, recipes.AWQ, recipes.GPTQ, recipes.W4A16])
+def test_new_weights(model, name):
+    probe = next(probe for probe in FEATURE_PROBES if probe.name == catch.UPDATE)
+    given, environ = Options(model(name), max_model_len=1024, chunk=512), PATIENT | os.environ
+    with ChildEngine(ARMED, given, environ=environ) as engine:
+        load = catch.workload(engine)
+        assert not probe.missing(engine)
+        change, requests = probe.changes(engine)[0], probe.requests(engine, load)
+        expected = probe.collect(engine, load)
+    with ChildEngine(ARMED, given.but(**change.options), environ=environ) as engine:
+        got = probe.collect(engine, load, change)
+    cases = list(probe.cases(change, requests, expected, got))
+    assert cases and not [f"{case.label}: {case.difference.first}" for case in cases if case.differs]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"group_size": 16}, "awq int4, groups of 16, zero points"),
+        ({"version": "gemv"}, "packing 'gemv'"),
+        ({"lm_head": True}, "a quantized language-model head"),
+    ],
+)
+def test_what_has_no_kernel_is_refused_before_weights_are_loaded(refusing, model, tmp_path, change, said):
+    for file in Path(model(recipes.AWQ)).iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")  # loading it would be another error
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedFeature, match=f"features: .*{said}"):
+        refusing.refuse(Options(str(tmp_path), max_model_len=512))

@@ -1,0 +1,62 @@
+"""Quantized layers on CPU: a layer without a route is refused, and loaded integers give the weight of the format."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.cpu import quantized
+
+
+class AutoAWQMarlinLinearMethod:
+    pass
+
+
+class UnquantizedLinearMethod:
+    pass
+
+
+class Attention(torch.nn.Module):
+    pass
+
+
+def model(**layers):
+    made = torch.nn.Module()
+    for name, (layer, method) in layers.items():
+        layer.quant_method = method
+        made.add_module(name, layer)
+    return made
+
+
+def test_a_quantized_layer_without_a_route_is_refused_by_name():
+    plain = {"plain": (torch.nn.Linear(2, 2), UnquantizedLinearMethod()), "none": (torch.nn.Linear(2, 2), None)}
+    quantized.check(model(**plain, attn=(Attention(), AutoAWQMarlinLinearMethod())))
+    with pytest.raises(UnsupportedFeature, match="engine.cpu_load: .* down .Linear, AutoAWQMarlinLinearMethod"):
+        quantized.check(model(**plain, down=(torch.nn.Linear(2, 2), AutoAWQMarlinLinearMethod())))
+
+
+@pytest.mark.parametrize("outputs_first", [False, True], ids=["GPTQ", "compressed-tensors"])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_loaded_integers_give_the_weight(outputs_first, zeros):
+    from vllm.model_executor.layers.quantization.utils.quant_utils import pack_quantized_values_into_int32 as pack
+    from vllm.scalar_type import scalar_types
+
+    kind = scalar_types.uint4 if zeros else scalar_types.uint4b8
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (32, 64), generator=generator, dtype=torch.int32)  # [N, K]
+    zero = torch.randint(0, 16, (32, 2), generator=generator, dtype=torch.int32)
+    scale = torch.rand(32, 2, generator=generator)
+
+    def held(values, packed, first=outputs_first):
+        packed = packed if packed is None else (packed if first else 1 - packed)
+        data = values if first else values.t()
+        data = data if packed is None else pack(data.contiguous(), kind, packed)
+        return quantized._Held(SimpleNamespace(data=data, packed_dim=packed, output_dim=0 if first else 1))
+
+    weight, scales = held(q, 1), held(scale, None)
+    got = quantized._dequantized(kind, weight, scales, held(zero, 0) if zeros else None)
+    wanted = (q - (zero if zeros else 8 * torch.ones_like(zero)).repeat_interleave(32, 1)) * scale.repeat_interleave(
+        32, 1
+    )
+    assert torch.equal(got, wanted)
