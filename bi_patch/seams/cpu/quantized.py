@@ -18,11 +18,7 @@ def _int8(original):
         from bi_patch.ops.cpu import quantized
 
         dtype = torch.get_default_dtype()
-        if quantized.has_route(layer) and "onednn" in quantized.scheme(layer):
-            raise UnsupportedFeature(
-                f"quantized.cpu_int8: nobody has tried new weights in oneDNN's INT8 kernel ({type(layer).__name__}). "
-                "Start a new engine with the new weights"
-            )
+        _first(layer)
         weight, scale = layer.weight.data, layer.weight_scale.data
         n, k = weight.shape
         widths = layer.logical_widths
@@ -61,6 +57,7 @@ def _int4(original):
     def process_weights_after_loading(self, layer):
         from bi_patch.ops.cpu import quantized
 
+        _first(layer)
         k, n = self.config.partition_weight_shape
         names = (self.w_q_name, self.w_s_name, self.w_zp_name if self.config.zero_points else None)
         # Upstream replaces the tensors' data; these are the checkpoint's.
@@ -87,6 +84,7 @@ def _fp8(original):
     def process_weights_after_loading(self, layer):
         from bi_patch.ops.cpu import quantized
 
+        _first(layer)
         params = self._get_layer_params(layer)
         weight = params.weight.data
         scale = (params.weight_scale if params.weight_scale_inv is None else params.weight_scale_inv).data
@@ -105,6 +103,17 @@ def _fp8(original):
         _route(self, layer, scheme, wide, lambda: quantized.dequantized_product(wide()), tuple(weight.shape), dtype)
 
     return process_weights_after_loading
+
+
+def _first(layer):
+    """Raise UnsupportedFeature if a layer that has a route gets new weights."""
+    from bi_patch.ops.cpu import quantized
+
+    if quantized.has_route(layer):
+        raise UnsupportedFeature(
+            f"quantized.cpu_update: no evidence covers new weights in a quantized {type(layer).__name__} "
+            f"({quantized.scheme(layer)}). Start a new engine with the new weights"
+        )
 
 
 class _Held:

@@ -35,7 +35,7 @@ def missing(engine: Engine) -> str:
         return "verify gives a running server no weights"
     if options.random_weights is not None or options.tied:
         return "made weights cannot be loaded again; give a folder with weights"
-    if engine.info.quantization and engine.info.platform != "cpu":
+    if engine.info.quantization:
         return f"weights are quantized ({engine.info.quantization})"
     return (
         "" if any(Path(options.model).expanduser().glob("*.safetensors")) else "needs a local folder with safetensors"
