@@ -1,9 +1,10 @@
 """Times bi_patch's bundled CPU kernels, and beside them vLLM's oneDNN GEMM and stock CPU attention.
 
-    PYTHONPATH=. python3 benchmarks/cpu/kernels.py CACHE_DIR [gemm|attention] [--quick]
+    PYTHONPATH=. python3 benchmarks/cpu/kernels.py CACHE_DIR [gemm|attention] [--quick] [--dtype bfloat16]
 
 Needs vLLM's CPU build. Bundled and stock kernels run in turns; every time is the minimum over the repeats. "ratio" is
-the bundled kernel's time divided by the stock kernel's: below 1, the bundled kernel is faster.
+the bundled kernel's time divided by the stock kernel's: below 1, the bundled kernel is faster. "same": whether oneDNN
+has the bundled GEMM's bits for random numbers, which hide most other orders.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ def gemm_case(dtype: torch.dtype, n: int, k: int, m: int, seconds: float) -> tup
     return a, b, same
 
 
-def gemm(seconds: float) -> None:
+def gemm(dtypes: list[torch.dtype], seconds: float) -> None:
     print(f"{'dtype':9}{'N':>6}{'K':>6}" + "".join(f"{f'M={m} us':>12}{'ratio':>7}{'same':>5}" for m in GEMM_ROWS))
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in dtypes:
         for n, k in GEMM_SHAPES:
             print(f"{str(dtype)[6:]:9}{n:6}{k:6}", end="")
             for m in GEMM_ROWS:
@@ -121,9 +122,9 @@ def attention_case(
     return *attend, *store
 
 
-def attention(seconds: float) -> None:
+def attention(dtypes: list[torch.dtype], seconds: float) -> None:
     print(f"{'dtype':9}{'heads':>12}  {'batch':20}{'ours us':>10}{'stock us':>10}{'ratio':>7}{'store':>7}")
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in dtypes:
         for h, kh, d in HEADS:
             for name, reqs in BATCHES:
                 a, b, sa, sb = attention_case(dtype, h, kh, d, reqs, seconds)
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("cache_dir", type=Path)
     parser.add_argument("what", nargs="*", default=["gemm", "attention"])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="only this type; default: both")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     # vLLM's stock kernels are timed too, so vLLM must not be armed.
@@ -145,10 +147,13 @@ def main() -> None:
     from bi_patch.kernels.cpu import load
 
     torch.set_num_threads(args.threads)
-    print("isa", load(args.cache_dir), "threads", torch.get_num_threads())
+    from bi_patch.tools.verify.engine import cpu_name
+
+    print(cpu_name(), "isa", load(args.cache_dir), "threads", torch.get_num_threads())
+    dtypes = [getattr(torch, name) for name in ([args.dtype] if args.dtype else ["bfloat16", "float32"])]
     torch.manual_seed(0)
     for what in args.what:
-        {"gemm": gemm, "attention": attention}[what](0.1 if args.quick else 0.5)
+        {"gemm": gemm, "attention": attention}[what](dtypes, 0.1 if args.quick else 0.5)
 
 
 if __name__ == "__main__":
