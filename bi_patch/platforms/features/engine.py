@@ -24,6 +24,7 @@ _ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
 _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
 _NO_NPU = "checked without a device; nothing has run on an NPU"
 _NO_SEAM = "no patch point covers it yet"
+_VERIFIED = "a step that checks drafts uses other kernels or draws than a single step"
 _OUTSIDE = "bi_patch has patch points for vLLM's own code only"
 _VOUCH = "Name the code in BI_PATCH_ALLOW_CODE if you know that its results do not depend on the batch"
 
@@ -99,6 +100,40 @@ def _images(model: Any) -> bool:
 def _embeddings(model: Any) -> bool:
     """Whether requests may bring the embeddings of images, sound or video."""
     return bool(getattr(getattr(model, "multimodal_config", None), "enable_mm_embeds", False))
+
+
+def _speculative(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:
+    """`words` if `check` is true for the engine's SpeculativeConfig, else ""."""
+    return lambda config: words if config.speculative_config is not None and check(config.speculative_config) else ""
+
+
+def _method(speculative: Any) -> str:
+    return getattr(speculative, "method", None) or ""
+
+
+def _other_rule(speculative: Any) -> bool:
+    return getattr(speculative, "rejection_sample_method", "standard") != "standard"
+
+
+def _beside_speculation(config: Any) -> str:
+    """What an engine combines with speculation, and nobody has examined together with it."""
+    if config.speculative_config is None:
+        return ""
+    model, parallel = config.model_config, config.parallel_config
+    output = getattr(config, "structured_outputs_config", None)
+    sizes = ("tensor", "pipeline", "data", "decode_context", "prefill_context")
+    found = {
+        "recurrent layers": getattr(model, "has_inner_state", False),
+        "MLA": getattr(model, "use_mla", False),
+        "LoRA": config.lora_config is not None,
+        "several ranks": any((getattr(parallel, f"{s}_parallel_size", 1) or 1) > 1 for s in sizes),
+        "a reasoning parser": getattr(output, "reasoning_parser", ""),
+        "KV transfer": config.kv_transfer_config is not None,
+        "custom logits processors": getattr(model, "logits_processors", None),
+        "watermarks": getattr(config, "watermark_config", None) is not None,
+    }
+    named = [name for name, there in found.items() if there]
+    return f"speculative decoding beside {', '.join(named)}" if named else ""
 
 
 def _norms_over_ranks(config: Any) -> str:
@@ -287,10 +322,29 @@ FEATURES: tuple[Feature, ...] = (
         asked=_given("lora_config", "LoRA"),
     ),
     row(
-        "speculative decoding",
-        short="speculative decoding",
-        **_everywhere("a step that checks drafts uses other kernels than a single step"),
-        asked=_given("speculative_config", "speculative decoding"),
+        "speculative decoding with n-grams of the request (method ngram)",
+        short="speculative decoding with n-grams",
+        cpu=untried("the tests cover it"),
+        cuda=refused(_VERIFIED),
+        ascend=refused(_VERIFIED),
+        asked=_speculative(lambda s: _method(s) == "ngram", "speculative decoding with n-grams"),
+        details="On equals off, bit for bit: tokens, logprobs and the draws of seeded requests.",
+    ),
+    row(
+        "speculative decoding with other drafts: ngram_gpu, suffixes, a draft model, heads (EAGLE, MTP, Medusa, ...)",
+        **_everywhere(_VERIFIED, "Use the method ngram on CPU, or turn it off"),
+        asked=_speculative(lambda s: _method(s) != "ngram", "speculative decoding with other drafts than n-grams"),
+    ),
+    row(
+        "speculative decoding that accepts drafts by another rule (rejection_sample_method synthetic, fly, block)",
+        **_everywhere("it accepts drafts that the model did not draw", "Leave rejection_sample_method out"),
+        asked=_speculative(_other_rule, "another rule of acceptance"),
+    ),
+    row(
+        "speculative decoding of models with recurrent layers or MLA, or beside LoRA, several ranks, KV transfer, a "
+        "reasoning parser, custom logits processors or watermarks",
+        **_everywhere("nobody has compared it with an engine without speculation"),
+        asked=_beside_speculation,
     ),
     row(
         "KV offload to the engine's own memory (OffloadingConnector, SimpleCPUOffloadConnector)",

@@ -39,6 +39,7 @@ def _uncovered(config, params) -> dict[str, bool]:
     cached = getattr(params, "skip_reading_prefix_cache", None) is False
     prompt = getattr(params, "prompt_logprobs", None) is not None
     scored = getattr(params, "prompt_logprob_token_ids", None) is not None
+    drafts = getattr(config, "speculative_config", None) is not None
     fast = bool(getattr(config.cache_config, "kv_sharing_fast_prefill", False))
     return {
         # After a preemption, vLLM makes the state of the budget anew from the prompt alone.
@@ -48,6 +49,15 @@ def _uncovered(config, params) -> dict[str, bool]:
         "prompt_logprobs with skip_reading_prefix_cache=False": prompt and cached,
         "prompt_logprob_token_ids with skip_reading_prefix_cache=False": scored and cached,
         "prompt_logprobs with --kv-sharing-fast-prefill": prompt and fast,
+        # vLLM's Python front end refuses both, and the engine core would leave them out.
+        "min_p with speculative decoding": drafts and (getattr(params, "min_p", 0.0) or 0.0) > 0,
+        "logit_bias with speculative decoding": drafts and bool(getattr(params, "logit_bias", None)),
+        # Model runner V2 leaves them out of a step with drafts.
+        "logprob_token_ids with speculative decoding and model runner V2": drafts
+        and not first_runner
+        and bool(getattr(params, "logprob_token_ids", None)),
+        "thinking_token_budget with speculative decoding": drafts
+        and getattr(params, "thinking_token_budget", None) is not None,
     }
 
 

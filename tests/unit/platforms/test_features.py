@@ -55,6 +55,10 @@ def offload(**extra):
     return SimpleNamespace(kv_connector="OffloadingConnector", kv_connector_extra_config=extra)
 
 
+def ngram(**changes):
+    return SimpleNamespace(**{"method": "ngram", "rejection_sample_method": "standard", **changes})
+
+
 def check(platform, release=None, **changes):
     table.check(config(**changes), platform, Version(release or releases.BY_PLATFORM[platform][-1]))
 
@@ -95,6 +99,8 @@ def test_a_refusal_gives_its_reason_and_what_refuses():
 def test_a_plain_configuration_passes(platform):
     check(platform)
     check(platform, cache_cache_dtype="bfloat16")
+    if platform == "cpu":
+        check(platform, speculative=ngram())
     oldest = Version(releases.BY_PLATFORM[platform][0])
     table.check(SimpleNamespace(**(vars(config()) | {"model_config": None})), platform, oldest)
 
@@ -112,6 +118,14 @@ def test_a_plain_configuration_passes(platform):
         ({"model_is_multimodal_model": True}, "multimodal inputs"),
         ({"lora": SimpleNamespace()}, "LoRA"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
+        ({"speculative": SimpleNamespace(method="suffix")}, "speculative decoding with other drafts"),
+        ({"speculative": ngram(rejection_sample_method="synthetic")}, "another rule of acceptance"),
+        ({"speculative": ngram(rejection_sample_method="fly")}, "another rule of acceptance"),
+        ({"speculative": ngram(), "lora": SimpleNamespace()}, "speculative decoding beside LoRA"),
+        ({"speculative": ngram(), "model_has_inner_state": True}, "speculative decoding beside recurrent layers"),
+        ({"speculative": ngram(), "model_use_mla": True}, "speculative decoding beside MLA"),
+        ({"speculative": ngram(), "parallel_tensor_parallel_size": 2}, "speculative decoding beside several ranks"),
+        ({"speculative": ngram(), "model_logits_processors": ["x"]}, "speculative decoding beside custom logits"),
         ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
         ({"kv_transfer": SimpleNamespace(kv_connector="NixlConnector")}, "KV transfer .NixlConnector"),
         ({"kv_transfer": offload(spec_name="TieringOffloadingSpec")}, "KV transfer .OffloadingConnector"),

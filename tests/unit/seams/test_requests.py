@@ -12,9 +12,11 @@ from bi_patch.seams import active
 from bi_patch.seams.common import requests, seeds
 
 
-def ask(v2=False, fast_prefill=False, **parameters):
+def ask(v2=False, fast_prefill=False, drafts=False, **parameters):
     cache = SimpleNamespace(kv_sharing_fast_prefill=fast_prefill)
-    processor = SimpleNamespace(vllm_config=SimpleNamespace(use_v2_model_runner=v2, cache_config=cache))
+    speculative = SimpleNamespace() if drafts else None
+    config = SimpleNamespace(use_v2_model_runner=v2, cache_config=cache, speculative_config=speculative)
+    processor = SimpleNamespace(vllm_config=config)
     validate = requests._checked(lambda self, params, tasks: "passed")
     return validate(processor, SimpleNamespace(**parameters), ("generate",))
 
@@ -30,6 +32,10 @@ def ask(v2=False, fast_prefill=False, **parameters):
             {"v2": True, "prompt_logprob_token_ids": [[1]], "skip_reading_prefix_cache": False},
             "prompt_logprob_token_ids with skip_reading_prefix_cache=False",
         ),
+        ({"drafts": True, "min_p": 0.1}, "min_p with speculative decoding"),
+        ({"drafts": True, "logit_bias": {3: 1.0}}, "logit_bias with speculative decoding"),
+        ({"drafts": True, "v2": True, "thinking_token_budget": 5}, "thinking_token_budget with speculative decoding"),
+        ({"drafts": True, "v2": True, "logprob_token_ids": [3]}, "logprob_token_ids with speculative decoding"),
         ({"seed": 2**63, "n": 1}, "more than 64 bits"),
         ({"seed": -(2**63) - 1, "n": 1}, "more than 64 bits"),
         ({"seed": 2**63 - 2, "n": 3}, "more than 64 bits"),
@@ -51,6 +57,8 @@ def test_it_is_refused_by_name_as_a_bad_request(given, said):
         {"v2": True, "thinking_token_budget": 5},
         {"prompt_logprobs": 1, "skip_reading_prefix_cache": None},
         {"fast_prefill": True, "prompt_logprobs": None, "thinking_token_budget": None},
+        {"min_p": 0.1, "logit_bias": {3: 1.0}},
+        {"drafts": True, "min_p": 0.0, "logit_bias": None, "logprob_token_ids": [3]},
         {"seed": 2**63 - 3, "n": 3},
         {"seed": -3, "n": 2},
         {"seed": None, "n": 2, "temperature": 1.0},

@@ -320,7 +320,7 @@ FEATURE_PROBES = (
     ),
     CrossProbe(
         "speculative decoding",
-        "n-gram speculation against none",
+        "n-gram speculation, with 1, 3 and 8 drafts, against none",
         crossing.speculative,
         crossing.repeating,
         crossing.speculated,

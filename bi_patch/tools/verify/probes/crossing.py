@@ -9,12 +9,7 @@ from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.engine import PREEMPTIONS, Engine
 from bi_patch.tools.verify.probes.base import Change, NotExercised, Workload, config
 
-SPECULATIVE = {
-    "method": "ngram",
-    "num_speculative_tokens": 3,
-    "prompt_lookup_min": 1,
-    "prompt_lookup_max": 3,
-}
+DRAFTED, ACCEPTED = "vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"  # counters
 
 
 def everything(engine: Engine, workload: Workload) -> list[Request]:
@@ -113,26 +108,66 @@ def restarted(engine: Engine) -> list[Change]:
     return [Change("new process, empty caches", {}, fresh=True)]
 
 
+# Each kind uses another part of the sampler. The engine draws from few tokens, so that drafts are accepted.
+_REPEATED = (
+    {},
+    {"temperature": 0.6, "top_k": 2, "logprobs": 0},
+    {"temperature": 0.3, "top_p": 0.4},
+    {"allowed": (11, 12, 13, 14)},
+    {"allowed": (11, 12, 13), "temperature": 1.0},
+    {"temperature": 0.5, "top_k": 3, "repetition_penalty": 1.05, "presence_penalty": 0.1},
+    {"asked": (3, 5, 7)},
+    {"prompt_logprobs": 0},
+)
+
+
 def repeating(engine: Engine, workload: Workload) -> list[Request]:
-    """Prompts with repeated n-grams, so that the n-gram proposer has something to propose."""
-    subjects = range(len(workload.subjects))
-    digest = engine.options.digests
-    requests = [
-        workload.greedy(i).but(
-            digest=digest, prompt=(workload.subjects[i][:20] * 4)[: 20 + i], max_tokens=2 * workload.generate
+    """Prompts with repeated n-grams, so that the n-gram proposer has something to propose.
+
+    Beside speculation, vLLM has no custom logits processors, so no request asks for digests, and model runner V2 has no
+    logprobs of given tokens.
+    """
+    return [
+        Request(
+            (workload.subjects[i % len(workload.subjects)][:20] * 4)[: 20 + i],
+            max_tokens=3 * workload.generate,
+            **{"logprobs": 3, **kind},
+            **({"seed": 9 + i} if "temperature" in kind else {}),
         )
-        for i in subjects
+        for i, kind in enumerate(2 * _REPEATED)
+        if engine.info.platform == "cpu" or "asked" not in kind
     ]
-    return requests + [r.but(temperature=0.7, seed=9 + i) for i, r in enumerate(requests)]
 
 
 def speculative(engine: Engine) -> list[Change]:
-    return [Change("n-gram speculation", {"extra": {**engine.options.extra, "speculative_config": SPECULATIVE}})]
+    """N-grams with a single draft, with some, and with more than the engine accepts at once."""
+    return [
+        Change(
+            f"n-gram speculation with {count} drafts",
+            {
+                "digests": False,
+                "extra": {
+                    **engine.options.extra,
+                    "speculative_config": {
+                        "method": "ngram",
+                        "num_speculative_tokens": count,
+                        "prompt_lookup_min": 1,
+                        "prompt_lookup_max": 3,
+                    },
+                },
+            },
+        )
+        for count in (1, 3, 8)
+    ]
 
 
 def speculated(change: Change, counted: dict[str, float]) -> None:
-    if counted.get("vllm:spec_decode_num_draft_tokens", 0.0) <= 0:
-        raise NotExercised("speculative decoding: the engine's counter of draft tokens did not move")
+    drafted, accepted = counted.get(DRAFTED, 0.0), counted.get(ACCEPTED, 0.0)
+    if not 0 < accepted < drafted:
+        raise NotExercised(
+            f"speculative decoding: the engine accepted {accepted:.0f} of {drafted:.0f} drafts; some must be accepted, "
+            "and some rejected"
+        )
 
 
 def parallel(engine: Engine) -> Sequence[Change]:

@@ -1,0 +1,302 @@
+"""Compares engines with n-gram speculation with engines without, on a GPU: bits, and time on text that repeats itself.
+
+    PYTHONPATH=. python3 benchmarks/hopper/speculation.py bits OUT.json [--layers N] [--drafts 1,4] [--eager]
+    PYTHONPATH=. python3 benchmarks/hopper/speculation.py cost OUT.json [--model M] [--layers N] [--drafts 4]
+    PYTHONPATH=. python3 benchmarks/hopper/speculation.py verify RESULTS [--model M] [--layers N] [--eager]
+
+`verify` measures verify's axis "speculative decoding" and writes a result file. For the others, all engines start side
+by side, each in a part of the GPU's memory; one at a time is timed. OUT.json holds, for `bits`, how many answers differ
+from those of the engine without speculation, and the drafts; for `cost`, seconds and tokens.
+The weights are random (see child.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ACCEPTED, DRAFTED = "vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_draft_tokens"
+PREEMPTIONS = "vllm:num_preemptions"
+_SHARE = 0.1  # of the free memory that an engine asks for at its start
+# Each kind uses another part of the sampler. The engine draws from few tokens, so that drafts are accepted.
+KINDS: tuple[dict[str, object], ...] = (
+    {},
+    {"temperature": 0.6, "seed": 1, "top_k": 2},
+    {"temperature": 0.3, "seed": 2, "top_p": 0.4},
+    {"temperature": 0.8, "seed": -3, "top_k": 4, "top_p": 0.7},
+    {"allowed_token_ids": [11, 12, 13, 14]},
+    {"allowed_token_ids": [11, 12, 13], "temperature": 1.0, "seed": 4},
+    {"repetition_penalty": 1.05, "allowed_token_ids": list(range(50, 60))},
+    {"presence_penalty": 0.3, "frequency_penalty": 0.1, "temperature": 0.7, "seed": 5, "top_k": 3},
+    {"prompt_logprobs": 1},
+    {"logprobs": None, "temperature": 0.5, "seed": 6, "top_k": 2},
+    {"min_tokens": 20, "stop_token_ids": list(range(11, 14)), "allowed_token_ids": [11, 12, 13, 14]},
+    {"temperature": 0.8, "seed": 7, "top_k": 3, "n": 3},
+)
+
+
+def prompt(tag: int, length: int) -> list[int]:
+    """Token ids that repeat themselves, so that n-grams find drafts."""
+    source = random.Random(tag)
+    part = [source.randrange(100, 30000) for _ in range(23)]
+    return (part * (length // 23 + 1))[:length]
+
+
+def _engine(given: dict):
+    if given["armed"]:
+        import bi_patch  # noqa: F401  arms before vllm loads
+    from vllm import LLM
+
+    from bi_patch.tools.models import shapes
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from child import randomize
+
+    overrides = {"num_hidden_layers": given["layers"]} if given["layers"] else {}
+    llm = LLM(
+        model=shapes.write(given["model"], given["folder"]),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype="bfloat16",
+        hf_overrides=overrides,
+        disable_log_stats=False,
+        **given["engine"],
+    )
+    llm.apply_model(randomize)
+    return llm
+
+
+def _counters(llm) -> dict[str, float]:
+    return {m.name: m.value for m in llm.get_metrics() if m.name in (ACCEPTED, DRAFTED, PREEMPTIONS)}
+
+
+def _bits(output) -> list:
+    def scores(steps):
+        return [s and [[t, v.logprob.hex(), v.rank] for t, v in s.items()] for s in steps or []]
+
+    held = [[list(c.token_ids), scores(c.logprobs), c.finish_reason] for c in output.outputs]
+    return [*held, scores(output.prompt_logprobs)]
+
+
+def bits(llm) -> dict:
+    """The answers to every kind together, on a warm cache, and to more requests than the KV cache holds."""
+    from vllm import SamplingParams
+
+    def params(**given):
+        return SamplingParams(
+            **{"temperature": 0.0, "max_tokens": 48, "ignore_eos": True, "logprobs": 2, "detokenize": False, **given}
+        )
+
+    found: dict[str, list] = {}
+
+    def ask(name, prompts, given):
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], given, use_tqdm=False)
+        found.update({f"{name} {i}": _bits(o) for i, o in enumerate(outputs)})
+
+    prompts = [prompt(i % 4, 60 + 91 * i) for i in range(len(KINDS))]
+    for name in ("together", "cached"):
+        ask(name, prompts, [params(**kind) for kind in KINDS])
+    for i in (0, 1, 5):
+        ask(f"alone {i}", [prompts[i]], [params(**KINDS[i])])
+    many = [prompt(100 + i, 500 + 17 * i) for i in range(40)]
+    ask("many", many, [params(**KINDS[i % 8], max_tokens=64) for i in range(40)])
+    return {"found": found, "counters": _counters(llm)}
+
+
+def cost(llm, lock: Path) -> dict:
+    """Seconds and tokens of greedy requests, of which some may only choose one token: their text repeats itself."""
+    import torch
+    from vllm import SamplingParams
+
+    rows = []
+    for repeat in range(3):  # the first is not counted: it compiles
+        for number, length, tokens in ((1, 512, 128), (16, 512, 128)):
+            for free in (True, False):
+                given = SamplingParams(
+                    temperature=0.0,
+                    max_tokens=tokens,
+                    ignore_eos=True,
+                    detokenize=False,
+                    allowed_token_ids=None if free else [77],
+                )
+                asked = [{"prompt_token_ids": prompt(1000 * repeat + i, length)} for i in range(number)]
+                with locked(lock):
+                    llm.reset_prefix_cache()
+                    before = _counters(llm)
+                    torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    llm.generate(asked, given, use_tqdm=False)
+                    seconds = time.perf_counter() - began
+                after = _counters(llm)
+                rows.append(
+                    {
+                        "workload": f"{number} x {length}/{tokens}, {'free' if free else 'one token'}",
+                        "repeat": repeat,
+                        "seconds": seconds,
+                        **{name: after.get(name, 0) - before.get(name, 0) for name in (ACCEPTED, DRAFTED)},
+                    }
+                )
+    return {"rows": rows}
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def child(given: dict) -> None:
+    began = time.perf_counter()
+    llm = _engine(given)
+    started = time.perf_counter() - began
+    held = bits(llm) if given["what"] == "bits" else cost(llm, Path(given["lock"]))
+    print("RESULT", json.dumps({**held, "start_s": round(started, 1)}), flush=True)
+    os._exit(0)
+
+
+def verify(args) -> None:
+    """Measure the axis of verify and write its rows. Exits with 1 if positions differ."""
+    import bi_patch_entry
+
+    bi_patch_entry.without_arming()
+    from bi_patch.tools import evidence
+    from bi_patch.tools.bench import invariance
+    from bi_patch.tools.models import shapes
+    from bi_patch.tools.verify import levels, local
+
+    class Found(evidence.Invariance, kw_only=True):
+        variant = "speculation"
+
+    level = replace(levels.FULL, seconds=None, lengths=(3, 40, 290))
+    config = shapes.SHAPES[args.model] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    label = f"{args.model}{f', {args.layers} layers' if args.layers else ''}{', eager' if args.eager else ''}, n-grams"
+    given = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 3 << 30, "max_num_batched_tokens": 2048}
+    with tempfile.TemporaryDirectory() as root:
+        folder = shapes.save(args.model, config, root)
+        system = local.local(folder, level, eager=args.eager, random_weights=7, engine_args=given)
+        rows, report = invariance.measure(label, system, level, only=("speculative decoding",), tell=print)
+    found = evidence.new(Found, report)
+    found.rows = rows
+    print(evidence.write(found, Path(args.out)), [(r.axis, r.compared, r.differing) for r in rows], flush=True)
+    sys.exit(1 if evidence.total_differing(rows) else 0)
+
+
+def start(args, label: str, armed: bool, drafts: int, runner: str, folder: Path):
+    engine: dict[str, object] = {
+        "max_model_len": 9000,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 2048,
+        "gpu_memory_utilization": _SHARE,
+        "kv_cache_memory_bytes": (1 << 28 if args.what == "bits" else 4 << 30),
+        "enforce_eager": args.eager,
+    }
+    if drafts:
+        engine["speculative_config"] = {
+            "method": args.method,
+            "num_speculative_tokens": drafts,
+            "prompt_lookup_min": 2,
+            "prompt_lookup_max": 4,
+        }
+    given = {
+        "what": args.what,
+        "model": args.model,
+        "layers": args.layers,
+        "folder": str(folder),
+        "armed": armed,
+        "lock": str(folder / "lock"),
+        "engine": engine,
+    }
+    environ = dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "BI_PATCH": "1" if armed else "0"}
+    environ["VLLM_BATCH_INVARIANT"] = "1" if armed else "0"
+    environ["VLLM_USE_V2_MODEL_RUNNER"] = runner
+    log = open(f"{args.out}.{label}.log", "w+")
+    command = [sys.executable, __file__, "child", json.dumps(given)]
+    return subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT), log
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["child"]:
+        child(json.loads(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("bits", "cost", "verify"))
+    parser.add_argument("out")
+    parser.add_argument("--model", default="Qwen3-8B")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--drafts", default="1,4,8")
+    parser.add_argument("--method", default="ngram")
+    parser.add_argument("--runners", default="1", help="1 for model runner V2, 0 for V1, 1,0 for both")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--limit", type=float, default=280, help="seconds after which the engines are ended")
+    args = parser.parse_args()
+    if args.what == "verify":
+        verify(args)
+    folder = Path(f"{args.out}.models")
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = [int(n) for n in args.drafts.split(",")]
+    wanted = [
+        (f"{'armed' if armed else 'stock'}-v{1 + int(runner)}-{n}", armed, n, runner)
+        for runner in args.runners.split(",")
+        for armed in ((True,) if args.what == "bits" else (False, True))
+        for n in (0, *counts)
+    ]
+    running = {w[0]: start(args, *w, folder) for w in wanted}
+    deadline = time.monotonic() + args.limit
+    found: dict[str, object] = {"model": args.model, "layers": args.layers, "eager": args.eager, "method": args.method}
+    answers = {}
+    for label, (process, log) in running.items():
+        try:
+            code = process.wait(max(1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = "late"
+        log.seek(0)
+        text = log.read()
+        made = next((x for x in text.splitlines() if x.startswith("RESULT ")), None)
+        if made is None:
+            found[label] = {"failed": str(code), "said": text[-2500:]}
+        else:
+            held = json.loads(made.removeprefix("RESULT "))
+            answers[label] = held.pop("found", {})
+            found[label] = held
+        _compare(found, answers)
+        Path(args.out).write_text(json.dumps(found, indent=1))
+        print(label, code, {k: v for k, v in found[label].items() if k not in ("rows", "said")}, flush=True)
+
+
+def _compare(found: dict, answers: dict) -> None:
+    """For each engine with drafts, count the answers that differ from those of the engine without."""
+    for label, held in answers.items():
+        plain = answers.get(label.rsplit("-", 1)[0] + "-0")
+        if plain and not label.endswith("-0"):
+            wrong = [name for name in plain if plain[name] != held.get(name)]
+            found[label] |= {"compared": len(plain), "differing": len(wrong), "which": wrong[:20]}
+            if wrong:
+                found[label]["first"] = _part(plain[wrong[0]], held.get(wrong[0]))
+
+
+def _part(a: list, b: list | None) -> str:
+    """Where two answers part."""
+    for mine, other in zip(a, b or []):
+        if mine != other:
+            if isinstance(mine[0], list) and mine[0] and isinstance(mine[0][0], int):
+                at = next((i for i, (x, y) in enumerate(zip(mine[0], other[0])) if x != y), None)
+                scores = next((i for i, (x, y) in enumerate(zip(mine[1], other[1])) if x != y), None)
+                return f"token {at}, scores {scores}: {mine[1][scores or 0]} and {other[1][scores or 0]}"
+            at = next(i for i, (x, y) in enumerate(zip(mine, other)) if x != y)
+            return f"prompt {at}: {mine[at]} and {other[at]}"
+    return "another number of answers"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Speculative decoding on the real engine: on equals off, bit for bit, for every kind of request."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.tools.models import recipes
+
+pytestmark = pytest.mark.engine
+
+# Few KV blocks and few tokens a step, so that requests are preempted and prompts come in chunks.
+OPTIONS = {
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 48,
+    "num_gpu_blocks_override": 10,
+    "disable_log_stats": False,
+    "seed": 3,
+}
+
+
+def ngram(count, **changes):
+    return {
+        "method": "ngram",
+        "num_speculative_tokens": count,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def ask(model, cache):
+    """ask(name, *phases, **options): what speculation.py prints for an engine of the model `name`."""
+
+    def run(name, *phases, **options):
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))} | {
+            "BI_PATCH_CACHE": str(cache),
+            "BI_PATCH_UNSEEDED": "derive",  # unseeded requests then have the same seeds on every engine
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+        script = Path(__file__).with_name("speculation.py")
+        done = subprocess.run(
+            [sys.executable, str(script), model(name), json.dumps({**OPTIONS, **options}), *phases],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+        return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).removeprefix("RESULT "))
+
+    return run
+
+
+def equal(off, on):
+    """Both engines gave the same bits, with accepted and rejected drafts in each phase that has many requests."""
+    assert len(off["found"]) > 100 and off["found"].keys() == on["found"].keys()
+    wrong = [name for name in off["found"] if off["found"][name] != on["found"][name]]
+    assert not wrong, wrong
+    for phase, (accepted, drafted, _) in on["counted"].items():
+        assert phase == "longest" or 0 < accepted < drafted, (phase, accepted, drafted)
+    assert off["counted"]["preempted"][2] > 0 and on["counted"]["preempted"][2] > 0
+    assert not any(drafted for _, drafted, _ in off["counted"].values())
+
+
+def test_on_equals_off(ask):
+    equal(ask(recipes.QWEN3), ask(recipes.QWEN3, speculative_config=ngram(3)))
+
+
+@pytest.mark.slow
+def test_on_equals_off_for_other_numbers_of_drafts_and_models(ask):
+    off = ask(recipes.QWEN3)
+    for count in (1, 7, 16):
+        equal(off, ask(recipes.QWEN3, speculative_config=ngram(count)))
+    for name in (recipes.MOE,):
+        equal(ask(name), ask(name, speculative_config=ngram(4)))
+    compiled = {"dtype": "float32", "enforce_eager": False}
+    equal(ask(recipes.QWEN3, **compiled), ask(recipes.QWEN3, speculative_config=ngram(2), **compiled))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["xgrammar", "guidance", "outlines"])
+def test_on_equals_off_with_each_grammar_library(ask, library):
+    given = {"structured_outputs_config": {"backend": library}}
+    off = ask(recipes.QWEN3, "grammars", **given)
+    on = ask(recipes.QWEN3, "grammars", speculative_config=ngram(5), **given)
+    assert off["found"] == on["found"] and len(on["found"]) == 12
+    assert 0 < on["counted"]["grammars"][0] < on["counted"]["grammars"][1]
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (ngram(3, rejection_sample_method="synthetic", synthetic_acceptance_length=2.0), "another rule of acceptance"),
+        (ngram(3, rejection_sample_method="block"), "another rule of acceptance"),
+        ({"method": "ngram_gpu", "num_speculative_tokens": 3}, "other drafts than n-grams"),
+    ],
+)
+def test_other_rules_and_drafts_are_refused_by_name(refusing, config, said):
+    with pytest.raises(UnsupportedFeature, match=f"features: .*{said}"):
+        refusing.refuse(refusing.options.but(extra={"speculative_config": config}))
