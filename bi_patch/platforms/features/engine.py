@@ -19,6 +19,7 @@ _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _WINDOW = "invariance-2026-11-22-h100-seams-vllm-0.26.0.json"
 _WINDOW_H200 = "invariance-2026-11-28-h200-vllm-0.26.0.json"
+_H200_SPECULATION = "invariance-2026-11-28-h200-speculation-vllm-0.33.0.json"
 _LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
 _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
@@ -109,6 +110,11 @@ def _speculative(check: Callable[[Any], object], words: str) -> Callable[[Any], 
 
 def _method(speculative: Any) -> str:
     return getattr(speculative, "method", None) or ""
+
+
+def _speculating_on_v1(config: Any) -> str:
+    first = config.speculative_config is not None and not getattr(config, "use_v2_model_runner", False)
+    return "speculative decoding on model runner V1" if first else ""
 
 
 def _other_rule(speculative: Any) -> bool:
@@ -325,10 +331,17 @@ FEATURES: tuple[Feature, ...] = (
         "speculative decoding with n-grams of the request (method ngram)",
         short="speculative decoding with n-grams",
         cpu=untried("the tests cover it"),
-        cuda=refused(_VERIFIED),
+        cuda=(refused(_VERIFIED, releases="<0.33"), served(_H200_SPECULATION, why="on model runner V2")),
         ascend=refused(_VERIFIED),
         asked=_speculative(lambda s: _method(s) == "ngram", "speculative decoding with n-grams"),
         details="On equals off, bit for bit: tokens, logprobs and the draws of seeded requests.",
+    ),
+    row(
+        "speculative decoding on model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
+        cpu=untried("the tests cover it; the CPU build has no other runner"),
+        cuda=refused("nobody has compared it with an engine without speculation", todo="Use model runner V2"),
+        ascend=refused(_VERIFIED),
+        asked=_speculating_on_v1,
     ),
     row(
         "speculative decoding with other drafts: ngram_gpu, suffixes, a draft model, heads (EAGLE, MTP, Medusa, ...)",

@@ -236,3 +236,14 @@ def test_what_is_untried_is_named_for_the_line_that_says_armed():
     assert untried("cpu", "0.32.0", model_dtype="torch.bfloat16") == ()
     assert untried("cpu", "0.32.0", model_dtype="torch.float16") == ("fp16 weights",)
     assert untried("cuda", "0.32.0", model_dtype="torch.float32") == ("vLLM 0.32.0 on CUDA", "fp32 weights")
+
+
+def test_n_grams_on_cuda_need_model_runner_v2_and_a_new_release():
+    def ask(release, second):
+        given = vars(config(speculative=ngram())) | {"use_v2_model_runner": second}
+        table.check(SimpleNamespace(**given), "cuda", Version(release))
+
+    ask("0.33.0", True)
+    for release, second, said in (("0.33.0", False, "on model runner V1"), ("0.32.0", True, "with n-grams")):
+        with pytest.raises(UnsupportedFeature, match=said):
+            ask(release, second)
