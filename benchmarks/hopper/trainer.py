@@ -1,12 +1,14 @@
 """Compares a Hugging Face trainer with its sampler on real shapes, and measures what the trainer costs.
 
-    PYTHONPATH=. python3 benchmarks/hopper/trainer.py MODEL [--results FOLDER] [--sequences 64] [--length 2048]
+    PYTHONPATH=. python3 benchmarks/hopper/trainer.py MODEL [--results FOLDER] [--sequences 64] [--length 2048] [--tp 2]
 
 MODEL is a dense model of bi_patch/tools/models/shapes.py. Its weights are random, with a standard deviation of
 fan_in**-0.5. The armed sampler answers --sequences prompts with sequences of --length tokens. The armed trainer
 computes the logprob of every sampled token: all bits must be equal. Then the armed model and the same model as it is
 take turns, with attention by PyTorch's choice ("sdpa") and by its FlashAttention ("flash"). It writes
 parity-*.json and cost-*.json. In the cost rows, `stock` is the model as it is. Exit code 1: a logprob differs.
+
+--tp: the sampler's ranks, each on a GPU. The trainer stays on the first GPU, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tp", type=int, default=1)
     return parser.parse_args()
 
 
@@ -75,6 +78,7 @@ def sample(folder: Path, vocabulary: int, a: argparse.Namespace):
         max_model_len=a.length,
         max_num_seqs=a.sequences,
         gpu_memory_utilization=0.35,
+        tensor_parallel_size=a.tp,
         seed=SEED,
     )
     draw = torch.Generator().manual_seed(SEED)
@@ -225,12 +229,15 @@ def main() -> int:
     armed = training.arm(copy.deepcopy(model), sampler=llm)
     total, differing, worst = compared(armed.eval(), answers, parameters)
     print(f"{differing} of {total:,} logprobs differ, by up to {worst:.3g}", flush=True)
-    label = a.model if not a.layers else f"{a.model}, {a.layers} layers"
+    label = f"{a.model}{f', {a.layers} layers' if a.layers else ''}{f', sampler TP {a.tp}' if a.tp > 1 else ''}"
     info = _info()
     made = evidence.new(Parity, info)
     axis = f"{a.sequences} sequences of {a.length:,} tokens, micro-batches of {CUT}"
     made.rows = [InvarianceRow(label, axis, total, differing, f"by up to {worst:.3g}" if differing else "")]
     print(evidence.write(made, a.results), flush=True)
+    if a.tp > 1:
+        sys.stdout.flush()
+        os._exit(1 if differing else 0)
     batch = training.batch(answers[:CUT], parameters[:CUT], device="cuda")
     times = costs(armed.train(), model.train(), batch, a.repeats)
     cost = evidence.new(Cost, info)
