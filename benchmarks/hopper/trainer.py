@@ -259,7 +259,7 @@ def _info():
     return types.SimpleNamespace(
         device=torch.cuda.get_device_name(),
         vllm=vllm.__version__,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         threads=torch.get_num_threads(),
     )
 
