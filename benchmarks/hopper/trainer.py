@@ -213,7 +213,7 @@ def main() -> int:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": "1"}
     import bi_patch  # noqa: F401  arms before vllm loads
 
-    folder, vocabulary = checkpoint(a.model, a.layers, "/tmp/models/trainer")
+    folder, vocabulary = checkpoint(a.model, a.layers, f"/tmp/models/trainer-{os.getpid()}")
     gc.collect()
     import torch
 
