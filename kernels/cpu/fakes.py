@@ -34,7 +34,7 @@ def register_fakes(isa: str) -> None:
         return None
 
     @torch.library.register_fake("bi_cpu::attention")
-    def _(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, window_left, softcap):
+    def _(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, window_left, softcap, causal=True):
         return None
 
     @torch.library.register_fake("bi_cpu::latent_attention")
@@ -66,6 +66,18 @@ def register_fakes(isa: str) -> None:
 
     for name in ("sigmoid", "silu", "gelu", "rsqrt", "softplus"):
         torch.library.register_fake(f"bi_cpu::{name}", pointwise)
+
+    @torch.library.register_fake("bi_cpu::l2_normalize")
+    def _(x, eps):
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("bi_cpu::softmax")
+    def _(x):
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("bi_cpu::mean_rows")
+    def _(x, starts):
+        return x.new_empty((starts.shape[0] - 1, x.shape[1]), dtype=torch.float32)
 
     @torch.library.register_fake("bi_cpu::rope")
     def _(positions, x, cache, head_size, neox):

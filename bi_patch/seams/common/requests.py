@@ -58,6 +58,12 @@ def _uncovered(config, params) -> dict[str, bool]:
         and bool(getattr(params, "logprob_token_ids", None)),
         "thinking_token_budget with speculative decoding": drafts
         and getattr(params, "thinking_token_budget", None) is not None,
+        # vLLM pads the pairs of a step to the longest, and multiplies them together.
+        "late interaction (MaxSim scores of the vectors of all tokens)": getattr(
+            params, "late_interaction_params", None
+        )
+        is not None,
+        "late chunking": getattr(params, "late_chunking_params", None) is not None,
     }
 
 

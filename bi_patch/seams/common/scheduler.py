@@ -2,6 +2,8 @@
 
 import functools
 
+from bi_patch.seams.common import seeds
+from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Policy, Seam, Target
 
 
@@ -16,13 +18,33 @@ def _no_cascade(original):
 
 
 def _reset(original):
-    """Scheduler.reset_prefix_cache: forget offloaded keys and values, too. Whoever resets the cache changed weights."""
+    """Scheduler.reset_prefix_cache: forget offloaded keys and values, too. Whoever resets the cache changed weights.
+    Refuse to preempt seeded requests whose next token may be drawn already."""
 
     @functools.wraps(original)
     def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
+        if reset_running_requests:
+            _refuse_lost_draws(self)
         return original(self, reset_running_requests, reset_connector or self.connector is not None)
 
     return reset_prefix_cache
+
+
+def _refuse_lost_draws(scheduler) -> None:
+    """Raise UnsupportedRequest if a reset would drop tokens that a request's generator has drawn.
+
+    With asynchronous scheduling, the reset drops the output of the step in flight. Model runner V1 keeps a generator
+    for each seeded request, which has drawn that token and would then draw the next. V2 draws by position.
+    """
+    config = scheduler.vllm_config
+    if config.use_v2_model_runner or not getattr(config.scheduler_config, "async_scheduling", False):
+        return
+    if any(seeds.samples(request.sampling_params) for request in scheduler.running):
+        raise bad_request(
+            "scheduler.reset_running: with asynchronous scheduling, a reset of running requests drops tokens that "
+            "model runner V1 has drawn, so sampled requests would go on with other tokens. Reset the cache when no "
+            "sampled request runs, start the engine without asynchronous scheduling, or with VLLM_USE_V2_MODEL_RUNNER=1"
+        )
 
 
 def _disable_cascade(config) -> None:
@@ -47,7 +69,8 @@ SEAMS = (
         targets=(Target("vllm.v1.core.sched.scheduler", "Scheduler.reset_prefix_cache"),),
         close=_reset,
         why="after new weights, a reset of the prefix cache leaves offloaded keys and values of the old weights",
-        how="a reset of the prefix cache also resets the connector that holds offloaded keys and values",
+        how="a reset of the prefix cache also resets the connector that holds offloaded keys and values. It is refused "
+        "where it would drop tokens that a running request has drawn",
         until="upstream's reset_prefix_cache resets the connector by default",
         causes=(31,),
     ),

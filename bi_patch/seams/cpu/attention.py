@@ -6,6 +6,7 @@ from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Seam, Target
 
 _MODULE = "vllm.v1.attention.backends.cpu_attn"
+_TYPES = ("decoder", "encoder_only")  # encoder_only: over the whole prompt in both directions, without a cache
 
 
 def _init(original):
@@ -18,7 +19,7 @@ def _init(original):
             "ALiBi slopes": self.alibi_slopes is not None,
             "attention sinks": self.sinks is not None,
             f"a {self.kv_cache_dtype} KV cache": self.is_fp8_kv_cache,
-            f"{self.attn_type} attention": self.attn_type != "decoder",
+            f"{self.attn_type} attention": self.attn_type not in _TYPES,
         }
         found = [name for name, present in refused.items() if present]
         if found:
@@ -36,10 +37,19 @@ def _build(original):
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
+        from bi_patch.ops.cpu import attention
+
         common = common_attn_metadata
-        if common.causal is not True:
+        if self.is_encoder_only_attention and common.causal is False:
+            cache, table, slots = attention.scratch(
+                common.query_start_loc, common.seq_lens, self.num_kv_heads, self.block_size, self.head_dim, self.dtype
+            )
+        elif common.causal is True and not self.is_encoder_only_attention:
+            cache, table, slots = None, common.block_table_tensor, common.slot_mapping
+        else:
             raise UnsupportedFeature(
-                "attention.cpu: on CPU, bi_patch covers only causal decoder attention. Set BI_PATCH=0"
+                "attention.cpu: on CPU, bi_patch covers causal attention of decoders and attention of encoders "
+                "without a cache. Set BI_PATCH=0"
             )
         return CPUAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
@@ -47,10 +57,11 @@ def _build(original):
             query_start_loc=common.query_start_loc,
             max_seq_len=common.max_seq_len,
             seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping,
+            block_table=table,
+            slot_mapping=slots,
             scheduler_metadata=None,
-            causal=True,
+            causal=common.causal,
+            encoder_cache=cache,
         )
 
     return build
@@ -67,6 +78,9 @@ def _forward(original):
         if attn_metadata is None:  # warm-up
             return output
         tokens = attn_metadata.num_actual_tokens
+        if self.attn_type == "encoder_only":
+            kv_cache = attn_metadata.encoder_cache
+            attention.kv_store(key[:tokens], value[:tokens], kv_cache, attn_metadata.slot_mapping)
         attention.attention(
             output[:tokens],
             query[:tokens],
@@ -77,6 +91,7 @@ def _forward(original):
             self.scale,
             self.sliding_window - 1 if self.sliding_window > 0 else -1,  # vLLM's window counts the token itself
             self.logits_soft_cap,
+            attn_metadata.causal,
         )
         return output
 
@@ -89,6 +104,8 @@ def _store(original):
 
     @functools.wraps(original)
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        if self.attn_type == "encoder_only":  # it has no cache; `forward` stores the step's keys and values
+            return
         attention.kv_store(key, value, kv_cache, slot_mapping)
 
     return do_kv_cache_update

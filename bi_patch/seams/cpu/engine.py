@@ -3,6 +3,7 @@
 import functools
 
 from bi_patch.seams import active, library
+from bi_patch.seams import pooling as poolers
 from bi_patch.seams.model import Seam, Target, Variable
 
 
@@ -42,17 +43,18 @@ def _load(original):
         import torch
 
         from bi_patch.ops.cpu import aten, certify, rows
-        from bi_patch.seams.cpu import moe, quantized, weights
+        from bi_patch.seams.cpu import moe, pooling, quantized, weights
 
         if getattr(self.vllm_config.compilation_config.mode, "name", "NONE") != "NONE":
             active.at_disarm(aten.restore)
             aten.keep_whole()
         result = original(self, *args, **kwargs)
         quantized.check(self.get_model())
-        for module in self.get_model().modules():
+        for module in poolers.modules(self.get_model()):
             if isinstance(module, torch.nn.LayerNorm):
                 rows.register_layer_norm(module, tuple(module.normalized_shape))
         moe.certify_routers(self.get_model())
+        pooling.prepare(self.get_model(), self.vllm_config)
         rows.register_sampling(self.model_config.get_vocab_size())
         certify.certify(active.cache, library.vllm())
         weights.watch(self.get_model(), self.vllm_config)

@@ -12,7 +12,7 @@ import functools
 import weakref
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams import weights
+from bi_patch.seams import pooling, weights
 from bi_patch.seams.model import Seam, Target
 
 _LOADING = "_bi_patch_loading"  # attribute of a model: `begin` started a layerwise load
@@ -26,6 +26,9 @@ def watch(model, config) -> None:
     from bi_patch.ops.cpu import linear
 
     linear.take_routed()  # the first load's layers
+    if pooling.is_pooling(config):
+        weights.watch_model(model, pooling.no_update, pooling.no_update)
+        return
     weights.watch_model(model, _begin, functools.partial(_settle, config=config))
 
 

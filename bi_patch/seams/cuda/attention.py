@@ -16,6 +16,7 @@ _FLASH_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 # query has 128 tokens.
 _LONG_QUERY = 128
 _NO_WINDOW = (-1, -1)
+_ENCODER = "encoder_only"  # over the whole prompt in both directions, without a cache
 # The global through which FlashAttentionImpl.forward calls FlashAttention 3: the first name that its module has.
 _CALLS = ("_FA4_DENSE_ATTENTION_KERNEL", "flash_attn_varlen_func")
 
@@ -27,6 +28,8 @@ def _backend(original):
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
         held = signature.bind(self, *args, **kwargs)
+        if held.arguments.get("attn_type") == _ENCODER and not _chosen():
+            held.arguments["attn_backend"] = _encoder_backend()
         if held.arguments.get("attn_backend") is None and not _chosen() and not _flash_serves(held.arguments):
             held.arguments["attn_backend"] = _triton()
         original(*held.args, **held.kwargs)
@@ -78,12 +81,22 @@ def _triton():
     return TritonAttentionBackend
 
 
+def _encoder_backend():
+    """The backend of attention in both directions without a cache: Triton attention's tiles start at a prompt's first
+    token."""
+    from vllm.model_executor.layers.attention.encoder_only_attention import create_encoder_only_attention_backend
+
+    return create_encoder_only_attention_backend(_triton())
+
+
 def _refuse_layer(layer, arguments) -> None:
     name = layer.attn_backend.get_name()
     reason, cure = "", f"--attention-backend {_TRITON}"
     if name not in (_FLASH, _TRITON):
         reason, cure = f"bi_patch does not cover the {name} backend", f"--attention-backend {_FLASH} or {_TRITON}"
-    elif arguments.get("attn_type", "decoder") != "decoder":
+    elif arguments.get("attn_type", "decoder") == _ENCODER and name == _FLASH:
+        reason = "no test showed that FlashAttention without a cache is batch-invariant"
+    elif arguments.get("attn_type", "decoder") not in ("decoder", _ENCODER):
         reason, cure = f"bi_patch does not cover {arguments['attn_type']} attention", "a decoder-only model"
     elif name == _FLASH:
         version = getattr(layer.impl, "vllm_flash_attn_version", None)

@@ -46,8 +46,9 @@ def _load(original):
         from vllm.config import set_current_vllm_config
 
         from bi_patch.ops.cuda import certify
+        from bi_patch.seams import pooling as poolers
         from bi_patch.seams import weights
-        from bi_patch.seams.cuda import attention, chunks, moe, norm, rows
+        from bi_patch.seams.cuda import attention, chunks, moe, norm, pooling, rows
 
         config = self.vllm_config
         vocab = config.model_config.get_vocab_size()
@@ -58,7 +59,9 @@ def _load(original):
         result = original(self, *args, **kwargs)
         model = self.get_model()
         norm.replace_layer_norms(model)
-        weights.watch_model(model)
+        pooling.prepare(model, config)
+        hooks = (poolers.no_update, poolers.no_update) if poolers.is_pooling(config) else ()
+        weights.watch_model(model, *hooks)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
             certify.certify(
                 _problems(model),

@@ -14,9 +14,10 @@ __all__ = ["Fault", "UnknownFault", "every", "named", "plant", "planted"]
 
 def every() -> tuple[Fault, ...]:
     """All faults, sorted by the number of their cause."""
-    from bi_patch.tools.faults import attention, cpu, cuda, latent, shared, weights
+    from bi_patch.tools.faults import attention, cpu, cuda, latent, pooling, shared, weights
 
-    found = (*shared.FAULTS, *attention.FAULTS, *cpu.FAULTS, *cuda.FAULTS, *latent.FAULTS, *weights.FAULTS)
+    parts = (shared, attention, cpu, cuda, latent, weights, pooling)
+    found = tuple(fault for part in parts for fault in part.FAULTS)
     return tuple(sorted(found, key=lambda fault: (fault.cause, fault.name)))
 
 

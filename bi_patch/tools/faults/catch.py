@@ -19,6 +19,7 @@ from bi_patch.tools.verify.probes.crossing import crossing_blocks, preempted
 
 PRECISION, RESTART, PREEMPTION, UPDATE = "precision", "restart", "preemption", "weight update"
 STRUCTURED = "structured output"
+POOLED = "pooled vectors"
 
 
 class Caught(msgspec.Struct, frozen=True):

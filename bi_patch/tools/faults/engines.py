@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bi_patch import settings
-from bi_patch.tools.models import families, recipes, shapes
+from bi_patch.tools.models import families, pooling, recipes, shapes
 from bi_patch.tools.verify import checkpoint
 from bi_patch.tools.verify.engine import Options
 
@@ -84,6 +84,19 @@ def updated(platform: str, folder: str, dtype: str = "") -> Options:
         max_model_len=1024,
         chunk=512,
         extra={} if platform == "cpu" else on_gpu,
+    )
+
+
+def pooled(folder: str, dtype: str = "float32") -> Options:
+    """The options of a small encoder that returns the mean of a prompt's rows."""
+    name = "BERT, mean"
+    return Options(
+        pooling.write(name, folder),
+        dtype=dtype,
+        max_model_len=510,
+        chunk=1024,
+        random_weights=7,
+        extra=pooling.ARGUMENTS[name],
     )
 
 

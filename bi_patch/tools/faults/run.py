@@ -25,7 +25,10 @@ from bi_patch.tools.verify.probes import Workload
 _ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 PLATFORMS = tuple(_ENVIRON)
 # Axes with an engine of their own. Grammars need a tokenizer, and the large model on CUDA has none.
-_OTHER = {"cpu": (catch.PREEMPTION, catch.UPDATE), "cuda": (catch.PREEMPTION, catch.UPDATE, catch.STRUCTURED)}
+_OTHER = {
+    "cpu": (catch.PREEMPTION, catch.UPDATE, catch.POOLED),
+    "cuda": (catch.PREEMPTION, catch.UPDATE, catch.STRUCTURED),
+}
 DTYPES = ("", "bfloat16", "float32", "float16")
 Keep = Callable[[Faults], object]
 Tell = Callable[[str], None]
@@ -119,6 +122,8 @@ class _Run:
             return engines.updated(self.platform, self.folder, given.dtype)
         if axis == catch.STRUCTURED:
             return engines.small()
+        if axis == catch.POOLED:
+            return engines.pooled(self.folder, given.dtype)
         return engines.few_blocks(given, block) if axis else given
 
     def refused(self) -> FaultRow:

@@ -163,7 +163,7 @@ def _make_random(recipe: _Random, folder: Path) -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    tokens = _tokenizer(recipe.vocab, folder)
+    tokens = save_tokenizer(recipe.vocab, folder)
     config = getattr(transformers, f"{recipe.architecture}Config")(
         vocab_size=recipe.vocab,
         max_position_embeddings=4096,
@@ -190,7 +190,7 @@ def _make_random(recipe: _Random, folder: Path) -> None:
         quantize.convert(folder, recipe.scheme, left_out=(f"model.layers.{last}.mlp.down_proj",))
 
 
-def _tokenizer(vocab: int, folder: Path) -> int:
+def save_tokenizer(vocab: int, folder: Path) -> int:
     """Save a byte-level BPE tokenizer into `folder` and return its number of tokens, at most `vocab`.
 
     The tokens are the 256 bytes, pairs of letters, and three special tokens.

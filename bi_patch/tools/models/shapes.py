@@ -63,6 +63,8 @@ _LLAMA = {
     },
 }
 
+QWEN3 = _QWEN3  # what all dense models of the family share
+
 SHAPES: dict[str, dict[str, object]] = {
     "Qwen3-8B": _QWEN3
     | {

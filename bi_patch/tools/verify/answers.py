@@ -30,7 +30,8 @@ class Request(msgspec.Struct, frozen=True):
     processor makes this token the answer's first, and the next higher token the next; None for no processor. Both need
     an engine with Options.digests. stop, stop_tokens: strings and token ids that end the answer. abort: engine steps
     after its arrival at which the client gives the request up, 0 for never; the answer to an aborted request has no
-    tokens. grammar: vLLM's `structured_outputs` as JSON, "" for none.
+    tokens. grammar: vLLM's `structured_outputs` as JSON, "" for none. dimensions, activation: of a request to a pooling
+    model: the length of the embedding, and whether the pooler's activation is applied; None for the model's own.
     """
 
     prompt: tuple[int, ...]
@@ -56,6 +57,8 @@ class Request(msgspec.Struct, frozen=True):
     bias: tuple[tuple[int, float], ...] = ()
     allowed: tuple[int, ...] = ()
     first: int | None = None
+    dimensions: int | None = None
+    activation: bool | None = None
 
     @property
     def alternatives(self) -> int | None:
@@ -75,7 +78,9 @@ class Answer(msgspec.Struct, frozen=True):
     of its whole row of logits, over the full vocabulary; empty when the request did not ask. experts: for each position
     of the prompt and of the generated tokens but the last, the experts of every layer as hexadecimal text; empty where
     the engine returns none. seed: the seed that the engine names for a sampled answer, None where it names none; it
-    is not compared. weights_changed: the engine says that weights changed while it made the answer.
+    is not compared. weights_changed: the engine says that weights changed while it made the answer. pooled: what a
+    pooling model returns, an embedding, scores, or the rows of all tokens one after the other; such an answer has no
+    tokens.
     """
 
     tokens: list[int]
@@ -88,10 +93,11 @@ class Answer(msgspec.Struct, frozen=True):
     experts: list[str] = []
     seed: int | None = None
     weights_changed: bool = False
+    pooled: list[float] = []
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """Counts of compared positions (generated and prompt), and where two answers part.
+    """Counts of compared positions (generated, prompt, and numbers of pooled vectors), and where two answers part.
 
     differing: positions where the token, its logprob, a top logprob or the logits' digest is not bitwise the same.
     tokens_changed: positions with another token. largest, ulps: the greatest |difference| of logprobs, and the greatest
@@ -135,6 +141,7 @@ def compare(expected: Answer, got: Answer, label: str = "") -> Difference:
         _compare_prompt(expected, got, label)
         + _compare_generated(expected, got, label)
         + _compare_experts(expected, got, label)
+        + _compare_pooled(expected, got, label)
     )
 
 
@@ -147,6 +154,8 @@ def checked(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Answ
         raise AnswerIncomplete(f"{len(requests)} requests got {len(answers)} answers")
     for request, answer in zip(requests, answers):
         if request.abort:
+            continue
+        if answer.pooled:
             continue
         wanted = len(answer.tokens)
         if not wanted and request.max_tokens:
@@ -270,6 +279,22 @@ def _compare_experts(expected: Answer, got: Answer, label: str) -> Difference:
     wrong = [i for i in range(count) if _at(expected.experts, i) != _at(got.experts, i)]
     first = f"{label}: position {wrong[0]}: the returned experts changed".lstrip(": ") if wrong else ""
     return Difference(count, len(wrong), first=first)
+
+
+def _compare_pooled(expected: Answer, got: Answer, label: str) -> Difference:
+    """Compare the numbers of a pooled vector, or of the scores. Vectors of different lengths differ everywhere."""
+    a, b = expected.pooled, got.pooled
+    count = max(len(a), len(b))
+    if len(a) != len(b):
+        return Difference(count, count, first=f"{label}: {len(a)} numbers became {len(b)}".lstrip(": "))
+    wrong = [i for i, (x, y) in enumerate(zip(a, b)) if not same(x, y)]
+    undefined = sum(math.isnan(x) and math.isnan(y) for x, y in zip(a, b))
+    first = ""
+    if wrong:
+        i = wrong[0]
+        first = f"{label}: number {i} of {count}: {a[i]!r} became {b[i]!r}".lstrip(": ")
+    pairs = list(zip(a, b))
+    return Difference(count - undefined, len(wrong), 0, _largest(pairs), first, _ulps(pairs), undefined=undefined)
 
 
 def _words(pair: tuple[float, float], tops: tuple[list, list]) -> str:

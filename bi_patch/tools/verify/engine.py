@@ -61,7 +61,9 @@ class Info(msgspec.Struct, frozen=True):
     captured graph. kv_blocks: blocks of the KV cache, 0 where the number is unknown; one of them is vLLM's null block.
     kv_groups: tokens in a block of each of vLLM's KV groups; a request takes blocks of every group, all from one pool.
     Empty where unknown: one group. kv_longest: blocks that vLLM plans for one request of max_model_len, 0 where
-    unknown. devices: the host's number of devices. quantization: vLLM's name of the method, "" for none.
+    unknown. devices: the host's number of devices. quantization: vLLM's name of the method, "" for none. pooling: the
+    task of a pooling model, such as "embed" or "classify", "" for a model that generates. whole: prompts are computed
+    in one step, without a prefix cache. matryoshka: an embedding's length may be chosen, up to `width`.
     """
 
     mode: str
@@ -81,6 +83,10 @@ class Info(msgspec.Struct, frozen=True):
     quantization: str = ""
     max_num_seqs: int = 0
     max_model_len: int = 0
+    pooling: str = ""
+    whole: bool = False
+    matryoshka: bool = False
+    width: int = 0
 
     @property
     def kv_tokens(self) -> int:
@@ -154,7 +160,10 @@ class LocalEngine:
             made["load_format"] = "dummy"
         if options.tied:
             weights.make_tied()
-        if options.digests:
+        pools = _pools(options)
+        made["enable_chunked_prefill"] = _unless_pooled(options.chunked, pools)
+        made["enable_prefix_caching"] = _unless_pooled(options.prefix_caching, pools)
+        if options.digests and not pools:
             from bi_patch.tools.verify.rows import Counting, Digests
 
             made["logits_processors"] = [Digests, Counting]
@@ -166,8 +175,6 @@ class LocalEngine:
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.chunk,
-            enable_chunked_prefill=options.chunked,
-            enable_prefix_caching=options.prefix_caching,
             num_gpu_blocks_override=options.kv_blocks,
             disable_log_stats=False,  # counters() reads them
             **{**made, **options.extra},
@@ -199,6 +206,8 @@ class LocalEngine:
             raise
 
     def _generate(self, requests: Sequence[Request]) -> list[Answer]:
+        if self.info.pooling:
+            return self._pooled(requests)
         names = [self._digest_name() if r.digest and self.options.digests else "" for r in requests]
         parameters = [_sampling(r, name, self.options.tokenizer) for r, name in zip(requests, names)]
         if any(r.delay or r.abort for r in requests):
@@ -213,6 +222,13 @@ class LocalEngine:
             )
         self._cached += sum(o.num_cached_tokens or 0 for o in outputs if o is not None)
         return [Answer([]) if o is None else _answer(o, _digests(name)) for o, name in zip(outputs, names)]
+
+    def _pooled(self, requests: Sequence[Request]) -> list[Answer]:
+        outputs = self._generate_staggered(requests, [_pooling(r, self.info.pooling) for r in requests])
+        self._cached += sum(max(o.num_cached_tokens or 0, 0) for o in outputs if o is not None)
+        return [
+            Answer([]) if o is None else Answer([], pooled=o.outputs.data.float().flatten().tolist()) for o in outputs
+        ]
 
     def set_chunk(self, tokens: int | None) -> None:
         scheduler = self.core.scheduler
@@ -360,7 +376,47 @@ class LocalEngine:
             quantization=str(config.model_config.quantization or ""),
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
+            **_pooling_info(self._llm, config),
         )
+
+
+def _pools(options: Options) -> bool:
+    """Whether vLLM runs the model as a pooling model."""
+    runner = options.extra.get("runner", "auto")
+    if runner != "auto":
+        return runner == "pooling"
+    from bi_patch.tools.verify.probes.base import config
+
+    names = config(options.model).get("architectures") or ()
+    if any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in names):
+        return False
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(options.model, skip_tokenizer_init=True).create_model_config().runner_type == "pooling"
+
+
+def _unless_pooled(wanted: bool, pools: bool) -> bool | None:
+    """`wanted`, or None for vLLM's own choice: it knows which pooling models can be computed in parts."""
+    return None if pools and wanted else wanted
+
+
+def _pooling_info(llm, config) -> dict[str, object]:
+    """The fields of Info about pooling. llm: a vllm.LLM. config: its VllmConfig."""
+    model = config.model_config
+    if model.runner_type != "pooling":
+        return {}
+    return {
+        "pooling": llm.pooling_task or "",
+        "whole": not config.scheduler_config.enable_chunked_prefill,
+        "matryoshka": bool(model.is_matryoshka),
+        "width": model.embedding_size,
+    }
+
+
+def _pooling(request: Request, task: str):
+    from vllm import PoolingParams
+
+    return PoolingParams(task=task, dimensions=request.dimensions, use_activation=request.activation)
 
 
 def cpu_name() -> str:

@@ -30,6 +30,7 @@ from bi_patch.tools.verify.probes import (
     Run,
     Workload,
 )
+from bi_patch.tools.verify.probes.base import unpooled
 from bi_patch.tools.verify.report import (
     FAILED,
     LEFT_OUT,
@@ -262,7 +263,7 @@ class _Verification:
         report.options = {name: getattr(options, name) for name in options.__struct_fields__ if name != "model"}
 
     def _applies(self, probe: Probe | CrossProbe, engine: Engine) -> bool:
-        why = probe.missing(engine)
+        why = unpooled(probe, engine) or probe.missing(engine)
         if why:
             self._settle(probe.name, NOT_APPLICABLE, why)
         return not why

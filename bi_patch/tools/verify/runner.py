@@ -18,6 +18,7 @@ from bi_patch.tools.verify.trace import (
     FORWARD,
     LOGITS,
     LOGPROBS,
+    POOLED,
     RETURNED,
     SAMPLE,
     SEED,
@@ -59,6 +60,9 @@ def module_names(runner) -> dict[int, str]:
     """The path of every module of the model and the sampler, by id(module)."""
     named = runner.sampler.named_modules() if isinstance(runner.sampler, torch.nn.Module) else ()
     names = {id(m): f"sampler.{name}".rstrip(".") for name, m in named}
+    pooler = getattr(runner.get_model(), "pooler", None)
+    for task, part in getattr(pooler, "poolers_by_task", {}).items():  # vLLM keeps them in a plain dict
+        names |= {id(m): f"pooler.{task}.{name}".rstrip(".") for name, m in part.named_modules()}
     return names | {id(m): name for name, m in runner.get_model().named_modules()}
 
 
@@ -83,7 +87,9 @@ class Attached:
         """Within this context, the tracer sees the target's steps. At its end, everything replaced is restored."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._tracer.hooked())
-            for owner, name, wrap in self._wrapped():
+            for owner, name, wrap in (*self._wrapped(), *self._pooled()):
+                if not hasattr(owner, name):  # a pooling model has no logits
+                    continue
                 stack.enter_context(replaced(owner, name, wrap))
             if not self._tracer.coarse:
                 for layer in self._layers():
@@ -111,6 +117,29 @@ class Attached:
             (sampler, "compute_logprobs", self._logprobs),
             (sampler, "gather_logprobs", self._logprobs),
         )
+
+    def _pooled(self):
+        """What to wrap of a runner that pools: each of the target's poolers."""
+        pooler = getattr(self._runner.get_model(), "pooler", None)
+        return () if pooler is None else ((pooler, "forward", self._pool),)
+
+    def _pool(self, held):
+        def forward(hidden_states, pooling_metadata, *args, **kwargs):
+            place = self._place() if self._scheduled is not None else None
+            if place is None:
+                return held(hidden_states, pooling_metadata, *args, **kwargs)
+            row, _, count, position = place
+            sizes = frozenset({len(pooling_metadata.pooling_params)})
+            rows = Rows(self._step, POOLED, sizes, row, 1, position + count - 1)
+            with self._tracer.phase(rows):
+                result = held(hidden_states, pooling_metadata, *args, **kwargs)
+            mine = result[row]
+            if mine is not None:
+                one = Rows(self._step, POOLED, frozenset({1}), 0, 1, position + count - 1)
+                self._tracer.record("pooled vector", [mine[None]], rows=one, module="pooler")
+            return result
+
+        return forward
 
     def _context(self) -> dict:
         return self._runner.vllm_config.compilation_config.static_forward_context

@@ -18,7 +18,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 WIDTH = 8  # bytes of a row's digest
-FORWARD, LOGITS, LOGPROBS, SAMPLE, RETURNED = PHASES = ("forward", "logits", "logprobs", "sample", "returned")
+FORWARD, LOGITS, LOGPROBS, SAMPLE, RETURNED, POOLED = PHASES = (
+    "forward",
+    "logits",
+    "logprobs",
+    "sample",
+    "returned",
+    "pooled",
+)
 CACHE = "KV cache"  # the op of a call that records what a layer is about to read from its cache
 SEED = "request's seed"  # the op of a call that records the seed with which the runner samples
 MODULE = "(module)"  # the op of a call that records a module's own output

@@ -42,6 +42,7 @@ struct AttentionArgs {
   float scale;
   int window_left;             // visible keys before the token itself; < 0: all
   float softcap;               // 0: none
+  bool causal;                 // false: a query also sees the keys after it, as many as before it with a window
 };
 
 void attention(const AttentionArgs& a, int threads);
@@ -117,6 +118,17 @@ struct RopeArgs {
 };
 
 void rope(const RopeArgs& a, int threads);
+
+// ---- Pooling (pooling.cpp). Rows are dense in the last dimension; out is dense.
+// x / max(|x|, eps) for rows x [rows, cols].
+void l2_normalize(DType t, const void* x, int64_t row, int64_t rows, int64_t cols, float eps, void* out, int threads);
+
+// Softmax of each row x [rows, cols].
+void softmax(DType t, const void* x, int64_t row, int64_t rows, int64_t cols, void* out, int threads);
+
+// The mean of the rows [starts[s], starts[s + 1]) of x, for every sequence s: out [seqs, cols], fp32.
+void mean_rows(DType t, const void* x, int64_t row, int64_t cols, const int64_t* starts, int64_t seqs, float* out,
+               int threads);
 
 // ---- Choice of experts (softmax_topk.cpp). logits [rows, experts]; weights and ids dense [rows, k].
 void softmax_topk(DType t, const void* logits, int64_t row, int64_t rows, int64_t experts, int64_t k, bool renormalize,

@@ -1,4 +1,5 @@
-// Causal attention over paged KV, with grouped query heads, sliding window and softcap, in bf16, fp16 or fp32.
+// Attention over paged KV, with grouped query heads, sliding window and softcap, in bf16, fp16 or fp32. Causal, or over
+// the whole sequence in both directions (encoders).
 //
 // Order of one row (token, head): keys are cut into leaves of kLeaf positions, aligned at position 0. In a leaf:
 //   score = scale * dot over ascending head_dim, then softcap; m = max of the scores; p = exp(score - m);
@@ -109,6 +110,16 @@ void store_tokens(const KvCache& c, const T* key, int64_t kt, int64_t kh, const 
 }
 
 // ------------------------------------------------------------------ work
+// The query at position pos sees keys [first_key, end_key).
+BI_INLINE int first_key(const AttentionArgs& a, int pos) {
+  return a.window_left < 0 ? 0 : pos - std::min(pos, a.window_left);
+}
+BI_INLINE int end_key(const AttentionArgs& a, int req, int pos) {
+  if (a.causal) return pos + 1;
+  const int after = a.seq_lens[req] - pos - 1;
+  return pos + 1 + (a.window_left < 0 ? after : std::min(after, a.window_left));
+}
+
 struct Unit {
   int req, kv_head;
   int64_t row0;        // first of the request's rows (token, head in group)
@@ -351,8 +362,8 @@ template <class T> class Worker {
       if constexpr (std::is_same_v<T, A>) std::memcpy(out, q, dim_ * sizeof(T));
       else for (int d = 0; d < dim_; d += 16) store(out + d, load(q + d));
       const int pos = a_.seq_lens[u.req] - len + int(t);
-      hi_[r] = pos + 1;
-      lo_[r] = a_.window_left < 0 ? 0 : std::max<int>(0, pos - std::min(pos, a_.window_left));
+      hi_[r] = end_key(a_, u.req, pos);
+      lo_[r] = first_key(a_, pos);
     }
   }
 
@@ -425,8 +436,7 @@ std::vector<Unit> make_units(const AttentionArgs& a, int tile) {
         const int64_t row0 = i * tile;
         const int n = int(std::min<int64_t>(tile, rows - row0));
         const int first = ctx + int(row0 / group), last = ctx + int((row0 + n - 1) / group);
-        const int lo = a.window_left < 0 ? 0 : std::max(0, first - std::min(first, a.window_left));
-        units.push_back({r, h, row0, n, lo / kLeaf, last / kLeaf + 1});
+        units.push_back({r, h, row0, n, first_key(a, first) / kLeaf, (end_key(a, r, last) - 1) / kLeaf + 1});
       }
   }
   return units;

@@ -139,7 +139,7 @@ void read_requests(Args& a, const at::Tensor& query, const at::Tensor& query_sta
 
 void attention(at::Tensor out, const at::Tensor& query, const at::Tensor& kv_cache,
                const at::Tensor& query_start_loc, const at::Tensor& seq_lens,
-               const at::Tensor& block_table, double scale, int64_t window_left, double softcap) {
+               const at::Tensor& block_table, double scale, int64_t window_left, double softcap, bool causal) {
   bi::AttentionArgs a;
   a.kv = cache_of(kv_cache);
   check_rows(query, "query", a.kv, kv_cache.scalar_type());
@@ -160,6 +160,7 @@ void attention(at::Tensor out, const at::Tensor& query, const at::Tensor& kv_cac
   a.scale = float(scale);
   a.window_left = window_left < 0 ? -1 : int(std::min<int64_t>(window_left, INT32_MAX));
   a.softcap = float(softcap);
+  a.causal = causal;
   bi::attention(a, at::get_num_threads());
 }
 
@@ -369,6 +370,43 @@ std::tuple<at::Tensor, at::Tensor> softmax_topk(const at::Tensor& logits, int64_
   return {weights, ids};
 }
 
+at::Tensor l2_normalize(const at::Tensor& x, double eps) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "bi_cpu.l2_normalize: x must be [..., C], got ", x.sizes());
+  const auto type = dtype_of(x, "x");
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  const at::Tensor rows = as_rows(x, x.size(-1));
+  bi::l2_normalize(type, rows.const_data_ptr(), rows.stride(0), rows.size(0), rows.size(1), float(eps),
+                   out.mutable_data_ptr(), at::get_num_threads());
+  return out;
+}
+
+at::Tensor softmax(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "bi_cpu.softmax: x must be [..., C], got ", x.sizes());
+  const auto type = dtype_of(x, "x");
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  const at::Tensor rows = as_rows(x, x.size(-1));
+  bi::softmax(type, rows.const_data_ptr(), rows.stride(0), rows.size(0), rows.size(1), out.mutable_data_ptr(),
+              at::get_num_threads());
+  return out;
+}
+
+at::Tensor mean_rows(const at::Tensor& x, const at::Tensor& starts) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "bi_cpu.mean_rows: x must be [rows, C], got ", x.sizes());
+  TORCH_CHECK(starts.scalar_type() == at::kLong && starts.dim() == 1 && starts.is_contiguous() && starts.size(0) >= 1,
+              "bi_cpu.mean_rows: starts must be dense int64 [sequences + 1]");
+  const int64_t seqs = starts.size(0) - 1;
+  const int64_t* s = starts.const_data_ptr<int64_t>();
+  TORCH_CHECK(s[0] >= 0 && s[seqs] <= x.size(0), "bi_cpu.mean_rows: starts leave the rows of x ", x.sizes());
+  for (int64_t i = 0; i < seqs; ++i)
+    TORCH_CHECK(s[i] < s[i + 1], "bi_cpu.mean_rows: sequence ", i, " has no rows");
+  const auto type = dtype_of(x, "x");
+  const at::Tensor rows = as_rows(x, x.size(1));
+  at::Tensor out = at::empty({seqs, x.size(1)}, x.options().dtype(at::kFloat));
+  bi::mean_rows(type, rows.const_data_ptr(), rows.stride(0), rows.size(1), s, seqs, out.mutable_data_ptr<float>(),
+                at::get_num_threads());
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(bi_cpu, m) {
@@ -376,7 +414,7 @@ TORCH_LIBRARY(bi_cpu, m) {
   m.def("gemm(Tensor x, Tensor packed, int n, int k, Tensor? bias) -> Tensor");
   m.def("kv_store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
   m.def("attention(Tensor(a!) out, Tensor query, Tensor kv_cache, Tensor query_start_loc, "
-        "Tensor seq_lens, Tensor block_table, float scale, int window_left, float softcap) -> ()");
+        "Tensor seq_lens, Tensor block_table, float scale, int window_left, float softcap, bool causal=True) -> ()");
   m.def("latent_attention(Tensor(a!) out, Tensor query, Tensor cache, Tensor query_start_loc, Tensor seq_lens, "
         "Tensor block_table, float scale) -> ()");
   m.def("heads_gemm(Tensor(a!) out, Tensor x, Tensor packed) -> ()");
@@ -390,6 +428,9 @@ TORCH_LIBRARY(bi_cpu, m) {
   m.def("rsqrt(Tensor x) -> Tensor");
   m.def("softplus(Tensor x, float beta, float threshold) -> Tensor");
   m.def("softmax_topk(Tensor logits, int k, bool renormalize) -> (Tensor, Tensor)");
+  m.def("l2_normalize(Tensor x, float eps) -> Tensor");
+  m.def("softmax(Tensor x) -> Tensor");
+  m.def("mean_rows(Tensor x, Tensor starts) -> Tensor");
   m.def("rope(Tensor positions, Tensor x, Tensor cache, int head_size, bool neox) -> Tensor");
 }
 
@@ -409,6 +450,9 @@ TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
   m.impl("gelu", &gelu);
   m.impl("rsqrt", &rsqrt);
   m.impl("softplus", &softplus);
+  m.impl("l2_normalize", &l2_normalize);
+  m.impl("softmax", &softmax);
+  m.impl("mean_rows", &mean_rows);
   m.impl("rope", &rope);
   m.impl("softmax_topk", &softmax_topk);
 }

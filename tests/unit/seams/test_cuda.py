@@ -276,6 +276,8 @@ class Attention:
         (("FLASH_ATTN", 128, 512), "window .of 512 tokens"),
         (("FLASH_ATTN", 128, None, 2), "FlashAttention 2"),
         (("TRITON_ATTN", 80, None, 3, "encoder"), "encoder attention"),
+        (("FLASH_ATTN", 64, None, 3, "encoder_only"), "FlashAttention without a cache"),
+        (("TRITON_ATTN", 64, 65, 3, "encoder_only"), None),
         (("FLASH_ATTN", 64, None), None),
         (("FLASH_ATTN", 128, None), None),
         (("TRITON_ATTN", 80, 512), None),
@@ -418,6 +420,22 @@ def test_layers_go_to_triton_where_flash_attention_cannot_serve(given, version, 
     monkeypatch.setattr(Layer, "attn_backend", SimpleNamespace(get_name=lambda: "TRITON_ATTN"), raising=False)
     monkeypatch.setattr(Layer, "__init__", _closed("attention.cuda_backend", Layer.__init__))
     assert Layer(**{"head_size": 128, **given}).given == served
+
+
+def test_encoders_without_a_cache_go_to_triton(monkeypatch):
+    from bi_patch.seams.cuda import attention as attention_cuda
+
+    class Layer:
+        def __init__(self, head_size, attn_type="decoder", attn_backend=None):
+            self.given = attn_backend
+
+    monkeypatch.setattr(attention_cuda, "_encoder_backend", lambda: "ENCODERS ON TRITON")
+    monkeypatch.setattr(attention_cuda, "_refuse_layer", lambda *_: None)
+    monkeypatch.setattr(Layer, "__init__", _closed("attention.cuda_backend", Layer.__init__))
+    for chosen, served in ((False, "ENCODERS ON TRITON"), (True, "THE USER'S")):
+        monkeypatch.setattr(attention_cuda, "_chosen", lambda chosen=chosen: chosen)
+        # vLLM's layer of encoders names a backend itself, made of the one that it would take.
+        assert Layer(64, attn_type="encoder_only", attn_backend="THE USER'S").given == served
 
 
 @pytest.mark.parametrize(

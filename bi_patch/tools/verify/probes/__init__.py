@@ -21,7 +21,7 @@ A probe raises NotExercised when the cause that it tests did not occur: no preem
 from __future__ import annotations
 
 from bi_patch.tools.verify.engine import HITS, PREEMPTIONS, Engine
-from bi_patch.tools.verify.probes import adapters, crossing, grammars, online, routing, sleeping, updating
+from bi_patch.tools.verify.probes import adapters, crossing, grammars, online, pooling, routing, sleeping, updating
 from bi_patch.tools.verify.probes.base import (
     Change,
     CrossProbe,
@@ -102,11 +102,26 @@ PROBES = (
         (1, 2, 3, 10, 12, 19, 26, 32),
         needs_company,
         seconds=6,
+        pools=True,
     ),
     Probe(
-        "position and order", "place in a batch of nine; others reversed", position, (8, 16), needs_company, seconds=4
+        "position and order",
+        "place in a batch of nine; others reversed",
+        position,
+        (8, 16),
+        needs_company,
+        seconds=4,
+        pools=True,
     ),
-    Probe("late arrivals", "requests join and leave a running batch", arrivals, (20,), needs_company, seconds=1),
+    Probe(
+        "late arrivals",
+        "requests join and leave a running batch",
+        arrivals,
+        (20,),
+        needs_company,
+        seconds=1,
+        pools=True,
+    ),
     Probe(
         "mixed lengths",
         "each prompt beside many short ones, and beside a few long ones",
@@ -114,12 +129,35 @@ PROBES = (
         (3, 4, 24),
         needs_company,
         seconds=2,
+        pools=True,
     ),
-    Probe("co-batch contents", "the same shapes beside other tokens", contents, (11,), needs_company, seconds=4),
     Probe(
-        "prefix cache", "empty, full, partly full", prefix_cache, (6, 7), either(needs_cache, needs_blocks), seconds=1
+        "co-batch contents",
+        "the same shapes beside other tokens",
+        contents,
+        (11,),
+        needs_company,
+        seconds=4,
+        pools=True,
     ),
-    Probe("shared prefix", "many requests with one prefix in common", shared_prefix, (5,), needs_company, seconds=2),
+    Probe(
+        "prefix cache",
+        "empty, full, partly full",
+        prefix_cache,
+        (6, 7),
+        either(needs_cache, needs_blocks),
+        seconds=1,
+        pools=True,
+    ),
+    Probe(
+        "shared prefix",
+        "many requests with one prefix in common",
+        shared_prefix,
+        (5,),
+        needs_company,
+        seconds=2,
+        pools=True,
+    ),
     Probe(
         "aborts and stops",
         "beside and after requests that are aborted or end on a stop string",
@@ -135,6 +173,7 @@ PROBES = (
         (6, 22, 24),
         in_this_process,
         seconds=4,
+        pools=True,
     ),
     Probe(
         "custom logits processors",
@@ -199,6 +238,15 @@ PROBES = (
         seconds=2,
     ),
     Probe(
+        "pooled vectors",
+        "embeddings and scores of other lengths and with other activations, side by side",
+        pooling.vectors,
+        (33,),
+        either(needs_company, pooling.missing),
+        seconds=4,
+        pools=True,
+    ),
+    Probe(
         "long prompt",
         "up to 3,000 tokens, alone and in a batch",
         long_prompt,
@@ -250,13 +298,30 @@ CROSS_PROBES = (
         missing=crossing.needs_crossing,
     ),
     CrossProbe(
-        "restart", "a new process with empty compile caches", crossing.restarted, crossing.everything, causes=(18,)
+        "restart",
+        "a new process with empty compile caches",
+        crossing.restarted,
+        crossing.everything,
+        causes=(18,),
+        pools=True,
     ),
     CrossProbe(
-        "prefix cache off", "off against on", crossing.uncached, crossing.everything, causes=(6, 7), missing=needs_cache
+        "prefix cache off",
+        "off against on",
+        crossing.uncached,
+        crossing.everything,
+        causes=(6, 7),
+        missing=needs_cache,
+        pools=True,
     ),
     CrossProbe(
-        "chunked prefill", "several chunk budgets, and off", crossing.chunk_changes, crossing.everything, causes=(6,)
+        "chunked prefill",
+        "several chunk budgets, and off",
+        crossing.chunk_changes,
+        crossing.everything,
+        causes=(6,),
+        missing=crossing.needs_parts,
+        pools=True,
     ),
     CrossProbe(
         "eager and compiled",
@@ -266,6 +331,7 @@ CROSS_PROBES = (
         causes=(17, 18, 19),
         seconds=30,
         compiles=True,
+        pools=True,
     ),
 )
 
@@ -317,6 +383,7 @@ FEATURE_PROBES = (
         crossing.everything,
         causes=(26,),
         missing=crossing.needs_threads,
+        pools=True,
     ),
     CrossProbe(
         "speculative decoding",

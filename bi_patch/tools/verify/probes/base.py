@@ -124,13 +124,13 @@ class Run:
         return range(len(self.workload.subjects))
 
     def greedy(self, index: int) -> Request:
-        return self.workload.greedy(index).but(digest=self.engine.options.digests)
+        return self.workload.greedy(index).but(digest=self.engine.options.digests and not self.engine.info.pooling)
 
     def holds(self, batch: Sequence[Request]) -> bool:
         """Whether the KV cache has room for all requests to their last token, so that none waits or is preempted."""
         info = self.engine.info
         needed = sum(info.blocks(len(r.prompt) + r.max_tokens) for r in batch)
-        return not info.kv_blocks or needed < info.kv_blocks  # vLLM keeps one null block
+        return info.kv_blocks <= 1 or needed < info.kv_blocks  # vLLM keeps one null block, also without a cache
 
     def alone(self, requests: Sequence[Request]) -> list[Answer]:
         """The answers to each request alone, on an empty cache."""
@@ -178,6 +178,11 @@ class Run:
             )
 
 
+def unpooled(probe: Probe | CrossProbe, engine: Engine) -> str:
+    """Why an axis does not apply to the engine's kind of model, "" where it applies."""
+    return "" if probe.pools or not engine.info.pooling else "a pooling model generates no tokens"
+
+
 def either(*missing: Callable[[Engine], str]) -> Callable[[Engine], str]:
     """The first of several reasons why a probe does not apply."""
     return lambda engine: next(filter(None, (why(engine) for why in missing)), "")
@@ -195,7 +200,8 @@ class Probe:
     measure: yields a case for each compared pair; may raise NotExercised. missing: why the probe does not apply to an
     engine, "" when it applies. causes: numbers in docs/causes.md. seconds: the time on a small model, for the time
     left. options: changes to the base engine's options for a probe that needs another engine, else None.
-    optional: whether a vLLM build may lack the feature, so that an engine that does not start is no failure.
+    optional: whether a vLLM build may lack the feature, so that an engine that does not start is no failure. pools:
+    whether the axis applies to pooling models, whose vectors are then compared.
     """
 
     name: str
@@ -206,6 +212,7 @@ class Probe:
     seconds: float = 3.0
     options: Callable[[Options], dict[str, object]] | None = None
     optional: bool = False
+    pools: bool = False
 
     def cases(self, run: Run) -> Iterator[Case]:
         for case in self.measure(run):
@@ -233,7 +240,8 @@ class CrossProbe:
     """One axis across engines: `collect` runs on the base engine, and on one engine for each change. See Probe.
 
     check: gets a change and how far each counter moved; raises NotExercised when the cause did not occur. compiles:
-    whether an eager base engine's other engine is compiled. single: whether its engine serves no other probe.
+    whether an eager base engine's other engine is compiled. single: whether its engine serves no other probe. pools: as
+    for Probe.
     """
 
     name: str
@@ -247,6 +255,7 @@ class CrossProbe:
     optional: bool = False
     compiles: bool = False
     single: bool = False
+    pools: bool = False
 
     def collect(self, engine: Engine, workload: Workload, change: Change | None = None) -> list[Answer]:
         """The answers of one engine, on an empty cache. change: how this engine differs, None for the base engine."""

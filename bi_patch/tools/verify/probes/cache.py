@@ -14,6 +14,10 @@ _ROOM = 34  # tokens that every level leaves free behind a prompt
 
 
 def needs_cache(engine: Engine) -> str:
+    if engine.info.whole:
+        return "the model's prompts are computed whole, without a cache"
+    if engine.info.pooling.startswith("token_"):
+        return "vLLM reads no cached prefix where it returns the vectors of all tokens"
     return "" if engine.options.prefix_caching else "the engine's prefix cache is off"
 
 
@@ -78,7 +82,7 @@ def shared_prefix(run: Run) -> Iterator[Case]:
     ]
     places = {i: f"one of {count} with {len(load.prefix)} tokens in common" for i in (0, count // 2, count - 1)}
     yield from run.each(requests, places)
-    if not run.engine.options.prefix_caching:
+    if needs_cache(run.engine):
         return
     expected = run.alone([requests[i] for i in places])
     first = Request((*load.prefix, 1), max_tokens=1)
@@ -90,6 +94,8 @@ def shared_prefix(run: Run) -> Iterator[Case]:
 
 
 def in_this_process(engine: Engine) -> str:
+    if engine.info.whole:
+        return "the model's prompts are computed whole, in one step"
     return "" if engine.info.platform != SERVER else "a running server's chunk budget cannot be changed"
 
 

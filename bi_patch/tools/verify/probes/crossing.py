@@ -34,6 +34,10 @@ def chunk_changes(engine: Engine) -> list[Change]:
     ]
 
 
+def needs_parts(engine: Engine) -> str:
+    return "the model's prompts are computed whole, in one step" if engine.info.whole else ""
+
+
 def uncached(engine: Engine) -> list[Change]:
     return [Change("no prefix cache", {"prefix_caching": False})]
 

@@ -72,7 +72,8 @@ def rows(ops, dtype: torch.dtype) -> list[str]:
         ops.softplus(x, 1.0, 20.0),
         ops.rsqrt(x),
     )
-    return [digest(t) for t in (normed, added, turned, *gated, *each, weights, ids)]
+    pooled = (ops.l2_normalize(x, 1e-12), ops.softmax(x), ops.mean_rows(x, torch.tensor([0, 4, 9])))
+    return [digest(t) for t in (normed, added, turned, *gated, *each, *pooled, weights, ids)]
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def seq(n, h, kh, d, dtype, seed=0):
     return Seq(*(torch.randn(n, x, d, generator=g).to(dtype) for x in (h, kh, kh)))
 
 
-def run(ops, parts, window=-1, cap=0.0, bs=32, seed=0, spare=3):
+def run(ops, parts, window=-1, cap=0.0, bs=32, seed=0, spare=3, causal=True):
     """Attention over `parts`, each (Seq, first query position, end); returns a list of outputs.
 
     Each request gets random blocks of a cache full of NaN. So a NaN shows a read of a slot that was not stored.
@@ -50,11 +50,11 @@ def run(ops, parts, window=-1, cap=0.0, bs=32, seed=0, spare=3):
     start = torch.tensor([0, *counts]).cumsum(0).int()
     lens = torch.tensor([end for _, _, end in parts], dtype=torch.int32)
     out = torch.full_like(q, float("nan"))
-    ops.attention(out, q, kv, start, lens, table, d**-0.5, window, cap)
+    ops.attention(out, q, kv, start, lens, table, d**-0.5, window, cap, causal)
     return list(out.split(counts))
 
 
-def exact(s, window=-1, cap=0.0):
+def exact(s, window=-1, cap=0.0, causal=True):
     """float64 attention of every token of `s`."""
     n, h, d = s.q.shape
     k, v = (x.double().repeat_interleave(h // s.k.shape[1], 1) for x in (s.k, s.v))
@@ -62,7 +62,7 @@ def exact(s, window=-1, cap=0.0):
     if cap:
         w = cap * torch.tanh(w / cap)
     i, j = torch.arange(n)[:, None], torch.arange(n)[None]
-    seen = (j <= i) & ((window < 0) | (j >= i - window))
+    seen = ((j <= i) | (not causal)) & ((window < 0) | ((j >= i - window) & (j <= i + window)))
     return torch.einsum("hqk,khd->qhd", w.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
@@ -288,3 +288,25 @@ def test_refusals(ops):
             call(**bad)
     with pytest.raises(RuntimeError, match="past the cache"):
         ops.kv_store(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), torch.zeros(2, 1, 16, 32), torch.tensor([32]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [-1, 0, 20, 300])
+def test_both_directions(ops, dtype, window):
+    """An encoder's attention: close to fp64, and a sequence has the same bits alone, in company and on any threads."""
+    seqs = [seq(n, 6, 2, 64, dtype, seed=i) for i, n in enumerate((1, 2, 17, 100, 256, 257, 700))]
+    parts = [(s, 0, s.q.shape[0]) for s in seqs]
+    together = run(ops, parts, window, causal=False)
+    for s, part, got in zip(seqs, parts, together, strict=True):
+        want = exact(s, window, causal=False)
+        assert ((got.double() - want).abs() <= ROOM[dtype]).all()
+        assert same(run(ops, [part], window, bs=64, causal=False)[0], got)
+
+
+def test_both_directions_on_other_threads(ops, threads):
+    parts = [(seq(n, 4, 4, 64, torch.float32), 0, n) for n in (40, 900)]
+    want = run(ops, parts, causal=False)
+    threads(3)
+    for got, expected in zip(run(ops, parts[::-1], causal=False)[::-1], want, strict=True):
+        assert same(got, expected)
+    assert not same(run(ops, parts)[1], want[1])  # the causal form is another

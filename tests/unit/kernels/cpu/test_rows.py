@@ -218,3 +218,63 @@ def test_the_ops_can_be_traced(ops):
     torch.library.opcheck(ops.softplus, (x, 1.0, 20.0))
     torch.library.opcheck(ops.softmax_topk, (x, 4, True))
     torch.library.opcheck(ops.rope, (torch.arange(3), x, torch.ones(5, 32), 64, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", COLUMNS)
+def test_pooling_accuracy(ops, dtype, cols):
+    x = make(13, cols, dtype=dtype)
+    assert close(ops.l2_normalize(x, 1e-12), F.normalize(x.double(), dim=-1), dtype)
+    assert close(ops.softmax(x), x.double().softmax(-1), dtype)
+    means = ops.mean_rows(x, torch.tensor([0, 1, 5, 13]))
+    want = torch.stack([x[a:b].double().mean(0) for a, b in ((0, 1), (1, 5), (5, 13))])
+    assert close(means, want, torch.float32)
+
+
+def test_pooling_sums_in_its_documented_orders(ops):
+    x = make(40, 70, dtype=torch.float32)
+    total = torch.zeros(70)
+    for row in x[3:40]:
+        total = total + row
+    assert torch.equal(ops.mean_rows(x, torch.tensor([3, 40]))[0], total / 37)
+    length = torch.full((1, 70), 1e-20)
+    assert torch.equal(ops.l2_normalize(length, 1e-12), length / 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [1, 33, 576])
+def test_pooling_does_not_depend_on_rows_strides_or_threads(ops, threads, dtype, cols):
+    x = make(300, cols, dtype=dtype)
+    for name in ("l2_normalize", "softmax"):
+        call = (lambda t: ops.l2_normalize(t, 1e-12)) if name == "l2_normalize" else ops.softmax
+        want = call(x)
+        for m in (1, 2, 7, 64, 255):
+            for at in (0, 300 - m):
+                assert torch.equal(call(x[at : at + m]), want[at : at + m])
+                assert torch.equal(call(x[at]), want[at])
+        wide = torch.cat([x, x], 1)[:, :cols]
+        threads(3)
+        assert torch.equal(call(wide), want)
+        threads(1)
+    starts = torch.tensor([0, 1, 30, 31, 288, 300])
+    want = ops.mean_rows(x, starts)
+    threads(3)
+    assert torch.equal(ops.mean_rows(x, starts), want)
+    for i, (a, b) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        assert torch.equal(ops.mean_rows(x[a:b], torch.tensor([0, b - a]))[0], want[i])
+
+
+def test_pooling_refuses_wrong_sequences(ops):
+    x = make(4, 8, dtype=torch.float32)
+    for starts in ([0, 5], [0, 2, 2, 4], [-1, 4]):
+        with pytest.raises(RuntimeError, match="mean_rows"):
+            ops.mean_rows(x, torch.tensor(starts))
+    with pytest.raises(RuntimeError, match="int64"):
+        ops.mean_rows(x, torch.tensor([0, 4], dtype=torch.int32))
+
+
+def test_nan_stays_nan_in_its_row(ops):
+    x = make(3, 20, dtype=torch.float32)
+    x[1, 7] = float("nan")
+    for got in (ops.l2_normalize(x, 1e-12), ops.softmax(x)):
+        assert got[1].isnan().all() and got[[0, 2]].isfinite().all()

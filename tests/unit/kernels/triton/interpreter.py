@@ -25,6 +25,7 @@ from bi_patch.kernels.triton import (
     logits_backward,
     norm,
     norm_backward,
+    pooling,
     reduce,
     rope,
 )  # noqa: E402
@@ -386,12 +387,34 @@ def training() -> None:
     embedding_backwards()
 
 
+def poolings() -> None:
+    generator = torch.Generator().manual_seed(12)
+    starts = torch.tensor([0, 1, 34, 40, 107])
+    for dtype in DTYPES:
+        for cols in (1, 33, 256, 5000):
+            x = torch.randn(107, cols, generator=generator).to(dtype)
+            got = pooling.l2_normalize(x[:9], 1e-12)
+            report(f"norm {cols} {dtype}", close(got, torch.nn.functional.normalize(x[:9].double(), dim=-1), dtype))
+            same = torch.equal(pooling.l2_normalize(x[4:5], 1e-12)[0], got[4])
+            report(f"norm {cols} {dtype} alone", "" if same else "a row alone differs")
+            means = pooling.mean_rows(x, starts)
+            spans = list(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True))
+            want = torch.stack([x[a:b].double().mean(0) for a, b in spans])
+            report(f"mean of sequences {cols} {dtype}", close(means, want, torch.float32))
+            alone = [pooling.mean_rows(x[a:b].contiguous(), torch.tensor([0, b - a]))[0] for a, b in spans]
+            same = torch.equal(torch.stack(alone), means)
+            report(f"mean of sequences {cols} {dtype} alone", "" if same else "a sequence alone differs")
+    tiny = pooling.l2_normalize(torch.full((2, 5), 1e-20), 1e-12)
+    report("norm of a tiny row", "" if torch.equal(tiny, torch.full((2, 5), 1e-20) / 1e-12) else "not divided by eps")
+
+
 AREAS = {
     "gemm": gemms,
     "norm": norms,
     "layer norm": layer_norms,
     "rope": ropes,
     "sum": sums,
+    "pooling": poolings,
     "softmax": softmaxes,
     "attention backward": attention_backwards,
     "training": training,

@@ -19,6 +19,7 @@ from bi_patch.kernels.triton import (
     logits_backward,
     norm,
     norm_backward,
+    pooling,
     reduce,
     rope,
 )
@@ -105,6 +106,17 @@ def test_row_sum(architecture):
     signature = {"x": "*bf16", "out": "*fp32", "rows": "i32", "cols": "i32", "divisor": "fp32"}
     for rows, block in ((1, 2048), (128, 8)):
         build(reduce._row_sum, signature, {"ROWS": rows, "BLOCK": block}, architecture, num_warps=4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pooling(architecture):
+    sizes = dict.fromkeys(("rows", "cols", "stride_row"), "i32")
+    for rows, block in ((1, 1024), (128, 8)):
+        signature = {"x": "*fp32", "out": "*fp32", "eps": "fp32"} | sizes
+        build(pooling._l2_normalize, signature, {"ROWS": rows, "BLOCK": block}, architecture, num_warps=4)
+    for starts in ("*i32", "*i64"):
+        signature = {"x": "*bf16", "starts": starts, "out": "*fp32", "cols": "i32", "stride_row": "i32"}
+        build(pooling._mean_rows, signature, {"ROWS": 32, "COLUMNS": 64}, architecture, num_warps=4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

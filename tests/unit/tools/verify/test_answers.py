@@ -120,3 +120,22 @@ def test_a_digest_of_logits_alone_counts(answer):
     one, two = changed(answer, digests=["a", "b", "c"]), changed(answer, digests=["a", "x", "c"])
     found = compare(one, two)
     assert (found.differing, found.digests, found.generated) == (1, 3, (1,)) and "row of logits" in found.first
+
+
+def test_the_numbers_of_a_pooled_vector_count():
+    vector = Answer([], pooled=[0.5, -0.25, 0.0])
+    assert compare(vector, vector) == Difference(compared=3)
+    found = compare(vector, Answer([], pooled=[0.5, math.nextafter(-0.25, 0.0), -0.0]), "p, batch of 2")
+    assert (found.compared, found.differing) == (3, 2)
+    assert found.first.startswith("p, batch of 2: number 1 of 3: -0.25 became")
+    shorter = compare(vector, Answer([], pooled=[0.5]))
+    assert (shorter.compared, shorter.differing) == (3, 3) and shorter.first == "3 numbers became 1"
+    nothing = compare(Answer([], pooled=[math.nan]), Answer([], pooled=[math.nan]))
+    assert (nothing.compared, nothing.differing, nothing.undefined) == (0, 0, 1)
+
+
+def test_a_request_that_is_pooled_needs_no_tokens():
+    request = Request((1, 2), max_tokens=4, logprobs=3)
+    assert checked([request], [Answer([], pooled=[1.0])])
+    with pytest.raises(AnswerIncomplete):
+        checked([request], [Answer([])])

@@ -1,0 +1,175 @@
+"""Runs in an armed child process: what single requests may turn on, each alone and in company, on one real engine.
+
+python request_kinds.py MODEL. Prints `ok NAME` or `FAIL NAME: reason` for each kind.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import bi_patch  # noqa: E402  arms before vllm loads
+
+assert bi_patch.__file__
+
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.sampling_params import BeamSearchParams  # noqa: E402
+
+MODEL = sys.argv[1]
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return [(seed * 31 + 7 * i * i + i) % 1900 for i in range(length)]
+
+
+OTHERS = [
+    ({"prompt_token_ids": prompt(n, n)}, SamplingParams(max_tokens=3 + n % 5, temperature=t, seed=n, logprobs=1))
+    for n, t in ((2, 0.0), (17, 0.9), (64, 0.0), (130, 1.2), (9, 0.5))
+]
+
+
+def start(**more) -> LLM:
+    return LLM(
+        MODEL,
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=8,
+        max_num_batched_tokens=128,
+        enforce_eager=True,
+        enable_prompt_embeds=True,
+        scheduling_policy="priority",
+        **more,
+    )
+
+
+def said(output) -> list:
+    """Tokens and the bits of all logprobs of each answer of a request."""
+    return [
+        [list(c.token_ids), [[(t, p.logprob.hex()) for t, p in step.items()] for step in c.logprobs or ()]]
+        for c in output.outputs
+    ]
+
+
+def run(llm: LLM, asked: list, priorities: list[int] | None = None, call=None, at: int = 0) -> list:
+    """The answers to all requests together on an empty cache. call: runs before engine step `at`."""
+    llm.reset_prefix_cache()
+    engine = llm.llm_engine
+    run.serial = getattr(run, "serial", 0) + 1
+    names = [f"{run.serial}-{i}" for i in range(len(asked))]
+    for name, (given, params), priority in zip(names, asked, priorities or [0] * len(asked), strict=True):
+        engine.add_request(name, given, params.clone(), priority=priority)
+    done, step = {}, 0
+    while engine.has_unfinished_requests():
+        if call is not None and step == at:
+            call()
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = output
+        step += 1
+    return [said(done[name]) for name in names]
+
+
+def report(name: str, wrong: str) -> None:
+    print(f"FAIL {name}: {wrong}" if wrong else f"ok {name}", flush=True)
+
+
+def alone_and_among(llm: LLM, name: str, asked: tuple) -> list:
+    (alone,) = run(llm, [asked])
+    together = run(llm, [*OTHERS[:3], asked, *OTHERS[3:]])[3]
+    again = run(llm, [asked, asked, *OTHERS])[1]
+    report(name, "" if alone == together == again else f"{json.dumps(alone)[:300]} != {json.dumps(together)[:300]}")
+    return alone
+
+
+def seeded(**more) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 8, "temperature": 0.8, "seed": 11, "logprobs": 2, **more})
+
+
+def several(llm: LLM) -> None:
+    """Answer i of a request for n answers has the seed `seed + i`."""
+    given = {"prompt_token_ids": prompt(40, 3)}
+    answers = alone_and_among(llm, "n", (given, seeded(n=3)))
+    single = [run(llm, [(given, seeded(seed=11 + i))])[0][0] for i in range(3)]
+    report("n against single requests", "" if answers == single and len(answers) == 3 else "other answers")
+
+
+def beams(llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=3, max_tokens=6)
+    texts = [{"prompt_token_ids": prompt(n, n)} for n in (5, 40, 130)]
+
+    def ask(prompts) -> list:
+        llm.reset_prefix_cache()
+        found = llm.beam_search(prompts, params)
+        return [[(list(s.tokens), float(s.cum_logprob).hex()) for s in out.sequences] for out in found]
+
+    alone = [ask([text])[0] for text in texts]
+    wrong = [i for i, (a, b) in enumerate(zip(alone, ask(texts), strict=True)) if a != b]
+    report("beam search", f"prompts {wrong} differ" if wrong else "")
+
+
+def embeddings(llm: LLM) -> None:
+    """A prompt's embeddings: in company, and against the prompt's tokens."""
+    file = next(Path(MODEL).glob("*.safetensors"))
+    with safe_open(file, "pt") as held:
+        table = held.get_tensor("model.embed_tokens.weight").float()
+    tokens = prompt(70, 5)
+    given = {"prompt_embeds": table[torch.tensor(tokens)]}
+    answers = alone_and_among(llm, "prompt_embeds", (given, seeded(temperature=0.0)))
+    (plain,) = run(llm, [({"prompt_token_ids": tokens}, seeded(temperature=0.0))])
+    report("prompt_embeds against tokens", "" if answers == plain else "other answers")
+
+
+def limits(llm: LLM) -> None:
+    given = {"prompt_token_ids": prompt(33, 9)}
+    allowed = list(range(100, 160))
+    both = seeded(allowed_token_ids=allowed, logit_bias={110: 4.0, 500: 50.0})
+    (answer,) = alone_and_among(llm, "logit_bias with allowed_token_ids", (given, both))
+    report("allowed_token_ids hold", "" if set(answer[0]) <= set(allowed) else f"{answer[0]}")
+    (first,) = run(llm, [(given, seeded(max_tokens=1))])
+    stop = first[0][0][0]
+    ends = seeded(stop_token_ids=[stop], min_tokens=5)
+    (answer,) = alone_and_among(llm, "min_tokens", (given, ends))
+    report("min_tokens hold", "" if len(answer[0]) >= 5 else f"{answer[0]}")
+
+
+def priorities(llm: LLM) -> None:
+    asked = [({"prompt_token_ids": prompt(20 + 13 * i, i)}, seeded(seed=i)) for i in range(12)]
+    alone = [run(llm, [one])[0] for one in asked]
+    for order in ([0] * 12, list(range(12)), list(range(12))[::-1], [i * 5 % 12 for i in range(12)]):
+        together = run(llm, asked, order)
+        wrong = [i for i, (a, b) in enumerate(zip(alone, together, strict=True)) if a != b]
+        report(f"priorities {order}", f"requests {wrong} differ" if wrong else "")
+
+
+def resets(llm: LLM) -> None:
+    """A reset preempts all running requests; they go on as if nothing happened."""
+    asked = [({"prompt_token_ids": prompt(5 + 40 * i, i)}, seeded(seed=i, max_tokens=12)) for i in range(5)]
+    asked += [({"prompt_token_ids": prompt(90, 77)}, seeded(temperature=0.0, max_tokens=12))]
+    plain = run(llm, asked)
+    for at in (1, 3, 7, 10):
+        found: list[bool] = []
+
+        def reset(found=found) -> None:
+            found.append(llm.reset_prefix_cache(reset_running_requests=True))
+
+        got = run(llm, asked, None, reset, at)
+        wrong = [i for i, (a, b) in enumerate(zip(plain, got, strict=True)) if a != b]
+        report(f"a reset of running requests before step {at}", f"requests {wrong} differ" if wrong else "")
+        report(f"the reset before step {at} took place", "" if found == [True] else f"{found}")
+
+
+def main() -> None:
+    llm = start()
+    for kind in (several, beams, embeddings, limits, priorities, resets):
+        try:
+            kind(llm)
+        except Exception as error:
+            report(kind.__name__, f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

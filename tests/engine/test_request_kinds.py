@@ -1,0 +1,47 @@
+"""What single requests may turn on: n, beam search, prompt embeddings, bias and allowed tokens, min_tokens, priorities,
+and a reset that preempts all running requests. Tokens and logprobs are bitwise those of the request alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify.child import ARMED, PATIENT, child_environ
+from bi_patch.tools.verify.engine import Options
+
+pytestmark = pytest.mark.engine
+
+KINDS = (
+    "n against single requests",
+    "beam search",
+    "prompt_embeds against tokens",
+    "logit_bias with allowed_token_ids",
+    "min_tokens",
+    "priorities",
+    "a reset of running requests",
+)
+
+
+@pytest.fixture(scope="module")
+def lines(model) -> list[str]:
+    folder = model(recipes.QWEN3)
+    environ = child_environ(os.environ | PATIENT, ARMED, Options(folder)) | {
+        "PYTHONPATH": os.environ.get("PYTHONPATH", "."),
+    }
+    script = Path(__file__).with_name("request_kinds.py")
+    done = subprocess.run([sys.executable, script, folder], env=environ, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return [line for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL "))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind(lines, kind):
+    found = [line for line in lines if line.split(" ", 1)[1].startswith(kind)]
+    assert found and all(line.startswith("ok ") for line in found), found
+
+
+def test_nothing_else_failed(lines):
+    assert not [line for line in lines if line.startswith("FAIL ")]
