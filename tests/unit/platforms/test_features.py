@@ -114,7 +114,6 @@ def test_a_plain_configuration_passes(platform):
         ({"model_use_mla": True, "model_hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model_is_hybrid": True}, "hybrid and state-space models"),
         ({"model_is_encoder_decoder": True}, "encoder-decoder models"),
-        ({"model_runner_type": "pooling"}, "pooling models"),
         ({"model_is_multimodal_model": True}, "multimodal inputs"),
         ({"lora": SimpleNamespace()}, "LoRA"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
@@ -159,6 +158,13 @@ def test_mla_is_refused_except_on_cpu():
     for platform in ("cuda", "ascend"):
         with pytest.raises(UnsupportedFeature, match="features: .*MLA"):
             check(platform, model_use_mla=True)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "ascend"])
+def test_pooling_is_refused_where_it_was_not_tried(platform):
+    check("cpu", model_runner_type="pooling")
+    with pytest.raises(UnsupportedFeature, match="features: .*pooling models.*BI_PATCH=0"):
+        check(platform, model_runner_type="pooling")
 
 
 def test_several_refusals_are_named_at_once_with_what_to_do():
