@@ -51,11 +51,12 @@ def _load(original):
         from bi_patch.seams.cuda import attention, chunks, moe, norm, pooling, rows
 
         config = self.vllm_config
-        vocab = config.model_config.get_vocab_size()
+        # A pooling model samples nothing.
+        vocab = 0 if poolers.is_pooling(config) else config.model_config.get_vocab_size()
         # With tensor descriptors, Triton makes another kernel from the same source.
         version = f"{library.vllm()} descriptors={os.environ.get('VLLM_TRITON_USE_TD', '')}"
         with set_current_vllm_config(config):
-            ahead = certify.begin(lambda: rows.of_sampling(vocab), version, active.cache)
+            ahead = certify.begin(lambda: rows.of_sampling(vocab) if vocab else (), version, active.cache)
         result = original(self, *args, **kwargs)
         model = self.get_model()
         norm.replace_layer_norms(model)

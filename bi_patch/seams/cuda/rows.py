@@ -11,12 +11,12 @@ from bi_patch.seams.naming import dotted
 def checks(model, dtype, vocab: int):
     """A RowCheck for each distinct norm, activation, rotary embedding and router of a model, and for sampling.
 
-    dtype: of the model's rows. vocab: the number of logits of a row. Raises UnsupportedFeature, with the layer's class,
-    for a norm whose size is unknown. A function that is not a module, e.g. an activation in a layer's own code, has no
-    check.
+    dtype: of the model's rows. vocab: the number of logits of a row, 0 for a model that samples nothing. Raises
+    UnsupportedFeature, with the layer's class, for a norm whose size is unknown. A function that is not a module, e.g.
+    an activation in a layer's own code, has no check.
     """
     seen = set()
-    for check in itertools.chain(_of_layers(model, dtype), of_sampling(vocab)):
+    for check in itertools.chain(_of_layers(model, dtype), of_sampling(vocab) if vocab else ()):
         if (check.operation, check.problem) not in seen:
             seen.add((check.operation, check.problem))
             yield check
