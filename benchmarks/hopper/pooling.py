@@ -226,8 +226,7 @@ def cost(a) -> None:
         dtype="bfloat16",
         max_model_len=min(2048, int(shape["max_position_embeddings"]) - 2),
         enforce_eager=a.eager,
-        gpu_memory_utilization=0.6,
-        **{**pooling.ARGUMENTS.get(a.model, {}), **json.loads(a.extra)},
+        **{"gpu_memory_utilization": 0.6, **pooling.ARGUMENTS.get(a.model, {}), **json.loads(a.extra)},
     )
     llm.apply_model(child.randomize)
     found = {**stamp.head(), "model": a.model, "mode": a.mode, "start_s": round(time.perf_counter() - started, 1)}

@@ -11,6 +11,8 @@ from bi_patch.seams.overlay import with_globals
 _FLASH, _TRITON = "FLASH_ATTN", "TRITON_ATTN"
 # Head sizes for which a test showed that FlashAttention 3 gives decode and prefill equal bits in every batch.
 _FLASH_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
+# The same for attention in both directions without a cache: a prompt alone, and beside other prompts.
+_FLASH_ENCODER_SIZES = (64, 96, 128)
 # FlashAttention 3 has a tile for short queries (up to 64 rows: queries times the heads that share a KV head). For heads
 # of up to 64 elements, this tile splits KV at other positions. FlashAttention 3 never takes the tile if the longest
 # query has 128 tokens.
@@ -28,7 +30,7 @@ def _backend(original):
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
         held = signature.bind(self, *args, **kwargs)
-        if held.arguments.get("attn_type") == _ENCODER and not _chosen():
+        if held.arguments.get("attn_type") == _ENCODER and not _chosen() and not _flash_encodes(held.arguments):
             held.arguments["attn_backend"] = _encoder_backend()
         if held.arguments.get("attn_backend") is None and not _chosen() and not _flash_serves(held.arguments):
             held.arguments["attn_backend"] = _triton()
@@ -81,6 +83,16 @@ def _triton():
     return TritonAttentionBackend
 
 
+def _flash_encodes(arguments) -> bool:
+    """Whether FlashAttention 3 would serve an encoder's layer, invariantly. A window does not matter: every prompt is
+    whole, so a query has one place in its tile."""
+    return (
+        arguments["head_size"] in _FLASH_ENCODER_SIZES
+        and arguments.get("alibi_slopes") is None
+        and _flash_version(arguments) == 3
+    )
+
+
 def _encoder_backend():
     """The backend of attention in both directions without a cache: Triton attention's tiles start at a prompt's first
     token."""
@@ -95,7 +107,11 @@ def _refuse_layer(layer, arguments) -> None:
     if name not in (_FLASH, _TRITON):
         reason, cure = f"bi_patch does not cover the {name} backend", f"--attention-backend {_FLASH} or {_TRITON}"
     elif arguments.get("attn_type", "decoder") == _ENCODER and name == _FLASH:
-        reason = "no test showed that FlashAttention without a cache is batch-invariant"
+        if not _flash_encodes(arguments):
+            reason = (
+                "no test showed that FlashAttention without a cache is batch-invariant for heads of "
+                f"{layer.head_size} elements in this version"
+            )
     elif arguments.get("attn_type", "decoder") not in ("decoder", _ENCODER):
         reason, cure = f"bi_patch does not cover {arguments['attn_type']} attention", "a decoder-only model"
     elif name == _FLASH:

@@ -276,7 +276,8 @@ class Attention:
         (("FLASH_ATTN", 128, 512), "window .of 512 tokens"),
         (("FLASH_ATTN", 128, None, 2), "FlashAttention 2"),
         (("TRITON_ATTN", 80, None, 3, "encoder"), "encoder attention"),
-        (("FLASH_ATTN", 64, None, 3, "encoder_only"), "FlashAttention without a cache"),
+        (("FLASH_ATTN", 80, None, 3, "encoder_only"), "FlashAttention without a cache .* heads of 80"),
+        (("FLASH_ATTN", 64, 65, 3, "encoder_only"), None),
         (("TRITON_ATTN", 64, 65, 3, "encoder_only"), None),
         (("FLASH_ATTN", 64, None), None),
         (("FLASH_ATTN", 128, None), None),
@@ -287,6 +288,7 @@ def test_attention_layers_that_were_not_shown_are_refused(arguments, named, monk
     from bi_patch.seams.cuda import attention as attention_cuda
 
     monkeypatch.setattr(attention_cuda, "_chosen", lambda: True)
+    monkeypatch.setattr(attention_cuda, "_flash_version", lambda arguments: 3)
     monkeypatch.setattr(Attention, "__init__", _closed("attention.cuda_backend", Attention.__init__))
     if named is None:
         Attention(*arguments)
@@ -422,7 +424,7 @@ def test_layers_go_to_triton_where_flash_attention_cannot_serve(given, version, 
     assert Layer(**{"head_size": 128, **given}).given == served
 
 
-def test_encoders_without_a_cache_go_to_triton(monkeypatch):
+def test_encoders_go_to_triton_where_flash_attention_was_not_shown(monkeypatch):
     from bi_patch.seams.cuda import attention as attention_cuda
 
     class Layer:
@@ -432,10 +434,16 @@ def test_encoders_without_a_cache_go_to_triton(monkeypatch):
     monkeypatch.setattr(attention_cuda, "_encoder_backend", lambda: "ENCODERS ON TRITON")
     monkeypatch.setattr(attention_cuda, "_refuse_layer", lambda *_: None)
     monkeypatch.setattr(Layer, "__init__", _closed("attention.cuda_backend", Layer.__init__))
-    for chosen, served in ((False, "ENCODERS ON TRITON"), (True, "THE USER'S")):
+    for chosen, version, size, served in (
+        (False, 3, 64, "VLLM'S"),
+        (False, 3, 80, "ENCODERS ON TRITON"),
+        (False, 2, 64, "ENCODERS ON TRITON"),
+        (True, 2, 64, "VLLM'S"),
+    ):
         monkeypatch.setattr(attention_cuda, "_chosen", lambda chosen=chosen: chosen)
+        monkeypatch.setattr(attention_cuda, "_flash_version", lambda arguments, version=version: version)
         # vLLM's layer of encoders names a backend itself, made of the one that it would take.
-        assert Layer(64, attn_type="encoder_only", attn_backend="THE USER'S").given == served
+        assert Layer(size, attn_type="encoder_only", attn_backend="VLLM'S").given == served
 
 
 @pytest.mark.parametrize(
