@@ -233,6 +233,15 @@ FEATURES: tuple[Feature, ...] = (
         "parameters, prompt, generated tokens and logits. Other classes are refused (`plugins.logits_processors`).",
     ),
     row(
+        "n, beam search, prompt embeddings, bias with allowed tokens, min_tokens, priorities, a reset of "
+        "running requests",
+        cpu=untried("the tests cover them"),
+        cuda=untried(),
+        ascend=untried(_NO_NPU),
+        details="`reset_prefix_cache(reset_running_requests=True)` is refused where it would drop tokens that a "
+        "sampled request has drawn: with asynchronous scheduling on model runner V1.",
+    ),
+    row(
         "code from outside vLLM: workers, worker extensions, executors, schedulers, models, layers, Inductor passes, "
         "platforms, general plugins",
         cpu=refused(_OUTSIDE, todo=_VOUCH, by="plugins.code"),
