@@ -19,9 +19,13 @@ def model(engine: LocalEngine) -> torch.nn.Module:
 
 
 def linears(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Every unquantized linear and the head: (path, layer)."""
+    """Every unquantized linear and the head: (path, layer). A pooling model computes no logits, so its head is no
+    linear."""
+    pools = hasattr(model(engine), "pooler")
     for name, module in model(engine).named_modules():
         method = getattr(module, "quant_method", None)
+        if pools and type(method).__name__ == "UnquantizedEmbeddingMethod":
+            continue
         if type(method).__name__ in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
             if type(module).__name__ != "VocabParallelEmbedding" or module is getattr(model(engine), "lm_head", None):
                 yield name, module
