@@ -22,6 +22,11 @@ _WINDOW_H200 = "invariance-2026-11-28-h200-vllm-0.26.0.json"
 _H200_SPECULATION = "invariance-2026-11-28-h200-speculation-vllm-0.33.0.json"
 _LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
+_CPU_POOLING = (
+    "invariance-2026-11-28-cpu-pooling-vllm-0.32.0.json",
+    "invariance-2026-11-28-cpu-pooling-2-vllm-0.32.0.json",
+)
+_H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
 _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
 _NO_NPU = "checked without a device; nothing has run on an NPU"
 _NO_SEAM = "no patch point covers it yet"
@@ -389,12 +394,26 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "pooling: embeddings, rerankers, reward heads",
         short="pooling, rerankers",
-        cpu=untried("the tests cover it"),
-        cuda=refused("its patch points are not tried yet", todo="Use a generating model"),
+        cpu=served(*_CPU_POOLING, why="tiny models of each kind"),
+        cuda=(
+            refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),
+            served(
+                _H200_POOLING,
+                why="an embedding model in eager mode; classifiers and reward heads have not run; the cost "
+                "is not measured",
+            ),
+        ),
         ascend=refused(_NO_SEAM, todo="Use a generating model"),
         asked=_of_model(lambda m: m.runner_type == "pooling", "pooling models"),
-        details="Embeddings, classifiers, rerankers and rewards of decoders and of encoders, of any length. Refused by "
-        "name: poolers outside of a list, late interaction, late chunking, and new weights for such an engine.",
+        details="Embeddings of any length, classifiers, rerankers and rewards. Refused by name: poolers outside of a "
+        "list, late interaction, late chunking, and new weights for such an engine.",
+    ),
+    row(
+        "encoders with attention in both directions (BERT, XLM-R, ModernBERT)",
+        cpu=served(*_CPU_POOLING, why="tiny models of each kind"),
+        cuda=refused("their kernels are compared, but no engine yet", todo="Use a model with causal attention"),
+        ascend=refused(_NO_SEAM, todo="Use a model with causal attention"),
+        asked=_of_model(lambda m: getattr(m, "attn_type", "") == "encoder_only", "attention in both directions"),
     ),
     row(
         "images, sound, video",

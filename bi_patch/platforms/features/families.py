@@ -27,6 +27,11 @@ _SPARSE = refused("sparse MLA, layers with a recurrent state, or a package with 
 _OWN = refused("its package has kernels of its own, and the batch decides which kernel runs", by="models.cuda")
 _QUANTIZED = refused("quantized experts")
 _POOLING = refused("pooling")
+_CPU_POOLING = (
+    "invariance-2026-11-28-cpu-pooling-vllm-0.32.0.json",
+    "invariance-2026-11-28-cpu-pooling-2-vllm-0.32.0.json",
+)
+_H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
 _SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")
 _IMAGES = refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
@@ -182,9 +187,18 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=refused("encoder-decoder models"),
     ),
     row(
-        "BERT, XLM-R, ModernBERT, Qwen3-Embedding and Reranker, reward heads",
-        cpu=untried("the tests cover tiny models of each kind"),
-        cuda=_POOLING,
+        "Qwen3-Embedding and Reranker, Qwen2 classifiers and reward models",
+        cpu=served(*_CPU_POOLING, why="tiny shapes with random weights"),
+        cuda=(
+            refused("pooling", releases="<0.33"),
+            served(_H200_POOLING, why="Qwen3-Embedding-0.6B's shape in eager mode; the others have not run"),
+        ),
+        ascend=_POOLING,
+    ),
+    row(
+        "BERT, XLM-R, ModernBERT: embeddings, classifiers, rerankers",
+        cpu=served(*_CPU_POOLING, why="tiny shapes with random weights"),
+        cuda=refused("attention in both directions"),
         ascend=_POOLING,
     ),
     row(

@@ -170,7 +170,8 @@ def decoders(config):
     from bi_patch.ops.cuda.attention import Problem
 
     for layer in config.compilation_config.static_forward_context.values():
-        if isinstance(layer, Attention) and layer.attn_backend.get_name() == _FLASH:
+        decodes = getattr(layer, "attn_type", "decoder") == "decoder"
+        if isinstance(layer, Attention) and decodes and layer.attn_backend.get_name() == _FLASH:
             yield Problem(layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype), prefill
 
 

@@ -160,11 +160,17 @@ def test_mla_is_refused_except_on_cpu():
             check(platform, model_use_mla=True)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "ascend"])
-def test_pooling_is_refused_where_it_was_not_tried(platform):
-    check("cpu", model_runner_type="pooling")
+def test_pooling_is_refused_where_it_was_not_tried():
+    encoder = {"model_runner_type": "pooling", "model_attn_type": "encoder_only"}
+    check("cpu", **encoder)
+    check("cuda", model_runner_type="pooling")
+    with pytest.raises(UnsupportedFeature, match="features: .*attention in both directions.*BI_PATCH=0"):
+        check("cuda", **encoder)
     with pytest.raises(UnsupportedFeature, match="features: .*pooling models.*BI_PATCH=0"):
-        check(platform, model_runner_type="pooling")
+        check("ascend", model_runner_type="pooling")
+    held = config(model_runner_type="pooling")
+    with pytest.raises(UnsupportedFeature, match="pooling models: nobody tried it with these releases"):
+        table.check(held, "cuda", Version("0.26.0"))
 
 
 def test_several_refusals_are_named_at_once_with_what_to_do():

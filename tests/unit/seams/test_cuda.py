@@ -133,7 +133,7 @@ def test_a_plain_configuration_passes(change):
         ({"model__use_mla": True}, "MLA"),
         ({"model__is_hybrid": True}, "hybrid"),
         ({"model__is_multimodal_model": True}, "language-model-only"),
-        ({"model__runner_type": "pooling"}, "pooling"),
+        ({"model__runner_type": "pooling", "model__attn_type": "encoder_only"}, "attention in both directions"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
         ({"model__architectures": ["HrmTextForCausalLM"]}, "does not cover HrmTextForCausalLM"),
         ({"model__architectures": ["DeepseekV4ForCausalLM"]}, "kernels of its own"),
