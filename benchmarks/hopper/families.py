@@ -51,6 +51,22 @@ SIZES: dict[str, dict[str, object]] = {
     "GLM-4": _sizes(4096, 13696, 32, 2, 128),
     "GLM-4.5": _sizes(4096, 10944, 96, 8, 128, n_routed_experts=128, num_experts_per_tok=8, moe_intermediate_size=1408),
     "Command R7B": _sizes(4096, 14336, 32, 8, **_EVERY_FOURTH),
+    "Qwen3-Next": _sizes(
+        2048,
+        5120,
+        16,
+        2,
+        256,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_experts=64,
+        num_experts_per_tok=10,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+    ),
     "Qwen2-MoE": _sizes(
         2048,
         5632,
@@ -150,6 +166,8 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path) ->
         del config["head_dim"]  # its configuration class computes the size itself
     level = replace(levels.QUICK, seconds=None, cross=(), graphs=1)
     given = {"gpu_memory_utilization": share, "kv_cache_memory_bytes": CACHE, "max_num_batched_tokens": 2048}
+    if "linear_num_key_heads" in config:  # pages of a power of two tokens, and states in fp32
+        given |= {"mamba_ssm_cache_dtype": "float32", "block_size": 1024}
     folder = shapes.save(family, config, root)
     system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given)
     rows, report = invariance.measure(f"{family}{', eager' if eager else ''}", system, level, only=AXES)

@@ -1,6 +1,5 @@
 """The policy of each platform that refuses what the feature table marks as refused."""
 
-from collections.abc import Collection
 from typing import Any
 
 from packaging.version import Version
@@ -11,12 +10,12 @@ from bi_patch.seams import active
 from bi_patch.seams.model import Policy
 
 
-def policy(platform: str, lifted: Collection[str] = ()) -> Policy:
-    """The policy `features.<platform>`. lifted: names of rows that the policy ignores."""
+def policy(platform: str) -> Policy:
+    """The policy `features.<platform>`."""
 
     def apply(config: Any) -> None:
         release = active.plan.release if active.plan is not None else Version(releases.BY_PLATFORM[platform][-1])
-        table.check(config, platform, release, lifted)
+        table.check(config, platform, release)
 
     return Policy(
         name=f"features.{platform}",

@@ -139,7 +139,7 @@ def _compile(cxx: str, isa: str, defines: tuple[str, ...], work: Path, bindings:
             "-o",
             str(work / f"{f}.o"),
         ]
-        for f in _KERNELS
+        for f in (*_KERNELS, "recurrent.cpp")
     ]
     objects = [job[-1] for job in jobs]
     if not bindings.exists():

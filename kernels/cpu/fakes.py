@@ -87,3 +87,14 @@ def register_fakes(isa: str) -> None:
     def _(logits, k, renormalize):
         shape = (logits.shape[0], k)
         return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+    @torch.library.register_fake("bi_cpu::gated_rms_norm")
+    def _(x, gate, weight, eps, group, gate_first, sigmoid):
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("bi_cpu::causal_conv")
+    def _(x, weight, bias, states, query_start_loc, slots, fresh, silu):
+        return x.new_empty(x.shape)
+
+    for name in ("gated_delta_rule", "mamba2"):
+        torch.library.register_fake(f"bi_cpu::{name}", lambda *_: None)

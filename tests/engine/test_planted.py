@@ -4,12 +4,11 @@ import os
 
 import pytest
 
-from bi_patch.errors import BiPatchError, UnsupportedFeature
+from bi_patch.errors import BiPatchError
 from bi_patch.tools.faults import catch, every
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.compiled import catch_compiled
-from bi_patch.tools.faults.engines import few_blocks, options, recurrent
-from bi_patch.tools.faults.lifts import RECURRENT
+from bi_patch.tools.faults.engines import few_blocks, options
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import locate, precision
 from bi_patch.tools.verify.case import Scenario
@@ -104,18 +103,6 @@ def test_a_fault_of_another_platform_is_refused(engine):
         engine.plant(name)
     with pytest.raises(BiPatchError, match="there is no fault"):
         engine.plant("no such fault")
-
-
-def test_recurrent_layers_are_refused_by_name_and_seen_where_they_are_let_in(refusing, tmp_path):
-    given, environ = recurrent(str(tmp_path)), PATIENT | os.environ
-    with pytest.raises(UnsupportedFeature, match="hybrid and state-space"):
-        refusing.refuse(given)
-    with FaultyEngine(ARMED, given, environ=environ, lifts=[RECURRENT]) as engine:
-        found = catch.catch_recurrent(engine, catch.workload(engine))
-    print(found.named)
-    assert found.caught and found.right, found
-    with pytest.raises(BiPatchError, match="no refusal"):
-        FaultyEngine(ARMED, given, environ=environ, lifts=["nothing"]).close()
 
 
 def test_a_stock_engine_is_located_by_the_seam_that_it_lacks(stock):

@@ -20,3 +20,21 @@ def rms_norm(
     if residual is None:
         return torch.ops.bi_cpu.rms_norm(x, weight, eps, offset)
     return torch.ops.bi_cpu.add_rms_norm(x, residual, weight, eps, offset)
+
+
+def gated_rms_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    group: int,
+    gate_first: bool,
+    sigmoid: bool = False,
+):
+    """RMSNorm of x [..., C] over groups of `group` columns, times weight [C], times f(gate [..., C]) -> [..., C].
+
+    f is SiLU, or the sigmoid. gate_first: x * f(gate) is normed instead. bf16, fp16 or fp32; rounded once.
+    """
+    import torch
+
+    return torch.ops.bi_cpu.gated_rms_norm(x, gate, weight, eps, group, gate_first, sigmoid)

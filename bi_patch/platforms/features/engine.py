@@ -446,11 +446,6 @@ FEATURES: tuple[Feature, ...] = (
         asked=_of_model(lambda m: getattr(m, "is_diffusion", False), "diffusion language models"),
     ),
     row(
-        "hybrid and state-space models",
-        **_everywhere("chunks of a recurrent state start where an engine step starts"),
-        asked=_of_model(lambda m: m.is_hybrid, "hybrid and state-space models"),
-    ),
-    row(
         "MLA (multi-head latent attention)",
         cpu=untried("the tests cover it"),
         cuda=refused("its two forms of attention give different bits"),

@@ -21,7 +21,6 @@ _H100_MOE = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _H100_DECODE = "invariance-2026-11-22-h100-decode-vllm-0.33.0.json"
 _TINY = served(_FAMILIES, why="tiny shapes with random weights")
-_HYBRID = refused("hybrid: layers with a recurrent state")
 _MLA = refused("MLA")
 _SPARSE = refused("sparse MLA, layers with a recurrent state, or a package with kernels of its own")
 _OWN = refused("its package has kernels of its own, and the batch decides which kernel runs", by="models.cuda")
@@ -118,13 +117,6 @@ FAMILIES: tuple[Feature, ...] = (
         cpu=_QUANTIZED,
         cuda=_QUANTIZED,
         ascend=_QUANTIZED,
-    ),
-    row(
-        "Qwen3-Next, Qwen3.5, Granite 4-H, Nemotron-H and 3, Falcon-H1, Jamba, Zamba2, LFM2, Mamba",
-        short="Qwen3-Next, Qwen3.5, Granite 4-H and other hybrids",
-        cpu=_HYBRID,
-        cuda=_HYBRID,
-        ascend=_HYBRID,
     ),
     row(
         "DeepSeek V2, V3, V3.1 and R1, Kimi K2, in bf16",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from packaging.version import Version
@@ -12,9 +11,10 @@ from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.families import FAMILIES
 from bi_patch.platforms.features.model import REFUSED, TITLES, UNTRIED, Cell, Feature
 from bi_patch.platforms.features.quantization import QUANTIZATION
+from bi_patch.platforms.features.recurrent import RECURRENT
 from bi_patch.platforms.features.versions import VERSIONS
 
-ROWS: tuple[Feature, ...] = (*FEATURES, *QUANTIZATION, *FAMILIES)
+ROWS: tuple[Feature, ...] = (*FEATURES, *RECURRENT, *QUANTIZATION, *FAMILIES)
 
 
 def refusals(config: Any, platform: str, release: Version) -> dict[str, tuple[str, Cell]]:
@@ -30,12 +30,9 @@ def refusals(config: Any, platform: str, release: Version) -> dict[str, tuple[st
     return found
 
 
-def check(config: Any, platform: str, release: Version, lifted: Collection[str] = ()) -> None:
-    """Raise UnsupportedFeature if a finished configuration uses refused features.
-
-    lifted: names of rows to ignore. Tests pass them to run a refused feature.
-    """
-    found = {name: held for name, held in refusals(config, platform, release).items() if name not in lifted}
+def check(config: Any, platform: str, release: Version) -> None:
+    """Raise UnsupportedFeature if a finished configuration uses refused features."""
+    found = refusals(config, platform, release)
     if not found:
         return
     said = "; ".join(f"{asked}: {cell.why}" for asked, cell in found.values())

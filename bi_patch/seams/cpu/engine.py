@@ -58,9 +58,17 @@ def _load(original):
         rows.register_sampling(self.model_config.get_vocab_size())
         certify.certify(active.cache, library.vllm())
         weights.watch(self.get_model(), self.vllm_config)
+        _recurrent_layers(self.vllm_config)
         return result
 
     return load_model
+
+
+def _recurrent_layers(config) -> None:
+    """Refuse recurrent layers that the bundled kernels do not cover."""
+    from bi_patch.seams.cpu import recurrent
+
+    recurrent.check(config)
 
 
 def _cli(original):

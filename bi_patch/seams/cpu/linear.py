@@ -14,6 +14,8 @@ def _dispatch(original):
         from bi_patch.ops.cpu import linear
 
         weight = layer.weight
+        if weight.ndim == 3 and weight.shape[1] == 1:
+            return None  # a causal convolution: bi_patch's kernel reads the weight as it is
         if weight.is_meta or weight.ndim != 2:
             return original(layer, remove_weight)
         bias = getattr(layer, "bias", None)

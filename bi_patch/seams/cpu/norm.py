@@ -4,6 +4,8 @@ import functools
 
 from bi_patch.seams.model import Seam, Target
 
+_MODULE = "vllm.model_executor.layers.layernorm"
+
 
 def _register(original):
     """__init__ of a norm: note the layer, so that load_model certifies its row order."""
@@ -43,10 +45,42 @@ def _gemma(original):
     return forward_native
 
 
-def _norm(name: str, qualname: str, close, serves: tuple[str, ...] = ()) -> Seam:
+def _gated(original):
+    """RMSNormGated.forward_native: call the bundled kernel, which multiplies by the gate and rounds once."""
+    from bi_patch.ops.cpu import machine, norm
+
+    def forward_native(self, x, z=None):
+        if z is None or not machine.covers(x, self.weight.data) or z.dtype != x.dtype:
+            return original(self, x, z)
+        return norm.gated_rms_norm(
+            x,
+            z,
+            self.weight.data,
+            self.eps,
+            self.group_size or x.shape[-1],
+            not self.norm_before_gate,
+            self.activation == "sigmoid",
+        )
+
+    return forward_native
+
+
+def _gate_first(original):
+    """Mixer2RMSNormGated.forward_native: the same kernel, which multiplies by the gate before it norms."""
+    from bi_patch.ops.cpu import machine, norm
+
+    def forward_native(self, x, gate):
+        if not self.use_rms_norm or self.tp_size > 1 or not machine.covers(x, self.weight.data):
+            return original(self, x, gate)
+        return norm.gated_rms_norm(x, gate, self.weight.data, self.variance_epsilon, self.group_size, True)
+
+    return forward_native
+
+
+def _norm(name: str, qualname: str, close, serves: tuple[str, ...] = (), module: str = _MODULE) -> Seam:
     return Seam(
         name=f"norm.cpu_{name}",
-        targets=(Target("vllm.model_executor.layers.layernorm", qualname),),
+        targets=(Target(module, qualname),),
         close=close,
         why="compiled code sums a row in another order than eager code, which runs six operations for one norm",
         how="one bundled kernel serves compiled and eager code, with and without residual",
@@ -59,7 +93,7 @@ def _norm(name: str, qualname: str, close, serves: tuple[str, ...] = ()) -> Seam
 def _certified(name: str, qualname: str, serves: tuple[str, ...] = ()) -> Seam:
     return Seam(
         name=f"norm.cpu_{name}_certified",
-        targets=(Target("vllm.model_executor.layers.layernorm", f"{qualname}.__init__"),),
+        targets=(Target(_MODULE, f"{qualname}.__init__"),),
         close=_register,
         why="if the number of rows decides a reduction's blocks, the batch changes the bits",
         how="bi_patch certifies the row order of the kernel that serves the layer, with and without residual",
@@ -72,6 +106,14 @@ def _certified(name: str, qualname: str, serves: tuple[str, ...] = ()) -> Seam:
 SEAMS = (
     _norm("rms", "RMSNorm.forward_native", _rms, ("RMSNorm", "GemmaRMSNorm")),
     _norm("gemma_rms", "GemmaRMSNorm.forward_native", _gemma),
+    _norm("gated_rms", "RMSNormGated.forward_native", _gated, ("RMSNormGated",)),
+    _norm(
+        "mixer2",
+        "Mixer2RMSNormGated.forward_native",
+        _gate_first,
+        ("Mixer2RMSNormGated",),
+        "vllm.model_executor.layers.mamba.mamba_mixer2",
+    ),
     _certified("rms", "RMSNorm"),
     _certified("gemma_rms", "GemmaRMSNorm"),
     _certified("layer", "LayerNorm", ("LayerNorm",)),

@@ -14,7 +14,7 @@ BOTH = (CPU, CUDA)
 
 
 class UnknownFault(BiPatchError):
-    """The fault or refusal does not exist, or the fault is not for this engine's platform."""
+    """The fault does not exist, or the fault is not for this engine's platform."""
 
 
 @dataclass(frozen=True)

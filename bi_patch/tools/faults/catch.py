@@ -8,7 +8,6 @@ import msgspec
 
 from bi_patch.tools.faults import Fault, named
 from bi_patch.tools.faults.child import FaultyEngine
-from bi_patch.tools.faults.lifts import RECURRENT
 from bi_patch.tools.verify import locate, precision, updates
 from bi_patch.tools.verify.case import Case, Scenario, Update
 from bi_patch.tools.verify.child import ChildEngine
@@ -145,28 +144,6 @@ def _judged(engine: ChildEngine, fault: Fault, case: Case, compared: int, locate
         located.words() if located else "",
         located,
     )
-
-
-def catch_recurrent(engine: ChildEngine, load: Workload) -> Caught:
-    """Catch cause 24 on an engine that does not refuse recurrent layers: the fault is vLLM's own kernel."""
-    compared = 0
-    for case in cases(engine, "chunk budget", load):
-        compared += 1
-        if case.differs:
-            located = locate.locate_on(engine, case)
-            right = located is not None and "linear_attn" in located.module and "gdn" in located.op
-            return Caught(
-                RECURRENT,
-                24,
-                "chunk budget",
-                True,
-                right and not located.seam,
-                compared,
-                f"{case.label}: {case.difference.first}",
-                located.words() if located else "",
-                located,
-            )
-    return Caught(RECURRENT, 24, "chunk budget", False, False, compared)
 
 
 def names(fault: Fault, located: Located, engine: ChildEngine) -> bool:

@@ -9,6 +9,8 @@ from bi_patch.tools.models import families, pooling, recipes, shapes
 from bi_patch.tools.verify import checkpoint
 from bi_patch.tools.verify.engine import Options
 
+_BF16 = ("Qwen3-Next",)  # families with recurrent layers, which run in bf16 only
+
 
 def options(platform: str, folder: str, dtype: str = "") -> Options:
     """The options of the engine in which faults are planted: a MoE model, tied routers and head, eager for traces.
@@ -47,7 +49,7 @@ def of_family(name: str, folder: str, dtype: str = "") -> Options:
         return Options(made, max_model_len=1024, chunk=512, digests=True)
     return Options(
         families.write(name, folder),
-        dtype=dtype or "bfloat16",
+        dtype="bfloat16" if name in _BF16 else dtype or "bfloat16",
         max_model_len=1024,
         chunk=512,
         tokenizer=False,
@@ -101,7 +103,7 @@ def pooled(folder: str, dtype: str = "float32") -> Options:
 
 
 def recurrent(folder: str) -> Options:
-    """The options of a small model with gated delta nets, whose chunks vLLM's kernels start at the engine step."""
+    """The options of a small model with gated delta nets. vLLM's own kernels start their chunks at the engine step."""
     return Options(
         shapes.write(shapes.HYBRID, folder),
         max_model_len=1024,

@@ -16,7 +16,6 @@ from bi_patch.tools.evidence import FaultRow, Faults
 from bi_patch.tools.faults import Fault, catch, engines, every, named
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.compiled import AXIS, CAUSE, NAME, catch_compiled
-from bi_patch.tools.faults.lifts import RECURRENT
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.probes import Workload
@@ -45,10 +44,11 @@ def measure(
 ) -> Faults:
     """Plant every fault of this platform, or the faults named in `only`, and return the results.
 
-    `only` leaves out causes 17 and 24. dtype: "" for the platform's default (see engines.options). compiled: whether to
-    plant cause 17, which compiles the model. tell: called with a text for each fault. keep: called with the results so
-    far, after each engine. Raises UnknownFault for an unknown name, SettingError for a fault of another platform, and
-    the error of an engine that fails.
+    `only` leaves out cause 17, and cause 24 on CUDA. dtype: "" for the platform's default (see engines.options).
+    compiled: whether to plant cause 17, which compiles the model. tell: called with a text for each fault. keep: called
+    with the results so far, after each engine.
+    Raises UnknownFault for an unknown name, SettingError for a fault of another platform, and the error of an engine
+    that fails.
     """
     wanted = [fault for fault in every() if platform in fault.platforms and (not only or fault.name in only)]
     for name in only:
@@ -59,9 +59,8 @@ def measure(
         given = engines.options(platform, folder, dtype)
         found = run.planted(given, wanted)
         if not only:
-            found.rows.append(run.refused())
-            if platform == "cpu":
-                found.rows.append(run.lifted())
+            if platform == "cuda":
+                found.rows.append(run.refused())
             if compiled:
                 row, clean = run.compiled(given)
                 found.rows.append(row)
@@ -135,15 +134,6 @@ class _Run:
             said = str(error).split(":")[0]
         self.tell(f"24 {planted}: {'refused by ' + said if said else 'NOT REFUSED'}")
         return FaultRow(24, planted, bool(said), bool(said), "start", refused=bool(said), located=said)
-
-    def lifted(self) -> FaultRow:
-        """Catch cause 24 with the refusal lifted: the fault is vLLM's own kernel."""
-        given = engines.recurrent(self.folder)
-        with FaultyEngine(ARMED, given, environ=self.environ, lifts=(RECURRENT,)) as engine:
-            found = catch.catch_recurrent(engine, catch.workload(engine))
-        self.tell(f"24 {found.fault}, refusal lifted: caught {found.caught}, named {found.right}\n   {found.named}")
-        planted = "recurrent layers, the refusal lifted"
-        return FaultRow(24, planted, found.caught, found.right, found.axis, located=found.named)
 
     def compiled(self, given: Options) -> tuple[FaultRow, tuple[int, int]]:
         """Plant cause 17. Also returns, for its axis without the fault, how many pairs were compared and differ."""

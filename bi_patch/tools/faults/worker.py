@@ -1,16 +1,10 @@
-"""The process of an engine child in which faults are planted: verify's worker with the further instrument "plant".
-
-The worker lifts the refusals that its command line names before the engine starts.
-"""
+"""The process of an engine child in which faults are planted: verify's worker with the further instrument "plant"."""
 
 from __future__ import annotations
-
-import sys
 
 import msgspec
 
 from bi_patch.tools import faults
-from bi_patch.tools.faults import lifts
 from bi_patch.tools.verify import instruments, worker
 from bi_patch.tools.verify.engine import LocalEngine
 
@@ -18,9 +12,9 @@ PLANT = "plant"
 
 
 def main() -> None:
-    """Run verify's worker. From sys.argv[3] on, the command line holds the names of refusals to lift."""
+    """Run verify's worker."""
     instruments.register(PLANT, _plant)
-    worker.main(prepare=lambda: lifts.lift(sys.argv[3:]))
+    worker.main()
 
 
 def _plant(engine: LocalEngine, data: bytes) -> bytes:

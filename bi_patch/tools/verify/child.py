@@ -67,7 +67,6 @@ class ChildEngine:
     """
 
     worker = "bi_patch.tools.verify.worker"  # the module whose `main` the child runs
-    arguments: tuple[str, ...] = ()  # further command-line arguments, for the worker of another tool
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class ChildEngine:
         receive, give = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, self.worker, str(give), *self.arguments],
+                [sys.executable, "-c", _CODE, self.worker, str(give)],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,

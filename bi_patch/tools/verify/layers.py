@@ -28,7 +28,13 @@ def linears(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:
             continue
         if type(method).__name__ in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
             if type(module).__name__ != "VocabParallelEmbedding" or module is getattr(model(engine), "lm_head", None):
-                yield name, module
+                if not _convolution(module):
+                    yield name, module
+
+
+def _convolution(module: torch.nn.Module) -> bool:
+    """Whether a layer only holds the weight [channels, 1, width] of a causal convolution. Stock vLLM may pack it."""
+    return getattr(module, "weight", torch.empty(0)).ndim == 3 or hasattr(module, "_cpu_unpacked_conv_weight")
 
 
 def quantized(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module, str]]:

@@ -9,18 +9,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 
 from bi_patch.errors import BiPatchError
 from bi_patch.tools.verify import instruments, wire
 from bi_patch.tools.verify.engine import LocalEngine
 
 
-def main(prepare: Callable[[], None] = lambda: None) -> None:
-    """Answer commands from standard input; replies go to the file descriptor in sys.argv[2].
-
-    prepare: called after this process is armed (if the mode arms it) and before its engine starts.
-    """
+def main() -> None:
+    """Answer commands from standard input; replies go to the file descriptor in sys.argv[2]."""
     replies = os.fdopen(int(sys.argv[2]), "wb")
     engine: LocalEngine | None = None
     for command in wire.commands(sys.stdin.buffer):
@@ -28,7 +24,7 @@ def main(prepare: Callable[[], None] = lambda: None) -> None:
             if command.do == "stop":
                 break
             if command.do == "start":
-                engine = _start(command, prepare)
+                engine = _start(command)
                 reply = wire.Reply(info=engine.info)
             else:
                 reply = _serve(engine, command)
@@ -42,12 +38,11 @@ def main(prepare: Callable[[], None] = lambda: None) -> None:
     os._exit(0)
 
 
-def _start(command: wire.Command, prepare: Callable[[], None]) -> LocalEngine:
+def _start(command: wire.Command) -> LocalEngine:
     from bi_patch import arming
 
     if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
         arming.arm()  # before vLLM is imported; BI_PATCH=0 leaves upstream's own mode
-    prepare()
     assert command.options is not None
     return LocalEngine(command.options)
 

@@ -97,6 +97,21 @@ struct NormArgs {
 
 void rms_norm(const NormArgs& a, int threads);
 
+// norm(x) * weight * f(gate), or norm(x * f(gate)) * weight, over groups of `cols` columns; f is silu or sigmoid.
+struct GatedNormArgs {
+  DType type;
+  const void* x;       // [rows, groups * cols], dense
+  const void* gate;    // [rows, groups * cols]
+  int64_t gate_row;    // stride of gate
+  const void* weight;  // [groups * cols], null: none
+  int64_t rows, groups, cols;
+  float eps;
+  bool sigmoid, gate_first;
+  void* out;           // dense
+};
+
+void gated_rms_norm(const GatedNormArgs& a, int threads);
+
 // ---- Pointwise (pointwise.cpp). Strides in elements; the last dimension is dense.
 enum class Activation { sigmoid, silu, gelu, gelu_tanh, rsqrt, softplus };
 
@@ -133,5 +148,50 @@ void mean_rows(DType t, const void* x, int64_t row, int64_t cols, const int64_t*
 // ---- Choice of experts (softmax_topk.cpp). logits [rows, experts]; weights and ids dense [rows, k].
 void softmax_topk(DType t, const void* logits, int64_t row, int64_t rows, int64_t experts, int64_t k, bool renormalize,
                   float* weights, int32_t* ids, int threads);
+
+// ---- Recurrent layers (recurrent.cpp). Strides in elements; the last dimension is dense.
+constexpr int64_t kMaxWidth = 8;  // of a causal convolution
+
+struct Spans {
+  int64_t reqs;
+  const int32_t* query_start;  // [reqs + 1]: the tokens of each request
+  const int32_t* slots;        // [reqs]: the state of each request
+  const bool* fresh;           // [reqs]: the request starts at position 0, so its state is zero
+};
+
+struct ConvArgs : Spans {
+  DType type;
+  const void* x;      // [tokens, dim]
+  int64_t x_token;
+  const void* weight;  // [dim, width], dense
+  const void* bias;    // [dim], null: none
+  void* states;        // [slots, width - 1, dim]: the last inputs, oldest first
+  int64_t state_slot, state_token;
+  void* out;           // [tokens, dim], dense
+  int64_t dim, width;
+  bool silu;
+};
+
+void causal_conv(const ConvArgs& a, int threads);
+
+struct RecurrenceArgs : Spans {
+  DType type;
+  bool delta;               // the gated delta rule; else Mamba 2
+  const void* x;            // [tokens, ...]: keys and queries [key_heads, keys], values [heads, values]
+  int64_t x_token, key_at, query_at, value_at;
+  const void* a;            // [tokens, heads]: the step size, before its bias and softplus
+  int64_t a_token;
+  const void* b;            // [tokens, heads]: beta before its sigmoid; of the delta rule only
+  int64_t b_token;
+  const float *rate, *dt_bias, *D;  // [heads]; D may be null
+  float dt_min, dt_max;
+  void* states;             // [slots, heads, keys, values], fp32
+  int64_t state_slot;
+  void* out;                // [tokens, heads, values]
+  int64_t out_token;
+  int64_t heads, key_heads, keys, values;
+};
+
+void recurrence(const RecurrenceArgs& a, int threads);
 
 }  // namespace bi

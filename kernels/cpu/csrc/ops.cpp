@@ -288,6 +288,177 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::T
   return norm(x, residual, weight, eps, offset);
 }
 
+at::Tensor gated_rms_norm(const at::Tensor& x, const at::Tensor& gate, const std::optional<at::Tensor>& weight,
+                          double eps, int64_t group, bool gate_first, bool sigmoid) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "bi_cpu.gated_rms_norm: x must be [..., C], got ", x.sizes());
+  const int64_t width = x.size(-1);
+  TORCH_CHECK(group > 0 && width % group == 0, "bi_cpu.gated_rms_norm: groups of ", group, " in ", x.sizes());
+  TORCH_CHECK(gate.sizes() == x.sizes() && gate.scalar_type() == x.scalar_type(),
+              "bi_cpu.gated_rms_norm: gate must be as x, ", x.sizes(), " of ", x.scalar_type(), ", got ", gate.sizes(),
+              " of ", gate.scalar_type());
+  bi::GatedNormArgs a{};
+  a.type = dtype_of(x, "x");
+  if (weight) {
+    TORCH_CHECK(weight->scalar_type() == x.scalar_type() && weight->numel() == width && weight->is_contiguous(),
+                "bi_cpu.gated_rms_norm: weight must be dense [C=", width, "] of ", x.scalar_type());
+    a.weight = weight->const_data_ptr();
+  }
+  const at::Tensor dense = x.contiguous(), rows = as_rows(gate, width);
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  a.x = dense.const_data_ptr();
+  a.gate = rows.const_data_ptr();
+  a.gate_row = rows.stride(0);
+  a.rows = x.numel() / width;
+  a.groups = width / group;
+  a.cols = group;
+  a.eps = float(eps);
+  a.gate_first = gate_first;
+  a.sigmoid = sigmoid;
+  a.out = out.mutable_data_ptr();
+  bi::gated_rms_norm(a, at::get_num_threads());
+  return out;
+}
+
+// The requests of a step: query_start int32 [reqs + 1], slots int32 [reqs], fresh bool [reqs].
+bi::Spans spans_of(const at::Tensor& query_start, const at::Tensor& slots, const at::Tensor& fresh, int64_t tokens,
+                   int64_t states) {
+  bi::Spans s;
+  s.reqs = slots.size(0);
+  TORCH_CHECK(query_start.scalar_type() == at::kInt && query_start.is_contiguous() && query_start.numel() == s.reqs + 1,
+              "bi_cpu: query_start_loc must be dense int32 [", s.reqs + 1, "], got ", query_start.sizes());
+  TORCH_CHECK(slots.scalar_type() == at::kInt && slots.dim() == 1 && slots.is_contiguous(),
+              "bi_cpu: slots must be dense int32 [requests]");
+  TORCH_CHECK(fresh.scalar_type() == at::kBool && fresh.is_contiguous() && fresh.numel() == s.reqs,
+              "bi_cpu: fresh must be dense bool [", s.reqs, "], got ", fresh.sizes());
+  s.query_start = query_start.const_data_ptr<int32_t>();
+  s.slots = slots.const_data_ptr<int32_t>();
+  s.fresh = fresh.const_data_ptr<bool>();
+  for (int64_t r = 0; r < s.reqs; ++r) {
+    const int64_t from = s.query_start[r], to = s.query_start[r + 1];
+    TORCH_CHECK(0 <= from && from <= to && to <= tokens, "bi_cpu: request ", r, " has tokens ", from, " to ", to, " of ",
+                tokens);
+    TORCH_CHECK(from == to || (s.slots[r] >= 0 && s.slots[r] < states), "bi_cpu: request ", r, " names state ",
+                s.slots[r], " of ", states);
+  }
+  return s;
+}
+
+at::Tensor causal_conv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       at::Tensor states, const at::Tensor& query_start, const at::Tensor& slots,
+                       const at::Tensor& fresh, bool silu) {
+  bi::ConvArgs a{};
+  TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, "bi_cpu.causal_conv: x must be [tokens, dim], dense in the last, got ",
+              x.sizes());
+  a.type = dtype_of(x, "x");
+  a.dim = x.size(1);
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.size(0) == a.dim &&
+                  weight.scalar_type() == x.scalar_type(),
+              "bi_cpu.causal_conv: weight must be dense [", a.dim, ", width] of ", x.scalar_type(), ", got ",
+              weight.sizes(), " of ", weight.scalar_type());
+  a.width = weight.size(1);
+  TORCH_CHECK(a.width >= 2 && a.width <= bi::kMaxWidth, "bi_cpu.causal_conv: a width of 2 to ", bi::kMaxWidth, ", not ",
+              a.width);
+  TORCH_CHECK(states.dim() == 3 && states.size(1) == a.width - 1 && states.size(2) == a.dim && states.stride(2) == 1 &&
+                  states.scalar_type() == x.scalar_type(),
+              "bi_cpu.causal_conv: states must be [slots, ", a.width - 1, ", ", a.dim, "] of ", x.scalar_type(),
+              ", dense in the last, got ", states.sizes(), " of ", states.scalar_type());
+  if (bias) {
+    TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->numel() == a.dim && bias->is_contiguous(),
+                "bi_cpu.causal_conv: bias must be dense [", a.dim, "] of ", x.scalar_type());
+    a.bias = bias->const_data_ptr();
+  }
+  static_cast<bi::Spans&>(a) = spans_of(query_start, slots, fresh, x.size(0), states.size(0));
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  a.x = x.const_data_ptr();
+  a.x_token = x.stride(0);
+  a.weight = weight.const_data_ptr();
+  a.states = states.mutable_data_ptr();
+  a.state_slot = states.stride(0);
+  a.state_token = states.stride(1);
+  a.out = out.mutable_data_ptr();
+  a.silu = silu;
+  bi::causal_conv(a, at::get_num_threads());
+  return out;
+}
+
+const float* per_head(const at::Tensor& t, const char* what, int64_t heads) {
+  TORCH_CHECK(t.scalar_type() == at::kFloat && t.dim() == 1 && t.size(0) == heads && t.is_contiguous(),
+              "bi_cpu: ", what, " must be dense float32 [heads=", heads, "], got ", t.sizes(), " of ", t.scalar_type());
+  return t.const_data_ptr<float>();
+}
+
+// What both recurrences share. out [tokens, heads, values], x [tokens, ...], a [tokens, heads], states [slots, heads,
+// keys, values].
+bi::RecurrenceArgs recurrence_of(at::Tensor& out, const at::Tensor& x, const at::Tensor& a, const at::Tensor& rate,
+                                 const at::Tensor& dt_bias, at::Tensor& states, int64_t key_heads) {
+  bi::RecurrenceArgs r{};
+  r.type = dtype_of(x, "x");
+  TORCH_CHECK(states.dim() == 4 && states.scalar_type() == at::kFloat && states[0].is_contiguous(),
+              "bi_cpu: states of a recurrence must be float32 [slots, heads, keys, values], each slot dense, got ",
+              states.sizes(), " of ", states.scalar_type());
+  r.heads = states.size(1);
+  r.keys = states.size(2);
+  r.values = states.size(3);
+  r.key_heads = key_heads;
+  TORCH_CHECK(r.keys % 16 == 0 && r.keys <= 512 && r.values % 16 == 0,
+              "bi_cpu: keys (up to 512) and values must be multiples of 16, got states ", states.sizes());
+  TORCH_CHECK(key_heads > 0 && r.heads % key_heads == 0, "bi_cpu: ", r.heads, " heads are not a multiple of ",
+              key_heads, " heads of keys");
+  TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1 && x.size(1) == 2 * key_heads * r.keys + r.heads * r.values,
+              "bi_cpu: x must be [tokens, keys, queries and values], dense in the last, got ", x.sizes());
+  TORCH_CHECK(out.dim() == 3 && out.size(0) >= x.size(0) && out.size(1) == r.heads && out.size(2) == r.values &&
+                  out[0].is_contiguous() && out.scalar_type() == x.scalar_type(),
+              "bi_cpu: out must be [tokens, ", r.heads, ", ", r.values, "] of ", x.scalar_type(), ", got ", out.sizes(),
+              " of ", out.scalar_type());
+  TORCH_CHECK(a.dim() == 2 && a.size(0) >= x.size(0) && a.size(1) == r.heads && a.stride(1) == 1 &&
+                  a.scalar_type() == x.scalar_type(),
+              "bi_cpu: a must be [tokens, heads=", r.heads, "] of ", x.scalar_type(), ", got ", a.sizes());
+  r.rate = per_head(rate, "rate", r.heads);
+  r.dt_bias = per_head(dt_bias, "dt_bias", r.heads);
+  r.x = x.const_data_ptr();
+  r.x_token = x.stride(0);
+  r.a = a.const_data_ptr();
+  r.a_token = a.stride(0);
+  r.states = states.mutable_data_ptr();
+  r.state_slot = states.stride(0);
+  r.out = out.mutable_data_ptr();
+  r.out_token = out.stride(0);
+  return r;
+}
+
+void gated_delta_rule(at::Tensor out, const at::Tensor& x, const at::Tensor& a, const at::Tensor& b,
+                      const at::Tensor& rate, const at::Tensor& dt_bias, at::Tensor states,
+                      const at::Tensor& query_start, const at::Tensor& slots, const at::Tensor& fresh,
+                      int64_t key_heads) {
+  bi::RecurrenceArgs r = recurrence_of(out, x, a, rate, dt_bias, states, key_heads);
+  TORCH_CHECK(b.sizes() == a.sizes() && b.stride(1) == 1 && b.scalar_type() == a.scalar_type(),
+              "bi_cpu.gated_delta_rule: b must be as a, got ", b.sizes());
+  r.delta = true;
+  r.query_at = 0;
+  r.key_at = key_heads * r.keys;
+  r.value_at = 2 * key_heads * r.keys;
+  r.b = b.const_data_ptr();
+  r.b_token = b.stride(0);
+  static_cast<bi::Spans&>(r) = spans_of(query_start, slots, fresh, x.size(0), states.size(0));
+  bi::recurrence(r, at::get_num_threads());
+}
+
+void mamba2(at::Tensor out, const at::Tensor& x, const at::Tensor& dt, const at::Tensor& rate,
+            const at::Tensor& dt_bias, const std::optional<at::Tensor>& D, at::Tensor states,
+            const at::Tensor& query_start, const at::Tensor& slots, const at::Tensor& fresh, int64_t groups,
+            double dt_min, double dt_max) {
+  bi::RecurrenceArgs r = recurrence_of(out, x, dt, rate, dt_bias, states, groups);
+  r.delta = false;
+  r.value_at = 0;
+  r.key_at = r.heads * r.values;
+  r.query_at = r.key_at + groups * r.keys;
+  r.D = D ? per_head(*D, "D", r.heads) : nullptr;
+  r.dt_min = float(dt_min);
+  r.dt_max = float(dt_max);
+  static_cast<bi::Spans&>(r) = spans_of(query_start, slots, fresh, x.size(0), states.size(0));
+  bi::recurrence(r, at::get_num_threads());
+}
+
 at::Tensor gated(const char* name, bi::Activation f, const at::Tensor& x) {
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0, "bi_cpu.", name, ": x must be [..., 2 * D], got ", x.sizes());
   const auto type = dtype_of(x, "x");
@@ -412,6 +583,14 @@ at::Tensor mean_rows(const at::Tensor& x, const at::Tensor& starts) {
 TORCH_LIBRARY(bi_cpu, m) {
   m.def("gemm_pack(Tensor weight) -> Tensor");
   m.def("gemm(Tensor x, Tensor packed, int n, int k, Tensor? bias) -> Tensor");
+  m.def("gated_rms_norm(Tensor x, Tensor gate, Tensor? weight, float eps, int group, bool gate_first, bool sigmoid) "
+        "-> Tensor");
+  m.def("causal_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) states, Tensor query_start_loc, Tensor slots, "
+        "Tensor fresh, bool silu) -> Tensor");
+  m.def("gated_delta_rule(Tensor(a!) out, Tensor x, Tensor a, Tensor b, Tensor rate, Tensor dt_bias, "
+        "Tensor(b!) states, Tensor query_start_loc, Tensor slots, Tensor fresh, int key_heads) -> ()");
+  m.def("mamba2(Tensor(a!) out, Tensor x, Tensor dt, Tensor rate, Tensor dt_bias, Tensor? D, Tensor(b!) states, "
+        "Tensor query_start_loc, Tensor slots, Tensor fresh, int groups, float dt_min, float dt_max) -> ()");
   m.def("kv_store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
   m.def("attention(Tensor(a!) out, Tensor query, Tensor kv_cache, Tensor query_start_loc, "
         "Tensor seq_lens, Tensor block_table, float scale, int window_left, float softcap, bool causal=True) -> ()");
@@ -437,6 +616,10 @@ TORCH_LIBRARY(bi_cpu, m) {
 TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
   m.impl("gemm_pack", &gemm_pack);
   m.impl("gemm", &gemm);
+  m.impl("gated_rms_norm", &gated_rms_norm);
+  m.impl("causal_conv", &causal_conv);
+  m.impl("gated_delta_rule", &gated_delta_rule);
+  m.impl("mamba2", &mamba2);
   m.impl("kv_store", &kv_store);
   m.impl("attention", &attention);
   m.impl("latent_attention", &latent_attention);

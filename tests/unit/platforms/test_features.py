@@ -234,11 +234,22 @@ def test_offload_is_refused_before_it_keeps_prompt_logprobs():
         check("cuda", "0.26.0", kv_transfer=offload())
 
 
-def test_a_lifted_row_is_not_looked_at():
-    held = config(model_is_hybrid=True, lora=SimpleNamespace())
-    with pytest.raises(UnsupportedFeature) as caught:
-        table.check(held, "cpu", Version(releases.BY_PLATFORM["cpu"][-1]), lifted=("hybrid and state-space models",))
-    assert "hybrid" not in str(caught.value) and "LoRA" in str(caught.value)
+@pytest.mark.parametrize("state", ["model_is_hybrid", "model_is_attention_free", "model_has_inner_state"])
+def test_recurrent_layers_are_served_by_kind(state):
+    for name, words in (("Qwen3NextForCausalLM", "gated delta nets"), ("Mamba2ForCausalLM", "Mamba 2")):
+        given = {state: True, "model_architectures": [name]}
+        check("cpu", **given)
+        for platform in ("cuda", "ascend"):
+            with pytest.raises(UnsupportedFeature, match=words):
+                check(platform, **given)
+    given = {state: True, "model_architectures": ["Qwen3NextForCausalLM"], "model_enforce_eager": True}
+    check("cuda", **given)
+    with pytest.raises(UnsupportedFeature, match="gated delta nets"):
+        check("cuda", "0.32.0", **given)
+    for other in ("JambaForCausalLM", "MambaForCausalLM", "KimiLinearForCausalLM"):
+        for platform in releases.BY_PLATFORM:
+            with pytest.raises(UnsupportedFeature, match="hybrid and state-space models"):
+                check(platform, **{state: True, "model_architectures": [other]})
 
 
 def test_what_is_untried_is_named_for_the_line_that_says_armed():

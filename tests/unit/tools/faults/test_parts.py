@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 import torch
-from packaging.version import Version
 
 from bi_patch.tools.evidence import FaultRow, Faults
-from bi_patch.tools.faults import attention, base, every, lifts, named, parts, shared
+from bi_patch.tools.faults import attention, base, every, named, parts, shared
 from bi_patch.tools.faults.run import write
 
 
@@ -112,29 +111,3 @@ def test_a_run_replaces_the_file_of_an_earlier_one(tmp_path):
 def test_what_is_not_there_is_refused():
     with pytest.raises(base.UnknownFault, match="there is no fault"):
         named("nothing")
-    with pytest.raises(base.UnknownFault, match="no refusal"):
-        lifts.lift(["nothing"])
-
-
-def test_only_the_lifted_row_of_the_feature_table_is_let_in(monkeypatch):
-    """vLLM's hybrids start in the child of a fault; everything else is still refused there."""
-    from bi_patch.arming.catalog import plan
-    from bi_patch.errors import UnsupportedFeature
-    from bi_patch.seams import active
-
-    monkeypatch.setattr(active, "plan", plan(Version("0.32.0"), "cpu"))
-    lifts._without("hybrid and state-space models")
-    (policy,) = [policy for policy in active.plan.policies if policy.name == "features.cpu"]
-    model = SimpleNamespace(
-        runner_type="generate",
-        is_multimodal_model=False,
-        is_encoder_decoder=False,
-        is_hybrid=True,
-        use_mla=False,
-        quantization=None,
-    )
-    given = {"model_config": model, "cache_config": SimpleNamespace(), "parallel_config": SimpleNamespace()}
-    off = dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config"))
-    policy.apply(SimpleNamespace(**given, **off))
-    with pytest.raises(UnsupportedFeature, match="LoRA"):
-        policy.apply(SimpleNamespace(**given, **off | {"lora_config": object()}))

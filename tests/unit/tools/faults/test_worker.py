@@ -1,7 +1,5 @@
 """Only the worker of the tool faults can plant faults; verify's worker cannot."""
 
-import sys
-
 import pytest
 
 from bi_patch.errors import SettingError
@@ -18,21 +16,11 @@ def served(monkeypatch):
     return lambda: set(instruments.SERVED)
 
 
-def test_the_worker_of_faults_serves_one_more_instrument_and_lifts_what_it_is_told(monkeypatch, served):
-    given = []
-    monkeypatch.setattr(worker.worker, "main", lambda prepare: given.append(prepare))
-    monkeypatch.setattr(sys, "argv", ["-c", FaultyEngine.worker, "7", "nothing"])
+def test_the_worker_of_faults_serves_one_more_instrument(monkeypatch, served):
+    monkeypatch.setattr(worker.worker, "main", lambda: None)
     assert served() == {"trace", "precision", "sleep", "update", "update in flight", "held"}
     worker.main()
     assert served() == {"trace", "precision", "sleep", "update", "update in flight", "held", "plant"}
-    with pytest.raises(base.UnknownFault, match="no refusal 'nothing'"):
-        given[0]()
-
-
-def test_a_child_says_which_refusals_are_lifted(monkeypatch):
-    monkeypatch.setattr(ChildEngine, "__init__", lambda self, *given, **options: None)
-    assert FaultyEngine("armed", None, lifts=["a", "b"]).arguments == ("a", "b")
-    assert ChildEngine.arguments == FaultyEngine("armed", None).arguments == ()
     assert FaultyEngine.worker != ChildEngine.worker
 
 

@@ -1,0 +1,95 @@
+"""Layers with a recurrent state: one row for each kind that kernels of bi_patch compute, and one for all others.
+
+The rows tell the kinds by the model's architecture. What a loaded model really has is checked again, layer by layer
+(`recurrent.cpu_layers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.platforms.features.model import Feature, refused, row, served, untried
+
+_CPU = "invariance-2026-11-28-cpu-recurrent-vllm-0.32.0.json"
+_H200 = "invariance-2026-11-28-h200-recurrent-vllm-0.33.0.json"
+_CHUNKS = refused("chunks of a recurrent state start where an engine step starts", todo="Use another model")
+_TINY = served(_CPU, why="tiny shapes with random weights, in bf16")
+
+# The kind of recurrent layer, by architecture.
+_KINDS = {
+    "Qwen3NextForCausalLM": "gated delta nets",
+    "Qwen3_5ForCausalLM": "Qwen3.5",
+    "Qwen3_5MoeForCausalLM": "Qwen3.5",
+    "FalconH1ForCausalLM": "Mamba 2",
+    "GraniteMoeHybridForCausalLM": "Mamba 2",
+    "BambaForCausalLM": "Mamba 2",
+    "NemotronHForCausalLM": "Mamba 2",
+    "Mamba2ForCausalLM": "Mamba 2",
+    "Lfm2ForCausalLM": "short convolutions",
+    "Lfm2MoeForCausalLM": "short convolutions",
+}
+
+
+def _asked(kind: str) -> Callable[[Any], str]:
+    """The kind, if the engine's model has recurrent layers of this kind; "" stands for every other kind."""
+
+    def asked(config: Any) -> str:
+        model = config.model_config
+        if not any(getattr(model, name, False) for name in ("is_hybrid", "is_attention_free", "has_inner_state")):
+            return ""
+        found = {_KINDS.get(name, "") for name in getattr(model, "architectures", None) or ("",)}
+        return (kind or "hybrid and state-space models") if found == {kind} else ""
+
+    return asked
+
+
+def _eager(config: Any) -> bool:
+    return bool(getattr(config.model_config, "enforce_eager", False))
+
+
+RECURRENT: tuple[Feature, ...] = (
+    row(
+        "gated delta nets (Qwen3-Next)",
+        short="Qwen3-Next, Falcon-H1, Granite 4-H, LFM2",
+        cpu=_TINY,
+        cuda=(
+            refused("chunks of a recurrent state start where an engine step starts", releases="<0.33"),
+            served(_H200, why="four layers, in eager mode; long prompts take longer, nobody measured the cost"),
+        ),
+        ascend=_CHUNKS,
+        asked=_asked("gated delta nets"),
+        details="A request's tokens run one after the other, and the states are kept exactly, with prefix caching "
+        "(`--mamba-cache-mode align`) and without. On CPU in bf16; on CUDA with `--mamba-ssm-cache-dtype float32`, and "
+        "with a `--block-size` that leaves pages of a power of two tokens.",
+    ),
+    row(
+        "gated delta nets, compiled",
+        cpu=untried("the same kernels"),
+        cuda=refused("nobody has measured it", todo="Pass --enforce-eager"),
+        ascend=_CHUNKS,
+        asked=lambda config: _asked("gated delta nets")(config) and not _eager(config) and "compiled gated delta nets",
+    ),
+    row(
+        "gated delta nets (Qwen3.5)",
+        cpu=untried("the layers of Qwen3-Next, with projections of their own"),
+        cuda=_CHUNKS,
+        ascend=_CHUNKS,
+        asked=_asked("Qwen3.5"),
+    ),
+    row(
+        "Mamba 2 (Falcon-H1, Granite 4-H, Bamba, Nemotron-H and others)",
+        cpu=_TINY,
+        cuda=_CHUNKS,
+        ascend=_CHUNKS,
+        asked=_asked("Mamba 2"),
+    ),
+    row("short convolutions (LFM2)", cpu=_TINY, cuda=_CHUNKS, ascend=_CHUNKS, asked=_asked("short convolutions")),
+    row(
+        "other hybrid and state-space models (Jamba, Mamba, Zamba2, Kimi Linear, MiniMax-Text)",
+        cpu=_CHUNKS,
+        cuda=_CHUNKS,
+        ascend=_CHUNKS,
+        asked=_asked(""),
+    ),
+)

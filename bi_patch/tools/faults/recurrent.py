@@ -1,0 +1,69 @@
+"""Faults in layers with a recurrent state, planted in an engine with gated delta nets."""
+
+from __future__ import annotations
+
+import torch
+
+from bi_patch.tools.faults import parts
+from bi_patch.tools.faults.base import CPU, Fault
+from bi_patch.tools.verify.engine import LocalEngine
+from bi_patch.tools.verify.runner import replaced
+
+MODEL = "Qwen3-Next"
+_SEAM = {"cpu": "recurrent.cpu_gated_delta_net"}
+
+
+def chunks_from_the_cut(engine: LocalEngine):
+    """vLLM's own kernels: chunks start where the scheduler cut the prompt, and other kernels decode."""
+    from vllm import _custom_ops
+    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+
+    stock, packs = parts.original(_SEAM["cpu"]), torch.cpu._is_avx512_bf16_supported()
+
+    def run(layer, *given):
+        held = layer.conv1d.weight.data
+        if packs:  # as vLLM keeps it on such a machine
+            layer.conv1d.weight.data = _custom_ops.causal_conv1d_weight_pack(held.view(held.shape[0], -1).contiguous())
+        try:
+            return stock(layer, *given)
+        finally:
+            layer.conv1d.weight.data = held
+
+    return replaced(gdn_attention, "_cpu_gdn_attention_nonspec", lambda held: run)
+
+
+def rounded_states(engine: LocalEngine):
+    """The state is saved, rounded to bf16, where a step ends, which is in the middle of a chunk."""
+    from bi_patch.ops.cpu import recurrent
+
+    def make(held):
+        def gated_delta_rule(*given):
+            held(*given)
+            states, spans = given[6], given[7]
+            slots = spans.slots.long()
+            states[slots] = states[slots].bfloat16().float()
+
+        return gated_delta_rule
+
+    return replaced(recurrent, "gated_delta_rule", make)
+
+
+FAULTS = tuple(
+    Fault(
+        name,
+        24,
+        plant.__doc__,
+        "chunk budget",
+        plant,
+        (CPU,),
+        "linear_attn",
+        "gdn",
+        seam=_SEAM,
+        emulated=emulated,
+        model=MODEL,
+    )
+    for name, plant, emulated in (
+        ("chunks from the scheduler's cut", chunks_from_the_cut, ()),
+        ("states saved between chunk boundaries", rounded_states, (CPU,)),
+    )
+)
