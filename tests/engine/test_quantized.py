@@ -1,6 +1,7 @@
 """Quantized checkpoints on the real CPU engine: axes, accuracy against fp64, a planted fault, and refusals by name."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from bi_patch.tools.faults import catch, every
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import precision
-from bi_patch.tools.verify.child import ARMED
+from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 from bi_patch.tools.verify.engine import Options
+from bi_patch.tools.verify.probes import FEATURE_PROBES
 
 pytestmark = pytest.mark.engine
 
@@ -86,6 +88,23 @@ def test_other_kernels(start, name, dtype, environ):
     with start(ARMED, name, chunk=512, dtype=dtype, environ=environ) as engine:
         invariant(engine)
         accurate(engine, 13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [recipes.AWQ, recipes.GPTQ])
+def test_new_weights(model, name):
+    probe = next(probe for probe in FEATURE_PROBES if probe.name == catch.UPDATE)
+    given, environ = Options(model(name), max_model_len=1024, chunk=512), PATIENT | os.environ
+    with ChildEngine(ARMED, given, environ=environ) as engine:
+        load = catch.workload(engine)
+        if why := probe.missing(engine):
+            pytest.skip(why)
+        change, requests = probe.changes(engine)[0], probe.requests(engine, load)
+        expected = probe.collect(engine, load)
+    with ChildEngine(ARMED, given.but(**change.options), environ=environ) as engine:
+        got = probe.collect(engine, load, change)
+    cases = list(probe.cases(change, requests, expected, got))
+    assert cases and not [f"{case.label}: {case.difference.first}" for case in cases if case.differs]
 
 
 @pytest.mark.parametrize(

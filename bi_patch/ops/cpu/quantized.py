@@ -28,10 +28,17 @@ if TYPE_CHECKING:
     import torch
 
 BASE = 512  # the number of rows that all others are compared with
-# Steps of 32 above 32, because a kernel's tiles have 16 or 32 rows. Past 512, few sizes: prefill steps are cut.
-ROWS = (*range(1, 33), *range(64, BASE + 1, 32), 1024, 2048, 4096)
+# Every number of rows of decode steps. Above, an eighth more work at most fills a step up, and long prefills are cut.
+ROWS = (
+    *range(1, 129),
+    *range(144, 257, 16),
+    *range(288, BASE + 1, 32),
+    *range(BASE + 64, 1025, 64),
+    2048,
+)
 OPERATION = "cpu.quantized"
 _PLACES = 8  # up to 64 rows are compared at this many places of the data
+_LOST = 32  # rows that may be filled up rather than cut
 _SMALL = 32  # the library serves only if it is certified for some number of rows up to this one
 _INSTEAD = "the kernel at other numbers of rows, or the bundled GEMM,"
 
@@ -81,7 +88,7 @@ def pieces(m: int, rows: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     while at < m:
         left = m - at
         above = next((size for size in rows if size >= left), None)
-        if above is None or (above > BASE and above != left):
+        if above is None or above - left > max(_LOST, left // 8):
             size = max((size for size in rows if BASE <= size <= left), default=0)
             if size:
                 yield at, size, size
@@ -171,8 +178,8 @@ def scheme(layer: torch.nn.Module) -> str:
 def key(scheme: str, n: int, k: int, dtype: torch.dtype, bias: bool, library: str) -> Key:
     """The key of a quantized linear's certificate."""
     problem = f"{scheme} N={n} K={k} {str(dtype).removeprefix('torch.')}{' bias' if bias else ''}"
-    libraries = machine.libraries(library)
-    return Key(OPERATION, problem, machine.device(), libraries, machine.kernels_digest(), linear.DATA)
+    libraries, data = machine.libraries(library), f"{linear.DATA}, {len(ROWS)} numbers of rows"
+    return Key(OPERATION, problem, machine.device(), libraries, machine.kernels_digest(), data)
 
 
 def _certify(asked: Key, vendor: Product, weight: torch.Tensor, bias: torch.Tensor | None) -> Certificate:
@@ -207,7 +214,7 @@ def _certify(asked: Key, vendor: Product, weight: torch.Tensor, bias: torch.Tens
 def _company(x: torch.Tensor, m: int) -> Iterator[tuple[int, torch.Tensor]]:
     """(place, m rows of x from this place on; past BASE, copies of all rows one after the other)."""
     if m > BASE:
-        yield 0, x.repeat(m // BASE, 1)
+        yield 0, x.repeat(-(-m // BASE), 1)[:m]
         return
     last = BASE - m
     for at in sorted({last * i // (_PLACES - 1) for i in range(_PLACES)} if m <= 64 else {last // 2}):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_patch.platforms import schemes
-from bi_patch.platforms.features.model import Cell, Feature, refused, row, untried
+from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
 from bi_patch.platforms.schemes import CHANNEL, TENSOR, TOKEN, Scheme
 
 _NONE = refused("bi_patch has no certified order for their products", todo="Use unquantized weights")
@@ -24,6 +24,10 @@ Cells = dict[str, Cell | tuple[Cell, ...]]
 
 def _weight_only(scheme: Scheme, bits: int) -> bool:
     return scheme.weight == f"int{bits}" and scheme.scale in _GROUPS and not scheme.activation and not scheme.online
+
+
+_CPU_RUN = "invariance-2026-11-28-cpu-amx-quantized-vllm-0.32.0.json"
+_ON_CPU = _REFUSED | {"cpu": served(_CPU_RUN, why="tiny models with random weights")}
 
 
 def _int4(method: str) -> Callable[[Scheme], bool]:
@@ -50,10 +54,10 @@ def _fp8(scheme: Scheme, scale: str, activation: str, *, static: bool = False, o
 
 # (name, whether a scheme belongs to the row, its cells). A scheme belongs to the first row that takes it.
 _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
-    ("INT8 weights and activations (compressed-tensors W8A8)", _int8_rows, _CPU),
-    ("AWQ, 4 bits", _int4("awq"), _CPU),
-    ("GPTQ, 4 bits", _int4("gptq"), _CPU),
-    ("compressed-tensors W4A16", _int4("compressed-tensors"), _CPU),
+    ("INT8 weights and activations (compressed-tensors W8A8)", _int8_rows, _ON_CPU),
+    ("AWQ, 4 bits", _int4("awq"), _ON_CPU),
+    ("GPTQ, 4 bits", _int4("gptq"), _ON_CPU),
+    ("compressed-tensors W4A16", _int4("compressed-tensors"), _ON_CPU),
     (
         "GPTQ and compressed-tensors with act-order",
         lambda s: s.order and (_weight_only(s, 4) or _weight_only(s, 8)),
@@ -105,6 +109,11 @@ def _head(config: Any) -> str:
     return f"a quantized language-model head ({'; '.join(map(str, used))})" if used else ""
 
 
+def _dtype(config: Any) -> str:
+    dtype = str(getattr(config.model_config, "dtype", "")).removeprefix("torch.")
+    return f"quantized weights in {dtype}" if dtype in ("float16", "float32") and schemes.of(config) else ""
+
+
 QUANTIZATION: tuple[Feature, ...] = (
     *(row(name, **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
     row("quantized experts", **_REFUSED, asked=_experts),
@@ -114,5 +123,12 @@ QUANTIZATION: tuple[Feature, ...] = (
         **_REFUSED,
         asked=_asked(_OTHERS),
         details="Each method, group size and packing that no row above names: MXFP4, NVFP4, torchao, Quark, ModelOpt",
+    ),
+    row(
+        "quantized weights in fp16 or fp32",
+        cpu=untried("the evidence of the rows above is in bf16"),
+        cuda=untried(),
+        ascend=_NONE,
+        asked=_dtype,
     ),
 )

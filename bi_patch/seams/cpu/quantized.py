@@ -106,10 +106,10 @@ def _fp8(original):
 
 
 def _first(layer):
-    """Raise UnsupportedFeature if a layer that has a route gets new weights."""
+    """Raise UnsupportedFeature if a layer that has a route gets new weights, and no evidence covers that."""
     from bi_patch.ops.cpu import quantized
 
-    if quantized.has_route(layer):
+    if quantized.has_route(layer) and not quantized.scheme(layer).startswith("W4A8"):
         raise UnsupportedFeature(
             f"quantized.cpu_update: no evidence covers new weights in a quantized {type(layer).__name__} "
             f"({quantized.scheme(layer)}). Start a new engine with the new weights"

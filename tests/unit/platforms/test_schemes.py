@@ -119,6 +119,11 @@ def test_experts_and_heads_have_rows_of_their_own():
     assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head"]
 
 
+def test_other_types_than_bf16_have_a_row():
+    assert rows(AWQ, dtype="torch.bfloat16") == ["AWQ, 4 bits"]
+    assert rows(AWQ, dtype="torch.float16") == ["AWQ, 4 bits", "quantized weights in fp16 or fp32"]
+
+
 def test_a_method_must_be_the_checkpoints():
     assert rows(AWQ, "awq_marlin") == rows(AWQ, "auto_awq") == ["AWQ, 4 bits"]
     for made in (

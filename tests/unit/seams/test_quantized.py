@@ -36,6 +36,18 @@ def test_a_quantized_layer_without_a_route_is_refused_by_name():
         quantized.check(model(**plain, down=(torch.nn.Linear(2, 2), AutoAWQMarlinLinearMethod())))
 
 
+@pytest.mark.parametrize(("scheme", "served"), [("W4A8 groups of 32", True), ("W8A8 sgl token", False), ("", True)])
+def test_new_weights_without_evidence_are_refused_by_name(monkeypatch, scheme, served):
+    from bi_patch.ops.cpu import quantized as routes
+
+    monkeypatch.setattr(routes, "has_route", lambda layer: bool(scheme))
+    monkeypatch.setattr(routes, "scheme", lambda layer: scheme)
+    if served:
+        return quantized._first(torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedFeature, match="quantized.cpu_update: .*Linear .W8A8 sgl token"):
+        quantized._first(torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize("outputs_first", [False, True], ids=["GPTQ", "compressed-tensors"])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_loaded_integers_give_the_weight(outputs_first, zeros):

@@ -19,6 +19,8 @@ from bi_patch.tools.verify.instruments import InFlight
 from bi_patch.tools.verify.probes.base import Change, CrossProbe, NotExercised, Workload
 
 _SEED = 5  # of the other weights
+# vLLM's names of 4-bit methods: on CPU with AMX, weights of these may be updated.
+_UPDATED = ("awq", "auto_awq", "gptq", "auto_gptq")
 _SLACK = 0.05  # the share of the weights by which updates may let an engine grow
 _folders: dict[str, tempfile.TemporaryDirectory] = {}
 # Folder that an engine was started with -> its updates, and what went wrong besides bits.
@@ -35,7 +37,7 @@ def missing(engine: Engine) -> str:
         return "verify gives a running server no weights"
     if options.random_weights is not None or options.tied:
         return "made weights cannot be loaded again; give a folder with weights"
-    if engine.info.quantization:
+    if engine.info.quantization and not (engine.info.quantization in _UPDATED and ", AMX" in engine.info.device):
         return f"weights are quantized ({engine.info.quantization})"
     return (
         "" if any(Path(options.model).expanduser().glob("*.safetensors")) else "needs a local folder with safetensors"
