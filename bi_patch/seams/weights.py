@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from bi_patch.errors import NoEngine, WeightsBroken
+from bi_patch.errors import NoEngine, UnsupportedFeature, WeightsBroken
 
 _identity = secrets.token_hex(16)
 _cores: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
@@ -104,6 +104,15 @@ def ready() -> None:
             "enough), or follow the write with llm.collective_rpc(lambda worker: bi_patch.weights_changed())"
         )
     settle()
+
+
+def refuse_with_lora(config: Any) -> None:
+    """Raise UnsupportedFeature for new weights of an engine with LoRA. config: its VllmConfig."""
+    if getattr(config, "lora_config", None) is not None:
+        raise UnsupportedFeature(
+            "weights.lora: bi_patch does not cover weight updates of an engine with LoRA. Start an engine with the new "
+            "weights, or without LoRA"
+        )
 
 
 def before_step(original):

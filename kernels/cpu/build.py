@@ -41,7 +41,7 @@ _CFLAGS["amx_bf16"] = [*_CFLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16", "-DB
 
 # No -ffast-math and no contraction: the compiler could contract one template instance and not another.
 _COMMON = ["-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-w"]
-_FILES = ("gemm", "gemm_amx", "attention", "latent", "norm", "pointwise", "pooling", "softmax_topk")
+_FILES = ("gemm", "gemm_amx", "attention", "latent", "lora", "norm", "pointwise", "pooling", "softmax_topk")
 _KERNELS = tuple(f"{name}.cpp" for name in _FILES)
 
 _loaded: tuple[str, str] | None = None

@@ -50,10 +50,9 @@ def test_forced_to_run_the_fault_is_seen(start):
         ({"extra": {"tensor_parallel_size": 2}}, "tensor parallelism"),
         ({"extra": {"kv_cache_dtype": "fp8"}}, "features: .*on CPU does not cover a 'fp8' KV cache"),
         ({"extra": {"quantization": "fp8"}}, "features: .*quantized weights .fp8"),
-        ({"extra": {"enable_lora": True}}, "LoRA"),
         ({"extra": {"worker_extension_cls": "my.Extension"}}, "plugins.code: .*BI_PATCH_ALLOW_CODE=my.Extension"),
     ],
-    ids=["tensor parallel", "fp8 KV cache", "fp8 weights", "LoRA", "worker extension"],
+    ids=["tensor parallel", "fp8 KV cache", "fp8 weights", "worker extension"],
 )
 def test_uncovered_features_are_refused_by_name(refusing, options, said):
     with pytest.raises(BiPatchError, match=said) as caught:

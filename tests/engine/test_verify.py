@@ -66,13 +66,13 @@ def test_config_alone_with_logits_and_tied(bare):
     folder = bare(recipes.MOE)
     with pytest.raises(recipes.ModelMissing, match="--random-weights"):
         local(str(folder), QUICK)
-    axes = ("mixed lengths", "tied logits and routers", "LoRA")
+    axes = ("mixed lengths", "tied logits and routers", "sleep and wake")
     system = local(str(folder), DEFAULT, random_weights=7, logits=True, eager=True)
     assert not system.options.tokenizer
     found = verify(system, DEFAULT, only=axes)
     states = {axis.name: (axis.state, axis.reason) for axis in found.axes if axis.name in axes}
     assert found.exit_code == report.INVARIANT, (found.verdict, states)
-    assert states["LoRA"][0] == report.NOT_APPLICABLE
+    assert states["sleep and wake"][0] == report.NOT_APPLICABLE
     by_name = {axis.name: axis for axis in found.axes}
     assert by_name["mixed lengths"].digests > 0 and by_name["tied logits and routers"].digests > 0
 

@@ -13,6 +13,7 @@ _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_PARITY = "parity-2026-11-28-cpu-vllm-0.32.0.json"
 _H200_PARITY = "parity-2026-11-28-h200-vllm-0.33.0.json"
+_CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
@@ -145,6 +146,43 @@ def _beside_speculation(config: Any) -> str:
     }
     named = [name for name, there in found.items() if there]
     return f"speculative decoding beside {', '.join(named)}" if named else ""
+
+
+def _lora_with(config: Any) -> str:
+    """What LoRA is used with that is not covered beside it, in words; "" without LoRA, and for what is covered."""
+    lora, model, parallel = config.lora_config, config.model_config, config.parallel_config
+    if lora is None or model is None:
+        return ""
+    kept, kind, own = (
+        getattr(lora, "target_modules", None),
+        getattr(lora, "lora_dtype", "auto"),
+        getattr(model, "dtype", None),
+    )
+
+    def has(name: str) -> bool:
+        return bool(getattr(model, name, False))
+
+    def several(name: str) -> bool:
+        return int(getattr(parallel, name, 1) or 1) > 1
+
+    found = {
+        "pipeline parallelism": several("pipeline_parallel_size"),
+        "tensor parallelism": several("tensor_parallel_size"),
+        "data parallelism": several("data_parallel_size"),
+        "KV transfer or offload": config.kv_transfer_config is not None,
+        "speculative decoding": config.speculative_config is not None,
+        "pooling models": model.runner_type == "pooling",
+        "multimodal models": has("is_multimodal_model"),
+        "encoder-decoder models": has("is_encoder_decoder"),
+        "MLA": has("use_mla"),
+        "recurrent layers": has("is_hybrid"),
+        "quantized weights": model.quantization is not None,
+        "experts (name other layers in --lora-target-modules)": has("is_moe") and not (kept and "experts" not in kept),
+        "sharded adapters (--fully-sharded-loras)": getattr(lora, "fully_sharded_loras", False),
+        f"adapters of {kind} for a model of {own}": kind not in ("auto", own),
+    }
+    named = [name for name, asked in found.items() if asked]
+    return f"LoRA with {' and '.join(named)}" if named else ""
 
 
 def _norms_over_ranks(config: Any) -> str:
@@ -338,8 +376,19 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "LoRA",
         short="LoRA",
-        **_everywhere("its products split K by the number of rows"),
+        cpu=served(_CPU_LORA, why="on linear layers, embeddings and the head; vLLM runs it in eager mode"),
+        cuda=refused("nobody has compared an engine's bits yet"),
+        ascend=refused("its products split K by the number of rows"),
         asked=_given("lora_config", "LoRA"),
+        details="Adapters of several ranks side by side, more adapters than `max_loras`, loading and unloading at run "
+        "time. A request without an adapter has the bits of an engine without LoRA. Each adapter needs a number "
+        "(`lora_int_id`) of its own.",
+    ),
+    row(
+        "LoRA with another feature (any parallelism, KV transfer, speculation, pooling, images, MLA, "
+        "recurrent layers, quantized weights), on experts, sharded, or in another type than the model's",
+        **_everywhere("nobody has compared bits of both together", "Use one of them"),
+        asked=_lora_with,
     ),
     row(
         "speculative decoding with n-grams of the request (method ngram)",

@@ -7,7 +7,7 @@ request again, since clients other than vLLM's Python front end send requests to
 import functools
 
 from bi_patch.seams import active
-from bi_patch.seams.common import seeds
+from bi_patch.seams.common import lora, seeds
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
@@ -101,6 +101,7 @@ def _checked_in_core(original):
             return original(self, request, *args, **kwargs)
         try:
             check(self.vllm_config, request.params)
+            lora.check(self, request.lora_request)
             _clear_signs(request.params)
             seed = seeds.source(self, request)
         except Exception:

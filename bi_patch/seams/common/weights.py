@@ -177,6 +177,7 @@ def _reload(original):
 
     @functools.wraps(original)
     def reload_weights(self, *args, **kwargs):
+        weights.refuse_with_lora(self.vllm_config)
         config = self.vllm_config.model_config
         own = {name: getattr(config, name) for name in _SOURCE if hasattr(config, name)}
         try:

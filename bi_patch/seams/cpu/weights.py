@@ -29,7 +29,8 @@ def watch(model, config) -> None:
     if pooling.is_pooling(config):
         weights.watch_model(model, pooling.no_update, pooling.no_update)
         return
-    weights.watch_model(model, _begin, functools.partial(_settle, config=config))
+    begin = functools.partial(_begin, config=config)
+    weights.watch_model(model, begin, functools.partial(_settle, config=config))
 
 
 def _in_progress(model) -> bool:
@@ -39,7 +40,8 @@ def _in_progress(model) -> bool:
     return get_layerwise_info(model).can_load()
 
 
-def _begin(model) -> None:
+def _begin(model, config) -> None:
+    weights.refuse_with_lora(config)
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
     if not _in_progress(model):

@@ -45,12 +45,14 @@ def _load(original):
     def load_model(self, *args, **kwargs):
         from vllm.config import set_current_vllm_config
 
-        from bi_patch.ops.cuda import certify
+        from bi_patch.ops.cuda import certify, lora
         from bi_patch.seams import pooling as poolers
         from bi_patch.seams import weights
         from bi_patch.seams.cuda import attention, chunks, moe, norm, pooling, rows
 
         config = self.vllm_config
+        if getattr(config, "lora_config", None) is not None:
+            lora.register()  # compiled code cannot define an operator
         # A pooling model samples nothing.
         vocab = 0 if poolers.is_pooling(config) else config.model_config.get_vocab_size()
         # With tensor descriptors, Triton makes another kernel from the same source.
@@ -61,7 +63,8 @@ def _load(original):
         model = self.get_model()
         norm.replace_layer_norms(model)
         pooling.prepare(model, config)
-        hooks = (poolers.no_update, poolers.no_update) if poolers.is_pooling(config) else ()
+        held = (poolers.no_update, poolers.no_update)
+        hooks = held if poolers.is_pooling(config) else (lambda _: weights.refuse_with_lora(config),)
         weights.watch_model(model, *hooks)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
             certify.certify(

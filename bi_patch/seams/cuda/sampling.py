@@ -18,7 +18,7 @@ def _top_k_top_p(original):
 
         if k is None and p is None:
             return logits
-        logits = _packed_rows(logits)
+        logits = packed_rows(logits)
         rows, vocab = logits.shape
         # The batch size changes the kernel only for rows with top-p and without top-k.
         split = p is not None and has_topp_only_rows
@@ -41,7 +41,7 @@ def _logits(original):
     @functools.wraps(original)
     def _get_logits(self, *args, **kwargs):
         logits = original(self, *args, **kwargs)
-        return logits if logits is None else _packed_rows(logits)
+        return logits if logits is None else packed_rows(logits)
 
     return _get_logits
 
@@ -52,12 +52,12 @@ def _processed(original):
     @functools.wraps(original)
     def apply_sampling_params(self, logits, *args, **kwargs):
         logits = original(self, logits, *args, **kwargs)
-        return _packed_rows(logits.float()) if self.logprobs_mode == "processed_logprobs" else logits
+        return packed_rows(logits.float()) if self.logprobs_mode == "processed_logprobs" else logits
 
     return apply_sampling_params
 
 
-def _packed_rows(x):
+def packed_rows(x):
     """x [rows, C] with a row stride of C. PyTorch calls a single row contiguous, whatever its stride. Triton compiles
     another sum for strides that are multiples of 16."""
     return x.contiguous().reshape(-1).view(x.shape)

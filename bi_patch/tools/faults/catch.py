@@ -16,7 +16,7 @@ from bi_patch.tools.verify.probes import AXES, Run, Workload, updating
 from bi_patch.tools.verify.probes.base import pair
 from bi_patch.tools.verify.probes.crossing import crossing_blocks, preempted
 
-PRECISION, RESTART, PREEMPTION, UPDATE = "precision", "restart", "preemption", "weight update"
+PRECISION, RESTART, PREEMPTION, UPDATE, LORA = "precision", "restart", "preemption", "weight update", "LoRA"
 STRUCTURED = "structured output"
 POOLED = "pooled vectors"
 

@@ -8,6 +8,7 @@ from bi_patch import settings
 from bi_patch.tools.models import families, pooling, recipes, shapes
 from bi_patch.tools.verify import checkpoint
 from bi_patch.tools.verify.engine import Options
+from bi_patch.tools.verify.probes import adapters as lora
 
 _BF16 = ("Qwen3-Next",)  # families with recurrent layers, which run in bf16 only
 
@@ -100,6 +101,17 @@ def pooled(folder: str, dtype: str = "float32") -> Options:
         random_weights=7,
         extra=pooling.ARGUMENTS[name],
     )
+
+
+def adapters(dtype: str = "") -> Options:
+    """The options of an engine with LoRA: a small dense model, whose embeddings and head take adapters, too."""
+    base = Options(
+        str(recipes.path(recipes.LLAMA, cache=settings.read().cache)),
+        dtype=dtype or "float32",
+        max_model_len=1024,
+        chunk=512,
+    )
+    return base.but(**lora.options(base))
 
 
 def recurrent(folder: str) -> Options:

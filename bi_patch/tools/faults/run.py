@@ -25,7 +25,7 @@ _ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 PLATFORMS = tuple(_ENVIRON)
 # Axes with an engine of their own. Grammars need a tokenizer, and the large model on CUDA has none.
 _OTHER = {
-    "cpu": (catch.PREEMPTION, catch.UPDATE, catch.POOLED),
+    "cpu": (catch.PREEMPTION, catch.UPDATE, catch.POOLED, catch.LORA),
     "cuda": (catch.PREEMPTION, catch.UPDATE, catch.STRUCTURED),
 }
 DTYPES = ("", "bfloat16", "float32", "float16")
@@ -123,6 +123,8 @@ class _Run:
             return engines.small()
         if axis == catch.POOLED:
             return engines.pooled(self.folder, given.dtype)
+        if axis == catch.LORA:
+            return engines.adapters(given.dtype)
         return engines.few_blocks(given, block) if axis else given
 
     def refused(self) -> FaultRow:

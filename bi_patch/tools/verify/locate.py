@@ -23,7 +23,7 @@ from bi_patch.tools.verify.answers import compare as compare_answers
 from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.child import ChildEngine
 from bi_patch.tools.verify.engine import Options
-from bi_patch.tools.verify.instruments import COMPILED, PREFIX, TraceAsk, Traced
+from bi_patch.tools.verify.instruments import ADAPTERS, COMPILED, PREFIX, TraceAsk, Traced
 from bi_patch.tools.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, Trace
 
 
@@ -231,7 +231,16 @@ def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> L
     if case.company.updates and located.op == CACHE and not coarse:
         note, status = "other weights computed a prefix", statuses.get(PREFIX, "")
         located = msgspec.structs.replace(located, seam=PREFIX, seam_status=status, note=note)
+    if _cached_for_another(case.company) and not coarse:
+        note, status = "another adapter computed a prefix", statuses.get(ADAPTERS, "")
+        located = msgspec.structs.replace(located, seam=ADAPTERS, seam_status=status, note=note)
     return located
+
+
+def _cached_for_another(company: Scenario) -> bool:
+    """Whether the same prompt ran with another adapter before the target."""
+    asked = company.request
+    return any(r.prompt == asked.prompt and r.lora != asked.lora for batch in company.warmup for r in batch)
 
 
 def _first_layer(alone: Trace, company: Trace) -> Compared | None:

@@ -194,4 +194,24 @@ struct RecurrenceArgs : Spans {
 
 void recurrence(const RecurrenceArgs& a, int threads);
 
+// ---- LoRA (lora.cpp). Strides in elements; the last dimension is dense.
+struct LoraArgs {
+  DType type;
+  const void* x;        // [rows, k]; without a: [rows, rank]
+  int64_t x_row;
+  int64_t rows, k, n, rank;
+  const void* a;        // [slots, rank, k], rows dense; null: x is already shrunk
+  const void* b;        // [slots, n, rank], rows dense
+  int64_t a_slot, b_slot, slots;
+  const int64_t* slot;  // [rows]; < 0: no adapter
+  void* y;              // [rows, n]
+  int64_t y_row;
+  void* packed;         // [slots, lora_room()]: the packed weights of each slot; null: they are packed for this call
+  int64_t* ranks;       // [slots]: the rank of a slot whose weights are packed, < 0: not packed; null with `packed`
+};
+
+int64_t lora_room(DType t, const LoraArgs& a);  // elements of a slot's packed weights
+
+void lora(const LoraArgs& a, int threads);
+
 }  // namespace bi

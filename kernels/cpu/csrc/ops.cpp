@@ -578,6 +578,79 @@ at::Tensor mean_rows(const at::Tensor& x, const at::Tensor& starts) {
   return out;
 }
 
+// A stack [slots, rows, cols] of adapters' weights, each dense.
+void check_stack(const at::Tensor& w, const char* what, const at::Tensor& y, int64_t cols) {
+  TORCH_CHECK(w.dim() == 3 && w.size(2) == cols && w.stride(2) == 1 && (w.size(1) == 1 || w.stride(1) == cols),
+              "bi_cpu.lora: ", what, " must be [slots, rows, ", cols, "], each slot dense, got ", w.sizes());
+  TORCH_CHECK(w.scalar_type() == y.scalar_type(), "bi_cpu.lora: ", what, " is ", w.scalar_type(), " but y is ",
+              y.scalar_type());
+}
+
+void lora(at::Tensor y, const at::Tensor& x, const std::optional<at::Tensor>& a, const at::Tensor& b,
+          const at::Tensor& slots, const std::optional<at::Tensor>& packed, const std::optional<at::Tensor>& ranks) {
+  TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && x.size(0) == y.size(0) && (y.size(1) <= 1 || y.stride(1) == 1),
+              "bi_cpu.lora: y [rows, N] and x [rows, K] must be 2-D, with dense columns of y, got ", y.sizes(), ", ",
+              x.sizes());
+  TORCH_CHECK(x.scalar_type() == y.scalar_type(), "bi_cpu.lora: x is ", x.scalar_type(), " but y is ",
+              y.scalar_type());
+  TORCH_CHECK(slots.scalar_type() == at::kLong && slots.dim() == 1 && slots.is_contiguous() &&
+                  slots.size(0) == y.size(0),
+              "bi_cpu.lora: slots must be dense int64 [rows=", y.size(0), "], got ", slots.sizes());
+  bi::LoraArgs g{};
+  g.type = dtype_of(y, "y");
+  g.rows = y.size(0);
+  g.n = y.size(1);
+  g.rank = b.size(-1);
+  check_stack(b, "b", y, g.rank);
+  TORCH_CHECK(b.size(1) == g.n && g.n > 0 && g.rank > 0, "bi_cpu.lora: b ", b.sizes(), " does not make y ", y.sizes());
+  g.slots = b.size(0);
+  g.k = x.size(1);
+  if (a) {
+    check_stack(*a, "a", y, g.k);
+    TORCH_CHECK(a->size(0) == g.slots && a->size(1) == g.rank && g.k > 0, "bi_cpu.lora: a ", a->sizes(),
+                " does not fit b ", b.sizes());
+    g.a = a->const_data_ptr();
+    g.a_slot = a->stride(0);
+  } else {
+    TORCH_CHECK(g.k == g.rank, "bi_cpu.lora: x ", x.sizes(), " does not fit b ", b.sizes());
+  }
+  g.b = b.const_data_ptr();
+  g.b_slot = b.stride(0);
+  g.slot = slots.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < g.rows; ++i)
+    TORCH_CHECK(g.slot[i] < g.slots, "bi_cpu.lora: row ", i, " names slot ", g.slot[i], " of ", g.slots);
+  TORCH_CHECK(packed.has_value() == ranks.has_value(), "bi_cpu.lora: packed and ranks go together");
+  if (packed) {
+    TORCH_CHECK(packed->scalar_type() == y.scalar_type() && packed->is_contiguous() &&
+                    packed->numel() == g.slots * bi::lora_room(g.type, g),
+                "bi_cpu.lora: packed has ", packed->numel(), " elements, not those of ", g.slots, " slots");
+    TORCH_CHECK(ranks->scalar_type() == at::kLong && ranks->is_contiguous() && ranks->numel() == g.slots,
+                "bi_cpu.lora: ranks must be dense int64 [slots]");
+    g.packed = packed->mutable_data_ptr();
+    g.ranks = ranks->mutable_data_ptr<int64_t>();
+    for (int64_t s = 0; s < g.slots; ++s)
+      TORCH_CHECK(g.ranks[s] <= g.rank, "bi_cpu.lora: slot ", s, " has rank ", g.ranks[s], " of ", g.rank);
+  }
+  const at::Tensor rows = as_rows(x, g.k);
+  g.x = rows.const_data_ptr();
+  g.x_row = rows.stride(0);
+  g.y = y.mutable_data_ptr();
+  g.y_row = y.stride(0);
+  bi::lora(g, at::get_num_threads());
+}
+
+// Elements of packed weights for each slot of these stacks.
+int64_t lora_room(const std::optional<at::Tensor>& a, const at::Tensor& b) {
+  bi::LoraArgs g{};
+  g.n = b.size(-2);
+  g.rank = b.size(-1);
+  if (a) {
+    g.k = a->size(-1);
+    g.a = a->const_data_ptr();
+  }
+  return bi::lora_room(dtype_of(b, "b"), g);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(bi_cpu, m) {
@@ -610,6 +683,9 @@ TORCH_LIBRARY(bi_cpu, m) {
   m.def("l2_normalize(Tensor x, float eps) -> Tensor");
   m.def("softmax(Tensor x) -> Tensor");
   m.def("mean_rows(Tensor x, Tensor starts) -> Tensor");
+  m.def("lora(Tensor(a!) y, Tensor x, Tensor? a, Tensor b, Tensor slots, Tensor(b!)? packed=None, "
+        "Tensor(c!)? ranks=None) -> ()");
+  m.def("lora_room(Tensor? a, Tensor b) -> int");
   m.def("rope(Tensor positions, Tensor x, Tensor cache, int head_size, bool neox) -> Tensor");
 }
 
@@ -637,5 +713,7 @@ TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
   m.impl("softmax", &softmax);
   m.impl("mean_rows", &mean_rows);
   m.impl("rope", &rope);
+  m.impl("lora", &lora);
+  m.impl("lora_room", &lora_room);
   m.impl("softmax_topk", &softmax_topk);
 }

@@ -115,7 +115,6 @@ def test_a_plain_configuration_passes(platform):
         ({"model_is_hybrid": True}, "hybrid and state-space models"),
         ({"model_is_encoder_decoder": True}, "encoder-decoder models"),
         ({"model_is_multimodal_model": True}, "multimodal inputs"),
-        ({"lora": SimpleNamespace()}, "LoRA"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
         ({"speculative": SimpleNamespace(method="suffix")}, "speculative decoding with other drafts"),
         ({"speculative": ngram(rejection_sample_method="synthetic")}, "another rule of acceptance"),
@@ -151,6 +150,13 @@ def test_a_plain_configuration_passes(platform):
 def test_what_is_not_covered_is_refused_by_name(platform, change, said):
     with pytest.raises(UnsupportedFeature, match=f"features: .*{said}.*BI_PATCH=0"):
         check(platform, **change)
+
+
+def test_lora_is_refused_except_on_cpu():
+    check("cpu", lora=SimpleNamespace())
+    for platform in ("cuda", "ascend"):
+        with pytest.raises(UnsupportedFeature, match="features: .*LoRA"):
+            check(platform, lora=SimpleNamespace())
 
 
 def test_mla_is_refused_except_on_cpu():

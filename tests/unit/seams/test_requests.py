@@ -92,6 +92,7 @@ class Core:
     def __init__(self):
         cache = SimpleNamespace(kv_sharing_fast_prefill=False)
         model = SimpleNamespace(seed=0)
+        self.scheduler = SimpleNamespace(requests={})
         self.vllm_config = SimpleNamespace(use_v2_model_runner=True, cache_config=cache, model_config=model)
         self.seen = []  # what the engine core worked on
         self.kept = []  # what its multimodal cache holds
@@ -132,7 +133,7 @@ def test_the_core_derives_seeds_from_requests(monkeypatch):
     expected = [first.add(Params()).sampling_params.seed for _ in range(3)]
     others = [
         {"cache_salt": "salt"},
-        {"lora_request": SimpleNamespace(lora_name="adapter")},
+        {"lora_request": SimpleNamespace(lora_name="adapter", lora_int_id=1, lora_path="/adapter")},
         {
             "mm_features": [
                 SimpleNamespace(identifier="image", mm_position=SimpleNamespace(offset=1, length=4)),

@@ -339,13 +339,24 @@ CROSS_PROBES = (
 FEATURE_PROBES = (
     Probe(
         "LoRA",
-        "requests with an adapter, beside requests with another or none",
+        "requests with an adapter, beside others with another or none; more adapters than slots",
         adapters.lora,
-        (10,),
+        (10, 34),
         adapters.missing,
-        seconds=5,
+        seconds=20,
         options=adapters.options,
         optional=True,
+    ),
+    adapters.WithoutProbe(
+        "LoRA off",
+        "requests without an adapter beside others with adapters, against an engine without LoRA",
+        adapters.changes,
+        adapters.plain,
+        causes=(10, 34),
+        missing=adapters.missing,
+        seconds=10,
+        optional=True,
+        single=True,
     ),
     Probe(
         "sleep and wake",

@@ -1,97 +1,154 @@
-"""The axis "LoRA": makes random adapters and compares requests with an adapter, beside requests without."""
+"""The axes of LoRA: requests with adapters beside others, and requests without an adapter on an engine with LoRA.
+
+Both make random adapters of several ranks, more than the engine has slots: adapters are loaded, evicted and loaded
+again all the time.
+"""
 
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from bi_patch.tools.verify.case import Case
-from bi_patch.tools.verify.engine import Engine, Options
-from bi_patch.tools.verify.probes.base import NotExercised, Run, config
+from bi_patch.tools.models import adapters as made
+from bi_patch.tools.verify.answers import Answer, Request
+from bi_patch.tools.verify.case import Case, Scenario
+from bi_patch.tools.verify.engine import SERVER, Engine, Options
+from bi_patch.tools.verify.probes.base import Change, CrossProbe, NotExercised, Run, Workload, config, pair
 
-RANK = 8
+RANKS = (8, 64, 16, 256)
+SLOTS = 2  # fewer than adapters
 _LEAST = 8  # concurrent requests: every level has a batch of this size or more, with room beside its subjects
-_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+_MOST = 40  # requests of a batch
 
 
 def missing(engine: Engine) -> str:
     """Why no adapter can be made for the engine's model, "" when an adapter can be made."""
     found = config(engine.options.model)
+    if engine.info.platform == SERVER:
+        return "verify gives a running server no adapters"
     if not found:
         return "making an adapter needs the model's config.json, and the model is not a local folder"
     if engine.options.max_num_seqs < _LEAST:
         return f"max_num_seqs is {engine.options.max_num_seqs}: no batch of {_LEAST} requests"
     kind = found.get("model_type")
-    return "" if kind in _KINDS else f"verify makes no adapter for models of type {kind!r}"
+    return "" if kind in made.KINDS else f"verify makes no adapter for models of type {kind!r}"
 
 
 def options(base: Options) -> dict[str, object]:
-    return {"extra": {**base.extra, "enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}}
+    given = {"enable_lora": True, "max_lora_rank": max(RANKS), "max_loras": SLOTS}
+    if "num_experts" in config(base.model):
+        given["lora_target_modules"] = list(made.ATTENTION)
+    return {"extra": {**base.extra, **given}}
 
 
 def lora(run: Run) -> Iterator[Case]:
-    """Each subject with an adapter, among requests with the same adapter, with another, and without."""
-    load, model = run.workload, run.engine.options.model
-    first, second = adapter(model, 1), adapter(model, 2)
-    requests = [run.greedy(i).but(lora=first) for i in run.subjects]
-    if run.alone(requests)[0] == run.alone([run.greedy(0)])[0]:
-        raise NotExercised("LoRA: the adapter changed nothing")
-    for size in (n for n in load.sizes if len(requests) < n <= 40):
-        others = [load.filler(i, lora=("", first, second)[i % 3]) for i in range(size - len(requests))]
-        batch = [*others[::2], *requests, *others[1::2]]
-        start = len(others[::2])
-        yield from run.each(
-            batch, {start + i: f"{load.label(i)} with an adapter, in a batch of {size}" for i in run.subjects}
-        )
+    """Each subject with an adapter: in batches with other adapters and with none, after other adapters were loaded, and
+    with the keys and values of other adapters in the cache."""
+    load, folders = run.workload, adapters(run.engine)
+    subjects = [run.greedy(i).but(lora=folders[i % len(folders)]) for i in run.subjects]
+    for request, plain in zip(subjects, map(run.greedy, run.subjects)):
+        if run.alone([request])[0] == run.alone([plain])[0]:
+            raise NotExercised("LoRA: the adapter changed nothing")
+    requests = [*subjects, run.greedy(0)]
+    labels = [*(f"{load.label(i)} with an adapter" for i in run.subjects), f"{load.label(0)} without an adapter"]
+    for size in (n for n in load.sizes if len(requests) < n <= _MOST):
+        batch = [*company(load, folders, size - len(requests)), *requests]
+        order = [*range(0, size, 2), *range(1, size, 2)]  # the requests stand between the others
+        places = {
+            order.index(size - len(requests) + i): f"{text}, in a batch of {size}" for i, text in enumerate(labels)
+        }
+        yield from run.each([batch[i] for i in order], places)
+    longest = max(run.subjects, key=lambda i: len(load.subjects[i]))
+    same = [run.greedy(longest).but(lora=folder) for folder in ("", *folders)]
+    for i, request in enumerate(same):
+        (expected,) = run.alone([request])
+        others = [[other] for other in same[i + 1 :] + same[:i]]
+        scenario = Scenario([request], warmup=others)
+        label = f"{load.label(longest)} after the same prompt with {len(others)} other adapters"
+        yield pair(label, Scenario.alone(request), scenario, expected, run.scenario(scenario))
+    scored = [run.greedy(i).but(lora=folders[-1 - i % len(folders)], prompt_logprobs=1) for i in run.subjects]
+    batch = [*company(load, folders, 3), *scored]
+    yield from run.each(batch, {3 + i: f"prompt logprobs of {load.label(i)}" for i in run.subjects})
+
+
+def company(load: Workload, folders: Sequence[str], count: int) -> list[Request]:
+    """Other requests, with each adapter in turn and with none."""
+    return [load.filler(i, lora=("", *folders)[i % (len(folders) + 1)]) for i in range(count)]
+
+
+def changes(engine: Engine) -> list[Change]:
+    return [Change("LoRA on", options(engine.options))]
+
+
+def plain(engine: Engine, workload: Workload) -> list[Request]:
+    """The subjects, without an adapter."""
+    return [workload.greedy(i).but(digest=engine.options.digests) for i in range(len(workload.subjects))]
+
+
+@dataclass(frozen=True)
+class WithoutProbe(CrossProbe):
+    """Requests without an adapter: alone on the base engine, and beside adapters on an engine with LoRA."""
+
+    def _batch(self, engine: Engine, workload: Workload, asked: Sequence[Request]) -> list[Request]:
+        others = company(workload, adapters(engine), max(0, min(8, engine.options.max_num_seqs - len(asked))))
+        return [*asked, *others]
+
+    def collect(self, engine: Engine, workload: Workload, change: Change | None = None) -> list[Answer]:
+        asked = self.requests(engine, workload)
+        engine.reset_cache()
+        if change is None:
+            return engine.generate(asked)
+        batch = self._batch(engine, workload, asked)
+        _batches[self.name] = batch
+        return engine.generate(batch)[: len(asked)]
+
+    def cases(
+        self, change: Change, requests: Sequence[Request], expected: Sequence[Answer], got: Sequence[Answer]
+    ) -> Iterator[Case]:
+        batch = _batches[self.name]
+        for i, (mine, other) in enumerate(zip(expected, got, strict=True)):
+            yield Case.of(
+                self.name,
+                f"{change.label}: request {i} ({len(requests[i].prompt)} tokens) in a batch of {len(batch)}",
+                Scenario(list(requests), i),
+                Scenario(batch, i, options=change.options, fresh=change.fresh),
+                mine,
+                other,
+            )
+
+
+_batches: dict[str, list[Request]] = {}  # the last batch of a WithoutProbe
+
+
+def adapters(engine: Engine) -> tuple[str, ...]:
+    """The folders of an adapter of each rank for the engine's model."""
+    return _adapters(engine.options.model, engine.info.platform == "cpu")
 
 
 @functools.cache
-def adapter(model: str, seed: int) -> str:
-    """The folder of a random adapter of rank 8 for a local Llama-like model. The folder is deleted at process exit."""
-    import torch
-    from safetensors.torch import save_file
+def _adapters(model: str, embedded: bool) -> tuple[str, ...]:
+    """The folders of a random adapter of each rank for a local model. They are deleted when the process ends.
 
+    The first changes every linear layer, the second a part of them, the others all. embedded: the last also changes
+    embeddings and head, where vLLM takes them.
+    """
     held = config(model)
-    hidden, heads = held["hidden_size"], held["num_attention_heads"]
-    width = held.get("head_dim") or hidden // heads
-    inner, keys = held["intermediate_size"], (held.get("num_key_value_heads") or heads) * width
-    shapes = {
-        "self_attn.q_proj": (hidden, heads * width),
-        "self_attn.k_proj": (hidden, keys),
-        "self_attn.v_proj": (hidden, keys),
-        "self_attn.o_proj": (heads * width, hidden),
-        "mlp.gate_proj": (hidden, inner),
-        "mlp.up_proj": (hidden, inner),
-        "mlp.down_proj": (inner, hidden),
-    }
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(held["num_hidden_layers"]):
-        for name, (fan_in, fan_out) in shapes.items():
-            place = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{place}.lora_A.weight"] = torch.randn(RANK, fan_in, generator=generator) * fan_in**-0.5
-            tensors[f"{place}.lora_B.weight"] = torch.randn(fan_out, RANK, generator=generator) * RANK**-0.5 * 0.2
-    _made.append(tempfile.TemporaryDirectory(prefix="bi_patch-lora-", ignore_cleanup_errors=True))
-    folder = Path(_made[-1].name)
-    save_file({k: v.to(torch.bfloat16) for k, v in tensors.items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(
-        json.dumps(
-            {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "r": RANK,
-                "lora_alpha": RANK,
-                "lora_dropout": 0.0,
-                "bias": "none",
-                "target_modules": [name.split(".")[1] for name in shapes],
-                "base_model_name_or_path": model,
-            }
-        )
-    )
-    return str(folder)
+    folders = []
+    for i, rank in enumerate(RANKS):
+        last = i == len(RANKS) - 1
+        only = ("q_proj", "o_proj", "down_proj") if i == 1 else ()
+        folder = Path(_folder()) / f"rank-{rank}"
+        made.write(model, folder, seed=i + 1, rank=rank, only=only, embedded=last and embedded and made.embeds(held))
+        folders.append(str(folder))
+    return tuple(folders)
 
 
 _made: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
+
+
+def _folder() -> str:
+    _made.append(tempfile.TemporaryDirectory(prefix="bi_patch-lora-", ignore_cleanup_errors=True))
+    return _made[-1].name

@@ -23,6 +23,7 @@ from bi_patch.kernels.triton import (
     gated_backward,
     gemm,
     logits_backward,
+    lora,
     norm,
     norm_backward,
     pooling,
@@ -408,6 +409,74 @@ def poolings() -> None:
     report("norm of a tiny row", "" if torch.equal(tiny, torch.full((2, 5), 1e-20) / 1e-12) else "not divided by eps")
 
 
+def _adapters(dtype, slices: int, ranks, rank: int, k: int, sizes):
+    """Stacks of adapters, and what vLLM's _get_lora_a_ptr and _get_lora_b_ptr make of them."""
+    generator = torch.Generator().manual_seed(11)
+    a = [torch.zeros(len(ranks), rank, k, dtype=dtype) for _ in range(slices)]
+    b = [torch.zeros(len(ranks), n, rank, dtype=dtype) for n in sizes]
+    for s in range(slices):
+        for slot, held in enumerate(ranks):
+            a[s][slot, :held] = (torch.randn(held, k, generator=generator) * k**-0.5).to(dtype)
+            b[s][slot, :, :held] = (torch.randn(sizes[s], held, generator=generator) * held**-0.5).to(dtype)
+
+    def pointers(held):
+        return torch.tensor([t.data_ptr() for t in held], dtype=torch.uint64) if slices > 1 else held[0]
+
+    begins = [sum(sizes[:i]) for i in range(slices)]
+    same = len(set(sizes)) == 1
+    strides = [t.stride(0) for t in b]
+    given = (
+        torch.tensor(begins, dtype=torch.uint64) if slices > 1 else 0,
+        pointers(b),
+        strides[0] if same else torch.tensor(strides),
+        sizes[0] if same else torch.tensor(sizes),
+        same,
+        max(sizes),
+    )
+    return a, b, (pointers(a), a[0].stride(0), a[0].stride(1)), given
+
+
+def _named(slots: list[int], most: int):
+    """vLLM's metadata of rows with these slots (LoRAKernelMeta.prepare_tensors)."""
+    held = torch.tensor(slots, dtype=torch.int32)
+    rows = torch.sort(held, stable=True).indices.to(torch.int32)
+    ids, counts = torch.unique(held, sorted=True, return_counts=True)
+    active, number, starts = torch.full((most + 1,), -1), torch.zeros(most + 1), torch.zeros(most + 2)
+    active[: len(ids)], number[: len(ids)], starts[1 : len(ids) + 1] = ids, counts, counts.cumsum(0)
+    return rows, number.to(torch.int32), starts.to(torch.int32), active.to(torch.int32), most + 1
+
+
+def loras() -> None:
+    ranks = (8, 24, 16)
+    slots = [(i * 5) % 4 - 1 for i in range(21)]
+    for dtype in (torch.bfloat16, torch.float16):
+        for slices, sizes, k in ((1, (40,), 300), (3, (40, 24, 24), 600), (2, (136, 136), 512)):
+            a, b, of_a, of_b = _adapters(dtype, slices, ranks, 24, k, sizes)
+            generator = torch.Generator().manual_seed(12)
+            x = torch.randn(21, k, generator=generator).to(dtype)
+            y = torch.randn(21, sum(sizes), generator=generator).to(dtype)
+            case = f"lora {slices} {dtype}"
+            want = y.double()
+            for s, size in enumerate(sizes):
+                at = sum(sizes[:s])
+                for i, slot in enumerate(slots):
+                    if slot >= 0:
+                        t = x[i].double() @ a[s][slot].double().T
+                        want[i, at : at + size] += t @ b[s][slot].double().T
+            got = {}
+            for way in ("fused", "split", "whole"):
+                got[way] = y.clone()
+                lora.lora(got[way], x, of_a, of_b, 24, slices, *_named(slots, 3), way=way)
+                report(f"{case} {way}", close(got[way], want, dtype))
+                report(f"{case} {way} too", "" if torch.equal(got[way], got["fused"]) else "it differs")
+            base = [i for i, slot in enumerate(slots) if slot < 0]
+            report(f"{case} no adapter", "" if torch.equal(got["fused"][base], y[base]) else "a row was touched")
+            for i in (0, 1, 2, 3):
+                alone = y[i : i + 1].clone()
+                lora.lora(alone, x[i : i + 1], of_a, of_b, 24, slices, *_named(slots[i : i + 1], 3))
+                report(f"{case} row {i} alone", "" if torch.equal(alone[0], got["fused"][i]) else "a row alone differs")
+
+
 AREAS = {
     "gemm": gemms,
     "norm": norms,
@@ -418,6 +487,7 @@ AREAS = {
     "softmax": softmaxes,
     "attention backward": attention_backwards,
     "training": training,
+    "lora": loras,
 }
 
 if __name__ == "__main__":

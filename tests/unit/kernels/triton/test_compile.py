@@ -17,6 +17,7 @@ from bi_patch.kernels.triton import (
     gated_backward,
     gemm,
     logits_backward,
+    lora,
     norm,
     norm_backward,
     pooling,
@@ -160,3 +161,33 @@ def test_gradients_of_rows(architecture):
         )
         signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constants}
         build(kernel, signature, constants, architecture, num_warps=4)
+
+
+@pytest.mark.parametrize(
+    "architecture,rank,parts", [(80, 64, 1), (89, 256, 16), (90, 8, 16), (90, 256, 1), (120, 16, 1)]
+)
+def test_lora(architecture, rank, parts):
+    numbers = ("rows_ptr", "counts_ptr", "starts_ptr", "slots_ptr")
+    sizes = ("M", "x_row", "a_slot", "a_rank", "t_slice", "t_part", "t_row", "y_row")
+    common = dict.fromkeys(numbers, "*i32") | dict.fromkeys(sizes, "i32") | {"t_ptr": "*fp32"}
+    block_r = max(16, min(rank, 64 if parts > 1 else 128))
+    if parts == 1:
+        common["t_ptr"] = "*bf16"
+    signature = common | {"x_ptr": "*bf16", "a_ptr": "*u64"}
+    signature = {name: kind for name, kind in signature.items() if name in lora._shrink.arg_names}
+    constants = {"K": 4096, "R": rank, "CHUNK": 256, "PARTS": parts, "SLICES": 3}
+    constants |= {"BLOCK_M": 16 if parts > 1 else 64, "BLOCK_R": block_r, "BLOCK_K": lora.BLOCK_K}
+    built = build(lora._shrink, signature, constants, architecture, num_warps=4, num_stages=3)
+    assert built.metadata.shared <= SHARED[architecture]
+    signature = common | {
+        "b_ptr": "*u64",
+        "y_ptr": "*bf16",
+        "at_ptr": "*u64",
+        "sizes_ptr": "*i64",
+        "b_slots_ptr": "*i64",
+    }
+    signature = {name: kind for name, kind in signature.items() if name in lora._expand.arg_names}
+    constants = {"R": rank, "PARTS": parts, "SLICES": 3, "SAME": False}
+    constants |= {"BLOCK_M": 16 if parts > 1 else 64, "BLOCK_N": 128, "BLOCK_R": max(16, min(rank, 64))}
+    built = build(lora._expand, signature, constants, architecture, num_warps=4, num_stages=2)
+    assert built.metadata.shared <= SHARED[architecture]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-AREAS = ("gemm", "norm", "layer norm", "rope", "sum", "pooling", "softmax", "attention backward", "training")
+AREAS = ("gemm", "norm", "layer norm", "rope", "sum", "pooling", "softmax", "attention backward", "training", "lora")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,174 @@
+"""LoRA on CPU: each row's adapter is added by the bundled kernel, and rows without an adapter are left alone."""
+
+import contextlib
+import functools
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.model import Seam, Target
+
+_CLASS = "PunicaWrapperCPU"
+_PROMPT = "_bi_patch_prompt"  # attribute of a PunicaWrapperCPU: the hidden states of a step whose prompts are scored
+
+
+def _unscaled(scale: float) -> None:
+    if scale != 1.0:
+        raise UnsupportedFeature(
+            f"lora.cpu: vLLM asks for an adapter's product with the scale {scale}, which has no order. Set BI_PATCH=0"
+        )
+
+
+def _linear(original):
+    """PunicaWrapperCPU.add_lora_linear: add each slice's adapters by the bundled kernel."""
+
+    @functools.wraps(original)
+    def add_lora_linear(
+        self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, add_inputs=True, **kwargs
+    ):
+        from bi_patch.ops.cpu import lora
+
+        _unscaled(scale)
+        if not add_inputs or buffer is not None:
+            raise UnsupportedFeature("lora.cpu: adapters beside a stream of their own have no order. Set BI_PATCH=0")
+        slots = self.token_lora_indices
+        if bool((slots < 0).all()):
+            return
+        at = 0
+        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            lora.add(y[:, at : at + size], x, a, b, slots)
+            at += size
+
+    return add_lora_linear
+
+
+def _embedding(original):
+    """VocabParallelEmbeddingWithLoRA.forward: add each token's adapter by the bundled kernel."""
+
+    @functools.wraps(original)
+    def forward(self, x):
+        from bi_patch.ops.cpu import lora
+
+        y = self.base_layer.forward(x)
+        slots = self.punica_wrapper.token_lora_indices
+        if not bool((slots < 0).all()):
+            lora.embed(y.view(-1, y.shape[-1]), x.reshape(-1), self.lora_a_stacked, self.lora_b_stacked, slots)
+        return y
+
+    return forward
+
+
+def _logits(original):
+    """PunicaWrapperCPU.add_lora_logits: add each row's adapter by the bundled kernel.
+
+    vLLM's own function takes the adapters of the requests in the batch's order, also for the rows of one prompt whose
+    logprobs a request asks for.
+    """
+
+    @functools.wraps(original)
+    def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, *, buffer=None, **kwargs):
+        from bi_patch.ops.cpu import lora
+
+        _unscaled(scale)
+        slots = _of_prompt(self, x) if getattr(self, _PROMPT, None) is not None else self.sampler_indices
+        if x.shape[0] != slots.shape[0]:
+            raise UnsupportedFeature(
+                f"lora.cpu: the head gets {x.shape[0]} rows for {slots.shape[0]} requests, so nobody knows which "
+                "adapter a row has. Set BI_PATCH=0"
+            )
+        lora.add(y, x, lora_a_stacked, lora_b_stacked, slots)
+
+    return add_lora_logits
+
+
+def _of_prompt(wrapper, x):
+    """The slots of rows of a prompt: x is a part of the step's hidden states, and its place tells the tokens."""
+    held = getattr(wrapper, _PROMPT)
+    apart = x.data_ptr() - held.data_ptr()
+    first, inside = divmod(apart, held.stride(0) * held.element_size())
+    slots = wrapper.token_lora_indices
+    same = x.untyped_storage().data_ptr() == held.untyped_storage().data_ptr() and x.stride() == held.stride()
+    if not same or inside or not 0 <= first <= first + x.shape[0] <= slots.shape[0]:
+        raise UnsupportedFeature(
+            "lora.cpu: the head gets rows that are no part of the step's hidden states, so nobody knows which adapter "
+            "a row has. Ask for no prompt logprobs, or set BI_PATCH=0"
+        )
+    return slots[first : first + x.shape[0]]
+
+
+def _prompt_logprobs(original):
+    """GPUModelRunner._get_prompt_logprobs_dict: let the head know that it gets the rows of a prompt."""
+
+    @functools.wraps(original)
+    def _get_prompt_logprobs_dict(self, hidden_states, *args, **kwargs):
+        if self.lora_config is None or not self.num_prompt_logprobs:
+            return original(self, hidden_states, *args, **kwargs)
+        wrappers = set(self.model.lora_manager.punica_wrapper_mapping.values())
+        with contextlib.ExitStack() as stack:
+            for wrapper in wrappers:
+                setattr(wrapper, _PROMPT, hidden_states)
+                stack.callback(setattr, wrapper, _PROMPT, None)
+            return original(self, hidden_states, *args, **kwargs)
+
+    return _get_prompt_logprobs_dict
+
+
+def _refused(what: str):
+    def close(original):
+        @functools.wraps(original)
+        def refuse(*args, **kwargs):
+            raise UnsupportedFeature(f"lora.cpu: bi_patch does not cover {what} on CPU. Set BI_PATCH=0")
+
+        return refuse
+
+    return close
+
+
+_WHY = (
+    "vLLM gathers a copy of each row's adapter and multiplies the whole batch at once. In a batch with an adapter, a "
+)
+_WHY += "row without an adapter gets the adapter of the last slot"
+_HOW = "each row's adapter is added in the order of the bundled GEMM. Other rows are not touched"
+_UNTIL = "upstream's LoRA on CPU has one order for every batch, and leaves rows without an adapter alone"
+
+
+def _seam(name: str, method: str, close, how: str = _HOW, **given) -> Seam:
+    return Seam(
+        name=f"lora.{name}",
+        targets=(Target("vllm.lora.punica_wrapper.punica_cpu", f"{_CLASS}.{method}"),),
+        close=close,
+        why=_WHY,
+        how=how,
+        until=_UNTIL,
+        causes=(10, 34),
+        on_import=True,
+        **given,
+    )
+
+
+SEAMS = (
+    _seam("cpu_linear", "add_lora_linear", _linear, serves=("BaseLinearLayerWithLoRA",), op="bi_patch.ops.cpu.lora"),
+    Seam(
+        name="lora.cpu_embedding",
+        targets=(Target("vllm.lora.layers.vocab_parallel_embedding", "VocabParallelEmbeddingWithLoRA.forward"),),
+        close=_embedding,
+        why=_WHY,
+        how=_HOW,
+        until=_UNTIL,
+        causes=(10, 34),
+        serves=("VocabParallelEmbeddingWithLoRA",),
+        on_import=True,
+    ),
+    _seam("cpu_embedding_add", "add_lora_embedding", _refused("other embeddings"), how="they are refused by name"),
+    _seam("cpu_logits", "add_lora_logits", _logits, serves=("LogitsProcessorWithLoRA",)),
+    _seam("cpu_shrink", "add_shrink", _refused("adapters that are sharded"), how="they are refused by name"),
+    _seam("cpu_expand", "add_expand", _refused("adapters that are sharded"), how="they are refused by name"),
+    _seam("cpu_full", "apply_lora_full_linear", _refused("adapters of heads"), how="they are refused by name"),
+    Seam(
+        name="lora.cpu_prompt_logprobs",
+        targets=(Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._get_prompt_logprobs_dict"),),
+        close=_prompt_logprobs,
+        why="for the logprobs of a prompt, the head's adapter is taken from another request of the batch",
+        how="the head takes the adapter of the prompt's own tokens",
+        until=_UNTIL,
+        causes=(10, 34),
+    ),
+)

@@ -1,0 +1,96 @@
+"""Random LoRA adapters on disk, in PEFT's format, for a local model. Their sizes come from the model's config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bi_patch.errors import BiPatchError
+
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+_EMBEDDED = ("llama", "qwen3", "qwen3_moe")  # vLLM takes adapters of their embeddings and heads
+_STRENGTH = 0.2  # of an adapter's output, as a share of its input: enough to change logits, too little to break them
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class NoAdapter(BiPatchError):
+    """No adapter can be made for this kind of model."""
+
+
+def shapes(config: dict) -> dict[str, tuple[int, int]]:
+    """The linear layers of one layer of a model that take an adapter: name -> (inputs, outputs).
+
+    config: config.json. Raises NoAdapter. Experts are left out.
+    """
+    if config.get("model_type") not in KINDS:
+        raise NoAdapter(f"adapters are made for {', '.join(KINDS)}, not for {config.get('model_type')!r}")
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    keys = (config.get("num_key_value_heads") or heads) * width
+    found = {
+        "self_attn.q_proj": (hidden, heads * width),
+        "self_attn.k_proj": (hidden, keys),
+        "self_attn.v_proj": (hidden, keys),
+        "self_attn.o_proj": (heads * width, hidden),
+    }
+    if "num_experts" not in config:
+        inner = config["intermediate_size"]
+        found |= {"mlp.gate_proj": (hidden, inner), "mlp.up_proj": (hidden, inner), "mlp.down_proj": (inner, hidden)}
+    return found
+
+
+def embeds(config: dict) -> bool:
+    """Whether vLLM takes adapters of this model's embeddings and of its head."""
+    return config.get("model_type") in _EMBEDDED and not config.get("tie_word_embeddings")
+
+
+def write(
+    model: str | Path, folder: Path, *, seed: int, rank: int, only: tuple[str, ...] = (), embedded: bool = False
+) -> Path:
+    """Write an adapter of a rank into `folder`, and return the folder. The same arguments give the same adapter.
+
+    model: a folder with config.json. only: the last parts of the names of the layers that it changes, () for all linear
+    layers. embedded: whether it also changes the embeddings and the head. Raises NoAdapter.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((Path(model).expanduser() / "config.json").read_text())
+    wanted = {name: size for name, size in shapes(config).items() if not only or name.split(".")[1] in only}
+    if embedded and not embeds(config):
+        raise NoAdapter("vLLM takes no adapters of this model's embeddings and head")
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(fan_in: int, fan_out: int) -> tuple[torch.Tensor, torch.Tensor]:
+        down = torch.randn(rank, fan_in, generator=generator) * fan_in**-0.5
+        return down, torch.randn(fan_out, rank, generator=generator) * rank**-0.5 * _STRENGTH
+
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, size in wanted.items():
+            place = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{place}.lora_A.weight"], tensors[f"{place}.lora_B.weight"] = pair(*size)
+    targets = [name.split(".")[1] for name in wanted]
+    if embedded:
+        vocab, hidden = config["vocab_size"], config["hidden_size"]
+        place = "base_model.model.model.embed_tokens"
+        down = torch.randn(rank, vocab, generator=generator) * 0.05
+        tensors[f"{place}.lora_embedding_A"] = down
+        tensors[f"{place}.lora_embedding_B"] = torch.randn(hidden, rank, generator=generator) * rank**-0.5
+        place = "base_model.model.lm_head"
+        tensors[f"{place}.lora_A.weight"], tensors[f"{place}.lora_B.weight"] = pair(hidden, vocab)
+        targets += ["embed_tokens", "lm_head"]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.to(torch.bfloat16) for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    given = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "base_model_name_or_path": str(model),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(given))
+    return folder

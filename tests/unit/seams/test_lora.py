@@ -1,0 +1,130 @@
+"""Adapters: one number, one adapter; the hash of cached blocks; new weights beside LoRA."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
+from bi_patch.platforms.features import engine
+from bi_patch.seams import weights
+from bi_patch.seams.common import lora
+
+torch = pytest.importorskip("torch")
+
+
+def adapter(number, name="one", path="/one"):
+    return SimpleNamespace(lora_int_id=number, lora_name=name, lora_path=path)
+
+
+def core(*running):
+    requests = {str(i): SimpleNamespace(lora_request=held) for i, held in enumerate(running)}
+    return SimpleNamespace(scheduler=SimpleNamespace(requests=requests))
+
+
+def test_a_number_stands_for_one_adapter():
+    held = core()
+    lora.check(held, None)
+    lora.check(held, adapter(1))
+    lora.check(held, adapter(1))
+    lora.check(held, adapter(2, "two", "/two"))
+    for other in (adapter(1, "two", "/one"), adapter(1, "one", "/two")):
+        with pytest.raises(UnsupportedRequest, match="lora_int_id 1 is the adapter 'one' of /one"):
+            lora.check(held, other)
+
+
+def test_a_name_stands_for_one_running_adapter():
+    with pytest.raises(UnsupportedRequest, match="another adapter that is named 'one'"):
+        lora.check(core(None, adapter(1)), adapter(2))
+    lora.check(core(None, adapter(1, "two")), adapter(2))
+    lora.check(core(adapter(2)), adapter(2))
+
+
+def test_adding_an_adapter_is_checked():
+    held, added = core(), []
+    add = lora._add(lambda self, request: added.append(request))
+    add(held, adapter(1))
+    with pytest.raises(UnsupportedRequest):
+        add(held, adapter(1, "other"))
+    assert len(added) == 1
+
+
+def test_a_blocks_hash_holds_the_number():
+    keys = lora._keys(lambda request: [("lora", "one", "/one")] if request.lora_request else [])
+    assert keys(SimpleNamespace(lora_request=None)) == []
+    found = [keys(SimpleNamespace(lora_request=adapter(number))) for number in (1, 2)]
+    assert found[0] != found[1] and found[0][0] == found[1][0]
+
+
+def test_an_adapter_is_read_again_with_the_weights_that_it_had():
+    def model(value, scaling=1.0):
+        pair = SimpleNamespace(lora_a=torch.full((2, 3), value), lora_b=[torch.ones(4, 2), None], scaling=scaling)
+        return SimpleNamespace(loras={"layer": pair})
+
+    given = []
+    load = lora._load(lambda self, request: given[-1])
+    manager = SimpleNamespace()
+    for made in (model(1.0), model(1.0)):
+        given.append(made)
+        assert load(manager, adapter(1)) is made
+    for made in (model(2.0), model(1.0, 2.0)):
+        given.append(made)
+        with pytest.raises(UnsupportedFeature, match="holds other weights than when adapter 1"):
+            load(manager, adapter(1))
+        load(SimpleNamespace(), adapter(1))  # another engine
+    assert load(manager, adapter(3)) is given[-1]
+
+
+def test_new_weights_beside_lora_are_refused():
+    weights.refuse_with_lora(SimpleNamespace(lora_config=None))
+    with pytest.raises(UnsupportedFeature, match="weights.lora"):
+        weights.refuse_with_lora(SimpleNamespace(lora_config=object()))
+
+
+def config(**given):
+    model = dict(
+        runner_type="generate",
+        is_multimodal_model=False,
+        is_encoder_decoder=False,
+        use_mla=False,
+        is_hybrid=False,
+        is_moe=False,
+        quantization=None,
+        dtype=torch.bfloat16,
+    )
+    asked = dict(target_modules=None, fully_sharded_loras=False, lora_dtype=torch.bfloat16)
+    whole = dict(speculative_config=None, kv_transfer_config=None, parallel_config=SimpleNamespace())
+    for part in (model, asked, whole):
+        part.update({name: given.pop(name) for name in list(given) if name in part})
+    assert not given
+    return SimpleNamespace(lora_config=SimpleNamespace(**asked), model_config=SimpleNamespace(**model), **whole)
+
+
+def test_what_is_covered_with_lora():
+    assert engine._lora_with(config()) == ""
+    assert engine._lora_with(config(lora_dtype="auto")) == ""
+    assert engine._lora_with(config(is_moe=True, target_modules=["q_proj"])) == ""
+    assert engine._lora_with(SimpleNamespace(lora_config=None, model_config=object(), parallel_config=None)) == ""
+
+
+@pytest.mark.parametrize(
+    "given,said",
+    [
+        (dict(is_moe=True), "experts"),
+        (dict(is_moe=True, target_modules=["experts"]), "experts"),
+        (dict(runner_type="pooling"), "pooling"),
+        (dict(is_multimodal_model=True), "multimodal"),
+        (dict(is_encoder_decoder=True), "encoder-decoder"),
+        (dict(use_mla=True), "MLA"),
+        (dict(is_hybrid=True), "recurrent"),
+        (dict(quantization="fp8"), "quantized"),
+        (dict(speculative_config=object()), "speculative"),
+        (dict(kv_transfer_config=object()), "KV transfer"),
+        (dict(fully_sharded_loras=True), "sharded"),
+        (dict(lora_dtype=torch.float16), "torch.float16"),
+        (dict(parallel_config=SimpleNamespace(tensor_parallel_size=2)), "tensor parallelism"),
+        (dict(parallel_config=SimpleNamespace(pipeline_parallel_size=2)), "pipeline parallelism"),
+        (dict(parallel_config=SimpleNamespace(data_parallel_size=2)), "data parallelism"),
+    ],
+)
+def test_what_is_refused_with_lora(given, said):
+    assert said in engine._lora_with(config(**given))
