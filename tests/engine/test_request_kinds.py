@@ -15,7 +15,7 @@ from bi_patch.tools.verify.engine import Options
 pytestmark = pytest.mark.engine
 
 KINDS = (
-    "n against single requests",
+    "n",
     "beam search",
     "prompt_embeds against tokens",
     "logit_bias with allowed_token_ids",
