@@ -1,0 +1,95 @@
+"""MLA's patch points: what they refuse by name, and what they hand to the kernels."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch.arming.catalog import CATALOG
+from bi_patch.errors import UnsupportedFeature
+
+
+def closed(name, original):
+    return next(seam for seam in CATALOG.seams if seam.name == name).close(original)
+
+
+def layer(**changes):
+    held = {
+        "attn_backend": SimpleNamespace(get_name=lambda: "FLASH_ATTN_MLA"),
+        "use_sparse": False,
+        "indexer": None,
+        "sliding_window": None,
+        "non_causal_multi_token_decode": False,
+        "kv_cache_dtype": "auto",
+        "use_pcp": False,
+        "impl": SimpleNamespace(dcp_world_size=1),
+        "dcp_q_replicate": False,
+        "head_size": 576,
+    }
+    return SimpleNamespace(**(held | changes))
+
+
+REFUSED = [
+    ({"use_sparse": True}, "sparse attention"),
+    ({"sliding_window": 128}, "a sliding window"),
+    ({"kv_cache_dtype": "fp8"}, "a fp8 KV cache"),
+    ({"impl": SimpleNamespace(dcp_world_size=2)}, "context parallelism"),
+    ({"non_causal_multi_token_decode": True}, "attention to later tokens"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), [*REFUSED, ({"head_size": 320}, "latents of 320")])
+def test_options_without_a_kernel_are_refused_on_cpu(change, said):
+    made = closed("mla.cpu_init", lambda self: None)
+    made(layer())
+    with pytest.raises(UnsupportedFeature, match=f"mla.cpu: .*{said}.*BI_PATCH=0"):
+        made(layer(**change))
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(8, 512, dtype=torch.int8), torch.zeros(7, 512)])
+def test_an_up_projection_that_is_quantized_or_of_another_size_is_refused(weight):
+    pack = closed("mla.cpu_weights", lambda self, act_dtype: None)
+    made = SimpleNamespace(
+        kv_b_proj=SimpleNamespace(weight=weight),
+        num_heads=2,
+        qk_nope_head_dim=2,
+        v_head_dim=2,
+        kv_lora_rank=512,
+        quant_config=None,
+        layer_name="model.layers.0.attn",
+    )
+    with pytest.raises(UnsupportedFeature, match="mla.cpu: the up-projection of model.layers.0.attn"):
+        pack(made, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["mla.cpu_build", "mla.cpu_build_amx"])
+def test_a_step_is_described_as_it_comes(name):
+    build = closed(name, None)
+    common = SimpleNamespace(
+        causal=True,
+        num_reqs=2,
+        max_query_len=5,
+        max_seq_len=9,
+        num_actual_tokens=6,
+        query_start_loc="starts",
+        slot_mapping="slots",
+        seq_lens="lengths",
+        block_table_tensor="table",
+    )
+    builder = SimpleNamespace(metadata_cls=SimpleNamespace, model_config=SimpleNamespace(get_head_size=lambda: 576))
+    made = build(builder, 0, common)
+    assert (made.seq_lens, made.block_table, made.query_start_loc) == ("lengths", "table", "starts")
+    assert made.prefill is None and made.decode is None and made.num_actual_tokens == 6
+    common.causal = False
+    with pytest.raises(UnsupportedFeature, match="only causal MLA"):
+        build(builder, 0, common)
+
+
+def test_quantized_outputs_are_refused():
+    forward = closed("mla.cpu_forward", None)
+    out = torch.ones(2, 4)
+    assert not forward(None, None, None, None, None, None, out).any(), "a warm-up gives zeros"
+    with pytest.raises(UnsupportedFeature, match="quantized outputs"):
+        forward(None, None, None, None, None, object(), out, torch.ones(1))
+    with pytest.raises(UnsupportedFeature, match="replicated queries"):
+        forward(None, None, None, None, None, object(), out, q_dcp_replicated=out)
