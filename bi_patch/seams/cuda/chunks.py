@@ -6,7 +6,7 @@ from bi_patch.ops.cuda.chunks import Problem
 from bi_patch.seams.cuda.attention import reported_query
 
 
-class _Metadata:
+class Metadata:
     """What a backend's forward reads about a step. Everything that is not given is None, as in a plain step."""
 
     def __init__(self, **given):
@@ -30,6 +30,21 @@ def layers(config):
             found.setdefault(_problem(layer, page), layer)
     for problem, layer in found.items():
         yield problem, functools.partial(_prepare, layer, problem)
+    yield from _latent(config, page)
+
+
+def _latent(config, page: int):
+    """The same for each kind of MLA layer, in its absorbed form."""
+    from bi_patch.seams.cuda import mla
+
+    found = {}
+    for layer in config.compilation_config.static_forward_context.values():
+        if any(kind.__name__ == "MLAAttention" for kind in type(layer).__mro__):
+            name = layer.attn_backend.get_name()
+            kind = Problem(name, layer.num_heads, 1, layer.head_size, 0, page, config.model_config.dtype)
+            found.setdefault(kind, layer)
+    for problem, layer in found.items():
+        yield problem, functools.partial(mla.prepare, layer, page)
 
 
 def _problem(layer, page: int) -> Problem:
@@ -80,7 +95,7 @@ def _prepare(layer, problem: Problem, q, k, v):
         rows = torch.cat([at[first : first + new] for first, new in sequences])
         query = q[rows]
         out = torch.empty_like(query)
-        known = _Metadata(
+        known = Metadata(
             num_actual_tokens=len(rows),
             max_query_len=reported_query(longest, problem.head_size, longest == 1 and bundled),
             query_start_loc=ints(starts),

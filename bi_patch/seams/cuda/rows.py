@@ -125,6 +125,7 @@ def _width(module) -> int:
 
 _WIDE = 4096
 _LONGEST = 4096  # positions
+_BY_HEAD = ("DeepseekScalingRotaryEmbedding",)  # they take [rows, heads, head size]
 
 
 def _rotation(module, dtype):
@@ -157,7 +158,10 @@ def _rotary_check(rotary, q_size: int, kv_size: int, dtype) -> RowCheck:
 
         x = torch.randn((rows, q_size + kv_size), generator=generator, device="cuda").to(dtype)
         positions = torch.randint(longest, (rows,), generator=generator, device="cuda")
-        return positions, x[:, :q_size].contiguous(), x[:, q_size:].contiguous()
+        q, k = x[:, :q_size].contiguous(), x[:, q_size:].contiguous()
+        if type(rotary).__name__ in _BY_HEAD:
+            q, k = (part.unflatten(-1, (-1, rotary.head_size)) for part in (q, k))
+        return positions, q, k
 
     form = (f"{word}={value}" for word in ("head_size", "rotary_dim") if (value := getattr(rotary, word, None)))
     name = _name(rotary, q_size, kv_size, *form, dtype=dtype)
