@@ -1,7 +1,7 @@
 """MLA (multi-head latent attention) on Hopper: FlashAttention-MLA in the absorbed form for every token.
 
-Upstream's mode computes up to 512 new tokens of a request in the absorbed form and more in the other form, whose bits
-differ, so the chunk budget and the prefix cache decide the form. Here every token takes the absorbed form, in one split.
+Upstream's mode computes up to 512 new tokens of a request in the absorbed form, and more in the other form, whose bits
+differ. So the chunk budget and the prefix cache decide the form. Here every token takes the absorbed form, in one split.
 """
 
 import functools
@@ -176,8 +176,8 @@ SEAMS = (
         "rows",
         "FlashAttnMLAMetadataBuilder.__init__",
         _rows,
-        "requests of more than 512 new tokens take the form with up-projected keys and values, whose bits differ. So the "
-        "chunk budget, the prefix cache and a preemption decide the bits",
+        "requests of more than 512 new tokens take the form with up-projected keys and values, whose bits differ. So "
+        "the chunk budget, the prefix cache and a preemption decide the bits",
         "every token takes the absorbed form",
         (6, 7, 9),
         until="upstream chooses the form by position (https://github.com/vllm-project/vllm/issues/27433)",
