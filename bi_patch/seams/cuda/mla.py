@@ -1,7 +1,8 @@
 """MLA (multi-head latent attention) on Hopper: FlashAttention-MLA in the absorbed form for every token.
 
 Upstream's mode computes up to 512 new tokens of a request in the absorbed form, and more in the other form, whose bits
-differ. So the chunk budget and the prefix cache decide the form. Here every token takes the absorbed form, in one split.
+differ. So the chunk budget and the prefix cache decide the form. Here every token takes the absorbed form, in one
+split.
 """
 
 import functools
