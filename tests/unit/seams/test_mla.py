@@ -1,5 +1,7 @@
 """MLA's patch points: what they refuse by name, and what they hand to the kernels."""
 
+import functools
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -93,3 +95,68 @@ def test_quantized_outputs_are_refused():
         forward(None, None, None, None, None, object(), out, torch.ones(1))
     with pytest.raises(UnsupportedFeature, match="replicated queries"):
         forward(None, None, None, None, None, object(), out, q_dcp_replicated=out)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [*REFUSED, ({"attn_backend": SimpleNamespace(get_name=lambda: "FLASHMLA")}, "the FLASHMLA backend")],
+)
+def test_options_without_a_certificate_are_refused_on_cuda(change, said):
+    made = closed("mla.cuda_backend", lambda self: None)
+    made(layer())
+    with pytest.raises(UnsupportedFeature, match=f"mla.cuda: .*{said}.*BI_PATCH=0"):
+        made(layer(**change))
+
+
+def test_every_step_takes_one_form_one_tile_and_one_split():
+    builder = SimpleNamespace(reorder_batch_threshold=512)
+    closed("mla.cuda_rows", lambda self: None)(builder)
+    assert builder.reorder_batch_threshold > 1 << 20
+    for longest in (1, 127, 128, 4000):
+        made = closed("mla.cuda_query", lambda self, longest: SimpleNamespace(max_query_len=longest))(builder, longest)
+        schedule = closed("mla.cuda_schedule", lambda self, **given: given)
+        given = schedule(builder, max_query_len=longest, max_num_splits=0, causal=True)
+        assert made.max_query_len == given["max_query_len"] == max(longest, 128)
+        assert given["max_num_splits"] == 1 and given["causal"]
+
+
+def test_the_special_kernel_of_the_low_rank_projection_is_off():
+    made = SimpleNamespace(_use_min_latency_gemm=True)
+    closed("mla.cuda_projection", lambda self: None)(made)
+    assert not made._use_min_latency_gemm
+
+
+def test_the_certificate_computes_rows_of_a_prompt_in_any_cut(monkeypatch):
+    """By a layer that reads the cache as FlashAttention-MLA does; a layer that depends on its step is seen."""
+    from bi_patch.ops.certificates import Key
+    from bi_patch.ops.cuda import chunks
+    from bi_patch.seams.cuda import mla
+
+    module = "vllm.v1.attention.backends.fa_utils"
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(get_flash_attn_version=lambda: None))
+    parent = sys.modules.get("vllm.v1.attention.backends")
+    if parent is not None:
+        monkeypatch.setattr(parent, "fa_utils", sys.modules[module], raising=False)
+    monkeypatch.setattr(chunks, "_TOKENS", 910)
+
+    def attend(faulty):
+        def forward_mqa(q, cache, metadata, layer):
+            step, rows = metadata.decode, []
+            starts, lengths = step.query_start_loc.tolist(), step.seq_lens.tolist()
+            assert step.max_query_len >= 128 and step.max_num_splits == 1
+            for number, length in enumerate(lengths):
+                latents = cache[step.block_table[number].long()].flatten(0, 1)
+                for row in range(starts[number], starts[number + 1]):
+                    seen = latents[: length - starts[number + 1] + row + 1]
+                    scores = torch.cat(q, -1)[row] @ seen.T
+                    found = scores.softmax(-1) @ seen[:, :4]
+                    rows.append(found + 1e-9 * len(lengths) * faulty)
+            return torch.stack(rows), None
+
+        return SimpleNamespace(kv_lora_rank=4, impl=SimpleNamespace(forward_mqa=forward_mqa))
+
+    problem = chunks.Problem("FLASH_ATTN_MLA", 2, 1, 6, 0, 16, torch.float64)
+    for faulty in (False, True):
+        prepare = functools.partial(mla.prepare, attend(faulty), 16)
+        made = chunks._certify(problem, prepare, Key("", "", "", "", ""), "cpu")
+        assert made.passed == (not faulty), made
