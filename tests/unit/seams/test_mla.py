@@ -137,7 +137,9 @@ def test_the_certificate_computes_rows_of_a_prompt_in_any_cut(monkeypatch):
     parent = sys.modules.get("vllm.v1.attention.backends")
     if parent is not None:
         monkeypatch.setattr(parent, "fa_utils", sys.modules[module], raising=False)
-    monkeypatch.setattr(chunks, "_TOKENS", 910)
+    monkeypatch.setattr(chunks, "_TOKENS", 100)
+    ways = [("single rows", [(3, 1), (40, 1)]), ("chunks of 40", [(0, 40), (40, 40), (80, 20)]), ("alone", [(99, 1)])]
+    monkeypatch.setattr(chunks, "steps", lambda tokens: iter(ways))
 
     def attend(faulty):
         def forward_mqa(q, cache, metadata, layer):
