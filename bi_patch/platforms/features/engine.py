@@ -7,6 +7,7 @@ from typing import Any
 
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
 
+_H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
@@ -497,10 +498,16 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "MLA (multi-head latent attention)",
         cpu=untried("the tests cover it"),
-        cuda=refused("its two forms of attention give different bits"),
+        cuda=(
+            refused("its two forms of attention give different bits", releases="<0.33"),
+            served(
+                _H200_MLA,
+                why="four layers of DeepSeek-V2-Lite's sizes, in eager mode; slow with long contexts",
+            ),
+        ),
         ascend=refused("its two forms of attention give different bits"),
         asked=_of_model(lambda m: m.use_mla, "MLA"),
-        details="On CPU, one bundled kernel computes prompts and generated tokens in the absorbed form.",
+        details="Prompts and generated tokens are computed in one form, the absorbed one.",
     ),
     row(
         "sparse MLA: an indexer that chooses tokens (DeepSeek V3.2, GLM-5)",

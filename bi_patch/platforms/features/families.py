@@ -13,6 +13,7 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
+_H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _H100_ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
@@ -119,13 +120,21 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_QUANTIZED,
     ),
     row(
-        "DeepSeek V2, V3, V3.1 and R1, Kimi K2, in bf16",
-        short="DeepSeek and other MLA models",
-        cpu=untried("the tests cover a tiny DeepSeek V2"),
-        cuda=_MLA,
+        "DeepSeek V2 in bf16",
+        short="DeepSeek and other MLA models in bf16",
+        cpu=untried("the tests cover a tiny shape"),
+        cuda=(
+            refused("MLA", releases="<0.33"),
+            served(_H200_MLA, why="four layers of V2-Lite's sizes, in eager mode; slow with long contexts"),
+        ),
         ascend=_MLA,
     ),
-    row("GLM-4.7-Flash, LongCat", cpu=untried(), cuda=_MLA, ascend=_MLA),
+    row(
+        "DeepSeek V3, V3.1 and R1, Kimi K2, GLM-4.7-Flash, LongCat in bf16",
+        cpu=untried(),
+        cuda=(refused("MLA", releases="<0.33"), untried()),
+        ascend=_MLA,
+    ),
     row("MiniCPM3, which vLLM runs as ordinary attention", cpu=untried(), cuda=untried(), ascend=_ASCEND),
     row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_SPARSE, cuda=_OWN, ascend=_MLA),
     row(

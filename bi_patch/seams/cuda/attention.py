@@ -422,7 +422,7 @@ VARIABLES = (
         name="attention.cuda_mla_disable",
         variable="VLLM_MLA_DISABLE",
         value="0",
-        why="VLLM_MLA_DISABLE=1 runs an MLA model as an ordinary model, and bi_patch refuses MLA models",
+        why="VLLM_MLA_DISABLE=1 runs an MLA model as an ordinary model, which nobody measured",
     ),
 )
 

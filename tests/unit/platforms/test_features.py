@@ -159,11 +159,12 @@ def test_lora_is_refused_except_on_cpu():
             check(platform, lora=SimpleNamespace())
 
 
-def test_mla_is_refused_except_on_cpu():
+def test_mla_is_refused_where_it_has_no_kernel():
     check("cpu", model_use_mla=True)
-    for platform in ("cuda", "ascend"):
+    check("cuda", "0.33.0", model_use_mla=True)
+    for platform, release in (("cuda", "0.32.0"), ("cuda", "0.23.0"), ("ascend", None)):
         with pytest.raises(UnsupportedFeature, match="features: .*MLA"):
-            check(platform, model_use_mla=True)
+            check(platform, release, model_use_mla=True)
 
 
 def test_pooling_is_refused_where_it_was_not_tried():

@@ -130,7 +130,7 @@ def test_a_plain_configuration_passes(change):
         ({"model__quantization": "fp8"}, "quantized weights .fp8"),
         ({"compilation__custom_ops": ["all", "-silu_and_mul"]}, "custom_ops has -silu_and_mul"),
         ({"cache__cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' KV cache"),
-        ({"model__use_mla": True}, "MLA"),
+        ({"model__use_mla": True, "model__hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model__is_hybrid": True}, "hybrid"),
         ({"model__is_multimodal_model": True}, "language-model-only"),
         ({"model__runner_type": "pooling", "model__attn_type": "encoder_only"}, "attention in both directions"),
