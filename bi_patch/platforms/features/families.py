@@ -12,6 +12,7 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
+_CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
@@ -122,7 +123,7 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "DeepSeek V2 in bf16",
         short="DeepSeek and other MLA models in bf16",
-        cpu=untried("the tests cover a tiny shape"),
+        cpu=served(_CPU_MLA, why="a tiny shape with random weights"),
         cuda=(
             refused("MLA", releases="<0.33"),
             served(_H200_MLA, why="four layers of V2-Lite's sizes, in eager mode; slow with long contexts"),
