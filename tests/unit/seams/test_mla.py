@@ -9,6 +9,7 @@ import torch
 
 from bi_patch.arming.catalog import CATALOG
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.ops.cpu import latent
 
 
 def closed(name, original):
@@ -62,6 +63,35 @@ def test_an_up_projection_that_is_quantized_or_of_another_size_is_refused(weight
     )
     with pytest.raises(UnsupportedFeature, match="mla.cpu: the up-projection of model.layers.0.attn"):
         pack(made, torch.float32)
+
+
+def test_new_weights_are_packed_in_place(cache):
+    """Compiled code and running requests hold no old copy: the packed weights stay where they are."""
+    from bi_patch.ops.cpu import machine
+    from bi_patch.seams.cpu import mla
+
+    machine.load_kernels(cache)
+    pack = closed("mla.cpu_weights", lambda self, act_dtype: None)
+    projection = SimpleNamespace(weight=torch.randn(2 * (16 + 16), 512))
+    made = torch.nn.Module()
+    vars(made).update(
+        kv_b_proj=projection,
+        num_heads=2,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        kv_lora_rank=512,
+        quant_config=None,
+        layer_name="attn",
+    )
+    made.process_weights_after_loading = lambda dtype: pack(made, dtype)
+    made.process_weights_after_loading(torch.float32)
+    held = made.bi_patch_absorbed
+    places = held.key.data_ptr(), held.value.data_ptr()
+    projection.weight.copy_(torch.randn(2 * (16 + 16), 512))
+    mla.absorb_again(torch.nn.ModuleList([made]))
+    fresh = latent.absorb(projection.weight, 2, 16, 16)
+    assert made.bi_patch_absorbed is held and places == (held.key.data_ptr(), held.value.data_ptr())
+    assert torch.equal(held.key, fresh.key) and torch.equal(held.value, fresh.value)
 
 
 @pytest.mark.parametrize("name", ["mla.cpu_build", "mla.cpu_build_amx"])
