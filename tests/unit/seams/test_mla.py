@@ -65,11 +65,15 @@ def test_an_up_projection_that_is_quantized_or_of_another_size_is_refused(weight
         pack(made, torch.float32)
 
 
-def test_new_weights_are_packed_in_place(cache):
+def test_new_weights_are_packed_in_place(cache, monkeypatch):
     """Compiled code and running requests hold no old copy: the packed weights stay where they are."""
     from bi_patch.ops.cpu import machine
     from bi_patch.seams.cpu import mla
 
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.attention.mla_attention.set_default_quant_scales",
+        lambda layer, register_buffer: None,
+    )
     machine.load_kernels(cache)
     pack = closed("mla.cpu_weights", lambda self, act_dtype: None)
     projection = SimpleNamespace(weight=torch.randn(2 * (16 + 16), 512))
