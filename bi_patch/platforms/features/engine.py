@@ -7,6 +7,7 @@ from typing import Any
 
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
 
+_CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
@@ -498,7 +499,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "MLA (multi-head latent attention)",
-        cpu=served(_CPU_MLA, why="tiny shapes"),
+        cpu=served(_CPU_MLA, _CPU_MLA_MORE, why="tiny shapes"),
         cuda=(
             refused("its two forms of attention give different bits", releases="<0.33"),
             served(

@@ -12,6 +12,7 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
+_CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
@@ -123,7 +124,7 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "DeepSeek V2 in bf16",
         short="DeepSeek and other MLA models in bf16",
-        cpu=served(_CPU_MLA, why="a tiny shape with random weights"),
+        cpu=served(_CPU_MLA, _CPU_MLA_MORE, why="a tiny shape with random weights"),
         cuda=(
             refused("MLA", releases="<0.33"),
             served(_H200_MLA, why="four layers of V2-Lite's sizes, in eager mode; slow with long contexts"),
@@ -131,7 +132,13 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_MLA,
     ),
     row(
-        "DeepSeek V3, V3.1 and R1, Kimi K2, GLM-4.7-Flash, LongCat in bf16",
+        "GLM-4.7-Flash in bf16",
+        cpu=served(_CPU_MLA_MORE, why="a tiny shape with random weights"),
+        cuda=(refused("MLA", releases="<0.33"), untried()),
+        ascend=_MLA,
+    ),
+    row(
+        "DeepSeek V3, V3.1 and R1, Kimi K2, LongCat in bf16",
         cpu=untried(),
         cuda=(refused("MLA", releases="<0.33"), untried()),
         ascend=_MLA,
