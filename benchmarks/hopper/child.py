@@ -34,6 +34,8 @@ def parse(arguments=None):
     parser.add_argument("--profile", action="store_true", help="print the kernels of prefill and decode steps")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--max-model-len", type=int, default=33000)
+    parser.add_argument("--scheme", help="a name of schemes.py: quantized weights of the model's shape")
+    parser.add_argument("--layers", type=int, default=4, help="of a quantized model")
     parser.add_argument("--extra", default="{}", help="further arguments of vllm.LLM, as JSON")
     return parser.parse_args(arguments)
 
@@ -79,16 +81,30 @@ class Engine:
 
         from bi_patch.tools.models import shapes
 
+        quantized = {}
+        if a.scheme:
+            import schemes
+
+            from bi_patch.tools.verify import weights
+
+            weights.make_random(7)
+            quantized = schemes.arguments(a.scheme)
+            name = f"{schemes.label(a.scheme, a.layers)} {a.mode}"
+            folder = shapes.save(name, schemes.config(a.scheme, a.layers), "/tmp/models")
+        else:
+            folder = shapes.write(a.model, "/tmp/models")
         self.llm = LLM(
-            model=shapes.write(a.model, "/tmp/models"),
+            model=folder,
             skip_tokenizer_init=True,
             load_format="dummy",
             dtype="bfloat16",
             max_model_len=a.max_model_len,
             enforce_eager=a.eager,
             **json.loads(a.extra),
+            **quantized,
         )
-        self.llm.apply_model(randomize)
+        if not a.scheme:
+            self.llm.apply_model(randomize)
         self.started = time.perf_counter() - started
         self.vocabulary = shapes.SHAPES[a.model]["vocab_size"]
         self.count = 0
@@ -237,7 +253,12 @@ def main() -> None:
     import vllm
 
     result = head(torch.cuda.get_device_name(), vllm.__version__, torch.__version__, torch.get_num_threads())
-    result |= {"model": a.model, "mode": a.mode, "eager": a.eager, "start_s": round(engine.started, 1), "cost": []}
+    name = a.model
+    if a.scheme:
+        import schemes
+
+        name = schemes.label(a.scheme, a.layers)
+    result |= {"model": name, "mode": a.mode, "eager": a.eager, "start_s": round(engine.started, 1), "cost": []}
 
     def save():
         with open(a.out, "w") as file:
@@ -256,9 +277,10 @@ def main() -> None:
         profile(engine)
     save()
     if a.mode == "armed":
-        from bi_patch.ops.cuda import linear
+        from bi_patch.ops.cuda import linear, scaled_linear
 
-        print("routes", {str(p): (len(r.kinds), r.limit, r.tiles_agree) for p, r in linear.routes().items()})
+        routes = linear.routes() | scaled_linear.routes()
+        print("routes", {str(p): (len(r.kinds), r.limit, r.tiles_agree) for p, r in routes.items()})
     print("done", a.model, a.mode, "start", result["start_s"], flush=True)
     sys.stdout.flush()
     os._exit(0)

@@ -24,11 +24,11 @@ NOTE = "Stock and armed engines in turns on one GPU. (GPU): the kernels' time al
 class Child:
     """One engine's process. The process measures a workload when `measure` asks for it."""
 
-    def __init__(self, a, mode: str):
+    def __init__(self, a, mode: str, *flags: str):
         self.mode, self.answers = mode, queue.Queue()
         # A fixed KV cache: vLLM's measurement of free memory would be wrong while the other engine starts.
-        memory = {"kv_cache_memory_bytes": a.kv_gib << 30, "gpu_memory_utilization": 0.4}
-        self.out, command = run.engine(a, a.model, mode, "--turns", **memory)
+        memory = {"kv_cache_memory_bytes": a.kv_gib << 30, "gpu_memory_utilization": getattr(a, "share", 0.4)}
+        self.out, command = run.engine(a, a.model, mode, "--turns", *flags, **memory)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         threading.Thread(target=self._read, daemon=True).start()
 

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import threading
 import weakref
-from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_float, c_int, c_int8, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import TYPE_CHECKING, NamedTuple
 
 from bi_patch.errors import CertificateFailed
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 _COMPUTE_32F = 68
-_R_32F, _TYPES = 0, {"float32": 0, "float16": 2, "bfloat16": 14}
+_R_32F, _R_8F_E4M3, _TYPES = 0, 28, {"float32": 0, "float16": 2, "bfloat16": 14}
 _DESC_TRANS, _DESC_EPILOGUE, _DESC_BIAS = {"a": 3, "b": 4}, 7, 8
+_DESC_SCALE, _DESC_SCALE_MODE, _DESC_FAST, _DESC_BIAS_TYPE = {"a": 17, "b": 18}, {"a": 31, "b": 32}, 25, 26
+# How many elements share a scale: one scale for each row; for 128 of K; for 128 rows and 128 of K.
+_SCALE_ROW, _SCALE_GROUP, _SCALE_BLOCK = 3, 4, 5
 _OP_N, _OP_T, _EPILOGUE_BIAS = 0, 1, 4
 _PREF_WORKSPACE, _PREF_REDUCTION, _PREF_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
 # The attributes that identify an algorithm: id, tile, split-K, reduction, custom option, stages, inner shape, cluster.
@@ -212,6 +215,59 @@ class Gemm(_Product):
         with self._lock:
             self._set(_DESC_BIAS, c_void_p(bias))
             return self._enqueue(first, second, into, algorithm.opaque, self._beta, stream)
+
+
+class ScaledGemm(_Product):
+    """out [M, N] = (x [M, K] * its scales) @ (weight [N, K] * its scales).T + bias [N], from 8-bit floats (e4m3).
+
+    group 0: one scale for each row of x, [M], and for each row of weight, [N]. group 128: one scale for each row and
+    128 elements of x, K / 128 rows of [M] scales; and one for each 128 x 128 elements of weight, [N / 128, K / 128].
+    Scales are fp32. out and bias are bf16 or fp16. Rows are packed, and pointers are aligned to 16 bytes; with groups,
+    M is a multiple of 4. Raises CertificateFailed for another dtype, and if the library reports an error.
+    """
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool, group: int):
+        super().__init__(dtype, a=_OP_T)
+        self.n, self.k, self.dtype, self.bias, self.group = n, k, dtype, bias, group
+        modes = {"a": _SCALE_BLOCK, "b": _SCALE_GROUP} if group else {"a": _SCALE_ROW, "b": _SCALE_ROW}
+        for name, mode in modes.items():
+            self._set(_DESC_SCALE_MODE[name], c_int(mode))
+            # The library asks whether there is an address, and reads nothing there before the product runs.
+            self._set(_DESC_SCALE[name], c_void_p(ALIGNMENT))
+        # The tensor cores' own sums; with groups, they are taken out after each group.
+        self._set(_DESC_FAST, c_int8(not group))
+        if bias:
+            self._set(_DESC_EPILOGUE, c_uint32(_EPILOGUE_BIAS))
+            self._set(_DESC_BIAS_TYPE, c_int(_number(dtype)))
+        self._weight = self._layout(k, n, _R_8F_E4M3)
+        self._lock = threading.Lock()
+
+    def offers(self, rows: int) -> list[Algorithm]:
+        """As Gemm.offers."""
+        x, out = self._layout(self.k, rows, _R_8F_E4M3), self._layout(self.n, rows)
+        return [Algorithm(x, out, opaque, kind) for opaque, kind in self._ask(self._weight, x, out)]
+
+    def __call__(
+        self,
+        algorithm: Algorithm,
+        x: int,
+        weight: int,
+        x_scale: int,
+        weight_scale: int,
+        bias: int | None,
+        out: int,
+        stream: int,
+    ) -> None:
+        """Enqueue the product on `stream`. All but algorithm and stream are device addresses."""
+        # The library reads the description within its call, and other threads run meanwhile.
+        with self._lock:
+            self._set(_DESC_SCALE["a"], c_void_p(weight_scale))
+            self._set(_DESC_SCALE["b"], c_void_p(x_scale))
+            if bias is not None:
+                self._set(_DESC_BIAS, c_void_p(bias))
+            self._enqueue(
+                (weight, self._weight), (x, algorithm.x), (out, algorithm.out), algorithm.opaque, self._beta, stream
+            )
 
 
 class WeightGradient(_Product):

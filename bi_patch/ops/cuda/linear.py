@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,7 +79,7 @@ class Route:
     kinds: frozenset[cublaslt.Kind]
     limit: int
     tiles_agree: bool
-    gemm: cublaslt.Gemm | None
+    gemm: cublaslt.Gemm | cublaslt.ScaledGemm | None
     preferred: Mapping[int, cublaslt.Kind] = field(default_factory=dict)
     _chosen: dict[int, cublaslt.Algorithm | None] = field(default_factory=dict, repr=False)
 
@@ -117,20 +117,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
     n, k = weight.shape
     flat = x.reshape(-1, k)
-    if not _packed(flat, k):
+    if not packed(flat, k):
         # Certificates cover aligned, packed rows only: the library may pick another algorithm for another layout.
         flat = flat.clone(memory_format=torch.contiguous_format)
     rows = flat.shape[0]
     route = _routes.get((n, k, x.dtype, bias is not None))
     algorithm = route.algorithm(rows) if route is not None else None
-    if algorithm is not None and _packed(weight, k) and (bias is None or _packed(bias, 1)):
+    if algorithm is not None and packed(weight, k) and (bias is None or packed(bias, 1)):
         out = _vendor(route.gemm, algorithm, flat, weight, bias)
     else:
         out = bundled(flat, weight, bias, route is not None and route.tiles_agree)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
 
-def _packed(tensor, row: int) -> bool:
+def packed(tensor, row: int) -> bool:
+    """Whether certificates cover a tensor's layout: rows of `row` elements without gaps, at an aligned address."""
     return tensor.stride(0) == row and tensor.stride(-1) == 1 and tensor.data_ptr() % cublaslt.ALIGNMENT == 0
 
 
@@ -193,17 +194,21 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
         key = _key(problem, max_rows)
         try:
             certificate = certificates.obtain(
-                cache, key, lambda p=problem, k=key: _certify(p, k, max_rows), instead="the bundled GEMM"
+                cache, key, lambda p=problem, k=key: compare(lambda: Trial(p, max_rows), k), instead="the bundled GEMM"
             )
         finally:
             _asked.pop((problem, max_rows), None)  # unused where the memory allows a smaller M only
-        kinds = frozenset(cublaslt.Kind(*kind) for kind in certificate.algorithms)
-        preferred = {m: cublaslt.Kind(*kind) for m, kind in certificate.preferred.items()}
-        limit = max(certificate.evidence.rows, default=0)
-        gemm = cublaslt.Gemm(*problem) if kinds else None
-        _routes[problem] = Route(kinds, limit, certificate.route.endswith("+tiles"), gemm, preferred)
+        _routes[problem] = route(certificate, cublaslt.Gemm(*problem) if certificate.algorithms else None)
         made.append(certificate)
     return made
+
+
+def route(certificate: Certificate, gemm: cublaslt.Gemm | cublaslt.ScaledGemm | None) -> Route:
+    """The route that a certificate allows. gemm: the vendor's GEMM, None if no kind passed."""
+    kinds = frozenset(cublaslt.Kind(*kind) for kind in certificate.algorithms)
+    preferred = {m: cublaslt.Kind(*kind) for m, kind in certificate.preferred.items()}
+    limit = max(certificate.evidence.rows, default=0)
+    return Route(kinds, limit, certificate.route.endswith("+tiles"), gemm, preferred)
 
 
 def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None:
@@ -258,11 +263,13 @@ def asked_rows(limit: int) -> list[int]:
     return sorted({*each, *some, *cublaslt_choice.timed_rows(limit)})
 
 
-def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
+def compare(make: Callable[[], Trial], key: Key) -> Certificate:
+    """The certificate of the trial that `make` makes: the vendor's kinds, and if none passes the bundled variants."""
     import torch
 
     start = time.perf_counter()
-    trial = _Trial(problem, max_rows)
+    trial = make()
+    n = trial.problem.n
     offers = trial.offers() if machine.vendor_allowed() else {}
     times = trial.times(offers)
     preferred = cublaslt_choice.prefer(offers, times)
@@ -275,7 +282,7 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
         kind, m = next((kind, m) for kind, m in tested if found[kind][m])
         first = f"M={m}: {found[kind][m]} outputs of algorithm {tuple(kind)} differ from the bundled GEMM"
     # Compiling every variant takes seconds, so the variants are compared only if they will serve.
-    agree = (differing > 0 or not found) and trial.tiles_agree()
+    agree = (differing > 0 or not found or trial.mixed) and trial.tiles_agree()
     del trial
     torch.cuda.empty_cache()
     return Certificate(
@@ -285,7 +292,7 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
         passed_rows=sorted({m for _, m in tested} - {m for kind, m in tested if kind not in good}),
         evidence=Evidence(
             rows=sorted({m for _, m in tested}),
-            compared=sum((2 if m <= _TWICE else 1) * m * problem.n for _, m in tested),
+            compared=sum((2 if m <= _TWICE else 1) * m * n for _, m in tested),
             differing=differing,
             first=first,
         ),
@@ -300,8 +307,13 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
     )
 
 
-class _Trial:
-    """Random data for one problem, the reference's output, and the comparisons with this output."""
+class Trial:
+    """Random data for one problem, the reference's output, and the comparisons with this output.
+
+    mixed: the bundled kernel serves some M in any case.
+    """
+
+    mixed = False
 
     def __init__(self, problem: Problem, max_rows: int):
         import torch
@@ -330,12 +342,16 @@ class _Trial:
         if not bool(torch.isfinite(self.want).all()):
             raise ArithmeticError("the bundled GEMM gives values that are not finite")
 
+    def asked(self) -> list[int]:
+        """The M for which the library is asked, ascending."""
+        return asked_rows(self.rows)
+
     def offers(self) -> dict[int, list[cublaslt.Algorithm]]:
-        """The library's algorithms by M, for each M of asked_rows, ascending."""
+        """The library's algorithms by M, for each M of `asked`, ascending."""
         held = _asked.pop((self.problem, self.rows), None)
         if held is not None:
             return held
-        asked = asked_rows(self.rows)
+        asked = self.asked()
         # The library computes its answer on the host, without Python's lock.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             return dict(zip(asked, pool.map(self.gemm.offers, asked), strict=True))
@@ -355,11 +371,12 @@ class _Trial:
             offered = offers.get(m, [])
             if len(offered) < 2:
                 continue
-            one = timing.once(partial(self._run, offered[0], self.x[:m], self.weight))
+            rows = self.take(0, m)
+            one = timing.once(partial(self._run, offered[0], rows, self.weight))
             if one > _SLOW_US:
                 break
             rounds = min(math.ceil(_TIMED_US / (max(one, 1.0) * len(weights))), _CALLS // len(weights))
-            ways = [[partial(self._run, offer, self.x[:m], w) for w in weights * rounds] for offer in offered]
+            ways = [[partial(self._run, offer, rows, w) for w in weights * rounds] for offer in offered]
             found[m] = timing.microseconds(ways, _REPLAYS)
         return found
 
@@ -367,10 +384,13 @@ class _Trial:
         """How many outputs differ from the reference, for the first m rows and, if m is small, also the last m rows."""
         count = 0
         for at in {0, self.rows - m} if m <= _TWICE else {0}:
-            x = self.x[at : at + m]
-            x = x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
-            count += bits.differing(self._run(algorithm, x, self.weight), self.want[at : at + m])
+            count += bits.differing(self._run(algorithm, self.take(at, m), self.weight), self.want[at : at + m])
         return count
+
+    def take(self, at: int, m: int):
+        """m rows of the input from row `at` on, packed and aligned."""
+        x = self.x[at : at + m]
+        return x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
 
     def _run(self, algorithm: cublaslt.Algorithm, x, weight):
         return _vendor(self.gemm, algorithm, x, weight, self.bias, self.out[: x.shape[0]])

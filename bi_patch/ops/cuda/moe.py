@@ -7,6 +7,9 @@ instructions add in one order in every tile. The certificate tests this.
 As for linears, rounding to 16 bits hides most other orders. So the sums in the `up` half of the first product are
 exactly zero, and their outputs are only rounding errors. In half of the sums of the second product, these rounding
 errors cancel again.
+
+Experts with 8-bit floats sum each group of 128 elements of K on the tensor cores. Each group's sum is multiplied by its
+two scales, then added. Plain random data are compared: the tensor cores' short sums show another order by themselves.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ OPERATION = "cuda.moe"
 DATA = "sums of zero and others"
 # The tile of upstream's mode. Every other tile is compared with FIXED, and FIXED serves if another tile differs.
 FIXED = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
+# For 8-bit floats with a scale for each group: the same, with K blocks of one group.
+FIXED_GROUPS = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
+FP8 = "fp8_w8a8"  # vLLM's name of the kind of weights
 # By table key: whether every certificate of this size passed. A size that is not here has none, and FIXED serves it.
 _passed: dict[tuple[int, int, str | None], bool] = {}
 _done: set[Problem] = set()
@@ -42,7 +48,8 @@ class Problem(NamedTuple):
     """One kind of experts: w13 [experts, 2 * n, hidden], w2 [experts, hidden, n], top_k experts per token.
 
     activation: vLLM's name of the gated activation. bias: both products add a bias. weighted_input: a token's weight
-    multiplies the experts' input instead of their output.
+    multiplies the experts' input instead of their output. group: 128 for weights of 8-bit floats with a scale for each
+    block of 128 x 128, and one for each 128 elements of a row; 0 for weights of dtype.
     """
 
     experts: int
@@ -53,23 +60,30 @@ class Problem(NamedTuple):
     activation: str = "silu"
     bias: bool = False
     weighted_input: bool = False
+    group: int = 0
 
     def __str__(self) -> str:
-        extras = f"{' bias' * self.bias}{' weighted input' * self.weighted_input}"
+        groups = f" e4m3 groups of {self.group}" if self.group else ""
+        extras = f"{' bias' * self.bias}{' weighted input' * self.weighted_input}{groups}"
         size = f"E={self.experts} N={self.n} K={self.hidden} top{self.top_k}"
         return f"{size} {self.activation}{extras} {machine.name(self.dtype)}"
 
     @property
     def table(self) -> tuple[int, int, str | None]:
         """The key by which vLLM looks up tiles: experts, n, name of the dtype (None for bf16 and fp16)."""
-        return self.experts, self.n, "float32" if self.dtype.itemsize == 4 else None
+        return self.experts, self.n, FP8 if self.group else "float32" if self.dtype.itemsize == 4 else None
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        return FIXED_GROUPS if self.group else FIXED
 
 
 class Kernel(NamedTuple):
     """vLLM's kernel for one kind of experts, with the activation and the bias of this kind.
 
-    run: (x [M, hidden], w13, w2, weights [M, top_k] fp32, ids [M, top_k] int32) -> [M, hidden]. choose: M -> the tile
-    that serves. override: a context manager in which every call takes the given tile.
+    run: (x [M, hidden], w13, w2, weights [M, top_k] fp32, ids [M, top_k] int32) -> [M, hidden]. For 8-bit floats, w13
+    and w2 are pairs with their scales, [experts, rows / group, columns / group] fp32. choose: M -> the tile that
+    serves. override: a context manager in which every call takes the given tile.
     """
 
     run: Callable[..., torch.Tensor]
@@ -77,9 +91,10 @@ class Kernel(NamedTuple):
     override: Callable[[dict[str, int]], Any]
 
 
-def one_pass(tile: dict[str, int]) -> dict[str, int]:
-    """`tile` without split-K."""
-    return {**tile, "SPLIT_K": 1}
+def one_pass(tile: dict[str, int], group: int = 0) -> dict[str, int]:
+    """`tile` without split-K. With groups of K, its K block is a group, and its columns fill Hopper's instructions."""
+    kept = {**tile, "SPLIT_K": 1}
+    return kept | {"BLOCK_SIZE_K": group, "BLOCK_SIZE_N": max(kept["BLOCK_SIZE_N"], 64)} if group else kept
 
 
 def is_fixed(experts: int, n: int, dtype: str | None) -> bool:
@@ -171,24 +186,45 @@ def _rehearse(problem: Problem, kernel: Kernel, tested: list[int]) -> None:
     def zeros(*sizes: int, dtype=problem.dtype) -> torch.Tensor:
         return torch.zeros(sizes, dtype=dtype, device="cuda")
 
-    w13 = zeros(2 * problem.n, problem.hidden).expand(problem.experts, -1, -1)
-    w2 = zeros(problem.hidden, problem.n).expand(problem.experts, -1, -1)
+    w13 = _for_each(problem, zeros(2 * problem.n, problem.hidden))
+    w2 = _for_each(problem, zeros(problem.hidden, problem.n))
     for m in tested:
         given = zeros(m, problem.hidden), w13, w2, zeros(m, problem.top_k, dtype=torch.float32)
         ids = torch.arange(problem.top_k, dtype=torch.int32, device="cuda").repeat(m, 1)
         kernel.run(*given, ids)
-    with kernel.override(FIXED):
+    with kernel.override(problem.fixed):
         kernel.run(*given, ids)
+
+
+def _for_each(problem: Problem, weight: torch.Tensor, generator: torch.Generator | None = None):
+    """A weight [rows, columns] that all experts share in memory. 8-bit floats come with random scales, or with ones."""
+    import torch
+
+    if not problem.group:
+        return weight.expand(problem.experts, -1, -1)
+    size = [-(-length // problem.group) for length in weight.shape]
+    scales = torch.ones(size, device=weight.device)
+    if generator is not None:
+        scales.uniform_(0.5, 1.5, generator=generator).mul_(weight.shape[1] ** -0.5 / 16)
+    return tuple(part.expand(problem.experts, -1, -1) for part in (weight.to(torch.float8_e4m3fn), scales))
 
 
 def operands(problem: Problem, rows: int, generator: torch.Generator):
     """x [rows, hidden], w13 and w2, random, on the generator's device.
 
-    All experts share one set of weights in memory. The module's docstring says which sums are zero.
+    All experts share one set of weights in memory. The module's docstring says which sums are zero. For 8-bit floats,
+    w13 and w2 are pairs with their scales.
     """
     import torch
 
     device, dtype, n = generator.device, problem.dtype, problem.n
+    if problem.group:
+
+        def drawn(*sizes):
+            return torch.randn(sizes, generator=generator, device=device)
+
+        weights = drawn(2 * n, problem.hidden), drawn(problem.hidden, n)
+        return drawn(rows, problem.hidden).to(dtype), *(_for_each(problem, w.mul_(16), generator) for w in weights)
     columns = torch.randperm(problem.hidden, generator=generator, device=device)
     inner = torch.randperm(n, generator=generator, device=device)
     x = cancelling(rows, columns, 1, generator, dtype)
@@ -212,7 +248,7 @@ def _certify(problem: Problem, kernel: Kernel, kinds: Kinds, key: Key) -> Certif
     scores = torch.rand(most, problem.experts, generator=generator, device="cuda")
     weights, ids = torch.topk(scores.softmax(-1), problem.top_k, dim=-1)
     ids = ids.to(torch.int32)
-    with kernel.override(FIXED):
+    with kernel.override(problem.fixed):
         want = kernel.run(x.clone(), w13, w2, weights, ids)
     if not bool(torch.isfinite(want).all()):
         raise ArithmeticError("the fixed tile gives values that are not finite")

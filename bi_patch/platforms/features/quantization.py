@@ -17,9 +17,18 @@ _NONE = refused("bi_patch has no certified order for their products", todo="Use 
 _REFUSED = {"cpu": _NONE, "cuda": _NONE, "ascend": _NONE}
 _NO_KERNEL = _REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them", todo="Use unquantized weights")}
 _CPU = _REFUSED | {"cpu": untried("the tests cover it")}
+_H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
+_ON_HOPPER = served(_H200, why="two layers of published sizes, in eager mode", releases=">=0.33")
+_COMPILED = served(_H200, why="two layers of published sizes, compiled and in eager mode", releases=">=0.33")
+_SAME = untried("as FP8 made while loading", releases=">=0.33")
 _GROUPS = ("32", "64", "128", CHANNEL)  # sizes with a kernel
 
 Cells = dict[str, Cell | tuple[Cell, ...]]
+
+
+def _cuda(cell: Cell) -> Cells:
+    """Refused, except on CUDA in the releases of a cell."""
+    return _REFUSED | {"cuda": (cell, _NONE)}
 
 
 def _weight_only(scheme: Scheme, bits: int) -> bool:
@@ -52,6 +61,10 @@ def _fp8(scheme: Scheme, scale: str, activation: str, *, static: bool = False, o
     return kind == ("fp8", scale, "fp8", activation, static, online)
 
 
+def _blocks(scheme: Scheme) -> bool:
+    return _fp8(scheme, "128x128", "128")
+
+
 # (name, whether a scheme belongs to the row, its cells). A scheme belongs to the first row that takes it.
 _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     ("INT8 weights and activations (compressed-tensors W8A8)", _int8_rows, _ON_CPU),
@@ -64,19 +77,19 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         _NO_KERNEL,
     ),
     ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", lambda s: _weight_only(s, 8), _NO_KERNEL),
-    ("FP8 in blocks of 128 x 128", lambda s: _fp8(s, "128x128", "128"), _REFUSED),
+    ("FP8 in blocks of 128 x 128", _blocks, _cuda(_ON_HOPPER)),
     (
         "FP8 per channel or tensor, activations per token (compressed-tensors)",
         lambda s: any(_fp8(s, scale, TOKEN) for scale in (CHANNEL, TENSOR)),
-        _REFUSED,
+        _cuda(_ON_HOPPER),
     ),
     (
         "FP8 per channel or tensor, static activations",
         lambda s: any(_fp8(s, scale, TENSOR, static=True) for scale in (CHANNEL, TENSOR)),
         _REFUSED,
     ),
-    ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _REFUSED),
-    ("FP8 made while loading (--quantization fp8)", lambda s: _fp8(s, TENSOR, TENSOR, online=True), _REFUSED),
+    ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _cuda(_SAME)),
+    ("FP8 made while loading (--quantization fp8)", lambda s: _fp8(s, TENSOR, TENSOR, online=True), _cuda(_COMPILED)),
 )
 _OTHERS = "other quantized weights"
 
@@ -95,13 +108,15 @@ def _asked(name: str) -> Callable[[Any], str]:
     return lambda config: _words(tuple(s for s in schemes.of(config) if _row(s) == name))
 
 
-def _experts(config: Any) -> str:
-    used = schemes.of(config)
-    return (
-        f"quantized experts ({'; '.join(map(str, used))})"
-        if used and getattr(config.model_config, "is_moe", False)
-        else ""
-    )
+def _experts(blocks: bool) -> Callable[[Any], str]:
+    """Words for a model with experts whose schemes are all FP8 in blocks (blocks), or not."""
+
+    def asked(config: Any) -> str:
+        used = schemes.of(config)
+        there = used and getattr(config.model_config, "is_moe", False) and all(map(_blocks, used)) == blocks
+        return f"quantized experts ({'; '.join(map(str, used))})" if there else ""
+
+    return asked
 
 
 def _head(config: Any) -> str:
@@ -116,7 +131,8 @@ def _dtype(config: Any) -> str:
 
 QUANTIZATION: tuple[Feature, ...] = (
     *(row(name, **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
-    row("quantized experts", **_REFUSED, asked=_experts),
+    row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(True)),
+    row("quantized experts", **_REFUSED, asked=_experts(False)),
     row("quantized language-model head", **_REFUSED, asked=_head),
     row(
         _OTHERS,

@@ -48,7 +48,7 @@ def _load(original):
         from bi_patch.ops.cuda import certify, lora
         from bi_patch.seams import pooling as poolers
         from bi_patch.seams import weights
-        from bi_patch.seams.cuda import attention, chunks, moe, norm, pooling, rows
+        from bi_patch.seams.cuda import attention, chunks, moe, norm, pooling, rows, scaled_linear
 
         config = self.vllm_config
         if getattr(config, "lora_config", None) is not None:
@@ -64,11 +64,11 @@ def _load(original):
         norm.replace_layer_norms(model)
         pooling.prepare(model, config)
         held = (poolers.no_update, poolers.no_update)
-        hooks = held if poolers.is_pooling(config) else (lambda _: weights.refuse_with_lora(config),)
+        hooks = held if poolers.is_pooling(config) else (_before_update(config), scaled_linear.refuse_update)
         weights.watch_model(model, *hooks)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
             certify.certify(
-                _problems(model),
+                [*_problems(model), *scaled_linear.problems(model)],
                 moe.experts(model),
                 attention.decoders(config),
                 chunks.layers(config),
@@ -81,6 +81,18 @@ def _load(original):
         return result
 
     return load_model
+
+
+def _before_update(config):
+    """A function that refuses new weights of a quantized model, and of an engine with LoRA."""
+    from bi_patch.seams import weights
+    from bi_patch.seams.cuda import scaled_linear
+
+    def before(model):
+        weights.refuse_with_lora(config)
+        scaled_linear.refuse_update(model)
+
+    return before
 
 
 def _problems(model):

@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.overlay import Overlay, with_globals
 
@@ -18,7 +19,7 @@ def _configs(original):
     @functools.cache
     def tuned(E, N, dtype, block_n, block_k):
         table = moe.bundled_table(E, N, dtype) or stock(E, N, dtype, block_n, block_k)
-        return table and {m: moe.one_pass(tile) for m, tile in table.items()}
+        return table and {m: moe.one_pass(tile, block_k or 0) for m, tile in table.items()}
 
     def get_moe_configs(E, N, dtype, block_n=None, block_k=None):
         return None if moe.is_fixed(E, N, dtype) else tuned(E, N, dtype, block_n, block_k)
@@ -36,11 +37,21 @@ def _default(original):
 
     @functools.wraps(original)
     def get_default_config(M, E, N, K, topk, dtype, block_shape=None):
+        group = block_shape[1] if dtype == moe.FP8 and block_shape else 0
         if moe.is_fixed(E, N, dtype):
-            return original(M, E, N, K, topk, dtype, block_shape)
-        return moe.one_pass(stock(M, E, N, K, topk, dtype, block_shape))
+            return dict(moe.FIXED_GROUPS) if group else original(M, E, N, K, topk, dtype, block_shape)
+        return moe.one_pass(stock(M, E, N, K, topk, dtype, block_shape), group)
 
     return get_default_config
+
+
+def _swapped(original):
+    """enable_swap_ab: swap the operands of 8-bit floats for every number of rows, or for none."""
+
+    def enable_swap_ab(BLOCK_SIZE_M, BLOCK_SIZE_N):
+        return original(1, BLOCK_SIZE_N)
+
+    return enable_swap_ab
 
 
 def _gate(original):
@@ -77,19 +88,57 @@ def experts(model):
         activation = getattr(config, "activation", None) or module.activation
         bias = getattr(module, "w13_bias", None) is not None
         weighted = bool(getattr(module, "apply_router_weight_on_input", False))
-        problem = Problem(w2.shape[0], w2.shape[2], w2.shape[1], top_k, w2.dtype, activation.value, bias, weighted)
+        group = 0 if w13.dtype in _plain() else _group(module)
+        dtype = config.in_dtype if group else w2.dtype
+        problem = Problem(w2.shape[0], w2.shape[2], w2.shape[1], top_k, dtype, activation.value, bias, weighted, group)
         quantization = problem.table[2]
-        choose = functools.partial(fused_moe.try_get_optimal_moe_config, w13.shape, w2.shape, top_k, quantization)
-        yield problem, Kernel(_run(fused_moe.fused_experts, activation, bias, weighted), choose, override_config)
+        block = {"block_shape": [group, group]} if group else {}
+        choose = functools.partial(
+            fused_moe.try_get_optimal_moe_config, w13.shape, w2.shape, top_k, quantization, **block
+        )
+        yield problem, Kernel(_run(fused_moe.fused_experts, activation, bias, weighted, group), choose, override_config)
 
 
-def _run(fused_experts, activation, bias: bool, weighted: bool):
+def _plain():
+    import torch
+
+    return torch.bfloat16, torch.float16, torch.float32
+
+
+def _group(module) -> int:
+    """How many elements of K share a scale of quantized experts. Raises UnsupportedFeature for uncovered ones."""
+    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    block, name = getattr(experts, "block_shape", None), type(experts).__name__
+    if (
+        name != "TritonExperts"
+        or list(block or ()) != [_GROUP, _GROUP]
+        or getattr(module, "w13_bias", None) is not None
+    ):
+        raise UnsupportedFeature(
+            f"moe.cuda_quantized: bi_patch has no certified order for experts of {name} with {module.w13_weight.dtype} "
+            f"weights in blocks of {block}. Leave out --moe-backend, use another checkpoint, or set BI_PATCH=0"
+        )
+    return _GROUP
+
+
+_GROUP = 128
+
+
+def _run(fused_experts, activation, bias: bool, weighted: bool, group: int):
     """fused_experts for one kind of experts. A bias is zero, because a large one would hide how the sums round."""
 
     def run(x, w13, w2, weights, ids):
-        from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, biased_moe_quant_config
+        from vllm.model_executor.layers.fused_moe.config import (
+            FUSED_MOE_UNQUANTIZED_CONFIG,
+            biased_moe_quant_config,
+            fp8_w8a8_moe_quant_config,
+        )
 
         held = FUSED_MOE_UNQUANTIZED_CONFIG
+        if group:
+            (w13, w13_scale), (w2, w2_scale) = w13, w2
+            held = fp8_w8a8_moe_quant_config(w1_scale=w13_scale, w2_scale=w2_scale, block_shape=[group, group])
         if bias:
             held = biased_moe_quant_config(*(w.new_zeros(w.shape[:2]) for w in (w13, w2)))
         return fused_experts(
@@ -129,6 +178,16 @@ SEAMS = (
         how="experts without a table use stock vLLM's default tiles for the number of tokens, and never split K",
         until="upstream's mode keeps tuned tiles (https://github.com/vllm-project/vllm/issues/27433)",
         causes=(10,),
+    ),
+    Seam(
+        name="moe.cuda_swapped",
+        targets=(Target("vllm.model_executor.layers.fused_moe.utils", "enable_swap_ab", ">=0.33", (_FUSED_MOE,)),),
+        close=_swapped,
+        why="for few rows vLLM swaps the operands of FP8 experts, which multiplies a sum by its two scales in another "
+        "order",
+        how="on Hopper the operands are swapped for every number of rows",
+        until="upstream's kernel multiplies by the scales in one order",
+        causes=(12,),
     ),
     Seam(
         name="moe.cuda_gate",

@@ -5,6 +5,7 @@ import itertools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.row_checks import FEW, ROWS, RowCheck
+from bi_patch.seams.cuda import scaled_linear
 from bi_patch.seams.naming import dotted
 
 
@@ -16,7 +17,8 @@ def checks(model, dtype, vocab: int):
     an activation in a layer's own code, has no check.
     """
     seen = set()
-    for check in itertools.chain(_of_layers(model, dtype), of_sampling(vocab) if vocab else ()):
+    sampled = of_sampling(vocab) if vocab else ()
+    for check in itertools.chain(_of_layers(model, dtype), _quantizers(model, dtype), sampled):
         if (check.operation, check.problem) not in seen:
             seen.add((check.operation, check.problem))
             yield check
@@ -28,6 +30,12 @@ def _of_layers(model, dtype):
         yield from _activations(module, dtype)
         yield from _rotation(module, dtype)
         yield from _router(module, dtype)
+
+
+def _quantizers(model, dtype):
+    for form, k, run in scaled_linear.quantizers(model):
+        name = f"e4m3 {form} {str(dtype).removeprefix('torch.')}"
+        yield RowCheck("cuda.quantization", name, ROWS, _random(dtype, k), run)
 
 
 def _name(layer, *sizes, dtype) -> str:

@@ -11,6 +11,7 @@ from bi_patch.tools.verify.engine import LocalEngine
 
 CPU, CUDA = "cpu", "cuda"
 BOTH = (CPU, CUDA)
+FP8 = "fp8"
 
 
 class UnknownFault(BiPatchError):

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from bi_patch.tools.faults import parts
-from bi_patch.tools.faults.base import CUDA, Fault
+from bi_patch.tools.faults.base import CUDA, FP8, Fault
+from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner, replaced
 
@@ -53,6 +54,23 @@ def vllm_norm(engine: LocalEngine):
     return parts.each_norm(engine, make)
 
 
+@contextlib.contextmanager
+def tensor_scale(engine: LocalEngine) -> Iterator[None]:
+    """All rows of a step share one FP8 scale, by vLLM's own kernel for dynamic scales per tensor."""
+
+    def shared(x, *_, **__):
+        from vllm import _custom_ops
+
+        return _custom_ops.scaled_fp8_quant(x)
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers.model(engine).modules():
+            kernel = getattr(getattr(layer, "quant_method", None), "fp8_linear", None)
+            if kernel is not None:
+                stack.enter_context(replaced(kernel, "quant_fp8", lambda held: shared))
+        yield
+
+
 FAULTS = (
     Fault(
         "RMSNorm kernel of vLLM",
@@ -73,5 +91,16 @@ FAULTS = (
         (CUDA,),
         "attn",
         seam={"cuda": "attention.cuda_backend"},
+    ),
+    Fault(
+        "one dynamic FP8 scale for a step",
+        11,
+        tensor_scale.__doc__,
+        "co-batch contents",
+        tensor_scale,
+        (CUDA,),
+        "proj",
+        "fp8_quant",
+        model=FP8,
     ),
 )

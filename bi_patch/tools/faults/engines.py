@@ -114,6 +114,13 @@ def adapters(dtype: str = "") -> Options:
     return base.but(**lora.options(base))
 
 
+def quantized(given: Options, folder: str) -> Options:
+    """These options with another model: three dense layers, whose weights vLLM quantizes to FP8 while it loads them."""
+    config = shapes.SHAPES["Qwen3-1.7B"] | {"num_hidden_layers": 3}
+    model = shapes.save("Qwen3-1.7B, 3 layers", config, folder)
+    return given.but(model=model, extra=given.extra | {"quantization": "fp8"})
+
+
 def recurrent(folder: str) -> Options:
     """The options of a small model with gated delta nets. vLLM's own kernels start their chunks at the engine step."""
     return Options(

@@ -14,6 +14,7 @@ from bi_patch.files import write_json
 from bi_patch.tools import evidence
 from bi_patch.tools.evidence import FaultRow, Faults
 from bi_patch.tools.faults import Fault, catch, engines, every, named
+from bi_patch.tools.faults.base import FP8
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.compiled import AXIS, CAUSE, NAME, catch_compiled
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
@@ -85,10 +86,16 @@ class _Run:
         engine, those of a model in an engine of this model, and all others in the first engine."""
         made: Faults | None = None
         for model in sorted({fault.model for fault in wanted}):
-            of = engines.of_family(model, self.folder, given.dtype) if model else given
+            of = self._of_model(model, given)
             made = self._in_model(of, [fault for fault in wanted if fault.model == model], made)
         assert made is not None
         return made
+
+    def _of_model(self, model: str, given: Options) -> Options:
+        """The options of the engine for faults of a model; "" for the platform's own."""
+        if model == FP8:
+            return engines.quantized(given, self.folder)
+        return engines.of_family(model, self.folder, given.dtype) if model else given
 
     def _in_model(self, given: Options, wanted: list[Fault], made: Faults | None) -> Faults:
         """Plant the faults of one model, and add the results to `made`."""

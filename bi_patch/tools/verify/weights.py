@@ -32,15 +32,21 @@ def make_tied() -> None:
             loader.load_weights = _then_tied(original)
 
 
+# The standard deviation of 8-bit floats: few of them are subnormal, and none overflows.
+_EIGHTH = 16.0
+
+
 def fill(model, seed: int) -> None:
     """Fill a model: matrices normal(0, fan_in ** -0.5), biases normal(0, 0.5), norms normal(1, 0.1).
 
-    Packed integers get random bits. Their scales give the weights about the spread of other matrices.
+    Packed integers get random bits. Their scales, and those of 8-bit floats, give the weights about the spread of other
+    matrices.
     """
     import torch
 
     generators: dict[object, torch.Generator] = {}
-    for name, parameter in model.named_parameters():
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
         value = parameter.data
         if not value.is_floating_point():
             if name.endswith(_PACKED) and value.ndim >= 2:
@@ -52,8 +58,15 @@ def fill(model, seed: int) -> None:
             value.copy_(step * (0.5 + noise))
             continue
         generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(seed))
+        scaled = _scaled(named, name)
         wide = value if value.element_size() > 1 else torch.empty(value.shape, device=value.device)
-        if value.ndim >= 2:
+        if name.endswith("input_scale"):
+            wide.fill_(0.02)
+        elif scaled is not None:
+            wide.uniform_(0.5, 1.5, generator=generator).mul_(scaled.shape[-1] ** -0.5 / _EIGHTH)
+        elif value.element_size() == 1:
+            wide.normal_(0, _EIGHTH, generator=generator)
+        elif value.ndim >= 2:
             wide.normal_(0, value.shape[-1] ** -0.5, generator=generator)
         elif name.endswith("bias"):
             wide.normal_(0, 0.5, generator=generator)
@@ -93,6 +106,15 @@ def _step(layer) -> float:
     integers = [p for name, p in layer.named_parameters() if not p.is_floating_point() and p.ndim >= 2]
     spread = {1: 73.0, 4: 4.6}.get(integers[0].element_size(), 0.0) if integers else 0.0  # of int8, of 4-bit integers
     return size**-0.5 / spread if spread else 0.0
+
+
+def _scaled(named, name: str):
+    """The 8-bit floats that a parameter is the scale of, else None. named: the model's parameters by name."""
+    for suffix in ("_scale_inv", "_scale"):
+        found = named.get(name.removesuffix(suffix)) if name.endswith(suffix) else None
+        if found is not None and found.is_floating_point() and found.element_size() == 1:
+            return found
+    return None
 
 
 def tie(model) -> None:

@@ -182,10 +182,10 @@ def test_pooling_is_refused_where_it_was_not_tried():
 
 def test_several_refusals_are_named_at_once_with_what_to_do():
     with pytest.raises(UnsupportedFeature) as caught:
-        check("cuda", lora=SimpleNamespace(), model_quantization="fp8")
+        check("cuda", lora=SimpleNamespace(), model_quantization="awq")
     assert all(
         said in str(caught.value)
-        for said in ("LoRA", "quantized weights (fp8", "Use unquantized weights", "Turn it off")
+        for said in ("LoRA", "quantized weights (awq", "Use unquantized weights", "Turn it off")
     )
 
 

@@ -29,6 +29,7 @@ from bi_patch.kernels.triton import (
     pooling,
     reduce,
     rope,
+    scaled_gemm,
 )  # noqa: E402
 from bi_patch.kernels.triton.softmax import softmax_step  # noqa: E402
 
@@ -36,7 +37,10 @@ _dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _upcast(handle):
-    """Convert bf16 to floats: the interpreter holds bf16 as integers and would multiply these."""
+    """Convert bf16 and e4m3 to floats: the interpreter holds both as integers and would multiply these."""
+    if handle.dtype.scalar == tl.float8e4nv:
+        wide = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn).float().numpy()
+        return interpreter.TensorHandle(wide, tl.float32)
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     widened = interpreter._convert_float(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
@@ -87,6 +91,42 @@ def gemms() -> None:
                 report(f"{case} mixed", "" if torch.equal(mixed, torch.cat(whole, 1)) else "columns are misplaced")
                 alone = torch.cat([gemm.gemm(x[m : m + 1], weight, held, tile) for m in (0, 17, 36)])
                 report(f"{case} alone", "" if torch.equal(alone, got[[0, 17, 36]]) else "a row alone differs")
+
+
+SCALED = {
+    "reference": scaled_gemm.Tile(32, 64, 128, 4, 2),
+    "swapped": scaled_gemm.Tile(16, 64, 128, 4, 2, True),
+    "ragged depth": scaled_gemm.Tile(16, 32, 64, 4, 2, True),
+}
+
+
+def scaled_gemms() -> None:
+    generator = torch.Generator().manual_seed(9)
+    rows, cols, depth = 37, 200, 288
+    x, w = (torch.randn(n, depth, generator=generator).to(torch.float8_e4m3fn) for n in (rows, cols))
+    for dtype in (torch.float16, torch.bfloat16):
+        for grouped, bias in ((False, False), (False, True), (True, False), (True, True)):
+            k = 256 if grouped else depth
+            sizes = ((rows, 2), (2, 2)) if grouped else ((rows,), (cols,))
+            scales = [torch.rand(size, generator=generator) + 0.5 for size in sizes]
+            held = torch.randn(cols, generator=generator).to(dtype) if bias else None
+            a, b = x[:, :k].contiguous(), w[:, :k].contiguous()
+            wide = [t.double() for t in scales]
+            if grouped:
+                wide = [wide[0].repeat_interleave(128, 1), wide[1].repeat_interleave(128, 0)[:cols]]
+                wide[1] = wide[1].repeat_interleave(128, 1)
+            else:
+                wide = [t[:, None] for t in wide]
+            want = (a.double() * wide[0]) @ (b.double() * wide[1]).T + (held.double() if bias else 0)
+            for name, tile in SCALED.items():
+                case = f"scaled gemm {name} {dtype} {'groups' if grouped else 'rows'} {'bias' if bias else 'plain'}"
+                got = scaled_gemm.gemm(a, b, *scales, held, dtype, tile)
+                report(case, close(got, want, dtype))
+                alone = [
+                    scaled_gemm.gemm(a[m : m + 1], b, scales[0][m : m + 1], scales[1], held, dtype, tile)
+                    for m in (0, 36)
+                ]
+                report(f"{case} alone", "" if torch.equal(torch.cat(alone), got[[0, 36]]) else "a row alone differs")
 
 
 def norms() -> None:
@@ -479,6 +519,7 @@ def loras() -> None:
 
 AREAS = {
     "gemm": gemms,
+    "scaled gemm": scaled_gemms,
     "norm": norms,
     "layer norm": layer_norms,
     "rope": ropes,

@@ -23,6 +23,7 @@ from bi_patch.kernels.triton import (
     pooling,
     reduce,
     rope,
+    scaled_gemm,
 )
 
 # A100, RTX 30, RTX 40 and L4, Hopper, B200, RTX 50.
@@ -68,6 +69,42 @@ def test_persistent(architecture, rows):
     }
     constants = {"HAS_BIAS": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": 8}
     built = build(gemm._persistent, signature, constants, architecture, num_warps=tile.warps, num_stages=tile.stages)
+    assert built.metadata.shared <= SHARED[architecture]
+
+
+_SCALED = dict.fromkeys(("x_scale", "w_scale"), "*fp32") | {"bias": "*bf16"}
+_SCALED |= dict.fromkeys(("rows", "cols", "depth", "stride_xs_m", "stride_xs_k", "stride_ws_n"), "i32")
+
+
+@pytest.mark.parametrize("architecture", [89, 90, 100, 120])
+@pytest.mark.parametrize("rows", [1, 32, 64, 4096])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_scaled(architecture, rows, grouped):
+    tile = scaled_gemm.choose(rows, 4096, SHARED[architecture], False, grouped)
+    pointers = {"x": "*fp8e4nv", "w": "*fp8e4nv", "out": "*bf16"}
+    strides = dict.fromkeys(("stride_x", "stride_w", "stride_out"), "i32")
+    constants = {"HAS_BIAS": True, "GROUPED": grouped, "SWAP": tile.swap, "EVEN_K": True, "GROUP": 8}
+    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": 128 if grouped else tile.k}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    built = build(scaled_gemm._tile, pointers | _SCALED | strides, constants, architecture, **options)
+    assert built.metadata.shared <= SHARED[architecture]
+
+
+@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize("rows", [128, 4096])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_scaled_persistent(architecture, rows, grouped):
+    tile = scaled_gemm.choose(rows, 4096, SHARED[architecture], True, grouped)
+    assert tile.persistent
+    described = {
+        "x": f"tensordesc<fp8e4nv[{tile.m}, {tile.k}]>",
+        "w": f"tensordesc<fp8e4nv[{tile.n}, {tile.k}]>",
+        "out": f"tensordesc<bf16[{tile.m}, {tile.n}]>",
+    }
+    constants = {"HAS_BIAS": False, "GROUPED": grouped, "GROUP": 8}
+    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    built = build(scaled_gemm._persistent, described | _SCALED, constants, architecture, **options)
     assert built.metadata.shared <= SHARED[architecture]
 
 

@@ -13,7 +13,19 @@ ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-AREAS = ("gemm", "norm", "layer norm", "rope", "sum", "pooling", "softmax", "attention backward", "training", "lora")
+AREAS = (
+    "gemm",
+    "scaled gemm",
+    "norm",
+    "layer norm",
+    "rope",
+    "sum",
+    "pooling",
+    "softmax",
+    "attention backward",
+    "training",
+    "lora",
+)
 
 
 @pytest.fixture(scope="module")

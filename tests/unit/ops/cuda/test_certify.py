@@ -8,15 +8,16 @@ import torch
 from bi_patch.errors import CertificateFailed
 from bi_patch.ops import certificates, row_checks
 from bi_patch.ops.certificates import Tally
-from bi_patch.ops.cuda import attention, certify, chunks, cublaslt, linear, machine, moe, rows
+from bi_patch.ops.cuda import attention, certify, chunks, cublaslt, linear, machine, moe, rows, scaled_linear
 from bi_patch.ops.cuda.ahead import Ahead
 
 LINEAR = linear.Problem(8, 16, torch.bfloat16, False)
+SCALED = scaled_linear.Problem(8, 128, torch.bfloat16, False, 128)
 EXPERTS = moe.Problem(4, 6, 8, 2, torch.bfloat16)
 ATTENTION = attention.Problem(8, 2, 128, torch.bfloat16)
 CHUNKED = chunks.Problem("FLASH_ATTN 3", 8, 2, 128, 0, 16, torch.bfloat16)
 ROWS = row_checks.RowCheck("cuda.norm", "RMSNorm 64 bfloat16", row_checks.FEW, None, None)
-KINDS = ["cuda.linear", "cuda.moe", "cuda.decode_attention", "cuda.attention", "cuda.norm"]
+KINDS = ["cuda.linear", "cuda.scaled_linear", "cuda.moe", "cuda.decode_attention", "cuda.attention", "cuda.norm"]
 KERNEL = moe.Kernel(None, lambda m: {"BLOCK_SIZE_M": 16 if m < 9 else 64}, contextlib.nullcontext)
 
 
@@ -30,6 +31,7 @@ def nowhere(monkeypatch):
     monkeypatch.setattr(cublaslt, "Gemm", lambda *_: None)
     for module, name, empty in (
         (linear, "_routes", {}),
+        (scaled_linear, "_routes", {}),
         (moe, "_passed", {}),
         (moe, "_done", set()),
         (moe, "_known", {}),
@@ -55,7 +57,8 @@ def stand_ins(monkeypatch, wrong=0, error=None, kinds=KINDS):
 
         return make
 
-    monkeypatch.setattr(linear, "_certify", comparison(1, [1, 60], "cublaslt"))
+    monkeypatch.setattr(linear, "compare", comparison(1, [1, 60], "cublaslt"))
+    monkeypatch.setattr(scaled_linear, "_certify", comparison(1, [1, 60], "cublaslt"))
     monkeypatch.setattr(moe, "_certify", comparison(3, [1, 60], "tiles by M"))
     monkeypatch.setattr(attention, "_certify", comparison(2, [1, 60], "bundled decode"))
     monkeypatch.setattr(chunks, "_certify", comparison(2, [1500], "kept"))
@@ -65,7 +68,7 @@ def stand_ins(monkeypatch, wrong=0, error=None, kinds=KINDS):
 
 def run(cache):
     given = (
-        [LINEAR, LINEAR],
+        [LINEAR, SCALED, LINEAR, SCALED],
         [(EXPERTS, KERNEL), (EXPERTS, KERNEL)],
         [(ATTENTION, None), (ATTENTION, None)],
         [(CHUNKED, None)],
@@ -86,7 +89,8 @@ def test_each_kind_is_certified_once_and_kept(monkeypatch, tmp_path):
 def test_what_is_made_is_rehearsed_once_and_what_is_on_disk_is_not(monkeypatch, tmp_path):
     stand_ins(monkeypatch)
     called = []
-    monkeypatch.setattr(linear, "_rehearse", lambda problem, max_rows: called.append("cuda.linear"))
+    for module in (linear, scaled_linear):
+        monkeypatch.setattr(module, "_rehearse", lambda *_, name=module.OPERATION: called.append(name))
     monkeypatch.setattr(moe, "_rehearse", lambda *_: called.append(f"cuda.moe {moe.is_fixed(*EXPERTS.table)}"))
 
     class Rehearsal(Ahead):
@@ -98,9 +102,9 @@ def test_what_is_made_is_rehearsed_once_and_what_is_on_disk_is_not(monkeypatch, 
 
     monkeypatch.setattr(certify, "Ahead", Rehearsal)
     run(tmp_path)
-    assert called == ["cuda.moe False", "cuda.linear", chunks.__name__, rows.__name__]
+    assert called == ["cuda.moe False", "cuda.linear", "cuda.scaled_linear", chunks.__name__, rows.__name__]
     begun = certify.begin(lambda: [ROWS], "vllm 1", tmp_path)
-    assert isinstance(begun, Rehearsal) and len(called) == 4
+    assert isinstance(begun, Rehearsal) and len(called) == 5
 
 
 def test_a_second_process_makes_only_the_decode_kernels_anew(monkeypatch, tmp_path):
@@ -109,23 +113,29 @@ def test_a_second_process_makes_only_the_decode_kernels_anew(monkeypatch, tmp_pa
     moe._done.clear()
     attention._certified.clear()
     made = stand_ins(monkeypatch)
-    assert len(run(tmp_path)) == 5 and made == ["cuda.decode_attention"]
+    assert len(run(tmp_path)) == 6 and made == ["cuda.decode_attention"]
 
 
 @pytest.mark.parametrize("failure", [{"wrong": 3}, {"error": RuntimeError("no kernel image")}])
 def test_where_one_fails_another_kernel_serves_and_the_log_says_so(failure, monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr(certificates._log, "warning", lambda text, *values: said.append(text % values))
-    stand_ins(monkeypatch, kinds=KINDS[:3], **failure)
-    assert [c.passed for c in run(tmp_path)] == [False] * 3 + [True] * 2
+    stand_ins(monkeypatch, kinds=KINDS[:4], **failure)
+    assert [c.passed for c in run(tmp_path)] == [False] * 4 + [True] * 2
     assert not attention.serves(ATTENTION) and moe.is_fixed(*EXPERTS.table)
-    assert linear.routes()[LINEAR].algorithm(4) is None and not linear.routes()[LINEAR].tiles_agree
+    for route in (linear.routes()[LINEAR], scaled_linear.routes()[SCALED]):
+        assert route.algorithm(4) is None and not route.tiles_agree
     first = "RuntimeError: no kernel image" if "error" in failure else "some differ"
-    assert len(said) == 3 and all(f"({first})" in line for line in said)
+    assert len(said) == 4 and all(f"({first})" in line for line in said)
     for line, operation, kernel in zip(
         said,
-        ("cuda.linear N=8 K=16", "cuda.moe E=4", "cuda.decode_attention heads=8/2"),
-        ("the bundled GEMM", "the fixed tile", "prefill's kernel"),
+        (
+            "cuda.linear N=8 K=16",
+            "cuda.scaled_linear N=8 K=128 e4m3 groups of 128",
+            "cuda.moe E=4",
+            "cuda.decode_attention heads=8/2",
+        ),
+        ("the bundled GEMM", "the bundled GEMM", "the fixed tile", "prefill's kernel"),
         strict=True,
     ):
         assert operation in line and line.endswith(f"{kernel} serves instead")

@@ -174,6 +174,29 @@ def test_an_m_without_offers_has_none_to_compare():
     assert compare({}, {}, lambda m, offer: 0) == {}
 
 
+@pytest.mark.parametrize("group", [0, 128])
+def test_a_scaled_product_says_what_shares_a_scale(group, monkeypatch):
+    fake, said, types = Fake([((3, 1), 0, 0)]), {}, []
+
+    def describe(desc, attribute, value, size):
+        said[attribute] = value._obj.value
+        return 0
+
+    def layout(made, kind, *_):
+        types.append(kind)
+        return 0
+
+    fake.cublasLtMatmulDescSetAttribute, fake.cublasLtMatrixLayoutCreate = describe, layout
+    monkeypatch.setattr(cublaslt, "load", lambda: (fake, ctypes.c_void_p()))
+    product = cublaslt.ScaledGemm(256, 128, torch.bfloat16, True, group)
+    assert (said[31], said[32]) == ((5, 4) if group else (3, 3))  # of the weight, of the rows
+    assert said[17] and said[18] and said[25] == (0 if group else 1) and (said[7], said[26]) == (4, 14)
+    (offer,) = product.offers(4)
+    assert types == [28, 28, 14] and offer.kind.id == 3  # weight and rows are e4m3, the result is bf16
+    product(offer, 16, 32, 48, 64, 80, 96, 0)
+    assert (said[17], said[18], said[8]) == (64, 48, 80)
+
+
 def test_a_weight_gradient_takes_the_first_offer_that_does_not_split(monkeypatch):
     fake = Fake([((2, 4, 0, 0), 0, 0), ((5, 1, 0, 0), 0, 64), ((6, 1, 0, 0), 0, 0), ((1, 1, 0, 0), 0, 0)])
     monkeypatch.setattr(cublaslt, "load", lambda: (fake, ctypes.c_void_p()))

@@ -58,11 +58,13 @@ def test_the_rows_that_are_asked_for():
 
 
 class Bits:
-    """A fake of linear._Trial. It has offers of three kinds; the kinds in `wrong` give other bits."""
+    """A fake of linear.Trial. It has offers of three kinds; the kinds in `wrong` give other bits."""
+
+    mixed = False
 
     def __init__(self, monkeypatch, wrong=()):
-        self.wrong, self.made = wrong, 0
-        monkeypatch.setattr(linear, "_Trial", lambda problem, rows: self)
+        self.problem, self.wrong, self.made = PROBLEM, wrong, 0
+        monkeypatch.setattr(linear, "Trial", lambda problem, rows: self)
         monkeypatch.setattr(linear, "_key", lambda *_: KEY)
         monkeypatch.setattr(linear.machine, "vendor_allowed", lambda: True)
         monkeypatch.setattr(cublaslt, "Gemm", lambda *_: Library())
@@ -112,7 +114,7 @@ def test_what_the_library_offers_is_asked_once(monkeypatch, tmp_path):
     monkeypatch.setattr(ahead, "rehearse", lambda call: None)
     linear.rehearse(PROBLEM, 60, tmp_path, ahead)
     ahead.finish()
-    trial = object.__new__(linear._Trial)
+    trial = object.__new__(linear.Trial)
     trial.problem, trial.rows, trial.gemm = PROBLEM, 60, library
     first = trial.offers()
     assert library.asked == linear.asked_rows(60) == list(first)
@@ -172,7 +174,7 @@ def timed(monkeypatch, cache_bytes, copies, us=1.0, offered=2):
     timer = Timer(us)
     monkeypatch.setattr(linear, "timing", timer)
     monkeypatch.setattr(linear.machine, "cache_bytes", lambda: cache_bytes)
-    trial = object.__new__(linear._Trial)
+    trial = object.__new__(linear.Trial)
     trial.rows, trial.copies, trial.bias, trial.gemm = 600, copies, None, None
     trial.x, trial.weight = torch.zeros(600, 16), torch.zeros(8, 16)
     offers = {m: Library().offers(m)[:offered] for m in linear.asked_rows(600)}
@@ -301,3 +303,18 @@ def test_an_overlay_shows_the_original_behind_it():
     overlay = Overlay(torch, topk="ours")
     assert overlay.topk == "ours"
     assert overlay.argmax is torch.argmax
+
+
+def test_experts_in_groups_have_tiles_of_one_group_and_data_with_a_spread():
+    problem = moe.Problem(4, 384, 256, 2, torch.bfloat16, group=128)
+    assert problem.table == (4, 384, moe.FP8) and problem.fixed == moe.FIXED_GROUPS and "groups of 128" in str(problem)
+    assert problem.fixed["BLOCK_SIZE_K"] == 128
+    x, (w13, scale13), (w2, scale2) = moe.operands(problem, 8, torch.Generator().manual_seed(3))
+    assert x.dtype == torch.bfloat16 and w13.dtype == w2.dtype == torch.float8_e4m3fn
+    assert w13.shape == (4, 768, 256) and scale13.shape == (4, 6, 2) and scale2.shape == (4, 2, 3)
+    assert w13.stride(0) == scale2.stride(0) == 0
+    assert 10 < float(w13[0].float().std()) < 20 and len(scale13[0].unique()) == 12
+    few = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "SPLIT_K": 2, "num_warps": 4}
+    kept = {"BLOCK_SIZE_M": 16, "num_warps": 4, "SPLIT_K": 1}
+    assert moe.one_pass(few, 128) == kept | {"BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128}
+    assert moe.one_pass(few) == few | {"SPLIT_K": 1}

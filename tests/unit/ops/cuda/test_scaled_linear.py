@@ -1,0 +1,157 @@
+"""Which kernel serves a linear of 8-bit floats. The kernels are stand-ins; no GPU is needed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.ops.cuda import cublaslt, machine, scaled_linear
+from bi_patch.ops.cuda.cublaslt import Algorithm, Kind
+from bi_patch.ops.cuda.scaled_linear import Problem
+
+KIND = Kind(1, 0, 1, 0, 0, 0, 0, 0)
+EIGHTH = torch.float8_e4m3fn
+
+
+class Library:
+    """A stand-in of cublaslt.ScaledGemm: it offers one algorithm for each M, and keeps what it was called with."""
+
+    def __init__(self, n, k, dtype, bias, group):
+        self.n, self.k, self.dtype, self.bias, self.group = n, k, dtype, bias, group
+        self.calls = []
+
+    def offers(self, rows):
+        return [Algorithm(None, None, None, KIND)]
+
+    def __call__(self, *given):
+        self.calls.append(given)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """(problem, kinds that passed) -> the library of the problem's route, and the calls of the bundled kernel."""
+    bundled = []
+    monkeypatch.setattr(scaled_linear, "_routes", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+
+    def product(x, weight, x_scale, weight_scale, bias, dtype, tiles_agree):
+        bundled.append((x_scale, weight_scale, tiles_agree))
+        return torch.zeros(x.shape[0], weight.shape[0], dtype=dtype)
+
+    monkeypatch.setattr(scaled_linear, "bundled", product)
+
+    def route(problem, *kinds, preferred=None):
+        library = Library(*problem)
+        scaled_linear._routes[problem] = scaled_linear.Route(
+            frozenset(kinds), 64, True, library if kinds else None, preferred or {}
+        )
+        return library, bundled
+
+    return route
+
+
+def call(rows, scales=None, *, n=256, k=128, group=0, dtype=torch.bfloat16):
+    x, w = torch.zeros(rows, k).to(EIGHTH), torch.zeros(n, k).to(EIGHTH)
+    scales = scales or (torch.ones(rows, 1), torch.ones(n, 1))
+    return scaled_linear.scaled_linear(x, w, *scales, None, group, dtype)
+
+
+def test_a_certified_algorithm_serves_up_to_the_limit(served):
+    library, bundled = served(Problem(256, 128, torch.bfloat16, False, 0), KIND)
+    assert call(3).shape == (3, 256) and len(library.calls) == 1 and not bundled
+    call(65)
+    assert len(library.calls) == 1 and len(bundled) == 1
+
+
+def test_without_a_passed_kind_the_bundled_kernel_serves(served):
+    library, bundled = served(Problem(256, 128, torch.bfloat16, False, 0))
+    call(3)
+    assert not library.calls and bundled[0][2]
+    call(3, n=128)  # a problem without a route: the reference
+    assert not bundled[1][2]
+
+
+def test_every_row_gets_a_scale(served):
+    _, bundled = served(Problem(256, 128, torch.bfloat16, False, 0))
+    call(3, (torch.full((1,), 2.0), torch.tensor(3.0)))
+    x_scale, weight_scale, _ = bundled[0]
+    assert x_scale.tolist() == [2.0] * 3 and weight_scale.tolist() == [3.0] * 256
+
+
+@pytest.mark.parametrize("given", [{"dtype": torch.float32}, {"group": 64}])
+def test_an_unknown_form_is_an_error(served, given):
+    with pytest.raises(CertificateFailed, match="no invariant GEMM"):
+        call(3, **given)
+
+
+def test_the_library_is_asked_about_groups_of_four_rows_only():
+    trial = object.__new__(scaled_linear._Trial)
+    trial.rows, trial.problem, trial.bias_given = 2000, Problem(256, 128, torch.bfloat16, False, 128), False
+    asked = trial.asked()
+    assert asked[:3] == [4, 8, 12] and all(m % 4 == 0 for m in asked) and 1024 in asked and asked[-1] > 1900
+    trial.bias_given = True
+    assert trial.asked() == []
+
+
+def test_scales_of_groups_lie_as_the_library_reads_them(served):
+    library, _ = served(Problem(256, 256, torch.bfloat16, False, 128), KIND)
+    scales = torch.arange(8.0).view(4, 2), torch.ones(2, 2)
+    call(4, scales, k=256, group=128)
+    (given,) = library.calls
+    assert len(given) == 8 and given[5] is None
+    trial = object.__new__(scaled_linear._Trial)
+    trial.problem, trial.x, trial.x_scale = Problem(256, 256, torch.bfloat16, False, 128), torch.zeros(8, 256), None
+    trial.x_scale = torch.arange(16.0).view(8, 2)
+    rows, scale = trial.take(4, 4)
+    assert rows.shape == (4, 256) and scale.t().is_contiguous() and scale.tolist() == trial.x_scale[4:].tolist()
+
+
+def test_a_number_of_rows_that_four_does_not_divide_is_padded_for_the_library(served):
+    library, _ = served(Problem(256, 256, torch.bfloat16, False, 128), KIND)
+    out = call(3, (torch.ones(3, 2), torch.ones(2, 2)), k=256, group=128)
+    assert len(library.calls) == 1 and out.shape == (3, 256)
+    x, scale = scaled_linear._padded(torch.ones(3, 256).to(EIGHTH), torch.arange(6.0).view(3, 2), 4)
+    assert x.shape == (4, 256) and scale.shape == (4, 2) and scale.t().is_contiguous()
+    assert scale[:3].tolist() == [[0, 1], [2, 3], [4, 5]] and bool((x[:3].float() == 1).all())
+
+
+def test_the_fastest_kernel_at_the_next_timed_number_of_rows_serves(served, monkeypatch):
+    tile, handed = scaled_linear._own(scaled_linear._TILE, 2), scaled_linear._own(scaled_linear._HANDED)
+    called = []
+    monkeypatch.setattr(scaled_linear, "_variant", lambda number, *_: called.append(number))
+    monkeypatch.setattr(scaled_linear, "_handed", None)
+    problem = Problem(256, 128, torch.bfloat16, False, 128)
+    library, bundled = served(problem, KIND, tile, handed, preferred={8: handed, 32: tile, 64: KIND})
+
+    def scales(rows):
+        return torch.ones(rows, 1), torch.ones(2, 1)
+
+    run = scaled_linear.Kernel(lambda x, *_: called.append("handed"), 64, "1")
+    call(4, scales(4), group=128)  # nothing was handed over: the library
+    scaled_linear._routes[problem]._own_kinds.clear()
+    scaled_linear.hand(run)
+    for rows in (1, 8, 9, 32, 33, 64):
+        call(rows, scales(rows), group=128)
+    assert called == ["handed", "handed", 2, 2] and len(library.calls) == 3 and not bundled
+
+
+def test_a_kernel_that_did_not_agree_does_not_serve(served):
+    tile = scaled_linear._own(scaled_linear._TILE, 2)
+    library, bundled = served(Problem(256, 128, torch.bfloat16, False, 0), KIND, preferred={64: tile})
+    call(9)
+    assert len(library.calls) == 1 and not bundled
+
+
+def test_what_a_problem_is_called():
+    assert str(Problem(8, 16, torch.bfloat16, True, 0)) == "N=8 K=16 e4m3 by row bfloat16 bias"
+    assert str(Problem(8, 128, torch.float16, False, 128)) == "N=8 K=128 e4m3 groups of 128 float16"
+    assert scaled_linear._scale_sizes(Problem(200, 256, torch.bfloat16, False, 128), 5) == ((5, 2), (2, 2))
+
+
+def test_a_key_tells_the_form(monkeypatch):
+    for name in ("device", "libraries", "kernels_digest"):
+        monkeypatch.setattr(machine, name, lambda *_: "none")
+    keys = {scaled_linear._key(Problem(8, 128, torch.bfloat16, False, group), 60).digest() for group in (0, 128)}
+    assert len(keys) == 2
+    assert cublaslt.ScaledGemm.__doc__
