@@ -23,6 +23,7 @@ _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _WINDOW = "invariance-2026-11-22-h100-seams-vllm-0.26.0.json"
 _WINDOW_H200 = "invariance-2026-11-28-h200-vllm-0.26.0.json"
+_CPU_SPECULATION = "invariance-2026-11-28-cpu-amx-speculation-vllm-0.32.0.json"
 _H200_SPECULATION = "invariance-2026-11-28-h200-speculation-vllm-0.33.0.json"
 _LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
@@ -138,7 +139,9 @@ def _beside_speculation(config: Any) -> str:
     output = getattr(config, "structured_outputs_config", None)
     sizes = ("tensor", "pipeline", "data", "decode_context", "prefill_context")
     found = {
-        "recurrent layers": getattr(model, "has_inner_state", False),
+        "recurrent layers": any(
+            getattr(model, f, False) for f in ("has_inner_state", "is_hybrid", "is_attention_free")
+        ),
         "MLA": getattr(model, "use_mla", False),
         "LoRA": config.lora_config is not None,
         "several ranks": any((getattr(parallel, f"{s}_parallel_size", 1) or 1) > 1 for s in sizes),
@@ -396,7 +399,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "speculative decoding with n-grams of the request (method ngram)",
         short="speculative decoding with n-grams",
-        cpu=untried("the tests cover it"),
+        cpu=served(_CPU_SPECULATION),
         cuda=(refused(_VERIFIED, releases="<0.33"), served(_H200_SPECULATION, why="on model runner V2")),
         ascend=refused(_VERIFIED),
         asked=_speculative(lambda s: _method(s) == "ngram", "speculative decoding with n-grams"),
@@ -404,7 +407,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "speculative decoding on model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
-        cpu=untried("the tests cover it; the CPU build has no other runner"),
+        cpu=served(_CPU_SPECULATION, why="the CPU build has no other runner"),
         cuda=refused("nobody has compared it with an engine without speculation", todo="Use model runner V2"),
         ascend=refused(_VERIFIED),
         asked=_speculating_on_v1,
