@@ -81,7 +81,7 @@ FAULTS = (
         AXIS,
         last_slot,
         (CPU,),
-        seam={"cpu": "lora.cpu_linear"},
+        seam={"cpu": "lora.cpu_expand"},
     ),
     Fault(
         "one prefix cache for all adapters",
