@@ -386,8 +386,7 @@ FEATURES: tuple[Feature, ...] = (
         cuda=refused("nobody has compared an engine's bits yet"),
         ascend=refused("its products split K by the number of rows"),
         asked=_given("lora_config", "LoRA"),
-        details="Adapters of several ranks side by side, more adapters than `max_loras`, loading and unloading at run "
-        "time. A request without an adapter has the bits of an engine without LoRA. Each adapter needs a number "
+        details="Adapters of several ranks side by side, and more adapters than `max_loras`. A request without an adapter has the bits of an engine without LoRA. Each adapter needs a number "
         "(`lora_int_id`) of its own.",
     ),
     row(

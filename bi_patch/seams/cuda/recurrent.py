@@ -110,7 +110,9 @@ def _gated(original):
 
     def forward_cuda(self, x, z=None):
         if z is None or not self.norm_before_gate or self.group_size not in (None, x.shape[-1]):
-            raise UnsupportedFeature("norm.cuda_gated: bi_patch covers RMSNorm of whole rows with a gate after it")
+            raise UnsupportedFeature(
+                "recurrent.cuda_gated_norm: bi_patch covers RMSNorm of whole rows with a gate after it"
+            )
         return recurrent.gated_rms_norm(x, z, self.weight.data, self.eps, self.activation == "sigmoid")
 
     return forward_cuda
@@ -173,7 +175,7 @@ SEAMS = (
         "no layer offers to write states inside a prompt",
     ),
     _seam(
-        "norm.cuda_gated",
+        "recurrent.cuda_gated_norm",
         "vllm.model_executor.layers.layernorm",
         "RMSNormGated.forward_cuda",
         _gated,
