@@ -37,6 +37,7 @@ def _weight_only(scheme: Scheme, bits: int) -> bool:
 
 _CPU_RUN = "invariance-2026-11-28-cpu-amx-quantized-vllm-0.32.0.json"
 _ON_CPU = _REFUSED | {"cpu": served(_CPU_RUN, why="tiny models with random weights")}
+_WITH_AMX: Cells = {"cpu": served(_CPU_RUN, why="tiny models with random weights; vLLM needs AMX for it")}
 
 
 def _int4(method: str) -> Callable[[Scheme], bool]:
@@ -77,7 +78,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         _NO_KERNEL,
     ),
     ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", lambda s: _weight_only(s, 8), _NO_KERNEL),
-    ("FP8 in blocks of 128 x 128", _blocks, _cuda(_ON_HOPPER)),
+    ("FP8 in blocks of 128 x 128", _blocks, _cuda(_ON_HOPPER) | _WITH_AMX),
     (
         "FP8 per channel or tensor, activations per token (compressed-tensors)",
         lambda s: any(_fp8(s, scale, TOKEN) for scale in (CHANNEL, TENSOR)),
