@@ -28,8 +28,8 @@ _H200_SPECULATION = "invariance-2026-11-28-h200-speculation-vllm-0.33.0.json"
 _LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
 _CPU_POOLING = (
-    "invariance-2026-11-28-cpu-pooling-vllm-0.32.0.json",
-    "invariance-2026-11-28-cpu-pooling-2-vllm-0.32.0.json",
+    "invariance-2026-11-28-cpu-amx-pooling-vllm-0.32.0.json",
+    "invariance-2026-11-28-cpu-amx-pooling-2-vllm-0.32.0.json",
 )
 _H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
 _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
@@ -386,8 +386,8 @@ FEATURES: tuple[Feature, ...] = (
         cuda=refused("nobody has compared an engine's bits yet"),
         ascend=refused("its products split K by the number of rows"),
         asked=_given("lora_config", "LoRA"),
-        details="Adapters of several ranks side by side, and more adapters than `max_loras`. A request without an adapter has the bits of an engine without LoRA. Each adapter needs a number "
-        "(`lora_int_id`) of its own.",
+        details="Adapters of several ranks side by side, and more adapters than `max_loras`. A request without an "
+        "adapter has the bits of an engine without LoRA. Each adapter needs a number (`lora_int_id`) of its own.",
     ),
     row(
         "LoRA with another feature (any parallelism, KV transfer, speculation, pooling, images, MLA, "

@@ -30,8 +30,8 @@ _OWN = refused("its package has kernels of its own, and the batch decides which 
 _QUANTIZED = refused("quantized experts")
 _POOLING = refused("pooling")
 _CPU_POOLING = (
-    "invariance-2026-11-28-cpu-pooling-vllm-0.32.0.json",
-    "invariance-2026-11-28-cpu-pooling-2-vllm-0.32.0.json",
+    "invariance-2026-11-28-cpu-amx-pooling-vllm-0.32.0.json",
+    "invariance-2026-11-28-cpu-amx-pooling-2-vllm-0.32.0.json",
 )
 _H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
 _SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")

@@ -93,6 +93,14 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     ("FP8 made while loading (--quantization fp8)", lambda s: _fp8(s, TENSOR, TENSOR, online=True), _cuda(_COMPILED)),
 )
 _OTHERS = "other quantized weights"
+# The rows that the README shows, and its names for them.
+_SHORT = {
+    "INT8 weights and activations (compressed-tensors W8A8)": "INT8 weights and activations",
+    "AWQ, 4 bits": "AWQ",
+    "GPTQ, 4 bits": "GPTQ",
+    "FP8 in blocks of 128 x 128": "FP8 in blocks",
+    "FP8 made while loading (--quantization fp8)": "--quantization fp8",
+}
 
 
 def _row(scheme: Scheme) -> str:
@@ -131,7 +139,7 @@ def _dtype(config: Any) -> str:
 
 
 QUANTIZATION: tuple[Feature, ...] = (
-    *(row(name, **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
+    *(row(name, short=_SHORT.get(name, ""), **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
     row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(True)),
     row("quantized experts", **_REFUSED, asked=_experts(False)),
     row("quantized language-model head", **_REFUSED, asked=_head),

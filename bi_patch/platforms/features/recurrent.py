@@ -11,7 +11,7 @@ from typing import Any
 
 from bi_patch.platforms.features.model import Feature, refused, row, served, untried
 
-_CPU = "invariance-2026-11-28-cpu-recurrent-vllm-0.32.0.json"
+_CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _H200 = "invariance-2026-11-28-h200-recurrent-vllm-0.33.0.json"
 _CHUNKS = refused("chunks of a recurrent state start where an engine step starts", todo="Use another model")
 _TINY = served(_CPU, why="tiny shapes with random weights, in bf16")
@@ -51,7 +51,7 @@ def _eager(config: Any) -> bool:
 RECURRENT: tuple[Feature, ...] = (
     row(
         "gated delta nets (Qwen3-Next)",
-        short="Qwen3-Next, Falcon-H1, Granite 4-H, LFM2",
+        short="Qwen3-Next",
         cpu=_TINY,
         cuda=(
             refused("chunks of a recurrent state start where an engine step starts", releases="<0.33"),
@@ -79,12 +79,20 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "Mamba 2 (Falcon-H1, Granite 4-H, Bamba, Nemotron-H and others)",
+        short="Falcon-H1, Granite 4-H",
         cpu=_TINY,
         cuda=_CHUNKS,
         ascend=_CHUNKS,
         asked=_asked("Mamba 2"),
     ),
-    row("short convolutions (LFM2)", cpu=_TINY, cuda=_CHUNKS, ascend=_CHUNKS, asked=_asked("short convolutions")),
+    row(
+        "short convolutions (LFM2)",
+        short="LFM2",
+        cpu=_TINY,
+        cuda=_CHUNKS,
+        ascend=_CHUNKS,
+        asked=_asked("short convolutions"),
+    ),
     row(
         "other hybrid and state-space models (Jamba, Mamba, Zamba2, Kimi Linear, MiniMax-Text)",
         cpu=_CHUNKS,
