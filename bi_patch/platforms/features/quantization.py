@@ -128,6 +128,15 @@ def _experts(blocks: bool) -> Callable[[Any], str]:
     return asked
 
 
+def _mixed(config: Any) -> str:
+    """Words for quantized weights in a model whose attention computes with weights of its own."""
+    used, model = schemes.of(config), config.model_config
+    kind = (
+        "MLA" if getattr(model, "use_mla", False) else "recurrent layers" if getattr(model, "is_hybrid", False) else ""
+    )
+    return f"quantized weights with {kind} ({'; '.join(map(str, used))})" if used and kind else ""
+
+
 def _head(config: Any) -> str:
     used = tuple(s for s in schemes.of(config) if s.head)
     return f"a quantized language-model head ({'; '.join(map(str, used))})" if used else ""
@@ -142,6 +151,13 @@ QUANTIZATION: tuple[Feature, ...] = (
     *(row(name, short=_SHORT.get(name, ""), **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
     row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(True)),
     row("quantized experts", **_REFUSED, asked=_experts(False)),
+    row(
+        "quantized weights in models with MLA or recurrent layers",
+        cpu=untried(),
+        cuda=refused("nobody has examined the two together", todo="Use unquantized weights"),
+        ascend=_NONE,
+        asked=_mixed,
+    ),
     row("quantized language-model head", **_REFUSED, asked=_head),
     row(
         _OTHERS,

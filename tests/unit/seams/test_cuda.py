@@ -128,6 +128,7 @@ def test_a_plain_configuration_passes(change):
     ("change", "named"),
     [
         ({"model__quantization": "modelopt"}, "quantized weights .modelopt"),
+        ({"model__quantization": "fp8", "model__use_mla": True}, "quantized weights with MLA .fp8"),
         ({"compilation__custom_ops": ["all", "-silu_and_mul"]}, "custom_ops has -silu_and_mul"),
         ({"cache__cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' KV cache"),
         ({"model__use_mla": True, "model__hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
