@@ -29,10 +29,14 @@ CARDS: tuple[Card, ...] = (
     ),
     Card("x86-64 CPU with AVX512-BF16", "cpu", served("invariance-2026-11-22-cpu-vllm-0.32.0.json")),
     Card(
-        "x86-64 CPU with AMX, or with AVX2",
+        "x86-64 CPU with AMX",
         "cpu",
-        untried("with AMX the tests and the demo pass; slower than stock there"),
+        served(
+            "invariance-2026-11-28-cpu-amx-speculation-vllm-0.32.0.json",
+            "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json",
+        ),
     ),
+    Card("x86-64 CPU with AVX2", "cpu", untried()),
     Card("Ascend 910B, A3 and 950", "ascend", untried("checked without a device; nothing has run on an NPU")),
     Card("AMD GPUs, Intel XPU, TPU", "", refused("bi_patch has no patch points for these builds of vLLM")),
 )

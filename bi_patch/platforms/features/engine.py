@@ -16,6 +16,7 @@ _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_PARITY = "parity-2026-11-28-cpu-vllm-0.32.0.json"
 _H200_PARITY = "parity-2026-11-28-h200-vllm-0.33.0.json"
+_H200_PARITY_SHAPES = "parity-2026-11-28-h200-vllm-0.33.0-2.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
@@ -247,7 +248,10 @@ FEATURES: tuple[Feature, ...] = (
         "weight updates",
         short="weight updates",
         cpu=served(_CPU_WEIGHTS, why="by reload_weights and model.load_weights"),
-        cuda=untried("in eager mode on vLLM 0.26.0, 0 of 800 positions differ on an H200"),
+        cuda=untried(
+            "in eager mode on vLLM 0.26.0, 0 of 800 positions differ on an H200 "
+            "(invariance-2026-11-28-h200-weights-vllm-0.26.0.json)"
+        ),
         ascend=untried(_NO_NPU),
         details="An engine that gets weights answers as an engine that was started with them. Writes of your own need "
         "`bi_patch.weights_changed()`.",
@@ -269,7 +273,11 @@ FEATURES: tuple[Feature, ...] = (
         "a trainer on Hugging Face transformers with the sampler's bits",
         short="a trainer with the sampler's bits",
         cpu=served(_CPU_PARITY, why="dense models: two tiny models and SmolLM2-135M"),
-        cuda=served(_H200_PARITY, why="dense models: two small ones and two published shapes, with random weights"),
+        cuda=served(
+            _H200_PARITY,
+            _H200_PARITY_SHAPES,
+            why="dense models: two small models and two published shapes, with random weights",
+        ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",
     ),
@@ -413,7 +421,12 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "speculative decoding with other drafts: ngram_gpu, suffixes, a draft model, heads (EAGLE, MTP, Medusa, ...)",
-        **_everywhere(_VERIFIED, "Use the method ngram on CPU, or turn it off"),
+        cpu=refused(_VERIFIED, todo="Use the method ngram, or turn it off"),
+        cuda=(
+            refused(_VERIFIED, todo="Turn it off, or use the method ngram with vLLM 0.33", releases="<0.33"),
+            refused(_VERIFIED, todo="Use the method ngram, or turn it off"),
+        ),
+        ascend=refused(_VERIFIED, todo="Turn it off"),
         asked=_speculative(lambda s: _method(s) != "ngram", "speculative decoding with other drafts than n-grams"),
     ),
     row(
@@ -447,7 +460,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "pooling: embeddings, rerankers, reward heads",
-        short="pooling, rerankers",
+        short="embeddings",
         cpu=served(*_CPU_POOLING, why="tiny models of each kind"),
         cuda=(
             refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),

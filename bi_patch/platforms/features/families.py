@@ -123,7 +123,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "DeepSeek V2 in bf16",
-        short="DeepSeek and other MLA models in bf16",
+        short="DeepSeek V2 in bf16 (MLA)",
         cpu=served(_CPU_MLA, _CPU_MLA_MORE, why="a tiny shape with random weights"),
         cuda=(
             refused("MLA", releases="<0.33"),
@@ -196,12 +196,19 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=refused("encoder-decoder models"),
     ),
     row(
-        "Qwen3-Embedding and Reranker, Qwen2 classifiers and reward models",
+        "Qwen3-Embedding",
         cpu=served(*_CPU_POOLING, why="tiny shapes with random weights"),
         cuda=(
             refused("pooling", releases="<0.33"),
-            served(_H200_POOLING, why="Qwen3-Embedding-0.6B's shape in eager mode; the others have not run"),
+            served(_H200_POOLING, why="Qwen3-Embedding-0.6B's shape, in eager mode"),
         ),
+        ascend=_POOLING,
+    ),
+    row(
+        "Qwen3-Reranker, Qwen2 classifiers and reward models",
+        short="rerankers, classifiers",
+        cpu=served(*_CPU_POOLING, why="tiny shapes with random weights"),
+        cuda=(refused("pooling", releases="<0.33"), untried()),
         ascend=_POOLING,
     ),
     row(
