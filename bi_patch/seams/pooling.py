@@ -41,6 +41,8 @@ _POOLERS = frozenset(
         "PoolerNormalize",
     }
 )
+# Tasks whose answer has a vector for each token of the prompt.
+OF_TOKENS = frozenset({"token_embed", "token_classify", "embed&token_classify", "plugin"})
 # PyTorch's layers that a platform covers, in a pooling model and its heads.
 _LAYERS = frozenset(
     {

@@ -83,8 +83,12 @@ def _own(what: int, tile: int = 0) -> Kind:
 
 @dataclass
 class Route(linear.Route):
-    """A linear's route, in which kernels besides the vendor's may serve."""
+    """A linear's route, in which kernels besides the vendor's may serve.
 
+    handed: the kernel of vLLM that was a candidate when the route was made, or None.
+    """
+
+    handed: Kernel | None = field(default_factory=lambda: _handed, repr=False)
     _own_kinds: dict[int, Kind | None] = field(default_factory=dict, repr=False)
 
     def kind(self, rows: int) -> Kind | None:
@@ -93,7 +97,7 @@ class Route(linear.Route):
             above = min((m for m in self.preferred if m >= rows), default=None)
             kind = None if above is None else self.preferred[above]
             able = kind is not None and kind.id < 0 and kind in self.kinds
-            self._own_kinds[rows] = kind if able and (kind.id == _TILE or _handed is not None) else None
+            self._own_kinds[rows] = kind if able and (kind.id == _TILE or self.handed is not None) else None
         return self._own_kinds[rows]
 
 
@@ -138,7 +142,7 @@ def scaled_linear(x, weight, x_scale, weight_scale, bias, group: int, dtype: tor
     route = _routes.get((n, k, dtype, bias is not None, group))
     kind = route.kind(rows) if route is not None else None
     if kind is not None and kind.id == _HANDED and linear.packed(weight, k):
-        return _handed.run(x, weight, x_scale, weight_scale)
+        return route.handed.run(x, weight, x_scale, weight_scale)
     if kind is not None and kind.id == _TILE:
         return _variant(kind.tile, x, weight, x_scale, weight_scale, bias, dtype)
     whole = -(-rows // _GROUPED_ROWS) * _GROUPED_ROWS if group else rows

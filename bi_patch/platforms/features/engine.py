@@ -144,6 +144,8 @@ def _beside_speculation(config: Any) -> str:
             getattr(model, f, False) for f in ("has_inner_state", "is_hybrid", "is_attention_free")
         ),
         "MLA": getattr(model, "use_mla", False),
+        "quantized weights": getattr(model, "quantization", None) is not None,
+        "pooling": getattr(model, "runner_type", "") == "pooling",
         "LoRA": config.lora_config is not None,
         "several ranks": any((getattr(parallel, f"{s}_parallel_size", 1) or 1) > 1 for s in sizes),
         "a reasoning parser": getattr(output, "reasoning_parser", ""),
@@ -184,12 +186,51 @@ def _lora_with(config: Any) -> str:
         "MLA": has("use_mla"),
         "recurrent layers": has("is_hybrid"),
         "quantized weights": model.quantization is not None,
-        "experts (name other layers in --lora-target-modules)": has("is_moe") and not (kept and "experts" not in kept),
+        "experts (name other layers in --lora-target-modules)": has("is_moe")
+        and (not kept or any("experts" in name for name in kept)),
         "sharded adapters (--fully-sharded-loras)": getattr(lora, "fully_sharded_loras", False),
         f"adapters of {kind} for a model of {own}": kind not in ("auto", own),
     }
     named = [name for name, asked in found.items() if asked]
     return f"LoRA with {' and '.join(named)}" if named else ""
+
+
+def _several_ranks(config: Any) -> bool:
+    parallel = config.parallel_config
+    return any(int(getattr(parallel, f"{s}_parallel_size", 1) or 1) > 1 for s in ("tensor", "pipeline"))
+
+
+def _special(config: Any) -> dict[str, bool]:
+    """Kinds of models whose evidence is of one rank and of generated text, and whether the model is of this kind."""
+    model = config.model_config
+    return {
+        "MLA": bool(getattr(model, "use_mla", False)),
+        "recurrent layers": any(
+            bool(getattr(model, name, False)) for name in ("is_hybrid", "is_attention_free", "has_inner_state")
+        ),
+        "quantized weights": getattr(model, "quantization", None) is not None,
+    }
+
+
+def _beside_pooling(config: Any) -> str:
+    model = config.model_config
+    if getattr(model, "runner_type", "") != "pooling":
+        return ""
+    found = _special(config) | {"several ranks": _several_ranks(config)}
+    named = [name for name, there in found.items() if there]
+    return f"pooling with {', '.join(named)}" if named else ""
+
+
+def _over_ranks(config: Any) -> str:
+    if config.model_config is None or not _several_ranks(config):
+        return ""
+    named = [name for name, there in _special(config).items() if there]
+    return f"{' and '.join(named)} over several ranks" if named else ""
+
+
+def _compiled(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:
+    """`words` if `check` is true for the engine's model and vLLM compiles the model, else ""."""
+    return _of_model(lambda model: check(model) and not getattr(model, "enforce_eager", False), words)
 
 
 def _norms_over_ranks(config: Any) -> str:
@@ -476,8 +517,27 @@ FEATURES: tuple[Feature, ...] = (
         "list, late interaction, late chunking, and new weights for such an engine.",
     ),
     row(
+        "pooling models, compiled",
+        cpu=untried("one of the kinds was compared, with an engine in eager mode"),
+        cuda=untried("the evidence is of eager mode"),
+        ascend=refused(_NO_SEAM, todo="Use a generating model"),
+        asked=_compiled(lambda m: m.runner_type == "pooling", "compiled pooling models"),
+    ),
+    row(
+        "pooling of models with MLA, recurrent layers or quantized weights, or over several ranks",
+        **_everywhere("nobody has compared the vectors of such an engine"),
+        asked=_beside_pooling,
+    ),
+    row(
+        "MLA, recurrent layers or quantized weights over several ranks (tensor or pipeline parallelism)",
+        cpu=untried(),
+        cuda=untried(),
+        ascend=refused(_NO_SEAM),
+        asked=_over_ranks,
+    ),
+    row(
         "encoders with attention in both directions (BERT, XLM-R, ModernBERT)",
-        cpu=served(*_CPU_POOLING, why="tiny models of each kind"),
+        cpu=served(*_CPU_POOLING, why="tiny models of each kind, in bf16"),
         cuda=refused("their kernels are compared, but no engine yet", todo="Use a model with causal attention"),
         ascend=refused(_NO_SEAM, todo="Use a model with causal attention"),
         asked=_of_model(lambda m: getattr(m, "attn_type", "") == "encoder_only", "attention in both directions"),
@@ -525,6 +585,13 @@ FEATURES: tuple[Feature, ...] = (
         ascend=refused("its two forms of attention give different bits"),
         asked=_of_model(lambda m: m.use_mla, "MLA"),
         details="Prompts and generated tokens are computed in one form, the absorbed one.",
+    ),
+    row(
+        "MLA, compiled",
+        cpu=served(_CPU_MLA_MORE),
+        cuda=untried("compiled code ran for the times only; the bits were compared in eager mode"),
+        ascend=refused("its two forms of attention give different bits"),
+        asked=_compiled(lambda m: m.use_mla, "compiled MLA"),
     ),
     row(
         "sparse MLA: an indexer that chooses tokens (DeepSeek V3.2, GLM-5)",

@@ -124,7 +124,7 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "DeepSeek V2 in bf16",
         short="DeepSeek V2 in bf16 (MLA)",
-        cpu=served(_CPU_MLA, _CPU_MLA_MORE, why="a tiny shape with random weights"),
+        cpu=served(_CPU_MLA, _CPU_MLA_MORE, why="a tiny shape with random weights, on a CPU with AMX"),
         cuda=(
             refused("MLA", releases="<0.33"),
             served(_H200_MLA, why="four layers of V2-Lite's sizes, in eager mode; slow with long contexts"),

@@ -16,7 +16,6 @@ from bi_patch.platforms.schemes import CHANNEL, TENSOR, TOKEN, Scheme
 _NONE = refused("bi_patch has no certified order for their products", todo="Use unquantized weights")
 _REFUSED = {"cpu": _NONE, "cuda": _NONE, "ascend": _NONE}
 _NO_KERNEL = _REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them", todo="Use unquantized weights")}
-_CPU = _REFUSED | {"cpu": untried("the tests cover it")}
 _H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
 _ON_HOPPER = served(_H200, why="two layers of published sizes, in eager mode", releases=">=0.33")
 _COMPILED = served(_H200, why="two layers of published sizes, compiled and in eager mode", releases=">=0.33")
@@ -142,6 +141,12 @@ def _mixed(config: Any) -> str:
     return f"quantized weights with {kind} ({'; '.join(map(str, used))})" if used and kind else ""
 
 
+def _compiled_fp8(config: Any) -> str:
+    used = tuple(s for s in schemes.of(config) if s.weight == "fp8" and not s.online)
+    compiled = used and not getattr(config.model_config, "enforce_eager", False)
+    return f"compiled FP8 weights ({'; '.join(map(str, used))})" if compiled else ""
+
+
 def _head(config: Any) -> str:
     used = tuple(s for s in schemes.of(config) if s.head)
     return f"a quantized language-model head ({'; '.join(map(str, used))})" if used else ""
@@ -158,12 +163,19 @@ QUANTIZATION: tuple[Feature, ...] = (
     row("quantized experts", **_REFUSED, asked=_experts(False)),
     row(
         "quantized weights in models with MLA or recurrent layers",
-        cpu=untried(),
+        cpu=refused("nobody has examined the two together", todo="Use unquantized weights"),
         cuda=refused("nobody has examined the two together", todo="Use unquantized weights"),
         ascend=_NONE,
         asked=_mixed,
     ),
     row("quantized language-model head", **_REFUSED, asked=_head),
+    row(
+        "FP8 weights of a checkpoint, compiled",
+        cpu=served(_CPU_RUN),
+        cuda=untried("the evidence is of eager mode"),
+        ascend=_NONE,
+        asked=_compiled_fp8,
+    ),
     row(
         _OTHERS,
         **_REFUSED,

@@ -1,7 +1,7 @@
 """Layers with a recurrent state: one row for each kind that kernels of bi_patch compute, and one for all others.
 
-The rows tell the kinds by the model's architecture. What a loaded model really has is checked again, layer by layer
-(`recurrent.cpu_layers`).
+The rows tell the kinds by the model's architecture. On CPU, what a loaded model really has is checked again, layer by
+layer (`recurrent.cpu_layers`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _asked(kind: str) -> Callable[[Any], str]:
         if not any(getattr(model, name, False) for name in ("is_hybrid", "is_attention_free", "has_inner_state")):
             return ""
         found = {_KINDS.get(name, "") for name in getattr(model, "architectures", None) or ("",)}
-        return (kind or "hybrid and state-space models") if found == {kind} else ""
+        return (kind or "hybrid and state-space models") if kind in found else ""
 
     return asked
 
@@ -55,7 +55,10 @@ RECURRENT: tuple[Feature, ...] = (
         cpu=_TINY,
         cuda=(
             refused("chunks of a recurrent state start where an engine step starts", releases="<0.33"),
-            served(_H200, why="four layers, in eager mode; long prompts take longer, nobody measured the cost"),
+            served(
+                _H200,
+                why="four layers, few heads, six axes, in eager mode; long prompts take longer, how much is unknown",
+            ),
         ),
         ascend=_CHUNKS,
         asked=_asked("gated delta nets"),
@@ -78,12 +81,23 @@ RECURRENT: tuple[Feature, ...] = (
         asked=_asked("Qwen3.5"),
     ),
     row(
-        "Mamba 2 (Falcon-H1, Granite 4-H, Bamba, Nemotron-H and others)",
+        "Mamba 2 (Falcon-H1, Granite 4-H; Nemotron-H runs on the same layers and was not measured)",
         short="Falcon-H1, Granite 4-H",
         cpu=_TINY,
         cuda=_CHUNKS,
         ascend=_CHUNKS,
         asked=_asked("Mamba 2"),
+    ),
+    row(
+        "Mamba 2 and short convolutions, compiled",
+        cpu=untried("the same kernels"),
+        cuda=_CHUNKS,
+        ascend=_CHUNKS,
+        asked=lambda config: (
+            (_asked("Mamba 2")(config) or _asked("short convolutions")(config))
+            and not _eager(config)
+            and "compiled hybrids"
+        ),
     ),
     row(
         "short convolutions (LFM2)",

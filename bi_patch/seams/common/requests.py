@@ -7,6 +7,7 @@ request again, since clients other than vLLM's Python front end send requests to
 import functools
 
 from bi_patch.seams import active
+from bi_patch.seams import pooling as poolers
 from bi_patch.seams.common import lora, seeds
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
@@ -49,6 +50,9 @@ def _uncovered(config, params) -> dict[str, bool]:
         "prompt_logprobs with skip_reading_prefix_cache=False": prompt and cached,
         "prompt_logprob_token_ids with skip_reading_prefix_cache=False": scored and cached,
         "prompt_logprobs with --kv-sharing-fast-prefill": prompt and fast,
+        # Cached tokens have no vectors, and others decide what is cached.
+        "vectors of all tokens with skip_reading_prefix_cache=False": cached
+        and getattr(params, "task", None) in poolers.OF_TOKENS,
         # vLLM's Python front end refuses both, and the engine core would leave them out.
         "min_p with speculative decoding": drafts and (getattr(params, "min_p", 0.0) or 0.0) > 0,
         "logit_bias with speculative decoding": drafts and bool(getattr(params, "logit_bias", None)),

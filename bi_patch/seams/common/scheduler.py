@@ -2,6 +2,7 @@
 
 import functools
 
+from bi_patch.seams import pooling as poolers
 from bi_patch.seams.common import seeds
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Policy, Seam, Target
@@ -25,6 +26,7 @@ def _reset(original):
     def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
         if reset_running_requests:
             _refuse_lost_draws(self)
+            _refuse_kept_rows(self)
         return original(self, reset_running_requests, reset_connector or self.connector is not None)
 
     return reset_prefix_cache
@@ -44,6 +46,18 @@ def _refuse_lost_draws(scheduler) -> None:
             "scheduler.reset_running: with asynchronous scheduling, a reset of running requests drops tokens that "
             "model runner V1 has drawn, so sampled requests would go on with other tokens. Reset the cache when no "
             "sampled request runs, start the engine without asynchronous scheduling, or with VLLM_USE_V2_MODEL_RUNNER=1"
+        )
+
+
+def _refuse_kept_rows(scheduler) -> None:
+    """Raise UnsupportedRequest if a reset would pool rows twice: model runner V1 keeps a preempted request's rows."""
+    if scheduler.vllm_config.use_v2_model_runner:
+        return
+    asked = (getattr(request, "pooling_params", None) for request in scheduler.running)
+    if any(getattr(params, "task", None) in poolers.OF_TOKENS for params in asked):
+        raise bad_request(
+            "scheduler.reset_running: after a reset of running requests, model runner V1 returns vectors of some "
+            "tokens twice. Reset the cache when no request for the vectors of all tokens runs"
         )
 
 

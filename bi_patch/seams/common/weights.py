@@ -33,6 +33,7 @@ READING = frozenset(
         "shutdown_weight_transfer_engine",
         "supports_draft_weight_updates",
         "synchronize_device",
+        "update_max_model_len",
     }
 )
 

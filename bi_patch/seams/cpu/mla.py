@@ -53,7 +53,7 @@ def _weights(original):
         if weight.dtype != act_dtype or tuple(weight.shape) != shape or self.quant_config is not None:
             raise UnsupportedFeature(
                 f"mla.cpu: the up-projection of {self.layer_name} is {tuple(weight.shape)} of {weight.dtype}. bi_patch "
-                "covers unquantized weights only. Set BI_PATCH=0"
+                "covers unquantized weights of the model's dtype only. Set BI_PATCH=0"
             )
         made = latent.absorb(weight, self.num_heads, self.qk_nope_head_dim, self.v_head_dim)
         held = getattr(self, _ABSORBED, None)

@@ -42,7 +42,7 @@ def _int8(original):
             layer,
             f"W8A8 {kernel} {kind}",
             lambda: (weight.float() * wide()[:, None]).to(dtype),
-            lambda: quantized.integer_product(weight, wide()),
+            lambda: quantized.integer_product(weight, wide()) if kind == "token" else _no_static(layer),
             (n, k),
             dtype,
         )
@@ -103,6 +103,14 @@ def _fp8(original):
         _route(self, layer, scheme, wide, lambda: quantized.dequantized_product(wide()), tuple(weight.shape), dtype)
 
     return process_weights_after_loading
+
+
+def _no_static(layer):
+    """The bundled GEMM scales each row of activations itself, and so would compute another function."""
+    raise UnsupportedFeature(
+        f"quantized.cpu_static: the certificate of a {type(layer).__name__} with static INT8 activations failed, and "
+        "no bundled kernel takes their scale. Use a checkpoint with dynamic activations, or set BI_PATCH=0"
+    )
 
 
 def _first(layer):

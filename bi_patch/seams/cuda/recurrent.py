@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import active
 from bi_patch.seams.model import Seam, Target
 
 _RELEASES = ">=0.33"
@@ -19,10 +20,20 @@ def _backend(original):
         if mamba_type.name != "GDN_ATTN":
             return original(mamba_type)
         held = mamba_type.get_class()
-        held.supports_batch_invariance = classmethod(lambda cls: True)
+        if not held.supports_batch_invariance():
+            before = vars(held).get("supports_batch_invariance")
+            held.supports_batch_invariance = classmethod(lambda cls: True)
+            active.at_disarm(lambda: _give_back(held, before))
         return held
 
     return get_mamba_attn_backend
+
+
+def _give_back(held, before) -> None:
+    if before is None:
+        del held.supports_batch_invariance
+    else:
+        held.supports_batch_invariance = before
 
 
 def _core(original):

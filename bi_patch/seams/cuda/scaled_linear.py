@@ -176,8 +176,8 @@ def _custom_op(config) -> None:
     held = config.compilation_config.custom_ops
     if "-quant_fp8" in held:
         raise UnsupportedFeature(
-            "linear.cuda_quantizer: custom_ops has -quant_fp8, and the code that torch.compile makes instead has no "
-            "certificate. Leave it out, or set BI_PATCH=0"
+            "scaled_linear.cuda_quantizer: custom_ops has -quant_fp8, and code that torch.compile makes instead has "
+            "no certificate. Leave it out, or set BI_PATCH=0"
         )
     if "all" not in held and "+quant_fp8" not in held:
         held.append("+quant_fp8")
@@ -197,7 +197,7 @@ _UNTIL = "upstream's mode runs FP8 linears on fast kernels (https://github.com/v
 
 def _product(name: str, module: str, qualname: str, close, **attributed) -> Seam:
     return Seam(
-        name=f"linear.cuda_{name}",
+        name=f"scaled_linear.cuda_{name}",
         targets=(Target(f"{_SCALED_MM}.{module}", qualname, ">=0.33"),),
         close=close,
         why=_WHY,
@@ -215,7 +215,7 @@ SEAMS = (
     _product("fp8_cutlass", "cutlass", "CutlassFp8BlockScaledMMKernel.apply_block_scaled_mm", _by_block),
     _product("fp8_triton", "triton", "TritonFp8BlockScaledMMKernel.apply_block_scaled_mm", _by_block),
     Seam(
-        name="linear.cuda_fp8_scales",
+        name="scaled_linear.cuda_fp8_scales",
         targets=(
             Target(f"{_SCALED_MM}.cutlass", "CutlassFP8ScaledMMLinearKernel.process_weights_after_loading", ">=0.33"),
         ),
@@ -228,7 +228,7 @@ SEAMS = (
 
 VARIABLES = (
     Variable(
-        name="linear.cuda_fp8_flashinfer",
+        name="scaled_linear.cuda_fp8_flashinfer",
         variable="VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER",
         value="0",
         why="below 32 rows FlashInfer multiplies and rounds FP8 blocks, from 32 rows on DeepGEMM",
@@ -237,7 +237,7 @@ VARIABLES = (
 
 POLICIES = (
     Policy(
-        name="linear.cuda_quantizer",
+        name="scaled_linear.cuda_quantizer",
         apply=_custom_op,
         why="code that torch.compile makes for quantization rounds in other places than vLLM's own kernel",
     ),

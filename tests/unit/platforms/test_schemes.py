@@ -33,7 +33,9 @@ CHANNELS = tensors(INT8 | {"type": "float"}, TOKEN | {"type": "float"}, format="
 def config(held, method=None, **model):
     hf = SimpleNamespace(**({} if held is None else {"quantization_config": held}))
     method = method or held["quant_method"]
-    return SimpleNamespace(model_config=SimpleNamespace(quantization=method, hf_config=hf, **model))
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**{"quantization": method, "hf_config": hf, "enforce_eager": True} | model)
+    )
 
 
 def rows(held, method=None, **model):

@@ -130,7 +130,7 @@ def test_the_fastest_kernel_at_the_next_timed_number_of_rows_serves(served, monk
     run = scaled_linear.Kernel(lambda x, *_: called.append("handed"), 64, "1")
     call(4, scales(4), group=128)  # nothing was handed over: the library
     scaled_linear._routes[problem]._own_kinds.clear()
-    scaled_linear.hand(run)
+    scaled_linear._routes[problem].handed = run
     for rows in (1, 8, 9, 32, 33, 64):
         call(rows, scales(rows), group=128)
     assert called == ["handed", "handed", 2, 2] and len(library.calls) == 3 and not bundled

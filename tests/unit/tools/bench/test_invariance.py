@@ -41,8 +41,9 @@ def measure(system, **options):
     return rows, found, told
 
 
-# Custom logits processors need an engine that digests logits.
-WITHIN = tuple(probe.name for probe in probes.PROBES if probe.name != "custom logits processors")
+# Custom logits processors need an engine that digests logits, and pooled vectors an engine that pools.
+OTHERS = ("custom logits processors", "pooled vectors")
+WITHIN = tuple(probe.name for probe in probes.PROBES if probe.name not in OTHERS)
 ASKED = (*WITHIN, *(probe.name for probe in probes.CROSS_PROBES), "concurrent clients", "tensor parallel size")
 
 
