@@ -41,8 +41,8 @@ def _on_cpu(cut: Cut) -> Iterator[None]:
 
     held = op.attention
 
-    def attention(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, window, softcap):
-        held(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, window, softcap)
+    def attention(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, *how):
+        held(out, query, kv_cache, query_start_loc, seq_lens, block_table, scale, *how)
         size, d = kv_cache.shape[2], query.shape[-1]
         read = lambda blocks, length: parts.unpack_cpu_cache(kv_cache, blocks, length, d)  # noqa: E731
         overwrite(cut, out.view(query.shape), query, query_start_loc, seq_lens, block_table, size, read, scale)
