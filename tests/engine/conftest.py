@@ -65,6 +65,13 @@ def refusing(start, user_code):
         yield child
 
 
+@pytest.fixture(scope="module")
+def refusing_late(start):
+    """As `refusing`, for refusals after vLLM has set up its ranks, which the process's next engine takes over."""
+    with start(ARMED, recipes.QWEN3, kind=Refusing) as child:
+        yield child
+
+
 @pytest.fixture(scope="session")
 def bf16(start):
     """An armed engine in bf16: chunks of 256 tokens, a prefix cache."""

@@ -73,12 +73,12 @@ MAMBA_1 = {
         ({"dtype": "float32"}, "recurrent layers in torch.float32. Use --dtype bfloat16"),
     ],
 )
-def test_what_the_kernels_do_not_keep_exactly_is_refused(refusing, tmp_path, extra, said):
+def test_what_the_kernels_do_not_keep_exactly_is_refused(refusing_late, tmp_path, extra, said):
     dtype = extra.pop("dtype", "bfloat16")
     folder = families.write("Qwen3-Next", tmp_path)
     given = Options(folder, dtype=dtype, chunk=256, extra=extra, **OPTIONS)
     with pytest.raises(UnsupportedFeature, match=said):
-        refusing.refuse(given)
+        refusing_late.refuse(given)
 
 
 def test_other_recurrent_layers_are_refused(refusing, tmp_path):
