@@ -6,11 +6,11 @@ A pooler outside of the list may sum over the batch. The engine refuses it by na
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams.model import Policy
+from bi_patch.seams.model import Policy, Seam, Target
 
 # vLLM's pooler classes. Each pools a sequence's own rows; what they compute is a patch point or pointwise.
 _POOLERS = frozenset(
@@ -98,6 +98,29 @@ def _refuse_parts(config: Any, policy: str) -> None:
             f"{policy}: {model.architectures[0]} with this pooling needs whole prompts. Leave out "
             f"{' and '.join(found)}, or set BI_PATCH=0"
         )
+
+
+def seam(
+    platform: str,
+    name: str,
+    module: str,
+    qualname: str,
+    close: Callable,
+    why: str,
+    how: str,
+    serves: tuple[str, ...],
+) -> Seam:
+    """A patch point in a pooler. module: below vLLM's folder of poolers. The rest: as of a Seam."""
+    return Seam(
+        name=f"pooling.{platform}_{name}",
+        targets=(Target(f"vllm.model_executor.layers.pooler.{module}", qualname),),
+        close=close,
+        why=why,
+        how=how,
+        until="upstream pools each sequence alone, in one order",
+        causes=(33,),
+        serves=serves,
+    )
 
 
 def is_pooling(config: Any) -> bool:

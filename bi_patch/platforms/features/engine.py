@@ -136,25 +136,18 @@ def _beside_speculation(config: Any) -> str:
     """What an engine combines with speculation, and nobody has examined together with it."""
     if config.speculative_config is None:
         return ""
-    model, parallel = config.model_config, config.parallel_config
+    model = config.model_config
     output = getattr(config, "structured_outputs_config", None)
-    sizes = ("tensor", "pipeline", "data", "decode_context", "prefill_context")
-    found = {
-        "recurrent layers": any(
-            getattr(model, f, False) for f in ("has_inner_state", "is_hybrid", "is_attention_free")
-        ),
-        "MLA": getattr(model, "use_mla", False),
-        "quantized weights": getattr(model, "quantization", None) is not None,
+    found = _special(config) | {
         "pooling": getattr(model, "runner_type", "") == "pooling",
         "LoRA": config.lora_config is not None,
-        "several ranks": any((getattr(parallel, f"{s}_parallel_size", 1) or 1) > 1 for s in sizes),
+        "several ranks": _several_ranks(config, "tensor", "pipeline", "data", "decode_context", "prefill_context"),
         "a reasoning parser": getattr(output, "reasoning_parser", ""),
         "KV transfer": config.kv_transfer_config is not None,
         "custom logits processors": getattr(model, "logits_processors", None),
         "watermarks": getattr(config, "watermark_config", None) is not None,
     }
-    named = [name for name, there in found.items() if there]
-    return f"speculative decoding beside {', '.join(named)}" if named else ""
+    return _joined("speculative decoding beside ", found)
 
 
 def _lora_with(config: Any) -> str:
@@ -195,9 +188,18 @@ def _lora_with(config: Any) -> str:
     return f"LoRA with {' and '.join(named)}" if named else ""
 
 
-def _several_ranks(config: Any) -> bool:
-    parallel = config.parallel_config
-    return any(int(getattr(parallel, f"{s}_parallel_size", 1) or 1) > 1 for s in ("tensor", "pipeline"))
+def _joined(before: str, found: dict[str, Any], after: str = "") -> str:
+    """The names in `found` whose value is true, between two texts; "" if there is none."""
+    named = [name for name, there in found.items() if there]
+    return f"{before}{', '.join(named)}{after}" if named else ""
+
+
+def _several_ranks(config: Any, *kinds: str) -> bool:
+    """Whether an engine has several ranks of one of these kinds of parallelism."""
+    return any(int(getattr(config.parallel_config, f"{kind}_parallel_size", 1) or 1) > 1 for kind in kinds)
+
+
+_SHARED = ("tensor", "pipeline")  # kinds of parallelism whose ranks share one model
 
 
 def _special(config: Any) -> dict[str, bool]:
@@ -216,16 +218,13 @@ def _beside_pooling(config: Any) -> str:
     model = config.model_config
     if getattr(model, "runner_type", "") != "pooling":
         return ""
-    found = _special(config) | {"several ranks": _several_ranks(config)}
-    named = [name for name, there in found.items() if there]
-    return f"pooling with {', '.join(named)}" if named else ""
+    return _joined("pooling with ", _special(config) | {"several ranks": _several_ranks(config, *_SHARED)})
 
 
 def _over_ranks(config: Any) -> str:
-    if config.model_config is None or not _several_ranks(config):
+    if config.model_config is None or not _several_ranks(config, *_SHARED):
         return ""
-    named = [name for name, there in _special(config).items() if there]
-    return f"{' and '.join(named)} over several ranks" if named else ""
+    return _joined("", _special(config), " over several ranks")
 
 
 def _compiled(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:

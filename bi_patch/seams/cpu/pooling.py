@@ -1,7 +1,8 @@
 """Pooling on CPU: means, norms, softmax and heads, each row from its own sequence alone and in one order."""
 
+import functools
+
 from bi_patch.seams import pooling
-from bi_patch.seams.model import Seam, Target
 
 
 def prepare(model, config) -> None:
@@ -62,19 +63,7 @@ def _classify(original):
     return forward_chunk
 
 
-def _seam(name: str, module: str, qualname: str, close, why: str, how: str, serves: tuple[str, ...]) -> Seam:
-    return Seam(
-        name=f"pooling.cpu_{name}",
-        targets=(Target(f"vllm.model_executor.layers.pooler.{module}", qualname),),
-        close=close,
-        why=why,
-        how=how,
-        until="upstream pools each sequence alone, in one order",
-        causes=(33,),
-        serves=serves,
-    )
-
-
+_seam = functools.partial(pooling.seam, "cpu")
 _BLOCKS = "PyTorch divides a reduction among threads and blocks by the number of rows"
 
 SEAMS = (

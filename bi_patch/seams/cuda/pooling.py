@@ -3,8 +3,9 @@
 PyTorch's products, sums and softmax in heads are served by `linear.cuda_mode`, LayerNorm by `norm.cuda_layer`.
 """
 
+import functools
+
 from bi_patch.seams import pooling
-from bi_patch.seams.model import Seam, Target
 
 
 def prepare(model, config) -> None:
@@ -50,18 +51,7 @@ def _normalize(original):
     return forward_chunk
 
 
-def _seam(name: str, module: str, qualname: str, close, why: str, how: str, serves: tuple[str, ...]) -> Seam:
-    return Seam(
-        name=f"pooling.cuda_{name}",
-        targets=(Target(f"vllm.model_executor.layers.pooler.{module}", qualname),),
-        close=close,
-        why=why,
-        how=how,
-        until="upstream pools each sequence alone, in one order",
-        causes=(33,),
-        serves=serves,
-    )
-
+_seam = functools.partial(pooling.seam, "cuda")
 
 SEAMS = (
     _seam(

@@ -15,21 +15,17 @@
 // for bf16 with AVX512_BF16, else 1. Limits: head_dim a multiple of 16 up to 512, block size a multiple of 16.
 #include <omp.h>
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 #include <vector>
 #include "api.h"
 #include "attention_amx.h"
+#include "leaves.h"
 #include "micro.h"
 #include "scratch.h"
 
 namespace bi {
 namespace {
 
-#ifndef BI_LEAF  // a test builds another order
-#define BI_LEAF 256
-#endif
-constexpr int kLeaf = BI_LEAF;         // part of the order
 #if defined(BI_AMX)
 template <class T> constexpr bool kUseTiles = std::is_same_v<T, bf16>;
 #else
@@ -40,9 +36,6 @@ template <class T> constexpr int kRowsOf = kUseTiles<T> ? 32 : 5 * kMaxRows;
 constexpr int kGroups = kLeaf / 16;
 constexpr int kMaxDim = 512;
 constexpr int64_t kTinyWork = 1 << 15;  // multiply-adds; below this, waking threads costs more than it saves
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-
-template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
 
 // ------------------------------------------------------------------ pages
 template <class T> struct Pages {
@@ -126,28 +119,6 @@ struct Unit {
   int rows;
   int leaf0, leaf1;    // leaves [leaf0, leaf1) hold every key that a row sees
 };
-
-// One row's maximum and sum, of a leaf or of all leaves so far. any: whether the row has seen a key.
-struct State {
-  float m = kMinusInf, l = 0;
-  bool any = false;
-};
-
-// Merges a leaf's (m, l, o) into the running (m, l, o). The first leaf is copied.
-BI_INLINE void merge(State& run, float* run_o, const State& leaf, const float* o, int dim) {
-  if (!leaf.any) return;
-  if (!run.any) {
-    run = leaf;
-    std::memcpy(run_o, o, dim * sizeof(float));
-    return;
-  }
-  const float m = std::max(run.m, leaf.m);
-  const float fa = exp_neg1(run.m - m), fb = exp_neg1(leaf.m - m);
-  run.m = m;
-  run.l = __builtin_fmaf(run.l, fa, leaf.l * fb);
-  const V16 a = set1(fa), b = set1(fb);
-  for (int d = 0; d < dim; d += 16) store(run_o + d, fma(load(run_o + d), a, mul(load(o + d), b)));
-}
 
 template <class T> class Worker {
   using Kind = KindOf<T>;

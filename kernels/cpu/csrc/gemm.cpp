@@ -25,8 +25,6 @@ constexpr int64_t kPanelBytes = 512 << 10, kChunkBytes = 1 << 20;
 constexpr int64_t kChunkRows = 96, kFewRows = 24;
 constexpr int64_t kTinyWork = 1 << 16;  // multiply-adds; below this, waking threads costs more than it saves
 
-template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
-
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 template <class T>

@@ -11,25 +11,18 @@
 // else 1. Limits: dim and vdim multiples of 16 up to kMaxLatent.
 #include <omp.h>
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 #include <vector>
 #include "api.h"
+#include "leaves.h"
 #include "micro.h"
 #include "scratch.h"
 
 namespace bi {
 namespace {
 
-#ifndef BI_LEAF  // a test builds another order
-#define BI_LEAF 256
-#endif
-constexpr int kLeaf = BI_LEAF;          // part of the order
 constexpr int kTile = 8 * kMaxRows;     // rows of a work unit; not part of the order
 constexpr int64_t kTinyWork = 1 << 15;  // multiply-adds; below this, waking threads costs more than it saves
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-
-template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
 
 struct Unit {
   int req;
@@ -37,28 +30,6 @@ struct Unit {
   int rows;
   int leaves;    // leaves [0, leaves) hold every key that a row sees
 };
-
-// One row's maximum and sum, of a leaf or of all leaves so far. any: whether the row has seen a key.
-struct State {
-  float m = kMinusInf, l = 0;
-  bool any = false;
-};
-
-// Merges a leaf's (m, l, o) into the running (m, l, o). The first leaf is copied.
-BI_INLINE void merge(State& run, float* run_o, const State& leaf, const float* o, int dim) {
-  if (!leaf.any) return;
-  if (!run.any) {
-    run = leaf;
-    std::memcpy(run_o, o, dim * sizeof(float));
-    return;
-  }
-  const float m = std::max(run.m, leaf.m);
-  const float fa = exp_neg1(run.m - m), fb = exp_neg1(leaf.m - m);
-  run.m = m;
-  run.l = __builtin_fmaf(run.l, fa, leaf.l * fb);
-  const V16 a = set1(fa), b = set1(fb);
-  for (int d = 0; d < dim; d += 16) store(run_o + d, fma(load(run_o + d), a, mul(load(o + d), b)));
-}
 
 // out[c][r] = in[r][c] for 16 x 16 words of 32 bits.
 void transpose16(const uint32_t* const (&in)[16], int at, uint32_t* out) {

@@ -3,6 +3,7 @@
 // Order: each output lane is one fp32 accumulator over ascending K. MR and NR decide only how many accumulators run
 // side by side. Every GEMM without AMX and both products of attention use this loop.
 #pragma once
+#include <type_traits>
 #include "vec.h"
 
 namespace bi {
@@ -33,6 +34,7 @@ using Bf16Kind = Vnni;
 #else
 using Bf16Kind = Fma<bf16>;
 #endif
+template <class T> using KindOf = std::conditional_t<std::is_same_v<T, bf16>, Bf16Kind, Fma<T>>;
 
 #if defined(__AVX512F__)
 constexpr int kMaxRows = 6, kVecs = 4;  // 24 of 32 registers are accumulators
