@@ -32,7 +32,9 @@ def measure(family: str, args: argparse.Namespace, root: str) -> int:
     level = replace(levels.LEVELS[args.level], seconds=None, cpu_seconds=None)
     folder = families.write(family, root)
     system = local.local(folder, level, dtype=args.dtype, eager=not args.compiled, random_weights=SEED)
-    label = f"{family}, tiny, {_SHORT[args.dtype]}{' compiled' if args.compiled else ''}"
+    compiled = " compiled" if args.compiled else ""
+    more = "" if args.level == "quick" else f", --{args.level}"
+    label = f"{family}, tiny, {_SHORT[args.dtype]}{compiled}{more}"
     rows, report = invariance.measure(label, system, level)
     found = evidence.new(evidence.Invariance, report)
     found.rows = rows
