@@ -26,7 +26,7 @@ class Sign(msgspec.Struct, frozen=True):
     version, digest: bi_patch's release and the digest of its code. vllm, platform: as in the plan. closed, seams: the
     numbers of patch points that are closed, and of all whose modules an engine core loads. certificates: those of all
     workers. untried: what this engine uses, and what the feature table calls untried. contract: what decides
-    the engine's bits (bi_patch.arming.contract).
+    the engine's bits (bi_patch.arming.contract). linears: how many linear layers each route serves, on CPU.
     """
 
     version: str
@@ -38,15 +38,18 @@ class Sign(msgspec.Struct, frozen=True):
     certificates: Counts
     untried: tuple[str, ...] = ()
     contract: dict[str, Any] = {}
+    linears: dict[str, int] = {}
 
     def words(self) -> str:
         """One line for a log."""
         untried = f"; untried: {', '.join(self.untried)}" if self.untried else ""
         kernels = f"kernels {self.contract['kernels']}, " if "kernels" in self.contract else ""
+        routes = ", ".join(f"{count} {route}" for route, count in self.linears.items())
+        linears = f"linears: {routes}, " if routes else ""
         return (
             f"bi_patch {self.version} armed: vLLM {self.vllm} on {self.platform}, {self.closed} of {self.seams} patch "
             f"points closed, {self.certificates.words()}, "
-            f"{kernels}digest {self.digest[:12]}{untried}"
+            f"{kernels}{linears}digest {self.digest[:12]}{untried}"
         )
 
 
@@ -71,6 +74,7 @@ def make(config: Any, executor: Any) -> None:
         workers.certificates(executor),
         table.untried(config, plan.platform, plan.release),
         contract.make(config, executor, plan.platform, str(plan.release)),
+        workers.routes(executor, plan.platform),
     )
     running.keep(current.engine.contract)
     _log.info("%s (engine core)", current.engine.words())

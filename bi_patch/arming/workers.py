@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from bi_patch import identity
@@ -48,3 +49,20 @@ def _certificates(worker: Any) -> tuple[int, int, int, dict[str, float]]:
     """In a worker: the fields of its Counts, as plain data for the way between processes."""
     held = counts()
     return held.passed, held.failed, held.cached, held.seconds
+
+
+def routes(executor: Any, platform: str) -> dict[str, int]:
+    """How many linear layers of all workers each route serves, by the route's name. Empty but on CPU."""
+    if platform != "cpu":
+        return {}
+    found: Counter[str] = Counter()
+    for held in executor.collective_rpc(_routes):
+        found.update(held)
+    return dict(sorted(found.items()))
+
+
+def _routes(worker: Any) -> dict[str, int]:
+    """In a worker on CPU: its linear layers by route."""
+    from bi_patch.ops.cpu import routes
+
+    return routes.counts(worker.get_model())

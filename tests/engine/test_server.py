@@ -186,6 +186,8 @@ def test_256_clients_get_their_solo_answers(server):
     assert found.options is None and found.starts == 0 and not found.device, "nothing that the server did not say"
     sign, logged = found.served["bi_patch"], server[3].read_text()
     assert sign["platform"] == "cpu" and sign["closed"] == sign["seams"] > 0 and sign["certificates"]["passed"] > 0
+    assert sum(sign["linears"].values()) > 0 and {name.split()[-2] for name in sign["linears"]} == {"bundled"}
+    assert {name.split()[-1] for name in sign["linears"]} == {sign["contract"]["kernels"].split("-")[1]}
     assert sign["contract"]["digest"] == sign["digest"] and set(sign["contract"]["attention"].values()) == {"CPU_ATTN"}
     assert f"it is armed: bi_patch {sign['version']}, digest {sign['digest'][:12]}" in " ".join(found.verdict)
     for place in ("(engine core)", "(front end, as its engine core says)"):

@@ -139,6 +139,12 @@ def _function(linear: Linear, handle: int) -> Vendor:
     return apply
 
 
+def routes(model: torch.nn.Module) -> list[Linear]:
+    """The routes of a model's layers."""
+    handles = (getattr(layer, _HANDLE, None) for layer in model.modules())
+    return [_layers[handle] for handle in handles if handle in _layers]
+
+
 def has_route(layer: torch.nn.Module) -> bool:
     """Whether `route` gave this layer a route."""
     return getattr(layer, _HANDLE, None) in _layers

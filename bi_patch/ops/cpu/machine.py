@@ -35,6 +35,11 @@ def load_kernels(cache: Path) -> str:
     return _isa
 
 
+def instruction_set() -> str:
+    """The instruction set of the loaded kernels, e.g. "amx_bf16"; "" before they are loaded."""
+    return _isa or ""
+
+
 @functools.cache
 def allow_tiles() -> bool:
     """Whether this process may use AMX tiles. Asks Linux for them, once a process: without, they end it with SIGILL."""

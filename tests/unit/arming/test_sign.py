@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from bi_patch import identity, running
-from bi_patch.arming import process, sign, startup_seams
+from bi_patch.arming import process, sign, startup_seams, workers
 from bi_patch.errors import SeamOpen
 from bi_patch.ops.certificates import Counts
 from bi_patch.platforms.releases import BY_PLATFORM
@@ -38,20 +38,24 @@ def test_the_engine_core_says_what_is_armed(state, caplog, monkeypatch):
     monkeypatch.setattr(sign.table, "untried", lambda config, platform, release: ("fp16 weights",))
     monkeypatch.setattr(sign.contract, "make", lambda *given: {"instance": "ab123", "dtype": "bfloat16"})
     monkeypatch.setattr(running, "contracts", {})
-    answers = [(2, 0, 2, {"linear": 1.0}), (3, 1, 0, {"linear": 0.5, "norm": 0.25})]
+    counts = [(2, 0, 2, {"linear": 1.0}), (3, 1, 0, {"linear": 0.5, "norm": 0.25})]
+    routes = [{"bundled avx2": 4}, {"bundled avx2": 2, "library or bundled avx2": 1}]
+    answers = {workers._certificates: counts, workers._routes: routes}
     with caplog.at_level(logging.INFO, logger="vllm.bi_patch"):
-        sign.make(None, SimpleNamespace(collective_rpc=lambda method: answers))
+        sign.make(None, SimpleNamespace(collective_rpc=answers.get))
     assert (
         state.engine.certificates == Counts(5, 1, 2, {"linear": 1.0, "norm": 0.25})
         and state.engine.digest == identity.digest()
     )
+    assert state.engine.linears == {"bundled avx2": 6, "library or bundled avx2": 1}
     assert running.contracts == {"ab123": state.engine.contract}
     (line,) = caplog.messages
     assert "armed: vLLM 0.32.0 on cpu, 0 of 0 patch points closed" in line
-    said = "certificates: 5 passed, 1 failed, 2 of them from the cache, in 1.2 s (linear 1.0, norm 0.2), digest"
+    said = "certificates: 5 passed, 1 failed, 2 of them from the cache, in 1.2 s (linear 1.0, norm 0.2), "
+    said += "linears: 6 bundled avx2, 1 library or bundled avx2, digest"
     assert said in line and "untried: fp16 weights" in line
     named = msgspec.structs.replace(state.engine, contract={"kernels": "bi_cpu-amx_bf16-0123"})
-    assert "(linear 1.0, norm 0.2), kernels bi_cpu-amx_bf16-0123, digest" in named.words()
+    assert "(linear 1.0, norm 0.2), kernels bi_cpu-amx_bf16-0123, linears: 6" in named.words()
 
 
 def test_the_sign_travels_in_the_ready_message(state, monkeypatch):
