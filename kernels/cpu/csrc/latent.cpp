@@ -8,12 +8,14 @@
 //
 // The cache holds latents as vLLM stores them, [block_size][dim]. A leaf is copied into the layouts of the inner loops:
 // keys as [16 tokens][dim/step][16][step], values as [tokens/step][vdim][step]. step is 2 for bf16 with AVX512_BF16,
-// else 1. Limits: dim and vdim multiples of 16 up to kMaxLatent.
+// else 1. Limits: dim and vdim multiples of 16 up to kMaxLatent. With AMX, bf16 takes both products by tdpbf16ps over
+// steps of 32 if dim and vdim are multiples of 32.
 #include <omp.h>
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 #include "api.h"
+#include "attention_amx.h"
 #include "leaves.h"
 #include "micro.h"
 #include "scratch.h"
@@ -21,7 +23,12 @@
 namespace bi {
 namespace {
 
-constexpr int kTile = 8 * kMaxRows;     // rows of a work unit; not part of the order
+constexpr int kTile = 64;               // rows of a work unit; not part of the order
+#if defined(BI_AMX)
+template <class T> constexpr bool kUseTiles = std::is_same_v<T, bf16>;
+#else
+template <class T> constexpr bool kUseTiles = false;
+#endif
 constexpr int64_t kTinyWork = 1 << 15;  // multiply-adds; below this, waking threads costs more than it saves
 
 struct Unit {
@@ -71,12 +78,13 @@ template <class T> class Worker {
 
   const LatentArgs& a_;
   const int dim_, vdim_;
+  const bool tiles_;
   alignas(64) float s_[kTile * kLeaf];
   alignas(64) A p_[kTile * kLeaf];
   alignas(64) A q_[kTile * kMaxLatent];
   alignas(64) T k_[kLeaf * kMaxLatent];
   alignas(64) T v_[kLeaf * kMaxLatent];
-  alignas(64) T nothing_[kMaxLatent] = {};
+  alignas(64) T nothing_[kMaxLatent] = {};  // the latent of a position that no row sees
   int hi_[kTile];  // keys [0, hi) of each row
   Unit u_{-1, 0, 0, 0};
 
@@ -85,9 +93,9 @@ template <class T> class Worker {
     return static_cast<const T*>(a_.cache) + block * a_.block_stride + int64_t(pos % a_.block_size) * dim_;
   }
 
-  // Copies the latents of positions [j0, j0 + keys) into k_ and v_, and zeros up to a whole group of 16.
-  void pack(int j0, int keys) {
-    for (int g = 0; g < (keys + 15) / 16; ++g) {
+  // Copies the latents of positions [j0, j0 + keys) into k_ and v_, and zeros up to `groups` groups of 16.
+  void pack(int j0, int keys, int groups) {
+    for (int g = 0; g < groups; ++g) {
       const T* row[16];
       for (int i = 0; i < 16; ++i) row[i] = 16 * g + i < keys ? latent(j0 + 16 * g + i) : nothing_;
       T* const k = k_ + size_t(g) * 16 * dim_;
@@ -115,6 +123,56 @@ template <class T> class Worker {
       }
     }
   }
+
+#if defined(BI_AMX)
+  // A leaf by tiles, of 1 or 2 tiles of 16 rows from row r0. Rows of a tile that the unit does not have hold anything.
+  template <int ROW_TILES> void score_tiles(int r0, int groups) {
+    constexpr int together = 4 / ROW_TILES;
+    const int steps = dim_ / 32;
+    for (int g = 0; g < groups; g += together) {
+      const T *k[together], *tail[together];
+      for (int n = 0; n < together; ++n) {
+        k[n] = k_ + size_t(std::min(g + n, groups - 1)) * 16 * dim_;
+        tail[n] = k[n] + (steps - 1) * 512;
+      }
+      tile_scores<ROW_TILES, together>(q_ + r0 * dim_, dim_, k, tail, steps, s_ + r0 * kLeaf + 16 * g, kLeaf);
+    }
+  }
+
+  template <int ROW_TILES> void value_tiles(int r0, int steps, float* o) {
+    constexpr int cols = 4 / ROW_TILES;
+    const T* v[kLeaf / kStepTokens];
+    for (int s = 0; s < steps; ++s) v[s] = v_ + size_t(s) * kStepTokens * vdim_;
+    alignas(64) float out[ROW_TILES * 16 * 64];
+    const auto take = [&](auto n, int d) {
+      constexpr int count = decltype(n)::value;
+      tile_values<ROW_TILES, count>(p_ + r0 * kLeaf, kLeaf, v, steps, vdim_, d, out);
+      // Adding 0 makes every zero positive, as in `values`.
+      for (int r = 0; r < std::min(ROW_TILES * 16, u_.rows - r0); ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < count; ++i)
+          store(o + (r0 + r) * vdim_ + d + 16 * i, add(load(out + r * 64 + 16 * i), zero()));
+    };
+    int d = 0;
+    for (; d + 16 * cols <= vdim_; d += 16 * cols) take(Int<cols>{}, d);
+    for (; d < vdim_; d += 32) take(Int<2>{}, d);
+  }
+
+  void leaf_tiles(int j0, int keys, State* st, float* o) {
+    const int steps = (keys + kStepTokens - 1) / kStepTokens, groups = 2 * steps;
+    pack(j0, keys, groups);
+    for (int r = 0; r < u_.rows; r += 32) {
+      if (u_.rows - r > 16) score_tiles<2>(r, groups);
+      else score_tiles<1>(r, groups);
+    }
+    for (int r = 0; r < u_.rows; ++r)
+      st[r] = softmax(s_ + r * kLeaf, p_ + r * kLeaf, std::min(hi_[r] - j0, kLeaf), groups);
+    for (int r = 0; r < u_.rows; r += 32) {
+      if (u_.rows - r > 16) value_tiles<2>(r, steps, o);
+      else value_tiles<1>(r, steps, o);
+    }
+  }
+#endif
 
   template <int MR>
   void scores(int r0, const T* const (&k)[kVecs], float* out) {
@@ -171,7 +229,20 @@ template <class T> class Worker {
   }
 
  public:
-  explicit Worker(const LatentArgs& a) : a_(a), dim_(a.dim), vdim_(a.vdim) {}
+  explicit Worker(const LatentArgs& a)
+      : a_(a), dim_(a.dim), vdim_(a.vdim), tiles_(kUseTiles<T> && a.dim % 32 == 0 && a.vdim % 32 == 0) {
+#if defined(BI_AMX)
+    static const TileConfig config;
+    if (tiles_) _tile_loadconfig(&config);
+#endif
+  }
+
+  // After the last unit of this worker.
+  void done() {
+#if defined(BI_AMX)
+    if (tiles_) _tile_release();
+#endif
+  }
 
   void open(const Unit& u) {
     u_ = u;
@@ -191,7 +262,11 @@ template <class T> class Worker {
     const int j0 = index * kLeaf;
     // Positions ascend from row to row: the last row sees the most keys.
     const int keys = std::min(hi_[u_.rows - 1] - j0, kLeaf), groups = (keys + 15) / 16;
-    pack(j0, keys);
+#if defined(BI_AMX)
+    if constexpr (kUseTiles<T>)
+      if (tiles_) return leaf_tiles(j0, keys, st, o);
+#endif
+    pack(j0, keys, groups);
     for (int g = 0; g < groups; g += kVecs) {
       const T* k[kVecs];
       for (int n = 0; n < kVecs; ++n) k[n] = k_ + size_t(std::min(g + n, groups - 1)) * 16 * dim_;
@@ -295,6 +370,7 @@ template <class T> void run(const LatentArgs& a, int threads) {
         for (int r = 0; r < u.rows; ++r) w.close_row(r, run_st[r], run_o + r * dim);
       }
     }
+    w.done();
   }
 }
 
