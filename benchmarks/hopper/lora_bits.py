@@ -51,8 +51,8 @@ def main() -> None:
         tokenizer=False,
         random_weights=7,
         extra={
-            "gpu_memory_utilization": 0.28,
-            "kv_cache_memory_bytes": 4 << 30,
+            "gpu_memory_utilization": 0.1,
+            "kv_cache_memory_bytes": 2 << 30,
             "compilation_config": {} if asked.eager else {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
         },
     )

@@ -1,13 +1,15 @@
-"""Compares engines with n-gram speculation with engines without, on a GPU: bits, and time on text that repeats itself.
+"""Compares engines with speculation with engines without, on a GPU: bits, and time on text that repeats itself.
 
     PYTHONPATH=. python3 benchmarks/hopper/speculation.py bits OUT.json [--layers N] [--drafts 1,4] [--eager]
+        [--methods ngram,draft_model,eagle,eagle3]
     PYTHONPATH=. python3 benchmarks/hopper/speculation.py cost OUT.json [--model M] [--layers N] [--drafts 4]
     PYTHONPATH=. python3 benchmarks/hopper/speculation.py verify RESULTS [--model M] [--layers N] [--eager]
 
 `verify` measures verify's axis "speculative decoding" and writes a result file. For the others, all engines start side
 by side, each in a part of the GPU's memory; one at a time is timed. OUT.json holds, for `bits`, how many answers differ
 from those of the engine without speculation, and the drafts; for `cost`, seconds and tokens.
-The weights are random (see child.py).
+The weights are random (see child.py). Methods other than n-grams run with a small Llama model, of whose weights their
+drafts are made (bi_patch/tools/models/drafts.py).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ KINDS: tuple[dict[str, object], ...] = (
 def prompt(tag: int, length: int) -> list[int]:
     """Token ids that repeat themselves, so that n-grams find drafts."""
     source = random.Random(tag)
-    part = [source.randrange(100, 30000) for _ in range(23)]
+    part = [source.randrange(100, 4000) for _ in range(23)]
     return (part * (length // 23 + 1))[:length]
 
 
@@ -59,6 +61,8 @@ def _engine(given: dict):
 
     from bi_patch.tools.models import shapes
 
+    if given["path"]:
+        return LLM(model=given["path"], dtype="bfloat16", disable_log_stats=False, **given["engine"])
     sys.path.insert(0, str(Path(__file__).parent))
     from child import randomize
 
@@ -192,7 +196,7 @@ def verify(args) -> None:
     sys.exit(1 if evidence.total_differing(rows) else 0)
 
 
-def start(args, label: str, armed: bool, drafts: int, runner: str, folder: Path):
+def start(args, label: str, armed: bool, method: str, drafts: int, runner: str, folder: Path):
     engine: dict[str, object] = {
         "max_model_len": 9000,
         "max_num_seqs": 64,
@@ -201,14 +205,16 @@ def start(args, label: str, armed: bool, drafts: int, runner: str, folder: Path)
         "kv_cache_memory_bytes": (1 << 28 if args.what == "bits" else 4 << 30),
         "enforce_eager": args.eager,
     }
+    own = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    if not method.startswith("ngram"):
+        own = {"model": str(folder / method)}
     if drafts:
-        engine["speculative_config"] = {
-            "method": args.method,
-            "num_speculative_tokens": drafts,
-            "prompt_lookup_min": 2,
-            "prompt_lookup_max": 4,
-        }
+        engine["speculative_config"] = {"method": method, "num_speculative_tokens": drafts, **own}
+    path = str(folder / "model") if (folder / "model").exists() else ""
+    if path:
+        engine["max_model_len"] = 4000
     given = {
+        "path": path,
         "what": args.what,
         "model": args.model,
         "layers": args.layers,
@@ -234,7 +240,7 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen3-8B")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--drafts", default="1,4,8")
-    parser.add_argument("--method", default="ngram")
+    parser.add_argument("--methods", default="ngram")
     parser.add_argument("--runners", default="1", help="1 for model runner V2, 0 for V1, 1,0 for both")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--limit", type=float, default=280, help="seconds after which the engines are ended")
@@ -244,15 +250,17 @@ def main() -> None:
     folder = Path(f"{args.out}.models")
     folder.mkdir(parents=True, exist_ok=True)
     counts = [int(n) for n in args.drafts.split(",")]
+    methods = args.methods.split(",")
+    _make(methods, folder)
     wanted = [
-        (f"{'armed' if armed else 'stock'}-v{1 + int(runner)}-{n}", armed, n, runner)
+        (f"{'armed' if armed else 'stock'}-v{1 + int(runner)}-{f'{method} {n}' if n else 0}", armed, method, n, runner)
         for runner in args.runners.split(",")
         for armed in ((True,) if args.what == "bits" else (False, True))
-        for n in (0, *counts)
+        for method, n in (("ngram", 0), *((method, n) for method in methods for n in counts))
     ]
     running = {w[0]: start(args, *w, folder) for w in wanted}
     deadline = time.monotonic() + args.limit
-    found: dict[str, object] = {"model": args.model, "layers": args.layers, "eager": args.eager, "method": args.method}
+    found: dict[str, object] = {"model": args.model, "layers": args.layers, "eager": args.eager, "methods": methods}
     answers = {}
     for label, (process, log) in running.items():
         try:
@@ -272,6 +280,22 @@ def main() -> None:
         _compare(found, answers)
         Path(args.out).write_text(json.dumps(found, indent=1))
         print(label, code, {k: v for k, v in found[label].items() if k not in ("rows", "said")}, flush=True)
+
+
+def _make(methods: list[str], folder: Path) -> None:
+    """Write the small model and the drafts of these methods, if one of them needs drafts."""
+    own = [method for method in methods if not method.startswith("ngram")]
+    if not own:
+        return
+    import bi_patch_entry
+
+    bi_patch_entry.without_arming()
+    from bi_patch.tools.models import drafts, recipes
+
+    model = recipes.path(recipes.LLAMA_100M)
+    (folder / "model").symlink_to(model)
+    for method in own:
+        drafts.write(method, model, folder / method)
 
 
 def _compare(found: dict, answers: dict) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Certificate
-from bi_patch.ops.cuda import attention, chunks, linear, machine, moe, rows, scaled_linear
+from bi_patch.ops.cuda import attention, chunks, linear, machine, moe, prompts, rows, scaled_linear
 from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.ops.row_checks import RowCheck
 
@@ -44,7 +44,7 @@ def certify(
     linears: Iterable[linear.Problem | scaled_linear.Problem],
     experts: Iterable[tuple[moe.Problem, moe.Kernel]],
     decoders: Iterable[tuple[attention.Problem, attention.Prefill]],
-    attentions: Iterable[tuple[chunks.Problem, chunks.Prepare]],
+    attentions: Iterable[tuple[chunks.Problem, chunks.Prepare] | tuple[prompts.Problem, prompts.Attend]],
     checks: Iterable[RowCheck],
     *,
     max_rows: int,
@@ -74,7 +74,7 @@ def certify(
         for decoder, prefill in decoders:
             made.append(attention.certify(decoder, prefill, library, cache))
         with torch.inference_mode():
-            chunked = [chunks.certify(layer, prepare, library, cache) for layer, prepare in attentions]
+            chunked = [_attention(layer).certify(layer, run, library, cache) for layer, run in attentions]
             among_rows = [rows.certify(check, library, cache) for check in checks]
         torch.cuda.empty_cache()
     certificates.require(chunked, "Try --attention-backend TRITON_ATTN, or FLASH_ATTN on Hopper. ")
@@ -89,8 +89,8 @@ def _compile(linears, experts, attentions, checks, max_rows, library, cache, ahe
     for module in (linear, scaled_linear):
         for problem in dict.fromkeys(_of(module, linears)):
             _try(lambda p=problem, m=module: m.rehearse(p, max_rows, cache, ahead))
-    for problem, prepare in attentions:
-        _try(lambda p=problem, run=prepare: chunks.rehearse(p, run, library, cache, ahead))
+    for problem, run in attentions:
+        _try(lambda p=problem, r=run: _attention(p).rehearse(p, r, library, cache, ahead))
     for check in checks:
         _try(lambda c=check: rows.rehearse(c, library, cache, ahead))
     ahead.finish()
@@ -99,6 +99,11 @@ def _compile(linears, experts, attentions, checks, max_rows, library, cache, ahe
 def _of(module, linears) -> list:
     """The problems of one module of operations."""
     return [problem for problem in linears if isinstance(problem, module.Problem)]
+
+
+def _attention(problem):
+    """The module of operations that certifies a kind of attention layer."""
+    return prompts if isinstance(problem, prompts.Problem) else chunks
 
 
 def _try(call: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
@@ -121,6 +122,43 @@ def _speculative(check: Callable[[Any], object], words: str) -> Callable[[Any], 
 
 def _method(speculative: Any) -> str:
     return getattr(speculative, "method", None) or ""
+
+
+_DRAFTING = ("draft_model", "eagle", "eagle3")  # methods whose drafts a model or a head of its own makes
+# Fields of a SpeculativeConfig whose values change neither a row of the model nor what is accepted. `model` and its
+# like are for `_odd_drafts`, `rejection_sample_method` and its like for `_other_rule`.
+_FREE = {
+    *("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "max_model_len", "enforce_eager"),
+    *("model", "revision", "quantization", "target_model_config", "target_parallel_config"),
+    *("draft_model_config", "draft_parallel_config", "draft_load_config"),
+    *("tensor_parallel_size", "draft_tensor_parallel_size"),
+    *("rejection_sample_method", "synthetic_acceptance_rates", "synthetic_acceptance_length"),
+    *("fly_window_size", "fly_entropy_threshold", "fly_entropy_top_k"),
+}
+
+
+def _odd_options(speculative: Any) -> list[str]:
+    """The options of a SpeculativeConfig that nobody has examined and that have another value than their default."""
+    fields = getattr(type(speculative), "__dataclass_fields__", {})
+    # Pydantic's fields hold their default in a FieldInfo.
+    known = {name: getattr(field.default, "default", field.default) for name, field in fields.items()}
+    return sorted(name for name in known if name not in _FREE and getattr(speculative, name) not in (known[name], None))
+
+
+def _beside_drafts(config: Any) -> str:
+    """Options of speculative decoding, and kinds of draft models, that nobody has examined."""
+    speculative = config.speculative_config
+    if speculative is None:
+        return ""
+    found = {f"the option {name}": True for name in _odd_options(speculative)}
+    draft = getattr(speculative, "draft_model_config", None)
+    if _method(speculative) in _DRAFTING and draft is not None:
+        kinds = _special(SimpleNamespace(model_config=draft)) | {
+            "images, sound or video": bool(getattr(draft, "is_multimodal_model", False)),
+            "experts": bool(getattr(draft, "is_moe", False)),
+        }
+        found |= {f"a draft model with {kind}": there for kind, there in kinds.items()}
+    return _joined("speculative decoding with ", found)
 
 
 def _speculating_on_v1(config: Any) -> str:
@@ -460,14 +498,28 @@ FEATURES: tuple[Feature, ...] = (
         asked=_speculating_on_v1,
     ),
     row(
-        "speculative decoding with other drafts: ngram_gpu, suffixes, a draft model, heads (EAGLE, MTP, Medusa, ...)",
-        cpu=refused(_VERIFIED, todo="Use the method ngram, or turn it off"),
-        cuda=(
-            refused(_VERIFIED, todo="Turn it off, or use the method ngram with vLLM 0.33", releases="<0.33"),
-            refused(_VERIFIED, todo="Use the method ngram, or turn it off"),
+        "speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)",
+        short="speculative decoding with a draft model or EAGLE heads",
+        cpu=untried(),
+        cuda=(refused(_VERIFIED, releases="<0.33"), untried("on model runner V2")),
+        ascend=refused(_VERIFIED),
+        asked=_speculative(lambda s: _method(s) in _DRAFTING, "speculative decoding with a draft model or heads"),
+        details="On equals off, as with n-grams: whatever the drafts are, the model's own rows decide.",
+    ),
+    row(
+        "speculative decoding with other drafts: ngram_gpu, suffixes, MTP, Medusa, DFlash, ...",
+        **_everywhere(_VERIFIED, "Use the method ngram, draft_model, eagle or eagle3, or turn it off"),
+        asked=_speculative(
+            lambda s: _method(s) not in ("ngram", *_DRAFTING),
+            "speculative decoding with other drafts than n-grams, a draft model and EAGLE heads",
         ),
-        ascend=refused(_VERIFIED, todo="Turn it off"),
-        asked=_speculative(lambda s: _method(s) != "ngram", "speculative decoding with other drafts than n-grams"),
+    ),
+    row(
+        "speculative decoding with further options (e.g. parallel_drafting, draft_sample_method probabilistic, numbers "
+        "of drafts by batch size, adaptive verification), or with a quantized, multimodal, MoE, MLA or recurrent draft "
+        "model",
+        **_everywhere("nobody has compared it with an engine without speculation", "Leave it out"),
+        asked=_beside_drafts,
     ),
     row(
         "speculative decoding that accepts drafts by another rule (rejection_sample_method synthetic, fly, block)",

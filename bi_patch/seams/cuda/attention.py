@@ -18,7 +18,7 @@ _FLASH_ENCODER_SIZES = (64, 96, 128)
 # query has 128 tokens.
 _LONG_QUERY = 128
 _NO_WINDOW = (-1, -1)
-_ENCODER = "encoder_only"  # over the whole prompt in both directions, without a cache
+ENCODER = "encoder_only"  # over the whole prompt in both directions, without a cache
 # The global through which FlashAttentionImpl.forward calls FlashAttention 3: the first name that its module has.
 _CALLS = ("_FA4_DENSE_ATTENTION_KERNEL", "flash_attn_varlen_func")
 
@@ -30,7 +30,7 @@ def _backend(original):
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
         held = signature.bind(self, *args, **kwargs)
-        if held.arguments.get("attn_type") == _ENCODER and not _chosen() and not _flash_encodes(held.arguments):
+        if held.arguments.get("attn_type") == ENCODER and not _chosen() and not _flash_encodes(held.arguments):
             held.arguments["attn_backend"] = _encoder_backend()
         if held.arguments.get("attn_backend") is None and not _chosen() and not _flash_serves(held.arguments):
             held.arguments["attn_backend"] = _triton()
@@ -106,13 +106,13 @@ def _refuse_layer(layer, arguments) -> None:
     reason, cure = "", f"--attention-backend {_TRITON}"
     if name not in (_FLASH, _TRITON):
         reason, cure = f"bi_patch does not cover the {name} backend", f"--attention-backend {_FLASH} or {_TRITON}"
-    elif arguments.get("attn_type", "decoder") == _ENCODER and name == _FLASH:
+    elif arguments.get("attn_type", "decoder") == ENCODER and name == _FLASH:
         if not _flash_encodes(arguments):
             reason = (
                 "no test showed that FlashAttention without a cache is batch-invariant for heads of "
                 f"{layer.head_size} elements in this version"
             )
-    elif arguments.get("attn_type", "decoder") not in ("decoder", _ENCODER):
+    elif arguments.get("attn_type", "decoder") not in ("decoder", ENCODER):
         reason, cure = f"bi_patch does not cover {arguments['attn_type']} attention", "a decoder-only model"
     elif name == _FLASH:
         version = getattr(layer.impl, "vllm_flash_attn_version", None)

@@ -1,9 +1,10 @@
-"""How the certificates of attention call a layer's own code: for each kind of layer, rows of one prompt in any cut."""
+"""How the certificates of attention call a layer's own code: rows of one prompt in any cut, or prompts side by side."""
 
 import functools
 
+from bi_patch.ops.cuda import prompts
 from bi_patch.ops.cuda.chunks import Problem
-from bi_patch.seams.cuda.attention import reported_query
+from bi_patch.seams.cuda.attention import ENCODER, reported_query
 
 
 class Metadata:
@@ -19,7 +20,7 @@ class Metadata:
 def layers(config):
     """Each kind of attention layer of a loaded model, with the function that computes rows of a prompt by such a layer.
 
-    config: the engine's VllmConfig.
+    config: the engine's VllmConfig. The problems of layers without a cache are prompts.Problem, of others Problem.
     """
     from vllm.model_executor.layers.attention.attention import Attention
 
@@ -29,7 +30,8 @@ def layers(config):
         if isinstance(layer, Attention):
             found.setdefault(_problem(layer, page), layer)
     for problem, layer in found.items():
-        yield problem, functools.partial(_prepare, layer, problem)
+        call = _encode if isinstance(problem, prompts.Problem) else _prepare
+        yield problem, functools.partial(call, layer, problem)
     yield from _latent(config, page)
 
 
@@ -47,7 +49,7 @@ def _latent(config, page: int):
         yield problem, functools.partial(mla.prepare, layer, page)
 
 
-def _problem(layer, page: int) -> Problem:
+def _problem(layer, page: int) -> Problem | prompts.Problem:
     impl = layer.impl
     version = getattr(impl, "vllm_flash_attn_version", None)
     extras = {
@@ -57,16 +59,42 @@ def _problem(layer, page: int) -> Problem:
         f"softcap={getattr(impl, 'logits_soft_cap', 0)}": bool(getattr(impl, "logits_soft_cap", 0)),
         f"lookback={getattr(impl, 'chunk_lookback', -1)}": getattr(impl, "chunk_lookback", -1) != -1,
     }
-    return Problem(
-        backend=layer.attn_backend.get_name() + (f" {version}" if version else ""),
-        heads=layer.num_heads,
-        key_heads=layer.num_kv_heads,
-        head_size=layer.head_size,
-        window=layer.sliding_window or 0,
-        page=page,
-        dtype=layer.dtype,
-        extras=" ".join(word for word, holds in extras.items() if holds),
+    given = {
+        "backend": layer.attn_backend.get_name() + (f" {version}" if version else ""),
+        "heads": layer.num_heads,
+        "key_heads": layer.num_kv_heads,
+        "head_size": layer.head_size,
+        "window": layer.sliding_window or 0,
+        "dtype": layer.dtype,
+        "extras": " ".join(word for word, holds in extras.items() if holds),
+    }
+    return prompts.Problem(**given) if layer.attn_type == ENCODER else Problem(page=page, **given)
+
+
+def _encode(layer, problem: prompts.Problem, q, k, v, lengths):
+    """The rows of several prompts, side by side, by a layer that has no cache."""
+    import torch
+
+    def ints(values):
+        return torch.tensor(values, dtype=torch.int32, device=q.device)
+
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    longest = reported_query(max(lengths), problem.head_size, False)
+    out = torch.empty_like(q)
+    known = Metadata(
+        num_actual_tokens=len(q),
+        max_query_len=longest,
+        query_start_loc=ints(starts),
+        max_seq_len=longest,
+        seq_lens=ints(lengths),
+        use_cascade=False,
+        causal=False,
+        max_num_splits=1,
     )
+    layer.impl.forward(layer, q, k, v, None, known, out)
+    return out
 
 
 def _prepare(layer, problem: Problem, q, k, v):

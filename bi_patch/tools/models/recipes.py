@@ -25,12 +25,13 @@ from bi_patch.tools.models import quantize
 
 SMOL = "smollm2-135m-instruct"
 QWEN3, LLAMA, MOE, QWEN3_100M = "tiny-qwen3", "tiny-llama", "tiny-qwen3-moe", "qwen3-100m"
+LLAMA_100M = "llama-100m"
 WINDOW = "tiny-mistral-window"
 TIED = "tiny-llama-tied"
 INT8, AWQ, GPTQ, W4A16 = "tiny-qwen3-int8", "tiny-qwen2-awq", "tiny-llama-gptq", "tiny-qwen3-w4a16"
 STATIC, ZEROS, FP8_BLOCKS = "tiny-llama-int8-static", "tiny-qwen3-w4a16-zeros", "tiny-qwen3-fp8-blocks"
 QUANTIZED = (INT8, STATIC, AWQ, GPTQ, W4A16, ZEROS, FP8_BLOCKS)
-NAMES = (SMOL, QWEN3, LLAMA, TIED, MOE, WINDOW, QWEN3_100M, *QUANTIZED)
+NAMES = (SMOL, QWEN3, LLAMA, TIED, MOE, WINDOW, QWEN3_100M, LLAMA_100M, *QUANTIZED)
 
 _RECIPE = 1  # raise it when a recipe below changes
 _MARKER = "bi_patch-model.json"
@@ -84,6 +85,7 @@ _RANDOM = {
     MOE: _Random("Qwen3Moe", _SMALL | _EXPERTS),
     WINDOW: _Random("Mistral", _SMALL | dict(sliding_window=96)),
     QWEN3_100M: _Random("Qwen3", _MIDDLE, vocab=4096, spread=0.03),
+    LLAMA_100M: _Random("Llama", _MIDDLE, vocab=4096, spread=0.03),
     INT8: _Random("Qwen3", _SMALL, scheme=quantize.INT8),
     STATIC: _Random("Llama", _SMALL, scheme=quantize.STATIC),
     FP8_BLOCKS: _Random("Qwen3", _SMALL, scheme=quantize.FP8_BLOCKS),

@@ -8,7 +8,7 @@ import torch
 from bi_patch.errors import CertificateFailed
 from bi_patch.ops import certificates, row_checks
 from bi_patch.ops.certificates import Tally
-from bi_patch.ops.cuda import attention, certify, chunks, cublaslt, linear, machine, moe, rows, scaled_linear
+from bi_patch.ops.cuda import attention, certify, chunks, cublaslt, linear, machine, moe, prompts, rows, scaled_linear
 from bi_patch.ops.cuda.ahead import Ahead
 
 LINEAR = linear.Problem(8, 16, torch.bfloat16, False)
@@ -16,8 +16,17 @@ SCALED = scaled_linear.Problem(8, 128, torch.bfloat16, False, 128)
 EXPERTS = moe.Problem(4, 6, 8, 2, torch.bfloat16)
 ATTENTION = attention.Problem(8, 2, 128, torch.bfloat16)
 CHUNKED = chunks.Problem("FLASH_ATTN 3", 8, 2, 128, 0, 16, torch.bfloat16)
+ENCODED = prompts.Problem("FLASH_ATTN 3", 16, 16, 64, 0, torch.bfloat16)
 ROWS = row_checks.RowCheck("cuda.norm", "RMSNorm 64 bfloat16", row_checks.FEW, None, None)
-KINDS = ["cuda.linear", "cuda.scaled_linear", "cuda.moe", "cuda.decode_attention", "cuda.attention", "cuda.norm"]
+KINDS = [
+    "cuda.linear",
+    "cuda.scaled_linear",
+    "cuda.moe",
+    "cuda.decode_attention",
+    "cuda.attention",
+    "cuda.encoder_attention",
+    "cuda.norm",
+]
 KERNEL = moe.Kernel(None, lambda m: {"BLOCK_SIZE_M": 16 if m < 9 else 64}, contextlib.nullcontext)
 
 
@@ -62,6 +71,7 @@ def stand_ins(monkeypatch, wrong=0, error=None, kinds=KINDS):
     monkeypatch.setattr(moe, "_certify", comparison(3, [1, 60], "tiles by M"))
     monkeypatch.setattr(attention, "_certify", comparison(2, [1, 60], "bundled decode"))
     monkeypatch.setattr(chunks, "_certify", comparison(2, [1500], "kept"))
+    monkeypatch.setattr(prompts, "_certify", comparison(2, [1500], "kept"))
     monkeypatch.setattr(rows, "_certify", comparison(1, [1, 60], "kept"))
     return made
 
@@ -71,7 +81,7 @@ def run(cache):
         [LINEAR, SCALED, LINEAR, SCALED],
         [(EXPERTS, KERNEL), (EXPERTS, KERNEL)],
         [(ATTENTION, None), (ATTENTION, None)],
-        [(CHUNKED, None)],
+        [(CHUNKED, None), (ENCODED, None)],
         [ROWS],
     )
     return certify.certify(*given, max_rows=60, library="vllm 1", cache=cache)
@@ -95,16 +105,17 @@ def test_what_is_made_is_rehearsed_once_and_what_is_on_disk_is_not(monkeypatch, 
 
     class Rehearsal(Ahead):
         def rehearse(self, call):
-            if call.__module__ in (chunks.__name__, rows.__name__):
+            if call.__module__ in (chunks.__name__, prompts.__name__, rows.__name__):
                 called.append(call.__module__)
             else:
                 call()
 
     monkeypatch.setattr(certify, "Ahead", Rehearsal)
     run(tmp_path)
-    assert called == ["cuda.moe False", "cuda.linear", "cuda.scaled_linear", chunks.__name__, rows.__name__]
+    last = [chunks.__name__, prompts.__name__, rows.__name__]
+    assert called == ["cuda.moe False", "cuda.linear", "cuda.scaled_linear", *last]
     begun = certify.begin(lambda: [ROWS], "vllm 1", tmp_path)
-    assert isinstance(begun, Rehearsal) and len(called) == 5
+    assert isinstance(begun, Rehearsal) and len(called) == 6
 
 
 def test_a_second_process_makes_only_the_decode_kernels_anew(monkeypatch, tmp_path):
@@ -113,7 +124,7 @@ def test_a_second_process_makes_only_the_decode_kernels_anew(monkeypatch, tmp_pa
     moe._done.clear()
     attention._certified.clear()
     made = stand_ins(monkeypatch)
-    assert len(run(tmp_path)) == 6 and made == ["cuda.decode_attention"]
+    assert len(run(tmp_path)) == 7 and made == ["cuda.decode_attention"]
 
 
 @pytest.mark.parametrize("failure", [{"wrong": 3}, {"error": RuntimeError("no kernel image")}])
@@ -121,7 +132,7 @@ def test_where_one_fails_another_kernel_serves_and_the_log_says_so(failure, monk
     said = []
     monkeypatch.setattr(certificates._log, "warning", lambda text, *values: said.append(text % values))
     stand_ins(monkeypatch, kinds=KINDS[:4], **failure)
-    assert [c.passed for c in run(tmp_path)] == [False] * 4 + [True] * 2
+    assert [c.passed for c in run(tmp_path)] == [False] * 4 + [True] * 3
     assert not attention.serves(ATTENTION) and moe.is_fixed(*EXPERTS.table)
     for route in (linear.routes()[LINEAR], scaled_linear.routes()[SCALED]):
         assert route.algorithm(4) is None and not route.tiles_agree
@@ -143,7 +154,11 @@ def test_where_one_fails_another_kernel_serves_and_the_log_says_so(failure, monk
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("cuda.attention", "FLASH_ATTN 3 heads=8/2 D=128 page=16"), ("cuda.norm", "RMSNorm 64 bfloat16: some differ")],
+    [
+        ("cuda.attention", "FLASH_ATTN 3 heads=8/2 D=128 page=16"),
+        ("cuda.encoder_attention", "FLASH_ATTN 3 heads=16/16 D=64 bfloat16: some differ"),
+        ("cuda.norm", "RMSNorm 64 bfloat16: some differ"),
+    ],
 )
 def test_without_another_kernel_the_engine_stops(kind, said, monkeypatch, tmp_path):
     stand_ins(monkeypatch, wrong=3, kinds=[kind])
@@ -178,6 +193,21 @@ def test_steps_hold_rows_of_the_prompt_in_every_kind_of_cut():
     named = dict(chunks.steps(tokens))
     assert [sum(count for _, count in named[f"chunks of {size}"]) for size in (9, 300)] == [tokens] * 2
     assert named["one row beside prompts of 9 and 10 tokens"] == [(tokens - 1, 1), (0, 9), (0, 10)]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_prompts_are_compared_alone_and_beside_others(wrong):
+    """On CPU, with a stand-in for a layer: each row is the mean of its own prompt, or also of the others."""
+
+    def attend(q, k, v, lengths):
+        parts = v.float().split(lengths)
+        means = [part.mean(0, keepdim=True).expand(len(part), -1, -1) for part in parts]
+        return torch.cat(means) + wrong * v.float().mean(0)
+
+    key = prompts._key(ENCODED._replace(heads=2, key_heads=2), "vllm 1")
+    made = prompts._certify(ENCODED._replace(heads=2, key_heads=2, head_size=8), attend, key, "cpu")
+    assert made.passed != wrong and made.evidence.compared > 0
+    assert not wrong or "a prompt of 1 tokens beside prompts of [7], flat" in made.evidence.first
 
 
 def test_heads_that_the_bundled_kernel_does_not_have_need_no_certificate(monkeypatch, tmp_path):

@@ -1,0 +1,93 @@
+"""Draft models and heads on disk for a local Llama model, made of the model's own weights, so that drafts are accepted.
+
+`draft_model`: the model without its last layer. `eagle`: a head that gets the token's embedding, scaled to the size that
+the first layer's norm would give it, and has the model's layers. `eagle3`: a head whose layers are the model's; its
+first layer reads the embedding and hardly reads the model's hidden states. No training: some drafts are right.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from bi_patch.errors import BiPatchError
+
+METHODS = ("draft_model", "eagle", "eagle3")
+_KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class NoDrafts(BiPatchError):
+    """No draft model or head can be made for this kind of model."""
+
+
+def serves(model: str | Path) -> bool:
+    """Whether drafts can be made for a model: a folder with the weights of a Llama model with an own head."""
+    folder = Path(model)
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        return False
+    config = json.loads((folder / "config.json").read_text())
+    return config.get("model_type") == "llama" and not config.get("tie_word_embeddings")
+
+
+def write(method: str, model: str | Path, folder: Path) -> Path:
+    """Write what `method` of vLLM's speculative_config needs into `folder`, and return the folder.
+
+    model: a folder with config.json and model.safetensors of a Llama model with an own head. Raises NoDrafts.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = Path(model)
+    if method not in METHODS:
+        raise NoDrafts(f"drafts are made for {', '.join(METHODS)}, not for {method!r}")
+    if not serves(model):
+        raise NoDrafts("drafts are made for the weights of Llama models whose head is not tied")
+    config = json.loads((model / "config.json").read_text())
+    held = load_file(model / "model.safetensors")
+    made = {"draft_model": _shorter, "eagle": _eagle, "eagle3": _eagle3}[method](config, held, torch)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, changes = made
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    for name in _KEPT:
+        if (model / name).exists():
+            shutil.copy(model / name, folder / name)
+    return folder
+
+
+def _shorter(config, held, torch):
+    last = config["num_hidden_layers"] - 1
+    tensors = {name: t for name, t in held.items() if not name.startswith(f"model.layers.{last}.")}
+    return tensors, {"num_hidden_layers": last}
+
+
+def _eagle(config, held, torch):
+    embedded = held["model.embed_tokens.weight"].float()
+    size = config["hidden_size"]
+    scale = float(embedded.square().mean().rsqrt())
+    fc = torch.cat([torch.eye(size) * scale, torch.eye(size) * 1e-3], dim=1)
+    tensors = {"fc.weight": fc.to(held["lm_head.weight"].dtype), **_layers(held)}
+    del tensors["layers.0.input_layernorm.weight"]
+    return tensors, {"architectures": ["LlamaForCausalLM"]}
+
+
+def _eagle3(config, held, torch):
+    size, kind = config["hidden_size"], held["lm_head.weight"].dtype
+    tensors = _layers(held)
+    for part in ("q_proj", "k_proj", "v_proj"):
+        name = f"layers.0.self_attn.{part}.weight"
+        own = tensors[name]
+        tensors[name] = torch.cat([own, own * 1e-2], dim=1)  # of the embedding, and of the model's hidden states
+    for i in range(config["num_hidden_layers"]):
+        tensors[f"layers.{i}.hidden_norm.weight"] = torch.ones(size, dtype=kind)
+    tensors["fc.weight"] = torch.cat([torch.eye(size) * 1e-3] * 3, dim=1).to(kind)
+    tensors["norm.weight"] = held["model.norm.weight"]
+    tensors["lm_head.weight"] = held["lm_head.weight"]
+    return tensors, {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": config["vocab_size"]}
+
+
+def _layers(held) -> dict:
+    """The model's layers, named as in a head's checkpoint."""
+    before = "model."
+    return {name.removeprefix(before): t for name, t in held.items() if name.startswith("model.layers.")}
