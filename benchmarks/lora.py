@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import sweep
+
 import bi_patch_entry
 
 # Two threads, because one hides variance.
@@ -55,22 +57,12 @@ def measure(only: str, results: Path | None) -> int:
         )
         rows += made
         if results is not None:  # after each case: the next one may fail
-            found = evidence.new(_kind(), report)
+            found = evidence.new(sweep.kind("lora"), report)
             found.rows = made
             print(evidence.write(found, results), flush=True)
     if not rows:
         raise SystemExit(f"no case has {only!r} in its label")
     return evidence.total_differing(rows)
-
-
-def _kind():
-    """evidence.Invariance for a file with `lora` in its name."""
-    from bi_patch.tools import evidence
-
-    class Found(evidence.Invariance, kw_only=True):
-        variant = property(lambda self: "lora")
-
-    return Found
 
 
 def main() -> None:

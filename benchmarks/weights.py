@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import sweep
+
 import bi_patch_entry
 
 # Two threads, because one hides variance.
@@ -59,22 +61,12 @@ def measure(only: str, results: Path | None) -> int:
                 )
                 rows += made
                 if results is not None:  # after each case: the next one may fail
-                    found = evidence.new(_kind(), report)
+                    found = evidence.new(sweep.kind("weights"), report)
                     found.rows = made
                     print(evidence.write(found, results), flush=True)
     if not rows:
         raise SystemExit(f"no case has {only!r} in its label")
     return evidence.total_differing(rows)
-
-
-def _kind():
-    """evidence.Invariance for a file with `weights` in its name."""
-    from bi_patch.tools import evidence
-
-    class Found(evidence.Invariance, kw_only=True):
-        variant = property(lambda self: "weights")
-
-    return Found
 
 
 def main() -> None:

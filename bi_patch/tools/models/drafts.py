@@ -1,8 +1,8 @@
-"""Draft models and heads on disk for a local Llama model, made of the model's own weights, so that drafts are accepted.
+"""Draft models and heads on disk for a local Llama model, made of the model's own weights: some drafts are right.
 
-`draft_model`: the model without its last layer. `eagle`: a head that gets the token's embedding, scaled to the size that
-the first layer's norm would give it, and has the model's layers. `eagle3`: a head whose layers are the model's; its
-first layer reads the embedding and hardly reads the model's hidden states. No training: some drafts are right.
+`draft_model`: the model without its last layer. `eagle`: a head that gets the token's embedding, scaled to the size
+that the first layer's norm would give it, and has the model's layers. `eagle3`: a head whose layers are the model's;
+its first layer reads the embedding and hardly reads the model's hidden states.
 """
 
 from __future__ import annotations

@@ -135,6 +135,7 @@ ARGUMENTS: dict[str, dict[str, object]] = {
     "Qwen3, vectors of all tokens": _POOLING | {"pooler_config": {"task": "token_embed"}},
     "GTE-Qwen2 (attention in both directions)": _POOLING,
     "BERT, mean": _MEAN,
+    "BERT large": _MEAN,
 }
 
 

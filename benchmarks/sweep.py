@@ -1,0 +1,81 @@
+"""What the sweeps over tiny models share: arguments, one engine after the other, and one result file of the day."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+SEED = 7
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+LEVELS = ("quick", "default", "full")
+
+
+def arguments(doc: str, what: str, names: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser for a sweep. doc: the script's docstring. what: the name of the list of models, e.g. "families"."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument(what, nargs="*", default=list(names))
+    parser.add_argument("--level", choices=LEVELS, default="quick")
+    parser.add_argument("--dtype", choices=list(_SHORT), default="bfloat16")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--axis", action="append", default=[], help="only this axis; may be repeated")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    return parser
+
+
+def level(args: argparse.Namespace):
+    """The Level of verify that was asked for, without a limit of time: every axis of the level is measured."""
+    from bi_patch.tools.verify import levels
+
+    return replace(levels.LEVELS[args.level], seconds=None, cpu_seconds=None)
+
+
+def measure(name: str, system, args: argparse.Namespace, command: str, variant: str = "") -> int:
+    """Measure one model and write its rows. Returns how many positions or numbers differ.
+
+    system: what verify measures. command: of the sweep, without the list of models: they share a file. variant: as
+    in `kind`.
+    """
+    from bi_patch.tools import evidence
+    from bi_patch.tools.bench import invariance
+
+    more = "" if args.level == "quick" else f", --{args.level}"
+    label = f"{name}, {_SHORT[args.dtype]}{' compiled' if args.compiled else ''}{more}"
+    rows, report = invariance.measure(label, system, level(args), only=tuple(args.axis))
+    found = evidence.new(kind(variant), report)
+    found.rows = rows
+    found.command = command
+    evidence.write(found, args.results)
+    return evidence.total_differing(rows)
+
+
+def kind(variant: str):
+    """evidence.Invariance for a file with this word in its name; "" for none."""
+    from bi_patch.tools import evidence
+
+    class Found(evidence.Invariance, kw_only=True):
+        pass
+
+    Found.variant = property(lambda self: variant)
+    return Found
+
+
+def run(names: Sequence[str], one: Callable[[str, str], int], *, errors: bool) -> None:
+    """Measure all, and exit with 1 if something differs. one(name, folder): measures one. errors: errors count, too."""
+    differ = False
+    with tempfile.TemporaryDirectory() as root:
+        for name in names:
+            start = time.perf_counter()
+            try:
+                differing = one(name, root)
+            except Exception as error:  # the sweep goes on: the next model has its own engine
+                print(f"{name}: {type(error).__name__}: {error}", flush=True)
+                differ |= errors
+                continue
+            differ |= differing > 0
+            print(f"{name}: {differing} differ ({time.perf_counter() - start:.0f} s)", flush=True)
+    sys.exit(1 if differ else 0)
