@@ -149,6 +149,14 @@ def _expand(
     tl.store(ys, (y.to(tl.float32) + d.to(tl.float32)).to(y_ptr.dtype.element_ty), mask=kept)
 
 
+def tiles(m: int, rank: int, active: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int, int]]:
+    """The tiles of both products, which change no bit: (M, R, warps, stages), and (M, N, R, warps, stages)."""
+    small = m <= 16 * active  # on average, a slot has few rows
+    wide = triton.next_power_of_2(rank)
+    shrink = (16 if small else 32 if m <= FEW else 64, max(16, min(wide, 64 if small else 128)), 4, 3)
+    return shrink, (16 if small else 64, 128, max(16, min(wide, 64)), 4, 2)
+
+
 def lora(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -173,9 +181,7 @@ def lora(
     m, k = x.shape
     length = chunk(k)
     chunks = triton.cdiv(k, length)
-    small = m <= 16 * active  # on average, a slot has few rows
-    block_m = 16 if small else 32 if m <= FEW else 64
-    block_r = max(16, min(triton.next_power_of_2(rank), 64 if small else 128))
+    (block_m, block_r, warps, stages), expand = tiles(m, rank, active)
     blocks = triton.cdiv(rank, block_r) * triton.cdiv(m, block_m)
     way = way or ("fused" if m <= FEW else "split" if blocks * slices < PROGRAMS else "whole")
     parts = 1 if way == "whole" else chunks
@@ -185,7 +191,7 @@ def lora(
         x, weights, t, rows, counts, starts, slots,
         x.stride(0), a_slot, a_rank, t.stride(0), t.stride(1), t.stride(2),
         K=k, R=rank, CHUNK=length, PARTS=parts, SLICES=slices,
-        BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_K=BLOCK_K, num_warps=4, num_stages=3,
+        BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_K=BLOCK_K, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if way == "split" and parts > 1:
         sums = torch.empty((slices, 1, m, rank), dtype=x.dtype, device=x.device)
@@ -193,12 +199,10 @@ def lora(
         _sum[(triton.cdiv(size, 1024), slices)](t, sums, size, parts * size, PARTS=parts, BLOCK=1024, num_warps=4)
         t, parts = sums, 1
     begin, weights, b_slot, sizes, same, most = b
-    block_m = 16 if small else 64
-    block_r = max(16, min(triton.next_power_of_2(rank), 64))
-    block_n = 128
+    block_m, block_n, block_r, warps, stages = expand
     _expand[(triton.cdiv(m, block_m) * triton.cdiv(most, block_n), slices, active)](
         t, weights, y, m, rows, counts, starts, slots, begin, sizes,
         t.stride(0), t.stride(1), t.stride(2), b_slot, y.stride(0),
         R=rank, PARTS=parts, SLICES=slices, SAME=same,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4, num_stages=1 if parts > 1 else 2,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=warps, num_stages=1 if parts > 1 else stages,
     )  # fmt: skip
