@@ -10,6 +10,7 @@ from bi_patch.platforms.features.cards import CARDS
 from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.families import FAMILIES
 from bi_patch.platforms.features.model import REFUSED, SERVED, TITLES, UNTRIED, Cell, Feature
+from bi_patch.platforms.features.pairs import PAIRS
 from bi_patch.platforms.features.quantization import QUANTIZATION
 from bi_patch.platforms.features.recurrent import RECURRENT
 from bi_patch.platforms.features.versions import VERSIONS
@@ -22,6 +23,7 @@ def blocks() -> dict[str, str]:
     return {
         "support": _short([row for row in table.ROWS if row.short]),
         "features": _full(FEATURES, "feature"),
+        "pairs": _full(PAIRS, "both together"),
         "recurrent": _full(RECURRENT, "layers"),
         "quantization": _full(QUANTIZATION, "weights"),
         "families": _full(FAMILIES, "models"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
+from bi_patch.platforms.features.pairs import TRIAL, recurrent
 
 _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
@@ -153,7 +153,10 @@ def _beside_drafts(config: Any) -> str:
     found = {f"the option {name}": True for name in _odd_options(speculative)}
     draft = getattr(speculative, "draft_model_config", None)
     if _method(speculative) in _DRAFTING and draft is not None:
-        kinds = _special(SimpleNamespace(model_config=draft)) | {
+        kinds = {
+            "MLA": bool(getattr(draft, "use_mla", False)),
+            "recurrent layers": recurrent(draft),
+            "quantized weights": getattr(draft, "quantization", None) is not None,
             "images, sound or video": bool(getattr(draft, "is_multimodal_model", False)),
             "experts": bool(getattr(draft, "is_moe", False)),
         }
@@ -170,99 +173,10 @@ def _other_rule(speculative: Any) -> bool:
     return getattr(speculative, "rejection_sample_method", "standard") != "standard"
 
 
-def _beside_speculation(config: Any) -> str:
-    """What an engine combines with speculation, and nobody has examined together with it."""
-    if config.speculative_config is None:
-        return ""
-    model = config.model_config
-    output = getattr(config, "structured_outputs_config", None)
-    found = _special(config) | {
-        "pooling": getattr(model, "runner_type", "") == "pooling",
-        "LoRA": config.lora_config is not None,
-        "several ranks": _several_ranks(config, "tensor", "pipeline", "data", "decode_context", "prefill_context"),
-        "a reasoning parser": getattr(output, "reasoning_parser", ""),
-        "KV transfer": config.kv_transfer_config is not None,
-        "custom logits processors": getattr(model, "logits_processors", None),
-        "watermarks": getattr(config, "watermark_config", None) is not None,
-    }
-    return _joined("speculative decoding beside ", found)
-
-
-def _lora_with(config: Any) -> str:
-    """What LoRA is used with that is not covered beside it, in words; "" without LoRA, and for what is covered."""
-    lora, model, parallel = config.lora_config, config.model_config, config.parallel_config
-    if lora is None or model is None:
-        return ""
-    kept, kind, own = (
-        getattr(lora, "target_modules", None),
-        getattr(lora, "lora_dtype", "auto"),
-        getattr(model, "dtype", None),
-    )
-
-    def has(name: str) -> bool:
-        return bool(getattr(model, name, False))
-
-    def several(name: str) -> bool:
-        return int(getattr(parallel, name, 1) or 1) > 1
-
-    found = {
-        "pipeline parallelism": several("pipeline_parallel_size"),
-        "tensor parallelism": several("tensor_parallel_size"),
-        "data parallelism": several("data_parallel_size"),
-        "KV transfer or offload": config.kv_transfer_config is not None,
-        "speculative decoding": config.speculative_config is not None,
-        "pooling models": model.runner_type == "pooling",
-        "multimodal models": has("is_multimodal_model"),
-        "encoder-decoder models": has("is_encoder_decoder"),
-        "MLA": has("use_mla"),
-        "recurrent layers": has("is_hybrid"),
-        "quantized weights": model.quantization is not None,
-        "experts (name other layers in --lora-target-modules)": has("is_moe")
-        and (not kept or any("experts" in name for name in kept)),
-        "sharded adapters (--fully-sharded-loras)": getattr(lora, "fully_sharded_loras", False),
-        f"adapters of {kind} for a model of {own}": kind not in ("auto", own),
-    }
-    named = [name for name, asked in found.items() if asked]
-    return f"LoRA with {' and '.join(named)}" if named else ""
-
-
 def _joined(before: str, found: dict[str, Any], after: str = "") -> str:
     """The names in `found` whose value is true, between two texts; "" if there is none."""
     named = [name for name, there in found.items() if there]
     return f"{before}{', '.join(named)}{after}" if named else ""
-
-
-def _several_ranks(config: Any, *kinds: str) -> bool:
-    """Whether an engine has several ranks of one of these kinds of parallelism."""
-    return any(int(getattr(config.parallel_config, f"{kind}_parallel_size", 1) or 1) > 1 for kind in kinds)
-
-
-_SHARED = ("tensor", "pipeline")  # kinds of parallelism whose ranks share one model
-
-
-def _special(config: Any) -> dict[str, bool]:
-    """Kinds of models whose evidence is of one rank and of generated text, and whether the model is of this kind."""
-    model = config.model_config
-    return {
-        "MLA": bool(getattr(model, "use_mla", False)),
-        "recurrent layers": any(
-            bool(getattr(model, name, False)) for name in ("is_hybrid", "is_attention_free", "has_inner_state")
-        ),
-        "quantized weights": getattr(model, "quantization", None) is not None,
-    }
-
-
-def _beside_pooling(config: Any) -> str:
-    model = config.model_config
-    if getattr(model, "runner_type", "") != "pooling":
-        return ""
-    return _joined("pooling with ", _special(config) | {"several ranks": _several_ranks(config, *_SHARED)})
-
-
-def _over_ranks(config: Any) -> str:
-    if config.model_config is None or not _several_ranks(config, *_SHARED):
-        return ""
-    return _joined("", _special(config), " over several ranks")
 
 
 def _compiled(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:
@@ -469,17 +383,11 @@ FEATURES: tuple[Feature, ...] = (
         "LoRA",
         short="LoRA",
         cpu=served(_CPU_LORA, why="on linear layers, embeddings and the head; vLLM runs it in eager mode"),
-        cuda=refused("nobody has compared an engine's bits yet"),
+        cuda=refused(TRIAL),
         ascend=refused("its products split K by the number of rows"),
         asked=_given("lora_config", "LoRA"),
         details="Adapters of several ranks side by side, and more adapters than `max_loras`. A request without an "
         "adapter has the bits of an engine without LoRA. Each adapter needs a number (`lora_int_id`) of its own.",
-    ),
-    row(
-        "LoRA with another feature (any parallelism, KV transfer, speculation, pooling, images, MLA, "
-        "recurrent layers, quantized weights), on experts, sharded, or in another type than the model's",
-        **_everywhere("nobody has compared bits of both together", "Use one of them"),
-        asked=_lora_with,
     ),
     row(
         "speculative decoding with n-grams of the request (method ngram)",
@@ -500,8 +408,8 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)",
         short="speculative decoding with a draft model or EAGLE heads",
-        cpu=untried(),
-        cuda=(refused(_VERIFIED, releases="<0.33"), untried("on model runner V2")),
+        cpu=refused(TRIAL),
+        cuda=(refused(_VERIFIED, releases="<0.33"), refused(TRIAL)),
         ascend=refused(_VERIFIED),
         asked=_speculative(lambda s: _method(s) in _DRAFTING, "speculative decoding with a draft model or heads"),
         details="On equals off, as with n-grams: whatever the drafts are, the model's own rows decide.",
@@ -525,12 +433,6 @@ FEATURES: tuple[Feature, ...] = (
         "speculative decoding that accepts drafts by another rule (rejection_sample_method synthetic, fly, block)",
         **_everywhere("it accepts drafts that the model did not draw", "Leave rejection_sample_method out"),
         asked=_speculative(_other_rule, "another rule of acceptance"),
-    ),
-    row(
-        "speculative decoding of models with recurrent layers or MLA, or beside LoRA, several ranks, KV transfer, a "
-        "reasoning parser, custom logits processors or watermarks",
-        **_everywhere("nobody has compared it with an engine without speculation"),
-        asked=_beside_speculation,
     ),
     row(
         "KV offload to the engine's own memory (OffloadingConnector, SimpleCPUOffloadConnector)",
@@ -575,21 +477,9 @@ FEATURES: tuple[Feature, ...] = (
         asked=_compiled(lambda m: m.runner_type == "pooling", "compiled pooling models"),
     ),
     row(
-        "pooling of models with MLA, recurrent layers or quantized weights, or over several ranks",
-        **_everywhere("nobody has compared the vectors of such an engine"),
-        asked=_beside_pooling,
-    ),
-    row(
-        "MLA, recurrent layers or quantized weights over several ranks (tensor or pipeline parallelism)",
-        cpu=untried(),
-        cuda=untried(),
-        ascend=refused(_NO_SEAM),
-        asked=_over_ranks,
-    ),
-    row(
         "encoders with attention in both directions (BERT, XLM-R, ModernBERT)",
         cpu=served(*_CPU_POOLING, why="tiny models of each kind, in bf16"),
-        cuda=refused("their kernels are compared, but no engine yet", todo="Use a model with causal attention"),
+        cuda=refused(TRIAL, todo="Use a model with causal attention"),
         ascend=refused(_NO_SEAM, todo="Use a model with causal attention"),
         asked=_of_model(lambda m: getattr(m, "attn_type", "") == "encoder_only", "attention in both directions"),
     ),

@@ -162,10 +162,11 @@ def _covered(look: Look) -> str:
     """What the feature table says of this release and platform, in two sentences."""
     from bi_patch.platforms.features.engine import FEATURES
     from bi_patch.platforms.features.model import REFUSED
+    from bi_patch.platforms.features.pairs import PAIRS
     from bi_patch.platforms.features.versions import VERSIONS
 
     release, platform = look.state.plan.release, look.state.plan.platform
-    refused = [row.name for row in FEATURES if row.cell(platform, release).state == REFUSED]
+    refused = [row.name for row in (*FEATURES, *PAIRS) if row.cell(platform, release).state == REFUSED]
     state = VERSIONS[platform][str(release)].state
     return f"The feature table counts vLLM {release} on {platform} as {state}. Refused by name: {', '.join(refused)}."
 

@@ -1,0 +1,126 @@
+"""Features that a user turns on together: each pair is served with evidence of both together, or refused by name.
+
+`PARTS` says how a configuration shows a feature. A row is one feature with one or several others, of the same state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.platforms.features.model import Cell, Feature, refused, row, untried
+
+_ALONE = "nobody has compared bits of both together"
+TRIAL = "nobody has compared an engine's bits yet"
+
+
+def several_ranks(config: Any, *kinds: str) -> bool:
+    """Whether an engine has several ranks of one of these kinds of parallelism."""
+    return any(int(getattr(config.parallel_config, f"{kind}_parallel_size", 1) or 1) > 1 for kind in kinds)
+
+
+def recurrent(model: Any) -> bool:
+    return any(bool(getattr(model, name, False)) for name in ("is_hybrid", "is_attention_free", "has_inner_state"))
+
+
+def _model(name: str) -> Callable[[Any], bool]:
+    return lambda config: bool(getattr(config.model_config, name, False))
+
+
+def _adapted_experts(config: Any) -> bool:
+    """Whether a MoE model's adapters may change its experts."""
+    kept = getattr(config.lora_config, "target_modules", None)
+    moe = bool(getattr(config.model_config, "is_moe", False))
+    return moe and (not kept or any("experts" in name for name in kept))
+
+
+def _other_dtype(config: Any) -> bool:
+    kind = getattr(config.lora_config, "lora_dtype", "auto")
+    return kind not in ("auto", getattr(config.model_config, "dtype", None))
+
+
+def _parses_reasoning(config: Any) -> bool:
+    return bool(getattr(getattr(config, "structured_outputs_config", None), "reasoning_parser", ""))
+
+
+LORA, SPECULATION, POOLING = "LoRA", "speculative decoding", "pooling"
+QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
+PARTS: dict[str, Callable[[Any], bool]] = {
+    LORA: lambda config: config.lora_config is not None,
+    SPECULATION: lambda config: config.speculative_config is not None,
+    POOLING: lambda config: getattr(config.model_config, "runner_type", "") == "pooling",
+    QUANTIZED: lambda config: getattr(config.model_config, "quantization", None) is not None,
+    MLA: _model("use_mla"),
+    RECURRENT: lambda config: recurrent(config.model_config),
+    "multimodal models": _model("is_multimodal_model"),
+    "encoder-decoder models": _model("is_encoder_decoder"),
+    "ranks that share a model": lambda config: several_ranks(config, "tensor", "pipeline"),
+    "pipeline parallelism": lambda config: several_ranks(config, "pipeline"),
+    "tensor parallelism": lambda config: several_ranks(config, "tensor"),
+    "data parallelism": lambda config: several_ranks(config, "data"),
+    "several ranks": lambda config: several_ranks(
+        config, "tensor", "pipeline", "data", "decode_context", "prefill_context"
+    ),
+    "KV transfer or offload": lambda config: config.kv_transfer_config is not None,
+    "a reasoning parser": _parses_reasoning,
+    "custom logits processors": _model("logits_processors"),
+    "watermarks": lambda config: getattr(config, "watermark_config", None) is not None,
+    # Of LoRA alone:
+    "experts (name other layers in --lora-target-modules)": _adapted_experts,
+    "sharded adapters (--fully-sharded-loras)": lambda config: bool(
+        getattr(config.lora_config, "fully_sharded_loras", False)
+    ),
+    "adapters in another type than the model's (--lora-dtype)": _other_dtype,
+}
+
+
+def _pairs(first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], ascend: Cell) -> Feature:
+    """A row: `first` with each of `others`. Names are keys of PARTS."""
+
+    def asked(config: Any) -> str:
+        if config.model_config is None or not PARTS[first](config):
+            return ""
+        found = [other for other in others if PARTS[other](config)]
+        return f"{first} with {' and '.join(found)}" if found else ""
+
+    return row(f"{first} with {', '.join(others)}", cpu=cpu, cuda=cuda, ascend=ascend, asked=asked)
+
+
+def _never(first: str, *others: str) -> Feature:
+    cell = refused(_ALONE, todo="Use one of them")
+    return _pairs(first, *others, cpu=cell, cuda=cell, ascend=cell)
+
+
+_REFUSED = refused(_ALONE, todo="Use one of them")
+
+PAIRS: tuple[Feature, ...] = (
+    *(
+        _pairs(first, other, cpu=refused(TRIAL), cuda=_REFUSED, ascend=_REFUSED)
+        for first, other in (
+            (LORA, SPECULATION),
+            (LORA, QUANTIZED),
+            (LORA, POOLING),
+            (SPECULATION, QUANTIZED),
+            (SPECULATION, MLA),
+            (POOLING, QUANTIZED),
+        )
+    ),
+    _never(
+        LORA,
+        *("pipeline parallelism", "tensor parallelism", "data parallelism", "KV transfer or offload"),
+        *("multimodal models", "encoder-decoder models", MLA, RECURRENT),
+        *list(PARTS)[-3:],
+    ),
+    _never(
+        SPECULATION,
+        *(POOLING, RECURRENT, "several ranks", "KV transfer or offload"),
+        *("a reasoning parser", "custom logits processors", "watermarks"),
+    ),
+    _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
+    *(
+        _pairs(
+            kind, "ranks that share a model", cpu=untried(), cuda=untried(), ascend=refused("no patch point covers it")
+        )
+        for kind in (MLA, RECURRENT, QUANTIZED)
+    ),
+)
