@@ -86,12 +86,13 @@ def _pairs(first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], a
     return row(f"{first} with {', '.join(others)}", cpu=cpu, cuda=cuda, ascend=ascend, asked=asked)
 
 
-def _never(first: str, *others: str) -> Feature:
-    cell = refused(_ALONE, todo="Use one of them")
-    return _pairs(first, *others, cpu=cell, cuda=cell, ascend=cell)
-
-
 _REFUSED = refused(_ALONE, todo="Use one of them")
+_NO_SEAM = refused("no patch point covers it yet")
+
+
+def _never(first: str, *others: str) -> Feature:
+    return _pairs(first, *others, cpu=_REFUSED, cuda=_REFUSED, ascend=_REFUSED)
+
 
 PAIRS: tuple[Feature, ...] = (
     *(
@@ -118,9 +119,7 @@ PAIRS: tuple[Feature, ...] = (
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
     *(
-        _pairs(
-            kind, "ranks that share a model", cpu=untried(), cuda=untried(), ascend=refused("no patch point covers it")
-        )
+        _pairs(kind, "ranks that share a model", cpu=untried(), cuda=untried(), ascend=_NO_SEAM)
         for kind in (MLA, RECURRENT, QUANTIZED)
     ),
 )

@@ -13,6 +13,7 @@ from bi_patch.platforms import releases
 from bi_patch.platforms.features import model, table
 from bi_patch.platforms.features.cards import CARDS
 from bi_patch.platforms.features.engine import FEATURES
+from bi_patch.platforms.features.pairs import PAIRS
 from bi_patch.platforms.features.versions import VERSIONS
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
@@ -90,7 +91,7 @@ def test_a_refusal_gives_its_reason_and_what_refuses():
     for row in table.ROWS:
         for cell in (cell for held in row.cells.values() for cell in held if cell.state == model.REFUSED):
             assert cell.why and (not cell.by or cell.by in known), (row.name, cell)
-    for row in FEATURES:
+    for row in (*FEATURES, *PAIRS):
         refused = [cell for held in row.cells.values() for cell in held if cell.state == model.REFUSED]
         assert row.asked is not None or all(cell.by for cell in refused), row.name
 
@@ -125,7 +126,7 @@ def test_a_plain_configuration_passes(platform):
         ({"speculative": ngram(), "parallel_tensor_parallel_size": 2}, "speculative decoding with several ranks"),
         (
             {"speculative": ngram(), "model_logits_processors": ["x"]},
-            "speculative decoding with custom logits processors",
+            "speculative decoding with custom",
         ),
         ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
         ({"kv_transfer": SimpleNamespace(kv_connector="NixlConnector")}, "KV transfer .NixlConnector"),
