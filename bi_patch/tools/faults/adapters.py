@@ -8,7 +8,7 @@ import types
 import torch
 
 from bi_patch.tools.faults import parts
-from bi_patch.tools.faults.base import CPU, Fault
+from bi_patch.tools.faults.base import CPU, CUDA, Fault
 from bi_patch.tools.faults.shared import FEW
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner, replaced
@@ -44,6 +44,23 @@ def atomics(engine: LocalEngine):
 
 
 @contextlib.contextmanager
+def vllm_shrink(engine: LocalEngine):
+    """vLLM's own shrink splits K in 64 or 8 parts, by the number of rows, and adds the parts by atomics."""
+    from vllm.lora.ops.triton_ops import lora_shrink_op, utils
+
+    own = parts.original("lora.cuda_linear")
+    with contextlib.ExitStack() as stack:
+        for module in (lora_shrink_op, utils):  # out of vLLM's batch-invariant mode
+            stack.enter_context(replaced(module, "is_batch_invariant", lambda held: False))
+        utils.get_lora_op_configs.cache_clear()
+        stack.callback(utils.get_lora_op_configs.cache_clear)
+        for wrapper in set(model_runner(engine).model.lora_manager.punica_wrapper_mapping.values()):
+            function = types.MethodType(own, wrapper)
+            stack.enter_context(replaced(wrapper, "add_lora_linear", lambda _, function=function: function))
+        yield
+
+
+@contextlib.contextmanager
 def last_slot(engine: LocalEngine):
     """A row without an adapter has the number -1, and vLLM's gather takes -1 for the last slot of the engine."""
     own = {"add_shrink": "lora.cpu_shrink", "add_expand": "lora.cpu_expand", "add_lora_linear": "lora.cpu_linear"}
@@ -73,6 +90,16 @@ FAULTS = (
         op="bi_cpu.lora",
         seam={"cpu": "lora.cpu_linear"},
         emulated=(CPU,),
+    ),
+    Fault(
+        "vLLM's own shrink",
+        10,
+        vllm_shrink.__doc__,
+        AXIS,
+        vllm_shrink,
+        (CUDA,),
+        op="lora_shrink",
+        seam={"cuda": "lora.cuda_linear"},
     ),
     Fault(
         "no adapter means the last slot",

@@ -103,13 +103,15 @@ def pooled(folder: str, dtype: str = "float32") -> Options:
     )
 
 
-def adapters(dtype: str = "") -> Options:
-    """The options of an engine with LoRA: a small dense model, whose embeddings and head take adapters, too."""
+def adapters(dtype: str = "", platform: str = "cpu") -> Options:
+    """The options of an engine with LoRA: a small dense model, whose embeddings and head take adapters, too, on CPU."""
+    on_cpu = platform == "cpu"
     base = Options(
-        str(recipes.path(recipes.LLAMA, cache=settings.read().cache)),
-        dtype=dtype or "float32",
+        str(recipes.path(recipes.LLAMA if on_cpu else recipes.LLAMA_100M, cache=settings.read().cache)),
+        dtype=dtype or ("float32" if on_cpu else "bfloat16"),
         max_model_len=1024,
         chunk=512,
+        extra={} if on_cpu else {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30},
     )
     return base.but(**lora.options(base))
 

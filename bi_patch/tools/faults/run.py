@@ -27,7 +27,7 @@ PLATFORMS = tuple(_ENVIRON)
 # Axes with an engine of their own. Grammars need a tokenizer, and the large model on CUDA has none.
 _OTHER = {
     "cpu": (catch.PREEMPTION, catch.UPDATE, catch.POOLED, catch.LORA),
-    "cuda": (catch.PREEMPTION, catch.UPDATE, catch.STRUCTURED),
+    "cuda": (catch.PREEMPTION, catch.UPDATE, catch.STRUCTURED, catch.LORA),
 }
 DTYPES = ("", "bfloat16", "float32", "float16")
 Keep = Callable[[Faults], object]
@@ -131,7 +131,8 @@ class _Run:
         if axis == catch.POOLED:
             return engines.pooled(self.folder, given.dtype)
         if axis == catch.LORA:
-            return engines.adapters(given.dtype)
+        if axis == catch.LORA:
+            return engines.adapters(given.dtype, self.platform)
         return engines.few_blocks(given, block) if axis else given
 
     def refused(self) -> FaultRow:
