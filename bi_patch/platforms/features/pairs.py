@@ -100,7 +100,6 @@ PAIRS: tuple[Feature, ...] = (
         for first, other in (
             (LORA, SPECULATION),
             (LORA, QUANTIZED),
-            (LORA, POOLING),
             (SPECULATION, QUANTIZED),
             (SPECULATION, MLA),
             (POOLING, QUANTIZED),
@@ -109,7 +108,7 @@ PAIRS: tuple[Feature, ...] = (
     _never(
         LORA,
         *("pipeline parallelism", "tensor parallelism", "data parallelism", "KV transfer or offload"),
-        *("multimodal models", "encoder-decoder models", MLA, RECURRENT),
+        *(POOLING, "multimodal models", "encoder-decoder models", MLA, RECURRENT),
         *list(PARTS)[-3:],
     ),
     _never(
