@@ -9,6 +9,7 @@ bi_patch/tools/models/pooling.py; the weights are random.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -209,16 +210,21 @@ def cost(a) -> None:
     os.environ.pop("VLLM_BATCH_INVARIANT", None)
     if a.mode != "stock":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    started = time.perf_counter()
     if a.mode == "armed":
         import bi_patch  # noqa: F401  arms before vllm loads
-    started = time.perf_counter()
+    else:
+        import bi_patch_entry
+
+        bi_patch_entry.without_arming()
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import child
     import stamp
     from vllm import LLM, PoolingParams
 
     from bi_patch.tools.models import pooling
+    from bi_patch.tools.verify import weights
 
+    weights.make_random(7)
     shape = pooling.POOLING[a.model]
     llm = LLM(
         model=pooling.write(a.model, "/tmp/models"),
@@ -228,12 +234,13 @@ def cost(a) -> None:
         enforce_eager=a.eager,
         **{"gpu_memory_utilization": 0.6, **pooling.ARGUMENTS.get(a.model, {}), **json.loads(a.extra)},
     )
-    llm.apply_model(child.randomize)
     found = {**stamp.head(), "model": a.model, "mode": a.mode, "start_s": round(time.perf_counter() - started, 1)}
     found["pooling"] = []
     names = 0
     for name, (count, length, repeats) in SETS.items():
         times = []
+        turn = open(a.lock or os.devnull, "w")
+        fcntl.flock(turn, fcntl.LOCK_EX)
         for repeat in range(repeats + 1):
             source = random.Random(repeat * 1000 + count + length)
             llm.reset_prefix_cache()
@@ -247,6 +254,7 @@ def cost(a) -> None:
             while llm.llm_engine.has_unfinished_requests():
                 llm.llm_engine.step()
             times.append(time.perf_counter() - start)
+        turn.close()
         times = times[1:]  # the first warms up
         found["pooling"].append(
             {
@@ -269,6 +277,7 @@ def main() -> None:
     asked.add_argument("mode", choices=("stock", "upstream", "armed"))
     asked.add_argument("out")
     asked.add_argument("--eager", action="store_true")
+    asked.add_argument("--lock", help="a file: engines that start side by side time one at a time")
     asked.add_argument("--extra", default="{}", help="further arguments of vllm.LLM, as JSON")
     a = parser.parse_args()
     kernels(a.out) if a.kind == "kernels" else cost(a)

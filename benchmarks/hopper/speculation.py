@@ -220,7 +220,7 @@ def start(args, label: str, armed: bool, method: str, drafts: int, runner: str, 
         "layers": args.layers,
         "folder": str(folder),
         "armed": armed,
-        "lock": str(folder / "lock"),
+        "lock": args.lock or str(folder / "lock"),
         "engine": engine,
     }
     environ = dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "BI_PATCH": "1" if armed else "0"}
@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--methods", default="ngram")
     parser.add_argument("--runners", default="1", help="1 for model runner V2, 0 for V1, 1,0 for both")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--lock", default="", help="a file: who holds it may time; by default one of this call")
     parser.add_argument("--limit", type=float, default=280, help="seconds after which the engines are ended")
     args = parser.parse_args()
     if args.what == "verify":
