@@ -165,7 +165,16 @@ def child(given: dict) -> None:
     llm = _engine(given)
     started = time.perf_counter() - began
     held = bits(llm) if given["what"] == "bits" else cost(llm, Path(given["lock"]))
-    print("RESULT", json.dumps({**held, "start_s": round(started, 1)}), flush=True)
+    import torch
+    import vllm
+
+    made = {
+        "device": torch.cuda.get_device_name(),
+        "vllm": vllm.__version__,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+    print("RESULT", json.dumps({**held, "start_s": round(started, 1), "measured": made}), flush=True)
     os._exit(0)
 
 
@@ -243,6 +252,7 @@ def main() -> None:
     parser.add_argument("--methods", default="ngram")
     parser.add_argument("--runners", default="1", help="1 for model runner V2, 0 for V1, 1,0 for both")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--results", help="a folder, for a result file of the bits")
     parser.add_argument("--lock", default="", help="a file: who holds it may time; by default one of this call")
     parser.add_argument("--limit", type=float, default=280, help="seconds after which the engines are ended")
     args = parser.parse_args()
@@ -281,6 +291,8 @@ def main() -> None:
         _compare(found, answers)
         Path(args.out).write_text(json.dumps(found, indent=1))
         print(label, code, {k: v for k, v in found[label].items() if k not in ("rows", "said")}, flush=True)
+    if args.results and args.what == "bits":
+        keep(args, found, folder)
 
 
 def _make(methods: list[str], folder: Path) -> None:
@@ -306,8 +318,45 @@ def _compare(found: dict, answers: dict) -> None:
         if plain and not label.endswith("-0"):
             wrong = [name for name in plain if plain[name] != held.get(name)]
             found[label] |= {"compared": len(plain), "differing": len(wrong), "which": wrong[:20]}
+            pairs = [(plain[name], held.get(name)) for name in plain]
+            found[label] |= {"positions": sum(_positions(mine) for mine, _ in pairs)}
+            found[label] |= {"positions_differing": sum(_positions(mine) for mine, other in pairs if mine != other)}
             if wrong:
                 found[label]["first"] = _part(plain[wrong[0]], held.get(wrong[0]))
+
+
+def _positions(answer: list) -> int:
+    """The tokens of an answer, and the prompt tokens that have logprobs."""
+    *choices, prompt = answer
+    return sum(len(tokens) for tokens, *_ in choices) + sum(bool(step) for step in prompt)
+
+
+def keep(args, found: dict, folder: Path) -> None:
+    """Write the rows of `bits` into a result file. The positions of an answer that differs all count as differing."""
+    from types import SimpleNamespace
+
+    import bi_patch_entry
+
+    bi_patch_entry.without_arming()
+    from bi_patch.tools import evidence
+
+    class Found(evidence.Invariance, kw_only=True):
+        variant = "speculation"
+
+    compared = {label: held for label, held in found.items() if isinstance(held, dict) and "positions" in held}
+    if not compared:
+        return
+    model = "llama-100m" if (folder / "model").exists() else f"{args.model}, {args.layers} layers"
+    made = evidence.new(Found, SimpleNamespace(**next(iter(compared.values()))["measured"]))
+    notes = []
+    for label, held in compared.items():
+        runner, drafts = label.split("-")[1:]
+        how = f"{model}{', eager' if args.eager else ''}, {drafts} drafts, runner {runner.upper()}"
+        row = (how, "speculative decoding", held["positions"], held["positions_differing"], held.get("first", ""))
+        made.rows.append(evidence.InvarianceRow(*row))
+        notes.append(f"{drafts}: {held['counters'][ACCEPTED]:.0f} of {held['counters'][DRAFTED]:.0f} drafts accepted")
+    made.note = "; ".join(notes)
+    print(evidence.write(made, Path(args.results)), flush=True)
 
 
 def _part(a: list, b: list | None) -> str:
@@ -317,7 +366,8 @@ def _part(a: list, b: list | None) -> str:
             if isinstance(mine[0], list) and mine[0] and isinstance(mine[0][0], int):
                 at = next((i for i, (x, y) in enumerate(zip(mine[0], other[0])) if x != y), None)
                 scores = next((i for i, (x, y) in enumerate(zip(mine[1], other[1])) if x != y), None)
-                return f"token {at}, scores {scores}: {mine[1][scores or 0]} and {other[1][scores or 0]}"
+                shown = [part[1][scores] for part in (mine, other)] if scores is not None else ""
+                return f"token {at}, scores {scores}: {shown}"
             at = next(i for i, (x, y) in enumerate(zip(mine, other)) if x != y)
             return f"prompt {at}: {mine[at]} and {other[at]}"
     return "another number of answers"
