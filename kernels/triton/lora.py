@@ -153,7 +153,8 @@ def tiles(m: int, rank: int, active: int) -> tuple[tuple[int, int, int, int], tu
     """The tiles of both products, which change no bit: (M, R, warps, stages), and (M, N, R, warps, stages)."""
     small = m <= 16 * active  # on average, a slot has few rows
     wide = triton.next_power_of_2(rank)
-    shrink = (16 if small else 32 if m <= FEW else 64, max(16, min(wide, 64 if small else 128)), 4, 3)
+    half = m <= FEW or (wide > 64 and m <= 512)  # more programs, where few have much to do
+    shrink = (16 if small else 32 if half else 64, max(16, min(wide, 64 if small or half else 128)), 4, 3)
     return shrink, (16 if small else 64, 128, max(16, min(wide, 64)), 4, 2)
 
 

@@ -19,6 +19,7 @@ _CPU_PARITY = "parity-2026-11-28-cpu-vllm-0.32.0.json"
 _H200_PARITY = "parity-2026-11-28-h200-vllm-0.33.0.json"
 _H200_PARITY_SHAPES = "parity-2026-11-29-h200-trainer-vllm-0.33.0.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
+_H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
@@ -34,6 +35,7 @@ _CPU_POOLING = (
     "invariance-2026-11-28-cpu-amx-pooling-2-vllm-0.32.0.json",
 )
 _H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
+_H200_ENCODERS = "invariance-2026-11-29-h200-pooling-vllm-0.33.0.json"
 _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
 _NO_NPU = "checked without a device; nothing has run on an NPU"
 _NO_SEAM = "no patch point covers it yet"
@@ -182,6 +184,11 @@ def _joined(before: str, found: dict[str, Any], after: str = "") -> str:
 def _compiled(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:
     """`words` if `check` is true for the engine's model and vLLM compiles the model, else ""."""
     return _of_model(lambda model: check(model) and not getattr(model, "enforce_eager", False), words)
+
+
+def _lora_compiled(config: Any) -> str:
+    eager = getattr(config.model_config, "enforce_eager", False)
+    return "compiled LoRA" if config.lora_config is not None and not eager else ""
 
 
 def _norms_over_ranks(config: Any) -> str:
@@ -383,11 +390,24 @@ FEATURES: tuple[Feature, ...] = (
         "LoRA",
         short="LoRA",
         cpu=served(_CPU_LORA, why="on linear layers, embeddings and the head; vLLM runs it in eager mode"),
-        cuda=refused(TRIAL),
+        cuda=(
+            refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33"),
+            served(
+                _H200_LORA,
+                why="on linear layers, in eager mode; adapters of embeddings and heads are refused by name",
+            ),
+        ),
         ascend=refused("its products split K by the number of rows"),
         asked=_given("lora_config", "LoRA"),
         details="Adapters of several ranks side by side, and more adapters than `max_loras`. A request without an "
         "adapter has the bits of an engine without LoRA. Each adapter needs a number (`lora_int_id`) of its own.",
+    ),
+    row(
+        "LoRA, compiled",
+        cpu=absent("vLLM runs LoRA in eager mode"),
+        cuda=(refused("as LoRA in eager mode", releases="<0.33"), untried("the evidence is of eager mode")),
+        ascend=refused("its products split K by the number of rows"),
+        asked=_lora_compiled,
     ),
     row(
         "speculative decoding with n-grams of the request (method ngram)",
@@ -479,7 +499,10 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "encoders with attention in both directions (BERT, XLM-R, ModernBERT)",
         cpu=served(*_CPU_POOLING, why="tiny models of each kind, in bf16"),
-        cuda=refused(TRIAL, todo="Use a model with causal attention"),
+        cuda=(
+            refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),
+            served(_H200_ENCODERS, why="shapes of BERT large, XLM-R base and ModernBERT base, in bf16 and eager mode"),
+        ),
         ascend=refused(_NO_SEAM, todo="Use a model with causal attention"),
         asked=_of_model(lambda m: getattr(m, "attn_type", "") == "encoder_only", "attention in both directions"),
     ),

@@ -156,11 +156,12 @@ def test_what_is_not_covered_is_refused_by_name(platform, change, said):
         check(platform, **change)
 
 
-def test_lora_is_refused_except_on_cpu():
+def test_lora_is_refused_where_it_has_no_patch_points():
     check("cpu", lora=SimpleNamespace())
-    for platform in ("cuda", "ascend"):
+    check("cuda", "0.33.0", lora=SimpleNamespace())
+    for platform, release in (("cuda", "0.32.0"), ("ascend", None)):
         with pytest.raises(UnsupportedFeature, match="features: .*LoRA"):
-            check(platform, lora=SimpleNamespace())
+            check(platform, release, lora=SimpleNamespace())
 
 
 def test_mla_is_refused_where_it_has_no_kernel():
@@ -174,14 +175,12 @@ def test_mla_is_refused_where_it_has_no_kernel():
 def test_pooling_is_refused_where_it_was_not_tried():
     encoder = {"model_runner_type": "pooling", "model_attn_type": "encoder_only"}
     check("cpu", **encoder)
-    check("cuda", model_runner_type="pooling")
-    with pytest.raises(UnsupportedFeature, match="features: .*attention in both directions.*BI_PATCH=0"):
-        check("cuda", **encoder)
+    check("cuda", **encoder)
+    for held in (encoder, {"model_runner_type": "pooling"}):
+        with pytest.raises(UnsupportedFeature, match="pooling models: nobody tried it with these releases"):
+            check("cuda", "0.26.0", **held)
     with pytest.raises(UnsupportedFeature, match="features: .*pooling models.*BI_PATCH=0"):
         check("ascend", model_runner_type="pooling")
-    held = config(model_runner_type="pooling")
-    with pytest.raises(UnsupportedFeature, match="pooling models: nobody tried it with these releases"):
-        table.check(held, "cuda", Version("0.26.0"))
 
 
 def test_several_refusals_are_named_at_once_with_what_to_do():
@@ -189,7 +188,7 @@ def test_several_refusals_are_named_at_once_with_what_to_do():
         check("cuda", lora=SimpleNamespace(), model_quantization="awq")
     assert all(
         said in str(caught.value)
-        for said in ("LoRA", "quantized weights (awq", "Use unquantized weights", "Turn it off")
+        for said in ("LoRA with quantized", "quantized weights (awq", "Use unquantized weights", "Use one of them")
     )
 
 
