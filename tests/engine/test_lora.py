@@ -20,7 +20,7 @@ from bi_patch.tools.verify.probes.base import Change
 
 pytestmark = pytest.mark.engine
 
-FAULTS = [fault.name for fault in every() if fault.axis == catch.LORA]
+FAULTS = [fault.name for fault in every() if fault.axis == catch.LORA and "cpu" in fault.platforms]
 
 
 def changes(given: Options) -> dict:
@@ -140,7 +140,7 @@ def test_loading_and_unloading(model, cache, tmp_path):
     [
         (recipes.MOE, {}, "LoRA with experts"),
         (recipes.LLAMA, {"fully_sharded_loras": True}, "sharded adapters"),
-        (recipes.LLAMA, {"lora_dtype": "float16"}, "adapters of torch.float16 for a model of torch.bfloat16"),
+        (recipes.LLAMA, {"lora_dtype": "float16"}, "adapters in another type than the model's"),
         (recipes.LLAMA, {"pipeline_parallel_size": 2}, "LoRA with pipeline parallelism"),
     ],
     ids=["experts", "sharded", "another type", "pipeline parallelism"],
