@@ -134,7 +134,6 @@ def test_a_plain_configuration_passes(change):
         ({"model__use_mla": True, "model__hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model__is_hybrid": True}, "hybrid"),
         ({"model__is_multimodal_model": True}, "language-model-only"),
-        ({"model__runner_type": "pooling", "model__attn_type": "encoder_only"}, "attention in both directions"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
         ({"model__architectures": ["HrmTextForCausalLM"]}, "does not cover HrmTextForCausalLM"),
         ({"model__architectures": ["DeepseekV4ForCausalLM"]}, "kernels of its own"),
