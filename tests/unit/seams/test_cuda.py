@@ -162,7 +162,6 @@ def test_a_plain_configuration_passes(change):
         ),
         ({"compilation__compile_sizes": [8]}, r"compile_sizes \[8\]"),
         ({"cache__block_size": 144}, "pages of 144 tokens"),
-        ({"lora": SimpleNamespace()}, "LoRA"),
         ({"kv_transfer": SimpleNamespace()}, "KV transfer"),
         ({"parallel__data_parallel_size": 2, "model__is_moe": True}, "data parallelism"),
         ({"compilation__mode": SimpleNamespace(name="STOCK_TORCH_COMPILE")}, "cuda_mode: .*STOCK_TORCH_COMPILE"),
