@@ -44,10 +44,10 @@ test: setup
 test-engine test-unit test-ascend: export OMP_WAIT_POLICY := passive
 
 test-engine: setup
-	$(BIN)/pytest -m "engine and $(BESIDE)" tests
+	$(BIN)/pytest --durations=20 -m "engine and $(BESIDE)" tests
 
 test-unit: setup
-	$(BIN)/pytest -m "not engine and $(BESIDE)" tests
+	$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" tests
 
 test-tables: setup
 	$(BIN)/bi-patch check --all
@@ -69,7 +69,7 @@ test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
 
 test-ascend: $(ASCEND)/.installed
-	PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest -m "ascend and not slow" tests/ascend
+	PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest --durations=20 -m "ascend and not slow" tests/ascend
 
 bench: setup
 	$(BIN)/bi-patch bench

@@ -9,6 +9,7 @@ from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import wire
 from bi_patch.tools.verify.child import ARMED, PATIENT, STOCK, ChildEngine
 from bi_patch.tools.verify.engine import Options
+from bi_patch.tools.verify.forks import Forks
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,6 +20,17 @@ def _two_threads():
     patch.delenv("VLLM_BATCH_INVARIANT", raising=False)
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forks():
+    """Children are forks of processes that have imported vLLM, one for each environment."""
+    forks = Forks()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ChildEngine, "launch", staticmethod(forks.launch))
+    yield
+    patch.undo()
+    forks.close()
 
 
 @pytest.fixture(scope="session")

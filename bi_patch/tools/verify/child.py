@@ -67,6 +67,7 @@ class ChildEngine:
     """
 
     worker = "bi_patch.tools.verify.worker"  # the module whose `main` the child runs
+    launch = staticmethod(subprocess.Popen)
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class ChildEngine:
         self._log = tempfile.NamedTemporaryFile(prefix=f"bi_patch-{mode}-", suffix=".log", delete=False)
         receive, give = os.pipe()
         try:
-            self._process = subprocess.Popen(
+            self._process = (subprocess.Popen if fresh else self.launch)(
                 [sys.executable, "-c", _CODE, self.worker, str(give)],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
