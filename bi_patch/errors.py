@@ -61,6 +61,10 @@ class ParityBroken(BiPatchError):
     """A trainer's logprobs are not the sampler's, bit for bit."""
 
 
+class RoutingDiffers(ParityBroken):
+    """A trainer chose other experts than the sampler for a token, or nobody compared them."""
+
+
 class GradientsOpen(BiPatchError):
     """A block of training.gradients inside another of the same model, or a layer that was called without its model."""
 

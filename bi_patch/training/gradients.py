@@ -105,15 +105,11 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
     change with the cut. Cost: one product for each weight and sequence, and 4 bytes for each element of a weight.
 
     Raises GradientsOpen for a block inside a block, BiPatchError for a model that is not armed, and UnsupportedFeature
-    for a model whose experts are trained, or that several ranks train (FSDP2, DistributedDataParallel).
+    for a model that several ranks train (FSDP2, DistributedDataParallel).
     """
     state = huggingface.armed(model)
     if state is None:
         raise BiPatchError("training.gradients: the model is not armed. Call bi_patch.training.arm first")
-    if state.family.experts and any(p.requires_grad and p.dim() > 2 for p in model.parameters()):
-        raise UnsupportedFeature(
-            "training.gradients: the weights of experts have no chain. Train without the block, or freeze the experts"
-        )
     _refuse_wrappers(model)
     if any(isinstance(held, _Chained) for held in state.functions.values()):
         raise GradientsOpen("training.gradients: this model is in such a block already")
@@ -319,4 +315,40 @@ class _Head(Function):
         return of_hidden, *[None] * 11
 
 
-_OPERATORS = {"linear": _linear, "rms_norm": _rms_norm, "head_norm": _head_norm, "embedding": _embedding, "head": _head}
+def _experts(made, state, x, weights, ids, gate_up, down, kind):
+    if made is None or not (gate_up.requires_grad or down.requires_grad):
+        return ops.experts(x, weights, ids, gate_up.detach(), down.detach(), kind)
+    return _Experts.apply(x, weights, ids, gate_up, down, kind, made, made.call)
+
+
+class _Experts(Function):
+    """The sum of each row's experts. Backward adds the gradients of all experts sequence by sequence."""
+
+    @staticmethod
+    def forward(ctx, x, weights, ids, gate_up, down, kind, made, call):
+        ctx.save_for_backward(x, weights, ids)
+        ctx.experts, ctx.kind, ctx.made, ctx.call = (gate_up, down), kind, made, call
+        return ops.experts(x, weights, ids, gate_up, down, kind)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weights, ids = ctx.saved_tensors
+        of, held = devices.implementation(x.device.type, "experts"), [w.detach() for w in ctx.experts]
+        grad = grad.contiguous()
+        of_x, of_weights, _, _ = of.experts_backward(grad, x, weights, ids, *held, ctx.kind, True, False)
+        spans = ctx.call.of(x.shape[0], "layer of experts")
+        chains = [ctx.made.chain(w, "layer", ctx.call) if w.requires_grad else None for w in ctx.experts]
+        for first, last in spans:
+            own = (part[first:last].clone() for part in (grad, x, weights, ids))
+            of.add_gradients(*own, *held, ctx.kind, *chains)
+        return of_x, of_weights, *[None] * 6
+
+
+_OPERATORS = {
+    "linear": _linear,
+    "rms_norm": _rms_norm,
+    "head_norm": _head_norm,
+    "embedding": _embedding,
+    "experts": _experts,
+    "head": _head,
+}

@@ -33,7 +33,8 @@ _HELD = "_bi_patch"  # the attribute of each module that holds the model's state
 class Asked:
     """What the head is to compute instead of logits: the logprobs of `tokens`, from the hidden states in `rows`.
 
-    rows, tokens: [n] int64. The other fields are as in bi_patch.training.cpu.head.
+    rows, tokens: [n] int64. chosen: a list to which each router adds its experts [rows of the batch, k], or None. The
+    other fields are as in bi_patch.training.cpu.head.
     """
 
     rows: torch.Tensor
@@ -42,6 +43,7 @@ class Asked:
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
     softcap: float
+    chosen: list[torch.Tensor] | None = None
 
 
 @dataclass

@@ -6,6 +6,7 @@ Each forward is bound to its module, and finds the armed model's state in the mo
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from bi_patch.errors import UnsupportedFeature
 from bi_patch.training import devices
 from bi_patch.training.families import ACTIVATIONS, FAMILIES, ROTATIONS, ROW_PARALLEL, Family
 
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 PARTS = "_bi_patch_parts"  # the attribute of a linear layer: how many ranks of the sampler share its K
 # Whose forward hooks leave values as they are: FSDP2, transformers' records of outputs, and bi_patch.
 _HOOKS = ("torch.distributed.", "transformers.utils.output_capturing", "bi_patch.")
@@ -228,6 +230,11 @@ def return_frequencies(module: torch.nn.Module) -> None:
         setattr(module, name, held)
 
 
+def routers(planned: list[Planned]) -> list[int]:
+    """The layers whose experts a router chooses, in the order in which the routers run."""
+    return [int(_LAYER.search(held.name)[1]) for held in planned if held.forward is _router]
+
+
 def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -274,9 +281,11 @@ def _mlp(self, x):
 
 def _router(self, hidden):
     """The router: logits, weights (fp32) and ids of the chosen experts."""
-    functions = self._bi_patch.functions
+    functions, asked = self._bi_patch.functions, self._bi_patch.asked
     logits = functions["linear"](hidden.reshape(-1, hidden.shape[-1]), self.weight, None, 1)
     weights, ids = functions["route"](logits, self.top_k, getattr(self, "norm_topk_prob", True))
+    if asked is not None and asked.chosen is not None:
+        asked.chosen.append(ids)
     return logits, weights, ids
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bi_patch.errors import BiPatchError, ContractBroken, UnsupportedRequest
-from bi_patch.training import huggingface, layout
+from bi_patch.training import huggingface, layout, leaves, routing
 from bi_patch.training.samples import Batch
 
 Number = float | torch.Tensor
@@ -27,6 +27,7 @@ def logprobs(
     that begin anew at 0, or cu_seqlens [sequences + 1] int, and then ids may be [T]. temperature, top_k (0: none),
     top_p: a number, or a tensor that expands to ids' shape, with which the tokens were sampled. They count for a
     sampler with logprobs_mode="processed_logprobs" only. A Batch in the place of ids brings its mask and transforms.
+    If it brings the sampler's experts, the trainer's are compared with them, and `compare` tells what was found.
 
     Returns fp32 of ids' shape. Padding and the first token of each sequence have no logprob, and get 0. A token that
     top-k or top-p drops gets minus infinity. Rows are computed without padding, so padding costs nothing.
@@ -37,8 +38,10 @@ def logprobs(
     if state is None:
         raise BiPatchError("training.logprobs: the model is not armed. Call bi_patch.training.arm first")
     huggingface.check_unchanged(state)
+    held = None
     if isinstance(ids, Batch):
         given, ids, attention_mask = ids, ids.ids, ids.attention_mask
+        held = given if given.experts is not None and state.family.experts else None
         if state.contract.get("logprobs_mode") != "raw_logprobs":
             temperature, top_k, top_p = given.temperature, given.top_k, given.top_p
     batch = ids if ids.ndim == 2 else ids[None]
@@ -60,10 +63,12 @@ def logprobs(
     config = huggingface.unwrapped(model).config
     transforms = _transforms(state, config.vocab_size, targets, ids.shape, temperature, top_k, top_p)
     softcap = getattr(config, "final_logit_softcapping", None) or 0.0
-    request = huggingface.Asked(asked, flat[targets], *transforms, softcap)
+    request = huggingface.Asked(asked, flat[targets], *transforms, softcap, None if held is None else [])
     cumulative = torch.cat((begins, ends[-1:])).to(torch.int32)
     with huggingface.asking(state, request, config):
         out = model(input_ids=flat[rows][None], cu_seq_lens_q=cumulative, use_cache=False)
+    if held is not None:
+        held.routing = routing.compare(request.chosen, held.experts, rows, leaves.routers(state.plan))
     return found.index_copy(0, targets, out.logits).view(ids.shape)
 
 

@@ -11,13 +11,24 @@ import torch
 from bi_patch.training import contract
 
 
+@dataclass(frozen=True)
+class Routing:
+    """How many choices of an expert were compared, how many differ, and in words the first that differs."""
+
+    compared: int
+    differing: int
+    first: str = ""
+
+
 @dataclass
 class Batch:
     """Requests side by side, padded to the longest: B requests of up to T tokens.
 
     ids: [B, T] int64. attention_mask: [B, T] int64. sampled: [B, T] bool, the tokens that the sampler drew and whose
     logprobs count. logprobs: [B, T] fp32, the sampler's; 0 elsewhere. temperature, top_p: [B, 1] fp32. top_k: [B, 1]
-    int64, 0 for none. not_comparable: the rows whose logprobs nobody may compare, each with the reason.
+    int64, 0 for none. not_comparable: the rows whose logprobs nobody may compare, each with the reason. experts:
+    [B, T, layers, k] int16, the ids that the sampler's routers chose, -1 where nobody knows; None for a sampler without
+    enable_return_routed_experts. routing: what `logprobs` found when it compared the trainer's experts with them.
     """
 
     ids: torch.Tensor
@@ -28,6 +39,8 @@ class Batch:
     top_k: torch.Tensor
     top_p: torch.Tensor
     not_comparable: dict[int, str] = field(default_factory=dict)
+    experts: torch.Tensor | None = None
+    routing: Routing | None = None
 
 
 def batch(outputs: Sequence[Any], params: Any = None, *, side: str = "right", device: str = "cpu") -> Batch:
@@ -37,7 +50,7 @@ def batch(outputs: Sequence[Any], params: Any = None, *, side: str = "right", de
     "left". Raises UnsupportedRequest for sampling parameters that the trainer does not repeat.
     """
     given = list(params) if isinstance(params, (list, tuple)) else [params] * len(outputs)
-    rows, settings, reasons = [], [], {}
+    rows, settings, reasons, chosen = [], [], {}, {}
     for output, asked in zip(outputs, given, strict=True):
         if asked is not None:
             contract.check_sampling(asked)
@@ -49,9 +62,23 @@ def batch(outputs: Sequence[Any], params: Any = None, *, side: str = "right", de
             scores = (
                 [] if reason else [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
             )
+            if not reason and getattr(completion, "routed_experts", None) is not None:
+                chosen[len(rows)] = torch.as_tensor(completion.routed_experts.astype("int16"))
             rows.append((list(output.prompt_token_ids), tokens, scores))
             settings.append(_settings(asked))
-    return _padded(rows, settings, reasons, side, device)
+    made = _padded(rows, settings, reasons, side, device)
+    if chosen:
+        made.experts = _experts(made.attention_mask.cpu(), chosen).to(device)
+    return made
+
+
+def _experts(mask: torch.Tensor, chosen: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The experts of each token [B, T, layers, k], from those of each row's first tokens. mask: [B, T]."""
+    made = torch.full((*mask.shape, *next(iter(chosen.values())).shape[1:]), -1, dtype=torch.int16)
+    for row, ids in chosen.items():
+        first = int(mask[row].argmax())
+        made[row, first : first + len(ids)] = ids
+    return made
 
 
 def why_not(completion: Any) -> str:

@@ -70,23 +70,65 @@ def experts_backward(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     kind: str,
+    of_rows: bool,
+    of_experts: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of x [rows, C], weights [rows, k] fp32, gate_up and down (their dtypes), from grad [rows, C]."""
+    """The gradients of x [rows, C], weights [rows, k] fp32, gate_up and down (their dtypes), from grad [rows, C].
+
+    of_rows: whether the first two are asked for. of_experts: the last two.
+    """
+    none = x.new_empty(0)
     of_x, of_weights = torch.zeros(x.shape, dtype=torch.float32), torch.zeros_like(weights)
-    of_gate_up, of_down = (torch.zeros_like(weight) for weight in (gate_up, down))
-    for expert in range(gate_up.shape[0]):
+    of_gate_up, of_down = (torch.zeros_like(weight) if of_experts else none for weight in (gate_up, down))
+    for expert in range(len(gate_up)):
         rows, place = (ids == expert).nonzero(as_tuple=True)
         if not len(rows):
             continue
+        share = weights[rows, place, None]
         first, second = (weight[expert].to(x.dtype).float() for weight in (gate_up, down))
-        held, g, share = x[rows].float(), grad[rows].float(), weights[rows, place, None]
-        gate, up = (held @ first.t()).chunk(2, -1)
-        value, slope = _DERIVED[kind](gate)
-        inner = value * up
-        of_weights[rows, place] = (g * (inner @ second.t())).sum(-1)
-        of_down[expert] = ((g * share).t() @ inner).to(down.dtype)
-        of_inner = (g * share) @ second
-        of_both = torch.cat((of_inner * up * slope, of_inner * value), -1)
-        of_gate_up[expert] = (of_both.t() @ held).to(gate_up.dtype)
-        of_x.index_add_(0, rows, of_both @ first)
-    return of_x.to(x.dtype), of_weights, of_gate_up, of_down
+        held, g = x[rows].float(), grad[rows].float()
+        of_both, inner = _of_expert(held, g, share, first, second, kind)
+        if of_rows:
+            of_weights[rows, place] = (g * (inner @ second.t())).sum(-1)
+            of_x.index_add_(0, rows, of_both @ first)
+        if of_experts:
+            of_gate_up[expert] = (of_both.t() @ held).to(gate_up.dtype)
+            of_down[expert] = ((g * share).t() @ inner).to(down.dtype)
+    return (of_x.to(x.dtype), of_weights, of_gate_up, of_down) if of_rows else (none, none, of_gate_up, of_down)
+
+
+def add_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    kind: str,
+    into_gate_up: torch.Tensor | None,
+    into_down: torch.Tensor | None,
+) -> None:
+    """Add the experts' gradients to into_gate_up and into_down, fp32, of the weights' shapes. None: not asked for.
+
+    The other arguments are those of experts_backward. The rows of a call decide the order of its sums.
+    """
+    for expert in range(len(gate_up)):
+        rows, place = (ids == expert).nonzero(as_tuple=True)
+        if not len(rows):
+            continue
+        share = weights[rows, place, None]
+        both = (weight[expert].to(x.dtype).float() for weight in (gate_up, down))
+        held, g = x[rows].float(), grad[rows].float()
+        of_both, inner = _of_expert(held, g, share, *both, kind)
+        if into_gate_up is not None:
+            into_gate_up[expert].addmm_(of_both.t(), held)
+        if into_down is not None:
+            into_down[expert].addmm_((g * share).t(), inner)
+
+
+def _of_expert(x, grad, share, first, second, kind):
+    """The gradient of one expert's first product, and its activations, from grad [rows, C]. All fp32."""
+    gate, up = (x @ first.t()).chunk(2, -1)
+    value, slope = _DERIVED[kind](gate)
+    of_inner = (grad * share) @ second
+    return torch.cat((of_inner * up * slope, of_inner * value), -1), value * up

@@ -28,8 +28,6 @@ def cover(head_size: int, experts: bool) -> None:
     """Raise UnsupportedFeature for a model that the operators do not cover. experts: whether its layers choose them."""
     from bi_patch.errors import UnsupportedFeature
 
-    if experts:
-        raise UnsupportedFeature("training.experts: the trainer has no experts on CUDA. Train the model on CPU")
     if head_size < 16 or head_size & (head_size - 1):
         raise UnsupportedFeature(
             f"training.rotation: heads of {head_size} elements take another rotation in the sampler on CUDA than the "

@@ -48,6 +48,30 @@ def gated(both: torch.Tensor, kind: str) -> torch.Tensor:
     return out
 
 
+def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top_k experts of logits [rows, experts] by softmax: weights fp32 and ids int32 [rows, top_k]."""
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
+
+    return fused_topk(logits, logits, top_k, renormalize)[:2]
+
+
+def experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    kind: str,
+    tile: dict[str, int],
+) -> torch.Tensor:
+    """vLLM's Triton experts in one tile. Shapes as in bi_patch.training.cpu.experts, all of x's dtype."""
+    from vllm.model_executor.layers.fused_moe import fused_moe, override_config
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    with override_config(tile):
+        return fused_moe.fused_experts(x, gate_up, down, weights, ids, activation=MoEActivation(kind))
+
+
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """As model runner V2 sums: the logprobs of tokens [rows] int64 under logits [rows, V] -> [rows] fp32."""
     from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs

@@ -40,12 +40,17 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    of_x, of_weights, of_gate_up, of_down = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.kind)
-    return of_x, of_weights, None, of_gate_up, of_down, None
+    x, weights, _, gate_up, down, _ = ctx.needs_input_grad
+    asked = x or weights, gate_up or down
+    found = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.kind, *asked)
+    of_x, of_weights, of_gate_up, of_down = found
+    pairs = ((of_x, x), (of_weights, weights), (None, False), (of_gate_up, gate_up), (of_down, down), (None, False))
+    return tuple(part if need else None for part, need in pairs)
 
 
-def _backward_fake(grad, x, weights, ids, gate_up, down, kind):
-    return tuple(t.new_empty(t.shape) for t in (x, weights, gate_up, down))
+def _backward_fake(grad, x, weights, ids, gate_up, down, kind, of_rows, of_experts):
+    asked = of_rows, of_rows, of_experts, of_experts
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, weights, gate_up, down), asked))
 
 
 _route_backward = define(
@@ -61,8 +66,8 @@ _route = define(
     _route_setup,
 )
 _experts_backward = define(
-    "experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down, str kind) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down, str kind, "
+    "bool of_rows, bool of_experts) -> (Tensor, Tensor, Tensor, Tensor)",
     "experts",
     _backward_fake,
 )

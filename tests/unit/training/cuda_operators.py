@@ -11,7 +11,17 @@ os.environ |= {"TRITON_INTERPRET": "1", "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES":
 import torch  # noqa: E402
 
 from bi_patch.ops import bits  # noqa: E402
-from bi_patch.training.cuda import attention, embedding, gated, head, linear, norm, rope, vllm_kernels  # noqa: E402
+from bi_patch.training.cuda import (  # noqa: E402
+    attention,
+    embedding,
+    experts,
+    gated,
+    head,
+    linear,
+    norm,
+    rope,
+    vllm_kernels,
+)
 
 DTYPE = torch.float16  # the interpreter cannot multiply bf16
 ROWS, STARTS, LENGTHS = 40, (3, 20, 33), (11, 0, 6)
@@ -189,6 +199,59 @@ def others(generator):
     close("embedding gradient", embedding.embedding_backward(g, ids, 5), grad)
 
 
+def routed(x, share, gate_up, down, ids):
+    """The weighted sum of each row's experts, in x's dtype."""
+    gate, up = torch.einsum("rc,rkdc->rkd", x, gate_up[ids]).chunk(2, -1)
+    return torch.einsum("rkd,rkcd,rk->rc", torch.nn.functional.silu(gate) * up, down[ids], share)
+
+
+def chosen(logits, top_k, renormalize):
+    weights, ids = logits.softmax(-1, dtype=torch.float32).topk(top_k, -1)
+    return weights / weights.sum(-1, keepdim=True) if renormalize else weights, ids.int()
+
+
+vllm_kernels.route = chosen
+vllm_kernels.experts = lambda x, share, ids, first, second, kind, tile: routed(
+    *(t.double() for t in (x, share, first, second)), ids.long()
+).to(x.dtype)
+tiles = []
+experts._tile = lambda problem, device: tiles.append(problem) or {}
+
+
+def choices(generator):
+    for renormalize in (False, True):
+        logits, mixed = torch.randn(9, 6, generator=generator), torch.randn(9, 2, generator=generator)
+        wide = logits.double().requires_grad_()
+        want, _ = wide.softmax(-1).topk(2, -1)
+        want = want / want.sum(-1, keepdim=True) if renormalize else want
+        weights, ids = experts.route(logits, 2, renormalize)
+        (grad,) = torch.autograd.grad(want, wide, mixed.double())
+        name = "renormalized" if renormalize else "plain"
+        close(f"route {name} gradient", experts.route_backward(mixed, logits, weights, ids, renormalize), grad)
+    experts._CHUNK = 4
+    x, grad = torch.randn(2, 9, 32, generator=generator).to(DTYPE)
+    first = torch.randn(6, 48, 32, generator=generator).to(DTYPE) * 0.2
+    second = torch.randn(6, 32, 24, generator=generator).to(DTYPE) * 0.2
+    wide = [t.double().requires_grad_() for t in (x, weights, first, second)]
+    out = routed(*wide, ids.long())
+    grads = torch.autograd.grad(out, wide, grad.double())
+    close("experts", experts.experts(x, weights, ids, first, second, "silu"), out.detach())
+    report("experts problem", "" if str(tiles[0]) == "E=6 N=24 K=32 top2 silu float16" else str(tiles[0]))
+    given = grad, x, weights, ids, first, second, "silu"
+    found = experts.experts_backward(*given, True, True)
+    for part, got, want in zip(("x", "weights", "gate and up", "down"), found, grads, strict=True):
+        close(f"experts gradient of {part}", got, want)
+    rows = [experts.experts_backward(*(t[i : i + 1] for t in given[:4]), *given[4:], True, False) for i in range(9)]
+    for place, part in enumerate(("x", "weights")):
+        alone = torch.cat([row[place] for row in rows])
+        report(f"experts gradient of {part} alone", "" if not bits.differing(alone, found[place]) else "other bits")
+    totals = [torch.ones(w.shape) for w in (first, second)]
+    experts.add_gradients(*given, *totals)
+    for part, got, want in zip(("gate and up", "down"), totals, grads[2:]):
+        close(f"experts gradient of {part} added", got, want + 1)
+    report("experts not asked", "" if not any(t.numel() for t in rows[0][2:]) else "not empty")
+
+
 def heads(generator):
     head.CHUNK = 4
     x, w = (torch.randn(n, 32, generator=generator).to(DTYPE) for n in (9, 50))
@@ -223,4 +286,5 @@ if __name__ == "__main__":
     attentions(generator, 128, True)
     attentions(generator, 64, True, 4, 3.0)
     others(generator)
+    choices(generator)
     heads(generator)

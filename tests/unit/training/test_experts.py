@@ -45,7 +45,7 @@ def test_gradients_of_experts(kind):
     out = torch.einsum("rkd,rkcd,rk->rc", plain(gate) * up, down[ids.long()], share)
     grad = randn(ROWS, HIDDEN, seed=2)
     out.backward(grad.double())
-    found = torch.ops.bi_training.experts_backward(grad, given[0], weights, ids, given[2], given[3], kind)
+    found = torch.ops.bi_training.experts_backward(grad, given[0], weights, ids, given[2], given[3], kind, True, True)
     for got, want in zip(found, (x.grad, share.grad, gate_up.grad, down.grad), strict=True):
         scale = float(want.abs().max())
         torch.testing.assert_close(got.double() / scale, want / scale, rtol=0, atol=5e-6)
