@@ -62,7 +62,10 @@ def sample(folder: Path, vocabulary: int, a: argparse.Namespace):
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    on_gpu = {"gpu_memory_utilization": a.memory, "enable_return_routed_experts": True}
+    config = json.loads((folder / "config.json").read_text())
+    on_gpu = {"gpu_memory_utilization": a.memory}
+    if any(config.get(name) for name in ("num_experts", "num_local_experts")):
+        on_gpu["enable_return_routed_experts"] = True
     llm = LLM(
         model=str(folder),
         skip_tokenizer_init=True,

@@ -27,7 +27,7 @@ FREQUENCIES = "_bi_patch_frequencies"  # of a rotary module: its own, by name
 def family_of(model: torch.nn.Module) -> Family:
     """The family of a transformers model. Raises UnsupportedFeature for a model without cover."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in FAMILIES or not type(model).__name__.removeprefix("FSDP").endswith("ForCausalLM"):
+    if kind not in FAMILIES or not _own_class(model).__name__.endswith("ForCausalLM"):
         raise UnsupportedFeature(
             f"training.model: {type(model).__name__} ({kind}) is not covered. bi_patch covers causal language models "
             f"of transformers of these types: {', '.join(FAMILIES)}"
@@ -118,10 +118,11 @@ def _check_parameters(name: str, module: torch.nn.Module, dtype: torch.dtype) ->
 
 def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn.Module) -> Callable:
     """The forward for one module. Raises UnsupportedFeature with the module's name and class if it has no cover."""
-    kind, prefix = type(module).__name__.removeprefix("FSDP"), family.prefix
-    if type(module) is torch.nn.Linear:
+    own, prefix = _own_class(module), family.prefix
+    kind = own.__name__
+    if own is torch.nn.Linear:
         return _head if module is model.get_output_embeddings() else _linear
-    if type(module) is torch.nn.Embedding or kind == f"{prefix}TextScaledWordEmbedding":
+    if own is torch.nn.Embedding or kind == f"{prefix}TextScaledWordEmbedding":
         if module.max_norm is not None:
             raise UnsupportedFeature(f"training.leaf: {name} has max_norm, which changes weights in a forward")
         return _embedding
@@ -151,8 +152,14 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
     )
 
 
+def _own_class(module: torch.nn.Module) -> type:
+    """The class of a module. FSDP2 puts a class of its own before it."""
+    own = type(module)
+    return own.__bases__[-1] if own.__name__ == f"FSDP{own.__bases__[-1].__name__}" else own
+
+
 def module_of(model: torch.nn.Module) -> str:
-    """The module of transformers that defines the model's class. FSDP2 puts a class of its own before it."""
+    """The module of transformers that defines the model's class."""
     found = [base.__module__ for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")]
     if not found:
         raise UnsupportedFeature(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from bi_patch.errors import BiPatchError, WeightsNotSynced
 from bi_patch.ops import bits
@@ -15,6 +16,7 @@ from bi_patch.training import huggingface, samplers
 from bi_patch.training.compare import compare
 from bi_patch.training.logprobs import logprobs
 
+_ELSEWHERE = "the sampler of another rank"
 PROBE = tuple(range(11, 59, 3))  # the tokens of the comparison, where the caller gives none
 
 
@@ -34,7 +36,7 @@ _synced: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, dict[str, int] 
 
 def sync(
     model: torch.nn.Module,
-    sampler: object,
+    sampler: object | None,
     *,
     version: str = "",
     dtype: torch.dtype | None = None,
@@ -49,10 +51,13 @@ def sync(
     compare: the sampler continues the probe greedily, and the trainer computes the logprobs of the answer. That shows
     the weights that these few tokens reach: not each expert, nor each row of an embedding.
 
+    Under FSDP2, every rank calls it, because the ranks gather the weights together. A rank without a sampler gives
+    None, and the same `probe` and `check`.
+
     Raises WeightsNotSynced if a logprob differs, SamplerFailed if the sampler cannot load weights.
     """
     start = time.perf_counter()
-    to = samplers.sampler(sampler)
+    to = _none(model) if sampler is None else samplers.sampler(sampler)
     held = list(weights(model, dtype or _computes(model)))
     synced = _synced.setdefault(huggingface.unwrapped(model), {})
     synced[_key(sampler)] = None  # until the end, nobody knows what the sampler serves
@@ -69,7 +74,8 @@ def sync(
 def weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights as a checkpoint of this model names them, floats rounded to `dtype`. A tied head is left out.
 
-    Wrappers of torch.compile and DistributedDataParallel add nothing to the names.
+    Wrappers of torch.compile and DistributedDataParallel add nothing to the names. The ranks of FSDP2 gather each
+    weight together, so each of them must take all.
     """
     model = huggingface.unwrapped(model)
     held = {name: p.detach() for name, p in model.named_parameters()}
@@ -80,7 +86,8 @@ def weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, t
 
         held = revert_weight_conversion(model, held)
     for name, tensor in held.items():
-        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, whole.to(dtype) if whole.is_floating_point() else whole
 
 
 def require_synced(model: torch.nn.Module, sampler: object = None) -> None:
@@ -106,6 +113,8 @@ def require_synced(model: torch.nn.Module, sampler: object = None) -> None:
 
 
 def _key(sampler: object) -> object:
+    if sampler is None:
+        return _ELSEWHERE
     return sampler.rstrip("/") if isinstance(sampler, str) else weakref.ref(sampler)
 
 
@@ -115,7 +124,30 @@ def _gone(key: object) -> bool:
 
 def _checksums(model: torch.nn.Module) -> dict[str, int]:
     """The checksum of each parameter and buffer. A write through `.data` changes no version of PyTorch's, but this."""
-    return {name: bits.checksum(t) for name, t in huggingface.unwrapped(model).state_dict().items()}
+    held = huggingface.unwrapped(model).state_dict()
+    return {name: bits.checksum(t.to_local() if isinstance(t, DTensor) else t) for name, t in held.items()}
+
+
+class _None:
+    """Stands for the sampler of another rank: this rank takes part in gathering weights and in one forward pass."""
+
+    def load(self, weights) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+    def name(self, version: str) -> None:
+        pass
+
+    def score(self, prompt: list[int]) -> tuple[list[int], list[float]]:
+        return prompt, []
+
+
+def _none(model: torch.nn.Module) -> _None:
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        raise WeightsNotSynced("training.sync: only a rank of FSDP2 may leave out the sampler, which another rank has")
+    return _None()
 
 
 def _computes(model: torch.nn.Module) -> torch.dtype:
@@ -129,6 +161,8 @@ def _compare(model: torch.nn.Module, to: samplers.Sampler, probe: list[int]) -> 
     ids, sampled = to.score(probe)
     with torch.no_grad():
         own = logprobs(model, torch.tensor([ids], device=next(model.parameters()).device))
+    if not sampled:  # the sampler is another rank's
+        return 0
     found = compare(own[0, -len(sampled) :], torch.tensor(sampled, dtype=torch.float32))
     if found.differing:
         raise WeightsNotSynced(

@@ -211,3 +211,8 @@ def test_a_server_loads_a_folder_and_is_asked_for_a_score(model):
         server.server_close()
     with pytest.raises(SamplerFailed, match="/collective_rpc"):
         training.sync(model, address)
+
+
+def test_only_a_rank_may_leave_out_the_sampler(model):
+    with pytest.raises(WeightsNotSynced, match="only a rank of FSDP2"):
+        training.sync(model, None)

@@ -1,0 +1,34 @@
+"""An armed model under FSDP2, on one rank and on two: the bits of the model in one piece, forward and backward."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+CASES = 33  # 6 models, of which each reports 5 lines, and 3 one more
+
+
+@pytest.fixture(scope="module")
+def lines(cache, tmp_path_factory):
+    """The lines of both ranks."""
+    store = tmp_path_factory.mktemp("fsdp") / "store"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "BI_PATCH_CACHE": str(cache)}
+    command = [sys.executable, str(Path(__file__).with_name("fsdp_ranks.py"))]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(store)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    done = [rank.communicate(timeout=300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], done[0][1][-3000:] + done[1][1][-1000:]
+    return [out.splitlines() for out, _ in done]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_bit_depends_on_the_shards(lines, rank):
+    assert len(lines[rank]) == CASES
+    assert not [line for line in lines[rank] if not line.startswith("ok ")]
