@@ -39,9 +39,10 @@ def parse() -> argparse.Namespace:
 def sampled(a: argparse.Namespace) -> None:
     """Write the model, the sampler's answers and its contract."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": "1"}
-    import bi_patch  # noqa: F401  arms before vllm loads
     import torch
     from experts import checkpoint, sample
+
+    import bi_patch  # noqa: F401  arms before vllm loads
 
     folder, vocabulary = checkpoint(a, str(a.work))
     llm, answers, parameters = sample(folder, vocabulary, a)
@@ -56,12 +57,12 @@ def sampled(a: argparse.Namespace) -> None:
 def trained(a: argparse.Namespace, rank: int, size: int) -> None:
     """One rank of the trainer. Rank 0 prints what it found as JSON."""
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    import bi_patch  # noqa: F401  arms before vllm loads
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers import AutoModelForCausalLM
 
+    import bi_patch  # noqa: F401  arms before vllm loads
     from bi_patch import training
 
     on_gpu = torch.cuda.is_available()
