@@ -15,6 +15,7 @@ FIELDS = (
     "device",
     "dtype",
     "quantization",
+    "lora",
     "kv_cache_dtype",
     "tensor_parallel_size",
     "rank_sums",

@@ -17,9 +17,9 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
     """The contract of an engine whose workers are ready. config: its VllmConfig. executor: vLLM's executor.
 
     Fields: instance (vLLM's name of this engine), platform, vllm, torch, digest (of bi_patch's code), kernels (the
-    digest of the bundled kernels, or their release), device, dtype, quantization, kv_cache_dtype, tensor_parallel_size,
-    rank_sums (how ranks are summed), attention (the backend of each layer), logprobs_mode, runner (V1 or V2), compiled,
-    and model (values of its configuration).
+    digest of the bundled kernels, or their release), device, dtype, quantization, lora (whether requests may name
+    adapters), kv_cache_dtype, tensor_parallel_size, rank_sums (how ranks are summed), attention (the backend of each
+    layer), logprobs_mode, runner (V1 or V2), compiled, and model (values of its configuration).
     """
     import torch
 
@@ -36,6 +36,7 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
         "attention": {name: backend for worker in workers for name, backend in worker["attention"].items()},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
+        "lora": config.lora_config is not None,
         "kv_cache_dtype": config.cache_config.cache_dtype,
         "tensor_parallel_size": ranks,
         "logprobs_mode": str(model.logprobs_mode),

@@ -16,7 +16,7 @@ import torch
 
 from bi_patch import identity, installed, running
 from bi_patch.errors import ContractBroken, UnsupportedRequest
-from bi_patch.training import devices, leaves
+from bi_patch.training import adapters, devices, leaves
 
 # What a request may ask for beside the defaults of vLLM's SamplingParams. Everything else could change the logits in a
 # way that the trainer does not repeat, or does not concern logits and is not listed because nobody looked.
@@ -106,6 +106,8 @@ def check(contract: dict[str, Any], model: torch.nn.Module, dtype: torch.dtype) 
         own["vllm"] = None if found is None else str(found.release)
     for name, value in own.items():
         _same(name, value, contract.get(name))
+    if adapters.has(model):
+        _same("lora", True, contract["lora"])
     for name, value in contract["model"].items():
         _same(f"model.{name}", _plain(getattr(model.config, name, None)), value)
     _among("kv_cache_dtype", contract.get("kv_cache_dtype"), ("auto", own["dtype"]))

@@ -21,6 +21,7 @@ from torch.autograd import Function
 
 from bi_patch.errors import BiPatchError, GradientsOpen, GradientsUnordered, UnsupportedFeature
 from bi_patch.training import devices, huggingface, ops
+from bi_patch.training.ops.lora import scaled
 
 _CALL = "bi_patch_call"  # the keyword argument that carries a call's spans and number to the layers
 
@@ -226,6 +227,17 @@ def _linear(made, state, x, weight, bias=None, parts=1):
     return _tapped(made, y, x.reshape(-1, x.shape[-1]), ((weight, "layer", _product), (bias, "layer", _sum)))
 
 
+def _lora(made, state, y, x, a, b, scaling):
+    flat = x.reshape(-1, x.shape[-1])
+    low = _tapped(made, ops.linear(flat, a.detach()), flat, ((a, "layer", _product),))
+    found = ops.linear(low, scaled(b.detach(), x.dtype, scaling))
+
+    def rule(grad, x, chain):
+        _product(grad if scaling == 1 else grad * scaling, x, chain)
+
+    return y + _tapped(made, found, low, ((b, "layer", rule),)).view(y.shape)
+
+
 def _rms_norm(made, state, x, weight, eps, offset=0.0):
     y = ops.rms_norm(x, weight.detach(), eps, offset)
     return _tapped(made, y, _tokens(made, x), ((weight, "layer", _norm_rule(eps)),))
@@ -346,6 +358,7 @@ class _Experts(Function):
 
 _OPERATORS = {
     "linear": _linear,
+    "lora": _lora,
     "rms_norm": _rms_norm,
     "head_norm": _head_norm,
     "embedding": _embedding,

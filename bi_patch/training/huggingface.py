@@ -19,7 +19,7 @@ import torch
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.ops.casts import Hold
-from bi_patch.training import devices, hooks, leaves, ops
+from bi_patch.training import adapters, devices, hooks, leaves, ops
 from bi_patch.training.contract import Form
 from bi_patch.training.families import Family
 
@@ -78,6 +78,7 @@ class Armed:
             "head_norm": ops.head_norm,
             "head": ops.token_logprobs,
             "linear": ops.linear,
+            "lora": ops.lora,
             "rms_norm": ops.rms_norm,
             "rope": ops.rope,
             "route": ops.route,
@@ -86,7 +87,7 @@ class Armed:
 
 
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside the wrappers of torch.compile and DistributedDataParallel."""
+    """The transformers model inside the wrappers of torch.compile, DistributedDataParallel and PEFT's LoRA."""
     while (found := inside(model)) is not None:
         model = found
     return model
@@ -96,6 +97,8 @@ def inside(model: torch.nn.Module) -> torch.nn.Module | None:
     """The model inside one wrapper, or None if there is no wrapper."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return model.module
+    if type(model).__module__.startswith("peft.") and type(getattr(model, "base_model", None)).__name__ == "LoraModel":
+        return model.get_base_model()
     return getattr(model, "_orig_mod", None)
 
 
@@ -159,7 +162,7 @@ def disarm(model: torch.nn.Module) -> None:
         held.pop(_HELD, None)
         held.pop(leaves.PARTS, None)
         leaves.return_frequencies(module)
-        if getattr(held.get("forward"), "__module__", "") == leaves.__name__:
+        if getattr(held.get("forward"), "__module__", "") in (leaves.__name__, adapters.__name__):
             del module.forward
     state.casts.release()
     model.set_attn_implementation(state.before)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.training import devices
+from bi_patch.training import adapters, devices
 from bi_patch.training.families import ACTIVATIONS, FAMILIES, ROTATIONS, ROW_PARALLEL, Family
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -68,6 +68,8 @@ def plan(model: torch.nn.Module, family: Family, dtype: torch.dtype, parts: int)
         if module not in (model, model.base_model):
             _check_hooks(name, module)
         _check_parameters(name, module, dtype)
+        if forward is adapters.linear and parts > 1:
+            raise UnsupportedFeature(f"training.lora: {name} has an adapter, and the sampler's ranks share its layers")
         module_parts = parts if name.rpartition(".")[2] in ROW_PARALLEL else 1
         if module_parts > 1 and module.weight.shape[1] % parts:
             raise UnsupportedFeature(f"training.parallel: {parts} ranks cannot share the input of {name} equally")
@@ -120,6 +122,8 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
     """The forward for one module. Raises UnsupportedFeature with the module's name and class if it has no cover."""
     own, prefix = _own_class(module), family.prefix
     kind = own.__name__
+    if own.__module__.startswith("peft."):
+        return adapters.forward(module, name)
     if own is torch.nn.Linear:
         return _head if module is model.get_output_embeddings() else _linear
     if own is torch.nn.Embedding or kind == f"{prefix}TextScaledWordEmbedding":
@@ -141,7 +145,7 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
         return _rotary
     if isinstance(module, torch.nn.Dropout) and module.p:
         raise UnsupportedFeature(f"training.dropout: {name} drops a share of {module.p}. Set it to 0")
-    if isinstance(module, (torch.nn.Dropout, torch.nn.Identity, torch.nn.ModuleList)):
+    if isinstance(module, (torch.nn.Dropout, torch.nn.Identity, torch.nn.ModuleList, *adapters.HOLDERS)):
         return _OWN
     if any(base.__module__ == module_of(model) for base in type(module).__mro__) and list(module.children()):
         return _OWN

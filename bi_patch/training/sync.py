@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 
-from bi_patch.errors import BiPatchError, WeightsNotSynced
+from bi_patch.errors import BiPatchError, UnsupportedFeature, WeightsNotSynced
 from bi_patch.ops import bits
-from bi_patch.training import huggingface, samplers
+from bi_patch.training import adapters, huggingface, samplers
 from bi_patch.training.compare import compare
 from bi_patch.training.logprobs import logprobs
 
@@ -56,6 +56,11 @@ def sync(
 
     Raises WeightsNotSynced if a logprob differs, SamplerFailed if the sampler cannot load weights.
     """
+    if adapters.has(huggingface.unwrapped(model)):
+        raise UnsupportedFeature(
+            "training.lora: an engine with adapters takes no new weights. Save the adapter (model.save_pretrained), "
+            "and give each request a LoRARequest with a number that no earlier adapter had"
+        )
     start = time.perf_counter()
     to = _none(model) if sampler is None else samplers.sampler(sampler)
     held = list(weights(model, dtype or _computes(model)))

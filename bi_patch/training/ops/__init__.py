@@ -10,6 +10,7 @@ from bi_patch.training.ops.experts import experts, route
 from bi_patch.training.ops.gated import gated
 from bi_patch.training.ops.head import token_logprobs
 from bi_patch.training.ops.linear import linear
+from bi_patch.training.ops.lora import lora
 from bi_patch.training.ops.norm import head_norm, rms_norm
 from bi_patch.training.ops.rope import rope
 
@@ -20,6 +21,7 @@ __all__ = [
     "gated",
     "head_norm",
     "linear",
+    "lora",
     "rms_norm",
     "rope",
     "route",

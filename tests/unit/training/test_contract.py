@@ -35,6 +35,7 @@ def agreed(model):
         "attention": attentions(model.config.num_hidden_layers, "CPU_ATTN"),
         "dtype": "float32",
         "quantization": None,
+        "lora": False,
         "kv_cache_dtype": "auto",
         "tensor_parallel_size": 1,
         "rank_sums": "none",
@@ -48,6 +49,14 @@ def agreed(model):
 def test_both_sides_agree(model, agreed, ids):
     training.arm(model, sampler=agreed)
     training.logprobs(model, *ids)
+
+
+def test_a_trainer_with_an_adapter_needs_a_sampler_that_takes_adapters(model, agreed):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ContractBroken, match="training.contract: lora is True in the trainer and False in the sampler"):
+        training.arm(adapted, sampler=agreed)
+    training.arm(adapted, sampler=agreed | {"lora": True})
 
 
 @pytest.mark.parametrize(
@@ -187,6 +196,7 @@ def test_the_engines_side():
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         cache_config=SimpleNamespace(cache_dtype="auto"),
+        lora_config=None,
         compilation_config=SimpleNamespace(mode=SimpleNamespace(name="NONE")),
     )
     layer = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: "CPU_ATTN"))
@@ -200,7 +210,7 @@ def test_the_engines_side():
     )  # the way to another process takes no subclass
     assert set(found) == set(running.FIELDS) and set(found["model"]) == set(running.MODEL)
     assert found["attention"] == {"layers.0": "CPU_ATTN"} and found["dtype"] == "bfloat16"
-    assert found["rank_sums"] == "none" and not found["compiled"] and found["runner"] == "V1"
+    assert found["rank_sums"] == "none" and not found["compiled"] and not found["lora"] and found["runner"] == "V1"
     assert found["model"]["layer_types"] == ["a", "b"] and found["model"]["head_dim"] is None
 
 
