@@ -3,7 +3,8 @@
     PYTHONPATH=. python3 benchmarks/weights.py [--only TEXT] [--results FOLDER]
 
 It runs the axis "weight update" of `bi-patch verify` on small models whose head is their embedding, in bf16, eager and
-compiled, with CUDA graphs on a GPU. Exit code 1: positions differ.
+compiled, with CUDA graphs on a GPU. Models with latent attention or recurrent layers, whose heads are their own, run
+eagerly. Exit code 1: positions differ.
 """
 
 from __future__ import annotations
@@ -23,6 +24,22 @@ LENGTH = 1024
 ARGUMENTS = {"max_model_len": LENGTH, "max_num_seqs": 16, "max_num_batched_tokens": 512}
 
 
+# Of bi_patch/tools/models/families.py.
+FAMILIES = ("DeepSeek V2", "DeepSeek V3", "Qwen3-Next", "Bamba", "Granite 4-H")
+
+
+def cases(on_gpu: bool):
+    """Yield (label, model, eager, whether the head is the embedding)."""
+    from bi_patch.tools.models import recipes
+
+    dense = recipes.QWEN3_100M if on_gpu else recipes.QWEN3  # heads of 128 on a GPU
+    for eager in (True, False):
+        for name in (dense, recipes.MOE):
+            yield f"{name} bf16 tied, {'eager' if eager else 'graphs' if on_gpu else 'compiled'}", name, eager, True
+    for name in FAMILIES:
+        yield f"{name} bf16, eager", name, True, False
+
+
 def measure(only: str, results: Path | None) -> int:
     """Measure the cases whose label contains `only`. Returns how many positions differ. results: None for no file."""
     import torch
@@ -30,40 +47,40 @@ def measure(only: str, results: Path | None) -> int:
     from bi_patch import settings
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
-    from bi_patch.tools.models import recipes
+    from bi_patch.tools.models import families, recipes
     from bi_patch.tools.verify import checkpoint, levels
     from bi_patch.tools.verify.local import local
 
     on_gpu = torch.cuda.is_available()
-    dense = recipes.QWEN3_100M if on_gpu else recipes.QWEN3  # heads of 128 on a GPU
     further = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30} if on_gpu else {}
     rows = []
     with tempfile.TemporaryDirectory(prefix="bi_patch-weights-") as root:
-        for eager in (True, False):
-            for name in (dense, recipes.MOE):
-                label = f"{name} bf16 tied, {'eager' if eager else 'graphs' if on_gpu else 'compiled'}"
-                if only not in label:
-                    continue
+        for label, name, eager, tied in cases(on_gpu):
+            if only not in label:
+                continue
+            if name in families.FAMILIES:
+                source = families.write(name, Path(root) / "shapes")
+            else:
                 source = recipes.path(name, cache=settings.read().cache)
-                folder = Path(root) / name
-                if not folder.is_dir():
-                    checkpoint.write(str(source), 3, folder, tied=True)
-                system = local(
-                    str(folder),
-                    levels.QUICK,
-                    engine_args=ARGUMENTS | further,
-                    dtype="bfloat16",
-                    eager=eager,
-                    environ={} if on_gpu else ENVIRON,
-                )
-                made, report = invariance.measure(
-                    label, system, levels.QUICK, only=["weight update"], tell=lambda text: print(text, flush=True)
-                )
-                rows += made
-                if results is not None:  # after each case: the next one may fail
-                    found = evidence.new(sweep.kind("weights"), report)
-                    found.rows = made
-                    print(evidence.write(found, results), flush=True)
+            folder = Path(root) / name
+            if not folder.is_dir():
+                checkpoint.write(str(source), 3, folder, tied=tied)
+            system = local(
+                str(folder),
+                levels.QUICK,
+                engine_args=ARGUMENTS | further,
+                dtype="bfloat16",
+                eager=eager,
+                environ={} if on_gpu else ENVIRON,
+            )
+            made, report = invariance.measure(
+                label, system, levels.QUICK, only=["weight update"], tell=lambda text: print(text, flush=True)
+            )
+            rows += made
+            if results is not None:  # after each case: the next one may fail
+                found = evidence.new(sweep.kind("weights"), report)
+                found.rows = made
+                print(evidence.write(found, results), flush=True)
     if not rows:
         raise SystemExit(f"no case has {only!r} in its label")
     return evidence.total_differing(rows)

@@ -23,6 +23,7 @@ _identity = secrets.token_hex(16)
 _cores: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
 os.register_at_fork(after_in_child=_cores.clear)  # a forked worker runs no engine core of its parent
 _models: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
+_writes: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
 _broken: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # why a model may not compute
 pending = False  # the next step has something to do: see `ready`
 _untold = False  # weights changed in this process, which has no engine core, and no core said that it knows
@@ -43,12 +44,15 @@ def _nothing(model: Any) -> None:
 
 
 def watch_model(
-    model: Any, before: Callable[[Any], object] = _nothing, settle: Callable[[Any], object] = _nothing
+    model: Any,
+    before: Callable[[Any], object] = _nothing,
+    settle: Callable[[Any], object] = _nothing,
+    written: Callable[[Any], object] = _nothing,
 ) -> None:
     """Let `model.load_weights` of a loaded model tell that the model got weights.
 
     model: a torch.nn.Module, held weakly. before(model): runs before such a load. settle(model): runs before a model
-    with new weights computes.
+    with new weights computes. written(model): runs first in `weights_changed`, and may refuse.
     """
     held, mine = type(model).load_weights, weakref.ref(model)
 
@@ -61,7 +65,7 @@ def watch_model(
             wrote()
 
     model.load_weights = load_weights
-    _models[model] = settle
+    _models[model], _writes[model] = settle, written
 
 
 def wrote() -> None:
@@ -141,12 +145,19 @@ def settle() -> None:
                 f"an update of the weights of {type(model).__name__} failed half way, so the engine stops. Start it "
                 f"again. What failed: {_broken[model]}"
             )
-        try:
-            call(model)
-        except BaseException as error:
-            _broken[model] = f"{type(error).__name__}: {error}"
-            raise
+        _or_broken(model, call)
     pending = _untold
+
+
+def _or_broken(model: Any, call: Callable[[Any], object]) -> None:
+    """Run call(model). If it fails, nobody knows the model's weights, and each later step raises WeightsBroken."""
+    global pending
+    try:
+        call(model)
+    except BaseException as error:
+        pending = True
+        _broken[model] = f"{type(error).__name__}: {error}"
+        raise
 
 
 def weights_changed() -> None:
@@ -155,12 +166,15 @@ def weights_changed() -> None:
     Call it in the process that wrote, after the last write and before the next request: in the engine's own process,
     or in its workers through `collective_rpc`. Packed copies are made again, prefixes that the old weights computed are
     not used any more, and requests in flight are marked. Weights that vLLM loads itself need no call.
-    Raises NoEngine if this process has neither an armed engine nor a model of such an engine.
+    Raises NoEngine if this process has neither an armed engine nor a model of such an engine, and UnsupportedFeature
+    for a model that takes no new weights.
     """
     if not _cores and not _models:
         raise NoEngine(
             "weights_changed: this process has no armed engine and no model of an armed engine. Call it where the "
             "weights were written, e.g. with llm.collective_rpc"
         )
-    settle()
     _changed()
+    for model, call in list(_writes.items()):
+        _or_broken(model, call)
+    settle()

@@ -86,7 +86,7 @@ def weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, t
     held = {name: p.detach() for name, p in model.named_parameters()}
     named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     held |= {name: t for name, t in model.state_dict().items() if name not in named}  # buffers
-    if hasattr(model, "config") and hasattr(model, "_weight_conversions"):
+    if hasattr(model, "config"):
         from transformers.core_model_loading import revert_weight_conversion
 
         held = revert_weight_conversion(model, held)

@@ -30,7 +30,8 @@ def watch(model, config) -> None:
         weights.watch_model(model, pooling.no_update, pooling.no_update)
         return
     begin = functools.partial(_begin, config=config)
-    weights.watch_model(model, begin, functools.partial(_settle, config=config))
+    settle = functools.partial(_settle, config=config)
+    weights.watch_model(model, begin, settle, lambda model: weights.refuse_with_lora(config))
 
 
 def _in_progress(model) -> bool:

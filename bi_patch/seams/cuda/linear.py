@@ -65,7 +65,7 @@ def _load(original):
         pooling.prepare(model, config)
         held = (poolers.no_update, poolers.no_update)
         hooks = held if poolers.is_pooling(config) else (_before_update(config), scaled_linear.refuse_update)
-        weights.watch_model(model, *hooks)
+        weights.watch_model(model, *hooks, lambda model: weights.refuse_with_lora(config))
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
             certify.certify(
                 [*_problems(model), *scaled_linear.problems(model)],

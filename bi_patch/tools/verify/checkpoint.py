@@ -70,12 +70,16 @@ def _made(source: Path, seed: int) -> Iterator[tuple[str, object]]:
     """Tensors for a folder that holds config.json only."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     dtype = getattr(config, "dtype", None) or torch.bfloat16
-    for name, parameter in model.named_parameters():
+    held = {}
+    saved = model.state_dict()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]  # biases of routers
+    for name, parameter in (*model.named_parameters(), *buffers):
         noise = torch.randn(parameter.shape, generator=_generator(name, seed))
         if parameter.ndim >= 2:
             noise *= parameter.shape[-1] ** -0.5
@@ -83,7 +87,10 @@ def _made(source: Path, seed: int) -> Iterator[tuple[str, object]]:
             noise *= 0.5
         else:
             noise = 1 + 0.1 * noise
-        yield name, noise.to(dtype)
+        held[name] = noise.to(dtype)
+    # transformers holds experts together, and checkpoints hold them apart
+    for name, tensor in revert_weight_conversion(model, held).items():
+        yield name, tensor.contiguous()
 
 
 def _generator(name: str, seed: int):

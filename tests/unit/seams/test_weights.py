@@ -19,6 +19,7 @@ def _own(monkeypatch):
     """Cores and models of this test only."""
     monkeypatch.setattr(weights, "_cores", type(weights._cores)())
     monkeypatch.setattr(weights, "_models", type(weights._models)())
+    monkeypatch.setattr(weights, "_writes", type(weights._writes)())
     monkeypatch.setattr(weights, "pending", False)
     monkeypatch.setattr(weights, "_untold", False)
 
@@ -226,6 +227,18 @@ def test_a_load_that_cannot_begin_counts_as_a_write():
     with pytest.raises(ValueError, match="half of it"):
         model.load_weights([("a", 1)])
     assert weights.pending and weights.identity() != before and not model.loaded
+
+
+def test_a_write_beside_lora_is_refused_by_name():
+    config, settled = SimpleNamespace(lora_config=object()), []
+    model = Model()
+    weights.watch_model(model, settle=settled.append, written=lambda model: weights.refuse_with_lora(config))
+    _core, before = Core(), weights.identity()
+    with pytest.raises(UnsupportedFeature, match="weights.lora"):
+        weights.weights_changed()
+    assert not settled and weights.identity() != before
+    with pytest.raises(WeightsBroken, match="weights.lora"):  # it was written already
+        weights.before_step(lambda self: "an answer")(None)
 
 
 def test_weights_changed_needs_an_engine_or_a_model():
