@@ -1,6 +1,13 @@
-"""TRL's GRPOTrainer with vLLM in its process: the trainer's logprobs are the sampler's, bit for bit.
+"""TRL's GRPOTrainer with vLLM in its process or on a server: the trainer's logprobs are the sampler's, bit for bit.
 
     python examples/trl_grpo.py [MODEL] [STEPS]
+
+    VLLM_SERVER_DEV_MODE=1 VLLM_BATCH_INVARIANT=1 vllm serve MODEL --dtype bfloat16 \\
+        --logprobs-mode processed_logprobs --max-logprobs -1
+    python examples/trl_grpo.py MODEL STEPS http://127.0.0.1:8000
+
+With a server, training.sync sends the weights, because TRL's own way needs a GPU on each side. It compares bits after
+each update. The server must see this machine's temporary folder.
 
 TRL logs `sampling/sampling_logp_difference/max`, which must be 0, and this example stops if a bit differs. Needs trl,
 accelerate and datasets. The model's weights are in the sampler's dtype: TRL hands them to vLLM as they are. The example
@@ -18,6 +25,7 @@ import bi_patch  # noqa: F401  before vllm: it arms the engine
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
 
 from bi_patch import training
 
@@ -28,8 +36,15 @@ class ExactGRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose logprobs come from the armed model."""
 
     def __init__(self, *args, **kwargs):
+        if kwargs["args"].vllm_mode == "server":
+            VLLMClient.init_communicator = lambda *_, **__: None  # of TRL's own way to send weights
         super().__init__(*args, **kwargs)
-        training.arm(self.model, sampler=self.vllm_generation.llm)
+        held = self.vllm_generation
+        if held.mode == "server":
+            training.arm(self.model, sampler=held.server_base_url)
+            held.sync_weights = lambda: training.sync(self.model, held.server_base_url)
+        else:
+            training.arm(self.model, sampler=held.llm)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **given
@@ -64,14 +79,15 @@ def vowels(completions, **given) -> list[float]:
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
 
-def main(name: str, steps: int) -> None:
+def main(name: str, steps: int, server: str | None = None) -> None:
     config = GRPOConfig(
         output_dir="/tmp/trl_grpo",
         use_cpu=not torch.cuda.is_available(),
         bf16=False,  # autocast would change dtypes between layers
         model_init_kwargs={"dtype": "bfloat16"},
         use_vllm=True,
-        vllm_mode="colocate",
+        vllm_mode="server" if server else "colocate",
+        vllm_server_base_url=server,
         vllm_max_model_length=512,
         per_device_train_batch_size=8,
         num_generations=4,
@@ -90,4 +106,5 @@ def main(name: str, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct", int((sys.argv[2:] or [3])[0]))
+    given = dict(enumerate(sys.argv[1:]))
+    main(given.get(0, "HuggingFaceTB/SmolLM2-135M-Instruct"), int(given.get(1, 3)), given.get(2))
