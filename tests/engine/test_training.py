@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from bi_patch import training
-from bi_patch.errors import BiPatchError
+from bi_patch.errors import BiPatchError, RoutingDiffers
+from bi_patch.ops import bits
+from bi_patch.ops.cpu import moe as routing
 from bi_patch.tools.verify.weights import fill
 
 KINDS = [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_k": 50},
@@ -57,6 +59,50 @@ def forms(model, outputs, params, batch):
     return found
 
 
+def choose(llm, outputs, layers):
+    # Lets the engine's routers run over each whole sequence, and puts what they chose into the answers, where an engine
+    # with enable_return_routed_experts puts it. vLLM's CPU build has no such option.
+    own, seen = routing.softmax_topk, []
+    routing.softmax_topk = lambda *given: seen.append(own(*given)) or seen[-1]
+    for output in outputs:
+        llm.reset_prefix_cache()
+        seen.clear()
+        ids = output.prompt_token_ids + list(output.outputs[0].token_ids)
+        asked = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        llm.generate([{"prompt_token_ids": ids[:-1]}], asked, use_tqdm=False)
+        chosen = [torch.cat([ids for _, ids in seen[layer::layers]]) for layer in range(layers)]
+        output.outputs[0].routed_experts = torch.stack(chosen, 1).numpy().astype("uint8")
+    routing.softmax_topk = own
+
+
+def experts(llm, model, outputs, params):
+    choose(llm, outputs, model.config.num_hidden_layers)
+    batch = training.batch(outputs, params)
+    found = training.compare(training.logprobs(model, batch), batch, strict=True).routing
+    tokens = int(batch.attention_mask.sum()) - len(outputs)  # all but the last of each sequence
+    assert found.compared == tokens * model.config.num_hidden_layers * model.config.num_experts_per_tok
+    outputs[2].outputs[0].routed_experts[7, 1] += 1
+    try:
+        spoiled = training.batch(outputs, params)
+        training.compare(training.logprobs(model, spoiled), spoiled, strict=True)
+    except RoutingDiffers as error:
+        named = str(error)
+    assert "row 2, position 7, layer 1" in named
+    return training.Parity(found.compared, found.differing, None, 0.0)
+
+
+def cuts(model, outputs, params):
+    grads = []
+    for size in (6, 1):
+        with training.gradients(model):
+            for at in range(0, 6, size):
+                part = training.batch(outputs[at : at + size], params[at : at + size])
+                training.logprobs(model, part)[part.sampled].sum().backward()
+        grads.append([p.main_grad for p in model.parameters()])
+    differing = sum(bits.differing(a, b) for a, b in zip(*grads))
+    return training.Parity(sum(g.numel() for g in grads[0]), differing, None, 0.0)
+
+
 def weights(path):  # random, beside a config.json
     made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
     fill(made, 7)
@@ -81,6 +127,8 @@ for path, dtype, mode in json.loads(sys.argv[1]):
     found = {"stock": training.compare(plain, batch)}
     training.arm(model, sampler=llm)
     found |= forms(model, outputs, params, batch)
+    if hasattr(model.config, "num_experts_per_tok"):
+        found |= {"experts": experts(llm, model, outputs, params), "cuts": cuts(model, outputs, params)}
     training.disarm(model)
     if dtype == "bfloat16":
         wide = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -110,6 +158,9 @@ RUNS = [
     ("Mixtral", "bfloat16", "raw_logprobs"),
     (recipes.MOE, "bfloat16", "raw_logprobs"),
 ]
+
+
+WITH_EXPERTS = ("Mixtral", recipes.MOE)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +195,8 @@ def test_the_trainers_bits_are_the_samplers(found, name, dtype, mode):
     expected = {"right", "left", "alone", "packed", "checkpointing"} | (
         {"master weights"} if dtype[0] == "b" else set()
     )
-    assert set(forms) == expected
+    of_experts = [forms.pop(form) for form in ("experts", "cuts") if form in forms]
+    assert set(forms) == expected and len(of_experts) == 2 * (name in WITH_EXPERTS)
+    assert all(compared and not differing for compared, differing, _ in of_experts)
     for form, (compared, differing, words) in forms.items():
         assert compared == sum(16 + i for i in range(6)) and differing == 0, f"{form}: {words}"
