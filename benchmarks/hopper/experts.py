@@ -63,7 +63,7 @@ def sample(folder: Path, vocabulary: int, a: argparse.Namespace):
     from vllm.inputs import TokensPrompt
 
     config = json.loads((folder / "config.json").read_text())
-    on_gpu = {"gpu_memory_utilization": a.memory}
+    on_gpu = {"gpu_memory_utilization": a.memory, "kv_cache_memory_bytes": 1 << 30}  # others may use the card
     if any(config.get(name) for name in ("num_experts", "num_local_experts")):
         on_gpu["enable_return_routed_experts"] = True
     llm = LLM(
