@@ -129,6 +129,10 @@ def _drop(model):
     model.config.attention_dropout = 0.1
 
 
+def _drop_rows(model):
+    model.model.layers[0].dropout = torch.nn.Dropout(0.1)
+
+
 def _half(model):
     model.model.norm.half()
 
@@ -214,6 +218,7 @@ def test_vllm_computes_the_tables_alike():
         (_replace, "training.leaf: model.layers.0.mlp.up_proj .*Wrapped"),
         (_hook, "training.leaf: .*model.layers.0.mlp.up_proj"),
         (_drop, "training.dropout"),
+        (_drop_rows, "training.dropout: model.layers.0.dropout"),
         (_half, "training.dtype: model.norm.weight is torch.float16"),
         (_round, "training.rotation: .*rotary_emb are rounded"),
         (_quantize, "training.quantization"),

@@ -72,6 +72,13 @@ def test_rows_that_nobody_may_compare_are_left_out(model):
     assert training.compare(training.logprobs(model, held), held).routing.compared == 11 * LAYERS * CHOSEN
 
 
+def test_a_compiled_model_compares_too(model):
+    held = training.batch(sampled(model, FIRST))
+    compiled = torch.compile(model, backend="eager")
+    found = training.compare(training.logprobs(compiled, held), held)
+    assert (found.routing.compared, found.routing.differing) == (11 * LAYERS * CHOSEN, 0)
+
+
 def test_experts_that_nobody_compared(model):
     held = training.batch(sampled(model, FIRST))
     new = training.logprobs(model, held.ids)
