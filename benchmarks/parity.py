@@ -23,6 +23,7 @@ CPU = {
     "tiny-qwen3 fp32": ("tiny-qwen3", "float32", True, 6),
     "tiny-qwen3 bf16 compiled": ("tiny-qwen3", "bfloat16", False, 6),
     "tiny-qwen3 fp32 compiled": ("tiny-qwen3", "float32", False, 6),
+    "tiny-qwen3-moe bf16": ("tiny-qwen3-moe", "bfloat16", True, 3),
     "SmolLM2-135M bf16": ("smollm2-135m-instruct", "bfloat16", True, 4),
 }
 CUDA = {
@@ -30,6 +31,7 @@ CUDA = {
     "qwen3-100m bf16 graphs": ("qwen3-100m", "bfloat16", False, 6),
     "tiny-llama-tied bf16": ("tiny-llama-tied", "bfloat16", True, 6),
     "tiny-llama-tied bf16 graphs": ("tiny-llama-tied", "bfloat16", False, 6),
+    "tiny-qwen3-moe bf16": ("tiny-qwen3-moe", "bfloat16", True, 3),
 }
 
 
