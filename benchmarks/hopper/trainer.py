@@ -257,7 +257,7 @@ def _info():
     import vllm
 
     return types.SimpleNamespace(
-        device=torch.cuda.get_device_name(),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
         vllm=vllm.__version__,
         torch=str(torch.__version__),
         threads=torch.get_num_threads(),

@@ -11,6 +11,7 @@ import torch
 from bi_patch.errors import MissingDependency, UnsupportedDevice, UnsupportedFeature
 from bi_patch.ops.cpu import machine
 from bi_patch.training.cpu.gated import _DERIVED
+from bi_patch.training.cpu.linear import _product
 
 _ALIGNED = 32  # vLLM pads other sizes
 
@@ -85,15 +86,14 @@ def experts_backward(
         if not len(rows):
             continue
         share = weights[rows, place, None]
-        first, second = (weight[expert].to(x.dtype).float() for weight in (gate_up, down))
-        held, g = x[rows].float(), grad[rows].float()
-        of_both, inner = _of_expert(held, g, share, first, second, kind)
+        first, second = (weight[expert].to(x.dtype) for weight in (gate_up, down))
+        of_both, inner, of_share = _of_expert(x[rows], grad[rows], share, first, second, kind)
         if of_rows:
-            of_weights[rows, place] = (g * (inner @ second.t())).sum(-1)
-            of_x.index_add_(0, rows, of_both @ first)
+            of_weights[rows, place] = of_share
+            of_x.index_add_(0, rows, _product(of_both.to(x.dtype), first.t().contiguous(), None).float())
         if of_experts:
-            of_gate_up[expert] = (of_both.t() @ held).to(gate_up.dtype)
-            of_down[expert] = ((g * share).t() @ inner).to(down.dtype)
+            of_gate_up[expert] = (of_both.t() @ x[rows].float()).to(gate_up.dtype)
+            of_down[expert] = ((grad[rows].float() * share).t() @ inner).to(down.dtype)
     return (of_x.to(x.dtype), of_weights, of_gate_up, of_down) if of_rows else (none, none, of_gate_up, of_down)
 
 
@@ -117,18 +117,23 @@ def add_gradients(
         if not len(rows):
             continue
         share = weights[rows, place, None]
-        both = (weight[expert].to(x.dtype).float() for weight in (gate_up, down))
-        held, g = x[rows].float(), grad[rows].float()
-        of_both, inner = _of_expert(held, g, share, *both, kind)
+        both = (weight[expert].to(x.dtype) for weight in (gate_up, down))
+        of_both, inner, _ = _of_expert(x[rows], grad[rows], share, *both, kind)
         if into_gate_up is not None:
-            into_gate_up[expert].addmm_(of_both.t(), held)
+            into_gate_up[expert].addmm_(of_both.t(), x[rows].float())
         if into_down is not None:
-            into_down[expert].addmm_((g * share).t(), inner)
+            into_down[expert].addmm_((grad[rows].float() * share).t(), inner)
 
 
 def _of_expert(x, grad, share, first, second, kind):
-    """The gradient of one expert's first product, and its activations, from grad [rows, C]. All fp32."""
-    gate, up = (x @ first.t()).chunk(2, -1)
+    """The gradient of one expert's first product, its activations, and the gradient of its share: fp32.
+
+    x, grad: [rows, C]. share: [rows, 1]. first, second: the expert's weights, of x's dtype. The products are the
+    bundled GEMM's, so that a row does not depend on the others.
+    """
+    gate, up = _product(x, first, None).float().chunk(2, -1)
     value, slope = _DERIVED[kind](gate)
-    of_inner = (grad * share) @ second
-    return torch.cat((of_inner * up * slope, of_inner * value), -1), value * up
+    inner = value * up
+    plain = _product(grad, second.t().contiguous(), None).float()  # the gradient of inner, before the share
+    of_inner = plain * share
+    return torch.cat((of_inner * up * slope, of_inner * value), -1), inner, (plain * inner).sum(-1)

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from bi_patch.errors import MissingDependency, UnsupportedDevice
+from bi_patch.ops import bits
 from bi_patch.ops.cpu import machine
 from bi_patch.training import devices, ops
 from bi_patch.training.cpu import experts
@@ -49,6 +50,20 @@ def test_gradients_of_experts(kind):
     for got, want in zip(found, (x.grad, share.grad, gate_up.grad, down.grad), strict=True):
         scale = float(want.abs().max())
         torch.testing.assert_close(got.double() / scale, want / scale, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_rows_gradient_does_not_depend_on_other_rows(dtype):
+    rows, hidden, inner = 65, 160, 96
+    weights, ids = ops.route(randn(rows, EXPERTS), CHOSEN, True)
+    first, second = randn(EXPERTS, 2 * inner, hidden, seed=1) * 0.1, randn(EXPERTS, hidden, inner) * 0.1
+    given = [t.to(dtype) for t in (randn(rows, hidden, seed=2), randn(rows, hidden))] + [weights, ids]
+    of = [first.to(dtype), second.to(dtype), "silu", True, False]
+    whole = experts.experts_backward(*given, *of)
+    for size in (1, 7):
+        parts = [experts.experts_backward(*(t[at : at + size] for t in given), *of) for at in range(0, rows, size)]
+        for place in range(2):
+            assert not bits.differing(torch.cat([part[place] for part in parts]), whole[place])
 
 
 def test_the_compiler_sees_one_node():
