@@ -31,6 +31,8 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     a = parse()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": "1"}
+    import bi_patch  # noqa: F401  arms before vllm loads
+
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import peft
     import torch
@@ -38,7 +40,6 @@ def main() -> int:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    import bi_patch  # noqa: F401  arms before vllm loads
     from bi_patch import training
     from bi_patch.ops import bits
     from bi_patch.tools import evidence
