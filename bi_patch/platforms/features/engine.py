@@ -18,6 +18,7 @@ _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_PARITY = "parity-2026-11-28-cpu-vllm-0.32.0.json"
 _H200_PARITY = "parity-2026-11-28-h200-vllm-0.33.0.json"
 _H200_PARITY_SHAPES = "parity-2026-11-29-h200-trainer-vllm-0.33.0.json"
+_H200_PARITY_EXPERTS = "parity-2026-11-29-h200-experts-vllm-0.33.0.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
@@ -275,7 +276,9 @@ FEATURES: tuple[Feature, ...] = (
         cuda=served(
             _H200_PARITY,
             _H200_PARITY_SHAPES,
-            why="dense models: two small models and two published shapes, with random weights",
+            _H200_PARITY_EXPERTS,
+            why="two small models and two published shapes without experts, a tiny Mixtral and two layers of "
+            "Qwen3-30B-A3B, with random weights",
         ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",
