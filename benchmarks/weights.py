@@ -25,7 +25,7 @@ ARGUMENTS = {"max_model_len": LENGTH, "max_num_seqs": 16, "max_num_batched_token
 
 
 # Of bi_patch/tools/models/families.py.
-FAMILIES = ("DeepSeek V2", "DeepSeek V3", "Qwen3-Next", "Bamba", "Granite 4-H")
+FAMILIES = ("DeepSeek V2", "DeepSeek V3", "Qwen3-Next", "Falcon-H1", "Granite 4-H")
 
 
 def cases(on_gpu: bool):
