@@ -1,10 +1,11 @@
 """Times bi_patch's bundled CPU kernels, and beside them vLLM's oneDNN GEMM and stock CPU attention.
 
-    PYTHONPATH=. python3 benchmarks/cpu/kernels.py CACHE_DIR [gemm|attention] [--quick] [--dtype bfloat16]
+    PYTHONPATH=. python3 benchmarks/cpu/kernels.py CACHE_DIR [gemm|attention] [--quick] [--dtype bfloat16] [--sizes 0:4]
 
 Needs vLLM's CPU build. Bundled and stock kernels run in turns; every time is the minimum over the repeats. "ratio" is
 the bundled kernel's time divided by the stock kernel's: below 1, the bundled kernel is faster. "same": whether oneDNN
-has the bundled GEMM's bits for random numbers, which hide most other orders.
+has the bundled GEMM's bits for random numbers, which hide most other orders. "TFLOP/s": of the bundled GEMM at the M
+where it is highest. --sizes: which of the GEMM's sizes, as a slice.
 """
 
 from __future__ import annotations
@@ -67,15 +68,18 @@ def gemm_case(dtype: torch.dtype, n: int, k: int, m: int, seconds: float) -> tup
     return a, b, same
 
 
-def gemm(dtypes: list[torch.dtype], seconds: float) -> None:
-    print(f"{'dtype':9}{'N':>6}{'K':>6}" + "".join(f"{f'M={m} us':>12}{'ratio':>7}{'same':>5}" for m in GEMM_ROWS))
+def gemm(dtypes: list[torch.dtype], seconds: float, sizes: slice) -> None:
+    heads = "".join(f"{f'M={m} us':>12}{'ratio':>7}{'same':>5}" for m in GEMM_ROWS)
+    print(f"{'dtype':9}{'N':>6}{'K':>6}{heads}{'TFLOP/s':>10}")
     for dtype in dtypes:
-        for n, k in GEMM_SHAPES:
+        for n, k in GEMM_SHAPES[sizes]:
             print(f"{str(dtype)[6:]:9}{n:6}{k:6}", end="")
+            best = 0.0
             for m in GEMM_ROWS:
                 a, b, same = gemm_case(dtype, n, k, m, seconds)
+                best = max(best, 2e-12 * n * k * m / a)
                 print(f"{a * 1e6:12.1f}{a / b:7.2f}{'yes' if same else 'no':>5}", end="", flush=True)
-            print()
+            print(f"{best:10.2f}")
 
 
 def attention_case(
@@ -122,7 +126,7 @@ def attention_case(
     return *attend, *store
 
 
-def attention(dtypes: list[torch.dtype], seconds: float) -> None:
+def attention(dtypes: list[torch.dtype], seconds: float, _: slice) -> None:
     print(f"{'dtype':9}{'heads':>12}  {'batch':20}{'ours us':>10}{'stock us':>10}{'ratio':>7}{'store':>7}")
     for dtype in dtypes:
         for h, kh, d in HEADS:
@@ -138,6 +142,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["gemm", "attention"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="only this type; default: both")
+    parser.add_argument("--sizes", default=":", help="which sizes of GEMM_SHAPES, e.g. 0:4")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     # vLLM's stock kernels are timed too, so vLLM must not be armed.
@@ -153,7 +158,8 @@ def main() -> None:
     dtypes = [getattr(torch, name) for name in ([args.dtype] if args.dtype else ["bfloat16", "float32"])]
     torch.manual_seed(0)
     for what in args.what:
-        {"gemm": gemm, "attention": attention}[what](dtypes, 0.1 if args.quick else 0.5)
+        sizes = slice(*(int(end) if end else None for end in args.sizes.split(":")))
+        {"gemm": gemm, "attention": attention}[what](dtypes, 0.1 if args.quick else 0.5, sizes)
 
 
 if __name__ == "__main__":

@@ -81,14 +81,14 @@ template <class T> struct Job {
   }
 
   // K [k0, k1) of rows [m0, m0 + MR) of panel p. `sums` holds the sum of the earlier K blocks.
-  template <int MR>
-  void tile(int64_t m0, int64_t p, int64_t k0, int64_t k1, float* sums) const {
+  template <int MR, int LINES>
+  void tile(int64_t m0, int64_t p, int64_t k0, int64_t k1, float* sums, const Ahead<LINES>& ahead) const {
     V16 acc[MR][kVecs];
     clear(acc);
     const T* b[kVecs];
     for (int i = 0; i < kVecs; ++i) b[i] = packed + p * kPanel * kp + k0 * kPanel + i * 16 * Kind::step;
     dot_block<Kind, MR, kVecs>(acc, x + m0 * ldx + k0, ldx, b, kPanel * Kind::step,
-                               (k1 - k0 + Kind::step - 1) / Kind::step);
+                               (k1 - k0 + Kind::step - 1) / Kind::step, ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
       if (k0 > 0) {
@@ -104,18 +104,35 @@ template <class T> struct Job {
     }
   }
 
-  void panel(int64_t m0, int64_t rows, int64_t p, float* sums) const {
+  // last: whether this thread takes no further panel.
+  void panel(int64_t m0, int64_t rows, int64_t p, bool last, float* sums) const {
+    constexpr int lines = (kPanel * Kind::step * sizeof(T) + 63) / 64;  // of a step of K
+    const int64_t parts = (rows + kMaxRows - 1) / kMaxRows;
+    if (parts == 1) panel<0>(m0, rows, p, parts, last, sums);
+    else if (parts <= 3) panel<lines>(m0, rows, p, parts, last, sums);
+    else panel<1>(m0, rows, p, parts, last, sums);
+  }
+
+  // While row blocks multiply a stretch of the weight, they fetch the next stretch to L2, each its part of it: LINES cache
+  // lines a step of K. A single row block reads the weight only once, as a stream, which the processor fetches itself.
+  template <int LINES>
+  void panel(int64_t m0, int64_t rows, int64_t p, int64_t parts, bool last, float* sums) const {
     const int64_t block = k_block(k);
     // Loop order only. If the panel fits in L2, each row block takes all of K, so its sums stay in L1. Otherwise all
     // row blocks take one K block after another.
     const int64_t reach = kp * kPanel * int64_t(sizeof(T)) <= kPanelBytes ? k : block;
     for (int64_t at_k = 0; at_k < k; at_k += reach) {
-      row_blocks(int(rows), [&](int at, int mr) {
+      const bool fetches = LINES && !(last && at_k + reach >= k);
+      const int64_t length = reach < k ? reach : kp, step = kPanel * Kind::step * int64_t(sizeof(T));
+      const int64_t by = fetches ? (step + parts - 1) / parts : 0;  // bytes a step
+      const char* at = reinterpret_cast<const char*>(packed + (p * kp + at_k + (fetches ? length : 0)) * kPanel);
+      row_blocks(int(rows), [&](int first, int mr) {
         with_rows(mr, [&](auto r) {
           for (int64_t k0 = at_k; k0 < std::min(k, at_k + reach); k0 += block)
-            tile<decltype(r)::value>(m0 + at, p, k0, std::min(k, k0 + block),
-                                     sums + (reach < k ? at * kPanel : 0));
+            tile<decltype(r)::value, LINES>(m0 + first, p, k0, std::min(k, k0 + block), sums + (reach < k ? first * kPanel : 0),
+                                            {at + (k0 - at_k) / Kind::step * by, size_t(by)});
         });
+        at += length / Kind::step * by;
       });
     }
   }
@@ -172,11 +189,12 @@ void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t
     static thread_local Scratch sums_buf;
     float* sums = sums_buf.get<float>(std::min(m, chunk_max) * kPanel);
     // A thread takes consecutive panels of one chunk: x stays in cache, the panels stream.
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < chunks * panels; ++t) {
+    const int64_t tasks = chunks * panels, team = omp_get_num_threads(), own = omp_get_thread_num();
+    const int64_t end = tasks * (own + 1) / team;
+    for (int64_t t = tasks * own / team; t < end; ++t) {
       const int64_t c = t / panels, p = t % panels;
       const int64_t m0 = m * c / chunks, m1 = m * (c + 1) / chunks;
-      job.panel(m0, m1 - m0, p, sums);
+      job.panel(m0, m1 - m0, p, t + 1 == end, sums);
     }
   }
 }

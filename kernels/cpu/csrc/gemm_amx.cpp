@@ -25,7 +25,10 @@ constexpr int64_t kTileSum = 256;         // elements of a tile of sums
 // L1 while the group streams past it. A short rest of K joins the last pass.
 constexpr int64_t kGroupBytes = 512 << 10;
 constexpr int64_t kPass = 16, kRest = 4;  // steps
-constexpr int64_t kAhead = 8;             // steps of B to prefetch where B streams from memory
+// With a long K, few whole panels fit into a group, and all of x streams past each group. Then a group holds one K block
+// of more panels, and a band of rows takes one K block after the other: its sums wait in L2.
+constexpr int64_t kLong = 64, kBand = 16;  // steps; units of a band
+constexpr int64_t kAhead = 8, kFewAhead = 32;  // steps of B to prefetch where B streams from memory
 
 struct Job {
   const bf16* packed;
@@ -171,17 +174,18 @@ BI_INLINE void pass(const Job& job, const Rows& a, const bf16* b, int64_t s0, in
   }
 }
 
-// One unit of up to 32 rows, which starts at `row`, and panels [p0, p1). sums: two blocks of sums for each panel.
+// Steps [k0, k1) of one unit of up to 32 rows, which starts at `row`, and panels [p0, p1). Panel p's sums lie `apart`
+// floats after those of the panel before it, in `sums` and, for a later K block, in `cs`.
 template <int TILES>
-void unit_group(const Job& job, const Rows& a, int64_t row, int64_t rows, int64_t p0, int64_t p1, float* sums,
-                Late& late, bool cold) {
-  for (int64_t s0 = 0, s1; s0 < job.steps; s0 = s1) {
-    s1 = job.steps - s0 <= kPass + kRest ? job.steps : s0 + kPass;
+void unit_group(const Job& job, const Rows& a, int64_t row, int64_t rows, int64_t p0, int64_t p1, int64_t k0, int64_t k1,
+                float* sums, float* cs, int64_t apart, Late& late, bool cold) {
+  for (int64_t s0 = k0, s1; s0 < k1; s0 = s1) {
+    s1 = k1 - s0 <= kPass + kRest ? k1 : s0 + kPass;
     const bool whole = s0 == 0 && s1 == job.steps;
     for (int64_t p = p0; p < p1; ++p) {
-      // `late` holds the sums of the panel before this one.
-      float* sum = sums + (whole ? (late.c && late.c < sums + 8 * kTileSum) : p - p0) * 8 * kTileSum;
-      pass<TILES>(job, a, job.panel(p), s0, s1, sum, sum + 4 * kTileSum, row, rows, p * 32, late, cold);
+      // A whole panel's sums leave at once. `late` holds those of the panel before this one.
+      const int64_t at = (whole ? late.c && late.c < sums + apart : p - p0) * apart;
+      pass<TILES>(job, a, job.panel(p), s0, s1, sums + at, cs + at, row, rows, p * 32, late, cold);
     }
   }
   if (p1 - p0 == 1) finish(job, late, kUnit);
@@ -201,50 +205,32 @@ Parts cut(int64_t panels, int64_t units, int64_t threads) {
   return best;
 }
 
-// Up to 16 rows: tiles of just these rows, PANELS (1 or 2) panels side by side. x: [rows][steps * 32] of stride ldx.
-template <int PANELS>
+// One panel of up to 16 rows, with tiles of just these rows. x: [rows][steps * 32] of stride ldx. The weight streams from
+// memory: it is fetched to L2 kFewAhead steps before its use, also past the panel's end.
 void few_rows(const Job& job, const bf16* x, int64_t ldx, int64_t rows, int64_t p, float* sums) {
-  const bf16 *b0 = job.panel(p), *b1 = job.panel(p + PANELS - 1);
+  const bf16* b = job.panel(p);
   const int64_t lda = ldx * sizeof(bf16);
-  float* const late = sums + 4 * kTileSum;
+  float* const later = sums + 2 * kTileSum;
   for (int64_t s0 = 0; s0 < job.steps; s0 += job.block) {
     const int64_t s1 = std::min(job.steps, s0 + job.block);
-    float* const c = s0 ? late : sums;
+    float* const c = s0 ? later : sums;
     _tile_zero(0);
     _tile_zero(1);
-    if constexpr (PANELS == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int64_t s = s0; s < s1; ++s) {
-      const bf16 *at0 = b0 + s * 2 * kTile, *at1 = b1 + s * 2 * kTile;
-      fetch<_MM_HINT_T0>(at0 + kAhead * 2 * kTile, 32);
-      if constexpr (PANELS == 2) fetch<_MM_HINT_T0>(at1 + kAhead * 2 * kTile, 32);
+    for (int64_t s = s0; s < s1; ++s, b += 2 * kTile) {
+      fetch<_MM_HINT_T1>(b + kFewAhead * 2 * kTile, 32);
       _tile_loadd(4, x + s * kStep, lda);
-      _tile_loadd(6, at0, 64);
+      _tile_loadd(6, b, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, at0 + kTile, 64);
+      _tile_loadd(7, b + kTile, 64);
       _tile_dpbf16ps(1, 4, 7);
-      if constexpr (PANELS == 2) {
-        _tile_loadd(6, at1, 64);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(7, at1 + kTile, 64);
-        _tile_dpbf16ps(3, 4, 7);
-      }
     }
     _tile_stored(0, c, 64);
     _tile_stored(1, c + kTileSum, 64);
-    if constexpr (PANELS == 2) {
-      _tile_stored(2, c + 2 * kTileSum, 64);
-      _tile_stored(3, c + 3 * kTileSum, 64);
-    }
     if (s1 == job.steps) {
-      for (int i = 0; i < PANELS; ++i) {
-        Late late{s0 ? sums + i * 2 * kTileSum : nullptr, c + i * 2 * kTileSum, 0, rows, (p + i) * 32, 0};
-        finish(job, late, rows);
-      }
+      Late late{s0 ? sums : nullptr, c, 0, rows, p * 32, 0};
+      finish(job, late, rows);
     } else if (s0) {
-      for (int i = 0; i < 2 * PANELS; ++i) add_to(sums + i * kTileSum, late + i * kTileSum, rows * 16);
+      for (int i = 0; i < 2; ++i) add_to(sums + i * kTileSum, later + i * kTileSum, rows * 16);
     }
   }
 }
@@ -283,16 +269,12 @@ void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t
       ldx = kp;
     }
     const TileConfig config = TileConfig::few(int(m));
-    const int64_t pairs = (panels + 1) / 2;
 #pragma omp parallel num_threads(threads)
     {
       _tile_loadconfig(&config);
-      alignas(64) float sums[8 * kTileSum];
+      alignas(64) float sums[4 * kTileSum];
 #pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < pairs; ++i) {
-        if (2 * i + 1 < panels) few_rows<2>(job, x, ldx, m, 2 * i, sums);
-        else few_rows<1>(job, x, ldx, m, 2 * i, sums);
-      }
+      for (int64_t p = 0; p < panels; ++p) few_rows(job, x, ldx, m, p, sums);
       _tile_release();
     }
     return;
@@ -304,6 +286,9 @@ void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t
   const bool direct = kp == k && line % 64 == 0 && line % 2048 != 0 && reinterpret_cast<uintptr_t>(x) % 64 == 0;
   const int64_t whole = direct ? m / kUnit : 0;  // units read in place
   bf16* const held = shared_mem.get<bf16>(std::max<int64_t>(1, units - whole) * kUnit * kp);
+  const bool by_block = steps >= kLong && units > 3;
+  const int64_t reach = by_block ? job.block : steps;  // steps of K in a group
+  const int64_t most = std::max<int64_t>(2, kGroupBytes / (reach * kStep * 32 * int64_t(sizeof(bf16))));  // panels
   static const TileConfig config;
 #pragma omp parallel num_threads(threads)
   {
@@ -317,19 +302,27 @@ void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t
       const int64_t i = t % parts.across, j = t / parts.across;
       const int64_t q0 = panels * i / parts.across, q1 = panels * (i + 1) / parts.across;
       const int64_t u0 = units * j / parts.down, u1 = units * (j + 1) / parts.down;
-      const int64_t most = std::max<int64_t>(2, kGroupBytes / (kp * 32 * sizeof(bf16)));
-      const int64_t groups = (q1 - q0 + most - 1) / most;
-      float* const sums = sums_mem.get<float>(most * 8 * kTileSum);
+      const int64_t bands = by_block ? (u1 - u0 + kBand - 1) / kBand : 1, groups = (q1 - q0 + most - 1) / most;
+      float* const sums = sums_mem.get<float>(most * 4 * kTileSum * (by_block ? kBand + 1 : 2));
       Late late{};
-      for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t d = 0; d < bands * groups; ++d) {
+        const int64_t g = d % groups, v0 = u0 + (u1 - u0) * (d / groups) / bands, v1 = u0 + (u1 - u0) * (d / groups + 1) / bands;
         const int64_t p0 = q0 + (q1 - q0) * g / groups, p1 = q0 + (q1 - q0) * (g + 1) / groups;
-        for (int64_t u = u0; u < u1; ++u) {
-          const int64_t row = u * kUnit, rows = std::min<int64_t>(kUnit, m - row);
-          const bf16* packed_rows = held + (u - whole) * kUnit * kp;
-          if (rows <= 16) unit_group<1>(job, {packed_rows, kStep, kTile, 0}, row, rows, p0, p1, sums, late, u == u0);
-          else if (u >= whole) unit_group<2>(job, {packed_rows, kStep, 2 * kTile, kTile}, row, rows, p0, p1, sums, late, u == u0);
-          else unit_group<2>(job, {x + row * ldx, ldx, kStep, 16 * ldx}, row, rows, p0, p1, sums, late, u == u0);
-        }
+        for (int64_t k0 = 0; k0 < steps; k0 += reach)
+          for (int64_t u = v0; u < v1; ++u) {
+            const int64_t row = u * kUnit, rows = std::min<int64_t>(kUnit, m - row), k1 = std::min(steps, k0 + reach);
+            const bf16* packed_rows = held + (u - whole) * kUnit * kp;
+            // By block, each unit of the band keeps its sums. Otherwise a panel's sums and its later block lie side by side.
+            float* const sum = by_block ? sums + (1 + u - v0) * most * 4 * kTileSum : sums;
+            float* const c = by_block ? sums : sums + 4 * kTileSum;
+            const int64_t apart = (by_block ? 4 : 8) * kTileSum;
+            const auto go = [&](auto tiles, const Rows& a) {
+              unit_group<decltype(tiles)::value>(job, a, row, rows, p0, p1, k0, k1, sum, c, apart, late, u == v0);
+            };
+            if (rows <= 16) go(Int<1>{}, {packed_rows, kStep, kTile, 0});
+            else if (u >= whole) go(Int<2>{}, {packed_rows, kStep, 2 * kTile, kTile});
+            else go(Int<2>{}, {x + row * ldx, ldx, kStep, 16 * ldx});
+          }
       }
       finish(job, late, kUnit);
     }

@@ -44,11 +44,21 @@ constexpr int kMaxRows = 6, kVecs = 1;  // 12 of 16 (a V16 is two registers)
 constexpr int kMaxRows = 4, kVecs = 1;
 #endif
 
+// What a loop over K fetches for later: LINES cache lines a step, `by` bytes further at every step.
+template <int LINES> struct Ahead {
+  const char* at;
+  size_t by;
+  BI_INLINE void fetch(size_t s) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < LINES; ++i) __builtin_prefetch(at + s * by + 64 * i, 0, 2);
+  }
+};
+
 // acc[m][n] += sum over `steps` steps of A[m][k] * B[n][k].
 // Row m of A is at a + m * lda; step s of the 16 lanes of B[n] is at b[n] + s * ldb. lda, ldb: elements.
-template <class Kind, int MR, int NR>
+template <class Kind, int MR, int NR, int LINES = 0>
 BI_INLINE void dot_block(V16 (&acc)[MR][NR], const typename Kind::A* a, size_t lda,
-                         const typename Kind::B* const (&b)[NR], size_t ldb, size_t steps) {
+                         const typename Kind::B* const (&b)[NR], size_t ldb, size_t steps, const Ahead<LINES>& ahead = {}) {
   const typename Kind::B* bp[NR];
 #pragma GCC unroll 8
   for (int n = 0; n < NR; ++n) bp[n] = b[n];
@@ -59,6 +69,7 @@ BI_INLINE void dot_block(V16 (&acc)[MR][NR], const typename Kind::A* a, size_t l
     decltype(Kind::loadb(bp[0])) bv[NR];
 #pragma GCC unroll 8
     for (int n = 0; n < NR; ++n) bv[n] = Kind::loadb(bp[n] + s * ldb);
+    ahead.fetch(s);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const auto av = Kind::bcast(ap[m] + s * Kind::step);

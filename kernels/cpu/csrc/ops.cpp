@@ -1,10 +1,12 @@
 // The torch bindings of the `bi_cpu` ops: each checks shapes, dtypes and indices, then calls a kernel of api.h.
 // README.md lists the arguments. A bad argument raises RuntimeError.
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 #include "api.h"
+#include "blocks.h"
 
 namespace at { int get_num_threads(); }
 
@@ -17,6 +19,25 @@ bi::DType dtype_of(const at::Tensor& t, const char* what) {
     case at::kHalf: return bi::DType::f16;
     default: TORCH_CHECK(false, "bi_cpu: ", what, " must be float32, bfloat16 or float16, not ", t.scalar_type());
   }
+}
+
+// Gives large results memory that is kept between calls (blocks.h).
+struct Results final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    auto* const block = bi::Blocks::all().take(bytes);
+    return {block->data, block, [](void* held) { bi::Blocks::all().give(static_cast<bi::Blocks::Block*>(held)); },
+            c10::Device(c10::DeviceType::CPU)};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
+// An empty dense tensor for a result, on the CPU.
+at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < bi::kHugePage) return at::empty(sizes, options);
+  static Results memory;
+  const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
+  return at::Tensor(at::detail::empty_generic(sizes, &memory, cpu, c10::typeMetaToScalarType(options.dtype()), {}));
 }
 
 // Views x [..., cols] as [rows, cols] with dense columns, or copies x. Rows may be strided.
@@ -32,6 +53,7 @@ at::Tensor gemm_pack(const at::Tensor& weight) {
   const at::Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
   const int64_t n = w.size(0), k = w.size(1);
   at::Tensor out = at::empty({(int64_t)bi::gemm_packed_size(type, n, k)}, w.options());
+  bi::ask_for_huge_pages(out.mutable_data_ptr(), out.nbytes());
   bi::gemm_pack(type, w.const_data_ptr(), w.stride(0), n, k, out.mutable_data_ptr(), at::get_num_threads());
   return out;
 }
@@ -55,7 +77,7 @@ at::Tensor gemm(const at::Tensor& x, const at::Tensor& packed, int64_t n, int64_
   const at::Tensor a = as_rows(x, k);
   auto shape = x.sizes().vec();
   shape.back() = n;
-  at::Tensor y = at::empty(shape, x.options());
+  at::Tensor y = empty_result(shape, x.options());
   bi::gemm(type, a.const_data_ptr(), a.stride(0), a.size(0), packed.const_data_ptr(), n, k, b,
            y.mutable_data_ptr(), at::get_num_threads());
   return y;
@@ -261,10 +283,10 @@ std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const std::optional
                 residual->sizes(), " of ", residual->scalar_type());
     held = residual->contiguous();
     a.residual = held.const_data_ptr();
-    sum = at::empty(x.sizes(), x.options());
+    sum = empty_result(x.sizes(), x.options());
     a.sum = sum.mutable_data_ptr();
   }
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor out = empty_result(x.sizes(), x.options());
   const at::Tensor rows = as_heads(x);
   a.x = rows.const_data_ptr();
   a.row = rows.stride(0);
@@ -304,7 +326,7 @@ at::Tensor gated_rms_norm(const at::Tensor& x, const at::Tensor& gate, const std
     a.weight = weight->const_data_ptr();
   }
   const at::Tensor dense = x.contiguous(), rows = as_rows(gate, width);
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor out = empty_result(x.sizes(), x.options());
   a.x = dense.const_data_ptr();
   a.gate = rows.const_data_ptr();
   a.gate_row = rows.stride(0);
@@ -368,7 +390,7 @@ at::Tensor causal_conv(const at::Tensor& x, const at::Tensor& weight, const std:
     a.bias = bias->const_data_ptr();
   }
   static_cast<bi::Spans&>(a) = spans_of(query_start, slots, fresh, x.size(0), states.size(0));
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor out = empty_result(x.sizes(), x.options());
   a.x = x.const_data_ptr();
   a.x_token = x.stride(0);
   a.weight = weight.const_data_ptr();
@@ -465,7 +487,7 @@ at::Tensor gated(const char* name, bi::Activation f, const at::Tensor& x) {
   const int64_t cols = x.size(-1) / 2;
   auto shape = x.sizes().vec();
   shape.back() = cols;
-  at::Tensor out = at::empty(shape, x.options());
+  at::Tensor out = empty_result(shape, x.options());
   const at::Tensor rows = as_rows(x, 2 * cols);
   bi::gated(f, type, rows.const_data_ptr(), rows.stride(0), rows.size(0), cols, out.mutable_data_ptr(),
             at::get_num_threads());
@@ -510,7 +532,7 @@ at::Tensor rope(const at::Tensor& positions, const at::Tensor& x, const at::Tens
                   cache.size(1) % 2 == 0 && cache.size(1) <= dim,
               "bi_cpu.rope: cache must be dense [positions, rotary <= ", dim, "] of ", x.scalar_type(), ", got ",
               cache.sizes(), " of ", cache.scalar_type());
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor out = empty_result(x.sizes(), x.options());
   if (a.tokens == 0) return out;
   a.heads = x.numel() / (a.tokens * dim);
   const at::Tensor rows = as_rows(x, a.heads * dim);
@@ -534,8 +556,8 @@ std::tuple<at::Tensor, at::Tensor> softmax_topk(const at::Tensor& logits, int64_
   TORCH_CHECK(k >= 1 && k <= logits.size(1), "bi_cpu.softmax_topk: ", k, " of ", logits.size(1), " experts");
   const auto type = dtype_of(logits, "logits");
   const at::Tensor x = logits.stride(1) == 1 ? logits : logits.contiguous();
-  at::Tensor weights = at::empty({x.size(0), k}, x.options().dtype(at::kFloat));
-  at::Tensor ids = at::empty({x.size(0), k}, x.options().dtype(at::kInt));
+  at::Tensor weights = empty_result({x.size(0), k}, x.options().dtype(at::kFloat));
+  at::Tensor ids = empty_result({x.size(0), k}, x.options().dtype(at::kInt));
   bi::softmax_topk(type, x.const_data_ptr(), x.stride(0), x.size(0), x.size(1), k, renormalize,
                    weights.mutable_data_ptr<float>(), ids.mutable_data_ptr<int32_t>(), at::get_num_threads());
   return {weights, ids};
@@ -544,7 +566,7 @@ std::tuple<at::Tensor, at::Tensor> softmax_topk(const at::Tensor& logits, int64_
 at::Tensor l2_normalize(const at::Tensor& x, double eps) {
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "bi_cpu.l2_normalize: x must be [..., C], got ", x.sizes());
   const auto type = dtype_of(x, "x");
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor out = empty_result(x.sizes(), x.options());
   const at::Tensor rows = as_rows(x, x.size(-1));
   bi::l2_normalize(type, rows.const_data_ptr(), rows.stride(0), rows.size(0), rows.size(1), float(eps),
                    out.mutable_data_ptr(), at::get_num_threads());
@@ -554,7 +576,7 @@ at::Tensor l2_normalize(const at::Tensor& x, double eps) {
 at::Tensor softmax(const at::Tensor& x) {
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "bi_cpu.softmax: x must be [..., C], got ", x.sizes());
   const auto type = dtype_of(x, "x");
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor out = empty_result(x.sizes(), x.options());
   const at::Tensor rows = as_rows(x, x.size(-1));
   bi::softmax(type, rows.const_data_ptr(), rows.stride(0), rows.size(0), rows.size(1), out.mutable_data_ptr(),
               at::get_num_threads());
@@ -572,7 +594,7 @@ at::Tensor mean_rows(const at::Tensor& x, const at::Tensor& starts) {
     TORCH_CHECK(s[i] < s[i + 1], "bi_cpu.mean_rows: sequence ", i, " has no rows");
   const auto type = dtype_of(x, "x");
   const at::Tensor rows = as_rows(x, x.size(1));
-  at::Tensor out = at::empty({seqs, x.size(1)}, x.options().dtype(at::kFloat));
+  at::Tensor out = empty_result({seqs, x.size(1)}, x.options().dtype(at::kFloat));
   bi::mean_rows(type, rows.const_data_ptr(), rows.stride(0), rows.size(1), s, seqs, out.mutable_data_ptr<float>(),
                 at::get_num_threads());
   return out;

@@ -75,7 +75,15 @@ def test_where_the_rows_lie_does_not_matter(ops, dtype, k):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(ops, threads, dtype):
-    for n, k, m in [(300, 576, 1), (300, 1536, 7), (65, 1025, 300), (200, 577, 64), (700, 40, 2000), (64, 576, 700)]:
+    for n, k, m in [
+        (300, 576, 1),
+        (300, 1536, 7),
+        (65, 1025, 300),
+        (200, 577, 64),
+        (700, 40, 2000),
+        (64, 576, 700),
+        (70, 2200, 600),
+    ]:
         x, w, b = make(n, k, dtype, m)
         packed = ops.gemm_pack(w)
         got = []
