@@ -5,7 +5,8 @@
 Needs vLLM's CPU build. Bundled and stock kernels run in turns; every time is the minimum over the repeats. "ratio" is
 the bundled kernel's time divided by the stock kernel's: below 1, the bundled kernel is faster. "same": whether oneDNN
 has the bundled GEMM's bits for random numbers, which hide most other orders. "TFLOP/s": of the bundled GEMM at the M
-where it is highest. --sizes: which of the GEMM's sizes, as a slice.
+where it is highest. --sizes: which of the GEMM's sizes, as a slice. --alone: one thread, and the time that it had a
+core: on a machine with other work, waiting for a core would hide the kernels' own time.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ BATCHES = [
 ]
 
 
+clock = time.perf_counter
+
+
 def alternate(fns, seconds: float) -> list[float]:
-    """The minimum time of each callable in seconds. The callables run in turns, for about `seconds` in total."""
+    """The minimum time of each callable in seconds by `clock`. They run in turns, for about `seconds` in total."""
     best = [float("inf")] * len(fns)
     for f in fns:
         f()
@@ -48,9 +52,9 @@ def alternate(fns, seconds: float) -> list[float]:
     rounds = 0
     while rounds < 3 or (time.perf_counter() < end and rounds < 2000):
         for i, f in enumerate(fns):
-            t = time.perf_counter()
+            t = clock()
             f()
-            best[i] = min(best[i], time.perf_counter() - t)
+            best[i] = min(best[i], clock() - t)
         rounds += 1
     return best
 
@@ -144,7 +148,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="only this type; default: both")
     parser.add_argument("--sizes", default=":", help="which sizes of GEMM_SHAPES, e.g. 0:4")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--alone", action="store_true", help="one thread, by its own time on a core")
     args = parser.parse_args()
+    global clock
+    if args.alone:
+        args.threads, clock = 1, time.thread_time
     # vLLM's stock kernels are timed too, so vLLM must not be armed.
     bi_patch_entry.without_arming()
     import vllm._C  # noqa: F401
@@ -154,7 +162,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     from bi_patch.tools.verify.engine import cpu_name
 
-    print(cpu_name(), "isa", load(args.cache_dir), "threads", torch.get_num_threads())
+    print(cpu_name(), "isa", load(args.cache_dir), "threads", torch.get_num_threads(), "by CPU time" * args.alone)
     dtypes = [getattr(torch, name) for name in ([args.dtype] if args.dtype else ["bfloat16", "float32"])]
     torch.manual_seed(0)
     for what in args.what:

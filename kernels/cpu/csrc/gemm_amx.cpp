@@ -23,7 +23,7 @@ constexpr int64_t kTile = 512;            // elements of a tile of A or B
 constexpr int64_t kTileSum = 256;         // elements of a tile of sums
 // Loop sizes, which are not part of the order. A group of panels stays in L2. A pass of K of 32 rows (32 KiB) stays in
 // L1 while the group streams past it. A short rest of K joins the last pass.
-constexpr int64_t kGroupBytes = 512 << 10;
+constexpr int64_t kGroupBytes = 512 << 10, kOnlyGroup = 1 << 20;  // a thread's whole part may be this large
 constexpr int64_t kPass = 16, kRest = 4;  // steps
 // With a long K, few whole panels fit into a group, and all of x streams past each group. Then a group holds one K block
 // of more panels, and a band of rows takes one K block after the other: its sums wait in L2.
@@ -288,7 +288,8 @@ void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t
   bf16* const held = shared_mem.get<bf16>(std::max<int64_t>(1, units - whole) * kUnit * kp);
   const bool by_block = steps >= kLong && units > 3;
   const int64_t reach = by_block ? job.block : steps;  // steps of K in a group
-  const int64_t most = std::max<int64_t>(2, kGroupBytes / (reach * kStep * 32 * int64_t(sizeof(bf16))));  // panels
+  const int64_t bytes = reach * 2 * kTile * int64_t(sizeof(bf16)), part = (panels + parts.across - 1) / parts.across;
+  const int64_t most = std::max<int64_t>(2, part * bytes <= kOnlyGroup ? part : kGroupBytes / bytes);  // panels of a group
   static const TileConfig config;
 #pragma omp parallel num_threads(threads)
   {
