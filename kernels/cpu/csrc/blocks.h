@@ -2,9 +2,11 @@
 // block is freed. Mapping and clearing these pages can take longer than the kernel that fills them. So freed blocks
 // wait here for the next result. Blocks lie on huge pages where Linux has them.
 #pragma once
+#include <pthread.h>
 #include <sys/mman.h>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -71,6 +73,10 @@ class Blocks {
   // Of this process. Never destroyed: a result may live as long as the process.
   static Blocks& all() {
     static Blocks* const held = new Blocks;
+    // A child of fork() has only the thread that forked: no other thread may hold the mutex then.
+    static const int once = pthread_atfork([] { held->mutex_.lock(); }, [] { held->mutex_.unlock(); },
+                                           [] { held->mutex_.unlock(); });
+    (void)once;
     return *held;
   }
 

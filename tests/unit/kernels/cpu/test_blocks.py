@@ -1,8 +1,10 @@
 """The memory of large results: kept between calls, never shared by two living results, and bounded."""
 
 import gc
+import os
 from pathlib import Path
 
+import pytest
 import torch
 
 LARGE = 2 << 20  # bytes from which on a result lies in a kept block
@@ -61,6 +63,7 @@ def test_a_result_is_a_tensor_like_any_other(ops):
         assert result(ops, LARGE).is_inference()
 
 
+@pytest.mark.slow
 def test_kept_memory_is_bounded(ops):
     size = 100 << 20
     x = torch.zeros(size // 128, 128, dtype=torch.bfloat16)
@@ -69,3 +72,17 @@ def test_kept_memory_is_bounded(ops):
     del held
     gc.collect()
     assert most - resident() > size // 2, "at most 512 MiB are kept"
+
+
+def test_a_forked_process_has_blocks_of_its_own(ops):
+    y = result(ops, LARGE)
+    want = y.clone()
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)
+        held = y
+        other = torch.empty_like(want).copy_(held)
+        held.zero_()
+        os._exit(0 if torch.equal(other, want) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(y, want)
