@@ -1,7 +1,16 @@
 """Fixtures that start the real engine. Tests share a start where they can. Two threads, because one hides variance."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -49,6 +58,68 @@ def start(model):
         given = {"max_model_len": 1024, "chunk": 256, **options}
         with kind(mode, Options(model(name), **given), environ=PATIENT | os.environ | (environ or {})) as engine:
             yield engine
+
+    return make
+
+
+START_SECONDS = 300  # of a server
+
+
+class Server(NamedTuple):
+    """A running server. url: without a path. pid: of the process that starts all others. log: what they print."""
+
+    url: str
+    pid: int
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def serve(cache, tmp_path_factory):
+    """serve(folder, *options, **environment): a context manager that gives a Server of a model's folder, started by
+    `bi-patch run -- vllm serve` on loopback."""
+
+    @contextmanager
+    def make(model: str, *options: str, **environment: str) -> Iterator[Server]:
+        log = tmp_path_factory.mktemp("server") / "log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        bin_folder = Path(sys.executable).parent
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
+        environ |= {
+            "PATH": f"{bin_folder}:{environ['PATH']}",
+            "BI_PATCH_CACHE": str(cache),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_WAIT_POLICY": "passive",
+            **environment,
+        }
+        place = ("--host", "127.0.0.1", "--port", str(port))
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                ["bi-patch", "run", "--", "vllm", "serve", model, *place, *options],
+                executable=str(bin_folder / "bi-patch"),
+                env=environ,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                    break
+                except OSError:
+                    assert process.poll() is None, log.read_text()[-5000:]
+                    assert time.monotonic() < deadline, log.read_text()[-5000:]
+                    time.sleep(1)
+            yield Server(f"http://127.0.0.1:{port}", process.pid, log)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=60)
 
     return make
 

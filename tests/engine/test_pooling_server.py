@@ -1,17 +1,10 @@
 """`vllm serve` of a pooling model under `bi-patch run`: vectors and scores over HTTP are those of a request alone."""
 
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -19,65 +12,29 @@ from bi_patch.tools.models import recipes
 
 pytestmark = pytest.mark.engine
 
-START_SECONDS = 300
 CLIENTS = 24
+OPTIONS = (
+    *("--runner", "pooling", "--hf-overrides", '{"is_matryoshka": true}', "--served-model-name", "served"),
+    *("--max-model-len", "1024", "--max-num-batched-tokens", "256", "--enforce-eager"),
+)
 
 
 @pytest.fixture(scope="module")
-def ask(model, cache, tmp_path_factory):
+def ask(model, serve):
     """ask(path, body): the server's answer to a request, parsed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    bin_folder = Path(sys.executable).parent
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
-    environ |= {
-        "PATH": f"{bin_folder}:{environ['PATH']}",
-        "BI_PATCH_CACHE": str(cache),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_WAIT_POLICY": "passive",
-    }
-    served = ["--runner", "pooling", "--hf-overrides", '{"is_matryoshka": true}', "--served-model-name", "served"]
-    limits = ["--max-model-len", "1024", "--max-num-batched-tokens", "256", "--enforce-eager"]
-    place = ["--host", "127.0.0.1", "--port", str(port)]
-    command = ["bi-patch", "run", "--", "vllm", "serve", model(recipes.QWEN3), *served, *limits, *place]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            executable=str(bin_folder / "bi-patch"),
-            env=environ,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
+    # The server of developers also has /collective_rpc.
+    with serve(model(recipes.QWEN3), *OPTIONS, VLLM_SERVER_DEV_MODE="1") as server:
 
-    def post(path: str, body: dict) -> dict:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}{path}",
-            data=json.dumps({"model": "served", **body}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.load(answer)
+        def post(path: str, body: dict) -> dict:
+            request = urllib.request.Request(
+                server.url + path,
+                data=json.dumps({"model": "served", **body}).encode(),
+                headers={"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return json.load(answer)
 
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-5000:]
-                assert time.monotonic() < deadline, log.read_text()[-5000:]
-                time.sleep(1)
         yield post
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
 
 
 def texts(count: int) -> list[str]:
@@ -128,3 +85,14 @@ def test_a_request_that_is_not_covered_is_a_bad_request(ask):
     with pytest.raises(urllib.error.HTTPError) as error:
         ask("/v1/embeddings", {"input": "a", "dimensions": 100000})
     assert error.value.code == 400
+
+
+def test_a_call_that_may_write_weights_is_refused_and_the_engine_goes_on(ask):
+    embed = ("/v1/embeddings", {"input": "a river of stone"})
+    before = ask(*embed)["data"]
+    for method in ("reload_weights", "an_unknown_method"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            ask("/collective_rpc", {"method": method})
+        assert f"weights.calls: collective_rpc({method}) may write weights" in error.value.read().decode()
+    ask("/collective_rpc", {"method": "check_health"})
+    assert ask(*embed)["data"] == before

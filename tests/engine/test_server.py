@@ -5,12 +5,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, BadRequestError
@@ -26,70 +20,18 @@ from bi_patch.tools.verify.system import RunningServer
 
 pytestmark = pytest.mark.engine
 
-START_SECONDS = 300
+OPTIONS = (
+    *("--max-model-len", "2048", "--max-num-batched-tokens", "256", "--enforce-eager"),
+    *("--chat-template", "{{ messages[0]['content'] }}"),
+)
 
 
 @pytest.fixture(scope="module")
-def server(model, cache, tmp_path_factory):
+def server(model, serve):
     """(base URL, model, process id, log file) of a server whose engine core and worker run in their own processes."""
     folder = model(recipes.QWEN3)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    bin_folder = Path(sys.executable).parent
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
-    environ |= {
-        "PATH": f"{bin_folder}:{environ['PATH']}",
-        "BI_PATCH_CACHE": str(cache),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_WAIT_POLICY": "passive",
-    }
-    command = [
-        "bi-patch",
-        "run",
-        "--",
-        "vllm",
-        "serve",
-        folder,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--max-model-len",
-        "2048",
-        "--max-num-batched-tokens",
-        "256",
-        "--enforce-eager",
-        "--chat-template",
-        "{{ messages[0]['content'] }}",
-    ]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            executable=str(bin_folder / "bi-patch"),
-            env=environ,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-5000:]
-                assert time.monotonic() < deadline, log.read_text()[-5000:]
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1", folder, process.pid, log
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
+    with serve(folder, *OPTIONS) as made:
+        yield f"{made.url}/v1", folder, made.pid, made.log
 
 
 def test_every_process_of_the_tree_is_armed(server):

@@ -5,8 +5,9 @@ import functools
 import secrets
 from pathlib import Path
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.files import HANDED_OVER
-from bi_patch.seams import active, weights
+from bi_patch.seams import active, pooling, weights
 from bi_patch.seams.model import Seam, Target
 
 HEADER = "bi-patch-weights"
@@ -121,6 +122,26 @@ def _settle(core) -> None:
         core.model_executor.collective_rpc(_settled)
 
 
+def _refuse(core, method) -> None:
+    """Raise UnsupportedFeature for a call that may write weights, to an engine that takes no new ones. The engine goes
+    on."""
+    plan, config = active.plan, getattr(core, "vllm_config", None)
+    if plan is None or config is None:
+        return
+    kind = ""
+    if pooling.is_pooling(config):
+        kind = "an engine that pools"
+    elif plan.platform == "cuda" and getattr(config.model_config, "quantization", None) is not None:
+        kind = "quantized weights on CUDA"
+    if kind:
+        name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+        raise UnsupportedFeature(
+            f"weights.calls: collective_rpc({name}) may write weights, and bi_patch does not cover new weights for "
+            f"{kind}. Nothing was called, and the engine goes on. Methods that only read are covered, e.g. "
+            "check_health. Start another engine with new weights, or set BI_PATCH=0"
+        )
+
+
 def _calls(original):
     """EngineCore.collective_rpc: after a call that may write weights, they count as changed."""
 
@@ -128,6 +149,7 @@ def _calls(original):
     def collective_rpc(self, method, *args, **kwargs):
         if method in READING:
             return original(self, method, *args, **kwargs)
+        _refuse(self, method)
         try:
             result = original(self, method, *args, **kwargs)
         except BaseException:
@@ -240,7 +262,8 @@ SEAMS = (
         "EngineCore.collective_rpc",
         _calls,
         "every call to the workers that may write weights changes their identity. Waiting requests are hashed again, "
-        "running requests leave nothing in the cache that others use, and their answers say so",
+        "running requests leave nothing in the cache that others use, and their answers say so. Engines that pool or, "
+        "on CUDA, are quantized refuse such a call and go on",
     ),
     _seam("sleep", _CORE, "EngineCore.sleep", _sleep, "a sleep that drops the weights changes their identity"),
     _seam("wake", _CORE, "EngineCore.wake_up", _wake, "waking up without weights changes their identity"),

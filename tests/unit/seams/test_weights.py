@@ -118,6 +118,32 @@ def test_calls_count_as_writes_unless_they_are_known_to_read():
         assert calls(core, method) == [method] and weights.identity() == before
 
 
+@pytest.mark.parametrize(
+    ("platform", "model", "said"),
+    [
+        ("cpu", {"runner_type": "pooling"}, "an engine that pools"),
+        ("cuda", {"runner_type": "pooling"}, "an engine that pools"),
+        ("cuda", {"quantization": "fp8"}, "quantized weights on CUDA"),
+        ("cpu", {"quantization": "fp8"}, ""),
+        ("cuda", {}, ""),
+    ],
+)
+def test_an_engine_that_takes_no_new_weights_refuses_such_a_call_and_goes_on(platform, model, said, monkeypatch):
+    made = []
+    calls = seams._calls(lambda self, method: made.append(method))
+    monkeypatch.setattr(seams.active, "plan", SimpleNamespace(platform=platform))
+    config = SimpleNamespace(model_config=SimpleNamespace(**{"quantization": None, **model}))
+    core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda call: None), vllm_config=config)
+    before = weights.identity()
+    if said:
+        for method in ("reload_weights", len):
+            with pytest.raises(UnsupportedFeature, match=rf"weights.calls: collective_rpc\({'re|l'}.* {said}"):
+                calls(core, method)
+        assert not made and weights.identity() == before
+    calls(core, "check_health")
+    assert made == ["check_health"]
+
+
 def test_a_call_that_fails_may_have_written():
     def fails(self, method):
         raise RuntimeError("half of it")
