@@ -8,7 +8,7 @@ from bi_patch.errors import BiPatchError
 from bi_patch.tools.faults import catch, every
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.compiled import catch_compiled
-from bi_patch.tools.faults.engines import few_blocks, options
+from bi_patch.tools.faults.engines import few_blocks, options, speculating
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import locate, precision
 from bi_patch.tools.verify.case import Scenario
@@ -19,8 +19,10 @@ pytestmark = pytest.mark.engine
 
 # test_mla.py and test_quantized.py plant the others.
 CPU = [fault for fault in every() if "cpu" in fault.platforms and not fault.model]
-# test_weights.py plants those of updates, test_pooling.py those of poolers, test_lora.py those of adapters.
-MAIN = [fault.name for fault in CPU if fault.axis not in (catch.PREEMPTION, catch.UPDATE, catch.POOLED, catch.LORA)]
+# Axes with an engine of their own: test_weights.py plants the faults of updates, test_pooling.py those of poolers,
+# test_lora.py those of adapters.
+OWN = (catch.PREEMPTION, catch.UPDATE, catch.POOLED, catch.LORA, catch.SPECULATION)
+MAIN = [fault.name for fault in CPU if fault.axis not in OWN]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +55,7 @@ def test_a_planted_fault_is_caught_and_named(engine, load, name):
 
 
 def test_without_a_fault_the_same_axes_see_nothing(engine, load):
-    for axis in sorted(
-        {fault.axis for fault in CPU}
-        - {catch.PREEMPTION, catch.UPDATE, catch.POOLED, catch.PRECISION, catch.RESTART, catch.LORA}
-    ):
+    for axis in sorted({fault.axis for fault in CPU} - {*OWN, catch.PRECISION, catch.RESTART}):
         cases = list(catch.cases(engine, axis, load))
         assert cases and not any(case.differs for case in cases), axis
     precise = precision.of(engine, widened=True)
@@ -95,6 +94,19 @@ def test_preemption(start, engine):
         assert not any(case.differs for case in catch.cases(small, catch.PREEMPTION, load))
         for name in (fault.name for fault in CPU if fault.axis == catch.PREEMPTION):
             found = catch.catch(small, name, load)
+            assert found.caught and found.right, found
+
+
+def test_speculation(start):
+    given = speculating(options("cpu", ""))
+    changes = {f: getattr(given, f) for f in given.__struct_fields__ if f != "model"}
+    with start(ARMED, recipes.MOE, kind=FaultyEngine, **changes) as speculating_engine:
+        load = catch.workload(speculating_engine)
+        cases = list(catch.cases(speculating_engine, catch.SPECULATION, load))
+        assert cases and not any(case.differs for case in cases)
+        for name in (fault.name for fault in CPU if fault.axis == catch.SPECULATION):
+            found = catch.catch(speculating_engine, name, load)
+            print(f"{found.cause}: {name}: {found.named}")
             assert found.caught and found.right, found
 
 

@@ -145,7 +145,7 @@ SEAMS = (
         "it equals the draw, and the draws of rejected rows are taken back",
         until="upstream has a mode in which speculation changes no token "
         "(https://github.com/vllm-project/vllm/issues/54506)",
-        causes=(22,),
+        causes=(22, 35),
         serves=("RejectionSampler",),
     ),
 )

@@ -57,6 +57,6 @@ SEAMS = (
         how="each row draws with the noise of its own position. A draft is accepted while it equals the draw",
         until="upstream has a mode in which speculation changes no token "
         "(https://github.com/vllm-project/vllm/issues/54506)",
-        causes=(22,),
+        causes=(22, 35),
     ),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from bi_patch.tools.faults import Fault, named
+from bi_patch.tools.faults import Fault, named, speculation
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.verify import locate, precision, updates
 from bi_patch.tools.verify.case import Case, Scenario, Update
@@ -14,11 +14,12 @@ from bi_patch.tools.verify.child import ChildEngine
 from bi_patch.tools.verify.locate import Located
 from bi_patch.tools.verify.probes import AXES, Run, Workload, updating
 from bi_patch.tools.verify.probes.base import pair
-from bi_patch.tools.verify.probes.crossing import crossing_blocks, preempted
+from bi_patch.tools.verify.probes.crossing import crossing_blocks, preempted, repeating
 
 PRECISION, RESTART, PREEMPTION, UPDATE, LORA = "precision", "restart", "preemption", "weight update", "LoRA"
 STRUCTURED = "structured output"
 POOLED = "pooled vectors"
+SPECULATION = speculation.AXIS
 
 
 class Caught(msgspec.Struct, frozen=True):
@@ -57,6 +58,11 @@ def cases(engine: ChildEngine, axis: str, load: Workload) -> Iterator[Case]:
         return
     if axis == UPDATE:
         yield from _round_trips(engine, load)
+        return
+    if axis == SPECULATION:
+        requests = repeating(engine, load)
+        labels = {i: f"request {i} with drafts, beside others" for i in range(len(requests))}
+        yield from (msgspec.structs.replace(c, axis=axis) for c in Run(engine, load).each(requests, labels))
         return
     probe = next(p for p in AXES if p.name == axis)
     yield from probe.cases(Run(engine, load))
@@ -111,6 +117,25 @@ def _updated(engine: FaultyEngine, fault: Fault, load: Workload) -> Caught:
         engine.reset_cache()
 
 
+def _speculated(engine: FaultyEngine, fault: Fault, load: Workload) -> Caught:
+    """Catch a fault of an engine with drafts: its answers before planting are those of an engine without drafts."""
+    requests = repeating(engine, load)
+    engine.reset_cache()
+    expected = engine.generate(requests)
+    engine.plant(fault.name)
+    engine.reset_cache()
+    got = engine.generate(requests)
+    for i, (mine, other) in enumerate(zip(expected, got)):
+        scenario = Scenario(requests, i)
+        case = msgspec.structs.replace(pair(f"request {i}", scenario, scenario, mine, other), axis=SPECULATION)
+        if case.differs:
+            engine.plant()
+            without = locate.trace(engine, scenario)
+            engine.plant(fault.name)
+            return _judged(engine, fault, case, i + 1, locate.judge(case, without, locate.trace(engine, scenario)))
+    return Caught(fault.name, fault.cause, fault.axis, False, False, len(requests))
+
+
 def catch(engine: FaultyEngine, name: str, load: Workload) -> Caught:
     """Plant a fault, run its axis up to the first difference, locate the difference, and remove the fault."""
     fault = named(name)
@@ -121,6 +146,8 @@ def catch(engine: FaultyEngine, name: str, load: Workload) -> Caught:
             return _restarted(engine, fault, load)
         if fault.axis == UPDATE:
             return _updated(engine, fault, load)
+        if fault.axis == SPECULATION:
+            return _speculated(engine, fault, load)
         engine.plant(name)
         compared = 0
         for case in cases(engine, fault.axis, load):

@@ -76,6 +76,12 @@ def small() -> Options:
     )
 
 
+def speculating(given: Options) -> Options:
+    """These options with drafts from n-grams. vLLM has no custom logits processors beside speculation."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    return given.but(digests=False, extra={**given.extra, "speculative_config": drafts})
+
+
 def updated(platform: str, folder: str, dtype: str = "") -> Options:
     """The options of an engine for updates: a small model with weights in a folder, whose head is its embedding."""
     name = recipes.MOE if platform == "cpu" else recipes.QWEN3_100M

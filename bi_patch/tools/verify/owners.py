@@ -13,7 +13,7 @@ from bi_patch.errors import BiPatchError
 from bi_patch.tools import findings
 
 # Seams that wrap code of other seams: the whole engine or step, a model's whole attention layer, the whole sampler.
-_AROUND = ("engine.", "rotary.cuda_qk_norm", "sampling.specific_logprobs", "weights.")
+_AROUND = ("engine.", "rotary.cuda_qk_norm", "sampling.specific_logprobs", "speculation.rows", "weights.")
 # Ops whose name identifies the seam.
 _BY_OP = (
     ("all_reduce", ("communicator.one_stage",)),
@@ -21,6 +21,7 @@ _BY_OP = (
     ("KV cache", ("attention.cpu_store",)),
     ("request's seed", ("seeds.request",)),
     ("grammar mask", ("structured.compile",)),
+    ("accepted tokens", ("speculation.rows",)),
 )
 
 

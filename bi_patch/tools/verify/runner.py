@@ -14,6 +14,7 @@ import torch
 from bi_patch.errors import BiPatchError
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.trace import (
+    ACCEPTED,
     CACHE,
     FORWARD,
     LOGITS,
@@ -223,8 +224,10 @@ class Attached:
             if position + count < self._tokens():
                 return None  # an unfinished prompt: vLLM drops the token that it samples here
             sizes = frozenset({hidden_states.shape[0]})
-            self._logprob_rows = Rows(self._step, LOGPROBS, sizes, row, 1, position + count - 1)
-            return Rows(self._step, LOGITS, sizes, row, 1, position + count - 1)
+            first, drafts = self._first_logits(row), self._drafts(self._target)
+            where = (sizes, first, 1 + drafts, position + count - 1 - drafts)
+            self._logprob_rows = Rows(self._step, LOGPROBS, *where)
+            return Rows(self._step, LOGITS, *where)
         whole = self._prompt_hidden
         offset = (hidden_states.data_ptr() - whole.data_ptr()) // (whole.stride(0) * whole.element_size())
         number = hidden_states.shape[0]
@@ -239,6 +242,14 @@ class Attached:
 
     def _tokens(self) -> int:
         return self._runner.requests[self._target].num_tokens
+
+    def _drafts(self, name: str) -> int:
+        """The drafts that this step checks for a request."""
+        return len(self._scheduled.scheduled_spec_decode_tokens.get(name, ()))
+
+    def _first_logits(self, row: int) -> int:
+        """The target's first row of the step's logits. row: the target's place in the batch."""
+        return row + sum(self._drafts(name) for name in self._runner.input_batch.req_ids[:row])
 
     def _logprobs(self, held):
         def logprobs(*args, **kwargs):
@@ -261,17 +272,28 @@ class Attached:
                 return held(logits, *args, **kwargs)
             row, _, count, position = place
             sizes = frozenset({logits.shape[0]})
-            rows = Rows(self._step, SAMPLE, sizes, row, 1, position + count - 1)
+            drafts = self._drafts(self._target)
+            rows = Rows(self._step, SAMPLE, sizes, self._first_logits(row), 1 + drafts, position + count - 1 - drafts)
             self._record_seed(rows)
             if self._constrained:
                 self._tracer.record(MASKED, [logits], rows=rows, module="structured output")
             with self._tracer.phase(rows):
                 result = held(logits, *args, **kwargs)
             self._logprob_rows = None
-            self._tracer.record("sampled token", [result.sampled_token_ids], rows=rows, module="sampler")
+            self._sampled(result.sampled_token_ids[row], rows)
             return result
 
         return _sample
+
+    def _sampled(self, tokens: torch.Tensor, rows: Rows) -> None:
+        """Record the target's new tokens of a step, [1] or, with drafts, [most drafts + 1] with -1 after the last."""
+        with self._tracer.paused():
+            new = tokens[tokens >= 0]
+        kept = dataclasses.replace(rows, sizes=frozenset({len(new)}), start=0, count=len(new))
+        if rows.count > 1:
+            self._tracer.record(ACCEPTED, [new], rows=kept, module="sampler")
+            self._tracer.cut(rows.step, rows.position + len(new))
+        self._tracer.record("sampled token", [new], rows=kept, module="sampler")
 
     def _seed(self) -> int | None:
         """The seed with which the runner samples the target, None for a greedy target."""
@@ -402,6 +424,12 @@ class AttachedV2(Attached):
 
     def _tokens(self) -> int:
         return int(self._batch.prefill_len_np[self._row()])
+
+    def _drafts(self, name: str) -> int:
+        return 0  # of a step with drafts, only the first row is traced
+
+    def _first_logits(self, row: int) -> int:
+        return row  # the place has the row already
 
     def _forward(self, held):
         def forward(*args, **kwargs):

@@ -27,6 +27,7 @@ FORWARD, LOGITS, LOGPROBS, SAMPLE, RETURNED, POOLED = PHASES = (
     "pooled",
 )
 CACHE = "KV cache"  # the op of a call that records what a layer is about to read from its cache
+ACCEPTED = "accepted tokens"  # the op of a call that records what a step with drafts keeps
 SEED = "request's seed"  # the op of a call that records the seed with which the runner samples
 MODULE = "(module)"  # the op of a call that records a module's own output
 # Ops that are not recorded: they return unwritten memory, or random numbers that need not be the target's own.
@@ -235,6 +236,16 @@ class Tracer(TorchDispatchMode):
                 kernel,
             )
         )
+
+    def cut(self, step: int, end: int) -> None:
+        """Forget the rows of a step at positions from `end` on: rows of drafts that the step did not accept."""
+        kept: list[Call] = []
+        while self.calls and self.calls[-1].step == step:
+            call = self.calls.pop()
+            rows = min(call.rows, end - call.position)
+            if rows > 0:
+                kept.append(msgspec.structs.replace(call, digests=call.digests[: rows * WIDTH]))
+        self.calls += kept[::-1]
 
     def current(self) -> tuple[object, str]:
         """The innermost running module and its path."""

@@ -402,7 +402,7 @@ FEATURE_PROBES = (
         crossing.speculative,
         crossing.repeating,
         crossing.speculated,
-        causes=(22,),
+        causes=(22, 35),
         optional=True,
     ),
     CrossProbe(
