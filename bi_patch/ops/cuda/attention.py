@@ -51,6 +51,12 @@ def serves(problem: Problem) -> bool:
     return _certified.get(problem, False)
 
 
+def quick(tokens: int, key_heads: int) -> bool:
+    """Whether the bundled kernel is faster than prefill's for a few new tokens per request: each pair of a token and a
+    key head has a multiprocessor of its own. Prefill's kernel reads a request's keys once for all its tokens."""
+    return tokens * key_heads <= machine.processors()
+
+
 def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Certificate | None:
     """Compare the bundled kernel with `prefill`. library: the version of prefill's kernel. cache: certificates' folder.
 

@@ -507,6 +507,10 @@ def flash_call(**changes):
         ({"window_size": [-1, -1]}, True, "bundled"),
         ({}, False, ("flash", 128, None)),
         ({"max_seqlen_q": 5}, True, ("flash", 5, "schedule")),
+        ({"max_seqlen_q": 5, "head": 128}, True, "bundled"),
+        ({"max_seqlen_q": 5, "head": 128}, False, ("flash", 5, "schedule")),
+        ({"max_seqlen_q": 5, "head": 128, "k": torch.zeros(4, 16, 3, 128)}, True, ("flash", 5, "schedule")),
+        ({"max_seqlen_q": 18, "head": 128}, True, ("flash", 18, "schedule")),
         ({"softcap": 30.0}, True, ("flash", 128, None)),
         ({"causal": False}, True, ("flash", 128, None)),
         ({"s_aux": torch.ones(8)}, True, ("flash", 128, None)),
@@ -523,6 +527,7 @@ def test_single_queries_take_the_certified_kernel_and_nothing_else_does(changes,
     took = []
     monkeypatch.setitem(attention._certified, attention_cuda._problem(given["q"], given["k"]), certified)
     monkeypatch.setattr(attention, "attend", lambda *_: took.append("bundled") or True)
+    monkeypatch.setattr(attention.machine, "processors", lambda: 8)  # three tokens with two key heads are few
     attention_cuda._decode_or(lambda **a: took.append(("flash", a["max_seqlen_q"], a["scheduler_metadata"])))(**given)
     assert took == [expected]
 
