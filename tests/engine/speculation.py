@@ -1,7 +1,7 @@
 """Prints the bits of many kinds of requests for test_speculation.py: python speculation.py MODEL OPTIONS [PHASE]
 
-OPTIONS: arguments of vllm.LLM as JSON. PHASE: only this phase. Two engines that differ in speculative_config only must
-print the same bits.
+OPTIONS: arguments of vllm.LLM as JSON, and `adapters`: folders of LoRA adapters, which requests get in turn, as they get
+none. PHASE: only this phase. Two engines that differ in speculative_config only must print the same bits.
 """
 
 import bi_patch  # isort: skip  # before vLLM
@@ -10,6 +10,7 @@ import random
 import sys
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 assert bi_patch
@@ -76,8 +77,12 @@ def bits(output):
 class Asked:
     """Asks an engine, and keeps the bits of each answer and the counters of each phase."""
 
-    def __init__(self, llm, only=()):
+    def __init__(self, llm, only=(), adapters=()):
         self.llm, self.only, self.found, self.counted = llm, only, {}, {}
+        self.adapters = [None, *(LoRARequest(f"{i}", i, folder) for i, folder in enumerate(adapters, 1))]
+
+    def loras(self, count):
+        return [self.adapters[i % len(self.adapters)] for i in range(count)] if self.adapters[1:] else None
 
     def total(self):
         names = ("vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_draft_tokens", "vllm:num_preemptions")
@@ -95,23 +100,27 @@ class Asked:
     def together(self, requests):
         """requests: label -> (prompt, parameters)."""
         prompts, given = zip(*requests.values())
-        return dict(zip(requests, self.llm.generate(list(prompts), list(given), use_tqdm=False)))
+        loras = self.loras(len(prompts))
+        return dict(zip(requests, self.llm.generate(list(prompts), list(given), use_tqdm=False, lora_request=loras)))
 
     def late(self, requests):
         """Each request arrives two engine steps after the one before."""
         engine, waiting, done, step = self.llm.llm_engine, list(requests.items()), {}, 0
+        loras = self.loras(len(waiting)) or [None] * len(waiting)
         while waiting or engine.has_unfinished_requests():
             if waiting and step % 2 == 0:
                 label, (text, given) = waiting.pop(0)
-                engine.add_request(f"late {label}", text, given)
+                engine.add_request(f"late {label}", text, given, lora_request=loras.pop(0))
             done.update({o.request_id.removeprefix("late "): o for o in engine.step() if o.finished})
             step += 1
         return done
 
 
 def main():
-    llm = LLM(sys.argv[1], **json.loads(sys.argv[2]))
-    asked = Asked(llm, sys.argv[3:])
+    given = json.loads(sys.argv[2])
+    adapters = given.pop("adapters", ())
+    llm = LLM(sys.argv[1], **given)
+    asked = Asked(llm, sys.argv[3:], adapters)
     length = llm.llm_engine.model_config.max_model_len
     kinds = {k: (prompt(i % 5, 30 + 7 * i), params(**given)) for i, (k, given) in enumerate(KINDS.items())}
 

@@ -101,7 +101,6 @@ PAIRS: tuple[Feature, ...] = (
             (LORA, SPECULATION),
             (LORA, QUANTIZED),
             (SPECULATION, QUANTIZED),
-            (SPECULATION, MLA),
             (POOLING, QUANTIZED),
         )
     ),
@@ -113,7 +112,7 @@ PAIRS: tuple[Feature, ...] = (
     ),
     _never(
         SPECULATION,
-        *(POOLING, RECURRENT, "several ranks", "KV transfer or offload"),
+        *(POOLING, MLA, RECURRENT, "several ranks", "KV transfer or offload"),
         *("a reasoning parser", "custom logits processors", "watermarks"),
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
