@@ -1,7 +1,7 @@
 """Prints the bits of many kinds of requests for test_speculation.py: python speculation.py MODEL OPTIONS [PHASE]
 
-OPTIONS: arguments of vllm.LLM as JSON, and `adapters`: folders of LoRA adapters, which requests get in turn, as they get
-none. PHASE: only this phase. Two engines that differ in speculative_config only must print the same bits.
+OPTIONS: arguments of vllm.LLM as JSON, and `adapters`: folders of LoRA adapters that requests get in turn, or none.
+PHASE: only this phase. Two engines that differ in speculative_config only must print the same bits.
 """
 
 import bi_patch  # isort: skip  # before vLLM
