@@ -131,7 +131,6 @@ class _Run:
         if axis == catch.POOLED:
             return engines.pooled(self.folder, given.dtype)
         if axis == catch.LORA:
-        if axis == catch.LORA:
             return engines.adapters(given.dtype, self.platform)
         if axis == catch.SPECULATION:
             return engines.speculating(given)
