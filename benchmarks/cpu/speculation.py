@@ -1,8 +1,9 @@
-"""Measures on CPU that speculative decoding changes no bit: engines with n-gram drafts against one without.
+"""Measures on CPU that speculative decoding changes no bit: engines with drafts against one without.
 
     PYTHONPATH=. python3 benchmarks/cpu/speculation.py [--only TEXT] [--results FOLDER]
 
-The axis "speculative decoding" of verify on tiny models, eager and compiled. Exit code 1: positions differ.
+The axis "speculative decoding" of verify on tiny models, eager and compiled: n-grams, and for tiny-llama also a draft
+model, EAGLE and EAGLE-3 heads. Exit code 1: positions differ.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ def main() -> None:
         (recipes.MOE, "bfloat16", True),
         (recipes.WINDOW, "bfloat16", True),
         (recipes.QWEN3, "float32", True),
+        (recipes.LLAMA, "bfloat16", True),
+        (recipes.INT8, "bfloat16", True),
+        (recipes.W4A16, "bfloat16", True),
     )
     rows = []
     for name, dtype, eager in kinds:
-        label = f"{name} {'bf16' if dtype == 'bfloat16' else 'fp32'}{'' if eager else ' compiled'}, n-grams"
+        label = f"{name} {'bf16' if dtype == 'bfloat16' else 'fp32'}{'' if eager else ' compiled'}, "
+        label += "n-grams, a draft model, heads" if name == recipes.LLAMA else "n-grams"
         if args.only not in label:
             continue
         system = local.local(name, level, dtype=dtype, eager=eager)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
+from bi_patch.tools.models import drafts
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.engine import PREEMPTIONS, Engine
 from bi_patch.tools.verify.probes.base import Change, NotExercised, Workload, config
@@ -144,25 +148,31 @@ def repeating(engine: Engine, workload: Workload) -> list[Request]:
 
 
 def speculative(engine: Engine) -> list[Change]:
-    """N-grams with a single draft, with some, and with more than the engine accepts at once."""
-    return [
-        Change(
-            f"n-gram speculation with {count} drafts",
-            {
-                "digests": False,
-                "extra": {
-                    **engine.options.extra,
-                    "speculative_config": {
-                        "method": "ngram",
-                        "num_speculative_tokens": count,
-                        "prompt_lookup_min": 1,
-                        "prompt_lookup_max": 3,
-                    },
-                },
-            },
-        )
-        for count in (1, 3, 8)
-    ]
+    """N-grams with a single draft, with some, and with more than the engine accepts at once. Where drafts can be made of
+    the model's weights: a draft model and heads."""
+
+    def change(what: str, count: int, **given: object) -> Change:
+        asked = {**given, "num_speculative_tokens": count}
+        label = f"{what} with {count} drafts"
+        return Change(label, {"digests": False, "extra": {**engine.options.extra, "speculative_config": asked}})
+
+    lookup = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    found = [change("n-gram speculation", count, **lookup) for count in (1, 3, 8)]
+    if drafts.serves(engine.options.model) and engine.info.mode == "armed":
+        for method, count in zip(drafts.METHODS, (2, 3, 4)):
+            found.append(change(f"speculation by {method}", count, method=method, model=_drafts(engine, method)))
+    return found
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """A folder that is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="bi_patch-drafts-", ignore_cleanup_errors=True)
+
+
+def _drafts(engine: Engine, method: str) -> str:
+    folder = Path(_folder().name) / Path(engine.options.model).name / method
+    return str(folder if folder.exists() else drafts.write(method, engine.options.model, folder))
 
 
 def speculated(change: Change, counted: dict[str, float]) -> None:
