@@ -148,8 +148,8 @@ def repeating(engine: Engine, workload: Workload) -> list[Request]:
 
 
 def speculative(engine: Engine) -> list[Change]:
-    """N-grams with a single draft, with some, and with more than the engine accepts at once. Where drafts can be made of
-    the model's weights: a draft model and heads."""
+    """N-grams with a single draft, with some, and with more than the engine accepts at once. Also a draft model and
+    heads, where they can be made of the model's weights."""
 
     def change(what: str, count: int, **given: object) -> Change:
         asked = {**given, "num_speculative_tokens": count}
