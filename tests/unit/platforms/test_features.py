@@ -1,5 +1,6 @@
 """The feature table: each claim has evidence, each refusal happens, and a plain configuration passes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,8 +57,24 @@ def offload(**extra):
     return SimpleNamespace(kv_connector="OffloadingConnector", kv_connector_extra_config=extra)
 
 
+@dataclasses.dataclass
+class Speculative:
+    """Some of the fields of vLLM's SpeculativeConfig."""
+
+    method: str = "ngram"
+    rejection_sample_method: str = "standard"
+    draft_sample_method: str = "greedy"
+    parallel_drafting: bool = False
+    num_speculative_tokens: int | None = None
+    draft_model_config: object = None
+
+
 def ngram(**changes):
-    return SimpleNamespace(**{"method": "ngram", "rejection_sample_method": "standard", **changes})
+    return Speculative(**changes)
+
+
+def draft(**model):
+    return Speculative(method="eagle3", draft_model_config=SimpleNamespace(**model))
 
 
 def check(platform, release=None, **changes):
@@ -120,6 +137,10 @@ def test_a_plain_configuration_passes(platform):
         ({"speculative": SimpleNamespace(method="suffix")}, "speculative decoding with other drafts"),
         ({"speculative": ngram(rejection_sample_method="synthetic")}, "another rule of acceptance"),
         ({"speculative": ngram(rejection_sample_method="fly")}, "another rule of acceptance"),
+        ({"speculative": ngram(draft_sample_method="probabilistic")}, "the option draft_sample_method"),
+        ({"speculative": ngram(parallel_drafting=True)}, "the option parallel_drafting"),
+        ({"speculative": draft(quantization="awq")}, "a draft model with quantized weights"),
+        ({"speculative": draft(use_mla=True, is_moe=True)}, "a draft model with MLA, a draft model with experts"),
         ({"speculative": ngram(), "lora": SimpleNamespace()}, "LoRA with speculative decoding"),
         ({"speculative": ngram(), "model_has_inner_state": True}, "speculative decoding with recurrent layers"),
         ({"speculative": ngram(), "model_use_mla": True}, "speculative decoding with MLA"),
