@@ -21,6 +21,8 @@ _H200_PARITY_SHAPES = "parity-2026-11-29-h200-trainer-vllm-0.33.0.json"
 _H200_PARITY_EXPERTS = "parity-2026-11-29-h200-experts-vllm-0.33.0.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
+_H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
+_H200_DRAFTS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
@@ -37,6 +39,7 @@ _CPU_POOLING = (
 )
 _H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
 _H200_ENCODERS = "invariance-2026-11-29-h200-pooling-vllm-0.33.0.json"
+_H200_ENCODERS_COMPILED = "invariance-2026-11-29-h200-pooling-vllm-0.33.0-2.json"
 _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
 _NO_NPU = "checked without a device; nothing has run on an NPU"
 _NO_SEAM = "no patch point covers it yet"
@@ -185,11 +188,6 @@ def _joined(before: str, found: dict[str, Any], after: str = "") -> str:
 def _compiled(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:
     """`words` if `check` is true for the engine's model and vLLM compiles the model, else ""."""
     return _of_model(lambda model: check(model) and not getattr(model, "enforce_eager", False), words)
-
-
-def _lora_compiled(config: Any) -> str:
-    eager = getattr(config.model_config, "enforce_eager", False)
-    return "compiled LoRA" if config.lora_config is not None and not eager else ""
 
 
 def _norms_over_ranks(config: Any) -> str:
@@ -397,20 +395,14 @@ FEATURES: tuple[Feature, ...] = (
             refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33"),
             served(
                 _H200_LORA,
-                why="on linear layers, in eager mode; adapters of embeddings and heads are refused by name",
+                _H200_LORA_COMPILED,
+                why="on linear layers; adapters of embeddings and heads are refused by name",
             ),
         ),
         ascend=refused("its products split K by the number of rows"),
         asked=_given("lora_config", "LoRA"),
         details="Adapters of several ranks side by side, and more adapters than `max_loras`. A request without an "
         "adapter has the bits of an engine without LoRA. Each adapter needs a number (`lora_int_id`) of its own.",
-    ),
-    row(
-        "LoRA, compiled",
-        cpu=absent("vLLM runs LoRA in eager mode"),
-        cuda=(refused("as LoRA in eager mode", releases="<0.33"), untried("the evidence is of eager mode")),
-        ascend=refused("its products split K by the number of rows"),
-        asked=_lora_compiled,
     ),
     row(
         "speculative decoding with n-grams of the request (method ngram)",
@@ -432,7 +424,10 @@ FEATURES: tuple[Feature, ...] = (
         "speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)",
         short="speculative decoding with a draft model or EAGLE heads",
         cpu=refused(TRIAL),
-        cuda=(refused(_VERIFIED, releases="<0.33"), refused(TRIAL)),
+        cuda=(
+            refused(_VERIFIED, releases="<0.33"),
+            served(_H200_DRAFTS, why="on model runner V2, for a small Llama model, whose own weights make its drafts"),
+        ),
         ascend=refused(_VERIFIED),
         asked=_speculative(lambda s: _method(s) in _DRAFTING, "speculative decoding with a draft model or heads"),
         details="On equals off, as with n-grams: whatever the drafts are, the model's own rows decide.",
@@ -495,7 +490,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "pooling models, compiled",
         cpu=untried("one of the kinds was compared, with an engine in eager mode"),
-        cuda=untried("the evidence is of eager mode"),
+        cuda=served(_H200_ENCODERS_COMPILED, why="shapes of BERT large and ModernBERT base"),
         ascend=refused(_NO_SEAM, todo="Use a generating model"),
         asked=_compiled(lambda m: m.runner_type == "pooling", "compiled pooling models"),
     ),
@@ -504,7 +499,7 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(*_CPU_POOLING, why="tiny models of each kind, in bf16"),
         cuda=(
             refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),
-            served(_H200_ENCODERS, why="shapes of BERT large, XLM-R base and ModernBERT base, in bf16 and eager mode"),
+            served(_H200_ENCODERS, why="shapes of BERT large, XLM-R base and ModernBERT base, in bf16"),
         ),
         ascend=refused(_NO_SEAM, todo="Use a model with causal attention"),
         asked=_of_model(lambda m: getattr(m, "attn_type", "") == "encoder_only", "attention in both directions"),

@@ -98,7 +98,7 @@ FAULTS = (
         AXIS,
         vllm_shrink,
         (CUDA,),
-        op="lora_shrink",
+        op="vllm.lora_",  # the expand reads what the shrink wrote
         seam={"cuda": "lora.cuda_linear"},
     ),
     Fault(

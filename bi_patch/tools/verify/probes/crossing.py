@@ -8,6 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from packaging.version import Version
+
+from bi_patch.platforms.features import table
+from bi_patch.platforms.features.model import REFUSED, TITLES
 from bi_patch.tools.models import drafts
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.engine import PREEMPTIONS, Engine
@@ -158,10 +162,18 @@ def speculative(engine: Engine) -> list[Change]:
 
     lookup = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     found = [change("n-gram speculation", count, **lookup) for count in (1, 3, 8)]
-    if drafts.serves(engine.options.model) and engine.info.mode == "armed":
+    if drafts.serves(engine.options.model) and _takes_drafts(engine):
         for method, count in zip(drafts.METHODS, (2, 3, 4)):
             found.append(change(f"speculation by {method}", count, method=method, model=_drafts(engine, method)))
     return found
+
+
+def _takes_drafts(engine: Engine) -> bool:
+    """Whether bi_patch serves a draft model and heads on the engine's platform and release."""
+    release = Version(engine.info.vllm)
+    rows = (row for row in table.ROWS if row.short == "speculative decoding with a draft model or EAGLE heads")
+    known = engine.info.mode == "armed" and engine.info.platform in TITLES
+    return known and all(row.cell(engine.info.platform, release).state != REFUSED for row in rows)
 
 
 @functools.cache
