@@ -1,4 +1,4 @@
-"""Compares a trainer with a LoRA adapter of PEFT with an armed sampler on CPU, and its gradients with each other.
+"""Compares a trainer with a LoRA adapter of PEFT with an armed sampler, and its gradients with each other.
 
     PYTHONPATH=. python3 benchmarks/lora_parity.py [MODEL] [--dtype bfloat16] [--results FOLDER]
 
@@ -47,6 +47,8 @@ def main() -> int:
     from bi_patch.tools.models import recipes
 
     path, dtype = recipes.path(a.model), getattr(torch, a.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = {"gpu_memory_utilization": 0.25, "kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
     llm = LLM(
         path,
         dtype=a.dtype,
@@ -58,8 +60,9 @@ def main() -> int:
         max_lora_rank=16,
         max_loras=2,
         skip_tokenizer_init=True,
+        **on_gpu,
     )
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     torch.manual_seed(3)
     asked = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, lora_dropout=0.0)
     model = peft.get_peft_model(base, asked)
@@ -92,9 +95,9 @@ def main() -> int:
         )
         for what, part in (("with the adapter", answers[:6]), ("without an adapter", answers[6:])):
             for side in ("right", "left"):
-                batch = training.batch(part, params, side=side)
+                batch = training.batch(part, params, side=side, device=device)
                 with torch.no_grad():
-                    if part is answers[:6] or what == "with the adapter":
+                    if what == "with the adapter":
                         new = training.logprobs(model, batch)
                     else:
                         with model.disable_adapter():
@@ -105,13 +108,13 @@ def main() -> int:
         for cut in (6, 1):
             with training.gradients(model):
                 for at in range(0, 6, cut):
-                    held = training.batch(answers[at : at + cut], params[at : at + cut])
+                    held = training.batch(answers[at : at + cut], params[at : at + cut], device=device)
                     (training.logprobs(model, held)[held.sampled].sum() / 100).backward()
             grads.append({n: p.main_grad for n, p in model.named_parameters() if p.requires_grad})
         wrong = sum(bits.differing(grads[0][n], grads[1][n]) for n in grads[0])
         add(f"gradients of micro-batches of 6 and 1, step {step}", sum(g.numel() for g in grads[0].values()), wrong)
         model.zero_grad()
-        held = training.batch(answers[:6], params)
+        held = training.batch(answers[:6], params, device=device)
         (training.logprobs(model, held)[held.sampled].sum() / 100).backward()
         worst = max(
             float((p.grad.float() - grads[0][n]).norm() / p.grad.float().norm())
@@ -121,7 +124,7 @@ def main() -> int:
         add(f"gradients far from autograd's, step {step}", len(grads[0]), int(worst > 0.05), f"by up to {worst:.2g}")
         optimizer.step()
     with torch.no_grad():
-        batch = training.batch(answers[6:], params)
+        batch = training.batch(answers[6:], params, device=device)
         apart = training.compare(training.logprobs(model, batch), batch)
     if not apart.differing:
         add("the adapter changes nothing", 1, 1)
@@ -130,7 +133,7 @@ def main() -> int:
     import vllm
 
     info = types.SimpleNamespace(
-        device=recipes_device(), vllm=vllm.__version__, torch=str(torch.__version__), threads=torch.get_num_threads()
+        device=device_name(), vllm=vllm.__version__, torch=str(torch.__version__), threads=torch.get_num_threads()
     )
     made = evidence.new(Parity, info)
     made.rows = rows
@@ -139,10 +142,14 @@ def main() -> int:
     return int(any(row.differing for row in rows))
 
 
-def recipes_device() -> str:
-    from bi_patch.ops.cpu import machine
+def device_name() -> str:
+    import torch
 
-    return machine.kernels()["device"]
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    from bi_patch.tools.verify.engine import cpu_name
+
+    return f"{cpu_name()} ({os.cpu_count()} cores)"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """LoRA layers of PEFT: a linear layer whose adapter is added in the sampler's order.
 
-Covered are plain adapters of the linear layers that `COVERED` names, on CPU. The rest of PEFT is refused by name.
+Covered are plain adapters of the linear layers that `COVERED` names. The rest of PEFT is refused by name.
 """
 
 from __future__ import annotations
@@ -25,10 +25,6 @@ def forward(module: torch.nn.Module, name: str) -> Callable:
     if at not in COVERED:
         raise UnsupportedFeature(
             f"training.lora: {name} has an adapter, and the trainer covers adapters of {', '.join(COVERED)} only"
-        )
-    if module.weight.device.type != "cpu":
-        raise UnsupportedFeature(
-            "training.lora: the trainer has adapters on CPU only. On CUDA, merge the adapter, or train all weights"
         )
     for adapter in module.lora_A:
         _check(module, name, adapter)
@@ -70,6 +66,12 @@ def linear(self, x):
         return y
     pair = self.lora_A[adapter].weight, self.lora_B[adapter].weight
     return self._bi_patch.functions["lora"](y, x, *pair, self.scaling[adapter])
+
+
+def scaled(b: torch.Tensor, dtype: torch.dtype, scaling: float) -> torch.Tensor:
+    """b as vLLM keeps it: rounded to `dtype`, multiplied by the adapter's scaling, and rounded again."""
+    held = b.to(dtype)
+    return held if scaling == 1 else held * scaling
 
 
 def has(model: torch.nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from bi_patch.errors import BiPatchError, GradientsOpen, GradientsUnordered, UnsupportedFeature
 from bi_patch.training import devices, huggingface, ops
-from bi_patch.training.ops.lora import scaled
+from bi_patch.training.adapters import scaled
 
 _CALL = "bi_patch_call"  # the keyword argument that carries a call's spans and number to the layers
 
@@ -228,14 +228,17 @@ def _linear(made, state, x, weight, bias=None, parts=1):
 
 
 def _lora(made, state, y, x, a, b, scaling):
-    flat = x.reshape(-1, x.shape[-1])
-    low = _tapped(made, ops.linear(flat, a.detach()), flat, ((a, "layer", _product),))
-    found = ops.linear(low, scaled(b.detach(), x.dtype, scaling))
+    flat, of_a, of_b = x.reshape(-1, x.shape[-1]), a.detach(), b.detach()
+    found = ops.lora(y, x, of_a, of_b, scaling).view(-1, y.shape[-1])
+    turned = scaled(of_b, x.dtype, scaling).t().contiguous()
 
-    def rule(grad, x, chain):
-        _product(grad if scaling == 1 else grad * scaling, x, chain)
+    def into_a(grad, rows, chain):
+        _product(ops.linear(grad.to(x.dtype), turned).float(), rows, chain)
 
-    return y + _tapped(made, found, low, ((b, "layer", rule),)).view(y.shape)
+    def into_b(grad, rows, chain):
+        _product(grad * scaling, ops.linear(rows.to(x.dtype), of_a).float(), chain)
+
+    return _tapped(made, found, flat, ((a, "layer", into_a), (b, "layer", into_b))).view(y.shape)
 
 
 def _rms_norm(made, state, x, weight, eps, offset=0.0):

@@ -68,8 +68,10 @@ def plan(model: torch.nn.Module, family: Family, dtype: torch.dtype, parts: int)
         if module not in (model, model.base_model):
             _check_hooks(name, module)
         _check_parameters(name, module, dtype)
-        if forward is adapters.linear and parts > 1:
-            raise UnsupportedFeature(f"training.lora: {name} has an adapter, and the sampler's ranks share its layers")
+        if forward is adapters.linear:
+            devices.implementation(module.weight.device.type, "lora").cover(dtype)
+            if parts > 1:
+                raise UnsupportedFeature(f"training.lora: {name} has an adapter, and the sampler's ranks share its K")
         module_parts = parts if name.rpartition(".")[2] in ROW_PARALLEL else 1
         if module_parts > 1 and module.weight.shape[1] % parts:
             raise UnsupportedFeature(f"training.parallel: {parts} ranks cannot share the input of {name} equally")

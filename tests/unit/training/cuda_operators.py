@@ -18,6 +18,7 @@ from bi_patch.training.cuda import (  # noqa: E402
     gated,
     head,
     linear,
+    lora,
     norm,
     rope,
     vllm_kernels,
@@ -252,6 +253,19 @@ def choices(generator):
     report("experts not asked", "" if not any(t.numel() for t in rows[0][2:]) else "not empty")
 
 
+def adapters(generator):
+    y, x = (torch.randn(9, n, generator=generator).to(DTYPE) for n in (24, 300))
+    a, b = torch.randn(4, 300, generator=generator) * 0.05, torch.randn(24, 4, generator=generator)
+    out = lora.lora(y, x, a, b, 1.5)
+    want = y.double() + (x.double() @ a.to(DTYPE).double().t()) @ (b.double() * 1.5).t()
+    close("adapter", out, want)
+    alone = torch.cat([lora.lora(y[i : i + 1], x[i : i + 1], a, b, 1.5) for i in range(9)])
+    report("adapter alone", "" if not bits.differing(alone, out) else "other bits")
+    wide = [torch.cat((part, part.new_zeros(size))) for part, size in ((a, (12, 300)), (b.t(), (12, 24)))]
+    padded = lora.lora(y, x, wide[0], wide[1].t(), 1.5)
+    report("adapter of more ranks", "" if not bits.differing(padded, out) else "other bits")
+
+
 def heads(generator):
     head.CHUNK = 4
     x, w = (torch.randn(n, 32, generator=generator).to(DTYPE) for n in (9, 50))
@@ -287,4 +301,5 @@ if __name__ == "__main__":
     attentions(generator, 64, True, 4, 3.0)
     others(generator)
     choices(generator)
+    adapters(generator)
     heads(generator)
