@@ -46,7 +46,7 @@ def main() -> int:
     from bi_patch.tools.evidence import InvarianceRow, Parity
     from bi_patch.tools.models import recipes
 
-    path, dtype = recipes.path(a.model), getattr(torch, a.dtype)
+    path, dtype = str(recipes.path(a.model)), getattr(torch, a.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = {"gpu_memory_utilization": 0.25, "kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
     llm = LLM(
