@@ -15,6 +15,8 @@ _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
+_CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
+_CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
 _CPU_PARITY = "parity-2026-11-28-cpu-vllm-0.32.0.json"
 _H200_PARITY = "parity-2026-11-28-h200-vllm-0.33.0.json"
 _H200_PARITY_SHAPES = "parity-2026-11-29-h200-trainer-vllm-0.33.0.json"
@@ -245,7 +247,9 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "weight updates",
         short="weight updates",
-        cpu=served(_CPU_WEIGHTS, why="by reload_weights and model.load_weights"),
+        cpu=served(
+            _CPU_WEIGHTS, _CPU_WEIGHTS_MORE, why="by reload_weights and model.load_weights; also of a model with MLA"
+        ),
         cuda=untried(
             "in eager mode on vLLM 0.26.0, 0 of 800 positions differ on an H200 "
             "(invariance-2026-11-28-h200-weights-vllm-0.26.0.json)"
@@ -270,7 +274,11 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "a trainer on Hugging Face transformers with the sampler's bits",
         short="a trainer with the sampler's bits",
-        cpu=served(_CPU_PARITY, why="dense models: two tiny models and SmolLM2-135M"),
+        cpu=served(
+            _CPU_PARITY,
+            _CPU_PARITY_EXPERTS,
+            why="two tiny models and SmolLM2-135M without experts, and a tiny Qwen3-MoE",
+        ),
         cuda=served(
             _H200_PARITY,
             _H200_PARITY_SHAPES,
