@@ -47,8 +47,8 @@ def one(a: argparse.Namespace) -> None:
 
     micro, seats = SIZES[a.run]
     options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64} | run.shared()
-    # Without a look at free memory: two runs may share a card.
-    options |= {"kv_cache_memory_bytes": 4 << 30}
+    if run.shared():  # a GPU: without a look at free memory, since two runs may share a card
+        options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
     system = local(a.model, levels.QUICK, dtype="bfloat16", eager=False, engine_args=options)
     plan = Plan(steps=a.steps, micro=(micro,), seats=(seats,))  # one run
     with system.start(system.options, kind=ParityEngine) as engine:

@@ -58,16 +58,16 @@ NAMES = tuple(line.name for line in LINES)
 class Plan(msgspec.Struct, frozen=True):
     """The sizes of a run.
 
-    steps: GRPO steps of each of two runs. micro: sequences in a micro-batch of the first and of the second run. seats:
-    the most requests that the sampler runs together in the first and in the second run. group: answers to one prompt.
+    steps: GRPO steps of each run. micro: sequences in a micro-batch, for each run; the line `GRPO rerun` needs two.
+    seats: the most requests that the sampler runs together, for each run. group: answers to one prompt.
     tokens: tokens in an answer. temperature, top_k, top_p: of the sampler in GRPO; other values than 1, 0 and 1 compare
     processed logprobs. updates: weight updates. cuts: micro-batches whose gradients are compared, as lists of sizes.
     rate: the learning rate. fault: the planted fault, "" for none.
     """
 
     steps: int = 6
-    micro: tuple[int, int] = (24, 5)
-    seats: tuple[int, int] = (64, 7)
+    micro: tuple[int, ...] = (24, 5)
+    seats: tuple[int, ...] = (64, 7)
     group: int = 6
     tokens: int = 24
     temperature: float = 1.0

@@ -97,3 +97,8 @@ class Broken:
 def test_a_process_that_does_not_start_ends_with_2_and_the_reason():
     found = measure(Broken(), Plan())
     assert found.exit_code == 2 and "no engine here" in " ".join(found.verdict)
+
+
+def test_a_plan_of_one_run_reaches_the_child():
+    plan = Plan(steps=200, micro=(24,), seats=(64,))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=Plan) == plan
