@@ -3,8 +3,8 @@
     PYTHONPATH=. python3 benchmarks/hopper/quantized.py verify [SCHEME ...] [--layers 4] [--results FOLDER]
     PYTHONPATH=. python3 benchmarks/hopper/quantized.py cost [SCHEME ...] [--layers 8] [--results FOLDER]
 
-SCHEME is a name of schemes.py. `verify` runs `bi-patch verify` of all schemes beside each other. `cost` starts a stock
-and an armed engine for each scheme, all at once, and measures them in turns (turns.py).
+SCHEME is a name of schemes.py. `verify` runs `bi-patch verify` of all schemes beside each other. `cost` starts an
+engine of each of --modes for each scheme, all at once, and measures them in turns (turns.py).
 """
 
 import argparse
@@ -95,7 +95,8 @@ class Child(turns.Child):
 
 
 def cost(a: argparse.Namespace) -> int:
-    pairs = {s: [Child(a, s, mode, 2 * len(a.schemes)) for mode in turns.MODES] for s in a.schemes}
+    modes = a.modes.split(",")
+    pairs = {s: [Child(a, s, mode, len(modes) * len(a.schemes)) for mode in modes] for s in a.schemes}
     outs = []
     try:
         for scheme, children in pairs.items():
@@ -117,7 +118,7 @@ def cost(a: argparse.Namespace) -> int:
         for children in pairs.values():
             for child in children:
                 child.process.kill()
-    return len(outs) != 2 * len(a.schemes)
+    return len(outs) != len(modes) * len(a.schemes)
 
 
 def main() -> None:
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--axes", default="", help="comma-separated axes of verify")
     parser.add_argument("--share", type=float, help="verify one scheme in this process, with this share of the memory")
     parser.add_argument("--memory", type=float, default=0.9, help="the share of the GPU's memory for all engines")
+    parser.add_argument("--modes", default=",".join(turns.MODES), help="of cost: stock, armed, upstream")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="1 x 512/128,8 x 1024/128,64 x 512/128", help="comma-separated workloads")
     a = parser.parse_args()

@@ -16,14 +16,49 @@ _CHANNEL = {
         }
     },
 }
+_EIGHT = {"num_bits": 8, "type": "int", "symmetric": True}
+_INT8 = _CHANNEL | {
+    "format": "int-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": _EIGHT | {"strategy": "channel", "dynamic": False},
+            "input_activations": _EIGHT | {"strategy": "token", "dynamic": True},
+        }
+    },
+}
+_STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 _BLOCK = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+_AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False}
+
+
+def _packed(bits: int, group: int | None) -> dict:
+    """Weights alone in compressed-tensors: groups of a size, or None for one scale a row."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
+    weights |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+
 
 # By the scheme's name: the model's shape, and the checkpoint's quantization_config, None if vLLM quantizes by itself.
 SCHEMES: dict[str, tuple[str, dict | None]] = {
     "FP8 while loading": ("Qwen3-8B", None),
     "FP8 channel": ("Qwen3-8B", _CHANNEL),
+    "FP8 static": ("Qwen3-8B", _STATIC),
     "FP8 block": ("Qwen3-8B", _BLOCK),
+    "FP8 KV cache": ("Qwen3-8B", None),
     "FP8 block experts": ("Qwen3-30B-A3B", _BLOCK),
+    "INT8": ("Qwen3-8B", _INT8),
+    "AWQ": ("Qwen3-8B", _AWQ),
+    "GPTQ": ("Qwen3-8B", _GPTQ),
+    "W4A16": ("Qwen3-8B", _packed(4, 64)),
+    "W8A16": ("Qwen3-8B", _packed(8, None)),
 }
 
 
@@ -43,4 +78,6 @@ def config(scheme: str, layers: int) -> dict[str, object]:
 
 def arguments(scheme: str) -> dict[str, object]:
     """Arguments of vllm.LLM for the scheme."""
+    if scheme == "FP8 KV cache":
+        return {"kv_cache_dtype": "fp8"}
     return {"quantization": "fp8"} if SCHEMES[scheme][1] is None else {}

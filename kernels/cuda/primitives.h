@@ -61,6 +61,24 @@ DEVICE u32 round_pair(float low, float high) {
   return pair;
 }
 
+// a * b + c of two pairs, each element rounded once.
+DEVICE u32 fuse_pairs(u32 a, u32 b, u32 c) {
+  u32 pair;
+  asm("fma.rn." INPUT "x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+}
+
+// A 16-bit element as fp32. BRAIN: whether it is bf16.
+DEVICE float widen(u16 half) {
+  float value;
+#if BRAIN
+  value = __uint_as_float(static_cast<u32>(half) << 16);
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+#endif
+  return value;
+}
+
 DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
 
 // Stops the compiler from computing x again at each use.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Certificate
-from bi_patch.ops.cuda import attention, chunks, linear, machine, moe, prompts, rows, scaled_linear
+from bi_patch.ops.cuda import attention, chunks, linear, machine, moe, packed_linear, prompts, rows, scaled_linear
 from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.ops.row_checks import RowCheck
 
@@ -41,7 +41,7 @@ def begin(checks: Callable[[], Iterable[RowCheck]], library: str, cache: Path) -
 
 
 def certify(
-    linears: Iterable[linear.Problem | scaled_linear.Problem],
+    linears: Iterable[linear.Problem | scaled_linear.Problem | packed_linear.Problem],
     experts: Iterable[tuple[moe.Problem, moe.Kernel]],
     decoders: Iterable[tuple[attention.Problem, attention.Prefill]],
     attentions: Iterable[tuple[chunks.Problem, chunks.Prepare] | tuple[prompts.Problem, prompts.Attend]],
@@ -67,7 +67,7 @@ def certify(
         with certificates.clock("compile"), torch.inference_mode():
             _compile(linears, experts, attentions, checks, max_rows, library, cache, ahead or Ahead())
         made: list[Certificate | None] = []
-        for module in (linear, scaled_linear):
+        for module in (linear, scaled_linear, packed_linear):
             made += module.certify(_of(module, linears), max_rows, cache)
         for problem, kernel in experts:
             made.append(moe.certify(problem, kernel, max_rows, library, cache))
@@ -86,7 +86,7 @@ def _compile(linears, experts, attentions, checks, max_rows, library, cache, ahe
     """Rehearse every certificate that `certify` will make, and wait until its kernels are compiled."""
     for problem, kernel in dict(experts).items():
         _try(lambda p=problem, k=kernel: moe.rehearse(p, k, max_rows, library, cache, ahead))
-    for module in (linear, scaled_linear):
+    for module in (linear, scaled_linear, packed_linear):
         for problem in dict.fromkeys(_of(module, linears)):
             _try(lambda p=problem, m=module: m.rehearse(p, max_rows, cache, ahead))
     for problem, run in attentions:

@@ -103,9 +103,17 @@ def _transfer(to_host: bool) -> Callable[[Any], str]:
     return asked
 
 
+_EIGHTH_CACHES = ("fp8", "fp8_e4m3")
+
+
 def _quantized_cache(config: Any) -> str:
     kind = getattr(config.cache_config, "cache_dtype", "auto")
-    return "" if kind in _CACHES["cpu"] else f"a {kind!r} KV cache"
+    return "" if kind in (*_CACHES["cpu"], *_EIGHTH_CACHES) else f"a {kind!r} KV cache"
+
+
+def _eighth_cache(config: Any) -> str:
+    kind = getattr(config.cache_config, "cache_dtype", "auto")
+    return f"a {kind!r} KV cache" if kind in _EIGHTH_CACHES else ""
 
 
 def _fp32_cache(config: Any) -> str:
@@ -571,7 +579,18 @@ FEATURES: tuple[Feature, ...] = (
         ),
     ),
     row(
-        "quantized KV cache",
+        "FP8 KV cache (e4m3, scales of the checkpoint, or 1)",
+        **_everywhere("bi_patch has no certificate for its attention", "Use --kv-cache-dtype auto")
+        | {
+            "cuda": (
+                refused("no run of an engine has shown its bits", todo="Use --kv-cache-dtype auto", releases=">=0.33"),
+                refused("bi_patch has no certificate for its attention", todo="Use --kv-cache-dtype auto"),
+            )
+        },
+        asked=_eighth_cache,
+    ),
+    row(
+        "other quantized KV caches",
         **_everywhere("bi_patch has no certificate for its attention", "Use --kv-cache-dtype auto"),
         asked=_quantized_cache,
     ),

@@ -126,6 +126,8 @@ def _refuse_layer(layer, arguments) -> None:
             reason = f"no test showed that FlashAttention 3 is batch-invariant for heads of {layer.head_size} elements"
     elif layer.head_size == 256 and _tunes_large_heads():
         reason, cure = f"on this GPU, {name} tiles heads of 256 elements by the query's length", "another GPU"
+    if getattr(layer, "kv_cache_dtype", "auto").startswith("fp8") and name != _FLASH and not reason:
+        reason, cure = f"no test covers an FP8 KV cache on {name}", "--kv-cache-dtype auto"
     if reason:
         raise UnsupportedFeature(f"attention.cuda_backend: {reason}. Use {cure}, or set BI_PATCH=0")
 
@@ -173,7 +175,8 @@ def decoders(config):
 
     for layer in config.compilation_config.static_forward_context.values():
         decodes = getattr(layer, "attn_type", "decoder") == "decoder"
-        if isinstance(layer, Attention) and decodes and layer.attn_backend.get_name() == _FLASH:
+        eighth = getattr(layer, "kv_cache_dtype", "auto").startswith("fp8")
+        if isinstance(layer, Attention) and decodes and not eighth and layer.attn_backend.get_name() == _FLASH:
             yield Problem(layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype), prefill
 
 

@@ -55,6 +55,7 @@ def _problem(layer, page: int) -> Problem | prompts.Problem:
     extras = {
         "sinks": getattr(impl, "sinks", None) is not None,
         "alibi": getattr(impl, "alibi_slopes", None) is not None,
+        "e4m3 KV": is_eighth(layer),
         "sqrt": bool(getattr(impl, "use_alibi_sqrt", False)),
         f"softcap={getattr(impl, 'logits_soft_cap', 0)}": bool(getattr(impl, "logits_soft_cap", 0)),
         f"lookback={getattr(impl, 'chunk_lookback', -1)}": getattr(impl, "chunk_lookback", -1) != -1,
@@ -97,6 +98,11 @@ def _encode(layer, problem: prompts.Problem, q, k, v, lengths):
     return out
 
 
+def is_eighth(layer) -> bool:
+    """Whether a layer keeps keys and values as 8-bit floats."""
+    return getattr(layer, "kv_cache_dtype", "auto").startswith("fp8")
+
+
 def _prepare(layer, problem: Problem, q, k, v):
     """Write k and v of a prompt into a cache as vLLM does, and return how to compute rows of the prompt."""
     import torch
@@ -109,7 +115,9 @@ def _prepare(layer, problem: Problem, q, k, v):
     cache = _cache(layer, problem, count, device)
     at = torch.arange(tokens, device=device)
     layer.impl.do_kv_cache_update(layer, k, v, cache, order[at // problem.page] * problem.page + at % problem.page)
-    bundled = attention.serves(attention.Problem(problem.heads, problem.key_heads, problem.head_size, problem.dtype))
+    kind = attention.Problem(problem.heads, problem.key_heads, problem.head_size, problem.dtype)
+    bundled = attention.serves(kind) and not is_eighth(layer)
+    round_query = getattr(layer, "query_quant", None)
 
     def ints(values):
         return torch.tensor(values, dtype=torch.int32, device=device)
@@ -135,6 +143,8 @@ def _prepare(layer, problem: Problem, q, k, v):
             causal=True,
             max_num_splits=1,
         )
+        if round_query is not None:  # as Attention.forward
+            query = round_query(query.flatten(1), layer._q_scale)[0].view(query.shape)
         layer.impl.forward(layer, query, k[rows], v[rows], cache, known, out)
         return out
 
@@ -152,5 +162,6 @@ def _cache(layer, problem: Problem, pages: int, device):
     else:  # pages, heads, tokens, a key and a value; in memory, tokens come before heads
         shape = (pages, problem.key_heads, problem.page, 2 * problem.head_size)
         order = (0, 2, 1, 3)
-    laid_out = torch.zeros([shape[i] for i in order], dtype=problem.dtype, device=device)
+    dtype = layer.kv_cache_torch_dtype if is_eighth(layer) else problem.dtype
+    laid_out = torch.zeros([shape[i] for i in order], dtype=dtype, device=device)
     return laid_out.permute([order.index(i) for i in range(len(shape))])

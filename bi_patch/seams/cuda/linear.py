@@ -48,7 +48,8 @@ def _load(original):
         from bi_patch.ops.cuda import certify, lora
         from bi_patch.seams import pooling as poolers
         from bi_patch.seams import weights
-        from bi_patch.seams.cuda import attention, chunks, moe, norm, pooling, rows, scaled_linear
+        from bi_patch.seams.cuda import attention, chunks, moe, norm, packed_linear, pooling, quantized, rows
+        from bi_patch.seams.cuda import scaled_linear as scaled
 
         config = self.vllm_config
         if getattr(config, "lora_config", None) is not None:
@@ -64,11 +65,12 @@ def _load(original):
         norm.replace_layer_norms(model)
         pooling.prepare(model, config)
         held = (poolers.no_update, poolers.no_update)
-        hooks = held if poolers.is_pooling(config) else (_before_update(config), scaled_linear.refuse_update)
+        hooks = held if poolers.is_pooling(config) else (_before_update(config), quantized.refuse_update)
         weights.watch_model(model, *hooks, lambda model: weights.refuse_with_lora(config))
+        quantized.check(model)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
             certify.certify(
-                [*_problems(model), *scaled_linear.problems(model)],
+                [*_problems(model), *scaled.problems(model), *packed_linear.problems(model)],
                 moe.experts(model),
                 attention.decoders(config),
                 chunks.layers(config),
@@ -86,11 +88,11 @@ def _load(original):
 def _before_update(config):
     """A function that refuses new weights of a quantized model, and of an engine with LoRA."""
     from bi_patch.seams import weights
-    from bi_patch.seams.cuda import scaled_linear
+    from bi_patch.seams.cuda import quantized
 
     def before(model):
         weights.refuse_with_lora(config)
-        scaled_linear.refuse_update(model)
+        quantized.refuse_update(model)
 
     return before
 

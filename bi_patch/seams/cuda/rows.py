@@ -5,12 +5,13 @@ import itertools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.row_checks import FEW, ROWS, RowCheck
-from bi_patch.seams.cuda import scaled_linear
+from bi_patch.seams.cuda import quantized, scaled_linear
 from bi_patch.seams.naming import dotted
 
 
 def checks(model, dtype, vocab: int):
-    """A RowCheck for each distinct norm, activation, rotary embedding and router of a model, and for sampling.
+    """A RowCheck for each distinct norm, activation, rotary embedding, router and INT8 linear of a model, and for
+    sampling.
 
     dtype: of the model's rows. vocab: the number of logits of a row, 0 for a model that samples nothing. Raises
     UnsupportedFeature, with the layer's class, for a norm whose size is unknown. A function that is not a module, e.g.
@@ -18,7 +19,7 @@ def checks(model, dtype, vocab: int):
     """
     seen = set()
     sampled = of_sampling(vocab) if vocab else ()
-    for check in itertools.chain(_of_layers(model, dtype), _quantizers(model, dtype), sampled):
+    for check in itertools.chain(_of_layers(model, dtype), _quantizers(model, dtype), _int8(model, dtype), sampled):
         if (check.operation, check.problem) not in seen:
             seen.add((check.operation, check.problem))
             yield check
@@ -36,6 +37,21 @@ def _quantizers(model, dtype):
     for form, k, run in scaled_linear.quantizers(model):
         name = f"e4m3 {form} {str(dtype).removeprefix('torch.')}"
         yield RowCheck("cuda.quantization", name, ROWS, _random(dtype, k), run)
+
+
+def _int8(model, dtype):
+    """INT8 linears run on vLLM's own kernel: sums of integers are exact, whatever their order. The certificate shows
+    that scales belong to a row, and that the kernels for all numbers of rows round alike."""
+    for _, layer, kernel in quantized.layers(model, (quantized.INT8,)):
+        weight, *_ = kernel._get_layer_params(layer)
+        bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
+        form = "static" if kernel.config.is_static_input_scheme else "by row"
+        name = f"int8 {form} K={weight.shape[0]} N={weight.shape[1]}{'' if bias is None else ' bias'} {dtype}"
+
+        def run(x, held=(kernel, layer, bias)):
+            return (held[0].apply_weights(held[1], x, held[2]),)
+
+        yield RowCheck("cuda.int8_linear", name.replace("torch.", ""), ROWS, _random(dtype, weight.shape[0]), run)
 
 
 def _name(layer, *sizes, dtype) -> str:

@@ -4,6 +4,7 @@ import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import library
+from bi_patch.seams.cuda import quantized
 from bi_patch.seams.model import Policy, Seam, Target, Variable
 
 _GROUP = 128
@@ -76,12 +77,12 @@ _KERNELS = {
 
 
 def problems(model):
-    """A Problem for every linear layer of a model with 8-bit floats. Raises UnsupportedFeature for a kernel without a
-    route, and for a quantized layer that bi_patch does not know."""
+    """A Problem for every linear layer of a model with 8-bit floats. Raises UnsupportedFeature for blocks of another
+    size than 128 x 128."""
     from bi_patch.ops.cuda.scaled_linear import Problem, hand
 
     hand(None)
-    for name, layer, kernel in _layers(model):
+    for name, layer, kernel in quantized.layers(model, _KERNELS):
         if type(kernel).__name__ == "DeepGemmFp8BlockScaledMMKernel":
             hand(_deep_gemm())
         group = _KERNELS[type(kernel).__name__]
@@ -123,43 +124,9 @@ def _check_blocks(name, kernel) -> None:
         )
 
 
-def _layers(model):
-    """(name, layer, vLLM's kernel) of every linear layer that is not unquantized."""
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-
-    for name, layer in model.named_modules():
-        method = getattr(layer, "quant_method", None)
-        if not isinstance(layer, LinearBase) or method is None or isinstance(method, UnquantizedLinearMethod):
-            continue
-        held = [getattr(owner, "fp8_linear", None) for owner in (method, getattr(layer, "scheme", None))]
-        kernel = next((kernel for kernel in held if kernel is not None), None)
-        if type(kernel).__name__ not in _KERNELS:
-            found = type(method if kernel is None else kernel).__name__
-            raise UnsupportedFeature(
-                f"linear.cuda_quantized: {name} runs on {found}, and bi_patch has no certified order for it. Leave out "
-                "--linear-backend, use another checkpoint, or set BI_PATCH=0"
-            )
-        yield name, layer, kernel
-
-
-def refuse_update(model) -> None:
-    """Raise UnsupportedFeature if a model with quantized layers gets new weights."""
-    quantized = next((layer for layer in model.modules() if _is_quantized(layer)), None)
-    if quantized is not None:
-        raise UnsupportedFeature(
-            f"linear.cuda_update: no evidence covers new weights in a quantized {type(quantized).__name__}. Start a "
-            "new engine with the new weights"
-        )
-
-
-def _is_quantized(layer) -> bool:
-    held = (getattr(layer, name, None) for name in ("weight", "w13_weight"))
-    return any(weight is not None and weight.element_size() == 1 for weight in held)
-
-
 def quantizers(model):
     """Of each layer with 8-bit floats: its form in words, K, and how it quantizes: x [M, K] -> (rows, scales)."""
-    for _, layer, kernel in _layers(model):
+    for _, layer, kernel in quantized.layers(model, _KERNELS):
         group, quantize = _KERNELS[type(kernel).__name__], kernel.quant_fp8
         k = layer.weight.shape[1 if group else 0]
         scale = getattr(layer, "input_scale", None)
@@ -170,8 +137,9 @@ def quantizers(model):
 
 def _custom_op(config) -> None:
     """Quantize rows by vLLM's own kernel in compiled code, too, and fuse it into no other kernel."""
-    model = config.model_config
-    if model is None or getattr(model, "quantization", None) is None:
+    model, cache = config.model_config, getattr(config, "cache_config", None)
+    eighth = str(getattr(cache, "cache_dtype", "auto")).startswith("fp8")
+    if model is None or getattr(model, "quantization", None) is None and not eighth:
         return
     held = config.compilation_config.custom_ops
     if "-quant_fp8" in held:

@@ -38,14 +38,28 @@ def _convolution(module: torch.nn.Module) -> bool:
 
 
 def quantized(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module, str]]:
-    """Every quantized linear that has a route on CPU: (path, layer, its scheme in words, e.g. "W4A8 groups of 128")."""
+    """Every quantized linear with a route on CPU, or with packed weights on CUDA: (path, layer, its scheme in words,
+    e.g. "W4A8 groups of 128")."""
     if engine.info.platform != "cpu":
+        for name, module in model(engine).named_modules():
+            kernel = packed_kernel(module)
+            if kernel is not None:
+                yield name, module, f"W{kernel.config.weight_type.size_bits}A16 groups of {kernel.bi_patch_group}"
         return
     from bi_patch.ops.cpu import quantized as routes
 
     for name, module in model(engine).named_modules():
         if routes.has_route(module):
             yield name, module, routes.scheme(module)
+
+
+def packed_kernel(module: torch.nn.Module):
+    """vLLM's kernel object of a linear whose weights bi_patch packed on CUDA, else None."""
+    for owner in (getattr(module, "quant_method", None), getattr(module, "scheme", None)):
+        kernel = getattr(owner, "kernel", None)
+        if hasattr(kernel, "bi_patch_group"):
+            return kernel
+    return None
 
 
 def norms(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -155,7 +155,9 @@ def _quantized(layer, w, scheme: str, dtype, m: int, scale: float | None = None)
     """
     import torch
 
-    x = torch.randn(m, w.shape[1], generator=torch.Generator().manual_seed(m)).to(dtype)
+    device = next(layer.parameters()).device
+    w = w.to(device)
+    x = torch.randn(m, w.shape[1], generator=torch.Generator().manual_seed(m)).to(dtype).to(device)
     rounds = "A8" in scheme
     step = x.double().abs().amax(-1, keepdim=True) / 127 if scale is None else scale
     if rounds:

@@ -104,8 +104,15 @@ def _step(layer) -> float:
     if not size:
         return 0.0
     integers = [p for name, p in layer.named_parameters() if not p.is_floating_point() and p.ndim >= 2]
-    spread = {1: 73.0, 4: 4.6}.get(integers[0].element_size(), 0.0) if integers else 0.0  # of int8, of 4-bit integers
+    bits = {1: 8, 4: _packed_bits(layer)}.get(integers[0].element_size(), 0) if integers else 0
+    spread = {8: 73.0, 4: 4.6}.get(bits, 0.0)
     return size**-0.5 / spread if spread else 0.0
+
+
+def _packed_bits(layer) -> int:
+    """The bits of integers that a layer packs into words of 32."""
+    scheme = getattr(getattr(layer, "scheme", None), "num_bits", None)
+    return scheme or getattr(getattr(layer.quant_method, "quant_config", None), "weight_bits", None) or 4
 
 
 def _scaled(named, name: str):

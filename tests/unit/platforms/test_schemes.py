@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from packaging.version import Version
 
-from bi_patch.platforms import schemes
+from bi_patch.platforms import releases, schemes
 from bi_patch.platforms.features import quantization
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
@@ -146,3 +147,37 @@ def test_a_scheme_says_what_it_is():
     assert str(scheme) == "compressed-tensors int8, scales per channel, int8 activations per token"
     (scheme,) = schemes.of(config({"quant_method": "awq"}))
     assert "cannot be read" in str(scheme)
+
+
+# The methods of vLLM that a row of their own may serve. All others are refused, as is one that nobody knows yet.
+_SERVED = {"awq", "awq_marlin", "auto_awq", "gptq", "gptq_marlin", "auto_gptq", "fp8", "compressed-tensors"}
+# Methods that older releases had.
+_FORMER = {"gguf", "bitsandbytes", "ptpc_fp8", "petit_nvfp4", "a method of tomorrow"}
+
+
+def _methods():
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    return set(QUANTIZATION_METHODS) | _FORMER
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "ascend"])
+def test_every_method_of_vllms_registry_is_refused_unless_a_row_serves_it(platform):
+    methods = _methods()
+    assert methods >= _SERVED  # a name that vLLM dropped has no row left to keep
+    for method in methods - _SERVED:
+        for held in ({"quant_method": method}, {"quant_method": method, **AWQ_LIKE}, None):
+            made = config(held, method)
+            asked = [row for row in quantization.QUANTIZATION if row.asked(made)]
+            for release in map(Version, releases.BY_PLATFORM[platform]):
+                states = {row.cell(platform, release).state for row in asked}
+                assert "refused" in states, f"{method} with {held} would start on {platform}, vLLM {release}"
+
+
+@pytest.mark.parametrize("method", sorted(_SERVED))
+def test_a_method_without_a_description_is_refused_except_fp8(method):
+    made = rows(None, method)
+    assert made == (["FP8 made while loading (--quantization fp8)"] if method == "fp8" else ["other quantized weights"])
+
+
+AWQ_LIKE = {"bits": 4, "group_size": 128, "zero_point": True, "sym": True, "desc_act": False}

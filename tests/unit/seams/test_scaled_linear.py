@@ -8,7 +8,7 @@ import torch
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.cuda.scaled_linear import Problem
-from bi_patch.seams.cuda import rows, scaled_linear
+from bi_patch.seams.cuda import quantized, rows, scaled_linear
 
 EIGHTH = torch.float8_e4m3fn
 
@@ -89,6 +89,7 @@ def test_every_layer_has_a_problem_and_a_quantizer():
 def test_another_kernel_is_refused_by_name(held, said):
     model = torch.nn.ModuleList([LinearBase(256, 128, held, transposed=False)])
     with pytest.raises(UnsupportedFeature, match=said):
+        quantized.check(model)
         list(scaled_linear.problems(model))
 
 
@@ -144,6 +145,6 @@ def test_code_of_the_compiler_does_not_quantize():
 
 
 def test_new_weights_of_a_quantized_model_are_refused_by_name():
-    scaled_linear.refuse_update(torch.nn.Linear(4, 4))
+    quantized.refuse_update(torch.nn.Linear(4, 4))
     with pytest.raises(UnsupportedFeature, match="linear.cuda_update: .* quantized LinearBase"):
-        scaled_linear.refuse_update(torch.nn.ModuleList([torch.nn.Linear(4, 4), LinearBase(8, 16, None)]))
+        quantized.refuse_update(torch.nn.ModuleList([torch.nn.Linear(4, 4), LinearBase(8, 16, None)]))

@@ -186,6 +186,15 @@ DEVICE float widen_bf16(u32 half) {
 
 DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 
+DEVICE float widen(u16 half) { return widen_bf16(half); }
+
+// Exact if the product has at most 24 bits.
+DEVICE u32 fuse_pairs(u32 a, u32 b, u32 c) {
+  float value[2];
+  for (int i = 0; i < 2; ++i) value[i] = fmaf(widen_bf16(a >> 16 * i), widen_bf16(b >> 16 * i), widen_bf16(c >> 16 * i));
+  return round_pair(value[0], value[1]);
+}
+
 DEVICE void copy_16(void* to, const void* from, bool wanted) {
   memset(to, 0xff, 16);  // NaN until a thread waits for the group: a read of the old values shows
   open_group.push_back({to, from, wanted});

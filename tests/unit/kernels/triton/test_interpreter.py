@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 AREAS = (
     "gemm",
     "scaled gemm",
+    "packed gemm",
     "norm",
     "layer norm",
     "rope",

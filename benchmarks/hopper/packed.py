@@ -1,0 +1,181 @@
+"""Times and compares products with packed weights of 4 bits on one GPU: Marlin's, Machete's and the bundled kernel's.
+
+    PYTHONPATH=. python3 benchmarks/hopper/packed.py OUT.json [--only SHAPE,...] [--schedules]
+
+Each measurement is one line of the JSON file: kernel, shape, M, microseconds per call, and how many outputs differ from
+the bundled GEMM of the dequantized weights. --schedules measures each schedule of Machete, too. Times: see gemm.py.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("VLLM_BATCH_INVARIANT", "0")
+os.environ["BI_PATCH"] = "0"
+
+import torch  # noqa: E402
+
+from bi_patch.kernels.cuda import packed as four  # noqa: E402
+from bi_patch.kernels.packing import pack  # noqa: E402
+from bi_patch.kernels.triton import gemm as bf16  # noqa: E402
+from bi_patch.ops import bits  # noqa: E402
+from bi_patch.ops.cuda import machine, timing  # noqa: E402
+
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+ROWS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+
+
+def make(n, k, zeros=False, bits_=4, group=128):
+    g = torch.Generator("cuda").manual_seed(n + k)
+    q = torch.randint(0, 2**bits_, (n, k), generator=g, device="cuda", dtype=torch.uint8)
+    scale = (torch.rand((n, k // group), generator=g, device="cuda") * 0.01 + 0.002).bfloat16()
+    zero = torch.randint(0, 2**bits_, (n, k // group), generator=g, device="cuda", dtype=torch.uint8) if zeros else None
+    return q, scale, zero
+
+
+def words(q, bits_=4):
+    """GPTQ's form [K * bits / 32, N] int32."""
+    per = 32 // bits_
+    held = q.T.contiguous().view(q.shape[1] // per, per, q.shape[0]).to(torch.int64)
+    total = torch.zeros_like(held[:, 0])
+    for i in range(per):
+        total |= held[:, i] << (bits_ * i)
+    return total.where(total < 2**31, total - 2**32).to(torch.int32)
+
+
+lines, started = [], time.perf_counter()
+
+
+def tell(out, **row):
+    lines.append(row)
+    Path(out).write_text(
+        json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": lines})
+    )
+
+
+def vendors(q, scale, zero, bits_=4, group=128):
+    """(name, run(x)) of vLLM's Machete and Marlin."""
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.quantization.utils import marlin_utils as mu
+    from vllm.scalar_type import scalar_types as st
+
+    n, k = q.shape
+    packed = words(q, bits_)
+    kind = {(4, False): st.uint4b8, (4, True): st.uint4, (8, False): st.uint8b128, (8, True): st.uint8}
+    kind = kind[bits_, zero is not None]
+    s = scale.T.contiguous()
+    found = []
+    try:
+        mw = ops.machete_prepack_B(packed.t().contiguous().t(), torch.bfloat16, kind, torch.bfloat16)
+        mz = None if zero is None else (-1.0 * s * zero.T.to(s.dtype)).contiguous()
+        found.append(
+            (
+                "machete",
+                lambda x, w, schedule=None: ops.machete_mm(
+                    a=x, b_q=w, b_type=kind, b_group_zeros=mz, b_group_scales=s, b_group_size=group, schedule=schedule
+                ),
+                mw,
+            )
+        )
+    except Exception as error:
+        print("machete", repr(error)[:300], flush=True)
+    try:
+        w = ops.gptq_marlin_repack(packed, size_k=k, size_n=n, num_bits=bits_)
+        ms = mu.marlin_permute_scales(s.clone(), size_k=k, size_n=n, group_size=group)
+        if zero is None:
+            z = mu.marlin_make_empty(torch.device("cuda"))
+        else:
+            z = mu.marlin_zero_points(zero.T.to(torch.int32).contiguous(), size_k=k // group, size_n=n, num_bits=bits_)
+        space = mu.marlin_make_workspace_new(torch.device("cuda"))
+
+        def run(x, w):
+            return ops.marlin_gemm(
+                x, None, w, None, ms, None, None, z, space, kind, x.shape[0], n, k, False, True, False
+            )
+
+        found.append(("marlin", run, w))
+    except Exception as error:
+        print("marlin", repr(error)[:300], flush=True)
+    return found
+
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__)
+    a.add_argument("out")
+    a.add_argument("--only")
+    a.add_argument("--schedules", action="store_true")
+    a = a.parse_args()
+    machine.forbid_split_k()
+    with ThreadPoolExecutor(8) as pool:
+        for zeros in (False, True):
+            list(pool.map(lambda form, z=zeros: four.prepare(form, 128, z, torch.bfloat16, 0), four.FORMS))
+    for name in a.only.split(",") if a.only else SHAPES:
+        measure(a, name)
+        print(f"{time.perf_counter() - started:.0f} s {name}", flush=True)
+
+
+def measure(a, name):
+    n, k = SHAPES[name]
+    q, scale, zero = make(n, k, zeros=name == "qkv")
+    packed = pack(q, scale, zero, 4)
+    w = four.dequantize(packed)
+    middle = 8 if zero is None else zero.float()[..., None]
+    exact = ((q.float().view(n, k // 128, 128) - middle) * scale.float()[..., None]).view(n, k)
+    print(name, "dequantized differs", bits.differing(w, exact.bfloat16()), flush=True)
+    x = torch.randn(4096, k, device="cuda", generator=torch.Generator("cuda").manual_seed(3)).bfloat16()
+    want = bf16.gemm(x, w, None, bf16.REFERENCE)
+    double = x[:64].double() @ exact.double().T
+    copies = max(1, min(24, 120_000_000 // (n * k // 2)))
+
+    def one(kernel, m, run, weights, **more):
+        row = dict(kernel=kernel, shape=name, M=m, **more)
+        try:
+            got = run(x[:m], weights[0])
+            row["differ"] = bits.differing(got, want[:m])
+            if m == 64:
+                row["error"] = float((got.double() - double).norm() / double.norm())
+            rounds = max(1, min(24, int(2000 / (n * k / 4e6 + m * n * k / 3e8))) // len(weights))
+            row["us"] = round(timing.microseconds([[lambda v=v: run(x[:m], v) for v in weights] * rounds], 4)[0], 2)
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+            if "CUDA error" in row["failed"] or "illegal" in row["failed"]:
+                tell(a.out, **row)
+                sys.exit(3)
+        tell(a.out, **row)
+
+    stock = [
+        (kernel, run, [held, *(held.clone() for _ in range(copies - 1))])
+        for kernel, run, held in vendors(q, scale, zero)
+    ]
+    ours = [packed, *(packed._replace(data=packed.data.clone()) for _ in range(copies - 1))]
+    dense = [w, *(w.clone() for _ in range(min(3, copies - 1)))]
+    for m in ROWS:
+        for kernel, run, weights in stock:
+            one(kernel, m, run, weights)
+        for form in four.FORMS:
+            if form.serves(m):
+                one("bundled", m, lambda v, p, f=form: four.product(v, p, None, f), ours, form=list(form))
+        one("dense", m, lambda v, d: torch.mm(v, d.T), dense)
+        one("dequantize + dense", m, lambda v, p: torch.mm(v, four.dequantize(p).T), ours)
+        if a.schedules and stock and stock[0][0] == "machete" and m <= 1024:
+            for schedule in schedules(zero is not None):
+                one(
+                    "machete", m, lambda v, d, s=schedule: stock[0][1](v, d, schedule=s), stock[0][2],
+                    schedule=schedule,
+                )  # fmt: skip
+
+
+def schedules(zeros):
+    from vllm import _custom_ops as ops
+    from vllm.scalar_type import scalar_types as st
+
+    half = torch.bfloat16
+    return ops.machete_supported_schedules(half, st.uint4 if zeros else st.uint4b8, half, half if zeros else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""Routes of linears with packed weights of 4 or 8 bits on CUDA: the fastest kernel for each M, all in one order.
+
+Order: that of 16-bit linears (bi_patch.ops.cuda.linear) for the dequantized weights (kernels/packing.py). For few rows
+a bundled kernel dequantizes in registers: of 4 bits kernels/cuda/packed.cu, of 8 bits kernels/triton/packed_gemm.py.
+For many rows, the weights are dequantized once a call, and the route of the 16-bit linear serves, with its own
+certificate.
+
+A certificate compares each variant of the bundled kernel with the bundled GEMM of the dequantized weights, at numbers
+of rows up to a limit, and times the variants and the other way. A variant that differs does not serve. A problem
+without a route takes the other way.
+
+Rounding to 16 bits hides most other orders, so half of the compared sums are exactly zero, as for 16-bit linears.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.ops import bits as compare_bits
+from bi_patch.ops import certificates
+from bi_patch.ops.certificates import Certificate, Evidence, Key
+from bi_patch.ops.cuda import cublaslt_choice, linear, machine, timing
+from bi_patch.ops.cuda.ahead import Ahead
+from bi_patch.ops.registration import define
+from bi_patch.ops.zero_sums import cancelling
+
+if TYPE_CHECKING:
+    import torch
+
+    from bi_patch.kernels.packing import Packed
+
+_log = logging.getLogger("vllm.bi_patch")
+OPERATION = "cuda.packed_linear"
+DATA = "sums of zero and others, kernels by time"
+_TYPES = ("bfloat16", "float16")
+_MOST = 1024  # rows: above, dequantizing takes a small part of the time
+_WHOLE = -1  # in a certificate, the number of the way that dequantizes all weights
+# Variants are compared at these numbers of rows, at the beginning and the end of the input.
+_COMPARED = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 500, 512)
+_COMPARED += (513, 1000, 1024)
+
+
+class Problem(NamedTuple):
+    """One linear: y [M, n] = x [M, k] @ w [n, k].T + bias, w from integers of `bits` bits.
+
+    dtype: of x, y, bias and the scales. group: elements of K that share a scale. zeros: whether there are zero points.
+    """
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    bias: bool
+    bits: int
+    group: int
+    zeros: bool
+
+    def __str__(self) -> str:
+        said = f"N={self.n} K={self.k} int{self.bits} groups of {self.group}{' zero points' if self.zeros else ''}"
+        return f"{said} {machine.name(self.dtype)}{' bias' if self.bias else ''}"
+
+    def dequantized(self) -> linear.Problem:
+        """The 16-bit linear of the same weights. It needs a certificate, too."""
+        return linear.Problem(self.n, self.k, self.dtype, self.bias)
+
+
+@dataclass
+class Route:
+    """Which way serves which numbers of rows: preferred has the fastest, by timed M, as the number of a variant."""
+
+    able: frozenset[int]
+    preferred: Mapping[int, int]
+    _chosen: dict[int, int | None] = field(default_factory=dict, repr=False)
+
+    def variant(self, rows: int) -> int | None:
+        """The number of the variant that serves a number of rows, or None if the weights are dequantized."""
+        if rows not in self._chosen:
+            above = min((m for m in self.preferred if m >= rows), default=None)
+            number = _WHOLE if above is None else self.preferred[above]
+            self._chosen[rows] = number if number in self.able else None
+        return self._chosen[rows]
+
+
+_routes: dict[Problem, Route] = {}
+
+
+def define_op() -> None:
+    """Define torch.ops.bi_patch.packed_linear. A second call does nothing."""
+    define(
+        "packed_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group) -> Tensor",
+        packed_linear,
+        "CUDA",
+        lambda x, data, scale, zero, bias, bits, group: x.new_empty((*x.shape[:-1], scale.shape[1])),
+    )
+
+
+def packed_linear(x, data, scale, zero, bias, bits: int, group: int) -> torch.Tensor:
+    """x [..., K] @ w [N, K].T + bias [N] -> [..., N], by the problem's route. data, scale, zero, bits, group: see
+    kernels/packing.Packed. Raises CertificateFailed for another dtype than bf16 and fp16, or if the types of
+    x and scale differ."""
+    import torch
+
+    from bi_patch.kernels.packing import Packed
+
+    if machine.name(x.dtype) not in _TYPES or scale.dtype != x.dtype:
+        raise CertificateFailed(f"packed_linear: no invariant GEMM for {x.dtype} rows and scales of {scale.dtype}")
+    packed = Packed(data, scale, zero, bits, group)
+    n, k = packed.shape
+    flat = x.reshape(-1, k)
+    if not linear.packed(flat, k):
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    route = _routes.get(Problem(n, k, x.dtype, bias is not None, bits, group, zero is not None))
+    number = route.variant(flat.shape[0]) if route is not None else None
+    if number is None:
+        out = linear.linear(flat, dequantize(packed), bias)
+    else:
+        out = _product(number, flat, packed, bias)
+    return out.view(*x.shape[:-1], n)
+
+
+def variants(bits: int):
+    """The bundled kernel's variants for weights of so many bits."""
+    from bi_patch.kernels.cuda import packed
+    from bi_patch.kernels.triton import packed_gemm
+
+    return packed.FORMS if bits == 4 else packed_gemm.TILES
+
+
+def _product(number: int, x, packed: Packed, bias):
+    """The bundled kernel's product by one variant."""
+    if packed.bits == 4:
+        from bi_patch.kernels.cuda import packed as four
+
+        return four.product(x, packed, bias, four.FORMS[number])
+    from bi_patch.kernels.triton import packed_gemm
+
+    tile = packed_gemm.fit(packed_gemm.TILES[number], machine.shared_memory())
+    return packed_gemm.gemm(x, packed, bias, tile)
+
+
+def dequantize(packed: Packed):
+    """The weights [N, K] in the type of their scales."""
+    if packed.bits == 4:
+        from bi_patch.kernels.cuda.packed import dequantize as unpack
+    else:
+        from bi_patch.kernels.triton.packed_gemm import dequantize as unpack
+    return unpack(packed)
+
+
+def routes() -> dict[Problem, Route]:
+    """The routes of this process, by problem."""
+    return dict(_routes)
+
+
+def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Certificate]:
+    """Certify each problem for all M up to max_rows, or read its certificate from `cache`, and set up its route.
+
+    Call this before any graph is captured, and after linear.certify of the problems' dequantized linears. Returns one
+    certificate per distinct problem, failed certificates included.
+    """
+    from bi_patch.kernels.cuda import nvrtc
+
+    nvrtc.folder = cache / "cubins"
+    made = []
+    for problem in dict.fromkeys(problems):
+        key = _key(problem, max_rows)
+        certificate = certificates.obtain(
+            cache, key, lambda p=problem, k=key: _certify(p, k, max_rows), instead="the GEMM of dequantized weights"
+        )
+        able = frozenset(number for (number,) in certificate.algorithms)
+        _routes[problem] = Route(able, {m: number for m, (number,) in certificate.preferred.items()})
+        made.append(certificate)
+    return made
+
+
+def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None:
+    """Compile ahead what `certify` will launch. Does nothing if `cache` has the certificate."""
+    if certificates.load(cache, _key(problem, max_rows)) is not None:
+        return
+    if problem.bits == 8:
+        ahead.rehearse(lambda: _rehearse(problem, max_rows))
+        return
+    import torch
+
+    from bi_patch.kernels.cuda import nvrtc, packed
+
+    nvrtc.folder = cache / "cubins"
+    device = torch.cuda.current_device()
+    for form in packed.FORMS:
+        ahead.work(lambda f=form: packed.prepare(f, problem.group, problem.zeros, problem.dtype, device))
+
+
+def _rehearse(problem: Problem, max_rows: int) -> None:
+    import torch
+
+    packed = _empty(problem)
+    bias = torch.empty(problem.n, dtype=problem.dtype, device="meta") if problem.bias else None
+    dequantize(packed)
+    for number, tile in enumerate(variants(problem.bits)):
+        x = torch.empty((min(max_rows, tile.m), problem.k), dtype=problem.dtype, device="meta")
+        _product(number, x, packed, bias)
+
+
+def _empty(problem: Problem) -> Packed:
+    """Packed weights of 8 bits without contents."""
+    import torch
+
+    from bi_patch.kernels.packing import Packed
+
+    data = torch.empty(problem.n * problem.k, dtype=torch.int8, device="meta")
+    scale = torch.empty((problem.k // problem.group, problem.n), dtype=problem.dtype, device="meta")
+    return Packed(data, scale, scale if problem.zeros else None, problem.bits, problem.group)
+
+
+def _key(problem: Problem, max_rows: int) -> Key:
+    return Key(
+        OPERATION, f"{problem} M<={max_rows}", machine.device(), machine.libraries(), machine.kernels_digest(), DATA
+    )
+
+
+def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
+    import torch
+
+    start = time.perf_counter()
+    trial = _Trial(problem, min(max_rows, _MOST))
+    known = variants(problem.bits)
+    wrong: dict[int, dict[int, int]] = {}
+    for number, variant in enumerate(known):
+        wrong[number] = {m: trial.differs(number, m) for m in _COMPARED if m <= trial.rows and variant.serves(m)}
+    wrong = {number: found for number, found in wrong.items() if found}
+    good = [number for number, found in wrong.items() if not any(found.values())]
+    preferred, times = trial.fastest(good)
+    differing = sum(sum(found.values()) for found in wrong.values())
+    first = next(
+        (
+            f"M={m}: {count} outputs of {known[number]} differ from the GEMM of dequantized weights"
+            for number, found in wrong.items()
+            for m, count in found.items()
+            if count
+        ),
+        "",
+    )
+    rows = sorted({m for found in wrong.values() for m in found})
+    bad = {m for found in wrong.values() if any(found.values()) for m in found}
+    del trial
+    torch.cuda.empty_cache()
+    return Certificate(
+        key=key,
+        route="bundled",
+        passed=bool(good) and not differing,
+        passed_rows=[m for m in rows if m not in bad],
+        evidence=Evidence(
+            rows=rows,
+            compared=sum(2 * m * problem.n for found in wrong.values() for m in found),
+            differing=differing,
+            first=first,
+        ),
+        seconds=round(time.perf_counter() - start, 3),
+        made=certificates.today(),
+        microseconds={"served": {str(m): round(us, 2) for m, us in times.items()}},
+        algorithms=[[number] for number in sorted(good)],
+        preferred={m: [number] for m, number in preferred.items()},
+    )
+
+
+class _Trial:
+    """Random data for one problem, the reference's output, and the comparisons with this output."""
+
+    def __init__(self, problem: Problem, rows: int):
+        import torch
+
+        from bi_patch.kernels.packing import pack
+
+        self.problem, self.rows = problem, rows
+        n, k, dtype, bias, bits, group, zeros = problem
+        generator = torch.Generator("cuda").manual_seed(n * 1_000_003 + k)
+        order = torch.randperm(k, generator=generator, device="cuda")
+        self.x = cancelling(rows, order, 1, generator, dtype)
+        most = 2 ** (bits - 1) - 1 if not zeros else 2 ** (bits - 2)
+        half = torch.randint(-most, most + 1, (n, k // 2), generator=generator, device="cuda", dtype=torch.int16)
+        value = torch.cat((half, -half), 1)[:, order]  # pairs that cancel where the scale is one for a row
+        value[1::2].abs_()
+        scale = torch.rand((n, k // group), generator=generator, device="cuda") * 0.01 + 0.002
+        scale[::2] = scale[::2, :1]
+        zero = None
+        if zeros:
+            zero = torch.randint(most, 2**bits - most, (n, k // group), generator=generator, device="cuda")
+        middle = 2 ** (bits - 1) if zero is None else zero.to(torch.int16).repeat_interleave(group, 1)
+        self.packed = pack((value + middle).to(torch.uint8), scale.to(dtype), zero, bits)
+        self.bias = None
+        if bias:
+            self.bias = torch.randn(n, generator=generator, device="cuda", dtype=dtype)
+            self.bias[::2] = 0  # a bias would hide the rounding left of a sum
+        self.want = linear.bundled(self.x, dequantize(self.packed), self.bias, False)
+        if not bool(torch.isfinite(self.want).all()):
+            raise ArithmeticError("the bundled GEMM gives values that are not finite")
+
+    def differs(self, number: int, m: int) -> int:
+        """How many outputs of a variant differ from the reference, for the first m rows and for the last m rows. All,
+        if the variant does not run."""
+        try:
+            return sum(
+                compare_bits.differing(self._run(number, self._take(at, m), self.packed), self.want[at : at + m])
+                for at in (0, self.rows - m)
+            )
+        except Exception:
+            _log.debug("bi_patch: %s: no variant %s", self.problem, number, exc_info=True)
+            return 2 * m * self.problem.n
+
+    def _take(self, at: int, m: int):
+        x = self.x[at : at + m]
+        return x if linear.packed(x, self.problem.k) else x.clone()
+
+    def _run(self, number: int, x, packed):
+        if number == _WHOLE:
+            return linear.linear(x, dequantize(packed), self.bias)
+        return _product(number, x, packed, self.bias)
+
+    def fastest(self, good: list[int]) -> tuple[dict[int, int], dict[int, float]]:
+        """The fastest way at each timed number of rows, and its microseconds."""
+        known = variants(self.problem.bits)
+        more = 2 * machine.cache_bytes() // self.packed.data.nbytes
+        packs = [self.packed, *(self.packed._replace(data=self.packed.data.clone()) for _ in range(min(more, 47)))]
+        preferred, times = {}, {}
+        for m in cublaslt_choice.timed_rows(self.rows):
+            x = self._take(0, m)
+            ways = [number for number in good if known[number].serves(m)]
+            ways += [_WHOLE] if m > 16 else []
+            if not ways:
+                continue
+            us = timing.microseconds([[partial(self._run, way, x, p) for p in packs] for way in ways], 3)
+            best = min(range(len(us)), key=us.__getitem__)
+            preferred[m], times[m] = ways[best], us[best]
+        return preferred, times

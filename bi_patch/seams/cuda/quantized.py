@@ -1,0 +1,60 @@
+"""The kernels of vLLM that quantized linear layers of a model run on. Those without a route are refused by name."""
+
+from bi_patch.errors import UnsupportedFeature
+
+INT8 = "CutlassInt8ScaledMMLinearKernel"
+# By the class of vLLM's kernel: the module of seams that replaces its product, or that certifies it as it is.
+KERNELS = {
+    "CutlassFP8ScaledMMLinearKernel": "scaled_linear",
+    "DeepGemmFp8BlockScaledMMKernel": "scaled_linear",
+    "CutlassFp8BlockScaledMMKernel": "scaled_linear",
+    "TritonFp8BlockScaledMMKernel": "scaled_linear",
+    "MacheteLinearKernel": "packed_linear",
+    "MarlinLinearKernel": "packed_linear",
+    INT8: "rows",
+}
+
+
+def layers(model, kinds):
+    """(name, layer, vLLM's kernel) of each quantized linear layer whose kernel's class is in `kinds`."""
+    return (found for found in _all(model) if type(found[2]).__name__ in kinds)
+
+
+def check(model) -> None:
+    """Raise UnsupportedFeature if a linear layer is quantized, and its kernel is none of KERNELS."""
+    for name, layer, kernel in _all(model):
+        if type(kernel).__name__ not in KERNELS:
+            found = type(layer.quant_method if kernel is None else kernel).__name__
+            raise UnsupportedFeature(
+                f"linear.cuda_quantized: {name} runs on {found}, and bi_patch has no certified order for it. Leave out "
+                "--linear-backend, use another checkpoint, or set BI_PATCH=0"
+            )
+
+
+def refuse_update(model) -> None:
+    """Raise UnsupportedFeature if a model with quantized layers gets new weights."""
+    held = [layer for _, layer, _ in _all(model)]
+    held += [layer for layer in model.modules() if _is_quantized(layer)]
+    if held:
+        raise UnsupportedFeature(
+            f"linear.cuda_update: no evidence covers new weights in a quantized {type(held[0]).__name__}. Start a new "
+            "engine with the new weights"
+        )
+
+
+def _is_quantized(layer) -> bool:
+    held = (getattr(layer, name, None) for name in ("weight", "w13_weight"))
+    return any(weight is not None and weight.element_size() == 1 for weight in held)
+
+
+def _all(model):
+    """(name, layer, vLLM's kernel or None) of every linear layer that is not unquantized."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    for name, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if not isinstance(layer, LinearBase) or method is None or isinstance(method, UnquantizedLinearMethod):
+            continue
+        owners = (method, getattr(layer, "scheme", None))
+        held = [getattr(owner, kind, None) for owner in owners for kind in ("fp8_linear", "kernel")]
+        yield name, layer, next((kernel for kernel in held if kernel is not None), None)

@@ -1,0 +1,161 @@
+"""Products of few rows with packed weights of 4 bits: compiles and launches packed.cu, which states the order.
+
+x [M, K], bias [N] or none and out [M, N] are bf16 or fp16. Weights: kernels/packing.py. The order is that of
+kernels/triton/gemm.py for the dequantized weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from ctypes import c_int, c_void_p
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..packing import BLOCK_K, MIDDLE, Packed
+from . import nvrtc
+
+if TYPE_CHECKING:
+    import torch
+
+# The bits of 1, and of the float to whose mantissa an integer is added (packing.BASE).
+_BITS = {"torch.bfloat16": (0x3F80, 0x4300), "torch.float16": (0x3C00, 0x6400)}
+_ROW_BYTES = 2 * BLOCK_K + 16
+_DEQUANTIZING_WARPS = 8
+_MOST_TILES, _MOST_ROWS = 16, 512
+
+
+class Form(NamedTuple):
+    """What packed.cu is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
+    blocks of 128 elements of K in shared memory."""
+
+    warps: int
+    tiles: int
+    stages: int
+
+    def serves(self, rows: int) -> bool:
+        """Whether this form can be the fastest for a number of rows."""
+        most = _MOST_ROWS if self.tiles == _MOST_TILES else 8 * self.tiles
+        return rows <= most and (4 * self.tiles < rows or self.tiles == 1)
+
+    def defines(self, groups: int, zeros: bool, dtype: str) -> dict[str, object]:
+        """The preprocessor macros of packed.cu. groups: of scales in 128 elements of K. dtype: of x."""
+        one, base = _BITS[dtype]
+        return {
+            "PARTS": 1,
+            "WARPS": self.warps,
+            "TILES": self.tiles,
+            "STAGES": self.stages,
+            "GROUPS": groups,
+            "ZEROS": int(zeros),
+            "ONE": f"{one * 0x10001:#x}u",
+            "BASE": f"{base * 0x10001:#x}u",
+            "MIDDLE": f"{(base + MIDDLE[4]) * 0x10001:#x}u",
+        }
+
+    def shared_bytes(self, groups: int, zeros: bool) -> int:
+        """Bytes of shared memory of a block. groups: of scales in 128 elements of K."""
+        own = self.warps * (16 * BLOCK_K // 2 + 32 * groups * (1 + zeros))
+        return self.stages * (8 * self.tiles * _ROW_BYTES + own)
+
+
+# Forms that may serve. A certificate compares and times them.
+FORMS = (
+    Form(2, 1, 8),
+    Form(4, 1, 8),
+    Form(8, 1, 6),
+    Form(2, 2, 8),
+    Form(4, 2, 6),
+    Form(8, 2, 6),
+    Form(2, 4, 6),
+    Form(4, 4, 6),
+    Form(8, 4, 5),
+    Form(2, 8, 4),
+    Form(4, 8, 4),
+    Form(8, 8, 4),
+    Form(2, 16, 3),
+    Form(4, 16, 3),
+    Form(8, 16, 3),
+)
+
+
+def groups(group: int) -> int:
+    """How many groups of scales 128 elements of K have."""
+    return max(1, BLOCK_K // group)
+
+
+@functools.cache
+def build(form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: int) -> bytes:
+    """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
+    brain = dtype == "torch.bfloat16"
+    folder = Path(__file__).resolve().parent
+    source = (folder / "primitives.h").read_text() + (folder / "packed.cu").read_text()
+    defines = form.defines(groups, zeros, dtype) | {"BRAIN": int(brain), "INPUT": '"bf16"' if brain else '"f16"'}
+    return nvrtc.compile(source, arch, defines | {"CONTRACT": 1}, major)
+
+
+@functools.cache
+def _kernel(name: str, form: Form, groups: int, zeros: bool, dtype: str, device: int) -> nvrtc.Function:
+    import torch
+
+    cubin = build(form, groups, zeros, dtype, *_target(device))
+    shared = form.shared_bytes(groups, zeros) if name == "product" else form.warps * 16 * _ROW_BYTES
+    with torch.cuda.device(device):
+        return nvrtc.Function(cubin, name, 32 * form.warps, shared)
+
+
+@functools.cache
+def _target(device: int) -> tuple[str, int]:
+    import torch
+
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return arch, int(str(torch.version.cuda).split(".")[0])
+
+
+def fits(form: Form, group: int, zeros: bool, shared: int) -> bool:
+    """Whether a form's block fits into `shared` bytes of shared memory."""
+    return form.shared_bytes(groups(group), zeros) <= shared
+
+
+def prepare(form: Form, group: int, zeros: bool, dtype: torch.dtype, device: int) -> None:
+    """Compile a form, so that its first launch finds it ready. Raises nvrtc.CompileError."""
+    build(form, groups(group), zeros, str(dtype), *_target(device))
+
+
+def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Form) -> torch.Tensor:
+    """x [M, K] @ w.T (+ bias [N]) -> [M, N], from x aligned to 16 bytes, without gaps in K."""
+    import torch
+
+    rows, depth = x.shape
+    cols = packed.scale.shape[1]
+    if x.stride(1) != 1 or x.data_ptr() % 16 or x.stride(0) * 2 % 16:
+        raise ValueError(f"packed: the kernel does not take rows of strides {x.stride()}")
+    out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    if not rows:
+        return out
+    zeros = packed.zero is not None
+    held = _kernel("product", form, groups(packed.group), zeros, str(x.dtype), x.device.index)
+    tensors = (x, packed.data, packed.scale, packed.zero, bias, out)
+    sizes = (rows, cols, depth, packed.group, x.stride(0))
+    arguments = [*(c_void_p(None if t is None else t.data_ptr()) for t in tensors), *map(c_int, sizes)]
+    held(
+        (-(-cols // (16 * form.warps)), -(-rows // (8 * form.tiles))),
+        torch.cuda.current_stream(x.device).cuda_stream,
+        arguments,
+    )
+    return out
+
+
+def dequantize(packed: Packed) -> torch.Tensor:
+    """The weights [N, K] in the type of the scales."""
+    import torch
+
+    n, k = packed.shape
+    device = packed.data.device
+    out = torch.empty((n, k), dtype=packed.scale.dtype, device=device)
+    form, zeros = Form(_DEQUANTIZING_WARPS, 1, 2), packed.zero is not None
+    held = _kernel("dequantize", form, groups(packed.group), zeros, str(packed.scale.dtype), device.index)
+    tensors = (packed.data, packed.scale, packed.zero, out)
+    arguments = [*(c_void_p(None if t is None else t.data_ptr()) for t in tensors), *map(c_int, (n, k, packed.group))]
+    units = n // 16 * (k // BLOCK_K)
+    held((-(-units // form.warps), 1), torch.cuda.current_stream(device).cuda_stream, arguments)
+    return out

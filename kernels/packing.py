@@ -1,0 +1,79 @@
+"""How weights of 4 and 8 bits lie in memory for the bundled kernels. w[n, k] = round((q[n, k] - z[n, g]) * s[n, g]).
+
+The weights w have the type of x, bf16 or fp16, and are rounded once. g = k // group. The integers q are from 0 to
+2**bits - 1. s is [K / group, N], so that the scales of neighbouring rows lie side by side, and z as s.
+
+Of 4 bits, the unit is a strip of 16 rows and 64 elements of K, as 32 lanes of a warp hold it for four instructions
+mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16"): 16 bytes for each lane, 4 for each instruction. Of such 4
+bytes, bits 4 r to 4 r + 3 and 16 + 4 r to 19 + 4 r are the two integers of register r. So a lane loads its part in one
+piece, and unpacks two integers in one step, as Marlin does (github.com/IST-DASLab/marlin).
+
+Of 8 bits, q - 128 lies in strips of 16 rows and blocks of 128 elements of K, each contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_K, STRIP = 128, 16
+MIDDLE = {4: 8, 8: 128}
+# The float whose last bit of the mantissa is 1, by type: setting the low bits of its mantissa adds an integer.
+BASE = {"torch.bfloat16": 128, "torch.float16": 1024}
+
+
+class Packed(NamedTuple):
+    """Packed weights [N, K].
+
+    data: uint8 (4 bits) or int8 (8 bits), of N * K * bits / 8 elements. scale: [K / group, N], bf16 or fp16. zero: the
+    zero points, of scale's shape and type, or None: of 4 bits plus BASE, of 8 bits less 128. bits: 4 or 8. group:
+    elements of K.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    bits: int
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.scale.shape[1], self.data.numel() * 8 // self.bits // self.scale.shape[1]
+
+
+def covers(n: int, k: int, bits: int, group: int) -> bool:
+    """Whether there are kernels for such weights."""
+    return n % STRIP == 0 and k % BLOCK_K == 0 and bits in MIDDLE and (group in (32, 64) or group % BLOCK_K == 0)
+
+
+def pack(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> Packed:
+    """Pack integers q [N, K], uint8, with scales [N, K / group], bf16 or fp16.
+
+    zero: integers [N, K / group], or None for 2**(bits - 1). Raises ValueError if `covers` is false.
+    """
+    n, k = q.shape
+    group = k // scale.shape[1]
+    if not covers(n, k, bits, group):
+        raise ValueError(f"cannot pack {n} x {k} of {bits} bits in groups of {group}")
+    if zero is not None:
+        base = BASE[str(scale.dtype)] if bits == 4 else -MIDDLE[8]
+        zero = (zero.int() + base).T.to(scale.dtype).contiguous()
+    data = _four(q) if bits == 4 else _eight(q)
+    return Packed(data.contiguous().view(-1), scale.T.contiguous(), zero, bits, group)
+
+
+def _four(q: torch.Tensor) -> torch.Tensor:
+    n, k = q.shape
+    # strip, half of its rows, row; unit of K, instruction, half of its K, pair, half of the pair
+    parts = q.view(n // 16, 2, 8, k // 64, 4, 2, 4, 2).permute(0, 3, 2, 6, 4, 7, 5, 1)
+    return parts[..., 0] | (parts[..., 1] << 4)
+
+
+def _eight(q: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    n, k = q.shape
+    return (q.view(n // STRIP, STRIP, k // BLOCK_K, BLOCK_K).transpose(1, 2).to(torch.int16) - 128).to(torch.int8)

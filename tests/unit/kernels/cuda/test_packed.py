@@ -1,0 +1,129 @@
+"""Packed weights of 4 bits: where each integer lies, and that the kernel compiles for every architecture."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch.kernels import packing
+from bi_patch.kernels.cuda import nvrtc, packed
+
+N, K = 48, 256
+KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
+LAUNCH = """
+extern "C" void launch_product(int x, int y, const u16* rows, const unsigned char* w, const unsigned char* scale,
+                               const unsigned char* zero, const u16* bias, u16* out, int m, int n, int k, int group,
+                               int stride) {
+  run_grid(x, y, THREADS, [&] { product(rows, w, scale, zero, bias, out, m, n, k, group, stride); });
+}
+extern "C" void launch_dequantize(int x, int y, const unsigned char* w, const u16* scale, const u16* zero, u16* out,
+                                  int n, int k, int group) {
+  run_grid(x, y, THREADS, [&] { dequantize(w, scale, zero, out, n, k, group); });
+}
+"""
+
+
+def emulated(folder, form, groups, zeros):
+    """The kernels, compiled by g++ over emulated instructions."""
+    source, library = folder / "packed.cpp", folder / "packed.so"
+    source.write_text(f'#include "emulate.h"\n#include "{KERNELS / "packed.cu"}"\n{LAUNCH}')
+    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
+    command += [f"-I{Path(__file__).parent}", str(source), "-o", str(library)]
+    command += [f"-D{name}={value}" for name, value in form.defines(groups, zeros, "torch.bfloat16").items()]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.parametrize(
+    ("form", "rows", "n", "group", "zeros", "bias"),
+    [
+        (packed.Form(2, 1, 3), 5, 48, 128, True, True),
+        (packed.Form(4, 2, 4), 40, 80, 64, False, False),
+        (packed.Form(1, 4, 2), 29, 32, 32, True, False),
+        (packed.Form(2, 1, 8), 1, 32, 512, False, True),
+    ],
+)
+def test_products_and_weights(tmp_path, monkeypatch, form, rows, n, group, zeros, bias):
+    generator = torch.Generator().manual_seed(rows)
+    k = 512
+    q = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand((n, k // group), generator=generator) * 0.01 + 0.002).bfloat16()
+    zero = torch.randint(0, 16, (n, k // group), generator=generator, dtype=torch.uint8) if zeros else None
+    middle = zero.float().repeat_interleave(group, 1) if zeros else 8
+    weight = ((q.float() - middle) * scale.float().repeat_interleave(group, 1)).bfloat16()
+    held = packing.pack(q, scale, zero, 4)
+
+    library = emulated(tmp_path, form, packed.groups(group), zeros)
+
+    def kernel(name, *_):
+        return lambda grid, stream, arguments: getattr(library, f"launch_{name}")(*grid, *arguments)
+
+    monkeypatch.setattr(packed, "_kernel", kernel)
+    monkeypatch.setattr(packed, "_DEQUANTIZING_WARPS", form.warps)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    assert torch.equal(packed.dequantize(held), weight)
+    x = torch.randn(rows, k, generator=generator).bfloat16()
+    added = torch.randn(n, generator=generator).bfloat16() if bias else None
+    got = packed.product(x, held, added, form)
+    want = x.double() @ weight.double().T + (added.double() if bias else 0)
+    torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=1e-2)
+    if rows > 1:
+        assert torch.equal(packed.product(x[3:4].clone(), held, added, form), got[3:4])
+
+
+def unpacked(data, n, k):
+    """The integers [N, K] by the definition of the fragments of mma.m16n8k16, element by element."""
+    words = data.view(-1, 4).to(torch.int64)
+    words = (words << torch.tensor([0, 8, 16, 24])).sum(1)
+    q = torch.zeros(n, k, dtype=torch.int64)
+    for at, word in enumerate(words.tolist()):
+        rest, step = divmod(at, 4)
+        rest, lane = divmod(rest, 32)
+        strip, unit = divmod(rest, k // 64)
+        for register in range(4):
+            for half in range(2):
+                row = strip * 16 + lane // 4 + 8 * (register % 2)
+                column = unit * 64 + step * 16 + lane % 4 * 2 + half + 8 * (register // 2)
+                q[row, column] = word >> (4 * register + 16 * half) & 15
+    return q
+
+
+def test_each_integer_lies_where_its_lane_finds_it():
+    q = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    scale = torch.rand(N, 2).bfloat16()
+    zero = torch.randint(0, 16, (N, 2), dtype=torch.uint8)
+    held = packing.pack(q, scale, zero, 4)
+    assert held.shape == (N, K) and held.group == 128 and held.data.dtype == torch.uint8
+    assert torch.equal(unpacked(held.data, N, K), q.long())
+    assert torch.equal(held.scale, scale.T) and torch.equal(held.zero.long() - 128, zero.T.long())
+    assert packing.pack(q, scale.half(), None, 4).zero is None
+    assert (packing.pack(q, scale.half(), zero, 4).zero.long() - 1024 == zero.T.long()).all()
+
+
+@pytest.mark.parametrize(("n", "k", "bits", "group"), [(40, 256, 4, 128), (48, 192, 4, 64), (48, 256, 3, 128)])
+def test_other_sizes_are_refused(n, k, bits, group):
+    assert not packing.covers(n, k, bits, group)
+    with pytest.raises(ValueError, match=f"cannot pack {n} x {k} of {bits} bits"):
+        packing.pack(torch.zeros(n, k, dtype=torch.uint8), torch.ones(n, k // group), None, bits)
+    assert not packing.covers(48, 256, 4, 16) and not packing.covers(48, 384, 4, 96) and packing.covers(48, 384, 8, 384)
+
+
+def test_every_form_fits_into_a_block_of_hopper():
+    for form in packed.FORMS:
+        assert packed.fits(form, 32, True, 232448), form
+        assert form.serves(8 * form.tiles) and not form.serves(1024)
+    assert all(any(form.serves(m) for form in packed.FORMS) for m in range(1, 513))
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
+def test_the_kernel_compiles(architecture, dtype):
+    try:
+        nvrtc.library(13)
+    except nvrtc.CompileError:
+        pytest.skip("NVRTC is not installed")
+    for form, groups, zeros in ((packed.FORMS[0], 1, True), (packed.FORMS[-1], 4, False)):
+        assert packed.build(form, groups, zeros, dtype, architecture, 13)

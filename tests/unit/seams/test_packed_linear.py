@@ -1,0 +1,100 @@
+"""The seams of packed weights on CUDA: vLLM's checkpoints become packed integers, and what has no kernel is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.ops.cuda.packed_linear import Problem, Route
+from bi_patch.seams.cuda import packed_linear, quantized
+from bi_patch.tools.models import quantize
+
+N, K = 64, 256
+
+
+def parameter(data, **dims):
+    """A stand-in of vLLM's parameters, which need a group of ranks: data, and which dimension is which."""
+    made = torch.nn.Parameter(data.contiguous(), requires_grad=False)
+    for name, dim in dims.items():
+        setattr(made, name, dim)
+    return made
+
+
+class Kernel:
+    """A stand-in of vLLM's MPLinearKernel."""
+
+    w_q_name, w_s_name, w_zp_name = "qweight", "scales", "qzeros"
+
+    def __init__(self, n, k, bits=4, zeros=False, group=128, dtype=torch.bfloat16):
+        kind = SimpleNamespace(size_bits=bits)
+        self.config = SimpleNamespace(
+            partition_weight_shape=(k, n), weight_type=kind, zero_points=zeros, group_size=group, act_type=dtype
+        )
+
+    def _get_weight_params(self, layer):
+        return layer.qweight, layer.scales, getattr(layer, "qzeros", None)
+
+
+def dequantized(q, scale, zero):
+    size = q.shape[1] // scale.shape[1]
+    middle = 8 if zero is None else zero.double().repeat_interleave(size, 1)
+    return (q.double() - middle) * scale.double().repeat_interleave(size, 1)
+
+
+def test_the_integers_of_awq_gptq_and_compressed_tensors():
+    from vllm.model_executor.layers.quantization.auto_awq import _REVERSE_AWQ_PACK_ORDER
+
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(2))
+    q, scale, zero = quantize._four_bits(weight, 128, True)
+    # AWQ, as vLLM's own conversion leaves it: integers [K / 8, N], zero points [N / 8, K / group].
+    layer = torch.nn.Module()
+    layer.qweight = parameter(quantize._packed(q).T, input_dim=0, output_dim=1, packed_dim=0)
+    layer.scales = parameter(scale.T, input_dim=0, output_dim=1)
+    zeros = quantize._packed(zero.T.contiguous()).T
+    layer.qzeros = parameter(zeros, input_dim=1, output_dim=0, packed_dim=0)
+    got = packed_linear._integers(Kernel(N, K, zeros=True), layer, N, K, 4)
+    assert torch.equal(dequantized(*got), dequantized(q, scale, zero)) and len(_REVERSE_AWQ_PACK_ORDER) == 8
+    # compressed-tensors: integers [N, K / 8].
+    q, scale, _ = quantize._four_bits(weight, 128, False)
+    layer.qweight = parameter(quantize._packed(q), input_dim=1, output_dim=0, packed_dim=1)
+    layer.scales = parameter(scale, input_dim=1, output_dim=0)
+    q_got, scale_got, none = packed_linear._integers(Kernel(N, K), layer, N, K, 4)
+    assert torch.equal(q_got, q.to(torch.uint8)) and torch.equal(scale_got, scale) and none is None
+
+
+@pytest.mark.parametrize(
+    "given", [{"n": 40}, {"k": 192}, {"group": 16}, {"bits": 3}, {"dtype": torch.int8}, {"dtype": torch.float8_e4m3fn}]
+)
+def test_a_layer_without_a_kernel_is_refused_by_name(given):
+    kernel = Kernel(**({"n": N, "k": K} | given))
+    k, n = kernel.config.partition_weight_shape
+    with pytest.raises(UnsupportedFeature, match=f"linear.cuda_packed: a QKVParallelLinear of {n} x {k}"):
+        packed_linear._check("QKVParallelLinear", kernel, n, k)
+    packed_linear._check("QKVParallelLinear", Kernel(N, K, group=-1), N, K)
+
+
+class _Layer(torch.nn.Module):
+    pass
+
+
+def test_a_layer_has_a_problem_with_its_dequantized_weights(monkeypatch):
+    kernel = Kernel(N, K, zeros=True)
+    layer = _Layer()
+    layer.qweight = torch.zeros(N * K // 2, dtype=torch.uint8)
+    layer.scales = layer.qzeros = torch.zeros(2, N, dtype=torch.bfloat16)
+    layer.bias, layer.tp_size = torch.zeros(N), 2
+    monkeypatch.setattr(quantized, "layers", lambda model, kinds: [("qkv", layer, kernel)])
+    with pytest.raises(UnsupportedFeature, match="qkv was loaded before"):
+        list(packed_linear.problems(None))
+    kernel.bi_patch_group = 128
+    whole, alone = (Problem(N, K, torch.bfloat16, bias, 4, 128, True) for bias in (True, False))
+    assert list(packed_linear.problems(None)) == [whole.dequantized(), whole, alone.dequantized(), alone]
+    assert "N=64 K=256 int4 groups of 128 zero points bfloat16 bias" == str(whole)
+
+
+def test_a_variant_serves_up_to_its_timed_rows_only_if_it_is_certified():
+    route = Route(frozenset({0, 3}), {8: 0, 64: 3, 128: 5, 256: -1})
+    assert [route.variant(m) for m in (1, 8, 9, 64, 65, 200, 257)] == [0, 0, 3, 3, None, None, None]
