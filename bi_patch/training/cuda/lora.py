@@ -12,8 +12,8 @@ from bi_patch.training.adapters import scaled
 def cover(dtype: torch.dtype) -> None:
     """Raise UnsupportedFeature for a dtype of rows whose adapters have no cover."""
     raise UnsupportedFeature(
-        "training.lora: nobody has compared a trainer's adapters on CUDA with a sampler. Merge the adapter, or train all "
-        "weights"
+        "training.lora: nobody has compared a trainer's adapters on CUDA with a sampler. Merge the adapter, or train "
+        "all weights"
     )
 
 
