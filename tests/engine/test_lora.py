@@ -1,4 +1,8 @@
-"""LoRA on the CPU engine: rows of any company, and what is refused by name."""
+"""LoRA on the CPU engine: rows of any company, loading and unloading, and what is refused by name."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -63,6 +67,72 @@ def test_an_adapter_that_does_not_fit_is_vllms_own_error(engine, load, tmp_path)
     folder = made.write(engine.options.model, tmp_path / "wide", seed=9, rank=512)
     with pytest.raises(EngineFailed, match="rank 512 is greater than max_lora_rank"):
         engine.generate([load.greedy(0).but(lora=str(folder))])
+
+
+RUN = """
+import os, shutil, sys
+from bi_patch import arming
+arming.arm()
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+if __name__ == "__main__":
+    model, first, second = sys.argv[1:]
+    lora = dict(enable_lora=True, max_lora_rank=16, max_loras=2)
+    llm = LLM(model, dtype="float32", max_model_len=512, max_num_seqs=4, **lora)
+    asked = SamplingParams(temperature=0, max_tokens=6, logprobs=0, ignore_eos=True)
+
+    def answer(*lora):
+        outputs = llm.generate([{"prompt_token_ids": list(range(5, 300))}], asked, use_tqdm=False,
+                               lora_request=LoRARequest(*lora) if lora else None)
+        made = outputs[0].outputs[0]
+        return made.token_ids, [next(iter(step.values())).logprob for step in made.logprobs]
+
+    def refused(text, call):
+        try:
+            call()
+        except Exception as error:
+            seen = error
+            while seen is not None and text not in str(seen):
+                seen = seen.__cause__ or seen.__context__
+            assert seen is not None, error
+        else:
+            raise AssertionError(text)
+
+    engine = llm.llm_engine
+    plain, one, two = answer(), answer("one", 1, first), answer("two", 2, second)
+    assert len({str(made) for made in (plain, one, two)}) == 3
+    # Removed, loaded again in another order, and under other numbers and names.
+    assert engine.remove_lora(1) and engine.remove_lora(2) and not engine.list_loras()
+    assert engine.add_lora(LoRARequest("two", 2, second)) and engine.list_loras() == {2}
+    assert answer("one", 1, first) == one and answer("two", 2, second) == two and answer() == plain
+    assert answer("again", 3, first) == one and answer("one", 1, first) == one
+    # One number for two adapters.
+    refused("lora_int_id 1 is the adapter 'one'", lambda: answer("other", 1, second))
+    refused("lora_int_id 2 is the adapter 'two'", lambda: engine.add_lora(LoRARequest("two", 2, first)))
+    assert answer("one", 1, first) == one
+    # New weights of the base, and of an adapter.
+    refused("weights.lora", lambda: llm.collective_rpc("reload_weights"))
+    assert engine.remove_lora(1)
+    for name in os.listdir(second):
+        shutil.copy(os.path.join(second, name), os.path.join(first, name))
+    refused("holds other weights than when adapter 1", lambda: engine.add_lora(LoRARequest("one", 1, first)))
+    assert answer("new", 4, first) == two
+    print("DONE", flush=True)
+"""
+
+
+def test_loading_and_unloading(model, cache, tmp_path):
+    own = model(recipes.LLAMA)
+    folders = [str(made.write(own, tmp_path / f"{i}", seed=i, rank=rank)) for i, rank in enumerate((8, 16))]
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
+    given = {"BI_PATCH_CACHE": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), own, *folders], env=clean | given, capture_output=True, text=True, timeout=300
+    )
+    assert "DONE" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 @pytest.mark.parametrize(

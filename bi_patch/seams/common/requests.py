@@ -6,6 +6,7 @@ request again, since clients other than vLLM's Python front end send requests to
 
 import functools
 
+from bi_patch.errors import UnsupportedRequest
 from bi_patch.seams import active
 from bi_patch.seams import pooling as poolers
 from bi_patch.seams.common import lora, seeds
@@ -119,6 +120,21 @@ def _checked_in_core(original):
     return preprocess_add_request
 
 
+def _forgotten(original):
+    """LLMEngine.add_request: a front end whose engine core runs in its process forgets a request that the core refused.
+    It would wait for the answer for ever."""
+
+    @functools.wraps(original)
+    def add_request(self, request_id, *args, **kwargs):
+        try:
+            return original(self, request_id, *args, **kwargs)
+        except UnsupportedRequest:
+            self.abort_request([request_id])
+            raise
+
+    return add_request
+
+
 def _clear_signs(params) -> None:
     """Make penalties of -0.0 plain zeros. vLLM counts both as no penalty, but once another request of the step has a
     penalty, model runner V1 subtracts each row's own: a logit of -0.0 minus -0.0 is 0.0."""
@@ -154,5 +170,15 @@ SEAMS = (
         "on. A sampled request without a seed gets its seed here if the front end gave it none",
         until="upstream validates requests in the engine core",
         causes=(8, 9, 29),
+    ),
+    Seam(
+        name="requests.local",
+        targets=(Target("vllm.v1.engine.llm_engine", "LLMEngine.add_request"),),
+        close=_forgotten,
+        why="without a process of its own (VLLM_ENABLE_V1_MULTIPROCESSING=0), an engine core that refuses a request "
+        "leaves the request in the front end, whose next call never returns",
+        how="the front end forgets the request, and the caller gets the error",
+        until="upstream takes back a request that its engine core in the same process did not take",
+        causes=(8, 9, 34),
     ),
 )

@@ -165,6 +165,24 @@ def test_the_core_refuses_before_it_works_on_a_request(monkeypatch):
     assert core.add(Params(seed=2**64), abort_immediately=True)  # it only frees what another engine holds
 
 
+def test_a_front_end_forgets_a_request_that_its_core_refused():
+    forgotten = []
+    engine = SimpleNamespace(abort_request=forgotten.extend)
+
+    def add(self, request_id, error):
+        if error is not None:
+            raise error
+        return request_id
+
+    closed = requests._forgotten(add)
+    assert closed(engine, "a", None) == "a" and not forgotten
+    with pytest.raises(UnsupportedRequest):
+        closed(engine, "b", UnsupportedRequest("no"))
+    with pytest.raises(ValueError):
+        closed(engine, "c", ValueError("vLLM's own"))
+    assert forgotten == ["b"]
+
+
 def test_a_penalty_of_minus_zero_is_none():
     params = Params(frequency_penalty=-0.0, presence_penalty=-0.0)
     Core().add(params)
