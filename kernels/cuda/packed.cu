@@ -24,7 +24,7 @@ DEVICE u32 minus(u32 pair) { return pair ^ 0x80008000u; }
 
 // Two weights from the integers at bits `shift` and 16 + `shift`. less: the negative of the zero point and the base.
 DEVICE u32 weights(u32 word, int shift, u32 less, u32 scale) {
-  const u32 held = (word >> shift & 0x000f000fu) | BASE;
+  const u32 held = masked_or(word >> shift, 0x000f000fu, BASE);
   return fuse_pairs(fuse_pairs(held, ONE, less), scale, 0x80008000u);
 }
 

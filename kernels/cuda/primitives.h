@@ -68,6 +68,13 @@ DEVICE u32 fuse_pairs(u32 a, u32 b, u32 c) {
   return pair;
 }
 
+// x & mask | set, in one instruction.
+DEVICE u32 masked_or(u32 x, u32 mask, u32 set) {
+  u32 y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "r"(mask), "r"(set));
+  return y;
+}
+
 // A 16-bit element as fp32. BRAIN: whether it is bf16.
 DEVICE float widen(u16 half) {
   float value;

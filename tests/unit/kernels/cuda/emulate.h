@@ -186,6 +186,8 @@ DEVICE float widen_bf16(u32 half) {
 
 DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 
+DEVICE u32 masked_or(u32 x, u32 mask, u32 set) { return (x & mask) | set; }
+
 DEVICE float widen(u16 half) { return widen_bf16(half); }
 
 // Exact if the product has at most 24 bits.
