@@ -152,10 +152,10 @@ def _mixed(config: Any) -> str:
     return f"quantized weights with {kind} ({'; '.join(map(str, used))})" if used and kind else ""
 
 
-def _compiled_fp8(config: Any) -> str:
-    used = tuple(s for s in schemes.of(config) if s.weight == "fp8" and not s.online)
+def _compiled(config: Any) -> str:
+    used = tuple(s for s in schemes.of(config) if not s.online)
     compiled = used and not getattr(config.model_config, "enforce_eager", False)
-    return f"compiled FP8 weights ({'; '.join(map(str, used))})" if compiled else ""
+    return f"compiled quantized weights ({'; '.join(map(str, used))})" if compiled else ""
 
 
 def _head(config: Any) -> str:
@@ -181,11 +181,11 @@ QUANTIZATION: tuple[Feature, ...] = (
     ),
     row("quantized language-model head", **_REFUSED, asked=_head),
     row(
-        "FP8 weights of a checkpoint, compiled",
+        "quantized weights of a checkpoint, compiled",
         cpu=served(_CPU_RUN),
         cuda=untried("the evidence is of eager mode"),
         ascend=_NONE,
-        asked=_compiled_fp8,
+        asked=_compiled,
     ),
     row(
         _OTHERS,

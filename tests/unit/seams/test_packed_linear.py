@@ -98,3 +98,30 @@ def test_a_layer_has_a_problem_with_its_dequantized_weights(monkeypatch):
 def test_a_variant_serves_up_to_its_timed_rows_only_if_it_is_certified():
     route = Route(frozenset({0, 3}), {8: 0, 64: 3, 128: 5, 256: -1})
     assert [route.variant(m) for m in (1, 8, 9, 64, 65, 200, 257)] == [0, 0, 3, 3, None, None, None]
+
+
+class CutlassInt8ScaledMMLinearKernel:
+    """A stand-in of vLLM's kernel for INT8."""
+
+    config = SimpleNamespace(is_static_input_scheme=False)
+
+    def _get_layer_params(self, layer):
+        return layer.weight, None, None, None, None
+
+    def apply_weights(self, layer, x, bias):
+        return x @ layer.weight if bias is None else x @ layer.weight + bias
+
+
+def test_an_int8_layer_is_certified_as_it_is(monkeypatch):
+    from bi_patch.seams.cuda import rows
+
+    layer = _Layer()
+    layer.weight, layer.bias = torch.ones(64, 32), torch.ones(32)
+    monkeypatch.setattr(quantized, "layers", lambda *_: [("qkv", layer, CutlassInt8ScaledMMLinearKernel())])
+    (check,) = rows._int8(None, torch.bfloat16)
+    assert (check.operation, check.problem) == ("cuda.int8_linear", "int8 by row K=64 N=32 bias bfloat16")
+    (out,) = check.run(torch.ones(3, 64))
+    assert out.shape == (3, 32) and (out == 65).all()
+    layer.skip_bias_add = True
+    (check,) = rows._int8(None, torch.bfloat16)
+    assert check.problem == "int8 by row K=64 N=32 bfloat16" and (check.run(torch.ones(1, 64))[0] == 64).all()
