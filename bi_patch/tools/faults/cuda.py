@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from bi_patch.tools.faults import parts
-from bi_patch.tools.faults.base import CUDA, FP8, PACKED, Fault
-from bi_patch.tools.faults.shared import FEW
+from bi_patch.tools.faults.base import CUDA, FP8, Fault
 from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner, replaced
@@ -72,81 +71,6 @@ def tensor_scale(engine: LocalEngine) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def swapped_form(engine: LocalEngine) -> Iterator[None]:
-    """FP8 products of few rows run on vLLM's CUTLASS kernel, whose form for few rows swaps the operands."""
-
-    def wrap(held):
-        def apply_scaled_mm(*, A, B, out_dtype, As, Bs, bias, output_shape):
-            from vllm import _custom_ops
-
-            if A.shape[0] > FEW:
-                return held(A=A, B=B, out_dtype=out_dtype, As=As, Bs=Bs, bias=bias, output_shape=output_shape)
-            out = _custom_ops.cutlass_scaled_mm(A, B, out_dtype=out_dtype, scale_a=As, scale_b=Bs, bias=bias)
-            return out.view(*output_shape)
-
-        return apply_scaled_mm
-
-    with contextlib.ExitStack() as stack:
-        for layer in layers.model(engine).modules():
-            kernel = getattr(getattr(layer, "quant_method", None), "fp8_linear", None)
-            if kernel is not None:
-                stack.enter_context(replaced(kernel, "apply_scaled_mm", wrap))
-        yield
-
-
-_SPLITS = 4
-
-
-def _split(engine: LocalEngine, order) -> contextlib.AbstractContextManager[None]:
-    """Products of packed weights for few rows are sums of parts of K, in fp32. order: of the parts."""
-    from bi_patch.kernels.packing import Packed
-    from bi_patch.ops.cuda import packed_linear
-
-    def make(kernel):
-        def wrap(held):
-            def apply_weights(layer, x, bias=None):
-                flat = x.reshape(-1, x.shape[-1])
-                if flat.shape[0] > FEW:
-                    return held(layer, x, bias)
-                data, scale, zero = kernel._get_weight_params(layer)
-                bits = kernel.config.weight_type.size_bits
-                packed = Packed(data, scale, zero, bits, kernel.bi_patch_group)
-                halves = zip(flat.chunk(_SPLITS, 1), packed_linear.dequantize(packed).chunk(_SPLITS, 1), strict=True)
-                parts_ = [a.float() @ b.float().T for a, b in halves]
-                first, *rest = (parts_[i] for i in order(_SPLITS))
-                for part in rest:
-                    first += part
-                if bias is not None:
-                    first += bias
-                return first.to(x.dtype).view(*x.shape[:-1], -1)
-
-            return apply_weights
-
-        return wrap
-
-    stack = contextlib.ExitStack()
-    for layer in layers.model(engine).modules():
-        kernel = layers.packed_kernel(layer)
-        if kernel is not None:
-            stack.enter_context(replaced(kernel, "apply_weights", make(kernel)))
-    return stack
-
-
-def split_packed(engine: LocalEngine):
-    """Products of packed weights cut K into four parts for few rows, as Marlin and stream-K do."""
-    return _split(engine, range)
-
-
-def atomic_packed(engine: LocalEngine):
-    """The parts of K of a product for few rows are added in the order in which they are ready, as atomics do."""
-    return _split(engine, lambda count: torch.randperm(count, generator=_arrival).tolist())
-
-
-_arrival = torch.Generator()  # when a part is ready
-_arrival.seed()
-
-
 FAULTS = (
     Fault(
         "RMSNorm kernel of vLLM",
@@ -178,40 +102,5 @@ FAULTS = (
         "proj",
         "fp8_quant",
         model=FP8,
-    ),
-    Fault(
-        "swapped form of FP8 for few rows",
-        12,
-        swapped_form.__doc__,
-        "batch size",
-        swapped_form,
-        (CUDA,),
-        "proj",
-        seam={"cuda": "scaled_linear.cuda_fp8"},
-        model=FP8,
-    ),
-    Fault(
-        "K of packed weights cut by rows",
-        1,
-        split_packed.__doc__,
-        "batch size",
-        split_packed,
-        (CUDA,),
-        "proj",
-        seam={"cuda": "packed_linear.cuda_machete"},
-        emulated=(CUDA,),
-        model=PACKED,
-    ),
-    Fault(
-        "parts of K of packed weights added as they arrive",
-        10,
-        atomic_packed.__doc__,
-        "batch size",
-        atomic_packed,
-        (CUDA,),
-        "proj",
-        seam={"cuda": "packed_linear.cuda_machete"},
-        emulated=(CUDA,),
-        model=PACKED,
     ),
 )
