@@ -8,6 +8,8 @@ BI_PATCH_UNSEEDED     the seed of a sampled request that has none. random (defau
 BI_PATCH_CACHE        the folder of certificates and built kernels (default: ~/.cache/bi_patch)
 BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas, to plant a fault. No engine starts
 BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
+BI_PATCH_MLA          attention of MLA models on CUDA. one (default): every token takes one form, so decode equals
+                      prefill. two: prompts and generated tokens have forms of their own, which is faster
 BI_PATCH_ALLOW_CODE   dotted names of code from outside vLLM that you vouch for, separated by commas: worker classes,
                       models, plugins, logits processors. bi_patch refuses others by name
 VLLM_BATCH_INVARIANT  1: arm each Python process that starts where bi_patch is installed. Arming sets it, for vLLM and
@@ -27,6 +29,7 @@ from bi_patch.platforms import releases
 PLATFORMS = tuple(releases.BY_PLATFORM)
 FORMS = ("hooks", "patches")
 UNSEEDED = ("random", "derive", "refuse")
+MLA = ("one", "two")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Settings:
     leave_open: frozenset[str] = frozenset()
     allow_open: bool = False
     unseeded: str = "random"
+    mla: str = "one"
     allow_code: frozenset[str] = frozenset()
 
     def leaves_open(self, seam: str) -> bool:
@@ -54,6 +58,7 @@ _NAMES = {
     "BI_PATCH_LEAVE_OPEN",
     "BI_PATCH_ALLOW_OPEN",
     "BI_PATCH_UNSEEDED",
+    "BI_PATCH_MLA",
     "BI_PATCH_ALLOW_CODE",
 }
 
@@ -79,6 +84,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         leave_open=_names(env, "BI_PATCH_LEAVE_OPEN"),
         allow_open=_choice(env, "BI_PATCH_ALLOW_OPEN", ("0", "1")) == "1",
         unseeded=_choice(env, "BI_PATCH_UNSEEDED", UNSEEDED),
+        mla=_choice(env, "BI_PATCH_MLA", MLA),
         allow_code=frozenset(n.replace(":", ".") for n in _names(env, "BI_PATCH_ALLOW_CODE")),
     )
 

@@ -1,6 +1,6 @@
 """Measures the invariance of one model of each family on a GPU: published sizes of a layer, few layers, random weights.
 
-    PYTHONPATH=. python3 benchmarks/hopper/families.py [FAMILY ...] [--beside N] [--eager] [--results FOLDER]
+    PYTHONPATH=. python3 benchmarks/hopper/families.py [FAMILY ...] [--beside N] [--eager] [--preempt] [--results DIR]
 
 A family takes the shape of bi_patch/tools/models/families.py, with the sizes below. N engines run beside each other,
 each in a part of the GPU's memory. The rows join one result file of the day. A refusal is printed and gets no row.
@@ -20,6 +20,7 @@ from pathlib import Path
 import bi_patch_entry
 
 AXES = ("batch size", "mixed lengths", "co-batch contents", "prefix cache", "chunk budget", "decode = prefill")
+PREEMPTION = "preemption"
 SEED = 7
 CACHE = 3 << 30  # bytes of the KV cache of one engine
 WINDOW = 256
@@ -199,8 +200,9 @@ GPU_ONLY: dict[str, dict[str, object]] = {
 }
 
 
-def measure(family: str, eager: bool, share: float, root: str, results: Path) -> int:
-    """Measure one family and write its rows. Returns the number of positions that differ."""
+def measure(family: str, eager: bool, share: float, root: str, results: Path, preempt: bool = False) -> int:
+    """Measure one family and write its rows. Returns the number of positions that differ. preempt: also in an engine
+    whose KV cache is too small for the batch."""
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
     from bi_patch.tools.models import families, shapes
@@ -209,13 +211,16 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path) ->
     config = families.FAMILIES.get(family, {}) | GPU_ONLY.get(family, {}) | SIZES[family]
     if family == "Falcon":
         del config["head_dim"]  # its configuration class computes the size itself
-    level = replace(levels.QUICK, seconds=None, cross=(), graphs=1)
+    cross = tuple(probe for probe in levels.QUICK.cross if preempt and probe.name == PREEMPTION)
+    level = replace(levels.QUICK, seconds=None, cross=cross, graphs=1)
     given = {"gpu_memory_utilization": share, "kv_cache_memory_bytes": CACHE, "max_num_batched_tokens": 2048}
     if "linear_num_key_heads" in config:  # pages of a power of two tokens, and states in fp32
         given |= {"mamba_ssm_cache_dtype": "float32", "block_size": 1024}
     folder = shapes.save(family, config, root)
     system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given)
-    rows, report = invariance.measure(f"{family}{', eager' if eager else ''}", system, level, only=AXES)
+    rows, report = invariance.measure(
+        f"{family}{', eager' if eager else ''}", system, level, only=(*AXES, *[probe.name for probe in cross])
+    )
     found = evidence.new(evidence.Invariance, report)
     found.rows = rows
     found.command = "python3 benchmarks/hopper/families.py"
@@ -231,7 +236,9 @@ def alone(family: str, args: argparse.Namespace) -> int:
     own = args.results / "families" / shapes.short(family)  # processes must not write to the same file
     own.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, family, "--results", str(own), "--share", str(0.9 / args.beside)]
-    done = subprocess.run([*command, *["--eager"] * args.eager], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *["--eager"] * args.eager, *["--preempt"] * args.preempt], capture_output=True, text=True
+    )
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no output"]
     (own / "log.txt").write_text(done.stdout + done.stderr)
     print(f"[{done.returncode}] {lines[-1][:400]} ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -252,6 +259,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=list(SIZES))
     parser.add_argument("--beside", type=int, default=4)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--preempt", action="store_true", help="also measure preempted requests, in another engine")
     parser.add_argument(
         "--share", type=float, help="the share of the GPU's memory, for a single family in this process"
     )
@@ -265,7 +273,7 @@ def main() -> None:
         sys.exit(max(codes))
     (family,) = args.families
     with tempfile.TemporaryDirectory() as root:
-        differing = measure(family, args.eager, args.share, root, args.results)
+        differing = measure(family, args.eager, args.share, root, args.results, args.preempt)
     print(f"{family}: {differing} differ")
     sys.exit(1 if differing else 0)
 

@@ -1,10 +1,10 @@
-"""Measures the cost of small models with a stock and an armed engine in turns on one GPU.
+"""Measures the cost of small models with engines of several modes in turns on one GPU.
 
     PYTHONPATH=. python3 benchmarks/hopper/turns.py [--model Llama-3.2-1B] [--repeats 5]
 
 A decode step of a small model is mostly the host's time. The host's time drifts by tens of percent from minute to
-minute and from process to process. So both engines run at once, and each repeat of one engine is followed by the same
-repeat of the other. The drift then affects both engines. Each engine has a fixed KV cache, and both must fit on the
+minute and from process to process. So the engines run at once, and each repeat of one engine is followed by the same
+repeat of the others. The drift then affects all engines. Each engine has a fixed KV cache, and all must fit on the
 GPU: for 8B models, give --kv-gib 12, and --only with workloads that fit into this cache.
 """
 
@@ -16,9 +16,8 @@ import threading
 import run
 from child import workloads
 
-MODES = ("stock", "armed")
 START_S, REPEAT_S = 300, 120
-NOTE = "Stock and armed engines in turns on one GPU. (GPU): the kernels' time alone, from one profile of 16 steps"
+NOTE = "Engines in turns on one GPU. (GPU): the kernels' time alone, from one profile of 16 steps"
 
 
 class Child:
@@ -62,10 +61,11 @@ def main() -> None:
     parser = run.options(__doc__)
     parser.add_argument("--model", default="Llama-3.2-1B", help="a name of SHAPES")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--modes", default="stock,armed", help="upstream: upstream's own mode")
     parser.add_argument("--only", help="comma-separated workloads")
     parser.add_argument("--kv-gib", type=int, default=24, help="KV cache of each engine")
     a = parser.parse_args()
-    children = [Child(a, mode) for mode in MODES]
+    children = [Child(a, mode) for mode in a.modes.split(",")]
     try:
         for child in children:
             child.wait("turn ready", START_S)

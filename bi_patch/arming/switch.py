@@ -44,7 +44,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     _set_environ(new, children.environ() if hooked else {})
     process.enter(new)
     active.plan, active.cache = plan, read.cache
-    active.allowed, active.unseeded = read.allow_code, read.unseeded
+    active.allowed, active.unseeded, active.mla = read.allow_code, read.unseeded, read.mla
     if hooked:
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)

@@ -15,6 +15,8 @@ allowed: frozenset[str] = frozenset()  # BI_PATCH_ALLOW_CODE
 unseeded: str = "random"  # BI_PATCH_UNSEEDED, which every request asks for
 
 
+mla: str = "one"  # BI_PATCH_MLA, which attention of MLA asks for
+latent: bool = False  # whether an engine core of this process has a model with MLA
 _undo: list[Callable[[], None]] = []
 
 

@@ -11,6 +11,7 @@ from bi_patch.platforms.features.pairs import TRIAL, recurrent
 _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
+_H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
@@ -558,12 +559,16 @@ FEATURES: tuple[Feature, ...] = (
             refused("its two forms of attention give different bits", releases="<0.33"),
             served(
                 _H200_MLA,
-                why="four layers of DeepSeek-V2-Lite's sizes, in eager mode; slow with long contexts",
+                _H200_MLA_TWO,
+                why="four layers of DeepSeek-V2-Lite's sizes, in eager mode; slow with long contexts, unless "
+                "BI_PATCH_MLA=two",
             ),
         ),
         ascend=refused("its two forms of attention give different bits"),
         asked=_of_model(lambda m: m.use_mla, "MLA"),
-        details="Prompts and generated tokens are computed in one form, the absorbed one.",
+        details="Prompts and generated tokens are computed in one form, the absorbed one. On CUDA, `BI_PATCH_MLA=two` "
+        "gives each a form of its own, chosen by position: faster, and decode differs from prefill. It asks for eager "
+        "mode.",
     ),
     row(
         "MLA, compiled",

@@ -16,6 +16,7 @@ _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
+_H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _H100_ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
@@ -127,7 +128,11 @@ FAMILIES: tuple[Feature, ...] = (
         cpu=served(_CPU_MLA, _CPU_MLA_MORE, why="a tiny shape with random weights, on a CPU with AMX"),
         cuda=(
             refused("MLA", releases="<0.33"),
-            served(_H200_MLA, why="four layers of V2-Lite's sizes, in eager mode; slow with long contexts"),
+            served(
+                _H200_MLA,
+                _H200_MLA_TWO,
+                why="four layers of V2-Lite's sizes, in eager mode; slow with long contexts, unless BI_PATCH_MLA=two",
+            ),
         ),
         ascend=_MLA,
     ),

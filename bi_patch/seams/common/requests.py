@@ -107,6 +107,7 @@ def _checked_in_core(original):
         try:
             check(self.vllm_config, request.params)
             lora.check(self, request.lora_request)
+            _refuse_growing(self.vllm_config, request)
             _clear_signs(request.params)
             seed = seeds.source(self, request)
         except Exception:
@@ -133,6 +134,16 @@ def _forgotten(original):
             raise
 
     return add_request
+
+
+def _refuse_growing(config, request) -> None:
+    """Raise UnsupportedRequest for a request whose prompt takes in its generated tokens, where MLA has two forms."""
+    two = active.mla == "two" and active.plan is not None and active.plan.platform == "cuda"
+    if request.resumable and two and getattr(config.model_config, "use_mla", False):
+        raise bad_request(
+            "mla.cuda_forms: the request streams its input, so tokens that MLA computed as generated would become part "
+            "of the prompt. Send the whole prompt, or start the engine with BI_PATCH_MLA=one"
+        )
 
 
 def _clear_signs(params) -> None:

@@ -89,11 +89,12 @@ def renew(core) -> None:
 
 
 def _core(original):
-    """EngineCore.__init__: tell this engine core about new weights."""
+    """EngineCore.__init__: tell this engine core about new weights, and the hashes of blocks about MLA."""
 
     @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+    def __init__(self, vllm_config, *args, **kwargs):
+        active.latent |= bool(getattr(vllm_config.model_config, "use_mla", False))
+        original(self, vllm_config, *args, **kwargs)
         weights.watch_core(self, renew)
 
     return __init__

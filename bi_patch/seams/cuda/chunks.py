@@ -36,7 +36,7 @@ def layers(config):
 
 
 def _latent(config, page: int):
-    """The same for each kind of MLA layer, in its absorbed form."""
+    """The same for each kind of MLA layer, in each form that it takes."""
     from bi_patch.seams.cuda import mla
 
     found = {}
@@ -46,7 +46,12 @@ def _latent(config, page: int):
             kind = Problem(name, layer.num_heads, 1, layer.head_size, 0, page, config.model_config.dtype)
             found.setdefault(kind, layer)
     for problem, layer in found.items():
-        yield problem, functools.partial(mla.prepare, layer, page)
+        if not mla.two_forms():
+            yield problem, functools.partial(mla.prepare, layer, page)
+            continue
+        problem = problem._replace(head_size=layer.qk_nope_head_dim + layer.qk_rope_head_dim)
+        for extras, prepare in (("rows", mla.prepare_rows), ("prompts", mla.prepare_prompt)):
+            yield problem._replace(extras=extras), functools.partial(prepare, layer, page)
 
 
 def _problem(layer, page: int) -> Problem | prompts.Problem:

@@ -1,23 +1,224 @@
-"""MLA (multi-head latent attention) on Hopper: FlashAttention-MLA in the absorbed form for every token.
+"""MLA (multi-head latent attention) on Hopper, by FlashAttention 3.
 
-Upstream's mode computes up to 512 new tokens of a request in the absorbed form, and more in the other form, whose bits
-differ. So the chunk budget and the prefix cache decide the form. Here every token takes the absorbed form, in one
-split.
+MLA has two forms, whose bits differ: keys and values that are projected up, and the absorbed form. Upstream's mode
+chooses the form by a request's number of new tokens in a step, so the chunk budget and the prefix cache decide.
+
+BI_PATCH_MLA=two: the position decides. Prompts take the first form (mla_prompts.py) and generated tokens the absorbed
+one (mla_rows.py), also when a preempted request is computed again. A cached block that holds generated tokens serves
+only requests with a prompt of the same length.
+BI_PATCH_MLA=one: every token takes the absorbed form, in one split, so that decode equals prefill.
 """
 
 import functools
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import active
+from bi_patch.seams.cuda import mla_prompts, mla_rows
 from bi_patch.seams.cuda.chunks import Metadata
-from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.cuda.mla_prompts import LONG_QUERY as _LONG_QUERY
+from bi_patch.seams.model import Policy, Seam, Target
 
 _LAYER = "vllm.model_executor.layers.attention.mla_attention"
 _FLASH = "vllm.v1.attention.backends.mla.flashattn_mla"
 _BACKEND = "FLASH_ATTN_MLA"
 _RELEASES = ">=0.33"
 _ALL = 1 << 30  # a number of new tokens that no request has
-# FlashAttention 3 has another tile for short queries, as in attention.py. It never takes it for 128 tokens or more.
-_LONG_QUERY = 128
+_RUNNER = "vllm.v1.worker.gpu.model_runner"
+
+# The prompt length of each request of the current step, in the order of the step. None for a dummy step.
+_prompts = None
+
+
+def two_forms() -> bool:
+    return active.mla == "two"
+
+
+def _only_one_form(config) -> None:
+    """Refuse what has only one form."""
+    if two_forms() and getattr(config.model_config, "use_mla", False):
+        if not config.use_v2_model_runner:
+            raise UnsupportedFeature(
+                "mla.cuda_forms: only model runner V2 says which tokens of a step belong to a prompt. "
+                "Set BI_PATCH_MLA=one, or remove VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        if not config.model_config.enforce_eager:
+            raise UnsupportedFeature(
+                "mla.cuda_forms: nobody has run MLA in two forms in compiled code or CUDA graphs. Use --enforce-eager, "
+                "or set BI_PATCH_MLA=one"
+            )
+        if getattr(config.parallel_config, "use_ubatching", False):
+            raise UnsupportedFeature(
+                "mla.cuda_forms: nobody has compared MLA in two forms with micro-batches. Set BI_PATCH_MLA=one"
+            )
+
+
+def _step(original):
+    """GPUModelRunner.gather_batch_req_state: say which requests of the step still compute their prompt. A step with
+    prompt rows runs no graph of decode steps."""
+
+    @functools.wraps(original)
+    def gather_batch_req_state(self, scheduler_output, dummy_run):
+        global _prompts
+        state, uniform = original(self, scheduler_output, dummy_run)
+        if not two_forms():
+            return state, uniform
+        if state is None:
+            _prompts = None
+            return state, uniform
+        _prompts = self.req_states.prompt_len.np[state.idx_mapping_np]
+        if (state.num_computed_prefill_tokens_np < _prompts).any():
+            return state._replace(decode_graph_eligible=False), None
+        return state, uniform
+
+    return gather_batch_req_state
+
+
+def _keys(original):
+    """_gen_prompt_embeds_extra_hash_keys: the hash of a block with generated tokens also holds the prompt's length."""
+
+    @functools.wraps(original)
+    def _gen_prompt_embeds_extra_hash_keys(request, start_token_idx, end_token_idx):
+        found = original(request, start_token_idx, end_token_idx)
+        if active.latent and two_forms() and end_token_idx > request.num_prompt_tokens:
+            return [*found, ("bi_patch_prompt", request.num_prompt_tokens)]
+        return found
+
+    return _gen_prompt_embeds_extra_hash_keys
+
+
+def _capture(original):
+    """MLACommonMetadataBuilder.build_for_cudagraph_capture: a captured step has generated tokens only."""
+
+    @functools.wraps(original)
+    def build_for_cudagraph_capture(self, common_attn_metadata):
+        global _prompts
+        _prompts = None
+        return original(self, common_attn_metadata)
+
+    return build_for_cudagraph_capture
+
+
+def _build(original):
+    """MLACommonMetadataBuilder.build: the position of a token decides its form."""
+
+    @functools.wraps(original)
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        if not hasattr(self, "bi_patch_rows"):  # one form, or another backend
+            return original(self, common_prefix_len, common_attn_metadata, fast_build)
+        if common_attn_metadata.causal is False:
+            raise UnsupportedFeature("mla.cuda_forms: only causal MLA has a certificate")
+        rows, segments = _divide(common_attn_metadata, _prompts)
+        if not segments and len(rows) == 0:
+            return original(self, common_prefix_len, common_attn_metadata, fast_build)
+        return _mixed(self, common_attn_metadata, rows, segments)
+
+    return build
+
+
+def _divide(common, prompts):
+    """The generated rows of a step, as (row, request, keys) each, and the prompt segments.
+
+    prompts: the prompt length of each request, or None for a dummy step, where several tokens of a request are a
+    prompt. Both lists are empty if every request has one generated row: such a step needs no lists.
+    """
+    import numpy as np
+
+    starts = common.query_start_loc_cpu.numpy()
+    counts = np.diff(starts)
+    ends = common.seq_lens_cpu_upper_bound.numpy()[: len(counts)]
+    if prompts is None:
+        own = np.where(counts > 1, counts, 0)
+    else:
+        if int((counts[len(prompts) :]).sum()) or len(prompts) > len(counts):
+            raise UnsupportedFeature(
+                f"mla.cuda_forms: a step of {len(counts)} requests, of which {len(prompts)} are known. "
+                "Set BI_PATCH_MLA=one"
+            )
+        own = np.zeros_like(counts)
+        own[: len(prompts)] = np.clip(prompts - (ends - counts)[: len(prompts)], 0, counts[: len(prompts)])
+    if not own.any() and counts.max() <= 1:
+        return [], []
+    rows, segments = [], []
+    for request, (first, count, mine, end) in enumerate(
+        zip(starts[:-1].tolist(), counts.tolist(), own.tolist(), ends.tolist(), strict=True)
+    ):
+        before = end - count
+        if mine:
+            segments.append(mla_prompts.Segment(first, mine, before + mine, request))
+        rows += [(first + row, request, before + row + 1) for row in range(mine, count)]
+    return rows, segments
+
+
+def _mixed(builder, common, rows, segments):
+    """The metadata of a step with prompt rows, or with several generated rows of a request."""
+    import torch
+    from vllm.utils.torch_utils import async_tensor_h2d
+
+    device, table = builder.device, common.block_table_tensor
+    made = builder.metadata_cls(
+        num_reqs=common.num_reqs,
+        max_query_len=common.max_query_len,
+        max_seq_len=common.max_seq_len,
+        num_actual_tokens=common.num_actual_tokens,
+        query_start_loc=common.query_start_loc,
+        slot_mapping=common.slot_mapping,
+        head_dim=builder.model_config.get_head_size(),
+        num_decodes=0,
+        num_decode_tokens=0,
+        num_prefills=common.num_reqs,
+        causal=True,
+        prefill=None,
+        decode=None,
+    )
+    generated, places = None, None
+    if rows:
+        count = len(rows)
+        if all(row[0] == row[1] == number for number, row in enumerate(rows)):  # one row each, before all others
+            blocks, lengths = table[:count], common.seq_lens[:count]
+        else:
+            numbers = async_tensor_h2d([list(column) for column in zip(*rows, strict=True)], device, torch.int32)
+            places = numbers[0].long()
+            blocks, lengths = table[numbers[1].long()], numbers[2].contiguous()
+        generated = Metadata(
+            num_actual_tokens=count,
+            num_decodes=count,
+            num_decode_tokens=count,
+            num_prefills=0,
+            query_start_loc=None,
+            decode=builder.bi_patch_rows.make(blocks, lengths, common.max_seq_len),
+        )
+    workspace = builder.chunked_prefill_workspace
+    made.bi_patch_forms = (
+        generated,
+        places,
+        [mla_prompts.Group(some, table, workspace, device) for some in mla_prompts.groups(segments, len(workspace))],
+    )
+    return made
+
+
+def _forward(original):
+    """MLAAttention.forward_impl: prompt rows take their form, generated rows the absorbed one."""
+
+    @functools.wraps(original)
+    def forward_impl(self, q, k_c_normed, k_pe, kv_cache, attn_metadata, output, *args, **kwargs):
+        if attn_metadata is None or not two_forms():
+            return original(self, q, k_c_normed, k_pe, kv_cache, attn_metadata, output, *args, **kwargs)
+        asked = [name for name, value in kwargs.items() if value is not None and name != "quant_group_size"]
+        if asked or any(value is not None for value in args):
+            raise UnsupportedFeature("mla.cuda_forms: quantized outputs have no certificate. Set BI_PATCH_MLA=one")
+        generated, places, groups = getattr(attn_metadata, "bi_patch_forms", None) or (attn_metadata, None, ())
+        if places is not None:
+            some = output.new_empty((len(places), output.shape[-1]))
+            mla_rows.generate(self, q[places], kv_cache, generated, some)
+            output[places] = some
+        elif generated is not None:
+            count = generated.num_actual_tokens
+            mla_rows.generate(self, q[:count], kv_cache, generated, output[:count])
+        for group in groups:
+            mla_prompts.attend(self.impl, q, k_c_normed, k_pe, kv_cache, group, output)
+        return output
+
+    return forward_impl
 
 
 def _init(original):
@@ -45,21 +246,42 @@ def _init(original):
 
 
 def _rows(original):
-    """FlashAttnMLAMetadataBuilder.__init__: requests of any length take the absorbed form."""
+    """FlashAttnMLAMetadataBuilder.__init__: one form: requests of any length take the absorbed form. Two forms: only
+    single tokens do, and each of them is a sequence of its own."""
 
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        self.reorder_batch_threshold = _ALL
+        if not two_forms():
+            self.reorder_batch_threshold = _ALL
+            return
+        self.reorder_batch_threshold = 1
+        config = self.vllm_config
+        self.bi_patch_rows = mla_rows.Rows(
+            self.num_heads,
+            self.mla_dims.kv_lora_rank,
+            self.mla_dims.qk_rope_head_dim,
+            self.page_size,
+            self.kv_cache_spec.dtype,
+            self.device,
+            config.model_config.max_model_len,
+            max(config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0),
+        )
+        self.bi_patch_rows.check()
 
     return __init__
 
 
 def _query(original):
-    """FlashAttnMLAMetadataBuilder._build_decode: report a long query, so that every step takes the same tile."""
+    """FlashAttnMLAMetadataBuilder._build_decode: one form: report a long query, so that every step takes the same tile.
+    Two forms: split keys by each row's own position."""
 
     @functools.wraps(original)
     def _build_decode(self, *args, **kwargs):
+        if hasattr(self, "bi_patch_rows"):
+            return self.bi_patch_rows.make(
+                kwargs["block_table_tensor"], kwargs["seq_lens_device"], kwargs["max_seq_len"]
+            )
         made = original(self, *args, **kwargs)
         made.max_query_len = max(made.max_query_len, _LONG_QUERY)
         return made
@@ -89,6 +311,74 @@ def _projection(original):
     return __init__
 
 
+def _paged(layer, page: int, latents):
+    """Latents [tokens, D] in a cache whose pages are in disorder: the cache, and the order of its pages."""
+    import torch
+
+    tokens, device = len(latents), latents.device
+    count = -(-tokens // page)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(device)
+    at = torch.arange(tokens, device=device)
+    cache = torch.zeros((count * page, latents.shape[-1]), dtype=latents.dtype, device=device)
+    cache[order[at // page] * page + at % page] = latents
+    return cache.view(count, page, -1), order.to(torch.int32)
+
+
+def prepare_rows(layer, page: int, q, k, v):
+    """As `prepare`, for generated tokens in two forms: each row is a sequence of its own, and the products with the
+    up-projection belong to it. q: [tokens, heads, nope + rotary]. The rows are [tokens, heads, D]."""
+    import torch
+
+    tokens, device = len(q), q.device
+    cache, order = _paged(layer, page, _latents(layer, tokens, q))
+    rows = mla_rows.Rows(q.shape[1], layer.kv_lora_rank, layer.qk_rope_head_dim, page, q.dtype, device, tokens)
+    rows.check()
+
+    def run(sequences):
+        at = [row for first, new in sequences for row in range(first, first + new)]
+        lengths = torch.tensor([row + 1 for row in at], dtype=torch.int32, device=device)
+        step = Metadata(decode=rows.make(order.expand(len(at), -1).contiguous(), lengths, max(at) + 1))
+        out = q.new_empty((len(at), q.shape[1] * layer.v_head_dim))
+        mla_rows.generate(layer, q[at], cache, step, out)
+        return out.view(len(at), q.shape[1], layer.v_head_dim)
+
+    return run
+
+
+def _latents(layer, tokens: int, like):
+    """Random latents [tokens, D]."""
+    import torch
+
+    generator = torch.Generator(like.device).manual_seed(tokens)
+    return torch.randn((tokens, layer.head_size), generator=generator, device=like.device).to(like.dtype)
+
+
+def prepare_prompt(layer, page: int, q, k, v):
+    """As `prepare_rows`, for prompts in two forms."""
+    import torch
+
+    tokens, device, impl = len(q), q.device, layer.impl
+    latents = _latents(layer, tokens, q)
+    cache, order = _paged(layer, page, latents)
+    workspace = torch.empty((3 * tokens, layer.head_size), dtype=q.dtype, device=device)
+
+    def run(sequences):
+        table = order.expand(len(sequences), -1).contiguous()
+        segments, at, first = [], [], 0
+        for request, (begin, new) in enumerate(sequences):
+            segments.append(mla_prompts.Segment(first, new, begin + new, request))
+            at += range(begin, begin + new)
+            first += new
+        out = q.new_empty((len(at), impl.num_heads * impl.v_head_dim))
+        low, turned = latents[at, : layer.kv_lora_rank], latents[at, layer.kv_lora_rank :].unsqueeze(1)
+        for some in mla_prompts.groups(segments, len(workspace)):
+            group = mla_prompts.Group(some, table, workspace, device)
+            mla_prompts.attend(impl, q[at], low, turned, cache, group, out)
+        return out.view(len(at), impl.num_heads, impl.v_head_dim)
+
+    return run
+
+
 def prepare(layer, page: int, q, k, v):
     """Write latents k [tokens, 1, D] into a cache, and return how to compute rows of the prompt q [tokens, heads, D].
 
@@ -98,12 +388,8 @@ def prepare(layer, page: int, q, k, v):
     from vllm.v1.attention.backends import fa_utils
 
     tokens, device, heads = len(q), q.device, q.shape[1]
-    count = -(-tokens // page)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(device)
     at = torch.arange(tokens, device=device)
-    cache = torch.zeros((count * page, k.shape[-1]), dtype=k.dtype, device=device)
-    cache[order[at // page] * page + at % page] = k[:, 0]
-    cache = cache.view(count, page, -1)
+    cache, order = _paged(layer, page, k[:, 0])
     latent = layer.kv_lora_rank
 
     def ints(values):
@@ -117,7 +403,7 @@ def prepare(layer, page: int, q, k, v):
         lengths = [first + new for first, new in sequences]
         rows = torch.cat([at[first : first + new] for first, new in sequences])
         decode = Metadata(
-            block_table=order.to(torch.int32).expand(len(sequences), -1).contiguous(),
+            block_table=order.expand(len(sequences), -1).contiguous(),
             seq_lens=ints(lengths),
             query_start_loc=ints(starts),
             max_query_len=longest,
@@ -161,7 +447,72 @@ def _seam(name: str, qualname: str, close, why: str, how: str, causes, module: s
     )
 
 
+_FORM = (
+    "the other form of MLA has other bits, and vLLM chooses the form by a request's number of new tokens in a step. So "
+    "the chunk budget, the prefix cache and a preemption decide the bits"
+)
+_BY_POSITION = "upstream chooses the form by position (https://github.com/vllm-project/vllm/issues/27433)"
+
+POLICIES = (
+    Policy(
+        name="mla.cuda_forms",
+        apply=_only_one_form,
+        releases=_RELEASES,
+        why="a token's form depends on its position, which not every part of vLLM knows",
+    ),
+)
+
 SEAMS = (
+    _seam(
+        "step",
+        "GPUModelRunner.gather_batch_req_state",
+        _step,
+        _FORM,
+        "bi_patch notes each request's prompt length, and a step with prompt rows runs no graph of decode steps",
+        (6, 7, 9),
+        _RUNNER,
+        until=_BY_POSITION,
+    ),
+    _seam(
+        "keys",
+        "_gen_prompt_embeds_extra_hash_keys",
+        _keys,
+        "a cached block with generated tokens holds latents that a prompt with the same tokens would not have",
+        "the hash of such a block also holds the prompt's length",
+        (7,),
+        "vllm.v1.core.kv_cache_utils",
+        until=_BY_POSITION,
+    ),
+    _seam(
+        "capture",
+        "MLACommonMetadataBuilder.build_for_cudagraph_capture",
+        _capture,
+        _FORM,
+        "a captured step has generated tokens only",
+        (6,),
+        _LAYER,
+        until=_BY_POSITION,
+    ),
+    _seam(
+        "build",
+        "MLACommonMetadataBuilder.build",
+        _build,
+        _FORM,
+        "prompt rows and generated rows of a step are described apart, by position",
+        (6, 7, 9),
+        _LAYER,
+        until=_BY_POSITION,
+    ),
+    _seam(
+        "forward",
+        "MLAAttention.forward_impl",
+        _forward,
+        _FORM + ". vLLM merges a chunk with its context where the scheduler cut",
+        "prompt rows attend to all keys from position 0 in one chain, generated rows take the absorbed form",
+        (6, 7, 9),
+        _LAYER,
+        until=_BY_POSITION,
+    ),
     _seam(
         "backend",
         "MLAAttention.__init__",
@@ -179,7 +530,7 @@ SEAMS = (
         _rows,
         "requests of more than 512 new tokens take the form with up-projected keys and values, whose bits differ. So "
         "the chunk budget, the prefix cache and a preemption decide the bits",
-        "every token takes the absorbed form",
+        "two forms: single generated tokens take the absorbed form; one form: every token does",
         (6, 7, 9),
         until="upstream chooses the form by position (https://github.com/vllm-project/vllm/issues/27433)",
     ),
@@ -188,7 +539,8 @@ SEAMS = (
         "FlashAttnMLAMetadataBuilder._build_decode",
         _query,
         "FlashAttention 3 chooses a tile by the longest query of the batch",
-        "bi_patch reports a longest query of at least 128 tokens",
+        "two forms: each row is a sequence of its own, whose position decides the split; one form: bi_patch reports a "
+        "longest query of at least 128 tokens",
         (4, 25),
         until="FlashAttention 3 uses one KV tile per head size (https://github.com/vllm-project/vllm/issues/51902)",
     ),
@@ -197,7 +549,7 @@ SEAMS = (
         "FlashAttnMLAMetadataBuilder._schedule_decode",
         _schedule,
         "the schedule of a step splits KV by the batch",
-        "the schedule is made for one split and for the reported query",
+        "one form: the schedule is made for one split and for the reported query",
         (3,),
         until="upstream's batch-invariant mode schedules as bi_patch does",
     ),

@@ -63,7 +63,8 @@ class Info(msgspec.Struct, frozen=True):
     Empty where unknown: one group. kv_longest: blocks that vLLM plans for one request of max_model_len, 0 where
     unknown. devices: the host's number of devices. quantization: vLLM's name of the method, "" for none. pooling: the
     task of a pooling model, such as "embed" or "classify", "" for a model that generates. whole: prompts are computed
-    in one step, without a prefix cache. matryoshka: an embedding's length may be chosen, up to `width`.
+    in one step, without a prefix cache. matryoshka: an embedding's length may be chosen, up to `width`. two_forms:
+    prompts and generated tokens have forms of their own, whose bits differ (BI_PATCH_MLA=two).
     """
 
     mode: str
@@ -87,6 +88,7 @@ class Info(msgspec.Struct, frozen=True):
     whole: bool = False
     matryoshka: bool = False
     width: int = 0
+    two_forms: bool = False
 
     @property
     def kv_tokens(self) -> int:
@@ -376,6 +378,7 @@ class LocalEngine:
             quantization=str(config.model_config.quantization or ""),
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
+            two_forms=_two_forms(config),
             **_pooling_info(self._llm, config),
         )
 
@@ -398,6 +401,14 @@ def _pools(options: Options) -> bool:
 def _unless_pooled(wanted: bool, pools: bool) -> bool | None:
     """`wanted`, or None for vLLM's own choice: it knows which pooling models can be computed in parts."""
     return None if pools and wanted else wanted
+
+
+def _two_forms(config) -> bool:
+    """Whether attention of this process computes prompts and generated tokens in forms of their own."""
+    from bi_patch.seams import active
+
+    armed = active.plan is not None and active.plan.platform == "cuda"
+    return armed and active.mla == "two" and bool(config.model_config.use_mla)
 
 
 def _pooling_info(llm, config) -> dict[str, object]:

@@ -57,6 +57,7 @@ from bi_patch.tools.verify.probes.leaving import leaving
 from bi_patch.tools.verify.probes.scores import (
     decode_equals_prefill,
     logprob_orders,
+    needs_one_form,
     processed_logprobs,
     prompt_logprobs,
     sampled,
@@ -184,7 +185,12 @@ PROBES = (
         seconds=6,
     ),
     Probe(
-        "decode = prefill", "decode logprobs against prompt logprobs", decode_equals_prefill, (1, 2, 3, 25), seconds=1
+        "decode = prefill",
+        "decode logprobs against prompt logprobs",
+        decode_equals_prefill,
+        (1, 2, 3, 25),
+        needs_one_form,
+        seconds=1,
     ),
     Probe(
         "prompt logprobs",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from bi_patch.tools.verify.answers import Answer, Request, same
 from bi_patch.tools.verify.case import Case, Scenario
+from bi_patch.tools.verify.engine import Engine
 from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
 from bi_patch.tools.verify.probes.company import sizes
 
@@ -18,6 +19,10 @@ SAMPLING = {
     "min-p": {"min_p": 0.02},
     "penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.3},
 }
+
+
+def needs_one_form(engine: Engine) -> str:
+    return "prompts and generated tokens of MLA have two forms (BI_PATCH_MLA=two)" if engine.info.two_forms else ""
 
 
 def decode_equals_prefill(run: Run) -> Iterator[Case]:

@@ -33,6 +33,9 @@ from bi_patch.kernels.triton import (
     rope,
     scaled_gemm,
 )  # noqa: E402
+from bi_patch.kernels.triton import (
+    heads as by_head,
+)
 from bi_patch.kernels.triton.softmax import softmax_step  # noqa: E402
 
 _dot = interpreter.InterpreterBuilder.create_dot
@@ -71,6 +74,21 @@ def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> str:
     error = float((got.double() - want).norm() / want.norm())
     limit = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6}[dtype]
     return "" if error < limit else f"relative error {error:.2e}"
+
+
+def heads_products() -> None:
+    generator = torch.Generator().manual_seed(9)
+    for dtype in (torch.bfloat16, torch.float16):
+        for rows, depth, cols in ((1, 128, 160), (70, 96, 48), (3, 256, 64)):
+            a = torch.randn((rows, 3, depth), generator=generator).to(dtype).transpose(0, 1)
+            b = torch.randn((3, depth, cols), generator=generator).to(dtype)
+            held = torch.empty((rows, 3, cols), dtype=dtype)
+            got = by_head.product(a, b, held.transpose(0, 1))
+            name = f"heads {dtype} {rows} {depth} {cols}"
+            report(name, close(got, a.double() @ b.double(), dtype))
+            for i in {0, rows // 2, rows - 1}:
+                alone = by_head.product(a[:, i : i + 1], b, torch.empty((3, 1, cols), dtype=dtype))
+                report(f"{name} row {i} alone", "" if torch.equal(alone[:, 0], got[:, i]) else "a row differs alone")
 
 
 def gemms() -> None:
@@ -550,6 +568,7 @@ def loras() -> None:
 
 AREAS = {
     "gemm": gemms,
+    "heads": heads_products,
     "scaled gemm": scaled_gemms,
     "packed gemm": packed_gemms,
     "norm": norms,

@@ -16,6 +16,7 @@ from bi_patch.kernels.triton import (
     embedding_backward,
     gated_backward,
     gemm,
+    heads,
     logits_backward,
     lora,
     norm,
@@ -51,6 +52,17 @@ def test_gemm(architecture, rows):
     sizes = dict.fromkeys(("rows", "cols", "depth", "stride_x", "stride_w", "stride_out"), "i32")
     constants = {"HAS_BIAS": True, "EVEN_K": True, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": 8}
     built = build(gemm._tile, pointers | sizes, constants, architecture, num_warps=tile.warps, num_stages=tile.stages)
+    assert built.metadata.shared <= SHARED[architecture]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("number", "depth", "cols"), [(16, 128, 512), (16, 512, 128), (128, 128, 512)])
+def test_heads(architecture, number, depth, cols):
+    strides = {f"stride_{of}": "i32" for of in ("ah", "am", "ak", "bh", "bk", "bn", "oh", "om", "on")}
+    constants = {"COLS": cols, "DEPTH": depth, "BLOCK_M": heads.BLOCK_M, "BLOCK_K": heads.BLOCK_K}
+    constants["BLOCK_N"] = heads.block_n(number, depth, cols)
+    signature = dict.fromkeys(("a", "b", "out"), "*bf16") | {"rows": "i32"} | strides
+    built = build(heads._heads, signature, constants, architecture, num_warps=4, num_stages=3)
     assert built.metadata.shared <= SHARED[architecture]
 
 

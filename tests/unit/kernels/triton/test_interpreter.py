@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 AREAS = (
     "gemm",
+    "heads",
     "scaled gemm",
     "packed gemm",
     "norm",

@@ -1,0 +1,160 @@
+"""Compares answers of an armed engine of few MLA layers, alone and in other ways, in this process.
+
+    BI_PATCH_MLA=two PYTHONPATH=. python3 benchmarks/hopper/mla_engine.py OUT.json [--eager] [--small] [--family NAME]
+
+--small: a KV cache too small for the batch, without a prefix cache, so that requests are preempted and recomputed.
+"""
+
+import argparse
+import json
+import os
+import random
+import time
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_BATCH_INVARIANT"] = "1"
+START = time.time()
+
+
+def arm():
+    """Before vLLM is imported."""
+    import bi_patch  # noqa: F401
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--family", default="DeepSeek V2")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--share", type=float, default=0.4)
+    a = parser.parse_args()
+    arm()
+    from families import SIZES
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from bi_patch.tools.models import families, shapes
+    from bi_patch.tools.verify import weights
+
+    config = families.FAMILIES.get(a.family, {}) | SIZES[a.family] | {"num_hidden_layers": a.layers}
+    folder = shapes.save(f"{a.family} {a.layers}", config, "/tmp/models-mla")
+    weights.make_random(7)
+    preempted = [0]
+    held = Scheduler._preempt_request
+
+    def count(self, *args, **kwargs):
+        preempted[0] += 1
+        return held(self, *args, **kwargs)
+
+    Scheduler._preempt_request = count
+    more = {"num_gpu_blocks_override": 40, "block_size": 64, "enable_prefix_caching": False} if a.small else {}
+    llm = LLM(
+        model=folder,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype="bfloat16",
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
+        enforce_eager=a.eager,
+        gpu_memory_utilization=a.share,
+        **({} if a.small else {"kv_cache_memory_bytes": 3 << 30}),
+        **more,
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    result = {"family": a.family, "eager": a.eager, "small": a.small, "started_s": round(time.time() - START, 1)}
+    result |= {"mla": os.environ.get("BI_PATCH_MLA"), "block": core.vllm_config.cache_config.block_size, "rows": []}
+
+    def save():
+        result["preempted"] = preempted[0]
+        with open(a.out, "w") as file:
+            json.dump(result, file, indent=0)
+
+    save()
+    tokens = 40 if a.small else 24
+    lengths = [150 + 13 * i for i in range(14)] if a.small else [1, 3, 17, 40, 64, 65, 129, 290, 900, 1501]
+    rng = random.Random(5)
+    prompts = [[rng.randrange(10, 30000) for _ in range(n)] for n in lengths]
+
+    def ask(some, n=tokens):
+        made = llm.generate(
+            [TokensPrompt(prompt_token_ids=p) for p in some],
+            SamplingParams(temperature=0.0, max_tokens=n, min_tokens=n, ignore_eos=True, logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        return [
+            [(t, at[t].logprob) for t, at in zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True)]
+            for o in made
+        ]
+
+    def compare(what, got, want):
+        differing = sum(x != y for g, w in zip(got, want, strict=True) for x, y in zip(g, w, strict=True))
+        tokens_differing = sum(x[0] != y[0] for g, w in zip(got, want, strict=True) for x, y in zip(g, w, strict=True))
+        row = {
+            "what": what,
+            "compared": sum(map(len, want)),
+            "differing": differing,
+            "tokens": tokens_differing,
+            "preempted": preempted[0],
+            "at_s": round(time.time() - START, 1),
+        }
+        result["rows"].append(row)
+        print(row, flush=True)
+        save()
+
+    def forget():
+        llm.reset_prefix_cache()
+
+    alone = []
+    for prompt in prompts:
+        forget()
+        alone += ask([prompt])
+    result["distinct"] = len({x for answer in alone for x in answer})
+    save()
+    forget()
+    compare("together", ask(prompts), alone)
+    if a.small:
+        compare("together again", ask(prompts[::-1])[::-1], alone)
+        core.scheduler.max_num_scheduled_tokens = 100
+        compare("together, budget 100", ask(prompts), alone)
+        return
+    compare("warm", ask(prompts), alone)
+    compare("warm, one by one", [ask([p])[0] for p in prompts], alone)
+    fillers = [[rng.randrange(10, 30000) for _ in range(rng.choice((1, 5, 16, 33, 70)))] for _ in range(150)]
+    forget()
+    compare("beside 150", ask([*fillers, *prompts])[150:], alone)
+    # A conversation: the second prompt holds the first answer. Warm, as the first answer's blocks are cached.
+    again = [[*p, *(t for t, _ in answer), 7, 8, 9] for p, answer in zip(prompts, alone, strict=True)]
+    forget()
+    cold = []
+    for p in again:
+        forget()
+        cold += ask([p], 8)
+    forget()
+    ask(prompts)
+    compare("second turn after the first", ask(again, 8), cold)
+    # Prompts of which all but one token is cached.
+    block = core.vllm_config.cache_config.block_size
+    edge = [[rng.randrange(10, 30000) for _ in range(n * block + 1)] for n in (1, 2, 5)]
+    forget()
+    cold = []
+    for p in edge:
+        forget()
+        cold += ask([p], 8)
+    forget()
+    ask([p[:-1] + [5] for p in edge], 2)
+    compare("one token not cached", ask([*edge, *fillers], 8)[:3], cold)
+    ask([p[:-1] + [5] for p in edge], 2)
+    forget()
+    ask([p[:-1] + [5] for p in edge], 2)
+    compare("one token not cached, alone", [ask([p], 8)[0] for p in edge], cold)
+    for budget in (33, 200, 500):
+        core.scheduler.max_num_scheduled_tokens = budget
+        forget()
+        compare(f"together, budget {budget}", ask(prompts), alone)
+
+
+if __name__ == "__main__":
+    main()
