@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python3 benchmarks/lora_parity.py [MODEL] [--dtype bfloat16] [--results FOLDER]
 
-MODEL is a name of bi_patch/tools/models/recipes.py. Three adapters in turn, as three steps of a trainer make them: the
+MODEL is a name of bi_patch/tools/models/recipes.py. Some adapters in turn, as the steps of a trainer make them: the
 sampler gets each as a file, by a request with a new number. Requests without an adapter run beside them, and the
 trainer computes these with its adapter switched off. Needs peft. Writes parity-*.json. Exit code 1: a value differs.
 """
@@ -23,6 +23,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tiny-llama")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> int:
         rows.append(InvarianceRow(label, what, compared, differing, first))
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for step in range(3):
+    for step in range(a.steps):
         place = folder / str(step)
         model.save_pretrained(place)
         adapter = LoRARequest(f"step {step}", step + 1, str(place))
