@@ -18,6 +18,7 @@ _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
+_CPU_PARITY_LORA = "parity-2026-11-29-cpu-amx-lora-vllm-0.32.0.json"
 _CPU_PARITY = "parity-2026-11-28-cpu-vllm-0.32.0.json"
 _H200_PARITY = "parity-2026-11-28-h200-vllm-0.33.0.json"
 _H200_PARITY_SHAPES = "parity-2026-11-29-h200-trainer-vllm-0.33.0.json"
@@ -286,7 +287,8 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(
             _CPU_PARITY,
             _CPU_PARITY_EXPERTS,
-            why="two tiny models and SmolLM2-135M without experts, and a tiny Qwen3-MoE",
+            _CPU_PARITY_LORA,
+            why="two tiny models and SmolLM2-135M without experts, a tiny Qwen3-MoE, and LoRA adapters of PEFT",
         ),
         cuda=served(
             _H200_PARITY,
