@@ -258,7 +258,9 @@ FEATURES: tuple[Feature, ...] = (
         "weight updates",
         short="weight updates",
         cpu=served(
-            _CPU_WEIGHTS, _CPU_WEIGHTS_MORE, why="by reload_weights and model.load_weights; also of a model with MLA and of a hybrid"
+            _CPU_WEIGHTS,
+            _CPU_WEIGHTS_MORE,
+            why="by reload_weights and model.load_weights; also of a model with MLA and of a hybrid",
         ),
         cuda=untried(
             "in eager mode on vLLM 0.26.0, 0 of 800 positions differ on an H200 "
