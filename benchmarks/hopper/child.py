@@ -68,6 +68,10 @@ def randomize(model) -> int:
             value.data.normal_(0, value.shape[-1] ** -0.5, generator=generator)
         elif name.endswith("bias"):
             value.data.normal_(0, 0.5, generator=generator)
+        elif name.endswith("A_log"):  # rates of decay of recurrent layers, as in trained models
+            value.data.uniform_(0, 2, generator=generator)
+        elif name.endswith(".A"):
+            value.data.uniform_(-8, -1, generator=generator)
     return sum(p.numel() for p in model.parameters())
 
 

@@ -68,6 +68,35 @@ SIZES: dict[str, dict[str, object]] = {
         moe_intermediate_size=512,
         shared_expert_intermediate_size=512,
     ),
+    "Falcon-H1": _sizes(
+        3072,
+        12288,
+        12,
+        2,
+        128,
+        mamba_n_heads=24,
+        mamba_d_head=128,
+        mamba_d_ssm=3072,
+        mamba_d_state=256,
+        mamba_n_groups=1,
+        mamba_chunk_size=256,
+        max_position_embeddings=16384,
+    ),
+    "Granite 4-H": _sizes(
+        4096,
+        768,
+        32,
+        8,
+        layer_types=["mamba", "mamba", "mamba", "attention"],
+        mamba_n_heads=128,
+        mamba_d_head=64,
+        mamba_d_state=128,
+        mamba_n_groups=1,
+        mamba_chunk_size=256,
+        num_local_experts=72,
+        num_experts_per_tok=10,
+        shared_intermediate_size=1536,
+    ),
     "Qwen2-MoE": _sizes(
         2048,
         5632,
@@ -214,8 +243,10 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path, pr
     cross = tuple(probe for probe in levels.QUICK.cross if preempt and probe.name == PREEMPTION)
     level = replace(levels.QUICK, seconds=None, cross=cross, graphs=1)
     given = {"gpu_memory_utilization": share, "kv_cache_memory_bytes": CACHE, "max_num_batched_tokens": 2048}
-    if "linear_num_key_heads" in config:  # pages of a power of two tokens, and states in fp32
-        given |= {"mamba_ssm_cache_dtype": "float32", "block_size": 1024}
+    if {"linear_num_key_heads", "mamba_n_heads"} & set(config):
+        # States in fp32; pages of a power of two tokens, which hold a state; prompts of two pages for the prefix cache.
+        given |= {"mamba_ssm_cache_dtype": "float32", "block_size": 1024, "kv_cache_memory_bytes": 4 * CACHE}
+        level = replace(level, max_model_len=8704)
     folder = shapes.save(family, config, root)
     system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given)
     rows, report = invariance.measure(

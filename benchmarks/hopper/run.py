@@ -24,6 +24,12 @@ from bi_patch.tools.models import shapes  # noqa: E402
 HERE = Path(__file__).resolve().parent
 # Fewer captured sizes than vLLM's default make the starts shorter. All modes capture the same sizes.
 EXTRA = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}}
+# Both engines keep the states of recurrent layers in fp32. vLLM's own prefill runs its Triton kernels.
+RECURRENT = {
+    "mamba_ssm_cache_dtype": "float32",
+    "block_size": 1024,
+    "additional_config": {"gdn_prefill_backend": "triton"},
+}
 CLI = "import bi_patch_entry; bi_patch_entry.cli()"
 
 
@@ -42,6 +48,8 @@ def engine(a, model: str, mode: str, *flags: str, **extra) -> tuple[Path, list[s
     out = a.raw / f"{shapes.short(model)}-{mode}.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "child.py"), model, mode, str(out), *flags]
+    if {"linear_num_value_heads", "mamba_d_state"} & set(shapes.SHAPES[model]):
+        extra = RECURRENT | extra
     return out, [*command, "--extra", json.dumps(EXTRA | extra), "--max-model-len", str(a.max_model_len)]
 
 

@@ -87,6 +87,20 @@ DEVICE float widen(u16 half) {
 }
 
 DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
+DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
+
+// Each rounds once, and the compiler merges none of them.
+DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float plus(float a, float b) { return __fadd_rn(a, b); }
+
+DEVICE float log_of_1_plus(float x) { return log1pf(x); }
+
+DEVICE float root_reciprocal(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Stops the compiler from computing x again at each use.
 DEVICE int keep(int x) {

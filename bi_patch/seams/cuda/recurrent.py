@@ -1,4 +1,4 @@
-"""Gated delta nets on CUDA: the bundled kernels run a request's tokens one after the other, in one order."""
+"""Layers with a recurrent state on CUDA: the bundled kernels run the tokens of a request one after the other."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from bi_patch.seams import active
 from bi_patch.seams.model import Seam, Target
 
 _RELEASES = ">=0.33"
-_GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
-_LAYER = f"{_GDN}.QwenGatedDeltaNetAttention"
+_BACKENDS = frozenset({"GDN_ATTN", "MAMBA2"})  # vLLM's names of the states that the kernels keep
+_FOLDER = "vllm.model_executor.layers.mamba"
+_GDN = f"{_FOLDER}.gdn.qwen_gdn_linear_attn"
+_LAYER = "QwenGatedDeltaNetAttention"
+_MIXER = f"{_FOLDER}.mamba_mixer2"
 
 
 def _backend(original):
-    """get_mamba_attn_backend: let in gated delta nets."""
+    """get_mamba_attn_backend: let in the kinds of layers whose states the bundled kernels keep."""
 
     def get_mamba_attn_backend(mamba_type):
-        if mamba_type.name != "GDN_ATTN":
+        if mamba_type.name not in _BACKENDS:
             return original(mamba_type)
         held = mamba_type.get_class()
         if not held.supports_batch_invariance():
@@ -36,72 +39,190 @@ def _give_back(held, before) -> None:
         held.supports_batch_invariance = before
 
 
+def _of_step(layer):
+    """vLLM's metadata of a step for a layer, None while vLLM profiles."""
+    from vllm.forward_context import get_forward_context
+
+    held = get_forward_context().attn_metadata
+    return held.get(layer.prefix) if isinstance(held, dict) else None
+
+
+def _once(make):
+    """make(meta), kept on the metadata, which all layers of a group share."""
+
+    def spans(meta):
+        if "bi_patch_spans" not in vars(meta):
+            meta.bi_patch_spans = make(meta)
+        return meta.bi_patch_spans
+
+    return spans
+
+
+@_once
+def _spans(meta):
+    """The requests of a step of gated delta nets, decodes first."""
+    from bi_patch.ops.cuda import recurrent
+
+    slots, tokens = meta.non_spec_state_indices_tensor, meta.num_actual_tokens
+    if not meta.num_prefills:
+        return recurrent.Spans(slots[:tokens].contiguous())
+    starts = meta.non_spec_query_start_loc[: len(slots) + 1]
+    return recurrent.spans(slots, starts, ~meta.has_initial_state[: len(slots)], tokens)
+
+
+@_once
+def _spans_in_two(meta):
+    """The same of metadata that lists decodes (d) and prompts (p) apart: of Mamba 2."""
+    import torch
+
+    from bi_patch.ops.cuda import recurrent
+
+    decodes, prompts = meta.num_decode_tokens, meta.num_prefills  # decodes: one token each
+    if not prompts:
+        return recurrent.Spans(meta.state_indices_tensor_d[:decodes, 0].contiguous())
+    slots, starts = meta.state_indices_tensor_p[:prompts], meta.query_start_loc_p[: prompts + 1] + decodes
+    fresh = ~meta.has_initial_states_p[:prompts]
+    if decodes:
+        slots = torch.cat([meta.state_indices_tensor_d[:decodes, 0], slots])
+        starts = torch.cat([torch.arange(decodes, dtype=starts.dtype, device=starts.device), starts])
+        fresh = torch.cat([torch.zeros(decodes, dtype=torch.bool, device=fresh.device), fresh])
+    return recurrent.spans(slots, starts, fresh, decodes + meta.num_prefill_tokens)
+
+
+def _form_of_delta(layer):
+    from bi_patch.ops.cuda import recurrent
+
+    heads = layer.num_k_heads // layer.tp_size, layer.num_v_heads // layer.tp_size
+    return recurrent.form(False, layer.head_k_dim, layer.head_v_dim, *heads, layer.A_log, layer.dt_bias, None)
+
+
+def _form_of_mamba2(layer):
+    from bi_patch.ops.cuda import recurrent
+
+    sizes = layer.ssm_state_size, layer.head_dim, layer.n_groups // layer.tp_size, layer.num_heads // layer.tp_size
+    return recurrent.form(True, *sizes, layer.A, layer.dt_bias, layer.D)
+
+
 def _core(original):
     """QwenGatedDeltaNetAttention._forward_core: the bundled kernels, for prompts and decodes alike."""
     from bi_patch.ops.cuda import recurrent
 
     def _forward_core(self, mixed_qkv, b, a, core_attn_out):
-        from vllm.forward_context import get_forward_context
-
-        held = get_forward_context().attn_metadata
-        meta = held.get(self.prefix) if isinstance(held, dict) else None
+        meta = _of_step(self)
         if meta is None:
             return
-        tokens = meta.num_actual_tokens
-        slots = meta.non_spec_state_indices_tensor.contiguous()
-        starts = meta.non_spec_query_start_loc[: len(slots) + 1]
-        fresh = None if meta.has_initial_state is None else ~meta.has_initial_state[: len(slots)]
-        weight = self.conv1d.weight
-        recurrent.gated_delta_net(
+        tokens, weight = meta.num_actual_tokens, self.conv1d.weight
+        recurrent.run(
+            _form_of_delta(self),
             core_attn_out[:tokens],
             mixed_qkv[:tokens],
             weight.view(weight.size(0), weight.size(-1)),
+            None,
             a[:tokens],
             b[:tokens],
             self.A_log,
             self.dt_bias,
-            self.kv_cache[0],
-            self.kv_cache[1],
-            starts,
-            slots,
-            fresh,
-            self.num_k_heads // self.tp_size,
+            None,
+            *self.kv_cache[:2],
+            _spans(meta),
         )
 
     return _forward_core
 
 
-def _checkpoints(original):
-    """QwenGatedDeltaNetAttention.get_kv_cache_spec: a step ends where a state is cached."""
+def _mamba2(original):
+    """MambaMixer2.conv_ssm_forward: the convolution, then Mamba 2's recurrence, for prompts and decodes alike."""
+    from bi_patch.ops.cuda import recurrent
 
-    @functools.wraps(original)
-    def get_kv_cache_spec(self, vllm_config):
-        import torch
-        from vllm.model_executor.layers.mamba.abstract import MambaBase
-        from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+    def conv_ssm_forward(self, projected_states, output):
+        meta = _of_step(self)
+        if meta is None:  # vLLM's own warms up its Triton kernels
+            output.zero_()
+            return
+        tokens, weight = meta.num_decode_tokens + meta.num_prefill_tokens, self.conv1d.weight
+        sizes = [self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size]
+        _, inputs, dt = projected_states[:tokens].split(sizes, dim=-1)
+        recurrent.run(
+            _form_of_mamba2(self),
+            output[:tokens],
+            inputs,
+            weight.view(weight.size(0), weight.size(-1)),
+            self.conv1d.bias,
+            dt,
+            None,
+            self.A,
+            self.dt_bias,
+            self.D,
+            *self.kv_cache[:2],
+            _spans_in_two(meta),
+        )
 
-        sizes = _unknown_sizes(self)
-        if sizes:
-            raise UnsupportedFeature(f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {sizes}")
-        dtypes = self.get_state_dtype()
-        if dtypes[1] != torch.float32 or dtypes[0] != vllm_config.model_config.dtype or is_conv_state_dim_first():
-            raise UnsupportedFeature(
-                f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with states kept in {dtypes}. Use "
-                "--mamba-ssm-cache-dtype float32 --mamba-cache-dtype auto, and unset VLLM_SSM_CONV_STATE_LAYOUT"
-            )
-        return MambaBase.get_kv_cache_spec(self, vllm_config)
-
-    return get_kv_cache_spec
+    return conv_ssm_forward
 
 
-def _unknown_sizes(layer) -> str:
-    """What the kernels do not compute of a layer, in words, else ""."""
-    keys, values = layer.head_k_dim, layer.head_v_dim
-    if keys < 16 or keys & (keys - 1) or values % 32:
-        return f"heads of {keys} keys and {values} values; a power of two and a multiple of 32 work"
-    if layer.conv_kernel_size != 4 or layer.activation != "silu":
-        return f"a convolution over {layer.conv_kernel_size} tokens with {layer.activation}; 4 and silu work"
+def _states(form_of, unknown):
+    """get_kv_cache_spec of a layer: a step ends where a state is cached; refuse what the kernels do not compute."""
+
+    def close(original):
+        @functools.wraps(original)
+        def get_kv_cache_spec(self, vllm_config):
+            from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+            from bi_patch.ops.cuda import recurrent
+
+            if found := unknown(self) or _unknown_states(self, vllm_config):
+                raise UnsupportedFeature(f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {found}")
+            if failed := recurrent.prepare(form_of(self)):
+                raise UnsupportedFeature(
+                    f"recurrent.cuda_states: the kernels of recurrent layers did not compile: {failed}"
+                )
+            return MambaBase.get_kv_cache_spec(self, vllm_config)
+
+        return get_kv_cache_spec
+
+    return close
+
+
+def _unknown_states(layer, config) -> str:
+    """What the kernels do not keep of a layer's states, in words, else ""."""
+    import torch
+    from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+
+    dtypes = layer.get_state_dtype()
+    if config.model_config.dtype != torch.bfloat16:
+        return f"inputs in {config.model_config.dtype}. Use --dtype bfloat16"
+    if tuple(dtypes) != (torch.bfloat16, torch.float32) or is_conv_state_dim_first():
+        return (
+            f"states kept in {dtypes}. Use --mamba-ssm-cache-dtype float32 --mamba-cache-dtype auto, and unset "
+            "VLLM_SSM_CONV_STATE_LAYOUT"
+        )
+    if config.cache_config.mamba_cache_mode not in ("none", "align"):
+        return f"the cache mode {config.cache_config.mamba_cache_mode!r}. Use --mamba-cache-mode align"
     return ""
+
+
+def _unknown_delta(layer) -> str:
+    """What the kernels do not compute of a gated delta net, in words, else ""."""
+    from bi_patch.ops.cuda import recurrent
+
+    if layer.activation != "silu":
+        return f"the activation {layer.activation}; silu works"
+    heads = layer.num_k_heads // layer.tp_size, layer.num_v_heads // layer.tp_size
+    return recurrent.uncovered(layer.head_k_dim, layer.head_v_dim, *heads, layer.conv_kernel_size)
+
+
+def _unknown_mamba2(layer) -> str:
+    """What the kernels do not compute of a Mamba 2 layer, in words, else ""."""
+    from bi_patch.ops.cuda import recurrent
+
+    if layer.activation not in ("silu", "swish"):
+        return f"the activation {layer.activation}; silu works"
+    if layer.use_replayssm:
+        return "--use-replayssm. Leave it out"
+    if layer.tp_size > 1 and layer.use_rms_norm:
+        return f"a norm over {layer.tp_size} ranks. Use --tensor-parallel-size 1"
+    heads = layer.n_groups // layer.tp_size, layer.num_heads // layer.tp_size
+    return recurrent.uncovered(layer.ssm_state_size, layer.head_dim, *heads, layer.conv_kernel_size)
 
 
 def _no_alignment(original):
@@ -114,19 +235,35 @@ def _no_alignment(original):
 
 
 def _gated(original):
-    """RMSNormGated.forward_cuda: the bundled kernel, one program a row."""
+    """RMSNormGated.forward_cuda, and forward_native for compiled code: the bundled kernel."""
     from bi_patch.ops.cuda import recurrent
 
-    recurrent.define_op()
+    recurrent.define_ops()
 
-    def forward_cuda(self, x, z=None):
+    def forward(self, x, z=None):
         if z is None or not self.norm_before_gate or self.group_size not in (None, x.shape[-1]):
             raise UnsupportedFeature(
                 "recurrent.cuda_gated_norm: bi_patch covers RMSNorm of whole rows with a gate after it"
             )
         return recurrent.gated_rms_norm(x, z, self.weight.data, self.eps, self.activation == "sigmoid")
 
-    return forward_cuda
+    return forward
+
+
+def _gated_first(original):
+    """Mixer2RMSNormGated.forward_cuda, and forward_native for compiled code: the bundled kernel."""
+    from bi_patch.ops.cuda import recurrent
+
+    recurrent.define_ops()
+
+    def forward(self, x, gate):
+        import torch
+
+        if not self.use_rms_norm:
+            return x * torch.nn.functional.silu(gate.to(torch.float32)).to(x.dtype)
+        return recurrent.gated_first_rms_norm(x, gate, self.weight.data, self.variance_epsilon, self.n_groups)
+
+    return forward
 
 
 def _attention(original):
@@ -154,44 +291,57 @@ def _seam(name: str, module: str, qualname: str, close, how: str, copies=(), ser
     )
 
 
+_TOKENS = "the bundled kernels take one token after the other, in prompts and decodes, and keep the state in fp32"
+_ENDS = "a step ends where a state is cached, and other dtypes of states are refused"
+_NORMS = "vllm.model_executor.layers.layernorm"
+
 SEAMS = (
     _seam(
         "recurrent.cuda_backend",
         "vllm.v1.attention.selector",
         "get_mamba_attn_backend",
         _backend,
-        "gated delta nets may start",
-        ("vllm.model_executor.layers.mamba.abstract",),
+        "gated delta nets and Mamba 2 may start",
+        (f"{_FOLDER}.abstract",),
     ),
-    _seam(
-        "recurrent.cuda_gated_delta_net",
-        _GDN,
-        "QwenGatedDeltaNetAttention._forward_core",
-        _core,
-        "the bundled kernels take one token after the other, in prompts and decodes, and keep the state in fp32",
-        serves=("QwenGatedDeltaNetAttention",),
-    ),
-    _seam(
-        "recurrent.cuda_states",
-        _GDN,
-        "QwenGatedDeltaNetAttention.get_kv_cache_spec",
-        _checkpoints,
-        "a step ends where a state is cached, and other dtypes of states are refused",
-    ),
+    _seam("recurrent.cuda_gated_delta_net", _GDN, f"{_LAYER}._forward_core", _core, _TOKENS, serves=(_LAYER,)),
+    _seam("recurrent.cuda_states", _GDN, f"{_LAYER}.get_kv_cache_spec", _states(_form_of_delta, _unknown_delta), _ENDS),
     _seam(
         "recurrent.cuda_alignment",
         _GDN,
-        "QwenGatedDeltaNetAttention.get_prefill_checkpoint_alignment",
+        f"{_LAYER}.get_prefill_checkpoint_alignment",
         _no_alignment,
         "no layer offers to write states inside a prompt",
     ),
+    _seam("recurrent.cuda_mamba2", _MIXER, "MambaMixer2.conv_ssm_forward", _mamba2, _TOKENS, serves=("MambaMixer2",)),
     _seam(
-        "recurrent.cuda_gated_norm",
-        "vllm.model_executor.layers.layernorm",
-        "RMSNormGated.forward_cuda",
-        _gated,
-        "one program norms a row and multiplies by its gate",
-        serves=("RMSNormGated",),
+        "recurrent.cuda_mamba2_states",
+        _MIXER,
+        "MambaMixer2.get_kv_cache_spec",
+        _states(_form_of_mamba2, _unknown_mamba2),
+        _ENDS,
+    ),
+    *(
+        _seam(
+            f"recurrent.cuda_gated_norm{suffix}",
+            _NORMS,
+            f"RMSNormGated.{method}",
+            _gated,
+            "a program norms whole rows and multiplies by their gates",
+            serves=("RMSNormGated",),
+        )
+        for suffix, method in (("", "forward_cuda"), ("_compiled", "forward_native"))
+    ),
+    *(
+        _seam(
+            f"recurrent.cuda_mixer_norm{suffix}",
+            _MIXER,
+            f"Mixer2RMSNormGated.{method}",
+            _gated_first,
+            "a program multiplies whole groups of rows by their gates and norms them",
+            serves=("Mixer2RMSNormGated",),
+        )
+        for suffix, method in (("", "forward_cuda"), ("_compiled", "forward_native"))
     ),
     _seam(
         "recurrent.cuda_attention",

@@ -14,9 +14,20 @@ __all__ = ["Fault", "UnknownFault", "every", "named", "plant", "planted"]
 
 def every() -> tuple[Fault, ...]:
     """All faults, sorted by the number of their cause."""
-    from bi_patch.tools.faults import adapters, attention, cpu, cuda, latent, pooling, shared, speculation, weights
+    from bi_patch.tools.faults import (
+        adapters,
+        attention,
+        cpu,
+        cuda,
+        latent,
+        pooling,
+        recurrent,
+        shared,
+        speculation,
+        weights,
+    )
 
-    parts = (shared, attention, cpu, cuda, latent, weights, pooling, adapters, speculation)
+    parts = (shared, attention, cpu, cuda, latent, recurrent, weights, pooling, adapters, speculation)
     found = tuple(fault for part in parts for fault in part.FAULTS)
     return tuple(sorted(found, key=lambda fault: (fault.cause, fault.name)))
 

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from bi_patch.tools.faults import parts, recurrent
+from bi_patch.tools.faults import parts
 from bi_patch.tools.faults.base import CPU, Fault
 from bi_patch.tools.faults.shared import FEW
 from bi_patch.tools.models import recipes
@@ -68,7 +68,6 @@ def shared_int8_scale(engine: LocalEngine):
 
 
 FAULTS = (
-    *recurrent.FAULTS,
     Fault(
         "shared INT8 scale",
         11,

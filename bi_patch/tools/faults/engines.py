@@ -11,6 +11,14 @@ from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.probes import adapters as lora
 
 _BF16 = ("Qwen3-Next",)  # families with recurrent layers, which run in bf16 only
+# On CUDA: a part of the memory, states in fp32, and vLLM's kernels for gated delta nets that need no further package.
+_ON_CUDA = {
+    "gpu_memory_utilization": 0.3,
+    "kv_cache_memory_bytes": 1 << 30,
+    "block_size": 128,
+    "mamba_ssm_cache_dtype": "float32",
+    "additional_config": {"gdn_prefill_backend": "triton"},
+}
 
 
 def options(platform: str, folder: str, dtype: str = "") -> Options:
@@ -41,9 +49,9 @@ def options(platform: str, folder: str, dtype: str = "") -> Options:
     )
 
 
-def of_family(name: str, folder: str, dtype: str = "") -> Options:
-    """The options of an engine with the tiny model of a family, on CPU, for faults of layers that only it has. A recipe
-    of a quantized model has weights, and keeps its type.
+def of_family(name: str, folder: str, dtype: str = "", platform: str = "cpu") -> Options:
+    """The options of an engine with the tiny model of a family, for faults of layers that only it has. A recipe of a
+    quantized model has weights, and keeps its type.
     """
     if name in recipes.QUANTIZED:
         made = str(recipes.path(name, cache=settings.read().cache))
@@ -56,6 +64,7 @@ def of_family(name: str, folder: str, dtype: str = "") -> Options:
         tokenizer=False,
         random_weights=7,
         digests=True,
+        extra={} if platform == "cpu" else _ON_CUDA,
     )
 
 
@@ -127,15 +136,3 @@ def quantized(given: Options, folder: str) -> Options:
     config = shapes.SHAPES["Qwen3-1.7B"] | {"num_hidden_layers": 3}
     model = shapes.save("Qwen3-1.7B, 3 layers", config, folder)
     return given.but(model=model, extra=given.extra | {"quantization": "fp8"})
-
-
-def recurrent(folder: str) -> Options:
-    """The options of a small model with gated delta nets. vLLM's own kernels start their chunks at the engine step."""
-    return Options(
-        shapes.write(shapes.HYBRID, folder),
-        max_model_len=1024,
-        chunk=512,
-        tokenizer=False,
-        random_weights=1,
-        prefix_caching=False,
-    )

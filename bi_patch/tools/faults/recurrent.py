@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from bi_patch.tools.faults import parts
-from bi_patch.tools.faults.base import CPU, Fault
+from bi_patch.tools.faults.base import BOTH, CPU, Fault, platform
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import replaced
 
 MODEL = "Qwen3-Next"
-_SEAM = {"cpu": "recurrent.cpu_gated_delta_net"}
+_SEAM = {"cpu": "recurrent.cpu_gated_delta_net", "cuda": "recurrent.cuda_gated_delta_net"}
 
 
 def chunks_from_the_cut(engine: LocalEngine):
@@ -34,18 +34,24 @@ def chunks_from_the_cut(engine: LocalEngine):
 
 def rounded_states(engine: LocalEngine):
     """The state is saved, rounded to bf16, where a step ends, which is in the middle of a chunk."""
-    from bi_patch.ops.cpu import recurrent
+    if platform() == "cpu":
+        from bi_patch.ops.cpu import recurrent
+
+        name, states_at, spans_at = "gated_delta_rule", 6, 7
+    else:
+        from bi_patch.ops.cuda import recurrent
+
+        name, states_at, spans_at = "run", 11, 12
 
     def make(held):
-        def gated_delta_rule(*given):
+        def run(*given):
             held(*given)
-            states, spans = given[6], given[7]
-            slots = spans.slots.long()
+            states, slots = given[states_at], given[spans_at].slots.long()
             states[slots] = states[slots].bfloat16().float()
 
-        return gated_delta_rule
+        return run
 
-    return replaced(recurrent, "gated_delta_rule", make)
+    return replaced(recurrent, name, make)
 
 
 FAULTS = tuple(
@@ -55,15 +61,15 @@ FAULTS = tuple(
         plant.__doc__,
         "chunk budget",
         plant,
-        (CPU,),
+        platforms,
         "linear_attn",
         "gdn",
         seam=_SEAM,
         emulated=emulated,
         model=MODEL,
     )
-    for name, plant, emulated in (
-        ("chunks from the scheduler's cut", chunks_from_the_cut, ()),
-        ("states saved between chunk boundaries", rounded_states, (CPU,)),
+    for name, plant, platforms, emulated in (
+        ("chunks from the scheduler's cut", chunks_from_the_cut, (CPU,), ()),
+        ("states saved between chunk boundaries", rounded_states, BOTH, BOTH),
     )
 )

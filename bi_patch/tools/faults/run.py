@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from bi_patch.errors import SettingError, UnsupportedFeature
+from bi_patch.errors import SettingError
 from bi_patch.files import write_json
 from bi_patch.tools import evidence
 from bi_patch.tools.evidence import FaultRow, Faults
@@ -45,7 +45,7 @@ def measure(
 ) -> Faults:
     """Plant every fault of this platform, or the faults named in `only`, and return the results.
 
-    `only` leaves out cause 17, and cause 24 on CUDA. dtype: "" for the platform's default (see engines.options).
+    `only` leaves out cause 17. dtype: "" for the platform's default (see engines.options).
     compiled: whether to plant cause 17, which compiles the model. tell: called with a text for each fault. keep: called
     with the results so far, after each engine.
     Raises UnknownFault for an unknown name, SettingError for a fault of another platform, and the error of an engine
@@ -60,8 +60,6 @@ def measure(
         given = engines.options(platform, folder, dtype)
         found = run.planted(given, wanted)
         if not only:
-            if platform == "cuda":
-                found.rows.append(run.refused())
             if compiled:
                 row, clean = run.compiled(given)
                 found.rows.append(row)
@@ -95,7 +93,7 @@ class _Run:
         """The options of the engine for faults of a model; "" for the platform's own."""
         if model == FP8:
             return engines.quantized(given, self.folder)
-        return engines.of_family(model, self.folder, given.dtype) if model else given
+        return engines.of_family(model, self.folder, given.dtype, self.platform) if model else given
 
     def _in_model(self, given: Options, wanted: list[Fault], made: Faults | None) -> Faults:
         """Plant the faults of one model, and add the results to `made`."""
@@ -135,16 +133,6 @@ class _Run:
         if axis == catch.SPECULATION:
             return engines.speculating(given)
         return engines.few_blocks(given, block) if axis else given
-
-    def refused(self) -> FaultRow:
-        """Show that cause 24 is refused: a model with recurrent layers must not start."""
-        planted, said = "a model with recurrent layers", ""
-        try:
-            ChildEngine(ARMED, engines.recurrent(self.folder), environ=self.environ).close()
-        except UnsupportedFeature as error:
-            said = str(error).split(":")[0]
-        self.tell(f"24 {planted}: {'refused by ' + said if said else 'NOT REFUSED'}")
-        return FaultRow(24, planted, bool(said), bool(said), "start", refused=bool(said), located=said)
 
     def compiled(self, given: Options) -> tuple[FaultRow, tuple[int, int]]:
         """Plant cause 17. Also returns, for its axis without the fault, how many pairs were compared and differ."""

@@ -270,13 +270,12 @@ def test_recurrent_layers_are_served_by_kind(state):
     for name, words in (("Qwen3NextForCausalLM", "gated delta nets"), ("Mamba2ForCausalLM", "Mamba 2")):
         given = {state: True, "model_architectures": [name]}
         check("cpu", **given)
-        for platform in ("cuda", "ascend"):
+        check("cuda", **given)
+        for platform, release in (("cuda", "0.32.0"), ("ascend", None)):
             with pytest.raises(UnsupportedFeature, match=words):
-                check(platform, **given)
-    given = {state: True, "model_architectures": ["Qwen3NextForCausalLM"], "model_enforce_eager": True}
-    check("cuda", **given)
-    with pytest.raises(UnsupportedFeature, match="gated delta nets"):
-        check("cuda", "0.32.0", **given)
+                check(platform, *[release] * bool(release), **given)
+    with pytest.raises(UnsupportedFeature, match="short convolutions"):
+        check("cuda", **{state: True, "model_architectures": ["Lfm2ForCausalLM"]})
     for other in ("JambaForCausalLM", "MambaForCausalLM", "KimiLinearForCausalLM"):
         for platform in releases.BY_PLATFORM:
             with pytest.raises(UnsupportedFeature, match="hybrid and state-space models"):

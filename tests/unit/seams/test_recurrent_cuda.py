@@ -1,4 +1,4 @@
-"""What the CUDA kernels of gated delta nets get of a step, and which states they keep."""
+"""What the CUDA kernels of recurrent layers get of a step, and which layers they refuse."""
 
 from types import SimpleNamespace
 
@@ -18,63 +18,143 @@ def ints(*values):
 
 @pytest.fixture
 def run(monkeypatch):
-    """run(meta): the arguments that the kernels get for a step of a layer with 2 heads of keys."""
+    """run(close, layer, meta, tensors): the arguments that the kernels get for a step of a layer."""
     from vllm import forward_context
 
-    layer = SimpleNamespace(
-        prefix="layer",
-        conv1d=SimpleNamespace(weight=torch.zeros(12, 1, 4)),
-        A_log=None,
-        dt_bias=None,
-        kv_cache=("conv", "states"),
-        num_k_heads=2,
-        tp_size=1,
-    )
-
-    def step(meta):
+    def step(close, layer, meta, *tensors):
         given = []
-        monkeypatch.setattr(ops, "gated_delta_net", lambda *args: given.append(args))
+        monkeypatch.setattr(ops, "run", lambda *args: given.append(args))
         held = SimpleNamespace(attn_metadata=None if meta is None else {"layer": meta})
         monkeypatch.setattr(forward_context, "get_forward_context", lambda: held)
-        recurrent._core(None)(layer, torch.zeros(9, 12), torch.zeros(9, 4), torch.ones(9, 4), torch.zeros(9, 4, 3))
+        close(None)(layer, *tensors)
         return given[0] if given else None
 
     return step
 
 
-def test_a_step_brings_its_requests_in_one_list(run):
-    table = ints(5, 0, 3, 0, 7, 0).view(3, 2)
+@pytest.fixture
+def delta(run):
+    weight = torch.zeros(768, 1, 4)
+    layer = SimpleNamespace(
+        prefix="layer",
+        conv1d=SimpleNamespace(weight=weight),
+        A_log=torch.zeros(4),
+        dt_bias=torch.zeros(4).bfloat16(),
+        kv_cache=("conv", "states"),
+        num_k_heads=2,
+        num_v_heads=4,
+        head_k_dim=128,
+        head_v_dim=64,
+        tp_size=1,
+    )
+    tensors = torch.zeros(9, 768), torch.zeros(9, 4), torch.ones(9, 4), torch.zeros(9, 4, 64)
+    return lambda meta: run(recurrent._core, layer, meta, *tensors)
+
+
+def test_a_step_of_gated_delta_nets_brings_its_requests_in_one_list(delta):
+    table = ints(5, 0, 3, 0, 7, 0, 9, 0).view(4, 2)
     meta = SimpleNamespace(
+        num_prefills=2,
         num_actual_tokens=7,
         non_spec_state_indices_tensor=table[:, 0],
-        non_spec_query_start_loc=ints(0, 1, 3, 7, 7),
-        has_initial_state=torch.tensor([True, False, True]),
+        non_spec_query_start_loc=ints(0, 1, 3, 7, 7),  # the last request is padding
+        has_initial_state=torch.tensor([True, False, True, False]),
     )
-    out, x, weight, a, b, *_, conv, states, starts, slots, fresh, heads = run(meta)
-    assert len(out) == len(x) == len(a) == len(b) == 7 and weight.shape == (12, 4) and heads == 2
+    form, out, x, weight, bias, a, b, *_, conv, states, spans = delta(meta)
+    assert form == (False, 128, 64, 2, 4, (True, False, False), 2, 4, 8, True)
+    assert len(out) == len(x) == len(a) == len(b) == 7 and weight.shape == (768, 4) and bias is None
     assert a.all() and not b.any() and (conv, states) == ("conv", "states")
-    assert starts.tolist() == [0, 1, 3, 7] and slots.tolist() == [5, 3, 7] and slots.is_contiguous()
-    assert fresh.tolist() == [False, True, False]
-    meta.has_initial_state = None
-    assert run(meta)[-2] is None and run(None) is None
+    assert spans.starts.tolist() == [0, 1, 3, 7, 7] and spans.slots.tolist() == [5, 3, 7, 9]
+    assert spans.fresh.tolist() == [0, 1, 0, 1] and spans.which.tolist() == [0, 1, 1, 2, 2, 2, 2]
+    assert delta(meta)[-1] is spans  # the next layer of the step
+    assert delta(None) is None
 
 
+def test_a_step_of_decodes_brings_slots_alone(delta):
+    table = ints(5, 1, 3, 1, 0, 1, 9, 1).view(4, 2)
+    meta = SimpleNamespace(num_prefills=0, num_actual_tokens=3, non_spec_state_indices_tensor=table[:, 0])
+    spans = delta(meta)[-1]
+    assert spans.slots.tolist() == [5, 3, 0] and spans.slots.is_contiguous()
+    assert spans.starts is spans.fresh is spans.which is None
+
+
+def test_a_step_of_mamba_2_brings_decodes_before_prompts(run):
+    layer = SimpleNamespace(
+        prefix="layer",
+        conv1d=SimpleNamespace(weight=torch.zeros(384, 1, 4), bias=torch.zeros(384)),
+        A=torch.zeros(4),
+        dt_bias=torch.zeros(4),
+        D=torch.zeros(4).bfloat16(),
+        kv_cache=("conv", "states"),
+        ssm_state_size=64,
+        head_dim=64,
+        n_groups=1,
+        num_heads=4,
+        tp_size=1,
+        tped_intermediate_size=256,
+        tped_conv_size=384,
+        tped_dt_size=4,
+    )
+    projected = torch.arange(8.0)[:, None] + torch.zeros(8, 644)
+    meta = SimpleNamespace(
+        num_decode_tokens=2,
+        num_prefills=2,
+        num_prefill_tokens=5,
+        state_indices_tensor_d=ints(4, 0, 6, 0).view(2, 2),
+        state_indices_tensor_p=ints(8, 2),
+        query_start_loc_p=ints(0, 3, 5),
+        has_initial_states_p=torch.tensor([False, True]),
+    )
+    output = torch.ones(8, 256)
+    form, out, x, weight, bias, dt, b, *_, spans = run(recurrent._mamba2, layer, meta, projected, output)
+    assert form == (True, 64, 64, 1, 4, (True, True, False), 2, 4, 8, True) and b is None and bias is not None
+    assert out.shape == (7, 256) and x.shape == (7, 384) and dt.shape == (7, 4) and weight.shape == (384, 4)
+    assert spans.slots.tolist() == [4, 6, 8, 2] and spans.starts.tolist() == [0, 1, 2, 5, 7]
+    assert spans.fresh.tolist() == [0, 0, 1, 0] and spans.which.tolist() == [0, 1, 2, 2, 2, 3, 3]
+    decodes = SimpleNamespace(num_decode_tokens=2, num_prefills=0, state_indices_tensor_d=ints(4, 0).view(2, 1))
+    decodes.num_prefill_tokens = 0
+    spans = run(recurrent._mamba2, layer, decodes, projected, output)[-1]
+    assert spans.slots.tolist() == [4, 0] and spans.starts is None
+    assert run(recurrent._mamba2, layer, None, projected, output) is None and not output.any()
+
+
+DELTA = {
+    "num_k_heads": 2,
+    "num_v_heads": 4,
+    "head_k_dim": 128,
+    "head_v_dim": 128,
+    "conv_kernel_size": 4,
+    "activation": "silu",
+    "tp_size": 1,
+    "states": (torch.bfloat16, torch.float32),
+}
+MAMBA = {"ssm_state_size": 128, "head_dim": 64, "n_groups": 1, "num_heads": 8, "use_replayssm": False}
+
+
+@pytest.mark.parametrize("mamba", [False, True])
 @pytest.mark.parametrize(
-    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)], ids=["state", "inputs"]
+    ("changed", "said"),
+    [
+        ({"head_k_dim": 96, "ssm_state_size": 96}, "heads of 96 keys"),
+        ({"conv_kernel_size": 3}, "over 3 tokens"),
+        ({"activation": "gelu"}, "gelu"),
+        ({"states": (torch.bfloat16, torch.bfloat16)}, "--mamba-ssm-cache-dtype float32"),
+        ({"states": (torch.float32, torch.float32)}, "--mamba-cache-dtype auto"),
+        ({"dtype": torch.float16}, "--dtype bfloat16"),
+        ({"mode": "all"}, "--mamba-cache-mode align"),
+        ({"use_replayssm": True}, "replayssm"),
+        ({"tp_size": 2, "use_rms_norm": True}, "a norm over 2 ranks"),
+    ],
 )
-def test_states_that_would_be_rounded_are_refused(dtypes):
-    sizes = {"head_k_dim": 128, "head_v_dim": 128, "conv_kernel_size": 4, "activation": "silu"}
-    layer = SimpleNamespace(prefix="model.layers.0", get_state_dtype=lambda: dtypes, **sizes)
-    config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
-    with pytest.raises(UnsupportedFeature, match="recurrent.cuda_states: .*layers.0.*--mamba-ssm-cache-dtype float32"):
-        recurrent._checkpoints(lambda self, config: None)(layer, config)
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"), [({"head_k_dim": 96}, "heads of 96 keys"), ({"conv_kernel_size": 3}, "over 3 tokens")]
-)
-def test_other_sizes_are_refused(changed, said):
-    sizes = {"head_k_dim": 128, "head_v_dim": 128, "conv_kernel_size": 4, "activation": "silu"} | changed
-    layer = SimpleNamespace(prefix="model.layers.0", **sizes)
-    with pytest.raises(UnsupportedFeature, match=said):
-        recurrent._checkpoints(lambda self, config: None)(layer, None)
+def test_what_the_kernels_do_not_compute_is_refused(mamba, changed, said):
+    if not mamba and {"use_replayssm", "use_rms_norm"} & set(changed):
+        pytest.skip("only Mamba 2 has it")
+    held = DELTA | MAMBA | changed
+    layer = SimpleNamespace(prefix="model.layers.0", get_state_dtype=lambda: held["states"], **held)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=held.get("dtype", torch.bfloat16)),
+        cache_config=SimpleNamespace(mamba_cache_mode=held.get("mode", "align")),
+    )
+    unknown = recurrent._unknown_mamba2 if mamba else recurrent._unknown_delta
+    with pytest.raises(UnsupportedFeature, match=f"recurrent.cuda_states: .*layers.0.*{said}"):
+        recurrent._states(None, unknown)(lambda self, config: None)(layer, config)

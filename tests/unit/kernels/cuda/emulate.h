@@ -164,12 +164,23 @@ DEVICE i64 from_lane(i64 value, int lane) {
 
 DEVICE float power_of_2(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.f / x; }
+DEVICE float log_of_1_plus(float x) { return log1pf(x); }
+DEVICE float root_reciprocal(float x) { return 1.f / sqrtf(x); }
+DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+DEVICE float times(float a, float b) { return a * b; }
+DEVICE float plus(float a, float b) { return a + b; }
 DEVICE float carry(float sum, float by, float p) { return fmaf(sum, by, p); }
 
 DEVICE u32 bits_of(float value) {
   u32 bits;
   memcpy(&bits, &value, 4);
   return bits;
+}
+
+DEVICE float float_of(u32 bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
 }
 
 DEVICE u32 round_bf16(float value) {
