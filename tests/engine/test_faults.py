@@ -47,12 +47,12 @@ def test_forced_to_run_the_fault_is_seen(start):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"extra": {"tensor_parallel_size": 2}}, "tensor parallelism"),
+        ({"extra": {"enable_shm_tensor_arena": True}}, "features: .*does not cover enable_shm_tensor_arena"),
         ({"extra": {"kv_cache_dtype": "fp8"}}, "features: .*on CPU does not cover a 'fp8' KV cache"),
         ({"extra": {"quantization": "fp8"}}, "features: .*quantized weights .fp8"),
         ({"extra": {"worker_extension_cls": "my.Extension"}}, "plugins.code: .*BI_PATCH_ALLOW_CODE=my.Extension"),
     ],
-    ids=["tensor parallel", "fp8 KV cache", "fp8 weights", "worker extension"],
+    ids=["an option of parallelism", "fp8 KV cache", "fp8 weights", "worker extension"],
 )
 def test_uncovered_features_are_refused_by_name(refusing, options, said):
     with pytest.raises(BiPatchError, match=said) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bi_patch.platforms.features import parallel
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
 from bi_patch.platforms.features.pairs import TRIAL, recurrent
 
@@ -15,6 +16,7 @@ _H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
+_CPU_TENSOR = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
@@ -207,6 +209,17 @@ def _norms_over_ranks(config: Any) -> str:
     return "norms over ranks" if named and config.parallel_config.tensor_parallel_size > 1 else ""
 
 
+def _elsewhere(config: Any) -> str:
+    """How an engine starts workers other than as processes of its own, in words."""
+    held = config.parallel_config
+    asked = {getattr(held, "distributed_executor_backend", None), getattr(held, "data_parallel_backend", None)}
+    return _joined("workers of ", {"Ray": "ray" in asked, "an external launcher": "external_launcher" in asked})
+
+
+def _unexamined(config: Any) -> str:
+    return _joined("", dict.fromkeys(parallel.unknown(config.parallel_config), True))
+
+
 def _everywhere(why: str, todo: str = "") -> dict:
     cell = refused(why, todo=todo)
     return {"cpu": cell, "cuda": cell, "ascend": cell}
@@ -356,8 +369,8 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "tensor parallelism",
         short="tensor parallelism",
-        cpu=refused("sums over ranks have no fixed order on CPU"),
-        cuda=served(_H200, why="every collective uses one order for all message sizes; nobody measured the cost"),
+        cpu=served(_CPU_TENSOR, why="measured with two ranks over shared memory"),
+        cuda=served(_H200, why="sums over ranks have one order for all sizes of messages; nobody measured the cost"),
         ascend=untried(_NO_NPU),
         asked=_of_parallel("tensor_parallel_size", "tensor parallelism over 1"),
     ),
@@ -407,6 +420,26 @@ FEATURES: tuple[Feature, ...] = (
         "dual-batch overlap",
         **_everywhere("the size of a batch decides where it is split in two"),
         asked=_of_parallel("enable_dbo", "dual-batch overlap", 0),
+    ),
+    row(
+        "workers of Ray or of an external launcher",
+        cpu=untried("each worker must say that it is armed"),
+        cuda=untried("each worker must say that it is armed"),
+        ascend=untried(_NO_NPU),
+        asked=_elsewhere,
+    ),
+    row(
+        "several hosts",
+        cpu=untried("the sum over ranks is checked at the start"),
+        cuda=untried("the sum over ranks is checked at the start"),
+        ascend=untried(_NO_NPU),
+        asked=_of_parallel("nnodes", "several hosts"),
+    ),
+    row(
+        "every other option of parallelism (sequence parallelism, sampling in shards, elastic experts, fault "
+        "tolerance, ...)",
+        **_everywhere("nobody has examined it"),
+        asked=_unexamined,
     ),
     row(
         "LoRA",

@@ -117,7 +117,8 @@ PAIRS: tuple[Feature, ...] = (
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
     *(
-        _pairs(kind, "ranks that share a model", cpu=untried(), cuda=untried(), ascend=_NO_SEAM)
+        _pairs(kind, parallel, cpu=cpu, cuda=untried(), ascend=_NO_SEAM)
         for kind in (MLA, RECURRENT, QUANTIZED)
+        for parallel, cpu in (("tensor parallelism", _REFUSED), ("pipeline parallelism", untried()))
     ),
 )

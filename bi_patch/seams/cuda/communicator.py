@@ -1,13 +1,12 @@
-"""Rules for collectives between ranks on CUDA. On CPU, the feature table refuses more than one rank.
+"""Rules for collectives between ranks on CUDA.
 
 Upstream's mode adds in one order for every message size: with its one-stage all-reduce, or with NCCL pinned to one
 algorithm and one channel. These rules turn off or refuse whatever would take another collective. NCCL may read its
 variables before vLLM sets them, e.g. for a trainer in the same process, so each worker checks the order at its start.
 """
 
-import functools
-
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import ranks
 from bi_patch.seams.model import Policy, Seam, Target, Variable
 
 # What upstream's mode sets so that NCCL adds in one order.
@@ -24,43 +23,12 @@ _PINS = (
 )
 
 
-def _order(original):
-    """init_worker_distributed_environment: then check that ranks add in one order, with the all-reduce that serves."""
-
-    @functools.wraps(original)
-    def init_worker_distributed_environment(vllm_config, *args, **kwargs):
-        result = original(vllm_config, *args, **kwargs)
-        _check_order(vllm_config)
-        return result
-
-    return init_worker_distributed_environment
-
-
-def _check_order(config) -> None:
-    from vllm.distributed.parallel_state import get_tp_group
-
-    from bi_patch.ops.cuda import collectives
-
-    group = get_tp_group()
-    if group.world_size == 1:
-        return
-    found = collectives.moved(
-        group.all_reduce,
-        rank=group.rank_in_group,
-        ranks=group.world_size,
-        width=config.model_config.get_hidden_size(),
-        most=config.scheduler_config.max_num_batched_tokens,
-        dtype=config.model_config.dtype,
-        device=group.device,
-    )
-    if found is not None:
-        raise UnsupportedFeature(
-            f"communicator.cuda_order: {group.world_size} ranks add a row of a message of {found} rows in another "
-            "order than a row alone. Probably NCCL was in use in this process before vLLM fixed NCCL's order, e.g. by "
-            "a trainer. Leave vLLM's own all-reduce on (disable_custom_all_reduce=False); or set "
-            "NCCL_ALGO=allreduce:tree, NCCL_PROTO=Simple, NCCL_MIN_NCHANNELS=1, NCCL_MAX_NCHANNELS=1 and "
-            "NCCL_NVLS_ENABLE=0 before the process starts; or use one device, or set BI_PATCH=0"
-        )
+_TODO = (
+    "Probably NCCL was in use in this process before vLLM fixed NCCL's order, e.g. by "
+    "a trainer. Leave vLLM's own all-reduce on (disable_custom_all_reduce=False); or set "
+    "NCCL_ALGO=allreduce:tree, NCCL_PROTO=Simple, NCCL_MIN_NCHANNELS=1, NCCL_MAX_NCHANNELS=1 and "
+    "NCCL_NVLS_ENABLE=0 before the process starts; or use one device, or set BI_PATCH=0"
+)
 
 
 def _no_fusion(config) -> None:
@@ -99,7 +67,7 @@ SEAMS = (
                 copies=("vllm.v1.worker.cpu_worker", "vllm.v1.worker.xpu_worker"),
             ),
         ),
-        close=_order,
+        close=ranks.closing("communicator.cuda_order", False, _TODO),
         why="NCCL chooses the order of a sum by the size of the message, unless upstream's mode fixes the order before "
         "the process uses NCCL",
         how="each worker compares sums over ranks of 1 row up to the largest step bitwise, and stops if the order "

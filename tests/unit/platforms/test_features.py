@@ -229,7 +229,7 @@ def test_several_refusals_are_named_at_once_with_what_to_do():
         ),
         ("cpu", {"cache_cache_dtype": "float32"}, False),
         ("cuda", {"cache_cache_dtype": "float32"}, True),
-        ("cpu", {"parallel_tensor_parallel_size": 2}, True),
+        ("cpu", {"parallel_tensor_parallel_size": 2}, False),
         ("cuda", {"parallel_tensor_parallel_size": 4}, False),
         ("ascend", {"parallel_tensor_parallel_size": 2}, False),
         ("cpu", {"parallel_data_parallel_size": 2, "model_is_moe": False}, False),

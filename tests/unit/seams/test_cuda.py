@@ -228,31 +228,6 @@ def test_chosen_operators_are_refused(given, refused, monkeypatch):
             policy.apply(held)
 
 
-class Ranks:
-    """A fake of vLLM's group of tensor-parallel ranks, whose sums are twice the tensor plus what the size adds."""
-
-    rank_in_group, device = 0, "cpu"
-
-    def __init__(self, world_size, large):
-        self.world_size, self.large = world_size, large
-
-    def all_reduce(self, tensor):
-        return tensor * 2 + (self.large if len(tensor) > 5 else 0)
-
-
-@pytest.mark.parametrize("ranks, large, named", [(1, 1, ""), (4, 0, ""), (4, 1, "a message of 8 rows")])
-def test_each_worker_checks_the_order_over_ranks(ranks, large, named, monkeypatch):
-    from vllm.distributed import parallel_state
-
-    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(ranks, large))
-    started = []
-    start = _closed("communicator.cuda_order", lambda config, *args: started.append(args))
-    held = config(model__dtype=torch.bfloat16, scheduler=SimpleNamespace(max_num_batched_tokens=16))
-    with pytest.raises(UnsupportedFeature, match=f"cuda_order: .*{named}") if named else contextlib.nullcontext():
-        start(held, 0, "env://")
-    assert started == [(0, "env://")]
-
-
 def _closed(name, original):
     planned = plan(Version(RELEASES[-1]), "cuda").seams
     return next(p.seam for p in planned if p.seam.name == name).close(original)

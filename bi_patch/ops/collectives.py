@@ -1,4 +1,8 @@
-"""The order of a sum over ranks: the same for every size of the message, and at every place in it."""
+"""Sums over ranks: in rank order, in fp32, rounded once; and the check that a library's sum keeps one order.
+
+Order of one element: rank 0's value, then the values of ranks 1, 2, ... are added in fp32; the result is rounded once.
+It depends on the number of ranks alone. Two values have one sum only, whatever the order: a + b = b + a.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,14 @@ from bi_patch.ops import bits
 
 # Bytes. The sizes at which libraries change the order lie far below; a larger message would take memory from a trainer.
 _LARGEST = 1 << 28
+
+
+def in_rank_order(parts: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of parts [ranks, ...] (bf16, fp16 or fp32) -> [...], in this module's order."""
+    total = parts[0].float()
+    for rank in range(1, parts.shape[0]):
+        total = total + parts[rank].float()
+    return total.to(parts.dtype)
 
 
 def lengths(most: int) -> list[int]:
@@ -27,28 +39,31 @@ def moved(
     most: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    ordered: bool = False,
 ) -> int | None:
     """The smallest number of rows whose sum over ranks has other bits than the sum of one row, or None.
 
     Every rank calls it at the same time. Each rank has one row, which differs from those of the other ranks, and sends
-    it 1, 2, 3, ... times in one message. So each row of a result must have the bits of the first result.
+    it 1, 2, 3, ... times in one message. So each row of a result must have the bits of the first result. ordered: each
+    row must also have the bits of the sum in rank order.
 
-    all_reduce: a tensor -> its sum over the ranks, as a new tensor. rank: this process's place in the group of
-    `ranks`. width: elements in a row. most: the largest number of rows; messages stay below 256 MiB.
+    all_reduce: a tensor -> its sum over the ranks; it may write the sum into the tensor. rank: this process's place in
+    the group of `ranks`. width: elements in a row. most: the largest number of rows; messages stay below 256 MiB.
     """
-    row = _row(rank, ranks, width).to(dtype).to(device)
-    alone = all_reduce(row)
+    every = _rows(ranks, width).to(dtype)
+    row = every[rank : rank + 1].to(device)
     first = None
+    alone = in_rank_order(every[:, None]).to(device) if ordered else all_reduce(row.clone())
     for rows in lengths(max(1, min(most, _LARGEST // (width * row.element_size())))):
         # A rank that stopped here would let the others wait.
-        total = all_reduce(row.expand(rows, width).contiguous())
+        total = all_reduce(row.repeat(rows, 1))
         if bits.differing(total, alone.expand(rows, width)) and first is None:
             first = rows
     return first
 
 
-def _row(rank: int, ranks: int, width: int) -> torch.Tensor:
-    """fp32 [1, width]: the row of a rank. In each column, two ranks hold 2**15 and -2**15, and others small numbers.
+def _rows(ranks: int, width: int) -> torch.Tensor:
+    """fp32 [ranks, width]: the row of each rank. In each column, two ranks hold 2**15 and -2**15, others small numbers.
 
     A small number that is added between the two large ones loses its bits, in fp32 accumulators as well. Which ranks
     hold the large ones changes from column to column, so that any two orders of three or more ranks differ in some.
@@ -57,4 +72,4 @@ def _row(rank: int, ranks: int, width: int) -> torch.Tensor:
     small = torch.randn(ranks, width, generator=shared) * 2.0**-10
     place = torch.rand(ranks, width, generator=shared).argsort(0)
     large = (place == 0).float() - (place == 1).float()
-    return (small * (place > 1) + large * 2.0**15)[rank : rank + 1] if ranks > 2 else small[rank : rank + 1]
+    return small * (place > 1) + large * 2.0**15 if ranks > 2 else small

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bi_patch.ops.cuda import collectives
+from bi_patch.ops import collectives
 
 PROGRAM = Path(__file__).with_name("ranks.py")
 
@@ -28,3 +28,8 @@ def test_four_ranks(tmp_path):
             assert found[f"like_a_ring {dtype}"] == 2
             assert found[f"by_size {dtype}"] == 17
             assert found[f"of_gloo {dtype}"] is not None, "gloo adds in a ring, too"
+            assert found[f"of_the_cpu_seam {dtype}"] is None
+            assert found[f"in_rank_order {dtype} by rank"] is None
+            assert found[f"of_the_cpu_seam {dtype} by rank"] is None
+            assert found[f"by_size {dtype} by rank"] == 17
+            assert found[f"like_a_ring {dtype} by rank"] == 1

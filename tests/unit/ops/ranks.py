@@ -6,7 +6,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from bi_patch.ops.cuda import collectives
+from bi_patch.ops import collectives
 
 WIDTH, MOST = 96, 40
 
@@ -50,14 +50,35 @@ def of_gloo(tensor):
     return total
 
 
+def of_the_cpu_seam(tensor):
+    """vLLM's CPU communicator over gloo, with the patch point closed."""
+    from types import SimpleNamespace
+
+    from bi_patch.seams.cpu.communicator import SEAMS
+
+    close = next(seam.close for seam in SEAMS if seam.name == "communicator.cpu_sum")
+    held = SimpleNamespace(
+        world_size=dist.get_world_size(), supports_tensor_dict=False, dist_module=dist, device_group=None
+    )
+    return close(of_gloo)(held, tensor)
+
+
 def main(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     found = {
-        f"{way.__name__} {str(dtype).removeprefix('torch.')}": collectives.moved(
-            way, rank=rank, ranks=ranks, width=WIDTH, most=MOST, dtype=dtype, device="cpu"
+        f"{way.__name__} {str(dtype).removeprefix('torch.')}{' by rank' * ordered}": collectives.moved(
+            way,
+            rank=rank,
+            ranks=ranks,
+            width=WIDTH,
+            most=MOST,
+            dtype=dtype,
+            device="cpu",
+            ordered=ordered,
         )
-        for way in (in_rank_order, like_a_ring, by_size, of_gloo)
+        for ordered in (False, True)
+        for way in (in_rank_order, like_a_ring, by_size, of_gloo, of_the_cpu_seam)
         for dtype in (torch.bfloat16, torch.float32)
     }
     print(json.dumps(found))

@@ -1,0 +1,88 @@
+"""Runs `bi-patch verify` for engines of several tensor-parallel ranks on CPU, one thread each.
+
+    PYTHONPATH=. python3 benchmarks/cpu/ranks.py [LABEL ...] [--results FOLDER]
+
+Without labels, every case below is measured: one to three minutes each on two cores. The rows join one result file of
+the day. Exit code 1: a position differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import bi_patch_entry
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+FEW = ("batch size", "position and order", "prefix cache", "chunk budget", "decode = prefill", "seeded sampling")
+
+
+class Case(NamedTuple):
+    """model: a name of recipes.NAMES. axes: of verify, empty for those of level quick."""
+
+    model: str
+    ranks: int
+    axes: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+    eager: bool = True
+
+
+CASES = {
+    "tiny-qwen3 bf16 TP 2": Case("tiny-qwen3", 2),
+    "tiny-qwen3 bf16 TP 2 compiled": Case("tiny-qwen3", 2, FEW, eager=False),
+    "tiny-qwen3 fp32 TP 4": Case("tiny-qwen3", 4, FEW, "float32"),
+    "tiny-qwen3-moe bf16 TP 2": Case("tiny-qwen3-moe", 2, FEW),
+}
+
+
+def measure(label: str, results: Path) -> int:
+    """Measure one case and write its rows. Returns the number of positions that differ."""
+    from bi_patch import settings
+    from bi_patch.tools import evidence
+    from bi_patch.tools.bench import invariance
+    from bi_patch.tools.models import recipes
+    from bi_patch.tools.verify import levels, local
+
+    class Ranks(evidence.Invariance, kw_only=True):
+        variant = property(lambda self: "ranks")
+
+    case = CASES[label]
+    level = replace(levels.LEVELS["quick"], seconds=None, cpu_seconds=None)
+    system = local.local(
+        str(recipes.path(case.model, cache=settings.read().cache)),
+        level,
+        dtype=case.dtype,
+        eager=case.eager,
+        engine_args={"tensor_parallel_size": case.ranks},
+        environ=dict(os.environ) | ONE_THREAD,
+    )
+    rows, report = invariance.measure(label, system, level, only=case.axes)
+    found = evidence.new(Ranks, report)
+    found.rows = rows
+    found.command = "python3 benchmarks/cpu/ranks.py"  # the cases share a file
+    evidence.write(found, results)
+    return evidence.total_differing(rows)
+
+
+def main() -> None:
+    bi_patch_entry.without_arming()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("labels", nargs="*", default=list(CASES))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    differ = 0
+    for label in args.labels:
+        start = time.perf_counter()
+        found = measure(label, args.results)
+        differ += found
+        print(f"{label}: {found} positions differ, {time.perf_counter() - start:.0f} s", flush=True)
+    sys.exit(1 if differ else 0)
+
+
+if __name__ == "__main__":
+    main()

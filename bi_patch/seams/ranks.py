@@ -1,0 +1,50 @@
+"""The check of each worker, at its start, that ranks are added in one order, for every size of a message."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.errors import UnsupportedFeature
+
+
+def closing(name: str, ordered: bool, todo: str) -> Callable[[Any], Any]:
+    """`close` of a seam on init_worker_distributed_environment: after it, sums over ranks are checked bitwise.
+
+    name: the seam's name, for the error. ordered: the sums must be those in rank order. todo: what the error advises.
+    """
+
+    def close(original):
+        @functools.wraps(original)
+        def init_worker_distributed_environment(vllm_config, *args, **kwargs):
+            result = original(vllm_config, *args, **kwargs)
+            _check(vllm_config, name, ordered, todo)
+            return result
+
+        return init_worker_distributed_environment
+
+    return close
+
+
+def _check(config: Any, name: str, ordered: bool, todo: str) -> None:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from bi_patch.ops import collectives
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return
+    found = collectives.moved(
+        group.all_reduce,
+        rank=group.rank_in_group,
+        ranks=group.world_size,
+        width=config.model_config.get_hidden_size(),
+        most=config.scheduler_config.max_num_batched_tokens,
+        dtype=config.model_config.dtype,
+        device=group.device,
+        ordered=ordered,
+    )
+    if found is not None:
+        raise UnsupportedFeature(
+            f"{name}: {group.world_size} ranks add a row of a message of {found} rows in another order than "
+            f"{'by rank' if ordered else 'a row alone'}. {todo}"
+        )

@@ -1,0 +1,73 @@
+"""Other sums over ranks, planted in every worker of an engine of several CPU ranks, below the patch point.
+
+The patch point communicator.cpu_sum gathers the parts and adds them. Each way here adds them as a library does that
+looks at the message: causes 14 and 16 with real ranks. The layers are in other processes, so verify's axis finds the
+difference, and nothing names the layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from bi_patch.tools.verify.engine import LocalEngine
+
+Sum = Callable[[torch.Tensor], torch.Tensor]
+_SMALL = 8192  # bytes: messages up to this size are added in rank order
+
+
+def _added(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(dtype)
+
+
+def two_shot(parts: torch.Tensor) -> torch.Tensor:
+    """Large messages are added in slices: the sum of slice r starts with rank r's part."""
+    if parts[0].nbytes <= _SMALL:
+        return _added(list(parts), parts.dtype)
+    ranks = parts.shape[0]
+    slices = [part.flatten().tensor_split(ranks) for part in parts]
+    done = [_added([slices[(r + i) % ranks][r] for i in range(ranks)], parts.dtype) for r in range(ranks)]
+    return torch.cat(done).view(parts.shape[1:])
+
+
+def by_size(parts: torch.Tensor) -> torch.Tensor:
+    """Small messages are added in a tree, large ones from the last rank to the first, as NCCL changes its algorithm."""
+    if parts[0].nbytes > _SMALL:
+        return _added(list(parts.flip(0)), parts.dtype)
+    pairs = [_added(list(pair), torch.float32) for pair in parts.split(2)]
+    return _added(pairs, parts.dtype)
+
+
+def by_arrival(parts: torch.Tensor) -> torch.Tensor:
+    """The parts are added as they arrive, in another order in each call."""
+    return _added([parts[i] for i in torch.randperm(parts.shape[0])], parts.dtype)
+
+
+WAYS: dict[str, Sum] = {
+    "two-shot rotated by rank": two_shot,
+    "NCCL switch by size": by_size,
+    "combine by arrival": by_arrival,
+}
+
+
+def plant(engine: LocalEngine, data: bytes) -> bytes:
+    """Instrument: plant the way of this name in every worker, "" removes it. Returns the number of workers."""
+    name = msgspec.msgpack.decode(data, type=str)
+    done = engine.llm.collective_rpc(functools.partial(_put, name=name))
+    return msgspec.msgpack.encode(len(done))
+
+
+def _put(worker: object, name: str) -> bool:
+    """In a worker: let the patch point add in this way."""
+    from bi_patch.ops import collectives
+
+    own = getattr(collectives, "_bi_patch_own", collectives.in_rank_order)
+    collectives._bi_patch_own = own
+    collectives.in_rank_order = WAYS[name] if name else own
+    return True

@@ -1,0 +1,63 @@
+"""Tensor parallelism on CPU with real ranks."""
+
+import random
+
+import pytest
+
+from bi_patch.tools.faults import ranks as faults
+from bi_patch.tools.faults.child import FaultyEngine
+from bi_patch.tools.models import recipes
+from bi_patch.tools.verify.answers import Request, compare
+from bi_patch.tools.verify.child import ARMED
+from bi_patch.tools.verify.probes import PROBES, Workload
+
+pytestmark = pytest.mark.engine
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+AXES = ("batch size", "position and order", "prefix cache", "chunk budget")
+
+
+def two_ranks(start, extra=None, **options):
+    given = {"tensor_parallel_size": 2} | (extra or {})
+    return start(ARMED, recipes.QWEN3, environ=ONE_THREAD, threads=1, extra=given, **options)
+
+
+def invariant(engine, axes):
+    load = Workload.random(engine.info.vocab_size, generate=4, sizes=(1, 2, 5, 16), prefix=130, lengths=(3, 40, 290))
+    for probe in (p for p in PROBES if p.name in axes and not p.missing(engine)):
+        result = probe.run(engine, load)
+        assert result.compared > 0 and result.differing == 0, f"{result.axis}: {result.first}"
+
+
+def test_two_ranks(start):
+    """Few steps: vLLM's ranks wait for each other in busy loops, which take long where other work has the cores."""
+    with two_ranks(start) as engine:
+        assert not engine.info.open_seams
+        made = random.Random(3)
+        prompts = [tuple(made.randrange(2000) for _ in range(n)) for n in (3, 40, 290, 7, 19)]
+        requests = [Request(prompt, max_tokens=3, logprobs=5) for prompt in prompts]
+        alone = [engine.generate([request])[0] for request in requests[:3]]
+        engine.reset_cache()
+        together = engine.generate(requests)
+        for one, other in zip(alone, together, strict=False):
+            found = compare(one, other)
+            assert found.compared and not found.differing, found.first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [{}, {"tensor_parallel_size": 4}], ids=["2", "4"])
+def test_every_axis_compiled(start, extra):
+    with two_ranks(start, extra, eager=False) as engine:
+        invariant(engine, {probe.name for probe in PROBES})
+
+
+@pytest.mark.slow
+def test_other_sums_over_four_ranks_are_caught(start):
+    batches = next(probe for probe in PROBES if probe.name == "batch size")
+    with two_ranks(start, {"tensor_parallel_size": 4}, kind=FaultyEngine, dtype="float32") as engine:
+        load = Workload.random(engine.info.vocab_size, generate=4, sizes=(1, 2, 5, 16), prefix=130, lengths=(3, 40))
+        for name in ("", *faults.WAYS, ""):
+            assert engine.plant_over_ranks(name) == 4
+            engine.reset_cache()
+            result = batches.run(engine, load)
+            assert result.compared > 0 and bool(result.differing) == bool(name), (name, result)

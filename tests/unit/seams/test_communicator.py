@@ -1,0 +1,56 @@
+"""The check of each worker that ranks are added in one order. The CPU's sum itself: tests/unit/ops/ranks.py."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packaging.version import Version
+
+from bi_patch.arming.catalog import plan
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.platforms import releases
+
+
+def closed(name, original, platform, release=None):
+    planned = plan(Version(release or releases.BY_PLATFORM[platform][-1]), platform).seams
+    return next(p.seam for p in planned if p.seam.name == name).close(original)
+
+
+class Ranks:
+    """A double of vLLM's group of tensor-parallel ranks, whose sums are twice the tensor plus what the size adds."""
+
+    rank_in_group, device = 0, "cpu"
+
+    def __init__(self, world_size, large):
+        self.world_size, self.large = world_size, large
+
+    def all_reduce(self, tensor):
+        return tensor * 2 + (self.large if len(tensor) > 5 else 0)
+
+
+def config(most=16):
+    model = SimpleNamespace(get_hidden_size=lambda: 2048, dtype=torch.bfloat16)
+    return SimpleNamespace(
+        model_config=model, scheduler_config=SimpleNamespace(max_num_batched_tokens=most), parallel_config=None
+    )
+
+
+@pytest.mark.parametrize("ranks, large, named", [(1, 1, ""), (4, 0, ""), (4, 1, "a message of 8 rows")])
+def test_each_worker_checks_that_the_order_is_one(ranks, large, named, monkeypatch):
+    from vllm.distributed import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(ranks, large))
+    started = []
+    start = closed("communicator.cuda_order", lambda config, *args: started.append(args), "cuda", "0.26.0")
+    with pytest.raises(UnsupportedFeature, match=f"cuda_order: .*{named}") if named else contextlib.nullcontext():
+        start(config(), 0, "env://")
+    assert started == [(0, "env://")]
+
+
+def test_each_cpu_worker_checks_that_the_order_is_by_rank(monkeypatch):
+    from vllm.distributed import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(4, 0))
+    with pytest.raises(UnsupportedFeature, match="cpu_order: .*a message of 1 rows in another order than by rank"):
+        closed("communicator.cpu_order", lambda config: None, "cpu")(config())

@@ -1,0 +1,22 @@
+"""The planted sums over ranks: right sums, and other bits than the sum in rank order."""
+
+import pytest
+import torch
+
+from bi_patch.ops import collectives
+from bi_patch.tools.faults import ranks
+
+
+@pytest.mark.parametrize("name", ranks.WAYS)
+def test_another_order_of_the_same_sum(name):
+    generator = torch.Generator().manual_seed(3)
+    large = torch.randn(4, 64, 256, generator=generator)
+    want = collectives.in_rank_order(large)
+    got = ranks.WAYS[name](large)
+    assert got.shape == want.shape and torch.allclose(got, want, atol=1e-5) and not torch.equal(got, want)
+
+
+def test_small_messages_have_another_order_than_large_ones():
+    parts = torch.randn(4, 40, 256)
+    for way in (ranks.two_shot, ranks.by_size):
+        assert not torch.equal(way(parts[:, -1:]), way(parts)[-1:])
