@@ -10,6 +10,8 @@ BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas, 
 BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
 BI_PATCH_MLA          attention of MLA models on CUDA. one (default): every token takes one form, so decode equals
                       prefill. two: prompts and generated tokens have forms of their own, which is faster
+BI_PATCH_TP_INVARIANT 2, 4 or 8: equal bits for every tensor-parallel size up to this number (CPU). 0 (default): equal
+                      bits for one size
 BI_PATCH_ALLOW_CODE   dotted names of code from outside vLLM that you vouch for, separated by commas: worker classes,
                       models, plugins, logits processors. bi_patch refuses others by name
 VLLM_BATCH_INVARIANT  1: arm each Python process that starts where bi_patch is installed. Arming sets it, for vLLM and
@@ -28,6 +30,7 @@ from bi_patch.platforms import releases
 
 PLATFORMS = tuple(releases.BY_PLATFORM)
 FORMS = ("hooks", "patches")
+LEAVES = ("0", "2", "4", "8")
 UNSEEDED = ("random", "derive", "refuse")
 MLA = ("one", "two")
 
@@ -43,6 +46,7 @@ class Settings:
     unseeded: str = "random"
     mla: str = "one"
     allow_code: frozenset[str] = frozenset()
+    tp_invariant: int = 0
 
     def leaves_open(self, seam: str) -> bool:
         """Whether BI_PATCH_LEAVE_OPEN names the seam or its area."""
@@ -60,6 +64,7 @@ _NAMES = {
     "BI_PATCH_UNSEEDED",
     "BI_PATCH_MLA",
     "BI_PATCH_ALLOW_CODE",
+    "BI_PATCH_TP_INVARIANT",
 }
 
 
@@ -85,6 +90,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         allow_open=_choice(env, "BI_PATCH_ALLOW_OPEN", ("0", "1")) == "1",
         unseeded=_choice(env, "BI_PATCH_UNSEEDED", UNSEEDED),
         mla=_choice(env, "BI_PATCH_MLA", MLA),
+        tp_invariant=int(_choice(env, "BI_PATCH_TP_INVARIANT", LEAVES)),
         allow_code=frozenset(n.replace(":", ".") for n in _names(env, "BI_PATCH_ALLOW_CODE")),
     )
 

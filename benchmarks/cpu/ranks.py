@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python3 benchmarks/cpu/ranks.py [LABEL ...] [--results FOLDER]
 
-Without labels, every case below is measured: one to three minutes each on two cores. The rows join one result file of
-the day. Exit code 1: a position differs.
+Without labels, every case below is measured: one to three minutes each on two cores. A case with an axis measures this
+axis alone: "tensor parallel size" compares the answers of 1, 2 and 4 ranks with BI_PATCH_TP_INVARIANT=8. The rows join
+one result file of the day. Exit code 1: a position differs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import NamedTuple
 import bi_patch_entry
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+EQUAL = {"BI_PATCH_TP_INVARIANT": "8"}
 FEW = ("batch size", "position and order", "prefix cache", "chunk budget", "decode = prefill", "seeded sampling")
+SIZES = ("tensor parallel size",)
 
 
 class Case(NamedTuple):
@@ -30,6 +33,7 @@ class Case(NamedTuple):
     axes: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     eager: bool = True
+    environ: dict[str, str] = {}
 
 
 CASES = {
@@ -37,6 +41,10 @@ CASES = {
     "tiny-qwen3 bf16 TP 2 compiled": Case("tiny-qwen3", 2, FEW, eager=False),
     "tiny-qwen3 fp32 TP 4": Case("tiny-qwen3", 4, FEW, "float32"),
     "tiny-qwen3-moe bf16 TP 2": Case("tiny-qwen3-moe", 2, FEW),
+    "tiny-qwen3 bf16, TP 1, 2 and 4 equal": Case("tiny-qwen3", 1, SIZES, environ=EQUAL),
+    "tiny-qwen3 bf16, TP 1, 2 and 4 equal, compiled": Case("tiny-qwen3", 1, SIZES, eager=False, environ=EQUAL),
+    "tiny-qwen3 fp32, TP 1, 2 and 4 equal": Case("tiny-qwen3", 1, SIZES, "float32", environ=EQUAL),
+    "tiny-llama bf16 TP 2, equal for every size": Case("tiny-llama", 2, FEW, environ=EQUAL),
 }
 
 
@@ -59,7 +67,7 @@ def measure(label: str, results: Path) -> int:
         dtype=case.dtype,
         eager=case.eager,
         engine_args={"tensor_parallel_size": case.ranks},
-        environ=dict(os.environ) | ONE_THREAD,
+        environ=dict(os.environ) | ONE_THREAD | case.environ,
     )
     rows, report = invariance.measure(label, system, level, only=case.axes)
     found = evidence.new(Ranks, report)

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from bi_patch import identity, running
+from bi_patch.seams import active
 
 
 def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def _worker(worker: Any, platform: str) -> dict[str, Any]:
 
 def _rank_sums(config: Any, platform: str) -> str:
     """How ranks are summed: "none" for one rank, "nccl" where another than vLLM's one-stage all-reduce adds."""
+    if active.leaves:
+        return f"{active.leaves} parts of K in a tree"
     if config.parallel_config.tensor_parallel_size == 1:
         return "none"
     if platform != "cuda":

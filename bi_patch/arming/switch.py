@@ -45,6 +45,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     process.enter(new)
     active.plan, active.cache = plan, read.cache
     active.allowed, active.unseeded, active.mla = read.allow_code, read.unseeded, read.mla
+    active.leaves = read.tp_invariant
     if hooked:
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)
@@ -61,7 +62,7 @@ def disarm() -> None:
         return
     current.ledger.restore()  # nothing can remove import hooks: without a state they do nothing
     active.undo_all()
-    active.plan, active.allowed = None, frozenset()
+    active.plan, active.allowed, active.leaves = None, frozenset(), 0
     for name, value in current.previous_environ.items():
         if value is None:
             os.environ.pop(name, None)

@@ -9,6 +9,7 @@ from bi_patch import identity
 from bi_patch.arming import process, startup
 from bi_patch.errors import BiPatchError, SeamOpen
 from bi_patch.ops.certificates import Counts, counts
+from bi_patch.seams import active
 
 _CURE = (
     "Install the same bi_patch for every worker, and set VLLM_BATCH_INVARIANT=1 in the environment in which Ray or the "
@@ -25,19 +26,24 @@ def check(executor: Any) -> None:
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         raise SeamOpen(f"a worker could not say whether it is armed: {said}. {_CURE}") from error
-    wrong = [f"{i} ({said or 'not armed'})" for i, said in enumerate(found) if said != identity.digest()]
+    wrong = [f"{i} ({said or 'not armed'})" for i, said in enumerate(found) if said != _own()]
     if wrong:
         raise SeamOpen(
             f"bi_patch cannot promise batch invariance: of {len(found)} workers, {', '.join(wrong)} are not armed by "
-            f"this bi_patch ({identity.digest()}). {_CURE}"
+            f"this bi_patch ({_own()}). {_CURE}"
         )
 
 
+def _own() -> str:
+    """The digest of this bi_patch, and the parts of K that BI_PATCH_TP_INVARIANT asks for."""
+    return f"{identity.digest()}{f' BI_PATCH_TP_INVARIANT={active.leaves}' if active.leaves else ''}"
+
+
 def report(worker: Any) -> str:
-    """In a worker: run the start-up check. Returns the digest of its bi_patch, or "" if the worker is not armed."""
+    """In a worker: run the start-up check. Returns what bi_patch it has, or "" if the worker is not armed."""
     startup.check()
     current = process.state()
-    return identity.digest() if current is not None else ""
+    return _own() if current is not None else ""
 
 
 def certificates(executor: Any) -> Counts:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 plan: Plan | None = None
 cache: Path = Path("~/.cache/bi_patch").expanduser()
 allowed: frozenset[str] = frozenset()  # BI_PATCH_ALLOW_CODE
+leaves: int = 0  # BI_PATCH_TP_INVARIANT: the parts of K of row-parallel layers, 0 for one part a rank
 unseeded: str = "random"  # BI_PATCH_UNSEEDED, which every request asks for
 
 

@@ -29,6 +29,10 @@ def register_fakes(isa: str) -> None:
         torch._check(x.shape[-1] == k, lambda: f"bi_cpu.gemm: x must be [..., K={k}], got {tuple(x.shape)}")
         return x.new_empty((*x.shape[:-1], n))
 
+    @torch.library.register_fake("bi_cpu::gemm_sums")
+    def _(x, packed, n, k):
+        return x.new_empty((x.shape[0], n), dtype=torch.float32)
+
     @torch.library.register_fake("bi_cpu::lora")
     def _(y, x, a, b, slots, packed=None, ranks=None):
         return None

@@ -1,4 +1,4 @@
-"""Tensor parallelism on CPU with real ranks."""
+"""Tensor parallelism on CPU with real ranks: equal to itself, and with fixed parts equal for every number of ranks."""
 
 import random
 
@@ -9,7 +9,7 @@ from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify.answers import Request, compare
 from bi_patch.tools.verify.child import ARMED
-from bi_patch.tools.verify.probes import PROBES, Workload
+from bi_patch.tools.verify.probes import FEATURE_PROBES, PROBES, Workload
 
 pytestmark = pytest.mark.engine
 
@@ -61,3 +61,20 @@ def test_other_sums_over_four_ranks_are_caught(start):
             engine.reset_cache()
             result = batches.run(engine, load)
             assert result.compared > 0 and bool(result.differing) == bool(name), (name, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_number_of_ranks_gives_the_same_bits(start, dtype):
+    probe = next(p for p in FEATURE_PROBES if p.name == "tensor parallel size")
+    environ = ONE_THREAD | {"BI_PATCH_TP_INVARIANT": "8"}
+    with start(ARMED, recipes.QWEN3, environ=environ, dtype=dtype) as engine:
+        load = Workload.random(engine.info.vocab_size, generate=8, lengths=(3, 40, 290))
+        expected = probe.collect(engine, load)
+        options, changes = engine.options, probe.changes(engine)
+    assert len(changes) == 2
+    for change in changes:
+        given = {name: getattr(options, name) for name in ("dtype", "max_model_len", "chunk")} | change.options
+        with start(ARMED, recipes.QWEN3, environ=environ, **given) as other:
+            result = probe.judge(change, expected, probe.collect(other, load, change))
+        assert result.compared > 0 and result.differing == 0, f"{change.label}: {result.first}"

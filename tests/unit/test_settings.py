@@ -11,7 +11,7 @@ from bi_patch.errors import SettingError
 def test_defaults():
     read = settings.read({})
     assert read.enabled and read.form == "hooks" and read.platform is None
-    assert not read.leave_open and not read.allow_open and read.unseeded == "random"
+    assert not read.leave_open and not read.allow_open and read.unseeded == "random" and not read.tp_invariant
 
 
 def test_values():
@@ -20,6 +20,7 @@ def test_values():
     )
     assert not read.enabled and read.platform == "cuda" and read.cache == Path("/x")
     assert read.leave_open == {"a.b", "c.d"}
+    assert settings.read({"BI_PATCH_TP_INVARIANT": "8"}).tp_invariant == 8
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,7 @@ def test_values():
         ({"BI_PATCH_FORM": "magic"}, "'hooks' or 'patches'"),
         ({"BI_PATCH_PLATFORM": "tpu"}, "'cpu' or 'cuda' or 'ascend'"),
         ({"BI_PATCH_UNSEEDED": "seed"}, "'random' or 'derive' or 'refuse'"),
+        ({"BI_PATCH_TP_INVARIANT": "3"}, "'0' or '2' or '4' or '8'"),
         ({"BI_PATCH_CASHE": "/x"}, "BI_PATCH_CASHE"),
         ({"VLLM_BATCH_INVARIANT": "true"}, "VLLM_BATCH_INVARIANT='true'"),
     ],

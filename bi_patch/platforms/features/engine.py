@@ -17,6 +17,7 @@ _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_TENSOR = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
+_CPU_SIZES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
@@ -369,10 +370,20 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "tensor parallelism",
         short="tensor parallelism",
-        cpu=served(_CPU_TENSOR, why="measured with two ranks over shared memory"),
+        cpu=served(
+            _CPU_TENSOR,
+            _CPU_SIZES,
+            why="measured with two ranks over shared memory, experts and compiled code included",
+        ),
         cuda=served(_H200, why="sums over ranks have one order for all sizes of messages; nobody measured the cost"),
         ascend=untried(_NO_NPU),
         asked=_of_parallel("tensor_parallel_size", "tensor parallelism over 1"),
+    ),
+    row(
+        "equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)",
+        cpu=served(_CPU_SIZES, why="dense decoders; measured in fp32 with 1, 2 and 4 ranks"),
+        cuda=refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves"),
+        ascend=refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves"),
     ),
     row(
         "pipeline parallelism",

@@ -7,17 +7,19 @@ import functools
 import hashlib
 
 from bi_patch import identity
-from bi_patch.seams import graphs
+from bi_patch.seams import active, graphs
 from bi_patch.seams.model import Policy, Seam, Target
 
 
 def _hash(original):
-    """VllmConfig.compute_hash, the key of vLLM's compile caches: add bi_patch's digest."""
+    """VllmConfig.compute_hash, the key of vLLM's compile caches: add bi_patch's digest, and the parts of K."""
 
     @functools.wraps(original)
     def compute_hash(self, *args, **kwargs):
         stock = original(self, *args, **kwargs)
-        return hashlib.sha256(f"bi_patch {identity.digest()} {stock}".encode()).hexdigest()[: len(stock)]
+        return hashlib.sha256(f"bi_patch {identity.digest()} {active.leaves} {stock}".encode()).hexdigest()[
+            : len(stock)
+        ]
 
     return compute_hash
 

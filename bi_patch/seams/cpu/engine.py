@@ -43,6 +43,7 @@ def _load(original):
         import torch
 
         from bi_patch.ops.cpu import aten, certify, rows
+        from bi_patch.seams import leaves
         from bi_patch.seams.cpu import moe, pooling, quantized, weights
 
         if getattr(self.vllm_config.compilation_config.mode, "name", "NONE") != "NONE":
@@ -50,6 +51,8 @@ def _load(original):
             aten.keep_whole()
         result = original(self, *args, **kwargs)
         quantized.check(self.get_model())
+        if active.leaves:
+            leaves.one_zero(self.get_model())
         for module in poolers.modules(self.get_model()):
             if isinstance(module, torch.nn.LayerNorm):
                 rows.register_layer_norm(module, tuple(module.normalized_shape))

@@ -2,7 +2,8 @@
 
 import functools
 
-from bi_patch.seams import active, library
+from bi_patch.seams import active, leaves, library
+from bi_patch.seams.cpu import leaves as parts
 from bi_patch.seams.model import Seam, Target
 
 
@@ -18,6 +19,9 @@ def _dispatch(original):
             return None  # a causal convolution: bi_patch's kernel reads the weight as it is
         if weight.is_meta or weight.ndim != 2:
             return original(layer, remove_weight)
+        if active.leaves and leaves.is_row_parallel(layer):
+            parts.serve(layer, remove_weight)
+            return None
         bias = getattr(layer, "bias", None)
         bias_kept = None if bias is None else bias.detach().clone()
         held = weight.detach()

@@ -12,7 +12,7 @@ import functools
 import weakref
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams import pooling, weights
+from bi_patch.seams import active, leaves, pooling, weights
 from bi_patch.seams.model import Seam, Target
 
 _LOADING = "_bi_patch_loading"  # attribute of a model: `begin` started a layerwise load
@@ -26,6 +26,9 @@ def watch(model, config) -> None:
     from bi_patch.ops.cpu import linear
 
     linear.take_routed()  # the first load's layers
+    if active.leaves:
+        weights.watch_model(model, leaves.no_update, leaves.no_update)
+        return
     if pooling.is_pooling(config):
         weights.watch_model(model, pooling.no_update, pooling.no_update)
         return

@@ -5,6 +5,8 @@ algorithm and one channel. These rules turn off or refuse whatever would take an
 variables before vLLM sets them, e.g. for a trainer in the same process, so each worker checks the order at its start.
 """
 
+import functools
+
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import ranks
 from bi_patch.seams.model import Policy, Seam, Target, Variable
@@ -21,6 +23,16 @@ _PINS = (
     "NCCL_P2P_NET_DISABLE",
     "NCCL_SOCKET_NTHREADS",
 )
+
+
+def _no_fused_norm(original):
+    """_can_use_flashinfer of fused_allreduce_gemma_rms_norm: never, because it depends on the number of tokens."""
+
+    @functools.wraps(original)
+    def _can_use_flashinfer(*args, **kwargs):
+        return False, 0
+
+    return _can_use_flashinfer
 
 
 _TODO = (
@@ -58,6 +70,20 @@ def _whole_lines(config) -> None:
 
 
 SEAMS = (
+    Seam(
+        name="communicator.fused_norm",
+        targets=(
+            Target(
+                "vllm.model_executor.layers.fused_allreduce_gemma_rms_norm", "_can_use_flashinfer", releases=">=0.26"
+            ),
+        ),
+        close=_no_fused_norm,
+        why="some models add over ranks inside FlashInfer's norm, up to a number of tokens, also in upstream's mode",
+        how="these models take the all-reduce and the norm that others take",
+        until="upstream's mode closes this path",
+        causes=(15,),
+        on_import=True,
+    ),
     Seam(
         name="communicator.cuda_order",
         targets=(

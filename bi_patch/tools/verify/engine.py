@@ -61,10 +61,11 @@ class Info(msgspec.Struct, frozen=True):
     captured graph. kv_blocks: blocks of the KV cache, 0 where the number is unknown; one of them is vLLM's null block.
     kv_groups: tokens in a block of each of vLLM's KV groups; a request takes blocks of every group, all from one pool.
     Empty where unknown: one group. kv_longest: blocks that vLLM plans for one request of max_model_len, 0 where
-    unknown. devices: the host's number of devices. quantization: vLLM's name of the method, "" for none. pooling: the
-    task of a pooling model, such as "embed" or "classify", "" for a model that generates. whole: prompts are computed
-    in one step, without a prefix cache. matryoshka: an embedding's length may be chosen, up to `width`. two_forms:
-    prompts and generated tokens have forms of their own, whose bits differ (BI_PATCH_MLA=two).
+    unknown. devices: the host's number of devices. leaves: BI_PATCH_TP_INVARIANT of an armed engine.
+    quantization: vLLM's name of the method, "" for none. pooling: the task of a pooling model, such as "embed" or
+    "classify", "" for a model that generates. whole: prompts are computed in one step, without a prefix cache.
+    matryoshka: an embedding's length may be chosen, up to `width`. two_forms: prompts and
+    generated tokens have forms of their own, whose bits differ (BI_PATCH_MLA=two).
     """
 
     mode: str
@@ -81,6 +82,7 @@ class Info(msgspec.Struct, frozen=True):
     kv_groups: tuple[int, ...] = ()
     kv_longest: int = 0
     devices: int = 1
+    leaves: int = 0
     quantization: str = ""
     max_num_seqs: int = 0
     max_model_len: int = 0
@@ -375,6 +377,7 @@ class LocalEngine:
             kv_groups=tuple(spec.block_size for spec in specs),
             kv_longest=sum(-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs),
             devices=torch.accelerator.device_count() if on_gpu else 1,
+            leaves=0 if state is None else state.settings.tp_invariant,
             quantization=str(config.model_config.quantization or ""),
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,

@@ -13,6 +13,9 @@ size_t gemm_packed_size(DType t, int64_t n, int64_t k);  // elements
 void gemm_pack(DType t, const void* w, int64_t ldw, int64_t n, int64_t k, void* packed, int threads);
 void gemm(DType t, const void* x, int64_t ldx, int64_t m, const void* packed, int64_t n, int64_t k,
           const void* bias, void* y, int threads);
+// The sums of the same product before they are rounded: [m, n] in fp32, without a bias.
+void gemm_sums(DType t, const void* x, int64_t ldx, int64_t m, const void* packed, int64_t n, int64_t k, float* sums,
+               int threads);
 
 // ---- Attention (attention.cpp). Strides in elements; head_dim is dense.
 struct KvCache {

@@ -2,7 +2,7 @@
 //
 // Order of one output: K is cut into blocks of k_block(K) elements. Each block has one fp32 accumulator that starts at
 // zero and takes K in ascending order (dot_block). The block sums are added in ascending order, then the bias is added,
-// then the result is rounded once. bf16 with AVX512_BF16 adds pairs of K by vdpbf16ps; every other case is fp32 FMA.
+// then the result is rounded once (or kept in fp32, without a bias: `wide`). bf16 with AVX512_BF16 adds pairs of K by vdpbf16ps; every other case is fp32 FMA.
 // M, N, tiles and threads decide only when an output is computed.
 //
 // Layout of a packed weight: panels of kPanel outputs, each [K/step][kPanel][step], padded with zeros.
@@ -55,9 +55,11 @@ template <class T> struct Job {
   int64_t n, k, kp;
   const T* bias;
   T* y;
+  float* wide;  // not null: takes the sums as they are, instead of y
 
   // Adds the bias to one row of a panel, rounds it and stores the columns that exist.
   template <int NR> BI_INLINE void finish(V16 (&v)[NR], int64_t row, int64_t col) const {
+    if (wide) return keep(v, row, col);
     T* o = y + row * n + col;
     if (col + kPanel <= n) {
 #pragma GCC unroll 8
@@ -77,6 +79,17 @@ template <class T> struct Job {
       }
       store(edge, v[i]);
       std::memcpy(o + 16 * i, edge, left * sizeof(T));
+    }
+  }
+
+  // Stores one row of a panel in fp32.
+  template <int NR> void keep(V16 (&v)[NR], int64_t row, int64_t col) const {
+    for (int i = 0; i < NR; ++i) {
+      const int64_t left = std::min<int64_t>(16, n - col - 16 * i);
+      if (left <= 0) break;
+      float edge[16];
+      store(edge, v[i]);
+      std::memcpy(wide + row * n + col + 16 * i, edge, left * sizeof(float));
     }
   }
 
@@ -158,13 +171,13 @@ void prepare_rows(const T* x, int64_t ldx, int64_t m, int64_t k, int64_t kp, A* 
 
 template <class T>
 void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t k, const T* bias,
-         T* y, int threads) {
+         T* y, float* wide, int threads) {
   using Kind = KindOf<T>;
   using A = typename Kind::A;
   if (m == 0 || n == 0) return;
   if (m * n * k < kTinyWork) threads = 1;
 #if defined(BI_AMX)
-  if constexpr (std::is_same_v<T, bf16>) return gemm_amx(x, ldx, m, packed, n, k, bias, y, threads);
+  if constexpr (std::is_same_v<T, bf16>) return gemm_amx(x, ldx, m, packed, n, k, bias, y, wide, threads);
 #endif
   const int64_t kp = round_up(k, k_pad(DTypeOf<T>::value));
   static thread_local Scratch rows;
@@ -178,7 +191,7 @@ void run(const T* x, int64_t ldx, int64_t m, const T* packed, int64_t n, int64_t
     a = buf;
     lda = kp;
   }
-  const Job<T> job{a, lda, m, packed, n, k, kp, bias, y};
+  const Job<T> job{a, lda, m, packed, n, k, kp, bias, y, wide};
   const int64_t panels = (n + kPanel - 1) / kPanel;
   const int64_t chunk_max = std::max<int64_t>(kChunkRows, kChunkBytes / (kp * sizeof(A)));
   int64_t chunks = (m + chunk_max - 1) / chunk_max;
@@ -224,11 +237,20 @@ void gemm(DType t, const void* x, int64_t ldx, int64_t m, const void* packed, in
           const void* bias, void* y, int threads) {
   switch (t) {
     case DType::f32:
-      return run((const float*)x, ldx, m, (const float*)packed, n, k, (const float*)bias, (float*)y, threads);
+      return run((const float*)x, ldx, m, (const float*)packed, n, k, (const float*)bias, (float*)y, nullptr, threads);
     case DType::bf16:
-      return run((const bf16*)x, ldx, m, (const bf16*)packed, n, k, (const bf16*)bias, (bf16*)y, threads);
+      return run((const bf16*)x, ldx, m, (const bf16*)packed, n, k, (const bf16*)bias, (bf16*)y, nullptr, threads);
     case DType::f16:
-      return run((const fp16*)x, ldx, m, (const fp16*)packed, n, k, (const fp16*)bias, (fp16*)y, threads);
+      return run((const fp16*)x, ldx, m, (const fp16*)packed, n, k, (const fp16*)bias, (fp16*)y, nullptr, threads);
+  }
+}
+
+void gemm_sums(DType t, const void* x, int64_t ldx, int64_t m, const void* packed, int64_t n, int64_t k, float* sums,
+               int threads) {
+  switch (t) {
+    case DType::f32: return run<float>((const float*)x, ldx, m, (const float*)packed, n, k, nullptr, nullptr, sums, threads);
+    case DType::bf16: return run<bf16>((const bf16*)x, ldx, m, (const bf16*)packed, n, k, nullptr, nullptr, sums, threads);
+    case DType::f16: return run<fp16>((const fp16*)x, ldx, m, (const fp16*)packed, n, k, nullptr, nullptr, sums, threads);
   }
 }
 

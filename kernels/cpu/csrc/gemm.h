@@ -22,7 +22,7 @@ constexpr int64_t k_pad(DType t) { return t == DType::bf16 ? 2 : 1; }
 size_t gemm_amx_packed_size(int64_t n, int64_t k);
 void gemm_amx_pack(const bf16* w, int64_t ldw, int64_t n, int64_t k, bf16* packed, int threads);
 void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t n, int64_t k,
-              const bf16* bias, bf16* y, int threads);
+              const bf16* bias, bf16* y, float* wide, int threads);
 #endif
 
 }  // namespace bi

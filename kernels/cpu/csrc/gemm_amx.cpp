@@ -35,6 +35,7 @@ struct Job {
   int64_t n, steps, block;  // steps of K, steps of a K block
   const bf16* bias;
   bf16* y;
+  float* wide;  // not null: takes the sums as they are, instead of y
 
   const bf16* panel(int64_t p) const { return packed + p * steps * 2 * kTile; }
 };
@@ -56,6 +57,17 @@ BI_INLINE void finish(const Job& job, Late& late, int64_t count) {
   const int64_t end = std::min(late.rows, late.done + count), left = job.n - late.col;
   if (late.done == end) return;
   const __mmask32 lanes = left >= 32 ? ~0u : (1u << left) - 1;
+  if (job.wide) {
+    for (; late.done < end; ++late.done) {
+      const int64_t r = late.done, at = r / 16 * 2 * kTileSum + r % 16 * 16;
+      V16 v0 = load(late.c + at), v1 = load(late.c + at + kTileSum);
+      if (late.sum) v0 = add(load(late.sum + at), v0), v1 = add(load(late.sum + at + kTileSum), v1);
+      float* const o = job.wide + (late.row + r) * job.n + late.col;
+      _mm512_mask_storeu_ps(o, __mmask16(lanes), v0);
+      _mm512_mask_storeu_ps(o + 16, __mmask16(lanes >> 16), v1);
+    }
+    return;
+  }
   V16 b0 = zero(), b1 = zero();
   if (job.bias) {
     bf16 edge[32];
@@ -157,7 +169,7 @@ void pack_unit(const bf16* x, int64_t ldx, int64_t rows, int64_t k, int64_t step
 template <int TILES>
 BI_INLINE void pass(const Job& job, const Rows& a, const bf16* b, int64_t s0, int64_t s1, float* sum, float* c,
                     int64_t row, int64_t rows, int64_t col, Late& late, bool cold) {
-  const char* y = s1 == job.steps ? reinterpret_cast<const char*>(job.y + row * job.n + col) : nullptr;
+  const char* y = s1 == job.steps && job.y ? reinterpret_cast<const char*>(job.y + row * job.n + col) : nullptr;
   for (int64_t s = s0; s < s1;) {
     const int64_t first = s / job.block * job.block;
     const int64_t end = std::min(s1, first + job.block);
@@ -253,9 +265,9 @@ void gemm_amx_pack(const bf16* w, int64_t ldw, int64_t n, int64_t k, bf16* out, 
 }
 
 void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t n, int64_t k, const bf16* bias, bf16* y,
-              int threads) {
+              float* wide, int threads) {
   const int64_t steps = (k + 31) / 32, kp = steps * kStep;
-  const Job job{packed, n, steps, k_block(k) / kStep, bias, y};
+  const Job job{packed, n, steps, k_block(k) / kStep, bias, y, wide};
   const int64_t panels = (n + 31) / 32;
   static thread_local Scratch shared_mem;
   if (m <= 16) {

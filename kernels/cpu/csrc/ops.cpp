@@ -83,6 +83,19 @@ at::Tensor gemm(const at::Tensor& x, const at::Tensor& packed, int64_t n, int64_
   return y;
 }
 
+at::Tensor gemm_sums(const at::Tensor& x, const at::Tensor& packed, int64_t n, int64_t k) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.stride(1) == 1, "bi_cpu.gemm_sums: x must be [M, K=", k,
+              "], dense in the last, got ", x.sizes());
+  const auto type = dtype_of(x, "x");
+  TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
+                  packed.numel() == (int64_t)bi::gemm_packed_size(type, n, k),
+              "bi_cpu.gemm_sums: the packed weight is not that of [", n, ", ", k, "] of ", x.scalar_type());
+  at::Tensor y = at::empty({x.size(0), n}, x.options().dtype(at::kFloat));
+  bi::gemm_sums(type, x.const_data_ptr(), x.stride(0), x.size(0), packed.const_data_ptr(), n, k,
+                y.mutable_data_ptr<float>(), at::get_num_threads());
+  return y;
+}
+
 bi::KvCache cache_of(const at::Tensor& kv) {
   TORCH_CHECK(kv.dim() == 4, "bi_cpu: kv_cache must be [blocks, kv_heads, block_size, 2 * D], got ", kv.sizes());
   bi::KvCache c;
@@ -678,6 +691,7 @@ int64_t lora_room(const std::optional<at::Tensor>& a, const at::Tensor& b) {
 TORCH_LIBRARY(bi_cpu, m) {
   m.def("gemm_pack(Tensor weight) -> Tensor");
   m.def("gemm(Tensor x, Tensor packed, int n, int k, Tensor? bias) -> Tensor");
+  m.def("gemm_sums(Tensor x, Tensor packed, int n, int k) -> Tensor");
   m.def("gated_rms_norm(Tensor x, Tensor gate, Tensor? weight, float eps, int group, bool gate_first, bool sigmoid) "
         "-> Tensor");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) states, Tensor query_start_loc, Tensor slots, "
@@ -714,6 +728,7 @@ TORCH_LIBRARY(bi_cpu, m) {
 TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
   m.impl("gemm_pack", &gemm_pack);
   m.impl("gemm", &gemm);
+  m.impl("gemm_sums", &gemm_sums);
   m.impl("gated_rms_norm", &gated_rms_norm);
   m.impl("causal_conv", &causal_conv);
   m.impl("gated_delta_rule", &gated_delta_rule);

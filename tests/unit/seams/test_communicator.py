@@ -54,3 +54,7 @@ def test_each_cpu_worker_checks_that_the_order_is_by_rank(monkeypatch):
     monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(4, 0))
     with pytest.raises(UnsupportedFeature, match="cpu_order: .*a message of 1 rows in another order than by rank"):
         closed("communicator.cpu_order", lambda config: None, "cpu")(config())
+
+
+def test_norms_fused_with_the_sum_are_closed():
+    assert closed("communicator.fused_norm", None, "cuda")(torch.ones(2), 2) == (False, 0)

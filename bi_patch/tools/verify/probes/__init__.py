@@ -37,6 +37,7 @@ from bi_patch.tools.verify.probes.cache import (
     chunks,
     in_this_process,
     long_prompt,
+    model_here,
     needs_blocks,
     needs_cache,
     needs_length,
@@ -240,7 +241,7 @@ PROBES = (
         "logprobs after sampling's changes, beside other samplings",
         processed_logprobs,
         (27,),
-        either(needs_company, in_this_process),
+        either(needs_company, model_here),
         seconds=2,
     ),
     Probe(
@@ -413,7 +414,7 @@ FEATURE_PROBES = (
     ),
     CrossProbe(
         "tensor parallel size",
-        "2, 4 and 8 devices against one",
+        "other numbers of ranks against the engine's own",
         crossing.parallel,
         crossing.everything,
         causes=(14, 15),

@@ -93,6 +93,13 @@ def shared_prefix(run: Run) -> Iterator[Case]:
         yield pair(f"{label}, cached", Scenario.alone(requests[place]), warm, answer, answers[place])
 
 
+def model_here(engine: Engine) -> str:
+    """Why what needs the model in this process cannot be measured: ranks that share a model are other processes."""
+    kinds = ("tensor_parallel_size", "pipeline_parallel_size")
+    several = any(int(engine.options.extra.get(kind, 1)) > 1 for kind in kinds)
+    return "the model runs in other processes" if several else in_this_process(engine)
+
+
 def in_this_process(engine: Engine) -> str:
     if engine.info.whole:
         return "the model's prompts are computed whole, in one step"

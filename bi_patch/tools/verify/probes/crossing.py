@@ -196,21 +196,26 @@ def speculated(change: Change, counted: dict[str, float]) -> None:
         )
 
 
+_RANKS_OF_A_CPU = 4  # ranks of one CPU share its cores
+
+
 def parallel(engine: Engine) -> Sequence[Change]:
     heads = config(engine.options.model).get("num_attention_heads") or 0
-    sizes = [n for n in (2, 4, 8) if n <= engine.info.devices and not heads % n]
+    most = _RANKS_OF_A_CPU if engine.info.platform == "cpu" else engine.info.devices
+    if engine.info.mode == "armed":
+        most = min(most, engine.info.leaves)
     given = engine.options.extra
+    own = int(given.get("tensor_parallel_size", 1))
+    sizes = [n for n in (1, 2, 4, 8) if n <= most and n != own and not heads % n]
     return [Change(f"tensor parallel {n}", {"extra": {**given, "tensor_parallel_size": n}}) for n in sizes]
 
 
 def needs_devices(engine: Engine) -> str:
-    if engine.info.platform == "cpu":
-        return "one CPU is one device"
-    if engine.info.devices < 2:
+    if engine.info.platform != "cpu" and engine.info.devices < 2:
         return "the host has one device"
-    if engine.info.mode == "armed":
+    if engine.info.mode == "armed" and not engine.info.leaves:
         return (
-            "bi_patch does not promise equal bits for different numbers of ranks; to verify the other axes on two "
-            "devices, give --engine-arg tensor_parallel_size=2"
+            "bi_patch promises equal bits for different numbers of ranks only with BI_PATCH_TP_INVARIANT=8; to verify "
+            "the other axes on two ranks, give --engine-arg tensor_parallel_size=2"
         )
-    return "" if parallel(engine) else "the model's attention heads cannot be divided among 2, 4 or 8 devices"
+    return "" if parallel(engine) else "the model's attention heads cannot be divided among 2, 4 or 8 ranks"

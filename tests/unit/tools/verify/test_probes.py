@@ -49,7 +49,30 @@ def test_probes_that_cannot_happen_say_so(arithmetic):
     with pytest.raises(probes.NotExercised):
         list(probes.long_prompt(probes.Run(arithmetic(), probes.Workload.random(500))))
     assert "off" in named(probes.PROBES, "prefix cache").missing(arithmetic(prefix_caching=False))
-    assert "one device" in named(probes.FEATURE_PROBES, "tensor parallel size").missing(arithmetic())
+    ranks = named(probes.FEATURE_PROBES, "tensor parallel size")
+    for changed, said in (
+        ({"platform": "h100"}, "one device"),
+        ({"mode": "armed"}, "BI_PATCH_TP_INVARIANT=8"),
+    ):
+        engine = arithmetic()
+        engine.info = msgspec.structs.replace(engine.info, **changed)
+        assert said in ranks.missing(engine)
+
+
+def test_numbers_of_ranks(arithmetic, tmp_path):
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 12}')
+    changes = named(probes.FEATURE_PROBES, "tensor parallel size").changes
+
+    def sizes(mode="stock", leaves=0, **options):
+        engine = arithmetic()
+        engine.options = engine.options.but(model=str(tmp_path), **options)
+        engine.info = msgspec.structs.replace(engine.info, mode=mode, leaves=leaves)
+        return [change.options["extra"]["tensor_parallel_size"] for change in changes(engine)]
+
+    assert sizes() == [2, 4]
+    assert sizes(extra={"tensor_parallel_size": 2}) == [1, 4]
+    assert sizes("armed", 2) == [2]
+    assert sizes("armed", 8) == [2, 4]
 
 
 def named(registry, name):

@@ -1,0 +1,46 @@
+"""BI_PATCH_TP_INVARIANT serves dense decoders on CPU (seams/cpu/leaves.py). What it does not cover is refused."""
+
+from typing import Any
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import active
+from bi_patch.seams.model import Policy
+
+
+def _refuse(config: Any) -> None:
+    if not active.leaves or config.model_config is None:
+        return
+    found = [name for name, there in _uncovered(config).items() if there]
+    if found:
+        raise UnsupportedFeature(
+            f"communicator.leaves: BI_PATCH_TP_INVARIANT={active.leaves} does not cover {', '.join(found)}. Leave "
+            "BI_PATCH_TP_INVARIANT out, and compare only engines with the same number of ranks"
+        )
+
+
+def _uncovered(config: Any) -> dict[str, bool]:
+    model, parallel = config.model_config, config.parallel_config
+    platform = active.plan.platform
+    return {
+        f"the platform {platform}": platform != "cpu",
+        f"{parallel.tensor_parallel_size} ranks": active.leaves % parallel.tensor_parallel_size != 0,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "experts": bool(getattr(model, "is_moe", False)),
+        "MLA": bool(getattr(model, "use_mla", False)),
+        "recurrent layers": bool(getattr(model, "is_hybrid", False) or getattr(model, "is_attention_free", False)),
+        "quantized weights": model.quantization is not None,
+        "pooling": model.runner_type != "generate",
+        "images, sound or video": bool(model.is_multimodal_model),
+        "encoder-decoder models": bool(model.is_encoder_decoder),
+        "LoRA": config.lora_config is not None,
+        "speculative decoding": config.speculative_config is not None,
+    }
+
+
+POLICIES = (
+    Policy(
+        name="communicator.leaves",
+        apply=_refuse,
+        why="equal bits for all tensor-parallel sizes need every sum over K that ranks share to have fixed parts",
+    ),
+)
