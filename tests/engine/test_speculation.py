@@ -1,5 +1,6 @@
 """Speculative decoding on the real engine: on equals off, bit for bit, for every kind of request."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.tools.models import recipes
+from bi_patch.tools.models import adapters, drafts, recipes
 
 pytestmark = pytest.mark.engine
 
@@ -38,9 +39,10 @@ def ngram(count, **changes):
 
 @pytest.fixture(scope="module")
 def ask(model, cache):
-    """ask(name, *phases, **options): what speculation.py prints for an engine of the model `name`."""
+    """ask(name, *phases, **options): what speculation.py prints for an engine of the model `name`, asked once."""
 
-    def run(name, *phases, **options):
+    @functools.cache
+    def run(name, phases, options):
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))} | {
             "BI_PATCH_CACHE": str(cache),
             "BI_PATCH_UNSEEDED": "derive",  # unseeded requests then have the same seeds on every engine
@@ -51,7 +53,7 @@ def ask(model, cache):
         }
         script = Path(__file__).with_name("speculation.py")
         done = subprocess.run(
-            [sys.executable, str(script), model(name), json.dumps({**OPTIONS, **options}), *phases],
+            [sys.executable, str(script), model(name), options, *phases],
             env=environ,
             capture_output=True,
             text=True,
@@ -60,7 +62,18 @@ def ask(model, cache):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
         return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).removeprefix("RESULT "))
 
-    return run
+    return lambda name, *phases, **options: run(name, phases, json.dumps({**OPTIONS, **options}))
+
+
+@pytest.fixture(scope="module")
+def drafts_of(model, tmp_path_factory):
+    """drafts_of(method, count): the speculative_config of a draft model or head for recipes.LLAMA."""
+
+    def make(method, count):
+        folder = drafts.write(method, model(recipes.LLAMA), tmp_path_factory.mktemp(method))
+        return {"method": method, "model": str(folder), "num_speculative_tokens": count}
+
+    return make
 
 
 def equal(off, on):
@@ -75,18 +88,48 @@ def equal(off, on):
 
 
 def test_on_equals_off(ask):
-    equal(ask(recipes.QWEN3), ask(recipes.QWEN3, speculative_config=ngram(3)))
+    equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=ngram(3)))
+
+
+def test_on_equals_off_with_a_head(ask, drafts_of):
+    equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=drafts_of("eagle3", 4)))
 
 
 @pytest.mark.slow
-def test_on_equals_off_for_other_numbers_of_drafts_and_models(ask):
-    off = ask(recipes.QWEN3)
+@pytest.mark.parametrize("method, count", [("draft_model", 2), ("eagle", 3), ("eagle3", 1)])
+def test_on_equals_off_with_other_drafts(ask, drafts_of, method, count):
+    equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=drafts_of(method, count)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_on_equals_off_compiled(ask, drafts_of, method):
+    given = {"dtype": "float32", "enforce_eager": False}
+    on = ask(recipes.LLAMA, speculative_config=drafts_of(method, 3), **given)
+    equal(ask(recipes.LLAMA, **given), on)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [recipes.QWEN3, recipes.MOE, recipes.INT8, recipes.W4A16])
+def test_on_equals_off_for_other_models(ask, name):
+    equal(ask(name), ask(name, speculative_config=ngram(4)))
+
+
+@pytest.mark.slow
+def test_on_equals_off_for_other_numbers_of_drafts(ask):
     for count in (1, 7, 16):
-        equal(off, ask(recipes.QWEN3, speculative_config=ngram(count)))
-    for name in (recipes.MOE,):
-        equal(ask(name), ask(name, speculative_config=ngram(4)))
+        equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=ngram(count)))
     compiled = {"dtype": "float32", "enforce_eager": False}
     equal(ask(recipes.QWEN3, **compiled), ask(recipes.QWEN3, speculative_config=ngram(2), **compiled))
+
+
+@pytest.mark.slow
+def test_on_equals_off_with_adapters(ask, model, tmp_path_factory):
+    """Requests have one of two adapters, or none."""
+    own, folder = model(recipes.LLAMA), tmp_path_factory.mktemp("adapters")
+    made = [str(adapters.write(own, folder / f"{rank}", seed=rank, rank=rank)) for rank in (8, 16)]
+    given = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16, "adapters": made}
+    equal(ask(recipes.LLAMA, **given), ask(recipes.LLAMA, speculative_config=ngram(3), **given))
 
 
 @pytest.mark.slow
@@ -105,6 +148,7 @@ def test_on_equals_off_with_each_grammar_library(ask, library):
         (ngram(3, rejection_sample_method="synthetic", synthetic_acceptance_length=2.0), "another rule of acceptance"),
         (ngram(3, rejection_sample_method="block"), "another rule of acceptance"),
         ({"method": "ngram_gpu", "num_speculative_tokens": 3}, "other drafts than n-grams"),
+        (ngram(3, num_speculative_tokens_per_batch_size=[[1, 4, 3], [5, 16, 1]]), "num_speculative_tokens_per_batch"),
     ],
 )
 def test_other_rules_and_drafts_are_refused_by_name(refusing, config, said):
