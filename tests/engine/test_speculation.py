@@ -27,6 +27,9 @@ OPTIONS = {
 }
 
 
+UNFIT = ("longest", "grammars")  # phases in which a made draft model proposes nothing that a grammar takes
+
+
 def ngram(count, **changes):
     return {
         "method": "ngram",
@@ -76,13 +79,13 @@ def drafts_of(model, tmp_path_factory):
     return make
 
 
-def equal(off, on):
-    """Both engines gave the same bits, with accepted and rejected drafts in each phase that has many requests."""
+def equal(off, on, without=("longest",)):
+    """Both engines gave the same bits, with accepted and rejected drafts in each phase but those of `without`."""
     assert len(off["found"]) > 100 and off["found"].keys() == on["found"].keys()
     wrong = [name for name in off["found"] if off["found"][name] != on["found"][name]]
     assert not wrong, wrong
     for phase, (accepted, drafted, _) in on["counted"].items():
-        assert phase == "longest" or 0 < accepted < drafted, (phase, accepted, drafted)
+        assert phase in without or 0 < accepted < drafted, (phase, accepted, drafted)
     assert off["counted"]["preempted"][2] > 0 and on["counted"]["preempted"][2] > 0
     assert not any(drafted for _, drafted, _ in off["counted"].values())
 
@@ -92,13 +95,13 @@ def test_on_equals_off(ask):
 
 
 def test_on_equals_off_with_a_head(ask, drafts_of):
-    equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=drafts_of("eagle3", 4)))
+    equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=drafts_of("eagle3", 4)), UNFIT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, count", [("draft_model", 2), ("eagle", 3), ("eagle3", 1)])
 def test_on_equals_off_with_other_drafts(ask, drafts_of, method, count):
-    equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=drafts_of(method, count)))
+    equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=drafts_of(method, count)), UNFIT)
 
 
 @pytest.mark.slow
@@ -106,7 +109,7 @@ def test_on_equals_off_with_other_drafts(ask, drafts_of, method, count):
 def test_on_equals_off_compiled(ask, drafts_of, method):
     given = {"dtype": "float32", "enforce_eager": False}
     on = ask(recipes.LLAMA, speculative_config=drafts_of(method, 3), **given)
-    equal(ask(recipes.LLAMA, **given), on)
+    equal(ask(recipes.LLAMA, **given), on, UNFIT)
 
 
 @pytest.mark.slow

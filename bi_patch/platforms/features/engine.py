@@ -489,7 +489,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)",
         short="speculative decoding with a draft model or EAGLE heads",
-        cpu=refused(TRIAL),
+        cpu=untried(),
         cuda=(
             refused(_VERIFIED, releases="<0.33"),
             served(_H200_DRAFTS, why="on model runner V2, for a small Llama model, whose own weights make its drafts"),
