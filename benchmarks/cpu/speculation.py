@@ -41,8 +41,6 @@ def main() -> None:
         (recipes.WINDOW, "bfloat16", True),
         (recipes.QWEN3, "float32", True),
         (recipes.LLAMA, "bfloat16", True),
-        (recipes.INT8, "bfloat16", True),
-        (recipes.W4A16, "bfloat16", True),
     )
     rows = []
     for name, dtype, eager in kinds:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bi_patch.platforms.features import parallel
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
-from bi_patch.platforms.features.pairs import TRIAL, recurrent
+from bi_patch.platforms.features.pairs import recurrent
 
 _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
@@ -29,6 +29,7 @@ _H200_PARITY_EXPERTS = "parity-2026-11-29-h200-experts-vllm-0.33.0.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
+_CPU_DRAFTS = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0.json"
 _H200_DRAFTS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
@@ -489,7 +490,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)",
         short="speculative decoding with a draft model or EAGLE heads",
-        cpu=untried(),
+        cpu=served(_CPU_DRAFTS, why="for a tiny Llama model, in eager mode"),
         cuda=(
             refused(_VERIFIED, releases="<0.33"),
             served(_H200_DRAFTS, why="on model runner V2, for a small Llama model, whose own weights make its drafts"),

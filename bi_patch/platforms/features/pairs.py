@@ -96,7 +96,7 @@ def _never(first: str, *others: str) -> Feature:
 
 PAIRS: tuple[Feature, ...] = (
     *(
-        _pairs(first, other, cpu=untried(), cuda=_REFUSED, ascend=_REFUSED)
+        _pairs(first, other, cpu=refused(TRIAL), cuda=_REFUSED, ascend=_REFUSED)
         for first, other in (
             (LORA, SPECULATION),
             (LORA, QUANTIZED),
