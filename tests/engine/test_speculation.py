@@ -91,29 +91,21 @@ def equal(off, on, without=("longest",)):
 
 
 def test_on_equals_off(ask):
-    equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=ngram(3)))
+    equal(ask(recipes.QWEN3), ask(recipes.QWEN3, speculative_config=ngram(3)))
 
 
+@pytest.mark.slow
 def test_on_equals_off_with_a_head(ask, drafts_of):
     equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=drafts_of("eagle3", 4)), UNFIT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, count", [("draft_model", 2), ("eagle", 3), ("eagle3", 1)])
-def test_on_equals_off_with_other_drafts(ask, drafts_of, method, count):
-    equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=drafts_of(method, count)), UNFIT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [recipes.QWEN3, recipes.MOE])
-def test_on_equals_off_for_other_models(ask, name):
-    equal(ask(name), ask(name, speculative_config=ngram(4)))
-
-
-@pytest.mark.slow
-def test_on_equals_off_for_other_numbers_of_drafts(ask):
+def test_on_equals_off_for_other_numbers_of_drafts_and_models(ask):
+    off = ask(recipes.QWEN3)
     for count in (1, 7, 16):
-        equal(ask(recipes.LLAMA), ask(recipes.LLAMA, speculative_config=ngram(count)))
+        equal(off, ask(recipes.QWEN3, speculative_config=ngram(count)))
+    for name in (recipes.MOE,):
+        equal(ask(name), ask(name, speculative_config=ngram(4)))
     compiled = {"dtype": "float32", "enforce_eager": False}
     equal(ask(recipes.QWEN3, **compiled), ask(recipes.QWEN3, speculative_config=ngram(2), **compiled))
 
