@@ -34,6 +34,7 @@ CARDS: tuple[Card, ...] = (
         served(
             "invariance-2026-11-28-cpu-amx-speculation-vllm-0.32.0.json",
             "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json",
+            "invariance-2026-11-29-cpu-amx-quick-vllm-0.32.0.json",
         ),
     ),
     Card("x86-64 CPU with AVX2", "cpu", untried()),
