@@ -135,7 +135,8 @@ def arithmetic():
                 scored = []
             else:
                 scored = [-float(i + 1) for i in range(1, len(request.prompt))]
-            made = [-float(len(request.prompt) + i + 1) - batch * 1e-3 for i in range(count)]
+            seen = sum(image.seed for image in request.images)
+            made = [-float(len(request.prompt) + seen + i + 1) - batch * 1e-3 for i in range(count)]
             tops = [[] for _ in made], [[] for _ in scored]
             seed = (request.seed or 7) if request.temperature else None
             return Answer(ids[len(request.prompt) :], made, tops[0], scored, tops[1], seed=seed)

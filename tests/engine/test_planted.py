@@ -20,8 +20,8 @@ pytestmark = pytest.mark.engine
 # test_mla.py and test_quantized.py plant the others.
 CPU = [fault for fault in every() if "cpu" in fault.platforms and not fault.model]
 # Axes with an engine of their own: test_weights.py plants the faults of updates, test_pooling.py those of poolers,
-# test_lora.py those of adapters.
-OWN = (catch.PREEMPTION, catch.UPDATE, catch.POOLED, catch.LORA, catch.SPECULATION)
+# test_lora.py those of adapters, test_images.py those of images.
+OWN = (catch.PREEMPTION, catch.UPDATE, catch.POOLED, catch.LORA, catch.SPECULATION, catch.IMAGES)
 MAIN = [fault.name for fault in CPU if fault.axis not in OWN]
 
 
@@ -42,7 +42,7 @@ def load(engine):
 
 
 def test_the_causes_that_cpu_can_show_are_all_planted():
-    assert {fault.cause for fault in CPU} == {*range(1, 30), 31, 32, 33, 34} - {17, 24}
+    assert {fault.cause for fault in CPU} == {*range(1, 30), 31, 32, 33, 34, 35, 36} - {17, 24}
     assert len({fault.name for fault in every()}) == len(every())
 
 

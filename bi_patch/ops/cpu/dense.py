@@ -1,7 +1,7 @@
-"""PyTorch's own linear layers (torch.nn.Linear) by the bundled GEMM, for the heads of pooling models.
+"""PyTorch's own linear layers (torch.nn.Linear) and the patches of image encoders by the bundled GEMM.
 
-PyTorch's product of a head chooses its kernel and its blocks of K by the number of pooled rows. The bundled GEMM has
-one order (kernels/cpu/README.md). The layer keeps its parameters; the packed weight is a copy of the loaded weight.
+PyTorch's product chooses its kernel and its blocks of K by the numbers of rows and threads. The bundled GEMM has one
+order (kernels/cpu/README.md). The layer keeps its parameters; the packed weight is a copy of the loaded weight.
 """
 
 from __future__ import annotations
@@ -23,3 +23,24 @@ def take(layer: torch.nn.Linear) -> None:
     """Make a layer, whose weight is loaded, a Dense. The layer stays the same object."""
     layer.__class__ = Dense
     layer.__dict__["_packed"] = torch.ops.bi_cpu.gemm_pack(layer.weight.detach())
+
+
+def take_patches(layer: torch.nn.Module) -> None:
+    """Pack the loaded weight [out, in, height, width] of a convolution whose windows do not overlap (a Conv2dLayer)."""
+    layer.__dict__["_packed"] = torch.ops.bi_cpu.gemm_pack(layer.weight.detach().reshape(layer.out_channels, -1))
+
+
+def patches(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """x [images, in, height, width] -> [images, out, rows, columns] of patches, as vLLM's product of patches.
+
+    None for a layer without `take_patches`, and for pixels of another dtype than the weight.
+    """
+    packed = layer.__dict__.get("_packed")
+    if packed is None or x.dtype != layer.weight.dtype:
+        return None
+    height, width = layer.kernel_size
+    cut = x.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
+    images, rows, columns = cut.shape[:3]
+    k = cut[0, 0, 0].numel()
+    made = torch.ops.bi_cpu.gemm(cut.reshape(-1, k), packed, layer.out_channels, k, layer.bias)
+    return made.view(images, rows, columns, layer.out_channels).permute(0, 3, 1, 2)

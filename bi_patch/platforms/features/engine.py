@@ -572,14 +572,6 @@ FEATURES: tuple[Feature, ...] = (
         asked=_of_model(lambda m: getattr(m, "attn_type", "") == "encoder_only", "attention in both directions"),
     ),
     row(
-        "images, sound, video",
-        short="images, sound, video",
-        cpu=refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off"),
-        cuda=refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off"),
-        ascend=refused(_NO_SEAM, todo="Use a text model"),
-        asked=_of_model(_images, "multimodal inputs"),
-    ),
-    row(
         "embeddings of images, sound or video (--enable-mm-embeds)",
         **_everywhere("such a request brings rows that no patch point computed", "Leave --enable-mm-embeds out"),
         asked=_of_model(_embeddings, "multimodal embeddings"),

@@ -36,7 +36,8 @@ _CPU_POOLING = (
 )
 _H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
 _SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")
-_IMAGES = refused("no patch point covers encoders", todo="Pass --language-model-only, which turns encoders off")
+_CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
+_IMAGES = refused("no patch point covers their encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
 _HRM = refused("after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model")
 _ASCEND = untried("nothing has run on an NPU")
@@ -150,6 +151,12 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row("MiniCPM3, which vLLM runs as ordinary attention", cpu=untried(), cuda=untried(), ascend=_ASCEND),
     row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_SPARSE, cuda=_OWN, ascend=_MLA),
+    row(
+        "Idefics3",
+        cpu=served(_CPU_IMAGES, why="a tiny shape with random weights"),
+        cuda=_IMAGES,
+        ascend=_MULTIMODAL,
+    ),
     row(
         "Llama 4, Gemma 3 4B and larger, Qwen-VL and Omni, Mistral-Small 3, InternVL, LLaVA, Pixtral, GLM-V, Phi-3V",
         cpu=_IMAGES,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.files import HANDED_OVER
-from bi_patch.seams import active, pooling, weights
+from bi_patch.seams import active, pooling, vision, weights
 from bi_patch.seams.model import Seam, Target
 
 HEADER = "bi-patch-weights"
@@ -132,6 +132,8 @@ def _refuse(core, method) -> None:
     kind = ""
     if pooling.is_pooling(config):
         kind = "an engine that pools"
+    elif vision.takes_images(config):
+        kind = "an engine that takes images"
     elif plan.platform == "cuda" and getattr(config.model_config, "quantization", None) is not None:
         kind = "quantized weights on CUDA"
     if kind:
@@ -263,8 +265,8 @@ SEAMS = (
         "EngineCore.collective_rpc",
         _calls,
         "every call to the workers that may write weights changes their identity. Waiting requests are hashed again, "
-        "running requests leave nothing in the cache that others use, and their answers say so. Engines that pool or, "
-        "on CUDA, are quantized refuse such a call and go on",
+        "running requests leave nothing in the cache that others use, and their answers say so. Engines that pool, "
+        "take images or, on CUDA, are quantized refuse such a call and go on",
     ),
     _seam("sleep", _CORE, "EngineCore.sleep", _sleep, "a sleep that drops the weights changes their identity"),
     _seam("wake", _CORE, "EngineCore.wake_up", _wake, "waking up without weights changes their identity"),

@@ -44,7 +44,7 @@ def _load(original):
 
         from bi_patch.ops.cpu import aten, certify, rows
         from bi_patch.seams import leaves
-        from bi_patch.seams.cpu import moe, pooling, quantized, weights
+        from bi_patch.seams.cpu import moe, pooling, quantized, vision, weights
 
         if getattr(self.vllm_config.compilation_config.mode, "name", "NONE") != "NONE":
             active.at_disarm(aten.restore)
@@ -58,8 +58,10 @@ def _load(original):
                 rows.register_layer_norm(module, tuple(module.normalized_shape))
         moe.certify_routers(self.get_model())
         pooling.prepare(self.get_model(), self.vllm_config)
+        vision.prepare(self.get_model(), self.vllm_config)
         rows.register_sampling(self.model_config.get_vocab_size())
         certify.certify(active.cache, library.vllm())
+        vision.certify(self.get_model(), self.vllm_config)
         weights.watch(self.get_model(), self.vllm_config)
         _recurrent_layers(self.vllm_config)
         return result

@@ -12,7 +12,7 @@ import functools
 import weakref
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams import active, leaves, pooling, weights
+from bi_patch.seams import active, leaves, pooling, vision, weights
 from bi_patch.seams.model import Seam, Target
 
 _LOADING = "_bi_patch_loading"  # attribute of a model: `begin` started a layerwise load
@@ -31,6 +31,9 @@ def watch(model, config) -> None:
         return
     if pooling.is_pooling(config):
         weights.watch_model(model, pooling.no_update, pooling.no_update)
+        return
+    if vision.takes_images(config):
+        weights.watch_model(model, vision.no_update, vision.no_update)
         return
     begin = functools.partial(_begin, config=config)
     settle = functools.partial(_settle, config=config)

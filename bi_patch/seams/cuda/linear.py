@@ -47,8 +47,9 @@ def _load(original):
 
         from bi_patch.ops.cuda import certify, lora
         from bi_patch.seams import pooling as poolers
+        from bi_patch.seams import vision as images
         from bi_patch.seams import weights
-        from bi_patch.seams.cuda import attention, chunks, moe, norm, packed_linear, pooling, quantized, rows
+        from bi_patch.seams.cuda import attention, chunks, moe, norm, packed_linear, pooling, quantized, rows, vision
         from bi_patch.seams.cuda import scaled_linear as scaled
 
         config = self.vllm_config
@@ -62,10 +63,14 @@ def _load(original):
             ahead = certify.begin(lambda: rows.of_sampling(vocab) if vocab else (), version, active.cache)
         result = original(self, *args, **kwargs)
         model = self.get_model()
+        vision.prepare(model, config)
         norm.replace_layer_norms(model)
         pooling.prepare(model, config)
-        held = (poolers.no_update, poolers.no_update)
-        hooks = held if poolers.is_pooling(config) else (_before_update(config), quantized.refuse_update)
+        hooks = (_before_update(config), quantized.refuse_update)
+        if poolers.is_pooling(config):
+            hooks = (poolers.no_update, poolers.no_update)
+        elif images.takes_images(config):
+            hooks = (images.no_update, images.no_update)
         weights.watch_model(model, *hooks, lambda model: weights.refuse_with_lora(config))
         quantized.check(model)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
@@ -80,6 +85,7 @@ def _load(original):
                 cache=active.cache,
                 ahead=ahead,
             )
+            vision.certify(model, config)
         return result
 
     return load_model

@@ -19,6 +19,7 @@ def every() -> tuple[Fault, ...]:
         attention,
         cpu,
         cuda,
+        images,
         latent,
         pooling,
         recurrent,
@@ -27,7 +28,7 @@ def every() -> tuple[Fault, ...]:
         weights,
     )
 
-    parts = (shared, attention, cpu, cuda, latent, recurrent, weights, pooling, adapters, speculation)
+    parts = (shared, attention, cpu, cuda, latent, recurrent, weights, pooling, adapters, speculation, images)
     found = tuple(fault for part in parts for fault in part.FAULTS)
     return tuple(sorted(found, key=lambda fault: (fault.cause, fault.name)))
 

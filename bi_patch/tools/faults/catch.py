@@ -20,6 +20,7 @@ PRECISION, RESTART, PREEMPTION, UPDATE, LORA = "precision", "restart", "preempti
 STRUCTURED = "structured output"
 POOLED = "pooled vectors"
 SPECULATION = speculation.AXIS
+IMAGES = "images"
 
 
 class Caught(msgspec.Struct, frozen=True):

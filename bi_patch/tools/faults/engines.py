@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bi_patch import settings
-from bi_patch.tools.models import families, pooling, recipes, shapes
+from bi_patch.tools.models import families, pooling, recipes, shapes, vision
 from bi_patch.tools.verify import checkpoint
 from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.probes import adapters as lora
@@ -115,6 +115,18 @@ def pooled(folder: str, dtype: str = "float32") -> Options:
         chunk=1024,
         random_weights=7,
         extra=pooling.ARGUMENTS[name],
+    )
+
+
+def images(folder: str, dtype: str = "") -> Options:
+    """The options of an engine with a small model that takes images."""
+    return Options(
+        vision.write("Idefics3", folder),
+        dtype=dtype or "float32",
+        max_model_len=1024,
+        chunk=512,
+        random_weights=7,
+        digests=True,
     )
 
 

@@ -26,7 +26,7 @@ _ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 PLATFORMS = tuple(_ENVIRON)
 # Axes with an engine of their own. Grammars need a tokenizer, and the large model on CUDA has none.
 _OTHER = {
-    "cpu": (catch.PREEMPTION, catch.UPDATE, catch.POOLED, catch.LORA, catch.SPECULATION),
+    "cpu": (catch.PREEMPTION, catch.UPDATE, catch.POOLED, catch.LORA, catch.SPECULATION, catch.IMAGES),
     "cuda": (catch.PREEMPTION, catch.UPDATE, catch.STRUCTURED, catch.LORA),
 }
 DTYPES = ("", "bfloat16", "float32", "float16")
@@ -128,6 +128,8 @@ class _Run:
             return engines.small()
         if axis == catch.POOLED:
             return engines.pooled(self.folder, given.dtype)
+        if axis == catch.IMAGES:
+            return engines.images(self.folder, given.dtype)
         if axis == catch.LORA:
             return engines.adapters(given.dtype, self.platform)
         if axis == catch.SPECULATION:

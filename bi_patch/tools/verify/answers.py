@@ -19,6 +19,15 @@ class NotComparable(BiPatchError):
     """Weights changed while an engine made an answer, so the answer belongs to no weights and proves nothing."""
 
 
+class Image(msgspec.Struct, frozen=True):
+    """A made image of a request: random pixels in [height, width, 3] bytes. at: the place in the prompt's tokens."""
+
+    at: int
+    seed: int
+    width: int
+    height: int
+
+
 class Request(msgspec.Struct, frozen=True):
     """One request. Greedy unless temperature > 0. Two answers to a sampled request are comparable if it has a seed.
 
@@ -32,6 +41,7 @@ class Request(msgspec.Struct, frozen=True):
     after its arrival at which the client gives the request up, 0 for never; the answer to an aborted request has no
     tokens. grammar: vLLM's `structured_outputs` as JSON, "" for none. dimensions, activation: of a request to a pooling
     model: the length of the embedding, and whether the pooler's activation is applied; None for the model's own.
+    images: made images in ascending order of their places; `prompt` holds no tokens for them.
     """
 
     prompt: tuple[int, ...]
@@ -59,6 +69,7 @@ class Request(msgspec.Struct, frozen=True):
     first: int | None = None
     dimensions: int | None = None
     activation: bool | None = None
+    images: tuple[Image, ...] = ()
 
     @property
     def alternatives(self) -> int | None:
@@ -165,6 +176,10 @@ def checked(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Answ
                 f"{wanted} tokens came with {len(answer.logprobs)} logprobs and {len(answer.top)} lists of top tokens: "
                 "let the engine return logprobs"
             )
+        if request.images and request.prompt_logprobs is not None:
+            if not len(answer.prompt_logprobs) == len(answer.prompt_top) >= len(request.prompt):
+                raise AnswerIncomplete("a prompt with images came without all of its prompt logprobs")
+            continue
         wanted = len(request.prompt) - 1
         if request.prompt_logprobs is not None and not len(answer.prompt_logprobs) == len(answer.prompt_top) == wanted:
             raise AnswerIncomplete(

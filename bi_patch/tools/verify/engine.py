@@ -14,7 +14,7 @@ from typing import Protocol
 import msgspec
 
 from bi_patch.tools.evidence.kinds import short_name
-from bi_patch.tools.verify.answers import Answer, Request
+from bi_patch.tools.verify.answers import Answer, Image, Request
 
 SERVER = "server"  # Info.platform of a running server
 HITS, PREEMPTIONS = "vllm:prefix_cache_hits", "vllm:num_preemptions"  # counters
@@ -65,7 +65,8 @@ class Info(msgspec.Struct, frozen=True):
     quantization: vLLM's name of the method, "" for none. pooling: the task of a pooling model, such as "embed" or
     "classify", "" for a model that generates. whole: prompts are computed in one step, without a prefix cache.
     matryoshka: an embedding's length may be chosen, up to `width`. two_forms: prompts and
-    generated tokens have forms of their own, whose bits differ (BI_PATCH_MLA=two).
+    generated tokens have forms of their own, whose bits differ (BI_PATCH_MLA=two). images: the most tokens
+    of an image, 0 for an engine that takes no images.
     """
 
     mode: str
@@ -91,6 +92,7 @@ class Info(msgspec.Struct, frozen=True):
     matryoshka: bool = False
     width: int = 0
     two_forms: bool = False
+    images: int = 0
 
     @property
     def kv_tokens(self) -> int:
@@ -183,7 +185,8 @@ class LocalEngine:
             disable_log_stats=False,  # counters() reads them
             **{**made, **options.extra},
         )
-        self.info = self._info()
+        self._placeholder, most = _images(self._llm)
+        self.info = msgspec.structs.replace(self._info(), images=most)
         self._serial = 0
         self._cached = 0
         self._chunk: int | None = None  # the engine's own budget, kept from the first change on
@@ -219,7 +222,7 @@ class LocalEngine:
         else:
             adapters = [_adapter(r.lora) for r in requests]
             outputs = self._llm.generate(
-                [{"prompt_token_ids": list(r.prompt)} for r in requests],
+                [self._prompt(r) for r in requests],
                 parameters,
                 use_tqdm=False,
                 **({"lora_request": adapters} if any(adapters) else {}),
@@ -253,6 +256,21 @@ class LocalEngine:
     def reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("the engine did not reset its prefix cache: requests are still running")
+        if self.info.images:
+            self._llm.reset_mm_cache()
+            self._llm.llm_engine.reset_encoder_cache()
+
+    def _prompt(self, request: Request) -> dict[str, object]:
+        """vLLM's prompt: the tokens, with the model's own tokens for an image at the place of each image."""
+        if not request.images:
+            return {"prompt_token_ids": list(request.prompt)}
+        tokens: list[int] = []
+        last = 0
+        for image in request.images:
+            tokens += [*request.prompt[last : image.at], *self._placeholder]
+            last = image.at
+        made = [_pixels(image) for image in request.images]
+        return {"prompt_token_ids": [*tokens, *request.prompt[last:]], "multi_modal_data": {"image": made}}
 
     def sleep(self, level: int) -> None:
         """Put the engine to sleep and wake it. level: 1 keeps the weights on the host, 2 drops and loads them again."""
@@ -328,7 +346,7 @@ class LocalEngine:
                     ends[name] = step + request.abort
                 engine.add_request(
                     name,
-                    {"prompt_token_ids": list(request.prompt)},
+                    self._prompt(request),
                     parameters[index],
                     lora_request=_adapter(request.lora),
                 )
@@ -427,10 +445,46 @@ def _pooling_info(llm, config) -> dict[str, object]:
     }
 
 
+def _images(llm) -> tuple[tuple[int, ...], int]:
+    """The tokens that stand for an image in a prompt, and the most tokens of an image. () and 0 without images."""
+    config = llm.llm_engine.vllm_config
+    model = config.model_config
+    if not getattr(model, "is_multimodal_model", False):
+        return (), 0
+    if getattr(model.multimodal_config, "language_model_only", False):
+        return (), 0
+    from vllm.model_executor.model_loader import get_model_cls
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.encoder_budget import MultiModalBudget
+
+    budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
+    most = budget.mm_max_toks_per_item
+    text = get_model_cls(model).get_placeholder_str("image", 1)
+    # Mistral's models leave it to their processor.
+    text = text or getattr(budget.processor.info.get_hf_processor(), "image_token", "")
+    if "image" not in most or not text:
+        return (), 0
+    return tuple(llm.get_tokenizer().encode(text, add_special_tokens=False)), most["image"] + _MARKS
+
+
+def _pixels(image: Image):
+    """A made image as PIL's: random pixels, in larger squares of one colour, so that no resizing makes them alike."""
+    import random
+
+    from PIL import Image as Pictures
+
+    source = random.Random(image.seed)
+    small = Pictures.frombytes("RGB", (8, 8), source.randbytes(8 * 8 * 3))
+    return small.resize((image.width, image.height), Pictures.Resampling.NEAREST)
+
+
 def _pooling(request: Request, task: str):
     from vllm import PoolingParams
 
     return PoolingParams(task=task, dimensions=request.dimensions, use_activation=request.activation)
+
+
+_MARKS = 64  # tokens around an image's rows, such as the ends of its lines
 
 
 def cpu_name() -> str:

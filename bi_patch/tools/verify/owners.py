@@ -22,6 +22,7 @@ _BY_OP = (
     ("request's seed", ("seeds.request",)),
     ("grammar mask", ("structured.compile",)),
     ("accepted tokens", ("speculation.rows",)),
+    ("encoded images", ("vision.cpu_alone", "vision.cuda_alone")),
 )
 
 

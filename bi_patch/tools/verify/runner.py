@@ -30,6 +30,7 @@ from bi_patch.tools.verify.trace import (
     digest_rows,
 )
 
+ENCODED = "encoded images"  # the op of a call that records the rows that enter the language model
 MASKED = "grammar mask"  # the op of a call that records the logits of a request whose grammar masked them
 
 
@@ -160,7 +161,7 @@ class Attached:
 
     def _find(self, scheduler_output) -> None:
         for new in scheduler_output.scheduled_new_reqs:
-            if self._target is None and list(new.prompt_token_ids or ()) == self._prompt:
+            if self._target is None and _text(new) == self._prompt:
                 if self._turn == 0:
                     self._target = new.req_id
                 self._turn -= 1
@@ -186,6 +187,7 @@ class Attached:
             if ids is not None:
                 sizes.add(ids.shape[0])
             rows = Rows(self._step, FORWARD, frozenset(sizes), start, count, position)
+            self._encoded(rows, kwargs)
             with self._tracer.phase(rows):
                 result = held(*args, **kwargs)
             if self._tracer.coarse:
@@ -193,6 +195,13 @@ class Attached:
             return result
 
         return _model_forward
+
+    def _encoded(self, rows: Rows, kwargs) -> None:
+        """Record the rows with which a model that takes images begins: encoded images and embedded tokens."""
+        entering = kwargs.get("inputs_embeds")
+        if entering is not None:
+            whole = dataclasses.replace(rows, sizes=frozenset({entering.shape[0]}))
+            self._tracer.record(ENCODED, [entering], rows=whole, module="image encoder")
 
     def _coarse(self, rows: Rows, result) -> None:
         """Record the results of compiled code: each layer's keys and values, and the last hidden states."""
@@ -439,6 +448,7 @@ class AttachedV2(Attached):
             _, start, count, position = place
             sizes = frozenset({int(self._batch.num_tokens), int(self._batch.num_tokens_after_padding)})
             rows = Rows(self._step, FORWARD, sizes, start, count, position)
+            self._encoded(rows, kwargs)
             with self._tracer.phase(rows):
                 result = held(*args, **kwargs)
             if self._tracer.coarse and isinstance(result, torch.Tensor):
@@ -512,6 +522,15 @@ class AttachedV2(Attached):
     def _blocks(self, full: int) -> torch.Tensor:
         state = int(self._batch.idx_mapping_np[self._row()])
         return self._runner.block_tables.block_tables[0].gpu[state, :full].clone()
+
+
+def _text(new) -> list[int]:
+    """The prompt's tokens of vLLM's NewRequestData, without those that stand for images."""
+    tokens = list(new.prompt_token_ids or ())
+    for feature in reversed(getattr(new, "mm_features", None) or ()):
+        place = feature.mm_position
+        del tokens[place.offset : place.offset + place.length]
+    return tokens
 
 
 @contextlib.contextmanager

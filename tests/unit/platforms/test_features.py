@@ -14,6 +14,7 @@ from bi_patch.platforms import releases
 from bi_patch.platforms.features import model, table
 from bi_patch.platforms.features.cards import CARDS
 from bi_patch.platforms.features.engine import FEATURES
+from bi_patch.platforms.features.images import IMAGES
 from bi_patch.platforms.features.pairs import PAIRS
 from bi_patch.platforms.features.versions import VERSIONS
 
@@ -69,6 +70,18 @@ class Speculative:
     draft_model_config: object = None
 
 
+def images(architecture, encoder="idefics3_vision", **changes):
+    """Changes for a model that takes images. mm_...: settings of its encoder."""
+    media = {name: changes.pop(name) for name in list(changes) if name.startswith("mm_")}
+    return {
+        "model_is_multimodal_model": True,
+        "model_architectures": [architecture],
+        "model_multimodal_config": SimpleNamespace(**media),
+        "model_hf_config": SimpleNamespace(vision_config=SimpleNamespace(model_type=encoder)),
+        **changes,
+    }
+
+
 def ngram(**changes):
     return Speculative(**changes)
 
@@ -108,7 +121,7 @@ def test_a_refusal_gives_its_reason_and_what_refuses():
     for row in table.ROWS:
         for cell in (cell for held in row.cells.values() for cell in held if cell.state == model.REFUSED):
             assert cell.why and (not cell.by or cell.by in known), (row.name, cell)
-    for row in (*FEATURES, *PAIRS):
+    for row in (*FEATURES, *IMAGES, *PAIRS):
         refused = [cell for held in row.cells.values() for cell in held if cell.state == model.REFUSED]
         assert row.asked is not None or all(cell.by for cell in refused), row.name
 
@@ -132,7 +145,16 @@ def test_a_plain_configuration_passes(platform):
         ({"model_use_mla": True, "model_hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model_is_hybrid": True}, "hybrid and state-space models"),
         ({"model_is_encoder_decoder": True}, "encoder-decoder models"),
-        ({"model_is_multimodal_model": True}, "multimodal inputs"),
+        (images("Phi3VForCausalLM"), "multimodal inputs of Phi3VForCausalLM"),
+        (images("LlavaForConditionalGeneration", "siglip_vision_model"), "multimodal inputs of Llava"),
+        (images("Gemma3ForConditionalGeneration", model_is_mm_prefix_lm=True), "attention in both directions over"),
+        (images("Idefics3ForConditionalGeneration", lora=SimpleNamespace()), "images with LoRA"),
+        (images("Idefics3ForConditionalGeneration", speculative=ngram()), "images with speculative decoding"),
+        (images("Idefics3ForConditionalGeneration", model_quantization="fp8"), "images with quantized weights"),
+        (images("Idefics3ForConditionalGeneration", parallel_tensor_parallel_size=2), "images with several ranks"),
+        (images("Idefics3ForConditionalGeneration", model_enable_prompt_embeds=True), "images with prompt embed"),
+        (images("Idefics3ForConditionalGeneration", mm_encoder_tp_mode="data"), "images with an encoder over"),
+        (images("Idefics3ForConditionalGeneration", compilation_compile_mm_encoder=True), "images with compiled"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
         ({"speculative": SimpleNamespace(method="suffix")}, "speculative decoding with other drafts"),
         ({"speculative": ngram(rejection_sample_method="synthetic")}, "another rule of acceptance"),
@@ -257,6 +279,16 @@ def test_text_of_a_multimodal_model_is_served_on_cpu_and_cuda():
     check("cpu", **text)
     with pytest.raises(UnsupportedFeature, match="multimodal models"):
         check("ascend", **text)
+
+
+def test_images_of_known_models_are_served_on_cpu():
+    known = images("Idefics3ForConditionalGeneration")
+    check("cpu", **known)
+    for platform in ("cuda", "ascend"):
+        with pytest.raises(UnsupportedFeature, match="images of Idefics3ForConditionalGeneration"):
+            check(platform, **known)
+    # vLLM makes a configuration for the language model, too.
+    check("cpu", **images("LlamaForCausalLM"))
 
 
 def test_offload_is_refused_before_it_keeps_prompt_logprobs():

@@ -21,7 +21,17 @@ A probe raises NotExercised when the cause that it tests did not occur: no preem
 from __future__ import annotations
 
 from bi_patch.tools.verify.engine import HITS, PREEMPTIONS, Engine
-from bi_patch.tools.verify.probes import adapters, crossing, grammars, online, pooling, routing, sleeping, updating
+from bi_patch.tools.verify.probes import (
+    adapters,
+    crossing,
+    grammars,
+    images,
+    online,
+    pooling,
+    routing,
+    sleeping,
+    updating,
+)
 from bi_patch.tools.verify.probes.base import (
     Change,
     CrossProbe,
@@ -252,6 +262,14 @@ PROBES = (
         either(needs_company, pooling.missing),
         seconds=4,
         pools=True,
+    ),
+    Probe(
+        "images",
+        "made images beside, after and before others, in any order, on warm caches, in several steps",
+        images.images,
+        (36,),
+        either(needs_company, in_this_process, images.missing),
+        seconds=15,
     ),
     Probe(
         "long prompt",

@@ -129,7 +129,7 @@ class Run:
     def holds(self, batch: Sequence[Request]) -> bool:
         """Whether the KV cache has room for all requests to their last token, so that none waits or is preempted."""
         info = self.engine.info
-        needed = sum(info.blocks(len(r.prompt) + r.max_tokens) for r in batch)
+        needed = sum(info.blocks(len(r.prompt) + len(r.images) * info.images + r.max_tokens) for r in batch)
         return info.kv_blocks <= 1 or needed < info.kv_blocks  # vLLM keeps one null block, also without a cache
 
     def alone(self, requests: Sequence[Request]) -> list[Answer]:

@@ -15,6 +15,7 @@ from bi_patch.platforms.features.model import REFUSED, TITLES
 from bi_patch.tools.models import drafts
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.engine import PREEMPTIONS, Engine
+from bi_patch.tools.verify.probes import images
 from bi_patch.tools.verify.probes.base import Change, NotExercised, Workload, config
 
 DRAFTED, ACCEPTED = "vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"  # counters
@@ -29,7 +30,14 @@ def everything(engine: Engine, workload: Workload) -> list[Request]:
     requests += [workload.greedy(i).but(prompt_logprobs=0) for i in subjects]
     if workload.long is not None:
         requests.append(Request(workload.long, max_tokens=workload.generate, prompt_logprobs=0, digest=digest))
-    return requests
+    return requests + _with_images(engine, workload)
+
+
+def _with_images(engine: Engine, workload: Workload) -> list[Request]:
+    """Requests with images, none for an engine that takes none."""
+    if images.missing(engine):
+        return []
+    return [request for request in images.subjects(engine, workload).values() if request.images]
 
 
 def chunk_changes(engine: Engine) -> list[Change]:
@@ -66,12 +74,13 @@ def few_blocks(engine: Engine) -> list[Change]:
 
 
 def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
-    """Requests that each need a second KV block soon after their prompt: together, more blocks than the cache has."""
+    """Requests that each need a second KV block soon after their prompt: together, more blocks than the cache has.
+    Requests with images come last, so that they are preempted first."""
     block, follows = engine.info.block_size, engine.options.digests
     source = random.Random(7)
     count = min(blocks_for_one(engine) // engine.info.blocks(1) + 4, engine.options.max_num_seqs)
     limit = engine.info.vocab_size - engine.info.vocab_size // 16
-    return [
+    made = [
         Request(
             tuple(source.randrange(limit) for _ in range(block - 4 - i % 3)),
             max_tokens=_CROSSING,
@@ -81,6 +90,7 @@ def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
         )
         for i in range(count)
     ]
+    return made + [r.but(max_tokens=_CROSSING) for r in _with_images(engine, workload)]
 
 
 def needs_crossing(engine: Engine) -> str:

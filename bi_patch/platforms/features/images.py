@@ -1,0 +1,136 @@
+"""Models that take images, sound or video: served by the name of their architecture, everything else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.platforms.features.model import Feature, refused, row, served
+from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZED, RECURRENT, SPECULATION
+
+_CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
+_TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
+_ASCEND = refused("no patch point covers it yet", todo="Use a text model")
+# Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
+_ON_CPU = {("Idefics3ForConditionalGeneration", "idefics3_vision")}
+_ON_CUDA = {
+    ("Qwen3VLForConditionalGeneration", "qwen3_vl"),
+    ("Qwen3VLForConditionalGeneration", "qwen3_vl_vision"),
+    ("Mistral3ForConditionalGeneration", "pixtral"),
+    ("LlavaForConditionalGeneration", "clip_vision_model"),
+    ("LlavaForConditionalGeneration", "pixtral"),
+}
+
+
+# Language models inside of others. vLLM makes a configuration for each, which calls itself multimodal, too.
+_LANGUAGE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def taken(config: Any) -> str:
+    """The name of the engine's architecture if requests may bring images, sound or video, else ""."""
+    model = config.model_config
+    if model is None or not model.is_multimodal_model:
+        return ""
+    if getattr(getattr(model, "multimodal_config", None), "language_model_only", False):
+        return ""
+    name = (getattr(model, "architectures", None) or ("a model",))[0]
+    return "" if name in _LANGUAGE else name
+
+
+def _encoder(config: Any) -> tuple[str, str]:
+    vision = getattr(getattr(config.model_config, "hf_config", None), "vision_config", None)
+    return taken(config), getattr(vision, "model_type", "")
+
+
+def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
+    return lambda config: f"images of {taken(config)}" if _encoder(config) in known else ""
+
+
+def _other(config: Any) -> str:
+    known = _encoder(config) in _ON_CPU | _ON_CUDA
+    return f"multimodal inputs of {taken(config)}" if taken(config) and not known else ""
+
+
+def _spans(config: Any) -> str:
+    """Images whose tokens attend in both directions: their keys and values are not those of a causal prompt."""
+    both = taken(config) and getattr(config.model_config, "is_mm_prefix_lm", False)
+    return "attention in both directions over an image" if both else ""
+
+
+def _of_media(name: str, wanted: object) -> Callable[[Any], bool]:
+    return lambda media: getattr(media, name, None) == wanted
+
+
+# Settings of vLLM's MultiModalConfig under which an encoder computes in another way.
+_SETTINGS: dict[str, Callable[[Any], object]] = {
+    "an encoder over several ranks (--mm-encoder-tp-mode data)": _of_media("mm_encoder_tp_mode", "data"),
+    "an encoder without its language model (--mm-encoder-only)": _of_media("mm_encoder_only", True),
+    "quantized attention of encoders (--mm-encoder-attn-dtype)": lambda m: getattr(m, "mm_encoder_attn_dtype", None),
+    "another attention backend of encoders (--mm-encoder-attn-backend)": lambda m: getattr(
+        m, "mm_encoder_attn_backend", None
+    ),
+    "pruned video (--video-pruning-rate)": lambda m: getattr(m, "video_pruning_rate", None),
+}
+
+
+_PARTS = (LORA, SPECULATION, POOLING, QUANTIZED, MLA, RECURRENT, "several ranks", "KV transfer or offload")
+
+
+def _beside(config: Any) -> str:
+    """What an engine combines with images, and nobody has examined together with them."""
+    if not taken(config):
+        return ""
+    model, compilation = config.model_config, getattr(config, "compilation_config", None)
+    media = getattr(model, "multimodal_config", None)
+    found = {name: PARTS[name](config) for name in _PARTS} | {name: asked(media) for name, asked in _SETTINGS.items()}
+    found |= {
+        "transfer of encoded images": getattr(config, "ec_transfer_config", None) is not None,
+        "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
+        "compiled encoders": getattr(compilation, "compile_mm_encoder", False),
+        "CUDA graphs of encoders": getattr(compilation, "cudagraph_mm_encoder", False),
+    }
+    named = [name for name, there in found.items() if there]
+    return f"images with {' and '.join(named)}" if named else ""
+
+
+IMAGES: tuple[Feature, ...] = (
+    row(
+        "images (Idefics3)",
+        short="images",
+        cpu=served(_CPU_IMAGES, why="a tiny model with random weights, in eager mode"),
+        cuda=refused("its encoder has run on CPU only", todo=_TEXT_ONLY),
+        ascend=_ASCEND,
+        asked=_of(_ON_CPU),
+        details="An encoder computes one image at a time, so its rows depend on the image alone: not on other images "
+        "of the step, of the prompt or of the caches, nor on the steps in which a prompt's images arrive.",
+    ),
+    row(
+        "images (Qwen3-VL, Mistral Small 3, LLaVA with CLIP or Pixtral)",
+        cpu=refused("they need torchvision, with which nobody tried them on CPU", todo=_TEXT_ONLY),
+        cuda=refused("no invariance run exists", todo=_TEXT_ONLY),
+        ascend=_ASCEND,
+        asked=_of(_ON_CUDA),
+    ),
+    row(
+        "images, sound and video of other models",
+        cpu=refused("no patch point covers its encoder", todo=_TEXT_ONLY),
+        cuda=refused("no patch point covers its encoder", todo=_TEXT_ONLY),
+        ascend=_ASCEND,
+        asked=_other,
+    ),
+    row(
+        "images that attend in both directions (Gemma 3, PaliGemma)",
+        cpu=refused("vLLM's attention on CPU computes them as causal text", todo=_TEXT_ONLY),
+        cuda=refused("the scheduler may cut an image in two", todo=_TEXT_ONLY),
+        ascend=_ASCEND,
+        asked=_spans,
+    ),
+    row(
+        "images with another feature (LoRA, speculation, pooling, several ranks, quantized weights, KV transfer, "
+        "prompt embeddings, compiled encoders or their CUDA graphs)",
+        cpu=refused("nobody has compared such an engine"),
+        cuda=refused("nobody has compared such an engine"),
+        ascend=_ASCEND,
+        asked=_beside,
+    ),
+)

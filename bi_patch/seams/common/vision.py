@@ -1,0 +1,58 @@
+"""Images are known by their content: a name that somebody gave to an image stands for nothing.
+
+vLLM caches processed images, encoded images, keys and values by an image's hash. A client can give an image a name,
+which takes the hash's place. Then another image of the same name gets the first one's rows.
+"""
+
+from bi_patch.seams.common.refused import bad_request
+from bi_patch.seams.model import Seam, Target
+
+
+def _names(original):
+    """BaseRenderer._process_mm_uuids: refuse a request that names its images."""
+
+    def _process_mm_uuids(self, mm_data, mm_data_items, mm_uuid_items, mm_req_id):
+        if any(name is not None for names in mm_uuid_items.values() for name in names):
+            raise bad_request(
+                "vision.names: batch invariance does not cover names of images (multi_modal_uuids, or uuid in a chat): "
+                "another image of this name may be in the cache. Leave them out, or start the engine with BI_PATCH=0"
+            )
+        return original(self, mm_data, mm_data_items, mm_uuid_items, mm_req_id)
+
+    return _process_mm_uuids
+
+
+def _image_id(original):
+    """_get_image_id_bytes: no image is known by the number in its EXIF data."""
+
+    def _get_image_id_bytes(image):
+        return None
+
+    return _get_image_id_bytes
+
+
+_WHY = "an image that bears the name of another one gets the other one's rows from the caches"
+_UNTIL = "upstream's hash of an image always holds its content"
+
+SEAMS = (
+    Seam(
+        name="vision.names",
+        targets=(Target("vllm.renderers.base", "BaseRenderer._process_mm_uuids", ">=0.32"),),
+        close=_names,
+        why=_WHY,
+        how="a request that names its images is refused",
+        until=_UNTIL,
+        causes=(36,),
+        on_import=True,
+    ),
+    Seam(
+        name="vision.image_id",
+        targets=(Target("vllm.multimodal.hasher", "_get_image_id_bytes", ">=0.32"),),
+        close=_image_id,
+        why=_WHY,
+        how="the hash always holds the pixels, or the bytes of the file",
+        until=_UNTIL,
+        causes=(36,),
+        on_import=True,
+    ),
+)

@@ -1,0 +1,66 @@
+"""Images on CPU: one item for each call of an encoder, and an encoder whose bits do not depend on threads."""
+
+from bi_patch.seams import vision
+from bi_patch.seams.model import Seam, Target
+
+_SEAM = "vision.cpu"
+
+
+def prepare(model, config) -> None:
+    """Check a loaded model that takes images, and give its patches and PyTorch's linears the bundled GEMM.
+
+    config: the engine's VllmConfig. Raises UnsupportedFeature for layers that are not covered.
+    """
+    import torch
+
+    from bi_patch.ops.cpu import dense
+
+    if not vision.takes_images(config):
+        return
+    vision.check(model, _SEAM)
+    for _, layer in vision.parts(model):
+        if type(layer) is torch.nn.Linear:
+            dense.take(layer)
+        elif type(layer).__name__ == "Conv2dLayer" and layer.enable_linear:
+            dense.take_patches(layer)
+
+
+def certify(model, config) -> None:
+    """Test that the encoder of a loaded model has equal bits in every run. Raises CertificateFailed."""
+    if vision.takes_images(config):
+        vision.certify(model, config, "cpu", _SEAM)
+
+
+def _patches(original):
+    """Conv2dLayer._forward_mulmat: the bundled GEMM multiplies the patches of a prepared layer."""
+
+    def _forward_mulmat(self, x):
+        from bi_patch.ops.cpu import dense
+
+        made = dense.patches(self, x)
+        return original(self, x) if made is None else made
+
+    return _forward_mulmat
+
+
+SEAMS = (
+    Seam(
+        name="vision.cpu_alone",
+        targets=(Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._execute_mm_encoder"),),
+        close=vision.alone,
+        why="the encoder computes the images of all requests of a step in one call, padded to one size",
+        how="one call for each image, so that its rows depend on the image alone",
+        until="upstream's encoders give an image equal bits in any batch of images",
+        causes=(36,),
+    ),
+    Seam(
+        name="vision.cpu_patches",
+        targets=(Target("vllm.model_executor.layers.conv", "Conv2dLayer._forward_mulmat"),),
+        close=_patches,
+        why="PyTorch divides the product of an image's patches among threads by the number of patches",
+        how="the bundled GEMM multiplies, with one order for each row",
+        until="oneDNN gives equal bits for every number of rows and threads",
+        causes=(26,),
+        serves=("Conv2dLayer",),
+    ),
+)

@@ -1,0 +1,267 @@
+"""One tiny model of each kind that takes images, as config.json, with its tokenizer and its image processor.
+
+LLaVA has a CLIP or a Pixtral tower, Mistral Small 3 a Pixtral tower with merged patches, Idefics3 a SigLIP tower with
+tiles. Weights are random. The tokens of images are the vocabulary's last ones, which verify's prompts leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bi_patch.tools.models import recipes, shapes
+from bi_patch.tools.models.families import _NARROW, _TINY
+
+_VOCAB = 2048
+_OWN = 1984  # tokens of text; the rest are tokens of images
+_PATCH = 14
+_TEXT = dict(_TINY) | _NARROW | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+_TOWER = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_channels": 3,
+    "patch_size": _PATCH,
+    "image_size": 8 * _PATCH,
+}
+_CLIP = _TOWER | {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "projection_dim": 128}
+_PIXTRAL = _TOWER | {"model_type": "pixtral", "hidden_act": "silu", "head_dim": 32, "rope_theta": 10000.0}
+_SIGLIP = _TOWER | {"model_type": "idefics3_vision", "hidden_act": "gelu_pytorch_tanh"}
+
+
+def _model(architecture: str, model_type: str, tower: dict[str, object], **own: object) -> dict[str, object]:
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "torch_dtype": "bfloat16",
+        "vision_config": dict(tower),
+        "text_config": dict(_TEXT),
+        "vocab_size": _VOCAB,
+        "tie_word_embeddings": False,
+    } | own
+
+
+_LLAVA = {
+    "image_token_index": _OWN,
+    "projector_hidden_act": "gelu",
+    "image_seq_length": 64,
+    "multimodal_projector_bias": True,
+}
+VISION: dict[str, dict[str, object]] = {
+    "LLaVA": _model(
+        "LlavaForConditionalGeneration",
+        "llava",
+        _CLIP,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        **_LLAVA,
+    ),
+    "Pixtral": _model(
+        "LlavaForConditionalGeneration",
+        "llava",
+        _PIXTRAL,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        **_LLAVA,
+    ),
+    "Mistral Small 3": _model(
+        "Mistral3ForConditionalGeneration",
+        "mistral3",
+        _PIXTRAL,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+        **_LLAVA,
+    ),
+    "Idefics3": _model(
+        "Idefics3ForConditionalGeneration", "idefics3", _SIGLIP, image_token_id=_OWN, scale_factor=2, pad_token_id=0
+    ),
+}
+
+# The sizes of published models with a few layers and a small vocabulary. They are not tiny: for GPUs.
+_QWEN_ROTATION = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+VISION |= {
+    "Qwen3-VL-2B": {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": True,
+        "vision_start_token_id": _OWN,
+        "vision_end_token_id": _OWN + 1,
+        "image_token_id": _OWN + 2,
+        "video_token_id": _OWN + 3,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "vocab_size": _VOCAB,
+            "max_position_embeddings": 32768,
+            "rope_parameters": _QWEN_ROTATION,
+            "rope_theta": 5e6,
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": 6,
+            "hidden_size": 1024,
+            "hidden_act": "gelu_pytorch_tanh",
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "in_channels": 3,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 2048,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [1, 3, 5],
+        },
+    },
+    "Mistral-Small-3.1": _model(
+        "Mistral3ForConditionalGeneration",
+        "mistral3",
+        _PIXTRAL
+        | {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 16,
+            "head_dim": 64,
+            "image_size": 40 * _PATCH,
+        },
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+        **_LLAVA,
+        text_config=_TEXT
+        | {
+            "model_type": "mistral",
+            "hidden_size": 5120,
+            "intermediate_size": 32768,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "architectures": ["MistralForCausalLM"],
+        },
+    ),
+    "LLaVA-1.5-7B": _model(
+        "LlavaForConditionalGeneration",
+        "llava",
+        _CLIP
+        | {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 16,
+            "image_size": 24 * _PATCH,
+            "projection_dim": 768,
+        },
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        **_LLAVA,
+        text_config=_TEXT
+        | {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+        },
+    ),
+}
+CPU = ("Idefics3",)  # the others need torchvision
+
+
+def _tokens(*names: str):
+    """Write a tokenizer whose tokens from _OWN on are `names`. Returns the tokenizer."""
+
+    def save(folder: Path):
+        from transformers import PreTrainedTokenizerFast
+
+        recipes.save_tokenizer(_OWN, folder)
+        made = PreTrainedTokenizerFast.from_pretrained(folder)
+        made.add_special_tokens({"additional_special_tokens": list(names)})
+        return made
+
+    return save
+
+
+def _llava(size: int):
+    def make(folder: Path):
+        from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+        return LlavaProcessor(
+            image_processor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size),
+            tokenizer=_tokens("<image>")(folder),
+            patch_size=_PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+
+    return make
+
+
+def _qwen(folder: Path):
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    size = {"shortest_edge": 64 * 64, "longest_edge": 512 * 512}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2, temporal_patch_size=2),
+        tokenizer=_tokens(*names)(folder),
+        video_processor=Qwen3VLVideoProcessor(),
+    )
+
+
+def _pixtral(merge: int, edge: int = 8 * _PATCH):
+    def make(folder: Path):
+        from transformers import PixtralImageProcessorPil, PixtralProcessor
+
+        return PixtralProcessor(
+            image_processor=PixtralImageProcessorPil(size={"longest_edge": edge}, patch_size=_PATCH * merge),
+            tokenizer=_tokens("[IMG]", "[IMG_BREAK]", "[IMG_END]")(folder),
+            patch_size=_PATCH,
+            spatial_merge_size=merge,
+        )
+
+    return make
+
+
+def _idefics3(folder: Path):
+    from transformers import Idefics3ImageProcessorPil, Idefics3Processor
+
+    edge = int(str(_TOWER["image_size"]))
+    places = [f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)]
+    names = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *places)
+    return Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": 2 * edge}, max_image_size={"longest_edge": edge}
+        ),
+        tokenizer=_tokens(*names)(folder),
+        image_seq_len=(edge // _PATCH) ** 2 // 4,
+    )
+
+
+_PROCESSORS: dict[str, Callable[[Path], object]] = {
+    "LLaVA": _llava(8 * _PATCH),
+    "LLaVA-1.5-7B": _llava(24 * _PATCH),
+    "Qwen3-VL-2B": _qwen,
+    "Mistral-Small-3.1": _pixtral(2, 40 * _PATCH),
+    "Pixtral": _pixtral(1),
+    "Mistral Small 3": _pixtral(2),
+    "Idefics3": _idefics3,
+}
+
+
+def write(name: str, root: str | Path) -> str:
+    """Write the config.json, tokenizer and image processor of a model in VISION into a folder below `root`.
+
+    Returns the folder. Raises KeyError for a name that is not in VISION.
+    """
+    folder = shapes.save(name, VISION[name], root)
+    _PROCESSORS[name](Path(folder)).save_pretrained(folder)
+    return folder

@@ -1,0 +1,60 @@
+"""Images on the CPU engine: beside, after and before other images, in several steps, on warm caches."""
+
+from dataclasses import replace
+
+import pytest
+
+from bi_patch.tools.faults import catch
+from bi_patch.tools.faults.child import FaultyEngine
+from bi_patch.tools.faults.engines import images
+from bi_patch.tools.models import vision
+from bi_patch.tools.verify.child import ARMED, STOCK, ChildEngine
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("images")
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    """An armed engine in fp32 whose model cuts images into tiles."""
+    with FaultyEngine(ARMED, images(str(folder))) as made:
+        yield made
+
+
+def differing(engine):
+    load = replace(catch.workload(engine), generate=2)  # most of the time goes into generated tokens
+    cases = list(catch.cases(engine, catch.IMAGES, load))
+    assert len(cases) > 60
+    return [f"{case.label}: {case.difference.first}" for case in cases if case.differs]
+
+
+def test_images_do_not_depend_on_company(engine):
+    assert differing(engine) == []
+
+
+def test_images_in_one_batch_are_caught_and_named(engine):
+    found = catch.catch(engine, "images in one batch", catch.workload(engine))
+    assert found.caught and found.right, found
+
+
+def test_requests_without_images_are_invariant_too(engine):
+    cases = list(catch.cases(engine, "co-batch contents", catch.workload(engine)))
+    assert cases and not any(case.differs for case in cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", vision.CPU)
+def test_kinds_of_encoders(folder, name):
+    given = images(str(folder), "bfloat16").but(model=vision.write(name, folder))
+    with ChildEngine(ARMED, given) as made:
+        assert differing(made) == []
+
+
+@pytest.mark.slow
+def test_a_stock_engine_differs(folder):
+    with ChildEngine(STOCK, images(str(folder))) as made:
+        assert differing(made)

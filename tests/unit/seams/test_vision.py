@@ -1,0 +1,152 @@
+"""One image for each call of an encoder; the list of an encoder's layers; its certificate."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch.errors import CertificateFailed, UnsupportedFeature, UnsupportedRequest
+from bi_patch.ops.cpu import dense, machine
+from bi_patch.seams import vision
+from bi_patch.seams.common import vision as names
+
+
+class Model(torch.nn.Module):
+    """An encoder around a language model."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.tower = torch.nn.ModuleList(layers)
+        self.inner = torch.nn.ModuleDict({"language": torch.nn.ModuleDict({"odd": torch.nn.LSTM(2, 2)})})
+
+    def get_language_model(self):
+        return self.inner["language"]
+
+
+def test_model_runner_v1_encodes_one_item_at_a_time():
+    calls = []
+
+    def original(runner, output):
+        calls.append(output.scheduled_encoder_inputs)
+        return [f"{name} {item}" for name, items in output.scheduled_encoder_inputs.items() for item in items]
+
+    run = vision.alone(original)
+    output = SimpleNamespace(scheduled_encoder_inputs={"a": [0, 2], "b": [1]}, free_encoder_mm_hashes=["x"])
+    assert run(None, output) == ["a 0", "a 2", "b 1"]
+    assert calls == [{"a": [0]}, {"a": [2]}, {"b": [1]}]
+    assert output.scheduled_encoder_inputs == {"a": [0, 2], "b": [1]}
+    empty = SimpleNamespace(scheduled_encoder_inputs={})
+    assert run(None, empty) == []
+
+
+def test_model_runner_v2_encodes_one_item_at_a_time():
+    calls = []
+
+    def original(runner, items):
+        calls.append(list(items))
+        return [item[1] * 2 for item in items]
+
+    assert vision.alone_v2(original)(None, [("image", 1), ("video", 4), ("image", 3)]) == [2, 8, 6]
+    assert [len(call) for call in calls] == [1, 1, 1]
+
+
+def test_only_listed_layers_may_be_in_an_encoder():
+    vision.check(Model(torch.nn.LayerNorm(4), torch.nn.Embedding(3, 4), torch.nn.GELU()), "vision.cpu")
+    with pytest.raises(UnsupportedFeature, match="vision.cpu: .*GRU.*BI_PATCH=0"):
+        vision.check(Model(torch.nn.GRU(2, 2)), "vision.cpu")
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+    with pytest.raises(UnsupportedFeature, match="Own"):
+        vision.check(Model(Own()), "vision.cpu")
+
+
+@pytest.mark.parametrize("by", [0, 1, 3])
+def test_a_moved_copy_has_the_same_numbers(by):
+    x = torch.randn(2, 3, 5)
+    moved = vision._moved(x, by)
+    assert torch.equal(moved, x) and moved.data_ptr() % 64 == (4 * by) % 64
+    assert vision._moved(torch.arange(3), by).tolist() == [0, 1, 2] and vision._moved("text", by) == "text"
+
+
+def test_who_takes_images():
+    def config(**media):
+        return SimpleNamespace(
+            model_config=SimpleNamespace(is_multimodal_model=True, multimodal_config=SimpleNamespace(**media))
+        )
+
+    assert vision.takes_images(config()) and vision.takes_images(config(language_model_only=False))
+    assert not vision.takes_images(config(language_model_only=True))
+    assert not vision.takes_images(SimpleNamespace(model_config=None))
+
+
+def test_new_weights_are_refused():
+    with pytest.raises(UnsupportedFeature, match="vision.weights"):
+        vision.no_update(Model())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_those_of_a_convolution(dtype, cache):
+    machine.load_kernels(cache)
+    layer = torch.nn.Conv2d(3, 20, 14, 14).to(dtype)
+    x = torch.randn(2, 3, 42, 28).to(dtype)
+    assert dense.patches(layer, x) is None
+    dense.take_patches(layer)
+    found = dense.patches(layer, x)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, layer(x), **close)
+    for i in range(2):
+        assert torch.equal(dense.patches(layer, x[i : i + 1]), found[i : i + 1])
+    assert dense.patches(layer, x.double()) is None
+
+
+def test_an_encoder_that_changes_is_refused(monkeypatch):
+    class Budget:
+        mm_max_toks_per_item = {"image": 4}
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def get_dummy_encoder_profile_inputs(self, modality, count):
+            return [(modality, torch.ones(2, 3))]
+
+    monkeypatch.setattr("vllm.multimodal.encoder_budget.MultiModalBudget", Budget)
+    monkeypatch.setattr(
+        "vllm.multimodal.utils.group_and_batch_mm_kwargs", lambda made, device: iter([("image", 1, {"x": made[0][1]})])
+    )
+    calls = []
+
+    def steady(x):
+        return [x.sum(-1)]
+
+    def moving(x):
+        calls.append(1)
+        return [x.sum(-1) + len(calls)]
+
+    vision.certify(SimpleNamespace(embed_multimodal=steady), None, "cpu", "vision.cpu")
+    with pytest.raises(CertificateFailed, match="vision.cpu: .*other bits.*run 2 of 3"):
+        vision.certify(SimpleNamespace(embed_multimodal=moving), None, "cpu", "vision.cpu")
+
+
+def test_names_of_images_are_refused():
+    refuse = names._names(lambda self, data, items, given, number: given)
+    for given in ({}, {"image": [None, None]}):
+        assert refuse(None, {}, {}, given, "1") == given
+    with pytest.raises(UnsupportedRequest, match="vision.names: .*BI_PATCH=0"):
+        refuse(None, {}, {}, {"image": [None, "mine"]}, "1")
+
+
+def test_an_image_is_known_by_its_pixels():
+    import uuid
+
+    from PIL import Image
+    from vllm.multimodal import hasher
+
+    pictures = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    for picture in pictures:
+        picture.getexif()[Image.ExifTags.Base.ImageID] = uuid.UUID(int=7)
+    assert len({hasher._get_image_id_bytes(picture) for picture in pictures}) == 1
+    assert {names._image_id(None)(picture) for picture in pictures} == {None}
