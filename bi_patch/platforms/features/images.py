@@ -96,7 +96,7 @@ def _beside(config: Any) -> str:
 IMAGES: tuple[Feature, ...] = (
     row(
         "images (Idefics3)",
-        short="images",
+        short="images (Idefics3)",
         cpu=served(_CPU_IMAGES, why="a tiny model with random weights, in eager mode"),
         cuda=refused("its encoder has run on CPU only", todo=_TEXT_ONLY),
         ascend=_ASCEND,
