@@ -545,7 +545,7 @@ FEATURES: tuple[Feature, ...] = (
             refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),
             served(
                 _H200_POOLING,
-                why="an embedding model in eager mode; classifiers and reward heads have not run; the cost "
+                why="an embedding model in eager mode; classifiers and reward heads of decoders have not run; the cost "
                 "is not measured",
             ),
         ),

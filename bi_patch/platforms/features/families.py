@@ -35,6 +35,7 @@ _CPU_POOLING = (
     "invariance-2026-11-28-cpu-amx-pooling-2-vllm-0.32.0.json",
 )
 _H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
+_H200_ENCODERS = "invariance-2026-11-29-h200-pooling-vllm-0.33.0.json"
 _SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
 _IMAGES = refused("no patch point covers their encoders", todo="Pass --language-model-only, which turns encoders off")
@@ -154,7 +155,7 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "Idefics3",
         cpu=served(_CPU_IMAGES, why="a tiny shape with random weights"),
-        cuda=_IMAGES,
+        cuda=refused("its encoder has run on CPU only", todo="Pass --language-model-only, which turns encoders off"),
         ascend=_MULTIMODAL,
     ),
     row(
@@ -218,7 +219,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "Qwen3-Reranker, Qwen2 classifiers and reward models",
-        short="rerankers, classifiers",
+        short="rerankers and classifiers made from decoders",
         cpu=served(*_CPU_POOLING, why="tiny shapes with random weights"),
         cuda=(refused("pooling", releases="<0.33"), untried()),
         ascend=_POOLING,
@@ -226,7 +227,13 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "BERT, XLM-R, ModernBERT: embeddings, classifiers, rerankers",
         cpu=served(*_CPU_POOLING, why="tiny shapes with random weights"),
-        cuda=refused("attention in both directions"),
+        cuda=(
+            refused("nobody tried it with these releases", releases="<0.33"),
+            served(
+                _H200_ENCODERS,
+                why="shapes of BERT large, XLM-R base and ModernBERT base, in bf16; BERT and ModernBERT also compiled",
+            ),
+        ),
         ascend=_POOLING,
     ),
     row(
