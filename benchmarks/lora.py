@@ -37,7 +37,6 @@ def measure(only: str, results: Path | None) -> int:
         (recipes.LLAMA, "bfloat16"),
         (recipes.LLAMA, "float32"),
         (recipes.QWEN3, "bfloat16"),
-        (recipes.MOE, "bfloat16"),
     ]
     further = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30} if on_gpu else {}
     rows = []

@@ -86,6 +86,7 @@ def _beside(config: Any) -> str:
     found |= {
         "transfer of encoded images": getattr(config, "ec_transfer_config", None) is not None,
         "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
+        "compiled code (use --enforce-eager)": not getattr(model, "enforce_eager", False),
         "compiled encoders": getattr(compilation, "compile_mm_encoder", False),
         "CUDA graphs of encoders": getattr(compilation, "cudagraph_mm_encoder", False),
     }
@@ -127,7 +128,7 @@ IMAGES: tuple[Feature, ...] = (
     ),
     row(
         "images with another feature (LoRA, speculation, pooling, several ranks, quantized weights, KV transfer, "
-        "prompt embeddings, compiled encoders or their CUDA graphs)",
+        "prompt embeddings, compiled code, compiled encoders or their CUDA graphs)",
         cpu=refused("nobody has compared such an engine"),
         cuda=refused("nobody has compared such an engine"),
         ascend=_ASCEND,

@@ -27,13 +27,6 @@ def _model(name: str) -> Callable[[Any], bool]:
     return lambda config: bool(getattr(config.model_config, name, False))
 
 
-def _adapted_experts(config: Any) -> bool:
-    """Whether a MoE model's adapters may change its experts."""
-    kept = getattr(config.lora_config, "target_modules", None)
-    moe = bool(getattr(config.model_config, "is_moe", False))
-    return moe and (not kept or any("experts" in name for name in kept))
-
-
 def _other_dtype(config: Any) -> bool:
     kind = getattr(config.lora_config, "lora_dtype", "auto")
     return kind not in ("auto", getattr(config.model_config, "dtype", None))
@@ -66,7 +59,7 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     "custom logits processors": _model("logits_processors"),
     "watermarks": lambda config: getattr(config, "watermark_config", None) is not None,
     # Of LoRA alone:
-    "experts (name other layers in --lora-target-modules)": _adapted_experts,
+    "experts": _model("is_moe"),  # vLLM takes other kernels for experts where adapters may come
     "sharded adapters (--fully-sharded-loras)": lambda config: bool(
         getattr(config.lora_config, "fully_sharded_loras", False)
     ),
@@ -116,6 +109,13 @@ PAIRS: tuple[Feature, ...] = (
         *("a reasoning parser", "custom logits processors", "watermarks"),
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
+    _pairs(
+        "tensor parallelism",
+        *("pipeline parallelism", "data parallelism"),
+        cpu=refused(TRIAL, todo="Use one of them"),
+        cuda=untried(),
+        ascend=untried(),
+    ),
     *(
         _pairs(kind, parallel, cpu=cpu, cuda=untried(), ascend=_NO_SEAM)
         for kind in (MLA, RECURRENT, QUANTIZED)

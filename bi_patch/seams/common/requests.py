@@ -127,10 +127,12 @@ def _forgotten(original):
 
     @functools.wraps(original)
     def add_request(self, request_id, *args, **kwargs):
+        known = set(self.output_processor.request_states)
         try:
             return original(self, request_id, *args, **kwargs)
         except UnsupportedRequest:
-            self.abort_request([request_id])
+            # Those of this call alone: a running request may have the same name.
+            self.abort_request([added for added in self.output_processor.request_states if added not in known], True)
             raise
 
     return add_request

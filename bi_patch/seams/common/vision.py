@@ -22,6 +22,19 @@ def _names(original):
     return _process_mm_uuids
 
 
+def _sent(original):
+    """mm_kwargs_from_features: refuse images that a client sends encoded, under hashes of its own."""
+
+    def mm_kwargs_from_features(features):
+        raise bad_request(
+            "vision.sent: batch invariance does not cover images that a client names by a hash (features of the "
+            "token-in-token-out API): another image of this hash may be in the cache. Send the images themselves, or "
+            "start the engine with BI_PATCH=0"
+        )
+
+    return mm_kwargs_from_features
+
+
 def _image_id(original):
     """_get_image_id_bytes: no image is known by the number in its EXIF data."""
 
@@ -41,6 +54,23 @@ SEAMS = (
         close=_names,
         why=_WHY,
         how="a request that names its images is refused",
+        until=_UNTIL,
+        causes=(36,),
+        on_import=True,
+    ),
+    Seam(
+        name="vision.sent",
+        targets=(
+            Target(
+                "vllm.entrypoints.scale_out.token_in_token_out.mm_features",
+                "mm_kwargs_from_features",
+                ">=0.32",
+                copies=("vllm.entrypoints.scale_out.token_in_token_out.serving",),
+            ),
+        ),
+        close=_sent,
+        why=_WHY,
+        how="a request that sends hashes of images is refused",
         until=_UNTIL,
         causes=(36,),
         on_import=True,

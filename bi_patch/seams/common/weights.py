@@ -134,6 +134,10 @@ def _refuse(core, method) -> None:
         kind = "an engine that pools"
     elif vision.takes_images(config):
         kind = "an engine that takes images"
+    elif getattr(config, "lora_config", None) is not None:
+        kind = "an engine with LoRA"
+    elif active.leaves:
+        kind = "an engine with BI_PATCH_TP_INVARIANT"
     elif plan.platform == "cuda" and getattr(config.model_config, "quantization", None) is not None:
         kind = "quantized weights on CUDA"
     if kind:

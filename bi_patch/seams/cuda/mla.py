@@ -257,6 +257,12 @@ def _rows(original):
             return
         self.reorder_batch_threshold = 1
         config = self.vllm_config
+        longest, held = config.model_config.max_model_len, len(self.chunked_prefill_workspace)
+        if longest > held:
+            raise UnsupportedFeature(
+                f"mla.cuda_forms: with BI_PATCH_MLA=two, nobody has compared prompts that exceed vLLM's workspace of "
+                f"{held:,} tokens. Set --max-model-len {held} or less (it is {longest}), or BI_PATCH_MLA=one"
+            )
         self.bi_patch_rows = mla_rows.Rows(
             self.num_heads,
             self.mla_dims.kv_lora_rank,

@@ -112,7 +112,8 @@ def _step(layer) -> float:
 def _packed_bits(layer) -> int:
     """The bits of integers that a layer packs into words of 32."""
     scheme = getattr(getattr(layer, "scheme", None), "num_bits", None)
-    return scheme or getattr(getattr(layer.quant_method, "quant_config", None), "weight_bits", None) or 4
+    method = getattr(layer, "quant_method", None)
+    return scheme or getattr(getattr(method, "quant_config", None), "weight_bits", None) or 4
 
 
 def _scaled(named, name: str):

@@ -76,6 +76,7 @@ def images(architecture, encoder="idefics3_vision", **changes):
     return {
         "model_is_multimodal_model": True,
         "model_architectures": [architecture],
+        "model_enforce_eager": True,
         "model_multimodal_config": SimpleNamespace(**media),
         "model_hf_config": SimpleNamespace(vision_config=SimpleNamespace(model_type=encoder)),
         **changes,
@@ -287,6 +288,8 @@ def test_images_of_known_models_are_served_on_cpu():
     for platform in ("cuda", "ascend"):
         with pytest.raises(UnsupportedFeature, match="images of Idefics3ForConditionalGeneration"):
             check(platform, **known)
+    with pytest.raises(UnsupportedFeature, match="images with compiled code"):
+        check("cpu", **known | {"model_enforce_eager": False})
     # vLLM makes a configuration for the language model, too.
     check("cpu", **images("LlamaForCausalLM"))
 

@@ -73,6 +73,7 @@ def layer(fault="", backend=Backend):
         num_kv_heads=2,
         head_size=8,
         sliding_window=None,
+        attn_type="decoder",
         dtype=torch.float64,
     )
 

@@ -133,7 +133,7 @@ def test_a_plain_configuration_passes(change):
         ({"cache__cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' KV cache"),
         ({"model__use_mla": True, "model__hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model__is_hybrid": True}, "hybrid"),
-        ({"model__is_multimodal_model": True}, "language-model-only"),
+        ({"model__is_multimodal_model": True, "model__architectures": ["Other"]}, "language-model-only"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
         ({"model__architectures": ["HrmTextForCausalLM"]}, "does not cover HrmTextForCausalLM"),
         ({"model__architectures": ["DeepseekV4ForCausalLM"]}, "kernels of its own"),

@@ -10,7 +10,7 @@ from bi_patch.arming.catalog import plan
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.platforms import releases
 from bi_patch.seams import active, leaves
-from bi_patch.seams.common import leaves as common
+from bi_patch.seams.common import communicator as common
 
 POLICY = common.POLICIES[0]
 

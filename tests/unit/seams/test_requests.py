@@ -167,9 +167,12 @@ def test_the_core_refuses_before_it_works_on_a_request(monkeypatch):
 
 def test_a_front_end_forgets_a_request_that_its_core_refused():
     forgotten = []
-    engine = SimpleNamespace(abort_request=forgotten.extend)
+    states = {"a-0": None, "b-0": None}  # both run: the name of one of them comes again
+    front = SimpleNamespace(request_states=states)
+    engine = SimpleNamespace(output_processor=front, abort_request=lambda ids, internal: forgotten.extend(ids))
 
     def add(self, request_id, error):
+        states[f"{request_id}-1"] = None
         if error is not None:
             raise error
         return request_id
@@ -180,7 +183,7 @@ def test_a_front_end_forgets_a_request_that_its_core_refused():
         closed(engine, "b", UnsupportedRequest("no"))
     with pytest.raises(ValueError):
         closed(engine, "c", ValueError("vLLM's own"))
-    assert forgotten == ["b"]
+    assert forgotten == ["b-1"]
 
 
 def test_a_penalty_of_minus_zero_is_none():

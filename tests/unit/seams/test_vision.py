@@ -139,6 +139,11 @@ def test_names_of_images_are_refused():
         refuse(None, {}, {}, {"image": [None, "mine"]}, "1")
 
 
+def test_hashes_of_images_that_a_client_sends_are_refused():
+    with pytest.raises(UnsupportedRequest, match="vision.sent: .*BI_PATCH=0"):
+        names._sent(None)({"image": ["0" * 64]})
+
+
 def test_an_image_is_known_by_its_pixels():
     import uuid
 

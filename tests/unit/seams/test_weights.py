@@ -126,13 +126,17 @@ def test_calls_count_as_writes_unless_they_are_known_to_read():
         ("cuda", {"quantization": "fp8"}, "quantized weights on CUDA"),
         ("cpu", {"quantization": "fp8"}, ""),
         ("cuda", {}, ""),
+        ("cpu", {"lora": True}, "an engine with LoRA"),
+        ("cpu", {"leaves": 8}, "an engine with BI_PATCH_TP_INVARIANT"),
     ],
 )
 def test_an_engine_that_takes_no_new_weights_refuses_such_a_call_and_goes_on(platform, model, said, monkeypatch):
     made = []
     calls = seams._calls(lambda self, method: made.append(method))
     monkeypatch.setattr(seams.active, "plan", SimpleNamespace(platform=platform))
-    config = SimpleNamespace(model_config=SimpleNamespace(**{"quantization": None, **model}))
+    monkeypatch.setattr(seams.active, "leaves", model.get("leaves", 0))
+    lora = SimpleNamespace() if model.get("lora") else None
+    config = SimpleNamespace(model_config=SimpleNamespace(**{"quantization": None, **model}), lora_config=lora)
     core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda call: None), vllm_config=config)
     before = weights.identity()
     if said:

@@ -34,13 +34,13 @@ def missing(engine: Engine) -> str:
     if engine.options.max_num_seqs < _LEAST:
         return f"max_num_seqs is {engine.options.max_num_seqs}: no batch of {_LEAST} requests"
     kind = found.get("model_type")
+    if "num_experts" in found:
+        return "bi_patch covers no adapters of models with experts"
     return "" if kind in made.KINDS else f"verify makes no adapter for models of type {kind!r}"
 
 
 def options(base: Options) -> dict[str, object]:
     given = {"enable_lora": True, "max_lora_rank": max(RANKS), "max_loras": SLOTS}
-    if "num_experts" in config(base.model):
-        given["lora_target_modules"] = list(made.ATTENTION)
     return {"extra": {**base.extra, **given}}
 
 

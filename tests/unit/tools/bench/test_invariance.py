@@ -41,8 +41,8 @@ def measure(system, **options):
     return rows, found, told
 
 
-# Custom logits processors need an engine that digests logits, and pooled vectors an engine that pools.
-OTHERS = ("custom logits processors", "pooled vectors")
+# Custom logits processors need an engine that digests logits, pooled vectors an engine that pools, images a model.
+OTHERS = ("custom logits processors", "pooled vectors", "images")
 WITHIN = tuple(probe.name for probe in probes.PROBES if probe.name not in OTHERS)
 ASKED = (*WITHIN, *(probe.name for probe in probes.CROSS_PROBES), "concurrent clients", "tensor parallel size")
 
