@@ -13,7 +13,10 @@ def same_wide(a: dict, b: dict) -> bool:
     return [a["wide"], a["leaves"]] == [b["wide"], b["leaves"]]
 
 
-@pytest.mark.parametrize("other", runnable_isas()[1:])
+# Code without vector instructions takes minutes.
+@pytest.mark.parametrize(
+    "other", [pytest.param(isa, marks=[pytest.mark.slow] * (isa == "portable")) for isa in runnable_isas()[1:]]
+)
 def test_fp32_and_fp16_bits_are_the_same_on_every_isa(isa, answers, other):
     assert same_wide(answers(other), answers())
 
