@@ -112,7 +112,7 @@ if __name__ == "__main__":
     refused("lora_int_id 2 is the adapter 'two'", lambda: engine.add_lora(LoRARequest("two", 2, first)))
     assert answer("one", 1, first) == one
     # New weights of the base, and of an adapter.
-    refused("weights.lora", lambda: llm.collective_rpc("reload_weights"))
+    refused("weights.calls", lambda: llm.collective_rpc("reload_weights"))
     assert engine.remove_lora(1)
     for name in os.listdir(second):
         shutil.copy(os.path.join(second, name), os.path.join(first, name))
