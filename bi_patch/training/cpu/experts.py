@@ -10,6 +10,7 @@ import torch
 
 from bi_patch.errors import MissingDependency, UnsupportedDevice, UnsupportedFeature
 from bi_patch.ops.cpu import machine
+from bi_patch.training.chosen import chosen_rows
 from bi_patch.training.cpu.gated import _DERIVED
 from bi_patch.training.cpu.linear import _product
 
@@ -81,10 +82,7 @@ def experts_backward(
     none = x.new_empty(0)
     of_x, of_weights = torch.zeros(x.shape, dtype=torch.float32), torch.zeros_like(weights)
     of_gate_up, of_down = (torch.zeros_like(weight) if of_experts else none for weight in (gate_up, down))
-    for expert in range(len(gate_up)):
-        rows, place = (ids == expert).nonzero(as_tuple=True)
-        if not len(rows):
-            continue
+    for expert, rows, place in chosen_rows(ids, len(gate_up)):
         share = weights[rows, place, None]
         first, second = (weight[expert].to(x.dtype) for weight in (gate_up, down))
         of_both, inner, of_share = _of_expert(x[rows], grad[rows], share, first, second, kind)
@@ -112,10 +110,7 @@ def add_gradients(
 
     The other arguments are those of experts_backward. The rows of a call decide the order of its sums.
     """
-    for expert in range(len(gate_up)):
-        rows, place = (ids == expert).nonzero(as_tuple=True)
-        if not len(rows):
-            continue
+    for expert, rows, place in chosen_rows(ids, len(gate_up)):
         share = weights[rows, place, None]
         both = (weight[expert].to(x.dtype) for weight in (gate_up, down))
         of_both, inner, _ = _of_expert(x[rows], grad[rows], share, *both, kind)

@@ -11,13 +11,13 @@ for each expert, whose order the number of the expert's rows decides.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 
 from bi_patch.kernels.triton import gated_backward, reduce
 from bi_patch.ops import bits
 from bi_patch.ops.cuda import moe, outer
+from bi_patch.training.chosen import chosen_rows
 from bi_patch.training.chunks import chunked
 from bi_patch.training.cuda import linear, vllm_kernels
 
@@ -129,22 +129,6 @@ def _of_expert(x, grad, share, first, second, kind):
 
 def _scaled(x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     return (x.float() * share[:, None]).to(x.dtype)
-
-
-def chosen_rows(ids: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield (an expert, its rows ascending, the place of the expert among each row's ids), experts ascending.
-
-    ids: [rows, k]. Experts that nobody chose are left out.
-    """
-    flat = ids.reshape(-1).long()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts).tolist()
-    first = 0
-    for expert, count in enumerate(counts):
-        at = order[first : first + count]
-        first += count
-        if count:
-            yield expert, at // ids.shape[1], at % ids.shape[1]
 
 
 def _problem(x: torch.Tensor, ids: torch.Tensor, down: torch.Tensor, kind: str) -> moe.Problem:

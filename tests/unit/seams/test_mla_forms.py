@@ -81,7 +81,7 @@ def test_an_unknown_request_is_an_error():
 
 
 def test_each_row_takes_the_form_of_its_position(two, monkeypatch):
-    """Random steps, by a layer whose two forms are told apart by a sign; each row depends on its own keys only."""
+    """Random steps, by a layer whose two forms differ in a sign. Each row depends on its own keys only."""
     monkeypatch.setattr("vllm.utils.torch_utils.async_tensor_h2d", _to_device, raising=False)
     monkeypatch.setattr(mla_prompts, "_gather", _gather)
     monkeypatch.setattr(mla_prompts, "_flash", _flash)
