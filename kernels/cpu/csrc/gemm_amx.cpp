@@ -83,6 +83,37 @@ BI_INLINE void finish(const Job& job, Late& late, int64_t count) {
   }
 }
 
+// `finish` for whole cache lines of 32 rows, two rows at a time: what it needs stays in registers.
+struct Lines {
+  const float *sum, *c;
+  bf16* y;
+  int64_t left;  // rows
+  V16 b0, b1;
+};
+
+// Nothing is left where only `finish` can do it.
+BI_INLINE Lines lines(const Job& job, const Late& late) {
+  Lines w{late.sum, late.c, nullptr, 0, zero(), zero()};
+  if (job.wide || late.done || late.rows != kUnit || job.n - late.col < 32) return w;
+  w.y = job.y + late.row * job.n + late.col;
+  w.left = kUnit;
+  if (job.bias) w.b0 = load(job.bias + late.col), w.b1 = load(job.bias + late.col + 16);
+  return w;
+}
+
+template <bool SUM, bool BIAS> BI_INLINE void two_rows(Lines& w, int64_t n) {
+  for (int i = 0; i < 2; ++i, w.y += n) {
+    V16 v0 = load(w.c + i * 16), v1 = load(w.c + i * 16 + kTileSum);
+    if constexpr (SUM) v0 = add(load(w.sum + i * 16), v0), v1 = add(load(w.sum + i * 16 + kTileSum), v1);
+    if constexpr (BIAS) v0 = add(v0, w.b0), v1 = add(v1, w.b1);
+    _mm512_storeu_si512(w.y, (__m512i)_mm512_cvtne2ps_pbh(v1, v0));
+  }
+  w.left -= 2;
+  const int64_t next = w.left == 16 ? 32 + kTileSum : 32;  // past the right tile of the first 16 rows
+  w.c += next;
+  if constexpr (SUM) w.sum += next;
+}
+
 // Up to 32 rows of x: row r of a tile and step s of K are at x + r * stride + s * step, the second tile is `second` further.
 struct Rows {
   const bf16* x;
@@ -90,12 +121,11 @@ struct Rows {
 };
 
 // sums += a b over `steps` steps, for TILES (1 or 2) tiles of 16 rows and the 32 outputs of a panel. fresh: the sums
-// start at zero. a stays in L1, and b streams past it. Meanwhile, `late` is finished, two rows a step, and the rows of y
-// that these sums will be written to are fetched, `each` a step (y null: none). cold: b comes from memory, so it is fetched
-// kAhead steps before.
+// start at zero. a stays in L1, and b streams past it. Meanwhile, `late` is finished, two rows a step. cold: b comes from
+// memory, so it is fetched kAhead steps before.
 template <int TILES>
 BI_INLINE void mac(const Job& job, const Rows& a, int64_t s0, const bf16* b, int64_t steps, float* c, bool fresh, Late& late,
-                   const char* y, int64_t each, bool cold) {
+                   bool cold) {
   if (fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -113,11 +143,9 @@ BI_INLINE void mac(const Job& job, const Rows& a, int64_t s0, const bf16* b, int
   }
   const bf16* at = a.x + s0 * a.step;
   const int64_t stride = a.stride * sizeof(bf16);
-  for (int64_t s = 0; s < steps; ++s, at += a.step, b += 2 * kTile) {
-    finish(job, late, 2);
+  int64_t s = 0;
+  const auto step = [&] {
     if (cold) fetch<_MM_HINT_T1>(b + kAhead * 2 * kTile, 32);
-    if (y)
-      for (int64_t i = 0; i < each; ++i, y += job.n * sizeof(bf16)) _mm_prefetch(y, _MM_HINT_T0);
     _tile_loadd(4, at, stride);
     _tile_stream_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -128,7 +156,18 @@ BI_INLINE void mac(const Job& job, const Rows& a, int64_t s0, const bf16* b, int
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
+    ++s, at += a.step, b += 2 * kTile;
+  };
+  Lines w = lines(job, late);
+  if (w.left) {
+    const auto run = [&](auto sum, auto bias) {
+      for (; s < steps && w.left; step()) two_rows<decltype(sum)::value, decltype(bias)::value>(w, job.n);
+    };
+    if (w.sum) job.bias ? run(Int<1>{}, Int<1>{}) : run(Int<1>{}, Int<0>{});
+    else job.bias ? run(Int<0>{}, Int<1>{}) : run(Int<0>{}, Int<0>{});
+    late.done = late.rows - w.left;
   }
+  for (; s < steps; step()) finish(job, late, 2);
   _tile_stored(0, c, 64);
   _tile_stored(1, c + kTileSum, 64);
   if constexpr (TILES == 2) {
@@ -169,13 +208,11 @@ void pack_unit(const bf16* x, int64_t ldx, int64_t rows, int64_t k, int64_t step
 template <int TILES>
 BI_INLINE void pass(const Job& job, const Rows& a, const bf16* b, int64_t s0, int64_t s1, float* sum, float* c,
                     int64_t row, int64_t rows, int64_t col, Late& late, bool cold) {
-  const char* y = s1 == job.steps && job.y ? reinterpret_cast<const char*>(job.y + row * job.n + col) : nullptr;
   for (int64_t s = s0; s < s1;) {
     const int64_t first = s / job.block * job.block;
     const int64_t end = std::min(s1, first + job.block);
     float* to = first ? c : sum;
-    mac<TILES>(job, a, s, b + s * 2 * kTile, end - s, to, s == first, late, y, rows / (end - s), cold);
-    y = nullptr;
+    mac<TILES>(job, a, s, b + s * 2 * kTile, end - s, to, s == first, late, cold);
     if (end == job.steps) {
       finish(job, late, kUnit);
       late = {first ? sum : nullptr, to, row, rows, col, 0};
