@@ -44,6 +44,9 @@ CASES = {
     "tiny-qwen3 bf16, TP 1, 2 and 4 equal": Case("tiny-qwen3", 1, SIZES, environ=EQUAL),
     "tiny-qwen3 bf16, TP 1, 2 and 4 equal, compiled": Case("tiny-qwen3", 1, SIZES, eager=False, environ=EQUAL),
     "tiny-qwen3 fp32, TP 1, 2 and 4 equal": Case("tiny-qwen3", 1, SIZES, "float32", environ=EQUAL),
+    "tiny-qwen3 bf16 TP 2, new weights": Case("tiny-qwen3", 2, ("weight update",)),
+    "tiny-qwen3-moe bf16 TP 2, new weights": Case("tiny-qwen3-moe", 2, ("weight update",)),
+    "tiny-qwen3 bf16 TP 2, new weights, compiled": Case("tiny-qwen3", 2, ("weight update",), eager=False),
     "tiny-llama bf16 TP 2, equal for every size": Case("tiny-llama", 2, FEW, environ=EQUAL),
 }
 

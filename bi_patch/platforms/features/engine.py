@@ -18,6 +18,7 @@ _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_TENSOR = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
 _CPU_SIZES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json"
+_CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
@@ -374,7 +375,8 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(
             _CPU_TENSOR,
             _CPU_SIZES,
-            why="measured with two ranks over shared memory, experts and compiled code included",
+            _CPU_RANKS_UPDATED,
+            why="measured with two ranks over shared memory, experts, compiled code and new weights included",
         ),
         cuda=served(_H200, why="sums over ranks have one order for all sizes of messages; nobody measured the cost"),
         ascend=untried(_NO_NPU),
@@ -382,7 +384,11 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)",
-        cpu=served(_CPU_SIZES, why="dense decoders; measured in fp32 with 1, 2 and 4 ranks"),
+        cpu=served(
+            _CPU_SIZES,
+            _CPU_RANKS_UPDATED,
+            why="dense decoders; measured in bf16 (eager and compiled) and fp32 with 1, 2 and 4 ranks",
+        ),
         cuda=refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves"),
         ascend=refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves"),
     ),
