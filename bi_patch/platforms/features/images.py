@@ -86,12 +86,16 @@ def _beside(config: Any) -> str:
     found |= {
         "transfer of encoded images": getattr(config, "ec_transfer_config", None) is not None,
         "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
-        "compiled code (use --enforce-eager)": not getattr(model, "enforce_eager", False),
         "compiled encoders": getattr(compilation, "compile_mm_encoder", False),
         "CUDA graphs of encoders": getattr(compilation, "cudagraph_mm_encoder", False),
     }
     named = [name for name, there in found.items() if there]
     return f"images with {' and '.join(named)}" if named else ""
+
+
+def _compiled(config: Any) -> str:
+    eager = getattr(config.model_config, "enforce_eager", False)
+    return "images with compiled code" if taken(config) and not eager else ""
 
 
 IMAGES: tuple[Feature, ...] = (
@@ -127,8 +131,16 @@ IMAGES: tuple[Feature, ...] = (
         asked=_spans,
     ),
     row(
+        "images, in an engine that vLLM compiles",
+        cpu=refused("nobody has compared such an engine", todo="Use --enforce-eager"),
+        cuda=refused("nobody has compared such an engine", todo="Use --enforce-eager"),
+        ascend=_ASCEND,
+        asked=_compiled,
+        details="The language model is compiled, its encoder is not.",
+    ),
+    row(
         "images with another feature (LoRA, speculation, pooling, several ranks, quantized weights, KV transfer, "
-        "prompt embeddings, compiled code, compiled encoders or their CUDA graphs)",
+        "prompt embeddings, compiled encoders or their CUDA graphs)",
         cpu=refused("nobody has compared such an engine"),
         cuda=refused("nobody has compared such an engine"),
         ascend=_ASCEND,

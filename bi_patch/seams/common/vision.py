@@ -7,11 +7,19 @@ which takes the hash's place. Then another image of the same name gets the first
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
+_TAKEN = ("image", "prompt_embeds")  # prompt embeddings beside images are refused by the feature table
+
 
 def _names(original):
-    """BaseRenderer._process_mm_uuids: refuse a request that names its images."""
+    """BaseRenderer._process_mm_uuids: refuse a request that names its images, or brings something else than images."""
 
     def _process_mm_uuids(self, mm_data, mm_data_items, mm_uuid_items, mm_req_id):
+        kinds = sorted(kind for kind, count in mm_data_items.get_all_counts().items() if count and kind not in _TAKEN)
+        if kinds:
+            raise bad_request(
+                f"vision.names: batch invariance covers images only, not {' and '.join(kinds)}: no engine's answers to "
+                "them were compared. Leave them out, or start the engine with BI_PATCH=0"
+            )
         if any(name is not None for names in mm_uuid_items.values() for name in names):
             raise bad_request(
                 "vision.names: batch invariance does not cover names of images (multi_modal_uuids, or uuid in a chat): "
@@ -53,7 +61,7 @@ SEAMS = (
         targets=(Target("vllm.renderers.base", "BaseRenderer._process_mm_uuids", ">=0.32"),),
         close=_names,
         why=_WHY,
-        how="a request that names its images is refused",
+        how="a request that names its images is refused, and so is one with video or sound",
         until=_UNTIL,
         causes=(36,),
         on_import=True,

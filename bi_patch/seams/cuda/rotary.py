@@ -19,6 +19,21 @@ def _rotary(original):
     return forward
 
 
+def _sections(original):
+    """MRotaryEmbedding.forward_native, which is what vLLM compiles: call vLLM's own kernel, as eager code does."""
+    import torch
+
+    def forward(self, positions, query, key=None, offsets=None):
+        if positions.ndim != 2 or offsets is not None or len(self.mrope_section or ()) != 3:
+            return original(self, positions, query, key, offsets)
+        query, key = query.clone(), key.clone()  # the kernel writes in place
+        sizes = (self.head_size, self.rotary_dim, *self.mrope_section, self.mrope_interleaved, self.is_neox_style)
+        torch.ops.vllm.mrope(positions, query, key, self._match_cos_sin_cache_dtype(query), *sizes)
+        return query, key
+
+    return forward
+
+
 def _qk_norm(original):
     """Qwen3's attention: normalize query and key heads and rotate them in one launch, as fast as stock vLLM."""
     from bi_patch.ops.cuda import rotary
@@ -85,6 +100,17 @@ _SERVES = ("RotaryEmbedding", "RotaryEmbeddingBase")
 SEAMS = (
     _forward("cuda_forward", "RotaryEmbedding.forward_cuda", _rotary, serves=_SERVES, op="bi_patch.ops.cuda.rotary"),
     _forward("cuda_native", "RotaryEmbedding.forward_native", _rotary),
+    Seam(
+        name="rotary.cuda_sections",
+        targets=(
+            Target("vllm.model_executor.layers.rotary_embedding.mrope", "MRotaryEmbedding.forward_native", ">=0.33"),
+        ),
+        close=_sections,
+        why="compiled code rounds where a fused kernel ends, and eager code rounds after every operation",
+        how="vLLM's kernel for rotations by sections (M-RoPE), one program for each row, serves compiled code, too",
+        until="upstream's compiled and eager code give equal bits at the same speed",
+        causes=(17,),
+    ),
     _fused("qwen3", "Qwen3Attention.forward"),
     _fused("qwen3_moe", "Qwen3MoeAttention.forward"),
 )

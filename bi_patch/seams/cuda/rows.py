@@ -160,6 +160,8 @@ def _rotation(module, dtype):
         computes = getattr(rotary, "forward_native", rotary.forward)
         if list(inspect.signature(computes).parameters)[:3] == ["positions", "query", "key"]:
             yield _rotary_check(rotary, *_head_sizes(module, rotary), dtype)
+            if getattr(rotary, "mrope_section", None):
+                yield _sections_check(rotary, *_head_sizes(module, rotary), dtype)
 
 
 def _head_sizes(module, rotary) -> tuple[int, int]:
@@ -190,6 +192,26 @@ def _rotary_check(rotary, q_size: int, kv_size: int, dtype) -> RowCheck:
     form = (f"{word}={value}" for word in ("head_size", "rotary_dim") if (value := getattr(rotary, word, None)))
     name = _name(rotary, q_size, kv_size, *form, dtype=dtype)
     return RowCheck("cuda.rotary", name, ROWS, make, lambda at, q, k: rotary(at, q, k))
+
+
+def _sections_check(rotary, q_size: int, kv_size: int, dtype) -> RowCheck:
+    """Rotations by sections (M-RoPE): a token has a position for each of time, height and width."""
+    longest, count = min(_LONGEST, rotary.cos_sin_cache.shape[0]), len(rotary.mrope_section)
+
+    def make(rows, generator):
+        import torch
+
+        x = torch.randn((rows, q_size + kv_size), generator=generator, device="cuda").to(dtype)
+        positions = torch.randint(longest, (rows, count), generator=generator, device="cuda")
+        return positions, x
+
+    def run(positions, x):
+        # As vLLM's attention does, rotate parts of one tensor.
+        return tuple(part.contiguous() for part in rotary(positions.T, *x.split([q_size, kv_size], dim=-1)))
+
+    form = f"sections={rotary.mrope_section} interleaved={getattr(rotary, 'mrope_interleaved', False)}"
+    name = f"{_name(rotary, q_size, kv_size, dtype=dtype)} head_size={rotary.head_size} {form}"
+    return RowCheck("cuda.rotary", name, ROWS, make, run)
 
 
 def _router(module, dtype):

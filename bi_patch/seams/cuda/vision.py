@@ -1,5 +1,7 @@
 """Images on CUDA: one item for each call of an encoder, on both model runners."""
 
+import functools
+
 from bi_patch.seams import vision
 from bi_patch.seams.model import Seam, Target
 
@@ -16,6 +18,18 @@ def certify(model, config) -> None:
     """Test that the encoder of a loaded model has equal bits in every run. Raises CertificateFailed."""
     if vision.takes_images(config):
         vision.certify(model, config, "cuda", _SEAM)
+
+
+def _deepstack(original):
+    """Qwen3VLForConditionalGeneration.embed_input_ids: clear what an earlier step left in the buffers of features."""
+
+    @functools.wraps(original)
+    def embed_input_ids(self, *args, **kwargs):
+        if left := getattr(self, "deepstack_input_embeds_num_tokens", 0):
+            self._clear_deepstack_input_embeds(left)
+        return original(self, *args, **kwargs)
+
+    return embed_input_ids
 
 
 _WHY = "the encoder computes the images of all requests of a step in one call, and their number chooses its kernels"
@@ -39,6 +53,19 @@ SEAMS = (
         why=_WHY,
         how=_HOW,
         until=_UNTIL,
+        causes=(36,),
+        on_import=True,
+    ),
+    Seam(
+        name="vision.cuda_deepstack",
+        targets=(
+            Target("vllm.model_executor.models.qwen3_vl", "Qwen3VLForConditionalGeneration.embed_input_ids", ">=0.33"),
+        ),
+        close=_deepstack,
+        why="vLLM clears the buffers of an image's features after a forward pass in Python. A step that replays one "
+        "whole CUDA graph runs none, so the rows of the next step get the features of another request's image",
+        how="each step clears what an earlier step left, before it writes features of its own",
+        until="upstream clears the buffers inside the graph",
         causes=(36,),
         on_import=True,
     ),

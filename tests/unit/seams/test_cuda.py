@@ -359,6 +359,28 @@ def test_which_rotations_the_bundled_kernel_takes(kind, size, covered, other, mo
     assert taken == ["bundled" if covered and not other else "vLLM's own"]
 
 
+@pytest.mark.parametrize(("shape", "sections"), [((3, 5), [24, 20, 20]), ((5,), [24, 20, 20]), ((3, 5), None)])
+def test_compiled_rotations_by_sections_are_vllms_kernel(shape, sections, monkeypatch):
+    taken = []
+    forward = _closed("rotary.cuda_sections", lambda *given: taken.append("native"))
+    monkeypatch.setattr(torch.ops.vllm, "mrope", lambda *given: taken.append(given[4:]), raising=False)
+    layer = SimpleNamespace(
+        head_size=128,
+        rotary_dim=128,
+        mrope_section=sections,
+        mrope_interleaved=True,
+        is_neox_style=True,
+        _match_cos_sin_cache_dtype=lambda x: x,
+    )
+    query, key = torch.ones(5, 256), torch.ones(5, 128)
+    made = forward(layer, torch.zeros(shape, dtype=torch.int64), query, key)
+    if len(shape) == 2 and sections:
+        assert taken == [(128, 128, 24, 20, 20, True, True)]
+        assert torch.equal(made[0], query) and made[0].data_ptr() != query.data_ptr()
+    else:
+        assert taken == ["native"]
+
+
 @pytest.mark.parametrize(
     ("given", "version", "chosen", "served"),
     [

@@ -124,3 +124,18 @@ def test_rotations_of_layers_with_and_without_sizes():
     seeing = nn.Module()
     seeing.rotary_emb = TwoRotaryEmbedding(vision=True)  # of a vision tower: it takes no positions
     assert checked(seeing) == []
+
+
+def test_rotations_by_sections_have_a_check_of_their_own():
+    layer = nn.Module()
+    layer.q_size, layer.kv_size = 32, 16
+    layer.rotary_emb = TwoRotaryEmbedding()
+    layer.rotary_emb.mrope_section, layer.rotary_emb.mrope_interleaved = [1, 1, 0], True
+    found = [problem for _, problem in checked(layer)]
+    assert found[1:] == ["TwoRotaryEmbedding 32 16 bfloat16 head_size=8 sections=[1, 1, 0] interleaved=True"]
+    check = list(rows._rotation(layer, torch.bfloat16))[1]
+    layer.rotary_emb.forward = lambda positions, q, k: (q + positions[0, :, None], k + positions[2, :, None])
+    x = torch.randn(3, 48)
+    q, k = check.run(torch.arange(9).view(3, 3), x)
+    assert torch.equal(q, x[:, :32] + torch.tensor([[0], [3], [6]]))
+    assert torch.equal(k, x[:, 32:] + torch.tensor([[2], [5], [8]]))

@@ -9,6 +9,7 @@ from bi_patch.errors import CertificateFailed, UnsupportedFeature, UnsupportedRe
 from bi_patch.ops.cpu import dense, machine
 from bi_patch.seams import vision
 from bi_patch.seams.common import vision as names
+from bi_patch.seams.cuda import vision as cuda
 
 
 class Model(torch.nn.Module):
@@ -134,9 +135,51 @@ def test_an_encoder_that_changes_is_refused(monkeypatch):
 def test_names_of_images_are_refused():
     refuse = names._names(lambda self, data, items, given, number: given)
     for given in ({}, {"image": [None, None]}):
-        assert refuse(None, {}, {}, given, "1") == given
+        assert refuse(None, {}, items(image=2), given, "1") == given
     with pytest.raises(UnsupportedRequest, match="vision.names: .*BI_PATCH=0"):
-        refuse(None, {}, {}, {"image": [None, "mine"]}, "1")
+        refuse(None, {}, items(image=2), {"image": [None, "mine"]}, "1")
+
+
+def items(**counts):
+    """What a request brings of each kind."""
+    return SimpleNamespace(get_all_counts=lambda: counts)
+
+
+def test_video_and_sound_are_refused():
+    refuse = names._names(lambda self, data, items, given, number: given)
+    assert refuse(None, {}, items(image=1, video=0), {}, "1") == {}
+    with pytest.raises(UnsupportedRequest, match="vision.names: .*audio and video.*BI_PATCH=0"):
+        refuse(None, {}, items(image=1, video=1, audio=2), {}, "1")
+
+
+class Deep:
+    """Qwen3-VL's buffer of features of an image, which vLLM clears after a forward pass in Python."""
+
+    def __init__(self):
+        self.buffer, self.deepstack_input_embeds_num_tokens = torch.zeros(8), 0
+
+    def embed_input_ids(self, ids, multimodal_embeddings=None, *, is_multimodal=None):
+        if multimodal_embeddings:
+            self.buffer[: len(ids)] = multimodal_embeddings[0]
+            self.deepstack_input_embeds_num_tokens = len(ids)
+        return self.buffer[: len(ids)].clone()
+
+    def _clear_deepstack_input_embeds(self, count):
+        self.buffer[:count] = 0
+        self.deepstack_input_embeds_num_tokens = 0
+
+
+def test_features_of_an_image_are_gone_after_a_graph(monkeypatch):
+    """A step that replays one whole CUDA graph runs no Python, so vLLM clears nothing."""
+    image = [torch.tensor([1.0, 2.0, 3.0])]
+    stock = Deep()
+    stock.embed_input_ids([1, 2, 3], image)
+    assert stock.embed_input_ids([4, 5]).tolist() == [1.0, 2.0]
+    monkeypatch.setattr(Deep, "embed_input_ids", cuda._deepstack(Deep.embed_input_ids))
+    armed = Deep()
+    assert armed.embed_input_ids([1, 2, 3], image).tolist() == [1.0, 2.0, 3.0]
+    assert armed.embed_input_ids([4, 5], is_multimodal=None).tolist() == [0.0, 0.0]
+    assert armed.buffer.tolist() == [0.0] * 8
 
 
 def test_hashes_of_images_that_a_client_sends_are_refused():
