@@ -1,0 +1,130 @@
+"""Measures what users turn on together: LoRA, speculation, quantized weights, and what single requests ask for.
+
+    PYTHONPATH=. python3 benchmarks/pairs.py [KIND ...] [--compiled] [--results FOLDER]
+
+KIND: a key of CPU or CUDA, by default all of the device's. In a kind with "LoRA", each request that names no adapter
+gets one by its first token, or none; with "structured output", it gets a grammar in the same way. With "n-grams", every
+step checks drafts, or, for the axis "speculative decoding", an engine with drafts is compared with one without. Exit
+code 1: positions differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import bi_patch_entry
+
+ENVIRON = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_CACHED = ("prefix cache", "shared prefix", "chunk budget", "preemption")
+_REQUESTS = (
+    *("structured output", "logprobs in any order", "prompt logprobs", "processed logprobs", "kinds of sampling"),
+    *_CACHED,
+)
+_DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """model: a name of recipes. axes: of verify. given: further arguments of vllm.LLM. requests: what each request
+    gets, "adapter" or "grammar"."""
+
+    model: str
+    axes: tuple[str, ...]
+    given: dict[str, object] = field(default_factory=dict)
+    requests: str = ""
+
+
+def _kinds(llama: str, qwen3: str) -> dict[str, Kind]:
+    return {
+        "LoRA": Kind(llama, _REQUESTS, requests="adapter"),
+        "n-grams": Kind(qwen3, _REQUESTS, {"speculative_config": _DRAFTS}),
+        "structured output": Kind(qwen3, ("logprobs in any order", *_CACHED), requests="grammar"),
+        "LoRA, n-grams": Kind(llama, ("speculative decoding",), requests="adapter"),
+    }
+
+
+CPU = _kinds("tiny-llama", "tiny-qwen3") | {
+    "INT8, n-grams": Kind("tiny-qwen3-int8", ("speculative decoding",)),
+    "W4A16, n-grams": Kind("tiny-qwen3-w4a16", ("speculative decoding",)),
+    "FP8 blocks, n-grams": Kind("tiny-qwen3-fp8-blocks", ("speculative decoding",)),
+    "INT8, LoRA": Kind("tiny-qwen3-int8", ("LoRA", "LoRA off")),
+}
+_FP8: dict[str, object] = {"quantization": "fp8"}
+CUDA = _kinds("llama-100m", "qwen3-100m") | {
+    "FP8": Kind("qwen3-100m", _REQUESTS, _FP8),
+    "FP8, n-grams": Kind("qwen3-100m", ("speculative decoding",), _FP8),
+    "FP8, LoRA": Kind("llama-100m", ("LoRA", "LoRA off"), _FP8),
+}
+_GRAMMARS = ("", json.dumps({"regex": "[a-f]{3,9}[0-9]+x"}), json.dumps({"choice": ["alpha", "beta", "gamma delta"]}))
+
+
+def measure(name: str, kind: Kind, args: argparse.Namespace) -> int:
+    """Measure one kind and write its rows. Returns how many positions differ."""
+    import torch
+
+    from bi_patch.tools import evidence
+    from bi_patch.tools.bench import invariance
+    from bi_patch.tools.models import recipes
+    from bi_patch.tools.verify import child, levels
+    from bi_patch.tools.verify import system as systems
+    from bi_patch.tools.verify.local import local
+    from bi_patch.tools.verify.probes import adapters
+
+    class Found(evidence.Invariance, kw_only=True):
+        variant = property(lambda self: "pairs")
+
+    class Changed(child.ChildEngine):
+        """An engine whose requests get adapters or grammars."""
+
+        def generate(self, requests):
+            if kind.requests == "adapter":
+                folders = ("", *adapters.adapters(self))
+                changed = [r.but(lora=r.lora or folders[r.prompt[0] % len(folders)]) for r in requests]
+            else:
+                changed = [r.but(grammar=r.grammar or _GRAMMARS[r.prompt[0] % len(_GRAMMARS)]) for r in requests]
+            return super().generate(changed)
+
+    class Changing(systems.LocalEngines):
+        def start(self, options, *, fresh=False, kind=Changed):
+            return super().start(options, fresh=fresh, kind=kind)
+
+    on_gpu = torch.cuda.is_available()
+    level = replace(levels.FULL, seconds=None, cpu_seconds=None, lengths=(3, 40, 200), generate=12, sizes=(2, 5, 17))
+    arguments = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 512} | kind.given
+    if on_gpu:
+        arguments |= {"gpu_memory_utilization": 0.1}
+    if kind.requests == "adapter":
+        arguments |= {"enable_lora": True, "max_lora_rank": max(adapters.RANKS), "max_loras": adapters.SLOTS}
+    environ = {} if on_gpu else ENVIRON
+    folder = str(recipes.path(kind.model))
+    system = local(folder, level, engine_args=arguments, dtype="bfloat16", eager=not args.compiled, environ=environ)
+    if kind.requests:
+        system = Changing(system.mode, system.options, environ=environ)
+    label = f"{kind.model} bf16{' compiled' if args.compiled else ''}, {name}"
+    rows, report = invariance.measure(label, system, level, only=kind.axes, tell=lambda text: print(text, flush=True))
+    if args.results is not None:
+        found = evidence.new(Found, report)
+        found.rows, found.command = rows, "benchmarks/pairs.py"  # kinds share a file
+        print(evidence.write(found, args.results), flush=True)
+    return evidence.total_differing(rows)
+
+
+def main() -> None:
+    import torch
+
+    known = CUDA if torch.cuda.is_available() else CPU
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", default=list(known))
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--results", type=Path, help="the folder of a result file; by default, none is written")
+    args = parser.parse_args()
+    bi_patch_entry.without_arming()
+    sys.exit(1 if sum(measure(name, known[name], args) for name in args.kinds) else 0)
+
+
+if __name__ == "__main__":
+    main()
