@@ -124,9 +124,15 @@ IMAGES: tuple[Feature, ...] = (
         asked=_other,
     ),
     row(
+        "video and sound, in requests to a model whose images are served",
+        cpu=refused("nobody has compared answers to them", todo="Leave them out", by="vision.names"),
+        cuda=refused("nobody has compared answers to them", todo="Leave them out", by="vision.names"),
+        ascend=refused("no patch point covers it yet", todo="Use a text model", by="features.ascend"),
+    ),
+    row(
         "images that attend in both directions (Gemma 3, PaliGemma)",
         cpu=refused("vLLM's attention on CPU computes them as causal text", todo=_TEXT_ONLY),
-        cuda=refused("the scheduler may cut an image in two", todo=_TEXT_ONLY),
+        cuda=refused("its attention over an image has no certificate", todo=_TEXT_ONLY),
         ascend=_ASCEND,
         asked=_spans,
     ),
