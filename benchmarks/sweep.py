@@ -46,6 +46,11 @@ def measure(name: str, system, args: argparse.Namespace, command: str, variant: 
     more = "" if args.level == "quick" else f", --{args.level}"
     label = f"{name}, {_SHORT[args.dtype]}{' compiled' if args.compiled else ''}{more}"
     rows, report = invariance.measure(label, system, level(args), only=tuple(args.axis))
+    took = sorted(((axis.seconds, axis.starting, axis.name) for axis in report.axes), reverse=True)
+    print(f"{label}: {report.seconds:.0f} s; {report.starts} engine starts: {report.starting:.0f} s", flush=True)
+    for seconds, starting, axis in took:
+        if seconds + starting > 1:
+            print(f"  {axis}: {seconds:.1f} s{f', start {starting:.1f} s' if starting else ''}", flush=True)
     found = evidence.new(kind(variant), report)
     found.rows = rows
     found.command = command
@@ -66,8 +71,10 @@ def kind(variant: str):
 
 def run(names: Sequence[str], one: Callable[[str, str], int], *, errors: bool) -> None:
     """Measure all, and exit with 1 if something differs. one(name, folder): measures one. errors: errors count, too."""
+    from bi_patch.tools.verify import forks
+
     differ = False
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as root, forks.forking():  # one import of vLLM for all
         for name in names:
             start = time.perf_counter()
             try:

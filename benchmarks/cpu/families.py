@@ -29,7 +29,8 @@ def measure(family: str, args: argparse.Namespace, root: str) -> int:
     seed = None if made else sweep.SEED
     system = local.local(folder, sweep.level(args), dtype=args.dtype, eager=not args.compiled, random_weights=seed)
     name = family if made else f"{family}, tiny"
-    return sweep.measure(name, system, args, "python3 benchmarks/cpu/families.py")
+    variant = "" if args.level == "quick" else args.level
+    return sweep.measure(name, system, args, "python3 benchmarks/cpu/families.py", variant)
 
 
 def main() -> None:

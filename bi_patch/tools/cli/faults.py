@@ -20,6 +20,9 @@ def faults(
         str, typer.Option(help="bfloat16, float32 or float16; by default float32 on CPU, bfloat16 on CUDA.")
     ] = "",
     compile: Annotated[bool, typer.Option(help="Also plant the fault that needs torch.compile.")] = True,
+    at_once: Annotated[
+        int, typer.Option(min=1, help="Engines that run at a time; on a GPU, each takes 30 % of the memory.")
+    ] = 1,
 ) -> None:
     """Plant each known fault and check that verify names it.
 
@@ -51,7 +54,7 @@ def faults(
         if not names:
             kept[:] = [run.write(found, out)]
 
-    found = run.measure(platform, only=names, dtype=dtype, compiled=compile, tell=tell, keep=keep)
+    found = run.measure(platform, only=names, dtype=dtype, compiled=compile, at_once=at_once, tell=tell, keep=keep)
     for path in kept:
         tell(f"Written: {path}")
     tell(run.verdict(found))

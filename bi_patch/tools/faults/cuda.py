@@ -6,9 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-import torch
-
-from bi_patch.tools.faults import parts
 from bi_patch.tools.faults.base import CUDA, FP8, Fault
 from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
@@ -35,25 +32,6 @@ def heuristic_splits(engine: LocalEngine) -> Iterator[None]:
         yield
 
 
-def vllm_norm(engine: LocalEngine):
-    """vLLM's own RMSNorm kernel, whose block has 1024 threads below 256 rows and 256 threads from 256 rows on."""
-
-    def make(name, layer, held):
-        def forward(x, residual=None):
-            weight, eps = layer.weight.data, layer.variance_epsilon
-            if residual is None:
-                out = torch.empty_like(x)
-                torch.ops._C.rms_norm(out, x.contiguous(), weight, eps)
-                return out
-            x, residual = x.clone(), residual.clone()
-            torch.ops._C.fused_add_rms_norm(x, residual, weight, eps)
-            return x, residual
-
-        return forward
-
-    return parts.each_norm(engine, make)
-
-
 @contextlib.contextmanager
 def tensor_scale(engine: LocalEngine) -> Iterator[None]:
     """All rows of a step share one FP8 scale, by vLLM's own kernel for dynamic scales per tensor."""
@@ -72,16 +50,6 @@ def tensor_scale(engine: LocalEngine) -> Iterator[None]:
 
 
 FAULTS = (
-    Fault(
-        "RMSNorm kernel of vLLM",
-        2,
-        vllm_norm.__doc__,
-        "batch size",
-        vllm_norm,
-        (CUDA,),
-        "norm",
-        seam={"cuda": "norm.cuda_rms"},
-    ),
     Fault(
         "num_splits 0",
         3,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bi_patch.errors import SettingError
@@ -18,7 +20,7 @@ from bi_patch.tools.faults.base import FP8
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.compiled import AXIS, CAUSE, NAME, catch_compiled
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
-from bi_patch.tools.verify.engine import Options
+from bi_patch.tools.verify.engine import Info, Options
 from bi_patch.tools.verify.probes import Workload
 
 # On CUDA, faults are planted in model runner V1, which runs the same layers as V2.
@@ -40,14 +42,15 @@ def measure(
     only: Collection[str] = (),
     dtype: str = "",
     compiled: bool = True,
+    at_once: int = 1,
     tell: Tell,
     keep: Keep,
 ) -> Faults:
     """Plant every fault of this platform, or the faults named in `only`, and return the results.
 
     `only` leaves out cause 17. dtype: "" for the platform's default (see engines.options).
-    compiled: whether to plant cause 17, which compiles the model. tell: called with a text for each fault. keep: called
-    with the results so far, after each engine.
+    compiled: whether to plant cause 17, which compiles the model. at_once: how many engines run at a time. tell: called
+    with a text for each fault. keep: called with the results so far, after each engine.
     Raises UnknownFault for an unknown name, SettingError for a fault of another platform, and the error of an engine
     that fails.
     """
@@ -58,15 +61,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="bi_patch-faults-") as folder:
         run = _Run(platform, PATIENT | dict(os.environ) | _ENVIRON[platform], folder, tell, keep)
         given = engines.options(platform, folder, dtype)
-        found = run.planted(given, wanted)
-        if not only:
-            if compiled:
-                row, clean = run.compiled(given)
-                found.rows.append(row)
-                found.clean = (found.clean[0] + clean[0], found.clean[1] + clean[1])
-            _sort(found)
-            keep(found)
-    return found
+        return run.planted(given, wanted, at_once, compiled and not only)
 
 
 @dataclass(frozen=True)
@@ -78,16 +73,30 @@ class _Run:
     folder: str
     tell: Tell
     keep: Keep
+    lock: threading.RLock = field(default_factory=threading.RLock)  # of what the engines that run at once share
+    made: list[Faults] = field(default_factory=list)  # the results so far: one, as soon as an engine has started
 
-    def planted(self, given: Options, wanted: list[Fault]) -> Faults:
+    def planted(self, given: Options, wanted: list[Fault], at_once: int, compiled: bool) -> Faults:
         """Plant the faults of preemption in an engine with few KV blocks, those of other axes of _OTHER in a small
-        engine, those of a model in an engine of this model, and all others in the first engine."""
-        made: Faults | None = None
+        engine, those of a model in an engine of this model, and all others in the first engine. compiled: plant cause
+        17, too."""
+        steps: list[Callable[[], None]] = []
         for model in sorted({fault.model for fault in wanted}):
             of = self._of_model(model, given)
-            made = self._in_model(of, [fault for fault in wanted if fault.model == model], made)
-        assert made is not None
-        return made
+            steps += self._in_model(of, [fault for fault in wanted if fault.model == model])
+        if compiled:
+            steps.append(lambda: self._compiled(given))
+        if at_once == 1:
+            for step in steps:
+                step()
+            return self.made[0]
+        pool = ThreadPoolExecutor(at_once)
+        try:
+            for running in [pool.submit(step) for step in steps]:
+                running.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return self.made[0]
 
     def _of_model(self, model: str, given: Options) -> Options:
         """The options of the engine for faults of a model; "" for the platform's own."""
@@ -95,33 +104,47 @@ class _Run:
             return engines.quantized(given, self.folder)
         return engines.of_family(model, self.folder, given.dtype, self.platform) if model else given
 
-    def _in_model(self, given: Options, wanted: list[Fault], made: Faults | None) -> Faults:
-        """Plant the faults of one model, and add the results to `made`."""
+    def _in_model(self, given: Options, wanted: list[Fault]) -> list[Callable[[], None]]:
+        """The steps that plant the faults of one model, each in one engine. The first step has a second engine for
+        the faults of preemption: the first engine tells the size of a block."""
         other = _OTHER[self.platform]
-        block, first = 0, [fault for fault in wanted if fault.axis not in other]
-        for axis in ("", *other):
-            there = [fault for fault in wanted if fault.axis == axis] if axis else first
-            # The first engine also tells the size of a block.
-            if not there and (axis or not any(fault.axis == catch.PREEMPTION for fault in wanted)):
-                continue
-            with FaultyEngine(ARMED, self._options(axis, given, block), environ=self.environ) as engine:
-                if made is None:
-                    made = evidence.new(Faults, engine.info)
-                    made.dtype = given.dtype
-                block = block or engine.info.block_size
-                load = catch.workload(engine)
-                made.rows += [self._row(engine, fault, load) for fault in there]
-                self.keep(made)
-                axes = {fault.axis for fault in there} - {catch.PRECISION, catch.RESTART}
-                pairs, differing = self._clean(engine, axes, load)
-                made.clean = (made.clean[0] + pairs, made.clean[1] + differing)
-                _sort(made)
-                self.keep(made)
-        assert made is not None
-        return made
+        of = {axis: [fault for fault in wanted if fault.axis == axis] for axis in other}
+        first, preempted = [fault for fault in wanted if fault.axis not in other], of.pop(catch.PREEMPTION)
 
-    def _options(self, axis: str, given: Options, block: int) -> Options:
-        """The options of an axis's engine; "" stands for the axes that share the first engine."""
+        def begin() -> None:
+            block = self._in_engine(given, first)
+            if preempted:
+                self._in_engine(engines.few_blocks(given, block), preempted)
+
+        steps = [lambda axis=axis: self._in_engine(self._options(axis, given), of[axis]) for axis in of if of[axis]]
+        return [begin, *steps] if first or preempted else steps
+
+    def _in_engine(self, given: Options, there: list[Fault]) -> int:
+        """Plant these faults in one engine, and add the results. Returns the size of the engine's KV block."""
+        with FaultyEngine(ARMED, given, environ=self.environ) as engine:
+            self._begin(engine.info, given.dtype)
+            load = catch.workload(engine)
+            self._add([self._row(engine, fault, load) for fault in there])
+            axes = {fault.axis for fault in there} - {catch.PRECISION, catch.RESTART}
+            self._add([], self._clean(engine, axes, load))
+            return engine.info.block_size
+
+    def _begin(self, info: Info, dtype: str) -> None:
+        with self.lock:
+            if not self.made:
+                self.made.append(evidence.new(Faults, info))
+                self.made[0].dtype = dtype
+
+    def _add(self, rows: list[FaultRow], clean: tuple[int, int] = (0, 0)) -> None:
+        with self.lock:
+            found = self.made[0]
+            found.rows += rows
+            found.clean = (found.clean[0] + clean[0], found.clean[1] + clean[1])
+            _sort(found)
+            self.keep(found)
+
+    def _options(self, axis: str, given: Options) -> Options:
+        """The options of the engine of an axis of _OTHER. `given`: those of the model's first engine."""
         if axis == catch.UPDATE:
             return engines.updated(self.platform, self.folder, given.dtype)
         if axis == catch.STRUCTURED:
@@ -132,22 +155,22 @@ class _Run:
             return engines.images(self.folder, given.dtype)
         if axis == catch.LORA:
             return engines.adapters(given.dtype, self.platform)
-        if axis == catch.SPECULATION:
-            return engines.speculating(given)
-        return engines.few_blocks(given, block) if axis else given
+        assert axis == catch.SPECULATION
+        return engines.speculating(given)
 
-    def compiled(self, given: Options) -> tuple[FaultRow, tuple[int, int]]:
-        """Plant cause 17. Also returns, for its axis without the fault, how many pairs were compared and differ."""
+    def _compiled(self, given: Options) -> None:
+        """Plant cause 17, and compare the pairs of its axis without the fault."""
         try:
             clean = catch_compiled(given, self.environ, self.platform, planted=False)
             found = catch_compiled(given, self.environ, self.platform)
         except Exception:  # a failed engine must not cost the results of the others
             self.tell(traceback.format_exc())
-            return FaultRow(CAUSE, NAME, False, False, AXIS), (0, 0)
+            self._add([FaultRow(CAUSE, NAME, False, False, AXIS)])
+            return
         self.tell(f"17 {found.fault}: caught {found.caught}, named {found.right}\n   {found.named}")
         self.tell(f"without a fault: {clean.first or 'no pair differs'}")
         row = FaultRow(found.cause, found.fault, found.caught, found.right, found.axis, located=found.named)
-        return row, (clean.compared, int(clean.caught))
+        self._add([row], (clean.compared, int(clean.caught)))
 
     def _row(self, engine: FaultyEngine, fault: Fault, load: Workload) -> FaultRow:
         emulated = self.platform in fault.emulated

@@ -2,7 +2,8 @@
 
 A fork has the environment, the arming and the modules of a fresh child of the same environment. Where such a process
 cannot be prepared (arming or an import raises), the child is started afresh, and meets the reason itself. The tests
-start their engines so; `bi-patch verify` starts each engine afresh, as users do.
+start their engines so, and `bi-patch verify` on CPU. An engine with empty caches (the axis "restart") is always a fresh
+process. On a GPU every engine is: nobody has tried forks of a process that imported vLLM for CUDA.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ import socket
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+from bi_patch import installed
+from bi_patch.errors import BiPatchError
+from bi_patch.tools.verify.child import ChildEngine
 
 _CODE = "import bi_patch_entry; bi_patch_entry.run('bi_patch.tools.verify.forks')"
 MOST = 3  # prepared processes at a time: each keeps about 0.5 GB
@@ -36,9 +41,14 @@ _MODULES = (
 
 
 class Forks:
-    """The prepared processes of this process, one for each environment of a child."""
+    """The prepared processes of this process, one for each environment of a child.
 
-    def __init__(self) -> None:
+    most: the number of prepared processes at a time. keep: a prepared process stays until the end, and children of
+    further environments are started afresh. Otherwise the process that was used least recently makes room.
+    """
+
+    def __init__(self, most: int = MOST, *, keep: bool = False) -> None:
+        self._most, self._keep = most, keep
         self._prepared: OrderedDict[str, _Prepared] = OrderedDict()
 
     def launch(
@@ -59,12 +69,37 @@ class Forks:
     def _for(self, env: Mapping[str, str]) -> _Prepared | None:
         key = json.dumps(sorted(env.items()))
         if key not in self._prepared:
+            if self._keep and len(self._prepared) >= self._most:
+                return None
             idle = [k for k, made in self._prepared.items() if not made.busy()]
-            for old in idle[: max(0, len(self._prepared) + 1 - MOST)]:
+            for old in idle[: max(0, len(self._prepared) + 1 - self._most)]:
                 self._prepared.pop(old).close()
             self._prepared[key] = _Prepared(env)
         self._prepared.move_to_end(key)
         return self._prepared[key] if self._prepared[key].ready else None
+
+
+@contextlib.contextmanager
+def forking() -> Iterator[None]:
+    """Within this context, engine children of the first environment are forks, on CPU. Contexts may be nested."""
+    if not _serves() or ChildEngine.launch is not subprocess.Popen:
+        yield
+        return
+    forks = Forks(1, keep=True)
+    ChildEngine.launch = staticmethod(forks.launch)
+    try:
+        yield
+    finally:
+        ChildEngine.launch = staticmethod(subprocess.Popen)
+        forks.close()
+
+
+def _serves() -> bool:
+    try:
+        found = installed.find()
+    except BiPatchError:  # the engine's start tells it
+        return False
+    return found is not None and found.platform == "cpu"
 
 
 class _Prepared:

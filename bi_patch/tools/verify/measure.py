@@ -13,7 +13,7 @@ import msgspec
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.tools import provenance
-from bi_patch.tools.verify import levels, precision
+from bi_patch.tools.verify import forks, levels, precision
 from bi_patch.tools.verify.answers import Answer, Request
 from bi_patch.tools.verify.case import Case
 from bi_patch.tools.verify.child import EngineFailed
@@ -149,6 +149,10 @@ class _Verification:
         )
 
     def run(self) -> Report:
+        with forks.forking():
+            return self._run()
+
+    def _run(self) -> Report:
         try:
             self._measure()
         except KeyboardInterrupt:
@@ -238,8 +242,9 @@ class _Verification:
         """Whether the probe would compile the model beside an eager engine, which takes the time of a small level."""
         return probe.compiles and self.level.one_engine and self.system.options.eager and probe.name not in self.only
 
-    def _start(self, what: str, name: str, options: Options, *, fresh: bool = False):
-        """Start an engine, or connect to the server. name: the name of the start on the clock."""
+    def _start(self, what: str, name: str, options: Options, *, fresh: bool = False, axes: Sequence[str] = ()):
+        """Start an engine, or connect to the server. name: the name of the start on the clock. axes: the axes for which
+        it is started; they share its time."""
         self.watcher.starting(what, self.clock.left())
         began = time.monotonic()
         try:
@@ -247,7 +252,11 @@ class _Verification:
         except BaseException:
             self.clock.finish_start(name)
             raise
-        self.clock.finish_start(name, time.monotonic() - began)
+        took = time.monotonic() - began
+        self.clock.finish_start(name, took)
+        self.report.starting = round(self.report.starting + took, 2)
+        for axis in map(self.axes.get, axes):
+            axis.starting = round(axis.starting + took / len(axes), 2)
         self.report.starts += self.system.restarts  # a server is not started
         return engine
 
@@ -376,7 +385,10 @@ class _Verification:
         changed, starts = probe.options(self.system.options), self.report.starts
         try:
             with self._start(
-                f"starting an engine for {probe.name}", probe.name, self.system.options.but(**changed)
+                f"starting an engine for {probe.name}",
+                probe.name,
+                self.system.options.but(**changed),
+                axes=(probe.name,),
             ) as engine:
                 run = Run(engine, load)
                 self._collect(
@@ -400,7 +412,10 @@ class _Verification:
         later = {p.name for other in groups[groups.index(group) + 1 :] for p, _ in other.probes}
         options = self.system.options.but(**group.changes)
         try:
-            with self._start(f"starting an {group.engine}", group.engine, options, fresh=group.fresh) as engine:
+            names = [probe.name for probe in waiting]
+            with self._start(
+                f"starting an {group.engine}", group.engine, options, fresh=group.fresh, axes=names
+            ) as engine:
                 for probe, change in group.probes:
                     whole = Change(group.label, group.changes, group.fresh)
                     requests, known = expected[probe.name]
@@ -444,6 +459,7 @@ class _Verification:
         assert self.locate is not None and axis.case is not None
         engines = "one engine" if axis.case.on_one_engine else "two engines"
         self._expect_location(axis.case)
+        began = time.monotonic()
         self.watcher.starting(f"starting {engines} to find the operation behind {axis.name}", self.clock.left())
         try:
             found = self.locate(axis.case, self.system.options, self.system.start)
@@ -453,6 +469,7 @@ class _Verification:
             found = f"not found: the search failed: {_sentence(error)}"
             if not isinstance(error, (BiPatchError, OSError)):
                 self.report.failure = traceback.format_exc()
+        self.report.locating = round(time.monotonic() - began, 2)
         words = found.words() if hasattr(found, "words") else found or "not found: the pair did not differ again"
         for shown in axis.shown:
             if shown.label == axis.case.label:

@@ -12,8 +12,16 @@ from bi_patch.arming import catalog, process
 from bi_patch.errors import BiPatchError
 from bi_patch.tools import findings
 
-# Seams that wrap code of other seams: the whole engine or step, a model's whole attention layer, the whole sampler.
-_AROUND = ("engine.", "rotary.cuda_qk_norm", "sampling.specific_logprobs", "speculation.rows", "weights.")
+# Seams that wrap code of other seams: the whole engine or step, a model's whole attention layer, the product of a head,
+# the whole sampler.
+_AROUND = (
+    "engine.",
+    "rotary.cuda_qk_norm",
+    "sampling.cuda_logits",
+    "sampling.specific_logprobs",
+    "speculation.rows",
+    "weights.",
+)
 # Ops whose name identifies the seam.
 _BY_OP = (
     ("all_reduce", ("communicator.one_stage",)),

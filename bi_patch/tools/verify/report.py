@@ -55,7 +55,8 @@ class Axis(msgspec.Struct):
     compared pairs of answers. digests: rows of logits compared over the full vocabulary. undigested: pairs that should
     have such rows and have none. largest: greatest |difference| of a logprob. ulps: the same in steps of float32.
     generated, prompt: (position, how often the position differed), ascending. shown: the first pairs that differ. case:
-    the complete differing pair with the fewest requests in company, so that it can be run again.
+    the complete differing pair with the fewest requests in company, so that it can be run again. seconds: of asking and
+    comparing. starting: seconds of starting the axis's own engines; axes that share an engine share its time.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Axis(msgspec.Struct):
     largest: float = 0.0
     ulps: int = 0
     seconds: float = 0.0
+    starting: float = 0.0
     generated: list[tuple[int, int]] = []
     prompt: list[tuple[int, int]] = []
     shown: list[Pair] = []
@@ -136,8 +138,9 @@ class Report(msgspec.Struct, tag_field="format", tag=FORMAT):
     states. level: the level's name. complete: every axis that the level holds was measured or does not apply.
     stopped: what ended the run early, "" for a complete run. failure: the traceback of an unexpected error. options:
     the base engine's options, None for a server. served: what a server says about itself. starts: engines started, 0
-    for a server. precision: the accuracy of the model's linears against fp64, None when the run did not measure it.
-    provenance: which bi_patch measured, and with which command.
+    for a server. starting: seconds of all these starts. locating: seconds of the search for the first operation that
+    differs, with its engines. precision: the accuracy of the model's linears against fp64, None when the run did not
+    measure it. provenance: which bi_patch measured, and with which command.
     """
 
     title: ClassVar[str] = "Is it batch-invariant?"  # of the page
@@ -162,6 +165,8 @@ class Report(msgspec.Struct, tag_field="format", tag=FORMAT):
     precision: Precision | None = None
     seconds: float = 0.0
     starts: int = 0
+    starting: float = 0.0
+    locating: float = 0.0
     complete: bool = False
     stopped: str = ""
     failure: str = ""

@@ -91,7 +91,7 @@ def summary(report: Report) -> RenderableType:
         title="Positions compared bitwise", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     table.add_column("axis")
-    for name in ("compared", "differing", "largest", "ulps", "seconds"):
+    for name in ("compared", "differing", "largest", "ulps", "seconds", "start"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     table.columns[0].no_wrap = True
@@ -104,6 +104,7 @@ def summary(report: Report) -> RenderableType:
                 f"{axis.largest:.1e}" if axis.largest else "0",
                 f"{axis.ulps:,}",
                 f"{axis.seconds:.1f}",
+                f"{axis.starting:.1f}" if axis.starting else "",
                 _state(axis),
             )
     parts: list[RenderableType] = [table]
@@ -124,7 +125,7 @@ def summary(report: Report) -> RenderableType:
         report.vllm and f"vLLM {report.vllm}",
         report.torch and f"torch {report.torch}",
         f"{report.seconds:.0f} s",
-        f"engine starts: {report.starts}" if report.mode != "server" else "",
+        f"engine starts: {report.starts} ({report.starting:.0f} s)" if report.mode != "server" else "",
         report.provenance and f"bi_patch {report.provenance.words()}",
     )
     parts.append(Text(", ".join(filter(None, what)), style="dim"))

@@ -326,6 +326,9 @@ def test_the_time_left_counts_starts_and_locate(system, monkeypatch):
     found = verify(made, QUICK, locate=locate, watcher=Told())
     assert found.starts == 2 and len(told) == 3
     assert "one engine" in told[2][2], "both sides of the kept pair can run on one engine"
+    assert (found.starting, found.locating) == (56, 25)
+    own = [axis.starting for axis in found.axes if axis.starting]
+    assert len(own) > 1 and len(set(own)) == 1 and sum(own) == 36, "axes that share an engine share its time"
     for at, left, what in told[1:]:
         assert 0.7 * (now[0] - at) <= left <= 1.5 * (now[0] - at), (what, left, now[0] - at)
 

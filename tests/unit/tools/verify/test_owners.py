@@ -71,3 +71,16 @@ def test_operations_by_their_module(platform):
         module = types.ModuleType(f"bi_patch.ops.{platform}.{name}")
         exec("def call(made):\n    return made.seam(None, '', 'aten.mm')", module.__dict__)
         assert module.call(made) == seam
+
+
+def test_a_seam_around_another_one_does_not_own_its_operations(platform):
+    made, layer = owners.Owners(), type("LogitsProcessor", (), {})()
+
+    def wrapped():
+        return made.seam(layer, "logits_processor", "bi_patch.linear")
+
+    for seam in ("sampling.cuda_logits", "weights.reload_model"):
+        made._codes[wrapped.__code__] = seam
+        assert wrapped() == LAYERS[platform]["LogitsProcessor"]
+    made._codes[wrapped.__code__] = "moe.cpu_experts"
+    assert wrapped() == "moe.cpu_experts"
