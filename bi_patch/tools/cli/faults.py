@@ -21,7 +21,7 @@ def faults(
     ] = "",
     compile: Annotated[bool, typer.Option(help="Also plant the fault that needs torch.compile.")] = True,
     at_once: Annotated[
-        int, typer.Option(min=1, help="Engines that run at a time; on a GPU, each takes 30 % of the memory.")
+        int, typer.Option(min=1, help="Engines that run at a time; on a GPU, each takes about 20 GB.")
     ] = 1,
 ) -> None:
     """Plant each known fault and check that verify names it.

@@ -13,7 +13,7 @@ from bi_patch.tools.verify.probes import adapters as lora
 _BF16 = ("Qwen3-Next",)  # families with recurrent layers, which run in bf16 only
 # On CUDA: a part of the memory, states in fp32, and vLLM's kernels for gated delta nets that need no further package.
 _ON_CUDA = {
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.15,
     "kv_cache_memory_bytes": 1 << 30,
     "block_size": 128,
     "mamba_ssm_cache_dtype": "float32",
@@ -45,7 +45,7 @@ def options(platform: str, folder: str, dtype: str = "") -> Options:
         digests=True,
         tokenizer=False,
         random_weights=7,
-        extra={"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 8 << 30},
+        extra={"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 8 << 30},
     )
 
 
@@ -81,7 +81,7 @@ def small() -> Options:
         max_model_len=1024,
         chunk=512,
         digests=True,
-        extra={"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30},
+        extra={"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 1 << 30},
     )
 
 
@@ -95,7 +95,7 @@ def updated(platform: str, folder: str, dtype: str = "") -> Options:
     """The options of an engine for updates: a small model with weights in a folder, whose head is its embedding."""
     name = recipes.MOE if platform == "cpu" else recipes.QWEN3_100M
     source = recipes.path(name, cache=settings.read().cache)
-    on_gpu = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30}
+    on_gpu = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 1 << 30}
     return Options(
         str(checkpoint.write(str(source), 3, Path(folder) / "weights", tied=True)),
         dtype=dtype or ("float32" if platform == "cpu" else "bfloat16"),
@@ -138,7 +138,7 @@ def adapters(dtype: str = "", platform: str = "cpu") -> Options:
         dtype=dtype or ("float32" if on_cpu else "bfloat16"),
         max_model_len=1024,
         chunk=512,
-        extra={} if on_cpu else {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30},
+        extra={} if on_cpu else {"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 1 << 30},
     )
     return base.but(**lora.options(base))
 
