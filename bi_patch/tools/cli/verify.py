@@ -26,7 +26,12 @@ def verify(
         typer.Option("--quick", help="At most 2 minutes for the demo's model on CPU, 3 for an 8B model on an H100."),
     ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Measure more lengths and all graph sizes; start an engine for each change.")
+        bool,
+        typer.Option(
+            "--full",
+            help="Measure more lengths and all graph sizes; start an engine for each change. About 3 minutes for a tiny "
+            "model on two CPU cores, up to hours for a large one.",
+        ),
     ] = False,
     mode: Annotated[str | None, typer.Option(help="armed (default), upstream (vLLM's own mode) or stock.")] = None,
     axis: Annotated[list[str] | None, typer.Option(help="Measure only this axis, of any level; repeatable.")] = None,
@@ -59,8 +64,8 @@ def verify(
     Exit code 0: bitwise invariant along every axis that applies. 1: a position differs, or products are inaccurate.
     2: something could not be checked.
 
-    Memory: one engine at a time with vLLM's defaults, plus less than 1 GB. Time: --quick is limited; the default takes
-    about 10 minutes for the demo's model, compiled, on two CPU cores; --full takes longer.
+    Memory: one engine at a time with vLLM's defaults, plus less than 2 GB. Time: --quick is limited; the default takes
+    about 10 minutes for the demo's model, compiled, on two CPU cores; --full takes longer. The time left is shown.
     """
     from bi_patch.errors import SettingError
     from bi_patch.tools.verify import page, report, terminal
@@ -99,6 +104,8 @@ def verify(
     )
     asked = f"{escape(system.name)}, {system.mode}, level {level.name}"
     console.print(f"[bold]bi_patch verify[/]: {asked}", highlight=False, soft_wrap=True)
+    if not url and not axis:
+        console.print(f"[dim]Expected time: {level.expected}[/]", highlight=False, soft_wrap=True)
     finder = None
     if locate and not url:
         from bi_patch.tools.verify.locate import locate as finder

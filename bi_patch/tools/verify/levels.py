@@ -33,6 +33,7 @@ class Level:
     and sampling, empty for `sizes`. graphs: for how many captured graph sizes n to add batches of n and n + 1.
     one_engine: one further engine has all changed options, instead of one engine for each change. seconds: the time
     limit, None for no limit; verify does not start an axis that would exceed the limit. cpu_seconds: the same on a CPU.
+    expected: what a run takes, in words.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Level:
     one_engine: bool = False
     seconds: float | None = None
     cpu_seconds: float | None = None
+    expected: str = ""
 
     def holds(self, probe: Probe | CrossProbe) -> bool:
         return probe in (*PROBES, *ONLINE_PROBES, *self.own, *self.cross, *self.features)
@@ -80,6 +82,7 @@ QUICK = Level(
     one_engine=True,
     seconds=170.0,
     cpu_seconds=110.0,
+    expected="at most 2 minutes for SmolLM2-135M on two CPU cores, 3 for an 8B model on an H100",
 )
 DEFAULT = Level(
     "default",
@@ -94,6 +97,7 @@ DEFAULT = Level(
     prefix=400,
     max_model_len=2048,
     graphs=12,
+    expected="about 10 minutes for SmolLM2-135M, compiled, on two CPU cores",
 )
 FULL = Level(
     "full",
@@ -108,6 +112,7 @@ FULL = Level(
     prefix=600,
     max_model_len=4096,
     graphs=1000,
+    expected="about 3 minutes for a tiny model, eager, on two CPU cores; up to hours for a large model",
 )
 LEVELS = {level.name: level for level in (QUICK, DEFAULT, FULL)}  # each level holds the axes of the levels before it
 _ASKED = {QUICK.name: "--quick", DEFAULT.name: "the default level", FULL.name: "--full"}
