@@ -29,8 +29,8 @@ def verify(
         bool,
         typer.Option(
             "--full",
-            help="Measure more lengths and all graph sizes; start an engine for each change. About 3 minutes for a tiny "
-            "model on two CPU cores, up to hours for a large one.",
+            help="Measure more lengths and all graph sizes; start an engine for each change. About 3 minutes for a "
+            "tiny model on two CPU cores, up to hours for a large one.",
         ),
     ] = False,
     mode: Annotated[str | None, typer.Option(help="armed (default), upstream (vLLM's own mode) or stock.")] = None,
