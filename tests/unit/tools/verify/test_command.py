@@ -78,3 +78,14 @@ def test_a_server_that_is_down_is_a_report_with_exit_code_2(tmp_path):
     done = run("--url", "http://127.0.0.1:9", "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html"))
     assert done.exit_code == 2 and "no server answers" in done.output.replace("\n", " ")
     assert (tmp_path / "r.json").is_file() and (tmp_path / "r.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "flag, level", [("--quick", levels.QUICK), ("--logits", levels.DEFAULT), ("--full", levels.FULL)]
+)
+def test_a_run_states_its_expected_time(flag, level, tmp_path, monkeypatch):
+    monkeypatch.setattr("bi_patch.tools.verify.measure.verify", lambda *_, **__: 1 / 0)  # before an engine starts
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 700}')
+    done = run(str(tmp_path), flag, "--random-weights", "3")
+    assert isinstance(done.exception, ZeroDivisionError)
+    assert level.expected and f"Expected time: {level.expected}" in done.output
