@@ -94,7 +94,7 @@ def measure(name: str, kind: Kind, args: argparse.Namespace) -> int:
 
     on_gpu = torch.cuda.is_available()
     level = replace(levels.FULL, seconds=None, cpu_seconds=None, lengths=(3, 40, 200), generate=12, sizes=(2, 5, 17))
-    arguments = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 512} | kind.given
+    arguments = {"max_model_len": 1024, "max_num_seqs": 32, "max_num_batched_tokens": 512} | kind.given
     if on_gpu:
         arguments |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
     if kind.requests == "adapter":
