@@ -10,6 +10,7 @@ from bi_patch.platforms.features.cards import CARDS
 from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.families import FAMILIES
 from bi_patch.platforms.features.images import IMAGES
+from bi_patch.platforms.features.matrix import MATRIX
 from bi_patch.platforms.features.model import REFUSED, SERVED, TITLES, UNTRIED, Cell, Feature
 from bi_patch.platforms.features.pairs import PAIRS
 from bi_patch.platforms.features.quantization import QUANTIZATION
@@ -24,7 +25,7 @@ def blocks() -> dict[str, str]:
     return {
         "support": _short([row for row in table.ROWS if row.short]),
         "features": _full((*FEATURES, *IMAGES), "feature"),
-        "pairs": _full(PAIRS, "both together"),
+        "pairs": _full((*PAIRS, *MATRIX), "both together"),
         "recurrent": _full(RECURRENT, "layers"),
         "quantization": _full(QUANTIZATION, "weights"),
         "families": _full(FAMILIES, "models"),

@@ -10,13 +10,14 @@ from bi_patch.errors import UnsupportedFeature
 from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.families import FAMILIES
 from bi_patch.platforms.features.images import IMAGES
+from bi_patch.platforms.features.matrix import MATRIX
 from bi_patch.platforms.features.model import REFUSED, TITLES, UNTRIED, Cell, Feature
 from bi_patch.platforms.features.pairs import PAIRS
 from bi_patch.platforms.features.quantization import QUANTIZATION
 from bi_patch.platforms.features.recurrent import RECURRENT
 from bi_patch.platforms.features.versions import VERSIONS
 
-ROWS: tuple[Feature, ...] = (*FEATURES, *IMAGES, *PAIRS, *RECURRENT, *QUANTIZATION, *FAMILIES)
+ROWS: tuple[Feature, ...] = (*FEATURES, *IMAGES, *PAIRS, *MATRIX, *RECURRENT, *QUANTIZATION, *FAMILIES)
 
 
 def refusals(config: Any, platform: str, release: Version) -> dict[str, tuple[str, Cell]]:

@@ -11,7 +11,7 @@ from packaging.version import Version
 from bi_patch.arming.catalog import CATALOG
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.platforms import releases
-from bi_patch.platforms.features import model, table
+from bi_patch.platforms.features import matrix, model, table
 from bi_patch.platforms.features.cards import CARDS
 from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.images import IMAGES
@@ -280,6 +280,20 @@ def test_text_of_a_multimodal_model_is_served_on_cpu_and_cuda():
     check("cpu", **text)
     with pytest.raises(UnsupportedFeature, match="multimodal models"):
         check("ascend", **text)
+
+
+def test_every_pair_of_what_people_turn_on_has_a_row():
+    parts = (*matrix.ENGINES, *matrix.REQUESTS)
+    named = [name for row in PAIRS for name in _both(row.name)] + [row.name for row in matrix.MATRIX]
+    for i, first in enumerate(parts):
+        for other in parts[i + 1 :]:
+            assert named.count(f"{first} with {other}") == 1, (first, other)
+
+
+def _both(name: str) -> list[str]:
+    """The pairs of a row's name: "A with B, C" is "A with B" and "A with C"."""
+    first, _, others = name.partition(" with ")
+    return [f"{first} with {other}" for other in others.split(", ")]
 
 
 def test_images_of_known_models_are_served_on_cpu():

@@ -1,0 +1,62 @@
+"""What single requests ask for, beside what an engine turns on and beside each other: a row for each pair.
+
+With the pairs of `pairs.py`, every pair of LoRA, speculation, quantized weights, structured output, logprobs, prefix
+caching and preemption has a row. A configuration cannot tell what requests will ask for, so these rows refuse nothing
+by themselves.
+"""
+
+from __future__ import annotations
+
+from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
+from bi_patch.platforms.features.pairs import LORA, QUANTIZED, SPECULATION
+
+GRAMMARS, LOGPROBS, CACHED, PREEMPTED = "structured output", "logprobs", "prefix caching", "preemption"
+ENGINES = (LORA, SPECULATION, QUANTIZED)
+REQUESTS = (GRAMMARS, LOGPROBS, CACHED, PREEMPTED)
+
+_CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
+_CPU_QUANTIZED = "invariance-2026-11-28-cpu-amx-quantized-vllm-0.32.0.json"
+_CPU_TINY = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
+_H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
+_H200_SPECULATION = "invariance-2026-11-28-h200-speculation-vllm-0.33.0.json"
+_H200_FP8 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
+_H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
+
+# The evidence of both together, by platform. A pair without a file is untried.
+_CPU: dict[tuple[str, str], str] = {
+    **dict.fromkeys(((QUANTIZED, asked) for asked in REQUESTS), _CPU_QUANTIZED),
+    **dict.fromkeys(((LOGPROBS, CACHED), (LOGPROBS, PREEMPTED), (CACHED, PREEMPTED)), _CPU_TINY),
+}
+_CUDA: dict[tuple[str, str], str] = {
+    **dict.fromkeys(((LORA, LOGPROBS), (LORA, CACHED)), _H200_LORA),
+    **dict.fromkeys(((SPECULATION, asked) for asked in (LOGPROBS, CACHED, PREEMPTED)), _H200_SPECULATION),
+    **dict.fromkeys(((QUANTIZED, asked) for asked in (LOGPROBS, CACHED)), _H200_FP8),
+    **dict.fromkeys(((LOGPROBS, CACHED), (LOGPROBS, PREEMPTED), (CACHED, PREEMPTED)), _H100),
+}
+_ASCEND = {
+    LORA: refused("its products split K by the number of rows", by="features.ascend"),
+    SPECULATION: refused(
+        "a step that checks drafts uses other kernels or draws than a single step", by="features.ascend"
+    ),
+    QUANTIZED: refused("no patch point covers it yet", by="features.ascend"),
+}
+
+
+def _cell(known: dict[tuple[str, str], str], pair: tuple[str, str]) -> Cell:
+    return served(known[pair]) if pair in known else untried()
+
+
+def pairs() -> tuple[tuple[str, str], ...]:
+    """The pairs of this file, the engine's part first."""
+    beside = [(first, asked) for first in ENGINES for asked in REQUESTS]
+    among = [(first, other) for i, first in enumerate(REQUESTS) for other in REQUESTS[i + 1 :]]
+    return (*beside, *among)
+
+
+def _row(pair: tuple[str, str]) -> Feature:
+    first, other = pair
+    ascend = _ASCEND.get(first, untried("checked without a device; nothing has run on an NPU"))
+    return row(f"{first} with {other}", cpu=_cell(_CPU, pair), cuda=_cell(_CUDA, pair), ascend=ascend)
+
+
+MATRIX: tuple[Feature, ...] = tuple(_row(pair) for pair in pairs())
