@@ -24,6 +24,8 @@ _REQUESTS = (
     *("structured output", "logprobs in any order", "prompt logprobs", "processed logprobs", "kinds of sampling"),
     *_CACHED,
 )
+# With speculation, min_p is refused by name, which is in the other axes of _REQUESTS.
+_CHECKED = ("structured output", "logprobs in any order", "prompt logprobs", "seeded sampling", *_CACHED)
 _DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 
@@ -41,7 +43,7 @@ class Kind:
 def _kinds(llama: str, qwen3: str) -> dict[str, Kind]:
     return {
         "LoRA": Kind(llama, _REQUESTS, requests="adapter"),
-        "n-grams": Kind(qwen3, _REQUESTS, {"speculative_config": _DRAFTS}),
+        "n-grams": Kind(qwen3, _CHECKED, {"speculative_config": _DRAFTS}),
         "structured output": Kind(qwen3, ("logprobs in any order", *_CACHED), requests="grammar"),
         "LoRA, n-grams": Kind(llama, ("speculative decoding",), requests="adapter"),
     }
@@ -51,7 +53,11 @@ CPU = _kinds("tiny-llama", "tiny-qwen3") | {
     "INT8, n-grams": Kind("tiny-qwen3-int8", ("speculative decoding",)),
     "W4A16, n-grams": Kind("tiny-qwen3-w4a16", ("speculative decoding",)),
     "FP8 blocks, n-grams": Kind("tiny-qwen3-fp8-blocks", ("speculative decoding",)),
+    "GPTQ, n-grams": Kind("tiny-llama-gptq", ("speculative decoding",)),
     "INT8, LoRA": Kind("tiny-qwen3-int8", ("LoRA", "LoRA off")),
+    "W4A16, LoRA": Kind("tiny-qwen3-w4a16", ("LoRA", "LoRA off")),
+    "GPTQ, LoRA": Kind("tiny-llama-gptq", ("LoRA", "LoRA off")),
+    "FP8 blocks, LoRA": Kind("tiny-qwen3-fp8-blocks", ("LoRA", "LoRA off")),
 }
 _FP8: dict[str, object] = {"quantization": "fp8"}
 CUDA = _kinds("llama-100m", "qwen3-100m") | {

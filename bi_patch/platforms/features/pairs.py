@@ -59,12 +59,14 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     "custom logits processors": _model("logits_processors"),
     "watermarks": lambda config: getattr(config, "watermark_config", None) is not None,
     # Of LoRA alone:
+    "a draft model or heads": lambda config: getattr(config.speculative_config, "method", None) not in (None, "ngram"),
     "experts": _model("is_moe"),  # vLLM takes other kernels for experts where adapters may come
     "sharded adapters (--fully-sharded-loras)": lambda config: bool(
         getattr(config.lora_config, "fully_sharded_loras", False)
     ),
     "adapters in another type than the model's (--lora-dtype)": _other_dtype,
 }
+_OF_LORA = list(PARTS)[-4:]
 
 
 def _pairs(first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], ascend: Cell) -> Feature:
@@ -101,7 +103,7 @@ PAIRS: tuple[Feature, ...] = (
         LORA,
         *("pipeline parallelism", "tensor parallelism", "data parallelism", "KV transfer or offload"),
         *(POOLING, "multimodal models", "encoder-decoder models", MLA, RECURRENT),
-        *list(PARTS)[-3:],
+        *_OF_LORA,
     ),
     _never(
         SPECULATION,

@@ -179,7 +179,9 @@ def speculative(engine: Engine) -> list[Change]:
 
 
 def _takes_drafts(engine: Engine) -> bool:
-    """Whether bi_patch serves a draft model and heads on the engine's platform and release."""
+    """Whether bi_patch serves a draft model and heads on the engine's platform and release, and beside its features."""
+    if engine.options.extra.get("enable_lora"):
+        return False
     release = Version(engine.info.vllm)
     rows = (row for row in table.ROWS if row.short == "speculative decoding with a draft model or EAGLE heads")
     known = engine.info.mode == "armed" and engine.info.platform in TITLES
