@@ -37,6 +37,8 @@ _CPU_POOLING = (
 _H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
 _H200_ENCODERS = "invariance-2026-11-29-h200-pooling-vllm-0.33.0.json"
 _SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")
+_H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
+_NEWER = refused("bi_patch covers images on vLLM 0.33", todo="Pass --language-model-only", releases="<0.33")
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
 _IMAGES = refused("no patch point covers their encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
@@ -155,11 +157,17 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "Idefics3",
         cpu=served(_CPU_IMAGES, why="a tiny shape with random weights"),
-        cuda=refused("its encoder has run on CPU only", todo="Pass --language-model-only, which turns encoders off"),
+        cuda=(_NEWER, served(_H200_IMAGES, why="a tiny shape with random weights")),
         ascend=_MULTIMODAL,
     ),
     row(
-        "Llama 4, Gemma 3 4B and larger, Qwen-VL and Omni, Mistral-Small 3, InternVL, LLaVA, Pixtral, GLM-V, Phi-3V",
+        "Qwen3-VL, Mistral-Small 3, LLaVA 1.5",
+        cpu=_IMAGES,
+        cuda=(_NEWER, served(_H200_IMAGES, why="few layers of published sizes with random weights")),
+        ascend=_MULTIMODAL,
+    ),
+    row(
+        "Llama 4, Gemma 3 4B and larger, Qwen2.5-VL, Qwen-Omni, InternVL, other LLaVA, Pixtral, GLM-V, Phi-3V",
         cpu=_IMAGES,
         cuda=_IMAGES,
         ascend=_MULTIMODAL,

@@ -9,6 +9,7 @@ from bi_patch.platforms.features.model import Feature, refused, row, served
 from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZED, RECURRENT, SPECULATION
 
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
+_H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
 _ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 # Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
@@ -18,8 +19,8 @@ _ON_CUDA = {
     ("Qwen3VLForConditionalGeneration", "qwen3_vl_vision"),
     ("Mistral3ForConditionalGeneration", "pixtral"),
     ("LlavaForConditionalGeneration", "clip_vision_model"),
-    ("LlavaForConditionalGeneration", "pixtral"),
 }
+_OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
 
 
 # Language models inside of others. vLLM makes a configuration for each, which calls itself multimodal, too.
@@ -103,18 +104,26 @@ IMAGES: tuple[Feature, ...] = (
         "images (Idefics3)",
         short="images (Idefics3)",
         cpu=served(_CPU_IMAGES, why="a tiny model with random weights, in eager mode"),
-        cuda=refused("its encoder has run on CPU only", todo=_TEXT_ONLY),
+        cuda=(_OLDER, served(_H200_IMAGES, why="a tiny model with random weights")),
         ascend=_ASCEND,
         asked=_of(_ON_CPU),
         details="An encoder computes one image at a time, so its rows depend on the image alone: not on other images "
         "of the step, of the prompt or of the caches, nor on the steps in which a prompt's images arrive.",
     ),
     row(
-        "images (Qwen3-VL, Mistral Small 3, LLaVA with CLIP or Pixtral)",
+        "images (Qwen3-VL, Mistral Small 3, LLaVA with CLIP)",
+        short="images (Qwen3-VL, Mistral Small 3, LLaVA with CLIP)",
         cpu=refused("they need torchvision, with which nobody tried them on CPU", todo=_TEXT_ONLY),
-        cuda=refused("no invariance run exists", todo=_TEXT_ONLY),
+        cuda=(
+            _OLDER,
+            served(
+                _H200_IMAGES,
+                why="shapes of Qwen3-VL-2B, Mistral Small 3.1 and LLaVA 1.5 with few layers, random weights, bf16",
+            ),
+        ),
         ascend=_ASCEND,
         asked=_of(_ON_CUDA),
+        details="Each prompt may hold several images, in any step. Video is refused (`vision.names`).",
     ),
     row(
         "images, sound and video of other models",
@@ -139,7 +148,7 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images, in an engine that vLLM compiles",
         cpu=refused("nobody has compared such an engine", todo="Use --enforce-eager"),
-        cuda=refused("nobody has compared such an engine", todo="Use --enforce-eager"),
+        cuda=(_OLDER, served(_H200_IMAGES, why="with CUDA graphs of the language model")),
         ascend=_ASCEND,
         asked=_compiled,
         details="The language model is compiled, its encoder is not.",

@@ -164,7 +164,7 @@ def test_a_plain_configuration_passes(platform):
         ({"speculative": ngram(parallel_drafting=True)}, "the option parallel_drafting"),
         ({"speculative": draft(quantization="awq")}, "a draft model with quantized weights"),
         ({"speculative": draft(use_mla=True, is_moe=True)}, "a draft model with MLA, a draft model with experts"),
-        ({"speculative": ngram(), "lora": SimpleNamespace()}, "LoRA with speculative decoding"),
+        ({"speculative": draft(), "lora": SimpleNamespace()}, "LoRA with a draft model or heads"),
         ({"speculative": ngram(), "model_has_inner_state": True}, "speculative decoding with recurrent layers"),
         ({"speculative": ngram(), "model_use_mla": True}, "speculative decoding with MLA"),
         ({"speculative": ngram(), "parallel_tensor_parallel_size": 2}, "speculative decoding with several ranks"),
@@ -299,13 +299,31 @@ def _both(name: str) -> list[str]:
 def test_images_of_known_models_are_served_on_cpu():
     known = images("Idefics3ForConditionalGeneration")
     check("cpu", **known)
-    for platform in ("cuda", "ascend"):
-        with pytest.raises(UnsupportedFeature, match="images of Idefics3ForConditionalGeneration"):
-            check(platform, **known)
+    with pytest.raises(UnsupportedFeature, match="images of Idefics3ForConditionalGeneration"):
+        check("ascend", **known)
     with pytest.raises(UnsupportedFeature, match="images with compiled code"):
         check("cpu", **known | {"model_enforce_eager": False})
     # vLLM makes a configuration for the language model, too.
     check("cpu", **images("LlamaForCausalLM"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoder"),
+    [
+        ("Qwen3VLForConditionalGeneration", "qwen3_vl"),
+        ("Mistral3ForConditionalGeneration", "pixtral"),
+        ("LlavaForConditionalGeneration", "clip_vision_model"),
+        ("Idefics3ForConditionalGeneration", "idefics3_vision"),
+    ],
+)
+@pytest.mark.parametrize("eager", [False, True])
+def test_images_of_known_models_are_served_on_cuda(architecture, encoder, eager):
+    known = images(architecture, encoder, model_enforce_eager=eager)
+    check("cuda", **known)
+    with pytest.raises(UnsupportedFeature, match="images of .*Use vLLM 0.33"):
+        check("cuda", "0.32.0", **known)
+    with pytest.raises(UnsupportedFeature, match="images with LoRA"):
+        check("cuda", **known | {"lora": SimpleNamespace()})
 
 
 def test_offload_is_refused_before_it_keeps_prompt_logprobs():
