@@ -104,5 +104,9 @@ def register_fakes(isa: str) -> None:
     def _(x, weight, bias, states, query_start_loc, slots, fresh, silu):
         return x.new_empty(x.shape)
 
+    @torch.library.register_fake("bi_cpu::mamba1")
+    def _(x, *_):
+        return x.new_empty(x.shape)
+
     for name in ("gated_delta_rule", "mamba2"):
         torch.library.register_fake(f"bi_cpu::{name}", lambda *_: None)

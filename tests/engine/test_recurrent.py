@@ -42,25 +42,31 @@ def test_gated_delta_nets(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Falcon-H1", "Granite 4-H", "LFM2"])
+@pytest.mark.parametrize("family", ["Falcon-H1", "Granite 4-H", "LFM2", "Falcon-Mamba", "Jamba"])
 def test_other_families(start, tmp_path, family):
     with start(ARMED, families.write(family, tmp_path), **OPTIONS) as engine:
         every_axis(engine)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Qwen3-Next", "Falcon-H1", "LFM2"])
+@pytest.mark.parametrize("family", ["Qwen3-Next", "Falcon-H1", "LFM2", "Falcon-Mamba"])
 def test_compiled(start, tmp_path, family):
     with start(ARMED, families.write(family, tmp_path), eager=False, **OPTIONS) as engine:
         every_axis(engine)
 
 
-MAMBA_1 = {
-    "architectures": ["MambaForCausalLM"],
-    "model_type": "mamba",
+ZAMBA_2 = {
+    "architectures": ["Zamba2ForCausalLM"],
+    "model_type": "zamba2",
     "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
-    "state_size": 16,
+    "layers_block_type": ["mamba", "hybrid"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_mamba_heads": 8,
+    "mamba_d_state": 16,
+    "mamba_ngroups": 1,
     "vocab_size": 2048,
     "torch_dtype": "bfloat16",
 }
@@ -82,6 +88,6 @@ def test_what_the_kernels_do_not_keep_exactly_is_refused(refusing_late, tmp_path
 
 
 def test_other_recurrent_layers_are_refused(refusing, tmp_path):
-    given = Options(shapes.save("Mamba 1", MAMBA_1, tmp_path), chunk=256, **OPTIONS)
+    given = Options(shapes.save("Zamba 2", ZAMBA_2, tmp_path), chunk=256, **OPTIONS)
     with pytest.raises(UnsupportedFeature, match="hybrid and state-space models"):
         refusing.refuse(given)

@@ -90,3 +90,27 @@ def mamba2(
     torch.ops.bi_cpu.mamba2(
         out, x, dt, rate, dt_bias, D, states, spans.query_start, spans.slots, spans.fresh, groups, *limit
     )
+
+
+def mamba1(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    gate: torch.Tensor | None,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor | None,
+    states: torch.Tensor,
+    spans: Spans,
+) -> torch.Tensor:
+    """Mamba 1's recurrence over x [tokens, dim], times SiLU of gate [tokens, dim] -> [tokens, dim].
+
+    dt: [tokens, dim], before its bias and softplus. b, c: [tokens, size]. A (at most 0), D, dt_bias: fp32 [dim, size],
+    [dim], [dim]. states: fp32 [slots, dim, size], updated in place. Raises RuntimeError for other shapes or dtypes.
+    """
+    import torch
+
+    return torch.ops.bi_cpu.mamba1(
+        x, dt, b, c, gate, A, D, dt_bias, states, spans.query_start, spans.slots, spans.fresh
+    )

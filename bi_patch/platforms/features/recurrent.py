@@ -12,6 +12,7 @@ from typing import Any
 from bi_patch.platforms.features.model import Feature, refused, row, served, untried
 
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
+_MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
 _H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0.json"
 _CHUNKS = refused("chunks of a recurrent state start where an engine step starts", todo="Use another model")
 _OLD = refused("chunks of a recurrent state start where an engine step starts", releases="<0.33")
@@ -30,6 +31,9 @@ _KINDS = {
     "BambaForCausalLM": "Mamba 2",
     "NemotronHForCausalLM": "Mamba 2",
     "Mamba2ForCausalLM": "Mamba 2",
+    "MambaForCausalLM": "Mamba 1",
+    "FalconMambaForCausalLM": "Mamba 1",
+    "JambaForCausalLM": "Mamba 1",
     "Lfm2ForCausalLM": "short convolutions",
     "Lfm2MoeForCausalLM": "short convolutions",
 }
@@ -118,7 +122,22 @@ RECURRENT: tuple[Feature, ...] = (
         ),
     ),
     row(
-        "other hybrid and state-space models (Jamba, Mamba, Zamba2, Kimi Linear, MiniMax-Text)",
+        "Mamba 1 (Mamba, Falcon-Mamba, Jamba)",
+        short="Mamba, Falcon-Mamba, Jamba",
+        cpu=served(_MAMBA_1, why="tiny shapes with random weights, in bf16"),
+        cuda=_CHUNKS,
+        ascend=_CHUNKS,
+        asked=_asked("Mamba 1"),
+    ),
+    row(
+        "Mamba 1, compiled",
+        cpu=served(_MAMBA_1, why="Mamba and Falcon-Mamba"),
+        cuda=_CHUNKS,
+        ascend=_CHUNKS,
+        asked=lambda config: _asked("Mamba 1")(config) and not _eager(config) and "compiled Mamba 1",
+    ),
+    row(
+        "other hybrid and state-space models (Zamba2, Kimi Linear, MiniMax-Text)",
         cpu=_CHUNKS,
         cuda=_CHUNKS,
         ascend=_CHUNKS,

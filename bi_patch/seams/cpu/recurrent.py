@@ -13,7 +13,8 @@ from typing import Any
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Seam, Target
 
-_BACKENDS = frozenset({"GDN_ATTN", "MAMBA2", "SHORT_CONV"})  # vLLM's names of the states that the kernels keep
+# vLLM's names of the states that the kernels keep.
+_BACKENDS = frozenset({"GDN_ATTN", "MAMBA1", "MAMBA2", "SHORT_CONV"})
 _FOLDER = "vllm.model_executor.layers.mamba"
 _GDN = f"{_FOLDER}.ops.cpu.gdn_attention"
 
@@ -138,6 +139,31 @@ def _mamba2(original):
     return conv_ssm_forward
 
 
+def _mamba1(original):
+    """MambaMixer.forward_impl: the convolution and Mamba 1's recurrence, for prompts and decodes alike."""
+    from bi_patch.ops.cpu import recurrent
+
+    @functools.wraps(original)
+    def forward_impl(self, hidden_states, output):
+        meta = _of_step(self)
+        if meta is None:
+            return original(self, hidden_states, output)
+        spans, tokens = _spans_in_two(meta), meta.num_decode_tokens + meta.num_prefill_tokens
+        inputs, gate = self.in_proj(hidden_states[:tokens])[0].chunk(2, dim=-1)
+        conv_states, states = self.kv_cache
+        weight = self.conv1d.weight
+        x = recurrent.causal_conv(
+            inputs, weight.view(weight.size(0), weight.size(-1)), self.conv1d.bias, conv_states, spans, silu=True
+        )
+        dt, b, c = self._ssm_transform(x)
+        y = recurrent.mamba1(
+            x, dt.T.contiguous(), b, c, gate, self.A.float(), self.D.float(), self._time_proj_bias(), states, spans
+        )
+        output[:tokens] = self.out_proj(y)[0]
+
+    return forward_impl
+
+
 def _no_checkpoint(original):
     """MambaMixer2.get_kv_cache_spec: the scheduler ends a step where a state is cached, as for other layers."""
 
@@ -193,6 +219,14 @@ def _of_mamba2(layer) -> str:
     return "--use-replayssm. Leave it out" if layer.use_replayssm else _of_width(layer.conv_kernel_size)
 
 
+def _of_mamba1(layer) -> str:
+    if layer.ssm_state_size % 16:
+        return f"{layer.ssm_state_size} states; multiples of 16 work"
+    if layer.activation not in ("silu", "swish"):
+        return f"the activation {layer.activation}; silu works"
+    return _of_width(layer.conv_kernel_size)
+
+
 def _of_short_conv(layer) -> str:
     return _of_width(layer.L_cache)
 
@@ -204,6 +238,7 @@ def _of_width(width: int) -> str:
 # By the class of a layer: what the bundled kernels do not compute of it, in words, else "".
 LAYERS: dict[str, Callable[[Any], str]] = {
     f"{_FOLDER}.gdn.qwen_gdn_linear_attn.QwenGatedDeltaNetAttention": _of_gated_delta_net,
+    f"{_FOLDER}.mamba_mixer.MambaMixer": _of_mamba1,
     f"{_FOLDER}.mamba_mixer2.MambaMixer2": _of_mamba2,
     f"{_FOLDER}.short_conv.ShortConv": _of_short_conv,
 }
@@ -277,6 +312,13 @@ SEAMS = (
         _gated_delta_net,
         "the bundled kernels take one token after the other, in prompts and decodes, and keep the state in fp32",
         "QwenGatedDeltaNetAttention",
+    ),
+    _seam(
+        "mamba1",
+        f"{_FOLDER}.mamba_mixer:MambaMixer.forward_impl",
+        _mamba1,
+        "the bundled kernels take one token after the other, in prompts and decodes, and keep the state in fp32",
+        "MambaMixer",
     ),
     _seam(
         "mamba2",

@@ -37,7 +37,8 @@ _EIGHTH = 16.0
 
 
 def fill(model, seed: int) -> None:
-    """Fill a model: matrices normal(0, fan_in ** -0.5), biases normal(0, 0.5), norms normal(1, 0.1).
+    """Fill a model: matrices normal(0, fan_in ** -0.5), biases normal(0, 0.5), norms normal(1, 0.1), rates of
+    decay uniform(-2, 0).
 
     Packed integers get random bits. Their scales, and those of 8-bit floats, give the weights about the spread of other
     matrices.
@@ -66,6 +67,8 @@ def fill(model, seed: int) -> None:
             wide.uniform_(0.5, 1.5, generator=generator).mul_(scaled.shape[-1] ** -0.5 / _EIGHTH)
         elif value.element_size() == 1:
             wide.normal_(0, _EIGHTH, generator=generator)
+        elif value.ndim >= 2 and name.endswith(".A"):  # Mamba 1's rates of decay: a state with others grows without end
+            wide.uniform_(-2, 0, generator=generator)
         elif value.ndim >= 2:
             wide.normal_(0, value.shape[-1] ** -0.5, generator=generator)
         elif name.endswith("bias"):

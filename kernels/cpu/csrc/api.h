@@ -217,4 +217,21 @@ int64_t lora_room(DType t, const LoraArgs& a);  // elements of a slot's packed w
 
 void lora(const LoraArgs& a, int threads);
 
+struct Mamba1Args : Spans {
+  DType type;
+  const void *x, *dt;   // [tokens, dim]; dt: the step size, before its bias and softplus
+  int64_t x_token, dt_token;
+  const void *b, *c;    // [tokens, size]
+  int64_t b_token, c_token;
+  const void* gate;     // [tokens, dim], null: none
+  int64_t gate_token;
+  const float *A, *D, *dt_bias;  // [dim, size], [dim], [dim]; dt_bias may be null
+  void* states;         // [slots, dim, size], fp32
+  int64_t state_slot;
+  void* out;            // [tokens, dim], dense
+  int64_t dim, size;
+};
+
+void mamba1(const Mamba1Args& a, int threads);
+
 }  // namespace bi

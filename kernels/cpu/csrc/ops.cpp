@@ -686,6 +686,53 @@ int64_t lora_room(const std::optional<at::Tensor>& a, const at::Tensor& b) {
   return bi::lora_room(dtype_of(b, "b"), g);
 }
 
+// A view [tokens, width] of the type of x, dense in the last dimension.
+const void* rows_of(const at::Tensor& t, const char* what, const at::Tensor& x, int64_t width) {
+  TORCH_CHECK(t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == width && t.stride(1) == 1 &&
+                  t.scalar_type() == x.scalar_type(),
+              "bi_cpu.mamba1: ", what, " must be [", x.size(0), ", ", width, "] of ", x.scalar_type(),
+              ", dense in the last, got ", t.sizes(), " of ", t.scalar_type());
+  return t.const_data_ptr();
+}
+
+at::Tensor mamba1(const at::Tensor& x, const at::Tensor& dt, const at::Tensor& b, const at::Tensor& c,
+                  const std::optional<at::Tensor>& gate, const at::Tensor& A, const at::Tensor& D,
+                  const std::optional<at::Tensor>& dt_bias, at::Tensor states, const at::Tensor& query_start,
+                  const at::Tensor& slots, const at::Tensor& fresh) {
+  bi::Mamba1Args a{};
+  a.type = dtype_of(x, "x");
+  TORCH_CHECK(states.dim() == 3 && states.scalar_type() == at::kFloat && states[0].is_contiguous() &&
+                  states.size(2) % 16 == 0,
+              "bi_cpu.mamba1: states must be float32 [slots, dim, a multiple of 16], each slot dense, got ",
+              states.sizes(), " of ", states.scalar_type());
+  a.dim = states.size(1);
+  a.size = states.size(2);
+  a.x = rows_of(x, "x", x, a.dim);
+  a.dt = rows_of(dt, "dt", x, a.dim);
+  a.b = rows_of(b, "B", x, a.size);
+  a.c = rows_of(c, "C", x, a.size);
+  if (gate) {
+    a.gate = rows_of(*gate, "gate", x, a.dim);
+    a.gate_token = gate->stride(0);
+  }
+  TORCH_CHECK(A.scalar_type() == at::kFloat && A.is_contiguous() && A.numel() == a.dim * a.size,
+              "bi_cpu.mamba1: A must be dense float32 [", a.dim, ", ", a.size, "], got ", A.sizes());
+  a.A = A.const_data_ptr<float>();
+  a.D = per_head(D, "D", a.dim);
+  a.dt_bias = dt_bias ? per_head(*dt_bias, "dt_bias", a.dim) : nullptr;
+  static_cast<bi::Spans&>(a) = spans_of(query_start, slots, fresh, x.size(0), states.size(0));
+  at::Tensor out = at::empty({x.size(0), a.dim}, x.options());
+  a.x_token = x.stride(0);
+  a.dt_token = dt.stride(0);
+  a.b_token = b.stride(0);
+  a.c_token = c.stride(0);
+  a.states = states.mutable_data_ptr();
+  a.state_slot = states.stride(0);
+  a.out = out.mutable_data_ptr();
+  bi::mamba1(a, at::get_num_threads());
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(bi_cpu, m) {
@@ -722,6 +769,8 @@ TORCH_LIBRARY(bi_cpu, m) {
   m.def("lora(Tensor(a!) y, Tensor x, Tensor? a, Tensor b, Tensor slots, Tensor(b!)? packed=None, "
         "Tensor(c!)? ranks=None) -> ()");
   m.def("lora_room(Tensor? a, Tensor b) -> int");
+  m.def("mamba1(Tensor x, Tensor dt, Tensor b, Tensor c, Tensor? gate, Tensor A, Tensor D, Tensor? dt_bias, "
+        "Tensor(a!) states, Tensor query_start_loc, Tensor slots, Tensor fresh) -> Tensor");
   m.def("rope(Tensor positions, Tensor x, Tensor cache, int head_size, bool neox) -> Tensor");
 }
 
@@ -749,6 +798,7 @@ TORCH_LIBRARY_IMPL(bi_cpu, CPU, m) {
   m.impl("l2_normalize", &l2_normalize);
   m.impl("softmax", &softmax);
   m.impl("mean_rows", &mean_rows);
+  m.impl("mamba1", &mamba1);
   m.impl("rope", &rope);
   m.impl("lora", &lora);
   m.impl("lora_room", &lora_room);

@@ -1,6 +1,6 @@
 // Layers with a recurrent state: causal convolutions over a short window, and linear recurrences (gated delta rule,
-// Mamba 2). A request's tokens run one after the other, whatever step brings them, and the state between two tokens is
-// kept exactly: inputs in their own type for the window, fp32 for the recurrence. So a prompt that is cut anywhere has
+// Mamba 2, Mamba 1). A request's tokens run one after the other, whatever step brings them, and the state between two
+// tokens is kept exactly: inputs in their own type for the window, fp32 for the recurrence. So a prompt that is cut anywhere has
 // the bits of one that is not, and so has a token that is decoded.
 //
 // causal_conv: y[t, c] = f(bias[c] + w[c, 0] x[t-W+1, c] + ... + w[c, W-1] x[t, c]), by FMA in this order, in fp32; f is
@@ -15,6 +15,9 @@
 // d = exp(rate softplus(a + dt_bias)), b = sigmoid(b).
 // Mamba 2: k = B and q = C of the head's group; v = dt x, d = exp(rate dt), dt = softplus(dt + dt_bias) held in
 // [dt_min, dt_max]; o gains D x before it is rounded. The rates are at most 0.
+//
+// mamba1: channel c has the state S [N]: S = exp(A[c] dt[c]) S + (dt[c] x[c]) B, y = S . C + D[c] x[c], times silu of the
+// gate, rounded once; dt as above. S . C: lane n mod 16 by FMA, n ascending, then sum_lanes. A is at most 0.
 #include <omp.h>
 #include <algorithm>
 #include <cmath>
@@ -170,6 +173,46 @@ template <class T, bool Delta> void recurrence(const RecurrenceArgs& a, int thre
       }
 }
 
+// ---- Mamba 1.
+
+template <class T> void mamba1(const Mamba1Args& a, int threads) {
+  const int64_t blocks = (a.dim + 15) / 16;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
+  for (int64_t r = 0; r < a.reqs; ++r)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t c = block * 16, left = a.dim - c, n = std::min<int64_t>(16, left);
+      float* s = static_cast<float*>(a.states) + a.slots[r] * a.state_slot + c * a.size;
+      if (a.fresh[r] && a.query_start[r] != a.query_start[r + 1]) std::memset(s, 0, n * a.size * sizeof(float));
+      const V16 bias = a.dt_bias ? load_edge(a.dt_bias + c, left) : zero(), D = load_edge(a.D + c, left);
+      for (int64_t t = a.query_start[r]; t < a.query_start[r + 1]; ++t) {
+        const V16 x = load_edge(static_cast<const T*>(a.x) + t * a.x_token + c, left);
+        const V16 raw = add(load_edge(static_cast<const T*>(a.dt) + t * a.dt_token + c, left), bias);
+        const T* b = static_cast<const T*>(a.b) + t * a.b_token;
+        const T* cc = static_cast<const T*>(a.c) + t * a.c_token;
+        float step[16], scaled[16], y[16] = {};
+        store(step, raw);
+        for (int j = 0; j < 16; ++j) step[j] = softplus1(step[j]);
+        store(scaled, mul(load(step), x));
+        for (int64_t j = 0; j < n; ++j) {
+          V16 sum = zero();
+          for (int64_t i = 0; i < a.size; i += 16) {
+            const V16 decay = exp_neg(mul(set1(step[j]), load(a.A + (c + j) * a.size + i)));
+            const V16 held = fma(set1(scaled[j]), load(b + i), mul(load(s + j * a.size + i), decay));
+            store(s + j * a.size + i, held);
+            sum = fma(held, load(cc + i), sum);
+          }
+          y[j] = sum_lanes(sum);
+        }
+        V16 out = fma(D, x, load(y));
+        if (a.gate) {
+          const V16 gate = load_edge(static_cast<const T*>(a.gate) + t * a.gate_token + c, left);
+          out = mul(out, mul(gate, sigmoid(gate)));
+        }
+        store_edge(static_cast<T*>(a.out) + t * a.dim + c, out, left);
+      }
+    }
+}
+
 template <class T> void recurrence(const RecurrenceArgs& a, int threads) {
   a.delta ? recurrence<T, true>(a, threads) : recurrence<T, false>(a, threads);
 }
@@ -181,6 +224,14 @@ void causal_conv(const ConvArgs& a, int threads) {
     case DType::f32: return conv<float>(a, threads);
     case DType::bf16: return conv<bf16>(a, threads);
     case DType::f16: return conv<fp16>(a, threads);
+  }
+}
+
+void mamba1(const Mamba1Args& a, int threads) {
+  switch (a.type) {
+    case DType::f32: return mamba1<float>(a, threads);
+    case DType::bf16: return mamba1<bf16>(a, threads);
+    case DType::f16: return mamba1<fp16>(a, threads);
   }
 }
 

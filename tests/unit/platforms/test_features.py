@@ -343,7 +343,11 @@ def test_recurrent_layers_are_served_by_kind(state):
                 check(platform, *[release] * bool(release), **given)
     with pytest.raises(UnsupportedFeature, match="short convolutions"):
         check("cuda", **{state: True, "model_architectures": ["Lfm2ForCausalLM"]})
-    for other in ("JambaForCausalLM", "MambaForCausalLM", "KimiLinearForCausalLM"):
+    for name in ("MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM"):
+        check("cpu", **{state: True, "model_architectures": [name]})
+        with pytest.raises(UnsupportedFeature, match="Mamba 1"):
+            check("cuda", **{state: True, "model_architectures": [name]})
+    for other in ("Zamba2ForCausalLM", "KimiLinearForCausalLM"):
         for platform in releases.BY_PLATFORM:
             with pytest.raises(UnsupportedFeature, match="hybrid and state-space models"):
                 check(platform, **{state: True, "model_architectures": [other]})

@@ -110,7 +110,39 @@ class Mamba2:
         return torch.stack(out)
 
 
-LAYERS = {"conv": Conv, "conv without silu": lambda *a: Conv(*a, silu=False), "delta": Delta, "mamba2": Mamba2}
+class Mamba1:
+    """Mamba 1: 40 channels with 16 states each, and a gate."""
+
+    def __init__(self, ops, dtype):
+        self.ops, self.dtype = ops, dtype
+        self.x, self.dt, self.gate = (make(TOKENS, 40, dtype=dtype, seed=i) for i in range(3))
+        self.b, self.c = make(TOKENS, 40, dtype=dtype, seed=3)[:, 4:36].split(16, -1)
+        self.A, self.D, self.dt_bias = -make(40, 16, seed=4).exp(), make(40, seed=5), make(40, seed=6)
+
+    def states(self):
+        return torch.full((5, 40, 16), float("nan"))
+
+    def run(self, states, rows, *given):
+        x, dt, b, c, gate = (torch.cat([t[i] for i in rows]) for t in (self.x, self.dt, self.b, self.c, self.gate))
+        return self.ops.mamba1(x, dt, b, c, gate, self.A, self.D, self.dt_bias, states, *given)
+
+    def exact(self):
+        x, b, c = self.x.double(), self.b.double(), self.c.double()
+        dt = F.softplus(self.dt.double() + self.dt_bias.double())
+        state, out = torch.zeros(40, 16, dtype=torch.float64), []
+        for t in range(TOKENS):
+            state = state * (self.A.double() * dt[t, :, None]).exp() + (dt[t] * x[t])[:, None] * b[t]
+            out.append(state @ c[t] + self.D.double() * x[t])
+        return torch.stack(out) * F.silu(self.gate.double())
+
+
+LAYERS = {
+    "conv": Conv,
+    "conv without silu": lambda *a: Conv(*a, silu=False),
+    "delta": Delta,
+    "mamba2": Mamba2,
+    "mamba1": Mamba1,
+}
 
 
 @pytest.fixture(params=LAYERS)

@@ -29,6 +29,14 @@ def test_filled_weights_follow_the_seed_and_keep_the_scale():
     assert abs(one["norm"].weight.mean().item() - 1) < 0.1
 
 
+def test_rates_of_decay_of_mamba_1_are_negative():
+    model = torch.nn.ModuleDict({"mixer": torch.nn.Module()})
+    model["mixer"].A = torch.nn.Parameter(torch.empty(32, 16))
+    weights.fill(model, 7)
+    rates = model["mixer"].A
+    assert rates.max() <= 0 and rates.std() > 0.5
+
+
 def test_tied_rows_are_bitwise_equal_in_scored_matrices_only():
     model = small()
     weights.fill(model, 7)
