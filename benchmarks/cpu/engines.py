@@ -1,6 +1,6 @@
 """Measures armed engines of other forms on CPU against a plain one: several ranks, text-only and constant rotations.
 
-    PYTHONPATH=. python3 benchmarks/cpu/engines.py [--only ranks|text] [--results FOLDER]
+    PYTHONPATH=. python3 -P benchmarks/cpu/engines.py [--only ranks|text] [--results FOLDER]
 
 Each engine gets nine prompts together and then one by one, greedy and seeded. Every answer is compared, bit by bit,
 with the answers that the plain engine of the same model gives one by one. Exit code 1: positions differ.
@@ -95,7 +95,8 @@ async def answers(options: dict) -> dict:
 def start(options: dict) -> dict:
     """Start an armed engine in a child process and return its answers."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, __file__, "--engine", json.dumps(options), file.name]
+        # -P: beside this file lies a requests.py, which is not the library that vLLM imports
+        command = [sys.executable, "-P", __file__, "--engine", json.dumps(options), file.name]
         subprocess.run(command, check=True, env=os.environ | ENVIRON)
         return json.loads(Path(file.name).read_text())
 

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import active
+
+_FEW = 65  # rows of a width that no layer has
 
 
 def closing(name: str, ordered: bool, todo: str) -> Callable[[Any], Any]:
@@ -33,18 +36,33 @@ def _check(config: Any, name: str, ordered: bool, todo: str) -> None:
     group = get_tp_group()
     if group.world_size == 1:
         return
-    found = collectives.moved(
-        group.all_reduce,
-        rank=group.rank_in_group,
-        ranks=group.world_size,
-        width=config.model_config.get_hidden_size(),
-        most=config.scheduler_config.max_num_batched_tokens,
-        dtype=config.model_config.dtype,
-        device=group.device,
-        ordered=ordered,
-    )
-    if found is not None:
-        raise UnsupportedFeature(
-            f"{name}: {group.world_size} ranks add a row of a message of {found} rows in another order than "
-            f"{'by rank' if ordered else 'a row alone'}. {todo}"
+    for width, most, dtype in _messages(config, ordered):
+        found = collectives.moved(
+            group.all_reduce,
+            rank=group.rank_in_group,
+            ranks=group.world_size,
+            width=width,
+            most=most,
+            dtype=dtype,
+            device=group.device,
+            ordered=ordered,
         )
+        if found is not None:
+            raise UnsupportedFeature(
+                f"{name}: {group.world_size} ranks add a row of a message of {found} rows of {width} elements in "
+                f"another order than {'by rank' if ordered else 'a row alone'}. {todo}"
+            )
+
+
+def _messages(config: Any, ordered: bool) -> list[tuple[int, int, Any]]:
+    """(elements in a row, the largest number of rows, dtype) of the messages that the check sends."""
+    import torch
+
+    width, dtype = config.model_config.get_hidden_size(), config.model_config.dtype
+    most = config.scheduler_config.max_num_batched_tokens
+    asked = [(width, most, dtype)]
+    if ordered:
+        asked.append((width + 1, min(most, _FEW), dtype))  # rows that do not fill whole 16-byte lines
+    if active.leaves:
+        asked.append((width, most, torch.float32))  # roots of trees
+    return asked

@@ -1,6 +1,10 @@
 """Tensor parallelism on CPU with real ranks: equal to itself, and with fixed parts equal for every number of ranks."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +13,7 @@ from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify.answers import Request, compare
 from bi_patch.tools.verify.child import ARMED
-from bi_patch.tools.verify.probes import FEATURE_PROBES, PROBES, Workload
+from bi_patch.tools.verify.probes import FEATURE_PROBES, PROBES, Change, Workload
 
 pytestmark = pytest.mark.engine
 
@@ -17,9 +21,9 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 AXES = ("batch size", "position and order", "prefix cache", "chunk budget")
 
 
-def two_ranks(start, extra=None, **options):
+def two_ranks(start, extra=None, model=recipes.QWEN3, **options):
     given = {"tensor_parallel_size": 2} | (extra or {})
-    return start(ARMED, recipes.QWEN3, environ=ONE_THREAD, threads=1, extra=given, **options)
+    return start(ARMED, model, environ=ONE_THREAD, threads=1, extra=given, **options)
 
 
 def invariant(engine, axes):
@@ -52,6 +56,29 @@ def test_every_axis_compiled(start, extra):
 
 
 @pytest.mark.slow
+def test_new_weights_reach_both_ranks(start):
+    """An engine of two ranks that gets weights answers as one that was started with them."""
+    probe = next(p for p in FEATURE_PROBES if p.name == "weight update")
+    with two_ranks(start) as engine:
+        assert not probe.missing(engine)
+        load = Workload.random(engine.info.vocab_size, generate=8, prefix=200, lengths=(3, 40, 290))
+        expected = probe.collect(engine, load)
+        requests, (change,) = probe.requests(engine, load), probe.changes(engine)
+    with two_ranks(start, model=change.options["model"]) as other:
+        got = probe.collect(other, load, change)
+        pairs = list(probe.cases(change, requests, expected, got))
+    assert len(pairs) > 4 and not [case.label for case in pairs if case.differs]
+
+
+@pytest.mark.slow
+def test_data_and_pipeline_parallel_ranks_answer_as_one_engine(tmp_path):
+    """Real engines of two data-parallel ranks and of two stages, against one engine; exit code 1: bits differ."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-P", root / "benchmarks/cpu/engines.py", "--only", "ranks", "--results", tmp_path]
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=900)
+
+
+@pytest.mark.slow
 def test_other_sums_over_four_ranks_are_caught(start):
     batches = next(probe for probe in PROBES if probe.name == "batch size")
     with two_ranks(start, {"tensor_parallel_size": 4}, kind=FaultyEngine, dtype="float32") as engine:
@@ -78,3 +105,19 @@ def test_every_number_of_ranks_gives_the_same_bits(start, dtype):
         with start(ARMED, recipes.QWEN3, environ=environ, **given) as other:
             result = probe.judge(change, expected, probe.collect(other, load, change))
         assert result.compared > 0 and result.differing == 0, f"{change.label}: {result.first}"
+
+
+@pytest.mark.slow
+def test_parts_added_one_by_one_are_caught(start):
+    """The axis "tensor parallel size" finds parts that are not added in a tree: 2 ranks then differ from 1."""
+    (name,) = faults.TREES
+    probe = next(p for p in FEATURE_PROBES if p.name == "tensor parallel size")
+    given = {"environ": ONE_THREAD | {"BI_PATCH_TP_INVARIANT": "8"}, "kind": FaultyEngine, "dtype": "float32"}
+    answers = []
+    for ranks in (1, 2):
+        with start(ARMED, recipes.QWEN3, extra={"tensor_parallel_size": ranks}, **given) as engine:
+            assert engine.plant_over_ranks(name) == ranks
+            load = Workload.random(engine.info.vocab_size, generate=4, lengths=(3, 40))
+            answers.append(probe.collect(engine, load))
+    result = probe.judge(Change("tensor parallel 2", {}), *answers)
+    assert result.compared > 0 and result.differing > 0

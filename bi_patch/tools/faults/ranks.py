@@ -1,14 +1,15 @@
 """Other sums over ranks, planted in every worker of an engine of several CPU ranks, below the patch point.
 
-The patch point communicator.cpu_sum gathers the parts and adds them. Each way here adds them as a library does that
-looks at the message: causes 14 and 16 with real ranks. The layers are in other processes, so verify's axis finds the
-difference, and nothing names the layer.
+The patch point communicator.cpu_sum gathers the parts and adds them. Each of WAYS adds them as a library does that
+looks at the message: causes 14 and 16 with real ranks. TREES are other sums of the parts of BI_PATCH_TP_INVARIANT,
+which the axis "tensor parallel size" finds. The layers are in other processes, so verify's axis finds the difference,
+and nothing names the layer.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import torch
@@ -16,6 +17,7 @@ import torch
 from bi_patch.tools.verify.engine import LocalEngine
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
+_own: dict[str, Callable] = {}  # what the patch points call, by name
 _SMALL = 8192  # bytes: messages up to this size are added in rank order
 
 
@@ -56,18 +58,28 @@ WAYS: dict[str, Sum] = {
 }
 
 
+def one_by_one(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The parts of K are added one after the other, so the number of ranks decides where a sum begins anew."""
+    return functools.reduce(torch.add, parts)
+
+
+TREES: dict[str, Callable[[Iterable[torch.Tensor]], torch.Tensor]] = {"parts of K added one by one": one_by_one}
+
+
 def plant(engine: LocalEngine, data: bytes) -> bytes:
-    """Instrument: plant the way of this name in every worker, "" removes it. Returns the number of workers."""
+    """Instrument: plant one of WAYS or TREES in every worker, "" removes it. Returns the number of workers."""
     name = msgspec.msgpack.decode(data, type=str)
-    done = engine.llm.collective_rpc(functools.partial(_put, name=name))
+    # Not by llm.collective_rpc, which may write weights, so that engines with BI_PATCH_TP_INVARIANT refuse it.
+    done = engine.core.model_executor.collective_rpc(functools.partial(_put, name=name))
     return msgspec.msgpack.encode(len(done))
 
 
 def _put(worker: object, name: str) -> bool:
-    """In a worker: let the patch point add in this way."""
+    """In a worker: let the patch points add in this way."""
     from bi_patch.ops import collectives
+    from bi_patch.ops.cpu import leaves
 
-    own = getattr(collectives, "_bi_patch_own", collectives.in_rank_order)
-    collectives._bi_patch_own = own
-    collectives.in_rank_order = WAYS[name] if name else own
+    for module, attribute, ways in ((collectives, "in_rank_order", WAYS), (leaves, "tree", TREES)):
+        own = _own.setdefault(attribute, getattr(module, attribute))
+        setattr(module, attribute, ways.get(name, own))
     return True

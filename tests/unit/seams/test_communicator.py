@@ -36,7 +36,9 @@ def config(most=16):
     )
 
 
-@pytest.mark.parametrize("ranks, large, named", [(1, 1, ""), (4, 0, ""), (4, 1, "a message of 8 rows")])
+@pytest.mark.parametrize(
+    "ranks, large, named", [(1, 1, ""), (4, 0, ""), (4, 1, "a message of 8 rows of 2048 elements")]
+)
 def test_each_worker_checks_that_the_order_is_one(ranks, large, named, monkeypatch):
     from vllm.distributed import parallel_state
 
@@ -52,7 +54,9 @@ def test_each_cpu_worker_checks_that_the_order_is_by_rank(monkeypatch):
     from vllm.distributed import parallel_state
 
     monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(4, 0))
-    with pytest.raises(UnsupportedFeature, match="cpu_order: .*a message of 1 rows in another order than by rank"):
+    with pytest.raises(
+        UnsupportedFeature, match="cpu_order: .*a message of 1 rows of 2048 elements in another order than by rank"
+    ):
         closed("communicator.cpu_order", lambda config: None, "cpu")(config())
 
 
