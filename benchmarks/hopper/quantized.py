@@ -1,10 +1,12 @@
-"""Measures models with quantized weights on one GPU: few layers of real shapes, random weights.
+"""Measures models with quantized weights on one GPU: few layers of real shapes with random weights, and tiny models.
 
     PYTHONPATH=. python3 benchmarks/hopper/quantized.py verify [SCHEME ...] [--layers 4] [--results FOLDER]
     PYTHONPATH=. python3 benchmarks/hopper/quantized.py cost [SCHEME ...] [--layers 8] [--results FOLDER]
 
-SCHEME is a name of schemes.py. `verify` runs `bi-patch verify` of all schemes beside each other. `cost` starts an
-engine of each of --modes for each scheme, all at once, and measures them in turns (turns.py).
+SCHEME is a name of schemes.py. For `verify`, a tiny model of recipes.QUANTIZED is one, too: it has files, so its
+products are compared with fp64 on the checkpoint's dequantized weights. `verify` runs `bi-patch verify` of all schemes
+beside each other. `cost` starts an engine of each of --modes for each scheme, all at once, and measures those that
+start in turns (turns.py).
 """
 
 import argparse
@@ -41,17 +43,19 @@ def measure(scheme: str, a: argparse.Namespace) -> int:
     """Measure one scheme's invariance and write its rows. Returns the number of positions that differ."""
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
-    from bi_patch.tools.models import shapes
+    from bi_patch.tools.models import recipes, shapes
     from bi_patch.tools.verify import levels, local
 
     level = replace(levels.QUICK, seconds=None, graphs=1)
     given = {"gpu_memory_utilization": a.share, "kv_cache_memory_bytes": CACHE, "max_num_batched_tokens": 2048}
     with tempfile.TemporaryDirectory() as root:
-        folder = shapes.save("model", schemes.config(scheme, a.layers), root)
-        system = local.local(
-            folder, level, eager=a.eager, random_weights=SEED, engine_args=given | schemes.arguments(scheme)
-        )
-        label = schemes.label(scheme, a.layers) + (", eager" if a.eager else "")
+        if scheme in recipes.QUANTIZED:
+            folder, label, seed = str(recipes.path(scheme)), scheme, None
+        else:
+            folder = shapes.save("model", schemes.config(scheme, a.layers), root)
+            label, seed, given = schemes.label(scheme, a.layers), SEED, given | schemes.arguments(scheme)
+        system = local.local(folder, level, eager=a.eager, random_weights=seed, engine_args=given)
+        label += ", eager" if a.eager else ""
         rows, report = invariance.measure(label, system, level, only=a.axes.split(",") if a.axes else AXES, tell=print)
     found = evidence.new(evidence.Invariance, report)
     found.rows, found.command = rows, "python3 benchmarks/hopper/quantized.py verify"
@@ -89,21 +93,35 @@ class Child(turns.Child):
     """An engine of one scheme and mode, which measures when asked."""
 
     def __init__(self, a: argparse.Namespace, scheme: str, mode: str, count: int):
-        given = argparse.Namespace(raw=a.raw / scheme.replace(" ", "-"), max_model_len=4096, kv_gib=3)
+        given = argparse.Namespace(raw=a.raw / scheme.replace(" ", "-"), max_model_len=a.max_model_len, kv_gib=a.kv_gib)
         given.model, given.share = schemes.SCHEMES[scheme][0], a.memory / count
         super().__init__(given, mode, "--scheme", scheme, "--layers", str(a.layers))
+
+
+def ready(scheme: str, children: list[Child], silent: list[str]) -> list[Child]:
+    """The engines that start. The others go to `silent`, in words: upstream's mode does not run every scheme."""
+    started = []
+    for child in children:
+        try:
+            child.wait("turn ready", turns.START_S)
+            started.append(child)
+        except Exception as error:
+            silent.append(f"{scheme}: no engine of mode {child.mode} started")
+            print(f"{silent[-1]}: {type(error).__name__}: {error}", flush=True)
+    return started
 
 
 def cost(a: argparse.Namespace) -> int:
     modes = a.modes.split(",")
     pairs = {s: [Child(a, s, mode, len(modes) * len(a.schemes)) for mode in modes] for s in a.schemes}
-    outs = []
+    outs, silent, wanted = [], [], {"stock", "armed"} & set(modes)
+    complete = True
     try:
-        for scheme, children in pairs.items():
+        everyone = {scheme: ready(scheme, children, silent) for scheme, children in pairs.items()}
+        for scheme, children in everyone.items():
+            complete &= wanted <= {child.mode for child in children}
             try:
-                for child in children:
-                    child.wait("turn ready", turns.START_S)
-                for name in workloads(a.only, 4096):
+                for name in workloads(a.only, a.max_model_len):
                     for repeat in range(a.repeats):
                         for child in children[:: 1 if repeat % 2 == 0 else -1]:
                             child.measure(name, repeat)
@@ -111,18 +129,20 @@ def cost(a: argparse.Namespace) -> int:
                     child.finish()
             except Exception as error:
                 print(f"{scheme}: {type(error).__name__}: {error}", flush=True)
+                complete = False
                 continue
             outs += [child.out for child in children]
-            run.report(a, outs, turns.NOTE)
+            run.report(a, outs, ". ".join((turns.NOTE, *silent)))
     finally:
         for children in pairs.values():
             for child in children:
                 child.process.kill()
-    return len(outs) != len(modes) * len(a.schemes)
+    return not complete
 
 
 def main() -> None:
     parser = run.options(__doc__)
+    parser.set_defaults(max_model_len=4096)
     parser.add_argument("what", choices=("verify", "cost"))
     parser.add_argument("schemes", nargs="*", default=list(schemes.SCHEMES))
     parser.add_argument("--layers", type=int, default=4)
@@ -130,9 +150,12 @@ def main() -> None:
     parser.add_argument("--axes", default="", help="comma-separated axes of verify")
     parser.add_argument("--share", type=float, help="verify one scheme in this process, with this share of the memory")
     parser.add_argument("--memory", type=float, default=0.9, help="the share of the GPU's memory for all engines")
-    parser.add_argument("--modes", default=",".join(turns.MODES), help="of cost: stock, armed, upstream")
+    parser.add_argument("--modes", default="stock,armed,upstream", help="of cost: stock, armed, upstream")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="1 x 512/128,8 x 1024/128,64 x 512/128", help="comma-separated workloads")
+    parser.add_argument("--kv-gib", type=int, default=3, help="of cost: KV cache of each engine")
+    parser.add_argument(
+        "--only", default="1 x 512/128,8 x 1024/128,64 x 512/128,256 x 1024/256", help="comma-separated workloads"
+    )
     a = parser.parse_args()
     a.results.mkdir(parents=True, exist_ok=True)
     if a.what == "cost":

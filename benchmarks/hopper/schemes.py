@@ -49,10 +49,13 @@ def _packed(bits: int, group: int | None) -> dict:
 # By the scheme's name: the model's shape, and the checkpoint's quantization_config, None if vLLM quantizes by itself.
 SCHEMES: dict[str, tuple[str, dict | None]] = {
     "FP8 while loading": ("Qwen3-8B", None),
+    "FP8 channel while loading": ("Qwen3-8B", None),
+    "FP8 block while loading": ("Qwen3-8B", None),
     "FP8 channel": ("Qwen3-8B", _CHANNEL),
     "FP8 static": ("Qwen3-8B", _STATIC),
     "FP8 block": ("Qwen3-8B", _BLOCK),
     "FP8 KV cache": ("Qwen3-8B", None),
+    "FP8 channel and KV cache": ("Qwen3-8B", _CHANNEL | {"kv_cache_scheme": _FLOAT | {"strategy": "tensor"}}),
     "FP8 block experts": ("Qwen3-30B-A3B", _BLOCK),
     "INT8": ("Qwen3-8B", _INT8),
     "AWQ": ("Qwen3-8B", _AWQ),
@@ -76,8 +79,15 @@ def config(scheme: str, layers: int) -> dict[str, object]:
     return held if quantization is None else held | {"quantization_config": quantization}
 
 
+# Arguments of vllm.LLM, by the scheme's name.
+_ARGUMENTS: dict[str, dict[str, object]] = {
+    "FP8 while loading": {"quantization": "fp8"},
+    "FP8 channel while loading": {"quantization": "fp8_per_channel"},
+    "FP8 block while loading": {"quantization": "fp8_per_block"},
+    "FP8 KV cache": {"kv_cache_dtype": "fp8"},
+}
+
+
 def arguments(scheme: str) -> dict[str, object]:
     """Arguments of vllm.LLM for the scheme."""
-    if scheme == "FP8 KV cache":
-        return {"kv_cache_dtype": "fp8"}
-    return {"quantization": "fp8"} if SCHEMES[scheme][1] is None else {}
+    return _ARGUMENTS.get(scheme, {})

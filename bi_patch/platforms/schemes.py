@@ -23,6 +23,8 @@ _METHODS = {
     "auto_gptq": "gptq",
     "fp8": "fp8",
     "compressed-tensors": "compressed-tensors",
+    "mxfp4": "mxfp4",
+    "gpt_oss_mxfp4": "mxfp4",
 }
 
 
@@ -79,10 +81,12 @@ def of(config: Any) -> tuple[Scheme, ...]:
     if named is None:
         return ()
     held, method = _checkpoint(model), _METHODS.get(named, named)
-    if getattr(model, "quantization_config", None) is not None:
-        return (Scheme(method, online=True, other="a quantization_config of the engine's arguments"),)
+    asked = getattr(model, "quantization_config", None)
+    if asked is not None:
+        made = _ONLINE.get(named) if held is None and _is_short(named, asked) else None
+        return (made or Scheme(method, online=True, other="a quantization_config of the engine's arguments"),)
     if held is None:
-        return (_ONLINE.get(method) or Scheme(method, other="its config.json does not describe it"),)
+        return (_ONLINE["fp8"] if method == "fp8" else Scheme(method, other="its config.json does not describe it"),)
     said = str(held.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
     if _METHODS.get(said, said) != method or method not in _READERS:
         return (Scheme(method, other=f"a checkpoint of method {said!r}"),)
@@ -92,8 +96,23 @@ def of(config: Any) -> tuple[Scheme, ...]:
         return (Scheme(method, other=f"a configuration that cannot be read ({type(error).__name__}: {error})"),)
 
 
-# What vLLM makes of 16-bit weights.
-_ONLINE = {"fp8": Scheme("fp8", "fp8", TENSOR, activation="fp8", activation_scale=TENSOR, online=True)}
+# What vLLM makes of 16-bit weights, by the name in --quantization.
+_ONLINE = {
+    "fp8": Scheme("fp8", "fp8", TENSOR, activation="fp8", activation_scale=TENSOR, online=True),
+    "fp8_per_channel": Scheme("fp8", "fp8", CHANNEL, activation="fp8", activation_scale=TOKEN, online=True),
+    "fp8_per_block": Scheme("fp8", "fp8", "128x128", activation="fp8", activation_scale="128", online=True),
+}
+
+
+def _is_short(named: str, asked: Any) -> bool:
+    """Whether the quantization_config of an engine's arguments is what vLLM makes of the name alone.
+
+    asked: a vllm.config.quantization.QuantizationConfigArgs, whose layers' weights a name of vLLM describes.
+    """
+    layers = [getattr(asked, kind, None) for kind in ("linear", "moe")]
+    plain = all(layer is not None and getattr(layer, "activation", "") is None for layer in layers)
+    others = any(getattr(asked, name, None) for name in ("ignore", "targets"))
+    return plain and not others and {str(layer) for layer in layers} == {f"{named}_static"}
 
 
 def _checkpoint(model: Any) -> Mapping[str, Any] | None:
@@ -198,7 +217,9 @@ _NOTED = {"observer", "observer_kwargs", "zp_dtype"}
 
 
 def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
-    other = _unknown(held, _TENSORS)
+    other = _unknown({name: value for name, value in held.items() if name != _CACHE}, _TENSORS)
+    if held.get(_CACHE) and not _eighth_cache(held[_CACHE]):
+        other = other or "with another KV cache than FP8 with one static scale"
     for group in held["config_groups"].values():
         packing = str(group.get("format", held.get("format")))
         odd = other or _unknown(group, _GROUP) or ("" if packing in _PACKINGS else f"packing {packing!r}")
@@ -228,6 +249,24 @@ def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
                 other=made.other or rows.other or ("act-order of activations" if rows.order else ""),
             )
         yield made
+
+
+_CACHE = "kv_cache_scheme"
+
+
+def _eighth_cache(held: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's scheme of the KV cache is FP8 with one static scale for the keys of a layer, and one for
+    its values."""
+    made = _args(held)
+    kind = (made.kind, made.scale, made.symmetric, made.dynamic, made.order, made.other)
+    return kind == ("fp8", TENSOR, True, False, False, "")
+
+
+def caches(config: Any) -> bool:
+    """Whether the checkpoint of a finished engine configuration asks for an FP8 KV cache."""
+    model = config.model_config
+    held = None if model is None else _checkpoint(model)
+    return bool(held and held.get(_CACHE))
 
 
 @dataclass(frozen=True)
@@ -274,4 +313,8 @@ def _args(held: Mapping[str, Any]) -> _Args:
     )
 
 
-_READERS = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed}
+def _mxfp4(held: Mapping[str, Any]) -> Iterator[Scheme]:
+    yield Scheme("mxfp4", "mxfp4", "32", other=_unknown(held, _NOTES + "modules_to_not_convert"))
+
+
+_READERS = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed, "mxfp4": _mxfp4}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bi_patch.platforms import schemes
 from bi_patch.platforms.features import parallel
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
 from bi_patch.platforms.features.pairs import recurrent
@@ -120,6 +121,8 @@ def _quantized_cache(config: Any) -> str:
 
 def _eighth_cache(config: Any) -> str:
     kind = getattr(config.cache_config, "cache_dtype", "auto")
+    if kind == "auto" and schemes.caches(config):
+        return "the checkpoint's FP8 KV cache"
     return f"a {kind!r} KV cache" if kind in _EIGHTH_CACHES else ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bi_patch.platforms import schemes
 from bi_patch.platforms.features.model import Cell, Feature, refused, row, untried
 
 _ALONE = "nobody has compared bits of both together"
@@ -38,6 +39,7 @@ def _parses_reasoning(config: Any) -> bool:
 
 LORA, SPECULATION, POOLING = "LoRA", "speculative decoding", "pooling"
 QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
+EIGHTH = "an FP8 KV cache"
 PARTS: dict[str, Callable[[Any], bool]] = {
     LORA: lambda config: config.lora_config is not None,
     SPECULATION: lambda config: config.speculative_config is not None,
@@ -45,6 +47,10 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     QUANTIZED: lambda config: getattr(config.model_config, "quantization", None) is not None,
     MLA: _model("use_mla"),
     RECURRENT: lambda config: recurrent(config.model_config),
+    EIGHTH: lambda config: (
+        str(getattr(getattr(config, "cache_config", None), "cache_dtype", "auto")).startswith("fp8")
+        or schemes.caches(config)
+    ),
     "multimodal models": _model("is_multimodal_model"),
     "encoder-decoder models": _model("is_encoder_decoder"),
     "ranks that share a model": lambda config: several_ranks(config, "tensor", "pipeline"),
@@ -111,6 +117,7 @@ PAIRS: tuple[Feature, ...] = (
         *("a reasoning parser", "custom logits processors", "watermarks"),
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
+    _never(EIGHTH, LORA, SPECULATION, POOLING, MLA, RECURRENT, "multimodal models"),
     _pairs(
         "tensor parallelism",
         *("pipeline parallelism", "data parallelism"),

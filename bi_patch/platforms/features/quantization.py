@@ -20,7 +20,14 @@ _H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
 _ON_HOPPER = served(_H200, why="two layers of published sizes, in eager mode", releases=">=0.33")
 _COMPILED = served(_H200, why="two layers of published sizes, compiled and in eager mode", releases=">=0.33")
 _SAME = untried("as FP8 made while loading", releases=">=0.33")
-_PACKED = (refused("no run of an engine has shown its bits", todo="Use unquantized weights", releases=">=0.33"), _NONE)
+_RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
+_PACKED = (served(_RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), _NONE)
+_EIGHT_BITS = served(
+    "invariance-2026-11-29-h200-quantized-eager-vllm-0.33.0.json",
+    why="two layers of Qwen3-8B's sizes, in eager mode",
+    releases=">=0.33",
+)
+_UNSHOWN = (refused("no run of an engine has shown its bits", todo="Use --quantization fp8", releases=">=0.33"), _NONE)
 _GROUPS = ("32", "64", "128", CHANNEL)  # sizes with a kernel
 
 Cells = dict[str, Cell | tuple[Cell, ...]]
@@ -91,7 +98,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     (
         "8-bit weights alone (GPTQ, compressed-tensors W8A16)",
         lambda s: _weight_only(s, 8),
-        _NO_KERNEL | {"cuda": _PACKED},
+        _NO_KERNEL | {"cuda": (_EIGHT_BITS, _NONE)},
     ),
     ("FP8 in blocks of 128 x 128", _blocks, _cuda(_ON_HOPPER) | _WITH_AMX),
     (
@@ -106,6 +113,23 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     ),
     ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _cuda(_SAME)),
     ("FP8 made while loading (--quantization fp8)", lambda s: _fp8(s, TENSOR, TENSOR, online=True), _cuda(_COMPILED)),
+    (
+        "FP8 made while loading, per channel or in blocks (--quantization fp8_per_channel, fp8_per_block)",
+        lambda s: _fp8(s, CHANNEL, TOKEN, online=True) or _fp8(s, "128x128", "128", online=True),
+        _REFUSED | {"cuda": _UNSHOWN},
+    ),
+    (
+        "MXFP4 (gpt-oss as published)",
+        lambda s: s.weight == "mxfp4",
+        _NO_KERNEL
+        | {
+            "cuda": refused(
+                "vLLM's kernels choose tiles and parts of K by the number of rows, and bi_patch has no kernel for its "
+                "experts",
+                todo="Use the model in bf16",
+            )
+        },
+    ),
 )
 _OTHERS = "other quantized weights"
 # The rows that the README shows, and its names for them.
@@ -183,7 +207,7 @@ QUANTIZATION: tuple[Feature, ...] = (
     row(
         "quantized weights of a checkpoint, compiled",
         cpu=served(_CPU_RUN),
-        cuda=untried("the evidence is of eager mode"),
+        cuda=served(_RUN, why="AWQ, GPTQ, W4A16, INT8 and FP8 with static activations"),
         ascend=_NONE,
         asked=_compiled,
     ),
@@ -191,7 +215,7 @@ QUANTIZATION: tuple[Feature, ...] = (
         _OTHERS,
         **_REFUSED,
         asked=_asked(_OTHERS),
-        details="Each method, group size and packing that no row above names: MXFP4, NVFP4, torchao, Quark, ModelOpt",
+        details="Each method, group size and packing that no row above names: NVFP4, torchao, Quark, ModelOpt",
     ),
     row(
         "quantized weights in fp16 or fp32",

@@ -38,6 +38,9 @@ def _backend(original):
             held.arguments["attn_backend"] = _triton()
         original(*held.args, **held.kwargs)
         _refuse_layer(self, held.arguments)
+        if eighth(getattr(self, "kv_cache_dtype", None)):
+            # Queries stay in 16 bits, and Triton attention dequantizes keys and values to their type.
+            self.query_quant = None
 
     return __init__
 
@@ -49,10 +52,16 @@ def _window(arguments) -> int | None:
     return layers if layers is not None or cache is None else cache.sliding_window
 
 
+def eighth(kv_cache_dtype: str | None) -> bool:
+    """Whether a KV cache of this type holds 8-bit floats."""
+    return str(kv_cache_dtype).startswith("fp8")
+
+
 def _flash_serves(arguments) -> bool:
     """Whether FlashAttention 3 would serve the layer that Attention.__init__ makes of its arguments, invariantly."""
     return (
         _window(arguments) is None
+        and not eighth(getattr(arguments.get("cache_config"), "cache_dtype", None))
         and arguments["head_size"] in _FLASH_HEAD_SIZES
         and arguments.get("alibi_slopes") is None
         and _flash_version(arguments) == 3
@@ -124,10 +133,10 @@ def _refuse_layer(layer, arguments) -> None:
             reason = f"FlashAttention 3 aligns its KV tiles with the query's window (of {layer.sliding_window} tokens)"
         elif layer.head_size not in _FLASH_HEAD_SIZES:
             reason = f"no test showed that FlashAttention 3 is batch-invariant for heads of {layer.head_size} elements"
+        elif eighth(getattr(layer, "kv_cache_dtype", None)):
+            reason = "of an FP8 KV cache, FlashAttention 3 adds tiles in pairs, counted from a chunk's last token"
     elif layer.head_size == 256 and _tunes_large_heads():
         reason, cure = f"on this GPU, {name} tiles heads of 256 elements by the query's length", "another GPU"
-    if getattr(layer, "kv_cache_dtype", "auto").startswith("fp8") and name != _FLASH and not reason:
-        reason, cure = f"no test covers an FP8 KV cache on {name}", "--kv-cache-dtype auto"
     if reason:
         raise UnsupportedFeature(f"attention.cuda_backend: {reason}. Use {cure}, or set BI_PATCH=0")
 
@@ -175,8 +184,7 @@ def decoders(config):
 
     for layer in config.compilation_config.static_forward_context.values():
         decodes = getattr(layer, "attn_type", "decoder") == "decoder"
-        eighth = getattr(layer, "kv_cache_dtype", "auto").startswith("fp8")
-        if isinstance(layer, Attention) and decodes and not eighth and layer.attn_backend.get_name() == _FLASH:
+        if isinstance(layer, Attention) and decodes and layer.attn_backend.get_name() == _FLASH:
             yield Problem(layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype), prefill
 
 
@@ -355,8 +363,9 @@ SEAMS = (
         targets=(Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),),
         close=_backend,
         why="a backend whose split or tile of KV depends on the batch gives bits that depend on the batch",
-        how="FlashAttention 3 runs in one split. Layers that it cannot serve, e.g. layers with a sliding window or "
-        "ALiBi, run on Triton attention, whose KV tiles start at fixed positions. bi_patch refuses other backends",
+        how="FlashAttention 3 runs in one split. Layers that it cannot serve, e.g. layers with a sliding window, "
+        "ALiBi or an FP8 KV cache, run on Triton attention, whose KV tiles start at fixed positions. bi_patch refuses "
+        "other backends",
         until="never: bi_patch itself decides here which backends it accepts",
         causes=(3, 4, 25),
         serves=("Attention",),

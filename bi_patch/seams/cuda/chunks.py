@@ -2,9 +2,10 @@
 
 import functools
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.cuda import prompts
 from bi_patch.ops.cuda.chunks import Problem
-from bi_patch.seams.cuda.attention import ENCODER, reported_query
+from bi_patch.seams.cuda.attention import ENCODER, eighth, reported_query
 
 
 class Metadata:
@@ -56,6 +57,11 @@ def _latent(config, page: int):
 
 def _problem(layer, page: int) -> Problem | prompts.Problem:
     impl = layer.impl
+    if is_eighth(layer) and max(layer._k_scale.numel(), layer._v_scale.numel()) > 1:
+        raise UnsupportedFeature(
+            "attention.cuda_backend: no test covers an FP8 KV cache with a scale for each head. Use --kv-cache-dtype "
+            "auto, or set BI_PATCH=0"
+        )
     version = getattr(impl, "vllm_flash_attn_version", None)
     extras = {
         "sinks": getattr(impl, "sinks", None) is not None,
@@ -105,7 +111,7 @@ def _encode(layer, problem: prompts.Problem, q, k, v, lengths):
 
 def is_eighth(layer) -> bool:
     """Whether a layer keeps keys and values as 8-bit floats."""
-    return getattr(layer, "kv_cache_dtype", "auto").startswith("fp8")
+    return eighth(getattr(layer, "kv_cache_dtype", None))
 
 
 def _prepare(layer, problem: Problem, q, k, v):
@@ -121,8 +127,7 @@ def _prepare(layer, problem: Problem, q, k, v):
     at = torch.arange(tokens, device=device)
     layer.impl.do_kv_cache_update(layer, k, v, cache, order[at // problem.page] * problem.page + at % problem.page)
     kind = attention.Problem(problem.heads, problem.key_heads, problem.head_size, problem.dtype)
-    bundled = attention.serves(kind) and not is_eighth(layer)
-    round_query = getattr(layer, "query_quant", None)
+    bundled = attention.serves(kind)
 
     def ints(values):
         return torch.tensor(values, dtype=torch.int32, device=device)
@@ -148,8 +153,6 @@ def _prepare(layer, problem: Problem, q, k, v):
             causal=True,
             max_num_splits=1,
         )
-        if round_query is not None:  # as Attention.forward
-            query = round_query(query.flatten(1), layer._q_scale)[0].view(query.shape)
         layer.impl.forward(layer, query, k[rows], v[rows], cache, known, out)
         return out
 

@@ -125,21 +125,27 @@ def _check_blocks(name, kernel) -> None:
 
 
 def quantizers(model):
-    """Of each layer with 8-bit floats: its form in words, K, and how it quantizes: x [M, K] -> (rows, scales)."""
+    """Of each layer with 8-bit floats: its form in words, K, and how it quantizes: x [M, K] -> (rows, scales), or
+    (rows,) if the checkpoint has the one scale."""
     for _, layer, kernel in quantized.layers(model, _KERNELS):
         group, quantize = _KERNELS[type(kernel).__name__], kernel.quant_fp8
         k = layer.weight.shape[1 if group else 0]
         scale = getattr(layer, "input_scale", None)
         form = f"groups of {group}" if group else "static" if scale is not None else "by row"
         form += " powers of two" if group and quantize.use_ue8m0 else ""
-        yield f"{form} K={k}", k, functools.partial(quantize.forward_cuda, scale=scale)
+        yield f"{form} K={k}", k, functools.partial(_quantized, quantize, scale)
+
+
+def _quantized(quantize, scale, x):
+    """The outputs of a quantizer that have a row for each row of x. scale: the checkpoint's, or None."""
+    rows, scales = quantize.forward_cuda(x, scale=scale)
+    return (rows, scales) if scale is None else (rows,)
 
 
 def _custom_op(config) -> None:
     """Quantize rows by vLLM's own kernel in compiled code, too, and fuse it into no other kernel."""
-    model, cache = config.model_config, getattr(config, "cache_config", None)
-    eighth = str(getattr(cache, "cache_dtype", "auto")).startswith("fp8")
-    if model is None or getattr(model, "quantization", None) is None and not eighth:
+    model = config.model_config
+    if model is None or getattr(model, "quantization", None) is None:
         return
     held = config.compilation_config.custom_ops
     if "-quant_fp8" in held:

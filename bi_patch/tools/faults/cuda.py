@@ -6,7 +6,10 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-from bi_patch.tools.faults.base import CUDA, FP8, Fault
+import torch
+
+from bi_patch.tools.faults.base import CUDA, FP8, PACKED, Fault
+from bi_patch.tools.faults.shared import FEW
 from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner, replaced
@@ -49,6 +52,53 @@ def tensor_scale(engine: LocalEngine) -> Iterator[None]:
         yield
 
 
+_SPLITS = 4
+
+
+def _split(engine: LocalEngine, order) -> contextlib.AbstractContextManager[None]:
+    """Products of packed weights for few rows are sums of parts of K, in fp32. order: of the parts."""
+    from bi_patch.kernels.packing import Packed
+    from bi_patch.ops.cuda import packed_linear
+
+    def make(kernel):
+        def wrap(held):
+            def apply_weights(layer, x, bias=None):
+                flat = x.reshape(-1, x.shape[-1])
+                if flat.shape[0] > FEW:
+                    return held(layer, x, bias)
+                data, scale, zero = kernel._get_weight_params(layer)
+                bits = kernel.config.weight_type.size_bits
+                packed = Packed(data, scale, zero, bits, kernel.bi_patch_group)
+                halves = zip(flat.chunk(_SPLITS, 1), packed_linear.dequantize(packed).chunk(_SPLITS, 1), strict=True)
+                parts_ = [a.float() @ b.float().T for a, b in halves]
+                first, *rest = (parts_[i] for i in order(_SPLITS))
+                for part in rest:
+                    first += part
+                if bias is not None:
+                    first += bias
+                return first.to(x.dtype).view(*x.shape[:-1], -1)
+
+            return apply_weights
+
+        return wrap
+
+    stack = contextlib.ExitStack()
+    for layer in layers.model(engine).modules():
+        kernel = layers.packed_kernel(layer)
+        if kernel is not None:
+            stack.enter_context(replaced(kernel, "apply_weights", make(kernel)))
+    return stack
+
+
+def atomic_packed(engine: LocalEngine):
+    """The parts of K of a product for few rows are added in the order in which they are ready, as atomics do."""
+    return _split(engine, lambda count: torch.randperm(count, generator=_arrival).tolist())
+
+
+_arrival = torch.Generator()  # when a part is ready
+_arrival.seed()
+
+
 FAULTS = (
     Fault(
         "num_splits 0",
@@ -70,5 +120,17 @@ FAULTS = (
         "proj",
         "fp8_quant",
         model=FP8,
+    ),
+    Fault(
+        "parts of K of packed weights added as they arrive",
+        10,
+        atomic_packed.__doc__,
+        "batch size",
+        atomic_packed,
+        (CUDA,),
+        "proj",
+        seam={"cuda": "packed_linear.cuda_machete"},
+        emulated=(CUDA,),
+        model=PACKED,
     ),
 )

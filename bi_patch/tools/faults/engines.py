@@ -148,3 +148,10 @@ def quantized(given: Options, folder: str) -> Options:
     config = shapes.SHAPES["Qwen3-1.7B"] | {"num_hidden_layers": 3}
     model = shapes.save("Qwen3-1.7B, 3 layers", config, folder)
     return given.but(model=model, extra=given.extra | {"quantization": "fp8"})
+
+
+def packed(given: Options, folder: str) -> Options:
+    """These options with another model: three dense layers with weights of 4 bits, as AWQ packs them."""
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    config = shapes.SHAPES["Qwen3-1.7B"] | {"num_hidden_layers": 3, "quantization_config": awq}
+    return given.but(model=shapes.save("Qwen3-1.7B AWQ, 3 layers", config, folder))

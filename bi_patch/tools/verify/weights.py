@@ -61,7 +61,7 @@ def fill(model, seed: int) -> None:
         generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(seed))
         scaled = _scaled(named, name)
         wide = value if value.element_size() > 1 else torch.empty(value.shape, device=value.device)
-        if name.endswith("input_scale"):
+        if name.endswith(("input_scale", ".k_scale", ".v_scale")):
             wide.fill_(0.02)
         elif scaled is not None:
             wide.uniform_(0.5, 1.5, generator=generator).mul_(scaled.shape[-1] ** -0.5 / _EIGHTH)

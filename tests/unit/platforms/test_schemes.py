@@ -6,7 +6,7 @@ import pytest
 from packaging.version import Version
 
 from bi_patch.platforms import releases, schemes
-from bi_patch.platforms.features import quantization
+from bi_patch.platforms.features import engine, quantization
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
@@ -99,7 +99,6 @@ def test_a_scheme_belongs_to_one_row(held, name):
         tensors(INT8, TOKEN, transform_config={"config_groups": {"a": 1}}),
         tensors(INT8, TOKEN, sparsity_config={"format": "dense"}),
         tensors(INT8, TOKEN, format="marlin-24"),
-        {"quant_method": "mxfp4"},
         {"quant_method": "torchao", "quant_type": "int4"},
     ],
 )
@@ -125,6 +124,56 @@ def test_experts_and_heads_have_rows_of_their_own():
 def test_other_types_than_bf16_have_a_row():
     assert rows(AWQ, dtype="torch.bfloat16") == ["AWQ, 4 bits"]
     assert rows(AWQ, dtype="torch.float16") == ["AWQ, 4 bits", "quantized weights in fp16 or fp32"]
+
+
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def test_a_checkpoint_may_ask_for_an_fp8_kv_cache_with_one_static_scale():
+    held = tensors(INT8, TOKEN, kv_cache_scheme=CACHE)
+    assert rows(held) == rows(W8A8) and schemes.caches(config(held)) and not schemes.caches(config(W8A8))
+    for change in ({"strategy": "attn_head"}, {"dynamic": True}, {"num_bits": 4}, {"symmetric": False}):
+        assert rows(tensors(INT8, TOKEN, kv_cache_scheme=CACHE | change)) == ["other quantized weights"]
+    made = config(held)
+    made.cache_config = SimpleNamespace(cache_dtype="auto")
+    cache = next(row for row in engine.FEATURES if row.name.startswith("FP8 KV cache"))
+    assert cache.asked(made) == "the checkpoint's FP8 KV cache"
+    made.cache_config.cache_dtype = "bfloat16"
+    assert not cache.asked(made)
+
+
+class Spec:
+    """A stand-in of vLLM's QuantSpec, whose words name the weight's quantization."""
+
+    def __init__(self, name, activation=None):
+        self.name, self.activation = name, activation
+
+    def __str__(self):
+        return self.name
+
+
+@pytest.mark.parametrize("named", ["fp8_per_channel", "fp8_per_block"])
+def test_a_name_of_online_quantization_is_known_if_nothing_changes_it(named):
+    spec = Spec(f"{named}_static")
+    plain = {"linear": spec, "moe": spec, "ignore": [], "targets": None}
+    (row,) = rows(None, named, quantization_config=SimpleNamespace(**plain))
+    assert row.startswith("FP8 made while loading, per channel or in blocks")
+    for change in (
+        {"ignore": ["re:.*q_proj"]},
+        {"targets": {"*": named}},
+        {"moe": None},
+        {"linear": Spec(f"{named}_static", "fp8_per_token")},
+        {"linear": Spec("mxfp8")},
+    ):
+        assert rows(None, named, quantization_config=SimpleNamespace(**plain | change)) == ["other quantized weights"]
+    assert rows(AWQ, named, quantization_config=SimpleNamespace(**plain)) == ["other quantized weights"]
+
+
+def test_gpt_oss_as_published_has_a_row_with_its_reason():
+    held = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    for method in ("mxfp4", "gpt_oss_mxfp4"):
+        assert rows(held, method, is_moe=True) == ["MXFP4 (gpt-oss as published)", "quantized experts"]
+    assert rows(held | {"block_size": 16}, "mxfp4") == ["other quantized weights"]
 
 
 def test_a_method_must_be_the_checkpoints():

@@ -131,6 +131,7 @@ def test_a_plain_configuration_passes(change):
         ({"model__quantization": "fp8", "model__use_mla": True}, "quantized weights with MLA .fp8"),
         ({"compilation__custom_ops": ["all", "-silu_and_mul"]}, "custom_ops has -silu_and_mul"),
         ({"cache__cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' KV cache"),
+        ({"cache__cache_dtype": "fp8", "lora": SimpleNamespace()}, "an FP8 KV cache with LoRA"),
         ({"model__use_mla": True, "model__hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model__is_hybrid": True}, "hybrid"),
         ({"model__is_multimodal_model": True, "model__architectures": ["Other"]}, "language-model-only"),
@@ -389,6 +390,8 @@ def test_compiled_rotations_by_sections_are_vllms_kernel(shape, sections, monkey
         ({"per_layer_sliding_window": 512}, 3, False, "TRITON"),
         ({"cache_config": SimpleNamespace(sliding_window=512)}, 3, False, "TRITON"),
         ({"cache_config": SimpleNamespace(sliding_window=512)}, 3, True, "X"),
+        ({"cache_config": SimpleNamespace(sliding_window=None, cache_dtype="fp8")}, 3, False, "TRITON"),
+        ({"cache_config": SimpleNamespace(sliding_window=None, cache_dtype="auto")}, 3, False, "X"),
         ({"alibi_slopes": [0.5]}, 3, False, "TRITON"),
         ({"head_size": 72}, 3, False, "TRITON"),
         ({"sinks": torch.zeros(2)}, 3, False, "X"),
@@ -418,6 +421,30 @@ def test_layers_go_to_triton_where_flash_attention_cannot_serve(given, version, 
     monkeypatch.setattr(Layer, "attn_backend", SimpleNamespace(get_name=lambda: "TRITON_ATTN"), raising=False)
     monkeypatch.setattr(Layer, "__init__", _closed("attention.cuda_backend", Layer.__init__))
     assert Layer(**{"head_size": 128, **given}).given == served
+
+
+def test_an_fp8_kv_cache_meets_queries_of_16_bits_on_triton_attention_alone(monkeypatch):
+    from bi_patch.seams.cuda import attention as attention_cuda
+    from bi_patch.seams.cuda import chunks
+
+    class Layer(Attention):
+        def __init__(self, backend, kind):
+            super().__init__(backend, 128, None)
+            self.kv_cache_dtype, self.query_quant = kind, "rounds"
+
+    monkeypatch.setattr(attention_cuda, "_chosen", lambda: True)
+    monkeypatch.setattr(Layer, "__init__", _closed("attention.cuda_backend", Layer.__init__))
+    layer = Layer("TRITON_ATTN", "fp8")
+    assert layer.query_quant is None and chunks.is_eighth(layer)
+    assert Layer("TRITON_ATTN", "auto").query_quant == "rounds"
+    with pytest.raises(UnsupportedFeature, match="adds tiles in pairs.* Use --attention-backend TRITON_ATTN"):
+        Layer("FLASH_ATTN", "fp8_e4m3")
+    layer.num_heads, layer.num_kv_heads, layer.dtype, layer.attn_type = 8, 2, torch.bfloat16, "decoder"
+    layer._k_scale = layer._v_scale = torch.ones(())
+    assert chunks._problem(layer, 16).extras == "e4m3 KV"
+    layer._v_scale = torch.ones(2)
+    with pytest.raises(UnsupportedFeature, match="a scale for each head"):
+        chunks._problem(layer, 16)
 
 
 def test_encoders_go_to_triton_where_flash_attention_was_not_shown(monkeypatch):
