@@ -19,6 +19,7 @@ from bi_patch.tools.faults import Fault, catch, engines, every, named
 from bi_patch.tools.faults.base import FP8, PACKED
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.compiled import AXIS, CAUSE, NAME, catch_compiled
+from bi_patch.tools.verify import forks
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 from bi_patch.tools.verify.engine import Info, Options
 from bi_patch.tools.verify.probes import Workload
@@ -58,7 +59,7 @@ def measure(
     for name in only:
         if named(name) not in wanted:
             raise SettingError(f"the fault {name!r} cannot be planted on {platform}")
-    with tempfile.TemporaryDirectory(prefix="bi_patch-faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bi_patch-faults-") as folder, forks.forking():
         run = _Run(platform, PATIENT | dict(os.environ) | _ENVIRON[platform], folder, tell, keep)
         given = engines.options(platform, folder, dtype)
         return run.planted(given, wanted, at_once, compiled and not only)

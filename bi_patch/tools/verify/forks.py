@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -49,14 +50,15 @@ class Forks:
 
     def __init__(self, most: int = MOST, *, keep: bool = False) -> None:
         self._most, self._keep = most, keep
+        self._lock = threading.Lock()  # a prepared process answers one message at a time
         self._prepared: OrderedDict[str, _Prepared] = OrderedDict()
 
     def launch(
         self, argv: Sequence[str], *, stdin, stdout, stderr, pass_fds, start_new_session: bool, env: Mapping[str, str]
     ) -> _Fork | subprocess.Popen:
         """As subprocess.Popen in ChildEngine: argv ends with the worker's module and the descriptor of the replies."""
-        if (found := self._for(env)) is not None:
-            with contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError):
+            if (found := self._for(env)) is not None:
                 return found.fork(worker=argv[-2], log=stdout, replies=pass_fds[0])
         return subprocess.Popen(
             argv, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, start_new_session=True, env=env
