@@ -12,6 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 
 import run
 from child import workloads
@@ -64,12 +65,18 @@ def main() -> None:
     parser.add_argument("--modes", default="stock,armed", help="upstream: upstream's own mode")
     parser.add_argument("--only", help="comma-separated workloads")
     parser.add_argument("--kv-gib", type=int, default=24, help="KV cache of each engine")
+    parser.add_argument("--share", type=float, default=0.4, help="of the GPU's memory that must be free at each start")
+    parser.add_argument("--seconds", type=float, help="begin no further workload after so many seconds")
     a = parser.parse_args()
+    begin = time.monotonic()
     children = [Child(a, mode) for mode in a.modes.split(",")]
     try:
         for child in children:
             child.wait("turn ready", START_S)
         for name in workloads(a.only, a.max_model_len):
+            if a.seconds and time.monotonic() - begin > a.seconds:
+                print(f"no time for {name}", flush=True)
+                continue
             for repeat in range(a.repeats):
                 # The engines take turns to go first, so that neither engine always runs right after the other.
                 for child in children[:: 1 if repeat % 2 == 0 else -1]:

@@ -36,7 +36,7 @@ def test_gated_delta_nets(start, tmp_path):
         every_axis(engine)
         load = catch.workload(engine)
         assert not any(case.differs for case in catch.cases(engine, "chunk budget", load))
-        for fault in recurrent.FAULTS:
+        for fault in recurrent.ON_CPU:
             found = catch.catch(engine, fault.name, load)
             assert found.caught and found.right, found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bi_patch.tools.faults import parts
-from bi_patch.tools.faults.base import BOTH, CPU, Fault, platform
+from bi_patch.tools.faults.base import BOTH, CPU, CUDA, Fault, platform
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import replaced
 
@@ -15,6 +15,10 @@ _SEAM = {"cpu": "recurrent.cpu_gated_delta_net", "cuda": "recurrent.cuda_gated_d
 
 def chunks_from_the_cut(engine: LocalEngine):
     """vLLM's own kernels: chunks start where the scheduler cut the prompt, and other kernels decode."""
+    return _stock_on_cpu() if platform() == "cpu" else _stock_on_cuda()
+
+
+def _stock_on_cpu():
     from vllm import _custom_ops
     from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 
@@ -30,6 +34,13 @@ def chunks_from_the_cut(engine: LocalEngine):
             layer.conv1d.weight.data = held
 
     return replaced(gdn_attention, "_cpu_gdn_attention_nonspec", lambda held: run)
+
+
+def _stock_on_cuda():
+    from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+
+    stock = parts.original(_SEAM["cuda"])
+    return replaced(QwenGatedDeltaNetAttention, "_forward_core", lambda held: stock)
 
 
 def rounded_states(engine: LocalEngine):
@@ -54,12 +65,22 @@ def rounded_states(engine: LocalEngine):
     return replaced(recurrent, name, make)
 
 
-FAULTS = tuple(
-    Fault(
+def lanes_by_batch(engine: LocalEngine):
+    """The number of requests decides how many lanes share a sum over keys, as an autotuned tile would."""
+    from bi_patch.kernels.cuda import recurrent
+
+    def make(held):
+        return lambda form, requests: held(form, requests)._replace(lanes=8 if requests == 1 else 16)
+
+    return replaced(recurrent, "choose", make)
+
+
+def _fault(name, plant, axis="chunk budget", platforms=BOTH, emulated=()) -> Fault:
+    return Fault(
         name,
         24,
         plant.__doc__,
-        "chunk budget",
+        axis,
         plant,
         platforms,
         "linear_attn",
@@ -68,8 +89,11 @@ FAULTS = tuple(
         emulated=emulated,
         model=MODEL,
     )
-    for name, plant, platforms, emulated in (
-        ("chunks from the scheduler's cut", chunks_from_the_cut, (CPU,), ()),
-        ("states saved between chunk boundaries", rounded_states, BOTH, BOTH),
-    )
+
+
+FAULTS = (
+    _fault("chunks from the scheduler's cut", chunks_from_the_cut),
+    _fault("states saved between chunk boundaries", rounded_states, emulated=BOTH),
+    _fault("tile of a recurrence by the batch", lanes_by_batch, "batch size", (CUDA,), emulated=(CUDA,)),
 )
+ON_CPU = tuple(fault for fault in FAULTS if CPU in fault.platforms)

@@ -535,14 +535,16 @@ def _text(new) -> list[int]:
 
 @contextlib.contextmanager
 def replaced(owner, name: str, wrap) -> Iterator[None]:
-    """Within this context, `owner.name` is `wrap(owner.name)`, on this object only."""
+    """Within this context, `owner.name` is `wrap(owner.name)`, on this object, class or module only."""
     held = getattr(owner, name)
     own = vars(owner).get(name)
-    object.__setattr__(owner, name, wrap(held))
+    # object's setters pass by __setattr__ of torch.nn.Module, which refuses; they do not work on classes.
+    kind = type if isinstance(owner, type) else object
+    kind.__setattr__(owner, name, wrap(held))
     try:
         yield
     finally:
         if own is not None:
-            object.__setattr__(owner, name, own)
+            kind.__setattr__(owner, name, own)
         else:
-            object.__delattr__(owner, name)
+            kind.__delattr__(owner, name)

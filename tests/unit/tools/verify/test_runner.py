@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bi_patch.tools.verify.answers import Request
-from bi_patch.tools.verify.runner import AttachedV2, NotTraceable, attach, model_runner
+from bi_patch.tools.verify.runner import AttachedV2, NotTraceable, attach, model_runner, replaced
 from bi_patch.tools.verify.trace import Tracer
 
 
@@ -135,3 +135,22 @@ def test_a_model_in_other_processes_is_not_traced():
     engine = SimpleNamespace(core=SimpleNamespace(model_executor=MultiprocExecutor()))
     with pytest.raises(NotTraceable, match=r"runs in other processes \(MultiprocExecutor\)"):
         model_runner(engine)
+
+
+class Base:
+    def name(self):
+        return "base"
+
+
+class Derived(Base):
+    pass
+
+
+@pytest.mark.parametrize("owner", [Base, Derived, Derived()], ids=["own", "inherited", "object"])
+def test_an_attribute_is_replaced_in_its_owner_alone_and_given_back(owner):
+    given = owner() if isinstance(owner, type) else owner
+    before = vars(owner).get("name")
+    with replaced(owner, "name", lambda held: lambda *_: "replaced"):
+        assert given.name() == "replaced"
+        assert Base().name() == ("replaced" if owner is Base else "base")
+    assert given.name() == "base" and vars(owner).get("name") is before
