@@ -211,7 +211,7 @@ def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
     if repeat == 0 and number > 1:
         cost(engine, number, length, 4, 500)
     row = {"workload": name, "repeat": repeat} | cost(engine, number, length, tokens, repeat)
-    if repeat == 0 and number <= 64:
+    if repeat == 0 and number <= 128:
         row["gpu_ms"], row["kernels"] = gpu_cost(engine, number, length)
     result["cost"].append(row)
     print("cost", result["model"], result["mode"], row, flush=True)

@@ -1,14 +1,17 @@
 """Compares answers of an armed engine of few MLA layers, alone and in other ways, in this process.
 
-    BI_PATCH_MLA=two PYTHONPATH=. python3 benchmarks/hopper/mla_engine.py OUT.json [--eager] [--small] [--family NAME]
+    BI_PATCH_MLA=two PYTHONPATH=. python3 benchmarks/hopper/mla_engine.py OUT.json [--eager] [--small] [--long]
 
 --small: a KV cache too small for the batch, without a prefix cache, so that requests are preempted and recomputed.
+--cached: with a prefix cache, where a preempted request finds its own blocks.
+--long: prompts that exceed vLLM's workspace of 65,536 tokens.
 """
 
 import argparse
 import json
 import os
 import random
+import tempfile
 import time
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -26,7 +29,10 @@ def main():
     parser.add_argument("out")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--cached", action="store_true")
+    parser.add_argument("--long", action="store_true")
     parser.add_argument("--family", default="DeepSeek V2")
+    parser.add_argument("--scheme", help="a name of schemes.py, instead of a family")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.4)
     a = parser.parse_args()
@@ -36,11 +42,19 @@ def main():
     from vllm.inputs import TokensPrompt
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    from bi_patch.seams import active
     from bi_patch.tools.models import families, shapes
     from bi_patch.tools.verify import weights
 
-    config = families.FAMILIES.get(a.family, {}) | SIZES[a.family] | {"num_hidden_layers": a.layers}
-    folder = shapes.save(f"{a.family} {a.layers}", config, "/tmp/models-mla")
+    if a.scheme:
+        import schemes
+
+        name, config = schemes.label(a.scheme, a.layers), schemes.config(a.scheme, a.layers)
+    else:
+        name, config = a.family, families.FAMILIES.get(a.family, {}) | SIZES[a.family] | {"num_hidden_layers": a.layers}
+    longest = 80000 if a.long else 2048
+    config["max_position_embeddings"] = max(config.get("max_position_embeddings", 0), longest)
+    folder = shapes.save(f"{name} {a.layers} {os.getpid()}", config, tempfile.mkdtemp())
     weights.make_random(7)
     preempted = [0]
     held = Scheduler._preempt_request
@@ -50,22 +64,33 @@ def main():
         return held(self, *args, **kwargs)
 
     Scheduler._preempt_request = count
-    more = {"num_gpu_blocks_override": 40, "block_size": 64, "enable_prefix_caching": False} if a.small else {}
+    more = {"num_gpu_blocks_override": 40, "block_size": 64, "enable_prefix_caching": a.cached} if a.small else {}
     llm = LLM(
         model=folder,
         skip_tokenizer_init=True,
         load_format="dummy",
         dtype="bfloat16",
-        max_model_len=2048,
-        max_num_batched_tokens=2048,
+        max_model_len=longest,
+        max_num_batched_tokens=16384 if a.long else 2048,
+        compilation_config={} if a.eager else {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]},
         enforce_eager=a.eager,
         gpu_memory_utilization=a.share,
-        **({} if a.small else {"kv_cache_memory_bytes": 3 << 30}),
+        kv_cache_memory_bytes=3 << 30,
         **more,
     )
     core = llm.llm_engine.engine_core.engine_core
-    result = {"family": a.family, "eager": a.eager, "small": a.small, "started_s": round(time.time() - START, 1)}
-    result |= {"mla": os.environ.get("BI_PATCH_MLA"), "block": core.vllm_config.cache_config.block_size, "rows": []}
+    result = {
+        "model": name,
+        "layers": a.layers,
+        "eager": a.eager,
+        "small": a.small,
+        "started_s": round(time.time() - START, 1),
+    }
+    result |= {"mla": active.mla, "block": core.vllm_config.cache_config.block_size, "rows": []}
+    result |= {"v2": core.vllm_config.use_v2_model_runner, "long": a.long, "cached": not a.small or a.cached}
+    worker = core.model_executor.driver_worker
+    manager = getattr(getattr(worker, "worker", worker).model_runner, "cudagraph_manager", None)
+    result["full_graphs"] = len(getattr(manager, "graphs", ()))
 
     def save():
         result["preempted"] = preempted[0]
@@ -106,6 +131,10 @@ def main():
 
     def forget():
         llm.reset_prefix_cache()
+
+    if a.long:
+        long_prompts(ask, compare, forget, core.scheduler, rng)
+        return
 
     alone = []
     for prompt in prompts:
@@ -154,6 +183,25 @@ def main():
         core.scheduler.max_num_scheduled_tokens = budget
         forget()
         compare(f"together, budget {budget}", ask(prompts), alone)
+
+
+def long_prompts(ask, compare, forget, scheduler, rng):
+    """Prompts of more tokens than the workspace holds, cut in several ways, cold and warm, beside others."""
+    prompts = [[rng.randrange(10, 30000) for _ in range(n)] for n in (65500, 70001, 79000)]
+    short = [[rng.randrange(10, 30000) for _ in range(n)] for n in (3, 150, 900)]
+    whole = []
+    for prompt in (*prompts, *short):
+        forget()
+        whole += ask([prompt], 8)
+    forget()
+    compare("long, together", ask([*prompts, *short], 8), whole)
+    compare("long, warm", [ask([p], 8)[0] for p in prompts], whole[:3])
+    forget()
+    ask([p[:66000] for p in prompts], 2)
+    compare("long, cached in part", ask([*prompts, *short], 8), whole)
+    scheduler.max_num_scheduled_tokens = 5000
+    forget()
+    compare("long, budget 5000", ask([*short, *prompts], 8), [*whole[3:], *whole[:3]])
 
 
 if __name__ == "__main__":

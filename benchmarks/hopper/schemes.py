@@ -57,6 +57,7 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
     "FP8 KV cache": ("Qwen3-8B", None),
     "FP8 channel and KV cache": ("Qwen3-8B", _CHANNEL | {"kv_cache_scheme": _FLOAT | {"strategy": "tensor"}}),
     "FP8 block experts": ("Qwen3-30B-A3B", _BLOCK),
+    "FP8 block MLA": ("DeepSeek-V3, 4 layers", _BLOCK),
     "INT8": ("Qwen3-8B", _INT8),
     "AWQ": ("Qwen3-8B", _AWQ),
     "GPTQ": ("Qwen3-8B", _GPTQ),
@@ -67,7 +68,7 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
 
 def label(scheme: str, layers: int) -> str:
     """The model's name in result files."""
-    return f"{SCHEMES[scheme][0]} {scheme}, {layers} layers"
+    return f"{SCHEMES[scheme][0].partition(',')[0]} {scheme.removesuffix(' MLA')}, {layers} layers"
 
 
 def config(scheme: str, layers: int) -> dict[str, object]:

@@ -14,6 +14,7 @@ _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
+_H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
@@ -617,13 +618,19 @@ FEATURES: tuple[Feature, ...] = (
         ascend=refused("its two forms of attention give different bits"),
         asked=_of_model(lambda m: m.use_mla, "MLA"),
         details="Prompts and generated tokens are computed in one form, the absorbed one. On CUDA, `BI_PATCH_MLA=two` "
-        "gives each a form of its own, chosen by position: faster, and decode differs from prefill. It asks for eager "
-        "mode.",
+        "gives each a form of its own, chosen by position: faster, and decode differs from prefill.",
     ),
     row(
         "MLA, compiled",
         cpu=served(_CPU_MLA_MORE),
-        cuda=untried("compiled code ran for the times only; the bits were compared in eager mode"),
+        cuda=(
+            refused("its two forms of attention give different bits", releases="<0.33"),
+            served(
+                _H200_MLA_GRAPHS,
+                why="with BI_PATCH_MLA=two, in CUDA graphs: four layers of DeepSeek-V2-Lite's sizes. With one form, "
+                "compiled code ran for the times only",
+            ),
+        ),
         ascend=refused("its two forms of attention give different bits"),
         asked=_compiled(lambda m: m.use_mla, "compiled MLA"),
     ),

@@ -17,6 +17,7 @@ _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
+_H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _H100_ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
@@ -135,7 +136,9 @@ FAMILIES: tuple[Feature, ...] = (
             served(
                 _H200_MLA,
                 _H200_MLA_TWO,
-                why="four layers of V2-Lite's sizes, in eager mode; slow with long contexts, unless BI_PATCH_MLA=two",
+                _H200_MLA_GRAPHS,
+                why="four layers of V2-Lite's sizes, with BI_PATCH_MLA=two also compiled; with one form slow with long "
+                "contexts",
             ),
         ),
         ascend=_MLA,
@@ -144,6 +147,15 @@ FAMILIES: tuple[Feature, ...] = (
         "GLM-4.7-Flash in bf16",
         cpu=served(_CPU_MLA_MORE, why="a tiny shape with random weights"),
         cuda=(refused("MLA", releases="<0.33"), untried()),
+        ascend=_MLA,
+    ),
+    row(
+        "DeepSeek V3, V3.1 and R1 in FP8 blocks",
+        cpu=_QUANTIZED,
+        cuda=(
+            refused("MLA", releases="<0.33"),
+            served(_H200_MLA_GRAPHS, why="four layers of V3's sizes, in eager mode, with BI_PATCH_MLA=two"),
+        ),
         ascend=_MLA,
     ),
     row(

@@ -18,6 +18,11 @@ _REFUSED = {"cpu": _NONE, "cuda": _NONE, "ascend": _NONE}
 _NO_KERNEL = _REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them", todo="Use unquantized weights")}
 _H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
 _ON_HOPPER = served(_H200, why="two layers of published sizes, in eager mode", releases=">=0.33")
+_WITH_MLA = served(
+    "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json",
+    why="four layers of DeepSeek-V3's sizes, in eager mode, with BI_PATCH_MLA=two",
+    releases=">=0.33",
+)
 _COMPILED = served(_H200, why="two layers of published sizes, compiled and in eager mode", releases=">=0.33")
 _SAME = untried("as FP8 made while loading", releases=">=0.33")
 _RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
@@ -173,7 +178,16 @@ def _mixed(config: Any) -> str:
     kind = (
         "MLA" if getattr(model, "use_mla", False) else "recurrent layers" if getattr(model, "is_hybrid", False) else ""
     )
-    return f"quantized weights with {kind} ({'; '.join(map(str, used))})" if used and kind else ""
+    if not used or not kind or _latent(config):
+        return ""
+    return f"quantized weights with {kind} ({'; '.join(map(str, used))})"
+
+
+def _latent(config: Any) -> str:
+    """Words for a model with MLA whose schemes are all FP8 in blocks."""
+    used = schemes.of(config)
+    there = used and getattr(config.model_config, "use_mla", False) and all(map(_blocks, used))
+    return f"quantized weights with MLA ({'; '.join(map(str, used))})" if there else ""
 
 
 def _compiled(config: Any) -> str:
@@ -196,8 +210,9 @@ QUANTIZATION: tuple[Feature, ...] = (
     *(row(name, short=_SHORT.get(name, ""), **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
     row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(True)),
     row("quantized experts", **_REFUSED, asked=_experts(False)),
+    row("FP8 blocks of 128 x 128 in models with MLA", **_cuda(_WITH_MLA), asked=_latent),
     row(
-        "quantized weights in models with MLA or recurrent layers",
+        "other quantized weights in models with MLA or recurrent layers",
         cpu=refused("nobody has examined the two together", todo="Use unquantized weights"),
         cuda=refused("nobody has examined the two together", todo="Use unquantized weights"),
         ascend=_NONE,

@@ -24,6 +24,8 @@ _BACKEND = "FLASH_ATTN_MLA"
 _RELEASES = ">=0.33"
 _ALL = 1 << 30  # a number of new tokens that no request has
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
+_RUNNER_V1 = "vllm.v1.worker.gpu_model_runner"
+_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 
 # The prompt length of each request of the current step, in the order of the step. None for a dummy step.
 _prompts = None
@@ -36,16 +38,6 @@ def two_forms() -> bool:
 def _only_one_form(config) -> None:
     """Refuse what has only one form."""
     if two_forms() and getattr(config.model_config, "use_mla", False):
-        if not config.use_v2_model_runner:
-            raise UnsupportedFeature(
-                "mla.cuda_forms: only model runner V2 says which tokens of a step belong to a prompt. "
-                "Set BI_PATCH_MLA=one, or remove VLLM_USE_V2_MODEL_RUNNER=0"
-            )
-        if not config.model_config.enforce_eager:
-            raise UnsupportedFeature(
-                "mla.cuda_forms: nobody has run MLA in two forms in compiled code or CUDA graphs. Use --enforce-eager, "
-                "or set BI_PATCH_MLA=one"
-            )
         if getattr(config.parallel_config, "use_ubatching", False):
             raise UnsupportedFeature(
                 "mla.cuda_forms: nobody has compared MLA in two forms with micro-batches. Set BI_PATCH_MLA=one"
@@ -86,16 +78,34 @@ def _keys(original):
     return _gen_prompt_embeds_extra_hash_keys
 
 
-def _capture(original):
-    """MLACommonMetadataBuilder.build_for_cudagraph_capture: a captured step has generated tokens only."""
+def _step_v1(original):
+    """GPUModelRunner._determine_batch_execution_and_padding of model runner V1: as `_step`. vLLM forces the kind of a
+    dummy step, and of no other."""
 
     @functools.wraps(original)
-    def build_for_cudagraph_capture(self, common_attn_metadata):
+    def _determine_batch_execution_and_padding(self, num_tokens, num_reqs, *args, force_uniform_decode=None, **kwargs):
+        global _prompts
+        if two_forms():
+            _prompts = None
+            if force_uniform_decode is None:
+                _prompts = self.input_batch.num_prompt_tokens[:num_reqs].copy()
+                if (self.input_batch.num_computed_tokens_cpu[:num_reqs] < _prompts).any():
+                    force_uniform_decode = False
+        return original(self, num_tokens, num_reqs, *args, force_uniform_decode=force_uniform_decode, **kwargs)
+
+    return _determine_batch_execution_and_padding
+
+
+def _capture(original):
+    """CudaGraphManager.capture: the steps that vLLM captures are dummy steps. The warm-up before them is none."""
+
+    @functools.wraps(original)
+    def capture(self, *args, **kwargs):
         global _prompts
         _prompts = None
-        return original(self, common_attn_metadata)
+        return original(self, *args, **kwargs)
 
-    return build_for_cudagraph_capture
+    return capture
 
 
 def _build(original):
@@ -490,13 +500,23 @@ SEAMS = (
         until=_BY_POSITION,
     ),
     _seam(
+        "step_v1",
+        "GPUModelRunner._determine_batch_execution_and_padding",
+        _step_v1,
+        _FORM,
+        "the same in model runner V1",
+        (6, 7, 9),
+        _RUNNER_V1,
+        until=_BY_POSITION,
+    ),
+    _seam(
         "capture",
-        "MLACommonMetadataBuilder.build_for_cudagraph_capture",
+        "CudaGraphManager.capture",
         _capture,
         _FORM,
-        "a captured step has generated tokens only",
+        "a captured step knows no prompt lengths of an earlier step",
         (6,),
-        _LAYER,
+        _GRAPHS,
         until=_BY_POSITION,
     ),
     _seam(

@@ -81,7 +81,7 @@ class Rows:
 
     def _one(self, number: int, block_table, seq_lens, longest: int):
         count = len(seq_lens)
-        schedule = self._schedule(seq_lens, longest)
+        schedule = self.schedule(seq_lens, longest)
         if self.kept is not None and number < len(self.kept):
             kept = self.kept[number, : len(schedule)]
             kept.copy_(schedule)
@@ -96,14 +96,12 @@ class Rows:
             max_num_splits=MOST,
         )
 
-    def _schedule(self, seq_lens, longest: int):
-        """FlashAttention's schedule with the numbers of parts of `parts`."""
-        import torch
-        from vllm.v1.attention.backends.fa_utils import get_scheduler_metadata
+    def theirs(self, seq_lens, longest: int):
+        """FlashAttention's schedule, whose numbers of parts depend on the batch."""
+        from vllm.v1.attention.backends import fa_utils
 
-        count = len(seq_lens)
-        made = get_scheduler_metadata(
-            batch_size=count,
+        return fa_utils.get_scheduler_metadata(
+            batch_size=len(seq_lens),
             max_seqlen_q=1,
             max_seqlen_k=longest,
             num_heads_q=self.heads,
@@ -113,10 +111,17 @@ class Rows:
             qkv_dtype=self.dtype,
             headdim_v=self.latent,
             page_size=self.page,
-            cu_seqlens_q=self.starts[: count + 1],
+            cu_seqlens_q=self.starts[: len(seq_lens) + 1],
             causal=True,
             num_splits=MOST,
         )
+
+    def schedule(self, seq_lens, longest: int):
+        """FlashAttention's schedule with the numbers of parts of `parts`."""
+        import torch
+
+        count = len(seq_lens)
+        made = self.theirs(seq_lens, longest)
         wide = -(-count // 4) * 4
         vectors, rest = divmod(len(made) - 1, wide)
         if rest or vectors not in (2, 3):
@@ -136,24 +141,9 @@ class Rows:
         """Raises UnsupportedFeature unless FlashAttention's schedule holds the numbers of parts where `make` writes
         them: for few sequences, FlashAttention gives each block a part."""
         import torch
-        from vllm.v1.attention.backends import fa_utils
 
         lengths = torch.tensor([BLOCK, 10 * BLOCK, 3 * BLOCK - 5], dtype=torch.int32, device=self.device)
-        made = fa_utils.get_scheduler_metadata(
-            batch_size=3,
-            max_seqlen_q=1,
-            max_seqlen_k=10 * BLOCK,
-            num_heads_q=self.heads,
-            num_heads_kv=1,
-            headdim=self.rotary,
-            cache_seqlens=lengths,
-            qkv_dtype=self.dtype,
-            headdim_v=self.latent,
-            page_size=self.page,
-            cu_seqlens_q=self.starts[:4],
-            causal=True,
-            num_splits=MOST,
-        ).tolist()
+        made = self.theirs(lengths, 10 * BLOCK).tolist()
         order = made[8:11] if len(made) == 13 else [0, 1, 2]
         if len(made) not in (9, 13) or [made[4 + order.index(i)] for i in range(3)] != [1, 10, 3]:
             raise UnsupportedFeature(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bi_patch import settings
+from bi_patch.tools.faults import latent
 from bi_patch.tools.models import families, pooling, recipes, shapes, vision
 from bi_patch.tools.verify import checkpoint
 from bi_patch.tools.verify.engine import Options
@@ -49,6 +50,10 @@ def options(platform: str, folder: str, dtype: str = "") -> Options:
     )
 
 
+# On Hopper, vLLM has kernels of MLA for these sizes only.
+_MLA_ON_CUDA = {"hidden_size": 1024, "num_attention_heads": 16, "qk_nope_head_dim": 128, "v_head_dim": 128}
+
+
 def of_family(name: str, folder: str, dtype: str = "", platform: str = "cpu") -> Options:
     """The options of an engine with the tiny model of a family, for faults of layers that only it has. A recipe of a
     quantized model has weights, and keeps its type.
@@ -56,6 +61,17 @@ def of_family(name: str, folder: str, dtype: str = "", platform: str = "cpu") ->
     if name in recipes.QUANTIZED:
         made = str(recipes.path(name, cache=settings.read().cache))
         return Options(made, max_model_len=1024, chunk=512, digests=True)
+    if platform == "cuda" and name == latent.MODEL:
+        return Options(
+            shapes.save(f"{name} on a GPU", families.FAMILIES[name] | _MLA_ON_CUDA, folder),
+            dtype=dtype or "bfloat16",
+            max_model_len=2048,
+            chunk=2048,
+            tokenizer=False,
+            random_weights=7,
+            digests=True,
+            extra={"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30},
+        )
     return Options(
         families.write(name, folder),
         dtype="bfloat16" if name in _BF16 else dtype or "bfloat16",

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bi_patch.tools.faults import parts
+from bi_patch.tools.faults import latent_cuda, parts
 from bi_patch.tools.faults.attention import Cut, overwrite
-from bi_patch.tools.faults.base import CPU, Fault
+from bi_patch.tools.faults.base import BOTH, Fault, platform
 from bi_patch.tools.verify.engine import LocalEngine
 
 MODEL = "DeepSeek V2"  # the faults are planted in an engine of this family (tools/models/families.py)
-_SEAM = {"cpu": "mla.cpu_forward"}
+_SEAM = {"cpu": "mla.cpu_forward", "cuda": "mla.cuda_backend"}
 
 
 @contextlib.contextmanager
@@ -104,12 +104,15 @@ def _weights(absorbed, heads: int, dtype) -> torch.Tensor:
     return out.permute(1, 2, 0)
 
 
-def _fault(name: str, cause: int, axis: str, plant) -> Fault:
-    return Fault(name, cause, plant.__doc__, axis, plant, (CPU,), "attn", seam=_SEAM, model=MODEL)
+def _fault(name: str, cause: int, axis: str, on_cpu, on_cuda) -> Fault:
+    def plant(engine: LocalEngine):
+        return (on_cpu if platform() == "cpu" else on_cuda)(engine)
+
+    return Fault(name, cause, on_cpu.__doc__, axis, plant, BOTH, "attn", seam=_SEAM, model=MODEL)
 
 
 FAULTS = (
-    _fault("latents split by the batch", 3, "batch size", splits),
-    _fault("latents of context and chunk apart", 6, "prefix cache", context_apart),
-    _fault("MLA's other form on recomputation", 9, "preemption", other_form),
+    _fault("latents split by the batch", 3, "batch size", splits, latent_cuda.splits),
+    _fault("latents of context and chunk apart", 6, "prefix cache", context_apart, latent_cuda.context_apart),
+    _fault("MLA's other form on recomputation", 9, "preemption", other_form, latent_cuda.other_form),
 )

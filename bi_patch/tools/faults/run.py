@@ -24,8 +24,8 @@ from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 from bi_patch.tools.verify.engine import Info, Options
 from bi_patch.tools.verify.probes import Workload
 
-# On CUDA, faults are planted in model runner V1, which runs the same layers as V2.
-_ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
+# On CUDA, faults are planted in model runner V1, which runs the same layers as V2, and in both forms of MLA.
+_ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0", "BI_PATCH_MLA": "two"}}
 PLATFORMS = tuple(_ENVIRON)
 # Axes with an engine of their own. Grammars need a tokenizer, and the large model on CUDA has none.
 _OTHER = {

@@ -31,7 +31,7 @@ ACCEPTED = "accepted tokens"  # the op of a call that records what a step with d
 SEED = "request's seed"  # the op of a call that records the seed with which the runner samples
 MODULE = "(module)"  # the op of a call that records a module's own output
 # Ops that are not recorded: they return unwritten memory, or random numbers that need not be the target's own.
-_UNDEFINED = ("empty", "rand", "exponential", "uniform", "normal", "bernoulli")
+_UNDEFINED = ("empty", "new_empty", "rand", "exponential", "uniform", "normal", "bernoulli")
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True):

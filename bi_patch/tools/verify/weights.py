@@ -60,6 +60,10 @@ def fill(model, seed: int) -> None:
             continue
         generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(seed))
         scaled = _scaled(named, name)
+        if value.element_size() == 1 and value.ndim == 3:  # experts, one by one: fp32 values of all would not fit
+            for part in value:
+                part.copy_(torch.empty(part.shape, device=value.device).normal_(0, _EIGHTH, generator=generator))
+            continue
         wide = value if value.element_size() > 1 else torch.empty(value.shape, device=value.device)
         if name.endswith(("input_scale", ".k_scale", ".v_scale")):
             wide.fill_(0.02)

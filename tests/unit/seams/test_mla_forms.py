@@ -213,20 +213,41 @@ def test_a_step_with_prompt_rows_runs_no_graph_of_decode_steps(two):
     assert step(runner, None, True) == (None, 1) and mla._prompts is None
 
 
-@pytest.mark.parametrize(
-    ("runner", "micro", "eager", "said"),
-    [
-        (False, False, True, "model runner V2"),
-        (True, True, True, "micro-batches"),
-        (True, False, False, "CUDA graphs"),
-        (True, False, True, None),
-    ],
-)
-def test_what_has_one_form_only_is_refused(two, runner, micro, eager, said):
+def test_model_runner_v1_says_which_rows_are_a_prompt(two):
+    """A step with prompt rows runs no graph of decode steps, and a dummy step has no prompt lengths."""
+    asked = []
+    step = closed(
+        "mla.cuda_step_v1",
+        lambda self, tokens, reqs, force_uniform_decode=None, **_: asked.append(force_uniform_decode),
+    )
+    batch = SimpleNamespace(num_prompt_tokens=np.array([7, 20, 9]), num_computed_tokens_cpu=np.array([7, 20, 3]))
+    runner = SimpleNamespace(input_batch=batch)
+    step(runner, num_tokens=2, num_reqs=2, max_num_scheduled_tokens=1)
+    assert asked == [None] and mla._prompts.tolist() == [7, 20]
+    step(runner, num_tokens=3, num_reqs=3, max_num_scheduled_tokens=1)
+    assert asked[1:] == [False] and mla._prompts.tolist() == [7, 20, 9]
+    batch.num_prompt_tokens[0] = (
+        1  # the batch changes before the step is built no more, but a later one's lengths differ
+    )
+    assert mla._prompts[0] == 7
+    for forced in (True, False):
+        step(runner, num_tokens=3, num_reqs=3, force_uniform_decode=forced)
+        assert asked[-1] is forced and mla._prompts is None
+
+
+def test_a_captured_step_knows_no_prompt_of_the_warm_up(two, monkeypatch):
+    """vLLM's warm-up runs steps with real requests before it captures graphs of dummy steps."""
+    monkeypatch.setattr(mla, "_prompts", np.array([3, 4]))
+    seen = []
+    capture = closed("mla.cuda_capture", lambda self, *given, **named: seen.append((mla._prompts, given, named)))
+    capture("manager", "make", progress_bar_desc="words")
+    assert seen == [(None, ("make",), {"progress_bar_desc": "words"})]
+
+
+@pytest.mark.parametrize(("micro", "said"), [(True, "micro-batches"), (False, None)])
+def test_what_has_one_form_only_is_refused(two, micro, said):
     config = SimpleNamespace(
-        model_config=SimpleNamespace(use_mla=True, enforce_eager=eager),
-        use_v2_model_runner=runner,
-        parallel_config=SimpleNamespace(use_ubatching=micro),
+        model_config=SimpleNamespace(use_mla=True), parallel_config=SimpleNamespace(use_ubatching=micro)
     )
     (policy,) = (p for p in CATALOG.policies if p.name == "mla.cuda_forms")
     if said is None:
@@ -234,3 +255,39 @@ def test_what_has_one_form_only_is_refused(two, runner, micro, eager, said):
     else:
         with pytest.raises(UnsupportedFeature, match=f"mla.cuda_forms: .*{said}.*BI_PATCH_MLA=one"):
             policy.apply(config)
+
+
+def test_graphs_read_schedules_that_stay_where_they_are(monkeypatch):
+    """A captured graph holds the addresses of a step's schedule. Each later step writes its own numbers there."""
+    monkeypatch.setattr(mla_rows.Rows, "theirs", _theirs)
+    monkeypatch.setattr(mla_rows, "most_rows", lambda heads, latent: 4)
+    rows = mla_rows.Rows(2, LATENT, ROTARY, PAGE, torch.float32, torch.device("cpu"), 4000, 10)
+    table = torch.zeros((10, 3), dtype=torch.int32)
+
+    def parts(step, lengths):
+        found = []
+        for one, first in zip((step, *step.more), range(0, 10, 4)):
+            some = lengths[first : first + 4]
+            order = one.scheduler_metadata[8 : 8 + len(some)].tolist()
+            assert sorted(order) == list(range(len(some)))
+            at = dict(zip(order, one.scheduler_metadata[4 : 4 + len(some)].tolist(), strict=True))
+            found += [at[place] for place in range(len(some))]
+        return found
+
+    captured, lengths = None, torch.tensor([1, 500, 3000, 64, 0, 900, 20, 4000, 2, 700], dtype=torch.int32)
+    for shift in (0, 3, 7):
+        some = lengths.roll(shift)
+        step = rows.make(table, some, 4000)
+        assert [len(one.seq_lens) for one in (step, *step.more)] == [4, 4, 2]
+        assert parts(step, some) == [mla_rows.parts(keys, 2) for keys in some.tolist()]
+        where = [one.scheduler_metadata.data_ptr() for one in (step, *step.more)]
+        captured = captured or where
+        assert where == captured and len(set(where)) == 3
+
+
+def _theirs(self, seq_lens, longest):
+    """FlashAttention's schedule of up to 4 sequences, the longest first: lengths, parts, places; and a counter."""
+    order = seq_lens.argsort(descending=True)
+    made = torch.zeros(13, dtype=torch.int32)
+    made[: len(order)], made[4 : 4 + len(order)], made[8 : 8 + len(order)] = seq_lens[order], 99, order
+    return made

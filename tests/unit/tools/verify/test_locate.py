@@ -97,9 +97,9 @@ class Small(torch.nn.Module):
         return torch.relu_(self.second(self.first(x)) + 1)
 
 
-def run(x, start, count, position=0):
+def run(x, start, count, position=0, model=None):
     torch.manual_seed(0)
-    model = Small()
+    model = model or Small()
     names = {id(m): name for name, m in model.named_modules()}
     tracer = Tracer(names, lambda module, path, op: "", lambda func, args: str(func))
     with (
@@ -118,6 +118,16 @@ def test_the_tracer_sees_ops_modules_and_in_place_results_of_the_rows():
     assert ("first", MODULE) in found and ("second", MODULE) in found and ("model", MODULE) in found
     assert ("model", "aten.relu_") in found and ("model", "aten.add") in found
     assert all(c.position == 10 and c.rows == 3 and c.shape[0] == 5 for c in calls)
+
+
+def test_unwritten_memory_is_no_difference():
+    class Writes(torch.nn.Module):
+        def forward(self, x):
+            made = x.new_empty(len(x), 2), torch.empty_like(x), x.new_empty_strided((len(x), 2), (2, 1))
+            return made[0].fill_(1) + x[:, :2]
+
+    found = [call.op for call in run(torch.randn(3, 4), 0, 3, model=Writes())]
+    assert "aten.add" in found and not any("empty" in op for op in found)
 
 
 def test_only_a_changed_row_changes_its_digests():
