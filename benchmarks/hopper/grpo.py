@@ -1,11 +1,17 @@
 """Trains with GRPO twice at once, with other micro-batches and other batch sizes of the sampler.
 
     PYTHONPATH=. python3 benchmarks/hopper/grpo.py [MODEL] [--steps 200] [--gpus 0,1] [--results FOLDER]
+        [--resume FOLDER] [--seconds 300]
 
 --gpus 0,0 puts both runs on one card: the seconds of a step are then an upper bound. MODEL is a folder, or a name of
-bi_patch/tools/models/recipes.py. Every logprob of every step is compared with the sampler's, and the two runs must end
-with the same rewards, gradient norms and master weights. It writes parity-*.json.
-Exit code 1: a value differs.
+bi_patch/tools/models/recipes.py. Every logprob of every step is compared with the sampler's, and the two runs must have
+the same rewards, gradient norms and master weights after each step. It prints progress and writes parity-*.json.
+
+--seconds: each run stops after the first step that ends later than this, starts of engines not counted.
+--resume FOLDER: each run leaves a checkpoint there (master weights, optimizer, steps). The same command goes on from it
+with new engines, up to --steps.
+
+Exit code 0: nothing differs, and all steps are done. 1: a value differs. 2: a run failed. 3: steps are left.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import bi_patch_entry
 
 # (sequences in a micro-batch, requests that the sampler runs together) of each run.
 SIZES = ((24, 64), (5, 7))
+_LOOK, _EVERY = 5.0, 10  # seconds between looks at the progress; steps between two lines
 
 
 def parse() -> argparse.Namespace:
@@ -30,13 +37,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--gpus", default="0,1")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--resume", type=Path, help="the folder of checkpoints")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of the steps of this call; 0: no limit")
+    parser.add_argument("--eager", action="store_true", help="a sampler without compilation")
     parser.add_argument("--run", type=int, choices=range(len(SIZES)), help="one of the runs, in this process")
     parser.add_argument("--out", type=Path, help="where --run writes its JSON")
     return parser.parse_args()
 
 
 def one(a: argparse.Namespace) -> None:
-    """One run, in this process: writes {"run", "compared", "differing", "seconds", "info"} as JSON."""
+    """One run, in this process: writes {"run", "info", "model"} as JSON."""
     import msgspec
 
     from bi_patch.tools.parity import run
@@ -49,22 +59,43 @@ def one(a: argparse.Namespace) -> None:
     options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64} | run.shared()
     if run.shared():  # a GPU: without a look at free memory, since two runs may share a card
         options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
-    system = local(a.model, levels.QUICK, dtype="bfloat16", eager=False, engine_args=options)
-    plan = Plan(steps=a.steps, micro=(micro,), seats=(seats,))  # one run
+    system = local(a.model, levels.QUICK, dtype="bfloat16", eager=a.eager, engine_args=options)
+    plan = Plan(
+        steps=a.steps, micro=(micro,), seats=(seats,), folder=str(a.resume.absolute()), seconds=a.seconds
+    )  # one run
+    began = time.perf_counter()
     with system.start(system.options, kind=ParityEngine) as engine:
-        began = time.perf_counter()
-        axis = engine.line("GRPO", plan, locate=False)
-        seconds = time.perf_counter() - began
+        print(f"run {a.run}: sampler and trainer started in {time.perf_counter() - began:.0f} s", flush=True)
+        engine.line("GRPO", plan, locate=False)
         (done,) = engine.runs()
-        found = {
-            "run": done,
-            "compared": axis.compared,
-            "differing": axis.differing,
-            "seconds": seconds,
-            "info": engine.info,
-            "model": Path(engine.options.model).name,
-        }
+        found = {"run": done, "info": engine.info, "model": Path(engine.options.model).name}
     a.out.write_bytes(msgspec.json.encode(found))
+
+
+def watch(started: list[subprocess.Popen], folder: Path) -> None:
+    """Print a line for some steps of each run, until all have ended. folder: of the checkpoints."""
+    from bi_patch.tools.parity.checkpoints import progress
+
+    shown = [len(progress(folder, *sizes)) for sizes in SIZES]
+    while True:
+        ended = all(p.poll() is not None for p in started)
+        for i, sizes in enumerate(SIZES):
+            told = progress(folder, *sizes)
+            if len(told) < shown[i] + (1 if ended else _EVERY):
+                continue
+            new, shown[i] = told[shown[i] :], len(told)
+            parts = {
+                name: sum(getattr(t.spent, name) for t in new) / len(new) for name in new[0].spent.__struct_fields__
+            }
+            print(
+                f"run {i}, step {new[-1].at}: {sum(t.step.differing for t in new)} differ, reward "
+                f"{new[-1].step.reward:.3f}, {sum(parts.values()):.2f} s a step: "
+                + ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items()),
+                flush=True,
+            )
+        if ended:
+            return
+        time.sleep(_LOOK)
 
 
 def main() -> int:
@@ -73,49 +104,67 @@ def main() -> int:
     if a.run is not None:
         one(a)
         return 0
+    with tempfile.TemporaryDirectory() as folder:
+        return both(a, Path(folder))
+
+
+def both(a: argparse.Namespace, folder: Path) -> int:
+    """Both runs, in processes of their own. folder: for what this call needs no longer than it runs."""
     import msgspec
 
     from bi_patch.tools import evidence
     from bi_patch.tools.evidence import InvarianceRow, Parity
+    from bi_patch.tools.parity.plan import Run
     from bi_patch.tools.verify.engine import Info
 
-    with tempfile.TemporaryDirectory() as folder:
-        outs = [Path(folder) / f"{i}.json" for i in range(len(SIZES))]
-        started = [
-            subprocess.Popen(
-                [sys.executable, __file__, a.model, "--steps", str(a.steps), "--run", str(i), "--out", str(out)],
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
-            )
-            for i, (out, gpu) in enumerate(zip(outs, a.gpus.split(",")))
-        ]
-        if any([p.wait() for p in started]):
-            return 2
-        first, second = (msgspec.json.decode(out.read_bytes()) for out in outs)
+    outs = [folder / f"{i}.json" for i in range(len(SIZES))]
+    kept = a.resume or folder
+    again = [sys.executable, __file__, *([a.model] if a.model else []), *(["--eager"] if a.eager else [])]
+    again += ["--steps", str(a.steps), "--resume", str(kept), "--seconds", str(a.seconds)]
+    started = [
+        subprocess.Popen([*again, "--run", str(i), "--out", str(out)], env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
+        for i, (out, gpu) in enumerate(zip(outs, a.gpus.split(",")))
+    ]
+    watch(started, kept)
+    if any([p.wait() for p in started]):
+        return 2
+    found = [msgspec.json.decode(out.read_bytes()) for out in outs]
+    runs = [msgspec.convert(held["run"], Run) for held in found]
+    count = min(len(run.steps) for run in runs)
     rows = []
-    label = f"{first['model']} bf16 graphs, {a.steps} GRPO steps"
-    for (micro, seats), found in zip(SIZES, (first, second)):
-        axis = f"GRPO, micro-batches of {micro}, {seats} requests together"
-        rows.append(InvarianceRow(label, axis, found["compared"], found["differing"]))
-        steps = found["run"]["steps"]
-        kl = sum(step["kl"] != 0 for step in steps)
+    label = f"{found[0]['model']} bf16 {'eager' if a.eager else 'graphs'}, {count} GRPO steps"
+    for run in runs:
+        axis = f"GRPO, micro-batches of {run.micro}, {run.seats} requests together"
+        done = run.steps[:count]
+        compared, differing = (sum(getattr(step, name) for step in done) for name in ("compared", "differing"))
+        rows.append(InvarianceRow(label, axis, compared, differing))
+        mean = {
+            name: sum(getattr(s, name) for s in run.spent) / len(run.spent)
+            for name in ("sample", "train", "update", "sync")
+        }
         print(
-            f"{axis}: {found['differing']} of {found['compared']:,} differ, {kl} steps with KL, "
-            f"{found['seconds'] / a.steps:.2f} s a step, rewards {steps[0]['reward']:.3f} to "
-            f"{steps[-1]['reward']:.3f}, master weights {found['run']['masters'][:16]}",
+            f"{axis}: {differing} of {compared:,} differ, {sum(step.kl != 0 for step in done)} steps with KL, "
+            f"{sum(mean.values()):.2f} s a step ({mean}), rewards {done[0].reward:.3f} to {done[-1].reward:.3f}, "
+            f"{run.calls} calls, master weights {run.masters[:16]}",
             flush=True,
         )
-    pairs = list(zip(first["run"]["steps"], second["run"]["steps"]))
-    wrong = sum(x[name] != y[name] for x, y in pairs for name in ("reward", "norm"))
-    wrong += first["run"]["masters"] != second["run"]["masters"]
-    rows.append(
-        InvarianceRow(label, "GRPO rerun: rewards, norms and the hash of the master weights", 2 * len(pairs) + 1, wrong)
-    )
-    made = evidence.new(Parity, msgspec.convert(first["info"], Info))
+    pairs = list(zip(runs[0].steps, runs[1].steps))
+    names = ("reward", "norm", "masters")
+    wrong = sum(getattr(x, name) != getattr(y, name) for x, y in pairs for name in names)
+    whole = len(runs[0].steps) == len(runs[1].steps)
+    wrong += whole and runs[0].masters != runs[1].masters
+    axis = "GRPO rerun: rewards, norms and the master weights of each step"
+    rows.append(InvarianceRow(label, axis, len(names) * len(pairs) + whole, wrong))
+    made = evidence.new(Parity, msgspec.convert(found[0]["info"], Info))
     made.rows = rows
-    slower = max(first["seconds"], second["seconds"])
-    made.note = f"{slower / a.steps:.2f} seconds a step, two runs at once on GPUs {a.gpus}"
+    made.note = "; ".join(
+        f"micro-batches of {run.micro}: {sum(s.total for s in run.spent) / len(run.spent):.2f} seconds a step in "
+        f"{run.calls} call{'s' * (run.calls > 1)}"
+        for run in runs
+    )
+    made.note += f"; two runs at once on GPUs {a.gpus}"
     print(evidence.write(made, a.results))
-    return 1 if evidence.total_differing(rows) else 0
+    return 1 if evidence.total_differing(rows) else 3 * (count < a.steps)
 
 
 if __name__ == "__main__":

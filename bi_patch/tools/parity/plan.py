@@ -63,6 +63,8 @@ class Plan(msgspec.Struct, frozen=True):
     tokens: tokens in an answer. temperature, top_k, top_p: of the sampler in GRPO; other values than 1, 0 and 1 compare
     processed logprobs. updates: weight updates. cuts: micro-batches whose gradients are compared, as lists of sizes.
     rate: the learning rate. fault: the planted fault, "" for none.
+    folder: where a run of GRPO keeps its checkpoint and its progress, "" for nowhere. A run whose checkpoint is there
+    goes on from it. seconds: a run of GRPO stops after the first step that ends later than this; 0 for never.
     """
 
     steps: int = 6
@@ -77,6 +79,8 @@ class Plan(msgspec.Struct, frozen=True):
     cuts: tuple[tuple[int, ...], ...] = ((8,), (1,) * 8, (3, 5), (2, 2, 4))
     rate: float = 2e-5
     fault: str = ""
+    folder: str = ""
+    seconds: float = 0.0
 
     @property
     def processed(self) -> bool:
@@ -100,20 +104,39 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One GRPO step. reward: mean over all answers. norm: of the gradient. kl: k3 of sampler and trainer, a token."""
+    """One GRPO step. reward: mean over all answers. norm: of the gradient. kl: k3 of sampler and trainer, a token.
+    masters: a checksum of all master weights' bits after the step."""
 
     reward: float
     norm: float
     kl: float
     compared: int
     differing: int
+    masters: str = ""
+
+
+class Spent(msgspec.Struct, frozen=True):
+    """Seconds of one GRPO step. sample: the rollout. train: forward, comparison and backward. update: the optimizer.
+    sync: new weights for the sampler."""
+
+    sample: float
+    train: float
+    update: float
+    sync: float
+
+    @property
+    def total(self) -> float:
+        return self.sample + self.train + self.update + self.sync
 
 
 class Run(msgspec.Struct, frozen=True):
     """One GRPO run. micro: sequences in a micro-batch. seats: requests that the sampler ran together. masters: SHA-256
-    of the master weights' bits after the last step."""
+    of the master weights' bits after the last step. spent: the seconds of each step. calls: in how many calls, each
+    with an engine of its own, the steps were made."""
 
     micro: int
     seats: int
     steps: list[Step]
     masters: str
+    spent: list[Spent] = []
+    calls: int = 1
