@@ -17,7 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-PROMPT, SEED = 24, 11
+import checkpoints
+from checkpoints import SEED
+
+PROMPT = 24
 
 
 def parse() -> argparse.Namespace:
@@ -31,29 +34,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=0.35, help="the sampler's share of the GPU's memory")
     parser.add_argument("--compiled", action="store_true", help="the sampler compiles, and takes CUDA graphs")
     return parser.parse_args()
-
-
-def checkpoint(a: argparse.Namespace, folder: str):
-    """Write the model with random weights; returns (its folder, its vocabulary)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from bi_patch.tools.models import families, shapes
-
-    made = Path((families if a.model in families.FAMILIES else shapes).write(a.model, folder))
-    config = json.loads((made / "config.json").read_text())
-    if a.layers:
-        config["num_hidden_layers"] = a.layers
-        (made / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(SEED)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made), dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    model.save_pretrained(made)
-    return made, config["vocab_size"]
 
 
 def sample(folder: Path, vocabulary: int, a: argparse.Namespace):
@@ -113,7 +93,7 @@ def main() -> int:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": "1"}
     import bi_patch  # noqa: F401  arms before vllm loads
 
-    folder, vocabulary = checkpoint(a, f"/tmp/models/experts-{os.getpid()}")
+    folder, vocabulary = checkpoints.write(a.model, a.layers, f"/tmp/models/experts-{os.getpid()}")
     import torch
     from transformers import AutoModelForCausalLM
 

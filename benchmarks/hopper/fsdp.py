@@ -39,12 +39,13 @@ def parse() -> argparse.Namespace:
 def sampled(a: argparse.Namespace) -> None:
     """Write the model, the sampler's answers and its contract."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": "1"}
+    import checkpoints
     import torch
-    from experts import checkpoint, sample
+    from experts import sample
 
     import bi_patch  # noqa: F401  arms before vllm loads
 
-    folder, vocabulary = checkpoint(a, str(a.work))
+    folder, vocabulary = checkpoints.write(a.model, a.layers, str(a.work))
     llm, answers, parameters = sample(folder, vocabulary, a)
     from bi_patch import training
 

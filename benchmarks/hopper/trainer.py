@@ -23,9 +23,11 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoints
+from checkpoints import SEED
+
 PROMPT = 48  # tokens
 CUT = 4  # sequences in a micro-batch
-SEED = 11
 
 
 def parse() -> argparse.Namespace:
@@ -37,32 +39,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--memory", type=float, default=0.35, help="the sampler's share of the GPU's memory")
+    parser.add_argument("--cache", type=int, help="GiB of the KV cache; others may then use the card")
     return parser.parse_args()
-
-
-def checkpoint(name: str, layers: int | None, folder: str):
-    """Write the model with random bf16 weights; returns (its folder, its vocabulary)."""
-    import json
-
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from bi_patch.tools.models import shapes
-
-    made = Path(shapes.write(name, folder))
-    config = json.loads((made / "config.json").read_text())
-    if layers:
-        config["num_hidden_layers"] = layers
-        (made / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(SEED)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made), dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    model.save_pretrained(made)
-    return made, config["vocab_size"]
 
 
 def sample(folder: Path, vocabulary: int, a: argparse.Namespace):
@@ -77,7 +56,8 @@ def sample(folder: Path, vocabulary: int, a: argparse.Namespace):
         dtype="bfloat16",
         max_model_len=a.length,
         max_num_seqs=a.sequences,
-        gpu_memory_utilization=0.35,
+        gpu_memory_utilization=a.memory,
+        kv_cache_memory_bytes=a.cache << 30 if a.cache else None,
         tensor_parallel_size=a.tp,
         seed=SEED,
     )
@@ -213,7 +193,7 @@ def main() -> int:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": "1"}
     import bi_patch  # noqa: F401  arms before vllm loads
 
-    folder, vocabulary = checkpoint(a.model, a.layers, f"/tmp/models/trainer-{os.getpid()}")
+    folder, vocabulary = checkpoints.write(a.model, a.layers, f"/tmp/models/trainer-{os.getpid()}")
     gc.collect()
     import torch
 

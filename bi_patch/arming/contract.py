@@ -13,6 +13,8 @@ from typing import Any
 from bi_patch import identity, running
 from bi_patch.seams import active
 
+ASCENDING = "ascending in fp32, rounded once"  # rank_sums: the sum in rank order
+
 
 def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, Any]:
     """The contract of an engine whose workers are ready. config: its VllmConfig. executor: vLLM's executor.
@@ -62,6 +64,8 @@ def _rank_sums(config: Any, platform: str) -> str:
         return f"{active.leaves} parts of K in a tree"
     if config.parallel_config.tensor_parallel_size == 1:
         return "none"
+    if platform == "cpu":  # the seams communicator.cpu_sum and communicator.cpu_order, which proves it at each start
+        return ASCENDING
     if platform != "cuda":
         return "by the platform's library"
     import torch
@@ -87,7 +91,7 @@ def _sums_of(communicator: Any, row: Any) -> str:
         and not own.disabled
         and own.should_custom_ar(row)
     )
-    return "ascending in fp32, rounded once" if serves else "nccl"
+    return ASCENDING if serves else "nccl"
 
 
 def _cpu() -> dict[str, str]:

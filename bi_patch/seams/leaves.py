@@ -34,6 +34,13 @@ def refuse(what: str) -> None:
     )
 
 
+def check_served(model: Any) -> None:
+    """Raise UnsupportedFeature for a row-parallel layer of a loaded model that did not take its fixed parts."""
+    left = [name for name, layer in model.named_modules() if is_row_parallel(layer) and not hasattr(layer, SERVED)]
+    if left:
+        refuse(f"{len(left)} row-parallel layers have another function than bi_patch's ({', '.join(left[:3])})")
+
+
 def one_zero(model: Any) -> None:
     """Make every -0 of an embedding a 0: a sum over ranks would do so, and one rank alone adds nothing."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding

@@ -274,6 +274,8 @@ def _embedding(self, ids):
     state = self._bi_patch
     padding = -1 if self.padding_idx is None else self.padding_idx
     found = state.functions["embedding"](ids, self.weight, state.dtype, padding)
+    if state.parts > 1:
+        found = found + 0.0  # ranks share the rows, and their sum makes a -0 a 0
     scale = getattr(self, "scalar_embed_scale", None)
     return found if scale is None else found * torch.tensor(scale, dtype=state.dtype, device=found.device)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature, WeightsNotSynced
@@ -54,7 +57,8 @@ def sync(
     Under FSDP2, every rank calls it, because the ranks gather the weights together. A rank without a sampler gives
     None, and the same `probe` and `check`.
 
-    Raises WeightsNotSynced if a logprob differs, SamplerFailed if the sampler cannot load weights.
+    Raises WeightsNotSynced if a logprob differs, if another rank failed, or if no rank has a sampler. Raises
+    SamplerFailed if the sampler cannot load weights.
     """
     if adapters.has(huggingface.unwrapped(model)):
         raise UnsupportedFeature(
@@ -62,16 +66,30 @@ def sync(
             "and give each request a LoRARequest with a number that no earlier adapter had"
         )
     start = time.perf_counter()
-    to = _none(model) if sampler is None else samplers.sampler(sampler)
-    held = list(weights(model, dtype or _computes(model)))
+    if sampler is None and _mesh(model) is None:
+        raise WeightsNotSynced("training.sync: only a rank of FSDP2 may leave out the sampler, which another rank has")
+    dtype = dtype or _computes(model)
+    with _together(model, sampler):
+        to = None if sampler is None else samplers.sampler(sampler)
+    held = list(weights(model, dtype))
     synced = _synced.setdefault(huggingface.unwrapped(model), {})
     synced[_key(sampler)] = None  # until the end, nobody knows what the sampler serves
     sums = _checksums(model)
-    to.load(held)
-    to.forget()
-    if version:
-        to.name(version)
-    compared = _compare(model, to, list(probe or PROBE)) if check else 0
+    ids, sampled = list(probe or PROBE), []
+    with _together(model, sampler):
+        if to is not None:
+            to.load(held)
+            to.forget()
+            if version:
+                to.name(version)
+            if check:
+                ids, sampled = to.score(ids)
+    compared = 0
+    if check:
+        with torch.no_grad():  # every rank takes part in one forward pass
+            own = logprobs(model, torch.tensor([ids], device=next(model.parameters()).device))
+        with _together(model, sampler):
+            compared = _compare(own[0, -len(sampled) :], sampled) if sampled else 0
     synced[_key(sampler)] = sums
     return Synced(version, len(held), time.perf_counter() - start, compared)
 
@@ -133,26 +151,32 @@ def _checksums(model: torch.nn.Module) -> dict[str, int]:
     return {name: bits.checksum(t.to_local() if isinstance(t, DTensor) else t) for name, t in held.items()}
 
 
-class _None:
-    """Stands for the sampler of another rank: this rank takes part in gathering weights and in one forward pass."""
-
-    def load(self, weights) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass
-
-    def name(self, version: str) -> None:
-        pass
-
-    def score(self, prompt: list[int]) -> tuple[list[int], list[float]]:
-        return prompt, []
+def _mesh(model: torch.nn.Module) -> DeviceMesh | None:
+    """The mesh of ranks that share the weights, or None."""
+    return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
 
 
-def _none(model: torch.nn.Module) -> _None:
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
-        raise WeightsNotSynced("training.sync: only a rank of FSDP2 may leave out the sampler, which another rank has")
-    return _None()
+@contextlib.contextmanager
+def _together(model: torch.nn.Module, sampler: object | None) -> Iterator[None]:
+    """A block that ends on every rank that shares the weights in one way: a failure of one rank is raised on all."""
+    failed = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    mesh = _mesh(model)
+    if mesh is not None:
+        flags = torch.tensor([failed is not None, sampler is not None], dtype=torch.int32, device=mesh.device_type)
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
+    if failed is not None:
+        raise failed
+    if mesh is not None and flags[0]:
+        raise WeightsNotSynced(
+            "training.sync failed on another rank, whose error gives the reason: the sampler's weights are unknown"
+        )
+    if mesh is not None and not flags[1]:
+        raise WeightsNotSynced("training.sync: no rank has a sampler, so nobody got the weights")
 
 
 def _computes(model: torch.nn.Module) -> torch.dtype:
@@ -162,13 +186,9 @@ def _computes(model: torch.nn.Module) -> torch.dtype:
     return state.dtype
 
 
-def _compare(model: torch.nn.Module, to: samplers.Sampler, probe: list[int]) -> int:
-    ids, sampled = to.score(probe)
-    with torch.no_grad():
-        own = logprobs(model, torch.tensor([ids], device=next(model.parameters()).device))
-    if not sampled:  # the sampler is another rank's
-        return 0
-    found = compare(own[0, -len(sampled) :], torch.tensor(sampled, dtype=torch.float32))
+def _compare(own: torch.Tensor, sampled: list[float]) -> int:
+    """The number of equal logprobs. own: the trainer's [tokens]. Raises WeightsNotSynced if one differs."""
+    found = compare(own, torch.tensor(sampled, dtype=torch.float32))
     if found.differing:
         raise WeightsNotSynced(
             f"training.sync: after the sync, {found.differing} of {found.compared} logprobs differ between sampler and "

@@ -11,6 +11,8 @@ import pytest
 from bi_patch.tools.faults import ranks as faults
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.models import recipes
+from bi_patch.tools.parity.child import ParityEngine
+from bi_patch.tools.parity.plan import NAMES, Plan
 from bi_patch.tools.verify.answers import Request, compare
 from bi_patch.tools.verify.child import ARMED
 from bi_patch.tools.verify.probes import FEATURE_PROBES, PROBES, Change, Workload
@@ -35,7 +37,7 @@ def invariant(engine, axes):
 
 def test_two_ranks(start):
     """Few steps: vLLM's ranks wait for each other in busy loops, which take long where other work has the cores."""
-    with two_ranks(start) as engine:
+    with two_ranks(start, {"logprobs_mode": "processed_logprobs"}, kind=ParityEngine) as engine:
         assert not engine.info.open_seams
         made = random.Random(3)
         prompts = [tuple(made.randrange(2000) for _ in range(n)) for n in (3, 40, 290, 7, 19)]
@@ -46,6 +48,17 @@ def test_two_ranks(start):
         for one, other in zip(alone, together, strict=False):
             found = compare(one, other)
             assert found.compared and not found.differing, found.first
+        axis = engine.line("padded right", Plan(tokens=3))  # a trainer on one device
+        assert axis.compared and not axis.differing, axis.shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [{}, {"tensor_parallel_size": 4}], ids=["2", "4"])
+def test_a_trainer_on_one_device_has_the_bits_of_several_ranks(start, extra):
+    with two_ranks(start, extra | {"logprobs_mode": "processed_logprobs"}, kind=ParityEngine) as engine:
+        plan = Plan(steps=2, micro=(12, 5), group=3, tokens=8, updates=1)
+        axes = [engine.line(name, plan) for name in NAMES]
+        assert all(axis.compared and not axis.differing for axis in axes), [a.shown or a.reason for a in axes]
 
 
 @pytest.mark.slow

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Key, Tally
-from bi_patch.ops.cuda import machine
+from bi_patch.ops.cuda import attention_layers
 from bi_patch.ops.cuda.ahead import Ahead
+from bi_patch.ops.cuda.attention_layers import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -27,29 +28,6 @@ _CHUNKS = (9, 16, 17, 64, 129, 300)
 
 # (the first token, the number of tokens) of each sequence of a step -> their rows [sum of tokens, heads, D].
 Run = Callable[[list[tuple[int, int]]], "torch.Tensor"]
-
-
-class Problem(NamedTuple):
-    """One kind of attention layer. heads, key_heads: of one rank. window: in tokens, 0 without. page: tokens per page.
-
-    backend: the name and version of the kernel. extras: words for everything else that chooses code, e.g. "sinks".
-    """
-
-    backend: str
-    heads: int
-    key_heads: int
-    head_size: int
-    window: int
-    page: int
-    dtype: torch.dtype
-    extras: str = ""
-
-    def __str__(self) -> str:
-        window = f" window={self.window}" if self.window else ""
-        extras = f" {self.extras}" if self.extras else ""
-        size = f"heads={self.heads}/{self.key_heads} D={self.head_size} page={self.page}"
-        return f"{self.backend} {size}{window}{extras} {machine.name(self.dtype)}"
-
 
 # (q [tokens, heads, D], k and v [tokens, key heads, D]) -> how to compute rows of this prompt.
 Prepare = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], Run]
@@ -85,9 +63,7 @@ def rehearse(problem: Problem, prepare: Prepare, library: str, cache: Path, ahea
 
 
 def _key(problem: Problem, library: str) -> Key:
-    return Key(
-        OPERATION, str(problem), machine.device(), f"{library} {machine.libraries()}", machine.kernels_digest(), DATA
-    )
+    return attention_layers.key(OPERATION, problem, library, DATA)
 
 
 def _tokens(problem: Problem) -> int:

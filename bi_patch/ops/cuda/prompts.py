@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Key, Tally
-from bi_patch.ops.cuda import machine
+from bi_patch.ops.cuda import attention_layers
 from bi_patch.ops.cuda.ahead import Ahead
 
 if TYPE_CHECKING:
@@ -27,25 +27,8 @@ LENGTHS = (1, 5, 64, 127, 128, 129, 200, 300, 512, 1500)
 Attend = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", Sequence[int]], "torch.Tensor"]
 
 
-class Problem(NamedTuple):
-    """One kind of encoder layer. heads, key_heads: of one rank. window: in tokens on each side, 0 without.
-
-    backend: the name and version of the kernel. extras: words for everything else that chooses code, e.g. "sinks".
-    """
-
-    backend: str
-    heads: int
-    key_heads: int
-    head_size: int
-    window: int
-    dtype: torch.dtype
-    extras: str = ""
-
-    def __str__(self) -> str:
-        window = f" window={self.window}" if self.window else ""
-        extras = f" {self.extras}" if self.extras else ""
-        size = f"heads={self.heads}/{self.key_heads} D={self.head_size}"
-        return f"{self.backend} {size}{window}{extras} {machine.name(self.dtype)}"
+class Problem(attention_layers.Problem):
+    """One kind of encoder layer, which has no pages: page is 0."""
 
 
 def certify(problem: Problem, attend: Attend, library: str, cache: Path) -> Certificate:
@@ -88,9 +71,7 @@ def companies(length: int) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def _key(problem: Problem, library: str) -> Key:
-    return Key(
-        OPERATION, str(problem), machine.device(), f"{library} {machine.libraries()}", machine.kernels_digest(), DATA
-    )
+    return attention_layers.key(OPERATION, problem, library, DATA)
 
 
 def _certify(problem: Problem, attend: Attend, key: Key, device: str = "cuda") -> Certificate:

@@ -137,6 +137,14 @@ def _images(model: Any) -> bool:
     return model.is_multimodal_model and not getattr(taken, "language_model_only", False)
 
 
+def _scores(model: Any) -> bool:
+    """Whether a decoder pools into the numbers of a head: a classifier, a reranker or a reward model."""
+    if model.runner_type != "pooling" or getattr(model, "attn_type", "") == "encoder_only":
+        return False
+    heads = ("Classification", "RewardModel")
+    return getattr(model, "convert_type", "") == "classify" or any(n.endswith(heads) for n in model.architectures)
+
+
 def _embeddings(model: Any) -> bool:
     """Whether requests may bring the embeddings of images, sound or video."""
     return bool(getattr(getattr(model, "multimodal_config", None), "enable_mm_embeds", False))
@@ -548,21 +556,29 @@ FEATURES: tuple[Feature, ...] = (
         asked=_transfer(False),
     ),
     row(
-        "pooling: embeddings, rerankers, reward heads",
+        "pooling: embeddings",
         short="embeddings",
         cpu=served(*_CPU_POOLING, why="tiny models of each kind"),
         cuda=(
             refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),
-            served(
-                _H200_POOLING,
-                why="an embedding model in eager mode; classifiers and reward heads of decoders have not run; the cost "
-                "is not measured",
-            ),
+            served(_H200_POOLING, why="an embedding model in eager mode; the cost is not measured"),
         ),
         ascend=refused(_NO_SEAM, todo="Use a generating model"),
         asked=_of_model(lambda m: m.runner_type == "pooling", "pooling models"),
-        details="Embeddings of any length, classifiers, rerankers and rewards. Refused by name: poolers outside of a "
-        "list, late interaction, late chunking, and new weights for such an engine.",
+        details="Embeddings of any length. Refused by name: poolers outside of a list, late interaction, late "
+        "chunking, and new weights for such an engine.",
+    ),
+    row(
+        "pooling: classifiers, rerankers and rewards made from decoders",
+        cpu=served(*_CPU_POOLING, why="tiny models of each kind"),
+        cuda=(
+            refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),
+            untried("all patch points are those of embeddings"),
+        ),
+        ascend=refused(_NO_SEAM, todo="Use a generating model"),
+        asked=_of_model(_scores, "classifiers, rerankers and rewards"),
+        details="One number or more for each prompt or token, from a head that the model has. Heads of encoders "
+        "have a row of their own.",
     ),
     row(
         "pooling models, compiled",

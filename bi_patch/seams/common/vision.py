@@ -4,6 +4,9 @@ vLLM caches processed images, encoded images, keys and values by an image's hash
 which takes the hash's place. Then another image of the same name gets the first one's rows.
 """
 
+import functools
+
+from bi_patch.seams import vision
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
@@ -43,6 +46,45 @@ def _sent(original):
     return mm_kwargs_from_features
 
 
+class Made(dict):
+    """The hashes of a prompt's images, as vLLM's renderer made them from their content. Nobody may write into them."""
+
+    def __init__(self, hashes):
+        super().__init__(hashes)
+        self.made = repr(self)
+
+
+def _rendered(original):
+    """BaseRenderer._process_multimodal: what the renderer made is known again when it arrives at the engine."""
+
+    @functools.wraps(original)
+    def _process_multimodal(self, *args, **kwargs):
+        found = original(self, *args, **kwargs)
+        found["mm_hashes"] = Made(found["mm_hashes"])
+        return found
+
+    return _process_multimodal
+
+
+def _arriving(original):
+    """InputProcessor._validate_model_inputs: refuse a rendered prompt whose hashes are not the renderer's."""
+
+    @functools.wraps(original)
+    def _validate_model_inputs(self, *prompts):
+        for prompt in prompts:
+            hashes = (prompt or {}).get("mm_hashes")
+            known = hashes is None or (type(hashes) is Made and hashes.made == repr(hashes))
+            if not known and vision.takes_images(self.vllm_config):
+                raise bad_request(
+                    "vision.rendered: batch invariance does not cover prompts that bring hashes of images "
+                    "(mm_hashes): another image of this hash may be in the cache. Give the images (multi_modal_data), "
+                    "and let the engine render them, or start it with BI_PATCH=0"
+                )
+        return original(self, *prompts)
+
+    return _validate_model_inputs
+
+
 def _image_id(original):
     """_get_image_id_bytes: no image is known by the number in its EXIF data."""
 
@@ -79,6 +121,26 @@ SEAMS = (
         close=_sent,
         why=_WHY,
         how="a request that sends hashes of images is refused",
+        until=_UNTIL,
+        causes=(36,),
+        on_import=True,
+    ),
+    Seam(
+        name="vision.made",
+        targets=(Target("vllm.renderers.base", "BaseRenderer._process_multimodal", ">=0.32"),),
+        close=_rendered,
+        why=_WHY,
+        how="hashes that vLLM's renderer made are marked",
+        until=_UNTIL,
+        causes=(36,),
+        on_import=True,
+    ),
+    Seam(
+        name="vision.rendered",
+        targets=(Target("vllm.v1.engine.input_processor", "InputProcessor._validate_model_inputs", ">=0.32"),),
+        close=_arriving,
+        why=_WHY,
+        how="a rendered prompt whose hashes bear no mark, or were written to, is refused",
         until=_UNTIL,
         causes=(36,),
         on_import=True,

@@ -52,6 +52,7 @@ def _load(original):
         result = original(self, *args, **kwargs)
         quantized.check(self.get_model())
         if active.leaves:
+            leaves.check_served(self.get_model())
             leaves.one_zero(self.get_model())
         for module in poolers.modules(self.get_model()):
             if isinstance(module, torch.nn.LayerNorm):

@@ -80,7 +80,7 @@ def _problem(layer, page: int) -> Problem | prompts.Problem:
         "dtype": layer.dtype,
         "extras": " ".join(word for word, holds in extras.items() if holds),
     }
-    return prompts.Problem(**given) if layer.attn_type == ENCODER else Problem(page=page, **given)
+    return prompts.Problem(page=0, **given) if layer.attn_type == ENCODER else Problem(page=page, **given)
 
 
 def _encode(layer, problem: prompts.Problem, q, k, v, lengths):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +20,20 @@ from bi_patch.platforms.features.pairs import PAIRS
 from bi_patch.platforms.features.versions import VERSIONS
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+DEVICES = {"cpu": re.compile(r"\(\d+ cores\)$"), "cuda": re.compile("^NVIDIA "), "ascend": re.compile("^Ascend")}
 CELLS = [
-    *((f"{row.name}, {platform}", cell) for row in table.ROWS for platform, held in row.cells.items() for cell in held),
-    *((card.name, card.cell) for card in CARDS),
-    *((f"{platform} {release}", cell) for platform, held in VERSIONS.items() for release, cell in held.items()),
+    *(
+        (f"{row.name}, {platform}", platform, cell)
+        for row in table.ROWS
+        for platform, held in row.cells.items()
+        for cell in held
+    ),
+    *((card.name, card.platform, card.cell) for card in CARDS),
+    *(
+        (f"{platform} {release}", platform, cell)
+        for platform, held in VERSIONS.items()
+        for release, cell in held.items()
+    ),
 ]
 
 
@@ -108,12 +119,14 @@ def test_every_row_speaks_of_every_platform_and_release():
     assert {platform: tuple(held) for platform, held in VERSIONS.items()} == releases.BY_PLATFORM
 
 
-@pytest.mark.parametrize("name, cell", CELLS, ids=[name for name, _ in CELLS])
-def test_a_served_cell_has_evidence_of_no_difference(name, cell):
+@pytest.mark.parametrize("name, platform, cell", CELLS, ids=[name for name, *_ in CELLS])
+def test_a_served_cell_has_evidence_of_no_difference(name, platform, cell):
     assert bool(cell.evidence) == (cell.state == model.SERVED)
     for file in cell.evidence:
         found = json.loads((RESULTS / file).read_text())
         assert found["rows"] and not sum(row["differing"] for row in found["rows"]), file
+        assert all(row["compared"] > 0 for row in found["rows"]), file
+        assert DEVICES[platform].search(found["device"]), f"{file} is of {found['device']}"
 
 
 def test_a_refusal_gives_its_reason_and_what_refuses():
@@ -232,6 +245,24 @@ def test_pooling_is_refused_where_it_was_not_tried():
             check("cuda", "0.26.0", **held)
     with pytest.raises(UnsupportedFeature, match="features: .*pooling models.*BI_PATCH=0"):
         check("ascend", model_runner_type="pooling")
+
+
+def test_scores_of_decoders_are_untried_on_cuda():
+    def untried(**changes):
+        return table.untried(config(model_runner_type="pooling", **changes), "cuda", Version("0.33.0"))
+
+    name = "pooling: classifiers, rerankers and rewards made from decoders"
+    for given in (
+        {"model_architectures": ["Qwen2ForRewardModel"]},
+        {"model_architectures": ["Qwen2ForProcessRewardModel"]},
+        {"model_architectures": ["LlamaForSequenceClassification"]},
+        {"model_architectures": ["Qwen3ForCausalLM"], "model_convert_type": "classify"},
+    ):
+        assert name in untried(**given)
+    assert name not in untried(model_architectures=["Qwen3ForCausalLM"], model_convert_type="embed")
+    assert name not in untried(
+        model_architectures=["XLMRobertaForSequenceClassification"], model_attn_type="encoder_only"
+    )
 
 
 def test_several_refusals_are_named_at_once_with_what_to_do():

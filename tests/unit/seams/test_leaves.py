@@ -107,6 +107,19 @@ def test_the_parts_of_a_layer_must_fit(changes, said):
         leaves.check(layer(**changes))
 
 
+def test_every_layer_must_have_taken_its_parts(monkeypatch):
+    from vllm.model_executor.layers import linear
+
+    monkeypatch.setattr(linear, "RowParallelLinear", torch.nn.Linear)
+    model = torch.nn.ModuleDict({"up": torch.nn.Identity(), "o": torch.nn.Linear(2, 2), "down": torch.nn.Linear(2, 2)})
+    for layer in (model.o, model.down):
+        setattr(layer, leaves.SERVED, True)
+    leaves.check_served(model)
+    delattr(model.down, leaves.SERVED)
+    with pytest.raises(UnsupportedFeature, match="communicator.leaves: .*1 row-parallel layers .*[(]down[)]"):
+        leaves.check_served(model)
+
+
 def test_an_embedding_has_one_zero(monkeypatch):
     from vllm.model_executor.layers import vocab_parallel_embedding
 

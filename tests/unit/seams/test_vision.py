@@ -187,6 +187,25 @@ def test_hashes_of_images_that_a_client_sends_are_refused():
         names._sent(None)({"image": ["0" * 64]})
 
 
+def test_a_rendered_prompt_has_the_renderers_hashes():
+    prompt = names._rendered(lambda self, tokens: {"mm_hashes": {"image": ["0" * 64]}})(None, [1])
+    text = {"type": "token", "prompt_token_ids": [1]}
+
+    def arrive(*prompts, language_only=False):
+        media = SimpleNamespace(is_multimodal_model=True)
+        media.multimodal_config = SimpleNamespace(language_model_only=language_only)
+        engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=media))
+        return names._arriving(lambda self, *given: given)(engine, *prompts)
+
+    assert arrive(None, prompt) == (None, prompt) and arrive(None, text) == (None, text)
+    own = {"mm_hashes": {"image": ["0" * 64]}}
+    assert arrive(None, own, language_only=True) == (None, own)
+    prompt["mm_hashes"]["image"][0] = "1" * 64  # a client wrote into what the renderer made
+    for wrong in (own, prompt):
+        with pytest.raises(UnsupportedRequest, match="vision.rendered: .*mm_hashes.*BI_PATCH=0"):
+            arrive(None, wrong)
+
+
 def test_an_image_is_known_by_its_pixels():
     import uuid
 

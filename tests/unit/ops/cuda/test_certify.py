@@ -16,7 +16,7 @@ SCALED = scaled_linear.Problem(8, 128, torch.bfloat16, False, 128)
 EXPERTS = moe.Problem(4, 6, 8, 2, torch.bfloat16)
 ATTENTION = attention.Problem(8, 2, 128, torch.bfloat16)
 CHUNKED = chunks.Problem("FLASH_ATTN 3", 8, 2, 128, 0, 16, torch.bfloat16)
-ENCODED = prompts.Problem("FLASH_ATTN 3", 16, 16, 64, 0, torch.bfloat16)
+ENCODED = prompts.Problem("FLASH_ATTN 3", 16, 16, 64, 0, 0, torch.bfloat16)
 ROWS = row_checks.RowCheck("cuda.norm", "RMSNorm 64 bfloat16", row_checks.FEW, None, None)
 KINDS = [
     "cuda.linear",
