@@ -8,12 +8,13 @@ Exit code 1: a value differs. 2: something could not be compared.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import bi_patch_entry
 
-# label -> (model of bi_patch.tools.models.recipes, dtype, eager, GRPO steps of each of two runs)
+# label -> (model of bi_patch.tools.models.recipes, dtype, eager, GRPO steps of each of two runs[, the sampler's ranks])
 CPU = {
     "tiny-llama-tied bf16": ("tiny-llama-tied", "bfloat16", True, 6),
     "tiny-llama-tied fp32": ("tiny-llama-tied", "float32", True, 6),
@@ -25,7 +26,11 @@ CPU = {
     "tiny-qwen3 fp32 compiled": ("tiny-qwen3", "float32", False, 6),
     "tiny-qwen3-moe bf16": ("tiny-qwen3-moe", "bfloat16", True, 3),
     "SmolLM2-135M bf16": ("smollm2-135m-instruct", "bfloat16", True, 4),
+    "tiny-qwen3 bf16, sampler TP 2": ("tiny-qwen3", "bfloat16", True, 3, 2),
+    "tiny-llama-tied fp32, sampler TP 4": ("tiny-llama-tied", "float32", True, 3, 4),
+    "tiny-qwen3 bf16, sampler TP 2, compiled": ("tiny-qwen3", "bfloat16", False, 3, 2),
 }
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # for each rank on CPU
 CUDA = {
     "qwen3-100m bf16": ("qwen3-100m", "bfloat16", True, 6),
     "qwen3-100m bf16 graphs": ("qwen3-100m", "bfloat16", False, 6),
@@ -52,9 +57,11 @@ def main() -> int:
     given = parser.parse_args()
     codes = []
     for label in given.only:
-        model, dtype, eager, steps = cases[label]
+        model, dtype, eager, steps, *ranks = cases[label]
         options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64} | run.shared()
-        system = local(model, levels.QUICK, dtype=dtype, eager=eager, engine_args=options)
+        options |= {"tensor_parallel_size": ranks[0]} if ranks else {}
+        environ = dict(os.environ) | (ONE_THREAD if ranks and cases is CPU else {})
+        system = local(model, levels.QUICK, dtype=dtype, eager=eager, engine_args=options, environ=environ)
         report = run.measure(system, Plan(steps=steps))
         print(f"{label}\n{terminal.plain(report)}", flush=True)
         codes.append(report.exit_code)
