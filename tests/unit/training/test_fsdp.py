@@ -18,7 +18,8 @@ CASES = 6 * 5 + 3 * 4 + 2 * 5 + (2 * 4 if importlib.util.find_spec("peft") else 
 def lines(cache, tmp_path_factory):
     """The lines of both ranks."""
     store = tmp_path_factory.mktemp("fsdp") / "store"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "BI_PATCH_CACHE": str(cache)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": paths, "BI_PATCH_CACHE": str(cache)}
     command = [sys.executable, str(Path(__file__).with_name("fsdp_ranks.py"))]
     ranks = [
         subprocess.Popen(
