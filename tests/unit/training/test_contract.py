@@ -214,6 +214,13 @@ def test_the_engines_side():
     assert found["model"]["layer_types"] == ["a", "b"] and found["model"]["head_dim"] is None
 
 
+def test_ranks_on_cpu_are_added_in_rank_order(model, agreed):
+    config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    said = made._rank_sums(config, "cpu")
+    assert said == made.ASCENDING and made._rank_sums(config, "ascend") != said
+    training.arm(model, sampler=agreed | {"tensor_parallel_size": 2, "rank_sums": said})
+
+
 def test_only_the_one_stage_all_reduce_adds_as_the_trainer_does(monkeypatch):
     monkeypatch.setenv("VLLM_CUSTOM_ALLREDUCE_ALGO", "1stage")
     own = SimpleNamespace(disabled=False, should_custom_ar=lambda row: row.shape[1] % 8 == 0)

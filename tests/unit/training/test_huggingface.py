@@ -60,6 +60,14 @@ def test_every_form_of_a_batch_has_the_same_bits(make, ids, family):
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sum_over_ranks_has_no_negative_zero(make, ranks):
+    model = make("Llama")
+    model.model.embed_tokens.weight.data[5] = -0.0
+    huggingface.arm(model, torch.float32, ranks)
+    assert bool(model.model.embed_tokens(torch.tensor([[5]])).signbit().any()) == (ranks == 1)
+
+
 def test_checkpointing_repeats_the_gradients(make, ids):
     model = training.arm(make("Qwen3", torch.bfloat16)).train()
     found = []
