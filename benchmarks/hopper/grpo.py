@@ -7,7 +7,7 @@
 bi_patch/tools/models/recipes.py. Every logprob of every step is compared with the sampler's, and the two runs must have
 the same rewards, gradient norms and master weights after each step. It prints progress and writes parity-*.json.
 
---seconds: each run stops after the first step that ends later than this, starts of engines not counted.
+--seconds: each run stops after the first step that ends later than this, the engine's start included.
 --resume FOLDER: each run leaves a checkpoint there (master weights, optimizer, steps). The same command goes on from it
 with new engines, up to --steps.
 
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpus", default="0,1")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--resume", type=Path, help="the folder of checkpoints")
-    parser.add_argument("--seconds", type=float, default=0.0, help="of the steps of this call; 0: no limit")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of this call; 0: no limit")
     parser.add_argument("--eager", action="store_true", help="a sampler without compilation")
     parser.add_argument("--run", type=int, choices=range(len(SIZES)), help="one of the runs, in this process")
     parser.add_argument("--out", type=Path, help="where --run writes its JSON")
@@ -60,12 +60,12 @@ def one(a: argparse.Namespace) -> None:
     if run.shared():  # a GPU: without a look at free memory, since two runs may share a card
         options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
     system = local(a.model, levels.QUICK, dtype="bfloat16", eager=a.eager, engine_args=options)
-    plan = Plan(
-        steps=a.steps, micro=(micro,), seats=(seats,), folder=str(a.resume.absolute()), seconds=a.seconds
-    )  # one run
     began = time.perf_counter()
     with system.start(system.options, kind=ParityEngine) as engine:
-        print(f"run {a.run}: sampler and trainer started in {time.perf_counter() - began:.0f} s", flush=True)
+        spent = time.perf_counter() - began
+        print(f"run {a.run}: the sampler started in {spent:.0f} s", flush=True)
+        left = max(a.seconds - spent, 1.0) if a.seconds else 0.0
+        plan = Plan(steps=a.steps, micro=(micro,), seats=(seats,), folder=str(a.resume.absolute()), seconds=left)
         engine.line("GRPO", plan, locate=False)
         (done,) = engine.runs()
         found = {"run": done, "info": engine.info, "model": Path(engine.options.model).name}
