@@ -24,6 +24,7 @@ _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
+_CPU_PARITY_RANKS = "parity-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
 _CPU_PARITY_LORA = "parity-2026-11-29-cpu-amx-lora-vllm-0.32.0.json"
 _CPU_PARITY = "parity-2026-11-28-cpu-vllm-0.32.0.json"
 _H200_PARITY = "parity-2026-11-28-h200-vllm-0.33.0.json"
@@ -329,6 +330,14 @@ FEATURES: tuple[Feature, ...] = (
         ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",
+    ),
+    row(
+        "a trainer on one device beside a sampler with tensor parallelism",
+        cpu=served(_CPU_PARITY_RANKS, why="two and four ranks, tiny models without experts"),
+        cuda=untried("only where vLLM's one-stage all-reduce adds; with NCCL, the trainer refuses"),
+        ascend=refused("its operators with a backward do not exist there", by="training.device"),
+        details="The trainer cuts K of `o_proj` and `down_proj` as the ranks do, and adds the parts in rank order. "
+        "Refused by name: samplers whose ranks share experts, and samplers with `BI_PATCH_TP_INVARIANT`.",
     ),
     row(
         "custom logits processors",
