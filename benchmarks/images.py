@@ -44,7 +44,7 @@ def measure(kind: str, args: argparse.Namespace, root: str) -> int:
 
     on_gpu = torch.cuda.is_available()
     level = replace(levels.FULL, seconds=None, cpu_seconds=None, lengths=(3, 40, 290), generate=6, sizes=(2, 5, 17, 64))
-    arguments = {"max_model_len": 4096 if on_gpu else 1024, "max_num_seqs": 64}
+    arguments = {"max_model_len": 4096 if on_gpu else 1024, "max_num_seqs": args.seqs}
     if on_gpu:
         arguments |= {"gpu_memory_utilization": args.memory, "kv_cache_memory_bytes": 2 << 30}
     system = local.local(
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--across", action="store_true", help="the axes across engines")
     parser.add_argument("--axis", action="append", help="an axis of verify; by default, those above")
+    parser.add_argument("--seqs", type=int, default=64, help="requests at once; preemption on a GPU needs 160")
     parser.add_argument("--memory", type=float, default=0.3, help="the share of a GPU's memory")
     parser.add_argument("--results", type=Path, help="the folder of a result file; by default, none is written")
     args = parser.parse_args()
