@@ -102,6 +102,7 @@ def measure(name: str, kind: Kind, args: argparse.Namespace) -> int:
     level = replace(levels.FULL, seconds=None, cpu_seconds=None, lengths=(3, 40, 200), generate=12, sizes=(2, 5, 17))
     arguments = {"max_model_len": 1024, "max_num_seqs": 32, "max_num_batched_tokens": 512} | kind.given
     if on_gpu:
+        arguments |= {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
         arguments |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
     if kind.requests == "adapter":
         arguments |= {"enable_lora": True, "max_lora_rank": max(adapters.RANKS), "max_loras": adapters.SLOTS}
