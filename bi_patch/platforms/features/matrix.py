@@ -24,6 +24,8 @@ _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 
 # The evidence of both together, by platform. A pair without a file is untried.
 _CPU: dict[tuple[str, str], str] = {
+    **dict.fromkeys(((first, asked) for first in (LORA, SPECULATION) for asked in REQUESTS), _CPU_PAIRS),
+    **dict.fromkeys(((GRAMMARS, asked) for asked in REQUESTS[1:]), _CPU_PAIRS),
     **dict.fromkeys(((QUANTIZED, asked) for asked in REQUESTS), _CPU_QUANTIZED),
     **dict.fromkeys(((LOGPROBS, CACHED), (LOGPROBS, PREEMPTED), (CACHED, PREEMPTED)), _CPU_TINY),
 }

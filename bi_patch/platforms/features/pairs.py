@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_patch.platforms import schemes
-from bi_patch.platforms.features.model import Cell, Feature, refused, row, untried
+from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
 
+_CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
+_SCHEMES = "INT8, 4-bit weights and FP8 blocks of tiny models, in eager mode"
 _ALONE = "nobody has compared bits of both together"
 TRIAL = "nobody has compared an engine's bits yet"
 
@@ -38,6 +40,7 @@ def _parses_reasoning(config: Any) -> bool:
 
 
 LORA, SPECULATION, POOLING = "LoRA", "speculative decoding", "pooling"
+_DRAFTS = "a draft model or heads"
 QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
 EIGHTH = "an FP8 KV cache"
 PARTS: dict[str, Callable[[Any], bool]] = {
@@ -65,7 +68,7 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     "custom logits processors": _model("logits_processors"),
     "watermarks": lambda config: getattr(config, "watermark_config", None) is not None,
     # Of LoRA alone:
-    "a draft model or heads": lambda config: getattr(config.speculative_config, "method", None) not in (None, "ngram"),
+    _DRAFTS: lambda config: getattr(config.speculative_config, "method", None) not in (None, "ngram"),
     "experts": _model("is_moe"),  # vLLM takes other kernels for experts where adapters may come
     "sharded adapters (--fully-sharded-loras)": lambda config: bool(
         getattr(config.lora_config, "fully_sharded_loras", False)
@@ -96,15 +99,17 @@ def _never(first: str, *others: str) -> Feature:
 
 
 PAIRS: tuple[Feature, ...] = (
-    *(
-        _pairs(first, other, cpu=refused(TRIAL), cuda=_REFUSED, ascend=_REFUSED)
-        for first, other in (
-            (LORA, SPECULATION),
-            (LORA, QUANTIZED),
-            (SPECULATION, QUANTIZED),
-            (POOLING, QUANTIZED),
-        )
+    _pairs(LORA, SPECULATION, cpu=served(_CPU_PAIRS, why="n-grams"), cuda=_REFUSED, ascend=_REFUSED),
+    _pairs(LORA, QUANTIZED, cpu=served(_CPU_PAIRS, why=_SCHEMES), cuda=_REFUSED, ascend=_REFUSED),
+    _pairs(
+        SPECULATION,
+        QUANTIZED,
+        cpu=served(_CPU_PAIRS, why=f"n-grams; {_SCHEMES}"),
+        cuda=_REFUSED,
+        ascend=_REFUSED,
     ),
+    _never(_DRAFTS, QUANTIZED),
+    _never(POOLING, QUANTIZED),
     _never(
         LORA,
         *("pipeline parallelism", "tensor parallelism", "data parallelism", "KV transfer or offload"),

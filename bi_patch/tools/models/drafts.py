@@ -22,12 +22,13 @@ class NoDrafts(BiPatchError):
 
 
 def serves(model: str | Path) -> bool:
-    """Whether drafts can be made for a model: a folder with the weights of a Llama model with an own head."""
+    """Whether drafts can be made for a model: a folder with unquantized weights of a Llama model with an own head."""
     folder = Path(model)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         return False
     config = json.loads((folder / "config.json").read_text())
-    return config.get("model_type") == "llama" and not config.get("tie_word_embeddings")
+    plain = not config.get("tie_word_embeddings") and not config.get("quantization_config")
+    return config.get("model_type") == "llama" and plain
 
 
 def write(method: str, model: str | Path, folder: Path) -> Path:
@@ -42,7 +43,7 @@ def write(method: str, model: str | Path, folder: Path) -> Path:
     if method not in METHODS:
         raise NoDrafts(f"drafts are made for {', '.join(METHODS)}, not for {method!r}")
     if not serves(model):
-        raise NoDrafts("drafts are made for the weights of Llama models whose head is not tied")
+        raise NoDrafts("drafts are made for unquantized weights of Llama models whose head is not tied")
     config = json.loads((model / "config.json").read_text())
     held = load_file(model / "model.safetensors")
     made = {"draft_model": _shorter, "eagle": _eagle, "eagle3": _eagle3}[method](config, held, torch)

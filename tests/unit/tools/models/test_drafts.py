@@ -55,7 +55,7 @@ def test_other_models_have_none(model, tmp_path):
     with pytest.raises(drafts.NoDrafts, match="not for 'medusa'"):
         drafts.write("medusa", model, tmp_path / "x")
     config = json.loads((model / "config.json").read_text())
-    for change in ({"model_type": "qwen3"}, {"tie_word_embeddings": True}):
+    for change in ({"model_type": "qwen3"}, {"tie_word_embeddings": True}, {"quantization_config": {"bits": 4}}):
         (model / "config.json").write_text(json.dumps({**config, **change}))
         assert not drafts.serves(model)
         with pytest.raises(drafts.NoDrafts, match="whose head is not tied"):
