@@ -7,7 +7,14 @@ from pathlib import Path
 
 from bi_patch.errors import BiPatchError
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+# model_type -> the class of vLLM whose linears `shapes` knows. Other classes of the same type name theirs otherwise.
+KINDS = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 _EMBEDDED = ("llama", "qwen3", "qwen3_moe")  # vLLM takes adapters of their embeddings and heads
 _STRENGTH = 0.2  # of an adapter's output, as a share of its input: enough to change logits, too little to break them
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -17,13 +24,21 @@ class NoAdapter(BiPatchError):
     """No adapter can be made for this kind of model."""
 
 
+def missing(config: dict) -> str:
+    """Why no adapter can be made for a model, "" when one can be made. config: config.json."""
+    kind, names = config.get("model_type"), config.get("architectures") or [KINDS.get(config.get("model_type"))]
+    if kind not in KINDS:
+        return f"adapters are made for models of type {', '.join(KINDS)}, not {kind!r}"
+    return "" if KINDS[kind] in names else f"no adapter is made for {names[0]}, whose type says {kind!r}"
+
+
 def shapes(config: dict) -> dict[str, tuple[int, int]]:
     """The linear layers of one layer of a model that take an adapter: name -> (inputs, outputs).
 
     config: config.json. Raises NoAdapter. Experts are left out.
     """
-    if config.get("model_type") not in KINDS:
-        raise NoAdapter(f"adapters are made for {', '.join(KINDS)}, not for {config.get('model_type')!r}")
+    if why := missing(config):
+        raise NoAdapter(why)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
     keys = (config.get("num_key_value_heads") or heads) * width

@@ -33,10 +33,9 @@ def missing(engine: Engine) -> str:
         return "making an adapter needs the model's config.json, and the model is not a local folder"
     if engine.options.max_num_seqs < _LEAST:
         return f"max_num_seqs is {engine.options.max_num_seqs}: no batch of {_LEAST} requests"
-    kind = found.get("model_type")
     if "num_experts" in found:
         return "bi_patch covers no adapters of models with experts"
-    return "" if kind in made.KINDS else f"verify makes no adapter for models of type {kind!r}"
+    return made.missing(found)
 
 
 def options(base: Options) -> dict[str, object]:
