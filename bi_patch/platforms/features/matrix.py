@@ -19,7 +19,7 @@ _CPU_QUANTIZED = "invariance-2026-11-28-cpu-amx-quantized-vllm-0.32.0.json"
 _CPU_TINY = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_SPECULATION = "invariance-2026-11-28-h200-speculation-vllm-0.33.0.json"
-_H200_FP8 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
+_H200_FP8 = "invariance-2026-11-29-h200-pairs-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 
 # The evidence of both together, by platform. A pair without a file is untried.
@@ -32,7 +32,7 @@ _CPU: dict[tuple[str, str], str] = {
 _CUDA: dict[tuple[str, str], str] = {
     **dict.fromkeys(((LORA, LOGPROBS), (LORA, CACHED)), _H200_LORA),
     **dict.fromkeys(((SPECULATION, asked) for asked in (LOGPROBS, CACHED, PREEMPTED)), _H200_SPECULATION),
-    **dict.fromkeys(((QUANTIZED, asked) for asked in (LOGPROBS, CACHED)), _H200_FP8),
+    **dict.fromkeys(((QUANTIZED, asked) for asked in REQUESTS), _H200_FP8),
     **dict.fromkeys(((LOGPROBS, CACHED), (LOGPROBS, PREEMPTED), (CACHED, PREEMPTED)), _H100),
 }
 _ASCEND = {
@@ -45,7 +45,8 @@ _ASCEND = {
 
 
 def _cell(known: dict[tuple[str, str], str], pair: tuple[str, str]) -> Cell:
-    return served(known[pair]) if pair in known else untried()
+    why = "FP8, in eager mode" if known.get(pair) == _H200_FP8 else ""
+    return served(known[pair], why=why) if pair in known else untried()
 
 
 def pairs() -> tuple[tuple[str, str], ...]:
