@@ -11,10 +11,11 @@ from bi_patch.training.adapters import scaled
 
 def cover(dtype: torch.dtype) -> None:
     """Raise UnsupportedFeature for a dtype of rows whose adapters have no cover."""
-    raise UnsupportedFeature(
-        "training.lora: nobody has compared a trainer's adapters on CUDA with a sampler. Merge the adapter, or train "
-        "all weights"
-    )
+    if dtype != torch.bfloat16:
+        raise UnsupportedFeature(
+            f"training.lora: on CUDA, a trainer's adapters were compared with a sampler in torch.bfloat16, not in {dtype}. "
+            "Use bfloat16, or merge the adapter"
+        )
 
 
 def lora(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
