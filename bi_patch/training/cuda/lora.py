@@ -13,8 +13,8 @@ def cover(dtype: torch.dtype) -> None:
     """Raise UnsupportedFeature for a dtype of rows whose adapters have no cover."""
     if dtype != torch.bfloat16:
         raise UnsupportedFeature(
-            f"training.lora: on CUDA, a trainer's adapters were compared with a sampler in torch.bfloat16, not in {dtype}. "
-            "Use bfloat16, or merge the adapter"
+            f"training.lora: on CUDA, a trainer's adapters were compared with a sampler in torch.bfloat16, not in "
+            f"{dtype}. Use bfloat16, or merge the adapter"
         )
 
 

@@ -7,6 +7,7 @@ from bi_patch import training
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import bits
 from bi_patch.ops.cpu import lora
+from bi_patch.training import devices
 
 peft = pytest.importorskip("peft")
 
@@ -116,6 +117,15 @@ def test_what_changes_after_arming_is_refused_by_name(adapted, ids, change):
     change(model)
     with pytest.raises(UnsupportedFeature, match="training.(lora|leaf)"):
         training.logprobs(model, *ids)
+
+
+def test_adapters_on_cuda_are_covered_in_bf16():
+    pytest.importorskip("triton")
+    lora = devices.implementation("cuda", "lora")
+    lora.cover(torch.bfloat16)
+    for dtype in (torch.float16, torch.float32):
+        with pytest.raises(UnsupportedFeature, match=f"training.lora: on CUDA, .*{dtype}"):
+            lora.cover(dtype)
 
 
 def test_other_wrappers_of_peft_are_refused(make):
