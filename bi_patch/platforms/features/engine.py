@@ -32,6 +32,7 @@ _H200_PARITY_SHAPES = "parity-2026-11-29-h200-trainer-vllm-0.33.0.json"
 _H200_PARITY_EXPERTS = "parity-2026-11-29-h200-experts-vllm-0.33.0.json"
 _H200_PARITY_LORA = "parity-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_PARITY_FSDP = "parity-2026-11-29-h200-fsdp-vllm-0.33.0.json"
+_H200_PARITY_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
@@ -329,8 +330,9 @@ FEATURES: tuple[Feature, ...] = (
             _H200_PARITY_EXPERTS,
             _H200_PARITY_LORA,
             _H200_PARITY_FSDP,
+            _H200_PARITY_GRPO,
             why="two small models and two published shapes without experts, a tiny Mixtral, two layers of "
-            "Qwen3-30B-A3B, LoRA adapters of PEFT in bf16, and FSDP2 on one GPU, with random weights",
+            "Qwen3-30B-A3B, LoRA adapters of PEFT in bf16 and FSDP2 on one GPU, with random weights; 57 steps of GRPO of SmolLM2-135M",
         ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",
