@@ -332,7 +332,8 @@ FEATURES: tuple[Feature, ...] = (
             _H200_PARITY_FSDP,
             _H200_PARITY_GRPO,
             why="two small models and two published shapes without experts, a tiny Mixtral, two layers of "
-            "Qwen3-30B-A3B, LoRA adapters of PEFT in bf16 and FSDP2 on one GPU, with random weights; 57 steps of GRPO of SmolLM2-135M",
+            "Qwen3-30B-A3B, LoRA adapters of PEFT in bf16 and FSDP2 on one GPU, with random weights; 57 steps of GRPO "
+            "of SmolLM2-135M",
         ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",
