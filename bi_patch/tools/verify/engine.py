@@ -66,7 +66,8 @@ class Info(msgspec.Struct, frozen=True):
     "classify", "" for a model that generates. whole: prompts are computed in one step, without a prefix cache.
     matryoshka: an embedding's length may be chosen, up to `width`. two_forms: prompts and
     generated tokens have forms of their own, whose bits differ (BI_PATCH_MLA=two). images: the most tokens
-    of an image, 0 for an engine that takes no images.
+    of an image, 0 for an engine that takes no images. chunks: with a prefix cache, vLLM takes this model's prompts in
+    chunks only (states of recurrent layers are kept where a chunk ends).
     """
 
     mode: str
@@ -93,6 +94,7 @@ class Info(msgspec.Struct, frozen=True):
     width: int = 0
     two_forms: bool = False
     images: int = 0
+    chunks: bool = False
 
     @property
     def kv_tokens(self) -> int:
@@ -400,6 +402,7 @@ class LocalEngine:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
             two_forms=_two_forms(config),
+            chunks=getattr(config.cache_config, "mamba_cache_mode", "none") == "align",
             **_pooling_info(self._llm, config),
         )
 

@@ -44,9 +44,12 @@ def chunk_changes(engine: Engine) -> list[Change]:
     whole = engine.options.max_model_len
     most = min(64, engine.options.max_num_seqs)
     budgets = [b for b in (64, 256, 1000) if b != engine.options.chunk]
+    off, words = {"chunk": max(whole, engine.options.max_num_seqs), "chunked": False}, "chunked prefill off"
+    if engine.info.chunks and engine.options.prefix_caching:
+        off, words = off | {"prefix_caching": False}, "chunked prefill and prefix cache off"
     return [
         *(Change(f"chunks of {b} tokens", {"chunk": b, "max_num_seqs": min(most, b)}) for b in budgets),
-        Change("chunked prefill off", {"chunk": max(whole, engine.options.max_num_seqs), "chunked": False}),
+        Change(words, off),
     ]
 
 

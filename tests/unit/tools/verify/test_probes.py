@@ -186,3 +186,13 @@ def test_random_weights_are_not_loaded_again_after_a_sleep(featured):
 def test_an_engine_that_returns_no_experts_is_no_pass(arithmetic):
     with pytest.raises(probes.NotExercised, match="returned none"):
         named(probes.FEATURE_PROBES, "routed experts").run(arithmetic(), WORKLOAD)
+
+
+def test_a_model_that_needs_chunks_beside_a_cache_is_computed_whole_without_one(arithmetic):
+    """vLLM keeps the states of recurrent layers for a prefix cache where a chunk ends."""
+    engine = arithmetic()
+    assert crossing.chunk_changes(engine)[-1].options == {"chunk": engine.options.max_model_len, "chunked": False}
+    engine.info = msgspec.structs.replace(engine.info, chunks=True)
+    whole = crossing.chunk_changes(engine)[-1]
+    assert whole.options["prefix_caching"] is False and whole.options["chunked"] is False
+    assert "prefix cache off" in whole.label
