@@ -8,8 +8,8 @@ BI_PATCH_UNSEEDED     the seed of a sampled request that has none. random (defau
 BI_PATCH_CACHE        the folder of certificates and built kernels (default: ~/.cache/bi_patch)
 BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas, to plant a fault. No engine starts
 BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
-BI_PATCH_MLA          attention of MLA models on CUDA. one (default): every token takes one form, so decode equals
-                      prefill. two: prompts and generated tokens have forms of their own, which is faster
+BI_PATCH_MLA          attention of MLA models on CUDA. two (default): prompts and generated tokens have forms of their
+                      own, as in vLLM. one: every token takes one form, so decode equals prefill, which is slower
 BI_PATCH_TP_INVARIANT 2, 4 or 8: equal bits for every tensor-parallel size up to this number (CPU). 0 (default): equal
                       bits for one size
 BI_PATCH_ALLOW_CODE   dotted names of code from outside vLLM that you vouch for, separated by commas: worker classes,
@@ -32,7 +32,7 @@ PLATFORMS = tuple(releases.BY_PLATFORM)
 FORMS = ("hooks", "patches")
 LEAVES = ("0", "2", "4", "8")
 UNSEEDED = ("random", "derive", "refuse")
-MLA = ("one", "two")
+MLA = ("two", "one")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Settings:
     leave_open: frozenset[str] = frozenset()
     allow_open: bool = False
     unseeded: str = "random"
-    mla: str = "one"
+    mla: str = "two"
     allow_code: frozenset[str] = frozenset()
     tp_invariant: int = 0
 

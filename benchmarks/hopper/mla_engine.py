@@ -37,12 +37,14 @@ def main():
     parser.add_argument("--share", type=float, default=0.4)
     a = parser.parse_args()
     arm()
+    import msgspec
     from families import SIZES
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from bi_patch.seams import active
+    from bi_patch.tools import provenance
     from bi_patch.tools.models import families, shapes
     from bi_patch.tools.verify import weights
 
@@ -88,6 +90,7 @@ def main():
     }
     result |= {"mla": active.mla, "block": core.vllm_config.cache_config.block_size, "rows": []}
     result |= {"v2": core.vllm_config.use_v2_model_runner, "long": a.long, "cached": not a.small or a.cached}
+    result["provenance"] = msgspec.to_builtins(provenance.here())
     worker = core.model_executor.driver_worker
     manager = getattr(getattr(worker, "worker", worker).model_runner, "cudagraph_manager", None)
     result["full_graphs"] = len(getattr(manager, "graphs", ()))

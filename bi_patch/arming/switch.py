@@ -62,7 +62,7 @@ def disarm() -> None:
         return
     current.ledger.restore()  # nothing can remove import hooks: without a state they do nothing
     active.undo_all()
-    active.plan, active.allowed, active.leaves, active.mla, active.latent = None, frozenset(), 0, "one", False
+    active.plan, active.allowed, active.leaves, active.mla, active.latent = None, frozenset(), 0, "two", False
     for name, value in current.previous_environ.items():
         if value is None:
             os.environ.pop(name, None)

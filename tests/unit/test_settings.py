@@ -12,6 +12,7 @@ def test_defaults():
     read = settings.read({})
     assert read.enabled and read.form == "hooks" and read.platform is None
     assert not read.leave_open and not read.allow_open and read.unseeded == "random" and not read.tp_invariant
+    assert read.mla == "two"
 
 
 def test_values():
@@ -21,6 +22,7 @@ def test_values():
     assert not read.enabled and read.platform == "cuda" and read.cache == Path("/x")
     assert read.leave_open == {"a.b", "c.d"}
     assert settings.read({"BI_PATCH_TP_INVARIANT": "8"}).tp_invariant == 8
+    assert settings.read({"BI_PATCH_MLA": "one"}).mla == "one"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
+_H200_MLA_MORE = "invariance-2026-11-29-h200-mla-more-vllm-0.33.0.json"
 _H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
@@ -643,14 +644,16 @@ FEATURES: tuple[Feature, ...] = (
             served(
                 _H200_MLA,
                 _H200_MLA_TWO,
-                why="four layers of DeepSeek-V2-Lite's sizes, in eager mode; slow with long contexts, unless "
-                "BI_PATCH_MLA=two",
+                _H200_MLA_GRAPHS,
+                _H200_MLA_MORE,
+                why="DeepSeek-V2-Lite's sizes; with BI_PATCH_MLA=one four layers in eager mode, and slow with long "
+                "contexts",
             ),
         ),
         ascend=refused("its two forms of attention give different bits"),
         asked=_of_model(lambda m: m.use_mla, "MLA"),
-        details="Prompts and generated tokens are computed in one form, the absorbed one. On CUDA, `BI_PATCH_MLA=two` "
-        "gives each a form of its own, chosen by position: faster, and decode differs from prefill.",
+        details="On CUDA, prompts and generated tokens have forms of their own, chosen by position, and decode differs "
+        "from prefill. `BI_PATCH_MLA=one`, and the CPU, compute both in one form, the absorbed one.",
     ),
     row(
         "MLA, compiled",
@@ -659,8 +662,9 @@ FEATURES: tuple[Feature, ...] = (
             refused("its two forms of attention give different bits", releases="<0.33"),
             served(
                 _H200_MLA_GRAPHS,
-                why="with BI_PATCH_MLA=two, in CUDA graphs: four layers of DeepSeek-V2-Lite's sizes. With one form, "
-                "compiled code ran for the times only",
+                _H200_MLA_MORE,
+                why="in CUDA graphs: DeepSeek-V2-Lite's sizes. With BI_PATCH_MLA=one, compiled code ran for the times "
+                "only",
             ),
         ),
         ascend=refused("its two forms of attention give different bits"),

@@ -17,6 +17,7 @@ _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
 _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
+_H200_MLA_MORE = "invariance-2026-11-29-h200-mla-more-vllm-0.33.0.json"
 _H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
@@ -137,8 +138,8 @@ FAMILIES: tuple[Feature, ...] = (
                 _H200_MLA,
                 _H200_MLA_TWO,
                 _H200_MLA_GRAPHS,
-                why="four layers of V2-Lite's sizes, with BI_PATCH_MLA=two also compiled; with one form slow with long "
-                "contexts",
+                _H200_MLA_MORE,
+                why="27 layers of V2-Lite's sizes, compiled; with BI_PATCH_MLA=one slow with long contexts",
             ),
         ),
         ascend=_MLA,
@@ -146,7 +147,7 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "GLM-4.7-Flash in bf16",
         cpu=served(_CPU_MLA_MORE, why="a tiny shape with random weights"),
-        cuda=(refused("MLA", releases="<0.33"), untried()),
+        cuda=(refused("MLA", releases="<0.33"), served(_H200_MLA_MORE, why="four layers of its sizes, in eager mode")),
         ascend=_MLA,
     ),
     row(
@@ -154,16 +155,20 @@ FAMILIES: tuple[Feature, ...] = (
         cpu=_QUANTIZED,
         cuda=(
             refused("MLA", releases="<0.33"),
-            served(_H200_MLA_GRAPHS, why="four layers of V3's sizes, in eager mode, with BI_PATCH_MLA=two"),
+            served(_H200_MLA_GRAPHS, why="four layers of V3's sizes, in eager mode"),
         ),
         ascend=_MLA,
     ),
     row(
-        "DeepSeek V3, V3.1 and R1, Kimi K2, LongCat in bf16",
+        "DeepSeek V3, V3.1 and R1 in bf16",
         cpu=untried(),
-        cuda=(refused("MLA", releases="<0.33"), untried()),
+        cuda=(
+            refused("MLA", releases="<0.33"),
+            served(_H200_MLA_MORE, why="three layers of V3's sizes with 64 experts, in eager mode"),
+        ),
         ascend=_MLA,
     ),
+    row("Kimi K2, LongCat in bf16", cpu=untried(), cuda=(refused("MLA", releases="<0.33"), untried()), ascend=_MLA),
     row("MiniCPM3, which vLLM runs as ordinary attention", cpu=untried(), cuda=untried(), ascend=_ASCEND),
     row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_SPARSE, cuda=_OWN, ascend=_MLA),
     row(

@@ -20,7 +20,7 @@ _H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
 _ON_HOPPER = served(_H200, why="two layers of published sizes, in eager mode", releases=">=0.33")
 _WITH_MLA = served(
     "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json",
-    why="four layers of DeepSeek-V3's sizes, in eager mode, with BI_PATCH_MLA=two",
+    why="four layers of DeepSeek-V3's sizes, in eager mode",
     releases=">=0.33",
 )
 _COMPILED = served(_H200, why="two layers of published sizes, compiled and in eager mode", releases=">=0.33")

@@ -3,9 +3,9 @@
 MLA has two forms, whose bits differ: keys and values that are projected up, and the absorbed form. Upstream's mode
 chooses the form by a request's number of new tokens in a step, so the chunk budget and the prefix cache decide.
 
-BI_PATCH_MLA=two: the position decides. Prompts take the first form (mla_prompts.py) and generated tokens the absorbed
-one (mla_rows.py), also when a preempted request is computed again. A cached block that holds generated tokens serves
-only requests with a prompt of the same length.
+BI_PATCH_MLA=two (default): the position decides. Prompts take the first form (mla_prompts.py) and generated tokens the
+absorbed one (mla_rows.py), also when a preempted request is computed again. A cached block that holds generated tokens
+serves only requests with a prompt of the same length.
 BI_PATCH_MLA=one: every token takes the absorbed form, in one split, so that decode equals prefill.
 """
 
@@ -267,12 +267,6 @@ def _rows(original):
             return
         self.reorder_batch_threshold = 1
         config = self.vllm_config
-        longest, held = config.model_config.max_model_len, len(self.chunked_prefill_workspace)
-        if longest > held:
-            raise UnsupportedFeature(
-                f"mla.cuda_forms: with BI_PATCH_MLA=two, nobody has compared prompts that exceed vLLM's workspace of "
-                f"{held:,} tokens. Set --max-model-len {held} or less (it is {longest}), or BI_PATCH_MLA=one"
-            )
         self.bi_patch_rows = mla_rows.Rows(
             self.num_heads,
             self.mla_dims.kv_lora_rank,

@@ -10,6 +10,7 @@ import torch
 from bi_patch.arming.catalog import CATALOG
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.cpu import latent
+from bi_patch.seams import active
 
 
 def closed(name, original):
@@ -142,7 +143,8 @@ def test_options_without_a_certificate_are_refused_on_cuda(change, said):
         made(layer(**change))
 
 
-def test_every_step_takes_one_form_one_tile_and_one_split():
+def test_every_step_takes_one_form_one_tile_and_one_split(monkeypatch):
+    monkeypatch.setattr(active, "mla", "one")
     builder = SimpleNamespace(reorder_batch_threshold=512)
     closed("mla.cuda_rows", lambda self: None)(builder)
     assert builder.reorder_batch_threshold > 1 << 20
@@ -166,6 +168,7 @@ def test_the_certificate_computes_rows_of_a_prompt_in_any_cut(monkeypatch):
     from bi_patch.ops.cuda import chunks
     from bi_patch.seams.cuda import mla
 
+    monkeypatch.setattr(active, "mla", "one")
     module = "vllm.v1.attention.backends.fa_utils"
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(get_flash_attn_version=lambda: None))
     parent = sys.modules.get("vllm.v1.attention.backends")

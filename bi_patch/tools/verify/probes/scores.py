@@ -22,7 +22,7 @@ SAMPLING = {
 
 
 def needs_one_form(engine: Engine) -> str:
-    return "prompts and generated tokens of MLA have two forms (BI_PATCH_MLA=two)" if engine.info.two_forms else ""
+    return "prompts and generated tokens of MLA have two forms (see BI_PATCH_MLA)" if engine.info.two_forms else ""
 
 
 def decode_equals_prefill(run: Run) -> Iterator[Case]:
