@@ -118,7 +118,8 @@ IMAGES: tuple[Feature, ...] = (
             _OLDER,
             served(
                 _H200_IMAGES,
-                why="shapes of Qwen3-VL-2B, Mistral Small 3.1 and LLaVA 1.5 with few layers, random weights, bf16",
+                why="shapes of Qwen3-VL-2B, Mistral Small 3.1 and LLaVA 1.5 with few layers, random weights, bf16; "
+                "preemption was compared on CPU only",
             ),
         ),
         ascend=_ASCEND,
