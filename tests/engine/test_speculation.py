@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.tools.models import drafts, recipes
+from bi_patch.tools.models import adapters, drafts, recipes
 
 pytestmark = pytest.mark.engine
 
@@ -124,6 +124,15 @@ def test_on_equals_off_with_each_grammar_library(ask, library):
 @pytest.mark.parametrize("name", [recipes.INT8, recipes.W4A16])
 def test_on_equals_off_with_quantized_weights(ask, name):
     equal(ask(name), ask(name, speculative_config=ngram(3)))
+
+
+@pytest.mark.slow
+def test_on_equals_off_beside_adapters(ask, model, tmp_path_factory):
+    """More adapters than slots, on linear layers, embeddings and the head."""
+    root, base = tmp_path_factory.mktemp("adapters"), model(recipes.LLAMA)
+    folders = [str(adapters.write(base, root / f"{i}", seed=i, rank=8, embedded=i > 1)) for i in range(3)]
+    given = {"adapters": folders, "enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    equal(ask(recipes.LLAMA, **given), ask(recipes.LLAMA, speculative_config=ngram(2), **given))
 
 
 @pytest.mark.parametrize(
