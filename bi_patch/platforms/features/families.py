@@ -12,6 +12,7 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
+_FULL = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0.json"
 _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
@@ -27,6 +28,7 @@ _H100_MOE = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _H100_DECODE = "invariance-2026-11-22-h100-decode-vllm-0.33.0.json"
 _TINY = served(_FAMILIES, why="tiny shapes with random weights")
+_TINY_FULL = served(_FAMILIES, _FULL, why="tiny shapes with random weights, with --full too")
 _MLA = refused("MLA")
 _SPARSE = refused("sparse MLA, layers with a recurrent state, or a package with kernels of its own")
 _OWN = refused("its package has kernels of its own, and the batch decides which kernel runs", by="models.cuda")
@@ -87,9 +89,9 @@ FAMILIES: tuple[Feature, ...] = (
     row("Llama 2 and 3", short="Llama", cpu=served(_CPU), cuda=served(_H100, _H100_NEWEST), ascend=_ASCEND),
     row("Qwen3 dense", short="Qwen3", cpu=served(_CPU), cuda=served(_H100, _H100_DECODE), ascend=_ASCEND),
     row("Qwen3-MoE", short="Qwen3-MoE", cpu=served(_CPU), cuda=served(_H100_FIRST, _H100_MOE), ascend=_ASCEND),
-    row("Qwen2.5", cpu=_TINY, cuda=served(_H100), ascend=_ASCEND),
+    row("Qwen2.5", cpu=_TINY_FULL, cuda=served(_H100), ascend=_ASCEND),
     row("SmolLM2", cpu=served(_CPU), cuda=untried(), ascend=_ASCEND),
-    row("Mistral 7B", cpu=_TINY, cuda=served(_H100_FIRST), ascend=_ASCEND),
+    row("Mistral 7B", cpu=_TINY_FULL, cuda=served(_H100_FIRST), ascend=_ASCEND),
     row("Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE", cpu=_TINY, cuda=_LAYERS, ascend=_ASCEND),
     row(
         "Gemma 1, 2 and 3 (text)",
