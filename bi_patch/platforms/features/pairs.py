@@ -39,6 +39,11 @@ def _parses_reasoning(config: Any) -> bool:
     return bool(getattr(getattr(config, "structured_outputs_config", None), "reasoning_parser", ""))
 
 
+def _eighth(config: Any) -> bool:
+    kind = str(getattr(getattr(config, "cache_config", None), "cache_dtype", "auto"))
+    return kind.startswith("fp8") or kind == "auto" and schemes.caches(config)
+
+
 LORA, SPECULATION, POOLING = "LoRA", "speculative decoding", "pooling"
 _DRAFTS = "a draft model or heads"
 QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
@@ -50,10 +55,7 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     QUANTIZED: lambda config: getattr(config.model_config, "quantization", None) is not None,
     MLA: _model("use_mla"),
     RECURRENT: lambda config: recurrent(config.model_config),
-    EIGHTH: lambda config: (
-        str(getattr(getattr(config, "cache_config", None), "cache_dtype", "auto")).startswith("fp8")
-        or schemes.caches(config)
-    ),
+    EIGHTH: _eighth,
     "multimodal models": _model("is_multimodal_model"),
     "encoder-decoder models": _model("is_encoder_decoder"),
     "ranks that share a model": lambda config: several_ranks(config, "tensor", "pipeline"),
@@ -122,7 +124,7 @@ PAIRS: tuple[Feature, ...] = (
         *("a reasoning parser", "custom logits processors", "watermarks"),
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
-    _never(EIGHTH, LORA, SPECULATION, POOLING, MLA, RECURRENT, "multimodal models"),
+    _never(EIGHTH, QUANTIZED, LORA, SPECULATION, POOLING, MLA, RECURRENT, "multimodal models"),
     _pairs(
         "tensor parallelism",
         *("pipeline parallelism", "data parallelism"),

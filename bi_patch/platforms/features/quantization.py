@@ -27,12 +27,14 @@ _COMPILED = served(_H200, why="two layers of published sizes, compiled and in ea
 _SAME = untried("as FP8 made while loading", releases=">=0.33")
 _RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
 _PACKED = (served(_RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), _NONE)
-_EIGHT_BITS = served(
-    "invariance-2026-11-29-h200-quantized-eager-vllm-0.33.0.json",
-    why="two layers of Qwen3-8B's sizes, in eager mode",
-    releases=">=0.33",
+_LATER = (
+    served(
+        "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
+        why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
+        releases=">=0.33",
+    ),
+    _NONE,
 )
-_UNSHOWN = (refused("no run of an engine has shown its bits", todo="Use --quantization fp8", releases=">=0.33"), _NONE)
 _GROUPS = ("32", "64", "128", CHANNEL)  # sizes with a kernel
 
 Cells = dict[str, Cell | tuple[Cell, ...]]
@@ -103,7 +105,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     (
         "8-bit weights alone (GPTQ, compressed-tensors W8A16)",
         lambda s: _weight_only(s, 8),
-        _NO_KERNEL | {"cuda": (_EIGHT_BITS, _NONE)},
+        _NO_KERNEL | {"cuda": _LATER},
     ),
     ("FP8 in blocks of 128 x 128", _blocks, _cuda(_ON_HOPPER) | _WITH_AMX),
     (
@@ -119,9 +121,24 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _cuda(_SAME)),
     ("FP8 made while loading (--quantization fp8)", lambda s: _fp8(s, TENSOR, TENSOR, online=True), _cuda(_COMPILED)),
     (
-        "FP8 made while loading, per channel or in blocks (--quantization fp8_per_channel, fp8_per_block)",
-        lambda s: _fp8(s, CHANNEL, TOKEN, online=True) or _fp8(s, "128x128", "128", online=True),
-        _REFUSED | {"cuda": _UNSHOWN},
+        "FP8 made while loading, per channel (--quantization fp8_per_channel)",
+        lambda s: _fp8(s, CHANNEL, TOKEN, online=True),
+        _REFUSED | {"cuda": _LATER},
+    ),
+    (
+        "FP8 made while loading, in blocks (--quantization fp8_per_block)",
+        lambda s: _fp8(s, "128x128", "128", online=True),
+        _REFUSED
+        | {
+            "cuda": (
+                refused(
+                    "no complete run of an engine has shown its bits",
+                    todo="Use --quantization fp8_per_channel",
+                    releases=">=0.33",
+                ),
+                _NONE,
+            )
+        },
     ),
     (
         "MXFP4 (gpt-oss as published)",
@@ -222,7 +239,7 @@ QUANTIZATION: tuple[Feature, ...] = (
     row(
         "quantized weights of a checkpoint, compiled",
         cpu=served(_CPU_RUN),
-        cuda=served(_RUN, why="AWQ, GPTQ, W4A16, INT8 and FP8 with static activations"),
+        cuda=served(_RUN, why="AWQ, GPTQ, W4A16, W8A16, INT8 and FP8"),
         ascend=_NONE,
         asked=_compiled,
     ),

@@ -157,6 +157,7 @@ def test_a_plain_configuration_passes(platform):
         ({"model_quantization": "awq"}, "quantized weights .awq"),
         ({"cache_cache_dtype": "fp8_e5m2"}, "'fp8_e5m2' KV cache"),
         ({"cache_cache_dtype": "fp8", "speculative": ngram()}, "an FP8 KV cache with speculative"),
+        ({"cache_cache_dtype": "fp8", "model_quantization": "fp8"}, "an FP8 KV cache with quantized weights"),
         ({"model_use_mla": True, "model_hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model_is_hybrid": True}, "hybrid and state-space models"),
         ({"model_is_encoder_decoder": True}, "encoder-decoder models"),
@@ -223,7 +224,8 @@ def test_lora_is_refused_where_it_has_no_patch_points():
 
 
 def test_an_fp8_kv_cache_is_refused_where_it_was_not_tried():
-    for platform, release in (("cpu", None), ("cuda", "0.32.0"), ("cuda", "0.33.0"), ("ascend", None)):
+    check("cuda", "0.33.0", cache_cache_dtype="fp8")
+    for platform, release in (("cpu", None), ("cuda", "0.32.0"), ("ascend", None)):
         with pytest.raises(UnsupportedFeature, match="features: .*'fp8' KV cache"):
             check(platform, release, cache_cache_dtype="fp8")
 

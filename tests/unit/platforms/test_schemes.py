@@ -157,7 +157,7 @@ def test_a_name_of_online_quantization_is_known_if_nothing_changes_it(named):
     spec = Spec(f"{named}_static")
     plain = {"linear": spec, "moe": spec, "ignore": [], "targets": None}
     (row,) = rows(None, named, quantization_config=SimpleNamespace(**plain))
-    assert row.startswith("FP8 made while loading, per channel or in blocks")
+    assert row.startswith("FP8 made while loading, ") and row.endswith(f"(--quantization {named})")
     for change in (
         {"ignore": ["re:.*q_proj"]},
         {"targets": {"*": named}},

@@ -130,7 +130,7 @@ def test_a_plain_configuration_passes(change):
         ({"model__quantization": "modelopt"}, "quantized weights .modelopt"),
         ({"model__quantization": "fp8", "model__use_mla": True}, "quantized weights with MLA .fp8"),
         ({"compilation__custom_ops": ["all", "-silu_and_mul"]}, "custom_ops has -silu_and_mul"),
-        ({"cache__cache_dtype": "fp8_e4m3"}, "'fp8_e4m3' KV cache"),
+        ({"cache__cache_dtype": "fp8_e5m2"}, "'fp8_e5m2' KV cache"),
         ({"cache__cache_dtype": "fp8", "lora": SimpleNamespace()}, "an FP8 KV cache with LoRA"),
         ({"model__use_mla": True, "model__hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model__is_hybrid": True}, "hybrid"),
