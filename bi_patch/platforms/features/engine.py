@@ -8,7 +8,7 @@ from typing import Any
 from bi_patch.platforms import schemes
 from bi_patch.platforms.features import parallel
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
-from bi_patch.platforms.features.pairs import recurrent
+from bi_patch.platforms.features.pairs import one_form, recurrent
 
 _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
@@ -669,6 +669,16 @@ FEATURES: tuple[Feature, ...] = (
         ),
         ascend=refused("its two forms of attention give different bits"),
         asked=_compiled(lambda m: m.use_mla, "compiled MLA"),
+    ),
+    row(
+        "MLA in one form, compiled (BI_PATCH_MLA=one)",
+        cpu=served(_CPU_MLA_MORE, why="the CPU has no other form"),
+        cuda=(
+            refused("its two forms of attention give different bits", releases="<0.33"),
+            untried("in compiled code, one form ran for the times only"),
+        ),
+        ascend=refused("its two forms of attention give different bits"),
+        asked=lambda config: one_form() and _compiled(lambda m: m.use_mla, "compiled MLA in one form")(config),
     ),
     row(
         "sparse MLA: an indexer that chooses tokens (DeepSeek V3.2, GLM-5)",

@@ -176,13 +176,16 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "Idefics3",
         cpu=served(_CPU_IMAGES, why="a tiny shape with random weights"),
-        cuda=(_NEWER, served(_H200_IMAGES, why="a tiny shape with random weights")),
+        cuda=(_NEWER, served(_H200_IMAGES, why="a tiny shape with random weights, in eager mode")),
         ascend=_MULTIMODAL,
     ),
     row(
         "Qwen3-VL, Mistral-Small 3, LLaVA 1.5",
         cpu=_IMAGES,
-        cuda=(_NEWER, served(_H200_IMAGES, why="few layers of published sizes with random weights")),
+        cuda=(
+            _NEWER,
+            served(_H200_IMAGES, why="few layers of published sizes with random weights, in model runner V2"),
+        ),
         ascend=_MULTIMODAL,
     ),
     row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bi_patch.platforms.features.model import Feature, refused, row, served
+from bi_patch.platforms.features.model import Feature, refused, row, served, untried
 from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZED, RECURRENT, SPECULATION
 
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
@@ -99,12 +99,25 @@ def _compiled(config: Any) -> str:
     return "images with compiled code" if taken(config) and not eager else ""
 
 
+def _of_idefics(config: Any) -> str:
+    return "compiled Idefics3" if _encoder(config) in _ON_CPU and _compiled(config) else ""
+
+
+def _first_runner(config: Any) -> str:
+    first = taken(config) and not getattr(config, "use_v2_model_runner", False)
+    return "images in model runner V1" if first else ""
+
+
+def _preempted(config: Any) -> str:
+    return f"images of {taken(config)} with preemption" if taken(config) else ""
+
+
 IMAGES: tuple[Feature, ...] = (
     row(
         "images (Idefics3)",
         short="images (Idefics3)",
         cpu=served(_CPU_IMAGES, why="a tiny model with random weights, in eager mode"),
-        cuda=(_OLDER, served(_H200_IMAGES, why="a tiny model with random weights")),
+        cuda=(_OLDER, served(_H200_IMAGES, why="a tiny model with random weights, in eager mode, two axes")),
         ascend=_ASCEND,
         asked=_of(_ON_CPU),
         details="An encoder computes one image at a time, so its rows depend on the image alone: not on other images "
@@ -119,12 +132,12 @@ IMAGES: tuple[Feature, ...] = (
             served(
                 _H200_IMAGES,
                 why="shapes of Qwen3-VL-2B, Mistral Small 3.1 and LLaVA 1.5 with few layers, random weights, bf16; "
-                "preemption was compared on CPU only",
+                "a restart and a prefix cache turned off with Qwen3-VL alone",
             ),
         ),
         ascend=_ASCEND,
         asked=_of(_ON_CUDA),
-        details="Each prompt may hold several images, in any step. Video is refused (`vision.names`).",
+        details="Prompts with several images were compared, not with preemption. Video is refused (`vision.names`).",
     ),
     row(
         "images, sound and video of other models",
@@ -149,10 +162,38 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images, in an engine that vLLM compiles",
         cpu=refused("nobody has compared such an engine", todo="Use --enforce-eager"),
-        cuda=(_OLDER, served(_H200_IMAGES, why="with CUDA graphs of the language model")),
+        cuda=(
+            _OLDER,
+            served(
+                _H200_IMAGES,
+                why="Qwen3-VL, Mistral Small 3 and LLaVA, with CUDA graphs of the language model; batch size not of "
+                "LLaVA",
+            ),
+        ),
         ascend=_ASCEND,
         asked=_compiled,
         details="The language model is compiled, its encoder is not.",
+    ),
+    row(
+        "images of Idefics3, in an engine that vLLM compiles",
+        cpu=refused("nobody has compared such an engine", todo="Use --enforce-eager"),
+        cuda=(_OLDER, untried("measured in eager mode")),
+        ascend=_ASCEND,
+        asked=_of_idefics,
+    ),
+    row(
+        "images in model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
+        cpu=served(_CPU_IMAGES, why="the CPU build has no other runner"),
+        cuda=refused("nobody has compared such an engine", todo="Use model runner V2"),
+        ascend=_ASCEND,
+        asked=_first_runner,
+    ),
+    row(
+        "images with preemption",
+        cpu=untried(),
+        cuda=(_OLDER, untried("no run with images preempted a request")),
+        ascend=_ASCEND,
+        asked=_preempted,
     ),
     row(
         "images with another feature (LoRA, speculation, pooling, several ranks, quantized weights, KV transfer, "

@@ -1,14 +1,16 @@
 """What single requests ask for, beside what an engine turns on and beside each other: a row for each pair.
 
 With the pairs of `pairs.py`, every pair of LoRA, speculation, quantized weights, structured output, logprobs, prefix
-caching and preemption has a row. A configuration cannot tell what requests will ask for, so these rows refuse nothing
-by themselves.
+caching and preemption has a row. A configuration cannot tell what requests will ask for. So an engine that has its
+part of an untried pair names the pair when it starts, and a pair of two requests' parts is named in the table alone.
 """
 
 from __future__ import annotations
 
-from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
-from bi_patch.platforms.features.pairs import LORA, QUANTIZED, SPECULATION
+from typing import Any
+
+from bi_patch.platforms.features.model import Asked, Cell, Feature, refused, row, served, untried
+from bi_patch.platforms.features.pairs import LORA, PARTS, QUANTIZED, SPECULATION
 
 GRAMMARS, LOGPROBS, CACHED, PREEMPTED = "structured output", "logprobs", "prefix caching", "preemption"
 ENGINES = (LORA, SPECULATION, QUANTIZED)
@@ -30,8 +32,8 @@ _CPU: dict[tuple[str, str], str] = {
     **dict.fromkeys(((LOGPROBS, CACHED), (LOGPROBS, PREEMPTED), (CACHED, PREEMPTED)), _CPU_TINY),
 }
 _CUDA: dict[tuple[str, str], str] = {
-    **dict.fromkeys(((LORA, LOGPROBS), (LORA, CACHED)), _H200_LORA),
-    **dict.fromkeys(((SPECULATION, asked) for asked in (LOGPROBS, CACHED, PREEMPTED)), _H200_SPECULATION),
+    (LORA, LOGPROBS): _H200_LORA,
+    (SPECULATION, LOGPROBS): _H200_SPECULATION,
     **dict.fromkeys(((QUANTIZED, asked) for asked in REQUESTS), _H200_FP8),
     **dict.fromkeys(((LOGPROBS, CACHED), (LOGPROBS, PREEMPTED), (CACHED, PREEMPTED)), _H100),
 }
@@ -56,10 +58,26 @@ def pairs() -> tuple[tuple[str, str], ...]:
     return (*beside, *among)
 
 
+def _asked(pair: tuple[str, str]) -> Asked | None:
+    """Whether an engine has its part of a pair, and the prefix cache if the other part is that."""
+    first, other = pair
+    if first not in ENGINES:
+        return None
+
+    def asked(config: Any) -> str:
+        if config.model_config is None or not PARTS[first](config):
+            return ""
+        cached = getattr(config.cache_config, "enable_prefix_caching", True)
+        return f"{first} with {other}" if other != CACHED or cached else ""
+
+    return asked
+
+
 def _row(pair: tuple[str, str]) -> Feature:
     first, other = pair
     ascend = _ASCEND.get(first, untried("checked without a device; nothing has run on an NPU"))
-    return row(f"{first} with {other}", cpu=_cell(_CPU, pair), cuda=_cell(_CUDA, pair), ascend=ascend)
+    cells = {"cpu": _cell(_CPU, pair), "cuda": _cell(_CUDA, pair), "ascend": ascend}
+    return row(f"{first} with {other}", **cells, asked=_asked(pair))
 
 
 MATRIX: tuple[Feature, ...] = tuple(_row(pair) for pair in pairs())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,11 @@ TRIAL = "nobody has compared an engine's bits yet"
 def several_ranks(config: Any, *kinds: str) -> bool:
     """Whether an engine has several ranks of one of these kinds of parallelism."""
     return any(int(getattr(config.parallel_config, f"{kind}_parallel_size", 1) or 1) > 1 for kind in kinds)
+
+
+def one_form() -> bool:
+    """Whether MLA on CUDA computes every token in one form (bi_patch.settings; this layer must not import it)."""
+    return os.environ.get("BI_PATCH_MLA") == "one"
 
 
 def recurrent(model: Any) -> bool:

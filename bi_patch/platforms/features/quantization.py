@@ -11,6 +11,7 @@ from typing import Any
 
 from bi_patch.platforms import schemes
 from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
+from bi_patch.platforms.features.pairs import one_form
 from bi_patch.platforms.schemes import CHANNEL, TENSOR, TOKEN, Scheme
 
 _NONE = refused("bi_patch has no certified order for their products", todo="Use unquantized weights")
@@ -35,6 +36,7 @@ _LATER = (
     ),
     _NONE,
 )
+_UNRUN = (refused("no run of an engine has shown its bits", todo="Use dynamic activations", releases=">=0.33"), _NONE)
 _GROUPS = ("32", "64", "128", CHANNEL)  # sizes with a kernel
 
 Cells = dict[str, Cell | tuple[Cell, ...]]
@@ -65,14 +67,13 @@ def _int4(method: str) -> Callable[[Scheme], bool]:
     return lambda s: s.method == method and _weight_only(s, 4) and not s.order and s.zeros in zeros
 
 
-def _int8_rows(scheme: Scheme) -> bool:
-    """INT8 activations whose scale belongs to the token or to the checkpoint."""
-    kind = (scheme.activation, scheme.activation_scale, scheme.static)
+def _int8(scheme: Scheme, activation: str, *, static: bool) -> bool:
+    """INT8 weights, and INT8 activations whose scale belongs to the token (not static) or to the checkpoint."""
     return (
         scheme.weight == "int8"
         and scheme.scale in (CHANNEL, TENSOR)
         and not (scheme.zeros or scheme.order)
-        and kind in (("int8", TOKEN, False), ("int8", TENSOR, True))
+        and (scheme.activation, scheme.activation_scale, scheme.static) == ("int8", activation, static)
     )
 
 
@@ -87,7 +88,12 @@ def _blocks(scheme: Scheme) -> bool:
 
 # (name, whether a scheme belongs to the row, its cells). A scheme belongs to the first row that takes it.
 _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
-    ("INT8 weights and activations (compressed-tensors W8A8)", _int8_rows, _ON_CPU | {"cuda": _PACKED}),
+    (
+        "INT8 weights and activations (compressed-tensors W8A8)",
+        lambda s: _int8(s, TOKEN, static=False),
+        _ON_CPU | {"cuda": _PACKED},
+    ),
+    ("INT8 weights, static INT8 activations", lambda s: _int8(s, TENSOR, static=True), _ON_CPU | {"cuda": _UNRUN}),
     ("AWQ, 4 bits", _int4("awq"), _ON_CPU | {"cuda": _PACKED}),
     ("GPTQ, 4 bits", _int4("gptq"), _ON_CPU | {"cuda": _PACKED}),
     ("compressed-tensors W4A16", _int4("compressed-tensors"), _ON_CPU | {"cuda": _PACKED}),
@@ -114,9 +120,14 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         _cuda(_ON_HOPPER),
     ),
     (
-        "FP8 per channel or tensor, static activations",
-        lambda s: any(_fp8(s, scale, TENSOR, static=True) for scale in (CHANNEL, TENSOR)),
+        "FP8 per tensor, static activations (method fp8)",
+        lambda s: s.method == "fp8" and _fp8(s, TENSOR, TENSOR, static=True),
         _REFUSED | {"cuda": _PACKED},
+    ),
+    (
+        "FP8 per channel or tensor, static activations (other methods)",
+        lambda s: any(_fp8(s, scale, TENSOR, static=True) for scale in (CHANNEL, TENSOR)),
+        _REFUSED | {"cuda": _UNRUN},
     ),
     ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _cuda(_SAME)),
     ("FP8 made while loading (--quantization fp8)", lambda s: _fp8(s, TENSOR, TENSOR, online=True), _cuda(_COMPILED)),
@@ -201,10 +212,17 @@ def _mixed(config: Any) -> str:
 
 
 def _latent(config: Any) -> str:
-    """Words for a model with MLA whose schemes are all FP8 in blocks."""
-    used = schemes.of(config)
-    there = used and getattr(config.model_config, "use_mla", False) and all(map(_blocks, used))
+    """Words for DeepSeek V3 whose schemes are all FP8 in blocks."""
+    used, model = schemes.of(config), config.model_config
+    named = "DeepseekV3ForCausalLM" in (getattr(model, "architectures", None) or ())
+    there = named and used and getattr(model, "use_mla", False) and all(map(_blocks, used))
     return f"quantized weights with MLA ({'; '.join(map(str, used))})" if there else ""
+
+
+def _latent_otherwise(config: Any) -> str:
+    """The same in a mode that no run has: compiled, or in one form."""
+    eager = getattr(config.model_config, "enforce_eager", False)
+    return _latent(config) if one_form() or not eager else ""
 
 
 def _compiled(config: Any) -> str:
@@ -227,7 +245,12 @@ QUANTIZATION: tuple[Feature, ...] = (
     *(row(name, short=_SHORT.get(name, ""), **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
     row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(True)),
     row("quantized experts", **_REFUSED, asked=_experts(False)),
-    row("FP8 blocks of 128 x 128 in models with MLA", **_cuda(_WITH_MLA), asked=_latent),
+    row("FP8 blocks of 128 x 128 in DeepSeek V3 (MLA)", **_cuda(_WITH_MLA), asked=_latent),
+    row(
+        "FP8 blocks of 128 x 128 in DeepSeek V3, compiled or with BI_PATCH_MLA=one",
+        **_cuda(untried("measured in eager mode with BI_PATCH_MLA=two", releases=">=0.33")),
+        asked=_latent_otherwise,
+    ),
     row(
         "other quantized weights in models with MLA or recurrent layers",
         cpu=refused("nobody has examined the two together", todo="Use unquantized weights"),

@@ -58,6 +58,10 @@ def _eager(config: Any) -> bool:
     return bool(getattr(config.model_config, "enforce_eager", False))
 
 
+def _jamba(config: Any) -> bool:
+    return "JambaForCausalLM" in (getattr(config.model_config, "architectures", None) or ())
+
+
 RECURRENT: tuple[Feature, ...] = (
     row(
         "gated delta nets (Qwen3-Next)",
@@ -133,10 +137,17 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "Mamba 1, compiled",
-        cpu=served(_MAMBA_1, why="Mamba and Falcon-Mamba"),
+        cpu=served(_MAMBA_1, why="Mamba and Falcon-Mamba; Jamba has a row of its own"),
         cuda=_CHUNKS,
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 1")(config) and not _eager(config) and "compiled Mamba 1",
+    ),
+    row(
+        "Jamba, compiled",
+        cpu=untried("measured in eager mode"),
+        cuda=_CHUNKS,
+        ascend=_CHUNKS,
+        asked=lambda config: _jamba(config) and not _eager(config) and "compiled Jamba",
     ),
     row(
         "other hybrid and state-space models (Zamba2, Kimi Linear, MiniMax-Text)",

@@ -37,7 +37,7 @@ CELLS = [
 ]
 
 
-def config(**changes):
+def config(second_runner=True, **changes):
     """A plain configuration with changes to its parts, e.g. model_quantization="fp8"."""
     parts = {
         "model": {
@@ -62,7 +62,9 @@ def config(**changes):
         else:
             whole[name] = value
     held = {name: SimpleNamespace(**values) for name, values in parts.items()} | whole
-    return SimpleNamespace(**{f"{name}_config": value for name, value in held.items()})
+    return SimpleNamespace(
+        **{f"{name}_config": value for name, value in held.items()}, use_v2_model_runner=second_runner
+    )
 
 
 def offload(**extra):
@@ -364,6 +366,8 @@ def test_images_of_known_models_are_served_on_cuda(architecture, encoder, eager)
         check("cuda", "0.32.0", **known)
     with pytest.raises(UnsupportedFeature, match="images with LoRA"):
         check("cuda", **known | {"lora": SimpleNamespace()})
+    with pytest.raises(UnsupportedFeature, match="images in model runner V1: .*Use model runner V2"):
+        check("cuda", **known, second_runner=False)
 
 
 def test_offload_is_refused_before_it_keeps_prompt_logprobs():
@@ -411,3 +415,34 @@ def test_n_grams_on_cuda_need_model_runner_v2_and_a_new_release():
     for release, second, said in (("0.33.0", False, "on model runner V1"), ("0.32.0", True, "with n-grams")):
         with pytest.raises(UnsupportedFeature, match=said):
             ask(release, second)
+
+
+def test_an_engine_names_the_untried_pairs_of_which_it_has_its_part():
+    def untried(**changes):
+        return table.untried(config(**changes), "cuda", Version("0.33.0"))
+
+    lora = untried(lora=SimpleNamespace())
+    assert "LoRA with prefix caching" in lora and "LoRA with preemption" in lora
+    assert "LoRA with prefix caching" not in untried(lora=SimpleNamespace(), cache_enable_prefix_caching=False)
+    assert "speculative decoding with preemption" in untried(speculative=ngram())
+    assert untried() == ()
+
+
+def test_modes_that_no_run_has_are_named(monkeypatch):
+    def untried(platform, **changes):
+        return table.untried(config(**changes), platform, Version(releases.BY_PLATFORM[platform][-1]))
+
+    name = "MLA in one form, compiled (BI_PATCH_MLA=one)"
+    for form, eager, there in (("one", False, True), ("one", True, False), ("two", False, False), ("two", True, False)):
+        monkeypatch.setenv("BI_PATCH_MLA", form)
+        assert (name in untried("cuda", model_use_mla=True, model_enforce_eager=eager)) == there, (form, eager)
+        assert name not in untried("cpu", model_use_mla=True, model_enforce_eager=eager)
+    jamba = {"model_is_hybrid": True, "model_architectures": ["JambaForCausalLM"]}
+    assert "Jamba, compiled" in untried("cpu", **jamba)
+    assert "Jamba, compiled" not in untried("cpu", **jamba, model_enforce_eager=True)
+    assert "Jamba, compiled" not in untried("cpu", **jamba | {"model_architectures": ["MambaForCausalLM"]})
+    idefics = images("Idefics3ForConditionalGeneration", model_enforce_eager=False)
+    assert "images of Idefics3, in an engine that vLLM compiles" in untried("cuda", **idefics)
+    assert "images with preemption" in untried("cuda", **idefics)
+    qwen = images("Qwen3VLForConditionalGeneration", "qwen3_vl", model_enforce_eager=False)
+    assert "images of Idefics3, in an engine that vLLM compiles" not in untried("cuda", **qwen)

@@ -50,7 +50,7 @@ def rows(held, method=None, **model):
         (W8A8, "INT8 weights and activations (compressed-tensors W8A8)"),
         (
             tensors(INT8 | {"strategy": "tensor"}, INT8 | {"strategy": "tensor"}),
-            "INT8 weights and activations (compressed-tensors W8A8)",
+            "INT8 weights, static INT8 activations",
         ),
         (AWQ, "AWQ, 4 bits"),
         (GPTQ, "GPTQ, 4 bits"),
@@ -66,7 +66,7 @@ def rows(held, method=None, **model):
         (CHANNELS, "FP8 per channel or tensor, activations per token (compressed-tensors)"),
         (
             FP8 | {"weight_block_size": None, "activation_scheme": "static"},
-            "FP8 per channel or tensor, static activations",
+            "FP8 per tensor, static activations (method fp8)",
         ),
         (FP8 | {"weight_block_size": None}, "FP8 per tensor, dynamic activations"),
     ],

@@ -1,0 +1,52 @@
+"""Quantized weights in modes and models that no run has: named, or refused."""
+
+from types import SimpleNamespace
+
+import pytest
+from packaging.version import Version
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.platforms.features import table
+
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def latent(name, eager):
+    model = SimpleNamespace(
+        runner_type="generate",
+        is_multimodal_model=False,
+        is_encoder_decoder=False,
+        is_hybrid=False,
+        use_mla=True,
+        quantization="fp8",
+        architectures=[name],
+        enforce_eager=eager,
+        hf_config=SimpleNamespace(quantization_config=BLOCKS),
+        hf_text_config=SimpleNamespace(),
+    )
+    parallel = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1)
+    none = dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config", "quantization_config"))
+    return SimpleNamespace(
+        model_config=model,
+        parallel_config=parallel,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        compilation_config=SimpleNamespace(mode=None),
+        use_v2_model_runner=True,
+        **none,
+    )
+
+
+@pytest.mark.parametrize("form", ["one", "two"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_blocks_of_deepseek_v3_name_the_modes_that_no_run_has(monkeypatch, form, eager):
+    monkeypatch.setenv("BI_PATCH_MLA", form)
+    release, name = Version("0.33.0"), "FP8 blocks of 128 x 128 in DeepSeek V3, compiled or with BI_PATCH_MLA=one"
+    config = latent("DeepseekV3ForCausalLM", eager)
+    table.check(config, "cuda", release)
+    assert (name in table.untried(config, "cuda", release)) == (form == "one" or not eager)
+
+
+@pytest.mark.parametrize("name", ["DeepseekV2ForCausalLM", "Glm4MoeLiteForCausalLM", "KimiK25ForConditionalGeneration"])
+def test_blocks_of_another_model_with_mla_are_refused(name):
+    with pytest.raises(UnsupportedFeature, match="quantized weights with MLA"):
+        table.check(latent(name, True), "cuda", Version("0.33.0"))
