@@ -231,6 +231,21 @@ def _compiled(config: Any) -> str:
     return f"compiled quantized weights ({'; '.join(map(str, used))})" if compiled else ""
 
 
+# Rows whose schemes a run on CUDA had in compiled code.
+_COMPILED_RUNS = (
+    "INT8 weights and activations (compressed-tensors W8A8)",
+    "AWQ, 4 bits",
+    "GPTQ, 4 bits",
+    "compressed-tensors W4A16",
+    "FP8 per tensor, static activations (method fp8)",
+)
+
+
+def _compiled_elsewhere(config: Any) -> str:
+    """Words for a compiled model with a scheme that ran in eager mode only."""
+    return _compiled(config) if any(_row(s) not in _COMPILED_RUNS for s in schemes.of(config)) else ""
+
+
 def _head(config: Any) -> str:
     used = tuple(s for s in schemes.of(config) if s.head)
     return f"a quantized language-model head ({'; '.join(map(str, used))})" if used else ""
@@ -265,6 +280,13 @@ QUANTIZATION: tuple[Feature, ...] = (
         cuda=served(_RUN, why="AWQ, GPTQ, W4A16, W8A16, INT8 and FP8"),
         ascend=_NONE,
         asked=_compiled,
+    ),
+    row(
+        "quantized weights of a checkpoint in another scheme, compiled",
+        cpu=served(_CPU_RUN, why="each scheme that is served was measured compiled, too"),
+        cuda=untried("measured in eager mode"),
+        ascend=_NONE,
+        asked=_compiled_elsewhere,
     ),
     row(
         _OTHERS,

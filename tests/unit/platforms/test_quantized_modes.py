@@ -6,7 +6,8 @@ import pytest
 from packaging.version import Version
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.platforms.features import table
+from bi_patch.platforms.features import pairs, quantization, table
+from bi_patch.settings import Settings
 
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -50,3 +51,21 @@ def test_blocks_of_deepseek_v3_name_the_modes_that_no_run_has(monkeypatch, form,
 def test_blocks_of_another_model_with_mla_are_refused(name):
     with pytest.raises(UnsupportedFeature, match="quantized weights with MLA"):
         table.check(latent(name, True), "cuda", Version("0.33.0"))
+
+
+def test_the_form_is_that_of_the_settings(monkeypatch):
+    monkeypatch.delenv("BI_PATCH_MLA", raising=False)
+    assert pairs.one_form() == (Settings().mla == "one")
+
+
+def test_a_scheme_that_ran_in_eager_mode_only_is_named_in_compiled_code():
+    names = [row.name for row in quantization.QUANTIZATION]
+    assert set(quantization._COMPILED_RUNS) <= set(names)
+    (row,) = (r for r in quantization.QUANTIZATION if r.name.endswith("in another scheme, compiled"))
+    static = {"quant_method": "fp8", "activation_scheme": "static"}
+    for held, named in ((BLOCKS, True), (static, False)):
+        config = latent("LlamaForCausalLM", False)
+        config.model_config.hf_config.quantization_config = held
+        assert bool(row.asked(config)) == named, held
+        config.model_config.enforce_eager = True
+        assert not row.asked(config)
