@@ -189,7 +189,8 @@ def _rotary_check(rotary, q_size: int, kv_size: int, dtype) -> RowCheck:
             q, k = (part.unflatten(-1, (-1, rotary.head_size)) for part in (q, k))
         return positions, q, k
 
-    form = (f"{word}={value}" for word in ("head_size", "rotary_dim") if (value := getattr(rotary, word, None)))
+    words = ("head_size", "rotary_dim", "is_neox_style")
+    form = (f"{word}={value}" for word in words if (value := getattr(rotary, word, None)) is not None)
     name = _name(rotary, q_size, kv_size, *form, dtype=dtype)
     return RowCheck("cuda.rotary", name, ROWS, make, lambda at, q, k: rotary(at, q, k))
 
@@ -210,6 +211,8 @@ def _sections_check(rotary, q_size: int, kv_size: int, dtype) -> RowCheck:
         return tuple(part.contiguous() for part in rotary(positions.T, *x.split([q_size, kv_size], dim=-1)))
 
     form = f"sections={rotary.mrope_section} interleaved={getattr(rotary, 'mrope_interleaved', False)}"
+    if hasattr(rotary, "is_neox_style"):
+        form += f" is_neox_style={rotary.is_neox_style}"
     name = f"{_name(rotary, q_size, kv_size, dtype=dtype)} head_size={rotary.head_size} {form}"
     return RowCheck("cuda.rotary", name, ROWS, make, run)
 

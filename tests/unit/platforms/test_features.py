@@ -131,6 +131,56 @@ def test_a_served_cell_has_evidence_of_no_difference(name, platform, cell):
         assert DEVICES[platform].search(found["device"]), f"{file} is of {found['device']}"
 
 
+SERVED = [
+    (row, platform, cell)
+    for row in table.ROWS
+    for platform, held in row.cells.items()
+    for cell in held
+    if cell.state == model.SERVED
+]
+
+
+def _ids(entry):
+    return f"{entry[0].name}, {entry[1]}"
+
+
+@pytest.mark.parametrize("entry", SERVED, ids=_ids)
+def test_evidence_is_of_a_release_that_the_cell_speaks_of(entry):
+    row, platform, cell = entry
+    for file in cell.evidence:
+        release = json.loads((RESULTS / file).read_text())["vllm"]
+        assert release in releases.BY_PLATFORM[platform], f"{file}: {release}"
+        assert row.cell(platform, Version(release)) is cell, f"{file}: another cell speaks of {release}"
+
+
+@pytest.mark.parametrize("entry", [e for e in SERVED if "ompile" in e[0].name], ids=_ids)
+def test_evidence_of_compiled_code_is_of_compiled_code(entry):
+    """Names of models say `compiled` on CPU, and `eager` on CUDA, where compiled code is the rule."""
+    _, platform, cell = entry
+    rows = [row for file in cell.evidence for row in json.loads((RESULTS / file).read_text())["rows"]]
+    if platform == "cpu":
+        assert any("compiled" in row["model"] or "compiled" in row["axis"] for row in rows)
+    else:
+        assert any("eager" not in row["model"] for row in rows)
+
+
+AXES = {
+    matrix.GRAMMARS: {"structured output"},
+    matrix.CACHED: {"prefix cache"},
+    matrix.PREEMPTED: {"preemption"},
+    # The other two axes compare logprobs of each position.
+    matrix.LOGPROBS: {"prompt logprobs", "logprobs in any order", "LoRA", "speculative decoding"},
+}
+
+
+@pytest.mark.parametrize("entry", [e for e in SERVED if e[0] in matrix.MATRIX], ids=_ids)
+def test_evidence_of_a_pair_has_the_axis_of_each_part(entry):
+    row, _, cell = entry
+    axes = {held["axis"] for file in cell.evidence for held in json.loads((RESULTS / file).read_text())["rows"]}
+    for part in row.name.split(" with "):
+        assert part in matrix.ENGINES or axes & AXES[part], (part, sorted(axes))
+
+
 def test_a_refusal_gives_its_reason_and_what_refuses():
     trainer = {"training.device"}  # a trainer refuses for itself, and no engine is asked
     known = {item.name for item in (*CATALOG.seams, *CATALOG.policies)} | trainer

@@ -19,7 +19,7 @@ def test_another_order_of_the_same_sum(name):
 
 
 def test_small_messages_have_another_order_than_large_ones():
-    parts = torch.randn(4, 40, 256)
+    parts = torch.randn(4, 40, 256, generator=torch.Generator().manual_seed(5))
     for way in (ranks.two_shot, ranks.by_size):
         assert not torch.equal(way(parts[:, -1:]), way(parts)[-1:])
 
