@@ -190,7 +190,7 @@ IMAGES: tuple[Feature, ...] = (
     ),
     row(
         "images with preemption",
-        cpu=untried(),
+        cpu=served(_CPU_IMAGES),
         cuda=(_OLDER, untried("no run with images preempted a request")),
         ascend=_ASCEND,
         asked=_preempted,
