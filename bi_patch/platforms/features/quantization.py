@@ -237,6 +237,7 @@ _COMPILED_RUNS = (
     "AWQ, 4 bits",
     "GPTQ, 4 bits",
     "compressed-tensors W4A16",
+    "8-bit weights alone (GPTQ, compressed-tensors W8A16)",
     "FP8 per tensor, static activations (method fp8)",
 )
 
@@ -277,7 +278,11 @@ QUANTIZATION: tuple[Feature, ...] = (
     row(
         "quantized weights of a checkpoint, compiled",
         cpu=served(_CPU_RUN),
-        cuda=served(_RUN, why="AWQ, GPTQ, W4A16, W8A16, INT8 and FP8"),
+        cuda=served(
+            _RUN,
+            "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
+            why="AWQ, GPTQ, W4A16, W8A16, INT8 with dynamic and FP8 with static activations",
+        ),
         ascend=_NONE,
         asked=_compiled,
     ),

@@ -224,6 +224,8 @@ def _of_mamba1(layer) -> str:
         return f"{layer.ssm_state_size} states; multiples of 16 work"
     if layer.activation not in ("silu", "swish"):
         return f"the activation {layer.activation}; silu works"
+    if not bool((layer.A <= 0).all()):
+        return "decays A that are not all at most 0, as -exp(A_log) is"
     return _of_width(layer.conv_kernel_size)
 
 

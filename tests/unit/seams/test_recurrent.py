@@ -89,3 +89,12 @@ def test_only_layers_that_the_kernels_cover_are_let_in(config):
     with pytest.raises(UnsupportedFeature, match="--mamba-cache-mode align"):
         recurrent.check(config(layer(ShortConv, L_cache=3, **dtypes), mode="all"))
     recurrent.check(config(torch.nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(("largest", "named"), [(0.0, ""), (0.5, "decays A"), (float("nan"), "decays A")])
+def test_decays_of_mamba_1_are_at_most_zero(largest, named):
+    A = torch.full((4, 16), -1.0)
+    A[2, 3] = largest
+    held = SimpleNamespace(ssm_state_size=16, activation="silu", conv_kernel_size=4, A=A)
+    said = recurrent._of_mamba1(held)
+    assert said.startswith(named) and bool(said) == bool(named)
