@@ -13,14 +13,12 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
-_H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-2.json"
+_H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0.json"
 _CHUNKS = refused("chunks of a recurrent state start where an engine step starts", todo="Use another model")
 _OLD = refused("chunks of a recurrent state start where an engine step starts", releases="<0.33")
 _TINY = served(_CPU, why="tiny shapes with random weights, in bf16")
 _FOUR_LAYERS = served(
-    _H200,
-    why="four layers of published sizes with random weights, six axes (Falcon-H1: an earlier form of the kernels); its "
-    "cost in an engine was not measured",
+    _H200, why="four layers of published sizes with random weights, six axes; its cost in an engine was not measured"
 )
 
 # The kind of recurrent layer, by architecture.
