@@ -83,12 +83,22 @@ def test_new_weights_reach_both_ranks(start):
     assert len(pairs) > 4 and not [case.label for case in pairs if case.differs]
 
 
+def measure(program, *options):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-P", root / "benchmarks/cpu" / program, *options]
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=900)
+
+
 @pytest.mark.slow
 def test_data_and_pipeline_parallel_ranks_answer_as_one_engine(tmp_path):
     """Real engines of two data-parallel ranks and of two stages, against one engine; exit code 1: bits differ."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-P", root / "benchmarks/cpu/engines.py", "--only", "ranks", "--results", tmp_path]
-    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=900)
+    measure("engines.py", "--only", "ranks", "--results", tmp_path)
+
+
+@pytest.mark.slow
+def test_ranks_of_an_external_launcher(tmp_path):
+    """Each rank makes an engine of its own, as with torchrun. Exit code 1: bits differ, or a rank failed."""
+    measure("launcher.py", "tiny-qwen3 bf16 TP 2, external launcher", "--results", tmp_path)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_TENSOR = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
 _CPU_SIZES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json"
+_CPU_LAUNCHER = "invariance-2026-11-29-cpu-amx-launcher-vllm-0.32.0.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
@@ -229,11 +230,15 @@ def _norms_over_ranks(config: Any) -> str:
     return "norms over ranks" if named and config.parallel_config.tensor_parallel_size > 1 else ""
 
 
-def _elsewhere(config: Any) -> str:
-    """How an engine starts workers other than as processes of its own, in words."""
-    held = config.parallel_config
-    asked = {getattr(held, "distributed_executor_backend", None), getattr(held, "data_parallel_backend", None)}
-    return _joined("workers of ", {"Ray": "ray" in asked, "an external launcher": "external_launcher" in asked})
+def _started_by(backend: str, words: str) -> Callable[[Any], str]:
+    """`words` if this backend of vLLM, not the engine, starts the workers."""
+
+    def asked(config: Any) -> str:
+        held = config.parallel_config
+        given = {getattr(held, "distributed_executor_backend", None), getattr(held, "data_parallel_backend", None)}
+        return words if backend in given else ""
+
+    return asked
 
 
 def _unexamined(config: Any) -> str:
@@ -469,11 +474,19 @@ FEATURES: tuple[Feature, ...] = (
         asked=_of_parallel("enable_dbo", "dual-batch overlap", 0),
     ),
     row(
-        "workers of Ray or of an external launcher",
+        "workers of an external launcher (torchrun)",
+        cpu=served(_CPU_LAUNCHER, why="measured with two tensor-parallel ranks"),
+        cuda=untried("each worker must say that it is armed"),
+        ascend=untried(_NO_NPU),
+        asked=_started_by("external_launcher", "workers of an external launcher"),
+        details="Arm every rank (`VLLM_BATCH_INVARIANT=1` for the launcher): an engine sees its own rank only.",
+    ),
+    row(
+        "workers of Ray",
         cpu=untried("each worker must say that it is armed"),
         cuda=untried("each worker must say that it is armed"),
         ascend=untried(_NO_NPU),
-        asked=_elsewhere,
+        asked=_started_by("ray", "workers of Ray"),
     ),
     row(
         "several hosts",
