@@ -3,12 +3,18 @@
 import copy
 import gc
 
+import pytest
 import torch
 from torch._inductor import config
 
 from bi_patch import training
 from bi_patch.ops import bits
 from bi_patch.ops.cpu import aten
+
+
+@pytest.fixture(autouse=True)
+def no_armed_model_of_another_test():
+    gc.collect()
 
 
 def test_compiled_code_has_the_bits_of_eager_code(make, ids):
