@@ -29,15 +29,18 @@ def keep_whole() -> None:
     """Let Inductor call these operators and LayerNorm instead of compiling code of its own for them. A second call does
     nothing.
 
-    Inductor's own code has a tail like PyTorch's on instruction sets without masks. Inductor also rounds 16-bit results
-    after every operation from then on, as eager code does. So compiled code has the bits of eager code.
+    Inductor's own code has a tail like PyTorch's on instruction sets without masks, and other values of sin, cos, tanh
+    and erf than eager code: models that vLLM takes from transformers compute rotations and activations with them.
+    Inductor also rounds 16-bit results after every operation from then on, as eager code does. So compiled code has the
+    bits of eager code.
     """
     if _undo:
         return
     from torch._inductor import decomposition, lowering
 
     aten = torch.ops.aten
-    whole = (aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.softplus.default, _LAYER_NORM)
+    rounded = (aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.softplus.default, _LAYER_NORM)
+    whole = (*rounded, aten.sin.default, aten.cos.default, aten.tanh.default, aten.erf.default)
     for held in (decomposition.decompositions, lowering.lowerings):
         _undo.append(functools.partial(_put_back, held, {op: held.get(op) for op in whole}))
     for marked in (lowering.fallbacks, lowering.needs_realized_inputs):
@@ -61,7 +64,7 @@ def restore() -> None:
 
 
 _undo: list[Callable[[], None]] = []
-_TAG = "bi_patch: whole operators"
+_TAG = "bi_patch: whole operators, with sin, cos, tanh and erf"
 _LAYER_NORM = torch.ops.aten.native_layer_norm.default
 
 

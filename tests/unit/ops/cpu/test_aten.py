@@ -59,11 +59,36 @@ def test_compiled_code_has_the_bits_of_eager_code(dtype):
         assert torch.equal(function(x), want) and torch.equal(function(x[:17]), want[:17])
 
 
+def test_compiled_rotations_have_the_bits_of_eager_code():
+    """Models of transformers compute the angles of their positions in compiled code."""
+
+    def rotation(positions):
+        angles = positions[:, None].float() * 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+        return angles.cos(), angles.sin()
+
+    aten.keep_whole()
+    function = torch.compile(rotation, dynamic=True, fullgraph=True)
+    positions = torch.arange(4096)
+    with torch.inference_mode():
+        for rows in (positions, positions[1895:1900]):
+            assert all(torch.equal(x, y) for x, y in zip(function(rows), rotation(rows)))
+
+
+@pytest.mark.parametrize("op", [torch.tanh, torch.erf])
+def test_compiled_activations_have_the_bits_of_eager_code(op):
+    aten.keep_whole()
+    function = torch.compile(lambda x: op(x * 0.5) * x, dynamic=True, fullgraph=True)
+    x = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        want = op(x * 0.5) * x
+        assert torch.equal(function(x), want) and torch.equal(function(x[:17]), want[:17])
+
+
 def test_what_changed_in_pytorch_is_restored():
     from torch._inductor import config, decomposition, lowering
 
     def state():
-        ops = (torch.ops.aten.gelu.default, torch.ops.aten.silu.default, aten._LAYER_NORM)
+        ops = (torch.ops.aten.gelu.default, torch.ops.aten.silu.default, torch.ops.aten.cos.default, aten._LAYER_NORM)
         held = [table.get(op) for table in (decomposition.decompositions, lowering.lowerings) for op in ops]
         marks = [op in marked for marked in (lowering.fallbacks, lowering.needs_realized_inputs) for op in ops]
         return held, marks, config.emulate_precision_casts, torch.compiler.config.cache_key_tag
@@ -72,7 +97,7 @@ def test_what_changed_in_pytorch_is_restored():
         before = state()
         for _ in range(2):
             aten.keep_whole()
-            assert state()[2:] == (True, "the user's; bi_patch: whole operators")
+            assert state()[2:] == (True, f"the user's; {aten._TAG}")
             aten.keep_whole()  # a second engine in the process
             assert state()[3].count("bi_patch") == 1 and state()[0] != before[0]
             aten.restore()
