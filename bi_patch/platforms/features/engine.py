@@ -23,6 +23,8 @@ _CPU_TENSOR = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
 _CPU_SIZES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json"
 _CPU_LAUNCHER = "invariance-2026-11-29-cpu-amx-launcher-vllm-0.32.0.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
+_H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
+_H200_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
@@ -300,9 +302,10 @@ FEATURES: tuple[Feature, ...] = (
             _CPU_WEIGHTS_MORE,
             why="by reload_weights and model.load_weights; also of a model with MLA and of a hybrid",
         ),
-        cuda=untried(
-            "in eager mode on vLLM 0.26.0, 0 of 800 positions differ on an H200 "
-            "(invariance-2026-11-28-h200-weights-vllm-0.26.0.json)"
+        cuda=served(
+            _H200_WEIGHTS,
+            _H200_GRPO,
+            why="in eager mode by reload_weights, also on vLLM 0.26; with CUDA graphs by a trainer's sync, 57 times",
         ),
         ascend=untried(_NO_NPU),
         details="An engine that gets weights answers as an engine that was started with them. Writes of your own need "
