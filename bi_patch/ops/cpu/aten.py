@@ -39,8 +39,8 @@ def keep_whole() -> None:
     from torch._inductor import decomposition, lowering
 
     aten = torch.ops.aten
-    rounded = (aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.softplus.default, _LAYER_NORM)
-    whole = (*rounded, aten.sin.default, aten.cos.default, aten.tanh.default, aten.erf.default)
+    pointwise = ("sigmoid", "silu", "gelu", "softplus", "sin", "cos", "tanh", "erf")
+    whole = (_LAYER_NORM, *(getattr(aten, name).default for name in pointwise))
     for held in (decomposition.decompositions, lowering.lowerings):
         _undo.append(functools.partial(_put_back, held, {op: held.get(op) for op in whole}))
     for marked in (lowering.fallbacks, lowering.needs_realized_inputs):

@@ -94,65 +94,50 @@ def _image_id(original):
     return _get_image_id_bytes
 
 
-_WHY = "an image that bears the name of another one gets the other one's rows from the caches"
-_UNTIL = "upstream's hash of an image always holds its content"
+def _seam(name: str, target: Target, close, how: str) -> Seam:
+    return Seam(
+        name=f"vision.{name}",
+        targets=(target,),
+        close=close,
+        why="an image that bears the name of another one gets the other one's rows from the caches",
+        how=how,
+        until="upstream's hash of an image always holds its content",
+        causes=(36,),
+        on_import=True,
+    )
+
+
+_BY_TOKENS = "vllm.entrypoints.scale_out.token_in_token_out"
 
 SEAMS = (
-    Seam(
-        name="vision.names",
-        targets=(Target("vllm.renderers.base", "BaseRenderer._process_mm_uuids", ">=0.32"),),
-        close=_names,
-        why=_WHY,
-        how="a request that names its images is refused, and so is one with video or sound",
-        until=_UNTIL,
-        causes=(36,),
-        on_import=True,
+    _seam(
+        "names",
+        Target("vllm.renderers.base", "BaseRenderer._process_mm_uuids", ">=0.32"),
+        _names,
+        "a request that names its images is refused, and so is one with video or sound",
     ),
-    Seam(
-        name="vision.sent",
-        targets=(
-            Target(
-                "vllm.entrypoints.scale_out.token_in_token_out.mm_features",
-                "mm_kwargs_from_features",
-                ">=0.32",
-                copies=("vllm.entrypoints.scale_out.token_in_token_out.serving",),
-            ),
-        ),
-        close=_sent,
-        why=_WHY,
-        how="a request that sends hashes of images is refused",
-        until=_UNTIL,
-        causes=(36,),
-        on_import=True,
+    _seam(
+        "sent",
+        Target(f"{_BY_TOKENS}.mm_features", "mm_kwargs_from_features", ">=0.32", copies=(f"{_BY_TOKENS}.serving",)),
+        _sent,
+        "a request that sends hashes of images is refused",
     ),
-    Seam(
-        name="vision.made",
-        targets=(Target("vllm.renderers.base", "BaseRenderer._process_multimodal", ">=0.32"),),
-        close=_rendered,
-        why=_WHY,
-        how="hashes that vLLM's renderer made are marked",
-        until=_UNTIL,
-        causes=(36,),
-        on_import=True,
+    _seam(
+        "made",
+        Target("vllm.renderers.base", "BaseRenderer._process_multimodal", ">=0.32"),
+        _rendered,
+        "hashes that vLLM's renderer made are marked",
     ),
-    Seam(
-        name="vision.rendered",
-        targets=(Target("vllm.v1.engine.input_processor", "InputProcessor._validate_model_inputs", ">=0.32"),),
-        close=_arriving,
-        why=_WHY,
-        how="a rendered prompt whose hashes bear no mark, or were written to, is refused",
-        until=_UNTIL,
-        causes=(36,),
-        on_import=True,
+    _seam(
+        "rendered",
+        Target("vllm.v1.engine.input_processor", "InputProcessor._validate_model_inputs", ">=0.32"),
+        _arriving,
+        "a rendered prompt whose hashes bear no mark, or were written to, is refused",
     ),
-    Seam(
-        name="vision.image_id",
-        targets=(Target("vllm.multimodal.hasher", "_get_image_id_bytes", ">=0.32"),),
-        close=_image_id,
-        why=_WHY,
-        how="the hash always holds the pixels, or the bytes of the file",
-        until=_UNTIL,
-        causes=(36,),
-        on_import=True,
+    _seam(
+        "image_id",
+        Target("vllm.multimodal.hasher", "_get_image_id_bytes", ">=0.32"),
+        _image_id,
+        "the hash always holds the pixels, or the bytes of the file",
     ),
 )

@@ -32,28 +32,30 @@ def _deepstack(original):
     return embed_input_ids
 
 
-_WHY = "the encoder computes the images of all requests of a step in one call, and their number chooses its kernels"
-_HOW = "one call for each image, so that its rows depend on the image alone"
-_UNTIL = "upstream's encoders give an image equal bits in any batch of images"
+def _alone(name: str, target: Target, close, on_import: bool = False) -> Seam:
+    return Seam(
+        name=f"vision.{name}",
+        targets=(target,),
+        close=close,
+        why="the encoder computes the images of all requests of a step in one call, and their number chooses its "
+        "kernels",
+        how="one call for each image, so that its rows depend on the image alone",
+        until="upstream's encoders give an image equal bits in any batch of images",
+        causes=(36,),
+        on_import=on_import,
+    )
+
 
 SEAMS = (
-    Seam(
-        name="vision.cuda_alone",
-        targets=(Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._execute_mm_encoder", ">=0.33"),),
-        close=vision.alone,
-        why=_WHY,
-        how=_HOW,
-        until=_UNTIL,
-        causes=(36,),
+    _alone(
+        "cuda_alone",
+        Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._execute_mm_encoder", ">=0.33"),
+        vision.alone,
     ),
-    Seam(
-        name="vision.cuda_alone_v2",
-        targets=(Target("vllm.v1.worker.gpu.mm.encoder_runner", "EncoderRunner.execute_mm_encoder", ">=0.33"),),
-        close=vision.alone_v2,
-        why=_WHY,
-        how=_HOW,
-        until=_UNTIL,
-        causes=(36,),
+    _alone(
+        "cuda_alone_v2",
+        Target("vllm.v1.worker.gpu.mm.encoder_runner", "EncoderRunner.execute_mm_encoder", ">=0.33"),
+        vision.alone_v2,
         on_import=True,
     ),
     Seam(

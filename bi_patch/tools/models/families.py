@@ -84,6 +84,15 @@ _DELTA = {
     "linear_value_head_dim": 64,
     "linear_conv_kernel_dim": 4,
 }
+_MAMBA_1 = {
+    "state_size": 16,
+    "expand": 2,
+    "conv_kernel": 4,
+    "time_step_rank": 16,
+    "use_conv_bias": True,
+    "use_bias": False,
+    "layer_norm_epsilon": 1e-5,
+}
 _MAMBA = {
     "mamba_n_heads": 8,
     "mamba_d_head": 64,
@@ -479,27 +488,11 @@ FAMILIES: dict[str, dict[str, object]] = {
         layer_norm_epsilon=1e-5,
     )
     | {"head_dim": 64},
-    "Mamba": _without_groups(
-        "MambaForCausalLM",
-        "mamba",
-        state_size=16,
-        expand=2,
-        conv_kernel=4,
-        time_step_rank=16,
-        use_conv_bias=True,
-        use_bias=False,
-        layer_norm_epsilon=1e-5,
-    ),
+    "Mamba": _without_groups("MambaForCausalLM", "mamba", **_MAMBA_1),
     "Falcon-Mamba": _without_groups(
         "FalconMambaForCausalLM",
         "falcon_mamba",
-        state_size=16,
-        expand=2,
-        conv_kernel=4,
-        time_step_rank=16,
-        use_conv_bias=True,
-        use_bias=False,
-        layer_norm_epsilon=1e-5,
+        **_MAMBA_1,
         mixer_rms_eps=1e-6,
     ),
     "Jamba": _as(

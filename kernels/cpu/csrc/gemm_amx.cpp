@@ -52,6 +52,14 @@ struct Late {
   int64_t row, rows, col, done;
 };
 
+// 32 outputs of a row, rounded: c plus the earlier sum (null: none), then the bias.
+BI_INLINE __m512i rounded(const float* sum, const float* c, bool bias, V16 b0, V16 b1) {
+  V16 v0 = load(c), v1 = load(c + kTileSum);
+  if (sum) v0 = add(load(sum), v0), v1 = add(load(sum + kTileSum), v1);
+  if (bias) v0 = add(v0, b0), v1 = add(v1, b1);
+  return (__m512i)_mm512_cvtne2ps_pbh(v1, v0);
+}
+
 // Adds the earlier sum (if any) and the bias to the next `count` rows, rounds and stores them.
 BI_INLINE void finish(const Job& job, Late& late, int64_t count) {
   const int64_t end = std::min(late.rows, late.done + count), left = job.n - late.col;
@@ -76,10 +84,8 @@ BI_INLINE void finish(const Job& job, Late& late, int64_t count) {
   }
   for (; late.done < end; ++late.done) {
     const int64_t r = late.done, at = r / 16 * 2 * kTileSum + r % 16 * 16;
-    V16 v0 = load(late.c + at), v1 = load(late.c + at + kTileSum);
-    if (late.sum) v0 = add(load(late.sum + at), v0), v1 = add(load(late.sum + at + kTileSum), v1);
-    if (job.bias) v0 = add(v0, b0), v1 = add(v1, b1);
-    _mm512_mask_storeu_epi16(job.y + (late.row + r) * job.n + late.col, lanes, (__m512i)_mm512_cvtne2ps_pbh(v1, v0));
+    const __m512i made = rounded(late.sum ? late.sum + at : nullptr, late.c + at, job.bias, b0, b1);
+    _mm512_mask_storeu_epi16(job.y + (late.row + r) * job.n + late.col, lanes, made);
   }
 }
 
@@ -102,12 +108,8 @@ BI_INLINE Lines lines(const Job& job, const Late& late) {
 }
 
 template <bool SUM, bool BIAS> BI_INLINE void two_rows(Lines& w, int64_t n) {
-  for (int i = 0; i < 2; ++i, w.y += n) {
-    V16 v0 = load(w.c + i * 16), v1 = load(w.c + i * 16 + kTileSum);
-    if constexpr (SUM) v0 = add(load(w.sum + i * 16), v0), v1 = add(load(w.sum + i * 16 + kTileSum), v1);
-    if constexpr (BIAS) v0 = add(v0, w.b0), v1 = add(v1, w.b1);
-    _mm512_storeu_si512(w.y, (__m512i)_mm512_cvtne2ps_pbh(v1, v0));
-  }
+  for (int i = 0; i < 2; ++i, w.y += n)
+    _mm512_storeu_si512(w.y, rounded(SUM ? w.sum + i * 16 : nullptr, w.c + i * 16, BIAS, w.b0, w.b1));
   w.left -= 2;
   const int64_t next = w.left == 16 ? 32 + kTileSum : 32;  // past the right tile of the first 16 rows
   w.c += next;
