@@ -20,6 +20,7 @@ _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
 _H200_MLA_MORE = "invariance-2026-11-29-h200-mla-more-vllm-0.33.0.json"
 _H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
+_H200_MLA_BLOCKS = "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _H100_ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
@@ -157,7 +158,7 @@ FAMILIES: tuple[Feature, ...] = (
         cpu=_QUANTIZED,
         cuda=(
             refused("MLA", releases="<0.33"),
-            served(_H200_MLA_GRAPHS, why="four layers of V3's sizes, in eager mode"),
+            served(_H200_MLA_BLOCKS, _H200_MLA_GRAPHS, why="four layers of V3's sizes, compiled and in eager mode"),
         ),
         ascend=_MLA,
     ),

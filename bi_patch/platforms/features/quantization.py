@@ -20,8 +20,9 @@ _NO_KERNEL = _REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them
 _H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
 _ON_HOPPER = served(_H200, why="two layers of published sizes, in eager mode", releases=">=0.33")
 _WITH_MLA = served(
+    "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json",
     "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json",
-    why="four layers of DeepSeek-V3's sizes, in eager mode",
+    why="four layers of DeepSeek-V3's sizes, compiled and in eager mode",
     releases=">=0.33",
 )
 _COMPILED = served(_H200, why="two layers of published sizes, compiled and in eager mode", releases=">=0.33")
@@ -220,9 +221,8 @@ def _latent(config: Any) -> str:
 
 
 def _latent_otherwise(config: Any) -> str:
-    """The same in a mode that no run has: compiled, or in one form."""
-    eager = getattr(config.model_config, "enforce_eager", False)
-    return _latent(config) if one_form() or not eager else ""
+    """The same in a mode that no run has: in one form."""
+    return _latent(config) if one_form() else ""
 
 
 def _compiled(config: Any) -> str:
@@ -244,7 +244,8 @@ _COMPILED_RUNS = (
 
 def _compiled_elsewhere(config: Any) -> str:
     """Words for a compiled model with a scheme that ran in eager mode only."""
-    return _compiled(config) if any(_row(s) not in _COMPILED_RUNS for s in schemes.of(config)) else ""
+    other = any(_row(s) not in _COMPILED_RUNS for s in schemes.of(config))
+    return _compiled(config) if other and not _latent(config) else ""
 
 
 def _head(config: Any) -> str:
@@ -263,8 +264,8 @@ QUANTIZATION: tuple[Feature, ...] = (
     row("quantized experts", **_REFUSED, asked=_experts(False)),
     row("FP8 blocks of 128 x 128 in DeepSeek V3 (MLA)", **_cuda(_WITH_MLA), asked=_latent),
     row(
-        "FP8 blocks of 128 x 128 in DeepSeek V3, compiled or with BI_PATCH_MLA=one",
-        **_cuda(untried("measured in eager mode with BI_PATCH_MLA=two", releases=">=0.33")),
+        "FP8 blocks of 128 x 128 in DeepSeek V3 with BI_PATCH_MLA=one",
+        **_cuda(untried("measured with BI_PATCH_MLA=two", releases=">=0.33")),
         asked=_latent_otherwise,
     ),
     row(
