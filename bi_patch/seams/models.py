@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import packages
 from bi_patch.seams.model import Policy
 
 # Rotation types that Hugging Face's code computes anew once a position of the batch passes a limit, and the limit.
@@ -37,11 +38,10 @@ def _refuse_own_package(config: Any, policy: str) -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     for name in config.model_config.architectures if config.model_config is not None else ():
-        module = getattr(ModelRegistry.models.get(name), "module_name", "")
-        if module.startswith("vllm.models."):
+        found = packages.reason(getattr(ModelRegistry.models.get(name), "module_name", ""))
+        if found:
             raise UnsupportedFeature(
-                f"{policy}: bi_patch does not cover {name}: its package has kernels of its own, and the batch "
-                "decides which kernel runs. Use another model, or set BI_PATCH=0"
+                f"{policy}: bi_patch does not cover {name}: {found}. Use another model, or set BI_PATCH=0"
             )
 
 
