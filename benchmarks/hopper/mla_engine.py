@@ -24,6 +24,12 @@ def arm():
     import bi_patch  # noqa: F401
 
 
+def _backends(config):
+    """The names of the backends of the model's layers of attention."""
+    layers = config.compilation_config.static_forward_context.values()
+    return {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
@@ -33,6 +39,7 @@ def main():
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--family", default="DeepSeek V2")
     parser.add_argument("--scheme", help="a name of schemes.py, instead of a family")
+    parser.add_argument("--kv", default="auto", help="--kv-cache-dtype of the engine")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.4)
     a = parser.parse_args()
@@ -56,6 +63,7 @@ def main():
         name, config = a.family, families.FAMILIES.get(a.family, {}) | SIZES[a.family] | {"num_hidden_layers": a.layers}
     longest = 80000 if a.long else 2048
     config["max_position_embeddings"] = max(config.get("max_position_embeddings", 0), longest)
+    name += "" if a.kv == "auto" else f", {a.kv} KV cache"
     folder = shapes.save(f"{name} {a.layers} {os.getpid()}", config, tempfile.mkdtemp())
     weights.make_random(7)
     preempted = [0]
@@ -78,6 +86,7 @@ def main():
         enforce_eager=a.eager,
         gpu_memory_utilization=a.share,
         kv_cache_memory_bytes=3 << 30,
+        kv_cache_dtype=a.kv,
         **more,
     )
     core = llm.llm_engine.engine_core.engine_core
@@ -89,6 +98,7 @@ def main():
         "started_s": round(time.time() - START, 1),
     }
     result |= {"mla": active.mla, "block": core.vllm_config.cache_config.block_size, "rows": []}
+    result |= {"kv": a.kv, "backend": sorted(_backends(core.vllm_config))}
     result |= {"v2": core.vllm_config.use_v2_model_runner, "long": a.long, "cached": not a.small or a.cached}
     result["provenance"] = msgspec.to_builtins(provenance.here())
     worker = core.model_executor.driver_worker

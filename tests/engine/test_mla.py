@@ -5,8 +5,11 @@ import os
 import pytest
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.tools.bench import invariance
 from bi_patch.tools.faults import catch, engines, latent
 from bi_patch.tools.faults.child import FaultyEngine
+from bi_patch.tools.models import families
+from bi_patch.tools.verify import levels, local
 from bi_patch.tools.verify.child import ARMED, PATIENT
 
 pytestmark = pytest.mark.engine
@@ -51,3 +54,14 @@ def test_preemption(given, engine):
 def test_sparse_mla_is_refused_by_name(given, refusing):
     with pytest.raises(UnsupportedFeature, match="sparse MLA"):
         refusing.refuse(given.but(extra={"hf_overrides": {"index_topk": 64}}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", ["DeepSeek V2", "DeepSeek V3", "Kimi K2", "GLM-4.7-Flash", "MiniCPM3"])
+def test_every_axis(tmp_path, family, eager):
+    """All axes of the default level that apply, preemption, restart and compiled code among them."""
+    system = local.local(families.write(family, tmp_path), levels.DEFAULT, eager=eager, random_weights=7)
+    rows, _ = invariance.measure(family, system, levels.DEFAULT)
+    assert {"batch size", "prefix cache", "chunk budget", "preemption", "restart"} <= {row.axis for row in rows}
+    assert not any(row.differing for row in rows), [row for row in rows if row.differing]
