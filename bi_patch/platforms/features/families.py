@@ -32,7 +32,7 @@ _TINY = served(_FAMILIES, why="tiny shapes with random weights")
 _TINY_FULL = served(_FAMILIES, _FULL, why="tiny shapes with random weights, with --full too")
 _MLA = refused("MLA")
 _SPARSE = refused("sparse MLA, layers with a recurrent state, or a package with kernels of its own")
-_OWN = refused("its package has kernels of its own, and the batch decides which kernel runs", by="models.cuda")
+_OWN = refused("its package has kernels that no patch point covers", by="models.cuda")
 _QUANTIZED = refused("quantized experts")
 _POOLING = refused("pooling")
 _CPU_POOLING = (

@@ -45,6 +45,13 @@ def _latent(config, page: int):
         if any(kind.__name__ == "MLAAttention" for kind in type(layer).__mro__):
             name = layer.attn_backend.get_name()
             kind = Problem(name, layer.num_heads, 1, layer.head_size, 0, page, config.model_config.dtype)
+            if is_eighth(layer):
+                if layer._k_scale.numel() > 1 or float(layer._k_scale) != 1.0:
+                    raise UnsupportedFeature(
+                        "mla.cuda: bi_patch covers an FP8 KV cache of MLA with a scale of 1 only. Use --kv-cache-dtype "
+                        "auto, or set BI_PATCH=0"
+                    )
+                kind = kind._replace(extras="e4m3 KV")
             found.setdefault(kind, layer)
     for problem, layer in found.items():
         if not mla.two_forms():
@@ -52,6 +59,7 @@ def _latent(config, page: int):
             continue
         problem = problem._replace(head_size=layer.qk_nope_head_dim + layer.qk_rope_head_dim)
         for extras, prepare in (("rows", mla.prepare_rows), ("prompts", mla.prepare_prompt)):
+            extras = " ".join(filter(None, (extras, problem.extras)))
             yield problem._replace(extras=extras), functools.partial(prepare, layer, page)
 
 

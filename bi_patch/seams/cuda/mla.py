@@ -7,20 +7,26 @@ BI_PATCH_MLA=two (default): the position decides. Prompts take the first form (m
 absorbed one (mla_rows.py), also when a preempted request is computed again. A cached block that holds generated tokens
 serves only requests with a prompt of the same length.
 BI_PATCH_MLA=one: every token takes the absorbed form, in one split, so that decode equals prefill.
+
+FlashAttention-MLA reads no 8-bit latents. With an FP8 KV cache, in two forms, Triton-MLA's kernel computes generated
+tokens (mla_eighths.py).
 """
 
 import functools
+import inspect
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
-from bi_patch.seams.cuda import mla_prompts, mla_rows
+from bi_patch.seams.cuda import mla_eighths, mla_prompts, mla_rows
+from bi_patch.seams.cuda.attention import eighth
 from bi_patch.seams.cuda.chunks import Metadata
 from bi_patch.seams.cuda.mla_prompts import LONG_QUERY as _LONG_QUERY
 from bi_patch.seams.model import Policy, Seam, Target
 
 _LAYER = "vllm.model_executor.layers.attention.mla_attention"
 _FLASH = "vllm.v1.attention.backends.mla.flashattn_mla"
-_BACKEND = "FLASH_ATTN_MLA"
+_TRITON = "vllm.v1.attention.backends.mla.triton_mla"
+_BACKEND, _EIGHTHS = "FLASH_ATTN_MLA", "TRITON_MLA"
 _RELEASES = ">=0.33"
 _ALL = 1 << 30  # a number of new tokens that no request has
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
@@ -217,13 +223,16 @@ def _forward(original):
         if asked or any(value is not None for value in args):
             raise UnsupportedFeature("mla.cuda_forms: quantized outputs have no certificate. Set BI_PATCH_MLA=one")
         generated, places, groups = getattr(attn_metadata, "bi_patch_forms", None) or (attn_metadata, None, ())
+        generate = mla_rows.generate
+        if eighth(self.impl.kv_cache_dtype):
+            generate, kv_cache = mla_eighths.generate, kv_cache.view(_e4m3())
         if places is not None:
             some = output.new_empty((len(places), output.shape[-1]))
-            mla_rows.generate(self, q[places], kv_cache, generated, some)
+            generate(self, q[places], kv_cache, generated, some)
             output[places] = some
         elif generated is not None:
             count = generated.num_actual_tokens
-            mla_rows.generate(self, q[:count], kv_cache, generated, output[:count])
+            generate(self, q[:count], kv_cache, generated, output[:count])
         for group in groups:
             mla_prompts.attend(self.impl, q, k_c_normed, k_pe, kv_cache, group, output)
         return output
@@ -231,28 +240,76 @@ def _forward(original):
     return forward_impl
 
 
+def _e4m3():
+    import torch
+
+    return torch.float8_e4m3fn
+
+
 def _init(original):
-    """MLAAttention.__init__: refuse every backend and option without a certificate."""
+    """MLAAttention.__init__: take the backend that has a certificate, and refuse every other backend and option."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        refused = {
-            f"the {self.attn_backend.get_name()} backend": self.attn_backend.get_name() != _BACKEND,
-            "sparse attention": self.use_sparse or self.indexer is not None,
-            "a sliding window": self.sliding_window is not None,
-            "attention to later tokens": self.non_causal_multi_token_decode,
-            f"a {self.kv_cache_dtype} KV cache": self.kv_cache_dtype not in ("auto", "bfloat16", "float16"),
-            "context parallelism": self.use_pcp or self.impl.dcp_world_size > 1 or self.dcp_q_replicate,
-        }
-        found = [name for name, present in refused.items() if present]
-        if found:
-            raise UnsupportedFeature(
-                f"mla.cuda: bi_patch has no certificate for {', '.join(found)}. Use --attention-backend {_BACKEND} on "
-                "Hopper and the default options, or set BI_PATCH=0"
-            )
+        held = signature.bind(self, *args, **kwargs)
+        cache = held.arguments.get("cache_config")
+        if eighth(getattr(cache, "cache_dtype", None)) and held.arguments.get("attn_backend") is None and not _chosen():
+            held.arguments["attn_backend"] = _triton()
+        cached = getattr(cache, "enable_prefix_caching", None)
+        original(*held.args, **held.kwargs)
+        if cached is not None:
+            cache.enable_prefix_caching = cached  # upstream's mode turns it off beside Triton-MLA
+        _refuse(self)
 
     return __init__
+
+
+def _refuse(layer) -> None:
+    kind, name = layer.kv_cache_dtype, layer.attn_backend.get_name()
+    wanted = _EIGHTHS if eighth(kind) and two_forms() else _BACKEND
+    attention = getattr(getattr(layer, "_vllm_config", None), "attention_config", None)
+    refused = {
+        f"the {name} backend{f' of a {kind} KV cache' if wanted == _EIGHTHS else ''}": name != wanted,
+        "sparse attention": layer.use_sparse or layer.indexer is not None,
+        "a sliding window": layer.sliding_window is not None,
+        "attention to later tokens": layer.non_causal_multi_token_decode,
+        f"a {kind} KV cache": kind not in ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3"),
+        f"a {kind} KV cache in one form": eighth(kind) and not two_forms(),
+        "8-bit queries of prompts": getattr(attention, "use_prefill_query_quantization", False),
+        "context parallelism": layer.use_pcp or layer.impl.dcp_world_size > 1 or layer.dcp_q_replicate,
+    }
+    found = [name for name, present in refused.items() if present] + _without_kernel(layer)
+    if found:
+        raise UnsupportedFeature(
+            f"mla.cuda: bi_patch has no certificate for {', '.join(found)}. Use --attention-backend {wanted} on "
+            "Hopper and the default options, or set BI_PATCH=0"
+        )
+
+
+def _without_kernel(layer) -> list[str]:
+    """Words for sizes that FlashAttention 3 has no kernel for: of latents, and of the heads of prompts."""
+    latent, rotary, value = layer.kv_lora_rank, layer.qk_rope_head_dim, layer.v_head_dim
+    size = layer.qk_nope_head_dim + rotary
+    words = []
+    if (latent, rotary) != (512, 64):
+        words.append(f"latents of {latent} + {rotary} elements")
+    if two_forms() and not (size == value <= 256 or 128 < size <= 192 and 96 < value <= 128):
+        words.append(f"heads of {size} elements with values of {value}")
+    return words
+
+
+def _chosen() -> bool:
+    """Whether the user named an attention backend."""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config().attention_config.backend is not None
+
+
+def _triton():
+    from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend
+
+    return TritonMLABackend
 
 
 def _rows(original):
@@ -278,6 +335,19 @@ def _rows(original):
             max(config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0),
         )
         self.bi_patch_rows.check()
+
+    return __init__
+
+
+def _eighths(original):
+    """TritonMLAMetadataBuilder.__init__: single generated tokens take the absorbed form, as in `_rows`."""
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if two_forms():
+            self.reorder_batch_threshold = 1
+            self.bi_patch_rows = mla_eighths.Rows()
 
     return __init__
 
@@ -334,22 +404,36 @@ def _paged(layer, page: int, latents):
     return cache.view(count, page, -1), order.to(torch.int32)
 
 
+def _stored(layer, page: int, latents):
+    """As `_paged`, in the type of the layer's cache."""
+    if not eighth(layer.kv_cache_dtype):
+        return _paged(layer, page, latents)
+    import torch
+
+    cache, order = _paged(layer, page, latents.to(_e4m3()).view(torch.uint8))
+    return cache.view(_e4m3()), order
+
+
 def prepare_rows(layer, page: int, q, k, v):
     """As `prepare`, for generated tokens in two forms: each row is a sequence of its own, and the products with the
     up-projection belong to it. q: [tokens, heads, nope + rotary]. The rows are [tokens, heads, D]."""
     import torch
 
     tokens, device = len(q), q.device
-    cache, order = _paged(layer, page, _latents(layer, tokens, q))
-    rows = mla_rows.Rows(q.shape[1], layer.kv_lora_rank, layer.qk_rope_head_dim, page, q.dtype, device, tokens)
-    rows.check()
+    cache, order = _stored(layer, page, _latents(layer, tokens, q))
+    if eighth(layer.kv_cache_dtype):
+        rows, generate = mla_eighths.Rows(), mla_eighths.generate
+    else:
+        rows = mla_rows.Rows(q.shape[1], layer.kv_lora_rank, layer.qk_rope_head_dim, page, q.dtype, device, tokens)
+        rows.check()
+        generate = mla_rows.generate
 
     def run(sequences):
         at = [row for first, new in sequences for row in range(first, first + new)]
         lengths = torch.tensor([row + 1 for row in at], dtype=torch.int32, device=device)
         step = Metadata(decode=rows.make(order.expand(len(at), -1).contiguous(), lengths, max(at) + 1))
         out = q.new_empty((len(at), q.shape[1] * layer.v_head_dim))
-        mla_rows.generate(layer, q[at], cache, step, out)
+        generate(layer, q[at], cache, step, out)
         return out.view(len(at), q.shape[1], layer.v_head_dim)
 
     return run
@@ -369,7 +453,7 @@ def prepare_prompt(layer, page: int, q, k, v):
 
     tokens, device, impl = len(q), q.device, layer.impl
     latents = _latents(layer, tokens, q)
-    cache, order = _paged(layer, page, latents)
+    cache, order = _stored(layer, page, latents)
     workspace = torch.empty((3 * tokens, layer.head_size), dtype=q.dtype, device=device)
 
     def run(sequences):
@@ -538,7 +622,8 @@ SEAMS = (
         "MLAAttention.__init__",
         _init,
         "a backend whose form, split or tile depends on the batch gives bits that depend on the batch",
-        "bi_patch refuses every backend of MLA but FlashAttention-MLA, and options without a certificate",
+        "bi_patch takes FlashAttention-MLA, and Triton-MLA for an FP8 KV cache. It refuses other backends, and options "
+        "without a certificate",
         (3, 4),
         _LAYER,
         until="never: bi_patch itself decides here which backends it accepts",
@@ -553,6 +638,17 @@ SEAMS = (
         "two forms: single generated tokens take the absorbed form; one form: every token does",
         (6, 7, 9),
         until="upstream chooses the form by position (https://github.com/vllm-project/vllm/issues/27433)",
+    ),
+    _seam(
+        "eighths",
+        "TritonMLAMetadataBuilder.__init__",
+        _eighths,
+        "several new tokens of a request take another form than single ones, whose bits differ, and the longest "
+        "request decides how keys are split",
+        "of an FP8 KV cache, single generated tokens take the absorbed form, in a fixed number of parts",
+        (3, 6, 7, 9),
+        _TRITON,
+        until=_BY_POSITION,
     ),
     _seam(
         "query",

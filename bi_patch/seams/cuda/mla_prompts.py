@@ -3,7 +3,7 @@ attention runs over them in one chain from position 0.
 
 vLLM attends to a chunk and to its context separately, and merges the two where the scheduler cut. Here a chunk attends
 to all keys at once, cached or not, so that no cut shows. The up-projection is a linear whose rows do not depend on each
-other (bi_patch.ops.cuda.linear).
+other (bi_patch.ops.cuda.linear). Of an 8-bit cache, a chunk reads its own latents back, as a later chunk will.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 from typing import NamedTuple
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.cuda.attention import eighth
 
 # FlashAttention 3 has another tile for short queries, as in attention.py. It never takes it for 128 tokens or more.
 LONG_QUERY = 128
@@ -86,7 +87,7 @@ def attend(impl, q, latents, rotary, cache, group: Group, out) -> None:
     """Write the rows of a group to out [tokens, heads * D].
 
     q: [tokens, heads, nope + rotary], latents: [tokens, latent] and rotary: [tokens, 1, rotary], all of the step.
-    cache: [pages, tokens, latent + rotary], which holds the latents of all positions, those of this step included.
+    cache: [pages, tokens, latent + rotary], 16-bit or e4m3. It holds the latents of all positions, also of this step.
     """
     rows, heads, size = group.rows, impl.num_heads, impl.v_head_dim
     shaped = out.view(-1, heads, size)
@@ -95,7 +96,7 @@ def attend(impl, q, latents, rotary, cache, group: Group, out) -> None:
     if group.long:
         _long(impl, q[rows], cache, group, into)
     else:
-        if group.fresh:
+        if group.fresh and not eighth(impl.kv_cache_dtype):
             low, turned = latents[rows], rotary[rows]
         else:
             low, turned = _gather(impl, cache, group.workspace, group.block_table, group.key_starts, group.sequences)

@@ -29,10 +29,19 @@ def layer(**changes):
         "impl": SimpleNamespace(dcp_world_size=1),
         "dcp_q_replicate": False,
         "head_size": 576,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
     }
     return SimpleNamespace(**(held | changes))
 
 
+def named(backend):
+    return {"attn_backend": SimpleNamespace(get_name=lambda: backend)}
+
+
+QUERIES = SimpleNamespace(attention_config=SimpleNamespace(use_prefill_query_quantization=True))
 REFUSED = [
     ({"use_sparse": True}, "sparse attention"),
     ({"sliding_window": 128}, "a sliding window"),
@@ -134,13 +143,97 @@ def test_quantized_outputs_are_refused():
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [*REFUSED, ({"attn_backend": SimpleNamespace(get_name=lambda: "FLASHMLA")}, "the FLASHMLA backend")],
+    [
+        *(entry for entry in REFUSED if "kv_cache_dtype" not in entry[0]),
+        (named("FLASHMLA"), "the FLASHMLA backend. Use --attention-backend FLASH_ATTN_MLA"),
+        (named("TRITON_MLA"), "the TRITON_MLA backend. Use --attention-backend FLASH_ATTN_MLA"),
+        ({"kv_cache_dtype": "fp8"}, "the FLASH_ATTN_MLA backend of a fp8 KV cache. Use --attention-backend TRITON_MLA"),
+        ({"kv_lora_rank": 256, "qk_rope_head_dim": 32}, r"latents of 256 \+ 32 elements"),
+        ({"v_head_dim": 64}, "heads of 192 elements with values of 64"),
+        ({"qk_nope_head_dim": 192}, "heads of 256 elements with values of 128"),
+        (named("FLASHMLA") | {"kv_cache_dtype": "fp8"}, "the FLASHMLA backend of a fp8 KV cache"),
+        (named("TRITON_MLA") | {"kv_cache_dtype": "fp8_e5m2"}, "a fp8_e5m2 KV cache"),
+        (named("TRITON_MLA") | {"kv_cache_dtype": "fp8", "_vllm_config": QUERIES}, "8-bit queries of prompts"),
+    ],
 )
-def test_options_without_a_certificate_are_refused_on_cuda(change, said):
+def test_options_without_a_certificate_are_refused_on_cuda(change, said, monkeypatch):
+    monkeypatch.setattr(active, "mla", "two")
     made = closed("mla.cuda_backend", lambda self: None)
     made(layer())
     with pytest.raises(UnsupportedFeature, match=f"mla.cuda: .*{said}.*BI_PATCH=0"):
         made(layer(**change))
+
+
+@pytest.mark.parametrize(("nope", "value"), [(128, 128), (192, 256), (64, 128)])
+def test_head_layouts_with_a_kernel(nope, value, monkeypatch):
+    for form in ("two", "one"):
+        monkeypatch.setattr(active, "mla", form)
+        closed("mla.cuda_backend", lambda self: None)(layer(qk_nope_head_dim=nope, v_head_dim=value))
+
+
+def test_an_fp8_cache_is_served_in_two_forms_only(monkeypatch):
+    made = closed("mla.cuda_backend", lambda self: None)
+    monkeypatch.setattr(active, "mla", "two")
+    made(layer(**named("TRITON_MLA"), kv_cache_dtype="fp8"))
+    monkeypatch.setattr(active, "mla", "one")
+    with pytest.raises(UnsupportedFeature, match="mla.cuda: .*a fp8 KV cache in one form"):
+        made(layer(**named("TRITON_MLA"), kv_cache_dtype="fp8"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen", "taken"), [("fp8", False, "TRITON_MLA"), ("fp8", True, None), ("auto", False, None)]
+)
+def test_an_fp8_cache_takes_the_backend_that_reads_it(dtype, chosen, taken, monkeypatch):
+    """And the prefix cache stays on, which upstream's mode turns off beside this backend."""
+    from bi_patch.seams.cuda import mla
+
+    monkeypatch.setattr(active, "mla", "two")
+    monkeypatch.setattr(mla, "_chosen", lambda: chosen)
+    monkeypatch.setattr(mla, "_triton", lambda: "TRITON_MLA")
+    seen = []
+
+    def original(self, cache_config=None, attn_backend=None):
+        seen.append(attn_backend)
+        cache_config.enable_prefix_caching = False
+
+    cache = SimpleNamespace(cache_dtype=dtype, enable_prefix_caching=True)
+    monkeypatch.setattr(mla, "_refuse", lambda layer: None)
+    closed("mla.cuda_backend", original)(layer(), cache_config=cache)
+    assert seen == [taken] and cache.enable_prefix_caching
+
+
+@pytest.mark.parametrize(("form", "kept"), [("two", 1), ("one", 128)])
+def test_single_rows_of_an_fp8_cache_are_sequences_of_their_own(form, kept, monkeypatch):
+    monkeypatch.setattr(active, "mla", form)
+    builder = SimpleNamespace(reorder_batch_threshold=128)
+    closed("mla.cuda_eighths", lambda self: None)(builder)
+    assert builder.reorder_batch_threshold == kept and hasattr(builder, "bi_patch_rows") == (form == "two")
+
+
+def test_long_steps_of_an_fp8_cache_are_computed_in_pieces(monkeypatch):
+    """Each piece writes its own rows, by its own keys."""
+    from bi_patch.kernels.triton import heads as products
+    from bi_patch.seams.cuda import mla_eighths
+    from bi_patch.seams.cuda.chunks import Metadata
+
+    monkeypatch.setattr(products, "product", lambda a, b, out: out.copy_(a @ b))
+    monkeypatch.setattr(mla_eighths, "most_rows", lambda heads, latent: 3)
+    monkeypatch.setattr(
+        mla_eighths,
+        "attend",
+        lambda layer, q, cache, table, lengths: q[..., :4] * lengths[:, None, None] + table[:, :1, None],
+    )
+    held = SimpleNamespace(
+        kv_lora_rank=4, qk_nope_head_dim=5, qk_rope_head_dim=2, v_head_dim=3, W_UK_T=torch.randn(2, 5, 4),
+        W_UV=torch.randn(2, 4, 3),
+    )  # fmt: skip
+    q, lengths = torch.randn(8, 2, 7), torch.arange(8, dtype=torch.int32)
+    table = torch.arange(8, dtype=torch.int32)[:, None] * 10
+    out = torch.zeros(8, 6)
+    mla_eighths.generate(held, q, None, Metadata(decode=mla_eighths.Rows().make(table, lengths, 8)), out)
+    low = torch.einsum("rhp,hpl->rhl", q[..., :5], held.W_UK_T) * lengths[:, None, None] + table[:, :1, None]
+    torch.testing.assert_close(out, torch.einsum("rhl,hlv->rhv", low, held.W_UV).flatten(1))
+    assert mla_eighths.most_rows(128, 512) == 3 and [mla_eighths.parts(heads) for heads in (16, 32, 128)] == [16, 16, 8]
 
 
 def test_every_step_takes_one_form_one_tile_and_one_split(monkeypatch):

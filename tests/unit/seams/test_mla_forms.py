@@ -291,3 +291,45 @@ def _theirs(self, seq_lens, longest):
     made = torch.zeros(13, dtype=torch.int32)
     made[: len(order)], made[4 : 4 + len(order)], made[8 : 8 + len(order)] = seq_lens[order], 99, order
     return made
+
+
+@pytest.mark.parametrize(("scale", "refused"), [(1.0, False), (0.5, True)])
+def test_an_fp8_cache_needs_scales_of_one(two, scale, refused):
+    """And each form has a certificate that names the cache's type."""
+    from bi_patch.seams.cuda import chunks
+
+    class MLAAttention(SimpleNamespace):
+        pass
+
+    layer = MLAAttention(
+        attn_backend=SimpleNamespace(get_name=lambda: "TRITON_MLA"), num_heads=16, head_size=576, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, kv_cache_dtype="fp8", _k_scale=torch.tensor(scale),
+    )  # fmt: skip
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"attn": layer}),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+    )
+    if refused:
+        with pytest.raises(UnsupportedFeature, match="mla.cuda: .*a scale of 1 only"):
+            list(chunks._latent(config, 16))
+        return
+    found = [problem for problem, _ in chunks._latent(config, 16)]
+    assert [problem.extras for problem in found] == ["rows e4m3 KV", "prompts e4m3 KV"]
+    assert {problem.head_size for problem in found} == {192}
+
+
+def test_a_chunk_reads_its_own_latents_of_an_fp8_cache_back(two, monkeypatch):
+    """A later chunk will see rounded latents, so the first one must see them, too."""
+    seen = []
+    monkeypatch.setattr(mla_prompts, "_gather", lambda *given: seen.append("gathered") or (None, None))
+    monkeypatch.setattr(mla_prompts, "_project", lambda impl, low, turned: (None, None))
+    monkeypatch.setattr(mla_prompts, "_flash", lambda *given: None)
+    group = SimpleNamespace(
+        rows=slice(0, 3), long=False, fresh=True, workspace=None, block_table=None, key_starts=None, sequences=None
+    )
+    for dtype in ("auto", "fp8"):
+        impl = SimpleNamespace(num_heads=2, v_head_dim=4, kv_cache_dtype=dtype)
+        mla_prompts.attend(
+            impl, torch.zeros(3, 2, 4), torch.zeros(3, 8), torch.zeros(3, 1, 4), None, group, torch.zeros(3, 8)
+        )
+    assert seen == ["gathered"]

@@ -47,3 +47,14 @@ def test_it_compiles_for_every_gpu_from_ampere_on():
     made = [line.split() for line in done.stdout.splitlines() if line.startswith("COMPILED")]
     assert len(made) == 5 * len(capabilities), done.stderr[-3000:]
     assert max(int(line[-1]) for line in made) <= 101376  # the smallest of these GPUs
+
+
+def test_latents_of_8_bits_have_one_order_in_every_batch():
+    """vLLM's Triton-MLA kernel in a fixed number of parts, on e4m3 latents."""
+    script = Path(__file__).with_name("vllm_latent.py")
+    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=300)
+    made = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("LATENT")]
+    assert len(made) == 1, done.stderr[-3000:]
+    differing, rows, error, finite = made[0]
+    assert (int(differing), int(rows), finite) == (0, 16, "True")
+    assert float(error) < 2e-3
