@@ -74,7 +74,8 @@ def run(names: Sequence[str], one: Callable[[str, str], int], *, errors: bool) -
     from bi_patch.tools.verify import forks
 
     differ = False
-    with tempfile.TemporaryDirectory() as root, forks.forking():  # one import of vLLM for all
+    with tempfile.TemporaryDirectory() as root, forks.forking(forks.MOST):
+        # Each environment (eager, compiled, other threads) imports vLLM once for all models.
         for name in names:
             start = time.perf_counter()
             try:

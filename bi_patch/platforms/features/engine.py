@@ -591,7 +591,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "pooling: embeddings",
         short="embeddings",
-        cpu=served(*_CPU_POOLING, why="tiny models of each kind"),
+        cpu=served(_CPU_POOLING[1], why="tiny models of each kind"),
         cuda=(
             refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),
             served(_H200_POOLING, why="an embedding model in eager mode; the cost is not measured"),
@@ -603,7 +603,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "pooling: classifiers, rerankers and rewards made from decoders",
-        cpu=served(*_CPU_POOLING, why="tiny models of each kind"),
+        cpu=served(_CPU_POOLING[1], why="tiny models of each kind"),
         cuda=(
             refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),
             untried("all patch points are those of embeddings"),

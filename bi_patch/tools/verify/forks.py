@@ -82,12 +82,15 @@ class Forks:
 
 
 @contextlib.contextmanager
-def forking() -> Iterator[None]:
-    """Within this context, engine children of the first environment are forks, on CPU. Contexts may be nested."""
+def forking(most: int = 1) -> Iterator[None]:
+    """Within this context, engine children of the first environments are forks, on CPU. Contexts may be nested.
+
+    most: of how many environments. More than one pays where engines of each environment start several times.
+    """
     if not _serves() or ChildEngine.launch is not subprocess.Popen:
         yield
         return
-    forks = Forks(1, keep=True)
+    forks = Forks(most, keep=True)
     ChildEngine.launch = staticmethod(forks.launch)
     try:
         yield

@@ -1,0 +1,388 @@
+"""Each served cell of the feature table cites files that hold rows of the feature's models and axes.
+
+A cell cites files, and a file holds many models. So a cell without an entry below, or with an entry that its files do
+not satisfy, fails. An entry is a pattern (fnmatch) of a model's name in the file, then patterns of the axes that one
+such model must have.
+"""
+
+import fnmatch
+import functools
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from bi_patch.platforms.features import matrix, model, pairs, table
+
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+
+Rows = tuple[str, ...]  # the pattern of a model's name, then axes
+
+_SAMPLED = ("seeded sampling", "kinds of sampling", "prompt logprobs", "logprobs in any order")
+_CACHED = ("prefix cache", "shared prefix", "chunk budget", "preemption")
+_FIVE = ("batch size", "mixed lengths", "co-batch contents", "prefix cache", "chunk budget")
+_SIX = (*_FIVE, "decode = prefill")
+_IMAGES = ("images", "chunk budget")
+_MLA = ("batch size", "prefix cache", "chunk budget")
+_ENCODED = ("batch size", "mixed lengths", "pooled vectors")
+_TRAINED = ("alone", "padded right", "packed", "gradients", "GRPO", "GRPO rerun", "weight update")
+_LORA = ("LoRA", "LoRA off")
+_EQUAL = ("tensor parallel size",)
+_SPECULATED = ("speculative decoding",)
+_PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
+
+SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
+    ("bf16 weights", "cpu"): (("* bf16", *_SIX), ("* bf16 compiled", *_SIX)),
+    ("bf16 weights", "cuda"): (("Qwen3-8B", *_SIX), ("Llama-3.2-1B", *_SIX)),
+    ("fp32 weights", "cpu"): (("* fp32", *_SIX), ("* fp32 compiled", *_SIX)),
+    ("greedy and seeded sampling, logprobs, prompt logprobs", "cpu"): (("tiny-*", *_SAMPLED), ("smollm2*", *_SAMPLED)),
+    ("greedy and seeded sampling, logprobs, prompt logprobs", "cuda"): (
+        ("Qwen3-8B", *_SAMPLED),
+        ("Llama-3.2-1B", *_SAMPLED),
+    ),
+    ("prefix caching, chunked prefill, preemption", "cpu"): (
+        ("tiny-*", *_CACHED, "prefix cache off", "chunked prefill"),
+    ),
+    ("prefix caching, chunked prefill, preemption", "cuda"): (("Qwen2.5-1.5B", *_CACHED), ("Llama-3.2-1B", *_CACHED)),
+    ("torch.compile", "cpu"): (("* compiled", *_SIX), ("* bf16", "eager and compiled")),
+    ("torch.compile", "cuda"): (("Qwen3-8B", *_SIX), ("Llama-3.2-1B", "eager and compiled")),
+    ("CUDA graphs", "cuda"): (("Qwen3-8B", *_SIX), ("Llama-3.2-1B", "eager and compiled")),
+    ("weight updates", "cpu"): (
+        ("*, eager", "weight update"),
+        ("* compiled", "weight update"),
+        ("DeepSeek V3*", "weight update"),
+        ("Qwen3-Next*", "weight update"),
+    ),
+    ("weight updates", "cuda"): (("*, eager", "weight update"), ("* graphs, * GRPO steps", "GRPO,*", "GRPO rerun*")),
+    ("processed logprobs and logits (--logprobs-mode)", "cpu"): (("*", "processed logprobs"),),
+    ("processed logprobs and logits (--logprobs-mode)", "cuda"): (("Qwen3-30B-A3B*", "processed logprobs"),),
+    ("a trainer on Hugging Face transformers with the sampler's bits", "cpu"): (
+        ("tiny-llama-tied *", *_TRAINED),
+        ("SmolLM2-135M *", *_TRAINED),
+        ("tiny-qwen3-moe *", *_TRAINED),
+        ("* LoRA,*", "with the adapter*", "gradients*"),
+    ),
+    ("a trainer on Hugging Face transformers with the sampler's bits", "cuda"): (
+        ("* graphs", *_TRAINED),
+        ("Llama-3.2-1B", "64 sequences*"),
+        ("Qwen3-1.7B", "64 sequences*"),
+        ("Mixtral,*", "logprobs*", "experts chosen*", "gradients*"),
+        ("Qwen3-30B-A3B,*", "logprobs*", "experts chosen*", "gradients*"),
+        ("* LoRA,*", "with the adapter*", "gradients*"),
+        ("*, FSDP2", "logprobs*", "gradients*"),
+        ("* GRPO steps", "GRPO,*", "GRPO rerun*"),
+    ),
+    ("a trainer on one device beside a sampler with tensor parallelism", "cpu"): (
+        ("* sampler TP 2", *_TRAINED),
+        ("* sampler TP 4", *_TRAINED),
+    ),
+    ("sliding windows", "cpu"): (("Mistral,*", *_SIX), ("Gemma 2,*", *_SIX)),
+    ("sliding windows", "cuda"): (("Mistral-window-*", "batch size", "decode = prefill"), ("Gemma 2,*", *_SIX)),
+    ("attention sinks", "cuda"): (("gpt-oss*", *_SIX),),
+    ("ALiBi", "cuda"): (("BLOOM*", *_SIX),),
+    ("tensor parallelism", "cpu"): (
+        ("* TP 2", *_SIX),
+        ("*-moe bf16 TP 2", "batch size"),
+        ("* TP 2 compiled", "batch size"),
+        ("* TP 2, new weights", "weight update"),
+    ),
+    ("tensor parallelism", "cuda"): (("*tensor parallel 4", *_SIX, "eager and compiled"),),
+    ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cpu"): (
+        ("* fp32, TP 1, 2 and 4 equal", *_EQUAL),
+        ("* bf16, TP 1, 2 and 4 equal", *_EQUAL),
+        ("* bf16, TP 1, 2 and 4 equal, compiled", *_EQUAL),
+    ),
+    ("pipeline parallelism", "cpu"): (("* PP 2 compiled", "batch size", "one by one"),),
+    ("data parallelism of models without experts", "cpu"): (("* DP 2", "batch size", "one by one"),),
+    ("workers of an external launcher (torchrun)", "cpu"): (
+        ("* external launcher", *_SIX, "both ranks"),
+        ("* external launcher, compiled", *_SIX, "both ranks"),
+    ),
+    ("LoRA", "cpu"): (("* LoRA", *_LORA),),
+    ("LoRA", "cuda"): (("* LoRA eager", *_LORA), ("* LoRA compiled", *_LORA)),
+    ("speculative decoding with n-grams of the request (method ngram)", "cpu"): (
+        ("* bf16, n-grams", *_SPECULATED),
+        ("* compiled, n-grams", *_SPECULATED),
+    ),
+    ("speculative decoding with n-grams of the request (method ngram)", "cuda"): (("* n-grams with *", *_SPECULATED),),
+    ("speculative decoding on model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)", "cpu"): (("* n-grams", *_SPECULATED),),
+    ("speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)", "cpu"): (
+        ("* a draft model, heads", *_SPECULATED),
+    ),
+    ("speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)", "cuda"): tuple(
+        (f"*, {method} * drafts, runner V2", *_SPECULATED) for method in ("draft_model", "eagle", "eagle3")
+    ),
+    ("pooling: embeddings", "cpu"): (
+        ("Qwen3-Embedding,*", *_ENCODED, "prefix cache", "chunk budget"),
+        ("BERT, mean,*", *_ENCODED),
+    ),
+    ("pooling: embeddings", "cuda"): (("Qwen3-Embedding*", *_ENCODED, "prefix cache", "chunk budget"),),
+    ("pooling: classifiers, rerankers and rewards made from decoders", "cpu"): (
+        ("Qwen3-Reranker,*", *_ENCODED),
+        ("Qwen2 reward,*", *_ENCODED),
+    ),
+    ("pooling models, compiled", "cuda"): (("BERT * compiled", *_ENCODED), ("ModernBERT * compiled", *_ENCODED)),
+    **{
+        ("encoders with attention in both directions (BERT, XLM-R, ModernBERT)", platform): (
+            ("BERT*", *_ENCODED),
+            ("XLM-R*", *_ENCODED),
+            ("ModernBERT*", *_ENCODED),
+        )
+        for platform in ("cpu", "cuda")
+    },
+    ("multimodal models as text models (--language-model-only)", "cpu"): (
+        ("tiny-idefics3 bf16, language model only", "batch size"),
+        ("tiny-idefics3 * compiled", "batch size", "one by one"),
+    ),
+    ("MLA (multi-head latent attention)", "cpu"): (("DeepSeek V2,* bf16", *_SIX), ("GLM-4.7-Flash,*", *_SIX)),
+    ("MLA (multi-head latent attention)", "cuda"): (
+        ("DeepSeek V2, eager", *_SIX),
+        ("DeepSeek V2, eager, BI_PATCH_MLA=two", *_MLA, "preemption"),
+        ("DeepSeek V2, BI_PATCH_MLA=two", *_MLA, "preemption"),
+        ("DeepSeek-V2-Lite", *_MLA),
+    ),
+    ("MLA, compiled", "cpu"): (("DeepSeek V2,* compiled", *_SIX),),
+    ("MLA, compiled", "cuda"): (("DeepSeek V2, BI_PATCH_MLA=two", *_MLA, "preemption"), ("DeepSeek-V2-Lite", *_MLA)),
+    ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cpu"): (("DeepSeek V2,* compiled", *_SIX),),
+    ("FP8 KV cache (e4m3, scales of 1)", "cuda"): (("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),),
+    ("fp32 KV cache", "cpu"): (("* fp32", *_SIX, "preemption"),),
+    # Images.
+    ("images (Idefics3)", "cpu"): (("Idefics3, bf16", *_IMAGES, "prefix cache", "batch size"),),
+    ("images (Idefics3)", "cuda"): (("Idefics3, bf16", "images", "batch size"),),
+    ("images (Qwen3-VL, Mistral Small 3, LLaVA with CLIP)", "cuda"): (
+        *((f"{model}*, bf16", *_IMAGES, "prefix cache") for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5")),
+        ("Qwen3-VL*, across engines", "restart", "prefix cache off"),
+    ),
+    ("images, in an engine that vLLM compiles", "cuda"): tuple(
+        (f"{model}* compiled", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5")
+    ),
+    ("images in model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)", "cpu"): (("Idefics3, bf16", *_IMAGES),),
+    ("images with preemption", "cpu"): (("Idefics3, * across engines", "preemption"),),
+    # Recurrent layers.
+    ("gated delta nets (Qwen3-Next)", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
+    ("gated delta nets (Qwen3-Next)", "cuda"): (("Qwen3-Next", *_SIX), ("Qwen3-Next, eager", *_SIX)),
+    ("gated delta nets, compiled", "cuda"): (("Qwen3-Next", *_SIX),),
+    **{
+        (f"Mamba 2{more}", platform): (("Falcon-H1*", *_SIX), ("Granite 4-H*", *_SIX))
+        for more, platform in (
+            (" (Falcon-H1, Granite 4-H; Nemotron-H runs on the same layers and was not measured)", "cpu"),
+            (" (Falcon-H1, Granite 4-H; Nemotron-H runs on the same layers and was not measured)", "cuda"),
+            (", compiled", "cuda"),
+            (", in eager mode", "cpu"),
+        )
+    },
+    ("short convolutions (LFM2)", "cpu"): (("LFM2,*", *_SIX, "preemption"),),
+    ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cpu"): (
+        ("Mamba,* bf16", *_SIX),
+        ("Falcon-Mamba,* bf16", *_SIX),
+        ("Jamba,* bf16", *_SIX),
+    ),
+    ("Mamba 1, compiled", "cpu"): (("Mamba,* compiled", *_SIX), ("Falcon-Mamba,* compiled", *_SIX)),
+    # Quantized weights.
+    ("INT8 weights and activations (compressed-tensors W8A8)", "cpu"): (("*-int8 bf16", *_SIX),),
+    ("INT8 weights and activations (compressed-tensors W8A8)", "cuda"): (("* INT8,*", *_SIX, *_PUBLISHED),),
+    ("INT8 weights, static INT8 activations", "cpu"): (("*-int8-static bf16", *_SIX),),
+    ("AWQ, 4 bits", "cpu"): (("*-awq bf16", *_SIX),),
+    ("AWQ, 4 bits", "cuda"): (("* AWQ,*", *_SIX, *_PUBLISHED),),
+    ("GPTQ, 4 bits", "cpu"): (("*-gptq bf16", *_SIX),),
+    ("GPTQ, 4 bits", "cuda"): (("* GPTQ,*", *_SIX, *_PUBLISHED),),
+    ("compressed-tensors W4A16", "cpu"): (("*-w4a16 bf16", *_SIX), ("*-w4a16-zeros bf16", *_SIX)),
+    ("compressed-tensors W4A16", "cuda"): (("* W4A16,*", *_SIX, *_PUBLISHED),),
+    ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", "cuda"): (("* W8A16,*", *_SIX, *_PUBLISHED),),
+    ("FP8 in blocks of 128 x 128", "cpu"): (("*-fp8-blocks bf16", *_SIX),),
+    ("FP8 in blocks of 128 x 128", "cuda"): (("* FP8 block,*", *_SIX),),
+    ("FP8 per channel or tensor, activations per token (compressed-tensors)", "cuda"): (("* FP8 channel,*", *_SIX),),
+    ("FP8 per tensor, static activations (method fp8)", "cuda"): (("* FP8 static,*", *_SIX, *_PUBLISHED),),
+    ("FP8 made while loading (--quantization fp8)", "cuda"): (("* FP8 while loading,*", *_SIX, *_PUBLISHED),),
+    ("FP8 made while loading, per channel (--quantization fp8_per_channel)", "cuda"): (
+        ("* FP8 channel while loading,*", *_SIX, *_PUBLISHED),
+    ),
+    ("experts in FP8 blocks of 128 x 128", "cuda"): (("* FP8 block experts,*", *_SIX),),
+    ("FP8 blocks of 128 x 128 in DeepSeek V3 (MLA)", "cuda"): (("DeepSeek-V3 FP8 block,*", *_MLA),),
+    ("quantized weights of a checkpoint, compiled", "cpu"): tuple(
+        (f"*-{scheme} bf16 compiled", *_SIX, "eager and compiled")
+        for scheme in ("int8", "int8-static", "awq", "gptq", "w4a16", "fp8-blocks")
+    ),
+    ("quantized weights of a checkpoint, compiled", "cuda"): tuple(
+        (f"* {scheme},*", *_PUBLISHED) for scheme in ("AWQ", "GPTQ", "W4A16", "W8A16", "INT8", "FP8 static")
+    ),
+    ("quantized weights of a checkpoint in another scheme, compiled", "cpu"): tuple(
+        (f"*-{scheme} bf16 compiled", *_SIX, "eager and compiled")
+        for scheme in ("int8", "int8-static", "awq", "gptq", "w4a16", "w4a16-zeros", "fp8-blocks")
+    ),
+    # Pairs.
+    ("LoRA with speculative decoding", "cpu"): (("* LoRA, n-grams", *_SPECULATED),),
+    ("LoRA with quantized weights", "cpu"): tuple((f"* {s}, LoRA", *_LORA) for s in ("INT8", "W4A16", "FP8 blocks")),
+    ("speculative decoding with quantized weights", "cpu"): tuple(
+        (f"* {scheme}, n-grams", *_SPECULATED) for scheme in ("INT8", "W4A16", "FP8 blocks")
+    ),
+}
+
+# Pairs of what an engine turns on or requests ask for: the models of the engine's part, and the axis of the other.
+_ENGINES = {
+    ("cpu", pairs.LORA): "tiny-llama bf16, LoRA",
+    ("cpu", pairs.SPECULATION): "tiny-qwen3 bf16, n-grams",
+    ("cpu", pairs.QUANTIZED): "*-awq bf16",
+    ("cuda", pairs.LORA): "* LoRA eager",
+    ("cuda", pairs.SPECULATION): "* n-grams with *",
+    ("cuda", pairs.QUANTIZED): "*, FP8",
+    ("cpu", matrix.GRAMMARS): "*, structured output",
+}
+_ASKED = {
+    matrix.GRAMMARS: "structured output",
+    matrix.CACHED: "prefix cache",
+    matrix.PREEMPTED: "preemption",
+    matrix.LOGPROBS: "logprobs in any order",
+}
+_COMPARES_LOGPROBS = {pairs.LORA: _LORA, pairs.SPECULATION: _SPECULATED}  # where no other axis of logprobs ran
+
+
+def of_pair(name: str, platform: str) -> tuple[Rows, ...]:
+    """What the files of a served row of `matrix.MATRIX` must hold."""
+    first, other = name.split(" with ")
+    axes = (_ASKED[other],)
+    if (platform, other) == ("cuda", matrix.LOGPROBS):
+        axes = _COMPARES_LOGPROBS.get(first, axes)
+    if first in (*matrix.ENGINES, matrix.GRAMMARS):
+        return ((_ENGINES[platform, first], *axes),)
+    return (("*", _ASKED[first], _ASKED[other]),)
+
+
+# Families: the beginning of a model's name in the files, and the axes.
+PLAIN: dict[str, tuple[str, ...]] = {
+    "Qwen2.5": ("Qwen2.5",),
+    "Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE": ("Mixtral", "PhiMoE", "OLMoE", "DeepSeek-MoE", "Qwen2-MoE"),
+    "Gemma 1, 2 and 3 (text)": ("Gemma 1", "Gemma 2", "Gemma 3"),
+    "Phi-3.5, Phi-4, Granite 3, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16": (
+        *("Phi-3", "Granite", "Granite MoE", "EXAONE 4", "ERNIE 4.5", "GLM-4", "GLM-4.5"),
+    ),
+    "OLMo 1 to 3, SmolLM3, SeedOss, Nemotron dense, Ling 2": (
+        *("OLMo 1", "OLMo 2", "OLMo 3", "SmolLM3", "SeedOss", "Nemotron", "Ling 2"),
+    ),
+    "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing": (
+        *("Command R7B", "PLaMo 3", "InternLM 2", "InternLM 3", "Solar", "MiMo", "Bailing"),
+    ),
+    "GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2": (
+        *("GPT-2", "GPT-NeoX", "OPT", "Falcon", "StableLM", "Starcoder2"),
+    ),
+    "gpt-oss in bf16": ("gpt-oss in bf16",),
+    "BLOOM": ("BLOOM",),
+    "HunYuan dense (dynamic NTK with a constant alpha)": ("HunYuan",),
+    "Command R and R7B in eager mode": ("Command R", "Command R7B"),
+    "Gemma 3n in eager mode": ("Gemma 3n (text)",),
+}
+FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
+    ("Llama 2 and 3", "cpu"): (("tiny-llama bf16", *_SIX), ("tiny-llama fp32", *_SIX)),
+    ("Llama 2 and 3", "cuda"): (
+        ("Llama-3.2-1B", "batch 257", "mixed lengths*", "cached prefix*", "decode = prefill"),
+        ("Llama-3.2-1B", *_SIX, "eager and compiled"),
+    ),
+    ("Qwen3 dense", "cpu"): (("tiny-qwen3 bf16", *_SIX), ("tiny-qwen3 fp32", *_SIX)),
+    ("Qwen3 dense", "cuda"): (("Qwen3-8B", *_SIX), ("Qwen3-1.7B", *_SIX, "eager and compiled")),
+    ("Qwen3-MoE", "cpu"): (("tiny-qwen3-moe bf16", *_SIX), ("tiny-qwen3-moe fp32", *_SIX)),
+    ("Qwen3-MoE", "cuda"): (("Qwen3-30B-A3B", "batch 257", "decode = prefill"), ("Qwen3-30B-A3B, *", *_SIX)),
+    ("SmolLM2", "cpu"): (("smollm2-*", *_SIX),),
+    ("Mistral 7B", "cpu"): (("Mistral,*", *_SIX),),
+    ("Mistral 7B", "cuda"): (("Mistral-window-*", "batch 257", "decode = prefill"),),
+    ("Idefics3", "cpu"): (("Idefics3, bf16", *_IMAGES),),
+    ("Idefics3", "cuda"): (("Idefics3, bf16", "images", "batch size"),),
+    ("Qwen3-VL, Mistral-Small 3, LLaVA 1.5", "cuda"): tuple(
+        (f"{model}*, bf16", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5")
+    ),
+    ("HunYuan dense (dynamic NTK with a constant alpha)", "cpu"): (
+        ("HunYuan,*", *_SIX),
+        ("tiny-hunyuan * compiled", "batch size", "one by one"),
+    ),
+    ("DeepSeek V2 in bf16", "cpu"): (("DeepSeek V2,* bf16", *_SIX), ("DeepSeek V2,* compiled", *_SIX)),
+    ("DeepSeek V2 in bf16", "cuda"): (
+        *(("DeepSeek-V2-Lite", *_MLA), ("DeepSeek V2, eager*", *_MLA)),
+        ("DeepSeek V2, BI_PATCH_MLA=two", *_MLA, "preemption"),
+    ),
+    ("GLM-4.7-Flash in bf16", "cpu"): (("GLM-4.7-Flash,*", *_SIX),),
+    ("GLM-4.7-Flash in bf16", "cuda"): (("GLM-4.7-Flash,*", *_FIVE),),
+    ("DeepSeek V3, V3.1 and R1 in FP8 blocks", "cuda"): (("DeepSeek-V3 FP8 block,*", *_MLA),),
+    ("DeepSeek V3, V3.1 and R1 in bf16", "cuda"): (("DeepSeek V3,*", *_FIVE),),
+    **{
+        ("Qwen3-Embedding", platform): (("Qwen3-Embedding*", *_ENCODED, "prefix cache"),)
+        for platform in ("cpu", "cuda")
+    },
+    ("Qwen3-Reranker, Qwen2 classifiers and reward models", "cpu"): (
+        ("Qwen3-Reranker,*", *_ENCODED),
+        ("Qwen2 reward,*", *_ENCODED),
+    ),
+    **{
+        ("BERT, XLM-R, ModernBERT: embeddings, classifiers, rerankers", platform): tuple(
+            (f"{model}*", *_ENCODED) for model in ("BERT", "XLM-R", "ModernBERT")
+        )
+        for platform in ("cpu", "cuda")
+    },
+}
+
+
+def shown(name: str, platform: str) -> tuple[Rows, ...]:
+    """What the files of a served cell must hold, by the row's name. Empty for a row that nobody entered here."""
+    if name in (row.name for row in matrix.MATRIX):
+        return of_pair(name, platform)
+    found = SHOWN.get((name, platform)) or FAMILIES.get((name, platform))
+    return found or tuple((f"{family}@", *_SIX) for family in PLAIN.get(name, ()))
+
+
+SERVED = [
+    (row.name, platform, cell)
+    for row in table.ROWS
+    for platform, held in row.cells.items()
+    for cell in held
+    if cell.state == model.SERVED
+]
+
+
+@functools.cache
+def axes_by_model(file):
+    """Model -> its axes that compared something, none of which differs."""
+    found = defaultdict(set)
+    for row in json.loads((RESULTS / file).read_text())["rows"]:
+        assert row["compared"] > 0 and not row["differing"], (file, row)
+        found[row["model"]].add(row["axis"])
+    return found
+
+
+def named(pattern, name):
+    """Whether a model's name has a pattern. A pattern's last @ stands for the end of the name, or ", " and more."""
+    if pattern.endswith("@"):
+        return re.match(re.escape(pattern[:-1]) + "(,|-[0-9.]+B|$)", name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def holds(file, entry):
+    pattern, *axes = entry
+    assert axes, f"{entry} names no axis"
+    return any(
+        named(pattern, name) and all(fnmatch.filter(have, axis) for axis in axes)
+        for name, have in axes_by_model(file).items()
+    )
+
+
+@pytest.mark.parametrize("name, platform, cell", SERVED, ids=[f"{name}, {platform}" for name, platform, _ in SERVED])
+def test_the_files_hold_what_the_cell_says(name, platform, cell):
+    wanted = shown(name, platform)
+    assert wanted, f"enter what shows {name!r} on {platform} here: models and axes of {cell.evidence}"
+    for entry in wanted:
+        assert any(holds(file, entry) for file in cell.evidence), f"no row of {entry} in {cell.evidence}"
+    for file in cell.evidence:
+        assert any(holds(file, entry) for entry in wanted), f"{file} holds none of {wanted}"
+
+
+def test_nothing_is_entered_for_a_row_that_is_not_served():
+    served = {(name, platform) for name, platform, _ in SERVED}
+    assert {*SHOWN, *FAMILIES} <= served
+    assert set(PLAIN) <= {name for name, _ in served}
+
+
+def test_an_entry_needs_one_model_with_all_its_axes(monkeypatch):
+    have = {"tiny-a bf16": {"batch size"}, "tiny-b, eager": {"images", "batch size"}}
+    monkeypatch.setitem(globals(), "axes_by_model", lambda file: have)
+    assert holds("f", ("tiny-*", "images", "batch size")) and holds("f", ("tiny-b@", "batch*"))
+    assert not holds("f", ("tiny-a*", "images")) and not holds("f", ("tiny-c*", "batch size"))
+    assert not holds("f", ("tiny@", "batch size"))
