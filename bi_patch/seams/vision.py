@@ -49,7 +49,8 @@ _LAYERS = frozenset(
 # vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row.
 _OWNERS = frozenset({"CLIPVisionEmbeddings"})
 _CODES = ("torch.nn.", "vllm.model_executor.layers.")
-_RUNS = 3  # of a made item in `certify`
+_RUNS = 3  # of a made image in `certify`
+SIZES = ((640, 224), (224, 448), (112, 112))  # widths and heights of further made images, in pixels
 
 
 def takes_images(config: Any) -> bool:
@@ -120,34 +121,71 @@ def check(model: Any, seam: str) -> None:
 
 
 def certify(model: Any, config: Any, device: Any, seam: str) -> None:
-    """Encode vLLM's made item of each kind several times. Raises CertificateFailed if a run has other bits.
+    """Encode made images of several sizes, each several times. Raises CertificateFailed if a run has other bits.
 
-    Before each run, the item is copied to memory with another alignment, and other tensors take the allocator's blocks.
+    The sizes are the model's largest and SIZES, where the processor makes other shapes of them. Before each run, the
+    image is copied to memory with another alignment, and other tensors take the allocator's blocks.
     """
-    import torch
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
-    from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
     budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
     # Requests with other kinds are refused (`vision.names`), and the made video of some models is very long.
-    for modality in (kind for kind in budget.mm_max_toks_per_item if kind == "image"):
-        made = budget.get_dummy_encoder_profile_inputs(modality, 1)
-        _, _, batch = next(group_and_batch_mm_kwargs(made, device=device))
-        batch = {name: _noise(value) for name, value in batch.items()}
-        first = None
-        held = []
-        for run in range(_RUNS):
-            held.append(torch.empty(1000 + 37 * run, dtype=torch.uint8, device=device))
-            with torch.inference_mode():
-                got = model.embed_multimodal(**{name: _moved(value, run) for name, value in batch.items()})
-            got = [output.clone() for output in got]
-            first = first if first is not None else got
-            if len(got) != len(first) or not all(torch.equal(a, b) for a, b in zip(first, got, strict=True)):
-                raise CertificateFailed(
-                    f"{seam}: {type(model).__name__}'s encoder gives other bits for the same {modality} in run "
-                    f"{run + 1} of {_RUNS}. Pass --language-model-only, which turns encoders off, or set BI_PATCH=0"
-                )
+    if "image" not in budget.mm_max_toks_per_item:
+        return
+    limits = config.model_config.get_multimodal_config().limit_per_prompt
+    seen: list[dict[str, Any]] = []
+    for size in (None, *SIZES):
+        batch = _made(budget, limits, size, device)
+        shapes = {name: getattr(value, "shape", None) for name, value in batch.items()}
+        if shapes in seen:
+            continue
+        seen.append(shapes)
+        if run := _differs(model, batch, device):
+            words = f"{size[0]} x {size[1]} pixels" if size else "the largest size"
+            raise CertificateFailed(
+                f"{seam}: {type(model).__name__}'s encoder gives other bits for the same image of {words} in run "
+                f"{run} of {_RUNS}. Pass --language-model-only, which turns encoders off, or set BI_PATCH=0"
+            )
+
+
+def _made(budget: Any, limits: Any, size: tuple[int, int] | None, device: Any) -> dict[str, Any]:
+    """What a model's encoder gets of one made image with random pixels. limits: vLLM's options of made items, by kind.
+
+    size: width and height, None for the model's largest. A model may bring an image to another size.
+    """
+    from vllm.config.multimodal import ImageDummyOptions
+    from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+    held = limits.get("image")
+    if size is not None:
+        limits["image"] = ImageDummyOptions(width=size[0], height=size[1])
+    try:
+        made = budget.get_dummy_encoder_profile_inputs("image", 1)
+    finally:
+        if held is not None:
+            limits["image"] = held
+        else:
+            limits.pop("image", None)
+    _, _, batch = next(group_and_batch_mm_kwargs(made, device=device))
+    return {name: _noise(value) for name, value in batch.items()}
+
+
+def _differs(model: Any, batch: dict[str, Any], device: Any) -> int:
+    """The number of the first run, from 2 on, in which the encoder gives other bits than in the first; 0 for none."""
+    import torch
+
+    first = None
+    held = []
+    for run in range(_RUNS):
+        held.append(torch.empty(1000 + 37 * run, dtype=torch.uint8, device=device))
+        with torch.inference_mode():
+            got = model.embed_multimodal(**{name: _moved(value, run) for name, value in batch.items()})
+        got = [output.clone() for output in got]
+        first = first if first is not None else got
+        if len(got) != len(first) or not all(torch.equal(a, b) for a, b in zip(first, got, strict=True)):
+            return run + 1
+    return 0
 
 
 def _noise(value: Any) -> Any:

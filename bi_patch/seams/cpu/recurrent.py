@@ -224,9 +224,12 @@ def _of_mamba1(layer) -> str:
         return f"{layer.ssm_state_size} states; multiples of 16 work"
     if layer.activation not in ("silu", "swish"):
         return f"the activation {layer.activation}; silu works"
-    if not bool((layer.A <= 0).all()):
-        return "decays A that are not all at most 0, as -exp(A_log) is"
-    return _of_width(layer.conv_kernel_size)
+    return _of_decays(layer) or _of_width(layer.conv_kernel_size)
+
+
+def _of_decays(layer) -> str:
+    """Of Mamba 1, whose kernel takes the exponential of a decay without a bound above 0."""
+    return "" if bool((layer.A <= 0).all()) else "decays A that are not all at most 0, as -exp(A_log) is"
 
 
 def _of_short_conv(layer) -> str:
@@ -246,6 +249,17 @@ LAYERS: dict[str, Callable[[Any], str]] = {
 }
 
 
+def _kind(layer) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+def check_again(model) -> None:
+    """Raise UnsupportedFeature if new weights of a model are such that the bundled kernels do not cover them."""
+    for name, layer in model.named_modules():
+        if LAYERS.get(_kind(layer)) is _of_mamba1 and (found := _of_decays(layer)):
+            raise UnsupportedFeature(f"recurrent.cpu_layers: on CPU, bi_patch does not cover {name}: {found}")
+
+
 def check(config) -> None:
     """Raise UnsupportedFeature if a loaded model has a recurrent layer that the bundled kernels do not cover.
 
@@ -258,7 +272,7 @@ def check(config) -> None:
     for name, layer in config.compilation_config.static_forward_context.items():
         if not isinstance(layer, MambaBase):
             continue
-        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        kind = _kind(layer)
         dtype, states = config.model_config.dtype, layer.get_state_dtype()
         if kind not in LAYERS:
             found = f"the recurrent layer {type(layer).__name__}. Use another model"

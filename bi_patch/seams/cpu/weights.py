@@ -62,7 +62,7 @@ def _settle(model, config) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
     from bi_patch.ops.cpu import linear, rows
-    from bi_patch.seams.cpu import mla
+    from bi_patch.seams.cpu import mla, recurrent
 
     with set_current_vllm_config(config):
         if model.__dict__.get(_LOADING) and _in_progress(model):
@@ -76,6 +76,7 @@ def _settle(model, config) -> None:
                 layer.quant_method.process_weights_after_loading(layer)
         linear.take_routed()
         mla.absorb_again(model)
+    recurrent.check_again(model)
     _unwritten(model)
     rows.take_registered()  # the first load certified the same operations
 

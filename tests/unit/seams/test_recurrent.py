@@ -98,3 +98,15 @@ def test_decays_of_mamba_1_are_at_most_zero(largest, named):
     held = SimpleNamespace(ssm_state_size=16, activation="silu", conv_kernel_size=4, A=A)
     said = recurrent._of_mamba1(held)
     assert said.startswith(named) and bool(said) == bool(named)
+
+
+def test_new_decays_of_mamba_1_are_checked_again():
+    pytest.importorskip("vllm")
+    from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
+
+    A = torch.full((4, 16), -1.0)
+    model = torch.nn.ModuleDict({"mixer": layer(MambaMixer, A=A), "other": torch.nn.Linear(2, 2)})
+    recurrent.check_again(model)
+    A[1, 2] = 0.25
+    with pytest.raises(UnsupportedFeature, match="recurrent.cpu_layers: .* mixer: decays A"):
+        recurrent.check_again(model)

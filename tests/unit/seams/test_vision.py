@@ -104,7 +104,10 @@ def test_patches_are_those_of_a_convolution(dtype, cache):
     assert dense.patches(layer, x.double()) is None
 
 
-def test_an_encoder_that_changes_is_refused(monkeypatch):
+@pytest.fixture
+def made(monkeypatch):
+    """The options of vLLM's made images; an image has a row for each 32 pixels of its width, 4 for the largest."""
+
     class Budget:
         mm_max_toks_per_item = {"image": 4}
 
@@ -112,24 +115,54 @@ def test_an_encoder_that_changes_is_refused(monkeypatch):
             pass
 
         def get_dummy_encoder_profile_inputs(self, modality, count):
-            return [(modality, torch.ones(2, 3))]
+            asked = limits.get(modality)
+            return [(modality, torch.ones(4 if asked is None or asked.width is None else asked.width // 32, 3))]
 
+    limits = {}
     monkeypatch.setattr("vllm.multimodal.encoder_budget.MultiModalBudget", Budget)
     monkeypatch.setattr(
         "vllm.multimodal.utils.group_and_batch_mm_kwargs", lambda made, device: iter([("image", 1, {"x": made[0][1]})])
     )
+    return limits
+
+
+def certify(encode, limits):
+    media = SimpleNamespace(limit_per_prompt=limits)
+    config = SimpleNamespace(model_config=SimpleNamespace(get_multimodal_config=lambda: media))
+    vision.certify(SimpleNamespace(embed_multimodal=encode), config, "cpu", "vision.cpu")
+
+
+def test_an_encoder_that_changes_is_refused(made):
     calls = []
 
-    def steady(x):
-        return [x.sum(-1)]
-
     def moving(x):
-        calls.append(1)
+        calls.append(len(x))
         return [x.sum(-1) + len(calls)]
 
-    vision.certify(SimpleNamespace(embed_multimodal=steady), None, "cpu", "vision.cpu")
-    with pytest.raises(CertificateFailed, match="vision.cpu: .*other bits.*run 2 of 3"):
-        vision.certify(SimpleNamespace(embed_multimodal=moving), None, "cpu", "vision.cpu")
+    certify(lambda x: [x.sum(-1)], made)
+    with pytest.raises(CertificateFailed, match="vision.cpu: .*other bits.*largest size in run 2 of 3"):
+        certify(moving, made)
+
+
+def test_an_encoder_that_changes_for_one_size_is_refused(made):
+    calls = []
+
+    def moving(x):
+        calls.append(len(x))
+        return [x.sum(-1) + (len(calls) if len(x) == 640 // 32 else 0)]
+
+    with pytest.raises(CertificateFailed, match="vision.cpu: .*other bits.*640 x 224 pixels in run 2 of 3"):
+        certify(moving, made)
+    assert calls == [4, 4, 4, 20, 20] and not made
+
+
+def test_each_shape_is_encoded_once_and_the_users_limit_stays(made):
+    from vllm.config.multimodal import ImageDummyOptions
+
+    held = made["image"] = ImageDummyOptions(count=2)
+    calls = []
+    certify(lambda x: calls.append(len(x)) or [x.sum(-1)], made)
+    assert calls == [4, 4, 4, 20, 20, 20, 7, 7, 7, 3, 3, 3] and made == {"image": held}
 
 
 def test_names_of_images_are_refused():
