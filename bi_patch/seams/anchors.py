@@ -18,7 +18,7 @@ import msgspec
 from bi_patch import files
 from bi_patch.errors import AnchorMoved
 from bi_patch.platforms.releases import PACKAGES
-from bi_patch.seams.plan import Plan, Planned
+from bi_patch.seams.plan import Plan, Planned, anchored
 
 PATCHES = Path(__file__).resolve().parent.parent / "patches"
 FILE = "anchors.json"
@@ -39,8 +39,8 @@ class Anchor(msgspec.Struct, frozen=True):
 class Recorded(msgspec.Struct, frozen=True):
     """The contents of `anchors.json` for one release of one package.
 
-    anchors: an anchor for each seam. copies: for each seam whose target is a name of a module (not of a class), the
-    modules that copy the name with a `from ... import` at their top.
+    anchors: an anchor for each seam, and for what a seam relies on. copies: for each seam whose target is a name of a
+    module (not of a class), the modules that copy the name with a `from ... import` at their top.
     """
 
     anchors: tuple[Anchor, ...] = ()
@@ -146,10 +146,10 @@ class _Place(NamedTuple):
 
 
 def _places(plan: Plan, folder: Path) -> list[_Place]:
-    """The place of each planned seam."""
+    """The place of everything that has an anchor."""
     roots = {package: _root(package, folder) for package in {package_of(p.target.module) for p in plan.seams}}
     places = []
-    for planned in plan.seams:
+    for planned in anchored(plan.seams):
         root = roots[package_of(planned.target.module)]
         places.append(_Place(planned, root, path_of(planned.target.module, lambda p, root=root: (root / p).is_file())))
     return places

@@ -70,6 +70,7 @@ class Seam(_Declared):
     op: the module of ops/ that computes for this seam, if the seam's own code can have left the stack by then.
     on_import: the start-up check does not load the target's module, because the module is large, and only some
     processes need it. The seam closes where the module is loaded.
+    relies: names in the target's module that the replacement calls and counts on. They have anchors, too.
     """
 
     targets: tuple[Target, ...]
@@ -81,6 +82,7 @@ class Seam(_Declared):
     serves: tuple[str, ...] = ()
     op: str = ""
     on_import: bool = False
+    relies: tuple[str, ...] = ()
 
     def target(self, release: Version) -> Target | None:
         """The seam's place in `release`, or None if that release does not need the seam."""

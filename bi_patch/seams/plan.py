@@ -1,6 +1,7 @@
 """The plan: the seams, variables and policies that one vLLM release on one platform needs, with their places."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from packaging.version import Version
@@ -16,6 +17,17 @@ class Planned:
 
     seam: Seam
     target: Target
+
+
+def anchored(seams: Iterable[Planned]) -> tuple[Planned, ...]:
+    """What has an anchor: each seam's target, and what its replacement relies on, as `seam > name`."""
+    found = []
+    for item in seams:
+        found.append(item)
+        for name in item.seam.relies:
+            target = replace(item.target, qualname=name, copies=())
+            found.append(Planned(replace(item.seam, name=f"{item.seam.name} > {name}"), target))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

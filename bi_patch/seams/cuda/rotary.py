@@ -110,6 +110,7 @@ SEAMS = (
         how="vLLM's kernel for rotations by sections (M-RoPE), one program for each row, serves compiled code, too",
         until="upstream's compiled and eager code give equal bits at the same speed",
         causes=(17,),
+        relies=("_mrope_apply", "triton_mrope", "_triton_mrope_forward"),
     ),
     _fused("qwen3", "Qwen3Attention.forward"),
     _fused("qwen3_moe", "Qwen3MoeAttention.forward"),

@@ -10,7 +10,7 @@ from bi_patch.errors import AnchorMoved, PatchError
 from bi_patch.platforms.releases import PACKAGES
 from bi_patch.seams import anchors
 from bi_patch.seams.anchors import Recorded
-from bi_patch.seams.plan import Planned
+from bi_patch.seams.plan import Planned, anchored
 from bi_patch.tools.upstream import apply, moved, series
 from bi_patch.tools.upstream.places import Module, Places, locate
 from bi_patch.tools.upstream.report import Problem, Report
@@ -45,7 +45,7 @@ def against(source: Source, base: str, planned: tuple[Planned, ...], folder: Pat
         source.release,
         base,
         seams=len(planned),
-        anchors=len(planned),
+        anchors=len(anchored(planned)),
         problems=[],
         package=source.package,
     )
@@ -180,12 +180,12 @@ def _read(path: Path) -> str:
 
 
 def _check_anchors(report: Report, places: Places, recorded: Recorded) -> None:
-    known = recorded.by_seam()
-    for item in places.planned:
+    known, wanted = recorded.by_seam(), anchored(places.planned)
+    for item in wanted:
         problem = moved.check_anchor(item, places.modules.get(item.target.module), known.get(item.seam.name))
         if problem is None:
             report.matched += 1
         else:
             report.problems.append(problem)
-    for seam in sorted(set(known) - {p.seam.name for p in places.planned}):
+    for seam in sorted(set(known) - {p.seam.name for p in wanted}):
         report.problems.append(Problem("anchor", f"an anchor is recorded for {seam}, but there is no such seam", seam))

@@ -5,7 +5,7 @@ from pathlib import Path
 from bi_patch.errors import PatchError
 from bi_patch.platforms.releases import PACKAGES
 from bi_patch.seams import anchors
-from bi_patch.seams.plan import Planned
+from bi_patch.seams.plan import Planned, anchored
 from bi_patch.tools.upstream import moved, series
 from bi_patch.tools.upstream.places import locate
 from bi_patch.tools.upstream.sources import Source
@@ -33,7 +33,7 @@ def record(source: Source) -> Path:
 def write(source: Source, planned: tuple[Planned, ...], folder: Path) -> None:
     """Write the series and the anchors of these seams in a source. Raises AnchorMoved, PatchError."""
     places = locate(source, planned)
-    taken = tuple(moved.take(item, places.modules.get(item.target.module)) for item in planned)
+    taken = tuple(moved.take(item, places.modules.get(item.target.module)) for item in anchored(planned))
     texts = {}
     for patch in series.make(planned, places.copies):
         module = places.modules[patch.module]

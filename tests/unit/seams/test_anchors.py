@@ -25,10 +25,9 @@ if os.name:
 '''
 
 
-def planned(qualname):
-    seam = Seam(
-        name="x.y", targets=(Target("pkg.mod", qualname),), close=lambda o: o, why="why", how="how", until="until"
-    )
+def planned(qualname, **more):
+    made = {"close": lambda o: o, "why": "why", "how": "how", "until": "until"} | more
+    seam = Seam(name="x.y", targets=(Target("pkg.mod", qualname),), **made)
     return Planned(seam, seam.targets[0])
 
 
@@ -69,6 +68,23 @@ def test_a_missing_function_is_named():
 def write(root, text):
     (root / "pkg").mkdir(exist_ok=True)
     (root / "pkg" / "mod.py").write_text(text)
+
+
+def test_what_a_seam_relies_on_has_an_anchor(tmp_path, monkeypatch):
+    write(tmp_path, SOURCE)
+    monkeypatch.setattr(anchors, "PATCHES", tmp_path / "patches")
+    release = BY_PLATFORM["cpu"][-1]
+    made = plan.Plan(Version(release), "cpu", (planned("Layer.apply", relies=("free",)),), (), ())
+    taken = tuple(anchors.take(item, "pkg/mod.py", SOURCE) for item in plan.anchored(made.seams))
+    assert [(anchor.seam, anchor.target) for anchor in taken] == [
+        ("x.y", "pkg.mod:Layer.apply"),
+        ("x.y > free", "pkg.mod:free"),
+    ]
+    anchors.write(anchors.folder_of(release), anchors.Recorded(taken))
+    anchors.check_installed(made, tmp_path, tmp_path / "cache")
+    write(tmp_path, SOURCE.replace("return a", "return -a"))
+    with pytest.raises(AnchorMoved, match="x.y > free at pkg.mod:free"):
+        anchors.check_installed(made, tmp_path, tmp_path / "cache")
 
 
 def test_installed_anchors_are_verified_and_remembered(tmp_path, monkeypatch):
