@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python3 benchmarks/hopper/child.py MODEL MODE OUT.json --cost [--only WORKLOADS] [--eager] [--profile]
 
-MODEL is a name of bi_patch/tools/models/shapes.py. MODE is stock, upstream or armed. The weights are random, from a
-normal distribution with a fixed seed and a standard deviation of fan_in**-0.5. report.py makes result files from the
-JSON files.
+MODEL is a name of bi_patch/tools/models/shapes.py, or such a name with another number of layers: "Qwen3-30B-A3B, 12
+layers". MODE is stock, upstream or armed. The weights are random, from a normal distribution with a fixed seed and a
+standard deviation of fan_in**-0.5. report.py makes result files from the JSON files.
 """
 
 import argparse
@@ -13,12 +13,14 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 
 COST = {
     "1 x 512/128": (1, 512, 128, 3),
     "8 x 1024/128": (8, 1024, 128, 3),
     "64 x 512/128": (64, 512, 128, 3),
     "128 x 512/128": (128, 512, 128, 3),
+    "256 x 512/128": (256, 512, 128, 3),
     "256 x 1024/256": (256, 1024, 256, 2),
     "2 x 32000/64": (2, 32000, 64, 2),
 }
@@ -47,6 +49,18 @@ def workloads(only: str | None, max_model_len: int) -> list[str]:
     if unknown := [name for name in names if name not in COST]:
         sys.exit(f"no such workload: {', '.join(unknown)}; there are {', '.join(COST)}")
     return [name for name in names if sum(COST[name][1:3]) <= max_model_len]
+
+
+def shape(model: str) -> dict[str, object]:
+    """The config.json of a name of SHAPES, or of such a name with another number of layers. Exits for other names."""
+    from bi_patch.tools.models import shapes
+
+    if model in shapes.SHAPES:
+        return shapes.SHAPES[model]
+    name, _, layers = model.removesuffix(" layers").partition(", ")
+    if name not in shapes.SHAPES or not layers.isdecimal():
+        sys.exit(f"no such model: {model}")
+    return shapes.SHAPES[name] | {"num_hidden_layers": int(layers)}
 
 
 def environment(mode: str) -> None:
@@ -97,7 +111,7 @@ class Engine:
             name = f"{schemes.label(a.scheme, a.layers)} {a.mode}"
             folder = shapes.save(name, schemes.config(a.scheme, a.layers), "/tmp/models")
         else:
-            folder = shapes.write(a.model, "/tmp/models")
+            folder = shapes.save(f"{a.model} {a.mode}", shape(a.model), "/tmp/models")
         self.llm = LLM(
             model=folder,
             skip_tokenizer_init=True,
@@ -111,8 +125,9 @@ class Engine:
         if not a.scheme:
             self.llm.apply_model(randomize)
         self.started = time.perf_counter() - started
-        self.vocabulary = shapes.SHAPES[a.model]["vocab_size"]
+        self.vocabulary = shape(a.model)["vocab_size"]
         self.count = 0
+        self.on_step = None  # called with the outputs of a step
 
     def forget(self):
         self.llm.reset_prefix_cache()
@@ -134,10 +149,16 @@ class Engine:
         self.llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), parameters)
         return name
 
+    def step(self) -> list:
+        outputs = self.llm.llm_engine.step()
+        if self.on_step:
+            self.on_step(outputs)
+        return outputs
+
     def run(self) -> None:
         """Step until no request is left."""
         while self.llm.llm_engine.has_unfinished_requests():
-            self.llm.llm_engine.step()
+            self.step()
 
 
 def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> dict:
@@ -169,37 +190,54 @@ def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> di
     }
 
 
-def traced(engine: Engine, steps: int, activities: list):
-    """Profile the next `steps` steps, then run to the end; returns the profile, averaged by kernel and op."""
+def traced(engine: Engine, until: Callable[[], bool], activities: list):
+    """Profile the engine's steps until `until()` says so; returns the profile, averaged by kernel and op."""
     from torch.profiler import profile as trace
 
     with trace(activities=activities) as held:
-        for _ in range(steps):
-            engine.llm.llm_engine.step()
-    engine.run()
+        while not until():
+            engine.step()
     return held.key_averages()
 
 
-def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> tuple[float, list]:
-    """Milliseconds of GPU kernels per decode step, and the 16 kernels that take the most time.
-
-    Without any cost of the host, a step would take this time. Each kernel is [microseconds per step, launches per step,
-    name].
-    """
+def kernels(held) -> list:
+    """The GPU kernels of a profile, the longest first."""
     from torch.autograd import DeviceType
+
+    found = [e for e in held if e.device_type == DeviceType.CUDA]
+    return sorted(found, key=lambda e: -e.self_device_time_total)
+
+
+def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> dict:
+    """Milliseconds of GPU kernels per decode step and seconds of them in the prefill; the 16 kernels that take the most
+    time in a decode step, each as [microseconds per step, launches per step, name], and those of the prefill.
+
+    Without any cost of the host, a step and a prefill would take this time.
+    """
     from torch.profiler import ProfilerActivity
 
-    seen = set()
+    seen: set[str] = set()
     engine.forget()
+    # The first requests decode while the last ones are still in their prefill.
+    tokens = steps + 24 + number * length // 8192
     for i in range(number):
-        engine.add(engine.prompt(77000 + i, length), steps + 24)
-    while len(seen) < number:
-        seen.update(o.request_id for o in engine.llm.llm_engine.step() if o.outputs[0].token_ids)
-    held = traced(engine, steps, [ProfilerActivity.CUDA])
-    kernels = [e for e in held if e.device_type == DeviceType.CUDA]
-    kernels.sort(key=lambda e: -e.self_device_time_total)
-    most = [[round(e.self_device_time_total / steps, 1), e.count / steps, e.key[:120]] for e in kernels[:16]]
-    return sum(e.self_device_time_total for e in kernels) / 1000 / steps, most
+        engine.add(engine.prompt(77000 + i, length), tokens)
+    engine.on_step = lambda outputs: seen.update(o.request_id for o in outputs if o.outputs[0].token_ids)
+    prefill = kernels(traced(engine, lambda: len(seen) == number, [ProfilerActivity.CUDA]))
+    left = iter(range(steps, -1, -1))
+    decode = kernels(traced(engine, lambda: not next(left), [ProfilerActivity.CUDA]))
+    engine.on_step = None
+    engine.run()
+
+    def most(found: list, count: int) -> list:
+        return [[round(e.self_device_time_total / count, 1), e.count / count, e.key[:120]] for e in found[:16]]
+
+    return {
+        "gpu_ms": sum(e.self_device_time_total for e in decode) / 1000 / steps,
+        "gpu_prefill_s": sum(e.self_device_time_total for e in prefill) / 1e6,
+        "kernels": most(decode, steps),
+        "prefill_kernels": most(prefill, 1),
+    }
 
 
 def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
@@ -208,24 +246,31 @@ def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
     The first repeat also loads the kernels of this size beforehand, and profiles the GPU.
     """
     number, length, tokens, _ = COST[name]
-    if repeat == 0 and number > 1:
+    if repeat == 0:
         cost(engine, number, length, 4, 500)
     row = {"workload": name, "repeat": repeat} | cost(engine, number, length, tokens, repeat)
-    if repeat == 0 and number <= 128:
-        row["gpu_ms"], row["kernels"] = gpu_cost(engine, number, length)
+    if repeat == 0:
+        row |= gpu_cost(engine, number, length)
     result["cost"].append(row)
     print("cost", result["model"], result["mode"], row, flush=True)
 
 
-def take_turns(engine: Engine, result: dict) -> None:
+def save(result: dict, out: str) -> None:
+    """Write the file whole, so that a reader never sees half of it."""
+    with open(f"{out}.part", "w") as file:
+        json.dump(result, file)
+    os.replace(f"{out}.part", out)
+
+
+def take_turns(measure: Callable[[str, int], None]) -> None:
     """Measure the workload of each line of stdin, NAME<tab>REPEAT, then print "turn done".
 
-    Another engine shares the GPU and waits meanwhile.
+    Other engines share the GPU and wait meanwhile.
     """
     print("turn ready", flush=True)
     for line in sys.stdin:
         name, repeat = line.rstrip("\n").split("\t")
-        measure(engine, result, name, int(repeat))
+        measure(name, int(repeat))
         print("turn done", flush=True)
 
 
@@ -240,8 +285,10 @@ def profile(engine: Engine) -> None:
             for i in range(number):
                 engine.add(engine.prompt(4242 + 100 * warm + i, length), skip + steps + 2)
             for _ in range(skip):
-                engine.llm.llm_engine.step()
-            held = traced(engine, steps, [ProfilerActivity.CUDA, ProfilerActivity.CPU])
+                engine.step()
+            left = iter(range(steps, -1, -1))
+            held = traced(engine, lambda left=left: not next(left), [ProfilerActivity.CUDA, ProfilerActivity.CPU])
+            engine.run()
         print(title)
         for key in ("self_cuda_time_total", "self_cpu_time_total"):
             print(held.table(sort_by=key, row_limit=22, max_name_column_width=70))
@@ -265,22 +312,23 @@ def main() -> None:
         name = schemes.label(a.scheme, a.layers)
     result |= {"model": name, "mode": a.mode, "eager": a.eager, "start_s": round(engine.started, 1), "cost": []}
 
-    def save():
-        with open(a.out, "w") as file:
-            json.dump(result, file)
-
     if a.cost or a.turns:
         cost(engine, 1, 64, 16, 999)
     if a.cost:
         for name in workloads(a.only, a.max_model_len):
             for repeat in range(COST[name][3]):
                 measure(engine, result, name, repeat)
-            save()
+            save(result, a.out)
     if a.turns:
-        take_turns(engine, result)
+
+        def turn(name: str, repeat: int) -> None:
+            measure(engine, result, name, repeat)
+            save(result, a.out)
+
+        take_turns(turn)
     if a.profile:
         profile(engine)
-    save()
+    save(result, a.out)
     if a.mode == "armed":
         from bi_patch.ops.cuda import linear, scaled_linear
 

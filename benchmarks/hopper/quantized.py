@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -21,10 +22,11 @@ import bi_patch_entry
 
 bi_patch_entry.without_arming()
 
+import engines  # noqa: E402
 import run  # noqa: E402
 import schemes  # noqa: E402
 import turns  # noqa: E402
-from child import workloads  # noqa: E402
+from nursery import Nursery, nurseries  # noqa: E402
 
 AXES = (
     "batch size",
@@ -89,55 +91,24 @@ def verify(a: argparse.Namespace) -> int:
     return max(codes)
 
 
-class Child(turns.Child):
-    """An engine of one scheme and mode, which measures when asked."""
-
-    def __init__(self, a: argparse.Namespace, scheme: str, mode: str, count: int):
-        given = argparse.Namespace(raw=a.raw / scheme.replace(" ", "-"), max_model_len=a.max_model_len, kv_gib=a.kv_gib)
-        given.model, given.share = schemes.SCHEMES[scheme][0], a.memory / count
-        super().__init__(given, mode, "--scheme", scheme, "--layers", str(a.layers))
-
-
-def ready(scheme: str, children: list[Child], silent: list[str]) -> list[Child]:
-    """The engines that start. The others go to `silent`, in words: upstream's mode does not run every scheme."""
-    started = []
-    for child in children:
-        try:
-            child.wait("turn ready", turns.START_S)
-            started.append(child)
-        except Exception as error:
-            silent.append(f"{scheme}: no engine of mode {child.mode} started")
-            print(f"{silent[-1]}: {type(error).__name__}: {error}", flush=True)
-    return started
+def group(a: argparse.Namespace, made: Mapping[str, Nursery], scheme: str) -> engines.Group:
+    """The engines of one scheme, and the workloads that `a.only` names."""
+    given = argparse.Namespace(**vars(a) | {"raw": a.raw / scheme.replace(" ", "-")})
+    flags = ("--scheme", scheme, "--layers", str(a.layers))
+    return turns.group(given, made, schemes.SCHEMES[scheme][0], *flags, label=schemes.label(scheme, a.layers))
 
 
 def cost(a: argparse.Namespace) -> int:
-    modes = a.modes.split(",")
-    pairs = {s: [Child(a, s, mode, len(modes) * len(a.schemes)) for mode in modes] for s in a.schemes}
-    outs, silent, wanted = [], [], {"stock", "armed"} & set(modes)
-    complete = True
-    try:
-        everyone = {scheme: ready(scheme, children, silent) for scheme, children in pairs.items()}
-        for scheme, children in everyone.items():
-            complete &= wanted <= {child.mode for child in children}
-            try:
-                for name in workloads(a.only, a.max_model_len):
-                    for repeat in range(a.repeats):
-                        for child in children[:: 1 if repeat % 2 == 0 else -1]:
-                            child.measure(name, repeat)
-                for child in children:
-                    child.finish()
-            except Exception as error:
-                print(f"{scheme}: {type(error).__name__}: {error}", flush=True)
-                complete = False
-                continue
-            outs += [child.out for child in children]
-            run.report(a, outs, ". ".join((turns.NOTE, *silent)))
-    finally:
-        for children in pairs.values():
-            for child in children:
-                child.process.kill()
-    return not complete
+    begin = time.monotonic()
+    with nurseries(a.modes.split(",")) as made:
+        a.share = a.memory / len(made) / len(a.schemes)
+        groups = [group(a, made, scheme) for scheme in a.schemes]
+        needed = engines.COMPARED & set(made)  # upstream's mode does not run every scheme
+        started = engines.ready(groups, begin + engines.START_S, needed)
+        for held in started:
+            engines.measure(held)
+        written = turns.finish(a, groups)
+    return not written or len(started) < len(groups)
 
 
 def main() -> None:
@@ -152,7 +123,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=0.9, help="the share of the GPU's memory for all engines")
     parser.add_argument("--modes", default="stock,armed,upstream", help="of cost: stock, armed, upstream")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kv-gib", type=int, default=3, help="of cost: KV cache of each engine")
+    parser.add_argument("--kv-gib", type=float, default=3, help="of cost: KV cache of each engine")
     parser.add_argument(
         "--only", default="1 x 512/128,8 x 1024/128,64 x 512/128,256 x 1024/256", help="comma-separated workloads"
     )

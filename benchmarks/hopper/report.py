@@ -60,34 +60,45 @@ def measured_on(run: Costs | verify.Report) -> tuple[str, str, str, str]:
 
 
 def cost_rows(runs: list[Costs]) -> list[evidence.CostRow]:
-    """One row per model, workload and quantity: medians over the repeats, decode in ms per step, others in s."""
+    """One row per model, workload and quantity: medians over the repeats, decode in ms per step, others in s.
+
+    (GPU): the time of the kernels alone, from a profile of one repeat.
+    """
     times: dict[tuple, dict[str, list[float]]] = {}
     for run in runs:
         for row in run.cost:
-            name = row["workload"]
-            number = int(name.split(" ")[0])
-            wanted = [("total", "s", "total_s"), ("prefill", "s", "prefill_s")] if number > 64 else []
-            wanted += [] if number > 64 else [("decode", "ms/step", "decode_ms")]
-            wanted += [("decode (GPU)", "ms/step", "gpu_ms")] if "gpu_ms" in row else []
-            wanted += [("prefill", "s", "prefill_s")] if name in ("8 x 1024/128", "2 x 32000/64") else []
-            for what, unit, field in wanted:
-                key = (run.model, f"{what} {name}", unit)
-                times.setdefault(key, {}).setdefault(run.mode, []).append(row[field])
+            for name, unit, field in quantities(row["workload"]):
+                if field in row:
+                    times.setdefault((run.model, name, unit), {}).setdefault(run.mode, []).append(row[field])
     return [cost_row(*key, modes) for key, modes in times.items()]
 
 
+def quantities(workload: str) -> list[tuple[str, str, str]]:
+    """What tables show of a workload, if its rows have it: the row's name, the unit, the field of the engine's file.
+
+    The short prefill of few requests, and their total, are no rows of their own.
+    """
+    found = [(workload, "s", "seconds"), (f"{workload} (GPU)", "s", "gpu_seconds")]
+    found += [(f"decode {workload}", "ms/step", "decode_ms"), (f"decode (GPU) {workload}", "ms/step", "gpu_ms")]
+    number = workload.partition(" x ")[0]
+    many = number.isdecimal() and int(number) > 64
+    if many or workload in ("8 x 1024/128", "2 x 32000/64"):
+        found += [(f"prefill {workload}", "s", "prefill_s"), (f"prefill (GPU) {workload}", "s", "gpu_prefill_s")]
+    return found + ([(f"total {workload}", "s", "total_s")] if many else [])
+
+
 def cost_row(model: str, workload: str, unit: str, times: dict[str, list[float]]) -> evidence.CostRow:
-    """One row. times: the times of all repeats, by mode."""
-    median = {mode: round(statistics.median(values), 4) for mode, values in times.items()}
-    span = {mode: (round(min(values), 4), round(max(values), 4)) for mode, values in times.items()}
-    both = "armed" in times and "stock" in times
+    """One row. times: the times of all repeats, by mode, in the same order."""
+    median = {mode: round(statistics.median(values), 5) for mode, values in times.items()}
+    span = {mode: (round(min(values), 5), round(max(values), 5)) for mode, values in times.items()}
+    pairs = list(zip(times.get("armed", ()), times.get("stock", ()), strict=False))
     return evidence.CostRow(
         model,
         workload,
         unit,
         *(median.get(mode) for mode in MODES),
         repeats=min(map(len, times.values())),
-        ratio=round(statistics.median(times["armed"]) / statistics.median(times["stock"]), 4) if both else None,
+        ratio=round(statistics.median(armed / stock for armed, stock in pairs), 4) if pairs else None,
         stock_range=span.get("stock"),
         armed_range=span.get("armed"),
     )

@@ -19,6 +19,8 @@ import bi_patch_entry
 
 bi_patch_entry.without_arming()  # the engines run in processes of their own
 
+import child  # noqa: E402
+
 from bi_patch.tools.models import shapes  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -48,7 +50,7 @@ def engine(a, model: str, mode: str, *flags: str, **extra) -> tuple[Path, list[s
     out = a.raw / f"{shapes.short(model)}-{mode}.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "child.py"), model, mode, str(out), *flags]
-    if {"linear_num_value_heads", "mamba_d_state"} & set(shapes.SHAPES[model]):
+    if {"linear_num_value_heads", "mamba_d_state"} & set(child.shape(model)):
         extra = RECURRENT | extra
     return out, [*command, "--extra", json.dumps(EXTRA | extra), "--max-model-len", str(a.max_model_len)]
 

@@ -1,4 +1,4 @@
-"""Measures the cost of small models with engines of several modes in turns on one GPU.
+"""Measures the cost of a model with engines of several modes in turns on one GPU.
 
     PYTHONPATH=. python3 benchmarks/hopper/turns.py [--model Llama-3.2-1B] [--repeats 5]
 
@@ -8,54 +8,43 @@ repeat of the others. The drift then affects all engines. Each engine has a fixe
 GPU: for 8B models, give --kv-gib 12, and --only with workloads that fit into this cache.
 """
 
-import queue
-import subprocess
+import argparse
 import sys
-import threading
 import time
+from collections.abc import Mapping, Sequence
 
+import engines
 import run
-from child import workloads
+from child import COST, workloads
+from nursery import Nursery, nurseries
 
-START_S, REPEAT_S = 300, 120
 NOTE = "Engines in turns on one GPU. (GPU): the kernels' time alone, from one profile of 16 steps"
 
 
-class Child:
-    """One engine's process. The process measures a workload when `measure` asks for it."""
+def group(
+    a: argparse.Namespace, made: Mapping[str, Nursery], model: str, *flags: str, label: str = ""
+) -> engines.Group:
+    """The engines of `model` in the modes of `made`, and the workloads that `a.only` names.
 
-    def __init__(self, a, mode: str, *flags: str):
-        self.mode, self.answers = mode, queue.Queue()
-        # A fixed KV cache: vLLM's measurement of free memory would be wrong while the other engine starts.
-        memory = {"kv_cache_memory_bytes": a.kv_gib << 30, "gpu_memory_utilization": getattr(a, "share", 0.4)}
-        self.out, command = run.engine(a, a.model, mode, "--turns", *flags, **memory)
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        threading.Thread(target=self._read, daemon=True).start()
+    a: kv_gib, the KV cache of each engine, share, of the GPU's memory that must be free at each start, engine, further
+    arguments of vllm.LLM, and the options of run.py.
+    """
+    # A fixed KV cache: vLLM's measurement of free memory would be wrong while the other engine starts.
+    given = {"kv_cache_memory_bytes": int(a.kv_gib * 2**30), "gpu_memory_utilization": a.share}
+    given |= getattr(a, "engine", {})
+    children = []
+    for mode, nursery in made.items():
+        out, (_, *command) = run.engine(a, model, mode, "--turns", *flags, **given)
+        children.append(engines.Child(nursery, label or model, mode, command, out))
+    return engines.Group(children, workloads(a.only, a.max_model_len), a.repeats)
 
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            if line.startswith("turn "):
-                self.answers.put(line.strip())
-            else:
-                print(line, end="", flush=True)
-        self.answers.put("ended")
 
-    def wait(self, wanted: str, seconds: int) -> None:
-        """Wait for the answer `wanted`. Raises RuntimeError for another answer or if the child ends, and queue.Empty
-        after `seconds` seconds."""
-        if (said := self.answers.get(timeout=seconds)) != wanted:
-            raise RuntimeError(f"{self.mode}: {said}, not {wanted}")
-
-    def measure(self, name: str, repeat: int) -> None:
-        self.process.stdin.write(f"{name}\t{repeat}\n")
-        self.process.stdin.flush()
-        self.wait("turn done", REPEAT_S)
-
-    def finish(self) -> None:
-        """End the child. Raises RuntimeError if the child fails, for example because it cannot write its file."""
-        self.process.stdin.close()
-        if code := self.process.wait(60):
-            raise RuntimeError(f"{self.mode}: ended with {code}")
+def finish(a: argparse.Namespace, groups: Sequence[engines.Group], note: str = NOTE) -> bool:
+    """End the groups' engines and write the result files. Returns False if none was written."""
+    for held in groups:
+        held.kill()
+    files = [file for held in groups for file in held.files]
+    return bool(files) and run.report(a, files, ". ".join((note, *(m for held in groups for m in held.missing))))
 
 
 def main() -> None:
@@ -63,31 +52,20 @@ def main() -> None:
     parser.add_argument("--model", default="Llama-3.2-1B", help="a name of SHAPES")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--modes", default="stock,armed", help="upstream: upstream's own mode")
-    parser.add_argument("--only", help="comma-separated workloads")
-    parser.add_argument("--kv-gib", type=int, default=24, help="KV cache of each engine")
+    parser.add_argument("--only", help=f"comma-separated workloads of {', '.join(COST)}")
+    parser.add_argument("--kv-gib", type=float, default=24, help="KV cache of each engine")
     parser.add_argument("--share", type=float, default=0.4, help="of the GPU's memory that must be free at each start")
-    parser.add_argument("--seconds", type=float, help="begin no further workload after so many seconds")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no workload after so many seconds")
     a = parser.parse_args()
     begin = time.monotonic()
-    children = [Child(a, mode) for mode in a.modes.split(",")]
-    try:
-        for child in children:
-            child.wait("turn ready", START_S)
-        for name in workloads(a.only, a.max_model_len):
-            if a.seconds and time.monotonic() - begin > a.seconds:
-                print(f"no time for {name}", flush=True)
-                continue
-            for repeat in range(a.repeats):
-                # The engines take turns to go first, so that neither engine always runs right after the other.
-                for child in children[:: 1 if repeat % 2 == 0 else -1]:
-                    child.measure(name, repeat)
-        for child in children:
-            child.finish()
-    finally:
-        for child in children:
-            child.process.kill()
-    if not run.report(a, [child.out for child in children], NOTE):
-        sys.exit("no result file was written")
+    with nurseries(a.modes.split(",")) as made:
+        held = group(a, made, a.model)
+        if not engines.ready([held], begin + engines.START_S, frozenset(made)):
+            sys.exit("not every engine started")
+        engines.measure(held, begin + a.seconds)
+        written = finish(a, [held])
+    if not written or held.missing:
+        sys.exit("the measurement is not complete" if written else "no result file was written")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,25 @@ def test_costs_become_rows_with_ratios(tmp_path):
     assert row.repeats == 2 and row.armed_range == (2.0, 2.0)
 
 
+def test_the_rows_of_a_workload(tmp_path):
+    row = {"workload": "256 x 512/128", "repeat": 0, "total_s": 3.0, "prefill_s": 1.0, "decode_ms": 2.0, "gpu_ms": 1.5}
+    extra = {"workload": "prefill 8 x 1000", "repeat": 0, "seconds": 0.25, "gpu_seconds": 0.125}
+    files = costs(tmp_path, "one", armed=2.0, stock=4.0)
+    for file in files:
+        held = json.loads(file.read_text())
+        times = [{"decode_ms": n * (1 + (held["mode"] == "stock"))} for n in (1.0, 2.0, 9.0)]
+        held["cost"] = [row | {"gpu_prefill_s": 0.5}, *(row | time for time in times), extra]
+        file.write_text(json.dumps(held))
+    (path,) = report(tmp_path, *files)
+    rows = {row.workload: row for row in evidence.read(path, evidence.Cost).rows}
+    assert set(rows) == {
+        *(f"{what} 256 x 512/128" for what in ("decode", "decode (GPU)", "prefill", "prefill (GPU)", "total")),
+        *("prefill 8 x 1000", "prefill 8 x 1000 (GPU)"),
+    }
+    assert rows["prefill (GPU) 256 x 512/128"].repeats == 1 and rows["prefill 8 x 1000"].unit == "s"
+    assert rows["decode 256 x 512/128"].ratio == 0.5  # the median over pairs of 2 / 2, 1 / 2, 2 / 4 and 9 / 18
+
+
 def test_other_models_and_notes_stay_in_the_file(tmp_path):
     report(tmp_path, *costs(tmp_path, "one", armed=2.0, stock=4.0), "--note", "kept")
     (path,) = report(tmp_path, *costs(tmp_path, "two", armed=3.0, stock=3.0))
@@ -127,6 +146,6 @@ def test_arguments_that_ask_for_nothing_are_named(arguments, said):
     assert done.returncode and said in done.stderr
 
 
-@pytest.mark.parametrize("script", ["run.py", "turns.py", "child.py", "report.py"])
+@pytest.mark.parametrize("script", ["run.py", "turns.py", "child.py", "report.py", "costs.py", "extras_cost.py"])
 def test_help(script):
     assert run(script, "--help").returncode == 0
