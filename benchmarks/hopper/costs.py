@@ -60,7 +60,7 @@ class Entry:
 def _given(a: argparse.Namespace, kv_gib: float, workloads: Sequence[str], repeats: int, **more) -> argparse.Namespace:
     sizes = sorted({1, 2, 4} | {int(name.partition(" ")[0]) for name in workloads})
     longest = 33000 if LONG in workloads else 2048
-    engine = {"compilation_config": {"cudagraph_capture_sizes": sizes}, "max_num_seqs": 256}
+    engine = {"compilation_config": {"cudagraph_capture_sizes": sizes}, "max_num_seqs": sizes[-1]}
     engine["max_num_batched_tokens"] = 8192  # as vLLM's server has it
     given = {"kv_gib": kv_gib, "only": ",".join(workloads), "repeats": repeats, "max_model_len": longest}
     return argparse.Namespace(**vars(a) | given | {"share": SHARE, "engine": engine} | more)

@@ -77,8 +77,24 @@ def test_ways_are_captured_once_and_replayed_in_turns_without_a_wait(device):
     assert device.log == ["a", "b", "wait", "a", "a", "b", "a", "a", "b", "wait"]
 
 
+def test_another_process_disturbs_some_replays(device):
+    durations = {"a": iter((9.0, 1.0, 6.0, 9.0, 1.01)), "b": iter((1.0,) * 5)}
+    run = device.run
+    device.run = lambda name, ms: run(name, next(durations[name]))
+    assert timing.microseconds([[device.work("a", 1.0)], [device.work("b", 1.0)]], 2) == [1000, 1000]
+    assert not [left for left in durations.values() if next(left, None)]  # the times agree after two batches
+
+
+def test_replays_that_never_agree_end(device):
+    grown = iter(range(1, 100))
+    run = device.run
+    device.run = lambda name, ms: run(name, 2.0 ** next(grown))
+    assert timing.microseconds([[device.work("a", 1.0)]], 2) == [4000]
+    assert device.log.count("a") == 1 + 2 * timing._BATCHES
+
+
 def test_one_call_is_timed_after_one_that_loads_its_kernel(device):
-    durations = iter((50.0, 2.0))
+    durations = iter((50.0, 2.0, 9.0, 3.0))
     assert timing.once(lambda: device.run("a", next(durations))) == 2000
 
 
