@@ -76,7 +76,7 @@ def randomize(model) -> int:
     """Fill every weight and bias with seeded random values; returns the number of parameters."""
     import torch
 
-    generator = torch.Generator("cuda").manual_seed(7)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(7)
     for name, value in model.named_parameters():
         if value.ndim >= 2:
             value.data.normal_(0, value.shape[-1] ** -0.5, generator=generator)
