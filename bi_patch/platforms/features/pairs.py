@@ -130,7 +130,8 @@ PAIRS: tuple[Feature, ...] = (
         *("a reasoning parser", "custom logits processors", "watermarks"),
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
-    _never(EIGHTH, QUANTIZED, LORA, SPECULATION, POOLING, MLA, RECURRENT, "multimodal models"),
+    _never(EIGHTH, QUANTIZED, LORA, SPECULATION, POOLING, RECURRENT, "multimodal models"),
+    _pairs(EIGHTH, MLA, cpu=_REFUSED, cuda=untried(), ascend=_REFUSED),
     _pairs(
         "tensor parallelism",
         *("pipeline parallelism", "data parallelism"),
