@@ -16,6 +16,7 @@ _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
 _H200_MLA_MORE = "invariance-2026-11-29-h200-mla-more-vllm-0.33.0.json"
 _H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
+_H200_MLA_SHAPES = "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
@@ -662,8 +663,9 @@ FEATURES: tuple[Feature, ...] = (
                 _H200_MLA_TWO,
                 _H200_MLA_GRAPHS,
                 _H200_MLA_MORE,
-                why="DeepSeek-V2-Lite's sizes; with BI_PATCH_MLA=one four layers in eager mode, and slow with long "
-                "contexts",
+                _H200_MLA_SHAPES,
+                why="DeepSeek-V2-Lite's, GLM-4.7-Flash's and Kimi K2's sizes; with BI_PATCH_MLA=one four layers, and "
+                "slow with long contexts",
             ),
         ),
         ascend=refused("its two forms of attention give different bits"),
@@ -679,8 +681,8 @@ FEATURES: tuple[Feature, ...] = (
             served(
                 _H200_MLA_GRAPHS,
                 _H200_MLA_MORE,
-                why="in CUDA graphs: DeepSeek-V2-Lite's sizes. With BI_PATCH_MLA=one, compiled code ran for the times "
-                "only",
+                _H200_MLA_SHAPES,
+                why="in CUDA graphs: DeepSeek-V2-Lite's and GLM-4.7-Flash's sizes",
             ),
         ),
         ascend=refused("its two forms of attention give different bits"),
@@ -691,14 +693,24 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(_CPU_MLA_MORE, why="the CPU has no other form"),
         cuda=(
             refused("its two forms of attention give different bits", releases="<0.33"),
-            untried("in compiled code, one form ran for the times only"),
+            served(_H200_MLA_SHAPES, why="four layers of DeepSeek-V2-Lite's sizes; slow with long contexts"),
         ),
         ascend=refused("its two forms of attention give different bits"),
         asked=lambda config: one_form() and _compiled(lambda m: m.use_mla, "compiled MLA in one form")(config),
     ),
     row(
+        "MLA with an FP8 KV cache, compiled",
+        cpu=refused("nobody has compared bits of both together", todo="Use --kv-cache-dtype auto"),
+        cuda=(
+            refused("its two forms of attention give different bits", releases="<0.33"),
+            untried("measured in eager mode"),
+        ),
+        ascend=refused("its two forms of attention give different bits"),
+        asked=lambda config: bool(_eighth_cache(config)) and _compiled(lambda m: m.use_mla, "compiled MLA")(config),
+    ),
+    row(
         "sparse MLA: an indexer that chooses tokens (DeepSeek V3.2, GLM-5)",
-        **_everywhere("nothing fixes which of two tied tokens the indexer chooses"),
+        **_everywhere("nothing fixes the order of the tokens that the indexer chooses, and which of two tied ones"),
         asked=_of_model(
             lambda m: m.use_mla and hasattr(getattr(m, "hf_text_config", None), "index_topk"), "sparse MLA"
         ),

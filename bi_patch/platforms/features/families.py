@@ -21,6 +21,7 @@ _H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
 _H200_MLA_MORE = "invariance-2026-11-29-h200-mla-more-vllm-0.33.0.json"
 _H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
 _H200_MLA_BLOCKS = "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json"
+_H200_MLA_SHAPES = "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _H100_ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
@@ -150,7 +151,10 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "GLM-4.7-Flash in bf16",
         cpu=served(_CPU_MLA_MORE, why="a tiny shape with random weights"),
-        cuda=(refused("MLA", releases="<0.33"), served(_H200_MLA_MORE, why="four layers of its sizes, in eager mode")),
+        cuda=(
+            refused("MLA", releases="<0.33"),
+            served(_H200_MLA_SHAPES, _H200_MLA_MORE, why="four layers of its sizes, compiled and in eager mode"),
+        ),
         ascend=_MLA,
     ),
     row(
@@ -171,7 +175,16 @@ FAMILIES: tuple[Feature, ...] = (
         ),
         ascend=_MLA,
     ),
-    row("Kimi K2, LongCat in bf16", cpu=untried(), cuda=(refused("MLA", releases="<0.33"), untried()), ascend=_MLA),
+    row(
+        "Kimi K2 in bf16",
+        cpu=untried(),
+        cuda=(
+            refused("MLA", releases="<0.33"),
+            served(_H200_MLA_SHAPES, why="three layers of its sizes with 64 experts, in eager mode"),
+        ),
+        ascend=_MLA,
+    ),
+    row("LongCat in bf16", cpu=untried(), cuda=(refused("MLA", releases="<0.33"), untried()), ascend=_MLA),
     row("MiniCPM3, which vLLM runs as ordinary attention", cpu=untried(), cuda=untried(), ascend=_ASCEND),
     row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_SPARSE, cuda=_OWN, ascend=_MLA),
     row(

@@ -131,7 +131,20 @@ PAIRS: tuple[Feature, ...] = (
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
     _never(EIGHTH, QUANTIZED, LORA, SPECULATION, POOLING, RECURRENT, "multimodal models"),
-    _pairs(EIGHTH, MLA, cpu=_REFUSED, cuda=untried(), ascend=_REFUSED),
+    _pairs(
+        EIGHTH,
+        MLA,
+        cpu=_REFUSED,
+        cuda=(
+            served(
+                "invariance-2026-11-29-h200-mla-eighths-vllm-0.33.0.json",
+                why="four layers of DeepSeek-V2-Lite's sizes, in eager mode; Triton-MLA, in two forms",
+                releases=">=0.33",
+            ),
+            _REFUSED,
+        ),
+        ascend=_REFUSED,
+    ),
     _pairs(
         "tensor parallelism",
         *("pipeline parallelism", "data parallelism"),

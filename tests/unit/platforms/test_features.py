@@ -285,6 +285,10 @@ def test_an_fp8_kv_cache_is_refused_where_it_was_not_tried():
 def test_mla_is_refused_where_it_has_no_kernel():
     check("cpu", model_use_mla=True)
     check("cuda", "0.33.0", model_use_mla=True)
+    check("cuda", "0.33.0", model_use_mla=True, cache_cache_dtype="fp8")
+    for changes in ({"model_quantization": "fp8"}, {"lora": SimpleNamespace()}, {"cache_cache_dtype": "fp8_e5m2"}):
+        with pytest.raises(UnsupportedFeature, match="features: "):
+            check("cuda", "0.33.0", **{"model_use_mla": True, "cache_cache_dtype": "fp8"} | changes)
     for platform, release in (("cuda", "0.32.0"), ("cuda", "0.23.0"), ("ascend", None)):
         with pytest.raises(UnsupportedFeature, match="features: .*MLA"):
             check(platform, release, model_use_mla=True)
@@ -478,15 +482,14 @@ def test_an_engine_names_the_untried_pairs_of_which_it_has_its_part():
     assert untried() == ()
 
 
-def test_modes_that_no_run_has_are_named(monkeypatch):
+def test_modes_that_no_run_has_are_named():
     def untried(platform, **changes):
         return table.untried(config(**changes), platform, Version(releases.BY_PLATFORM[platform][-1]))
 
-    name = "MLA in one form, compiled (BI_PATCH_MLA=one)"
-    for form, eager, there in (("one", False, True), ("one", True, False), ("two", False, False), ("two", True, False)):
-        monkeypatch.setenv("BI_PATCH_MLA", form)
-        assert (name in untried("cuda", model_use_mla=True, model_enforce_eager=eager)) == there, (form, eager)
-        assert name not in untried("cpu", model_use_mla=True, model_enforce_eager=eager)
+    name = "MLA with an FP8 KV cache, compiled"
+    for dtype, eager, there in (("fp8", False, True), ("fp8", True, False), ("auto", False, False)):
+        latent = {"model_use_mla": True, "model_enforce_eager": eager, "cache_cache_dtype": dtype}
+        assert (name in untried("cuda", **latent)) == there, (dtype, eager)
     jamba = {"model_is_hybrid": True, "model_architectures": ["JambaForCausalLM"]}
     assert "Jamba, compiled" in untried("cpu", **jamba)
     assert "Jamba, compiled" not in untried("cpu", **jamba, model_enforce_eager=True)
