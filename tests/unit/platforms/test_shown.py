@@ -142,9 +142,17 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek V2, eager, BI_PATCH_MLA=two", *_MLA, "preemption"),
         ("DeepSeek V2, BI_PATCH_MLA=two", *_MLA, "preemption"),
         ("DeepSeek-V2-Lite", *_MLA),
+        ("GLM-4.7-Flash", *_MLA),
+        ("DeepSeek V2, BI_PATCH_MLA=one", *_MLA),
+        ("Kimi K2, eager", *_FIVE),
     ),
     ("MLA, compiled", "cpu"): (("DeepSeek V2,* compiled", *_SIX),),
-    ("MLA, compiled", "cuda"): (("DeepSeek V2, BI_PATCH_MLA=two", *_MLA, "preemption"), ("DeepSeek-V2-Lite", *_MLA)),
+    ("MLA, compiled", "cuda"): (
+        ("DeepSeek V2, BI_PATCH_MLA=two", *_MLA, "preemption"),
+        ("DeepSeek-V2-Lite", *_MLA),
+        ("GLM-4.7-Flash", *_MLA),
+    ),
+    ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cuda"): (("DeepSeek V2, BI_PATCH_MLA=one", *_MLA),),
     ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cpu"): (("DeepSeek V2,* compiled", *_SIX),),
     ("FP8 KV cache (e4m3, scales of 1)", "cuda"): (("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),),
     ("fp32 KV cache", "cpu"): (("* fp32", *_SIX, "preemption"),),
@@ -215,6 +223,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     # Pairs.
     ("LoRA with speculative decoding", "cpu"): (("* LoRA, n-grams", *_SPECULATED),),
     ("LoRA with quantized weights", "cpu"): tuple((f"* {s}, LoRA", *_LORA) for s in ("INT8", "W4A16", "FP8 blocks")),
+    ("an FP8 KV cache with MLA", "cuda"): (("DeepSeek V2, FP8 KV cache, eager", *_MLA, "preemption"),),
     ("speculative decoding with quantized weights", "cpu"): tuple(
         (f"* {scheme}, n-grams", *_SPECULATED) for scheme in ("INT8", "W4A16", "FP8 blocks")
     ),
@@ -301,7 +310,8 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek V2, BI_PATCH_MLA=two", *_MLA, "preemption"),
     ),
     ("GLM-4.7-Flash in bf16", "cpu"): (("GLM-4.7-Flash,*", *_SIX),),
-    ("GLM-4.7-Flash in bf16", "cuda"): (("GLM-4.7-Flash,*", *_FIVE),),
+    ("GLM-4.7-Flash in bf16", "cuda"): (("GLM-4.7-Flash, eager", *_FIVE), ("GLM-4.7-Flash", *_MLA)),
+    ("Kimi K2 in bf16", "cuda"): (("Kimi K2, eager", *_FIVE),),
     ("DeepSeek V3, V3.1 and R1 in FP8 blocks", "cuda"): (("DeepSeek-V3 FP8 block,*", *_MLA),),
     ("DeepSeek V3, V3.1 and R1 in bf16", "cuda"): (("DeepSeek V3,*", *_FIVE),),
     **{
