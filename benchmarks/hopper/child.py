@@ -240,14 +240,15 @@ def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> dict:
     }
 
 
-def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
-    """Measure one repeat of a workload and append it to `result`.
+def warm(engine: Engine, name: str) -> None:
+    """Load the kernels of a workload's sizes. Some libraries compile kernels when they are first used."""
+    number, length, *_ = COST[name]
+    cost(engine, number, length, 4, 500)
 
-    The first repeat also loads the kernels of this size beforehand, and profiles the GPU.
-    """
+
+def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
+    """Measure one repeat of a workload and append it to `result`. The first repeat also profiles the GPU."""
     number, length, tokens, _ = COST[name]
-    if repeat == 0:
-        cost(engine, number, length, 4, 500)
     row = {"workload": name, "repeat": repeat} | cost(engine, number, length, tokens, repeat)
     if repeat == 0:
         row |= gpu_cost(engine, number, length)
@@ -316,10 +317,13 @@ def main() -> None:
         cost(engine, 1, 64, 16, 999)
     if a.cost:
         for name in workloads(a.only, a.max_model_len):
+            warm(engine, name)
             for repeat in range(COST[name][3]):
                 measure(engine, result, name, repeat)
             save(result, a.out)
     if a.turns:
+        for name in workloads(a.only, a.max_model_len):
+            warm(engine, name)
 
         def turn(name: str, repeat: int) -> None:
             measure(engine, result, name, repeat)

@@ -110,18 +110,18 @@ ROUNDS: list[list[Entry]] = [
     ],
     [
         model("Qwen3-Next-80B-A3B, 8 layers", (26.5, 10.0, 4.5), (ONE, EIGHT, MANY, MOST, LONG)),
-        scheme("FP8 block MLA", (17.0, 1.0, 5.0), (ONE, EIGHT, MANY, LATENT, LONG), layers=4),
-    ],
-    [
-        model("DeepSeek-V2-Lite", (29.3, 3.0, 3.5), (ONE, EIGHT, MANY, LATENT, LONG)),
         model("Falcon-H1-7B, 8 layers", (4.5, 7.0, 3.0), (ONE, EIGHT, MANY, LONG)),
-        extra("ngram", 4),
         extra("embed", 1.5),
     ],
     [
+        model("DeepSeek-V2-Lite", (29.3, 3.0, 3.5), (ONE, EIGHT, MANY, LATENT, LONG)),
+        extra("eagle3", 0.5),
+        scheme("FP8 block MLA", (17.0, 1.0, 5.0), (ONE, EIGHT, MANY, LATENT, LONG), layers=4),
+    ],
+    [
+        extra("ngram", 4),
         model("Granite-4.0-H-Small, 8 layers", (12.5, 8.0, 3.5), (ONE, EIGHT, MANY, LONG)),
         extra("images", 2),
-        extra("eagle3", 0.5),
         scheme("W4A16", QUANTIZED),
     ],
 ]

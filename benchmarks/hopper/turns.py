@@ -32,11 +32,12 @@ def group(
     # A fixed KV cache: vLLM's measurement of free memory would be wrong while the other engine starts.
     given = {"kv_cache_memory_bytes": int(a.kv_gib * 2**30), "gpu_memory_utilization": a.share}
     given |= getattr(a, "engine", {})
-    children = []
+    measured, children = workloads(a.only, a.max_model_len), []
+    flags += ("--only", ",".join(measured))
     for mode, nursery in made.items():
         out, (_, *command) = run.engine(a, model, mode, "--turns", *flags, **given)
         children.append(engines.Child(nursery, label or model, mode, command, out))
-    return engines.Group(children, workloads(a.only, a.max_model_len), a.repeats)
+    return engines.Group(children, measured, a.repeats)
 
 
 def finish(a: argparse.Namespace, groups: Sequence[engines.Group], note: str = NOTE) -> bool:
