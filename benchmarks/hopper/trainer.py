@@ -173,8 +173,8 @@ def rows(label: str, tokens: int, times) -> list:
             ratio = statistics.median(x / y for x, y in zip(ours, theirs))
             made.append(
                 CostRow(
-                    label,
-                    f"trainer, {what}, {tokens} tokens, against {other}",
+                    f"{label}, trainer",
+                    f"{what}, {tokens} tokens, against {other}",
                     "s",
                     round(statistics.median(theirs), 5),
                     None,

@@ -514,8 +514,7 @@ FEATURES: tuple[Feature, ...] = (
             served(
                 _H200_LORA,
                 _H200_LORA_COMPILED,
-                why="on linear layers; adapters of embeddings and heads are refused by name; the cost of an engine is "
-                "not measured",
+                why="on linear layers; adapters of embeddings and heads are refused by name",
             ),
         ),
         ascend=refused("its products split K by the number of rows"),
