@@ -1,9 +1,10 @@
 """Times and compares products with packed weights of 4 bits on one GPU: Marlin's, Machete's and the bundled kernel's.
 
-    PYTHONPATH=. python3 benchmarks/hopper/packed.py OUT.json [--only SHAPE,...] [--schedules]
+    PYTHONPATH=. python3 benchmarks/hopper/packed.py OUT.json [--only SHAPE,...] [--rows M,...] [--schedules] [--bits]
 
 Each measurement is one line of the JSON file: kernel, shape, M, microseconds per call, and how many outputs differ from
-the bundled GEMM of the dequantized weights. --schedules measures each schedule of Machete, too. Times: see gemm.py.
+the bundled GEMM of the dequantized weights. All kernels of one shape and M are timed in turns. --schedules measures
+each schedule of Machete, too. --bits times nothing, and compares every form at up to 4096 rows.
 """
 
 import argparse
@@ -106,16 +107,54 @@ def vendors(q, scale, zero, bits_=4, group=128):
 def main():
     a = argparse.ArgumentParser(description=__doc__)
     a.add_argument("out")
-    a.add_argument("--only")
+    a.add_argument("--only", help="comma-separated shapes")
+    a.add_argument("--rows", default="", help="comma-separated numbers of rows")
     a.add_argument("--schedules", action="store_true")
+    a.add_argument("--bits", action="store_true", help="compare the forms as their certificate does, up to 4096 rows")
     a = a.parse_args()
     machine.forbid_split_k()
+    for form in four.FORMS if a.bits else ():
+        four.prepare(form, 128, False, torch.bfloat16, 0)
+    if a.bits:
+        for problem in PROBLEMS:
+            compare(a, problem)
+            print(f"{time.perf_counter() - started:.0f} s {problem}", flush=True)
+        return
     with ThreadPoolExecutor(8) as pool:
         for zeros in (False, True):
             list(pool.map(lambda form, z=zeros: four.prepare(form, 128, z, torch.bfloat16, 0), four.FORMS))
     for name in a.only.split(",") if a.only else SHAPES:
         measure(a, name)
         print(f"{time.perf_counter() - started:.0f} s {name}", flush=True)
+
+
+_BF, _HALF = torch.bfloat16, torch.float16
+PROBLEMS = (  # of packed_linear.Problem: n, k, dtype, bias, bits, group, zeros
+    (4096, 4096, _BF, False, 4, 128, False),
+    (1296, 2048, _BF, True, 4, 64, True),
+    (1296, 2048, _HALF, True, 4, 32, False),
+    (1296, 2048, _BF, False, 4, 2048, True),
+)
+COMPARED = (1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 96, 127, 129, 192, 255, 257, 300, 383, 512, 513)
+COMPARED += (700, 1000, 1024, 1025, 1500, 2047, 2048, 2049, 3000, 4095, 4096)
+
+
+def compare(a, given):
+    """Every form against the bundled GEMM of the dequantized weights, and some rows alone against the same among m."""
+    from bi_patch.ops.cuda import packed_linear
+
+    problem = packed_linear.Problem(*given)
+    trial = packed_linear._Trial(problem, 4096)
+    for number, form in enumerate(four.FORMS):
+        if not four.fits(form, problem.group, problem.zeros, machine.shared_memory()):
+            continue
+        wrong = {m: trial.differs(number, m) for m in COMPARED if form.serves(m) or m < 8 * form.tiles}
+        alone = 0
+        for at in (0, 5, 100, 4095):
+            one = trial._run(number, trial._take(at, 1), trial.packed)
+            alone += bits.differing(one, trial.want[at : at + 1])
+        rows = {m: count for m, count in wrong.items() if count}
+        tell(a.out, problem=str(problem), form=list(form), M=len(wrong), compared=list(wrong), wrong=rows, alone=alone)
 
 
 def measure(a, name):
@@ -130,43 +169,48 @@ def measure(a, name):
     want = bf16.gemm(x, w, None, bf16.REFERENCE)
     double = x[:64].double() @ exact.double().T
     copies = max(1, min(24, 120_000_000 // (n * k // 2)))
-
-    def one(kernel, m, run, weights, **more):
-        row = dict(kernel=kernel, shape=name, M=m, **more)
-        try:
-            got = run(x[:m], weights[0])
-            row["differ"] = bits.differing(got, want[:m])
-            if m == 64:
-                row["error"] = float((got.double() - double).norm() / double.norm())
-            rounds = max(1, min(24, int(2000 / (n * k / 4e6 + m * n * k / 3e8))) // len(weights))
-            row["us"] = round(timing.microseconds([[lambda v=v: run(x[:m], v) for v in weights] * rounds], 4)[0], 2)
-        except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-            if "CUDA error" in row["failed"] or "illegal" in row["failed"]:
-                tell(a.out, **row)
-                sys.exit(3)
-        tell(a.out, **row)
-
-    stock = [
-        (kernel, run, [held, *(held.clone() for _ in range(copies - 1))])
+    ways = [
+        ({"kernel": kernel}, run, [held, *(held.clone() for _ in range(copies - 1))])
         for kernel, run, held in vendors(q, scale, zero)
     ]
     ours = [packed, *(packed._replace(data=packed.data.clone()) for _ in range(copies - 1))]
     dense = [w, *(w.clone() for _ in range(min(3, copies - 1)))]
-    for m in ROWS:
-        for kernel, run, weights in stock:
-            one(kernel, m, run, weights)
-        for form in four.FORMS:
-            if form.serves(m):
-                one("bundled", m, lambda v, p, f=form: four.product(v, p, None, f), ours, form=list(form))
-        one("dense", m, lambda v, d: torch.mm(v, d.T), dense)
-        one("dequantize + dense", m, lambda v, p: torch.mm(v, four.dequantize(p).T), ours)
-        if a.schedules and stock and stock[0][0] == "machete" and m <= 1024:
-            for schedule in schedules(zero is not None):
-                one(
-                    "machete", m, lambda v, d, s=schedule: stock[0][1](v, d, schedule=s), stock[0][2],
-                    schedule=schedule,
-                )  # fmt: skip
+    ways.append(({"kernel": "dense"}, lambda v, d: torch.mm(v, d.T), dense))
+    ways.append(({"kernel": "dequantize + dense"}, lambda v, p: torch.mm(v, four.dequantize(p).T), ours))
+    if a.schedules and ways[0][0]["kernel"] == "machete":
+        run, weights = ways[0][1:]
+        for schedule in schedules(zero is not None):
+            say = {"kernel": "machete", "schedule": schedule}
+            ways.append((say, lambda v, d, s=schedule: run(v, d, schedule=s), weights))
+    for form in four.FORMS:
+        ways.append(({"kernel": "bundled", "form": list(form)}, lambda v, p, f=form: four.product(v, p, None, f), ours))
+    for m in map(int, a.rows.split(",")) if a.rows else ROWS:
+        turns(a.out, name, m, x[:m], want[:m], double, ways)
+
+
+def turns(out, name, m, x, want, double, ways):
+    """Time all ways for m rows in turns, so that each sees the same clock and the same company."""
+    timed = []
+    for say, run, weights in ways:
+        row = {"shape": name, "M": m, **say}
+        if "form" in say and not four.Form(*say["form"]).serves(m) or "schedule" in say and m > 1024:
+            continue
+        try:
+            got = run(x, weights[0])
+            torch.cuda.synchronize()
+            row["differ"] = bits.differing(got, want)
+            if m == 64:
+                row["error"] = float((got.double() - double).norm() / double.norm())
+            n, k = want.shape[1], x.shape[1]
+            rounds = max(1, min(24, int(2000 / (n * k / 4e6 + m * n * k / 3e8))) // len(weights))
+            timed.append((row, [lambda v=v, r=run: r(x, v) for v in weights] * rounds))
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+            tell(out, **row)
+            if "CUDA error" in row["failed"] or "illegal" in row["failed"]:
+                sys.exit(3)
+    for (row, _), us in zip(timed, timing.microseconds([calls for _, calls in timed], 5), strict=True):
+        tell(out, **row, us=round(us, 2))
 
 
 def schedules(zeros):

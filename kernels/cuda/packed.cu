@@ -2,8 +2,7 @@
 //
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w. TILES: eights of rows of x in
 // a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such a block. ZEROS: whether
-// there are zero points. INPUT: the 16-bit type, "bf16" or "f16". ONE, BASE, MIDDLE: twice the bits of 1, of the float
-// whose last bit of the mantissa is 1, and of BASE + 8.
+// there are zero points. INPUT: the 16-bit type, "bf16" or "f16". unpack.h makes floats of the integers.
 //
 // Order of one output: one fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass. (q - zero) * scale
 // is rounded once, the bias is added in fp32, and the result is rounded once. No warp shares an output with another.
@@ -13,20 +12,6 @@
 #define X_BYTES (8 * TILES * ROW)
 #define SCALE_BYTES (32 * GROUPS)
 #define STAGE (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))
-
-struct alignas(16) Four {
-  u32 word[4];
-};
-
-DEVICE u32 twice(u16 half) { return half | static_cast<u32>(half) << 16; }
-
-DEVICE u32 minus(u32 pair) { return pair ^ 0x80008000u; }
-
-// Two weights from the integers at bits `shift` and 16 + `shift`. less: the negative of the zero point and the base.
-DEVICE u32 weights(u32 word, int shift, u32 less, u32 scale) {
-  const u32 held = masked_or(word >> shift, 0x000f000fu, BASE);
-  return fuse_pairs(fuse_pairs(held, ONE, less), scale, 0x80008000u);
-}
 
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
                const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride) {

@@ -1,7 +1,7 @@
-"""Products of few rows with packed weights of 4 bits: compiles and launches packed.cu, which states the order.
+"""Products with packed weights of 4 bits: compiles and launches packed.cu and packed_wide.cu, which state the order.
 
 x [M, K], bias [N] or none and out [M, N] are bf16 or fp16. Weights: kernels/packing.py. The order is that of
-kernels/triton/gemm.py for the dequantized weights.
+kernels/triton/gemm.py for the dequantized weights. Wide forms need Hopper.
 """
 
 from __future__ import annotations
@@ -21,27 +21,36 @@ if TYPE_CHECKING:
 _BITS = {"torch.bfloat16": (0x3F80, 0x4300), "torch.float16": (0x3C00, 0x6400)}
 _ROW_BYTES = 2 * BLOCK_K + 16
 _DEQUANTIZING_WARPS = 8
-_MOST_TILES, _MOST_ROWS = 16, 512
+_HOPPER = 9, 0
+_LARGE = 64  # rows of a wide form's tile that may serve any number of tiles
 
 
 class Form(NamedTuple):
-    """What packed.cu is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
-    blocks of 128 elements of K in shared memory."""
+    """What the source is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
+    blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu."""
 
     warps: int
     tiles: int
     stages: int
+    wide: bool = False
 
     def serves(self, rows: int) -> bool:
         """Whether this form can be the fastest for a number of rows."""
-        most = _MOST_ROWS if self.tiles == _MOST_TILES else 8 * self.tiles
-        return rows <= most and (4 * self.tiles < rows or self.tiles == 1)
+        tile = 8 * self.tiles
+        if self.wide:
+            return (tile < 2 * rows or self.tiles == 1) and (rows <= 2 * tile or tile >= _LARGE)
+        return rows <= tile and (tile < 2 * rows or self.tiles == 1)
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a device of this compute capability has the form's instructions."""
+        return not self.wide or tuple(capability) == _HOPPER
 
     def defines(self, groups: int, zeros: bool, dtype: str) -> dict[str, object]:
         """The preprocessor macros of packed.cu. groups: of scales in 128 elements of K. dtype: of x."""
         one, base = _BITS[dtype]
         return {
             "PARTS": 1,
+            "WIDE": int(self.wide),
             "WARPS": self.warps,
             "TILES": self.tiles,
             "STAGES": self.stages,
@@ -55,6 +64,8 @@ class Form(NamedTuple):
     def shared_bytes(self, groups: int, zeros: bool) -> int:
         """Bytes of shared memory of a block. groups: of scales in 128 elements of K."""
         own = self.warps * (16 * BLOCK_K // 2 + 32 * groups * (1 + zeros))
+        if self.wide:
+            return self.stages * -(-(8 * self.tiles * 2 * BLOCK_K + own) // 1024) * 1024
         return self.stages * (8 * self.tiles * _ROW_BYTES + own)
 
 
@@ -72,9 +83,20 @@ FORMS = (
     Form(2, 8, 4),
     Form(4, 8, 4),
     Form(8, 8, 4),
-    Form(2, 16, 3),
-    Form(4, 16, 3),
-    Form(8, 16, 3),
+    Form(4, 1, 8, True),
+    Form(8, 1, 8, True),
+    Form(4, 2, 8, True),
+    Form(8, 2, 8, True),
+    Form(4, 4, 8, True),
+    Form(8, 4, 6, True),
+    Form(16, 4, 6, True),
+    Form(4, 8, 8, True),
+    Form(8, 8, 6, True),
+    Form(16, 8, 5, True),
+    Form(4, 16, 5, True),
+    Form(8, 16, 5, True),
+    Form(16, 16, 4, True),
+    Form(8, 32, 3, True),
 )
 
 
@@ -88,9 +110,33 @@ def build(form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: in
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     brain = dtype == "torch.bfloat16"
     folder = Path(__file__).resolve().parent
-    source = (folder / "primitives.h").read_text() + (folder / "packed.cu").read_text()
+    files = ["primitives.h", "unpack.h", "packed_wide.cu" if form.wide else "packed.cu"]
+    source = [(folder / name).read_text() for name in files]
+    if form.wide:
+        source.insert(1, multiply_wide(form.tiles))
+        arch += "a"  # instructions of this architecture alone
     defines = form.defines(groups, zeros, dtype) | {"BRAIN": int(brain), "INPUT": '"bf16"' if brain else '"f16"'}
-    return nvrtc.compile(source, arch, defines | {"CONTRACT": 1}, major)
+    return nvrtc.compile("".join(source), arch, defines | {"CONTRACT": 1}, major)
+
+
+def multiply_wide(tiles: int) -> str:
+    """CUDA source of multiply_wide: d [64, 8 * tiles] += a [64, 16] b [8 * tiles, 16].T, by one instruction wgmma.
+
+    a: this thread's registers, as those of mma.m16n8k16 for its warp's 16 rows. b: its descriptor (primitives.h).
+    """
+    sums = [f"d[{tile}][{part}]" for tile in range(tiles) for part in range(4)]
+    held = ", ".join(f"%{i}" for i in range(len(sums)))
+    given = ", ".join(f"%{len(sums) + i}" for i in range(4))
+    out, at = ", ".join(f'"+f"({name})' for name in sums), len(sums) + 4
+    return f"""
+DEVICE void multiply_wide(float (&d)[{tiles}][4], const u32 (&a)[4], i64 b) {{
+  asm volatile("{{\\n\\t.reg .pred adds;\\n\\tsetp.ne.b32 adds, 1, 0;\\n\\t"
+               "wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32." INPUT "." INPUT
+               " {{{held}}}, {{{given}}}, %{at}, adds, 1, 1, 0;\\n\\t}}"
+               : {out}
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}
+"""
 
 
 @functools.cache
@@ -137,11 +183,8 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Fo
     tensors = (x, packed.data, packed.scale, packed.zero, bias, out)
     sizes = (rows, cols, depth, packed.group, x.stride(0))
     arguments = [*(c_void_p(None if t is None else t.data_ptr()) for t in tensors), *map(c_int, sizes)]
-    held(
-        (-(-cols // (16 * form.warps)), -(-rows // (8 * form.tiles))),
-        torch.cuda.current_stream(x.device).cuda_stream,
-        arguments,
-    )
+    grid = -(-cols // (16 * form.warps)), -(-rows // (8 * form.tiles))
+    held(grid[::-1] if form.wide else grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)
     return out
 
 

@@ -228,3 +228,30 @@ DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#if WIDE
+// Of Hopper (sm_90a): matrix instructions of a warpgroup, four neighbouring warps. Each warp has 16 rows of a, in
+// registers. b lies in shared memory, see `described`.
+
+// Shared memory at a multiple of 1024, as the swizzle of 128 bytes wants it.
+DEVICE unsigned char* shared_1024() {
+  extern __shared__ __align__(1024) unsigned char aligned_memory[];
+  return aligned_memory;
+}
+
+// What this thread wrote to shared memory becomes visible to the matrix instructions after the next barrier.
+DEVICE void show_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The matrix descriptor of b (PTX ISA, "Matrix descriptor format"): rows of 64 16-bit elements, 128 bytes, 16 of them
+// at a time from `at` on; the swizzle of 128 bytes; 1024 bytes from one eight of rows to the next.
+DEVICE i64 described(const void* at) { return (address(at) & 0x3ffff) >> 4 | 1ll << 16 | 64ll << 32 | 1ll << 62; }
+
+// Before the first product, and after the registers of a product have changed.
+DEVICE void begin_product() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void end_product() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int pending>
+DEVICE void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+#endif

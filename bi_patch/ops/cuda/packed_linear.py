@@ -1,11 +1,11 @@
 """Routes of linears with packed weights of 4 or 8 bits on CUDA: the fastest kernel for each M, all in one order.
 
-Order: that of 16-bit linears (bi_patch.ops.cuda.linear) for the dequantized weights (kernels/packing.py). For few rows
-a bundled kernel dequantizes in registers: of 4 bits kernels/cuda/packed.cu, of 8 bits kernels/triton/packed_gemm.py.
-For many rows, the weights are dequantized once a call, and the route of the 16-bit linear serves, with its own
-certificate.
+Order: that of 16-bit linears (bi_patch.ops.cuda.linear) for the dequantized weights (kernels/packing.py). Bundled
+kernels dequantize in registers: of 4 bits kernels/cuda/packed.cu and, on Hopper, packed_wide.cu; of 8 bits
+kernels/triton/packed_gemm.py. Or the weights are dequantized once a call, and the route of the 16-bit linear serves,
+with its own certificate.
 
-A certificate compares each variant of the bundled kernel with the bundled GEMM of the dequantized weights, at numbers
+A certificate compares each variant of the bundled kernels with the bundled GEMM of the dequantized weights, at numbers
 of rows up to a limit, and times the variants and the other way. A variant that differs does not serve. A problem
 without a route takes the other way.
 
@@ -40,11 +40,11 @@ _log = logging.getLogger("vllm.bi_patch")
 OPERATION = "cuda.packed_linear"
 DATA = "sums of zero and others, kernels by time"
 _TYPES = ("bfloat16", "float16")
-_MOST = 1024  # rows: above, dequantizing takes a small part of the time
+_MOST = 2048  # rows: above, dequantizing takes a small part of the time
 _WHOLE = -1  # in a certificate, the number of the way that dequantizes all weights
 # Variants are compared at these numbers of rows, at the beginning and the end of the input.
 _COMPARED = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 500, 512)
-_COMPARED += (513, 1000, 1024)
+_COMPARED += (513, 1000, 1024, 1025, 1500, 2047, 2048)
 
 
 class Problem(NamedTuple):
@@ -125,11 +125,25 @@ def packed_linear(x, data, scale, zero, bias, bits: int, group: int) -> torch.Te
 
 
 def variants(bits: int):
-    """The bundled kernel's variants for weights of so many bits."""
+    """The bundled kernels' variants for weights of so many bits."""
     from bi_patch.kernels.cuda import packed
     from bi_patch.kernels.triton import packed_gemm
 
     return packed.FORMS if bits == 4 else packed_gemm.TILES
+
+
+def runnable(problem: Problem) -> list[int]:
+    """The numbers of the variants that this device can run."""
+    known = variants(problem.bits)
+    if problem.bits == 8:
+        return list(range(len(known)))
+    import torch
+
+    from bi_patch.kernels.cuda import packed
+
+    capability, shared = torch.cuda.get_device_capability(), machine.shared_memory()
+    fits = (form.runs_on(capability) and packed.fits(form, problem.group, problem.zeros, shared) for form in known)
+    return [number for number, able in enumerate(fits) if able]
 
 
 def _product(number: int, x, packed: Packed, bias):
@@ -192,7 +206,8 @@ def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None
 
     nvrtc.folder = cache / "cubins"
     device = torch.cuda.current_device()
-    for form in packed.FORMS:
+    for number in runnable(problem):
+        form = packed.FORMS[number]
         ahead.work(lambda f=form: packed.prepare(f, problem.group, problem.zeros, problem.dtype, device))
 
 
@@ -231,8 +246,9 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
     trial = _Trial(problem, min(max_rows, _MOST))
     known = variants(problem.bits)
     wrong: dict[int, dict[int, int]] = {}
-    for number, variant in enumerate(known):
-        wrong[number] = {m: trial.differs(number, m) for m in _COMPARED if m <= trial.rows and variant.serves(m)}
+    for number in runnable(problem):
+        serves = known[number].serves
+        wrong[number] = {m: trial.differs(number, m) for m in _COMPARED if m <= trial.rows and serves(m)}
     wrong = {number: found for number, found in wrong.items() if found}
     good = [number for number, found in wrong.items() if not any(found.values())]
     preferred, times = trial.fastest(good)

@@ -46,7 +46,7 @@ struct Block {
   std::barrier<> whole;
   std::vector<Warp> warps;
   std::atomic<int> running;
-  alignas(128) unsigned char memory[1 << 18];
+  alignas(1024) unsigned char memory[1 << 18];
   explicit Block(int threads) : whole(threads), warps(threads / LANES), running(threads) {
     memset(memory, 0xff, sizeof memory);  // NaN: a read of memory that was not written shows
   }
@@ -278,6 +278,45 @@ DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     d[e] = sum;
   }
   w.together.arrive_and_wait();
+}
+
+// Wide instructions: the four warps of a warpgroup do not share outputs, so each is emulated alone. A product happens
+// when a thread waits for it, with the weights that its registers and the rows that its memory hold then.
+DEVICE unsigned char* shared_1024() { return shared(); }
+DEVICE void show_copies() {}
+DEVICE i64 described(const void* at) { return reinterpret_cast<i64>(at); }
+DEVICE void begin_product() {}
+
+static thread_local std::vector<std::function<void()>> open_products;
+static thread_local std::deque<std::vector<std::function<void()>>> products;
+
+template <int tiles>
+DEVICE void multiply_wide(float (&d)[tiles][4], const u32 (&a)[4], i64 b) {
+  open_products.push_back([&d, &a, b] {
+    const int g = this_thread % LANES / 4, t = this_thread % 4;
+    const i64 base = reinterpret_cast<i64>(shared());
+    for (int tile = 0; tile < tiles; ++tile) {
+      u32 pair[2];
+      for (int half = 0; half < 2; ++half) {
+        const i64 at = b - base + (tile * 8 + g) * 128 + half * 16 + t * 4;
+        memcpy(&pair[half], shared() + (at ^ (at >> 7 & 7) << 4), 4);  // the swizzle of 128 bytes
+      }
+      multiply_add(d[tile], a, pair[0], pair[1]);
+    }
+  });
+}
+
+DEVICE void end_product() {
+  products.push_back(open_products);
+  open_products.clear();
+}
+
+template <int pending>
+DEVICE void wait_products() {
+  while (products.size() > pending) {
+    for (const auto& product : products.front()) product();
+    products.pop_front();
+  }
 }
 
 // Runs one cluster after the other.

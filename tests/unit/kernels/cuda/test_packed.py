@@ -19,6 +19,8 @@ extern "C" void launch_product(int x, int y, const u16* rows, const unsigned cha
                                int stride) {
   run_grid(x, y, THREADS, [&] { product(rows, w, scale, zero, bias, out, m, n, k, group, stride); });
 }
+"""
+LAUNCH_DEQUANTIZE = """
 extern "C" void launch_dequantize(int x, int y, const unsigned char* w, const u16* scale, const u16* zero, u16* out,
                                   int n, int k, int group) {
   run_grid(x, y, THREADS, [&] { dequantize(w, scale, zero, out, n, k, group); });
@@ -29,7 +31,10 @@ extern "C" void launch_dequantize(int x, int y, const unsigned char* w, const u1
 def emulated(folder, form, groups, zeros):
     """The kernels, compiled by g++ over emulated instructions."""
     source, library = folder / "packed.cpp", folder / "packed.so"
-    source.write_text(f'#include "emulate.h"\n#include "{KERNELS / "packed.cu"}"\n{LAUNCH}')
+    kernel = "packed_wide.cu" if form.wide else "packed.cu"
+    dequantizing = "" if form.wide else LAUNCH_DEQUANTIZE
+    included = "".join(f'#include "{name}"\n' for name in ("emulate.h", KERNELS / "unpack.h", KERNELS / kernel))
+    source.write_text(f"{included}{LAUNCH}{dequantizing}")
     command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
     command += [f"-I{Path(__file__).parent}", str(source), "-o", str(library)]
     command += [f"-D{name}={value}" for name, value in form.defines(groups, zeros, "torch.bfloat16").items()]
@@ -44,6 +49,10 @@ def emulated(folder, form, groups, zeros):
         (packed.Form(4, 2, 4), 40, 80, 64, False, False),
         (packed.Form(1, 4, 2), 29, 32, 32, True, False),
         (packed.Form(2, 1, 8), 1, 32, 512, False, True),
+        (packed.Form(4, 2, 3, True), 5, 48, 128, True, True),
+        (packed.Form(4, 4, 4, True), 40, 80, 64, False, False),
+        (packed.Form(8, 2, 5, True), 17, 144, 32, True, False),
+        (packed.Form(4, 1, 3, True), 1, 32, 512, False, True),
     ],
 )
 def test_products_and_weights(tmp_path, monkeypatch, form, rows, n, group, zeros, bias):
@@ -64,7 +73,8 @@ def test_products_and_weights(tmp_path, monkeypatch, form, rows, n, group, zeros
     monkeypatch.setattr(packed, "_kernel", kernel)
     monkeypatch.setattr(packed, "_DEQUANTIZING_WARPS", form.warps)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-    assert torch.equal(packed.dequantize(held), weight)
+    if not form.wide:
+        assert torch.equal(packed.dequantize(held), weight)
     x = torch.randn(rows, k, generator=generator).bfloat16()
     added = torch.randn(n, generator=generator).bfloat16() if bias else None
     got = packed.product(x, held, added, form)
@@ -114,8 +124,11 @@ def test_other_sizes_are_refused(n, k, bits, group):
 def test_every_form_fits_into_a_block_of_hopper():
     for form in packed.FORMS:
         assert packed.fits(form, 32, True, 232448), form
-        assert form.serves(8 * form.tiles) and not form.serves(1024)
-    assert all(any(form.serves(m) for form in packed.FORMS) for m in range(1, 513))
+        assert form.serves(8 * form.tiles) and not form.serves(4 * form.tiles - 1)
+        assert form.wide or not form.serves(65)
+        assert not form.wide or form.warps % 4 == 0 and form.runs_on((9, 0)) and not form.runs_on((10, 0))
+    assert all(any(form.serves(m) and form.wide for form in packed.FORMS) for m in range(9, 4097))
+    assert all(any(form.serves(m) and not form.wide for form in packed.FORMS) for m in range(1, 65))
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])

@@ -1,0 +1,168 @@
+// Products with weights of 4 bits on Hopper's wide matrix instructions: out[m, n] = round(sum over k of x[m, k] *
+// w[n, k] + bias[n]).
+//
+// packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w; four are a warpgroup. TILES:
+// eights of rows of x in a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such
+// a block. ZEROS: whether there are zero points. INPUT: the 16-bit type. unpack.h makes floats of the integers.
+//
+// Order of one output: that of packed.cu. One fp32 accumulator of wgmma.m64nNk16 takes K in ascending order in one pass.
+// The weights of 16 elements of K lie in a warp's registers as for mma.m16n8k16, so both read one packing.
+
+#define THREADS (32 * WARPS)
+#define ATOM (1024 * TILES)  // bytes of all rows of x and 64 elements of K: rows of 128 bytes, swizzled
+#define X_BYTES (2 * ATOM)
+#define SCALE_BYTES (32 * GROUPS)
+#define STAGE ((X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)) + 1023) / 1024 * 1024)
+#define AHEAD (STAGES - 2)         // loads in flight: a block's last products may run into the next block
+#define BATCH (TILES > 8 ? 2 : 4)  // products of 16 elements of K that run while the next ones' weights are unpacked
+#define OUT_ROW (32 * WARPS + 16)  // bytes of a row of outputs in shared memory
+
+// A lane's weights of a block of K: its words, and of each group the scales and zero points of its two rows.
+struct Words {
+  Four four[2];
+  u32 scale[GROUPS], zero[GROUPS];
+};
+
+DEVICE Words words_at(const unsigned char* stage, int warp, int lane) {
+  Words block;
+  const unsigned char* words = stage + X_BYTES + warp * 1024 + lane * 16;
+  block.four[0] = *reinterpret_cast<const Four*>(words);
+  block.four[1] = *reinterpret_cast<const Four*>(words + 512);
+  const unsigned char* scales = stage + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES;
+#pragma unroll
+  for (int group = 0; group < GROUPS; ++group) {
+    const u16* from = reinterpret_cast<const u16*>(scales) + group * 16 + lane / 4;
+    block.scale[group] = from[0] | static_cast<u32>(from[8]) << 16;
+    if (ZEROS) block.zero[group] = from[SCALE_BYTES / 2] | static_cast<u32>(from[8 + SCALE_BYTES / 2]) << 16;
+  }
+  return block;
+}
+
+DEVICE u32 twice_of(u32 pair, int row) { return twice(static_cast<u16>(pair >> 16 * row)); }
+
+// The weights of 16 elements of K, as registers of mma.m16n8k16.
+DEVICE void unpack(u32 (&a)[4], const Words& block, int step) {
+  const int group = step * GROUPS / 8;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const u32 less = minus(ZEROS ? twice_of(block.zero[group], r % 2) : MIDDLE);
+    a[r] = weights(block.four[step / 4].word[step % 4], 4 * r, less, twice_of(block.scale[group], r % 2));
+  }
+}
+
+KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
+               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride) {
+  const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
+  const int strips = cols / 16, mine = block_y() * WARPS + warp, strip = mine < strips ? mine : strips - 1;
+  const int first = block_x() * 8 * TILES;  // row of x: neighbouring blocks share weights
+  x += static_cast<i64>(first) * stride;
+  out += static_cast<i64>(first) * cols;
+  rows -= first;
+  // What this thread copies for a block of K: a part of a row of x and of every THREADS / 16th row after it, its own
+  // weights, and a part of its warp's scales. The pointers move on by one block at each call.
+  const int part = thread() % 16, row = thread() / 16;
+  const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
+  const int x_to = part / 8 * ATOM + row * 128 + (part % 8 ^ row % 8) * 16;
+  const unsigned char* w_from = w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
+  const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
+  const unsigned char* s_from = (kind ? zero : scale) + (static_cast<i64>(piece / 2) * cols + strip * 16) * 2;
+  s_from += piece % 2 * 16;
+  const i64 s_step = static_cast<i64>(GROUPS) * cols * 2;
+  const int each = GROUPS > 1 ? 1 : group / 128;  // blocks that share a group
+  int left = blocks, same = each, slot = 0;
+  auto load = [&] {
+    if (left > 0) {
+      unsigned char* at = shared_1024() + slot;
+      const u16* from = x_from;
+#pragma unroll
+      for (int c = 0; c < 8 * TILES; c += THREADS / 16) {
+        const bool there = row + c < rows;
+        if (THREADS / 16 <= 8 * TILES || row < 8 * TILES) copy_16(at + x_to + c * 128, there ? from : x, there);
+        from += THREADS / 16 * stride;
+      }
+      at += X_BYTES;
+      copy_16(at + warp * 1024 + lane * 16, w_from, true);
+      copy_16(at + warp * 1024 + 512 + lane * 16, w_from + 512, true);
+      at += WARPS * 1024 + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
+      if (kind <= ZEROS) copy_16(at, s_from, true);
+      x_from += 128;
+      w_from += 1024;
+      if (--same == 0) {
+        same = each;
+        s_from += s_step;
+      }
+      slot = slot == (STAGES - 1) * STAGE ? 0 : slot + STAGE;
+      --left;
+    }
+    end_group();
+  };
+
+  float sum[TILES][4];
+#pragma unroll
+  for (int t = 0; t < TILES; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[t][i] = 0;
+
+#pragma unroll
+  for (int i = 0; i < AHEAD; ++i) load();
+  u32 a[2][BATCH][4];  // the weights of two batches: one is unpacked while products read the other
+  wait_groups<AHEAD - 1>();
+  together();
+  Words held = words_at(shared_1024(), warp, lane);
+  int at_slot = 0;
+  for (int block = 0; block < blocks; ++block) {
+    const unsigned char* at = shared_1024() + at_slot;
+    at_slot = at_slot == (STAGES - 1) * STAGE ? 0 : at_slot + STAGE;
+    Words next;
+#pragma unroll
+    for (int batch = 0; batch < 8 / BATCH; ++batch) {
+      wait_products<1>();
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) unpack(a[batch % 2][j], held, batch * BATCH + j);
+      if (batch == 0) {  // x of this block is there, and no product reads the one before the last
+        show_copies();
+        barrier();
+        load();
+      }
+      begin_product();
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) {
+        const int step = batch * BATCH + j;
+        multiply_wide(sum, a[batch % 2][j], described(at + step / 4 * ATOM + step % 4 * 32));
+      }
+      end_product();
+      if (batch == 0) {
+        wait_groups<AHEAD - 1>();
+        together();
+        next = words_at(shared_1024() + at_slot, warp, lane);
+      }
+    }
+    held = next;
+  }
+  wait_products<0>();
+  wait_groups<0>();
+  barrier();  // the outputs pass through the memory of x
+
+  float added[2] = {0, 0};
+  if (bias) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) added[r] = widen(bias[strip * 16 + g + 8 * r]);
+  }
+  unsigned char* outputs = shared_1024();
+#pragma unroll
+  for (int t = 0; t < TILES; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int m = t * 8 + lane % 4 * 2 + i % 2, n = warp * 16 + g + i / 2 * 8;
+      const float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
+      *reinterpret_cast<u16*>(outputs + m * OUT_ROW + n * 2) = static_cast<u16>(round_pair(value, 0));
+    }
+  barrier();
+  const int column = block_y() * WARPS * 16, parts = 2 * WARPS;
+  for (int i = thread(); i < 8 * TILES * parts; i += THREADS) {
+    const int m = i / parts, n = column + i % parts * 8;
+    if (m < rows && n < cols)
+      *reinterpret_cast<Four*>(out + static_cast<i64>(m) * cols + n) =
+          *reinterpret_cast<const Four*>(outputs + m * OUT_ROW + i % parts * 16);
+  }
+}
