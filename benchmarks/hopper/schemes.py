@@ -30,6 +30,15 @@ _INT8 = _CHANNEL | {
 _STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 _BLOCK = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+_MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False}
 
 
@@ -63,6 +72,9 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
     "GPTQ": ("Qwen3-8B", _GPTQ),
     "W4A16": ("Qwen3-8B", _packed(4, 64)),
     "W8A16": ("Qwen3-8B", _packed(8, None)),
+    "W4A16 experts": ("Qwen3-30B-A3B", _packed(4, 128) | {"ignore": ["lm_head", "re:.*mlp.gate$"]}),
+    "GPTQ experts": ("Qwen3-30B-A3B", _GPTQ | {"dynamic": {"-:.*\\.mlp\\.gate$": {}}}),
+    "MXFP4": ("gpt-oss-20b", _MXFP4),
 }
 
 
@@ -77,6 +89,8 @@ def config(scheme: str, layers: int) -> dict[str, object]:
 
     shape, quantization = SCHEMES[scheme]
     held = shapes.SHAPES[shape] | {"num_hidden_layers": layers}
+    if "layer_types" in held:
+        held["layer_types"] = held["layer_types"][:layers]
     return held if quantization is None else held | {"quantization_config": quantization}
 
 

@@ -38,6 +38,10 @@ _LATER = (
     _NONE,
 )
 _UNRUN = (refused("no run of an engine has shown its bits", todo="Use dynamic activations", releases=">=0.33"), _NONE)
+_UNSHOWN = (
+    refused("no run of an engine has shown their bits", todo="Use unquantized weights", releases=">=0.33"),
+    _NONE,
+)
 _GROUPS = ("32", "64", "128", CHANNEL)  # sizes with a kernel
 
 Cells = dict[str, Cell | tuple[Cell, ...]]
@@ -85,6 +89,10 @@ def _fp8(scheme: Scheme, scale: str, activation: str, *, static: bool = False, o
 
 def _blocks(scheme: Scheme) -> bool:
     return _fp8(scheme, "128x128", "128")
+
+
+def _mxfp4(scheme: Scheme) -> bool:
+    return scheme.weight == "mxfp4"
 
 
 # (name, whether a scheme belongs to the row, its cells). A scheme belongs to the first row that takes it.
@@ -154,15 +162,8 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     ),
     (
         "MXFP4 (gpt-oss as published)",
-        lambda s: s.weight == "mxfp4",
-        _NO_KERNEL
-        | {
-            "cuda": refused(
-                "vLLM's kernels choose tiles and parts of K by the number of rows, and bi_patch has no kernel for its "
-                "experts",
-                todo="Use the model in bf16",
-            )
-        },
+        _mxfp4,
+        _NO_KERNEL | {"cuda": _UNSHOWN},
     ),
 )
 _OTHERS = "other quantized weights"
@@ -190,12 +191,22 @@ def _asked(name: str) -> Callable[[Any], str]:
     return lambda config: _words(tuple(s for s in schemes.of(config) if _row(s) == name))
 
 
-def _experts(blocks: bool) -> Callable[[Any], str]:
-    """Words for a model with experts whose schemes are all FP8 in blocks (blocks), or not."""
+def _four_bits(scheme: Scheme) -> bool:
+    """4-bit experts for which vLLM's Triton kernel serves: groups, no zero points, no act-order."""
+    known = scheme.method in ("compressed-tensors", "gptq") and _int4(scheme.method)(scheme)
+    return known and not scheme.zeros and scheme.scale != CHANNEL
+
+
+_KINDS = (_blocks, _four_bits, _mxfp4)
+
+
+def _experts(kind: Callable[[Scheme], bool] | None) -> Callable[[Any], str]:
+    """Words for a model with experts whose schemes are all of one of _KINDS, or of none (None)."""
 
     def asked(config: Any) -> str:
         used = schemes.of(config)
-        there = used and getattr(config.model_config, "is_moe", False) and all(map(_blocks, used)) == blocks
+        found = next((each for each in _KINDS if used and all(map(each, used))), None)
+        there = used and getattr(config.model_config, "is_moe", False) and found is kind
         return f"quantized experts ({'; '.join(map(str, used))})" if there else ""
 
     return asked
@@ -260,8 +271,14 @@ def _dtype(config: Any) -> str:
 
 QUANTIZATION: tuple[Feature, ...] = (
     *(row(name, short=_SHORT.get(name, ""), **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
-    row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(True)),
-    row("quantized experts", **_REFUSED, asked=_experts(False)),
+    row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(_blocks)),
+    row(
+        "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)",
+        **_REFUSED | {"cuda": _UNSHOWN},
+        asked=_experts(_four_bits),
+    ),
+    row("experts in MXFP4", **_REFUSED | {"cuda": _UNSHOWN}, asked=_experts(_mxfp4)),
+    row("quantized experts", **_REFUSED, asked=_experts(None)),
     row("FP8 blocks of 128 x 128 in DeepSeek V3 (MLA)", **_cuda(_WITH_MLA), asked=_latent),
     row(
         "FP8 blocks of 128 x 128 in DeepSeek V3 with BI_PATCH_MLA=one",

@@ -78,8 +78,11 @@ def experts(model):
     from vllm.model_executor.layers.fused_moe import fused_moe, override_config
 
     from bi_patch.ops.cuda.moe import Kernel, Problem
+    from bi_patch.seams.cuda import packed_experts
 
     for module in model.modules():
+        if packed_experts.covers(module):
+            continue  # a row certificate has them
         w13, w2 = getattr(module, "w13_weight", None), getattr(module, "w2_weight", None)
         if w13 is None or w2 is None or w13.ndim != 3 or not w13.is_cuda:
             continue

@@ -44,7 +44,7 @@ def refuse_update(model) -> None:
 
 def _is_quantized(layer) -> bool:
     held = (getattr(layer, name, None) for name in ("weight", "w13_weight"))
-    return any(weight is not None and weight.element_size() == 1 for weight in held)
+    return any(w is not None and (w.element_size() == 1 or not w.is_floating_point()) for w in held)
 
 
 def _all(model):

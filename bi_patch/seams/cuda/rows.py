@@ -5,13 +5,13 @@ import itertools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.row_checks import FEW, ROWS, RowCheck
-from bi_patch.seams.cuda import quantized, scaled_linear
+from bi_patch.seams.cuda import packed_experts, quantized, scaled_linear
 from bi_patch.seams.naming import dotted
 
 
 def checks(model, dtype, vocab: int):
-    """A RowCheck for each distinct norm, activation, rotary embedding, router and INT8 linear of a model, and for
-    sampling.
+    """A RowCheck for each distinct norm, activation, rotary embedding, router, INT8 linear and layer of packed experts
+    of a model, and for sampling.
 
     dtype: of the model's rows. vocab: the number of logits of a row, 0 for a model that samples nothing. Raises
     UnsupportedFeature, with the layer's class, for a norm whose size is unknown. A function that is not a module, e.g.
@@ -19,7 +19,8 @@ def checks(model, dtype, vocab: int):
     """
     seen = set()
     sampled = of_sampling(vocab) if vocab else ()
-    for check in itertools.chain(_of_layers(model, dtype), _quantizers(model, dtype), _int8(model, dtype), sampled):
+    of_model = (_of_layers, _quantizers, _int8, packed_experts.checks)
+    for check in itertools.chain(*(made(model, dtype) for made in of_model), sampled):
         if (check.operation, check.problem) not in seen:
             seen.add((check.operation, check.problem))
             yield check

@@ -50,7 +50,9 @@ def fill(model, seed: int) -> None:
     for name, parameter in named.items():
         value = parameter.data
         if not value.is_floating_point():
-            if name.endswith(_PACKED) and value.ndim >= 2:
+            if name.endswith(_EXPONENTS):
+                _fill_exponents(named, name, generators.setdefault(value.device, _seeded(value.device, seed)))
+            elif name.endswith(_PACKED) and value.ndim >= 2:
                 _fill_integers(value, generators.setdefault(value.device, _seeded(value.device, seed)))
             continue
         if name.endswith(_SCALES) and (step := _step(model.get_submodule(name.rpartition(".")[0]))):
@@ -60,6 +62,10 @@ def fill(model, seed: int) -> None:
             continue
         generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(seed))
         scaled = _scaled(named, name)
+        if name.endswith(_OF_EXPERTS) and (size := _packed_size(named, name)):
+            noise = torch.rand(value.shape, generator=generator, device=value.device)
+            value.copy_(size**-0.5 / _SPREADS[4] * (0.5 + noise))
+            continue
         if value.element_size() == 1 and value.ndim == 3:  # experts, one by one: fp32 values of all would not fit
             for part in value:
                 part.copy_(torch.empty(part.shape, device=value.device).normal_(0, _EIGHTH, generator=generator))
@@ -85,8 +91,13 @@ def fill(model, seed: int) -> None:
             value.copy_(wide)
 
 
+_EXPERTS = (".w13_", ".w2_")
 _PACKED = (".weight", ".weight_packed", ".weight_zero_point", ".qweight", ".qzeros")
+_PACKED += tuple(part + name[1:] for part in _EXPERTS for name in _PACKED)
 _SCALES = (".weight_scale", ".scales")
+_OF_EXPERTS = tuple(part + name[1:] for part in _EXPERTS for name in _SCALES)
+_EXPONENTS = tuple(f"{part}weight_scale" for part in _EXPERTS)  # MXFP4: 8 bits, for 32 elements of K
+_SPREADS = {8: 73.0, 4: 4.6}  # of random integers of so many bits
 
 
 def _seeded(device, seed: int):
@@ -105,6 +116,29 @@ def _fill_integers(value, generator) -> None:
     value.copy_(made.to(value.dtype))
 
 
+def _fill_exponents(named, name: str, generator) -> None:
+    """Exponents of MXFP4 that give its weights a spread of about fan_in ** -0.5. The spread of random values is 2.9."""
+    import math
+
+    import torch
+
+    value = named[name].data
+    middle = 127 + round(math.log2(_packed_size(named, name) ** -0.5 / 2.9))
+    made = torch.randint(middle - 1, middle + 2, value.shape, generator=generator, device=value.device)
+    value.copy_(made.to(value.dtype))
+
+
+def _packed_size(named, name: str) -> int:
+    """K of the packed 4-bit weights of experts that a parameter scales, 0 if it scales no such weights."""
+    part = next(part for part in _EXPERTS if part in name)
+    stem = name[: name.rindex(part) + len(part)]
+    for kind, axis in (("weight_packed", 2), ("qweight", 1), ("weight", 2)):
+        found = named.get(stem + kind)
+        if found is not None and not found.is_floating_point():
+            return found.shape[axis] * found.element_size() * 2
+    return 0
+
+
 def _step(layer) -> float:
     """The scale that gives random integers of a quantized linear a spread of fan_in ** -0.5; 0 for other layers."""
     size = getattr(layer, "input_size_per_partition", 0)
@@ -112,7 +146,7 @@ def _step(layer) -> float:
         return 0.0
     integers = [p for name, p in layer.named_parameters() if not p.is_floating_point() and p.ndim >= 2]
     bits = {1: 8, 4: _packed_bits(layer)}.get(integers[0].element_size(), 0) if integers else 0
-    spread = {8: 73.0, 4: 4.6}.get(bits, 0.0)
+    spread = _SPREADS.get(bits, 0.0)
     return size**-0.5 / spread if spread else 0.0
 
 
