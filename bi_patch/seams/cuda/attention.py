@@ -57,11 +57,18 @@ def eighth(kv_cache_dtype: str | None) -> bool:
     return str(kv_cache_dtype).startswith("fp8")
 
 
+def _eighth_cache(arguments) -> bool:
+    """Whether a layer gets a KV cache of 8-bit floats, by the engine's arguments or by its checkpoint."""
+    kind = getattr(arguments.get("cache_config"), "cache_dtype", None)
+    asked = getattr(arguments.get("quant_config"), "kv_cache_scheme", None) is not None
+    return eighth(kind) or asked and kind in (None, "auto")
+
+
 def _flash_serves(arguments) -> bool:
     """Whether FlashAttention 3 would serve the layer that Attention.__init__ makes of its arguments, invariantly."""
     return (
         _window(arguments) is None
-        and not eighth(getattr(arguments.get("cache_config"), "cache_dtype", None))
+        and not _eighth_cache(arguments)
         and arguments["head_size"] in _FLASH_HEAD_SIZES
         and arguments.get("alibi_slopes") is None
         and _flash_version(arguments) == 3
