@@ -90,6 +90,8 @@ FORMS = (
     Form(4, 4, 8, True),
     Form(8, 4, 6, True),
     Form(16, 4, 6, True),
+    Form(4, 6, 8, True),
+    Form(8, 6, 6, True),
     Form(4, 8, 8, True),
     Form(8, 8, 6, True),
     Form(16, 8, 5, True),

@@ -77,7 +77,8 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
       for (int c = 0; c < 8 * TILES; c += THREADS / 16) {
         const bool there = row + c < rows;
-        if (THREADS / 16 <= 8 * TILES || row < 8 * TILES) copy_16(at + x_to + c * 128, there ? from : x, there);
+        if (8 * TILES % (THREADS / 16) == 0 || row + c < 8 * TILES)
+          copy_16(at + x_to + c * 128, there ? from : x, there);
         from += THREADS / 16 * stride;
       }
       at += X_BYTES;

@@ -41,6 +41,7 @@ OPERATION = "cuda.packed_linear"
 DATA = "sums of zero and others, kernels by time"
 _TYPES = ("bfloat16", "float16")
 _MOST = 2048  # rows: above, dequantizing takes a small part of the time
+_TIMED = (24, 48, 96)  # rows at which ways are timed besides those of 16-bit linears
 _WHOLE = -1  # in a certificate, the number of the way that dequantizes all weights
 # Variants are compared at these numbers of rows, at the beginning and the end of the input.
 _COMPARED = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 500, 512)
@@ -344,7 +345,7 @@ class _Trial:
         more = 2 * machine.cache_bytes() // self.packed.data.nbytes
         packs = [self.packed, *(self.packed._replace(data=self.packed.data.clone()) for _ in range(min(more, 47)))]
         preferred, times = {}, {}
-        for m in cublaslt_choice.timed_rows(self.rows):
+        for m in sorted({*cublaslt_choice.timed_rows(self.rows), *(m for m in _TIMED if m < self.rows)}):
             x = self._take(0, m)
             ways = [number for number in good if known[number].serves(m)]
             ways += [_WHOLE] if m > 16 else []

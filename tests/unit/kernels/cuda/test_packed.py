@@ -126,6 +126,8 @@ def test_every_form_fits_into_a_block_of_hopper():
         assert packed.fits(form, 32, True, 232448), form
         assert form.serves(8 * form.tiles) and not form.serves(4 * form.tiles - 1)
         assert form.wide or not form.serves(65)
+        outputs = 8 * form.tiles * (32 * form.warps + 16)  # they pass through shared memory
+        assert not form.wide or outputs <= form.shared_bytes(1, False) and form.stages >= 3
         assert not form.wide or form.warps % 4 == 0 and form.runs_on((9, 0)) and not form.runs_on((10, 0))
     assert all(any(form.serves(m) and form.wide for form in packed.FORMS) for m in range(9, 4097))
     assert all(any(form.serves(m) and not form.wide for form in packed.FORMS) for m in range(1, 65))
