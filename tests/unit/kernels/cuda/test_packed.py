@@ -124,7 +124,7 @@ def test_other_sizes_are_refused(n, k, bits, group):
 def test_every_form_fits_into_a_block_of_hopper():
     for form in packed.FORMS:
         assert packed.fits(form, 32, True, 232448), form
-        assert form.serves(8 * form.tiles) and not form.serves(4 * form.tiles - 1)
+        assert form.serves(8 * form.tiles) and (form.tiles == 1 or not form.serves(4 * form.tiles - 1))
         assert form.wide or not form.serves(65)
         outputs = 8 * form.tiles * (32 * form.warps + 16)  # they pass through shared memory
         assert not form.wide or outputs <= form.shared_bytes(1, False) and form.stages >= 3
@@ -140,5 +140,7 @@ def test_the_kernel_compiles(architecture, dtype):
         nvrtc.library(13)
     except nvrtc.CompileError:
         pytest.skip("NVRTC is not installed")
-    for form, groups, zeros in ((packed.FORMS[0], 1, True), (packed.FORMS[-1], 4, False)):
+    few = [form for form in packed.FORMS if not form.wide]
+    wide = [form for form in packed.FORMS if form.wide and architecture == "sm_90"]
+    for form, groups, zeros in ((few[0], 1, True), (few[-1], 4, False), *((form, 4, True) for form in wide[::6])):
         assert packed.build(form, groups, zeros, dtype, architecture, 13)
