@@ -38,12 +38,14 @@ class Form(NamedTuple):
         """Whether this form can be the fastest for a number of rows."""
         tile = 8 * self.tiles
         if self.wide:
-            return (tile < 2 * rows or self.tiles == 1) and (rows <= 2 * tile or tile >= _LARGE)
+            return tile < 2 * rows and (rows <= 2 * tile or tile >= _LARGE)
         return rows <= tile and (tile < 2 * rows or self.tiles == 1)
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether a device of this compute capability has the form's instructions."""
-        return not self.wide or tuple(capability) == _HOPPER
+        """Whether the form may serve on a device of this compute capability: wide forms on Hopper, where they serve 9
+        rows and more, and the others elsewhere."""
+        hopper = tuple(capability) == _HOPPER
+        return hopper if self.wide else self.tiles == 1 or not hopper
 
     def defines(self, groups: int, zeros: bool, dtype: str) -> dict[str, object]:
         """The preprocessor macros of packed.cu. groups: of scales in 128 elements of K. dtype: of x."""
@@ -83,22 +85,16 @@ FORMS = (
     Form(2, 8, 4),
     Form(4, 8, 4),
     Form(8, 8, 4),
-    Form(4, 1, 8, True),
-    Form(8, 1, 8, True),
     Form(4, 2, 8, True),
     Form(8, 2, 8, True),
     Form(4, 4, 8, True),
     Form(8, 4, 6, True),
-    Form(16, 4, 6, True),
-    Form(4, 6, 8, True),
-    Form(8, 6, 6, True),
     Form(4, 8, 8, True),
     Form(8, 8, 6, True),
     Form(16, 8, 5, True),
     Form(4, 16, 5, True),
     Form(8, 16, 5, True),
     Form(16, 16, 4, True),
-    Form(8, 32, 3, True),
 )
 
 
