@@ -118,6 +118,10 @@ def test_each_scheme_of_a_mixed_checkpoint_counts():
 
 def test_experts_and_heads_have_rows_of_their_own():
     assert rows(AWQ, is_moe=True) == ["AWQ, 4 bits", "quantized experts"]
+    four = "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)"
+    assert rows(GPTQ, is_moe=True) == ["GPTQ, 4 bits", four]
+    assert rows(GPTQ | {"group_size": -1}, is_moe=True) == ["GPTQ, 4 bits", "quantized experts"]
+    assert "quantized experts" in rows(GPTQ | {"sym": False}, is_moe=True)
     assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head"]
 
 
@@ -172,7 +176,7 @@ def test_a_name_of_online_quantization_is_known_if_nothing_changes_it(named):
 def test_gpt_oss_as_published_has_a_row_with_its_reason():
     held = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     for method in ("mxfp4", "gpt_oss_mxfp4"):
-        assert rows(held, method, is_moe=True) == ["MXFP4 (gpt-oss as published)", "quantized experts"]
+        assert rows(held, method, is_moe=True) == ["MXFP4 (gpt-oss as published)", "experts in MXFP4"]
     assert rows(held | {"block_size": 16}, "mxfp4") == ["other quantized weights"]
 
 
