@@ -16,6 +16,7 @@ _H200_MLA = "invariance-2026-11-28-h200-mla-vllm-0.33.0.json"
 _H200_MLA_TWO = "invariance-2026-11-29-h200-mla-two-vllm-0.33.0.json"
 _H200_MLA_MORE = "invariance-2026-11-29-h200-mla-more-vllm-0.33.0.json"
 _H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
+_H200_MLA_ONE = "invariance-2026-11-29-h200-mla-eighths-compiled-vllm-0.33.0.json"
 _H200_MLA_SHAPES = "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
@@ -692,20 +693,14 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(_CPU_MLA_MORE, why="the CPU has no other form"),
         cuda=(
             refused("its two forms of attention give different bits", releases="<0.33"),
-            served(_H200_MLA_SHAPES, why="four layers of DeepSeek-V2-Lite's sizes; slow with long contexts"),
+            served(
+                _H200_MLA_SHAPES,
+                _H200_MLA_ONE,
+                why="four layers of DeepSeek-V2-Lite's sizes; slow with long contexts",
+            ),
         ),
         ascend=refused("its two forms of attention give different bits"),
         asked=lambda config: one_form() and _compiled(lambda m: m.use_mla, "compiled MLA in one form")(config),
-    ),
-    row(
-        "MLA with an FP8 KV cache, compiled",
-        cpu=refused("nobody has compared bits of both together", todo="Use --kv-cache-dtype auto"),
-        cuda=(
-            refused("its two forms of attention give different bits", releases="<0.33"),
-            untried("measured in eager mode"),
-        ),
-        ascend=refused("its two forms of attention give different bits"),
-        asked=lambda config: bool(_eighth_cache(config)) and _compiled(lambda m: m.use_mla, "compiled MLA")(config),
     ),
     row(
         "sparse MLA: an indexer that chooses tokens (DeepSeek V3.2, GLM-5)",

@@ -138,7 +138,8 @@ PAIRS: tuple[Feature, ...] = (
         cuda=(
             served(
                 "invariance-2026-11-29-h200-mla-eighths-vllm-0.33.0.json",
-                why="four layers of DeepSeek-V2-Lite's sizes, in eager mode; Triton-MLA, in two forms",
+                "invariance-2026-11-29-h200-mla-eighths-compiled-vllm-0.33.0.json",
+                why="four layers of DeepSeek-V2-Lite's sizes, compiled and in eager mode; Triton-MLA, in two forms",
                 releases=">=0.33",
             ),
             _REFUSED,

@@ -486,10 +486,6 @@ def test_modes_that_no_run_has_are_named():
     def untried(platform, **changes):
         return table.untried(config(**changes), platform, Version(releases.BY_PLATFORM[platform][-1]))
 
-    name = "MLA with an FP8 KV cache, compiled"
-    for dtype, eager, there in (("fp8", False, True), ("fp8", True, False), ("auto", False, False)):
-        latent = {"model_use_mla": True, "model_enforce_eager": eager, "cache_cache_dtype": dtype}
-        assert (name in untried("cuda", **latent)) == there, (dtype, eager)
     jamba = {"model_is_hybrid": True, "model_architectures": ["JambaForCausalLM"]}
     assert "Jamba, compiled" in untried("cpu", **jamba)
     assert "Jamba, compiled" not in untried("cpu", **jamba, model_enforce_eager=True)

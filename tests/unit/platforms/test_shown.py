@@ -152,7 +152,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek-V2-Lite", *_MLA),
         ("GLM-4.7-Flash", *_MLA),
     ),
-    ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cuda"): (("DeepSeek V2, BI_PATCH_MLA=one", *_MLA),),
+    ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cuda"): (
+        ("DeepSeek V2, BI_PATCH_MLA=one", *_MLA),
+        ("DeepSeek V2, BI_PATCH_MLA=one", *_SIX),
+    ),
     ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cpu"): (("DeepSeek V2,* compiled", *_SIX),),
     ("FP8 KV cache (e4m3, scales of 1)", "cuda"): (("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),),
     ("fp32 KV cache", "cpu"): (("* fp32", *_SIX, "preemption"),),
@@ -223,7 +226,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     # Pairs.
     ("LoRA with speculative decoding", "cpu"): (("* LoRA, n-grams", *_SPECULATED),),
     ("LoRA with quantized weights", "cpu"): tuple((f"* {s}, LoRA", *_LORA) for s in ("INT8", "W4A16", "FP8 blocks")),
-    ("an FP8 KV cache with MLA", "cuda"): (("DeepSeek V2, FP8 KV cache, eager", *_MLA, "preemption"),),
+    ("an FP8 KV cache with MLA", "cuda"): (
+        ("DeepSeek V2, FP8 KV cache", *_MLA, "preemption"),
+        ("DeepSeek V2, FP8 KV cache, eager", *_MLA, "preemption"),
+    ),
     ("speculative decoding with quantized weights", "cpu"): tuple(
         (f"* {scheme}, n-grams", *_SPECULATED) for scheme in ("INT8", "W4A16", "FP8 blocks")
     ),
