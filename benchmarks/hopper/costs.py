@@ -109,9 +109,8 @@ ROUNDS: list[list[Entry]] = [
         extra("lora", 3),
     ],
     [
-        model("Qwen3-Next-80B-A3B, 8 layers", (26.5, 10.0, 4.5), (ONE, EIGHT, MANY, MOST, LONG)),
+        model("Qwen3-Next-80B-A3B, 8 layers", (26.5, 14.0, 4.5), (ONE, EIGHT, MANY, MOST, LONG)),
         model("Falcon-H1-7B, 8 layers", (4.5, 7.0, 3.0), (ONE, EIGHT, MANY, LONG)),
-        extra("embed", 1.5),
     ],
     [
         model("DeepSeek-V2-Lite", (29.3, 3.0, 3.5), (ONE, EIGHT, MANY, LATENT, LONG)),
@@ -120,7 +119,8 @@ ROUNDS: list[list[Entry]] = [
     ],
     [
         extra("ngram", 4),
-        model("Granite-4.0-H-Small, 8 layers", (12.5, 8.0, 3.5), (ONE, EIGHT, MANY, LONG)),
+        extra("embed", 1.5),
+        model("Granite-4.0-H-Small, 8 layers", (12.5, 10.0, 3.5), (ONE, EIGHT, MANY, LONG)),
         extra("images", 2),
         scheme("W4A16", QUANTIZED),
     ],
