@@ -710,7 +710,7 @@ FEATURES: tuple[Feature, ...] = (
         ),
     ),
     row(
-        "FP8 KV cache (e4m3, scales of 1)",
+        "FP8 KV cache (e4m3, static scales)",
         **_everywhere("bi_patch has no certificate for its attention", "Use --kv-cache-dtype auto")
         | {
             "cuda": (

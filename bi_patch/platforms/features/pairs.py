@@ -50,10 +50,19 @@ def _eighth(config: Any) -> bool:
     return kind.startswith("fp8") or kind == "auto" and schemes.caches(config)
 
 
+def _channels(config: Any) -> bool:
+    """Whether all quantized weights of a checkpoint are FP8 per channel, with activations per token."""
+    wanted = ("fp8", schemes.CHANNEL, "fp8", schemes.TOKEN, False, False, "")
+    used = schemes.of(config) if PARTS[QUANTIZED](config) else ()
+    kinds = [(s.weight, s.scale, s.activation, s.activation_scale, s.static, s.online, s.other) for s in used]
+    return bool(kinds) and all(kind == wanted for kind in kinds)
+
+
 LORA, SPECULATION, POOLING = "LoRA", "speculative decoding", "pooling"
 _DRAFTS = "a draft model or heads"
 QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
 EIGHTH = "an FP8 KV cache"
+_CHANNELS, _NO_CHANNELS = "FP8 weights per channel", "other quantized weights"
 PARTS: dict[str, Callable[[Any], bool]] = {
     LORA: lambda config: config.lora_config is not None,
     SPECULATION: lambda config: config.speculative_config is not None,
@@ -62,6 +71,8 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     MLA: _model("use_mla"),
     RECURRENT: lambda config: recurrent(config.model_config),
     EIGHTH: _eighth,
+    _CHANNELS: _channels,
+    _NO_CHANNELS: lambda config: PARTS[QUANTIZED](config) and not _channels(config),
     "multimodal models": _model("is_multimodal_model"),
     "encoder-decoder models": _model("is_encoder_decoder"),
     "ranks that share a model": lambda config: several_ranks(config, "tensor", "pipeline"),
@@ -130,7 +141,21 @@ PAIRS: tuple[Feature, ...] = (
         *("a reasoning parser", "custom logits processors", "watermarks"),
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
-    _never(EIGHTH, QUANTIZED, LORA, SPECULATION, POOLING, RECURRENT, "multimodal models"),
+    _never(EIGHTH, _NO_CHANNELS, LORA, SPECULATION, POOLING, RECURRENT, "multimodal models"),
+    _pairs(
+        EIGHTH,
+        _CHANNELS,
+        cpu=_REFUSED,
+        cuda=(
+            served(
+                "invariance-2026-11-29-h200-quantized-vllm-0.33.0-3.json",
+                why="two layers of Qwen3-8B's sizes, in eager mode; the checkpoint asks for the cache",
+                releases=">=0.33",
+            ),
+            _REFUSED,
+        ),
+        ascend=_REFUSED,
+    ),
     _pairs(
         EIGHTH,
         MLA,

@@ -151,9 +151,9 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         _REFUSED
         | {
             "cuda": (
-                refused(
-                    "no complete run of an engine has shown its bits",
-                    todo="Use --quantization fp8_per_channel",
+                served(
+                    "invariance-2026-11-29-h200-fp8-block-vllm-0.33.0.json",
+                    why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
                     releases=">=0.33",
                 ),
                 _NONE,

@@ -209,7 +209,7 @@ def test_a_plain_configuration_passes(platform):
         ({"model_quantization": "awq"}, "quantized weights .awq"),
         ({"cache_cache_dtype": "fp8_e5m2"}, "'fp8_e5m2' KV cache"),
         ({"cache_cache_dtype": "fp8", "speculative": ngram()}, "an FP8 KV cache with speculative"),
-        ({"cache_cache_dtype": "fp8", "model_quantization": "fp8"}, "an FP8 KV cache with quantized weights"),
+        ({"cache_cache_dtype": "fp8", "model_quantization": "fp8"}, "an FP8 KV cache with other quantized weights"),
         ({"model_use_mla": True, "model_hf_text_config": SimpleNamespace(index_topk=8)}, "sparse MLA"),
         ({"model_is_hybrid": True}, "hybrid and state-space models"),
         ({"model_is_encoder_decoder": True}, "encoder-decoder models"),

@@ -6,7 +6,7 @@ import pytest
 from packaging.version import Version
 
 from bi_patch.platforms import releases, schemes
-from bi_patch.platforms.features import engine, quantization
+from bi_patch.platforms.features import engine, pairs, quantization
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
@@ -144,6 +144,19 @@ def test_a_checkpoint_may_ask_for_an_fp8_kv_cache_with_one_static_scale():
     assert cache.asked(made) == "the checkpoint's FP8 KV cache"
     made.cache_config.cache_dtype = "bfloat16"
     assert not cache.asked(made)
+
+
+def test_an_fp8_kv_cache_is_served_beside_fp8_weights_per_channel_only():
+    held = {row.name: row for row in pairs.PAIRS if row.name.startswith("an FP8 KV cache with")}
+    (channels,) = (row for name, row in held.items() if name.endswith("FP8 weights per channel"))
+    (others,) = (row for name, row in held.items() if "other quantized weights" in name)
+    static = tensors(INT8 | {"type": "float"}, INT8 | {"type": "float", "strategy": "tensor"}, format="float-quantized")
+    for checkpoint, served in ((CHANNELS, True), (static, False), (W8A8, False), (W4A16, False)):
+        made = config(checkpoint | {"kv_cache_scheme": CACHE})
+        made.cache_config = SimpleNamespace(cache_dtype="auto")
+        made.lora_config = made.speculative_config = None
+        assert bool(channels.asked(made)) == served, checkpoint
+        assert bool(others.asked(made)) != served, checkpoint
 
 
 class Spec:

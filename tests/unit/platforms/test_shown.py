@@ -157,7 +157,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek V2, BI_PATCH_MLA=one", *_SIX),
     ),
     ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cpu"): (("DeepSeek V2,* compiled", *_SIX),),
-    ("FP8 KV cache (e4m3, scales of 1)", "cuda"): (("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),),
+    ("FP8 KV cache (e4m3, static scales)", "cuda"): (("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),),
     ("fp32 KV cache", "cpu"): (("* fp32", *_SIX, "preemption"),),
     # Images.
     ("images (Idefics3)", "cpu"): (("Idefics3, bf16", *_IMAGES, "prefix cache", "batch size"),),
@@ -207,6 +207,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("FP8 per channel or tensor, activations per token (compressed-tensors)", "cuda"): (("* FP8 channel,*", *_SIX),),
     ("FP8 per tensor, static activations (method fp8)", "cuda"): (("* FP8 static,*", *_SIX, *_PUBLISHED),),
     ("FP8 made while loading (--quantization fp8)", "cuda"): (("* FP8 while loading,*", *_SIX, *_PUBLISHED),),
+    ("FP8 made while loading, in blocks (--quantization fp8_per_block)", "cuda"): (
+        ("* FP8 block while loading, 2 layers", *_SIX, "preemption"),
+        ("* FP8 block while loading,* eager", *_SIX),
+    ),
     ("FP8 made while loading, per channel (--quantization fp8_per_channel)", "cuda"): (
         ("* FP8 channel while loading,*", *_SIX, *_PUBLISHED),
     ),
@@ -230,6 +234,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek V2, FP8 KV cache", *_MLA, "preemption"),
         ("DeepSeek V2, FP8 KV cache, eager", *_MLA, "preemption"),
     ),
+    ("an FP8 KV cache with FP8 weights per channel", "cuda"): (("* FP8 channel and KV cache,* eager", *_SIX),),
     ("speculative decoding with quantized weights", "cpu"): tuple(
         (f"* {scheme}, n-grams", *_SPECULATED) for scheme in ("INT8", "W4A16", "FP8 blocks")
     ),
