@@ -23,12 +23,14 @@ from bi_patch.kernels.triton import (
     embedding_backward,
     gated_backward,
     gemm,
+    leaves,
     logits_backward,
     lora,
     norm,
     norm_backward,
     packed_gemm,
     pooling,
+    ranks,
     reduce,
     rope,
     scaled_gemm,
@@ -259,8 +261,38 @@ def sums() -> None:
                 report(case, close(got, x.double().mean(-1) if mean else x.double().sum(-1), dtype))
                 same = torch.equal(reduce.row_sum(x[3:4], dtype, mean)[0], got[3])
                 report(f"{case} alone", "" if same else "a row alone differs")
+        for n, several in ((1, 2), (1000, 4), (3001, 8)):
+            parts = torch.randn(several, n, generator=generator).to(dtype)
+            want = parts[0].float()
+            for part in parts[1:]:
+                want = want + part.float()
+            got = ranks.rank_sum(parts)
+            # The interpreter cuts fp32 to bf16 where a GPU rounds.
+            same = dtype == torch.bfloat16 or torch.equal(got, want.to(dtype))
+            case = f"sum over {several} ranks {n} {dtype}"
+            report(case, close(got, want, dtype) if same else "not the sum in rank order")
     empty = reduce.row_sum(torch.empty(3, 0), torch.float32)
     report("sum of nothing", "" if torch.equal(empty, torch.zeros(3)) else "not zero")
+
+
+def parts_of_k() -> None:
+    """Products in eight leaves: the same bits for every number of ranks, in both forms, and for a row alone."""
+    generator = torch.Generator().manual_seed(8)
+    for dtype in (torch.bfloat16, torch.float16):
+        for k in (512, 768):
+            x, w = torch.randn(5, k, generator=generator).to(dtype), torch.randn(40, k, generator=generator).to(dtype)
+            bias = torch.randn(40, generator=generator).to(dtype)
+            want = leaves.product(x, w, bias, 8, dtype)
+            report(f"leaves {k} {dtype}", close(want, x.double() @ w.double().T + bias.double(), dtype))
+            same = torch.equal(leaves.product(x[2:3], w, bias, 8, dtype)[0], want[2])
+            report(f"leaves {k} {dtype} alone", "" if same else "a row alone differs")
+            for each in (False, True):
+                for count in (1, 2, 4, 8):
+                    own = k // count
+                    cut = [slice(r * own, (r + 1) * own) for r in range(count)]
+                    roots = [leaves.product(x[:, c], w[:, c], None, 8 // count, torch.float32, each) for c in cut]
+                    same = torch.equal(leaves.tree(torch.stack(roots), bias, dtype), want)
+                    report(f"leaves {k} {dtype} {count} ranks {each}", "" if same else "other bits")
 
 
 @triton.jit
@@ -575,6 +607,7 @@ AREAS = {
     "layer norm": layer_norms,
     "rope": ropes,
     "sum": sums,
+    "leaves": parts_of_k,
     "pooling": poolings,
     "softmax": softmaxes,
     "attention backward": attention_backwards,

@@ -17,12 +17,14 @@ from bi_patch.kernels.triton import (
     gated_backward,
     gemm,
     heads,
+    leaves,
     logits_backward,
     lora,
     norm,
     norm_backward,
     packed_gemm,
     pooling,
+    ranks,
     reduce,
     rope,
     scaled_gemm,
@@ -170,6 +172,26 @@ def test_row_sum(architecture):
     signature = {"x": "*bf16", "out": "*fp32", "rows": "i32", "cols": "i32", "divisor": "fp32"}
     for rows, block in ((1, 2048), (128, 8)):
         build(reduce._row_sum, signature, {"ROWS": rows, "BLOCK": block}, architecture, num_warps=4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_leaves(architecture):
+    strides = {"stride_x": "i32", "stride_w": "i32"}
+    sizes = {"rows": "i32", "cols": "i32", "size": "i32"} | strides
+    block = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    pointers = {"x": "*bf16", "w": "*bf16", "bias": "*bf16", "out": "*bf16"}
+    constants = {"COUNT": 8, "HAS_BIAS": True, "GROUP": 8}
+    build(leaves._whole, pointers | sizes, constants | block, architecture, num_warps=4)
+    build(leaves._each, {"x": "*bf16", "w": "*bf16", "parts": "*fp32"} | sizes, block, architecture, num_warps=4)
+    signature = {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "count": "i32", "cols": "i32"}
+    constants = {"COUNT": 8, "HAS_BIAS": True, "BLOCK": 1024}
+    build(leaves._tree, signature, constants, architecture, num_warps=4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rank_sum(architecture):
+    signature = {"parts": "*bf16", "out": "*bf16", "n": "i32"}
+    build(ranks._rank_sum, signature, {"RANKS": 8, "BLOCK": 1024}, architecture, num_warps=4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

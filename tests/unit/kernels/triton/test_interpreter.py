@@ -22,6 +22,7 @@ AREAS = (
     "layer norm",
     "rope",
     "sum",
+    "leaves",
     "pooling",
     "softmax",
     "attention backward",

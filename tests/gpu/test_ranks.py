@@ -1,0 +1,37 @@
+"""On a GPU: sums over emulated ranks in rank order, and products whose bits do not depend on the number of ranks."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n", [1, 7, 1001, 4096, 262145])
+def test_the_bundled_sum_is_in_rank_order(n, dtype):
+    from bi_patch.kernels.triton.ranks import rank_sum
+    from bi_patch.ops import bits, collectives
+
+    for ranks in range(1, 9):
+        parts = torch.randn(ranks, n, device="cuda").to(dtype)
+        assert not bits.differing(rank_sum(parts), collectives.in_rank_order(parts)), ranks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k", "leaves"), [(4096, 12288, 8), (2048, 2048, 8), (640, 384, 4), (512, 256, 2)])
+def test_products_have_the_same_bits_for_every_number_of_ranks(n, k, leaves, dtype):
+    from bi_patch.kernels.triton import leaves as kernels
+
+    w = (torch.randn(n, k, device="cuda") * k**-0.5).to(dtype)
+    bias = torch.randn(n, device="cuda").to(dtype)
+    x = torch.randn(600, k, device="cuda").to(dtype)
+    whole = kernels.product(x, w, bias, leaves, dtype)
+    want = x.double() @ w.double().T + bias.double()
+    assert (whole.double() - want).norm() / want.norm() < 4e-3
+    for at, m in ((0, 1), (3, 2), (8, 17), (0, 64), (1, 128), (100, 129), (0, 513), (0, 600)):
+        rows = x[at : at + m]
+        for ranks in (r for r in (1, 2, 4, 8) if r <= leaves):
+            parts = [slice(r * k // ranks, (r + 1) * k // ranks) for r in range(ranks)]
+            roots = [kernels.product(rows[:, c], w[:, c], None, leaves // ranks, torch.float32) for c in parts]
+            got = kernels.tree(torch.stack(roots), bias, dtype)
+            assert torch.equal(got, whole[at : at + m]), (ranks, at, m)
