@@ -59,7 +59,7 @@ def _worker(worker: Any, platform: str) -> dict[str, Any]:
 
 
 def _rank_sums(config: Any, platform: str) -> str:
-    """How ranks are summed: "none" for one rank, "nccl" where another than vLLM's one-stage all-reduce adds."""
+    """How ranks are summed: "none" for one rank, "nccl" where NCCL may add."""
     if active.leaves:
         return f"{active.leaves} parts of K in a tree"
     if config.parallel_config.tensor_parallel_size == 1:
@@ -68,6 +68,8 @@ def _rank_sums(config: Any, platform: str) -> str:
         return ASCENDING
     if platform != "cuda":
         return "by the platform's library"
+    if active.plan is not None and any(p.seam.name == "communicator.cuda_sum" for p in active.plan.seams):
+        return ASCENDING
     import torch
     from vllm.distributed.parallel_state import get_tp_group
 
@@ -77,7 +79,7 @@ def _rank_sums(config: Any, platform: str) -> str:
 
 
 def _sums_of(communicator: Any, row: Any) -> str:
-    """rank_sums of vLLM's CudaCommunicator. row: [1, hidden size], one row of a message.
+    """rank_sums of vLLM's CudaCommunicator before vLLM 0.32. row: [1, hidden size], one row of a message.
 
     A second check (communicator.cuda_order) proves that a message of many rows is summed as one row is.
     """

@@ -1,10 +1,15 @@
-"""BI_PATCH_TP_INVARIANT serves dense decoders on CPU (seams/cpu/leaves.py). What it does not cover is refused."""
+"""BI_PATCH_TP_INVARIANT serves dense decoders on CPU and CUDA (seams/<platform>/leaves.py). The rest is refused."""
 
 from typing import Any
+
+from packaging.version import Version
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
 from bi_patch.seams.model import Policy
+
+_FIRST = Version("0.32")  # on CUDA, releases before keep their own sum over ranks
+_TYPES = ("torch.bfloat16", "torch.float16")
 
 
 def _refuse(config: Any) -> None:
@@ -20,9 +25,11 @@ def _refuse(config: Any) -> None:
 
 def _uncovered(config: Any) -> dict[str, bool]:
     model, parallel = config.model_config, config.parallel_config
-    platform = active.plan.platform
+    platform, release = active.plan.platform, active.plan.release
     return {
-        f"the platform {platform}": platform != "cpu",
+        f"the platform {platform}": platform not in ("cpu", "cuda"),
+        f"vLLM {release} on CUDA": platform == "cuda" and release < _FIRST,
+        f"weights of {model.dtype} on CUDA": platform == "cuda" and str(model.dtype) not in _TYPES,
         f"{parallel.tensor_parallel_size} ranks": active.leaves % parallel.tensor_parallel_size != 0,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "experts": bool(getattr(model, "is_moe", False)),

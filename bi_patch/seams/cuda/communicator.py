@@ -1,10 +1,12 @@
-"""Rules for collectives between ranks on CUDA.
+"""Sums over ranks on CUDA: in rank order, in fp32, rounded once, for every size of a message.
 
-Upstream's mode adds in one order for every message size: with its one-stage all-reduce, or with NCCL pinned to one
-algorithm and one channel. These rules turn off or refuse whatever would take another collective. NCCL may read its
-variables before vLLM sets them, e.g. for a trainer in the same process, so each worker checks the order at its start.
+vLLM 0.32 and later: vLLM's one-stage all-reduce adds over peer memory, or else NCCL carries the parts and ranks add
+them. So NCCL adds nothing and needs no pins. Earlier releases: upstream's mode adds
+with its one-stage all-reduce, or with NCCL pinned to one algorithm and one channel. These rules turn off or refuse
+whatever would take another collective. Each worker checks the order at its start.
 """
 
+import dataclasses
 import functools
 
 from bi_patch.errors import UnsupportedFeature
@@ -23,6 +25,99 @@ _PINS = (
     "NCCL_P2P_NET_DISABLE",
     "NCCL_SOCKET_NTHREADS",
 )
+
+
+_CARRIER = "_bi_patch_carrier"  # attribute of vLLM's CudaCommunicator
+_SUMS = ">=0.32"  # releases whose one-stage all-reduce takes messages of any size
+
+
+def _sum(original):
+    """CudaCommunicator.all_reduce: the sum in rank order."""
+
+    @functools.wraps(original)
+    def all_reduce(self, input_):
+        from bi_patch.ops.cuda import ranks as ops
+
+        if self.world_size == 1 or not input_.is_floating_point():
+            return original(self, input_)  # whole numbers have one sum
+        return ops.all_reduce(input_, self.ca_comm, carrier(self))
+
+    return all_reduce
+
+
+def carrier(communicator):
+    """The Carrier of vLLM's CudaCommunicator: NCCL. It is made once."""
+    from bi_patch.ops.cuda.ranks import Carrier
+
+    made = communicator.__dict__.get(_CARRIER)
+    if made is None:
+        nccl, group = communicator.pynccl_comm, communicator.device_group
+        if nccl is not None and not nccl.disabled:
+            moves = nccl.all_gather, functools.partial(_exchange, nccl)
+        else:
+            moves = functools.partial(_torch_gather, group), functools.partial(_torch_exchange, group)
+        made = communicator.__dict__[_CARRIER] = Carrier(communicator.world_size, *moves)
+    return made
+
+
+def _exchange(nccl, out, x):
+    """As Carrier.exchange, by vLLM's PyNcclCommunicator."""
+    nccl.group_start()
+    for other in range(nccl.world_size):
+        if other != nccl.rank:
+            nccl.send(x[other], other)
+            nccl.recv(out[other], other)
+    nccl.group_end()
+    out[nccl.rank].copy_(x[nccl.rank])
+
+
+def _torch_gather(group, out, x):
+    import torch.distributed as dist
+
+    dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group)
+
+
+def _torch_exchange(group, out, x):
+    import torch.distributed as dist
+
+    dist.all_to_all_single(out.view(-1), x.view(-1), group=group)
+
+
+def _scatter(original):
+    """CudaCommunicator.reduce_scatter: this rank's slice of the sum in rank order."""
+
+    @functools.wraps(original)
+    def reduce_scatter(self, input_, dim=-1):
+        total = self.all_reduce(input_)
+        size = input_.shape[dim] // self.world_size
+        return total.narrow(dim, self.rank_in_group * size, size).contiguous()
+
+    return reduce_scatter
+
+
+def _scatter_unequal(original):
+    """CudaCommunicator._reduce_scatterv: refused; only ranks that share experts' rows call it."""
+
+    @functools.wraps(original)
+    def _reduce_scatterv(self, input_, dim, sizes, output=None):
+        if self.world_size == 1:
+            return original(self, input_, dim, sizes, output)
+        raise UnsupportedFeature(
+            "communicator.cuda_scatterv: no patch point gives a sum over ranks in unequal slices one order. Turn off "
+            "expert parallelism and data parallelism, or set BI_PATCH=0"
+        )
+
+    return _reduce_scatterv
+
+
+def _unpinned(original):
+    """pin_nccl_env: NCCL adds nothing, so it keeps its own choice of channels and protocols."""
+
+    @functools.wraps(original)
+    def pin_nccl_env(pins):
+        return None
+
+    return pin_nccl_env
 
 
 def _no_fused_norm(original):
@@ -55,21 +150,61 @@ def _no_fusion(config) -> None:
         )
 
 
-def _whole_lines(config) -> None:
-    parallel = config.parallel_config
-    if parallel.tensor_parallel_size == 1 or parallel.disable_custom_all_reduce:
-        return
-    width = config.model_config.get_hidden_size()
-    if width % 8:
-        raise UnsupportedFeature(
-            f"communicator.width: rows of {width} elements do not fill whole 16-byte lines, so the number of tokens "
-            "would decide which all-reduce kernel runs. Use one device, or set BI_PATCH=0. Or pass "
-            "disable_custom_all_reduce=True, so that NCCL adds all messages; then NCCL must not be in use in this "
-            "process before vLLM starts (communicator.cuda_order checks it)"
-        )
-
+_COMMUNICATOR = "vllm.distributed.device_communicators.cuda_communicator"
+_START = Target(
+    "vllm.v1.worker.gpu_worker",
+    "init_worker_distributed_environment",
+    copies=("vllm.v1.worker.cpu_worker", "vllm.v1.worker.xpu_worker"),
+)
 
 SEAMS = (
+    Seam(
+        name="communicator.cuda_sum",
+        targets=(Target(_COMMUNICATOR, "CudaCommunicator.all_reduce", releases=_SUMS),),
+        close=_sum,
+        why="the size of a message decides which all-reduce vLLM takes. NCCL, symmetric memory and the two-stage "
+        "kernel each add in an order of their own",
+        how="vLLM's one-stage all-reduce serves every size, with the last 16-byte line filled up; where it is off, "
+        "NCCL carries the parts, in one shot or two, and a bundled kernel adds them in rank order",
+        until="upstream's mode adds in rank order for every size and transport",
+        causes=(14,),
+        op="bi_patch.ops.cuda.ranks",
+    ),
+    Seam(
+        name="communicator.cuda_scatter",
+        targets=(Target(_COMMUNICATOR, "CudaCommunicator.reduce_scatter", releases=_SUMS),),
+        close=_scatter,
+        why="NCCL adds a reduce-scatter in an order that depends on the size of the message",
+        how="each rank takes its slice of the sum in rank order",
+        until="upstream's mode adds a reduce-scatter in rank order",
+        causes=(14, 15),
+        op="bi_patch.ops.cuda.ranks",
+    ),
+    Seam(
+        name="communicator.cuda_scatterv",
+        targets=(Target(_COMMUNICATOR, "CudaCommunicator._reduce_scatterv", releases=_SUMS),),
+        close=_scatter_unequal,
+        why="the number of rows of each rank decides the order in which NCCL adds unequal slices",
+        how="a call is an error by name; only expert parallelism and data parallelism of experts call it",
+        until="a patch point adds unequal slices in rank order",
+        causes=(16,),
+    ),
+    Seam(
+        name="communicator.nccl_pins",
+        targets=(
+            Target(
+                "vllm.utils.nccl",
+                "pin_nccl_env",
+                releases=_SUMS,
+                copies=("vllm.model_executor.determinism.batch_invariant",),
+            ),
+        ),
+        close=_unpinned,
+        why="upstream's mode slows NCCL down to one channel, because NCCL might add",
+        how="NCCL keeps its own choice, because it carries parts and adds nothing (communicator.cuda_sum)",
+        until="upstream's mode leaves NCCL alone where NCCL adds nothing",
+        causes=(14,),
+    ),
     Seam(
         name="communicator.fused_norm",
         targets=(
@@ -85,14 +220,21 @@ SEAMS = (
         on_import=True,
     ),
     Seam(
-        name="communicator.cuda_order",
-        targets=(
-            Target(
-                "vllm.v1.worker.gpu_worker",
-                "init_worker_distributed_environment",
-                copies=("vllm.v1.worker.cpu_worker", "vllm.v1.worker.xpu_worker"),
-            ),
+        name="communicator.cuda_rank_order",
+        targets=(dataclasses.replace(_START, releases=_SUMS),),
+        close=ranks.closing(
+            "communicator.cuda_rank_order",
+            True,
+            "Use one device, or set BI_PATCH=0, and report this as a bug of bi_patch",
         ),
+        why="a sum over ranks must have one order for every size of the message",
+        how="each worker compares sums over ranks of 1 row up to the largest step with the sum in rank order, bitwise",
+        until="never: this patch point checks the order",
+        causes=(14,),
+    ),
+    Seam(
+        name="communicator.cuda_order",
+        targets=(dataclasses.replace(_START, releases="<0.32"),),
         close=ranks.closing("communicator.cuda_order", False, _TODO),
         why="NCCL chooses the order of a sum by the size of the message, unless upstream's mode fixes the order before "
         "the process uses NCCL",
@@ -134,13 +276,6 @@ VARIABLES = (
 )
 
 POLICIES = (
-    Policy(
-        name="communicator.width",
-        apply=_whole_lines,
-        why="vLLM's all-reduce needs messages of whole 16-byte lines. Other messages go to NCCL, and with rows of such "
-        "a width the number of tokens decides whether a message fills whole lines",
-        releases=">=0.32",
-    ),
     Policy(
         name="communicator.fusion",
         apply=_no_fusion,

@@ -46,10 +46,11 @@ def _load(original):
         from vllm.config import set_current_vllm_config
 
         from bi_patch.ops.cuda import certify, lora
+        from bi_patch.seams import leaves, weights
         from bi_patch.seams import pooling as poolers
         from bi_patch.seams import vision as images
-        from bi_patch.seams import weights
         from bi_patch.seams.cuda import attention, chunks, moe, norm, packed_linear, pooling, quantized, rows, vision
+        from bi_patch.seams.cuda import leaves as parts
         from bi_patch.seams.cuda import scaled_linear as scaled
 
         config = self.vllm_config
@@ -71,6 +72,9 @@ def _load(original):
             hooks = (poolers.no_update, poolers.no_update)
         elif images.takes_images(config):
             hooks = (images.no_update, images.no_update)
+        if active.leaves:
+            parts.prepare(model)
+            hooks = (leaves.no_update, leaves.no_update)
         weights.watch_model(model, *hooks, lambda model: weights.refuse_with_lora(config))
         quantized.check(model)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
@@ -79,7 +83,7 @@ def _load(original):
                 moe.experts(model),
                 attention.decoders(config),
                 chunks.layers(config),
-                rows.checks(model, config.model_config.dtype, vocab),
+                [*parts.checks(model), *rows.checks(model, config.model_config.dtype, vocab)],
                 max_rows=config.scheduler_config.max_num_batched_tokens,
                 library=version,
                 cache=active.cache,

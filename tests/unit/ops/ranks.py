@@ -63,6 +63,59 @@ def of_the_cpu_seam(tensor):
     return close(of_gloo)(held, tensor)
 
 
+class Nccl:
+    """As vLLM's PyNcclCommunicator, over gloo."""
+
+    disabled = False
+
+    def __init__(self):
+        self.rank, self.world_size, self.asked = dist.get_rank(), dist.get_world_size(), []
+
+    def all_gather(self, out, x):
+        dist.all_gather_into_tensor(out.view(-1), x.reshape(-1))
+
+    def group_start(self):
+        self.asked = []
+
+    def send(self, x, other):
+        self.asked.append(dist.P2POp(dist.isend, x.contiguous(), other))
+
+    def recv(self, out, other):
+        self.asked.append(dist.P2POp(dist.irecv, out, other))
+
+    def group_end(self):
+        for done in dist.batch_isend_irecv(self.asked):
+            done.wait()
+
+
+def _of_cuda(tensor, nccl):
+    """vLLM's CUDA communicator without peer memory, with the patch point closed: messages above 16 rows are two-shot.
+
+    The bundled kernel needs a GPU; its own test compares it with this sum.
+    """
+    from types import SimpleNamespace
+
+    from bi_patch.ops.cuda import ranks as ops
+    from bi_patch.seams.cuda.communicator import SEAMS
+
+    sys.modules["bi_patch.kernels.triton.ranks"] = SimpleNamespace(rank_sum=collectives.in_rank_order)
+    ops.LARGE = 16 * WIDTH * tensor.element_size()
+    close = next(seam.close for seam in SEAMS if seam.name == "communicator.cuda_sum")
+    held = SimpleNamespace(world_size=dist.get_world_size(), ca_comm=None, pynccl_comm=nccl, device_group=None)
+    return close(of_gloo)(held, tensor)
+
+
+def of_the_cuda_seam(tensor):
+    return _of_cuda(tensor, Nccl())
+
+
+def of_the_cuda_seam_by_torch(tensor):
+    return _of_cuda(tensor, None)
+
+
+WAYS = (in_rank_order, like_a_ring, by_size, of_gloo, of_the_cpu_seam, of_the_cuda_seam, of_the_cuda_seam_by_torch)
+
+
 def main(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -78,7 +131,7 @@ def main(rank: int, ranks: int, folder: str) -> None:
             ordered=ordered,
         )
         for ordered in (False, True)
-        for way in (in_rank_order, like_a_ring, by_size, of_gloo, of_the_cpu_seam)
+        for way in WAYS
         for dtype in (torch.bfloat16, torch.float32)
     }
     print(json.dumps(found))

@@ -28,8 +28,9 @@ def test_four_ranks(tmp_path):
             assert found[f"like_a_ring {dtype}"] == 2
             assert found[f"by_size {dtype}"] == 17
             assert found[f"of_gloo {dtype}"] is not None, "gloo adds in a ring, too"
-            assert found[f"of_the_cpu_seam {dtype}"] is None
+            for seam in ("of_the_cpu_seam", "of_the_cuda_seam", "of_the_cuda_seam_by_torch"):
+                assert found[f"{seam} {dtype}"] is None
+                assert found[f"{seam} {dtype} by rank"] is None
             assert found[f"in_rank_order {dtype} by rank"] is None
-            assert found[f"of_the_cpu_seam {dtype} by rank"] is None
             assert found[f"by_size {dtype} by rank"] == 17
             assert found[f"like_a_ring {dtype} by rank"] == 1

@@ -1,4 +1,4 @@
-"""The check of each worker that ranks are added in one order. The CPU's sum itself: tests/unit/ops/ranks.py."""
+"""Sums over ranks: the seams of CPU and CUDA with doubles of vLLM's communicators, and the check of each worker."""
 
 import contextlib
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from bi_patch.arming.catalog import plan
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.ops import collectives
+from bi_patch.ops import bits, collectives
 from bi_patch.platforms import releases
 from bi_patch.seams import active
 
@@ -65,14 +65,17 @@ def test_each_worker_checks_that_the_order_is_one(ranks, large, named, monkeypat
     assert started == [(0, "env://")]
 
 
-def test_each_cpu_worker_checks_that_the_order_is_by_rank(monkeypatch):
+@pytest.mark.parametrize(
+    "platform, name", [("cuda", "communicator.cuda_rank_order"), ("cpu", "communicator.cpu_order")]
+)
+def test_each_worker_checks_that_the_order_is_by_rank(platform, name, monkeypatch):
     from vllm.distributed import parallel_state
 
     monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(4, 0))
     with pytest.raises(
-        UnsupportedFeature, match="cpu_order: .*a message of 1 rows of 2048 elements in another order than by rank"
+        UnsupportedFeature, match=f"{name}: .*a message of 1 rows of 2048 elements in another order than by rank"
     ):
-        closed("communicator.cpu_order", lambda config: None, "cpu")(config())
+        closed(name, lambda config: None, platform)(config())
 
 
 @pytest.mark.parametrize("leaves", [0, 8])
@@ -95,5 +98,80 @@ def test_each_kind_of_message_is_checked(wrong, named, leaves, monkeypatch):
         closed("communicator.cpu_order", lambda config: None, "cpu")(config())
 
 
-def test_norms_fused_with_the_sum_are_closed():
+class OneStage:
+    """A double of vLLM's CustomAllreduce: three ranks with parts x, 2x and 3x, and messages of whole lines only."""
+
+    disabled = False
+
+    def __init__(self):
+        self.taken = []
+
+    def should_custom_ar(self, x):
+        return x.is_contiguous() and x.numel() * x.element_size() % 16 == 0
+
+    def custom_all_reduce(self, x):
+        self.taken.append(tuple(x.shape))
+        return collectives.in_rank_order(torch.stack([x, 2 * x, 3 * x]))
+
+
+def communicator(own):
+    def gather(out, x):
+        out.copy_(torch.stack([x, 2 * x, 3 * x]))
+
+    nccl = SimpleNamespace(disabled=False, all_gather=gather)
+    return SimpleNamespace(world_size=3, rank_in_group=1, ca_comm=own, pynccl_comm=nccl, device_group=None)
+
+
+def _summed(monkeypatch, own, x):
+    def never(*_):
+        raise AssertionError("NCCL or another library would add")
+
+    # The bundled kernel needs a GPU; its own test compares it with this sum.
+    monkeypatch.setitem(
+        __import__("sys").modules,
+        "bi_patch.kernels.triton.ranks",
+        SimpleNamespace(rank_sum=collectives.in_rank_order),
+    )
+    return closed("communicator.cuda_sum", never, "cuda")(communicator(own), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (7, 64), (1, 1), (3, 1001), (5, 2052), (0, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_size_is_summed_in_rank_order(monkeypatch, shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    want = collectives.in_rank_order(torch.stack([x, 2 * x, 3 * x]))
+    own = OneStage()
+    for held in (own, None, SimpleNamespace(disabled=True)):
+        got = _summed(monkeypatch, held, x)
+        assert got.shape == x.shape and got.dtype == dtype and not bits.differing(got, want)
+    whole = x.numel() * x.element_size() % 16 == 0
+    assert own.taken == ([shape] if whole else [(-(-x.numel() * x.element_size() // 16) * 16 // x.element_size(),)])
+
+
+def test_a_transposed_message_is_summed(monkeypatch):
+    x = torch.randn(6, 8).bfloat16().T
+    want = collectives.in_rank_order(torch.stack([x, 2 * x, 3 * x]))
+    assert not bits.differing(_summed(monkeypatch, OneStage(), x), want)
+
+
+def test_whole_numbers_and_one_rank_keep_vllms_sum():
+    original = lambda self, x: x + 1  # noqa: E731
+    one = SimpleNamespace(world_size=1)
+    assert closed("communicator.cuda_sum", original, "cuda")(one, torch.ones(2)).tolist() == [2, 2]
+    several = communicator(OneStage())
+    assert closed("communicator.cuda_sum", original, "cuda")(several, torch.ones(2).int()).tolist() == [2, 2]
+
+
+def test_a_scattered_sum_is_a_slice_of_the_sum():
+    held = communicator(OneStage())
+    held.all_reduce = held.ca_comm.custom_all_reduce
+    x = torch.randn(4, 6)
+    got = closed("communicator.cuda_scatter", None, "cuda")(held, x, 1)
+    assert torch.equal(got, collectives.in_rank_order(torch.stack([x, 2 * x, 3 * x]))[:, 2:4])
+
+
+def test_unequal_slices_fused_norms_and_pins():
+    with pytest.raises(UnsupportedFeature, match="communicator.cuda_scatterv"):
+        closed("communicator.cuda_scatterv", None, "cuda")(SimpleNamespace(world_size=2), torch.ones(3), 0, [1, 2])
     assert closed("communicator.fused_norm", None, "cuda")(torch.ones(2), 2) == (False, 0)
+    assert closed("communicator.nccl_pins", None, "cuda")({"NCCL_ALGO": "tree"}) is None

@@ -33,7 +33,6 @@ def config(**changes):
             "hf_text_config": SimpleNamespace(),
             "using_transformers_backend": lambda: False,
             "architectures": ["Qwen3ForCausalLM"],
-            "get_hidden_size": lambda: 2048,
         },
         "parallel": {
             "tensor_parallel_size": 1,
@@ -109,11 +108,7 @@ def test_variables_forbid_split_k_and_other_sums(release):
             "model__using_transformers_backend": lambda: True,
             "model__hf_text_config": SimpleNamespace(rope_parameters={"rope_type": "yarn"}),
         },
-        {
-            "parallel__tensor_parallel_size": 4,
-            "parallel__disable_custom_all_reduce": True,
-            "model__get_hidden_size": lambda: 2052,
-        },
+        {"parallel__tensor_parallel_size": 4, "parallel__disable_custom_all_reduce": True},
     ],
 )
 def test_a_plain_configuration_passes(change):
@@ -176,10 +171,6 @@ def test_a_plain_configuration_passes(change):
         (
             {"parallel__tensor_parallel_size": 2, "compilation__pass_config": SimpleNamespace(enable_sp=True)},
             "enable_sp",
-        ),
-        (
-            {"parallel__tensor_parallel_size": 2, "model__get_hidden_size": lambda: 2052},
-            "communicator.width: rows of 2052 elements",
         ),
     ],
 )

@@ -71,10 +71,16 @@ def test_the_rest_is_refused(changes, said):
         POLICY.apply(config(**changes))
 
 
-@pytest.mark.parametrize("platform", ["cuda", "ascend"])
-def test_other_platforms_are_refused(platform, monkeypatch):
-    use(monkeypatch, platform)
-    with pytest.raises(UnsupportedFeature, match=f"the platform {platform}"):
+def test_other_platforms_and_releases_are_refused(monkeypatch):
+    use(monkeypatch, "ascend")
+    with pytest.raises(UnsupportedFeature, match="the platform ascend"):
+        POLICY.apply(config())
+    use(monkeypatch, "cuda")
+    POLICY.apply(config())
+    with pytest.raises(UnsupportedFeature, match="weights of torch.float32 on CUDA"):
+        POLICY.apply(config(dtype=torch.float32))
+    monkeypatch.setattr(active, "plan", plan(Version("0.26.0"), "cuda"))
+    with pytest.raises(UnsupportedFeature, match="vLLM 0.26.0 on CUDA"):
         POLICY.apply(config())
 
 

@@ -1,0 +1,62 @@
+"""Sums over ranks on CUDA, in rank order (ops/collectives.py), whatever carries the parts.
+
+vLLM's one-stage all-reduce: each rank reads all parts over peer memory and adds them from rank 0 on, in fp32, rounded
+once. It takes messages of whole 16-byte lines, so others are filled up with zeros.
+
+Where it is off, NCCL carries the parts and the bundled kernel adds them. One-shot, for small messages: every rank gets
+all parts. Two-shot, for large ones: each rank gets its slice of all parts, adds them, and the slices are gathered. NCCL
+itself adds nothing, so it may run at full speed. The bits are the same in every case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LINE = 16  # bytes
+LARGE = 1 << 20  # bytes: messages above it are two-shot where NCCL carries them
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """What moves parts between ranks, and adds nothing.
+
+    gather: (out [ranks, n], x [n]) -> None, every rank's x. exchange: (out [ranks, n], x [ranks, n]) -> None, this
+    rank's row of every rank's x.
+    """
+
+    ranks: int
+    gather: Callable[[torch.Tensor, torch.Tensor], object]
+    exchange: Callable[[torch.Tensor, torch.Tensor], object]
+
+
+def all_reduce(x: torch.Tensor, own: Any | None, carrier: Carrier) -> torch.Tensor:
+    """The sum of x (bf16, fp16 or fp32, of any shape) over ranks, as a new tensor. own: vLLM's CustomAllreduce."""
+    if own is not None and not own.disabled:
+        if (total := own.custom_all_reduce(x) if own.should_custom_ar(x) else _filled_up(x, own)) is not None:
+            return total
+    from bi_patch.kernels.triton.ranks import rank_sum
+
+    flat = x.contiguous().view(-1)
+    if x.numel() * x.element_size() > LARGE and x.numel() % carrier.ranks == 0:
+        rows = flat.view(carrier.ranks, -1)
+        parts, total = torch.empty_like(rows), torch.empty_like(rows)
+        carrier.exchange(parts, rows)
+        carrier.gather(total, rank_sum(parts))
+        return total.view(x.shape)
+    parts = torch.empty((carrier.ranks, flat.numel()), dtype=x.dtype, device=x.device)
+    carrier.gather(parts, flat)
+    return rank_sum(parts).view(x.shape)
+
+
+def _filled_up(x: torch.Tensor, own: Any) -> torch.Tensor | None:
+    """The sum of a message that does not fill whole lines, or None if vLLM's all-reduce does not take it at all."""
+    n = x.numel()
+    filled = torch.zeros(-(-n * x.element_size() // _LINE) * _LINE // x.element_size(), dtype=x.dtype, device=x.device)
+    if not n or not own.should_custom_ar(filled):
+        return None
+    filled[:n].copy_(x.reshape(-1))
+    return own.custom_all_reduce(filled)[:n].view(x.shape)

@@ -1,0 +1,118 @@
+"""Row-parallel layers on CUDA in fixed parts of K: what the seam calls, and how roots reach all ranks (doubles)."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch.errors import CertificateFailed, UnsupportedFeature
+from bi_patch.ops.cpu.leaves import tree
+from bi_patch.ops.cuda import leaves as ops
+from bi_patch.seams import active, leaves
+from bi_patch.seams.cuda import leaves as seam
+
+FORWARD = seam.SEAMS[0].close
+
+
+def product(x, weight, bias, count, dtype):
+    """The bundled kernel's order, by PyTorch."""
+    total = tree([a.float() @ b.float().T for a, b in zip(x.chunk(count, 1), weight.chunk(count, 1), strict=True)])
+    return (total if bias is None else total + bias.float()).to(dtype)
+
+
+def summed(parts, bias, dtype):
+    return (tree(parts.unbind()) + (0 if bias is None else bias.float())).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    from bi_patch.kernels.triton import leaves as held
+
+    monkeypatch.setattr(held, "product", product)
+    monkeypatch.setattr(held, "tree", summed)
+    monkeypatch.setattr(ops, "_ranks", None)
+    monkeypatch.setattr(active, "leaves", 8)
+
+
+def made():
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 5, 256), (32, 256), (32,))]
+
+
+def test_every_number_of_ranks_has_the_bits_of_one():
+    x, weight, bias = made()
+    want = ops.row_parallel(x, weight, bias, 8, 1)
+    assert want.shape == (3, 5, 32) and want.dtype == torch.bfloat16
+    for ranks in (2, 4, 8):
+        parts = list(zip(x.chunk(ranks, -1), weight.chunk(ranks, -1)))
+        roots = torch.stack([product(a.reshape(15, -1), b, None, 8 // ranks, torch.float32) for a, b in parts])
+
+        def gather(out, own, roots=roots):
+            assert any(torch.equal(own, root.view(-1)) for root in roots)
+            out.copy_(roots.view(len(roots), -1))
+
+        ops.connect(ops.Ranks(lambda own, roots=roots: roots[0] + roots[1], gather))
+        for a, b in parts:
+            assert torch.equal(ops.row_parallel(a.contiguous(), b.contiguous(), bias, 8 // ranks, ranks), want)
+
+
+def test_other_types_and_a_process_without_ranks_are_refused():
+    x, weight, bias = made()
+    with pytest.raises(CertificateFailed, match="no product of torch.float32 rows"):
+        ops.row_parallel(x.float(), weight.float(), bias, 8, 1)
+    with pytest.raises(CertificateFailed, match="no other ranks"):
+        ops.row_parallel(x, weight, bias, 4, 2)
+
+
+def layer(**changes):
+    given = dict(
+        tp_size=2,
+        tp_rank=1,
+        input_size=512,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        bias="bias",
+        weight="weight",
+        return_bias=True,
+        reduce_results=True,
+        quant_method=type("UnquantizedLinearMethod", (), {})(),
+        prefix="model.layers.0.mlp.down_proj",
+    )
+    return SimpleNamespace(**given | changes)
+
+
+def test_the_layer_gives_the_whole_sum(monkeypatch):
+    forward = FORWARD(lambda self, x: "vLLM's")
+    monkeypatch.setattr(torch.ops.bi_patch, "row_parallel", lambda *given: given, raising=False)
+    assert forward(layer(), "x") == (("x", "weight", "bias", 4, 2), None)
+    assert forward(layer(skip_bias_add=True), "x") == (("x", "weight", None, 4, 2), "bias")
+    assert forward(layer(return_bias=False, tp_size=1), "x") == ("x", "weight", "bias", 8, 1)
+    (x, *_), _ = forward(layer(input_is_parallel=False), torch.arange(6.0).view(1, 6))
+    assert x.tolist() == [[3, 4, 5]]
+    monkeypatch.setattr(active, "leaves", 0)
+    assert forward(layer(), "x") == "vLLM's"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"quant_method": object()}, "object is not covered"),
+        ({"input_size": 768 - 384}, ""),
+        ({"input_size": 320}, "a leaf of 40 elements of K is no multiple of 16"),
+        ({"input_size": 516}, "cannot be cut into 8 equal parts"),
+        ({"reduce_results": False}, "whose ranks' parts the model adds by itself"),
+    ],
+)
+def test_layers_are_checked_before_the_engine_serves(changes, said, monkeypatch):
+    connected = []
+    monkeypatch.setattr(seam, "_connect", lambda: connected.append(True))
+    monkeypatch.setattr(leaves, "is_row_parallel", lambda layer: layer is not model)
+    monkeypatch.setattr(leaves, "one_zero", lambda model: None)
+    model = SimpleNamespace(modules=lambda: iter((model, layer(**changes))))
+    if not said:
+        seam.prepare(model)
+        assert connected
+        return
+    with pytest.raises(UnsupportedFeature, match=said):
+        seam.prepare(model)
