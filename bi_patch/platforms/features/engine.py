@@ -24,6 +24,7 @@ _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
 _CPU_TENSOR = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
 _CPU_SIZES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json"
 _CPU_LAUNCHER = "invariance-2026-11-29-cpu-amx-launcher-vllm-0.32.0.json"
+_H200_RANKS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0.json"
@@ -417,7 +418,12 @@ FEATURES: tuple[Feature, ...] = (
             _CPU_RANKS_UPDATED,
             why="measured with two ranks over shared memory, experts, compiled code and new weights included",
         ),
-        cuda=served(_H200, why="sums over ranks have one order for all sizes of messages; nobody measured the cost"),
+        cuda=served(
+            _H200_RANKS,
+            _H200,
+            why="two and four ranks; compiled over peer memory, and in eager mode over NCCL; nobody measured the cost, "
+            "experts or MLA over ranks",
+        ),
         ascend=untried(_NO_NPU),
         asked=_of_parallel("tensor_parallel_size", "tensor parallelism over 1"),
     ),
@@ -428,13 +434,16 @@ FEATURES: tuple[Feature, ...] = (
             _CPU_RANKS_UPDATED,
             why="dense decoders; measured in bf16 (eager and compiled) and fp32 with 1, 2 and 4 ranks",
         ),
-        cuda=refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves"),
+        cuda=(
+            refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves", releases="<0.33"),
+            served(_H200_RANKS, why="dense decoders in 16 bits, one and two ranks, eager mode; the rest is refused"),
+        ),
         ascend=refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves"),
     ),
     row(
         "pipeline parallelism",
         cpu=served(_CPU_RANKS, why="compiled; in eager mode, vLLM 0.32 itself may stop at the first request"),
-        cuda=untried("whole rows are sent from stage to stage"),
+        cuda=served(_H200_RANKS, why="two stages in eager mode; nobody has tried compiled stages"),
         ascend=untried(_NO_NPU),
         asked=_of_parallel("pipeline_parallel_size", "pipeline parallelism over 1"),
     ),

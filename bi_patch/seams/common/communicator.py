@@ -8,7 +8,8 @@ from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
 from bi_patch.seams.model import Policy
 
-_FIRST = Version("0.32")  # on CUDA, releases before keep their own sum over ranks
+_FIRST = Version("0.33")  # on CUDA, nobody measured a release before
+_RANKS = 2  # nor more ranks
 _TYPES = ("torch.bfloat16", "torch.float16")
 
 
@@ -30,6 +31,8 @@ def _uncovered(config: Any) -> dict[str, bool]:
         f"the platform {platform}": platform not in ("cpu", "cuda"),
         f"vLLM {release} on CUDA": platform == "cuda" and release < _FIRST,
         f"weights of {model.dtype} on CUDA": platform == "cuda" and str(model.dtype) not in _TYPES,
+        "compiled code on CUDA": platform == "cuda" and not model.enforce_eager,
+        f"{parallel.tensor_parallel_size} ranks on CUDA": platform == "cuda" and parallel.tensor_parallel_size > _RANKS,
         f"{parallel.tensor_parallel_size} ranks": active.leaves % parallel.tensor_parallel_size != 0,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "experts": bool(getattr(model, "is_moe", False)),

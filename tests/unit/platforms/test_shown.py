@@ -88,7 +88,13 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* TP 2 compiled", "batch size"),
         ("* TP 2, new weights", "weight update"),
     ),
-    ("tensor parallelism", "cuda"): (("*tensor parallel 4", *_SIX, "eager and compiled"),),
+    ("tensor parallelism", "cuda"): (
+        ("*tensor parallel 4", *_SIX, "eager and compiled"),
+        ("* TP 2 compiled", *_SIX, "eager and compiled"),
+        ("* TP 2 without peer memory", "batch size", "decode = prefill"),
+    ),
+    ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cuda"): (("* TP 1 and 2 equal", *_EQUAL),),
+    ("pipeline parallelism", "cuda"): (("* PP 2", "batch size", "decode = prefill"),),
     ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cpu"): (
         ("* fp32, TP 1, 2 and 4 equal", *_EQUAL),
         ("* bf16, TP 1, 2 and 4 equal", *_EQUAL),

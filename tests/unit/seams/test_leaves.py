@@ -25,6 +25,7 @@ def config(ranks=2, **changes):
         "runner_type": "generate",
         "is_multimodal_model": False,
         "is_encoder_decoder": False,
+        "enforce_eager": True,
     }
     whole = {"lora_config": None, "speculative_config": None}
     for name, value in changes.items():
@@ -69,6 +70,15 @@ def test_dense_decoders_pass(ranks):
 def test_the_rest_is_refused(changes, said):
     with pytest.raises(UnsupportedFeature, match=f"communicator.leaves: BI_PATCH_TP_INVARIANT=8 .*{said}"):
         POLICY.apply(config(**changes))
+
+
+def test_what_nobody_measured_on_cuda_is_refused(monkeypatch):
+    use(monkeypatch, "cuda")
+    for ranks in (1, 2):
+        POLICY.apply(config(ranks))
+    for changes, said in (({"ranks": 4}, "4 ranks on CUDA"), ({"enforce_eager": False}, "compiled code on CUDA")):
+        with pytest.raises(UnsupportedFeature, match=said):
+            POLICY.apply(config(**changes))
 
 
 def test_other_platforms_and_releases_are_refused(monkeypatch):
