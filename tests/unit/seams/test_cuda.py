@@ -132,7 +132,7 @@ def test_a_plain_configuration_passes(change):
         ({"model__is_multimodal_model": True, "model__architectures": ["Other"]}, "language-model-only"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
         ({"model__architectures": ["HrmTextForCausalLM"]}, "does not cover HrmTextForCausalLM"),
-        ({"model__architectures": ["DeepseekV4ForCausalLM"]}, "kernels of its own"),
+        ({"model__architectures": ["DeepseekV4ForCausalLM"]}, "kernels of their own"),
         ({"model__architectures": ["CohereForCausalLM"], "compilation__mode": NONE}, "without compilation"),
         (
             {"model__architectures": ["MiniCPMForCausalLM"], "model__hf_text_config": SimpleNamespace(num_experts=8)},
