@@ -17,9 +17,9 @@ PACKAGES: dict[str, str] = {
     "inkling": "for up to 64 rows, another kernel computes its router; its convolutions and attention are its own",
     "kimi_k3": "Kimi's delta attention has no bundled kernel; the number of tokens chooses a tile between its layers",
     "minimax_m3": "an indexer chooses blocks of keys, and prompts and decode steps attend to them by two kernels",
-    "muse_spark": "its norms and its router have kernels of their own, for up to 256 rows other ones",
+    "muse_spark": "its norms and its router have kernels of their own; ranks project up to 256 rows in parts",
     "qwen4_exp": "for up to 64 rows, another kernel chooses blocks of keys; the batch decides how attention is split",
-    "step5": f"{_CHOICE}; for up to 128 rows, another kernel prepares its queries and keys",
+    "step5": "an indexer chooses regions of keys; for up to 128 rows, another kernel prepares queries and keys",
 }
 
 
