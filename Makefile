@@ -61,6 +61,7 @@ test-fast: setup
 	$(BIN)/pytest -m "not engine and $(HERE)" tests
 
 test-all: setup test-ascend
+	$(PIP) install --quiet --no-deps -r requirements/images.txt
 	$(BIN)/pytest -m "not gpu and not ascend" tests
 
 test-gpu:

@@ -1,7 +1,7 @@
 """Compares engines with speculation with engines without, on a GPU: bits, and time on text that repeats itself.
 
     PYTHONPATH=. python3 benchmarks/hopper/speculation.py bits OUT.json [--layers N] [--drafts 1,4] [--eager]
-        [--methods ngram,draft_model,eagle,eagle3]
+        [--methods ngram,draft_model,eagle,eagle3] [--beside fp8,lora]
     PYTHONPATH=. python3 benchmarks/hopper/speculation.py cost OUT.json [--model M] [--layers N] [--drafts 4]
     PYTHONPATH=. python3 benchmarks/hopper/speculation.py verify RESULTS [--model M] [--layers N] [--eager]
 
@@ -9,7 +9,8 @@
 by side, each in a part of the GPU's memory; one at a time is timed. OUT.json holds, for `bits`, how many answers differ
 from those of the engine without speculation, and the drafts; for `cost`, seconds and tokens.
 The weights are random (see child.py). Methods other than n-grams run with a small Llama model, of whose weights their
-drafts are made (bi_patch/tools/models/drafts.py).
+drafts are made (bi_patch/tools/models/drafts.py). `--beside`: that model, on disk, with weights in FP8, or with
+requests that get one of several LoRA adapters in turn, or none.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from pathlib import Path
 
 ACCEPTED, DRAFTED = "vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_draft_tokens"
 PREEMPTIONS = "vllm:num_preemptions"
+RANKS, SLOTS = (8, 64, 16), 2  # of adapters: more than slots
+_BESIDE = {"fp8": "FP8", "lora": "LoRA"}
 _SHARE = 0.1  # of the free memory that an engine asks for at its start
 # Each kind uses another part of the sampler. The engine draws from few tokens, so that drafts are accepted.
 KINDS: tuple[dict[str, object], ...] = (
@@ -92,9 +95,15 @@ def _bits(output) -> list:
     return [*held, scores(output.prompt_logprobs)]
 
 
-def bits(llm) -> dict:
-    """The answers to every kind together, on a warm cache, and to more requests than the KV cache holds."""
+def bits(llm, adapters: list[str]) -> dict:
+    """The answers to every kind together, on a warm cache, and to more requests than the KV cache holds.
+
+    adapters: folders. Requests get one of them in turn, or none.
+    """
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    held = [None, *(LoRARequest(f"{i}", i, folder) for i, folder in enumerate(adapters, 1))]
 
     def params(**given):
         return SamplingParams(
@@ -103,15 +112,17 @@ def bits(llm) -> dict:
 
     found: dict[str, list] = {}
 
-    def ask(name, prompts, given):
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], given, use_tqdm=False)
+    def ask(name, prompts, given, first=0):
+        loras = [held[(first + i) % len(held)] for i in range(len(prompts))] if adapters else None
+        asked = [{"prompt_token_ids": p} for p in prompts]
+        outputs = llm.generate(asked, given, use_tqdm=False, lora_request=loras)
         found.update({f"{name} {i}": _bits(o) for i, o in enumerate(outputs)})
 
     prompts = [prompt(i % 4, 60 + 91 * i) for i in range(len(KINDS))]
     for name in ("together", "cached"):
         ask(name, prompts, [params(**kind) for kind in KINDS])
     for i in (0, 1, 5):
-        ask(f"alone {i}", [prompts[i]], [params(**KINDS[i])])
+        ask(f"alone {i}", [prompts[i]], [params(**KINDS[i])], first=i)
     many = [prompt(100 + i, 500 + 17 * i) for i in range(40)]
     ask("many", many, [params(**KINDS[i % 8], max_tokens=64) for i in range(40)])
     return {"found": found, "counters": _counters(llm)}
@@ -164,12 +175,12 @@ def child(given: dict) -> None:
     began = time.perf_counter()
     llm = _engine(given)
     started = time.perf_counter() - began
-    held = bits(llm) if given["what"] == "bits" else cost(llm, Path(given["lock"]))
+    held = bits(llm, given["adapters"]) if given["what"] == "bits" else cost(llm, Path(given["lock"]))
     import torch
     import vllm
 
     made = {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "vllm": vllm.__version__,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
@@ -222,12 +233,19 @@ def start(args, label: str, armed: bool, method: str, drafts: int, runner: str, 
     path = str(folder / "model") if (folder / "model").exists() else ""
     if path:
         engine["max_model_len"] = 4000
+    adapters = []
+    if "fp8" in args.beside:
+        engine["quantization"] = "fp8"
+    if "lora" in args.beside:
+        adapters = [str(folder / f"rank-{rank}") for rank in RANKS]
+        engine |= {"enable_lora": True, "max_lora_rank": max(RANKS), "max_loras": SLOTS}
     given = {
         "path": path,
         "what": args.what,
         "model": args.model,
         "layers": args.layers,
         "folder": str(folder),
+        "adapters": adapters,
         "armed": armed,
         "lock": args.lock or str(folder / "lock"),
         "engine": engine,
@@ -250,6 +268,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--drafts", default="1,4,8")
     parser.add_argument("--methods", default="ngram")
+    parser.add_argument("--beside", type=_parts, default=[], help="what else the engines have: fp8, lora")
     parser.add_argument("--runners", default="1", help="1 for model runner V2, 0 for V1, 1,0 for both")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--results", help="a folder, for a result file of the bits")
@@ -262,7 +281,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     counts = [int(n) for n in args.drafts.split(",")]
     methods = args.methods.split(",")
-    _make(methods, folder)
+    _make(methods, folder, args.beside)
     wanted = [
         (f"{'armed' if armed else 'stock'}-v{1 + int(runner)}-{f'{method} {n}' if n else 0}", armed, method, n, runner)
         for runner in args.runners.split(",")
@@ -295,20 +314,30 @@ def main() -> None:
         keep(args, found, folder)
 
 
-def _make(methods: list[str], folder: Path) -> None:
-    """Write the small model and the drafts of these methods, if one of them needs drafts."""
+def _parts(text: str) -> list[str]:
+    found = text.split(",") if text else []
+    if set(found) - _BESIDE.keys():
+        raise argparse.ArgumentTypeError(f"one of {', '.join(_BESIDE)}, or both with a comma, not {text!r}")
+    return found
+
+
+def _make(methods: list[str], folder: Path, beside: list[str]) -> None:
+    """Write the small model, its adapters and the drafts of these methods, if something needs them."""
     own = [method for method in methods if not method.startswith("ngram")]
-    if not own:
+    if not own and not beside:
         return
     import bi_patch_entry
 
     bi_patch_entry.without_arming()
-    from bi_patch.tools.models import drafts, recipes
+    from bi_patch.tools.models import adapters, drafts, recipes
 
     model = recipes.path(recipes.LLAMA_100M)
     (folder / "model").symlink_to(model)
     for method in own:
         drafts.write(method, model, folder / method)
+    if "lora" in beside:
+        for rank in RANKS:
+            adapters.write(model, folder / f"rank-{rank}", seed=rank, rank=rank)
 
 
 def _compare(found: dict, answers: dict) -> None:
@@ -347,6 +376,7 @@ def keep(args, found: dict, folder: Path) -> None:
     if not compared:
         return
     model = "llama-100m" if (folder / "model").exists() else f"{args.model}, {args.layers} layers"
+    model += "".join(f", {_BESIDE[part]}" for part in args.beside)
     made = evidence.new(Found, SimpleNamespace(**next(iter(compared.values()))["measured"]))
     notes = []
     for label, held in compared.items():

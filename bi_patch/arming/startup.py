@@ -128,6 +128,8 @@ def _look(current: process.State, planned: Planned, load: bool, large: bool) -> 
         try:
             importlib.import_module(target.module)
         except ImportError as error:
+            if planned.seam.on_import and _lacks_package(error, target.module):
+                return CLOSED, f"as soon as its module is loaded, which needs a package: {error}"
             return OPEN, f"{target.module} cannot be imported: {error}"
     entries = current.ledger.of(planned.seam.name)
     if not entries:
@@ -137,6 +139,12 @@ def _look(current: process.State, planned: Planned, load: bool, large: bool) -> 
         return OPEN, f"something else replaced {changed[0].attribute} after bi_patch"
     missed = _missed_copy(planned, entries[0])
     return (OPEN, missed) if missed else (CLOSED, "")
+
+
+def _lacks_package(error: ImportError, module: str) -> bool:
+    """Whether a module cannot be loaded in this environment, because another package is not installed."""
+    own = module.partition(".")[0]
+    return isinstance(error, ModuleNotFoundError) and (error.name or own).partition(".")[0] != own
 
 
 def _missed_copy(planned: Planned, entry: Entry) -> str:

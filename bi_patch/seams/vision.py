@@ -18,6 +18,7 @@ from bi_patch.errors import CertificateFailed, UnsupportedFeature
 _LAYERS = frozenset(
     {
         "ApplyRotaryEmb",
+        "AvgPool2d",
         "ColumnParallelLinear",
         "Conv2dLayer",
         "Conv3dLayer",
@@ -27,6 +28,7 @@ _LAYERS = frozenset(
         "FusedMMInputNorm",
         "GELU",
         "GELUTanh",
+        "GemmaRMSNorm",
         "Identity",
         "IdentityInputNorm",
         "LayerNorm",
@@ -46,8 +48,8 @@ _LAYERS = frozenset(
         "SiluAndMul",
     }
 )
-# vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row.
-_OWNERS = frozenset({"CLIPVisionEmbeddings"})
+# vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row, or a product's weight.
+_OWNERS = frozenset({"CLIPVisionEmbeddings", "Gemma3MultiModalProjector"})
 _CODES = ("torch.nn.", "vllm.model_executor.layers.")
 _RUNS = 3  # of a made image in `certify`
 SIZES = ((640, 224), (224, 448), (112, 112))  # widths and heights of further made images, in pixels

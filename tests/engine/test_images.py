@@ -1,6 +1,7 @@
 """Images on the CPU engine: beside, after and before other images, in several steps, on warm caches."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -47,9 +48,12 @@ def test_requests_without_images_are_invariant_too(engine):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", vision.CPU)
-def test_kinds_of_encoders(folder, name):
-    given = images(str(folder), "bfloat16").but(model=vision.write(name, folder))
+def test_kinds_of_encoders(folder, name, eager):
+    if name not in vision.WITHOUT_TORCHVISION and not find_spec("torchvision"):
+        pytest.skip("vLLM needs torchvision for this model: make test-all installs it")
+    given = images(str(folder), "bfloat16").but(model=vision.write(name, folder), eager=eager, digests=eager)
     with ChildEngine(ARMED, given) as made:
         assert differing(made) == []
 

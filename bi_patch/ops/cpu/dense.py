@@ -44,3 +44,14 @@ def patches(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     k = cut[0, 0, 0].numel()
     made = torch.ops.bi_cpu.gemm(cut.reshape(-1, k), packed, layer.out_channels, k, layer.bias)
     return made.view(images, rows, columns, layer.out_channels).permute(0, 3, 1, 2)
+
+
+def take_projection(layer: torch.nn.Module, name: str) -> None:
+    """Pack a loaded parameter [in, out] by which a layer multiplies rows. name: the parameter's name."""
+    layer.__dict__["_packed"] = torch.ops.bi_cpu.gemm_pack(getattr(layer, name).detach().t().contiguous())
+
+
+def project(layer: torch.nn.Module, x: torch.Tensor, name: str) -> torch.Tensor:
+    """x [..., in] by the parameter [in, out] of a layer that `take_projection` took -> [..., out]."""
+    size = getattr(layer, name).shape
+    return torch.ops.bi_cpu.gemm(x.contiguous(), layer.__dict__["_packed"], size[1], size[0], None)

@@ -46,6 +46,7 @@ _SIZES = refused("vLLM compiles its routing separately, by the number of tokens"
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _NEWER = refused("bi_patch covers images on vLLM 0.33", todo="Pass --language-model-only", releases="<0.33")
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
+_CPU_IMAGES_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
 _IMAGES = refused("no patch point covers their encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
 _HRM = refused("after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model")
@@ -194,12 +195,27 @@ FAMILIES: tuple[Feature, ...] = (
     row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_SPARSE, cuda=_OWN, ascend=_MLA),
     row(
         "Idefics3",
-        cpu=served(_CPU_IMAGES, why="a tiny shape with random weights"),
+        cpu=served(_CPU_IMAGES, _CPU_IMAGES_MORE, why="a tiny shape with random weights"),
         cuda=(_NEWER, served(_H200_IMAGES, why="a tiny shape with random weights, in eager mode")),
         ascend=_MULTIMODAL,
     ),
     row(
-        "Qwen3-VL, Mistral-Small 3, LLaVA 1.5",
+        "Mistral-Small 3, LLaVA 1.5",
+        cpu=served(_CPU_IMAGES_MORE, why="tiny shapes with random weights; vLLM needs torchvision for them"),
+        cuda=(
+            _NEWER,
+            served(_H200_IMAGES, why="few layers of published sizes with random weights, in model runner V2"),
+        ),
+        ascend=_MULTIMODAL,
+    ),
+    row(
+        "Gemma 3 4B and larger, with images",
+        cpu=served(_CPU_IMAGES_MORE, why="a tiny shape with random weights; vLLM needs torchvision for it"),
+        cuda=refused("its attention over an image has no certificate", todo="Pass --language-model-only"),
+        ascend=_MULTIMODAL,
+    ),
+    row(
+        "Qwen3-VL",
         cpu=_IMAGES,
         cuda=(
             _NEWER,
@@ -208,7 +224,7 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_MULTIMODAL,
     ),
     row(
-        "Llama 4, Gemma 3 4B and larger, Qwen2.5-VL, Qwen-Omni, InternVL, other LLaVA, Pixtral, GLM-V, Phi-3V",
+        "Llama 4, Qwen2.5-VL, Qwen-Omni, InternVL, other LLaVA, Pixtral, GLM-V, Phi-3V",
         cpu=_IMAGES,
         cuda=_IMAGES,
         ascend=_MULTIMODAL,

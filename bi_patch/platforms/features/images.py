@@ -9,22 +9,20 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZED, RECURRENT, SPECULATION
 
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
+_CPU_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
 _ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 # Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
-_ON_CPU = {("Idefics3ForConditionalGeneration", "idefics3_vision")}
-_ON_CUDA = {
-    ("Qwen3VLForConditionalGeneration", "qwen3_vl"),
-    ("Qwen3VLForConditionalGeneration", "qwen3_vl_vision"),
-    ("Mistral3ForConditionalGeneration", "pixtral"),
-    ("LlavaForConditionalGeneration", "clip_vision_model"),
-}
+_IDEFICS = {("Idefics3ForConditionalGeneration", "idefics3_vision")}
+_TOWERS = {("Mistral3ForConditionalGeneration", "pixtral"), ("LlavaForConditionalGeneration", "clip_vision_model")}
+_QWEN = {("Qwen3VLForConditionalGeneration", "qwen3_vl"), ("Qwen3VLForConditionalGeneration", "qwen3_vl_vision")}
+_GEMMA = {("Gemma3ForConditionalGeneration", "siglip_vision_model")}
 _OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
 
 
 # Language models inside of others. vLLM makes a configuration for each, which calls itself multimodal, too.
-_LANGUAGE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_LANGUAGE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
 
 
 def taken(config: Any) -> str:
@@ -48,7 +46,7 @@ def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
 
 
 def _other(config: Any) -> str:
-    known = _encoder(config) in _ON_CPU | _ON_CUDA
+    known = _encoder(config) in _IDEFICS | _TOWERS | _QWEN | _GEMMA
     return f"multimodal inputs of {taken(config)}" if taken(config) and not known else ""
 
 
@@ -100,7 +98,7 @@ def _compiled(config: Any) -> str:
 
 
 def _of_idefics(config: Any) -> str:
-    return "compiled Idefics3" if _encoder(config) in _ON_CPU and _compiled(config) else ""
+    return "compiled Idefics3" if _encoder(config) in _IDEFICS and _compiled(config) else ""
 
 
 def _first_runner(config: Any) -> str:
@@ -112,32 +110,54 @@ def _preempted(config: Any) -> str:
     return f"images of {taken(config)} with preemption" if taken(config) else ""
 
 
+_TINY = "tiny models with random weights, in eager mode and compiled"
 IMAGES: tuple[Feature, ...] = (
     row(
         "images (Idefics3)",
         short="images (Idefics3)",
-        cpu=served(_CPU_IMAGES, why="a tiny model with random weights, in eager mode"),
+        cpu=served(_CPU_IMAGES, _CPU_MORE, why=_TINY),
         cuda=(_OLDER, served(_H200_IMAGES, why="a tiny model with random weights, in eager mode, two axes")),
         ascend=_ASCEND,
-        asked=_of(_ON_CPU),
+        asked=_of(_IDEFICS),
         details="An encoder computes one image at a time, so its rows depend on the image alone: not on other images "
         "of the step, of the prompt or of the caches, nor on the steps in which a prompt's images arrive.",
     ),
     row(
-        "images (Qwen3-VL, Mistral Small 3, LLaVA with CLIP)",
-        short="images (Qwen3-VL, Mistral Small 3, LLaVA with CLIP)",
-        cpu=refused("they need torchvision, with which nobody tried them on CPU", todo=_TEXT_ONLY),
+        "images (Mistral Small 3, LLaVA with CLIP)",
+        short="images (Mistral Small 3, LLaVA with CLIP)",
+        cpu=served(_CPU_MORE, why=_TINY),
+        cuda=(
+            _OLDER,
+            served(_H200_IMAGES, why="shapes of Mistral Small 3.1 and LLaVA 1.5 with few layers, random weights, bf16"),
+        ),
+        ascend=_ASCEND,
+        asked=_of(_TOWERS),
+        details="On CPU, vLLM needs torchvision for them.",
+    ),
+    row(
+        "images (Qwen3-VL)",
+        short="images (Qwen3-VL)",
+        cpu=refused("nobody tried its rotation and its patches on CPU", todo=_TEXT_ONLY),
         cuda=(
             _OLDER,
             served(
                 _H200_IMAGES,
-                why="shapes of Qwen3-VL-2B, Mistral Small 3.1 and LLaVA 1.5 with few layers, random weights, bf16; "
-                "a restart and a prefix cache turned off with Qwen3-VL alone",
+                why="the shape of Qwen3-VL-2B with few layers, random weights, bf16; also a restart, and a prefix "
+                "cache turned off",
             ),
         ),
         ascend=_ASCEND,
-        asked=_of(_ON_CUDA),
-        details="Prompts with several images were compared, not with preemption. Video is refused (`vision.names`).",
+        asked=_of(_QWEN),
+        details="Video is refused (`vision.names`).",
+    ),
+    row(
+        "images (Gemma 3, 4B and larger)",
+        short="images (Gemma 3)",
+        cpu=served(_CPU_MORE, why=_TINY),
+        cuda=refused("its attention over an image has no certificate", todo=_TEXT_ONLY),
+        ascend=_ASCEND,
+        asked=_of(_GEMMA),
+        details="On CPU, vLLM needs torchvision for them.",
     ),
     row(
         "images, sound and video of other models",
@@ -154,14 +174,14 @@ IMAGES: tuple[Feature, ...] = (
     ),
     row(
         "images that attend in both directions (Gemma 3, PaliGemma)",
-        cpu=refused("vLLM's attention on CPU computes them as causal text", todo=_TEXT_ONLY),
+        cpu=served(_CPU_MORE, why="Gemma 3; vLLM's CPU build computes an image as causal text, and so does bi_patch"),
         cuda=refused("its attention over an image has no certificate", todo=_TEXT_ONLY),
         ascend=_ASCEND,
         asked=_spans,
     ),
     row(
         "images, in an engine that vLLM compiles",
-        cpu=refused("nobody has compared such an engine", todo="Use --enforce-eager"),
+        cpu=served(_CPU_MORE),
         cuda=(
             _OLDER,
             served(
@@ -176,7 +196,7 @@ IMAGES: tuple[Feature, ...] = (
     ),
     row(
         "images of Idefics3, in an engine that vLLM compiles",
-        cpu=refused("nobody has compared such an engine", todo="Use --enforce-eager"),
+        cpu=served(_CPU_MORE),
         cuda=(_OLDER, untried("measured in eager mode")),
         ascend=_ASCEND,
         asked=_of_idefics,

@@ -1,9 +1,12 @@
 """Images on CPU: one item for each call of an encoder, and an encoder whose bits do not depend on threads."""
 
+import functools
+
 from bi_patch.seams import vision
 from bi_patch.seams.model import Seam, Target
 
 _SEAM = "vision.cpu"
+_PROJECTION = "mm_input_projection_weight"  # of Gemma 3: [width of the tower, width of the language model]
 
 
 def prepare(model, config) -> None:
@@ -23,6 +26,8 @@ def prepare(model, config) -> None:
             dense.take(layer)
         elif type(layer).__name__ == "Conv2dLayer" and layer.enable_linear:
             dense.take_patches(layer)
+        elif type(layer).__name__ == "Gemma3MultiModalProjector":
+            dense.take_projection(layer, _PROJECTION)
 
 
 def certify(model, config) -> None:
@@ -41,6 +46,24 @@ def _patches(original):
         return original(self, x) if made is None else made
 
     return _forward_mulmat
+
+
+def _projector(original):
+    """Gemma3MultiModalProjector.forward: as vLLM's, and the bundled GEMM multiplies."""
+
+    @functools.wraps(original)
+    def forward(self, vision_outputs):
+        from bi_patch.ops.cpu import dense
+
+        if "_packed" not in self.__dict__ or vision_outputs.dtype != getattr(self, _PROJECTION).dtype:
+            return original(self, vision_outputs)
+        images, _, width = vision_outputs.shape
+        side = self.patches_per_image
+        rows = vision_outputs.transpose(1, 2).reshape(images, width, side, side).contiguous()
+        pooled = self.avg_pool(rows).flatten(2).transpose(1, 2).contiguous()
+        return dense.project(self, self.mm_soft_emb_norm(pooled), _PROJECTION)
+
+    return forward
 
 
 SEAMS = (
@@ -62,5 +85,15 @@ SEAMS = (
         until="oneDNN gives equal bits for every number of rows and threads",
         causes=(26,),
         serves=("Conv2dLayer",),
+    ),
+    Seam(
+        name="vision.cpu_gemma3",
+        targets=(Target("vllm.model_executor.models.gemma3_mm", "Gemma3MultiModalProjector.forward"),),
+        close=_projector,
+        why="PyTorch divides the product of an image's rows among threads by the number of rows",
+        how="the bundled GEMM multiplies, with one order for each row",
+        until="oneDNN gives equal bits for every number of rows and threads",
+        causes=(26,),
+        on_import=True,
     ),
 )

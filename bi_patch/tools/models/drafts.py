@@ -1,8 +1,9 @@
 """Draft models and heads on disk for a local Llama model, made of the model's own weights: some drafts are right.
 
 `draft_model`: the model without its last layer. `eagle`: a head that gets the token's embedding, scaled to the size
-that the first layer's norm would give it, and has the model's layers. `eagle3`: a head whose layers are the model's;
-its first layer reads the embedding and hardly reads the model's hidden states.
+that the first layer's norm would give it, and has the model's layers, whose outputs are scaled, too. So nearly all its
+drafts are right. `eagle3`: a head whose layers are the model's; its first layer reads the embedding and hardly reads
+the model's hidden states.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ def _eagle(config, held, torch):
     size = config["hidden_size"]
     scale = float(embedded.square().mean().rsqrt())
     fc = torch.cat([torch.eye(size) * scale, torch.eye(size) * 1e-3], dim=1)
-    tensors = {"fc.weight": fc.to(held["lm_head.weight"].dtype), **_layers(held)}
+    # The head's residual is `scale` times the model's if each layer adds `scale` times as much. The norms divide by it.
+    added = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
+    layers = {name: (t.float() * scale).to(t.dtype) if name.endswith(added) else t for name, t in _layers(held).items()}
+    tensors = {"fc.weight": fc.to(held["lm_head.weight"].dtype), **layers}
     del tensors["layers.0.input_layernorm.weight"]
     return tensors, {"architectures": ["LlamaForCausalLM"]}
 

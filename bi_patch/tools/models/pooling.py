@@ -93,6 +93,16 @@ POOLING |= {
         "tie_word_embeddings": True,
         "is_matryoshka": True,
     },
+    "Qwen3-Reranker-0.6B": shapes.QWEN3
+    | _ONE
+    | {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
     "BERT large": _encoder(
         "BertModel",
         "bert",

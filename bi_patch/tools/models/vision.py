@@ -1,7 +1,8 @@
 """One tiny model of each kind that takes images, as config.json, with its tokenizer and its image processor.
 
 LLaVA has a CLIP or a Pixtral tower, Mistral Small 3 a Pixtral tower with merged patches, Idefics3 a SigLIP tower with
-tiles. Weights are random. The tokens of images are the vocabulary's last ones, which verify's prompts leave out.
+tiles, Gemma 3 a SigLIP tower whose rows are averaged. Weights are random. The tokens of images are the vocabulary's
+last ones, which verify's prompts leave out. vLLM needs torchvision for all of them but Idefics3.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bi_patch.tools.models import recipes, shapes
-from bi_patch.tools.models.families import _NARROW, _TINY
+from bi_patch.tools.models.families import _NARROW, _TINY, FAMILIES
 
 _VOCAB = 2048
 _OWN = 1984  # tokens of text; the rest are tokens of images
@@ -28,6 +29,7 @@ _TOWER = {
 _CLIP = _TOWER | {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "projection_dim": 128}
 _PIXTRAL = _TOWER | {"model_type": "pixtral", "hidden_act": "silu", "head_dim": 32, "rope_theta": 10000.0}
 _SIGLIP = _TOWER | {"model_type": "idefics3_vision", "hidden_act": "gelu_pytorch_tanh"}
+_GEMMA_ROWS = 16  # of an image, in the language model
 
 
 def _model(architecture: str, model_type: str, tower: dict[str, object], **own: object) -> dict[str, object]:
@@ -75,6 +77,17 @@ VISION: dict[str, dict[str, object]] = {
     ),
     "Idefics3": _model(
         "Idefics3ForConditionalGeneration", "idefics3", _SIGLIP, image_token_id=_OWN, scale_factor=2, pad_token_id=0
+    ),
+    "Gemma 3": _model(
+        "Gemma3ForConditionalGeneration",
+        "gemma3",
+        _SIGLIP | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config=dict(FAMILIES["Gemma 3"]),
+        tie_word_embeddings=True,
+        mm_tokens_per_image=_GEMMA_ROWS,
+        boi_token_index=_OWN,
+        image_token_index=_OWN + 1,
+        eoi_token_index=_OWN + 2,
     ),
 }
 
@@ -173,7 +186,8 @@ VISION |= {
         },
     ),
 }
-CPU = ("Idefics3",)  # the others need torchvision
+CPU = ("Idefics3", "LLaVA", "Mistral Small 3", "Gemma 3")  # tiny, and served there
+WITHOUT_TORCHVISION = ("Idefics3",)
 
 
 def _tokens(*names: str):
@@ -246,6 +260,22 @@ def _idefics3(folder: Path):
     )
 
 
+def _gemma3(folder: Path):
+    from transformers import Gemma3ImageProcessorPil, Gemma3Processor, PreTrainedTokenizerFast
+
+    parts = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+    lines = ["\n" * count for count in (1, 2, 3, 4)]  # vLLM's processor looks them up
+    _tokens(*parts.values())(folder).save_pretrained(folder)
+    made = PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=parts)
+    made.add_tokens(lines)
+    edge = int(str(_TOWER["image_size"]))
+    return Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": edge, "width": edge}),
+        tokenizer=made,
+        image_seq_length=_GEMMA_ROWS,
+    )
+
+
 _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "LLaVA": _llava(8 * _PATCH),
     "LLaVA-1.5-7B": _llava(24 * _PATCH),
@@ -254,6 +284,7 @@ _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "Pixtral": _pixtral(1),
     "Mistral Small 3": _pixtral(2),
     "Idefics3": _idefics3,
+    "Gemma 3": _gemma3,
 }
 
 

@@ -75,3 +75,15 @@ def test_a_large_module_that_no_process_loaded_is_not_loaded_by_the_check(module
     (finding,) = startup.inspect(large=False)
     assert (finding.status, finding.reason) == (startup.CLOSED, "as soon as its module is loaded")
     assert startup.inspect()[0].status == startup.OPEN
+
+
+def test_a_large_module_that_needs_a_missing_package_is_not_open(modules, monkeypatch, tmp_path):
+    (planned,) = process.state().plan.seams
+    lazy = Seam(**{**vars(planned.seam), "on_import": True})
+    (tmp_path / "check_needy.py").write_text("import check_absent\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for seam, status in ((lazy, startup.CLOSED), (planned.seam, startup.OPEN)):
+        plan = Plan(BY_PLATFORM["cpu"][-1], "cpu", (Planned(seam, Target("check_needy", "target")),), (), ())
+        monkeypatch.setattr(process, "_state", process.State(Settings(), plan, None))
+        (finding,) = startup.inspect()
+        assert finding.status == status and "check_absent" in finding.reason

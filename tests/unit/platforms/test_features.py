@@ -397,10 +397,40 @@ def test_images_of_known_models_are_served_on_cpu():
     check("cpu", **known)
     with pytest.raises(UnsupportedFeature, match="images of Idefics3ForConditionalGeneration"):
         check("ascend", **known)
-    with pytest.raises(UnsupportedFeature, match="images with compiled code"):
-        check("cpu", **known | {"model_enforce_eager": False})
     # vLLM makes a configuration for the language model, too.
     check("cpu", **images("LlamaForCausalLM"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoder"),
+    [
+        ("Mistral3ForConditionalGeneration", "pixtral"),
+        ("LlavaForConditionalGeneration", "clip_vision_model"),
+        ("Idefics3ForConditionalGeneration", "idefics3_vision"),
+        ("Gemma3ForConditionalGeneration", "siglip_vision_model"),
+    ],
+)
+@pytest.mark.parametrize("eager", [False, True])
+def test_images_on_cpu_are_served_eager_and_compiled(architecture, encoder, eager):
+    known = images(architecture, encoder, model_enforce_eager=eager)
+    check("cpu", **known)
+    check("cpu", **known, model_is_mm_prefix_lm=architecture.startswith("Gemma3"))
+    with pytest.raises(UnsupportedFeature, match="images with LoRA"):
+        check("cpu", **known | {"lora": SimpleNamespace()})
+    with pytest.raises(UnsupportedFeature, match="multimodal inputs of"):
+        check("cpu", **images(architecture, "another_tower"))
+
+
+def test_images_that_no_run_has_are_refused():
+    gemma = images("Gemma3ForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
+    with pytest.raises(UnsupportedFeature, match="images of Gemma3.*attention in both directions"):
+        check("cuda", **gemma)
+    with pytest.raises(UnsupportedFeature, match="images of Qwen3VL"):
+        check("cpu", **images("Qwen3VLForConditionalGeneration", "qwen3_vl"))
+    pali = images("PaliGemmaForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
+    for platform in ("cpu", "cuda"):
+        with pytest.raises(UnsupportedFeature, match="multimodal inputs of PaliGemma"):
+            check(platform, **pali)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from bi_patch.errors import CertificateFailed, UnsupportedFeature, UnsupportedRe
 from bi_patch.ops.cpu import dense, machine
 from bi_patch.seams import vision
 from bi_patch.seams.common import vision as names
+from bi_patch.seams.cpu import vision as cpu
 from bi_patch.seams.cuda import vision as cuda
 
 
@@ -102,6 +103,38 @@ def test_patches_are_those_of_a_convolution(dtype, cache):
     for i in range(2):
         assert torch.equal(dense.patches(layer, x[i : i + 1]), found[i : i + 1])
     assert dense.patches(layer, x.double()) is None
+
+
+class Projector(torch.nn.Module):
+    """Gemma 3's projector, as in vLLM."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.mm_input_projection_weight = torch.nn.Parameter(torch.randn(64, 96).to(dtype))
+        self.mm_soft_emb_norm = torch.nn.LayerNorm(64).to(dtype)
+        self.patches_per_image = 8
+        self.avg_pool = torch.nn.AvgPool2d(2, 2)
+
+    def forward(self, x):
+        n, _, width = x.shape
+        image = x.transpose(1, 2).reshape(n, width, 8, 8).contiguous()
+        rows = self.mm_soft_emb_norm(self.avg_pool(image).flatten(2).transpose(1, 2))
+        return torch.matmul(rows, self.mm_input_projection_weight).type_as(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_projector_of_gemma_3_has_the_rows_of_each_image(dtype, cache):
+    machine.load_kernels(cache)
+    layer = Projector(dtype)
+    x = torch.randn(3, 64, 64).to(dtype)
+    forward = cpu._projector(Projector.forward)
+    assert torch.equal(forward(layer, x), layer(x))  # not prepared
+    dense.take_projection(layer, cpu._PROJECTION)
+    found = forward(layer, x)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
+    torch.testing.assert_close(found, layer(x), **close)
+    for i in range(3):
+        assert torch.equal(forward(layer, x[i : i + 1]), found[i : i + 1])
 
 
 @pytest.fixture

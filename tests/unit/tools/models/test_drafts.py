@@ -44,6 +44,11 @@ def test_each_method_gets_its_tensors(model, tmp_path):
     tensors, config = made["eagle"]
     assert tensors["fc.weight"].shape == (HIDDEN, 2 * HIDDEN) and "layers.0.input_layernorm.weight" not in tensors
     assert config["architectures"] == ["LlamaForCausalLM"] and "lm_head.weight" not in tensors
+    held = load_file(model / "model.safetensors")
+    scale = held["model.embed_tokens.weight"].square().mean().rsqrt()
+    assert torch.equal(tensors["fc.weight"][:, :HIDDEN], torch.eye(HIDDEN) * scale)
+    added = tensors["layers.1.self_attn.o_proj.weight"]
+    torch.testing.assert_close(added, held["model.layers.1.self_attn.o_proj.weight"] * scale)
     tensors, config = made["eagle3"]
     assert tensors["fc.weight"].shape == (HIDDEN, 3 * HIDDEN) and config["draft_vocab_size"] == VOCABULARY
     assert tensors["layers.0.self_attn.k_proj.weight"].shape == (4, 2 * HIDDEN)
