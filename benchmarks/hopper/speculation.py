@@ -29,7 +29,9 @@ from dataclasses import replace
 from pathlib import Path
 
 ACCEPTED, DRAFTED = "vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_draft_tokens"
-PREEMPTIONS = "vllm:num_preemptions"
+PREEMPTIONS, HITS = "vllm:num_preemptions", "vllm:prefix_cache_hits"
+# The phases of `bits`, by the axis of verify that has the same cause.
+_AXES = {"together": "speculative decoding", "cached": "prefix cache", "many": "preemption"}
 RANKS, SLOTS = (8, 64, 16), 2  # of adapters: more than slots
 _BESIDE = {"fp8": "FP8", "lora": "LoRA"}
 _SHARE = 0.1  # of the free memory that an engine asks for at its start
@@ -84,7 +86,7 @@ def _engine(given: dict):
 
 
 def _counters(llm) -> dict[str, float]:
-    return {m.name: m.value for m in llm.get_metrics() if m.name in (ACCEPTED, DRAFTED, PREEMPTIONS)}
+    return {m.name: m.value for m in llm.get_metrics() if m.name in (ACCEPTED, DRAFTED, PREEMPTIONS, HITS)}
 
 
 def _bits(output) -> list:
@@ -232,7 +234,7 @@ def start(args, label: str, armed: bool, method: str, drafts: int, runner: str, 
         engine["speculative_config"] = {"method": method, "num_speculative_tokens": drafts, **own}
     path = str(folder / "model") if (folder / "model").exists() else ""
     if path:
-        engine["max_model_len"] = 4000
+        engine |= {"max_model_len": 4000, "kv_cache_memory_bytes": 1 << 27}
     adapters = []
     if "fp8" in args.beside:
         engine["quantization"] = "fp8"
@@ -350,8 +352,19 @@ def _compare(found: dict, answers: dict) -> None:
             pairs = [(plain[name], held.get(name)) for name in plain]
             found[label] |= {"positions": sum(_positions(mine) for mine, _ in pairs)}
             found[label] |= {"positions_differing": sum(_positions(mine) for mine, other in pairs if mine != other)}
+            found[label]["axes"] = _by_axis(plain, held)
             if wrong:
                 found[label]["first"] = _part(plain[wrong[0]], held.get(wrong[0]))
+
+
+def _by_axis(plain: dict, held: dict) -> dict[str, list[int]]:
+    """The positions that are compared and those that differ, by axis."""
+    counts: dict[str, list[int]] = {}
+    for name, mine in plain.items():
+        count = counts.setdefault(_AXES.get(name.split()[0], _AXES["together"]), [0, 0])
+        count[0] += _positions(mine)
+        count[1] += _positions(mine) * (mine != held.get(name))
+    return counts
 
 
 def _positions(answer: list) -> int:
@@ -382,9 +395,16 @@ def keep(args, found: dict, folder: Path) -> None:
     for label, held in compared.items():
         runner, drafts = label.split("-")[1:]
         how = f"{model}{', eager' if args.eager else ''}, {drafts} drafts, runner {runner.upper()}"
-        row = (how, "speculative decoding", held["positions"], held["positions_differing"], held.get("first", ""))
-        made.rows.append(evidence.InvarianceRow(*row))
-        notes.append(f"{drafts}: {held['counters'][ACCEPTED]:.0f} of {held['counters'][DRAFTED]:.0f} drafts accepted")
+        counted = held["counters"]
+        happened = {"preemption": counted.get(PREEMPTIONS), "prefix cache": counted.get(HITS)}
+        for axis, (positions, differing) in held["axes"].items():
+            if happened.get(axis, 1):
+                row = (how, axis, positions, differing, held.get("first", "") if differing else "")
+                made.rows.append(evidence.InvarianceRow(*row))
+        notes.append(
+            f"{how}: {counted[ACCEPTED]:.0f} of {counted[DRAFTED]:.0f} drafts accepted, {counted[PREEMPTIONS]:.0f} "
+            "requests preempted"
+        )
     made.note = "; ".join(notes)
     print(evidence.write(made, Path(args.results)), flush=True)
 
