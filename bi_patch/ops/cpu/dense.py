@@ -26,24 +26,27 @@ def take(layer: torch.nn.Linear) -> None:
 
 
 def take_patches(layer: torch.nn.Module) -> None:
-    """Pack the loaded weight [out, in, height, width] of a convolution whose windows do not overlap (a Conv2dLayer)."""
+    """Pack the loaded weight [out, in, (time,) height, width] of a convolution whose windows do not overlap."""
     layer.__dict__["_packed"] = torch.ops.bi_cpu.gemm_pack(layer.weight.detach().reshape(layer.out_channels, -1))
 
 
 def patches(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """x [images, in, height, width] -> [images, out, rows, columns] of patches, as vLLM's product of patches.
+    """x [images, in, (time,) height, width] -> [images, out, (times,) rows, columns], as vLLM's product of patches.
 
     None for a layer without `take_patches`, and for pixels of another dtype than the weight.
     """
     packed = layer.__dict__.get("_packed")
     if packed is None or x.dtype != layer.weight.dtype:
         return None
-    height, width = layer.kernel_size
-    cut = x.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
-    images, rows, columns = cut.shape[:3]
-    k = cut[0, 0, 0].numel()
+    sizes = layer.kernel_size
+    for i, size in enumerate(sizes):
+        x = x.unfold(2 + i, size, size)
+    places = range(2, 2 + len(sizes))
+    cut = x.permute(0, *places, 1, *(i + len(sizes) for i in places))
+    grid = cut.shape[: 1 + len(sizes)]
+    k = layer.weight[0].numel()
     made = torch.ops.bi_cpu.gemm(cut.reshape(-1, k), packed, layer.out_channels, k, layer.bias)
-    return made.view(images, rows, columns, layer.out_channels).permute(0, 3, 1, 2)
+    return made.view(*grid, layer.out_channels).movedim(-1, 1)
 
 
 def take_projection(layer: torch.nn.Module, name: str) -> None:

@@ -200,7 +200,7 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_MULTIMODAL,
     ),
     row(
-        "Mistral-Small 3, LLaVA 1.5",
+        "Qwen3-VL, Mistral-Small 3, LLaVA 1.5",
         cpu=served(_CPU_IMAGES_MORE, why="tiny shapes with random weights; vLLM needs torchvision for them"),
         cuda=(
             _NEWER,
@@ -212,15 +212,6 @@ FAMILIES: tuple[Feature, ...] = (
         "Gemma 3 4B and larger, with images",
         cpu=served(_CPU_IMAGES_MORE, why="a tiny shape with random weights; vLLM needs torchvision for it"),
         cuda=refused("its attention over an image has no certificate", todo="Pass --language-model-only"),
-        ascend=_MULTIMODAL,
-    ),
-    row(
-        "Qwen3-VL",
-        cpu=_IMAGES,
-        cuda=(
-            _NEWER,
-            served(_H200_IMAGES, why="few layers of published sizes with random weights, in model runner V2"),
-        ),
         ascend=_MULTIMODAL,
     ),
     row(

@@ -137,7 +137,7 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images (Qwen3-VL)",
         short="images (Qwen3-VL)",
-        cpu=refused("nobody tried its rotation and its patches on CPU", todo=_TEXT_ONLY),
+        cpu=served(_CPU_MORE, why=_TINY),
         cuda=(
             _OLDER,
             served(
@@ -148,7 +148,7 @@ IMAGES: tuple[Feature, ...] = (
         ),
         ascend=_ASCEND,
         asked=_of(_QWEN),
-        details="Video is refused (`vision.names`).",
+        details="On CPU, vLLM needs torchvision for them. Video is refused (`vision.names`).",
     ),
     row(
         "images (Gemma 3, 4B and larger)",

@@ -24,7 +24,7 @@ def prepare(model, config) -> None:
     for _, layer in vision.parts(model):
         if type(layer) is torch.nn.Linear:
             dense.take(layer)
-        elif type(layer).__name__ == "Conv2dLayer" and layer.enable_linear:
+        elif type(layer).__name__ in ("Conv2dLayer", "Conv3dLayer") and layer.enable_linear:
             dense.take_patches(layer)
         elif type(layer).__name__ == "Gemma3MultiModalProjector":
             dense.take_projection(layer, _PROJECTION)
@@ -37,7 +37,7 @@ def certify(model, config) -> None:
 
 
 def _patches(original):
-    """Conv2dLayer._forward_mulmat: the bundled GEMM multiplies the patches of a prepared layer."""
+    """Conv2dLayer._forward_mulmat and Conv3dLayer's: the bundled GEMM multiplies the patches of a prepared layer."""
 
     def _forward_mulmat(self, x):
         from bi_patch.ops.cpu import dense
@@ -66,6 +66,19 @@ def _projector(original):
     return forward
 
 
+def _product(name: str, layer: str) -> Seam:
+    return Seam(
+        name=f"vision.cpu_{name}",
+        targets=(Target("vllm.model_executor.layers.conv", f"{layer}._forward_mulmat"),),
+        close=_patches,
+        why="PyTorch divides the product of an image's patches among threads by the number of patches",
+        how="the bundled GEMM multiplies, with one order for each row",
+        until="oneDNN gives equal bits for every number of rows and threads",
+        causes=(26,),
+        serves=(layer,),
+    )
+
+
 SEAMS = (
     Seam(
         name="vision.cpu_alone",
@@ -76,16 +89,8 @@ SEAMS = (
         until="upstream's encoders give an image equal bits in any batch of images",
         causes=(36,),
     ),
-    Seam(
-        name="vision.cpu_patches",
-        targets=(Target("vllm.model_executor.layers.conv", "Conv2dLayer._forward_mulmat"),),
-        close=_patches,
-        why="PyTorch divides the product of an image's patches among threads by the number of patches",
-        how="the bundled GEMM multiplies, with one order for each row",
-        until="oneDNN gives equal bits for every number of rows and threads",
-        causes=(26,),
-        serves=("Conv2dLayer",),
-    ),
+    _product("patches", "Conv2dLayer"),
+    _product("cubes", "Conv3dLayer"),
     Seam(
         name="vision.cpu_gemma3",
         targets=(Target("vllm.model_executor.models.gemma3_mm", "Gemma3MultiModalProjector.forward"),),

@@ -91,6 +91,39 @@ VISION: dict[str, dict[str, object]] = {
     ),
 }
 
+_ROTATION = {"rope_type": "default", "rope_theta": 1e6}
+VISION["Qwen3-VL"] = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": True,
+    "vision_start_token_id": _OWN,
+    "vision_end_token_id": _OWN + 1,
+    "image_token_id": _OWN + 2,
+    "video_token_id": _OWN + 3,
+    "text_config": dict(_TINY)
+    | {
+        "model_type": "qwen3_vl_text",
+        "tie_word_embeddings": True,
+        "rope_parameters": _ROTATION | {"mrope_section": [12, 10, 10], "mrope_interleaved": True},
+    },
+    "vision_config": {
+        "model_type": "qwen3_vl",
+        "depth": 3,
+        "hidden_size": 128,
+        "hidden_act": "gelu_pytorch_tanh",
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 256,
+        "num_position_embeddings": 144,
+        "deepstack_visual_indexes": [0, 1],
+    },
+}
+
 # The sizes of published models with a few layers and a small vocabulary. They are not tiny: for GPUs.
 _QWEN_ROTATION = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 VISION |= {
@@ -186,7 +219,7 @@ VISION |= {
         },
     ),
 }
-CPU = ("Idefics3", "LLaVA", "Mistral Small 3", "Gemma 3")  # tiny, and served there
+CPU = ("Idefics3", "LLaVA", "Mistral Small 3", "Gemma 3", "Qwen3-VL")  # tiny, and served there
 WITHOUT_TORCHVISION = ("Idefics3",)
 
 
@@ -279,6 +312,7 @@ def _gemma3(folder: Path):
 _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "LLaVA": _llava(8 * _PATCH),
     "LLaVA-1.5-7B": _llava(24 * _PATCH),
+    "Qwen3-VL": _qwen,
     "Qwen3-VL-2B": _qwen,
     "Mistral-Small-3.1": _pixtral(2, 40 * _PATCH),
     "Pixtral": _pixtral(1),

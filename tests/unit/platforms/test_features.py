@@ -408,6 +408,7 @@ def test_images_of_known_models_are_served_on_cpu():
         ("LlavaForConditionalGeneration", "clip_vision_model"),
         ("Idefics3ForConditionalGeneration", "idefics3_vision"),
         ("Gemma3ForConditionalGeneration", "siglip_vision_model"),
+        ("Qwen3VLForConditionalGeneration", "qwen3_vl"),
     ],
 )
 @pytest.mark.parametrize("eager", [False, True])
@@ -425,8 +426,6 @@ def test_images_that_no_run_has_are_refused():
     gemma = images("Gemma3ForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
     with pytest.raises(UnsupportedFeature, match="images of Gemma3.*attention in both directions"):
         check("cuda", **gemma)
-    with pytest.raises(UnsupportedFeature, match="images of Qwen3VL"):
-        check("cpu", **images("Qwen3VLForConditionalGeneration", "qwen3_vl"))
     pali = images("PaliGemmaForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
     for platform in ("cpu", "cuda"):
         with pytest.raises(UnsupportedFeature, match="multimodal inputs of PaliGemma"):

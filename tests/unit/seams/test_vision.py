@@ -105,6 +105,19 @@ def test_patches_are_those_of_a_convolution(dtype, cache):
     assert dense.patches(layer, x.double()) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_of_frames_are_those_of_a_convolution(dtype, cache):
+    machine.load_kernels(cache)
+    layer = torch.nn.Conv3d(3, 20, (2, 14, 14)).to(dtype)
+    layer.stride = layer.kernel_size
+    x = torch.randn(2, 3, 4, 42, 28).to(dtype)
+    dense.take_patches(layer)
+    found = dense.patches(layer, x)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, layer(x), **close)
+    assert torch.equal(dense.patches(layer, x[1:]), found[1:])
+
+
 class Projector(torch.nn.Module):
     """Gemma 3's projector, as in vLLM."""
 
