@@ -50,6 +50,11 @@ def _other(config: Any) -> str:
     return f"multimodal inputs of {taken(config)}" if taken(config) and not known else ""
 
 
+def takes_videos(config: Any, platform: str) -> bool:
+    """Whether requests may bring videos. config: a VllmConfig. platform: "cpu", "cuda" or "ascend"."""
+    return platform == "cpu" and _encoder(config) in _QWEN
+
+
 def _spans(config: Any) -> str:
     """Images whose tokens attend in both directions: their keys and values are not those of a causal prompt."""
     both = taken(config) and getattr(config.model_config, "is_mm_prefix_lm", False)
@@ -148,7 +153,7 @@ IMAGES: tuple[Feature, ...] = (
         ),
         ascend=_ASCEND,
         asked=_of(_QWEN),
-        details="On CPU, vLLM needs torchvision for them. Video is refused (`vision.names`).",
+        details="On CPU, vLLM needs torchvision for them.",
     ),
     row(
         "images (Gemma 3, 4B and larger)",
@@ -167,7 +172,14 @@ IMAGES: tuple[Feature, ...] = (
         asked=_other,
     ),
     row(
-        "video and sound, in requests to a model whose images are served",
+        "video (Qwen3-VL)",
+        cpu=served(_CPU_MORE, why=_TINY),
+        cuda=refused("nobody has compared answers to it", todo="Leave it out", by="vision.names"),
+        ascend=refused("no patch point covers it yet", todo="Use a text model", by="features.ascend"),
+        details="A video is known by its frames and their times, so the rows of another video never serve it.",
+    ),
+    row(
+        "video and sound, in requests to another model whose images are served",
         cpu=refused("nobody has compared answers to them", todo="Leave them out", by="vision.names"),
         cuda=refused("nobody has compared answers to them", todo="Leave them out", by="vision.names"),
         ascend=refused("no patch point covers it yet", todo="Use a text model", by="features.ascend"),

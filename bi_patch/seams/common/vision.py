@@ -6,6 +6,7 @@ which takes the hash's place. Then another image of the same name gets the first
 
 import functools
 
+from bi_patch.platforms.features import images
 from bi_patch.seams import vision
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
@@ -17,12 +18,15 @@ def _names(original):
     """BaseRenderer._process_mm_uuids: refuse a request that names its images, or brings something else than images."""
 
     def _process_mm_uuids(self, mm_data, mm_data_items, mm_uuid_items, mm_req_id):
-        kinds = sorted(kind for kind, count in mm_data_items.get_all_counts().items() if count and kind not in _TAKEN)
+        taken = (*_TAKEN, "video") if _takes_videos(self.config) else _TAKEN
+        kinds = sorted(kind for kind, count in mm_data_items.get_all_counts().items() if count and kind not in taken)
         if kinds:
             raise bad_request(
-                f"vision.names: batch invariance covers images only, not {' and '.join(kinds)}: no engine's answers to "
-                "them were compared. Leave them out, or start the engine with BI_PATCH=0"
+                f"vision.names: batch invariance does not cover {' and '.join(kinds)} for this model: no engine's "
+                "answers to them were compared. Leave them out, or start the engine with BI_PATCH=0"
             )
+        if (videos := mm_data_items.get("video")) is not None:
+            videos.data = [_frames(video) for video in videos.data]
         if any(name is not None for names in mm_uuid_items.values() for name in names):
             raise bad_request(
                 "vision.names: batch invariance does not cover names of images (multi_modal_uuids, or uuid in a chat): "
@@ -31,6 +35,23 @@ def _names(original):
         return original(self, mm_data, mm_data_items, mm_uuid_items, mm_req_id)
 
     return _process_mm_uuids
+
+
+def _takes_videos(config) -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and images.takes_videos(config, "cpu")
+
+
+def _frames(video):
+    """The frames of a video without the file that they were read from, whose bytes do not tell which were read."""
+    if isinstance(video, tuple):
+        frames, told = video
+        return getattr(frames, "media", frames), told
+    raise bad_request(
+        "vision.names: batch invariance covers videos whose frames and times are given together. Give (frames, "
+        "metadata), or leave the video out"
+    )
 
 
 def _sent(original):

@@ -260,7 +260,7 @@ def _qwen(folder: Path):
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2, temporal_patch_size=2),
         tokenizer=_tokens(*names)(folder),
-        video_processor=Qwen3VLVideoProcessor(),
+        video_processor=Qwen3VLVideoProcessor(size=size, max_frames=16, cap_pixels_per_frame=False),
     )
 
 

@@ -20,12 +20,16 @@ class NotComparable(BiPatchError):
 
 
 class Image(msgspec.Struct, frozen=True):
-    """A made image of a request: random pixels in [height, width, 3] bytes. at: the place in the prompt's tokens."""
+    """A made image of a request: random pixels in [height, width, 3] bytes. at: the place in the prompt's tokens.
+
+    frames: of a made video, 0 for an image.
+    """
 
     at: int
     seed: int
     width: int
     height: int
+    frames: int = 0
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -41,7 +45,7 @@ class Request(msgspec.Struct, frozen=True):
     after its arrival at which the client gives the request up, 0 for never; the answer to an aborted request has no
     tokens. grammar: vLLM's `structured_outputs` as JSON, "" for none. dimensions, activation: of a request to a pooling
     model: the length of the embedding, and whether the pooler's activation is applied; None for the model's own.
-    images: made images in ascending order of their places; `prompt` holds no tokens for them.
+    images: made images and videos in ascending order of their places; `prompt` holds no tokens for them.
     """
 
     prompt: tuple[int, ...]

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from bi_patch.platforms.features import images
 from bi_patch.tools.evidence.kinds import short_name
 from bi_patch.tools.verify.answers import Answer, Image, Request
 
@@ -64,10 +65,10 @@ class Info(msgspec.Struct, frozen=True):
     unknown. devices: the host's number of devices. leaves: BI_PATCH_TP_INVARIANT of an armed engine.
     quantization: vLLM's name of the method, "" for none. pooling: the task of a pooling model, such as "embed" or
     "classify", "" for a model that generates. whole: prompts are computed in one step, without a prefix cache.
-    matryoshka: an embedding's length may be chosen, up to `width`. two_forms: prompts and
-    generated tokens have forms of their own, whose bits differ (BI_PATCH_MLA=two). images: the most tokens
-    of an image, 0 for an engine that takes no images. chunks: with a prefix cache, vLLM takes this model's prompts in
-    chunks only (states of recurrent layers are kept where a chunk ends).
+    matryoshka: an embedding's length may be chosen, up to `width`. two_forms: prompts and generated tokens have forms
+    of their own, whose bits differ (BI_PATCH_MLA=two). images: the most tokens of an image, 0 for an engine that takes
+    no images. videos: whether requests may bring videos. chunks: with a prefix cache, vLLM takes this model's prompts
+    in chunks only (states of recurrent layers are kept where a chunk ends).
     """
 
     mode: str
@@ -94,6 +95,7 @@ class Info(msgspec.Struct, frozen=True):
     width: int = 0
     two_forms: bool = False
     images: int = 0
+    videos: bool = False
     chunks: bool = False
 
     @property
@@ -187,8 +189,9 @@ class LocalEngine:
             disable_log_stats=False,  # counters() reads them
             **{**made, **options.extra},
         )
-        self._placeholder, most = _images(self._llm)
-        self.info = msgspec.structs.replace(self._info(), images=most)
+        info = self._info()
+        self._placeholders, most = _images(self._llm, info.platform)
+        self.info = msgspec.structs.replace(info, images=most, videos="video" in self._placeholders)
         self._serial = 0
         self._cached = 0
         self._chunk: int | None = None  # the engine's own budget, kept from the first change on
@@ -263,16 +266,18 @@ class LocalEngine:
             self._llm.llm_engine.reset_encoder_cache()
 
     def _prompt(self, request: Request) -> dict[str, object]:
-        """vLLM's prompt: the tokens, with the model's own tokens for an image at the place of each image."""
+        """vLLM's prompt: the tokens, with the model's own tokens for an image or a video at the place of each."""
         if not request.images:
             return {"prompt_token_ids": list(request.prompt)}
         tokens: list[int] = []
         last = 0
+        made: dict[str, list[object]] = {}
         for image in request.images:
-            tokens += [*request.prompt[last : image.at], *self._placeholder]
+            kind = "video" if image.frames else "image"
+            tokens += [*request.prompt[last : image.at], *self._placeholders[kind]]
             last = image.at
-        made = [_pixels(image) for image in request.images]
-        return {"prompt_token_ids": [*tokens, *request.prompt[last:]], "multi_modal_data": {"image": made}}
+            made.setdefault(kind, []).append(_video(image) if image.frames else _pixels(image))
+        return {"prompt_token_ids": [*tokens, *request.prompt[last:]], "multi_modal_data": made}
 
     def sleep(self, level: int) -> None:
         """Put the engine to sleep and wake it. level: 1 keeps the weights on the host, 2 drops and loads them again."""
@@ -448,26 +453,31 @@ def _pooling_info(llm, config) -> dict[str, object]:
     }
 
 
-def _images(llm) -> tuple[tuple[int, ...], int]:
-    """The tokens that stand for an image in a prompt, and the most tokens of an image. () and 0 without images."""
+def _images(llm, platform: str) -> tuple[dict[str, tuple[int, ...]], int]:
+    """The tokens that stand for an image or a video in a prompt, and the most tokens of an image. {} and 0 without."""
     config = llm.llm_engine.vllm_config
     model = config.model_config
     if not getattr(model, "is_multimodal_model", False):
-        return (), 0
+        return {}, 0
     if getattr(model.multimodal_config, "language_model_only", False):
-        return (), 0
+        return {}, 0
     from vllm.model_executor.model_loader import get_model_cls
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
     budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
     most = budget.mm_max_toks_per_item
-    text = get_model_cls(model).get_placeholder_str("image", 1)
+    kind = get_model_cls(model)
+    text = kind.get_placeholder_str("image", 1)
     # Mistral's models leave it to their processor.
     text = text or getattr(budget.processor.info.get_hf_processor(), "image_token", "")
     if "image" not in most or not text:
-        return (), 0
-    return tuple(llm.get_tokenizer().encode(text, add_special_tokens=False)), most["image"] + _MARKS
+        return {}, 0
+    texts = {"image": text}
+    if "video" in most and images.takes_videos(config, platform):
+        texts["video"] = kind.get_placeholder_str("video", 1)
+    encode = llm.get_tokenizer().encode
+    return {k: tuple(encode(t, add_special_tokens=False)) for k, t in texts.items()}, most["image"] + _MARKS
 
 
 def _pixels(image: Image):
@@ -479,6 +489,24 @@ def _pixels(image: Image):
     source = random.Random(image.seed)
     small = Pictures.frombytes("RGB", (8, 8), source.randbytes(8 * 8 * 3))
     return small.resize((image.width, image.height), Pictures.Resampling.NEAREST)
+
+
+def _video(image: Image):
+    """A made video as vLLM's: frames [frames, height, width, 3], each another made image, and what a file tells."""
+    import numpy
+
+    frames = [
+        numpy.asarray(_pixels(msgspec.structs.replace(image, seed=image.seed + 1000 * i))) for i in range(image.frames)
+    ]
+    told = {
+        "fps": 2.0,
+        "duration": image.frames / 2,
+        "total_num_frames": image.frames,
+        "frames_indices": list(range(image.frames)),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
+    return numpy.stack(frames), told
 
 
 def _pooling(request: Request, task: str):

@@ -211,24 +211,45 @@ def test_each_shape_is_encoded_once_and_the_users_limit_stays(made):
     assert calls == [4, 4, 4, 20, 20, 20, 7, 7, 7, 3, 3, 3] and made == {"image": held}
 
 
-def test_names_of_images_are_refused():
-    refuse = names._names(lambda self, data, items, given, number: given)
+RENDERER = SimpleNamespace(config=None)
+
+
+def refuse(monkeypatch, found, given, videos=False):
+    monkeypatch.setattr(names, "_takes_videos", lambda config: videos)
+    return names._names(lambda self, data, items, given, number: given)(RENDERER, {}, found, given, "1")
+
+
+def test_names_of_images_are_refused(monkeypatch):
     for given in ({}, {"image": [None, None]}):
-        assert refuse(None, {}, items(image=2), given, "1") == given
+        assert refuse(monkeypatch, Items(image=2), given) == given
     with pytest.raises(UnsupportedRequest, match="vision.names: .*BI_PATCH=0"):
-        refuse(None, {}, items(image=2), {"image": [None, "mine"]}, "1")
+        refuse(monkeypatch, Items(image=2), {"image": [None, "mine"]})
 
 
-def items(**counts):
-    """What a request brings of each kind."""
-    return SimpleNamespace(get_all_counts=lambda: counts)
+class Items(dict):
+    """What a request brings of each kind: numbers, and items with data."""
+
+    def get_all_counts(self):
+        return {kind: held if isinstance(held, int) else len(held.data) for kind, held in self.items()}
 
 
-def test_video_and_sound_are_refused():
-    refuse = names._names(lambda self, data, items, given, number: given)
-    assert refuse(None, {}, items(image=1, video=0), {}, "1") == {}
+def test_video_and_sound_are_refused(monkeypatch):
     with pytest.raises(UnsupportedRequest, match="vision.names: .*audio and video.*BI_PATCH=0"):
-        refuse(None, {}, items(image=1, video=1, audio=2), {}, "1")
+        refuse(monkeypatch, Items(image=1, video=SimpleNamespace(data=[1]), audio=2), {})
+    with pytest.raises(UnsupportedRequest, match="vision.names: .* audio for this model.*BI_PATCH=0"):
+        refuse(monkeypatch, Items(video=SimpleNamespace(data=[(torch.ones(1), {})]), audio=2), {}, videos=True)
+
+
+def test_a_video_is_known_by_its_frames(monkeypatch):
+    """vLLM's hash of a video that came as a file holds the file's bytes, not which frames were read."""
+    frames = torch.ones(2, 4, 4, 3)
+    read = SimpleNamespace(media=frames, original_bytes=b"file")
+    found = SimpleNamespace(data=[(read, {"fps": 1.0}), (frames, {"fps": 2.0})])
+    refuse(monkeypatch, Items(video=found), {}, videos=True)
+    assert [held[0] is frames for held in found.data] == [True, True]
+    assert [held[1]["fps"] for held in found.data] == [1.0, 2.0]
+    with pytest.raises(UnsupportedRequest, match="vision.names: .*frames and times.*"):
+        refuse(monkeypatch, Items(video=SimpleNamespace(data=[frames])), {}, videos=True)
 
 
 class Deep:

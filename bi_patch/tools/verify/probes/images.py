@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from bi_patch.tools.verify.answers import Image, Request
 from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.engine import HITS, SERVER, Engine
@@ -12,6 +14,7 @@ from bi_patch.tools.verify.probes.base import NotExercised, Run, Workload, pair
 _MOST = 3  # images of a prompt
 _TEXT = 48  # tokens of a prompt besides its images
 _SIZES = ((64, 64), (200, 90), (90, 230), (400, 400))  # width, height in pixels
+_FRAMES = ((64, 64), (96, 64), (64, 96), (90, 70))  # of a video
 _BUDGETS = (17, 48, 130)  # tokens per engine step
 
 
@@ -26,26 +29,40 @@ def missing(engine: Engine) -> str:
     return ""
 
 
-def _ask(engine: Engine, load: Workload, text: int, *images: tuple[int, int]) -> Request:
-    """A request with images. text: chooses its tokens. images: (place in the text, seed) of each."""
+def _ask(engine: Engine, load: Workload, text: int, *images: tuple[int, ...]) -> Request:
+    """A request with images. text: chooses its tokens. images: (place in the text, seed) of each, and of a video also
+    the number of its frames."""
     tokens = (*load.subjects[text % len(load.subjects)], *load.fillers[text], *load.fillers[text + 1])[:_TEXT]
-    made = tuple(Image(min(at, len(tokens)), seed, *_SIZES[seed % len(_SIZES)]) for at, seed in images)
+    made = tuple(
+        Image(min(at, len(tokens)), seed, *(_SIZES if not frames else _FRAMES)[seed % len(_SIZES)], *frames)
+        for at, seed, *frames in images
+    )
     return Request(tokens, max_tokens=load.generate, logprobs=3, digest=engine.options.digests, images=made)
 
 
 def subjects(engine: Engine, load: Workload) -> dict[str, Request]:
     """The requests whose answers are compared."""
-    return {
+    found = {
         "one image": _ask(engine, load, 0, (2, 0)),
         "three images": _ask(engine, load, 1, (0, 1), (3, 2), (9, 3)),
         "one image twice": _ask(engine, load, 2, (1, 5), (7, 5)),
         "no image": _ask(engine, load, 3),
     }
+    if engine.info.videos:
+        found |= {
+            "a video": _ask(engine, load, 4, (2, 20, 4)),
+            "a video between images": _ask(engine, load, 5, (1, 2), (4, 21, 6), (9, 1)),
+        }
+    return found
 
 
 def others(engine: Engine, load: Workload) -> list[Request]:
     """Requests that run beside: with other images, with a subject's images, and with none."""
-    return [
+    videos = [
+        _ask(engine, load, 11, (3, 22, 4)),
+        _ask(engine, load, 12, (0, 21, 6), (7, 23, 2)),
+    ]
+    return (videos if engine.info.videos else []) + [
         _ask(engine, load, 4, (0, 7), (5, 8)),
         _ask(engine, load, 5, (3, 2)),
         _ask(engine, load, 6),
@@ -59,10 +76,11 @@ def others(engine: Engine, load: Workload) -> list[Request]:
 def images(run: Run) -> Iterator[Case]:
     """Each subject in company, after requests with the same images, on warm caches, and in small steps."""
     asked, company = subjects(run.engine, run.workload), others(run.engine, run.workload)
-    first = asked["one image"]
-    changed = first.but(images=tuple(Image(i.at, i.seed + 4, i.width, i.height) for i in first.images))
-    if run.alone([first])[0] == run.alone([changed])[0]:
-        raise NotExercised("images: another image changed nothing")
+    for label in [label for label in ("one image", "a video") if label in asked]:
+        first = asked[label]
+        changed = first.but(images=tuple(replace(i, seed=i.seed + 4) for i in first.images))
+        if run.alone([first])[0] == run.alone([changed])[0]:
+            raise NotExercised(f"images: another image in place of {label} changed nothing")
     yield from _beside(run, asked, company)
     yield from _after(run, asked, company)
     yield from _in_steps(run, asked, company)
@@ -92,10 +110,7 @@ def _after(run: Run, asked: dict[str, Request], company: list[Request]) -> Itera
         (expected,) = run.alone([request])
         alone = Scenario.alone(request)
         turned = request.but(
-            images=tuple(
-                Image(place.at, held.seed, held.width, held.height)
-                for place, held in zip(request.images, request.images[::-1])
-            )
+            images=tuple(replace(held, at=place.at) for place, held in zip(request.images, request.images[::-1]))
         )
         single = [request.but(images=(image,), max_tokens=1) for image in request.images]
         warmups = {
