@@ -124,6 +124,40 @@ VISION["Qwen3-VL"] = {
     },
 }
 
+VISION["Qwen2.5-VL"] = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": True,
+    "vision_start_token_id": _OWN,
+    "vision_end_token_id": _OWN + 1,
+    "image_token_id": _OWN + 2,
+    "video_token_id": _OWN + 3,
+    "text_config": dict(_TINY)
+    | _NARROW
+    | {
+        "model_type": "qwen2_5_vl_text",
+        "tie_word_embeddings": True,
+        "rope_parameters": _ROTATION | {"mrope_section": [4, 6, 6]},
+    },
+    "vision_config": {
+        "model_type": "qwen2_5_vl",
+        "depth": 3,
+        "hidden_size": 128,
+        "hidden_act": "silu",
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": _PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 4 * _PATCH,
+        "fullatt_block_indexes": [2],
+        "out_hidden_size": 256,
+    },
+}
+
 # The sizes of published models with a few layers and a small vocabulary. They are not tiny: for GPUs.
 _QWEN_ROTATION = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 VISION |= {
@@ -264,6 +298,18 @@ def _qwen(folder: Path):
     )
 
 
+def _qwen2_5(folder: Path):
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    size = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, patch_size=_PATCH, merge_size=2, temporal_patch_size=2),
+        tokenizer=_tokens(*names)(folder),
+        video_processor=Qwen2VLVideoProcessor(size=size),
+    )
+
+
 def _pixtral(merge: int, edge: int = 8 * _PATCH):
     def make(folder: Path):
         from transformers import PixtralImageProcessorPil, PixtralProcessor
@@ -313,6 +359,7 @@ _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "LLaVA": _llava(8 * _PATCH),
     "LLaVA-1.5-7B": _llava(24 * _PATCH),
     "Qwen3-VL": _qwen,
+    "Qwen2.5-VL": _qwen2_5,
     "Qwen3-VL-2B": _qwen,
     "Mistral-Small-3.1": _pixtral(2, 40 * _PATCH),
     "Pixtral": _pixtral(1),
