@@ -15,7 +15,7 @@ _TAKEN = ("image", "prompt_embeds")  # prompt embeddings beside images are refus
 
 
 def _names(original):
-    """BaseRenderer._process_mm_uuids: refuse a request that names its images, or brings something else than images."""
+    """BaseRenderer._process_mm_uuids: refuse a request that names its images, or brings what no run has compared."""
 
     def _process_mm_uuids(self, mm_data, mm_data_items, mm_uuid_items, mm_req_id):
         taken = (*_TAKEN, "video") if _takes_videos(self.config) else _TAKEN
@@ -135,7 +135,7 @@ SEAMS = (
         "names",
         Target("vllm.renderers.base", "BaseRenderer._process_mm_uuids", ">=0.32"),
         _names,
-        "a request that names its images is refused, and so is one with video or sound",
+        "a request that names its images is refused, and so is one with sound, or with video where no run compared it",
     ),
     _seam(
         "sent",

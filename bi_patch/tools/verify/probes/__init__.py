@@ -30,6 +30,7 @@ from bi_patch.tools.verify.probes import (
     pooling,
     routing,
     sleeping,
+    together,
     updating,
 )
 from bi_patch.tools.verify.probes.base import (
@@ -382,6 +383,16 @@ FEATURE_PROBES = (
         seconds=10,
         optional=True,
         single=True,
+    ),
+    Probe(
+        "features together",
+        "adapters, n-gram speculation, grammars, logprobs and cached prefixes in one engine",
+        together.together,
+        (8, 10, 22, 28, 34, 35),
+        adapters.missing,
+        seconds=20,
+        options=together.options,
+        optional=True,
     ),
     Probe(
         "sleep and wake",
