@@ -286,23 +286,26 @@ def _llava(size: int):
     return make
 
 
-def _qwen(folder: Path):
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+def _qwen(edge: int):
+    def make(folder: Path):
+        from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    size = {"shortest_edge": 64 * 64, "longest_edge": 512 * 512}
-    return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2, temporal_patch_size=2),
-        tokenizer=_tokens(*names)(folder),
-        video_processor=Qwen3VLVideoProcessor(size=size, max_frames=16, cap_pixels_per_frame=False),
-    )
+        names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+        size = {"shortest_edge": 64 * 64, "longest_edge": edge * edge}
+        return Qwen3VLProcessor(
+            image_processor=Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2, temporal_patch_size=2),
+            tokenizer=_tokens(*names)(folder),
+            video_processor=Qwen3VLVideoProcessor(size=size, max_frames=16, cap_pixels_per_frame=False),
+        )
+
+    return make
 
 
 def _qwen2_5(folder: Path):
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    size = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
+    size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, patch_size=_PATCH, merge_size=2, temporal_patch_size=2),
         tokenizer=_tokens(*names)(folder),
@@ -358,9 +361,9 @@ def _gemma3(folder: Path):
 _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "LLaVA": _llava(8 * _PATCH),
     "LLaVA-1.5-7B": _llava(24 * _PATCH),
-    "Qwen3-VL": _qwen,
+    "Qwen3-VL": _qwen(256),
     "Qwen2.5-VL": _qwen2_5,
-    "Qwen3-VL-2B": _qwen,
+    "Qwen3-VL-2B": _qwen(512),
     "Mistral-Small-3.1": _pixtral(2, 40 * _PATCH),
     "Pixtral": _pixtral(1),
     "Mistral Small 3": _pixtral(2),
