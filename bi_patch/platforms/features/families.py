@@ -209,13 +209,19 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_MULTIMODAL,
     ),
     row(
+        "Qwen2.5-VL",
+        cpu=served(_CPU_IMAGES_MORE, why="a tiny shape with random weights; vLLM needs torchvision for it"),
+        cuda=_IMAGES,
+        ascend=_MULTIMODAL,
+    ),
+    row(
         "Gemma 3 4B and larger, with images",
         cpu=served(_CPU_IMAGES_MORE, why="a tiny shape with random weights; vLLM needs torchvision for it"),
         cuda=refused("its attention over an image has no certificate", todo="Pass --language-model-only"),
         ascend=_MULTIMODAL,
     ),
     row(
-        "Llama 4, Qwen2.5-VL, Qwen-Omni, InternVL, other LLaVA, Pixtral, GLM-V, Phi-3V",
+        "Llama 4, Qwen-Omni, InternVL, other LLaVA, Pixtral, GLM-V, Phi-3V",
         cpu=_IMAGES,
         cuda=_IMAGES,
         ascend=_MULTIMODAL,

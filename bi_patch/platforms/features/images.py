@@ -17,6 +17,7 @@ _ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 _IDEFICS = {("Idefics3ForConditionalGeneration", "idefics3_vision")}
 _TOWERS = {("Mistral3ForConditionalGeneration", "pixtral"), ("LlavaForConditionalGeneration", "clip_vision_model")}
 _QWEN = {("Qwen3VLForConditionalGeneration", "qwen3_vl"), ("Qwen3VLForConditionalGeneration", "qwen3_vl_vision")}
+_QWEN2_5 = {("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")}
 _GEMMA = {("Gemma3ForConditionalGeneration", "siglip_vision_model")}
 _OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
 
@@ -46,7 +47,7 @@ def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
 
 
 def _other(config: Any) -> str:
-    known = _encoder(config) in _IDEFICS | _TOWERS | _QWEN | _GEMMA
+    known = _encoder(config) in _IDEFICS | _TOWERS | _QWEN | _QWEN2_5 | _GEMMA
     return f"multimodal inputs of {taken(config)}" if taken(config) and not known else ""
 
 
@@ -153,6 +154,15 @@ IMAGES: tuple[Feature, ...] = (
         ),
         ascend=_ASCEND,
         asked=_of(_QWEN),
+        details="On CPU, vLLM needs torchvision for them.",
+    ),
+    row(
+        "images (Qwen2.5-VL)",
+        short="images (Qwen2.5-VL)",
+        cpu=served(_CPU_MORE, why=_TINY),
+        cuda=refused("no run of an engine has shown its bits", todo=_TEXT_ONLY),
+        ascend=_ASCEND,
+        asked=_of(_QWEN2_5),
         details="On CPU, vLLM needs torchvision for them.",
     ),
     row(

@@ -253,7 +253,7 @@ VISION |= {
         },
     ),
 }
-CPU = ("Idefics3", "LLaVA", "Mistral Small 3", "Gemma 3", "Qwen3-VL")  # tiny, and served there
+CPU = ("Idefics3", "LLaVA", "Mistral Small 3", "Gemma 3", "Qwen3-VL", "Qwen2.5-VL")  # tiny, and served there
 WITHOUT_TORCHVISION = ("Idefics3",)
 
 

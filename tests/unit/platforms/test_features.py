@@ -215,7 +215,7 @@ def test_a_plain_configuration_passes(platform):
         ({"model_is_encoder_decoder": True}, "encoder-decoder models"),
         (images("Phi3VForCausalLM"), "multimodal inputs of Phi3VForCausalLM"),
         (images("LlavaForConditionalGeneration", "siglip_vision_model"), "multimodal inputs of Llava"),
-        (images("Gemma3ForConditionalGeneration", model_is_mm_prefix_lm=True), "attention in both directions over"),
+        (images("Gemma3ForConditionalGeneration", model_is_mm_prefix_lm=True), "multimodal inputs of Gemma3"),
         (images("Idefics3ForConditionalGeneration", lora=SimpleNamespace()), "images with LoRA"),
         (images("Idefics3ForConditionalGeneration", speculative=ngram()), "images with speculative decoding"),
         (images("Idefics3ForConditionalGeneration", model_quantization="fp8"), "images with quantized weights"),
@@ -409,6 +409,7 @@ def test_images_of_known_models_are_served_on_cpu():
         ("Idefics3ForConditionalGeneration", "idefics3_vision"),
         ("Gemma3ForConditionalGeneration", "siglip_vision_model"),
         ("Qwen3VLForConditionalGeneration", "qwen3_vl"),
+        ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
     ],
 )
 @pytest.mark.parametrize("eager", [False, True])
@@ -426,6 +427,8 @@ def test_images_that_no_run_has_are_refused():
     gemma = images("Gemma3ForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
     with pytest.raises(UnsupportedFeature, match="images of Gemma3.*attention in both directions"):
         check("cuda", **gemma)
+    with pytest.raises(UnsupportedFeature, match="images of Qwen2_5_VL"):
+        check("cuda", **images("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"))
     pali = images("PaliGemmaForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
     for platform in ("cpu", "cuda"):
         with pytest.raises(UnsupportedFeature, match="multimodal inputs of PaliGemma"):
