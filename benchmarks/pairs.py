@@ -1,6 +1,6 @@
 """Measures what users turn on together: LoRA, speculation, quantized weights, and what single requests ask for.
 
-    PYTHONPATH=. python3 benchmarks/pairs.py [KIND ...] [--compiled] [--results FOLDER]
+    PYTHONPATH=. python3 benchmarks/pairs.py [KIND ...] [--compiled] [--axis AXIS ...] [--results FOLDER]
 
 KIND: a key of CPU or CUDA, by default all of the device's. In a kind with "LoRA", each request that names no adapter
 gets one by its first token, or none; with "structured output", it gets a grammar in the same way. With "n-grams", every
@@ -112,7 +112,8 @@ def measure(name: str, kind: Kind, args: argparse.Namespace) -> int:
     if kind.requests:
         system = Changing(system.mode, system.options, environ=environ)
     label = f"{kind.model} bf16{' compiled' if args.compiled else ''}, {name}"
-    rows, report = invariance.measure(label, system, level, only=kind.axes, tell=lambda text: print(text, flush=True))
+    axes = tuple(args.axis) or kind.axes
+    rows, report = invariance.measure(label, system, level, only=axes, tell=lambda text: print(text, flush=True))
     if args.results is not None:
         found = evidence.new(Found, report)
         found.rows, found.command = rows, "benchmarks/pairs.py"  # kinds share a file
@@ -127,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", default=list(known))
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--axis", action="append", default=[], help="an axis of verify; by default, those of the kind")
     parser.add_argument("--results", type=Path, help="the folder of a result file; by default, none is written")
     args = parser.parse_args()
     bi_patch_entry.without_arming()
