@@ -166,12 +166,42 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("FP8 KV cache (e4m3, static scales)", "cuda"): (("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),),
     ("fp32 KV cache", "cpu"): (("* fp32", *_SIX, "preemption"),),
     # Images.
-    ("images (Idefics3)", "cpu"): (("Idefics3, bf16", *_IMAGES, "prefix cache", "batch size"),),
+    ("images (Idefics3)", "cpu"): (
+        ("Idefics3, bf16", *_IMAGES, "prefix cache", "batch size"),
+        ("Idefics3, bf16 compiled", *_IMAGES, "prefix cache", "batch size"),
+    ),
+    **{
+        (row, "cpu"): tuple(
+            entry
+            for model in models
+            for entry in (
+                (f"{model}, bf16", *_IMAGES, "prefix cache", "batch size", "co-batch contents"),
+                (f"{model}, bf16 compiled", *_IMAGES, "prefix cache", "batch size"),
+                (f"{model}, bf16, across engines", "preemption", "eager and compiled", "thread count"),
+            )
+        )
+        for row, models in {
+            "images (Mistral Small 3, LLaVA with CLIP)": ("Mistral Small 3", "LLaVA"),
+            "images (Qwen3-VL)": ("Qwen3-VL",),
+            "images (Qwen2.5-VL)": ("Qwen2.5-VL",),
+            "images (Gemma 3, 4B and larger)": ("Gemma 3",),
+            "video (Qwen3-VL)": ("Qwen3-VL",),  # its axis "images" has videos
+            "images that attend in both directions (Gemma 3, PaliGemma)": ("Gemma 3",),
+        }.items()
+    },
     ("images (Idefics3)", "cuda"): (("Idefics3, bf16", "images", "batch size"),),
-    ("images (Qwen3-VL, Mistral Small 3, LLaVA with CLIP)", "cuda"): (
-        *((f"{model}*, bf16", *_IMAGES, "prefix cache") for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5")),
+    ("images (Mistral Small 3, LLaVA with CLIP)", "cuda"): tuple(
+        (f"{model}*, bf16", *_IMAGES, "prefix cache") for model in ("Mistral-Small-3", "LLaVA-1.5")
+    ),
+    ("images (Qwen3-VL)", "cuda"): (
+        ("Qwen3-VL*, bf16", *_IMAGES, "prefix cache"),
         ("Qwen3-VL*, across engines", "restart", "prefix cache off"),
     ),
+    ("images, in an engine that vLLM compiles", "cpu"): tuple(
+        (f"{model}, bf16 compiled", *_IMAGES)
+        for model in ("Qwen3-VL", "Qwen2.5-VL", "Gemma 3", "Mistral Small 3", "LLaVA", "Idefics3")
+    ),
+    ("images of Idefics3, in an engine that vLLM compiles", "cpu"): (("Idefics3, bf16 compiled", *_IMAGES),),
     ("images, in an engine that vLLM compiles", "cuda"): tuple(
         (f"{model}* compiled", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5")
     ),
@@ -312,7 +342,12 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("SmolLM2", "cpu"): (("smollm2-*", *_SIX),),
     ("Mistral 7B", "cpu"): (("Mistral,*", *_SIX),),
     ("Mistral 7B", "cuda"): (("Mistral-window-*", "batch 257", "decode = prefill"),),
-    ("Idefics3", "cpu"): (("Idefics3, bf16", *_IMAGES),),
+    ("Idefics3", "cpu"): (("Idefics3, bf16", *_IMAGES), ("Idefics3, bf16 compiled", *_IMAGES)),
+    ("Qwen3-VL, Mistral-Small 3, LLaVA 1.5", "cpu"): tuple(
+        (f"{model}, bf16", *_IMAGES) for model in ("Qwen3-VL", "Mistral Small 3", "LLaVA")
+    ),
+    ("Qwen2.5-VL", "cpu"): (("Qwen2.5-VL, bf16", *_IMAGES),),
+    ("Gemma 3 4B and larger, with images", "cpu"): (("Gemma 3, bf16", *_IMAGES),),
     ("Idefics3", "cuda"): (("Idefics3, bf16", "images", "batch size"),),
     ("Qwen3-VL, Mistral-Small 3, LLaVA 1.5", "cuda"): tuple(
         (f"{model}*, bf16", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5")
