@@ -13,6 +13,7 @@ from bi_patch.platforms import schemes
 from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
 
 _CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
+_H200_PAIRS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-2.json"
 _SCHEMES = "INT8, 4-bit weights and FP8 blocks of tiny models, in eager mode"
 _ALONE = "nobody has compared bits of both together"
 TRIAL = "nobody has compared an engine's bits yet"
@@ -58,9 +59,18 @@ def _channels(config: Any) -> bool:
     return bool(kinds) and all(kind == wanted for kind in kinds)
 
 
+def _checkpoint(config: Any) -> bool:
+    """Whether quantized weights are another kind than FP8 that vLLM makes while it loads 16-bit weights."""
+    model = config.model_config
+    kind = getattr(model, "quantization", None)
+    own = getattr(getattr(model, "hf_config", None), "quantization_config", None)
+    return kind is not None and (kind != "fp8" or bool(own))
+
+
 LORA, SPECULATION, POOLING = "LoRA", "speculative decoding", "pooling"
 _DRAFTS = "a draft model or heads"
 QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
+OTHER_SCHEMES = "quantized weights other than FP8 made while loading"
 EIGHTH = "an FP8 KV cache"
 _CHANNELS, _NO_CHANNELS = "FP8 weights per channel", "other quantized weights"
 PARTS: dict[str, Callable[[Any], bool]] = {
@@ -68,6 +78,7 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     SPECULATION: lambda config: config.speculative_config is not None,
     POOLING: lambda config: getattr(config.model_config, "runner_type", "") == "pooling",
     QUANTIZED: lambda config: getattr(config.model_config, "quantization", None) is not None,
+    OTHER_SCHEMES: _checkpoint,
     MLA: _model("use_mla"),
     RECURRENT: lambda config: recurrent(config.model_config),
     EIGHTH: _eighth,
@@ -111,6 +122,14 @@ def _pairs(first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], a
 
 _REFUSED = refused(_ALONE, todo="Use one of them")
 _NO_SEAM = refused("no patch point covers it yet")
+_OLDER = refused(_ALONE, todo="Use vLLM 0.33, or one of them", releases="<0.33")
+
+
+def _two_compiled(config: Any) -> str:
+    if config.model_config is None or getattr(config.model_config, "enforce_eager", False):
+        return ""
+    found = [part for part in (LORA, SPECULATION, QUANTIZED) if PARTS[part](config)]
+    return f"{' with '.join(found)}, compiled" if len(found) > 1 else ""
 
 
 def _never(first: str, *others: str) -> Feature:
@@ -118,14 +137,34 @@ def _never(first: str, *others: str) -> Feature:
 
 
 PAIRS: tuple[Feature, ...] = (
-    _pairs(LORA, SPECULATION, cpu=served(_CPU_PAIRS, why="n-grams"), cuda=_REFUSED, ascend=_REFUSED),
+    _pairs(
+        LORA,
+        SPECULATION,
+        cpu=served(_CPU_PAIRS, why="n-grams"),
+        cuda=(_OLDER, served(_H200_PAIRS, why="n-grams, a small Llama model in eager mode")),
+        ascend=_REFUSED,
+    ),
     _pairs(LORA, QUANTIZED, cpu=served(_CPU_PAIRS, why=_SCHEMES), cuda=_REFUSED, ascend=_REFUSED),
     _pairs(
         SPECULATION,
         QUANTIZED,
         cpu=served(_CPU_PAIRS, why=f"n-grams; {_SCHEMES}"),
+        cuda=(_OLDER, served(_H200_PAIRS, why="n-grams, --quantization fp8, a small Llama model in eager mode")),
+        ascend=_REFUSED,
+    ),
+    _pairs(
+        SPECULATION,
+        OTHER_SCHEMES,
+        cpu=served(_CPU_PAIRS, why=f"n-grams; {_SCHEMES}"),
         cuda=_REFUSED,
         ascend=_REFUSED,
+    ),
+    row(
+        "two of LoRA, speculation and quantized weights, in an engine that vLLM compiles",
+        cpu=untried("measured in eager mode"),
+        cuda=untried("measured in eager mode"),
+        ascend=_REFUSED,
+        asked=_two_compiled,
     ),
     _never(_DRAFTS, QUANTIZED),
     _never(POOLING, QUANTIZED),

@@ -503,6 +503,27 @@ def test_n_grams_on_cuda_need_model_runner_v2_and_a_new_release():
             ask(release, second)
 
 
+def test_n_grams_beside_adapters_and_fp8_on_cuda():
+    """With FP8 that vLLM makes while it loads, not with checkpoints of other schemes; compiled code is untried."""
+
+    def asked(check, release="0.33.0", **changes):
+        return check(config(speculative=ngram(), **changes), "cuda", Version(release))
+
+    fp8 = {"model_quantization": "fp8", "model_hf_config": SimpleNamespace()}
+    name = "two of LoRA, speculation and quantized weights, in an engine that vLLM compiles"
+    for changes in ({"lora": SimpleNamespace()}, fp8):
+        asked(table.check, **changes)
+        assert name in asked(table.untried, **changes)
+        assert name not in asked(table.untried, **changes, model_enforce_eager=True)
+        with pytest.raises(UnsupportedFeature, match="Use vLLM 0.33"):
+            asked(table.check, "0.32.0", **changes)
+    blocks = {"model_hf_config": SimpleNamespace(quantization_config={"weight_block_size": [128, 128]})}
+    with pytest.raises(UnsupportedFeature, match="quantized weights other than FP8 made while loading"):
+        asked(table.check, **fp8 | blocks)
+    with pytest.raises(UnsupportedFeature, match="LoRA with quantized weights"):
+        asked(table.check, **fp8, lora=SimpleNamespace())
+
+
 def test_an_engine_names_the_untried_pairs_of_which_it_has_its_part():
     def untried(**changes):
         return table.untried(config(**changes), "cuda", Version("0.33.0"))

@@ -265,6 +265,15 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     # Pairs.
     ("LoRA with speculative decoding", "cpu"): (("* LoRA, n-grams", *_SPECULATED),),
+    ("LoRA with speculative decoding", "cuda"): (("*, LoRA, eager, ngram *", *_SPECULATED, "prefix cache"),),
+    ("speculative decoding with quantized weights", "cuda"): (
+        ("*, FP8, eager, ngram *", *_SPECULATED, "prefix cache", "preemption"),
+    ),
+    **{
+        (f"speculative decoding with {pairs.OTHER_SCHEMES}", "cpu"): tuple(
+            (f"* {scheme}, n-grams", *_SPECULATED) for scheme in ("INT8", "W4A16", "FP8 blocks")
+        )
+    },
     ("LoRA with quantized weights", "cpu"): tuple((f"* {s}, LoRA", *_LORA) for s in ("INT8", "W4A16", "FP8 blocks")),
     ("an FP8 KV cache with MLA", "cuda"): (
         ("DeepSeek V2, FP8 KV cache", *_MLA, "preemption"),
