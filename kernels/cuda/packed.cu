@@ -2,7 +2,8 @@
 //
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w. TILES: eights of rows of x in
 // a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such a block. ZEROS: whether
-// there are zero points. INPUT: the 16-bit type, "bf16" or "f16". unpack.h makes floats of the integers.
+// there are zero points. EARLY: whether weights are unpacked while the products before run. INPUT: the 16-bit type.
+// unpack.h makes floats of the integers.
 //
 // Order of one output: one fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass. (q - zero) * scale
 // is rounded once, the bias is added in fp32, and the result is rounded once. No warp shares an output with another.
@@ -68,43 +69,54 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) load();
-  const unsigned char* now = shared();
-  for (int block = 0; block < blocks; ++block) {
+  // A pair is two products of 16 elements of K. With EARLY, the weights and rows of the next pair are read and unpacked
+  // while the products of one pair run, one after the other.
+  u32 a[2][2][4], b[2][TILES][4];
+  u32 by[2], less[2];  // of this lane's two rows
+  Four four;
+  const unsigned char* now = shared() + (STAGES - 1) * STAGE;
+  auto enter = [&] {  // the next block of K: it is there, and all warps have read the one before
     wait_groups<STAGES - 2>();
     barrier();
     load();
-    const unsigned char* at = now;
-    now = block % STAGES == STAGES - 1 ? shared() : now + STAGE;
-    const unsigned char* rows_at = at + lane % 8 * ROW + lane / 8 * 16;
-    at += X_BYTES;
-    const u16* scales = reinterpret_cast<const u16*>(at + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES);
-    u32 by[2], less[2];  // of this lane's two rows
+    now = now == shared() + (STAGES - 1) * STAGE ? shared() : now + STAGE;
+  };
+  auto read = [&](int pair) {
+    const int step = pair * 2;
+    const unsigned char* own = now + X_BYTES;
+    if (pair % 2 == 0) four = *reinterpret_cast<const Four*>(own + warp * 1024 + pair / 2 * 512 + lane * 16);
+    if (step % (8 / GROUPS) == 0) {
+      const u16* scales = reinterpret_cast<const u16*>(own + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES);
+      const u16* from = scales + step * GROUPS / 8 * 16 + g;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Four four = *reinterpret_cast<const Four*>(at + warp * 1024 + half * 512 + lane * 16);
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const int step = half * 4 + pair * 2;
-        if (step % (8 / GROUPS) == 0) {
-          const u16* from = scales + step * GROUPS / 8 * 16 + g;
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            by[r] = twice(from[8 * r]);
-            less[r] = minus(ZEROS ? twice(from[8 * r + SCALE_BYTES / 2]) : MIDDLE);
-          }
-        }
-        u32 b[TILES][4];
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) load_matrices(b[t], rows_at + t * 8 * ROW + step * 32);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          u32 a[4];
-#pragma unroll
-          for (int r = 0; r < 4; ++r) a[r] = weights(four.word[pair * 2 + j], 4 * r, less[r % 2], by[r % 2]);
-#pragma unroll
-          for (int t = 0; t < TILES; ++t) multiply_add(sum[t], a, b[t][2 * j], b[t][2 * j + 1]);
-        }
+      for (int r = 0; r < 2; ++r) {
+        by[r] = twice(from[8 * r]);
+        less[r] = minus(ZEROS ? twice(from[8 * r + SCALE_BYTES / 2]) : MIDDLE);
       }
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+      load_matrices(b[pair % 2][t], now + lane % 8 * ROW + lane / 8 * 16 + t * 8 * ROW + step * 32);
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        a[pair % 2][j][r] = weights(four.word[pair % 2 * 2 + j], 4 * r, less[r % 2], by[r % 2]);
+  };
+  if (EARLY) {
+    enter();
+    read(0);
+  }
+  for (int block = 0; block < blocks; ++block) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      if (pair == (EARLY ? 3 : 0)) enter();
+      read((pair + EARLY) % 4);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int t = 0; t < TILES; ++t)
+          multiply_add(sum[t], a[pair % 2][j], b[pair % 2][t][2 * j], b[pair % 2][t][2 * j + 1]);
     }
   }
   wait_groups<0>();

@@ -27,12 +27,14 @@ _LARGE = 64  # rows of a wide form's tile that may serve any number of tiles
 
 class Form(NamedTuple):
     """What the source is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
-    blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu."""
+    blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu. early: of packed.cu, read
+    and unpack the next products' weights while products run."""
 
     warps: int
     tiles: int
     stages: int
     wide: bool = False
+    early: bool = False
 
     def serves(self, rows: int) -> bool:
         """Whether this form can be the fastest for a number of rows."""
@@ -53,6 +55,7 @@ class Form(NamedTuple):
         return {
             "PARTS": 1,
             "WIDE": int(self.wide),
+            "EARLY": int(self.early),
             "WARPS": self.warps,
             "TILES": self.tiles,
             "STAGES": self.stages,
@@ -76,6 +79,9 @@ FORMS = (
     Form(2, 1, 8),
     Form(4, 1, 8),
     Form(8, 1, 6),
+    Form(2, 1, 8, early=True),
+    Form(4, 1, 8, early=True),
+    Form(8, 1, 6, early=True),
     Form(2, 2, 8),
     Form(4, 2, 6),
     Form(8, 2, 6),

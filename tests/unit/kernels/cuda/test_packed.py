@@ -49,6 +49,8 @@ def emulated(folder, form, groups, zeros):
         (packed.Form(4, 2, 4), 40, 80, 64, False, False),
         (packed.Form(1, 4, 2), 29, 32, 32, True, False),
         (packed.Form(2, 1, 8), 1, 32, 512, False, True),
+        (packed.Form(2, 1, 3, early=True), 5, 48, 32, True, True),
+        (packed.Form(4, 2, 4, early=True), 40, 80, 128, False, False),
         (packed.Form(4, 2, 3, True), 5, 48, 128, True, True),
         (packed.Form(4, 4, 4, True), 40, 80, 64, False, False),
         (packed.Form(8, 2, 5, True), 17, 144, 32, True, False),
@@ -144,5 +146,11 @@ def test_the_kernel_compiles(architecture, dtype):
         pytest.skip("NVRTC is not installed")
     few = [form for form in packed.FORMS if not form.wide]
     wide = [form for form in packed.FORMS if form.wide and architecture == "sm_90"]
-    for form, groups, zeros in ((few[0], 1, True), (few[-1], 4, False), *((form, 4, True) for form in wide[::6])):
+    early = next(form for form in few if form.early)
+    for form, groups, zeros in (
+        (few[0], 1, True),
+        (early, 2, True),
+        (few[-1], 4, False),
+        *((form, 4, True) for form in wide[::6]),
+    ):
         assert packed.build(form, groups, zeros, dtype, architecture, 13)
