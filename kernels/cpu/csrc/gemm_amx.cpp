@@ -25,9 +25,13 @@ constexpr int64_t kTileSum = 256;         // elements of a tile of sums
 // L1 while the group streams past it. A short rest of K joins the last pass.
 constexpr int64_t kGroupBytes = 512 << 10, kOnlyGroup = 1 << 20;  // a thread's whole part may be this large
 constexpr int64_t kPass = 16, kRest = 4;  // steps
+// Rows that fill one band or two: a band, a group, and the next group, which is fetched meanwhile, stay in L2 together.
+// More rows would stream the weight once for each band.
+constexpr int64_t kBandBytes = 768 << 10, kBands = 2, kBandGroup = 320 << 10;
+constexpr int64_t kFetches = 4;  // units of a band that fetch the next group; fewer have no time for it
 // With a long K, few whole panels fit into a group, and all of x streams past each group. Then a group holds one K block
 // of more panels, and a band of rows takes one K block after the other: its sums wait in L2.
-constexpr int64_t kLong = 64, kBand = 16;  // steps; units of a band
+constexpr int64_t kLong = 64, kBlockBand = 16;  // steps; units of a band
 constexpr int64_t kAhead = 8, kFewAhead = 32;  // steps of B to prefetch where B streams from memory
 
 struct Job {
@@ -38,6 +42,12 @@ struct Job {
   float* wide;  // not null: takes the sums as they are, instead of y
 
   const bf16* panel(int64_t p) const { return packed + p * steps * 2 * kTile; }
+};
+
+// What comes next of the weight: `each` cache lines of it are fetched a step.
+struct Next {
+  const bf16 *at, *end;
+  int each;
 };
 
 // Asks for `lines` cache lines from p on.
@@ -123,11 +133,11 @@ struct Rows {
 };
 
 // sums += a b over `steps` steps, for TILES (1 or 2) tiles of 16 rows and the 32 outputs of a panel. fresh: the sums
-// start at zero. a stays in L1, and b streams past it. Meanwhile, `late` is finished, two rows a step. cold: b comes from
-// memory, so it is fetched kAhead steps before.
+// start at zero. a stays in L1, and b streams past it. Meanwhile, `late` is finished, two rows a step, and `next` is
+// fetched. cold: b comes from memory, so it is fetched kAhead steps before.
 template <int TILES>
 BI_INLINE void mac(const Job& job, const Rows& a, int64_t s0, const bf16* b, int64_t steps, float* c, bool fresh, Late& late,
-                   bool cold) {
+                   Next& next, bool cold) {
   if (fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -146,8 +156,10 @@ BI_INLINE void mac(const Job& job, const Rows& a, int64_t s0, const bf16* b, int
   const bf16* at = a.x + s0 * a.step;
   const int64_t stride = a.stride * sizeof(bf16);
   int64_t s = 0;
+  const bf16* ahead = next.at;
   const auto step = [&] {
     if (cold) fetch<_MM_HINT_T1>(b + kAhead * 2 * kTile, 32);
+    if (ahead < next.end) fetch<_MM_HINT_T1>(ahead, next.each), ahead += next.each * 32;
     _tile_loadd(4, at, stride);
     _tile_stream_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -170,6 +182,7 @@ BI_INLINE void mac(const Job& job, const Rows& a, int64_t s0, const bf16* b, int
     late.done = late.rows - w.left;
   }
   for (; s < steps; step()) finish(job, late, 2);
+  next.at = ahead;
   _tile_stored(0, c, 64);
   _tile_stored(1, c + kTileSum, 64);
   if constexpr (TILES == 2) {
@@ -209,12 +222,12 @@ void pack_unit(const bf16* x, int64_t ldx, int64_t rows, int64_t k, int64_t step
 // Steps [s0, s1) of one unit and one panel. The sums of the first K block go to `sum`, those of a later one to `c`.
 template <int TILES>
 BI_INLINE void pass(const Job& job, const Rows& a, const bf16* b, int64_t s0, int64_t s1, float* sum, float* c,
-                    int64_t row, int64_t rows, int64_t col, Late& late, bool cold) {
+                    int64_t row, int64_t rows, int64_t col, Late& late, Next& next, bool cold) {
   for (int64_t s = s0; s < s1;) {
     const int64_t first = s / job.block * job.block;
     const int64_t end = std::min(s1, first + job.block);
     float* to = first ? c : sum;
-    mac<TILES>(job, a, s, b + s * 2 * kTile, end - s, to, s == first, late, cold);
+    mac<TILES>(job, a, s, b + s * 2 * kTile, end - s, to, s == first, late, next, cold);
     if (end == job.steps) {
       finish(job, late, kUnit);
       late = {first ? sum : nullptr, to, row, rows, col, 0};
@@ -229,14 +242,14 @@ BI_INLINE void pass(const Job& job, const Rows& a, const bf16* b, int64_t s0, in
 // floats after those of the panel before it, in `sums` and, for a later K block, in `cs`.
 template <int TILES>
 void unit_group(const Job& job, const Rows& a, int64_t row, int64_t rows, int64_t p0, int64_t p1, int64_t k0, int64_t k1,
-                float* sums, float* cs, int64_t apart, Late& late, bool cold) {
+                float* sums, float* cs, int64_t apart, Late& late, Next& next, bool cold) {
   for (int64_t s0 = k0, s1; s0 < k1; s0 = s1) {
     s1 = k1 - s0 <= kPass + kRest ? k1 : s0 + kPass;
     const bool whole = s0 == 0 && s1 == job.steps;
     for (int64_t p = p0; p < p1; ++p) {
       // A whole panel's sums leave at once. `late` holds those of the panel before this one.
       const int64_t at = (whole ? late.c && late.c < sums + apart : p - p0) * apart;
-      pass<TILES>(job, a, job.panel(p), s0, s1, sums + at, cs + at, row, rows, p * 32, late, cold);
+      pass<TILES>(job, a, job.panel(p), s0, s1, sums + at, cs + at, row, rows, p * 32, late, next, cold);
     }
   }
   if (p1 - p0 == 1) finish(job, late, kUnit);
@@ -340,7 +353,11 @@ void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t
   const bool by_block = steps >= kLong && units > 3;
   const int64_t reach = by_block ? job.block : steps;  // steps of K in a group
   const int64_t bytes = reach * 2 * kTile * int64_t(sizeof(bf16)), part = (panels + parts.across - 1) / parts.across;
-  const int64_t most = std::max<int64_t>(2, part * bytes <= kOnlyGroup ? part : kGroupBytes / bytes);  // panels of a group
+  const int64_t down = (units + parts.down - 1) / parts.down, fit = kBandBytes / (kUnit * kp * int64_t(sizeof(bf16)));
+  const bool banded = !by_block && down >= kFetches && down <= kBands * fit;
+  const int64_t band = by_block ? kBlockBand : banded ? fit : down;
+  const int64_t group = (banded ? kBandGroup : kGroupBytes) / bytes;
+  const int64_t most = std::max<int64_t>(2, part * bytes <= kOnlyGroup ? part : group);  // panels of a group
   static const TileConfig config;
 #pragma omp parallel num_threads(threads)
   {
@@ -354,12 +371,18 @@ void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t
       const int64_t i = t % parts.across, j = t / parts.across;
       const int64_t q0 = panels * i / parts.across, q1 = panels * (i + 1) / parts.across;
       const int64_t u0 = units * j / parts.down, u1 = units * (j + 1) / parts.down;
-      const int64_t bands = by_block ? (u1 - u0 + kBand - 1) / kBand : 1, groups = (q1 - q0 + most - 1) / most;
-      float* const sums = sums_mem.get<float>(most * 4 * kTileSum * (by_block ? kBand + 1 : 2));
+      const int64_t groups = (q1 - q0 + most - 1) / most, bands = by_block || groups > 1 ? (u1 - u0 + band - 1) / band : 1;
+      float* const sums = sums_mem.get<float>(most * 4 * kTileSum * (by_block ? kBlockBand + 1 : 2));
+      const auto panels_of = [&](int64_t g) { return q0 + (q1 - q0) * g / groups; };
       Late late{};
+      Next next{};
       for (int64_t d = 0; d < bands * groups; ++d) {
         const int64_t g = d % groups, v0 = u0 + (u1 - u0) * (d / groups) / bands, v1 = u0 + (u1 - u0) * (d / groups + 1) / bands;
-        const int64_t p0 = q0 + (q1 - q0) * g / groups, p1 = q0 + (q1 - q0) * (g + 1) / groups;
+        const int64_t p0 = panels_of(g), p1 = panels_of(g + 1), after = (g + 1) % groups;
+        const bool fetched = next.at;  // the group was fetched during the one before
+        next = {};
+        if (banded && groups > 1 && d + 1 < bands * groups && v1 - v0 >= kFetches)
+          next = {job.panel(panels_of(after)), job.panel(panels_of(after + 1)), int((31 + v1 - v0) / (v1 - v0))};
         for (int64_t k0 = 0; k0 < steps; k0 += reach)
           for (int64_t u = v0; u < v1; ++u) {
             const int64_t row = u * kUnit, rows = std::min<int64_t>(kUnit, m - row), k1 = std::min(steps, k0 + reach);
@@ -369,7 +392,7 @@ void gemm_amx(const bf16* x, int64_t ldx, int64_t m, const bf16* packed, int64_t
             float* const c = by_block ? sums : sums + 4 * kTileSum;
             const int64_t apart = (by_block ? 4 : 8) * kTileSum;
             const auto go = [&](auto tiles, const Rows& a) {
-              unit_group<decltype(tiles)::value>(job, a, row, rows, p0, p1, k0, k1, sum, c, apart, late, u == v0);
+              unit_group<decltype(tiles)::value>(job, a, row, rows, p0, p1, k0, k1, sum, c, apart, late, next, u == v0 && !fetched);
             };
             if (rows <= 16) go(Int<1>{}, {packed_rows, kStep, kTile, 0});
             else if (u >= whole) go(Int<2>{}, {packed_rows, kStep, 2 * kTile, kTile});

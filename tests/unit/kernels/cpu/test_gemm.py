@@ -42,6 +42,14 @@ def test_row_bits_do_not_depend_on_rows(ops, dtype, n, k):
         assert torch.equal(ops.gemm(other, packed, n, k, b)[at], want[7]), at
 
 
+def test_row_bits_do_not_depend_on_bands_and_groups(ops):
+    """Enough rows and outputs for several bands of rows and groups of the weight, beside few rows at a time."""
+    x, w = torch.randn(500, 1536).bfloat16(), torch.randn(1500, 1536).bfloat16()
+    packed = ops.gemm_pack(w)
+    parts = [ops.gemm(part, packed, 1500, 1536, None) for part in x.split(40)]
+    assert torch.equal(ops.gemm(x, packed, 1500, 1536, None), torch.cat(parts))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [33, 64, 577])
 def test_strides_and_dimensions(ops, dtype, k):
