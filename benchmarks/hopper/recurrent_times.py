@@ -7,10 +7,14 @@ A layer is the convolution and the recurrence, with the heads of Qwen3-Next-80B-
 prefill is its Triton backend (FLA) for gated delta nets, and its SSD kernels for Mamba 2.
 """
 
+import contextlib
 import json
+import multiprocessing
+import os
 import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
 
 import torch
 
@@ -18,9 +22,9 @@ from bi_patch.kernels.cuda import recurrent
 
 DEVICE = "cuda"
 FORMS = {
-    "Qwen3-Next": recurrent.Form(False, 128, 128, 16, 32, (True, False, False)),
-    "Granite 4-H": recurrent.Form(True, 128, 64, 1, 128, (True, False, False)),
-    "Falcon-H1": recurrent.Form(True, 256, 128, 1, 24, (True, False, False)),
+    "Qwen3-Next": recurrent.Form(False, 128, 128, 16, 32, (True, False, False), every=1),
+    "Granite 4-H": recurrent.Form(True, 128, 64, 1, 128, (True, False, False), every=1),
+    "Falcon-H1": recurrent.Form(True, 256, 128, 1, 24, (True, False, False), every=1),
 }
 CHUNK = 256  # of vLLM's Mamba 2
 found: dict = {}
@@ -38,7 +42,7 @@ class Layer:
         self.rate = -(rand(form.heads).exp()) if form.mamba else rand(form.heads)
         self.dt_bias = (rand(form.heads) - 1).to(bf16)
         self.skip = rand(form.heads).to(bf16) if form.mamba else None
-        self.conv = torch.zeros(slots + 1, 3, form.channels, device=DEVICE, dtype=bf16)
+        self.conv = torch.zeros(slots + 1, form.kept, form.channels, device=DEVICE, dtype=bf16)
         self.states = torch.zeros(slots + 1, form.heads, form.values, form.keys, device=DEVICE)
 
     def make(self, tokens, seed=0):
@@ -67,7 +71,7 @@ class Layer:
 
         f = self.form
         y = causal_conv1d_update(
-            x, self.conv.transpose(-1, -2), self.weight, self.bias, "silu", conv_state_indices=slots
+            x, self.conv[:, :3].transpose(-1, -2), self.weight, self.bias, "silu", conv_state_indices=slots
         )
         out = torch.empty(len(x), 1, f.heads, f.values, dtype=x.dtype, device=DEVICE)
         if f.mamba:
@@ -102,9 +106,11 @@ class Layer:
         class Meta:
             nums_dict, batch_ptr, token_chunk_offset_ptr = compute_causal_conv1d_metadata(starts_cpu, device=DEVICE)
 
+        kept = self.conv[:, :3].transpose(-1, -2)
+
         def convolve():
             return causal_conv1d_fn(
-                x.transpose(0, 1), self.weight, self.bias, activation="silu", conv_states=self.conv.transpose(-1, -2),
+                x.transpose(0, 1), self.weight, self.bias, activation="silu", conv_states=kept,
                 has_initial_state=held, cache_indices=slots, query_start_loc=starts, metadata=Meta,
             ).transpose(0, 1)  # fmt: skip
 
@@ -194,7 +200,7 @@ def error(got, want):
     return {"mean": float(off.mean()), "max": float(off.max())}
 
 
-def timed(call, times=30):
+def timed(call, times=30, mean=False):
     flush = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
     for _ in range(3):
         call()
@@ -207,7 +213,7 @@ def timed(call, times=30):
         end.record()
         torch.cuda.synchronize()
         out.append(start.elapsed_time(end) * 1e3)
-    return round(sorted(out)[times // 2], 1)
+    return round(sum(out) / times if mean else sorted(out)[times // 2], 1)
 
 
 def graphed(call):
@@ -221,25 +227,56 @@ def graphed(call):
     return graph.replay
 
 
+SIZES = [(1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # rows of a lane, warps
+WAYS = [
+    {},
+    {"ahead": False, "unroll": 1},
+    {"spread": True},
+    {"raw": True, "spread": True},
+    {"raw": True, "spread": True, "ahead": False, "unroll": 1},
+    {"raw": True, "spread": True, "scatter": True},
+]
+
+
+def fits(form):
+    return form.values % (32 // form.lanes * form.rows * form.warps) == 0 and form.rows * form.keys <= 128 * form.lanes
+
+
 def forms(form, lanes=8):
-    """The tiles that are tried."""
-    many = [(2, 2, True), (2, 4, True), (2, 4, False), (2, 8, True), (4, 2, True), (4, 4, True), (4, 4, False)]
-    made = [form._replace(rows=rows, warps=warps, lanes=lanes, ahead=ahead) for rows, warps, ahead in many]
-    return [f for f in made if f.values % (32 // lanes * f.rows * f.warps) == 0 and f.rows * f.keys <= 64 * lanes]
+    """The tiles of prompts that are tried."""
+    made = [form._replace(rows=r, warps=w, lanes=lanes, **way) for way in WAYS for r, w in SIZES]
+    return [f for f in made if fits(f) and not (f.mamba and f.scatter)]
+
+
+EVERY = (1, 4, 8)  # tokens of which the last writes the state
+
+
+def decode_forms(form):
+    """The tiles of one token a request that are tried."""
+    sizes = [(1, 4), (2, 2), (2, 4), (2, 8), (4, 4)]
+    if form.every == 1:
+        ways = [{}, {"stream": True}]
+    else:
+        ways = [{"fetch": n} for n in (1, 3, 7) if n < form.every]
+    made = [form._replace(rows=r, warps=w, **way) for way in ways for r, w in sizes]
+    return [f for f in made if fits(f)]
 
 
 def label(form):
-    return f"tile {form.rows} x {form.warps}" + ", ahead" * form.ahead
+    ways = [n for n in ("spread", "raw", "scatter", "stream") if getattr(form, n)]
+    if form.every > 1:
+        ways.append(f"fetches {form.fetch}")
+    return ", ".join([f"tile {form.rows} x {form.warps}", *["ahead"] * form.ahead, *ways])
 
 
-def bits(name):
+def bits(name, every=1):
     """Differences that cuts, company, tiles and decode make."""
-    layer, total = Layer(FORMS[name], 16), 333
+    layer, total = Layer(FORMS[name]._replace(every=every), 16), 333
     x = layer.make(total)
     (want,) = layer.step((1, 1, x))
-    state, inputs = layer.states[1].clone(), layer.conv[1].clone()
+    state, inputs = layer.states[1].clone(), layer.conv[1, :3].clone()
     differ = lambda got: int((got != want).any(-1).any(-1).sum())  # noqa: E731
-    same = lambda slot: bool(torch.equal(layer.states[slot], state) and torch.equal(layer.conv[slot], inputs))  # noqa: E731
+    same = lambda slot: bool(torch.equal(layer.states[slot], state) and torch.equal(layer.conv[slot, :3], inputs))  # noqa: E731
     cut = lambda first, last: tuple(t[first:last] for t in x)  # noqa: E731
     out = {}
     for at in (1, 2, 64, 100, 256):
@@ -248,21 +285,22 @@ def bits(name):
     others = [layer.make(n, n) for n in (1, 17, 64, 500)]
     got = layer.step((3, 1, others[0]), (4, 1, others[1]), (2, 1, x), (5, 1, others[2]), (6, 1, others[3]))[2]
     out["company"] = [differ(got), same(2)]
-    for form in forms(layer.form):
-        try:
-            choose, recurrent.choose = recurrent.choose, lambda f, n, form=form: form
-            out[label(form)] = [differ(layer.step((2, 1, x))[0]), same(2)]
-        except Exception as e:
-            out[label(form)] = repr(e)[:300]
-        finally:
-            recurrent.choose = choose
-    rows = list(layer.step((2, 1, cut(0, 200))))
-    for t in range(200, total):
+    for form in forms(layer.form) if every == 1 else ():
+        with mock.patch.object(recurrent, "choose", lambda f, n, form=form: form):
+            try:
+                out[label(form)] = [differ(layer.step((2, 1, x))[0]), same(2)]
+            except Exception as e:
+                out[label(form)] = repr(e)[:300]
+    rows, tiles = list(layer.step((2, 1, cut(0, 200)))), decode_forms(layer.form)
+    for t in range(200, total - 3):
         n = 1 + t % 4
         beside = [o[t % 5 : t % 5 + n] for o in others[1]]
         packed = [torch.cat(pair) for pair in zip(cut(t, t + 1), beside, strict=True)]
-        rows.append(layer.ours(*packed, ints([2, 7, 8, 9, 10][: n + 1]))[:1])
-    out["decode from 200"] = [differ(torch.cat(rows)), same(2)]
+        form = tiles[t % len(tiles)]
+        with mock.patch.object(recurrent, "choose_one", lambda f, n, form=form: form):
+            rows.append(layer.ours(*packed, ints([2, 7, 8, 9, 10][: n + 1]))[:1])
+    rows += layer.step((2, 0, cut(total - 3, total)))  # writes the state
+    out["decode from 200, in all tiles"] = [differ(torch.cat(rows)), same(2)]
     return out
 
 
@@ -289,20 +327,21 @@ def warm(name):
     return {}
 
 
-def tried(layer, run, lanes):
+def tried(layer, run, forms, **replaced):
+    """Times with each of the forms, with `replaced` (name: form -> attribute of recurrent) in place."""
     out = {}
-    choose = recurrent.choose
-    for form in forms(layer.form, lanes):
-        try:
-            recurrent.choose = lambda f, n, form=form: form
-            out[label(form)] = run()
-        except Exception as e:
-            out[label(form)] = repr(e)[:300]
-    recurrent.choose = choose
+    for form in forms:
+        with contextlib.ExitStack() as stack:
+            for name, make in replaced.items():
+                stack.enter_context(mock.patch.object(recurrent, name, make(form)))
+            try:
+                out[label(form)] = run()
+            except Exception as e:
+                out[label(form)] = repr(e)[:300]
     load = recurrent.load
-    recurrent.load = lambda form, kernel, device: (lambda *_: None) if "scan" in kernel else load(form, kernel, device)
-    out["ours, without the recurrence"] = run()
-    recurrent.load = load
+    nothing = lambda form, kernel, device: (lambda *_: None) if "scan" in kernel else load(form, kernel, device)  # noqa: E731
+    with mock.patch.object(recurrent, "load", nothing):
+        out["ours, without the recurrence"] = run()
     out["ours"] = run()
     return out
 
@@ -311,7 +350,11 @@ def decode_times(name, n):
     layer = Layer(FORMS[name], n)
     x, slots = layer.make(n), ints(range(1, n + 1))
     out = {"vLLM": timed(graphed(lambda: layer.stock_decode(*x, slots)))}
-    out["ours"] = timed(graphed(lambda: layer.ours(*x, slots)))
+    for every in EVERY:
+        layer = Layer(FORMS[name]._replace(every=every), n)
+        run = lambda: timed(graphed(lambda: layer.ours(*x, slots)), 32, mean=every > 1)  # noqa: E731,B023
+        got = tried(layer, run, decode_forms(layer.form), choose_one=lambda form: lambda f, n: form)
+        out |= {f"state written every {every}: {key}": value for key, value in got.items()}
     out["bytes of state, read and written"] = 2 * n * layer.states[0].numel() * 4
     return out
 
@@ -320,12 +363,13 @@ def prefill_times(name, lengths, lanes=8):
     layer = Layer(FORMS[name], len(lengths))
     x, slots = layer.make(sum(lengths)), ints(range(1, len(lengths) + 1))
     more = spans(lengths, [1] * len(lengths))
-    out = {}
+    out, times = {}, 10 if sum(lengths) < 32000 else 3
     try:
-        out |= {"vLLM": timed(layer.stock_prefill(*x, slots, lengths), 10)} if lanes == 8 else {}
+        out |= {"vLLM": timed(layer.stock_prefill(*x, slots, lengths), times)} if lanes == 8 else {}
     except Exception:
         out["vLLM"] = traceback.format_exc()[-600:]
-    return out | tried(layer, lambda: timed(lambda: layer.ours(*x, slots, *more), 10), lanes)
+    run = lambda: timed(lambda: layer.ours(*x, slots, *more), times)  # noqa: E731
+    return out | tried(layer, run, forms(layer.form, lanes), choose=lambda form: lambda f, n: form)
 
 
 def lanes(name):
@@ -339,19 +383,34 @@ def lanes(name):
 
 
 def build(scans, others):
-    jobs = [(f, "scan") for f in scans] + [
-        (form, kernel) for form in others for kernel in ("prepare", "keep_inputs", "scan_one")
-    ]
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda job: recurrent.build(*job, *recurrent._target(0)), jobs))
+    jobs = [(f, "scan") for f in scans]
+    for form in others:
+        for every in EVERY:
+            held = form._replace(every=every)
+            jobs += [(f, "scan_one") for f in decode_forms(held)] + [(held, "prepare"), (held, "keep_inputs")]
+            jobs += [(f, "scan") for f in recurrent.tiles(held)]
+    jobs = list(dict.fromkeys(jobs))
+    # Processes: NVRTC compiles one kernel of a process after the other. They start before this one uses the GPU.
+    with ProcessPoolExecutor(max(2, (os.cpu_count() or 16) - 2), multiprocessing.get_context("fork")) as pool:
+        cubins = dict(zip(jobs, pool.map(_compiled, jobs, chunksize=2), strict=True))
+    own = recurrent.build
+    recurrent.build = lambda form, kernel, arch, major: cubins.get((form, kernel)) or own(form, kernel, arch, major)
+
+
+def _compiled(job):
+    try:
+        return recurrent.build(*job, "sm_90", int(str(torch.version.cuda or 13).split(".")[0]))
+    except Exception:  # the step says it
+        return None
 
 
 STEPS = {f"warm {name}": (lambda name=name: warm(name)) for name in FORMS}
 STEPS |= {f"bits {name}": (lambda name=name: bits(name)) for name in FORMS}
+STEPS |= {f"every bits {name}": (lambda name=name: bits(name, 8)) for name in FORMS}
 STEPS |= {f"errors {name}": (lambda name=name: errors(name)) for name in FORMS}
 for _n in (1, 8, 64, 256):
     STEPS |= {f"decode {name} {_n}": (lambda name=name, n=_n: decode_times(name, n)) for name in FORMS}
-for _l in ([1024] * 8, [8192], [128] * 64, [32000] * 2):
+for _l in ([8192], [1024] * 8, [32000] * 2, [512], [2048], [128] * 64):
     title = f"{len(_l)} x {_l[0]}"
     STEPS |= {f"prefill {name} {title}": (lambda name=name, held=_l: prefill_times(name, held)) for name in FORMS}
 
@@ -360,12 +419,12 @@ STEPS |= {f"lanes {name}": (lambda name=name: lanes(name)) for name in FORMS}
 
 def main() -> None:
     path, only = sys.argv[1], sys.argv[2:]
-    found["device"] = torch.cuda.get_device_name()
     if not any("warm" in part for part in only):
         build([f for form in FORMS.values() for f in forms(form)], FORMS.values())
-    for name, run in STEPS.items():
-        if only and not any(part in name for part in only):
-            continue
+    found["device"] = torch.cuda.get_device_name()
+    wanted = dict.fromkeys(name for part in only or [""] for name in STEPS if part in name)
+    for name in wanted:
+        run = STEPS[name]
         try:
             with torch.no_grad():
                 found[name] = run()

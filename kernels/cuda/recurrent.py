@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WIDTH = 4  # tokens of the convolution
 _KEYS, _VALUES = (64, 128, 256), (64, 128, 256)
 _PER = 8  # tokens of a warp in `prepare`, in a step of prompts
+_SCANS = ("scan", "scan_one")
 _PREPARE = 128  # threads of a block of `prepare` and `keep_inputs`
 _SPREAD = 132 * 8  # warps that keep a device busy: with fewer, a warp gets fewer rows
 
@@ -31,9 +32,9 @@ class Unfit(ValueError):
 class Form(NamedTuple):
     """What recurrent.cu is compiled for.
 
-    keys, values: elements of a head. floats: which of rate, dt_bias and D are fp32, not bf16. rows: of a lane. warps:
-    of a block of `scan`. lanes: that share a sum over keys, the only one of these four that is part of the order.
-    ahead: whether a lane loads a token before it computes the token before.
+    keys, values: elements of a head. floats: which of rate, dt_bias and D are fp32, not bf16. lanes: that share a sum
+    over keys, a part of the order. every: a decode writes the state of each so many-th token, which changes no bit but
+    the slots' layout. rows: of a lane. warps: of a block of `scan`. The others: ways of a tile (see recurrent.cu).
     """
 
     mamba: bool
@@ -46,11 +47,18 @@ class Form(NamedTuple):
     warps: int = 4
     lanes: int = 8
     ahead: bool = True
+    unroll: int = 2
+    spread: bool = False
+    raw: bool = False
+    scatter: bool = False
+    stream: bool = False
+    every: int = 8
+    fetch: int = 3
 
     @property
     def tile(self) -> int:
         """Tokens that a block brings at once."""
-        return min(16, 2048 // self.keys)
+        return min(16, 2048 // self.keys, 512 * self.warps // self.keys)
 
     @property
     def parts(self) -> int:
@@ -60,6 +68,13 @@ class Form(NamedTuple):
     @property
     def channels(self) -> int:
         return 2 * self.key_heads * self.keys + self.heads * self.values
+
+    @property
+    def kept(self) -> int:
+        """Rows of a slot's `conv`: the inputs before, and what is kept of the tokens since its state was written."""
+        row = 2 * self.heads * self.values + self.key_heads * self.keys + 2 * self.heads
+        log = (self.every - 1) * (-(-row // 8) * 8) + 8 if self.every > 1 else 0
+        return WIDTH - 1 + -(-log // self.channels)
 
     def defines(self, kernel: str) -> dict[str, object]:
         """The preprocessor macros of recurrent.cu."""
@@ -76,7 +91,13 @@ class Form(NamedTuple):
             "ROWS": self.rows,
             "WARPS": self.warps,
             "AHEAD": int(self.ahead),
-            "UNROLL": 2 if self.ahead else 1,
+            "UNROLL": self.unroll,
+            "SPREAD": int(self.spread),
+            "RAW": int(self.raw),
+            "SCATTER": int(self.scatter),
+            "STREAM": int(self.stream),
+            "EVERY": self.every,
+            "FETCH": self.fetch,
             "THREADS": self.threads(kernel),
             "RATE_FLOAT": rate,
             "BIAS_FLOAT": bias,
@@ -92,7 +113,7 @@ class Form(NamedTuple):
     def shared_bytes(self) -> int:
         """Of a block of `scan`."""
         own = self.values // self.parts
-        return 2 * self.tile * (4 * (2 * self.keys + own + 8) + 2 * own)
+        return 2 * self.tile * ((2 if self.raw else 4) * (2 * self.keys + own) + 4 * 8 + 2 * own)
 
 
 def covers(keys: int, values: int, key_heads: int, heads: int, width: int) -> str:
@@ -111,6 +132,11 @@ def choose(form: Form, requests: int) -> Form:
     """The form for a step of `requests` requests. It changes no bit."""
     few, many = tiles(form)
     return many if requests * many.parts * many.warps * form.heads >= _SPREAD else few
+
+
+def choose_one(form: Form, requests: int) -> Form:
+    """The form for a step of one token a request. It changes no bit."""
+    return choose(form, requests)
 
 
 @functools.cache
@@ -145,7 +171,7 @@ def prepare(form: Form, device: int) -> None:
     Raises nvrtc.CompileError.
     """
     few, many = tiles(form)
-    needed = [(few, kernel) for kernel in ("prepare", "keep_inputs", "scan", "scan_one")] + [(many, "scan")]
+    needed = [(form, "prepare"), (form, "keep_inputs"), *((tile, scan) for tile in (few, many) for scan in _SCANS)]
     with ThreadPoolExecutor(len(needed)) as pool:
         list(pool.map(lambda job: build(*job, *_target(device)), needed))
     for job in needed:
@@ -173,8 +199,8 @@ def run(
     """The convolution and the recurrence over x [tokens, channels] (bf16), into out [tokens, heads, values], dense.
 
     a, b [tokens, heads]: bf16, before softplus and sigmoid; Mamba 2 has dt as a, and no b. rate, dt_bias, skip [heads]:
-    A_log (Mamba 2: A), the bias of a, D. conv [slots, 3, channels] bf16 and states [slots, heads, values, keys] fp32
-    are updated in place. slots int32 [requests]. starts int32 [requests + 1], fresh int8 [requests], which int32
+    A_log (Mamba 2: A), the bias of a, D. conv [slots, form.kept, channels] bf16 and states fp32 [slots, heads, values,
+    keys] are updated in place. slots int32 [requests]. starts int32 [requests + 1], fresh int8 [requests], which int32
     [tokens]: see recurrent.cu; all None in a step of one token a request. Raises Unfit before any work.
     """
     if problem := _unfit(form, out, x, weight, bias, a, b, conv, states, slots):
@@ -188,31 +214,38 @@ def run(
     keyed = torch.empty(tokens, form.key_heads, 4, dtype=torch.float32, device=x.device)
     valued = torch.empty(tokens, form.heads, 2, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, form.channels, dtype=x.dtype, device=x.device)
-    few, _ = tiles(form)
     per = 1 if starts is None else _PER
+    counts = torch.empty(requests, dtype=torch.int32, device=x.device) if form.every > 1 else None
     at = lambda *held: [c_void_p(None if t is None else t.data_ptr()) for t in held]  # noqa: E731
     ints = lambda *held: [c_int(n) for n in held]  # noqa: E731
-    load(few, "prepare", device)(
+    load(form, "prepare", device)(
         (-(-tokens // per), -(-(form.key_heads + form.heads) // (_PREPARE // 32))),
         stream,
         [
             *at(x, weight, bias, conv, a, b, rate, dt_bias, y, keyed, valued, starts, slots, fresh, which),
             c_longlong(conv.stride(0)),
             *ints(tokens, requests, per, x.stride(0), conv.stride(1), a.stride(0), 0 if b is None else b.stride(0)),
+            *at(counts),
         ],
     )
     if starts is not None:
-        load(few, "keep_inputs", device)(
+        load(form, "keep_inputs", device)(
             (requests, -(-form.channels // (2 * _PREPARE))),
             stream,
-            [*at(x, conv, starts, slots, fresh), c_longlong(conv.stride(0)), *ints(x.stride(0), conv.stride(1))],
+            [
+                *at(x, conv, starts, slots, fresh),
+                c_longlong(conv.stride(0)),
+                *ints(x.stride(0), conv.stride(1)),
+                *at(counts),
+            ],
         )
-    given, last = at(y, keyed, valued, skip, states, out), c_longlong(states.stride(0))
+    given = at(y, keyed, valued, skip, states, out)
+    last = [c_longlong(states.stride(0)), *at(conv), c_longlong(conv.stride(0)), *at(counts)]
     if starts is None:
-        load(few, "scan_one", device)((form.heads * few.parts, requests), stream, [*given, *at(slots), last])
-        return
-    form = choose(form, requests)
-    load(form, "scan", device)((form.heads * form.parts, requests), stream, [*given, *at(starts, slots, fresh), last])
+        form, kernel, more = choose_one(form, requests), "scan_one", at(slots)
+    else:
+        form, kernel, more = choose(form, requests), "scan", at(starts, slots, fresh)
+    load(form, kernel, device)((form.heads * form.parts, requests), stream, [*given, *more, *last])
 
 
 def _unfit(form, out, x, weight, bias, a, b, conv, states, slots) -> str:
@@ -224,12 +257,14 @@ def _unfit(form, out, x, weight, bias, a, b, conv, states, slots) -> str:
         return "inputs are not in bf16, or states not in fp32, or elements do not lie side by side"
     if tuple(states.shape[1:]) != (form.heads, form.values, form.keys) or not states[0].is_contiguous():
         return f"states {tuple(states.shape)} are not {form}"
-    if x.shape[1] != form.channels or tuple(conv.shape[1:]) != (WIDTH - 1, form.channels):
+    if x.shape[1] != form.channels or tuple(conv.shape[1:]) != (form.kept, form.channels):
         return f"{tuple(x.shape)} inputs over {tuple(conv.shape)}"
     if not out.is_contiguous() or not weight.is_contiguous() or out.numel() != len(x) * form.heads * form.values:
         return "out or weight is not dense"
     if any(t.data_ptr() % 4 or t.stride(0) % 2 for t in (x, conv)) or conv.stride(1) % 2:
         return "rows of inputs are not aligned to 4 bytes"
+    if form.every > 1 and (conv.stride(1) != form.channels or conv.data_ptr() % 16 or conv.stride(0) % 8):
+        return "inputs of a slot are not dense and aligned to 16 bytes"
     if states.data_ptr() % 16 or states.stride(0) % 4 or out.data_ptr() % 16:
         return "states or out are not aligned to 16 bytes"
     if slots.dtype != torch.int32 or not slots.is_contiguous() or len(slots) > 65535:

@@ -29,7 +29,7 @@ class Layer:
         rate = -rand(heads).float().exp() if form.mamba else rand(heads).float()
         self.parameters = rate, rand(heads), rand(heads) if form.mamba else None
         self.weight, self.bias = rand(form.channels, 4), rand(form.channels) if form.mamba else None
-        self.conv = torch.zeros(9, 3, form.channels, device="cuda", dtype=torch.bfloat16)
+        self.conv = torch.zeros(9, form.kept, form.channels, device="cuda", dtype=torch.bfloat16)
         self.states = torch.zeros(9, heads, form.values, form.keys, device="cuda")
         self.inputs = rand(TOKENS, form.channels), rand(TOKENS, heads), rand(TOKENS, heads)
 
@@ -69,9 +69,10 @@ def test_cuts_company_and_graphs(form):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layer.run(out, x, a, b, slots)
-    for i in range(TOKENS - 200):
+    for i in range(TOKENS - 201):
         for held, t in zip((x, a, b), layer.inputs, strict=True):
             held.copy_(t[[n + i for n in at[:3]] + [0]])
         graph.replay()
         assert all(torch.equal(out[row], want[n + i]) for row, n in enumerate(at[:3])) and not out[3].any()
-    assert torch.equal(layer.states[1], state)
+    (last,) = layer.step((1, TOKENS - 1, TOKENS))  # a step of prompts writes the state
+    assert torch.equal(last, want[-1:]) and torch.equal(layer.states[1], state)

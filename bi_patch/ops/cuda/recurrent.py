@@ -48,6 +48,24 @@ def form(mamba: bool, keys: int, values: int, key_heads: int, heads: int, rate, 
     return recurrent.Form(mamba, keys, values, key_heads, heads, floats)
 
 
+def inputs_of(form: Form) -> tuple[int, int]:
+    """The shape of a slot's inputs, with what is kept beside them: (rows, channels)."""
+    return form.kept, form.channels
+
+
+def kept(mamba: bool, inputs: tuple[int, int], state: tuple[int, int, int]) -> tuple[int, int]:
+    """The shape of a slot's inputs, with what the kernels keep beside them. inputs: (rows, channels) of the
+    convolution. state: (heads, values, keys). Sizes that the kernels do not support keep their shape."""
+    from bi_patch.kernels.cuda import recurrent
+
+    rows, channels = inputs
+    heads, values, keys = state
+    key_heads, rest = divmod(channels - heads * values, 2 * keys)
+    if rest or key_heads < 1 or recurrent.covers(keys, values, key_heads, heads, rows + 1):
+        return inputs
+    return inputs_of(recurrent.Form(mamba, keys, values, key_heads, heads, (True, False, False)))
+
+
 def uncovered(keys: int, values: int, key_heads: int, heads: int, width: int) -> str:
     """What of these sizes the kernels do not compute, in words, or ""."""
     from bi_patch.kernels.cuda import recurrent

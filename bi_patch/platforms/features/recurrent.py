@@ -13,13 +13,13 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
-_H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0.json"
+_H200_EAGER = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0.json"  # an earlier form of the kernels
+_H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-2.json"
+_H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-3.json"
 _CHUNKS = refused("chunks of a recurrent state start where an engine step starts", todo="Use another model")
 _OLD = refused("chunks of a recurrent state start where an engine step starts", releases="<0.33")
 _TINY = served(_CPU, why="tiny shapes with random weights, in bf16")
-_FOUR_LAYERS = served(
-    _H200, why="four layers of published sizes with random weights, six axes; its cost in an engine was not measured"
-)
+_FOUR = "four layers of published sizes with random weights, six axes; its cost in an engine was not measured"
 
 # The kind of recurrent layer, by architecture.
 _KINDS = {
@@ -65,7 +65,7 @@ RECURRENT: tuple[Feature, ...] = (
         "gated delta nets (Qwen3-Next)",
         short="Qwen3-Next",
         cpu=_TINY,
-        cuda=(_OLD, _FOUR_LAYERS),
+        cuda=(_OLD, served(_H200_EAGER, _H200, why=f"{_FOUR}; in eager mode by an earlier form of the kernels")),
         ascend=_CHUNKS,
         asked=_asked("gated delta nets"),
         details="A request's tokens run one after the other, and the states are kept exactly, with prefix caching "
@@ -90,21 +90,21 @@ RECURRENT: tuple[Feature, ...] = (
         "Mamba 2 (Falcon-H1, Granite 4-H; Nemotron-H runs on the same layers and was not measured)",
         short="Falcon-H1, Granite 4-H",
         cpu=_TINY,
-        cuda=(_OLD, _FOUR_LAYERS),
+        cuda=(_OLD, served(_H200, _H200_MORE, why=_FOUR)),
         ascend=_CHUNKS,
         asked=_asked("Mamba 2"),
     ),
     row(
         "Mamba 2, compiled",
         cpu=untried("the same kernels"),
-        cuda=(_OLD, served(_H200)),
+        cuda=(_OLD, served(_H200, _H200_MORE)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and not _eager(config) and "compiled Mamba 2",
     ),
     row(
         "Mamba 2, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, untried("the same kernels")),
+        cuda=(_OLD, served(_H200_MORE, why="Granite 4-H")),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and _eager(config) and "Mamba 2 in eager mode",
     ),

@@ -14,6 +14,7 @@ _FOLDER = "vllm.model_executor.layers.mamba"
 _GDN = f"{_FOLDER}.gdn.qwen_gdn_linear_attn"
 _LAYER = "QwenGatedDeltaNetAttention"
 _MIXER = f"{_FOLDER}.mamba_mixer2"
+_UTILS, _SHAPES = f"{_FOLDER}.mamba_utils", "MambaStateShapeCalculator"
 
 
 def _backend(original):
@@ -160,6 +161,28 @@ def _mamba2(original):
     return conv_ssm_forward
 
 
+def _kept(mamba: bool):
+    """A shape of MambaStateShapeCalculator: a slot also keeps the tokens since its state was written."""
+
+    def close(original):
+        function = original.__func__
+
+        @functools.wraps(function)
+        def state_shape(cls, *args, **kwargs):
+            from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+
+            from bi_patch.ops.cuda import recurrent
+
+            inputs, state = function(cls, *args, **kwargs)
+            if is_conv_state_dim_first():  # refused when the layers say what they cache
+                return inputs, state
+            return recurrent.kept(mamba, inputs, state), state
+
+        return classmethod(state_shape)
+
+    return close
+
+
 def _states(form_of, unknown):
     """get_kv_cache_spec of a layer: a step ends where a state is cached; refuse what the kernels do not compute."""
 
@@ -172,7 +195,12 @@ def _states(form_of, unknown):
 
             if found := unknown(self) or _unknown_states(self, vllm_config):
                 raise UnsupportedFeature(f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {found}")
-            if failed := recurrent.prepare(form_of(self)):
+            if tuple(self.get_state_shape()[0]) != recurrent.inputs_of(form := form_of(self)):
+                raise UnsupportedFeature(
+                    f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with states of "
+                    f"{self.get_state_shape()}. Leave out options that change the states' layout"
+                )
+            if failed := recurrent.prepare(form):
                 raise UnsupportedFeature(
                     f"recurrent.cuda_states: the kernels of recurrent layers did not compile: {failed}"
                 )
@@ -306,6 +334,19 @@ SEAMS = (
     ),
     _seam("recurrent.cuda_gated_delta_net", _GDN, f"{_LAYER}._forward_core", _core, _TOKENS, serves=(_LAYER,)),
     _seam("recurrent.cuda_states", _GDN, f"{_LAYER}.get_kv_cache_spec", _states(_form_of_delta, _unknown_delta), _ENDS),
+    *(
+        _seam(
+            f"recurrent.cuda_{name}_shape",
+            _UTILS,
+            f"{_SHAPES}.{method}",
+            _kept(mamba),
+            "a slot also keeps the tokens since its state was written, so that not each decode writes it",
+        )
+        for name, method, mamba in (
+            ("gated_delta_net", "gated_delta_net_state_shape", False),
+            ("mamba2", "mamba2_state_shape", True),
+        )
+    ),
     _seam(
         "recurrent.cuda_alignment",
         _GDN,

@@ -220,6 +220,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
             (", in eager mode", "cpu"),
         )
     },
+    ("Mamba 2, in eager mode", "cuda"): (("Granite 4-H, eager", *_SIX),),
     ("short convolutions (LFM2)", "cpu"): (("LFM2,*", *_SIX, "preemption"),),
     ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cpu"): (
         ("Mamba,* bf16", *_SIX),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.kernels.cuda.recurrent import Form
 from bi_patch.ops.cuda import recurrent as ops
 from bi_patch.seams.cuda import recurrent
 
@@ -61,7 +62,7 @@ def test_a_step_of_gated_delta_nets_brings_its_requests_in_one_list(delta):
         has_initial_state=torch.tensor([True, False, True, False]),
     )
     form, out, x, weight, bias, a, b, *_, conv, states, spans = delta(meta)
-    assert form == (False, 128, 64, 2, 4, (True, False, False), 2, 4, 8, True)
+    assert form == Form(False, 128, 64, 2, 4, (True, False, False))
     assert len(out) == len(x) == len(a) == len(b) == 7 and weight.shape == (768, 4) and bias is None
     assert a.all() and not b.any() and (conv, states) == ("conv", "states")
     assert spans.starts.tolist() == [0, 1, 3, 7, 7] and spans.slots.tolist() == [5, 3, 7, 9]
@@ -107,7 +108,7 @@ def test_a_step_of_mamba_2_brings_decodes_before_prompts(run):
     )
     output = torch.ones(8, 256)
     form, out, x, weight, bias, dt, b, *_, spans = run(recurrent._mamba2, layer, meta, projected, output)
-    assert form == (True, 64, 64, 1, 4, (True, True, False), 2, 4, 8, True) and b is None and bias is not None
+    assert form == Form(True, 64, 64, 1, 4, (True, True, False)) and b is None and bias is not None
     assert out.shape == (7, 256) and x.shape == (7, 384) and dt.shape == (7, 4) and weight.shape == (384, 4)
     assert spans.slots.tolist() == [4, 6, 8, 2] and spans.starts.tolist() == [0, 1, 2, 5, 7]
     assert spans.fresh.tolist() == [0, 0, 1, 0] and spans.which.tolist() == [0, 1, 2, 2, 2, 3, 3]
@@ -158,3 +159,21 @@ def test_what_the_kernels_do_not_compute_is_refused(mamba, changed, said):
     unknown = recurrent._unknown_mamba2 if mamba else recurrent._unknown_delta
     with pytest.raises(UnsupportedFeature, match=f"recurrent.cuda_states: .*layers.0.*{said}"):
         recurrent._states(None, unknown)(lambda self, config: None)(layer, config)
+
+
+def test_a_slot_has_room_for_the_tokens_since_its_state_was_written():
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator as Shapes
+
+    def both(mamba, name, *given):
+        made = recurrent._kept(mamba)(vars(Shapes)[name])
+        return getattr(Shapes, name)(*given), made.__func__(Shapes, *given)
+
+    for ranks in (1, 2):
+        stock, ours = both(False, "gated_delta_net_state_shape", ranks, 16, 32, 128, 128, 4)
+        form = Form(False, 128, 128, 16 // ranks, 32 // ranks, (True, False, False))
+        assert ours == (ops.inputs_of(form), stock[1]) and ours[0] == (12, 8192 // ranks)
+    stock, ours = both(True, "mamba2_state_shape", 1, 8192, 1, 128, 64, 128, 4)
+    assert ours == (ops.inputs_of(Form(True, 128, 64, 1, 128, (True, False, False))), stock[1])
+    for given in ((1, 16, 32, 96, 128, 4), (1, 16, 32, 128, 128, 3), (1, 16, 32, 128, 128, 4, 2)):  # refused at start
+        stock, ours = both(False, "gated_delta_net_state_shape", *given)
+        assert ours == stock

@@ -15,13 +15,13 @@ LAUNCH = {
     "prepare": "const u16* x, const u16* w, const u16* bias, u16* conv, const u16* a, const u16* b, const void* rate, "
     "const void* dt, u16* y, float* keyed, float* valued, const int* starts, const int* slots, const signed char* "
     "fresh, const int* which, i64 conv_slot, int tokens, int requests, int per, int x_row, int conv_row, int a_row, "
-    "int b_row",
+    "int b_row, int* counts",
     "keep_inputs": "const u16* x, u16* conv, const int* starts, const int* slots, const signed char* fresh, i64 "
-    "conv_slot, int x_row, int conv_row",
+    "conv_slot, int x_row, int conv_row, int* counts",
     "scan": "const u16* y, const float* keyed, const float* valued, const void* d, float* states, u16* out, const int* "
-    "starts, const int* slots, const signed char* fresh, i64 state_slot",
+    "starts, const int* slots, const signed char* fresh, i64 state_slot, u16* conv, i64 conv_slot, const int* counts",
     "scan_one": "const u16* y, const float* keyed, const float* valued, const void* d, float* states, u16* out, const "
-    "int* slots, i64 state_slot",
+    "int* slots, i64 state_slot, u16* conv, i64 conv_slot, const int* counts",
 }
 
 
@@ -35,7 +35,7 @@ def build(folder: Path, form: recurrent.Form) -> ctypes.CDLL:
             f'extern "C" void run_{kernel}(int blocks_x, int blocks_y, {parameters}) {{\n'
             f"  run_grid(blocks_x, blocks_y, THREADS, [&] {{ {kernel}({names}); }});\n}}\n"
         )
-    source = folder / f"recurrent-{form.rows}.cpp"
+    source = folder / f"recurrent-{abs(hash(form))}.cpp"
     source.write_text(text + 'extern "C" int shared_bytes() { return sizeof(Memory); }\n')
     library = source.with_suffix(".so")
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
@@ -62,8 +62,8 @@ def emulated(tmp_path, monkeypatch):
 class Layer:
     """A layer with random parameters, and its states in `slots` slots."""
 
-    def __init__(self, mamba: bool, slots: int = 4):
-        self.form = recurrent.Form(mamba, 64, 64, 1, 2, (True, False, False))
+    def __init__(self, mamba: bool, slots: int = 4, **more):
+        self.form = recurrent.Form(mamba, 64, 64, 1, 2, (True, False, False), **{"every": 1, **more})
         form, bf16 = self.form, torch.bfloat16
         torch.manual_seed(3)
         self.weight = torch.randn(form.channels, 4).to(bf16)
@@ -71,7 +71,7 @@ class Layer:
         self.rate = -torch.rand(form.heads).exp() if mamba else torch.randn(form.heads)
         self.dt_bias = torch.randn(form.heads).to(bf16)
         self.skip = torch.randn(form.heads).to(bf16) if mamba else None
-        self.conv = torch.randn(slots, 3, form.channels).to(bf16)
+        self.conv = torch.randn(slots, form.kept, form.channels).to(bf16)
         self.states = torch.randn(slots, form.heads, form.values, form.keys)
 
     def make(self, tokens: int, seed: int) -> list[torch.Tensor]:
@@ -144,6 +144,39 @@ def test_cuts_company_and_tiles_change_no_bit(emulated, monkeypatch, mamba):
     assert torch.equal(layer.states[2], state) and torch.equal(layer.conv[2], inputs)
     (after,) = layer.step((3, 1, *(torch.cat(pair) for pair in zip(other, third, strict=True))))
     assert torch.isfinite(after).all()
+
+
+@pytest.mark.parametrize("mamba", [False, True])
+def test_states_that_are_written_every_few_tokens(emulated, mamba):
+    """The tokens since a state was written are kept beside it, and a copy of a slot has them, too."""
+    whole = Layer(mamba)
+    x = whole.make(14, 1)
+    (want,) = whole.step((1, 1, *x))
+    layer = Layer(mamba, every=3)
+    cut = lambda first, last: [t[first:last] for t in x]  # noqa: E731
+    got = layer.step((2, 1, *cut(0, 5)), (1, 1, *cut(0, 1)))[:1]
+    written = layer.states[2].clone()
+    for t in range(5, 12):
+        slot = 2 if t < 9 else 3
+        if t == 9:  # as for a cached prefix
+            layer.states[3], layer.conv[3] = layer.states[2], layer.conv[2]
+        got += layer.step((1, 0, *cut(t, t + 1)), (0, 0, *cut(0, 1)), (slot, 0, *cut(t, t + 1)), decode=True)[2:]
+        assert torch.equal(layer.states[2], written) == (t < 7)
+    got += layer.step((1, 1, *cut(0, 2)), (3, 0, *cut(12, 14)))[1:]
+    assert torch.equal(torch.cat(got), want)
+    assert torch.equal(layer.states[3], whole.states[1]) and torch.equal(layer.conv[3, :3], x[0][-3:])
+
+
+@pytest.mark.parametrize(
+    "way", [{"spread": True, "raw": True}, {"scatter": True, "rows": 4, "ahead": False, "unroll": 1}]
+)
+def test_ways_of_a_tile_change_no_bit(emulated, monkeypatch, way):
+    layer = Layer(mamba=False)
+    x = layer.make(21, 1)
+    (want,) = layer.step((1, 1, *x))
+    monkeypatch.setattr(recurrent, "choose", lambda form, _: form._replace(**way))
+    (got,) = layer.step((2, 1, *x))
+    assert torch.equal(got, want) and torch.equal(layer.states[2], layer.states[1])
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
