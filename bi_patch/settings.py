@@ -10,6 +10,8 @@ BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas, 
 BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
 BI_PATCH_MLA          attention of MLA models on CUDA. two (default): prompts and generated tokens have forms of their
                       own, as in vLLM. one: every token takes one form, so decode equals prefill, which is slower
+BI_PATCH_RECURRENT    layers with a recurrent state on CUDA. tokens (default): one token after the other. chunks: in
+                      chunks of eight tokens on tensor cores, which is faster and has not run in a compiled engine
 BI_PATCH_TP_INVARIANT 2, 4 or 8: equal bits for every tensor-parallel size up to this number (CPU). 0 (default): equal
                       bits for one size
 BI_PATCH_ALLOW_CODE   dotted names of code from outside vLLM that you vouch for, separated by commas: worker classes,
@@ -33,6 +35,7 @@ FORMS = ("hooks", "patches")
 LEAVES = ("0", "2", "4", "8")
 UNSEEDED = ("random", "derive", "refuse")
 MLA = ("two", "one")
+RECURRENT = ("tokens", "chunks")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Settings:
     allow_open: bool = False
     unseeded: str = "random"
     mla: str = "two"
+    recurrent: str = "tokens"
     allow_code: frozenset[str] = frozenset()
     tp_invariant: int = 0
 
@@ -63,6 +67,7 @@ _NAMES = {
     "BI_PATCH_ALLOW_OPEN",
     "BI_PATCH_UNSEEDED",
     "BI_PATCH_MLA",
+    "BI_PATCH_RECURRENT",
     "BI_PATCH_ALLOW_CODE",
     "BI_PATCH_TP_INVARIANT",
 }
@@ -90,6 +95,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         allow_open=_choice(env, "BI_PATCH_ALLOW_OPEN", ("0", "1")) == "1",
         unseeded=_choice(env, "BI_PATCH_UNSEEDED", UNSEEDED),
         mla=_choice(env, "BI_PATCH_MLA", MLA),
+        recurrent=_choice(env, "BI_PATCH_RECURRENT", RECURRENT),
         tp_invariant=int(_choice(env, "BI_PATCH_TP_INVARIANT", LEAVES)),
         allow_code=frozenset(n.replace(":", ".") for n in _names(env, "BI_PATCH_ALLOW_CODE")),
     )

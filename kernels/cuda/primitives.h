@@ -9,6 +9,8 @@ typedef long long i64;
 #define LOWEST __int_as_float(0xff800000)  // minus infinity
 #if PARTS > 1
 #define KERNEL extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS)
+#elif defined(RESIDENT)  // blocks of a multiprocessor, which bound a thread's registers
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #else
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
@@ -34,6 +36,8 @@ DEVICE unsigned char* shared() {
 }
 
 DEVICE float exchange(float value, int distance) { return __shfl_xor_sync(0xffffffffu, value, distance); }
+
+DEVICE float of_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 DEVICE i64 from_lane(i64 value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 

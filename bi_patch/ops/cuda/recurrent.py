@@ -1,4 +1,4 @@
-"""Gated delta nets and Mamba 2 on CUDA by bundled kernels, one token after the other (kernels/cuda/recurrent.cu)."""
+"""Gated delta nets and Mamba 2 on CUDA by bundled kernels: token by token (kernels/cuda/recurrent.cu) or in chunks."""
 
 from __future__ import annotations
 
@@ -38,14 +38,27 @@ def spans(slots: torch.Tensor, starts: torch.Tensor, fresh: torch.Tensor, tokens
     return Spans(slots.to(torch.int32).contiguous(), starts, fresh.to(torch.int8).contiguous(), which)
 
 
-def form(mamba: bool, keys: int, values: int, key_heads: int, heads: int, rate, dt_bias, skip) -> Form:
-    """What the kernels are compiled for, for a layer with these sizes and parameters (skip: D, or None)."""
+def _kernels(chunked: bool):
+    from bi_patch.kernels.cuda import chunks, recurrent
+
+    return chunks if chunked else recurrent
+
+
+def _kernels_of(form: Form):
+    from bi_patch.kernels.cuda import chunks
+
+    return _kernels(isinstance(form, chunks.Form))
+
+
+def form(mamba: bool, keys: int, values: int, key_heads: int, heads: int, rate, dt_bias, skip, chunked=False) -> Form:
+    """What the kernels are compiled for, for a layer with these sizes and parameters (skip: D, or None).
+
+    chunked: the kernels that take eight tokens at a time (chunks.cu), not one after the other (recurrent.cu).
+    """
     import torch
 
-    from bi_patch.kernels.cuda import recurrent
-
     floats = tuple(t is not None and t.dtype == torch.float32 for t in (rate, dt_bias, skip))
-    return recurrent.Form(mamba, keys, values, key_heads, heads, floats)
+    return _kernels(chunked).Form(mamba, keys, values, key_heads, heads, floats)
 
 
 def inputs_of(form: Form) -> tuple[int, int]:
@@ -53,34 +66,31 @@ def inputs_of(form: Form) -> tuple[int, int]:
     return form.kept, form.channels
 
 
-def kept(mamba: bool, inputs: tuple[int, int], state: tuple[int, int, int]) -> tuple[int, int]:
+def kept(mamba: bool, inputs: tuple[int, int], state: tuple[int, int, int], chunked=False) -> tuple[int, int]:
     """The shape of a slot's inputs, with what the kernels keep beside them. inputs: (rows, channels) of the
     convolution. state: (heads, values, keys). Sizes that the kernels do not support keep their shape."""
-    from bi_patch.kernels.cuda import recurrent
-
+    kernels = _kernels(chunked)
     rows, channels = inputs
     heads, values, keys = state
     key_heads, rest = divmod(channels - heads * values, 2 * keys)
-    if rest or key_heads < 1 or recurrent.covers(keys, values, key_heads, heads, rows + 1):
+    if rest or key_heads < 1 or kernels.covers(keys, values, key_heads, heads, rows + 1):
         return inputs
-    return inputs_of(recurrent.Form(mamba, keys, values, key_heads, heads, (True, False, False)))
+    return inputs_of(kernels.Form(mamba, keys, values, key_heads, heads, (True, False, False)))
 
 
 def uncovered(keys: int, values: int, key_heads: int, heads: int, width: int) -> str:
     """What of these sizes the kernels do not compute, in words, or ""."""
-    from bi_patch.kernels.cuda import recurrent
-
-    return recurrent.covers(keys, values, key_heads, heads, width)
+    return _kernels(False).covers(keys, values, key_heads, heads, width)
 
 
 def prepare(form: Form) -> str:
     """Compile and load the kernels for the current device: no capture of a CUDA graph may. Returns what failed."""
     import torch
 
-    from bi_patch.kernels.cuda import nvrtc, recurrent
+    from bi_patch.kernels.cuda import nvrtc
 
     try:
-        recurrent.prepare(form, torch.cuda.current_device())
+        _kernels_of(form).prepare(form, torch.cuda.current_device())
     except nvrtc.CompileError as error:
         return str(error)
     return ""
@@ -88,10 +98,8 @@ def prepare(form: Form) -> str:
 
 def run(form, out, x, weight, bias, a, b, rate, dt_bias, skip, conv, states, spans: Spans) -> None:
     """The convolution and the recurrence of a layer's step; arguments as in kernels/cuda/recurrent.py."""
-    from bi_patch.kernels.cuda import recurrent
-
     step = spans.slots, spans.starts, spans.fresh, spans.which
-    recurrent.run(form, out, x, weight, bias, a, b, rate, dt_bias, skip, conv, states, *step)
+    _kernels_of(form).run(form, out, x, weight, bias, a, b, rate, dt_bias, skip, conv, states, *step)
 
 
 def define_ops() -> None:

@@ -6,10 +6,11 @@ layer (`recurrent.cpu_layers`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
-from bi_patch.platforms.features.model import Feature, refused, row, served, untried
+from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
 
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
@@ -60,6 +61,13 @@ def _jamba(config: Any) -> bool:
     return "JambaForCausalLM" in (getattr(config.model_config, "architectures", None) or ())
 
 
+def _in_chunks(config: Any) -> str:
+    """Whether gated delta nets or Mamba 2 run in chunks of eight tokens."""
+    asked = os.environ.get("BI_PATCH_RECURRENT") == "chunks"
+    kind = any(_asked(name)(config) for name in ("gated delta nets", "Qwen3.5", "Mamba 2"))
+    return "recurrent layers in chunks" if asked and kind else ""
+
+
 RECURRENT: tuple[Feature, ...] = (
     row(
         "gated delta nets (Qwen3-Next)",
@@ -107,6 +115,13 @@ RECURRENT: tuple[Feature, ...] = (
         cuda=(_OLD, served(_H200_MORE, why="Granite 4-H")),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and _eager(config) and "Mamba 2 in eager mode",
+    ),
+    row(
+        "recurrent layers in chunks (BI_PATCH_RECURRENT=chunks)",
+        cpu=absent("the CPU has one form"),
+        cuda=(_OLD, untried("the kernels alone, and pages in an eager engine, were compared on an H200")),
+        ascend=_CHUNKS,
+        asked=_in_chunks,
     ),
     row(
         "short convolutions (LFM2)",

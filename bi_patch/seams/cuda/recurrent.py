@@ -90,18 +90,24 @@ def _spans_in_two(meta):
     return recurrent.spans(slots, starts, fresh, decodes + meta.num_prefill_tokens)
 
 
+def _chunked() -> bool:
+    return active.recurrent == "chunks"
+
+
 def _form_of_delta(layer):
     from bi_patch.ops.cuda import recurrent
 
     heads = layer.num_k_heads // layer.tp_size, layer.num_v_heads // layer.tp_size
-    return recurrent.form(False, layer.head_k_dim, layer.head_v_dim, *heads, layer.A_log, layer.dt_bias, None)
+    return recurrent.form(
+        False, layer.head_k_dim, layer.head_v_dim, *heads, layer.A_log, layer.dt_bias, None, _chunked()
+    )
 
 
 def _form_of_mamba2(layer):
     from bi_patch.ops.cuda import recurrent
 
     sizes = layer.ssm_state_size, layer.head_dim, layer.n_groups // layer.tp_size, layer.num_heads // layer.tp_size
-    return recurrent.form(True, *sizes, layer.A, layer.dt_bias, layer.D)
+    return recurrent.form(True, *sizes, layer.A, layer.dt_bias, layer.D, _chunked())
 
 
 def _core(original):
@@ -176,7 +182,7 @@ def _kept(mamba: bool):
             inputs, state = function(cls, *args, **kwargs)
             if is_conv_state_dim_first():  # refused when the layers say what they cache
                 return inputs, state
-            return recurrent.kept(mamba, inputs, state), state
+            return recurrent.kept(mamba, inputs, state, _chunked()), state
 
         return classmethod(state_shape)
 

@@ -483,6 +483,14 @@ def test_recurrent_layers_are_served_by_kind(state):
                 check(platform, **{state: True, "model_architectures": [other]})
 
 
+def test_recurrent_layers_in_chunks_are_untried(monkeypatch):
+    given = config(model_is_hybrid=True, model_architectures=["GraniteMoeHybridForCausalLM"], model_enforce_eager=True)
+    assert not table.untried(given, "cuda", Version("0.33.0"))
+    monkeypatch.setenv("BI_PATCH_RECURRENT", "chunks")
+    assert any("in chunks" in name for name in table.untried(given, "cuda", Version("0.33.0")))
+    check("cpu", model_is_hybrid=True, model_architectures=["GraniteMoeHybridForCausalLM"])
+
+
 def test_what_is_untried_is_named_for_the_line_that_says_armed():
     def untried(platform, release, **changes):
         return table.untried(config(**changes), platform, Version(release))

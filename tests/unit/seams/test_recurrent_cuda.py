@@ -177,3 +177,22 @@ def test_a_slot_has_room_for_the_tokens_since_its_state_was_written():
     for given in ((1, 16, 32, 96, 128, 4), (1, 16, 32, 128, 128, 3), (1, 16, 32, 128, 128, 4, 2)):  # refused at start
         stock, ours = both(False, "gated_delta_net_state_shape", *given)
         assert ours == stock
+
+
+def test_the_kernels_in_chunks_are_taken_when_asked_for(monkeypatch):
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator as Shapes
+
+    from bi_patch.kernels.cuda import chunks
+    from bi_patch.seams import active
+
+    monkeypatch.setattr(active, "recurrent", "chunks")
+    layer = SimpleNamespace(num_k_heads=16, num_v_heads=32, head_k_dim=128, head_v_dim=128, tp_size=1)
+    layer.A_log, layer.dt_bias = torch.zeros(32), torch.zeros(32).bfloat16()
+    form = recurrent._form_of_delta(layer)
+    assert form == chunks.Form(False, 128, 128, 16, 32, (True, False, False))
+    made = recurrent._kept(False)(vars(Shapes)["gated_delta_net_state_shape"])
+    assert made.__func__(Shapes, 1, 16, 32, 128, 128, 4)[0] == ops.inputs_of(form) == (9, 8192)
+    ran = []
+    monkeypatch.setattr(chunks, "run", lambda *given: ran.append(given))
+    ops.run(form, *range(11), ops.Spans("slots"))
+    assert ran == [(form, *range(11), "slots", None, None, None)]

@@ -153,6 +153,15 @@ DEVICE float exchange(float value, int distance) {
   return got;
 }
 
+DEVICE float of_lane(float value, int lane) {
+  Warp& w = warp_of();
+  w.values[this_thread % LANES] = value;
+  w.together.arrive_and_wait();
+  const float got = w.values[lane];
+  w.together.arrive_and_wait();
+  return got;
+}
+
 DEVICE i64 from_lane(i64 value, int lane) {
   Warp& w = warp_of();
   w.numbers[this_thread % LANES] = value;

@@ -1,0 +1,77 @@
+"""On a GPU: a recurrent layer's bits depend on nothing but the request's own tokens, in prompts, decodes and graphs."""
+
+import pytest
+import torch
+
+from bi_patch.kernels.cuda import chunks as recurrent
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+FORMS = [
+    recurrent.Form(False, 128, 128, 16, 32, (True, False, False)),
+    recurrent.Form(True, 128, 64, 1, 128, (True, False, False)),
+    recurrent.Form(True, 256, 128, 1, 24, (True, False, False)),
+]
+TOKENS = 333
+
+
+def ints(*held):
+    return torch.tensor(held, dtype=torch.int32, device="cuda")
+
+
+class Layer:
+    """A layer with random parameters and eight states, and one request's inputs."""
+
+    def __init__(self, form):
+        torch.manual_seed(5)
+        rand = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()  # noqa: E731
+        self.form, heads = form, form.heads
+        rate = -rand(heads).float().exp() if form.mamba else rand(heads).float()
+        self.parameters = rate, rand(heads), rand(heads) if form.mamba else None
+        self.weight, self.bias = rand(form.channels, 4), rand(form.channels) if form.mamba else None
+        self.conv = torch.zeros(9, form.kept, form.channels, device="cuda", dtype=torch.bfloat16)
+        self.states = torch.zeros(9, heads, form.values, form.keys, device="cuda")
+        self.inputs = rand(TOKENS, form.channels), rand(TOKENS, heads), rand(TOKENS, heads)
+
+    def run(self, out, x, a, b, slots, *more):
+        given = self.weight, self.bias, a, None if self.form.mamba else b, *self.parameters
+        recurrent.run(self.form, out, x, *given, self.conv, self.states, slots, *more or (None, None, None))
+        return out
+
+    def step(self, *requests):
+        """Outputs of requests (slot, first token, last token) of prompts that all have the same inputs."""
+        sizes = [last - first for _, first, last in requests]
+        x, a, b = (torch.cat([t[first:last] for _, first, last in requests]) for t in self.inputs)
+        which = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(torch.int32).cuda()
+        fresh = torch.tensor([first == 0 for _, first, _ in requests], dtype=torch.int8, device="cuda")
+        out = torch.empty(len(x), self.form.heads, self.form.values, dtype=x.dtype, device="cuda")
+        slots, starts = ints(*(slot for slot, *_ in requests)), ints(0, *sizes).cumsum(0).to(torch.int32)
+        return self.run(out, x, a, b, slots, starts, fresh, which).split(sizes)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["gated delta net", "Mamba 2", "Mamba 2, wide"])
+def test_cuts_company_and_graphs(form):
+    layer = Layer(form)
+    (want,) = layer.step((1, 0, TOKENS))
+    state = layer.states[1].clone()
+    for cut in (1, 2, 8, 64, 100, 332):
+        parts = layer.step((2, 0, cut)) + layer.step((2, cut, TOKENS))
+        assert torch.equal(torch.cat(parts), want) and torch.equal(layer.states[2], state)
+    beside = layer.step((3, 0, 1), (4, 0, 17), (2, 0, TOKENS), (5, 0, 64), (6, 0, 300))
+    assert all(torch.equal(got, want[: len(got)]) for got in beside) and torch.equal(layer.states[2], state)
+    # Decode requests at other positions by one graph; the last row is padding.
+    layer.step((1, 0, 200), (2, 0, 17), (3, 0, 100))
+    at = [200, 17, 100, 0]
+    x, a, b = (t[at].contiguous() for t in layer.inputs)
+    out = torch.empty(4, form.heads, form.values, dtype=x.dtype, device="cuda")
+    slots = ints(1, 2, 3, 0)
+    recurrent.prepare(form, torch.cuda.current_device())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.run(out, x, a, b, slots)
+    for i in range(TOKENS - 200):
+        for held, t in zip((x, a, b), layer.inputs, strict=True):
+            held.copy_(t[[n + i for n in at[:3]] + [0]])
+        graph.replay()
+        assert all(torch.equal(out[row], want[n + i]) for row, n in enumerate(at[:3])) and not out[3].any()
+    assert torch.equal(layer.states[1], state)  # of the last whole chunk
