@@ -1,9 +1,8 @@
 """Draft models and heads on disk for a local Llama model, made of the model's own weights: some drafts are right.
 
 `draft_model`: the model without its last layer. `eagle`: a head that gets the token's embedding, scaled to the size
-that the first layer's norm would give it, and has the model's layers, whose outputs are scaled, too. So nearly all its
-drafts are right. `eagle3`: a head whose layers are the model's; its first layer reads the embedding and hardly reads
-the model's hidden states.
+that the first layer's norm would give it, and has the model's layers, whose outputs are scaled, too. `eagle3`: a head
+whose layers are the model's; its first layer reads the embedding and hardly reads the model's hidden states.
 """
 
 from __future__ import annotations
@@ -72,8 +71,12 @@ def _eagle(config, held, torch):
     # The head's residual is `scale` times the model's if each layer adds `scale` times as much. The norms divide by it.
     added = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
     layers = {name: (t.float() * scale).to(t.dtype) if name.endswith(added) else t for name, t in _layers(held).items()}
+    # A head has no norm before its first layer: the next products have its weights.
+    first = layers.pop("layers.0.input_layernorm.weight").float()
+    for part in ("q_proj", "k_proj", "v_proj"):
+        name = f"layers.0.self_attn.{part}.weight"
+        layers[name] = (layers[name].float() * first).to(layers[name].dtype)
     tensors = {"fc.weight": fc.to(held["lm_head.weight"].dtype), **layers}
-    del tensors["layers.0.input_layernorm.weight"]
     return tensors, {"architectures": ["LlamaForCausalLM"]}
 
 

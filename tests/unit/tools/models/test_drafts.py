@@ -47,6 +47,8 @@ def test_each_method_gets_its_tensors(model, tmp_path):
     held = load_file(model / "model.safetensors")
     scale = held["model.embed_tokens.weight"].square().mean().rsqrt()
     assert torch.equal(tensors["fc.weight"][:, :HIDDEN], torch.eye(HIDDEN) * scale)
+    query = held["model.layers.0.self_attn.q_proj.weight"] * held["model.layers.0.input_layernorm.weight"]
+    torch.testing.assert_close(tensors["layers.0.self_attn.q_proj.weight"], query)
     added = tensors["layers.1.self_attn.o_proj.weight"]
     torch.testing.assert_close(added, held["model.layers.1.self_attn.o_proj.weight"] * scale)
     tensors, config = made["eagle3"]
