@@ -63,14 +63,19 @@ def certify(
     import torch
 
     linears, experts, attentions, checks = (list(given) for given in (linears, experts, attentions, checks))
+    first, rest = Ahead(), ahead or Ahead()
     with certificates.clock("other"):
         with certificates.clock("compile"), torch.inference_mode():
-            _compile(linears, experts, attentions, checks, max_rows, library, cache, ahead or Ahead())
+            _rehearse_products(linears, experts, max_rows, library, cache, first)
+            _rehearse_rows(attentions, checks, library, cache, rest)
+            first.finish()
         made: list[Certificate | None] = []
-        for module in (linear, scaled_linear, packed_linear):
+        for module in (linear, scaled_linear, packed_linear):  # threads compile the rest meanwhile
             made += module.certify(_of(module, linears), max_rows, cache)
         for problem, kernel in experts:
             made.append(moe.certify(problem, kernel, max_rows, library, cache))
+        with certificates.clock("compile"):
+            rest.finish()
         for decoder, prefill in decoders:
             made.append(attention.certify(decoder, prefill, library, cache))
         with torch.inference_mode():
@@ -82,18 +87,21 @@ def certify(
     return [certificate for certificate in (*made, *chunked, *among_rows) if certificate is not None]
 
 
-def _compile(linears, experts, attentions, checks, max_rows, library, cache, ahead) -> None:
-    """Rehearse every certificate that `certify` will make, and wait until its kernels are compiled."""
+def _rehearse_products(linears, experts, max_rows, library, cache, ahead) -> None:
+    """Rehearse the certificates of experts and linears."""
     for problem, kernel in dict(experts).items():
         _try(lambda p=problem, k=kernel: moe.rehearse(p, k, max_rows, library, cache, ahead))
     for module in (linear, scaled_linear, packed_linear):
         for problem in dict.fromkeys(_of(module, linears)):
             _try(lambda p=problem, m=module: m.rehearse(p, max_rows, cache, ahead))
+
+
+def _rehearse_rows(attentions, checks, library, cache, ahead) -> None:
+    """Rehearse the certificates of attention and of all other operations."""
     for problem, run in attentions:
         _try(lambda p=problem, r=run: _attention(p).rehearse(p, r, library, cache, ahead))
     for check in checks:
         _try(lambda c=check: rows.rehearse(c, library, cache, ahead))
-    ahead.finish()
 
 
 def _of(module, linears) -> list:

@@ -6,11 +6,13 @@ needs new engines. Ops inside compiled code cannot be traced, so each layer's ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bi_patch.tools.faults.catch import Caught, workload
 from bi_patch.tools.verify import locate
 from bi_patch.tools.verify.case import Scenario
 from bi_patch.tools.verify.child import ARMED, ChildEngine
-from bi_patch.tools.verify.engine import Options
+from bi_patch.tools.verify.engine import Info, Options
 from bi_patch.tools.verify.instruments import COMPILED
 from bi_patch.tools.verify.probes import CROSS_PROBES
 from bi_patch.tools.verify.trace import CACHE
@@ -19,14 +21,23 @@ NAME, CAUSE, AXIS = "compiled norms outside the order", 17, "eager and compiled"
 _SEAMS = {"cpu": "norm.cpu_rms", "cuda": "norm.cuda_rms,norm.cuda_rms_native"}
 
 
-def catch_compiled(given: Options, environ: dict[str, str], platform: str, *, planted: bool = True) -> Caught:
+def catch_compiled(
+    given: Options,
+    environ: dict[str, str],
+    platform: str,
+    *,
+    planted: bool = True,
+    started: Callable[[Info], object] = lambda info: None,
+) -> Caught:
     """Run the axis on an eager and a compiled engine with these options, and locate where the two part.
 
-    planted: False leaves the fault out. platform: cpu or cuda. Raises what ChildEngine raises.
+    planted: False leaves the fault out. platform: cpu or cuda. started: called when the eager engine has started.
+    Raises what ChildEngine raises.
     """
     probe = next(p for p in CROSS_PROBES if p.name == AXIS)
     eager = given.but(eager=True, digests=False)
     with ChildEngine(ARMED, eager, environ=environ) as engine:
+        started(engine.info)
         load = workload(engine)
         requests, change = probe.requests(engine, load), probe.changes(engine)[0]
         scenario = Scenario(requests, len(load.subjects) - 1)  # the longest fills whole KV blocks

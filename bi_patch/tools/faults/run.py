@@ -49,20 +49,20 @@ def measure(
 ) -> Faults:
     """Plant every fault of this platform, or the faults named in `only`, and return the results.
 
-    `only` leaves out cause 17. dtype: "" for the platform's default (see engines.options).
-    compiled: whether to plant cause 17, which compiles the model. at_once: how many engines run at a time. tell: called
-    with a text for each fault. keep: called with the results so far, after each engine.
+    dtype: "" for the platform's default (see engines.options). compiled: whether to plant cause 17 with the others,
+    which compiles the model. at_once: how many engines run at a time. tell: called with a text for each fault. keep:
+    called with the results so far, after each engine.
     Raises UnknownFault for an unknown name, SettingError for a fault of another platform, and the error of an engine
     that fails.
     """
     wanted = [fault for fault in every() if platform in fault.platforms and (not only or fault.name in only)]
     for name in only:
-        if named(name) not in wanted:
+        if name != NAME and named(name) not in wanted:
             raise SettingError(f"the fault {name!r} cannot be planted on {platform}")
     with tempfile.TemporaryDirectory(prefix="bi_patch-faults-") as folder, forks.forking():
         run = _Run(platform, PATIENT | dict(os.environ) | _ENVIRON[platform], folder, tell, keep)
         given = engines.options(platform, folder, dtype)
-        return run.planted(given, wanted, at_once, compiled and not only)
+        return run.planted(given, wanted, at_once, NAME in only or (compiled and not only))
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,10 @@ class _Run:
         """Plant the faults of preemption in an engine with few KV blocks, those of other axes of _OTHER in a small
         engine, those of a model in an engine of this model, and all others in the first engine. compiled: plant cause
         17, too."""
-        steps: list[Callable[[], None]] = []
+        steps: list[Callable[[], None]] = [lambda: self._compiled(given)] if compiled else []  # the longest comes first
         for model in sorted({fault.model for fault in wanted}):
             of = self._of_model(model, given)
             steps += self._in_model(of, [fault for fault in wanted if fault.model == model])
-        if compiled:
-            steps.append(lambda: self._compiled(given))
         if at_once == 1:
             for step in steps:
                 step()
@@ -164,10 +162,14 @@ class _Run:
     def _compiled(self, given: Options) -> None:
         """Plant cause 17, and compare the pairs of its axis without the fault."""
         try:
-            clean = catch_compiled(given, self.environ, self.platform, planted=False)
+            clean = catch_compiled(
+                given, self.environ, self.platform, planted=False, started=lambda info: self._begin(info, given.dtype)
+            )
             found = catch_compiled(given, self.environ, self.platform)
         except Exception:  # a failed engine must not cost the results of the others
             self.tell(traceback.format_exc())
+            if not self.made:  # not even the eager engine started
+                raise
             self._add([FaultRow(CAUSE, NAME, False, False, AXIS)])
             return
         self.tell(f"17 {found.fault}: caught {found.caught}, named {found.right}\n   {found.named}")
