@@ -27,6 +27,7 @@ _CPU_LAUNCHER = "invariance-2026-11-29-cpu-amx-launcher-vllm-0.32.0.json"
 _H200_RANKS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
+_H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
 _H200_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
@@ -307,8 +308,9 @@ FEATURES: tuple[Feature, ...] = (
         ),
         cuda=served(
             _H200_WEIGHTS,
+            _H200_WEIGHTS_GRAPHS,
             _H200_GRPO,
-            why="in eager mode by reload_weights, also on vLLM 0.26; with CUDA graphs by a trainer's sync, 57 times",
+            why="by reload_weights, in eager mode also on vLLM 0.26; with CUDA graphs also by a trainer's sync, 57 times",
         ),
         ascend=untried(_NO_NPU),
         details="An engine that gets weights answers as an engine that was started with them. Writes of your own need "

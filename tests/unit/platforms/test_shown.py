@@ -55,7 +55,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek V3*", "weight update"),
         ("Qwen3-Next*", "weight update"),
     ),
-    ("weight updates", "cuda"): (("*, eager", "weight update"), ("* graphs, * GRPO steps", "GRPO,*", "GRPO rerun*")),
+    ("weight updates", "cuda"): (
+        ("*, eager", "weight update"),
+        ("*, graphs", "weight update"),
+        ("* graphs, * GRPO steps", "GRPO,*", "GRPO rerun*"),
+    ),
     ("processed logprobs and logits (--logprobs-mode)", "cpu"): (("*", "processed logprobs"),),
     ("processed logprobs and logits (--logprobs-mode)", "cuda"): (("Qwen3-30B-A3B*", "processed logprobs"),),
     ("a trainer on Hugging Face transformers with the sampler's bits", "cpu"): (
