@@ -12,7 +12,6 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
-_FULL = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0.json"
 _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
@@ -29,8 +28,23 @@ _H100_FIRST = "invariance-2026-11-21-h100-vllm-0.33.0.json"
 _H100_MOE = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _H100_DECODE = "invariance-2026-11-22-h100-decode-vllm-0.33.0.json"
-_TINY = served(_FAMILIES, why="tiny shapes with random weights")
-_TINY_FULL = served(_FAMILIES, _FULL, why="tiny shapes with random weights, with --full too")
+# Families of which every axis of `bi-patch verify --full` was measured on CPU -> the file.
+_FULL = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0"
+_WITH_FULL = {
+    **dict.fromkeys(("Qwen2-MoE", "Gemma 2", "GLM-4.5", "Command R7B"), "invariance-2026-11-28-cpu-full-vllm-0.32.0"),
+    **dict.fromkeys(("Qwen2.5", "Mistral", "Gemma 3n", "GPT-2"), _FULL),
+    **dict.fromkeys(("Falcon", "StableLM"), f"{_FULL}-2"),
+    "GPT-NeoX": f"{_FULL}-3",
+}
+
+
+def _tiny(*full: str):
+    """A cell of tiny shapes. full: names of its families in _WITH_FULL."""
+    files = dict.fromkeys(f"{_WITH_FULL[name]}.json" for name in full)
+    more = f"; {', '.join(full)} with --full, too" if full else ""
+    return served(_FAMILIES, *files, why=f"tiny shapes with random weights{more}")
+
+
 _MLA = refused("MLA")
 _SPARSE = refused("sparse MLA, layers with a recurrent state, or a package with kernels of its own")
 _OWN = refused("its package has kernels that no patch point covers", by="models.cuda")
@@ -92,27 +106,27 @@ FAMILIES: tuple[Feature, ...] = (
     row("Llama 2 and 3", short="Llama", cpu=served(_CPU), cuda=served(_H100, _H100_NEWEST), ascend=_ASCEND),
     row("Qwen3 dense", short="Qwen3", cpu=served(_CPU), cuda=served(_H100, _H100_DECODE), ascend=_ASCEND),
     row("Qwen3-MoE", short="Qwen3-MoE", cpu=served(_CPU), cuda=served(_H100_FIRST, _H100_MOE), ascend=_ASCEND),
-    row("Qwen2.5", cpu=_TINY_FULL, cuda=served(_H100), ascend=_ASCEND),
+    row("Qwen2.5", cpu=_tiny("Qwen2.5"), cuda=served(_H100), ascend=_ASCEND),
     row("SmolLM2", cpu=served(_CPU), cuda=untried(), ascend=_ASCEND),
-    row("Mistral 7B", cpu=_TINY_FULL, cuda=served(_H100_FIRST), ascend=_ASCEND),
-    row("Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE", cpu=_TINY, cuda=_LAYERS, ascend=_ASCEND),
+    row("Mistral 7B", cpu=_tiny("Mistral"), cuda=served(_H100_FIRST), ascend=_ASCEND),
+    row("Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE", cpu=_tiny("Qwen2-MoE"), cuda=_LAYERS, ascend=_ASCEND),
     row(
         "Gemma 1, 2 and 3 (text)",
         short="Gemma, Phi, Mistral and other dense models",
-        cpu=_TINY,
+        cpu=_tiny("Gemma 2"),
         cuda=_LAYERS,
         ascend=_ASCEND,
     ),
     row(
         "Phi-3.5, Phi-4, Granite 3, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16",
-        cpu=_TINY,
+        cpu=_tiny("GLM-4.5"),
         cuda=_LAYERS,
         ascend=_ASCEND,
     ),
-    row("OLMo 1 to 3, SmolLM3, SeedOss, Nemotron dense, Ling 2", cpu=_TINY, cuda=_LAYERS, ascend=_ASCEND),
+    row("OLMo 1 to 3, SmolLM3, SeedOss, Nemotron dense, Ling 2", cpu=_tiny(), cuda=_LAYERS, ascend=_ASCEND),
     row(
         "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing",
-        cpu=_TINY,
+        cpu=_tiny("Command R7B"),
         cuda=untried(),
         ascend=_ASCEND,
     ),
@@ -123,7 +137,12 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_ASCEND,
     ),
     row("Granite SWA", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=untried(), ascend=_ASCEND),
-    row("GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2", cpu=_TINY, cuda=_LAYERS, ascend=_ASCEND),
+    row(
+        "GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2",
+        cpu=_tiny("GPT-2", "GPT-NeoX", "Falcon", "StableLM"),
+        cuda=_LAYERS,
+        ascend=_ASCEND,
+    ),
     row("gpt-oss in bf16", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=_LAYERS, ascend=_ASCEND),
     row("gpt-oss as published (MXFP4)", cpu=_QUANTIZED, cuda=_QUANTIZED, ascend=_QUANTIZED),
     row(
@@ -307,7 +326,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "Command R and R7B in eager mode",
-        cpu=_TINY,
+        cpu=_tiny("Command R7B"),
         ascend=_ASCEND,
         asked=_eager("CohereForCausalLM", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM"),
         cuda=refused(
@@ -323,7 +342,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "Gemma 3n in eager mode",
-        cpu=_TINY,
+        cpu=_tiny("Gemma 3n"),
         ascend=_ASCEND,
         asked=_eager("Gemma3nForCausalLM"),
         cuda=(
