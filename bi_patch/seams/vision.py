@@ -52,7 +52,7 @@ _LAYERS = frozenset(
 _OWNERS = frozenset({"CLIPVisionEmbeddings", "Gemma3MultiModalProjector"})
 _CODES = ("torch.nn.", "vllm.model_executor.layers.")
 _RUNS = 3  # of a made image in `certify`
-SIZES = ((640, 224), (224, 448), (112, 112))  # widths and heights of further made images, in pixels
+SIZES = ((640, 224), (112, 112))  # widths and heights of further made images, in pixels
 
 
 def takes_images(config: Any) -> bool:
