@@ -35,6 +35,18 @@ _WITH_FULL = {
     **dict.fromkeys(("Qwen2.5", "Mistral", "Gemma 3n", "GPT-2"), _FULL),
     **dict.fromkeys(("Falcon", "StableLM"), f"{_FULL}-2"),
     "GPT-NeoX": f"{_FULL}-3",
+    **dict.fromkeys(
+        (
+            "Gemma 3",
+            "Phi-3",
+            "GLM-4",
+            "Granite",
+            "ERNIE 4.5",
+            "SmolLM3",
+            "Qwen3-Next",
+        ),
+        f"{_FULL}-4",
+    ),
 }
 
 
@@ -113,17 +125,17 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "Gemma 1, 2 and 3 (text)",
         short="Gemma, Phi, Mistral and other dense models",
-        cpu=_tiny("Gemma 2"),
+        cpu=_tiny("Gemma 2", "Gemma 3"),
         cuda=_LAYERS,
         ascend=_ASCEND,
     ),
     row(
         "Phi-3.5, Phi-4, Granite 3, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16",
-        cpu=_tiny("GLM-4.5"),
+        cpu=_tiny("Phi-3", "Granite", "ERNIE 4.5", "GLM-4", "GLM-4.5"),
         cuda=_LAYERS,
         ascend=_ASCEND,
     ),
-    row("OLMo 1 to 3, SmolLM3, SeedOss, Nemotron dense, Ling 2", cpu=_tiny(), cuda=_LAYERS, ascend=_ASCEND),
+    row("OLMo 1 to 3, SmolLM3, SeedOss, Nemotron dense, Ling 2", cpu=_tiny("SmolLM3"), cuda=_LAYERS, ascend=_ASCEND),
     row(
         "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing",
         cpu=_tiny("Command R7B"),
