@@ -16,9 +16,9 @@ OPTIONS = {"random_weights": 7, "tokenizer": False, "max_model_len": 1024}
 
 
 def every_axis(engine):
-    load = Workload.random(
-        engine.info.vocab_size, lengths=(1, 3, 40, 700), generate=6, sizes=(2, 17), prefix=2 * engine.info.block_size
-    )
+    blocks = 2 * engine.info.block_size  # of vLLM's pages, which hold a recurrent state: up to 400 tokens
+    lengths = (1, 3, 40, max(700, blocks + 30))
+    load = Workload.random(engine.info.vocab_size, lengths=lengths, generate=6, sizes=(2, 17), prefix=blocks)
     measured = set()
     for probe in PROBES:
         if probe.missing(engine) or probe.name in ("long prompt", "unseeded sets"):

@@ -1,9 +1,11 @@
 """PyTorch's pointwise operators on CPU whose vector code and scalar code round differently, by one bundled kernel.
 
 PyTorch cuts a tensor among threads and computes the last elements of each part by scalar code. So the numbers of rows
-and threads decide which elements are computed by which code. In vector and in scalar code, exp, tanh, erf, log, sqrt,
-sin and cos give equal bits; sigmoid, silu, gelu and softplus do not, nor does rsqrt of 16-bit numbers. The bundled
-kernels compute all elements by the same code. PyTorch's own kernels serve fp64, integers and complex numbers.
+and threads decide which elements are computed by which code. In vector and in scalar code, the operators of `_EQUAL`
+give equal bits; sigmoid, silu, gelu and softplus do not, nor does rsqrt of 16-bit numbers. The bundled kernels compute
+all elements by the same code. PyTorch's own kernels serve fp64, integers and complex numbers. Other operators have such
+a tail, too (exp2, sinh, cosh, atanh, atan2, logaddexp, most powers, elu, selu, celu, mish): no model of vLLM calls them
+on rows but as an activation module, which has a certificate of its own.
 """
 
 from __future__ import annotations
@@ -29,18 +31,17 @@ def keep_whole() -> None:
     """Let Inductor call these operators and LayerNorm instead of compiling code of its own for them. A second call does
     nothing.
 
-    Inductor's own code has a tail like PyTorch's on instruction sets without masks, and other values of sin, cos, tanh
-    and erf than eager code: models that vLLM takes from transformers compute rotations and activations with them.
-    Inductor also rounds 16-bit results after every operation from then on, as eager code does. So compiled code has the
-    bits of eager code.
+    Inductor's own code has a tail like PyTorch's on instruction sets without masks, and other values than eager code:
+    models that vLLM takes from transformers compute rotations and activations with sin, cos, tanh and erf, and scales
+    of attention by position (Llama 4, Ministral 3) are logarithms. Inductor also rounds 16-bit results after every
+    operation from then on, as eager code does. So compiled code has the bits of eager code, but for sums over a row.
     """
     if _undo:
         return
     from torch._inductor import decomposition, lowering
 
     aten = torch.ops.aten
-    pointwise = ("sigmoid", "silu", "gelu", "softplus", "sin", "cos", "tanh", "erf")
-    whole = (_LAYER_NORM, *(getattr(aten, name).default for name in pointwise))
+    whole = (*_ROWS, *(getattr(aten, name).default for name in (*_BUNDLED, *_EQUAL)))
     for held in (decomposition.decompositions, lowering.lowerings):
         _undo.append(functools.partial(_put_back, held, {op: held.get(op) for op in whole}))
     for marked in (lowering.fallbacks, lowering.needs_realized_inputs):
@@ -64,8 +65,14 @@ def restore() -> None:
 
 
 _undo: list[Callable[[], None]] = []
-_TAG = "bi_patch: whole operators, with sin, cos, tanh and erf"
+_BUNDLED = ("sigmoid", "silu", "gelu", "softplus")
+_EQUAL = (
+    *("exp", "expm1", "log", "log1p", "log2", "log10", "sqrt", "sin", "cos", "tan", "asin", "acos", "atan", "asinh"),
+    *("tanh", "erf", "erfc", "erfinv"),
+)
 _LAYER_NORM = torch.ops.aten.native_layer_norm.default
+_ROWS = (_LAYER_NORM, torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default)
+_TAG = f"bi_patch: whole operators, {len(_ROWS) + len(_BUNDLED) + len(_EQUAL)}"
 
 
 def _put_back(held: dict, entries: dict) -> None:

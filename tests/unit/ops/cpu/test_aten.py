@@ -74,14 +74,52 @@ def test_compiled_rotations_have_the_bits_of_eager_code():
             assert all(torch.equal(x, y) for x, y in zip(function(rows), rotation(rows)))
 
 
-@pytest.mark.parametrize("op", [torch.tanh, torch.erf])
-def test_compiled_activations_have_the_bits_of_eager_code(op):
+def _within(x):
+    return x.clamp(-0.97, 0.97)
+
+
+def _above(x):
+    return x.abs() + 0.1
+
+
+DOMAINS = {
+    **dict.fromkeys(("log", "log2", "log10", "log1p", "sqrt"), _above),
+    **dict.fromkeys(("asin", "acos", "erfinv"), _within),
+}
+
+
+def test_every_operator_with_equal_tails_keeps_the_bits_of_a_window():
+    x = torch.randn(600, 12, generator=torch.Generator().manual_seed(0)).mul(2)
+    own = torch.get_num_threads()
+    try:
+        for name in aten._EQUAL:
+            op, given = getattr(torch, name), DOMAINS.get(name, lambda x: x)(x)
+            for dtype in (torch.float32, torch.bfloat16):
+                rows = given.to(dtype)
+                torch.set_num_threads(own)
+                want = op(rows)
+                for threads in (1, 3):
+                    torch.set_num_threads(threads)
+                    for m in (1, 3, 17, 129):
+                        same = (torch.equal(op(rows[at : at + m]), want[at : at + m]) for at in range(0, 600 - m, 61))
+                        assert all(same), (name, dtype, m)
+    finally:
+        torch.set_num_threads(own)
+
+
+def test_compiled_operators_have_the_bits_of_eager_code():
+    def function(x):
+        pointwise = [getattr(torch, name)(DOMAINS.get(name, lambda x: x)(x * 0.5)) * x for name in aten._EQUAL]
+        return *pointwise, x.softmax(-1) * x, x.log_softmax(-1) * x
+
     aten.keep_whole()
-    function = torch.compile(lambda x: op(x * 0.5) * x, dynamic=True, fullgraph=True)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
     x = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        want = op(x * 0.5) * x
-        assert torch.equal(function(x), want) and torch.equal(function(x[:17]), want[:17])
+        want = function(x)
+        for rows in (3000, 17):
+            for name, a, b in zip((*aten._EQUAL, "softmax", "log_softmax"), compiled(x[:rows]), want):
+                assert torch.equal(a, b[:rows]), (name, rows)
 
 
 def test_what_changed_in_pytorch_is_restored():
