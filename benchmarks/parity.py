@@ -1,6 +1,8 @@
 """Runs `bi-patch parity` for several models on this device, and writes parity-DATE-DEVICE-vllm-RELEASE.json.
 
-    PYTHONPATH=. python3 benchmarks/parity.py [--only LABEL ...] [--results FOLDER]
+    PYTHONPATH=. python3 benchmarks/parity.py [--only LABEL ...] [--results FOLDER] [--cache-gib N]
+
+--cache-gib: of the sampler's keys and values, for a GPU that others use too. vLLM then looks at no free memory.
 
 Exit code 1: a value differs. 2: something could not be compared.
 """
@@ -54,11 +56,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=cases, default=list(cases))
     parser.add_argument("--results", type=Path, default=evidence.RESULTS)
+    parser.add_argument("--cache-gib", type=int, default=0)
     given = parser.parse_args()
     codes = []
     for label in given.only:
         model, dtype, eager, steps, *ranks = cases[label]
         options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64} | run.shared()
+        if given.cache_gib:
+            options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": given.cache_gib << 30}
         options |= {"tensor_parallel_size": ranks[0]} if ranks else {}
         environ = dict(os.environ) | (ONE_THREAD if ranks and cases is CPU else {})
         system = local(model, levels.QUICK, dtype=dtype, eager=eager, engine_args=options, environ=environ)

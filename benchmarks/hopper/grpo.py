@@ -1,11 +1,13 @@
 """Trains with GRPO twice at once, with other micro-batches and other batch sizes of the sampler.
 
     PYTHONPATH=. python3 benchmarks/hopper/grpo.py [MODEL] [--steps 200] [--gpus 0,1] [--results FOLDER]
-        [--resume FOLDER] [--seconds 300]
+        [--resume FOLDER] [--seconds 300] [--micro 24,5] [--seats 64,7]
 
 --gpus 0,0 puts both runs on one card: the seconds of a step are then an upper bound. MODEL is a folder, or a name of
 bi_patch/tools/models/recipes.py. Every logprob of every step is compared with the sampler's, and the two runs must have
 the same rewards, gradient norms and master weights after each step. It prints progress and writes parity-*.json.
+
+--micro: sequences in a micro-batch of each run. --seats: requests that each run's sampler runs together.
 
 --seconds: each run stops after the first step that ends later than this, the engine's start included.
 --resume FOLDER: each run leaves a checkpoint there (master weights, optimizer, steps). The same command goes on from it
@@ -26,8 +28,6 @@ from pathlib import Path
 
 import bi_patch_entry
 
-# (sequences in a micro-batch, requests that the sampler runs together) of each run.
-SIZES = ((24, 64), (5, 7))
 _LOOK, _EVERY = 5.0, 10  # seconds between looks at the progress; steps between two lines
 
 
@@ -40,9 +40,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, help="the folder of checkpoints")
     parser.add_argument("--seconds", type=float, default=0.0, help="of this call; 0: no limit")
     parser.add_argument("--eager", action="store_true", help="a sampler without compilation")
-    parser.add_argument("--run", type=int, choices=range(len(SIZES)), help="one of the runs, in this process")
+    parser.add_argument("--micro", type=_pair, default=(24, 5))
+    parser.add_argument("--seats", type=_pair, default=(64, 7))
+    parser.add_argument("--run", type=int, choices=(0, 1), help="one of the runs, in this process")
     parser.add_argument("--out", type=Path, help="where --run writes its JSON")
     return parser.parse_args()
+
+
+def _pair(text: str) -> tuple[int, ...]:
+    found = tuple(map(int, text.split(",")))
+    if len(found) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, one for each run")
+    return found
 
 
 def one(a: argparse.Namespace) -> None:
@@ -55,7 +64,7 @@ def one(a: argparse.Namespace) -> None:
     from bi_patch.tools.verify import levels
     from bi_patch.tools.verify.local import local
 
-    micro, seats = SIZES[a.run]
+    micro, seats = a.micro[a.run], a.seats[a.run]
     options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64} | run.shared()
     if run.shared():  # a GPU: without a look at free memory, since two runs may share a card
         options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
@@ -72,14 +81,14 @@ def one(a: argparse.Namespace) -> None:
     a.out.write_bytes(msgspec.json.encode(found))
 
 
-def watch(started: list[subprocess.Popen], folder: Path) -> None:
-    """Print a line for some steps of each run, until all have ended. folder: of the checkpoints."""
+def watch(started: list[subprocess.Popen], folder: Path, pairs: list[tuple[int, int]]) -> None:
+    """Print a line for some steps of each run, until all have ended. folder: of the checkpoints. pairs: of the runs."""
     from bi_patch.tools.parity.checkpoints import progress
 
-    shown = [len(progress(folder, *sizes)) for sizes in SIZES]
+    shown = [len(progress(folder, *sizes)) for sizes in pairs]
     while True:
         ended = all(p.poll() is not None for p in started)
-        for i, sizes in enumerate(SIZES):
+        for i, sizes in enumerate(pairs):
             told = progress(folder, *sizes)
             if len(told) < shown[i] + (1 if ended else _EVERY):
                 continue
@@ -117,15 +126,16 @@ def both(a: argparse.Namespace, folder: Path) -> int:
     from bi_patch.tools.parity.plan import Run
     from bi_patch.tools.verify.engine import Info
 
-    outs = [folder / f"{i}.json" for i in range(len(SIZES))]
+    outs = [folder / f"{i}.json" for i in (0, 1)]
     kept = a.resume or folder
     again = [sys.executable, __file__, *([a.model] if a.model else []), *(["--eager"] if a.eager else [])]
     again += ["--steps", str(a.steps), "--resume", str(kept), "--seconds", str(a.seconds)]
+    again += [f"--micro={a.micro[0]},{a.micro[1]}", f"--seats={a.seats[0]},{a.seats[1]}"]
     started = [
         subprocess.Popen([*again, "--run", str(i), "--out", str(out)], env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
         for i, (out, gpu) in enumerate(zip(outs, a.gpus.split(",")))
     ]
-    watch(started, kept)
+    watch(started, kept, list(zip(a.micro, a.seats)))
     if any([p.wait() for p in started]):
         return 2
     found = [msgspec.json.decode(out.read_bytes()) for out in outs]

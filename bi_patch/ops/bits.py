@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,17 +36,37 @@ def checksum(tensor: torch.Tensor) -> int:
     tensor: of any shape, strides and dtype. Only its bits count, in the order of its elements. This is no cryptographic
     hash: it is for telling apart tensors that nobody made to collide.
     """
+    return int(_checksum(tensor, {}))
+
+
+def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """The `checksum` of each tensor. The host waits for each device once."""
+    import torch
+
+    places: dict[torch.device, torch.Tensor] = {}
+    found = [_checksum(tensor, places) for tensor in tensors]
+    if len({held.device for held in found}) > 1:
+        return [int(held) for held in found]
+    return torch.stack(found).tolist() if found else []
+
+
+def _checksum(tensor: torch.Tensor, places: dict[torch.device, torch.Tensor]) -> torch.Tensor:
+    """The checksum of a tensor on its device [] int64. places: the factors of words by device, made when needed."""
     import torch
 
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = flat.numel() // 8 * 8
     words = flat[:whole].view(torch.int64)
     even = words.numel() // _COLUMNS * _COLUMNS
+    if tensor.device not in places:
+        places[tensor.device] = torch.arange(1, 2 * (_COLUMNS + 8), 2, device=tensor.device)
+    factors = places[tensor.device]
     # Sums modulo 2**64 do not depend on their order. Columns of a prime number: packing moves no word by such a stride.
     columns = words[:even].view(-1, _COLUMNS).sum(0)
-    rest = torch.cat((words[even:], flat[whole:].to(torch.int64)))
-    places = torch.arange(1, 2 * (_COLUMNS + 8), 2, device=tensor.device)
-    return int((columns * places[:_COLUMNS]).sum() + (rest * places[: rest.numel()]).sum())
+    rest = words[even:]
+    if whole < flat.numel():
+        rest = torch.cat((rest, flat[whole:].to(torch.int64)))
+    return (columns * factors[:_COLUMNS]).sum() + (rest * factors[: rest.numel()]).sum()
 
 
 def _integers(got: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,13 +11,14 @@ class Family:
 
     prefix: what its classes are named by, e.g. "Llama" of LlamaMLP. offset: what its norms add to their weight.
     experts: whether its layers choose among experts. fused: whether a sampler on CUDA norms the heads of queries and
-    keys in the kernel that rotates them.
+    keys in the kernel that rotates them. turned: whether transformers norms them as [batch, heads, length, size].
     """
 
     prefix: str
     offset: float = 0.0
     experts: bool = False
     fused: bool = False
+    turned: bool = False
 
 
 # By the model_type of the configuration.
@@ -27,7 +28,7 @@ FAMILIES = {
     "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3", fused=True),
     "gemma2": Family("Gemma2", offset=1.0),
-    "gemma3_text": Family("Gemma3", offset=1.0),
+    "gemma3_text": Family("Gemma3", offset=1.0, turned=True),
     "mixtral": Family("Mixtral", experts=True),
     "qwen3_moe": Family("Qwen3Moe", experts=True, fused=True),
 }

@@ -13,7 +13,7 @@ batch, such as all its tokens, never by a count of the micro-batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -25,9 +25,11 @@ from bi_patch.training.adapters import scaled
 
 _CALL = "bi_patch_call"  # the keyword argument that carries a call's spans and number to the layers
 
-Spans = Sequence[tuple[int, int]]  # of each sequence in the rows of a batch: the first row, and the row after the last
-# (gradient of the output [rows, ...], input [rows, ...], chain) -> None: adds the gradient of one sequence
-Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+Spans = tuple[
+    tuple[int, int], ...
+]  # of each sequence in the rows of a batch: its first row, and the row after its last
+# (gradient of the output [rows, ...], input [rows, ...], spans, chain): adds the gradient of each sequence, in order
+Add = Callable[[torch.Tensor, torch.Tensor, Spans, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,13 @@ class Gradients:
 
     def add(self, parameter, use: str, call: Call, spans: Spans, grad, x, rule: Add) -> None:
         """Add the gradients of one call, sequence by sequence. grad, x: [rows, ...]."""
-        chain = self.chain(parameter, use, call)
-        for first, last in spans:
-            # Fresh copies: a library may choose its code by the address of the first element.
-            rule(_copied(grad[first:last]), _copied(x[first:last]), chain)
+        rule(grad, x, spans, self.chain(parameter, use, call))
 
     def joined(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """The gradient of a parameter, fp32; None if it got none. Its chains are forgotten."""
         found = [self.chains.pop((parameter, use), None) for use in ("embedding", "layer")]
         held = [chain for chain in found if chain is not None]
         return None if not held else held[0] if len(held) == 1 else held[0] + held[1]
-
-
-def _copied(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.float32, copy=True) if x.is_floating_point() else x
 
 
 @contextlib.contextmanager
@@ -103,7 +98,7 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
     block begins anew.
 
     The loss must divide by a number that is known before the first micro-batch, and the order of the sequences must not
-    change with the cut. Cost: one product for each weight and sequence, and 4 bytes for each element of a weight.
+    change with the cut. Cost: 4 bytes for each element of a weight, and on CPU one product for each weight and sequence.
 
     Raises GradientsOpen for a block inside a block, BiPatchError for a model that is not armed, and UnsupportedFeature
     for a model that several ranks train (FSDP2, DistributedDataParallel).
@@ -207,11 +202,15 @@ class _Tap(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        spans = ctx.call.of(x.shape[0], "layer")
-        for parameter, use, rule in ctx.uses:
-            ctx.made.add(parameter, use, ctx.call, spans, grad.reshape(x.shape[0], -1), x, rule)
+        _add(ctx, grad, *ctx.saved_tensors)
         return grad, None, None, None, None
+
+
+def _add(ctx, grad: torch.Tensor, x: torch.Tensor) -> None:
+    """Add what a node's parameters get: grad [rows, ...] of its output, x [rows, ...] its input."""
+    spans, rows = ctx.call.of(x.shape[0], "layer"), grad.reshape(x.shape[0], -1)
+    for parameter, use, rule in ctx.uses:
+        ctx.made.add(parameter, use, ctx.call, spans, rows, x, rule)
 
 
 def _tapped(made: Gradients | None, y, x, uses) -> torch.Tensor:
@@ -222,9 +221,45 @@ def _tapped(made: Gradients | None, y, x, uses) -> torch.Tensor:
     return _Tap.apply(y if y.requires_grad else y.detach().requires_grad_(), x.detach(), made, made.call, uses)
 
 
+class _Step(Function):
+    """An operator of one input, whose parameters add to the chains in the same node that computes the input's gradient.
+
+    run: x [rows, ...] -> y [rows, ...]. back: (gradient of y, x) -> gradient of x. parameters: for autograd only.
+    """
+
+    @staticmethod
+    def forward(ctx, x, run, back, made, call, uses, *parameters):
+        ctx.save_for_backward(x)
+        ctx.back, ctx.made, ctx.call, ctx.uses = back, made, call, uses
+        return run(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        _add(ctx, grad, x)
+        of_x = ctx.back(grad, x) if ctx.needs_input_grad[0] else None
+        return of_x, *[None] * (5 + len(ctx.uses))
+
+
+def _stepped(made: Gradients | None, x, run, back, uses) -> torch.Tensor:
+    """run(x), with chains for the parameters of `uses` that require gradients. x: [rows, ...]."""
+    uses = tuple(use for use in uses if use[0] is not None and use[0].requires_grad)
+    if made is None or not uses:
+        return run(x)
+    return _Step.apply(x, run, back, made, made.call, uses, *(use[0] for use in uses))
+
+
 def _linear(made, state, x, weight, bias=None, parts=1):
-    y = ops.linear(x, weight.detach(), None if bias is None else bias.detach(), parts)
-    return _tapped(made, y, x.reshape(-1, x.shape[-1]), ((weight, "layer", _product), (bias, "layer", _sum)))
+    held, own = weight.detach(), None if bias is None else bias.detach()
+
+    def run(x):
+        return torch.ops.bi_training.linear(x, held, own, parts)
+
+    def back(grad, x):
+        return torch.ops.bi_training.linear_backward(grad, x, held, True, False, False)[0]
+
+    uses = (weight, "layer", _product), (bias, "layer", _sum)
+    return _stepped(made, x.reshape(-1, x.shape[-1]), run, back, uses).view(*x.shape[:-1], len(weight))
 
 
 def _lora(made, state, y, x, a, b, scaling):
@@ -232,62 +267,70 @@ def _lora(made, state, y, x, a, b, scaling):
     found = ops.lora(y, x, of_a, of_b, scaling).view(-1, y.shape[-1])
     turned = scaled(of_b, x.dtype, scaling).t().contiguous()
 
-    def into_a(grad, rows, chain):
-        _product(ops.linear(grad.to(x.dtype), turned).float(), rows, chain)
+    def into_a(grad, rows, spans, chain):
+        _product(ops.linear(grad, turned), rows, spans, chain)
 
-    def into_b(grad, rows, chain):
-        _product(grad * scaling, ops.linear(rows.to(x.dtype), of_a).float(), chain)
+    def into_b(grad, rows, spans, chain):
+        _product(grad.float() * scaling, ops.linear(rows, of_a).float(), spans, chain)
 
     return _tapped(made, found, flat, ((a, "layer", into_a), (b, "layer", into_b))).view(y.shape)
 
 
 def _rms_norm(made, state, x, weight, eps, offset=0.0):
-    y = ops.rms_norm(x, weight.detach(), eps, offset)
-    return _tapped(made, y, _tokens(made, x), ((weight, "layer", _norm_rule(eps)),))
-
-
-def _norm_rule(eps: float) -> Add:
-    def rule(grad, x, chain):
-        x = x.view(-1, chain.shape[0])
-        chain.add_((grad.view_as(x) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))).sum(0))
-
-    return rule
+    held = weight.detach()
+    return _normed(made, x, weight, eps, offset, lambda x: ops.rms_norm(x, held, eps, offset))
 
 
 def _head_norm(made, state, x, weight, eps):
-    y = ops.head_norm(x, weight.detach(), eps)
-    return _tapped(made, y, _tokens(made, x), ((weight, "layer", _norm_rule(eps)),))
+    held = weight.detach()
+    return _normed(made, x, weight, eps, 0.0, lambda x: ops.head_norm(x, held, eps))
+
+
+def _normed(made, x, weight, eps, offset, run):
+    """A norm of x [..., C], or of each head of x [batch, length, heads, C]."""
+    if made is None:
+        return run(x)
+    held, size = weight.detach(), x.shape[-1]
+
+    def back(grad, x):
+        rows = grad.reshape(-1, size), x.reshape(-1, size)
+        return torch.ops.bi_training.rms_norm_backward(*rows, held, eps, offset)[0].view(x.shape)
+
+    tokens = x.flatten(0, 1) if x.dim() == 4 else x.reshape(made.call.rows, size)
+    return _stepped(made, tokens, run, back, ((weight, "layer", _norm_rule(eps)),)).view(x.shape)
+
+
+def _norm_rule(eps: float) -> Add:
+    def rule(grad, x, spans, chain):
+        size = chain.shape[0]
+        each = x[0].numel() // size if len(x) else 1  # a norm of heads has several rows for a token
+        spans = spans if each == 1 else tuple((first * each, last * each) for first, last in spans)
+        _chains(chain).norm(grad.reshape(-1, size), x.reshape(-1, size), eps, spans, chain)
+
+    return rule
 
 
 def _embedding(made, state, ids, weight, dtype, padding=-1):
     y = ops.embedding(ids, weight.detach(), dtype, padding)
 
-    def rule(grad, ids, chain):
-        real = ids != padding
-        _rows(grad[real], ids[real], chain)
+    def rule(grad, ids, spans, chain):
+        if padding >= 0:
+            grad = grad.masked_fill((ids == padding)[:, None], 0)
+        _chains(chain).embedding(grad, ids, spans, chain)
 
-    return _tapped(made, y, ids.reshape(-1), ((weight, "embedding", rule if padding >= 0 else _rows),))
-
-
-def _tokens(made, x: torch.Tensor) -> torch.Tensor:
-    """x [..., C] as [tokens, ...]: a norm of heads has several rows for a token."""
-    return x.reshape(-1 if made is None else made.call.rows, *x.shape[-1:]) if x.dim() < 4 else x.flatten(0, 1)
+    return _tapped(made, y, ids.reshape(-1), ((weight, "embedding", rule),))
 
 
-def _product(grad, x, chain) -> None:
-    devices.implementation(chain.device.type, "linear").weight_gradient(grad, x, chain)
+def _chains(chain: torch.Tensor):
+    return devices.implementation(chain.device.type, "chains")
 
 
-def _sum(grad, x, chain) -> None:
-    chain.add_(grad.sum(0))
+def _product(grad, x, spans, chain) -> None:
+    _chains(chain).product(grad, x, spans, chain)
 
 
-def _rows(grad, ids, chain) -> None:
-    """Add row by row. On CPU, index_put_ adds from several threads; on CUDA, index_add_ adds in any order."""
-    if chain.device.type == "cpu":
-        chain.index_add_(0, ids, grad)
-    else:
-        chain.index_put_((ids,), grad, accumulate=True)
+def _sum(grad, x, spans, chain) -> None:
+    _chains(chain).column_sum(grad, spans, chain)
 
 
 def _head(made, state, hidden, weight, *given):
@@ -304,6 +347,20 @@ def _asked(call: Call, rows: torch.Tensor) -> Spans:
     return tuple((first, last) for first, last in found if first < last)
 
 
+def _grouped(spans: Spans, most: int) -> Iterator[Spans]:
+    """Parts of up to `most` rows of each sequence, cut from its first row; as many together as have `most` rows."""
+    held: list[tuple[int, int]] = []
+    for first, last in spans:
+        for at in range(first, last, most):
+            part = at, min(at + most, last)
+            if held and part[1] - held[0][0] > most:
+                yield tuple(held)
+                held = []
+            held.append(part)
+    if held:
+        yield tuple(held)
+
+
 class _Head(Function):
     """Logprobs of given tokens. Backward adds the head's gradient to its chain, sequence by sequence."""
 
@@ -318,15 +375,14 @@ class _Head(Function):
     def backward(ctx, grad):
         hidden, tokens, temperature, top_k, top_p = ctx.saved_tensors
         head, held = devices.implementation(hidden.device.type, "head"), ctx.weight.detach()
-        of_hidden, _ = head.token_logprobs_backward(
-            grad, hidden, held, tokens, temperature, top_k, top_p, *ctx.form, True, False
-        )
-        chain = ctx.made.chain(ctx.weight, "layer", ctx.call)
-        for first, last in ctx.spans:
-            own = [None if x is None else x[first:last] for x in (tokens, temperature, top_k, top_p)]
-            rows = hidden[first:last]
-            for at, of_logits in head.logit_gradients(grad[first:last], rows, held, *own, *ctx.form):
-                _product(_copied(of_logits), _copied(rows[at]), chain)
+        into_rows = head.row_gradients(held, hidden.dtype)
+        chain, of_hidden = ctx.made.chain(ctx.weight, "layer", ctx.call), torch.zeros_like(hidden)
+        for spans in _grouped(ctx.spans, head.CHUNK):
+            begin, at = spans[0][0], slice(spans[0][0], spans[-1][1])
+            own = [None if x is None else x[at] for x in (tokens, temperature, top_k, top_p)]
+            ((_, of_logits),) = head.logit_gradients(grad[at], hidden[at], held, *own, *ctx.form)
+            of_hidden[at] = into_rows(of_logits)
+            _product(of_logits, hidden[at], tuple((a - begin, b - begin) for a, b in spans), chain)
         return of_hidden, *[None] * 11
 
 

@@ -133,7 +133,8 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
             raise UnsupportedFeature(f"training.leaf: {name} has max_norm, which changes weights in a forward")
         return _embedding
     if kind == f"{prefix}RMSNorm":
-        return _head_norm if family.fused and name.endswith((".q_norm", ".k_norm")) else _norm
+        of_heads = name.endswith((".q_norm", ".k_norm"))
+        return _head_norm if family.fused and of_heads else _turned_norm if family.turned and of_heads else _norm
     if kind == f"{prefix}MLP":
         _check_activation(name, module)
         return _mlp
@@ -283,6 +284,11 @@ def _embedding(self, ids):
 def _norm(self, x):
     eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
     return self._bi_patch.functions["rms_norm"](x, self.weight, eps, self._bi_patch.family.offset)
+
+
+def _turned_norm(self, x):
+    """x: [batch, heads, length, size]. Gradients of sequences need the tokens first."""
+    return _norm(self, x.transpose(1, 2)).transpose(1, 2)
 
 
 def _head_norm(self, x):

@@ -148,7 +148,8 @@ def _gone(key: object) -> bool:
 def _checksums(model: torch.nn.Module) -> dict[str, int]:
     """The checksum of each parameter and buffer. A write through `.data` changes no version of PyTorch's, but this."""
     held = huggingface.unwrapped(model).state_dict()
-    return {name: bits.checksum(t.to_local() if isinstance(t, DTensor) else t) for name, t in held.items()}
+    sums = bits.checksums(t.to_local() if isinstance(t, DTensor) else t for t in held.values())
+    return dict(zip(held, sums, strict=True))
 
 
 def _mesh(model: torch.nn.Module) -> DeviceMesh | None:

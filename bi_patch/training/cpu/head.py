@@ -6,6 +6,8 @@ the logits once more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from bi_patch.ops.cpu import top_k_top_p
@@ -55,15 +57,22 @@ def token_logprobs_backward(
     """The gradients of hidden [rows, C] and of weight [V, C] (weight's dtype), from grad [rows] fp32."""
     into = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
     total = torch.zeros(weight.shape, dtype=torch.float32) if of_weight else None
-    packed = torch.ops.bi_cpu.gemm_pack(weight.to(hidden.dtype).t().contiguous()) if of_hidden else None
+    into_rows = row_gradients(weight, hidden.dtype) if of_hidden else None
     for at, of_logits in logit_gradients(
         grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed
     ):
         if of_hidden:
-            into[at] = torch.ops.bi_cpu.gemm(of_logits, packed, weight.shape[1], weight.shape[0], None)
+            into[at] = into_rows(of_logits)
         if total is not None:
             total += of_logits.float().t() @ hidden[at].float()
     return into, hidden.new_empty(0) if total is None else total.to(weight.dtype)
+
+
+def row_gradients(weight: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that gives the gradient of rows [rows, C] from that of their logits [rows, V]."""
+    vocabulary, size = weight.shape
+    packed = torch.ops.bi_cpu.gemm_pack(weight.to(dtype).t().contiguous())
+    return lambda of_logits: torch.ops.bi_cpu.gemm(of_logits, packed, size, vocabulary, None)
 
 
 def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed):

@@ -26,18 +26,8 @@ def linear_backward(
     none = grad.new_empty(0)
     grad = grad.contiguous()
     of_rows = _product(grad, weight.to(x.dtype).t().contiguous(), None) if of_x else none
-    of_weights = weight_gradient(grad, x).to(weight.dtype) if of_weight else none
+    of_weights = (grad.float().t() @ x.float()).to(weight.dtype) if of_weight else none
     return of_rows, of_weights, grad.sum(0, dtype=torch.float32).to(weight.dtype) if of_bias else none
-
-
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-    """grad.T @ x in fp32. grad: [rows, N]. x: [rows, K]. Returns [N, K] fp32.
-
-    into: [N, K] fp32 to which the product is added, in place. The number of rows decides the order of the sum.
-    """
-    if into is not None:
-        return into.addmm_(grad.float().t(), x.float())
-    return grad.float().t() @ x.float()
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -7,6 +7,8 @@ whole vocabulary exist for few rows at a time. The backward computes the logits 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from bi_patch.kernels.triton import logits_backward
@@ -55,15 +57,21 @@ def token_logprobs_backward(
     """The gradients of hidden [rows, C] and of weight [V, C] (weight's dtype), from grad [rows] fp32."""
     into = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if of_weight else None
-    turned = weight.to(hidden.dtype).t().contiguous() if of_hidden else None
+    into_rows = row_gradients(weight, hidden.dtype) if of_hidden else None
     for at, of_logits in logit_gradients(
         grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed
     ):
         if of_hidden:
-            into[at] = linear.product(of_logits, turned, None, CHUNK)
+            into[at] = into_rows(of_logits)
         if total is not None:
             outer.product(of_logits, hidden[at], total, add=True)
     return into, hidden.new_empty(0) if total is None else total.to(weight.dtype)
+
+
+def row_gradients(weight: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that gives the gradient of up to CHUNK rows [rows, C] from that of their logits [rows, V]."""
+    turned = weight.to(dtype).t().contiguous()
+    return lambda of_logits: linear.product(of_logits, turned, None, CHUNK)
 
 
 def logit_gradients(grad, hidden, weight, tokens, temperature, top_k, top_p, softcap, runner, processed):

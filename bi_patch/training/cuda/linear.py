@@ -46,16 +46,6 @@ def linear_backward(
     return of_rows, of_weights, _column_sum(grad).to(weight.dtype) if of_bias else none
 
 
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-    """grad.T @ x in fp32. grad: [rows, N]. x: [rows, K]. Returns [N, K] fp32.
-
-    into: [N, K] fp32 to which the product is added, in place. The number of rows decides the order of the sum.
-    """
-    if into is not None:
-        return outer.product(grad, x, into, add=True)
-    return outer.product(grad, x, torch.empty(grad.shape[1], x.shape[1], dtype=torch.float32, device=x.device))
-
-
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, most: int = _MOST) -> torch.Tensor:
     """x [rows, K] @ weight [N, K].T + bias [N] -> [rows, N], all of one dtype, by the problem's route.
 

@@ -66,3 +66,9 @@ def test_a_checksum_tells_of_another_order_of_the_same_words():
     values = torch.randn(64, 32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert bits.checksum(values.transpose(0, 1)) != bits.checksum(values)
     assert bits.checksum(values.view(64, 32, 32, 2).transpose(1, 2)) != bits.checksum(values)
+
+
+def test_checksums_of_several_tensors_are_those_of_each():
+    values = [torch.randn(n).to(dtype) for n, dtype in ((0, torch.float32), (3, torch.bfloat16), (9000, torch.float64))]
+    assert bits.checksums(values) == [bits.checksum(value) for value in values]
+    assert bits.checksums([]) == []

@@ -160,8 +160,6 @@ def others(generator):
         close(f"linear gradient of {part}", got, want)
     master = linear.linear_backward(g, x, w.float(), False, True, False)
     report("linear master", "" if master[1].dtype == torch.float32 and not master[0].numel() else "wrong dtype")
-    total = torch.ones(24, 32)
-    close("weight gradient added", linear.weight_gradient(g, x, total), grads[1] + 1)
 
     x, g, w = random(9, 32), random(9, 32), random(32)
     out, *grads = by_autograd(lambda x, w: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (w + 1), g, x, w)

@@ -1,7 +1,11 @@
 """Gradients in chains: the same bits for every cut into micro-batches, and the gradient that autograd computes."""
 
+import contextlib
+import functools
+
 import pytest
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from bi_patch import training
@@ -80,6 +84,36 @@ def test_no_cut_changes_a_bit(dtype, tied):
         wrong = {name: bits.differing(found[name], value) for name, value in whole.items()}
         assert not any(wrong.values()), (cut, layout, checkpointing, wrong)
     assert all(p.grad is p.main_grad and p.main_grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["Qwen2.5", "Qwen3", "Mistral", "Gemma 2", "Gemma 3"])
+def test_no_cut_changes_a_bit_of_any_family(make, family):
+    """The lengths hold 4, the number of heads: a norm of heads may not take heads for tokens."""
+    model = make(family).train()
+    training.arm(model, dtype=torch.bfloat16)
+    draw = torch.Generator().manual_seed(3)
+    given = [torch.randint(3, 250, (1, n), generator=draw) for n in (4, 30, 4, 11)]
+
+    def run(cut):
+        at = 0
+        with training.gradients(model):
+            for size in cut:
+                part = given[at : at + size]
+                lengths = torch.tensor([0, *(ids.shape[1] for ids in part)]).cumsum(0)
+                found = training.logprobs(model, torch.cat(part, 1)[0], cu_seqlens=lengths)
+                (found.sum() / 49).backward()
+                at += size
+        return {name: p.main_grad for name, p in model.named_parameters()}
+
+    whole = run([4])
+    for cut in ([1] * 4, [1, 3]):
+        found = run(cut)
+        assert not any(bits.differing(found[name], value) for name, value in whole.items()), cut
+    model.zero_grad()
+    for ids in given:
+        (training.logprobs(model, ids).sum() / 49).backward()
+    for name, p in model.named_parameters():
+        assert float((p.grad - whole[name]).norm() / p.grad.norm()) < 1e-3, name
 
 
 def plain_experts(x, weights, ids, gate_up, down, kind):
@@ -214,6 +248,36 @@ def test_a_compiled_model_runs_as_eager_code():
         found = training.logprobs(torch.compile(model), batch.ids, batch.mask, batch.positions)
         loss(found, batch.places, sequences(), gains()).backward()
     assert not any(bits.differing(p.main_grad, want[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("chains", [True, False])
+def test_selective_checkpointing_keeps_what_it_is_told_to_keep(chains, monkeypatch):
+    """Linear layers are kept, and all else is computed again: the same bits, and no product twice."""
+    model = training.arm(made(), dtype=torch.bfloat16)
+    kept = [torch.ops.bi_training.linear.default]
+    ran = []
+    from bi_patch.training.cpu import linear
+
+    own = linear.linear
+    monkeypatch.setattr(linear, "linear", lambda *given: ran.append(len(given[0])) or own(*given))
+
+    def run():
+        ran.clear()
+        with training.gradients(model) if chains else contextlib.nullcontext():
+            (batch,) = batches(sequences(), PACKED)
+            found = training.logprobs(model, batch.ids, position_ids=batch.positions)
+            loss(found, batch.places, sequences(), gains()).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        return grads, len(ran)
+
+    plain, once = run()
+    for context, times in ((None, 2), (functools.partial(create_selective_checkpoint_contexts, kept), 1)):
+        given = {"use_reentrant": False} | ({} if context is None else {"context_fn": context})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
+        found, count = run()
+        assert count == times * once
+        assert not any(bits.differing(found[name], value) for name, value in plain.items())
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from bi_patch.kernels import packing  # noqa: E402
 from bi_patch.kernels.triton import (
     attention_backward,
     attention_lse,
+    chains,
     embedding_backward,
     gated_backward,
     gemm,
@@ -502,11 +503,54 @@ def embedding_backwards() -> None:
         report(f"embedding backward {dtype}", "" if torch.equal(got, want) else "not the ascending sum")
 
 
+def _chain(name: str, add, rows: tuple, shape: tuple, dtype) -> None:
+    """One call for all sequences has the bits of a call for each with a copy of its rows; `add` returns the sum."""
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(13))
+    spans = ((0, 5), (5, 5), (5, 70), (73, 210))  # rows 70 to 73 belong to nobody
+    together, apart, want = start.clone(), start.clone(), start.double()
+    add(*rows, spans, together)
+    for first, last in spans:
+        own = tuple(x[first:last].clone() for x in rows)
+        add(*own, ((0, last - first),), apart)
+        want = want + add(*own, None, None)
+    report(f"{name} {dtype}", close(together, want, torch.float32))
+    report(f"{name} {dtype} apart", "" if torch.equal(together, apart) else "a cut changes a bit")
+
+
+def chain_additions() -> None:
+    generator = torch.Generator().manual_seed(14)
+
+    def product(g, x, spans, chain):
+        return g.double().t() @ x.double() if chain is None else chains.products(g, x, spans, chain)
+
+    def norm(g, x, spans, chain):
+        if chain is not None:
+            return chains.norms(g, x, 1e-6, spans, chain)
+        wide = x.double()
+        return (g.double() * wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).sum(0)
+
+    def column_sum(g, spans, chain):
+        return g.double().sum(0) if chain is None else chains.sums(g, spans, chain)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        g, x = (torch.randn(210, cols, generator=generator).to(dtype) for cols in (70, 100))
+        _chain("chain of products", product, (g, x), (70, 100), dtype)
+        _chain("chain of norms", norm, (g, g.flip(0)), (70,), dtype)
+        _chain("chain of sums", column_sum, (g,), (70,), dtype)
+        whole, parts = torch.ones(9, 70), torch.ones(9, 70)
+        ids = torch.randint(0, 9, (210,), generator=generator)
+        embedding_backward.add(g, ids, whole)
+        for at in range(0, 210, 30):
+            embedding_backward.add(g[at : at + 30], ids[at : at + 30], parts)
+        report(f"chain of embeddings {dtype}", "" if torch.equal(whole, parts) else "a cut changes a bit")
+
+
 def training() -> None:
     norm_backwards()
     gated_backwards()
     logits_backwards()
     embedding_backwards()
+    chain_additions()
 
 
 def poolings() -> None:

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from bi_patch.kernels.triton import (
     attention_backward,
+    chains,
     embedding_backward,
     gated_backward,
     gemm,
@@ -237,15 +238,29 @@ def test_gradients_of_rows(architecture):
             {"g", "temperature"},
             {"cap"},
         ),
-        (embedding_backward._embedding, {"BLOCK": 512}, {"g"}, {"out"}, set()),
+        (embedding_backward._embedding, {"BLOCK": 512, "ADD": True}, {"g"}, {"out"}, set()),
+        (chains._norms, {"BLOCK": 2048, "ROWS": 1}, {"x", "g"}, {"parts"}, {"eps"}),
+        (chains._fold, {"BLOCK": 64}, set(), {"parts", "chain"}, set()),
+        (chains._sums, {"BLOCK": 64}, {"grad"}, {"chain"}, set()),
     )
-    whole = {"tokens": "*i64", "order": "*i64", "begins": "*i64"}
+    whole = {"tokens": "*i64", "order": "*i64", "begins": "*i64", "edges": "*i32", "blocks": "*i32"}
     for kernel, constants, halves, singles, scalars in cases:
         kinds = (
             dict.fromkeys(halves, "*bf16") | dict.fromkeys(singles, "*fp32") | dict.fromkeys(scalars, "fp32") | whole
         )
         signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constants}
         build(kernel, signature, constants, architecture, num_warps=4)
+
+
+@pytest.mark.parametrize("side", [(576, 576), (49152, 576)])
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_chains_of_products(side, kind):
+    size, warps = chains.tile(*side)
+    signature = {"grad": f"*{kind}", "x": f"*{kind}", "chain": "*fp32", "edges": "*i32"}
+    signature |= dict.fromkeys(("sequences", "n_size", "k_size"), "i32")
+    built = build(chains._products, signature, {"N": size, "K": size}, 90, num_warps=warps, num_stages=3)
+    assert built.metadata.shared <= SHARED[90]
+    assert "wgmma" in built.asm["ptx"]
 
 
 @pytest.mark.parametrize(
