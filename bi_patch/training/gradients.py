@@ -98,7 +98,7 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
     block begins anew.
 
     The loss must divide by a number that is known before the first micro-batch, and the order of the sequences must not
-    change with the cut. Cost: 4 bytes for each element of a weight, and on CPU one product for each weight and sequence.
+    change with the cut. Cost: 4 bytes for each element of a weight; on CPU, one product for each weight and sequence.
 
     Raises GradientsOpen for a block inside a block, BiPatchError for a model that is not armed, and UnsupportedFeature
     for a model that several ranks train (FSDP2, DistributedDataParallel).
