@@ -78,7 +78,7 @@ def _fold(parts, chain, edges, sequences, cols, BLOCK: tl.constexpr):
     for s in range(sequences):
         own = tl.zeros((BLOCK,), tl.float32)
         for part in range(tl.load(edges + 2 * s), tl.load(edges + 2 * s + 1)):
-            own += tl.load(parts + part.to(tl.int64) * cols + c, mask=inside, other=0.0)
+            own += tl.load(parts + part * cols + c, mask=inside, other=0.0)
         total += own
     tl.store(chain + c, total, mask=inside)
 

@@ -11,8 +11,10 @@ os.environ |= {"TRITON_INTERPRET": "1", "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES":
 import torch  # noqa: E402
 
 from bi_patch.ops import bits  # noqa: E402
+from bi_patch.training.cpu import chains as cpu_chains  # noqa: E402
 from bi_patch.training.cuda import (  # noqa: E402
     attention,
+    chains,
     embedding,
     experts,
     gated,
@@ -292,6 +294,25 @@ def heads(generator):
             close(f"head {name} gradient of {part}", a, b, 1e-2)
 
 
+def chains_of_sequences(generator):
+    """What CUDA adds to a chain is what the CPU adds."""
+    spans = ((3, 14), (14, 14), (33, 39))
+    g, x = (torch.randn(ROWS, n, generator=generator).to(DTYPE) for n in (24, 32))
+    ids = torch.arange(ROWS) % 7
+    for name, shape, given in (
+        ("product", (24, 32), (g, x)),
+        ("product", (24, 32), (g.float(), x.float())),
+        ("column_sum", (24,), (g,)),
+        ("norm", (32,), (x.flip(0), x, 1e-6)),
+        ("embedding", (7, 24), (g, ids)),
+    ):
+        got, want = torch.ones(shape), torch.ones(shape)
+        for module, into in ((chains, got), (cpu_chains, want)):
+            getattr(module, name)(*given, spans, into)
+            getattr(module, name)(*given, (), into)
+        close(f"chain of {name} {given[0].dtype}", got, want, 1e-5)
+
+
 if __name__ == "__main__":
     generator = torch.Generator().manual_seed(11)
     attentions(generator, 64, False)
@@ -301,3 +322,4 @@ if __name__ == "__main__":
     choices(generator)
     adapters(generator)
     heads(generator)
+    chains_of_sequences(generator)
