@@ -74,7 +74,7 @@ class Gradients:
             )
         self._last[key] = call.number
         if key not in self.chains:
-            self.chains[key] = torch.zeros_like(parameter, dtype=torch.float32)
+            self.chains[key] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         return self.chains[key]
 
     def add(self, parameter, use: str, call: Call, spans: Spans, grad, x, rule: Add) -> None:

@@ -33,6 +33,7 @@ _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
 _CPU_PARITY_RANKS = "parity-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
+_CPU_PARITY_TRL = "parity-2026-11-29-cpu-amx-trl-vllm-0.32.0.json"
 _CPU_PARITY_LORA = "parity-2026-11-29-cpu-amx-lora-vllm-0.32.0.json"
 _CPU_PARITY = "parity-2026-11-28-cpu-vllm-0.32.0.json"
 _H200_PARITY = "parity-2026-11-28-h200-vllm-0.33.0.json"
@@ -40,6 +41,7 @@ _H200_PARITY_SHAPES = "parity-2026-11-29-h200-trainer-vllm-0.33.0.json"
 _H200_PARITY_EXPERTS = "parity-2026-11-29-h200-experts-vllm-0.33.0.json"
 _H200_PARITY_LORA = "parity-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_PARITY_FSDP = "parity-2026-11-29-h200-fsdp-vllm-0.33.0.json"
+_H200_PARITY_RANKS = "parity-2026-11-29-h200-ranks-vllm-0.33.0.json"
 _H200_PARITY_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
@@ -336,7 +338,9 @@ FEATURES: tuple[Feature, ...] = (
             _CPU_PARITY,
             _CPU_PARITY_EXPERTS,
             _CPU_PARITY_LORA,
-            why="two tiny models and SmolLM2-135M without experts, a tiny Qwen3-MoE, and LoRA adapters of PEFT",
+            _CPU_PARITY_TRL,
+            why="two tiny models and SmolLM2-135M without experts, a tiny Qwen3-MoE, LoRA adapters of PEFT, and TRL's "
+            "GRPOTrainer",
         ),
         cuda=served(
             _H200_PARITY,
@@ -346,8 +350,8 @@ FEATURES: tuple[Feature, ...] = (
             _H200_PARITY_FSDP,
             _H200_PARITY_GRPO,
             why="two small models and two published shapes without experts, a tiny Mixtral, two layers of "
-            "Qwen3-30B-A3B, LoRA adapters of PEFT in bf16 and FSDP2 on one GPU, with random weights; 57 steps of GRPO "
-            "of SmolLM2-135M",
+            "Qwen3-30B-A3B, LoRA adapters of PEFT in bf16 and FSDP2 on one and two GPUs, with random weights; 57 steps "
+            "of GRPO of SmolLM2-135M",
         ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",
@@ -355,7 +359,11 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "a trainer on one device beside a sampler with tensor parallelism",
         cpu=served(_CPU_PARITY_RANKS, why="two and four ranks, tiny models without experts"),
-        cuda=untried("only where vLLM's one-stage all-reduce adds; with NCCL, the trainer refuses"),
+        cuda=served(
+            _H200_PARITY_RANKS,
+            why="two ranks, six layers of Qwen3-1.7B's shape, measured while vLLM's one-stage all-reduce added, which has "
+            "the same order; where NCCL adds, the trainer refuses",
+        ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="The trainer cuts K of `o_proj` and `down_proj` as the ranks do, and adds the parts in rank order. "
         "Refused by name: samplers whose ranks share experts, and samplers with `BI_PATCH_TP_INVARIANT`.",

@@ -10,6 +10,7 @@ os.environ |= {"TRITON_INTERPRET": "1", "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES":
 
 import torch  # noqa: E402
 
+from bi_patch.kernels.triton import embedding_backward  # noqa: E402
 from bi_patch.ops import bits  # noqa: E402
 from bi_patch.training.cpu import chains as cpu_chains  # noqa: E402
 from bi_patch.training.cuda import (  # noqa: E402
@@ -311,6 +312,40 @@ def chains_of_sequences(generator):
             getattr(module, name)(*given, spans, into)
             getattr(module, name)(*given, (), into)
         close(f"chain of {name} {given[0].dtype}", got, want, 1e-5)
+    tried = {"product": (24, 32), "sum": (24,), "norm": (32,), "embedding": (7, 24)}
+    for what, shape in tried.items():
+        good = chains._serves(what, shape, DTYPE, g.device)
+        report(f"trial of {what}", "" if good else "a good kernel does not pass")
+    for what, shape in tried.items():
+        for fault in ("order", "number"):
+            module, name = (embedding_backward, "add") if what == "embedding" else (chains.kernel, f"{what}s")
+            own = getattr(module, name)
+            setattr(module, name, spoiled(own, fault))
+            chains._passes.cache_clear()
+            passed = chains._serves(what, shape, DTYPE, g.device)
+            setattr(module, name, own)
+            report(f"trial of {what} with another {fault}", "a spoiled kernel passes" if passed else "")
+    chains._passes.cache_clear()
+    asked = []
+    own, chains._passes = chains._passes, lambda what, shape, *_: asked.append(shape) or True
+    chains._serves("product", (151936, 4096), DTYPE, g.device)
+    chains._passes = own
+    report("trial of a large chain", "" if asked == [(4096, 4096)] else str(asked))
+
+
+def spoiled(own, fault):
+    """A kernel whose chain gets twice what it should, or rounds differently with several sequences."""
+
+    def run(*given):
+        chain = given[-1]
+        before = chain.clone()
+        own(*given)
+        if fault == "number":
+            chain += chain - before
+        elif len(given[0]) > 300:
+            chain *= 1 + 2**-22
+
+    return run
 
 
 if __name__ == "__main__":

@@ -18,5 +18,5 @@ def test_they_agree_with_fp64():
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=300)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(lines) == 73
+    assert len(lines) == 86
     assert not [line for line in lines if not line.startswith("ok ")]
