@@ -361,8 +361,8 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(_CPU_PARITY_RANKS, why="two and four ranks, tiny models without experts"),
         cuda=served(
             _H200_PARITY_RANKS,
-            why="two ranks, six layers of Qwen3-1.7B's shape, measured while vLLM's one-stage all-reduce added, which has "
-            "the same order; where NCCL adds, the trainer refuses",
+            why="two ranks, six layers of Qwen3-1.7B's shape, measured while vLLM's one-stage all-reduce added, which "
+            "has the same order; where NCCL adds, the trainer refuses",
         ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="The trainer cuts K of `o_proj` and `down_proj` as the ranks do, and adds the parts in rank order. "
