@@ -67,6 +67,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("SmolLM2-135M *", *_TRAINED),
         ("tiny-qwen3-moe *", *_TRAINED),
         ("* LoRA,*", "with the adapter*", "gradients*"),
+        ("*, TRL *", "GRPOTrainer,*"),
     ),
     ("a trainer on Hugging Face transformers with the sampler's bits", "cuda"): (
         ("* graphs", *_TRAINED),
@@ -75,12 +76,15 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Mixtral,*", "logprobs*", "experts chosen*", "gradients*"),
         ("Qwen3-30B-A3B,*", "logprobs*", "experts chosen*", "gradients*"),
         ("* LoRA,*", "with the adapter*", "gradients*"),
-        ("*, FSDP2", "logprobs*", "gradients*"),
+        ("*, FSDP2", "logprobs, 1 rank*", "logprobs, 2 ranks*", "gradients*"),
         ("* GRPO steps", "GRPO,*", "GRPO rerun*"),
     ),
     ("a trainer on one device beside a sampler with tensor parallelism", "cpu"): (
         ("* sampler TP 2", *_TRAINED),
         ("* sampler TP 4", *_TRAINED),
+    ),
+    ("a trainer on one device beside a sampler with tensor parallelism", "cuda"): (
+        ("Qwen3-1.7B*, sampler TP 2", "16 sequences*"),
     ),
     ("sliding windows", "cpu"): (("Mistral,*", *_SIX), ("Gemma 2,*", *_SIX)),
     ("sliding windows", "cuda"): (("Mistral-window-*", "batch size", "decode = prefill"), ("Gemma 2,*", *_SIX)),
