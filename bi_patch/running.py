@@ -20,6 +20,8 @@ FIELDS = (
     "tensor_parallel_size",
     "rank_sums",
     "attention",
+    "mla",
+    "recurrent",
     "logprobs_mode",
     "runner",
     "compiled",

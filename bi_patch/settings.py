@@ -10,8 +10,8 @@ BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas, 
 BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
 BI_PATCH_MLA          attention of MLA models on CUDA. two (default): prompts and generated tokens have forms of their
                       own, as in vLLM. one: every token takes one form, so decode equals prefill, which is slower
-BI_PATCH_RECURRENT    layers with a recurrent state on CUDA. tokens (default): one token after the other. chunks: in
-                      chunks of eight tokens on tensor cores, which is faster and has not run in a compiled engine
+BI_PATCH_RECURRENT    layers with a recurrent state on CUDA. tokens (default): one token after the other. chunks:
+                      eight tokens at a time, which is refused until `verify` has compared an engine with it
 BI_PATCH_TP_INVARIANT 2, 4 or 8: equal bits for every tensor-parallel size up to this number (CPU). 0 (default): equal
                       bits for one size
 BI_PATCH_ALLOW_CODE   dotted names of code from outside vLLM that you vouch for, separated by commas: worker classes,

@@ -199,6 +199,11 @@ def _states(form_of, unknown):
 
             from bi_patch.ops.cuda import recurrent
 
+            if _chunked():
+                raise UnsupportedFeature(
+                    "recurrent.cuda_states: bi_patch does not serve BI_PATCH_RECURRENT=chunks: its kernels were "
+                    "compared alone, and `verify` has compared no engine with them. Leave BI_PATCH_RECURRENT out"
+                )
             if found := unknown(self) or _unknown_states(self, vllm_config):
                 raise UnsupportedFeature(f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {found}")
             if tuple(self.get_state_shape()[0]) != recurrent.inputs_of(form := form_of(self)):

@@ -483,12 +483,18 @@ def test_recurrent_layers_are_served_by_kind(state):
                 check(platform, **{state: True, "model_architectures": [other]})
 
 
-def test_recurrent_layers_in_chunks_are_untried(monkeypatch):
-    given = config(model_is_hybrid=True, model_architectures=["GraniteMoeHybridForCausalLM"], model_enforce_eager=True)
-    assert not table.untried(given, "cuda", Version("0.33.0"))
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "GraniteMoeHybridForCausalLM"])
+def test_recurrent_layers_in_chunks_are_refused(monkeypatch, name, eager):
+    given = {"model_is_hybrid": True, "model_architectures": [name], "model_enforce_eager": eager}
+    for asked in ("", "tokens"):
+        monkeypatch.setenv("BI_PATCH_RECURRENT", asked)
+        check("cuda", **given)
     monkeypatch.setenv("BI_PATCH_RECURRENT", "chunks")
-    assert any("in chunks" in name for name in table.untried(given, "cuda", Version("0.33.0")))
-    check("cpu", model_is_hybrid=True, model_architectures=["GraniteMoeHybridForCausalLM"])
+    with pytest.raises(UnsupportedFeature, match=r"BI_PATCH_RECURRENT=chunks.*Leave BI_PATCH_RECURRENT out\."):
+        check("cuda", **given)
+    check("cpu", **given)
+    check("cuda")  # a model without such layers
 
 
 def test_what_is_untried_is_named_for_the_line_that_says_armed():

@@ -179,7 +179,23 @@ def test_a_slot_has_room_for_the_tokens_since_its_state_was_written():
         assert ours == stock
 
 
-def test_the_kernels_in_chunks_are_taken_when_asked_for(monkeypatch):
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("unknown", [recurrent._unknown_delta, recurrent._unknown_mamba2])
+def test_no_engine_takes_the_kernels_in_chunks(monkeypatch, unknown, eager):
+    from bi_patch.seams import active
+
+    monkeypatch.setattr(active, "recurrent", "chunks")
+    held = DELTA | MAMBA
+    layer = SimpleNamespace(prefix="model.layers.0", get_state_dtype=lambda: held["states"], **held)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16, enforce_eager=eager),
+        cache_config=SimpleNamespace(mamba_cache_mode="align"),
+    )
+    with pytest.raises(UnsupportedFeature, match="recurrent.cuda_states: .*BI_PATCH_RECURRENT=chunks.*Leave"):
+        recurrent._states(None, unknown)(lambda self, config: None)(layer, config)
+
+
+def test_the_kernels_in_chunks_would_be_taken_with_forms_of_their_own(monkeypatch):
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator as Shapes
 
     from bi_patch.kernels.cuda import chunks

@@ -33,6 +33,8 @@ def agreed(model):
         "digest": identity.digest(),
         **devices.implementation("cpu").kernels(),
         "attention": attentions(model.config.num_hidden_layers, "CPU_ATTN"),
+        "mla": None,
+        "recurrent": None,
         "dtype": "float32",
         "quantization": None,
         "lora": False,
@@ -75,6 +77,8 @@ def test_a_trainer_with_an_adapter_needs_a_sampler_that_takes_adapters(model, ag
         ("attention", attentions(1, "CPU_ATTN")),
         ("attention", {"attn": "CPU_ATTN"}),
         ("runner", "V3"),
+        ("mla", "two"),
+        ("recurrent", "tokens"),
     ],
 )
 def test_the_first_difference_is_named(model, agreed, name, value):
@@ -121,7 +125,9 @@ def test_another_model(model, agreed):
         training.arm(model, sampler=agreed)
 
 
-@pytest.mark.parametrize("cut", [{}, None, "model", "attention", "rank_sums", "model.rope_parameters"])
+@pytest.mark.parametrize(
+    "cut", [{}, None, "model", "attention", "rank_sums", "mla", "recurrent", "model.rope_parameters"]
+)
 def test_an_empty_or_cut_contract_is_no_contract(model, agreed, tmp_path, cut):
     if not cut:
         agreed = cut
@@ -202,7 +208,9 @@ def test_the_engines_side():
     layer = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: "CPU_ATTN"))
     held = SimpleNamespace(static_forward_context={"layers.0": layer, "other": object()})
     worker = SimpleNamespace(
-        vllm_config=SimpleNamespace(compilation_config=held, parallel_config=config.parallel_config)
+        vllm_config=SimpleNamespace(
+            compilation_config=held, parallel_config=config.parallel_config, model_config=config.model_config
+        )
     )
     found = made.make(config, SimpleNamespace(collective_rpc=lambda call: [call(worker)] * 2), "cpu", "0.32.0")
     assert (
@@ -212,6 +220,19 @@ def test_the_engines_side():
     assert found["attention"] == {"layers.0": "CPU_ATTN"} and found["dtype"] == "bfloat16"
     assert found["rank_sums"] == "none" and not found["compiled"] and not found["lora"] and found["runner"] == "V1"
     assert found["model"]["layer_types"] == ["a", "b"] and found["model"]["head_dim"] is None
+    assert found["mla"] is None and found["recurrent"] is None
+
+
+def test_settings_that_choose_kernels_are_told(monkeypatch):
+    plain, latent, hybrid = SimpleNamespace(), SimpleNamespace(use_mla=True), SimpleNamespace(is_hybrid=True)
+    for form, kernels in (("two", "tokens"), ("one", "chunks")):
+        monkeypatch.setattr(made.active, "mla", form)
+        monkeypatch.setattr(made.active, "recurrent", kernels)
+        assert made._by_setting(plain, "cuda") == {"mla": None, "recurrent": None}
+        assert made._by_setting(latent, "cuda") == {"mla": form, "recurrent": None}
+        assert made._by_setting(hybrid, "cuda") == {"mla": None, "recurrent": kernels}
+        for model in (latent, hybrid):  # one form
+            assert made._by_setting(model, "cpu") == {"mla": None, "recurrent": None}
 
 
 def test_ranks_on_cpu_are_added_in_rank_order(model, agreed):
