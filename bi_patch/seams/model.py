@@ -70,7 +70,8 @@ class Seam(_Declared):
     op: the module of ops/ that computes for this seam, if the seam's own code can have left the stack by then.
     on_import: the start-up check does not load the target's module, because the module is large, and only some
     processes need it. The seam closes where the module is loaded.
-    relies: names in the target's module that the replacement calls and counts on. They have anchors, too.
+    relies: what the replacement calls and counts on, as a name in the target's module, or as `module:name`. They have
+    anchors, too.
     """
 
     targets: tuple[Target, ...]

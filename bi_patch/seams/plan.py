@@ -24,8 +24,9 @@ def anchored(seams: Iterable[Planned]) -> tuple[Planned, ...]:
     found = []
     for item in seams:
         found.append(item)
-        for name in item.seam.relies:
-            target = replace(item.target, qualname=name, copies=())
+        for relied in item.seam.relies:
+            module, _, name = relied.rpartition(":")
+            target = replace(item.target, module=module or item.target.module, qualname=name, copies=())
             found.append(Planned(replace(item.seam, name=f"{item.seam.name} > {name}"), target))
     return tuple(found)
 

@@ -649,6 +649,7 @@ SEAMS = (
         (3, 6, 7, 9),
         _TRITON,
         until=_BY_POSITION,
+        relies=tuple(f"vllm.v1.attention.ops.triton_decode_attention:{name}" for name in mla_eighths.KERNELS),
     ),
     _seam(
         "query",

@@ -8,6 +8,18 @@ ascending order. Stock vLLM chooses the number by the longest sequence of the st
 
 from bi_patch.seams.cuda.chunks import Metadata
 
+# The functions of vLLM's triton_decode_attention that decide the order of a row's sums.
+KERNELS = (
+    "decode_attention_fwd",
+    "decode_attention_fwd_normal",  # one head a rank
+    "_decode_att_m_fwd",
+    "_fwd_kernel_stage1",
+    "decode_attention_fwd_grouped",
+    "_decode_grouped_att_m_fwd",
+    "_fwd_grouped_kernel_stage1",
+    "_decode_softmax_reducev_fwd",
+    "_fwd_kernel_stage2",
+)
 # One call keeps at most these bytes of partial results.
 _PARTIAL = 1 << 30
 

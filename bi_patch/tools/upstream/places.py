@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bi_patch.seams import anchors
-from bi_patch.seams.plan import Planned
+from bi_patch.seams.plan import Planned, anchored
 from bi_patch.tools.upstream import imports
 from bi_patch.tools.upstream.sources import Source
 
@@ -24,8 +24,9 @@ class Module:
 class Places:
     """A release's seams in one source.
 
-    modules: by name, each module of a target or of `Target.copies` that the source has. copies: for each seam whose
-    target is a module-level name, the modules that import the name with `from ... import`, whether listed or not.
+    modules: by name, each module of a target, of `Target.copies` or of `Seam.relies` that the source has. copies: for
+    each seam whose target is a module-level name, the modules that import the name with `from ... import`, whether
+    listed or not.
     """
 
     source: Source
@@ -37,7 +38,7 @@ class Places:
 def locate(source: Source, planned: tuple[Planned, ...]) -> Places:
     """Find the module of each seam, and each module that holds a copy, in a source."""
     modules = {}
-    for name in sorted({m for p in planned for m in (p.target.module, *p.target.copies)}):
+    for name in sorted({m for p in anchored(planned) for m in (p.target.module, *p.target.copies)}):
         if file := anchors.path_of(name, source.files.__contains__):
             modules[name] = Module(file, source.read(file).decode(errors="surrogateescape"))
     targets = {p.seam.name: p.target for p in planned if "." not in p.target.qualname}

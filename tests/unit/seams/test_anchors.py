@@ -87,6 +87,24 @@ def test_what_a_seam_relies_on_has_an_anchor(tmp_path, monkeypatch):
         anchors.check_installed(made, tmp_path, tmp_path / "cache")
 
 
+def test_a_seam_may_rely_on_another_module(tmp_path, monkeypatch):
+    write(tmp_path, SOURCE)
+    (tmp_path / "pkg" / "other.py").write_text(SOURCE)
+    monkeypatch.setattr(anchors, "PATCHES", tmp_path / "patches")
+    release = BY_PLATFORM["cpu"][-1]
+    made = plan.Plan(Version(release), "cpu", (planned("Layer.apply", relies=("pkg.other:free",)),), (), ())
+    first, second = plan.anchored(made.seams)
+    assert str(second.target) == "pkg.other:free" and second.seam.name == "x.y > free"
+    files = {first: "pkg/mod.py", second: "pkg/other.py"}
+    anchors.write(
+        anchors.folder_of(release), anchors.Recorded(tuple(anchors.take(p, files[p], SOURCE) for p in (first, second)))
+    )
+    anchors.check_installed(made, tmp_path, tmp_path / "cache")
+    (tmp_path / "pkg" / "other.py").write_text(SOURCE.replace("return a", "return -a"))
+    with pytest.raises(AnchorMoved, match="x.y > free at pkg.other:free"):
+        anchors.check_installed(made, tmp_path, tmp_path / "cache")
+
+
 def test_installed_anchors_are_verified_and_remembered(tmp_path, monkeypatch):
     write(tmp_path, SOURCE)
     monkeypatch.setattr(anchors, "PATCHES", tmp_path / "patches")
