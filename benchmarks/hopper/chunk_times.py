@@ -12,11 +12,12 @@ from unittest import mock
 import recurrent_times as base
 import torch
 
-from bi_patch.kernels.cuda import chunks
+from bi_patch.kernels.cuda import recurrent_chunks
 
-base.recurrent = chunks
+base.recurrent = recurrent_chunks
 base.FORMS = {
-    name: chunks.Form(f.mamba, f.keys, f.values, f.key_heads, f.heads, f.floats) for name, f in base.FORMS.items()
+    name: recurrent_chunks.Form(f.mamba, f.keys, f.values, f.key_heads, f.heads, f.floats)
+    for name, f in base.FORMS.items()
 }
 WARPS = (2, 4)  # of a block
 
@@ -40,7 +41,7 @@ def bits(name):
     others = [layer.make(n, n) for n in (1, 17, 64, 500)]
     out["company"] = found(layer.step((3, 1, others[0]), (4, 1, others[1]), (2, 1, x), (6, 1, others[3]))[2])
     for form in forms(layer.form):
-        with mock.patch.object(chunks, "choose", lambda f, n, form=form: form):
+        with mock.patch.object(recurrent_chunks, "choose", lambda f, n, form=form: form):
             rows = list(layer.step((2, 1, cut(0, 200))))
             rows += [layer.ours(*cut(t, t + 1), base.ints([2])) for t in range(200, total)]
             out[f"{form.warps} warps, decode from 200"] = found(torch.cat(rows))
@@ -50,7 +51,7 @@ def bits(name):
 def tried(layer, run):
     out = {}
     for form in forms(layer.form):
-        with mock.patch.object(chunks, "choose", lambda f, n, form=form: form):
+        with mock.patch.object(recurrent_chunks, "choose", lambda f, n, form=form: form):
             out[f"{form.warps} warps"] = run()
     return out | {"ours": run()}
 

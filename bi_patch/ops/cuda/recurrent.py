@@ -39,21 +39,22 @@ def spans(slots: torch.Tensor, starts: torch.Tensor, fresh: torch.Tensor, tokens
 
 
 def _kernels(chunked: bool):
-    from bi_patch.kernels.cuda import chunks, recurrent
+    from bi_patch.kernels.cuda import recurrent, recurrent_chunks
 
-    return chunks if chunked else recurrent
+    return recurrent_chunks if chunked else recurrent
 
 
 def _kernels_of(form: Form):
-    from bi_patch.kernels.cuda import chunks
+    from bi_patch.kernels.cuda import recurrent_chunks
 
-    return _kernels(isinstance(form, chunks.Form))
+    return _kernels(isinstance(form, recurrent_chunks.Form))
 
 
 def form(mamba: bool, keys: int, values: int, key_heads: int, heads: int, rate, dt_bias, skip, chunked=False) -> Form:
     """What the kernels are compiled for, for a layer with these sizes and parameters (skip: D, or None).
 
-    chunked: the kernels that take eight tokens at a time (chunks.cu), not one after the other (recurrent.cu).
+    chunked: the kernels that take eight tokens at a time (recurrent_chunks.cu), not one after the other
+    (recurrent.cu).
     """
     import torch
 

@@ -198,17 +198,17 @@ def test_no_engine_takes_the_kernels_in_chunks(monkeypatch, unknown, eager):
 def test_the_kernels_in_chunks_would_be_taken_with_forms_of_their_own(monkeypatch):
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator as Shapes
 
-    from bi_patch.kernels.cuda import chunks
+    from bi_patch.kernels.cuda import recurrent_chunks
     from bi_patch.seams import active
 
     monkeypatch.setattr(active, "recurrent", "chunks")
     layer = SimpleNamespace(num_k_heads=16, num_v_heads=32, head_k_dim=128, head_v_dim=128, tp_size=1)
     layer.A_log, layer.dt_bias = torch.zeros(32), torch.zeros(32).bfloat16()
     form = recurrent._form_of_delta(layer)
-    assert form == chunks.Form(False, 128, 128, 16, 32, (True, False, False))
+    assert form == recurrent_chunks.Form(False, 128, 128, 16, 32, (True, False, False))
     made = recurrent._kept(False)(vars(Shapes)["gated_delta_net_state_shape"])
     assert made.__func__(Shapes, 1, 16, 32, 128, 128, 4)[0] == ops.inputs_of(form) == (9, 8192)
     ran = []
-    monkeypatch.setattr(chunks, "run", lambda *given: ran.append(given))
+    monkeypatch.setattr(recurrent_chunks, "run", lambda *given: ran.append(given))
     ops.run(form, *range(11), ops.Spans("slots"))
     assert ran == [(form, *range(11), "slots", None, None, None)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bi_patch.kernels.cuda import chunks as recurrent
+from bi_patch.kernels.cuda import recurrent_chunks as recurrent
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

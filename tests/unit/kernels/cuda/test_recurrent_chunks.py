@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bi_patch.kernels.cuda import chunks as recurrent
 from bi_patch.kernels.cuda import nvrtc
+from bi_patch.kernels.cuda import recurrent_chunks as recurrent
 
 KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
 LAUNCH = {
@@ -28,7 +28,7 @@ LAUNCH = {
 
 def build(folder: Path, form: recurrent.Form, threads: int) -> ctypes.CDLL:
     """The kernels for the CPU: each kernel's name, with the grid before the kernel's arguments."""
-    text = f'#include "emulate.h"\n#include "{KERNELS / "chunks.cu"}"\n'
+    text = f'#include "emulate.h"\n#include "{KERNELS / "recurrent_chunks.cu"}"\n'
     for kernel, parameters in LAUNCH.items():
         names = ", ".join(part.replace("*", " ").split()[-1] for part in parameters.split(","))
         text += (

@@ -1,5 +1,5 @@
-"""Gated delta nets and Mamba 2, in chunks of eight tokens: compiles and launches chunks.cu, which states shapes and
-order.
+"""Gated delta nets and Mamba 2, in chunks of eight tokens: compiles and launches recurrent_chunks.cu, which
+states shapes and order.
 
 The bits are the same for every tile (`warps`), so the number of requests may choose it.
 """
@@ -32,7 +32,7 @@ class Unfit(ValueError):
 
 
 class Form(NamedTuple):
-    """What chunks.cu is compiled for.
+    """What recurrent_chunks.cu is compiled for.
 
     keys, values: elements of a head. floats: which of rate, dt_bias and D are fp32, not bf16. pieces: of bf16 in which
     a state enters products, a part of the order. warps: of a block of `scan`, which changes no bit.
@@ -69,7 +69,7 @@ class Form(NamedTuple):
         return WIDTH - 1 + -(-log // self.channels)
 
     def defines(self, kernel: str) -> dict[str, object]:
-        """The preprocessor macros of chunks.cu."""
+        """The preprocessor macros of recurrent_chunks.cu."""
         rate, bias, skip = map(int, self.floats)
         return {
             "MAMBA": int(self.mamba),
@@ -132,7 +132,7 @@ def choose_one(form: Form, requests: int) -> Form:
 def build(form: Form, kernel: str, arch: str, major: int) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     folder = Path(__file__).resolve().parent
-    source = (folder / "primitives.h").read_text() + (folder / "chunks.cu").read_text()
+    source = (folder / "primitives.h").read_text() + (folder / "recurrent_chunks.cu").read_text()
     return nvrtc.compile(source, arch, form.defines(kernel), major)
 
 
@@ -190,7 +190,7 @@ def run(
     a, b [tokens, heads]: bf16, before softplus and sigmoid; Mamba 2 has dt as a, and no b. rate, dt_bias, skip [heads]:
     A_log (Mamba 2: A), the bias of a, D. conv [slots, form.kept, channels] bf16 and states fp32 [slots, heads, values,
     keys] are updated in place. slots int32 [requests]. starts int32 [requests + 1], fresh int8 [requests], which int32
-    [tokens]: see chunks.cu; all None in a step of one token a request. Raises Unfit before any work.
+    [tokens]: see recurrent_chunks.cu; all None in a step of one token a request. Raises Unfit before any work.
     """
     if problem := _unfit(form, out, x, weight, bias, a, b, conv, states, slots):
         raise Unfit(f"recurrent: {problem}")
