@@ -10,17 +10,21 @@ from bi_patch.seams import active
 _FEW = 65  # rows of a width that no layer has
 
 
-def closing(name: str, ordered: bool, todo: str) -> Callable[[Any], Any]:
+def closing(
+    name: str, ordered: bool, todo: str, covers: Callable[[Any, Any], None] | None = None
+) -> Callable[[Any], Any]:
     """`close` of a seam on init_worker_distributed_environment: after it, sums over ranks are checked bitwise.
 
     name: the seam's name, for the error. ordered: the sums must be those in rank order. todo: what the error advises.
+    covers: (VllmConfig, vLLM's group of tensor-parallel ranks) -> None; it raises UnsupportedFeature for several ranks
+    whose sums no run of an engine has shown.
     """
 
     def close(original):
         @functools.wraps(original)
         def init_worker_distributed_environment(vllm_config, *args, **kwargs):
             result = original(vllm_config, *args, **kwargs)
-            _check(vllm_config, name, ordered, todo)
+            _check(vllm_config, name, ordered, todo, covers)
             return result
 
         return init_worker_distributed_environment
@@ -28,7 +32,7 @@ def closing(name: str, ordered: bool, todo: str) -> Callable[[Any], Any]:
     return close
 
 
-def _check(config: Any, name: str, ordered: bool, todo: str) -> None:
+def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[Any, Any], None] | None = None) -> None:
     from vllm.distributed.parallel_state import get_tp_group
 
     from bi_patch.ops import collectives
@@ -36,6 +40,8 @@ def _check(config: Any, name: str, ordered: bool, todo: str) -> None:
     group = get_tp_group()
     if group.world_size == 1:
         return
+    if covers is not None:
+        covers(config, group)
     for width, most, dtype in _messages(config, ordered):
         found = collectives.moved(
             group.all_reduce,

@@ -125,6 +125,8 @@ def check(model: Any, seam: str) -> None:
 def certify(model: Any, config: Any, device: Any, seam: str) -> None:
     """Encode made images of several sizes, each several times. Raises CertificateFailed if a run has other bits.
 
+    Videos have no certificate.
+
     The sizes are the model's largest and SIZES, where the processor makes other shapes of them. Before each run, the
     image is copied to memory with another alignment, and other tensors take the allocator's blocks.
     """
@@ -132,7 +134,8 @@ def certify(model: Any, config: Any, device: Any, seam: str) -> None:
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
     budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
-    # Requests with other kinds are refused (`vision.names`), and the made video of some models is very long.
+    # A video has no certificate of its own: its frames run through the layers that made images run through. The made
+    # video of some models is very long. Requests with sound, and with video on CUDA, are refused (`vision.names`).
     if "image" not in budget.mm_max_toks_per_item:
         return
     limits = config.model_config.get_multimodal_config().limit_per_prompt

@@ -11,7 +11,9 @@ on rows but as an activation module, which has a certificate of its own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -72,7 +74,15 @@ _EQUAL = (
 )
 _LAYER_NORM = torch.ops.aten.native_layer_norm.default
 _ROWS = (_LAYER_NORM, torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default)
-_TAG = f"bi_patch: whole operators, {len(_ROWS) + len(_BUNDLED) + len(_EQUAL)}"
+
+
+def _tag(*whole: Iterable[object]) -> str:
+    """A text that tells which operators are whole, for the key of PyTorch's compiled code. whole: operators, names."""
+    names = " ".join(sorted(map(str, itertools.chain(*whole))))
+    return f"bi_patch: whole operators {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+_TAG = _tag(_ROWS, _BUNDLED, _EQUAL)
 
 
 def _put_back(held: dict, entries: dict) -> None:

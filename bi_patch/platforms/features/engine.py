@@ -233,6 +233,11 @@ def _compiled(check: Callable[[Any], object], words: str) -> Callable[[Any], str
     return _of_model(lambda model: check(model) and not getattr(model, "enforce_eager", False), words)
 
 
+def _compiled_stages(config: Any) -> str:
+    words = _of_parallel("pipeline_parallel_size", "compiled pipeline parallelism")(config)
+    return words and _compiled(lambda model: True, words)(config)
+
+
 def _norms_over_ranks(config: Any) -> str:
     named = any(n.startswith("MiniMaxM2") for n in getattr(config.model_config, "architectures", None) or ())
     return "norms over ranks" if named and config.parallel_config.tensor_parallel_size > 1 else ""
@@ -428,14 +433,31 @@ FEATURES: tuple[Feature, ...] = (
             _CPU_RANKS_UPDATED,
             why="measured with two ranks over shared memory, experts, compiled code and new weights included",
         ),
-        cuda=served(
-            _H200_RANKS,
-            _H200,
-            why="two and four ranks; compiled over peer memory, and in eager mode over NCCL; nobody measured the cost, "
-            "experts or MLA over ranks",
+        cuda=(
+            untried("the order of the sums is checked at the start", releases="<0.33"),
+            served(
+                _H200_RANKS,
+                _H200,
+                why="two ranks, compiled over peer memory and in eager mode over NCCL; four ranks with an earlier form "
+                "of the sums; nobody measured the cost",
+            ),
         ),
         ascend=untried(_NO_NPU),
         asked=_of_parallel("tensor_parallel_size", "tensor parallelism over 1"),
+    ),
+    row(
+        "tensor parallelism without vLLM's one-stage all-reduce (no peer memory, or other than 2, 4, 6 or 8 ranks), "
+        "compiled",
+        cpu=absent(),
+        cuda=(
+            untried("the order of the sums is checked at the start", releases="<0.32"),
+            refused(
+                "NCCL carries the parts, and no run has shown that in CUDA graphs",
+                todo="Use --enforce-eager",
+                by="communicator.cuda_rank_order",
+            ),
+        ),
+        ascend=absent(),
     ),
     row(
         "equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)",
@@ -453,9 +475,16 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "pipeline parallelism",
         cpu=served(_CPU_RANKS, why="compiled; in eager mode, vLLM 0.32 itself may stop at the first request"),
-        cuda=served(_H200_RANKS, why="two stages in eager mode; nobody has tried compiled stages"),
+        cuda=(untried(releases="<0.33"), served(_H200_RANKS, why="two stages in eager mode")),
         ascend=untried(_NO_NPU),
         asked=_of_parallel("pipeline_parallel_size", "pipeline parallelism over 1"),
+    ),
+    row(
+        "pipeline parallelism, compiled",
+        cpu=served(_CPU_RANKS),
+        cuda=untried("measured in eager mode"),
+        ascend=untried(_NO_NPU),
+        asked=_compiled_stages,
     ),
     row(
         "data parallelism of models without experts",

@@ -183,7 +183,7 @@ IMAGES: tuple[Feature, ...] = (
     ),
     row(
         "video (Qwen3-VL)",
-        cpu=served(_CPU_MORE, why=_TINY),
+        cpu=served(_CPU_MORE, why=f"{_TINY}; a start certifies images, and no video of its own"),
         cuda=refused("nobody has compared answers to it", todo="Leave it out", by="vision.names"),
         ascend=refused("no patch point covers it yet", todo="Use a text model", by="features.ascend"),
         details="A video is known by its frames and their times, so the rows of another video never serve it.",

@@ -72,6 +72,7 @@ _DRAFTS = "a draft model or heads"
 QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
 OTHER_SCHEMES = "quantized weights other than FP8 made while loading"
 EIGHTH = "an FP8 KV cache"
+EXPERTS = "experts"
 _CHANNELS, _NO_CHANNELS = "FP8 weights per channel", "other quantized weights"
 PARTS: dict[str, Callable[[Any], bool]] = {
     LORA: lambda config: config.lora_config is not None,
@@ -97,9 +98,9 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     "a reasoning parser": _parses_reasoning,
     "custom logits processors": _model("logits_processors"),
     "watermarks": lambda config: getattr(config, "watermark_config", None) is not None,
-    # Of LoRA alone:
+    # The last four are what LoRA is refused with:
     _DRAFTS: lambda config: getattr(config.speculative_config, "method", None) not in (None, "ngram"),
-    "experts": _model("is_moe"),  # vLLM takes other kernels for experts where adapters may come
+    EXPERTS: _model("is_moe"),  # vLLM takes other kernels for experts where adapters may come
     "sharded adapters (--fully-sharded-loras)": lambda config: bool(
         getattr(config.lora_config, "fully_sharded_loras", False)
     ),
@@ -215,6 +216,13 @@ PAIRS: tuple[Feature, ...] = (
         *("pipeline parallelism", "data parallelism"),
         cpu=refused(TRIAL, todo="Use one of them"),
         cuda=untried(),
+        ascend=untried(),
+    ),
+    _pairs(
+        EXPERTS,
+        "tensor parallelism",
+        cpu=served("invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json", why="two ranks, a tiny Qwen3-MoE"),
+        cuda=untried("measured with models without experts"),
         ascend=untried(),
     ),
     *(

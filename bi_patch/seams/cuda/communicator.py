@@ -1,9 +1,10 @@
 """Sums over ranks on CUDA: in rank order, in fp32, rounded once, for every size of a message.
 
 vLLM 0.32 and later: vLLM's one-stage all-reduce adds over peer memory, or else NCCL carries the parts and ranks add
-them. So NCCL adds nothing and needs no pins. Earlier releases: upstream's mode adds
-with its one-stage all-reduce, or with NCCL pinned to one algorithm and one channel. These rules turn off or refuse
-whatever would take another collective. Each worker checks the order at its start.
+them. So NCCL adds nothing and needs no pins. Earlier releases: upstream's mode adds with its one-stage all-reduce, or
+with NCCL pinned to one algorithm and one channel. These rules turn off or refuse whatever would take another
+collective. Each worker checks the order at its start. No run has shown engines that compile while NCCL carries the
+parts, so they are refused there, too: only a worker knows what its group can do.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import ranks
+from bi_patch.seams.cuda import leaves
 from bi_patch.seams.model import Policy, Seam, Target, Variable
 
 # What upstream's mode sets so that NCCL adds in one order.
@@ -28,6 +30,7 @@ _PINS = (
 
 
 _CARRIER = "_bi_patch_carrier"  # attribute of vLLM's CudaCommunicator
+_LINE = 16  # elements: whole 16-byte lines of every dtype
 _SUMS = ">=0.32"  # releases whose one-stage all-reduce takes messages of any size
 
 
@@ -88,8 +91,13 @@ def _scatter(original):
 
     @functools.wraps(original)
     def reduce_scatter(self, input_, dim=-1):
+        size, left = divmod(input_.shape[dim], self.world_size)
+        if left:
+            raise UnsupportedFeature(
+                f"communicator.cuda_scatter: {input_.shape[dim]} rows do not fall into {self.world_size} equal slices. "
+                "Use one device, or set BI_PATCH=0, and report this as a bug of bi_patch"
+            )
         total = self.all_reduce(input_)
-        size = input_.shape[dim] // self.world_size
         return total.narrow(dim, self.rank_in_group * size, size).contiguous()
 
     return reduce_scatter
@@ -138,6 +146,25 @@ _TODO = (
 )
 
 
+def _shown(config, group) -> None:
+    """Refuse an engine that compiles while NCCL carries the parts. group: vLLM's group of tensor-parallel ranks."""
+    import torch
+
+    if config.model_config.enforce_eager:
+        return
+    own = getattr(group.device_communicator, "ca_comm", None)
+    whole = -(-config.model_config.get_hidden_size() // _LINE) * _LINE
+    most = config.scheduler_config.max_num_batched_tokens
+    # Of no memory. Rows that do not fill lines are filled up.
+    largest = torch.empty((most, whole), dtype=config.model_config.dtype, device="meta")
+    if own is None or own.disabled or not own.should_custom_ar(largest):
+        raise UnsupportedFeature(
+            f"communicator.cuda_rank_order: vLLM's one-stage all-reduce does not serve these {group.world_size} ranks, "
+            "and no run has shown compiled code while NCCL carries the parts. Use --enforce-eager, or 2, 4, 6 or 8 "
+            "GPUs with peer memory and without --disable-custom-all-reduce, or set BI_PATCH=0"
+        )
+
+
 def _no_fusion(config) -> None:
     passes = config.compilation_config.pass_config
     if getattr(passes, "fuse_allreduce_rms", False):
@@ -158,6 +185,7 @@ _START = Target(
 )
 
 SEAMS = (
+    leaves.SEAM,
     Seam(
         name="communicator.cuda_sum",
         targets=(Target(_COMMUNICATOR, "CudaCommunicator.all_reduce", releases=_SUMS),),
@@ -226,9 +254,11 @@ SEAMS = (
             "communicator.cuda_rank_order",
             True,
             "Use one device, or set BI_PATCH=0, and report this as a bug of bi_patch",
+            covers=_shown,
         ),
         why="a sum over ranks must have one order for every size of the message",
-        how="each worker compares sums over ranks of 1 row up to the largest step with the sum in rank order, bitwise",
+        how="each worker compares sums over ranks of 1 row up to the largest step with the sum in rank order, bitwise. "
+        "Compiled engines whose parts NCCL carries are refused",
         until="never: this patch point checks the order",
         causes=(14,),
     ),
@@ -251,6 +281,7 @@ VARIABLES = (
         variable="NCCL_NO_CACHE",
         value=",".join(_PINS),
         force=False,
+        releases="<0.32",
         why="NCCL 2.29.7 and later reads these variables again for each communicator, so that upstream's mode fixes "
         "the order although a trainer in the same process used NCCL before",
     ),

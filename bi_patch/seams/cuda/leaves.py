@@ -87,17 +87,16 @@ def checks(model):
             yield RowCheck("cuda.leaves", name, (*ROWS, 2049), make, run)
 
 
-SEAMS = (
-    Seam(
-        name="communicator.cuda_leaves",
-        targets=(Target("vllm.model_executor.layers.linear", "RowParallelLinear.forward", releases=">=0.32"),),
-        close=_forward,
-        why="the number of ranks decides how the sum over K of a row-parallel layer is cut and rounded",
-        how="with BI_PATCH_TP_INVARIANT, K is cut into fixed parts, which are added in a fixed tree in fp32; else the "
-        "layer stays as it is",
-        until="upstream has a mode with equal bits for every tensor-parallel size",
-        causes=(14,),
-        serves=("RowParallelLinear",),
-        op="bi_patch.ops.cuda.leaves",
-    ),
+# In the area of the other sums over ranks: communicator.SEAMS has it.
+SEAM = Seam(
+    name="communicator.cuda_leaves",
+    targets=(Target("vllm.model_executor.layers.linear", "RowParallelLinear.forward", releases=">=0.32"),),
+    close=_forward,
+    why="the number of ranks decides how the sum over K of a row-parallel layer is cut and rounded",
+    how="with BI_PATCH_TP_INVARIANT, K is cut into fixed parts, which are added in a fixed tree in fp32; else the "
+    "layer stays as it is",
+    until="upstream has a mode with equal bits for every tensor-parallel size",
+    causes=(14,),
+    serves=("RowParallelLinear",),
+    op="bi_patch.ops.cuda.leaves",
 )

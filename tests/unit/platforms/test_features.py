@@ -367,6 +367,22 @@ def test_platforms_differ(platform, change, refused):
         check(platform, **change)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"parallel_pipeline_parallel_size": 2}, "compiled pipeline parallelism"),
+        ({"parallel_tensor_parallel_size": 2, "model_is_moe": True}, "experts with tensor parallelism"),
+    ],
+)
+def test_an_engine_of_several_gpus_names_what_nobody_measured(change, named):
+    given = config(**change)
+    held = (row for row in table.ROWS if row.asked is not None and row.asked(given))
+    found = {row.asked(given) for row in held if row.cell("cuda").state == model.UNTRIED}
+    assert named in found
+    eager = config(**change, model_enforce_eager=True)
+    assert not any(row.asked(eager) for row in table.ROWS if row.name == "pipeline parallelism, compiled")
+
+
 def test_text_of_a_multimodal_model_is_served_on_cpu_and_cuda():
     text = {
         "model_is_multimodal_model": True,

@@ -109,6 +109,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* bf16, TP 1, 2 and 4 equal, compiled", *_EQUAL),
     ),
     ("pipeline parallelism", "cpu"): (("* PP 2 compiled", "batch size", "one by one"),),
+    ("pipeline parallelism, compiled", "cpu"): (("* PP 2 compiled", "batch size", "one by one"),),
     ("data parallelism of models without experts", "cpu"): (("* DP 2", "batch size", "one by one"),),
     ("workers of an external launcher (torchrun)", "cpu"): (
         ("* external launcher", *_SIX, "both ranks"),
@@ -273,6 +274,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         for scheme in ("int8", "int8-static", "awq", "gptq", "w4a16", "w4a16-zeros", "fp8-blocks")
     ),
     # Pairs.
+    ("experts with tensor parallelism", "cpu"): (("*-moe bf16 TP 2", "batch size"),),
     ("LoRA with speculative decoding", "cpu"): (("* LoRA, n-grams", *_SPECULATED),),
     ("LoRA with speculative decoding", "cuda"): (("*, LoRA, eager, ngram *", *_SPECULATED, "prefix cache"),),
     ("speculative decoding with quantized weights", "cuda"): (

@@ -44,8 +44,8 @@ class InRankOrder(Ranks):
         return total.expand(rows, width) + (1 if (width, tensor.dtype) == self.wrong else 0)
 
 
-def config(most=16):
-    model = SimpleNamespace(get_hidden_size=lambda: 2048, dtype=torch.bfloat16)
+def config(most=16, eager=True, width=2048):
+    model = SimpleNamespace(get_hidden_size=lambda: width, dtype=torch.bfloat16, enforce_eager=eager)
     return SimpleNamespace(
         model_config=model, scheduler_config=SimpleNamespace(max_num_batched_tokens=most), parallel_config=None
     )
@@ -96,6 +96,37 @@ def test_each_kind_of_message_is_checked(wrong, named, leaves, monkeypatch):
     refused = named and (leaves or wrong[1] is not torch.float32)
     with pytest.raises(UnsupportedFeature, match=f"cpu_order: .*{named}") if refused else contextlib.nullcontext():
         closed("communicator.cpu_order", lambda config: None, "cpu")(config())
+
+
+def _own(disabled, serves):
+    return SimpleNamespace(disabled=disabled, should_custom_ar=lambda x: serves and x.nbytes % 16 == 0)
+
+
+@pytest.mark.parametrize("width", [2048, 2051])  # rows of 2051 are filled up
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("own", [None, _own(True, True), _own(False, False), _own(False, True)])
+def test_compiled_code_needs_the_one_stage_all_reduce(own, eager, width, monkeypatch):
+    """No run has shown CUDA graphs in which NCCL carries the parts; a worker knows whether it will."""
+    from vllm.distributed import parallel_state
+
+    group = InRankOrder(0, None)
+    group.device_communicator = SimpleNamespace(ca_comm=own)
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
+    served = eager or (own is not None and not own.disabled and own.should_custom_ar(torch.empty(8)))
+    start = closed("communicator.cuda_rank_order", lambda config: "started", "cuda")
+    with (
+        contextlib.nullcontext()
+        if served
+        else pytest.raises(UnsupportedFeature, match="cuda_rank_order: .* 4 ranks.*compiled.*NCCL.*--enforce-eager")
+    ):
+        assert start(config(eager=eager, width=width)) == "started"
+
+
+def test_compiled_code_of_one_rank_needs_no_all_reduce(monkeypatch):
+    from vllm.distributed import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(1, 0))
+    closed("communicator.cuda_rank_order", lambda config: None, "cuda")(config(eager=False))
 
 
 class OneStage:
@@ -168,6 +199,11 @@ def test_a_scattered_sum_is_a_slice_of_the_sum():
     x = torch.randn(4, 6)
     got = closed("communicator.cuda_scatter", None, "cuda")(held, x, 1)
     assert torch.equal(got, collectives.in_rank_order(torch.stack([x, 2 * x, 3 * x]))[:, 2:4])
+
+
+def test_a_sum_that_does_not_fall_into_slices_is_refused():
+    with pytest.raises(UnsupportedFeature, match="cuda_scatter: 7 rows .* 3 equal slices"):
+        closed("communicator.cuda_scatter", None, "cuda")(communicator(OneStage()), torch.randn(4, 7), 1)
 
 
 def test_unequal_slices_fused_norms_and_pins():

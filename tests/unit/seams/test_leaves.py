@@ -30,7 +30,12 @@ def config(ranks=2, **changes):
     whole = {"lora_config": None, "speculative_config": None}
     for name, value in changes.items():
         (model if name in model else whole)[name] = value
-    parallel = SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=whole.pop("pipeline", 1))
+    parallel = SimpleNamespace(
+        tensor_parallel_size=ranks,
+        pipeline_parallel_size=whole.pop("pipeline", 1),
+        data_parallel_size=whole.pop("data", 1),
+    )
+    whole["cache_config"] = SimpleNamespace(cache_dtype=whole.pop("cache", "auto"))
     return SimpleNamespace(model_config=SimpleNamespace(**model), parallel_config=parallel, **whole)
 
 
@@ -76,7 +81,13 @@ def test_what_nobody_measured_on_cuda_is_refused(monkeypatch):
     use(monkeypatch, "cuda")
     for ranks in (1, 2):
         POLICY.apply(config(ranks))
-    for changes, said in (({"ranks": 4}, "4 ranks on CUDA"), ({"enforce_eager": False}, "compiled code on CUDA")):
+    POLICY.apply(config(cache="bfloat16"))
+    for changes, said in (
+        ({"ranks": 4}, "4 ranks on CUDA"),
+        ({"enforce_eager": False}, "compiled code on CUDA"),
+        ({"cache": "fp8"}, "a 'fp8' KV cache on CUDA"),
+        ({"data": 2}, "data parallelism on CUDA"),
+    ):
         with pytest.raises(UnsupportedFeature, match=said):
             POLICY.apply(config(**changes))
 

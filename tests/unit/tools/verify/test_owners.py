@@ -73,6 +73,22 @@ def test_operations_by_their_module(platform):
         assert module.call(made) == seam
 
 
+@pytest.mark.parametrize(
+    ("release", "platform", "op", "seam"),
+    [
+        ("0.33.0", "cuda", "vllm.all_reduce", "communicator.cuda_sum"),
+        ("0.26.0", "cuda", "vllm.all_reduce", "communicator.one_stage"),
+        ("0.33.0", "cuda", "vllm.reduce_scatter", "communicator.cuda_scatter"),
+        ("0.26.0", "cuda", "vllm.reduce_scatter", "communicator.fusion"),
+        ("0.32.0", "cpu", "vllm.all_reduce", "communicator"),
+    ],
+)
+def test_sums_over_ranks_belong_to_the_seam_that_orders_them(release, platform, op, seam, monkeypatch):
+    monkeypatch.setattr(owners.process, "state", lambda: None)
+    monkeypatch.setattr(owners, "_plan", lambda: catalog.plan(Version(release), platform))
+    assert owners.Owners().seam(None, "", op) == seam
+
+
 def test_a_seam_around_another_one_does_not_own_its_operations(platform):
     made, layer = owners.Owners(), type("LogitsProcessor", (), {})()
 
