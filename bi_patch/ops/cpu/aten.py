@@ -11,9 +11,7 @@ on rows but as an activation module, which has a certificate of its own.
 from __future__ import annotations
 
 import functools
-import hashlib
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -74,15 +72,7 @@ _EQUAL = (
 )
 _LAYER_NORM = torch.ops.aten.native_layer_norm.default
 _ROWS = (_LAYER_NORM, torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default)
-
-
-def _tag(*whole: Iterable[object]) -> str:
-    """A text that tells which operators are whole, for the key of PyTorch's compiled code. whole: operators, names."""
-    names = " ".join(sorted(map(str, itertools.chain(*whole))))
-    return f"bi_patch: whole operators {hashlib.sha256(names.encode()).hexdigest()[:16]}"
-
-
-_TAG = _tag(_ROWS, _BUNDLED, _EQUAL)
+_TAG = "bi_patch: whole operators " + " ".join((*(row.name() for row in _ROWS), *_BUNDLED, *_EQUAL))
 
 
 def _put_back(held: dict, entries: dict) -> None:

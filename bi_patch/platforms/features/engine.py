@@ -468,7 +468,11 @@ FEATURES: tuple[Feature, ...] = (
         ),
         cuda=(
             refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves", releases="<0.33"),
-            served(_H200_RANKS, why="dense decoders in 16 bits, one and two ranks, eager mode; the rest is refused"),
+            served(
+                _H200_RANKS,
+                why="dense decoders in 16 bits with a 16-bit KV cache, one and two ranks, eager mode; layers with a "
+                "window, sinks or ALiBi were not measured, and the rest is refused",
+            ),
         ),
         ascend=refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves"),
     ),

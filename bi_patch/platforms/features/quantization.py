@@ -29,6 +29,15 @@ _COMPILED = served(_H200, why="two layers of published sizes, compiled and in ea
 _SAME = untried("as FP8 made while loading", releases=">=0.33")
 _RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
 _PACKED = (served(_RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), _NONE)
+_FOUR = (  # kernels/cuda/packed_wide.cu, and the early forms of packed.cu, are newer than the run
+    served(
+        _RUN,
+        why="two layers of Qwen3-8B's sizes, compiled and in eager mode, before the forms of today, for up to 8 rows "
+        "and for 9 and more, whose bits each start certifies",
+        releases=">=0.33",
+    ),
+    _NONE,
+)
 _LATER = (
     served(
         "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
@@ -103,9 +112,9 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         _ON_CPU | {"cuda": _PACKED},
     ),
     ("INT8 weights, static INT8 activations", lambda s: _int8(s, TENSOR, static=True), _ON_CPU | {"cuda": _UNRUN}),
-    ("AWQ, 4 bits", _int4("awq"), _ON_CPU | {"cuda": _PACKED}),
-    ("GPTQ, 4 bits", _int4("gptq"), _ON_CPU | {"cuda": _PACKED}),
-    ("compressed-tensors W4A16", _int4("compressed-tensors"), _ON_CPU | {"cuda": _PACKED}),
+    ("AWQ, 4 bits", _int4("awq"), _ON_CPU | {"cuda": _FOUR}),
+    ("GPTQ, 4 bits", _int4("gptq"), _ON_CPU | {"cuda": _FOUR}),
+    ("compressed-tensors W4A16", _int4("compressed-tensors"), _ON_CPU | {"cuda": _FOUR}),
     (
         "GPTQ and compressed-tensors with act-order",
         lambda s: s.order and (_weight_only(s, 4) or _weight_only(s, 8)),

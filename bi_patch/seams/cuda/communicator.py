@@ -281,7 +281,6 @@ VARIABLES = (
         variable="NCCL_NO_CACHE",
         value=",".join(_PINS),
         force=False,
-        releases="<0.32",
         why="NCCL 2.29.7 and later reads these variables again for each communicator, so that upstream's mode fixes "
         "the order although a trainer in the same process used NCCL before",
     ),

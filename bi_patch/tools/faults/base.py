@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bi_patch.errors import BiPatchError
@@ -25,8 +25,7 @@ class Fault:
     cause: the number in docs/causes.md. about: a description of what is planted. plant: engine -> context manager that
     holds the fault. axis: the probe that must find the fault ("precision": the comparison with fp64; "restart": the
     fault is planted only after the first answers). module, op: texts that the located module and op must contain.
-    seam: the seam that must be located, by platform, or the seams of several releases; "" for vLLM's own code without
-    a seam. emulated: platforms on
+    seam: the seam that must be located, by platform; "" for vLLM's own code without a seam. emulated: platforms on
     which the fault re-creates the mechanism outside the kernel that has it, because the platform lacks this kernel.
     model: the family (tools/models/families.py) or the quantized recipe (tools/models/recipes.py) whose layers the
     fault needs, FP8 or PACKED for such weights in a model on CUDA, "" for the layers of every model.
@@ -40,7 +39,7 @@ class Fault:
     platforms: tuple[str, ...] = BOTH
     module: str = ""
     op: str = ""
-    seam: Mapping[str, str | tuple[str, ...]] | None = None
+    seam: dict[str, str] | None = None
     emulated: tuple[str, ...] = ()
     model: str = ""
 

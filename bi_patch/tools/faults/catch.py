@@ -176,14 +176,9 @@ def _judged(engine: ChildEngine, fault: Fault, case: Case, compared: int, locate
 
 def names(fault: Fault, located: Located, engine: ChildEngine) -> bool:
     """Whether locate named the place of the fault."""
+    seam = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
     ops = (located.op, *located.only_alone, *located.only_company)
-    return fault.module in located.module and any(fault.op in op for op in ops) and _owns(fault, engine, located.seam)
-
-
-def _owns(fault: Fault, engine: ChildEngine, seam: str) -> bool:
-    """Whether a located seam is one that the fault requires."""
-    wanted = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
-    return wanted is None or seam in ((wanted,) if isinstance(wanted, str) else wanted)
+    return fault.module in located.module and any(fault.op in op for op in ops) and seam in (None, located.seam)
 
 
 def _restarted(engine: FaultyEngine, fault: Fault, load: Workload) -> Caught:
@@ -205,7 +200,8 @@ def _imprecise(engine: FaultyEngine, fault: Fault) -> Caught:
     """Catch a fault that no comparison of bits notices: the comparison with fp64 finds the fault and names layers."""
     engine.plant(fault.name)
     found = precision.of(engine, widened=True)
-    right = len(found.failed) == found.layers and all(_owns(fault, engine, f.seam) for f in found.failed)
+    seam = (fault.seam or {}).get("cpu" if engine.info.platform == "cpu" else "cuda")
+    right = len(found.failed) == found.layers and all(f.seam == seam for f in found.failed)
     first = found.failed[0] if found.failed else None
     words = (
         ""

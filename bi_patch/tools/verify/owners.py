@@ -24,7 +24,7 @@ _AROUND = (
 )
 # Ops whose name identifies the seam.
 _BY_OP = (
-    ("all_reduce", ("communicator.cuda_sum", "communicator.one_stage")),  # the second before vLLM 0.32
+    ("all_reduce", ("communicator.cuda_sum", "communicator.one_stage")),
     ("reduce_scatter", ("communicator.cuda_scatter", "communicator.fusion")),
     ("KV cache", ("attention.cpu_store",)),
     ("request's seed", ("seeds.request",)),

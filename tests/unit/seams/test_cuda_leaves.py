@@ -11,7 +11,7 @@ from bi_patch.ops.cuda import leaves as ops
 from bi_patch.seams import active, leaves
 from bi_patch.seams.cuda import leaves as seam
 
-FORWARD = seam.SEAMS[0].close
+FORWARD = seam.SEAM.close
 
 
 def product(x, weight, bias, count, dtype):
