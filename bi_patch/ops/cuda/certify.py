@@ -70,7 +70,8 @@ def certify(
             _rehearse_rows(attentions, checks, library, cache, rest)
             first.finish()
         made: list[Certificate | None] = []
-        for module in (linear, scaled_linear, packed_linear):  # threads compile the rest meanwhile
+        # Threads compile the rest meanwhile. A kernel of the rest that fails there fails a certificate that needs it.
+        for module in (linear, scaled_linear, packed_linear):
             made += module.certify(_of(module, linears), max_rows, cache)
         for problem, kernel in experts:
             made.append(moe.certify(problem, kernel, max_rows, library, cache))

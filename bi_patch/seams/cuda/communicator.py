@@ -281,8 +281,8 @@ VARIABLES = (
         variable="NCCL_NO_CACHE",
         value=",".join(_PINS),
         force=False,
-        why="NCCL 2.29.7 and later reads these variables again for each communicator, so that upstream's mode fixes "
-        "the order although a trainer in the same process used NCCL before",
+        why="before vLLM 0.32, NCCL may add. NCCL 2.29.7 and later reads these variables again for each communicator. "
+        "So upstream's mode fixes the order although a trainer in the same process used NCCL before",
     ),
     Variable(
         name="communicator.one_stage",

@@ -20,7 +20,7 @@ _NORM = {"cpu": "norm.cpu_rms", "cuda": "norm.cuda_rms"}
 _MOE = {"cpu": "moe.cpu_experts", "cuda": "moe.cuda_tables"}
 _DRAW = {"cpu": "sampling.cpu_draw", "cuda": "sampling.cuda_top_k_top_p"}
 _TOP = {"cpu": "sampling.cpu_gather_logprobs", "cuda": "sampling.cuda_gather_logprobs"}
-_RANKS = {"cpu": "communicator", "cuda": "communicator.one_stage"}
+_RANKS = {"cpu": "communicator", "cuda": "communicator.cuda_sum"}
 FEW = 4  # up to this number of rows, a library takes its kernel for few rows
 RANKS = 4  # a sum of two is the same in any order
 
