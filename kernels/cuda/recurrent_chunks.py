@@ -13,22 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import nvrtc
+from .recurrent_layers import PER, PREPARE, SPREAD, WIDTH, Unfit, target, unfit
 
 if TYPE_CHECKING:
     import torch
 
-WIDTH = 4  # tokens of the convolution
 CHUNK = 8  # tokens of a chunk
-_KEYS, _VALUES = (64, 128, 256), (64, 128, 256)
-_PER = 8  # tokens of a warp in `prepare`, in a step of prompts
 _ROWS = 16  # of a state, of a warp of `scan`
 KERNELS = ("prepare", "keep_inputs", "scan", "scan_one")
-_PREPARE = 128  # threads of a block of `prepare` and `keep_inputs`
-_SPREAD = 132 * 8  # warps that keep a device busy: with fewer, a warp gets fewer rows
-
-
-class Unfit(ValueError):
-    """The kernels do not support a call's tensors; the message says why."""
 
 
 class Form(NamedTuple):
@@ -98,18 +90,11 @@ class Form(NamedTuple):
         return max(1, (warps if self.keys <= 128 else 8) * 32 // self.threads(kernel))
 
     def threads(self, kernel: str) -> int:
-        return 32 * self.warps if kernel.startswith("scan") else _PREPARE
+        return 32 * self.warps if kernel.startswith("scan") else PREPARE
 
     def shared_bytes(self) -> int:
         """Of a block of `scan`."""
         return 2 * self.tile * (4 * (self.keys + 8) + 4 * (_ROWS * self.warps + 8) + 16)
-
-
-def covers(keys: int, values: int, key_heads: int, heads: int, width: int) -> str:
-    """What of these sizes the kernels do not support, in words, or ""."""
-    if keys not in _KEYS or values not in _VALUES or heads % key_heads:
-        return f"heads of {keys} keys and {values} values, {key_heads} and {heads}; sizes of 64, 128 and 256 work"
-    return "" if width == WIDTH else f"a convolution over {width} tokens; {WIDTH} work"
 
 
 def tiles(form: Form) -> tuple[Form, Form]:
@@ -120,7 +105,7 @@ def tiles(form: Form) -> tuple[Form, Form]:
 def choose(form: Form, requests: int) -> Form:
     """The form for a step of `requests` requests. It changes no bit."""
     few, many = tiles(form)
-    return many if requests * many.parts * many.warps * form.heads >= _SPREAD else few
+    return many if requests * many.parts * many.warps * form.heads >= SPREAD else few
 
 
 def choose_one(form: Form, requests: int) -> Form:
@@ -141,17 +126,10 @@ def load(form: Form, kernel: str, device: int) -> nvrtc.Function:
     """A kernel, compiled and loaded on the device. Raises nvrtc.CompileError."""
     import torch
 
-    cubin = build(form, kernel, *_target(device))
+    cubin = build(form, kernel, *target(device))
     with torch.cuda.device(device):
         shared = form.shared_bytes() if kernel.startswith("scan") else 0
         return nvrtc.Function(cubin, kernel, form.threads(kernel), shared)
-
-
-def _target(device: int) -> tuple[str, int]:
-    import torch
-
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return arch, int(str(torch.version.cuda).split(".")[0])
 
 
 def prepare(form: Form, device: int) -> None:
@@ -162,7 +140,7 @@ def prepare(form: Form, device: int) -> None:
     few, many = tiles(form)
     needed = [*((few, kernel) for kernel in KERNELS), *((many, kernel) for kernel in KERNELS if "scan" in kernel)]
     with ThreadPoolExecutor(len(needed)) as pool:
-        list(pool.map(lambda job: build(*job, *_target(device)), needed))
+        list(pool.map(lambda job: build(*job, *target(device)), needed))
     for job in needed:
         load(*job, device)
 
@@ -192,7 +170,7 @@ def run(
     keys] are updated in place. slots int32 [requests]. starts int32 [requests + 1], fresh int8 [requests], which int32
     [tokens]: see recurrent_chunks.cu; all None in a step of one token a request. Raises Unfit before any work.
     """
-    if problem := _unfit(form, out, x, weight, bias, a, b, conv, states, slots):
+    if problem := unfit(form, out, x, weight, bias, a, b, conv, states, slots, logged=True):
         raise Unfit(f"recurrent: {problem}")
     import torch
 
@@ -204,12 +182,12 @@ def run(
     valued = torch.empty(tokens, form.heads, 2, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, form.channels, dtype=x.dtype, device=x.device)
     counts = torch.empty(requests, dtype=torch.int32, device=x.device)
-    per = 1 if starts is None else _PER
+    per = 1 if starts is None else PER
     at = lambda *held: [c_void_p(None if t is None else t.data_ptr()) for t in held]  # noqa: E731
     ints = lambda *held: [c_int(n) for n in held]  # noqa: E731
     few, _ = tiles(form)
     load(few, "prepare", device)(
-        (-(-tokens // per), -(-(form.key_heads + form.heads) // (_PREPARE // 32))),
+        (-(-tokens // per), -(-(form.key_heads + form.heads) // (PREPARE // 32))),
         stream,
         [
             *at(x, weight, bias, conv, a, b, rate, dt_bias, y, keyed, valued, starts, slots, fresh, which),
@@ -227,7 +205,7 @@ def run(
     load(tile, kernel, device)((form.heads * tile.parts, requests), stream, [*given, *more, *last])
     if starts is not None:
         load(few, "keep_inputs", device)(
-            (requests, -(-form.channels // (2 * _PREPARE))),
+            (requests, -(-form.channels // (2 * PREPARE))),
             stream,
             [
                 *at(x, conv, y, keyed, valued, starts, slots, fresh),
@@ -236,27 +214,3 @@ def run(
                 *at(counts),
             ],
         )
-
-
-def _unfit(form, out, x, weight, bias, a, b, conv, states, slots) -> str:
-    """Why the kernels do not support these arguments; empty if they do."""
-    import torch
-
-    held = [t for t in (out, x, weight, bias, a, b, conv) if t is not None]
-    if any(t.dtype != torch.bfloat16 or t.stride(-1) != 1 for t in held) or states.dtype != torch.float32:
-        return "inputs are not in bf16, or states not in fp32, or elements do not lie side by side"
-    if tuple(states.shape[1:]) != (form.heads, form.values, form.keys) or not states[0].is_contiguous():
-        return f"states {tuple(states.shape)} are not {form}"
-    if x.shape[1] != form.channels or tuple(conv.shape[1:]) != (form.kept, form.channels):
-        return f"{tuple(x.shape)} inputs over {tuple(conv.shape)}"
-    if not out.is_contiguous() or not weight.is_contiguous() or out.numel() != len(x) * form.heads * form.values:
-        return "out or weight is not dense"
-    if any(t.data_ptr() % 4 or t.stride(0) % 2 for t in (x, conv)) or conv.stride(1) % 2:
-        return "rows of inputs are not aligned to 4 bytes"
-    if conv.stride(1) != form.channels or conv.data_ptr() % 16 or conv.stride(0) % 8:
-        return "inputs of a slot are not dense and aligned to 16 bytes"
-    if states.data_ptr() % 16 or states.stride(0) % 4 or out.data_ptr() % 16:
-        return "states or out are not aligned to 16 bytes"
-    if slots.dtype != torch.int32 or not slots.is_contiguous() or len(slots) > 65535:
-        return "slots are not int32, side by side, or too many"
-    return ""

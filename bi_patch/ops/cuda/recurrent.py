@@ -70,18 +70,21 @@ def inputs_of(form: Form) -> tuple[int, int]:
 def kept(mamba: bool, inputs: tuple[int, int], state: tuple[int, int, int], chunked=False) -> tuple[int, int]:
     """The shape of a slot's inputs, with what the kernels keep beside them. inputs: (rows, channels) of the
     convolution. state: (heads, values, keys). Sizes that the kernels do not support keep their shape."""
-    kernels = _kernels(chunked)
+    from bi_patch.kernels.cuda.recurrent_layers import covers
+
     rows, channels = inputs
     heads, values, keys = state
     key_heads, rest = divmod(channels - heads * values, 2 * keys)
-    if rest or key_heads < 1 or kernels.covers(keys, values, key_heads, heads, rows + 1):
+    if rest or key_heads < 1 or covers(keys, values, key_heads, heads, rows + 1):
         return inputs
-    return inputs_of(kernels.Form(mamba, keys, values, key_heads, heads, (True, False, False)))
+    return inputs_of(_kernels(chunked).Form(mamba, keys, values, key_heads, heads, (True, False, False)))
 
 
 def uncovered(keys: int, values: int, key_heads: int, heads: int, width: int) -> str:
     """What of these sizes the kernels do not compute, in words, or ""."""
-    return _kernels(False).covers(keys, values, key_heads, heads, width)
+    from bi_patch.kernels.cuda.recurrent_layers import covers
+
+    return covers(keys, values, key_heads, heads, width)
 
 
 def prepare(form: Form) -> str:
