@@ -195,11 +195,11 @@ def _timed(llm, kind: str, load: tuple[int, int, int, int], repeat: int, per_req
 def _with_images(llm, prompt: dict, count: int, source: random.Random) -> dict:
     from PIL import Image
 
-    from bi_patch.tools.verify.engine import _images
+    from bi_patch.tools.verify.engine import image_tokens
 
-    placeholder, _ = _images(llm)
+    placeholders, _ = image_tokens(llm, "cuda")
     made = [Image.frombytes("RGB", (16, 16), source.randbytes(16 * 16 * 3)).resize((448, 448)) for _ in range(count)]
-    tokens = [*placeholder * count, *prompt["prompt_token_ids"]]
+    tokens = [*placeholders["image"] * count, *prompt["prompt_token_ids"]]
     return {"prompt_token_ids": tokens, "multi_modal_data": {"image": made}}
 
 

@@ -190,7 +190,7 @@ class LocalEngine:
             **{**made, **options.extra},
         )
         info = self._info()
-        self._placeholders, most = _images(self._llm, info.platform)
+        self._placeholders, most = image_tokens(self._llm, info.platform)
         self.info = msgspec.structs.replace(info, images=most, videos="video" in self._placeholders)
         self._serial = 0
         self._cached = 0
@@ -453,7 +453,7 @@ def _pooling_info(llm, config) -> dict[str, object]:
     }
 
 
-def _images(llm, platform: str) -> tuple[dict[str, tuple[int, ...]], int]:
+def image_tokens(llm, platform: str) -> tuple[dict[str, tuple[int, ...]], int]:
     """The tokens that stand for an image or a video in a prompt, and the most tokens of an image. {} and 0 without."""
     config = llm.llm_engine.vllm_config
     model = config.model_config
