@@ -49,7 +49,7 @@ def main() -> int:
 
     path, dtype = str(recipes.path(a.model)), getattr(torch, a.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = {"gpu_memory_utilization": 0.25, "kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
+    on_gpu = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
     llm = LLM(
         path,
         dtype=a.dtype,

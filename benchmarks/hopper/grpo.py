@@ -29,6 +29,9 @@ from pathlib import Path
 import bi_patch_entry
 
 _LOOK, _EVERY = 5.0, 10  # seconds between looks at the progress; steps between two lines
+# The sampler of a run: short prompts and answers, and few sizes of graphs, so that it starts in time.
+_ENGINE = {"max_model_len": 512, "max_num_batched_tokens": 512}
+_GRAPHS = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 12, 16, 24, 32]}}
 
 
 def parse() -> argparse.Namespace:
@@ -65,9 +68,10 @@ def one(a: argparse.Namespace) -> None:
     from bi_patch.tools.verify.local import local
 
     micro, seats = a.micro[a.run], a.seats[a.run]
-    options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64} | run.shared()
+    options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64} | _ENGINE | run.shared()
     if run.shared():  # a GPU: without a look at free memory, since two runs may share a card
         options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
+        options |= {} if a.eager else _GRAPHS
     system = local(a.model, levels.QUICK, dtype="bfloat16", eager=a.eager, engine_args=options)
     began = time.perf_counter()
     with system.start(system.options, kind=ParityEngine) as engine:

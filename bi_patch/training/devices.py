@@ -7,6 +7,7 @@ that its definition names.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ def define(
     return getattr(torch.ops.bi_training, name).default
 
 
+@functools.cache  # every operator of every layer asks
 def implementation(device: str, module: str = "") -> Any:
     """A module of a device's folder, or the folder's package. Raises UnsupportedDevice if there is no folder."""
     if device not in FOLDERS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import time
 import traceback
 
@@ -10,7 +12,7 @@ import msgspec
 from bi_patch.errors import BiPatchError
 from bi_patch.tools.parity.plan import LINE, LINES, RUNS, Ask, Plan
 from bi_patch.tools.verify import instruments, worker
-from bi_patch.tools.verify.engine import LocalEngine
+from bi_patch.tools.verify.engine import LocalEngine, Options
 from bi_patch.tools.verify.report import FAILED, Axis
 
 _sessions: list = []  # the session of this process, once it exists
@@ -19,7 +21,17 @@ _sessions: list = []  # the session of this process, once it exists
 def main() -> None:
     instruments.register(LINE, _line)
     instruments.register(RUNS, _runs)
-    worker.main()
+    worker.main(_inspect_here)
+
+
+def _inspect_here(options: Options) -> None:
+    """vLLM imports a model's module in a process of its own, to keep its front end free of CUDA, and that process
+    imports all of vLLM again. An engine of one rank runs in its front end's process, so it needs none."""
+    if options.extra.get("tensor_parallel_size", 1) != 1:
+        return
+    with contextlib.suppress(ImportError):
+        registry = importlib.import_module("vllm.model_executor.models.registry")
+        registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def _line(engine: LocalEngine, data: bytes) -> bytes:

@@ -9,14 +9,18 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from bi_patch.errors import BiPatchError
 from bi_patch.tools.verify import instruments, wire
-from bi_patch.tools.verify.engine import LocalEngine
+from bi_patch.tools.verify.engine import LocalEngine, Options
 
 
-def main() -> None:
-    """Answer commands from standard input; replies go to the file descriptor in sys.argv[2]."""
+def main(before: Callable[[Options], None] = lambda options: None) -> None:
+    """Answer commands from standard input; replies go to the file descriptor in sys.argv[2].
+
+    before: called when this process is armed, before its engine starts.
+    """
     replies = os.fdopen(int(sys.argv[2]), "wb")
     engine: LocalEngine | None = None
     for command in wire.commands(sys.stdin.buffer):
@@ -24,7 +28,7 @@ def main() -> None:
             if command.do == "stop":
                 break
             if command.do == "start":
-                engine = _start(command)
+                engine = _start(command, before)
                 reply = wire.Reply(info=engine.info)
             else:
                 reply = _serve(engine, command)
@@ -38,12 +42,13 @@ def main() -> None:
     os._exit(0)
 
 
-def _start(command: wire.Command) -> LocalEngine:
+def _start(command: wire.Command, before: Callable[[Options], None]) -> LocalEngine:
     from bi_patch import arming
 
     if os.environ.get("VLLM_BATCH_INVARIANT") == "1":
         arming.arm()  # before vLLM is imported; BI_PATCH=0 leaves upstream's own mode
     assert command.options is not None
+    before(command.options)
     return LocalEngine(command.options)
 
 

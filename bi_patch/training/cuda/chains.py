@@ -25,6 +25,8 @@ _CLOSE = 1e-4  # of the norm of what was added
 _EPS = 1e-6
 _MOST = 1 << 24  # elements of a chain in a trial: a larger one stands for itself by fewer rows
 
+TRIALS: dict[str, bool] = {}  # each trial of this process, and whether the kernel passed
+
 
 def product(grad: torch.Tensor, x: torch.Tensor, spans: Spans, chain: torch.Tensor) -> None:
     """As bi_patch.training.cpu.chains, which states the shapes. fp32 rows take cuBLASLt, sequence by sequence."""
@@ -88,7 +90,9 @@ def _passes(what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     for first, last in spans:
         run(*(x[first:last].clone() for x in given), ((0, last - first),), one_by_one)
     added, wrong = want - start, together - want
-    return not bits.differing(together, one_by_one) and bool(wrong.norm() <= _CLOSE * added.norm())
+    passed = not bits.differing(together, one_by_one) and bool(wrong.norm() <= _CLOSE * added.norm())
+    TRIALS[f"{what} {shape} {dtype}"] = passed
+    return passed
 
 
 def _trials(what, shape, dtype, device, generator) -> tuple[tuple[torch.Tensor, ...], Callable, Callable]:

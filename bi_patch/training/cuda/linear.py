@@ -1,6 +1,7 @@
 """Linear layers on CUDA by the sampler's routes: cuBLASLt where certified, else the bundled GEMM.
 
-A problem (N, K) is certified when the trainer first meets it, for up to _MOST rows. The backward multiplies by the
+A problem (N, K) is certified when the trainer first meets it with more rows than its certificate covers: for the first
+of _LIMITS that holds the rows. A sampler's certificate of this process serves, too. The backward multiplies by the
 transposed weight, a problem of its own. A route changes the speed and never the bits.
 """
 
@@ -15,9 +16,11 @@ from bi_patch.ops.cuda import linear as routes
 from bi_patch.ops.cuda import outer
 from bi_patch.training.ranks import by_rank
 
-_MOST = 32768  # rows: more take the bundled GEMM
+# Rows that a certificate covers. A certificate for many rows takes seconds, and small batches need none.
+_LIMITS = (1024, 32768)
+_MOST = _LIMITS[-1]  # rows: more take the bundled GEMM
 _cache: list[Path] = []
-_known: set[routes.Problem] = set()
+_known: dict[routes.Problem, int] = {}  # the rows for which a problem was certified
 
 
 def certificates_in(folder: Path) -> None:
@@ -49,15 +52,24 @@ def linear_backward(
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, most: int = _MOST) -> torch.Tensor:
     """x [rows, K] @ weight [N, K].T + bias [N] -> [rows, N], all of one dtype, by the problem's route.
 
-    most: the number of rows up to which a new problem is certified.
+    most: the number of rows up to which a problem is certified.
     """
     if not len(x):
         return x.new_empty(0, len(weight))
     problem = routes.Problem(*weight.shape, x.dtype, bias is not None)
-    if _cache and problem not in _known:
-        _known.add(problem)
-        routes.certify([problem], most, _cache[0])
+    if _cache and min(len(x), most) > _known.get(problem, 0):
+        _certify(problem, len(x), most)
     return routes.linear(x, weight, bias)
+
+
+def _certify(problem: routes.Problem, rows: int, most: int) -> None:
+    """Certify a problem for at least min(rows, most) rows."""
+    held = routes.routes().get(problem)
+    if held is not None and min(rows, most) <= held.limit:  # the sampler's
+        _known[problem] = held.limit
+        return
+    _known[problem] = next((limit for limit in _LIMITS if rows <= limit <= most), most)
+    routes.certify([problem], _known[problem], _cache[0])
 
 
 def _column_sum(grad: torch.Tensor) -> torch.Tensor:
