@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,37 +36,48 @@ def checksum(tensor: torch.Tensor) -> int:
     tensor: of any shape, strides and dtype. Only its bits count, in the order of its elements. This is no cryptographic
     hash: it is for telling apart tensors that nobody made to collide.
     """
-    return int(_checksum(tensor, {}))
+    return checksums([tensor])[0]
 
 
 def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """The `checksum` of each tensor. The host waits for each device once."""
-    import torch
+    """The `checksum` of each tensor. Few launches for each tensor; the host waits for each device once."""
+    folded: dict[torch.device, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+    count = 0
+    for tensor in tensors:
+        folded.setdefault(tensor.device, []).append((count, *_folded(tensor)))
+        count += 1
+    found = [0] * count
+    for held in folded.values():
+        places, columns, rests = zip(*held, strict=True)
+        for place, number in zip(places, _weighed(columns, rests), strict=True):
+            found[place] = number
+    return found
 
-    places: dict[torch.device, torch.Tensor] = {}
-    found = [_checksum(tensor, places) for tensor in tensors]
-    if len({held.device for held in found}) > 1:
-        return [int(held) for held in found]
-    return torch.stack(found).tolist() if found else []
 
+def _folded(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of a tensor's columns of words [_COLUMNS] int64, and the words that fill no row, as a copy.
 
-def _checksum(tensor: torch.Tensor, places: dict[torch.device, torch.Tensor]) -> torch.Tensor:
-    """The checksum of a tensor on its device [] int64. places: the factors of words by device, made when needed."""
+    Sums modulo 2**64 do not depend on their order. Columns of a prime number: packing moves no word by such a stride.
+    """
     import torch
 
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = flat.numel() // 8 * 8
     words = flat[:whole].view(torch.int64)
     even = words.numel() // _COLUMNS * _COLUMNS
-    if tensor.device not in places:
-        places[tensor.device] = torch.arange(1, 2 * (_COLUMNS + 8), 2, device=tensor.device)
-    factors = places[tensor.device]
-    # Sums modulo 2**64 do not depend on their order. Columns of a prime number: packing moves no word by such a stride.
-    columns = words[:even].view(-1, _COLUMNS).sum(0)
-    rest = words[even:]
-    if whole < flat.numel():
-        rest = torch.cat((rest, flat[whole:].to(torch.int64)))
-    return (columns * factors[:_COLUMNS]).sum() + (rest * factors[: rest.numel()]).sum()
+    return words[:even].view(-1, _COLUMNS).sum(0), torch.cat((words[even:], flat[whole:].to(torch.int64)))
+
+
+def _weighed(columns: Sequence[torch.Tensor], rests: Sequence[torch.Tensor]) -> list[int]:
+    """The checksums of tensors on one device, from what `_folded` returns for each."""
+    import torch
+
+    device = columns[0].device
+    factors = torch.arange(1, 2 * (_COLUMNS + 8), 2, device=device)
+    ends = torch.tensor([0, *(len(rest) for rest in rests)]).cumsum(0).to(device)
+    weighed = torch.cat(rests) * torch.cat([factors[: len(rest)] for rest in rests])
+    sums = torch.cat((factors.new_zeros(1), weighed.cumsum(0)))[ends]
+    return ((torch.stack(columns) * factors[:_COLUMNS]).sum(1) + sums.diff()).tolist()
 
 
 def _integers(got: torch.Tensor, want: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
