@@ -9,9 +9,13 @@ Order: one program sums a row. Up to 16384 columns, a block holds the whole row.
 rows. The tile depends on C alone.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+from .launch import Launcher
 
 _WIDEST = 16384
 
@@ -96,6 +100,10 @@ def _layer_norm(
     tl.store(out + (r * cols)[:, None] + c, normed.to(out.dtype.element_ty), mask=mask)
 
 
+_launch_rms_norm, _launch_layer_norm = Launcher(_rms_norm), Launcher(_layer_norm)
+
+
+@functools.cache
 def shape_of(cols: int) -> tuple[int, int, int, int]:
     """(block, rows per program, blocks per row, warps) for rows of `cols` elements."""
     block = min(triton.next_power_of_2(cols), _WIDEST)
@@ -115,38 +123,33 @@ def rms_norm(
     Returns (out, x + residual), both contiguous; the second is None without a residual.
     """
     cols = x.shape[-1]
-    if x.dim() != 3 or x.stride(-1) != 1:
-        x = x if x.dim() == 2 and x.stride(-1) == 1 else x.contiguous()
-    heads, stride_head = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
-    rows = x.numel() // cols if cols else 0
-    stride_row = x.stride(0) if x.dim() in (2, 3) else cols
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = None
-    if residual is not None:
-        residual = residual.contiguous()
-        summed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.dim() not in (2, 3) or x.stride(-1) != 1:
+        x = x.contiguous()
+    out = x.new_empty(x.shape)
+    summed = None if residual is None else torch.empty_like(out)
+    if x.dim() == 2:
+        heads, stride_head, rows, stride_row = 1, 0, x.shape[0] if cols else 0, x.stride(0)
+    elif x.dim() == 3:
+        heads, rows = x.shape[1], x.shape[0] * x.shape[1] if cols else 0
+        stride_row, stride_head, _ = x.stride()
+    else:
+        heads, stride_head, rows, stride_row = 1, 0, x.numel() // cols if cols else 0, cols
     if rows == 0:
         return out, summed
     block, per_program, chunks, warps = shape_of(cols)
-    _rms_norm[(triton.cdiv(rows, per_program),)](
-        x,
-        residual if residual is not None else x,
-        weight if weight is not None else x,
-        out,
-        summed if summed is not None else out,
+    _launch_rms_norm(
+        (-(-rows // per_program), 1),
+        (
+            x,
+            x if residual is None else residual.contiguous(),
+            x if weight is None else weight,
+            out,
+            out if summed is None else summed,
+        ),
         rows,
-        heads,
-        cols,
-        stride_row,
-        stride_head,
-        eps,
-        offset,
-        HAS_RESIDUAL=residual is not None,
-        HAS_WEIGHT=weight is not None,
-        BLOCK=block,
-        ROWS=per_program,
-        CHUNKS=chunks,
-        num_warps=warps,
+        (heads, cols, stride_row, stride_head, float(eps), float(offset)),
+        (residual is not None, weight is not None, block, per_program, chunks),
+        warps,
     )
     return out, summed
 
@@ -168,19 +171,12 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
     if rows == 0:
         return out
     block, per_program, _, warps = shape_of(cols)
-    _layer_norm[(triton.cdiv(rows, per_program),)](
-        flat,
-        weight if weight is not None else flat,
-        bias if bias is not None else flat,
-        out,
+    _launch_layer_norm(
+        (-(-rows // per_program), 1),
+        (flat, flat if weight is None else weight, flat if bias is None else bias, out),
         rows,
-        cols,
-        flat.stride(0),
-        eps,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        BLOCK=block,
-        ROWS=per_program,
-        num_warps=warps,
+        (cols, flat.stride(0), float(eps)),
+        (weight is not None, bias is not None, block, per_program),
+        warps,
     )
     return out

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launcher
+
 _HEADS = 8
 
 
@@ -63,6 +65,9 @@ def _rotate(
     tl.store(k_out + k_to + HALF, second, mask=of_k)
 
 
+_launch_rotate = Launcher(_rotate)
+
+
 def rotate(
     positions: torch.Tensor,
     q: torch.Tensor,
@@ -82,24 +87,13 @@ def rotate(
     heads_q, heads_k = q.shape[1] // head_size, k.shape[1] // head_size
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if tokens:
-        _rotate[(tokens, triton.cdiv(heads_q + heads_k, _HEADS))](
-            positions,
-            q,
-            k,
-            q_weight if q_weight is not None else q,
-            k_weight if k_weight is not None else q,
-            cache,
-            q_out,
-            k_out,
+        normed = q_weight is not None
+        _launch_rotate(
+            (tokens, -(-(heads_q + heads_k) // _HEADS)),
+            (positions, q, k, q_weight if normed else q, k_weight if normed else k, cache, q_out, k_out),
             heads_q,
-            heads_k,
-            q.stride(0),
-            k.stride(0),
-            cache.stride(0),
-            eps,
-            HALF=head_size // 2,
-            HEADS=_HEADS,
-            HAS_NORM=q_weight is not None,
-            num_warps=max(1, head_size // 64),
+            (heads_k, q.stride(0), k.stride(0), cache.stride(0), float(eps)),
+            (head_size // 2, _HEADS, normed),
+            max(1, head_size // 64),
         )
     return q_out, k_out

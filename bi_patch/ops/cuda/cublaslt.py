@@ -13,7 +13,7 @@ import functools
 import threading
 import weakref
 from ctypes import byref, c_float, c_int, c_int8, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bi_patch.errors import CertificateFailed
 
@@ -33,6 +33,7 @@ _PREF_WORKSPACE, _PREF_REDUCTION, _PREF_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
 _ALGO = {"id": 0, "tile": 1, "split_k": 2, "reduction": 3, "custom": 5, "stages": 6, "inner": 7, "cluster": 8}
 _SHORT = ("inner", "cluster")  # 16-bit attributes
 ALIGNMENT = 16
+_NOTHING = c_size_t(0)  # bytes of workspace
 _OFFERS = 8  # the maximum number of algorithms asked for
 
 
@@ -66,14 +67,15 @@ class Kind(NamedTuple):
 class Algorithm:
     """One of the library's algorithms for a problem and a number of rows.
 
-    x, out: the library's layouts of these matrices. opaque: the algorithm as the library stores it. kind: the
-    algorithm's configuration.
+    x, out: the library's layouts of these matrices. opaque: the algorithm as the library stores it. reference: to
+    opaque, for calls. kind: the algorithm's configuration.
     """
 
-    __slots__ = ("kind", "opaque", "out", "x")
+    __slots__ = ("kind", "opaque", "out", "reference", "x")
 
     def __init__(self, x: c_void_p, out: c_void_p, opaque: _Opaque, kind: Kind):
         self.x, self.out, self.opaque, self.kind = x, out, opaque, kind
+        self.reference = byref(opaque)
 
 
 _Matrix = tuple[int, c_void_p]  # a device address and a layout
@@ -91,7 +93,9 @@ class _Product:
         for name, operation in operations.items():
             self._set(_DESC_TRANS[name], c_int(operation))
         self._kinds: dict[bytes, Kind] = {}  # a cache: reading an algorithm's attributes takes longer
-        self._alpha, self._beta = c_float(1.0), c_float(0.0)
+        # A reference holds what it refers to.
+        self._one, self._zero = byref(c_float(1.0)), byref(c_float(0.0))
+        self._matmul = self._library.cublasLtMatmul
         self._preference = self._request()
 
     def _ask(self, a: c_void_p, b: c_void_p, out: c_void_p) -> list[tuple[_Opaque, Kind]]:
@@ -110,24 +114,28 @@ class _Product:
                 offered[kind] = _Opaque.from_buffer_copy(result.algorithm)
         return [(opaque, kind) for kind, opaque in offered.items()]
 
-    def _enqueue(self, a: _Matrix, b: _Matrix, out: _Matrix, opaque: _Opaque, beta: c_float, stream: int) -> None:
-        """Enqueue out = a @ b + beta * out, as the library sees the matrices, on a CUDA stream."""
-        code = self._library.cublasLtMatmul(
+    def _enqueue(self, a: _Matrix, b: _Matrix, out: _Matrix, opaque: Any, beta: Any, stream: int) -> None:
+        """Enqueue out = a @ b + beta * out, as the library sees the matrices, on a CUDA stream.
+
+        opaque, beta: references to an _Opaque and to a c_float.
+        """
+        into = c_void_p(out[0])
+        code = self._matmul(
             self._handle,
             self._desc,
-            byref(self._alpha),
+            self._one,
             c_void_p(a[0]),
             a[1],
             c_void_p(b[0]),
             b[1],
-            byref(beta),
-            c_void_p(out[0]),
+            beta,
+            into,
             out[1],
-            c_void_p(out[0]),
+            into,
             out[1],
-            byref(opaque),
+            opaque,
             None,
-            c_size_t(0),
+            _NOTHING,
             c_void_p(stream),
         )
         if code:
@@ -210,11 +218,11 @@ class Gemm(_Product):
         """Enqueue the product on `stream`. x, weight, bias and out are device addresses; stream is a CUDA stream's."""
         first, second, into = (weight, self._weight), (x, algorithm.x), (out, algorithm.out)
         if bias is None:
-            return self._enqueue(first, second, into, algorithm.opaque, self._beta, stream)
+            return self._enqueue(first, second, into, algorithm.reference, self._zero, stream)
         # The library reads the description within its call, and other threads run meanwhile.
         with self._lock:
             self._set(_DESC_BIAS, c_void_p(bias))
-            return self._enqueue(first, second, into, algorithm.opaque, self._beta, stream)
+            return self._enqueue(first, second, into, algorithm.reference, self._zero, stream)
 
 
 class ScaledGemm(_Product):
@@ -266,7 +274,7 @@ class ScaledGemm(_Product):
             if bias is not None:
                 self._set(_DESC_BIAS, c_void_p(bias))
             self._enqueue(
-                (weight, self._weight), (x, algorithm.x), (out, algorithm.out), algorithm.opaque, self._beta, stream
+                (weight, self._weight), (x, algorithm.x), (out, algorithm.out), algorithm.reference, self._zero, stream
             )
 
 
@@ -285,14 +293,14 @@ class WeightGradient(_Product):
         offered = self._ask(self._x, self._grad, self._out)
         if not offered:
             raise CertificateFailed(f"cublaslt: no weight gradient for M={rows} N={n} K={k}, {dtype} into {into}")
-        self._algorithm = offered[0][0]
+        self._algorithm = byref(offered[0][0])
         library, layouts = self._library, (self._x, self._grad, self._out)
         weakref.finalize(self, _free, library, self._desc, self._preference, layouts).atexit = False
 
     def __call__(self, grad: int, x: int, out: int, beta: float, stream: int) -> None:
         """Enqueue the product on `stream`. grad, x and out are device addresses; stream is a CUDA stream's."""
         first, second, into = (x, self._x), (grad, self._grad), (out, self._out)
-        self._enqueue(first, second, into, self._algorithm, c_float(beta), stream)
+        self._enqueue(first, second, into, self._algorithm, byref(c_float(beta)), stream)
 
 
 def _free(library, desc: c_void_p, preference: c_void_p, layouts: tuple[c_void_p, ...]) -> None:

@@ -113,16 +113,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     The bundled reference serves a problem without a route. Raises CertificateFailed for a dtype other than bf16, fp16
     and fp32, and if the dtypes of x and weight differ.
     """
-    import torch
-
     n, k = weight.shape
-    flat = x.reshape(-1, k)
+    flat = x if x.dim() == 2 else x.reshape(-1, k)
     if not packed(flat, k):
         # Certificates cover aligned, packed rows only: the library may pick another algorithm for another layout.
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    rows = flat.shape[0]
+        flat = flat.new_empty(flat.shape).copy_(flat)
     route = _routes.get((n, k, x.dtype, bias is not None))
-    algorithm = route.algorithm(rows) if route is not None else None
+    algorithm = route.algorithm(flat.shape[0]) if route is not None else None
     if algorithm is not None and packed(weight, k) and (bias is None or packed(bias, 1)):
         out = _vendor(route.gemm, algorithm, flat, weight, bias)
     else:
@@ -132,16 +129,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def packed(tensor, row: int) -> bool:
     """Whether certificates cover a tensor's layout: rows of `row` elements without gaps, at an aligned address."""
-    return tensor.stride(0) == row and tensor.stride(-1) == 1 and tensor.data_ptr() % cublaslt.ALIGNMENT == 0
+    strides = tensor.stride()
+    return strides[0] == row and strides[-1] == 1 and not tensor.data_ptr() % cublaslt.ALIGNMENT
 
 
 def _vendor(gemm: cublaslt.Gemm, algorithm: cublaslt.Algorithm, x, weight, bias, out=None):
     """The library's GEMM with the given algorithm, on packed, aligned tensors."""
-    import torch
-
     if out is None:
-        out = torch.empty((x.shape[0], gemm.n), dtype=x.dtype, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
+        out = x.new_empty((x.shape[0], gemm.n))
+    stream = machine.stream(x.get_device())
     gemm(algorithm, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), stream)
     return out
 

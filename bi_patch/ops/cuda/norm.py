@@ -5,6 +5,7 @@ torch.compile does not trace into the ops.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from bi_patch.ops.registration import define
@@ -45,10 +46,8 @@ def covers_layer_norm(x: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Whether `layer_norm` serves a LayerNorm of x over its last dimensions `shape`."""
     import torch
 
-    from bi_patch.kernels.triton import norm
-
     floats = (torch.bfloat16, torch.float16, torch.float32)
-    return x.is_cuda and x.dtype in floats and len(shape) == 1 and norm.covers_layer_norm(shape[0])
+    return x.is_cuda and x.dtype in floats and len(shape) == 1 and _kernel().covers_layer_norm(shape[0])
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -58,19 +57,20 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
     return torch.ops.bi_patch.layer_norm(x, weight, bias, eps)
 
 
-def _layer_norm(x, weight, bias, eps):
+@functools.cache
+def _kernel():
     from bi_patch.kernels.triton import norm
 
-    return norm.layer_norm(x, weight, bias, eps)
+    return norm
+
+
+def _layer_norm(x, weight, bias, eps):
+    return _kernel().layer_norm(x, weight, bias, eps)
 
 
 def _rms_norm(x, weight, eps, offset):
-    from bi_patch.kernels.triton import norm
-
-    return norm.rms_norm(x, weight, eps, None, offset)[0]
+    return _kernel().rms_norm(x, weight, eps, None, offset)[0]
 
 
 def _add_rms_norm(x, residual, weight, eps, offset):
-    from bi_patch.kernels.triton import norm
-
-    return norm.rms_norm(x, weight, eps, residual, offset)
+    return _kernel().rms_norm(x, weight, eps, residual, offset)

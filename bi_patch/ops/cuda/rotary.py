@@ -5,6 +5,8 @@ torch.compile does not trace into the op, so compiled and eager code give the sa
 
 from __future__ import annotations
 
+import functools
+
 from bi_patch.ops.registration import define
 
 
@@ -45,7 +47,12 @@ def rope(positions, q, k, cache, head_size: int, q_weight=None, k_weight=None, e
     return flat[0].view(q.shape), flat[1].view(k.shape)
 
 
-def _rope(positions, q, k, cache, head_size, q_weight, k_weight, eps):
-    from bi_patch.kernels.triton import rope as kernel
+@functools.cache
+def _kernel():
+    from bi_patch.kernels.triton import rope
 
-    return kernel.rotate(positions, q, k, cache, head_size, q_weight, k_weight, eps)
+    return rope
+
+
+def _rope(positions, q, k, cache, head_size, q_weight, k_weight, eps):
+    return _kernel().rotate(positions, q, k, cache, head_size, q_weight, k_weight, eps)

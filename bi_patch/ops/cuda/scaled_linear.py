@@ -171,14 +171,12 @@ def _each(scale, count: int):
 
 def _vendor(gemm: cublaslt.ScaledGemm, algorithm, x, weight, x_scale, weight_scale, bias, out=None):
     """The library's product with the given algorithm, on packed, aligned tensors."""
-    import torch
-
     if gemm.group:
         x_scale = x_scale.t().contiguous()  # [K / 128, M]; no copy if the scales lie so already
         weight_scale = weight_scale.contiguous()
     if out is None:
-        out = torch.empty((x.shape[0], gemm.n), dtype=gemm.dtype, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
+        out = x.new_empty((x.shape[0], gemm.n), dtype=gemm.dtype)
+    stream = machine.stream(x.get_device())
     given = (t.data_ptr() for t in (x, weight, x_scale, weight_scale))
     gemm(algorithm, *given, None if bias is None else bias.data_ptr(), out.data_ptr(), stream)
     return out
