@@ -67,15 +67,14 @@ class Kind(NamedTuple):
 class Algorithm:
     """One of the library's algorithms for a problem and a number of rows.
 
-    x, out: the library's layouts of these matrices. opaque: the algorithm as the library stores it. reference: to
-    opaque, for calls. kind: the algorithm's configuration.
+    x, out: the library's layouts of these matrices. opaque: the algorithm as the library stores it. kind: the
+    algorithm's configuration.
     """
 
-    __slots__ = ("kind", "opaque", "out", "reference", "x")
+    __slots__ = ("kind", "opaque", "out", "x")
 
     def __init__(self, x: c_void_p, out: c_void_p, opaque: _Opaque, kind: Kind):
         self.x, self.out, self.opaque, self.kind = x, out, opaque, kind
-        self.reference = byref(opaque)
 
 
 _Matrix = tuple[int, c_void_p]  # a device address and a layout
@@ -114,10 +113,10 @@ class _Product:
                 offered[kind] = _Opaque.from_buffer_copy(result.algorithm)
         return [(opaque, kind) for kind, opaque in offered.items()]
 
-    def _enqueue(self, a: _Matrix, b: _Matrix, out: _Matrix, opaque: Any, beta: Any, stream: int) -> None:
+    def _enqueue(self, a: _Matrix, b: _Matrix, out: _Matrix, opaque: _Opaque, beta: Any, stream: int) -> None:
         """Enqueue out = a @ b + beta * out, as the library sees the matrices, on a CUDA stream.
 
-        opaque, beta: references to an _Opaque and to a c_float.
+        beta: a reference to a c_float.
         """
         into = c_void_p(out[0])
         code = self._matmul(
@@ -133,7 +132,7 @@ class _Product:
             out[1],
             into,
             out[1],
-            opaque,
+            byref(opaque),
             None,
             _NOTHING,
             c_void_p(stream),
@@ -218,11 +217,11 @@ class Gemm(_Product):
         """Enqueue the product on `stream`. x, weight, bias and out are device addresses; stream is a CUDA stream's."""
         first, second, into = (weight, self._weight), (x, algorithm.x), (out, algorithm.out)
         if bias is None:
-            return self._enqueue(first, second, into, algorithm.reference, self._zero, stream)
+            return self._enqueue(first, second, into, algorithm.opaque, self._zero, stream)
         # The library reads the description within its call, and other threads run meanwhile.
         with self._lock:
             self._set(_DESC_BIAS, c_void_p(bias))
-            return self._enqueue(first, second, into, algorithm.reference, self._zero, stream)
+            return self._enqueue(first, second, into, algorithm.opaque, self._zero, stream)
 
 
 class ScaledGemm(_Product):
@@ -274,7 +273,7 @@ class ScaledGemm(_Product):
             if bias is not None:
                 self._set(_DESC_BIAS, c_void_p(bias))
             self._enqueue(
-                (weight, self._weight), (x, algorithm.x), (out, algorithm.out), algorithm.reference, self._zero, stream
+                (weight, self._weight), (x, algorithm.x), (out, algorithm.out), algorithm.opaque, self._zero, stream
             )
 
 
@@ -293,7 +292,7 @@ class WeightGradient(_Product):
         offered = self._ask(self._x, self._grad, self._out)
         if not offered:
             raise CertificateFailed(f"cublaslt: no weight gradient for M={rows} N={n} K={k}, {dtype} into {into}")
-        self._algorithm = byref(offered[0][0])
+        self._algorithm = offered[0][0]
         library, layouts = self._library, (self._x, self._grad, self._out)
         weakref.finalize(self, _free, library, self._desc, self._preference, layouts).atexit = False
 
