@@ -1,7 +1,5 @@
 """Which kernel serves a linear of 8-bit floats. The kernels are stand-ins; no GPU is needed."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -33,7 +31,7 @@ def served(monkeypatch):
     """(problem, kinds that passed) -> the library of the problem's route, and the calls of the bundled kernel."""
     bundled = []
     monkeypatch.setattr(scaled_linear, "_routes", {})
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(machine, "stream", lambda device: 0)
 
     def product(x, weight, x_scale, weight_scale, bias, dtype, tiles_agree):
         bundled.append((x_scale, weight_scale, tiles_agree))
