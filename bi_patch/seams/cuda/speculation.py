@@ -9,7 +9,7 @@ from bi_patch.seams.model import Seam, Target
 def _verify(original):
     """RejectionSampler._verify: sample every row by the sampler of a single step, and accept drafts that equal the
     draws. V2 keys the noise of a draw by the request's seed and the row's position."""
-    from bi_patch.ops import drafts
+    from bi_patch.ops.cuda import drafts
 
     @functools.wraps(original)
     def _verify(
@@ -41,8 +41,8 @@ def _verify(original):
             seq_lens_upper_bound_np,
             return_logprobs=True,
         )
-        found = drafts.check(drawn.flatten(), verify_draft_sampled, cu_num_logits[1:], self.num_speculative_steps)
-        return processed, found.tokens, found.counts.int()
+        most = self.num_speculative_steps
+        return processed, *drafts.check(drawn.flatten(), verify_draft_sampled, cu_num_logits, most)
 
     return _verify
 

@@ -21,6 +21,7 @@ from bi_patch.kernels.triton import (
     attention_backward,
     attention_lse,
     chains,
+    drafts,
     embedding_backward,
     gated_backward,
     gemm,
@@ -40,6 +41,7 @@ from bi_patch.kernels.triton import (
     heads as by_head,
 )
 from bi_patch.kernels.triton.softmax import softmax_step  # noqa: E402
+from bi_patch.ops import drafts as by_torch  # noqa: E402
 
 _dot = interpreter.InterpreterBuilder.create_dot
 
@@ -642,6 +644,25 @@ def loras() -> None:
                 report(f"{case} row {i} alone", "" if torch.equal(alone[0], got["fused"][i]) else "a row alone differs")
 
 
+def drafted() -> None:
+    """The same tokens and numbers as PyTorch's operations, which the tests of these compare with a loop."""
+    generator = torch.Generator().manual_seed(13)
+    for most in (1, 2, 4, 7):
+        for kind in (torch.int32, torch.int64):
+            counts = torch.randint(most + 1, (9,), generator=generator).tolist()
+            drawn = torch.randint(2, (sum(counts) + 9,), generator=generator)
+            held = torch.randint(-1, 2, (sum(counts),), generator=generator).to(kind)
+            follows = by_torch.inputs(held, counts)
+            edges = torch.tensor([0, *(count + 1 for count in counts)]).cumsum(0).int()
+            want = by_torch.check(drawn, follows, edges[1:], most)
+            tokens, numbers = drafts.check(drawn, follows, edges, most)
+            same = torch.equal(tokens, want.tokens) and torch.equal(numbers.long(), want.counts)
+            report(f"drafts {most} {kind}", "" if same else f"{tokens.tolist()} not {want.tokens.tolist()}")
+            alone, number = drafts.check(drawn[: edges[1]], follows[: edges[1]], edges[:2], most)
+            same = torch.equal(alone[0], tokens[0]) and number[0] == numbers[0]
+            report(f"drafts {most} {kind} alone", "" if same else "a request alone differs")
+
+
 AREAS = {
     "gemm": gemms,
     "heads": heads_products,
@@ -657,6 +678,7 @@ AREAS = {
     "attention backward": attention_backwards,
     "training": training,
     "lora": loras,
+    "drafts": drafted,
 }
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from bi_patch.kernels.triton import (
     attention_backward,
     chains,
+    drafts,
     embedding_backward,
     gated_backward,
     gemm,
@@ -166,6 +167,12 @@ def test_rope(architecture, head_size):
     signature = {"positions": "*i64"} | pointers | sizes | {"eps": "fp32"}
     constants = {"HALF": head_size // 2, "HEADS": 8, "HAS_NORM": True}
     build(rope._rotate, signature, constants, architecture, num_warps=2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_drafts(architecture):
+    signature = {"drawn": "*i64", "inputs": "*i32", "edges": "*i32", "tokens": "*i32", "counts": "*i32", "most": "i32"}
+    build(drafts._check, signature, {"BLOCK": 8}, architecture, num_warps=1)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -28,6 +28,7 @@ AREAS = (
     "attention backward",
     "training",
     "lora",
+    "drafts",
 )
 
 
