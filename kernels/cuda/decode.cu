@@ -24,16 +24,14 @@
 // PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
 //
 // Compiled for HEAD (64, 128), PARTS (1, 2, 4), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS and CARRIERS.
-// Limits: sm_80 or later, clusters sm_90 or later; at most 16 query heads per key head; pages of 16, 32, 64 or 128
-// tokens; no sliding window, softcap, sinks or ALiBi.
+// Limits: sm_80 or later, clusters sm_90 or later; at most 16 query heads per key head; pages of a power of two of
+// tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
-constexpr int TILE = 128, COLUMNS = HEAD / PARTS;
+constexpr int COLUMNS = HEAD / PARTS;
 constexpr int KEY_PIECES = HEAD / 8, VALUE_PIECES = COLUMNS / 8;  // pieces of 16 bytes in a row of K and of V
 constexpr int OWN = VALUE_PIECES / SUMMERS;  // pieces of V that a summer sums
 constexpr int THREADS = 32 * (SCORERS + SUMMERS + CARRIERS);
 constexpr int RING = SCORERS * PARTS;  // scorers of a cluster, and slots of a block
-constexpr int GROUP = 16;         // consecutive tokens that always share a page
-constexpr int GROUPS = TILE / GROUP, FOUND = 32 / GROUPS;  // groups of a tile; tiles that find_page covers
 constexpr int STEPS = TILE / 16;  // steps of 16 keys in a tile
 constexpr int ROWS = 16;
 constexpr int TAKEN = 2 / HALVES, LOADS = STEPS / TAKEN;  // steps per load of weights; loads per tile
@@ -64,75 +62,19 @@ struct Shared {
 
 DEVICE Shared& memory() { return *reinterpret_cast<Shared*>(shared()); }
 
-// Byte offset of piece `piece` of row `row`. The exclusive or puts the rows of one column into different banks.
-DEVICE int place(int row, int pieces, int piece) {
-  return (row * pieces + (piece ^ (pieces < 8 ? row * pieces / 8 & pieces - 1 : row & 7))) * 16;
-}
-
-// The KV cache. Strides in bytes; V lies `to_v` bytes after K; a page holds 2^page_bits tokens, 16 to TILE.
-struct Cache {
-  const unsigned char* k;  // of this key head
-  const int* pages;        // of this request
-  i64 to_v;
-  u32 page_stride, token_stride;
-  int page_bits;
-};
-
 // The work of a cluster: one token and the `group` query heads of one key head. part: this block's rank.
 struct Work {
   const u16* q;
   u16* out;
-  int length, tiles, group, q_head, o_head, part;
+  int tiles, group, q_head, o_head, part;
   float scale;
 };
 
-// Tile i's first key, and the parity of its mbarriers' phases.
-DEVICE int begin_of(const Work& work, int i) { return (work.tiles - 1 - i) * TILE; }
+// The parity of the phases of tile i's mbarriers.
 DEVICE int phase_of(int i) { return i / RING & 1; }
 
 // A zero that the compiler cannot prove to be zero.
 DEVICE u32 hidden_zero(const Work& work) { return work.group >> 16; }
-
-// The page of this lane's group: group lane % GROUPS of tile i + lane / GROUPS * step; 0 past the end.
-DEVICE int find_page(const Cache& cache, const Work& work, int i, int step) {
-  const int lane = thread() % 32, tile = i + lane / GROUPS * step, at = begin_of(work, tile) + GROUP * (lane % GROUPS);
-  return tile < work.tiles && at < work.length ? cache.pages[at >> cache.page_bits] : 0;
-}
-
-// Byte offset in the cache of this lane's group.
-DEVICE i64 locate(const Cache& cache, int page) {
-  const u32 inside = GROUP * (thread() % 32) & ((1 << cache.page_bits) - 1);
-  return static_cast<i64>(static_cast<u32>(page)) * cache.page_stride + inside * cache.token_stride;
-}
-
-// A warp copies the rows of tile i from `from` to `to`, `pieces` pieces per row. Lane `lane` + g holds the offset of
-// group g in `located`. Rows past the length become zeros; `whole` says that the tile has no such rows.
-template <int pieces, bool whole>
-DEVICE void copy_rows(const Cache& cache, const unsigned char* from, const Work& work, int i, i64 located, int lane,
-                      unsigned char* to) {
-  constexpr int AT_ONCE = 32 / pieces;
-  const int piece = thread() % pieces, first = thread() % 32 / pieces, left = work.length - begin_of(work, i);
-  from += first * cache.token_stride + piece * 16;
-#pragma unroll 2
-  for (int group = 0; group < GROUPS; ++group) {
-    const unsigned char* const row = from + from_lane(located, lane + group);
-#pragma unroll
-    for (int r = 0; r < GROUP; r += AT_ONCE) {
-      const int at = GROUP * group + r + first;
-      copy_16(to + place(at, pieces, piece), row + r * cache.token_stride, whole || at < left);
-    }
-  }
-}
-
-template <int pieces>
-DEVICE void copy_tile(const Cache& cache, const unsigned char* from, const Work& work, int i, i64 located, int lane,
-                      unsigned char* to) {
-  if (begin_of(work, i) + TILE <= work.length) {
-    copy_rows<pieces, true>(cache, from, work, i, located, lane, to);
-  } else {
-    copy_rows<pieces, false>(cache, from, work, i, located, lane, to);
-  }
-}
 
 // Scorer `warp` of the block: scores every RING-th tile, all of which use one slot.
 DEVICE void score(const Work& work, const Cache& cache, int warp) {
@@ -144,10 +86,10 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   const bool first_of_block = PARTS > 1 && warp == 0;
   if (mine >= work.tiles) return all_began();
 
-  const int page = find_page(cache, work, mine, RING);
-  copy_tile<KEY_PIECES>(cache, cache.k, work, mine, locate(cache, page), 0, own.keys);
+  const int page = find_page(cache, mine, RING);
+  copy_tile<KEY_PIECES>(cache, cache.k, mine, locate(cache, mine, RING, page), 0, own.keys);
   end_group();
-  int next_page = find_page(cache, work, mine + RING, RING);
+  int next_page = find_page(cache, mine + RING, RING);
 
   const u32 zero = hidden_zero(work);  // the compiler would set a known zero again for each instruction
   u32 queries[HEAD / 16][4];
@@ -185,8 +127,8 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     }
     together();
     if (i + RING < work.tiles) {
-      copy_tile<KEY_PIECES>(cache, cache.k, work, i + RING, locate(cache, next_page), 0, own.keys);
-      next_page = find_page(cache, work, i + 2 * RING, RING);
+      copy_tile<KEY_PIECES>(cache, cache.k, i + RING, locate(cache, i + RING, RING, next_page), 0, own.keys);
+      next_page = find_page(cache, i + 2 * RING, RING);
     }
     end_group();
 
@@ -195,7 +137,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       for (int j = 0; j < 2 * STEPS; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          if (begin_of(work, 0) + 8 * j + 2 * t + e % 2 >= work.length) s[j][e] = LOWEST;
+          if (begin_of(cache, 0) + 8 * j + 2 * t + e % 2 >= cache.length) s[j][e] = LOWEST;
         }
       }
     }
@@ -324,17 +266,17 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
 // Carrier `warp` of the block: copies V of every CARRIERS-th tile to the tile's slot.
 DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
   const unsigned char* const from = cache.k + cache.to_v + work.part * VALUE_PIECES * 16;
-  int next_page = find_page(cache, work, warp, CARRIERS);
+  int next_page = find_page(cache, warp, CARRIERS);
   for (int first = warp; first < work.tiles; first += FOUND * CARRIERS) {
-    const i64 located = locate(cache, next_page);
-    next_page = find_page(cache, work, first + FOUND * CARRIERS, CARRIERS);  // loads while these tiles are copied
+    const i64 located = locate(cache, first, CARRIERS, next_page);
+    next_page = find_page(cache, first + FOUND * CARRIERS, CARRIERS);  // loads while these tiles are copied
     for (int n = 0; n < FOUND && first + n * CARRIERS < work.tiles; ++n) {
       const int i = first + n * CARRIERS;
       Slot& slot = memory().slots[i % RING];
       if (i >= RING) wait(&slot.empty, phase_of(i - RING));
       if (PARTS > 1 && thread() % 32 == 0) expect(&slot.full, sizeof slot.weights + 8 * HALVES * 4);
       together();
-      copy_tile<VALUE_PIECES>(cache, from, work, i, located, GROUPS * n, slot.values);
+      copy_tile<VALUE_PIECES>(cache, from, i, located, GROUPS * n, slot.values);
       arrive_when_copied(&slot.full);
     }
   }
@@ -475,24 +417,6 @@ DEVICE void sum_values(const Work& work, int warp) {
   }
 }
 
-// A token's request: its number, the end of its tokens in q, and its length in keys.
-struct Request {
-  int number, end, length;
-};
-
-DEVICE Request request_of(const int* starts, const int* lengths, int requests, int token) {
-  // Usually each request has one token: check this guess first, with loads that do not wait for each other.
-  const int guess = token < requests ? token : requests - 1;
-  const int begin = fetch(starts + guess), end = fetch(starts + guess + 1), length = fetch(lengths + guess);
-  if (begin == token && end > token) return {guess, end, length};
-  int low = 0, high = requests;  // the last request that begins at or before the token
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (starts[middle] <= token ? low : high) = middle;
-  }
-  return {low, starts[low + 1], lengths[low]};
-}
-
 // q, out [tokens, heads, HEAD]; k [pages, 2^page_bits, key heads, HEAD]; v has k's layout, `to_v` bytes further.
 // starts [requests + 1]: where each request's tokens begin in q. lengths [requests]: keys of each request; its tokens
 // in q are the last of these. pages [requests, most_pages]. Strides of q and out in elements, of the cache in bytes.
@@ -505,12 +429,12 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
   const int head = block_x() / PARTS, token = block_y(), warp = thread() / 32;
   const Request request = request_of(starts, lengths, requests, token);
   if (token >= request.end) return;
-  const int length = request.length - (request.end - 1 - token), tiles = length > 0 ? (length + TILE - 1) / TILE : 0;
+  const int length = request.length - (request.end - 1 - token), tiles = tiles_of(length);
   const Cache cache{k + static_cast<i64>(head) * k_head, pages + static_cast<i64>(request.number) * most_pages, to_v,
-                    static_cast<u32>(k_page), static_cast<u32>(k_token), page_bits};
+                    static_cast<u32>(k_page), static_cast<u32>(k_token), page_bits, length, tiles};
   const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
                   out + static_cast<i64>(token) * o_token + head * group * o_head,
-                  length, tiles, group, q_head, o_head, block_x() % PARTS, scale};
+                  tiles, group, q_head, o_head, block_x() % PARTS, scale};
   if (thread() % 32 == 0) {  // the lanes of a warp would run one after the other
 #pragma unroll 1
     for (int i = warp; i < RING; i += THREADS / 32) {

@@ -41,8 +41,8 @@ def covers(heads: int, key_heads: int, head_size: int, dtype: torch.dtype) -> bo
 
 
 def covers_pages(page_size: int) -> bool:
-    """Whether the kernel supports pages of page_size tokens: a power of two from 16 to 128."""
-    return 16 <= page_size <= _TILE and page_size & (page_size - 1) == 0
+    """Whether the kernel supports pages of page_size tokens: a power of two, at least 16."""
+    return page_size >= 16 and page_size & (page_size - 1) == 0
 
 
 class Form(NamedTuple):
@@ -131,7 +131,7 @@ def build(form: Form, dtype: torch.dtype, arch: str, shared: int, major: int) ->
     Raises nvrtc.CompileError.
     """
     folder = Path(__file__).resolve().parent
-    source = (folder / "primitives.h").read_text() + (folder / "decode.cu").read_text()
+    source = "".join((folder / name).read_text() for name in ("primitives.h", "paged.h", "decode.cu"))
     name = _INPUTS[str(dtype).removeprefix("torch.")]
     defines = form.defines(shared) | {"INPUT": f'"{name}"', "CONTRACT": _CONTRACT}
     return nvrtc.compile(source, arch, defines, major)

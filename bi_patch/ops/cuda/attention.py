@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 OPERATION = "cuda.decode_attention"
-DATA = "beginnings of one prompt, flat scores in small pages and peaked scores in large ones, several tokens, none"
+DATA = "beginnings of one prompt, flat scores in small pages, peaked scores in large ones, several tokens, none"
 # Not the square root of a power of 2: with such a scale, products round alike in any order, which hides another order.
 _ODD_SCALE = 168**-0.5
 # Long enough that the kernel uses every slot of its shared memory many times.
@@ -118,8 +118,9 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
 
     def layouts():
         """The prompt's q, k and v in random pages: small pages of K and of V, and large pages that hold K and V side
-        by side, as in vLLM 0.26."""
-        for what, page, factor, scale in (("flat", 16, 1.0, size**-0.5), ("peaked", 128, 6.0, _ODD_SCALE)):
+        by side, as in vLLM 0.26; and pages as large as models with recurrent layers have them."""
+        flat, peaked, large = ("flat", 16, 1.0, size**-0.5), ("peaked", 128, 6.0, _ODD_SCALE), ("large", 1024, 3.0, 0.1)
+        for what, page, factor, scale in (flat, peaked, large):
             blocks = -(-_PROMPT // page)
             pages = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)[None]
             if page == 16:

@@ -32,7 +32,9 @@ AMPERE, SHARED = 163 * 1024, 227 * 1024
 
 def build(folder: Path, form: decode.Form, shared: int) -> ctypes.CDLL:
     source = folder / "decode.cpp"
-    source.write_text(f'#include "emulate.h"\n#include "{KERNELS / "decode.cu"}"\n{LAUNCH}')
+    source.write_text(
+        f'#include "emulate.h"\n#include "{KERNELS / "paged.h"}"\n#include "{KERNELS / "decode.cu"}"\n{LAUNCH}'
+    )
     library = folder / "decode.so"
     command = [
         "g++",
@@ -59,7 +61,7 @@ def build(folder: Path, form: decode.Form, shared: int) -> ctypes.CDLL:
         (128, 8, 1, 32, 1, AMPERE),
         (64, 16, 1, 128, 2, SHARED),
         (128, 12, 2, 16, 4, SHARED),
-        (64, 4, 1, 16, 2, SHARED),
+        (64, 4, 1, 1024, 2, SHARED),
         (128, 4, 1, 16, 4, SHARED),
         (128, 16, 1, 16, 1, SHARED),
     ],
@@ -145,7 +147,7 @@ def test_what_the_kernel_does_not_have_is_refused():
     far = torch.empty((15 << 27) + 128, dtype=torch.bfloat16).as_strided((4, 16, 2, 64), (0, 1 << 27, 64, 1))
     for arguments, said in (
         (given(page=24), "pages of 24 tokens"),
-        (given(page=256), "pages of 256 tokens"),
+        (given(page=8), "pages of 8 tokens"),
         (given(dtype=torch.float32), "in torch.float32 are not covered"),
         (given(shift=1), "not aligned to 16 bytes"),
         (given(out=torch.zeros(2, 8, 64, dtype=torch.bfloat16)), "laid out alike"),
