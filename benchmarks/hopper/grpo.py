@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,8 +29,16 @@ import bi_patch_entry
 
 _LOOK, _EVERY = 5.0, 10  # seconds between looks at the progress; steps between two lines
 # The sampler of a run: short prompts and answers, and few sizes of graphs, so that it starts in time.
-_ENGINE = {"max_model_len": 512, "max_num_batched_tokens": 512}
+_ENGINE = {"max_model_len": 512, "max_num_batched_tokens": 1024}
 _GRAPHS = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 12, 16, 24, 32]}}
+# What the nursery imports before it forks the runs.
+_MODULES = (
+    "vllm",
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.llm_engine",
+    "transformers.models.llama.modeling_llama",
+    "bi_patch.tools.parity.worker",
+)
 
 
 def parse() -> argparse.Namespace:
@@ -47,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seats", type=_pair, default=(64, 7))
     parser.add_argument("--run", type=int, choices=(0, 1), help="one of the runs, in this process")
     parser.add_argument("--out", type=Path, help="where --run writes its JSON")
+    parser.add_argument("--began", type=float, default=time.time(), help="when this call began")
     return parser.parse_args()
 
 
@@ -58,14 +66,19 @@ def _pair(text: str) -> tuple[int, ...]:
 
 
 def one(a: argparse.Namespace) -> None:
-    """One run, in this process: writes {"run", "info", "model"} as JSON."""
+    """One run, in this process, which is armed: writes {"run", "info", "model"} as JSON."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = a.gpus.split(",")[a.run]
+    import bi_patch  # noqa: F401  arms before vLLM loads, if this process is no fork
+
+    began = time.perf_counter()
     import msgspec
 
-    from bi_patch.tools.parity import run
-    from bi_patch.tools.parity.child import ParityEngine
-    from bi_patch.tools.parity.plan import Plan
+    from bi_patch.tools.parity import run, worker
+    from bi_patch.tools.parity.plan import Ask, Plan
     from bi_patch.tools.verify import levels
+    from bi_patch.tools.verify.engine import LocalEngine
     from bi_patch.tools.verify.local import local
+    from bi_patch.tools.verify.report import PASSED
 
     micro, seats = a.micro[a.run], a.seats[a.run]
     options = {"logprobs_mode": "processed_logprobs", "max_num_seqs": 64} | _ENGINE | run.shared()
@@ -73,25 +86,38 @@ def one(a: argparse.Namespace) -> None:
         options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
         options |= {} if a.eager else _GRAPHS
     system = local(a.model, levels.QUICK, dtype="bfloat16", eager=a.eager, engine_args=options)
-    began = time.perf_counter()
-    with system.start(system.options, kind=ParityEngine) as engine:
-        spent = time.perf_counter() - began
-        print(f"run {a.run}: the sampler started in {spent:.0f} s", flush=True)
-        left = max(a.seconds - spent, 1.0) if a.seconds else 0.0
-        plan = Plan(steps=a.steps, micro=(micro,), seats=(seats,), folder=str(a.resume.absolute()), seconds=left)
-        engine.line("GRPO", plan, locate=False)
-        (done,) = engine.runs()
-        found = {"run": done, "info": engine.info, "model": Path(engine.options.model).name}
-    a.out.write_bytes(msgspec.json.encode(found))
+    engine = LocalEngine(system.options)
+    if engine.info.mode != "armed":
+        sys.exit(f"run {a.run}: the engine is {engine.info.mode}")
+    session = worker.session(engine)
+    spent = time.perf_counter() - began
+    print(f"run {a.run}: sampler and trainer started in {spent:.0f} s", flush=True)
+    left = max(a.seconds - (time.time() - a.began), 1.0) if a.seconds else 0.0
+    plan = Plan(steps=a.steps, micro=(micro,), seats=(seats,), folder=str(a.resume.absolute()), seconds=left)
+    axis = worker.measure(session, Ask("GRPO", plan, locate=False))
+    if axis.state != PASSED:
+        print(f"run {a.run}: {axis.state}: {axis.reason} {axis.shown}", flush=True)
+    (done,) = (made for made, _ in session.runs)
+    found = {"run": done, "info": engine.info, "model": Path(engine.options.model).name}
+    made = a.out.with_suffix(".part")
+    made.write_bytes(msgspec.json.encode(found))
+    made.rename(a.out)
+    sys.stdout.flush()
+    os._exit(0)
 
 
-def watch(started: list[subprocess.Popen], folder: Path, pairs: list[tuple[int, int]]) -> None:
+def runs(process: int) -> bool:
+    """Whether the process is there. The nursery leaves no zombies."""
+    return Path(f"/proc/{process}").exists()
+
+
+def watch(started: list[int], folder: Path, pairs: list[tuple[int, int]]) -> None:
     """Print a line for some steps of each run, until all have ended. folder: of the checkpoints. pairs: of the runs."""
     from bi_patch.tools.parity.checkpoints import progress
 
     shown = [len(progress(folder, *sizes)) for sizes in pairs]
     while True:
-        ended = all(p.poll() is not None for p in started)
+        ended = not any(map(runs, started))
         for i, sizes in enumerate(pairs):
             told = progress(folder, *sizes)
             if len(told) < shown[i] + (1 if ended else _EVERY):
@@ -113,34 +139,42 @@ def watch(started: list[subprocess.Popen], folder: Path, pairs: list[tuple[int, 
 
 def main() -> int:
     a = parse()
-    bi_patch_entry.without_arming()
     if a.run is not None:
         one(a)
         return 0
+    bi_patch_entry.without_arming()
     with tempfile.TemporaryDirectory() as folder:
         return both(a, Path(folder))
 
 
 def both(a: argparse.Namespace, folder: Path) -> int:
     """Both runs, in processes of their own. folder: for what this call needs no longer than it runs."""
+    began = time.time()
     import msgspec
+    from nursery import nurseries
 
     from bi_patch.tools import evidence
     from bi_patch.tools.evidence import InvarianceRow, Parity
     from bi_patch.tools.parity.plan import Run
+    from bi_patch.tools.verify import levels
     from bi_patch.tools.verify.engine import Info
+    from bi_patch.tools.verify.local import local
 
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     outs = [folder / f"{i}.json" for i in (0, 1)]
     kept = a.resume or folder
-    again = [sys.executable, __file__, *([a.model] if a.model else []), *(["--eager"] if a.eager else [])]
-    again += ["--steps", str(a.steps), "--resume", str(kept), "--seconds", str(a.seconds)]
-    again += [f"--micro={a.micro[0]},{a.micro[1]}", f"--seats={a.seats[0]},{a.seats[1]}"]
-    started = [
-        subprocess.Popen([*again, "--run", str(i), "--out", str(out)], env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
-        for i, (out, gpu) in enumerate(zip(outs, a.gpus.split(",")))
-    ]
-    watch(started, kept, list(zip(a.micro, a.seats)))
-    if any([p.wait() for p in started]):
+    with nurseries(["armed"], _MODULES) as made:  # vLLM is imported while the model is made
+        model = local(a.model, levels.QUICK).options.model
+        again = [__file__, model, *(["--eager"] if a.eager else []), "--gpus", a.gpus, "--began", str(began)]
+        again += ["--steps", str(a.steps), "--resume", str(kept), "--seconds", str(a.seconds)]
+        again += [f"--micro={a.micro[0]},{a.micro[1]}", f"--seats={a.seats[0]},{a.seats[1]}"]
+        with open(os.devnull) as nothing:
+            started = [
+                made["armed"].fork([*again, "--run", str(i), "--out", str(out)], nothing.fileno(), 1)
+                for i, out in enumerate(outs)
+            ]
+            watch(started, kept, list(zip(a.micro, a.seats)))
+    if not all(out.is_file() for out in outs):
         return 2
     found = [msgspec.json.decode(out.read_bytes()) for out in outs]
     runs = [msgspec.convert(held["run"], Run) for held in found]

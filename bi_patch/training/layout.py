@@ -55,9 +55,13 @@ def positions(
 
 def rows_of(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """The rows of all sequences [tokens] int64, sequence by sequence."""
-    ends = lengths.cumsum(0)
-    within = torch.arange(int(ends[-1]) if len(ends) else 0, device=starts.device)
-    return within + (starts - ends + lengths).repeat_interleave(lengths)
+    return _rows_of(starts, lengths, int(lengths.sum()))
+
+
+def _rows_of(starts: torch.Tensor, lengths: torch.Tensor, tokens: int) -> torch.Tensor:
+    """As rows_of. tokens: the sum of lengths, so that the host need not ask the device."""
+    shift = (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths, output_size=tokens)
+    return torch.arange(tokens, device=starts.device) + shift
 
 
 def _padded(mask):
@@ -67,7 +71,7 @@ def _padded(mask):
     first = held.to(torch.int8).argmax(1)
     at = torch.arange(tokens, device=mask.device)
     run = (at >= first[:, None]) & (at < (first + lengths)[:, None])
-    if not torch.equal(run, held) or not bool(((mask == 0) | (mask == 1)).all()):
+    if bool(((run != held) | (mask != 0) & (mask != 1)).any()):
         raise UnsupportedRequest(
             "training.mask: the attention mask is no padding mask. A padding mask [B, T] holds 0 and 1, and the ones "
             "of a row are neighbours. Pack sequences by position_ids or cu_seq_lens_q instead"
@@ -88,7 +92,10 @@ def _packed(positions):
 
 
 def _positions(starts, lengths, rows, given, mask):
-    if len(starts) and (int((starts + lengths).max()) > rows or int(starts.min()) < 0):
+    tokens = 0
+    if len(starts):  # the host asks the device once
+        end, begin, tokens = torch.stack(((starts + lengths).max(), starts.min(), lengths.sum())).tolist()
+    if len(starts) and (end > rows or begin < 0):
         raise UnsupportedRequest(f"training.layout: the sequences reach beyond the {rows} tokens of the batch")
     if mask is not None:
         pairs = [torch.stack(pair, 1) for pair in (_padded(mask), (starts, lengths))]
@@ -98,9 +105,9 @@ def _positions(starts, lengths, rows, given, mask):
                 "training.mask: the attention mask and the cumulative lengths say different sequences. Give "
                 "the lengths alone"
             )
-    at = rows_of(starts, lengths)
+    at = _rows_of(starts, lengths, tokens)
     found = starts.new_zeros(rows)
-    found[at] = at - starts.repeat_interleave(lengths)
+    found[at] = at - starts.repeat_interleave(lengths, output_size=tokens)
     if given is not None and not torch.equal(found[at], given[at].to(found.dtype)):
         raise UnsupportedRequest(
             "training.positions: the sampler counts positions from the first token of each sequence, and position_ids "

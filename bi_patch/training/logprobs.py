@@ -93,11 +93,12 @@ def _transforms(state, vocabulary, targets, shape, temperature, top_k, top_p):
 
     heat = spread(temperature, torch.float32)[targets].contiguous()
     count, share = spread(top_k, torch.int64)[targets], spread(top_p, torch.float32)[targets]
-    bounded, cut = bool(((count > 0) & (count < vocabulary)).any()), bool((share < 1).any())
-    if bool((heat <= 0).any()):
+    asked = ((count > 0) & (count < vocabulary)).any(), (share < 1).any(), (heat <= 0).any(), (heat != 1).any()
+    bounded, cut, cold, changed = torch.stack(asked).tolist()
+    if cold:
         raise UnsupportedRequest("training.logprobs: a temperature must be above 0")
     mode = state.contract.get("logprobs_mode")
-    if mode == "raw_logprobs" and (bounded or cut or bool((heat != 1).any())):
+    if mode == "raw_logprobs" and (bounded or cut or changed):
         raise ContractBroken(
             "training.logprobs: the sampler's logprobs_mode is raw_logprobs, so its logprobs show no temperature and "
             "no truncation. Start the sampler with logprobs_mode='processed_logprobs', or leave them out here"

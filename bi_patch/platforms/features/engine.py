@@ -28,7 +28,7 @@ _H200_RANKS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
-_H200_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0.json"
+_H200_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0-2.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
@@ -42,7 +42,11 @@ _H200_PARITY_EXPERTS = "parity-2026-11-29-h200-experts-vllm-0.33.0.json"
 _H200_PARITY_LORA = "parity-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_PARITY_FSDP = "parity-2026-11-29-h200-fsdp-vllm-0.33.0.json"
 _H200_PARITY_RANKS = "parity-2026-11-29-h200-ranks-vllm-0.33.0.json"
-_H200_PARITY_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0.json"
+_H200_PARITY_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0-2.json"
+_H200_PARITY_EXPERTS_LINES = "parity-2026-11-29-h200-experts-vllm-0.33.0-2.json"
+_H200_PARITY_LORA_COMPILED = "parity-2026-11-29-h200-lora-vllm-0.33.0-2.json"
+_H200_PARITY_FAMILIES = "parity-2026-11-29-h200-families-vllm-0.33.0.json"
+_H200_PARITY_GRADIENTS = "parity-2026-11-29-h200-gradients-vllm-0.33.0.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
@@ -317,7 +321,7 @@ FEATURES: tuple[Feature, ...] = (
             _H200_WEIGHTS,
             _H200_WEIGHTS_GRAPHS,
             _H200_GRPO,
-            why="by reload_weights, in eager mode also on vLLM 0.26; with CUDA graphs, a trainer's sync, too, 57 times",
+            why="by reload_weights, in eager mode also on vLLM 0.26; with CUDA graphs, a trainer's sync, too, 166 times",
         ),
         ascend=untried(_NO_NPU),
         details="An engine that gets weights answers as an engine that was started with them. Writes of your own need "
@@ -351,12 +355,16 @@ FEATURES: tuple[Feature, ...] = (
             _H200_PARITY,
             _H200_PARITY_SHAPES,
             _H200_PARITY_EXPERTS,
+            _H200_PARITY_EXPERTS_LINES,
+            _H200_PARITY_FAMILIES,
             _H200_PARITY_LORA,
+            _H200_PARITY_LORA_COMPILED,
             _H200_PARITY_FSDP,
+            _H200_PARITY_GRADIENTS,
             _H200_PARITY_GRPO,
-            why="two small models and two published shapes without experts, a tiny Mixtral, two layers of "
-            "Qwen3-30B-A3B, LoRA adapters of PEFT in bf16 and FSDP2 on one and two GPUs, with random weights; 57 steps "
-            "of GRPO of SmolLM2-135M",
+            why="two small models and two published shapes without experts, a tiny Gemma 2 and Gemma 3, Mixtral and "
+            "Qwen3-MoE, two layers of Qwen3-30B-A3B, LoRA adapters of PEFT in bf16 beside an eager and a compiled "
+            "sampler, and FSDP2 on one and two GPUs, with random weights; 166 steps of GRPO of SmolLM2-135M",
         ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",

@@ -109,18 +109,19 @@ def _step(session, micro, at, label, masters, optimizer, clock) -> tuple[Step, l
     with trainer.training(), trainer.gradients() as found:
         for begin in range(0, len(samples), micro):
             part = samples[begin : begin + micro]
-            own = trainer.logprobs(part, RIGHT, grad=True, **plan.transforms)
-            loss = 0.0
-            for offset, (sample, new) in enumerate(zip(part, own)):
+            own = torch.cat(trainer.logprobs(part, RIGHT, grad=True, **plan.transforms))
+            sizes = [len(sample.answer.tokens) for sample in part]
+            for offset, (sample, new) in enumerate(zip(part, own.detach().cpu().split(sizes))):
                 name = f"{label}, sample {begin + offset}"
-                compared.append((name, difference(sample.answer, new.detach(), name)))
+                compared.append((name, difference(sample.answer, new, name)))
                 if compared[-1][1].differing:
                     session.looking = sample, plan.processed
-                kl += k3(sample.answer, new.detach())
-                ratio = (new - torch.tensor(sample.answer.logprobs, device=new.device)).exp()
-                gain = advantages[begin + offset]
-                loss = loss - torch.minimum(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain).sum() / total
-            loss.backward()
+                kl += k3(sample.answer, new)
+            old = [logprob for sample in part for logprob in sample.answer.logprobs]
+            gains = [advantages[begin + i] for i, size in enumerate(sizes) for _ in range(size)]
+            old, gain = torch.tensor([old, gains], device=own.device)
+            ratio = (own - old).exp()
+            (-torch.minimum(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain).sum() / total).backward()
     clock.passed()
     for name, master in masters.items():
         master.grad = found[name]

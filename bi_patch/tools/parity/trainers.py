@@ -48,9 +48,11 @@ class Trainer:
                 part = samples[len(found) : len(found) + len(batch.places)]
                 # [batch, length]; index 0 of a sequence means nothing
                 own = self._logprobs(batch.to(self.device), chunk, transforms)
-                for sample, (row, at) in zip(part, batch.places):
-                    end = at + len(sample.ids)
-                    found.append(own[row, end - len(sample.answer.tokens) : end])
+                sizes = [len(sample.answer.tokens) for sample in part]
+                ends = [row * own.shape[1] + at + len(s.ids) for s, (row, at) in zip(part, batch.places, strict=True)]
+                asked = [i for end, size in zip(ends, sizes) for i in range(end - size, end)]
+                picked = own.reshape(-1).index_select(0, torch.tensor(asked, device=self.device))
+                found += picked.split(sizes)
         return found
 
     def _logprobs(self, batch, chunk, transforms) -> torch.Tensor:

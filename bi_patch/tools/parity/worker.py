@@ -35,14 +35,15 @@ def _inspect_here(options: Options) -> None:
 
 
 def _line(engine: LocalEngine, data: bytes) -> bytes:
-    return msgspec.msgpack.encode(measure(_session(engine), msgspec.msgpack.decode(data, type=Ask)))
+    return msgspec.msgpack.encode(measure(session(engine), msgspec.msgpack.decode(data, type=Ask)))
 
 
 def _runs(engine: LocalEngine, data: bytes) -> bytes:
-    return msgspec.msgpack.encode([run for run, _ in _session(engine).runs])
+    return msgspec.msgpack.encode([run for run, _ in session(engine).runs])
 
 
-def _session(engine: LocalEngine):
+def session(engine: LocalEngine):
+    """The session of this process: made at the first call, with a trainer beside the engine."""
     from bi_patch import arming
     from bi_patch.tools.parity import trainers
     from bi_patch.tools.parity.session import Session
