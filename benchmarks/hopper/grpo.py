@@ -1,13 +1,14 @@
 """Trains with GRPO twice at once, with other micro-batches and other batch sizes of the sampler.
 
     PYTHONPATH=. python3 benchmarks/hopper/grpo.py [MODEL] [--steps 200] [--gpus 0,1] [--results FOLDER]
-        [--resume FOLDER] [--seconds 300] [--micro 24,5] [--seats 64,7]
+        [--resume FOLDER] [--seconds 300] [--micro 24,5] [--seats 64,7] [--tokens 24]
 
 --gpus 0,0 puts both runs on one card: the seconds of a step are then an upper bound. MODEL is a folder, or a name of
 bi_patch/tools/models/recipes.py. Every logprob of every step is compared with the sampler's, and the two runs must have
 the same rewards, gradient norms and master weights after each step. It prints progress and writes parity-*.json.
 
---micro: sequences in a micro-batch of each run. --seats: requests that each run's sampler runs together.
+--micro: sequences in a micro-batch of each run. --seats: requests that each run's sampler runs together. --tokens: in
+each of the 24 answers of a step.
 
 --seconds: each run stops after the first step that ends later than this, the engine's start included.
 --resume FOLDER: each run leaves a checkpoint there (master weights, optimizer, steps). The same command goes on from it
@@ -19,6 +20,7 @@ Exit code 0: nothing differs, and all steps are done. 1: a value differs. 2: a r
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -52,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="a sampler without compilation")
     parser.add_argument("--micro", type=_pair, default=(24, 5))
     parser.add_argument("--seats", type=_pair, default=(64, 7))
+    parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--run", type=int, choices=(0, 1), help="one of the runs, in this process")
     parser.add_argument("--out", type=Path, help="where --run writes its JSON")
     parser.add_argument("--began", type=float, default=time.time(), help="when this call began")
@@ -92,8 +95,11 @@ def one(a: argparse.Namespace) -> None:
     session = worker.session(engine)
     spent = time.perf_counter() - began
     print(f"run {a.run}: sampler and trainer started in {spent:.0f} s", flush=True)
+    gc.collect()
+    gc.freeze()  # what vLLM made stays, and no step needs to look through it
     left = max(a.seconds - (time.time() - a.began), 1.0) if a.seconds else 0.0
-    plan = Plan(steps=a.steps, micro=(micro,), seats=(seats,), folder=str(a.resume.absolute()), seconds=left)
+    sizes = {"micro": (micro,), "seats": (seats,), "tokens": a.tokens}
+    plan = Plan(steps=a.steps, **sizes, folder=str(a.resume.absolute()), seconds=left)
     axis = worker.measure(session, Ask("GRPO", plan, locate=False))
     if axis.state != PASSED:
         print(f"run {a.run}: {axis.state}: {axis.reason} {axis.shown}", flush=True)
@@ -166,7 +172,16 @@ def both(a: argparse.Namespace, folder: Path) -> int:
     with nurseries(["armed"], _MODULES) as made:  # vLLM is imported while the model is made
         model = local(a.model, levels.QUICK).options.model
         again = [__file__, model, *(["--eager"] if a.eager else []), "--gpus", a.gpus, "--began", str(began)]
-        again += ["--steps", str(a.steps), "--resume", str(kept), "--seconds", str(a.seconds)]
+        again += [
+            "--tokens",
+            str(a.tokens),
+            "--steps",
+            str(a.steps),
+            "--resume",
+            str(kept),
+            "--seconds",
+            str(a.seconds),
+        ]
         again += [f"--micro={a.micro[0]},{a.micro[1]}", f"--seats={a.seats[0]},{a.seats[1]}"]
         with open(os.devnull) as nothing:
             started = [
