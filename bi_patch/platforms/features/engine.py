@@ -321,7 +321,7 @@ FEATURES: tuple[Feature, ...] = (
             _H200_WEIGHTS,
             _H200_WEIGHTS_GRAPHS,
             _H200_GRPO,
-            why="by reload_weights, in eager mode also on vLLM 0.26; with CUDA graphs, a trainer's sync, too, 166 times",
+            why="by reload_weights, in eager mode also on vLLM 0.26; with CUDA graphs also 166 syncs of a trainer",
         ),
         ascend=untried(_NO_NPU),
         details="An engine that gets weights answers as an engine that was started with them. Writes of your own need "
