@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import peers
+
 COST = {
     "1 x 512/128": (1, 512, 128, 3),
     "8 x 1024/128": (8, 1024, 128, 3),
@@ -39,6 +41,7 @@ def parse(arguments=None):
     parser.add_argument("--max-model-len", type=int, default=33000)
     parser.add_argument("--scheme", help="a name of schemes.py: quantized weights of the model's shape")
     parser.add_argument("--layers", type=int, default=4, help="of a quantized model")
+    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel ranks, each on a GPU of its own")
     parser.add_argument("--extra", default="{}", help="further arguments of vllm.LLM, as JSON")
     return parser.parse_args(arguments)
 
@@ -100,7 +103,10 @@ class Engine:
 
         from bi_patch.tools.models import shapes
 
-        quantized = {}
+        quantized, launched, own = {}, {}, a.mode  # engines that start side by side write no common folder
+        if a.ranks > 1:
+            own += f" rank {os.environ['RANK']}"
+            launched = peers.LAUNCHED | {"tensor_parallel_size": a.ranks}
         if a.scheme:
             import schemes
 
@@ -108,10 +114,10 @@ class Engine:
 
             weights.make_random(7)
             quantized = schemes.arguments(a.scheme)
-            name = f"{schemes.label(a.scheme, a.layers)} {a.mode}"
+            name = f"{schemes.label(a.scheme, a.layers)} {own}"
             folder = shapes.save(name, schemes.config(a.scheme, a.layers), "/tmp/models")
         else:
-            folder = shapes.save(f"{a.model} {a.mode}", shape(a.model), "/tmp/models")
+            folder = shapes.save(f"{a.model} {own}", shape(a.model), "/tmp/models")
         self.llm = LLM(
             model=folder,
             skip_tokenizer_init=True,
@@ -121,6 +127,7 @@ class Engine:
             enforce_eager=a.eager,
             **json.loads(a.extra),
             **quantized,
+            **launched,
         )
         if not a.scheme:
             self.llm.apply_model(randomize)
@@ -266,10 +273,10 @@ def save(result: dict, out: str) -> None:
 def take_turns(measure: Callable[[str, int], None]) -> None:
     """Measure the workload of each line of stdin, NAME<tab>REPEAT, then print "turn done".
 
-    Other engines share the GPU and wait meanwhile.
+    Other engines share the GPU and wait meanwhile. Of an engine of several ranks, rank 0 speaks.
     """
     print("turn ready", flush=True)
-    for line in sys.stdin:
+    for line in peers.lines():
         name, repeat = line.rstrip("\n").split("\t")
         measure(name, int(repeat))
         print("turn done", flush=True)
@@ -301,6 +308,8 @@ def main() -> None:
     if not (a.cost or a.turns or a.profile):
         sys.exit("nothing to measure: give --cost, --turns or --profile")
     environment(a.mode)
+    if a.ranks > 1:
+        a.out = peers.fork(a.ranks, a.out)
     engine = Engine(a)
     import torch
     import vllm
@@ -311,6 +320,7 @@ def main() -> None:
         import schemes
 
         name = schemes.label(a.scheme, a.layers)
+    name += f", TP {a.ranks}" * (a.ranks > 1)
     result |= {"model": name, "mode": a.mode, "eager": a.eager, "start_s": round(engine.started, 1), "cost": []}
 
     if a.cost or a.turns:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bi_patch_entry
@@ -34,6 +34,10 @@ LATENT, LONG = "128 x 512/128", "2 x 32000/64"
 SHARE = 0.03  # of the GPU's memory that must be free at each start; the KV caches have fixed sizes
 MODES = ("stock", "armed")
 UPSTREAM = (*MODES, "upstream")
+OF_TWO = (
+    "Ranks are started as by torchrun. Stock engines have vLLM's custom all-reduce, and no NVLink multicast. (GPU): of "
+    "rank 0, the wait for the other rank included"
+)
 NOTE = (
     f"{turns.NOTE}. The engines of a round start side by side, and times are taken when all have started. "
     "CUDA graphs of the measured sizes alone"
@@ -88,6 +92,15 @@ def scheme(
     return Entry(label(name, layers), gib, make, modes)
 
 
+def two(entry: Entry) -> Entry:
+    """The same with tensor parallelism over two GPUs. gib: of each GPU."""
+
+    def make(a: argparse.Namespace, made: Mapping[str, Nursery]) -> engines.Group:
+        return entry.make(argparse.Namespace(**vars(a) | {"ranks": 2}), made)
+
+    return replace(entry, name=f"{entry.name}, TP 2", make=make)
+
+
 def extra(kind: str, weights_gib: float) -> Entry:
     """A kind of extras.py."""
     return Entry(TITLES[kind], (weights_gib, 2, 2.5), lambda a, made: extras_cost.group(a, made, kind))
@@ -125,6 +138,15 @@ ROUNDS: list[list[Entry]] = [
         scheme("W4A16", QUANTIZED),
     ],
 ]
+OF_ONE = list(range(1, len(ROUNDS) + 1))
+# Round 6, only by --rounds 6: two GPUs.
+ROUNDS += [
+    [
+        two(model("Qwen3-8B, 18 layers", (4.7, 6.0, 3.0), (ONE, EIGHT, MANY, MOST))),
+        two(model("Qwen3-30B-A3B, 8 layers", (5.6, 2.0, 3.0), (ONE, EIGHT, MANY, MOST))),
+        two(scheme("FP8 block", (1.9, 2.0, 2.5), (ONE, EIGHT, MANY, MOST))),
+    ]
+]
 
 
 def plan(a: argparse.Namespace) -> Iterator[list[Entry]]:
@@ -149,7 +171,7 @@ def begin(entries: Sequence[Entry], a: argparse.Namespace, made: Mapping[str, Nu
 
 def main() -> None:
     parser = run.options(__doc__)
-    parser.add_argument("--rounds", type=_numbers, default=list(range(1, len(ROUNDS) + 1)))
+    parser.add_argument("--rounds", type=_numbers, default=OF_ONE)
     parser.add_argument("--only", action="append", help="models whose name contains this text; repeatable")
     parser.add_argument("--modes", default=",".join(UPSTREAM))
     parser.add_argument("--start", type=float, default=170, help="seconds for the start of the first round")
@@ -165,13 +187,14 @@ def main() -> None:
             a.phase.write_text(phase)
 
     say("starts")
+    note = f"{NOTE}. {OF_TWO}" if len(OF_ONE) + 1 in a.rounds else NOTE
     with nurseries(a.modes.split(",")) as made:
         for number, entries in enumerate(rounds):
             allowed = a.later if number else a.start
             deadline = time.monotonic() + min(allowed, began + a.limit - time.monotonic())
             groups = begin(entries, a, made)
             if done:
-                turns.finish(a, done, NOTE)
+                turns.finish(a, done, note)
             started = engines.ready(groups, deadline)
             say(f"times of {', '.join(held.children[0].model for held in started) or 'nothing'}")
             for held in started:
@@ -185,7 +208,7 @@ def main() -> None:
             if time.monotonic() > began + a.limit:
                 break
         say("ends")
-        turns.finish(a, done, NOTE)
+        turns.finish(a, done, note)
 
 
 def _numbers(text: str) -> list[int]:

@@ -46,6 +46,8 @@ class Case(NamedTuple):
 
 
 TWO = {"tensor_parallel_size": 2}
+SHARED = TWO | {"enable_expert_parallel": True}
+BOTH = (*FEW, "eager and compiled")
 NCCL = TWO | {"disable_custom_all_reduce": True}
 CASES = {
     "Qwen3-8B, 4 layers, TP 2 compiled": Case("Qwen3-8B", TWO, eager=False),
@@ -56,6 +58,10 @@ CASES = {
     "Qwen3-8B, 4 layers, TP 1 and 2 equal, compiled": Case("Qwen3-8B", TWO, SIZES, eager=False, environ=EQUAL),
     "Qwen3-8B, 4 layers, TP 1 in 8 parts": Case("Qwen3-8B", {}, FEW, environ=EQUAL),
     "Qwen3-30B-A3B, 2 layers, TP 2": Case("Qwen3-30B-A3B", TWO, FEW),
+    "Qwen3-30B-A3B, 2 layers, TP 2 compiled": Case("Qwen3-30B-A3B", TWO, BOTH, eager=False),
+    "Qwen3-30B-A3B, 2 layers, experts over 2 ranks": Case("Qwen3-30B-A3B", SHARED, FEW),
+    "Qwen3-30B-A3B, 2 layers, experts over 2 ranks, compiled": Case("Qwen3-30B-A3B", SHARED, FEW, eager=False),
+    "DeepSeek-V2-Lite, 2 layers, TP 2 compiled": Case("DeepSeek-V2-Lite", TWO, FEW, eager=False),
     "DeepSeek-V2-Lite, 2 layers, TP 2": Case("DeepSeek-V2-Lite", TWO, FEW),
     "Qwen3-8B, 4 layers, PP 2": Case("Qwen3-8B", {"pipeline_parallel_size": 2}, FEW),
     "Qwen3-8B, 4 layers, PP 2 compiled": Case("Qwen3-8B", {"pipeline_parallel_size": 2}, FEW, eager=False),

@@ -1,11 +1,11 @@
 """Measures collectives of two or more GPUs: bits against a sum in rank order, and times, in graphs and without.
 
-    PYTHONPATH=. python3 benchmarks/hopper/ranks.py OUT.json [--mode stock|pinned|free] [--ranks 2] [--seconds 40]
+    PYTHONPATH=. python3 benchmarks/hopper/ranks.py OUT.json [--mode stock|pinned|free|armed] [--ranks 2] [--seconds 40]
 
-Modes: stock vLLM; upstream's batch-invariant mode, which pins NCCL to one channel; that mode without the pins. Each
-mode needs a process of its own, because NCCL and vLLM read their variables once. The result has one row for each
-collective and message: microseconds per call, and the elements that differ from the sum in rank order, in fp32 and
-rounded once.
+Modes: stock vLLM; upstream's batch-invariant mode, which pins NCCL to one channel; that mode without the pins; armed
+vLLM. Each mode needs a process of its own, because NCCL and vLLM read their variables once. The result has one row for
+each collective and message: microseconds per call, and the elements that differ from the sum in rank order, in fp32
+and rounded once.
 """
 
 import argparse
@@ -22,11 +22,15 @@ VOCABULARY = 151936
 
 
 def environment(mode: str) -> None:
-    from run import NO_MULTICAST
+    from peers import NO_MULTICAST
 
-    os.environ |= NO_MULTICAST | {"BI_PATCH": "0"}
+    os.environ |= NO_MULTICAST | {"BI_PATCH": "1" if mode == "armed" else "0"}
     if mode != "stock":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    if mode == "armed":
+        import bi_patch
+
+        bi_patch.arm()
 
 
 def connect(rank: int, ranks: int, mode: str, port: int):
@@ -195,6 +199,8 @@ def worker(rank: int, ranks: int, a, port: int) -> None:
             break
         x = torch.randn(rows_of, width, device="cuda").to(torch.bfloat16)
         for name, call in calls.items():
+            if a.only and name not in a.only.split(","):
+                continue
             if name == "symmetric" and not symmetric.should_use_symm_mem(x):
                 continue
             one(name, call, x, True)
@@ -218,11 +224,11 @@ def worker(rank: int, ranks: int, a, port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out")
-    parser.add_argument("--mode", choices=("stock", "pinned", "free"), default="stock")
+    parser.add_argument("--mode", choices=("stock", "pinned", "free", "armed"), default="stock")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--only", help="comma-separated collectives, e.g. all_reduce")
     a = parser.parse_args()
-    environment(a.mode)
     import torch.multiprocessing as mp
 
     mp.spawn(worker, args=(a.ranks, a, 20000 + os.getpid() % 20000), nprocs=a.ranks)

@@ -26,14 +26,6 @@ from bi_patch.tools.models import shapes  # noqa: E402
 HERE = Path(__file__).resolve().parent
 # Fewer captured sizes than vLLM's default make the starts shorter. All modes capture the same sizes.
 EXTRA = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}}
-# For stock engines of several GPUs. NVLink multicast is not allowed on every virtual host.
-NO_MULTICAST = {
-    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
 # Both engines keep the states of recurrent layers in fp32. vLLM's own prefill runs its Triton kernels.
 RECURRENT = {
     "mamba_ssm_cache_dtype": "float32",

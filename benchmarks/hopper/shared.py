@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -30,6 +31,7 @@ AXES = (
 )
 MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
 GRAPHS = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}
+WHOLE = {"enable_expert_parallel": True}  # each rank has whole experts
 
 
 class Case(NamedTuple):
@@ -40,6 +42,7 @@ class Case(NamedTuple):
     eager: bool = True
     parts: int = 0
     model: str = "Qwen3-8B"
+    engine: dict[str, object] = {}  # further arguments of vllm.LLM
 
 
 CASES = {
@@ -48,6 +51,13 @@ CASES = {
     "Qwen3-8B, 2 layers, TP 2 on one GPU, compiled": Case((2,), eager=False),
     "Qwen3-8B, 2 layers, TP 4 on one GPU": Case((4,)),
     "Qwen3-8B, 2 layers, TP 1 and 2 equal, on one GPU, compiled": Case((2, 1), eager=False, parts=8),
+    "Qwen3-30B-A3B, 2 layers, TP 2 on one GPU": Case((2,), model="Qwen3-30B-A3B"),
+    "Qwen3-30B-A3B, 2 layers, TP 2 on one GPU, compiled": Case((2,), eager=False, model="Qwen3-30B-A3B"),
+    "Qwen3-30B-A3B, 2 layers, experts over 2 ranks on one GPU": Case((2,), model="Qwen3-30B-A3B", engine=WHOLE),
+    "Qwen3-30B-A3B, 2 layers, experts over 2 ranks on one GPU, compiled": Case(
+        (2,), eager=False, model="Qwen3-30B-A3B", engine=WHOLE
+    ),
+    "DeepSeek-V2-Lite, 2 layers, TP 2 on one GPU": Case((2,), model="DeepSeek-V2-Lite"),
     "tiny-qwen3 bf16 TP 2, external launcher": Case((2,), model="tiny-qwen3"),
     "tiny-qwen3 bf16 TP 2, external launcher, compiled": Case((2,), eager=False, model="tiny-qwen3"),
 }
@@ -102,7 +112,7 @@ def rank(model: str, case: dict, out: Path) -> None:
     from bi_patch.tools.verify.probes.crossing import everything
 
     ranks = int(os.environ["WORLD_SIZE"])
-    extra = MEMORY | ({} if case["eager"] else GRAPHS) | {"seed": 0}
+    extra = MEMORY | ({} if case["eager"] else GRAPHS) | {"seed": 0} | case["engine"]
     if ranks > 1:
         extra |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
     engine = LocalEngine(
@@ -136,8 +146,8 @@ def rank(model: str, case: dict, out: Path) -> None:
         "answers": msgspec.to_builtins(answers),
         "rows": [],
     }
-    for probe in PROBES if case["axes"] else ():
-        if probe.name in AXES and not probe.missing(engine):
+    for probe in PROBES:
+        if probe.name in case["axes"] and not probe.missing(engine):
             began = time.monotonic()
             found = probe.run(engine, load)
             result["rows"].append([found.axis, found.compared, found.differing, str(found.first or "")])
@@ -149,8 +159,8 @@ def rank(model: str, case: dict, out: Path) -> None:
         os._exit(0)
 
 
-def engine(model: Path, case: Case, ranks: int, axes: bool, folder: Path, limit: float) -> list[dict]:
-    """Start the ranks of one engine; returns what each rank kept. Raises RuntimeError if a rank failed."""
+def engine(model: Path, case: Case, ranks: int, axes: Sequence[str], folder: Path, limit: float) -> list[dict]:
+    """Start the ranks of one engine; returns what each rank kept, less those that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -171,7 +181,7 @@ def engine(model: Path, case: Case, ranks: int, axes: bool, folder: Path, limit:
         }
         files.append(folder / f"{ranks}-{number}.json")
         files[-1].unlink(missing_ok=True)
-        asked = json.dumps({"eager": case.eager, "axes": axes})
+        asked = json.dumps({"eager": case.eager, "axes": axes, "engine": case.engine})
         command = [sys.executable, __file__, "--rank", str(model), asked, str(files[-1])]
         log = (folder / f"{ranks}-{number}.log").open("w")
         running.append(subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT))
@@ -202,7 +212,7 @@ def differing(one: list, other: list) -> tuple[int, int]:
     return sum(f.compared for f in found), sum(f.differing for f in found)
 
 
-def measure(label: str, results: Path, root: Path, limit: float) -> bool:
+def measure(label: str, results: Path, root: Path, limit: float, axes: Sequence[str] = AXES) -> bool:
     """Measure one case and write its rows. Returns whether everything was measured and no position differs."""
     from parallel import folder
 
@@ -227,7 +237,7 @@ def measure(label: str, results: Path, root: Path, limit: float) -> bool:
         rows.append(evidence.InvarianceRow(label, axis, compared, differing, first if differing else ""))
 
     for ranks in case.ranks:
-        held = engine(model, case, ranks, len(case.ranks) == 1, root / label.replace(" ", "-"), limit)
+        held = engine(model, case, ranks, axes if len(case.ranks) == 1 else (), root / label.replace(" ", "-"), limit)
         good &= len(held) == ranks
         if not held:
             continue
@@ -257,11 +267,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=Path, default=Path("/tmp/models"))
     parser.add_argument("--limit", type=float, default=300, help="seconds of an engine")
+    parser.add_argument("--axes", default=",".join(AXES), help="comma-separated axes of verify")
     args = parser.parse_args()
     good = True
     for label in args.labels:
         start = time.perf_counter()
-        good &= measure(label, args.results, args.models, args.limit)
+        good &= measure(label, args.results, args.models, args.limit, args.axes.split(","))
         print(f"{label}: {time.perf_counter() - start:.0f} s", flush=True)
     sys.exit(0 if good else 1)
 

@@ -17,6 +17,7 @@ import engines
 import run
 from child import COST, workloads
 from nursery import Nursery, nurseries
+from peers import UNFUSED
 
 NOTE = "Engines in turns on one GPU. (GPU): the kernels' time alone, from one profile of 16 steps"
 
@@ -27,11 +28,15 @@ def group(
     """The engines of `model` in the modes of `made`, and the workloads that `a.only` names.
 
     a: kv_gib, the KV cache of each engine, share, of the GPU's memory that must be free at each start, engine, further
-    arguments of vllm.LLM, and the options of run.py.
+    arguments of vllm.LLM, ranks, the GPUs of each engine, and the options of run.py.
     """
     # A fixed KV cache: vLLM's measurement of free memory would be wrong while the other engine starts.
     given = {"kv_cache_memory_bytes": int(a.kv_gib * 2**30), "gpu_memory_utilization": a.share}
     given |= getattr(a, "engine", {})
+    if (ranks := getattr(a, "ranks", 1)) > 1:
+        given["compilation_config"] = run.EXTRA["compilation_config"] | given.get("compilation_config", {}) | UNFUSED
+        label, flags = f"{label or model}, TP {ranks}", (*flags, "--ranks", str(ranks))
+        a = argparse.Namespace(**vars(a) | {"raw": a.raw / f"tp{ranks}"})
     measured, children = workloads(a.only, a.max_model_len), []
     flags += ("--only", ",".join(measured))
     for mode, nursery in made.items():
@@ -55,6 +60,7 @@ def main() -> None:
     parser.add_argument("--modes", default="stock,armed", help="upstream: upstream's own mode")
     parser.add_argument("--only", help=f"comma-separated workloads of {', '.join(COST)}")
     parser.add_argument("--kv-gib", type=float, default=24, help="KV cache of each engine")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs of each engine")
     parser.add_argument("--share", type=float, default=0.4, help="of the GPU's memory that must be free at each start")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no workload after so many seconds")
     a = parser.parse_args()
