@@ -1,11 +1,11 @@
-"""The check of each worker, at its start, that ranks are added in one order, for every size of a message."""
+"""The check of each worker, at its start: all ranks are armed alike, and are added in one order in every size."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams import active
+from bi_patch.seams import active, agreement
 
 _FEW = 65  # rows of a width that no layer has
 
@@ -33,17 +33,40 @@ def closing(
 
 
 def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[Any, Any], None] | None = None) -> None:
-    from vllm.distributed.parallel_state import get_tp_group
+    from vllm.distributed.parallel_state import get_tp_group, get_world_group
 
-    from bi_patch.ops import collectives
-
+    agreement.check(name, get_world_group())
     group = get_tp_group()
     if group.world_size == 1:
         return
     if covers is not None:
+        agreement.together(group, _refusal(covers, config, group))
+    found = [(rows, width) for rows, width in _moved(config, group, ordered) if rows is not None]
+    agreement.together(
+        group,
+        UnsupportedFeature(
+            f"{name}: {group.world_size} ranks add a row of a message of {found[0][0]} rows of {found[0][1]} elements "
+            f"in another order than {'by rank' if ordered else 'a row alone'}. {todo}"
+        )
+        if found
+        else None,
+    )
+
+
+def _refusal(covers: Callable[[Any, Any], None], config: Any, group: Any) -> UnsupportedFeature | None:
+    try:
         covers(config, group)
+    except UnsupportedFeature as error:
+        return error
+    return None
+
+
+def _moved(config: Any, group: Any, ordered: bool) -> Iterator[tuple[int | None, int]]:
+    """For each kind of message: the smallest number of rows that are added otherwise, or None, and their width."""
+    from bi_patch.ops import collectives
+
     for width, most, dtype in _messages(config, ordered):
-        found = collectives.moved(
+        moved = collectives.moved(
             group.all_reduce,
             rank=group.rank_in_group,
             ranks=group.world_size,
@@ -53,11 +76,7 @@ def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[A
             device=group.device,
             ordered=ordered,
         )
-        if found is not None:
-            raise UnsupportedFeature(
-                f"{name}: {group.world_size} ranks add a row of a message of {found} rows of {width} elements in "
-                f"another order than {'by rank' if ordered else 'a row alone'}. {todo}"
-            )
+        yield moved, width
 
 
 def _messages(config: Any, ordered: bool) -> list[tuple[int, int, Any]]:

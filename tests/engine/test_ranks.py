@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from bi_patch.tools.models import recipes
 from bi_patch.tools.parity.child import ParityEngine
 from bi_patch.tools.parity.plan import NAMES, Plan
 from bi_patch.tools.verify.answers import Request, compare
-from bi_patch.tools.verify.child import ARMED
+from bi_patch.tools.verify.child import ARMED, PATIENT
 from bi_patch.tools.verify.probes import FEATURE_PROBES, PROBES, Change, Workload
 
 pytestmark = pytest.mark.engine
@@ -99,6 +100,67 @@ def test_data_and_pipeline_parallel_ranks_answer_as_one_engine(tmp_path):
 def test_ranks_of_an_external_launcher(tmp_path):
     """Each rank makes an engine of its own, as with torchrun. Exit code 1: bits differ, or a rank failed."""
     measure("launcher.py", "tiny-qwen3 bf16 TP 2, external launcher", "--results", tmp_path)
+
+
+# The ranks of an engine, whose process or whose other rank has another environment.
+ONE_OF_TWO = """
+import bi_patch
+import os, sys
+from vllm import LLM
+
+if __name__ == "__main__":
+    if not os.environ.get("RANK"):  # the engine is armed, and the workers that it starts are not
+        del os.environ["VLLM_BATCH_INVARIANT"]
+        os.environ["BI_PATCH"] = "0"
+    given = dict(tensor_parallel_size=2, enforce_eager=True, max_model_len=256, seed=0)
+    if os.environ.get("RANK"):
+        given["distributed_executor_backend"] = "external_launcher"
+    LLM(sys.argv[1], dtype="bfloat16", **given)
+"""
+
+
+def one_of_two(folder, model, **environ):
+    """Start a process of ONE_OF_TWO."""
+    script = folder / "script.py"
+    script.write_text(ONE_OF_TWO)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
+    clean |= PATIENT | ONE_THREAD | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-P", script, model(recipes.QWEN3)]
+    return subprocess.Popen(command, env=clean | environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+def test_an_engine_stops_if_its_workers_are_not_armed(model, tmp_path):
+    process = one_of_two(tmp_path, model)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode != 0, said[-4000:]
+    assert "SeamOpen: bi_patch cannot promise batch invariance: of 2 workers, 0 (not armed), 1 (not armed)" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"BI_PATCH": "0"}, "within 30 s, not every one of 2 ranks said that it is armed"),
+        ({"BI_PATCH_TP_INVARIANT": "8"}, "2 ranks differ in settings (0: BI_PATCH_TP_INVARIANT=0"),
+    ],
+    ids=["not armed", "another setting"],
+)
+def test_ranks_of_a_launcher_stop_if_they_are_not_armed_alike(model, tmp_path, other, reason):
+    """An engine sees its own rank only; its rank asks the others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [one_of_two(tmp_path, model, RANK=str(r), **place, **(other if r else {})) for r in range(2)]
+    try:
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode for rank in ranks), [text[-3000:] for text in said]
+    armed = said if "BI_PATCH" not in other else said[:1]
+    assert all(f"SeamOpen: communicator.cpu_order: {reason}" in text for text in armed), [t[-3000:] for t in said]
 
 
 @pytest.mark.slow

@@ -108,6 +108,27 @@ def _data_parallel(moe: bool, words: str) -> Callable[[Any], str]:
     return asked
 
 
+def _expert_parallel(plain: bool, words: str) -> Callable[[Any], str]:
+    """`words` for experts that ranks share whole: only tensor-parallel ranks (plain), or with anything else."""
+
+    def asked(config: Any) -> str:
+        held, model = config.parallel_config, config.model_config
+        if not getattr(held, "enable_expert_parallel", False):
+            return ""
+        sizes = ("data_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+        other = {
+            "data, pipeline or context parallelism": any(int(getattr(held, s, 1) or 1) > 1 for s in sizes),
+            "quantized weights": getattr(model, "quantization", None) is not None,
+            "MLA": bool(getattr(model, "use_mla", False)),
+            "LoRA": getattr(config, "lora_config", None) is not None,
+        }
+        if any(other.values()) == plain:
+            return ""
+        return words if plain else _joined(f"{words} with ", other)
+
+    return asked
+
+
 def _to_host(transfer: Any) -> bool:
     """Whether a KVTransferConfig keeps keys and values in memory of the engine's own process, and nowhere else."""
     extra = getattr(transfer, "kv_connector_extra_config", None) or {}
@@ -512,11 +533,17 @@ FEATURES: tuple[Feature, ...] = (
         asked=_data_parallel(True, "data parallelism over 1 of a MoE model"),
     ),
     row(
-        "expert parallelism",
-        cpu=refused(_NO_SEAM),
-        cuda=refused(_NO_SEAM),
+        "expert parallelism of tensor-parallel ranks",
+        cpu=refused("vLLM's CPU experts do not look which rank holds an expert"),
+        cuda=refused("nobody has compared an engine's bits yet", todo="Leave --enable-expert-parallel out"),
         ascend=refused(_NO_SEAM),
-        asked=_of_parallel("enable_expert_parallel", "expert parallelism", 0),
+        asked=_expert_parallel(True, "expert parallelism"),
+        details="Each rank holds whole experts and sees all rows. A model without experts ignores the option.",
+    ),
+    row(
+        "expert parallelism with data or pipeline parallelism, quantized weights, LoRA or MLA",
+        **_everywhere("ranks exchange rows, or nobody has compared an engine's bits"),
+        asked=_expert_parallel(False, "expert parallelism"),
     ),
     row(
         "expert load balancing",
@@ -544,7 +571,7 @@ FEATURES: tuple[Feature, ...] = (
         cuda=untried("each worker must say that it is armed"),
         ascend=untried(_NO_NPU),
         asked=_started_by("external_launcher", "workers of an external launcher"),
-        details="Arm every rank (`VLLM_BATCH_INVARIANT=1` for the launcher): an engine sees its own rank only.",
+        details="Arm every rank (`VLLM_BATCH_INVARIANT=1` for the launcher): ranks ask each other at their start.",
     ),
     row(
         "workers of Ray",

@@ -11,12 +11,24 @@ from bi_patch.arming.catalog import plan
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import bits, collectives
 from bi_patch.platforms import releases
-from bi_patch.seams import active
+from bi_patch.seams import active, agreement
+
+
+@pytest.fixture(autouse=True)
+def _agreed(monkeypatch):
+    """The doubles are no real ranks, which test_agreement.py has."""
+    monkeypatch.setattr(agreement, "check", lambda name, group: None)
+    monkeypatch.setattr(agreement, "together", lambda group, own: _raise(own) if own else None)
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_world_group", lambda: None)
 
 
 def closed(name, original, platform, release=None):
     planned = plan(Version(release or releases.BY_PLATFORM[platform][-1]), platform).seams
     return next(p.seam for p in planned if p.seam.name == name).close(original)
+
+
+def _raise(error):
+    raise error
 
 
 class Ranks:
