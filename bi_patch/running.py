@@ -21,7 +21,6 @@ FIELDS = (
     "rank_sums",
     "attention",
     "mla",
-    "recurrent",
     "logprobs_mode",
     "runner",
     "compiled",

@@ -10,8 +10,6 @@ BI_PATCH_LEAVE_OPEN   patch points or areas to leave open, separated by commas, 
 BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what a planted fault does. Not for real use
 BI_PATCH_MLA          attention of MLA models on CUDA. two (default): prompts and generated tokens have forms of their
                       own, as in vLLM. one: every token takes one form, so decode equals prefill, which is slower
-BI_PATCH_RECURRENT    layers with a recurrent state on CUDA. tokens (default): one token after the other. chunks:
-                      eight tokens at a time, which is refused until `verify` has compared an engine with it
 BI_PATCH_TP_INVARIANT 2, 4 or 8: equal bits for every tensor-parallel size up to this number on CPU, and for one and
                       two ranks in eager mode on CUDA. 0 (default): equal bits for one size
 BI_PATCH_ALLOW_CODE   dotted names of code from outside vLLM that you vouch for, separated by commas: worker classes,
@@ -35,7 +33,6 @@ FORMS = ("hooks", "patches")
 LEAVES = ("0", "2", "4", "8")
 UNSEEDED = ("random", "derive", "refuse")
 MLA = ("two", "one")
-RECURRENT = ("tokens", "chunks")
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,6 @@ class Settings:
     allow_open: bool = False
     unseeded: str = "random"
     mla: str = "two"
-    recurrent: str = "tokens"
     allow_code: frozenset[str] = frozenset()
     tp_invariant: int = 0
 
@@ -67,7 +63,6 @@ _NAMES = {
     "BI_PATCH_ALLOW_OPEN",
     "BI_PATCH_UNSEEDED",
     "BI_PATCH_MLA",
-    "BI_PATCH_RECURRENT",
     "BI_PATCH_ALLOW_CODE",
     "BI_PATCH_TP_INVARIANT",
 }
@@ -95,7 +90,6 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         allow_open=_choice(env, "BI_PATCH_ALLOW_OPEN", ("0", "1")) == "1",
         unseeded=_choice(env, "BI_PATCH_UNSEEDED", UNSEEDED),
         mla=_choice(env, "BI_PATCH_MLA", MLA),
-        recurrent=_choice(env, "BI_PATCH_RECURRENT", RECURRENT),
         tp_invariant=int(_choice(env, "BI_PATCH_TP_INVARIANT", LEAVES)),
         allow_code=frozenset(n.replace(":", ".") for n in _names(env, "BI_PATCH_ALLOW_CODE")),
     )

@@ -97,6 +97,63 @@ SIZES: dict[str, dict[str, object]] = {
         num_experts_per_tok=10,
         shared_intermediate_size=1536,
     ),
+    "Nemotron-H": _sizes(
+        4096,
+        21504,
+        32,
+        8,
+        128,
+        mamba_num_heads=128,
+        mamba_head_dim=64,
+        ssm_state_size=128,
+        n_groups=8,
+        chunk_size=128,
+    ),
+    "Qwen3.5-MoE": _sizes(
+        2048,
+        5120,
+        16,
+        2,
+        256,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+    ),
+    "Falcon-Mamba": {
+        "hidden_size": 4096,
+        "intermediate_size": 8192,
+        "time_step_rank": 256,
+        "num_hidden_layers": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 8192,
+    },
+    "Jamba": _sizes(
+        4096,
+        14336,
+        32,
+        8,
+        mamba_dt_rank=256,
+        attn_layer_period=4,
+        attn_layer_offset=3,
+        num_experts=16,
+    ),
+    "LFM2": _sizes(
+        2048,
+        8192,
+        32,
+        8,
+        layer_types=["conv", "conv", "full_attention", "conv"],
+        conv_dim=2048,
+        conv_dim_out=2048,
+        block_dim=2048,
+        block_ff_dim=8192,
+    ),
     "Qwen2-MoE": _sizes(
         2048,
         5632,
@@ -274,10 +331,12 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path, pr
     cross = tuple(probe for probe in levels.QUICK.cross if preempt and probe.name == PREEMPTION)
     level = replace(levels.QUICK, seconds=None, cross=cross, graphs=1)
     given = {"gpu_memory_utilization": share, "kv_cache_memory_bytes": CACHE, "max_num_batched_tokens": 2048}
-    if {"linear_num_key_heads", "mamba_n_heads"} & set(config):
+    if {"linear_num_key_heads", "mamba_n_heads", "mamba_num_heads", "mamba_d_state"} & set(config):
         # States in fp32; pages of a power of two tokens, which hold a state; prompts of two pages for the prefix cache.
         given |= {"mamba_ssm_cache_dtype": "float32", "block_size": 1024, "kv_cache_memory_bytes": 4 * CACHE}
         level = replace(level, max_model_len=8704)
+    elif "time_step_rank" in config:
+        given |= {"mamba_ssm_cache_dtype": "float32"}
     folder = shapes.save(family, config, root)
     system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given)
     rows, report = invariance.measure(

@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 from bi_patch import identity, running
-from bi_patch.platforms.features.pairs import recurrent
 from bi_patch.seams import active
 
 ASCENDING = "ascending in fp32, rounded once"  # rank_sums: the sum in rank order
@@ -23,8 +22,7 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
     Fields: instance (vLLM's name of this engine), platform, vllm, torch, digest (of bi_patch's code), kernels (the
     digest of the bundled kernels, or their release), device, dtype, quantization, lora (whether requests may name
     adapters), kv_cache_dtype, tensor_parallel_size, rank_sums (how ranks are summed), attention (the backend of each
-    layer), mla and recurrent (which kernels such layers take, or None: see `_by_setting`), logprobs_mode,
-    runner (V1 or V2), compiled, and model (values of its configuration).
+    layer), mla (which form such layers take, or None: see `_form_of_mla`), logprobs_mode, runner (V1 or V2), compiled, and model (values of its configuration).
     """
     import torch
 
@@ -61,20 +59,13 @@ def _worker(worker: Any, platform: str) -> dict[str, Any]:
         **_KERNELS[platform](),
         "rank_sums": _rank_sums(worker.vllm_config, platform),
         "attention": attention,
-        **_by_setting(worker.vllm_config.model_config, platform),
+        "mla": _form_of_mla(worker.vllm_config.model_config, platform),
     }
 
 
-def _by_setting(model: Any, platform: str) -> dict[str, str | None]:
-    """The settings that choose kernels with other bits, None where a setting changes no bit of this engine.
-
-    mla: BI_PATCH_MLA. recurrent: BI_PATCH_RECURRENT. Only CUDA has several forms of such layers.
-    """
-    chosen = platform == "cuda"
-    return {
-        "mla": active.mla if chosen and getattr(model, "use_mla", False) else None,
-        "recurrent": active.recurrent if chosen and recurrent(model) else None,
-    }
+def _form_of_mla(model: Any, platform: str) -> str | None:
+    """BI_PATCH_MLA, None where it changes no bit of this engine. Only CUDA has two forms of MLA."""
+    return active.mla if platform == "cuda" and getattr(model, "use_mla", False) else None
 
 
 def _rank_sums(config: Any, platform: str) -> str:

@@ -45,7 +45,7 @@ def arm(*, by_patch: bool = False) -> State | None:
     process.enter(new)
     active.plan, active.cache = plan, read.cache
     active.allowed, active.unseeded, active.mla = read.allow_code, read.unseeded, read.mla
-    active.leaves, active.recurrent = read.tp_invariant, read.recurrent
+    active.leaves = read.tp_invariant
     if hooked:
         for name in plan.modules:
             wrapt.register_post_import_hook(_on_import, name)
@@ -63,7 +63,6 @@ def disarm() -> None:
     current.ledger.restore()  # nothing can remove import hooks: without a state they do nothing
     active.undo_all()
     active.plan, active.allowed, active.leaves, active.mla, active.latent = None, frozenset(), 0, "two", False
-    active.recurrent = "tokens"
     for name, value in current.previous_environ.items():
         if value is None:
             os.environ.pop(name, None)

@@ -16,7 +16,6 @@ leaves: int = 0  # BI_PATCH_TP_INVARIANT: the parts of K of row-parallel layers,
 unseeded: str = "random"  # BI_PATCH_UNSEEDED, which every request asks for
 
 
-recurrent: str = "tokens"  # BI_PATCH_RECURRENT, which kernels of recurrent layers ask for
 mla: str = "two"  # BI_PATCH_MLA, which attention of MLA asks for
 latent: bool = False  # whether an engine core of this process has a model with MLA
 _undo: list[Callable[[], None]] = []

@@ -113,8 +113,7 @@ def check(contract: dict[str, Any], model: torch.nn.Module, dtype: torch.dtype) 
     _among("kv_cache_dtype", contract.get("kv_cache_dtype"), ("auto", own["dtype"]))
     _among("logprobs_mode", contract.get("logprobs_mode"), ("raw_logprobs", "processed_logprobs"))
     _among("rank_sums", contract.get("rank_sums"), _SUMS)
-    for name in ("mla", "recurrent"):  # the trainer has no such layers
-        _same(name, None, contract[name])
+    _same("mla", None, contract["mla"])  # the trainer has no such layers
     numbers = {name: _LAYER.search(name) for name in contract["attention"]}
     layers = sorted(int(found[1]) if found else -1 for found in numbers.values())
     _same("the layers of attention", list(range(model.config.num_hidden_layers)), layers)

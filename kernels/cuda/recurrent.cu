@@ -1,68 +1,60 @@
-// Gated delta nets and Mamba 2, one token after the other: the convolution before, and the recurrence.
+// Gated delta nets and Mamba 2 in chunks of CHUNK tokens: the convolution before, and the recurrence, on tensor cores.
 //
-// A request's tokens pass through one state in the order of their positions, whatever step brings them, and the state is
-// kept exactly (inputs of the convolution in bf16, the recurrence in fp32). So prompts may be cut anywhere, and decode
-// has the bits of prefill. Every rounding is written as an instruction, so the bits are the same for every tile.
+// A request's chunks begin at positions 0, CHUNK, 2 CHUNK, ..., whatever step brings its tokens. A token's output depends
+// on the state at its chunk's start and on its chunk's tokens up to itself. The state is written at the ends of chunks
+// only; a slot also has a log, which holds what the recurrence takes of the open chunk's tokens. A step lays them before
+// the new tokens and computes the chunk again, so decode runs the instructions of prefill, and prompts may be cut anywhere.
 //
 // prepare: y[t, c] = silu(bias[c] + w[c, 0] x[t-3, c] + ... + w[c, 3] x[t, c]) in fp32 in this order, rounded to bf16; and
-// the numbers of a token and head that do not depend on the state. A warp has the channels of one head.
-//   keyed [tokens, KEY_HEADS, 4]: 1/|k|, scale/|q|, q.k (Mamba 2: only q.k). valued [tokens, HEADS, 2]: decay, step.
-// keep: the last three inputs of each request, for the next step. In a decode step (starts null), prepare keeps them.
-// scan (scan_one if each request has one token): S [VALUES, KEYS] of a head. With the sums p = S k and r = S q over the
-// state before the token,
-//   gated delta net: w = step / |k| (v - decay / |k| p); S = decay S + w k^T; o = scale / |q| (decay r + q.k w)
-//   Mamba 2: w = step v; S = decay S + w k^T; o = decay r + q.k w + D v     (B is k, C is q)
-// A sum over KEYS: SHARERS lanes have KEYS / SHARERS terms each (lane l: terms 4 (l + SHARERS j) .. + 3, ascending; for p,
-// in two halves, which are then added). The lanes' sums are added in a butterfly, most distant lanes first.
+// the numbers of a token and head that do not depend on the state.
+//   keyed [tokens, KEY_HEADS, 2]: 1/|k|, scale/|q| (Mamba 2: not used). valued [tokens, HEADS, 2]: decay, step.
+// scan (scan_one if each request has one token): S [VALUES, KEYS] of a head at the chunk's start. For the chunk's tokens i,
+// with d(j, i) = decay_{j+1} ... decay_i and D_i = d(-1, i):
+//   gated delta net: x_i = step_i (v_i - D_i / |k_i| S k_i); w = T x, where T = (1 + L)^-1 and
+//     L_ij = step_i / (|k_i| |k_j|) d(j, i) k_i.k_j for j < i; M_ij = scale / (|q_i| |k_j|) d(j, i) q_i.k_j for j <= i;
+//     o_i = D_i scale / |q_i| S q_i + sum over j of M_ij w_j; at the chunk's end S = D S + sum of d(j, end) / |k_j| w_j k_j^T
+//   Mamba 2: w_i = step_i v_i; M_ij = d(j, i) q_i.k_j; o_i = D_i S q_i + sum of M_ij w_j + skip v_i; S = D S + sum of
+//     d(j, end) w_j k_j^T     (B is k, C is q)
+// keep_inputs, after scan, in a step of prompts: the last three inputs of the convolution, and the log. In a decode step
+// (starts null), prepare writes both.
 //
-// Not each decode writes the state. A slot also has a log: w, k and decay of the tokens since its state was written.
-// With them, scan_one moves the state that it reads to the present, by the same instructions, so the bits are those of
-// a state that was written. It writes the state with every EVERY-th token. A step of prompts writes the state, and
-// empties the log. A copy of a slot has the log, too. counts [requests]: tokens in the log; prepare and keep_inputs read
-// them and move them on.
+// The order: a sum over KEYS goes through multiply_add, 16 positions at a time, ascending (k.k and q.k: even and odd
+// groups, which are then added); S, x, w, T and M enter as two pieces of bf16 each (the rounded number, and the rounded
+// rest), whose sums are added at the end. T by substitution, row after row. An element of a product depends on its own
+// row and column alone. A warp has 16 rows of S. What does not depend on S comes first, so that it runs beside S's products.
+//
+// Positions: keys lie in y, in the log and in shared memory so that a lane's four neighbouring keys of S are what a lane
+// holds of two results of multiply_add (see place).
 //
 // x [tokens, CHANNELS] bf16 (rows may be strided), y dense. Channels: queries | keys | values, Mamba 2: values | keys |
-// queries. weight [CHANNELS, 4], bias [CHANNELS] or null, bf16. conv [slots, 3 + rows of the log, CHANNELS] bf16,
-// a slot dense. states [slots, HEADS, VALUES, KEYS] fp32. starts [requests + 1], or null if each request has one token. slots [requests]: 0 and below are
-// skipped. fresh [requests], 1 where a request starts at position 0, or null if none does. which [tokens]: the request
-// of a token, or null as starts.
+// queries. weight [CHANNELS, 4], bias [CHANNELS] or null, bf16. conv [slots, 3 + rows of the log, CHANNELS] bf16, a slot
+// dense. states [slots, HEADS, VALUES, KEYS] fp32. starts [requests + 1], or null if each request has one token. slots
+// [requests]: 0 and below are skipped. fresh [requests], 1 where a request starts at position 0, or null if none does.
+// which [tokens]: the request of a token, or null as starts. counts [requests]: tokens in the log before the step.
 //
-// Compiled for MAMBA (0, 1), KEYS and VALUES (multiples of 64), KEY_HEADS, HEADS, SHARERS, EVERY, and for fp32 or bf16
-// parameters (RATE_FLOAT, BIAS_FLOAT, D_FLOAT). What changes no bit: TILE (tokens in shared memory), ROWS, WARPS, AHEAD
-// (1: a lane loads the next token from shared memory before it computes one), UNROLL, SPREAD (1: lanes of a sum are not
-// neighbours), RAW (1: bf16 in shared memory, copied asynchronously), SCATTER (1: a lane sums p of its own rows only),
-// STREAM (1: states are not kept in the caches), FETCH (tokens of the log that are loaded before one is computed).
+// Compiled for MAMBA (0, 1), KEYS and VALUES (multiples of 64), KEY_HEADS, HEADS, PIECES (of S: 2, or 1 for the rounded
+// number alone), and for fp32 or bf16 parameters (RATE_FLOAT, BIAS_FLOAT, D_FLOAT). What changes no bit: TILE (tokens in
+// shared memory), WARPS (of a block of scan), SEGMENT (tokens). ONLY: which kernel is compiled, by default all.
 
+constexpr int CHUNK = 8;
 constexpr int CHANNELS = 2 * KEY_HEADS * KEYS + HEADS * VALUES;
 constexpr int Q_AT = MAMBA ? HEADS * VALUES + KEY_HEADS * KEYS : 0;
 constexpr int K_AT = MAMBA ? HEADS * VALUES : KEY_HEADS * KEYS;
 constexpr int V_AT = MAMBA ? 0 : 2 * KEY_HEADS * KEYS;
-constexpr int GROUPS = 32 / SHARERS, PER = KEYS / SHARERS;  // rows of a warp that are summed at once; keys of a lane
-constexpr int OWN = WARPS * GROUPS * ROWS, PARTS_OF_HEAD = VALUES / OWN;  // rows of a block; blocks of a head
+constexpr int GROUPS = KEYS / 16;  // of 16 positions
+constexpr int OWN = 16 * WARPS, PARTS_OF_HEAD = VALUES / OWN;  // rows of a block; blocks of a head
+constexpr int KEY_ROW = KEYS + 8, OWN_ROW = OWN + 8;  // in shared memory, so that rows lie in other banks
 constexpr float LOG2E = 1.4426950408889634f;
-static_assert(VALUES % OWN == 0 && OWN % 8 == 0 && PER % 4 == 0 && SHARERS % ROWS == 0);
+static_assert(VALUES % OWN == 0 && GROUPS % 2 == 0 && TILE % CHUNK == 0 && TILE <= THREADS && SEGMENT % TILE == 0);
 
 struct alignas(16) Four { float x[4]; };
 struct alignas(16) Eight { u32 pairs[4]; };
-struct alignas(8) Two { u32 pairs[2]; };
-struct alignas(8) Pair { float x[2]; };
-
-#if RAW
-typedef u16 Kept;
-#else
-typedef float Kept;
-#endif
+struct alignas(8) Two { float x[2]; };
 
 struct Memory {
-  Kept keys[2][TILE][KEYS], queries[2][TILE][KEYS], values[2][TILE][OWN];
-  float numbers[2][TILE][8];
-  u16 out[2][TILE][OWN];
+  u16 keys[2][TILE][KEY_ROW], queries[2][TILE][KEY_ROW], values[2][TILE][OWN_ROW], out[2][TILE][OWN_ROW];
+  float numbers[2][TILE / CHUNK][4][CHUNK];  // decay, step, 1/|k|, scale/|q|
 };
-
-// The lanes that share a sum: neighbours, or (SPREAD) as far from each other as they can be.
-DEVICE int slice_of(int lane) { return SPREAD ? lane / GROUPS : lane % SHARERS; }
-DEVICE int group_of(int lane) { return SPREAD ? lane % GROUPS : lane / SHARERS; }
-DEVICE float swap(float value, int distance) { return exchange(value, SPREAD ? distance * GROUPS : distance); }
 
 DEVICE float low(u32 pair) { return float_of(pair << 16); }
 DEVICE float high(u32 pair) { return float_of(pair & 0xffff0000u); }
@@ -78,21 +70,29 @@ DEVICE float number(const void* from, int at) {
 
 DEVICE u32 pair_at(const u16* from) { return *reinterpret_cast<const u32*>(from); }
 
-// The tokens since a state was written, at most EVERY - 1, lie behind a slot's inputs: w fp32 [HEADS, VALUES], k bf16
-// [KEY_HEADS, KEYS], decay fp32 [HEADS]; then how many.
-constexpr int LOG_K = 2 * HEADS * VALUES, LOG_DECAY = LOG_K + KEY_HEADS * KEYS;
-constexpr int LOG_ROW = (LOG_DECAY + 2 * HEADS + 7) / 8 * 8;
+// The position of key c, which is even: of 16 keys, lane t of four has keys 4t .. 4t + 3 at 2t, 2t + 1, 2t + 8, 2t + 9.
+DEVICE int place(int c) { return (c & ~15) | (c & 2) << 2 | (c & 12) >> 1; }
+
+// The log lies behind a slot's inputs, CHUNK - 1 tokens: k bf16 [KEY_HEADS, KEYS], v bf16 [HEADS, VALUES], 1/|k| fp32
+// [KEY_HEADS], decay and step fp32 [HEADS, 2]; then how many tokens it holds.
+constexpr int LOG_V = KEY_HEADS * KEYS, LOG_KEYED = LOG_V + HEADS * VALUES, LOG_VALUED = LOG_KEYED + 2 * KEY_HEADS;
+constexpr int LOG_ROW = (LOG_VALUED + 4 * HEADS + 7) / 8 * 8;
 
 DEVICE u16* log_of(u16* conv, i64 at) { return conv + at + 3 * CHANNELS; }
-DEVICE int* count_of(u16* log) { return reinterpret_cast<int*>(log + (EVERY - 1) * LOG_ROW); }
+DEVICE int* count_of(u16* log) { return reinterpret_cast<int*>(log + (CHUNK - 1) * LOG_ROW); }
+DEVICE float* keyed_of(u16* row) { return reinterpret_cast<float*>(row + LOG_KEYED); }
+DEVICE float* valued_of(u16* row) { return reinterpret_cast<float*>(row + LOG_VALUED); }
 
-// Gives `rows` the number of tokens that a slot's log holds, and puts `now(rows)` in its place.
-template <class Now>
-DEVICE void move_count(int* rows, u16* log, Now now) {
-  int* count = count_of(log);
-  const int held = u32(*count) < u32(EVERY) ? *count : 0;  // memory that held something else
-  *rows = held;
-  *count = now(held);
+// Where channel c of y lies in a row of the log, below 0 for queries.
+DEVICE int in_log(int c) {
+  if (c >= K_AT && c < K_AT + KEY_HEADS * KEYS) return c - K_AT;
+  return c >= V_AT && c < V_AT + HEADS * VALUES ? LOG_V + c - V_AT : -1;
+}
+
+// How many tokens a slot's log holds; none in memory that held something else.
+DEVICE int held_of(u16* log) {
+  const int held = *count_of(log);
+  return u32(held) < u32(CHUNK) ? held : 0;
 }
 
 struct Step {
@@ -111,8 +111,9 @@ DEVICE u32 input(const Step& s, int t, int start, i64 slot, bool fresh, int c) {
   return fresh ? 0u : pair_at(s.conv + slot * s.conv_slot + (t - start + 3) * s.conv_row + c);
 }
 
-// Convolves PAIRS pairs of channels per lane, from(j) first, over the tokens first to last; done(t, y [2 PAIRS]).
-template <int PAIRS, class From, class Done>
+// Convolves PAIRS pairs of channels per lane, from(j) first, over the tokens first to last, at most PER; done(t, y [2
+// PAIRS], row of the log or null). PLACED: whether the channels are keys and queries.
+template <int PER, int PAIRS, bool PLACED, class From, class Done>
 DEVICE void convolve(const Step& s, u16* y, int first, int last, From from, Done done) {
   float weights[PAIRS][2][4], biases[PAIRS][2];
   u32 before[PAIRS][3];
@@ -126,42 +127,62 @@ DEVICE void convolve(const Step& s, u16* y, int first, int last, From from, Done
     biases[j][0] = low(bias);
     biases[j][1] = high(bias);
   }
+  u32 inputs[PER][PAIRS];  // loaded before any is used
+  int requests[PER];
+#pragma unroll
+  for (int i = 0; i < PER; ++i) {
+    const int t = first + i;
+    requests[i] = t < last ? (s.which ? s.which[t] : t) : s.requests;
+    for (int j = 0; j < PAIRS; ++j) inputs[i][j] = t < last ? pair_at(s.x + i64(t) * s.x_row + from(j)) : 0u;
+  }
   int current = -1;
-  for (int t = first; t < last; ++t) {
-    const int r = s.which ? s.which[t] : t;
+  i64 slot = 0;
+  u16* row = nullptr;
+#pragma unroll
+  for (int i = 0; i < PER; ++i) {
+    const int t = first + i, r = requests[i];
     if (r >= s.requests) break;
-    const i64 slot = s.slots[r];
-    if (slot <= 0) continue;
     if (r != current) {
-      const int start = s.starts ? s.starts[r] : t;
-      const bool fresh = s.fresh && s.fresh[r];
-      for (int j = 0; j < PAIRS; ++j)
-        for (int i = 0; i < 3; ++i) before[j][i] = input(s, t - 3 + i, start, slot, fresh, from(j));
       current = r;
+      slot = s.slots[r];
+      if (slot > 0) {
+        const int start = s.starts ? s.starts[r] : t;
+        const bool fresh = s.fresh && s.fresh[r];
+        for (int j = 0; j < PAIRS; ++j)
+          for (int n = 0; n < 3; ++n) before[j][n] = input(s, t - 3 + n, start, slot, fresh, from(j));
+        if (!s.starts) {
+          u16* log = log_of(s.conv, slot * s.conv_slot);
+          const int held = held_of(log);
+          row = held < CHUNK - 1 ? log + held * LOG_ROW : nullptr;
+        }
+      }
     }
+    if (slot <= 0) continue;
     float got[2 * PAIRS];
     for (int j = 0; j < PAIRS; ++j) {
       const int c = from(j);
-      const u32 now = pair_at(s.x + i64(t) * s.x_row + c);
+      const u32 now = inputs[i][j];
       float sums[2];
       for (int e = 0; e < 2; ++e) {
         float sum = biases[j][e];
-        for (int i = 0; i < 3; ++i) sum = fused(weights[j][e][i], e ? high(before[j][i]) : low(before[j][i]), sum);
+        for (int n = 0; n < 3; ++n) sum = fused(weights[j][e][n], e ? high(before[j][n]) : low(before[j][n]), sum);
         sum = fused(weights[j][e][3], e ? high(now) : low(now), sum);
         sums[e] = times(sum, sigmoid(sum));
       }
       const u32 rounded = round_pair(sums[0], sums[1]);
-      *reinterpret_cast<u32*>(y + i64(t) * CHANNELS + c) = rounded;
+      const int to = PLACED ? place(c) : c, logged = in_log(to);
+      *reinterpret_cast<u32*>(y + i64(t) * CHANNELS + to) = rounded;
+      if (row && logged >= 0) *reinterpret_cast<u32*>(row + logged) = rounded;
       got[2 * j] = low(rounded);
       got[2 * j + 1] = high(rounded);
       before[j][0] = before[j][1];
       before[j][1] = before[j][2];
       before[j][2] = now;
       if (!s.starts)
-        for (int i = 0; i < 3; ++i)
-          *reinterpret_cast<u32*>(s.conv + slot * s.conv_slot + i * s.conv_row + c) = before[j][i];
+        for (int n = 0; n < 3; ++n)
+          *reinterpret_cast<u32*>(s.conv + slot * s.conv_slot + n * s.conv_row + c) = before[j][n];
     }
-    done(t, got);
+    done(t, got, row);
   }
 }
 
@@ -173,433 +194,476 @@ DEVICE float dot(const float* a, const float* b) {
   return sum;
 }
 
-// Block (tokens / per, units / 4): a warp has one unit, a key head's q and k, or a head's v.
+// Units of prepare, one for a warp: first of q and k, then a head's v. Gated delta nets take q and k of a key head
+// together, for their lengths; Mamba 2 takes 64 channels.
+constexpr int KEYED_UNITS = MAMBA ? 2 * KEY_HEADS * KEYS / 64 : KEY_HEADS;
+
+// A warp's part of prepare: PER tokens of one unit.
+template <int PER>
+DEVICE void prepare_tokens(const Step& s, const u16* a, const u16* b, const void* rate, const void* dt_bias, u16* y,
+                           float* keyed, float* valued, int a_row, int b_row, int* counts) {
+  const int unit = block_y() * (THREADS / 32) + thread() / 32, lane = thread() % 32;
+  const int first = block_x() * PER, last = first + PER < s.tokens ? first + PER : s.tokens;
+  const int t = first + lane, head = unit - KEYED_UNITS;
+  if ((unit == 0 || head >= 0) && head < HEADS && lane < PER && t < last) {  // a lane has a token
+    const int r = s.which ? s.which[t] : t;
+    const i64 slot = r < s.requests ? s.slots[r] : 0;
+    u16* log = slot > 0 && (!s.starts || unit == 0) ? log_of(s.conv, slot * s.conv_slot) : nullptr;
+    const int held = log && !(s.fresh && s.fresh[r]) ? held_of(log) : 0;
+    if (unit == 0 && slot > 0 && (!s.starts || t == s.starts[r])) counts[r] = held;
+    if (head >= 0 && slot > 0) {
+      const float per_step = MAMBA ? number<RATE_FLOAT>(rate, head) : -exponential(number<RATE_FLOAT>(rate, head));
+      const float step = softplus(plus(number<0>(a + i64(t) * a_row, head), number<BIAS_FLOAT>(dt_bias, head)));
+      const float taken = MAMBA ? step : sigmoid(number<0>(b + i64(t) * b_row, head));
+      const Two found{{exponential(times(per_step, step)), taken}};
+      *reinterpret_cast<Two*>(valued + (i64(t) * HEADS + head) * 2) = found;
+      if (!s.starts && held < CHUNK - 1)
+        for (int i = 0; i < 2; ++i) valued_of(log + held * LOG_ROW)[2 * head + i] = found.x[i];
+    }
+  }
+  const auto nothing = [](int, const float*, u16*) {};
+  if (head >= 0) {
+    if (head < HEADS)
+      convolve<PER, VALUES / 64, false>(
+          s, y, first, last, [&](int j) { return V_AT + head * VALUES + j * 64 + 2 * lane; }, nothing);
+  } else if (MAMBA) {
+    convolve<PER, 1, true>(
+        s, y, first, last, [&](int) { return (K_AT < Q_AT ? K_AT : Q_AT) + unit * 64 + 2 * lane; }, nothing);
+  } else {
+    constexpr int HALF = KEYS / 64;
+    convolve<PER, 2 * HALF, true>(
+        s, y, first, last,
+        [&](int j) { return (j < HALF ? Q_AT : K_AT) + unit * KEYS + (j % HALF) * 64 + 2 * lane; },
+        [&](int t, const float* got, u16* row) {
+          const float *q = got, *k = got + 2 * HALF;
+          const float of_k = root_reciprocal(plus(dot<2 * HALF>(k, k), 1e-6f));
+          const float of_q = times(root_reciprocal(plus(dot<2 * HALF>(q, q), 1e-6f)), SCALE);
+          if (lane) return;
+          *reinterpret_cast<Two*>(keyed + (i64(t) * KEY_HEADS + unit) * 2) = Two{{of_k, of_q}};
+          if (row) keyed_of(row)[unit] = of_k;
+        });
+  }
+}
+
+#if !defined(ONLY) || ONLY == 0
+// Block (tokens / per, units / 4). per: 8 in a step of prompts, else 1.
 KERNEL prepare(const u16* x, const u16* weight, const u16* bias, u16* conv, const u16* a, const u16* b,
                const void* rate, const void* dt_bias, u16* y, float* keyed, float* valued, const int* starts,
                const int* slots, const signed char* fresh, const int* which, i64 conv_slot, int tokens, int requests,
                int per, int x_row, int conv_row, int a_row, int b_row, int* counts) {
   const Step s{x, weight, bias, conv, starts, slots, fresh, which, tokens, requests, x_row, conv_row, conv_slot};
-  const int unit = block_y() * (THREADS / 32) + thread() / 32, lane = thread() % 32;
-  const int first = block_x() * per, last = first + per < tokens ? first + per : tokens;
-  if (EVERY > 1 && !starts && unit == 0 && lane == 0)
-    for (int t = first; t < last; ++t)
-      if (slots[t] > 0)
-        move_count(counts + t, log_of(conv, slots[t] * conv_slot), [](int n) { return n + 1 < EVERY ? n + 1 : 0; });
-  if (unit < KEY_HEADS) {
-    constexpr int HALF = KEYS / 64;
-    convolve<2 * HALF>(
-        s, y, first, last,
-        [&](int j) { return (j < HALF ? Q_AT : K_AT) + unit * KEYS + (j % HALF) * 64 + 2 * lane; },
-        [&](int t, const float* got) {
-          const float *q = got, *k = got + 2 * HALF;
-          const float both = dot<2 * HALF>(q, k);
-          Four found{{1.f, 1.f, both, 0.f}};
-          if (!MAMBA) {
-            found.x[0] = root_reciprocal(plus(dot<2 * HALF>(k, k), 1e-6f));
-            found.x[1] = times(root_reciprocal(plus(dot<2 * HALF>(q, q), 1e-6f)), SCALE);
-          }
-          if (lane == 0) *reinterpret_cast<Four*>(keyed + (i64(t) * KEY_HEADS + unit) * 4) = found;
-        });
-  } else if (unit < KEY_HEADS + HEADS) {
-    const int head = unit - KEY_HEADS;
-    convolve<VALUES / 64>(
-        s, y, first, last, [&](int j) { return V_AT + head * VALUES + j * 64 + 2 * lane; },
-        [&](int t, const float*) {
-          if (lane) return;
-          const float step = softplus(plus(number<0>(a + i64(t) * a_row, head), number<BIAS_FLOAT>(dt_bias, head)));
-          const float per_step = MAMBA ? number<RATE_FLOAT>(rate, head) : -exponential(number<RATE_FLOAT>(rate, head));
-          float* to = valued + (i64(t) * HEADS + head) * 2;
-          to[0] = exponential(times(per_step, step));
-          to[1] = MAMBA ? step : sigmoid(number<0>(b + i64(t) * b_row, head));
-        });
-  }
+  if (per == 8) prepare_tokens<8>(s, a, b, rate, dt_bias, y, keyed, valued, a_row, b_row, counts);
+  else prepare_tokens<1>(s, a, b, rate, dt_bias, y, keyed, valued, a_row, b_row, counts);
 }
+#endif
 
-// Block (requests, channels / 2 / THREADS): a thread reads all three inputs of its two channels before it writes.
-KERNEL keep_inputs(const u16* x, u16* conv, const int* starts, const int* slots, const signed char* fresh,
-                   i64 conv_slot, int x_row, int conv_row, int* counts) {
+#if !defined(ONLY) || ONLY == 1
+// Block (requests, channels / 2 / THREADS), after scan: a thread reads all three inputs of its two channels before it
+// writes.
+KERNEL keep_inputs(const u16* x, u16* conv, const u16* y, const float* keyed, const float* valued, const int* starts,
+                   const int* slots, const signed char* fresh, i64 conv_slot, int x_row, int conv_row,
+                   const int* counts) {
   const Step s{x, nullptr, nullptr, conv, starts, slots, fresh, nullptr, 0, 0, x_row, conv_row, conv_slot};
   const int r = block_x(), c = 2 * (block_y() * THREADS + thread());
   const i64 slot = slots[r];
   const int start = starts[r], end = starts[r + 1];
-  if (c >= CHANNELS || slot <= 0 || start == end) return;
-  if (EVERY > 1 && block_y() == 0 && thread() == 0) {
-    u16* log = log_of(conv, slot * conv_slot);
-    if (fresh && fresh[r]) *count_of(log) = 0;
-    move_count(counts + r, log, [](int) { return 0; });
+  if (slot <= 0 || start >= end) return;
+  u16* log = log_of(conv, slot * conv_slot);
+  // Position u of the request's tokens, counted from the start of the chunk that was open, is token u + base.
+  const int before = counts[r], total = before + end - start, opened = total / CHUNK * CHUNK, base = start - before;
+  const int first = before > opened ? before : opened;
+  if (block_y() == 0) {
+    for (int u = first; u < total; ++u) {
+      u16* row = log + u % CHUNK * LOG_ROW;
+      const i64 t = u + base;
+      if (!MAMBA)
+        for (int n = thread(); n < KEY_HEADS; n += THREADS) keyed_of(row)[n] = keyed[(t * KEY_HEADS + n) * 2];
+      for (int n = thread(); n < 2 * HEADS; n += THREADS) valued_of(row)[n] = valued[t * HEADS * 2 + n];
+    }
+    if (thread() == 0) *count_of(log) = total - opened;
   }
+  if (c >= CHANNELS) return;
   u32 found[3];
   for (int i = 0; i < 3; ++i) found[i] = input(s, end - 3 + i, start, slot, fresh && fresh[r], c);
   for (int i = 0; i < 3; ++i) *reinterpret_cast<u32*>(conv + slot * conv_slot + i * conv_row + c) = found[i];
+  const int logged = in_log(c);
+  if (logged < 0) return;
+  for (int u = first; u < total; ++u)
+    *reinterpret_cast<u32*>(log + u % CHUNK * LOG_ROW + logged) = pair_at(y + i64(u + base) * CHANNELS + c);
 }
-
-constexpr int KEY_PIECES = TILE * KEYS / 4 / THREADS;  // pieces of 8 numbers of q and k that a thread brings
-constexpr int VALUE_PIECES = (TILE * OWN / 8 + THREADS - 1) / THREADS;
-static_assert(TILE * KEYS / 4 % THREADS == 0 && TILE <= THREADS);
-
-// What a thread brings of a tile of tokens.
-struct Brought {
-#if !RAW
-  Eight keys[KEY_PIECES], values[VALUE_PIECES];
 #endif
-  Four keyed;
-  float decay, step;
+
+// A request's tokens from the start of the chunk that was open: `before` of the log, then token u + base of the step.
+struct Source {
+  const u16* y;
+  const float *keyed, *valued;
+  u16* log;
+  int base, before, total, head, row;
 };
 
-DEVICE void widen(float* to, const Eight& from) {
-  for (int half = 0; half < 2; ++half) {
-    const u32 a = from.pairs[2 * half], b = from.pairs[2 * half + 1];
-    *reinterpret_cast<Four*>(to + 4 * half) = Four{{low(a), high(a), low(b), high(b)}};
+// Brings TOKENS tokens from `first` on into shared memory, zeros after the last one. QUERIES: with their queries.
+template <int TOKENS, bool QUERIES = true>
+DEVICE void bring(Memory& m, int at, const Source& from, int first) {
+  const int group = from.head / (HEADS / KEY_HEADS);
+  constexpr int PIECES_OF_TOKEN = KEYS / (QUERIES ? 4 : 8);
+  for (int n = thread(); n < TOKENS * PIECES_OF_TOKEN; n += THREADS) {
+    const int token = n / PIECES_OF_TOKEN, piece = n % PIECES_OF_TOKEN, c = piece % (KEYS / 8) * 8, u = first + token;
+    const bool key = piece < KEYS / 8, old = u < from.before, wanted = u < from.total && (key || !old);
+    const u16* held = old ? from.log + u * LOG_ROW + group * KEYS + c
+                          : from.y + i64(u + from.base) * CHANNELS + (key ? K_AT : Q_AT) + group * KEYS + c;
+    copy_16((key ? m.keys : m.queries)[at][token] + c, wanted ? held : from.y, wanted);
   }
-}
-
-// each(to, from, i): piece i of keys or queries; likewise values.
-template <class Key, class Value>
-DEVICE void pieces(Memory& m, int at, const u16* y, int first, int end, int head, int row, Key each, Value value) {
-  const int group = head / (HEADS / KEY_HEADS);
-  for (int i = 0; i < KEY_PIECES; ++i) {
-    const int n = thread() + i * THREADS, t = n / (KEYS / 4), piece = n % (KEYS / 4);
-    const int c = piece % (KEYS / 8) * 8;
-    const u16* from = y + i64(first + t) * CHANNELS + (piece < KEYS / 8 ? K_AT : Q_AT) + group * KEYS + c;
-    each((piece < KEYS / 8 ? m.keys : m.queries)[at][t] + c, from, i, first + t < end);
+  for (int n = thread(); n < TOKENS * OWN / 8; n += THREADS) {
+    const int token = n / (OWN / 8), c = n % (OWN / 8) * 8, u = first + token, channel = from.head * VALUES + from.row + c;
+    const u16* held = u < from.before ? from.log + u * LOG_ROW + LOG_V + channel
+                                      : from.y + i64(u + from.base) * CHANNELS + V_AT + channel;
+    copy_16(m.values[at][token] + c, u < from.total ? held : from.y, u < from.total);
   }
-  for (int i = 0; i < VALUE_PIECES; ++i) {
-    const int n = thread() + i * THREADS, t = n / (OWN / 8), c = n % (OWN / 8) * 8;
-    if (n < TILE * OWN / 8)
-      value(m.values[at][t] + c, y + i64(first + t) * CHANNELS + V_AT + head * VALUES + row + c, i, first + t < end);
+  end_group();
+}
+
+// The numbers of one token: decay, step, 1/|k|, scale/|q|.
+DEVICE Four numbers_of(const Source& from, int u) {
+  Four got{{1.f, 0.f, 0.f, 0.f}};
+  if (u >= from.total) return got;
+  const int group = from.head / (HEADS / KEY_HEADS);
+  if (u < from.before) {
+    u16* row = from.log + u * LOG_ROW;
+    got.x[0] = valued_of(row)[2 * from.head];
+    got.x[1] = valued_of(row)[2 * from.head + 1];
+    if (!MAMBA) got.x[2] = keyed_of(row)[group];
+    return got;
   }
-}
-
-DEVICE void bring(Brought& b, Memory& m, int at, const u16* y, const float* keyed, const float* valued, int first,
-                  int end, int head, int row) {
-#if RAW
-  auto copy = [&](u16* to, const u16* from, int, bool wanted) { copy_16(to, wanted ? from : y, wanted); };
-  pieces(m, at, y, first, end, head, row, copy, copy);
-#else
-  pieces(
-      m, at, y, first, end, head, row,
-      [&](float*, const u16* from, int i, bool wanted) { if (wanted) b.keys[i] = *reinterpret_cast<const Eight*>(from); },
-      [&](float*, const u16* from, int i, bool wanted) { if (wanted) b.values[i] = *reinterpret_cast<const Eight*>(from); });
-#endif
-  const int t = first + thread();
-  if (thread() < TILE && t < end) {
-    b.keyed = *reinterpret_cast<const Four*>(keyed + (i64(t) * KEY_HEADS + head / (HEADS / KEY_HEADS)) * 4);
-    b.decay = valued[(i64(t) * HEADS + head) * 2];
-    b.step = valued[(i64(t) * HEADS + head) * 2 + 1];
-  }
-}
-
-// What a token's arithmetic needs of its numbers.
-struct Numbers {
-  float decay, scale, of_r, of_w, back;  // w = scale (v + back p); o = of_r r + of_w w
-};
-
-DEVICE Numbers fold(float decay, float step, const Four& keyed) {
-  if (MAMBA) return {decay, step, decay, keyed.x[2], 0.f};
-  return {decay, times(step, keyed.x[0]), times(decay, keyed.x[1]), times(keyed.x[2], keyed.x[1]),
-          -times(decay, keyed.x[0])};
-}
-
-// A lane's part of a token: its keys and queries, the values of its rows.
-struct Token {
-  float k[PER], q[PER], v[ROWS], own;  // own: the value of the lane's own row
-  Numbers n;
-};
-
-constexpr int EACH = SHARERS / ROWS;  // lanes that end with the same row
-
-// Sums over the lanes that share them. A lane keeps half of its rows at each step, until it has one.
-DEVICE float gather(float (&r)[ROWS], int slice) {
-  int distance = SHARERS / 2;
-#pragma unroll
-  for (int left = ROWS / 2; left; left /= 2, distance /= 2) {
-    const bool upper = slice & distance;
-#pragma unroll
-    for (int i = 0; i < left; ++i) {
-      const float sent = upper ? r[i] : r[left + i];
-      r[i] = plus(upper ? r[left + i] : r[i], swap(sent, distance));
-    }
-  }
-#pragma unroll
-  for (; distance; distance /= 2) r[0] = plus(r[0], swap(r[0], distance));
-  return r[0];
-}
-
-// Gives every lane the rows that the lanes have one of.
-DEVICE void scatter(float (&w)[ROWS], int slice) {
-  int distance = EACH;
-#pragma unroll
-  for (int held = 1; held < ROWS; held *= 2, distance *= 2) {
-    const bool upper = slice & distance;
-#pragma unroll
-    for (int i = 0; i < held; ++i) {
-      const float got = swap(w[i], distance);
-      w[held + i] = upper ? w[i] : got;
-      w[i] = upper ? got : w[i];
-    }
-  }
-}
-
-// The lane's own row of `of`.
-DEVICE float pick(const float (&of)[ROWS], int slice) {
-  float held[ROWS];
-  for (int i = 0; i < ROWS; ++i) held[i] = of[i];
-  int distance = SHARERS / 2;
-#pragma unroll
-  for (int left = ROWS / 2; left; left /= 2, distance /= 2)
-#pragma unroll
-    for (int i = 0; i < left; ++i) held[i] = slice & distance ? held[left + i] : held[i];
-  return held[0];
-}
-
-// Moves the state of ROWS rows over one token. Returns the output of the row that the lane owns, slice / EACH.
-DEVICE float advance(float (&s)[ROWS][PER], const Token& x, float skip, int slice, float& own_w) {
-  constexpr int HALF = PER / 2;
-  float w[ROWS], r[ROWS], own;
-  if (!MAMBA) {
-    float p[ROWS];
-    for (int i = 0; i < ROWS; ++i) {
-      float a = 0.f, b = 0.f;
-      for (int e = 0; e < HALF; ++e) a = fused(s[i][e], x.k[e], a), b = fused(s[i][HALF + e], x.k[HALF + e], b);
-      p[i] = plus(a, b);
-    }
-    if (SCATTER) {
-      own = times(x.n.scale, fused(x.n.back, gather(p, slice), x.own));
-      w[0] = own;
-      scatter(w, slice);
-    } else {
-      for (int distance = SHARERS / 2; distance; distance /= 2)
-        for (int i = 0; i < ROWS; ++i) p[i] = plus(p[i], swap(p[i], distance));
-      for (int i = 0; i < ROWS; ++i) w[i] = times(x.n.scale, fused(x.n.back, p[i], x.v[i]));
-    }
-  } else {
-    for (int i = 0; i < ROWS; ++i) w[i] = times(x.n.scale, x.v[i]);
-  }
-  for (int i = 0; i < ROWS; ++i) {
-    r[i] = 0.f;
-    for (int e = 0; e < PER; ++e) r[i] = fused(s[i][e], x.q[e], r[i]);
-    for (int e = 0; e < PER; ++e) s[i][e] = fused(w[i], x.k[e], times(x.n.decay, s[i][e]));
-  }
-  if (MAMBA) own = pick(x.v, slice);
-  else if (!SCATTER) own = pick(w, slice);
-  const float of_state = times(x.n.of_r, gather(r, slice));
-  own_w = MAMBA ? times(x.n.scale, own) : own;
-  if (!MAMBA) return fused(x.n.of_w, own, of_state);
-  return fused(skip, own, fused(x.n.of_w, own_w, of_state));
-}
-
-DEVICE void lay(Memory& m, int at, const Brought& b, const u16* y, int first, int end, int head, int row) {
-#if !RAW
-  pieces(
-      m, at, y, first, end, head, row, [&](float* to, const u16*, int i, bool) { widen(to, b.keys[i]); },
-      [&](float* to, const u16*, int i, bool) { widen(to, b.values[i]); });
-#endif
-  if (thread() < TILE) *reinterpret_cast<Numbers*>(m.numbers[at][thread()]) = fold(b.decay, b.step, b.keyed);
-}
-
-// N elements of shared memory, aligned to their size.
-template <int N>
-DEVICE void read(float* to, const float* from) {
-  if (N % 4 == 0) {
-    for (int i = 0; i < N; i += 4) {
-      const Four got = *reinterpret_cast<const Four*>(from + i);
-      for (int e = 0; e < 4; ++e) to[i + e] = got.x[e];
-    }
-  } else if (N == 2) {
-    const Pair got = *reinterpret_cast<const Pair*>(from);
-    to[0] = got.x[0], to[1] = got.x[1];
-  } else {
-    to[0] = from[0];
-  }
-}
-
-template <int N>
-DEVICE void read(float* to, const u16* from) {
-  if (N == 8) {
-    const Eight got = *reinterpret_cast<const Eight*>(from);
-    for (int e = 0; e < 4; ++e) to[2 * e] = low(got.pairs[e]), to[2 * e + 1] = high(got.pairs[e]);
-  } else if (N == 4) {
-    const Two got = *reinterpret_cast<const Two*>(from);
-    for (int e = 0; e < 2; ++e) to[2 * e] = low(got.pairs[e]), to[2 * e + 1] = high(got.pairs[e]);
-  } else if (N == 2) {
-    const u32 got = pair_at(from);
-    to[0] = low(got), to[1] = high(got);
-  } else {
-    to[0] = float_of(u32(from[0]) << 16);
-  }
-}
-
-DEVICE void take(Token& x, const Memory& m, int at, int t, int slice, int row) {
-  for (int j = 0; j < PER / 4; ++j) {
-    read<4>(x.k + 4 * j, m.keys[at][t] + 4 * (slice + SHARERS * j));
-    read<4>(x.q + 4 * j, m.queries[at][t] + 4 * (slice + SHARERS * j));
-  }
-  if (!MAMBA && SCATTER) read<1>(&x.own, m.values[at][t] + row + slice / EACH);
-  else read<ROWS>(x.v, m.values[at][t] + row);
-  const Four n = *reinterpret_cast<const Four*>(m.numbers[at][t]);
-  x.n = {n.x[0], n.x[1], n.x[2], n.x[3], MAMBA ? 0.f : m.numbers[at][t][4]};
-}
-
-#if STREAM
-DEVICE Four load_once(const float* from) {
-  Four got;
-  asm volatile("ld.global.cs.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(got.x[0]), "=f"(got.x[1]), "=f"(got.x[2]), "=f"(got.x[3]) : "l"(from));
+  const i64 t = u + from.base;
+  const Two two = *reinterpret_cast<const Two*>(from.valued + (t * HEADS + from.head) * 2);
+  got.x[0] = two.x[0];
+  got.x[1] = two.x[1];
+  if (MAMBA) return got;
+  const Two of_keys = *reinterpret_cast<const Two*>(from.keyed + (t * KEY_HEADS + group) * 2);
+  got.x[2] = of_keys.x[0];
+  got.x[3] = of_keys.x[1];
   return got;
 }
-DEVICE void store_once(float* to, const Four& v) {
-  asm volatile("st.global.cs.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x[0]), "f"(v.x[1]), "f"(v.x[2]), "f"(v.x[3]) : "memory");
-}
-#else
-DEVICE Four load_once(const float* from) { return *reinterpret_cast<const Four*>(from); }
-DEVICE void store_once(float* to, const Four& v) { *reinterpret_cast<Four*>(to) = v; }
-#endif
 
-// A lane's part of the state of ROWS rows.
-DEVICE void fill(float (&s)[ROWS][PER], const float* held, int slice) {
-  for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < PER / 4; ++j) {
-      const Four got = load_once(held + i * KEYS + 4 * (slice + SHARERS * j));
-      for (int e = 0; e < 4; ++e) s[i][4 * j + e] = got.x[e];
-    }
+DEVICE void lay(Memory& m, int at, int token, const Four& numbers) {
+  for (int i = 0; i < 4; ++i) m.numbers[at][token / CHUNK][i][token % CHUNK] = numbers.x[i];
 }
 
-DEVICE void put(const float (&s)[ROWS][PER], float* held, int slice) {
-  for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < PER / 4; ++j) {
-      Four given;
-      for (int e = 0; e < 4; ++e) given.x[e] = s[i][4 * j + e];
-      store_once(held + i * KEYS + 4 * (slice + SHARERS * j), given);
-    }
+// Two floats as two pairs of bf16: rounded, and the rest.
+struct Pieces { u32 first, second; };
+
+DEVICE Pieces split(float a, float b) {
+  const u32 first = round_pair(a, b);
+  return {first, round_pair(plus(a, -low(first)), plus(b, -high(first)))};
 }
 
-// Moves a lane's part of a state over the `rows` tokens that the slot's log holds. Loads FETCHED tokens before one is
-// computed.
-template <int FETCHED>
-DEVICE void replay(float (&s)[ROWS][PER], const u16* log, int rows, int head, int row, int slice) {
-#pragma unroll 1
-  for (int first = 0; first < rows; first += FETCHED) {
-    float w[FETCHED][ROWS], decay[FETCHED];
-    Two k[FETCHED][PER / 4];
+// The operand of multiply_add that has 16 rows of 8 tokens, in two pieces.
+DEVICE void operand(u32 (&a)[4], const float (&x)[4]) {
+  const Pieces upper = split(x[0], x[1]), lower = split(x[2], x[3]);
+  a[0] = upper.first, a[1] = lower.first, a[2] = upper.second, a[3] = lower.second;
+}
+
+// d [16 rows, 8 tokens i] += a [16 rows, 8 tokens j] of `operand`, times b_ij; a lane has b of i = lane / 4 and two j.
+DEVICE void add_product(float (&d)[4], const u32 (&a)[4], float b0, float b1) {
+  const Pieces b = split(b0, b1);
+  multiply_add(d, a, b.first, b.first);
+  multiply_add(d, a, b.second, b.second);
+}
+
+// Computes a chunk with the state s at its start, and moves s to its end if the chunk is `full`. A lane has, of 16 rows
+// of the state, s[j][h]: rows g and g + 8 (g = lane / 4) at positions 16 j + 8 h + 2 t and the next (t = lane % 4).
+// done(o): the outputs of rows g and g + 8 for the tokens 2 t and 2 t + 1. OUTPUTS: whether to compute them.
+template <bool OUTPUTS, class Done>
+DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* queries, const u16* values,
+                    const float* numbers, float skip, bool full, Done done) {
+  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
+  const u16* row = (lane < 16 ? keys : queries) + lane % 8 * KEY_ROW + lane / 8 % 2 * 8;
+  float sums[2][4] = {}, dots[4];  // k_g.k and q_g.k of the tokens 2 t and 2 t + 1
+  if (OUTPUTS) {
 #pragma unroll
-    for (int j = 0; j < FETCHED; ++j)
-      if (first + j < rows) {
-        const u16* at = log + (first + j) * LOG_ROW;
-        read<ROWS>(w[j], reinterpret_cast<const float*>(at) + head * VALUES + row);
-        for (int i = 0; i < PER / 4; ++i)
-          k[j][i] = *reinterpret_cast<const Two*>(
-              at + LOG_K + head / (HEADS / KEY_HEADS) * KEYS + 4 * (slice + SHARERS * i));
-        decay[j] = reinterpret_cast<const float*>(at + LOG_DECAY)[head];
+    for (int j = 0; j < GROUPS; ++j) {
+      u32 m[4];
+      load_matrices(m, row + 16 * j);
+      const u32 both[4] = {m[0], m[2], m[1], m[3]};
+      multiply_add(sums[j % 2], both, m[0], m[1]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) dots[i] = plus(sums[0][i], sums[1][i]);
+  float decay[CHUNK], until[2], after[2] = {1.f, 1.f}, within[2] = {1.f, 1.f}, whole = 1.f;
+  for (int i = 0; i < 2; ++i) {
+    const Four got = *reinterpret_cast<const Four*>(numbers + 4 * i);
+    for (int e = 0; e < 4; ++e) decay[4 * i + e] = got.x[e];
+  }
+#pragma unroll
+  for (int l = 0; l < CHUNK; ++l) {
+    whole = times(whole, decay[l]);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int i = 2 * t + e;
+      if (l <= i) until[e] = whole;
+      if (l > i) after[e] = times(after[e], decay[l]);
+      if (l > i && l <= g) within[e] = times(within[e], decay[l]);
+    }
+  }
+  const Two step = *reinterpret_cast<const Two*>(numbers + CHUNK + 2 * t);
+  Two of_k{{1.f, 1.f}}, of_q{{1.f, 1.f}};
+  float of_k_g = 1.f, of_q_g = 1.f;
+  if (!MAMBA) {
+    of_k = *reinterpret_cast<const Two*>(numbers + 2 * CHUNK + 2 * t);
+    of_q = *reinterpret_cast<const Two*>(numbers + 3 * CHUNK + 2 * t);
+    of_k_g = times(numbers[CHUNK + g], numbers[2 * CHUNK + g]);
+    of_q_g = numbers[3 * CHUNK + g];
+  }
+  float inverse[2], mixed[2], less[2];
+  for (int e = 0; e < 2; ++e) {
+    const int j = 2 * t + e;
+    const float common = MAMBA ? within[e] : times(of_k.x[e], within[e]);
+    mixed[e] = j <= g ? times(times(of_q_g, common), dots[2 + e]) : 0.f;
+    less[e] = j < g ? times(times(of_k_g, common), dots[e]) : 0.f;
+    inverse[e] = j == g ? 1.f : 0.f;
+  }
+  if (!MAMBA) {
+#pragma unroll
+    for (int j = 0; j < CHUNK - 1; ++j) {
+      const float by = -of_lane(less[j % 2], 4 * g + j / 2);
+      const float upper = of_lane(inverse[0], 4 * j + t), lower = of_lane(inverse[1], 4 * j + t);
+      inverse[0] = fused(by, upper, inverse[0]);
+      inverse[1] = fused(by, lower, inverse[1]);
+    }
+  }
+  float p[2][4] = {}, r[2][4] = {};
+  if (OUTPUTS) {
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+      u32 m[4], a[2][4];
+      load_matrices(m, row + 16 * j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Pieces held = split(s[j][i / 2][2 * (i % 2)], s[j][i / 2][2 * (i % 2) + 1]);
+        a[0][i] = held.first;
+        a[1][i] = held.second;
       }
 #pragma unroll
-    for (int j = 0; j < FETCHED; ++j)
-      if (first + j < rows)
-        for (int i = 0; i < ROWS; ++i)
-          for (int e = 0; e < PER; ++e) {
-            const u32 pair = k[j][e / 4].pairs[e % 4 / 2];
-            s[i][e] = fused(w[j][i], e % 2 ? high(pair) : low(pair), times(decay[j], s[i][e]));
-          }
+      for (int piece = 0; piece < PIECES; ++piece) {
+        if (!MAMBA) multiply_add(p[piece], a[piece], m[0], m[1]);
+        multiply_add(r[piece], a[piece], m[2], m[3]);
+      }
+    }
+  }
+  float v[4], w[4], o[4];
+  for (int i = 0; i < 4; ++i) {
+    const int e = i % 2, at = g + 8 * (i / 2);
+    v[i] = float_of(u32(values[(2 * t + e) * OWN_ROW + at]) << 16);
+    const float of_state = MAMBA ? 0.f : times(times(until[e], of_k.x[e]), plus(p[0][i], p[1][i]));
+    w[i] = times(step.x[e], plus(v[i], -of_state));
+    o[i] = times(times(until[e], of_q.x[e]), plus(r[0][i], r[1][i]));
+  }
+  u32 a[4];
+  if (OUTPUTS) {
+    operand(a, w);
+    if (!MAMBA) {
+      for (int i = 0; i < 4; ++i) w[i] = 0.f;
+      add_product(w, a, inverse[0], inverse[1]);
+      operand(a, w);
+    }
+    add_product(o, a, mixed[0], mixed[1]);
+    if (MAMBA)
+      for (int i = 0; i < 4; ++i) o[i] = fused(skip, v[i], o[i]);
+    done(o);
+  }
+  if (!full) return;
+  for (int i = 0; i < 4; ++i) w[i] = times(w[i], MAMBA ? after[i % 2] : times(of_k.x[i % 2], after[i % 2]));
+  operand(a, w);
+  const u16* column = keys + lane % 8 * KEY_ROW + lane / 8 * 8;
+#pragma unroll
+  for (int j = 0; j < GROUPS; j += 2) {
+    u32 m[4];
+    load_matrices_transposed(m, column + 16 * j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float more[4];
+      multiply(more, a, m[i], m[i]);
+      float(&held)[4] = s[j + i / 2][i % 2];
+      for (int e = 0; e < 4; ++e) held[e] = fused(held[e], whole, more[e]);
+    }
   }
 }
 
-// Block (HEADS * PARTS_OF_HEAD, requests). out [tokens, HEADS, VALUES] bf16, dense.
-KERNEL scan(const u16* y, const float* keyed, const float* valued, const void* d, float* states, u16* out,
-            const int* starts, const int* slots, const signed char* fresh, i64 state_slot, u16* conv, i64 conv_slot,
-            const int* counts) {
-  Memory& m = *reinterpret_cast<Memory*>(shared());
-  const int head = block_x() / PARTS_OF_HEAD, part = block_x() % PARTS_OF_HEAD, request = block_y();
-  const int lane = thread() % 32, slice = slice_of(lane), row = (thread() / 32 * GROUPS + group_of(lane)) * ROWS;
-  const int start = starts[request], end = starts[request + 1];
-  const i64 slot = slots[request];
-  u16* to = out + head * VALUES + part * OWN;
-  if (slot <= 0 || start >= end) return;
-  float* held = states + slot * state_slot + (i64(head) * VALUES + part * OWN + row) * KEYS;
-  float s[ROWS][PER] = {};
-  if (!fresh || !fresh[request]) {
-    fill(s, held, slice);
-    if (EVERY > 1) replay<1>(s, log_of(conv, slot * conv_slot), counts[request], head, part * OWN + row, slice);
-  }
-  const float skip = MAMBA ? number<D_FLOAT>(d, head) : 0.f;
-  Brought brought = {};
-  bring(brought, m, 0, y, keyed, valued, start, end, head, part * OWN);
-  if (RAW) end_group();
-  lay(m, 0, brought, y, start, end, head, part * OWN);
-  if (RAW) wait_groups<0>();
+// The warp's 16 rows of a state. A lane's four keys of a row lie at four positions (see place).
+DEVICE void fill(float (&s)[GROUPS][2][4], const float* held) {
+  const int lane = thread() % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+      const Four got = *reinterpret_cast<const Four*>(held + (lane / 4 + 8 * half) * KEYS + 16 * j + lane % 4 * 4);
+      for (int e = 0; e < 4; ++e) s[j][e / 2][2 * half + e % 2] = got.x[e];
+    }
+}
+
+DEVICE void put(const float (&s)[GROUPS][2][4], float* held) {
+  const int lane = thread() % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+      Four given;
+      for (int e = 0; e < 4; ++e) given.x[e] = s[j][e / 2][2 * half + e % 2];
+      *reinterpret_cast<Four*>(held + (lane / 4 + 8 * half) * KEYS + 16 * j + lane % 4 * 4) = given;
+    }
+}
+
+// Calls each(at, c, u) for the chunks of the tokens `first` to `last` of a request: chunk c of part `at` of shared memory
+// begins with token u. after(at, u) follows the chunks of a part, which begins with token u.
+template <bool QUERIES, class Each, class After>
+DEVICE void chunks_of(Memory& m, const Source& from, int first, int last, Each each, After after) {
+  bring<TILE, QUERIES>(m, 0, from, first);
+  if (thread() < TILE) lay(m, 0, thread(), numbers_of(from, first + thread()));
+  wait_groups<0>();
   barrier();
   int at = 0;
-  for (int first = start; first < end; first += TILE, at ^= 1) {
-    const int count = end - first < TILE ? end - first : TILE, after = first + TILE;
-    const bool more = after < end;
-    if (more) bring(brought, m, at ^ 1, y, keyed, valued, after, end, head, part * OWN);
-    if (RAW) end_group();
-    Token now;
-    if (AHEAD) take(now, m, at, 0, slice, row);
-#pragma unroll UNROLL
-    for (int t = 0; t < count; ++t) {
-      Token next;
-      if (AHEAD) take(next, m, at, t + 1 < TILE ? t + 1 : t, slice, row);
-      else take(now, m, at, t, slice, row);
-      float w;
-      const float o = advance(s, now, skip, slice, w);
-      if (slice % EACH == 0) m.out[at][t][row + slice / EACH] = u16(round_pair(o, 0.f));
-      if (AHEAD) now = next;
+  for (int u = first; u < last; u += TILE, at ^= 1) {
+    const bool more = u + TILE < last;
+    Four numbers;
+    if (more) {
+      bring<TILE, QUERIES>(m, at ^ 1, from, u + TILE);
+      if (thread() < TILE) numbers = numbers_of(from, u + TILE + thread());
     }
-    if (more) lay(m, at ^ 1, brought, y, after, end, head, part * OWN);
-    if (RAW) wait_groups<0>();
+    for (int c = 0; c < TILE && u + c < last; c += CHUNK) each(at, c, u + c);
+    if (more) {
+      if (thread() < TILE) lay(m, at ^ 1, thread(), numbers);
+      wait_groups<0>();
+    }
     barrier();
-    for (int n = thread(); n < count * (OWN / 8); n += THREADS)
-      *reinterpret_cast<Eight*>(to + i64(first + n / (OWN / 8)) * HEADS * VALUES + n % (OWN / 8) * 8) =
-          *reinterpret_cast<const Eight*>(m.out[at][n / (OWN / 8)] + n % (OWN / 8) * 8);
+    after(at, u);
   }
-  put(s, held, slice);
 }
 
-// The same for requests of one token each: no lane waits for another warp.
+// What a block has: 16 rows of a head's state for each warp, of one request, or of one of its segments.
+struct Place {
+  int head, part, row, request, segment;
+};
+
+DEVICE Place place_of(const int* segments) {
+  const int by = block_y(), row = thread() / 32 * 16;
+  return {block_x() / PARTS_OF_HEAD, block_x() % PARTS_OF_HEAD, row, segments ? segments[2 * by] : by,
+          segments ? segments[2 * by + 1] : 0};
+}
+
+DEVICE float* state_at(float* states, i64 slot, i64 state_slot, const Place& at) {
+  return states + slot * state_slot + (i64(at.head) * VALUES + at.part * OWN + at.row) * KEYS;
+}
+
+#if !defined(ONLY) || ONLY == 2
+// Block (HEADS * PARTS_OF_HEAD, requests). out [tokens, HEADS, VALUES] bf16, dense. With segments (see follow), the block
+// has a segment, whose state at the start is in `starting`, and writes no state.
+KERNEL scan(const u16* y, const float* keyed, const float* valued, const void* d, float* states, u16* out,
+            const int* starts, const int* slots, const signed char* fresh, i64 state_slot, u16* conv, i64 conv_slot,
+            const int* counts, const int* segments, const float* starting) {
+  Memory& m = *reinterpret_cast<Memory*>(shared());
+  const Place block = place_of(segments);
+  const int lane = thread() % 32, start = starts[block.request], end = starts[block.request + 1];
+  const i64 slot = slots[block.request];
+  if (slot <= 0 || start >= end) return;
+  const int before = counts[block.request], total = before + end - start, first = block.segment * SEGMENT;
+  const int last = segments && first + SEGMENT < total ? first + SEGMENT : total;
+  if (first >= last) return;
+  const bool begins = fresh && fresh[block.request];
+  float* held = state_at(states, slot, state_slot, block);
+  float s[GROUPS][2][4] = {};
+  if (segments) fill(s, state_at(const_cast<float*>(starting), block_y(), i64(HEADS) * VALUES * KEYS, block));
+  else if (!begins) fill(s, held);
+  const float skip = MAMBA ? number<D_FLOAT>(d, block.head) : 0.f;
+  const Source from{y, keyed, valued, log_of(conv, slot * conv_slot), start - before, before, total, block.head,
+                    block.part * OWN};
+  chunks_of<true>(
+      m, from, first, last,
+      [&](int at, int c, int u) {
+        advance<true>(s, m.keys[at][c], m.queries[at][c], m.values[at][c] + block.row, m.numbers[at][c / CHUNK][0],
+                      skip, u + CHUNK <= total, [&](const float (&o)[4]) {
+                        for (int i = 0; i < 4; ++i)
+                          m.out[at][c + lane % 4 * 2 + i % 2][block.row + lane / 4 + 8 * (i / 2)] =
+                              u16(round_pair(o[i], 0.f));
+                      });
+      },
+      [&](int at, int u) {
+        for (int n = thread(); n < TILE * (OWN / 8); n += THREADS) {
+          const int token = n / (OWN / 8), c = n % (OWN / 8) * 8, t = u + token;
+          if (t >= before && t < last)
+            *reinterpret_cast<Eight*>(out + (i64(t + from.base) * HEADS + block.head) * VALUES + block.part * OWN + c) =
+                *reinterpret_cast<const Eight*>(m.out[at][token] + c);
+        }
+      });
+  if (!segments && (begins || total >= CHUNK)) put(s, held);
+}
+#endif
+
+#if !defined(ONLY) || ONLY == 4
+// Before scan, where few long prompts would leave the device idle: the state of Mamba 2 does not depend on outputs. Block
+// (HEADS * PARTS_OF_HEAD, requests) follows a request's state, keeps it at each start of a segment, of SEGMENT tokens
+// from the start of the chunk that was open, and writes it at the end. segments [n, 2]: a request, and the number of one
+// of its segments; those of a request are neighbours, the first at firsts[request]. starting [n, HEADS, VALUES, KEYS].
+KERNEL follow(const u16* y, const float* valued, float* states, const int* starts, const int* slots,
+              const signed char* fresh, i64 state_slot, u16* conv, i64 conv_slot, const int* counts, const int* firsts,
+              float* starting) {
+  Memory& m = *reinterpret_cast<Memory*>(shared());
+  const Place block = place_of(nullptr);
+  const int start = starts[block.request], end = starts[block.request + 1];
+  const i64 slot = slots[block.request], size = i64(HEADS) * VALUES * KEYS;
+  if (slot <= 0 || start >= end) return;
+  const int before = counts[block.request], total = before + end - start;
+  const bool begins = fresh && fresh[block.request];
+  float* held = state_at(states, slot, state_slot, block);
+  float* to = state_at(starting, firsts[block.request], size, block);
+  float s[GROUPS][2][4] = {};
+  if (!begins) fill(s, held);
+  const Source from{y, nullptr, valued, log_of(conv, slot * conv_slot), start - before, before, total, block.head,
+                    block.part * OWN};
+  chunks_of<false>(
+      m, from, 0, total,
+      [&](int at, int c, int u) {
+        if (u % SEGMENT == 0) put(s, to + u / SEGMENT * size);
+        if (u + CHUNK <= total)
+          advance<false>(s, m.keys[at][c], nullptr, m.values[at][c] + block.row, m.numbers[at][c / CHUNK][0], 0.f, true,
+                         [](const float (&)[4]) {});
+      },
+      [](int, int) {});
+  if (begins || total >= CHUNK) put(s, held);
+}
+#endif
+
+#if !defined(ONLY) || ONLY == 3
+// The same for requests of one token each.
 KERNEL scan_one(const u16* y, const float* keyed, const float* valued, const void* d, float* states, u16* out,
                 const int* slots, i64 state_slot, u16* conv, i64 conv_slot, const int* counts) {
+  Memory& m = *reinterpret_cast<Memory*>(shared());
   const int head = block_x() / PARTS_OF_HEAD, part = block_x() % PARTS_OF_HEAD, request = block_y();
-  const int lane = thread() % 32, slice = slice_of(lane), row = (thread() / 32 * GROUPS + group_of(lane)) * ROWS;
+  const int lane = thread() % 32, row = thread() / 32 * 16;
   const i64 slot = slots[request];
-  u16* to = out + (i64(request) * HEADS + head) * VALUES + part * OWN + row;
+  u16* to = out + (i64(request) * HEADS + head) * VALUES + part * OWN;
   if (slot <= 0) {
-    if (slice == 0)
-      for (int i = 0; i < ROWS; ++i) to[i] = 0;
+    if (thread() < OWN) to[thread()] = 0;
     return;
   }
   float* held = states + slot * state_slot + (i64(head) * VALUES + part * OWN + row) * KEYS;
-  float s[ROWS][PER];
-  fill(s, held, slice);
-  const int group = head / (HEADS / KEY_HEADS);
-  const u16 *of_k = y + i64(request) * CHANNELS + K_AT + group * KEYS, *of_q = of_k + Q_AT - K_AT;
-  Token x;
-  for (int j = 0; j < PER / 4; ++j) {
-    const int c = 4 * (slice + SHARERS * j);
-    const Two k = *reinterpret_cast<const Two*>(of_k + c), q = *reinterpret_cast<const Two*>(of_q + c);
-    for (int e = 0; e < 2; ++e) {
-      x.k[4 * j + 2 * e] = low(k.pairs[e]), x.k[4 * j + 2 * e + 1] = high(k.pairs[e]);
-      x.q[4 * j + 2 * e] = low(q.pairs[e]), x.q[4 * j + 2 * e + 1] = high(q.pairs[e]);
-    }
-  }
-  const u16* of_v = y + i64(request) * CHANNELS + V_AT + head * VALUES + part * OWN + row;
-  read<ROWS>(x.v, of_v);
-  x.own = number<0>(of_v, slice / EACH);
-  const float* numbers = valued + (i64(request) * HEADS + head) * 2;
-  x.n = fold(numbers[0], numbers[1], *reinterpret_cast<const Four*>(keyed + (i64(request) * KEY_HEADS + group) * 4));
-  const int rows = EVERY > 1 ? counts[request] : 0;
+  float s[GROUPS][2][4];
+  fill(s, held);
+  const int before = counts[request];
   u16* log = log_of(conv, slot * conv_slot);
-  if (EVERY > 1) replay<FETCH>(s, log, rows, head, part * OWN + row, slice);
-  float w;
-  const float o = advance(s, x, MAMBA ? number<D_FLOAT>(d, head) : 0.f, slice, w);
-  if (slice % EACH == 0) to[slice / EACH] = u16(round_pair(o, 0.f));
-  if (rows == EVERY - 1) {
-    put(s, held, slice);
-    return;
-  }
-  u16* at = log + rows * LOG_ROW;
-  if (slice % EACH == 0) reinterpret_cast<float*>(at)[head * VALUES + part * OWN + row + slice / EACH] = w;
-  if (part == 0 && row == 0 && head % (HEADS / KEY_HEADS) == 0)
-    for (int j = 0; j < PER / 4; ++j) {
-      const int c = 4 * (slice + SHARERS * j);
-      *reinterpret_cast<Two*>(at + LOG_K + group * KEYS + c) = *reinterpret_cast<const Two*>(of_k + c);
-    }
-  if (part == 0 && thread() == 0) reinterpret_cast<float*>(at + LOG_DECAY)[head] = x.n.decay;
+  const Source from{y, keyed, valued, log, request - before, before, before + 1, head, part * OWN};
+  bring<CHUNK>(m, 0, from, 0);
+  if (thread() < CHUNK) lay(m, 0, thread(), numbers_of(from, thread()));
+  const float skip = MAMBA ? number<D_FLOAT>(d, head) : 0.f;
+  wait_groups<0>();
+  barrier();
+  const bool full = before == CHUNK - 1;
+  advance<true>(s, m.keys[0][0], m.queries[0][0], m.values[0][0] + row, m.numbers[0][0][0], skip, full,
+          [&](const float (&o)[4]) {
+            if (lane % 4 != before / 2) return;
+            to[row + lane / 4] = u16(round_pair(before % 2 ? o[1] : o[0], 0.f));
+            to[row + lane / 4 + 8] = u16(round_pair(before % 2 ? o[3] : o[2], 0.f));
+          });
+  if (full) put(s, held);
+  if (block_x() == 0 && thread() == 0) *count_of(log) = full ? 0 : before + 1;
 }
+#endif

@@ -1,7 +1,7 @@
-"""Gated delta nets and Mamba 2, one token after the other: compiles and launches recurrent.cu, which states shapes and
-order.
+"""Gated delta nets and Mamba 2, in chunks of eight tokens: compiles and launches recurrent.cu, which
+states shapes and order.
 
-The bits are the same for every tile (`rows`, `warps`), so the number of requests may choose it.
+The bits are the same for every tile (`warps`), so the number of requests may choose it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import nvrtc
-from .recurrent_layers import PER, PREPARE, SPREAD, WIDTH, Unfit, target, unfit
 
 if TYPE_CHECKING:
     import torch
 
-_SCANS = ("scan", "scan_one")
+CHUNK = 8  # tokens of a chunk
+_WIDTH = 4  # tokens of the convolution
+_PER = 8  # tokens of a warp in `prepare`, in a step of prompts
+_PREPARE = 128  # threads of a block of `prepare` and `keep_inputs`
+_SPREAD = 132 * 8  # warps that keep a device busy: with fewer, a warp gets fewer rows
+_KEYS, _VALUES = (64, 128, 256), (64, 128, 256)
+_ROWS = 16  # of a state, of a warp of `scan`
+SEGMENT = 512  # tokens of a segment of a long prompt
+_HELD = 132 * 12  # warps of `scan` that a device holds at once: with fewer, prompts are cut into segments
+KERNELS = ("prepare", "keep_inputs", "scan", "scan_one", "follow")
+
+
+class Unfit(ValueError):
+    """The kernels do not support a call's tensors; the message says why."""
 
 
 class Form(NamedTuple):
     """What recurrent.cu is compiled for.
 
-    keys, values: elements of a head. floats: which of rate, dt_bias and D are fp32, not bf16. lanes: that share a sum
-    over keys, a part of the order. every: a decode writes the state of each so many-th token, which changes no bit but
-    the slots' layout. rows: of a lane. warps: of a block of `scan`. The others: ways of a tile (see recurrent.cu).
+    keys, values: elements of a head. floats: which of rate, dt_bias and D are fp32, not bf16. pieces: of bf16 in which
+    a state enters products, a part of the order. What changes no bit: warps (of a block of `scan`), segment (tokens).
     """
 
     mamba: bool
@@ -35,27 +46,19 @@ class Form(NamedTuple):
     key_heads: int
     heads: int
     floats: tuple[bool, bool, bool]
-    rows: int = 2
+    pieces: int = 2
     warps: int = 4
-    lanes: int = 8
-    ahead: bool = True
-    unroll: int = 2
-    spread: bool = False
-    raw: bool = False
-    scatter: bool = False
-    stream: bool = False
-    every: int = 8
-    fetch: int = 3
+    segment: int = SEGMENT
 
     @property
     def tile(self) -> int:
         """Tokens that a block brings at once."""
-        return min(16, 2048 // self.keys, 512 * self.warps // self.keys)
+        return min(16, 2048 // self.keys)
 
     @property
     def parts(self) -> int:
         """Blocks of a head."""
-        return self.values * self.lanes // (32 * self.rows * self.warps)
+        return self.values // (_ROWS * self.warps)
 
     @property
     def channels(self) -> int:
@@ -63,10 +66,10 @@ class Form(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Rows of a slot's `conv`: the inputs before, and what is kept of the tokens since its state was written."""
-        row = 2 * self.heads * self.values + self.key_heads * self.keys + 2 * self.heads
-        log = (self.every - 1) * (-(-row // 8) * 8) + 8 if self.every > 1 else 0
-        return WIDTH - 1 + -(-log // self.channels)
+        """Rows of a slot's `conv`: the inputs before, and the log of the open chunk's tokens."""
+        row = self.heads * self.values + self.key_heads * self.keys + 2 * self.key_heads + 4 * self.heads
+        log = (CHUNK - 1) * (-(-row // 8) * 8) + 8
+        return _WIDTH - 1 + -(-log // self.channels)
 
     def defines(self, kernel: str) -> dict[str, object]:
         """The preprocessor macros of recurrent.cu."""
@@ -79,17 +82,9 @@ class Form(NamedTuple):
             "HEADS": self.heads,
             "SCALE": f"{self.keys**-0.5!r}f",
             "TILE": self.tile,
-            "SHARERS": self.lanes,
-            "ROWS": self.rows,
+            "PIECES": self.pieces,
             "WARPS": self.warps,
-            "AHEAD": int(self.ahead),
-            "UNROLL": self.unroll,
-            "SPREAD": int(self.spread),
-            "RAW": int(self.raw),
-            "SCATTER": int(self.scatter),
-            "STREAM": int(self.stream),
-            "EVERY": self.every,
-            "FETCH": self.fetch,
+            "SEGMENT": self.segment,
             "THREADS": self.threads(kernel),
             "RATE_FLOAT": rate,
             "BIAS_FLOAT": bias,
@@ -97,31 +92,87 @@ class Form(NamedTuple):
             "PARTS": 1,
             "INPUT": '"bf16"',
             "CONTRACT": 1,
+            "RESIDENT": self.resident(kernel),
+            "ONLY": KERNELS.index(kernel),
         }
 
+    def resident(self, kernel: str) -> int:
+        """Blocks that a multiprocessor shall hold at once, which bounds a thread's registers."""
+        if kernel == "prepare":  # a lane of gated delta nets has four channels of q and of k
+            warps = {64: 32, 128: 20}.get(self.values, 16) if self.mamba else 16
+        elif kernel == "keep_inputs":
+            warps = 32
+        else:
+            warps = 8 if self.keys > 128 else 16 if kernel == "scan_one" else 12
+        return max(1, warps * 32 // self.threads(kernel))
+
     def threads(self, kernel: str) -> int:
-        return 32 * self.warps if kernel.startswith("scan") else PREPARE
+        return _PREPARE if kernel in ("prepare", "keep_inputs") else 32 * self.warps
+
+    @property
+    def units(self) -> int:
+        """Warps of `prepare` for a token."""
+        return (2 * self.key_heads * self.keys // 64 if self.mamba else self.key_heads) + self.heads
 
     def shared_bytes(self) -> int:
-        """Of a block of `scan`."""
-        own = self.values // self.parts
-        return 2 * self.tile * ((2 if self.raw else 4) * (2 * self.keys + own) + 4 * 8 + 2 * own)
+        """Of a block of `scan` and `follow`."""
+        return 2 * self.tile * (4 * (self.keys + 8) + 4 * (_ROWS * self.warps + 8) + 16)
+
+
+def covers(keys: int, values: int, key_heads: int, heads: int, width: int) -> str:
+    """What of these sizes the kernels do not support, in words, or ""."""
+    if keys not in _KEYS or values not in _VALUES or heads % key_heads:
+        return f"heads of {keys} keys and {values} values, {key_heads} and {heads}; sizes of 64, 128 and 256 work"
+    return "" if width == _WIDTH else f"a convolution over {width} tokens; {_WIDTH} work"
+
+
+class Segments(NamedTuple):
+    """The segments of a step. table int32 [n, 2], firsts int32 [requests]: see recurrent.cu. prompts: requests that may
+    have many tokens."""
+
+    table: torch.Tensor
+    firsts: torch.Tensor
+    prompts: int
+
+
+def cut(starts: torch.Tensor, tokens: int, prompts: int, segment: int = SEGMENT) -> Segments | None:
+    """The segments of requests, None if they are short. starts: int32 [requests + 1], the first token of each."""
+    import torch
+
+    if tokens < 2 * segment * prompts:
+        return None
+    requests, spare = len(starts) - 1, segment + CHUNK - 2  # the chunk that was open has at most CHUNK - 1 tokens more
+    counts = (starts.diff() + spare) // segment
+    ends = counts.cumsum(0, dtype=torch.int32)
+    at = torch.arange((tokens + spare * requests) // segment, dtype=torch.int32, device=starts.device)
+    # Behind the last one, segments without tokens.
+    request = torch.searchsorted(ends, at, right=True, out_int32=True).clamp(max=requests - 1)
+    firsts = ends - counts
+    return Segments(torch.stack([request, at - firsts[request]], 1).to(torch.int32), firsts, prompts)
 
 
 def tiles(form: Form) -> tuple[Form, Form]:
-    """The form for few requests, and the form for many: more rows of a lane share what a warp loads of keys."""
-    return form._replace(rows=2, warps=4), form._replace(rows=2 if form.keys > 128 else 4, warps=4)
+    """The form for few requests, and the form for many: more warps of a block share what it loads of keys."""
+    return form._replace(warps=2), form._replace(warps=4)
 
 
 def choose(form: Form, requests: int) -> Form:
     """The form for a step of `requests` requests. It changes no bit."""
     few, many = tiles(form)
-    return many if requests * many.parts * many.warps * form.heads >= SPREAD else few
+    return many if requests * many.parts * many.warps * form.heads >= _SPREAD else few
 
 
 def choose_one(form: Form, requests: int) -> Form:
     """The form for a step of one token a request. It changes no bit."""
     return choose(form, requests)
+
+
+def _target(device: int) -> tuple[str, int]:
+    """What kernels for this device are compiled for: the architecture (e.g. sm_90), and CUDA's major version."""
+    import torch
+
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return arch, int(str(torch.version.cuda).split(".")[0])
 
 
 @functools.cache
@@ -137,9 +188,9 @@ def load(form: Form, kernel: str, device: int) -> nvrtc.Function:
     """A kernel, compiled and loaded on the device. Raises nvrtc.CompileError."""
     import torch
 
-    cubin = build(form, kernel, *target(device))
+    cubin = build(form, kernel, *_target(device))
     with torch.cuda.device(device):
-        shared = form.shared_bytes() if kernel == "scan" else 0
+        shared = 0 if kernel in ("prepare", "keep_inputs") else form.shared_bytes()
         return nvrtc.Function(cubin, kernel, form.threads(kernel), shared)
 
 
@@ -149,9 +200,10 @@ def prepare(form: Form, device: int) -> None:
     Raises nvrtc.CompileError.
     """
     few, many = tiles(form)
-    needed = [(form, "prepare"), (form, "keep_inputs"), *((tile, scan) for tile in (few, many) for scan in _SCANS)]
+    scans = ["scan", "scan_one", *["follow"] * form.mamba]
+    needed = [(few, "prepare"), (few, "keep_inputs"), *((tile, kernel) for tile in (few, many) for kernel in scans)]
     with ThreadPoolExecutor(len(needed)) as pool:
-        list(pool.map(lambda job: build(*job, *target(device)), needed))
+        list(pool.map(lambda job: build(*job, *_target(device)), needed))
     for job in needed:
         load(*job, device)
 
@@ -173,15 +225,17 @@ def run(
     starts: torch.Tensor | None,
     fresh: torch.Tensor | None,
     which: torch.Tensor | None,
+    segments: Segments | None = None,
 ) -> None:
     """The convolution and the recurrence over x [tokens, channels] (bf16), into out [tokens, heads, values], dense.
 
     a, b [tokens, heads]: bf16, before softplus and sigmoid; Mamba 2 has dt as a, and no b. rate, dt_bias, skip [heads]:
     A_log (Mamba 2: A), the bias of a, D. conv [slots, form.kept, channels] bf16 and states fp32 [slots, heads, values,
     keys] are updated in place. slots int32 [requests]. starts int32 [requests + 1], fresh int8 [requests], which int32
-    [tokens]: see recurrent.cu; all None in a step of one token a request. Raises Unfit before any work.
+    [tokens]: see recurrent.cu; all None in a step of one token a request. segments: of `cut`, which change no bit.
+    Raises Unfit before any work.
     """
-    if problem := unfit(form, out, x, weight, bias, a, b, conv, states, slots, logged=form.every > 1):
+    if problem := _unfit(form, out, x, weight, bias, a, b, conv, states, slots):
         raise Unfit(f"recurrent: {problem}")
     import torch
 
@@ -189,15 +243,16 @@ def run(
     if not tokens or not requests:
         return
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    keyed = torch.empty(tokens, form.key_heads, 4, dtype=torch.float32, device=x.device)
+    keyed = torch.empty(tokens, form.key_heads, 2, dtype=torch.float32, device=x.device)
     valued = torch.empty(tokens, form.heads, 2, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, form.channels, dtype=x.dtype, device=x.device)
-    per = 1 if starts is None else PER
-    counts = torch.empty(requests, dtype=torch.int32, device=x.device) if form.every > 1 else None
+    counts = torch.empty(requests, dtype=torch.int32, device=x.device)
+    per = 1 if starts is None else _PER
     at = lambda *held: [c_void_p(None if t is None else t.data_ptr()) for t in held]  # noqa: E731
     ints = lambda *held: [c_int(n) for n in held]  # noqa: E731
-    load(form, "prepare", device)(
-        (-(-tokens // per), -(-(form.key_heads + form.heads) // (PREPARE // 32))),
+    few, _ = tiles(form)
+    load(few, "prepare", device)(
+        (-(-tokens // per), -(-form.units // (_PREPARE // 32))),
         stream,
         [
             *at(x, weight, bias, conv, a, b, rate, dt_bias, y, keyed, valued, starts, slots, fresh, which),
@@ -206,21 +261,67 @@ def run(
             *at(counts),
         ],
     )
-    if starts is not None:
-        load(form, "keep_inputs", device)(
-            (requests, -(-form.channels // (2 * PREPARE))),
-            stream,
-            [
-                *at(x, conv, starts, slots, fresh),
-                c_longlong(conv.stride(0)),
-                *ints(x.stride(0), conv.stride(1)),
-                *at(counts),
-            ],
-        )
     given = at(y, keyed, valued, skip, states, out)
     last = [c_longlong(states.stride(0)), *at(conv), c_longlong(conv.stride(0)), *at(counts)]
     if starts is None:
-        form, kernel, more = choose_one(form, requests), "scan_one", at(slots)
-    else:
-        form, kernel, more = choose(form, requests), "scan", at(starts, slots, fresh)
-    load(form, kernel, device)((form.heads * form.parts, requests), stream, [*given, *more, *last])
+        tile = choose_one(form, requests)
+        load(tile, "scan_one", device)((form.heads * tile.parts, requests), stream, [*given, *at(slots), *last])
+        return
+    more, blocks, starting = at(starts, slots, fresh), requests, None
+    if segments is not None and form.mamba and segments.prompts * form.heads * form.values // _ROWS < _HELD:
+        tile, blocks = choose(form, requests), len(segments.table)
+        starting = torch.empty(blocks, *states.shape[1:], dtype=torch.float32, device=x.device)
+        load(tile, "follow", device)(
+            (form.heads * tile.parts, requests),
+            stream,
+            [*at(y, valued, states), *more, *last, *at(segments.firsts, starting)],
+        )
+    tile, table = choose(form, blocks), None if starting is None else segments.table
+    load(tile, "scan", device)(
+        (form.heads * tile.parts, blocks), stream, [*given, *more, *last, *at(table, starting)]
+    )
+    load(few, "keep_inputs", device)(
+        (requests, -(-form.channels // (2 * _PREPARE))),
+        stream,
+        [
+            *at(x, conv, y, keyed, valued, starts, slots, fresh),
+            c_longlong(conv.stride(0)),
+            *ints(x.stride(0), conv.stride(1)),
+            *at(counts),
+        ],
+    )
+
+
+def _unfit(
+    form: Form,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor | None,
+    conv: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+) -> str:
+    """Why the kernels do not support these arguments of `run`; empty if they do."""
+    import torch
+
+    held = [t for t in (out, x, weight, bias, a, b, conv) if t is not None]
+    if any(t.dtype != torch.bfloat16 or t.stride(-1) != 1 for t in held) or states.dtype != torch.float32:
+        return "inputs are not in bf16, or states not in fp32, or elements do not lie side by side"
+    if tuple(states.shape[1:]) != (form.heads, form.values, form.keys) or not states[0].is_contiguous():
+        return f"states {tuple(states.shape)} are not {form}"
+    if x.shape[1] != form.channels or tuple(conv.shape[1:]) != (form.kept, form.channels):
+        return f"{tuple(x.shape)} inputs over {tuple(conv.shape)}"
+    if not out.is_contiguous() or not weight.is_contiguous() or out.numel() != len(x) * form.heads * form.values:
+        return "out or weight is not dense"
+    if any(t.data_ptr() % 4 or t.stride(0) % 2 for t in (x, conv)) or conv.stride(1) % 2:
+        return "rows of inputs are not aligned to 4 bytes"
+    if conv.stride(1) != form.channels or conv.data_ptr() % 16 or conv.stride(0) % 8:
+        return "inputs of a slot are not dense and aligned to 16 bytes"
+    if states.data_ptr() % 16 or states.stride(0) % 4 or out.data_ptr() % 16:
+        return "states or out are not aligned to 16 bytes"
+    if slots.dtype != torch.int32 or not slots.is_contiguous() or len(slots) > 65535:
+        return "slots are not int32, side by side, or too many"
+    return ""

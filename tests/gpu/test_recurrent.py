@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bi_patch.kernels.cuda import recurrent
+from bi_patch.kernels.cuda import causal_conv, mamba1, recurrent
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -54,7 +54,7 @@ def test_cuts_company_and_graphs(form):
     layer = Layer(form)
     (want,) = layer.step((1, 0, TOKENS))
     state = layer.states[1].clone()
-    for cut in (1, 2, 64, 100, 332):
+    for cut in (1, 2, 8, 64, 100, 332):
         parts = layer.step((2, 0, cut)) + layer.step((2, cut, TOKENS))
         assert torch.equal(torch.cat(parts), want) and torch.equal(layer.states[2], state)
     beside = layer.step((3, 0, 1), (4, 0, 17), (2, 0, TOKENS), (5, 0, 64), (6, 0, 300))
@@ -69,10 +69,55 @@ def test_cuts_company_and_graphs(form):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layer.run(out, x, a, b, slots)
-    for i in range(TOKENS - 201):
+    for i in range(TOKENS - 200):
         for held, t in zip((x, a, b), layer.inputs, strict=True):
             held.copy_(t[[n + i for n in at[:3]] + [0]])
         graph.replay()
         assert all(torch.equal(out[row], want[n + i]) for row, n in enumerate(at[:3])) and not out[3].any()
-    (last,) = layer.step((1, TOKENS - 1, TOKENS))  # a step of prompts writes the state
-    assert torch.equal(last, want[-1:]) and torch.equal(layer.states[1], state)
+    assert torch.equal(layer.states[1], state)  # of the last whole chunk
+
+
+def test_cuts_and_decodes_of_short_convolutions():
+    torch.manual_seed(5)
+    form = causal_conv.Form(2048, 3, True)
+    rand = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()  # noqa: E731
+    x, weight, bias, conv = rand(TOKENS, 3 * 2048), rand(2048, 3), rand(2048), torch.zeros(4, 2, 2048).cuda().bfloat16()
+
+    def step(*requests):
+        sizes = [last - first for _, first, last in requests]
+        which = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(torch.int32).cuda()
+        fresh = torch.tensor([first == 0 for _, first, _ in requests], dtype=torch.int8, device="cuda")
+        given = torch.cat([x[first:last] for _, first, last in requests]), weight, bias, conv
+        slots, starts = ints(*(slot for slot, *_ in requests)), ints(0, *sizes).cumsum(0).to(torch.int32)
+        return causal_conv.run(form, *given, slots, starts, fresh, which).split(sizes)
+
+    (want,) = step((1, 0, TOKENS))
+    state = conv[1].clone()
+    got = [step((3, 0, 17), (2, 0, 100))[1], *step((2, 100, 200))]
+    for t in range(200, TOKENS):
+        got.append(causal_conv.run(form, x[[0, t]], weight, bias, conv, ints(0, 2), None, None, None)[1:])
+    assert torch.equal(torch.cat(got), want) and torch.equal(conv[2], state)
+
+
+def test_cuts_and_decodes_of_mamba_1():
+    torch.manual_seed(5)
+    channels = 8192
+    rand = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()  # noqa: E731
+    tokens = [rand(TOKENS, n) for n in (channels, channels, 16, 16, channels)]
+    parameters = -torch.rand(channels, 16, device="cuda"), *torch.randn(2, channels, device="cuda")
+    states = torch.zeros(4, channels, 16, device="cuda")
+
+    def step(*requests):
+        sizes = [last - first for _, first, last in requests]
+        fresh = torch.tensor([first == 0 for _, first, _ in requests], dtype=torch.int8, device="cuda")
+        given = [torch.cat([t[first:last] for _, first, last in requests]) for t in tokens]
+        slots, starts = ints(*(slot for slot, *_ in requests)), ints(0, *sizes).cumsum(0).to(torch.int32)
+        return mamba1.run(*given, *parameters, states, slots, starts, fresh).split(sizes)
+
+    (want,) = step((1, 0, TOKENS))
+    state = states[1].clone()
+    got = [step((3, 0, 17), (2, 0, 100))[1], *step((2, 100, 200))]
+    for t in range(200, TOKENS):
+        given = [held[[0, t]] for held in tokens]
+        got.append(mamba1.run(*given, *parameters, states, ints(0, 2), None, None)[1:])
+    assert torch.equal(torch.cat(got), want) and torch.equal(states[2], state)

@@ -1,4 +1,4 @@
-"""Gated delta nets and Mamba 2 on CUDA by bundled kernels: token by token (kernels/cuda/recurrent.cu) or in chunks."""
+"""Gated delta nets and Mamba 2 on CUDA by bundled kernels, in chunks at fixed positions (kernels/cuda/recurrent.cu)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bi_patch.ops.registration import define
 if TYPE_CHECKING:
     import torch
 
-    from bi_patch.kernels.cuda.recurrent import Form
+    from bi_patch.kernels.cuda.recurrent import Form, Segments
 
 
 @dataclass(frozen=True)
@@ -19,47 +19,38 @@ class Spans:
 
     slots: int32 [requests], the state of each request; 0 and below are skipped. starts: int32 [requests + 1], the first
     token of each request. fresh: int8 [requests], 1 where a request starts at position 0. which: int32 [tokens], the
-    request of a token. In a step of one token a request, all but slots are None.
+    request of a token. segments: of long prompts. In a step of one token a request, all but slots are None.
     """
 
     slots: torch.Tensor
     starts: torch.Tensor | None = None
     fresh: torch.Tensor | None = None
     which: torch.Tensor | None = None
+    segments: Segments | None = None
 
 
-def spans(slots: torch.Tensor, starts: torch.Tensor, fresh: torch.Tensor, tokens: int) -> Spans:
-    """Spans of a step in which prompts run. starts [requests + 1] and slots [requests] of any int dtype."""
+def spans(slots: torch.Tensor, starts: torch.Tensor, fresh: torch.Tensor, tokens: int, prompts: int) -> Spans:
+    """Spans of a step in which prompts run. starts [requests + 1] and slots [requests] of any int dtype. prompts: the
+    number of requests that are no decodes."""
     import torch
+
+    from bi_patch.kernels.cuda.recurrent import cut
 
     starts = starts.to(torch.int32).contiguous()
     at = torch.arange(tokens, dtype=torch.int32, device=slots.device)
     which = torch.searchsorted(starts[1:].contiguous(), at, right=True, out_int32=True)
-    return Spans(slots.to(torch.int32).contiguous(), starts, fresh.to(torch.int8).contiguous(), which)
+    held = slots.to(torch.int32).contiguous(), starts, fresh.to(torch.int8).contiguous(), which
+    return Spans(*held, cut(starts, tokens, prompts))
 
 
-def _kernels(chunked: bool):
-    from bi_patch.kernels.cuda import recurrent, recurrent_chunks
-
-    return recurrent_chunks if chunked else recurrent
-
-
-def _kernels_of(form: Form):
-    from bi_patch.kernels.cuda import recurrent_chunks
-
-    return _kernels(isinstance(form, recurrent_chunks.Form))
-
-
-def form(mamba: bool, keys: int, values: int, key_heads: int, heads: int, rate, dt_bias, skip, chunked=False) -> Form:
-    """What the kernels are compiled for, for a layer with these sizes and parameters (skip: D, or None).
-
-    chunked: the kernels that take eight tokens at a time (recurrent_chunks.cu), not one after the other
-    (recurrent.cu).
-    """
+def form(mamba: bool, keys: int, values: int, key_heads: int, heads: int, rate, dt_bias, skip) -> Form:
+    """What the kernels are compiled for, for a layer with these sizes and parameters (skip: D, or None)."""
     import torch
 
+    from bi_patch.kernels.cuda.recurrent import Form
+
     floats = tuple(t is not None and t.dtype == torch.float32 for t in (rate, dt_bias, skip))
-    return _kernels(chunked).Form(mamba, keys, values, key_heads, heads, floats)
+    return Form(mamba, keys, values, key_heads, heads, floats)
 
 
 def inputs_of(form: Form) -> tuple[int, int]:
@@ -67,22 +58,22 @@ def inputs_of(form: Form) -> tuple[int, int]:
     return form.kept, form.channels
 
 
-def kept(mamba: bool, inputs: tuple[int, int], state: tuple[int, int, int], chunked=False) -> tuple[int, int]:
+def kept(mamba: bool, inputs: tuple[int, int], state: tuple[int, int, int]) -> tuple[int, int]:
     """The shape of a slot's inputs, with what the kernels keep beside them. inputs: (rows, channels) of the
     convolution. state: (heads, values, keys). Sizes that the kernels do not support keep their shape."""
-    from bi_patch.kernels.cuda.recurrent_layers import covers
+    from bi_patch.kernels.cuda.recurrent import Form, covers
 
     rows, channels = inputs
     heads, values, keys = state
     key_heads, rest = divmod(channels - heads * values, 2 * keys)
     if rest or key_heads < 1 or covers(keys, values, key_heads, heads, rows + 1):
         return inputs
-    return inputs_of(_kernels(chunked).Form(mamba, keys, values, key_heads, heads, (True, False, False)))
+    return inputs_of(Form(mamba, keys, values, key_heads, heads, (True, False, False)))
 
 
 def uncovered(keys: int, values: int, key_heads: int, heads: int, width: int) -> str:
     """What of these sizes the kernels do not compute, in words, or ""."""
-    from bi_patch.kernels.cuda.recurrent_layers import covers
+    from bi_patch.kernels.cuda.recurrent import covers
 
     return covers(keys, values, key_heads, heads, width)
 
@@ -91,10 +82,10 @@ def prepare(form: Form) -> str:
     """Compile and load the kernels for the current device: no capture of a CUDA graph may. Returns what failed."""
     import torch
 
-    from bi_patch.kernels.cuda import nvrtc
+    from bi_patch.kernels.cuda import nvrtc, recurrent
 
     try:
-        _kernels_of(form).prepare(form, torch.cuda.current_device())
+        recurrent.prepare(form, torch.cuda.current_device())
     except nvrtc.CompileError as error:
         return str(error)
     return ""
@@ -102,8 +93,10 @@ def prepare(form: Form) -> str:
 
 def run(form, out, x, weight, bias, a, b, rate, dt_bias, skip, conv, states, spans: Spans) -> None:
     """The convolution and the recurrence of a layer's step; arguments as in kernels/cuda/recurrent.py."""
-    step = spans.slots, spans.starts, spans.fresh, spans.which
-    _kernels_of(form).run(form, out, x, weight, bias, a, b, rate, dt_bias, skip, conv, states, *step)
+    from bi_patch.kernels.cuda import recurrent
+
+    step = spans.slots, spans.starts, spans.fresh, spans.which, spans.segments
+    recurrent.run(form, out, x, weight, bias, a, b, rate, dt_bias, skip, conv, states, *step)
 
 
 def define_ops() -> None:

@@ -6,11 +6,10 @@ layer (`recurrent.cpu_layers`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
+from bi_patch.platforms.features.model import Feature, refused, row, served, untried
 
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
@@ -62,13 +61,6 @@ def _jamba(config: Any) -> bool:
     return "JambaForCausalLM" in (getattr(config.model_config, "architectures", None) or ())
 
 
-def _in_chunks(config: Any) -> str:
-    """Whether gated delta nets or Mamba 2 run in chunks of eight tokens."""
-    asked = os.environ.get("BI_PATCH_RECURRENT") == "chunks"
-    kind = any(_asked(name)(config) for name in ("gated delta nets", "Qwen3.5", "Mamba 2"))
-    return "recurrent layers in chunks (BI_PATCH_RECURRENT=chunks)" if asked and kind else ""
-
-
 RECURRENT: tuple[Feature, ...] = (
     row(
         "gated delta nets (Qwen3-Next)",
@@ -118,30 +110,17 @@ RECURRENT: tuple[Feature, ...] = (
         asked=lambda config: _asked("Mamba 2")(config) and _eager(config) and "Mamba 2 in eager mode",
     ),
     row(
-        "recurrent layers in chunks (BI_PATCH_RECURRENT=chunks)",
-        cpu=absent("the CPU has one form"),
-        cuda=(
-            _OLD,
-            refused(
-                "the kernels were compared alone; `verify` has compared no engine with them",
-                todo="Leave BI_PATCH_RECURRENT out",
-            ),
-        ),
-        ascend=_CHUNKS,
-        asked=_in_chunks,
-    ),
-    row(
         "short convolutions (LFM2)",
         short="LFM2",
         cpu=_TINY,
-        cuda=_CHUNKS,
+        cuda=(_OLD, untried("the kernels have no run")),
         ascend=_CHUNKS,
         asked=_asked("short convolutions"),
     ),
     row(
         "short convolutions, compiled",
         cpu=untried("the same kernel"),
-        cuda=_CHUNKS,
+        cuda=(_OLD, untried("the kernels have no run")),
         ascend=_CHUNKS,
         asked=lambda config: (
             _asked("short convolutions")(config) and not _eager(config) and "compiled short convolutions"
@@ -151,21 +130,21 @@ RECURRENT: tuple[Feature, ...] = (
         "Mamba 1 (Mamba, Falcon-Mamba, Jamba)",
         short="Mamba, Falcon-Mamba, Jamba",
         cpu=served(_MAMBA_1, why="tiny shapes with random weights, in bf16"),
-        cuda=_CHUNKS,
+        cuda=(_OLD, untried("the kernels have no run")),
         ascend=_CHUNKS,
         asked=_asked("Mamba 1"),
     ),
     row(
         "Mamba 1, compiled",
         cpu=served(_MAMBA_1, why="Mamba and Falcon-Mamba; Jamba has a row of its own"),
-        cuda=_CHUNKS,
+        cuda=(_OLD, untried("the kernels have no run")),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 1")(config) and not _eager(config) and "compiled Mamba 1",
     ),
     row(
         "Jamba, compiled",
         cpu=untried("measured in eager mode"),
-        cuda=_CHUNKS,
+        cuda=(_OLD, untried("the kernels have no run")),
         ascend=_CHUNKS,
         asked=lambda config: _jamba(config) and not _eager(config) and "compiled Jamba",
     ),

@@ -1,4 +1,4 @@
-"""Layers with a recurrent state on CUDA: the bundled kernels run the tokens of a request one after the other."""
+"""Layers with a recurrent state on CUDA: the chunks of the bundled kernels lie at fixed positions of a request."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from bi_patch.seams import active
 from bi_patch.seams.model import Seam, Target
 
 _RELEASES = ">=0.33"
-_BACKENDS = frozenset({"GDN_ATTN", "MAMBA2"})  # vLLM's names of the states that the kernels keep
+# vLLM's names of the states that the kernels keep
+_BACKENDS = frozenset({"GDN_ATTN", "MAMBA1", "MAMBA2", "SHORT_CONV"})
 _FOLDER = "vllm.model_executor.layers.mamba"
 _GDN = f"{_FOLDER}.gdn.qwen_gdn_linear_attn"
 _LAYER = "QwenGatedDeltaNetAttention"
 _MIXER = f"{_FOLDER}.mamba_mixer2"
+_MIXER_1, _SHORT = f"{_FOLDER}.mamba_mixer", f"{_FOLDER}.short_conv"
 _UTILS, _SHAPES = f"{_FOLDER}.mamba_utils", "MambaStateShapeCalculator"
 
 
@@ -68,7 +70,7 @@ def _spans(meta):
     if not meta.num_prefills:
         return recurrent.Spans(slots[:tokens].contiguous())
     starts = meta.non_spec_query_start_loc[: len(slots) + 1]
-    return recurrent.spans(slots, starts, ~meta.has_initial_state[: len(slots)], tokens)
+    return recurrent.spans(slots, starts, ~meta.has_initial_state[: len(slots)], tokens, meta.num_prefills)
 
 
 @_once
@@ -87,27 +89,21 @@ def _spans_in_two(meta):
         slots = torch.cat([meta.state_indices_tensor_d[:decodes, 0], slots])
         starts = torch.cat([torch.arange(decodes, dtype=starts.dtype, device=starts.device), starts])
         fresh = torch.cat([torch.zeros(decodes, dtype=torch.bool, device=fresh.device), fresh])
-    return recurrent.spans(slots, starts, fresh, decodes + meta.num_prefill_tokens)
-
-
-def _chunked() -> bool:
-    return active.recurrent == "chunks"
+    return recurrent.spans(slots, starts, fresh, decodes + meta.num_prefill_tokens, prompts)
 
 
 def _form_of_delta(layer):
     from bi_patch.ops.cuda import recurrent
 
     heads = layer.num_k_heads // layer.tp_size, layer.num_v_heads // layer.tp_size
-    return recurrent.form(
-        False, layer.head_k_dim, layer.head_v_dim, *heads, layer.A_log, layer.dt_bias, None, _chunked()
-    )
+    return recurrent.form(False, layer.head_k_dim, layer.head_v_dim, *heads, layer.A_log, layer.dt_bias, None)
 
 
 def _form_of_mamba2(layer):
     from bi_patch.ops.cuda import recurrent
 
     sizes = layer.ssm_state_size, layer.head_dim, layer.n_groups // layer.tp_size, layer.num_heads // layer.tp_size
-    return recurrent.form(True, *sizes, layer.A, layer.dt_bias, layer.D, _chunked())
+    return recurrent.form(True, *sizes, layer.A, layer.dt_bias, layer.D)
 
 
 def _core(original):
@@ -167,8 +163,114 @@ def _mamba2(original):
     return conv_ssm_forward
 
 
+def _short_conv(original):
+    """ShortConv.forward_cuda: the bundled kernel between the two projections, for prompts and decodes alike."""
+    from bi_patch.ops.cuda import causal_conv
+
+    @functools.wraps(original)
+    def forward_cuda(self, hidden_states, output):
+        meta = _of_step(self)
+        if meta is None:
+            return original(self, hidden_states=hidden_states, output=output)
+        tokens, weight = meta.num_decode_tokens + meta.num_prefill_tokens, self.conv.weight
+        y = causal_conv.run(
+            self.in_proj(hidden_states[:tokens])[0],
+            weight.view(weight.size(0), weight.size(-1)),
+            self.conv.bias,
+            self.kv_cache[0],
+            _spans_in_two(meta),
+            gated=True,
+        )
+        output[:tokens] = self.out_proj(y)[0]
+
+    return forward_cuda
+
+
+def _mamba1(original):
+    """MambaMixer.forward_impl: the convolution and Mamba 1's recurrence, for prompts and decodes alike."""
+    from bi_patch.ops.cuda import causal_conv, mamba1
+
+    @functools.wraps(original)
+    def forward_impl(self, hidden_states, output):
+        meta = _of_step(self)
+        if meta is None:
+            return original(self, hidden_states, output)
+        spans, tokens = _spans_in_two(meta), meta.num_decode_tokens + meta.num_prefill_tokens
+        inputs, gate = self.in_proj(hidden_states[:tokens])[0].chunk(2, dim=-1)
+        weight, (conv_states, states) = self.conv1d.weight, self.kv_cache
+        weight = weight.view(weight.size(0), weight.size(-1))
+        x = causal_conv.run(inputs, weight, self.conv1d.bias, conv_states, spans, gated=False)
+        dt, b, c = self._ssm_transform(x)
+        parameters = self.A.float(), self.D.float(), self._time_proj_bias()
+        output[:tokens] = self.out_proj(mamba1.run(x, dt.T, b, c, gate, *parameters, states, spans))[0]
+
+    return forward_impl
+
+
+def _shape(dtypes, unknown, prepare):
+    """get_state_shape of a layer: refuse what the kernels do not compute, and compile them before any step."""
+
+    def close(original):
+        @functools.wraps(original)
+        def get_state_shape(self):
+            if found := unknown(self) or _unknown_cache(self, self.cache_config, dtypes()):
+                raise UnsupportedFeature(f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {found}")
+            if failed := prepare(self):
+                raise UnsupportedFeature(
+                    f"recurrent.cuda_states: the kernels of recurrent layers did not compile: {failed}"
+                )
+            return original(self)
+
+        return get_state_shape
+
+    return close
+
+
+def _inputs_only():
+    import torch
+
+    return (torch.bfloat16,)
+
+
+def _inputs_and_state():
+    import torch
+
+    return torch.bfloat16, torch.float32
+
+
+def _unknown_short_conv(layer) -> str:
+    """What the kernel does not compute of a short convolution, in words, else ""."""
+    from bi_patch.ops.cuda import causal_conv
+
+    return causal_conv.uncovered(layer.conv.weight.size(0), layer.L_cache)
+
+
+def _prepare_short_conv(layer) -> str:
+    from bi_patch.ops.cuda import causal_conv
+
+    return causal_conv.prepare(layer.conv.weight.size(0), layer.L_cache, gated=True)
+
+
+def _unknown_mamba1(layer) -> str:
+    """What the kernels do not compute of a Mamba 1 layer, in words, else ""."""
+    from bi_patch.ops.cuda import causal_conv, mamba1
+
+    if layer.activation not in ("silu", "swish"):
+        return f"the activation {layer.activation}; silu works"
+    channels = layer.conv1d.weight.size(0)
+    return causal_conv.uncovered(channels, layer.conv_kernel_size) or mamba1.uncovered(layer.ssm_state_size)
+
+
+def _prepare_mamba1(layer) -> str:
+    from bi_patch.ops.cuda import causal_conv, mamba1
+
+    channels = layer.conv1d.weight.size(0)
+    failed = causal_conv.prepare(channels, layer.conv_kernel_size, gated=False)
+    return failed or mamba1.prepare(channels, layer.ssm_state_size)
+
+
 def _kept(mamba: bool):
-    """A shape of MambaStateShapeCalculator: a slot also keeps the tokens since its state was written."""
+    """A shape of MambaStateShapeCalculator: a slot also keeps the tokens of its open chunk."""
 
     def close(original):
         function = original.__func__
@@ -182,7 +284,7 @@ def _kept(mamba: bool):
             inputs, state = function(cls, *args, **kwargs)
             if is_conv_state_dim_first():  # refused when the layers say what they cache
                 return inputs, state
-            return recurrent.kept(mamba, inputs, state, _chunked()), state
+            return recurrent.kept(mamba, inputs, state), state
 
         return classmethod(state_shape)
 
@@ -199,11 +301,6 @@ def _states(form_of, unknown):
 
             from bi_patch.ops.cuda import recurrent
 
-            if _chunked():
-                raise UnsupportedFeature(
-                    "recurrent.cuda_states: bi_patch does not serve BI_PATCH_RECURRENT=chunks: its kernels were "
-                    "compared alone, and `verify` has compared no engine with them. Leave BI_PATCH_RECURRENT out"
-                )
             if found := unknown(self) or _unknown_states(self, vllm_config):
                 raise UnsupportedFeature(f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {found}")
             if tuple(self.get_state_shape()[0]) != recurrent.inputs_of(form := form_of(self)):
@@ -225,18 +322,25 @@ def _states(form_of, unknown):
 def _unknown_states(layer, config) -> str:
     """What the kernels do not keep of a layer's states, in words, else ""."""
     import torch
-    from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 
-    dtypes = layer.get_state_dtype()
     if config.model_config.dtype != torch.bfloat16:
         return f"inputs in {config.model_config.dtype}. Use --dtype bfloat16"
-    if tuple(dtypes) != (torch.bfloat16, torch.float32) or is_conv_state_dim_first():
+    return _unknown_cache(layer, config.cache_config, (torch.bfloat16, torch.float32))
+
+
+def _unknown_cache(layer, config, dtypes) -> str:
+    """The same of the cache. dtypes: of the states that the kernels keep."""
+    from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+
+    found = tuple(layer.get_state_dtype())
+    if found != dtypes or is_conv_state_dim_first():
+        way = "--mamba-ssm-cache-dtype float32 " * (len(dtypes) > 1)
         return (
-            f"states kept in {dtypes}. Use --mamba-ssm-cache-dtype float32 --mamba-cache-dtype auto, and unset "
+            f"states kept in {found}. Use --dtype bfloat16 {way}--mamba-cache-dtype auto, and unset "
             "VLLM_SSM_CONV_STATE_LAYOUT"
         )
-    if config.cache_config.mamba_cache_mode not in ("none", "align"):
-        return f"the cache mode {config.cache_config.mamba_cache_mode!r}. Use --mamba-cache-mode align"
+    if config.mamba_cache_mode not in ("none", "align"):
+        return f"the cache mode {config.mamba_cache_mode!r}. Use --mamba-cache-mode align"
     return ""
 
 
@@ -330,7 +434,10 @@ def _seam(name: str, module: str, qualname: str, close, how: str, copies=(), ser
     )
 
 
-_TOKENS = "the bundled kernels take one token after the other, in prompts and decodes, and keep the state in fp32"
+_TOKENS = (
+    "the bundled kernels place chunks of eight tokens by position, compute an open chunk again with each token, and "
+    "keep the state in fp32"
+)
 _ENDS = "a step ends where a state is cached, and other dtypes of states are refused"
 _NORMS = "vllm.model_executor.layers.layernorm"
 
@@ -340,7 +447,7 @@ SEAMS = (
         "vllm.v1.attention.selector",
         "get_mamba_attn_backend",
         _backend,
-        "gated delta nets and Mamba 2 may start",
+        "gated delta nets, Mamba 1, Mamba 2 and short convolutions may start",
         (f"{_FOLDER}.abstract",),
     ),
     _seam("recurrent.cuda_gated_delta_net", _GDN, f"{_LAYER}._forward_core", _core, _TOKENS, serves=(_LAYER,)),
@@ -351,7 +458,7 @@ SEAMS = (
             _UTILS,
             f"{_SHAPES}.{method}",
             _kept(mamba),
-            "a slot also keeps the tokens since its state was written, so that not each decode writes it",
+            "a slot also keeps the tokens of its open chunk, so that the state is written at the ends of chunks only",
         )
         for name, method, mamba in (
             ("gated_delta_net", "gated_delta_net_state_shape", False),
@@ -371,6 +478,36 @@ SEAMS = (
         _MIXER,
         "MambaMixer2.get_kv_cache_spec",
         _states(_form_of_mamba2, _unknown_mamba2),
+        _ENDS,
+    ),
+    _seam(
+        "recurrent.cuda_short_conv",
+        _SHORT,
+        "ShortConv.forward_cuda",
+        _short_conv,
+        "a bundled kernel takes a request's own inputs in one order, in prompts and decodes",
+        serves=("ShortConv",),
+    ),
+    _seam(
+        "recurrent.cuda_short_conv_states",
+        _SHORT,
+        "ShortConv.get_state_shape",
+        _shape(_inputs_only, _unknown_short_conv, _prepare_short_conv),
+        _ENDS,
+    ),
+    _seam(
+        "recurrent.cuda_mamba1",
+        _MIXER_1,
+        "MambaMixer.forward_impl",
+        _mamba1,
+        "the bundled kernels take one token after the other, in prompts and decodes, and keep the state in fp32",
+        serves=("MambaMixer",),
+    ),
+    _seam(
+        "recurrent.cuda_mamba1_states",
+        _MIXER_1,
+        "MambaMixer.get_state_shape",
+        _shape(_inputs_and_state, _unknown_mamba1, _prepare_mamba1),
         _ENDS,
     ),
     *(

@@ -65,12 +65,12 @@ def rounded_states(engine: LocalEngine):
     return replaced(recurrent, name, make)
 
 
-def lanes_by_batch(engine: LocalEngine):
-    """The number of requests decides how many lanes share a sum over keys, as an autotuned tile would."""
+def pieces_by_batch(engine: LocalEngine):
+    """The number of requests decides how a state enters products, as an autotuned kernel would."""
     from bi_patch.kernels.cuda import recurrent
 
     def make(held):
-        return lambda form, requests: held(form, requests)._replace(lanes=8 if requests == 1 else 16)
+        return lambda form, requests: held(form, requests)._replace(pieces=2 if requests == 1 else 1)
 
     return replaced(recurrent, "choose", make)
 
@@ -94,6 +94,6 @@ def _fault(name, plant, axis="chunk budget", platforms=BOTH, emulated=()) -> Fau
 FAULTS = (
     _fault("chunks from the scheduler's cut", chunks_from_the_cut),
     _fault("states saved between chunk boundaries", rounded_states, emulated=BOTH),
-    _fault("tile of a recurrence by the batch", lanes_by_batch, "batch size", (CUDA,), emulated=(CUDA,)),
+    _fault("tile of a recurrence by the batch", pieces_by_batch, "batch size", (CUDA,), emulated=(CUDA,)),
 )
 ON_CPU = tuple(fault for fault in FAULTS if CPU in fault.platforms)

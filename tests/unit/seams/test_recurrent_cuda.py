@@ -7,6 +7,7 @@ import torch
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.kernels.cuda.recurrent import Form
+from bi_patch.ops.cuda import causal_conv, mamba1
 from bi_patch.ops.cuda import recurrent as ops
 from bi_patch.seams.cuda import recurrent
 
@@ -161,7 +162,7 @@ def test_what_the_kernels_do_not_compute_is_refused(mamba, changed, said):
         recurrent._states(None, unknown)(lambda self, config: None)(layer, config)
 
 
-def test_a_slot_has_room_for_the_tokens_since_its_state_was_written():
+def test_a_slot_has_room_for_the_tokens_of_its_open_chunk():
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator as Shapes
 
     def both(mamba, name, *given):
@@ -171,7 +172,7 @@ def test_a_slot_has_room_for_the_tokens_since_its_state_was_written():
     for ranks in (1, 2):
         stock, ours = both(False, "gated_delta_net_state_shape", ranks, 16, 32, 128, 128, 4)
         form = Form(False, 128, 128, 16 // ranks, 32 // ranks, (True, False, False))
-        assert ours == (ops.inputs_of(form), stock[1]) and ours[0] == (12, 8192 // ranks)
+        assert ours == (ops.inputs_of(form), stock[1]) and ours[0] == (9, 8192 // ranks)
     stock, ours = both(True, "mamba2_state_shape", 1, 8192, 1, 128, 64, 128, 4)
     assert ours == (ops.inputs_of(Form(True, 128, 64, 1, 128, (True, False, False))), stock[1])
     for given in ((1, 16, 32, 96, 128, 4), (1, 16, 32, 128, 128, 3), (1, 16, 32, 128, 128, 4, 2)):  # refused at start
@@ -179,36 +180,111 @@ def test_a_slot_has_room_for_the_tokens_since_its_state_was_written():
         assert ours == stock
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("unknown", [recurrent._unknown_delta, recurrent._unknown_mamba2])
-def test_no_engine_takes_the_kernels_in_chunks(monkeypatch, unknown, eager):
-    from bi_patch.seams import active
+def test_short_convolutions_run_between_their_projections(monkeypatch):
+    from vllm import forward_context
 
-    monkeypatch.setattr(active, "recurrent", "chunks")
-    held = DELTA | MAMBA
-    layer = SimpleNamespace(prefix="model.layers.0", get_state_dtype=lambda: held["states"], **held)
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(dtype=torch.bfloat16, enforce_eager=eager),
-        cache_config=SimpleNamespace(mamba_cache_mode="align"),
+    given = []
+    monkeypatch.setattr(causal_conv, "run", lambda *args, gated: given.append((*args, gated)) or args[0][:, :4])
+    layer = SimpleNamespace(
+        prefix="layer",
+        in_proj=lambda x: (x.repeat(1, 3), None),
+        out_proj=lambda y: (2 * y, None),
+        conv=SimpleNamespace(weight=torch.zeros(4, 1, 3), bias=None),
+        kv_cache=("conv",),
     )
-    with pytest.raises(UnsupportedFeature, match="recurrent.cuda_states: .*BI_PATCH_RECURRENT=chunks.*Leave"):
-        recurrent._states(None, unknown)(lambda self, config: None)(layer, config)
+    meta = SimpleNamespace(
+        num_decode_tokens=1,
+        num_prefills=1,
+        num_prefill_tokens=2,
+        state_indices_tensor_d=ints(4, 0).view(1, 2),
+        state_indices_tensor_p=ints(8),
+        query_start_loc_p=ints(0, 2),
+        has_initial_states_p=torch.tensor([False]),
+    )
+    held = SimpleNamespace(attn_metadata={"layer": meta})
+    monkeypatch.setattr(forward_context, "get_forward_context", lambda: held)
+    output = torch.zeros(5, 4)
+    recurrent._short_conv(lambda *_: None)(layer, torch.ones(5, 4), output)
+    x, weight, bias, conv, spans, gated = given[0]
+    assert x.shape == (3, 12) and weight.shape == (4, 3) and bias is None and conv == "conv" and gated
+    assert spans.slots.tolist() == [4, 8] and spans.starts.tolist() == [0, 1, 3] and spans.fresh.tolist() == [0, 1]
+    assert output.sum(1).tolist() == [8, 8, 8, 0, 0]
+    held.attn_metadata = None  # vLLM profiles
+    profiled = recurrent._short_conv(lambda self, hidden_states, output: "profiled")
+    assert profiled(layer, torch.ones(5, 4), output) == "profiled" and len(given) == 1
 
 
-def test_the_kernels_in_chunks_would_be_taken_with_forms_of_their_own(monkeypatch):
-    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator as Shapes
+def test_mamba_1_runs_between_its_projections(monkeypatch):
+    from vllm import forward_context
 
-    from bi_patch.kernels.cuda import recurrent_chunks
-    from bi_patch.seams import active
+    given = []
+    monkeypatch.setattr(causal_conv, "run", lambda *args, gated: given.append((*args, gated)) or args[0])
+    monkeypatch.setattr(mamba1, "run", lambda *args: given.append(args) or args[0])
+    layer = SimpleNamespace(
+        prefix="layer",
+        in_proj=lambda x: (torch.cat([x, 5 * x], 1), None),
+        out_proj=lambda y: (2 * y, None),
+        conv1d=SimpleNamespace(weight=torch.zeros(4, 1, 3), bias="bias"),
+        A=torch.zeros(4, 8),
+        D=torch.zeros(4).bfloat16(),
+        _time_proj_bias=lambda: "dt_bias",
+        _ssm_transform=lambda x: (x.T, x[:, :1], x[:, 1:2]),
+        kv_cache=("conv", "states"),
+    )
+    meta = SimpleNamespace(num_decode_tokens=3, num_prefills=0, num_prefill_tokens=0)
+    meta.state_indices_tensor_d = ints(4, 0, 7, 0, 0, 0).view(3, 2)
+    monkeypatch.setattr(forward_context, "get_forward_context", lambda: SimpleNamespace(attn_metadata={"layer": meta}))
+    output = torch.zeros(5, 4)
+    recurrent._mamba1(lambda *_: None)(layer, torch.ones(5, 4), output)
+    inputs, weight, bias, conv, spans, gated = given[0]
+    assert inputs.shape == (3, 4) and weight.shape == (4, 3) and (bias, conv, gated) == ("bias", "conv", False)
+    x, dt, b, c, gate, rate, skip, dt_bias, states, again = given[1]
+    assert x.shape == dt.shape == (3, 4) and b.shape == c.shape == (3, 1) and gate.eq(5).all() and again is spans
+    assert rate.shape == (4, 8) and skip.dtype == torch.float32 and (dt_bias, states) == ("dt_bias", "states")
+    assert spans.slots.tolist() == [4, 7, 0] and spans.starts is None
+    assert output.sum(1).tolist() == [8, 8, 8, 0, 0]
 
-    monkeypatch.setattr(active, "recurrent", "chunks")
-    layer = SimpleNamespace(num_k_heads=16, num_v_heads=32, head_k_dim=128, head_v_dim=128, tp_size=1)
-    layer.A_log, layer.dt_bias = torch.zeros(32), torch.zeros(32).bfloat16()
-    form = recurrent._form_of_delta(layer)
-    assert form == recurrent_chunks.Form(False, 128, 128, 16, 32, (True, False, False))
-    made = recurrent._kept(False)(vars(Shapes)["gated_delta_net_state_shape"])
-    assert made.__func__(Shapes, 1, 16, 32, 128, 128, 4)[0] == ops.inputs_of(form) == (9, 8192)
-    ran = []
-    monkeypatch.setattr(recurrent_chunks, "run", lambda *given: ran.append(given))
-    ops.run(form, *range(11), ops.Spans("slots"))
-    assert ran == [(form, *range(11), "slots", None, None, None)]
+
+LAYERS = {
+    "short": (recurrent._inputs_only, recurrent._unknown_short_conv, recurrent._prepare_short_conv),
+    "Mamba 1": (recurrent._inputs_and_state, recurrent._unknown_mamba1, recurrent._prepare_mamba1),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"L_cache": 9, "conv_kernel_size": 9}, "over 9 tokens"),
+        ({"states": (torch.float32,)}, "--dtype bfloat16"),
+        ({"mode": "all"}, "--mamba-cache-mode align"),
+        ({"failed": "no NVRTC"}, "did not compile: no NVRTC"),
+        ({"activation": "gelu"}, "gelu"),
+        ({"ssm_state_size": 24}, "24 states"),
+    ],
+)
+def test_other_layers_that_the_kernels_do_not_compute_are_refused(monkeypatch, kind, changed, said):
+    if kind == "short" and {"activation", "ssm_state_size"} & set(changed):
+        pytest.skip("only Mamba 1 has it")
+    dtypes, unknown, prepare = LAYERS[kind]
+    held = {"L_cache": 3, "conv_kernel_size": 4, "states": dtypes(), "mode": "align", "failed": ""}
+    held |= {"activation": "silu", "ssm_state_size": 16}
+    monkeypatch.setattr(causal_conv, "prepare", lambda *_, gated: "")
+    monkeypatch.setattr(mamba1, "prepare", lambda *_: "")
+
+    def layer(held):
+        monkeypatch.setattr(causal_conv, "prepare", lambda *_, gated: held["failed"])
+        weight = SimpleNamespace(weight=torch.zeros(4, 1, 3))
+        return SimpleNamespace(
+            prefix="model.layers.0",
+            conv=weight,
+            conv1d=weight,
+            cache_config=SimpleNamespace(mamba_cache_mode=held["mode"]),
+            get_state_dtype=lambda: held["states"],
+            **held,
+        )
+
+    get_state_shape = recurrent._shape(dtypes, unknown, prepare)(lambda _: "shape")
+    assert get_state_shape(layer(held)) == "shape"
+    with pytest.raises(UnsupportedFeature, match=f"recurrent.cuda_states: .*{said}"):
+        get_state_shape(layer(held | changed))

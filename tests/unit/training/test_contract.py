@@ -34,7 +34,6 @@ def agreed(model):
         **devices.implementation("cpu").kernels(),
         "attention": attentions(model.config.num_hidden_layers, "CPU_ATTN"),
         "mla": None,
-        "recurrent": None,
         "dtype": "float32",
         "quantization": None,
         "lora": False,
@@ -78,7 +77,6 @@ def test_a_trainer_with_an_adapter_needs_a_sampler_that_takes_adapters(model, ag
         ("attention", {"attn": "CPU_ATTN"}),
         ("runner", "V3"),
         ("mla", "two"),
-        ("recurrent", "tokens"),
     ],
 )
 def test_the_first_difference_is_named(model, agreed, name, value):
@@ -126,7 +124,7 @@ def test_another_model(model, agreed):
 
 
 @pytest.mark.parametrize(
-    "cut", [{}, None, "model", "attention", "rank_sums", "mla", "recurrent", "model.rope_parameters"]
+    "cut", [{}, None, "model", "attention", "rank_sums", "mla", "model.rope_parameters"]
 )
 def test_an_empty_or_cut_contract_is_no_contract(model, agreed, tmp_path, cut):
     if not cut:
@@ -220,19 +218,15 @@ def test_the_engines_side():
     assert found["attention"] == {"layers.0": "CPU_ATTN"} and found["dtype"] == "bfloat16"
     assert found["rank_sums"] == "none" and not found["compiled"] and not found["lora"] and found["runner"] == "V1"
     assert found["model"]["layer_types"] == ["a", "b"] and found["model"]["head_dim"] is None
-    assert found["mla"] is None and found["recurrent"] is None
+    assert found["mla"] is None
 
 
-def test_settings_that_choose_kernels_are_told(monkeypatch):
-    plain, latent, hybrid = SimpleNamespace(), SimpleNamespace(use_mla=True), SimpleNamespace(is_hybrid=True)
-    for form, kernels in (("two", "tokens"), ("one", "chunks")):
+def test_the_form_of_mla_is_told(monkeypatch):
+    plain, latent = SimpleNamespace(), SimpleNamespace(use_mla=True)
+    for form in ("two", "one"):
         monkeypatch.setattr(made.active, "mla", form)
-        monkeypatch.setattr(made.active, "recurrent", kernels)
-        assert made._by_setting(plain, "cuda") == {"mla": None, "recurrent": None}
-        assert made._by_setting(latent, "cuda") == {"mla": form, "recurrent": None}
-        assert made._by_setting(hybrid, "cuda") == {"mla": None, "recurrent": kernels}
-        for model in (latent, hybrid):  # one form
-            assert made._by_setting(model, "cpu") == {"mla": None, "recurrent": None}
+        assert made._form_of_mla(plain, "cuda") is None and made._form_of_mla(latent, "cuda") == form
+        assert made._form_of_mla(latent, "cpu") is None  # one form
 
 
 def test_ranks_on_cpu_are_added_in_rank_order(model, agreed):

@@ -289,6 +289,11 @@ DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   w.together.arrive_and_wait();
 }
 
+DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  for (float& value : d) value = 0.f;
+  multiply_add(d, a, b0, b1);
+}
+
 // Wide instructions: the four warps of a warpgroup do not share outputs, so each is emulated alone. A product happens
 // when a thread waits for it, with the weights that its registers and the rows that its memory hold then.
 DEVICE unsigned char* shared_1024() { return shared(); }

@@ -16,18 +16,20 @@ LAUNCH = {
     "const void* dt, u16* y, float* keyed, float* valued, const int* starts, const int* slots, const signed char* "
     "fresh, const int* which, i64 conv_slot, int tokens, int requests, int per, int x_row, int conv_row, int a_row, "
     "int b_row, int* counts",
-    "keep_inputs": "const u16* x, u16* conv, const int* starts, const int* slots, const signed char* fresh, i64 "
-    "conv_slot, int x_row, int conv_row, int* counts",
+    "keep_inputs": "const u16* x, u16* conv, const u16* y, const float* keyed, const float* valued, const int* starts, "
+    "const int* slots, const signed char* fresh, i64 conv_slot, int x_row, int conv_row, const int* counts",
+    "follow": "const u16* y, const float* valued, float* states, const int* starts, const int* slots, const signed char* "
+    "fresh, i64 state_slot, u16* conv, i64 conv_slot, const int* counts, const int* firsts, float* starting",
     "scan": "const u16* y, const float* keyed, const float* valued, const void* d, float* states, u16* out, const int* "
-    "starts, const int* slots, const signed char* fresh, i64 state_slot, u16* conv, i64 conv_slot, const int* counts",
+    "starts, const int* slots, const signed char* fresh, i64 state_slot, u16* conv, i64 conv_slot, const int* counts, "
+    "const int* segments, const float* starting",
     "scan_one": "const u16* y, const float* keyed, const float* valued, const void* d, float* states, u16* out, const "
     "int* slots, i64 state_slot, u16* conv, i64 conv_slot, const int* counts",
 }
 
 
-def build(folder: Path, form: recurrent.Form) -> ctypes.CDLL:
+def build(folder: Path, form: recurrent.Form, threads: int) -> ctypes.CDLL:
     """The kernels for the CPU: each kernel's name, with the grid before the kernel's arguments."""
-    assert form.threads("scan") == form.threads("prepare")
     text = f'#include "emulate.h"\n#include "{KERNELS / "recurrent.cu"}"\n'
     for kernel, parameters in LAUNCH.items():
         names = ", ".join(part.replace("*", " ").split()[-1] for part in parameters.split(","))
@@ -35,12 +37,14 @@ def build(folder: Path, form: recurrent.Form) -> ctypes.CDLL:
             f'extern "C" void run_{kernel}(int blocks_x, int blocks_y, {parameters}) {{\n'
             f"  run_grid(blocks_x, blocks_y, THREADS, [&] {{ {kernel}({names}); }});\n}}\n"
         )
-    source = folder / f"recurrent-{abs(hash(form))}.cpp"
+    source = folder / f"recurrent-{abs(hash(form))}-{threads}.cpp"
     source.write_text(text + 'extern "C" int shared_bytes() { return sizeof(Memory); }\n')
     library = source.with_suffix(".so")
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
     command += [f"-I{Path(__file__).parent}", str(source), "-o", str(library)]
-    command += [f"-D{name}={value}" for name, value in form.defines("scan").items()]
+    command += [
+        f"-D{name}={value}" for name, value in (form.defines("scan") | {"THREADS": threads}).items() if name != "ONLY"
+    ]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
@@ -50,10 +54,11 @@ def emulated(tmp_path, monkeypatch):
     built = {}
 
     def load(form, kernel, device):
-        if form not in built:
-            built[form] = build(tmp_path, form)
-            assert built[form].shared_bytes() == form.shared_bytes()
-        return lambda grid, stream, arguments: getattr(built[form], f"run_{kernel}")(*grid, *arguments)
+        key = form, form.threads(kernel)
+        if key not in built:
+            built[key] = build(tmp_path, *key)
+            assert built[key].shared_bytes() == form.shared_bytes()
+        return lambda grid, stream, arguments: getattr(built[key], f"run_{kernel}")(*grid, *arguments)
 
     monkeypatch.setattr(recurrent, "load", load)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
@@ -62,8 +67,8 @@ def emulated(tmp_path, monkeypatch):
 class Layer:
     """A layer with random parameters, and its states in `slots` slots."""
 
-    def __init__(self, mamba: bool, slots: int = 4, **more):
-        self.form = recurrent.Form(mamba, 64, 64, 1, 2, (True, False, False), **{"every": 1, **more})
+    def __init__(self, mamba: bool, slots: int = 4):
+        self.form = recurrent.Form(mamba, 64, 64, 1, 2, (True, False, False))
         form, bf16 = self.form, torch.bfloat16
         torch.manual_seed(3)
         self.weight = torch.randn(form.channels, 4).to(bf16)
@@ -80,8 +85,8 @@ class Layer:
         made = torch.randn(tokens, self.form.channels + 2), torch.randn(tokens, 2, 2)
         return [made[0].to(torch.bfloat16)[:, 2:], *made[1].to(torch.bfloat16).unbind(1)]
 
-    def step(self, *requests, decode: bool = False) -> list[torch.Tensor]:
-        """The outputs of requests (slot, fresh, x, a, b)."""
+    def step(self, *requests, decode: bool = False, prompts: int = 0) -> list[torch.Tensor]:
+        """The outputs of requests (slot, fresh, x, a, b). prompts: cut so many long ones into segments."""
         slots, fresh, *inputs = zip(*requests, strict=True)
         x, a, b = map(torch.cat, inputs)
         sizes = torch.tensor([0, *map(len, inputs[0])])
@@ -90,6 +95,10 @@ class Layer:
         if not decode:
             which = torch.repeat_interleave(torch.arange(len(slots)), sizes[1:]).to(torch.int32)
             more = sizes.cumsum(0).to(torch.int32), torch.tensor(fresh, dtype=torch.int8), which
+            if prompts:
+                segments = recurrent.cut(more[0], len(x), prompts, self.form.segment)
+                assert segments is not None
+                more = *more, segments
         numbers = self.weight, self.bias, a, None if self.form.mamba else b, self.rate, self.dt_bias, self.skip
         recurrent.run(
             self.form, out, x, *numbers, self.conv, self.states, torch.tensor(slots, dtype=torch.int32), *more
@@ -123,60 +132,62 @@ class Layer:
 
 
 @pytest.mark.parametrize("mamba", [False, True])
-def test_cuts_company_and_tiles_change_no_bit(emulated, monkeypatch, mamba):
+def test_cuts_company_tiles_and_decodes_change_no_bit(emulated, monkeypatch, mamba):
     layer = Layer(mamba)
     tokens = layer.form.tile + 5
     x = layer.make(tokens, 1)
     (want,) = layer.step((1, 1, *x))
-    state, inputs = layer.states[1].clone(), layer.conv[1].clone()
+    state, kept = layer.states[1].clone(), layer.conv[1].clone()
     exact = layer.exact(*x)
     assert (want.double() - exact).abs().max() < 8e-3 * exact.abs().max()
-    assert torch.equal(inputs, x[0][-3:])
+    assert torch.equal(kept[:3], x[0][-3:])
 
     cut = lambda first, last: [t[first:last] for t in x]  # noqa: E731
     other, third = layer.make(5, 2), layer.make(3, 5)
-    got = [layer.step((3, 1, *other), (2, 1, *cut(0, tokens - 4)))[1]]
-    got += layer.step((2, 0, *cut(tokens - 4, tokens - 3)), (0, 0, *cut(0, 1)), (1, 1, *cut(0, 1)), decode=True)[:1]
+    got = [layer.step((3, 1, *other), (2, 1, *cut(0, 5)))[1]]
+    for t in range(5, 13):  # a decode fills a chunk; the state is written then only
+        before = layer.states[2].clone()
+        slot = 2 if t < 11 else 1
+        if t == 11:  # as for a cached prefix
+            layer.states[1], layer.conv[1] = layer.states[2], layer.conv[2]
+        got += layer.step((slot, 0, *cut(t, t + 1)), (0, 0, *cut(0, 1)), decode=True)[:1]
+        assert torch.equal(layer.states[2], before) == (t != 7)
     monkeypatch.setattr(recurrent, "choose", lambda form, _: recurrent.tiles(form)[1])
-    got += layer.step((2, 0, *cut(tokens - 3, tokens - 1)), (3, 0, *third))[:1]
-    got += layer.step((1, 1, *cut(0, 1)), (2, 0, *cut(tokens - 1, tokens)), decode=True)[1:]
+    got += layer.step((1, 0, *cut(13, tokens - 2)), (3, 0, *third))[:1]
+    got += layer.step((2, 1, *cut(0, 1)), (1, 0, *cut(tokens - 2, tokens)))[1:]
     assert torch.equal(torch.cat(got), want)
-    assert torch.equal(layer.states[2], state) and torch.equal(layer.conv[2], inputs)
+    assert torch.equal(layer.states[1], state) and torch.equal(layer.conv[1, :3], kept[:3])
     (after,) = layer.step((3, 1, *(torch.cat(pair) for pair in zip(other, third, strict=True))))
     assert torch.isfinite(after).all()
 
 
-@pytest.mark.parametrize("mamba", [False, True])
-def test_states_that_are_written_every_few_tokens(emulated, mamba):
-    """The tokens since a state was written are kept beside it, and a copy of a slot has them, too."""
-    whole = Layer(mamba)
-    x = whole.make(14, 1)
-    (want,) = whole.step((1, 1, *x))
-    layer = Layer(mamba, every=3)
+def test_segments_of_long_prompts_change_no_bit(emulated):
+    layer = Layer(True)
+    layer.form = layer.form._replace(segment=16)
+    x, other = layer.make(61, 1), layer.make(1, 2)
     cut = lambda first, last: [t[first:last] for t in x]  # noqa: E731
-    got = layer.step((2, 1, *cut(0, 5)), (1, 1, *cut(0, 1)))[:1]
-    written = layer.states[2].clone()
-    for t in range(5, 12):
-        slot = 2 if t < 9 else 3
-        if t == 9:  # as for a cached prefix
-            layer.states[3], layer.conv[3] = layer.states[2], layer.conv[2]
-        got += layer.step((1, 0, *cut(t, t + 1)), (0, 0, *cut(0, 1)), (slot, 0, *cut(t, t + 1)), decode=True)[2:]
-        assert torch.equal(layer.states[2], written) == (t < 7)
-    got += layer.step((1, 1, *cut(0, 2)), (3, 0, *cut(12, 14)))[1:]
-    assert torch.equal(torch.cat(got), want)
-    assert torch.equal(layer.states[3], whole.states[1]) and torch.equal(layer.conv[3, :3], x[0][-3:])
-
-
-@pytest.mark.parametrize(
-    "way", [{"spread": True, "raw": True}, {"scatter": True, "rows": 4, "ahead": False, "unroll": 1}]
-)
-def test_ways_of_a_tile_change_no_bit(emulated, monkeypatch, way):
-    layer = Layer(mamba=False)
-    x = layer.make(21, 1)
     (want,) = layer.step((1, 1, *x))
-    monkeypatch.setattr(recurrent, "choose", lambda form, _: form._replace(**way))
-    (got,) = layer.step((2, 1, *x))
-    assert torch.equal(got, want) and torch.equal(layer.states[2], layer.states[1])
+    layer.step((3, 1, *layer.make(2, 5)))
+    layer.states[0], layer.conv[0] = layer.states[3], layer.conv[3]  # slot 0 is skipped
+    first = layer.step((2, 1, *cut(0, 5)))
+    (beside,) = layer.step((3, 0, *other))
+    layer.states[3], layer.conv[3] = layer.states[0], layer.conv[0]
+    got = layer.step((3, 0, *other), (2, 0, *cut(5, 58)), (0, 0, *other), prompts=1)
+    last = layer.step((2, 0, *cut(58, 61)))
+    assert torch.equal(torch.cat([*first, got[1], *last]), want) and torch.equal(got[0], beside)
+    assert torch.equal(layer.states[2], layer.states[1]) and torch.equal(layer.conv[2, :3], layer.conv[1, :3])
+    (again,) = layer.step((2, 1, *x), prompts=1)  # from position 0, in a slot that holds something
+    assert torch.equal(again, want) and torch.equal(layer.states[2], layer.states[1])
+
+
+def test_each_token_of_a_long_prompt_is_in_one_segment():
+    starts = torch.tensor([0, 1, 1000, 1000, 3000], dtype=torch.int32)
+    segments = recurrent.cut(starts, 3000, 2)
+    for request, tokens in enumerate(starts.diff().tolist()):
+        numbers = [n for r, n in segments.table.tolist() if r == request]
+        assert numbers == list(range(len(numbers))) and len(numbers) * recurrent.SEGMENT >= tokens + 7
+        assert segments.table[segments.firsts[request]].tolist() == [request, 0]
+    assert recurrent.cut(starts, 3000, 3) is None  # short on average
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -190,11 +201,12 @@ def test_ways_of_a_tile_change_no_bit(emulated, monkeypatch, way):
 )
 def test_compiles_without_a_gpu(arch, form):
     few, many = recurrent.tiles(form)
-    for job in ((few, "prepare"), (few, "keep_inputs"), (few, "scan"), (few, "scan_one"), (many, "scan")):
+    jobs = [(few, "prepare"), (few, "keep_inputs"), (few, "scan"), (few, "scan_one"), (many, "scan")]
+    for job in (*jobs, *[(many, "follow")] * form.mamba):
         assert recurrent.build(*job, arch, 13)[:4] == b"\x7fELF"
         assert job[0].shared_bytes() < 48 * 1024 and nvrtc
 
 
-def test_many_requests_give_a_lane_more_rows():
+def test_many_requests_give_a_block_more_warps():
     form = recurrent.Form(False, 128, 128, 16, 32, (True, False, False))
-    assert [recurrent.choose(form, n).rows for n in (1, 2, 8, 256)] == [2, 2, 4, 4]
+    assert [recurrent.choose(form, n).warps for n in (1, 2, 8, 256)] == [2, 2, 4, 4]
