@@ -3,11 +3,11 @@
     PYTHONPATH=. python3 benchmarks/hopper/recurrent_times.py OUT.json [STEP ...]   # vLLM 0.33, a Hopper GPU
 
 A layer is the convolution and the recurrence, with the heads of Qwen3-Next-80B-A3B, Granite 4-H small and Falcon-H1
-7B. Times are microseconds of a layer: the median of 30 calls with the L2 cache flushed, decodes as CUDA graphs. vLLM's
-prefill is its Triton backend (FLA) for gated delta nets, and its SSD kernels for Mamba 2.
+7B. Times are microseconds of a layer: the median of 30 calls with the L2 cache flushed, decodes as CUDA graphs, ours
+over whole chunks, on average. vLLM's prefill is its Triton backend (FLA) for gated delta nets, with FLASHINFER=1 also
+FlashInfer, and its SSD kernels for Mamba 2.
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -22,11 +22,13 @@ from bi_patch.kernels.cuda import recurrent
 
 DEVICE = "cuda"
 FORMS = {
-    "Qwen3-Next": recurrent.Form(False, 128, 128, 16, 32, (True, False, False), every=1),
-    "Granite 4-H": recurrent.Form(True, 128, 64, 1, 128, (True, False, False), every=1),
-    "Falcon-H1": recurrent.Form(True, 256, 128, 1, 24, (True, False, False), every=1),
+    "Qwen3-Next": recurrent.Form(False, 128, 128, 16, 32, (True, False, False)),
+    "Granite 4-H": recurrent.Form(True, 128, 64, 1, 128, (True, False, False)),
+    "Falcon-H1": recurrent.Form(True, 256, 128, 1, 24, (True, False, False)),
 }
 CHUNK = 256  # of vLLM's Mamba 2
+TILES = tuple(map(int, os.environ.get("TILES", "1,2,4,8").split(",")))  # warps of a block
+FLASHINFER = bool(os.environ.get("FLASHINFER"))  # time it, too: it compiles its kernels for minutes
 found: dict = {}
 
 
@@ -50,11 +52,11 @@ class Layer:
         rand = lambda *shape: torch.randn(*shape, generator=gen, device=DEVICE).to(torch.bfloat16)  # noqa: E731
         return rand(tokens, self.form.channels), rand(tokens, self.form.heads), rand(tokens, self.form.heads)
 
-    def ours(self, x, a, b, slots, starts=None, fresh=None, which=None, form=None):
+    def ours(self, x, a, b, slots, starts=None, fresh=None, which=None, segments=None, form=None):
         out = torch.empty(len(x), self.form.heads, self.form.values, dtype=x.dtype, device=DEVICE)
         recurrent.run(
             form or self.form, out, x, self.weight, self.bias, a, None if self.form.mamba else b, self.rate,
-            self.dt_bias, self.skip, self.conv, self.states, slots, starts, fresh, which,
+            self.dt_bias, self.skip, self.conv, self.states, slots, starts, fresh, which, segments,
         )  # fmt: skip
         return out
 
@@ -94,7 +96,7 @@ class Layer:
             )
         return out[:, 0]
 
-    def stock_prefill(self, x, a, b, slots, lengths):
+    def stock_prefill(self, x, a, b, slots, lengths, flashinfer=False):
         """A call of vLLM's kernels on prompts from position 0, with its metadata made beforehand."""
         from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn
         from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
@@ -150,6 +152,13 @@ class Layer:
             )  # fmt: skip
             state = self.states[slots]
             state[~held, ...] = 0
+            if flashinfer:
+                from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import fi_chunk_gated_delta_rule
+
+                o, self.states[slots] = fi_chunk_gated_delta_rule(
+                    q[None], k[None], v[None], g[None], beta[None], state, True, starts, False
+                )
+                return o[0]
             o, end = chunk_gated_delta_rule(
                 q=q[None], k=k[None], v=v[None], g=g[None], beta=beta[None], initial_state=state,
                 output_final_state=True, cu_seqlens=starts, chunk_indices=chunks[0], chunk_offsets=chunks[1],
@@ -227,51 +236,18 @@ def graphed(call):
     return graph.replay
 
 
-SIZES = [(1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # rows of a lane, warps
-WAYS = [
-    {},
-    {"ahead": False, "unroll": 1},
-    {"spread": True},
-    {"raw": True, "spread": True},
-    {"raw": True, "spread": True, "ahead": False, "unroll": 1},
-    {"raw": True, "spread": True, "scatter": True},
-]
-
-
-def fits(form):
-    return form.values % (32 // form.lanes * form.rows * form.warps) == 0 and form.rows * form.keys <= 128 * form.lanes
-
-
-def forms(form, lanes=8):
-    """The tiles of prompts that are tried."""
-    made = [form._replace(rows=r, warps=w, lanes=lanes, **way) for way in WAYS for r, w in SIZES]
-    return [f for f in made if fits(f) and not (f.mamba and f.scatter)]
-
-
-EVERY = (1, 4, 8)  # tokens of which the last writes the state
-
-
-def decode_forms(form):
-    """The tiles of one token a request that are tried."""
-    sizes = [(1, 4), (2, 2), (2, 4), (2, 8), (4, 4)]
-    if form.every == 1:
-        ways = [{}, {"stream": True}]
-    else:
-        ways = [{"fetch": n} for n in (1, 3, 7) if n < form.every]
-    made = [form._replace(rows=r, warps=w, **way) for way in ways for r, w in sizes]
-    return [f for f in made if fits(f)]
+def forms(form):
+    """The tiles that are tried."""
+    return [form._replace(warps=n) for n in TILES if form.values % (16 * n) == 0]
 
 
 def label(form):
-    ways = [n for n in ("spread", "raw", "scatter", "stream") if getattr(form, n)]
-    if form.every > 1:
-        ways.append(f"fetches {form.fetch}")
-    return ", ".join([f"tile {form.rows} x {form.warps}", *["ahead"] * form.ahead, *ways])
+    return f"{form.warps} warps"
 
 
-def bits(name, every=1):
+def bits(name):
     """Differences that cuts, company, tiles and decode make."""
-    layer, total = Layer(FORMS[name]._replace(every=every), 16), 333
+    layer, total = Layer(FORMS[name], 16), 333
     x = layer.make(total)
     (want,) = layer.step((1, 1, x))
     state, inputs = layer.states[1].clone(), layer.conv[1, :3].clone()
@@ -279,27 +255,37 @@ def bits(name, every=1):
     same = lambda slot: bool(torch.equal(layer.states[slot], state) and torch.equal(layer.conv[slot, :3], inputs))  # noqa: E731
     cut = lambda first, last: tuple(t[first:last] for t in x)  # noqa: E731
     out = {}
-    for at in (1, 2, 64, 100, 256):
+    for at in (1, 2, 8, 64, 100, 256):
         first, second = layer.step((2, 1, cut(0, at)))[0], layer.step((2, 0, cut(at, total)))[0]
         out[f"cut at {at}"] = [differ(torch.cat([first, second])), same(2)]
     others = [layer.make(n, n) for n in (1, 17, 64, 500)]
     got = layer.step((3, 1, others[0]), (4, 1, others[1]), (2, 1, x), (5, 1, others[2]), (6, 1, others[3]))[2]
     out["company"] = [differ(got), same(2)]
-    for form in forms(layer.form) if every == 1 else ():
+    if layer.form.mamba:
+        short = layer.form._replace(segment=64)
+        starts, *more = spans([1, total - 100], [0, 0])
+        for warps in TILES:
+            layer.step((2, 1, cut(0, 100)))
+            packed = [torch.cat(pair) for pair in zip(layer.make(1), cut(100, total), strict=True)]
+            segments = recurrent.cut(starts, total - 99, 1, 64)
+            with mock.patch.object(recurrent, "choose", lambda f, n, warps=warps: f._replace(warps=warps)):
+                got = layer.ours(*packed, ints([11, 2]), starts, *more, segments, form=short)
+            out[f"in segments, {warps} warps"] = [int((got[1:] != want[100:]).any(-1).any(-1).sum()), same(2)]
+    tiles = forms(layer.form)
+    for form in tiles:
         with mock.patch.object(recurrent, "choose", lambda f, n, form=form: form):
             try:
                 out[label(form)] = [differ(layer.step((2, 1, x))[0]), same(2)]
             except Exception as e:
                 out[label(form)] = repr(e)[:300]
-    rows, tiles = list(layer.step((2, 1, cut(0, 200)))), decode_forms(layer.form)
-    for t in range(200, total - 3):
+    rows = list(layer.step((2, 1, cut(0, 200))))
+    for t in range(200, total):
         n = 1 + t % 4
         beside = [o[t % 5 : t % 5 + n] for o in others[1]]
         packed = [torch.cat(pair) for pair in zip(cut(t, t + 1), beside, strict=True)]
         form = tiles[t % len(tiles)]
-        with mock.patch.object(recurrent, "choose_one", lambda f, n, form=form: form):
+        with mock.patch.object(recurrent, "choose", lambda f, n, form=form: form):
             rows.append(layer.ours(*packed, ints([2, 7, 8, 9, 10][: n + 1]))[:1])
-    rows += layer.step((2, 0, cut(total - 3, total)))  # writes the state
     out["decode from 200, in all tiles"] = [differ(torch.cat(rows)), same(2)]
     return out
 
@@ -327,19 +313,20 @@ def warm(name):
     return {}
 
 
-def tried(layer, run, forms, **replaced):
-    """Times with each of the forms, with `replaced` (name: form -> attribute of recurrent) in place."""
+def tried(layer, run, forms):
+    """Times with each of the tiles, with the one that is chosen, and without the recurrence."""
     out = {}
     for form in forms:
-        with contextlib.ExitStack() as stack:
-            for name, make in replaced.items():
-                stack.enter_context(mock.patch.object(recurrent, name, make(form)))
+        with mock.patch.object(recurrent, "choose", lambda f, n, form=form: form):
             try:
                 out[label(form)] = run()
             except Exception as e:
                 out[label(form)] = repr(e)[:300]
     load = recurrent.load
-    nothing = lambda form, kernel, device: (lambda *_: None) if "scan" in kernel else load(form, kernel, device)  # noqa: E731
+
+    def nothing(form, kernel, device):
+        return load(form, kernel, device) if kernel in ("prepare", "keep_inputs") else lambda *_: None
+
     with mock.patch.object(recurrent, "load", nothing):
         out["ours, without the recurrence"] = run()
     out["ours"] = run()
@@ -350,49 +337,49 @@ def decode_times(name, n):
     layer = Layer(FORMS[name], n)
     x, slots = layer.make(n), ints(range(1, n + 1))
     out = {"vLLM": timed(graphed(lambda: layer.stock_decode(*x, slots)))}
-    for every in EVERY:
-        layer = Layer(FORMS[name]._replace(every=every), n)
-        run = lambda: timed(graphed(lambda: layer.ours(*x, slots)), 32, mean=every > 1)  # noqa: E731,B023
-        got = tried(layer, run, decode_forms(layer.form), choose_one=lambda form: lambda f, n: form)
-        out |= {f"state written every {every}: {key}": value for key, value in got.items()}
-    out["bytes of state, read and written"] = 2 * n * layer.states[0].numel() * 4
+    out |= tried(layer, lambda: timed(graphed(lambda: layer.ours(*x, slots)), 32, mean=True), forms(layer.form))
+    state, token = layer.states[0].numel() * 4, (layer.conv.shape[1] - 3) * layer.form.channels * 2 // 7
+    out["bytes of states and logs, read and written on average"] = n * (
+        state * 9 // 8 + token * 7 // 2 + token * 7 // 8
+    )
     return out
 
 
-def prefill_times(name, lengths, lanes=8):
+def prefill_times(name, lengths):
     layer = Layer(FORMS[name], len(lengths))
     x, slots = layer.make(sum(lengths)), ints(range(1, len(lengths) + 1))
     more = spans(lengths, [1] * len(lengths))
     out, times = {}, 10 if sum(lengths) < 32000 else 3
     try:
-        out |= {"vLLM": timed(layer.stock_prefill(*x, slots, lengths), times)} if lanes == 8 else {}
+        out["vLLM"] = timed(layer.stock_prefill(*x, slots, lengths), times)
     except Exception:
         out["vLLM"] = traceback.format_exc()[-600:]
-    run = lambda: timed(lambda: layer.ours(*x, slots, *more), times)  # noqa: E731
-    return out | tried(layer, run, forms(layer.form, lanes), choose=lambda form: lambda f, n: form)
-
-
-def lanes(name):
-    """Times with other numbers of lanes that share a sum, which would change the order."""
-    out = {}
-    for number in (4, 16):
-        build(forms(FORMS[name], number), [])
-        for lengths in ([1024] * 8, [32000] * 2):
-            out[f"{number} lanes, {len(lengths)} x {lengths[0]}"] = prefill_times(name, lengths, number)
+    if not layer.form.mamba and FLASHINFER:
+        try:
+            out["vLLM, FlashInfer"] = timed(layer.stock_prefill(*x, slots, lengths, True), times)
+        except Exception:
+            out["vLLM, FlashInfer"] = traceback.format_exc()[-300:]
+    held = recurrent.cut(more[0], len(x[0]), len(lengths)) if layer.form.mamba else None
+    out |= tried(layer, lambda: timed(lambda: layer.ours(*x, slots, *more, held), times), forms(layer.form))
+    if held is not None:
+        for said, limit in (("in segments", 1 << 30), ("without segments", 0)):
+            with mock.patch.object(recurrent, "_HELD", limit):
+                out[said] = timed(lambda: layer.ours(*x, slots, *more, held), times)
     return out
 
 
-def build(scans, others):
-    jobs = [(f, "scan") for f in scans]
-    for form in others:
-        for every in EVERY:
-            held = form._replace(every=every)
-            jobs += [(f, "scan_one") for f in decode_forms(held)] + [(held, "prepare"), (held, "keep_inputs")]
-            jobs += [(f, "scan") for f in recurrent.tiles(held)]
-    jobs = list(dict.fromkeys(jobs))
+def build(wanted):
+    """Compile the kernels of the forms."""
+    jobs = [
+        (f, kernel)
+        for form in wanted
+        for f in forms(form)
+        for kernel in ("scan", "scan_one", "follow")[: 2 + form.mamba]
+    ]
+    jobs += [(recurrent.tiles(form)[0], kernel) for form in wanted for kernel in ("prepare", "keep_inputs")]
     # Processes: NVRTC compiles one kernel of a process after the other. They start before this one uses the GPU.
-    with ProcessPoolExecutor(max(2, (os.cpu_count() or 16) - 2), multiprocessing.get_context("fork")) as pool:
-        cubins = dict(zip(jobs, pool.map(_compiled, jobs, chunksize=2), strict=True))
+    with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
+        cubins = dict(zip(jobs, pool.map(_compiled, jobs), strict=True))
     own = recurrent.build
     recurrent.build = lambda form, kernel, arch, major: cubins.get((form, kernel)) or own(form, kernel, arch, major)
 
@@ -406,7 +393,6 @@ def _compiled(job):
 
 STEPS = {f"warm {name}": (lambda name=name: warm(name)) for name in FORMS}
 STEPS |= {f"bits {name}": (lambda name=name: bits(name)) for name in FORMS}
-STEPS |= {f"every bits {name}": (lambda name=name: bits(name, 8)) for name in FORMS}
 STEPS |= {f"errors {name}": (lambda name=name: errors(name)) for name in FORMS}
 for _n in (1, 8, 64, 256):
     STEPS |= {f"decode {name} {_n}": (lambda name=name, n=_n: decode_times(name, n)) for name in FORMS}
@@ -414,13 +400,20 @@ for _l in ([8192], [1024] * 8, [32000] * 2, [512], [2048], [128] * 64):
     title = f"{len(_l)} x {_l[0]}"
     STEPS |= {f"prefill {name} {title}": (lambda name=name, held=_l: prefill_times(name, held)) for name in FORMS}
 
-STEPS |= {f"lanes {name}": (lambda name=name: lanes(name)) for name in FORMS}
+
+STEPS_OF_ALL = ("bits", "errors", "decode", "prefill")  # parts of the names of steps of each form
 
 
 def main() -> None:
     path, only = sys.argv[1], sys.argv[2:]
     if not any("warm" in part for part in only):
-        build([f for form in FORMS.values() for f in forms(form)], FORMS.values())
+        build(
+            [
+                form
+                for name, form in FORMS.items()
+                if not only or any(name in part or part in STEPS_OF_ALL for part in only)
+            ]
+        )
     found["device"] = torch.cuda.get_device_name()
     wanted = dict.fromkeys(name for part in only or [""] for name in STEPS if part in name)
     for name in wanted:

@@ -22,7 +22,8 @@ def make(config: Any, executor: Any, platform: str, release: str) -> dict[str, A
     Fields: instance (vLLM's name of this engine), platform, vllm, torch, digest (of bi_patch's code), kernels (the
     digest of the bundled kernels, or their release), device, dtype, quantization, lora (whether requests may name
     adapters), kv_cache_dtype, tensor_parallel_size, rank_sums (how ranks are summed), attention (the backend of each
-    layer), mla (which form such layers take, or None: see `_form_of_mla`), logprobs_mode, runner (V1 or V2), compiled, and model (values of its configuration).
+    layer), mla (which form such layers take, or None: see `_form_of_mla`), logprobs_mode, runner (V1 or V2), compiled,
+    and model (values of its configuration).
     """
     import torch
 

@@ -277,9 +277,7 @@ def run(
             [*at(y, valued, states), *more, *last, *at(segments.firsts, starting)],
         )
     tile, table = choose(form, blocks), None if starting is None else segments.table
-    load(tile, "scan", device)(
-        (form.heads * tile.parts, blocks), stream, [*given, *more, *last, *at(table, starting)]
-    )
+    load(tile, "scan", device)((form.heads * tile.parts, blocks), stream, [*given, *more, *last, *at(table, starting)])
     load(few, "keep_inputs", device)(
         (requests, -(-form.channels // (2 * _PREPARE))),
         stream,

@@ -77,6 +77,25 @@ def test_cuts_company_and_graphs(form):
     assert torch.equal(layer.states[1], state)  # of the last whole chunk
 
 
+@pytest.mark.parametrize("form", FORMS[1:], ids=["Mamba 2", "Mamba 2, wide"])
+def test_segments_of_a_long_prompt(form):
+    layer = Layer(form._replace(segment=64))
+    (want,) = layer.step((1, 0, TOKENS))
+    for first in (0, 5, 13):
+        if first:
+            layer.step((2, 0, first), (3, 0, 7))
+        x, a, b = (torch.cat([t[7:8], t[first:]]) for t in layer.inputs)
+        starts = ints(0, 1, len(x))
+        which = torch.tensor([0] + [1] * (len(x) - 1), dtype=torch.int32, device="cuda")
+        fresh = torch.tensor([0, first == 0], dtype=torch.int8, device="cuda")
+        segments = recurrent.cut(starts, len(x), 1, 64)
+        assert segments.prompts * form.heads * form.values // 16 < recurrent._HELD
+        out = torch.empty(len(x), form.heads, form.values, dtype=x.dtype, device="cuda")
+        got = layer.run(out, x, a, b, ints(3 if first else 0, 2), starts, fresh, which, segments)
+        assert torch.equal(got[1:], want[first:]) and torch.equal(layer.states[2], layer.states[1])
+        assert not first or torch.equal(got[0], want[7])
+
+
 def test_cuts_and_decodes_of_short_convolutions():
     torch.manual_seed(5)
     form = causal_conv.Form(2048, 3, True)

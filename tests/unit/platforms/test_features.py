@@ -511,20 +511,6 @@ def test_recurrent_layers_are_served_by_kind(state):
                 check(platform, **{state: True, "model_architectures": [other]})
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "GraniteMoeHybridForCausalLM"])
-def test_recurrent_layers_in_chunks_are_refused(monkeypatch, name, eager):
-    given = {"model_is_hybrid": True, "model_architectures": [name], "model_enforce_eager": eager}
-    for asked in ("", "tokens"):
-        monkeypatch.setenv("BI_PATCH_RECURRENT", asked)
-        check("cuda", **given)
-    monkeypatch.setenv("BI_PATCH_RECURRENT", "chunks")
-    with pytest.raises(UnsupportedFeature, match=r"BI_PATCH_RECURRENT=chunks.*Leave BI_PATCH_RECURRENT out\."):
-        check("cuda", **given)
-    check("cpu", **given)
-    check("cuda")  # a model without such layers
-
-
 def test_what_is_untried_is_named_for_the_line_that_says_armed():
     def untried(platform, release, **changes):
         return table.untried(config(**changes), platform, Version(release))

@@ -123,9 +123,7 @@ def test_another_model(model, agreed):
         training.arm(model, sampler=agreed)
 
 
-@pytest.mark.parametrize(
-    "cut", [{}, None, "model", "attention", "rank_sums", "mla", "model.rope_parameters"]
-)
+@pytest.mark.parametrize("cut", [{}, None, "model", "attention", "rank_sums", "mla", "model.rope_parameters"])
 def test_an_empty_or_cut_contract_is_no_contract(model, agreed, tmp_path, cut):
     if not cut:
         agreed = cut

@@ -18,8 +18,8 @@ LAUNCH = {
     "int b_row, int* counts",
     "keep_inputs": "const u16* x, u16* conv, const u16* y, const float* keyed, const float* valued, const int* starts, "
     "const int* slots, const signed char* fresh, i64 conv_slot, int x_row, int conv_row, const int* counts",
-    "follow": "const u16* y, const float* valued, float* states, const int* starts, const int* slots, const signed char* "
-    "fresh, i64 state_slot, u16* conv, i64 conv_slot, const int* counts, const int* firsts, float* starting",
+    "follow": "const u16* y, const float* valued, float* states, const int* starts, const int* slots, const signed "
+    "char* fresh, i64 state_slot, u16* conv, i64 conv_slot, const int* counts, const int* firsts, float* starting",
     "scan": "const u16* y, const float* keyed, const float* valued, const void* d, float* states, u16* out, const int* "
     "starts, const int* slots, const signed char* fresh, i64 state_slot, u16* conv, i64 conv_slot, const int* counts, "
     "const int* segments, const float* starting",
