@@ -29,9 +29,9 @@ class Spans:
     segments: Segments | None = None
 
 
-def spans(slots: torch.Tensor, starts: torch.Tensor, fresh: torch.Tensor, tokens: int, prompts: int) -> Spans:
+def spans(slots: torch.Tensor, starts: torch.Tensor, fresh: torch.Tensor, tokens: int, prompts: int = 0) -> Spans:
     """Spans of a step in which prompts run. starts [requests + 1] and slots [requests] of any int dtype. prompts: the
-    number of requests that are no decodes."""
+    number of requests that are no decodes, if long ones may be cut into segments."""
     import torch
 
     from bi_patch.kernels.cuda.recurrent import cut
@@ -40,7 +40,7 @@ def spans(slots: torch.Tensor, starts: torch.Tensor, fresh: torch.Tensor, tokens
     at = torch.arange(tokens, dtype=torch.int32, device=slots.device)
     which = torch.searchsorted(starts[1:].contiguous(), at, right=True, out_int32=True)
     held = slots.to(torch.int32).contiguous(), starts, fresh.to(torch.int8).contiguous(), which
-    return Spans(*held, cut(starts, tokens, prompts))
+    return Spans(*held, cut(starts, tokens, prompts) if prompts else None)
 
 
 def form(mamba: bool, keys: int, values: int, key_heads: int, heads: int, rate, dt_bias, skip) -> Form:

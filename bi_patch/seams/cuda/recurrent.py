@@ -70,7 +70,7 @@ def _spans(meta):
     if not meta.num_prefills:
         return recurrent.Spans(slots[:tokens].contiguous())
     starts = meta.non_spec_query_start_loc[: len(slots) + 1]
-    return recurrent.spans(slots, starts, ~meta.has_initial_state[: len(slots)], tokens, meta.num_prefills)
+    return recurrent.spans(slots, starts, ~meta.has_initial_state[: len(slots)], tokens)
 
 
 @_once
