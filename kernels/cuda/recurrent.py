@@ -25,7 +25,7 @@ _SPREAD = 132 * 8  # warps that keep a device busy: with fewer, a warp gets fewe
 _KEYS, _VALUES = (64, 128, 256), (64, 128, 256)
 _ROWS = 16  # of a state, of a warp of `scan`
 SEGMENT = 512  # tokens of a segment of a long prompt
-_HELD = 132 * 12  # warps of `scan` that a device holds at once: with fewer, prompts are cut into segments
+_HELD = 132 * 4  # warps of `scan` that leave a device idle: with fewer, prompts are cut into segments
 KERNELS = ("prepare", "keep_inputs", "scan", "scan_one", "follow")
 
 
@@ -268,7 +268,7 @@ def run(
         load(tile, "scan_one", device)((form.heads * tile.parts, requests), stream, [*given, *at(slots), *last])
         return
     more, blocks, starting = at(starts, slots, fresh), requests, None
-    if segments is not None and form.mamba and segments.prompts * form.heads * form.values // _ROWS < _HELD:
+    if segments is not None and form.mamba and segments.prompts * form.heads * form.values // _ROWS <= _HELD:
         tile, blocks = choose(form, requests), len(segments.table)
         starting = torch.empty(blocks, *states.shape[1:], dtype=torch.float32, device=x.device)
         load(tile, "follow", device)(

@@ -13,14 +13,17 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
-_H200_EAGER = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0.json"  # an earlier form of the kernels
-_H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-2.json"
+# An earlier form of the kernels.
+_H200_EAGER = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0.json"
 _H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-3.json"
+_H200_CHUNKS = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-4.json"  # the kernels of today
 _CHUNKS = refused("chunks of a recurrent state start where an engine step starts", todo="Use another model")
 _OLD = refused("chunks of a recurrent state start where an engine step starts", releases="<0.33")
 _TINY = served(_CPU, why="tiny shapes with random weights, in bf16")
 _NO_PAGES = "no run compared a prompt that goes on from states which decodes left in the prefix cache"
 _FOUR = "four layers of published sizes with random weights, six axes; its cost in an engine was not measured"
+
+_EAGER = refused("no run compared it compiled", todo="Use --enforce-eager")
 
 # The kind of recurrent layer, by architecture.
 _KINDS = {
@@ -66,17 +69,17 @@ RECURRENT: tuple[Feature, ...] = (
         "gated delta nets (Qwen3-Next)",
         short="Qwen3-Next",
         cpu=_TINY,
-        cuda=(_OLD, served(_H200_EAGER, _H200, why=f"{_FOUR}; in eager mode by an earlier form of the kernels")),
+        cuda=(_OLD, served(_H200_CHUNKS, _H200_EAGER, why=f"{_FOUR}; in eager mode by an earlier form of the kernels")),
         ascend=_CHUNKS,
         asked=_asked("gated delta nets"),
-        details="A request's tokens run one after the other, and the states are kept exactly, with prefix caching "
-        "(`--mamba-cache-mode align`) and without. On CPU in bf16; on CUDA in bf16 with "
-        "`--mamba-ssm-cache-dtype float32` and a `--block-size` that leaves pages of a power of two tokens, e.g. 1024.",
+        details="The states are kept exactly, with prefix caching (`--mamba-cache-mode align`) and without. On CPU in "
+        "bf16; on CUDA in bf16 with `--mamba-ssm-cache-dtype float32` and a `--block-size` that leaves pages of a "
+        "power of two tokens, e.g. 1024.",
     ),
     row(
         "gated delta nets, compiled",
         cpu=untried("the same kernels"),
-        cuda=(_OLD, served(_H200)),
+        cuda=(_OLD, served(_H200_CHUNKS)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("gated delta nets")(config) and not _eager(config) and "compiled gated delta nets",
     ),
@@ -91,21 +94,26 @@ RECURRENT: tuple[Feature, ...] = (
         "Mamba 2 (Falcon-H1, Granite 4-H; Nemotron-H runs on the same layers and was not measured)",
         short="Falcon-H1, Granite 4-H",
         cpu=_TINY,
-        cuda=(_OLD, served(_H200, _H200_MORE, why=f"{_FOUR}; {_NO_PAGES}")),
+        cuda=(
+            _OLD,
+            served(
+                _H200_CHUNKS, _H200_MORE, why=f"{_FOUR}; Granite 4-H by an earlier form of the kernels; {_NO_PAGES}"
+            ),
+        ),
         ascend=_CHUNKS,
         asked=_asked("Mamba 2"),
     ),
     row(
         "Mamba 2, compiled",
         cpu=untried("the same kernels"),
-        cuda=(_OLD, served(_H200, _H200_MORE)),
+        cuda=(_OLD, served(_H200_CHUNKS, _H200_MORE)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and not _eager(config) and "compiled Mamba 2",
     ),
     row(
         "Mamba 2, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, served(_H200_MORE, why="Granite 4-H")),
+        cuda=(_OLD, served(_H200_MORE, why="Granite 4-H, by an earlier form of the kernels")),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and _eager(config) and "Mamba 2 in eager mode",
     ),
@@ -113,14 +121,14 @@ RECURRENT: tuple[Feature, ...] = (
         "short convolutions (LFM2)",
         short="LFM2",
         cpu=_TINY,
-        cuda=(_OLD, untried("the kernels have no run")),
+        cuda=(_OLD, served(_H200_CHUNKS, why=f"{_FOUR}; in eager mode")),
         ascend=_CHUNKS,
         asked=_asked("short convolutions"),
     ),
     row(
         "short convolutions, compiled",
         cpu=untried("the same kernel"),
-        cuda=(_OLD, untried("the kernels have no run")),
+        cuda=(_OLD, _EAGER),
         ascend=_CHUNKS,
         asked=lambda config: (
             _asked("short convolutions")(config) and not _eager(config) and "compiled short convolutions"
@@ -130,21 +138,21 @@ RECURRENT: tuple[Feature, ...] = (
         "Mamba 1 (Mamba, Falcon-Mamba, Jamba)",
         short="Mamba, Falcon-Mamba, Jamba",
         cpu=served(_MAMBA_1, why="tiny shapes with random weights, in bf16"),
-        cuda=(_OLD, untried("the kernels have no run")),
+        cuda=(_OLD, served(_H200_CHUNKS, why=f"Falcon-Mamba and Jamba in eager mode, {_FOUR}")),
         ascend=_CHUNKS,
         asked=_asked("Mamba 1"),
     ),
     row(
         "Mamba 1, compiled",
         cpu=served(_MAMBA_1, why="Mamba and Falcon-Mamba; Jamba has a row of its own"),
-        cuda=(_OLD, untried("the kernels have no run")),
+        cuda=(_OLD, _EAGER),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 1")(config) and not _eager(config) and "compiled Mamba 1",
     ),
     row(
         "Jamba, compiled",
         cpu=untried("measured in eager mode"),
-        cuda=(_OLD, untried("the kernels have no run")),
+        cuda=(_OLD, _EAGER),
         ascend=_CHUNKS,
         asked=lambda config: _jamba(config) and not _eager(config) and "compiled Jamba",
     ),

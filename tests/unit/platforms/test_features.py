@@ -499,12 +499,19 @@ def test_recurrent_layers_are_served_by_kind(state):
         for platform, release in (("cuda", "0.32.0"), ("ascend", None)):
             with pytest.raises(UnsupportedFeature, match=words):
                 check(platform, *[release] * bool(release), **given)
-    with pytest.raises(UnsupportedFeature, match="short convolutions"):
-        check("cuda", **{state: True, "model_architectures": ["Lfm2ForCausalLM"]})
-    for name in ("MambaForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM"):
-        check("cpu", **{state: True, "model_architectures": [name]})
-        with pytest.raises(UnsupportedFeature, match="Mamba 1"):
-            check("cuda", **{state: True, "model_architectures": [name]})
+    for name, words in (
+        ("Lfm2ForCausalLM", "short convolutions"),
+        ("MambaForCausalLM", "Mamba 1"),
+        ("FalconMambaForCausalLM", "Mamba 1"),
+        ("JambaForCausalLM", "Jamba"),
+    ):
+        given = {state: True, "model_architectures": [name]}
+        check("cpu", **given)
+        check("cuda", **given, model_enforce_eager=True)
+        with pytest.raises(UnsupportedFeature, match=f"{words}.*Use --enforce-eager"):
+            check("cuda", **given)
+        with pytest.raises(UnsupportedFeature, match=words):
+            check("cuda", "0.32.0", **given, model_enforce_eager=True)
     for other in ("Zamba2ForCausalLM", "KimiLinearForCausalLM"):
         for platform in releases.BY_PLATFORM:
             with pytest.raises(UnsupportedFeature, match="hybrid and state-space models"):

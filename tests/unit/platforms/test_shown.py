@@ -236,11 +236,13 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     },
     ("Mamba 2, in eager mode", "cuda"): (("Granite 4-H, eager", *_SIX),),
     ("short convolutions (LFM2)", "cpu"): (("LFM2,*", *_SIX, "preemption"),),
+    ("short convolutions (LFM2)", "cuda"): (("LFM2, eager", *_SIX),),
     ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cpu"): (
         ("Mamba,* bf16", *_SIX),
         ("Falcon-Mamba,* bf16", *_SIX),
         ("Jamba,* bf16", *_SIX),
     ),
+    ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cuda"): (("Falcon-Mamba, eager", *_SIX), ("Jamba, eager", *_SIX)),
     ("Mamba 1, compiled", "cpu"): (("Mamba,* compiled", *_SIX), ("Falcon-Mamba,* compiled", *_SIX)),
     # Quantized weights.
     ("INT8 weights and activations (compressed-tensors W8A8)", "cpu"): (("*-int8 bf16", *_SIX),),
