@@ -503,7 +503,7 @@ def test_recurrent_layers_are_served_by_kind(state):
         ("Lfm2ForCausalLM", "short convolutions"),
         ("MambaForCausalLM", "Mamba 1"),
         ("FalconMambaForCausalLM", "Mamba 1"),
-        ("JambaForCausalLM", "Jamba"),
+        ("JambaForCausalLM", "Mamba 1"),
     ):
         given = {state: True, "model_architectures": [name]}
         check("cpu", **given)
