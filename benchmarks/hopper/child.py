@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -198,21 +199,39 @@ def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> di
 
 
 def traced(engine: Engine, until: Callable[[], bool], activities: list):
-    """Profile the engine's steps until `until()` says so; returns the profile, averaged by kernel and op."""
+    """Profile the engine's steps until `until()` says so; returns the profile."""
     from torch.profiler import profile as trace
 
     with trace(activities=activities) as held:
         while not until():
             engine.step()
-    return held.key_averages()
+    return held
 
 
 def kernels(held) -> list:
     """The GPU kernels of a profile, the longest first."""
     from torch.autograd import DeviceType
 
-    found = [e for e in held if e.device_type == DeviceType.CUDA]
+    found = [e for e in held.key_averages() if e.device_type == DeviceType.CUDA]
     return sorted(found, key=lambda e: -e.self_device_time_total)
+
+
+def typical(held, steps: int) -> float:
+    """Microseconds of the GPU's kernels in one of `steps` equal steps of a profile: of each launch of a step the median
+    over the steps. Another process that has the GPU in between adds to few of them. Of kernels that not every step
+    launches as often: the mean."""
+    from torch.autograd import DeviceType
+
+    launches: dict[str, list[tuple[float, float]]] = {}
+    for event in held.events():
+        if event.device_type == DeviceType.CUDA:
+            launches.setdefault(event.name, []).append((event.time_range.start, event.self_device_time_total))
+    total = 0.0
+    for found in launches.values():
+        us = [time for _, time in sorted(found)]
+        each, rest = divmod(len(us), steps)
+        total += sum(us) / steps if rest else sum(statistics.median(us[at::each]) for at in range(each))
+    return total
 
 
 def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> dict:
@@ -232,7 +251,8 @@ def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> dict:
     engine.on_step = lambda outputs: seen.update(o.request_id for o in outputs if o.outputs[0].token_ids)
     prefill = kernels(traced(engine, lambda: len(seen) == number, [ProfilerActivity.CUDA]))
     left = iter(range(steps, -1, -1))
-    decode = kernels(traced(engine, lambda: not next(left), [ProfilerActivity.CUDA]))
+    held = traced(engine, lambda: not next(left), [ProfilerActivity.CUDA])
+    decode = kernels(held)
     engine.on_step = None
     engine.run()
 
@@ -241,6 +261,7 @@ def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> dict:
 
     return {
         "gpu_ms": sum(e.self_device_time_total for e in decode) / 1000 / steps,
+        "gpu_typical_ms": typical(held, steps) / 1000,
         "gpu_prefill_s": sum(e.self_device_time_total for e in prefill) / 1e6,
         "kernels": most(decode, steps),
         "prefill_kernels": most(prefill, 1),
@@ -296,6 +317,7 @@ def profile(engine: Engine) -> None:
                 engine.step()
             left = iter(range(steps, -1, -1))
             held = traced(engine, lambda left=left: not next(left), [ProfilerActivity.CUDA, ProfilerActivity.CPU])
+            held = held.key_averages()
             engine.run()
         print(title)
         for key in ("self_cuda_time_total", "self_cpu_time_total"):

@@ -154,7 +154,7 @@ def _profiled(llm, kind: str, load: tuple[int, int, int, int], per_request) -> d
 
     with profile(activities=[ProfilerActivity.CUDA]) as held:
         _timed(llm, kind, load, 77, per_request)
-    found = costs.kernels(held.key_averages())
+    found = costs.kernels(held)
     most = [[round(e.self_device_time_total / 1e6, 6), e.count, e.key[:120]] for e in found[:16]]
     return {"gpu_seconds": sum(e.self_device_time_total for e in found) / 1e6, "kernels": most}
 

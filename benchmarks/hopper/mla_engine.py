@@ -1,27 +1,49 @@
 """Compares answers of an armed engine of few MLA layers, alone and in other ways, in this process.
 
-    BI_PATCH_MLA=two PYTHONPATH=. python3 benchmarks/hopper/mla_engine.py OUT.json [--eager] [--small] [--long]
+    PYTHONPATH=. python3 benchmarks/hopper/mla_engine.py OUT.json [--mode MODE] [--eager] [--small] [--long]
 
+--mode: armed, upstream (vLLM's own batch-invariant mode) or stock.
 --small: a KV cache too small for the batch, without a prefix cache, so that requests are preempted and recomputed.
 --cached: with a prefix cache, where a preempted request finds its own blocks.
 --long: prompts that exceed vLLM's workspace of 65,536 tokens.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
 import tempfile
 import time
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_BATCH_INVARIANT"] = "1"
+import child
+
 START = time.time()
 
 
-def arm():
+def begin(mode: str) -> None:
     """Before vLLM is imported."""
-    import bi_patch  # noqa: F401
+    child.environment(mode)
+    if mode == "armed":
+        import bi_patch  # noqa: F401
+    else:
+        import bi_patch_entry
+
+        bi_patch_entry.without_arming()
+
+
+def without_scales(weights) -> None:
+    """Random weights as of a checkpoint that has no scales of the KV cache: vLLM takes 1."""
+    filled = weights.fill
+
+    @functools.wraps(filled)
+    def fill(model, seed):
+        filled(model, seed)
+        for name, value in model.named_parameters():
+            if name.endswith((".q_scale", ".k_scale", ".v_scale")):
+                value.data.fill_(-1)
+
+    weights.fill = fill
 
 
 def _backends(config):
@@ -42,8 +64,9 @@ def main():
     parser.add_argument("--kv", default="auto", help="--kv-cache-dtype of the engine")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--mode", choices=("armed", "upstream", "stock"), default="armed")
     a = parser.parse_args()
-    arm()
+    begin(a.mode)
     import msgspec
     from families import SIZES
     from vllm import LLM, SamplingParams
@@ -65,6 +88,7 @@ def main():
     config["max_position_embeddings"] = max(config.get("max_position_embeddings", 0), longest)
     name += "" if a.kv == "auto" else f", {a.kv} KV cache"
     folder = shapes.save(f"{name} {a.layers} {os.getpid()}", config, tempfile.mkdtemp())
+    without_scales(weights)
     weights.make_random(7)
     preempted = [0]
     held = Scheduler._preempt_request
@@ -97,7 +121,7 @@ def main():
         "small": a.small,
         "started_s": round(time.time() - START, 1),
     }
-    result |= {"mla": active.mla, "block": core.vllm_config.cache_config.block_size, "rows": []}
+    result |= {"mode": a.mode, "mla": active.mla, "block": core.vllm_config.cache_config.block_size, "rows": []}
     result |= {"kv": a.kv, "backend": sorted(_backends(core.vllm_config))}
     result |= {"v2": core.vllm_config.use_v2_model_runner, "long": a.long, "cached": not a.small or a.cached}
     result["provenance"] = msgspec.to_builtins(provenance.here())

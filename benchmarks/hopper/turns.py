@@ -19,7 +19,10 @@ from child import COST, workloads
 from nursery import Nursery, nurseries
 from peers import UNFUSED
 
-NOTE = "Engines in turns on one GPU. (GPU): the kernels' time alone, from one profile of 16 steps"
+NOTE = (
+    "Engines in turns on one GPU. (GPU): the kernels' time alone, from one profile of 16 steps: of each launch of a "
+    "decode step the median of the steps"
+)
 
 
 def group(

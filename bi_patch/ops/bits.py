@@ -30,6 +30,14 @@ def count(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     return (a != b).sum()
 
 
+def total(counts: Iterable[torch.Tensor]) -> int:
+    """The sum of numbers of `count`. The host waits for the device once, which matters on a GPU that others use."""
+    import torch
+
+    held = list(counts)
+    return int(torch.stack(held).sum()) if held else 0
+
+
 def checksum(tensor: torch.Tensor) -> int:
     """A number of the bits of a tensor and of their places, in one pass: 64 bits, the same on every device.
 

@@ -356,7 +356,7 @@ class _Trial(linear.Trial):
     def tiles_agree(self) -> bool:
         """Whether every bundled variant that `bundled` may choose gives the reference's bits."""
         tested = [m for m in (1, 16, 17, 32, 33, 64, 65, 512, 513, self.rows) if m <= self.rows]
-        return not any(bits.differing(self._bundled(m, True), self.want[:m]) for m in tested)
+        return not bits.total(bits.count(self._bundled(m, True), self.want[:m]) for m in tested)
 
     def others(self, made: Certificate) -> tuple[list[Kind], dict[int, Kind], dict[int, float]]:
         """The kinds besides the vendor's that agree; at each timed M up to _MOST_TIMED the fastest kind, if it is one
@@ -408,8 +408,8 @@ class _Trial(linear.Trial):
         )
         tested = [m for m in (*every, 129, 200, 255, 256, 500, 512, 513, self.rows) if m <= self.rows and able(m)]
         try:
-            return bool(tested) and not any(
-                bits.differing(self._call(kind, self.take(at, m), self.weight), self.want[at : at + m])
+            return bool(tested) and not bits.total(
+                bits.count(self._call(kind, self.take(at, m), self.weight), self.want[at : at + m])
                 for m in tested
                 for at in {0, self.rows - m}
             )

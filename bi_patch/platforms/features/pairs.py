@@ -54,9 +54,19 @@ def _eighth(config: Any) -> bool:
 def _channels(config: Any) -> bool:
     """Whether all quantized weights of a checkpoint are FP8 per channel, with activations per token."""
     wanted = ("fp8", schemes.CHANNEL, "fp8", schemes.TOKEN, False, False, "")
+    return bool(kinds := _kinds(config)) and all(kind == wanted for kind in kinds)
+
+
+def _kinds(config: Any) -> list[tuple[object, ...]]:
+    """What matters of each scheme of an engine's quantized weights."""
     used = schemes.of(config) if PARTS[QUANTIZED](config) else ()
-    kinds = [(s.weight, s.scale, s.activation, s.activation_scale, s.static, s.online, s.other) for s in used]
-    return bool(kinds) and all(kind == wanted for kind in kinds)
+    return [(s.weight, s.scale, s.activation, s.activation_scale, s.static, s.online, s.other) for s in used]
+
+
+def _latent_blocks(config: Any) -> bool:
+    """Whether all quantized weights of a model with MLA are FP8 in blocks of 128 x 128."""
+    wanted = ("fp8", "128x128", "fp8", "128", False, False, "")
+    return PARTS[MLA](config) and bool(kinds := _kinds(config)) and all(kind == wanted for kind in kinds)
 
 
 def _checkpoint(config: Any) -> bool:
@@ -73,7 +83,8 @@ QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
 OTHER_SCHEMES = "quantized weights other than FP8 made while loading"
 EIGHTH = "an FP8 KV cache"
 EXPERTS = "experts"
-_CHANNELS, _NO_CHANNELS = "FP8 weights per channel", "other quantized weights"
+_CHANNELS, _LATENT_BLOCKS = "FP8 weights per channel", "FP8 blocks of 128 x 128 in models with MLA"
+_OTHERS = "other quantized weights"
 PARTS: dict[str, Callable[[Any], bool]] = {
     LORA: lambda config: config.lora_config is not None,
     SPECULATION: lambda config: config.speculative_config is not None,
@@ -84,7 +95,8 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     RECURRENT: lambda config: recurrent(config.model_config),
     EIGHTH: _eighth,
     _CHANNELS: _channels,
-    _NO_CHANNELS: lambda config: PARTS[QUANTIZED](config) and not _channels(config),
+    _LATENT_BLOCKS: _latent_blocks,
+    _OTHERS: lambda config: PARTS[QUANTIZED](config) and not _channels(config) and not _latent_blocks(config),
     "multimodal models": _model("is_multimodal_model"),
     "encoder-decoder models": _model("is_encoder_decoder"),
     "ranks that share a model": lambda config: several_ranks(config, "tensor", "pipeline"),
@@ -181,7 +193,7 @@ PAIRS: tuple[Feature, ...] = (
         *("a reasoning parser", "custom logits processors", "watermarks"),
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),
-    _never(EIGHTH, _NO_CHANNELS, LORA, SPECULATION, POOLING, RECURRENT, "multimodal models"),
+    _never(EIGHTH, _OTHERS, LORA, SPECULATION, POOLING, RECURRENT, "multimodal models"),
     _pairs(
         EIGHTH,
         _CHANNELS,
@@ -194,6 +206,13 @@ PAIRS: tuple[Feature, ...] = (
             ),
             _REFUSED,
         ),
+        ascend=_REFUSED,
+    ),
+    _pairs(
+        EIGHTH,
+        _LATENT_BLOCKS,
+        cpu=_REFUSED,
+        cuda=(untried(releases=">=0.33"), _REFUSED),
         ascend=_REFUSED,
     ),
     _pairs(

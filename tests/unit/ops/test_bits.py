@@ -72,3 +72,10 @@ def test_checksums_of_several_tensors_are_those_of_each():
     values = [torch.randn(n).to(dtype) for n, dtype in ((0, torch.float32), (3, torch.bfloat16), (9000, torch.float64))]
     assert bits.checksums(values) == [bits.checksum(value) for value in values]
     assert bits.checksums([]) == []
+
+
+def test_the_total_of_several_comparisons():
+    a = torch.tensor([0.0, 1.0, 2.0])
+    b = torch.tensor([-0.0, 1.0, 3.0])
+    assert bits.total(bits.count(x, y) for x, y in ((a, a), (a, b), (b, b), (b, a))) == 4
+    assert bits.total([]) == 0

@@ -53,6 +53,23 @@ def test_blocks_of_another_model_with_mla_are_refused(name):
         table.check(latent(name, True), "cuda", Version("0.33.0"))
 
 
+def test_an_fp8_kv_cache_with_blocks_and_mla_has_a_row_of_its_own():
+    release, name = Version("0.33.0"), "an FP8 KV cache with FP8 blocks of 128 x 128 in models with MLA"
+    config = latent("DeepseekV3ForCausalLM", True)
+    config.cache_config.cache_dtype = "fp8"
+    table.check(config, "cuda", release)
+    (row,) = (row for row in pairs.PAIRS if row.name == name)
+    assert row.asked(config)
+    config.model_config.hf_config.quantization_config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    assert not row.asked(config)
+    with pytest.raises(UnsupportedFeature, match="an FP8 KV cache with other quantized weights"):
+        table.check(config, "cuda", release)
+    config.model_config.hf_config.quantization_config = BLOCKS
+    config.model_config.use_mla = False
+    with pytest.raises(UnsupportedFeature, match="an FP8 KV cache with other quantized weights"):
+        table.check(config, "cuda", release)
+
+
 def test_the_form_is_that_of_the_settings(monkeypatch):
     monkeypatch.delenv("BI_PATCH_MLA", raising=False)
     assert pairs.one_form() == (Settings().mla == "one")

@@ -146,7 +146,7 @@ def test_a_checkpoint_may_ask_for_an_fp8_kv_cache_with_one_static_scale():
     assert not cache.asked(made)
 
 
-def test_an_fp8_kv_cache_is_served_beside_fp8_weights_per_channel_only():
+def test_without_mla_an_fp8_kv_cache_is_served_beside_fp8_weights_per_channel_only():
     held = {row.name: row for row in pairs.PAIRS if row.name.startswith("an FP8 KV cache with")}
     (channels,) = (row for name, row in held.items() if name.endswith("FP8 weights per channel"))
     (others,) = (row for name, row in held.items() if "other quantized weights" in name)
