@@ -189,13 +189,18 @@ def _gptq(held: Mapping[str, Any]) -> Iterator[Scheme]:
 
 _FP8 = (
     _NOTES
-    + "activation_scheme weight_block_size ignored_layers modules_to_not_convert is_checkpoint_fp8_serialized fmt"
+    + "activation_scheme weight_block_size ignored_layers modules_to_not_convert is_checkpoint_fp8_serialized fmt "
+    + "scale_fmt"
 )
+# DeepSeek V3.1's: vLLM then rounds the scales of activations up to powers of two, which DeepGEMM's switch does anyway.
+_POWERS = "ue8m0"
 
 
 def _fp8(held: Mapping[str, Any]) -> Iterator[Scheme]:
     block, kind = held.get("weight_block_size"), held.get("activation_scheme", "dynamic")
     other = _unknown(held, _FP8) or ("" if held.get("fmt", "e4m3") == "e4m3" else f"format {held['fmt']!r}")
+    if held.get("scale_fmt") not in (None, _POWERS) or held.get("scale_fmt") and not block:
+        other = other or f"scales of format {held['scale_fmt']!r}"
     yield Scheme(
         "fp8",
         "fp8",

@@ -63,6 +63,7 @@ def rows(held, method=None, **model):
         (GPTQ | {"bits": 8}, "8-bit weights alone (GPTQ, compressed-tensors W8A16)"),
         (tensors(INT8), "8-bit weights alone (GPTQ, compressed-tensors W8A16)"),
         (FP8, "FP8 in blocks of 128 x 128"),
+        (FP8 | {"scale_fmt": "ue8m0"}, "FP8 in blocks of 128 x 128"),
         (CHANNELS, "FP8 per channel or tensor, activations per token (compressed-tensors)"),
         (
             FP8 | {"weight_block_size": None, "activation_scheme": "static"},
@@ -88,7 +89,8 @@ def test_a_scheme_belongs_to_one_row(held, name):
         GPTQ | {"checkpoint_format": "marlin"},
         FP8 | {"weight_block_size": [64, 64]},
         FP8 | {"fmt": "e5m2"},
-        FP8 | {"scale_fmt": "ue8m0"},
+        FP8 | {"scale_fmt": "e4m3"},
+        FP8 | {"scale_fmt": "ue8m0", "weight_block_size": None},
         tensors(INT8, TOKEN | {"symmetric": False}),
         tensors(INT8, TOKEN | {"strategy": "tensor"}),
         tensors(INT8 | {"symmetric": False}, TOKEN),
