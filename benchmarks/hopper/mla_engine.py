@@ -5,6 +5,7 @@
 --mode: armed, upstream (vLLM's own batch-invariant mode) or stock.
 --small: a KV cache too small for the batch, without a prefix cache, so that requests are preempted and recomputed.
 --cached: with a prefix cache, where a preempted request finds its own blocks.
+--times: also the GPU's time of decode steps, without the host's.
 --long: prompts that exceed vLLM's workspace of 65,536 tokens.
 """
 
@@ -64,6 +65,7 @@ def main():
     parser.add_argument("--kv", default="auto", help="--kv-cache-dtype of the engine")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--times", action="store_true")
     parser.add_argument("--mode", choices=("armed", "upstream", "stock"), default="armed")
     a = parser.parse_args()
     begin(a.mode)
@@ -216,10 +218,26 @@ def main():
     forget()
     ask([p[:-1] + [5] for p in edge], 2)
     compare("one token not cached, alone", [ask([p], 8)[0] for p in edge], cold)
+    usual = core.scheduler.max_num_scheduled_tokens
     for budget in (33, 200, 500):
         core.scheduler.max_num_scheduled_tokens = budget
         forget()
         compare(f"together, budget {budget}", ask(prompts), alone)
+    core.scheduler.max_num_scheduled_tokens = usual
+    if a.times:
+        times(llm, result, save)
+
+
+def times(llm, result: dict, save) -> None:
+    """Milliseconds of the GPU's kernels in a decode step, for some numbers of requests."""
+    engine = child.Engine.__new__(child.Engine)
+    engine.llm, engine.vocabulary, engine.count, engine.on_step = llm, 30000, 0, None
+    result["times"] = []
+    for number, length in ((1, 512), (8, 1024), (64, 512), (128, 512)):
+        child.warm(engine, f"{number} x {length}/128")
+        result["times"].append({"workload": f"{number} x {length}"} | child.gpu_cost(engine, number, length))
+        print({k: v for k, v in result["times"][-1].items() if "kernels" not in k}, flush=True)
+        save()
 
 
 def long_prompts(ask, compare, forget, scheduler, rng):
