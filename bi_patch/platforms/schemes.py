@@ -40,6 +40,7 @@ class Scheme:
     "token", a number of elements ("128"), or "tensor". static: the checkpoint has the activations' scale. Without it,
     the scale of a "tensor" depends on the batch.
     head: the language-model head is quantized, too. online: vLLM quantizes 16-bit weights while it loads them.
+    powers: scales of blocks are powers of two (scale_fmt ue8m0).
     other: what `of` does not know, in words. No scheme with a remark is served.
     """
 
@@ -53,6 +54,7 @@ class Scheme:
     static: bool = False
     head: bool = False
     online: bool = False
+    powers: bool = False
     other: str = ""
 
     def __str__(self) -> str:
@@ -66,6 +68,7 @@ class Scheme:
             rows if self.activation else "",
             "a quantized head" if self.head else "",
             "quantized while loading" if self.online else "",
+            "scales of powers of two" if self.powers else "",
             self.other,
         )
         return ", ".join(filter(None, (f"{self.method} {self.weight}".strip(), *said)))
@@ -192,7 +195,6 @@ _FP8 = (
     + "activation_scheme weight_block_size ignored_layers modules_to_not_convert is_checkpoint_fp8_serialized fmt "
     + "scale_fmt"
 )
-# DeepSeek V3.1's: vLLM then rounds the scales of activations up to powers of two, which DeepGEMM's switch does anyway.
 _POWERS = "ue8m0"
 
 
@@ -208,6 +210,7 @@ def _fp8(held: Mapping[str, Any]) -> Iterator[Scheme]:
         activation="fp8",
         activation_scale=str(int(block[1])) if block else TENSOR,
         static=kind == "static",
+        powers=held.get("scale_fmt") == _POWERS,
         other=other or ("" if kind in ("static", "dynamic") else f"activations {kind!r}"),
     )
 

@@ -268,6 +268,11 @@ def _compiled_elsewhere(config: Any) -> str:
     return _compiled(config) if other and not _latent(config) else ""
 
 
+def _powers(config: Any) -> str:
+    used = tuple(s for s in schemes.of(config) if s.powers)
+    return f"FP8 blocks with scale_fmt ue8m0 ({'; '.join(map(str, used))})" if used else ""
+
+
 def _head(config: Any) -> str:
     used = tuple(s for s in schemes.of(config) if s.head)
     return f"a quantized language-model head ({'; '.join(map(str, used))})" if used else ""
@@ -288,6 +293,13 @@ QUANTIZATION: tuple[Feature, ...] = (
     ),
     row("experts in MXFP4", **_REFUSED | {"cuda": _UNSHOWN}, asked=_experts(_mxfp4)),
     row("quantized experts", **_REFUSED, asked=_experts(None)),
+    row(
+        "FP8 blocks with scales of powers of two (scale_fmt ue8m0, as in DeepSeek V3.1)",
+        cpu=untried("vLLM's CPU build reads no scale_fmt"),
+        cuda=(untried(releases=">=0.33"), _NONE),
+        ascend=_NONE,
+        asked=_powers,
+    ),
     row("FP8 blocks of 128 x 128 in DeepSeek V3 (MLA)", **_cuda(_WITH_MLA), asked=_latent),
     row(
         "FP8 blocks of 128 x 128 in DeepSeek V3 with BI_PATCH_MLA=one",

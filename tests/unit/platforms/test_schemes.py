@@ -63,7 +63,6 @@ def rows(held, method=None, **model):
         (GPTQ | {"bits": 8}, "8-bit weights alone (GPTQ, compressed-tensors W8A16)"),
         (tensors(INT8), "8-bit weights alone (GPTQ, compressed-tensors W8A16)"),
         (FP8, "FP8 in blocks of 128 x 128"),
-        (FP8 | {"scale_fmt": "ue8m0"}, "FP8 in blocks of 128 x 128"),
         (CHANNELS, "FP8 per channel or tensor, activations per token (compressed-tensors)"),
         (
             FP8 | {"weight_block_size": None, "activation_scheme": "static"},
@@ -106,6 +105,11 @@ def test_a_scheme_belongs_to_one_row(held, name):
 )
 def test_what_no_row_names_is_among_the_others(held):
     assert rows(held) == ["other quantized weights"]
+
+
+def test_scales_of_powers_of_two_have_a_row_besides_that_of_their_blocks():
+    powers = "FP8 blocks with scales of powers of two (scale_fmt ue8m0, as in DeepSeek V3.1)"
+    assert rows(FP8 | {"scale_fmt": "ue8m0"}) == ["FP8 in blocks of 128 x 128", powers]
 
 
 def test_each_scheme_of_a_mixed_checkpoint_counts():
