@@ -210,7 +210,7 @@ def _fp8(held: Mapping[str, Any]) -> Iterator[Scheme]:
         activation="fp8",
         activation_scale=str(int(block[1])) if block else TENSOR,
         static=kind == "static",
-        powers=held.get("scale_fmt") == _POWERS,
+        powers=bool(block) and held.get("scale_fmt") == _POWERS,
         other=other or ("" if kind in ("static", "dynamic") else f"activations {kind!r}"),
     )
 
