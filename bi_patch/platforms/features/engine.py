@@ -18,6 +18,7 @@ _H200_MLA_MORE = "invariance-2026-11-29-h200-mla-more-vllm-0.33.0.json"
 _H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
 _H200_MLA_ONE = "invariance-2026-11-29-h200-mla-eighths-compiled-vllm-0.33.0.json"
 _H200_MLA_SHAPES = "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0.json"
+_H200_MLA_SIZES = "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0-2.json"
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _CPU_RANKS = "invariance-2026-11-28-cpu-ranks-vllm-0.32.0.json"
@@ -769,7 +770,8 @@ FEATURES: tuple[Feature, ...] = (
                 _H200_MLA_GRAPHS,
                 _H200_MLA_MORE,
                 _H200_MLA_SHAPES,
-                why="in CUDA graphs: DeepSeek-V2-Lite's and GLM-4.7-Flash's sizes",
+                _H200_MLA_SIZES,
+                why="in CUDA graphs: DeepSeek-V2-Lite's, GLM-4.7-Flash's and Kimi K2's sizes",
             ),
         ),
         ascend=refused("its two forms of attention give different bits"),

@@ -21,6 +21,7 @@ _H200_MLA_MORE = "invariance-2026-11-29-h200-mla-more-vllm-0.33.0.json"
 _H200_MLA_GRAPHS = "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json"
 _H200_MLA_BLOCKS = "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json"
 _H200_MLA_SHAPES = "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0.json"
+_H200_MLA_SIZES = "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0-2.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _H100_ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
@@ -194,7 +195,12 @@ FAMILIES: tuple[Feature, ...] = (
         cpu=_QUANTIZED,
         cuda=(
             refused("MLA", releases="<0.33"),
-            served(_H200_MLA_BLOCKS, _H200_MLA_GRAPHS, why="four layers of V3's sizes, compiled and in eager mode"),
+            served(
+                _H200_MLA_BLOCKS,
+                _H200_MLA_GRAPHS,
+                _H200_MLA_SIZES,
+                why="four layers of V3's sizes, compiled and in eager mode; with V3.1's scales compiled",
+            ),
         ),
         ascend=_MLA,
     ),
@@ -212,7 +218,11 @@ FAMILIES: tuple[Feature, ...] = (
         cpu=untried(),
         cuda=(
             refused("MLA", releases="<0.33"),
-            served(_H200_MLA_SHAPES, why="three layers of its sizes with 64 experts, in eager mode"),
+            served(
+                _H200_MLA_SHAPES,
+                _H200_MLA_SIZES,
+                why="three layers of its sizes with 64 experts, compiled and in eager mode",
+            ),
         ),
         ascend=_MLA,
     ),
@@ -220,7 +230,10 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "MiniCPM3, which vLLM runs as ordinary attention",
         cpu=untried(),
-        cuda=untried("an engine of its sizes ended with SIGABRT as it started; nobody has found out why"),
+        cuda=(
+            served(_H200_MLA_SIZES, why="four layers of its sizes, in eager mode", releases=">=0.33"),
+            untried(),
+        ),
         ascend=_ASCEND,
     ),
     row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_SPARSE, cuda=_OWN, ascend=_MLA),

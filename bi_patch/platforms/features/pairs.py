@@ -212,7 +212,14 @@ PAIRS: tuple[Feature, ...] = (
         EIGHTH,
         _LATENT_BLOCKS,
         cpu=_REFUSED,
-        cuda=(untried(releases=">=0.33"), _REFUSED),
+        cuda=(
+            served(
+                "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0-2.json",
+                why="four layers of DeepSeek-V3's sizes, compiled; Triton-MLA, in two forms",
+                releases=">=0.33",
+            ),
+            _REFUSED,
+        ),
         ascend=_REFUSED,
     ),
     _pairs(

@@ -296,7 +296,14 @@ QUANTIZATION: tuple[Feature, ...] = (
     row(
         "FP8 blocks with scales of powers of two (scale_fmt ue8m0, as in DeepSeek V3.1)",
         cpu=untried("vLLM's CPU build reads no scale_fmt"),
-        cuda=(untried(releases=">=0.33"), _NONE),
+        cuda=(
+            served(
+                "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0-2.json",
+                why="four layers of DeepSeek-V3's sizes, compiled, beside an FP8 KV cache",
+                releases=">=0.33",
+            ),
+            _NONE,
+        ),
         ascend=_NONE,
         asked=_powers,
     ),

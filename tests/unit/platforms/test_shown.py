@@ -171,6 +171,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek V2, BI_PATCH_MLA=two", *_MLA, "preemption"),
         ("DeepSeek-V2-Lite", *_MLA),
         ("GLM-4.7-Flash", *_MLA),
+        ("Kimi K2", *_MLA),
     ),
     ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cuda"): (
         ("DeepSeek V2, BI_PATCH_MLA=one", *_MLA),
@@ -293,6 +294,12 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         )
     },
     ("LoRA with quantized weights", "cpu"): tuple((f"* {s}, LoRA", *_LORA) for s in ("INT8", "W4A16", "FP8 blocks")),
+    ("FP8 blocks with scales of powers of two (scale_fmt ue8m0, as in DeepSeek V3.1)", "cuda"): (
+        ("DeepSeek-V3 FP8 block ue8m0,*", *_MLA),
+    ),
+    ("an FP8 KV cache with FP8 blocks of 128 x 128 in models with MLA", "cuda"): (
+        ("DeepSeek-V3 FP8 block ue8m0,* FP8 KV cache", *_MLA),
+    ),
     ("an FP8 KV cache with MLA", "cuda"): (
         ("DeepSeek V2, FP8 KV cache", *_MLA, "preemption"),
         ("DeepSeek V2, FP8 KV cache, eager", *_MLA, "preemption"),
@@ -390,8 +397,12 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("GLM-4.7-Flash in bf16", "cpu"): (("GLM-4.7-Flash,*", *_SIX),),
     ("GLM-4.7-Flash in bf16", "cuda"): (("GLM-4.7-Flash, eager", *_FIVE), ("GLM-4.7-Flash", *_MLA)),
-    ("Kimi K2 in bf16", "cuda"): (("Kimi K2, eager", *_FIVE),),
-    ("DeepSeek V3, V3.1 and R1 in FP8 blocks", "cuda"): (("DeepSeek-V3 FP8 block,*", *_MLA),),
+    ("Kimi K2 in bf16", "cuda"): (("Kimi K2, eager", *_FIVE), ("Kimi K2", *_MLA)),
+    ("MiniCPM3, which vLLM runs as ordinary attention", "cuda"): (("MiniCPM3, eager", *_SIX),),
+    ("DeepSeek V3, V3.1 and R1 in FP8 blocks", "cuda"): (
+        ("DeepSeek-V3 FP8 block,*", *_MLA),
+        ("DeepSeek-V3 FP8 block ue8m0,*", *_MLA),
+    ),
     ("DeepSeek V3, V3.1 and R1 in bf16", "cuda"): (("DeepSeek V3,*", *_FIVE),),
     **{
         ("Qwen3-Embedding", platform): (("Qwen3-Embedding*", *_ENCODED, "prefix cache"),)
