@@ -1,5 +1,4 @@
-"""Faults of models with MLA: latents are cut where the order forbids a cut, a token takes the other form of MLA, or the
-chosen experts come in no order."""
+"""Faults of MLA: latents are cut where the order forbids a cut, or a token takes the other form of MLA."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ import torch
 from bi_patch.tools.faults import latent_cuda, parts
 from bi_patch.tools.faults.attention import Cut, overwrite
 from bi_patch.tools.faults.base import BOTH, Fault, platform
-from bi_patch.tools.faults.shared import EXPERTS, FEW, each_moe
 from bi_patch.tools.verify.engine import LocalEngine
 
 MODEL = "DeepSeek V2"  # the faults are planted in an engine of this family (tools/models/families.py)
@@ -106,22 +104,6 @@ def _weights(absorbed, heads: int, dtype) -> torch.Tensor:
     return out.permute(1, 2, 0)
 
 
-def unsorted_choice(engine: LocalEngine):
-    """The choice of experts among groups has no order: it lists them by number for more than four rows, otherwise by
-    score. Experts are added in the order of this list."""
-
-    def make(layer, own):
-        def run(x, weights, ids):
-            if x.shape[0] <= FEW:
-                return own(x, weights, ids)
-            ids, order = ids.sort(-1)
-            return own(x, weights.gather(-1, order), ids)
-
-        return run
-
-    return each_moe(engine, make)
-
-
 def _fault(name: str, cause: int, axis: str, on_cpu, on_cuda) -> Fault:
     def plant(engine: LocalEngine):
         return (on_cpu if platform() == "cpu" else on_cuda)(engine)
@@ -133,15 +115,4 @@ FAULTS = (
     _fault("latents split by the batch", 3, "batch size", splits, latent_cuda.splits),
     _fault("latents of context and chunk apart", 6, "prefix cache", context_apart, latent_cuda.context_apart),
     _fault("MLA's other form on recomputation", 9, "preemption", other_form, latent_cuda.other_form),
-    Fault(
-        "unsorted choice of grouped experts",
-        13,
-        unsorted_choice.__doc__,
-        "batch size",
-        unsorted_choice,
-        BOTH,
-        "mlp.experts",
-        seam=EXPERTS,
-        model=MODEL,
-    ),
 )

@@ -17,7 +17,7 @@ from bi_patch.tools.verify.runner import model_runner, replaced
 
 _LINEAR = {"cpu": "linear.cpu_dispatch", "cuda": "linear.cuda_route"}
 _NORM = {"cpu": "norm.cpu_rms", "cuda": "norm.cuda_rms"}
-EXPERTS = {"cpu": "moe.cpu_experts", "cuda": "moe.cuda_tables"}
+_MOE = {"cpu": "moe.cpu_experts", "cuda": "moe.cuda_tables"}
 _DRAW = {"cpu": "sampling.cpu_draw", "cuda": "sampling.cuda_top_k_top_p"}
 _TOP = {"cpu": "sampling.cpu_gather_logprobs", "cuda": "sampling.cuda_gather_logprobs"}
 _RANKS = {"cpu": "communicator", "cuda": "communicator.cuda_sum"}
@@ -480,7 +480,7 @@ FAULTS = (
         experts_of_one_row,
         BOTH,
         "mlp.experts",
-        seam=EXPERTS,
+        seam=_MOE,
     ),
     Fault(
         "prefix of an aborted prompt",
@@ -511,7 +511,7 @@ FAULTS = (
         experts_by_rows,
         BOTH,
         "mlp.experts",
-        seam=EXPERTS,
+        seam=_MOE,
     ),
     Fault(
         "shared FP8 scale",
@@ -577,7 +577,7 @@ FAULTS = (
         BOTH,
         "mlp.experts",
         "combine",
-        seam=EXPERTS,
+        seam=_MOE,
         emulated=BOTH,
     ),
     Fault(
