@@ -1,4 +1,5 @@
-"""Faults of MLA: latents are cut where the order forbids a cut, or a token takes the other form of MLA."""
+"""Faults of models with MLA: latents are cut where the order forbids a cut, a token takes the other form of MLA, or the
+chosen experts come in no order."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from bi_patch.tools.faults import latent_cuda, parts
 from bi_patch.tools.faults.attention import Cut, overwrite
 from bi_patch.tools.faults.base import BOTH, Fault, platform
+from bi_patch.tools.faults.shared import EXPERTS, FEW, each_moe, one_expert_at_a_time
 from bi_patch.tools.verify.engine import LocalEngine
 
 MODEL = "DeepSeek V2"  # the faults are planted in an engine of this family (tools/models/families.py)
@@ -104,6 +106,22 @@ def _weights(absorbed, heads: int, dtype) -> torch.Tensor:
     return out.permute(1, 2, 0)
 
 
+def unsorted_choice(engine: LocalEngine):
+    """The choice of experts among groups has no order: it lists them by number for more than four rows, otherwise by
+    score. Experts are added in the order of this list, in the rows' type."""
+
+    def make(layer, own):
+        def run(x, weights, ids):
+            if x.shape[0] > FEW:
+                ids, order = ids.sort(-1)
+                weights = weights.gather(-1, order)
+            return one_expert_at_a_time(own, x, weights, ids, range(ids.shape[1]))
+
+        return run
+
+    return each_moe(engine, make)
+
+
 def _fault(name: str, cause: int, axis: str, on_cpu, on_cuda) -> Fault:
     def plant(engine: LocalEngine):
         return (on_cpu if platform() == "cpu" else on_cuda)(engine)
@@ -115,4 +133,15 @@ FAULTS = (
     _fault("latents split by the batch", 3, "batch size", splits, latent_cuda.splits),
     _fault("latents of context and chunk apart", 6, "prefix cache", context_apart, latent_cuda.context_apart),
     _fault("MLA's other form on recomputation", 9, "preemption", other_form, latent_cuda.other_form),
+    Fault(
+        "unsorted choice of grouped experts",
+        13,
+        unsorted_choice.__doc__,
+        "batch size",
+        unsorted_choice,
+        BOTH,
+        "mlp.experts",
+        seam=EXPERTS,
+        model=MODEL,
+    ),
 )

@@ -17,7 +17,7 @@ from bi_patch.tools.verify.runner import model_runner, replaced
 
 _LINEAR = {"cpu": "linear.cpu_dispatch", "cuda": "linear.cuda_route"}
 _NORM = {"cpu": "norm.cpu_rms", "cuda": "norm.cuda_rms"}
-_MOE = {"cpu": "moe.cpu_experts", "cuda": "moe.cuda_tables"}
+EXPERTS = {"cpu": "moe.cpu_experts", "cuda": "moe.cuda_tables"}
 _DRAW = {"cpu": "sampling.cpu_draw", "cuda": "sampling.cuda_top_k_top_p"}
 _TOP = {"cpu": "sampling.cpu_gather_logprobs", "cuda": "sampling.cuda_gather_logprobs"}
 _RANKS = {"cpu": "communicator", "cuda": "communicator.cuda_sum"}
@@ -406,7 +406,7 @@ def each_moe(engine: LocalEngine, make) -> Iterator[None]:
         yield
 
 
-def _one_expert_at_a_time(own, x, weights, ids, order):
+def one_expert_at_a_time(own, x, weights, ids, order):
     """Add each expert's product in the rows' dtype, like atomics in memory; fp32 sums would round the order away."""
     total = None
     for j in order:
@@ -422,7 +422,7 @@ def experts_by_rows(engine: LocalEngine):
         def run(x, weights, ids):
             if x.shape[0] > 16:
                 return own(x, weights, ids)
-            return _one_expert_at_a_time(own, x, weights, ids, reversed(range(ids.shape[1])))
+            return one_expert_at_a_time(own, x, weights, ids, reversed(range(ids.shape[1])))
 
         return run
 
@@ -436,7 +436,7 @@ def experts_of_one_row(engine: LocalEngine):
         def run(x, weights, ids):
             if x.shape[0] > 1:
                 return own(x, weights, ids)
-            return _one_expert_at_a_time(own, x, weights, ids, range(ids.shape[1]))
+            return one_expert_at_a_time(own, x, weights, ids, range(ids.shape[1]))
 
         return run
 
@@ -480,7 +480,7 @@ FAULTS = (
         experts_of_one_row,
         BOTH,
         "mlp.experts",
-        seam=_MOE,
+        seam=EXPERTS,
     ),
     Fault(
         "prefix of an aborted prompt",
@@ -511,7 +511,7 @@ FAULTS = (
         experts_by_rows,
         BOTH,
         "mlp.experts",
-        seam=_MOE,
+        seam=EXPERTS,
     ),
     Fault(
         "shared FP8 scale",
@@ -577,7 +577,7 @@ FAULTS = (
         BOTH,
         "mlp.experts",
         "combine",
-        seam=_MOE,
+        seam=EXPERTS,
         emulated=BOTH,
     ),
     Fault(
