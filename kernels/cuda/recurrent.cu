@@ -21,7 +21,7 @@
 // The order: a sum over KEYS goes through multiply_add, 16 positions at a time, ascending (k.k and q.k: even and odd
 // groups, which are then added); S, x, w, T and M enter as two pieces of bf16 each (the rounded number, and the rounded
 // rest), whose sums are added at the end. T by substitution, row after row. An element of a product depends on its own
-// row and column alone. A warp has 16 rows of S. What does not depend on S comes first, so that it runs beside S's products.
+// row and column alone. A warp has 16 rows of S. What does not depend on S (see Mix) is computed once for a block.
 //
 // Positions: keys lie in y, in the log and in shared memory so that a lane's four neighbouring keys of S are what a lane
 // holds of two results of multiply_add (see place).
@@ -51,9 +51,18 @@ struct alignas(16) Four { float x[4]; };
 struct alignas(16) Eight { u32 pairs[4]; };
 struct alignas(8) Two { float x[2]; };
 
+// What a chunk's products take that does not depend on the state. A lane has, as operands in two pieces of bf16, T and M
+// of token i = lane / 4 and the tokens j = 2 (lane % 4) and the next; and of these tokens j factors: of what the state
+// gives to x (gated delta nets) and to o, and of w in the state at the chunk's end. whole: the decay of the whole chunk.
+struct alignas(16) Mix {
+  u32 inverse[2], mixed[2];
+  float of_state[2], of_output[2], of_end[2], whole, unused;
+};
+
 struct Memory {
-  u16 keys[2][TILE][KEY_ROW], queries[2][TILE][KEY_ROW], values[2][TILE][OWN_ROW], out[2][TILE][OWN_ROW];
+  u16 keys[2][TILE][KEY_ROW], queries[2][TILE][KEY_ROW], values[2][TILE][OWN_ROW], out[TILE][OWN_ROW];
   float numbers[2][TILE / CHUNK][4][CHUNK];  // decay, step, 1/|k|, scale/|q|
+  Mix mixes[TILE / CHUNK][32];
 };
 
 DEVICE float low(u32 pair) { return float_of(pair << 16); }
@@ -301,33 +310,46 @@ struct Source {
   int base, before, total, head, row;
 };
 
-// Brings TOKENS tokens from `first` on into shared memory, zeros after the last one. QUERIES: with their queries.
-template <int TOKENS, bool QUERIES = true>
+// Brings TOKENS tokens from `first` on into shared memory, zeros after the last one. QUERIES: with their queries. LOG:
+// whether some may lie in the log.
+template <int TOKENS, bool QUERIES, bool LOG>
 DEVICE void bring(Memory& m, int at, const Source& from, int first) {
-  const int group = from.head / (HEADS / KEY_HEADS);
-  constexpr int PIECES_OF_TOKEN = KEYS / (QUERIES ? 4 : 8);
-  for (int n = thread(); n < TOKENS * PIECES_OF_TOKEN; n += THREADS) {
-    const int token = n / PIECES_OF_TOKEN, piece = n % PIECES_OF_TOKEN, c = piece % (KEYS / 8) * 8, u = first + token;
-    const bool key = piece < KEYS / 8, old = u < from.before, wanted = u < from.total && (key || !old);
-    const u16* held = old ? from.log + u * LOG_ROW + group * KEYS + c
-                          : from.y + i64(u + from.base) * CHANNELS + (key ? K_AT : Q_AT) + group * KEYS + c;
-    copy_16((key ? m.keys : m.queries)[at][token] + c, wanted ? held : from.y, wanted);
+  // A thread has the same channels of several tokens.
+  constexpr int KEYED = KEYS / (QUERIES ? 4 : 8), KEYED_STEP = THREADS / KEYED;
+  constexpr int VALUED = OWN / 8, VALUED_STEP = THREADS / VALUED;
+  static_assert(THREADS % KEYED == 0 && THREADS % VALUED == 0);
+  const int piece = thread() % KEYED, group = from.head / (HEADS / KEY_HEADS), c = piece % (KEYS / 8) * 8;
+  const bool key = piece < KEYS / 8;
+  const u16* keyed = from.y + i64(first + from.base) * CHANNELS + (key ? K_AT : Q_AT) + group * KEYS + c;
+  u16(*to)[KEY_ROW] = (key ? m.keys : m.queries)[at];
+#pragma unroll
+  for (int i = 0; i < (TOKENS + KEYED_STEP - 1) / KEYED_STEP; ++i) {
+    const int token = thread() / KEYED + i * KEYED_STEP, u = first + token;
+    if (TOKENS % KEYED_STEP && token >= TOKENS) break;
+    const bool old = LOG && u < from.before;
+    const u16* held = old ? from.log + u * LOG_ROW + group * KEYS + c : keyed + i64(token) * CHANNELS;
+    copy_16(to[token] + c, held, u < from.total && (key || !old));
   }
-  for (int n = thread(); n < TOKENS * OWN / 8; n += THREADS) {
-    const int token = n / (OWN / 8), c = n % (OWN / 8) * 8, u = first + token, channel = from.head * VALUES + from.row + c;
-    const u16* held = u < from.before ? from.log + u * LOG_ROW + LOG_V + channel
-                                      : from.y + i64(u + from.base) * CHANNELS + V_AT + channel;
-    copy_16(m.values[at][token] + c, u < from.total ? held : from.y, u < from.total);
+  const int row = thread() % VALUED * 8, channel = from.head * VALUES + from.row + row;
+  const u16* valued = from.y + i64(first + from.base) * CHANNELS + V_AT + channel;
+#pragma unroll
+  for (int i = 0; i < (TOKENS + VALUED_STEP - 1) / VALUED_STEP; ++i) {
+    const int token = thread() / VALUED + i * VALUED_STEP, u = first + token;
+    if (TOKENS % VALUED_STEP && token >= TOKENS) break;
+    const bool old = LOG && u < from.before;
+    const u16* held = old ? from.log + u * LOG_ROW + LOG_V + channel : valued + i64(token) * CHANNELS;
+    copy_16(m.values[at][token] + row, held, u < from.total);
   }
   end_group();
 }
 
-// The numbers of one token: decay, step, 1/|k|, scale/|q|.
+// The numbers of one token: decay, step, 1/|k|, scale/|q|. LOG: whether it may lie in the log.
+template <bool LOG>
 DEVICE Four numbers_of(const Source& from, int u) {
   Four got{{1.f, 0.f, 0.f, 0.f}};
   if (u >= from.total) return got;
   const int group = from.head / (HEADS / KEY_HEADS);
-  if (u < from.before) {
+  if (LOG && u < from.before) {
     u16* row = from.log + u * LOG_ROW;
     got.x[0] = valued_of(row)[2 * from.head];
     got.x[1] = valued_of(row)[2 * from.head + 1];
@@ -363,23 +385,20 @@ DEVICE void operand(u32 (&a)[4], const float (&x)[4]) {
   a[0] = upper.first, a[1] = lower.first, a[2] = upper.second, a[3] = lower.second;
 }
 
-// d [16 rows, 8 tokens i] += a [16 rows, 8 tokens j] of `operand`, times b_ij; a lane has b of i = lane / 4 and two j.
-DEVICE void add_product(float (&d)[4], const u32 (&a)[4], float b0, float b1) {
-  const Pieces b = split(b0, b1);
-  multiply_add(d, a, b.first, b.first);
-  multiply_add(d, a, b.second, b.second);
+// d [16 rows, 8 tokens i] += a [16 rows, 8 tokens j] of `operand`, times b_ij in two pieces.
+DEVICE void add_product(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  multiply_add(d, a, b[0], b[0]);
+  multiply_add(d, a, b[1], b[1]);
 }
 
-// Computes a chunk with the state s at its start, and moves s to its end if the chunk is `full`. A lane has, of 16 rows
-// of the state, s[j][h]: rows g and g + 8 (g = lane / 4) at positions 16 j + 8 h + 2 t and the next (t = lane % 4).
-// done(o): the outputs of rows g and g + 8 for the tokens 2 t and 2 t + 1. OUTPUTS: whether to compute them.
-template <bool OUTPUTS, class Done>
-DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* queries, const u16* values,
-                    const float* numbers, float skip, bool full, Done done) {
+// A chunk's Mix. OUTPUTS: whether its outputs are computed.
+template <bool OUTPUTS>
+DEVICE Mix mix_of(const u16* keys, const u16* queries, const float* numbers) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-  const u16* row = (lane < 16 ? keys : queries) + lane % 8 * KEY_ROW + lane / 8 % 2 * 8;
-  float sums[2][4] = {}, dots[4];  // k_g.k and q_g.k of the tokens 2 t and 2 t + 1
+  float dots[4] = {};  // k_g.k and q_g.k of the tokens 2 t and 2 t + 1
   if (OUTPUTS) {
+    const u16* row = (lane < 16 ? keys : queries) + lane % 8 * KEY_ROW + lane / 8 % 2 * 8;
+    float sums[2][4] = {};
 #pragma unroll
     for (int j = 0; j < GROUPS; ++j) {
       u32 m[4];
@@ -387,8 +406,8 @@ DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* querie
       const u32 both[4] = {m[0], m[2], m[1], m[3]};
       multiply_add(sums[j % 2], both, m[0], m[1]);
     }
+    for (int i = 0; i < 4; ++i) dots[i] = plus(sums[0][i], sums[1][i]);
   }
-  for (int i = 0; i < 4; ++i) dots[i] = plus(sums[0][i], sums[1][i]);
   float decay[CHUNK], until[2], after[2] = {1.f, 1.f}, within[2] = {1.f, 1.f}, whole = 1.f;
   for (int i = 0; i < 2; ++i) {
     const Four got = *reinterpret_cast<const Four*>(numbers + 4 * i);
@@ -405,7 +424,6 @@ DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* querie
       if (l > i && l <= g) within[e] = times(within[e], decay[l]);
     }
   }
-  const Two step = *reinterpret_cast<const Two*>(numbers + CHUNK + 2 * t);
   Two of_k{{1.f, 1.f}}, of_q{{1.f, 1.f}};
   float of_k_g = 1.f, of_q_g = 1.f;
   if (!MAMBA) {
@@ -414,6 +432,7 @@ DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* querie
     of_k_g = times(numbers[CHUNK + g], numbers[2 * CHUNK + g]);
     of_q_g = numbers[3 * CHUNK + g];
   }
+  Mix mix;
   float inverse[2], mixed[2], less[2];
   for (int e = 0; e < 2; ++e) {
     const int j = 2 * t + e;
@@ -421,6 +440,9 @@ DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* querie
     mixed[e] = j <= g ? times(times(of_q_g, common), dots[2 + e]) : 0.f;
     less[e] = j < g ? times(times(of_k_g, common), dots[e]) : 0.f;
     inverse[e] = j == g ? 1.f : 0.f;
+    mix.of_state[e] = MAMBA ? 0.f : times(until[e], of_k.x[e]);
+    mix.of_output[e] = times(until[e], of_q.x[e]);
+    mix.of_end[e] = MAMBA ? after[e] : times(of_k.x[e], after[e]);
   }
   if (!MAMBA) {
 #pragma unroll
@@ -431,8 +453,25 @@ DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* querie
       inverse[1] = fused(by, lower, inverse[1]);
     }
   }
+  const Pieces t_pieces = split(inverse[0], inverse[1]), m_pieces = split(mixed[0], mixed[1]);
+  mix.inverse[0] = t_pieces.first, mix.inverse[1] = t_pieces.second;
+  mix.mixed[0] = m_pieces.first, mix.mixed[1] = m_pieces.second;
+  mix.whole = whole;
+  mix.unused = 0.f;
+  return mix;
+}
+
+// Computes a chunk with the state s at its start, and moves s to its end if the chunk is `full`. A lane has, of 16 rows
+// of the state, s[j][h]: rows g and g + 8 (g = lane / 4) at positions 16 j + 8 h + 2 t and the next (t = lane % 4).
+// steps: of the chunk's tokens. done(o): the outputs of rows g and g + 8 for the tokens 2 t and 2 t + 1. OUTPUTS: whether
+// to compute them.
+template <bool OUTPUTS, class Done>
+DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* queries, const u16* values,
+                    const float* steps, const Mix& mix, float skip, bool full, Done done) {
+  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
   float p[2][4] = {}, r[2][4] = {};
   if (OUTPUTS) {
+    const u16* row = (lane < 16 ? keys : queries) + lane % 8 * KEY_ROW + lane / 8 % 2 * 8;
 #pragma unroll
     for (int j = 0; j < GROUPS; ++j) {
       u32 m[4], a[2][4];
@@ -450,29 +489,30 @@ DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* querie
       }
     }
   }
+  const Two step = *reinterpret_cast<const Two*>(steps + 2 * t);
   float v[4], w[4], o[4];
   for (int i = 0; i < 4; ++i) {
     const int e = i % 2, at = g + 8 * (i / 2);
     v[i] = float_of(u32(values[(2 * t + e) * OWN_ROW + at]) << 16);
-    const float of_state = MAMBA ? 0.f : times(times(until[e], of_k.x[e]), plus(p[0][i], p[1][i]));
+    const float of_state = MAMBA ? 0.f : times(mix.of_state[e], plus(p[0][i], p[1][i]));
     w[i] = times(step.x[e], plus(v[i], -of_state));
-    o[i] = times(times(until[e], of_q.x[e]), plus(r[0][i], r[1][i]));
+    o[i] = times(mix.of_output[e], plus(r[0][i], r[1][i]));
   }
   u32 a[4];
   if (OUTPUTS) {
     operand(a, w);
     if (!MAMBA) {
       for (int i = 0; i < 4; ++i) w[i] = 0.f;
-      add_product(w, a, inverse[0], inverse[1]);
+      add_product(w, a, mix.inverse);
       operand(a, w);
     }
-    add_product(o, a, mixed[0], mixed[1]);
+    add_product(o, a, mix.mixed);
     if (MAMBA)
       for (int i = 0; i < 4; ++i) o[i] = fused(skip, v[i], o[i]);
     done(o);
   }
   if (!full) return;
-  for (int i = 0; i < 4; ++i) w[i] = times(w[i], MAMBA ? after[i % 2] : times(of_k.x[i % 2], after[i % 2]));
+  for (int i = 0; i < 4; ++i) w[i] = times(w[i], mix.of_end[i % 2]);
   operand(a, w);
   const u16* column = keys + lane % 8 * KEY_ROW + lane / 8 * 8;
 #pragma unroll
@@ -484,7 +524,7 @@ DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* querie
       float more[4];
       multiply(more, a, m[i], m[i]);
       float(&held)[4] = s[j + i / 2][i % 2];
-      for (int e = 0; e < 4; ++e) held[e] = fused(held[e], whole, more[e]);
+      for (int e = 0; e < 4; ++e) held[e] = fused(held[e], mix.whole, more[e]);
     }
   }
 }
@@ -514,28 +554,33 @@ DEVICE void put(const float (&s)[GROUPS][2][4], float* held) {
 }
 
 // Calls each(at, c, u) for the chunks of the tokens `first` to `last` of a request: chunk c of part `at` of shared memory
-// begins with token u. after(at, u) follows the chunks of a part, which begins with token u.
-template <bool QUERIES, class Each, class After>
+// begins with token u. after(u) follows the chunks of a part, which begins with token u. OUTPUTS: with queries and mixes.
+template <bool OUTPUTS, class Each, class After>
 DEVICE void chunks_of(Memory& m, const Source& from, int first, int last, Each each, After after) {
-  bring<TILE, QUERIES>(m, 0, from, first);
-  if (thread() < TILE) lay(m, 0, thread(), numbers_of(from, first + thread()));
+  bring<TILE, OUTPUTS, true>(m, 0, from, first);
+  if (thread() < TILE) lay(m, 0, thread(), numbers_of<true>(from, first + thread()));
   wait_groups<0>();
   barrier();
   int at = 0;
   for (int u = first; u < last; u += TILE, at ^= 1) {
     const bool more = u + TILE < last;
     Four numbers;
-    if (more) {
-      bring<TILE, QUERIES>(m, at ^ 1, from, u + TILE);
-      if (thread() < TILE) numbers = numbers_of(from, u + TILE + thread());
+    if (more) {  // the open chunk lay in the first part
+      bring<TILE, OUTPUTS, false>(m, at ^ 1, from, u + TILE);
+      if (thread() < TILE) numbers = numbers_of<false>(from, u + TILE + thread());
     }
-    for (int c = 0; c < TILE && u + c < last; c += CHUNK) each(at, c, u + c);
+    if (OUTPUTS) {
+      for (int c = thread() / 32; c < TILE / CHUNK; c += WARPS)
+        m.mixes[c][thread() % 32] = mix_of<true>(m.keys[at][c * CHUNK], m.queries[at][c * CHUNK], m.numbers[at][c][0]);
+      barrier();
+    }
+    for (int c = 0; c < TILE / CHUNK && u + c * CHUNK < last; ++c) each(at, c, u + c * CHUNK);
     if (more) {
       if (thread() < TILE) lay(m, at ^ 1, thread(), numbers);
       wait_groups<0>();
     }
     barrier();
-    after(at, u);
+    after(u);
   }
 }
 
@@ -579,19 +624,24 @@ KERNEL scan(const u16* y, const float* keyed, const float* valued, const void* d
   chunks_of<true>(
       m, from, first, last,
       [&](int at, int c, int u) {
-        advance<true>(s, m.keys[at][c], m.queries[at][c], m.values[at][c] + block.row, m.numbers[at][c / CHUNK][0],
-                      skip, u + CHUNK <= total, [&](const float (&o)[4]) {
+        const int token = c * CHUNK;
+        advance<true>(s, m.keys[at][token], m.queries[at][token], m.values[at][token] + block.row, m.numbers[at][c][1],
+                      m.mixes[c][lane], skip, u + CHUNK <= total, [&](const float (&o)[4]) {
                         for (int i = 0; i < 4; ++i)
-                          m.out[at][c + lane % 4 * 2 + i % 2][block.row + lane / 4 + 8 * (i / 2)] =
+                          m.out[token + lane % 4 * 2 + i % 2][block.row + lane / 4 + 8 * (i / 2)] =
                               u16(round_pair(o[i], 0.f));
                       });
       },
-      [&](int at, int u) {
-        for (int n = thread(); n < TILE * (OWN / 8); n += THREADS) {
-          const int token = n / (OWN / 8), c = n % (OWN / 8) * 8, t = u + token;
-          if (t >= before && t < last)
-            *reinterpret_cast<Eight*>(out + (i64(t + from.base) * HEADS + block.head) * VALUES + block.part * OWN + c) =
-                *reinterpret_cast<const Eight*>(m.out[at][token] + c);
+      [&](int u) {
+        constexpr int PIECES_OF_TOKEN = OWN / 8, STEP = THREADS / PIECES_OF_TOKEN;
+        const int c = thread() % PIECES_OF_TOKEN * 8;
+        u16* to = out + (i64(u + from.base) * HEADS + block.head) * VALUES + block.part * OWN + c;
+#pragma unroll
+        for (int i = 0; i < (TILE + STEP - 1) / STEP; ++i) {
+          const int token = thread() / PIECES_OF_TOKEN + i * STEP;
+          if (token < TILE && u + token >= before && u + token < last)
+            *reinterpret_cast<Eight*>(to + i64(token) * HEADS * VALUES) =
+                *reinterpret_cast<const Eight*>(m.out[token] + c);
         }
       });
   if (!segments && (begins || total >= CHUNK)) put(s, held);
@@ -624,10 +674,10 @@ KERNEL follow(const u16* y, const float* valued, float* states, const int* start
       [&](int at, int c, int u) {
         if (u % SEGMENT == 0) put(s, to + u / SEGMENT * size);
         if (u + CHUNK <= total)
-          advance<false>(s, m.keys[at][c], nullptr, m.values[at][c] + block.row, m.numbers[at][c / CHUNK][0], 0.f, true,
-                         [](const float (&)[4]) {});
+          advance<false>(s, m.keys[at][c * CHUNK], nullptr, m.values[at][c * CHUNK] + block.row, m.numbers[at][c][1],
+                         mix_of<false>(nullptr, nullptr, m.numbers[at][c][0]), 0.f, true, [](const float (&)[4]) {});
       },
-      [](int, int) {});
+      [](int) {});
   if (begins || total >= CHUNK) put(s, held);
 }
 #endif
@@ -651,13 +701,14 @@ KERNEL scan_one(const u16* y, const float* keyed, const float* valued, const voi
   const int before = counts[request];
   u16* log = log_of(conv, slot * conv_slot);
   const Source from{y, keyed, valued, log, request - before, before, before + 1, head, part * OWN};
-  bring<CHUNK>(m, 0, from, 0);
-  if (thread() < CHUNK) lay(m, 0, thread(), numbers_of(from, thread()));
+  bring<CHUNK, true, true>(m, 0, from, 0);
+  if (thread() < CHUNK) lay(m, 0, thread(), numbers_of<true>(from, thread()));
   const float skip = MAMBA ? number<D_FLOAT>(d, head) : 0.f;
   wait_groups<0>();
   barrier();
   const bool full = before == CHUNK - 1;
-  advance<true>(s, m.keys[0][0], m.queries[0][0], m.values[0][0] + row, m.numbers[0][0][0], skip, full,
+  const Mix mix = mix_of<true>(m.keys[0][0], m.queries[0][0], m.numbers[0][0][0]);
+  advance<true>(s, m.keys[0][0], m.queries[0][0], m.values[0][0] + row, m.numbers[0][0][1], mix, skip, full,
           [&](const float (&o)[4]) {
             if (lane % 4 != before / 2) return;
             to[row + lane / 4] = u16(round_pair(before % 2 ? o[1] : o[0], 0.f));

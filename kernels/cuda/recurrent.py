@@ -53,7 +53,7 @@ class Form(NamedTuple):
     @property
     def tile(self) -> int:
         """Tokens that a block brings at once."""
-        return min(16, 2048 // self.keys)
+        return 2 * CHUNK
 
     @property
     def parts(self) -> int:
@@ -116,7 +116,8 @@ class Form(NamedTuple):
 
     def shared_bytes(self) -> int:
         """Of a block of `scan` and `follow`."""
-        return 2 * self.tile * (4 * (self.keys + 8) + 4 * (_ROWS * self.warps + 8) + 16)
+        keys, own = self.keys + 8, _ROWS * self.warps + 8
+        return self.tile * (2 * (4 * keys + 2 * own + 16) + 2 * own) + self.tile // CHUNK * 32 * 48
 
 
 def covers(keys: int, values: int, key_heads: int, heads: int, width: int) -> str:
