@@ -25,7 +25,7 @@ _SPREAD = 132 * 8  # warps that keep a device busy: with fewer, a warp gets fewe
 _KEYS, _VALUES = (64, 128, 256), (64, 128, 256)
 _ROWS = 16  # of a state, of a warp of `scan`
 SEGMENT = 512  # tokens of a segment of a long prompt
-_HELD = 132 * 4  # warps of `scan` that leave a device idle: with fewer, prompts are cut into segments
+_HELD = 132 * 3  # warps of `scan` that leave a device idle: with fewer, prompts are cut into segments
 KERNELS = ("prepare", "keep_inputs", "scan", "scan_one", "follow")
 
 
