@@ -164,6 +164,37 @@ def test_ranks_of_a_launcher_stop_if_they_are_not_armed_alike(model, tmp_path, o
 
 
 @pytest.mark.slow
+def test_several_api_servers_are_armed_and_give_the_same_answers(model, serve):
+    import asyncio
+
+    import psutil
+    from openai import AsyncOpenAI
+
+    folder = model(recipes.QWEN3)
+    given = {"temperature": 0, "logprobs": 2, "max_tokens": 6, "extra_body": {"ignore_eos": True}}
+    prompts = [[(7 * i + j) % 1900 for j in range(3 + 11 * i)] for i in range(12)]
+
+    async def ask(prompt):
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            answer = await client.completions.create(model=folder, prompt=prompt, **given)  # by any of the servers
+        return answer.choices[0].text, answer.choices[0].logprobs.token_logprobs
+
+    async def main():
+        alone = [await ask(prompt) for prompt in prompts]
+        for _ in range(3):
+            assert await asyncio.gather(*map(ask, prompts)) == alone
+
+    with serve(folder, "--api-server-count", "2", "--max-model-len", "512", "--enforce-eager") as server:
+        tree = psutil.Process(server.pid).children(recursive=True)
+        named = {process: " ".join(process.cmdline()) for process in tree}
+        servers = [process for process, name in named.items() if "ApiServer" in name or "APIServer" in name]
+        assert len(servers) >= 2, list(named.values())
+        for process in (p for p, name in named.items() if "VLLM::" in name):
+            assert any("/wrapt/" in held.path for held in process.memory_maps()), named[process]
+        asyncio.run(main())
+
+
+@pytest.mark.slow
 def test_other_sums_over_four_ranks_are_caught(start):
     batches = next(probe for probe in PROBES if probe.name == "batch size")
     with two_ranks(start, {"tensor_parallel_size": 4}, kind=FaultyEngine, dtype="float32") as engine:

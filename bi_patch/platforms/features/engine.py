@@ -26,6 +26,7 @@ _CPU_TENSOR = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
 _CPU_SIZES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json"
 _CPU_LAUNCHER = "invariance-2026-11-29-cpu-amx-launcher-vllm-0.32.0.json"
 _H200_RANKS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0.json"
+_H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-2.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
@@ -121,6 +122,7 @@ def _expert_parallel(plain: bool, words: str) -> Callable[[Any], str]:
             "data, pipeline or context parallelism": any(int(getattr(held, s, 1) or 1) > 1 for s in sizes),
             "quantized weights": getattr(model, "quantization", None) is not None,
             "MLA": bool(getattr(model, "use_mla", False)),
+            "recurrent layers": any(bool(getattr(model, name, False)) for name in ("is_hybrid", "is_attention_free")),
             "LoRA": getattr(config, "lora_config", None) is not None,
         }
         if any(other.values()) == plain:
@@ -469,7 +471,7 @@ FEATURES: tuple[Feature, ...] = (
                 _H200_RANKS,
                 _H200,
                 why="two ranks, compiled over peer memory and in eager mode over NCCL; four ranks with an earlier form "
-                "of the sums; nobody measured the cost",
+                "of the sums",
             ),
         ),
         ascend=untried(_NO_NPU),
@@ -523,7 +525,10 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "data parallelism of models without experts",
         cpu=served(_CPU_RANKS),
-        cuda=untried("the ranks are independent engines"),
+        cuda=(
+            untried("the ranks are independent engines", releases="<0.33"),
+            served(_H200_SHARED, why="two ranks, compiled"),
+        ),
         ascend=refused(_NO_SEAM),
         asked=_data_parallel(False, "data parallelism over 1"),
         details="All ranks need the same kind of device.",
@@ -536,13 +541,16 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "expert parallelism of tensor-parallel ranks",
         cpu=refused("vLLM's CPU experts do not look which rank holds an expert"),
-        cuda=refused("nobody has compared an engine's bits yet", todo="Leave --enable-expert-parallel out"),
+        cuda=(
+            refused("nobody has compared an engine's bits", todo="Use vLLM 0.33", releases="<0.33"),
+            served(_H200_SHARED, why="two ranks, compiled, two layers of Qwen3-30B-A3B"),
+        ),
         ascend=refused(_NO_SEAM),
         asked=_expert_parallel(True, "expert parallelism"),
         details="Each rank holds whole experts and sees all rows. A model without experts ignores the option.",
     ),
     row(
-        "expert parallelism with data or pipeline parallelism, quantized weights, LoRA or MLA",
+        "expert parallelism with data or pipeline parallelism, quantized weights, LoRA, MLA or recurrent layers",
         **_everywhere("ranks exchange rows, or nobody has compared an engine's bits"),
         asked=_expert_parallel(False, "expert parallelism"),
     ),

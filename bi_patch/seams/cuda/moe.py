@@ -88,6 +88,11 @@ def experts(model):
             continue
         config = getattr(module, "moe_config", None)
         top_k = getattr(module, "top_k", None) or config.experts_per_token
+        if w2.shape[0] < top_k:
+            raise UnsupportedFeature(
+                f"moe.cuda_experts: a rank holds {w2.shape[0]} experts, and a token chooses {top_k}. Use fewer ranks, "
+                "or leave --enable-expert-parallel out"
+            )
         activation = getattr(config, "activation", None) or module.activation
         bias = getattr(module, "w13_bias", None) is not None
         weighted = bool(getattr(module, "apply_router_weight_on_input", False))

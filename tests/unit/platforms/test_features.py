@@ -252,7 +252,6 @@ def test_a_plain_configuration_passes(platform):
             },
             "multimodal embeddings",
         ),
-        ({"parallel_enable_expert_parallel": True}, "expert parallelism"),
         (
             {"parallel_enable_expert_parallel": True, "model_quantization": "fp8"},
             "expert parallelism with quantized weights",
@@ -361,7 +360,7 @@ def test_several_refusals_are_named_at_once_with_what_to_do():
         ("cuda", {"parallel_tensor_parallel_size": 4}, False),
         ("ascend", {"parallel_tensor_parallel_size": 2}, False),
         ("cpu", {"parallel_tensor_parallel_size": 2, "parallel_enable_expert_parallel": True}, True),
-        ("cuda", {"parallel_tensor_parallel_size": 2, "parallel_enable_expert_parallel": True}, True),
+        ("cuda", {"parallel_tensor_parallel_size": 2, "parallel_enable_expert_parallel": True}, False),
         ("ascend", {"parallel_tensor_parallel_size": 2, "parallel_enable_expert_parallel": True}, True),
         ("cpu", {"parallel_data_parallel_size": 2, "model_is_moe": False}, False),
         ("cuda", {"parallel_data_parallel_size": 2, "model_is_moe": False}, False),

@@ -116,6 +116,16 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("pipeline parallelism", "cpu"): (("* PP 2 compiled", "batch size", "one by one"),),
     ("pipeline parallelism, compiled", "cpu"): (("* PP 2 compiled", "batch size", "one by one"),),
     ("data parallelism of models without experts", "cpu"): (("* DP 2", "batch size", "one by one"),),
+    ("data parallelism of models without experts", "cuda"): (("* DP 2 compiled", "batch size", "one by one"),),
+    ("expert parallelism of tensor-parallel ranks", "cuda"): (
+        (
+            "Qwen3-30B-A3B*experts over 2 ranks, compiled",
+            "batch size",
+            "prefix cache",
+            "chunk budget",
+            "decode = prefill",
+        ),
+    ),
     ("workers of an external launcher (torchrun)", "cpu"): (
         ("* external launcher", *_SIX, "both ranks"),
         ("* external launcher, compiled", *_SIX, "both ranks"),

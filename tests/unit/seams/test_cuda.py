@@ -162,7 +162,7 @@ def test_a_plain_configuration_passes(change):
         ({"parallel__data_parallel_size": 2, "model__is_moe": True}, "data parallelism"),
         ({"compilation__mode": SimpleNamespace(name="STOCK_TORCH_COMPILE")}, "cuda_mode: .*STOCK_TORCH_COMPILE"),
         ({"compilation__mode": SimpleNamespace(name="DYNAMO_TRACE_ONCE")}, "cuda_mode: .*DYNAMO_TRACE_ONCE"),
-        ({"parallel__enable_expert_parallel": True}, "expert parallelism"),
+        ({"parallel__enable_expert_parallel": True, "parallel__pipeline_parallel_size": 2}, "expert parallelism"),
         ({"parallel__enable_eplb": True}, "expert load balancing"),
         (
             {"parallel__tensor_parallel_size": 2, "model__architectures": ["MiniMaxM2ForCausalLM"]},
