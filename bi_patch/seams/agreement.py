@@ -74,8 +74,7 @@ def _own() -> dict[str, str]:
     return {
         "bi_patch": identity.digest(),
         "vLLM": f"{plan.release} for {plan.platform}",
-        "settings": f"BI_PATCH_TP_INVARIANT={active.leaves} BI_PATCH_MLA={active.mla} "
-        f"BI_PATCH_RECURRENT={active.recurrent}",
+        "settings": f"BI_PATCH_TP_INVARIANT={active.leaves} BI_PATCH_MLA={active.mla}",
         _DEVICE: _device(plan.platform),
     }
 
