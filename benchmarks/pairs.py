@@ -46,6 +46,8 @@ def _kinds(llama: str, qwen3: str) -> dict[str, Kind]:
         "n-grams": Kind(qwen3, _CHECKED, {"speculative_config": _DRAFTS}),
         "structured output": Kind(qwen3, ("logprobs in any order", *_CACHED), requests="grammar"),
         "LoRA, n-grams": Kind(llama, ("speculative decoding",), requests="adapter"),
+        "features together": Kind(llama, ("features together",)),
+        "features together, qk norms": Kind(qwen3, ("features together",)),
     }
 
 

@@ -3,7 +3,7 @@
     PYTHONPATH=. python3 benchmarks/cpu/speculation.py [--only TEXT] [--results FOLDER]
 
 The axis "speculative decoding" of verify on tiny models, eager and compiled: n-grams, and for tiny-llama also a draft
-model, EAGLE and EAGLE-3 heads. Exit code 1: positions differ.
+model, EAGLE and EAGLE-3 heads. With arctic-inference on the path also suffixes. Exit code 1: positions differ.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import bi_patch_entry
@@ -46,6 +47,7 @@ def main() -> None:
     for name, dtype, eager in kinds:
         label = f"{name} {'bf16' if dtype == 'bfloat16' else 'fp32'}{'' if eager else ' compiled'}, "
         label += "n-grams, a draft model, heads" if name == recipes.LLAMA else "n-grams"
+        label += ", suffixes" if find_spec("arctic_inference") is not None else ""
         if args.only not in label:
             continue
         system = local.local(name, level, dtype=dtype, eager=eager)

@@ -197,7 +197,7 @@ def _with_images(llm, prompt: dict, count: int, source: random.Random) -> dict:
 
     from bi_patch.tools.verify.engine import image_tokens
 
-    placeholders, _ = image_tokens(llm, "cuda")
+    placeholders, _ = image_tokens(llm)
     made = [Image.frombytes("RGB", (16, 16), source.randbytes(16 * 16 * 3)).resize((448, 448)) for _ in range(count)]
     tokens = [*placeholders["image"] * count, *prompt["prompt_token_ids"]]
     return {"prompt_token_ids": tokens, "multi_modal_data": {"image": made}}

@@ -1,7 +1,7 @@
 """Compares engines with speculation with engines without, on a GPU: bits, and time on text that repeats itself.
 
     PYTHONPATH=. python3 benchmarks/hopper/speculation.py bits OUT.json [--layers N] [--drafts 1,4] [--eager]
-        [--methods ngram,draft_model,eagle,eagle3] [--beside fp8,lora]
+        [--methods ngram,draft_model,eagle,eagle3] [--beside fp8,lora] [--one-by-one]
     PYTHONPATH=. python3 benchmarks/hopper/speculation.py cost OUT.json [--model M] [--layers N] [--drafts 4]
     PYTHONPATH=. python3 benchmarks/hopper/speculation.py verify RESULTS [--model M] [--layers N] [--eager]
 
@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--beside", type=_parts, default=[], help="what else the engines have: fp8, lora")
     parser.add_argument("--runners", default="1", help="1 for model runner V2, 0 for V1, 1,0 for both")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--one-by-one", action="store_true", help="one engine at a time")
     parser.add_argument("--results", help="a folder, for a result file of the bits")
     parser.add_argument("--lock", default="", help="a file: who holds it may time; by default one of this call")
     parser.add_argument("--limit", type=float, default=280, help="seconds after which the engines are ended")
@@ -290,11 +291,13 @@ def main() -> None:
         for armed in ((True,) if args.what == "bits" else (False, True))
         for method, n in (("ngram", 0), *((method, n) for method in methods for n in counts))
     ]
-    running = {w[0]: start(args, *w, folder) for w in wanted}
+    running = {} if args.one_by_one else {w[0]: start(args, *w, folder) for w in wanted}
     deadline = time.monotonic() + args.limit
     found: dict[str, object] = {"model": args.model, "layers": args.layers, "eager": args.eager, "methods": methods}
     answers = {}
-    for label, (process, log) in running.items():
+    for asked in wanted:
+        label = asked[0]
+        process, log = running.get(label) or start(args, *asked, folder)
         try:
             code = process.wait(max(1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

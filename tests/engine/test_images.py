@@ -9,7 +9,8 @@ from bi_patch.tools.faults import catch
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.engines import images
 from bi_patch.tools.models import vision
-from bi_patch.tools.verify.child import ARMED, STOCK, ChildEngine
+from bi_patch.tools.verify.child import ARMED, STOCK, ChildEngine, EngineFailed
+from bi_patch.tools.verify.probes import images as axis
 
 pytestmark = pytest.mark.engine
 
@@ -45,6 +46,15 @@ def test_images_in_one_batch_are_caught_and_named(engine):
 def test_requests_without_images_are_invariant_too(engine):
     cases = list(catch.cases(engine, "co-batch contents", catch.workload(engine)))
     assert cases and not any(case.differs for case in cases)
+
+
+def test_images_that_do_not_fit_are_vllms_own_error(engine):
+    """More images than the model's longest prompt holds. The engine goes on, with the same bits."""
+    asked = axis.subjects(engine, catch.workload(engine))["one image"]
+    before = engine.generate([asked])
+    with pytest.raises(EngineFailed, match="longer than the maximum model length|may be provided in one prompt"):
+        engine.generate([asked.but(images=asked.images * (engine.options.max_model_len // 8))])
+    assert engine.generate([asked]) == before
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.tools.models import adapters, drafts, recipes
+from bi_patch.tools.verify.child import EngineFailed
 
 pytestmark = pytest.mark.engine
 
@@ -147,3 +148,13 @@ def test_on_equals_off_beside_adapters(ask, model, tmp_path_factory):
 def test_other_rules_and_drafts_are_refused_by_name(refusing, config, said):
     with pytest.raises(UnsupportedFeature, match=f"features: .*{said}"):
         refusing.refuse(refusing.options.but(extra={"speculative_config": config}))
+
+
+def test_a_draft_model_with_another_vocabulary_is_vllms_own_error(refusing, model, tmp_path):
+    base = model(recipes.LLAMA)
+    folder = drafts.write("draft_model", base, tmp_path / "drafts")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] // 2}))
+    asked = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
+    with pytest.raises(EngineFailed, match="same vocabulary size"):
+        refusing.refuse(refusing.options.but(model=base, extra={"speculative_config": asked}))

@@ -13,7 +13,18 @@ from pathlib import Path
 
 from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Certificate
-from bi_patch.ops.cuda import attention, chunks, linear, machine, moe, packed_linear, prompts, rows, scaled_linear
+from bi_patch.ops.cuda import (
+    attention,
+    chunks,
+    linear,
+    machine,
+    moe,
+    packed_linear,
+    prompts,
+    rows,
+    scaled_linear,
+    spans,
+)
 from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.ops.row_checks import RowCheck
 
@@ -44,7 +55,11 @@ def certify(
     linears: Iterable[linear.Problem | scaled_linear.Problem | packed_linear.Problem],
     experts: Iterable[tuple[moe.Problem, moe.Kernel]],
     decoders: Iterable[tuple[attention.Problem, attention.Prefill]],
-    attentions: Iterable[tuple[chunks.Problem, chunks.Prepare] | tuple[prompts.Problem, prompts.Attend]],
+    attentions: Iterable[
+        tuple[chunks.Problem, chunks.Prepare]
+        | tuple[prompts.Problem, prompts.Attend]
+        | tuple[spans.Problem, spans.Prepare]
+    ],
     checks: Iterable[RowCheck],
     *,
     max_rows: int,
@@ -112,7 +127,7 @@ def _of(module, linears) -> list:
 
 def _attention(problem):
     """The module of operations that certifies a kind of attention layer."""
-    return prompts if isinstance(problem, prompts.Problem) else chunks
+    return next((module for module in (prompts, spans) if isinstance(problem, module.Problem)), chunks)
 
 
 def _try(call: Callable[[], object]) -> None:

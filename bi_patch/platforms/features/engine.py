@@ -52,6 +52,7 @@ _H200_PARITY_GRADIENTS = "parity-2026-11-29-h200-gradients-vllm-0.33.0.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
+_CPU_SUFFIXES = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0-2.json"
 _CPU_DRAFTS = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0.json"
 _H200_DRAFTS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
@@ -75,6 +76,7 @@ _H200 = "invariance-2026-11-22-h200-vllm-0.33.0.json"
 _NO_NPU = "checked without a device; nothing has run on an NPU"
 _NO_SEAM = "no patch point covers it yet"
 _VERIFIED = "a step that checks drafts uses other kernels or draws than a single step"
+_OTHER_DRAFTS = "Use the method ngram, draft_model, eagle or eagle3, or turn it off"
 _OUTSIDE = "bi_patch has patch points for vLLM's own code only"
 _VOUCH = "Name the code in BI_PATCH_ALLOW_CODE if you know that its results do not depend on the batch"
 
@@ -211,6 +213,8 @@ _FREE = {
     *("tensor_parallel_size", "draft_tensor_parallel_size"),
     *("rejection_sample_method", "synthetic_acceptance_rates", "synthetic_acceptance_length"),
     *("fly_window_size", "fly_entropy_threshold", "fly_entropy_top_k"),
+    *("suffix_decoding_max_tree_depth", "suffix_decoding_max_cached_requests"),
+    *("suffix_decoding_max_spec_factor", "suffix_decoding_min_token_prob"),
 }
 
 
@@ -648,11 +652,20 @@ FEATURES: tuple[Feature, ...] = (
         details="On equals off, as with n-grams: whatever the drafts are, the model's own rows decide.",
     ),
     row(
-        "speculative decoding with other drafts: ngram_gpu, suffixes, MTP, Medusa, DFlash, ...",
-        **_everywhere(_VERIFIED, "Use the method ngram, draft_model, eagle or eagle3, or turn it off"),
+        "speculative decoding with suffixes of earlier answers (method suffix, which needs arctic-inference)",
+        cpu=served(_CPU_SUFFIXES, why="a tiny Qwen3 model, in eager mode, arctic-inference 0.1.1"),
+        cuda=refused("vLLM has it on model runner V1 only, which is refused with speculation", todo=_OTHER_DRAFTS),
+        ascend=refused(_VERIFIED),
+        asked=_speculative(lambda s: _method(s) == "suffix", "speculative decoding with suffixes"),
+        details="Earlier answers of other requests choose the drafts, and the model's own rows decide. The library "
+        "brings a plugin that changes vLLM, which is refused: list the other plugins in VLLM_PLUGINS.",
+    ),
+    row(
+        "speculative decoding with other drafts: ngram_gpu, MTP, Medusa, DFlash, ...",
+        **_everywhere(_VERIFIED, _OTHER_DRAFTS),
         asked=_speculative(
-            lambda s: _method(s) not in ("ngram", *_DRAFTING),
-            "speculative decoding with other drafts than n-grams, a draft model and EAGLE heads",
+            lambda s: _method(s) not in ("ngram", "suffix", *_DRAFTING),
+            "speculative decoding with other drafts than n-grams, suffixes, a draft model and EAGLE heads",
         ),
     ),
     row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from bi_patch.platforms.features.model import Feature, refused, row, served, untried
@@ -11,6 +12,7 @@ from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZ
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
 _CPU_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
+_H200_MORE = "invariance-2026-11-29-h200-images-vllm-0.33.0-2.json"
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
 _ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 # Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
@@ -53,7 +55,7 @@ def _other(config: Any) -> str:
 
 def takes_videos(config: Any, platform: str) -> bool:
     """Whether requests may bring videos. config: a VllmConfig. platform: "cpu", "cuda" or "ascend"."""
-    return platform == "cpu" and _encoder(config) in _QWEN
+    return platform in ("cpu", "cuda") and _encoder(config) in _QWEN
 
 
 def _spans(config: Any) -> str:
@@ -66,14 +68,27 @@ def _of_media(name: str, wanted: object) -> Callable[[Any], bool]:
     return lambda media: getattr(media, name, None) == wanted
 
 
+_BACKENDS = ("FLASH_ATTN", "TORCH_SDPA")  # of encoders
+
+
+def _backend(media: Any) -> str:
+    """The attention backend of encoders that a user asked for, by its name, "" for none."""
+    asked = getattr(media, "mm_encoder_attn_backend", None)
+    return str(getattr(asked, "name", asked or ""))
+
+
+def _chosen_backend(config: Any) -> str:
+    media = getattr(config.model_config, "multimodal_config", None)
+    name = _backend(media) if taken(config) else ""
+    return f"images with the encoder on {name}" if name in _BACKENDS else ""
+
+
 # Settings of vLLM's MultiModalConfig under which an encoder computes in another way.
 _SETTINGS: dict[str, Callable[[Any], object]] = {
     "an encoder over several ranks (--mm-encoder-tp-mode data)": _of_media("mm_encoder_tp_mode", "data"),
     "an encoder without its language model (--mm-encoder-only)": _of_media("mm_encoder_only", True),
     "quantized attention of encoders (--mm-encoder-attn-dtype)": lambda m: getattr(m, "mm_encoder_attn_dtype", None),
-    "another attention backend of encoders (--mm-encoder-attn-backend)": lambda m: getattr(
-        m, "mm_encoder_attn_backend", None
-    ),
+    "another attention backend of encoders (--mm-encoder-attn-backend)": lambda m: _backend(m) not in ("", *_BACKENDS),
     "pruned video (--video-pruning-rate)": lambda m: getattr(m, "video_pruning_rate", None),
 }
 
@@ -103,8 +118,9 @@ def _compiled(config: Any) -> str:
     return "images with compiled code" if taken(config) and not eager else ""
 
 
-def _of_idefics(config: Any) -> str:
-    return "compiled Idefics3" if _encoder(config) in _IDEFICS and _compiled(config) else ""
+def _others_compiled(config: Any) -> str:
+    known = _encoder(config) in _IDEFICS | _QWEN2_5
+    return f"compiled {taken(config)} with images" if known and _compiled(config) else ""
 
 
 def _first_runner(config: Any) -> str:
@@ -160,7 +176,13 @@ IMAGES: tuple[Feature, ...] = (
         "images (Qwen2.5-VL)",
         short="images (Qwen2.5-VL)",
         cpu=served(_CPU_MORE, why=_TINY),
-        cuda=refused("no run of an engine has shown its bits", todo=_TEXT_ONLY),
+        cuda=(
+            _OLDER,
+            served(
+                _H200_MORE,
+                why="the shape of Qwen2.5-VL-3B with few layers, random weights, bf16, in eager mode",
+            ),
+        ),
         ascend=_ASCEND,
         asked=_of(_QWEN2_5),
         details="On CPU, vLLM needs torchvision for them.",
@@ -169,7 +191,7 @@ IMAGES: tuple[Feature, ...] = (
         "images (Gemma 3, 4B and larger)",
         short="images (Gemma 3)",
         cpu=served(_CPU_MORE, why=_TINY),
-        cuda=refused("its attention over an image has no certificate", todo=_TEXT_ONLY),
+        cuda=refused("no run has compared its attention over an image", todo=_TEXT_ONLY),
         ascend=_ASCEND,
         asked=_of(_GEMMA),
         details="On CPU, vLLM needs torchvision for them.",
@@ -184,7 +206,10 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "video (Qwen3-VL)",
         cpu=served(_CPU_MORE, why=f"{_TINY}; a start certifies images, and no video of its own"),
-        cuda=refused("nobody has compared answers to it", todo="Leave it out", by="vision.names"),
+        cuda=(
+            replace(_OLDER, by="features.cuda"),
+            served(_H200_MORE, why="as its images, in eager mode; a start certifies images, and no video of its own"),
+        ),
         ascend=refused("no patch point covers it yet", todo="Use a text model", by="features.ascend"),
         details="A video is known by its frames and their times, so the rows of another video never serve it.",
     ),
@@ -197,7 +222,7 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images that attend in both directions (Gemma 3, PaliGemma)",
         cpu=served(_CPU_MORE, why="Gemma 3; vLLM's CPU build computes an image as causal text, and so does bi_patch"),
-        cuda=refused("its attention over an image has no certificate", todo=_TEXT_ONLY),
+        cuda=refused("no run has compared its attention over an image", todo=_TEXT_ONLY),
         ascend=_ASCEND,
         asked=_spans,
     ),
@@ -217,11 +242,11 @@ IMAGES: tuple[Feature, ...] = (
         details="The language model is compiled, its encoder is not.",
     ),
     row(
-        "images of Idefics3, in an engine that vLLM compiles",
+        "images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles",
         cpu=served(_CPU_MORE),
         cuda=(_OLDER, untried("measured in eager mode")),
         ascend=_ASCEND,
-        asked=_of_idefics,
+        asked=_others_compiled,
     ),
     row(
         "images in model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
@@ -236,6 +261,13 @@ IMAGES: tuple[Feature, ...] = (
         cuda=(_OLDER, untried("no run with images preempted a request")),
         ascend=_ASCEND,
         asked=_preempted,
+    ),
+    row(
+        "images with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend FLASH_ATTN, TORCH_SDPA)",
+        cpu=refused("nobody has compared such an engine"),
+        cuda=refused("nobody has compared such an engine"),
+        ascend=_ASCEND,
+        asked=_chosen_backend,
     ),
     row(
         "images with another feature (LoRA, speculation, pooling, several ranks, quantized weights, KV transfer, "

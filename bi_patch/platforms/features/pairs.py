@@ -13,7 +13,9 @@ from bi_patch.platforms import schemes
 from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
 
 _CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
+_CPU_TOGETHER = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0-2.json"  # with grammars and cached prefixes, too
 _H200_PAIRS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-2.json"
+_H200_LORA_FP8 = "invariance-2026-11-29-h200-pairs-vllm-0.33.0-2.json"
 _SCHEMES = "INT8, 4-bit weights and FP8 blocks of tiny models, in eager mode"
 _ALONE = "nobody has compared bits of both together"
 TRIAL = "nobody has compared an engine's bits yet"
@@ -145,6 +147,12 @@ def _two_compiled(config: Any) -> str:
     return f"{' with '.join(found)}, compiled" if len(found) > 1 else ""
 
 
+def _all_three(config: Any) -> str:
+    parts = (LORA, SPECULATION, QUANTIZED)
+    held = config.model_config is not None and all(PARTS[part](config) for part in parts)
+    return "LoRA with speculative decoding and quantized weights" if held else ""
+
+
 def _never(first: str, *others: str) -> Feature:
     return _pairs(first, *others, cpu=_REFUSED, cuda=_REFUSED, ascend=_REFUSED)
 
@@ -153,11 +161,25 @@ PAIRS: tuple[Feature, ...] = (
     _pairs(
         LORA,
         SPECULATION,
-        cpu=served(_CPU_PAIRS, why="n-grams"),
+        cpu=served(_CPU_PAIRS, _CPU_TOGETHER, why="n-grams; also with grammars, logprobs and cached prefixes at once"),
         cuda=(_OLDER, served(_H200_PAIRS, why="n-grams, a small Llama model in eager mode")),
         ascend=_REFUSED,
     ),
-    _pairs(LORA, QUANTIZED, cpu=served(_CPU_PAIRS, why=_SCHEMES), cuda=_REFUSED, ascend=_REFUSED),
+    _pairs(
+        LORA,
+        QUANTIZED,
+        cpu=served(_CPU_PAIRS, why=_SCHEMES),
+        cuda=(_OLDER, served(_H200_LORA_FP8, why="--quantization fp8, a small Llama model in eager mode")),
+        ascend=_REFUSED,
+    ),
+    row(
+        "LoRA, speculation and quantized weights, all three",
+        cpu=untried("each pair was measured"),
+        cuda=_REFUSED,
+        ascend=_REFUSED,
+        asked=_all_three,
+    ),
+    _pairs(LORA, OTHER_SCHEMES, cpu=served(_CPU_PAIRS, why=_SCHEMES), cuda=_REFUSED, ascend=_REFUSED),
     _pairs(
         SPECULATION,
         QUANTIZED,

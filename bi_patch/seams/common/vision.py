@@ -40,7 +40,7 @@ def _names(original):
 def _takes_videos(config) -> bool:
     from vllm.platforms import current_platform
 
-    return current_platform.is_cpu() and images.takes_videos(config, "cpu")
+    return images.takes_videos(config, current_platform.device_type)
 
 
 def _frames(video):

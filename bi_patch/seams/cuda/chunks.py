@@ -3,7 +3,7 @@
 import functools
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.ops.cuda import prompts
+from bi_patch.ops.cuda import prompts, spans
 from bi_patch.ops.cuda.chunks import Problem
 from bi_patch.seams.cuda.attention import ENCODER, eighth, reported_query
 
@@ -33,6 +33,8 @@ def layers(config):
     for problem, layer in found.items():
         call = _encode if isinstance(problem, prompts.Problem) else _prepare
         yield problem, functools.partial(call, layer, problem)
+        if call is _prepare and getattr(layer, "use_mm_prefix", False):
+            yield spans.Problem(*problem), functools.partial(_prepare_spans, layer, problem)
     yield from _latent(config, page)
 
 
@@ -140,7 +142,7 @@ def _prepare(layer, problem: Problem, q, k, v):
     def ints(values):
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    def run(sequences):
+    def run(sequences, ranges=None):
         longest = max(count for _, count in sequences)
         starts = [0]
         for _, new in sequences:
@@ -160,11 +162,28 @@ def _prepare(layer, problem: Problem, q, k, v):
             use_cascade=False,
             causal=True,
             max_num_splits=1,
+            mm_prefix_range_tensor=ranges,
         )
         layer.impl.forward(layer, query, k[rows], v[rows], cache, known, out)
         return out
 
     return run
+
+
+def _prepare_spans(layer, problem: Problem, q, k, v):
+    """`_prepare` for a prompt with spans that attend in both directions, which Triton attention gets as ranges."""
+    import torch
+
+    run = _prepare(layer, problem, q, k, v)
+    own = spans.of(problem)
+    none = [(0, 0)] * len(own)
+
+    def run_spans(step, named):
+        ranges = [own if marked else none for _, _, marked in step]
+        given = torch.tensor(ranges, dtype=torch.int32, device=q.device) if named else None
+        return run([(first, count) for first, count, _ in step], given)
+
+    return run_spans
 
 
 def _cache(layer, problem: Problem, pages: int, device):

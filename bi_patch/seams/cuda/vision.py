@@ -2,10 +2,12 @@
 
 import functools
 
+from bi_patch.ops import certificates
 from bi_patch.seams import vision
 from bi_patch.seams.model import Seam, Target
 
 _SEAM = "vision.cuda"
+_LINEAR = "UnquantizedLinearMethod"  # not a head, which may stand beside the language model
 
 
 def prepare(model, config) -> None:
@@ -14,10 +16,19 @@ def prepare(model, config) -> None:
         vision.check(model, _SEAM)
 
 
+def linears(model, config) -> set:
+    """The linear layers of a loaded model that compute the rows of one image a call, and no other rows."""
+    if not vision.takes_images(config):
+        return set()
+    found = (module for _, module in vision.parts(model))
+    return {module for module in found if type(getattr(module, "quant_method", None)).__name__ == _LINEAR}
+
+
 def certify(model, config) -> None:
     """Test that the encoder of a loaded model has equal bits in every run. Raises CertificateFailed."""
     if vision.takes_images(config):
-        vision.certify(model, config, "cuda", _SEAM)
+        with certificates.clock("images"):
+            vision.certify(model, config, "cuda", _SEAM)
 
 
 def _deepstack(original):
@@ -30,6 +41,26 @@ def _deepstack(original):
         return original(self, *args, **kwargs)
 
     return embed_input_ids
+
+
+def _whole(original):
+    """Scheduler._try_schedule_encoder_inputs: no step ends inside an image that must be computed whole, also if the
+    prefix cache has the image's first tokens."""
+
+    @functools.wraps(original)
+    def _try_schedule_encoder_inputs(self, request, num_computed_tokens, num_new_tokens, budget, *args, **kwargs):
+        whole = self.scheduler_config.disable_chunked_mm_input and not self.is_encoder_decoder
+        if whole and _inside(request, num_computed_tokens, num_computed_tokens + num_new_tokens):
+            return [], 0, budget, [], []  # the request waits for a step with room for the rest
+        return original(self, request, num_computed_tokens, num_new_tokens, budget, *args, **kwargs)
+
+    return _try_schedule_encoder_inputs
+
+
+def _inside(request, first: int, end: int) -> bool:
+    """Whether both a request's computed tokens and the next step would end inside one image."""
+    places = [feature.mm_position for feature in request.mm_features or ()]
+    return any(place.offset < first <= end < place.offset + place.length for place in places)
 
 
 def _alone(name: str, target: Target, close, on_import: bool = False) -> Seam:
@@ -47,6 +78,17 @@ def _alone(name: str, target: Target, close, on_import: bool = False) -> Seam:
 
 
 SEAMS = (
+    Seam(
+        name="vision.cuda_whole",
+        targets=(Target("vllm.v1.core.sched.scheduler", "Scheduler._try_schedule_encoder_inputs", ">=0.33"),),
+        close=_whole,
+        why="where the tokens of an image attend in both directions, vLLM computes an image in one step, but for an "
+        "image whose first tokens the prefix cache has: the rest may be cut, and a row then lacks the tokens of later "
+        "steps",
+        how="the request waits for a step that has room for the rest of the image",
+        until="upstream computes the rest of an image in one step, too",
+        causes=(36,),
+    ),
     _alone(
         "cuda_alone",
         Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._execute_mm_encoder", ">=0.33"),

@@ -252,6 +252,61 @@ VISION |= {
             "head_dim": 128,
         },
     ),
+    "Gemma-3-4B": _model(
+        "Gemma3ForConditionalGeneration",
+        "gemma3",
+        _SIGLIP
+        | {
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 16,
+            "image_size": 64 * _PATCH,
+        },
+        text_config=dict(FAMILIES["Gemma 3"])
+        | {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 1024,
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "max_position_embeddings": 32768,
+        },
+        tie_word_embeddings=True,
+        mm_tokens_per_image=256,
+        boi_token_index=_OWN,
+        image_token_index=_OWN + 1,
+        eoi_token_index=_OWN + 2,
+    ),
+}
+VISION["Qwen2.5-VL-3B"] = VISION["Qwen2.5-VL"] | {
+    "text_config": VISION["Qwen2.5-VL"]["text_config"]
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rope_parameters": _ROTATION | {"mrope_section": [16, 24, 24]},
+    },
+    "vision_config": VISION["Qwen2.5-VL"]["vision_config"]
+    | {
+        "depth": 6,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "window_size": 8 * _PATCH,
+        "fullatt_block_indexes": [3, 5],
+        "out_hidden_size": 2048,
+    },
 }
 CPU = ("Idefics3", "LLaVA", "Mistral Small 3", "Gemma 3", "Qwen3-VL", "Qwen2.5-VL")  # tiny, and served there
 WITHOUT_TORCHVISION = ("Idefics3",)
@@ -342,7 +397,14 @@ def _idefics3(folder: Path):
     )
 
 
-def _gemma3(folder: Path):
+def _gemma3(edge: int, rows: int):
+    def make(folder: Path):
+        return _gemma3_processor(folder, edge, rows)
+
+    return make
+
+
+def _gemma3_processor(folder: Path, edge: int, rows: int):
     from transformers import Gemma3ImageProcessorPil, Gemma3Processor, PreTrainedTokenizerFast
 
     parts = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
@@ -350,11 +412,10 @@ def _gemma3(folder: Path):
     _tokens(*parts.values())(folder).save_pretrained(folder)
     made = PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=parts)
     made.add_tokens(lines)
-    edge = int(str(_TOWER["image_size"]))
     return Gemma3Processor(
         image_processor=Gemma3ImageProcessorPil(size={"height": edge, "width": edge}),
         tokenizer=made,
-        image_seq_length=_GEMMA_ROWS,
+        image_seq_length=rows,
     )
 
 
@@ -368,7 +429,9 @@ _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "Pixtral": _pixtral(1),
     "Mistral Small 3": _pixtral(2),
     "Idefics3": _idefics3,
-    "Gemma 3": _gemma3,
+    "Gemma 3": _gemma3(8 * _PATCH, _GEMMA_ROWS),
+    "Gemma-3-4B": _gemma3(64 * _PATCH, 256),
+    "Qwen2.5-VL-3B": _qwen2_5,
 }
 
 

@@ -67,8 +67,9 @@ class Info(msgspec.Struct, frozen=True):
     "classify", "" for a model that generates. whole: prompts are computed in one step, without a prefix cache.
     matryoshka: an embedding's length may be chosen, up to `width`. two_forms: prompts and generated tokens have forms
     of their own, whose bits differ (BI_PATCH_MLA=two). images: the most tokens of an image, 0 for an engine that takes
-    no images. videos: whether requests may bring videos. chunks: with a prefix cache, vLLM takes this model's prompts
-    in chunks only (states of recurrent layers are kept where a chunk ends).
+    no images. whole_images: vLLM computes all tokens of an image in one step. videos: whether requests may bring
+    videos. chunks: with a prefix cache, vLLM takes this model's prompts in chunks only (states of recurrent layers are
+    kept where a chunk ends).
     """
 
     mode: str
@@ -95,6 +96,7 @@ class Info(msgspec.Struct, frozen=True):
     width: int = 0
     two_forms: bool = False
     images: int = 0
+    whole_images: bool = False
     videos: bool = False
     chunks: bool = False
 
@@ -190,7 +192,7 @@ class LocalEngine:
             **{**made, **options.extra},
         )
         info = self._info()
-        self._placeholders, most = image_tokens(self._llm, info.platform)
+        self._placeholders, most = image_tokens(self._llm)
         self.info = msgspec.structs.replace(info, images=most, videos="video" in self._placeholders)
         self._serial = 0
         self._cached = 0
@@ -407,6 +409,7 @@ class LocalEngine:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
             two_forms=_two_forms(config),
+            whole_images=bool(getattr(config.scheduler_config, "disable_chunked_mm_input", False)),
             chunks=getattr(config.cache_config, "mamba_cache_mode", "none") == "align",
             **_pooling_info(self._llm, config),
         )
@@ -453,7 +456,7 @@ def _pooling_info(llm, config) -> dict[str, object]:
     }
 
 
-def image_tokens(llm, platform: str) -> tuple[dict[str, tuple[int, ...]], int]:
+def image_tokens(llm) -> tuple[dict[str, tuple[int, ...]], int]:
     """The tokens that stand for an image or a video in a prompt, and the most tokens of an image. {} and 0 without."""
     config = llm.llm_engine.vllm_config
     model = config.model_config
@@ -464,6 +467,7 @@ def image_tokens(llm, platform: str) -> tuple[dict[str, tuple[int, ...]], int]:
     from vllm.model_executor.model_loader import get_model_cls
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
+    from vllm.platforms import current_platform
 
     budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
     most = budget.mm_max_toks_per_item
@@ -474,7 +478,7 @@ def image_tokens(llm, platform: str) -> tuple[dict[str, tuple[int, ...]], int]:
     if "image" not in most or not text:
         return {}, 0
     texts = {"image": text}
-    if "video" in most and images.takes_videos(config, platform):
+    if "video" in most and images.takes_videos(config, current_platform.device_type):
         texts["video"] = kind.get_placeholder_str("video", 1)
     encode = llm.get_tokenizer().encode
     return {k: tuple(encode(t, add_special_tokens=False)) for k, t in texts.items()}, most["image"] + _MARKS

@@ -224,7 +224,10 @@ def test_a_plain_configuration_passes(platform):
         (images("Idefics3ForConditionalGeneration", mm_encoder_tp_mode="data"), "images with an encoder over"),
         (images("Idefics3ForConditionalGeneration", compilation_compile_mm_encoder=True), "images with compiled"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
-        ({"speculative": SimpleNamespace(method="suffix")}, "speculative decoding with other drafts"),
+        ({"speculative": SimpleNamespace(method="mtp")}, "speculative decoding with other drafts"),
+        ({"speculative": SimpleNamespace(method="medusa")}, "speculative decoding with other drafts"),
+        ({"speculative": SimpleNamespace(method="ngram_gpu")}, "speculative decoding with other drafts"),
+        (images("InternVLChatModel", "intern_vit_6b"), "multimodal inputs of InternVLChatModel"),
         ({"speculative": ngram(rejection_sample_method="synthetic")}, "another rule of acceptance"),
         ({"speculative": ngram(rejection_sample_method="fly")}, "another rule of acceptance"),
         ({"speculative": ngram(draft_sample_method="probabilistic")}, "the option draft_sample_method"),
@@ -454,8 +457,6 @@ def test_images_that_no_run_has_are_refused():
     gemma = images("Gemma3ForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
     with pytest.raises(UnsupportedFeature, match="images of Gemma3.*attention in both directions"):
         check("cuda", **gemma)
-    with pytest.raises(UnsupportedFeature, match="images of Qwen2_5_VL"):
-        check("cuda", **images("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"))
     pali = images("PaliGemmaForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
     for platform in ("cpu", "cuda"):
         with pytest.raises(UnsupportedFeature, match="multimodal inputs of PaliGemma"):
@@ -469,6 +470,7 @@ def test_images_that_no_run_has_are_refused():
         ("Mistral3ForConditionalGeneration", "pixtral"),
         ("LlavaForConditionalGeneration", "clip_vision_model"),
         ("Idefics3ForConditionalGeneration", "idefics3_vision"),
+        ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
     ],
 )
 @pytest.mark.parametrize("eager", [False, True])
@@ -554,8 +556,40 @@ def test_n_grams_beside_adapters_and_fp8_on_cuda():
     blocks = {"model_hf_config": SimpleNamespace(quantization_config={"weight_block_size": [128, 128]})}
     with pytest.raises(UnsupportedFeature, match="quantized weights other than FP8 made while loading"):
         asked(table.check, **fp8 | blocks)
-    with pytest.raises(UnsupportedFeature, match="LoRA with quantized weights"):
+    with pytest.raises(UnsupportedFeature, match="LoRA with speculative decoding and quantized weights"):
         asked(table.check, **fp8, lora=SimpleNamespace())
+
+
+def test_suffixes_are_served_on_cpu_only():
+    check("cpu", speculative=Speculative(method="suffix"))
+    for platform in ("cuda", "ascend"):
+        with pytest.raises(UnsupportedFeature, match="speculative decoding with suffixes"):
+            check(platform, speculative=Speculative(method="suffix"))
+
+
+def test_adapters_beside_fp8_on_cuda():
+    """With FP8 that vLLM makes while it loads, not with checkpoints of other schemes; compiled code is untried."""
+
+    def asked(check, release="0.33.0", **changes):
+        return check(config(lora=SimpleNamespace(), model_quantization="fp8", **changes), "cuda", Version(release))
+
+    own = {"model_hf_config": SimpleNamespace()}
+    name = "two of LoRA, speculation and quantized weights, in an engine that vLLM compiles"
+    asked(table.check, **own)
+    assert name in asked(table.untried, **own) and name not in asked(table.untried, **own, model_enforce_eager=True)
+    with pytest.raises(UnsupportedFeature, match="Use vLLM 0.33"):
+        asked(table.check, "0.32.0", **own)
+    blocks = SimpleNamespace(quantization_config={"weight_block_size": [128, 128]})
+    with pytest.raises(UnsupportedFeature, match="LoRA with quantized weights other than FP8 made while loading"):
+        asked(table.check, model_hf_config=blocks)
+
+
+def test_an_encoder_may_have_its_own_backend_only_where_a_run_compared_it():
+    for name in ("FLASHINFER", "TRITON_ATTN", "FLASH_ATTN"):
+        changes = images("Qwen3VLForConditionalGeneration", "qwen3_vl", mm_encoder_attn_backend=name)
+        for platform in ("cpu", "cuda"):
+            with pytest.raises(UnsupportedFeature, match="encoder"):
+                check(platform, **changes)
 
 
 def test_an_engine_names_the_untried_pairs_of_which_it_has_its_part():
@@ -578,7 +612,7 @@ def test_modes_that_no_run_has_are_named():
     assert "Jamba, compiled" not in untried("cpu", **jamba, model_enforce_eager=True)
     assert "Jamba, compiled" not in untried("cpu", **jamba | {"model_architectures": ["MambaForCausalLM"]})
     idefics = images("Idefics3ForConditionalGeneration", model_enforce_eager=False)
-    assert "images of Idefics3, in an engine that vLLM compiles" in untried("cuda", **idefics)
+    assert "images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles" in untried("cuda", **idefics)
     assert "images with preemption" in untried("cuda", **idefics)
     qwen = images("Qwen3VLForConditionalGeneration", "qwen3_vl", model_enforce_eager=False)
-    assert "images of Idefics3, in an engine that vLLM compiles" not in untried("cuda", **qwen)
+    assert "images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles" not in untried("cuda", **qwen)

@@ -137,6 +137,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* compiled, n-grams", *_SPECULATED),
     ),
     ("speculative decoding with n-grams of the request (method ngram)", "cuda"): (("* n-grams with *", *_SPECULATED),),
+    ("speculative decoding with suffixes of earlier answers (method suffix, which needs arctic-inference)", "cpu"): (
+        ("* suffixes", *_SPECULATED),
+    ),
     ("speculative decoding on model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)", "cpu"): (("* n-grams", *_SPECULATED),),
     ("speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)", "cpu"): (
         ("* a draft model, heads", *_SPECULATED),
@@ -218,6 +221,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images (Mistral Small 3, LLaVA with CLIP)", "cuda"): tuple(
         (f"{model}*, bf16", *_IMAGES, "prefix cache") for model in ("Mistral-Small-3", "LLaVA-1.5")
     ),
+    ("images (Qwen2.5-VL)", "cuda"): (("Qwen2.5-VL-3B, bf16", "images"),),
+    ("video (Qwen3-VL)", "cuda"): (("Qwen3-VL-2B, bf16", "images"),),  # its axis "images" has videos
     ("images (Qwen3-VL)", "cuda"): (
         ("Qwen3-VL*, bf16", *_IMAGES, "prefix cache"),
         ("Qwen3-VL*, across engines", "restart", "prefix cache off"),
@@ -226,7 +231,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         (f"{model}, bf16 compiled", *_IMAGES)
         for model in ("Qwen3-VL", "Qwen2.5-VL", "Gemma 3", "Mistral Small 3", "LLaVA", "Idefics3")
     ),
-    ("images of Idefics3, in an engine that vLLM compiles", "cpu"): (("Idefics3, bf16 compiled", *_IMAGES),),
+    ("images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles", "cpu"): tuple(
+        (f"{model}, bf16 compiled", *_IMAGES) for model in ("Idefics3", "Qwen2.5-VL")
+    ),
     ("images, in an engine that vLLM compiles", "cuda"): tuple(
         (f"{model}* compiled", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5")
     ),
@@ -293,7 +300,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     # Pairs.
     ("experts with tensor parallelism", "cpu"): (("*-moe bf16 TP 2", "batch size"),),
-    ("LoRA with speculative decoding", "cpu"): (("* LoRA, n-grams", *_SPECULATED),),
+    ("LoRA with speculative decoding", "cpu"): (
+        ("* LoRA, n-grams", *_SPECULATED),
+        ("tiny-llama bf16, features together", "features together"),
+        ("tiny-qwen3 bf16, features together, *", "features together"),
+    ),
     ("LoRA with speculative decoding", "cuda"): (("*, LoRA, eager, ngram *", *_SPECULATED, "prefix cache"),),
     ("speculative decoding with quantized weights", "cuda"): (
         ("*, FP8, eager, ngram *", *_SPECULATED, "prefix cache", "preemption"),
@@ -303,6 +314,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
             (f"* {scheme}, n-grams", *_SPECULATED) for scheme in ("INT8", "W4A16", "FP8 blocks")
         )
     },
+    ("LoRA with quantized weights", "cuda"): (("llama-100m bf16, FP8, LoRA", *_LORA),),
+    (f"LoRA with {pairs.OTHER_SCHEMES}", "cpu"): tuple(
+        (f"* {s}, LoRA", *_LORA) for s in ("INT8", "W4A16", "FP8 blocks")
+    ),
     ("LoRA with quantized weights", "cpu"): tuple((f"* {s}, LoRA", *_LORA) for s in ("INT8", "W4A16", "FP8 blocks")),
     ("FP8 blocks with scales of powers of two (scale_fmt ue8m0, as in DeepSeek V3.1)", "cuda"): (
         ("DeepSeek-V3 FP8 block ue8m0,*", *_MLA),
@@ -393,6 +408,7 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("Qwen2.5-VL", "cpu"): (("Qwen2.5-VL, bf16", *_IMAGES),),
     ("Gemma 3 4B and larger, with images", "cpu"): (("Gemma 3, bf16", *_IMAGES),),
     ("Idefics3", "cuda"): (("Idefics3, bf16", "images", "batch size"),),
+    ("Qwen2.5-VL", "cuda"): (("Qwen2.5-VL-3B, bf16", "images"),),
     ("Qwen3-VL, Mistral-Small 3, LLaVA 1.5", "cuda"): tuple(
         (f"{model}*, bf16", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5")
     ),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bi_patch.ops.certificates import Key
-from bi_patch.ops.cuda import attention, chunks
+from bi_patch.ops.cuda import attention, chunks, spans
 from bi_patch.seams.cuda import chunks as layers
 
 PROBLEM = chunks.Problem("FLASH_ATTN 3", 4, 2, 8, 0, 16, torch.float64)
@@ -121,3 +121,29 @@ def test_each_kind_of_layer_once(monkeypatch):
     )
     found = [problem for problem, _ in layers.layers(config)]
     assert found == [PROBLEM, PROBLEM._replace(extras="sinks"), PROBLEM._replace(window=512)]
+
+
+def test_a_layer_of_a_model_whose_images_attend_in_both_directions_has_a_second_certificate(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(
+        sys.modules, "vllm.model_executor.layers.attention.attention", SimpleNamespace(Attention=SimpleNamespace)
+    )
+    held = layer()
+    held.use_mm_prefix = True
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=None),
+        compilation_config=SimpleNamespace(static_forward_context={0: held}),
+    )
+    (_, first), (_, second) = layers.layers(config)
+    assert [type(problem) for problem, _ in layers.layers(config)] == [chunks.Problem, spans.Problem]
+    given = []
+    held.impl.forward = lambda layer, q, k, v, cache, step, out: given.append(step)
+    q, k = (torch.zeros((340, heads, 8), dtype=torch.float64) for heads in (4, 2))
+    run = second(q, k, k)
+    run([(0, 340, True), (0, 9, False)], True)
+    assert given[0].mm_prefix_range_tensor.tolist() == [[list(span) for span in spans.of(PROBLEM)], [[0, 0]] * 3]
+    run([(20, 1, True)], False)
+    assert given[1].mm_prefix_range_tensor is None
+    first(q, k, k)([(0, 9)])
+    assert given[2].mm_prefix_range_tensor is None

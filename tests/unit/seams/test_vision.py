@@ -317,3 +317,56 @@ def test_an_image_is_known_by_its_pixels():
         picture.getexif()[Image.ExifTags.Base.ImageID] = uuid.UUID(int=7)
     assert len({hasher._get_image_id_bytes(picture) for picture in pictures}) == 1
     assert {names._image_id(None)(picture) for picture in pictures} == {None}
+
+
+@pytest.mark.parametrize(
+    "computed, tokens, chunked, waits",
+    [
+        (0, 40, False, False),  # upstream's own code cuts before the image
+        (60, 20, False, True),  # the cache has the image's first tokens, and the rest does not fit
+        (60, 40, False, False),  # it fits
+        (60, 20, True, False),
+        (100, 5, False, False),  # after the image
+        (250, 10, False, True),  # inside the second image
+    ],
+)
+def test_the_rest_of_an_image_is_computed_in_one_step(computed, tokens, chunked, waits):
+    places = [SimpleNamespace(offset=50, length=50), SimpleNamespace(offset=200, length=64)]
+    request = SimpleNamespace(mm_features=[SimpleNamespace(mm_position=place) for place in places])
+    scheduler = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_chunked_mm_input=not chunked), is_encoder_decoder=False
+    )
+    asked = []
+
+    def original(self, *given, shift_computed_tokens=0):
+        asked.append(given)
+        return [0], given[2], given[3], [], []
+
+    schedule = cuda._whole(original)
+    found = schedule(scheduler, request, computed, tokens, 99, shift_computed_tokens=0)
+    assert found == (([], 0, 99, [], []) if waits else ([0], tokens, 99, [], []))
+    assert len(asked) == (not waits)
+
+
+def test_only_linears_of_an_encoder_see_no_company():
+    class UnquantizedLinearMethod: ...
+
+    class UnquantizedEmbeddingMethod: ...
+
+    def layer(method):
+        made = torch.nn.Linear(2, 2)
+        made.quant_method = method()
+        return made
+
+    model = torch.nn.Module()
+    model.tower, model.lm_head = layer(UnquantizedLinearMethod), layer(UnquantizedEmbeddingMethod)
+    model.wrapper = torch.nn.Module()
+    model.wrapper.language = torch.nn.Sequential(layer(UnquantizedLinearMethod))
+    model.get_language_model = lambda: model.wrapper.language
+
+    def config(taken):
+        media = SimpleNamespace(language_model_only=not taken)
+        return SimpleNamespace(model_config=SimpleNamespace(is_multimodal_model=True, multimodal_config=media))
+
+    assert cuda.linears(model, config(True)) == {model.tower}
+    assert cuda.linears(model, config(False)) == set()

@@ -6,6 +6,7 @@ import functools
 import random
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.version import Version
@@ -166,7 +167,7 @@ def repeating(engine: Engine, workload: Workload) -> list[Request]:
 
 def speculative(engine: Engine) -> list[Change]:
     """N-grams with a single draft, with some, and with more than the engine accepts at once. Also a draft model and
-    heads, where they can be made of the model's weights."""
+    heads, where they can be made of the model's weights, and suffixes, where their library is installed."""
 
     def change(what: str, count: int, **given: object) -> Change:
         asked = {**given, "num_speculative_tokens": count}
@@ -175,18 +176,25 @@ def speculative(engine: Engine) -> list[Change]:
 
     lookup = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     found = [change("n-gram speculation", count, **lookup) for count in (1, 3, 8)]
-    if drafts.serves(engine.options.model) and _takes_drafts(engine):
+    if find_spec("arctic_inference") is not None and _takes(engine, _SUFFIXES):
+        found.append(change("speculation by suffixes", 4, method="suffix"))
+    if drafts.serves(engine.options.model) and _takes(engine, _HEADS):
         for method, count in zip(drafts.METHODS, (2, 3, 4)):
             found.append(change(f"speculation by {method}", count, method=method, model=_drafts(engine, method)))
     return found
 
 
-def _takes_drafts(engine: Engine) -> bool:
-    """Whether bi_patch serves a draft model and heads on the engine's platform and release, and beside its features."""
+# Rows of the feature table, by the beginnings of their names.
+_HEADS = "speculative decoding with a draft model or heads"
+_SUFFIXES = "speculative decoding with suffixes"
+
+
+def _takes(engine: Engine, name: str) -> bool:
+    """Whether bi_patch serves a row's drafts on the engine's platform and release, and beside its features."""
     if engine.options.extra.get("enable_lora"):
         return False
     release = Version(engine.info.vllm)
-    rows = (row for row in table.ROWS if row.short == "speculative decoding with a draft model or EAGLE heads")
+    rows = (row for row in table.ROWS if row.name.startswith(name))
     known = engine.info.mode == "armed" and engine.info.platform in TITLES
     return known and all(row.cell(engine.info.platform, release).state != REFUSED for row in rows)
 
