@@ -1,4 +1,4 @@
-"""Compares a Hugging Face trainer of a model with experts with its sampler: logprobs, experts chosen, gradients.
+"""Compares a Hugging Face trainer with its sampler: logprobs, gradients, and the experts chosen, where there are any.
 
     PYTHONPATH=. python3 benchmarks/hopper/experts.py MODEL [--layers 2] [--sequences 16] [--length 512]
 

@@ -22,7 +22,6 @@ import pstats
 import statistics
 import sys
 import time
-import types
 from pathlib import Path
 
 SMOL = {
@@ -183,6 +182,7 @@ def main() -> int:
     a = parse()
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
     import torch
+    from trainer import _info
 
     import bi_patch  # noqa: F401  arms before vllm loads
     from bi_patch.ops import bits
@@ -227,19 +227,6 @@ def main() -> int:
     a.results.mkdir(parents=True, exist_ok=True)
     print(evidence.write(made, a.results), flush=True)
     return int(evidence.total_differing(rows) > 0 or (bool(passed) and not any(passed.values())))
-
-
-def _info():
-    """What a result file says of this machine."""
-    import torch
-    import vllm
-
-    return types.SimpleNamespace(
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
-        vllm=vllm.__version__,
-        torch=str(torch.__version__),
-        threads=torch.get_num_threads(),
-    )
 
 
 if __name__ == "__main__":

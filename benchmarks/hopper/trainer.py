@@ -236,8 +236,11 @@ def _info():
     import torch
     import vllm
 
+    from bi_patch.tools.verify.engine import cpu_name
+
+    cuda = torch.cuda.is_available()
     return types.SimpleNamespace(
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
+        device=torch.cuda.get_device_name() if cuda else f"{cpu_name()} ({os.cpu_count()} cores)",
         vllm=vllm.__version__,
         torch=str(torch.__version__),
         threads=torch.get_num_threads(),
