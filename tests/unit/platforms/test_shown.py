@@ -82,7 +82,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Mistral,*", "logprobs*", "gradients*"),
         ("* LoRA,*", "with the adapter*", "gradients*"),
         ("* LoRA, bfloat16, compiled", "with the adapter*", "without an adapter*", "gradients*"),
-        ("SmolLM2-135M *, trainer alone", "gradients*"),
+        ("*, trainer alone", "gradients*"),
         ("*, FSDP2", "logprobs, 1 rank*", "logprobs, 2 ranks*", "gradients*"),
         ("* GRPO steps", "GRPO,*", "GRPO rerun*"),
     ),
