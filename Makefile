@@ -22,8 +22,8 @@ SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_pyte
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo test test-engine test-unit test-tables test-alone test-fast test-all test-gpu test-ascend bench check lint \
-	docs setup clean
+.PHONY: demo test test-engine test-processes test-unit test-tables test-alone test-fast test-all test-gpu test-ascend bench \
+	check lint docs setup clean
 
 # Tests of `make test`: without the slow ones, and without those that measure time, which run alone.
 HERE := not slow and not gpu and not ascend
@@ -37,14 +37,21 @@ demo: setup
 test: setup
 	$(MAKE) lint
 	@echo "The engine's tests run beside the other parts. Each part prints its output when it is done, after minutes"
-	$(MAKE) -k -j2 --output-sync=target test-engine test-unit test-tables docs test-ascend
+	$(MAKE) -k -j2 --output-sync=target test-engine test-unit test-processes test-tables docs test-ascend
 	$(MAKE) test-alone
 
 # Waiting threads sleep, for other tests run beside them.
-test-engine test-unit test-ascend: export OMP_WAIT_POLICY := passive
+test-engine test-processes test-unit test-ascend: export OMP_WAIT_POLICY := passive
+
+# Files whose tests start processes of their own (servers, ranks, trainers, the demo): a third part, since the engine's
+# tests take longer than all others together.
+PROCESSES := $(patsubst %,tests/engine/test_%.py,demo import parity pooling_server ranks server training two_engines weights)
 
 test-engine: setup
-	$(BIN)/pytest --durations=20 -m "engine and $(BESIDE)" tests
+	$(BIN)/pytest --durations=20 -m "engine and $(BESIDE)" $(PROCESSES:%=--ignore=%) tests
+
+test-processes: setup
+	$(BIN)/pytest --durations=20 -m "engine and $(BESIDE)" $(PROCESSES)
 
 test-unit: setup
 	$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" tests
