@@ -232,7 +232,12 @@ FAMILIES: tuple[Feature, ...] = (
         "MiniCPM3, which vLLM runs as ordinary attention",
         cpu=untried(),
         cuda=(
-            served(_H200_MLA_SIZES, why="four layers of its sizes, in eager mode", releases=">=0.33"),
+            served(
+                _H200_MLA_SIZES,
+                "invariance-2026-11-29-h200-mla-shapes-vllm-0.33.0-3.json",
+                why="four layers of its sizes, compiled and in eager mode",
+                releases=">=0.33",
+            ),
             untried(),
         ),
         ascend=_ASCEND,

@@ -426,7 +426,7 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("GLM-4.7-Flash in bf16", "cpu"): (("GLM-4.7-Flash,*", *_SIX),),
     ("GLM-4.7-Flash in bf16", "cuda"): (("GLM-4.7-Flash, eager", *_FIVE), ("GLM-4.7-Flash", *_MLA)),
     ("Kimi K2 in bf16", "cuda"): (("Kimi K2, eager", *_FIVE), ("Kimi K2", *_MLA)),
-    ("MiniCPM3, which vLLM runs as ordinary attention", "cuda"): (("MiniCPM3, eager", *_SIX),),
+    ("MiniCPM3, which vLLM runs as ordinary attention", "cuda"): (("MiniCPM3, eager", *_SIX), ("MiniCPM3", *_SIX)),
     ("DeepSeek V3, V3.1 and R1 in FP8 blocks", "cuda"): (
         ("DeepSeek-V3 FP8 block,*", *_MLA),
         ("DeepSeek-V3 FP8 block ue8m0,*", *_MLA),
