@@ -1,4 +1,5 @@
-"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: traces, accuracy, sleep, new weights.
+"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: traces, accuracy, sleep, new
+weights, calls.
 
 Only the engine children of verify have instruments; no serving process has them. A tool with its own kind of child adds
 instruments there with `register`. The tool faults does so.
@@ -93,6 +94,12 @@ def _held(engine: LocalEngine, data: bytes) -> bytes:
     return msgspec.msgpack.encode(updates.held())
 
 
+def _calls(engine: LocalEngine, data: bytes) -> bytes:
+    from bi_patch.tools.verify import overhead
+
+    return msgspec.msgpack.encode(overhead.count(engine, msgspec.msgpack.decode(data, type=list[Request])))
+
+
 Instrument = Callable[[LocalEngine, bytes], bytes]  # (engine, arguments as msgpack) -> result as msgpack
 
 SERVED: dict[str, Instrument] = {
@@ -102,6 +109,7 @@ SERVED: dict[str, Instrument] = {
     "update": _update,
     "update in flight": _update_in_flight,
     "held": _held,
+    "calls": _calls,
 }
 
 
