@@ -5,11 +5,13 @@
 
 SCHEME is a name of schemes.py. For `verify`, a tiny model of recipes.QUANTIZED is one, too: it has files, so its
 products are compared with fp64 on the checkpoint's dequantized weights. `verify` runs `bi-patch verify` of all schemes
-beside each other. `cost` starts an engine of each of --modes for each scheme, all at once, and measures those that
-start in turns (turns.py).
+beside each other; --until ends a run early, and its file holds the axes that were complete. `cost` starts an engine of
+each of --modes for each scheme, all at once, and measures those that start in turns (turns.py).
 """
 
 import argparse
+import contextlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,13 +58,37 @@ def measure(scheme: str, a: argparse.Namespace) -> int:
         else:
             folder = shapes.save("model", schemes.config(scheme, a.layers), root)
             label, seed, given = schemes.label(scheme, a.layers), SEED, given | schemes.arguments(scheme)
-        system = local.local(folder, level, eager=a.eager, random_weights=seed, engine_args=given)
-        label += ", eager" if a.eager else ""
-        rows, report = invariance.measure(label, system, level, only=a.axes.split(",") if a.axes else AXES, tell=print)
+        system = local.local(folder, level, mode=a.mode, eager=a.eager, random_weights=seed, engine_args=given)
+        label += (", eager" if a.eager else "") + (f", {a.mode}" if a.mode != "armed" else "")
+        only = a.axes.split(",") if a.axes else AXES
+        with ending(a.until):
+            rows, report = invariance.measure(label, system, level, only=only, tell=told, cut=a.until > 0)
     found = evidence.new(evidence.Invariance, report)
     found.rows, found.command = rows, "python3 benchmarks/hopper/quantized.py verify"
+    found.command += f" --mode {a.mode}" if a.mode != "armed" else ""
+    if len(rows) < len(only):
+        found.note = f"{label}: complete axes of a run that was cut"
     evidence.write(found, a.results)
     return evidence.total_differing(rows)
+
+
+def told(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def ending(until: int):
+    """Within this context, an interrupt comes at `until`, in seconds since 1970; 0 for none."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(max(1, int(until - time.time())) if until else 0)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def verify(a: argparse.Namespace) -> int:
@@ -75,7 +101,8 @@ def verify(a: argparse.Namespace) -> int:
         own = a.results / "schemes" / shapes.short(scheme)  # processes must not write to the same file
         own.mkdir(parents=True, exist_ok=True)
         flags = ["--results", str(own), "--share", str(a.memory / len(a.schemes)), "--layers", str(a.layers)]
-        flags += ["--memory", str(a.memory)] + ["--eager"] * a.eager + (["--axes", a.axes] if a.axes else [])
+        flags += ["--memory", str(a.memory), "--until", str(a.until)]
+        flags += ["--mode", a.mode] + ["--eager"] * a.eager + (["--axes", a.axes] if a.axes else [])
         with open(own / "log.txt", "w") as log:
             code = subprocess.run(
                 [sys.executable, __file__, "verify", scheme, *flags], stdout=log, stderr=log
@@ -119,6 +146,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--axes", default="", help="comma-separated axes of verify")
+    parser.add_argument("--until", type=int, default=0, help="of verify: end the run then, seconds since 1970")
+    parser.add_argument("--mode", default="armed", help="of verify: armed, or upstream for a scheme that is refused")
     parser.add_argument("--share", type=float, help="verify one scheme in this process, with this share of the memory")
     parser.add_argument("--memory", type=float, default=0.9, help="the share of the GPU's memory for all engines")
     parser.add_argument("--modes", default="stock,armed,upstream", help="of cost: stock, armed, upstream")

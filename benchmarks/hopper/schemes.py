@@ -27,6 +27,22 @@ _INT8 = _CHANNEL | {
         }
     },
 }
+_FIXED = {"strategy": "tensor", "dynamic": False}  # one scale of activations, from the checkpoint
+_INT8_STATIC = _INT8 | {
+    "config_groups": {
+        "group_0": _INT8["config_groups"]["group_0"] | {"input_activations": _EIGHT | _FIXED},
+    }
+}
+_CHANNEL_STATIC = _CHANNEL | {
+    "config_groups": {
+        f"group_{number}": {
+            "targets": [target],
+            "weights": _FLOAT | {"strategy": strategy, "dynamic": False},
+            "input_activations": _FLOAT | _FIXED,
+        }
+        for number, (target, strategy) in enumerate((("re:.*self_attn.*", "channel"), ("re:.*mlp.*", "tensor")))
+    }
+}
 _STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 _BLOCK = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
@@ -55,6 +71,26 @@ def _packed(bits: int, group: int | None) -> dict:
     }
 
 
+_NVFP4 = {
+    "quant_method": "compressed-tensors",
+    "format": "nvfp4-pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "float",
+                "strategy": "tensor_group",
+                "group_size": 16,
+                "symmetric": True,
+                "dynamic": False,
+            },
+        }
+    },
+}
+
 # By the scheme's name: the model's shape, and the checkpoint's quantization_config, None if vLLM quantizes by itself.
 SCHEMES: dict[str, tuple[str, dict | None]] = {
     "FP8 while loading": ("Qwen3-8B", None),
@@ -62,20 +98,25 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
     "FP8 block while loading": ("Qwen3-8B", None),
     "FP8 channel": ("Qwen3-8B", _CHANNEL),
     "FP8 static": ("Qwen3-8B", _STATIC),
+    "FP8 static, compressed-tensors": ("Qwen3-8B", _CHANNEL_STATIC),
     "FP8 block": ("Qwen3-8B", _BLOCK),
+    "FP8 block and KV cache": ("Qwen3-8B", _BLOCK),
     "FP8 KV cache": ("Qwen3-8B", None),
     "FP8 channel and KV cache": ("Qwen3-8B", _CHANNEL | {"kv_cache_scheme": _FLOAT | {"strategy": "tensor"}}),
     "FP8 block experts": ("Qwen3-30B-A3B", _BLOCK),
     "FP8 block MLA": ("DeepSeek-V3, 4 layers", _BLOCK),
     "FP8 block ue8m0 MLA": ("DeepSeek-V3, 4 layers", _BLOCK | {"scale_fmt": "ue8m0"}),  # as DeepSeek V3.1
     "INT8": ("Qwen3-8B", _INT8),
+    "INT8 static": ("Qwen3-8B", _INT8_STATIC),
     "AWQ": ("Qwen3-8B", _AWQ),
     "GPTQ": ("Qwen3-8B", _GPTQ),
     "W4A16": ("Qwen3-8B", _packed(4, 64)),
     "W8A16": ("Qwen3-8B", _packed(8, None)),
     "W4A16 experts": ("Qwen3-30B-A3B", _packed(4, 128) | {"ignore": ["lm_head", "re:.*mlp.gate$"]}),
     "GPTQ experts": ("Qwen3-30B-A3B", _GPTQ | {"dynamic": {"-:.*\\.mlp\\.gate$": {}}}),
+    "AWQ experts": ("Qwen3-30B-A3B", _AWQ | {"modules_to_not_convert": ["mlp.gate"]}),
     "MXFP4": ("gpt-oss-20b", _MXFP4),
+    "NVFP4": ("Qwen3-8B", _NVFP4),
 }
 
 
@@ -101,6 +142,7 @@ _ARGUMENTS: dict[str, dict[str, object]] = {
     "FP8 channel while loading": {"quantization": "fp8_per_channel"},
     "FP8 block while loading": {"quantization": "fp8_per_block"},
     "FP8 KV cache": {"kv_cache_dtype": "fp8"},
+    "FP8 block and KV cache": {"kv_cache_dtype": "fp8"},
 }
 
 

@@ -33,8 +33,9 @@ class Scheme:
     """How one kind of layer is quantized.
 
     method: vLLM's name of the method, without the kernel's: "compressed-tensors", "awq", "gptq", "fp8", ...
-    weight: "int4", "int8", "fp8", ... or "" if unknown. scale: what shares a scale of the weight: "tensor", "channel"
-    (a row of [N, K]), a number of elements of K ("128"), or rows x columns of a block ("128x128").
+    weight: "int4", "int8", "fp8", "nvfp4" (e2m1 with scales in e4m3), ... or "" if unknown. scale: what shares a scale
+    of the weight: "tensor", "channel" (a row of [N, K]), a number of elements of K ("128"), or rows x columns of a
+    block ("128x128").
     zeros: zero points. order: act-order, which gives each element of K a group of its own choice.
     activation: "" for 16-bit activations, else their type. activation_scale: what shares an activation's scale:
     "token", a number of elements ("128"), or "tensor". static: the checkpoint has the activations' scale. Without it,
@@ -220,6 +221,7 @@ _TENSORS = (
     "total_num_heads total_num_kv_heads"
 )
 _GROUP = "weights input_activations targets format"
+_NVFP4 = "nvfp4-pack-quantized"
 _PACKINGS = ("int-quantized", "float-quantized", "pack-quantized", "naive-quantized", "mixed-precision", "None")
 _NOTED = {"observer", "observer_kwargs", "zp_dtype"}
 
@@ -230,12 +232,13 @@ def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
         other = other or "with another KV cache than FP8 with one static scale"
     for group in held["config_groups"].values():
         packing = str(group.get("format", held.get("format")))
-        odd = other or _unknown(group, _GROUP) or ("" if packing in _PACKINGS else f"packing {packing!r}")
+        weight = _args(group["weights"])
+        known = packing == _NVFP4 if weight.kind == "nvfp4" else packing in _PACKINGS
+        odd = other or _unknown(group, _GROUP) or ("" if known else f"packing {packing!r}")
         targets = set(group["targets"])
         strange = sorted(
             target for target in targets if "." not in target and target not in ("Linear", "lm_head", "re:.*lm_head")
         )
-        weight = _args(group["weights"])
         made = Scheme(
             "compressed-tensors",
             weight.kind,
@@ -305,14 +308,17 @@ def _args(held: Mapping[str, Any]) -> _Args:
         "block_structure",
         *_NOTED,
     }
+    kind = {"int": "int", "float": "fp"}[str(held.get("type", "int"))] + str(int(held.get("num_bits", 8)))
+    if (strategy, kind, group) == ("tensor_group", "fp4", 16):
+        kind, scales[strategy] = "nvfp4", "16"
+        known |= {"scale_dtype"} if "float8_e4m3fn" in str(held.get("scale_dtype")) else set()
     odd = sorted(name for name, value in held.items() if value is not None and name not in known)
     if held.get("dynamic") not in (None, True, False):
         odd.append(f"dynamic {held['dynamic']!r}")
-    kind = {"int": "int", "float": "fp"}[str(held.get("type", "int"))]
     # "weight" and "static" order the groups before packing, and keep them in order in memory.
     order = str(held.get("actorder") or "none").lower() in ("group", "true", "dynamic")
     return _Args(
-        f"{kind}{int(held.get('num_bits', 8))}",
+        kind,
         scales.get(strategy, ""),
         bool(held.get("symmetric", True)),
         bool(held.get("dynamic", False)),

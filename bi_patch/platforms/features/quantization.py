@@ -29,15 +29,15 @@ _COMPILED = served(_H200, why="two layers of published sizes, compiled and in ea
 _SAME = untried("as FP8 made while loading", releases=">=0.33")
 _RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
 _PACKED = (served(_RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), _NONE)
-_FOUR = (  # kernels/cuda/packed_wide.cu, and the early forms of packed.cu, are newer than the run
-    served(
-        _RUN,
-        why="two layers of Qwen3-8B's sizes, compiled and in eager mode, before the forms of today, for up to 8 rows "
-        "and for 9 and more, whose bits each start certifies",
-        releases=">=0.33",
-    ),
-    _NONE,
-)
+_FOUR_BITS = "invariance-2026-11-29-h200-four-bits-vllm-0.33.0.json"
+
+
+def _four(*files: str, now: str) -> tuple[Cell, ...]:
+    """4-bit weights. now: what ran on the kernels of today."""
+    why = f"two layers of Qwen3-8B's sizes, compiled and in eager mode; {now}"
+    return served(*files, _RUN, why=why, releases=">=0.33"), _NONE
+
+
 _LATER = (
     served(
         "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
@@ -47,8 +47,26 @@ _LATER = (
     _NONE,
 )
 _UNRUN = (refused("no run of an engine has shown its bits", todo="Use dynamic activations", releases=">=0.33"), _NONE)
-_UNSHOWN = (
-    refused("no run of an engine has shown their bits", todo="Use unquantized weights", releases=">=0.33"),
+_INT8_STATIC = (
+    served(
+        "invariance-2026-11-29-h200-quantized-vllm-0.33.0-4.json",
+        why="two layers of Qwen3-8B's sizes, in eager mode",
+        releases=">=0.33",
+    ),
+    _NONE,
+)
+_EXPERTS = (
+    served(_FOUR_BITS, why="two layers of Qwen3-30B-A3B's sizes, in eager mode", releases=">=0.33"),
+    _NONE,
+)
+_OSS = (served(_FOUR_BITS, why="two layers of gpt-oss-20b's sizes, in eager mode", releases=">=0.33"), _NONE)
+_NVFP4 = (
+    refused(
+        "Marlin's rows differ, upstream's mode has no kernel for them, and no run of an engine on humming-kernels was "
+        "complete",
+        todo="Use unquantized weights",
+        releases=">=0.33",
+    ),
     _NONE,
 )
 _GROUPS = ("32", "64", "128", CHANNEL)  # sizes with a kernel
@@ -111,17 +129,25 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         lambda s: _int8(s, TOKEN, static=False),
         _ON_CPU | {"cuda": _PACKED},
     ),
-    ("INT8 weights, static INT8 activations", lambda s: _int8(s, TENSOR, static=True), _ON_CPU | {"cuda": _UNRUN}),
-    ("AWQ, 4 bits", _int4("awq"), _ON_CPU | {"cuda": _FOUR}),
-    ("GPTQ, 4 bits", _int4("gptq"), _ON_CPU | {"cuda": _FOUR}),
-    ("compressed-tensors W4A16", _int4("compressed-tensors"), _ON_CPU | {"cuda": _FOUR}),
+    (
+        "INT8 weights, static INT8 activations",
+        lambda s: _int8(s, TENSOR, static=True),
+        _ON_CPU | {"cuda": _INT8_STATIC},
+    ),
+    ("AWQ, 4 bits", _int4("awq"), _ON_CPU | {"cuda": _four(_FOUR_BITS, now="on the kernels of today in eager mode")}),
+    ("GPTQ, 4 bits", _int4("gptq"), _ON_CPU | {"cuda": _four(now="the kernels of today ran with W4A16 and AWQ")}),
+    (
+        "compressed-tensors W4A16",
+        _int4("compressed-tensors"),
+        _ON_CPU | {"cuda": _four(_FOUR_BITS, now="on the kernels of today both")},
+    ),
     (
         "GPTQ and compressed-tensors with act-order",
         lambda s: s.order and (_weight_only(s, 4) or _weight_only(s, 8)),
         _NO_KERNEL
         | {
             "cuda": refused(
-                "vLLM 0.33 does not load them, and the kernels before have no certified order",
+                "vLLM 0.33 refuses them, and the kernels before have no certified order",
                 todo="Use a checkpoint without act-order, or with static act-order",
             )
         },
@@ -172,7 +198,12 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     (
         "MXFP4 (gpt-oss as published)",
         _mxfp4,
-        _NO_KERNEL | {"cuda": _UNSHOWN},
+        _NO_KERNEL | {"cuda": _OSS},
+    ),
+    (
+        "NVFP4 weights alone (compressed-tensors)",
+        lambda s: (s.weight, s.scale, s.activation, s.zeros, s.order) == ("nvfp4", "16", "", False, False),
+        _NO_KERNEL | {"cuda": _NVFP4},
     ),
 )
 _OTHERS = "other quantized weights"
@@ -202,7 +233,7 @@ def _asked(name: str) -> Callable[[Any], str]:
 
 def _four_bits(scheme: Scheme) -> bool:
     """4-bit experts for which vLLM's Triton kernel serves: groups, no zero points, no act-order."""
-    known = scheme.method in ("compressed-tensors", "gptq") and _int4(scheme.method)(scheme)
+    known = scheme.method == "compressed-tensors" and _int4(scheme.method)(scheme)
     return known and not scheme.zeros and scheme.scale != CHANNEL
 
 
@@ -263,8 +294,9 @@ _COMPILED_RUNS = (
 
 
 def _compiled_elsewhere(config: Any) -> str:
-    """Words for a compiled model with a scheme that ran in eager mode only."""
-    other = any(_row(s) not in _COMPILED_RUNS for s in schemes.of(config))
+    """Words for a compiled model with a scheme, or with quantized experts, that ran in eager mode only."""
+    experts = getattr(config.model_config, "is_moe", False)
+    other = experts or any(_row(s) not in _COMPILED_RUNS for s in schemes.of(config))
     return _compiled(config) if other and not _latent(config) else ""
 
 
@@ -287,11 +319,11 @@ QUANTIZATION: tuple[Feature, ...] = (
     *(row(name, short=_SHORT.get(name, ""), **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
     row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(_blocks)),
     row(
-        "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)",
-        **_REFUSED | {"cuda": _UNSHOWN},
+        "experts of 4 bits in groups (compressed-tensors W4A16)",
+        **_REFUSED | {"cuda": _EXPERTS},
         asked=_experts(_four_bits),
     ),
-    row("experts in MXFP4", **_REFUSED | {"cuda": _UNSHOWN}, asked=_experts(_mxfp4)),
+    row("experts in MXFP4", **_REFUSED | {"cuda": _OSS}, asked=_experts(_mxfp4)),
     row("quantized experts", **_REFUSED, asked=_experts(None)),
     row(
         "FP8 blocks with scales of powers of two (scale_fmt ue8m0, as in DeepSeek V3.1)",
@@ -343,7 +375,8 @@ QUANTIZATION: tuple[Feature, ...] = (
         _OTHERS,
         **_REFUSED,
         asked=_asked(_OTHERS),
-        details="Each method, group size and packing that no row above names: NVFP4, torchao, Quark, ModelOpt",
+        details="Each method, group size and packing that no row above names: torchao, Quark, ModelOpt, activations in "
+        "NVFP4",
     ),
     row(
         "quantized weights in fp16 or fp32",

@@ -116,6 +116,27 @@ def _compressed(original):
     return __init__
 
 
+def _nvfp4(original):
+    """init_nvfp4_linear_kernel: for weights alone, take Humming's batch-invariant schedules. A row certificate compares
+    them."""
+
+    @functools.wraps(original)
+    def init_nvfp4_linear_kernel(use_a16=False):
+        from vllm.model_executor.kernels import linear
+
+        kind = linear.HummingNvFp4LinearKernel
+        able, reason = kind.is_supported()
+        if not use_a16 or not able:
+            said = reason if use_a16 else "vLLM's kernels of upstream's mode round activations to NVFP4 on this GPU"
+            raise UnsupportedFeature(
+                f"linear.cuda_nvfp4: bi_patch has no certified order for this checkpoint's NVFP4 layers ({said}). Use "
+                "a checkpoint with NVFP4 weights alone and the package humming-kernels, or set BI_PATCH=0"
+            )
+        return kind(linear.NvFp4LinearLayerConfig())
+
+    return init_nvfp4_linear_kernel
+
+
 _KERNELS = ("MacheteLinearKernel", "MarlinLinearKernel")
 
 
@@ -189,5 +210,28 @@ SEAMS = (
         why="upstream's mode unpacks the weights of compressed-tensors at every call, for one row, too",
         how="the layers are those of vLLM's fast kernels, whose products bi_patch replaces",
         until=_UNTIL,
+    ),
+    Seam(
+        name="packed_linear.cuda_nvfp4",
+        targets=(
+            Target(
+                "vllm.model_executor.kernels.linear",
+                "init_nvfp4_linear_kernel",
+                ">=0.33",
+                (
+                    f"{_QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_w4a4_nvfp4",
+                    f"{_QUANTIZATION}.modelopt",
+                    f"{_QUANTIZATION}.online.lm_head",
+                    f"{_QUANTIZATION}.quark.schemes.quark_nvfp4",
+                ),
+            ),
+        ),
+        close=_nvfp4,
+        why="Marlin cuts K into parts by the number of rows, and upstream's mode has no kernel for NVFP4 weights with "
+        "16-bit activations on Hopper",
+        how="layers with NVFP4 weights alone take Humming's batch-invariant schedules, and a row certificate compares "
+        "them. Others are refused by name",
+        until="upstream's mode serves NVFP4 weights on Hopper",
+        causes=(1,),
     ),
 )

@@ -2,7 +2,7 @@
 
 from bi_patch.errors import UnsupportedFeature
 
-INT8 = "CutlassInt8ScaledMMLinearKernel"
+INT8, NVFP4 = "CutlassInt8ScaledMMLinearKernel", "HummingNvFp4LinearKernel"
 # By the class of vLLM's kernel: the module of seams that replaces its product, or that certifies it as it is.
 KERNELS = {
     "CutlassFP8ScaledMMLinearKernel": "scaled_linear",
@@ -12,6 +12,7 @@ KERNELS = {
     "MacheteLinearKernel": "packed_linear",
     "MarlinLinearKernel": "packed_linear",
     INT8: "rows",
+    NVFP4: "rows",
 }
 
 

@@ -10,8 +10,8 @@ from bi_patch.seams.naming import dotted
 
 
 def checks(model, dtype, vocab: int):
-    """A RowCheck for each distinct norm, activation, rotary embedding, router, INT8 linear and layer of packed experts
-    of a model, and for sampling.
+    """A RowCheck for each distinct norm, activation, rotary embedding, router, INT8 or NVFP4 linear and layer of packed
+    experts of a model, and for sampling.
 
     dtype: of the model's rows. vocab: the number of logits of a row, 0 for a model that samples nothing. Raises
     UnsupportedFeature, with the layer's class, for a norm whose size is unknown. A function that is not a module, e.g.
@@ -19,7 +19,7 @@ def checks(model, dtype, vocab: int):
     """
     seen = set()
     sampled = of_sampling(vocab) if vocab else ()
-    of_model = (_of_layers, _quantizers, _int8, packed_experts.checks)
+    of_model = (_of_layers, _quantizers, _int8, _nvfp4, packed_experts.checks)
     for check in itertools.chain(*(made(model, dtype) for made in of_model), sampled):
         if (check.operation, check.problem) not in seen:
             seen.add((check.operation, check.problem))
@@ -53,6 +53,20 @@ def _int8(model, dtype):
             return (held[0].apply_weights(held[1], x, held[2]),)
 
         yield RowCheck("cuda.int8_linear", name.replace("torch.", ""), ROWS, _random(dtype, weight.shape[0]), run)
+
+
+def _nvfp4(model, dtype):
+    """Linears with NVFP4 weights run on Humming's batch-invariant schedules as they are."""
+    for _, layer, kernel in quantized.layers(model, (quantized.NVFP4,)):
+        n, k = layer.output_size_per_partition, layer.input_size_per_partition
+        bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
+
+        def run(x, held=(kernel, layer, bias)):
+            return (held[0].apply_weights(held[1], x, held[2]),)
+
+        name = f"nvfp4 K={k} N={n}{'' if bias is None else ' bias'} {str(dtype).removeprefix('torch.')}"
+        # The kernels are compiled at their first call, which must see real data.
+        yield RowCheck("cuda.nvfp4_linear", name, ROWS, _random(dtype, k), run, indexes=True)
 
 
 def _name(layer, *sizes, dtype) -> str:

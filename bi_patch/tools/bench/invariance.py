@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from bi_patch.errors import BiPatchError
 from bi_patch.tools.evidence import InvarianceRow
 from bi_patch.tools.verify import measure as verify
 from bi_patch.tools.verify.levels import Level
 from bi_patch.tools.verify.probes import NotExercised
-from bi_patch.tools.verify.report import LEFT_OUT, NOT_EXERCISED, UNSETTLED, Axis, Report
+from bi_patch.tools.verify.report import FAILED, LEFT_OUT, NOT_EXERCISED, UNSETTLED, WAITING, Axis, Report
 
 
 class Unmeasured(BiPatchError):
@@ -37,21 +39,37 @@ class _Teller(verify.Watcher):
 
 
 def measure(
-    label: str, system, level: Level, *, only: Sequence[str] = (), tell: Callable[[str], None] = lambda text: None
+    label: str,
+    system,
+    level: Level,
+    *,
+    only: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda text: None,
+    cut: bool = False,
 ) -> tuple[list[InvarianceRow], Report]:
     """One row for each axis of the level that applies to the system, and verify's report.
 
     system: the System that verify measures. only: names of axes of any level, empty for the level's axes. tell: called
-    with lines about the progress. Raises NotExercised for an axis whose cause never occurred, Unmeasured for every
-    other axis without a result. Positions that differ raise nothing; their rows hold the count.
+    with lines about the progress. cut: whether a run that an interrupt ends counts, with the axes that were complete.
+    Raises NotExercised for an axis whose cause never occurred, Unmeasured for every other axis without a result.
+    Positions that differ raise nothing; their rows hold the count.
     """
     report = verify.verify(system, level, only=only, watcher=_Teller(label, tell))
     for axis in report.axes:
         if axis.state == NOT_EXERCISED:
             raise NotExercised(f"{label}: {axis.name}: {axis.reason}")
+    if cut and report.stopped == verify.INTERRUPTED:
+        report = _complete(report)
     if holes := unmeasured(report):
         raise Unmeasured(f"{label}: {'; '.join(holes)}")
     return rows(label, report), report
+
+
+def _complete(report: Report) -> Report:
+    """The report of an interrupted run, with its complete axes alone."""
+    cut = [axis for axis in report.axes if axis.state == FAILED and axis.reason == "interrupted"]
+    kept = [axis for axis in report.axes if axis not in cut and axis.state != WAITING]
+    return msgspec.structs.replace(report, axes=kept, stopped="")
 
 
 def rows(label: str, report: Report) -> list[InvarianceRow]:

@@ -55,6 +55,8 @@ def fill(model, seed: int) -> None:
             elif name.endswith(_PACKED) and value.ndim >= 2:
                 _fill_integers(value, generators.setdefault(value.device, _seeded(value.device, seed)))
             continue
+        if (size := _nvfp4_size(named, name)) and _fill_nvfp4(name, value, size, seed, generators):
+            continue
         if name.endswith(_SCALES) and (step := _step(model.get_submodule(name.rpartition(".")[0]))):
             generator = generators.setdefault(value.device, _seeded(value.device, seed))
             noise = torch.rand(value.shape, generator=generator, device=value.device)
@@ -97,6 +99,7 @@ _PACKED += tuple(part + name[1:] for part in _EXPERTS for name in _PACKED)
 _SCALES = (".weight_scale", ".scales")
 _OF_EXPERTS = tuple(part + name[1:] for part in _EXPERTS for name in _SCALES)
 _EXPONENTS = tuple(f"{part}weight_scale" for part in _EXPERTS)  # MXFP4: 8 bits, for 32 elements of K
+_FOUR_BIT_FLOATS = 2.9  # the spread of random e2m1
 _SPREADS = {8: 73.0, 4: 4.6}  # of random integers of so many bits
 
 
@@ -117,15 +120,38 @@ def _fill_integers(value, generator) -> None:
 
 
 def _fill_exponents(named, name: str, generator) -> None:
-    """Exponents of MXFP4 that give its weights a spread of about fan_in ** -0.5. The spread of random values is 2.9."""
+    """Exponents of MXFP4 that give its weights a spread of about fan_in ** -0.5."""
     import math
 
     import torch
 
     value = named[name].data
-    middle = 127 + round(math.log2(_packed_size(named, name) ** -0.5 / 2.9))
+    middle = 127 + round(math.log2(_packed_size(named, name) ** -0.5 / _FOUR_BIT_FLOATS))
     made = torch.randint(middle - 1, middle + 2, value.shape, generator=generator, device=value.device)
     value.copy_(made.to(value.dtype))
+
+
+def _nvfp4_size(named, name: str) -> int:
+    """K of the NVFP4 weights of a linear that a parameter scales, 0 if it scales no such weights."""
+    stem = name.rpartition(".")[0]
+    if f"{stem}.weight_global_scale" not in named or f"{stem}.weight_packed" not in named:
+        return 0
+    return named[f"{stem}.weight_packed"].shape[1] * 2
+
+
+def _fill_nvfp4(name: str, value, size: int, seed: int, generators) -> bool:
+    """Fill scales that give NVFP4 weights a spread of size ** -0.5: of groups about 32, and the divisor of all."""
+    import torch
+
+    if name.endswith(".weight_scale"):
+        generator = generators.setdefault(value.device, _seeded(value.device, seed))
+        noise = torch.rand(value.shape, generator=generator, device=value.device)
+        value.copy_(32 * (0.5 + noise))
+    elif name.endswith(".weight_global_scale"):
+        value.fill_(32 * _FOUR_BIT_FLOATS * size**0.5)
+    else:
+        return False
+    return True
 
 
 def _packed_size(named, name: str) -> int:

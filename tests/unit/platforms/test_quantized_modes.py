@@ -84,5 +84,7 @@ def test_a_scheme_that_ran_in_eager_mode_only_is_named_in_compiled_code():
         config = latent("LlamaForCausalLM", False)
         config.model_config.hf_config.quantization_config = held
         assert bool(row.asked(config)) == named, held
+        config.model_config.is_moe = True  # no experts ran in compiled code
+        assert row.asked(config)
         config.model_config.enforce_eager = True
         assert not row.asked(config)

@@ -27,6 +27,8 @@ def tensors(weights, rows=None, **more):
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
 TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "dynamic": False}
+NVFP4 = INT4 | {"type": "float", "strategy": "tensor_group", "group_size": 16}
+FLOATS = {"format": "nvfp4-pack-quantized"}
 W8A8, W4A16 = tensors(INT8, TOKEN), tensors(INT4, format="pack-quantized")
 CHANNELS = tensors(INT8 | {"type": "float"}, TOKEN | {"type": "float"}, format="float-quantized")
 
@@ -69,6 +71,8 @@ def rows(held, method=None, **model):
             "FP8 per tensor, static activations (method fp8)",
         ),
         (FP8 | {"weight_block_size": None}, "FP8 per tensor, dynamic activations"),
+        (tensors(NVFP4, **FLOATS), "NVFP4 weights alone (compressed-tensors)"),
+        (tensors(NVFP4 | {"scale_dtype": "torch.float8_e4m3fn"}, **FLOATS), "NVFP4 weights alone (compressed-tensors)"),
     ],
 )
 def test_a_scheme_belongs_to_one_row(held, name):
@@ -100,6 +104,13 @@ def test_a_scheme_belongs_to_one_row(held, name):
         tensors(INT8, TOKEN, transform_config={"config_groups": {"a": 1}}),
         tensors(INT8, TOKEN, sparsity_config={"format": "dense"}),
         tensors(INT8, TOKEN, format="marlin-24"),
+        tensors(NVFP4, NVFP4 | {"dynamic": True}, **FLOATS),
+        tensors(NVFP4, format="pack-quantized"),
+        tensors(NVFP4 | {"group_size": 32}, **FLOATS),
+        tensors(NVFP4 | {"strategy": "group"}, **FLOATS),
+        tensors(NVFP4 | {"symmetric": False}, **FLOATS),
+        tensors(NVFP4 | {"scale_dtype": "torch.uint8"}, **FLOATS),
+        tensors(INT4, **FLOATS),
         {"quant_method": "torchao", "quant_type": "int4"},
     ],
 )
@@ -124,10 +135,12 @@ def test_each_scheme_of_a_mixed_checkpoint_counts():
 
 def test_experts_and_heads_have_rows_of_their_own():
     assert rows(AWQ, is_moe=True) == ["AWQ, 4 bits", "quantized experts"]
-    four = "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)"
-    assert rows(GPTQ, is_moe=True) == ["GPTQ, 4 bits", four]
+    four = "experts of 4 bits in groups (compressed-tensors W4A16)"
+    assert rows(W4A16, is_moe=True) == ["compressed-tensors W4A16", four]
+    assert rows(GPTQ, is_moe=True) == ["GPTQ, 4 bits", "quantized experts"]
     assert rows(GPTQ | {"group_size": -1}, is_moe=True) == ["GPTQ, 4 bits", "quantized experts"]
     assert "quantized experts" in rows(GPTQ | {"sym": False}, is_moe=True)
+    assert rows(tensors(NVFP4, **FLOATS), is_moe=True)[1:] == ["quantized experts"]
     assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head"]
 
 
@@ -223,6 +236,7 @@ def test_a_scheme_says_what_it_is():
 
 # The methods of vLLM that a row of their own may serve. All others are refused, as is one that nobody knows yet.
 _SERVED = {"awq", "awq_marlin", "auto_awq", "gptq", "gptq_marlin", "auto_gptq", "fp8", "compressed-tensors"}
+_OSS = {"mxfp4", "gpt_oss_mxfp4"}  # served on CUDA
 # Methods that older releases had.
 _FORMER = {"gguf", "bitsandbytes", "ptpc_fp8", "petit_nvfp4", "a method of tomorrow"}
 
@@ -238,12 +252,22 @@ def test_every_method_of_vllms_registry_is_refused_unless_a_row_serves_it(platfo
     methods = _methods()
     assert methods >= _SERVED  # a name that vLLM dropped has no row left to keep
     for method in methods - _SERVED:
-        for held in ({"quant_method": method}, {"quant_method": method, **AWQ_LIKE}, None):
+        known = platform == "cuda" and method in _OSS
+        for held in ({"quant_method": method}, {"quant_method": method, **AWQ_LIKE}, None)[known:]:
             made = config(held, method)
             asked = [row for row in quantization.QUANTIZATION if row.asked(made)]
             for release in map(Version, releases.BY_PLATFORM[platform]):
                 states = {row.cell(platform, release).state for row in asked}
                 assert "refused" in states, f"{method} with {held} would start on {platform}, vLLM {release}"
+
+
+def test_gpt_oss_as_published_starts_on_cuda_in_the_release_of_its_run_only():
+    for method in sorted(_OSS):
+        asked = [row for row in quantization.QUANTIZATION if row.asked(config({"quant_method": method}, is_moe=True))]
+        assert len(asked) == 2
+        for release in map(Version, releases.BY_PLATFORM["cuda"]):
+            states = {row.cell("cuda", release).state for row in asked}
+            assert states == ({"served"} if release >= Version("0.33") else {"refused"}), release
 
 
 @pytest.mark.parametrize("method", sorted(_SERVED))

@@ -268,8 +268,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("INT8 weights and activations (compressed-tensors W8A8)", "cpu"): (("*-int8 bf16", *_SIX),),
     ("INT8 weights and activations (compressed-tensors W8A8)", "cuda"): (("* INT8,*", *_SIX, *_PUBLISHED),),
     ("INT8 weights, static INT8 activations", "cpu"): (("*-int8-static bf16", *_SIX),),
+    ("INT8 weights, static INT8 activations", "cuda"): (("* INT8 static,* eager", *_SIX),),
     ("AWQ, 4 bits", "cpu"): (("*-awq bf16", *_SIX),),
-    ("AWQ, 4 bits", "cuda"): (("* AWQ,*", *_SIX, *_PUBLISHED),),
+    ("AWQ, 4 bits", "cuda"): (("* AWQ,*", *_SIX, *_PUBLISHED), ("* AWQ,* eager", *_SIX)),
     ("GPTQ, 4 bits", "cpu"): (("*-gptq bf16", *_SIX),),
     ("GPTQ, 4 bits", "cuda"): (("* GPTQ,*", *_SIX, *_PUBLISHED),),
     ("compressed-tensors W4A16", "cpu"): (("*-w4a16 bf16", *_SIX), ("*-w4a16-zeros bf16", *_SIX)),
@@ -287,6 +288,13 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("FP8 made while loading, per channel (--quantization fp8_per_channel)", "cuda"): (
         ("* FP8 channel while loading,*", *_SIX, *_PUBLISHED),
     ),
+    ("experts of 4 bits in groups (compressed-tensors W4A16)", "cuda"): (
+        ("* W4A16 experts,* eager", *_SIX, "preemption"),
+    ),
+    **{
+        (name, "cuda"): (("gpt-oss-20b MXFP4,* eager", *_SIX, "preemption"),)
+        for name in ("MXFP4 (gpt-oss as published)", "experts in MXFP4", "gpt-oss as published (MXFP4)")
+    },
     ("experts in FP8 blocks of 128 x 128", "cuda"): (("* FP8 block experts,*", *_SIX),),
     ("FP8 blocks of 128 x 128 in DeepSeek V3 (MLA)", "cuda"): (("DeepSeek-V3 FP8 block,*", *_MLA),),
     ("quantized weights of a checkpoint, compiled", "cpu"): tuple(

@@ -1,5 +1,6 @@
 """The seams of packed weights on CUDA: vLLM's checkpoints become packed integers, and what has no kernel is refused."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -125,3 +126,73 @@ def test_an_int8_layer_is_certified_as_it_is(monkeypatch):
     layer.skip_bias_add = True
     (check,) = rows._int8(None, torch.bfloat16)
     assert check.problem == "int8 by row K=64 N=32 bfloat16" and (check.run(torch.ones(1, 64))[0] == 64).all()
+
+
+class HummingNvFp4LinearKernel:
+    """A stand-in of vLLM's kernel for NVFP4 weights."""
+
+    supported = True, None
+
+    def __init__(self, config=None):
+        self.config = config
+
+    @classmethod
+    def is_supported(cls):
+        return cls.supported
+
+    def apply_weights(self, layer, x, bias):
+        return x @ layer.held if bias is None else x @ layer.held + bias
+
+
+def test_nvfp4_weights_alone_take_the_kernel_that_is_certified(monkeypatch):
+    kernels = SimpleNamespace(
+        HummingNvFp4LinearKernel=HummingNvFp4LinearKernel, NvFp4LinearLayerConfig=lambda: "config"
+    )
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.kernels", SimpleNamespace(linear=kernels))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.kernels.linear", kernels)
+
+    def init_nvfp4_linear_kernel(use_a16=False):
+        raise AssertionError("vLLM's choice")
+
+    choose = packed_linear._nvfp4(init_nvfp4_linear_kernel)
+    assert choose(use_a16=True).config == "config" and quantized.KERNELS[quantized.NVFP4] == "rows"
+    with pytest.raises(UnsupportedFeature, match="linear.cuda_nvfp4: .*round activations"):
+        choose()
+    monkeypatch.setattr(HummingNvFp4LinearKernel, "supported", (False, "Humming is not installed"))
+    with pytest.raises(UnsupportedFeature, match="linear.cuda_nvfp4: .*Humming is not installed"):
+        choose(use_a16=True)
+
+
+def test_an_nvfp4_layer_is_certified_as_it_is(monkeypatch):
+    from bi_patch.seams.cuda import rows
+
+    layer = _Layer()
+    layer.held, layer.bias = torch.ones(64, 32), torch.ones(32)
+    layer.input_size_per_partition, layer.output_size_per_partition = 64, 32
+    monkeypatch.setattr(quantized, "layers", lambda *_: [("qkv", layer, HummingNvFp4LinearKernel())])
+    (check,) = rows._nvfp4(None, torch.bfloat16)
+    assert (check.operation, check.problem) == ("cuda.nvfp4_linear", "nvfp4 K=64 N=32 bias bfloat16")
+    assert (check.run(torch.ones(3, 64))[0] == 65).all() and check.rows[-1] > 1024
+    layer.skip_bias_add = True
+    (check,) = rows._nvfp4(None, torch.bfloat16)
+    assert check.problem == "nvfp4 K=64 N=32 bfloat16" and (check.run(torch.ones(1, 64))[0] == 64).all()
+
+
+def test_random_nvfp4_weights_have_the_spread_of_others():
+    from bi_patch.tools.verify import weights
+
+    layer, model = torch.nn.Module(), torch.nn.Module()
+    model.add_module("qkv", layer)
+    held = {
+        "weight_packed": torch.zeros((N, K // 2), dtype=torch.uint8),
+        "weight_scale": torch.zeros((N, K // 16)).to(torch.float8_e4m3fn),
+        "weight_global_scale": torch.zeros(2),
+    }
+    for name, value in held.items():
+        layer.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+    weights.fill(model, 7)
+    code = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    nibbles = (layer.weight_packed[..., None].int() >> torch.tensor([0, 4]) & 15).flatten(1)
+    value = code[nibbles & 7] * torch.where(nibbles > 7, -1, 1)
+    spread = (value * layer.weight_scale.float().repeat_interleave(16, 1) / layer.weight_global_scale[0]).std()
+    assert 0.8 < spread * K**0.5 < 1.3

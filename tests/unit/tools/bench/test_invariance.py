@@ -92,6 +92,24 @@ def test_an_engine_that_fails_stops_the_run(system):
         measure(system(change=dead))
 
 
+def test_a_run_that_is_cut_counts_with_its_complete_axes_if_asked(system):
+    def cut(engine, options):
+        if options.tied:
+            raise KeyboardInterrupt
+
+    asked = {"only": ("batch size", "tied logits and routers")}
+    rows, found, _ = measure(system(change=cut), cut=True, **asked)
+    assert [row.axis for row in rows] == ["batch size"] and "batch size" in {axis.name for axis in found.axes}
+    with pytest.raises(invariance.Unmeasured, match="m: stopped early: interrupted"):
+        measure(system(change=cut), **asked)
+
+    def at_once(engine, options):
+        raise KeyboardInterrupt
+
+    with pytest.raises(invariance.Unmeasured, match="m: nothing was compared"):
+        measure(system(change=at_once), cut=True, **asked)
+
+
 def test_open_seams_and_inaccurate_products_stop_the_run(system):
     def open_seam(engine, options):
         engine.info = msgspec.structs.replace(engine.info, open_seams=("norm.rms",))
