@@ -7,7 +7,9 @@ rank only. So the ranks ask each other, as soon as vLLM has connected them.
 from __future__ import annotations
 
 import importlib
+import os
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any
 
 from bi_patch import identity
@@ -53,12 +55,12 @@ def check(name: str, group: Any) -> None:
             )
 
 
-def together(group: Any, own: UnsupportedFeature | None) -> None:
+def together(group: Any, own: Exception | None) -> None:
     """Raise what this rank of `group` found, or what another found. A rank that went on would wait for the others."""
     import torch.distributed as dist
 
     said: list[Any] = [None] * group.world_size
-    dist.all_gather_object(said, str(own or ""), group=group.cpu_group)
+    dist.all_gather_object(said, "" if own is None else str(own) or type(own).__name__, group=group.cpu_group)
     if own is not None:
         raise own
     for rank, text in enumerate(said):
@@ -75,6 +77,8 @@ def _own() -> dict[str, str]:
         "bi_patch": identity.digest(),
         "vLLM": f"{plan.release} for {plan.platform}",
         "settings": f"BI_PATCH_TP_INVARIANT={active.leaves} BI_PATCH_MLA={active.mla}",
+        "open patch points": os.environ.get("BI_PATCH_LEAVE_OPEN", "") or "none",
+        "PyTorch": version("torch"),
         _DEVICE: _device(plan.platform),
     }
 

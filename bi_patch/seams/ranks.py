@@ -41,7 +41,11 @@ def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[A
         return
     if covers is not None:
         agreement.together(group, _refusal(covers, config, group))
-    found = [(rows, width) for rows, width in _moved(config, group, ordered) if rows is not None]
+    try:
+        found = [(rows, width) for rows, width in _moved(config, group, ordered) if rows is not None]
+    except Exception as error:  # the others must not wait for this rank
+        agreement.together(group, error)
+        raise
     agreement.together(
         group,
         UnsupportedFeature(
@@ -53,10 +57,10 @@ def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[A
     )
 
 
-def _refusal(covers: Callable[[Any, Any], None], config: Any, group: Any) -> UnsupportedFeature | None:
+def _refusal(covers: Callable[[Any, Any], None], config: Any, group: Any) -> Exception | None:
     try:
         covers(config, group)
-    except UnsupportedFeature as error:
+    except Exception as error:  # of any kind: the others must not wait for this rank
         return error
     return None
 

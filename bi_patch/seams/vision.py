@@ -135,7 +135,7 @@ def certify(model: Any, config: Any, device: Any, seam: str) -> None:
 
     budget = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False)
     # A video has no certificate of its own: its frames run through the layers that made images run through. The made
-    # video of some models is very long. Requests with sound, and with video on CUDA, are refused (`vision.names`).
+    # video of some models is very long. Requests with sound are refused (`vision.names`).
     if "image" not in budget.mm_max_toks_per_item:
         return
     limits = config.model_config.get_multimodal_config().limit_per_prompt

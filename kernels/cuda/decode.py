@@ -41,8 +41,8 @@ def covers(heads: int, key_heads: int, head_size: int, dtype: torch.dtype) -> bo
 
 
 def covers_pages(page_size: int) -> bool:
-    """Whether the kernel supports pages of page_size tokens: a power of two, at least 16."""
-    return page_size >= 16 and page_size & (page_size - 1) == 0
+    """Whether the kernel supports pages of page_size tokens: a power of two, of the sizes that a GPU compared."""
+    return 16 <= page_size <= 4096 and page_size & (page_size - 1) == 0
 
 
 class Form(NamedTuple):

@@ -7,9 +7,6 @@ A certificate covers one (N, K, dtype, bias) for every number of rows M up to a 
 algorithm is compared if it is the fastest for some M (cublaslt_choice) or the library's first offer for some M. The
 comparison with the bundled reference is bitwise, at the first, a middle and the last such M.
 
-An encoder computes one image a call, so M belongs to the image. Its linears need no certificate (`alone`): for an M,
-the library's first offer always serves, or else the bundled reference.
-
 When serving, an M gets the fastest offer among the kinds that passed. A kind that differed at any M, or that was never
 compared, does not serve. The bundled kernel serves an M without a certified offer, and every M past the limit. Times
 therefore change only the speed: another choice gives the same bits.
@@ -23,9 +20,8 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,7 +76,7 @@ class Route:
     variant serves. gemm: the vendor's GEMM, None if no kind passed. preferred: the vendor's fastest kind, by timed M.
     """
 
-    kinds: Container[cublaslt.Kind]
+    kinds: frozenset[cublaslt.Kind]
     limit: int
     tiles_agree: bool
     gemm: cublaslt.Gemm | cublaslt.ScaledGemm | None
@@ -201,23 +197,6 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
         _routes[problem] = route(certificate, cublaslt.Gemm(*problem) if certificate.algorithms else None)
         made.append(certificate)
     return made
-
-
-class _Every:
-    """Every kind. The library offers none that splits K."""
-
-    def __contains__(self, kind: object) -> bool:
-        return True
-
-
-def alone(problems: Iterable[Problem]) -> None:
-    """Set up the routes of linears whose rows, and their number, never depend on company. A certified route stays.
-
-    Each M has one kernel, without split-K, so the rows have equal bits in every call.
-    """
-    for problem in problems:
-        if problem not in _routes and machine.vendor_allowed():
-            _routes[problem] = Route(_Every(), sys.maxsize, False, cublaslt.Gemm(*problem))
 
 
 def route(certificate: Certificate, gemm: cublaslt.Gemm | cublaslt.ScaledGemm | None) -> Route:

@@ -116,6 +116,9 @@ def _data_parallel(moe: bool, words: str) -> Callable[[Any], str]:
     return asked
 
 
+_SHARED = "Qwen3MoeForCausalLM"  # the model whose experts a run shared among ranks
+
+
 def _expert_parallel(plain: bool, words: str) -> Callable[[Any], str]:
     """`words` for experts that ranks share whole: only tensor-parallel ranks (plain), or with anything else."""
 
@@ -128,8 +131,13 @@ def _expert_parallel(plain: bool, words: str) -> Callable[[Any], str]:
             "data, pipeline or context parallelism": any(int(getattr(held, s, 1) or 1) > 1 for s in sizes),
             "quantized weights": getattr(model, "quantization", None) is not None,
             "MLA": bool(getattr(model, "use_mla", False)),
-            "recurrent layers": any(bool(getattr(model, name, False)) for name in ("is_hybrid", "is_attention_free")),
+            "recurrent layers": recurrent(model),
             "LoRA": getattr(config, "lora_config", None) is not None,
+            "more than two ranks": int(getattr(held, "tensor_parallel_size", 1) or 1) > 2,
+            "eager mode": bool(getattr(model, "enforce_eager", False)),
+            "a KV cache of another type": getattr(getattr(config, "cache_config", None), "cache_dtype", "auto")
+            != "auto",
+            "another model than Qwen3-MoE": set(getattr(model, "architectures", None) or ()) != {_SHARED},
         }
         if any(other.values()) == plain:
             return ""
@@ -562,7 +570,7 @@ FEATURES: tuple[Feature, ...] = (
         details="Each rank holds whole experts and sees all rows. A model without experts ignores the option.",
     ),
     row(
-        "expert parallelism with data or pipeline parallelism, quantized weights, LoRA, MLA or recurrent layers",
+        "expert parallelism in eager mode, with more than two ranks, other models, or another feature",
         **_everywhere("ranks exchange rows, or nobody has compared an engine's bits"),
         asked=_expert_parallel(False, "expert parallelism"),
     ),

@@ -11,7 +11,7 @@ from typing import Any
 
 from bi_patch.platforms import schemes
 from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
-from bi_patch.platforms.features.pairs import one_form
+from bi_patch.platforms.features.pairs import one_form, recurrent
 from bi_patch.platforms.schemes import CHANNEL, TENSOR, TOKEN, Scheme
 
 _NONE = refused("bi_patch has no certified order for their products", todo="Use unquantized weights")
@@ -255,9 +255,7 @@ def _experts(kind: Callable[[Scheme], bool] | None) -> Callable[[Any], str]:
 def _mixed(config: Any) -> str:
     """Words for quantized weights in a model whose attention computes with weights of its own."""
     used, model = schemes.of(config), config.model_config
-    kind = (
-        "MLA" if getattr(model, "use_mla", False) else "recurrent layers" if getattr(model, "is_hybrid", False) else ""
-    )
+    kind = "MLA" if getattr(model, "use_mla", False) else "recurrent layers" if recurrent(model) else ""
     if not used or not kind or _latent(config):
         return ""
     return f"quantized weights with {kind} ({'; '.join(map(str, used))})"
@@ -300,9 +298,15 @@ def _compiled_elsewhere(config: Any) -> str:
     return _compiled(config) if other and not _latent(config) else ""
 
 
-def _powers(config: Any) -> str:
-    used = tuple(s for s in schemes.of(config) if s.powers)
-    return f"FP8 blocks with scale_fmt ue8m0 ({'; '.join(map(str, used))})" if used else ""
+def _powers(latent: bool) -> Callable[[Any], str]:
+    """Words for scales of powers of two in DeepSeek V3 (latent), or in another model."""
+
+    def asked(config: Any) -> str:
+        used = tuple(s for s in schemes.of(config) if s.powers)
+        there = used and bool(_latent(config)) == latent
+        return f"FP8 blocks with scale_fmt ue8m0 ({'; '.join(map(str, used))})" if there else ""
+
+    return asked
 
 
 def _head(config: Any) -> str:
@@ -337,7 +341,14 @@ QUANTIZATION: tuple[Feature, ...] = (
             _NONE,
         ),
         ascend=_NONE,
-        asked=_powers,
+        asked=_powers(True),
+    ),
+    row(
+        "FP8 blocks with scales of powers of two, in other models",
+        cpu=untried("vLLM's CPU build reads no scale_fmt"),
+        cuda=(untried("measured with DeepSeek-V3's sizes", releases=">=0.33"), _NONE),
+        ascend=_NONE,
+        asked=_powers(False),
     ),
     row("FP8 blocks of 128 x 128 in DeepSeek V3 (MLA)", **_cuda(_WITH_MLA), asked=_latent),
     row(

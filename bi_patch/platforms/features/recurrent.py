@@ -14,8 +14,6 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
 # An earlier form of the kernels.
-_H200_EAGER = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0.json"
-_H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-3.json"
 # The kernels of today; -4: also a slower form of those of gated delta nets and Mamba 2.
 _H200_CHUNKS = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-4.json"
 _H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-5.json"
@@ -62,8 +60,8 @@ def _eager(config: Any) -> bool:
     return bool(getattr(config.model_config, "enforce_eager", False))
 
 
-def _jamba(config: Any) -> bool:
-    return "JambaForCausalLM" in (getattr(config.model_config, "architectures", None) or ())
+def _named(architecture: str) -> Callable[[Any], bool]:
+    return lambda config: architecture in (getattr(config.model_config, "architectures", None) or ())
 
 
 RECURRENT: tuple[Feature, ...] = (
@@ -71,7 +69,7 @@ RECURRENT: tuple[Feature, ...] = (
         "gated delta nets (Qwen3-Next)",
         short="Qwen3-Next",
         cpu=_TINY,
-        cuda=(_OLD, served(_H200, _H200_EAGER, why=f"{_FOUR}; in eager mode by an earlier form of the kernels")),
+        cuda=(_OLD, served(_H200, why=f"{_FOUR}; compiled")),
         ascend=_CHUNKS,
         asked=_asked("gated delta nets"),
         details="The states are kept exactly, with prefix caching (`--mamba-cache-mode align`) and without. On CPU in "
@@ -84,6 +82,13 @@ RECURRENT: tuple[Feature, ...] = (
         cuda=(_OLD, served(_H200)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("gated delta nets")(config) and not _eager(config) and "compiled gated delta nets",
+    ),
+    row(
+        "gated delta nets, in eager mode",
+        cpu=served(_CPU),
+        cuda=(_OLD, untried("measured compiled, and in eager mode by an earlier form of the kernels")),
+        ascend=_CHUNKS,
+        asked=lambda config: _asked("gated delta nets")(config) and _eager(config) and "gated delta nets in eager mode",
     ),
     row(
         "gated delta nets (Qwen3.5)",
@@ -110,17 +115,24 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "Mamba 2, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, served(_H200_MORE, why="Granite 4-H, by an earlier form of the kernels")),
+        cuda=(_OLD, untried("measured compiled, and in eager mode by an earlier form of the kernels")),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and _eager(config) and "Mamba 2 in eager mode",
     ),
     row(
         "short convolutions (LFM2)",
-        short="LFM2",
+        short="LFM2 (on CUDA in eager mode)",
         cpu=_TINY,
         cuda=(_OLD, served(_H200_CHUNKS, why=f"{_FOUR}; in eager mode")),
         ascend=_CHUNKS,
         asked=_asked("short convolutions"),
+    ),
+    row(
+        "LFM2 with experts",
+        cpu=untried("the layers of LFM2, with experts"),
+        cuda=(_OLD, untried("the layers of LFM2, with experts")),
+        ascend=_CHUNKS,
+        asked=lambda config: _named("Lfm2MoeForCausalLM")(config) and "LFM2 with experts",
     ),
     row(
         "short convolutions, compiled",
@@ -133,11 +145,18 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "Mamba 1 (Mamba, Falcon-Mamba, Jamba)",
-        short="Mamba, Falcon-Mamba, Jamba",
+        short="Mamba, Falcon-Mamba, Jamba (on CUDA in eager mode)",
         cpu=served(_MAMBA_1, why="tiny shapes with random weights, in bf16"),
         cuda=(_OLD, served(_H200_CHUNKS, why=f"Falcon-Mamba and Jamba in eager mode, {_FOUR}")),
         ascend=_CHUNKS,
         asked=_asked("Mamba 1"),
+    ),
+    row(
+        "Mamba (the first models)",
+        cpu=served(_MAMBA_1),
+        cuda=(_OLD, untried("Falcon-Mamba and Jamba were measured")),
+        ascend=_CHUNKS,
+        asked=lambda config: _named("MambaForCausalLM")(config) and "Mamba",
     ),
     row(
         "Mamba 1, compiled",
@@ -151,7 +170,7 @@ RECURRENT: tuple[Feature, ...] = (
         cpu=untried("measured in eager mode"),
         cuda=(_OLD, _EAGER),
         ascend=_CHUNKS,
-        asked=lambda config: _jamba(config) and not _eager(config) and "compiled Jamba",
+        asked=lambda config: _named("JambaForCausalLM")(config) and not _eager(config) and "compiled Jamba",
     ),
     row(
         "other hybrid and state-space models (Zamba2, Kimi Linear, MiniMax-Text)",

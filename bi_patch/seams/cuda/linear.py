@@ -46,7 +46,6 @@ def _load(original):
         from vllm.config import set_current_vllm_config
 
         from bi_patch.ops.cuda import certify, lora
-        from bi_patch.ops.cuda import linear as products
         from bi_patch.seams import leaves, weights
         from bi_patch.seams import pooling as poolers
         from bi_patch.seams import vision as images
@@ -78,14 +77,9 @@ def _load(original):
             hooks = (leaves.no_update, leaves.no_update)
         weights.watch_model(model, *hooks, lambda model: weights.refuse_with_lora(config))
         quantized.check(model)
-        encoders = vision.linears(model, config)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
             certify.certify(
-                [
-                    *_problems(module for module in model.modules() if module not in encoders),
-                    *scaled.problems(model),
-                    *packed_linear.problems(model),
-                ],
+                [*_problems(model), *scaled.problems(model), *packed_linear.problems(model)],
                 moe.experts(model),
                 attention.decoders(config),
                 chunks.layers(config),
@@ -95,7 +89,6 @@ def _load(original):
                 cache=active.cache,
                 ahead=ahead,
             )
-            products.alone(_problems(encoders))
             vision.certify(model, config)
         return result
 
@@ -114,11 +107,11 @@ def _before_update(config):
     return before
 
 
-def _problems(modules):
-    """A Problem for every unquantized linear layer among modules of a model, and for its language-model head."""
+def _problems(model):
+    """A Problem for every unquantized linear layer of a model and for its language-model head."""
     from bi_patch.ops.cuda.linear import Problem
 
-    for module in modules:
+    for module in model.modules():
         weight = getattr(module, "weight", None)
         method = type(getattr(module, "quant_method", None)).__name__
         if method not in _METHODS or weight is None or weight.ndim != 2 or not weight.is_cuda:

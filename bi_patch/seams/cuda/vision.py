@@ -7,21 +7,12 @@ from bi_patch.seams import vision
 from bi_patch.seams.model import Seam, Target
 
 _SEAM = "vision.cuda"
-_LINEAR = "UnquantizedLinearMethod"  # not a head, which may stand beside the language model
 
 
 def prepare(model, config) -> None:
     """Check a loaded model that takes images. config: the engine's VllmConfig. Raises UnsupportedFeature."""
     if vision.takes_images(config):
         vision.check(model, _SEAM)
-
-
-def linears(model, config) -> set:
-    """The linear layers of a loaded model that compute the rows of one image a call, and no other rows."""
-    if not vision.takes_images(config):
-        return set()
-    found = (module for _, module in vision.parts(model))
-    return {module for module in found if type(getattr(module, "quant_method", None)).__name__ == _LINEAR}
 
 
 def certify(model, config) -> None:

@@ -21,6 +21,12 @@ from bi_patch.platforms.features.versions import VERSIONS
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 DEVICES = {"cpu": re.compile(r"\(\d+ cores\)$"), "cuda": re.compile("^NVIDIA "), "ascend": re.compile("^Ascend")}
+SHARED = {
+    "parallel_tensor_parallel_size": 2,
+    "parallel_enable_expert_parallel": True,
+    "model_architectures": ["Qwen3MoeForCausalLM"],
+    "model_enforce_eager": False,
+}
 CELLS = [
     *(
         (f"{row.name}, {platform}", platform, cell)
@@ -363,7 +369,10 @@ def test_several_refusals_are_named_at_once_with_what_to_do():
         ("cuda", {"parallel_tensor_parallel_size": 4}, False),
         ("ascend", {"parallel_tensor_parallel_size": 2}, False),
         ("cpu", {"parallel_tensor_parallel_size": 2, "parallel_enable_expert_parallel": True}, True),
-        ("cuda", {"parallel_tensor_parallel_size": 2, "parallel_enable_expert_parallel": True}, False),
+        ("cuda", SHARED, False),
+        ("cuda", SHARED | {"parallel_tensor_parallel_size": 4}, True),
+        ("cuda", SHARED | {"model_enforce_eager": True}, True),
+        ("cuda", SHARED | {"model_architectures": ["MixtralForCausalLM"]}, True),
         ("ascend", {"parallel_tensor_parallel_size": 2, "parallel_enable_expert_parallel": True}, True),
         ("cpu", {"parallel_data_parallel_size": 2, "model_is_moe": False}, False),
         ("cuda", {"parallel_data_parallel_size": 2, "model_is_moe": False}, False),

@@ -47,6 +47,21 @@ def test_blocks_of_deepseek_v3_name_the_modes_that_no_run_has(monkeypatch, form,
     assert (name in table.untried(config, "cuda", release)) == (form == "one")
 
 
+def test_scales_of_powers_of_two_were_measured_with_deepseek_v3_alone():
+    config = latent("DeepseekV3ForCausalLM", True)
+    plain = "FP8 blocks with scales of powers of two, in other models"
+    assert plain not in table.untried(config, "cuda", Version("0.33.0"))
+
+
+@pytest.mark.parametrize("state", ["is_hybrid", "is_attention_free", "has_inner_state"])
+def test_quantized_weights_beside_any_recurrent_state_are_refused(state):
+    config = latent("FalconMambaForCausalLM", True)
+    config.model_config.use_mla = False
+    setattr(config.model_config, state, True)
+    with pytest.raises(UnsupportedFeature, match="quantized weights with recurrent layers"):
+        table.check(config, "cuda", Version("0.33.0"))
+
+
 @pytest.mark.parametrize("name", ["DeepseekV2ForCausalLM", "Glm4MoeLiteForCausalLM", "KimiK25ForConditionalGeneration"])
 def test_blocks_of_another_model_with_mla_are_refused(name):
     with pytest.raises(UnsupportedFeature, match="quantized weights with MLA"):

@@ -119,7 +119,7 @@ def test_what_no_row_names_is_among_the_others(held):
 
 
 def test_scales_of_powers_of_two_have_a_row_besides_that_of_their_blocks():
-    powers = "FP8 blocks with scales of powers of two (scale_fmt ue8m0, as in DeepSeek V3.1)"
+    powers = "FP8 blocks with scales of powers of two, in other models"
     assert rows(FP8 | {"scale_fmt": "ue8m0"}) == ["FP8 in blocks of 128 x 128", powers]
 
 

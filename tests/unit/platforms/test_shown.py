@@ -243,7 +243,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images with preemption", "cpu"): (("Idefics3, * across engines", "preemption"),),
     # Recurrent layers.
     ("gated delta nets (Qwen3-Next)", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
-    ("gated delta nets (Qwen3-Next)", "cuda"): (("Qwen3-Next", *_SIX), ("Qwen3-Next, eager", *_SIX)),
+    ("gated delta nets (Qwen3-Next)", "cuda"): (("Qwen3-Next", *_SIX),),
+    ("gated delta nets, in eager mode", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
     ("gated delta nets, compiled", "cuda"): (("Qwen3-Next", *_SIX),),
     **{
         (f"Mamba 2{more}", platform): (("Falcon-H1*", *_SIX), ("Granite 4-H*", *_SIX))
@@ -254,7 +255,6 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
             (", in eager mode", "cpu"),
         )
     },
-    ("Mamba 2, in eager mode", "cuda"): (("Granite 4-H, eager", *_SIX),),
     ("short convolutions (LFM2)", "cpu"): (("LFM2,*", *_SIX, "preemption"),),
     ("short convolutions (LFM2)", "cuda"): (("LFM2, eager", *_SIX),),
     ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cpu"): (
@@ -263,6 +263,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Jamba,* bf16", *_SIX),
     ),
     ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cuda"): (("Falcon-Mamba, eager", *_SIX), ("Jamba, eager", *_SIX)),
+    ("Mamba (the first models)", "cpu"): (("Mamba,* bf16", *_SIX),),
     ("Mamba 1, compiled", "cpu"): (("Mamba,* compiled", *_SIX), ("Falcon-Mamba,* compiled", *_SIX)),
     # Quantized weights.
     ("INT8 weights and activations (compressed-tensors W8A8)", "cpu"): (("*-int8 bf16", *_SIX),),

@@ -12,6 +12,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.ops import drafts
 from bi_patch.seams.common import speculation
 from bi_patch.seams.cuda import speculation as cuda
 
@@ -93,7 +94,12 @@ def test_drafts_are_accepted_while_they_equal_the_greedy_choice():
     assert tokens == [[4, 7], [2, 3]] and scores.logprob_token_ids[:, 0].tolist() == [4, 7, 2, 3]
 
 
-def test_model_runner_v2():
+def test_model_runner_v2(monkeypatch):
+    def reference(drawn, inputs, edges, most):
+        checked = drafts.check(drawn, inputs, edges[1:], most)
+        return checked.tokens, checked.counts.int()
+
+    monkeypatch.setattr("bi_patch.ops.cuda.drafts.check", reference)  # a launch; test_interpreter.py compares the two
     drawn = torch.tensor([4, 7, 9, 2, 3])
     sampler = SimpleNamespace(sample=lambda *args, **kwargs: (drawn, "processed"))
     held = SimpleNamespace(watermark_key=None, sampler=sampler, num_speculative_steps=3)

@@ -346,27 +346,3 @@ def test_the_rest_of_an_image_is_computed_in_one_step(computed, tokens, chunked,
     found = schedule(scheduler, request, computed, tokens, 99, shift_computed_tokens=0)
     assert found == (([], 0, 99, [], []) if waits else ([0], tokens, 99, [], []))
     assert len(asked) == (not waits)
-
-
-def test_only_linears_of_an_encoder_see_no_company():
-    class UnquantizedLinearMethod: ...
-
-    class UnquantizedEmbeddingMethod: ...
-
-    def layer(method):
-        made = torch.nn.Linear(2, 2)
-        made.quant_method = method()
-        return made
-
-    model = torch.nn.Module()
-    model.tower, model.lm_head = layer(UnquantizedLinearMethod), layer(UnquantizedEmbeddingMethod)
-    model.wrapper = torch.nn.Module()
-    model.wrapper.language = torch.nn.Sequential(layer(UnquantizedLinearMethod))
-    model.get_language_model = lambda: model.wrapper.language
-
-    def config(taken):
-        media = SimpleNamespace(language_model_only=not taken)
-        return SimpleNamespace(model_config=SimpleNamespace(is_multimodal_model=True, multimodal_config=media))
-
-    assert cuda.linears(model, config(True)) == {model.tower}
-    assert cuda.linears(model, config(False)) == set()

@@ -141,21 +141,6 @@ def test_a_preferred_algorithm_with_other_bits_does_not_serve(monkeypatch, tmp_p
     assert {linear.routes()[PROBLEM].algorithm(m).kind for m in range(14, 41)} == {FEW}
 
 
-def test_a_linear_that_sees_no_company_takes_the_first_offer_for_any_number_of_rows(monkeypatch, tmp_path):
-    Bits(monkeypatch)
-    other = PROBLEM._replace(n=16)
-    linear.certify([PROBLEM], 60, tmp_path)
-    certified = linear.routes()[PROBLEM]
-    linear.alone([PROBLEM, other])
-    assert linear.routes()[PROBLEM] is certified
-    route = linear.routes()[other]
-    assert [route.algorithm(m).kind for m in (1, 40, 41, 100_000)] == [FEW, FEW, MANY, MANY]
-    assert route.algorithm(13) is None and not route.tiles_agree
-    monkeypatch.setattr(linear.machine, "vendor_allowed", lambda: False)
-    linear.alone([PROBLEM._replace(n=24)])
-    assert PROBLEM._replace(n=24) not in linear.routes()
-
-
 def test_certificates_of_an_older_choice_are_made_again(monkeypatch, tmp_path):
     trial = Bits(monkeypatch)
     old = msgspec.structs.replace(KEY, data="sums of zero and others")
