@@ -48,6 +48,16 @@ _WITH_FULL = {
         ),
         f"{_FULL}-4",
     ),
+    **dict.fromkeys(
+        (
+            *("Mixtral", "DeepSeek-MoE", "EXAONE 4", "OLMo 1", "OLMo 2", "SeedOss", "Nemotron", "Ling 2", "PLaMo 3"),
+            *("InternLM 3", "MiMo", "OPT", "Command R"),
+        ),
+        f"{_FULL}-5",
+    ),
+    **dict.fromkeys(
+        ("PhiMoE", "OLMoE", "Gemma 1", "OLMo 3", "InternLM 2", "Solar", "Bailing", "Starcoder2"), f"{_FULL}-6"
+    ),
 }
 
 
@@ -123,24 +133,34 @@ FAMILIES: tuple[Feature, ...] = (
     row("Qwen2.5", cpu=_tiny("Qwen2.5"), cuda=served(_H100), ascend=_ASCEND),
     row("SmolLM2", cpu=served(_CPU), cuda=untried(), ascend=_ASCEND),
     row("Mistral 7B", cpu=_tiny("Mistral"), cuda=served(_H100_FIRST), ascend=_ASCEND),
-    row("Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE", cpu=_tiny("Qwen2-MoE"), cuda=_LAYERS, ascend=_ASCEND),
+    row(
+        "Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE",
+        cpu=_tiny("Mixtral", "PhiMoE", "OLMoE", "DeepSeek-MoE", "Qwen2-MoE"),
+        cuda=_LAYERS,
+        ascend=_ASCEND,
+    ),
     row(
         "Gemma 1, 2 and 3 (text)",
         short="Gemma, Phi, Mistral and other dense models",
-        cpu=_tiny("Gemma 2", "Gemma 3"),
+        cpu=_tiny("Gemma 1", "Gemma 2", "Gemma 3"),
         cuda=_LAYERS,
         ascend=_ASCEND,
     ),
     row(
         "Phi-3.5, Phi-4, Granite 3, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16",
-        cpu=_tiny("Phi-3", "Granite", "ERNIE 4.5", "GLM-4", "GLM-4.5"),
+        cpu=_tiny("Phi-3", "Granite", "EXAONE 4", "ERNIE 4.5", "GLM-4", "GLM-4.5"),
         cuda=_LAYERS,
         ascend=_ASCEND,
     ),
-    row("OLMo 1 to 3, SmolLM3, SeedOss, Nemotron dense, Ling 2", cpu=_tiny("SmolLM3"), cuda=_LAYERS, ascend=_ASCEND),
+    row(
+        "OLMo 1 to 3, SmolLM3, SeedOss, Nemotron dense, Ling 2",
+        cpu=_tiny("OLMo 1", "OLMo 2", "OLMo 3", "SmolLM3", "SeedOss", "Nemotron", "Ling 2"),
+        cuda=_LAYERS,
+        ascend=_ASCEND,
+    ),
     row(
         "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing",
-        cpu=_tiny("Command R7B"),
+        cpu=_tiny("Command R7B", "PLaMo 3", "InternLM 2", "InternLM 3", "Solar", "MiMo", "Bailing"),
         cuda=untried(),
         ascend=_ASCEND,
     ),
@@ -153,7 +173,7 @@ FAMILIES: tuple[Feature, ...] = (
     row("Granite SWA", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=untried(), ascend=_ASCEND),
     row(
         "GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2",
-        cpu=_tiny("GPT-2", "GPT-NeoX", "Falcon", "StableLM"),
+        cpu=_tiny("GPT-2", "GPT-NeoX", "OPT", "Falcon", "StableLM", "Starcoder2"),
         cuda=_LAYERS,
         ascend=_ASCEND,
     ),
@@ -373,7 +393,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "Command R and R7B in eager mode",
-        cpu=_tiny("Command R7B"),
+        cpu=_tiny("Command R", "Command R7B"),
         ascend=_ASCEND,
         asked=_eager("CohereForCausalLM", "Cohere2ForCausalLM", "Cohere2MoeForCausalLM"),
         cuda=refused(
