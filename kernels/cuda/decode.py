@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import nvrtc
@@ -130,8 +129,7 @@ def build(form: Form, dtype: torch.dtype, arch: str, shared: int, major: int) ->
 
     Raises nvrtc.CompileError.
     """
-    folder = Path(__file__).resolve().parent
-    source = "".join((folder / name).read_text() for name in ("primitives.h", "paged.h", "decode.cu"))
+    source = nvrtc.source("primitives.h", "paged.h", "decode.cu")
     name = _INPUTS[str(dtype).removeprefix("torch.")]
     defines = form.defines(shared) | {"INPUT": f'"{name}"', "CONTRACT": _CONTRACT}
     return nvrtc.compile(source, arch, defines, major)
@@ -241,6 +239,5 @@ def _target(device: int) -> tuple[str, int, int]:
     """The device's architecture, its bytes of shared memory per block, and CUDA's major version."""
     import torch
 
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return arch, shared, int(str(torch.version.cuda).split(".")[0])
+    arch, major = nvrtc.target(device)
+    return arch, torch.cuda.get_device_properties(device).shared_memory_per_block_optin, major

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from ctypes import c_int, c_longlong, c_void_p
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import nvrtc
@@ -45,9 +44,7 @@ def covers(states: int) -> str:
 @functools.cache
 def build(form: Form, arch: str, major: int) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
-    folder = Path(__file__).resolve().parent
-    source = (folder / "primitives.h").read_text() + (folder / "mamba1.cu").read_text()
-    return nvrtc.compile(source, arch, form.defines(), major)
+    return nvrtc.compile(nvrtc.source("primitives.h", "mamba1.cu"), arch, form.defines(), major)
 
 
 @functools.cache
@@ -55,8 +52,7 @@ def load(form: Form, device: int) -> nvrtc.Function:
     """The kernel, compiled and loaded on the device. Raises nvrtc.CompileError."""
     import torch
 
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = build(form, arch, int(str(torch.version.cuda).split(".")[0]))
+    cubin = build(form, *nvrtc.target(device))
     with torch.cuda.device(device):
         return nvrtc.Function(cubin, "scan", _THREADS, 0)
 

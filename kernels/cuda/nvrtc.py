@@ -42,6 +42,21 @@ def library(major: int) -> ctypes.CDLL:
     raise CompileError(f"{name} was not found: it comes with PyTorch's CUDA builds (package nvidia-cuda-nvrtc)")
 
 
+def source(*names: str) -> str:
+    """The text of files of this folder, one after the other."""
+    beside = Path(__file__).resolve().parent
+    return "".join((beside / name).read_text() for name in names)
+
+
+@functools.cache
+def target(device: int) -> tuple[str, int]:
+    """What kernels for a device are compiled for: the architecture (e.g. sm_90), and CUDA's major version."""
+    import torch
+
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return arch, int(str(torch.version.cuda).split(".")[0])
+
+
 def compile(source: str, arch: str, defines: dict[str, object], major: int) -> bytes:
     """Compile `source` to a cubin for `arch` (e.g. sm_90), or read the cubin from `folder`.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from ctypes import c_int, c_void_p
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..packing import BLOCK_K, MIDDLE, Packed
@@ -113,14 +112,13 @@ def groups(group: int) -> int:
 def build(form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: int) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     brain = dtype == "torch.bfloat16"
-    folder = Path(__file__).resolve().parent
-    files = ["primitives.h", "unpack.h", "packed_wide.cu" if form.wide else "packed.cu"]
-    source = [(folder / name).read_text() for name in files]
+    product, file = "", "packed.cu"
     if form.wide:
-        source.insert(1, multiply_wide(form.tiles))
+        product, file = multiply_wide(form.tiles), "packed_wide.cu"
         arch += "a"  # instructions of this architecture alone
+    source = nvrtc.source("primitives.h") + product + nvrtc.source("unpack.h", file)
     defines = form.defines(groups, zeros, dtype) | {"BRAIN": int(brain), "INPUT": '"bf16"' if brain else '"f16"'}
-    return nvrtc.compile("".join(source), arch, defines | {"CONTRACT": 1}, major)
+    return nvrtc.compile(source, arch, defines | {"CONTRACT": 1}, major)
 
 
 def multiply_wide(tiles: int) -> str:
@@ -147,18 +145,10 @@ DEVICE void multiply_wide(float (&d)[{tiles}][4], const u32 (&a)[4], i64 b) {{
 def _kernel(name: str, form: Form, groups: int, zeros: bool, dtype: str, device: int) -> nvrtc.Function:
     import torch
 
-    cubin = build(form, groups, zeros, dtype, *_target(device))
+    cubin = build(form, groups, zeros, dtype, *nvrtc.target(device))
     shared = form.shared_bytes(groups, zeros) if name == "product" else form.warps * 16 * _ROW_BYTES
     with torch.cuda.device(device):
         return nvrtc.Function(cubin, name, 32 * form.warps, shared)
-
-
-@functools.cache
-def _target(device: int) -> tuple[str, int]:
-    import torch
-
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return arch, int(str(torch.version.cuda).split(".")[0])
 
 
 def fits(form: Form, group: int, zeros: bool, shared: int) -> bool:
@@ -168,7 +158,7 @@ def fits(form: Form, group: int, zeros: bool, shared: int) -> bool:
 
 def prepare(form: Form, group: int, zeros: bool, dtype: torch.dtype, device: int) -> None:
     """Compile a form, so that its first launch finds it ready. Raises nvrtc.CompileError."""
-    build(form, groups(group), zeros, str(dtype), *_target(device))
+    build(form, groups(group), zeros, str(dtype), *nvrtc.target(device))
 
 
 def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Form) -> torch.Tensor:

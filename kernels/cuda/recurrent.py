@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int, c_longlong, c_void_p
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import nvrtc
@@ -168,20 +167,10 @@ def choose_one(form: Form, requests: int) -> Form:
     return choose(form, requests)
 
 
-def _target(device: int) -> tuple[str, int]:
-    """What kernels for this device are compiled for: the architecture (e.g. sm_90), and CUDA's major version."""
-    import torch
-
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return arch, int(str(torch.version.cuda).split(".")[0])
-
-
 @functools.cache
 def build(form: Form, kernel: str, arch: str, major: int) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
-    folder = Path(__file__).resolve().parent
-    source = (folder / "primitives.h").read_text() + (folder / "recurrent.cu").read_text()
-    return nvrtc.compile(source, arch, form.defines(kernel), major)
+    return nvrtc.compile(nvrtc.source("primitives.h", "recurrent.cu"), arch, form.defines(kernel), major)
 
 
 @functools.cache
@@ -189,7 +178,7 @@ def load(form: Form, kernel: str, device: int) -> nvrtc.Function:
     """A kernel, compiled and loaded on the device. Raises nvrtc.CompileError."""
     import torch
 
-    cubin = build(form, kernel, *_target(device))
+    cubin = build(form, kernel, *nvrtc.target(device))
     with torch.cuda.device(device):
         shared = 0 if kernel in ("prepare", "keep_inputs") else form.shared_bytes()
         return nvrtc.Function(cubin, kernel, form.threads(kernel), shared)
@@ -204,7 +193,7 @@ def prepare(form: Form, device: int) -> None:
     scans = ["scan", "scan_one", *["follow"] * form.mamba]
     needed = [(few, "prepare"), (few, "keep_inputs"), *((tile, kernel) for tile in (few, many) for kernel in scans)]
     with ThreadPoolExecutor(len(needed)) as pool:
-        list(pool.map(lambda job: build(*job, *_target(device)), needed))
+        list(pool.map(lambda job: build(*job, *nvrtc.target(device)), needed))
     for job in needed:
         load(*job, device)
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 OPERATION = "cuda.attention"
 DATA = "one prompt in chunks, single rows, and both together; flat and peaked scores"
-# Longer than the tiles of every kernel and, up to a limit, longer than the window.
-_TOKENS, _LONGEST_WINDOW = 1500, 4096
 _CHUNKS = (9, 16, 17, 64, 129, 300)
 
 # (the first token, the number of tokens) of each sequence of a step -> their rows [sum of tokens, heads, D].
@@ -48,14 +46,8 @@ def rehearse(problem: Problem, prepare: Prepare, library: str, cache: Path, ahea
         return
 
     def call():
-        import torch
-
-        tokens = _tokens(problem)
-        q, k = (
-            torch.zeros((tokens, heads, problem.head_size), dtype=problem.dtype, device="cuda")
-            for heads in (problem.heads, problem.key_heads)
-        )
-        run = prepare(q, k, k.clone())
+        tokens = attention_layers.tokens(problem)
+        run = prepare(*attention_layers.blank(problem))
         for sequences in ([(0, tokens)], *(sequences for _, sequences in steps(tokens))):
             run(sequences)
 
@@ -64,10 +56,6 @@ def rehearse(problem: Problem, prepare: Prepare, library: str, cache: Path, ahea
 
 def _key(problem: Problem, library: str) -> Key:
     return attention_layers.key(OPERATION, problem, library, DATA)
-
-
-def _tokens(problem: Problem) -> int:
-    return _TOKENS + min(problem.window, _LONGEST_WINDOW)
 
 
 def steps(tokens: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
@@ -90,14 +78,9 @@ def steps(tokens: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
 def _certify(problem: Problem, prepare: Prepare, key: Key, device: str = "cuda") -> Certificate:
     import torch
 
-    tokens = _tokens(problem)
+    tokens = attention_layers.tokens(problem)
     tally = Tally([tokens])
-    generator = torch.Generator(device).manual_seed(problem.head_size)
-
-    def random(heads: int) -> torch.Tensor:
-        return torch.randn((tokens, heads, problem.head_size), generator=generator, device=device).to(problem.dtype)
-
-    q, k, v = random(problem.heads), random(problem.key_heads), random(problem.key_heads)
+    q, k, v = attention_layers.random(problem, problem.head_size, device)
     for scores, factor in (("flat", 1), ("peaked", 6)):
         run = prepare(q * factor, k, v)
         want = run([(0, tokens)])

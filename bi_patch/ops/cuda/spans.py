@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 OPERATION = "cuda.span_attention"
 DATA = "one prompt with and without spans, in steps and beside others; flat and peaked scores"
-# Longer than the tiles of every kernel and, up to a limit, longer than the window.
-_TOKENS, _LONGEST_WINDOW = 1500, 4096
 _SPANS = ((37, 292), (293, 316), (700, 955))  # the first and the last token of each
 _SIZES = (16, 129, 300)  # the fewest tokens of a step, but for the last one
 
@@ -55,14 +53,8 @@ def rehearse(problem: Problem, prepare: Prepare, library: str, cache: Path, ahea
         return
 
     def call():
-        import torch
-
-        tokens = _tokens(problem)
-        q, k = (
-            torch.zeros((tokens, heads, problem.head_size), dtype=problem.dtype, device="cuda")
-            for heads in (problem.heads, problem.key_heads)
-        )
-        run = prepare(q, k, k.clone())
+        tokens = attention_layers.tokens(problem)
+        run = prepare(*attention_layers.blank(problem))
         run([(0, tokens, False)], False)
         for _, step, named in steps(of(problem), tokens):
             run(step, named)
@@ -74,13 +66,9 @@ def _key(problem: Problem, library: str) -> Key:
     return attention_layers.key(OPERATION, problem, library, DATA)
 
 
-def _tokens(problem: Problem) -> int:
-    return _TOKENS + min(problem.window, _LONGEST_WINDOW)
-
-
 def of(problem: Problem) -> list[tuple[int, int]]:
     """The first and the last token of each span of the prompt. vLLM makes no span that is longer than a window."""
-    longest = problem.window or _TOKENS
+    longest = problem.window or attention_layers.tokens(problem)
     return [(first, min(last, first + longest - 1)) for first, last in _SPANS]
 
 
@@ -122,14 +110,9 @@ def steps(spans: list[tuple[int, int]], tokens: int) -> Iterator[tuple[str, Step
 def _certify(problem: Problem, prepare: Prepare, key: Key, device: str = "cuda") -> Certificate:
     import torch
 
-    tokens = _tokens(problem)
+    tokens = attention_layers.tokens(problem)
     tally = Tally([tokens])
-    generator = torch.Generator(device).manual_seed(problem.head_size + 1)
-
-    def random(heads: int) -> torch.Tensor:
-        return torch.randn((tokens, heads, problem.head_size), generator=generator, device=device).to(problem.dtype)
-
-    q, k, v = random(problem.heads), random(problem.key_heads), random(problem.key_heads)
+    q, k, v = attention_layers.random(problem, problem.head_size + 1, device)
     for scores, factor in (("flat", 1), ("peaked", 6)):
         run = prepare(q * factor, k, v)
         want = {spans: run([(0, tokens, spans)], spans) for spans in (True, False)}

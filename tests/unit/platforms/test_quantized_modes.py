@@ -48,9 +48,12 @@ def test_blocks_of_deepseek_v3_name_the_modes_that_no_run_has(monkeypatch, form,
 
 
 def test_scales_of_powers_of_two_were_measured_with_deepseek_v3_alone():
+    other, release = "FP8 blocks with scales of powers of two, in other models", Version("0.33.0")
     config = latent("DeepseekV3ForCausalLM", True)
-    plain = "FP8 blocks with scales of powers of two, in other models"
-    assert plain not in table.untried(config, "cuda", Version("0.33.0"))
+    config.model_config.hf_config.quantization_config = BLOCKS | {"scale_fmt": "ue8m0"}
+    assert other not in table.untried(config, "cuda", release)
+    config.model_config.use_mla = False
+    assert other in table.untried(config, "cuda", release)
 
 
 @pytest.mark.parametrize("state", ["is_hybrid", "is_attention_free", "has_inner_state"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bi_patch.ops.certificates import Key
-from bi_patch.ops.cuda import attention, chunks, spans
+from bi_patch.ops.cuda import attention, attention_layers, chunks, spans
 from bi_patch.seams.cuda import chunks as layers
 
 PROBLEM = chunks.Problem("FLASH_ATTN 3", 4, 2, 8, 0, 16, torch.float64)
@@ -81,7 +81,7 @@ def layer(fault="", backend=Backend):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """A prompt of 340 tokens, and no bundled kernel."""
-    monkeypatch.setattr(chunks, "_TOKENS", 340)
+    monkeypatch.setattr(attention_layers, "_TOKENS", 340)
     monkeypatch.setattr(chunks, "steps", STEPS)
     monkeypatch.setattr(attention, "serves", lambda problem: False)
 

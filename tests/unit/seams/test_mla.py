@@ -258,7 +258,7 @@ def test_the_special_kernel_of_the_low_rank_projection_is_off():
 def test_the_certificate_computes_rows_of_a_prompt_in_any_cut(monkeypatch):
     """By a layer that reads the cache as FlashAttention-MLA does; a layer that depends on its step is seen."""
     from bi_patch.ops.certificates import Key
-    from bi_patch.ops.cuda import chunks
+    from bi_patch.ops.cuda import attention_layers, chunks
     from bi_patch.seams.cuda import mla
 
     monkeypatch.setattr(active, "mla", "one")
@@ -267,7 +267,7 @@ def test_the_certificate_computes_rows_of_a_prompt_in_any_cut(monkeypatch):
     parent = sys.modules.get("vllm.v1.attention.backends")
     if parent is not None:
         monkeypatch.setattr(parent, "fa_utils", sys.modules[module], raising=False)
-    monkeypatch.setattr(chunks, "_TOKENS", 100)
+    monkeypatch.setattr(attention_layers, "_TOKENS", 100)
     ways = [("single rows", [(3, 1), (40, 1)]), ("chunks of 40", [(0, 40), (40, 40), (80, 20)]), ("alone", [(99, 1)])]
     monkeypatch.setattr(chunks, "steps", lambda tokens: iter(ways))
 

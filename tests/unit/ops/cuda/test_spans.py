@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bi_patch.ops.certificates import Key
-from bi_patch.ops.cuda import spans
+from bi_patch.ops.cuda import attention_layers, spans
 
 PROBLEM = spans.Problem("TRITON_ATTN", 2, 1, 8, 0, 16, torch.float64)
 TOKENS = 400
@@ -12,7 +12,7 @@ TOKENS = 400
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(spans, "_TOKENS", TOKENS)
+    monkeypatch.setattr(attention_layers, "_TOKENS", TOKENS)
     monkeypatch.setattr(spans, "_SPANS", ((37, 92), (93, 110), (200, 255)))
 
 
