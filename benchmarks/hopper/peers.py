@@ -40,21 +40,23 @@ def fork(count: int, out: str) -> str:
     sys.stdout.flush()
     for rank in range(1, count):
         theirs, ours = os.pipe()
+        # Made before the fork, for rank 0 may read it before this rank runs.
+        log = os.open(f"{out}.rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         process = os.fork()
         if not process:
-            return _become(rank, theirs, [ours, *_inputs], f"{out}.rank{rank}")
+            return _become(rank, theirs, log, [ours, *_inputs], f"{out}.rank{rank}")
         os.close(theirs)
+        os.close(log)
         _inputs.append(ours)
         threading.Thread(target=_watch, args=(process, Path(f"{out}.rank{rank}.log")), daemon=True).start()
     return out
 
 
-def _become(rank: int, stdin: int, others: list[int], out: str) -> str:
+def _become(rank: int, stdin: int, log: int, others: list[int], out: str) -> str:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     for descriptor in others:
         os.close(descriptor)
     _inputs.clear()
-    log = os.open(f"{out}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for descriptor, standard in ((stdin, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, standard)
     os.close(stdin)
