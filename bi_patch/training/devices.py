@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bi_patch import settings
 from bi_patch.errors import UnsupportedDevice
+from bi_patch.ops import vector_math
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ def implementation(device: str, module: str = "") -> Any:
 
 def prepare(device: str) -> None:
     """Load what a device's operators need, before the first of them runs."""
+    vector_math.settle()
     implementation(device).prepare(settings.read().cache.expanduser())
 
 

@@ -12,8 +12,10 @@ def _mode(original):
         import torch
         from vllm_ascend.ascend_config import get_ascend_config
 
+        from bi_patch.ops import vector_math
         from bi_patch.ops.ascend import dispatch
 
+        vector_math.settle()  # some tables are computed on the host
         config = get_ascend_config()
         config.weight_nz_mode = 0
         config.enable_matmul_allreduce = False

@@ -13,8 +13,10 @@ def _mode(original):
 
     @functools.wraps(original)
     def init_batch_invariance(*args, **kwargs):
+        from bi_patch.ops import vector_math
         from bi_patch.ops.cpu import aten, machine
 
+        vector_math.settle()
         machine.load_kernels(active.cache)
         active.at_disarm(aten.restore)
         aten.override()
@@ -109,10 +111,13 @@ SEAMS = (
         targets=(Target("vllm.model_executor.determinism.batch_invariant", "init_batch_invariance"),),
         close=_mode,
         why="upstream's mode crashes on CPU, because it registers Triton kernels for CPU tensors. And PyTorch computes "
-        "the last elements of a tensor by scalar code, which rounds sigmoid, SiLU, GELU and others differently",
-        how="bi_patch loads its bundled CPU kernels instead, and they serve these operators for every caller",
-        until="upstream's mode supports CPU, and PyTorch's vector and scalar code round alike",
-        causes=(26,),
+        "the last elements of a tensor by scalar code, which rounds sigmoid, SiLU, GELU and others differently. And "
+        "the first call of one of MKL's functions can be of low precision, if two threads make it at once",
+        how="bi_patch loads its bundled CPU kernels instead, and they serve these operators for every caller. Before, "
+        "one thread calls each of MKL's functions",
+        until="upstream's mode supports CPU, and PyTorch's vector and scalar code round alike, and MKL chooses its "
+        "kernels safely (https://github.com/pytorch/pytorch/issues/188792)",
+        causes=(26, 37),
         op="bi_patch.ops.cpu.aten",
     ),
     Seam(

@@ -26,8 +26,10 @@ def _mode(original):
 
     @functools.wraps(original)
     def init_batch_invariance(*args, **kwargs):
+        from bi_patch.ops import vector_math
         from bi_patch.ops.cuda import aten, cublaslt, machine
 
+        vector_math.settle()  # some tables are computed on the host
         result = original(*args, **kwargs)
         machine.forbid_split_k()
         aten.override()

@@ -51,6 +51,24 @@ def scalar_tail(engine: LocalEngine):
 
 
 @contextlib.contextmanager
+def imprecise_cosines(engine: LocalEngine):
+    """The first half of the rotary tables' cosines has the precision of MKL's kernel for a quick answer, about 12 bits.
+
+    So it is in a process where two threads make MKL's first call of this function at once.
+    """
+    rotations = [m for m in layers.model(engine).modules() if hasattr(m, "cos_sin_cache")]
+    held = {table: table.clone() for table in {m.cos_sin_cache for m in rotations}}  # layers share a table
+    try:
+        for table in held:
+            cosines = table[: table.shape[0] // 2, : table.shape[1] // 2]
+            cosines.copy_((cosines.float() * 2**12 + 0.5).floor() / 2**12)
+        yield
+    finally:
+        for table, before in held.items():
+            table.copy_(before)
+
+
+@contextlib.contextmanager
 def shared_int8_scale(engine: LocalEngine):
     """Quantized linears round their inputs to INT8 with one scale for all rows of the batch."""
     with contextlib.ExitStack() as stack:
@@ -99,6 +117,17 @@ FAULTS = (
         (CPU,),
         "mlp.experts",
         seam={"cpu": "moe.cpu_routing"},
+        emulated=(CPU,),
+    ),
+    Fault(
+        "imprecise cosines",
+        37,
+        imprecise_cosines.__doc__,
+        "restart",
+        imprecise_cosines,
+        (CPU,),
+        "rotary_emb",
+        seam={"cpu": "rotary.cpu_forward"},
         emulated=(CPU,),
     ),
 )

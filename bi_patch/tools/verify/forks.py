@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from bi_patch import installed
 from bi_patch.errors import BiPatchError
+from bi_patch.ops import vector_math
 from bi_patch.tools.verify.child import ChildEngine
 
 _CODE = "import bi_patch_entry; bi_patch_entry.run('bi_patch.tools.verify.forks')"
@@ -247,4 +248,5 @@ def main() -> None:
         arming.arm()
     for name in _MODULES:
         importlib.import_module(name)
+    vector_math.settle()  # in stock engines, too: otherwise, a fork in hundreds has other rotary tables than the rest
     _serve(control)
