@@ -14,6 +14,7 @@ from bi_patch.training import devices
 
 RENAMED = {"ln": "log"}  # MKL's name -> PyTorch's
 
+
 def test_every_function_that_pytorch_takes_from_mkl_is_called():
     library = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
     found = {name.decode().lower() for name in re.findall(rb"\0vm[sd]([A-Z][A-Za-z0-9]*)(?=\0)", library.read_bytes())}
