@@ -68,7 +68,8 @@ test-fast: setup
 	$(BIN)/pytest -m "not engine and $(HERE)" tests
 
 test-all: setup test-ascend
-	$(PIP) install --quiet --no-deps -r requirements/images.txt
+	$(PIP) install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/images.txt
+	BI_PATCH=0 $(BIN)/python requirements/images.py
 	$(BIN)/pytest -m "not gpu and not ascend" tests
 
 test-gpu:
