@@ -19,7 +19,7 @@ _ELSEWHERE = {
     "sleep and wake",
     "tensor parallel size",
 }
-_EAGER_ONLY = {"LoRA", "LoRA off"}  # vLLM for CPU runs adapters in eager mode
+_EAGER_ONLY = {"LoRA", "LoRA off", "features together"}  # vLLM for CPU runs adapters in eager mode
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
