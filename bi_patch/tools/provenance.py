@@ -47,6 +47,8 @@ def here() -> Provenance:
 
 def _command(argv: list[str]) -> str:
     program, *arguments = argv or [""]
+    if program == "-c":  # `python -c` that calls bi_patch_entry.cli
+        program = "bi-patch"
     return shlex.join([Path(program).name if Path(program).is_absolute() else program, *arguments])
 
 

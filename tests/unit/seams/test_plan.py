@@ -10,6 +10,7 @@ from bi_patch.arming.catalog import CATALOG, plan
 from bi_patch.errors import UnsupportedRelease
 from bi_patch.platforms.releases import ALL, BY_PLATFORM
 from bi_patch.seams import registry
+from bi_patch.tools.evidence.kinds import CAUSES
 
 
 def test_names_are_unique_and_in_their_area():
@@ -28,6 +29,7 @@ def test_every_seam_says_why_how_and_until():
     for seam in CATALOG.seams:
         assert seam.why and seam.how and seam.until, seam.name
         assert known.issuperset(seam.causes), seam.name
+    assert len(known) == CAUSES
 
 
 def test_at_most_one_target_a_release():

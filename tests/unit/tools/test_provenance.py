@@ -35,8 +35,9 @@ def _repository(root: Path, monkeypatch) -> str:
     return done.stdout.strip()
 
 
-def test_names_version_digest_and_command(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/somewhere/bin/bi-patch", "verify", "--json", "a b.json"])
+@pytest.mark.parametrize("program", ["/somewhere/bin/bi-patch", "-c"])
+def test_names_version_digest_and_command(program, monkeypatch):
+    monkeypatch.setattr("sys.argv", [program, "verify", "--json", "a b.json"])
     found = provenance.here()
     assert (found.bi_patch, found.digest) == (bi_patch.__version__, identity.digest())
     assert found.command == "bi-patch verify --json 'a b.json'"
