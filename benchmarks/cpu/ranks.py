@@ -26,7 +26,8 @@ SIZES = ("tensor parallel size",)
 
 
 class Case(NamedTuple):
-    """model: a name of recipes.NAMES. axes: of verify, empty for those of level quick."""
+    """model: a name of recipes.NAMES, or of families.FAMILIES. ranks: tensor-parallel ones. axes: of verify, empty for
+    those of level quick. stages: of pipeline parallelism."""
 
     model: str
     ranks: int
@@ -34,6 +35,7 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     eager: bool = True
     environ: dict[str, str] = {}
+    stages: int = 1
 
 
 CASES = {
@@ -48,6 +50,7 @@ CASES = {
     "tiny-qwen3-moe bf16 TP 2, new weights": Case("tiny-qwen3-moe", 2, ("weight update",)),
     "tiny-qwen3 bf16 TP 2, new weights, compiled": Case("tiny-qwen3", 2, ("weight update",), eager=False),
     "tiny-llama bf16 TP 2, equal for every size": Case("tiny-llama", 2, FEW, environ=EQUAL),
+    "DeepSeek V2 bf16 PP 2 compiled": Case("DeepSeek V2", 1, FEW, eager=False, stages=2),
 }
 
 
@@ -56,7 +59,7 @@ def measure(label: str, results: Path) -> int:
     from bi_patch import settings
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
-    from bi_patch.tools.models import recipes
+    from bi_patch.tools.models import families, recipes
     from bi_patch.tools.verify import levels, local
 
     class Ranks(evidence.Invariance, kw_only=True):
@@ -64,12 +67,15 @@ def measure(label: str, results: Path) -> int:
 
     case = CASES[label]
     level = replace(levels.LEVELS["quick"], seconds=None, cpu_seconds=None)
+    given, folder = {"tensor_parallel_size": case.ranks}, settings.read().cache / "ranks"
+    made = case.model in families.FAMILIES
     system = local.local(
-        str(recipes.path(case.model, cache=settings.read().cache)),
+        families.write(case.model, folder) if made else str(recipes.path(case.model, cache=settings.read().cache)),
         level,
         dtype=case.dtype,
         eager=case.eager,
-        engine_args={"tensor_parallel_size": case.ranks},
+        random_weights=7 if made else None,
+        engine_args=given | ({"pipeline_parallel_size": case.stages} if case.stages > 1 else {}),
         environ=dict(os.environ) | ONE_THREAD | case.environ,
     )
     rows, report = invariance.measure(label, system, level, only=case.axes)

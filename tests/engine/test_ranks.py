@@ -207,17 +207,19 @@ def test_other_sums_over_four_ranks_are_caught(start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_number_of_ranks_gives_the_same_bits(start, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "eager"), [("bfloat16", True), ("float32", True), ("bfloat16", False)], ids=["bf16", "fp32", "compiled"]
+)
+def test_every_number_of_ranks_gives_the_same_bits(start, dtype, eager):
     probe = next(p for p in FEATURE_PROBES if p.name == "tensor parallel size")
     environ = ONE_THREAD | {"BI_PATCH_TP_INVARIANT": "8"}
-    with start(ARMED, recipes.QWEN3, environ=environ, dtype=dtype) as engine:
+    with start(ARMED, recipes.QWEN3, environ=environ, dtype=dtype, eager=eager) as engine:
         load = Workload.random(engine.info.vocab_size, generate=8, lengths=(3, 40, 290))
         expected = probe.collect(engine, load)
         options, changes = engine.options, probe.changes(engine)
     assert len(changes) == 2
     for change in changes:
-        given = {name: getattr(options, name) for name in ("dtype", "max_model_len", "chunk")} | change.options
+        given = {name: getattr(options, name) for name in ("dtype", "eager", "max_model_len", "chunk")} | change.options
         with start(ARMED, recipes.QWEN3, environ=environ, **given) as other:
             result = probe.judge(change, expected, probe.collect(other, load, change))
         assert result.compared > 0 and result.differing == 0, f"{change.label}: {result.first}"

@@ -14,6 +14,7 @@ from bi_patch.platforms.features.model import Cell, Feature, refused, row, serve
 
 _CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
 _CPU_TOGETHER = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0-2.json"  # with grammars and cached prefixes, too
+_CPU_STAGES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-4.json"
 _H200_PAIRS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-2.json"
 _H200_LORA_FP8 = "invariance-2026-11-29-h200-pairs-vllm-0.33.0-2.json"
 _SCHEMES = "INT8, 4-bit weights and FP8 blocks of tiny models, in eager mode"
@@ -275,7 +276,11 @@ PAIRS: tuple[Feature, ...] = (
     ),
     *(
         _pairs(kind, parallel, cpu=cpu, cuda=untried(), ascend=_NO_SEAM)
-        for kind in (MLA, RECURRENT, QUANTIZED)
-        for parallel, cpu in (("tensor parallelism", _REFUSED), ("pipeline parallelism", untried()))
+        for kind, staged in (
+            (MLA, served(_CPU_STAGES, why="a tiny DeepSeek V2, compiled")),
+            (RECURRENT, untried()),
+            (QUANTIZED, untried()),
+        )
+        for parallel, cpu in (("tensor parallelism", _REFUSED), ("pipeline parallelism", staged))
     ),
 )

@@ -576,6 +576,13 @@ def test_suffixes_are_served_on_cpu_only():
             check(platform, speculative=Speculative(method="suffix"))
 
 
+def test_workers_of_ray_are_refused_on_cpu_before_vllm_looks_for_them():
+    for field in ("distributed_executor_backend", "data_parallel_backend"):
+        with pytest.raises(UnsupportedFeature, match="workers of Ray: .*does not support ray.*Use the executor mp"):
+            check("cpu", **{f"parallel_{field}": "ray"})
+        check("cuda", **{f"parallel_{field}": "ray"})
+
+
 def test_adapters_beside_fp8_on_cuda():
     """With FP8 that vLLM makes while it loads, not with checkpoints of other schemes; compiled code is untried."""
 

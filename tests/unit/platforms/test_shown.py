@@ -29,6 +29,10 @@ _MLA = ("batch size", "prefix cache", "chunk budget")
 _ENCODED = ("batch size", "mixed lengths", "pooled vectors")
 _TRAINED = ("alone", "padded right", "packed", "gradients", "GRPO", "GRPO rerun", "weight update")
 _LORA = ("LoRA", "LoRA off")
+_ASKED = (
+    *("n", "beam search", "prompt embeddings", "bias with allowed tokens", "min_tokens", "priorities"),
+    "a reset of running requests",
+)
 _EQUAL = ("tensor parallel size",)
 _SPECULATED = ("speculative decoding",)
 _PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
@@ -60,6 +64,13 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("*, graphs", "weight update"),
         ("* graphs, * GRPO steps", "GRPO,*", "GRPO rerun*"),
     ),
+    ("structured output", "cpu"): (("smollm2*", "structured output"), ("* compiled", "structured output")),
+    (
+        "n, beam search, prompt embeddings, bias with allowed tokens, min_tokens, priorities, a reset of "
+        "running requests",
+        "cpu",
+    ): tuple((f"* {dtype}, single requests", *_ASKED) for dtype in ("bf16", "fp32")),
+    ("MLA with pipeline parallelism", "cpu"): (("DeepSeek V2 * PP 2 compiled", *_MLA, "decode = prefill"),),
     ("processed logprobs and logits (--logprobs-mode)", "cpu"): (("*", "processed logprobs"),),
     ("processed logprobs and logits (--logprobs-mode)", "cuda"): (("Qwen3-30B-A3B*", "processed logprobs"),),
     ("a trainer on Hugging Face transformers with the sampler's bits", "cpu"): (

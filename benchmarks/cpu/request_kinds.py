@@ -1,8 +1,10 @@
 """Runs in an armed child process: what single requests may turn on, each alone and in company, on one real engine.
 
-python request_kinds.py MODEL. Prints `ok NAME` or `FAIL NAME: reason` for each kind.
+python request_kinds.py MODEL [DTYPE]. Prints `ok NAME` or `FAIL NAME: reason` for each comparison, and behind a tab how
+many generated tokens were compared, with all their logprobs, and how many differ. `requests.py` starts it.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -19,7 +21,7 @@ from safetensors import safe_open  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.sampling_params import BeamSearchParams  # noqa: E402
 
-MODEL = sys.argv[1]
+MODEL, DTYPE = sys.argv[1], (*sys.argv[2:], "float32")[0]
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -35,7 +37,7 @@ OTHERS = [
 def start(**more) -> LLM:
     return LLM(
         MODEL,
-        dtype="float32",
+        dtype=DTYPE,
         max_model_len=512,
         max_num_seqs=8,
         max_num_batched_tokens=128,
@@ -73,15 +75,35 @@ def run(llm: LLM, asked: list, priorities: list[int] | None = None, call=None, a
     return [said(done[name]) for name in names]
 
 
-def report(name: str, wrong: str) -> None:
-    print(f"FAIL {name}: {wrong}" if wrong else f"ok {name}", flush=True)
+def report(name: str, wrong: str, compared: int = 0, differing: int = 0) -> None:
+    print(f"FAIL {name}: {wrong}" if wrong else f"ok {name}", f"{compared} {differing}", sep="\t", flush=True)
+
+
+def compare(name: str, pairs: list[tuple[list, list]]) -> None:
+    """Report pairs of what `said` gives, token by token with its logprobs."""
+    compared = differing = 0
+    first = ""
+    for wanted, got in pairs:
+        for one, other in itertools.zip_longest(wanted, got, fillvalue=[[], []]):
+            tokens = _positions(one, other)
+            compared += len(tokens)
+            differing += sum(a != b for a, b in tokens)
+        if wanted != got and not first:
+            first = f"{json.dumps(wanted)[:300]} != {json.dumps(got)[:300]}"
+    report(name, first, compared, differing)
+
+
+def _positions(one: list, other: list) -> list:
+    """Pairs of (token, its logprobs) of two answers."""
+    sides = [list(itertools.zip_longest(tokens, scores)) for tokens, scores in (one, other)]
+    return list(itertools.zip_longest(*sides))
 
 
 def alone_and_among(llm: LLM, name: str, asked: tuple) -> list:
     (alone,) = run(llm, [asked])
     together = run(llm, [*OTHERS[:3], asked, *OTHERS[3:]])[3]
     again = run(llm, [asked, asked, *OTHERS])[1]
-    report(name, "" if alone == together == again else f"{json.dumps(alone)[:300]} != {json.dumps(together)[:300]}")
+    compare(name, [(alone, together), (alone, again)])
     return alone
 
 
@@ -101,11 +123,12 @@ def beams(llm: LLM) -> None:
     def ask(prompts) -> list:
         llm.reset_prefix_cache()
         found = llm.beam_search(prompts, params)
-        return [[(list(s.tokens), float(s.cum_logprob).hex()) for s in out.sequences] for out in found]
+        return [
+            [[list(s.tokens), [float(s.cum_logprob).hex()] * len(s.tokens)] for s in out.sequences] for out in found
+        ]
 
     alone = [ask([text])[0] for text in texts]
-    wrong = [i for i, (a, b) in enumerate(zip(alone, ask(texts), strict=True)) if a != b]
-    report("beam search", f"prompts {wrong} differ" if wrong else "")
+    compare("beam search", list(zip(alone, ask(texts), strict=True)))
 
 
 def embeddings(llm: LLM) -> None:
@@ -117,7 +140,7 @@ def embeddings(llm: LLM) -> None:
     given = {"prompt_embeds": table[torch.tensor(tokens)]}
     answers = alone_and_among(llm, "prompt_embeds", (given, seeded(temperature=0.0)))
     (plain,) = run(llm, [({"prompt_token_ids": tokens}, seeded(temperature=0.0))])
-    report("prompt_embeds against tokens", "" if answers == plain else "other answers")
+    compare("prompt_embeds against tokens", [(plain, answers)])
 
 
 def limits(llm: LLM) -> None:
@@ -137,9 +160,7 @@ def priorities(llm: LLM) -> None:
     asked = [({"prompt_token_ids": prompt(20 + 13 * i, i)}, seeded(seed=i)) for i in range(12)]
     alone = [run(llm, [one])[0] for one in asked]
     for order in ([0] * 12, list(range(12)), list(range(12))[::-1], [i * 5 % 12 for i in range(12)]):
-        together = run(llm, asked, order)
-        wrong = [i for i, (a, b) in enumerate(zip(alone, together, strict=True)) if a != b]
-        report(f"priorities {order}", f"requests {wrong} differ" if wrong else "")
+        compare(f"priorities {order}", list(zip(alone, run(llm, asked, order), strict=True)))
 
 
 def resets(llm: LLM) -> None:
@@ -154,8 +175,7 @@ def resets(llm: LLM) -> None:
             found.append(llm.reset_prefix_cache(reset_running_requests=True))
 
         got = run(llm, asked, None, reset, at)
-        wrong = [i for i, (a, b) in enumerate(zip(plain, got, strict=True)) if a != b]
-        report(f"a reset of running requests before step {at}", f"requests {wrong} differ" if wrong else "")
+        compare(f"a reset of running requests before step {at}", list(zip(plain, got, strict=True)))
         report(f"the reset before step {at} took place", "" if found == [True] else f"{found}")
 
 
