@@ -58,6 +58,7 @@ _WITH_FULL = {
     **dict.fromkeys(
         ("PhiMoE", "OLMoE", "Gemma 1", "OLMo 3", "InternLM 2", "Solar", "Bailing", "Starcoder2"), f"{_FULL}-6"
     ),
+    "ERNIE 4.5 MoE": f"{_FULL}-8",
 }
 
 
@@ -148,7 +149,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "Phi-3.5, Phi-4, Granite 3, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16",
-        cpu=_tiny("Phi-3", "Granite", "EXAONE 4", "ERNIE 4.5", "GLM-4", "GLM-4.5"),
+        cpu=_tiny("Phi-3", "Granite", "EXAONE 4", "ERNIE 4.5", "ERNIE 4.5 MoE", "GLM-4", "GLM-4.5"),
         cuda=_LAYERS,
         ascend=_ASCEND,
     ),
