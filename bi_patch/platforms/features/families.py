@@ -149,7 +149,7 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "Phi-3.5, Phi-4, Granite 3, EXAONE 4, ERNIE 4.5, GLM-4, GLM-4.5 in bf16",
-        cpu=_tiny("Phi-3", "Granite", "EXAONE 4", "ERNIE 4.5", "ERNIE 4.5 MoE", "GLM-4", "GLM-4.5"),
+        cpu=_tiny("Phi-3", "Granite", "EXAONE 4", "ERNIE 4.5", "GLM-4", "GLM-4.5"),
         cuda=_LAYERS,
         ascend=_ASCEND,
     ),
@@ -160,8 +160,8 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_ASCEND,
     ),
     row(
-        "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing",
-        cpu=_tiny("Command R7B", "PLaMo 3", "InternLM 2", "InternLM 3", "Solar", "MiMo", "Bailing"),
+        "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing, ERNIE 4.5 MoE",
+        cpu=_tiny("Command R7B", "PLaMo 3", "InternLM 2", "InternLM 3", "Solar", "MiMo", "Bailing", "ERNIE 4.5 MoE"),
         cuda=untried(),
         ascend=_ASCEND,
     ),

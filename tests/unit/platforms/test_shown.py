@@ -398,8 +398,8 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "OLMo 1 to 3, SmolLM3, SeedOss, Nemotron dense, Ling 2": (
         *("OLMo 1", "OLMo 2", "OLMo 3", "SmolLM3", "SeedOss", "Nemotron", "Ling 2"),
     ),
-    "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing": (
-        *("Command R7B", "PLaMo 3", "InternLM 2", "InternLM 3", "Solar", "MiMo", "Bailing"),
+    "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing, ERNIE 4.5 MoE": (
+        *("Command R7B", "PLaMo 3", "InternLM 2", "InternLM 3", "Solar", "MiMo", "Bailing", "ERNIE 4.5 MoE"),
     ),
     "GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2": (
         *("GPT-2", "GPT-NeoX", "OPT", "Falcon", "StableLM", "Starcoder2"),
