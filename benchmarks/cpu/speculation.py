@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python3 benchmarks/cpu/speculation.py [--only TEXT] [--results FOLDER]
 
-The axis "speculative decoding" of verify on tiny models, eager and compiled: n-grams, and for tiny-llama also a draft
-model, EAGLE and EAGLE-3 heads. With arctic-inference on the path also suffixes. Exit code 1: positions differ.
+The axis "speculative decoding" of verify on tiny models, eager and compiled: n-grams, for tiny-llama also a draft
+model, EAGLE and EAGLE-3 heads, for tiny-mimo its own head (MTP). With arctic-inference on the path also suffixes. Exit
+code 1: positions differ.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ AXIS = "speculative decoding"
 
 def main() -> None:
     bi_patch_entry.without_arming()
+    from bi_patch import settings
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
-    from bi_patch.tools.models import recipes
+    from bi_patch.tools.models import families, recipes
     from bi_patch.tools.verify import levels, local
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -42,15 +44,19 @@ def main() -> None:
         (recipes.WINDOW, "bfloat16", True),
         (recipes.QWEN3, "float32", True),
         (recipes.LLAMA, "bfloat16", True),
+        (recipes.MIMO, "bfloat16", True),
+        ("DeepSeek V3", "bfloat16", True),
     )
     rows = []
     for name, dtype, eager in kinds:
         label = f"{name} {'bf16' if dtype == 'bfloat16' else 'fp32'}{'' if eager else ' compiled'}, "
-        label += "n-grams, a draft model, heads" if name == recipes.LLAMA else "n-grams"
+        label += {recipes.LLAMA: "n-grams, a draft model, heads", recipes.MIMO: "n-grams, MTP"}.get(name, "n-grams")
         label += ", suffixes" if find_spec("arctic_inference") is not None else ""
         if args.only not in label:
             continue
-        system = local.local(name, level, dtype=dtype, eager=eager)
+        made = name in families.FAMILIES
+        folder = families.write(name, settings.read().cache / "families") if made else name
+        system = local.local(folder, level, dtype=dtype, eager=eager, random_weights=7 if made else None)
         made, report = invariance.measure(label, system, level, only=(AXIS,), tell=lambda text: print(text, flush=True))
         rows += made
         found = evidence.new(Found, report)

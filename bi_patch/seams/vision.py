@@ -48,8 +48,11 @@ _LAYERS = frozenset(
         "SiluAndMul",
     }
 )
-# vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row, or a product's weight.
-_OWNERS = frozenset({"CLIPVisionEmbeddings", "Gemma3MultiModalProjector"})
+# vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row, places, a product's
+# weight, or what multiplies a layer's output.
+_OWNERS = frozenset(
+    {"CLIPVisionEmbeddings", "Gemma3MultiModalProjector", "InternS1VisionEmbeddings", "InternS1VisionLayer"}
+)
 _CODES = ("torch.nn.", "vllm.model_executor.layers.")
 _RUNS = 3  # of a made image in `certify`
 SIZES = ((640, 224), (112, 112))  # widths and heights of further made images, in pixels

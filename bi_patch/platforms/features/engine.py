@@ -59,6 +59,7 @@ _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
 _CPU_SUFFIXES = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0-2.json"
 _CPU_QUICK = "invariance-2026-11-29-cpu-amx-quick-vllm-0.32.0.json"
 _CPU_REQUESTS = "invariance-2026-11-29-cpu-amx-requests-vllm-0.32.0.json"
+_CPU_HEADS = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0-3.json"
 _CPU_DRAFTS = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0.json"
 _H200_DRAFTS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0.json"
 _CPU_TEXT = "invariance-2026-11-28-cpu-text-vllm-0.32.0.json"
@@ -218,6 +219,8 @@ def _method(speculative: Any) -> str:
 
 
 _DRAFTING = ("draft_model", "eagle", "eagle3")  # methods whose drafts a model or a head of its own makes
+OWN_HEADS = frozenset({"MiMoForCausalLM"})  # models whose own heads (MTP) an engine was compared with
+_MADE_OF = frozenset({"MiMoMTPModel", "MiMoMTP"})  # vLLM's names of these heads
 # Fields of a SpeculativeConfig whose values change neither a row of the model nor what is accepted. `model` and its
 # like are for `_odd_drafts`, `rejection_sample_method` and its like for `_other_rule`.
 _FREE = {
@@ -247,7 +250,7 @@ def _beside_drafts(config: Any) -> str:
         return ""
     found = {f"the option {name}": True for name in _odd_options(speculative)}
     draft = getattr(speculative, "draft_model_config", None)
-    if _method(speculative) in _DRAFTING and draft is not None:
+    if _method(speculative) in (*_DRAFTING, "mtp") and draft is not None:
         kinds = {
             "MLA": bool(getattr(draft, "use_mla", False)),
             "recurrent layers": recurrent(draft),
@@ -262,6 +265,13 @@ def _beside_drafts(config: Any) -> str:
 def _speculating_on_v1(config: Any) -> str:
     first = config.speculative_config is not None and not getattr(config, "use_v2_model_runner", False)
     return "speculative decoding on model runner V1" if first else ""
+
+
+def _own_heads(speculative: Any) -> bool:
+    """Whether drafts come from heads of the model itself (MTP), as bi_patch serves them."""
+    draft = getattr(speculative, "draft_model_config", None)
+    named = set(getattr(getattr(draft, "hf_config", None), "architectures", None) or ())
+    return _method(speculative) == "mtp" and bool(named) and named <= _MADE_OF
 
 
 def _other_rule(speculative: Any) -> bool:
@@ -682,10 +692,18 @@ FEATURES: tuple[Feature, ...] = (
         "brings a plugin that changes vLLM, which is refused: list the other plugins in VLLM_PLUGINS.",
     ),
     row(
-        "speculative decoding with other drafts: ngram_gpu, MTP, Medusa, DFlash, ...",
+        "speculative decoding with a model's own heads (method mtp) of MiMo",
+        cpu=served(_CPU_HEADS, why="a tiny model with one layer, in eager mode"),
+        cuda=refused("nobody has compared it with an engine without speculation", todo=_OTHER_DRAFTS),
+        ascend=refused(_VERIFIED, todo=_OTHER_DRAFTS),
+        asked=_speculative(_own_heads, "speculative decoding with a model's own heads"),
+        details="On equals off, as with n-grams.",
+    ),
+    row(
+        "speculative decoding with other drafts: ngram_gpu, MTP of other models, Medusa, DFlash, ...",
         **_everywhere(_VERIFIED, _OTHER_DRAFTS),
         asked=_speculative(
-            lambda s: _method(s) not in ("ngram", "suffix", *_DRAFTING),
+            lambda s: _method(s) not in ("ngram", "suffix", *_DRAFTING) and not _own_heads(s),
             "speculative decoding with other drafts than n-grams, suffixes, a draft model and EAGLE heads",
         ),
     ),

@@ -85,6 +85,7 @@ _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _H200_IMAGES_MORE = "invariance-2026-11-29-h200-images-vllm-0.33.0-2.json"
 _NEWER = refused("bi_patch covers images on vLLM 0.33", todo="Pass --language-model-only", releases="<0.33")
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
+_CPU_INTERN = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-3.json"
 _CPU_IMAGES_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
 _IMAGES = refused("no patch point covers their encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
@@ -308,7 +309,13 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_MULTIMODAL,
     ),
     row(
-        "Llama 4, Qwen-Omni, InternVL, other LLaVA, Pixtral, GLM-V, Phi-3V",
+        "InternVL3 up to 14B, as Hugging Face transformers has it",
+        cpu=served(_CPU_INTERN, why="a tiny shape with random weights; vLLM needs torchvision for it"),
+        cuda=refused("no run has compared its encoder", todo="Pass --language-model-only"),
+        ascend=_MULTIMODAL,
+    ),
+    row(
+        "Llama 4, Qwen-Omni, InternVLChatModel, other LLaVA, Pixtral, GLM-V, Phi-3V",
         cpu=_IMAGES,
         cuda=_IMAGES,
         ascend=_MULTIMODAL,

@@ -11,6 +11,7 @@ from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZ
 
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
 _CPU_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
+_CPU_INTERN = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-3.json"
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _H200_MORE = "invariance-2026-11-29-h200-images-vllm-0.33.0-2.json"
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
@@ -21,6 +22,7 @@ _TOWERS = {("Mistral3ForConditionalGeneration", "pixtral"), ("LlavaForConditiona
 _QWEN = {("Qwen3VLForConditionalGeneration", "qwen3_vl"), ("Qwen3VLForConditionalGeneration", "qwen3_vl_vision")}
 _QWEN2_5 = {("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")}
 _GEMMA = {("Gemma3ForConditionalGeneration", "siglip_vision_model")}
+_INTERN = {("InternVLForConditionalGeneration", "internvl_vision")}
 _OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
 
 
@@ -41,7 +43,8 @@ def taken(config: Any) -> str:
 
 def _encoder(config: Any) -> tuple[str, str]:
     vision = getattr(getattr(config.model_config, "hf_config", None), "vision_config", None)
-    return taken(config), getattr(vision, "model_type", "")
+    kind = getattr(vision, "model_type", "")
+    return taken(config), f"{kind} with norms of queries" if getattr(vision, "use_qk_norm", False) else kind
 
 
 def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
@@ -49,7 +52,7 @@ def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
 
 
 def _other(config: Any) -> str:
-    known = _encoder(config) in _IDEFICS | _TOWERS | _QWEN | _QWEN2_5 | _GEMMA
+    known = _encoder(config) in _IDEFICS | _TOWERS | _QWEN | _QWEN2_5 | _GEMMA | _INTERN
     return f"multimodal inputs of {taken(config)}" if taken(config) and not known else ""
 
 
@@ -195,6 +198,16 @@ IMAGES: tuple[Feature, ...] = (
         ascend=_ASCEND,
         asked=_of(_GEMMA),
         details="On CPU, vLLM needs torchvision for them.",
+    ),
+    row(
+        "images (InternVL as Hugging Face transformers has it)",
+        short="images (InternVL)",
+        cpu=served(_CPU_INTERN, why=_TINY),
+        cuda=refused("no run has compared its encoder", todo=_TEXT_ONLY),
+        ascend=_ASCEND,
+        asked=_of(_INTERN),
+        details="InternVLForConditionalGeneration without norms of queries and keys in its encoder (InternVL3 up to "
+        "14B). InternVLChatModel is refused. On CPU, vLLM needs torchvision for them.",
     ),
     row(
         "images, sound and video of other models",

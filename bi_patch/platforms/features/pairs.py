@@ -15,6 +15,7 @@ from bi_patch.platforms.features.model import Cell, Feature, refused, row, serve
 _CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
 _CPU_TOGETHER = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0-2.json"  # with grammars and cached prefixes, too
 _CPU_STAGES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-4.json"
+_CPU_LATENT = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0-4.json"
 _H200_PAIRS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-2.json"
 _H200_LORA_FP8 = "invariance-2026-11-29-h200-pairs-vllm-0.33.0-2.json"
 _SCHEMES = "INT8, 4-bit weights and FP8 blocks of tiny models, in eager mode"
@@ -202,7 +203,25 @@ PAIRS: tuple[Feature, ...] = (
         ascend=_REFUSED,
         asked=_two_compiled,
     ),
-    _never(_DRAFTS, QUANTIZED),
+    _pairs(
+        SPECULATION,
+        MLA,
+        cpu=served(_CPU_LATENT, why="n-grams; a tiny DeepSeek V3 in eager mode"),
+        cuda=_REFUSED,
+        ascend=_REFUSED,
+    ),
+    _pairs(
+        SPECULATION,
+        RECURRENT,
+        cpu=refused(
+            "vLLM copies the states of drafts by a Triton kernel (precopy_mamba_align_fused_kernel), which its CPU "
+            "build lacks: a tiny Qwen3-Next stopped at its first step",
+            todo="Use one of them",
+        ),
+        cuda=_REFUSED,
+        ascend=_REFUSED,
+    ),
+    _never(_DRAFTS, QUANTIZED, MLA),
     _never(POOLING, QUANTIZED),
     _never(
         LORA,
@@ -212,7 +231,7 @@ PAIRS: tuple[Feature, ...] = (
     ),
     _never(
         SPECULATION,
-        *(POOLING, MLA, RECURRENT, "several ranks", "KV transfer or offload"),
+        *(POOLING, "several ranks", "KV transfer or offload"),
         *("a reasoning parser", "custom logits processors", "watermarks"),
     ),
     _never(POOLING, MLA, RECURRENT, "ranks that share a model"),

@@ -3,6 +3,7 @@
 `draft_model`: the model without its last layer. `eagle`: a head that gets the token's embedding, scaled to the size
 that the first layer's norm would give it, and has the model's layers, whose outputs are scaled, too. `eagle3`: a head
 whose layers are the model's; its first layer reads the embedding and hardly reads the model's hidden states.
+`add_heads` gives a model a head of its own (MTP).
 """
 
 from __future__ import annotations
@@ -57,6 +58,37 @@ def write(method: str, model: str | Path, folder: Path) -> Path:
     return folder
 
 
+def add_heads(folder: Path) -> None:
+    """Make the Qwen2 model of one layer in `folder` a MiMo model with a head (MTP), whose layer is the model's.
+
+    The head reads the token's embedding, divided by its size, and hardly reads the model's hidden states. What its
+    layer adds is scaled as much, so that most drafts are right. Raises NoDrafts for another model.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] != "qwen2" or config["num_hidden_layers"] != 1 or config.get("tie_word_embeddings"):
+        raise NoDrafts("a head (MTP) is made for Qwen2 models of one layer whose head is not tied")
+    held = load_file(folder / "model.safetensors")
+    size, kind = config["hidden_size"], held["lm_head.weight"].dtype
+    scale = float(held["model.embed_tokens.weight"].float().square().mean().rsqrt())
+    own = _scaled({name.removeprefix("layers.0."): tensor for name, tensor in _layers(held).items()}, scale)
+    own["token_layernorm.weight"] = own["hidden_layernorm.weight"] = torch.ones(size, dtype=kind)
+    own["input_proj.weight"] = torch.cat([torch.eye(size) * 1e-3, torch.eye(size)], dim=1).to(kind)
+    own["final_layernorm.weight"] = held["model.norm.weight"]
+    held |= {f"model.mtp_layers.0.{name}": tensor.clone() for name, tensor in own.items()}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    changes = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _scaled(tensors: dict, scale: float) -> dict:
+    """The tensors of layers, which add `scale` times as much to their residual."""
+    added = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    return {name: (t.float() * scale).to(t.dtype) if name.endswith(added) else t for name, t in tensors.items()}
+
+
 def _shorter(config, held, torch):
     last = config["num_hidden_layers"] - 1
     tensors = {name: t for name, t in held.items() if not name.startswith(f"model.layers.{last}.")}
@@ -69,8 +101,7 @@ def _eagle(config, held, torch):
     scale = float(embedded.square().mean().rsqrt())
     fc = torch.cat([torch.eye(size) * scale, torch.eye(size) * 1e-3], dim=1)
     # The head's residual is `scale` times the model's if each layer adds `scale` times as much. The norms divide by it.
-    added = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
-    layers = {name: (t.float() * scale).to(t.dtype) if name.endswith(added) else t for name, t in _layers(held).items()}
+    layers = _scaled(_layers(held), scale)
     # A head has no norm before its first layer: the next products have its weights.
     first = layers.pop("layers.0.input_layernorm.weight").float()
     for part in ("q_proj", "k_proj", "v_proj"):

@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from filelock import FileLock
 from bi_patch import settings
 from bi_patch.errors import BiPatchError
 from bi_patch.files import read_json, write_json
-from bi_patch.tools.models import quantize
+from bi_patch.tools.models import drafts, quantize
 
 SMOL = "smollm2-135m-instruct"
 QWEN3, LLAMA, MOE, QWEN3_100M = "tiny-qwen3", "tiny-llama", "tiny-qwen3-moe", "qwen3-100m"
@@ -30,8 +30,9 @@ WINDOW = "tiny-mistral-window"
 TIED = "tiny-llama-tied"
 INT8, AWQ, GPTQ, W4A16 = "tiny-qwen3-int8", "tiny-qwen2-awq", "tiny-llama-gptq", "tiny-qwen3-w4a16"
 STATIC, ZEROS, FP8_BLOCKS = "tiny-llama-int8-static", "tiny-qwen3-w4a16-zeros", "tiny-qwen3-fp8-blocks"
+MIMO = "tiny-mimo"  # with a head of its own that predicts one more token (MTP)
 QUANTIZED = (INT8, STATIC, AWQ, GPTQ, W4A16, ZEROS, FP8_BLOCKS)
-NAMES = (SMOL, QWEN3, LLAMA, TIED, MOE, WINDOW, QWEN3_100M, LLAMA_100M, *QUANTIZED)
+NAMES = (SMOL, QWEN3, LLAMA, TIED, MOE, WINDOW, MIMO, QWEN3_100M, LLAMA_100M, *QUANTIZED)
 
 _RECIPE = 1  # raise it when a recipe below changes
 _MARKER = "bi_patch-model.json"
@@ -76,6 +77,7 @@ class _Random:
     vocab: int = 2048
     spread: float = 0.05
     scheme: str = ""
+    heads: bool = field(default=False, repr=False)  # outside of the identity: other recipes keep theirs
 
 
 _RANDOM = {
@@ -93,6 +95,7 @@ _RANDOM = {
     AWQ: _Random("Qwen2", _SMALL | dict(num_attention_heads=4), scheme=quantize.AWQ),  # its attention has biases
     GPTQ: _Random("Llama", _SMALL, scheme=quantize.GPTQ),
     W4A16: _Random("Qwen3", _SMALL, scheme=quantize.W4A16),
+    MIMO: _Random("Qwen2", _SMALL | dict(num_attention_heads=4, num_hidden_layers=1), heads=True),
 }
 
 
@@ -182,7 +185,7 @@ def _make_random(recipe: _Random, folder: Path) -> None:
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name:  # norms of exactly one would hide a wrong order
                     parameter.add_(torch.randn(parameter.shape).mul_(0.1).to(parameter.dtype))
-            if recipe.scheme:  # transformers starts biases at zero
+            if recipe.scheme or recipe.heads:  # transformers starts biases at zero
                 for parameter_name, parameter in model.named_parameters():
                     if parameter_name.endswith("bias"):
                         parameter.add_(torch.randn(parameter.shape).mul_(0.5).to(parameter.dtype))
@@ -190,6 +193,8 @@ def _make_random(recipe: _Random, folder: Path) -> None:
     if recipe.scheme:
         last = recipe.shape["num_hidden_layers"] - 1
         quantize.convert(folder, recipe.scheme, left_out=(f"model.layers.{last}.mlp.down_proj",))
+    if recipe.heads:
+        drafts.add_heads(folder)
 
 
 def save_tokenizer(vocab: int, folder: Path) -> int:

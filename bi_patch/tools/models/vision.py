@@ -1,8 +1,9 @@
 """One tiny model of each kind that takes images, as config.json, with its tokenizer and its image processor.
 
 LLaVA has a CLIP or a Pixtral tower, Mistral Small 3 a Pixtral tower with merged patches, Idefics3 a SigLIP tower with
-tiles, Gemma 3 a SigLIP tower whose rows are averaged. Weights are random. The tokens of images are the vocabulary's
-last ones, which verify's prompts leave out. vLLM needs torchvision for all of them but Idefics3.
+tiles, Gemma 3 a SigLIP tower whose rows are averaged, InternVL a tower of its own with tiles. Weights are random. The
+tokens of images are the vocabulary's last ones, which verify's prompts leave out. vLLM needs torchvision for all of
+them but Idefics3.
 """
 
 from __future__ import annotations
@@ -158,6 +159,29 @@ VISION["Qwen2.5-VL"] = {
     },
 }
 
+VISION["InternVL"] = {
+    "architectures": ["InternVLForConditionalGeneration"],
+    "model_type": "internvl",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "image_token_id": _OWN,
+    "image_seq_length": 16,
+    "downsample_ratio": 0.5,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "text_config": dict(_TINY) | _NARROW | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "vision_config": _TOWER
+    | {
+        "model_type": "internvl_vision",
+        "hidden_act": "gelu",
+        "image_size": [8 * _PATCH] * 2,
+        "patch_size": [_PATCH] * 2,
+        "attention_bias": True,
+        "norm_type": "layer_norm",
+        "use_qk_norm": False,
+    },
+}
+
 # The sizes of published models with a few layers and a small vocabulary. They are not tiny: for GPUs.
 _QWEN_ROTATION = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 VISION |= {
@@ -308,7 +332,15 @@ VISION["Qwen2.5-VL-3B"] = VISION["Qwen2.5-VL"] | {
         "out_hidden_size": 2048,
     },
 }
-CPU = ("Idefics3", "LLaVA", "Mistral Small 3", "Gemma 3", "Qwen3-VL", "Qwen2.5-VL")  # tiny, and served there
+CPU = (
+    "Idefics3",
+    "LLaVA",
+    "Mistral Small 3",
+    "Gemma 3",
+    "Qwen3-VL",
+    "Qwen2.5-VL",
+    "InternVL",
+)  # tiny, and served there
 WITHOUT_TORCHVISION = ("Idefics3",)
 
 
@@ -419,6 +451,26 @@ def _gemma3_processor(folder: Path, edge: int, rows: int):
     )
 
 
+def _internvl(folder: Path):
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    parts = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
+    parts["video_token"] = "<video>"
+    _tokens(*parts.values())(folder).save_pretrained(folder)
+    size = {"height": 8 * _PATCH, "width": 8 * _PATCH}
+    return InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=parts),
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+    )
+
+
 _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "LLaVA": _llava(8 * _PATCH),
     "LLaVA-1.5-7B": _llava(24 * _PATCH),
@@ -432,6 +484,7 @@ _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "Gemma 3": _gemma3(8 * _PATCH, _GEMMA_ROWS),
     "Gemma-3-4B": _gemma3(64 * _PATCH, 256),
     "Qwen2.5-VL-3B": _qwen2_5,
+    "InternVL": _internvl,
 }
 
 

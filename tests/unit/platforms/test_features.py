@@ -242,7 +242,7 @@ def test_a_plain_configuration_passes(platform):
         ({"speculative": draft(use_mla=True, is_moe=True)}, "a draft model with MLA, a draft model with experts"),
         ({"speculative": draft(), "lora": SimpleNamespace()}, "LoRA with a draft model or heads"),
         ({"speculative": ngram(), "model_has_inner_state": True}, "speculative decoding with recurrent layers"),
-        ({"speculative": ngram(), "model_use_mla": True}, "speculative decoding with MLA"),
+        ({"speculative": draft(), "model_use_mla": True}, "a draft model or heads with MLA"),
         ({"speculative": ngram(), "parallel_tensor_parallel_size": 2}, "speculative decoding with several ranks"),
         (
             {"speculative": ngram(), "model_logits_processors": ["x"]},
@@ -569,6 +569,13 @@ def test_n_grams_beside_adapters_and_fp8_on_cuda():
         asked(table.check, **fp8, lora=SimpleNamespace())
 
 
+def test_n_grams_of_a_model_with_mla_are_served_on_cpu_only():
+    check("cpu", speculative=ngram(), model_use_mla=True)
+    for platform in ("cuda", "ascend"):
+        with pytest.raises(UnsupportedFeature, match="speculative decoding with MLA"):
+            check(platform, speculative=ngram(), model_use_mla=True)
+
+
 def test_suffixes_are_served_on_cpu_only():
     check("cpu", speculative=Speculative(method="suffix"))
     for platform in ("cuda", "ascend"):
@@ -581,6 +588,34 @@ def test_workers_of_ray_are_refused_on_cpu_before_vllm_looks_for_them():
         with pytest.raises(UnsupportedFeature, match="workers of Ray: .*does not support ray.*Use the executor mp"):
             check("cpu", **{f"parallel_{field}": "ray"})
         check("cuda", **{f"parallel_{field}": "ray"})
+
+
+def own_heads(architecture="MiMoMTPModel", **model):
+    heads = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]), **model)
+    return Speculative(method="mtp", draft_model_config=heads)
+
+
+def test_a_models_own_heads_are_served_for_mimo_on_cpu():
+    check("cpu", speculative=own_heads())
+    with pytest.raises(UnsupportedFeature, match="a model's own heads"):
+        check("cuda", speculative=own_heads())
+    for other in ("DeepSeekMTPModel", "Qwen3NextMTP", "Glm4MoeMTPModel"):
+        with pytest.raises(UnsupportedFeature, match="speculative decoding with other drafts"):
+            check("cpu", speculative=own_heads(other))
+    with pytest.raises(UnsupportedFeature, match="a draft model with quantized weights"):
+        check("cpu", speculative=own_heads(quantization="awq"))
+    with pytest.raises(UnsupportedFeature, match="LoRA with a draft model or heads"):
+        check("cpu", speculative=own_heads(), lora=SimpleNamespace())
+
+
+def test_images_of_internvl_are_served_without_norms_of_queries():
+    given = images("InternVLForConditionalGeneration", "internvl_vision")
+    check("cpu", **given)
+    with pytest.raises(UnsupportedFeature, match="no run has compared its encoder"):
+        check("cuda", **given)
+    encoder = SimpleNamespace(model_type="internvl_vision", use_qk_norm=True)
+    with pytest.raises(UnsupportedFeature, match="multimodal inputs of InternVLForConditionalGeneration"):
+        check("cpu", **given | {"model_hf_config": SimpleNamespace(vision_config=encoder)})
 
 
 def test_adapters_beside_fp8_on_cuda():

@@ -70,6 +70,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         "running requests",
         "cpu",
     ): tuple((f"* {dtype}, single requests", *_ASKED) for dtype in ("bf16", "fp32")),
+    ("speculative decoding with MLA", "cpu"): (("DeepSeek V3 bf16, n-grams", *_SPECULATED),),
     ("MLA with pipeline parallelism", "cpu"): (("DeepSeek V2 * PP 2 compiled", *_MLA, "decode = prefill"),),
     ("processed logprobs and logits (--logprobs-mode)", "cpu"): (("*", "processed logprobs"),),
     ("processed logprobs and logits (--logprobs-mode)", "cuda"): (("Qwen3-30B-A3B*", "processed logprobs"),),
@@ -153,6 +154,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("speculative decoding with suffixes of earlier answers (method suffix, which needs arctic-inference)", "cpu"): (
         ("* suffixes", *_SPECULATED),
     ),
+    ("speculative decoding with a model's own heads (method mtp) of MiMo", "cpu"): (("* MTP", *_SPECULATED),),
     ("speculative decoding on model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)", "cpu"): (("* n-grams", *_SPECULATED),),
     ("speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)", "cpu"): (
         ("* a draft model, heads", *_SPECULATED),
@@ -207,6 +209,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("FP8 KV cache (e4m3, static scales)", "cuda"): (("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),),
     ("fp32 KV cache", "cpu"): (("* fp32", *_SIX, "preemption"),),
     # Images.
+    ("images (InternVL as Hugging Face transformers has it)", "cpu"): (
+        ("InternVL, bf16", *_IMAGES, "prefix cache", "batch size", "co-batch contents"),
+        ("InternVL, bf16 compiled", *_IMAGES),
+    ),
     ("images (Idefics3)", "cpu"): (
         ("Idefics3, bf16", *_IMAGES, "prefix cache", "batch size"),
         ("Idefics3, bf16 compiled", *_IMAGES, "prefix cache", "batch size"),
@@ -428,6 +434,7 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
         (f"{model}, bf16", *_IMAGES) for model in ("Qwen3-VL", "Mistral Small 3", "LLaVA")
     ),
     ("Qwen2.5-VL", "cpu"): (("Qwen2.5-VL, bf16", *_IMAGES),),
+    ("InternVL3 up to 14B, as Hugging Face transformers has it", "cpu"): (("InternVL, bf16", *_IMAGES),),
     ("Gemma 3 4B and larger, with images", "cpu"): (("Gemma 3, bf16", *_IMAGES),),
     ("Idefics3", "cuda"): (("Idefics3, bf16", "images", "batch size"),),
     ("Qwen2.5-VL", "cuda"): (("Qwen2.5-VL-3B, bf16", "images"),),

@@ -12,6 +12,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from bi_patch.platforms.features import table
+from bi_patch.platforms.features.engine import OWN_HEADS
 from bi_patch.platforms.features.model import REFUSED, TITLES
 from bi_patch.tools.models import drafts
 from bi_patch.tools.verify.answers import Request
@@ -167,7 +168,8 @@ def repeating(engine: Engine, workload: Workload) -> list[Request]:
 
 def speculative(engine: Engine) -> list[Change]:
     """N-grams with a single draft, with some, and with more than the engine accepts at once. Also a draft model and
-    heads, where they can be made of the model's weights, and suffixes, where their library is installed."""
+    heads, where they can be made of the model's weights, the model's own heads (MTP), and suffixes, where their library
+    is installed."""
 
     def change(what: str, count: int, **given: object) -> Change:
         asked = {**given, "num_speculative_tokens": count}
@@ -181,12 +183,17 @@ def speculative(engine: Engine) -> list[Change]:
     if drafts.serves(engine.options.model) and _takes(engine, _HEADS):
         for method, count in zip(drafts.METHODS, (2, 3, 4)):
             found.append(change(f"speculation by {method}", count, method=method, model=_drafts(engine, method)))
+    model = config(engine.options.model)
+    own = model.get("num_nextn_predict_layers") and set(model.get("architectures") or ()) <= OWN_HEADS
+    if own and _takes(engine, _OWN):
+        found += [change("speculation by mtp", count, method="mtp") for count in (1, 3)]
     return found
 
 
 # Rows of the feature table, by the beginnings of their names.
 _HEADS = "speculative decoding with a draft model or heads"
 _SUFFIXES = "speculative decoding with suffixes"
+_OWN = "speculative decoding with a model's own heads"
 
 
 def _takes(engine: Engine, name: str) -> bool:

@@ -67,3 +67,24 @@ def test_other_models_have_none(model, tmp_path):
         assert not drafts.serves(model)
         with pytest.raises(drafts.NoDrafts, match="whose head is not tied"):
             drafts.write("eagle", model, tmp_path / "x")
+
+
+def test_a_model_of_one_layer_gets_a_head_of_its_own(model):
+    """The head's layer is the model's, and its rows are the embedding's divided by their size."""
+    config = json.loads((model / "config.json").read_text())
+    with pytest.raises(drafts.NoDrafts, match="of one layer"):
+        drafts.add_heads(model)
+    held = {k: t for k, t in load_file(model / "model.safetensors").items() if ".layers.1." not in k and ".2." not in k}
+    save_file(held, model / "model.safetensors")
+    changes = {"model_type": "qwen2", "num_hidden_layers": 1}
+    (model / "config.json").write_text(json.dumps(config | changes))
+    drafts.add_heads(model)
+    made, config = load_file(model / "model.safetensors"), json.loads((model / "config.json").read_text())
+    assert config["architectures"] == ["MiMoForCausalLM"] and config["num_nextn_predict_layers"] == 1
+    head = {name.removeprefix("model.mtp_layers.0."): t for name, t in made.items() if "mtp_layers" in name}
+    assert {name: t for name, t in made.items() if "mtp_layers" not in name}.keys() == held.keys()
+    scale = held["model.embed_tokens.weight"].square().mean().rsqrt()
+    torch.testing.assert_close(head["self_attn.o_proj.weight"], held["model.layers.0.self_attn.o_proj.weight"] * scale)
+    assert torch.equal(head["self_attn.q_proj.weight"], held["model.layers.0.self_attn.q_proj.weight"])
+    assert torch.equal(head["input_proj.weight"][:, HIDDEN:], torch.eye(HIDDEN))
+    assert torch.equal(head["final_layernorm.weight"], held["model.norm.weight"])
