@@ -701,7 +701,14 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "speculative decoding with other drafts: ngram_gpu, MTP of other models, Medusa, DFlash, ...",
-        **_everywhere(_VERIFIED, _OTHER_DRAFTS),
+        **_everywhere(_VERIFIED, _OTHER_DRAFTS)
+        | {
+            "cpu": refused(
+                "nobody has compared them: the head of a tiny DeepSeek V3 has a router without a certificate, and "
+                "vLLM's CPU build lacks a kernel for the drafts of Qwen3-Next",
+                todo=_OTHER_DRAFTS,
+            )
+        },
         asked=_speculative(
             lambda s: _method(s) not in ("ngram", "suffix", *_DRAFTING) and not _own_heads(s),
             "speculative decoding with other drafts than n-grams, suffixes, a draft model and EAGLE heads",
