@@ -22,8 +22,8 @@ SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_pyte
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: demo test test-engine test-processes test-unit test-tables test-alone test-fast test-all test-gpu test-ascend bench \
-	check lint docs setup clean
+.PHONY: demo test test-engine test-processes test-unit test-kernels test-tables test-alone test-fast test-all test-gpu \
+	test-ascend bench check lint docs setup clean
 
 # Tests of `make test`: without the slow ones, and without those that measure time, which run alone.
 HERE := not slow and not gpu and not ascend
@@ -37,11 +37,12 @@ demo: setup
 test: setup
 	$(MAKE) lint
 	@echo "The engine's tests run beside the other parts. Each part prints its output when it is done, after minutes"
-	$(MAKE) -k -j2 --output-sync=target test-engine test-unit test-processes test-tables docs test-ascend
+	$(MAKE) -k -j2 --output-sync=target test-engine test-processes test-ascend test-unit test-kernels test-tables docs
 	$(MAKE) test-alone
 
+# Parts begin in this order, the longest first, so that both lanes end at about the same time.
 # Waiting threads sleep, for other tests run beside them.
-test-engine test-processes test-unit test-ascend: export OMP_WAIT_POLICY := passive
+test-engine test-processes test-ascend test-unit test-kernels: export OMP_WAIT_POLICY := passive
 
 # Files whose tests start processes of their own (servers, ranks, trainers, the demo): a third part, since the engine's
 # tests take longer than all others together.
@@ -54,7 +55,10 @@ test-processes: setup
 	$(BIN)/pytest --durations=20 -m "engine and $(BESIDE)" $(PROCESSES)
 
 test-unit: setup
-	$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" tests
+	$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" --ignore=tests/unit/kernels tests
+
+test-kernels: setup
+	$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" tests/unit/kernels
 
 test-tables: setup
 	$(BIN)/bi-patch check --all

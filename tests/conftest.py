@@ -1,5 +1,6 @@
 """Fixtures of all tests: a clean environment for child processes, one cache folder for the run, a fake engine."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -12,6 +13,22 @@ import pytest
 import bi_patch_entry
 
 bi_patch_entry.without_arming()
+
+CHILDREN = Path(__file__).parent / "children"
+
+
+def pytest_collection_finish():
+    """Let the garbage collector skip what lives to the end: all tests, and the modules that they import."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _children():
+    """Every Python process that a test starts reads children/sitecustomize.py first."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(CHILDREN), os.environ.get("PYTHONPATH")))))
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ def on_npu():
         folders = (
             *first,
             *((SOURCES,) if sources else ()),
+            ROOT / "tests/children",
             ROOT,
             ROOT / "tests/ascend",
             ROOT / "tests/ascend/kernels",

@@ -21,9 +21,16 @@ from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.forks import Forks
 
 
+@pytest.fixture(scope="session")
+def user_code(tmp_path_factory):
+    """A folder from which every child can import. All children have it, so that they are forks of one process."""
+    return tmp_path_factory.mktemp("code")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
+def _environment(_children, user_code):
     patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", os.pathsep.join((os.environ["PYTHONPATH"], str(user_code))))
     patch.setenv("OMP_NUM_THREADS", "2")
     patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     patch.delenv("VLLM_BATCH_INVARIANT", raising=False)
@@ -33,8 +40,9 @@ def _two_threads():
 
 @pytest.fixture(scope="session", autouse=True)
 def _forks():
-    """Children are forks of processes that have imported vLLM, one for each environment."""
-    forks = Forks()
+    """Children are forks of processes that have imported vLLM, one for each environment. Faults need environments of
+    their own, and armed, stock and compiled engines outlive these."""
+    forks = Forks(most=5)
     patch = pytest.MonkeyPatch()
     patch.setattr(ChildEngine, "launch", staticmethod(forks.launch))
     yield
@@ -136,15 +144,8 @@ class Refusing(ChildEngine):
 
 
 @pytest.fixture(scope="session")
-def user_code(tmp_path_factory):
-    """A folder from which `refusing` can import."""
-    return tmp_path_factory.mktemp("code")
-
-
-@pytest.fixture(scope="session")
-def refusing(start, user_code):
-    paths = os.pathsep.join(filter(None, (str(user_code), os.environ.get("PYTHONPATH"))))
-    with start(ARMED, recipes.QWEN3, environ={"PYTHONPATH": paths}, kind=Refusing) as child:
+def refusing(start):
+    with start(ARMED, recipes.QWEN3, kind=Refusing) as child:
         yield child
 
 

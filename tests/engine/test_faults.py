@@ -5,20 +5,21 @@ import pytest
 
 from bi_patch.errors import BiPatchError, SeamOpen
 from bi_patch.tools.models import recipes
-from bi_patch.tools.verify.child import ARMED, EngineFailed
+from bi_patch.tools.verify.child import ARMED, ChildEngine, EngineFailed
 from bi_patch.tools.verify.probes import PROBES, Workload
 
 pytestmark = pytest.mark.engine
 
 
 SEAMS = ("attention.cpu_forward", "linear.cpu_dispatch")
+LEFT_OPEN = {"BI_PATCH_LEAVE_OPEN": ",".join(SEAMS)}
 
 
 @pytest.fixture(scope="module")
 def stopped(start):
     """The error of one engine with all of SEAMS open."""
     with pytest.raises(SeamOpen) as caught:
-        with start(ARMED, recipes.QWEN3, environ={"BI_PATCH_LEAVE_OPEN": ",".join(SEAMS)}):
+        with start(ARMED, recipes.QWEN3, environ=LEFT_OPEN):
             pass
     return str(caught.value)
 
@@ -28,10 +29,17 @@ def test_an_open_seam_stops_the_engine_and_is_named(stopped, seam):
     assert f"  {seam} at " in stopped
 
 
-def test_leaving_the_plugin_out_does_not_skip_the_start_up_check(start):
-    environ = {"BI_PATCH_LEAVE_OPEN": "linear.cpu_dispatch", "VLLM_PLUGINS": "none"}
+class WithoutPlugins(ChildEngine):
+    """A child that loads no plugin of vLLM. Its process is a fork of the one that `stopped` needs, too."""
+
+    worker = "without_plugins"
+
+
+def test_leaving_the_plugin_out_does_not_skip_the_start_up_check(start, user_code):
+    code = "import os\nos.environ['VLLM_PLUGINS'] = 'none'\nfrom bi_patch.tools.verify.worker import main"
+    (user_code / "without_plugins.py").write_text(code)
     with pytest.raises(SeamOpen, match="linear.cpu_dispatch"):
-        with start(ARMED, recipes.QWEN3, environ=environ):
+        with start(ARMED, recipes.QWEN3, environ=LEFT_OPEN, kind=WithoutPlugins):
             pass
 
 

@@ -66,7 +66,7 @@ def test_an_engine_core_of_the_patched_copy_computes_the_same_bits(bf16, model, 
     program = tmp_path / "generate.py"
     program.write_text(GENERATE)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
-    paths = [str(patched), str(Path(bi_patch.__file__).parent.parent)]
+    paths = [str(patched), str(Path(bi_patch.__file__).parent.parent), os.environ["PYTHONPATH"]]
     environ = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_BATCH_INVARIANT": "1", "BI_PATCH_FORM": "patches"}
     environ |= {"BI_PATCH_CACHE": str(cache), "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(

