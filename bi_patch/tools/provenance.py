@@ -65,7 +65,7 @@ def _git(*arguments: str) -> str | None:
     """What git prints in the folder of the package; None where git fails or is not installed."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(_PACKAGE.parent), *arguments], capture_output=True, text=True, timeout=20, check=True
+            ["git", "-C", str(_PACKAGE.parent), *arguments], capture_output=True, text=True, timeout=120, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

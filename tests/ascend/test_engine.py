@@ -27,7 +27,7 @@ def answer(on_npu, tmp_path, caches, *arguments, first=()):
     model = tmp_path / "model"
     model.mkdir()
     command = ("tests/ascend/engine.py", arguments[0], str(model), *arguments[1:])
-    done = on_npu(*command, sources=True, first=first, timeout=900, **environ)
+    done = on_npu(*command, sources=True, first=first, timeout=1800, **environ)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 

@@ -1,6 +1,7 @@
 """Fixtures that start the real engine. Tests share a start where they can. Two threads, because one hides variance."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ def start(model):
     return make
 
 
-START_SECONDS = 300  # of a server
+START_SECONDS = 1800  # of a server; ends what hangs
 
 
 class Server(NamedTuple):
@@ -81,6 +82,20 @@ class Server(NamedTuple):
     log: Path
 
 
+def _free_port() -> int:
+    """A port that nobody has. It is below those that the kernel gives to others, so it stays free until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    return _free_port
+
+
 @pytest.fixture(scope="session")
 def serve(cache, tmp_path_factory):
     """serve(folder, *options, **environment): a context manager that gives a Server of a model's folder, started by
@@ -89,9 +104,7 @@ def serve(cache, tmp_path_factory):
     @contextmanager
     def make(model: str, *options: str, **environment: str) -> Iterator[Server]:
         log = tmp_path_factory.mktemp("server") / "log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         bin_folder = Path(sys.executable).parent
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
         environ |= {
@@ -127,7 +140,11 @@ def serve(cache, tmp_path_factory):
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=1800)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     return make
 

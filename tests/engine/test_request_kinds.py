@@ -29,11 +29,11 @@ KINDS = (
 def lines(model) -> list[str]:
     folder = model(recipes.QWEN3)
     environ = child_environ(os.environ | PATIENT, ARMED, Options(folder)) | {
-        "PYTHONPATH": os.environ.get("PYTHONPATH", "."),
+        "PYTHONPATH": os.pathsep.join((".", os.environ["PYTHONPATH"])),
     }
     script = Path(__file__).parents[2] / "benchmarks/cpu/request_kinds.py"
     done = subprocess.run(
-        [sys.executable, "-P", script, folder], env=environ, capture_output=True, text=True, timeout=500
+        [sys.executable, "-P", script, folder], env=environ, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return [line.partition("\t")[0] for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL "))]

@@ -61,7 +61,7 @@ def ask(model, cache):
             env=environ,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
         return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).removeprefix("RESULT "))

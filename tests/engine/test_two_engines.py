@@ -54,7 +54,7 @@ print("RESULT", json.dumps([answers, sum(bool(held.vendor_rows) for held in line
 
 
 def answers(model, tmp_path, serves, *seeds):
-    own = {"VLLM_CACHE_ROOT": str(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", ".")}
+    own = {"VLLM_CACHE_ROOT": str(tmp_path), "PYTHONPATH": os.pathsep.join((".", os.environ["PYTHONPATH"]))}
     environ = child_environ(os.environ | PATIENT, ARMED, Options(model, eager=False)) | own
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, model, serves, *map(str, seeds)], env=environ, capture_output=True, text=True

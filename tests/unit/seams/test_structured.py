@@ -17,7 +17,7 @@ VOCABULARY = 70  # three columns of a mask
 class Library:
     """A backend that keeps the grammar that it compiles in a field, as the library guidance does."""
 
-    both = threading.Barrier(2, timeout=5)
+    both = threading.Barrier(2, timeout=600)
 
     def __init__(self, name, columns=3, wait=False):
         self.name, self.columns, self.wait, self.destroyed = name, columns, wait, False
@@ -144,14 +144,15 @@ def test_the_load_chooses_no_library(monkeypatch):
     from vllm import envs
     from vllm.v1.structured_output import utils
 
-    monkeypatch.setattr(envs, "VLLM_REGEX_COMPILATION_TIMEOUT_S", 0.05, raising=False)
     slow, ready = threading.Event(), threading.Event()
     ready.set()
     compile_regex = structured._note_late(utils.compile_regex_with_timeout)
 
     def choose(self, wait):
+        limit = 0.05 if wait is slow else 600
+        monkeypatch.setattr(envs, "VLLM_REGEX_COMPILATION_TIMEOUT_S", limit, raising=False)
         try:
-            compile_regex(lambda pattern: wait.wait(1), "a+")
+            compile_regex(lambda pattern: wait.wait(600), "a+")
         except ValueError:
             pass  # vLLM goes on with the next library
 
@@ -159,4 +160,5 @@ def test_the_load_chooses_no_library(monkeypatch):
     chosen(None, ready)
     with pytest.raises(UnsupportedRequest, match="structured.late_choice"):
         chosen(None, slow)
+    slow.set()
     chosen(None, ready)

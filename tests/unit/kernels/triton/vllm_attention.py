@@ -80,7 +80,7 @@ def compare(case: str, form: str) -> None:
     q, k, v = (x.to(torch.float16) for x in (q, k, v))
     pages = torch.arange(blocks, dtype=torch.int32)[None]
     whole = attend(case, q, k, v, pages, TOKENS)
-    beyond = range(WINDOW, TOKENS)
+    beyond = range(WINDOW, TOKENS, 3)  # every place of a row in its page of 16, and in its tile
     differing = sum(not torch.equal(attend(case, q[i : i + 1], k, v, pages, i + 1)[0], whole[i]) for i in beyond)
     print("DIFFERING", case, form, differing, len(beyond))
 

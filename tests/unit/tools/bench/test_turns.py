@@ -68,13 +68,20 @@ def gone(process: int) -> bool:
     return False
 
 
+def begun(held, *modes):
+    """Wait until the engines of these modes, by default of all modes, have said that they are ready."""
+    for child in held.children:
+        while child.mode in (modes or MODES) and child._answers.empty():
+            time.sleep(0.01)
+
+
 MODES = frozenset({"stock", "upstream"})
 
 
 def test_engines_take_turns_to_go_first(hopper, group, tmp_path):
     engines, _ = hopper
     held = group("one")
-    assert engines.ready([held], time.monotonic() + 30, MODES) == [held]
+    assert engines.ready([held], time.monotonic() + 600, MODES) == [held]
     engines.measure(held)
     order = (tmp_path / "notes").read_text().splitlines()
     assert order[:4] == ["stock a 0", "upstream a 0", "upstream a 1", "stock a 1"] and len(order) == 8
@@ -86,8 +93,9 @@ def test_engines_take_turns_to_go_first(hopper, group, tmp_path):
 
 def test_who_is_late_is_left_out_and_ends(hopper, group):
     engines, _ = hopper
-    late, punctual = group("late", late=60), group("punctual")
+    late, punctual = group("late", late=3600), group("punctual")
     processes = [child.process for child in late.children]
+    begun(punctual)
     assert engines.ready([punctual, late], time.monotonic() + 1.5, MODES) == [punctual]
     assert all(map(gone, processes)) and late.missing == ["late: no engine of mode stock started"]
     engines.measure(punctual)
@@ -96,7 +104,8 @@ def test_who_is_late_is_left_out_and_ends(hopper, group):
 
 def test_an_engine_that_is_not_needed_may_be_late(hopper, group):
     engines, _ = hopper
-    held = group("one", late=60)
+    held = group("one", late=3600)
+    begun(held, "upstream")
     assert engines.ready([held], time.monotonic() + 1.5, frozenset({"upstream"})) == [held]
     assert [child.mode for child in held.children] == ["upstream"] and held.missing
 
@@ -104,7 +113,7 @@ def test_an_engine_that_is_not_needed_may_be_late(hopper, group):
 def test_a_failure_keeps_what_was_measured(hopper, group):
     engines, _ = hopper
     held = group("one", fails="b")
-    engines.ready([held], time.monotonic() + 30, MODES)
+    engines.ready([held], time.monotonic() + 600, MODES)
     engines.measure(held)
     assert len(held.files) == 2 and "'ended', not 'turn done'" in held.missing[0]
 
@@ -112,7 +121,7 @@ def test_a_failure_keeps_what_was_measured(hopper, group):
 def test_nothing_begins_after_the_limit(hopper, group):
     engines, _ = hopper
     held = group("one")
-    engines.ready([held], time.monotonic() + 30, MODES)
+    engines.ready([held], time.monotonic() + 600, MODES)
     engines.measure(held, until=time.monotonic())
     assert not held.files and not held.missing
 

@@ -34,7 +34,7 @@ def inspect(path, program, **environ):
     clean |= {"PYTHONPATH": os.pathsep.join(paths), "VLLM_BATCH_INVARIANT": "1"}
     clean |= {k: v for k, v in os.environ.items() if k == "BI_PATCH_CACHE"} | environ
     result = subprocess.run(
-        [sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False, timeout=1800
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return json.loads(result.stdout.rpartition("RESULT")[2].splitlines()[0])

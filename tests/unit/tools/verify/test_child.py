@@ -33,7 +33,9 @@ for line in sys.stdin:
     else:
         %s
 """
-STARTED, HELPER = "reply(info=INFO)", "helper = subprocess.Popen(['sleep', '600'], pass_fds=(out.fileno(),))"
+HELD = 3600  # seconds for which a child or its helper would run
+STARTED = "reply(info=INFO)"
+HELPER = f"helper = subprocess.Popen(['sleep', '{HELD}'], pass_fds=(out.fileno(),))"
 
 
 @pytest.fixture
@@ -91,24 +93,26 @@ def test_an_end_is_noticed_though_its_own_children_hold_the_pipe(worker, last, s
     with pytest.raises(EngineFailed, match=said):
         with worker(f"{HELPER}; {STARTED}", last)() as engine:
             engine.counters()
-    assert time.monotonic() - began < 15 and not group(engine._process.pid)
+    assert time.monotonic() - began < HELD / 2 and not group(engine._process.pid)
 
 
-def test_an_interrupt_ends_a_starting_child_and_its_children_at_once(worker, tmp_path):
-    made = worker(f"{HELPER}; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+def test_an_interrupt_ends_a_starting_child_and_its_children_at_once(worker, monkeypatch, tmp_path):
+    pid, waits, line = tmp_path / "pid", threading.Event(), ChildEngine._line
+    made = worker(f"{HELPER}; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep({HELD})")
+    monkeypatch.setattr(ChildEngine, "_line", lambda self: waits.set() or line(self))
 
     def interrupt():
-        while not (tmp_path / "pid").exists():
+        waits.wait()
+        while not (pid.exists() and pid.read_text()):
             time.sleep(0.05)
-        time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         made()
-    leader = int((tmp_path / "pid").read_text())
-    assert time.monotonic() - began < 10 and not group(leader) and left(tmp_path) == ["pid"]
+    leader = int(pid.read_text())
+    assert time.monotonic() - began < HELD / 2 and not group(leader) and left(tmp_path) == ["pid"]
 
 
 def test_a_second_interrupt_leaves_no_child(worker, monkeypatch):

@@ -3,32 +3,32 @@
 import os
 from pathlib import Path
 
-import pytest
-
 import bi_patch_pytest
 
 pytest_plugins = "pytester"
 SOURCES = str(Path(bi_patch_pytest.__file__).parent)
 
 
-@pytest.mark.parametrize(
-    "given, said",
-    [
-        ('axes=["batch sise"]', "NoSuchAxis: there is no axis 'batch sise'; the axes are batch size, *"),
-        ('axes="batch sise"', "NoSuchAxis: there is no axis 'batch sise'; *"),
-        ('level="fast"', "SettingError: there is no level 'fast'; the levels are quick, default, full"),
-        ('mode="amred"', "SettingError: there is no mode 'amred'; *"),
-    ],
-    ids=["axis", "axis as a string", "level", "mode"],
-)
-def test_a_word_that_does_not_exist_fails_in_one_line(pytester, monkeypatch, given, said):
+WORDS = {
+    'axes=["batch sise"]': "NoSuchAxis: there is no axis 'batch sise'; the axes are batch size, *",
+    'axes="batch sise"': "NoSuchAxis: there is no axis 'batch sise'; *",
+    'level="fast"': "SettingError: there is no level 'fast'; the levels are quick, default, full",
+    'mode="amred"': "SettingError: there is no mode 'amred'; *",
+}
+
+
+def test_a_word_that_does_not_exist_fails_in_one_line(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([SOURCES, os.environ.get("PYTHONPATH", "")]))
-    url = "" if "mode" in given else 'url="http://127.0.0.1:9", '
-    pytester.makepyfile(f"def test_typo(verify_invariance):\n    verify_invariance({url}{given})\n")
+    made = ""
+    for number, given in enumerate(WORDS):
+        url = "" if "mode" in given else 'url="http://127.0.0.1:9", '
+        made += f"def test_typo_{number}(verify_invariance):\n    verify_invariance({url}{given})\n\n\n"
+    pytester.makepyfile(made)
     plugin = () if _installed() else ("-p", "bi_patch_pytest")
-    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", *plugin, timeout=60)
-    done.assert_outcomes(failed=1)
-    done.stdout.fnmatch_lines(["*FAILURES*", "*test_typo*", said, "*short test summary*"], consecutive=True)
+    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", *plugin, timeout=1800)
+    done.assert_outcomes(failed=len(WORDS))
+    lines = [line for number, said in enumerate(WORDS.values()) for line in (f"*test_typo_{number}*", said)]
+    done.stdout.fnmatch_lines(["*FAILURES*", *lines, "*short test summary*"], consecutive=True)
 
 
 def _installed() -> bool:
