@@ -21,9 +21,8 @@ from pathlib import Path
 import stand_ins
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, VOCAB, LAYERS, EXPERTS = 32, 4, 2, 16, 48, 96, 2, 4
-# Tokens per step. The long prompts are cut into chunks, alone at other places than beside other requests. STEPS: as few
-# decoded tokens as take the long prompts over the end of a block, which the cached block and the preemption need.
-BUDGET, BLOCK, STEPS = 96, 128, 4
+# Tokens per step. The long prompts are cut into chunks, alone at other places than beside other requests.
+BUDGET, BLOCK, STEPS = 96, 128, 6
 LENGTHS = (126, 5, 127, 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ class ChildEngine:
     """An Engine in a child process; use as a context manager. `seconds` is the time that the last generate took.
 
     mode: STOCK (bi_patch off), UPSTREAM (bi_patch off, vLLM's own batch-invariant mode on) or ARMED.
-    fresh: start with empty compile caches (vLLM's, inductor's, Triton's), which are deleted at the end.
+    fresh: start with empty caches of compiled code (vLLM's, inductor's, Triton's), which are deleted at the end.
     Raises the child's own named error (SeamOpen, UnsupportedFeature, ...). Raises EngineFailed for any other error; its
     message names the child's log, which is kept only in this case.
     """
@@ -84,7 +85,9 @@ class ChildEngine:
         self._caches = tempfile.TemporaryDirectory(prefix="bi_patch-caches-", ignore_cleanup_errors=True)
         given = dict(os.environ if environ is None else environ)
         if fresh:
-            given |= {name: os.path.join(self._caches.name, name.lower()) for name in _CACHES}
+            empty = {name: os.path.join(self._caches.name, name.lower()) for name in _CACHES}
+            _copy_model_classes(given, Path(empty["VLLM_CACHE_ROOT"]))
+            given |= empty
         self._log = tempfile.NamedTemporaryFile(prefix=f"bi_patch-{mode}-", suffix=".log", delete=False)
         receive, give = os.pipe()
         try:
@@ -256,6 +259,14 @@ def child_environ(environ: dict[str, str], mode: str, options: Options) -> dict[
     if mode in (ARMED, UPSTREAM):
         made["VLLM_BATCH_INVARIANT"] = "1"
     return made
+
+
+def _copy_model_classes(environ: dict[str, str], to: Path) -> None:
+    """Copy what vLLM knows of models' classes from its cache. vLLM finds it out in a process that imports all of it."""
+    home = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    known = Path(environ.get("VLLM_CACHE_ROOT") or f"{home}/vllm").expanduser() / "modelinfos"
+    if known.is_dir():
+        shutil.copytree(known, to / known.name)
 
 
 def _hint(code: int) -> str:

@@ -239,6 +239,14 @@ def _become(worker: str, stdin: int, log: int, replies: int) -> None:
         os._exit(code)
 
 
+def _look_at_models_here() -> None:
+    """vLLM starts a process, with another import, to look at a model's class, so that its own does not touch CUDA."""
+    from vllm.model_executor.models import registry
+
+    if hasattr(registry, "_run_in_subprocess"):
+        registry._run_in_subprocess = lambda look: look()
+
+
 def main() -> None:
     """The prepared process: import everything, then fork for the socket in sys.argv[1]."""
     control = socket.socket(fileno=int(sys.argv[1]))
@@ -252,5 +260,6 @@ def main() -> None:
         importlib.import_module(name)
     gc.freeze()  # a fork's collector neither visits nor copies them
     gc.enable()
+    _look_at_models_here()
     vector_math.settle()  # in stock engines, too: otherwise, a fork in hundreds has other rotary tables than the rest
     _serve(control)

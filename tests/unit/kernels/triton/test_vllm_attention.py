@@ -26,11 +26,11 @@ def differing() -> dict[tuple[str, str], tuple[int, int]]:
 
 @pytest.mark.skipif(installed.find("cpu").release >= Version("0.33"), reason="vLLM has this step itself from 0.33 on")
 def test_without_the_seam_rows_after_a_masked_tile_differ(differing):
-    assert differing["window", "stock"][0] > 10
+    assert differing["window", "stock"][0] > 3
 
 
 def test_without_the_seam_rows_with_alibi_differ(differing):
-    assert differing["alibi", "stock"][0] > 10
+    assert differing["alibi", "stock"][0] > 3
 
 
 @pytest.mark.parametrize("case", ["window", "alibi"])

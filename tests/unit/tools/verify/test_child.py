@@ -67,6 +67,23 @@ def test_a_child_that_ends_well_leaves_nothing(worker, tmp_path):
     assert not engine.alive() and left(tmp_path) == []
 
 
+def test_a_fresh_child_has_no_compiled_code_and_what_vllm_knows_of_models(worker, tmp_path):
+    known = tmp_path / "vllm"
+    for name in ("modelinfos", "torch_compile_cache"):
+        (known / name).mkdir(parents=True)
+        (known / name / "a.json").touch()
+    worker()
+    environ = os.environ | {"VLLM_CACHE_ROOT": str(known)}
+    with ChildEngine(ARMED, Options("none"), environ=environ, fresh=True) as engine:
+        caches = Path(engine._caches.name)
+        assert [path.relative_to(caches).as_posix() for path in caches.rglob("*")] == [
+            "vllm_cache_root",
+            "vllm_cache_root/modelinfos",
+            "vllm_cache_root/modelinfos/a.json",
+        ]
+    assert not caches.exists()
+
+
 def test_a_named_error_leaves_no_log(worker, tmp_path):
     with pytest.raises(SeamOpen, match="norm.x"):
         worker("reply(error='SeamOpen', message='norm.x', named=True)")()
