@@ -99,8 +99,15 @@ def _plugins(release: str) -> dict[str, Path]:
 
 
 def _mirror(original: Path, copy: Path, changed: set[Path]) -> None:
-    """Make a folder with copies of the `changed` files and links to all other files and folders."""
+    """Make a folder with copies of the `changed` files and links to all other files and folders.
+
+    Links to bytecode of unchanged modules, too, which Python would compile again for the copy.
+    """
     copy.mkdir(parents=True)
+    (copy / "__pycache__").mkdir()
+    for bytecode in original.glob("__pycache__/*.pyc"):
+        if original / f"{bytecode.name.partition('.')[0]}.py" not in changed:
+            (copy / "__pycache__" / bytecode.name).symlink_to(bytecode.resolve())
     for entry in original.iterdir():
         if entry.name == "__pycache__":
             continue
