@@ -24,7 +24,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def _children():
-    """Every Python process that a test starts reads children/sitecustomize.py first, and keeps bytecode for the next."""
+    """Every Python process that a test starts reads children/sitecustomize.py, and keeps bytecode for the next one."""
     patch = pytest.MonkeyPatch()
     patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(CHILDREN), os.environ.get("PYTHONPATH")))))
