@@ -16,6 +16,7 @@ _CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
 _CPU_TOGETHER = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0-2.json"  # with grammars and cached prefixes, too
 _CPU_STAGES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-4.json"
 _CPU_LATENT = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0-4.json"
+_CPU_STAGES_MORE = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-5.json"
 _H200_PAIRS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-2.json"
 _H200_LORA_FP8 = "invariance-2026-11-29-h200-pairs-vllm-0.33.0-2.json"
 _SCHEMES = "INT8, 4-bit weights and FP8 blocks of tiny models, in eager mode"
@@ -298,7 +299,7 @@ PAIRS: tuple[Feature, ...] = (
         for kind, staged in (
             (MLA, served(_CPU_STAGES, why="a tiny DeepSeek V2, compiled")),
             (RECURRENT, untried()),
-            (QUANTIZED, untried()),
+            (QUANTIZED, served(_CPU_STAGES_MORE, why="INT8 weights of a tiny Qwen3, compiled")),
         )
         for parallel, cpu in (("tensor parallelism", _REFUSED), ("pipeline parallelism", staged))
     ),

@@ -71,6 +71,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         "cpu",
     ): tuple((f"* {dtype}, single requests", *_ASKED) for dtype in ("bf16", "fp32")),
     ("speculative decoding with MLA", "cpu"): (("DeepSeek V3 bf16, n-grams", *_SPECULATED),),
+    ("quantized weights with pipeline parallelism", "cpu"): (
+        ("tiny-qwen3-int8 * PP 2 compiled", *_MLA, "decode = prefill"),
+    ),
     ("MLA with pipeline parallelism", "cpu"): (("DeepSeek V2 * PP 2 compiled", *_MLA, "decode = prefill"),),
     ("processed logprobs and logits (--logprobs-mode)", "cpu"): (("*", "processed logprobs"),),
     ("processed logprobs and logits (--logprobs-mode)", "cuda"): (("Qwen3-30B-A3B*", "processed logprobs"),),
