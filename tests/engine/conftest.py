@@ -116,6 +116,8 @@ def serve(cache, tmp_path_factory):
             "OMP_WAIT_POLICY": "passive",
             **environment,
         }
+        # Last, since vLLM cannot set a process's title where arming has changed the first variable.
+        environ["PYTHONPATH"] = environ.pop("PYTHONPATH")
         place = ("--host", "127.0.0.1", "--port", str(port))
         with log.open("wb") as out:
             process = subprocess.Popen(
