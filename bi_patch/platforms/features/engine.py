@@ -289,6 +289,12 @@ def _compiled(check: Callable[[Any], object], words: str) -> Callable[[Any], str
     return _of_model(lambda model: check(model) and not getattr(model, "enforce_eager", False), words)
 
 
+def _compiled_drafts(config: Any) -> str:
+    methods = (*_DRAFTING, "suffix", "mtp")
+    words = _speculative(lambda s: _method(s) in methods, "drafts of a model, heads or suffixes, compiled")(config)
+    return words and _compiled(lambda model: True, words)(config)
+
+
 def _compiled_stages(config: Any) -> str:
     words = _of_parallel("pipeline_parallel_size", "compiled pipeline parallelism")(config)
     return words and _compiled(lambda model: True, words)(config)
@@ -698,6 +704,13 @@ FEATURES: tuple[Feature, ...] = (
         ascend=refused(_VERIFIED, todo=_OTHER_DRAFTS),
         asked=_speculative(_own_heads, "speculative decoding with a model's own heads"),
         details="On equals off, as with n-grams.",
+    ),
+    row(
+        "speculative decoding with a draft model, heads or suffixes, compiled",
+        cpu=untried("measured in eager mode"),
+        cuda=(refused(_VERIFIED, releases="<0.33"), served(_H200_DRAFTS, why="for a small Llama model")),
+        ascend=refused(_VERIFIED),
+        asked=_compiled_drafts,
     ),
     row(
         "speculative decoding with other drafts: ngram_gpu, MTP of other models, Medusa, DFlash, ...",

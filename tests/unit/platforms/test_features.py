@@ -608,6 +608,15 @@ def test_a_models_own_heads_are_served_for_mimo_on_cpu():
         check("cpu", speculative=own_heads(), lora=SimpleNamespace())
 
 
+def test_compiled_drafts_are_named_on_cpu():
+    name = "speculative decoding with a draft model, heads or suffixes, compiled"
+    release = Version("0.32.0")
+    for drafts in (own_heads(), Speculative(method="suffix")):
+        assert name in table.untried(config(speculative=drafts), "cpu", release)
+        assert name not in table.untried(config(speculative=drafts, model_enforce_eager=True), "cpu", release)
+    assert name not in table.untried(config(speculative=ngram()), "cpu", release)
+
+
 def test_images_of_internvl_are_served_without_norms_of_queries():
     given = images("InternVLForConditionalGeneration", "internvl_vision")
     check("cpu", **given)

@@ -162,6 +162,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)", "cpu"): (
         ("* a draft model, heads", *_SPECULATED),
     ),
+    ("speculative decoding with a draft model, heads or suffixes, compiled", "cuda"): tuple(
+        (f"*, {method} * drafts, runner V2", *_SPECULATED) for method in ("draft_model", "eagle", "eagle3")
+    ),
     ("speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)", "cuda"): tuple(
         (f"*, {method} * drafts, runner V2", *_SPECULATED) for method in ("draft_model", "eagle", "eagle3")
     ),
