@@ -171,7 +171,7 @@ def test_several_api_servers_are_armed_and_give_the_same_answers(model, serve):
     prompts = [[(7 * i + j) % 1900 for j in range(3 + 11 * i)] for i in range(12)]
 
     async def ask(prompt):
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=1800) as client:
             answer = await client.completions.create(model=folder, prompt=prompt, **given)  # by any of the servers
         return answer.choices[0].text, answer.choices[0].logprobs.token_logprobs
 
