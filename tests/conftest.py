@@ -71,7 +71,7 @@ def run_python(cache: Path):
     """
 
     def run(
-        code: str, *arguments: str, timeout: float = 1800, python: str = sys.executable, **environ: str
+        code: str, *arguments: str, timeout: float = 900, python: str = sys.executable, **environ: str
     ) -> subprocess.CompletedProcess:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""Runs `bi-patch verify` for engines of several tensor-parallel ranks on CPU, one thread each.
+"""Runs `bi-patch verify` for engines of several tensor-parallel or pipeline ranks on CPU, one thread each.
 
     PYTHONPATH=. python3 benchmarks/cpu/ranks.py [LABEL ...] [--results FOLDER]
 

@@ -19,7 +19,7 @@ assert bi_patch.__file__
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.sampling_params import BeamSearchParams  # noqa: E402
+from vllm.sampling_params import BeamSearchParams, RequestOutputKind  # noqa: E402
 
 MODEL, DTYPE = sys.argv[1], (*sys.argv[2:], "float32")[0]
 
@@ -56,9 +56,10 @@ def said(output) -> list:
     ]
 
 
-def run(llm: LLM, asked: list, priorities: list[int] | None = None, call=None, at: int = 0) -> list:
-    """The answers to all requests together on an empty cache. call: runs before engine step `at`."""
-    llm.reset_prefix_cache()
+def run(llm: LLM, asked: list, priorities: list[int] | None = None, call=None, at: int = 0, warm=False) -> list:
+    """The answers to all requests together. call: runs before engine step `at`. warm: the prefix cache is kept."""
+    if not warm:
+        llm.reset_prefix_cache()
     engine = llm.llm_engine
     run.serial = getattr(run, "serial", 0) + 1
     names = [f"{run.serial}-{i}" for i in range(len(asked))]
@@ -112,8 +113,10 @@ def seeded(**more) -> SamplingParams:
 
 
 def several(llm: LLM) -> None:
-    """A request for several answers; vLLM's engine returns the last of them."""
-    alone_and_among(llm, "n", ({"prompt_token_ids": prompt(40, 3)}, seeded(n=3)))
+    """A request for several answers, which vLLM's engine returns together at the end."""
+    asked = seeded(n=3, output_kind=RequestOutputKind.FINAL_ONLY)
+    answers = alone_and_among(llm, "n", ({"prompt_token_ids": prompt(40, 3)}, asked))
+    report("n answers came", "" if len(answers) == 3 else f"{len(answers)}")
 
 
 def beams(llm: LLM) -> None:
@@ -123,9 +126,13 @@ def beams(llm: LLM) -> None:
     def ask(prompts) -> list:
         llm.reset_prefix_cache()
         found = llm.beam_search(prompts, params)
-        return [
-            [[list(s.tokens), [float(s.cum_logprob).hex()] * len(s.tokens)] for s in out.sequences] for out in found
-        ]
+        return [[generated(beam) for beam in out.sequences] for out in found]
+
+    def generated(beam) -> list:
+        """The beam's tokens behind its prompt, each with its logprobs, and with the beam's sum so far at the last."""
+        scores = [[(t, p.logprob.hex()) for t, p in step.items()] for step in beam.logprobs]
+        scores[-1].append(float(beam.cum_logprob).hex())
+        return [list(beam.tokens[-len(scores) :]), scores]
 
     alone = [ask([text])[0] for text in texts]
     compare("beam search", list(zip(alone, ask(texts), strict=True)))
@@ -141,6 +148,8 @@ def embeddings(llm: LLM) -> None:
     answers = alone_and_among(llm, "prompt_embeds", (given, seeded(temperature=0.0)))
     (plain,) = run(llm, [({"prompt_token_ids": tokens}, seeded(temperature=0.0))])
     compare("prompt_embeds against tokens", [(plain, answers)])
+    warm = run(llm, [(given, seeded(temperature=0.0))] * 2, warm=True)
+    compare("prompt_embeds on a warm cache", [(answers, one) for one in warm])
 
 
 def limits(llm: LLM) -> None:

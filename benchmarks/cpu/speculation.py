@@ -54,9 +54,9 @@ def main() -> None:
         label += ", suffixes" if find_spec("arctic_inference") is not None else ""
         if args.only not in label:
             continue
-        made = name in families.FAMILIES
-        folder = families.write(name, settings.read().cache / "families") if made else name
-        system = local.local(folder, level, dtype=dtype, eager=eager, random_weights=7 if made else None)
+        family = name in families.FAMILIES
+        folder = families.write(name, settings.read().cache / "families") if family else name
+        system = local.local(folder, level, dtype=dtype, eager=eager, random_weights=7 if family else None)
         made, report = invariance.measure(label, system, level, only=(AXIS,), tell=lambda text: print(text, flush=True))
         rows += made
         found = evidence.new(Found, report)

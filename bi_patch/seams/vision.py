@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from bi_patch.errors import CertificateFailed, UnsupportedFeature
@@ -50,9 +50,7 @@ _LAYERS = frozenset(
 )
 # vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row, places, a product's
 # weight, or what multiplies a layer's output.
-_OWNERS = frozenset(
-    {"CLIPVisionEmbeddings", "Gemma3MultiModalProjector", "InternS1VisionEmbeddings", "InternS1VisionLayer"}
-)
+OWNERS = frozenset({"CLIPVisionEmbeddings", "Gemma3MultiModalProjector"})
 _CODES = ("torch.nn.", "vllm.model_executor.layers.")
 _RUNS = 3  # of a made image in `certify`
 SIZES = ((640, 224), (112, 112))  # widths and heights of further made images, in pixels
@@ -107,8 +105,11 @@ def _holds(module: Any, other: Any) -> bool:
     return any(inner is other for inner in module.modules())
 
 
-def check(model: Any, seam: str) -> None:
-    """Raise UnsupportedFeature, with the seam's name, for a layer of an encoder that the list lacks."""
+def check(model: Any, seam: str, owners: Collection[str] = OWNERS) -> None:
+    """Raise UnsupportedFeature, with the seam's name, for a layer of an encoder that the lists lack.
+
+    owners: the platform's list of vLLM's parts of models with parameters of their own.
+    """
     found = set()
     for _, module in parts(model):
         kind = type(module)
@@ -116,7 +117,7 @@ def check(model: Any, seam: str) -> None:
         own = next(module.parameters(recurse=False), None) is not None
         if layer and kind.__name__ not in _LAYERS:
             found.add(kind.__name__)
-        elif own and not layer and kind.__name__ not in _OWNERS:
+        elif own and not layer and kind.__name__ not in owners:
             found.add(kind.__name__)
     if found:
         raise UnsupportedFeature(

@@ -24,7 +24,7 @@ def on_npu():
         pytest.skip("no stub CANN in this environment: run `make test-ascend`")
 
     def run(
-        *arguments: str, timeout: float = 1800, sources: bool = False, first: tuple = (), **environ: str
+        *arguments: str, timeout: float = 900, sources: bool = False, first: tuple = (), **environ: str
     ) -> subprocess.CompletedProcess:
         dropped = ("BI_PATCH", "VLLM_", "ASCEND_HOME")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}

@@ -71,7 +71,7 @@ def start(model):
     return make
 
 
-START_SECONDS = 1800  # of a server; ends what hangs
+START_SECONDS = 900  # of a server; ends what hangs
 
 
 class Server(NamedTuple):
@@ -143,7 +143,7 @@ def serve(cache, tmp_path_factory):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
             try:
-                process.wait(timeout=1800)
+                process.wait(timeout=300)
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

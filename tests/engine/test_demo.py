@@ -54,7 +54,7 @@ def run(kept, tmp_path):
             env=os.environ | environ,
             capture_output=True,
             text=True,
-            timeout=1800,
+            timeout=900,
         )
         if not numbers.exists():
             return done, None

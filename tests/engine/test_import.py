@@ -106,7 +106,7 @@ def run(script, source, model, cache):
         "TORCHDYNAMO_DISABLE": "1",
     }
     command = [sys.executable, str(script), model(recipes.QWEN3)]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900)
 
 
 def test_spawned_engine_processes_are_armed(model, cache, tmp_path):

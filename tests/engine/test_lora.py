@@ -130,7 +130,7 @@ def test_loading_and_unloading(model, cache, tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
     given = {"BI_PATCH_CACHE": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), own, *folders], env=clean | given, capture_output=True, text=True, timeout=1800
+        [sys.executable, str(script), own, *folders], env=clean | given, capture_output=True, text=True, timeout=900
     )
     assert "DONE" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
 

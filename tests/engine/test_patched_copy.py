@@ -74,7 +74,7 @@ def test_an_engine_core_of_the_patched_copy_computes_the_same_bits(bf16, model, 
         env=clean | environ,
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=900,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     found = json.loads(done.stdout.rpartition("RESULT")[2].splitlines()[0])

@@ -31,7 +31,7 @@ def ask(model, serve):
                 data=json.dumps({"model": "served", **body}).encode(),
                 headers={"Content-Type": "application/json"},
             )
-            with urllib.request.urlopen(request, timeout=1800) as answer:
+            with urllib.request.urlopen(request, timeout=900) as answer:
                 return json.load(answer)
 
         yield post

@@ -86,7 +86,7 @@ def test_new_weights_reach_both_ranks(start):
 def measure(program, *options):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-P", root / "benchmarks/cpu" / program, *options]
-    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=1800)
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=900)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def one_of_two(folder, model, **environ):
 @pytest.mark.slow
 def test_an_engine_stops_if_its_workers_are_not_armed(model, tmp_path):
     process = one_of_two(tmp_path, model)
-    said = process.communicate(timeout=1800)[0]
+    said = process.communicate(timeout=900)[0]
     assert process.returncode != 0, said[-4000:]
     assert "SeamOpen: bi_patch cannot promise batch invariance: of 2 workers, 0 (not armed), 1 (not armed)" in said
 
@@ -150,7 +150,7 @@ def test_ranks_of_a_launcher_stop_if_they_are_not_armed_alike(model, tmp_path, f
     place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [one_of_two(tmp_path, model, RANK=str(r), **place, **(other if r else {})) for r in range(2)]
     try:
-        said = [rank.communicate(timeout=1800)[0] for rank in ranks]
+        said = [rank.communicate(timeout=900)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -171,7 +171,7 @@ def test_several_api_servers_are_armed_and_give_the_same_answers(model, serve):
     prompts = [[(7 * i + j) % 1900 for j in range(3 + 11 * i)] for i in range(12)]
 
     async def ask(prompt):
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=1800) as client:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=900) as client:
             answer = await client.completions.create(model=folder, prompt=prompt, **given)  # by any of the servers
         return answer.choices[0].text, answer.choices[0].logprobs.token_logprobs
 

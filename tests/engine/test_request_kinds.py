@@ -33,7 +33,7 @@ def lines(model) -> list[str]:
     }
     script = Path(__file__).parents[2] / "benchmarks/cpu/request_kinds.py"
     done = subprocess.run(
-        [sys.executable, "-P", script, folder], env=environ, capture_output=True, text=True, timeout=1800
+        [sys.executable, "-P", script, folder], env=environ, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return [line.partition("\t")[0] for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL "))]

@@ -71,7 +71,7 @@ def test_concurrent_answers_equal_solo_answers(server):
         )
 
     async def main():
-        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=1800) as client:
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=900) as client:
             asked = [(p, kinds[i % 3]) for i, p in enumerate(prompts * 2)]
             solo = [await ask(client, p, k) for p, k in asked]
             together = await asyncio.gather(
@@ -105,7 +105,7 @@ def test_echoed_logprobs_are_those_of_the_request_alone(server):
         return answer.choices[0].logprobs.token_logprobs, answer.choices[0].logprobs.top_logprobs
 
     async def main():
-        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=1800) as client:
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=900) as client:
             solo = [await ask(client, prompt) for prompt in prompts]
             return solo, await asyncio.gather(*(ask(client, prompt) for prompt in prompts * 3))
 
@@ -172,7 +172,7 @@ def test_unseeded_answers_name_their_seeds_and_can_be_replayed(server):
         return [(texts[i], seeds[i]) for i in sorted(texts)]
 
     async def main():
-        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=1800) as client:
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=900) as client:
             kinds = [(ask, stream) for ask in (complete, chat) for stream in (False, True)] * 2
             together = await asyncio.gather(*(ask(client, stream, n=2) for ask, stream in kinds))
             for (ask, stream), answers in zip(kinds, together):

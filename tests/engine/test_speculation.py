@@ -61,7 +61,7 @@ def ask(model, cache):
             env=environ,
             capture_output=True,
             text=True,
-            timeout=1800,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
         return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).removeprefix("RESULT "))
@@ -93,6 +93,17 @@ def equal(off, on, without=("longest",)):
 
 def test_on_equals_off(ask):
     equal(ask(recipes.QWEN3), ask(recipes.QWEN3, speculative_config=ngram(3)))
+
+
+def test_on_equals_off_with_a_models_own_head(ask):
+    """Two of the phases, so that the test is short."""
+    phases = ("together", "preempted")
+    own = {"method": "mtp", "num_speculative_tokens": 2}
+    off, on = (ask(recipes.MIMO, *phases, **given) for given in ({}, {"speculative_config": own}))
+    assert off["found"] == on["found"] and len(on["found"]) > 20
+    for accepted, drafted, _ in on["counted"].values():
+        assert 0 < accepted < drafted
+    assert on["counted"]["preempted"][2] > 0
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def found(model, cache, tmp_path_factory):
         env=clean | own | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]

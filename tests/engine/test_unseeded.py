@@ -155,7 +155,7 @@ def found(model, cache, tmp_path_factory):
         env=environ,
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=900,
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert results, done.stdout[-4000:] + done.stderr[-4000:]

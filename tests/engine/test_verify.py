@@ -47,7 +47,7 @@ def test_quick_on_the_command_line(model, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.read(tmp_path / "report.json")
@@ -123,7 +123,7 @@ def test_an_interrupted_run_leaves_its_report(model, tmp_path):
             process.send_signal(signal.SIGINT)
             break
     rest = process.stdout.read()
-    assert process.wait(timeout=1800) == report.UNCHECKED, rest
+    assert process.wait(timeout=900) == report.UNCHECKED, rest
     kept = json.loads((tmp_path / "report.json").read_text())
     assert not kept["complete"] and "interrupted" in kept["stopped"] and kept["axes"][0]["compared"] > 0
     assert "interrupted" in rest and kept["verdict"][0].startswith("Incomplete: the armed engine")
@@ -150,7 +150,7 @@ def test_the_pytest_fixture(model, monkeypatch, pytester):
         def test_stock(verify_invariance):
             verify_invariance({model(recipes.QWEN3)!r}, axes=["long prompt", "shared prefix"], mode={STOCK!r})
     """)
-    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=1800)
+    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=900)
     done.assert_outcomes(passed=2, failed=1)
     done.stdout.fnmatch_lines(["*NOT batch-invariant*", "*shared prefix*"])
     done.stdout.no_fnmatch_line("*Traceback*")

@@ -159,5 +159,5 @@ def test_a_worker_in_a_process_of_its_own(folder, cache, tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
     given = {"BI_PATCH_CACHE": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     asked = [sys.executable, str(script), own, other]
-    done = subprocess.run(asked, env=clean | given, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(asked, env=clean | given, capture_output=True, text=True, timeout=900)
     assert "DONE" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

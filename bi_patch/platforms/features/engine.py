@@ -220,7 +220,7 @@ def _method(speculative: Any) -> str:
 
 _DRAFTING = ("draft_model", "eagle", "eagle3")  # methods whose drafts a model or a head of its own makes
 OWN_HEADS = frozenset({"MiMoForCausalLM"})  # models whose own heads (MTP) an engine was compared with
-_MADE_OF = frozenset({"MiMoMTPModel", "MiMoMTP"})  # vLLM's names of these heads
+_MADE_OF = frozenset({"MiMoMTPModel"})  # vLLM's names of these heads
 # Fields of a SpeculativeConfig whose values change neither a row of the model nor what is accepted. `model` and its
 # like are for `_odd_drafts`, `rejection_sample_method` and its like for `_other_rule`.
 _FREE = {
@@ -269,9 +269,10 @@ def _speculating_on_v1(config: Any) -> str:
 
 def _own_heads(speculative: Any) -> bool:
     """Whether drafts come from heads of the model itself (MTP), as bi_patch serves them."""
-    draft = getattr(speculative, "draft_model_config", None)
+    draft, target = (getattr(speculative, f"{whose}_model_config", None) for whose in ("draft", "target"))
     named = set(getattr(getattr(draft, "hf_config", None), "architectures", None) or ())
-    return _method(speculative) == "mtp" and bool(named) and named <= _MADE_OF
+    owner = set(getattr(target, "architectures", None) or ())
+    return _method(speculative) == "mtp" and set() != named <= _MADE_OF and set() != owner <= OWN_HEADS
 
 
 def _other_rule(speculative: Any) -> bool:
@@ -287,6 +288,10 @@ def _joined(before: str, found: dict[str, Any], after: str = "") -> str:
 def _compiled(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:
     """`words` if `check` is true for the engine's model and vLLM compiles the model, else ""."""
     return _of_model(lambda model: check(model) and not getattr(model, "enforce_eager", False), words)
+
+
+def _embedded_prompts(config: Any) -> str:
+    return _of_model(lambda model: getattr(model, "enable_prompt_embeds", False), "prompt embeddings")(config)
 
 
 def _compiled_drafts(config: Any) -> str:
@@ -452,8 +457,21 @@ FEATURES: tuple[Feature, ...] = (
         "parameters, prompt, generated tokens and logits. Other classes are refused (`plugins.logits_processors`).",
     ),
     row(
-        "n, beam search, prompt embeddings, bias with allowed tokens, min_tokens, priorities, a reset of "
-        "running requests",
+        "prompt embeddings (enable_prompt_embeds)",
+        cpu=served(_CPU_REQUESTS, why="a tiny Qwen3 in eager mode, in bf16 and fp32"),
+        cuda=untried(),
+        ascend=untried(_NO_NPU),
+        asked=_embedded_prompts,
+    ),
+    row(
+        "prompt embeddings, compiled",
+        cpu=untried("measured in eager mode"),
+        cuda=untried(),
+        ascend=untried(_NO_NPU),
+        asked=lambda config: _compiled(lambda model: _embedded_prompts(config), "compiled prompt embeddings")(config),
+    ),
+    row(
+        "n, beam search, bias with allowed tokens, min_tokens, priorities, a reset of running requests",
         cpu=served(_CPU_REQUESTS, why="a tiny Qwen3 in eager mode, in bf16 and fp32"),
         cuda=untried(),
         ascend=untried(_NO_NPU),

@@ -44,6 +44,8 @@ def taken(config: Any) -> str:
 def _encoder(config: Any) -> tuple[str, str]:
     vision = getattr(getattr(config.model_config, "hf_config", None), "vision_config", None)
     kind = getattr(vision, "model_type", "")
+    if getattr(vision, "norm_type", "layer_norm") != "layer_norm":
+        kind = f"{kind} with {vision.norm_type}"
     return taken(config), f"{kind} with norms of queries" if getattr(vision, "use_qk_norm", False) else kind
 
 
@@ -132,7 +134,12 @@ def _first_runner(config: Any) -> str:
 
 
 def _preempted(config: Any) -> str:
-    return f"images of {taken(config)} with preemption" if taken(config) else ""
+    known = taken(config) and _encoder(config) not in _INTERN
+    return f"images of {taken(config)} with preemption" if known else ""
+
+
+def _intern_preempted(config: Any) -> str:
+    return "images of InternVL with preemption" if _encoder(config) in _INTERN else ""
 
 
 _TINY = "tiny models with random weights, in eager mode and compiled"
@@ -274,6 +281,13 @@ IMAGES: tuple[Feature, ...] = (
         cuda=(_OLDER, untried("no run with images preempted a request")),
         ascend=_ASCEND,
         asked=_preempted,
+    ),
+    row(
+        "images of InternVL with preemption",
+        cpu=untried("no run with its images preempted a request"),
+        cuda=refused("no run has compared its encoder"),
+        ascend=_ASCEND,
+        asked=_intern_preempted,
     ),
     row(
         "images with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend FLASH_ATTN, TORCH_SDPA)",

@@ -62,6 +62,12 @@ def _channels(config: Any) -> bool:
     return bool(kinds := _kinds(config)) and all(kind == wanted for kind in kinds)
 
 
+def _int8(config: Any) -> bool:
+    """Whether all quantized weights of a checkpoint are INT8 per channel, with activations per token."""
+    wanted = ("int8", schemes.CHANNEL, "int8", schemes.TOKEN, False, False, "")
+    return bool(kinds := _kinds(config)) and all(kind == wanted for kind in kinds)
+
+
 def _kinds(config: Any) -> list[tuple[object, ...]]:
     """What matters of each scheme of an engine's quantized weights."""
     used = schemes.of(config) if PARTS[QUANTIZED](config) else ()
@@ -90,6 +96,7 @@ EIGHTH = "an FP8 KV cache"
 EXPERTS = "experts"
 _CHANNELS, _LATENT_BLOCKS = "FP8 weights per channel", "FP8 blocks of 128 x 128 in models with MLA"
 _OTHERS = "other quantized weights"
+_INT8, _NO_INT8 = "INT8 weights and activations", "quantized weights other than INT8"
 PARTS: dict[str, Callable[[Any], bool]] = {
     LORA: lambda config: config.lora_config is not None,
     SPECULATION: lambda config: config.speculative_config is not None,
@@ -102,6 +109,8 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     _CHANNELS: _channels,
     _LATENT_BLOCKS: _latent_blocks,
     _OTHERS: lambda config: PARTS[QUANTIZED](config) and not _channels(config) and not _latent_blocks(config),
+    _INT8: _int8,
+    _NO_INT8: lambda config: PARTS[QUANTIZED](config) and not _int8(config),
     "multimodal models": _model("is_multimodal_model"),
     "encoder-decoder models": _model("is_encoder_decoder"),
     "ranks that share a model": lambda config: several_ranks(config, "tensor", "pipeline"),
@@ -148,6 +157,12 @@ def _two_compiled(config: Any) -> str:
         return ""
     found = [part for part in (LORA, SPECULATION, QUANTIZED) if PARTS[part](config)]
     return f"{' with '.join(found)}, compiled" if len(found) > 1 else ""
+
+
+def _latent_drafts_compiled(config: Any) -> str:
+    if config.model_config is None or getattr(config.model_config, "enforce_eager", False):
+        return ""
+    return "speculative decoding with MLA, compiled" if PARTS[SPECULATION](config) and PARTS[MLA](config) else ""
 
 
 def _all_three(config: Any) -> str:
@@ -203,6 +218,13 @@ PAIRS: tuple[Feature, ...] = (
         cuda=untried("measured in eager mode"),
         ascend=_REFUSED,
         asked=_two_compiled,
+    ),
+    row(
+        "speculative decoding with MLA, in an engine that vLLM compiles",
+        cpu=untried("measured in eager mode"),
+        cuda=_REFUSED,
+        ascend=_REFUSED,
+        asked=_latent_drafts_compiled,
     ),
     _pairs(
         SPECULATION,
@@ -297,10 +319,18 @@ PAIRS: tuple[Feature, ...] = (
     *(
         _pairs(kind, parallel, cpu=cpu, cuda=untried(), ascend=_NO_SEAM)
         for kind, staged in (
-            (MLA, served(_CPU_STAGES, why="a tiny DeepSeek V2, compiled")),
+            (MLA, served(_CPU_STAGES, why="a tiny DeepSeek V2, compiled, with one thread a rank")),
             (RECURRENT, untried()),
-            (QUANTIZED, served(_CPU_STAGES_MORE, why="INT8 weights of a tiny Qwen3, compiled")),
         )
         for parallel, cpu in (("tensor parallelism", _REFUSED), ("pipeline parallelism", staged))
     ),
+    _pairs(QUANTIZED, "tensor parallelism", cpu=_REFUSED, cuda=untried(), ascend=_NO_SEAM),
+    _pairs(
+        _INT8,
+        "pipeline parallelism",
+        cpu=served(_CPU_STAGES_MORE, why="a tiny Qwen3, compiled, with one thread a rank"),
+        cuda=untried(),
+        ascend=_NO_SEAM,
+    ),
+    _pairs(_NO_INT8, "pipeline parallelism", cpu=untried(), cuda=untried(), ascend=_NO_SEAM),
 )

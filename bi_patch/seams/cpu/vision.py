@@ -6,6 +6,7 @@ from bi_patch.seams import vision
 from bi_patch.seams.model import Seam, Target
 
 _SEAM = "vision.cpu"
+_OWNERS = vision.OWNERS | {"InternS1VisionEmbeddings", "InternS1VisionLayer"}
 _PROJECTION = "mm_input_projection_weight"  # of Gemma 3: [width of the tower, width of the language model]
 
 
@@ -20,7 +21,7 @@ def prepare(model, config) -> None:
 
     if not vision.takes_images(config):
         return
-    vision.check(model, _SEAM)
+    vision.check(model, _SEAM, _OWNERS)
     for _, layer in vision.parts(model):
         if type(layer) is torch.nn.Linear:
             dense.take(layer)

@@ -265,8 +265,10 @@ def _copy_model_classes(environ: dict[str, str], to: Path) -> None:
     """Copy what vLLM knows of models' classes from its cache. vLLM finds it out in a process that imports all of it."""
     home = environ.get("XDG_CACHE_HOME") or "~/.cache"
     known = Path(environ.get("VLLM_CACHE_ROOT") or f"{home}/vllm").expanduser() / "modelinfos"
-    if known.is_dir():
-        shutil.copytree(known, to / known.name)
+    for file in known.glob("*.json"):
+        (to / known.name).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # vLLM replaces files
+            shutil.copy(file, to / known.name)
 
 
 def _hint(code: int) -> str:

@@ -261,5 +261,5 @@ def main() -> None:
     gc.freeze()  # a fork's collector neither visits nor copies them
     gc.enable()
     _look_at_models_here()
-    vector_math.settle()  # in stock engines, too: otherwise, a fork in hundreds has other rotary tables than the rest
+    vector_math.settle()  # in stock engines, too: seldom, a fork would have other rotary tables than the rest
     _serve(control)

@@ -61,7 +61,7 @@ def hivm(text: str, folder: Path, target: str) -> Hivm:
     (folder / "in.mlir").write_text(re.sub(r', mix_mode\s*=\s*"[^"]*"', "", text))
     command = [_compiler(target), str(folder / "in.mlir"), f"--target={target}", *_OPTIONS]
     command += [f"--save-temps={folder}", "-o", str(folder / "kernel")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     written = sorted(folder.glob("*.hivm*.mlir"))
     said = (done.stdout + done.stderr).splitlines()
     wrong = [line for line in said if "overflow" in line.lower() or ("error" in line.lower() and not _expected(line))]

@@ -180,10 +180,10 @@ def not_installed(tmp_path):
 
 def test_children_are_armed_where_bi_patch_is_not_installed(run_python, not_installed):
     code = (
-        "import os, subprocess, sys; before = os.environ.get('PYTHONPATH'); import bi_patch\n"
+        "import os, subprocess, sys; before = os.environ.pop('PYTHONPATH', None); import bi_patch\n"
         f"child = subprocess.run([sys.executable, '-c', {LOADED!r}], capture_output=True, text=True).stdout\n"
         "path = os.environ['PYTHONPATH']; bi_patch.disarm()\n"
-        "print(child.strip(), 'arming/site' in path, os.environ.get('PYTHONPATH') == before)"
+        "print(child.strip(), 'arming/site' in path, 'PYTHONPATH' not in os.environ)"
     )
     done = run_python(code, python=not_installed)
     assert done.stdout.strip() == "[true, true] True True", done.stderr

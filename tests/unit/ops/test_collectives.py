@@ -21,7 +21,7 @@ def test_four_ranks(tmp_path):
         for r in range(4)
     ]
     for rank in ranks:
-        found = json.loads(rank.communicate(timeout=1800)[0])
+        found = json.loads(rank.communicate(timeout=900)[0])
         assert rank.returncode == 0
         for dtype in ("bfloat16", "float32"):
             assert found[f"in_rank_order {dtype}"] is None

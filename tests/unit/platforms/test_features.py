@@ -87,6 +87,7 @@ class Speculative:
     parallel_drafting: bool = False
     num_speculative_tokens: int | None = None
     draft_model_config: object = None
+    target_model_config: object = None
 
 
 def images(architecture, encoder="idefics3_vision", **changes):
@@ -590,9 +591,10 @@ def test_workers_of_ray_are_refused_on_cpu_before_vllm_looks_for_them():
         check("cuda", **{f"parallel_{field}": "ray"})
 
 
-def own_heads(architecture="MiMoMTPModel", **model):
+def own_heads(architecture="MiMoMTPModel", owner="MiMoForCausalLM", **model):
     heads = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]), **model)
-    return Speculative(method="mtp", draft_model_config=heads)
+    target = SimpleNamespace(architectures=[owner])
+    return Speculative(method="mtp", draft_model_config=heads, target_model_config=target)
 
 
 def test_a_models_own_heads_are_served_for_mimo_on_cpu():
@@ -602,6 +604,8 @@ def test_a_models_own_heads_are_served_for_mimo_on_cpu():
     for other in ("DeepSeekMTPModel", "Qwen3NextMTP", "Glm4MoeMTPModel"):
         with pytest.raises(UnsupportedFeature, match="speculative decoding with other drafts"):
             check("cpu", speculative=own_heads(other))
+    with pytest.raises(UnsupportedFeature, match="speculative decoding with other drafts"):
+        check("cpu", speculative=own_heads(owner="Qwen2ForCausalLM"))
     with pytest.raises(UnsupportedFeature, match="a draft model with quantized weights"):
         check("cpu", speculative=own_heads(quantization="awq"))
     with pytest.raises(UnsupportedFeature, match="LoRA with a draft model or heads"):

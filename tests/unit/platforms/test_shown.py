@@ -65,13 +65,14 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* graphs, * GRPO steps", "GRPO,*", "GRPO rerun*"),
     ),
     ("structured output", "cpu"): (("smollm2*", "structured output"), ("* compiled", "structured output")),
-    (
-        "n, beam search, prompt embeddings, bias with allowed tokens, min_tokens, priorities, a reset of "
-        "running requests",
-        "cpu",
-    ): tuple((f"* {dtype}, single requests", *_ASKED) for dtype in ("bf16", "fp32")),
+    ("n, beam search, bias with allowed tokens, min_tokens, priorities, a reset of running requests", "cpu"): tuple(
+        (f"* {dtype}, single requests", *_ASKED) for dtype in ("bf16", "fp32")
+    ),
+    ("prompt embeddings (enable_prompt_embeds)", "cpu"): tuple(
+        (f"* {dtype}, single requests", "prompt embeddings") for dtype in ("bf16", "fp32")
+    ),
     ("speculative decoding with MLA", "cpu"): (("DeepSeek V3 bf16, n-grams", *_SPECULATED),),
-    ("quantized weights with pipeline parallelism", "cpu"): (
+    ("INT8 weights and activations with pipeline parallelism", "cpu"): (
         ("tiny-qwen3-int8 * PP 2 compiled", *_MLA, "decode = prefill"),
     ),
     ("MLA with pipeline parallelism", "cpu"): (("DeepSeek V2 * PP 2 compiled", *_MLA, "decode = prefill"),),

@@ -47,7 +47,8 @@ def main(rank, ranks, folder):
     done = [Path(folder) / f"done {other}" for other in range(ranks)]
     dist.barrier()
     if rank == 1:
-        while not all(done[other].exists() for other in range(ranks) if other != 1):
+        limit = time.monotonic() + 600
+        while time.monotonic() < limit and not all(done[other].exists() for other in range(ranks) if other != 1):
             time.sleep(0.05)
     else:
         found["not armed"] = asked(group, OWN)

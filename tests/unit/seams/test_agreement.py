@@ -23,7 +23,11 @@ def test_three_ranks(tmp_path):
         subprocess.Popen([sys.executable, PROGRAM, str(rank), "3", tmp_path], stdout=subprocess.PIPE, text=True)
         for rank in range(3)
     ]
-    found = [json.loads(rank.communicate(timeout=1800)[0]) for rank in ranks]
+    try:
+        found = [json.loads(rank.communicate(timeout=900)[0]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     for rank, said in enumerate(found):
         assert said["alike"][0] == ""
         for what, other in (("bi_patch", "4567"), ("settings", "8")):

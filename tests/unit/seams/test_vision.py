@@ -64,6 +64,7 @@ def test_only_listed_layers_may_be_in_an_encoder():
 
     with pytest.raises(UnsupportedFeature, match="Own"):
         vision.check(Model(Own()), "vision.cpu")
+    vision.check(Model(Own()), "vision.cpu", vision.OWNERS | {"Own"})
 
 
 @pytest.mark.parametrize("by", [0, 1, 3])

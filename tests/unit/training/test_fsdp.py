@@ -27,7 +27,7 @@ def lines(cache, tmp_path_factory):
         )
         for rank in range(2)
     ]
-    done = [rank.communicate(timeout=1800) for rank in ranks]
+    done = [rank.communicate(timeout=900) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], done[0][1][-3000:] + done[1][1][-1000:]
     return [out.splitlines() for out, _ in done]
 

@@ -38,7 +38,7 @@ def lines() -> dict[str, list[str]]:
     # Triton chooses the interpreter when it is imported, so the kernels run in a child process.
     env = {**os.environ, "PYTHONPATH": str(ROOT), "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).with_name("interpreter.py")
-    done = subprocess.run([sys.executable, script, *AREAS], env=env, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([sys.executable, script, *AREAS], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     parts = [part.splitlines() for part in re.split("^area ", done.stdout, flags=re.M)[1:]]
     return {name: found for name, *found in parts}

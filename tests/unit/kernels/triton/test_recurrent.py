@@ -32,7 +32,7 @@ def build(function, signature, constants, architecture, **options):
 def test_numerics_and_company():
     env = {**os.environ, "PYTHONPATH": str(ROOT), "BI_PATCH": "0", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).with_name("interpreter_recurrent.py")
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=900)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 12, done.stderr[-3000:]
     assert not [line for line in lines if not line.startswith("ok ")]

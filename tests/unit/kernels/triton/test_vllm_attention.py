@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None or importlib.util.find_spec("vllm"
 def differing() -> dict[tuple[str, str], tuple[int, int]]:
     """By case and form: how many rows differ, and how many rows there are."""
     script = Path(__file__).with_name("vllm_attention.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=900)
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("DIFFERING")]
     assert len(found) == 4, done.stderr[-3000:]
     return {(case, form): (int(rows), int(all_rows)) for case, form, rows, all_rows in found}
@@ -43,7 +43,7 @@ def test_it_compiles_for_every_gpu_from_ampere_on():
     script = Path(__file__).with_name("compile_attention.py")
     capabilities = ("80", "86", "89", "90", "100", "120")
     command = [sys.executable, "-W", "ignore", script, *capabilities]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     made = [line.split() for line in done.stdout.splitlines() if line.startswith("COMPILED")]
     assert len(made) == 5 * len(capabilities), done.stderr[-3000:]
     assert max(int(line[-1]) for line in made) <= 101376  # the smallest of these GPUs
@@ -52,7 +52,7 @@ def test_it_compiles_for_every_gpu_from_ampere_on():
 def test_latents_of_8_bits_have_one_order_in_every_batch():
     """vLLM's Triton-MLA kernel in a fixed number of parts, on e4m3 latents."""
     script = Path(__file__).with_name("vllm_latent.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=900)
     made = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("LATENT")]
     assert len(made) == 1, done.stderr[-3000:]
     differing, rows, error, finite = made[0]

@@ -70,8 +70,10 @@ def gone(process: int) -> bool:
 
 def begun(held, *modes):
     """Wait until the engines of these modes, by default of all modes, have said that they are ready."""
+    limit = time.monotonic() + 600
     for child in held.children:
         while child.mode in (modes or MODES) and child._answers.empty():
+            assert time.monotonic() < limit
             time.sleep(0.01)
 
 

@@ -34,7 +34,7 @@ def inspect(path, program, **environ):
     clean |= {"PYTHONPATH": os.pathsep.join(paths), "VLLM_BATCH_INVARIANT": "1"}
     clean |= {k: v for k, v in os.environ.items() if k == "BI_PATCH_CACHE"} | environ
     result = subprocess.run(
-        [sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False, timeout=1800
+        [sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False, timeout=900
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return json.loads(result.stdout.rpartition("RESULT")[2].splitlines()[0])
@@ -42,13 +42,18 @@ def inspect(path, program, **environ):
 
 @pytest.mark.engine
 def test_patches_and_hooks_close_the_same_seams(patched):
-    """In the patched copy. tests/unit/arming/test_vllm.py closes those of the installed package by hooks."""
-    hooks = inspect([patched], "import bi_patch\n" + INSPECT, BI_PATCH_FORM="hooks")
+    hooks = inspect([], "import bi_patch\n" + INSPECT, BI_PATCH_FORM="hooks")
     patches = inspect([patched], INSPECT, BI_PATCH_FORM="patches")
-    assert patches["vllm"] == str(patched / "vllm/__init__.py")
+    assert patches.pop("vllm") == str(patched / "vllm/__init__.py") != hooks.pop("vllm")
     assert (patches.pop("form"), hooks.pop("form")) == ("patches", "hooks")
     assert patches == hooks
     assert {status for _, status, _ in hooks["seams"]} == {"closed"}
+
+
+@pytest.mark.engine
+def test_the_patched_copy_takes_hooks_too(patched):
+    both = inspect([patched], "import bi_patch\n" + INSPECT, BI_PATCH_FORM="hooks")
+    assert {status for _, status, _ in both["seams"]} == {"closed"}
 
 
 @pytest.mark.engine

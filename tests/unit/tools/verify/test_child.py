@@ -33,7 +33,7 @@ for line in sys.stdin:
     else:
         %s
 """
-HELD = 3600  # seconds for which a child or its helper would run
+HELD = 600  # seconds for which a child or its helper would run
 STARTED = "reply(info=INFO)"
 HELPER = f"helper = subprocess.Popen(['sleep', '{HELD}'], pass_fds=(out.fileno(),))"
 

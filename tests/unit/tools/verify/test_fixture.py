@@ -25,7 +25,7 @@ def test_a_word_that_does_not_exist_fails_in_one_line(pytester, monkeypatch):
         made += f"def test_typo_{number}(verify_invariance):\n    verify_invariance({url}{given})\n\n\n"
     pytester.makepyfile(made)
     plugin = () if _installed() else ("-p", "bi_patch_pytest")
-    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", *plugin, timeout=1800)
+    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", *plugin, timeout=900)
     done.assert_outcomes(failed=len(WORDS))
     lines = [line for number, said in enumerate(WORDS.values()) for line in (f"*test_typo_{number}*", said)]
     done.stdout.fnmatch_lines(["*FAILURES*", *lines, "*short test summary*"], consecutive=True)
