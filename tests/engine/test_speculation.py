@@ -95,15 +95,14 @@ def test_on_equals_off(ask):
     equal(ask(recipes.QWEN3), ask(recipes.QWEN3, speculative_config=ngram(3)))
 
 
+@pytest.mark.slow
 def test_on_equals_off_with_a_models_own_head(ask):
-    """Two of the phases, so that the test is short."""
-    phases = ("together", "preempted")
+    """One of the phases, so that the test is short."""
     own = {"method": "mtp", "num_speculative_tokens": 2}
-    off, on = (ask(recipes.MIMO, *phases, **given) for given in ({}, {"speculative_config": own}))
-    assert off["found"] == on["found"] and len(on["found"]) > 20
-    for accepted, drafted, _ in on["counted"].values():
-        assert 0 < accepted < drafted
-    assert on["counted"]["preempted"][2] > 0
+    off, on = (ask(recipes.MIMO, "together", **given) for given in ({}, {"speculative_config": own}))
+    assert off["found"] == on["found"] and len(on["found"]) > 8
+    accepted, drafted, _ = on["counted"]["together"]
+    assert 0 < accepted < drafted
 
 
 @pytest.mark.slow
