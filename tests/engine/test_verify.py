@@ -51,7 +51,7 @@ def test_quick_on_the_command_line(model, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = report.read(tmp_path / "report.json")
-    assert found.provenance.command.startswith("-c verify") and found.provenance.digest == identity.digest()
+    assert found.provenance.command.startswith("bi-patch verify") and found.provenance.digest == identity.digest()
     assert found.complete and found.mode == "armed" and found.differing == 0 and found.compared > 4000
     assert {a.state for a in found.axes} == {report.PASSED, report.NOT_APPLICABLE, report.LEFT_OUT}
     assert found.starts == 2 and "batch size" in done.stdout and "left" in done.stdout
