@@ -48,8 +48,7 @@ _LAYERS = frozenset(
         "SiluAndMul",
     }
 )
-# vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row, places, a product's
-# weight, or what multiplies a layer's output.
+# vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row, or a product's weight.
 OWNERS = frozenset({"CLIPVisionEmbeddings", "Gemma3MultiModalProjector"})
 _CODES = ("torch.nn.", "vllm.model_executor.layers.")
 _RUNS = 3  # of a made image in `certify`

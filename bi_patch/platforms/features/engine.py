@@ -8,7 +8,7 @@ from typing import Any
 from bi_patch.platforms import schemes
 from bi_patch.platforms.features import parallel
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
-from bi_patch.platforms.features.pairs import one_form, recurrent
+from bi_patch.platforms.features.pairs import compiled, one_form, recurrent
 
 _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
@@ -285,24 +285,13 @@ def _joined(before: str, found: dict[str, Any], after: str = "") -> str:
     return f"{before}{', '.join(named)}{after}" if named else ""
 
 
-def _compiled(check: Callable[[Any], object], words: str) -> Callable[[Any], str]:
-    """`words` if `check` is true for the engine's model and vLLM compiles the model, else ""."""
-    return _of_model(lambda model: check(model) and not getattr(model, "enforce_eager", False), words)
+def _compiled(asked: Callable[[Any], str]) -> Callable[[Any], str]:
+    """The words of `asked` if vLLM compiles the engine's model, else ""."""
+    return lambda config: asked(config) if compiled(config) else ""
 
 
-def _embedded_prompts(config: Any) -> str:
-    return _of_model(lambda model: getattr(model, "enable_prompt_embeds", False), "prompt embeddings")(config)
-
-
-def _compiled_drafts(config: Any) -> str:
-    methods = (*_DRAFTING, "suffix", "mtp")
-    words = _speculative(lambda s: _method(s) in methods, "drafts of a model, heads or suffixes, compiled")(config)
-    return words and _compiled(lambda model: True, words)(config)
-
-
-def _compiled_stages(config: Any) -> str:
-    words = _of_parallel("pipeline_parallel_size", "compiled pipeline parallelism")(config)
-    return words and _compiled(lambda model: True, words)(config)
+def _embeds(model: Any) -> bool:
+    return getattr(model, "enable_prompt_embeds", False)
 
 
 def _norms_over_ranks(config: Any) -> str:
@@ -461,14 +450,14 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(_CPU_REQUESTS, why="a tiny Qwen3 in eager mode, in bf16 and fp32"),
         cuda=untried(),
         ascend=untried(_NO_NPU),
-        asked=_embedded_prompts,
+        asked=_of_model(_embeds, "prompt embeddings"),
     ),
     row(
         "prompt embeddings, compiled",
         cpu=untried("measured in eager mode"),
         cuda=untried(),
         ascend=untried(_NO_NPU),
-        asked=lambda config: _compiled(lambda model: _embedded_prompts(config), "compiled prompt embeddings")(config),
+        asked=_compiled(_of_model(_embeds, "compiled prompt embeddings")),
     ),
     row(
         "n, beam search, bias with allowed tokens, min_tokens, priorities, a reset of running requests",
@@ -576,7 +565,7 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(_CPU_RANKS),
         cuda=untried("measured in eager mode"),
         ascend=untried(_NO_NPU),
-        asked=_compiled_stages,
+        asked=_compiled(_of_parallel("pipeline_parallel_size", "compiled pipeline parallelism")),
     ),
     row(
         "data parallelism of models without experts",
@@ -728,7 +717,11 @@ FEATURES: tuple[Feature, ...] = (
         cpu=untried("measured in eager mode"),
         cuda=(refused(_VERIFIED, releases="<0.33"), served(_H200_DRAFTS, why="for a small Llama model")),
         ascend=refused(_VERIFIED),
-        asked=_compiled_drafts,
+        asked=_compiled(
+            _speculative(
+                lambda s: _method(s) in (*_DRAFTING, "suffix", "mtp"), "drafts of a model, heads or suffixes, compiled"
+            )
+        ),
     ),
     row(
         "speculative decoding with other drafts: ngram_gpu, MTP of other models, Medusa, DFlash, ...",
@@ -805,7 +798,7 @@ FEATURES: tuple[Feature, ...] = (
         cpu=untried("one of the kinds was compared, with an engine in eager mode"),
         cuda=served(_H200_ENCODERS_COMPILED, why="shapes of BERT large and ModernBERT base"),
         ascend=refused(_NO_SEAM, todo="Use a generating model"),
-        asked=_compiled(lambda m: m.runner_type == "pooling", "compiled pooling models"),
+        asked=_compiled(_of_model(lambda m: m.runner_type == "pooling", "compiled pooling models")),
     ),
     row(
         "encoders with attention in both directions (BERT, XLM-R, ModernBERT)",
@@ -879,7 +872,7 @@ FEATURES: tuple[Feature, ...] = (
             ),
         ),
         ascend=refused("its two forms of attention give different bits"),
-        asked=_compiled(lambda m: m.use_mla, "compiled MLA"),
+        asked=_compiled(_of_model(lambda m: m.use_mla, "compiled MLA")),
     ),
     row(
         "MLA in one form, compiled (BI_PATCH_MLA=one)",
@@ -893,7 +886,7 @@ FEATURES: tuple[Feature, ...] = (
             ),
         ),
         ascend=refused("its two forms of attention give different bits"),
-        asked=lambda config: one_form() and _compiled(lambda m: m.use_mla, "compiled MLA in one form")(config),
+        asked=_compiled(_of_model(lambda m: one_form() and m.use_mla, "compiled MLA in one form")),
     ),
     row(
         "sparse MLA: an indexer that chooses tokens (DeepSeek V3.2, GLM-5)",

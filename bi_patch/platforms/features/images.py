@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bi_patch.platforms.features.model import Feature, refused, row, served, untried
-from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZED, RECURRENT, SPECULATION
+from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZED, RECURRENT, SPECULATION, compiled
 
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
 _CPU_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
@@ -119,8 +119,7 @@ def _beside(config: Any) -> str:
 
 
 def _compiled(config: Any) -> str:
-    eager = getattr(config.model_config, "enforce_eager", False)
-    return "images with compiled code" if taken(config) and not eager else ""
+    return "images with compiled code" if taken(config) and compiled(config) else ""
 
 
 def _others_compiled(config: Any) -> str:

@@ -34,6 +34,11 @@ def one_form() -> bool:
     return os.environ.get("BI_PATCH_MLA") == "one"
 
 
+def compiled(config: Any) -> bool:
+    """Whether vLLM compiles the engine's model."""
+    return config.model_config is not None and not getattr(config.model_config, "enforce_eager", False)
+
+
 def recurrent(model: Any) -> bool:
     return any(bool(getattr(model, name, False)) for name in ("is_hybrid", "is_attention_free", "has_inner_state"))
 
@@ -58,26 +63,24 @@ def _eighth(config: Any) -> bool:
 
 def _channels(config: Any) -> bool:
     """Whether all quantized weights of a checkpoint are FP8 per channel, with activations per token."""
-    wanted = ("fp8", schemes.CHANNEL, "fp8", schemes.TOKEN, False, False, "")
-    return bool(kinds := _kinds(config)) and all(kind == wanted for kind in kinds)
+    return _every(config, ("fp8", schemes.CHANNEL, "fp8", schemes.TOKEN, False, False, ""))
 
 
 def _int8(config: Any) -> bool:
     """Whether all quantized weights of a checkpoint are INT8 per channel, with activations per token."""
-    wanted = ("int8", schemes.CHANNEL, "int8", schemes.TOKEN, False, False, "")
-    return bool(kinds := _kinds(config)) and all(kind == wanted for kind in kinds)
-
-
-def _kinds(config: Any) -> list[tuple[object, ...]]:
-    """What matters of each scheme of an engine's quantized weights."""
-    used = schemes.of(config) if PARTS[QUANTIZED](config) else ()
-    return [(s.weight, s.scale, s.activation, s.activation_scale, s.static, s.online, s.other) for s in used]
+    return _every(config, ("int8", schemes.CHANNEL, "int8", schemes.TOKEN, False, False, ""))
 
 
 def _latent_blocks(config: Any) -> bool:
     """Whether all quantized weights of a model with MLA are FP8 in blocks of 128 x 128."""
-    wanted = ("fp8", "128x128", "fp8", "128", False, False, "")
-    return PARTS[MLA](config) and bool(kinds := _kinds(config)) and all(kind == wanted for kind in kinds)
+    return PARTS[MLA](config) and _every(config, ("fp8", "128x128", "fp8", "128", False, False, ""))
+
+
+def _every(config: Any, wanted: tuple[object, ...]) -> bool:
+    """Whether an engine has quantized weights, and what matters of each of their schemes is `wanted`."""
+    used = schemes.of(config) if PARTS[QUANTIZED](config) else ()
+    kinds = [(s.weight, s.scale, s.activation, s.activation_scale, s.static, s.online, s.other) for s in used]
+    return bool(kinds) and all(kind == wanted for kind in kinds)
 
 
 def _checkpoint(config: Any) -> bool:
@@ -153,16 +156,15 @@ _OLDER = refused(_ALONE, todo="Use vLLM 0.33, or one of them", releases="<0.33")
 
 
 def _two_compiled(config: Any) -> str:
-    if config.model_config is None or getattr(config.model_config, "enforce_eager", False):
+    if not compiled(config):
         return ""
     found = [part for part in (LORA, SPECULATION, QUANTIZED) if PARTS[part](config)]
     return f"{' with '.join(found)}, compiled" if len(found) > 1 else ""
 
 
 def _latent_drafts_compiled(config: Any) -> str:
-    if config.model_config is None or getattr(config.model_config, "enforce_eager", False):
-        return ""
-    return "speculative decoding with MLA, compiled" if PARTS[SPECULATION](config) and PARTS[MLA](config) else ""
+    both = compiled(config) and PARTS[SPECULATION](config) and PARTS[MLA](config)
+    return "speculative decoding with MLA, compiled" if both else ""
 
 
 def _all_three(config: Any) -> str:

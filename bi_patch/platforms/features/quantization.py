@@ -11,7 +11,7 @@ from typing import Any
 
 from bi_patch.platforms import schemes
 from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
-from bi_patch.platforms.features.pairs import one_form, recurrent
+from bi_patch.platforms.features.pairs import compiled, one_form, recurrent
 from bi_patch.platforms.schemes import CHANNEL, TENSOR, TOKEN, Scheme
 
 _NONE = refused("bi_patch has no certified order for their products", todo="Use unquantized weights")
@@ -276,8 +276,7 @@ def _latent_otherwise(config: Any) -> str:
 
 def _compiled(config: Any) -> str:
     used = tuple(s for s in schemes.of(config) if not s.online)
-    compiled = used and not getattr(config.model_config, "enforce_eager", False)
-    return f"compiled quantized weights ({'; '.join(map(str, used))})" if compiled else ""
+    return f"compiled quantized weights ({'; '.join(map(str, used))})" if used and compiled(config) else ""
 
 
 # Rows whose schemes a run on CUDA had in compiled code.
