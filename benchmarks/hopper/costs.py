@@ -140,7 +140,7 @@ ROUNDS: list[list[Entry]] = [
     [scheme("FP8 block MLA", (17.0, 1.0, 5.0), (ONE, EIGHT, MANY, LATENT, LONG), layers=4, modes=UPSTREAM)],
 ]
 OF_ONE = list(range(1, len(ROUNDS) + 1))
-# Round 6, only by --rounds 6: two GPUs.
+# The last round, only by its number: two GPUs.
 ROUNDS += [
     [
         two(model("Qwen3-8B, 18 layers", (4.7, 6.0, 3.0), (ONE, EIGHT, MANY, MOST))),
