@@ -97,6 +97,5 @@ SEAM = Seam(
     "layer stays as it is",
     until="upstream has a mode with equal bits for every tensor-parallel size",
     causes=(14,),
-    serves=("RowParallelLinear",),
     op="bi_patch.ops.cuda.leaves",
 )

@@ -79,22 +79,23 @@ class _Run:
 
     def planted(self, given: Options, wanted: list[Fault], at_once: int, compiled: bool) -> Faults:
         """Plant the faults of preemption in an engine with few KV blocks, those of other axes of _OTHER in a small
-        engine, those of a model in an engine of this model, and all others in the first engine. compiled: plant cause
-        17, too."""
+        engine, those of a model in an engine of this model, and all others in the first engine. Engines of the axis
+        weight update run last and one by one: vLLM's sleep mode stops where others take memory of the device. compiled:
+        plant cause 17, too."""
         steps: list[Callable[[], None]] = [lambda: self._compiled(given)] if compiled else []  # the longest comes first
+        last: list[Callable[[], None]] = []
         for model in sorted({fault.model for fault in wanted}):
-            of = self._of_model(model, given)
-            steps += self._in_model(of, [fault for fault in wanted if fault.model == model])
-        if at_once == 1:
-            for step in steps:
-                step()
-            return self.made[0]
+            of, held = self._of_model(model, given), [fault for fault in wanted if fault.model == model]
+            steps += self._in_model(of, [fault for fault in held if fault.axis != catch.UPDATE])
+            last += self._in_model(of, [fault for fault in held if fault.axis == catch.UPDATE])
         pool = ThreadPoolExecutor(at_once)
         try:
             for running in [pool.submit(step) for step in steps]:
                 running.result()
         finally:
             pool.shutdown(cancel_futures=True)
+        for step in last:
+            step()
         return self.made[0]
 
     def _of_model(self, model: str, given: Options) -> Options:
