@@ -30,7 +30,7 @@ _H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-2.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
-_H200_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0-2.json"
+_H200_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0-4.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
@@ -45,12 +45,13 @@ _H200_PARITY_EXPERTS = "parity-2026-11-29-h200-experts-vllm-0.33.0.json"
 _H200_PARITY_LORA = "parity-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_PARITY_FSDP = "parity-2026-11-29-h200-fsdp-vllm-0.33.0.json"
 _H200_PARITY_RANKS = "parity-2026-11-29-h200-ranks-vllm-0.33.0.json"
-_H200_PARITY_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0-2.json"
+_H200_PARITY_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0-4.json"
 _H200_PARITY_EXPERTS_LINES = "parity-2026-11-29-h200-experts-vllm-0.33.0-2.json"
 _H200_PARITY_LORA_COMPILED = "parity-2026-11-29-h200-lora-vllm-0.33.0-2.json"
 _H200_PARITY_FAMILIES = "parity-2026-11-29-h200-families-vllm-0.33.0.json"
-_H200_PARITY_GRPO_SHORT = "parity-2026-11-29-h200-grpo-vllm-0.33.0-3.json"
 _H200_PARITY_WINDOW = "parity-2026-11-29-h200-families-vllm-0.33.0-2.json"
+_H200_PARITY_QWEN2_5 = "parity-2026-11-29-h200-families-vllm-0.33.0-3.json"
+_H200_PARITY_GRADIENTS_2B = "parity-2026-11-29-h200-gradients-vllm-0.33.0-3.json"
 _H200_PARITY_GRADIENTS_1B = "parity-2026-11-29-h200-gradients-vllm-0.33.0-2.json"
 _H200_PARITY_GRADIENTS = "parity-2026-11-29-h200-gradients-vllm-0.33.0.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
@@ -373,7 +374,7 @@ FEATURES: tuple[Feature, ...] = (
             _H200_WEIGHTS,
             _H200_WEIGHTS_GRAPHS,
             _H200_GRPO,
-            why="by reload_weights, in eager mode also on vLLM 0.26; with CUDA graphs also 166 syncs of a trainer",
+            why="by reload_weights, in eager mode also on vLLM 0.26; with CUDA graphs also 200 syncs of a trainer",
         ),
         ascend=untried(_NO_NPU),
         details="An engine that gets weights answers as an engine that was started with them. Writes of your own need "
@@ -411,16 +412,17 @@ FEATURES: tuple[Feature, ...] = (
             _H200_PARITY_EXPERTS_LINES,
             _H200_PARITY_FAMILIES,
             _H200_PARITY_WINDOW,
+            _H200_PARITY_QWEN2_5,
             _H200_PARITY_LORA,
             _H200_PARITY_LORA_COMPILED,
             _H200_PARITY_FSDP,
             _H200_PARITY_GRADIENTS,
             _H200_PARITY_GRADIENTS_1B,
+            _H200_PARITY_GRADIENTS_2B,
             _H200_PARITY_GRPO,
-            _H200_PARITY_GRPO_SHORT,
-            why="two small models and two published shapes without experts, a tiny Gemma 2, Gemma 3, Mistral, Mixtral "
-            "and Qwen3-MoE, two layers of Qwen3-30B-A3B, LoRA adapters of PEFT in bf16 beside an eager and a compiled "
-            "sampler, and FSDP2 on one and two GPUs, with random weights; 166 steps of GRPO of SmolLM2-135M",
+            why="two small models and two published shapes without experts, a tiny Gemma 2, Gemma 3, Mistral, Qwen2.5, "
+            "Mixtral and Qwen3-MoE, two layers of Qwen3-30B-A3B, LoRA adapters of PEFT in bf16 beside an eager and a "
+            "compiled sampler, and FSDP2 on one and two GPUs, with random weights; 200 steps of GRPO of SmolLM2-135M",
         ),
         ascend=refused("its operators with a backward do not exist there", by="training.device"),
         details="`bi_patch.training`: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, Mixtral, Qwen3-MoE.",

@@ -21,6 +21,13 @@ def _modes(config) -> None:
     graphs.check_mode("compilation.cuda_mode", config, ("NONE", "VLLM_COMPILE"))
 
 
+def _untimed(config) -> None:
+    """vLLM before 0.33 times combined kernels also where Inductor is deterministic, which then stops the start."""
+    given = getattr(config.compilation_config, "inductor_compile_config", None) or {}
+    if given.get("benchmark_combo_kernel"):
+        given["benchmark_combo_kernel"] = False
+
+
 SEAMS = (
     Seam(
         name="compilation.cuda_breakable",
@@ -52,5 +59,10 @@ POLICIES = (
         name="compilation.cuda_mode",
         apply=_modes,
         why="PyTorch's own compilation makes a graph for one token and another for more",
+    ),
+    Policy(
+        name="compilation.cuda_combined",
+        apply=_untimed,
+        why="Inductor would time kernels anew in each process to decide whether to combine them",
     ),
 )

@@ -96,6 +96,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Gemma 2,*", "logprobs*", "gradients*"),
         ("Gemma 3,*", "logprobs*", "gradients*"),
         ("Mistral,*", "logprobs*", "gradients*"),
+        ("Qwen2.5,*", "logprobs*", "gradients*"),
         ("* LoRA,*", "with the adapter*", "gradients*"),
         ("* LoRA, bfloat16, compiled", "with the adapter*", "without an adapter*", "gradients*"),
         ("*, trainer alone", "gradients*"),

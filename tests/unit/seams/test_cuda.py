@@ -658,3 +658,11 @@ def test_grouped_routing_is_not_compiled_apart():
     assert _closed("moe.cuda_grouped_topk", grouped_topk)("as given") == "as given"
     plain = inspect.unwrap(grouped_topk)  # torch.compile returns this function if TORCHDYNAMO_DISABLE is set
     assert _closed("moe.cuda_grouped_topk", plain) is plain
+
+
+def test_combined_kernels_are_not_timed():
+    """Inductor's deterministic mode stops where vLLM 0.26 times combined kernels (GLM-4.5, compiled)."""
+    held = config(compilation__inductor_compile_config={"combo_kernels": True, "benchmark_combo_kernel": True})
+    for policy in cuda_policies():
+        policy.apply(held)
+    assert held.compilation_config.inductor_compile_config == {"combo_kernels": True, "benchmark_combo_kernel": False}
