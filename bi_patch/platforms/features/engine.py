@@ -26,7 +26,7 @@ _CPU_TENSOR = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0.json"
 _CPU_SIZES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json"
 _CPU_LAUNCHER = "invariance-2026-11-29-cpu-amx-launcher-vllm-0.32.0.json"
 _H200_RANKS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0.json"
-_H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-2.json"
+_H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
@@ -516,9 +516,10 @@ FEATURES: tuple[Feature, ...] = (
             untried("the order of the sums is checked at the start", releases="<0.33"),
             served(
                 _H200_RANKS,
+                _H200_SHARED,
                 _H200,
-                why="two ranks, compiled over peer memory and in eager mode over NCCL; four ranks with an earlier form "
-                "of the sums",
+                why="two ranks, compiled over peer memory (also with experts) and in eager mode over NCCL; four ranks "
+                "with an earlier form of the sums",
             ),
         ),
         ascend=untried(_NO_NPU),

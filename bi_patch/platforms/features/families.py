@@ -83,6 +83,10 @@ _H200_ENCODERS = "invariance-2026-11-29-h200-pooling-vllm-0.33.0.json"
 _SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _H200_IMAGES_MORE = "invariance-2026-11-29-h200-images-vllm-0.33.0-2.json"
+_H200_GEMMA_IMAGES = (
+    "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json",
+    "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json",
+)
 _NEWER = refused("bi_patch covers images on vLLM 0.33", todo="Pass --language-model-only", releases="<0.33")
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
 _CPU_INTERN = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-3.json"
@@ -305,13 +309,19 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "Gemma 3 4B and larger, with images",
         cpu=served(_CPU_IMAGES_MORE, why="a tiny shape with random weights; vLLM needs torchvision for it"),
-        cuda=refused("no run has compared its attention over an image", todo="Pass --language-model-only"),
+        cuda=(
+            _NEWER,
+            served(*_H200_GEMMA_IMAGES, why="few layers of published sizes with random weights, eager and compiled"),
+        ),
         ascend=_MULTIMODAL,
     ),
     row(
         "InternVL3 up to 14B, as Hugging Face transformers has it",
         cpu=served(_CPU_INTERN, why="a tiny shape with random weights; vLLM needs torchvision for it"),
-        cuda=refused("no run has compared its encoder", todo="Pass --language-model-only"),
+        cuda=refused(
+            "no patch point covers InternS1VisionEmbeddings and InternS1VisionLayer, which vLLM loads for it",
+            todo="Pass --language-model-only",
+        ),
         ascend=_MULTIMODAL,
     ),
     row(

@@ -14,6 +14,8 @@ _CPU_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
 _CPU_INTERN = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-3.json"
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _H200_MORE = "invariance-2026-11-29-h200-images-vllm-0.33.0-2.json"
+_H200_GEMMA = "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json"
+_H200_GEMMA_COMPILED = "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json"
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
 _ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 # Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
@@ -23,6 +25,9 @@ _QWEN = {("Qwen3VLForConditionalGeneration", "qwen3_vl"), ("Qwen3VLForConditiona
 _QWEN2_5 = {("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")}
 _GEMMA = {("Gemma3ForConditionalGeneration", "siglip_vision_model")}
 _INTERN = {("InternVLForConditionalGeneration", "internvl_vision")}
+_INTERN_ON_CUDA = refused(
+    "no patch point covers InternS1VisionEmbeddings and InternS1VisionLayer, which vLLM loads for it", todo=_TEXT_ONLY
+)
 _OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
 
 
@@ -200,7 +205,14 @@ IMAGES: tuple[Feature, ...] = (
         "images (Gemma 3, 4B and larger)",
         short="images (Gemma 3)",
         cpu=served(_CPU_MORE, why=_TINY),
-        cuda=refused("no run has compared its attention over an image", todo=_TEXT_ONLY),
+        cuda=(
+            _OLDER,
+            served(
+                _H200_GEMMA,
+                _H200_GEMMA_COMPILED,
+                why="the shape of Gemma-3-4B with few layers, random weights, bf16, in eager mode and compiled",
+            ),
+        ),
         ascend=_ASCEND,
         asked=_of(_GEMMA),
         details="On CPU, vLLM needs torchvision for them.",
@@ -209,7 +221,7 @@ IMAGES: tuple[Feature, ...] = (
         "images (InternVL as Hugging Face transformers has it)",
         short="images (InternVL)",
         cpu=served(_CPU_INTERN, why=_TINY),
-        cuda=refused("no run has compared its encoder", todo=_TEXT_ONLY),
+        cuda=_INTERN_ON_CUDA,
         ascend=_ASCEND,
         asked=_of(_INTERN),
         details="InternVLForConditionalGeneration without norms of queries and keys in its encoder (InternVL3 up to "
@@ -241,7 +253,7 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images that attend in both directions (Gemma 3, PaliGemma)",
         cpu=served(_CPU_MORE, why="Gemma 3; vLLM's CPU build computes an image as causal text, and so does bi_patch"),
-        cuda=refused("no run has compared its attention over an image", todo=_TEXT_ONLY),
+        cuda=(_OLDER, served(_H200_GEMMA, _H200_GEMMA_COMPILED, why="Gemma 3, by a certificate of each kind of layer")),
         ascend=_ASCEND,
         asked=_spans,
     ),
@@ -252,8 +264,9 @@ IMAGES: tuple[Feature, ...] = (
             _OLDER,
             served(
                 _H200_IMAGES,
-                why="Qwen3-VL, Mistral Small 3 and LLaVA, with CUDA graphs of the language model; batch size not of "
-                "LLaVA",
+                _H200_GEMMA_COMPILED,
+                why="Qwen3-VL, Mistral Small 3, LLaVA and Gemma 3, with CUDA graphs of the language model; batch size "
+                "not of LLaVA",
             ),
         ),
         ascend=_ASCEND,
@@ -284,16 +297,17 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images of InternVL with preemption",
         cpu=untried("no run with its images preempted a request"),
-        cuda=refused("no run has compared its encoder"),
+        cuda=_INTERN_ON_CUDA,
         ascend=_ASCEND,
         asked=_intern_preempted,
     ),
     row(
         "images with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend FLASH_ATTN, TORCH_SDPA)",
         cpu=refused("nobody has compared such an engine"),
-        cuda=refused("nobody has compared such an engine"),
+        cuda=(_OLDER, untried("no run of `verify` has compared such an engine; upstream's own tests pass")),
         ascend=_ASCEND,
         asked=_chosen_backend,
+        details="The certificate of images runs the encoder on the backend that the engine has.",
     ),
     row(
         "images with another feature (LoRA, speculation, pooling, several ranks, quantized weights, KV transfer, "

@@ -464,9 +464,6 @@ def test_images_on_cpu_are_served_eager_and_compiled(architecture, encoder, eage
 
 
 def test_images_that_no_run_has_are_refused():
-    gemma = images("Gemma3ForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
-    with pytest.raises(UnsupportedFeature, match="images of Gemma3.*attention in both directions"):
-        check("cuda", **gemma)
     pali = images("PaliGemmaForConditionalGeneration", "siglip_vision_model", model_is_mm_prefix_lm=True)
     for platform in ("cpu", "cuda"):
         with pytest.raises(UnsupportedFeature, match="multimodal inputs of PaliGemma"):
@@ -481,11 +478,13 @@ def test_images_that_no_run_has_are_refused():
         ("LlavaForConditionalGeneration", "clip_vision_model"),
         ("Idefics3ForConditionalGeneration", "idefics3_vision"),
         ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
+        ("Gemma3ForConditionalGeneration", "siglip_vision_model"),
     ],
 )
 @pytest.mark.parametrize("eager", [False, True])
 def test_images_of_known_models_are_served_on_cuda(architecture, encoder, eager):
-    known = images(architecture, encoder, model_enforce_eager=eager)
+    both = architecture.startswith("Gemma3")
+    known = images(architecture, encoder, model_enforce_eager=eager, model_is_mm_prefix_lm=both)
     check("cuda", **known)
     with pytest.raises(UnsupportedFeature, match="images of .*Use vLLM 0.33"):
         check("cuda", "0.32.0", **known)
@@ -624,7 +623,7 @@ def test_compiled_drafts_are_named_on_cpu():
 def test_images_of_internvl_are_served_without_norms_of_queries():
     given = images("InternVLForConditionalGeneration", "internvl_vision")
     check("cpu", **given)
-    with pytest.raises(UnsupportedFeature, match="no run has compared its encoder"):
+    with pytest.raises(UnsupportedFeature, match="no patch point covers InternS1VisionEmbeddings"):
         check("cuda", **given)
     encoder = SimpleNamespace(model_type="internvl_vision", use_qk_norm=True)
     with pytest.raises(UnsupportedFeature, match="multimodal inputs of InternVLForConditionalGeneration"):
@@ -648,12 +647,17 @@ def test_adapters_beside_fp8_on_cuda():
         asked(table.check, model_hf_config=blocks)
 
 
-def test_an_encoder_may_have_its_own_backend_only_where_a_run_compared_it():
-    for name in ("FLASHINFER", "TRITON_ATTN", "FLASH_ATTN"):
+def test_an_encoder_may_have_a_backend_of_its_own_on_cuda_only_and_is_named():
+    for name in ("FLASHINFER", "TRITON_ATTN", "FLASH_ATTN", "TORCH_SDPA"):
         changes = images("Qwen3VLForConditionalGeneration", "qwen3_vl", mm_encoder_attn_backend=name)
-        for platform in ("cpu", "cuda"):
+        known = name in ("FLASH_ATTN", "TORCH_SDPA")
+        for platform, release in (("cpu", "0.32.0"), ("cuda", "0.32.0"), *([] if known else [("cuda", "0.33.0")])):
             with pytest.raises(UnsupportedFeature, match="encoder"):
-                check(platform, **changes)
+                check(platform, release, **changes)
+        if known:
+            check("cuda", "0.33.0", **changes)
+            named = table.untried(config(**changes), "cuda", Version("0.33.0"))
+            assert any("--mm-encoder-attn-backend" in row for row in named)
 
 
 def test_an_engine_names_the_untried_pairs_of_which_it_has_its_part():

@@ -124,6 +124,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("*tensor parallel 4", *_SIX, "eager and compiled"),
         ("* TP 2 compiled", *_SIX, "eager and compiled"),
         ("* TP 2 without peer memory", "batch size", "decode = prefill"),
+        ("Qwen3-30B-A3B*TP 2 compiled", "batch size", "prefix cache", "decode = prefill", "eager and compiled"),
     ),
     ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cuda"): (("* TP 1 and 2 equal", *_EQUAL),),
     ("pipeline parallelism", "cuda"): (("* PP 2", "batch size", "decode = prefill"),),
@@ -261,8 +262,19 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles", "cpu"): tuple(
         (f"{model}, bf16 compiled", *_IMAGES) for model in ("Idefics3", "Qwen2.5-VL")
     ),
+    **dict.fromkeys(
+        (
+            ("images (Gemma 3, 4B and larger)", "cuda"),
+            ("images that attend in both directions (Gemma 3, PaliGemma)", "cuda"),
+            ("Gemma 3 4B and larger, with images", "cuda"),
+        ),
+        (
+            ("Gemma-3-4B, bf16", *_IMAGES, "prefix cache", "batch size"),
+            ("Gemma-3-4B, bf16 compiled", *_IMAGES, "batch size", "co-batch contents"),
+        ),
+    ),
     ("images, in an engine that vLLM compiles", "cuda"): tuple(
-        (f"{model}* compiled", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5")
+        (f"{model}* compiled", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5", "Gemma-3-4B")
     ),
     ("images in model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)", "cpu"): (("Idefics3, bf16", *_IMAGES),),
     ("images with preemption", "cpu"): (("Idefics3, * across engines", "preemption"),),
