@@ -21,6 +21,8 @@ from bi_patch.tools.verify.child import ARMED, PATIENT, STOCK, ChildEngine
 from bi_patch.tools.verify.engine import Options
 from bi_patch.tools.verify.forks import Forks
 
+sys.path.insert(0, str(Path(__file__).parent))  # for unhurried.py
+
 
 @pytest.fixture(scope="session")
 def user_code(tmp_path_factory):

@@ -164,14 +164,14 @@ def test_several_api_servers_are_armed_and_give_the_same_answers(model, serve):
     import asyncio
 
     import psutil
-    from openai import AsyncOpenAI
+    from unhurried import client as client_of
 
     folder = model(recipes.QWEN3)
     given = {"temperature": 0, "logprobs": 2, "max_tokens": 6, "extra_body": {"ignore_eos": True}}
     prompts = [[(7 * i + j) % 1900 for j in range(3 + 11 * i)] for i in range(12)]
 
     async def ask(prompt):
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=900) as client:
+        async with client_of(f"{server.url}/v1") as client:
             answer = await client.completions.create(model=folder, prompt=prompt, **given)  # by any of the servers
         return answer.choices[0].text, answer.choices[0].logprobs.token_logprobs
 

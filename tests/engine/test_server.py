@@ -5,23 +5,21 @@ import asyncio
 import os
 import random
 import signal
-from dataclasses import replace
 
 import pytest
-from openai import AsyncOpenAI, BadRequestError
+from openai import BadRequestError
+from unhurried import QUICK
+from unhurried import client as client_of
 
 from bi_patch.errors import ServerFailed
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import report
 from bi_patch.tools.verify.answers import Request
-from bi_patch.tools.verify.levels import QUICK as LIMITED
 from bi_patch.tools.verify.measure import Watcher, verify
 from bi_patch.tools.verify.server import ServerEngine
 from bi_patch.tools.verify.system import RunningServer
 
 pytestmark = pytest.mark.engine
-
-QUICK = replace(LIMITED, seconds=None, cpu_seconds=None)  # a busy machine leaves nothing out for lack of time
 
 OPTIONS = (
     *("--max-model-len", "2048", "--max-num-batched-tokens", "256", "--enforce-eager"),
@@ -71,7 +69,7 @@ def test_concurrent_answers_equal_solo_answers(server):
         )
 
     async def main():
-        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=900) as client:
+        async with client_of(url) as client:
             asked = [(p, kinds[i % 3]) for i, p in enumerate(prompts * 2)]
             solo = [await ask(client, p, k) for p, k in asked]
             together = await asyncio.gather(
@@ -105,7 +103,7 @@ def test_echoed_logprobs_are_those_of_the_request_alone(server):
         return answer.choices[0].logprobs.token_logprobs, answer.choices[0].logprobs.top_logprobs
 
     async def main():
-        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=900) as client:
+        async with client_of(url) as client:
             solo = [await ask(client, prompt) for prompt in prompts]
             return solo, await asyncio.gather(*(ask(client, prompt) for prompt in prompts * 3))
 
@@ -172,7 +170,7 @@ def test_unseeded_answers_name_their_seeds_and_can_be_replayed(server):
         return [(texts[i], seeds[i]) for i in sorted(texts)]
 
     async def main():
-        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=900) as client:
+        async with client_of(url) as client:
             kinds = [(ask, stream) for ask in (complete, chat) for stream in (False, True)] * 2
             together = await asyncio.gather(*(ask(client, stream, n=2) for ask, stream in kinds))
             for (ask, stream), answers in zip(kinds, together):

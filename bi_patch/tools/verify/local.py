@@ -55,7 +55,7 @@ def local(
     known = {name: value for name, value in given.items() if name in _NAMES.values()}
     extra = {name: value for name, value in given.items() if name not in known}
     if eager is None:
-        eager = level is QUICK and _on_cpu()  # compiling alone would use up the time of a quick run
+        eager = level.name == QUICK.name and _on_cpu()  # compiling alone would use up the time of a quick run
     made = levels.options(
         level,
         folder,

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Sequence
 
 from bi_patch.errors import MissingDependency, ServerFailed
+from bi_patch.tools.verify import connections
 from bi_patch.tools.verify.answers import Answer, Request, checked
 from bi_patch.tools.verify.engine import SERVER, Info, Options
 
@@ -47,7 +48,11 @@ class ServerEngine:
             raise ServerFailed(f"{self.url} does not serve {model!r}, but {', '.join(m['id'] for m in served)}")
         self._loop = asyncio.new_event_loop()
         self._client = openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=0, timeout=timeout
+            base_url=f"{self.url}/v1",
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            max_retries=0,
+            timeout=timeout,
+            http_client=connections.client(openai, lambda: asyncio.to_thread(self.alive)),
         )
         self._salt = secrets.token_hex(8)
         cache = self._cache()
@@ -186,7 +191,7 @@ class ServerEngine:
             ) from error
         except self._openai.APIError as error:
             raise ServerFailed(
-                f"{self.url} gave no answer to a request of {len(request.prompt)} tokens ({type(error).__name__}): "
+                f"{self.url} gave no answer to a request of {len(request.prompt)} tokens ({_named(error)}): "
                 "is the server still running? Its own log says why it stopped"
             ) from error
         return _answer(answer.choices[0], request, self.url)
@@ -306,6 +311,11 @@ def _answer(choice, request: Request, url: str) -> Answer:
         seed=given.get("seed"),
         weights_changed=bool(given.get("weights_changed", False)),
     )
+
+
+def _named(error: Exception) -> str:
+    """The client's error and, where it has one, the connection's below it."""
+    return ": ".join(f"{type(e).__name__} {e}".strip() for e in (error, error.__cause__) if e is not None)[:300]
 
 
 def _id(token: str) -> int:
