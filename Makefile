@@ -34,31 +34,40 @@ setup: $(VENV)/.installed
 demo: setup
 	$(BIN)/bi-patch demo
 
-test: setup
-	$(MAKE) lint
-	@echo "The engine's tests run beside the other parts. Each part prints its output when it is done, after minutes"
-	$(MAKE) -k -j2 --output-sync=target test-engine test-processes test-ascend test-unit test-kernels test-tables docs
+test:
+	@echo "Two lanes run at once: set-up (minutes the first time) and the parts of the tests. Each part prints its output"
+	@echo "when it is done, after minutes"
+	$(MAKE) -k -j2 --output-sync=target $(PARTS)
 	$(MAKE) test-alone
 
-# Parts begin in this order, the longest first, so that both lanes end at about the same time.
+# In this order: while one lane sets up $(VENV), the other sets up $(ASCEND) and runs its part. Then the longest parts
+# begin first, so that both lanes end at about the same time.
+PARTS := lint test-engine test-ascend test-processes test-unit test-kernels test-tables docs
+
 # Waiting threads sleep, for other tests run beside them.
 test-engine test-processes test-ascend test-unit test-kernels: export OMP_WAIT_POLICY := passive
+
+# $(call within,MINUTES,COMMAND): a part that hangs is interrupted, and pytest then says where, so that the other parts
+# still run and report.
+within = timeout --signal=INT --kill-after=60 $(1)m $(2) || { code=$$?; case $$code in 124|137) \
+	echo "$@: not done after $(1) minutes, so it was ended: a test hangs, or the machine is many times slower than usual" >&2;; \
+	esac; exit $$code; }
 
 # Files whose tests start processes of their own (servers, ranks, trainers, the demo): a third part, since the engine's
 # tests take longer than all others together.
 PROCESSES := $(patsubst %,tests/engine/test_%.py,demo import parity pooling_server ranks server training two_engines weights)
 
 test-engine: setup
-	$(BIN)/pytest --durations=20 -m "engine and $(BESIDE)" $(PROCESSES:%=--ignore=%) tests
+	$(call within,50,$(BIN)/pytest --durations=20 -m "engine and $(BESIDE)" $(PROCESSES:%=--ignore=%) tests)
 
 test-processes: setup
-	$(BIN)/pytest --durations=20 -m "engine and $(BESIDE)" $(PROCESSES)
+	$(call within,40,$(BIN)/pytest --durations=20 -m "engine and $(BESIDE)" $(PROCESSES))
 
 test-unit: setup
-	$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" --ignore=tests/unit/kernels tests
+	$(call within,30,$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" --ignore=tests/unit/kernels tests)
 
 test-kernels: setup
-	$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" tests/unit/kernels
+	$(call within,30,$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" tests/unit/kernels)
 
 test-tables: setup
 	$(BIN)/bi-patch check --all
@@ -66,7 +75,7 @@ test-tables: setup
 	$(BIN)/bi-patch features README.md docs/coverage.md
 
 test-alone: setup
-	$(BIN)/pytest -m "alone and $(HERE)" tests
+	$(call within,15,$(BIN)/pytest -m "alone and $(HERE)" tests)
 
 test-fast: setup
 	$(BIN)/pytest -m "not engine and $(HERE)" tests
@@ -82,7 +91,8 @@ test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
 
 test-ascend: $(ASCEND)/.installed
-	PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest --durations=20 -m "ascend and not slow" tests/ascend
+	$(call within,40,env PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+	$(ASCEND)/bin/python -m pytest --durations=20 -m "ascend and not slow" tests/ascend)
 
 bench: setup
 	$(BIN)/bi-patch bench
