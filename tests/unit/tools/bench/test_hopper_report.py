@@ -1,9 +1,14 @@
 """benchmarks/hopper: costs and verify's reports become result files; the arguments of the scripts."""
 
+import contextlib
+import io
 import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import pytest
@@ -18,8 +23,24 @@ MADE_BY = Provenance("0.2.0", "c" * 40, "d" * 64, "child.py")
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, HOPPER / script, *arguments]
-    return subprocess.run([str(a) for a in command], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    """Run a script as `python script arguments` does, in this process: another one would import torch again."""
+    command = [str(HOPPER / script), *map(str, arguments)]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", command),
+        mock.patch.object(sys, "path", [str(HOPPER), *sys.path]),
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def report(folder: Path, *arguments: object) -> list[Path]:
