@@ -46,8 +46,13 @@ def _forks():
     """Children are forks of processes that have imported vLLM, one for each environment. Faults need environments of
     their own, and armed, stock and compiled engines outlive these."""
     forks = Forks(most=5)
+
+    def launch(argv, *, env, **given):
+        # pytest's variable names the running test: with it, every test would import vLLM again.
+        return forks.launch(argv, env={k: v for k, v in env.items() if k != "PYTEST_CURRENT_TEST"}, **given)
+
     patch = pytest.MonkeyPatch()
-    patch.setattr(ChildEngine, "launch", staticmethod(forks.launch))
+    patch.setattr(ChildEngine, "launch", staticmethod(launch))
     yield
     patch.undo()
     forks.close()
