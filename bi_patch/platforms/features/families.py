@@ -192,8 +192,9 @@ FAMILIES: tuple[Feature, ...] = (
             refused("quantized experts", releases="<0.33"),
             served(
                 "invariance-2026-11-29-h200-four-bits-vllm-0.33.0.json",
-                why="two layers of gpt-oss-20b's sizes with random weights, in eager mode; with the package "
-                "humming-kernels, on which vLLM's CUDA build depends",
+                "invariance-2026-11-29-h200-quantized-vllm-0.33.0-6.json",
+                why="two layers of gpt-oss-20b's sizes with random weights, compiled and in eager mode; with the "
+                "package humming-kernels, on which vLLM's CUDA build depends",
             ),
         ),
         ascend=_QUANTIZED,

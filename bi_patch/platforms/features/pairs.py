@@ -71,9 +71,17 @@ def _int8(config: Any) -> bool:
     return _every(config, ("int8", schemes.CHANNEL, "int8", schemes.TOKEN, False, False, ""))
 
 
+def _blocks(config: Any) -> bool:
+    """Whether all quantized weights of a checkpoint are FP8 in blocks of 128 x 128."""
+    return _every(config, ("fp8", "128x128", "fp8", "128", False, False, ""))
+
+
 def _latent_blocks(config: Any) -> bool:
-    """Whether all quantized weights of a model with MLA are FP8 in blocks of 128 x 128."""
-    return PARTS[MLA](config) and _every(config, ("fp8", "128x128", "fp8", "128", False, False, ""))
+    return PARTS[MLA](config) and _blocks(config)
+
+
+def _dense_blocks(config: Any) -> bool:
+    return not (PARTS[MLA](config) or PARTS[EXPERTS](config)) and _blocks(config)
 
 
 def _every(config: Any, wanted: tuple[object, ...]) -> bool:
@@ -98,6 +106,7 @@ OTHER_SCHEMES = "quantized weights other than FP8 made while loading"
 EIGHTH = "an FP8 KV cache"
 EXPERTS = "experts"
 _CHANNELS, _LATENT_BLOCKS = "FP8 weights per channel", "FP8 blocks of 128 x 128 in models with MLA"
+_BLOCKS = "FP8 blocks of 128 x 128 in dense models"
 _OTHERS = "other quantized weights"
 _INT8, _NO_INT8 = "INT8 weights and activations", "quantized weights other than INT8"
 PARTS: dict[str, Callable[[Any], bool]] = {
@@ -111,7 +120,10 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     EIGHTH: _eighth,
     _CHANNELS: _channels,
     _LATENT_BLOCKS: _latent_blocks,
-    _OTHERS: lambda config: PARTS[QUANTIZED](config) and not _channels(config) and not _latent_blocks(config),
+    _BLOCKS: _dense_blocks,
+    _OTHERS: lambda config: (
+        PARTS[QUANTIZED](config) and not any(held(config) for held in (_channels, _latent_blocks, _dense_blocks))
+    ),
     _INT8: _int8,
     _NO_INT8: lambda config: PARTS[QUANTIZED](config) and not _int8(config),
     "multimodal models": _model("is_multimodal_model"),
@@ -269,6 +281,20 @@ PAIRS: tuple[Feature, ...] = (
             served(
                 "invariance-2026-11-29-h200-quantized-vllm-0.33.0-3.json",
                 why="two layers of Qwen3-8B's sizes, in eager mode; the checkpoint asks for the cache",
+                releases=">=0.33",
+            ),
+            _REFUSED,
+        ),
+        ascend=_REFUSED,
+    ),
+    _pairs(
+        EIGHTH,
+        _BLOCKS,
+        cpu=_REFUSED,
+        cuda=(
+            served(
+                "invariance-2026-11-29-h200-quantized-vllm-0.33.0-5.json",
+                why="two layers of Qwen3-8B's sizes, in eager mode; scales of 1",
                 releases=">=0.33",
             ),
             _REFUSED,

@@ -30,6 +30,8 @@ _SAME = untried("as FP8 made while loading", releases=">=0.33")
 _RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
 _PACKED = (served(_RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), _NONE)
 _FOUR_BITS = "invariance-2026-11-29-h200-four-bits-vllm-0.33.0.json"
+_EAGER = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-5.json"
+_GRAPHS = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-6.json"
 
 
 def _four(*files: str, now: str) -> tuple[Cell, ...]:
@@ -46,7 +48,6 @@ _LATER = (
     ),
     _NONE,
 )
-_UNRUN = (refused("no run of an engine has shown its bits", todo="Use dynamic activations", releases=">=0.33"), _NONE)
 _INT8_STATIC = (
     served(
         "invariance-2026-11-29-h200-quantized-vllm-0.33.0-4.json",
@@ -56,17 +57,21 @@ _INT8_STATIC = (
     _NONE,
 )
 _EXPERTS = (
-    served(_FOUR_BITS, why="two layers of Qwen3-30B-A3B's sizes, in eager mode", releases=">=0.33"),
-    _NONE,
-)
-_OSS = (served(_FOUR_BITS, why="two layers of gpt-oss-20b's sizes, in eager mode", releases=">=0.33"), _NONE)
-_NVFP4 = (
-    refused(
-        "Marlin's rows differ, upstream's mode has no kernel for them, and no run of an engine on humming-kernels was "
-        "complete",
-        todo="Use unquantized weights",
+    served(
+        _FOUR_BITS,
+        _EAGER,
+        _GRAPHS,
+        why="two layers of Qwen3-30B-A3B's sizes, compiled and in eager mode",
         releases=">=0.33",
     ),
+    _NONE,
+)
+_OSS = (
+    served(_FOUR_BITS, _GRAPHS, why="two layers of gpt-oss-20b's sizes, compiled and in eager mode", releases=">=0.33"),
+    _NONE,
+)
+_BOTH = (
+    served(_EAGER, _GRAPHS, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"),
     _NONE,
 )
 _GROUPS = ("32", "64", "128", CHANNEL)  # sizes with a kernel
@@ -135,7 +140,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         _ON_CPU | {"cuda": _INT8_STATIC},
     ),
     ("AWQ, 4 bits", _int4("awq"), _ON_CPU | {"cuda": _four(_FOUR_BITS, now="on the kernels of today in eager mode")}),
-    ("GPTQ, 4 bits", _int4("gptq"), _ON_CPU | {"cuda": _four(now="the kernels of today ran with W4A16 and AWQ")}),
+    ("GPTQ, 4 bits", _int4("gptq"), _ON_CPU | {"cuda": _four(_EAGER, _GRAPHS, now="on the kernels of today both")}),
     (
         "compressed-tensors W4A16",
         _int4("compressed-tensors"),
@@ -171,7 +176,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     (
         "FP8 per channel or tensor, static activations (other methods)",
         lambda s: any(_fp8(s, scale, TENSOR, static=True) for scale in (CHANNEL, TENSOR)),
-        _REFUSED | {"cuda": _UNRUN},
+        _REFUSED | {"cuda": _BOTH},
     ),
     ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _cuda(_SAME)),
     ("FP8 made while loading (--quantization fp8)", lambda s: _fp8(s, TENSOR, TENSOR, online=True), _cuda(_COMPILED)),
@@ -203,7 +208,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     (
         "NVFP4 weights alone (compressed-tensors)",
         lambda s: (s.weight, s.scale, s.activation, s.zeros, s.order) == ("nvfp4", "16", "", False, False),
-        _NO_KERNEL | {"cuda": _NVFP4},
+        _NO_KERNEL | {"cuda": _BOTH},
     ),
 )
 _OTHERS = "other quantized weights"
@@ -233,7 +238,7 @@ def _asked(name: str) -> Callable[[Any], str]:
 
 def _four_bits(scheme: Scheme) -> bool:
     """4-bit experts for which vLLM's Triton kernel serves: groups, no zero points, no act-order."""
-    known = scheme.method == "compressed-tensors" and _int4(scheme.method)(scheme)
+    known = scheme.method in ("compressed-tensors", "gptq") and _int4(scheme.method)(scheme)
     return known and not scheme.zeros and scheme.scale != CHANNEL
 
 
@@ -287,12 +292,17 @@ _COMPILED_RUNS = (
     "compressed-tensors W4A16",
     "8-bit weights alone (GPTQ, compressed-tensors W8A16)",
     "FP8 per tensor, static activations (method fp8)",
+    "FP8 per channel or tensor, static activations (other methods)",
+    "MXFP4 (gpt-oss as published)",
+    "NVFP4 weights alone (compressed-tensors)",
 )
 
 
 def _compiled_elsewhere(config: Any) -> str:
     """Words for a compiled model with a scheme, or with quantized experts, that ran in eager mode only."""
-    experts = getattr(config.model_config, "is_moe", False)
+    experts = getattr(config.model_config, "is_moe", False) and not (
+        _experts(_four_bits)(config) or _experts(_mxfp4)(config)
+    )
     other = experts or any(_row(s) not in _COMPILED_RUNS for s in schemes.of(config))
     return _compiled(config) if other and not _latent(config) else ""
 
@@ -322,7 +332,7 @@ QUANTIZATION: tuple[Feature, ...] = (
     *(row(name, short=_SHORT.get(name, ""), **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
     row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(_blocks)),
     row(
-        "experts of 4 bits in groups (compressed-tensors W4A16)",
+        "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)",
         **_REFUSED | {"cuda": _EXPERTS},
         asked=_experts(_four_bits),
     ),
@@ -369,7 +379,9 @@ QUANTIZATION: tuple[Feature, ...] = (
         cuda=served(
             _RUN,
             "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
-            why="AWQ, GPTQ, W4A16, W8A16, INT8 with dynamic and FP8 with static activations",
+            _GRAPHS,
+            why="AWQ, GPTQ, W4A16, W8A16, INT8 with dynamic and FP8 with static activations, NVFP4 weights, experts "
+            "of 4 bits and in MXFP4",
         ),
         ascend=_NONE,
         asked=_compiled,

@@ -84,6 +84,8 @@ def test_an_fp8_kv_cache_with_blocks_and_mla_has_a_row_of_its_own():
         table.check(config, "cuda", release)
     config.model_config.hf_config.quantization_config = BLOCKS
     config.model_config.use_mla = False
+    table.check(config, "cuda", release)
+    config.model_config.is_moe = True
     with pytest.raises(UnsupportedFeature, match="an FP8 KV cache with other quantized weights"):
         table.check(config, "cuda", release)
 
@@ -98,11 +100,13 @@ def test_a_scheme_that_ran_in_eager_mode_only_is_named_in_compiled_code():
     assert set(quantization._COMPILED_RUNS) <= set(names)
     (row,) = (r for r in quantization.QUANTIZATION if r.name.endswith("in another scheme, compiled"))
     static = {"quant_method": "fp8", "activation_scheme": "static"}
-    for held, named in ((BLOCKS, True), (static, False)):
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    for held, named in ((BLOCKS, True), (static, False), (gptq, False), ({"quant_method": "mxfp4"}, False)):
         config = latent("LlamaForCausalLM", False)
         config.model_config.hf_config.quantization_config = held
+        config.model_config.quantization = held["quant_method"]
         assert bool(row.asked(config)) == named, held
-        config.model_config.is_moe = True  # no experts ran in compiled code
-        assert row.asked(config)
+        config.model_config.is_moe = True  # experts of 4 bits alone ran in compiled code
+        assert bool(row.asked(config)) == (held not in (gptq, {"quant_method": "mxfp4"})), held
         config.model_config.enforce_eager = True
         assert not row.asked(config)

@@ -135,9 +135,9 @@ def test_each_scheme_of_a_mixed_checkpoint_counts():
 
 def test_experts_and_heads_have_rows_of_their_own():
     assert rows(AWQ, is_moe=True) == ["AWQ, 4 bits", "quantized experts"]
-    four = "experts of 4 bits in groups (compressed-tensors W4A16)"
+    four = "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)"
     assert rows(W4A16, is_moe=True) == ["compressed-tensors W4A16", four]
-    assert rows(GPTQ, is_moe=True) == ["GPTQ, 4 bits", "quantized experts"]
+    assert rows(GPTQ, is_moe=True) == ["GPTQ, 4 bits", four]
     assert rows(GPTQ | {"group_size": -1}, is_moe=True) == ["GPTQ, 4 bits", "quantized experts"]
     assert "quantized experts" in rows(GPTQ | {"sym": False}, is_moe=True)
     assert rows(tensors(NVFP4, **FLOATS), is_moe=True)[1:] == ["quantized experts"]
@@ -165,9 +165,10 @@ def test_a_checkpoint_may_ask_for_an_fp8_kv_cache_with_one_static_scale():
     assert not cache.asked(made)
 
 
-def test_without_mla_an_fp8_kv_cache_is_served_beside_fp8_weights_per_channel_only():
+def test_without_mla_an_fp8_kv_cache_is_served_beside_fp8_weights_per_channel_or_in_blocks_only():
     held = {row.name: row for row in pairs.PAIRS if row.name.startswith("an FP8 KV cache with")}
     (channels,) = (row for name, row in held.items() if name.endswith("FP8 weights per channel"))
+    (blocks,) = (row for name, row in held.items() if name.endswith("in dense models"))
     (others,) = (row for name, row in held.items() if "other quantized weights" in name)
     static = tensors(INT8 | {"type": "float"}, INT8 | {"type": "float", "strategy": "tensor"}, format="float-quantized")
     for checkpoint, served in ((CHANNELS, True), (static, False), (W8A8, False), (W4A16, False)):
@@ -176,6 +177,13 @@ def test_without_mla_an_fp8_kv_cache_is_served_beside_fp8_weights_per_channel_on
         made.lora_config = made.speculative_config = None
         assert bool(channels.asked(made)) == served, checkpoint
         assert bool(others.asked(made)) != served, checkpoint
+        assert not blocks.asked(made), checkpoint
+    for experts in (False, True):
+        made = config(FP8, is_moe=experts)
+        made.cache_config = SimpleNamespace(cache_dtype="fp8")
+        made.lora_config = made.speculative_config = None
+        assert bool(blocks.asked(made)) != experts and bool(others.asked(made)) == experts
+        assert not channels.asked(made)
 
 
 class Spec:

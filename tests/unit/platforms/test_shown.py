@@ -310,7 +310,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("AWQ, 4 bits", "cpu"): (("*-awq bf16", *_SIX),),
     ("AWQ, 4 bits", "cuda"): (("* AWQ,*", *_SIX, *_PUBLISHED), ("* AWQ,* eager", *_SIX)),
     ("GPTQ, 4 bits", "cpu"): (("*-gptq bf16", *_SIX),),
-    ("GPTQ, 4 bits", "cuda"): (("* GPTQ,*", *_SIX, *_PUBLISHED),),
+    ("GPTQ, 4 bits", "cuda"): (
+        ("* GPTQ,*", *_SIX, *_PUBLISHED),
+        ("* GPTQ,* eager", *_SIX),
+        ("* GPTQ, 2 layers", *_SIX),
+    ),
     ("compressed-tensors W4A16", "cpu"): (("*-w4a16 bf16", *_SIX), ("*-w4a16-zeros bf16", *_SIX)),
     ("compressed-tensors W4A16", "cuda"): (("* W4A16,*", *_SIX, *_PUBLISHED),),
     ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", "cuda"): (("* W8A16,*", *_SIX, *_PUBLISHED),),
@@ -326,11 +330,25 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("FP8 made while loading, per channel (--quantization fp8_per_channel)", "cuda"): (
         ("* FP8 channel while loading,*", *_SIX, *_PUBLISHED),
     ),
-    ("experts of 4 bits in groups (compressed-tensors W4A16)", "cuda"): (
+    ("experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)", "cuda"): (
         ("* W4A16 experts,* eager", *_SIX, "preemption"),
+        ("* GPTQ experts,* eager", *_SIX),
+        ("* W4A16 experts, 2 layers", *_SIX),
+        ("* GPTQ experts, 2 layers", *_SIX),
+    ),
+    ("NVFP4 weights alone (compressed-tensors)", "cuda"): (
+        ("* NVFP4,* eager", *_SIX),
+        ("* NVFP4, 2 layers", *_SIX),
+    ),
+    ("FP8 per channel or tensor, static activations (other methods)", "cuda"): (
+        ("* FP8 static, compressed-tensors,* eager", *_SIX),
+        ("* FP8 static, compressed-tensors, 2 layers", *_SIX),
     ),
     **{
-        (name, "cuda"): (("gpt-oss-20b MXFP4,* eager", *_SIX, "preemption"),)
+        (name, "cuda"): (
+            ("gpt-oss-20b MXFP4,* eager", *_SIX, "preemption"),
+            ("gpt-oss-20b MXFP4, 2 layers", *_SIX),
+        )
         for name in ("MXFP4 (gpt-oss as published)", "experts in MXFP4", "gpt-oss as published (MXFP4)")
     },
     ("experts in FP8 blocks of 128 x 128", "cuda"): (("* FP8 block experts,*", *_SIX),),
@@ -341,6 +359,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("quantized weights of a checkpoint, compiled", "cuda"): tuple(
         (f"* {scheme},*", *_PUBLISHED) for scheme in ("AWQ", "GPTQ", "W4A16", "W8A16", "INT8", "FP8 static")
+    )
+    + tuple(
+        (f"* {scheme}, 2 layers", *_SIX)
+        for scheme in ("NVFP4", "FP8 static, compressed-tensors", "MXFP4", "W4A16 experts", "GPTQ experts")
     ),
     ("quantized weights of a checkpoint in another scheme, compiled", "cpu"): tuple(
         (f"*-{scheme} bf16 compiled", *_SIX, "eager and compiled")
@@ -376,6 +398,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("an FP8 KV cache with MLA", "cuda"): (
         ("DeepSeek V2, FP8 KV cache", *_MLA, "preemption"),
         ("DeepSeek V2, FP8 KV cache, eager", *_MLA, "preemption"),
+    ),
+    ("an FP8 KV cache with FP8 blocks of 128 x 128 in dense models", "cuda"): (
+        ("* FP8 block and KV cache,* eager", *_SIX),
     ),
     ("an FP8 KV cache with FP8 weights per channel", "cuda"): (("* FP8 channel and KV cache,* eager", *_SIX),),
     ("speculative decoding with quantized weights", "cpu"): tuple(
