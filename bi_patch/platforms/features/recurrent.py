@@ -13,17 +13,15 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
-# An earlier form of the kernels.
-# The kernels of today; -4: also a slower form of those of gated delta nets and Mamba 2.
+# -5 to -7: the kernels of today; -4: also a slower form of those of gated delta nets and Mamba 2.
 _H200_CHUNKS = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-4.json"
 _H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-5.json"
+_H200_EAGER = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-6.json"
+_H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-7.json"  # compiled, and Nemotron-H in eager mode
 _CHUNKS = refused("chunks of a recurrent state start where an engine step starts", todo="Use another model")
 _OLD = refused("chunks of a recurrent state start where an engine step starts", releases="<0.33")
 _TINY = served(_CPU, why="tiny shapes with random weights, in bf16")
-_NO_PAGES = "no run compared a prompt that goes on from states which decodes left in the prefix cache"
-_FOUR = "four layers of published sizes with random weights, six axes; its cost in an engine was not measured"
-
-_EAGER = refused("no run compared it compiled", todo="Use --enforce-eager")
+_FOUR = "four layers of published sizes with random weights, six axes"
 
 # The kind of recurrent layer, by architecture.
 _KINDS = {
@@ -69,7 +67,7 @@ RECURRENT: tuple[Feature, ...] = (
         "gated delta nets (Qwen3-Next)",
         short="Qwen3-Next",
         cpu=_TINY,
-        cuda=(_OLD, served(_H200, why=f"{_FOUR}; compiled")),
+        cuda=(_OLD, served(_H200, _H200_EAGER, why=f"{_FOUR}; compiled and in eager mode")),
         ascend=_CHUNKS,
         asked=_asked("gated delta nets"),
         details="The states are kept exactly, with prefix caching (`--mamba-cache-mode align`) and without. On CPU in "
@@ -86,7 +84,7 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "gated delta nets, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, untried("measured compiled, and in eager mode by an earlier form of the kernels")),
+        cuda=(_OLD, served(_H200_EAGER)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("gated delta nets")(config) and _eager(config) and "gated delta nets in eager mode",
     ),
@@ -98,10 +96,10 @@ RECURRENT: tuple[Feature, ...] = (
         asked=_asked("Qwen3.5"),
     ),
     row(
-        "Mamba 2 (Falcon-H1, Granite 4-H; Nemotron-H runs on the same layers and was not measured)",
+        "Mamba 2 (Falcon-H1, Granite 4-H, Nemotron-H)",
         short="Falcon-H1, Granite 4-H",
         cpu=_TINY,
-        cuda=(_OLD, served(_H200, why=f"{_FOUR}; {_NO_PAGES}")),
+        cuda=(_OLD, served(_H200, _H200_EAGER, _H200_MORE, why=f"{_FOUR}; compiled and in eager mode")),
         ascend=_CHUNKS,
         asked=_asked("Mamba 2"),
     ),
@@ -115,15 +113,29 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "Mamba 2, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, untried("measured compiled, and in eager mode by an earlier form of the kernels")),
+        cuda=(_OLD, served(_H200_EAGER, _H200_MORE, why="Falcon-H1 and Nemotron-H")),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and _eager(config) and "Mamba 2 in eager mode",
     ),
     row(
+        "Nemotron-H",
+        cpu=untried("the layers of Falcon-H1"),
+        cuda=(_OLD, served(_H200_MORE, why=f"{_FOUR}; in eager mode")),
+        ascend=_CHUNKS,
+        asked=lambda config: _named("NemotronHForCausalLM")(config) and "Nemotron-H",
+    ),
+    row(
+        "Nemotron-H, compiled",
+        cpu=untried("the layers of Falcon-H1"),
+        cuda=(_OLD, untried("measured in eager mode")),
+        ascend=_CHUNKS,
+        asked=lambda config: _named("NemotronHForCausalLM")(config) and not _eager(config) and "compiled Nemotron-H",
+    ),
+    row(
         "short convolutions (LFM2)",
-        short="LFM2 (on CUDA in eager mode)",
+        short="LFM2",
         cpu=_TINY,
-        cuda=(_OLD, served(_H200_CHUNKS, why=f"{_FOUR}; in eager mode")),
+        cuda=(_OLD, served(_H200_CHUNKS, _H200_MORE, why=f"{_FOUR}; compiled and in eager mode")),
         ascend=_CHUNKS,
         asked=_asked("short convolutions"),
     ),
@@ -137,7 +149,7 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "short convolutions, compiled",
         cpu=untried("the same kernel"),
-        cuda=(_OLD, _EAGER),
+        cuda=(_OLD, served(_H200_MORE)),
         ascend=_CHUNKS,
         asked=lambda config: (
             _asked("short convolutions")(config) and not _eager(config) and "compiled short convolutions"
@@ -145,9 +157,12 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "Mamba 1 (Mamba, Falcon-Mamba, Jamba)",
-        short="Mamba, Falcon-Mamba, Jamba (on CUDA in eager mode)",
+        short="Mamba, Falcon-Mamba, Jamba",
         cpu=served(_MAMBA_1, why="tiny shapes with random weights, in bf16"),
-        cuda=(_OLD, served(_H200_CHUNKS, why=f"Falcon-Mamba and Jamba in eager mode, {_FOUR}")),
+        cuda=(
+            _OLD,
+            served(_H200_CHUNKS, _H200_MORE, why=f"Falcon-Mamba and Jamba, compiled and in eager mode, {_FOUR}"),
+        ),
         ascend=_CHUNKS,
         asked=_asked("Mamba 1"),
     ),
@@ -161,14 +176,14 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "Mamba 1, compiled",
         cpu=served(_MAMBA_1, why="Mamba and Falcon-Mamba; Jamba has a row of its own"),
-        cuda=(_OLD, _EAGER),
+        cuda=(_OLD, served(_H200_MORE, why="Falcon-Mamba; Jamba has a row of its own")),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 1")(config) and not _eager(config) and "compiled Mamba 1",
     ),
     row(
         "Jamba, compiled",
         cpu=untried("measured in eager mode"),
-        cuda=(_OLD, _EAGER),
+        cuda=(_OLD, served(_H200_MORE)),
         ascend=_CHUNKS,
         asked=lambda config: _named("JambaForCausalLM")(config) and not _eager(config) and "compiled Jamba",
     ),

@@ -517,9 +517,8 @@ def test_recurrent_layers_are_served_by_kind(state):
     ):
         given = {state: True, "model_architectures": [name]}
         check("cpu", **given)
-        check("cuda", **given, model_enforce_eager=True)
-        with pytest.raises(UnsupportedFeature, match=f"{words}.*Use --enforce-eager"):
-            check("cuda", **given)
+        for eager in (False, True):
+            check("cuda", **given, model_enforce_eager=eager)
         with pytest.raises(UnsupportedFeature, match=words):
             check("cuda", "0.32.0", **given, model_enforce_eager=True)
     for other in ("Zamba2ForCausalLM", "KimiLinearForCausalLM"):
@@ -679,6 +678,9 @@ def test_modes_that_no_run_has_are_named():
     assert "Jamba, compiled" in untried("cpu", **jamba)
     assert "Jamba, compiled" not in untried("cpu", **jamba, model_enforce_eager=True)
     assert "Jamba, compiled" not in untried("cpu", **jamba | {"model_architectures": ["MambaForCausalLM"]})
+    nemotron = {"model_is_hybrid": True, "model_architectures": ["NemotronHForCausalLM"]}
+    assert "Nemotron-H, compiled" in untried("cuda", **nemotron)
+    assert not {"Nemotron-H", "Nemotron-H, compiled"} & set(untried("cuda", **nemotron, model_enforce_eager=True))
     idefics = images("Idefics3ForConditionalGeneration", model_enforce_eager=False)
     assert "images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles" in untried("cuda", **idefics)
     assert "images with preemption" in untried("cuda", **idefics)

@@ -280,26 +280,39 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images with preemption", "cpu"): (("Idefics3, * across engines", "preemption"),),
     # Recurrent layers.
     ("gated delta nets (Qwen3-Next)", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
-    ("gated delta nets (Qwen3-Next)", "cuda"): (("Qwen3-Next", *_SIX),),
+    ("gated delta nets (Qwen3-Next)", "cuda"): (("Qwen3-Next", *_SIX), ("Qwen3-Next, eager", *_SIX)),
+    ("gated delta nets, in eager mode", "cuda"): (("Qwen3-Next, eager", *_SIX),),
     ("gated delta nets, in eager mode", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
     ("gated delta nets, compiled", "cuda"): (("Qwen3-Next", *_SIX),),
     **{
         (f"Mamba 2{more}", platform): (("Falcon-H1*", *_SIX), ("Granite 4-H*", *_SIX))
         for more, platform in (
-            (" (Falcon-H1, Granite 4-H; Nemotron-H runs on the same layers and was not measured)", "cpu"),
-            (" (Falcon-H1, Granite 4-H; Nemotron-H runs on the same layers and was not measured)", "cuda"),
+            (" (Falcon-H1, Granite 4-H, Nemotron-H)", "cpu"),
             (", compiled", "cuda"),
             (", in eager mode", "cpu"),
         )
     },
+    ("Mamba 2 (Falcon-H1, Granite 4-H, Nemotron-H)", "cuda"): (
+        ("Falcon-H1", *_SIX),
+        ("Granite 4-H", *_SIX),
+        ("Falcon-H1, eager", *_SIX),
+        ("Nemotron-H, eager", *_SIX),
+    ),
+    ("Mamba 2, in eager mode", "cuda"): (("Falcon-H1, eager", *_SIX), ("Nemotron-H, eager", *_SIX)),
+    ("Nemotron-H", "cuda"): (("Nemotron-H, eager", *_SIX),),
     ("short convolutions (LFM2)", "cpu"): (("LFM2,*", *_SIX, "preemption"),),
-    ("short convolutions (LFM2)", "cuda"): (("LFM2, eager", *_SIX),),
+    ("short convolutions (LFM2)", "cuda"): (("LFM2, eager", *_SIX), ("LFM2", *_SIX)),
+    ("short convolutions, compiled", "cuda"): (("LFM2", *_SIX),),
     ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cpu"): (
         ("Mamba,* bf16", *_SIX),
         ("Falcon-Mamba,* bf16", *_SIX),
         ("Jamba,* bf16", *_SIX),
     ),
-    ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cuda"): (("Falcon-Mamba, eager", *_SIX), ("Jamba, eager", *_SIX)),
+    ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cuda"): tuple(
+        (f"{name}{mode}", *_SIX) for name in ("Falcon-Mamba", "Jamba") for mode in ("", ", eager")
+    ),
+    ("Mamba 1, compiled", "cuda"): (("Falcon-Mamba", *_SIX),),
+    ("Jamba, compiled", "cuda"): (("Jamba", *_SIX),),
     ("Mamba (the first models)", "cpu"): (("Mamba,* bf16", *_SIX),),
     ("Mamba 1, compiled", "cpu"): (("Mamba,* compiled", *_SIX), ("Falcon-Mamba,* compiled", *_SIX)),
     # Quantized weights.
