@@ -1,11 +1,13 @@
 """Prints the bits of many kinds of requests for test_speculation.py: python speculation.py MODEL OPTIONS [PHASE]
 
-OPTIONS: arguments of vllm.LLM as JSON, and `adapters`: folders of LoRA adapters that requests get in turn, or none.
-PHASE: only this phase. Two engines that differ in speculative_config only must print the same bits.
+OPTIONS: a list of engines as JSON, each the arguments of vllm.LLM, and `adapters`: folders of LoRA adapters that
+requests get in turn, or none. Each engine is a fork, so that vLLM is imported once. PHASE: only this phase. Two engines
+that differ in speculative_config only must print the same bits.
 """
 
 import bi_patch  # isort: skip  # before vLLM
 import json
+import os
 import random
 import sys
 
@@ -116,8 +118,7 @@ class Asked:
         return done
 
 
-def main():
-    given = json.loads(sys.argv[2])
+def answers(given):
     adapters = given.pop("adapters", ())
     llm = LLM(sys.argv[1], **given)
     asked = Asked(llm, sys.argv[3:], adapters)
@@ -175,6 +176,16 @@ def main():
             part.logprobs_mode = mode
         asked.phase(mode, lambda: asked.together(kinds))
     print("RESULT", json.dumps({"found": asked.found, "counted": asked.counted}))
+
+
+def main():
+    for given in json.loads(sys.argv[2]):
+        sys.stdout.flush()
+        if not (child := os.fork()):
+            answers(given)
+            sys.exit()
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

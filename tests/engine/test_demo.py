@@ -91,6 +91,7 @@ def test_an_open_seam_is_refused_by_name(run):
     assert "SeamOpen" in done.stdout and "attention.cpu_forward" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_open_seam_that_is_allowed_is_seen(run):
     done, found = run(BI_PATCH_LEAVE_OPEN="linear.cpu_dispatch", BI_PATCH_ALLOW_OPEN="1")
     assert done.returncode == 1, done.stdout + done.stderr

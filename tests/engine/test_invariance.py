@@ -9,23 +9,29 @@ from bi_patch.tools.verify.probes import CROSS_PROBES, PROBES, Workload
 
 pytestmark = pytest.mark.engine
 
-SIZES = (1, 2, 5, 16, 64)
-# Chunks of 256 tokens, prefix caching on. The first model gets the long prompt. One more engine is the fixture `fp32`.
-ENGINES = {
-    "qwen3 bf16": (recipes.QWEN3, {"max_model_len": 3200}, 3000),
-    "llama bf16 compiled": (recipes.LLAMA, {"eager": False}, 0),
-    "moe bf16": (recipes.MOE, {}, 0),
-    "sliding window bf16": (recipes.WINDOW, {}, 0),
-}
+SIZES, FEW = (1, 2, 5, 16, 64), (2, 5, 16)
+# Chunks of 256 tokens, prefix caching on. The first model gets the long prompt. One more engine is the fixture `fp32`,
+# another one the compiled engine of test_across_engines.
+ENGINES = [
+    pytest.param(recipes.QWEN3, {"max_model_len": 3200}, SIZES, 3000, id="qwen3 bf16"),
+    pytest.param(recipes.LLAMA, {"eager": False}, SIZES, 0, id="llama bf16 compiled", marks=pytest.mark.slow),
+    pytest.param(recipes.MOE, {}, FEW, 0, id="moe bf16"),
+    pytest.param(recipes.WINDOW, {}, FEW, 0, id="sliding window bf16"),
+]
+# Changes that one engine has at once. Any other change has an engine of its own.
+TOGETHER = (
+    ("few KV blocks", "new process, empty caches", "chunks of 1000 tokens"),
+    ("no prefix cache", "chunks of 64 tokens"),
+)
 
 
-def workload(engine, long=0):
-    return Workload.random(engine.info.vocab_size, long=long, generate=8, sizes=SIZES, prefix=300)
+def workload(engine, long=0, sizes=SIZES):
+    return Workload.random(engine.info.vocab_size, long=long, generate=8, sizes=sizes, prefix=300)
 
 
-def every_axis(name, engine, long=0):
+def every_axis(name, engine, long=0, sizes=SIZES):
     assert engine.info.threads == 2 and not engine.info.open_seams
-    load = workload(engine, long)
+    load = workload(engine, long, sizes)
     for probe in PROBES:
         if probe.missing(engine) or (probe.measure is probes.long_prompt and not long):
             continue
@@ -34,11 +40,10 @@ def every_axis(name, engine, long=0):
         assert result.compared > 0 and result.differing == 0, f"{result.axis}: {result.first}"
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_every_axis(start, name):
-    model, options, long = ENGINES[name]
-    with start(ARMED, model, **options) as engine:
-        every_axis(name, engine, long)
+@pytest.mark.parametrize(("name", "options", "sizes", "long"), ENGINES)
+def test_every_axis(start, name, options, sizes, long):
+    with start(ARMED, name, **options) as engine:
+        every_axis(name, engine, long, sizes)
 
 
 def test_every_axis_in_fp32(fp32):
@@ -57,19 +62,27 @@ def test_a_sigmoid_of_fp32_rows(start, tmp_path):
 
 
 def test_across_engines(start, bf16):
-    """Other chunk budgets, no prefix cache, preemption, a restart and compiled code, each against one eager engine."""
+    """Other chunk budgets, no prefix cache, preemption, a restart and compiled code, each against one eager engine. The
+    compiled engine then measures every axis, too."""
     load = workload(bf16, 900)
     planned = [(cross, cross.collect(bf16, load), list(cross.changes(bf16))) for cross in CROSS_PROBES]
     wanted = {}
     for cross, expected, changes in planned:
         for change in changes:
-            wanted.setdefault(repr(sorted(change.options.items())), []).append((cross, expected, change))
+            group = next((names for names in TOGETHER if change.label in names), change.label)
+            wanted.setdefault(group, []).append((cross, expected, change))
+    assert len(wanted) == 4, wanted.keys()
     for group in wanted.values():
-        with start(ARMED, recipes.QWEN3, **{**_given(bf16.options), **group[0][2].options}) as engine:
+        options = _given(bf16.options)
+        for _, _, change in group:
+            options |= change.options
+        with start(ARMED, recipes.QWEN3, **options) as engine:
             for cross, expected, change in group:
                 result = cross.judge(change, expected, cross.collect(engine, load, change))
                 print(f"{change.label}: {result.compared} compared, {result.differing} differing")
                 assert result.compared > 0 and result.differing == 0, f"{result.axis}, {change.label}: {result.first}"
+            if not engine.options.eager:
+                every_axis("qwen3 bf16 compiled", engine)
 
 
 def _given(options):

@@ -47,6 +47,7 @@ if __name__ == "__main__":
 LENGTHS = (7, 60, 33)
 
 
+@pytest.mark.slow
 def test_patched_copy_passes_the_same_probes(start, bf16, patched):
     paths = os.pathsep.join(filter(None, (str(patched), os.environ.get("PYTHONPATH"))))
     with start(ARMED, recipes.QWEN3, environ={"BI_PATCH_FORM": "patches", "PYTHONPATH": paths}) as engine:
@@ -62,7 +63,7 @@ def test_patched_copy_passes_the_same_probes(start, bf16, patched):
 
 
 def test_an_engine_core_of_the_patched_copy_computes_the_same_bits(bf16, model, cache, patched, tmp_path):
-    """The copy's engine core is a process of its own."""
+    """The copy's engine core is a process of its own. Requests alone and together have the bits that hooks give."""
     program = tmp_path / "generate.py"
     program.write_text(GENERATE)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
