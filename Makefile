@@ -49,7 +49,7 @@ test-engine test-processes test-ascend test-unit test-kernels: export OMP_WAIT_P
 
 # $(call within,MINUTES,COMMAND): a part that hangs is interrupted, and pytest then says where, so that the other parts
 # still run and report.
-within = timeout --signal=INT --kill-after=60 $(1)m $(2) || { code=$$?; case $$code in 124|137) \
+within = timeout --foreground --signal=INT --kill-after=60 $(1)m $(2) || { code=$$?; case $$code in 124|137) \
 	echo "$@: not done after $(1) minutes, so it was ended: a test hangs, or the machine is many times slower than usual" >&2;; \
 	esac; exit $$code; }
 
@@ -70,9 +70,9 @@ test-kernels: setup
 	$(call within,30,$(BIN)/pytest --durations=20 -m "not engine and $(BESIDE)" tests/unit/kernels)
 
 test-tables: setup
-	$(BIN)/bi-patch check --all
-	$(BIN)/bi-patch bench --tables --check
-	$(BIN)/bi-patch features README.md docs/coverage.md
+	$(call within,10,$(BIN)/bi-patch check --all)
+	$(call within,10,$(BIN)/bi-patch bench --tables --check)
+	$(call within,10,$(BIN)/bi-patch features README.md docs/coverage.md)
 
 test-alone: setup
 	$(call within,15,$(BIN)/pytest -m "alone and $(HERE)" tests)
@@ -84,6 +84,7 @@ test-all: setup test-ascend
 	$(PIP) install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/images.txt
 	BI_PATCH=0 $(BIN)/python requirements/images.py
 	$(BIN)/pytest -m "not gpu and not ascend" tests
+	PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest -m "ascend and slow" tests/ascend
 
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
@@ -106,7 +107,7 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
+	$(call within,10,env NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean)
 
 clean:
 	rm -rf $(VENV) $(ASCEND) $(DOCS) build dist
