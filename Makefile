@@ -1,6 +1,6 @@
 # make demo    set up, then run the demo: stock vLLM against armed vLLM on a real model
-# make test    set up, then run all tests: unit tests, those that start the real engine, the Ascend checks. Two parts run
-#              at once, and each part's output is printed whole when the part is done
+# make test    set up and run all tests: unit tests, those that start the real engine, the Ascend checks. Two parts run at
+#              once, set-up among them, and each part's output is printed whole when the part is done
 # make test-gpu    the tests that need a CUDA GPU; sets nothing up: PYTHON has vLLM for CUDA, wrapt and pytest already,
 #                  e.g. make test-gpu PYTHON=/path/to/venv/bin/python
 # make test-ascend    the Ascend checks alone, no NPU needed: real torch_npu over stub CANN libraries, kernels down to HIVM
