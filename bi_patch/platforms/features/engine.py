@@ -30,7 +30,7 @@ _H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
-_H200_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0-4.json"
+_H200_WEIGHTS_OLDER = "invariance-2026-11-29-h200-weights-vllm-0.26.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
@@ -373,7 +373,8 @@ FEATURES: tuple[Feature, ...] = (
         cuda=served(
             _H200_WEIGHTS,
             _H200_WEIGHTS_GRAPHS,
-            _H200_GRPO,
+            _H200_WEIGHTS_OLDER,
+            _H200_PARITY_GRPO,
             why="by reload_weights, in eager mode also on vLLM 0.26; with CUDA graphs also 200 syncs of a trainer",
         ),
         ascend=untried(_NO_NPU),

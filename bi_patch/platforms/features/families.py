@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bi_patch.platforms.features.images import INTERN_ON_CUDA
 from bi_patch.platforms.features.model import Feature, refused, row, served, untried
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
@@ -319,10 +320,7 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "InternVL3 up to 14B, as Hugging Face transformers has it",
         cpu=served(_CPU_INTERN, why="a tiny shape with random weights; vLLM needs torchvision for it"),
-        cuda=refused(
-            "no patch point covers InternS1VisionEmbeddings and InternS1VisionLayer, which vLLM loads for it",
-            todo="Pass --language-model-only",
-        ),
+        cuda=INTERN_ON_CUDA,
         ascend=_MULTIMODAL,
     ),
     row(

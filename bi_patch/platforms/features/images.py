@@ -25,7 +25,7 @@ _QWEN = {("Qwen3VLForConditionalGeneration", "qwen3_vl"), ("Qwen3VLForConditiona
 _QWEN2_5 = {("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")}
 _GEMMA = {("Gemma3ForConditionalGeneration", "siglip_vision_model")}
 _INTERN = {("InternVLForConditionalGeneration", "internvl_vision")}
-_INTERN_ON_CUDA = refused(
+INTERN_ON_CUDA = refused(
     "no patch point covers InternS1VisionEmbeddings and InternS1VisionLayer, which vLLM loads for it", todo=_TEXT_ONLY
 )
 _OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
@@ -87,9 +87,9 @@ def _backend(media: Any) -> str:
     return str(getattr(asked, "name", asked or ""))
 
 
-def _chosen_backend(config: Any) -> str:
+def _chosen_backend(config: Any, qwen: bool) -> str:
     media = getattr(config.model_config, "multimodal_config", None)
-    name = _backend(media) if taken(config) else ""
+    name = _backend(media) if taken(config) and (_encoder(config) in _QWEN) == qwen else ""
     return f"images with the encoder on {name}" if name in _BACKENDS else ""
 
 
@@ -221,7 +221,7 @@ IMAGES: tuple[Feature, ...] = (
         "images (InternVL as Hugging Face transformers has it)",
         short="images (InternVL)",
         cpu=served(_CPU_INTERN, why=_TINY),
-        cuda=_INTERN_ON_CUDA,
+        cuda=INTERN_ON_CUDA,
         ascend=_ASCEND,
         asked=_of(_INTERN),
         details="InternVLForConditionalGeneration without norms of queries and keys in its encoder (InternVL3 up to "
@@ -297,17 +297,25 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images of InternVL with preemption",
         cpu=untried("no run with its images preempted a request"),
-        cuda=_INTERN_ON_CUDA,
+        cuda=INTERN_ON_CUDA,
         ascend=_ASCEND,
         asked=_intern_preempted,
     ),
     row(
-        "images with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend FLASH_ATTN, TORCH_SDPA)",
+        "images of Qwen3-VL with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend FLASH_ATTN, "
+        "TORCH_SDPA)",
         cpu=refused("nobody has compared such an engine"),
         cuda=(_OLDER, untried("no run of `verify` has compared such an engine; upstream's own tests pass")),
         ascend=_ASCEND,
-        asked=_chosen_backend,
+        asked=lambda config: _chosen_backend(config, True),
         details="The certificate of images runs the encoder on the backend that the engine has.",
+    ),
+    row(
+        "images of another model with the encoder on FlashAttention or SDPA",
+        cpu=refused("nobody has compared such an engine"),
+        cuda=refused("nobody has compared such an engine"),
+        ascend=_ASCEND,
+        asked=lambda config: _chosen_backend(config, False),
     ),
     row(
         "images with another feature (LoRA, speculation, pooling, several ranks, quantized weights, KV transfer, "

@@ -22,6 +22,7 @@ _CHUNKS = refused("chunks of a recurrent state start where an engine step starts
 _OLD = refused("chunks of a recurrent state start where an engine step starts", releases="<0.33")
 _TINY = served(_CPU, why="tiny shapes with random weights, in bf16")
 _FOUR = "four layers of published sizes with random weights, six axes"
+_RUN = f"{_FOUR}; Granite 4-H compiled, Nemotron-H in eager mode, Falcon-H1 in both"
 
 # The kind of recurrent layer, by architecture.
 _KINDS = {
@@ -99,7 +100,15 @@ RECURRENT: tuple[Feature, ...] = (
         "Mamba 2 (Falcon-H1, Granite 4-H, Nemotron-H)",
         short="Falcon-H1, Granite 4-H",
         cpu=_TINY,
-        cuda=(_OLD, served(_H200, _H200_EAGER, _H200_MORE, why=f"{_FOUR}; compiled and in eager mode")),
+        cuda=(
+            _OLD,
+            served(
+                _H200,
+                _H200_EAGER,
+                _H200_MORE,
+                why=_RUN,
+            ),
+        ),
         ascend=_CHUNKS,
         asked=_asked("Mamba 2"),
     ),
@@ -116,6 +125,24 @@ RECURRENT: tuple[Feature, ...] = (
         cuda=(_OLD, served(_H200_EAGER, _H200_MORE, why="Falcon-H1 and Nemotron-H")),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and _eager(config) and "Mamba 2 in eager mode",
+    ),
+    row(
+        "Granite 4-H, in eager mode",
+        cpu=served(_CPU),
+        cuda=(_OLD, untried("measured compiled, and in eager mode by an earlier form of the kernels")),
+        ascend=_CHUNKS,
+        asked=lambda config: (
+            _named("GraniteMoeHybridForCausalLM")(config) and _eager(config) and "Granite 4-H in eager mode"
+        ),
+    ),
+    row(
+        "Bamba, Mamba 2 (the first models)",
+        cpu=untried("the layers of Falcon-H1"),
+        cuda=(_OLD, untried("the layers of Falcon-H1")),
+        ascend=_CHUNKS,
+        asked=lambda config: (
+            any(_named(name)(config) for name in ("BambaForCausalLM", "Mamba2ForCausalLM")) and "Bamba or Mamba 2"
+        ),
     ),
     row(
         "Nemotron-H",

@@ -646,7 +646,7 @@ def test_adapters_beside_fp8_on_cuda():
         asked(table.check, model_hf_config=blocks)
 
 
-def test_an_encoder_may_have_a_backend_of_its_own_on_cuda_only_and_is_named():
+def test_an_encoder_of_qwen_may_have_a_backend_of_its_own_on_cuda_and_is_named():
     for name in ("FLASHINFER", "TRITON_ATTN", "FLASH_ATTN", "TORCH_SDPA"):
         changes = images("Qwen3VLForConditionalGeneration", "qwen3_vl", mm_encoder_attn_backend=name)
         known = name in ("FLASH_ATTN", "TORCH_SDPA")
@@ -654,6 +654,9 @@ def test_an_encoder_may_have_a_backend_of_its_own_on_cuda_only_and_is_named():
             with pytest.raises(UnsupportedFeature, match="encoder"):
                 check(platform, release, **changes)
         if known:
+            other = images("LlavaForConditionalGeneration", "clip_vision_model", mm_encoder_attn_backend=name)
+            with pytest.raises(UnsupportedFeature, match="encoder"):
+                check("cuda", "0.33.0", **other)
             check("cuda", "0.33.0", **changes)
             named = table.untried(config(**changes), "cuda", Version("0.33.0"))
             assert any("--mm-encoder-attn-backend" in row for row in named)

@@ -298,6 +298,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Falcon-H1, eager", *_SIX),
         ("Nemotron-H, eager", *_SIX),
     ),
+    ("Granite 4-H, in eager mode", "cpu"): (("Granite 4-H*", *_SIX),),
     ("Mamba 2, in eager mode", "cuda"): (("Falcon-H1, eager", *_SIX), ("Nemotron-H, eager", *_SIX)),
     ("Nemotron-H", "cuda"): (("Nemotron-H, eager", *_SIX),),
     ("short convolutions (LFM2)", "cpu"): (("LFM2,*", *_SIX, "preemption"),),
