@@ -50,7 +50,7 @@ test-engine test-processes test-ascend test-unit test-kernels: export OMP_WAIT_P
 # $(call within,MINUTES,COMMAND): a part that hangs is interrupted, and pytest then says where, so that the other parts
 # still run and report.
 within = timeout --foreground --signal=INT --kill-after=60 $(1)m $(2) || { code=$$?; case $$code in 124|137) \
-	echo "$@: not done after $(1) minutes, so it was ended: a test hangs, or the machine is many times slower than usual" >&2;; \
+	echo "$@: not done after $(1) minutes, so it was ended: a test hangs, or the machine is many times slower than usual. Engines of it may run on" >&2;; \
 	esac; exit $$code; }
 
 # Files whose tests start processes of their own (servers, ranks, trainers, the demo): a third part, since the engine's

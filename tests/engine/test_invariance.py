@@ -20,8 +20,8 @@ ENGINES = [
 ]
 # Changes that one engine has at once. Any other change has an engine of its own.
 TOGETHER = (
-    ("few KV blocks", "new process, empty caches", "chunks of 1000 tokens"),
-    ("no prefix cache", "chunks of 64 tokens"),
+    ("few KV blocks", "chunks of 64 tokens"),
+    ("no prefix cache", "new process, empty caches", "chunks of 1000 tokens"),
 )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 AGAIN = 2  # times that a request is sent again
 
 
-def client(openai, healthy: Callable[[], Awaitable[bool]]):
+def client(openai, healthy: Callable[[], Awaitable[bool]], again: Callable[[], None]):
     """An HTTP client for openai.AsyncOpenAI(http_client=...). openai: the imported package. healthy: whether the server
-    answers its health check.
+    answers its health check. again: called for each request that is sent again.
 
     A server closes connections that are idle for some seconds (uvicorn: 5), and a request that it gets at that moment
     breaks. So no connection waits for a second request. A request whose connection breaks before the head of an answer
@@ -40,5 +40,6 @@ def client(openai, healthy: Callable[[], Awaitable[bool]]):
                 except broken:
                     if not left or not await healthy():
                         raise
+                    again()
 
     return Client(headers={"Connection": "close"})

@@ -18,6 +18,7 @@ from bi_patch.tools.verify.precision import Precision
 
 FORMAT = 1  # the JSON file's format number: raise it when a field goes or changes its meaning, not for a new field
 INVARIANT, DIFFERS, UNCHECKED = 0, 1, 2  # exit codes
+SENT_AGAIN = "requests sent again"  # in Report.served, where a connection broke before an answer began
 
 # States of an axis. PASSED: all compared positions are bitwise the same. NOT_APPLICABLE: the axis cannot occur here, or
 # the engine refuses the feature by name. LEFT_OUT: the level does not hold the axis. OUT_OF_TIME: the level holds the
@@ -227,6 +228,11 @@ def sentences(report: Report) -> list[str]:
         said.append(f"{what} could not be checked: nothing was compared.")
     if report.served is not None:
         said.append(_sign(report.served.get("bi_patch")))
+        if again := report.served.get(SENT_AGAIN):
+            said.append(
+                f"Connections broke before an answer began: {again} requests were sent again, so their company and "
+                "cache may not be those of the axis."
+            )
     if report.precision is not None:
         said.append(report.precision.words())
     if report.stopped:

@@ -19,6 +19,7 @@ from bi_patch.errors import MissingDependency, ServerFailed
 from bi_patch.tools.verify import connections
 from bi_patch.tools.verify.answers import Answer, Request, checked
 from bi_patch.tools.verify.engine import SERVER, Info, Options
+from bi_patch.tools.verify.report import SENT_AGAIN
 
 _WATCH = 5.0  # seconds between two health checks while requests run
 STEP = 0.02  # seconds of delay for each engine step of Request.delay
@@ -30,7 +31,7 @@ class ServerEngine:
 
     url: http://host:port with or without /v1. model: the served name, by default the server's first. timeout: seconds
     for one answer. said: what the server said about itself (model, bi_patch, context length, block size, prefix
-    caching).
+    caching), and how many requests were sent again (SENT_AGAIN).
     Raises ServerFailed when the server is down, dies, or answers with an error; MissingDependency without the package
     openai.
     """
@@ -52,7 +53,7 @@ class ServerEngine:
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
             max_retries=0,
             timeout=timeout,
-            http_client=connections.client(openai, lambda: asyncio.to_thread(self.alive)),
+            http_client=connections.client(openai, lambda: asyncio.to_thread(self.alive), self._again),
         )
         self._salt = secrets.token_hex(8)
         cache = self._cache()
@@ -122,6 +123,9 @@ class ServerEngine:
 
     def reset_cache(self) -> None:
         self._salt = secrets.token_hex(8)
+
+    def _again(self) -> None:
+        self.said[SENT_AGAIN] = self.said.get(SENT_AGAIN, 0) + 1
 
     def counters(self) -> dict[str, float]:
         total: dict[str, float] = {}

@@ -83,6 +83,7 @@ def test_a_connection_that_breaks_before_an_answer_is_asked_for_again(times):
         server.plan = ["break"] * times
         assert engine.generate(ASKED)[0].tokens == [8]
         assert len(server.asked) == times + 1
+        assert engine.said["requests sent again"] == times
 
 
 def test_connections_that_break_on_and_on_are_named():
