@@ -139,6 +139,13 @@ ROUNDS: list[list[Entry]] = [
     # DeepGEMM's kernels and many certificates: its engines take the longest to start, 272 s with empty caches
     # (--start 330), 44 s with full ones.
     [scheme("FP8 block MLA", (17.0, 1.0, 5.0), (ONE, EIGHT, MANY, LATENT, LONG), layers=4, modes=UPSTREAM)],
+    [
+        scheme("FP8 block experts", (5.0, 4.0, 2.5), modes=UPSTREAM),
+        scheme("MXFP4", (4.5, 4.0, 2.5)),
+        scheme("W4A16 experts", (3.5, 4.0, 2.5)),
+        scheme("NVFP4", QUANTIZED),
+        scheme("FP8 KV cache", (5.0, 4.0, 2.5)),
+    ],
 ]
 OF_ONE = list(range(1, len(ROUNDS) + 1))
 # The last round, only by its number: two GPUs.
