@@ -243,7 +243,7 @@ def prompts():
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-    from bi_patch.seams.cuda import mla, mla_prompts
+    from bi_patch.seams.cuda import mla_prompts, mla_samples
 
     for heads in (16, 128):
         impl = Impl(heads)
@@ -251,7 +251,7 @@ def prompts():
         generator = torch.Generator("cuda").manual_seed(2)
         tokens = 3000
         q = torch.randn((tokens, heads, NOPE + ROTARY), generator=generator, device="cuda").to(DTYPE) * 3
-        run = mla.prepare_prompt(layer, 64, q, q[:, :1], q[:, :1])
+        run = mla_samples.prepare_prompt(layer, 64, q, q[:, :1], q[:, :1])
         whole = run([(0, tokens)])
         for what, cuts in (
             ("chunks of 9", [(a, 9) for a in range(900, 990, 9)]),

@@ -40,7 +40,7 @@ def layers(config):
 
 def _latent(config, page: int):
     """The same for each kind of MLA layer, in each form that it takes."""
-    from bi_patch.seams.cuda import mla
+    from bi_patch.seams.cuda import mla_samples, mla_steps
 
     found = {}
     for layer in config.compilation_config.static_forward_context.values():
@@ -56,11 +56,11 @@ def _latent(config, page: int):
                 kind = kind._replace(extras="e4m3 KV")
             found.setdefault(kind, layer)
     for problem, layer in found.items():
-        if not mla.two_forms():
-            yield problem, functools.partial(mla.prepare, layer, page)
+        if not mla_steps.two_forms():
+            yield problem, functools.partial(mla_samples.prepare, layer, page)
             continue
         problem = problem._replace(head_size=layer.qk_nope_head_dim + layer.qk_rope_head_dim)
-        for extras, prepare in (("rows", mla.prepare_rows), ("prompts", mla.prepare_prompt)):
+        for extras, prepare in (("rows", mla_samples.prepare_rows), ("prompts", mla_samples.prepare_prompt)):
             extras = " ".join(filter(None, (extras, problem.extras)))
             yield problem._replace(extras=extras), functools.partial(prepare, layer, page)
 

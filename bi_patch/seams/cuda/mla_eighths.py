@@ -24,6 +24,13 @@ KERNELS = (
 _PARTIAL = 1 << 30
 
 
+def e4m3():
+    """The type of the cached latents."""
+    import torch
+
+    return torch.float8_e4m3fn
+
+
 def parts(heads: int) -> int:
     """Into how many parts each row is split. Few heads make few programs, so they have more parts."""
     return 16 if heads <= 32 else 8

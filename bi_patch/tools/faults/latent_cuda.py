@@ -21,9 +21,9 @@ def _instead(owner, name: str, made) -> Iterator[None]:
 
 
 def _two_forms() -> None:
-    from bi_patch.seams.cuda import mla
+    from bi_patch.seams.cuda import mla_steps
 
-    if not mla.two_forms():
+    if not mla_steps.two_forms():
         raise BiPatchError("faults of MLA are planted in its two forms: set BI_PATCH_MLA=two")
 
 
@@ -56,8 +56,8 @@ def context_apart(engine: LocalEngine) -> Iterator[None]:
 def other_form(engine: LocalEngine):
     """The number of a request's new tokens in a step chooses the form: several take the form with up-projected keys and
     values, also when generated tokens are computed again; single tokens take the absorbed form."""
-    from bi_patch.seams.cuda import mla
+    from bi_patch.seams.cuda import mla_steps
 
     _two_forms()
-    divide = mla._divide
-    return _instead(mla, "_divide", lambda common, prompts: divide(common, None))
+    divide = mla_steps.divide
+    return _instead(mla_steps, "divide", lambda common, prompts: divide(common, None))

@@ -259,7 +259,7 @@ def test_the_certificate_computes_rows_of_a_prompt_in_any_cut(monkeypatch):
     """By a layer that reads the cache as FlashAttention-MLA does; a layer that depends on its step is seen."""
     from bi_patch.ops.certificates import Key
     from bi_patch.ops.cuda import attention_layers, chunks
-    from bi_patch.seams.cuda import mla
+    from bi_patch.seams.cuda import mla_samples
 
     monkeypatch.setattr(active, "mla", "one")
     module = "vllm.v1.attention.backends.fa_utils"
@@ -289,6 +289,6 @@ def test_the_certificate_computes_rows_of_a_prompt_in_any_cut(monkeypatch):
 
     problem = chunks.Problem("FLASH_ATTN_MLA", 2, 1, 6, 0, 16, torch.float64)
     for faulty in (False, True):
-        prepare = functools.partial(mla.prepare, attend(faulty), 16)
+        prepare = functools.partial(mla_samples.prepare, attend(faulty), 16)
         made = chunks._certify(problem, prepare, Key("", "", "", "", ""), "cpu")
         assert made.passed == (not faulty), made

@@ -9,7 +9,7 @@ import torch
 from bi_patch.arming.catalog import CATALOG
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
-from bi_patch.seams.cuda import mla, mla_prompts, mla_rows
+from bi_patch.seams.cuda import mla_prompts, mla_rows, mla_steps
 from bi_patch.seams.cuda.chunks import Metadata
 
 HEADS, LATENT, ROTARY, NOPE, SIZE, PAGE = 2, 8, 4, 6, 5, 16
@@ -23,7 +23,7 @@ def closed(name, original):
 def two(monkeypatch):
     monkeypatch.setattr(active, "mla", "two")
     monkeypatch.setattr(active, "latent", True)
-    monkeypatch.setattr(mla, "_prompts", None)
+    monkeypatch.setattr(mla_steps, "prompt_lengths", None)
 
 
 def test_a_position_decides_into_how_many_parts_its_keys_are_split():
@@ -59,25 +59,25 @@ def common(counts, ends):
 
 
 def test_a_step_of_generated_rows_needs_no_lists():
-    assert mla._divide(common([1, 1], [9, 30]), np.array([4, 29])) == ([], [])
-    assert mla._divide(common([1, 1, 0, 0], [9, 30, 0, 0]), np.array([4, 29])) == ([], []), "padded for a graph"
-    assert mla._divide(common([1, 1], [1, 1]), None) == ([], []), "a dummy step"
+    assert mla_steps.divide(common([1, 1], [9, 30]), np.array([4, 29])) == ([], [])
+    assert mla_steps.divide(common([1, 1, 0, 0], [9, 30, 0, 0]), np.array([4, 29])) == ([], []), "padded for a graph"
+    assert mla_steps.divide(common([1, 1], [1, 1]), None) == ([], []), "a dummy step"
 
 
 def test_the_last_token_of_a_prompt_is_a_prompt_row():
-    rows, segments = mla._divide(common([1, 1], [9, 30]), np.array([4, 30]))
+    rows, segments = mla_steps.divide(common([1, 1], [9, 30]), np.array([4, 30]))
     assert rows == [(0, 0, 9)] and segments == [mla_prompts.Segment(1, 1, 30, 1)]
 
 
 def test_a_chunk_over_the_end_of_the_prompt_is_cut_there():
-    rows, segments = mla._divide(common([5], [12]), np.array([9]))
+    rows, segments = mla_steps.divide(common([5], [12]), np.array([9]))
     assert segments == [mla_prompts.Segment(0, 2, 9, 0)]
     assert rows == [(2, 0, 10), (3, 0, 11), (4, 0, 12)]
 
 
 def test_an_unknown_request_is_an_error():
     with pytest.raises(UnsupportedFeature, match="mla.cuda_forms: a step of 2 requests, of which 1 are known"):
-        mla._divide(common([1, 1], [9, 30]), np.array([4]))
+        mla_steps.divide(common([1, 1], [9, 30]), np.array([4]))
 
 
 def test_each_row_takes_the_form_of_its_position(two, monkeypatch):
@@ -129,7 +129,7 @@ def test_each_row_takes_the_form_of_its_position(two, monkeypatch):
         prompts = np.array([max(1, end - int(draw.integers(-10, 25))) for end in ends])
         step = common(counts, ends)
         step.block_table_tensor = torch.from_numpy(draw.integers(0, pages, (requests, 6)).astype(np.int32))
-        monkeypatch.setattr(mla, "_prompts", prompts)
+        monkeypatch.setattr(mla_steps, "prompt_lengths", prompts)
         made = build(builder, 0, step)
         q = torch.randn((sum(counts) + 3, HEADS, NOPE + ROTARY), generator=generator, dtype=torch.float64)
         want = torch.zeros((len(q), HEADS * SIZE), dtype=torch.float64)
@@ -207,10 +207,10 @@ def test_a_step_with_prompt_rows_runs_no_graph_of_decode_steps(two):
     runner = SimpleNamespace(req_states=SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([7, 20, 9]))))
     step = closed("mla.cuda_step", lambda self, output, dummy: (output, 1))
     state, uniform = step(runner, State(np.array([2, 1]), np.array([9, 20])), False)
-    assert uniform == 1 and state.decode_graph_eligible and mla._prompts.tolist() == [9, 20]
+    assert uniform == 1 and state.decode_graph_eligible and mla_steps.prompt_lengths.tolist() == [9, 20]
     state, uniform = step(runner, State(np.array([2, 1]), np.array([9, 19])), False)
     assert uniform is None and not state.decode_graph_eligible
-    assert step(runner, None, True) == (None, 1) and mla._prompts is None
+    assert step(runner, None, True) == (None, 1) and mla_steps.prompt_lengths is None
 
 
 def test_model_runner_v1_says_which_rows_are_a_prompt(two):
@@ -223,23 +223,25 @@ def test_model_runner_v1_says_which_rows_are_a_prompt(two):
     batch = SimpleNamespace(num_prompt_tokens=np.array([7, 20, 9]), num_computed_tokens_cpu=np.array([7, 20, 3]))
     runner = SimpleNamespace(input_batch=batch)
     step(runner, num_tokens=2, num_reqs=2, max_num_scheduled_tokens=1)
-    assert asked == [None] and mla._prompts.tolist() == [7, 20]
+    assert asked == [None] and mla_steps.prompt_lengths.tolist() == [7, 20]
     step(runner, num_tokens=3, num_reqs=3, max_num_scheduled_tokens=1)
-    assert asked[1:] == [False] and mla._prompts.tolist() == [7, 20, 9]
+    assert asked[1:] == [False] and mla_steps.prompt_lengths.tolist() == [7, 20, 9]
     batch.num_prompt_tokens[0] = (
         1  # the batch changes before the step is built no more, but a later one's lengths differ
     )
-    assert mla._prompts[0] == 7
+    assert mla_steps.prompt_lengths[0] == 7
     for forced in (True, False):
         step(runner, num_tokens=3, num_reqs=3, force_uniform_decode=forced)
-        assert asked[-1] is forced and mla._prompts is None
+        assert asked[-1] is forced and mla_steps.prompt_lengths is None
 
 
 def test_a_captured_step_knows_no_prompt_of_the_warm_up(two, monkeypatch):
     """vLLM's warm-up runs steps with real requests before it captures graphs of dummy steps."""
-    monkeypatch.setattr(mla, "_prompts", np.array([3, 4]))
+    monkeypatch.setattr(mla_steps, "prompt_lengths", np.array([3, 4]))
     seen = []
-    capture = closed("mla.cuda_capture", lambda self, *given, **named: seen.append((mla._prompts, given, named)))
+    capture = closed(
+        "mla.cuda_capture", lambda self, *given, **named: seen.append((mla_steps.prompt_lengths, given, named))
+    )
     capture("manager", "make", progress_bar_desc="words")
     assert seen == [(None, ("make",), {"progress_bar_desc": "words"})]
 
