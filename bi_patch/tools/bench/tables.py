@@ -9,15 +9,17 @@ from pathlib import Path
 from bi_patch import identity
 from bi_patch.tools import evidence, marks
 from bi_patch.tools.bench import cost, plot
+from bi_patch.tools.evidence import summary
 from bi_patch.tools.evidence.kinds import KINDS
 from bi_patch.tools.evidence.store import Table
 
-_EVIDENCE_MARK = re.compile(rf"<!-- ((?:{'|'.join(kind.kind for kind in KINDS)})-\S+) -->")
+BARS = 60  # bars in a plot
+_EVIDENCE_MARK = re.compile(rf"<!-- ((?:summary|{'|'.join(kind.kind for kind in KINDS)})-\S+) -->")
 
 
 def blocks(tables: Mapping[str, Table]) -> dict[str, str]:
-    """The Markdown of each table, by the table's mark."""
-    return {mark: evidence.markdown(table) for mark, table in tables.items()}
+    """The Markdown of each table and of each summary, by the mark."""
+    return {**{mark: evidence.markdown(table) for mark, table in tables.items()}, **summary.blocks(tables)}
 
 
 def distinct(tables: Mapping[str, Table]) -> dict[str, Table]:
@@ -31,6 +33,12 @@ def distinct(tables: Mapping[str, Table]) -> dict[str, Table]:
 def pages(root: Path) -> list[Path]:
     """The README and the pages under docs/ of a source tree."""
     return [page for page in (root / "README.md", *sorted((root / "docs").rglob("*.md"))) if page.is_file()]
+
+
+def marked(page: Path, made: Mapping[str, str]) -> bool:
+    """Whether a page has a mark of a table, known or unknown."""
+    text = page.read_text(encoding="utf-8")
+    return bool(marks.held(text, made) or _unknown(text, made))
 
 
 def write(page: Path, made: Mapping[str, str]) -> int:
@@ -57,10 +65,13 @@ def _unknown(text: str, made: Mapping[str, str]) -> list[str]:
 
 
 def draw(tables: Mapping[str, Table], folder: Path) -> list[Path]:
-    """Plot each device's newest cost table as `cost-<device>.svg`, and return the paths. Raises PlotsMissing."""
+    """Plot each device's newest cost table as `cost-<device>.svg`, and return the paths. Raises PlotsMissing.
+
+    A table of more than BARS rows has no plot: nobody could read it.
+    """
     drawn = []
     for mark, table in distinct(tables).items():
-        if table.kind is evidence.Cost and mark == table.name:
+        if table.kind is evidence.Cost and mark == table.name and len(table.rows) <= BARS:
             drawn.append(folder / f"{mark}.svg")
             plot.cost(table.evidence, drawn[-1], cost.target(table.newest.evidence.platform))
     return drawn

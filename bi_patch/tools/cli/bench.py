@@ -27,7 +27,11 @@ def bench(
         bool, typer.Option("--tables", help="Measure nothing: print the tables of the newest files and draw the plots.")
     ] = False,
     write: Annotated[
-        list[Path] | None, typer.Option(help="With --tables: renew the tables between this page's marks; repeatable.")
+        list[Path] | None,
+        typer.Option(
+            help="With --tables: renew the tables between the marks of this page, or of README.md and docs/ in this "
+            "folder; repeatable."
+        ),
     ] = None,
     check: Annotated[
         bool,
@@ -157,7 +161,7 @@ def _tables(console: Console, results: Path, write: list[Path], check: bool) -> 
     if not write:
         for mark in bench_tables.distinct(found):
             print(f"## {mark}\n\n{made[mark]}\n")
-    for page in write:
+    for page in (page for given in write for page in _pages(given, made)):
         count = bench_tables.write(page, made)
         console.print(f"{page}: {count} tables renewed", markup=False, soft_wrap=True)
     try:
@@ -165,6 +169,17 @@ def _tables(console: Console, results: Path, write: list[Path], check: bool) -> 
             console.print(f"{path} drawn", markup=False, soft_wrap=True)
     except plot.PlotsMissing as error:
         console.print(f"No plots: {error}", markup=False, soft_wrap=True)
+
+
+def _pages(given: Path, made) -> list[Path]:
+    """The page itself, or the pages of a source tree that have marks. Raises SettingError for a tree without them."""
+    from bi_patch.tools.bench import tables as bench_tables
+
+    if not given.is_dir():
+        return [given]
+    if found := [page for page in bench_tables.pages(given) if bench_tables.marked(page, made)]:
+        return found
+    raise SettingError(f"--write {given}: no README.md and no page under docs/ has a mark of a table there")
 
 
 def _check(found, made, results: Path) -> None:
@@ -181,5 +196,7 @@ def _check(found, made, results: Path) -> None:
     for page in bench_tables.pages(Path()):
         if wrong := bench_tables.outdated(page, made):
             failed = True
-            print(f"{page}: these tables are outdated: {', '.join(wrong)}. Run: bi-patch bench --tables --write {page}")
+            print(f"{page}: these tables are outdated: {', '.join(wrong)}")
+    if failed:
+        print("Run: bi-patch bench --tables --write .")
     raise typer.Exit(1 if failed else 0)

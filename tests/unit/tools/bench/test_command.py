@@ -98,6 +98,19 @@ def test_a_file_that_supplies_no_table_is_a_notice(tree):
     assert done.exit_code == 0 and f"notice: benchmarks/results/{old.name} supplies no table" in done.output
 
 
+def test_a_folder_stands_for_its_pages_with_marks(tree):
+    folder, _ = tree
+    (folder / "README.md").write_text("<!-- summary-invariance-total -->\n<!-- /summary-invariance-total -->\n")
+    (folder / "docs" / "other.md").write_text("no tables here")
+    done = run("--tables", "--write", ".")
+    assert done.exit_code == 0 and "other.md" not in done.output
+    assert "**0 of 1,000 positions differ.**" in (folder / "README.md").read_text()
+    assert "| m | 1 | 1,000 | 0 |" in (folder / "docs" / "results.md").read_text()
+    assert run("--tables", "--check").exit_code == 0
+    (folder / "empty").mkdir()
+    assert isinstance(run("--tables", "--write", "empty").exception, SettingError)
+
+
 def test_a_page_without_marks_or_with_unknown_ones_is_named(tree):
     folder, _ = tree
     (folder / "README.md").write_text("no tables here")

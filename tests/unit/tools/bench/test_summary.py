@@ -1,0 +1,84 @@
+"""Summaries of the tables: which ratio stands in which column, and the sums of what was compared."""
+
+from pathlib import Path
+
+import pytest
+
+from bi_patch.tools import evidence
+from bi_patch.tools.evidence import summary
+from bi_patch.tools.verify.engine import Info
+
+RESULTS = Path(__file__).resolve().parents[4] / "benchmarks" / "results"
+INFO = Info("armed", "0.33.0", "2.11.0", "NVIDIA H200", 2, 16, 500)
+
+
+def tables(folder, **workloads):
+    """The tables of one cost file; workloads: model -> {workload: ratio}."""
+    found = evidence.new(evidence.Cost, INFO)
+    found.date = "2026-01-02"
+    found.rows = [
+        evidence.CostRow(model, workload, "ms", 10.0, None, 10.0 * ratio, 3, ratio)
+        for model, ratios in workloads.items()
+        for workload, ratio in ratios.items()
+    ]
+    evidence.write(found, folder)
+    return evidence.current(folder)
+
+
+def test_ratios_stand_by_workload_and_clock(tmp_path):
+    ratios = {
+        "decode 1 x 512/128": 1.1,
+        "decode (GPU) 1 x 512/128": 0.9,
+        "decode 8 x 128 (GPU)": 0.8,
+        "decode 256 x 512/128": 1.3,
+        "decode 2 x 32000/64": 1.5,
+        "prefill 8 x 1024/128": 0.95,
+        "prefill 2 x 32000/64": 1.05,
+        "total 256 x 512/128": 7.0,
+        "1 x 1 image": 1.6,
+        "1 x 1 image (GPU)": 1.4,
+    }
+    text = summary.blocks(tables(tmp_path, m=ratios))["summary-cost-h200"]
+    assert "| model | by | 1 request | 8 requests | 128 or 256 | 2 of 32,000 tokens | prompts |" in text
+    assert "| m | GPU | 0.90 | 0.80 | - | - | - |\n| m | clock | 1.10 | - | 1.30 | 1.50 | 0.95 to 1.05 |" in text
+    assert "| m | 1 x 1 image | 1.40 | 1.60 |" in text and "7.00" not in text
+    assert text.endswith("Armed / stock on NVIDIA H200, vLLM 0.33.0, 2026-01-02.")
+
+
+def test_a_chosen_table_has_its_models_in_its_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "CHOSEN", {"two": summary.Choice(("b", "a"), many=False)})
+    rows = {"decode 1 x 512/128": 1.0, "decode (GPU) 1 x 512/128": 0.5, "decode (GPU) 256 x 512/128": 0.6}
+    made = summary.blocks(tables(tmp_path, a=rows, b=rows, c=rows))["summary-cost-h200-two"]
+    assert made.splitlines()[:4] == ["| model | 1 request |", "|---|--:|", "| b | 0.50 |", "| a | 0.50 |"]
+
+
+def test_a_chosen_table_needs_all_of_its_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "CHOSEN", {"two": summary.Choice(("a", "no such model"))})
+    assert "summary-cost-h200-two" not in summary.blocks(tables(tmp_path, a={"decode 1 x 512/128": 1.0}))
+
+
+@pytest.mark.parametrize("word", summary.CHOSEN)
+def test_the_committed_files_have_the_chosen_models(word):
+    assert f"summary-cost-h200-{word}" in summary.blocks(evidence.current(RESULTS))
+
+
+def test_sums_have_a_row_for_each_device_and_release(tmp_path):
+    for release, differing in (("0.9.0", 1), ("0.10.0", 0)):
+        found = evidence.new(evidence.Invariance, INFO)
+        found.vllm, found.rows = release, [evidence.InvarianceRow("m", axis, 1000, differing) for axis in ("a", "b")]
+        evidence.write(found, tmp_path)
+    made = summary.blocks(evidence.current(tmp_path))
+    assert made["summary-invariance"].splitlines()[2:] == [
+        "| H200 | 0.10.0 | 1 | 2 | 2,000 | 0 |",
+        "| H200 | 0.9.0 | 1 | 2 | 2,000 | 2 |",
+    ]
+    assert made["summary-invariance-total"] == "**2 of 4,000 positions differ.**"
+
+
+def test_faults_are_counted_by_device(tmp_path):
+    found = evidence.new(evidence.Faults, INFO)
+    found.dtype, found.clean = "bfloat16", (10, 0)
+    found.rows = [evidence.FaultRow(1, "one", True, True), evidence.FaultRow(2, "two", True, False)]
+    evidence.write(found, tmp_path)
+    made = summary.blocks(evidence.current(tmp_path))["summary-faults"]
+    assert made.splitlines()[-1] == f"| H200 | 0.33.0 | 1 of {evidence.CAUSES} | 0 | 0 of 10 |"
