@@ -91,6 +91,39 @@ _NVFP4 = {
     },
 }
 
+_GATE = {"ignore": ["lm_head", "re:.*mlp.gate$"]}
+_ZEROS = {
+    "group_0": _packed(4, 128)["config_groups"]["group_0"]
+    | {"weights": _packed(4, 128)["config_groups"]["group_0"]["weights"] | {"symmetric": False}}
+}
+_DYNAMIC = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+_ROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "data_type": "int",
+    "packing_format": "auto_round:auto_gptq",
+    "autoround_version": "0.9.0",
+}
+_MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "producer": {"name": "modelopt"}}
+_MODELOPT_FOUR = _MODELOPT | {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+_QUARK_TENSOR = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
+_QUARK = {
+    "quant_method": "quark",
+    "global_quant_config": {
+        "weight": _QUARK_TENSOR,
+        "input_tensors": _QUARK_TENSOR,
+        "output_tensors": None,
+        "bias": None,
+    },
+    "layer_quant_config": {},
+    "layer_type_quant_config": {},
+    "exclude": ["lm_head"],
+    "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
+    "quant_mode": "eager_mode",
+}
+
 # By the scheme's name: the model's shape, and the checkpoint's quantization_config, None if vLLM quantizes by itself.
 SCHEMES: dict[str, tuple[str, dict | None]] = {
     "FP8 while loading": ("Qwen3-8B", None),
@@ -115,6 +148,26 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
     "W4A16 experts": ("Qwen3-30B-A3B", _packed(4, 128) | {"ignore": ["lm_head", "re:.*mlp.gate$"]}),
     "GPTQ experts": ("Qwen3-30B-A3B", _GPTQ | {"dynamic": {"-:.*\\.mlp\\.gate$": {}}}),
     "AWQ experts": ("Qwen3-30B-A3B", _AWQ | {"modules_to_not_convert": ["mlp.gate"]}),
+    "FP8 channel experts": ("Qwen3-30B-A3B", _CHANNEL | _GATE),
+    "GLM-4.6 FP8": ("GLM-4.6", _CHANNEL | _GATE),
+    "MiniMax-M2 FP8": (
+        "MiniMax-M2",
+        _BLOCK | {"fmt": "float8_e4m3fn", "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]},
+    ),
+    "FP8 tensor": ("Qwen3-8B", _DYNAMIC),
+    "FP8 tensor experts": ("Qwen3-30B-A3B", _DYNAMIC),
+    "FP8 static experts": ("Qwen3-30B-A3B", _STATIC),
+    "FP8 channel experts while loading": ("Qwen3-30B-A3B", None),
+    "W4A16 experts with zero points": ("Qwen3-30B-A3B", _packed(4, 128) | _GATE | {"config_groups": _ZEROS}),
+    "GPTQ 8-bit experts": (
+        "Qwen3-30B-A3B",
+        _GPTQ | {"bits": 8, "dynamic": {"-:.*\\.mlp\\.gate$": {}}},
+    ),
+    "GPTQ head": ("Qwen3-8B", _GPTQ | {"lm_head": True}),
+    "AutoRound": ("Qwen3-8B", _ROUND),
+    "ModelOpt FP8": ("Qwen3-8B", _MODELOPT),
+    "ModelOpt NVFP4": ("Qwen3-8B", _MODELOPT_FOUR),
+    "Quark FP8": ("Qwen3-8B", _QUARK),
     "MXFP4": ("gpt-oss-20b", _MXFP4),
     "NVFP4": ("Qwen3-8B", _NVFP4),
 }
@@ -122,7 +175,8 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
 
 def label(scheme: str, layers: int) -> str:
     """The model's name in result files."""
-    return f"{SCHEMES[scheme][0].partition(',')[0]} {scheme.removesuffix(' MLA')}, {layers} layers"
+    shape = SCHEMES[scheme][0].partition(",")[0]
+    return f"{shape} {scheme.removesuffix(' MLA').removeprefix(shape).strip()}, {layers} layers"
 
 
 def config(scheme: str, layers: int) -> dict[str, object]:
@@ -141,6 +195,7 @@ _ARGUMENTS: dict[str, dict[str, object]] = {
     "FP8 while loading": {"quantization": "fp8"},
     "FP8 channel while loading": {"quantization": "fp8_per_channel"},
     "FP8 block while loading": {"quantization": "fp8_per_block"},
+    "FP8 channel experts while loading": {"quantization": "fp8_per_channel"},
     "FP8 KV cache": {"kv_cache_dtype": "fp8"},
     "FP8 block and KV cache": {"kv_cache_dtype": "fp8"},
 }

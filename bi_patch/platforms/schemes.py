@@ -25,6 +25,9 @@ _METHODS = {
     "compressed-tensors": "compressed-tensors",
     "mxfp4": "mxfp4",
     "gpt_oss_mxfp4": "mxfp4",
+    "auto-round": "inc",
+    "modelopt_fp4": "modelopt",
+    "modelopt_mixed": "modelopt",
 }
 
 
@@ -201,7 +204,9 @@ _POWERS = "ue8m0"
 
 def _fp8(held: Mapping[str, Any]) -> Iterator[Scheme]:
     block, kind = held.get("weight_block_size"), held.get("activation_scheme", "dynamic")
-    other = _unknown(held, _FP8) or ("" if held.get("fmt", "e4m3") == "e4m3" else f"format {held['fmt']!r}")
+    # MiniMax-M2 names PyTorch's type.
+    known = held.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
+    other = _unknown(held, _FP8) or ("" if known else f"format {held['fmt']!r}")
     if held.get("scale_fmt") not in (None, _POWERS) or held.get("scale_fmt") and not block:
         other = other or f"scales of format {held['scale_fmt']!r}"
     yield Scheme(
@@ -274,10 +279,15 @@ def _eighth_cache(held: Mapping[str, Any]) -> bool:
 
 
 def caches(config: Any) -> bool:
-    """Whether the checkpoint of a finished engine configuration asks for an FP8 KV cache."""
+    """Whether the checkpoint of a finished engine configuration asks for a quantized KV cache."""
     model = config.model_config
-    held = None if model is None else _checkpoint(model)
-    return bool(held and held.get(_CACHE))
+    held = (None if model is None else _checkpoint(model)) or {}
+    return any(part.get(name) for part in (held, _inner(held)) for name in (_CACHE, "kv_cache_quant_algo"))
+
+
+def _inner(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of ModelOpt's older files that describes the quantization, or the whole."""
+    return held.get("quantization", held)
 
 
 @dataclass(frozen=True)
@@ -331,4 +341,109 @@ def _mxfp4(held: Mapping[str, Any]) -> Iterator[Scheme]:
     yield Scheme("mxfp4", "mxfp4", "32", other=_unknown(held, _NOTES + "modules_to_not_convert"))
 
 
-_READERS = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed, "mxfp4": _mxfp4}
+_ROUND = _NOTES + (
+    "bits group_size sym data_type packing_format backend vllm_backend extra_config block_name_to_quantize dataset "
+    "to_quant_block_names autoround_version amp batch_size enable_minmax_tuning enable_norm_bias_tuning lr minmax_lr "
+    "enable_quanted_input gradient_accumulate_steps iters low_gpu_mem_usage nsamples scale_dtype seqlen train_bs "
+    "not_use_best_mse dynamic_max_gap act_bits act_sym act_dynamic act_data_type act_group_size"
+)
+_ROUND_PACKINGS = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
+
+
+def _auto_round(held: Mapping[str, Any]) -> Iterator[Scheme]:
+    """AutoRound's integers in the packing of GPTQ without zero points, or of AWQ with them."""
+    packing = str(held.get("packing_format") or "auto_round:auto_gptq")
+    backend = str(held.get("backend") or held.get("vllm_backend") or "auto")
+    other = _unknown(held, _ROUND) or ("" if packing in _ROUND_PACKINGS else f"packing {packing!r}")
+    other = other or ("" if backend == "auto" else f"backend {backend!r}")
+    other = other or ("" if held.get("data_type", "int") == "int" else f"data type {held['data_type']!r}")
+    other = other or ("" if int(held.get("act_bits") or 16) >= 16 else "quantized activations")
+    layers = dict(held.get("extra_config") or {})
+    for name, rule in {"": {}, **layers}.items():
+        said = {**held, **rule}
+        if int(said["bits"]) >= 16:
+            continue
+        zeros = not said.get("sym", True)
+        strange = zeros != (_ROUND_PACKINGS.get(packing) == "awq")
+        yield Scheme(
+            "inc",
+            f"int{int(said['bits'])}",
+            _group(said["group_size"]),
+            zeros=zeros,
+            head=name.endswith("lm_head"),
+            other=other or (f"packing {packing!r} {'with' if zeros else 'without'} zero points" if strange else ""),
+        )
+
+
+_MODELOPT = (
+    "quant_method quant_algo producer ignore exclude_modules config_groups kv_cache_scheme kv_cache_quant_algo "
+    "group_size quantized_layers quantization has_zero_point pre_quant_scale version"
+)
+_ALGORITHMS = {
+    "FP8": Scheme("modelopt", "fp8", TENSOR, activation="fp8", activation_scale=TENSOR, static=True),
+    "FP8_PER_CHANNEL_PER_TOKEN": Scheme("modelopt", "fp8", CHANNEL, activation="fp8", activation_scale=TOKEN),
+    "FP8_PB_WO": Scheme("modelopt", "fp8", "128x128", activation="fp8", activation_scale="128"),
+    "W4A16_NVFP4": Scheme("modelopt", "nvfp4", "16"),
+}
+
+
+def _modelopt(held: Mapping[str, Any]) -> Iterator[Scheme]:
+    """NVIDIA's Model Optimizer names an algorithm for all layers, or one for each layer (MIXED_PRECISION)."""
+    said = _inner(held)
+    whole = str(said["quant_algo"]).upper()
+    layers = said.get("quantized_layers") or {} if whole == "MIXED_PRECISION" else {"": said}
+    other = _unknown({**said, **held}, _MODELOPT) or ("" if layers else "no quantized layers")
+    if said.get("has_zero_point") or said.get("pre_quant_scale"):
+        other = other or "zero points or smoothed activations"
+    yield from () if layers else (Scheme("modelopt", other=other),)
+    for name, layer in layers.items():
+        algorithm = str(layer["quant_algo"]).upper()
+        made = _ALGORITHMS.get(algorithm, Scheme("modelopt", other=f"algorithm {algorithm}"))
+        if made.weight == "nvfp4" and int(layer.get("group_size") or said.get("group_size") or 16) != 16:
+            made = replace(made, other="groups of another size than 16")
+        yield replace(made, head=name.endswith("lm_head"), other=made.other or other)
+
+
+_QUARK = (
+    "quant_method algo_config exclude export global_quant_config kv_cache_post_rope kv_cache_quant_config "
+    "layer_quant_config layer_type_quant_config quant_mode softmax_quant_spec version"
+)
+_QUARK_TENSOR = (
+    "dtype qscheme is_dynamic symmetric ch_axis group_size block_size observer_cls round_method scale_type "
+    "scale_format scale_calculation_mode mx_element_dtype qat_spec is_scale_quant zero_point_type"
+)
+
+
+def _quark(held: Mapping[str, Any]) -> Iterator[Scheme]:
+    """AMD Quark in FP8: static activations, or scales per channel with activations per token."""
+    other = _unknown(held, _QUARK) or ("rules by the type of a layer" if held.get("layer_type_quant_config") else "")
+    for group in (held["global_quant_config"], *(held.get("layer_quant_config") or {}).values()):
+        weight, rows = group["weight"], group.get("input_tensors") or {}
+        odd = _unknown(weight, _QUARK_TENSOR) or _unknown(rows, _QUARK_TENSOR)
+        scales = {"per_tensor": TENSOR, "per_channel": CHANNEL}
+        kinds = (weight.get("dtype"), rows.get("dtype"), bool(weight.get("is_dynamic")))
+        form = (weight.get("qscheme"), rows.get("qscheme"), bool(rows.get("is_dynamic")))
+        known = kinds == ("fp8_e4m3", "fp8_e4m3", False) and form[0] in scales
+        known = known and (form[1:] == ("per_tensor", False) or form == ("per_channel", "per_channel", True))
+        static = not form[2]
+        yield Scheme(
+            "quark",
+            "fp8" if known else "",
+            scales.get(form[0], ""),
+            activation="fp8" if known else "",
+            activation_scale=TENSOR if static else TOKEN,
+            static=static,
+            other=other or odd or ("" if known else f"weights {kinds[0]}, activations {kinds[1]}, {form}"),
+        )
+
+
+_READERS = {
+    "awq": _awq,
+    "gptq": _gptq,
+    "fp8": _fp8,
+    "compressed-tensors": _compressed,
+    "mxfp4": _mxfp4,
+    "inc": _auto_round,
+    "modelopt": _modelopt,
+    "quark": _quark,
+}

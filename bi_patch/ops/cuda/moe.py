@@ -8,8 +8,9 @@ As for linears, rounding to 16 bits hides most other orders. So the sums in the 
 exactly zero, and their outputs are only rounding errors. In half of the sums of the second product, these rounding
 errors cancel again.
 
-Experts with 8-bit floats sum each group of 128 elements of K on the tensor cores. Each group's sum is multiplied by its
-two scales, then added. Plain random data are compared: the tensor cores' short sums show another order by themselves.
+Experts with 8-bit floats in blocks sum each group of 128 elements of K on the tensor cores. Each group's sum is
+multiplied by its two scales, then added. Experts with a scale for each row or for each expert sum all of K there, and
+multiply once. Plain random data are compared: the tensor cores' short sums show another order by themselves.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ FIXED = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE
 # For 8-bit floats with a scale for each group: the same, with K blocks of one group.
 FIXED_GROUPS = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
 FP8 = "fp8_w8a8"  # vLLM's name of the kind of weights
+ROW, EXPERT, EXPERT_AND_ROW = "row", "expert", "expert and row"
 # By table key: whether every certificate of this size passed. A size that is not here has none, and FIXED serves it.
 _passed: dict[tuple[int, int, str | None], bool] = {}
 _done: set[Problem] = set()
@@ -49,7 +51,10 @@ class Problem(NamedTuple):
 
     activation: vLLM's name of the gated activation. bias: both products add a bias. weighted_input: a token's weight
     multiplies the experts' input instead of their output. group: 128 for weights of 8-bit floats with a scale for each
-    block of 128 x 128, and one for each 128 elements of a row; 0 for weights of dtype.
+    block of 128 x 128, and one for each 128 elements of a row; else 0. scale: ROW for weights of 8-bit floats with a
+    scale for each of their rows, and one for each row of activations; EXPERT for one for each expert, and one for all
+    activations, which the checkpoint has; EXPERT_AND_ROW for one for each expert, and one for each row of activations.
+    Weights are of dtype if neither is given.
     """
 
     experts: int
@@ -61,17 +66,23 @@ class Problem(NamedTuple):
     bias: bool = False
     weighted_input: bool = False
     group: int = 0
+    scale: str = ""
 
     def __str__(self) -> str:
-        groups = f" e4m3 groups of {self.group}" if self.group else ""
-        extras = f"{' bias' * self.bias}{' weighted input' * self.weighted_input}{groups}"
+        eighth = f" e4m3 groups of {self.group}" if self.group else f" e4m3 by {self.scale}" if self.scale else ""
+        extras = f"{' bias' * self.bias}{' weighted input' * self.weighted_input}{eighth}"
         size = f"E={self.experts} N={self.n} K={self.hidden} top{self.top_k}"
         return f"{size} {self.activation}{extras} {machine.name(self.dtype)}"
 
     @property
     def table(self) -> tuple[int, int, str | None]:
         """The key by which vLLM looks up tiles: experts, n, name of the dtype (None for bf16 and fp16)."""
-        return self.experts, self.n, FP8 if self.group else "float32" if self.dtype.itemsize == 4 else None
+        return self.experts, self.n, FP8 if self.eighth else "float32" if self.dtype.itemsize == 4 else None
+
+    @property
+    def eighth(self) -> bool:
+        """Whether weights are 8-bit floats."""
+        return bool(self.group or self.scale)
 
     @property
     def fixed(self) -> dict[str, int]:
@@ -82,8 +93,9 @@ class Kernel(NamedTuple):
     """vLLM's kernel for one kind of experts, with the activation and the bias of this kind.
 
     run: (x [M, hidden], w13, w2, weights [M, top_k] fp32, ids [M, top_k] int32) -> [M, hidden]. For 8-bit floats, w13
-    and w2 are pairs with their scales, [experts, rows / group, columns / group] fp32. choose: M -> the tile that
-    serves. override: a context manager in which every call takes the given tile.
+    and w2 are pairs with their scales in fp32: [experts, rows / group, columns / group], [experts, rows, 1] for ROW, or
+    [experts]. choose: M -> the tile that serves. override: a context manager in which every call takes the
+    given tile.
     """
 
     run: Callable[..., torch.Tensor]
@@ -91,10 +103,13 @@ class Kernel(NamedTuple):
     override: Callable[[dict[str, int]], Any]
 
 
-def one_pass(tile: dict[str, int], group: int = 0) -> dict[str, int]:
-    """`tile` without split-K. With groups of K, its K block is a group, and its columns fill Hopper's instructions."""
+def one_pass(tile: dict[str, int], dtype: str | None = None, group: int = 0) -> dict[str, int]:
+    """`tile` without split-K. dtype: vLLM's name of the kind of weights. The columns of 8-bit floats fill Hopper's
+    instructions. A K block of groups is one group."""
     kept = {**tile, "SPLIT_K": 1}
-    return kept | {"BLOCK_SIZE_K": group, "BLOCK_SIZE_N": max(kept["BLOCK_SIZE_N"], 64)} if group else kept
+    if dtype != FP8:
+        return kept
+    return kept | {"BLOCK_SIZE_N": max(kept["BLOCK_SIZE_N"], 64)} | ({"BLOCK_SIZE_K": group} if group else {})
 
 
 def is_fixed(experts: int, n: int, dtype: str | None) -> bool:
@@ -200,13 +215,15 @@ def _for_each(problem: Problem, weight: torch.Tensor, generator: torch.Generator
     """A weight [rows, columns] that all experts share in memory. 8-bit floats come with random scales, or with ones."""
     import torch
 
-    if not problem.group:
+    if not problem.eighth:
         return weight.expand(problem.experts, -1, -1)
-    size = [-(-length // problem.group) for length in weight.shape]
-    scales = torch.ones(size, device=weight.device)
+    size = [-(-length // problem.group) for length in weight.shape] if problem.group else (weight.shape[0], 1)
+    each = problem.scale in (EXPERT, EXPERT_AND_ROW)
+    scales = torch.ones(problem.experts if each else size, device=weight.device)
     if generator is not None:
         scales.uniform_(0.5, 1.5, generator=generator).mul_(weight.shape[1] ** -0.5 / 16)
-    return tuple(part.expand(problem.experts, -1, -1) for part in (weight.to(torch.float8_e4m3fn), scales))
+    scales = scales if each else scales.expand(problem.experts, -1, -1)
+    return weight.to(torch.float8_e4m3fn).expand(problem.experts, -1, -1), scales
 
 
 def operands(problem: Problem, rows: int, generator: torch.Generator):
@@ -218,7 +235,7 @@ def operands(problem: Problem, rows: int, generator: torch.Generator):
     import torch
 
     device, dtype, n = generator.device, problem.dtype, problem.n
-    if problem.group:
+    if problem.eighth:
 
         def drawn(*sizes):
             return torch.randn(sizes, generator=generator, device=device)

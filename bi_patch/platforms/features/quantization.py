@@ -26,6 +26,8 @@ _WITH_MLA = served(
     releases=">=0.33",
 )
 _COMPILED = served(_H200, why="two layers of published sizes, compiled and in eager mode", releases=">=0.33")
+_TRIAL = untried("nobody has compared an engine's bits yet", releases=">=0.33")
+_HEAD = untried("in the packing of GPTQ, AWQ or compressed-tensors, or FP8", releases=">=0.33")
 _SAME = untried("as FP8 made while loading", releases=">=0.33")
 _RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
 _PACKED = (served(_RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), _NONE)
@@ -127,8 +129,37 @@ def _mxfp4(scheme: Scheme) -> bool:
     return scheme.weight == "mxfp4"
 
 
+def _nvfp4(scheme: Scheme) -> bool:
+    kind = (scheme.weight, scheme.scale, scheme.activation, scheme.zeros, scheme.order)
+    return kind == ("nvfp4", "16", "", False, False)
+
+
+def _by_token(scheme: Scheme) -> bool:
+    return any(_fp8(scheme, scale, TOKEN) for scale in (CHANNEL, TENSOR))
+
+
+def _static(scheme: Scheme) -> bool:
+    return any(_fp8(scheme, scale, TENSOR, static=True) for scale in (CHANNEL, TENSOR))
+
+
+def _tool(method: str, *kinds: Callable[[Scheme], bool]) -> Callable[[Scheme], bool]:
+    """Schemes of one tool's checkpoints that land on layers with a route."""
+    return lambda s: s.method == method and any(kind(s) for kind in kinds)
+
+
+def _packed(scheme: Scheme) -> bool:
+    return (_weight_only(scheme, 4) or _weight_only(scheme, 8) and not scheme.zeros) and not scheme.order
+
+
 # (name, whether a scheme belongs to the row, its cells). A scheme belongs to the first row that takes it.
 _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
+    ("AutoRound (INC), 4 or 8 bits in the packing of GPTQ or AWQ", _tool("inc", _packed), _cuda(_TRIAL)),
+    (
+        "ModelOpt: FP8, and NVFP4 weights alone",
+        _tool("modelopt", _static, _by_token, _blocks, _nvfp4),
+        _cuda(_TRIAL),
+    ),
+    ("Quark: FP8", _tool("quark", _static, _by_token), _cuda(_TRIAL)),
     (
         "INT8 weights and activations (compressed-tensors W8A8)",
         lambda s: _int8(s, TOKEN, static=False),
@@ -165,7 +196,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     ("FP8 in blocks of 128 x 128", _blocks, _cuda(_ON_HOPPER) | _WITH_AMX),
     (
         "FP8 per channel or tensor, activations per token (compressed-tensors)",
-        lambda s: any(_fp8(s, scale, TOKEN) for scale in (CHANNEL, TENSOR)),
+        _by_token,
         _cuda(_ON_HOPPER),
     ),
     (
@@ -175,7 +206,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     ),
     (
         "FP8 per channel or tensor, static activations (other methods)",
-        lambda s: any(_fp8(s, scale, TENSOR, static=True) for scale in (CHANNEL, TENSOR)),
+        _static,
         _REFUSED | {"cuda": _BOTH},
     ),
     ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _cuda(_SAME)),
@@ -207,7 +238,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
     ),
     (
         "NVFP4 weights alone (compressed-tensors)",
-        lambda s: (s.weight, s.scale, s.activation, s.zeros, s.order) == ("nvfp4", "16", "", False, False),
+        _nvfp4,
         _NO_KERNEL | {"cuda": _BOTH},
     ),
 )
@@ -236,13 +267,39 @@ def _asked(name: str) -> Callable[[Any], str]:
     return lambda config: _words(tuple(s for s in schemes.of(config) if _row(s) == name))
 
 
+_GROUPED = ("compressed-tensors", "gptq", "awq")  # methods whose experts vLLM gives to certified kernels
+
+
+def _grouped(scheme: Scheme, bits: int) -> bool:
+    """Experts of integers in groups, without act-order."""
+    known = scheme.method in _GROUPED and _weight_only(scheme, bits)
+    return known and not scheme.order and scheme.scale != CHANNEL
+
+
 def _four_bits(scheme: Scheme) -> bool:
-    """4-bit experts for which vLLM's Triton kernel serves: groups, no zero points, no act-order."""
-    known = scheme.method in ("compressed-tensors", "gptq") and _int4(scheme.method)(scheme)
-    return known and not scheme.zeros and scheme.scale != CHANNEL
+    """4-bit experts that runs on CUDA cover: groups, no zero points, no act-order."""
+    return scheme.method in ("compressed-tensors", "gptq") and _grouped(scheme, 4) and not scheme.zeros
 
 
-_KINDS = (_blocks, _four_bits, _mxfp4)
+def _zeros(scheme: Scheme) -> bool:
+    return scheme.method != "gptq" and _grouped(scheme, 4) and scheme.zeros
+
+
+def _eight_bits(scheme: Scheme) -> bool:
+    return _grouped(scheme, 8) and not scheme.zeros
+
+
+def _made(scheme: Scheme) -> bool:
+    """FP8 that vLLM makes while loading."""
+    return scheme.online and scheme.weight == "fp8"
+
+
+def _by_tensor(scheme: Scheme) -> bool:
+    """FP8 experts with one scale each. Activations have the checkpoint's scale, or one for each token."""
+    return _fp8(scheme, TENSOR, TENSOR, static=True) or scheme.method == "fp8" and _fp8(scheme, TENSOR, TENSOR)
+
+
+_KINDS = (_blocks, _four_bits, _mxfp4, _by_token, _by_tensor, _made, _zeros, _eight_bits)
 
 
 def _experts(kind: Callable[[Scheme], bool] | None) -> Callable[[Any], str]:
@@ -336,6 +393,23 @@ QUANTIZATION: tuple[Feature, ...] = (
         **_REFUSED | {"cuda": _EXPERTS},
         asked=_experts(_four_bits),
     ),
+    row(
+        "experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)",
+        **_cuda(_TRIAL),
+        asked=_experts(_by_token),
+    ),
+    row("experts in FP8 with one scale each", **_cuda(_TRIAL), asked=_experts(_by_tensor)),
+    row("experts in FP8 made while loading", **_cuda(_TRIAL), asked=_experts(_made)),
+    row(
+        "experts of 4 bits in groups with zero points (AWQ, compressed-tensors)",
+        **_cuda(_TRIAL),
+        asked=_experts(_zeros),
+    ),
+    row(
+        "experts of 8 bits in groups, weights alone (GPTQ, compressed-tensors)",
+        **_cuda(_TRIAL),
+        asked=_experts(_eight_bits),
+    ),
     row("experts in MXFP4", **_REFUSED | {"cuda": _OSS}, asked=_experts(_mxfp4)),
     row("quantized experts", **_REFUSED, asked=_experts(None)),
     row(
@@ -372,7 +446,7 @@ QUANTIZATION: tuple[Feature, ...] = (
         ascend=_NONE,
         asked=_mixed,
     ),
-    row("quantized language-model head", **_REFUSED, asked=_head),
+    row("quantized language-model head", **_REFUSED | {"cuda": (_HEAD, _NONE)}, asked=_head),
     row(
         "quantized weights of a checkpoint, compiled",
         cpu=served(_CPU_RUN),
@@ -397,8 +471,8 @@ QUANTIZATION: tuple[Feature, ...] = (
         _OTHERS,
         **_REFUSED,
         asked=_asked(_OTHERS),
-        details="Each method, group size and packing that no row above names: torchao, Quark, ModelOpt, activations in "
-        "NVFP4",
+        details="Each method, group size and packing that no row above names: torchao (a package with "
+        "products of its own), MXFP8, activations in NVFP4",
     ),
     row(
         "quantized weights in fp16 or fp32",

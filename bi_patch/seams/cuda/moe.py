@@ -19,7 +19,7 @@ def _configs(original):
     @functools.cache
     def tuned(E, N, dtype, block_n, block_k):
         table = moe.bundled_table(E, N, dtype) or stock(E, N, dtype, block_n, block_k)
-        return table and {m: moe.one_pass(tile, block_k or 0) for m, tile in table.items()}
+        return table and {m: moe.one_pass(tile, dtype, block_k or 0) for m, tile in table.items()}
 
     def get_moe_configs(E, N, dtype, block_n=None, block_k=None):
         return None if moe.is_fixed(E, N, dtype) else tuned(E, N, dtype, block_n, block_k)
@@ -40,7 +40,7 @@ def _default(original):
         group = block_shape[1] if dtype == moe.FP8 and block_shape else 0
         if moe.is_fixed(E, N, dtype):
             return dict(moe.FIXED_GROUPS) if group else original(M, E, N, K, topk, dtype, block_shape)
-        return moe.one_pass(stock(M, E, N, K, topk, dtype, block_shape), group)
+        return moe.one_pass(stock(M, E, N, K, topk, dtype, block_shape), dtype, group)
 
     return get_default_config
 
@@ -74,7 +74,7 @@ def _grouped(original):
 
 
 def experts(model):
-    """Each kind of unquantized Triton experts in a model, with vLLM's kernel and its choice of tiles for this kind."""
+    """Each kind of Triton experts in a model, with vLLM's kernel and its choice of tiles for this kind."""
     from vllm.model_executor.layers.fused_moe import fused_moe, override_config
 
     from bi_patch.ops.cuda.moe import Kernel, Problem
@@ -96,15 +96,16 @@ def experts(model):
         activation = getattr(config, "activation", None) or module.activation
         bias = getattr(module, "w13_bias", None) is not None
         weighted = bool(getattr(module, "apply_router_weight_on_input", False))
-        group = 0 if w13.dtype in _plain() else _group(module)
-        dtype = config.in_dtype if group else w2.dtype
-        problem = Problem(w2.shape[0], w2.shape[2], w2.shape[1], top_k, dtype, activation.value, bias, weighted, group)
-        quantization = problem.table[2]
+        group, scale = (0, "") if w13.dtype in _plain() else _scales(module)
+        dtype = config.in_dtype if group or scale else w2.dtype
+        problem = Problem(
+            w2.shape[0], w2.shape[2], w2.shape[1], top_k, dtype, activation.value, bias, weighted, group, scale
+        )
         block = {"block_shape": [group, group]} if group else {}
         choose = functools.partial(
-            fused_moe.try_get_optimal_moe_config, w13.shape, w2.shape, top_k, quantization, **block
+            fused_moe.try_get_optimal_moe_config, w13.shape, w2.shape, top_k, problem.table[2], **block
         )
-        yield problem, Kernel(_run(fused_moe.fused_experts, activation, bias, weighted, group), choose, override_config)
+        yield problem, Kernel(_run(fused_moe.fused_experts, activation, problem), choose, override_config)
 
 
 def _plain():
@@ -113,28 +114,44 @@ def _plain():
     return torch.bfloat16, torch.float16, torch.float32
 
 
-def _group(module) -> int:
-    """How many elements of K share a scale of quantized experts. Raises UnsupportedFeature for uncovered ones."""
+def _scales(module) -> tuple[int, str]:
+    """The group and the scale of moe.Problem for quantized experts. Raises UnsupportedFeature for uncovered ones."""
     kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
     experts = getattr(kernel, "fused_experts", None)
     block, name = getattr(experts, "block_shape", None), type(experts).__name__
-    if (
-        name != "TritonExperts"
-        or list(block or ()) != [_GROUP, _GROUP]
-        or getattr(module, "w13_bias", None) is not None
-    ):
-        raise UnsupportedFeature(
-            f"moe.cuda_quantized: bi_patch has no certified order for experts of {name} with {module.w13_weight.dtype} "
-            f"weights in blocks of {block}. Leave out --moe-backend, use another checkpoint, or set BI_PATCH=0"
-        )
-    return _GROUP
+    if name == "TritonExperts" and module.w13_weight.element_size() == 1 and module.w13_weight.is_floating_point():
+        biased = getattr(module, "w13_bias", None) is not None
+        if list(block or ()) == [_GROUP, _GROUP] and not biased:
+            return _GROUP, ""
+        if block is None and not biased and (scale := _scale(module, experts)):
+            return 0, scale
+    raise UnsupportedFeature(
+        f"moe.cuda_quantized: bi_patch has no certified order for experts of {name} with {module.w13_weight.dtype} "
+        f"weights{f' in blocks of {list(block)}' if block else ''}. Leave out --moe-backend, use another checkpoint, "
+        "or set BI_PATCH=0"
+    )
+
+
+def _scale(module, experts) -> str:
+    """The scale of moe.Problem for experts without blocks, "" for uncovered ones. experts: vLLM's kernel."""
+    from bi_patch.ops.cuda.moe import EXPERT, EXPERT_AND_ROW, ROW
+
+    held = ((experts.w1_scale, module.w13_weight), (experts.w2_scale, module.w2_weight))
+    each = all(scale.shape == weight.shape[:1] for scale, weight in held)
+    if experts.per_act_token_quant:
+        by_row = all(scale.shape == (*weight.shape[:2], 1) for scale, weight in held)
+        return ROW if by_row else EXPERT_AND_ROW if each else ""
+    fixed = all(scale is not None and scale.numel() == 1 for scale in (experts.a1_scale, experts.a2_scale))
+    return EXPERT if each and fixed else ""
 
 
 _GROUP = 128
+_ACTIVATIONS_BY = 0.02  # the scale of activations of EXPERT: random rows fit into e4m3
 
 
-def _run(fused_experts, activation, bias: bool, weighted: bool, group: int):
+def _run(fused_experts, activation, problem):
     """fused_experts for one kind of experts. A bias is zero, because a large one would hide how the sums round."""
+    from bi_patch.ops.cuda.moe import EXPERT, EXPERT_AND_ROW, ROW
 
     def run(x, w13, w2, weights, ids):
         from vllm.model_executor.layers.fused_moe.config import (
@@ -144,10 +161,20 @@ def _run(fused_experts, activation, bias: bool, weighted: bool, group: int):
         )
 
         held = FUSED_MOE_UNQUANTIZED_CONFIG
-        if group:
+        if problem.eighth:
             (w13, w13_scale), (w2, w2_scale) = w13, w2
-            held = fp8_w8a8_moe_quant_config(w1_scale=w13_scale, w2_scale=w2_scale, block_shape=[group, group])
-        if bias:
+            by_row = problem.scale in (ROW, EXPERT_AND_ROW)
+            rows = x.new_full((1,), _ACTIVATIONS_BY, dtype=w13_scale.dtype) if problem.scale == EXPERT else None
+            held = fp8_w8a8_moe_quant_config(
+                w1_scale=w13_scale,
+                w2_scale=w2_scale,
+                a1_scale=rows,
+                a2_scale=rows,
+                per_act_token_quant=by_row,
+                per_out_ch_quant=problem.scale == ROW,
+                block_shape=[problem.group, problem.group] if problem.group else None,
+            )
+        if problem.bias:
             held = biased_moe_quant_config(*(w.new_zeros(w.shape[:2]) for w in (w13, w2)))
         return fused_experts(
             x,
@@ -156,7 +183,7 @@ def _run(fused_experts, activation, bias: bool, weighted: bool, group: int):
             weights,
             ids,
             activation=activation,
-            apply_router_weight_on_input=weighted,
+            apply_router_weight_on_input=problem.weighted_input,
             quant_config=held,
         )
 

@@ -50,6 +50,22 @@ def _layer(original):
     return forward
 
 
+def _queries(original):
+    """MiniMaxText01RMSNormTP.forward_qk: call the bundled kernel for the norms over all heads."""
+    from bi_patch.ops.cuda import norm
+
+    norm.define_ops()
+
+    def forward_qk(q_norm, k_norm, q, k):
+        if q_norm.tp_world > 1:
+            raise UnsupportedFeature(
+                "norm.cuda_queries: this norm is a sum over ranks. Use --tensor-parallel-size 1, or set BI_PATCH=0"
+            )
+        return tuple(norm.rms_norm(x, held.weight, held.variance_epsilon) for x, held in ((q, q_norm), (k, k_norm)))
+
+    return staticmethod(forward_qk)
+
+
 def replace_layer_norms(model) -> None:
     """Give every torch.nn.LayerNorm of a loaded model the bundled kernel, before vLLM compiles the model."""
     from torch import nn
@@ -103,4 +119,20 @@ SEAMS = (
     # Before vLLM 0.32, models use torch.nn.LayerNorm.
     _norm("layer", "LayerNorm.forward_cuda", _layer, ">=0.32", serves=("LayerNorm",), op="bi_patch.ops.cuda.norm"),
     _norm("layer_native", "LayerNorm.forward_native", _layer, ">=0.32"),
+    Seam(
+        name="norm.cuda_queries",
+        targets=(
+            Target(
+                "vllm.model_executor.layers.minimax_rms_norm.rms_norm_tp",
+                "MiniMaxText01RMSNormTP.forward_qk",
+                ">=0.33",
+            ),
+        ),
+        close=_queries,
+        why="compiled code sums the squares of all heads in blocks that Inductor tunes anew in each process",
+        how="the bundled Triton kernel norms the queries of all heads, and the keys of all heads",
+        until="upstream's norm has one order in compiled and eager code",
+        causes=(2, 17, 18),
+        op="bi_patch.ops.cuda.norm",
+    ),
 )

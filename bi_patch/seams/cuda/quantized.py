@@ -22,9 +22,11 @@ def layers(model, kinds):
 
 
 def check(model) -> None:
-    """Raise UnsupportedFeature if a linear layer is quantized, and its kernel is none of KERNELS."""
+    """Raise UnsupportedFeature if a linear layer or a head is quantized, and its kernel is none of KERNELS. No head may
+    have a kernel that is certified as it is."""
     for name, layer, kernel in _all(model):
-        if type(kernel).__name__ not in KERNELS:
+        kind = KERNELS.get(type(kernel).__name__)
+        if kind is None or kind == "rows" and _is_head(layer):
             found = type(layer.quant_method if kernel is None else kernel).__name__
             raise UnsupportedFeature(
                 f"linear.cuda_quantized: {name} runs on {found}, and bi_patch has no certified order for it. Leave out "
@@ -48,14 +50,21 @@ def _is_quantized(layer) -> bool:
     return any(w is not None and (w.element_size() == 1 or not w.is_floating_point()) for w in held)
 
 
-def _all(model):
-    """(name, layer, vLLM's kernel or None) of every linear layer that is not unquantized."""
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+def _is_head(layer) -> bool:
+    return any(kind.__name__ == "ParallelLMHead" for kind in type(layer).__mro__)
 
+
+def _all(model):
+    """(name, layer, vLLM's kernel or None) of every linear layer and language-model head that is not unquantized."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    plain = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
     for name, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
-        if not isinstance(layer, LinearBase) or method is None or isinstance(method, UnquantizedLinearMethod):
+        if not (isinstance(layer, LinearBase) or _is_head(layer)) or method is None or isinstance(method, plain):
             continue
-        owners = (method, getattr(layer, "scheme", None))
+        inner = getattr(getattr(method, "scheme", None), "linear_method", None)  # AutoRound's
+        owners = (method, getattr(layer, "scheme", None), inner)
         held = [getattr(owner, kind, None) for owner in owners for kind in ("fp8_linear", "kernel")]
         yield name, layer, next((kernel for kernel in held if kernel is not None), None)

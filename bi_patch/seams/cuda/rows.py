@@ -29,6 +29,7 @@ def checks(model, dtype, vocab: int):
 def _of_layers(model, dtype):
     for module in model.modules():
         yield from _norm(module, dtype)
+        yield from _norms_over_heads(module, dtype)
         yield from _activations(module, dtype)
         yield from _rotation(module, dtype)
         yield from _router(module, dtype)
@@ -111,6 +112,20 @@ def _norm(module, dtype):
             both,
             lambda x: run(x[:, 0].contiguous(), x[:, 1].contiguous()),
         )
+
+
+def _norms_over_heads(module, dtype):
+    """The norms of an attention layer over all heads of its queries, and of its keys."""
+    q_norm, k_norm = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+    if not callable(getattr(type(q_norm), "forward_qk", None)):
+        return
+    q_size, k_size = (norm.weight.shape[0] for norm in (q_norm, k_norm))
+
+    def run(x):  # as vLLM's attention does, norm parts of one tensor
+        return type(q_norm).forward_qk(q_norm, k_norm, *x.split([q_size, k_size], dim=-1))
+
+    name = _name(q_norm, q_size, k_size, dtype=dtype)
+    yield RowCheck("cuda.norm", name, ROWS, _random(dtype, q_size + k_size), run)
 
 
 def _sizes(module, weight) -> tuple[int, ...]:

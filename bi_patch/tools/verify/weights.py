@@ -64,9 +64,10 @@ def fill(model, seed: int) -> None:
             continue
         generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(seed))
         scaled = _scaled(named, name)
-        if name.endswith(_OF_EXPERTS) and (size := _packed_size(named, name)):
+        bits = _packed_bits(model.get_submodule(name.rpartition(".")[0]))
+        if name.endswith(_OF_EXPERTS) and (size := _packed_size(named, name, bits)):
             noise = torch.rand(value.shape, generator=generator, device=value.device)
-            value.copy_(size**-0.5 / _SPREADS[4] * (0.5 + noise))
+            value.copy_(size**-0.5 / _SPREADS[bits] * (0.5 + noise))
             continue
         if value.element_size() == 1 and value.ndim == 3:  # experts, one by one: fp32 values of all would not fit
             for part in value:
@@ -134,13 +135,15 @@ def _fill_exponents(named, name: str, generator) -> None:
 def _nvfp4_size(named, name: str) -> int:
     """K of the NVFP4 weights of a linear that a parameter scales, 0 if it scales no such weights."""
     stem = name.rpartition(".")[0]
-    if f"{stem}.weight_global_scale" not in named or f"{stem}.weight_packed" not in named:
-        return 0
-    return named[f"{stem}.weight_packed"].shape[1] * 2
+    for scale, packed in (("weight_global_scale", "weight_packed"), ("weight_scale_2", "weight")):
+        if f"{stem}.{scale}" in named and f"{stem}.{packed}" in named:
+            return named[f"{stem}.{packed}"].shape[1] * 2
+    return 0
 
 
 def _fill_nvfp4(name: str, value, size: int, seed: int, generators) -> bool:
-    """Fill scales that give NVFP4 weights a spread of size ** -0.5: of groups about 32, and the divisor of all."""
+    """Fill scales that give NVFP4 weights a spread of size ** -0.5: of groups about 32, and the one of all. The latter
+    divides in compressed-tensors, and multiplies in ModelOpt."""
     import torch
 
     if name.endswith(".weight_scale"):
@@ -149,19 +152,21 @@ def _fill_nvfp4(name: str, value, size: int, seed: int, generators) -> bool:
         value.copy_(32 * (0.5 + noise))
     elif name.endswith(".weight_global_scale"):
         value.fill_(32 * _FOUR_BIT_FLOATS * size**0.5)
+    elif name.endswith(".weight_scale_2"):
+        value.fill_(1 / (32 * _FOUR_BIT_FLOATS * size**0.5))
     else:
         return False
     return True
 
 
-def _packed_size(named, name: str) -> int:
-    """K of the packed 4-bit weights of experts that a parameter scales, 0 if it scales no such weights."""
+def _packed_size(named, name: str, bits: int = 4) -> int:
+    """K of the packed weights of experts that a parameter scales, 0 if it scales no such weights."""
     part = next(part for part in _EXPERTS if part in name)
     stem = name[: name.rindex(part) + len(part)]
     for kind, axis in (("weight_packed", 2), ("qweight", 1), ("weight", 2)):
         found = named.get(stem + kind)
         if found is not None and not found.is_floating_point():
-            return found.shape[axis] * found.element_size() * 2
+            return found.shape[axis] * found.element_size() * 8 // bits
     return 0
 
 

@@ -134,7 +134,23 @@ def test_each_scheme_of_a_mixed_checkpoint_counts():
 
 
 def test_experts_and_heads_have_rows_of_their_own():
-    assert rows(AWQ, is_moe=True) == ["AWQ, 4 bits", "quantized experts"]
+    zeros = "experts of 4 bits in groups with zero points (AWQ, compressed-tensors)"
+    assert rows(AWQ, is_moe=True) == ["AWQ, 4 bits", zeros]
+    asymmetric = tensors(INT4 | {"symmetric": False}, format="pack-quantized")
+    assert rows(asymmetric, is_moe=True) == ["compressed-tensors W4A16", zeros]
+    eight = "experts of 8 bits in groups, weights alone (GPTQ, compressed-tensors)"
+    assert rows(GPTQ | {"bits": 8}, is_moe=True)[1:] == [eight]
+    assert rows(tensors(INT8), is_moe=True)[1:] == ["quantized experts"]
+    channels = "experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)"
+    assert rows(CHANNELS, is_moe=True)[1:] == [channels]
+    for scheme in ("static", "dynamic"):
+        held = FP8 | {"weight_block_size": None, "activation_scheme": scheme}
+        assert rows(held, is_moe=True)[1:] == ["experts in FP8 with one scale each"]
+    assert rows(None, "fp8", is_moe=True)[1:] == ["experts in FP8 made while loading"]
+    assert rows(W8A8, is_moe=True)[1:] == ["quantized experts"]
+    mixed = tensors(INT8 | {"type": "float"}, TOKEN | {"type": "float"}, format="float-quantized")
+    mixed["config_groups"]["group_1"] = {"weights": INT4, "targets": ["re:.*experts.*"], "format": "pack-quantized"}
+    assert "quantized experts" in rows(mixed, is_moe=True)
     four = "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)"
     assert rows(W4A16, is_moe=True) == ["compressed-tensors W4A16", four]
     assert rows(GPTQ, is_moe=True) == ["GPTQ, 4 bits", four]
@@ -142,6 +158,111 @@ def test_experts_and_heads_have_rows_of_their_own():
     assert "quantized experts" in rows(GPTQ | {"sym": False}, is_moe=True)
     assert rows(tensors(NVFP4, **FLOATS), is_moe=True)[1:] == ["quantized experts"]
     assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head"]
+
+
+def test_minimax_m2_names_the_type_of_its_blocks_otherwise():
+    assert rows(FP8 | {"fmt": "float8_e4m3fn"}) == ["FP8 in blocks of 128 x 128"]
+
+
+ROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "data_type": "int",
+    "packing_format": "auto_round:auto_gptq",
+    "autoround_version": "0.9.0",
+    "iters": 200,
+}
+STATIC = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
+PER_CHANNEL = STATIC | {"qscheme": "per_channel", "ch_axis": 0}
+PER_TOKEN = STATIC | {"qscheme": "per_channel", "is_dynamic": True, "ch_axis": 1}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "producer": {"name": "modelopt"}}
+
+
+def quark(weight, rows, **more):
+    group = {"weight": weight, "input_tensors": rows, "output_tensors": None, "bias": None}
+    held = {"quant_method": "quark", "global_quant_config": group, "layer_quant_config": {}, "exclude": ["lm_head"]}
+    return held | {"export": {"kv_cache_group": [], "pack_method": "reorder"}, "quant_mode": "eager_mode"} | more
+
+
+INC_ROW = "AutoRound (INC), 4 or 8 bits in the packing of GPTQ or AWQ"
+OPT_ROW, QUARK_ROW = "ModelOpt: FP8, and NVFP4 weights alone", "Quark: FP8"
+
+
+@pytest.mark.parametrize(
+    ("held", "method", "name"),
+    [
+        (ROUND, "inc", INC_ROW),
+        (ROUND | {"bits": 8}, "inc", INC_ROW),
+        (ROUND | {"sym": False, "packing_format": "auto_round:auto_awq"}, "inc", INC_ROW),
+        (ROUND | {"extra_config": {"model.layers.0.mlp.down_proj": {"bits": 16}}}, "inc", INC_ROW),
+        (MODELOPT, "modelopt", OPT_ROW),
+        (MODELOPT | {"quant_algo": "fp8_pb_wo"}, "modelopt", OPT_ROW),
+        (MODELOPT | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "modelopt", OPT_ROW),
+        (MODELOPT | {"quant_algo": "W4A16_NVFP4", "group_size": 16}, "modelopt_fp4", OPT_ROW),
+        (
+            {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+            "modelopt",
+            OPT_ROW,
+        ),
+        (
+            MODELOPT
+            | {
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"a.q_proj": {"quant_algo": "FP8"}, "a.up_proj": {"quant_algo": "W4A16_NVFP4"}},
+            },
+            "modelopt_mixed",
+            OPT_ROW,
+        ),
+        (quark(STATIC, STATIC), "quark", QUARK_ROW),
+        (quark(PER_CHANNEL, STATIC), "quark", QUARK_ROW),
+        (quark(PER_CHANNEL, PER_TOKEN), "quark", QUARK_ROW),
+    ],
+)
+def test_checkpoints_of_other_tools_have_rows_of_their_own(held, method, name):
+    assert set(rows(held, method)) == {name}
+    (row,) = (row for row in quantization.QUANTIZATION if row.name == name)
+    assert row.cell("cpu").state == row.cell("ascend").state == row.cell("cuda", Version("0.32.0")).state == "refused"
+    assert row.cell("cuda", Version("0.33.0")).state in ("untried", "served")
+
+
+@pytest.mark.parametrize(
+    ("held", "method"),
+    [
+        (ROUND | {"bits": 2}, "inc"),
+        (ROUND | {"sym": False}, "inc"),
+        (ROUND | {"packing_format": "auto_round:auto_awq"}, "inc"),
+        (ROUND | {"data_type": "mx_fp"}, "inc"),
+        (ROUND | {"backend": "gptq"}, "inc"),
+        (ROUND | {"act_bits": 8}, "inc"),
+        (ROUND | {"extra_config": {"lm_head": {"bits": 3}}}, "inc"),
+        (ROUND | {"rotation": True}, "inc"),
+        (MODELOPT | {"quant_algo": "NVFP4"}, "modelopt"),
+        (MODELOPT | {"quant_algo": "MXFP8"}, "modelopt"),
+        (MODELOPT | {"quant_algo": "MIXED_PRECISION"}, "modelopt_mixed"),
+        (MODELOPT | {"quant_algo": "W4A16_NVFP4", "group_size": 32}, "modelopt"),
+        (MODELOPT | {"has_zero_point": True}, "modelopt"),
+        (MODELOPT | {"new_option": 1}, "modelopt"),
+        (quark(STATIC, STATIC | {"is_dynamic": True}), "quark"),  # one scale for a batch
+        (quark(STATIC, PER_TOKEN), "quark"),
+        (quark(STATIC | {"dtype": "int8"}, STATIC | {"dtype": "int8"}), "quark"),
+        (quark(STATIC, STATIC, layer_type_quant_config={"Linear": {}}), "quark"),
+        (quark(STATIC, STATIC, layer_quant_config={"*k_proj": {"weight": PER_TOKEN, "input_tensors": None}}), "quark"),
+        (quark(STATIC, None), "quark"),
+    ],
+)
+def test_what_lands_on_no_certified_layer_is_refused(held, method):
+    assert "other quantized weights" in rows(held, method)
+
+
+def test_modelopts_kv_cache_counts():
+    for held in (
+        MODELOPT | {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}},
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}},
+    ):
+        assert schemes.caches(config(held, "modelopt"))
+    assert not schemes.caches(config(MODELOPT, "modelopt"))
 
 
 def test_other_types_than_bf16_have_a_row():

@@ -83,7 +83,7 @@ def test_other_kernels_of_packed_experts_are_refused_by_name():
 
     assert packed_experts.covers(layer()) and not packed_experts.covers(layer(MarlinExperts))
     with pytest.raises(UnsupportedFeature, match="moe.cuda_quantized: .* experts of MarlinExperts with torch.uint8"):
-        moe._group(layer(MarlinExperts))
+        moe._scales(layer(MarlinExperts))
 
 
 def test_new_weights_of_packed_experts_are_refused():

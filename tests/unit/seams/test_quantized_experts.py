@@ -6,20 +6,40 @@ import pytest
 import torch
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.ops.cuda import moe as certified
 from bi_patch.seams.cuda import moe
 
 envs = SimpleNamespace()  # a global of the function that is replaced
 
 
-def layer(name="TritonExperts", block=(128, 128), bias=None):
-    experts = type(name, (), {"block_shape": None if block is None else list(block)})()
-    weight = torch.zeros(2, 256, 128).to(torch.float8_e4m3fn)
+def layer(name="TritonExperts", block=(128, 128), bias=None, scales=(None, None), token=False, rows=None):
+    held = {"block_shape": None if block is None else list(block), "per_act_token_quant": token}
+    held |= {"w1_scale": scales[0], "w2_scale": scales[1], "a1_scale": rows, "a2_scale": rows}
+    experts = type(name, (), held)()
+    w13, w2 = (torch.zeros(size).to(torch.float8_e4m3fn) for size in ((2, 256, 128), (2, 128, 128)))
     method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=experts))
-    return SimpleNamespace(quant_method=method, w13_weight=weight, w13_bias=bias)
+    return SimpleNamespace(quant_method=method, w13_weight=w13, w2_weight=w2, w13_bias=bias)
+
+
+ROWS = torch.ones(2, 256, 1), torch.ones(2, 128, 1)
+EACH = torch.ones(2), torch.ones(2)
 
 
 def test_blocks_of_the_triton_kernel_are_covered():
-    assert moe._group(layer()) == 128
+    assert moe._scales(layer()) == (128, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "scale"),
+    [
+        ({"scales": ROWS, "token": True}, certified.ROW),
+        ({"scales": EACH, "token": True}, certified.EXPERT_AND_ROW),
+        ({"scales": EACH, "rows": torch.ones(1)}, certified.EXPERT),
+        ({"scales": EACH, "rows": torch.ones(())}, certified.EXPERT),
+    ],
+)
+def test_scales_of_the_triton_kernel_without_blocks_are_covered(given, scale):
+    assert moe._scales(layer(block=None, **given)) == (0, scale)
 
 
 @pytest.mark.parametrize(
@@ -27,14 +47,43 @@ def test_blocks_of_the_triton_kernel_are_covered():
     [
         layer("DeepGemmExperts"),
         layer(block=(64, 128)),
-        layer(block=None),
+        layer(block=None, scales=EACH),  # one scale for the rows of a batch
+        layer(block=None, scales=ROWS),
+        layer(block=None, scales=ROWS, rows=torch.ones(1)),
+        layer(block=None, scales=EACH, rows=torch.ones(2)),
+        layer(block=None, scales=(ROWS[0], EACH[1]), token=True),
+        layer(block=None, scales=ROWS, token=True, bias=torch.zeros(1)),
+        layer("CutlassExpertsFp8", block=None, scales=ROWS, token=True),
         layer(bias=torch.zeros(1)),
         SimpleNamespace(w13_weight=torch.zeros(1, dtype=torch.int32)),
     ],
 )
 def test_other_experts_are_refused_by_name(held):
     with pytest.raises(UnsupportedFeature, match="moe.cuda_quantized: .* experts of"):
-        moe._group(held)
+        moe._scales(held)
+
+
+@pytest.mark.parametrize(
+    ("form", "token", "channel", "block", "fixed"),
+    [
+        ({"group": 128}, False, False, [128, 128], False),
+        ({"scale": certified.ROW}, True, True, None, False),
+        ({"scale": certified.EXPERT_AND_ROW}, True, False, None, False),
+        ({"scale": certified.EXPERT}, False, False, None, True),
+    ],
+)
+def test_the_certificate_calls_the_kernel_with_the_form_of_the_layer(form, token, channel, block, fixed):
+    pytest.importorskip("vllm")
+    problem = certified.Problem(4, 64, 128, 2, torch.bfloat16, **form)
+    calls = []
+    run = moe._run(lambda *given, **named: calls.append((given, named)), "silu", problem)
+    x, w13, w2 = certified.operands(problem, 3, torch.Generator().manual_seed(1))
+    run(x, w13, w2, "weights", "ids")
+    ((given, named),) = calls
+    held = named["quant_config"]
+    assert given[1] is w13[0] and given[2] is w2[0] and held.w1_scale is w13[1] and held.w2_scale is w2[1]
+    assert held.use_fp8_w8a8 and held.per_act_token_quant == token and held.per_out_ch_quant == channel
+    assert held.block_shape == block and (held.a1_scale is not None) == (held.a2_scale is not None) == fixed
 
 
 def test_the_number_of_rows_does_not_decide_the_form():
@@ -45,8 +94,6 @@ def test_the_number_of_rows_does_not_decide_the_form():
 
 def test_the_default_tile_of_groups_follows_its_certificate(monkeypatch):
     pytest.importorskip("vllm")
-    from bi_patch.ops.cuda import moe as certified
-
     monkeypatch.setattr(certified, "_passed", {})
 
     def get_default_config(M, E, N, K, topk, dtype, block_shape=None):
@@ -55,5 +102,8 @@ def test_the_default_tile_of_groups_follows_its_certificate(monkeypatch):
     close = moe._default(get_default_config)
     given = 4, 384, 256, 2, certified.FP8, [128, 128]
     assert close(1, *given) == certified.FIXED_GROUPS
+    assert close(1, *given[:-1], None) == get_default_config(1, *given[:-1])
     certified._passed[4, 384, certified.FP8] = True
+    by_row = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "SPLIT_K": 1}
+    assert close(1, *given[:-1], None) == by_row
     assert close(1, *given) == {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "SPLIT_K": 1}

@@ -316,5 +316,19 @@ def test_experts_in_groups_have_tiles_of_one_group_and_data_with_a_spread():
     assert 10 < float(w13[0].float().std()) < 20 and len(scale13[0].unique()) == 12
     few = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "SPLIT_K": 2, "num_warps": 4}
     kept = {"BLOCK_SIZE_M": 16, "num_warps": 4, "SPLIT_K": 1}
-    assert moe.one_pass(few, 128) == kept | {"BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128}
-    assert moe.one_pass(few) == few | {"SPLIT_K": 1}
+    assert moe.one_pass(few, moe.FP8, 128) == kept | {"BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128}
+    assert moe.one_pass(few, moe.FP8) == kept | {"BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64}
+    assert moe.one_pass(few) == moe.one_pass(few, "int4_w4a16", 128) == few | {"SPLIT_K": 1}
+
+
+@pytest.mark.parametrize(
+    ("scale", "shapes"),
+    [(moe.ROW, ((4, 768, 1), (4, 256, 1))), (moe.EXPERT, ((4,), (4,))), (moe.EXPERT_AND_ROW, ((4,), (4,)))],
+)
+def test_experts_without_groups_have_a_scale_for_each_row_or_expert(scale, shapes):
+    problem = moe.Problem(4, 384, 256, 2, torch.bfloat16, scale=scale)
+    assert problem.table == (4, 384, moe.FP8) and problem.fixed == moe.FIXED and f"e4m3 by {scale}" in str(problem)
+    x, (w13, scale13), (w2, scale2) = moe.operands(problem, 8, torch.Generator().manual_seed(3))
+    assert x.dtype == torch.bfloat16 and w13.dtype == w2.dtype == torch.float8_e4m3fn
+    assert (scale13.shape, scale2.shape) == shapes and scale13.dtype == torch.float32
+    assert len(scale13[0].unique()) == (768 if scale == moe.ROW else 1) and len(scale2.unique()) > 3
