@@ -16,11 +16,17 @@ DOCS ?= .venv-docs
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SOURCES := $(shell find bi_patch kernels patches bi_patch_entry.py bi_patch_pytest.py bi_patch_autoload.pth pyproject.toml -type f -not -name '*.pyc' 2>/dev/null)
 
 # No model hub and no usage reports; two threads at least, since one hides variance.
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
+
+# $(call install,PYTHON,FILE): install the packages of a list. Four pips share the list, since each waits for the network.
+# Python makes bytecode of what is imported, a third of all, at the first import.
+install = awk '!/^\#/ {part[NR % 4] = part[NR % 4] " " $$1} END {for (i in part) print part[i]}' $(2) | \
+	xargs -P 4 -L 1 $(1) -m pip --disable-pip-version-check install --quiet --quiet --no-deps --no-compile $(INDEX)
 
 .PHONY: demo test test-engine test-processes test-unit test-kernels test-tables test-alone test-fast test-all test-gpu \
 	test-ascend bench check lint docs setup clean
@@ -78,22 +84,25 @@ test-alone: setup
 	$(call within,15,$(BIN)/pytest -m "alone and $(HERE)" tests)
 
 test-fast: setup
-	$(BIN)/pytest -m "not engine and $(HERE)" tests
+	$(call within,60,$(BIN)/pytest -m "not engine and $(HERE)" tests)
 
 test-all: setup test-ascend
-	$(PIP) install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/images.txt
+	$(PIP) install --quiet --no-deps $(INDEX) -r requirements/images.txt
 	BI_PATCH=0 $(BIN)/python requirements/images.py
-	$(BIN)/pytest -m "not gpu and not ascend" tests
-	PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest -m "ascend and slow" tests/ascend
+	$(call within,360,$(BIN)/pytest -m "not gpu and not ascend" tests)
+	$(call within,120,$(call ascend,ascend and slow))
 
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	echo "test-gpu needs a CUDA GPU and a torch that sees it; $(PYTHON) has none" >&2; exit 1; }
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
 
+# $(call ascend,MARKS): the Ascend checks that have these marks.
+ascend = env PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+	$(ASCEND)/bin/python -m pytest --durations=20 -m "$(1)" tests/ascend
+
 test-ascend: $(ASCEND)/.installed
-	$(call within,40,env PYTHONPATH=. BI_PATCH=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
-	$(ASCEND)/bin/python -m pytest --durations=20 -m "ascend and not slow" tests/ascend)
+	$(call within,40,$(call ascend,ascend and not slow))
 
 bench: setup
 	$(BIN)/bi-patch bench
@@ -121,7 +130,7 @@ $(VENV)/.requirements: requirements/cpu.txt
 	@echo "Setting up $(VENV): the real vLLM engine for CPU, about 3 GB, a few minutes once"
 	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Python 3.11 is needed, found " + sys.version'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/cpu.txt
+	$(call install,$(BIN)/python,requirements/cpu.txt)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
@@ -136,7 +145,7 @@ $(ASCEND)/.installed: requirements/ascend.txt tests/ascend/stub_cann.py tests/as
 	@for tool in cc nm git; do command -v $$tool > /dev/null || { \
 	echo "The Ascend checks need $$tool on PATH: it builds the stub CANN libraries, or applies patches" >&2; exit 1; }; done
 	$(PYTHON) -m venv --clear $(ASCEND)
-	@$(ASCEND)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/ascend.txt || { \
+	@$(call install,$(ASCEND)/bin/python,requirements/ascend.txt) || { \
 	echo "A package of requirements/ascend.txt cannot be had: pip names it above. Give an index that has it" \
 	"(PIP_INDEX_URL; TORCH_INDEX=https://download.pytorch.org/whl/cpu for torch)" >&2; exit 1; }
 	@PYTHONPATH=. BI_PATCH=0 $(ASCEND)/bin/python tests/ascend/sources.py $(ASCEND)/sources || { \
