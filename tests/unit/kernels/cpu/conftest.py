@@ -39,16 +39,25 @@ def threads():
 
 
 @pytest.fixture(scope="session")
-def answers(cache):
-    """answers(isa, *flags): the output of answers.py for an ISA (None: the best) and compiler flags."""
+def answers(cache, tmp_path_factory):
+    """answers(isa, *flags, quick=False): the output of answers.py for an ISA (None: the best) and compiler flags.
+
+    quick: a library that only tests load is compiled with -O1, in half the time. Optimizations change no bit of it.
+    """
+    compiler = tmp_path_factory.mktemp("compiler") / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX") or "g++"} "$@" -O1\n')
+    compiler.chmod(0o755)
 
     @functools.cache
-    def run(isa: str | None = None, *flags: str) -> dict:
+    def run(isa: str | None = None, *flags: str, quick: bool = False) -> dict:
         script = Path(__file__).with_name("answers.py")
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if quick:  # the flag gives the library a name of its own
+            environ, flags = environ | {"CXX": str(compiler)}, (*flags, "-DQUICK")
         out = subprocess.run(
             [sys.executable, script, cache, isa or "-", *flags],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=environ,
             capture_output=True,
             text=True,
             check=False,
