@@ -201,10 +201,30 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_QUANTIZED,
     ),
     row(
-        "MiniMax-M2, GLM-4.6 FP8",
-        short="MiniMax-M2, GLM-4.6 FP8",
+        "MiniMax-M2 as published (FP8 blocks)",
+        short="MiniMax-M2 as published",
         cpu=_QUANTIZED,
-        cuda=(refused("quantized experts", releases="<0.33"), untried("nobody has compared an engine's bits yet")),
+        cuda=(
+            refused("quantized experts", releases="<0.33"),
+            served(
+                "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json",
+                "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json",
+                why="two layers of its sizes with random weights, compiled and in eager mode",
+            ),
+        ),
+        ascend=_QUANTIZED,
+    ),
+    row(
+        "GLM-4.5 and GLM-4.6 in FP8",
+        short="GLM-4.6 FP8",
+        cpu=_QUANTIZED,
+        cuda=(
+            refused("quantized experts", releases="<0.33"),
+            served(
+                "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json",
+                why="two layers of GLM-4.6's sizes with random weights, in eager mode",
+            ),
+        ),
         ascend=_QUANTIZED,
     ),
     row(

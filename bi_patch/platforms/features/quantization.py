@@ -18,7 +18,6 @@ _NONE = refused("bi_patch has no certified order for their products", todo="Use 
 _REFUSED = {"cpu": _NONE, "cuda": _NONE, "ascend": _NONE}
 _NO_KERNEL = _REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them", todo="Use unquantized weights")}
 _H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
-_ON_HOPPER = served(_H200, why="two layers of published sizes, in eager mode", releases=">=0.33")
 _WITH_MLA = served(
     "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json",
     "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json",
@@ -27,8 +26,16 @@ _WITH_MLA = served(
 )
 _COMPILED = served(_H200, why="two layers of published sizes, compiled and in eager mode", releases=">=0.33")
 _TRIAL = untried("nobody has compared an engine's bits yet", releases=">=0.33")
-_HEAD = untried("in the packing of GPTQ, AWQ or compressed-tensors, or FP8", releases=">=0.33")
-_SAME = untried("as FP8 made while loading", releases=">=0.33")
+_NEW_EAGER = "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json"
+_NEW_GRAPHS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json"
+_AXES = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-3.json"
+
+
+def _layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[str, ...] = ()) -> Cell:
+    """Two layers of a model's sizes. how: the modes."""
+    return served(*(files or (_NEW_EAGER, _NEW_GRAPHS)), why=f"two layers of {sizes}'s sizes, {how}", releases=">=0.33")
+
+
 _RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
 _PACKED = (served(_RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), _NONE)
 _FOUR_BITS = "invariance-2026-11-29-h200-four-bits-vllm-0.33.0.json"
@@ -142,6 +149,10 @@ def _static(scheme: Scheme) -> bool:
     return any(_fp8(scheme, scale, TENSOR, static=True) for scale in (CHANNEL, TENSOR))
 
 
+def _one_scale(scheme: Scheme) -> bool:
+    return _fp8(scheme, TENSOR, TENSOR, static=True)
+
+
 def _tool(method: str, *kinds: Callable[[Scheme], bool]) -> Callable[[Scheme], bool]:
     """Schemes of one tool's checkpoints that land on layers with a route."""
     return lambda s: s.method == method and any(kind(s) for kind in kinds)
@@ -153,13 +164,20 @@ def _packed(scheme: Scheme) -> bool:
 
 # (name, whether a scheme belongs to the row, its cells). A scheme belongs to the first row that takes it.
 _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
-    ("AutoRound (INC), 4 or 8 bits in the packing of GPTQ or AWQ", _tool("inc", _packed), _cuda(_TRIAL)),
     (
-        "ModelOpt: FP8, and NVFP4 weights alone",
-        _tool("modelopt", _static, _by_token, _blocks, _nvfp4),
+        "AutoRound (INC), 4 bits in the packing of GPTQ",
+        _tool("inc", lambda s: _packed(s) and s.weight == "int4" and not s.zeros),
+        _cuda(_layers("Qwen3-8B")),
+    ),
+    ("AutoRound (INC), 8 bits or in the packing of AWQ", _tool("inc", _packed), _cuda(_TRIAL)),
+    ("ModelOpt: FP8 per tensor, static activations", _tool("modelopt", _one_scale), _cuda(_layers("Qwen3-8B"))),
+    (
+        "ModelOpt: FP8 per channel or in blocks, NVFP4 weights alone",
+        _tool("modelopt", _by_token, _blocks, _nvfp4),
         _cuda(_TRIAL),
     ),
-    ("Quark: FP8", _tool("quark", _static, _by_token), _cuda(_TRIAL)),
+    ("Quark: FP8 per tensor, static activations", _tool("quark", _one_scale), _cuda(_layers("Qwen3-8B"))),
+    ("Quark: FP8 per channel", _tool("quark", _static, _by_token), _cuda(_TRIAL)),
     (
         "INT8 weights and activations (compressed-tensors W8A8)",
         lambda s: _int8(s, TOKEN, static=False),
@@ -170,8 +188,12 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         lambda s: _int8(s, TENSOR, static=True),
         _ON_CPU | {"cuda": _INT8_STATIC},
     ),
-    ("AWQ, 4 bits", _int4("awq"), _ON_CPU | {"cuda": _four(_FOUR_BITS, now="on the kernels of today in eager mode")}),
-    ("GPTQ, 4 bits", _int4("gptq"), _ON_CPU | {"cuda": _four(_EAGER, _GRAPHS, now="on the kernels of today both")}),
+    ("AWQ, 4 bits", _int4("awq"), _ON_CPU | {"cuda": _four(_FOUR_BITS, _AXES, now="on the kernels of today both")}),
+    (
+        "GPTQ, 4 bits",
+        _int4("gptq"),
+        _ON_CPU | {"cuda": _four(_EAGER, _GRAPHS, _AXES, now="on the kernels of today both")},
+    ),
     (
         "compressed-tensors W4A16",
         _int4("compressed-tensors"),
@@ -193,11 +215,15 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         lambda s: _weight_only(s, 8),
         _NO_KERNEL | {"cuda": _LATER},
     ),
-    ("FP8 in blocks of 128 x 128", _blocks, _cuda(_ON_HOPPER) | _WITH_AMX),
+    (
+        "FP8 in blocks of 128 x 128",
+        _blocks,
+        _cuda(_layers("Qwen3-8B and MiniMax-M2", files=(_H200, _NEW_GRAPHS, _AXES))) | _WITH_AMX,
+    ),
     (
         "FP8 per channel or tensor, activations per token (compressed-tensors)",
         _by_token,
-        _cuda(_ON_HOPPER),
+        _cuda(_layers("Qwen3-8B", files=(_H200, _AXES))),
     ),
     (
         "FP8 per tensor, static activations (method fp8)",
@@ -209,7 +235,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], Cells], ...] = (
         _static,
         _REFUSED | {"cuda": _BOTH},
     ),
-    ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _cuda(_SAME)),
+    ("FP8 per tensor, dynamic activations", lambda s: _fp8(s, TENSOR, TENSOR), _cuda(_layers("Qwen3-8B"))),
     ("FP8 made while loading (--quantization fp8)", lambda s: _fp8(s, TENSOR, TENSOR, online=True), _cuda(_COMPILED)),
     (
         "FP8 made while loading, per channel (--quantization fp8_per_channel)",
@@ -289,17 +315,28 @@ def _eight_bits(scheme: Scheme) -> bool:
     return _grouped(scheme, 8) and not scheme.zeros
 
 
+def _channels_made(scheme: Scheme) -> bool:
+    """FP8 per channel that vLLM makes while loading."""
+    return _fp8(scheme, CHANNEL, TOKEN, online=True)
+
+
 def _made(scheme: Scheme) -> bool:
-    """FP8 that vLLM makes while loading."""
+    """Other FP8 that vLLM makes while loading."""
     return scheme.online and scheme.weight == "fp8"
+
+
+def _channels(scheme: Scheme) -> bool:
+    return scheme.method == "compressed-tensors" and _by_token(scheme)
 
 
 def _by_tensor(scheme: Scheme) -> bool:
     """FP8 experts with one scale each. Activations have the checkpoint's scale, or one for each token."""
-    return _fp8(scheme, TENSOR, TENSOR, static=True) or scheme.method == "fp8" and _fp8(scheme, TENSOR, TENSOR)
+    return scheme.method == "fp8" and (_one_scale(scheme) or _fp8(scheme, TENSOR, TENSOR))
 
 
-_KINDS = (_blocks, _four_bits, _mxfp4, _by_token, _by_tensor, _made, _zeros, _eight_bits)
+_KINDS = (
+    *(_blocks, _four_bits, _mxfp4, _channels, _by_tensor, _one_scale, _channels_made, _made, _zeros, _eight_bits),
+)
 
 
 def _experts(kind: Callable[[Scheme], bool] | None) -> Callable[[Any], str]:
@@ -352,14 +389,20 @@ _COMPILED_RUNS = (
     "FP8 per channel or tensor, static activations (other methods)",
     "MXFP4 (gpt-oss as published)",
     "NVFP4 weights alone (compressed-tensors)",
+    "FP8 in blocks of 128 x 128",
+    "FP8 per channel or tensor, activations per token (compressed-tensors)",
+    "FP8 per tensor, dynamic activations",
+    "AutoRound (INC), 4 bits in the packing of GPTQ",
+    "ModelOpt: FP8 per tensor, static activations",
+    "Quark: FP8 per tensor, static activations",
 )
+_COMPILED_EXPERTS = (_four_bits, _mxfp4, _blocks, _channels, _by_tensor, _zeros)
 
 
 def _compiled_elsewhere(config: Any) -> str:
     """Words for a compiled model with a scheme, or with quantized experts, that ran in eager mode only."""
-    experts = getattr(config.model_config, "is_moe", False) and not (
-        _experts(_four_bits)(config) or _experts(_mxfp4)(config)
-    )
+    experts = getattr(config.model_config, "is_moe", False)
+    experts = experts and not any(_experts(kind)(config) for kind in _COMPILED_EXPERTS)
     other = experts or any(_row(s) not in _COMPILED_RUNS for s in schemes.of(config))
     return _compiled(config) if other and not _latent(config) else ""
 
@@ -375,9 +418,16 @@ def _powers(latent: bool) -> Callable[[Any], str]:
     return asked
 
 
-def _head(config: Any) -> str:
-    used = tuple(s for s in schemes.of(config) if s.head)
-    return f"a quantized language-model head ({'; '.join(map(str, used))})" if used else ""
+def _head(*methods: str) -> Callable[[Any], str]:
+    """Words for a quantized head of one of these methods, or of another than GPTQ."""
+
+    def asked(config: Any) -> str:
+        used = tuple(
+            s for s in schemes.of(config) if s.head and (s.method in methods if methods else s.method != "gptq")
+        )
+        return f"a quantized language-model head ({'; '.join(map(str, used))})" if used else ""
+
+    return asked
 
 
 def _dtype(config: Any) -> str:
@@ -387,7 +437,11 @@ def _dtype(config: Any) -> str:
 
 QUANTIZATION: tuple[Feature, ...] = (
     *(row(name, short=_SHORT.get(name, ""), **cells, asked=_asked(name)) for name, _, cells in _SCHEMES),
-    row("experts in FP8 blocks of 128 x 128", **_cuda(_ON_HOPPER), asked=_experts(_blocks)),
+    row(
+        "experts in FP8 blocks of 128 x 128",
+        **_cuda(_layers("Qwen3-30B-A3B and MiniMax-M2", files=(_H200, _NEW_EAGER, _NEW_GRAPHS))),
+        asked=_experts(_blocks),
+    ),
     row(
         "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)",
         **_REFUSED | {"cuda": _EXPERTS},
@@ -395,14 +449,30 @@ QUANTIZATION: tuple[Feature, ...] = (
     ),
     row(
         "experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)",
-        **_cuda(_TRIAL),
-        asked=_experts(_by_token),
+        **_cuda(_layers("Qwen3-30B-A3B")),
+        asked=_experts(_channels),
     ),
-    row("experts in FP8 with one scale each", **_cuda(_TRIAL), asked=_experts(_by_tensor)),
-    row("experts in FP8 made while loading", **_cuda(_TRIAL), asked=_experts(_made)),
+    row(
+        "experts in FP8 with one scale each (method fp8)",
+        **_cuda(_layers("Qwen3-30B-A3B", how="compiled and in eager mode; with static activations in eager mode")),
+        asked=_experts(_by_tensor),
+    ),
+    row("experts in FP8 with one scale each (other methods)", **_cuda(_TRIAL), asked=_experts(_one_scale)),
+    row(
+        "experts in FP8 made while loading, per channel",
+        **_cuda(_layers("Qwen3-30B-A3B", how="in eager mode", files=(_NEW_EAGER,))),
+        asked=_experts(_channels_made),
+    ),
+    row("experts in FP8 made while loading, otherwise", **_cuda(_TRIAL), asked=_experts(_made)),
     row(
         "experts of 4 bits in groups with zero points (AWQ, compressed-tensors)",
-        **_cuda(_TRIAL),
+        **_cuda(
+            _layers(
+                "Qwen3-30B-A3B",
+                how="AWQ compiled and in eager mode, without the package humming-kernels; compressed-tensors in eager "
+                "mode",
+            )
+        ),
         asked=_experts(_zeros),
     ),
     row(
@@ -446,7 +516,8 @@ QUANTIZATION: tuple[Feature, ...] = (
         ascend=_NONE,
         asked=_mixed,
     ),
-    row("quantized language-model head", **_REFUSED | {"cuda": (_HEAD, _NONE)}, asked=_head),
+    row("quantized language-model head (GPTQ)", **_cuda(_layers("Qwen3-8B")), asked=_head("gptq")),
+    row("quantized language-model head (other methods)", **_cuda(_TRIAL), asked=_head()),
     row(
         "quantized weights of a checkpoint, compiled",
         cpu=served(_CPU_RUN),
@@ -454,8 +525,10 @@ QUANTIZATION: tuple[Feature, ...] = (
             _RUN,
             "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
             _GRAPHS,
-            why="AWQ, GPTQ, W4A16, W8A16, INT8 with dynamic and FP8 with static activations, NVFP4 weights, experts "
-            "of 4 bits and in MXFP4",
+            _NEW_GRAPHS,
+            _AXES,
+            why="AWQ, GPTQ, W4A16, W8A16, INT8 with dynamic and FP8 with static and dynamic activations, NVFP4 "
+            "weights, and experts of 4 bits, in MXFP4 and in FP8",
         ),
         ascend=_NONE,
         asked=_compiled,

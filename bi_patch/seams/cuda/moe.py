@@ -73,6 +73,25 @@ def _grouped(original):
     return inspect.unwrap(original)  # the function itself if torch.compile is off
 
 
+def _routed(original):
+    """MoERunner._maybe_apply_routed_scale_to_output: multiply by an operator, which rounds in compiled code, too."""
+    import torch
+
+    from bi_patch.ops.cuda import routed
+
+    routed.define_op()
+
+    def _maybe_apply_routed_scale_to_output(self, shared_output, fused_output):
+        factor = self.routed_scaling_factor
+        if factor == 1.0:
+            return shared_output, fused_output
+        if fused_output.dtype != torch.float16 or shared_output is None:
+            return shared_output, routed.scale(fused_output, factor)
+        return routed.scale(shared_output, 1.0 / factor), fused_output  # the decoder layer divides the rest
+
+    return _maybe_apply_routed_scale_to_output
+
+
 def experts(model):
     """Each kind of Triton experts in a model, with vLLM's kernel and its choice of tiles for this kind."""
     from vllm.model_executor.layers.fused_moe import fused_moe, override_config
@@ -223,6 +242,23 @@ SEAMS = (
         how="on Hopper the operands are swapped for every number of rows",
         until="upstream's kernel multiplies by the scales in one order",
         causes=(12,),
+    ),
+    Seam(
+        name="moe.cuda_routed",
+        targets=(
+            Target(
+                "vllm.model_executor.layers.fused_moe.runner.moe_runner",
+                "MoERunner._maybe_apply_routed_scale_to_output",
+                ">=0.26",
+            ),
+        ),
+        close=_routed,
+        why="compiled code multiplies the routed experts' output by a factor, and adds the shared experts' output, "
+        "without the rounding of eager code in between",
+        how="the factor is applied by an operator, which rounds",
+        until="upstream's compiled and eager code round at the same places",
+        causes=(17,),
+        op="bi_patch.ops.cuda.routed",
     ),
     Seam(
         name="moe.cuda_gate",

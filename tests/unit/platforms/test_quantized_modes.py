@@ -101,12 +101,16 @@ def test_a_scheme_that_ran_in_eager_mode_only_is_named_in_compiled_code():
     (row,) = (r for r in quantization.QUANTIZATION if r.name.endswith("in another scheme, compiled"))
     static = {"quant_method": "fp8", "activation_scheme": "static"}
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-    for held, named in ((BLOCKS, True), (static, False), (gptq, False), ({"quant_method": "mxfp4"}, False)):
+    eight = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    integers = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
+    integers["config_groups"] = {"a": {"weights": eight, "input_activations": eight, "targets": ["Linear"]}}
+    oss = {"quant_method": "mxfp4"}
+    for held, named in ((integers, True), (BLOCKS, False), (static, False), (gptq, False), (oss, False)):
         config = latent("LlamaForCausalLM", False)
         config.model_config.hf_config.quantization_config = held
         config.model_config.quantization = held["quant_method"]
         assert bool(row.asked(config)) == named, held
-        config.model_config.is_moe = True  # experts of 4 bits alone ran in compiled code
-        assert bool(row.asked(config)) == (held not in (gptq, {"quant_method": "mxfp4"})), held
+        config.model_config.is_moe = True
+        assert bool(row.asked(config)) == named, held
         config.model_config.enforce_eager = True
         assert not row.asked(config)

@@ -36,6 +36,8 @@ _ASKED = (
 _EQUAL = ("tensor parallel size",)
 _SPECULATED = ("speculative decoding",)
 _PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
+_RESTARTED = ("preemption", "restart")
+_LATE = ("batch size", "decode = prefill", *_RESTARTED)
 
 SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("bf16 weights", "cpu"): (("* bf16", *_SIX), ("* bf16 compiled", *_SIX)),
@@ -322,19 +324,57 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("INT8 weights, static INT8 activations", "cpu"): (("*-int8-static bf16", *_SIX),),
     ("INT8 weights, static INT8 activations", "cuda"): (("* INT8 static,* eager", *_SIX),),
     ("AWQ, 4 bits", "cpu"): (("*-awq bf16", *_SIX),),
-    ("AWQ, 4 bits", "cuda"): (("* AWQ,*", *_SIX, *_PUBLISHED), ("* AWQ,* eager", *_SIX)),
+    ("AWQ, 4 bits", "cuda"): (("* AWQ,*", *_SIX, *_PUBLISHED), ("* AWQ,* eager", *_SIX), ("* AWQ, 2 layers", *_LATE)),
     ("GPTQ, 4 bits", "cpu"): (("*-gptq bf16", *_SIX),),
     ("GPTQ, 4 bits", "cuda"): (
         ("* GPTQ,*", *_SIX, *_PUBLISHED),
         ("* GPTQ,* eager", *_SIX),
         ("* GPTQ, 2 layers", *_SIX),
+        ("* GPTQ, 2 layers", *_LATE),
     ),
     ("compressed-tensors W4A16", "cpu"): (("*-w4a16 bf16", *_SIX), ("*-w4a16-zeros bf16", *_SIX)),
     ("compressed-tensors W4A16", "cuda"): (("* W4A16,*", *_SIX, *_PUBLISHED),),
     ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", "cuda"): (("* W8A16,*", *_SIX, *_PUBLISHED),),
     ("FP8 in blocks of 128 x 128", "cpu"): (("*-fp8-blocks bf16", *_SIX),),
-    ("FP8 in blocks of 128 x 128", "cuda"): (("* FP8 block,*", *_SIX),),
-    ("FP8 per channel or tensor, activations per token (compressed-tensors)", "cuda"): (("* FP8 channel,*", *_SIX),),
+    ("FP8 in blocks of 128 x 128", "cuda"): (
+        ("* FP8 block,*", *_SIX),
+        ("* FP8 block, 2 layers", "batch size", "decode = prefill"),
+        ("MiniMax-M2 FP8, 2 layers", *_SIX, *_PUBLISHED),
+    ),
+    ("FP8 per channel or tensor, activations per token (compressed-tensors)", "cuda"): (
+        ("* FP8 channel,*", *_SIX),
+        ("* FP8 channel, 2 layers", *_LATE),
+    ),
+    **{
+        (row, "cuda"): (
+            (f"* {scheme}, 2 layers, eager", *_SIX, *_RESTARTED),
+            (f"* {scheme}, 2 layers", *_SIX, *_PUBLISHED),
+        )
+        for row, scheme in (
+            ("AutoRound (INC), 4 bits in the packing of GPTQ", "AutoRound"),
+            ("ModelOpt: FP8 per tensor, static activations", "ModelOpt FP8"),
+            ("Quark: FP8 per tensor, static activations", "Quark FP8"),
+            ("FP8 per tensor, dynamic activations", "FP8 tensor"),
+            ("quantized language-model head (GPTQ)", "GPTQ head"),
+            (
+                "experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)",
+                "FP8 channel experts",
+            ),
+        )
+    },
+    ("experts in FP8 with one scale each (method fp8)", "cuda"): (
+        ("* FP8 tensor experts, 2 layers", *_SIX, *_PUBLISHED),
+        ("* FP8 tensor experts,* eager", *_SIX, *_RESTARTED),
+        ("* FP8 static experts,* eager", *_SIX, *_RESTARTED),
+    ),
+    ("experts in FP8 made while loading, per channel", "cuda"): (
+        ("* FP8 channel experts while loading,* eager", *_SIX, *_RESTARTED),
+    ),
+    ("experts of 4 bits in groups with zero points (AWQ, compressed-tensors)", "cuda"): (
+        ("* AWQ experts, 2 layers", *_SIX, *_PUBLISHED),
+        ("* AWQ experts,* eager", *_SIX, *_RESTARTED),
+        ("* W4A16 experts with zero points,* eager", *_SIX, *_RESTARTED),
+    ),
     ("FP8 per tensor, static activations (method fp8)", "cuda"): (("* FP8 static,*", *_SIX, *_PUBLISHED),),
     ("FP8 made while loading (--quantization fp8)", "cuda"): (("* FP8 while loading,*", *_SIX, *_PUBLISHED),),
     ("FP8 made while loading, in blocks (--quantization fp8_per_block)", "cuda"): (
@@ -365,7 +405,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         )
         for name in ("MXFP4 (gpt-oss as published)", "experts in MXFP4", "gpt-oss as published (MXFP4)")
     },
-    ("experts in FP8 blocks of 128 x 128", "cuda"): (("* FP8 block experts,*", *_SIX),),
+    ("experts in FP8 blocks of 128 x 128", "cuda"): (
+        ("* FP8 block experts,*", *_SIX),
+        ("MiniMax-M2 FP8, 2 layers", *_SIX, *_PUBLISHED),
+        ("MiniMax-M2 FP8,* eager", *_SIX, *_RESTARTED),
+    ),
     ("FP8 blocks of 128 x 128 in DeepSeek V3 (MLA)", "cuda"): (("DeepSeek-V3 FP8 block,*", *_MLA),),
     ("quantized weights of a checkpoint, compiled", "cpu"): tuple(
         (f"*-{scheme} bf16 compiled", *_SIX, "eager and compiled")
@@ -377,7 +421,12 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     + tuple(
         (f"* {scheme}, 2 layers", *_SIX)
         for scheme in ("NVFP4", "FP8 static, compressed-tensors", "MXFP4", "W4A16 experts", "GPTQ experts")
-    ),
+    )
+    + tuple(
+        (f"* {scheme}, 2 layers", *_SIX, *_PUBLISHED)
+        for scheme in ("FP8 tensor", "AutoRound", "ModelOpt FP8", "Quark FP8", "FP8 channel experts", "AWQ experts")
+    )
+    + (("* FP8 channel, 2 layers", *_LATE),),
     ("quantized weights of a checkpoint in another scheme, compiled", "cpu"): tuple(
         (f"*-{scheme} bf16 compiled", *_SIX, "eager and compiled")
         for scheme in ("int8", "int8-static", "awq", "gptq", "w4a16", "w4a16-zeros", "fp8-blocks")
@@ -513,6 +562,11 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("GLM-4.7-Flash in bf16", "cuda"): (("GLM-4.7-Flash, eager", *_FIVE), ("GLM-4.7-Flash", *_MLA)),
     ("Kimi K2 in bf16", "cuda"): (("Kimi K2, eager", *_FIVE), ("Kimi K2", *_MLA)),
     ("MiniCPM3, which vLLM runs as ordinary attention", "cuda"): (("MiniCPM3, eager", *_SIX), ("MiniCPM3", *_SIX)),
+    ("MiniMax-M2 as published (FP8 blocks)", "cuda"): (
+        ("MiniMax-M2 FP8, 2 layers", *_SIX, *_PUBLISHED),
+        ("MiniMax-M2 FP8,* eager", *_SIX, *_RESTARTED),
+    ),
+    ("GLM-4.5 and GLM-4.6 in FP8", "cuda"): (("GLM-4.6 FP8,* eager", *_SIX, *_RESTARTED),),
     ("DeepSeek V3, V3.1 and R1 in FP8 blocks", "cuda"): (
         ("DeepSeek-V3 FP8 block,*", *_MLA),
         ("DeepSeek-V3 FP8 block ue8m0,*", *_MLA),
