@@ -21,6 +21,8 @@ def define(schema: str, run: Callable, key: str, fake: Callable) -> None:
     """
     import torch
 
+    from bi_patch.ops import direct
+
     name = schema.partition("(")[0]
     if name in _libraries:
         return
@@ -29,3 +31,4 @@ def define(schema: str, run: Callable, key: str, fake: Callable) -> None:
     library.impl(name, run, key)
     library.impl(name, fake, "Meta")
     _libraries[name] = library
+    direct.shorten(getattr(torch.ops.bi_patch, name).default, run, key)

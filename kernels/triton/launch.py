@@ -11,12 +11,10 @@ unaligned addresses, a Triton release whose launches nobody compared, or a profi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import triton
-
-if TYPE_CHECKING:
-    import torch
 
 # The Triton releases that call a compiled kernel as `Launcher.__call__` does.
 RELEASES = ("3.6",)
@@ -81,6 +79,25 @@ class Launcher:
                     driver.get_current_device,
                     driver.get_current_stream,
                 )
+
+
+def empty(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """An uninitialized contiguous tensor with the type and the device of x.
+
+    PyTorch's own functions read options first, which takes several times as long. Compiled code allocates as here.
+    """
+    if _allocate is None or x.get_device() != _current_device():
+        return x.new_empty(shape)
+    strides, step = (), 1
+    for size in reversed(shape):
+        strides = (step, *strides)
+        step *= max(size, 1)
+    return _allocate(tuple(shape), strides, x.dtype)
+
+
+# None where this PyTorch has no such function, and on CPU.
+_allocate = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) if torch.version.cuda else None
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def _watched() -> bool:

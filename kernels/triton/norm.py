@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher
+from .launch import Launcher, empty
 
 _WIDEST = 16384
 
@@ -125,8 +125,8 @@ def rms_norm(
     cols = x.shape[-1]
     if x.dim() not in (2, 3) or x.stride(-1) != 1:
         x = x.contiguous()
-    out = x.new_empty(x.shape)
-    summed = None if residual is None else torch.empty_like(out)
+    out = empty(x, x.shape)
+    summed = None if residual is None else empty(x, x.shape)
     if x.dim() == 2:
         heads, stride_head, rows, stride_row = 1, 0, x.shape[0] if cols else 0, x.stride(0)
     elif x.dim() == 3:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher
+from .launch import Launcher, empty
 
 _HEADS = 8
 
@@ -85,7 +85,7 @@ def rotate(
     """
     tokens = q.shape[0]
     heads_q, heads_k = q.shape[1] // head_size, k.shape[1] // head_size
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = empty(q, q.shape), empty(k, k.shape)
     if tokens:
         normed = q_weight is not None
         _launch_rotate(

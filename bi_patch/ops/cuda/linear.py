@@ -18,6 +18,7 @@ other half are sums of plain random data, which show where a kernel rounds and w
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -136,10 +137,17 @@ def packed(tensor, row: int) -> bool:
 def _vendor(gemm: cublaslt.Gemm, algorithm: cublaslt.Algorithm, x, weight, bias, out=None):
     """The library's GEMM with the given algorithm, on packed, aligned tensors."""
     if out is None:
-        out = x.new_empty((x.shape[0], gemm.n))
+        out = _empty()(x, (x.shape[0], gemm.n))
     stream = machine.stream(x.get_device())
     gemm(algorithm, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), stream)
     return out
+
+
+@functools.cache
+def _empty() -> Callable:
+    from bi_patch.kernels.triton import launch
+
+    return launch.empty
 
 
 def _fake(x, weight, bias):
