@@ -1,6 +1,6 @@
 """Calls of bi_patch's operators that go straight to their function, past PyTorch's dispatcher.
 
-Compiled code calls torch.ops.bi_patch.<name>.default. The dispatcher packs every argument and unpacks it again, and each
+Compiled code calls torch.ops.bi_patch.<name>.default. The dispatcher packs every argument and unpacks it, and each
 access to a parameter of vLLM's calls Python. Together that takes the host longer than the function itself.
 
 Where the dispatcher would only call the function, `_Direct` calls it: in inference mode, for tensors of the function's
