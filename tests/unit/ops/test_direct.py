@@ -21,13 +21,13 @@ def operator(monkeypatch):
     define(f"test_direct{SCHEMA}", added, "CPU", lambda x, *_: torch.empty_like(x))
     made = torch.ops.bi_patch.test_direct.default
     straight = []
-    run, here, count = made.bi_patch_call
+    run, here, kinds = made.bi_patch_call
 
     def counted(*args):
         straight.append(args)
         return run(*args)
 
-    monkeypatch.setattr(made, "bi_patch_call", (counted, here, count))
+    monkeypatch.setattr(made, "bi_patch_call", (counted, here, kinds))
     return made, straight
 
 
@@ -147,6 +147,28 @@ def test_a_mode_of_transforms_takes_pytorchs_way(operator):
     assert seen == [True] and not straight
 
 
+def test_values_that_pytorch_converts_take_its_way(operator):
+    call, straight = operator
+    define("test_numbers(Tensor x, float eps, int n, bool b, ScalarType dtype) -> Tensor", eps_of, "CPU", eps_of)
+    numbers = torch.ops.bi_patch.test_numbers.default
+    with torch.inference_mode():
+        assert torch.equal(call(X, W, None, 1), torch.full((3,), 4.0)) and not straight
+        assert numbers(X, 2.0, 1, True, torch.float32).item() == 2.0
+        assert numbers(X, 2, 1, True, torch.float32).item() == 2.0
+        with pytest.raises(RuntimeError, match="for argument .n."):
+            numbers(X, 2.0, 1.5, True, torch.float32)
+
+
+def eps_of(x, eps, n, b, dtype):
+    assert [type(v) for v in (eps, n, b)] == [float, int, bool]
+    return torch.tensor(eps)
+
+
+def test_an_operator_with_a_list_is_left_alone():
+    define("test_lists(Tensor x, Tensor[] more) -> Tensor", lambda x, more: x, "CPU", lambda x, more: x)
+    assert type(torch.ops.bi_patch.test_lists.default) is torch._ops.OpOverload
+
+
 def test_an_operator_that_writes_is_left_alone():
     define("test_writes(Tensor(a!) x) -> ()", lambda x: None, "CPU", lambda x: None)
     assert type(torch.ops.bi_patch.test_writes.default) is torch._ops.OpOverload
@@ -154,5 +176,5 @@ def test_an_operator_that_writes_is_left_alone():
 
 def test_errors_and_parameters_pass(operator):
     call, _ = operator
-    with torch.inference_mode(), pytest.raises(TypeError):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="more"):
         call(X, W, None, None)
