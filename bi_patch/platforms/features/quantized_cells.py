@@ -1,0 +1,91 @@
+"""What runs have shown of quantized weights: the cells of several rows of the feature table."""
+
+from __future__ import annotations
+
+from bi_patch.platforms.features.model import Cell, refused, served, untried
+
+NONE = refused("bi_patch has no certified order for their products", todo="Use unquantized weights")
+REFUSED = {"cpu": NONE, "cuda": NONE, "ascend": NONE}
+NO_KERNEL = REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them", todo="Use unquantized weights")}
+H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
+WITH_MLA = served(
+    "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json",
+    "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json",
+    why="four layers of DeepSeek-V3's sizes, compiled and in eager mode",
+    releases=">=0.33",
+)
+COMPILED = served(H200, why="two layers of published sizes, compiled and in eager mode", releases=">=0.33")
+TRIAL = untried("nobody has compared an engine's bits yet", releases=">=0.33")
+NEW_EAGER = "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json"
+NEW_GRAPHS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json"
+AXES = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-3.json"
+
+
+def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[str, ...] = ()) -> Cell:
+    """Two layers of a model's sizes. how: the modes."""
+    return served(*(files or (NEW_EAGER, NEW_GRAPHS)), why=f"two layers of {sizes}'s sizes, {how}", releases=">=0.33")
+
+
+RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
+PACKED = (served(RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), NONE)
+FOUR_BITS = "invariance-2026-11-29-h200-four-bits-vllm-0.33.0.json"
+EAGER = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-5.json"
+GRAPHS = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-6.json"
+
+
+def four(*files: str, now: str) -> tuple[Cell, ...]:
+    """4-bit weights. now: what ran on the kernels of today."""
+    why = f"two layers of Qwen3-8B's sizes, compiled and in eager mode; {now}"
+    return served(*files, RUN, why=why, releases=">=0.33"), NONE
+
+
+LATER = (
+    served(
+        "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
+        why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
+        releases=">=0.33",
+    ),
+    NONE,
+)
+INT8_STATIC = (
+    served(
+        "invariance-2026-11-29-h200-quantized-vllm-0.33.0-4.json",
+        why="two layers of Qwen3-8B's sizes, in eager mode",
+        releases=">=0.33",
+    ),
+    NONE,
+)
+EXPERTS = (
+    served(
+        FOUR_BITS,
+        EAGER,
+        GRAPHS,
+        why="two layers of Qwen3-30B-A3B's sizes, compiled and in eager mode",
+        releases=">=0.33",
+    ),
+    NONE,
+)
+OSS = (
+    served(FOUR_BITS, GRAPHS, why="two layers of gpt-oss-20b's sizes, compiled and in eager mode", releases=">=0.33"),
+    NONE,
+)
+BOTH = (
+    served(EAGER, GRAPHS, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"),
+    NONE,
+)
+Cells = dict[str, Cell | tuple[Cell, ...]]
+
+
+def cuda(cell: Cell) -> Cells:
+    """Refused, except on CUDA in the releases of a cell."""
+    return REFUSED | {"cuda": (cell, NONE)}
+
+
+CPU_RUN = "invariance-2026-11-28-cpu-amx-quantized-vllm-0.32.0.json"
+ON_CPU = REFUSED | {
+    "cpu": served(
+        CPU_RUN,
+        why="tiny models with random weights, on a CPU with AMX; without AMX other kernels run, which the tests cover",
+    )
+}
+WITH_AMX: Cells = {"cpu": served(CPU_RUN, why="tiny models with random weights; vLLM needs AMX for it")}

@@ -1,0 +1,143 @@
+"""Quantized experts: a row for each kind that a certified kernel serves, and one for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.platforms import schemes
+from bi_patch.platforms.features import quantized_cells as cells
+from bi_patch.platforms.features import scheme_kinds as kinds
+from bi_patch.platforms.features.model import Feature, row
+from bi_patch.platforms.schemes import CHANNEL, TENSOR, TOKEN, Scheme
+
+_GROUPED = ("compressed-tensors", "gptq", "awq")  # methods whose experts vLLM gives to certified kernels
+
+
+def _blocks(scheme: Scheme) -> bool:
+    return scheme.method in ("fp8", "compressed-tensors") and kinds.blocks(scheme)
+
+
+def _grouped(scheme: Scheme, bits: int) -> bool:
+    """Experts of integers in groups, without act-order."""
+    known = scheme.method in _GROUPED and kinds.weight_only(scheme, bits)
+    return known and not scheme.order and scheme.scale != CHANNEL
+
+
+def _four_bits(scheme: Scheme) -> bool:
+    """4-bit experts that runs on CUDA cover: groups, no zero points, no act-order."""
+    return scheme.method in ("compressed-tensors", "gptq") and _grouped(scheme, 4) and not scheme.zeros
+
+
+def _zeros(scheme: Scheme) -> bool:
+    return scheme.method != "gptq" and _grouped(scheme, 4) and scheme.zeros
+
+
+def _eight_bits(scheme: Scheme) -> bool:
+    return _grouped(scheme, 8) and not scheme.zeros
+
+
+def _channels_made(scheme: Scheme) -> bool:
+    """FP8 per channel that vLLM makes while loading."""
+    return kinds.fp8(scheme, CHANNEL, TOKEN, online=True)
+
+
+def _made(scheme: Scheme) -> bool:
+    """Other FP8 that vLLM makes while loading."""
+    return scheme.online and scheme.weight == "fp8"
+
+
+def _channels(scheme: Scheme) -> bool:
+    return scheme.method == "compressed-tensors" and kinds.by_token(scheme)
+
+
+def _by_tensor(scheme: Scheme) -> bool:
+    """FP8 experts with one scale each. Activations have the checkpoint's scale, or one for each token."""
+    return scheme.method == "fp8" and (kinds.one_scale(scheme) or kinds.fp8(scheme, TENSOR, TENSOR))
+
+
+# A scheme is of the first kind that takes it.
+_KINDS: tuple[Callable[[Scheme], bool], ...] = (
+    _blocks,
+    _four_bits,
+    kinds.mxfp4,
+    _channels,
+    _by_tensor,
+    kinds.one_scale,
+    _channels_made,
+    _made,
+    _zeros,
+    _eight_bits,
+)
+
+
+def quantized_experts(kind: Callable[[Scheme], bool] | None) -> Callable[[Any], str]:
+    """Words for a model with experts whose schemes are all of one of _KINDS, or of none (None)."""
+
+    def asked(config: Any) -> str:
+        used = schemes.of(config)
+        found = next((each for each in _KINDS if used and all(map(each, used))), None)
+        there = used and getattr(config.model_config, "is_moe", False) and found is kind
+        return f"quantized experts ({'; '.join(map(str, used))})" if there else ""
+
+    return asked
+
+
+# Kinds of experts that a run on CUDA had in compiled code.
+COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros)
+
+EXPERT_ROWS: tuple[Feature, ...] = (
+    row(
+        "experts in FP8 blocks of 128 x 128",
+        **cells.cuda(
+            cells.layers("Qwen3-30B-A3B and MiniMax-M2", files=(cells.H200, cells.NEW_EAGER, cells.NEW_GRAPHS))
+        ),
+        asked=quantized_experts(_blocks),
+    ),
+    row(
+        "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)",
+        **cells.REFUSED | {"cuda": cells.EXPERTS},
+        asked=quantized_experts(_four_bits),
+    ),
+    row(
+        "experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)",
+        **cells.cuda(cells.layers("Qwen3-30B-A3B")),
+        asked=quantized_experts(_channels),
+    ),
+    row(
+        "experts in FP8 with one scale each (method fp8)",
+        **cells.cuda(
+            cells.layers("Qwen3-30B-A3B", how="compiled and in eager mode; with static activations in eager mode")
+        ),
+        asked=quantized_experts(_by_tensor),
+    ),
+    row(
+        "experts in FP8 with one scale each (other methods)",
+        **cells.cuda(cells.TRIAL),
+        asked=quantized_experts(kinds.one_scale),
+    ),
+    row(
+        "experts in FP8 made while loading, per channel",
+        **cells.cuda(cells.layers("Qwen3-30B-A3B", how="in eager mode", files=(cells.NEW_EAGER,))),
+        asked=quantized_experts(_channels_made),
+    ),
+    row("experts in FP8 made while loading, otherwise", **cells.cuda(cells.TRIAL), asked=quantized_experts(_made)),
+    row(
+        "experts of 4 bits in groups with zero points (AWQ, compressed-tensors)",
+        **cells.cuda(
+            cells.layers(
+                "Qwen3-30B-A3B",
+                how="AWQ compiled and in eager mode, without the package humming-kernels; compressed-tensors in eager "
+                "mode",
+            )
+        ),
+        asked=quantized_experts(_zeros),
+    ),
+    row(
+        "experts of 8 bits in groups, weights alone (GPTQ, compressed-tensors)",
+        **cells.cuda(cells.TRIAL),
+        asked=quantized_experts(_eight_bits),
+    ),
+    row("experts in MXFP4", **cells.REFUSED | {"cuda": cells.OSS}, asked=quantized_experts(kinds.mxfp4)),
+    row("quantized experts", **cells.REFUSED, asked=quantized_experts(None)),
+)
