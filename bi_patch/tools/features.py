@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from bi_patch.platforms import releases
@@ -34,8 +35,23 @@ def blocks() -> dict[str, str]:
     }
 
 
+def found(text: str) -> list[str]:
+    """The rows whose name or remarks hold this text, in any case, as plain text: name, states and remarks."""
+    rows = (*FAMILIES, *FEATURES, *IMAGES, *QUANTIZATION, *RECURRENT, *PAIRS, *MATRIX)
+    return [_plain(row) for row in rows if text.lower() in " ".join((row.name, *_remarks(row))).lower()]
+
+
+def _plain(row: Feature) -> str:
+    states = ", ".join(f"{title} {row.cell(platform).state}" for platform, title in TITLES.items())
+    return "\n  ".join([row.name, states, *_remarks(row)])
+
+
 def _short(rows: Iterable[Feature]) -> str:
-    lines = [[row.short, *(_state(row.cell(platform)) for platform in TITLES)] for row in rows]
+    """One line for all features with the same states, in the order of the first of them."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        groups.setdefault(tuple(_state(row.cell(platform)) for platform in TITLES), []).append(row.short)
+    lines = [["; ".join(names), *states] for states, names in groups.items()]
     return _table(["", *TITLES.values()], lines) + "\n\n" + _MEANING
 
 
@@ -69,7 +85,14 @@ def _remarks(row: Feature) -> list[str]:
 
 
 def _evidence(row: Feature) -> str:
-    return "<br>".join(dict.fromkeys(f"`{file}`" for platform in TITLES for file in row.cell(platform).evidence))
+    return "<br>".join(dict.fromkeys(_link(file) for platform in TITLES for file in row.cell(platform).evidence))
+
+
+def _link(file: str) -> str:
+    """A link from a page under docs/ to a result file, by the file's day, device and topic."""
+    named = re.fullmatch(r"[a-z]+-(\d{4}-\d\d-\d\d)-(.*)-vllm-([\d.]+\d)(-\d+)?\.json", file)
+    words = f"{named[2]}{named[4] or ''}, {named[1]}, vLLM {named[3]}" if named else file
+    return f"[{words}](../benchmarks/results/{file})"
 
 
 def _cards() -> str:
@@ -77,7 +100,7 @@ def _cards() -> str:
     for card in CARDS:
         cell = card.cell
         state = _state(cell)
-        lines.append([card.name, state, cell.why or ", ".join(f"evidence: `{file}`" for file in cell.evidence)])
+        lines.append([card.name, state, cell.why or "<br>".join(_link(file) for file in cell.evidence)])
     return _table(["device", "bf16 models", "why"], lines)
 
 

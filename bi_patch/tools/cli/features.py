@@ -11,6 +11,10 @@ from bi_patch.tools.cli import app
 @app.command()
 def features(
     pages: Annotated[list[Path] | None, typer.Argument(help="Markdown pages with marks, e.g. README.md.")] = None,
+    about: Annotated[
+        str,
+        typer.Option(metavar="TEXT", help="Print only what names this text, e.g. `LoRA` or `Qwen3`, as plain text."),
+    ] = "",
     write: Annotated[bool, typer.Option("--write", help="Renew the tables between the marks of the pages.")] = False,
 ) -> None:
     """Print what is served, refused and untried.
@@ -20,14 +24,22 @@ def features(
     Exit code 1: a table does not match the code.
     """
     from bi_patch.errors import SettingError
-    from bi_patch.tools import marks
-    from bi_patch.tools.features import blocks
+    from bi_patch.tools import marks, output
+    from bi_patch.tools.features import blocks, found
 
+    if about and (pages or write):
+        raise SettingError("--about prints and takes no pages")
+    if about:
+        rows = found(about)
+        if not rows:
+            raise SettingError(f"nothing in the feature table names {about!r}. `bi-patch features` prints all of it")
+        output.paragraph(output.console(), "\n\n".join(rows))
+        return
     made = blocks()
     if not pages:
         if write:
             raise SettingError("--write needs pages: bi-patch features --write README.md docs/coverage.md")
-        print("\n\n".join(made[name] for name in ("features", "families", "cards", "releases")))
+        print("\n\n".join(table for name, table in made.items() if name != "support"))
         return
     old = {}
     for page in pages:

@@ -148,7 +148,7 @@ def _summary(look: Look) -> None:
     output.paragraph(
         console,
         "A patch point is one place in vLLM that bi_patch replaces. `bi-patch status --all` lists every patch point; "
-        "`bi-patch status NAME` explains a single one. `bi-patch features` lists what is served, refused and untried.",
+        "`bi-patch status NAME` explains a single one.",
     )
     output.paragraph(console, _covered(look))
     if look.state.settings.allow_code:
@@ -159,7 +159,7 @@ def _summary(look: Look) -> None:
 
 
 def _covered(look: Look) -> str:
-    """What the feature table says of this release and platform, in two sentences."""
+    """What the feature table says of this release and platform."""
     from bi_patch.platforms.features.engine import FEATURES
     from bi_patch.platforms.features.model import REFUSED
     from bi_patch.platforms.features.pairs import PAIRS
@@ -168,7 +168,10 @@ def _covered(look: Look) -> str:
     release, platform = look.state.plan.release, look.state.plan.platform
     refused = [row.name for row in (*FEATURES, *PAIRS) if row.cell(platform, release).state == REFUSED]
     state = VERSIONS[platform][str(release)].state
-    return f"The feature table counts vLLM {release} on {platform} as {state}. Refused by name: {', '.join(refused)}."
+    return (
+        f"The feature table counts vLLM {release} on {platform} as {state}. An engine refuses {len(refused)} features "
+        "by name there. `bi-patch features` lists what is served, refused and untried; `--about TEXT` looks one up."
+    )
 
 
 def _open(look: Look) -> None:

@@ -146,7 +146,9 @@ def _ratios(ratios: Mapping[tuple[str, str], Mapping[str, list[float]]], many: b
     numbers = sorted((column for column in held if column.isdigit()), key=int)
     long = sorted(column for column in held if " of " in column)
     columns = [*numbers, *({"more"} & held), *long, *({"prompts"} & held)]
-    heads = {**{n: f"{n} request{'s' if n != '1' else ''}" for n in numbers}, "more": "128 or 256"}
+    heads = {"more": "128 or 256"}
+    if numbers:
+        heads[numbers[0]] = f"decode of {numbers[0]} request{'s' if numbers[0] != '1' else ''}"
     clocks = len({by for _, by in ratios}) > 1
     names = ["model", *(["by"] if clocks else []), *(heads.get(column, column) for column in columns)]
     lines = [f"| {' | '.join(names)} |", "|---|" + ("---|" if clocks else "") + "--:|" * len(columns)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
@@ -85,6 +87,11 @@ class Live(Watcher):
         self._progress.update(self._task, description=what, until=until, completed=elapsed / until)
 
 
+def distance(largest: float) -> str:
+    """The largest difference of a logprob in a table. A logprob of minus infinity in one answer is infinitely far."""
+    return "0" if not largest else "inf" if largest >= sys.float_info.max else f"{largest:.1e}"
+
+
 def summary(report: Report) -> RenderableType:
     """The table of axes, the first pairs that differ, the axes without a result, and the verdict."""
     table = Table(
@@ -93,7 +100,7 @@ def summary(report: Report) -> RenderableType:
     table.add_column("axis")
     for name in ("compared", "differing", "largest", "ulps", "seconds", "start"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("result")
     table.columns[0].no_wrap = True
     for axis in report.axes:
         if axis.compared:
@@ -101,13 +108,14 @@ def summary(report: Report) -> RenderableType:
                 axis.name,
                 f"{axis.compared:,}",
                 f"{axis.differing:,}",
-                f"{axis.largest:.1e}" if axis.largest else "0",
+                distance(axis.largest),
                 f"{axis.ulps:,}",
                 f"{axis.seconds:.1f}",
                 f"{axis.starting:.1f}" if axis.starting else "",
                 _state(axis),
             )
-    parts: list[RenderableType] = [table]
+    nothing = report.stopped and not any(axis.compared for axis in report.axes)  # then the verdict says all
+    parts: list[RenderableType] = [] if nothing else [table]
     for axis in report.axes:
         if axis.shown:
             parts.append(Text(f"\n{axis.name}: where bits differ", style="bold"))
@@ -115,7 +123,8 @@ def summary(report: Report) -> RenderableType:
                 parts.append(Text(f"  {pair.first}"))
                 if pair.located:
                     parts.append(Text(f"  first operation that differs: {pair.located}", style="bold red"))
-    parts += _aside([axis for axis in report.axes if not axis.compared or axis.state in UNSETTLED])
+    without = [axis for axis in report.axes if not axis.compared or axis.state in UNSETTLED]
+    parts += _aside([axis for axis in without if not nothing or axis.state == FAILED])
     if report.failure:
         parts.append(Text(f"\n{report.failure.rstrip()}", style="dim"))
     colour = {0: "green", 1: "bold red", 2: "bold yellow"}[report.exit_code]

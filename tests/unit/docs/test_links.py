@@ -57,3 +57,9 @@ def test_a_link_to_nothing_is_told(repository, target):
 def test_code_is_left_alone(repository):
     text = "```\n[x](../no/such/file.md)\n```"
     assert repository.rewrite(text, "index.md", ROOT) == (text, {}, [])
+
+
+def test_every_named_error_has_a_heading_in_troubleshooting():
+    named = re.findall(r"^class (\w+)\(", (ROOT / "bi_patch/errors.py").read_text(encoding="utf-8"), re.MULTILINE)
+    heads = re.findall(r"^## (.*)$", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(named) - {"BiPatchError"} <= {word for head in heads for word in head.split(", ")}

@@ -135,6 +135,8 @@ def main(rank: int, ranks: int, folder: str) -> None:
         for dtype in (torch.bfloat16, torch.float32)
     }
     print(json.dumps(found))
+    dist.barrier()  # a rank that leaves while another still talks to it can end both
+    dist.destroy_process_group()  # gloo's threads end here, not while Python ends
 
 
 if __name__ == "__main__":

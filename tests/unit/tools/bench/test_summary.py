@@ -39,7 +39,7 @@ def test_ratios_stand_by_workload_and_clock(tmp_path):
         "1 x 1 image (GPU)": 1.4,
     }
     text = summary.blocks(tables(tmp_path, m=ratios))["summary-cost-h200"]
-    assert "| model | by | 1 request | 8 requests | 128 or 256 | 2 of 32,000 tokens | prompts |" in text
+    assert "| model | by | decode of 1 request | 8 | 128 or 256 | 2 of 32,000 tokens | prompts |" in text
     assert "| m | GPU | 0.90 | 0.80 | - | - | - |\n| m | clock | 1.10 | - | 1.30 | 1.50 | 0.95 to 1.05 |" in text
     assert "| m | 1 x 1 image | 1.40 | 1.60 |" in text and "7.00" not in text
     assert text.endswith("Armed / stock on NVIDIA H200, vLLM 0.33.0, 2026-01-02.")
@@ -49,7 +49,7 @@ def test_a_chosen_table_has_its_models_in_its_order(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "CHOSEN", {"two": summary.Choice(("b", "a"), many=False)})
     rows = {"decode 1 x 512/128": 1.0, "decode (GPU) 1 x 512/128": 0.5, "decode (GPU) 256 x 512/128": 0.6}
     made = summary.blocks(tables(tmp_path, a=rows, b=rows, c=rows))["summary-cost-h200-two"]
-    assert made.splitlines()[:4] == ["| model | 1 request |", "|---|--:|", "| b | 0.50 |", "| a | 0.50 |"]
+    assert made.splitlines()[:4] == ["| model | decode of 1 request |", "|---|--:|", "| b | 0.50 |", "| a | 0.50 |"]
 
 
 def test_a_chosen_table_needs_all_of_its_models(tmp_path, monkeypatch):

@@ -48,8 +48,8 @@ def test_the_summary_cannot_be_taken_for_a_servers_state(capsys):
     assert "nothing about a running server" in lines[0]
     assert lines[1] == "In this environment vLLM 0.32.0 on cpu would be armed: 2 patch points closed, 0 open."
     assert lines[2].startswith("A patch point is one place in vLLM that bi_patch replaces.")
-    assert lines[3].startswith("The feature table counts vLLM 0.32.0 on cpu as served. Refused by name: ")
-    assert "LoRA" in lines[3] and "bf16 weights" not in lines[3]
+    assert lines[3].startswith("The feature table counts vLLM 0.32.0 on cpu as served. An engine refuses ")
+    assert "`bi-patch features` lists what is served, refused and untried" in lines[3] and len(lines[3]) < 250
     status._open(look(*POINTS))
     assert len(lines) == 4 and capsys.readouterr().out == ""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 from types import SimpleNamespace
 
 import msgspec
@@ -149,6 +150,10 @@ def test_an_error_that_nobody_foresaw_is_a_report(system):
     assert "Traceback" in page.page(found) and "Traceback" in terminal.plain(found)
 
 
+def test_an_infinite_distance_is_no_number_of_a_float():
+    assert [terminal.distance(gap) for gap in (0.0, 0.0625, sys.float_info.max)] == ["0", "6.2e-02", "inf"]
+
+
 def test_logprobs_that_are_all_nan_are_no_pass(system):
     made = system()
     made.change = {"logprobs": float("nan")}
@@ -227,6 +232,14 @@ def test_an_engine_that_dies_leaves_what_was_compared(system):
     assert "it died" in found.stopped and "keeps all comparisons" in found.verdict[1]
     assert [a.state for a in found.axes].count(report.FAILED) == 1
     assert page.page(found) and terminal.plain(found)
+
+
+def test_of_a_run_that_compared_nothing_the_verdict_says_all(system):
+    found = verify(system(break_at=1), QUICK)
+    assert found.exit_code == report.UNCHECKED and found.compared == 0 and found.stopped
+    said = terminal.plain(found)
+    assert "nothing was compared" in said and "it died" in said
+    assert "compared  differing" not in said and "left out:" not in said
 
 
 def test_an_engine_that_errs_and_lives_goes_on(system):
