@@ -14,6 +14,7 @@ Prints one JSON object: the number of positions compared, and the number of diff
 fault".
 """
 
+import gc
 import json
 import struct
 import sys
@@ -107,12 +108,23 @@ def bits(number: float) -> int:
     return struct.unpack("<I", struct.pack("<f", number))[0]
 
 
+def model_runner() -> type:
+    """The class of vLLM-Ascend's model runner."""
+    import vllm_ascend.ops  # noqa: F401  first, because the runner's own imports form a circle
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    return NPUModelRunner
+
+
 class Engine:
     """The engine in this process, with a record of its scheduler: the tokens of each step, and preemptions."""
 
     def __init__(self, model: Path, **options):
         import vllm
 
+        if options.get("enforce_eager", True):
+            model_runner().profile_run = lambda self: None  # the stub has no memory to measure
+        gc.freeze()  # vLLM collects garbage when it starts, and would visit all that was imported
         self.vllm = vllm
         usual = {"max_num_batched_tokens": BUDGET, "enable_prefix_caching": True, "max_model_len": 256}
         options = usual | {"enforce_eager": True} | options
@@ -238,10 +250,8 @@ def whole_prompts(folder: Path) -> None:
 def compiled_pieces(folder: Path) -> None:
     """Compare prompts longer than the largest graph, alone and together, in the compiled pieces."""
     import torch
-    import vllm_ascend.ops  # noqa: F401  first, because the runner's own imports form a circle
-    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
 
-    NPUModelRunner.capture_model = lambda self: 0
+    model_runner().capture_model = lambda self: 0
     compilation = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1]}
     engine = Engine(folder, enforce_eager=False, compilation_config=compilation, enable_prefix_caching=False)
     generator = torch.Generator().manual_seed(3)

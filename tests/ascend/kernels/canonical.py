@@ -6,6 +6,8 @@ does with its tiles. It shows nothing about the order inside a device's matrix u
 import of this module.
 """
 
+import functools
+
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
@@ -32,10 +34,38 @@ def _reduce(self, input):
     return _apply(self, input)
 
 
-_apply = interpreter.ReduceOps.apply_impl
+def _convert_float(data, source, target, rounding):
+    """bf16 and fp32 by shifts: the interpreter's own code takes every number apart. Without a rounding it truncates."""
+    bits = np.ascontiguousarray(data)
+    if (source, target) == (tl.bfloat16, tl.float32):
+        return (bits.view(np.uint16).astype(np.uint32) << 16).reshape(data.shape)
+    if (source, target, rounding) == (tl.float32, tl.bfloat16, None):
+        return (bits.view(np.uint32) >> 16).astype(np.uint16).reshape(data.shape)
+    return _convert(data, source, target, rounding)
+
+
+def _patch_once(function) -> None:
+    """The interpreter replaces the functions of Triton's language for good, and does so again at each call."""
+    if not any(function.__globals__ is held for held in _patched):
+        _patch(function)
+        _patched.append(function.__globals__)
+
+
+def _get_np_dtype(kind) -> np.dtype:
+    """The interpreter makes a table of all types at each call."""
+    kind = kind.scalar  # of a block: its elements' type
+    return np.dtype(np.uint64) if isinstance(kind, tl.pointer_type) else _dtype_of(kind)
+
+
+_dtype_of = functools.cache(interpreter._get_np_dtype)
+_apply, _convert, _patch = interpreter.ReduceOps.apply_impl, interpreter._convert_float, interpreter._patch_lang
+_patched: list[dict] = []  # the names of each module whose kernels ran
 
 
 def install() -> None:
-    """Replace the interpreter's dot and its slow maximum in this process."""
+    """Replace the interpreter's dot, and what is slow in it, in this process."""
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter.ReduceOps.apply_impl = _reduce
+    interpreter._convert_float = _convert_float
+    interpreter._patch_lang = _patch_once
+    interpreter._get_np_dtype = _get_np_dtype
