@@ -75,7 +75,10 @@ def blocks_for_one(engine: Engine) -> int:
 
 
 def few_blocks(engine: Engine) -> list[Change]:
-    return [Change("few KV blocks", {"kv_blocks": blocks_for_one(engine)})]
+    """With recurrent layers also no more sequences than blocks, which vLLM asks for before it captures CUDA graphs."""
+    blocks = blocks_for_one(engine)
+    fewer = {"max_num_seqs": min(blocks, engine.options.max_num_seqs)} if engine.info.chunks else {}
+    return [Change("few KV blocks", {"kv_blocks": blocks} | fewer)]
 
 
 def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
