@@ -31,6 +31,7 @@ _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
 _H200_WEIGHTS_OLDER = "invariance-2026-11-29-h200-weights-vllm-0.26.0.json"
+_H200_WEIGHTS_OLDER_GRAPHS = "invariance-2026-11-30-h200-weights-vllm-0.26.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _CPU_PARITY_EXPERTS = "parity-2026-11-29-cpu-amx-experts-vllm-0.32.0.json"
@@ -374,8 +375,9 @@ FEATURES: tuple[Feature, ...] = (
             _H200_WEIGHTS,
             _H200_WEIGHTS_GRAPHS,
             _H200_WEIGHTS_OLDER,
+            _H200_WEIGHTS_OLDER_GRAPHS,
             _H200_PARITY_GRPO,
-            why="by reload_weights, in eager mode also on vLLM 0.26; with CUDA graphs also 200 syncs of a trainer",
+            why="by reload_weights, on vLLM 0.26, too, eager and with CUDA graphs; 200 syncs of a trainer",
         ),
         ascend=untried(_NO_NPU),
         details="An engine that gets weights answers as an engine that was started with them. Writes of your own need "

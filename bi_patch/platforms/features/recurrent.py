@@ -18,11 +18,16 @@ _H200_CHUNKS = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-4.json"
 _H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-5.json"
 _H200_EAGER = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-6.json"
 _H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-7.json"  # compiled, and Nemotron-H in eager mode
+_H200_LAST = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0.json"
+# --full: every axis, eager and compiled engines among them.
+_FULL_4 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-4.json"
+_FULL_5 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-5.json"
+_FULL_7 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-7.json"
 _CHUNKS = refused("chunks of a recurrent state start where an engine step starts", todo="Use another model")
 _OLD = refused("chunks of a recurrent state start where an engine step starts", releases="<0.33")
 _TINY = served(_CPU, why="tiny shapes with random weights, in bf16")
 _FOUR = "four layers of published sizes with random weights, six axes"
-_RUN = f"{_FOUR}; Granite 4-H compiled, Nemotron-H in eager mode, Falcon-H1 in both"
+_RUN = f"{_FOUR}; compiled and in eager mode"
 
 # The kind of recurrent layer, by architecture.
 _KINDS = {
@@ -77,7 +82,7 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "gated delta nets, compiled",
-        cpu=untried("the same kernels"),
+        cpu=served(_FULL_4),
         cuda=(_OLD, served(_H200)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("gated delta nets")(config) and not _eager(config) and "compiled gated delta nets",
@@ -106,6 +111,7 @@ RECURRENT: tuple[Feature, ...] = (
                 _H200,
                 _H200_EAGER,
                 _H200_MORE,
+                _H200_LAST,
                 why=_RUN,
             ),
         ),
@@ -114,7 +120,7 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "Mamba 2, compiled",
-        cpu=untried("the same kernels"),
+        cpu=served(_FULL_5, _FULL_7, why="Falcon-H1, Granite 4-H, Nemotron-H, Mamba 2"),
         cuda=(_OLD, served(_H200)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and not _eager(config) and "compiled Mamba 2",
@@ -122,39 +128,44 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "Mamba 2, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, served(_H200_EAGER, _H200_MORE, why="Falcon-H1 and Nemotron-H")),
+        cuda=(_OLD, served(_H200_EAGER, _H200_MORE, _H200_LAST)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and _eager(config) and "Mamba 2 in eager mode",
     ),
     row(
         "Granite 4-H, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, untried("measured compiled, and in eager mode by an earlier form of the kernels")),
+        cuda=(_OLD, served(_H200_LAST)),
         ascend=_CHUNKS,
         asked=lambda config: (
             _named("GraniteMoeHybridForCausalLM")(config) and _eager(config) and "Granite 4-H in eager mode"
         ),
     ),
     row(
-        "Bamba, Mamba 2 (the first models)",
+        "Mamba 2 (the first models)",
+        cpu=served(_FULL_7, why="a tiny shape with random weights"),
+        cuda=(_OLD, untried("the layers of Falcon-H1")),
+        ascend=_CHUNKS,
+        asked=lambda config: _named("Mamba2ForCausalLM")(config) and "Mamba 2 (the first models)",
+    ),
+    row(
+        "Bamba",
         cpu=untried("the layers of Falcon-H1"),
         cuda=(_OLD, untried("the layers of Falcon-H1")),
         ascend=_CHUNKS,
-        asked=lambda config: (
-            any(_named(name)(config) for name in ("BambaForCausalLM", "Mamba2ForCausalLM")) and "Bamba or Mamba 2"
-        ),
+        asked=lambda config: _named("BambaForCausalLM")(config) and "Bamba",
     ),
     row(
         "Nemotron-H",
-        cpu=untried("the layers of Falcon-H1"),
-        cuda=(_OLD, served(_H200_MORE, why=f"{_FOUR}; in eager mode")),
+        cpu=served(_FULL_7, why="a tiny shape with random weights"),
+        cuda=(_OLD, served(_H200_MORE, _H200_LAST, why=f"{_FOUR}; compiled and in eager mode")),
         ascend=_CHUNKS,
         asked=lambda config: _named("NemotronHForCausalLM")(config) and "Nemotron-H",
     ),
     row(
         "Nemotron-H, compiled",
-        cpu=untried("the layers of Falcon-H1"),
-        cuda=(_OLD, untried("measured in eager mode")),
+        cpu=served(_FULL_7),
+        cuda=(_OLD, served(_H200_LAST)),
         ascend=_CHUNKS,
         asked=lambda config: _named("NemotronHForCausalLM")(config) and not _eager(config) and "compiled Nemotron-H",
     ),
@@ -175,7 +186,7 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "short convolutions, compiled",
-        cpu=untried("the same kernel"),
+        cpu=served(_FULL_7),
         cuda=(_OLD, served(_H200_MORE)),
         ascend=_CHUNKS,
         asked=lambda config: (
@@ -209,7 +220,7 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "Jamba, compiled",
-        cpu=untried("measured in eager mode"),
+        cpu=served(_FULL_7),
         cuda=(_OLD, served(_H200_MORE)),
         ascend=_CHUNKS,
         asked=lambda config: _named("JambaForCausalLM")(config) and not _eager(config) and "compiled Jamba",

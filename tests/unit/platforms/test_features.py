@@ -677,13 +677,14 @@ def test_modes_that_no_run_has_are_named():
     def untried(platform, **changes):
         return table.untried(config(**changes), platform, Version(releases.BY_PLATFORM[platform][-1]))
 
-    jamba = {"model_is_hybrid": True, "model_architectures": ["JambaForCausalLM"]}
-    assert "Jamba, compiled" in untried("cpu", **jamba)
-    assert "Jamba, compiled" not in untried("cpu", **jamba, model_enforce_eager=True)
-    assert "Jamba, compiled" not in untried("cpu", **jamba | {"model_architectures": ["MambaForCausalLM"]})
-    nemotron = {"model_is_hybrid": True, "model_architectures": ["NemotronHForCausalLM"]}
-    assert "Nemotron-H, compiled" in untried("cuda", **nemotron)
-    assert not {"Nemotron-H", "Nemotron-H, compiled"} & set(untried("cuda", **nemotron, model_enforce_eager=True))
+    def hybrid(name):
+        return {"model_is_hybrid": True, "model_architectures": [name]}
+
+    assert "Bamba" in untried("cpu", **hybrid("BambaForCausalLM"))
+    assert "Mamba 2 (the first models)" in untried("cuda", **hybrid("Mamba2ForCausalLM"))
+    assert "Mamba 2 (the first models)" not in untried("cpu", **hybrid("Mamba2ForCausalLM"))
+    assert "Jamba, compiled" not in untried("cpu", **hybrid("JambaForCausalLM"))
+    assert not {"Nemotron-H", "Nemotron-H, compiled"} & set(untried("cuda", **hybrid("NemotronHForCausalLM")))
     idefics = images("Idefics3ForConditionalGeneration", model_enforce_eager=False)
     assert "images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles" in untried("cuda", **idefics)
     assert "images with preemption" in untried("cuda", **idefics)

@@ -286,6 +286,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("gated delta nets, in eager mode", "cuda"): (("Qwen3-Next, eager", *_SIX),),
     ("gated delta nets, in eager mode", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
     ("gated delta nets, compiled", "cuda"): (("Qwen3-Next", *_SIX),),
+    ("gated delta nets, compiled", "cpu"): (("Qwen3-Next,* --full", *_SIX, "eager and compiled"),),
     **{
         (f"Mamba 2{more}", platform): (("Falcon-H1*", *_SIX), ("Granite 4-H*", *_SIX))
         for more, platform in (
@@ -299,10 +300,30 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Granite 4-H", *_SIX),
         ("Falcon-H1, eager", *_SIX),
         ("Nemotron-H, eager", *_SIX),
+        ("Granite 4-H, eager", *_SIX),
+        ("Nemotron-H", *_SIX),
     ),
     ("Granite 4-H, in eager mode", "cpu"): (("Granite 4-H*", *_SIX),),
-    ("Mamba 2, in eager mode", "cuda"): (("Falcon-H1, eager", *_SIX), ("Nemotron-H, eager", *_SIX)),
-    ("Nemotron-H", "cuda"): (("Nemotron-H, eager", *_SIX),),
+    ("Granite 4-H, in eager mode", "cuda"): (("Granite 4-H, eager", *_SIX),),
+    ("Mamba 2, compiled", "cpu"): tuple(
+        (f"{name},* --full", *_SIX, "eager and compiled")
+        for name in ("Falcon-H1", "Granite 4-H", "Nemotron-H", "Mamba 2")
+    ),
+    ("Mamba 2, in eager mode", "cuda"): tuple(
+        (f"{name}, eager", *_SIX) for name in ("Falcon-H1", "Nemotron-H", "Granite 4-H")
+    ),
+    **{
+        (name, "cpu"): ((f"{model},* --full", *_SIX, "eager and compiled"),)
+        for name, model in {
+            "Nemotron-H": "Nemotron-H",
+            "Nemotron-H, compiled": "Nemotron-H",
+            "Mamba 2 (the first models)": "Mamba 2",
+            "short convolutions, compiled": "LFM2",
+            "Jamba, compiled": "Jamba",
+        }.items()
+    },
+    ("Nemotron-H", "cuda"): (("Nemotron-H, eager", *_SIX), ("Nemotron-H", *_SIX)),
+    ("Nemotron-H, compiled", "cuda"): (("Nemotron-H", *_SIX),),
     ("short convolutions (LFM2)", "cpu"): (("LFM2,*", *_SIX, "preemption"),),
     ("short convolutions (LFM2)", "cuda"): (("LFM2, eager", *_SIX), ("LFM2", *_SIX)),
     ("short convolutions, compiled", "cuda"): (("LFM2", *_SIX),),
