@@ -48,7 +48,7 @@ test:
 
 # In this order: while one lane sets up $(VENV), the other sets up $(ASCEND) and runs its part. Then the longest parts
 # begin first, so that both lanes end at about the same time.
-PARTS := lint test-engine test-ascend test-processes test-unit test-kernels test-tables docs
+PARTS := lint test-engine test-ascend test-kernels test-processes test-unit test-tables docs
 
 # Waiting threads sleep, for other tests run beside them.
 test-engine test-processes test-ascend test-unit test-kernels: export OMP_WAIT_POLICY := passive
