@@ -222,7 +222,8 @@ FAMILIES: tuple[Feature, ...] = (
             refused("quantized experts", releases="<0.33"),
             served(
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json",
-                why="two layers of GLM-4.6's sizes with random weights, in eager mode",
+                "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json",
+                why="two layers of GLM-4.6's sizes with random weights, in eager mode, and compiled in batches",
             ),
         ),
         ascend=_QUANTIZED,

@@ -19,6 +19,7 @@ TRIAL = untried("nobody has compared an engine's bits yet", releases=">=0.33")
 NEW_EAGER = "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json"
 NEW_GRAPHS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json"
 AXES = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-3.json"
+CUT = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json"  # compiled, without an eager engine beside
 
 
 def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[str, ...] = ()) -> Cell:

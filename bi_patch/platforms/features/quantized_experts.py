@@ -106,9 +106,7 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     ),
     row(
         "experts in FP8 with one scale each (method fp8)",
-        **cells.cuda(
-            cells.layers("Qwen3-30B-A3B", how="compiled and in eager mode; with static activations in eager mode")
-        ),
+        **cells.cuda(cells.layers("Qwen3-30B-A3B", files=(cells.NEW_EAGER, cells.NEW_GRAPHS, cells.CUT))),
         asked=quantized_experts(_by_tensor),
     ),
     row(
@@ -127,8 +125,8 @@ EXPERT_ROWS: tuple[Feature, ...] = (
         **cells.cuda(
             cells.layers(
                 "Qwen3-30B-A3B",
-                how="AWQ compiled and in eager mode, without the package humming-kernels; compressed-tensors in eager "
-                "mode",
+                how="compiled and in eager mode, without the package humming-kernels",
+                files=(cells.NEW_EAGER, cells.NEW_GRAPHS, cells.CUT),
             )
         ),
         asked=quantized_experts(_zeros),

@@ -387,6 +387,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* FP8 tensor experts, 2 layers", *_SIX, *_PUBLISHED),
         ("* FP8 tensor experts,* eager", *_SIX, *_RESTARTED),
         ("* FP8 static experts,* eager", *_SIX, *_RESTARTED),
+        ("* FP8 static experts, 2 layers", "batch size", "decode = prefill"),
     ),
     ("experts in FP8 made while loading, per channel", "cuda"): (
         ("* FP8 channel experts while loading,* eager", *_SIX, *_RESTARTED),
@@ -395,6 +396,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* AWQ experts, 2 layers", *_SIX, *_PUBLISHED),
         ("* AWQ experts,* eager", *_SIX, *_RESTARTED),
         ("* W4A16 experts with zero points,* eager", *_SIX, *_RESTARTED),
+        ("* W4A16 experts with zero points, 2 layers", "batch size", "decode = prefill"),
     ),
     ("FP8 per tensor, static activations (method fp8)", "cuda"): (("* FP8 static,*", *_SIX, *_PUBLISHED),),
     ("FP8 made while loading (--quantization fp8)", "cuda"): (("* FP8 while loading,*", *_SIX, *_PUBLISHED),),
@@ -587,7 +589,10 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("MiniMax-M2 FP8, 2 layers", *_SIX, *_PUBLISHED),
         ("MiniMax-M2 FP8,* eager", *_SIX, *_RESTARTED),
     ),
-    ("GLM-4.5 and GLM-4.6 in FP8", "cuda"): (("GLM-4.6 FP8,* eager", *_SIX, *_RESTARTED),),
+    ("GLM-4.5 and GLM-4.6 in FP8", "cuda"): (
+        ("GLM-4.6 FP8,* eager", *_SIX, *_RESTARTED),
+        ("GLM-4.6 FP8, 2 layers", "batch size", "decode = prefill"),
+    ),
     ("DeepSeek V3, V3.1 and R1 in FP8 blocks", "cuda"): (
         ("DeepSeek-V3 FP8 block,*", *_MLA),
         ("DeepSeek-V3 FP8 block ue8m0,*", *_MLA),
