@@ -3,7 +3,8 @@
     PYTHONPATH=. python3 benchmarks/images.py [KIND ...] [--dtype float32] [--compiled] [--across] [--results FOLDER]
 
 Without `--across`, the axes within one engine; with it, those across engines. Kinds are names in
-bi_patch/tools/models/vision.py; all but Idefics3 need torchvision. Exit code 1: positions differ.
+bi_patch/tools/models/vision.py; all but Idefics3 need torchvision. An interrupt (Ctrl-C) ends a kind, and
+keeps the axes that were complete. Exit code 1: positions differ.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def measure(kind: str, args: argparse.Namespace, root: str) -> int:
     arguments = {"max_model_len": 4096 if on_gpu else 1024, "max_num_seqs": args.seqs}
     if on_gpu:
         arguments |= {"gpu_memory_utilization": args.memory, "kv_cache_memory_bytes": 2 << 30}
+    arguments |= vision.ARGUMENTS.get(kind, {})
     system = local.local(
         vision.write(kind, root),
         level,
@@ -59,7 +61,7 @@ def measure(kind: str, args: argparse.Namespace, root: str) -> int:
     label = f"{kind}, {_SHORT[args.dtype]}{' compiled' if args.compiled else ''}"
     label += ", across engines" if args.across else ""
     axes = args.axis or (ACROSS if args.across else AXES)
-    rows, report = invariance.measure(label, system, level, only=axes, tell=lambda t: print(t, flush=True))
+    rows, report = invariance.measure(label, system, level, only=axes, tell=lambda t: print(t, flush=True), cut=True)
     found = evidence.new(Found, report)
     found.rows = rows
     found.command = "python3 benchmarks/images.py"  # kinds share a file

@@ -1,14 +1,18 @@
-"""Images, on every platform: one item for each call of an encoder, and what an encoder may be made of.
+"""Images, on every platform: the items of a call of an encoder, and what an encoder may be made of.
 
 An item is one image. An encoder's rows depend on company only through the other items of the same call: they choose
 the kernels, and vLLM pads items of other sizes. With one item in a call, the rows depend on the item alone, whatever
 else shares the step and the caches. Then the kernels only have to give equal bits in every run, which `certify` tests.
+
+Images go through an encoder together where three things hold. Its code was read: `TOGETHER` lists the models. The
+platform knows an order of its own for each layer. And `certify` finds the same bits alone and together.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -50,6 +54,29 @@ _LAYERS = frozenset(
 )
 # vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row, or a product's weight.
 OWNERS = frozenset({"CLIPVisionEmbeddings", "Gemma3MultiModalProjector"})
+# InternVL's own parameters, in both of its forms: places, a class's token, and what multiplies a layer's output.
+INTERN = frozenset(
+    {"InternS1VisionEmbeddings", "InternS1VisionLayer", "InternVisionEmbeddings", "InternVisionEncoderLayer"}
+)
+# vLLM's classes of models whose encoder treats each image, tile and window for itself: it loops over the images, or
+# gives all rows to its layers, and tells attention where an image begins. No image is padded for another one.
+TOGETHER = frozenset(
+    {
+        "Gemma3ForConditionalGeneration",
+        "Glm4vForConditionalGeneration",
+        "InternS1ForConditionalGeneration",
+        "InternVLChatModel",
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+        "Mistral3ForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+    }
+)
+_MARK = "_bi_patch_together"  # of a model whose images go through its encoder together
+_log = logging.getLogger("vllm.bi_patch")
 _CODES = ("torch.nn.", "vllm.model_executor.layers.")
 _RUNS = 3  # of a made image in `certify`
 SIZES = ((640, 224), (112, 112))  # widths and heights of further made images, in pixels
@@ -82,11 +109,17 @@ def alone(original: Callable) -> Callable:
 
 
 def alone_v2(original: Callable) -> Callable:
-    """EncoderRunner.execute_mm_encoder of model runner V2: one call for each item."""
+    """EncoderRunner.execute_mm_encoder of model runner V2: one call for each item, but one for all images if `certify`
+    found equal bits."""
 
     @functools.wraps(original)
     def execute_mm_encoder(self, mm_kwargs):
-        return [output for item in mm_kwargs for output in original(self, [item])]
+        images = [i for i, (kind, _) in enumerate(mm_kwargs) if kind == "image"]
+        found: dict[int, Any] = {}
+        if len(images) > 1 and getattr(self.model, _MARK, False):
+            found = dict(zip(images, original(self, [mm_kwargs[i] for i in images]), strict=True))
+        rest = {i: original(self, [item]) for i, item in enumerate(mm_kwargs) if i not in found}
+        return [output for i in range(len(mm_kwargs)) for output in ([found[i]] if i in found else rest[i])]
 
     return execute_mm_encoder
 
@@ -125,13 +158,16 @@ def check(model: Any, seam: str, owners: Collection[str] = OWNERS) -> None:
         )
 
 
-def certify(model: Any, config: Any, device: Any, seam: str) -> None:
+def certify(model: Any, config: Any, device: Any, seam: str, together: bool = False) -> bool:
     """Encode made images of several sizes, each several times. Raises CertificateFailed if a run has other bits.
 
     Videos have no certificate.
 
     The sizes are the model's largest and SIZES, where the processor makes other shapes of them. Before each run, the
     image is copied to memory with another alignment, and other tensors take the allocator's blocks.
+
+    together: whether to encode the images together, too: all of them, in another order, and in other numbers. Returns
+    whether each image had the bits that it has alone. If so, `alone_v2` gives the encoder all images of a step.
     """
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
@@ -140,30 +176,39 @@ def certify(model: Any, config: Any, device: Any, seam: str) -> None:
     # A video has no certificate of its own: its frames run through the layers that made images run through. The made
     # video of some models is very long. Requests with sound are refused (`vision.names`).
     if "image" not in budget.mm_max_toks_per_item:
-        return
+        return False
     limits = config.model_config.get_multimodal_config().limit_per_prompt
+    made: dict[str, Item] = {}
     seen: list[dict[str, Any]] = []
     for size in (None, *SIZES):
-        batch = _made(budget, limits, size, device)
-        shapes = {name: getattr(value, "shape", None) for name, value in batch.items()}
+        item = _made(budget, limits, size)
+        shapes = {name: getattr(element.data, "shape", None) for name, element in item[1].items()}
         if shapes in seen:
             continue
         seen.append(shapes)
-        if run := _differs(model, batch, device):
-            words = f"{size[0]} x {size[1]} pixels" if size else "the largest size"
+        words = f"{size[0]} x {size[1]} pixels" if size else "the largest size"
+        made[words] = item
+        if run := _differs(model, item, device):
             raise CertificateFailed(
                 f"{seam}: {type(model).__name__}'s encoder gives other bits for the same image of {words} in run "
                 f"{run} of {_RUNS}. Pass --language-model-only, which turns encoders off, or set BI_PATCH=0"
             )
+    alike = together and (words := _in_company(model, list(made.values()), device)) == ""
+    if together and not alike:
+        _log.warning("%s: in company, an image has other bits (%s). Images are encoded one at a time", seam, words)
+    object.__setattr__(model, _MARK, alike)
+    return alike
 
 
-def _made(budget: Any, limits: Any, size: tuple[int, int] | None, device: Any) -> dict[str, Any]:
+Item = tuple[str, Any]  # "image", and vLLM's MultiModalKwargsItem
+
+
+def _made(budget: Any, limits: Any, size: tuple[int, int] | None) -> Item:
     """What a model's encoder gets of one made image with random pixels. limits: vLLM's options of made items, by kind.
 
     size: width and height, None for the model's largest. A model may bring an image to another size.
     """
     from vllm.config.multimodal import ImageDummyOptions
-    from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
     held = limits.get("image")
     if size is not None:
@@ -175,11 +220,54 @@ def _made(budget: Any, limits: Any, size: tuple[int, int] | None, device: Any) -
             limits["image"] = held
         else:
             limits.pop("image", None)
-    _, _, batch = next(group_and_batch_mm_kwargs(made, device=device))
-    return {name: _noise(value) for name, value in batch.items()}
+    return _with_noise(made[0], 1)
 
 
-def _differs(model: Any, batch: dict[str, Any], device: Any) -> int:
+def mixes(items: int) -> list[tuple[int, ...]]:
+    """Which of `items` made images go through the encoder in one call, by their place. The first one is the largest."""
+    small = items - 1
+    return [
+        tuple(range(items)),
+        tuple(reversed(range(items))),
+        (small, small),
+        (small, *[small - 1] * 2, small),
+        (*[small] * 7, small - 1),
+        tuple(range(1, items)) * 3,
+    ]
+
+
+def _in_company(model: Any, made: list[Item], device: Any) -> str:
+    """Which image has other bits in company than alone, in words; "" for none. made: one item of each size."""
+    import torch
+
+    smaller = made[1:] or made
+    items = [*made, *(_with_noise(item, seed) for seed in (2, 3) for item in smaller[-2:])]
+    alone = [_encode(model, [item], device) for item in items]
+    if any(len(rows) != 1 for rows in alone):
+        return "an image gives several outputs"
+    for mix in mixes(len(items)):
+        got = _encode(model, [items[i] for i in mix], device)
+        if len(got) != len(mix):
+            return f"{len(mix)} images give {len(got)} outputs"
+        for place, (i, rows) in enumerate(zip(mix, got, strict=True)):
+            if not torch.equal(rows, alone[i][0]):
+                return f"image {place + 1} of {len(mix)}"
+    return ""
+
+
+def _encode(model: Any, items: list[Item], device: Any, by: int = 0) -> list[Any]:
+    """The encoder's rows of each item, in the calls that vLLM makes of one list of items. by: as for `_moved`."""
+    import torch
+    from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+    found: list[Any] = []
+    with torch.inference_mode():
+        for _, _, batch in group_and_batch_mm_kwargs(items, device=device):
+            found += model.embed_multimodal(**{name: _moved(value, by) for name, value in batch.items()})
+        return [output.clone() for output in found]
+
+
+def _differs(model: Any, item: Item, device: Any) -> int:
     """The number of the first run, from 2 on, in which the encoder gives other bits than in the first; 0 for none."""
     import torch
 
@@ -187,22 +275,29 @@ def _differs(model: Any, batch: dict[str, Any], device: Any) -> int:
     held = []
     for run in range(_RUNS):
         held.append(torch.empty(1000 + 37 * run, dtype=torch.uint8, device=device))
-        with torch.inference_mode():
-            got = model.embed_multimodal(**{name: _moved(value, run) for name, value in batch.items()})
-        got = [output.clone() for output in got]
+        got = _encode(model, [item], device, run)
         first = first if first is not None else got
         if len(got) != len(first) or not all(torch.equal(a, b) for a, b in zip(first, got, strict=True)):
             return run + 1
     return 0
 
 
-def _noise(value: Any) -> Any:
+def _with_noise(item: Item, seed: int) -> Item:
+    """An item with random pixels."""
+    kind, elements = item
+    made = {name: copy.copy(element) for name, element in elements.items()}
+    for element in made.values():
+        element.data = _noise(element.data, seed)
+    return kind, type(elements)(made)
+
+
+def _noise(value: Any, seed: int) -> Any:
     """Random pixels instead of vLLM's made ones, which are all equal. Other inputs stay as they are."""
     import torch
 
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
-    source = torch.Generator(device="cpu").manual_seed(1)
+    source = torch.Generator(device="cpu").manual_seed(seed)
     return torch.rand(value.shape, generator=source).to(value) * 2 - 1
 
 

@@ -64,6 +64,7 @@ def test_kinds_of_encoders(folder, name, eager):
     if name not in vision.WITHOUT_TORCHVISION and not find_spec("torchvision"):
         pytest.skip("vLLM needs torchvision for this model: make test-all installs it")
     given = images(str(folder), "bfloat16").but(model=vision.write(name, folder), eager=eager, digests=eager)
+    given = given.but(extra=given.extra | vision.ARGUMENTS.get(name, {}))
     with ChildEngine(ARMED, given) as made:
         assert differing(made) == []
 

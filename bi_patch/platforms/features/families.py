@@ -83,7 +83,7 @@ _H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
 _H200_ENCODERS = "invariance-2026-11-29-h200-pooling-vllm-0.33.0.json"
 _SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
-_H200_IMAGES_MORE = "invariance-2026-11-29-h200-images-vllm-0.33.0-2.json"
+_H200_IMAGES_MORE = "invariance-2026-11-30-h200-images-vllm-0.33.0.json"
 _H200_GEMMA_IMAGES = (
     "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json",
     "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json",
@@ -345,7 +345,7 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_MULTIMODAL,
     ),
     row(
-        "Llama 4, Qwen-Omni, InternVLChatModel, other LLaVA, Pixtral, GLM-V, Phi-3V",
+        "Llama 4, Qwen-Omni, other LLaVA, Pixtral, GLM-4.5V, Phi-3V",
         cpu=_IMAGES,
         cuda=_IMAGES,
         ascend=_MULTIMODAL,

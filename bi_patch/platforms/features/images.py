@@ -12,10 +12,13 @@ from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZ
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
 _CPU_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
 _CPU_INTERN = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-3.json"
+_CPU_QWEN2 = "invariance-2026-11-30-cpu-images-vllm-0.32.0.json"
+_CPU_GLM = "invariance-2026-11-30-cpu-images-vllm-0.32.0-2.json"
+_CPU_NEW = "invariance-2026-11-30-cpu-images-vllm-0.32.0-3.json"
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
-_H200_MORE = "invariance-2026-11-29-h200-images-vllm-0.33.0-2.json"
 _H200_GEMMA = "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json"
 _H200_GEMMA_COMPILED = "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json"
+_H200_TOGETHER = "invariance-2026-11-30-h200-images-vllm-0.33.0.json"  # images of a step in one call of the encoder
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
 _ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 # Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
@@ -23,16 +26,34 @@ _IDEFICS = {("Idefics3ForConditionalGeneration", "idefics3_vision")}
 _TOWERS = {("Mistral3ForConditionalGeneration", "pixtral"), ("LlavaForConditionalGeneration", "clip_vision_model")}
 _QWEN = {("Qwen3VLForConditionalGeneration", "qwen3_vl"), ("Qwen3VLForConditionalGeneration", "qwen3_vl_vision")}
 _QWEN2_5 = {("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")}
+_QWEN2 = {("Qwen2VLForConditionalGeneration", "qwen2_vl"), ("Qwen2VLForConditionalGeneration", "qwen2_vl_vision")}
+_NEXT = {("LlavaNextForConditionalGeneration", "clip_vision_model")}
+_ONEVISION = {("LlavaOnevisionForConditionalGeneration", "siglip_vision_model")}
+_GLM = {("Glm4vForConditionalGeneration", "glm4v"), ("Glm4vForConditionalGeneration", "glm4v_vision")}
 _GEMMA = {("Gemma3ForConditionalGeneration", "siglip_vision_model")}
 _INTERN = {("InternVLForConditionalGeneration", "internvl_vision")}
-INTERN_ON_CUDA = refused(
-    "no patch point covers InternS1VisionEmbeddings and InternS1VisionLayer, which vLLM loads for it", todo=_TEXT_ONLY
-)
+_INTERN_CHAT = {("InternVLChatModel", "intern_vit_6b")}
+_NEW = _INTERN_CHAT | _QWEN2 | _NEXT | _ONEVISION | _GLM
 _OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
+_UNMEASURED = (_OLDER, untried("every layer of its encoder has an order; nobody measured the whole"))
+INTERN_ON_CUDA = (
+    _OLDER,
+    served(
+        _H200_TOGETHER,
+        why="the shape of InternVL3-2B with few layers, random weights, bf16, in eager mode and compiled",
+    ),
+)
 
 
 # Language models inside of others. vLLM makes a configuration for each, which calls itself multimodal, too.
-_LANGUAGE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
+_LANGUAGE = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Glm4ForCausalLM",
+)
 
 
 def taken(config: Any) -> str:
@@ -51,7 +72,8 @@ def _encoder(config: Any) -> tuple[str, str]:
     kind = getattr(vision, "model_type", "")
     if getattr(vision, "norm_type", "layer_norm") != "layer_norm":
         kind = f"{kind} with {vision.norm_type}"
-    return taken(config), f"{kind} with norms of queries" if getattr(vision, "use_qk_norm", False) else kind
+    norms = getattr(vision, "use_qk_norm", False) or getattr(vision, "qk_normalization", False)
+    return taken(config), f"{kind} with norms of queries" if norms else kind
 
 
 def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
@@ -59,7 +81,7 @@ def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
 
 
 def _other(config: Any) -> str:
-    known = _encoder(config) in _IDEFICS | _TOWERS | _QWEN | _QWEN2_5 | _GEMMA | _INTERN
+    known = _encoder(config) in _IDEFICS | _TOWERS | _QWEN | _QWEN2_5 | _GEMMA | _INTERN | _NEW
     return f"multimodal inputs of {taken(config)}" if taken(config) and not known else ""
 
 
@@ -127,9 +149,13 @@ def _compiled(config: Any) -> str:
     return "images with compiled code" if taken(config) and compiled(config) else ""
 
 
-def _others_compiled(config: Any) -> str:
-    known = _encoder(config) in _IDEFICS | _QWEN2_5
-    return f"compiled {taken(config)} with images" if known and _compiled(config) else ""
+def _compiled_with(known: set[tuple[str, str]]) -> Callable[[Any], str]:
+    """Compiled engines of some models, whose images have rows of evidence of their own."""
+
+    def asked(config: Any) -> str:
+        return f"compiled {taken(config)} with images" if _encoder(config) in known and _compiled(config) else ""
+
+    return asked
 
 
 def _first_runner(config: Any) -> str:
@@ -137,13 +163,9 @@ def _first_runner(config: Any) -> str:
     return "images in model runner V1" if first else ""
 
 
-def _preempted(config: Any) -> str:
-    known = taken(config) and _encoder(config) not in _INTERN
-    return f"images of {taken(config)} with preemption" if known else ""
-
-
-def _intern_preempted(config: Any) -> str:
-    return "images of InternVL with preemption" if _encoder(config) in _INTERN else ""
+def _preempted_with(known: set[tuple[str, str]]) -> Callable[[Any], str]:
+    """Preemption of models whose images have rows of evidence of their own."""
+    return lambda config: f"images of {taken(config)}, preempted" if _encoder(config) in known else ""
 
 
 _TINY = "tiny models with random weights, in eager mode and compiled"
@@ -193,7 +215,7 @@ IMAGES: tuple[Feature, ...] = (
         cuda=(
             _OLDER,
             served(
-                _H200_MORE,
+                _H200_TOGETHER,
                 why="the shape of Qwen2.5-VL-3B with few layers, random weights, bf16, in eager mode",
             ),
         ),
@@ -228,6 +250,53 @@ IMAGES: tuple[Feature, ...] = (
         "14B). InternVLChatModel is refused. On CPU, vLLM needs torchvision for them.",
     ),
     row(
+        "images (InternVLChatModel)",
+        cpu=served(_CPU_NEW, why=_TINY),
+        cuda=_UNMEASURED,
+        ascend=_ASCEND,
+        asked=_of(_INTERN_CHAT),
+        details="OpenGVLab's checkpoints of InternVL 2 to 3.5 with the encoder of 300M parameters, which has no norms "
+        "of queries and keys. They need --trust-remote-code, and vLLM needs torchvision for them.",
+    ),
+    row(
+        "images (Qwen2-VL)",
+        cpu=served(_CPU_QWEN2, _CPU_NEW, why=_TINY),
+        cuda=(
+            _OLDER,
+            served(_H200_TOGETHER, why="the shape of Qwen2-VL-2B with few layers, random weights, bf16, in eager mode"),
+        ),
+        ascend=_ASCEND,
+        asked=_of(_QWEN2),
+        details="On CPU, vLLM needs torchvision for them.",
+    ),
+    row(
+        "images (LLaVA-NeXT with CLIP)",
+        cpu=served(_CPU_NEW, why=_TINY),
+        cuda=(
+            _OLDER,
+            served(_H200_TOGETHER, why="a shape of LLaVA-NeXT 7B with few layers, random weights, bf16, in eager mode"),
+        ),
+        ascend=_ASCEND,
+        asked=_of(_NEXT),
+        details="On CPU, vLLM needs torchvision for them.",
+    ),
+    row(
+        "images (LLaVA-OneVision)",
+        cpu=served(_CPU_NEW, why=_TINY),
+        cuda=_UNMEASURED,
+        ascend=_ASCEND,
+        asked=_of(_ONEVISION),
+        details="On CPU, vLLM needs torchvision for them.",
+    ),
+    row(
+        "images (GLM-4.1V)",
+        cpu=served(_CPU_GLM, _CPU_NEW, why=_TINY),
+        cuda=_UNMEASURED,
+        ascend=_ASCEND,
+        asked=_of(_GLM),
+        details="On CPU, vLLM needs torchvision for them.",
+    ),
+    row(
         "images, sound and video of other models",
         cpu=refused("no patch point covers its encoder", todo=_TEXT_ONLY),
         cuda=refused("no patch point covers its encoder", todo=_TEXT_ONLY),
@@ -239,7 +308,9 @@ IMAGES: tuple[Feature, ...] = (
         cpu=served(_CPU_MORE, why=f"{_TINY}; a start certifies images, and no video of its own"),
         cuda=(
             replace(_OLDER, by="features.cuda"),
-            served(_H200_MORE, why="as its images, in eager mode; a start certifies images, and no video of its own"),
+            served(
+                _H200_TOGETHER, why="as its images, in eager mode; a start certifies images, and no video of its own"
+            ),
         ),
         ascend=refused("no patch point covers it yet", todo="Use a text model", by="features.ascend"),
         details="A video is known by its frames and their times, so the rows of another video never serve it.",
@@ -278,7 +349,22 @@ IMAGES: tuple[Feature, ...] = (
         cpu=served(_CPU_MORE),
         cuda=(_OLDER, untried("measured in eager mode")),
         ascend=_ASCEND,
-        asked=_others_compiled,
+        asked=_compiled_with(_IDEFICS | _QWEN2_5),
+    ),
+    row(
+        "images of InternVL, in an engine that vLLM compiles",
+        cpu=served(_CPU_INTERN),
+        cuda=INTERN_ON_CUDA,
+        ascend=_ASCEND,
+        asked=_compiled_with(_INTERN),
+    ),
+    row(
+        "images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT, LLaVA-OneVision and GLM-4.1V, in an engine that vLLM "
+        "compiles",
+        cpu=served(_CPU_NEW),
+        cuda=(_OLDER, untried()),
+        ascend=_ASCEND,
+        asked=_compiled_with(_NEW),
     ),
     row(
         "images in model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
@@ -288,18 +374,32 @@ IMAGES: tuple[Feature, ...] = (
         asked=_first_runner,
     ),
     row(
-        "images with preemption",
-        cpu=served(_CPU_IMAGES),
-        cuda=(_OLDER, untried("no run with images preempted a request")),
+        "images of Qwen3-VL and Gemma 3 with preemption",
+        cpu=served(_CPU_MORE),
+        cuda=(_OLDER, served(_H200_TOGETHER, why="in eager mode")),
         ascend=_ASCEND,
-        asked=_preempted,
+        asked=_preempted_with(_QWEN | _GEMMA),
+    ),
+    row(
+        "images of Mistral Small 3, LLaVA with CLIP, Qwen2.5-VL and Idefics3 with preemption",
+        cpu=served(_CPU_IMAGES, _CPU_MORE),
+        cuda=(_OLDER, untried("no run with its images preempted a request")),
+        ascend=_ASCEND,
+        asked=_preempted_with(_TOWERS | _QWEN2_5 | _IDEFICS),
     ),
     row(
         "images of InternVL with preemption",
-        cpu=untried("no run with its images preempted a request"),
-        cuda=INTERN_ON_CUDA,
+        cpu=served(_CPU_NEW),
+        cuda=(_OLDER, served(_H200_TOGETHER)),
         ascend=_ASCEND,
-        asked=_intern_preempted,
+        asked=_preempted_with(_INTERN),
+    ),
+    row(
+        "images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT, LLaVA-OneVision and GLM-4.1V with preemption",
+        cpu=served(_CPU_NEW),
+        cuda=(_OLDER, untried("no run with its images preempted a request")),
+        ascend=_ASCEND,
+        asked=_preempted_with(_NEW),
     ),
     row(
         "images of Qwen3-VL with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend FLASH_ATTN, "

@@ -6,8 +6,7 @@ from bi_patch.seams import vision
 from bi_patch.seams.model import Seam, Target
 
 _SEAM = "vision.cpu"
-# InternVL's own parameters: places, a class's token, and what multiplies a layer's output.
-_OWNERS = vision.OWNERS | {"InternS1VisionEmbeddings", "InternS1VisionLayer"}
+_OWNERS = vision.OWNERS | vision.INTERN
 _PROJECTION = "mm_input_projection_weight"  # of Gemma 3: [width of the tower, width of the language model]
 
 

@@ -81,7 +81,7 @@ def _load(original):
         quantized.check(model)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
             certify.certify(
-                [*_problems(model), *scaled.problems(model), *packed_linear.problems(model)],
+                [*_problems(model, config), *scaled.problems(model), *packed_linear.problems(model)],
                 moe.experts(model),
                 attention.decoders(config),
                 chunks.layers(config),
@@ -109,9 +109,11 @@ def _before_update(config):
     return before
 
 
-def _problems(model):
-    """A Problem for every unquantized linear layer of a model and for its language-model head."""
+def _problems(model, config):
+    """A Problem for every unquantized linear layer of a model, for its language-model head, and for each product of an
+    encoder of images."""
     from bi_patch.ops.cuda.linear import Problem
+    from bi_patch.seams.cuda import vision
 
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -122,6 +124,8 @@ def _problems(model):
         yield Problem(*weight.shape, weight.dtype, bias)
         if bias and getattr(module, "tp_size", 1) > 1:  # in a sum over ranks, only the first rank adds the bias
             yield Problem(*weight.shape, weight.dtype, False)
+    for weight, bias in vision.linears(model, config):
+        yield Problem(*weight.shape, weight.dtype, bias)
 
 
 _METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")

@@ -1,9 +1,10 @@
 """One tiny model of each kind that takes images, as config.json, with its tokenizer and its image processor.
 
 LLaVA has a CLIP or a Pixtral tower, Mistral Small 3 a Pixtral tower with merged patches, Idefics3 a SigLIP tower with
-tiles, Gemma 3 a SigLIP tower whose rows are averaged, InternVL a tower of its own with tiles. Weights are random. The
-tokens of images are the vocabulary's last ones, which verify's prompts leave out. vLLM needs torchvision for all of
-them but Idefics3.
+tiles, Gemma 3 a SigLIP tower whose rows are averaged, LLaVA-NeXT a CLIP tower with tiles, InternVL a tower of its own
+with tiles. "InternVLChat" is InternVL as OpenGVLab publishes the model, "InternVL" as transformers has the model.
+Weights are random. The tokens of images are the vocabulary's last ones, which verify's prompts leave out. vLLM needs
+torchvision for all of them but Idefics3.
 """
 
 from __future__ import annotations
@@ -182,6 +183,128 @@ VISION["InternVL"] = {
     },
 }
 
+VISION["Qwen2-VL"] = VISION["Qwen2.5-VL"] | {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "text_config": VISION["Qwen2.5-VL"]["text_config"] | {"model_type": "qwen2_vl_text"},
+    "vision_config": {
+        "model_type": "qwen2_vl",
+        "depth": 3,
+        "embed_dim": 128,
+        "hidden_size": 256,
+        "hidden_act": "quick_gelu",
+        "mlp_ratio": 2,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": _PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+_GRID = [[8 * _PATCH, 16 * _PATCH], [16 * _PATCH, 8 * _PATCH]]
+VISION["LLaVA-NeXT"] = _model(
+    "LlavaNextForConditionalGeneration",
+    "llava_next",
+    _CLIP,
+    vision_feature_select_strategy="default",
+    vision_feature_layer=-2,
+    image_grid_pinpoints=_GRID,
+    **_LLAVA,
+)
+
+VISION["LLaVA-OneVision"] = _model(
+    "LlavaOnevisionForConditionalGeneration",
+    "llava_onevision",
+    _SIGLIP | {"model_type": "siglip_vision_model", "vision_use_head": False},
+    text_config=VISION["InternVL"]["text_config"],
+    image_token_index=_OWN,
+    video_token_index=_OWN + 1,
+    projector_hidden_act="gelu",
+    multimodal_projector_bias=True,
+    vision_feature_select_strategy="full",
+    vision_feature_layer=-1,
+    vision_aspect_ratio="anyres_max_9",
+    image_grid_pinpoints=_GRID,
+)
+VISION["GLM-4.1V"] = {
+    "architectures": ["Glm4vForConditionalGeneration"],
+    "model_type": "glm4v",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "image_start_token_id": _OWN,
+    "image_end_token_id": _OWN + 1,
+    "image_token_id": _OWN + 2,
+    "video_start_token_id": _OWN + 3,
+    "video_end_token_id": _OWN + 4,
+    "video_token_id": _OWN + 5,
+    "text_config": dict(_TINY)
+    | {
+        "model_type": "glm4v_text",
+        "attention_bias": True,
+        "rope_parameters": _ROTATION | {"mrope_section": [4, 6, 6], "partial_rotary_factor": 0.5},
+    },
+    "vision_config": {
+        "model_type": "glm4v_vision",
+        "depth": 3,
+        "hidden_size": 128,
+        "hidden_act": "silu",
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "in_channels": 3,
+        "image_size": 8 * _PATCH,
+        "patch_size": _PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 256,
+        "rms_norm_eps": 1e-5,
+    },
+}
+
+# OpenGVLab's checkpoints bring the code of their configuration. This one has what vLLM reads.
+_INTERN_CHAT = """from transformers import CONFIG_MAPPING, PretrainedConfig
+
+
+class InternVisionConfig(PretrainedConfig):
+    model_type = "intern_vit_6b"
+
+
+class InternVLChatConfig(PretrainedConfig):
+    model_type = "internvl_chat"
+    is_composition = True
+
+    def __init__(self, vision_config=None, llm_config=None, **given):
+        self.vision_config = InternVisionConfig(**(vision_config or {}))
+        own = dict(llm_config or {"model_type": "qwen2"})
+        self.llm_config = CONFIG_MAPPING[own["model_type"]](**own)
+        super().__init__(**given)
+"""
+VISION["InternVLChat"] = {
+    "architectures": ["InternVLChatModel"],
+    "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+    "model_type": "internvl_chat",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "downsample_ratio": 0.5,
+    "dynamic_image_size": True,
+    "force_image_size": 8 * _PATCH,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 4,
+    "use_thumbnail": True,
+    "ps_version": "v2",
+    "select_layer": -1,
+    "llm_config": VISION["InternVL"]["text_config"],
+    "vision_config": _TOWER
+    | {
+        "model_type": "intern_vit_6b",
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "qk_normalization": False,
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "initializer_factor": 1.0,
+    },
+}
+
 # The sizes of published models with a few layers and a small vocabulary. They are not tiny: for GPUs.
 _QWEN_ROTATION = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 VISION |= {
@@ -332,6 +455,98 @@ VISION["Qwen2.5-VL-3B"] = VISION["Qwen2.5-VL"] | {
         "out_hidden_size": 2048,
     },
 }
+VISION["InternVL3-2B"] = VISION["InternVL"] | {
+    "image_seq_length": 256,
+    "text_config": VISION["InternVL"]["text_config"]
+    | {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+    },
+    "vision_config": VISION["InternVL"]["vision_config"]
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "image_size": [32 * _PATCH] * 2,
+    },
+}
+VISION["InternVLChat-2B"] = VISION["InternVLChat"] | {
+    "force_image_size": 32 * _PATCH,
+    "max_dynamic_patch": 2,
+    "llm_config": VISION["InternVL3-2B"]["text_config"],
+    "vision_config": VISION["InternVLChat"]["vision_config"]
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "image_size": 32 * _PATCH,
+    },
+}
+VISION["Qwen2-VL-2B"] = VISION["Qwen2-VL"] | {
+    "text_config": VISION["Qwen2-VL"]["text_config"]
+    | {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rope_parameters": _ROTATION | {"mrope_section": [16, 24, 24]},
+    },
+    "vision_config": VISION["Qwen2-VL"]["vision_config"]
+    | {"depth": 4, "embed_dim": 1280, "hidden_size": 1536, "mlp_ratio": 4, "num_heads": 16},
+}
+_LARGE_GRID = [[16 * _PATCH, 32 * _PATCH], [32 * _PATCH, 16 * _PATCH]]
+VISION["LLaVA-NeXT-7B"] = VISION["LLaVA-1.5-7B"] | {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "model_type": "llava_next",
+    "image_grid_pinpoints": _LARGE_GRID,
+    "vision_config": VISION["LLaVA-1.5-7B"]["vision_config"] | {"image_size": 16 * _PATCH},
+}
+VISION["LLaVA-OneVision-7B"] = VISION["LLaVA-OneVision"] | {
+    "image_grid_pinpoints": [[27 * _PATCH, 54 * _PATCH]],
+    "text_config": VISION["LLaVA-OneVision"]["text_config"]
+    | {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+    },
+    "vision_config": VISION["Gemma-3-4B"]["vision_config"] | {"image_size": 27 * _PATCH},
+}
+VISION["GLM-4.1V-9B"] = VISION["GLM-4.1V"] | {
+    "text_config": VISION["GLM-4.1V"]["text_config"]
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 13696,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rope_parameters": _ROTATION | {"mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5},
+    },
+    "vision_config": VISION["GLM-4.1V"]["vision_config"]
+    | {
+        "depth": 4,
+        "hidden_size": 1536,
+        "intermediate_size": 13696,
+        "num_heads": 12,
+        "image_size": 24 * _PATCH,
+        "out_hidden_size": 4096,
+    },
+}
 CPU = (
     "Idefics3",
     "LLaVA",
@@ -340,7 +555,15 @@ CPU = (
     "Qwen3-VL",
     "Qwen2.5-VL",
     "InternVL",
+    "InternVLChat",
+    "Qwen2-VL",
+    "LLaVA-NeXT",
+    "LLaVA-OneVision",
+    "GLM-4.1V",
 )  # tiny, and served there
+ARGUMENTS = dict.fromkeys(
+    ("InternVLChat", "InternVLChat-2B"), {"trust_remote_code": True}
+)  # of vLLM's LLM, for models that need them
 WITHOUT_TORCHVISION = ("Idefics3",)
 
 
@@ -371,6 +594,75 @@ def _llava(size: int):
         )
 
     return make
+
+
+def _llava_next(size: int, grid: list[list[int]]):
+    def make(folder: Path):
+        from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
+
+        return LlavaNextProcessor(
+            image_processor=LlavaNextImageProcessorPil(
+                size={"shortest_edge": size}, crop_size=size, image_grid_pinpoints=grid
+            ),
+            tokenizer=_tokens("<image>")(folder),
+            patch_size=_PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+
+    return make
+
+
+def _onevision(side: int, grid: list[list[int]]):
+    """side: patches of an image's edge."""
+
+    def make(folder: Path):
+        from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+
+        size = {"height": side * _PATCH, "width": side * _PATCH}
+        return LlavaOnevisionProcessor(
+            image_processor=LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=grid),
+            tokenizer=_tokens("<image>", "<video>")(folder),
+            video_processor=LlavaOnevisionVideoProcessor(size=size),
+            num_image_tokens=side**2,
+            vision_feature_select_strategy="full",
+        )
+
+    return make
+
+
+def _glm(folder: Path):
+    from transformers import Glm4vImageProcessor, Glm4vProcessor, Glm4vVideoProcessor, PreTrainedTokenizerFast
+
+    names = (
+        "<|begin_of_image|>",
+        "<|end_of_image|>",
+        "<|image|>",
+        "<|begin_of_video|>",
+        "<|end_of_video|>",
+        "<|video|>",
+    )
+    _tokens(*names)(folder).save_pretrained(folder)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
+    return Glm4vProcessor(
+        image_processor=Glm4vImageProcessor(size=size, patch_size=_PATCH, merge_size=2, temporal_patch_size=2),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(
+            folder, extra_special_tokens={"image_token": "<|image|>", "video_token": "<|video|>"}
+        ),
+        video_processor=Glm4vVideoProcessor(size=size),
+    )
+
+
+def _qwen2(folder: Path):
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, patch_size=_PATCH, merge_size=2, temporal_patch_size=2),
+        tokenizer=_tokens(*names)(folder),
+        video_processor=Qwen2VLVideoProcessor(size=size),
+    )
 
 
 def _qwen(edge: int):
@@ -451,24 +743,36 @@ def _gemma3_processor(folder: Path, edge: int, rows: int):
     )
 
 
-def _internvl(folder: Path):
-    from transformers import (
-        GotOcr2ImageProcessor,
-        InternVLProcessor,
-        InternVLVideoProcessor,
-        PreTrainedTokenizerFast,
-    )
+def _internvl(edge: int, rows: int, tiles: int):
+    """edge: pixels of a tile. rows: of a tile, in the language model. tiles: the most of an image, besides one of the
+    whole image."""
 
-    parts = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
-    parts["video_token"] = "<video>"
-    _tokens(*parts.values())(folder).save_pretrained(folder)
-    size = {"height": 8 * _PATCH, "width": 8 * _PATCH}
-    return InternVLProcessor(
-        image_processor=GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4),
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=parts),
-        video_processor=InternVLVideoProcessor(size=size),
-        image_seq_length=16,
-    )
+    def make(folder: Path):
+        from transformers import (
+            GotOcr2ImageProcessor,
+            InternVLProcessor,
+            InternVLVideoProcessor,
+            PreTrainedTokenizerFast,
+        )
+
+        parts = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
+        parts["video_token"] = "<video>"
+        _tokens(*parts.values())(folder).save_pretrained(folder)
+        size = {"height": edge, "width": edge}
+        return InternVLProcessor(
+            image_processor=GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=tiles),
+            tokenizer=PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=parts),
+            video_processor=InternVLVideoProcessor(size=size),
+            image_seq_length=rows,
+        )
+
+    return make
+
+
+def _internvl_chat(folder: Path):
+    """vLLM makes the processor itself."""
+    (folder / "configuration_internvl_chat.py").write_text(_INTERN_CHAT)
+    return _tokens("<IMG_CONTEXT>", "<img>", "</img>", "<image>")(folder)
 
 
 _PROCESSORS: dict[str, Callable[[Path], object]] = {
@@ -476,6 +780,14 @@ _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "LLaVA-1.5-7B": _llava(24 * _PATCH),
     "Qwen3-VL": _qwen(256),
     "Qwen2.5-VL": _qwen2_5,
+    "Qwen2-VL": _qwen2,
+    "LLaVA-OneVision": _onevision(8, _GRID),
+    "LLaVA-OneVision-7B": _onevision(27, [[27 * _PATCH, 54 * _PATCH]]),
+    "GLM-4.1V-9B": _glm,
+    "GLM-4.1V": _glm,
+    "Qwen2-VL-2B": _qwen2,
+    "LLaVA-NeXT": _llava_next(8 * _PATCH, _GRID),
+    "LLaVA-NeXT-7B": _llava_next(16 * _PATCH, _LARGE_GRID),
     "Qwen3-VL-2B": _qwen(512),
     "Mistral-Small-3.1": _pixtral(2, 40 * _PATCH),
     "Pixtral": _pixtral(1),
@@ -484,7 +796,10 @@ _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "Gemma 3": _gemma3(8 * _PATCH, _GEMMA_ROWS),
     "Gemma-3-4B": _gemma3(64 * _PATCH, 256),
     "Qwen2.5-VL-3B": _qwen2_5,
-    "InternVL": _internvl,
+    "InternVL": _internvl(8 * _PATCH, 16, 4),
+    "InternVLChat": _internvl_chat,
+    "InternVLChat-2B": _internvl_chat,
+    "InternVL3-2B": _internvl(32 * _PATCH, 256, 2),
 }
 
 

@@ -427,7 +427,9 @@ def _pools(options: Options) -> bool:
         return False
     from vllm.engine.arg_utils import EngineArgs
 
-    return EngineArgs(options.model, skip_tokenizer_init=True).create_model_config().runner_type == "pooling"
+    trusted = bool(options.extra.get("trust_remote_code"))
+    args = EngineArgs(options.model, skip_tokenizer_init=not options.tokenizer, trust_remote_code=trusted)
+    return args.create_model_config().runner_type == "pooling"
 
 
 def _unless_pooled(wanted: bool, pools: bool) -> bool | None:

@@ -234,7 +234,7 @@ def test_a_plain_configuration_passes(platform):
         ({"speculative": SimpleNamespace(method="mtp")}, "speculative decoding with other drafts"),
         ({"speculative": SimpleNamespace(method="medusa")}, "speculative decoding with other drafts"),
         ({"speculative": SimpleNamespace(method="ngram_gpu")}, "speculative decoding with other drafts"),
-        (images("InternVLChatModel", "intern_vit_6b"), "multimodal inputs of InternVLChatModel"),
+        (images("LlavaOnevisionForConditionalGeneration", "clip_vision_model"), "multimodal inputs of LlavaOne"),
         ({"speculative": ngram(rejection_sample_method="synthetic")}, "another rule of acceptance"),
         ({"speculative": ngram(rejection_sample_method="fly")}, "another rule of acceptance"),
         ({"speculative": ngram(draft_sample_method="probabilistic")}, "the option draft_sample_method"),
@@ -622,11 +622,19 @@ def test_compiled_drafts_are_named_on_cpu():
 def test_images_of_internvl_are_served_without_norms_of_queries():
     given = images("InternVLForConditionalGeneration", "internvl_vision")
     check("cpu", **given)
-    with pytest.raises(UnsupportedFeature, match="no patch point covers InternS1VisionEmbeddings"):
-        check("cuda", **given)
+    check("cuda", **given)
+    with pytest.raises(UnsupportedFeature, match="bi_patch has patch points for newer releases only"):
+        check("cuda", release="0.32.0", **given)
     encoder = SimpleNamespace(model_type="internvl_vision", use_qk_norm=True)
-    with pytest.raises(UnsupportedFeature, match="multimodal inputs of InternVLForConditionalGeneration"):
-        check("cpu", **given | {"model_hf_config": SimpleNamespace(vision_config=encoder)})
+    for platform in ("cpu", "cuda"):
+        with pytest.raises(UnsupportedFeature, match="multimodal inputs of InternVLForConditionalGeneration"):
+            check(platform, **given | {"model_hf_config": SimpleNamespace(vision_config=encoder)})
+    chat = images("InternVLChatModel", "intern_vit_6b")
+    large = SimpleNamespace(model_type="intern_vit_6b", qk_normalization=True, norm_type="rms_norm")
+    for platform in ("cpu", "cuda"):
+        check(platform, **chat)
+        with pytest.raises(UnsupportedFeature, match="multimodal inputs of InternVLChatModel"):
+            check(platform, **chat | {"model_hf_config": SimpleNamespace(vision_config=large)})
 
 
 def test_adapters_beside_fp8_on_cuda():
@@ -687,6 +695,8 @@ def test_modes_that_no_run_has_are_named():
     assert not {"Nemotron-H", "Nemotron-H, compiled"} & set(untried("cuda", **hybrid("NemotronHForCausalLM")))
     idefics = images("Idefics3ForConditionalGeneration", model_enforce_eager=False)
     assert "images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles" in untried("cuda", **idefics)
-    assert "images with preemption" in untried("cuda", **idefics)
+    assert "images of Mistral Small 3, LLaVA with CLIP, Qwen2.5-VL and Idefics3 with preemption" in untried(
+        "cuda", **idefics
+    )
     qwen = images("Qwen3VLForConditionalGeneration", "qwen3_vl", model_enforce_eager=False)
     assert "images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles" not in untried("cuda", **qwen)

@@ -25,6 +25,8 @@ _CACHED = ("prefix cache", "shared prefix", "chunk budget", "preemption")
 _FIVE = ("batch size", "mixed lengths", "co-batch contents", "prefix cache", "chunk budget")
 _SIX = (*_FIVE, "decode = prefill")
 _IMAGES = ("images", "chunk budget")
+_NEW_IMAGES = "InternVLChatModel, Qwen2-VL, LLaVA-NeXT, LLaVA-OneVision and GLM-4.1V"
+_NEW_MODELS = ("InternVLChat", "Qwen2-VL", "LLaVA-NeXT", "LLaVA-OneVision", "GLM-4.1V")
 _MLA = ("batch size", "prefix cache", "chunk budget")
 _ENCODED = ("batch size", "mixed lengths", "pooled vectors")
 _TRAINED = ("alone", "padded right", "packed", "gradients", "GRPO", "GRPO rerun", "weight update")
@@ -224,6 +226,44 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("InternVL, bf16", *_IMAGES, "prefix cache", "batch size", "co-batch contents"),
         ("InternVL, bf16 compiled", *_IMAGES),
     ),
+    **dict.fromkeys(
+        (
+            ("images (InternVL as Hugging Face transformers has it)", "cuda"),
+            ("InternVL3 up to 14B, as Hugging Face transformers has it", "cuda"),
+            ("images of InternVL, in an engine that vLLM compiles", "cuda"),
+        ),
+        (
+            ("InternVL3-2B, bf16", *_IMAGES, "prefix cache", "batch size", "co-batch contents"),
+            ("InternVL3-2B, bf16 compiled", "images", "batch size"),
+        ),
+    ),
+    **{
+        (f"images ({row})", "cpu"): (
+            (f"{model}, bf16", *_IMAGES, "prefix cache", "batch size"),
+            (f"{model}, bf16 compiled", *_IMAGES, "batch size"),
+        )
+        for row, model in {
+            "Qwen2-VL": "Qwen2-VL",
+            "GLM-4.1V": "GLM-4.1V",
+            "InternVLChatModel": "InternVLChat",
+            "LLaVA-NeXT with CLIP": "LLaVA-NeXT",
+            "LLaVA-OneVision": "LLaVA-OneVision",
+        }.items()
+    },
+    (f"images of {_NEW_IMAGES}, in an engine that vLLM compiles", "cpu"): tuple(
+        (f"{model}, bf16 compiled", *_IMAGES) for model in _NEW_MODELS
+    ),
+    (f"images of {_NEW_IMAGES} with preemption", "cpu"): tuple(
+        (f"{model}, bf16, across engines", "preemption") for model in _NEW_MODELS
+    ),
+    ("images of InternVL with preemption", "cpu"): (("InternVL, bf16, across engines", "preemption"),),
+    ("images (Qwen2-VL)", "cuda"): (("Qwen2-VL-2B, bf16", "images", "batch size"),),
+    ("images (LLaVA-NeXT with CLIP)", "cuda"): (("LLaVA-NeXT-7B, bf16", "images"),),
+    ("images of Qwen3-VL and Gemma 3 with preemption", "cuda"): tuple(
+        (f"{model}, bf16, across engines", "preemption") for model in ("Qwen3-VL-2B", "Gemma-3-4B")
+    ),
+    ("images of InternVL with preemption", "cuda"): (("InternVL3-2B, * across engines", "preemption", "restart"),),
+    ("images of InternVL, in an engine that vLLM compiles", "cpu"): (("InternVL, bf16 compiled", *_IMAGES),),
     ("images (Idefics3)", "cpu"): (
         ("Idefics3, bf16", *_IMAGES, "prefix cache", "batch size"),
         ("Idefics3, bf16 compiled", *_IMAGES, "prefix cache", "batch size"),
@@ -279,7 +319,12 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         (f"{model}* compiled", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5", "Gemma-3-4B")
     ),
     ("images in model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)", "cpu"): (("Idefics3, bf16", *_IMAGES),),
-    ("images with preemption", "cpu"): (("Idefics3, * across engines", "preemption"),),
+    ("images of Qwen3-VL and Gemma 3 with preemption", "cpu"): tuple(
+        (f"{model}, * across engines", "preemption") for model in ("Qwen3-VL", "Gemma 3")
+    ),
+    ("images of Mistral Small 3, LLaVA with CLIP, Qwen2.5-VL and Idefics3 with preemption", "cpu"): tuple(
+        (f"{model}, * across engines", "preemption") for model in ("Mistral Small 3", "LLaVA", "Qwen2.5-VL", "Idefics3")
+    ),
     # Recurrent layers.
     ("gated delta nets (Qwen3-Next)", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
     ("gated delta nets (Qwen3-Next)", "cuda"): (("Qwen3-Next", *_SIX), ("Qwen3-Next, eager", *_SIX)),

@@ -1,5 +1,6 @@
 """One image for each call of an encoder; the list of an encoder's layers; its certificate."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from bi_patch.errors import CertificateFailed, UnsupportedFeature, UnsupportedRequest
 from bi_patch.ops.cpu import dense, machine
+from bi_patch.ops.cuda import image_attention
 from bi_patch.seams import vision
 from bi_patch.seams.common import vision as names
 from bi_patch.seams.cpu import vision as cpu
@@ -48,8 +50,15 @@ def test_model_runner_v2_encodes_one_item_at_a_time():
         calls.append(list(items))
         return [item[1] * 2 for item in items]
 
-    assert vision.alone_v2(original)(None, [("image", 1), ("video", 4), ("image", 3)]) == [2, 8, 6]
+    items = [("image", 1), ("video", 4), ("image", 3)]
+    runner = SimpleNamespace(model=SimpleNamespace())
+    assert vision.alone_v2(original)(runner, items) == [2, 8, 6]
     assert [len(call) for call in calls] == [1, 1, 1]
+    calls.clear()
+    setattr(runner.model, vision._MARK, True)
+    assert vision.alone_v2(original)(runner, items) == [2, 8, 6]
+    assert calls == [[("image", 1), ("image", 3)], [("video", 4)]]
+    assert vision.alone_v2(original)(runner, items[:2]) == [2, 8] and vision.alone_v2(original)(runner, []) == []
 
 
 def test_only_listed_layers_may_be_in_an_encoder():
@@ -163,20 +172,27 @@ def made(monkeypatch):
 
         def get_dummy_encoder_profile_inputs(self, modality, count):
             asked = limits.get(modality)
-            return [(modality, torch.ones(4 if asked is None or asked.width is None else asked.width // 32, 3))]
+            rows = 4 if asked is None or asked.width is None else asked.width // 32
+            return [(modality, {"x": SimpleNamespace(data=torch.ones(rows, 3))})]
+
+    def batch(items, device):
+        held = [element["x"].data for _, element in items]
+        yield "image", len(items), {"x": torch.cat(held), "sizes": [len(x) for x in held]}
 
     limits = {}
     monkeypatch.setattr("vllm.multimodal.encoder_budget.MultiModalBudget", Budget)
-    monkeypatch.setattr(
-        "vllm.multimodal.utils.group_and_batch_mm_kwargs", lambda made, device: iter([("image", 1, {"x": made[0][1]})])
-    )
+    monkeypatch.setattr("vllm.multimodal.utils.group_and_batch_mm_kwargs", batch)
     return limits
 
 
-def certify(encode, limits):
+def certify(encode, limits, together=False):
+    """encode(x, ...): all images' rows [rows, 3] -> one number a row."""
     media = SimpleNamespace(limit_per_prompt=limits)
     config = SimpleNamespace(model_config=SimpleNamespace(get_multimodal_config=lambda: media))
-    vision.certify(SimpleNamespace(embed_multimodal=encode), config, "cpu", "vision.cpu")
+    model = SimpleNamespace(embed_multimodal=lambda x, sizes: encode(x).split(sizes))
+    found = vision.certify(model, config, "cpu", "vision.cpu", together)
+    assert getattr(model, vision._MARK) == found
+    return found
 
 
 def test_an_encoder_that_changes_is_refused(made):
@@ -184,9 +200,9 @@ def test_an_encoder_that_changes_is_refused(made):
 
     def moving(x):
         calls.append(len(x))
-        return [x.sum(-1) + len(calls)]
+        return x.sum(-1) + len(calls)
 
-    certify(lambda x: [x.sum(-1)], made)
+    assert not certify(lambda x: x.sum(-1), made)
     with pytest.raises(CertificateFailed, match="vision.cpu: .*other bits.*largest size in run 2 of 3"):
         certify(moving, made)
 
@@ -196,7 +212,7 @@ def test_an_encoder_that_changes_for_one_size_is_refused(made):
 
     def moving(x):
         calls.append(len(x))
-        return [x.sum(-1) + (len(calls) if len(x) == 640 // 32 else 0)]
+        return x.sum(-1) + (len(calls) if len(x) == 640 // 32 else 0)
 
     with pytest.raises(CertificateFailed, match="vision.cpu: .*other bits.*640 x 224 pixels in run 2 of 3"):
         certify(moving, made)
@@ -208,8 +224,147 @@ def test_each_shape_is_encoded_once_and_the_users_limit_stays(made):
 
     held = made["image"] = ImageDummyOptions(count=2)
     calls = []
-    certify(lambda x: calls.append(len(x)) or [x.sum(-1)], made)
+    certify(lambda x: calls.append(len(x)) or x.sum(-1), made)
     assert calls == [4, 4, 4, 20, 20, 20, 3, 3, 3] and made == {"image": held}
+
+
+def test_images_go_together_where_each_has_the_bits_that_it_has_alone(made, caplog):
+    calls = []
+    assert certify(lambda x: calls.append(len(x)) or x.sum(-1), made, together=True)
+    assert max(calls) > 20 + 4 + 3  # more than one of each size in one call
+    for wrong in (
+        lambda x: x.sum(-1) + (len(x) == 6),  # two of the smallest
+        lambda x: x.sum(-1) + (len(x) > 40),  # many
+        lambda x: x.sum(-1) + x.amax(),  # another image's pixels
+        lambda x: x.sum(-1).roll(1) if len(x) > 20 else x.sum(-1),  # other places
+    ):
+        caplog.clear()
+        assert not certify(wrong, made, together=True)
+        assert "vision.cpu" in caplog.text and "one at a time" in caplog.text
+    assert not certify(lambda x: x.sum(-1), made)
+
+
+def test_an_encoder_whose_items_get_lost_encodes_one_at_a_time(made):
+    media = SimpleNamespace(limit_per_prompt=made)
+    config = SimpleNamespace(model_config=SimpleNamespace(get_multimodal_config=lambda: media))
+    model = SimpleNamespace(embed_multimodal=lambda x, sizes: [x.sum(-1)])
+    assert not vision.certify(model, config, "cpu", "vision.cpu", True)
+
+
+@pytest.mark.parametrize("items", [3, 4, 7])
+def test_mixes_hold_each_image_and_many_of_the_small_ones(items):
+    found = vision.mixes(items)
+    assert all(0 <= i < items for mix in found for i in mix)
+    assert max(len(mix) for mix in found) >= 6 and {len(mix) for mix in found} >= {2, items}
+    assert {i for mix in found for i in mix} == set(range(items))
+    assert sum(mix.count(0) for mix in found) == 2  # the largest takes most memory
+
+
+def attention(backend=True, fp8=False):
+    class MMEncoderAttention(torch.nn.Module):
+        is_flash_attn_backend, fp8_enabled = backend, fp8
+
+    return MMEncoderAttention()
+
+
+def convolution(overlaps=False):
+    class Conv2dLayer(torch.nn.Conv2d):
+        enable_linear = not overlaps
+
+    return Conv2dLayer(3, 8, 2, 2)
+
+
+def quantized():
+    layer = torch.nn.Identity()
+    layer.quant_method = SimpleNamespace()
+    return layer
+
+
+def test_images_go_together_in_encoders_whose_layers_have_an_order():
+    Known = type("Qwen3VLForConditionalGeneration", (Model,), {})
+    assert cuda.ordered(Known(torch.nn.LayerNorm(4), attention(), convolution()))
+    for wrong in (attention(backend=False), attention(fp8=True), convolution(overlaps=True), quantized()):
+        assert not cuda.ordered(Known(torch.nn.LayerNorm(4), wrong))
+    assert not cuda.ordered(Model(torch.nn.LayerNorm(4), attention()))  # no model whose code was read
+
+
+def test_products_of_an_encoder_get_a_route():
+    media = SimpleNamespace(is_multimodal_model=True, multimodal_config=SimpleNamespace(language_model_only=False))
+    model = Model(torch.nn.Linear(4, 6), torch.nn.Linear(6, 5, bias=False), convolution(), convolution(overlaps=True))
+    found = [(tuple(weight.shape), bias) for weight, bias in cuda.linears(model, SimpleNamespace(model_config=media))]
+    assert found == [((6, 4), True), ((5, 6), False), ((8, 12), True)]
+    assert not list(cuda.linears(model, SimpleNamespace(model_config=None)))
+
+
+def test_patches_that_do_not_overlap_are_one_product():
+    layer = SimpleNamespace(enable_linear=True, _forward_mulmat=lambda x: x + 1)
+    assert cuda._patches(lambda self, x: x - 1)(layer, 1) == 2
+    layer.enable_linear = False
+    assert cuda._patches(lambda self, x: x - 1)(layer, 1) == 0
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 3, 2]])
+def test_attention_of_an_encoder_has_one_split(monkeypatch, lengths):
+    """A stand-in for FlashAttention computes each sequence. Its arguments are those that the order needs."""
+    given = {}
+
+    def varlen(q, k, v, cu_seqlens_q, **kwargs):
+        given.update(kwargs)
+        ends = cu_seqlens_q.tolist()
+        parts = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in zip(ends, ends[1:])]
+        made = [
+            torch.nn.functional.scaled_dot_product_attention(*part, scale=kwargs["softmax_scale"]) for part in parts
+        ]
+        return torch.cat(made, 1).transpose(0, 1).contiguous()
+
+    utils = SimpleNamespace(flash_attn_varlen_func=varlen)
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.fa_utils", utils)
+    batch = 1 if lengths else 2
+    q, k, v = torch.randn(batch, 10, 3, 4, 16).unbind(2)
+    more = {}
+    if lengths:
+        more = {"cu_seqlens": torch.tensor([0, 5, 8, 10]), "max_seqlen": torch.tensor(5)}
+    out = cuda._attention(lambda: None)(q, k, v, batch, False, 3, 0.25, **more)
+    for x in range(batch):
+        first = 0
+        for count in lengths or [10]:
+            rows = [part[x : x + 1, first : first + count].transpose(1, 2) for part in (q, k, v)]
+            want = torch.nn.functional.scaled_dot_product_attention(*rows, scale=0.25).transpose(1, 2)
+            torch.testing.assert_close(out[x : x + 1, first : first + count], want)
+            first += count
+    assert given["num_splits"] == 1 and given["fa_version"] == 3 and given["causal"] is False
+    assert given["max_seqlen_q"] == given["max_seqlen_k"] == 128
+
+
+def attend(q, k, v, ends, longest):
+    """Attention of each image for itself."""
+    parts = zip(ends.tolist(), ends.tolist()[1:])
+    rows = [[x[:, a:b].transpose(1, 2) for x in (q, k, v)] for a, b in parts]
+    return torch.cat([torch.nn.functional.scaled_dot_product_attention(*part) for part in rows], 2).transpose(1, 2)
+
+
+def test_attention_over_images_is_compared_in_company(monkeypatch, caplog):
+    def differs(run):
+        return image_attention.differs(run, 2, 16, torch.float32, "cpu")
+
+    assert differs(attend) == ""
+    assert "among 11 images" in differs(lambda q, k, v, ends, longest: attend(q, k, v, ends, longest) * (1 + len(ends)))
+    one = torch.tensor([0, 10_000])
+    assert differs(lambda q, k, v, ends, longest: attend(q, k, v, one, longest))
+    short = lambda q, k, v, ends, longest: attend(q, k, v, ends, longest) + (int(longest) > 1000)  # noqa: E731
+    assert "attention over 1 tokens" in differs(short)
+
+    asked = []
+    monkeypatch.setattr(image_attention, "differs", lambda *given: asked.append(given[1:]) or ("x" if asked else ""))
+    layer = attention()
+    layer.num_heads, layer.num_kv_heads, layer.head_size, layer.forward_cuda = 4, 4, 16, None
+    assert not cuda._attends_alike(Model(layer), torch.float32) and asked == [(4, 16, torch.float32)]
+    assert "one at a time" in caplog.text
+    layer.num_kv_heads = 2
+    assert not cuda._attends_alike(Model(layer), torch.float32) and len(asked) == 1
+    monkeypatch.setattr(image_attention, "differs", lambda *given: "")
+    layer.num_kv_heads = 4
+    assert cuda._attends_alike(Model(layer, layer), torch.float32)
 
 
 RENDERER = SimpleNamespace(config=None)
