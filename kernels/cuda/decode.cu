@@ -4,8 +4,8 @@
 //
 // q, out [tokens, heads, HEAD] and k, v [pages, page size, key heads, HEAD] are all bf16 or all fp16; sums are fp32.
 //
-// Order of one output row (token, query head). Keys are cut into tiles of 128 that start at multiples of 128, and the
-// tiles are processed from the last to the first. Each tile:
+// Order of one output row (token, query head). Keys are cut into tiles of TILE that start at multiples of TILE, and the
+// tiles are processed from the last to the first. TILE is FlashAttention 3's for the head size. Each tile:
 //   1. computes the scores q k by ascending steps of 16 elements of the head;
 //   2. updates the running maximum, then computes p = 2^(score * scale - max * scale);
 //   3. rescales four partial sums of p, then adds p: sum t (0 to 3) takes keys 8j + 2t and 8j + 2t + 1, j ascending
@@ -23,19 +23,27 @@
 // key head: each block scores every PARTS-th run of SCORERS tiles, sends the weights to all blocks, and sums HEAD /
 // PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
 //
-// Compiled for HEAD (64, 128), PARTS (1, 2, 4), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS and CARRIERS.
+// Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS and CARRIERS.
 // Limits: sm_80 or later, clusters sm_90 or later; at most 16 query heads per key head; pages of a power of two of
 // tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
 constexpr int COLUMNS = HEAD / PARTS;
 constexpr int KEY_PIECES = HEAD / 8, VALUE_PIECES = COLUMNS / 8;  // pieces of 16 bytes in a row of K and of V
 constexpr int OWN = VALUE_PIECES / SUMMERS;  // pieces of V that a summer sums
-constexpr int THREADS = 32 * (SCORERS + SUMMERS + CARRIERS);
+// Warps w, w + 4, .. share a quarter of the multiprocessor. In a cluster the summers are the slowest, so one or two have
+// the last quarter alone: warps 3 and 7. Some warps may then have no work.
+constexpr bool APART = PARTS > 1 && SUMMERS <= 2;
+constexpr int BUSY = SCORERS + SUMMERS + CARRIERS, WARPS = APART && BUSY < 4 * SUMMERS ? 4 * SUMMERS : BUSY;
+constexpr int THREADS = 32 * WARPS;
 constexpr int RING = SCORERS * PARTS;  // scorers of a cluster, and slots of a block
 constexpr int STEPS = TILE / 16;  // steps of 16 keys in a tile
 constexpr int ROWS = 16;
-constexpr int TAKEN = 2 / HALVES, LOADS = STEPS / TAKEN;  // steps per load of weights; loads per tile
-static_assert(SCORERS > 1);  // a scorer reads its own numbers while it writes those of the next scorer
+constexpr int TAKEN = 2 / HALVES;  // steps per load of weights
+constexpr int LOADS = (STEPS + TAKEN - 1) / TAKEN;  // per tile; half of the last load may be zeros
+constexpr int EARLY = PARTS > 1 ? 3 : 1;  // loads of K ahead of their products
+constexpr int PRODUCTS = HEAD / 16 * STEPS;  // pairs of products of a tile's scores
+// A scorer reads its own numbers while it writes those of the next scorer, which another block may hold.
+static_assert(RING > 1);
 static_assert(RING % CARRIERS == 0);  // each slot has one carrier, which waits for the slot's phases in turn
 
 // One scorer's shared memory.
@@ -48,7 +56,7 @@ struct alignas(128) Scorer {
 // One tile's inputs for the summers of a block.
 struct alignas(128) Slot {
   unsigned char values[TILE * VALUE_PIECES * 16];
-  u32 weights[LOADS][32][4];  // per lane, in the layout of multiply_add
+  u32 weights[LOADS][32][4];  // per lane, in the layout of multiply_add's b: of each step, halves of rows by eights of keys
   float shrinks[ROWS];        // the tile's rescale factors for earlier sums
   i64 full, empty;            // mbarriers: slot filled; slot free
 };
@@ -115,15 +123,19 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     together();
 
     float s[2 * STEPS][4] = {};
+    u32 b[EARLY + 1][4];  // loads take longer than the products between them
+    const auto load_keys = [&](int n) {
+      const int d = n / STEPS, pair = n % STEPS;
+      load_matrices(b[n % (EARLY + 1)], own.keys + (k_row ^ d % 4 * 32) + d / 4 * 128 + pair * 16 * KEY_PIECES * 16);
+    };
 #pragma unroll
-    for (int d = 0; d < HEAD / 16; ++d) {
+    for (int n = 0; n < EARLY; ++n) load_keys(n);
 #pragma unroll
-      for (int pair = 0; pair < STEPS; ++pair) {
-        u32 b[4];
-        load_matrices(b, own.keys + (k_row ^ d % 4 * 32) + d / 4 * 128 + pair * 16 * KEY_PIECES * 16);
-        multiply_add(s[2 * pair], queries[d], b[0], b[1]);
-        multiply_add(s[2 * pair + 1], queries[d], b[2], b[3]);
-      }
+    for (int n = 0; n < PRODUCTS; ++n) {
+      if (n + EARLY < PRODUCTS) load_keys(n + EARLY);
+      const u32(&keys)[4] = b[n % (EARLY + 1)];
+      multiply_add(s[n % STEPS * 2], queries[n / STEPS], keys[0], keys[1]);
+      multiply_add(s[n % STEPS * 2 + 1], queries[n / STEPS], keys[2], keys[3]);
     }
     together();
     if (i + RING < work.tiles) {
@@ -206,7 +218,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       for (int part = 0; part < 4; ++part) {
         const int step = TAKEN * load + part / (2 * HALVES), of = part % (2 * HALVES);
         const int j = 2 * step + of / HALVES, e = of % HALVES * 2;
-        weights[part] = round_pair(s[j][e], s[j][e + 1]);
+        weights[part] = step < STEPS ? round_pair(s[j][e], s[j][e + 1]) : 0;
       }
       if (PARTS == 1) {
 #pragma unroll
@@ -288,115 +300,145 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
 // A tile's inputs in the registers of a summer's lane.
 struct Taken {
   u32 weights[LOADS][4], values[STEPS][OWN / 2][4];
-  float by[HALVES];
+  float by[HALVES][2];
   int slot;
 };
 
-// A summer's next slot, the parity of its phase, and the offset of this lane's values in a slot.
+// A summer's next slot, the parity of its phase, whether the slot is known to be full, and the offset of this lane's
+// values in a slot.
 struct Turn {
   int slot, phase, v_row;
+  bool full;
 };
 
-// Waits for the next slot, loads its contents into `taken` and frees it. Calls between(step) after each step's loads.
-template <class Between>
-DEVICE void take(Taken& taken, Turn& turn, Between between) {
-  const int lane = thread() % 32, v_row = turn.v_row, at = turn.slot;
-  Slot& slot = memory().slots[at];
-  wait(&slot.full, turn.phase);
+// Waits for the next slot and loads its weights.
+DEVICE void begin_take(Taken& taken, Turn& turn) {
+  const int lane = thread() % 32, at = turn.slot;
+  const Slot& slot = memory().slots[at];
+  if (!turn.full) wait(&slot.full, turn.phase);
   together();
   if (++turn.slot == RING) turn.slot = 0, turn.phase ^= 1;
+  taken.slot = at;
 #pragma unroll
-  for (int half = 0; half < HALVES; ++half) taken.by[half] = slot.shrinks[8 * half + lane / 4];
+  for (int half = 0; half < HALVES; ++half) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) taken.by[half][e] = slot.shrinks[8 * half + lane % 4 * 2 + e];
+  }
 #pragma unroll
   for (int load = 0; load < LOADS; ++load) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) taken.weights[load][part] = slot.weights[load][lane][part];
   }
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-    for (int pair = 0; pair < OWN / 2; ++pair) {
-      load_matrices_transposed(taken.values[step][pair],
-                               slot.values + (v_row ^ pair * 32) + step * 16 * VALUE_PIECES * 16);
-    }
-    between(step);
-  }
-  arrive_as_one(&slot.empty);
-  taken.slot = at;
 }
 
-// Tells the scorer of tile i's slot that the slot is free in this block, once all loads of what scorers sent have
-// finished. If no scorer waits for the slot, nothing is sent: the scorer's block may have ended.
-DEVICE void clear(const Taken& taken, const Work& work, int i) {
-  if (PARTS == 1 || i + RING >= work.tiles) return;
+// Loads the values of a step of 16 keys.
+DEVICE void take_step(Taken& taken, const Turn& turn, int step) {
+  const unsigned char* const values = memory().slots[taken.slot].values + step * 16 * VALUE_PIECES * 16;
+#pragma unroll
+  for (int pair = 0; pair < OWN / 2; ++pair) {
+    load_matrices_transposed(taken.values[step][pair], values + (turn.v_row ^ pair * 32));
+  }
+}
+
+DEVICE void take(Taken& taken, Turn& turn) {
+  begin_take(taken, turn);
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) take_step(taken, turn, step);
+}
+
+// Zero, once all loads of what scorers sent have finished.
+DEVICE int loaded(const Taken& taken, const Work& work) {
   u32 values = 0;
 #pragma unroll
-  for (int half = 0; half < HALVES; ++half) values |= bits_of(taken.by[half]);
+  for (int half = 0; half < HALVES; ++half) values |= bits_of(taken.by[half][0]) | bits_of(taken.by[half][1]);
 #pragma unroll
   for (int load = 0; load < LOADS; ++load) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) values |= taken.weights[load][part];
   }
-  const int none = zero_after(values, hidden_zero(work));
-  if (thread() % 32 == 0) {
-    arrive_at(&memory().scorers[taken.slot % SCORERS].cleared, taken.slot / SCORERS + none);
-  }
+  return zero_after(values, hidden_zero(work));
 }
 
-DEVICE void shrink(float (&o)[OWN][4], const Taken& taken) {
+// Frees the slot of tile i: the carrier may copy to the slot, and the scorer, in any block, may send weights. If no
+// scorer waits for the slot, nothing is sent: the scorer's block may have ended.
+DEVICE void free(const Taken& taken, const Work& work, int i, int zero) {
+  together();
+  const bool first = thread() % 32 == 0;
+  arrive_if(&memory().slots[taken.slot].empty, first);
+  arrive_at(&memory().scorers[taken.slot % SCORERS].cleared, taken.slot / SCORERS + zero,
+            first && i + RING < work.tiles);
+}
+
+// Columns of the output in a summer's registers: of each 16 columns and eight rows, a lane has columns g and g + 8 of
+// rows 2 t and 2 t + 1. V is the wide side of the products, because there are few rows.
+typedef float Sums[OWN / 2][HALVES][4];
+
+DEVICE void shrink(Sums& o, const Taken& taken) {
 #pragma unroll
-  for (int b = 0; b < OWN; ++b) {
+  for (int pair = 0; pair < OWN / 2; ++pair) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      o[b][2 * half] *= taken.by[half];
-      o[b][2 * half + 1] *= taken.by[half];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[pair][half][e] *= taken.by[half][e % 2];
     }
   }
 }
 
-DEVICE void add_step(float (&o)[OWN][4], const Taken& taken, int step) {
+DEVICE void add_step(Sums& o, const Taken& taken, int step) {
   const u32* const w = taken.weights[step / TAKEN] + step % TAKEN * 2;
-  const u32 a[4] = {w[0], HALVES > 1 ? w[1] : 0u, w[HALVES], HALVES > 1 ? w[2 * HALVES - 1] : 0u};
 #pragma unroll
   for (int pair = 0; pair < OWN / 2; ++pair) {
-    const u32(&b)[4] = taken.values[step][pair];
-    multiply_add(o[2 * pair], a, b[0], b[1]);
-    multiply_add(o[2 * pair + 1], a, b[2], b[3]);
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      multiply_add(o[pair][half], taken.values[step][pair], w[half], w[HALVES + half]);
+    }
   }
 }
 
-DEVICE void add(float (&o)[OWN][4], const Taken& taken) {
-  shrink(o, taken);
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) add_step(o, taken, step);
-}
-
-// Adds tile i and loads tile i + 1 between the additions, which depend on each other and leave time for loads.
-DEVICE void add_and_take(float (&o)[OWN][4], const Taken& taken, Taken& next, const Work& work, int i, Turn& turn) {
-  if (i + 1 >= work.tiles) return add(o, taken);
+// Adds tile i and frees its slot. `next`, if any, gets the values of tile i + 1 between the additions: these depend on
+// each other and leave time. No branch is among them: all additions would have to end first.
+template <bool ahead>
+DEVICE void add(Sums& o, const Taken& taken, Taken& next, const Work& work, int i, Turn& turn) {
   shrink(o, taken);
   add_step(o, taken, 0);
-  take(next, turn, [&](int step) {
+  if (ahead) begin_take(next, turn);
+  int zero = 0;
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    if (ahead && 2 * step < STEPS) take_step(next, turn, 2 * step);
+    if (ahead && 2 * step + 1 < STEPS) take_step(next, turn, 2 * step + 1);
+    if (PARTS > 1 && step == 0) zero = loaded(taken, work);  // long ago
+    if (PARTS > 1 && step == 2) free(taken, work, i, zero);
     if (step + 1 < STEPS) add_step(o, taken, step + 1);
-  });
-  clear(taken, work, i);  // its loads have finished by now
+  }
+  if (ahead) turn.full = is_over(&memory().slots[turn.slot].full, turn.phase);
+}
+
+// Adds tile i and takes tile i + 1, at the same time if the latter waits in its slot.
+DEVICE void add_and_take(Sums& o, const Taken& taken, Taken& next, const Work& work, int i, Turn& turn) {
+  if (turn.full) return add<true>(o, taken, next, work, i, turn);
+  add<false>(o, taken, next, work, i, turn);
+  if (i + 1 >= work.tiles) return;
+  take(next, turn);
+  turn.full = is_over(&memory().slots[turn.slot].full, turn.phase);
 }
 
 // Summer `warp` of the block: adds all tiles to its columns of the output, divides by the sum, and stores them.
 DEVICE void sum_values(const Work& work, int warp) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-  float o[OWN][4] = {};
+  Sums o = {};
   Taken now;
-  Turn turn{0, 0, keep(place(lane % 16, VALUE_PIECES, warp * OWN + lane / 16))};
+  Turn turn{0, 0, keep(place(8 * (lane / 16) + lane % 8, VALUE_PIECES, warp * OWN + lane / 8 % 2)), false};
   all_began();
   if (PARTS == 1) {
     for (int i = 0; i < work.tiles; ++i) {
-      take(now, turn, [](int) {});
-      add(o, now);
+      take(now, turn);
+      free(now, work, i, 0);
+      add<false>(o, now, now, work, i, turn);
     }
   } else {
     Taken then;  // the next tile, loaded while this tile is added: in a cluster every tile waits for the previous tile
-    if (work.tiles > 0) take(now, turn, [](int) {});
+    if (work.tiles > 0) take(now, turn);
     for (int i = 0; i < work.tiles; i += 2) {
       add_and_take(o, now, then, work, i, turn);
       if (i + 1 < work.tiles) add_and_take(o, then, now, work, i + 1, turn);
@@ -405,14 +447,21 @@ DEVICE void sum_values(const Work& work, int warp) {
   if (work.tiles > 0) wait(&memory().done, 0);
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
-    const int row = 8 * half + g;
-    if (row >= work.group) continue;
-    const float total = work.tiles > 0 ? memory().totals[row] : 0.f;
-    const float part = total == 0.f || total != total ? 0.f : reciprocal(total);
 #pragma unroll
-    for (int b = 0; b < OWN; ++b) {
-      u16* const to = work.out + row * work.o_head + work.part * COLUMNS + (warp * OWN + b) * 8 + 2 * t;
-      *reinterpret_cast<u32*>(to) = round_pair(o[b][2 * half] * part, o[b][2 * half + 1] * part);
+    for (int e = 0; e < 2; ++e) {
+      const int row = 8 * half + 2 * t + e;
+      if (row >= work.group) continue;
+      const float total = work.tiles > 0 ? memory().totals[row] : 0.f;
+      const float part = total == 0.f || total != total ? 0.f : reciprocal(total);
+      u16* const to = work.out + row * work.o_head + work.part * COLUMNS + warp * OWN * 8 + g;
+#pragma unroll
+      for (int pair = 0; pair < OWN / 2; ++pair) {
+#pragma unroll
+        for (int eight = 0; eight < 2; ++eight) {
+          const float value = o[pair][half][2 * eight + e] * part;
+          to[pair * 16 + eight * 8] = static_cast<u16>(round_pair(value, value));
+        }
+      }
     }
   }
 }
@@ -437,7 +486,7 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
                   tiles, group, q_head, o_head, block_x() % PARTS, scale};
   if (thread() % 32 == 0) {  // the lanes of a warp would run one after the other
 #pragma unroll 1
-    for (int i = warp; i < RING; i += THREADS / 32) {
+    for (int i = warp; i < RING; i += WARPS) {
       if (i < SCORERS) {
         Scorer& scorer = memory().scorers[i];
         open(&scorer.peaked, 1);
@@ -454,11 +503,16 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
     if (PARTS > 1) expect(&memory().done, 8 * HALVES * 4);
   }
   begin();
-  if (warp < SCORERS) {
-    score(work, cache, warp);
-  } else if (warp < SCORERS + SUMMERS) {
-    sum_values(work, warp - SCORERS);
+  const bool sums = APART ? warp % 4 == 3 && warp / 4 < SUMMERS : warp >= SCORERS && warp < SCORERS + SUMMERS;
+  const int before = APART ? (warp + 1) / 4 : SUMMERS;  // summers before this warp
+  const int other = warp < SCORERS && !APART ? warp : warp - (before < SUMMERS ? before : SUMMERS);
+  if (sums) {
+    sum_values(work, APART ? warp / 4 : warp - SCORERS);
+  } else if (other < SCORERS) {
+    score(work, cache, other);
+  } else if (other < SCORERS + CARRIERS) {
+    carry_values(work, cache, other - SCORERS);
   } else {
-    carry_values(work, cache, warp - SCORERS - SUMMERS);
+    all_began();
   }
 }

@@ -16,11 +16,12 @@ from . import nvrtc
 if TYPE_CHECKING:
     import torch
 
-HEAD_SIZES = (64, 128)
+# Head size -> keys of a tile, as in FlashAttention 3's causal prefill of 16-bit types on Hopper (hopper/tile_size.h).
+TILES = {64: 128, 128: 128, 256: 80}
+HEAD_SIZES = tuple(TILES)
 GROUP = 16  # most query heads per key head
-PARTS = (4, 2, 1)  # blocks of a cluster
+PARTS = (8, 4, 2, 1)  # blocks of a cluster
 _LEAST_COLUMNS = 32  # of V per block: with 16, a warp that sums V is slower than the warps that score
-_TILE = 128
 _MOST_SCORERS = 8
 _FEW_WARPS = 8  # most warps of a block whose threads may have 255 registers
 _LOG2E = 1.4426950408889634
@@ -56,10 +57,16 @@ class Form(NamedTuple):
         """Eights of query rows in a block."""
         return 1 if self.group <= 8 else 2
 
+    @property
+    def tile(self) -> int:
+        """Keys of a tile."""
+        return TILES[self.head_size]
+
     def defines(self, shared: int) -> dict[str, int]:
         """The preprocessor macros of decode.cu, for `shared` bytes of shared memory per block."""
         return {
             "HEAD": self.head_size,
+            "TILE": self.tile,
             "PARTS": self.parts,
             "HALVES": self.halves,
             "SCORERS": self.scorers(shared),
@@ -69,8 +76,9 @@ class Form(NamedTuple):
 
     @property
     def summers(self) -> int:
-        """Warps of a block that sum V, 16 to 32 columns each. More warps would leave each warp fewer registers."""
-        return 4 if self.parts == 1 else 2
+        """Warps of a block that sum V. In a cluster, a warp holds two tiles of its columns in registers, at most 32
+        columns then. More warps would leave each warp fewer registers."""
+        return 4 if self.parts == 1 else max(2, self.head_size // self.parts // 32)
 
     @property
     def carriers(self) -> int:
@@ -83,15 +91,19 @@ class Form(NamedTuple):
         return min(most, (shared - 128) // self._scorer_bytes)
 
     def threads(self, shared: int) -> int:
-        return 32 * (self.scorers(shared) + self.summers + self.carriers)
+        """Threads of a block. In a cluster, one or two summers are warps 3 and 7, so some warps may have no work."""
+        busy = self.scorers(shared) + self.summers + self.carriers
+        apart = self.parts > 1 and self.summers <= 2
+        return 32 * max(busy, 4 * self.summers if apart else 0)
 
     def shared_bytes(self, shared: int) -> int:
         return self.scorers(shared) * self._scorer_bytes + 128
 
     @property
     def _scorer_bytes(self) -> int:
-        keys = _TILE * 2 * self.head_size + 5 * GROUP * 4 + 3 * 8
-        slot = _TILE * 2 * self.head_size // self.parts + _TILE * 16 * self.halves + GROUP * 4 + 2 * 8
+        keys = self.tile * 2 * self.head_size + 5 * GROUP * 4 + 3 * 8
+        loads = -(-self.tile // (32 // self.halves))
+        slot = self.tile * 2 * self.head_size // self.parts + loads * 512 + GROUP * 4 + 2 * 8
         return -(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)
 
 

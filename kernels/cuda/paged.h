@@ -1,9 +1,9 @@
-// The paged KV cache and its requests, as the kernels of decode attention read them. Tiles of 128 keys start at multiples
-// of 128; tile 0 is the last one.
+// The paged KV cache and its requests, as the kernels of decode attention read them. Tiles of TILE keys start at multiples
+// of TILE; tile 0 is the last one.
 
-constexpr int TILE = 128;
 constexpr int GROUP = 16;  // consecutive tokens that always share a page
 constexpr int GROUPS = TILE / GROUP, FOUND = 32 / GROUPS;  // groups of a tile; tiles that find_page covers
+static_assert(TILE % GROUP == 0 && FOUND > 0);
 
 // Byte offset of piece `piece` of row `row`. The exclusive or puts the rows of one column into different banks.
 DEVICE int place(int row, int pieces, int piece) {
@@ -47,15 +47,22 @@ DEVICE i64 locate(const Cache& cache, int i, int step, int page) {
 template <int pieces, bool whole>
 DEVICE void copy_rows(const Cache& cache, const unsigned char* from, int i, i64 located, int lane, unsigned char* to) {
   constexpr int AT_ONCE = 32 / pieces;
+  constexpr int MOST = PARTS > 1 ? 32 / pieces : 2;  // 16 copies of a lane, or fewer where registers are few
+  constexpr int AHEAD = MOST >= GROUPS ? GROUPS : GROUPS % MOST ? 1 : MOST;  // groups whose offsets are at hand
   const int piece = thread() % pieces, first = thread() % 32 / pieces, left = cache.length - begin_of(cache, i);
   from += first * cache.token_stride + piece * 16;
-#pragma unroll 2
-  for (int group = 0; group < GROUPS; ++group) {
-    const unsigned char* const row = from + from_lane(located, lane + group);
+  for (int group = 0; group < GROUPS; group += AHEAD) {
+    i64 offsets[AHEAD];
 #pragma unroll
-    for (int r = 0; r < GROUP; r += AT_ONCE) {
-      const int at = GROUP * group + r + first;
-      copy_16(to + place(at, pieces, piece), row + r * cache.token_stride, whole || at < left);
+    for (int n = 0; n < AHEAD; ++n) offsets[n] = from_lane(located, lane + group + n);
+#pragma unroll
+    for (int n = 0; n < AHEAD; ++n) {
+      const unsigned char* const row = from + offsets[n];
+#pragma unroll
+      for (int r = 0; r < GROUP; r += AT_ONCE) {
+        const int at = GROUP * (group + n) + r + first;
+        copy_16(to + place(at, pieces, piece), row + r * cache.token_stride, whole || at < left);
+      }
     }
   }
 }

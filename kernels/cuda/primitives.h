@@ -8,7 +8,7 @@ typedef long long i64;
 #define DEVICE __device__ __forceinline__
 #define LOWEST __int_as_float(0xff800000)  // minus infinity
 #if PARTS > 1
-#define KERNEL extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS)
+#define KERNEL extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
 #elif defined(RESIDENT)  // blocks of a multiprocessor, which bound a thread's registers
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #else
@@ -124,6 +124,13 @@ DEVICE void arrive(i64* mbar) {
   asm volatile("{\n\t.reg .b64 phase;\n\tmbarrier.arrive.shared.b64 phase, [%0];\n\t}" ::"r"(address(mbar)) : "memory");
 }
 
+// Arrives if `wanted`, without a branch: products that run meanwhile would have to end before a branch.
+DEVICE void arrive_if(i64* mbar, bool wanted) {
+  asm volatile("{\n\t.reg .b64 phase;\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %1, 0;\n\t"
+               "@wanted mbarrier.arrive.shared.b64 phase, [%0];\n\t}" ::"r"(address(mbar)), "r"(static_cast<u32>(wanted))
+               : "memory");
+}
+
 // One arrival for the whole warp: 32 arrivals at one mbarrier would be serialized.
 DEVICE void arrive_as_one(i64* mbar) {
   together();
@@ -143,6 +150,18 @@ DEVICE void wait(const i64* mbar, int parity) {
                  : "r"(address(mbar)), "r"(parity)
                  : "memory");
   } while (!over);
+}
+
+// Whether the phase of the given parity has ended for all lanes of the warp, which then see what the arriving threads
+// wrote. The answer is the same in every lane.
+DEVICE bool is_over(const i64* mbar, int parity) {
+  u32 over;
+  asm volatile("{\n\t.reg .pred over;\n\tmbarrier.test_wait.parity.shared.b64 over, [%1], %2;\n\t"
+               "selp.u32 %0, 1, 0, over;\n\t}"
+               : "=r"(over)
+               : "r"(address(mbar)), "r"(parity)
+               : "memory");
+  return __all_sync(0xffffffffu, over);
 }
 
 #if PARTS > 1
@@ -173,10 +192,13 @@ DEVICE void hand(u32* at, const u32 (&v)[4], i64* mbar, int to) {
 // Returns zero, given that `zero` is zero, once all lanes have loaded their `values`.
 DEVICE int zero_after(u32 values, u32 zero) { return __reduce_or_sync(0xffffffffu, values & zero); }
 
-// Arrives at `mbar` of block `to`. The arrival can overtake earlier loads, which would then read what block `to` sends
-// next: `to` must depend on the loaded values. A fence would also order them, but doubles the kernel's time.
-DEVICE void arrive_at(i64* mbar, int to) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(mbar, to)) : "memory");
+// Arrives at `mbar` of block `to` if `wanted`, without a branch. The arrival can overtake earlier loads, which would then
+// read what block `to` sends next: `to` must depend on the loaded values. A fence would also order them, but doubles the
+// kernel's time.
+DEVICE void arrive_at(i64* mbar, int to, bool wanted) {
+  asm volatile("{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %1, 0;\n\t"
+               "@wanted mbarrier.arrive.shared::cluster.b64 _, [%0];\n\t}" ::"r"(remote(mbar, to)),
+               "r"(static_cast<u32>(wanted)) : "memory");
 }
 
 // begin: this block's mbarriers are initialized. After all_began, those of every block of the cluster are.
@@ -190,7 +212,7 @@ DEVICE void expect(i64*, int) {}
 DEVICE void hand(float*, float, i64*, int) {}
 DEVICE void hand(u32*, const u32 (&)[4], i64*, int) {}
 DEVICE int zero_after(u32, u32 zero) { return zero; }
-DEVICE void arrive_at(i64*, int) {}
+DEVICE void arrive_at(i64*, int, bool) {}
 DEVICE void begin() { barrier(); }
 DEVICE void all_began() {}
 #endif

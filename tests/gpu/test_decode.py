@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads, key_heads", [(32, 8), (16, 8), (8, 8), (14, 2), (64, 4)])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
 def test_certificate(size, heads, key_heads, dtype, tmp_path):
     from bi_patch.ops.cuda import attention
     from bi_patch.seams.cuda.attention import prefill
@@ -62,7 +62,7 @@ def test_rows_of_any_batch_through_a_graph(page):
             assert torch.equal(alone[0], out[i]), (i, int(lengths[i]))
 
 
-@pytest.mark.parametrize("size, number", [(64, 4), (128, 2)])
+@pytest.mark.parametrize("size, number", [(64, 4), (128, 2), (256, 1)])
 def test_long_requests_while_memory_is_busy(size, number):
     """While memory is busy, messages between the blocks of a cluster overtake copies. The bits must not change."""
     from bi_patch.kernels.cuda import decode

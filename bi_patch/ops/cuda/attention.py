@@ -25,8 +25,6 @@ DATA = "beginnings of one prompt, flat scores in small pages, peaked scores in l
 _ODD_SCALE = 168**-0.5
 # Long enough that the kernel uses every slot of its shared memory many times.
 _PROMPT, _SEVERAL = 7300, 5
-# Lengths of beginnings: short ones, those around the ends of tiles, and a few long ones.
-_LENGTHS = sorted({*range(1, 40, 3), *(128 * i + d for i in range(1, 21) for d in (-1, 0, 1, 40)), 5000, 6200, _PROMPT})
 _certified: dict[Problem, bool] = {}
 
 # (q [tokens, heads, D], k and v [pages, page size, key heads, D], pages [1, most], scale) -> out, of q's shape: the
@@ -49,6 +47,12 @@ class Problem(NamedTuple):
 def serves(problem: Problem) -> bool:
     """Whether the bundled kernel is certified for `problem` in this process."""
     return _certified.get(problem, False)
+
+
+def beginnings(tile: int) -> list[int]:
+    """Lengths of beginnings: short ones, those around the ends of tiles of `tile` keys, and a few long ones."""
+    around = (tile * i + d for i in range(1, 21) for d in (-1, 0, 1, 40))
+    return sorted({*range(1, 40, 3), *around, 5000, 6200, _PROMPT})
 
 
 def quick(tokens: int, key_heads: int) -> bool:
@@ -107,8 +111,9 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
 
     from bi_patch.kernels.cuda import decode
 
-    tally = Tally(_LENGTHS)
     heads, key_heads, size, dtype = problem
+    known = beginnings(decode.TILES[size])
+    tally = Tally(known)
     device = torch.cuda.current_device()
     decode.prepare(heads, key_heads, size, dtype, device)  # compile and load now: graph capture allows neither
     generator = torch.Generator("cuda").manual_seed(size)
@@ -133,9 +138,9 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
         return torch.tensor(values, dtype=torch.int32, device="cuda")
 
     # One request per length, then a request with the prompt's last tokens, then a request without tokens.
-    number = len(_LENGTHS)
-    rows = ints([*(length - 1 for length in _LENGTHS), *range(_PROMPT - _SEVERAL, _PROMPT)]).long()
-    starts, lengths = ints([*range(number + 1), len(rows), len(rows)]), ints([*_LENGTHS, _PROMPT, 1])
+    number = len(known)
+    rows = ints([*(length - 1 for length in known), *range(_PROMPT - _SEVERAL, _PROMPT)]).long()
+    starts, lengths = ints([*range(number + 1), len(rows), len(rows)]), ints([*known, _PROMPT, 1])
     for what, q, k, v, pages, scale in layouts():
         want = prefill(q, k, v, pages, scale)[rows]
         held = pages.expand(len(lengths), -1)

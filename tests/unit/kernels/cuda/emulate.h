@@ -114,6 +114,9 @@ DEVICE void open(i64* at, int count) {
   *reinterpret_cast<Mbarrier*>(at) = {number, number, 0, 0};
 }
 DEVICE void arrive(i64* at) { count(at, 1, 0); }
+DEVICE void arrive_if(i64* at, bool wanted) {
+  if (wanted) arrive(at);
+}
 DEVICE void expect(i64* at, int bytes) { count(at, 1, bytes); }
 DEVICE void arrive_as_one(i64* at) {
   together();
@@ -126,6 +129,19 @@ DEVICE void wait(const i64* at, int parity) {
   changes_of(at).wait(held, [&] { return mbar.parity != parity; });
 }
 
+DEVICE bool is_over(const i64* at, int parity) {
+  Warp& w = warp_of();
+  {
+    const std::lock_guard held(lock);
+    w.numbers[this_thread % LANES] = reinterpret_cast<const Mbarrier*>(at)->parity != parity;
+  }
+  w.together.arrive_and_wait();
+  bool all = true;
+  for (const i64 over : w.numbers) all = all && over;
+  w.together.arrive_and_wait();
+  return all;
+}
+
 // The address of `at` in block `to`. Aborts unless that block has begun and has not ended.
 template <class T>
 DEVICE T* remote(T* at, int to) {
@@ -134,7 +150,9 @@ DEVICE T* remote(T* at, int to) {
 }
 
 DEVICE int zero_after(u32, u32 zero) { return zero; }
-DEVICE void arrive_at(i64* at, int to) { count(remote(at, to), 1, 0); }
+DEVICE void arrive_at(i64* at, int to, bool wanted) {
+  if (wanted) count(remote(at, to), 1, 0);
+}
 DEVICE void hand(float* at, float value, i64* mbar, int to) {
   *remote(at, to) = value;
   count(remote(mbar, to), 0, -4);
