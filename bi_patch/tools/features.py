@@ -51,8 +51,17 @@ def _short(rows: Iterable[Feature]) -> str:
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         groups.setdefault(tuple(_state(row.cell(platform)) for platform in TITLES), []).append(row.short)
-    lines = [["; ".join(names), *states] for states, names in groups.items()]
+    lines = [["; ".join(_merged(names)), *states] for states, names in groups.items()]
     return _table(["", *TITLES.values()], lines) + "\n\n" + _MEANING
+
+
+def _merged(names: Iterable[str]) -> list[str]:
+    """Names "kind (A)" and "kind (B)" as one, "kind (A, B)", in the place of the first."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kind, _, inner = name.removesuffix(")").partition(" (")
+        kinds.setdefault(kind, []).append(inner)
+    return [f"{kind} ({', '.join(inner)})" if all(inner) else kind for kind, inner in kinds.items()]
 
 
 _MEANING = (

@@ -1,5 +1,6 @@
 """What the tests of this folder use so that a busy machine fails none of them."""
 
+import warnings
 from dataclasses import replace
 
 import openai
@@ -17,5 +18,7 @@ def client(url: str) -> AsyncOpenAI:
     async def healthy() -> bool:
         return True  # a server that has died breaks the request that is sent again, too
 
-    http = connections.client(openai, healthy, again=lambda: None)
+    http = connections.client(
+        openai, healthy, again=lambda: warnings.warn("a connection broke: asked again", stacklevel=2)
+    )
     return AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=900, http_client=http)

@@ -675,7 +675,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "speculative decoding with n-grams of the request (method ngram)",
-        short="speculative decoding with n-grams",
+        short="speculation (n-grams)",
         cpu=served(_CPU_SPECULATION),
         cuda=(refused(_VERIFIED, releases="<0.33"), served(_H200_SPECULATION, why="on model runner V2")),
         ascend=refused(_VERIFIED),
@@ -691,7 +691,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "speculative decoding with a draft model or heads (methods draft_model, eagle, eagle3)",
-        short="speculative decoding with a draft model or EAGLE heads",
+        short="speculation (draft model, EAGLE heads)",
         cpu=served(_CPU_DRAFTS, why="for a tiny Llama model, in eager mode"),
         cuda=(
             refused(_VERIFIED, releases="<0.33"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,11 @@ def quantized_experts(kind: Callable[[Scheme], bool] | None) -> Callable[[Any], 
     return asked
 
 
+def _beside_humming(config: Any) -> str:
+    """As quantized_experts(_zeros), where vLLM finds the package whose kernels it then takes for such experts."""
+    return quantized_experts(_zeros)(config) if importlib.util.find_spec("humming") else ""
+
+
 # Kinds of experts that a run on CUDA had in compiled code.
 COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros)
 
@@ -120,6 +126,11 @@ EXPERT_ROWS: tuple[Feature, ...] = (
         asked=quantized_experts(_channels_made),
     ),
     row("experts in FP8 made while loading, otherwise", **cells.cuda(cells.TRIAL), asked=quantized_experts(_made)),
+    row(
+        "experts of 4 bits in groups with zero points, beside the package humming-kernels",
+        **cells.cuda(cells.TRIAL),
+        asked=_beside_humming,
+    ),
     row(
         "experts of 4 bits in groups with zero points (AWQ, compressed-tensors)",
         **cells.cuda(
