@@ -3,26 +3,24 @@
     PYTHONPATH=. python3 benchmarks/hopper/parallel.py [LABEL ...] [--results FOLDER] [--models FOLDER]
 
 Without labels, every case below is measured, one after the other. Shapes are real, with few layers and seeded random
-weights, which every engine loads from one file. "tensor parallel size" compares 2 ranks with 1, with
-BI_PATCH_TP_INVARIANT=8. Engines of data parallelism get twelve prompts together and then one by one, and are compared
-with one plain engine. The rows join one result file of the day. Exit code 1: a position differs, or an axis has no
-result.
+weights, which every engine loads from one file. "tensor parallel size" compares 2 ranks with 1 (on hosts of four GPUs
+with 4, too), with BI_PATCH_TP_INVARIANT=8. data_ranks.py says what engines of data parallelism are asked. The rows join
+one result file of the day. Exit code 1: a position differs, or an axis has no result.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import os
-import random
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+import data_ranks
 
 import bi_patch_entry
 
@@ -31,8 +29,20 @@ FEW = ("batch size", "position and order", "mixed lengths", "prefix cache", "chu
 SIZES = ("tensor parallel size", "batch size", "chunk budget", "decode = prefill")
 MEMORY = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30}
 SIZES_OF_GRAPHS = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}}
-LAYERS = {"Qwen3-8B": 4, "Qwen3-30B-A3B": 2, "DeepSeek-V2-Lite": 2}
-TOKENS = 10
+SMALL = "DeepSeek-V3 small"
+LAYERS = {"Qwen3-8B": 4, "Qwen3-30B-A3B": 2, "DeepSeek-V2-Lite": 2, SMALL: 2}
+EXPERTS = [name for name in LAYERS if name != "Qwen3-8B"]
+# The architecture of DeepSeek-V3, with its router and groups of experts, in the sizes of a small model.
+SMALL_SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 4096,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 512,
+    "n_routed_experts": 64,
+    "first_k_dense_replace": 1,
+}
 
 
 class Case(NamedTuple):
@@ -45,28 +55,57 @@ class Case(NamedTuple):
     environ: dict[str, str] = {}
 
 
-TWO = {"tensor_parallel_size": 2}
-SHARED = TWO | {"enable_expert_parallel": True}
+TWO, FOUR = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}
+WHOLE = {"enable_expert_parallel": True}
+STAGES = {"pipeline_parallel_size": 2}
 BOTH = (*FEW, "eager and compiled")
 NCCL = TWO | {"disable_custom_all_reduce": True}
+DATA, MORE = {"data_parallel_size": 2}, {"data_parallel_size": 4}
+
+
+def _both(label: str, model: str, engine: dict[str, object], axes: tuple[str, ...] = FEW) -> dict[str, Case]:
+    """A case in eager mode, and the same compiled."""
+    return {label: Case(model, engine, axes), f"{label}, compiled": Case(model, engine, axes, eager=False)}
+
+
 CASES = {
     "Qwen3-8B, 4 layers, TP 2 compiled": Case("Qwen3-8B", TWO, eager=False),
     "Qwen3-8B, 4 layers, TP 2": Case("Qwen3-8B", TWO),
-    "Qwen3-8B, 4 layers, TP 2 without peer memory": Case("Qwen3-8B", NCCL, FEW),
-    "Qwen3-8B, 4 layers, TP 2 without peer memory, compiled": Case("Qwen3-8B", NCCL, FEW, eager=False),
+    **_both("Qwen3-8B, 4 layers, TP 2 without peer memory", "Qwen3-8B", NCCL),
     "Qwen3-8B, 4 layers, TP 1 and 2 equal": Case("Qwen3-8B", TWO, SIZES, environ=EQUAL),
     "Qwen3-8B, 4 layers, TP 1 and 2 equal, compiled": Case("Qwen3-8B", TWO, SIZES, eager=False, environ=EQUAL),
+    # The axis compares every number of ranks that the host has GPUs for.
+    "Qwen3-8B, 4 layers, TP 1, 2 and 4 equal": Case("Qwen3-8B", TWO, SIZES, environ=EQUAL),
+    "Qwen3-8B, 4 layers, TP 1, 2 and 4 equal, compiled": Case("Qwen3-8B", TWO, SIZES, eager=False, environ=EQUAL),
     "Qwen3-8B, 4 layers, TP 1 in 8 parts": Case("Qwen3-8B", {}, FEW, environ=EQUAL),
+    **_both("Qwen3-8B, 4 layers, TP 4", "Qwen3-8B", FOUR),
     "Qwen3-30B-A3B, 2 layers, TP 2": Case("Qwen3-30B-A3B", TWO, FEW),
     "Qwen3-30B-A3B, 2 layers, TP 2 compiled": Case("Qwen3-30B-A3B", TWO, BOTH, eager=False),
-    "Qwen3-30B-A3B, 2 layers, experts over 2 ranks": Case("Qwen3-30B-A3B", SHARED, FEW),
-    "Qwen3-30B-A3B, 2 layers, experts over 2 ranks, compiled": Case("Qwen3-30B-A3B", SHARED, FEW, eager=False),
+    **_both("Qwen3-30B-A3B, 2 layers, TP 4", "Qwen3-30B-A3B", FOUR),
+    **_both("Qwen3-30B-A3B, 2 layers, experts over 2 ranks", "Qwen3-30B-A3B", TWO | WHOLE),
+    **_both("Qwen3-30B-A3B, 2 layers, experts over 4 ranks", "Qwen3-30B-A3B", FOUR | WHOLE),
     "DeepSeek-V2-Lite, 2 layers, TP 2 compiled": Case("DeepSeek-V2-Lite", TWO, FEW, eager=False),
     "DeepSeek-V2-Lite, 2 layers, TP 2": Case("DeepSeek-V2-Lite", TWO, FEW),
-    "Qwen3-8B, 4 layers, PP 2": Case("Qwen3-8B", {"pipeline_parallel_size": 2}, FEW),
-    "Qwen3-8B, 4 layers, PP 2 compiled": Case("Qwen3-8B", {"pipeline_parallel_size": 2}, FEW, eager=False),
-    "Qwen3-8B, 4 layers, DP 2": Case("Qwen3-8B", {"data_parallel_size": 2}),
-    "Qwen3-8B, 4 layers, DP 2 compiled": Case("Qwen3-8B", {"data_parallel_size": 2}, eager=False),
+    **_both("DeepSeek-V2-Lite, 2 layers, TP 4", "DeepSeek-V2-Lite", FOUR),
+    **_both("DeepSeek-V2-Lite, 2 layers, experts over 2 ranks", "DeepSeek-V2-Lite", TWO | WHOLE),
+    **_both("DeepSeek-V2-Lite, 2 layers, experts over 4 ranks", "DeepSeek-V2-Lite", FOUR | WHOLE),
+    "Qwen3-8B, 4 layers, PP 2": Case("Qwen3-8B", STAGES, FEW),
+    "Qwen3-8B, 4 layers, PP 2 compiled": Case("Qwen3-8B", STAGES, FEW, eager=False),
+    "Qwen3-8B, 4 layers, DP 2": Case("Qwen3-8B", DATA),
+    "Qwen3-8B, 4 layers, DP 2 compiled": Case("Qwen3-8B", DATA, eager=False),
+    **{
+        name: case
+        for model in EXPERTS
+        for words, engine in (
+            ("DP 2", DATA),
+            ("DP 2, experts over ranks", DATA | WHOLE),
+            ("DP 4", MORE),
+            ("DP 4, experts over ranks", MORE | WHOLE),
+            ("DP 2 x TP 2", DATA | TWO),
+            ("DP 2 x TP 2, experts over ranks", DATA | TWO | WHOLE),
+        )
+        for name, case in _both(f"{model}, 2 layers, {words}", model, engine).items()
+    },
 }
 
 
@@ -79,7 +118,8 @@ def folder(model: str, root: Path, layers: int = 0) -> Path:
     name = f"{model}, {layers} layers"
     made = root / f"{shapes.short(name)}-weights"
     if not (made / "done").exists():
-        shape = shapes.SHAPES[model] | {"num_hidden_layers": layers}
+        known = shapes.SHAPES["DeepSeek-V3, 4 layers"] | SMALL_SHAPE if model == SMALL else shapes.SHAPES[model]
+        shape = known | {"num_hidden_layers": layers}
         checkpoint.write(shapes.save(name, shape, root), 7, made)
         (made / "done").touch()
     return made
@@ -110,43 +150,11 @@ def verified(label: str, case: Case, model: Path) -> tuple[list, object, list[st
     return invariance.rows(label, report), report, invariance.unmeasured(report)
 
 
-def prompts() -> list[list[int]]:
-    """Prompts of 5 to 470 tokens, and three with a shared prefix of 300 tokens. Token ids are below 2,000."""
-    made = random.Random(5)
+def of_data_ranks(label: str, case: Case, model: Path, scratch: Path, flags: Sequence[str]) -> list:
+    """The rows of an engine of several data-parallel ranks, against a plain engine or, with experts, against itself.
 
-    def tokens(count):
-        return [made.randrange(2000) for _ in range(count)]
-
-    shared = tokens(300)
-    return [tokens(n) for n in (5, 17, 33, 64, 129, 220, 300, 411, 470)] + [shared + tokens(n) for n in (3, 40, 77)]
-
-
-async def answers(options: dict) -> dict:
-    """The answers of one engine, together and one by one: a list of [token, logprobs as hexadecimal floats]."""
-    from vllm import SamplingParams
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
-
-    async def one(i, prompt, name):
-        params = SamplingParams(
-            temperature=0.8 * (i % 2), seed=i, max_tokens=TOKENS, logprobs=5, ignore_eos=True, detokenize=False
-        )
-        async for output in engine.generate({"prompt_token_ids": prompt}, params, f"{name} {i}"):
-            last = output.outputs[0]
-        exact = [sorted((token, held.logprob.hex()) for token, held in at.items()) for at in last.logprobs]
-        return list(zip(last.token_ids, exact))
-
-    asked = list(enumerate(prompts()))
-    together = await asyncio.gather(*(one(i, prompt, "together") for i, prompt in asked))
-    alone = [await one(i, prompt, "alone") for i, prompt in asked]
-    engine.shutdown()
-    return {"together": together, "alone": alone}
-
-
-def independent(label: str, case: Case, model: Path, scratch: Path) -> list:
-    """The rows of an engine of several data-parallel ranks against a plain engine, one by one."""
+    flags: of data_ranks.py. Planted faults are printed only. Raises RuntimeError for a fault that no position shows.
+    """
     from bi_patch.tools import evidence
 
     given = MEMORY | SIZES_OF_GRAPHS | {"model": str(model), "dtype": "bfloat16", "max_model_len": 1024, "seed": 0}
@@ -156,24 +164,31 @@ def independent(label: str, case: Case, model: Path, scratch: Path) -> list:
         "enforce_eager": case.eager,
         "skip_tokenizer_init": True,
     }
-    files = [scratch / f"{os.getpid()}-{name}.json" for name in ("plain", "several")]
-    running = [
-        subprocess.Popen([sys.executable, __file__, "--engine", json.dumps(options), str(file)])
-        for options, file in zip((given, given | case.engine), files)
-    ]
-    if any([process.wait() for process in running]):
-        raise RuntimeError(f"{label}: an engine failed")
-    plain, several = (json.loads(file.read_text()) for file in files)
-    rows = []
-    for axis, got in (("batch size", several["together"]), ("one by one", several["alone"])):
-        pairs = [p for one, other in zip(plain["alone"], got, strict=True) for p in zip(one, other, strict=True)]
-        rows.append(evidence.InvarianceRow(label, axis, len(pairs), sum(a != b for a, b in pairs)))
-        print(f"{label}: {axis}: {rows[-1].differing} of {rows[-1].compared} differ", flush=True)
+    several = given | case.engine
+    if case.model in EXPERTS:
+        (found,) = data_ranks.engines(label, scratch, several, flags=flags)
+        made = data_ranks.differing(found[data_ranks.ALONE], found, data_ranks.ALONE)
+    else:
+        plain, found = data_ranks.engines(label, scratch, given, several, flags=flags)
+        made = data_ranks.differing(plain[data_ranks.ALONE], found)
+    rows = [evidence.InvarianceRow(label, *counted) for counted in made]
+    missed = []
+    for fault, compared, count in data_ranks.caught(found):
+        print(f"{label}: planted {fault or 'nothing'}: {count} of {compared} differ", flush=True)
+        if bool(count) != bool(fault):
+            missed.append(fault or "nothing")
+    if missed:
+        raise RuntimeError(f"{label}: planted {', '.join(missed)}: the answers do not show it")
+    for row in rows:
+        print(f"{label}: {row.axis}: {row.differing} of {row.compared} differ", flush=True)
     return rows
 
 
-def measure(label: str, results: Path, root: Path) -> bool:
-    """Measure one case and write its rows. Returns whether every axis has a result and no position differs."""
+def measure(label: str, results: Path, root: Path, flags: Sequence[str] = ()) -> bool:
+    """Measure one case and write its rows. Returns whether every axis has a result and no position differs.
+
+    flags: of data_ranks.py, for data-parallel ranks. With flags, nothing is written.
+    """
     from bi_patch.tools import evidence
 
     class Ranks(evidence.Invariance, kw_only=True):
@@ -182,7 +197,7 @@ def measure(label: str, results: Path, root: Path) -> bool:
     case, holes = CASES[label], []
     model = folder(case.model, root)
     if "data_parallel_size" in case.engine:
-        rows = independent(label, case, model, root)
+        rows = of_data_ranks(label, case, model, root, flags)
         import torch
         import vllm
 
@@ -195,8 +210,8 @@ def measure(label: str, results: Path, root: Path) -> bool:
     else:
         rows, here, holes = verified(label, case, model)
     print(f"{label}: {'; '.join(holes) or 'complete'}", flush=True)
-    if not rows:
-        return False
+    if not rows or flags:
+        return not evidence.total_differing(rows)
     found = evidence.new(Ranks, here)
     found.rows, found.command = rows, "benchmarks/hopper/parallel.py"  # the cases share a file
     found.note = ". ".join(f"{label}: {hole.rstrip('.')}" for hole in holes)
@@ -210,15 +225,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=Path, default=Path("/tmp/models"))
     parser.add_argument("--prepare", action="store_true", help="only write the models of the cases")
-    parser.add_argument("--engine", nargs=2, help=argparse.SUPPRESS)
+    for flag, what in (("--stock", "without bi_patch"), ("--faults", "with planted faults, in eager mode")):
+        parser.add_argument(flag, action="store_true", help=f"data-parallel ranks {what}; no rows are kept")
     args = parser.parse_args()
-    if args.engine:
-        import bi_patch
-
-        bi_patch.arm()
-        options, file = args.engine
-        Path(file).write_text(json.dumps(asyncio.run(answers(json.loads(options)))))
-        return
+    flags = [f"--{name}" for name in ("stock", "faults") if getattr(args, name)]
     bi_patch_entry.without_arming()
     good = True
     for label in args.labels:
@@ -226,7 +236,7 @@ def main() -> None:
         if args.prepare:
             folder(CASES[label].model, args.models)
         else:
-            good &= measure(label, args.results, args.models)
+            good &= measure(label, args.results, args.models, flags)
         print(f"{label}: {time.perf_counter() - start:.0f} s", flush=True)
     sys.exit(0 if good else 1)
 

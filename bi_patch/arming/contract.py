@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from bi_patch import identity, running
-from bi_patch.seams import active
+from bi_patch.seams import active, ranks
 
 ASCENDING = "ascending in fp32, rounded once"  # rank_sums: the sum in rank order
 
@@ -73,6 +73,8 @@ def _rank_sums(config: Any, platform: str) -> str:
     """How ranks are summed: "none" for one rank, "nccl" where NCCL may add."""
     if active.leaves:
         return f"{active.leaves} parts of K in a tree"
+    if ranks.shared(config) > 1:
+        return "experts of data-parallel ranks"
     if config.parallel_config.tensor_parallel_size == 1:
         return "none"
     if platform == "cpu":  # the seams communicator.cpu_sum and communicator.cpu_order, which proves it at each start

@@ -62,6 +62,34 @@ def moved(
     return first
 
 
+def moved_slices(
+    reduce_scatter: Callable[[torch.Tensor, list[int]], torch.Tensor],
+    *,
+    rank: int,
+    ranks: int,
+    width: int,
+    most: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> list[int] | None:
+    """The first sizes of slices of which a row has other bits than the sum in rank order, or None.
+
+    As `moved`, for ranks that keep a slice of the sum each: equal slices, and slices of another size for each rank.
+    reduce_scatter: (rows [sum(sizes), width], sizes) -> this rank's slice [sizes[rank], width]. most: the largest
+    number of rows of a slice; messages stay below 256 MiB. Every rank must find the same, or one would not serve a row
+    that another one serves: compare the results.
+    """
+    every = _rows(ranks, width).to(dtype)
+    row, want = every[rank : rank + 1].to(device), in_rank_order(every[:, None]).to(device)
+    first = None
+    for rows in lengths(max(1, min(most, _LARGEST // (ranks * width * row.element_size())))):
+        for sizes in ([rows] * ranks, [max(1, rows * (r + 1) // ranks) for r in range(ranks)]):
+            got = reduce_scatter(row.repeat(sum(sizes), 1), sizes)
+            if bits.differing(got, want.expand(sizes[rank], width)) and first is None:
+                first = sizes
+    return first
+
+
 def _rows(ranks: int, width: int) -> torch.Tensor:
     """fp32 [ranks, width]: the row of each rank. In each column, two ranks hold 2**15 and -2**15, others small numbers.
 

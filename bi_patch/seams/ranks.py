@@ -1,7 +1,7 @@
 """The check of each worker, at its start: all ranks are armed alike, and are added in one order in every size."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
@@ -10,21 +10,17 @@ from bi_patch.seams import active, agreement
 _FEW = 65  # rows of a width that no layer has
 
 
-def closing(
-    name: str, ordered: bool, todo: str, covers: Callable[[Any, Any], None] | None = None
-) -> Callable[[Any], Any]:
+def closing(name: str, ordered: bool, todo: str) -> Callable[[Any], Any]:
     """`close` of a seam on init_worker_distributed_environment: after it, sums over ranks are checked bitwise.
 
     name: the seam's name, for the error. ordered: the sums must be those in rank order. todo: what the error advises.
-    covers: (VllmConfig, vLLM's group of tensor-parallel ranks) -> None; it raises UnsupportedFeature for several ranks
-    whose sums no run of an engine has shown.
     """
 
     def close(original):
         @functools.wraps(original)
         def init_worker_distributed_environment(vllm_config, *args, **kwargs):
             result = original(vllm_config, *args, **kwargs)
-            _check(vllm_config, name, ordered, todo, covers)
+            _check(vllm_config, name, ordered, todo)
             return result
 
         return init_worker_distributed_environment
@@ -32,34 +28,99 @@ def closing(
     return close
 
 
-def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[Any, Any], None] | None = None) -> None:
+def _check(config: Any, name: str, ordered: bool, todo: str) -> None:
     from vllm.distributed.parallel_state import get_tp_group, get_world_group
 
     agreement.check(name, get_world_group())
     group = get_tp_group()
-    if group.world_size == 1:
-        return
-    if covers is not None:
-        agreement.together(group, _refusal(covers, config, group))
-    try:
-        found = [(rows, width) for rows, width in _moved(config, group, ordered) if rows is not None]
-    except Exception as error:  # the others must not wait for this rank
-        agreement.together(group, error)
-        raise
-    agreement.together(
-        group,
-        UnsupportedFeature(
+    if group.world_size > 1:
+        agreement.together(group, _refusal(_whole, config, group, name, ordered, todo))
+    sharing = _sharing(config)
+    if sharing is not None:
+        agreement.together(sharing, _refusal(_slices, config, sharing, name, todo))
+
+
+def _whole(config: Any, group: Any, name: str, ordered: bool, todo: str) -> None:
+    found = [(rows, width) for rows, width in _moved(config, group, ordered) if rows is not None]
+    if found:
+        raise UnsupportedFeature(
             f"{name}: {group.world_size} ranks add a row of a message of {found[0][0]} rows of {found[0][1]} elements "
             f"in another order than {'by rank' if ordered else 'a row alone'}. {todo}"
         )
-        if found
-        else None,
+
+
+def shared(config: Any) -> int:
+    """The number of data-parallel ranks that share a layer of experts."""
+    several = int(getattr(config.parallel_config, "data_parallel_size", 1) or 1)
+    return several if getattr(getattr(config, "model_config", None), "is_moe", False) else 1
+
+
+def _sharing(config: Any) -> Any:
+    """vLLM's group of ranks that share the rows of experts: they keep slices of a sum. None if no ranks do."""
+    from vllm.distributed import parallel_state
+
+    if shared(config) == 1:
+        return None
+    # Tensor-parallel ranks have rows of their own, too.
+    split = getattr(config.parallel_config, "use_sequence_parallel_moe", False)
+    return parallel_state.get_ep_group() if split else parallel_state.get_dp_group()
+
+
+def others(config: Any) -> int:
+    """The most rows that other ranks may add to this rank's rows in a layer of experts."""
+    ranks = shared(config)
+    if ranks == 1:
+        return 0
+    tokens = config.scheduler_config.max_num_batched_tokens
+    return (ranks - 1) * (tokens + config.parallel_config.tensor_parallel_size)  # filled up to a multiple of ranks
+
+
+def alike(name: str, config: Any, made: Iterable[Any]) -> None:
+    """Compare the certificates of data-parallel ranks that share experts: any of these ranks may serve a request.
+
+    name: the seam's, for the error. made: the certificates of this rank. Every rank calls it. Raises UnsupportedFeature
+    on every rank if another certificate failed there than on the first rank.
+    """
+    if shared(config) == 1:
+        return
+    import torch.distributed as dist
+    from vllm.distributed.parallel_state import get_dp_group
+
+    group = get_dp_group()
+    said: list[Any] = [None] * group.world_size
+    dist.all_gather_object(said, sorted(str(c.key.problem) for c in made if not c.passed), group=group.cpu_group)
+    differing = sorted({problem for failed in said for problem in failed if not all(problem in f for f in said)})
+    if differing:
+        raise UnsupportedFeature(
+            f"{name}: {group.world_size} data-parallel ranks have other certificates ({', '.join(differing[:3])}), so "
+            "a request would get other bits on another rank. Delete the folder of certificates, use ranks of one kind "
+            "of device, or set BI_PATCH=0 for every rank"
+        )
+
+
+def _slices(config: Any, group: Any, name: str, todo: str) -> None:
+    from bi_patch.ops import collectives
+
+    width, most, dtype = _messages(config, False)[0]
+    sizes = collectives.moved_slices(
+        lambda rows, sizes: group.reduce_scatterv(rows, 0, sizes),
+        rank=group.rank_in_group,
+        ranks=group.world_size,
+        width=width,
+        most=most,
+        dtype=dtype,
+        device=group.device,
     )
+    if sizes is not None:
+        raise UnsupportedFeature(
+            f"{name}: {group.world_size} ranks that share experts add a row of slices of {sizes} rows in another order "
+            f"than by rank. {todo}"
+        )
 
 
-def _refusal(covers: Callable[[Any, Any], None], config: Any, group: Any) -> Exception | None:
+def _refusal(check: Callable[..., None], config: Any, group: Any, *more: Any) -> Exception | None:
     try:
-        covers(config, group)
+        check(config, group, *more)
     except Exception as error:  # of any kind: the others must not wait for this rank
         return error
     return None

@@ -35,3 +35,19 @@ def test_products_have_the_same_bits_for_every_number_of_ranks(n, k, leaves, dty
             roots = [kernels.product(rows[:, c], w[:, c], None, leaves // ranks, torch.float32) for c in parts]
             got = kernels.tree(torch.stack(roots), bias, dtype)
             assert torch.equal(got, whole[at : at + m]), (ranks, at, m)
+
+
+@pytest.mark.parametrize("sizes", [[5, 1, 0, 64], [16, 16, 16, 16]])
+def test_whichever_rank_keeps_a_row_its_sum_has_the_same_bits(sizes):
+    from bi_patch.ops import bits, collectives
+    from bi_patch.ops.cuda import ranks as ops
+
+    every = torch.randn(4, sum(sizes), 2048, device="cuda").bfloat16()
+    whole = collectives.in_rank_order(every)
+    for rank, want in enumerate(whole.split(sizes)):
+
+        def exchange(out, x, rank=rank):
+            out.copy_(torch.stack([part.split(sizes)[rank].reshape(-1) for part in every]))
+
+        got = ops.reduce_scatter(every[rank], sizes, rank, ops.Carrier(4, None, exchange))
+        assert got.shape == want.shape and not bits.differing(got, want)

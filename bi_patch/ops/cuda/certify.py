@@ -66,10 +66,12 @@ def certify(
     library: str,
     cache: Path,
     ahead: Ahead | None = None,
+    others: int = 0,
 ) -> list[Certificate]:
     """Certify every linear, every kind of experts and of attention, and the rows of all other operations of one worker.
 
     max_rows: the maximum number of tokens of a step. Linears and experts are certified for up to max_rows rows.
+    others: the rows that other ranks may add for the experts.
     library: the version of vLLM, whose kernels are compared, and the switches that choose among these kernels. cache:
     the folder of certificates. ahead: what `begin` started. A problem that occurs several times is certified once.
     Returns all certificates, in the order of the arguments, with failed certificates of linears, experts and decoders.
@@ -81,7 +83,7 @@ def certify(
     first, rest = Ahead(), ahead or Ahead()
     with certificates.clock("other"):
         with certificates.clock("compile"), torch.inference_mode():
-            _rehearse_products(linears, experts, max_rows, library, cache, first)
+            _rehearse_products(linears, experts, max_rows, others, library, cache, first)
             _rehearse_rows(attentions, checks, library, cache, rest)
             first.finish()
         made: list[Certificate | None] = []
@@ -89,7 +91,7 @@ def certify(
         for module in (linear, scaled_linear, packed_linear):
             made += module.certify(_of(module, linears), max_rows, cache)
         for problem, kernel in experts:
-            made.append(moe.certify(problem, kernel, max_rows, library, cache))
+            made.append(moe.certify(problem, kernel, max_rows + others, library, cache))
         with certificates.clock("compile"):
             rest.finish()
         for decoder, prefill in decoders:
@@ -103,10 +105,10 @@ def certify(
     return [certificate for certificate in (*made, *chunked, *among_rows) if certificate is not None]
 
 
-def _rehearse_products(linears, experts, max_rows, library, cache, ahead) -> None:
+def _rehearse_products(linears, experts, max_rows, others, library, cache, ahead) -> None:
     """Rehearse the certificates of experts and linears."""
     for problem, kernel in dict(experts).items():
-        _try(lambda p=problem, k=kernel: moe.rehearse(p, k, max_rows, library, cache, ahead))
+        _try(lambda p=problem, k=kernel: moe.rehearse(p, k, max_rows + others, library, cache, ahead))
     for module in (linear, scaled_linear, packed_linear):
         for problem in dict.fromkeys(_of(module, linears)):
             _try(lambda p=problem, m=module: m.rehearse(p, max_rows, cache, ahead))

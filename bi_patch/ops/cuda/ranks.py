@@ -6,11 +6,14 @@ once. It takes messages of whole 16-byte lines, so others are filled up with zer
 Where it is off, NCCL carries the parts and the bundled kernel adds them. One-shot, for small messages: every rank gets
 all parts. Two-shot, for large ones: each rank gets its slice of all parts, adds them, and the slices are gathered. NCCL
 itself adds nothing, so it may run at full speed. The bits are the same in every case.
+
+Ranks that share experts' rows keep a slice of the sum each (reduce_scatter). A slice has the bits of the whole sum, so
+which rank owns a row changes none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +27,14 @@ LARGE = 1 << 20  # bytes: messages above it are two-shot where NCCL carries them
 class Carrier:
     """What moves parts between ranks, and adds nothing.
 
-    gather: (out [ranks, n], x [n]) -> None, every rank's x. exchange: (out [ranks, n], x [ranks, n]) -> None, this
-    rank's row of every rank's x.
+    gather: (out [ranks, n], x [n]) -> None, every rank's x. exchange: (out [ranks, n], x) -> None, this rank's slice of
+    every rank's x. x: a contiguous slice for each rank, [ranks, n] or tensors of n elements, where n is a number of the
+    rank's own.
     """
 
     ranks: int
     gather: Callable[[torch.Tensor, torch.Tensor], object]
-    exchange: Callable[[torch.Tensor, torch.Tensor], object]
+    exchange: Callable[[torch.Tensor, torch.Tensor | Sequence[torch.Tensor]], object]
 
 
 def all_reduce(x: torch.Tensor, own: Any | None, carrier: Carrier) -> torch.Tensor:
@@ -50,6 +54,22 @@ def all_reduce(x: torch.Tensor, own: Any | None, carrier: Carrier) -> torch.Tens
     parts = torch.empty((carrier.ranks, flat.numel()), dtype=x.dtype, device=x.device)
     carrier.gather(parts, flat)
     return rank_sum(parts).view(x.shape)
+
+
+def reduce_scatter(x: torch.Tensor, sizes: Sequence[int], rank: int, carrier: Carrier) -> torch.Tensor:
+    """This rank's rows of the sum of x over ranks, in rank order, as a new tensor [sizes[rank], ...].
+
+    x: [sum(sizes), ...] in bf16, fp16 or fp32; sizes: the number of rows of each rank. Raises ValueError if they do not
+    fit.
+    """
+    from bi_patch.kernels.triton.ranks import rank_sum
+
+    if len(sizes) != carrier.ranks or sum(sizes) != x.shape[0]:
+        raise ValueError(f"{x.shape[0]} rows do not fall into the slices {list(sizes)} of {carrier.ranks} ranks")
+    slices = [part.reshape(-1) for part in x.contiguous().split(list(sizes))]
+    parts = torch.empty((carrier.ranks, slices[rank].numel()), dtype=x.dtype, device=x.device)
+    carrier.exchange(parts, slices)
+    return rank_sum(parts).view(sizes[rank], *x.shape[1:])
 
 
 def _filled_up(x: torch.Tensor, own: Any) -> torch.Tensor | None:

@@ -27,6 +27,8 @@ _CPU_SIZES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json"
 _CPU_LAUNCHER = "invariance-2026-11-29-cpu-amx-launcher-vllm-0.32.0.json"
 _H200_RANKS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0.json"
 _H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
+_H200_RANKS_MORE = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
+_H200_DATA = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-2.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
@@ -111,42 +113,98 @@ def _given(name: str, words: str) -> Callable[[Any], str]:
     return lambda config: words if getattr(config, name) is not None else ""
 
 
-def _data_parallel(moe: bool, words: str) -> Callable[[Any], str]:
-    """`words` for several data-parallel ranks of a model with experts (moe), or of one without."""
+def _plain_data_parallel(words: str) -> Callable[[Any], str]:
+    """`words` for several data-parallel ranks of a model without experts: they are independent engines."""
 
     def asked(config: Any) -> str:
         several = int(getattr(config.parallel_config, "data_parallel_size", 1) or 1) > 1
-        return words if several and bool(getattr(config.model_config, "is_moe", True)) == moe else ""
+        return words if several and not _shares_a_step(config) else ""
 
     return asked
 
 
-_SHARED = "Qwen3MoeForCausalLM"  # the model whose experts a run shared among ranks
+# Models whose experts ranks may share. Of the last, no run has compared bits yet.
+_MOE_OF_RANKS = ("Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+_ALL_TO_ALL = "allgather_reducescatter"  # vLLM's default, whose sums over ranks have a patch point
+_STAGES = ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size")
+_MOST = 4  # ranks
 
 
-def _expert_parallel(plain: bool, words: str) -> Callable[[Any], str]:
-    """`words` for experts that ranks share whole: only tensor-parallel ranks (plain), or with anything else."""
+def _beside_shared_experts(config: Any) -> dict[str, bool]:
+    """What no patch point or run covers where several ranks share experts, and whether an engine has it."""
+    held, model = config.parallel_config, config.model_config
+    backend = getattr(held, "all2all_backend", _ALL_TO_ALL)
+    return {
+        f"the all-to-all {backend}": backend != _ALL_TO_ALL,
+        "pipeline or context parallelism": any(_size(config, name) > 1 for name in _STAGES),
+        "quantized weights": getattr(model, "quantization", None) is not None,
+        "MLA in one form": bool(getattr(model, "use_mla", False)) and one_form(),
+        "recurrent layers": recurrent(model),
+        "pooling": getattr(model, "runner_type", "generate") != "generate",
+        "LoRA": getattr(config, "lora_config", None) is not None,
+        f"more than {_MOST} ranks": _ranks_of(config) > _MOST,
+        "several hosts": _size(config, "nnodes") > 1,
+        "another placement of experts": getattr(held, "expert_placement_strategy", "linear") != "linear",
+        "a KV cache of another type": getattr(getattr(config, "cache_config", None), "cache_dtype", "auto") != "auto",
+        "another model than Qwen3-MoE and DeepSeek": not _all_of(model, _MOE_OF_RANKS),
+    }
+
+
+def _size(config: Any, name: str) -> int:
+    return int(getattr(config.parallel_config, name, 1) or 1)
+
+
+def _ranks_of(config: Any) -> int:
+    return _size(config, "tensor_parallel_size") * _size(config, "data_parallel_size")
+
+
+def _measured(config: Any, most: int, data: int = 1) -> bool:
+    """Whether a run has compared bits of these models with up to `most` tensor- and `data` data-parallel ranks."""
+    sizes = _size(config, "tensor_parallel_size") <= most and _size(config, "data_parallel_size") <= data
+    return sizes and _all_of(config.model_config, _MOE_OF_RANKS[:2])
+
+
+def _all_of(model: Any, architectures: tuple[str, ...]) -> bool:
+    """Whether a model has an architecture, and only some of these."""
+    own = set(getattr(model, "architectures", None) or ())
+    return bool(own) and own <= set(architectures)
+
+
+_SHOWN, _NOT_SHOWN, _OTHER = "measured", "not measured", "other"
+
+
+def _judged(kind: str, words: str, found: str, other: dict[str, bool]) -> str:
+    """`words` for a configuration of one kind. found: _SHOWN or _NOT_SHOWN, unless `other` names what is refused."""
+    if any(other.values()):
+        return _joined(f"{words} with ", other) if kind == _OTHER else ""
+    return words if kind == found else ""
+
+
+def _expert_parallel(kind: str, words: str) -> Callable[[Any], str]:
+    """`words` for tensor-parallel ranks that hold whole experts. The rows of data parallelism judge its ranks."""
 
     def asked(config: Any) -> str:
-        held, model = config.parallel_config, config.model_config
-        if not getattr(held, "enable_expert_parallel", False):
+        if not getattr(config.parallel_config, "enable_expert_parallel", False) or _shares_a_step(config):
             return ""
-        sizes = ("data_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
-        other = {
-            "data, pipeline or context parallelism": any(int(getattr(held, s, 1) or 1) > 1 for s in sizes),
-            "quantized weights": getattr(model, "quantization", None) is not None,
-            "MLA": bool(getattr(model, "use_mla", False)),
-            "recurrent layers": recurrent(model),
-            "LoRA": getattr(config, "lora_config", None) is not None,
-            "more than two ranks": int(getattr(held, "tensor_parallel_size", 1) or 1) > 2,
-            "eager mode": bool(getattr(model, "enforce_eager", False)),
-            "a KV cache of another type": getattr(getattr(config, "cache_config", None), "cache_dtype", "auto")
-            != "auto",
-            "another model than Qwen3-MoE": set(getattr(model, "architectures", None) or ()) != {_SHARED},
-        }
-        if any(other.values()) == plain:
+        other = _beside_shared_experts(config) | {"data parallelism": _size(config, "data_parallel_size") > 1}
+        return _judged(kind, words, _SHOWN if _measured(config, _MOST) else _NOT_SHOWN, other)
+
+    return asked
+
+
+def _shares_a_step(config: Any) -> bool:
+    """Whether an engine has data-parallel ranks of a model with experts: each step is one of all ranks."""
+    return _size(config, "data_parallel_size") > 1 and bool(getattr(config.model_config, "is_moe", True))
+
+
+def _experts_of_data_ranks(kind: str, words: str) -> Callable[[Any], str]:
+    """`words` for data-parallel ranks of a model with experts."""
+
+    def asked(config: Any) -> str:
+        if not _shares_a_step(config):
             return ""
-        return words if plain else _joined(f"{words} with ", other)
+        shown = _measured(config, 1, 2) and compiled(config)
+        return _judged(kind, words, _SHOWN if shown else _NOT_SHOWN, _beside_shared_experts(config))
 
     return asked
 
@@ -320,6 +378,10 @@ def _everywhere(why: str, todo: str = "") -> dict:
     cell = refused(why, todo=todo)
     return {"cpu": cell, "cuda": cell, "ascend": cell}
 
+
+_STEP = "ranks share a step, and nobody has compared an engine's bits"
+_NO_EXCHANGE = "vLLM's CPU communicator lacks all_gatherv: two ranks of a tiny Qwen3-MoE stopped at their first step"
+_NO_MAP = "vLLM's CPU experts do not look which rank holds an expert"
 
 FEATURES: tuple[Feature, ...] = (
     row(
@@ -520,9 +582,8 @@ FEATURES: tuple[Feature, ...] = (
             served(
                 _H200_RANKS,
                 _H200_SHARED,
-                _H200,
-                why="two ranks, compiled over peer memory (also with experts) and in eager mode over NCCL; four ranks "
-                "with an earlier form of the sums",
+                _H200_RANKS_MORE,
+                why="two and four ranks, compiled over peer memory, also with experts; two with MLA, and over NCCL",
             ),
         ),
         ascend=untried(_NO_NPU),
@@ -534,10 +595,10 @@ FEATURES: tuple[Feature, ...] = (
         cpu=absent(),
         cuda=(
             untried("the order of the sums is checked at the start", releases="<0.32"),
-            refused(
-                "NCCL carries the parts, and no run has shown that in CUDA graphs",
-                todo="Use --enforce-eager",
-                by="communicator.cuda_rank_order",
+            served(
+                _H200_RANKS_MORE,
+                _H200_DATA,
+                why="two ranks in CUDA graphs; PyTorch's NCCL carried the parts, or vLLM's own",
             ),
         ),
         ascend=absent(),
@@ -553,8 +614,9 @@ FEATURES: tuple[Feature, ...] = (
             refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves", releases="<0.33"),
             served(
                 _H200_RANKS,
-                why="dense decoders in 16 bits with a 16-bit KV cache, one and two ranks, eager mode; layers with a "
-                "window, sinks or ALiBi were not measured, and the rest is refused",
+                _H200_RANKS_MORE,
+                why="dense decoders in 16 bits with a 16-bit KV cache: one, two and four ranks compiled, one and two "
+                "in eager mode; layers with a window, sinks or ALiBi were not measured, and the rest is refused",
             ),
         ),
         ascend=refused(_NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves"),
@@ -569,7 +631,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "pipeline parallelism, compiled",
         cpu=served(_CPU_RANKS),
-        cuda=untried("measured in eager mode"),
+        cuda=(untried(releases="<0.33"), served(_H200_RANKS_MORE, why="two stages")),
         ascend=untried(_NO_NPU),
         asked=_compiled(_of_parallel("pipeline_parallel_size", "compiled pipeline parallelism")),
     ),
@@ -581,33 +643,74 @@ FEATURES: tuple[Feature, ...] = (
             served(_H200_SHARED, why="two ranks, compiled"),
         ),
         ascend=refused(_NO_SEAM),
-        asked=_data_parallel(False, "data parallelism over 1"),
+        asked=_plain_data_parallel("data parallelism over 1"),
         details="All ranks need the same kind of device.",
     ),
     row(
         "data parallelism of MoE models",
-        **_everywhere("ranks share a step, so the load of one rank changes the rows of another"),
-        asked=_data_parallel(True, "data parallelism over 1 of a MoE model"),
+        cpu=refused(_NO_EXCHANGE),
+        cuda=(
+            refused(_STEP, todo="Use vLLM 0.33", releases="<0.33"),
+            served(
+                _H200_DATA,
+                why="two ranks, compiled: two layers of Qwen3-30B-A3B with and without expert parallelism, and of "
+                "DeepSeek-V2-Lite with it",
+            ),
+        ),
+        ascend=refused(_STEP),
+        asked=_experts_of_data_ranks(_SHOWN, "data parallelism over 1 of a MoE model"),
+        details="With or without expert parallelism: a sum over ranks has one order, whichever rank owns a row. "
+        "Requests have the same bits on every rank, whatever the other ranks do.",
+    ),
+    row(
+        "data parallelism of MoE models in eager mode, over three or four ranks, with TP, or of DeepSeek V3",
+        cpu=refused(_NO_EXCHANGE),
+        cuda=(
+            refused(_STEP, todo="Use vLLM 0.33", releases="<0.33"),
+            untried("each worker checks the order of the sums at its start"),
+        ),
+        ascend=refused(_STEP),
+        asked=_experts_of_data_ranks(_NOT_SHOWN, "data parallelism over 1 of a MoE model"),
+    ),
+    row(
+        "data parallelism of MoE models with another all-to-all, more than four ranks, or another model or feature",
+        **_everywhere(_STEP),
+        asked=_experts_of_data_ranks(_OTHER, "data parallelism over 1 of a MoE model"),
     ),
     row(
         "expert parallelism of tensor-parallel ranks",
-        cpu=refused("vLLM's CPU experts do not look which rank holds an expert"),
+        cpu=refused(_NO_MAP),
         cuda=(
             refused("nobody has compared an engine's bits", todo="Use vLLM 0.33", releases="<0.33"),
-            served(_H200_SHARED, why="two ranks, compiled, two layers of Qwen3-30B-A3B"),
+            served(
+                _H200_SHARED,
+                _H200_RANKS_MORE,
+                why="two layers of Qwen3-30B-A3B (two ranks) and of DeepSeek-V2-Lite (two and four), compiled and in "
+                "eager mode",
+            ),
         ),
         ascend=refused(_NO_SEAM),
-        asked=_expert_parallel(True, "expert parallelism"),
+        asked=_expert_parallel(_SHOWN, "expert parallelism"),
         details="Each rank holds whole experts and sees all rows. A model without experts ignores the option.",
     ),
     row(
-        "expert parallelism in eager mode, with more than two ranks, other models, or another feature",
-        **_everywhere("ranks exchange rows, or nobody has compared an engine's bits"),
-        asked=_expert_parallel(False, "expert parallelism"),
+        "expert parallelism of DeepSeek V3",
+        cpu=refused(_NO_MAP),
+        cuda=(
+            refused("nobody has compared an engine's bits", todo="Use vLLM 0.33", releases="<0.33"),
+            untried("measured with DeepSeek V2"),
+        ),
+        ascend=refused(_NO_SEAM),
+        asked=_expert_parallel(_NOT_SHOWN, "expert parallelism"),
+    ),
+    row(
+        "expert parallelism with more than four ranks, other models, or another feature",
+        **_everywhere("nobody has compared an engine's bits"),
+        asked=_expert_parallel(_OTHER, "expert parallelism"),
     ),
     row(
         "expert load balancing",
-        **_everywhere("the load decides which rank holds an expert"),
+        **_everywhere("the load decides which rank holds an expert, and each rank's part of a sum is rounded"),
         asked=_of_parallel("enable_eplb", "expert load balancing", 0),
     ),
     row(

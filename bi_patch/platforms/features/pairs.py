@@ -18,6 +18,8 @@ _CPU_STAGES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-4.json"
 _CPU_LATENT = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0-4.json"
 _CPU_STAGES_MORE = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-5.json"
 _H200_PAIRS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-2.json"
+_H200_EXPERTS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
+_H200_RANKS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
 _H200_LORA_FP8 = "invariance-2026-11-29-h200-pairs-vllm-0.33.0-2.json"
 _SCHEMES = "INT8, 4-bit weights and FP8 blocks of tiny models, in eager mode"
 _ALONE = "nobody has compared bits of both together"
@@ -165,6 +167,12 @@ def _pairs(first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], a
 _REFUSED = refused(_ALONE, todo="Use one of them")
 _NO_SEAM = refused("no patch point covers it yet")
 _OLDER = refused(_ALONE, todo="Use vLLM 0.33, or one of them", releases="<0.33")
+
+
+_LATENT_RANKS = (
+    untried(releases="<0.33"),
+    served(_H200_RANKS, why="two ranks, compiled, two layers of DeepSeek-V2-Lite; more ranks with whole experts"),
+)
 
 
 def _two_compiled(config: Any) -> str:
@@ -341,16 +349,22 @@ PAIRS: tuple[Feature, ...] = (
         EXPERTS,
         "tensor parallelism",
         cpu=served("invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json", why="two ranks, a tiny Qwen3-MoE"),
-        cuda=untried("measured with models without experts"),
+        cuda=(
+            untried("measured with models without experts", releases="<0.33"),
+            served(_H200_EXPERTS, _H200_RANKS, why="two layers of Qwen3-30B-A3B, two and four ranks, compiled"),
+        ),
         ascend=untried(),
     ),
     *(
-        _pairs(kind, parallel, cpu=cpu, cuda=untried(), ascend=_NO_SEAM)
-        for kind, staged in (
-            (MLA, served(_CPU_STAGES, why="a tiny DeepSeek V2, compiled, with one thread a rank")),
-            (RECURRENT, untried()),
+        _pairs(kind, parallel, cpu=cpu, cuda=cuda, ascend=_NO_SEAM)
+        for kind, staged, shared in (
+            (MLA, served(_CPU_STAGES, why="a tiny DeepSeek V2, compiled, with one thread a rank"), _LATENT_RANKS),
+            (RECURRENT, untried(), untried()),
         )
-        for parallel, cpu in (("tensor parallelism", _REFUSED), ("pipeline parallelism", staged))
+        for parallel, cpu, cuda in (
+            ("tensor parallelism", _REFUSED, shared),
+            ("pipeline parallelism", staged, untried()),
+        )
     ),
     _pairs(QUANTIZED, "tensor parallelism", cpu=_REFUSED, cuda=untried(), ascend=_NO_SEAM),
     _pairs(

@@ -14,6 +14,8 @@ EXAMINED = frozenset(
         "prefill_context_parallel_size",
         "decode_context_parallel_size",
         "enable_expert_parallel",
+        "all2all_backend",
+        "expert_placement_strategy",
         "enable_eplb",
         "enable_dbo",
         "distributed_executor_backend",
@@ -65,8 +67,6 @@ PLACES = frozenset(
 # that ranks share.
 BEHIND = frozenset(
     {
-        "all2all_backend",
-        "expert_placement_strategy",
         "eplb_config",
         "enable_ep_weight_filter",
         "elastic_ep_max_dp_size",

@@ -9,7 +9,7 @@ from bi_patch.seams import active
 from bi_patch.seams.model import Policy
 
 _FIRST = Version("0.33")  # on CUDA, nobody measured a release before
-_RANKS = 2  # nor more ranks
+_RANKS = 4  # nor more ranks
 _TYPES = ("torch.bfloat16", "torch.float16")
 _CACHES = ("auto", "bfloat16", "float16")
 
@@ -33,7 +33,6 @@ def _uncovered(config: Any) -> dict[str, bool]:
         f"the platform {platform}": platform not in ("cpu", "cuda"),
         f"vLLM {release} on CUDA": platform == "cuda" and release < _FIRST,
         f"weights of {model.dtype} on CUDA": platform == "cuda" and str(model.dtype) not in _TYPES,
-        "compiled code on CUDA": platform == "cuda" and not model.enforce_eager,
         f"a {cache!r} KV cache on CUDA": platform == "cuda" and cache not in _CACHES,
         "data parallelism on CUDA": platform == "cuda" and parallel.data_parallel_size > 1,
         f"{parallel.tensor_parallel_size} ranks on CUDA": platform == "cuda" and parallel.tensor_parallel_size > _RANKS,

@@ -3,8 +3,7 @@
 vLLM 0.32 and later: vLLM's one-stage all-reduce adds over peer memory, or else NCCL carries the parts and ranks add
 them. So NCCL adds nothing and needs no pins. Earlier releases: upstream's mode adds with its one-stage all-reduce, or
 with NCCL pinned to one algorithm and one channel. These rules turn off or refuse whatever would take another
-collective. Each worker checks the order at its start. No run has shown engines that compile while NCCL carries the
-parts, so they are refused there, too: only a worker knows what its group can do.
+collective. Each worker checks the order at its start.
 """
 
 import dataclasses
@@ -30,7 +29,10 @@ _PINS = (
 
 
 _CARRIER = "_bi_patch_carrier"  # attribute of vLLM's CudaCommunicator
-_LINE = 16  # elements: whole 16-byte lines of every dtype
+_UNEQUAL = (
+    "communicator.{}: {} rows do not fall into {} equal slices. Use one device, or set BI_PATCH=0, and report this as "
+    "a bug of bi_patch"
+)
 _SUMS = ">=0.32"  # releases whose one-stage all-reduce takes messages of any size
 
 
@@ -64,12 +66,14 @@ def carrier(communicator):
 
 
 def _exchange(nccl, out, x):
-    """As Carrier.exchange, by vLLM's PyNcclCommunicator."""
+    """As Carrier.exchange, by vLLM's PyNcclCommunicator. Both sides leave an empty slice out."""
     nccl.group_start()
     for other in range(nccl.world_size):
         if other != nccl.rank:
-            nccl.send(x[other], other)
-            nccl.recv(out[other], other)
+            if x[other].numel():
+                nccl.send(x[other], other)
+            if out.numel():
+                nccl.recv(out[other], other)
     nccl.group_end()
     out[nccl.rank].copy_(x[nccl.rank])
 
@@ -81,9 +85,12 @@ def _torch_gather(group, out, x):
 
 
 def _torch_exchange(group, out, x):
+    import torch
     import torch.distributed as dist
 
-    dist.all_to_all_single(out.view(-1), x.view(-1), group=group)
+    given = torch.cat([part.reshape(-1) for part in x])
+    sizes = [part.numel() for part in x]
+    dist.all_to_all_single(out.view(-1), given, [out.shape[1]] * len(sizes), sizes, group=group)
 
 
 def _scatter(original):
@@ -93,10 +100,7 @@ def _scatter(original):
     def reduce_scatter(self, input_, dim=-1):
         size, left = divmod(input_.shape[dim], self.world_size)
         if left:
-            raise UnsupportedFeature(
-                f"communicator.cuda_scatter: {input_.shape[dim]} rows do not fall into {self.world_size} equal slices. "
-                "Use one device, or set BI_PATCH=0, and report this as a bug of bi_patch"
-            )
+            raise UnsupportedFeature(_UNEQUAL.format("cuda_scatter", input_.shape[dim], self.world_size))
         total = self.all_reduce(input_)
         return total.narrow(dim, self.rank_in_group * size, size).contiguous()
 
@@ -104,18 +108,56 @@ def _scatter(original):
 
 
 def _scatter_unequal(original):
-    """CudaCommunicator._reduce_scatterv: refused; only ranks that share experts' rows call it."""
+    """CudaCommunicator._reduce_scatterv: this rank's slice of the sum in rank order, whichever rank owns a row."""
 
     @functools.wraps(original)
     def _reduce_scatterv(self, input_, dim, sizes, output=None):
-        if self.world_size == 1:
-            return original(self, input_, dim, sizes, output)
-        raise UnsupportedFeature(
-            "communicator.cuda_scatterv: no patch point gives a sum over ranks in unequal slices one order. Turn off "
-            "expert parallelism and data parallelism, or set BI_PATCH=0"
-        )
+        from bi_patch.ops.cuda import ranks as ops
+
+        if self.world_size == 1 or not input_.is_floating_point():
+            return original(self, input_, dim, sizes, output)  # whole numbers have one sum
+        rows = input_.movedim(dim, 0)
+        if sizes is None:
+            size, left = divmod(rows.shape[0], self.world_size)
+            if left:
+                raise UnsupportedFeature(_UNEQUAL.format("cuda_scatterv", rows.shape[0], self.world_size))
+            sizes = [size] * self.world_size
+        total = ops.reduce_scatter(rows, sizes, self.rank_in_group, carrier(self)).movedim(0, dim)
+        return total.contiguous() if output is None else output.copy_(total)
 
     return _reduce_scatterv
+
+
+def _gather_unequal(original):
+    """CudaCommunicator.all_gatherv: every rank's rows, by PyTorch's NCCL where vLLM has none. Nothing is added."""
+
+    @functools.wraps(original)
+    def all_gatherv(self, input_, dim=0, sizes=None):
+        nccl = self.pynccl_comm
+        if self.world_size == 1 or nccl is not None and not nccl.disabled or dim:
+            return original(self, input_, dim, sizes)
+        if isinstance(input_, (list, tuple)):
+            return [_torch_gather_unequal(self, x, sizes) for x in input_]
+        return _torch_gather_unequal(self, input_, sizes)
+
+    return all_gatherv
+
+
+def _torch_gather_unequal(communicator, x, sizes):
+    """Every rank's x [its size, ...], one after the other. Rows are filled up to the largest size on the way."""
+    import torch
+
+    sizes = [x.shape[0]] * communicator.world_size if sizes is None else sizes
+    most = max(sizes)
+    if x.shape[0] < most:
+        filled = x.new_empty((most, *x.shape[1:]))
+        filled[: x.shape[0]].copy_(x)
+        x = filled
+    out = x.new_empty((communicator.world_size, *x.shape))
+    _torch_gather(communicator.device_group, out, x.contiguous())
+    if min(sizes) == most:
+        return out.view(-1, *x.shape[1:])
+    return torch.cat([part[:size] for part, size in zip(out, sizes, strict=True)])
 
 
 def _unpinned(original):
@@ -144,25 +186,6 @@ _TODO = (
     "NCCL_ALGO=allreduce:tree, NCCL_PROTO=Simple, NCCL_MIN_NCHANNELS=1, NCCL_MAX_NCHANNELS=1 and "
     "NCCL_NVLS_ENABLE=0 before the process starts; or use one device, or set BI_PATCH=0"
 )
-
-
-def _shown(config, group) -> None:
-    """Refuse an engine that compiles while NCCL carries the parts. group: vLLM's group of tensor-parallel ranks."""
-    import torch
-
-    if config.model_config.enforce_eager:
-        return
-    own = getattr(group.device_communicator, "ca_comm", None)
-    whole = -(-config.model_config.get_hidden_size() // _LINE) * _LINE
-    most = config.scheduler_config.max_num_batched_tokens
-    # Of no memory. Rows that do not fill lines are filled up.
-    largest = torch.empty((most, whole), dtype=config.model_config.dtype, device="meta")
-    if own is None or own.disabled or not own.should_custom_ar(largest):
-        raise UnsupportedFeature(
-            f"communicator.cuda_rank_order: vLLM's one-stage all-reduce does not serve these {group.world_size} ranks, "
-            "and no run has shown compiled code while NCCL carries the parts. Use --enforce-eager, or 2, 4, 6 or 8 "
-            "GPUs with peer memory and without --disable-custom-all-reduce, or set BI_PATCH=0"
-        )
 
 
 def _no_fusion(config) -> None:
@@ -213,8 +236,19 @@ SEAMS = (
         targets=(Target(_COMMUNICATOR, "CudaCommunicator._reduce_scatterv", releases=_SUMS),),
         close=_scatter_unequal,
         why="the number of rows of each rank decides the order in which NCCL adds unequal slices",
-        how="a call is an error by name; only expert parallelism and data parallelism of experts call it",
-        until="a patch point adds unequal slices in rank order",
+        how="NCCL carries the parts of a slice to the rank that keeps the slice, and a bundled kernel adds them in "
+        "rank order, so which rank owns a row changes no bit",
+        until="upstream's mode adds unequal slices in rank order",
+        causes=(16,),
+        op="bi_patch.ops.cuda.ranks",
+    ),
+    Seam(
+        name="communicator.cuda_gatherv",
+        targets=(Target(_COMMUNICATOR, "CudaCommunicator.all_gatherv", releases=">=0.33"),),
+        close=_gather_unequal,
+        why="where vLLM cannot load NCCL itself (e.g. beside an older PyTorch), its ranks of experts do not start",
+        how="PyTorch's NCCL gathers the rows there; a gather adds nothing, so no bit depends on the way",
+        until="upstream gathers rows by PyTorch's NCCL where there is no other",
         causes=(16,),
     ),
     Seam(
@@ -254,11 +288,9 @@ SEAMS = (
             "communicator.cuda_rank_order",
             True,
             "Use one device, or set BI_PATCH=0, and report this as a bug of bi_patch",
-            covers=_shown,
         ),
         why="a sum over ranks must have one order for every size of the message",
-        how="each worker compares sums over ranks of 1 row up to the largest step with the sum in rank order, bitwise. "
-        "Compiled engines whose parts NCCL carries are refused",
+        how="each worker compares sums over ranks of 1 row up to the largest step with the sum in rank order, bitwise",
         until="never: this patch point checks the order",
         causes=(14,),
     ),

@@ -48,7 +48,7 @@ def _load(original):
         from vllm.config import set_current_vllm_config
 
         from bi_patch.ops.cuda import certify, lora
-        from bi_patch.seams import leaves, weights
+        from bi_patch.seams import leaves, ranks, weights
         from bi_patch.seams import pooling as poolers
         from bi_patch.seams import vision as images
         from bi_patch.seams.cuda import attention, chunks, moe, norm, packed_linear, pooling, quantized, rows, vision
@@ -80,7 +80,7 @@ def _load(original):
         weights.watch_model(model, *hooks, lambda model: weights.refuse_with_lora(config))
         quantized.check(model)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
-            certify.certify(
+            made = certify.certify(
                 [*_problems(model, config), *scaled.problems(model), *packed_linear.problems(model)],
                 moe.experts(model),
                 attention.decoders(config),
@@ -90,7 +90,9 @@ def _load(original):
                 library=version,
                 cache=active.cache,
                 ahead=ahead,
+                others=ranks.others(config),
             )
+            ranks.alike("linear.cuda_certify", config, made)
             vision.certify(model, config)
         return result
 

@@ -1,9 +1,10 @@
-"""Other sums over ranks, planted in every worker of an engine of several CPU ranks, below the patch point.
+"""Other sums over ranks, planted in every worker of an engine of several ranks, below the patch point.
 
-The patch point communicator.cpu_sum gathers the parts and adds them. Each of WAYS adds them as a library does that
-looks at the message: causes 14 and 16 with real ranks. TREES are other sums of the parts of BI_PATCH_TP_INVARIANT,
-which the axis "tensor parallel size" finds. The layers are in other processes, so verify's axis finds the difference,
-and nothing names the layer.
+The patch point communicator.cpu_sum gathers the parts and adds them; on CUDA, a bundled kernel adds what NCCL carries
+(communicator.cuda_sum, communicator.cuda_scatterv). Each of WAYS adds the parts as a library does that looks at the
+message: causes 14 and 16 with real ranks. SLICES, on CUDA, add what a rank keeps of a sum, and may look at the rank.
+TREES are other sums of the parts of BI_PATCH_TP_INVARIANT, which the axis "tensor parallel size" finds. The layers are
+in other processes, so verify's axis finds the difference, and nothing names the layer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import torch
 
+from bi_patch.seams import active
 from bi_patch.tools.verify.engine import LocalEngine
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
@@ -58,6 +60,33 @@ WAYS: dict[str, Sum] = {
 }
 
 
+def _hops(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Parts added as in a ring: every hop rounds. In fp32, four parts of 16 bits mostly have one sum in any order."""
+    return functools.reduce(torch.add, parts)
+
+
+def from_the_owner(parts: torch.Tensor, rank: int) -> torch.Tensor:
+    """A slice of experts' rows is added from the part of the rank on that keeps the slice."""
+    return _hops(parts.roll(-rank, 0))
+
+
+def small_from_the_owner(parts: torch.Tensor, rank: int) -> torch.Tensor:
+    """Small slices are added in rank order, large ones from their owner's part on."""
+    return _hops(parts) if parts[0].nbytes <= _SMALL else from_the_owner(parts, rank)
+
+
+def slices_by_arrival(parts: torch.Tensor, rank: int) -> torch.Tensor:
+    """The parts of a slice are added as they arrive, in another order in each call."""
+    return _hops(parts[i] for i in torch.randperm(parts.shape[0]))
+
+
+SLICES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "combine rotated by rank": from_the_owner,
+    "combine rotated by rank for many rows": small_from_the_owner,
+    "combine by arrival, each hop rounded": slices_by_arrival,
+}
+
+
 def one_by_one(parts: Iterable[torch.Tensor]) -> torch.Tensor:
     """The parts of K are added one after the other, so the number of ranks decides where a sum begins anew."""
     return functools.reduce(torch.add, parts)
@@ -70,16 +99,29 @@ def plant(engine: LocalEngine, data: bytes) -> bytes:
     """Instrument: plant one of WAYS or TREES in every worker, "" removes it. Returns the number of workers."""
     name = msgspec.msgpack.decode(data, type=str)
     # Not by llm.collective_rpc, which may write weights, so that engines with BI_PATCH_TP_INVARIANT refuse it.
-    done = engine.core.model_executor.collective_rpc(functools.partial(_put, name=name))
+    done = engine.core.model_executor.collective_rpc(functools.partial(put, name=name))
     return msgspec.msgpack.encode(len(done))
 
 
-def _put(worker: object, name: str) -> bool:
-    """In a worker: let the patch points add in this way."""
-    from bi_patch.ops import collectives
-    from bi_patch.ops.cpu import leaves
-
-    for module, attribute, ways in ((collectives, "in_rank_order", WAYS), (leaves, "tree", TREES)):
+def put(worker: object, name: str) -> bool:
+    """In a worker: let the patch points add in one of SLICES on CUDA, of WAYS or TREES on CPU."""
+    for module, attribute, ways in _cuda() if active.plan and active.plan.platform == "cuda" else _cpu():
         own = _own.setdefault(attribute, getattr(module, attribute))
         setattr(module, attribute, ways.get(name, own))
     return True
+
+
+def _cpu():
+    from bi_patch.ops import collectives
+    from bi_patch.ops.cpu import leaves
+
+    return (collectives, "in_rank_order", WAYS), (leaves, "tree", TREES)
+
+
+def _cuda():
+    from vllm.distributed.parallel_state import get_dp_group
+
+    from bi_patch.kernels.triton import ranks
+
+    own = get_dp_group().rank_in_group
+    return ((ranks, "rank_sum", {name: functools.partial(way, rank=own) for name, way in SLICES.items()}),)

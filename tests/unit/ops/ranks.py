@@ -93,16 +93,28 @@ def _of_cuda(tensor, nccl):
 
     The bundled kernel needs a GPU; its own test compares it with this sum.
     """
+    from bi_patch.ops.cuda import ranks as ops
+
+    ops.LARGE = 16 * WIDTH * tensor.element_size()
+    return _closed("communicator.cuda_sum")(_communicator(nccl), tensor)
+
+
+def _closed(name):
     from types import SimpleNamespace
 
-    from bi_patch.ops.cuda import ranks as ops
     from bi_patch.seams.cuda.communicator import SEAMS
 
     sys.modules["bi_patch.kernels.triton.ranks"] = SimpleNamespace(rank_sum=collectives.in_rank_order)
-    ops.LARGE = 16 * WIDTH * tensor.element_size()
-    close = next(seam.close for seam in SEAMS if seam.name == "communicator.cuda_sum")
-    held = SimpleNamespace(world_size=dist.get_world_size(), ca_comm=None, pynccl_comm=nccl, device_group=None)
-    return close(of_gloo)(held, tensor)
+    return next(seam.close for seam in SEAMS if seam.name == name)(of_gloo)
+
+
+def _communicator(nccl):
+    from types import SimpleNamespace
+
+    held = SimpleNamespace(world_size=dist.get_world_size(), rank_in_group=dist.get_rank())
+    held.ca_comm = held.device_group = None
+    held.pynccl_comm = nccl
+    return held
 
 
 def of_the_cuda_seam(tensor):
@@ -113,6 +125,37 @@ def of_the_cuda_seam_by_torch(tensor):
     return _of_cuda(tensor, None)
 
 
+def slices_of_the_cuda_seam(rows, sizes):
+    return _closed("communicator.cuda_scatterv")(_communicator(Nccl()), rows, 0, sizes)
+
+
+def slices_of_the_cuda_seam_by_torch(rows, sizes):
+    return _closed("communicator.cuda_scatterv")(_communicator(None), rows, 0, sizes)
+
+
+def slices_from_the_owner(rows, sizes):
+    """The sum of a slice starts with the part of the rank that keeps the slice."""
+    parts = [part.split(sizes)[dist.get_rank()] for part in gathered(rows)]
+    return added(parts[dist.get_rank() :] + parts[: dist.get_rank()], rows.dtype)
+
+
+def empty_slices():
+    """Whether ranks that keep nothing leave the others' slices as they are."""
+    rows = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank())).bfloat16()
+    sizes = [2, 0, 1, 0]
+    want = in_rank_order(rows).split(sizes)[dist.get_rank()]
+    return all(torch.equal(way(rows, sizes), want) for way in SLICES[:2])
+
+
+def gathered_rows(sizes):
+    """Whether every rank gets the rows of all, with PyTorch's collectives in place of vLLM's own."""
+    every = torch.randn(sum(sizes), WIDTH, generator=torch.Generator().manual_seed(7)).bfloat16()
+    own, ids = every.split(sizes)[dist.get_rank()], torch.arange(sum(sizes)).split(sizes)[dist.get_rank()]
+    rows, numbers = _closed("communicator.cuda_gatherv")(_communicator(None), [own, ids], 0, sizes)
+    return torch.equal(rows, every) and numbers.tolist() == list(range(sum(sizes)))
+
+
+SLICES = (slices_of_the_cuda_seam, slices_of_the_cuda_seam_by_torch, slices_from_the_owner)
 WAYS = (in_rank_order, like_a_ring, by_size, of_gloo, of_the_cpu_seam, of_the_cuda_seam, of_the_cuda_seam_by_torch)
 
 
@@ -134,6 +177,11 @@ def main(rank: int, ranks: int, folder: str) -> None:
         for way in WAYS
         for dtype in (torch.bfloat16, torch.float32)
     }
+    given = {"rank": rank, "ranks": ranks, "width": WIDTH, "most": MOST, "device": "cpu"}
+    for way in SLICES:
+        found[way.__name__] = collectives.moved_slices(way, dtype=torch.bfloat16, **given)
+    found["empty slices"] = empty_slices()
+    found["gathered rows"] = all(gathered_rows(sizes) for sizes in ([3, 3, 3, 3], [1, 0, 5, 2]))
     print(json.dumps(found))
     dist.barrier()  # a rank that leaves while another still talks to it can end both
     dist.destroy_process_group()  # gloo's threads end here, not while Python ends

@@ -20,9 +20,12 @@ def test_four_ranks(tmp_path):
         subprocess.Popen([sys.executable, PROGRAM, str(r), "4", tmp_path], stdout=subprocess.PIPE, text=True)
         for r in range(4)
     ]
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
         found = json.loads(rank.communicate(timeout=900)[0])
         assert rank.returncode == 0
+        assert found["slices_of_the_cuda_seam"] is None and found["slices_of_the_cuda_seam_by_torch"] is None
+        assert found["slices_from_the_owner"] == ([1, 1, 1, 1] if number else None), "the first rank's is in rank order"
+        assert found["empty slices"] and found["gathered rows"]
         for dtype in ("bfloat16", "float32"):
             assert found[f"in_rank_order {dtype}"] is None
             assert found[f"like_a_ring {dtype}"] == 2

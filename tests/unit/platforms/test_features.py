@@ -27,6 +27,7 @@ SHARED = {
     "model_architectures": ["Qwen3MoeForCausalLM"],
     "model_enforce_eager": False,
 }
+STEPS = SHARED | {"parallel_tensor_parallel_size": 1, "parallel_data_parallel_size": 2, "model_is_moe": True}
 CELLS = [
     *(
         (f"{row.name}, {platform}", platform, cell)
@@ -267,10 +268,13 @@ def test_a_plain_configuration_passes(platform):
             "expert parallelism with quantized weights",
         ),
         (
-            {"parallel_enable_expert_parallel": True, "parallel_data_parallel_size": 2, "model_is_moe": True},
-            "expert parallelism with data, pipeline or context parallelism",
+            {"parallel_enable_expert_parallel": True, "parallel_data_parallel_size": 2, "model_is_moe": False},
+            "expert parallelism with .*data parallelism",
         ),
-        ({"parallel_enable_expert_parallel": True, "model_use_mla": True}, "expert parallelism with MLA"),
+        (
+            {"parallel_enable_expert_parallel": True, "parallel_pipeline_parallel_size": 2},
+            "expert parallelism with pipeline or context parallelism",
+        ),
         ({"parallel_enable_eplb": True}, "expert load balancing"),
         ({"parallel_decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"parallel_enable_dbo": True}, "dual-batch overlap"),
@@ -371,13 +375,27 @@ def test_several_refusals_are_named_at_once_with_what_to_do():
         ("ascend", {"parallel_tensor_parallel_size": 2}, False),
         ("cpu", {"parallel_tensor_parallel_size": 2, "parallel_enable_expert_parallel": True}, True),
         ("cuda", SHARED, False),
-        ("cuda", SHARED | {"parallel_tensor_parallel_size": 4}, True),
-        ("cuda", SHARED | {"model_enforce_eager": True}, True),
+        ("cuda", SHARED | {"parallel_tensor_parallel_size": 4, "model_enforce_eager": True}, False),
+        ("cuda", SHARED | {"parallel_tensor_parallel_size": 8}, True),
+        ("cuda", SHARED | {"parallel_all2all_backend": "passthrough"}, True),
+        ("cuda", SHARED | {"parallel_expert_placement_strategy": "round_robin"}, True),
         ("cuda", SHARED | {"model_architectures": ["MixtralForCausalLM"]}, True),
+        ("cuda", SHARED | {"model_architectures": ["DeepseekV3ForCausalLM"], "model_use_mla": True}, False),
         ("ascend", {"parallel_tensor_parallel_size": 2, "parallel_enable_expert_parallel": True}, True),
         ("cpu", {"parallel_data_parallel_size": 2, "model_is_moe": False}, False),
         ("cuda", {"parallel_data_parallel_size": 2, "model_is_moe": False}, False),
         ("ascend", {"parallel_data_parallel_size": 2, "model_is_moe": False}, True),
+        ("cuda", STEPS, False),
+        ("cuda", STEPS | {"parallel_enable_expert_parallel": False, "parallel_tensor_parallel_size": 2}, False),
+        ("cpu", STEPS, True),
+        ("ascend", STEPS, True),
+        ("cuda", STEPS | {"parallel_data_parallel_size": 8}, True),
+        ("cuda", STEPS | {"parallel_all2all_backend": "deepep_high_throughput"}, True),
+        ("cuda", STEPS | {"parallel_pipeline_parallel_size": 2}, True),
+        ("cuda", STEPS | {"parallel_nnodes": 2}, True),
+        ("cuda", STEPS | {"model_quantization": "fp8"}, True),
+        ("cuda", STEPS | {"model_architectures": ["GptOssForCausalLM"]}, True),
+        ("cuda", STEPS | {"lora": SimpleNamespace()}, True),
         ("cpu", {"parallel_pipeline_parallel_size": 2}, False),
         ("cuda", {"kv_transfer": offload(cpu_bytes_to_use=1)}, False),
         ("cpu", {"kv_transfer": offload()}, True),
@@ -394,8 +412,15 @@ def test_platforms_differ(platform, change, refused):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"parallel_pipeline_parallel_size": 2}, "compiled pipeline parallelism"),
-        ({"parallel_tensor_parallel_size": 2, "model_is_moe": True}, "experts with tensor parallelism"),
+        (
+            {"parallel_pipeline_parallel_size": 2, "parallel_tensor_parallel_size": 2},
+            "tensor parallelism with pipeline parallelism",
+        ),
+        ({"parallel_pipeline_parallel_size": 2, "model_use_mla": True}, "MLA with pipeline parallelism"),
+        (STEPS | {"parallel_data_parallel_size": 4}, "data parallelism over 1 of a MoE model"),
+        (STEPS | {"parallel_tensor_parallel_size": 2}, "data parallelism over 1 of a MoE model"),
+        (STEPS | {"model_architectures": ["DeepseekV3ForCausalLM"]}, "data parallelism over 1 of a MoE model"),
+        (SHARED | {"model_architectures": ["DeepseekV3ForCausalLM"]}, "expert parallelism"),
     ],
 )
 def test_an_engine_of_several_gpus_names_what_nobody_measured(change, named):
@@ -403,7 +428,7 @@ def test_an_engine_of_several_gpus_names_what_nobody_measured(change, named):
     held = (row for row in table.ROWS if row.asked is not None and row.asked(given))
     found = {row.asked(given) for row in held if row.cell("cuda").state == model.UNTRIED}
     assert named in found
-    eager = config(**change, model_enforce_eager=True)
+    eager = config(**change | {"model_enforce_eager": True})
     assert not any(row.asked(eager) for row in table.ROWS if row.name == "pipeline parallelism, compiled")
 
 

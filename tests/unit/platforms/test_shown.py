@@ -36,6 +36,8 @@ _ASKED = (
     "a reset of running requests",
 )
 _EQUAL = ("tensor parallel size",)
+_STEPS = ("batch size", "load of all ranks", "data-parallel rank")
+_RANKS = ("batch size", "position and order", "mixed lengths", "prefix cache", "chunk budget")
 _SPECULATED = ("speculative decoding",)
 _PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
 _RESTARTED = ("preemption", "restart")
@@ -125,12 +127,32 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* TP 2, new weights", "weight update"),
     ),
     ("tensor parallelism", "cuda"): (
-        ("*tensor parallel 4", *_SIX, "eager and compiled"),
+        ("Qwen3-8B*TP 4, compiled", *_RANKS, "decode = prefill"),
+        ("Qwen3-30B-A3B*TP 4, compiled", *_RANKS, "decode = prefill"),
+        ("DeepSeek-V2-Lite*TP 2 compiled", *_RANKS),
+        ("* TP 2 without peer memory, compiled", *_RANKS, "decode = prefill"),
         ("* TP 2 compiled", *_SIX, "eager and compiled"),
         ("* TP 2 without peer memory", "batch size", "decode = prefill"),
         ("Qwen3-30B-A3B*TP 2 compiled", "batch size", "prefix cache", "decode = prefill", "eager and compiled"),
     ),
-    ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cuda"): (("* TP 1 and 2 equal", *_EQUAL),),
+    ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cuda"): (
+        ("* TP 1 and 2 equal", *_EQUAL),
+        ("* TP 1, 2 and 4 equal, compiled", *_EQUAL),
+    ),
+    (
+        "tensor parallelism without vLLM's one-stage all-reduce (no peer memory, or other than 2, 4, 6 or 8 ranks), "
+        "compiled",
+        "cuda",
+    ): (("* TP 2 without peer memory, compiled", *_RANKS, "decode = prefill"),),
+    ("pipeline parallelism, compiled", "cuda"): (("* PP 2 compiled", *_RANKS, "decode = prefill"),),
+    ("experts with tensor parallelism", "cuda"): (
+        ("Qwen3-30B-A3B*TP 2 compiled", "batch size", "prefix cache", "decode = prefill", "eager and compiled"),
+        ("Qwen3-30B-A3B*TP 4, compiled", *_RANKS, "decode = prefill"),
+    ),
+    ("MLA with tensor parallelism", "cuda"): (
+        ("DeepSeek-V2-Lite*TP 2 compiled", *_RANKS),
+        ("DeepSeek-V2-Lite*experts over 4 ranks, compiled", *_RANKS),
+    ),
     ("pipeline parallelism", "cuda"): (("* PP 2", "batch size", "decode = prefill"),),
     ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cpu"): (
         ("* fp32, TP 1, 2 and 4 equal", *_EQUAL),
@@ -141,7 +163,16 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("pipeline parallelism, compiled", "cpu"): (("* PP 2 compiled", "batch size", "one by one"),),
     ("data parallelism of models without experts", "cpu"): (("* DP 2", "batch size", "one by one"),),
     ("data parallelism of models without experts", "cuda"): (("* DP 2 compiled", "batch size", "one by one"),),
+    ("data parallelism of MoE models", "cuda"): (
+        ("Qwen3-30B-A3B*DP 2, compiled", *_STEPS),
+        ("Qwen3-30B-A3B*DP 2, experts over ranks, compiled", *_STEPS),
+        ("DeepSeek-V2-Lite*DP 2, experts over ranks, compiled", *_STEPS),
+    ),
     ("expert parallelism of tensor-parallel ranks", "cuda"): (
+        ("Qwen3-30B-A3B*experts over 2 ranks", *_RANKS, "decode = prefill"),
+        ("DeepSeek-V2-Lite*experts over 2 ranks", *_RANKS),
+        ("DeepSeek-V2-Lite*experts over 2 ranks, compiled", *_RANKS),
+        ("DeepSeek-V2-Lite*experts over 4 ranks, compiled", *_RANKS),
         (
             "Qwen3-30B-A3B*experts over 2 ranks, compiled",
             "batch size",

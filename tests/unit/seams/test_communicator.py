@@ -12,6 +12,7 @@ from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import bits, collectives
 from bi_patch.platforms import releases
 from bi_patch.seams import active, agreement
+from bi_patch.seams import ranks as seams_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -110,37 +111,6 @@ def test_each_kind_of_message_is_checked(wrong, named, leaves, monkeypatch):
         closed("communicator.cpu_order", lambda config: None, "cpu")(config())
 
 
-def _own(disabled, serves):
-    return SimpleNamespace(disabled=disabled, should_custom_ar=lambda x: serves and x.nbytes % 16 == 0)
-
-
-@pytest.mark.parametrize("width", [2048, 2051])  # rows of 2051 are filled up
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("own", [None, _own(True, True), _own(False, False), _own(False, True)])
-def test_compiled_code_needs_the_one_stage_all_reduce(own, eager, width, monkeypatch):
-    """No run has shown CUDA graphs in which NCCL carries the parts; a worker knows whether it will."""
-    from vllm.distributed import parallel_state
-
-    group = InRankOrder(0, None)
-    group.device_communicator = SimpleNamespace(ca_comm=own)
-    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
-    served = eager or (own is not None and not own.disabled and own.should_custom_ar(torch.empty(8)))
-    start = closed("communicator.cuda_rank_order", lambda config: "started", "cuda")
-    with (
-        contextlib.nullcontext()
-        if served
-        else pytest.raises(UnsupportedFeature, match="cuda_rank_order: .* 4 ranks.*compiled.*NCCL.*--enforce-eager")
-    ):
-        assert start(config(eager=eager, width=width)) == "started"
-
-
-def test_compiled_code_of_one_rank_needs_no_all_reduce(monkeypatch):
-    from vllm.distributed import parallel_state
-
-    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(1, 0))
-    closed("communicator.cuda_rank_order", lambda config: None, "cuda")(config(eager=False))
-
-
 class OneStage:
     """A double of vLLM's CustomAllreduce: three ranks with parts x, 2x and 3x, and messages of whole lines only."""
 
@@ -218,8 +188,123 @@ def test_a_sum_that_does_not_fall_into_slices_is_refused():
         closed("communicator.cuda_scatter", None, "cuda")(communicator(OneStage()), torch.randn(4, 7), 1)
 
 
-def test_unequal_slices_fused_norms_and_pins():
-    with pytest.raises(UnsupportedFeature, match="communicator.cuda_scatterv"):
-        closed("communicator.cuda_scatterv", None, "cuda")(SimpleNamespace(world_size=2), torch.ones(3), 0, [1, 2])
+class Exchange:
+    """A double of vLLM's PyNcclCommunicator for the second of three ranks, which sends x of x, 2x and 3x."""
+
+    disabled, rank, world_size = False, 1, 3
+
+    def __init__(self):
+        self.group_start = self.group_end = lambda: None
+
+    def all_gather(self, out, x):
+        raise AssertionError("every rank would get every slice")
+
+    def send(self, x, other):
+        self.sent = x
+
+    def recv(self, out, other):
+        out.copy_(self.own * (other + 1) / 2)
+
+
+@pytest.mark.parametrize("sizes", [[1, 4, 2], [0, 7, 0], None])
+@pytest.mark.parametrize("given", [False, True])
+def test_unequal_slices_are_summed_in_rank_order(monkeypatch, sizes, given):
+    held = communicator(None)
+    held.pynccl_comm = Exchange()
+    rows = torch.randn(sum(sizes or [6]), 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    own = rows.split(sizes or [2, 2, 2])[1]
+    held.pynccl_comm.own = own.reshape(-1)
+    monkeypatch.setitem(
+        __import__("sys").modules,
+        "bi_patch.kernels.triton.ranks",
+        SimpleNamespace(rank_sum=collectives.in_rank_order),
+    )
+    output = torch.empty_like(own) if given else None
+    got = closed("communicator.cuda_scatterv", None, "cuda")(held, rows, 0, sizes, output)
+    assert not bits.differing(got, collectives.in_rank_order(torch.stack([own / 2, own, own * 1.5])))
+    assert not given or got is output
+
+
+def test_slices_of_one_rank_and_of_whole_numbers_keep_vllms_sum():
+    original = lambda self, x, dim, sizes, output: x[1:]  # noqa: E731
+    for held, x in ((SimpleNamespace(world_size=1), torch.ones(3)), (communicator(None), torch.ones(3).int())):
+        assert closed("communicator.cuda_scatterv", original, "cuda")(held, x, 0, [1, 2]).tolist() == [1, 1]
+    with pytest.raises(UnsupportedFeature, match="cuda_scatterv: 7 rows .* 3 equal slices"):
+        closed("communicator.cuda_scatterv", original, "cuda")(communicator(None), torch.ones(7, 2), 0, None)
+
+
+class Sharing(Ranks):
+    """A double of vLLM's group of data-parallel ranks, which keep slices of a sum: in rank order, or not."""
+
+    def __init__(self, wrong):
+        super().__init__(4, 0)
+        self.wrong = wrong
+
+    def reduce_scatterv(self, rows, dim, sizes):
+        total = collectives.in_rank_order(collectives._rows(4, rows.shape[1]).to(rows.dtype))
+        return total.expand(sizes[0], rows.shape[1]) + (1 if sizes == self.wrong else 0)
+
+
+@pytest.mark.parametrize(
+    ("experts", "wrong"), [(True, None), (True, [16] * 4), (True, [4, 8, 12, 16]), (False, [1] * 4)]
+)
+@pytest.mark.parametrize("split", [False, True])
+def test_each_worker_checks_slices_of_ranks_that_share_experts(experts, wrong, split, monkeypatch):
+    from vllm.distributed import parallel_state
+
+    held = config()
+    held.model_config.is_moe = experts
+    held.parallel_config = SimpleNamespace(data_parallel_size=4, use_sequence_parallel_moe=split)
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: Ranks(1, 0))
+    monkeypatch.setattr(parallel_state, "get_ep_group" if split else "get_dp_group", lambda: Sharing(wrong))
+    said = pytest.raises(UnsupportedFeature, match="cuda_rank_order: 4 ranks that share experts .*than by rank")
+    with said if wrong and experts else contextlib.nullcontext():
+        closed("communicator.cuda_rank_order", lambda config: None, "cuda")(held)
+
+
+def _of_experts(ranks):
+    held = config()
+    held.model_config.is_moe = True
+    held.parallel_config = SimpleNamespace(data_parallel_size=ranks, tensor_parallel_size=2)
+    return held
+
+
+def test_experts_are_certified_for_the_rows_of_all_ranks():
+    assert seams_ranks.others(_of_experts(1)) == 0 and seams_ranks.others(_of_experts(4)) == 3 * (16 + 2)
+
+
+@pytest.mark.parametrize(
+    ("failed", "named"), [({}, ""), ({0: "b", 1: "b"}, ""), ({1: "b"}, "other certificates .b."), ({0: "b"}, "b")]
+)
+def test_ranks_that_share_experts_have_the_same_certificates(failed, named, monkeypatch):
+    """Any of these ranks may serve a request, and a failed certificate lets another kernel serve."""
+    import torch.distributed as dist
+
+    made = [
+        [SimpleNamespace(key=SimpleNamespace(problem=p), passed=failed.get(rank) != p) for p in "ab"] for rank in (0, 1)
+    ]
+
+    def gather(said, own, group):
+        said[:] = [sorted(c.key.problem for c in held if not c.passed) for held in made]
+        assert own == said[0]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(
+        "vllm.distributed.parallel_state.get_dp_group", lambda: SimpleNamespace(world_size=2, cpu_group=None)
+    )
+    with pytest.raises(UnsupportedFeature, match=f"linear.x: 2 .*{named}") if named else contextlib.nullcontext():
+        seams_ranks.alike("linear.x", _of_experts(2), made[0])
+    seams_ranks.alike("linear.x", _of_experts(1), None)
+
+
+def test_vllms_own_nccl_gathers_rows():
+    """PyTorch gathers only where vLLM could not load NCCL."""
+    original = lambda self, x, dim, sizes: (x, dim, sizes)  # noqa: E731
+    gather = closed("communicator.cuda_gatherv", original, "cuda")
+    for held in (communicator(None), SimpleNamespace(world_size=1, pynccl_comm=None)):
+        assert gather(held, "x", sizes=[1, 2, 3]) == ("x", 0, [1, 2, 3])
+
+
+def test_fused_norms_and_pins():
     assert closed("communicator.fused_norm", None, "cuda")(torch.ones(2), 2) == (False, 0)
     assert closed("communicator.nccl_pins", None, "cuda")({"NCCL_ALGO": "tree"}) is None

@@ -304,6 +304,7 @@ def test_a_loaded_model_is_certified_whole(monkeypatch):
     held = {str(i): layer for i, layer in enumerate([*layers, object()])}
     vllm = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
         compilation_config=SimpleNamespace(static_forward_context=held),
         model_config=SimpleNamespace(dtype=torch.bfloat16, get_vocab_size=lambda: 100),
     )

@@ -1,5 +1,8 @@
 """The planted sums over ranks: right sums, and other bits than the sum in rank order."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,6 +19,46 @@ def test_another_order_of_the_same_sum(name):
     torch.manual_seed(3)  # of the order in which parts arrive
     got = ranks.WAYS[name](large)
     assert got.shape == want.shape and torch.allclose(got, want, atol=1e-5) and not torch.equal(got, want)
+
+
+def _slices():
+    return torch.randn(4, 64 * 256, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+
+@pytest.mark.parametrize("name", ranks.SLICES)
+def test_a_slice_depends_on_more_than_its_parts(name):
+    parts, way = _slices(), ranks.SLICES[name]
+    got = [way(parts, rank) for rank in (0, 1)]
+    assert not torch.equal(*got)
+    assert all(torch.allclose(one.float(), parts.float().sum(0), atol=0.1) for one in got)
+
+
+def test_small_slices_have_another_order_than_large_ones():
+    parts = _slices()
+    few, many = ranks.small_from_the_owner(parts[:, :256], 1), ranks.small_from_the_owner(parts, 1)
+    assert not torch.equal(few, many[:256])
+
+
+@pytest.mark.parametrize(("platform", "attribute"), [("cpu", "in_rank_order"), ("cuda", "rank_sum")])
+def test_a_fault_replaces_what_adds_the_parts(platform, attribute, monkeypatch):
+    from bi_patch.ops.cpu import leaves
+    from bi_patch.seams import active
+
+    kernels = SimpleNamespace(rank_sum=collectives.in_rank_order)
+    monkeypatch.setattr("bi_patch.kernels.triton.ranks", kernels, raising=False)
+    monkeypatch.setitem(sys.modules, "bi_patch.kernels.triton.ranks", kernels)
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_dp_group", lambda: SimpleNamespace(rank_in_group=1))
+    monkeypatch.setattr(active, "plan", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(ranks, "_own", {})
+    monkeypatch.setattr(leaves, "tree", leaves.tree)  # so that all is as it was after this test
+    monkeypatch.setattr(collectives, "in_rank_order", collectives.in_rank_order)
+    where = kernels if platform == "cuda" else collectives
+    own = getattr(where, attribute)
+    for name in ranks.SLICES if platform == "cuda" else ranks.WAYS:
+        assert ranks.put(None, name) and getattr(where, attribute) is not own
+        if platform == "cuda":
+            assert not torch.equal(getattr(where, attribute)(_slices()), own(_slices()))
+    assert ranks.put(None, "") and getattr(where, attribute) is own
 
 
 def test_small_messages_have_another_order_than_large_ones():
