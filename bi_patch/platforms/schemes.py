@@ -396,12 +396,15 @@ def _modelopt(held: Mapping[str, Any]) -> Iterator[Scheme]:
     if said.get("has_zero_point") or said.get("pre_quant_scale"):
         other = other or "zero points or smoothed activations"
     yield from () if layers else (Scheme("modelopt", other=other),)
+    # One algorithm for all layers is the head's, too, unless the file leaves the head out.
+    left_out = (*(said.get("ignore") or ()), *(said.get("exclude_modules") or ()))
+    whole_head = whole != "MIXED_PRECISION" and not any("lm_head" in name for name in left_out)
     for name, layer in layers.items():
         algorithm = str(layer["quant_algo"]).upper()
         made = _ALGORITHMS.get(algorithm, Scheme("modelopt", other=f"algorithm {algorithm}"))
         if made.weight == "nvfp4" and int(layer.get("group_size") or said.get("group_size") or 16) != 16:
             made = replace(made, other="groups of another size than 16")
-        yield replace(made, head=name.endswith("lm_head"), other=made.other or other)
+        yield replace(made, head=whole_head or name.endswith("lm_head"), other=made.other or other)
 
 
 _QUARK = (

@@ -22,6 +22,11 @@ _MOST = 256  # kept classes of one kernel; more would mean that integers change 
 _MOST_ROWS = 1 << 31
 _known = triton.__version__.rpartition(".")[0] in RELEASES
 
+# PyTorch has no public function that allocates as fast, and `empty` runs once for each kernel of a step.
+_allocate = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) if torch.version.cuda else None
+# Public torch.cuda.current_device also asks at each call whether CUDA is ready.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+
 
 class Launcher:
     """One kernel, whose parameters are addresses, then numbers, then constants.
@@ -93,11 +98,6 @@ def empty(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         strides = (step, *strides)
         step *= max(size, 1)
     return _allocate(tuple(shape), strides, x.dtype)
-
-
-# None where this PyTorch has no such function, and on CPU.
-_allocate = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) if torch.version.cuda else None
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def _watched() -> bool:

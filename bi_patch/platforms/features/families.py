@@ -201,29 +201,31 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_QUANTIZED,
     ),
     row(
-        "MiniMax-M2 as published (FP8 blocks)",
-        short="MiniMax-M2 as published",
+        "layers of MiniMax-M2 (FP8 blocks)",
+        short="layers of MiniMax-M2 (FP8 blocks)",
         cpu=_QUANTIZED,
         cuda=(
             refused("quantized experts", releases="<0.33"),
             served(
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json",
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json",
-                why="two layers of its sizes with random weights, compiled and in eager mode",
+                why="two layers of its sizes with random weights, compiled and in eager mode; the whole model needs "
+                "several GPUs, which is untried",
             ),
         ),
         ascend=_QUANTIZED,
     ),
     row(
-        "GLM-4.5 and GLM-4.6 in FP8",
-        short="GLM-4.6 FP8",
+        "layers of GLM-4.6 (FP8 per channel)",
+        short="layers of GLM-4.6 (FP8)",
         cpu=_QUANTIZED,
         cuda=(
             refused("quantized experts", releases="<0.33"),
             served(
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json",
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json",
-                why="two layers of GLM-4.6's sizes with random weights, in eager mode, and compiled in batches",
+                why="two layers of its sizes with random weights, in eager mode; compiled: batch size and decode = "
+                "prefill; the whole model needs several GPUs, which is untried",
             ),
         ),
         ascend=_QUANTIZED,

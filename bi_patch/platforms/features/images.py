@@ -177,8 +177,8 @@ IMAGES: tuple[Feature, ...] = (
         cuda=(_OLDER, served(_H200_IMAGES, why="a tiny model with random weights, in eager mode, two axes")),
         ascend=_ASCEND,
         asked=_of(_IDEFICS),
-        details="An encoder computes one image at a time, so its rows depend on the image alone: not on other images "
-        "of the step, of the prompt or of the caches, nor on the steps in which a prompt's images arrive.",
+        details="An image's rows depend on the image alone: not on other images of the step, of the prompt or of the "
+        "caches, nor on the steps in which a prompt's images arrive.",
     ),
     row(
         "images (Mistral Small 3, LLaVA with CLIP)",
@@ -186,7 +186,12 @@ IMAGES: tuple[Feature, ...] = (
         cpu=served(_CPU_MORE, why=_TINY),
         cuda=(
             _OLDER,
-            served(_H200_IMAGES, why="shapes of Mistral Small 3.1 and LLaVA 1.5 with few layers, random weights, bf16"),
+            served(
+                _H200_IMAGES,
+                _H200_TOGETHER,
+                why="shapes of Mistral Small 3.1 and LLaVA 1.5 with few layers, random weights, bf16; with the images "
+                "of a step encoded together: the axis images, in eager mode",
+            ),
         ),
         ascend=_ASCEND,
         asked=_of(_TOWERS),
@@ -200,8 +205,10 @@ IMAGES: tuple[Feature, ...] = (
             _OLDER,
             served(
                 _H200_IMAGES,
+                _H200_TOGETHER,
                 why="the shape of Qwen3-VL-2B with few layers, random weights, bf16; also a restart, and a prefix "
-                "cache turned off",
+                "cache turned off; with the images of a step encoded together: batch size, images, preemption and "
+                "restart in eager mode, images compiled",
             ),
         ),
         ascend=_ASCEND,
@@ -232,7 +239,9 @@ IMAGES: tuple[Feature, ...] = (
             served(
                 _H200_GEMMA,
                 _H200_GEMMA_COMPILED,
-                why="the shape of Gemma-3-4B with few layers, random weights, bf16, in eager mode and compiled",
+                _H200_TOGETHER,
+                why="the shape of Gemma-3-4B with few layers, random weights, bf16, in eager mode and compiled; with "
+                "the images of a step encoded together: preemption, in eager mode",
             ),
         ),
         ascend=_ASCEND,
@@ -247,7 +256,7 @@ IMAGES: tuple[Feature, ...] = (
         ascend=_ASCEND,
         asked=_of(_INTERN),
         details="InternVLForConditionalGeneration without norms of queries and keys in its encoder (InternVL3 up to "
-        "14B). InternVLChatModel is refused. On CPU, vLLM needs torchvision for them.",
+        "14B). On CPU, vLLM needs torchvision for them.",
     ),
     row(
         "images (InternVLChatModel)",
@@ -336,8 +345,9 @@ IMAGES: tuple[Feature, ...] = (
             served(
                 _H200_IMAGES,
                 _H200_GEMMA_COMPILED,
+                _H200_TOGETHER,
                 why="Qwen3-VL, Mistral Small 3, LLaVA and Gemma 3, with CUDA graphs of the language model; batch size "
-                "not of LLaVA",
+                "not of LLaVA; with the images of a step encoded together: the axis images of Qwen3-VL",
             ),
         ),
         ascend=_ASCEND,

@@ -218,10 +218,12 @@ _COMPILED_RUNS = (
 
 def _compiled_elsewhere(config: Any) -> str:
     """Words for a compiled model with a scheme, or with quantized experts, that ran in eager mode only."""
+    used = schemes.of(config)
     experts = getattr(config.model_config, "is_moe", False)
     experts = experts and not any(quantized_experts(kind)(config) for kind in COMPILED_EXPERTS)
-    other = experts or any(_row(s) not in _COMPILED_RUNS for s in schemes.of(config))
-    return _compiled(config) if other and not _latent(config) else ""
+    other = experts or any(_row(s) not in _COMPILED_RUNS for s in used if not s.online)
+    there = used and other and compiled(config) and not _latent(config)
+    return f"compiled quantized weights ({'; '.join(map(str, used))})" if there else ""
 
 
 def _powers(latent: bool) -> Callable[[Any], str]:
@@ -307,7 +309,7 @@ QUANTIZATION: tuple[Feature, ...] = (
         asked=_compiled,
     ),
     row(
-        "quantized weights of a checkpoint in another scheme, compiled",
+        "quantized weights or experts in another scheme, compiled",
         cpu=served(cells.CPU_RUN, why="each scheme that is served was measured compiled, too"),
         cuda=untried("measured in eager mode"),
         ascend=cells.NONE,

@@ -49,12 +49,17 @@ def _made(scheme: Scheme) -> bool:
 
 
 def _channels(scheme: Scheme) -> bool:
-    return scheme.method == "compressed-tensors" and kinds.by_token(scheme)
+    return scheme.method == "compressed-tensors" and kinds.fp8(scheme, CHANNEL, TOKEN)
 
 
 def _by_tensor(scheme: Scheme) -> bool:
     """FP8 experts with one scale each. Activations have the checkpoint's scale, or one for each token."""
     return scheme.method == "fp8" and (kinds.one_scale(scheme) or kinds.fp8(scheme, TENSOR, TENSOR))
+
+
+def _one_scale_otherwise(scheme: Scheme) -> bool:
+    """FP8 experts with one scale each, in checkpoints that no run had."""
+    return kinds.one_scale(scheme) or scheme.method == "compressed-tensors" and kinds.fp8(scheme, TENSOR, TOKEN)
 
 
 # A scheme is of the first kind that takes it.
@@ -64,7 +69,7 @@ _KINDS: tuple[Callable[[Scheme], bool], ...] = (
     kinds.mxfp4,
     _channels,
     _by_tensor,
-    kinds.one_scale,
+    _one_scale_otherwise,
     _channels_made,
     _made,
     _zeros,
@@ -112,13 +117,19 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     ),
     row(
         "experts in FP8 with one scale each (method fp8)",
-        **cells.cuda(cells.layers("Qwen3-30B-A3B", files=(cells.NEW_EAGER, cells.NEW_GRAPHS, cells.CUT))),
+        **cells.cuda(
+            cells.layers(
+                "Qwen3-30B-A3B",
+                how="compiled and in eager mode; static activations compiled: batch size and decode = prefill",
+                files=(cells.NEW_EAGER, cells.NEW_GRAPHS, cells.CUT),
+            )
+        ),
         asked=quantized_experts(_by_tensor),
     ),
     row(
         "experts in FP8 with one scale each (other methods)",
         **cells.cuda(cells.TRIAL),
-        asked=quantized_experts(kinds.one_scale),
+        asked=quantized_experts(_one_scale_otherwise),
     ),
     row(
         "experts in FP8 made while loading, per channel",
@@ -136,7 +147,8 @@ EXPERT_ROWS: tuple[Feature, ...] = (
         **cells.cuda(
             cells.layers(
                 "Qwen3-30B-A3B",
-                how="compiled and in eager mode, without the package humming-kernels",
+                how="compiled and in eager mode, without the package humming-kernels; compressed-tensors compiled: "
+                "batch size and decode = prefill",
                 files=(cells.NEW_EAGER, cells.NEW_GRAPHS, cells.CUT),
             )
         ),

@@ -66,6 +66,17 @@ def _queries(original):
     return staticmethod(forward_qk)
 
 
+def _merged(original):
+    """MiniMaxText01RMSNormTP.forward_qkv: split the rows, then the same two norms."""
+    forward_qk = _queries(original).__func__
+
+    def forward_qkv(q_norm, k_norm, qkv, q_size, kv_size):
+        q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+        return *forward_qk(q_norm, k_norm, q, k), v
+
+    return staticmethod(forward_qkv)
+
+
 def replace_layer_norms(model) -> None:
     """Give every torch.nn.LayerNorm of a loaded model the bundled kernel, before vLLM compiles the model."""
     from torch import nn
@@ -119,20 +130,21 @@ SEAMS = (
     # Before vLLM 0.32, models use torch.nn.LayerNorm.
     _norm("layer", "LayerNorm.forward_cuda", _layer, ">=0.32", serves=("LayerNorm",), op="bi_patch.ops.cuda.norm"),
     _norm("layer_native", "LayerNorm.forward_native", _layer, ">=0.32"),
-    Seam(
-        name="norm.cuda_queries",
-        targets=(
-            Target(
-                "vllm.model_executor.layers.minimax_rms_norm.rms_norm_tp",
-                "MiniMaxText01RMSNormTP.forward_qk",
-                ">=0.33",
+    *(
+        Seam(
+            name=f"norm.cuda_{name}",
+            targets=(
+                Target("vllm.model_executor.layers.minimax_rms_norm.rms_norm_tp", f"MiniMaxText01RMSNormTP.{method}"),
             ),
-        ),
-        close=_queries,
-        why="compiled code sums the squares of all heads in blocks that Inductor tunes anew in each process",
-        how="the bundled Triton kernel norms the queries of all heads, and the keys of all heads",
-        until="upstream's norm has one order in compiled and eager code",
-        causes=(2, 17, 18),
-        op="bi_patch.ops.cuda.norm",
+            close=close,
+            why="compiled code sums the squares of all heads in blocks that Inductor tunes anew in each process. In "
+            "vLLM 0.23, and over ranks, an op without a certified order sums",
+            how="the bundled Triton kernel norms the queries of all heads, and the keys of all heads. Several ranks "
+            "are refused by name",
+            until="upstream's norm has one order in compiled and eager code",
+            causes=(2, 17, 18),
+            op="bi_patch.ops.cuda.norm",
+        )
+        for name, method, close in (("queries", "forward_qk", _queries), ("queries_merged", "forward_qkv", _merged))
     ),
 )

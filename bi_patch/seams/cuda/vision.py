@@ -82,13 +82,15 @@ def _attention(original):
         q, k, v, batch_size, is_rocm_aiter, fa_version, scale=None, cu_seqlens=None, max_seqlen=None
     ):
         import torch
+        from vllm.utils.gpu_sync_debug import gpu_sync_allowed
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
         each = q.size(1)
         if cu_seqlens is None:
             end = (batch_size + 1) * each
             cu_seqlens = torch.arange(0, end, step=each, dtype=torch.int32, device=q.device)
-        longest = max(each if max_seqlen is None else int(max_seqlen), _LONG)
+        with gpu_sync_allowed():  # the kernel's launch needs a number of Python
+            longest = max(each if max_seqlen is None else int(max_seqlen), _LONG)
         rows = [x.flatten(0, 1) for x in (q, k, v)]
         out = flash_attn_varlen_func(
             *rows,

@@ -114,3 +114,29 @@ def test_a_scheme_that_ran_in_eager_mode_only_is_named_in_compiled_code():
         assert bool(row.asked(config)) == named, held
         config.model_config.enforce_eager = True
         assert not row.asked(config)
+
+
+class Made(str):
+    """What vLLM makes of --quantization for a kind of layer."""
+
+    activation = None
+
+    def __str__(self):
+        return f"{super().__str__()}_static"
+
+
+def test_experts_that_ran_in_eager_mode_only_are_named_in_compiled_code():
+    (row,) = (r for r in quantization.QUANTIZATION if r.name.endswith("in another scheme, compiled"))
+    eight = {"quant_method": "gptq", "bits": 8, "group_size": 128, "sym": True, "desc_act": False}
+    for held, method in ((eight, "gptq"), (None, "fp8_per_channel")):
+        config = latent("LlamaForCausalLM", False)
+        config.model_config.use_mla = False
+        config.model_config.hf_config.quantization_config = held
+        config.model_config.quantization = method
+        if held is None:
+            config.model_config.quantization_config = SimpleNamespace(linear=Made(method), moe=Made(method))
+        assert not row.asked(config), method
+        config.model_config.is_moe = True
+        assert row.asked(config), method
+        config.model_config.enforce_eager = True
+        assert not row.asked(config), method

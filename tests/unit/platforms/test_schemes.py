@@ -148,6 +148,10 @@ def test_experts_and_heads_have_rows_of_their_own():
         assert rows(held, is_moe=True)[1:] == ["experts in FP8 with one scale each (method fp8)"]
     static = tensors(*[INT8 | {"type": "float", "strategy": "tensor"}] * 2, format="float-quantized")
     assert rows(static, is_moe=True)[1:] == ["experts in FP8 with one scale each (other methods)"]
+    tokens = tensors(
+        INT8 | {"type": "float", "strategy": "tensor"}, TOKEN | {"type": "float"}, format="float-quantized"
+    )
+    assert rows(tokens, is_moe=True)[1:] == ["experts in FP8 with one scale each (other methods)"]
     assert rows(None, "fp8", is_moe=True)[1:] == ["experts in FP8 made while loading, otherwise"]
     assert rows(W8A8, is_moe=True)[1:] == ["quantized experts"]
     mixed = tensors(INT8 | {"type": "float"}, TOKEN | {"type": "float"}, format="float-quantized")
@@ -262,6 +266,13 @@ def test_checkpoints_of_other_tools_have_rows_of_their_own(held, method, name):
 )
 def test_what_lands_on_no_certified_layer_is_refused(held, method):
     assert "other quantized weights" in rows(held, method)
+
+
+@pytest.mark.parametrize("ignored", [{"ignore": []}, {"ignore": ["*.gate"]}, {"ignore": None}])
+def test_modelopts_algorithm_for_all_layers_is_that_of_the_head(ignored):
+    head = "quantized language-model head (other methods)"
+    assert rows(MODELOPT | ignored, "modelopt") == [OPT_ROW, head]
+    assert rows(MODELOPT | {"ignore": ["*lm_head*"]}, "modelopt") == [OPT_ROW]
 
 
 def test_modelopts_kv_cache_counts():

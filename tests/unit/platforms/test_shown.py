@@ -320,13 +320,18 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     },
     ("images (Idefics3)", "cuda"): (("Idefics3, bf16", "images", "batch size"),),
     ("images (Mistral Small 3, LLaVA with CLIP)", "cuda"): tuple(
-        (f"{model}*, bf16", *_IMAGES, "prefix cache") for model in ("Mistral-Small-3", "LLaVA-1.5")
+        row
+        for model in ("Mistral-Small-3", "LLaVA-1.5")
+        for row in ((f"{model}*, bf16", *_IMAGES, "prefix cache"), (f"{model}*, bf16", "images"))
     ),
     ("images (Qwen2.5-VL)", "cuda"): (("Qwen2.5-VL-3B, bf16", "images"),),
     ("video (Qwen3-VL)", "cuda"): (("Qwen3-VL-2B, bf16", "images"),),  # its axis "images" has videos
     ("images (Qwen3-VL)", "cuda"): (
         ("Qwen3-VL*, bf16", *_IMAGES, "prefix cache"),
         ("Qwen3-VL*, across engines", "restart", "prefix cache off"),
+        ("Qwen3-VL*, bf16", "images", "batch size"),
+        ("Qwen3-VL*, across engines", "restart", "preemption"),
+        ("Qwen3-VL* compiled", "images"),
     ),
     ("images, in an engine that vLLM compiles", "cpu"): tuple(
         (f"{model}, bf16 compiled", *_IMAGES)
@@ -335,9 +340,13 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles", "cpu"): tuple(
         (f"{model}, bf16 compiled", *_IMAGES) for model in ("Idefics3", "Qwen2.5-VL")
     ),
+    ("images (Gemma 3, 4B and larger)", "cuda"): (
+        ("Gemma-3-4B, bf16", *_IMAGES, "prefix cache", "batch size"),
+        ("Gemma-3-4B, bf16 compiled", *_IMAGES, "batch size", "co-batch contents"),
+        ("Gemma-3-4B, bf16, across engines", "preemption"),
+    ),
     **dict.fromkeys(
         (
-            ("images (Gemma 3, 4B and larger)", "cuda"),
             ("images that attend in both directions (Gemma 3, PaliGemma)", "cuda"),
             ("Gemma 3 4B and larger, with images", "cuda"),
         ),
@@ -346,8 +355,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
             ("Gemma-3-4B, bf16 compiled", *_IMAGES, "batch size", "co-batch contents"),
         ),
     ),
-    ("images, in an engine that vLLM compiles", "cuda"): tuple(
-        (f"{model}* compiled", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5", "Gemma-3-4B")
+    ("images, in an engine that vLLM compiles", "cuda"): (
+        *((f"{model}* compiled", *_IMAGES) for model in ("Qwen3-VL", "Mistral-Small-3", "LLaVA-1.5", "Gemma-3-4B")),
+        ("Qwen3-VL* compiled", "images"),
     ),
     ("images in model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)", "cpu"): (("Idefics3, bf16", *_IMAGES),),
     ("images of Qwen3-VL and Gemma 3 with preemption", "cpu"): tuple(
@@ -526,7 +536,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         for scheme in ("FP8 tensor", "AutoRound", "ModelOpt FP8", "Quark FP8", "FP8 channel experts", "AWQ experts")
     )
     + (("* FP8 channel, 2 layers", *_LATE),),
-    ("quantized weights of a checkpoint in another scheme, compiled", "cpu"): tuple(
+    ("quantized weights or experts in another scheme, compiled", "cpu"): tuple(
         (f"*-{scheme} bf16 compiled", *_SIX, "eager and compiled")
         for scheme in ("int8", "int8-static", "awq", "gptq", "w4a16", "w4a16-zeros", "fp8-blocks")
     ),
@@ -661,11 +671,11 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("GLM-4.7-Flash in bf16", "cuda"): (("GLM-4.7-Flash, eager", *_FIVE), ("GLM-4.7-Flash", *_MLA)),
     ("Kimi K2 in bf16", "cuda"): (("Kimi K2, eager", *_FIVE), ("Kimi K2", *_MLA)),
     ("MiniCPM3, which vLLM runs as ordinary attention", "cuda"): (("MiniCPM3, eager", *_SIX), ("MiniCPM3", *_SIX)),
-    ("MiniMax-M2 as published (FP8 blocks)", "cuda"): (
+    ("layers of MiniMax-M2 (FP8 blocks)", "cuda"): (
         ("MiniMax-M2 FP8, 2 layers", *_SIX, *_PUBLISHED),
         ("MiniMax-M2 FP8,* eager", *_SIX, *_RESTARTED),
     ),
-    ("GLM-4.5 and GLM-4.6 in FP8", "cuda"): (
+    ("layers of GLM-4.6 (FP8 per channel)", "cuda"): (
         ("GLM-4.6 FP8,* eager", *_SIX, *_RESTARTED),
         ("GLM-4.6 FP8, 2 layers", "batch size", "decode = prefill"),
     ),

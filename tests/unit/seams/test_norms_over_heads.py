@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.cuda import norm as kernels
@@ -42,6 +43,22 @@ def test_queries_and_keys_get_a_norm_each(forward):
 def test_a_sum_over_ranks_is_refused(forward):
     with pytest.raises(UnsupportedFeature, match="norm.cuda_queries: .* sum over ranks"):
         forward[0](over(8, 2), over(4, 2), torch.randn(3, 8), torch.randn(3, 4))
+
+
+def test_merged_rows_get_the_same_norms_and_the_same_refusal(forward):
+    merged, qkv = norm._merged(None).__func__, torch.randn(3, 16)
+    q_norm, k_norm = over(8), over(4)
+    q, k, v = merged(q_norm, k_norm, qkv, 8, 4)
+    want = forward[0](q_norm, k_norm, *qkv.split([8, 4, 4], dim=-1)[:2])
+    assert torch.equal(q, want[0]) and torch.equal(k, want[1]) and torch.equal(v, qkv[:, 12:])
+    with pytest.raises(UnsupportedFeature, match="norm.cuda_queries: .* sum over ranks"):
+        merged(over(8, 2), over(4, 2), qkv, 8, 4)
+
+
+@pytest.mark.parametrize("release", ["0.23.0", "0.26.0", "0.32.0", "0.33.0"])
+def test_each_release_has_both(release):
+    names = [s.name for s in norm.SEAMS for t in s.targets if "MiniMax" in t.qualname and t.holds(Version(release))]
+    assert names == ["norm.cuda_queries", "norm.cuda_queries_merged"]
 
 
 class MiniMaxText01RMSNormTP(torch.nn.Module):

@@ -1,5 +1,6 @@
 """One image for each call of an encoder; the list of an encoder's layers; its certificate."""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -319,6 +320,9 @@ def test_attention_of_an_encoder_has_one_split(monkeypatch, lengths):
 
     utils = SimpleNamespace(flash_attn_varlen_func=varlen)
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.fa_utils", utils)
+    allowed = []
+    debug = SimpleNamespace(gpu_sync_allowed=lambda: allowed.append(1) or contextlib.nullcontext())
+    monkeypatch.setitem(sys.modules, "vllm.utils.gpu_sync_debug", debug)
     batch = 1 if lengths else 2
     q, k, v = torch.randn(batch, 10, 3, 4, 16).unbind(2)
     more = {}
@@ -333,7 +337,7 @@ def test_attention_of_an_encoder_has_one_split(monkeypatch, lengths):
             torch.testing.assert_close(out[x : x + 1, first : first + count], want)
             first += count
     assert given["num_splits"] == 1 and given["fa_version"] == 3 and given["causal"] is False
-    assert given["max_seqlen_q"] == given["max_seqlen_k"] == 128
+    assert given["max_seqlen_q"] == given["max_seqlen_k"] == 128 and allowed
 
 
 def attend(q, k, v, ends, longest):
