@@ -11,7 +11,7 @@ BI_PATCH_ALLOW_OPEN   1: let an engine start with open patch points, to see what
 BI_PATCH_MLA          attention of MLA models on CUDA. two (default): prompts and generated tokens have forms of their
                       own, as in vLLM. one: every token takes one form, so decode equals prefill, which is slower
 BI_PATCH_TP_INVARIANT 2, 4 or 8: equal bits for every tensor-parallel size up to this number on CPU, and for up to
-                      four ranks on CUDA. 0 (default): equal bits for one size
+                      four ranks on CUDA, two in eager mode. 0 (default): equal bits for one size
 BI_PATCH_ALLOW_CODE   dotted names of code from outside vLLM that you vouch for, separated by commas: worker classes,
                       models, plugins, logits processors. bi_patch refuses others by name
 VLLM_BATCH_INVARIANT  1: arm each Python process that starts where bi_patch is installed. Arming sets it, for vLLM and

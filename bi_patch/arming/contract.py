@@ -70,11 +70,11 @@ def _form_of_mla(model: Any, platform: str) -> str | None:
 
 
 def _rank_sums(config: Any, platform: str) -> str:
-    """How ranks are summed: "none" for one rank, "nccl" where NCCL may add."""
+    """How ranks are summed: "none" for one rank, "nccl" where NCCL may add. Of experts: see `_experts`."""
     if active.leaves:
         return f"{active.leaves} parts of K in a tree"
-    if ranks.shared(config) > 1:
-        return "experts of data-parallel ranks"
+    if experts := _experts(config):
+        return experts
     if config.parallel_config.tensor_parallel_size == 1:
         return "none"
     if platform == "cpu":  # the seams communicator.cpu_sum and communicator.cpu_order, which proves it at each start
@@ -89,6 +89,16 @@ def _rank_sums(config: Any, platform: str) -> str:
     held = get_tp_group().device_communicator
     width = config.model_config.get_hidden_size()
     return _sums_of(held, torch.empty(1, width, dtype=config.model_config.dtype, device=held.device))
+
+
+def _experts(config: Any) -> str:
+    """How ranks hold experts that data-parallel ranks share, or that ranks hold whole. "" for other engines."""
+    data, tensor = ranks.ranks_of_experts(config), config.parallel_config.tensor_parallel_size
+    model = getattr(config, "model_config", None)
+    whole = getattr(config.parallel_config, "enable_expert_parallel", False) and getattr(model, "is_moe", False)
+    if data * tensor == 1 or data == 1 and not whole:
+        return ""
+    return f"{'whole' if whole else 'cut'} experts over {data * tensor} ranks, {data} of them data-parallel"
 
 
 def _sums_of(communicator: Any, row: Any) -> str:

@@ -10,17 +10,21 @@ from bi_patch.seams import active, agreement
 _FEW = 65  # rows of a width that no layer has
 
 
-def closing(name: str, ordered: bool, todo: str) -> Callable[[Any], Any]:
+def closing(
+    name: str, ordered: bool, todo: str, covers: Callable[[Any, Any], None] | None = None
+) -> Callable[[Any], Any]:
     """`close` of a seam on init_worker_distributed_environment: after it, sums over ranks are checked bitwise.
 
     name: the seam's name, for the error. ordered: the sums must be those in rank order. todo: what the error advises.
+    covers: (VllmConfig, vLLM's group of tensor-parallel ranks) -> None; it raises UnsupportedFeature for several ranks
+    whose sums no run of an engine has shown.
     """
 
     def close(original):
         @functools.wraps(original)
         def init_worker_distributed_environment(vllm_config, *args, **kwargs):
             result = original(vllm_config, *args, **kwargs)
-            _check(vllm_config, name, ordered, todo)
+            _check(vllm_config, name, ordered, todo, covers)
             return result
 
         return init_worker_distributed_environment
@@ -28,16 +32,20 @@ def closing(name: str, ordered: bool, todo: str) -> Callable[[Any], Any]:
     return close
 
 
-def _check(config: Any, name: str, ordered: bool, todo: str) -> None:
+def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[Any, Any], None] | None) -> None:
     from vllm.distributed.parallel_state import get_tp_group, get_world_group
 
-    agreement.check(name, get_world_group())
+    world = get_world_group()
+    agreement.check(name, world)
     group = get_tp_group()
+    # All ranks agree after each check: one that stopped alone would leave the ranks of other groups waiting.
     if group.world_size > 1:
-        agreement.together(group, _refusal(_whole, config, group, name, ordered, todo))
+        if covers is not None:
+            agreement.together(world, _refusal(covers, config, group))
+        agreement.together(world, _refusal(_whole, config, group, name, ordered, todo))
     sharing = _sharing(config)
     if sharing is not None:
-        agreement.together(sharing, _refusal(_slices, config, sharing, name, todo))
+        agreement.together(world, _refusal(_slices, config, sharing, name, todo))
 
 
 def _whole(config: Any, group: Any, name: str, ordered: bool, todo: str) -> None:
@@ -49,7 +57,7 @@ def _whole(config: Any, group: Any, name: str, ordered: bool, todo: str) -> None
         )
 
 
-def shared(config: Any) -> int:
+def ranks_of_experts(config: Any) -> int:
     """The number of data-parallel ranks that share a layer of experts."""
     several = int(getattr(config.parallel_config, "data_parallel_size", 1) or 1)
     return several if getattr(getattr(config, "model_config", None), "is_moe", False) else 1
@@ -59,7 +67,7 @@ def _sharing(config: Any) -> Any:
     """vLLM's group of ranks that share the rows of experts: they keep slices of a sum. None if no ranks do."""
     from vllm.distributed import parallel_state
 
-    if shared(config) == 1:
+    if ranks_of_experts(config) == 1:
         return None
     # Tensor-parallel ranks have rows of their own, too.
     split = getattr(config.parallel_config, "use_sequence_parallel_moe", False)
@@ -68,25 +76,33 @@ def _sharing(config: Any) -> Any:
 
 def others(config: Any) -> int:
     """The most rows that other ranks may add to this rank's rows in a layer of experts."""
-    ranks = shared(config)
+    ranks = ranks_of_experts(config)
     if ranks == 1:
         return 0
     tokens = config.scheduler_config.max_num_batched_tokens
     return (ranks - 1) * (tokens + config.parallel_config.tensor_parallel_size)  # filled up to a multiple of ranks
 
 
-def alike(name: str, config: Any, made: Iterable[Any]) -> None:
-    """Compare the certificates of data-parallel ranks that share experts: any of these ranks may serve a request.
+def alike(name: str, config: Any, certify: Callable[[], Iterable[Any]]) -> None:
+    """Make certificates, and compare those of data-parallel ranks that share experts: any may serve a request.
 
-    name: the seam's, for the error. made: the certificates of this rank. Every rank calls it. Raises UnsupportedFeature
-    on every rank if another certificate failed there than on the first rank.
+    name: the seam's, for the error. certify: makes the certificates of this rank. Every rank calls it. Raises what
+    `certify` raises, on every rank that shares experts. Raises UnsupportedFeature on all of these ranks if other
+    certificates failed on one than on another.
     """
-    if shared(config) == 1:
+    if ranks_of_experts(config) == 1:
+        certify()
         return
-    import torch.distributed as dist
-    from vllm.distributed.parallel_state import get_dp_group
+    from vllm.distributed.parallel_state import get_dp_group, get_world_group
 
-    group = get_dp_group()
+    world, made = get_world_group(), []
+    agreement.together(world, _refusal(lambda: made.extend(certify())))
+    agreement.together(world, _refusal(_same, name, get_dp_group(), made))
+
+
+def _same(name: str, group: Any, made: list[Any]) -> None:
+    import torch.distributed as dist
+
     said: list[Any] = [None] * group.world_size
     dist.all_gather_object(said, sorted(str(c.key.problem) for c in made if not c.passed), group=group.cpu_group)
     differing = sorted({problem for failed in said for problem in failed if not all(problem in f for f in said)})
@@ -118,9 +134,9 @@ def _slices(config: Any, group: Any, name: str, todo: str) -> None:
         )
 
 
-def _refusal(check: Callable[..., None], config: Any, group: Any, *more: Any) -> Exception | None:
+def _refusal(check: Callable[..., None], *given: Any) -> Exception | None:
     try:
-        check(config, group, *more)
+        check(*given)
     except Exception as error:  # of any kind: the others must not wait for this rank
         return error
     return None

@@ -7,8 +7,9 @@ from typing import Any
 
 from bi_patch.platforms import schemes
 from bi_patch.platforms.features import parallel
-from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
-from bi_patch.platforms.features.pairs import compiled, one_form, recurrent
+from bi_patch.platforms.features.model import REFUSED, SERVED, UNTRIED, Feature, absent, refused, row, served, untried
+from bi_patch.platforms.features.pairs import one_form, recurrent
+from bi_patch.platforms.features.ranks import compiled, shown, size, whole_experts
 
 _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
@@ -117,8 +118,7 @@ def _plain_data_parallel(words: str) -> Callable[[Any], str]:
     """`words` for several data-parallel ranks of a model without experts: they are independent engines."""
 
     def asked(config: Any) -> str:
-        several = int(getattr(config.parallel_config, "data_parallel_size", 1) or 1) > 1
-        return words if several and not _shares_a_step(config) else ""
+        return words if size(config, "data_parallel_size") > 1 and not _shares_a_step(config) else ""
 
     return asked
 
@@ -136,32 +136,22 @@ def _beside_shared_experts(config: Any) -> dict[str, bool]:
     backend = getattr(held, "all2all_backend", _ALL_TO_ALL)
     return {
         f"the all-to-all {backend}": backend != _ALL_TO_ALL,
-        "pipeline or context parallelism": any(_size(config, name) > 1 for name in _STAGES),
+        "pipeline or context parallelism": any(size(config, name) > 1 for name in _STAGES),
         "quantized weights": getattr(model, "quantization", None) is not None,
         "MLA in one form": bool(getattr(model, "use_mla", False)) and one_form(),
         "recurrent layers": recurrent(model),
         "pooling": getattr(model, "runner_type", "generate") != "generate",
         "LoRA": getattr(config, "lora_config", None) is not None,
         f"more than {_MOST} ranks": _ranks_of(config) > _MOST,
-        "several hosts": _size(config, "nnodes") > 1,
+        "several hosts": size(config, "nnodes") > 1,
         "another placement of experts": getattr(held, "expert_placement_strategy", "linear") != "linear",
         "a KV cache of another type": getattr(getattr(config, "cache_config", None), "cache_dtype", "auto") != "auto",
         "another model than Qwen3-MoE and DeepSeek": not _all_of(model, _MOE_OF_RANKS),
     }
 
 
-def _size(config: Any, name: str) -> int:
-    return int(getattr(config.parallel_config, name, 1) or 1)
-
-
 def _ranks_of(config: Any) -> int:
-    return _size(config, "tensor_parallel_size") * _size(config, "data_parallel_size")
-
-
-def _measured(config: Any, most: int, data: int = 1) -> bool:
-    """Whether a run has compared bits of these models with up to `most` tensor- and `data` data-parallel ranks."""
-    sizes = _size(config, "tensor_parallel_size") <= most and _size(config, "data_parallel_size") <= data
-    return sizes and _all_of(config.model_config, _MOE_OF_RANKS[:2])
+    return size(config, "tensor_parallel_size") * size(config, "data_parallel_size")
 
 
 def _all_of(model: Any, architectures: tuple[str, ...]) -> bool:
@@ -170,43 +160,50 @@ def _all_of(model: Any, architectures: tuple[str, ...]) -> bool:
     return bool(own) and own <= set(architectures)
 
 
-_SHOWN, _NOT_SHOWN, _OTHER = "measured", "not measured", "other"
-
-
-def _judged(kind: str, words: str, found: str, other: dict[str, bool]) -> str:
-    """`words` for a configuration of one kind. found: _SHOWN or _NOT_SHOWN, unless `other` names what is refused."""
+def _judged(state: str, words: str, measured: bool, other: dict[str, bool]) -> str:
+    """`words` for a configuration whose row is in a state: served if measured, and refused for what `other` names."""
     if any(other.values()):
-        return _joined(f"{words} with ", other) if kind == _OTHER else ""
-    return words if kind == found else ""
+        return _joined(f"{words} with ", other) if state == REFUSED else ""
+    return words if state == (SERVED if measured else UNTRIED) else ""
 
 
-def _expert_parallel(kind: str, words: str) -> Callable[[Any], str]:
+def _expert_parallel(state: str, words: str) -> Callable[[Any], str]:
     """`words` for tensor-parallel ranks that hold whole experts. The rows of data parallelism judge its ranks."""
 
     def asked(config: Any) -> str:
-        if not getattr(config.parallel_config, "enable_expert_parallel", False) or _shares_a_step(config):
+        if not whole_experts(config) or _shares_a_step(config):
             return ""
-        other = _beside_shared_experts(config) | {"data parallelism": _size(config, "data_parallel_size") > 1}
-        return _judged(kind, words, _SHOWN if _measured(config, _MOST) else _NOT_SHOWN, other)
+        other = _beside_shared_experts(config) | {"data parallelism": size(config, "data_parallel_size") > 1}
+        return _judged(state, words, _ranks_of(config) == 1 or shown(config), other)
 
     return asked
 
 
 def _shares_a_step(config: Any) -> bool:
     """Whether an engine has data-parallel ranks of a model with experts: each step is one of all ranks."""
-    return _size(config, "data_parallel_size") > 1 and bool(getattr(config.model_config, "is_moe", True))
+    return size(config, "data_parallel_size") > 1 and bool(getattr(config.model_config, "is_moe", True))
 
 
-def _experts_of_data_ranks(kind: str, words: str) -> Callable[[Any], str]:
+def _experts_of_data_ranks(state: str, words: str) -> Callable[[Any], str]:
     """`words` for data-parallel ranks of a model with experts."""
 
     def asked(config: Any) -> str:
         if not _shares_a_step(config):
             return ""
-        shown = _measured(config, 1, 2) and compiled(config)
-        return _judged(kind, words, _SHOWN if shown else _NOT_SHOWN, _beside_shared_experts(config))
+        return _judged(state, words, shown(config), _beside_shared_experts(config))
 
     return asked
+
+
+_ONE_STAGE = (2, 4, 6, 8)  # ranks that vLLM's one-stage all-reduce serves
+
+
+def _carried(config: Any) -> str:
+    """NCCL carries the parts of more than two compiled ranks, as far as a configuration tells. Workers see the rest."""
+    ranks = size(config, "tensor_parallel_size")
+    off = ranks not in _ONE_STAGE or getattr(config.parallel_config, "disable_custom_all_reduce", False)
+    found = ranks > 2 and off and compiled(config)
+    return "more than two compiled ranks without vLLM's one-stage all-reduce" if found else ""
 
 
 def _to_host(transfer: Any) -> bool:
@@ -598,10 +595,24 @@ FEATURES: tuple[Feature, ...] = (
             served(
                 _H200_RANKS_MORE,
                 _H200_DATA,
-                why="two ranks in CUDA graphs; PyTorch's NCCL carried the parts, or vLLM's own",
+                why="two ranks of Qwen3-8B's sizes, in CUDA graphs; PyTorch's NCCL carried the parts, or vLLM's own",
             ),
         ),
         ascend=absent(),
+    ),
+    row(
+        "tensor parallelism over more than two ranks without vLLM's one-stage all-reduce, compiled",
+        cpu=absent(),
+        cuda=(
+            untried("the order of the sums is checked at the start", releases="<0.32"),
+            refused(
+                "NCCL carries the parts, and no run has shown more than two ranks in CUDA graphs",
+                todo="Use --enforce-eager",
+                by="communicator.cuda_rank_order",
+            ),
+        ),
+        ascend=absent(),
+        asked=_carried,
     ),
     row(
         "equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)",
@@ -658,24 +669,25 @@ FEATURES: tuple[Feature, ...] = (
             ),
         ),
         ascend=refused(_STEP),
-        asked=_experts_of_data_ranks(_SHOWN, "data parallelism over 1 of a MoE model"),
-        details="With or without expert parallelism: a sum over ranks has one order, whichever rank owns a row. "
+        asked=_experts_of_data_ranks(SERVED, "data parallelism over 1 of a MoE model"),
+        details="A sum over ranks has one order, whichever rank owns a row. "
         "Requests have the same bits on every rank, whatever the other ranks do.",
     ),
     row(
-        "data parallelism of MoE models in eager mode, over three or four ranks, with TP, or of DeepSeek V3",
+        "data parallelism of MoE models in eager mode, over three or four ranks, over hosts or load balancers, with TP, "
+        "of DeepSeek V3, or of DeepSeek V2 without expert parallelism",
         cpu=refused(_NO_EXCHANGE),
         cuda=(
             refused(_STEP, todo="Use vLLM 0.33", releases="<0.33"),
             untried("each worker checks the order of the sums at its start"),
         ),
         ascend=refused(_STEP),
-        asked=_experts_of_data_ranks(_NOT_SHOWN, "data parallelism over 1 of a MoE model"),
+        asked=_experts_of_data_ranks(UNTRIED, "data parallelism over 1 of a MoE model"),
     ),
     row(
         "data parallelism of MoE models with another all-to-all, more than four ranks, or another model or feature",
         **_everywhere(_STEP),
-        asked=_experts_of_data_ranks(_OTHER, "data parallelism over 1 of a MoE model"),
+        asked=_experts_of_data_ranks(REFUSED, "data parallelism over 1 of a MoE model"),
     ),
     row(
         "expert parallelism of tensor-parallel ranks",
@@ -685,28 +697,28 @@ FEATURES: tuple[Feature, ...] = (
             served(
                 _H200_SHARED,
                 _H200_RANKS_MORE,
-                why="two layers of Qwen3-30B-A3B (two ranks) and of DeepSeek-V2-Lite (two and four), compiled and in "
-                "eager mode",
+                why="two layers of Qwen3-30B-A3B and of DeepSeek-V2-Lite over two ranks, compiled and in eager mode; "
+                "of DeepSeek-V2-Lite over four, compiled",
             ),
         ),
         ascend=refused(_NO_SEAM),
-        asked=_expert_parallel(_SHOWN, "expert parallelism"),
+        asked=_expert_parallel(SERVED, "expert parallelism"),
         details="Each rank holds whole experts and sees all rows. A model without experts ignores the option.",
     ),
     row(
-        "expert parallelism of DeepSeek V3",
+        "expert parallelism over three ranks, over four of Qwen3-MoE or in eager mode, or of DeepSeek V3",
         cpu=refused(_NO_MAP),
         cuda=(
             refused("nobody has compared an engine's bits", todo="Use vLLM 0.33", releases="<0.33"),
-            untried("measured with DeepSeek V2"),
+            untried("measured over two ranks, and over four of DeepSeek V2, compiled"),
         ),
         ascend=refused(_NO_SEAM),
-        asked=_expert_parallel(_NOT_SHOWN, "expert parallelism"),
+        asked=_expert_parallel(UNTRIED, "expert parallelism"),
     ),
     row(
         "expert parallelism with more than four ranks, other models, or another feature",
         **_everywhere("nobody has compared an engine's bits"),
-        asked=_expert_parallel(_OTHER, "expert parallelism"),
+        asked=_expert_parallel(REFUSED, "expert parallelism"),
     ),
     row(
         "expert load balancing",

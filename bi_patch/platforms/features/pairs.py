@@ -11,6 +11,7 @@ from typing import Any
 
 from bi_patch.platforms import schemes
 from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
+from bi_patch.platforms.features.ranks import compiled, shown, size, whole_experts
 
 _CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
 _CPU_TOGETHER = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0-2.json"  # with grammars and cached prefixes, too
@@ -28,17 +29,12 @@ TRIAL = "nobody has compared an engine's bits yet"
 
 def several_ranks(config: Any, *kinds: str) -> bool:
     """Whether an engine has several ranks of one of these kinds of parallelism."""
-    return any(int(getattr(config.parallel_config, f"{kind}_parallel_size", 1) or 1) > 1 for kind in kinds)
+    return any(size(config, f"{kind}_parallel_size") > 1 for kind in kinds)
 
 
 def one_form() -> bool:
     """Whether MLA on CUDA computes every token in one form (bi_patch.settings; this layer must not import it)."""
     return os.environ.get("BI_PATCH_MLA") == "one"
-
-
-def compiled(config: Any) -> bool:
-    """Whether vLLM compiles the engine's model."""
-    return config.model_config is not None and not getattr(config.model_config, "enforce_eager", False)
 
 
 def recurrent(model: Any) -> bool:
@@ -171,8 +167,23 @@ _OLDER = refused(_ALONE, todo="Use vLLM 0.33, or one of them", releases="<0.33")
 
 _LATENT_RANKS = (
     untried(releases="<0.33"),
-    served(_H200_RANKS, why="two ranks, compiled, two layers of DeepSeek-V2-Lite; more ranks with whole experts"),
+    served(
+        _H200_RANKS,
+        why="two layers of DeepSeek-V2-Lite: two ranks compiled, with whole experts also in eager mode, and four "
+        "compiled",
+    ),
 )
+
+
+def _other_experts(config: Any) -> str:
+    """Cut experts of tensor-parallel ranks that no run has. The rows of data and expert parallelism judge the rest."""
+    asked = PARTS[EXPERTS](config) and several_ranks(config, "tensor") and not several_ranks(config, "data")
+    return "experts with other tensor parallelism" if asked and not whole_experts(config) and not shown(config) else ""
+
+
+def _other_latent(config: Any) -> str:
+    asked = PARTS[MLA](config) and several_ranks(config, "tensor")
+    return "MLA with other tensor parallelism" if asked and (one_form() or not shown(config)) else ""
 
 
 def _two_compiled(config: Any) -> str:
@@ -354,6 +365,22 @@ PAIRS: tuple[Feature, ...] = (
             served(_H200_EXPERTS, _H200_RANKS, why="two layers of Qwen3-30B-A3B, two and four ranks, compiled"),
         ),
         ascend=untried(),
+    ),
+    row(
+        "experts with tensor parallelism in other models than Qwen3-MoE and DeepSeek V2, over three or more than four "
+        "ranks, over four of DeepSeek V2, or in eager mode (but Qwen3-MoE over two)",
+        cpu=untried("measured with a tiny Qwen3-MoE"),
+        cuda=untried(),
+        ascend=untried(),
+        asked=_other_experts,
+    ),
+    row(
+        "MLA with tensor parallelism in other models than DeepSeek V2, in one form (BI_PATCH_MLA=one), in eager mode "
+        "with cut experts, or over more than two ranks (but four compiled ones with whole experts)",
+        cpu=_REFUSED,
+        cuda=untried(),
+        ascend=_NO_SEAM,
+        asked=_other_latent,
     ),
     *(
         _pairs(kind, parallel, cpu=cpu, cuda=cuda, ascend=_NO_SEAM)

@@ -13,6 +13,9 @@ EXAMINED = frozenset(
         "data_parallel_size",
         "prefill_context_parallel_size",
         "decode_context_parallel_size",
+        "data_parallel_size_local",
+        "data_parallel_external_lb",
+        "data_parallel_hybrid_lb",
         "enable_expert_parallel",
         "all2all_backend",
         "expert_placement_strategy",
@@ -30,15 +33,12 @@ EXAMINED = frozenset(
 # Where processes run, how they find each other, how long they wait, and what vLLM itself derives: no sums.
 PLACES = frozenset(
     {
-        "data_parallel_size_local",
         "data_parallel_rank",
         "data_parallel_rank_local",
         "data_parallel_index",
         "data_parallel_master_ip",
         "data_parallel_rpc_port",
         "data_parallel_master_port",
-        "data_parallel_external_lb",
-        "data_parallel_hybrid_lb",
         "dp_sync_interval",
         "disable_nccl_for_dp_synchronization",
         "is_moe_model",
@@ -63,12 +63,11 @@ PLACES = frozenset(
         "_api_process_rank",
     }
 )
-# What acts only together with a switch of EXAMINED that is refused: experts' parallelism, dual batches, and contexts
-# that ranks share.
+# What acts only together with a switch that is refused: experts' load balancing, elastic experts, dual batches,
+# contexts that ranks share, and fault tolerance. Expert parallelism is served, so its options do not belong here.
 BEHIND = frozenset(
     {
         "eplb_config",
-        "enable_ep_weight_filter",
         "elastic_ep_max_dp_size",
         "dbo_decode_token_threshold",
         "dbo_prefill_token_threshold",

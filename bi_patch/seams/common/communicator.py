@@ -9,7 +9,7 @@ from bi_patch.seams import active
 from bi_patch.seams.model import Policy
 
 _FIRST = Version("0.33")  # on CUDA, nobody measured a release before
-_RANKS = 4  # nor more ranks
+_RANKS, _EAGER_RANKS = 4, 2  # nor more ranks: compiled, and in eager mode
 _TYPES = ("torch.bfloat16", "torch.float16")
 _CACHES = ("auto", "bfloat16", "float16")
 
@@ -36,6 +36,9 @@ def _uncovered(config: Any) -> dict[str, bool]:
         f"a {cache!r} KV cache on CUDA": platform == "cuda" and cache not in _CACHES,
         "data parallelism on CUDA": platform == "cuda" and parallel.data_parallel_size > 1,
         f"{parallel.tensor_parallel_size} ranks on CUDA": platform == "cuda" and parallel.tensor_parallel_size > _RANKS,
+        f"{parallel.tensor_parallel_size} ranks on CUDA in eager mode": platform == "cuda"
+        and model.enforce_eager
+        and parallel.tensor_parallel_size > _EAGER_RANKS,
         f"{parallel.tensor_parallel_size} ranks": active.leaves % parallel.tensor_parallel_size != 0,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "experts": bool(getattr(model, "is_moe", False)),

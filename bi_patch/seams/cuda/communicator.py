@@ -33,6 +33,8 @@ _UNEQUAL = (
     "communicator.{}: {} rows do not fall into {} equal slices. Use one device, or set BI_PATCH=0, and report this as "
     "a bug of bi_patch"
 )
+_LINE = 16  # elements: whole 16-byte lines of every dtype
+_CARRIED = 2  # compiled ranks whose parts NCCL carried in a run
 _SUMS = ">=0.32"  # releases whose one-stage all-reduce takes messages of any size
 
 
@@ -188,6 +190,26 @@ _TODO = (
 )
 
 
+def _carried(config, group) -> None:
+    """Refuse more than two ranks that compile while NCCL carries the parts. group: vLLM's tensor-parallel group."""
+    import torch
+
+    if config.model_config.enforce_eager or group.world_size <= _CARRIED:
+        return
+    own = getattr(group.device_communicator, "ca_comm", None)
+    whole = -(-config.model_config.get_hidden_size() // _LINE) * _LINE
+    most = config.scheduler_config.max_num_batched_tokens
+    # Of no memory. Rows that do not fill lines are filled up.
+    largest = torch.empty((most, whole), dtype=config.model_config.dtype, device="meta")
+    if own is None or own.disabled or not own.should_custom_ar(largest):
+        raise UnsupportedFeature(
+            f"communicator.cuda_rank_order: vLLM's one-stage all-reduce does not serve these {group.world_size} ranks, "
+            f"and no run has shown more than {_CARRIED} compiled ranks while NCCL carries the parts. Use "
+            "--enforce-eager, or 2, 4, 6 or 8 GPUs with peer memory and without --disable-custom-all-reduce, or set "
+            "BI_PATCH=0"
+        )
+
+
 def _no_fusion(config) -> None:
     passes = config.compilation_config.pass_config
     if getattr(passes, "fuse_allreduce_rms", False):
@@ -288,9 +310,11 @@ SEAMS = (
             "communicator.cuda_rank_order",
             True,
             "Use one device, or set BI_PATCH=0, and report this as a bug of bi_patch",
+            covers=_carried,
         ),
         why="a sum over ranks must have one order for every size of the message",
-        how="each worker compares sums over ranks of 1 row up to the largest step with the sum in rank order, bitwise",
+        how="each worker compares sums over ranks of 1 row up to the largest step with the sum in rank order, bitwise. "
+        "More than two compiled ranks whose parts NCCL carries are refused",
         until="never: this patch point checks the order",
         causes=(14,),
     ),

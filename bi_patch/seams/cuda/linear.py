@@ -80,19 +80,22 @@ def _load(original):
         weights.watch_model(model, *hooks, lambda model: weights.refuse_with_lora(config))
         quantized.check(model)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
-            made = certify.certify(
-                [*_problems(model, config), *scaled.problems(model), *packed_linear.problems(model)],
-                moe.experts(model),
-                attention.decoders(config),
-                chunks.layers(config),
-                [*parts.checks(model), *rows.checks(model, config.model_config.dtype, vocab)],
-                max_rows=config.scheduler_config.max_num_batched_tokens,
-                library=version,
-                cache=active.cache,
-                ahead=ahead,
-                others=ranks.others(config),
-            )
-            ranks.alike("linear.cuda_certify", config, made)
+
+            def make():
+                return certify.certify(
+                    [*_problems(model, config), *scaled.problems(model), *packed_linear.problems(model)],
+                    moe.experts(model),
+                    attention.decoders(config),
+                    chunks.layers(config),
+                    [*parts.checks(model), *rows.checks(model, config.model_config.dtype, vocab)],
+                    max_rows=config.scheduler_config.max_num_batched_tokens,
+                    library=version,
+                    cache=active.cache,
+                    ahead=ahead,
+                    others=ranks.others(config),
+                )
+
+            ranks.alike("linear.cuda_certify", config, make)
             vision.certify(model, config)
         return result
 

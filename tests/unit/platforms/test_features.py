@@ -27,7 +27,19 @@ SHARED = {
     "model_architectures": ["Qwen3MoeForCausalLM"],
     "model_enforce_eager": False,
 }
-STEPS = SHARED | {"parallel_tensor_parallel_size": 1, "parallel_data_parallel_size": 2, "model_is_moe": True}
+STEPS = SHARED | {
+    "parallel_tensor_parallel_size": 1,
+    "parallel_data_parallel_size": 2,
+    "parallel_data_parallel_size_local": 2,
+    "model_is_moe": True,
+}
+DEEPSEEK = {"model_architectures": ["DeepseekV2ForCausalLM"], "model_use_mla": True, "model_is_moe": True}
+LATENT = DEEPSEEK | {"parallel_tensor_parallel_size": 2, "model_enforce_eager": False}
+CUT = {"parallel_enable_expert_parallel": False, "model_is_moe": True}
+EAGER = {"model_enforce_eager": True}
+FOUR = {"parallel_tensor_parallel_size": 4}
+_DATA, _WHOLE = "data parallelism over 1 of a MoE model", "expert parallelism"
+_CUT, _LATENT = "experts with other tensor parallelism", "MLA with other tensor parallelism"
 CELLS = [
     *(
         (f"{row.name}, {platform}", platform, cell)
@@ -396,6 +408,11 @@ def test_several_refusals_are_named_at_once_with_what_to_do():
         ("cuda", STEPS | {"model_quantization": "fp8"}, True),
         ("cuda", STEPS | {"model_architectures": ["GptOssForCausalLM"]}, True),
         ("cuda", STEPS | {"lora": SimpleNamespace()}, True),
+        ("cuda", FOUR | {"parallel_disable_custom_all_reduce": True}, True),
+        ("cuda", FOUR | EAGER | {"parallel_disable_custom_all_reduce": True}, False),
+        ("cuda", {"parallel_tensor_parallel_size": 3}, True),
+        ("cuda", {"parallel_tensor_parallel_size": 2, "parallel_disable_custom_all_reduce": True}, False),
+        ("cpu", {"parallel_tensor_parallel_size": 3}, False),
         ("cpu", {"parallel_pipeline_parallel_size": 2}, False),
         ("cuda", {"kv_transfer": offload(cpu_bytes_to_use=1)}, False),
         ("cpu", {"kv_transfer": offload()}, True),
@@ -430,6 +447,51 @@ def test_an_engine_of_several_gpus_names_what_nobody_measured(change, named):
     assert named in found
     eager = config(**change | {"model_enforce_eager": True})
     assert not any(row.asked(eager) for row in table.ROWS if row.name == "pipeline parallelism, compiled")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (SHARED, ""),
+        (SHARED | EAGER, ""),
+        (SHARED | FOUR, _WHOLE),
+        (SHARED | {"parallel_tensor_parallel_size": 3}, _WHOLE),
+        (SHARED | DEEPSEEK, ""),
+        (SHARED | DEEPSEEK | EAGER, ""),
+        (SHARED | DEEPSEEK | FOUR, ""),
+        (SHARED | DEEPSEEK | FOUR | EAGER, f"{_LATENT}, {_WHOLE}"),
+        (SHARED | CUT, ""),
+        (SHARED | CUT | EAGER, ""),
+        (SHARED | CUT | FOUR, ""),
+        (SHARED | CUT | FOUR | EAGER, _CUT),
+        (SHARED | CUT | {"parallel_tensor_parallel_size": 8}, _CUT),
+        (SHARED | CUT | {"model_architectures": ["MixtralForCausalLM"]}, _CUT),
+        (LATENT, ""),
+        (LATENT | EAGER, f"{_LATENT}, {_CUT}"),
+        (LATENT | FOUR, f"{_LATENT}, {_CUT}"),
+        (LATENT | {"model_architectures": ["DeepseekV3ForCausalLM"]}, f"{_LATENT}, {_CUT}"),
+        (STEPS, ""),
+        (STEPS | CUT, ""),
+        (STEPS | EAGER, _DATA),
+        (STEPS | DEEPSEEK, ""),
+        (STEPS | DEEPSEEK | CUT, _DATA),
+        (STEPS | {"parallel_data_parallel_size_local": 1}, _DATA),
+        (STEPS | {"parallel_data_parallel_size_local": 0}, _DATA),
+        (STEPS | {"parallel_data_parallel_external_lb": True}, _DATA),
+        (STEPS | {"parallel_data_parallel_hybrid_lb": True}, _DATA),
+    ],
+)
+def test_what_no_run_of_ranks_has_is_named(change, named):
+    given = config(**change)
+    words = (_DATA, _WHOLE, _CUT, _LATENT)
+    asked = [(row.asked(given), row.cell("cuda").state) for row in table.ROWS if row.asked is not None]
+    assert ", ".join(sorted(said for said, state in asked if said in words and state == model.UNTRIED)) == named
+    assert not any(state == model.REFUSED and said for said, state in asked)
+
+
+def test_mla_in_one_form_over_ranks_is_named(monkeypatch):
+    monkeypatch.setenv("BI_PATCH_MLA", "one")
+    assert [row for row in table.ROWS if row.asked is not None and row.asked(config(**LATENT)) == _LATENT]
 
 
 def test_text_of_a_multimodal_model_is_served_on_cpu_and_cuda():

@@ -14,6 +14,7 @@ def test_every_field_of_the_installed_release_is_examined_or_refused():
     assert fields - parallel.KNOWN == {
         "enable_batch_sharded_sampling",
         "enable_elastic_ep",
+        "enable_ep_weight_filter",
         "enable_fault_tolerance",
         "enable_hc_sp",
         "enable_shm_tensor_arena",
@@ -68,3 +69,9 @@ def test_workers_of_other_launchers_are_named(backend, said):
     config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend=backend))
     rows = [row for row in engine.FEATURES if row.name.startswith("workers of")]
     assert [asked for row in rows if (asked := row.asked(config))] == ([said] if said else [])
+
+
+def test_options_of_expert_parallelism_are_refused():
+    """Expert parallelism is served, so no option may hide behind its refusal."""
+    config = pytest.importorskip("vllm.config.parallel").ParallelConfig
+    assert parallel.unknown(config(enable_ep_weight_filter=True)) == ["enable_ep_weight_filter"]

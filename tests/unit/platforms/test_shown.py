@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bi_patch.platforms.features import matrix, model, pairs, table
+from bi_patch.platforms.features import matrix, model, pairs, ranks, table
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
@@ -752,6 +752,25 @@ def test_the_files_hold_what_the_cell_says(name, platform, cell):
         assert any(holds(file, entry) for file in cell.evidence), f"no row of {entry} in {cell.evidence}"
     for file in cell.evidence:
         assert any(holds(file, entry) for entry in wanted), f"{file} holds none of {wanted}"
+
+
+_MODELS = {"Qwen3MoeForCausalLM": "Qwen3-30B-A3B", "DeepseekV2ForCausalLM": "DeepSeek-V2-Lite"}
+
+
+@pytest.mark.parametrize("run", sorted(ranks.RUNS))
+def test_each_run_of_ranks_has_a_file(run):
+    """Eager engines are compared by axes of their own, or all at once with a compiled engine."""
+    architecture, tensor, data, whole, compiled = run
+    if data > 1:
+        ranks_of, axes = f"DP {data}{', experts over ranks' if whole else ''}", _STEPS
+    else:
+        ranks_of, axes = f"experts over {tensor} ranks" if whole else f"TP {tensor}", ("batch size", "chunk budget")
+    together = not compiled and not whole
+    ends = ["compiled"] if compiled or together else [""]
+    names = [f"{_MODELS[architecture]}, 2 layers, {ranks_of}{gap}{end}" for end in ends for gap in (", ", " ")]
+    entries = [(name.rstrip(", "), "eager and compiled") if together else (name.rstrip(", "), *axes) for name in names]
+    files = [file.name for file in RESULTS.glob("invariance-*-h200-ranks-vllm-0.33.0*.json")]
+    assert any(holds(file, entry) for file in files for entry in entries)
 
 
 def test_nothing_is_entered_for_a_row_that_is_not_served():

@@ -111,6 +111,45 @@ def test_each_kind_of_message_is_checked(wrong, named, leaves, monkeypatch):
         closed("communicator.cpu_order", lambda config: None, "cpu")(config())
 
 
+def _own(disabled, serves):
+    return SimpleNamespace(disabled=disabled, should_custom_ar=lambda x: serves and x.nbytes % 16 == 0)
+
+
+@pytest.mark.parametrize("width", [2048, 2051])  # rows of 2051 are filled up
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("own", [None, _own(True, True), _own(False, False), _own(False, True)])
+def test_more_than_two_compiled_ranks_need_the_one_stage_all_reduce(own, ranks, eager, width, monkeypatch):
+    """No run has shown CUDA graphs in which NCCL carries the parts of more ranks; a worker knows whether it will."""
+    from vllm.distributed import parallel_state
+
+    group = InRankOrder(0, None)
+    group.world_size, group.device_communicator = ranks, SimpleNamespace(ca_comm=own)
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
+    served = ranks == 2 or eager or (own is not None and not own.disabled and own.should_custom_ar(torch.empty(8)))
+    start = closed("communicator.cuda_rank_order", lambda config: "started", "cuda")
+    with (
+        contextlib.nullcontext()
+        if served
+        else pytest.raises(UnsupportedFeature, match="cuda_rank_order: .* 4 ranks.*compiled.*NCCL.*--enforce-eager")
+    ):
+        assert start(config(eager=eager, width=width)) == "started"
+
+
+@pytest.mark.parametrize("wrong", [None, (2048, torch.bfloat16)])
+def test_all_ranks_of_the_world_agree_on_each_check(wrong, monkeypatch):
+    """Ranks of another tensor-parallel group, whose sums are right, would wait in the next check."""
+    from vllm.distributed import parallel_state
+
+    held, asked = _of_experts(4), []
+    monkeypatch.setattr(parallel_state, "get_world_group", lambda: "world")
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: InRankOrder(*wrong or (0, None)))
+    monkeypatch.setattr(parallel_state, "get_dp_group", lambda: Sharing(None))
+    monkeypatch.setattr(agreement, "together", lambda group, own: asked.append((group, own is None)))
+    closed("communicator.cuda_rank_order", lambda config: None, "cuda")(held)
+    assert asked == [("world", True), ("world", wrong is None), ("world", True)]
+
+
 class OneStage:
     """A double of vLLM's CustomAllreduce: three ranks with parts x, 2x and 3x, and messages of whole lines only."""
 
@@ -293,8 +332,21 @@ def test_ranks_that_share_experts_have_the_same_certificates(failed, named, monk
         "vllm.distributed.parallel_state.get_dp_group", lambda: SimpleNamespace(world_size=2, cpu_group=None)
     )
     with pytest.raises(UnsupportedFeature, match=f"linear.x: 2 .*{named}") if named else contextlib.nullcontext():
-        seams_ranks.alike("linear.x", _of_experts(2), made[0])
-    seams_ranks.alike("linear.x", _of_experts(1), None)
+        seams_ranks.alike("linear.x", _of_experts(2), lambda: made[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_without_certificates_tells_the_others(ranks, monkeypatch):
+    def fail():
+        raise UnsupportedFeature("no certificate")
+
+    told = []
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_world_group", lambda: "world")
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_dp_group", lambda: None)
+    monkeypatch.setattr(agreement, "together", lambda group, own: told.append((group, str(own))) or _raise(own))
+    with pytest.raises(UnsupportedFeature, match="no certificate"):
+        seams_ranks.alike("linear.x", _of_experts(ranks), fail)
+    assert told == ([("world", "no certificate")] if ranks > 1 else [])
 
 
 def test_vllms_own_nccl_gathers_rows():

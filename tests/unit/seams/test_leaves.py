@@ -79,12 +79,14 @@ def test_the_rest_is_refused(changes, said):
 
 def test_what_nobody_measured_on_cuda_is_refused(monkeypatch):
     use(monkeypatch, "cuda")
-    for ranks in (1, 2, 4):
+    for ranks in (1, 2):
         POLICY.apply(config(ranks))
+    for ranks in (1, 2, 4):
         POLICY.apply(config(ranks, enforce_eager=False))
     POLICY.apply(config(cache="bfloat16"))
     for changes, said in (
-        ({"ranks": 8}, "8 ranks on CUDA"),
+        ({"ranks": 8, "enforce_eager": False}, "8 ranks on CUDA"),
+        ({"ranks": 4}, "4 ranks on CUDA in eager mode"),
         ({"cache": "fp8"}, "a 'fp8' KV cache on CUDA"),
         ({"data": 2}, "data parallelism on CUDA"),
     ):

@@ -234,6 +234,22 @@ def test_ranks_on_cpu_are_added_in_rank_order(model, agreed):
     training.arm(model, sampler=agreed | {"tensor_parallel_size": 2, "rank_sums": said})
 
 
+def test_how_ranks_hold_experts_is_told(monkeypatch):
+    def said(data, tensor, whole, experts=True):
+        parallel = SimpleNamespace(
+            data_parallel_size=data, tensor_parallel_size=tensor, enable_expert_parallel=whole, rank=0
+        )
+        return made._rank_sums(
+            SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(is_moe=experts)), "cpu"
+        )
+
+    several = [(2, 1, True), (2, 1, False), (4, 1, True), (4, 1, False), (2, 2, True), (1, 2, True), (1, 4, True)]
+    assert len({said(*ranks) for ranks in several} | {made.ASCENDING, "none"}) == len(several) + 2
+    assert said(4, 1, False) == "cut experts over 4 ranks, 4 of them data-parallel"
+    assert said(1, 2, True) == "whole experts over 2 ranks, 1 of them data-parallel"
+    assert said(1, 2, False) == said(1, 2, True, False) == made.ASCENDING and said(1, 1, True) == "none"
+
+
 def test_only_the_one_stage_all_reduce_adds_as_the_trainer_does(monkeypatch):
     monkeypatch.setenv("VLLM_CUSTOM_ALLREDUCE_ALGO", "1stage")
     own = SimpleNamespace(disabled=False, should_custom_ar=lambda row: row.shape[1] % 8 == 0)
