@@ -674,8 +674,8 @@ FEATURES: tuple[Feature, ...] = (
         "Requests have the same bits on every rank, whatever the other ranks do.",
     ),
     row(
-        "data parallelism of MoE models in eager mode, over three or four ranks, over hosts or load balancers, with TP, "
-        "of DeepSeek V3, or of DeepSeek V2 without expert parallelism",
+        "data parallelism of MoE models in eager mode, over three or four ranks, over hosts or load balancers, with "
+        "TP, of DeepSeek V3, or of DeepSeek V2 without expert parallelism",
         cpu=refused(_NO_EXCHANGE),
         cuda=(
             refused(_STEP, todo="Use vLLM 0.33", releases="<0.33"),

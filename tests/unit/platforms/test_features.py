@@ -455,7 +455,7 @@ def test_an_engine_of_several_gpus_names_what_nobody_measured(change, named):
         (SHARED, ""),
         (SHARED | EAGER, ""),
         (SHARED | FOUR, _WHOLE),
-        (SHARED | {"parallel_tensor_parallel_size": 3}, _WHOLE),
+        (SHARED | EAGER | {"parallel_tensor_parallel_size": 3}, _WHOLE),
         (SHARED | DEEPSEEK, ""),
         (SHARED | DEEPSEEK | EAGER, ""),
         (SHARED | DEEPSEEK | FOUR, ""),
