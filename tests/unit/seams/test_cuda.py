@@ -108,7 +108,11 @@ def test_variables_forbid_split_k_and_other_sums(release):
             "model__using_transformers_backend": lambda: True,
             "model__hf_text_config": SimpleNamespace(rope_parameters={"rope_type": "yarn"}),
         },
-        {"parallel__tensor_parallel_size": 4, "parallel__disable_custom_all_reduce": True},
+        {
+            "parallel__tensor_parallel_size": 4,
+            "parallel__disable_custom_all_reduce": True,
+            "model__enforce_eager": True,
+        },
     ],
 )
 def test_a_plain_configuration_passes(change):
