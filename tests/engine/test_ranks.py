@@ -29,7 +29,9 @@ def two_ranks(start, extra=None, model=recipes.QWEN3, **options):
 
 
 def invariant(engine, axes):
-    load = Workload.random(engine.info.vocab_size, generate=4, sizes=(1, 2, 5, 16), prefix=130, lengths=(3, 40, 290))
+    load = Workload.random(
+        engine.info.vocab_size, generate=4, sizes=(1, 2, 5, 16), prefix=130, lengths=(3, 40, 290), long=900
+    )
     for probe in (p for p in PROBES if p.name in axes and not p.missing(engine)):
         result = probe.run(engine, load)
         assert result.compared > 0 and result.differing == 0, f"{result.axis}: {result.first}"

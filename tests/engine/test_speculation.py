@@ -137,7 +137,7 @@ def test_on_equals_off_with_each_grammar_library(ask, library):
     given = {"structured_outputs_config": {"backend": library}}
     off = ask(recipes.QWEN3, "grammars", **given)
     on = ask(recipes.QWEN3, "grammars", speculative_config=ngram(5), **given)
-    assert off["found"] == on["found"] and len(on["found"]) == 12
+    assert off["found"] == on["found"] and len(on["found"]) == (9 if library == "xgrammar" else 12)
     assert 0 < on["counted"]["grammars"][0] < on["counted"]["grammars"][1]
 
 
