@@ -68,5 +68,5 @@ def test_every_axis(tmp_path, family, eager):
     """All axes of the default level that apply, preemption, restart and compiled code among them."""
     system = local.local(families.write(family, tmp_path), levels.DEFAULT, eager=eager, random_weights=7)
     rows, _ = invariance.measure(family, system, levels.DEFAULT)
-    assert {"batch size", "prefix cache", "chunk budget", "preemption", "restart"} <= {row.axis for row in rows}
+    assert {*AXES, "preemption", "restart"} <= {row.axis for row in rows}
     assert not any(row.differing for row in rows), [row for row in rows if row.differing]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_patch.platforms import schemes
-from bi_patch.platforms.features import parallel
+from bi_patch.platforms.features import parallel, variables
 from bi_patch.platforms.features.model import REFUSED, SERVED, UNTRIED, Feature, absent, refused, row, served, untried
 from bi_patch.platforms.features.pairs import one_form, recurrent
 from bi_patch.platforms.features.ranks import compiled, shown, size, whole_experts
@@ -369,6 +369,23 @@ def _started_by(backend: str, words: str) -> Callable[[Any], str]:
 
 def _unexamined(config: Any) -> str:
     return _joined("", dict.fromkeys(parallel.unknown(config.parallel_config), True))
+
+
+def _variables(config: Any) -> str:
+    return _joined("", dict.fromkeys(variables.unknown(), True))
+
+
+def _switched(name: str, words: str) -> Callable[[Any], str]:
+    return lambda config: words if variables.switched(name) else ""
+
+
+def _images_from_rust(config: Any) -> str:
+    """The Rust front end sends images under hashes that it made itself, which no patch point sees."""
+    taken = config.model_config is not None and _images(config.model_config)
+    return "images from the Rust front end" if taken and variables.switched(_RUST) else ""
+
+
+_RUST = "VLLM_USE_RUST_FRONTEND"
 
 
 def _everywhere(why: str, todo: str = "") -> dict:
@@ -770,6 +787,34 @@ FEATURES: tuple[Feature, ...] = (
         "tolerance, ...)",
         **_everywhere("nobody has examined it"),
         asked=_unexamined,
+    ),
+    row(
+        "environment variables of vLLM that may choose a kernel, and that nobody has examined "
+        "(VLLM_MOE_ROUTING_SIMULATION_STRATEGY, VLLM_FLOAT32_MATMUL_PRECISION, ...)",
+        **_everywhere("nobody has examined it", "Unset it"),
+        asked=_variables,
+        details="Variables of paths, logs, limits and timeouts are free, and so are those that a patch point covers.",
+    ),
+    row(
+        "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=1)",
+        cpu=absent(),
+        cuda=untried("nobody has compared an engine's bits"),
+        ascend=untried(_NO_NPU),
+        asked=_switched("VLLM_USE_BREAKABLE_CUDAGRAPH", "breakable CUDA graphs"),
+    ),
+    row(
+        "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND=1)",
+        cpu=untried("the engine core checks each request"),
+        cuda=untried("the engine core checks each request"),
+        ascend=untried(_NO_NPU),
+        asked=_switched(_RUST, "the Rust front end"),
+    ),
+    row(
+        "images, sound or video from vLLM's Rust front end",
+        **_everywhere(
+            "only the Python front end's patch points see that an image bears another one's name", f"Unset {_RUST}"
+        ),
+        asked=_images_from_rust,
     ),
     row(
         "LoRA",

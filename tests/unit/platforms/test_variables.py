@@ -1,0 +1,87 @@
+"""vLLM's environment variables: one that nobody has examined is refused, also one that a later release brings."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from bi_patch.platforms.features import engine, variables
+
+ROWS = {row.name: row for row in engine.FEATURES}
+
+
+def row(start: str):
+    return next(row for name, row in ROWS.items() if name.startswith(start))
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """vLLM's list of its variables, in a release of the test's own. No variable of vLLM is set."""
+    envs = ModuleType("vllm.envs")
+    envs.environment_variables = dict.fromkeys(
+        ("VLLM_LOGGING_LEVEL", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "VLLM_SUM_BY_ARRIVAL", "VLLM_NIXL_HOST")
+    )
+    monkeypatch.setitem(sys.modules, "vllm.envs", envs)
+    for name in (*envs.environment_variables, *variables.UNLISTED, *variables.KNOWN):
+        if name.startswith("VLLM_"):
+            monkeypatch.delenv(name, raising=False)
+
+
+def test_what_vllm_lists_and_nobody_has_examined_is_refused(listed, monkeypatch):
+    assert variables.unknown() == []
+    for name in ("VLLM_LOGGING_LEVEL", "VLLM_NIXL_HOST", "VLLM_SERVICE_HOST"):  # the last is a cluster's, not vLLM's
+        monkeypatch.setenv(name, "1")
+    assert variables.unknown() == []
+    monkeypatch.setenv("VLLM_SUM_BY_ARRIVAL", "0")
+    monkeypatch.setenv("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random")
+    found = ["VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "VLLM_SUM_BY_ARRIVAL"]
+    assert variables.unknown() == found
+    refusing = row("environment variables of vLLM")
+    assert refusing.asked(None) == ", ".join(found)
+    assert all(cell.state == "refused" for cells in refusing.cells.values() for cell in cells)
+
+
+def test_what_vllm_reads_without_listing_is_refused(listed, monkeypatch):
+    monkeypatch.setenv(variables.UNLISTED[0], "1")
+    assert variables.unknown() == [variables.UNLISTED[0]]
+
+
+def test_the_sets_do_not_overlap():
+    sets = (variables.COVERED, variables.OWN, variables.PLACES, variables.LOGS, variables.FRONT)
+    assert sum(map(len, sets)) == len(variables.KNOWN)
+    assert not any(name.startswith(variables.BEHIND) for name in variables.KNOWN)
+
+
+def test_arming_sets_no_variable_that_is_refused():
+    from bi_patch.seams.registry import CATALOG
+
+    set_by_arming = {item.variable for item in CATALOG.variables if item.variable.startswith("VLLM_")}
+    assert set_by_arming <= variables.KNOWN
+
+
+def test_variables_that_choose_kernels_are_refused():
+    """Each of these was read in vLLM's source: it draws, or chooses by the number of rows, or changes fp32 products."""
+    envs = pytest.importorskip("vllm.envs")
+    refused = set(envs.environment_variables) - variables.KNOWN
+    assert refused >= {
+        "VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE",
+        "VLLM_FLOAT32_MATMUL_PRECISION",
+        "VLLM_HUMMING_USE_F16_ACCUM",
+        "VLLM_KV_CACHE_LAYOUT",
+        "VLLM_MARLIN_INPUT_DTYPE",
+        "VLLM_MEDIA_CACHE",
+        "VLLM_MOE_ROUTING_SIMULATION_STRATEGY",
+        "VLLM_USE_FUSED_MOE_GROUPED_TOPK",
+        "VLLM_USE_OINK_OPS",
+    }
+
+
+def test_images_from_the_rust_front_end_are_refused(monkeypatch):
+    asked = row("images, sound or video from vLLM's Rust").asked
+    images = SimpleNamespace(is_multimodal_model=True, multimodal_config=SimpleNamespace(language_model_only=False))
+    text = SimpleNamespace(is_multimodal_model=False)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert asked(SimpleNamespace(model_config=images)) and not asked(SimpleNamespace(model_config=text))
+    assert row("vLLM's Rust front end").asked(SimpleNamespace(model_config=text))
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    assert not asked(SimpleNamespace(model_config=images))
