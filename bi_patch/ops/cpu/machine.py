@@ -6,6 +6,7 @@ The kernels are built once per machine and loaded once per process.
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +63,19 @@ def device() -> str:
     return f"{model}, {amx}, {_isa}, {torch.get_num_threads()} threads"
 
 
+# By these variables, oneDNN, MKL and PyTorch take other kernels on the same machine.
+_SWITCHES = ("ATEN_CPU_CAPABILITY", "DNNL_", "MKL_", "ONEDNN_")
+
+
 def libraries(library: str) -> str:
-    """The versions of the libraries whose CPU kernels are certified: `library`, e.g. "vllm 0.33.0", and PyTorch."""
+    """The versions of the libraries whose CPU kernels are certified, and the variables that choose their kernels.
+
+    library: e.g. "vllm 0.33.0".
+    """
     import torch
 
-    return f"{library}, torch {torch.__version__}"
+    switches = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_SWITCHES)]
+    return ", ".join([library, f"torch {torch.__version__}", *switches])
 
 
 def kernels_digest() -> str:

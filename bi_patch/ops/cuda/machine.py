@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # cuBLAS reads these variables when a handle is created, PyTorch at its first matrix product.
 WORKSPACE = {"CUBLASLT_WORKSPACE_SIZE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+# By these variables, cuBLAS takes other kernels, and Triton compiles other products.
+_SWITCHES = ("CUBLAS", "NVIDIA_TF32_OVERRIDE", "TRITON_DEFAULT_FP_FUSION", "TRITON_F32_DEFAULT")
 # From this compute capability on, cuBLASLt keeps one order if it does not split K. For older devices, bi_patch has no
 # evidence of this.
 VENDOR_CAPABILITY = (9, 0)
@@ -98,7 +100,8 @@ def libraries() -> str:
 
     from bi_patch.ops.cuda import cublaslt
 
-    switches = " ".join(f"{name}={os.environ.get(name, '')}" for name in WORKSPACE)
+    further = sorted(name for name in os.environ if name.startswith(_SWITCHES) and name not in WORKSPACE)
+    switches = " ".join(f"{name}={os.environ.get(name, '')}" for name in (*WORKSPACE, *further))
     return (
         f"torch {torch.__version__} cuda {torch.version.cuda} cublaslt {cublaslt.version()} "
         f"driver {_driver_version()} triton {triton.__version__} {switches}"

@@ -111,7 +111,7 @@ def _of_parallel(name: str, words: str, above: int = 1) -> Callable[[Any], str]:
 
 
 def _given(name: str, words: str) -> Callable[[Any], str]:
-    return lambda config: words if getattr(config, name) is not None else ""
+    return lambda config: words if getattr(config, name, None) is not None else ""
 
 
 def _plain_data_parallel(words: str) -> Callable[[Any], str]:
@@ -371,6 +371,14 @@ def _unexamined(config: Any) -> str:
     return _joined("", dict.fromkeys(parallel.unknown(config.parallel_config), True))
 
 
+def _offloaded(config: Any) -> str:
+    """Weights that stay in the host's memory. vLLM before 0.26 keeps the option in its CacheConfig."""
+    held = getattr(config, "offload_config", None)
+    gigabytes = getattr(getattr(held, "uva", None) or config.cache_config, "cpu_offload_gb", 0)
+    groups = getattr(getattr(held, "prefetch", None), "offload_group_size", 0)
+    return "weights in the host's memory" if (gigabytes or 0) > 0 or (groups or 0) > 0 else ""
+
+
 def _variables(config: Any) -> str:
     return _joined("", dict.fromkeys(variables.unknown(), True))
 
@@ -547,6 +555,18 @@ FEATURES: tuple[Feature, ...] = (
         ascend=untried(_NO_NPU),
         details="`reset_prefix_cache(reset_running_requests=True)` is refused where it would drop tokens that a "
         "sampled request has drawn: with asynchronous scheduling on model runner V1.",
+    ),
+    row(
+        "watermarks (--watermark-config)",
+        **_everywhere("nobody has compared an engine's bits", "Leave it out"),
+        asked=_given("watermark_config", "watermarks"),
+    ),
+    row(
+        "weights in the host's memory (--cpu-offload-gb, --offload-group-size)",
+        cpu=absent("the weights are in the host's memory in any case"),
+        cuda=untried("the same kernels read them"),
+        ascend=untried(_NO_NPU),
+        asked=_offloaded,
     ),
     row(
         "code from outside vLLM: workers, worker extensions, executors, schedulers, models, layers, Inductor passes, "

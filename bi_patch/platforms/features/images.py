@@ -109,6 +109,11 @@ def _backend(media: Any) -> str:
     return str(getattr(asked, "name", asked or ""))
 
 
+def _prepared_by(media: Any) -> object:
+    """The device on which vLLM brings images to a model's size."""
+    return (getattr(media, "mm_processor_kwargs", None) or {}).get("device")
+
+
 def _chosen_backend(config: Any, qwen: bool) -> str:
     media = getattr(config.model_config, "multimodal_config", None)
     name = _backend(media) if taken(config) and (_encoder(config) in _QWEN) == qwen else ""
@@ -122,6 +127,7 @@ _SETTINGS: dict[str, Callable[[Any], object]] = {
     "quantized attention of encoders (--mm-encoder-attn-dtype)": lambda m: getattr(m, "mm_encoder_attn_dtype", None),
     "another attention backend of encoders (--mm-encoder-attn-backend)": lambda m: _backend(m) not in ("", *_BACKENDS),
     "pruned video (--video-pruning-rate)": lambda m: getattr(m, "video_pruning_rate", None),
+    "images that a GPU prepares (--mm-processor-device)": lambda m: _prepared_by(m) not in (None, "cpu"),
 }
 
 

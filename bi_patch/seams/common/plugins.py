@@ -33,6 +33,9 @@ def _outside(config) -> Iterator[tuple[str, str]]:
     parallel = config.parallel_config
     yield "the worker class", _dotted(getattr(parallel, "worker_cls", None))
     yield "the worker extension", _dotted(getattr(parallel, "worker_extension_cls", None))
+    yield "the worker of drafts", _dotted(getattr(parallel, "sd_worker_cls", None))
+    cache = getattr(config, "ec_manager_config", None)
+    yield "the cache of encoded images", _dotted(getattr(cache, "encoder_cache_manager_cls", None))
     yield "the executor", _dotted(getattr(parallel, "distributed_executor_backend", None))
     yield "the scheduler", _dotted(getattr(getattr(config, "scheduler_config", None), "scheduler_cls", None))
     yield "the compiler backend", _dotted(getattr(config.compilation_config, "backend", None))

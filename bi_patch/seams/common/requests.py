@@ -9,7 +9,7 @@ import functools
 from bi_patch.errors import UnsupportedRequest
 from bi_patch.seams import active
 from bi_patch.seams import pooling as poolers
-from bi_patch.seams.common import lora, seeds
+from bi_patch.seams.common import lora, parameters, seeds
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
@@ -20,6 +20,7 @@ def check(config, params) -> None:
     config: the engine's VllmConfig. params: SamplingParams or PoolingParams.
     """
     found = [name for name, asked in _uncovered(config, params).items() if asked]
+    found += [f"{name}, which nobody has examined" for name in parameters.unknown(params)]
     if found:
         raise bad_request(
             f"requests.parameters: batch invariance does not cover {'; nor '.join(found)}. Leave it out, or start "

@@ -243,6 +243,11 @@ def test_a_plain_configuration_passes(platform):
         (images("Idefics3ForConditionalGeneration", model_enable_prompt_embeds=True), "images with prompt embed"),
         (images("Idefics3ForConditionalGeneration", mm_encoder_tp_mode="data"), "images with an encoder over"),
         (images("Idefics3ForConditionalGeneration", compilation_compile_mm_encoder=True), "images with compiled"),
+        (
+            images("Idefics3ForConditionalGeneration", mm_processor_kwargs={"device": "cuda"}),
+            "images with images that a GPU prepares",
+        ),
+        ({"watermark": SimpleNamespace(key=1)}, "watermarks"),
         ({"speculative": SimpleNamespace()}, "speculative decoding"),
         ({"speculative": SimpleNamespace(method="mtp")}, "speculative decoding with other drafts"),
         ({"speculative": SimpleNamespace(method="medusa")}, "speculative decoding with other drafts"),
@@ -307,6 +312,17 @@ def test_lora_is_refused_where_it_has_no_patch_points():
     for platform, release in (("cuda", "0.32.0"), ("ascend", None)):
         with pytest.raises(UnsupportedFeature, match="features: .*LoRA"):
             check(platform, release, lora=SimpleNamespace())
+
+
+def test_weights_in_the_hosts_memory_are_named_untried():
+    for held in (
+        {"offload": SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=1.5), prefetch=None)},
+        {"offload": SimpleNamespace(uva=None, prefetch=SimpleNamespace(offload_group_size=2))},
+        {"cache_cpu_offload_gb": 1},
+    ):
+        found = table.untried(config(**held), "cuda", Version("0.33.0"))
+        assert any("in the host's memory" in name for name in found), held
+    assert not any("host's" in name for name in table.untried(config(), "cuda", Version("0.33.0")))
 
 
 def test_an_fp8_kv_cache_is_refused_where_it_was_not_tried():

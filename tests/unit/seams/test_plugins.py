@@ -39,7 +39,7 @@ class Wrapped:
         self.callable(graph)
 
 
-def config(model=None, passes=None, **parallel):
+def config(model=None, passes=None, images=None, **parallel):
     scheduler = parallel.pop("scheduler_cls", None)
     parallel = {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker", "distributed_executor_backend": "mp"} | parallel
     return SimpleNamespace(
@@ -47,6 +47,7 @@ def config(model=None, passes=None, **parallel):
         scheduler_config=SimpleNamespace(scheduler_cls=scheduler, async_scheduling=False),
         compilation_config=SimpleNamespace(backend="inductor", inductor_compile_config=passes or {}),
         model_config=model,
+        ec_manager_config=SimpleNamespace(encoder_cache_manager_cls=images),
     )
 
 
@@ -66,6 +67,8 @@ OUTSIDE = {
     "my.Worker": config(worker_cls="my.Worker"),
     "my.Extension": config(worker_extension_cls="my.Extension"),
     f"{__name__}.Registered": config(distributed_executor_backend=Registered),
+    "my.Drafter": config(sd_worker_cls="my.Drafter"),
+    "my.ImageCache": config(images="my.ImageCache"),
     "my.Scheduler": config(scheduler_cls="my.Scheduler"),
     "foo.models.FooForCausalLM": config(model(LAZY)),
     "remote.modeling_foo.Foo": config(model(OWN, remote=True)),

@@ -9,7 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from bi_patch import settings
 from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
 from bi_patch.seams import active
-from bi_patch.seams.common import requests, seeds
+from bi_patch.seams.common import parameters, requests, seeds
 
 
 def ask(v2=False, fast_prefill=False, drafts=False, **parameters):
@@ -48,6 +48,31 @@ def test_it_is_refused_by_name_as_a_bad_request(given, said):
     # A server answers 400 to these two, depending on the release of vLLM.
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, VLLMValidationError)
     assert type(caught.value).__name__ == "UnsupportedRequest"
+
+
+def test_every_field_of_the_installed_release_is_examined_or_refused():
+    """A new field belongs into EXAMINED, or into this list of those that are refused."""
+    import msgspec
+    from vllm import PoolingParams, SamplingParams
+
+    fields = {field.name for kind in (SamplingParams, PoolingParams) for field in msgspec.structs.fields(kind)}
+    assert {name for name in fields - parameters.EXAMINED if name[0] != "_"} == {"trace_decode_token_ids"}
+    assert parameters.unknown(SamplingParams()) == parameters.unknown(PoolingParams()) == []
+
+
+def test_a_field_that_nobody_has_examined_is_refused():
+    import msgspec
+
+    class Later(msgspec.Struct):
+        temperature: float = 1.0
+        sums_by_arrival: bool = False
+        tokens: list[int] = []
+
+    assert parameters.unknown(Later(temperature=0.5)) == []
+    assert parameters.unknown(Later(sums_by_arrival=True, tokens=[3])) == ["sums_by_arrival", "tokens"]
+    config = SimpleNamespace(use_v2_model_runner=True, cache_config=None)
+    with pytest.raises(UnsupportedRequest, match="sums_by_arrival, which nobody has examined"):
+        requests.check(config, Later(sums_by_arrival=True))
 
 
 @pytest.mark.parametrize(

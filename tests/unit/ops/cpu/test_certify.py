@@ -85,6 +85,15 @@ def test_the_library_is_a_part_of_the_key(tmp_path):
     assert len(certificates.every(tmp_path)) == 2
 
 
+def test_a_variable_that_chooses_the_librarys_kernels_is_a_part_of_the_key(monkeypatch):
+    """oneDNN with fewer instructions runs other kernels: a certificate of the usual ones does not hold for them."""
+    plain = machine.libraries("test 1")
+    assert plain == f"test 1, torch {torch.__version__}"
+    for name, value in (("ONEDNN_MAX_CPU_ISA", "AVX2"), ("DNNL_DEFAULT_FPMATH_MODE", "BF16"), ("MKL_CBWR", "AVX2")):
+        monkeypatch.setenv(name, value)
+        assert f"{name}={value}" in machine.libraries("test 1")
+
+
 def test_other_numbers_of_threads_are_tried_and_put_back(tmp_path):
     own = torch.get_num_threads()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bi_patch.ops import certificates, zero_sums
-from bi_patch.ops.cuda import cublaslt, linear, moe
+from bi_patch.ops.cuda import cublaslt, linear, machine, moe
 from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.seams.overlay import Overlay, with_globals
 
@@ -332,3 +332,13 @@ def test_experts_without_groups_have_a_scale_for_each_row_or_expert(scale, shape
     assert x.dtype == torch.bfloat16 and w13.dtype == w2.dtype == torch.float8_e4m3fn
     assert (scale13.shape, scale2.shape) == shapes and scale13.dtype == torch.float32
     assert len(scale13[0].unique()) == (768 if scale == moe.ROW else 1) and len(scale2.unique()) > 3
+
+
+def test_a_variable_that_chooses_the_librarys_kernels_is_a_part_of_a_certificates_key(monkeypatch):
+    monkeypatch.setattr(cublaslt, "version", lambda: 1)
+    monkeypatch.setattr(machine, "_driver_version", lambda: 1)
+    found = machine.libraries.__wrapped__
+    plain = found()
+    for name, value in (("NVIDIA_TF32_OVERRIDE", "1"), ("CUBLAS_EMULATION_STRATEGY", "performant")):
+        monkeypatch.setenv(name, value)
+        assert f"{name}={value}" in found() and plain in found()
