@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.platforms.features.ranks import norms
 from bi_patch.seams import active, agreement
 
 _FEW = 65  # rows of a width that no layer has
@@ -169,6 +170,8 @@ def _messages(config: Any, ordered: bool) -> list[tuple[int, int, Any]]:
     asked = [(width, most, dtype)]
     if ordered:
         asked.append((width + 1, min(most, _FEW), dtype))  # rows that do not fill whole 16-byte lines
+    if norms(config):
+        asked.append((2, most, torch.float32))  # sums of squares of a row's queries and keys
     if active.leaves:
         asked.append((width, most, torch.float32))  # roots of trees
     return asked

@@ -28,6 +28,24 @@ def define_ops() -> None:
     define(f"layer_norm(Tensor x, {arguments}) -> Tensor", _layer_norm, "CUDA", lambda x, *_: x.new_empty(x.shape))
 
 
+def define_rank_ops() -> None:
+    """Define torch.ops.bi_patch.square_sums and norm_by_sums. A second call does nothing."""
+    import torch
+
+    define(
+        "square_sums(Tensor q, Tensor k) -> Tensor",
+        _square_sums,
+        "CUDA",
+        lambda q, k: q.new_empty((q.shape[0], 2), dtype=torch.float32),
+    )
+    define(
+        "norm_by_sums(Tensor x, Tensor sums, int at, Tensor weight, float eps, int count) -> Tensor",
+        _norm_by_sums,
+        "CUDA",
+        lambda x, *_: x.new_empty(x.shape),
+    )
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None = None, offset: float = 0.0
 ):
@@ -57,6 +75,25 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
     return torch.ops.bi_patch.layer_norm(x, weight, bias, eps)
 
 
+def square_sums(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The sums of squares of the rows of q [T, A] and of k [T, B] -> fp32 [T, 2], for ranks that share these rows."""
+    import torch
+
+    return torch.ops.bi_patch.square_sums(q, k)
+
+
+def norm_by_sums(
+    x: torch.Tensor, sums: torch.Tensor, at: int, weight: torch.Tensor, eps: float, count: int
+) -> torch.Tensor:
+    """RMSNorm of this rank's columns x [T, C] of rows with `count` columns, times weight [C] -> [T, C] in x's dtype.
+
+    sums: fp32 [T, 2], of which column `at` holds the sums of squares of whole rows.
+    """
+    import torch
+
+    return torch.ops.bi_patch.norm_by_sums(x, sums, at, weight, eps, count)
+
+
 @functools.cache
 def _kernel():
     from bi_patch.kernels.triton import norm
@@ -74,3 +111,19 @@ def _rms_norm(x, weight, eps, offset):
 
 def _add_rms_norm(x, residual, weight, eps, offset):
     return _kernel().rms_norm(x, weight, eps, residual, offset)
+
+
+@functools.cache
+def _rank_kernel():
+    from bi_patch.kernels.triton import rank_norm
+
+    return rank_norm
+
+
+def _square_sums(q, k):
+    return _rank_kernel().square_sums(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k)))
+
+
+def _norm_by_sums(x, sums, at, weight, eps, count):
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return _rank_kernel().norm(x, sums.contiguous(), at, weight, eps, count)

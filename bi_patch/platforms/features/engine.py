@@ -9,7 +9,7 @@ from bi_patch.platforms import schemes
 from bi_patch.platforms.features import parallel, variables
 from bi_patch.platforms.features.model import REFUSED, SERVED, UNTRIED, Feature, absent, refused, row, served, untried
 from bi_patch.platforms.features.pairs import one_form, recurrent
-from bi_patch.platforms.features.ranks import compiled, shown, size, whole_experts
+from bi_patch.platforms.features.ranks import compiled, norms, shown, size, whole_experts
 
 _CPU_MLA_MORE = "invariance-2026-11-28-cpu-amx-mla-more-vllm-0.32.0.json"
 _CPU_MLA = "invariance-2026-11-28-cpu-amx-mla-vllm-0.32.0.json"
@@ -352,8 +352,7 @@ def _embeds(model: Any) -> bool:
 
 
 def _norms_over_ranks(config: Any) -> str:
-    named = any(n.startswith("MiniMaxM2") for n in getattr(config.model_config, "architectures", None) or ())
-    return "norms over ranks" if named and config.parallel_config.tensor_parallel_size > 1 else ""
+    return "norms over ranks" if norms(config) else ""
 
 
 def _started_by(backend: str, words: str) -> Callable[[Any], str]:
@@ -1124,7 +1123,14 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "norms over ranks (MiniMax-M2 with tensor parallelism)",
-        **_everywhere("the norm is a sum over ranks"),
+        **_everywhere("the norm is a sum over ranks")
+        | {
+            "cuda": (
+                refused("the norm is a sum over ranks", todo="Use vLLM 0.33", releases="<0.33"),
+                untried("each worker checks the order of the sums at its start"),
+            )
+        },
         asked=_norms_over_ranks,
+        details="Ranks add their sums of squares in rank order, in fp32.",
     ),
 )

@@ -51,6 +51,12 @@ def elsewhere(config: Any) -> bool:
     return balanced or size(config, "data_parallel_size_local") != size(config, "data_parallel_size")
 
 
+def norms(config: Any) -> bool:
+    """Whether ranks share the rows of norms over all heads of a layer (MiniMax-M2)."""
+    named = getattr(config.model_config, "architectures", None) or ()
+    return size(config, "tensor_parallel_size") > 1 and any(name.startswith("MiniMaxM2") for name in named)
+
+
 def shown(config: Any) -> bool:
     """Whether a run compared bits of an engine's model over as many ranks of one host, compiled or not."""
     own = set(getattr(config.model_config, "architectures", None) or ())

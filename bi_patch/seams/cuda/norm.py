@@ -51,19 +51,36 @@ def _layer(original):
 
 
 def _queries(original):
-    """MiniMaxText01RMSNormTP.forward_qk: call the bundled kernel for the norms over all heads."""
+    """MiniMaxText01RMSNormTP.forward_qk: call the bundled kernels for the norms over all heads, also of other ranks."""
     from bi_patch.ops.cuda import norm
 
     norm.define_ops()
+    norm.define_rank_ops()
 
     def forward_qk(q_norm, k_norm, q, k):
         if q_norm.tp_world > 1:
-            raise UnsupportedFeature(
-                "norm.cuda_queries: this norm is a sum over ranks. Use --tensor-parallel-size 1, or set BI_PATCH=0"
-            )
+            return over_ranks(q_norm, k_norm, q, k, _added)
         return tuple(norm.rms_norm(x, held.weight, held.variance_epsilon) for x, held in ((q, q_norm), (k, k_norm)))
 
     return staticmethod(forward_qk)
+
+
+def over_ranks(q_norm, k_norm, q, k, added):
+    """The norms of queries and keys whose heads ranks share. added: fp32 [n] -> its sum over ranks, in rank order."""
+    from bi_patch.ops.cuda import norm
+
+    sums = added(norm.square_sums(q, k).flatten()).view(-1, 2)
+    return tuple(
+        norm.norm_by_sums(x, sums, at, held.weight, held.variance_epsilon, x.shape[-1] * held.tp_world)
+        for at, (x, held) in enumerate(((q, q_norm), (k, k_norm)))
+    )
+
+
+def _added(sums):
+    """The sum over tensor-parallel ranks (communicator.cuda_sum)."""
+    from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
+
+    return tensor_model_parallel_all_reduce(sums)
 
 
 def _merged(original):
@@ -139,8 +156,8 @@ SEAMS = (
             close=close,
             why="compiled code sums the squares of all heads in blocks that Inductor tunes anew in each process. In "
             "vLLM 0.23, and over ranks, an op without a certified order sums",
-            how="the bundled Triton kernel norms the queries of all heads, and the keys of all heads. Several ranks "
-            "are refused by name",
+            how="the bundled Triton kernel norms the queries of all heads, and the keys of all heads. Ranks that share "
+            "heads add their sums of squares in rank order, in fp32",
             until="upstream's norm has one order in compiled and eager code",
             causes=(2, 17, 18),
             op="bi_patch.ops.cuda.norm",

@@ -5,6 +5,7 @@ import itertools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.row_checks import FEW, ROWS, RowCheck
+from bi_patch.seams.cuda import norm as norms
 from bi_patch.seams.cuda import packed_experts, quantized, scaled_linear
 from bi_patch.seams.naming import dotted
 
@@ -120,11 +121,15 @@ def _norms_over_heads(module, dtype):
     if not callable(getattr(type(q_norm), "forward_qk", None)):
         return
     q_size, k_size = (norm.weight.shape[0] for norm in (q_norm, k_norm))
+    ranks = getattr(q_norm, "tp_world", 1)
 
     def run(x):  # as vLLM's attention does, norm parts of one tensor
-        return type(q_norm).forward_qk(q_norm, k_norm, *x.split([q_size, k_size], dim=-1))
+        parts = x.split([q_size, k_size], dim=-1)
+        if ranks > 1:  # without the sum over ranks: another rank may have this certificate already, and would not come
+            return norms.over_ranks(q_norm, k_norm, *parts, lambda sums: sums)
+        return type(q_norm).forward_qk(q_norm, k_norm, *parts)
 
-    name = _name(q_norm, q_size, k_size, dtype=dtype)
+    name = _name(q_norm, q_size, k_size, *([f"of {ranks} ranks"] if ranks > 1 else []), dtype=dtype)
     yield RowCheck("cuda.norm", name, ROWS, _random(dtype, q_size + k_size), run)
 
 

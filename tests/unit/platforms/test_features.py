@@ -295,10 +295,6 @@ def test_a_plain_configuration_passes(platform):
         ({"parallel_enable_eplb": True}, "expert load balancing"),
         ({"parallel_decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"parallel_enable_dbo": True}, "dual-batch overlap"),
-        (
-            {"parallel_tensor_parallel_size": 2, "model_architectures": ["MiniMaxM2ForCausalLM"]},
-            "norms over ranks",
-        ),
     ],
 )
 def test_what_is_not_covered_is_refused_by_name(platform, change, said):
@@ -330,6 +326,14 @@ def test_an_fp8_kv_cache_is_refused_where_it_was_not_tried():
     for platform, release in (("cpu", None), ("cuda", "0.32.0"), ("ascend", None)):
         with pytest.raises(UnsupportedFeature, match="features: .*'fp8' KV cache"):
             check(platform, release, cache_cache_dtype="fp8")
+
+
+def test_norms_over_ranks_are_refused_where_they_have_no_patch_point():
+    shared = {"parallel_tensor_parallel_size": 2, "model_architectures": ["MiniMaxM2ForCausalLM"]}
+    check("cuda", "0.33.0", **shared)
+    for platform, release in (("cpu", None), ("cuda", "0.32.0"), ("ascend", None)):
+        with pytest.raises(UnsupportedFeature, match="features: .*norms over ranks"):
+            check(platform, release, **shared)
 
 
 def test_mla_is_refused_where_it_has_no_kernel():

@@ -169,10 +169,6 @@ def test_a_plain_configuration_passes(change):
         ({"parallel__enable_expert_parallel": True, "parallel__pipeline_parallel_size": 2}, "expert parallelism"),
         ({"parallel__enable_eplb": True}, "expert load balancing"),
         (
-            {"parallel__tensor_parallel_size": 2, "model__architectures": ["MiniMaxM2ForCausalLM"]},
-            "norms over ranks",
-        ),
-        (
             {"parallel__tensor_parallel_size": 2, "compilation__pass_config": SimpleNamespace(enable_sp=True)},
             "enable_sp",
         ),

@@ -32,6 +32,7 @@ from bi_patch.kernels.triton import (
     norm_backward,
     packed_gemm,
     pooling,
+    rank_norm,
     ranks,
     reduce,
     rope,
@@ -41,6 +42,7 @@ from bi_patch.kernels.triton import (
     heads as by_head,
 )
 from bi_patch.kernels.triton.softmax import softmax_step  # noqa: E402
+from bi_patch.ops import collectives  # noqa: E402
 from bi_patch.ops import drafts as by_torch  # noqa: E402
 
 _dot = interpreter.InterpreterBuilder.create_dot
@@ -208,6 +210,32 @@ def norms() -> None:
     report("norm heads", "" if torch.equal(got, norm.rms_norm(heads.contiguous(), None, 1e-6)[0]) else "strides")
     got, _ = norm.rms_norm(heads, torch.zeros(32), 1e-6, None, 1.0)
     report("norm offset", "" if torch.equal(got, norm.rms_norm(heads, None, 1e-6)[0]) else "the offset is lost")
+
+
+def norms_over_ranks() -> None:
+    """Ranks with a part of each row: the norm of whole rows, by sums of squares that are added in rank order."""
+    generator = torch.Generator().manual_seed(3)
+    for dtype in DTYPES:
+        for cols, several in ((96, 2), (1536, 4), (20000, 2)):
+            case = f"norm over {several} ranks {cols} {dtype}"
+            parts = [torch.randn(5, cols + 64 + 32, generator=generator).to(dtype) for _ in range(several)]
+            split = [part.split([cols, 64, 32], dim=-1)[:2] for part in parts]
+            weight = torch.randn(cols, generator=generator).to(dtype)
+            sums = [rank_norm.square_sums(q, k) for q, k in split]
+            alone = rank_norm.square_sums(split[1][0][3:4], split[1][1][3:4])
+            report(f"{case} sums alone", "" if torch.equal(alone[0], sums[1][3]) else "a row alone differs")
+            total = collectives.in_rank_order(torch.stack(sums))
+            q, k = (torch.cat([part[at] for part in split], -1).double() for at in (0, 1))
+            exact = torch.stack([q.square().sum(-1), k.square().sum(-1)], -1)
+            report(f"{case} sums", close(total, exact, torch.float32))
+            got = rank_norm.norm(split[1][0], total, 0, weight, 1e-6, cols * several)
+            want = split[1][0].double() * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+            report(case, close(got, want, dtype))
+            alone = rank_norm.norm(split[1][0][3:4], total[3:4], 0, weight, 1e-6, cols * several)
+            report(f"{case} alone", "" if torch.equal(alone[0], got[3]) else "a row alone differs")
+            got = rank_norm.norm(split[0][1], total, 1, weight[:64], 1e-6, 64 * several)
+            want = split[0][1].double() * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight[:64].double()
+            report(f"{case} keys", close(got, want, dtype))
 
 
 def layer_norms() -> None:
@@ -671,6 +699,7 @@ AREAS = {
     "scaled gemm": scaled_gemms,
     "packed gemm": packed_gemms,
     "norm": norms,
+    "norm over ranks": norms_over_ranks,
     "layer norm": layer_norms,
     "rope": ropes,
     "sum": sums,

@@ -26,6 +26,7 @@ from bi_patch.kernels.triton import (
     norm_backward,
     packed_gemm,
     pooling,
+    rank_norm,
     ranks,
     reduce,
     rope,
@@ -149,6 +150,18 @@ def test_norm(architecture, cols):
     build(
         norm._rms_norm, pointers | sizes | {"eps": "fp32", "offset": "fp32"}, constants, architecture, num_warps=warps
     )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norm_over_ranks(architecture):
+    for cols in (512, 3072):
+        block, rows, chunks, warps = norm.shape_of(cols)
+        constants = {"BLOCK": block, "ROWS": rows, "CHUNKS": chunks}
+        numbers = dict.fromkeys(("rows", "cols", "stride_row", "at", "count"), "i32")
+        given = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "sums": "*fp32", "eps": "fp32"} | numbers
+        for kernel in (rank_norm._square_sums, rank_norm._norm):
+            taken = {name: given[name] for name in kernel.arg_names if name in given}
+            build(kernel, taken, constants, architecture, num_warps=warps)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

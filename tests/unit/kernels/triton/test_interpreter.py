@@ -19,6 +19,7 @@ AREAS = (
     "scaled gemm",
     "packed gemm",
     "norm",
+    "norm over ranks",
     "layer norm",
     "rope",
     "sum",
