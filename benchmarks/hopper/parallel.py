@@ -3,9 +3,11 @@
     PYTHONPATH=. python3 benchmarks/hopper/parallel.py [LABEL ...] [--results FOLDER] [--models FOLDER]
 
 Without labels, every case below is measured, one after the other. Shapes are real, with few layers and seeded random
-weights, which every engine loads from one file. "tensor parallel size" compares 2 ranks with 1 (on hosts of four GPUs
-with 4, too), with BI_PATCH_TP_INVARIANT=8. data_ranks.py says what engines of data parallelism are asked. The rows join
-one result file of the day. Exit code 1: a position differs, or an axis has no result.
+weights, which every engine loads from one file; each rank makes quantized weights by itself, and the ranks' parts
+differ. "tensor parallel size" compares 2 ranks with 1 (on hosts of four GPUs with 4, too), with
+BI_PATCH_TP_INVARIANT=8. data_ranks.py says what engines of data parallelism are asked, and executors.py how ranks of
+other executors are compared. The rows join one result file of the day. Exit code 1: a position differs, or an axis has
+no result.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import data_ranks
+import executors
+import schemes
 
 import bi_patch_entry
 
@@ -46,7 +50,10 @@ SMALL_SHAPE = {
 
 
 class Case(NamedTuple):
-    """model: a name of LAYERS. axes: of verify, empty for those of level quick. engine: arguments of vllm.LLM."""
+    """model: a name of LAYERS or, with random weights, of schemes.py.
+
+    axes: of verify, empty for those of level quick. engine: arguments of vllm.LLM.
+    """
 
     model: str
     engine: dict[str, object]
@@ -61,6 +68,13 @@ STAGES = {"pipeline_parallel_size": 2}
 BOTH = (*FEW, "eager and compiled")
 NCCL = TWO | {"disable_custom_all_reduce": True}
 DATA, MORE = {"data_parallel_size": 2}, {"data_parallel_size": 4}
+MADE = (*FEW, "restart")
+SEED = 7
+# Quantized weights that two ranks share: names of schemes.py.
+SHARED = (
+    *("FP8 block", "FP8 block experts", "MiniMax-M2 FP8", "FP8 channel", "AWQ", "GPTQ", "W4A16", "INT8"),
+    *("W4A16 experts", "MXFP4", "FP8 channel experts"),
+)
 
 
 def _both(label: str, model: str, engine: dict[str, object], axes: tuple[str, ...] = FEW) -> dict[str, Case]:
@@ -91,6 +105,15 @@ CASES = {
     **_both("DeepSeek-V2-Lite, 2 layers, experts over 4 ranks", "DeepSeek-V2-Lite", FOUR | WHOLE),
     "Qwen3-8B, 4 layers, PP 2": Case("Qwen3-8B", STAGES, FEW),
     "Qwen3-8B, 4 layers, PP 2 compiled": Case("Qwen3-8B", STAGES, FEW, eager=False),
+    **{
+        name: case
+        for scheme in SHARED
+        for name, case in _both(f"{schemes.label(scheme, 2)}, TP 2", scheme, TWO, MADE).items()
+    },
+    **{
+        f"Qwen3-8B, 4 layers, TP 2, {words}": Case("Qwen3-8B", TWO | {"distributed_executor_backend": executor})
+        for executor, words in (("external_launcher", "external launcher"), ("ray", "workers of Ray"))
+    },
     "Qwen3-8B, 4 layers, DP 2": Case("Qwen3-8B", DATA),
     "Qwen3-8B, 4 layers, DP 2 compiled": Case("Qwen3-8B", DATA, eager=False),
     **{
@@ -110,10 +133,15 @@ CASES = {
 
 
 def folder(model: str, root: Path, layers: int = 0) -> Path:
-    """The folder of a model with weights; it is made once. layers: by default those of LAYERS."""
+    """The folder of a model with weights, of a name of schemes.py without; it is made once.
+
+    layers: by default those of LAYERS, and two of a name of schemes.py.
+    """
     from bi_patch.tools.models import shapes
     from bi_patch.tools.verify import checkpoint
 
+    if model not in LAYERS:
+        return Path(shapes.save(f"{model} {os.getpid()}", schemes.config(model, layers or 2), root))
     layers = layers or LAYERS[model]
     name = f"{model}, {layers} layers"
     made = root / f"{shapes.short(name)}-weights"
@@ -143,7 +171,8 @@ def verified(label: str, case: Case, model: Path) -> tuple[list, object, list[st
         level,
         dtype="bfloat16",
         eager=case.eager,
-        engine_args=MEMORY | SIZES_OF_GRAPHS | case.engine,
+        random_weights=None if case.model in LAYERS else SEED,
+        engine_args=MEMORY | SIZES_OF_GRAPHS | schemes.arguments(case.model) | case.engine,
         environ=dict(os.environ) | case.environ,
     )
     report = verify.verify(system, level, only=case.axes, watcher=Teller())
@@ -207,6 +236,8 @@ def measure(label: str, results: Path, root: Path, flags: Sequence[str] = ()) ->
             torch=str(torch.__version__),
             threads=torch.get_num_threads(),
         )
+    elif "distributed_executor_backend" in case.engine:
+        rows, here = executors.measure(label, str(model), case.engine, MEMORY, case.eager, root)
     else:
         rows, here, holes = verified(label, case, model)
     print(f"{label}: {'; '.join(holes) or 'complete'}", flush=True)

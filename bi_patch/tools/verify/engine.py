@@ -191,6 +191,9 @@ class LocalEngine:
             disable_log_stats=False,  # counters() reads them
             **{**made, **options.extra},
         )
+        several = options.random_weights is not None and options.extra.get("tensor_parallel_size", 1) != 1
+        if several and not all(self._llm.apply_model(weights.filled)):
+            raise RuntimeError("a worker did not make random weights: only workers of the executor mp do")
         info = self._info()
         self._placeholders, most = image_tokens(self._llm)
         self.info = msgspec.structs.replace(info, images=most, videos="video" in self._placeholders)

@@ -9,7 +9,11 @@ import functools
 
 
 def make_random(seed: int) -> None:
-    """Make load_format="dummy" in this process fill models with `fill(model, seed)`. Call before the engine starts."""
+    """Make load_format="dummy" fill models with `fill`, in this process and in workers that vLLM's executor mp starts.
+
+    Call before the engine starts.
+    """
+    _in_workers(seed)
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     original = getattr(DummyModelLoader.load_weights, "__wrapped__", DummyModelLoader.load_weights)
@@ -17,9 +21,40 @@ def make_random(seed: int) -> None:
     @functools.wraps(original)
     def load_weights(self, model, *args, **kwargs):
         original(self, model, *args, **kwargs)  # also sets up what quantized layers need besides values
-        fill(model, seed)
+        fill(model, seed, _rank())
+        model.bi_patch_filled = True
 
     DummyModelLoader.load_weights = load_weights
+
+
+def _in_workers(seed: int) -> None:
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    if not isinstance(WorkerProc.worker_main, functools.partial):
+        _start.append(WorkerProc.worker_main)
+    WorkerProc.worker_main = functools.partial(_worker_main, seed)
+
+
+_start: list = []  # vLLM's function that a worker's process runs
+
+
+def _worker_main(seed: int, *args, **kwargs):
+    """In a worker's process, which may be no fork."""
+    make_random(seed)
+    return _start[0](*args, **kwargs)
+
+
+def filled(model) -> bool:
+    """Whether a process filled a model. A worker of another executor does not, and would keep weights near zero."""
+    return getattr(model, "bi_patch_filled", False)
+
+
+def _rank() -> int | None:
+    """This process's place among tensor-parallel ranks, None if it is the only one."""
+    from vllm.distributed import parallel_state
+
+    several = parallel_state.get_tensor_model_parallel_world_size() > 1
+    return parallel_state.get_tensor_model_parallel_rank() if several else None
 
 
 def make_tied() -> None:
@@ -36,12 +71,12 @@ def make_tied() -> None:
 _EIGHTH = 16.0
 
 
-def fill(model, seed: int) -> None:
+def fill(model, seed: int, rank: int | None = None) -> None:
     """Fill a model: matrices normal(0, fan_in ** -0.5), biases normal(0, 0.5), norms normal(1, 0.1), rates of
     decay uniform(-2, 0).
 
     Packed integers get random bits. Their scales, and those of 8-bit floats, give the weights about the spread of other
-    matrices.
+    matrices. rank: of several tensor-parallel ranks. What they cut differs from rank to rank, and the rest is equal.
     """
     import torch
 
@@ -49,22 +84,25 @@ def fill(model, seed: int) -> None:
     named = dict(model.named_parameters())
     for name, parameter in named.items():
         value = parameter.data
+        layer = model.get_submodule(name.rpartition(".")[0])
+        own = 1 + rank if rank is not None and _is_cut(layer, name) else 0
+        generator = generators.get((value.device, own))
+        if generator is None:
+            generator = generators[value.device, own] = torch.Generator(value.device).manual_seed(seed + own)
         if not value.is_floating_point():
             if name.endswith(_EXPONENTS):
-                _fill_exponents(named, name, generators.setdefault(value.device, _seeded(value.device, seed)))
+                _fill_exponents(named, name, generator)
             elif name.endswith(_PACKED) and value.ndim >= 2:
-                _fill_integers(value, generators.setdefault(value.device, _seeded(value.device, seed)))
+                _fill_integers(value, generator)
             continue
-        if (size := _nvfp4_size(named, name)) and _fill_nvfp4(name, value, size, seed, generators):
+        if (size := _nvfp4_size(named, name)) and _fill_nvfp4(name, value, size, generator):
             continue
-        if name.endswith(_SCALES) and (step := _step(model.get_submodule(name.rpartition(".")[0]))):
-            generator = generators.setdefault(value.device, _seeded(value.device, seed))
+        if name.endswith(_SCALES) and (step := _step(layer)):
             noise = torch.rand(value.shape, generator=generator, device=value.device)
             value.copy_(step * (0.5 + noise))
             continue
-        generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(seed))
         scaled = _scaled(named, name)
-        bits = _packed_bits(model.get_submodule(name.rpartition(".")[0]))
+        bits = _packed_bits(layer)
         if name.endswith(_OF_EXPERTS) and (size := _packed_size(named, name, bits)):
             noise = torch.rand(value.shape, generator=generator, device=value.device)
             value.copy_(size**-0.5 / _SPREADS[bits] * (0.5 + noise))
@@ -104,10 +142,14 @@ _FOUR_BIT_FLOATS = 2.9  # the spread of random e2m1
 _SPREADS = {8: 73.0, 4: 4.6}  # of random integers of so many bits
 
 
-def _seeded(device, seed: int):
-    import torch
+_CUT = {"LinearBase", "VocabParallelEmbedding", "MiniMaxText01RMSNormTP"}
 
-    return torch.Generator(device).manual_seed(seed)
+
+def _is_cut(layer, name: str) -> bool:
+    """Whether tensor-parallel ranks hold a part each of a parameter."""
+    kinds = {kind.__name__ for kind in type(layer).__mro__}
+    whole = "ReplicatedLinear" in kinds or getattr(layer, "tp_size", 2) == 1
+    return any(part in name for part in _EXPERTS) or bool(kinds & _CUT) and not whole
 
 
 def _fill_integers(value, generator) -> None:
@@ -141,13 +183,12 @@ def _nvfp4_size(named, name: str) -> int:
     return 0
 
 
-def _fill_nvfp4(name: str, value, size: int, seed: int, generators) -> bool:
+def _fill_nvfp4(name: str, value, size: int, generator) -> bool:
     """Fill scales that give NVFP4 weights a spread of size ** -0.5: of groups about 32, and the one of all. The latter
     divides in compressed-tensors, and multiplies in ModelOpt."""
     import torch
 
     if name.endswith(".weight_scale"):
-        generator = generators.setdefault(value.device, _seeded(value.device, seed))
         noise = torch.rand(value.shape, generator=generator, device=value.device)
         value.copy_(32 * (0.5 + noise))
     elif name.endswith(".weight_global_scale"):

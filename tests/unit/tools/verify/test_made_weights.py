@@ -38,3 +38,40 @@ def test_integers_and_scales_are_made_from_the_seed(make):
         assert 0.05 < spread < 0.08 and first["weight"].min() == -127
     else:
         assert torch.equal(first["g_idx"], torch.arange(256))
+
+
+class LinearBase(Layer):
+    """Named as vLLM's class, whose layers ranks cut."""
+
+
+class ReplicatedLinear(LinearBase):
+    """Named as vLLM's class, which every rank holds whole."""
+
+
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Layer(w13_weight=torch.zeros(4, 8, 16), e_score_correction_bias=torch.zeros(4))
+
+
+def test_ranks_differ_in_what_they_cut_alone():
+    made = []
+    for rank in (0, 1, None, None):
+        linear = {"weight": torch.zeros(8, 16)}
+        alone = LinearBase(weight=torch.zeros(8, 16))
+        alone.tp_size = 1
+        layers = (
+            LinearBase(**linear),
+            ReplicatedLinear(weight=torch.zeros(8, 16)),
+            alone,
+            Experts(),
+            torch.nn.Linear(4, 4),
+        )
+        model = torch.nn.Sequential(*layers)
+        weights.fill(model, 7, rank)
+        made.append(dict(model.named_parameters()))
+    one, other, single, again = made
+    differing = {name for name in one if not torch.equal(one[name], other[name])}
+    assert differing == {"0.weight", "3.experts.w13_weight"}
+    assert all(torch.equal(single[name], again[name]) for name in single)
+    assert len({tuple(parameter.flatten()[:3].tolist()) for parameter in one.values()}) == len(one)
