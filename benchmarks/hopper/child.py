@@ -70,6 +70,8 @@ def shape(model: str) -> dict[str, object]:
 def environment(mode: str) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["BI_PATCH"] = "1" if mode == "armed" else "0"
+    # vLLM would compile DeepGEMM's kernels for 1,100 shapes, which takes minutes. `warm` compiles those of a workload.
+    os.environ.setdefault("VLLM_DEEP_GEMM_WARMUP", "skip")
     if mode == "stock":
         os.environ.pop("VLLM_BATCH_INVARIANT", None)
     else:
@@ -268,10 +270,13 @@ def gpu_cost(engine: Engine, number: int, length: int, steps: int = 16) -> dict:
     }
 
 
-def warm(engine: Engine, name: str) -> None:
-    """Load the kernels of a workload's sizes. Some libraries compile kernels when they are first used."""
-    number, length, *_ = COST[name]
-    cost(engine, number, length, 4, 500)
+def warm(engine: Engine, name: str, whole: bool = False) -> None:
+    """Load the kernels of a workload's sizes. Some libraries compile kernels when they are first used.
+
+    whole: run all steps of the workload, for a library that compiles kernels for each number of rows.
+    """
+    number, length, tokens, _ = COST[name]
+    cost(engine, number, length, tokens if whole else 4, 500)
 
 
 def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
@@ -345,17 +350,18 @@ def main() -> None:
     name += f", TP {a.ranks}" * (a.ranks > 1)
     result |= {"model": name, "mode": a.mode, "eager": a.eager, "start_s": round(engine.started, 1), "cost": []}
 
+    deep = bool(a.scheme) and "block" in a.scheme  # DeepGEMM may serve it
     if a.cost or a.turns:
         cost(engine, 1, 64, 16, 999)
     if a.cost:
         for name in workloads(a.only, a.max_model_len):
-            warm(engine, name)
+            warm(engine, name, deep)
             for repeat in range(COST[name][3]):
                 measure(engine, result, name, repeat)
             save(result, a.out)
     if a.turns:
         for name in workloads(a.only, a.max_model_len):
-            warm(engine, name)
+            warm(engine, name, deep)
 
         def turn(name: str, repeat: int) -> None:
             measure(engine, result, name, repeat)

@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--stock", action="store_true", help="without bi_patch, as a control")
     parser.add_argument("--faults", action="store_true", help="plant other sums over ranks as well")
     args = parser.parse_args()
+    options = json.loads(args.options)
     faults: tuple[str, ...] = ()
     if args.faults:
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to every rank
@@ -157,8 +158,8 @@ def main() -> None:
     if args.faults:
         from bi_patch.tools.faults import ranks
 
-        faults = tuple(ranks.SLICES)
-    args.out.write_text(json.dumps(asyncio.run(answers(json.loads(args.options), faults))))
+        faults = ranks.shown_by(options.get("data_parallel_size", 1))
+    args.out.write_text(json.dumps(asyncio.run(answers(options, faults))))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ the other engines wait for their input.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
-import signal
 import threading
 import time
 from collections import deque
@@ -67,14 +67,24 @@ class Child:
         self.wait("turn done", REPEAT_S)
 
     def kill(self) -> None:
-        """End the process and wait until it is gone, so that its memory is free."""
-        until = time.monotonic() + END_S
+        """End the process, its other ranks and compilers, and wait until they are gone, so that their memory and the
+        processor are free."""
+        import psutil
+
         try:
-            while time.monotonic() < until:
-                os.kill(self.process, signal.SIGKILL)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            pass
+            held = psutil.Process(self.process)
+            left = [held, *held.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        until = time.monotonic() + END_S
+        while left and time.monotonic() < until:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.05)
+            left = [process for process in left if _runs(process)]
+        if left:
+            print(f"{self}: processes are left: {left}", flush=True)
 
     def __str__(self) -> str:
         return f"{self.model} {self.mode}"
@@ -138,6 +148,16 @@ def measure(group: Group, until: float = float("inf")) -> None:
         group.missing.append(f"{error}")
         for child in group.children:
             _tell(child)
+
+
+def _runs(process) -> bool:
+    """Whether a psutil.Process still computes. A zombie holds nothing; nobody may wait for it."""
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _tell(child: Child) -> None:

@@ -2,7 +2,8 @@
 
 The patch point communicator.cpu_sum gathers the parts and adds them; on CUDA, a bundled kernel adds what NCCL carries
 (communicator.cuda_sum, communicator.cuda_scatterv). Each of WAYS adds the parts as a library does that looks at the
-message: causes 14 and 16 with real ranks. SLICES, on CUDA, add what a rank keeps of a sum, and may look at the rank.
+message: causes 14 and 16 with real ranks. SLICES and OF_TWO, on CUDA, add what a rank keeps of a sum, and may look at
+the rank.
 TREES are other sums of the parts of BI_PATCH_TP_INVARIANT, which the axis "tensor parallel size" finds. The layers are
 in other processes, so verify's axis finds the difference, and nothing names the layer.
 """
@@ -87,6 +88,20 @@ SLICES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 }
 
 
+def in_eight_bits(parts: torch.Tensor, rank: int) -> torch.Tensor:
+    """The parts of a large slice travel in 8 bits, as a library quantizes messages above a size."""
+    return _hops(parts if parts[0].nbytes <= _SMALL else parts.to(torch.float8_e4m3fn).to(parts.dtype))
+
+
+# What two ranks show, too: their sum has one order only.
+OF_TWO = {"many rows carried in 8 bits": in_eight_bits}
+
+
+def shown_by(several: int) -> tuple[str, ...]:
+    """The names of SLICES and OF_TWO that change a sum over so many ranks."""
+    return (*(SLICES if several > 2 else ()), *OF_TWO)
+
+
 def one_by_one(parts: Iterable[torch.Tensor]) -> torch.Tensor:
     """The parts of K are added one after the other, so the number of ranks decides where a sum begins anew."""
     return functools.reduce(torch.add, parts)
@@ -104,7 +119,7 @@ def plant(engine: LocalEngine, data: bytes) -> bytes:
 
 
 def put(worker: object, name: str) -> bool:
-    """In a worker: let the patch points add in one of SLICES on CUDA, of WAYS or TREES on CPU."""
+    """In a worker: let the patch points add in one of SLICES or OF_TWO on CUDA, of WAYS or TREES on CPU."""
     for module, attribute, ways in _cuda() if active.plan and active.plan.platform == "cuda" else _cpu():
         own = _own.setdefault(attribute, getattr(module, attribute))
         setattr(module, attribute, ways.get(name, own))
@@ -124,4 +139,5 @@ def _cuda():
     from bi_patch.kernels.triton import ranks
 
     own = get_dp_group().rank_in_group
-    return ((ranks, "rank_sum", {name: functools.partial(way, rank=own) for name, way in SLICES.items()}),)
+    ways = {name: functools.partial(way, rank=own) for name, way in (SLICES | OF_TWO).items()}
+    return ((ranks, "rank_sum", ways),)

@@ -5,14 +5,19 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 HOPPER = Path(__file__).resolve().parents[4] / "benchmarks" / "hopper"
 # An engine that starts nothing: it notes what it measures, and can be late or fail.
 ENGINE = """
-import sys, time
+import subprocess, sys, time
 import child
 mode, out, notes, late, fails = sys.argv[1:6]
+if fails == "compiles":
+    compiler = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    with open(notes, "a") as file:
+        file.write(f"{compiler.pid}\n")
 time.sleep(float(late))
 def measure(name, repeat):
     if name == fails:
@@ -102,6 +107,17 @@ def test_who_is_late_is_left_out_and_ends(hopper, group):
     assert all(map(gone, processes)) and late.missing == ["late: no engine of mode stock started"]
     engines.measure(punctual)
     assert punctual.files and not late.files
+
+
+def test_what_a_late_engine_compiles_ends_with_it(hopper, group, tmp_path):
+    engines, _ = hopper
+    late, notes, limit = group("late", late=3600, fails="compiles"), tmp_path / "notes", time.monotonic() + 600
+    while not notes.exists() or len(notes.read_text().splitlines()) < len(late.children):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    compilers = [psutil.Process(int(line)) for line in notes.read_text().splitlines()]
+    assert not engines.ready([late], time.monotonic(), MODES)
+    assert not any(map(engines._runs, compilers))
 
 
 def test_an_engine_that_is_not_needed_may_be_late(hopper, group):

@@ -33,6 +33,16 @@ def test_a_slice_depends_on_more_than_its_parts(name):
     assert all(torch.allclose(one.float(), parts.float().sum(0), atol=0.1) for one in got)
 
 
+def test_two_ranks_show_what_looks_at_the_size():
+    """Two parts have one sum in any order, so the others are planted over more ranks."""
+    assert ranks.shown_by(2) == tuple(ranks.OF_TWO) and set(ranks.shown_by(4)) == {*ranks.SLICES, *ranks.OF_TWO}
+    parts = _slices()[:2]
+    assert all(torch.equal(way(parts, 0), way(parts, 1)) for name, way in ranks.SLICES.items() if "arrival" not in name)
+    for way in ranks.OF_TWO.values():
+        few, many = way(parts[:, :8], 0), way(parts, 0)
+        assert torch.equal(few, parts[0, :8] + parts[1, :8]) and not torch.equal(few, many[:8])
+
+
 def test_small_slices_have_another_order_than_large_ones():
     parts = _slices()
     few, many = ranks.small_from_the_owner(parts[:, :256], 1), ranks.small_from_the_owner(parts, 1)
@@ -54,7 +64,7 @@ def test_a_fault_replaces_what_adds_the_parts(platform, attribute, monkeypatch):
     monkeypatch.setattr(collectives, "in_rank_order", collectives.in_rank_order)
     where = kernels if platform == "cuda" else collectives
     own = getattr(where, attribute)
-    for name in ranks.SLICES if platform == "cuda" else ranks.WAYS:
+    for name in ranks.shown_by(4) if platform == "cuda" else ranks.WAYS:
         assert ranks.put(None, name) and getattr(where, attribute) is not own
         if platform == "cuda":
             assert not torch.equal(getattr(where, attribute)(_slices()), own(_slices()))
