@@ -153,8 +153,10 @@ def folder(model: str, root: Path, layers: int = 0) -> Path:
     return made
 
 
-def verified(label: str, case: Case, model: Path) -> tuple[list, object, list[str]]:
-    """The rows of verify's axes, its report, and what the report lacks."""
+def verified(label: str, case: Case, model: Path, until: int) -> tuple[list, object, list[str]]:
+    """The rows of verify's axes, its report, and what the report lacks. until: as of quantized.ending."""
+    from quantized import ending
+
     from bi_patch.tools.bench import invariance
     from bi_patch.tools.verify import levels, local
     from bi_patch.tools.verify import measure as verify
@@ -175,8 +177,10 @@ def verified(label: str, case: Case, model: Path) -> tuple[list, object, list[st
         engine_args=MEMORY | SIZES_OF_GRAPHS | schemes.arguments(case.model) | case.engine,
         environ=dict(os.environ) | case.environ,
     )
-    report = verify.verify(system, level, only=case.axes, watcher=Teller())
-    return invariance.rows(label, report), report, invariance.unmeasured(report)
+    with ending(until):
+        report = verify.verify(system, level, only=case.axes, watcher=Teller())
+    whole = invariance.complete(report) if report.stopped == verify.INTERRUPTED else report
+    return invariance.rows(label, whole), report, invariance.unmeasured(report)
 
 
 def of_data_ranks(label: str, case: Case, model: Path, scratch: Path, flags: Sequence[str]) -> list:
@@ -213,10 +217,11 @@ def of_data_ranks(label: str, case: Case, model: Path, scratch: Path, flags: Seq
     return rows
 
 
-def measure(label: str, results: Path, root: Path, flags: Sequence[str] = ()) -> bool:
+def measure(label: str, results: Path, root: Path, flags: Sequence[str] = (), until: int = 0) -> bool:
     """Measure one case and write its rows. Returns whether every axis has a result and no position differs.
 
-    flags: of data_ranks.py, for data-parallel ranks. With flags, nothing is written.
+    flags: of data_ranks.py, for data-parallel ranks. With flags, nothing is written. until: a run of verify ends then,
+    in seconds since 1970, and its complete axes are kept.
     """
     from bi_patch.tools import evidence
 
@@ -239,7 +244,7 @@ def measure(label: str, results: Path, root: Path, flags: Sequence[str] = ()) ->
     elif "distributed_executor_backend" in case.engine:
         rows, here = executors.measure(label, str(model), case.engine, MEMORY, case.eager, root)
     else:
-        rows, here, holes = verified(label, case, model)
+        rows, here, holes = verified(label, case, model, until)
     print(f"{label}: {'; '.join(holes) or 'complete'}", flush=True)
     if not rows or flags:
         return not evidence.total_differing(rows)
@@ -255,6 +260,7 @@ def main() -> None:
     parser.add_argument("labels", nargs="*", default=list(CASES))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=Path, default=Path("/tmp/models"))
+    parser.add_argument("--until", type=int, default=0, help="end axes of verify then, in seconds since 1970")
     parser.add_argument("--prepare", action="store_true", help="only write the models of the cases")
     for flag, what in (("--stock", "without bi_patch"), ("--faults", "with planted faults, in eager mode")):
         parser.add_argument(flag, action="store_true", help=f"data-parallel ranks {what}; no rows are kept")
@@ -267,7 +273,7 @@ def main() -> None:
         if args.prepare:
             folder(CASES[label].model, args.models)
         else:
-            good &= measure(label, args.results, args.models, flags)
+            good &= measure(label, args.results, args.models, flags, args.until)
         print(f"{label}: {time.perf_counter() - start:.0f} s", flush=True)
     sys.exit(0 if good else 1)
 

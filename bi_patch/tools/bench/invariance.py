@@ -59,13 +59,13 @@ def measure(
         if axis.state == NOT_EXERCISED:
             raise NotExercised(f"{label}: {axis.name}: {axis.reason}")
     if cut and report.stopped == verify.INTERRUPTED:
-        report = _complete(report)
+        report = complete(report)
     if holes := unmeasured(report):
         raise Unmeasured(f"{label}: {'; '.join(holes)}")
     return rows(label, report), report
 
 
-def _complete(report: Report) -> Report:
+def complete(report: Report) -> Report:
     """The report of an interrupted run, with its complete axes alone."""
     cut = [axis for axis in report.axes if axis.state == FAILED and axis.reason == "interrupted"]
     kept = [axis for axis in report.axes if axis not in cut and axis.state != WAITING]

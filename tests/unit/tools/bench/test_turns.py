@@ -17,7 +17,7 @@ mode, out, notes, late, fails = sys.argv[1:6]
 if fails == "compiles":
     compiler = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     with open(notes, "a") as file:
-        file.write(f"{compiler.pid}\n")
+        file.write(f"{compiler.pid}\\n")
 time.sleep(float(late))
 def measure(name, repeat):
     if name == fails:
