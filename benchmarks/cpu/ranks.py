@@ -51,6 +51,8 @@ CASES = {
     "tiny-qwen3 bf16 TP 2, new weights, compiled": Case("tiny-qwen3", 2, ("weight update",), eager=False),
     "tiny-llama bf16 TP 2, equal for every size": Case("tiny-llama", 2, FEW, environ=EQUAL),
     "DeepSeek V2 bf16 PP 2 compiled": Case("DeepSeek V2", 1, FEW, eager=False, stages=2),
+    "tiny-qwen3-int8 bf16 TP 2": Case("tiny-qwen3-int8", 2, (*FEW, "mixed lengths", "co-batch contents")),
+    "tiny-qwen2-awq bf16 TP 2": Case("tiny-qwen2-awq", 2, (*FEW, "mixed lengths", "co-batch contents")),
     "tiny-qwen3-int8 bf16 PP 2 compiled": Case("tiny-qwen3-int8", 1, FEW, eager=False, stages=2),
 }
 

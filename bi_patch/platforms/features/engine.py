@@ -763,7 +763,9 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "decode context parallelism",
-        **_everywhere("ranks merge parts of a row"),
+        **_everywhere(
+            "ranks merge the keys before a chunk with the chunk's own keys, so the start of a chunk moves bits"
+        ),
         asked=_of_parallel("decode_context_parallel_size", "decode context parallelism over 1"),
     ),
     row(

@@ -11,6 +11,7 @@ from typing import Any
 
 from bi_patch.platforms import schemes
 from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
+from bi_patch.platforms.features.quantized_ranks import SHARED
 from bi_patch.platforms.features.ranks import compiled, shown, size, whole_experts
 
 _CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
@@ -393,7 +394,7 @@ PAIRS: tuple[Feature, ...] = (
             ("pipeline parallelism", staged, untried()),
         )
     ),
-    _pairs(QUANTIZED, "tensor parallelism", cpu=_REFUSED, cuda=untried(), ascend=_NO_SEAM),
+    *SHARED,
     _pairs(
         _INT8,
         "pipeline parallelism",

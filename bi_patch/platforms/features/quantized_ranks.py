@@ -1,0 +1,101 @@
+"""Quantized weights that tensor-parallel ranks share: a row for each kind that a run had, and one for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.platforms import schemes
+from bi_patch.platforms.features import scheme_kinds as kinds
+from bi_patch.platforms.features.model import Cell, Feature, refused, row, untried
+from bi_patch.platforms.features.ranks import compiled, size
+from bi_patch.platforms.schemes import CHANNEL, TOKEN, Scheme
+
+_ALONE = refused("nobody has compared bits of both together", todo="Use one of them")
+_NO_SEAM = refused("no patch point covers it yet")
+_TRIAL = untried()
+
+
+def _is(*methods: str, kind: Callable[[Scheme], bool]) -> Callable[[Scheme], bool]:
+    return lambda scheme: scheme.method in methods and not scheme.head and kind(scheme)
+
+
+INT8, AWQ, GPTQ, FOUR_BITS = "INT8 weights and activations", "AWQ", "GPTQ", "compressed-tensors W4A16"
+CHANNELS, BLOCKS, MXFP4 = "FP8 per channel", "FP8 blocks of 128 x 128", "MXFP4"
+# By name: whether a scheme is of the kind. Groups of K and blocks are whole on every rank.
+KINDS: dict[str, Callable[[Scheme], bool]] = {
+    INT8: _is("compressed-tensors", kind=lambda s: kinds.int8(s, TOKEN, static=False)),
+    AWQ: _is("awq", kind=kinds.int4("awq")),
+    GPTQ: _is("gptq", kind=kinds.int4("gptq")),
+    FOUR_BITS: _is("compressed-tensors", kind=lambda s: kinds.weight_only(s, 4) and not (s.zeros or s.order)),
+    CHANNELS: _is("compressed-tensors", kind=lambda s: kinds.fp8(s, CHANNEL, TOKEN)),
+    BLOCKS: _is("fp8", kind=kinds.blocks),
+    MXFP4: _is("mxfp4", kind=kinds.mxfp4),
+}
+# Kinds and whether the model has experts: the cells of CPU and CUDA.
+_CELLS: dict[tuple[str, bool], tuple[Cell, Cell]] = {
+    (INT8, False): (_TRIAL, _TRIAL),
+    (AWQ, False): (_TRIAL, _TRIAL),
+    (GPTQ, False): (_ALONE, _TRIAL),
+    (FOUR_BITS, False): (_ALONE, _TRIAL),
+    (CHANNELS, False): (_ALONE, _TRIAL),
+    (BLOCKS, False): (_ALONE, _TRIAL),
+    (FOUR_BITS, True): (_ALONE, _TRIAL),
+    (CHANNELS, True): (_ALONE, _TRIAL),
+    (BLOCKS, True): (_ALONE, _TRIAL),
+    (MXFP4, True): (_ALONE, _TRIAL),
+}
+COMPILED: frozenset[tuple[str, bool]] = frozenset()  # of _CELLS, those that a run had in compiled code, on CUDA
+_RANKS = 2
+
+
+def _kind(config: Any) -> tuple[str, bool] | None:
+    """Which of _CELLS the quantized weights of an engine are, all of them; None for others."""
+    used, experts = schemes.of(config), bool(getattr(config.model_config, "is_moe", False))
+    named = next((name for name, kind in KINDS.items() if used and all(map(kind, used))), "")
+    return (named, experts) if (named, experts) in _CELLS else None
+
+
+def _shared(config: Any) -> bool:
+    quantized = getattr(config.model_config, "quantization", None) is not None
+    return quantized and size(config, "tensor_parallel_size") > 1
+
+
+def _of(kind: tuple[str, bool] | None) -> Callable[[Any], str]:
+    def asked(config: Any) -> str:
+        there = config.model_config is not None and _shared(config) and _kind(config) == kind
+        return "quantized weights with tensor parallelism" if there else ""
+
+    return asked
+
+
+def _otherwise(config: Any) -> str:
+    if config.model_config is None or not _shared(config) or (kind := _kind(config)) is None:
+        return ""
+    measured = size(config, "tensor_parallel_size") <= _RANKS and (not compiled(config) or kind in COMPILED)
+    return "" if measured else "quantized weights with other tensor parallelism"
+
+
+def _row(kind: tuple[str, bool], cpu: Cell, cuda: Cell) -> Feature:
+    name, experts = kind
+    words = f"{name}{', with experts' * experts}, with tensor parallelism"
+    return row(words, cpu=cpu, cuda=cuda, ascend=_NO_SEAM, asked=_of(kind))
+
+
+SHARED: tuple[Feature, ...] = (
+    *(_row(kind, *given) for kind, given in _CELLS.items()),
+    row(
+        "other quantized weights with tensor parallelism",
+        cpu=_ALONE,
+        cuda=untried(),
+        ascend=_NO_SEAM,
+        asked=_of(None),
+    ),
+    row(
+        "quantized weights with tensor parallelism, compiled, or over more than two ranks",
+        cpu=untried("measured with two ranks in eager mode"),
+        cuda=untried("measured with two ranks in eager mode"),
+        ascend=_NO_SEAM,
+        asked=_otherwise,
+    ),
+)
