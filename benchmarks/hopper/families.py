@@ -125,6 +125,54 @@ SIZES: dict[str, dict[str, object]] = {
         moe_intermediate_size=512,
         shared_expert_intermediate_size=512,
     ),
+    "Qwen3.5": _sizes(
+        4096,
+        12288,
+        16,
+        4,
+        256,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+    ),
+    "Nemotron 3": _sizes(
+        2688,
+        1856,
+        32,
+        2,
+        128,
+        mamba_num_heads=64,
+        mamba_head_dim=64,
+        ssm_state_size=128,
+        n_groups=8,
+        chunk_size=128,
+        n_routed_experts=128,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1856,
+        moe_shared_expert_intermediate_size=3712,
+    ),
+    "Mamba 2": {
+        "hidden_size": 2560,
+        "intermediate_size": 5120,
+        "num_heads": 80,
+        "head_dim": 64,
+        "state_size": 128,
+        "n_groups": 1,
+        "chunk_size": 256,
+        "num_hidden_layers": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 16384,
+    },
+    "Mamba": {
+        "hidden_size": 2560,
+        "intermediate_size": 5120,
+        "time_step_rank": 160,
+        "num_hidden_layers": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 8192,
+    },
     "Falcon-Mamba": {
         "hidden_size": 4096,
         "intermediate_size": 8192,
@@ -154,6 +202,19 @@ SIZES: dict[str, dict[str, object]] = {
         block_dim=2048,
         block_ff_dim=8192,
     ),
+    "LFM2-MoE": _sizes(
+        2048,
+        7168,
+        32,
+        8,
+        layer_types=["conv", "conv", "full_attention", "conv"],
+        num_dense_layers=2,
+        num_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1792,
+    ),
+    "Llama": _sizes(4096, 14336, 32, 8),
+    "Qwen3-MoE": _sizes(2048, 6144, 32, 4, 128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
     "Qwen2-MoE": _sizes(
         2048,
         5632,
@@ -306,6 +367,27 @@ GPU_ONLY: dict[str, dict[str, object]] = {
         },
         "tie_word_embeddings": False,
     },
+    "Llama": _PLAIN
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+    "Qwen3-MoE": _PLAIN
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
     "BLOOM": _PLAIN
     | {
         "architectures": ["BloomForCausalLM"],
@@ -335,8 +417,8 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path, pr
         # States in fp32; pages of a power of two tokens, which hold a state; prompts of two pages for the prefix cache.
         given |= {"mamba_ssm_cache_dtype": "float32", "block_size": 1024, "kv_cache_memory_bytes": 4 * CACHE}
         level = replace(level, max_model_len=8704)
-    elif "time_step_rank" in config:
-        given |= {"mamba_ssm_cache_dtype": "float32"}
+    elif {"time_step_rank", "state_size"} & set(config):
+        given |= {"mamba_ssm_cache_dtype": "float32", "kv_cache_memory_bytes": 2 * CACHE}
     folder = shapes.save(family, config, root)
     system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given)
     rows, report = invariance.measure(
