@@ -36,7 +36,6 @@ _KINDS = {
     "Qwen3_5MoeForCausalLM": "Qwen3.5",
     "FalconH1ForCausalLM": "Mamba 2",
     "GraniteMoeHybridForCausalLM": "Mamba 2",
-    "BambaForCausalLM": "Mamba 2",
     "NemotronHForCausalLM": "Mamba 2",
     "Mamba2ForCausalLM": "Mamba 2",
     "MambaForCausalLM": "Mamba 1",
@@ -147,13 +146,6 @@ RECURRENT: tuple[Feature, ...] = (
         cuda=(_OLD, untried("the layers of Falcon-H1")),
         ascend=_CHUNKS,
         asked=lambda config: _named("Mamba2ForCausalLM")(config) and "Mamba 2 (the first models)",
-    ),
-    row(
-        "Bamba",
-        cpu=untried("the layers of Falcon-H1"),
-        cuda=(_OLD, untried("the layers of Falcon-H1")),
-        ascend=_CHUNKS,
-        asked=lambda config: _named("BambaForCausalLM")(config) and "Bamba",
     ),
     row(
         "Nemotron-H",

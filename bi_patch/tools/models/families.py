@@ -459,7 +459,6 @@ FAMILIES: dict[str, dict[str, object]] = {
         residual_multiplier=0.22,
         attention_multiplier=0.0156,
     ),
-    "Bamba": _as("BambaForCausalLM", "bamba", _NARROW, _MAMBA, attn_layer_indices=[1]),
     "Nemotron-H": _as(
         "NemotronHForCausalLM",
         "nemotron_h",
