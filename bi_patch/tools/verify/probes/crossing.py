@@ -83,10 +83,11 @@ def few_blocks(engine: Engine) -> list[Change]:
 
 def crossing_blocks(engine: Engine, workload: Workload) -> list[Request]:
     """Requests that each need a second KV block soon after their prompt: together, more blocks than the cache has.
-    Requests with images come last, so that they are preempted first."""
+    Requests with images come last, so that they are preempted first. Both engines get the same requests, so the number
+    does not follow max_num_seqs."""
     block, follows = engine.info.block_size, engine.options.digests
     source = random.Random(7)
-    count = min(blocks_for_one(engine) // engine.info.blocks(1) + 4, engine.options.max_num_seqs)
+    count = blocks_for_one(engine) // engine.info.blocks(1) + 4
     limit = engine.info.vocab_size - engine.info.vocab_size // 16
     made = [
         Request(

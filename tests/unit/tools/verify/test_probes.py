@@ -132,6 +132,18 @@ def test_a_small_cache_is_counted_in_the_blocks_of_every_kv_group(arithmetic):
         assert before >= blocks - info.blocks(1) and after > blocks, "all that are admitted together outgrow the cache"
 
 
+def test_both_engines_of_a_small_cache_get_the_same_requests(arithmetic):
+    # States of recurrent layers in large blocks: the cache holds fewer blocks than there are requests.
+    engine = arithmetic(max_num_seqs=264)
+    sizes = {"block_size": 4096, "kv_groups": (4096, 4096), "kv_longest": 5, "chunks": True}
+    engine.info = Info("armed", "0.33.0", "2.13.0", "CPU", 2, vocab_size=500, **sizes)
+    (change,) = crossing.few_blocks(engine)
+    assert change.options == {"kv_blocks": 6, "max_num_seqs": 6}
+    batch = crossing.crossing_blocks(engine, WORKLOAD)
+    engine.options = engine.options.but(**change.options)
+    assert len(batch) == 7 and crossing.crossing_blocks(engine, WORKLOAD) == batch
+
+
 def _lengths(batch):
     return [len(r.prompt) for r in batch], [len(r.prompt) + r.max_tokens for r in batch]
 
