@@ -18,6 +18,7 @@ _H200_CHUNKS = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-4.json"
 _H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-5.json"
 _H200_EAGER = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-6.json"
 _H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-7.json"  # compiled, and Nemotron-H in eager mode
+_CPU_EXPERTS = "invariance-2026-11-30-cpu-recurrent-vllm-0.32.0.json"
 _H200_LAST = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0.json"
 # --full: every axis, eager and compiled engines among them.
 _FULL_4 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-4.json"
@@ -171,7 +172,7 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "LFM2 with experts",
-        cpu=untried("the layers of LFM2, with experts"),
+        cpu=served(_CPU_EXPERTS, why="a tiny shape with random weights, compiled and in eager mode"),
         cuda=(_OLD, untried("the layers of LFM2, with experts")),
         ascend=_CHUNKS,
         asked=lambda config: _named("Lfm2MoeForCausalLM")(config) and "LFM2 with experts",

@@ -412,6 +412,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("Nemotron-H, compiled", "cuda"): (("Nemotron-H", *_SIX),),
     ("short convolutions (LFM2)", "cpu"): (("LFM2,*", *_SIX, "preemption"),),
     ("short convolutions (LFM2)", "cuda"): (("LFM2, eager", *_SIX), ("LFM2", *_SIX)),
+    ("LFM2 with experts", "cpu"): (
+        ("LFM2-MoE,* bf16", *_SIX, "preemption"),
+        ("LFM2-MoE,* compiled", *_SIX, "eager and compiled"),
+    ),
     ("short convolutions, compiled", "cuda"): (("LFM2", *_SIX),),
     ("Mamba 1 (Mamba, Falcon-Mamba, Jamba)", "cpu"): (
         ("Mamba,* bf16", *_SIX),
