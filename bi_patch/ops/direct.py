@@ -6,6 +6,9 @@ access to a parameter of vLLM's calls Python. Together that takes the host longe
 Where the dispatcher would only call the function, `_Direct` calls it: in inference mode, for tensors of the function's
 device, with no mode or transform that wants to hear of operators, and for types that have no own dispatch. Any other
 call takes PyTorch's way, e.g. while torch.compile traces. A profiler sees only the kernels of a direct call.
+
+The dispatcher would also negate a view that PyTorch negates later, which only the imaginary part of a conjugate is. A
+direct call does not look for one, since vLLM makes none.
 """
 
 from __future__ import annotations

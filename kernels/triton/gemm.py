@@ -19,8 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-REFERENCE_ROWS = 128
-
 
 class Tile(NamedTuple):
     """Block sizes and launch options of one kernel variant.

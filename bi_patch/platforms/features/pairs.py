@@ -351,6 +351,13 @@ PAIRS: tuple[Feature, ...] = (
         ascend=_REFUSED,
     ),
     _pairs(
+        EIGHTH,
+        *("tensor parallelism", "pipeline parallelism"),
+        cpu=_REFUSED,
+        cuda=(untried(releases=">=0.33"), _REFUSED),
+        ascend=_REFUSED,
+    ),
+    _pairs(
         "tensor parallelism",
         *("pipeline parallelism", "data parallelism"),
         cpu=refused(TRIAL, todo="Use one of them"),

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 WIDTH = 8  # bytes of a row's digest
-FORWARD, LOGITS, LOGPROBS, SAMPLE, RETURNED, POOLED = PHASES = (
+FORWARD, LOGITS, LOGPROBS, SAMPLE, RETURNED, POOLED = (
     "forward",
     "logits",
     "logprobs",
