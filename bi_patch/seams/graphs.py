@@ -11,6 +11,22 @@ from bi_patch.errors import UnsupportedFeature
 # vLLM's compilation mode in which Dynamo guards on shapes and compiles anew, so that one token gets a graph of its own.
 _STOCK = "STOCK_TORCH_COMPILE"
 
+# Inductor's options that vLLM sets itself, and that change neither a sum nor how a kernel is chosen.
+_INDUCTOR = frozenset(
+    {
+        "alignment_asserts",
+        "benchmark_combo_kernel",  # turned off on CUDA
+        "combo_kernels",
+        "cpp.dynamic_threads",
+        "dce",
+        "enable_auto_functionalized_v2",
+        "epilogue_fusion",
+        "nan_asserts",
+        "scalar_asserts",
+        "size_asserts",
+    }
+)
+
 
 def one_range(config: Any) -> None:
     """Leave one compiled range, from one token to the engine's largest step.
@@ -31,6 +47,20 @@ def refuse_sizes(name: str, config: Any) -> None:
         raise UnsupportedFeature(
             f"{name}: compile_sizes {sizes} makes separate code for these numbers of tokens, and such code may sum in "
             "another order. Leave compile_sizes out, or set BI_PATCH=0"
+        )
+
+
+def check_inductor(config: Any) -> None:
+    """Raise UnsupportedFeature for options of Inductor outside of a list, e.g. `deterministic` or `max_autotune`.
+
+    Code is the affair of the policy plugins.code.
+    """
+    given = getattr(config.compilation_config, "inductor_compile_config", None) or {}
+    found = sorted(name for name, value in given.items() if name not in _INDUCTOR and not callable(value))
+    if found:
+        raise UnsupportedFeature(
+            f"compilation.inductor: inductor_compile_config sets {', '.join(found)}, which nobody has examined. "
+            "Inductor may then choose kernels by time, anew in each process. Leave it out, or set BI_PATCH=0"
         )
 
 

@@ -43,6 +43,11 @@ POLICIES = (
         why="vLLM compiles separate code for each range of numbers of tokens, and each may sum in another order",
     ),
     Policy(
+        name="compilation.inductor",
+        apply=graphs.check_inductor,
+        why="an option of Inductor takes back what arming set: Inductor then times kernels anew in each process",
+    ),
+    Policy(
         name="compilation.operators",
         apply=graphs.check_operators,
         why="with ir_op_priority, the shape of a batch decides which kernel serves an operator",

@@ -667,3 +667,14 @@ def test_combined_kernels_are_not_timed():
     for policy in cuda_policies():
         policy.apply(held)
     assert held.compilation_config.inductor_compile_config == {"combo_kernels": True, "benchmark_combo_kernel": False}
+
+
+@pytest.mark.parametrize("option", [{"deterministic": False}, {"max_autotune": True}, {"coordinate_descent_tuning": 1}])
+def test_options_that_let_inductor_choose_by_time_are_refused(option):
+    """Arming sets TORCHINDUCTOR_DETERMINISTIC, and an option of vLLM's would take it back."""
+    from bi_patch.seams import graphs
+
+    own = {"combo_kernels": False, "size_asserts": True, "post_grad_custom_post_pass": print}
+    graphs.check_inductor(config(compilation__inductor_compile_config=own))
+    with pytest.raises(UnsupportedFeature, match=f"compilation.inductor: .*{next(iter(option))}"):
+        graphs.check_inductor(config(compilation__inductor_compile_config=own | option))
