@@ -1,4 +1,5 @@
-// Causal convolutions over a few tokens: of Mamba 1 (GATED 0), and between the two products of LFM2's layers (GATED 1).
+// Causal convolutions over a few tokens: of Mamba 1 and Kimi delta attention (GATED 0), and between the two products of
+// LFM2's layers (GATED 1).
 //
 // x [tokens, CHANNELS] bf16 (rows may be strided); with GATED [tokens, 3, CHANNELS]: before | after | inputs. The inputs u
 // are x, with GATED before * inputs, rounded to bf16. The sum in fp32 in this order:
@@ -7,10 +8,10 @@
 // request's own inputs, whatever step brought them: conv [slots, BEFORE, CHANNELS] bf16 keeps the last of them.
 //
 // convolve: out. In a step of one token a request (starts null) it also keeps the inputs. keep_inputs: the same after a
-// step of prompts. weight [CHANNELS, BEFORE + 1], bias [CHANNELS] or null, bf16. starts [requests + 1], slots [requests]
+// step of prompts. weight [CHANNELS, BEFORE + 1] (fp32 if WEIGHT_FLOAT), bias [CHANNELS] or null, bf16. starts [requests + 1], slots [requests]
 // (0 and below are skipped), fresh [requests], which [tokens]: as in recurrent.cu. out [tokens, CHANNELS], dense.
 //
-// Compiled for CHANNELS (even), BEFORE (1 to 7), GATED, THREADS.
+// Compiled for CHANNELS (even), BEFORE (1 to 7), GATED, WEIGHT_FLOAT, THREADS.
 
 struct Step {
   const u16* x;
@@ -25,6 +26,11 @@ DEVICE float low(u32 pair) { return float_of(pair << 16); }
 DEVICE float high(u32 pair) { return float_of(pair & 0xffff0000u); }
 DEVICE u32 pair_at(const u16* from) { return *reinterpret_cast<const u32*>(from); }
 DEVICE float silu(float x) { return times(x, reciprocal(plus(1.f, power_of_2(times(x, -1.4426950408889634f))))); }
+// Element `at` of the weights.
+DEVICE float factor(const void* weight, int at) {
+  return WEIGHT_FLOAT ? static_cast<const float*>(weight)[at]
+                      : float_of(u32(static_cast<const u16*>(weight)[at]) << 16);
+}
 DEVICE u32 product(u32 a, u32 b) { return round_pair(times(low(a), low(b)), times(high(a), high(b))); }
 
 // u of channels c and c + 1 at token t, which may lie before the request's first token in this step.
@@ -40,7 +46,7 @@ DEVICE void keep(const Step& s, i64 slot, int c, const u32* last) {
 }
 
 // Block (tokens / per, channels / 2 / THREADS).
-KERNEL convolve(const u16* x, const u16* weight, const u16* bias, u16* conv, u16* out, const int* starts,
+KERNEL convolve(const u16* x, const void* weight, const u16* bias, u16* conv, u16* out, const int* starts,
                 const int* slots, const signed char* fresh, const int* which, i64 conv_slot, int tokens, int requests,
                 int per, int x_row, int conv_row) {
   const Step s{x, conv, starts, slots, fresh, x_row, conv_row, conv_slot};
@@ -48,7 +54,7 @@ KERNEL convolve(const u16* x, const u16* weight, const u16* bias, u16* conv, u16
   if (c >= CHANNELS) return;
   float w[2][BEFORE + 1];
   for (int e = 0; e < 2; ++e)
-    for (int i = 0; i <= BEFORE; ++i) w[e][i] = float_of(u32(weight[(c + e) * (BEFORE + 1) + i]) << 16);
+    for (int i = 0; i <= BEFORE; ++i) w[e][i] = factor(weight, (c + e) * (BEFORE + 1) + i);
   const u32 added = bias ? pair_at(bias + c) : 0u;
   u32 held[BEFORE + 1];
   int current = -1;

@@ -24,11 +24,13 @@ class Form(NamedTuple):
     """What causal_conv.cu is compiled for.
 
     width: tokens of the convolution. gated: between two products, as in LFM2; else SiLU follows, as in Mamba 1.
+    floats: whether the weights are fp32, not bf16.
     """
 
     channels: int
     width: int
     gated: bool
+    floats: bool = False
 
     def defines(self) -> dict[str, object]:
         """The preprocessor macros of causal_conv.cu."""
@@ -36,6 +38,7 @@ class Form(NamedTuple):
             "CHANNELS": self.channels,
             "BEFORE": self.width - 1,
             "GATED": int(self.gated),
+            "WEIGHT_FLOAT": int(self.floats),
             "THREADS": _THREADS,
             "PARTS": 1,
             "INPUT": '"bf16"',
@@ -120,9 +123,11 @@ def _unfit(form, x, weight, bias, conv, slots) -> str:
     """Why the kernels do not support these arguments; empty if they do."""
     import torch
 
-    held = [t for t in (x, weight, bias, conv) if t is not None]
+    held = [t for t in (x, bias, conv) if t is not None]
     if any(t.dtype != torch.bfloat16 or t.stride(-1) != 1 for t in held):
         return "tensors are not in bf16, or elements do not lie side by side"
+    if weight.dtype != (torch.float32 if form.floats else torch.bfloat16):
+        return f"weights in {weight.dtype}"
     if x.shape[1] != form.channels * (3 if form.gated else 1) or tuple(weight.shape) != (form.channels, form.width):
         return f"{tuple(x.shape)} inputs and weights {tuple(weight.shape)}"
     if tuple(conv.shape[1:]) != (form.width - 1, form.channels) or not weight.is_contiguous():
