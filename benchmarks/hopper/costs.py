@@ -146,6 +146,7 @@ ROUNDS: list[list[Entry]] = [
         scheme("NVFP4", QUANTIZED),
         scheme("FP8 KV cache", (5.0, 4.0, 2.5)),
     ],
+    [model("Kimi-Linear-48B-A3B, 4 layers", (13.0, 6.0, 4.0), (ONE, EIGHT, MANY, LONG))],
 ]
 OF_ONE = list(range(1, len(ROUNDS) + 1))
 # The last round, only by its number: two GPUs.

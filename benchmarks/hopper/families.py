@@ -215,6 +215,23 @@ SIZES: dict[str, dict[str, object]] = {
     ),
     "Llama": _sizes(4096, 14336, 32, 8),
     "Qwen3-MoE": _sizes(2048, 6144, 32, 4, 128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
+    "Kimi Linear": _sizes(
+        2304,
+        9216,
+        32,
+        32,
+        72,
+        linear_attn_config={
+            "kda_layers": [1, 2, 3],
+            "full_attn_layers": [4],
+            "num_heads": 32,
+            "head_dim": 128,
+            "short_conv_kernel_size": 4,
+        },
+        num_experts=64,
+        num_experts_per_token=8,
+        moe_intermediate_size=1024,
+    ),
     "Qwen2-MoE": _sizes(
         2048,
         5632,
@@ -388,6 +405,29 @@ GPU_ONLY: dict[str, dict[str, object]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
+    "Kimi Linear": _PLAIN
+    | {
+        "architectures": ["KimiLinearForCausalLM"],
+        "model_type": "kimi_linear",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "mla_use_nope": True,
+        "num_shared_experts": 1,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "routed_scaling_factor": 2.446,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "num_expert_group": 1,
+        "topk_group": 1,
+        "use_grouped_topk": True,
+        "tie_word_embeddings": False,
+    },
     "BLOOM": _PLAIN
     | {
         "architectures": ["BloomForCausalLM"],
@@ -413,7 +453,8 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path, pr
     cross = tuple(probe for probe in levels.QUICK.cross if preempt and probe.name == PREEMPTION)
     level = replace(levels.QUICK, seconds=None, cross=cross, graphs=1)
     given = {"gpu_memory_utilization": share, "kv_cache_memory_bytes": CACHE, "max_num_batched_tokens": 2048}
-    if {"linear_num_key_heads", "mamba_n_heads", "mamba_num_heads", "mamba_d_state"} & set(config):
+    states = {"linear_num_key_heads", "mamba_n_heads", "mamba_num_heads", "mamba_d_state", "linear_attn_config"}
+    if states & set(config):
         # States in fp32; pages of a power of two tokens, which hold a state; prompts of two pages for the prefix cache.
         given |= {"mamba_ssm_cache_dtype": "float32", "block_size": 1024, "kv_cache_memory_bytes": 4 * CACHE}
         level = replace(level, max_model_len=8704)

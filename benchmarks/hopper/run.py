@@ -50,7 +50,7 @@ def engine(a, model: str, mode: str, *flags: str, **extra) -> tuple[Path, list[s
     out = a.raw / f"{shapes.short(model)}-{mode}.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "child.py"), model, mode, str(out), *flags]
-    if {"linear_num_value_heads", "mamba_d_state"} & set(child.shape(model)):
+    if {"linear_num_value_heads", "mamba_d_state", "linear_attn_config"} & set(child.shape(model)):
         extra = RECURRENT | extra
     return out, [*command, "--extra", json.dumps(EXTRA | extra), "--max-model-len", str(a.max_model_len)]
 

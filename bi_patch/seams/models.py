@@ -22,7 +22,7 @@ def policies(platform: str) -> tuple[Policy, ...]:
     return (
         Policy(
             name=f"models.{platform}",
-            apply=functools.partial(_refuse_own_package, policy=f"models.{platform}"),
+            apply=functools.partial(_refuse_own_package, policy=f"models.{platform}", platform=platform),
             why="a model with a package of its own may compute something that no patch point reaches",
         ),
         Policy(
@@ -33,12 +33,13 @@ def policies(platform: str) -> tuple[Policy, ...]:
     )
 
 
-def _refuse_own_package(config: Any, policy: str) -> None:
+def _refuse_own_package(config: Any, policy: str, platform: str) -> None:
     """Refuse a model whose code vLLM keeps in vllm.models, outside of its common layers. policy: the policy's name."""
     from vllm.model_executor.models.registry import ModelRegistry
 
     for name in config.model_config.architectures if config.model_config is not None else ():
-        found = packages.reason(getattr(ModelRegistry.models.get(name), "module_name", ""))
+        module = getattr(ModelRegistry.models.get(name), "module_name", "")
+        found = packages.reason(module, name, platform)
         if found:
             raise UnsupportedFeature(
                 f"{policy}: bi_patch does not cover {name}: {found}. Use another model, or set BI_PATCH=0"

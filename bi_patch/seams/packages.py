@@ -15,17 +15,23 @@ PACKAGES: dict[str, str] = {
     "glm5next": f"{_CHOICE}; if the longest request of a step is short, the indexer does not run",
     "hy_v4": f"{_CHOICE}; its connections between layers have kernels of their own",
     "inkling": "for up to 64 rows, another kernel computes its router; its convolutions and attention are its own",
-    "kimi_k3": "Kimi's delta attention has no bundled kernel; the number of tokens chooses a tile between its layers",
+    "kimi_k3": "of Kimi K3: the number of tokens chooses kernels of its projections, and a tile between its layers",
     "minimax_m3": "an indexer chooses blocks of keys, and prompts and decode steps attend to them by two kernels",
     "muse_spark": "its norms and its router have kernels of their own; ranks project up to 256 rows in parts",
     "qwen4_exp": "for up to 64 rows, another kernel chooses blocks of keys; the batch decides how attention is split",
     "step5": "an indexer chooses regions of keys; for up to 128 rows, another kernel prepares queries and keys",
 }
 
+# Models of these packages that bi_patch covers, and the platforms.
+COVERED: dict[str, frozenset[str]] = {"KimiLinearForCausalLM": frozenset({"cuda"})}
 
-def reason(module: str) -> str:
-    """Why bi_patch refuses a model of `module`, e.g. "vllm.models.beam", or "" for other modules."""
+
+def reason(module: str, name: str = "", platform: str = "") -> str:
+    """Why bi_patch refuses a model of `module`, e.g. "vllm.models.beam", or "" for other modules and covered models.
+
+    name: the model's architecture. platform: where it shall run.
+    """
     parts = module.split(".")
-    if parts[:2] != ["vllm", "models"]:
+    if parts[:2] != ["vllm", "models"] or platform in COVERED.get(name, ()):
         return ""
     return PACKAGES.get(parts[2] if len(parts) > 2 else "", "nobody has examined its package")

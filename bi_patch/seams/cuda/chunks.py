@@ -7,6 +7,9 @@ from bi_patch.ops.cuda import prompts, spans
 from bi_patch.ops.cuda.chunks import Problem
 from bi_patch.seams.cuda.attention import ENCODER, eighth, reported_query
 
+# vLLM's classes of MLA layers: of most models, and of Kimi Linear.
+_LATENT = ("MLAAttention", "MultiHeadLatentAttention")
+
 
 class Metadata:
     """What a backend's forward reads about a step. Everything that is not given is None, as in a plain step."""
@@ -44,7 +47,7 @@ def _latent(config, page: int):
 
     found = {}
     for layer in config.compilation_config.static_forward_context.values():
-        if any(kind.__name__ == "MLAAttention" for kind in type(layer).__mro__):
+        if any(kind.__name__ in _LATENT for kind in type(layer).__mro__):
             name = layer.attn_backend.get_name()
             kind = Problem(name, layer.num_heads, 1, layer.head_size, 0, page, config.model_config.dtype)
             if is_eighth(layer):

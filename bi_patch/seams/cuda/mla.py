@@ -42,22 +42,31 @@ def _forward(original):
         asked = [name for name, value in kwargs.items() if value is not None and name != "quant_group_size"]
         if asked or any(value is not None for value in args):
             raise UnsupportedFeature("mla.cuda_forms: quantized outputs have no certificate. Set BI_PATCH_MLA=one")
-        generated, places, groups = getattr(attn_metadata, "bi_patch_forms", None) or (attn_metadata, None, ())
-        generate = mla_rows.generate
-        if eighth(self.impl.kv_cache_dtype):
-            generate, kv_cache = mla_eighths.generate, kv_cache.view(mla_eighths.e4m3())
-        if places is not None:
-            some = output.new_empty((len(places), output.shape[-1]))
-            generate(self, q[places], kv_cache, generated, some)
-            output[places] = some
-        elif generated is not None:
-            count = generated.num_actual_tokens
-            generate(self, q[:count], kv_cache, generated, output[:count])
-        for group in groups:
-            mla_prompts.attend(self.impl, q, k_c_normed, k_pe, kv_cache, group, output)
+        attend(self, q, k_c_normed, k_pe, kv_cache, attn_metadata, output)
         return output
 
     return forward_impl
+
+
+def attend(layer, q, latents, rotary, cache, metadata, output) -> None:
+    """Write the rows of a step in two forms to output [tokens, heads * D].
+
+    q: [tokens, heads, nope + rotary], latents: [tokens, latent] and rotary: [tokens, 1, rotary]. cache: [pages, tokens,
+    latent + rotary], which holds the step's latents, too. metadata: vLLM's, of the step.
+    """
+    generated, places, groups = getattr(metadata, "bi_patch_forms", None) or (metadata, None, ())
+    generate = mla_rows.generate
+    if eighth(layer.impl.kv_cache_dtype):
+        generate, cache = mla_eighths.generate, cache.view(mla_eighths.e4m3())
+    if places is not None:
+        some = output.new_empty((len(places), output.shape[-1]))
+        generate(layer, q[places], cache, generated, some)
+        output[places] = some
+    elif generated is not None:
+        count = generated.num_actual_tokens
+        generate(layer, q[:count], cache, generated, output[:count])
+    for group in groups:
+        mla_prompts.attend(layer.impl, q, latents, rotary, cache, group, output)
 
 
 def _init(original):
@@ -93,7 +102,7 @@ def _refuse(layer) -> None:
         "8-bit queries of prompts": getattr(attention, "use_prefill_query_quantization", False),
         "context parallelism": layer.use_pcp or layer.impl.dcp_world_size > 1 or layer.dcp_q_replicate,
     }
-    found = [name for name, present in refused.items() if present] + _without_kernel(layer)
+    found = [name for name, present in refused.items() if present] + without_kernel(layer)
     if found:
         raise UnsupportedFeature(
             f"mla.cuda: bi_patch has no certificate for {', '.join(found)}. Use --attention-backend {wanted} on "
@@ -101,7 +110,7 @@ def _refuse(layer) -> None:
         )
 
 
-def _without_kernel(layer) -> list[str]:
+def without_kernel(layer) -> list[str]:
     """Words for sizes that FlashAttention 3 has no kernel for: of latents, and of the heads of prompts."""
     latent, rotary, value = layer.kv_lora_rank, layer.qk_rope_head_dim, layer.v_head_dim
     size = layer.qk_nope_head_dim + rotary

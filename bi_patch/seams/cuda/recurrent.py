@@ -42,7 +42,7 @@ def _give_back(held, before) -> None:
         held.supports_batch_invariance = before
 
 
-def _of_step(layer):
+def of_step(layer):
     """vLLM's metadata of a step for a layer, None while vLLM profiles."""
     from vllm.forward_context import get_forward_context
 
@@ -62,7 +62,7 @@ def _once(make):
 
 
 @_once
-def _spans(meta):
+def spans_of(meta):
     """The requests of a step of gated delta nets, decodes first."""
     from bi_patch.ops.cuda import recurrent
 
@@ -111,7 +111,7 @@ def _core(original):
     from bi_patch.ops.cuda import recurrent
 
     def _forward_core(self, mixed_qkv, b, a, core_attn_out):
-        meta = _of_step(self)
+        meta = of_step(self)
         if meta is None:
             return
         tokens, weight = meta.num_actual_tokens, self.conv1d.weight
@@ -127,7 +127,7 @@ def _core(original):
             self.dt_bias,
             None,
             *self.kv_cache[:2],
-            _spans(meta),
+            spans_of(meta),
         )
 
     return _forward_core
@@ -138,7 +138,7 @@ def _mamba2(original):
     from bi_patch.ops.cuda import recurrent
 
     def conv_ssm_forward(self, projected_states, output):
-        meta = _of_step(self)
+        meta = of_step(self)
         if meta is None:  # vLLM's own warms up its Triton kernels
             output.zero_()
             return
@@ -169,7 +169,7 @@ def _short_conv(original):
 
     @functools.wraps(original)
     def forward_cuda(self, hidden_states, output):
-        meta = _of_step(self)
+        meta = of_step(self)
         if meta is None:
             return original(self, hidden_states=hidden_states, output=output)
         tokens, weight = meta.num_decode_tokens + meta.num_prefill_tokens, self.conv.weight
@@ -192,7 +192,7 @@ def _mamba1(original):
 
     @functools.wraps(original)
     def forward_impl(self, hidden_states, output):
-        meta = _of_step(self)
+        meta = of_step(self)
         if meta is None:
             return original(self, hidden_states, output)
         spans, tokens = _spans_in_two(meta), meta.num_decode_tokens + meta.num_prefill_tokens
@@ -207,7 +207,7 @@ def _mamba1(original):
     return forward_impl
 
 
-def _shape(dtypes, unknown, prepare):
+def shape(dtypes, unknown, prepare):
     """get_state_shape of a layer: refuse what the kernels do not compute, and compile them before any step."""
 
     def close(original):
@@ -232,7 +232,7 @@ def _inputs_only():
     return (torch.bfloat16,)
 
 
-def _inputs_and_state():
+def inputs_and_state():
     import torch
 
     return torch.bfloat16, torch.float32
@@ -492,7 +492,7 @@ SEAMS = (
         "recurrent.cuda_short_conv_states",
         _SHORT,
         "ShortConv.get_state_shape",
-        _shape(_inputs_only, _unknown_short_conv, _prepare_short_conv),
+        shape(_inputs_only, _unknown_short_conv, _prepare_short_conv),
         _ENDS,
     ),
     _seam(
@@ -507,7 +507,7 @@ SEAMS = (
         "recurrent.cuda_mamba1_states",
         _MIXER_1,
         "MambaMixer.get_state_shape",
-        _shape(_inputs_and_state, _unknown_mamba1, _prepare_mamba1),
+        shape(inputs_and_state, _unknown_mamba1, _prepare_mamba1),
         _ENDS,
     ),
     *(

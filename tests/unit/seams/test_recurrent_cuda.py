@@ -247,7 +247,7 @@ def test_mamba_1_runs_between_its_projections(monkeypatch):
 
 LAYERS = {
     "short": (recurrent._inputs_only, recurrent._unknown_short_conv, recurrent._prepare_short_conv),
-    "Mamba 1": (recurrent._inputs_and_state, recurrent._unknown_mamba1, recurrent._prepare_mamba1),
+    "Mamba 1": (recurrent.inputs_and_state, recurrent._unknown_mamba1, recurrent._prepare_mamba1),
 }
 
 
@@ -284,7 +284,7 @@ def test_other_layers_that_the_kernels_do_not_compute_are_refused(monkeypatch, k
             **held,
         )
 
-    get_state_shape = recurrent._shape(dtypes, unknown, prepare)(lambda _: "shape")
+    get_state_shape = recurrent.shape(dtypes, unknown, prepare)(lambda _: "shape")
     assert get_state_shape(layer(held)) == "shape"
     with pytest.raises(UnsupportedFeature, match=f"recurrent.cuda_states: .*{said}"):
         get_state_shape(layer(held | changed))

@@ -12,10 +12,10 @@ from bi_patch.kernels.cuda import kda
 
 KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
 LAUNCH = {
-    "prepare": "const u16* y, const u16* gate, const u16* beta, const float* rate, const float* dt_bias, float* decays, "
-    "float* numbers, int tokens, int gate_row, int beta_row",
-    "scan": "const u16* y, const float* decays, const float* numbers, float* states, u16* out, const int* starts, const "
-    "int* slots, const signed char* fresh, i64 state_slot",
+    "prepare": "const u16* y, const u16* gate, const u16* beta, const float* rate, const float* dt_bias, float* "
+    "decays, float* numbers, int tokens, int gate_row, int beta_row",
+    "scan": "const u16* y, const float* decays, const float* numbers, float* states, u16* out, const int* starts, "
+    "const int* slots, const signed char* fresh, i64 state_slot",
 }
 TOKENS, SLOTS = 12, 4
 
