@@ -231,6 +231,7 @@ SIZES: dict[str, dict[str, object]] = {
         num_experts=64,
         num_experts_per_token=8,
         moe_intermediate_size=1024,
+        max_position_embeddings=16384,
     ),
     "Qwen2-MoE": _sizes(
         2048,

@@ -306,7 +306,7 @@ FAMILIES: tuple[Feature, ...] = (
         ),
         ascend=_ASCEND,
     ),
-    row("DeepSeek V3.2 and V4, GLM-5, Kimi Linear, MiniMax-M3", cpu=_SPARSE, cuda=_OWN, ascend=_MLA),
+    row("DeepSeek V3.2 and V4, GLM-5, Kimi K3, MiniMax-M3", cpu=_SPARSE, cuda=_OWN, ascend=_MLA),
     row(
         "Idefics3",
         cpu=served(_CPU_IMAGES, _CPU_IMAGES_MORE, why="a tiny shape with random weights"),

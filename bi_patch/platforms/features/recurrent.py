@@ -29,6 +29,7 @@ _OLD = refused("chunks of a recurrent state start where an engine step starts", 
 _TINY = served(_CPU, why="tiny shapes with random weights, in bf16")
 _FOUR = "four layers of published sizes with random weights, six axes"
 _RUN = f"{_FOUR}; compiled and in eager mode"
+_CUTLASS = refused("vLLM's CPU build does not load it: its package imports cutlass", todo="Use another model")
 
 # The kind of recurrent layer, by architecture.
 _KINDS = {
@@ -44,6 +45,7 @@ _KINDS = {
     "JambaForCausalLM": "Mamba 1",
     "Lfm2ForCausalLM": "short convolutions",
     "Lfm2MoeForCausalLM": "short convolutions",
+    "KimiLinearForCausalLM": "Kimi delta attention",
 }
 
 
@@ -219,7 +221,15 @@ RECURRENT: tuple[Feature, ...] = (
         asked=lambda config: _named("JambaForCausalLM")(config) and not _eager(config) and "compiled Jamba",
     ),
     row(
-        "other hybrid and state-space models (Zamba2, Kimi Linear, MiniMax-Text)",
+        "Kimi delta attention (Kimi Linear)",
+        cpu=_CUTLASS,
+        cuda=(_OLD, untried("its kernels run in tests")),
+        ascend=_CHUNKS,
+        asked=_asked("Kimi delta attention"),
+        details="The kernels take one token after the other. Its layers of MLA follow `BI_PATCH_MLA`.",
+    ),
+    row(
+        "other hybrid and state-space models (Zamba2, MiniMax-Text)",
         cpu=_CHUNKS,
         cuda=_CHUNKS,
         ascend=_CHUNKS,

@@ -628,10 +628,14 @@ def test_recurrent_layers_are_served_by_kind(state):
             check("cuda", **given, model_enforce_eager=eager)
         with pytest.raises(UnsupportedFeature, match=words):
             check("cuda", "0.32.0", **given, model_enforce_eager=True)
-    for other in ("Zamba2ForCausalLM", "KimiLinearForCausalLM"):
-        for platform in releases.BY_PLATFORM:
-            with pytest.raises(UnsupportedFeature, match="hybrid and state-space models"):
-                check(platform, **{state: True, "model_architectures": [other]})
+    given = {state: True, "model_architectures": ["KimiLinearForCausalLM"]}
+    check("cuda", **given)
+    for platform, release in (("cpu", None), ("cuda", "0.32.0"), ("ascend", None)):
+        with pytest.raises(UnsupportedFeature, match="Kimi delta attention"):
+            check(platform, *[release] * bool(release), **given)
+    for platform in releases.BY_PLATFORM:
+        with pytest.raises(UnsupportedFeature, match="hybrid and state-space models"):
+            check(platform, **{state: True, "model_architectures": ["Zamba2ForCausalLM"]})
 
 
 def test_what_is_untried_is_named_for_the_line_that_says_armed():
