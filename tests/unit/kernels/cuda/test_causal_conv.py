@@ -19,13 +19,14 @@ LAUNCH = {
     "conv_slot, int x_row, int conv_row",
 }
 FORMS = {gated: causal_conv.Form(70, 3, gated) for gated in (False, True)}
+FLOATS = causal_conv.Form(70, 3, False, True)
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     """The kernels for the CPU, by form."""
     built = {}
-    for form in FORMS.values():
+    for form in (*FORMS.values(), FLOATS):
         text = f'#include "emulate.h"\n#include "{KERNELS / "causal_conv.cu"}"\n'
         for kernel, parameters in LAUNCH.items():
             names = ", ".join(part.replace("*", " ").split()[-1] for part in parameters.split(","))
@@ -55,15 +56,16 @@ def layer(kernels, monkeypatch):
     torch.manual_seed(3)
     weight, bias = torch.randn(70, 3).bfloat16(), torch.randn(70).bfloat16()
 
-    def step(gated, conv, *requests, decode=False):
+    def step(gated, conv, *requests, decode=False, floats=False):
         slots, fresh, rows = zip(*requests, strict=True)
         sizes = torch.tensor([0, *map(len, rows)])
         more = None, None, None
         if not decode:
             which = torch.repeat_interleave(torch.arange(len(slots)), sizes[1:]).to(torch.int32)
             more = sizes.cumsum(0).to(torch.int32), torch.tensor(fresh, dtype=torch.int8), which
-        given = torch.cat(rows), weight, bias, conv, torch.tensor(slots, dtype=torch.int32)
-        return causal_conv.run(FORMS[gated], *given, *more).split(sizes[1:].tolist())
+        given = torch.cat(rows), weight.float() if floats else weight, bias, conv
+        form = FLOATS if floats else FORMS[gated]
+        return causal_conv.run(form, *given, torch.tensor(slots, dtype=torch.int32), *more).split(sizes[1:].tolist())
 
     step.weight, step.bias = weight, bias
     return step
@@ -90,6 +92,15 @@ def test_cuts_company_and_decodes_change_no_bit(layer, gated):
         got += layer(gated, conv, (0, 0, other[:1]), (2, 0, x[t : t + 1]), decode=True)[1:]
     got += layer(gated, conv, (1, 1, other), (2, 0, x[13:]))[1:]
     assert torch.equal(torch.cat(got), want) and torch.equal(conv[2], state)
+
+
+def test_weights_of_32_bits_with_the_same_values_have_the_same_bits(layer):
+    torch.manual_seed(5)
+    x, conv = torch.randn(9, 70).bfloat16(), torch.zeros(4, 2, 70).bfloat16()
+    (want,), (got,) = layer(False, conv, (1, 1, x)), layer(False, conv, (2, 1, x), floats=True)
+    assert torch.equal(got, want) and torch.equal(conv[2], conv[1])
+    with pytest.raises(causal_conv.Unfit, match="weights in torch.bfloat16"):
+        causal_conv.run(FLOATS, x, layer.weight, None, conv, torch.ones(1, dtype=torch.int32), None, None, None)
 
 
 def test_what_does_not_fit_is_named(layer):
