@@ -150,6 +150,15 @@ def _few_rows(original):
     return enable_kimi_k3_low_latency_gemm
 
 
+def _no_ranks(original):
+    """maybe_init_gemm_rs_ar: False: no projection adds the ranks' parts by itself."""
+
+    def maybe_init_gemm_rs_ar(vllm_config, use_sequence_parallel) -> bool:
+        return False
+
+    return maybe_init_gemm_rs_ar
+
+
 def _refuse(config: Any) -> None:
     """Refuse what the package computes for Kimi K3 only, and what nobody has compared."""
     model = config.model_config
@@ -256,5 +265,15 @@ SEAMS = (
         (1,),
         until="upstream's mode keeps the linear method of these projections",
         copies=(f"{_PACKAGE}.model",),
+    ),
+    _seam(
+        "ranks",
+        f"{_PACKAGE}.model",
+        "maybe_init_gemm_rs_ar",
+        _no_ranks,
+        "a kernel of CuTe DSL adds the ranks' parts of a projection, for some numbers of rows",
+        "bi_patch turns the kernel off. So the model also starts where CuTe DSL is not installed",
+        (14,),
+        until="upstream's mode turns the kernel off",
     ),
 )

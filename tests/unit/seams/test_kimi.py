@@ -252,6 +252,7 @@ def test_what_nobody_has_compared_is_refused(changed, said):
 
 def test_kernels_for_few_rows_are_turned_off():
     assert kimi._few_rows(None)(torch.nn.Linear(2, 2), torch.bfloat16) is None
+    assert kimi._no_ranks(None)(None, False) is False
 
 
 def test_the_package_is_covered_for_one_model_and_platform():
