@@ -20,6 +20,7 @@ _H200_EAGER = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-6.json"
 _H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-7.json"  # compiled, and Nemotron-H in eager mode
 _CPU_EXPERTS = "invariance-2026-11-30-cpu-recurrent-vllm-0.32.0.json"
 _H200_LAST = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0.json"
+_H200_KIMI = "invariance-2026-11-30-h200-kimi-vllm-0.33.0.json"
 # --full: every axis, eager and compiled engines among them.
 _FULL_4 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-4.json"
 _FULL_5 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-5.json"
@@ -222,11 +223,20 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "Kimi delta attention (Kimi Linear)",
+        short="Kimi Linear",
         cpu=_CUTLASS,
-        cuda=(_OLD, untried("its kernels run in tests")),
+        cuda=(
+            _OLD,
+            served(
+                _H200_KIMI,
+                why="four layers of Kimi-Linear-48B-A3B's sizes with 64 experts, in CUDA graphs and in eager mode; "
+                "decode = prefill with BI_PATCH_MLA=one",
+            ),
+        ),
         ascend=_CHUNKS,
         asked=_asked("Kimi delta attention"),
-        details="The kernels take one token after the other. Its layers of MLA follow `BI_PATCH_MLA`.",
+        details="The kernels take one token after the other. Its layers of MLA follow `BI_PATCH_MLA`. In bf16, on one "
+        "GPU, with a `--block-size` that leaves pages of a power of two tokens, e.g. 1024.",
     ),
     row(
         "other hybrid and state-space models (Zamba2, MiniMax-Text)",

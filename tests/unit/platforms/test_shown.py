@@ -427,6 +427,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("Mamba 1, compiled", "cuda"): (("Falcon-Mamba", *_SIX),),
     ("Jamba, compiled", "cuda"): (("Jamba", *_SIX),),
+    ("Kimi delta attention (Kimi Linear)", "cuda"): (
+        *(("Kimi Linear", *_FIVE), ("Kimi Linear, eager", *_FIVE)),
+        *(("Kimi Linear, BI_PATCH_MLA=one", *_SIX), ("Kimi Linear, eager, BI_PATCH_MLA=one", *_SIX)),
+    ),
     ("Mamba (the first models)", "cpu"): (("Mamba,* bf16", *_SIX),),
     ("Mamba 1, compiled", "cpu"): (("Mamba,* compiled", *_SIX), ("Falcon-Mamba,* compiled", *_SIX)),
     # Quantized weights.
