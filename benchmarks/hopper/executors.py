@@ -27,7 +27,7 @@ ENVIRON = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": "1", "
 
 
 def answer(model: str, options: dict, out: Path) -> None:
-    """In an engine's process: run the axes, and keep their results and the answers of a batch."""
+    """In an engine's process: run the axes, keep their results and the answers of a batch, and end the process."""
     import bi_patch
 
     bi_patch.arm()
@@ -50,6 +50,8 @@ def answer(model: str, options: dict, out: Path) -> None:
     made = out.with_suffix(".part")
     made.write_text(json.dumps({"info": info, "answers": msgspec.to_builtins(answers), "rows": rows}))
     made.rename(out)
+    sys.stdout.flush()
+    os._exit(0)  # Ray would end its workers twice, which aborts this process
 
 
 def started(model: str, options: dict, files: Sequence[Path], environ: dict[str, str]) -> list[subprocess.Popen]:

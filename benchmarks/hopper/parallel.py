@@ -111,8 +111,11 @@ CASES = {
         for name, case in _both(f"{schemes.label(scheme, 2)}, TP 2", scheme, TWO, MADE).items()
     },
     **{
-        f"Qwen3-8B, 4 layers, TP 2, {words}": Case("Qwen3-8B", TWO | {"distributed_executor_backend": executor})
+        name: case
         for executor, words in (("external_launcher", "external launcher"), ("ray", "workers of Ray"))
+        for name, case in _both(
+            f"Qwen3-8B, 4 layers, TP 2, {words}", "Qwen3-8B", TWO | {"distributed_executor_backend": executor}
+        ).items()
     },
     "Qwen3-8B, 4 layers, DP 2": Case("Qwen3-8B", DATA),
     "Qwen3-8B, 4 layers, DP 2 compiled": Case("Qwen3-8B", DATA, eager=False),
@@ -242,12 +245,12 @@ def measure(label: str, results: Path, root: Path, flags: Sequence[str] = (), un
             threads=torch.get_num_threads(),
         )
     elif "distributed_executor_backend" in case.engine:
-        rows, here = executors.measure(label, str(model), case.engine, MEMORY, case.eager, root)
+        rows, here = executors.measure(label, str(model), case.engine, MEMORY | SIZES_OF_GRAPHS, case.eager, root)
     else:
         rows, here, holes = verified(label, case, model, until)
     print(f"{label}: {'; '.join(holes) or 'complete'}", flush=True)
     if not rows or flags:
-        return not evidence.total_differing(rows)
+        return bool(flags) and not evidence.total_differing(rows)
     found = evidence.new(Ranks, here)
     found.rows, found.command = rows, "benchmarks/hopper/parallel.py"  # the cases share a file
     found.note = ". ".join(f"{label}: {hole.rstrip('.')}" for hole in holes)

@@ -30,6 +30,7 @@ _H200_RANKS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0.json"
 _H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
 _H200_RANKS_MORE = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
 _H200_DATA = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-2.json"
+_H200_EXECUTORS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-3.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
@@ -781,10 +782,20 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "workers of an external launcher (torchrun)",
         cpu=served(_CPU_LAUNCHER, why="measured with two tensor-parallel ranks"),
-        cuda=untried("each worker must say that it is armed"),
+        cuda=(
+            untried("each worker must say that it is armed", releases="<0.33"),
+            served(_H200_EXECUTORS, why="two tensor-parallel ranks of Qwen3-8B's sizes, in eager mode"),
+        ),
         ascend=untried(_NO_NPU),
         asked=_started_by("external_launcher", "workers of an external launcher"),
         details="Arm every rank (`VLLM_BATCH_INVARIANT=1` for the launcher): ranks ask each other at their start.",
+    ),
+    row(
+        "workers of an external launcher (torchrun), compiled",
+        cpu=served(_CPU_LAUNCHER),
+        cuda=untried("measured in eager mode"),
+        ascend=untried(_NO_NPU),
+        asked=_compiled(_started_by("external_launcher", "compiled workers of an external launcher")),
     ),
     row(
         "workers of Ray",
@@ -795,6 +806,13 @@ FEATURES: tuple[Feature, ...] = (
         cuda=untried("each worker must say that it is armed"),
         ascend=untried(_NO_NPU),
         asked=_started_by("ray", "workers of Ray"),
+    ),
+    row(
+        "workers of Ray, compiled",
+        cpu=refused("vLLM's CPU build has none", todo="Use the executor mp"),
+        cuda=untried("each worker must say that it is armed"),
+        ascend=untried(_NO_NPU),
+        asked=_compiled(_started_by("ray", "compiled workers of Ray")),
     ),
     row(
         "several hosts",

@@ -7,10 +7,11 @@ from typing import Any
 
 from bi_patch.platforms import schemes
 from bi_patch.platforms.features import scheme_kinds as kinds
-from bi_patch.platforms.features.model import Cell, Feature, refused, row, untried
+from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
 from bi_patch.platforms.features.ranks import compiled, size
 from bi_patch.platforms.schemes import CHANNEL, TOKEN, Scheme
 
+_CPU = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0.json"
 _ALONE = refused("nobody has compared bits of both together", todo="Use one of them")
 _NO_SEAM = refused("no patch point covers it yet")
 _TRIAL = untried()
@@ -34,8 +35,8 @@ KINDS: dict[str, Callable[[Scheme], bool]] = {
 }
 # Kinds and whether the model has experts: the cells of CPU and CUDA.
 _CELLS: dict[tuple[str, bool], tuple[Cell, Cell]] = {
-    (INT8, False): (_TRIAL, _TRIAL),
-    (AWQ, False): (_TRIAL, _TRIAL),
+    (INT8, False): (served(_CPU, why="two ranks, a tiny Qwen3, in eager mode"), _TRIAL),
+    (AWQ, False): (served(_CPU, why="two ranks, a tiny Qwen2, in eager mode"), _TRIAL),
     (GPTQ, False): (_ALONE, _TRIAL),
     (FOUR_BITS, False): (_ALONE, _TRIAL),
     (CHANNELS, False): (_ALONE, _TRIAL),

@@ -192,7 +192,8 @@ class LocalEngine:
             **{**made, **options.extra},
         )
         several = options.random_weights is not None and options.extra.get("tensor_parallel_size", 1) != 1
-        if several and not all(self._llm.apply_model(weights.filled)):
+        # Not by llm.apply_model, which may write weights, so that engines with quantized weights refuse it.
+        if several and not all(self.core.model_executor.collective_rpc(weights.filled)):
             raise RuntimeError("a worker did not make random weights: only workers of the executor mp do")
         info = self._info()
         self._placeholders, most = image_tokens(self._llm)

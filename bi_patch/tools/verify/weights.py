@@ -44,9 +44,9 @@ def _worker_main(seed: int, *args, **kwargs):
     return _start[0](*args, **kwargs)
 
 
-def filled(model) -> bool:
-    """Whether a process filled a model. A worker of another executor does not, and would keep weights near zero."""
-    return getattr(model, "bi_patch_filled", False)
+def filled(worker) -> bool:
+    """In a worker: whether its model was filled. A worker of another executor would keep weights near zero."""
+    return getattr(worker.get_model(), "bi_patch_filled", False)
 
 
 def _rank() -> int | None:

@@ -63,12 +63,15 @@ def test_the_table_refuses_it():
         ("external_launcher", "workers of an external launcher"),
     ],
 )
-def test_workers_of_other_launchers_are_named(backend, said):
+@pytest.mark.parametrize("eager", [True, False])
+def test_workers_of_other_launchers_are_named(backend, said, eager):
     from types import SimpleNamespace
 
-    config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend=backend))
+    held = SimpleNamespace(distributed_executor_backend=backend)
+    config = SimpleNamespace(parallel_config=held, model_config=SimpleNamespace(enforce_eager=eager))
     rows = [row for row in engine.FEATURES if row.name.startswith("workers of")]
-    assert [asked for row in rows if (asked := row.asked(config))] == ([said] if said else [])
+    found = [asked for row in rows if (asked := row.asked(config))]
+    assert found == ([] if not said else [said] if eager else [said, f"compiled {said}"])
 
 
 def test_options_of_expert_parallelism_are_refused():

@@ -168,6 +168,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Qwen3-30B-A3B*DP 2, experts over ranks, compiled", *_STEPS),
         ("DeepSeek-V2-Lite*DP 2, experts over ranks, compiled", *_STEPS),
     ),
+    ("INT8 weights and activations, with tensor parallelism", "cpu"): (("tiny-qwen3-int8 bf16 TP 2", *_SIX),),
+    ("AWQ, with tensor parallelism", "cpu"): (("tiny-qwen2-awq bf16 TP 2", *_SIX),),
     ("expert parallelism of tensor-parallel ranks", "cuda"): (
         ("Qwen3-30B-A3B*experts over 2 ranks", *_RANKS, "decode = prefill"),
         ("DeepSeek-V2-Lite*experts over 2 ranks", *_RANKS),
@@ -185,6 +187,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* external launcher", *_SIX, "both ranks"),
         ("* external launcher, compiled", *_SIX, "both ranks"),
     ),
+    ("workers of an external launcher (torchrun), compiled", "cpu"): (
+        ("* external launcher, compiled", *_SIX, "both ranks"),
+    ),
+    ("workers of an external launcher (torchrun)", "cuda"): (("* external launcher", *_SIX, "executor", "both ranks"),),
     ("LoRA", "cpu"): (("* LoRA", *_LORA),),
     ("LoRA", "cuda"): (("* LoRA eager", *_LORA), ("* LoRA compiled", *_LORA)),
     ("speculative decoding with n-grams of the request (method ngram)", "cpu"): (
