@@ -51,6 +51,7 @@ def test_what_is_covered_passes(configured, options):
     "options, named",
     [
         ({"compilation_config": {"mode": 1}}, "compilation.cpu_mode: .*STOCK_TORCH_COMPILE"),
+        ({"compilation_config": {"inductor_compile_config": {"deterministic": False}}}, "compilation.inductor"),
         ({"kernel_config": {"ir_op_priority": {"rms_norm": ["vllm_c"]}}}, "ir_op_priority for rms_norm"),
         ({"name": recipes.MOE, "data_parallel_size": 2}, "data parallelism over 1 of a MoE model"),
         (

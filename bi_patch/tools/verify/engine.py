@@ -64,7 +64,7 @@ class Info(msgspec.Struct, frozen=True):
     Empty where unknown: one group. kv_longest: blocks that vLLM plans for one request of max_model_len, 0 where
     unknown. devices: the host's number of devices. leaves: BI_PATCH_TP_INVARIANT of an armed engine.
     quantization: vLLM's name of the method, "" for none. pooling: the task of a pooling model, such as "embed" or
-    "classify", "" for a model that generates. whole: prompts are computed in one step, without a prefix cache.
+    "classify", "" for a model that generates. whole: every prompt is computed in one step. cached: vLLM keeps prefixes.
     matryoshka: an embedding's length may be chosen, up to `width`. two_forms: prompts and generated tokens have forms
     of their own, whose bits differ (BI_PATCH_MLA=two). images: the most tokens of an image, 0 for an engine that takes
     no images. whole_images: vLLM computes all tokens of an image in one step. videos: whether requests may bring
@@ -92,6 +92,7 @@ class Info(msgspec.Struct, frozen=True):
     max_model_len: int = 0
     pooling: str = ""
     whole: bool = False
+    cached: bool = True
     matryoshka: bool = False
     width: int = 0
     two_forms: bool = False
@@ -249,6 +250,8 @@ class LocalEngine:
         ]
 
     def set_chunk(self, tokens: int | None) -> None:
+        if tokens is not None and self.info.whole:
+            raise RuntimeError("every prompt is computed in one step: one above the budget would wait for ever")
         scheduler = self.core.scheduler
         if self._chunk is None:
             self._chunk = scheduler.max_num_scheduled_tokens
@@ -413,6 +416,8 @@ class LocalEngine:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
             two_forms=_two_forms(config),
+            whole=not config.scheduler_config.enable_chunked_prefill,
+            cached=bool(config.cache_config.enable_prefix_caching),
             whole_images=bool(getattr(config.scheduler_config, "disable_chunked_mm_input", False)),
             chunks=getattr(config.cache_config, "mamba_cache_mode", "none") == "align",
             **_pooling_info(self._llm, config),
@@ -456,7 +461,6 @@ def _pooling_info(llm, config) -> dict[str, object]:
         return {}
     return {
         "pooling": llm.pooling_task or "",
-        "whole": not config.scheduler_config.enable_chunked_prefill,
         "matryoshka": bool(model.is_matryoshka),
         "width": model.embedding_size,
     }

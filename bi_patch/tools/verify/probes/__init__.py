@@ -56,6 +56,7 @@ from bi_patch.tools.verify.probes.cache import (
     prefix_cache,
     processors,
     shared_prefix,
+    takes_budgets,
 )
 from bi_patch.tools.verify.probes.company import (
     arrivals,
@@ -184,7 +185,7 @@ PROBES = (
         "smaller budgets of tokens per engine step, set on the running engine",
         chunks,
         (6, 22, 24),
-        in_this_process,
+        takes_budgets,
         seconds=4,
         pools=True,
     ),
@@ -193,7 +194,7 @@ PROBES = (
         "a processor that chooses tokens, over chunk budgets",
         processors,
         (29,),
-        either(in_this_process, needs_processors),
+        either(takes_budgets, needs_processors),
         seconds=6,
     ),
     Probe(

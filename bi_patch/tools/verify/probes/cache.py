@@ -14,11 +14,11 @@ _ROOM = 34  # tokens that every level leaves free behind a prompt
 
 
 def needs_cache(engine: Engine) -> str:
-    if engine.info.whole:
+    if engine.info.whole and not engine.info.cached:
         return "the model's prompts are computed whole, without a cache"
     if engine.info.pooling.startswith("token_"):
         return "vLLM reads no cached prefix where it returns the vectors of all tokens"
-    return "" if engine.options.prefix_caching else "the engine's prefix cache is off"
+    return "" if engine.options.prefix_caching and engine.info.cached else "the engine's prefix cache is off"
 
 
 def needs_blocks(engine: Engine) -> str:
@@ -101,9 +101,14 @@ def model_here(engine: Engine) -> str:
 
 
 def in_this_process(engine: Engine) -> str:
+    return "" if engine.info.platform != SERVER else "a running server's settings cannot be changed"
+
+
+def takes_budgets(engine: Engine) -> str:
+    """Why the budget of tokens per engine step cannot be changed, "" where it can."""
     if engine.info.whole:
         return "the model's prompts are computed whole, in one step"
-    return "" if engine.info.platform != SERVER else "a running server's chunk budget cannot be changed"
+    return in_this_process(engine)
 
 
 def needs_processors(engine: Engine) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from bi_patch.errors import BiPatchError
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.case import Case, Scenario
-from bi_patch.tools.verify.engine import SERVER, Engine
+from bi_patch.tools.verify.engine import Engine
 from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
+from bi_patch.tools.verify.probes.cache import takes_budgets
 
 _NUMBER = {"type": "integer", "minimum": 100, "maximum": 9999}
 
@@ -70,7 +71,7 @@ def structured(run: Run) -> Iterator[Case]:
     late = [request.but(delay=2 * i) for i, request in enumerate(batch[::-1])]
     places = {i: f"{labels[r.but(delay=0)]}, arriving late" for i, r in enumerate(late) if r.but(delay=0) in labels}
     yield from run.each(late, places)
-    if run.engine.info.platform != SERVER:
+    if not takes_budgets(run.engine):
         yield from _in_chunks(run, batch, labels)
 
 

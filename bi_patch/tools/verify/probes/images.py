@@ -83,7 +83,8 @@ def images(run: Run) -> Iterator[Case]:
             raise NotExercised(f"images: another image in place of {label} changed nothing")
     yield from _beside(run, asked, company)
     yield from _after(run, asked, company)
-    yield from _in_steps(run, asked, company)
+    if not run.engine.info.whole:
+        yield from _in_steps(run, asked, company)
 
 
 def _beside(run: Run, asked: dict[str, Request], company: list[Request]) -> Iterator[Case]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.case import Case, Scenario
-from bi_patch.tools.verify.engine import HITS, SERVER
+from bi_patch.tools.verify.engine import HITS
 from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
+from bi_patch.tools.verify.probes.cache import needs_cache, takes_budgets
 
 _BUDGET = 33  # tokens per engine step while a prompt is aborted: no block size is a multiple of it
 _LATE = 3  # engine steps after which a client gives up a request that generates
@@ -21,7 +22,7 @@ def leaving(run: Run) -> Iterator[Case]:
     """
     engine, load = run.engine, run.workload
     block, reused, stopped = engine.info.block_size, 0, 0
-    cached = [i for i in run.subjects if len(load.subjects[i]) > block and engine.options.prefix_caching]
+    cached = [i for i in run.subjects if len(load.subjects[i]) > block and not needs_cache(engine)]
     for index in run.subjects:
         request, label = run.greedy(index), load.label(index)
         stop = _stopping(run, request)
@@ -40,7 +41,7 @@ def leaving(run: Run) -> Iterator[Case]:
             "after requests that left": Scenario([request], warmup=[[*leave, stop]]),
             "again beside requests that leave": Scenario([*leave, stop, request], 3, warmup=[[*leave, stop]]),
         }
-        if engine.info.platform != SERVER:
+        if not takes_budgets(engine):
             steps = -(-(block + block // 4) // _BUDGET)
             cut = Request(request.prompt, max_tokens=load.generate, logprobs=None, abort=steps)
             scenarios["after a prompt that was aborted"] = Scenario([request], warmup=[[cut]], chunk=_BUDGET)

@@ -208,3 +208,17 @@ def test_a_model_that_needs_chunks_beside_a_cache_is_computed_whole_without_one(
     whole = crossing.chunk_changes(engine)[-1]
     assert whole.options["prefix_caching"] is False and whole.options["chunked"] is False
     assert "prefix cache off" in whole.label
+
+
+def test_an_engine_that_computes_prompts_whole_gets_no_smaller_budget(arithmetic):
+    """vLLM turns chunks and the prefix cache off for MLA on a CPU without AMX. A prompt above the budget would wait for
+    ever there."""
+    engine = arithmetic()
+    engine.info = msgspec.structs.replace(engine.info, whole=True, cached=False)
+    for name in ("chunk budget", "custom logits processors", "prefix cache"):
+        assert "computed whole" in named(probes.PROBES, name).missing(engine)
+    for name in ("aborts and stops", "structured output"):
+        result = named(probes.PROBES, name).run(engine, WORKLOAD)
+        assert result.compared > 0 and not hasattr(engine, "chunk")
+    # Other settings of a running engine can be changed.
+    assert not named(probes.PROBES, "processed logprobs").missing(engine)
