@@ -79,13 +79,14 @@ class Scheme:
 
 
 def of(config: Any) -> tuple[Scheme, ...]:
-    """The schemes of a finished engine configuration, without duplicates. () for unquantized weights.
+    """The schemes of a finished engine configuration, without duplicates. () for unquantized weights, and for the
+    configuration of a language model inside of another model, whose own configuration has the schemes.
 
     config: a vllm.config.VllmConfig.
     """
     model = config.model_config
     named = None if model is None else getattr(model, "quantization", None)
-    if named is None:
+    if named is None or getattr(model, "is_submodel_config", False):
         return ()
     held, method = _checkpoint(model), _METHODS.get(named, named)
     asked = getattr(model, "quantization_config", None)

@@ -68,6 +68,17 @@ def together(group: Any, own: Exception | None) -> None:
             raise UnsupportedFeature(f"{text} (rank {rank} said this)")
 
 
+def every(group: Any, own: bool) -> bool:
+    """Whether all ranks of `group` say True. Every rank calls it, so that all of them go on in the same way."""
+    import torch.distributed as dist
+
+    if group.world_size == 1:
+        return own
+    said: list[Any] = [None] * group.world_size
+    dist.all_gather_object(said, own, group=group.cpu_group)
+    return all(said)
+
+
 def _own() -> dict[str, str]:
     """What decides this rank's bits, by its name in an error."""
     plan = active.plan

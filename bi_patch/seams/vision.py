@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from bi_patch.errors import CertificateFailed, UnsupportedFeature
+from bi_patch.seams import agreement
 
 # Layers of encoders without layers inside, by platform-independent name of the class. A platform's load replaces some.
 _LAYERS = frozenset(
@@ -52,6 +53,7 @@ _LAYERS = frozenset(
         "SiluAndMul",
     }
 )
+_UNQUANTIZED = ("NoneType", "UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 # vLLM's parts of models with parameters of their own: tokens of a class, or of the end of a row, or a product's weight.
 OWNERS = frozenset({"CLIPVisionEmbeddings", "Gemma3MultiModalProjector"})
 # InternVL's own parameters, in both of its forms: places, a class's token, and what multiplies a layer's output.
@@ -138,13 +140,21 @@ def _holds(module: Any, other: Any) -> bool:
 
 
 def check(model: Any, seam: str, owners: Collection[str] = OWNERS) -> None:
-    """Raise UnsupportedFeature, with the seam's name, for a layer of an encoder that the lists lack.
+    """Raise UnsupportedFeature, with the seam's name, for a layer of an encoder that the lists lack, or that has
+    quantized weights.
 
     owners: the platform's list of vLLM's parts of models with parameters of their own.
     """
     found = set()
-    for _, module in parts(model):
+    for name, module in parts(model):
         kind = type(module)
+        method = type(getattr(module, "quant_method", None)).__name__
+        if method not in _UNQUANTIZED:
+            raise UnsupportedFeature(
+                f"{seam}: bi_patch does not cover quantized weights of {type(model).__name__}'s encoder ({name}: "
+                f"{method}): only its language model may be quantized. Pass --language-model-only, which turns "
+                "encoders off, or set BI_PATCH=0"
+            )
         layer = kind.__module__.startswith(_CODES) and kind.__module__ != "torch.nn.modules.container"
         own = next(module.parameters(recurse=False), None) is not None
         if layer and kind.__name__ not in _LAYERS:
@@ -168,6 +178,8 @@ def certify(model: Any, config: Any, device: Any, seam: str, together: bool = Fa
 
     together: whether to encode the images together, too: all of them, in another order, and in other numbers. Returns
     whether each image had the bits that it has alone. If so, `alone_v2` gives the encoder all images of a step.
+
+    Ranks that share an encoder call it at the same time, and have the same result: a rank alone would wait for others.
     """
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
@@ -178,6 +190,8 @@ def certify(model: Any, config: Any, device: Any, seam: str, together: bool = Fa
     if "image" not in budget.mm_max_toks_per_item:
         return False
     limits = config.model_config.get_multimodal_config().limit_per_prompt
+    agreed = _agreement(config)
+    together = agreed(together)
     made: dict[str, Item] = {}
     seen: list[dict[str, Any]] = []
     for size in (None, *SIZES):
@@ -188,16 +202,25 @@ def certify(model: Any, config: Any, device: Any, seam: str, together: bool = Fa
         seen.append(shapes)
         words = f"{size[0]} x {size[1]} pixels" if size else "the largest size"
         made[words] = item
-        if run := _differs(model, item, device):
+        if run := _differs(model, item, device, agreed):
             raise CertificateFailed(
                 f"{seam}: {type(model).__name__}'s encoder gives other bits for the same image of {words} in run "
                 f"{run} of {_RUNS}. Pass --language-model-only, which turns encoders off, or set BI_PATCH=0"
             )
-    alike = together and (words := _in_company(model, list(made.values()), device)) == ""
+    alike = together and (words := _in_company(model, list(made.values()), device, agreed)) == ""
     if together and not alike:
         _log.warning("%s: in company, an image has other bits (%s). Images are encoded one at a time", seam, words)
     object.__setattr__(model, _MARK, alike)
     return alike
+
+
+def _agreement(config: Any) -> Callable[[bool], bool]:
+    """Whether a finding is true on every rank that has a part of the encoder, as a function of the own finding."""
+    if int(getattr(getattr(config, "parallel_config", None), "tensor_parallel_size", 1) or 1) == 1:
+        return lambda own: own
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return functools.partial(agreement.every, get_tp_group())
 
 
 Item = tuple[str, Any]  # "image", and vLLM's MultiModalKwargsItem
@@ -236,21 +259,22 @@ def mixes(items: int) -> list[tuple[int, ...]]:
     ]
 
 
-def _in_company(model: Any, made: list[Item], device: Any) -> str:
-    """Which image has other bits in company than alone, in words; "" for none. made: one item of each size."""
+def _in_company(model: Any, made: list[Item], device: Any, agreed: Callable[[bool], bool]) -> str:
+    """Which image has other bits in company than alone, in words; "" for none. made: one item of each size. agreed: as
+    from `_agreement`."""
     import torch
 
     smaller = made[1:] or made
     items = [*made, *(_with_noise(item, seed) for seed in (2, 3) for item in smaller[-2:])]
     alone = [_encode(model, [item], device) for item in items]
-    if any(len(rows) != 1 for rows in alone):
+    if not agreed(all(len(rows) == 1 for rows in alone)):
         return "an image gives several outputs"
     for mix in mixes(len(items)):
         got = _encode(model, [items[i] for i in mix], device)
-        if len(got) != len(mix):
+        if not agreed(len(got) == len(mix)):
             return f"{len(mix)} images give {len(got)} outputs"
         for place, (i, rows) in enumerate(zip(mix, got, strict=True)):
-            if not torch.equal(rows, alone[i][0]):
+            if not agreed(torch.equal(rows, alone[i][0])):
                 return f"image {place + 1} of {len(mix)}"
     return ""
 
@@ -267,8 +291,9 @@ def _encode(model: Any, items: list[Item], device: Any, by: int = 0) -> list[Any
         return [output.clone() for output in found]
 
 
-def _differs(model: Any, item: Item, device: Any) -> int:
-    """The number of the first run, from 2 on, in which the encoder gives other bits than in the first; 0 for none."""
+def _differs(model: Any, item: Item, device: Any, agreed: Callable[[bool], bool]) -> int:
+    """The number of the first run, from 2 on, in which the encoder gives other bits than in the first; 0 for none.
+    agreed: as from `_agreement`."""
     import torch
 
     first = None
@@ -277,7 +302,8 @@ def _differs(model: Any, item: Item, device: Any) -> int:
         held.append(torch.empty(1000 + 37 * run, dtype=torch.uint8, device=device))
         got = _encode(model, [item], device, run)
         first = first if first is not None else got
-        if len(got) != len(first) or not all(torch.equal(a, b) for a, b in zip(first, got, strict=True)):
+        same = len(got) == len(first) and all(torch.equal(a, b) for a, b in zip(first, got, strict=True))
+        if not agreed(same):
             return run + 1
     return 0
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from bi_patch.platforms import releases
 from bi_patch.platforms.features import table
+from bi_patch.platforms.features.beside import BESIDE
 from bi_patch.platforms.features.cards import CARDS
 from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.families import FAMILIES
@@ -26,7 +27,7 @@ def blocks() -> dict[str, str]:
     return {
         "support": _short([row for row in table.ROWS if row.short]),
         "features": _full((*FEATURES, *IMAGES), "feature"),
-        "pairs": _full((*PAIRS, *MATRIX), "both together"),
+        "pairs": _full((*PAIRS, *BESIDE, *MATRIX), "both together"),
         "recurrent": _full(RECURRENT, "layers"),
         "quantization": _full(QUANTIZATION, "weights"),
         "families": _full(FAMILIES, "models"),
@@ -37,7 +38,7 @@ def blocks() -> dict[str, str]:
 
 def found(text: str) -> list[str]:
     """The rows whose name or remarks hold this text, in any case, as plain text: name, states and remarks."""
-    rows = (*FAMILIES, *FEATURES, *IMAGES, *QUANTIZATION, *RECURRENT, *PAIRS, *MATRIX)
+    rows = (*FAMILIES, *FEATURES, *IMAGES, *QUANTIZATION, *RECURRENT, *PAIRS, *BESIDE, *MATRIX)
     return [_plain(row) for row in rows if text.lower() in " ".join((row.name, *_remarks(row))).lower()]
 
 

@@ -1,14 +1,17 @@
 """Images on the CPU engine: beside, after and before other images, in several steps, on warm caches."""
 
+import json
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.tools.faults import catch
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.engines import images
-from bi_patch.tools.models import vision
+from bi_patch.tools.models import quantize, vision
 from bi_patch.tools.verify.child import ARMED, STOCK, ChildEngine, EngineFailed
 from bi_patch.tools.verify.probes import images as axis
 
@@ -67,6 +70,25 @@ def test_kinds_of_encoders(folder, name, eager):
     given = given.but(extra=given.extra | vision.ARGUMENTS.get(name, {}))
     with ChildEngine(ARMED, given) as made:
         assert differing(made) == []
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [quantize.INT8, *(pytest.param(name, marks=pytest.mark.slow) for name in (quantize.AWQ, quantize.GPTQ))],
+)
+def test_a_quantized_language_model(folder, scheme):
+    """With an unquantized encoder, images do not depend on company. A quantized encoder is refused by name."""
+    given = images(str(folder), "bfloat16").but(model=vision.write("Idefics3", folder, scheme))
+    with ChildEngine(ARMED, given) as made:
+        load = replace(catch.workload(made), generate=1)
+        cases = [case for _, case in zip(range(24), catch.cases(made, catch.IMAGES, load))]
+        assert len(cases) == 24 and not any(case.differs for case in cases)
+    file = Path(given.model) / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = quantize.SCHEMES[scheme][1](["lm_head"])
+    file.write_text(json.dumps(config))
+    with pytest.raises(UnsupportedFeature, match="vision.cpu: .*quantized weights of Idefics3.*encoder"):
+        ChildEngine(ARMED, given)
 
 
 @pytest.mark.slow

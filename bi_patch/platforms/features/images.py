@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bi_patch.platforms.features.model import Feature, refused, row, served, untried
-from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZED, RECURRENT, SPECULATION, compiled
+from bi_patch.platforms.features.ranks import compiled
 
 _CPU_IMAGES = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0.json"
 _CPU_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
@@ -20,7 +20,7 @@ _H200_GEMMA = "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json"
 _H200_GEMMA_COMPILED = "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json"
 _H200_TOGETHER = "invariance-2026-11-30-h200-images-vllm-0.33.0.json"  # images of a step in one call of the encoder
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
-_ASCEND = refused("no patch point covers it yet", todo="Use a text model")
+ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 # Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
 _IDEFICS = {("Idefics3ForConditionalGeneration", "idefics3_vision")}
 _TOWERS = {("Mistral3ForConditionalGeneration", "pixtral"), ("LlavaForConditionalGeneration", "clip_vision_model")}
@@ -34,10 +34,10 @@ _GEMMA = {("Gemma3ForConditionalGeneration", "siglip_vision_model")}
 _INTERN = {("InternVLForConditionalGeneration", "internvl_vision")}
 _INTERN_CHAT = {("InternVLChatModel", "intern_vit_6b")}
 _NEW = _INTERN_CHAT | _QWEN2 | _NEXT | _ONEVISION | _GLM
-_OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
-_UNMEASURED = (_OLDER, untried("every layer of its encoder has an order; nobody measured the whole"))
+OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
+_UNMEASURED = (OLDER, untried("every layer of its encoder has an order; nobody measured the whole"))
 INTERN_ON_CUDA = (
-    _OLDER,
+    OLDER,
     served(
         _H200_TOGETHER,
         why="the shape of InternVL3-2B with few layers, random weights, bf16, in eager mode and compiled",
@@ -67,7 +67,7 @@ def taken(config: Any) -> str:
     return "" if name in _LANGUAGE else name
 
 
-def _encoder(config: Any) -> tuple[str, str]:
+def encoder(config: Any) -> tuple[str, str]:
     vision = getattr(getattr(config.model_config, "hf_config", None), "vision_config", None)
     kind = getattr(vision, "model_type", "")
     if getattr(vision, "norm_type", "layer_norm") != "layer_norm":
@@ -77,17 +77,17 @@ def _encoder(config: Any) -> tuple[str, str]:
 
 
 def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
-    return lambda config: f"images of {taken(config)}" if _encoder(config) in known else ""
+    return lambda config: f"images of {taken(config)}" if encoder(config) in known else ""
 
 
 def _other(config: Any) -> str:
-    known = _encoder(config) in _IDEFICS | _TOWERS | _QWEN | _QWEN2_5 | _GEMMA | _INTERN | _NEW
+    known = encoder(config) in _IDEFICS | _TOWERS | _QWEN | _QWEN2_5 | _GEMMA | _INTERN | _NEW
     return f"multimodal inputs of {taken(config)}" if taken(config) and not known else ""
 
 
 def takes_videos(config: Any, platform: str) -> bool:
     """Whether requests may bring videos. config: a VllmConfig. platform: "cpu", "cuda" or "ascend"."""
-    return platform in ("cpu", "cuda") and _encoder(config) in _QWEN
+    return platform in ("cpu", "cuda") and encoder(config) in _QWEN
 
 
 def _spans(config: Any) -> str:
@@ -96,59 +96,19 @@ def _spans(config: Any) -> str:
     return "attention in both directions over an image" if both else ""
 
 
-def _of_media(name: str, wanted: object) -> Callable[[Any], bool]:
-    return lambda media: getattr(media, name, None) == wanted
+BACKENDS = ("FLASH_ATTN", "TORCH_SDPA")  # of encoders
 
 
-_BACKENDS = ("FLASH_ATTN", "TORCH_SDPA")  # of encoders
-
-
-def _backend(media: Any) -> str:
+def backend(media: Any) -> str:
     """The attention backend of encoders that a user asked for, by its name, "" for none."""
     asked = getattr(media, "mm_encoder_attn_backend", None)
     return str(getattr(asked, "name", asked or ""))
 
 
-def _prepared_by(media: Any) -> object:
-    """The device on which vLLM brings images to a model's size."""
-    return (getattr(media, "mm_processor_kwargs", None) or {}).get("device")
-
-
 def _chosen_backend(config: Any, qwen: bool) -> str:
     media = getattr(config.model_config, "multimodal_config", None)
-    name = _backend(media) if taken(config) and (_encoder(config) in _QWEN) == qwen else ""
-    return f"images with the encoder on {name}" if name in _BACKENDS else ""
-
-
-# Settings of vLLM's MultiModalConfig under which an encoder computes in another way.
-_SETTINGS: dict[str, Callable[[Any], object]] = {
-    "an encoder over several ranks (--mm-encoder-tp-mode data)": _of_media("mm_encoder_tp_mode", "data"),
-    "an encoder without its language model (--mm-encoder-only)": _of_media("mm_encoder_only", True),
-    "quantized attention of encoders (--mm-encoder-attn-dtype)": lambda m: getattr(m, "mm_encoder_attn_dtype", None),
-    "another attention backend of encoders (--mm-encoder-attn-backend)": lambda m: _backend(m) not in ("", *_BACKENDS),
-    "pruned video (--video-pruning-rate)": lambda m: getattr(m, "video_pruning_rate", None),
-    "images that a GPU prepares (--mm-processor-device)": lambda m: _prepared_by(m) not in (None, "cpu"),
-}
-
-
-_PARTS = (LORA, SPECULATION, POOLING, QUANTIZED, MLA, RECURRENT, "several ranks", "KV transfer or offload")
-
-
-def _beside(config: Any) -> str:
-    """What an engine combines with images, and nobody has examined together with them."""
-    if not taken(config):
-        return ""
-    model, compilation = config.model_config, getattr(config, "compilation_config", None)
-    media = getattr(model, "multimodal_config", None)
-    found = {name: PARTS[name](config) for name in _PARTS} | {name: asked(media) for name, asked in _SETTINGS.items()}
-    found |= {
-        "transfer of encoded images": getattr(config, "ec_transfer_config", None) is not None,
-        "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
-        "compiled encoders": getattr(compilation, "compile_mm_encoder", False),
-        "CUDA graphs of encoders": getattr(compilation, "cudagraph_mm_encoder", False),
-    }
-    named = [name for name, there in found.items() if there]
-    return f"images with {' and '.join(named)}" if named else ""
+    name = backend(media) if taken(config) and (encoder(config) in _QWEN) == qwen else ""
+    return f"images with the encoder on {name}" if name in BACKENDS else ""
 
 
 def _compiled(config: Any) -> str:
@@ -159,7 +119,7 @@ def _compiled_with(known: set[tuple[str, str]]) -> Callable[[Any], str]:
     """Compiled engines of some models, whose images have rows of evidence of their own."""
 
     def asked(config: Any) -> str:
-        return f"compiled {taken(config)} with images" if _encoder(config) in known and _compiled(config) else ""
+        return f"compiled {taken(config)} with images" if encoder(config) in known and _compiled(config) else ""
 
     return asked
 
@@ -171,7 +131,7 @@ def _first_runner(config: Any) -> str:
 
 def _preempted_with(known: set[tuple[str, str]]) -> Callable[[Any], str]:
     """Preemption of models whose images have rows of evidence of their own."""
-    return lambda config: f"images of {taken(config)}, preempted" if _encoder(config) in known else ""
+    return lambda config: f"images of {taken(config)}, preempted" if encoder(config) in known else ""
 
 
 _TINY = "tiny models with random weights, in eager mode and compiled"
@@ -180,8 +140,8 @@ IMAGES: tuple[Feature, ...] = (
         "images (Idefics3)",
         short="images (Idefics3)",
         cpu=served(_CPU_IMAGES, _CPU_MORE, why=_TINY),
-        cuda=(_OLDER, served(_H200_IMAGES, why="a tiny model with random weights, in eager mode, two axes")),
-        ascend=_ASCEND,
+        cuda=(OLDER, served(_H200_IMAGES, why="a tiny model with random weights, in eager mode, two axes")),
+        ascend=ASCEND,
         asked=_of(_IDEFICS),
         details="An image's rows depend on the image alone: not on other images of the step, of the prompt or of the "
         "caches, nor on the steps in which a prompt's images arrive.",
@@ -191,7 +151,7 @@ IMAGES: tuple[Feature, ...] = (
         short="images (Mistral Small 3, LLaVA with CLIP)",
         cpu=served(_CPU_MORE, why=_TINY),
         cuda=(
-            _OLDER,
+            OLDER,
             served(
                 _H200_IMAGES,
                 _H200_TOGETHER,
@@ -199,7 +159,7 @@ IMAGES: tuple[Feature, ...] = (
                 "of a step encoded together: the axis images, in eager mode",
             ),
         ),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_TOWERS),
         details="On CPU, vLLM needs torchvision for them.",
     ),
@@ -208,7 +168,7 @@ IMAGES: tuple[Feature, ...] = (
         short="images (Qwen3-VL)",
         cpu=served(_CPU_MORE, why=_TINY),
         cuda=(
-            _OLDER,
+            OLDER,
             served(
                 _H200_IMAGES,
                 _H200_TOGETHER,
@@ -217,7 +177,7 @@ IMAGES: tuple[Feature, ...] = (
                 "restart in eager mode, images compiled",
             ),
         ),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_QWEN),
         details="On CPU, vLLM needs torchvision for them.",
     ),
@@ -226,13 +186,13 @@ IMAGES: tuple[Feature, ...] = (
         short="images (Qwen2.5-VL)",
         cpu=served(_CPU_MORE, why=_TINY),
         cuda=(
-            _OLDER,
+            OLDER,
             served(
                 _H200_TOGETHER,
                 why="the shape of Qwen2.5-VL-3B with few layers, random weights, bf16, in eager mode",
             ),
         ),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_QWEN2_5),
         details="On CPU, vLLM needs torchvision for them.",
     ),
@@ -241,7 +201,7 @@ IMAGES: tuple[Feature, ...] = (
         short="images (Gemma 3)",
         cpu=served(_CPU_MORE, why=_TINY),
         cuda=(
-            _OLDER,
+            OLDER,
             served(
                 _H200_GEMMA,
                 _H200_GEMMA_COMPILED,
@@ -250,7 +210,7 @@ IMAGES: tuple[Feature, ...] = (
                 "the images of a step encoded together: preemption, in eager mode",
             ),
         ),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_GEMMA),
         details="On CPU, vLLM needs torchvision for them.",
     ),
@@ -259,7 +219,7 @@ IMAGES: tuple[Feature, ...] = (
         short="images (InternVL)",
         cpu=served(_CPU_INTERN, why=_TINY),
         cuda=INTERN_ON_CUDA,
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_INTERN),
         details="InternVLForConditionalGeneration without norms of queries and keys in its encoder (InternVL3 up to "
         "14B). On CPU, vLLM needs torchvision for them.",
@@ -268,7 +228,7 @@ IMAGES: tuple[Feature, ...] = (
         "images (InternVLChatModel)",
         cpu=served(_CPU_NEW, why=_TINY),
         cuda=_UNMEASURED,
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_INTERN_CHAT),
         details="OpenGVLab's checkpoints of InternVL 2 to 3.5 with the encoder of 300M parameters, which has no norms "
         "of queries and keys. They need --trust-remote-code, and vLLM needs torchvision for them.",
@@ -277,10 +237,10 @@ IMAGES: tuple[Feature, ...] = (
         "images (Qwen2-VL)",
         cpu=served(_CPU_QWEN2, _CPU_NEW, why=_TINY),
         cuda=(
-            _OLDER,
+            OLDER,
             served(_H200_TOGETHER, why="the shape of Qwen2-VL-2B with few layers, random weights, bf16, in eager mode"),
         ),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_QWEN2),
         details="On CPU, vLLM needs torchvision for them.",
     ),
@@ -288,10 +248,10 @@ IMAGES: tuple[Feature, ...] = (
         "images (LLaVA-NeXT with CLIP)",
         cpu=served(_CPU_NEW, why=_TINY),
         cuda=(
-            _OLDER,
+            OLDER,
             served(_H200_TOGETHER, why="a shape of LLaVA-NeXT 7B with few layers, random weights, bf16, in eager mode"),
         ),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_NEXT),
         details="On CPU, vLLM needs torchvision for them.",
     ),
@@ -299,7 +259,7 @@ IMAGES: tuple[Feature, ...] = (
         "images (LLaVA-OneVision)",
         cpu=served(_CPU_NEW, why=_TINY),
         cuda=_UNMEASURED,
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_ONEVISION),
         details="On CPU, vLLM needs torchvision for them.",
     ),
@@ -307,7 +267,7 @@ IMAGES: tuple[Feature, ...] = (
         "images (GLM-4.1V)",
         cpu=served(_CPU_GLM, _CPU_NEW, why=_TINY),
         cuda=_UNMEASURED,
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_of(_GLM),
         details="On CPU, vLLM needs torchvision for them.",
     ),
@@ -315,14 +275,14 @@ IMAGES: tuple[Feature, ...] = (
         "images, sound and video of other models",
         cpu=refused("no patch point covers its encoder", todo=_TEXT_ONLY),
         cuda=refused("no patch point covers its encoder", todo=_TEXT_ONLY),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_other,
     ),
     row(
         "video (Qwen3-VL)",
         cpu=served(_CPU_MORE, why=f"{_TINY}; a start certifies images, and no video of its own"),
         cuda=(
-            replace(_OLDER, by="features.cuda"),
+            replace(OLDER, by="features.cuda"),
             served(
                 _H200_TOGETHER, why="as its images, in eager mode; a start certifies images, and no video of its own"
             ),
@@ -339,15 +299,15 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images that attend in both directions (Gemma 3, PaliGemma)",
         cpu=served(_CPU_MORE, why="Gemma 3; vLLM's CPU build computes an image as causal text, and so does bi_patch"),
-        cuda=(_OLDER, served(_H200_GEMMA, _H200_GEMMA_COMPILED, why="Gemma 3, by a certificate of each kind of layer")),
-        ascend=_ASCEND,
+        cuda=(OLDER, served(_H200_GEMMA, _H200_GEMMA_COMPILED, why="Gemma 3, by a certificate of each kind of layer")),
+        ascend=ASCEND,
         asked=_spans,
     ),
     row(
         "images, in an engine that vLLM compiles",
         cpu=served(_CPU_MORE),
         cuda=(
-            _OLDER,
+            OLDER,
             served(
                 _H200_IMAGES,
                 _H200_GEMMA_COMPILED,
@@ -356,73 +316,73 @@ IMAGES: tuple[Feature, ...] = (
                 "not of LLaVA; with the images of a step encoded together: the axis images of Qwen3-VL",
             ),
         ),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_compiled,
         details="The language model is compiled, its encoder is not.",
     ),
     row(
         "images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles",
         cpu=served(_CPU_MORE),
-        cuda=(_OLDER, untried("measured in eager mode")),
-        ascend=_ASCEND,
+        cuda=(OLDER, untried("measured in eager mode")),
+        ascend=ASCEND,
         asked=_compiled_with(_IDEFICS | _QWEN2_5),
     ),
     row(
         "images of InternVL, in an engine that vLLM compiles",
         cpu=served(_CPU_INTERN),
         cuda=INTERN_ON_CUDA,
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_compiled_with(_INTERN),
     ),
     row(
         "images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT, LLaVA-OneVision and GLM-4.1V, in an engine that vLLM "
         "compiles",
         cpu=served(_CPU_NEW),
-        cuda=(_OLDER, untried()),
-        ascend=_ASCEND,
+        cuda=(OLDER, untried()),
+        ascend=ASCEND,
         asked=_compiled_with(_NEW),
     ),
     row(
         "images in model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
         cpu=served(_CPU_IMAGES, why="the CPU build has no other runner"),
         cuda=refused("nobody has compared such an engine", todo="Use model runner V2"),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=_first_runner,
     ),
     row(
         "images of Qwen3-VL and Gemma 3 with preemption",
         cpu=served(_CPU_MORE),
-        cuda=(_OLDER, served(_H200_TOGETHER, why="in eager mode")),
-        ascend=_ASCEND,
+        cuda=(OLDER, served(_H200_TOGETHER, why="in eager mode")),
+        ascend=ASCEND,
         asked=_preempted_with(_QWEN | _GEMMA),
     ),
     row(
         "images of Mistral Small 3, LLaVA with CLIP, Qwen2.5-VL and Idefics3 with preemption",
         cpu=served(_CPU_IMAGES, _CPU_MORE),
-        cuda=(_OLDER, untried("no run with its images preempted a request")),
-        ascend=_ASCEND,
+        cuda=(OLDER, untried("no run with its images preempted a request")),
+        ascend=ASCEND,
         asked=_preempted_with(_TOWERS | _QWEN2_5 | _IDEFICS),
     ),
     row(
         "images of InternVL with preemption",
         cpu=served(_CPU_NEW),
-        cuda=(_OLDER, served(_H200_TOGETHER)),
-        ascend=_ASCEND,
+        cuda=(OLDER, served(_H200_TOGETHER)),
+        ascend=ASCEND,
         asked=_preempted_with(_INTERN),
     ),
     row(
         "images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT, LLaVA-OneVision and GLM-4.1V with preemption",
         cpu=served(_CPU_NEW),
-        cuda=(_OLDER, untried("no run with its images preempted a request")),
-        ascend=_ASCEND,
+        cuda=(OLDER, untried("no run with its images preempted a request")),
+        ascend=ASCEND,
         asked=_preempted_with(_NEW),
     ),
     row(
         "images of Qwen3-VL with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend FLASH_ATTN, "
         "TORCH_SDPA)",
         cpu=refused("nobody has compared such an engine"),
-        cuda=(_OLDER, untried("no run of `verify` has compared such an engine; upstream's own tests pass")),
-        ascend=_ASCEND,
+        cuda=(OLDER, untried("no run of `verify` has compared such an engine; upstream's own tests pass")),
+        ascend=ASCEND,
         asked=lambda config: _chosen_backend(config, True),
         details="The certificate of images runs the encoder on the backend that the engine has.",
     ),
@@ -430,15 +390,7 @@ IMAGES: tuple[Feature, ...] = (
         "images of another model with the encoder on FlashAttention or SDPA",
         cpu=refused("nobody has compared such an engine"),
         cuda=refused("nobody has compared such an engine"),
-        ascend=_ASCEND,
+        ascend=ASCEND,
         asked=lambda config: _chosen_backend(config, False),
-    ),
-    row(
-        "images with another feature (LoRA, speculation, pooling, several ranks, quantized weights, KV transfer, "
-        "prompt embeddings, compiled encoders or their CUDA graphs)",
-        cpu=refused("nobody has compared such an engine"),
-        cuda=refused("nobody has compared such an engine"),
-        ascend=_ASCEND,
-        asked=_beside,
     ),
 )

@@ -46,6 +46,11 @@ def _model(name: str) -> Callable[[Any], bool]:
     return lambda config: bool(getattr(config.model_config, name, False))
 
 
+def _text_only(config: Any) -> bool:
+    media = getattr(config.model_config, "multimodal_config", None)
+    return PARTS["multimodal models"](config) and bool(getattr(media, "language_model_only", False))
+
+
 def _other_dtype(config: Any) -> bool:
     kind = getattr(config.lora_config, "lora_dtype", "auto")
     return kind not in ("auto", getattr(config.model_config, "dtype", None))
@@ -107,6 +112,7 @@ EXPERTS = "experts"
 _CHANNELS, _LATENT_BLOCKS = "FP8 weights per channel", "FP8 blocks of 128 x 128 in models with MLA"
 _BLOCKS = "FP8 blocks of 128 x 128 in dense models"
 _OTHERS = "other quantized weights"
+_TEXT = "multimodal models as text models (--language-model-only)"  # `beside` has images
 _INT8, _NO_INT8 = "INT8 weights and activations", "quantized weights other than INT8"
 PARTS: dict[str, Callable[[Any], bool]] = {
     LORA: lambda config: config.lora_config is not None,
@@ -126,6 +132,7 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     _INT8: _int8,
     _NO_INT8: lambda config: PARTS[QUANTIZED](config) and not _int8(config),
     "multimodal models": _model("is_multimodal_model"),
+    _TEXT: _text_only,
     "encoder-decoder models": _model("is_encoder_decoder"),
     "ranks that share a model": lambda config: several_ranks(config, "tensor", "pipeline"),
     "pipeline parallelism": lambda config: several_ranks(config, "pipeline"),
@@ -283,7 +290,7 @@ PAIRS: tuple[Feature, ...] = (
     _never(
         LORA,
         *("pipeline parallelism", "tensor parallelism", "data parallelism", "KV transfer or offload"),
-        *(POOLING, "multimodal models", "encoder-decoder models", MLA, RECURRENT),
+        *(POOLING, _TEXT, "encoder-decoder models", MLA, RECURRENT),
         *_OF_LORA,
     ),
     _never(

@@ -7,6 +7,7 @@ from typing import Any
 from packaging.version import Version
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.platforms.features.beside import BESIDE
 from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.families import FAMILIES
 from bi_patch.platforms.features.images import IMAGES
@@ -17,7 +18,7 @@ from bi_patch.platforms.features.quantization import QUANTIZATION
 from bi_patch.platforms.features.recurrent import RECURRENT
 from bi_patch.platforms.features.versions import VERSIONS
 
-ROWS: tuple[Feature, ...] = (*FEATURES, *IMAGES, *PAIRS, *MATRIX, *RECURRENT, *QUANTIZATION, *FAMILIES)
+ROWS: tuple[Feature, ...] = (*FEATURES, *IMAGES, *PAIRS, *BESIDE, *MATRIX, *RECURRENT, *QUANTIZATION, *FAMILIES)
 
 
 def refusals(config: Any, platform: str, release: Version) -> dict[str, tuple[str, Cell]]:

@@ -50,6 +50,11 @@ def _embedding(original):
         y = self.base_layer.forward(x)
         slots = self.punica_wrapper.token_lora_indices
         if not bool((slots < 0).all()):
+            if x.numel() != slots.numel():
+                raise UnsupportedFeature(
+                    f"lora.cpu: {x.numel()} tokens are embedded in a step of {slots.numel()}, so nobody knows which "
+                    "adapter a token has (images beside adapters of embeddings). Set BI_PATCH=0"
+                )
             lora.embed(y.view(-1, y.shape[-1]), x.reshape(-1), self.lora_a_stacked, self.lora_b_stacked, slots)
         return y
 

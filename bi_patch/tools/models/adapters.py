@@ -15,6 +15,13 @@ KINDS = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+# The same for models with images, whose adapters change the language model alone.
+IMAGES = {
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
 _EMBEDDED = ("llama", "qwen3", "qwen3_moe")  # vLLM takes adapters of their embeddings and heads
 _STRENGTH = 0.2  # of an adapter's output, as a share of its input: enough to change logits, too little to break them
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -26,10 +33,11 @@ class NoAdapter(BiPatchError):
 
 def missing(config: dict) -> str:
     """Why no adapter can be made for a model, "" when one can be made. config: config.json."""
-    kind, names = config.get("model_type"), config.get("architectures") or [KINDS.get(config.get("model_type"))]
-    if kind not in KINDS:
-        return f"adapters are made for models of type {', '.join(KINDS)}, not {kind!r}"
-    return "" if KINDS[kind] in names else f"no adapter is made for {names[0]}, whose type says {kind!r}"
+    kinds, kind = KINDS | IMAGES, config.get("model_type")
+    names = config.get("architectures") or [kinds.get(kind)]
+    if kind not in kinds:
+        return f"adapters are made for models of type {', '.join(kinds)}, not {kind!r}"
+    return "" if kinds[kind] in names else f"no adapter is made for {names[0]}, whose type says {kind!r}"
 
 
 def shapes(config: dict) -> dict[str, tuple[int, int]]:
@@ -39,6 +47,7 @@ def shapes(config: dict) -> dict[str, tuple[int, int]]:
     """
     if why := missing(config):
         raise NoAdapter(why)
+    config = config.get("text_config", config)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
     keys = (config.get("num_key_value_heads") or heads) * width
@@ -81,9 +90,10 @@ def write(
         return down, torch.randn(fan_out, rank, generator=generator) * rank**-0.5 * _STRENGTH
 
     tensors = {}
-    for layer in range(config["num_hidden_layers"]):
+    inner = "language_model." if config.get("model_type") in IMAGES else ""
+    for layer in range(config.get("text_config", config)["num_hidden_layers"]):
         for name, size in wanted.items():
-            place = f"base_model.model.model.layers.{layer}.{name}"
+            place = f"base_model.model.model.{inner}layers.{layer}.{name}"
             tensors[f"{place}.lora_A.weight"], tensors[f"{place}.lora_B.weight"] = pair(*size)
     targets = [name.split(".")[1] for name in wanted]
     if embedded:

@@ -30,7 +30,7 @@ def convert(folder: Path, scheme: str, *, left_out: Collection[str] = ()) -> Non
     """
     from safetensors.torch import load_file, save_file
 
-    quantized, describe = _SCHEMES[scheme]
+    quantized, describe = SCHEMES[scheme]
     file = folder / "model.safetensors"
     made: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(file).items():
@@ -161,7 +161,8 @@ _TENSOR = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False,
 _CHANNELS = {"num_bits": 4, "type": "int", "strategy": "channel", "dynamic": False, "symmetric": False}
 _GROUPED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUPS[W4A16], "dynamic": False}
 
-_SCHEMES: dict[str, tuple[Callable, Callable[[list[str]], dict]]] = {
+# By the scheme: what it makes of a weight, and its quantization_config, from the names that it leaves out.
+SCHEMES: dict[str, tuple[Callable, Callable[[list[str]], dict]]] = {
     INT8: (_int8, _tensors(_INTEGERS, _TOKENS, "int-quantized")),
     STATIC: (_static, _tensors(_TENSOR, _TENSOR, "int-quantized")),
     FP8_BLOCKS: (

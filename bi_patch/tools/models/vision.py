@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bi_patch.tools.models import recipes, shapes
+from bi_patch.tools.models import quantize, recipes, shapes
 from bi_patch.tools.models.families import _NARROW, _TINY, FAMILIES
 
 _VOCAB = 2048
@@ -803,11 +803,66 @@ _PROCESSORS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def write(name: str, root: str | Path) -> str:
+# Parts of names of what is not a model's language model, in checkpoints of Hugging Face and of OpenGVLab.
+_OUTSIDE = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "mlp1")
+
+
+def write(name: str, root: str | Path, scheme: str = "") -> str:
     """Write the config.json, tokenizer and image processor of a model in VISION into a folder below `root`.
 
-    Returns the folder. Raises KeyError for a name that is not in VISION.
+    scheme: how the checkpoint's language model is quantized, a key of quantize.SCHEMES or FP8_CHANNELS, "" for 16-bit
+    weights. Encoders and heads stay unquantized, as in published checkpoints.
+    Returns the folder. Raises KeyError for a name that is not in VISION, and for another scheme.
     """
-    folder = shapes.save(name, VISION[name], root)
+    made = VISION[name]
+    if scheme:
+        made = made | {"quantization_config": _quantized(name, scheme)}
+    folder = shapes.save(f"{name} {scheme}".strip(), made, root)
     _PROCESSORS[name](Path(folder)).save_pretrained(folder)
     return folder
+
+
+FP8_CHANNELS = "fp8-channels"
+_FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
+
+
+def _quantized(name: str, scheme: str) -> dict[str, object]:
+    """The quantization_config of a checkpoint whose encoder is not quantized."""
+    patterns = [f"re:.*{part}.*" for part in _OUTSIDE]
+    if scheme == FP8_CHANNELS:
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head", *patterns],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": _FLOAT | {"strategy": "channel", "dynamic": False},
+                    "input_activations": _FLOAT | {"strategy": "token", "dynamic": True},
+                }
+            },
+        }
+    describe = quantize.SCHEMES[scheme][1]
+    if scheme == quantize.FP8_BLOCKS:  # this method knows whole names only
+        return describe(["lm_head", *outside(name)])
+    if scheme == quantize.AWQ:
+        return describe(["lm_head", *_OUTSIDE])
+    if scheme == quantize.GPTQ:
+        return describe(["lm_head", *(f".*{part}.*" for part in _OUTSIDE)])
+    return describe(["lm_head", *patterns])
+
+
+def outside(name: str) -> list[str]:
+    """The names of a model's linears outside of its language model and its head, as Hugging Face transformers has them.
+
+    Raises ValueError for a model that transformers lacks.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    held = dict(VISION[name])
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(held.pop("model_type"), **held))
+    linears = (part for part, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return [part for part in linears if any(piece in part for piece in _OUTSIDE)]

@@ -69,12 +69,13 @@ def _like(file: Path, seed: int) -> Iterator[tuple[str, object]]:
 def _made(source: Path, seed: int) -> Iterator[tuple[str, object]]:
     """Tensors for a folder that holds config.json only."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
 
     config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        model = kind.from_config(config)
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     held = {}
     saved = model.state_dict()
@@ -90,7 +91,18 @@ def _made(source: Path, seed: int) -> Iterator[tuple[str, object]]:
         held[name] = noise.to(dtype)
     # transformers holds experts together, and checkpoints hold them apart
     for name, tensor in revert_weight_conversion(model, held).items():
-        yield name, tensor.contiguous()
+        yield _published(name, config), tensor.contiguous()
+
+
+_TOWER, _WHOLE = "vision_tower.", "vision_tower.vision_model."
+
+
+def _published(name: str, config) -> str:
+    """The name of a tensor in checkpoints. transformers 5 leaves a part of it out for encoders of CLIP and SigLIP."""
+    kind = getattr(getattr(config, "vision_config", None), "model_type", "")
+    if kind not in ("clip_vision_model", "siglip_vision_model") or _WHOLE in name:
+        return name
+    return name.replace(_TOWER, _WHOLE, 1)
 
 
 def _generator(name: str, seed: int):

@@ -1,18 +1,19 @@
 """The feature table: each claim has evidence, each refusal happens, and a plain configuration passes."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from feature_configs import Speculative, check, config, draft, images, ngram
 from packaging.version import Version
 
 from bi_patch.arming.catalog import CATALOG
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.platforms import releases
 from bi_patch.platforms.features import matrix, model, table
+from bi_patch.platforms.features.beside import BESIDE
 from bi_patch.platforms.features.cards import CARDS
 from bi_patch.platforms.features.engine import FEATURES
 from bi_patch.platforms.features.images import IMAGES
@@ -56,76 +57,8 @@ CELLS = [
 ]
 
 
-def config(second_runner=True, **changes):
-    """A plain configuration with changes to its parts, e.g. model_quantization="fp8"."""
-    parts = {
-        "model": {
-            "runner_type": "generate",
-            "is_multimodal_model": False,
-            "is_encoder_decoder": False,
-            "is_hybrid": False,
-            "use_mla": False,
-            "quantization": None,
-            "architectures": ["LlamaForCausalLM"],
-            "hf_text_config": SimpleNamespace(),
-        },
-        "parallel": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1},
-        "cache": {"cache_dtype": "auto"},
-        "compilation": {"mode": None},
-    }
-    whole = {"speculative": None, "lora": None, "kv_transfer": None}
-    for name, value in changes.items():
-        part, _, field = name.partition("_")
-        if part in parts:
-            parts[part][field] = value
-        else:
-            whole[name] = value
-    held = {name: SimpleNamespace(**values) for name, values in parts.items()} | whole
-    return SimpleNamespace(
-        **{f"{name}_config": value for name, value in held.items()}, use_v2_model_runner=second_runner
-    )
-
-
 def offload(**extra):
     return SimpleNamespace(kv_connector="OffloadingConnector", kv_connector_extra_config=extra)
-
-
-@dataclasses.dataclass
-class Speculative:
-    """Some of the fields of vLLM's SpeculativeConfig."""
-
-    method: str = "ngram"
-    rejection_sample_method: str = "standard"
-    draft_sample_method: str = "greedy"
-    parallel_drafting: bool = False
-    num_speculative_tokens: int | None = None
-    draft_model_config: object = None
-    target_model_config: object = None
-
-
-def images(architecture, encoder="idefics3_vision", **changes):
-    """Changes for a model that takes images. mm_...: settings of its encoder."""
-    media = {name: changes.pop(name) for name in list(changes) if name.startswith("mm_")}
-    return {
-        "model_is_multimodal_model": True,
-        "model_architectures": [architecture],
-        "model_enforce_eager": True,
-        "model_multimodal_config": SimpleNamespace(**media),
-        "model_hf_config": SimpleNamespace(vision_config=SimpleNamespace(model_type=encoder)),
-        **changes,
-    }
-
-
-def ngram(**changes):
-    return Speculative(**changes)
-
-
-def draft(**model):
-    return Speculative(method="eagle3", draft_model_config=SimpleNamespace(**model))
-
-
-def check(platform, release=None, **changes):
-    table.check(config(**changes), platform, Version(release or releases.BY_PLATFORM[platform][-1]))
 
 
 def test_names_are_unique():
@@ -207,7 +140,7 @@ def test_a_refusal_gives_its_reason_and_what_refuses():
     for row in table.ROWS:
         for cell in (cell for held in row.cells.values() for cell in held if cell.state == model.REFUSED):
             assert cell.why and (not cell.by or cell.by in known), (row.name, cell)
-    for row in (*FEATURES, *IMAGES, *PAIRS):
+    for row in (*FEATURES, *IMAGES, *PAIRS, *BESIDE):
         refused = [cell for held in row.cells.values() for cell in held if cell.state == model.REFUSED]
         assert row.asked is not None or all(cell.by for cell in refused), row.name
 
@@ -236,13 +169,17 @@ def test_a_plain_configuration_passes(platform):
         (images("Phi3VForCausalLM"), "multimodal inputs of Phi3VForCausalLM"),
         (images("LlavaForConditionalGeneration", "siglip_vision_model"), "multimodal inputs of Llava"),
         (images("Gemma3ForConditionalGeneration", model_is_mm_prefix_lm=True), "multimodal inputs of Gemma3"),
-        (images("Idefics3ForConditionalGeneration", lora=SimpleNamespace()), "images with LoRA"),
-        (images("Idefics3ForConditionalGeneration", speculative=ngram()), "images with speculative decoding"),
+        (
+            images("Idefics3ForConditionalGeneration", lora=SimpleNamespace(enable_tower_connector_lora=True)),
+            "images with LoRA",
+        ),
+        (images("Idefics3ForConditionalGeneration", speculative=draft()), "images with speculative decoding"),
         (images("Idefics3ForConditionalGeneration", model_quantization="fp8"), "images with quantized weights"),
         (images("Idefics3ForConditionalGeneration", parallel_tensor_parallel_size=2), "images with several ranks"),
         (images("Idefics3ForConditionalGeneration", model_enable_prompt_embeds=True), "images with prompt embed"),
         (images("Idefics3ForConditionalGeneration", mm_encoder_tp_mode="data"), "images with an encoder over"),
-        (images("Idefics3ForConditionalGeneration", compilation_compile_mm_encoder=True), "images with compiled"),
+        (images("Idefics3ForConditionalGeneration", compilation_compile_mm_encoder=True), "images with a compiled"),
+        (images("Idefics3ForConditionalGeneration", compilation_cudagraph_mm_encoder=True), "images with CUDA graphs"),
         (
             images("Idefics3ForConditionalGeneration", mm_processor_kwargs={"device": "cuda"}),
             "images with images that a GPU prepares",
@@ -564,8 +501,8 @@ def test_images_on_cpu_are_served_eager_and_compiled(architecture, encoder, eage
     known = images(architecture, encoder, model_enforce_eager=eager)
     check("cpu", **known)
     check("cpu", **known, model_is_mm_prefix_lm=architecture.startswith("Gemma3"))
-    with pytest.raises(UnsupportedFeature, match="images with LoRA"):
-        check("cpu", **known | {"lora": SimpleNamespace()})
+    with pytest.raises(UnsupportedFeature, match="images with pooling"):
+        check("cpu", **known | {"model_runner_type": "pooling"})
     with pytest.raises(UnsupportedFeature, match="multimodal inputs of"):
         check("cpu", **images(architecture, "another_tower"))
 

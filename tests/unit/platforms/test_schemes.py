@@ -289,6 +289,13 @@ def test_other_types_than_bf16_have_a_row():
     assert rows(AWQ, dtype="torch.float16") == ["AWQ, 4 bits", "quantized weights in fp16 or fp32"]
 
 
+def test_a_language_model_inside_of_another_model_leaves_its_schemes_to_that_one():
+    inner = config(AWQ)
+    assert schemes.of(inner)
+    inner.model_config.is_submodel_config = True
+    assert schemes.of(inner) == ()
+
+
 CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 

@@ -372,6 +372,41 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images of Mistral Small 3, LLaVA with CLIP, Qwen2.5-VL and Idefics3 with preemption", "cpu"): tuple(
         (f"{model}, * across engines", "preemption") for model in ("Mistral Small 3", "LLaVA", "Qwen2.5-VL", "Idefics3")
     ),
+    # Images beside another feature.
+    ("images with INT8 weights and activations of the language model", "cpu"): (
+        ("Qwen3-VL, bf16, INT8", *_IMAGES, "batch size"),
+        ("Qwen3-VL, bf16 compiled, INT8", "images"),
+        ("Gemma 3, bf16, INT8", "images"),
+        ("Qwen3-VL, bf16, INT8, across engines", "preemption"),
+    ),
+    ("images with AWQ of the language model", "cpu"): (
+        ("Qwen2.5-VL, bf16, AWQ", *_IMAGES, "batch size"),
+        ("Qwen2.5-VL, bf16 compiled, AWQ", "images"),
+    ),
+    ("images with GPTQ of the language model", "cpu"): (("Qwen3-VL, bf16, GPTQ", "images", "batch size"),),
+    ("images with 4-bit weights of compressed-tensors of the language model", "cpu"): (
+        ("Qwen3-VL, bf16, W4A16", "images", "batch size"),
+    ),
+    (
+        "images of Qwen3-VL, Qwen2.5-VL, Gemma 3, InternVL, Mistral Small 3, LLaVA with CLIP, with two tensor-parallel "
+        "ranks",
+        "cpu",
+    ): (
+        ("Qwen3-VL, bf16, TP 2", "images", "batch size"),
+        ("Qwen3-VL, bf16 compiled, TP 2", "images"),
+        *(
+            (f"{model}, bf16, TP 2", "images")
+            for model in ("Qwen2.5-VL", "Gemma 3", "InternVL", "Mistral Small 3", "LLaVA")
+        ),
+    ),
+    ("images with n-grams (speculative decoding)", "cpu"): (
+        ("Qwen3-VL, bf16, n-grams", "images"),
+        ("Qwen3-VL, bf16 compiled, n-grams", "images"),
+        ("Qwen3-VL, bf16, across engines", "speculative decoding"),
+    ),
+    ("images with LoRA of the language model", "cpu"): (("Qwen3-VL, bf16, LoRA", "images", "batch size"),),
+    ("images with LoRA and n-grams", "cpu"): (("Qwen3-VL, bf16", "features together"),),
+    ("images with structured output", "cpu"): (("Qwen3-VL, bf16, grammars", "images"),),
     # Recurrent layers.
     ("gated delta nets (Qwen3-Next)", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
     ("gated delta nets (Qwen3-Next)", "cuda"): (("Qwen3-Next", *_SIX), ("Qwen3-Next, eager", *_SIX)),

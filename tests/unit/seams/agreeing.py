@@ -43,6 +43,7 @@ def main(rank, ranks, folder):
     found = {name: asked(group, OWN | (change if rank == 1 else {})) for name, change in CASES.items()}
     found["together"] = together(group, UnsupportedFeature("no route") if rank == 1 else None)
     found["nothing"] = together(group, None)
+    found["every"] = [agreement.every(group, True), agreement.every(group, rank != 1)]
     agreement.SECONDS = 5  # more than it takes two ranks on a busy machine to answer after a barrier
     done = [Path(folder) / f"done {other}" for other in range(ranks)]
     dist.barrier()

@@ -36,7 +36,7 @@ def test_three_ranks(tmp_path):
         assert (
             "UnsupportedFeature: communicator.order: 3 ranks differ in device (0: H200; 1: H100)" in said["device"][0]
         )
-        assert said["nothing"] == ""
+        assert said["nothing"] == "" and said["every"] == [True, False]
         assert said["together"] == f"UnsupportedFeature: no route{'' if rank == 1 else ' (rank 1 said this)'}"
         if rank != 1:
             text, seconds = said["not armed"]
@@ -57,7 +57,9 @@ def test_a_rank_says_what_decides_its_bits(platform, monkeypatch):
 
 
 def test_one_rank_asks_nobody_and_a_process_that_is_not_armed_answers_nothing(monkeypatch):
-    agreement.check("communicator.order", SimpleNamespace(world_size=1))
+    one = SimpleNamespace(world_size=1)
+    agreement.check("communicator.order", one)
+    assert agreement.every(one, True) and not agreement.every(one, False)
     monkeypatch.setattr(active, "plan", None)
     with pytest.raises(SeamOpen):
         agreement._own()

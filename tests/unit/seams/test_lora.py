@@ -84,6 +84,7 @@ def config(**given):
     model = dict(
         runner_type="generate",
         is_multimodal_model=False,
+        multimodal_config=None,
         is_encoder_decoder=False,
         use_mla=False,
         is_hybrid=False,
@@ -115,7 +116,10 @@ def test_what_is_covered_with_lora():
         (dict(is_moe=True), "experts"),
         (dict(is_moe=True, target_modules=["q_proj"]), "experts"),
         (dict(runner_type="pooling"), "pooling"),
-        (dict(is_multimodal_model=True), "multimodal"),
+        (
+            dict(is_multimodal_model=True, multimodal_config=SimpleNamespace(language_model_only=True)),
+            "multimodal models as text models",
+        ),
         (dict(is_encoder_decoder=True), "encoder-decoder"),
         (dict(use_mla=True), "MLA"),
         (dict(is_hybrid=True), "recurrent"),

@@ -77,6 +77,16 @@ def test_only_listed_layers_may_be_in_an_encoder():
     vision.check(Model(Own()), "vision.cpu", vision.OWNERS | {"Own"})
 
 
+def test_an_encoder_with_quantized_weights_is_refused():
+    layer = torch.nn.LayerNorm(4)
+    for method in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
+        layer.quant_method = type(method, (), {})()
+        vision.check(Model(layer), "vision.cpu")
+    layer.quant_method = type("Fp8LinearMethod", (), {})()
+    with pytest.raises(UnsupportedFeature, match="vision.cpu: .*quantized weights of Model's encoder .tower.0: Fp8Lin"):
+        vision.check(Model(layer), "vision.cpu")
+
+
 @pytest.mark.parametrize("by", [0, 1, 3])
 def test_a_moved_copy_has_the_same_numbers(by):
     x = torch.randn(2, 3, 5)
@@ -186,10 +196,13 @@ def made(monkeypatch):
     return limits
 
 
-def certify(encode, limits, together=False):
+def certify(encode, limits, together=False, ranks=1):
     """encode(x, ...): all images' rows [rows, 3] -> one number a row."""
     media = SimpleNamespace(limit_per_prompt=limits)
-    config = SimpleNamespace(model_config=SimpleNamespace(get_multimodal_config=lambda: media))
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(get_multimodal_config=lambda: media),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
     model = SimpleNamespace(embed_multimodal=lambda x, sizes: encode(x).split(sizes))
     found = vision.certify(model, config, "cpu", "vision.cpu", together)
     assert getattr(model, vision._MARK) == found
@@ -243,6 +256,35 @@ def test_images_go_together_where_each_has_the_bits_that_it_has_alone(made, capl
         assert not certify(wrong, made, together=True)
         assert "vision.cpu" in caplog.text and "one at a time" in caplog.text
     assert not certify(lambda x: x.sum(-1), made)
+
+
+def test_ranks_that_share_an_encoder_agree(made, monkeypatch):
+    """Another rank that finds other bits at one comparison decides for all ranks, after as many calls."""
+    group, told, calls = object(), [], []
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_tp_group", lambda: group)
+
+    def other(wrong):
+        def every(asked, own):
+            assert asked is group
+            told.append(own)
+            return own and len(told) != wrong
+
+        told.clear(), calls.clear()
+        monkeypatch.setattr(vision.agreement, "every", every)
+
+    def encode(x):
+        calls.append(len(x))
+        return x.sum(-1)
+
+    other(wrong=0)
+    assert certify(encode, made, together=True, ranks=2) and all(told) and len(told) > 20
+    other(wrong=1)
+    assert not certify(encode, made, together=True, ranks=2) and len(calls) == 9
+    other(wrong=14)
+    assert not certify(encode, made, together=True, ranks=2) and 9 < len(calls) and len(told) == 14
+    other(wrong=4)
+    with pytest.raises(CertificateFailed, match="run 3 of 3"):
+        certify(encode, made, ranks=2)
 
 
 def test_an_encoder_whose_items_get_lost_encodes_one_at_a_time(made):

@@ -16,6 +16,7 @@ from bi_patch.tools.models import adapters as made
 from bi_patch.tools.verify.answers import Answer, Request
 from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.engine import SERVER, Engine, Options
+from bi_patch.tools.verify.probes import images
 from bi_patch.tools.verify.probes.base import Change, CrossProbe, NotExercised, Run, Workload, config, pair
 
 RANKS = (8, 64, 16, 256)
@@ -83,8 +84,11 @@ def changes(engine: Engine) -> list[Change]:
 
 
 def plain(engine: Engine, workload: Workload) -> list[Request]:
-    """The subjects, without an adapter."""
-    return [workload.greedy(i).but(digest=engine.options.digests) for i in range(len(workload.subjects))]
+    """The subjects and requests with images, without an adapter."""
+    asked = [workload.greedy(i) for i in range(len(workload.subjects))]
+    if not images.missing(engine):
+        asked += [request for request in images.subjects(engine, workload).values() if request.images]
+    return [request.but(digest=engine.options.digests) for request in asked]
 
 
 @dataclass(frozen=True)

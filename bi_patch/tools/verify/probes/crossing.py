@@ -153,7 +153,7 @@ _REPEATED = (
 
 
 def repeating(engine: Engine, workload: Workload) -> list[Request]:
-    """Prompts with repeated n-grams, so that the n-gram proposer has something to propose.
+    """Prompts with repeated n-grams, so that the n-gram proposer has something to propose, and prompts with images.
 
     Beside speculation, vLLM has no custom logits processors, so no request asks for digests, and model runner V2 has no
     logprobs of given tokens.
@@ -167,7 +167,7 @@ def repeating(engine: Engine, workload: Workload) -> list[Request]:
         )
         for i, kind in enumerate(2 * _REPEATED)
         if engine.info.platform == "cpu" or "asked" not in kind
-    ]
+    ] + [request.but(max_tokens=3 * workload.generate, digest=False) for request in _with_images(engine, workload)]
 
 
 def speculative(engine: Engine) -> list[Change]:

@@ -1,7 +1,7 @@
 """The axis of features that people turn on together: adapters, drafts, grammars, logprobs and cached prefixes.
 
 One engine has LoRA and n-gram speculation. Each request differs from the next in its adapter, its sampling, its
-grammar and its logprobs.
+grammar and its logprobs. Where a model takes images, every third request has some.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.engine import HITS, Options
-from bi_patch.tools.verify.probes import adapters
+from bi_patch.tools.verify.probes import adapters, images
 from bi_patch.tools.verify.probes.base import NotExercised, Run, pair
 from bi_patch.tools.verify.probes.crossing import ACCEPTED, DRAFTED
 from bi_patch.tools.verify.probes.grammars import GRAMMARS
@@ -38,11 +38,13 @@ def options(base: Options) -> dict[str, object]:
 def _requests(run: Run) -> list[Request]:
     load, folders = run.workload, ("", *adapters.adapters(run.engine))
     grammars = [json.dumps(given) for given in list(GRAMMARS.values())[:4]] if run.engine.options.tokenizer else []
+    held = [] if images.missing(run.engine) else images.subjects(run.engine, load).values()
+    shown = [given for request in held if request.images for given in (request.images, (), ())] or [()]
     found = []
     for i in range(2 * len(_KINDS)):
         source = (load.subjects[i % len(load.subjects)] * _PERIOD)[:_PERIOD]
         request = Request((source * 4)[: 50 + 3 * i], max_tokens=2 * load.generate, **_KINDS[i % len(_KINDS)])
-        found.append(request.but(lora=folders[i % len(folders)]))
+        found.append(request.but(lora=folders[i % len(folders)], images=shown[i % len(shown)]))
     for i, grammar in enumerate(grammars):
         found.append(found[i].but(grammar=grammar, allowed=(), prompt_logprobs=None, lora=folders[-1 - i]))
     return found[: run.engine.options.max_num_seqs]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bi_patch.tools.models import adapters, families
+from bi_patch.tools.models import adapters, families, shapes, vision
 
 LORA = ("Qwen2.5", "Mistral")
 
@@ -22,3 +22,13 @@ def test_every_known_class_gets_one():
         assert adapters.missing({"model_type": kind, "architectures": [name]}) == ""
         assert adapters.missing({"model_type": kind}) == ""
     assert "'phi3'" in adapters.missing({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]})
+
+
+def test_adapters_of_a_model_with_images_change_its_language_model(tmp_path):
+    from safetensors import safe_open
+
+    for kind in ("Qwen3-VL", "Gemma 3"):
+        folder = adapters.write(shapes.save(kind, vision.VISION[kind], tmp_path), tmp_path / "made", seed=1, rank=8)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as held:
+            names = set(held.keys())
+        assert names and all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
