@@ -100,6 +100,27 @@ DEVICE float plus(float a, float b) { return __fadd_rn(a, b); }
 
 DEVICE float log_of_1_plus(float x) { return log1pf(x); }
 
+// A product that keeps numbers below the normal range: the rest of the code is compiled to flush them.
+DEVICE float times_unflushed(float a, float b) {
+  float y;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// x / (1 + expf(-x)), with the instructions that nvcc makes of it without fast math.
+DEVICE float swish(float x) {
+  float y;
+  asm("{\n\t.reg .f32 n, t, k, f;\n\t.reg .b32 s;\n\tneg.f32 n, %1;\n\t"
+      "fma.rn.f32 t, n, 0f3BBB989D, 0f3F000000;\n\tcvt.sat.f32.f32 t, t;\n\t"
+      "fma.rm.f32 t, t, 0f437C0000, 0f4B400001;\n\tadd.rn.f32 k, t, 0fCB40007F;\n\tneg.f32 k, k;\n\t"
+      "fma.rn.f32 f, n, 0f3FB8AA3B, k;\n\tfma.rn.f32 f, n, 0f32A57060, f;\n\t"
+      "mov.b32 s, t;\n\tshl.b32 s, s, 23;\n\tmov.b32 t, s;\n\tex2.approx.ftz.f32 f, f;\n\t"
+      "fma.rn.f32 f, f, t, 0f3F800000;\n\tdiv.rn.f32 %0, %1, f;\n\t}"
+      : "=f"(y)
+      : "f"(x));
+  return y;
+}
+
 DEVICE float root_reciprocal(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

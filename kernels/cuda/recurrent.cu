@@ -34,7 +34,7 @@
 //
 // Compiled for MAMBA (0, 1), KEYS and VALUES (multiples of 64), KEY_HEADS, HEADS, PIECES (of S: 2, or 1 for the rounded
 // number alone), and for fp32 or bf16 parameters (RATE_FLOAT, BIAS_FLOAT, D_FLOAT). What changes no bit: TILE (tokens in
-// shared memory), WARPS (of a block of scan), SEGMENT (tokens). ONLY: which kernel is compiled, by default all.
+// shared memory), WARPS (of a block of scan), SEGMENT (tokens), PART and AHEAD (keys and tokens of a block of follow). ONLY: which kernel is compiled, by default all.
 
 constexpr int CHUNK = 8;
 constexpr int CHANNELS = 2 * KEY_HEADS * KEYS + HEADS * VALUES;
@@ -310,12 +310,11 @@ struct Source {
   int base, before, total, head, row;
 };
 
-// Brings TOKENS tokens from `first` on into shared memory, zeros after the last one. QUERIES: with their queries. LOG:
-// whether some may lie in the log.
-template <int TOKENS, bool QUERIES, bool LOG>
+// Brings TOKENS tokens from `first` on into shared memory, zeros after the last one. LOG: whether some may lie in the log.
+template <int TOKENS, bool LOG>
 DEVICE void bring(Memory& m, int at, const Source& from, int first) {
   // A thread has the same channels of several tokens.
-  constexpr int KEYED = KEYS / (QUERIES ? 4 : 8), KEYED_STEP = THREADS / KEYED;
+  constexpr int KEYED = KEYS / 4, KEYED_STEP = THREADS / KEYED;
   constexpr int VALUED = OWN / 8, VALUED_STEP = THREADS / VALUED;
   static_assert(THREADS % KEYED == 0 && THREADS % VALUED == 0);
   const int piece = thread() % KEYED, group = from.head / (HEADS / KEY_HEADS), c = piece % (KEYS / 8) * 8;
@@ -391,23 +390,20 @@ DEVICE void add_product(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   multiply_add(d, a, b[1], b[1]);
 }
 
-// A chunk's Mix. OUTPUTS: whether its outputs are computed.
-template <bool OUTPUTS>
+// A chunk's Mix.
 DEVICE Mix mix_of(const u16* keys, const u16* queries, const float* numbers) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-  float dots[4] = {};  // k_g.k and q_g.k of the tokens 2 t and 2 t + 1
-  if (OUTPUTS) {
-    const u16* row = (lane < 16 ? keys : queries) + lane % 8 * KEY_ROW + lane / 8 % 2 * 8;
-    float sums[2][4] = {};
+  float dots[4];  // k_g.k and q_g.k of the tokens 2 t and 2 t + 1
+  const u16* row = (lane < 16 ? keys : queries) + lane % 8 * KEY_ROW + lane / 8 % 2 * 8;
+  float sums[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j) {
-      u32 m[4];
-      load_matrices(m, row + 16 * j);
-      const u32 both[4] = {m[0], m[2], m[1], m[3]};
-      multiply_add(sums[j % 2], both, m[0], m[1]);
-    }
-    for (int i = 0; i < 4; ++i) dots[i] = plus(sums[0][i], sums[1][i]);
+  for (int j = 0; j < GROUPS; ++j) {
+    u32 m[4];
+    load_matrices(m, row + 16 * j);
+    const u32 both[4] = {m[0], m[2], m[1], m[3]};
+    multiply_add(sums[j % 2], both, m[0], m[1]);
   }
+  for (int i = 0; i < 4; ++i) dots[i] = plus(sums[0][i], sums[1][i]);
   float decay[CHUNK], until[2], after[2] = {1.f, 1.f}, within[2] = {1.f, 1.f}, whole = 1.f;
   for (int i = 0; i < 2; ++i) {
     const Four got = *reinterpret_cast<const Four*>(numbers + 4 * i);
@@ -461,32 +457,51 @@ DEVICE Mix mix_of(const u16* keys, const u16* queries, const float* numbers) {
   return mix;
 }
 
+// Moves 16 N keys of 16 rows of a state, as `advance` has them, to a chunk's end. keys: of the chunk's tokens. w: what each
+// token adds, of rows g and g + 8 for the tokens 2 t and 2 t + 1. whole: the decay of the whole chunk.
+template <int N>
+DEVICE void fold(float (&s)[N][2][4], const u16* keys, int key_row, const float (&w)[4], float whole) {
+  const int lane = thread() % 32;
+  u32 a[4];
+  operand(a, w);
+  const u16* column = keys + lane % 8 * key_row + lane / 8 * 8;
+#pragma unroll
+  for (int j = 0; j < N; j += 2) {
+    u32 m[4];
+    load_matrices_transposed(m, column + 16 * j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float more[4];
+      multiply(more, a, m[i], m[i]);
+      float(&held)[4] = s[j + i / 2][i % 2];
+      for (int e = 0; e < 4; ++e) held[e] = fused(held[e], whole, more[e]);
+    }
+  }
+}
+
 // Computes a chunk with the state s at its start, and moves s to its end if the chunk is `full`. A lane has, of 16 rows
 // of the state, s[j][h]: rows g and g + 8 (g = lane / 4) at positions 16 j + 8 h + 2 t and the next (t = lane % 4).
-// steps: of the chunk's tokens. done(o): the outputs of rows g and g + 8 for the tokens 2 t and 2 t + 1. OUTPUTS: whether
-// to compute them.
-template <bool OUTPUTS, class Done>
+// steps: of the chunk's tokens. done(o): the outputs of rows g and g + 8 for the tokens 2 t and 2 t + 1.
+template <class Done>
 DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* queries, const u16* values,
                     const float* steps, const Mix& mix, float skip, bool full, Done done) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
   float p[2][4] = {}, r[2][4] = {};
-  if (OUTPUTS) {
-    const u16* row = (lane < 16 ? keys : queries) + lane % 8 * KEY_ROW + lane / 8 % 2 * 8;
+  const u16* row = (lane < 16 ? keys : queries) + lane % 8 * KEY_ROW + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j) {
-      u32 m[4], a[2][4];
-      load_matrices(m, row + 16 * j);
+  for (int j = 0; j < GROUPS; ++j) {
+    u32 m[4], a[2][4];
+    load_matrices(m, row + 16 * j);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Pieces held = split(s[j][i / 2][2 * (i % 2)], s[j][i / 2][2 * (i % 2) + 1]);
-        a[0][i] = held.first;
-        a[1][i] = held.second;
-      }
+    for (int i = 0; i < 4; ++i) {
+      const Pieces held = split(s[j][i / 2][2 * (i % 2)], s[j][i / 2][2 * (i % 2) + 1]);
+      a[0][i] = held.first;
+      a[1][i] = held.second;
+    }
 #pragma unroll
-      for (int piece = 0; piece < PIECES; ++piece) {
-        if (!MAMBA) multiply_add(p[piece], a[piece], m[0], m[1]);
-        multiply_add(r[piece], a[piece], m[2], m[3]);
-      }
+    for (int piece = 0; piece < PIECES; ++piece) {
+      if (!MAMBA) multiply_add(p[piece], a[piece], m[0], m[1]);
+      multiply_add(r[piece], a[piece], m[2], m[3]);
     }
   }
   const Two step = *reinterpret_cast<const Two*>(steps + 2 * t);
@@ -499,54 +514,41 @@ DEVICE void advance(float (&s)[GROUPS][2][4], const u16* keys, const u16* querie
     o[i] = times(mix.of_output[e], plus(r[0][i], r[1][i]));
   }
   u32 a[4];
-  if (OUTPUTS) {
+  operand(a, w);
+  if (!MAMBA) {
+    for (int i = 0; i < 4; ++i) w[i] = 0.f;
+    add_product(w, a, mix.inverse);
     operand(a, w);
-    if (!MAMBA) {
-      for (int i = 0; i < 4; ++i) w[i] = 0.f;
-      add_product(w, a, mix.inverse);
-      operand(a, w);
-    }
-    add_product(o, a, mix.mixed);
-    if (MAMBA)
-      for (int i = 0; i < 4; ++i) o[i] = fused(skip, v[i], o[i]);
-    done(o);
   }
+  add_product(o, a, mix.mixed);
+  if (MAMBA)
+    for (int i = 0; i < 4; ++i) o[i] = fused(skip, v[i], o[i]);
+  done(o);
   if (!full) return;
   for (int i = 0; i < 4; ++i) w[i] = times(w[i], mix.of_end[i % 2]);
-  operand(a, w);
-  const u16* column = keys + lane % 8 * KEY_ROW + lane / 8 * 8;
-#pragma unroll
-  for (int j = 0; j < GROUPS; j += 2) {
-    u32 m[4];
-    load_matrices_transposed(m, column + 16 * j);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float more[4];
-      multiply(more, a, m[i], m[i]);
-      float(&held)[4] = s[j + i / 2][i % 2];
-      for (int e = 0; e < 4; ++e) held[e] = fused(held[e], mix.whole, more[e]);
-    }
-  }
+  fold(s, keys, KEY_ROW, w, mix.whole);
 }
 
-// The warp's 16 rows of a state. A lane's four keys of a row lie at four positions (see place).
-DEVICE void fill(float (&s)[GROUPS][2][4], const float* held) {
+// The warp's 16 rows of a state, or 16 N keys of them. A lane's four keys of a row lie at four positions (see place).
+template <int N>
+DEVICE void fill(float (&s)[N][2][4], const float* held) {
   const int lane = thread() % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j) {
+    for (int j = 0; j < N; ++j) {
       const Four got = *reinterpret_cast<const Four*>(held + (lane / 4 + 8 * half) * KEYS + 16 * j + lane % 4 * 4);
       for (int e = 0; e < 4; ++e) s[j][e / 2][2 * half + e % 2] = got.x[e];
     }
 }
 
-DEVICE void put(const float (&s)[GROUPS][2][4], float* held) {
+template <int N>
+DEVICE void put(const float (&s)[N][2][4], float* held) {
   const int lane = thread() % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j) {
+    for (int j = 0; j < N; ++j) {
       Four given;
       for (int e = 0; e < 4; ++e) given.x[e] = s[j][e / 2][2 * half + e % 2];
       *reinterpret_cast<Four*>(held + (lane / 4 + 8 * half) * KEYS + 16 * j + lane % 4 * 4) = given;
@@ -554,10 +556,10 @@ DEVICE void put(const float (&s)[GROUPS][2][4], float* held) {
 }
 
 // Calls each(at, c, u) for the chunks of the tokens `first` to `last` of a request: chunk c of part `at` of shared memory
-// begins with token u. after(u) follows the chunks of a part, which begins with token u. OUTPUTS: with queries and mixes.
-template <bool OUTPUTS, class Each, class After>
+// begins with token u. after(u) follows the chunks of a part, which begins with token u.
+template <class Each, class After>
 DEVICE void chunks_of(Memory& m, const Source& from, int first, int last, Each each, After after) {
-  bring<TILE, OUTPUTS, true>(m, 0, from, first);
+  bring<TILE, true>(m, 0, from, first);
   if (thread() < TILE) lay(m, 0, thread(), numbers_of<true>(from, first + thread()));
   wait_groups<0>();
   barrier();
@@ -566,14 +568,12 @@ DEVICE void chunks_of(Memory& m, const Source& from, int first, int last, Each e
     const bool more = u + TILE < last;
     Four numbers;
     if (more) {  // the open chunk lay in the first part
-      bring<TILE, OUTPUTS, false>(m, at ^ 1, from, u + TILE);
+      bring<TILE, false>(m, at ^ 1, from, u + TILE);
       if (thread() < TILE) numbers = numbers_of<false>(from, u + TILE + thread());
     }
-    if (OUTPUTS) {
-      for (int c = thread() / 32; c < TILE / CHUNK; c += WARPS)
-        m.mixes[c][thread() % 32] = mix_of<true>(m.keys[at][c * CHUNK], m.queries[at][c * CHUNK], m.numbers[at][c][0]);
-      barrier();
-    }
+    for (int c = thread() / 32; c < TILE / CHUNK; c += WARPS)
+      m.mixes[c][thread() % 32] = mix_of(m.keys[at][c * CHUNK], m.queries[at][c * CHUNK], m.numbers[at][c][0]);
+    barrier();
     for (int c = 0; c < TILE / CHUNK && u + c * CHUNK < last; ++c) each(at, c, u + c * CHUNK);
     if (more) {
       if (thread() < TILE) lay(m, at ^ 1, thread(), numbers);
@@ -621,11 +621,11 @@ KERNEL scan(const u16* y, const float* keyed, const float* valued, const void* d
   const float skip = MAMBA ? number<D_FLOAT>(d, block.head) : 0.f;
   const Source from{y, keyed, valued, log_of(conv, slot * conv_slot), start - before, before, total, block.head,
                     block.part * OWN};
-  chunks_of<true>(
+  chunks_of(
       m, from, first, last,
       [&](int at, int c, int u) {
         const int token = c * CHUNK;
-        advance<true>(s, m.keys[at][token], m.queries[at][token], m.values[at][token] + block.row, m.numbers[at][c][1],
+        advance(s, m.keys[at][token], m.queries[at][token], m.values[at][token] + block.row, m.numbers[at][c][1],
                       m.mixes[c][lane], skip, u + CHUNK <= total, [&](const float (&o)[4]) {
                         for (int i = 0; i < 4; ++i)
                           m.out[token + lane % 4 * 2 + i % 2][block.row + lane / 4 + 8 * (i / 2)] =
@@ -649,35 +649,117 @@ KERNEL scan(const u16* y, const float* keyed, const float* valued, const void* d
 #endif
 
 #if !defined(ONLY) || ONLY == 4
+// A block of follow has OWN rows and PART keys of a head's state, and brings AHEAD tokens at once: none waits long for
+// memory.
+struct Followed {
+  u16 keys[2][AHEAD][PART + 8], values[2][AHEAD][OWN_ROW];
+  float steps[2][AHEAD], ends[2][AHEAD], wholes[2][AHEAD / CHUNK];  // step; decay until the chunk's end; of the chunk
+};
+static_assert(KEYS % PART == 0 && PART % 32 == 0 && AHEAD % 32 == 0 && AHEAD <= THREADS && SEGMENT % AHEAD == 0);
+
+// Brings the tokens from `first` on, zeros after the last one, with the keys from `key` on. LOG: see bring.
+template <bool LOG>
+DEVICE void bring_part(Followed& m, int at, const Source& from, int key, int first) {
+  constexpr int KEYED = PART / 8, KEYED_STEP = THREADS / KEYED, VALUED = OWN / 8, VALUED_STEP = THREADS / VALUED;
+  static_assert(THREADS % KEYED == 0 && THREADS % VALUED == 0 && AHEAD % KEYED_STEP == 0 && AHEAD % VALUED_STEP == 0);
+  const u16* y = from.y + i64(first + from.base) * CHANNELS;
+  const int to_key = thread() % KEYED * 8, keyed = from.head / (HEADS / KEY_HEADS) * KEYS + key + to_key;
+#pragma unroll
+  for (int i = 0; i < AHEAD / KEYED_STEP; ++i) {
+    const int token = thread() / KEYED + i * KEYED_STEP, u = first + token;
+    const u16* held = LOG && u < from.before ? from.log + u * LOG_ROW + keyed : y + i64(token) * CHANNELS + K_AT + keyed;
+    copy_16(m.keys[at][token] + to_key, held, u < from.total);
+  }
+  const int to_row = thread() % VALUED * 8, row = from.head * VALUES + from.row + to_row;
+#pragma unroll
+  for (int i = 0; i < AHEAD / VALUED_STEP; ++i) {
+    const int token = thread() / VALUED + i * VALUED_STEP, u = first + token;
+    const u16* held = LOG && u < from.before ? from.log + u * LOG_ROW + LOG_V + row : y + i64(token) * CHANNELS + V_AT + row;
+    copy_16(m.values[at][token] + to_row, held, u < from.total);
+  }
+  end_group();
+}
+
+// Lays the numbers of a thread's token; a warp has whole chunks. The products run as in mix_of.
+DEVICE void lay_part(Followed& m, int at, const Four& numbers) {
+  const int lane = thread() % 32;
+  float whole = 1.f, after = 1.f;
+#pragma unroll
+  for (int l = 0; l < CHUNK; ++l) {
+    const float decay = of_lane(numbers.x[0], lane / CHUNK * CHUNK + l);
+    whole = times(whole, decay);
+    if (l > lane % CHUNK) after = times(after, decay);
+  }
+  m.steps[at][thread()] = numbers.x[1];
+  m.ends[at][thread()] = after;
+  if (lane % CHUNK == 0) m.wholes[at][thread() / CHUNK] = whole;
+}
+
+// Moves the state over a chunk, which begins with token c of what was brought, as `advance` does.
+DEVICE void follow_chunk(float (&s)[PART / 16][2][4], Followed& m, int at, int c, const u32* values) {
+  const int t = thread() % 4;
+  const Two step = *reinterpret_cast<const Two*>(m.steps[at] + c + 2 * t);
+  const Two end = *reinterpret_cast<const Two*>(m.ends[at] + c + 2 * t);
+  float w[4];
+  for (int i = 0; i < 4; ++i) {
+    const float v = i % 2 ? high(values[i / 2]) : low(values[i / 2]);
+    w[i] = times(times(step.x[i % 2], v), end.x[i % 2]);
+  }
+  fold(s, m.keys[at][c], PART + 8, w, m.wholes[at][c / CHUNK]);
+}
+
 // Before scan, where few long prompts would leave the device idle: the state of Mamba 2 does not depend on outputs. Block
-// (HEADS * PARTS_OF_HEAD, requests) follows a request's state, keeps it at each start of a segment, of SEGMENT tokens
-// from the start of the chunk that was open, and writes it at the end. segments [n, 2]: a request, and the number of one
-// of its segments; those of a request are neighbours, the first at firsts[request]. starting [n, HEADS, VALUES, KEYS].
+// (HEADS * PARTS_OF_HEAD * KEYS / PART, requests) follows a part of a request's state, keeps it at each start of a
+// segment, of SEGMENT tokens from the start of the chunk that was open, and writes it at the end. segments [n, 2]: a
+// request, and the number of one of its segments; those of a request are neighbours, the first at firsts[request].
+// starting [n, HEADS, VALUES, KEYS].
 KERNEL follow(const u16* y, const float* valued, float* states, const int* starts, const int* slots,
               const signed char* fresh, i64 state_slot, u16* conv, i64 conv_slot, const int* counts, const int* firsts,
               float* starting) {
-  Memory& m = *reinterpret_cast<Memory*>(shared());
-  const Place block = place_of(nullptr);
-  const int start = starts[block.request], end = starts[block.request + 1];
-  const i64 slot = slots[block.request], size = i64(HEADS) * VALUES * KEYS;
+  Followed& m = *reinterpret_cast<Followed*>(shared());
+  constexpr int SHARES = KEYS / PART;
+  const int request = block_y(), key = block_x() % SHARES * PART, of_head = block_x() / SHARES;
+  const Place block{of_head / PARTS_OF_HEAD, of_head % PARTS_OF_HEAD, thread() / 32 * 16, request, 0};
+  const int start = starts[request], end = starts[request + 1], lane = thread() % 32;
+  const i64 slot = slots[request], size = i64(HEADS) * VALUES * KEYS;
   if (slot <= 0 || start >= end) return;
-  const int before = counts[block.request], total = before + end - start;
-  const bool begins = fresh && fresh[block.request];
-  float* held = state_at(states, slot, state_slot, block);
-  float* to = state_at(starting, firsts[block.request], size, block);
-  float s[GROUPS][2][4] = {};
+  const int before = counts[request], total = before + end - start;
+  const bool begins = fresh && fresh[request];
+  float* held = state_at(states, slot, state_slot, block) + key;
+  float* to = state_at(starting, firsts[request], size, block) + key;
+  float s[PART / 16][2][4] = {};
   if (!begins) fill(s, held);
   const Source from{y, nullptr, valued, log_of(conv, slot * conv_slot), start - before, before, total, block.head,
                     block.part * OWN};
-  chunks_of<false>(
-      m, from, 0, total,
-      [&](int at, int c, int u) {
-        if (u % SEGMENT == 0) put(s, to + u / SEGMENT * size);
-        if (u + CHUNK <= total)
-          advance<false>(s, m.keys[at][c * CHUNK], nullptr, m.values[at][c * CHUNK] + block.row, m.numbers[at][c][1],
-                         mix_of<false>(nullptr, nullptr, m.numbers[at][c][0]), 0.f, true, [](const float (&)[4]) {});
-      },
-      [](int) {});
+  bring_part<true>(m, 0, from, key, 0);
+  if (thread() < AHEAD) lay_part(m, 0, numbers_of<true>(from, thread()));
+  wait_groups<0>();
+  barrier();
+  int at = 0;
+  for (int u = 0; u < total; u += AHEAD, at ^= 1) {
+    const bool more = u + AHEAD < total;
+    Four numbers;
+    if (more) {  // the open chunk lay in the first part
+      bring_part<false>(m, at ^ 1, from, key, u + AHEAD);
+      if (thread() < AHEAD) numbers = numbers_of<false>(from, u + AHEAD + thread());
+    }
+    if (u % SEGMENT == 0) put(s, to + u / SEGMENT * size);
+    const int full = total - u < AHEAD ? (total - u) / CHUNK * CHUNK : AHEAD;  // tokens of full chunks
+    // Values of two chunks at once: rows g and g + 8 of the tokens 2 t and 2 t + 1 of each.
+    const u16* values = m.values[at][lane / 16 * CHUNK + lane % 8] + block.row + lane / 8 % 2 * 8;
+#pragma unroll 2
+    for (int c = 0; c < full; c += 2 * CHUNK) {
+      u32 held_values[4];
+      load_matrices_transposed(held_values, values + c * OWN_ROW);
+      follow_chunk(s, m, at, c, held_values);
+      if (c + CHUNK < full) follow_chunk(s, m, at, c + CHUNK, held_values + 2);
+    }
+    if (more) {
+      if (thread() < AHEAD) lay_part(m, at ^ 1, numbers);
+      wait_groups<0>();
+    }
+    barrier();
+  }
   if (begins || total >= CHUNK) put(s, held);
 }
 #endif
@@ -701,14 +783,14 @@ KERNEL scan_one(const u16* y, const float* keyed, const float* valued, const voi
   const int before = counts[request];
   u16* log = log_of(conv, slot * conv_slot);
   const Source from{y, keyed, valued, log, request - before, before, before + 1, head, part * OWN};
-  bring<CHUNK, true, true>(m, 0, from, 0);
+  bring<CHUNK, true>(m, 0, from, 0);
   if (thread() < CHUNK) lay(m, 0, thread(), numbers_of<true>(from, thread()));
   const float skip = MAMBA ? number<D_FLOAT>(d, head) : 0.f;
   wait_groups<0>();
   barrier();
   const bool full = before == CHUNK - 1;
-  const Mix mix = mix_of<true>(m.keys[0][0], m.queries[0][0], m.numbers[0][0][0]);
-  advance<true>(s, m.keys[0][0], m.queries[0][0], m.values[0][0] + row, m.numbers[0][0][1], mix, skip, full,
+  const Mix mix = mix_of(m.keys[0][0], m.queries[0][0], m.numbers[0][0][0]);
+  advance(s, m.keys[0][0], m.queries[0][0], m.values[0][0] + row, m.numbers[0][0][1], mix, skip, full,
           [&](const float (&o)[4]) {
             if (lane % 4 != before / 2) return;
             to[row + lane / 4] = u16(round_pair(before % 2 ? o[1] : o[0], 0.f));

@@ -36,7 +36,8 @@ class Form(NamedTuple):
     """What recurrent.cu is compiled for.
 
     keys, values: elements of a head. floats: which of rate, dt_bias and D are fp32, not bf16. pieces: of bf16 in which
-    a state enters products, a part of the order. What changes no bit: warps (of a block of `scan`), segment (tokens).
+    a state enters products, a part of the order. What changes no bit: warps (of a block of `scan`), segment (tokens),
+    part and ahead (keys of a block of `follow`, and tokens that it brings at once).
     """
 
     mamba: bool
@@ -48,6 +49,8 @@ class Form(NamedTuple):
     pieces: int = 2
     warps: int = 4
     segment: int = SEGMENT
+    part: int = 64
+    ahead: int = 64
 
     @property
     def tile(self) -> int:
@@ -84,6 +87,8 @@ class Form(NamedTuple):
             "PIECES": self.pieces,
             "WARPS": self.warps,
             "SEGMENT": self.segment,
+            "PART": self.part,
+            "AHEAD": self.ahead,
             "THREADS": self.threads(kernel),
             "RATE_FLOAT": rate,
             "BIAS_FLOAT": bias,
@@ -101,6 +106,8 @@ class Form(NamedTuple):
             warps = {64: 32, 128: 20}.get(self.values, 16) if self.mamba else 16
         elif kernel == "keep_inputs":
             warps = 32
+        elif kernel == "follow":
+            warps = 16
         else:
             warps = 8 if self.keys > 128 else 16 if kernel == "scan_one" else 12
         return max(1, warps * 32 // self.threads(kernel))
@@ -113,9 +120,11 @@ class Form(NamedTuple):
         """Warps of `prepare` for a token."""
         return (2 * self.key_heads * self.keys // 64 if self.mamba else self.key_heads) + self.heads
 
-    def shared_bytes(self) -> int:
-        """Of a block of `scan` and `follow`."""
+    def shared_bytes(self, kernel: str = "scan") -> int:
+        """Of a block of `scan`, `scan_one` or `follow`."""
         keys, own = self.keys + 8, _ROWS * self.warps + 8
+        if kernel == "follow":
+            return 2 * self.ahead * (2 * (self.part + 8 + own) + 8) + 8 * (self.ahead // CHUNK)
         return self.tile * (2 * (4 * keys + 2 * own + 16) + 2 * own) + self.tile // CHUNK * 32 * 48
 
 
@@ -180,7 +189,7 @@ def load(form: Form, kernel: str, device: int) -> nvrtc.Function:
 
     cubin = build(form, kernel, *nvrtc.target(device))
     with torch.cuda.device(device):
-        shared = 0 if kernel in ("prepare", "keep_inputs") else form.shared_bytes()
+        shared = 0 if kernel in ("prepare", "keep_inputs") else form.shared_bytes(kernel)
         return nvrtc.Function(cubin, kernel, form.threads(kernel), shared)
 
 
@@ -190,8 +199,8 @@ def prepare(form: Form, device: int) -> None:
     Raises nvrtc.CompileError.
     """
     few, many = tiles(form)
-    scans = ["scan", "scan_one", *["follow"] * form.mamba]
-    needed = [(few, "prepare"), (few, "keep_inputs"), *((tile, kernel) for tile in (few, many) for kernel in scans)]
+    scans = ((tile, kernel) for tile in (few, many) for kernel in ("scan", "scan_one"))
+    needed = [(few, "prepare"), (few, "keep_inputs"), *scans, *[(many, "follow")] * form.mamba]
     with ThreadPoolExecutor(len(needed)) as pool:
         list(pool.map(lambda job: build(*job, *nvrtc.target(device)), needed))
     for job in needed:
@@ -259,10 +268,11 @@ def run(
         return
     more, blocks, starting = at(starts, slots, fresh), requests, None
     if segments is not None and form.mamba and segments.prompts * form.heads * form.values // _ROWS <= _HELD:
-        tile, blocks = choose(form, requests), len(segments.table)
+        _, tile = tiles(form)
+        blocks = len(segments.table)
         starting = torch.empty(blocks, *states.shape[1:], dtype=torch.float32, device=x.device)
         load(tile, "follow", device)(
-            (form.heads * tile.parts, requests),
+            (form.heads * tile.parts * (form.keys // form.part), requests),
             stream,
             [*at(y, valued, states), *more, *last, *at(segments.firsts, starting)],
         )

@@ -1,7 +1,7 @@
 """Gated activations: compiled and eager code must round once, at the same place."""
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams.model import Policy
+from bi_patch.seams.model import Policy, Seam, Target
 
 
 def _custom_op(config) -> None:
@@ -16,6 +16,38 @@ def _custom_op(config) -> None:
         if "all" not in held and f"+{name}" not in held:
             held.append(f"+{name}")
 
+
+def _scaled(original):
+    """FalconH1MLP.forward: one launch multiplies the gate by its factor, activates it, and multiplies by the rest."""
+    from bi_patch.ops.cuda import activation
+
+    activation.define_op()
+
+    def forward(self, x):
+        if not activation.covers(self.intermediate_size // self.tp_size, x.dtype):
+            return original(self, x)
+        x, _ = self.gate_up_proj(x)
+        x = activation.scaled_silu_and_mul(x, self.gate_multiplier)
+        x, _ = self.down_proj(x)
+        return x * self.down_multiplier
+
+    return forward
+
+
+SEAMS = (
+    Seam(
+        name="activation.cuda_scaled",
+        targets=(Target("vllm.model_executor.models.falcon_h1", "FalconH1MLP.forward", ">=0.33"),),
+        close=_scaled,
+        why="code that torch.compile makes for both operations rounds in other places than eager code, and two kernels "
+        "read and write the gates once more",
+        how="one bundled kernel with the roundings and the bits of the two",
+        until="upstream's compiled and eager code give equal bits at the same speed",
+        required=False,
+        causes=(17,),
+        op="bi_patch.ops.cuda.activation",
+    ),
+)
 
 POLICIES = (
     Policy(

@@ -192,6 +192,8 @@ DEVICE i64 from_lane(i64 value, int lane) {
 DEVICE float power_of_2(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.f / x; }
 DEVICE float log_of_1_plus(float x) { return log1pf(x); }
+DEVICE float times_unflushed(float a, float b) { return a * b; }
+DEVICE float swish(float x) { return x / (1.f + expf(-x)); }
 DEVICE float root_reciprocal(float x) { return 1.f / sqrtf(x); }
 DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float times(float a, float b) { return a * b; }

@@ -38,7 +38,8 @@ def build(folder: Path, form: recurrent.Form, threads: int) -> ctypes.CDLL:
             f"  run_grid(blocks_x, blocks_y, THREADS, [&] {{ {kernel}({names}); }});\n}}\n"
         )
     source = folder / f"recurrent-{abs(hash(form))}-{threads}.cpp"
-    source.write_text(text + 'extern "C" int shared_bytes() { return sizeof(Memory); }\n')
+    sizes = 'extern "C" int bytes_of_scan() { return sizeof(Memory); }\n'
+    source.write_text(text + sizes + 'extern "C" int bytes_of_follow() { return sizeof(Followed); }\n')
     library = source.with_suffix(".so")
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
     command += [f"-I{Path(__file__).parent}", str(source), "-o", str(library)]
@@ -57,7 +58,8 @@ def emulated(tmp_path, monkeypatch):
         key = form, form.threads(kernel)
         if key not in built:
             built[key] = build(tmp_path, *key)
-            assert built[key].shared_bytes() == form.shared_bytes()
+            for name in ("scan", "follow"):
+                assert getattr(built[key], f"bytes_of_{name}")() == form.shared_bytes(name)
         return lambda grid, stream, arguments: getattr(built[key], f"run_{kernel}")(*grid, *arguments)
 
     monkeypatch.setattr(recurrent, "load", load)
@@ -67,8 +69,9 @@ def emulated(tmp_path, monkeypatch):
 class Layer:
     """A layer with random parameters, and its states in `slots` slots."""
 
-    def __init__(self, mamba: bool, slots: int = 4):
-        self.form = recurrent.Form(mamba, 64, 64, 1, 2, (True, False, False))
+    def __init__(self, mamba: bool, slots: int = 4, **given):
+        sizes = {"keys": 64, "values": 64, "key_heads": 1, "heads": 2, "floats": (True, False, False)}
+        self.form = recurrent.Form(mamba, **sizes | given)
         form, bf16 = self.form, torch.bfloat16
         torch.manual_seed(3)
         self.weight = torch.randn(form.channels, 4).to(bf16)
@@ -162,9 +165,9 @@ def test_cuts_company_tiles_and_decodes_change_no_bit(emulated, monkeypatch, mam
 
 
 def test_segments_of_long_prompts_change_no_bit(emulated):
-    layer = Layer(True)
-    layer.form = layer.form._replace(segment=16)
-    x, other = layer.make(61, 1), layer.make(1, 2)
+    # Two parts of a head's keys; a segment is what a block brings at once.
+    layer = Layer(True, keys=128, heads=1, segment=32, part=64, ahead=32)
+    x, other = layer.make(109, 1), layer.make(1, 2)
     cut = lambda first, last: [t[first:last] for t in x]  # noqa: E731
     (want,) = layer.step((1, 1, *x))
     layer.step((3, 1, *layer.make(2, 5)))
@@ -172,8 +175,8 @@ def test_segments_of_long_prompts_change_no_bit(emulated):
     first = layer.step((2, 1, *cut(0, 5)))
     (beside,) = layer.step((3, 0, *other))
     layer.states[3], layer.conv[3] = layer.states[0], layer.conv[0]
-    got = layer.step((3, 0, *other), (2, 0, *cut(5, 58)), (0, 0, *other), prompts=1)
-    last = layer.step((2, 0, *cut(58, 61)))
+    got = layer.step((3, 0, *other), (2, 0, *cut(5, 106)), (0, 0, *other), prompts=1)
+    last = layer.step((2, 0, *cut(106, 109)))
     assert torch.equal(torch.cat([*first, got[1], *last]), want) and torch.equal(got[0], beside)
     assert torch.equal(layer.states[2], layer.states[1]) and torch.equal(layer.conv[2, :3], layer.conv[1, :3])
     (again,) = layer.step((2, 1, *x), prompts=1)  # from position 0, in a slot that holds something
@@ -204,7 +207,7 @@ def test_compiles_without_a_gpu(arch, form):
     jobs = [(few, "prepare"), (few, "keep_inputs"), (few, "scan"), (few, "scan_one"), (many, "scan")]
     for job in (*jobs, *[(many, "follow")] * form.mamba):
         assert recurrent.build(*job, arch, 13)[:4] == b"\x7fELF"
-        assert job[0].shared_bytes() < 48 * 1024 and nvrtc
+        assert job[0].shared_bytes(job[1]) < 48 * 1024 and nvrtc
 
 
 def test_many_requests_give_a_block_more_warps():
