@@ -178,7 +178,8 @@ class _Fork:
 
 
 def _serve(control: socket.socket) -> None:
-    """Fork for every message, until the other side closes: the message is the worker's module, with descriptors."""
+    """Fork for every message, until the other side closes: the message is the worker's module, with descriptors. Forks
+    that are left then, e.g. where a test was killed, end with this process."""
     wake, woken = os.pipe2(os.O_NONBLOCK)
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -192,6 +193,7 @@ def _serve(control: socket.socket) -> None:
         if control in told:
             message, ancillary, _, _ = control.recvmsg(256, socket.CMSG_SPACE(4 * 4))
             if not message:
+                _end(running)
                 os._exit(0)
             fds = array.array("i", ancillary[0][2][:16])
             pid = os.fork()
@@ -205,6 +207,14 @@ def _serve(control: socket.socket) -> None:
                 os.close(fd)
             running[pid] = fds[3]
             control.send(str(pid).encode())
+
+
+def _end(running: dict[int, int]) -> None:
+    """End the forks that are left: nobody takes their answers, and one inside a long call would not notice."""
+    for pid in running:
+        for end in (os.kill, os.killpg):  # the process, and those that it started
+            with contextlib.suppress(ProcessLookupError):
+                end(pid, signal.SIGKILL)
 
 
 def _reap(running: dict[int, int]) -> None:

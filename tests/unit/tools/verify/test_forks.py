@@ -1,5 +1,7 @@
 """Which environments get a prepared process, and when engine children are forks."""
 
+import os
+import select
 import subprocess
 
 import pytest
@@ -75,6 +77,22 @@ def test_children_are_forks_on_cpu_only(made, monkeypatch):
         assert ChildEngine.launch is outer
         outer.__self__._for({"A": "1"})
     assert ChildEngine.launch is subprocess.Popen and [process.closed for process in made] == [True]
+
+
+def test_a_fork_ends_with_the_process_that_asked_for_it(tmp_path, monkeypatch):
+    """A killed test left an engine that computed for an hour."""
+    control = "import socket, sys; control = socket.socket(fileno=int(sys.argv[1]))"
+    monkeypatch.setattr(forks, "_CODE", f"{control}; from bi_patch.tools.verify import forks; forks._serve(control)")
+    tmp_path.joinpath("busy.py").write_text("def main():\n    while True:\n        pass\n")
+    held = forks._Prepared(os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
+    alive, replies = os.pipe()
+    with tmp_path.joinpath("log").open("w") as log:
+        held.fork(worker="busy", log=log, replies=replies)
+    os.close(replies)
+    assert held.busy() and not select.select([alive], [], [], 0)[0]
+    held.close()
+    assert select.select([alive], [], [], 300)[0] and os.read(alive, 1) == b""  # nobody holds the other side any more
+    os.close(alive)
 
 
 @pytest.mark.parametrize("platform,answer", [("cpu", True), ("cuda", False), ("ascend", False)])
