@@ -56,12 +56,14 @@ def _of_scheme(kind: Callable[[schemes.Scheme], bool]) -> Callable[[Any], bool]:
     return asked
 
 
-def _two(config: Any) -> bool:
-    """Two ranks that cut an encoder: vLLM gives whole images to ranks where they cannot share its heads evenly."""
+def _two(config: Any, *names: str) -> bool:
+    """Two ranks that cut an encoder: vLLM gives whole images to ranks where they cannot share its heads evenly.
+
+    names: of models in _CUT, all of them by default."""
     vision = getattr(getattr(config.model_config, "hf_config", None), "vision_config", None)
     heads = getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None) or 1
     alone = all(size(config, f"{kind}_parallel_size") == 1 for kind in _ONE_OF)
-    known = images.taken(config) in _CUT.values() and heads % 2 == 0
+    known = images.taken(config) in [_CUT[name] for name in names or _CUT] and heads % 2 == 0
     return size(config, "tensor_parallel_size") == 2 and alone and known
 
 
@@ -126,13 +128,22 @@ def _other(config: Any) -> str:
     return f"images with {' and '.join(named)}" if named else ""
 
 
-def _both(config: Any) -> bool:
-    return bool(images.taken(config)) and set(_shown(config)) == {LORA, _GRAMS}
+def _both(first: str, second: str) -> Callable[[Any], str]:
+    """Two names of _SHOWN, and no third."""
+
+    def asked(config: Any) -> str:
+        there = images.taken(config) and set(_shown(config)) == {first, second}
+        return f"images with {first} and {second}" if there else ""
+
+    return asked
 
 
-def _two_of(config: Any) -> str:
+_PAIRS = ({LORA, _GRAMS},)  # that have rows of their own
+
+
+def _two_others(config: Any) -> str:
     shown = _shown(config) if images.taken(config) else {}
-    return f"images with {' and '.join(shown)}" if len(shown) > 1 else ""
+    return f"images with {' and '.join(shown)}" if len(shown) > 1 and set(shown) not in _PAIRS else ""
 
 
 _ALONE = refused("nobody has compared such an engine")
@@ -158,10 +169,15 @@ def _of_language(name: str, *, cpu: Cells, cuda: Cells = _ALONE) -> Feature:
 _ENCODER = "An encoder with quantized weights is refused when the model is loaded."
 
 
-def _compiled(config: Any) -> str:
-    shown = _shown(config) if images.taken(config) and compiled(config) else {}
-    found = [name for name in shown if name in (_GPTQ, _FOUR)]
-    return f"images with {' and '.join(found)}, compiled" if found else ""
+def _compiled(*names: str) -> Callable[[Any], str]:
+    """What an engine that vLLM compiles has of these names of _SHOWN."""
+
+    def asked(config: Any) -> str:
+        shown = _shown(config) if images.taken(config) and compiled(config) else {}
+        found = [name for name in shown if name in names]
+        return f"images with {' and '.join(found)}, compiled" if found else ""
+
+    return asked
 
 
 def _option(name: str, words: str, why: str) -> Feature:
@@ -174,6 +190,22 @@ def _option(name: str, words: str, why: str) -> Feature:
     return row(f"images with {words} ({name})", cpu=refused(why), cuda=refused(why), ascend=images.ASCEND, asked=asked)
 
 
+def _ranks(names: tuple[str, ...], cuda: Cells) -> Feature:
+    """A row: images of models of _CUT with two ranks."""
+    return row(
+        f"images of {', '.join(names)} with two tensor-parallel ranks",
+        cpu=served(
+            *(_CPU_RANKS, _CPU_RANKS_MORE, _CPU_MORE),
+            why="tiny models with random weights, over shared memory; Qwen3-VL compiled, too",
+        ),
+        cuda=cuda,
+        ascend=images.ASCEND,
+        asked=lambda config: f"images with {_TWO}" if _two(config, *names) else "",
+        details="The ranks cut encoder and language model. With another number of ranks, and with whole images for "
+        "each rank (--mm-encoder-tp-mode data), images are refused.",
+    )
+
+
 BESIDE: tuple[Feature, ...] = (
     _of_language(
         _INT8,
@@ -182,16 +214,7 @@ BESIDE: tuple[Feature, ...] = (
     _of_language(_AWQ, cpu=served(_CPU_MORE, why="a tiny Qwen2.5-VL with random weights, compiled, too")),
     *(_of_language(name, cpu=served(_CPU_MORE, why=f"{_TINY}, in eager mode")) for name in (_GPTQ, _FOUR)),
     *(_of_language(name, cpu=_ALONE) for name in (_BLOCKS, _CHANNELS)),
-    _beside(
-        _TWO,
-        f"images of {', '.join(_CUT)}, with two tensor-parallel ranks",
-        cpu=served(
-            *(_CPU_RANKS, _CPU_RANKS_MORE, _CPU_MORE),
-            why="tiny models with random weights, over shared memory; Qwen3-VL compiled, too",
-        ),
-        details="The ranks cut encoder and language model. With another number of ranks, and with whole images for "
-        "each rank (--mm-encoder-tp-mode data), images are refused.",
-    ),
+    _ranks(tuple(_CUT), _ALONE),
     _beside(
         _GRAMS,
         "images with n-grams (speculative decoding)",
@@ -208,7 +231,7 @@ BESIDE: tuple[Feature, ...] = (
         cpu=served(_CPU_MORE, why=f"{_TINY}; also with grammars, logprobs and cached prefixes at once"),
         cuda=_ALONE,
         ascend=images.ASCEND,
-        asked=lambda config: "images with LoRA and n-grams" if _both(config) else "",
+        asked=_both(LORA, _GRAMS),
     ),
     row(
         "images with structured output",
@@ -218,18 +241,25 @@ BESIDE: tuple[Feature, ...] = (
         asked=lambda config: "images with structured output" if images.taken(config) else "",
     ),
     row(
-        "images with GPTQ or 4-bit weights of compressed-tensors, in an engine that vLLM compiles",
-        cpu=_EAGER,
-        cuda=_ALONE,
+        "images with INT8 weights, AWQ, n-grams or two ranks, in an engine that vLLM compiles",
+        cpu=served(_CPU_RANKS_MORE, _CPU_MORE, why="tiny models with random weights"),
+        cuda=(images.OLDER, _EAGER),
         ascend=images.ASCEND,
-        asked=_compiled,
+        asked=_compiled(_INT8, _AWQ, _GRAMS, _TWO),
+    ),
+    row(
+        "images with GPTQ, 4-bit weights of compressed-tensors, FP8 weights or LoRA, in an engine that vLLM compiles",
+        cpu=_EAGER,
+        cuda=(images.OLDER, _EAGER),
+        ascend=images.ASCEND,
+        asked=_compiled(_GPTQ, _FOUR, _BLOCKS, _CHANNELS, LORA),
     ),
     row(
         "images with two others of LoRA, speculation, quantized weights and several ranks",
         cpu=_ALONE,
         cuda=_ALONE,
         ascend=images.ASCEND,
-        asked=lambda config: "" if _both(config) else _two_of(config),
+        asked=_two_others,
     ),
     _option(
         "compile_mm_encoder",

@@ -388,7 +388,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Qwen3-VL, bf16, W4A16", "images", "batch size"),
     ),
     (
-        "images of Qwen3-VL, Qwen2.5-VL, Gemma 3, InternVL, Mistral Small 3, LLaVA with CLIP, with two tensor-parallel "
+        "images of Qwen3-VL, Qwen2.5-VL, Gemma 3, InternVL, Mistral Small 3, LLaVA with CLIP with two tensor-parallel "
         "ranks",
         "cpu",
     ): (
@@ -405,6 +405,12 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Qwen3-VL, bf16, across engines", "speculative decoding"),
     ),
     ("images with LoRA of the language model", "cpu"): (("Qwen3-VL, bf16, LoRA", "images", "batch size"),),
+    ("images with INT8 weights, AWQ, n-grams or two ranks, in an engine that vLLM compiles", "cpu"): (
+        ("Qwen3-VL, bf16 compiled, TP 2", "images"),
+        ("Qwen3-VL, bf16 compiled, INT8", "images"),
+        ("Qwen2.5-VL, bf16 compiled, AWQ", "images"),
+        ("Qwen3-VL, bf16 compiled, n-grams", "images"),
+    ),
     ("images with LoRA and n-grams", "cpu"): (("Qwen3-VL, bf16", "features together"),),
     ("images with structured output", "cpu"): (("Qwen3-VL, bf16, grammars", "images"),),
     # Recurrent layers.
