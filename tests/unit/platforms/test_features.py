@@ -532,8 +532,8 @@ def test_images_of_known_models_are_served_on_cuda(architecture, encoder, eager)
     check("cuda", **known)
     with pytest.raises(UnsupportedFeature, match="images of .*Use vLLM 0.33"):
         check("cuda", "0.32.0", **known)
-    with pytest.raises(UnsupportedFeature, match="images with LoRA"):
-        check("cuda", **known | {"lora": SimpleNamespace()})
+    with pytest.raises(UnsupportedFeature, match="images with pooling"):
+        check("cuda", **known | {"model_runner_type": "pooling"})
     with pytest.raises(UnsupportedFeature, match="images in model runner V1: .*Use model runner V2"):
         check("cuda", **known, second_runner=False)
 
