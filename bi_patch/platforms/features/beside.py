@@ -72,7 +72,8 @@ def _grams(config: Any) -> bool:
 
 
 def _adapters(config: Any) -> bool:
-    return PARTS[LORA](config) and not getattr(config.lora_config, "enable_tower_connector_lora", False)
+    odd = ("enable_tower_connector_lora", "default_mm_loras")
+    return PARTS[LORA](config) and not any(getattr(config.lora_config, name, None) for name in odd)
 
 
 # What runs compared beside images -> whether an engine has it, and the part of `PARTS` that it is an example of.
@@ -224,7 +225,8 @@ BESIDE: tuple[Feature, ...] = (
         LORA,
         "images with LoRA of the language model",
         cpu=served(_CPU_MORE, why=f"{_TINY}, in eager mode"),
-        details="Adapters of encoders (enable_tower_connector_lora) are refused.",
+        details="Adapters of encoders (enable_tower_connector_lora) are refused, and so are adapters that vLLM chooses "
+        "by a request's images (--default-mm-loras).",
     ),
     row(
         "images with LoRA and n-grams",

@@ -112,6 +112,7 @@ def test_adapters_and_drafts_of_the_language_model_start_on_cpu():
     check("cpu", **QWEN, speculative=ngram())
     check("cpu", **QWEN, lora=SimpleNamespace(), speculative=ngram())
     refused("cpu", "images with LoRA", **QWEN, lora=SimpleNamespace(enable_tower_connector_lora=True))
+    refused("cpu", "images with LoRA", **QWEN, lora=SimpleNamespace(default_mm_loras={"image": "folder"}))
     text = QWEN | {"model_multimodal_config": SimpleNamespace(language_model_only=True)}
     refused("cpu", "LoRA with multimodal models as text models", **text, lora=SimpleNamespace())
 
