@@ -205,7 +205,7 @@ FRONT = frozenset(
     }
 )
 # What acts only together with a refused feature: KV transfer; Ray's variables say where its workers run.
-BEHIND = ("MOONCAKE_", "VLLM_MOONCAKE_", "VLLM_NIXL_", "VLLM_P2P_", "VLLM_RAY_")
+BEHIND = ("MOONCAKE_", "VLLM_MOONCAKE_", "VLLM_NIXL_", "VLLM_P2P_", "VLLM_RAY_", "VLLM_USE_RAY_")
 # What vLLM reads without listing.
 UNLISTED = ("VLLM_CPU_SIM_MULTI_NUMA", "VLLM_MINIMAX_M3_MSA_CUTLASS_MIN_BATCH")
 _LISTS = (("vllm.envs", "environment_variables"), ("vllm_ascend.envs", "env_variables"))

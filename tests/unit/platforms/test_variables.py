@@ -1,6 +1,8 @@
 """vLLM's environment variables: one that nobody has examined is refused, also one that a later release brings."""
 
+import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -57,6 +59,18 @@ def test_arming_sets_no_variable_that_is_refused():
 
     set_by_arming = {item.variable for item in CATALOG.variables if item.variable.startswith("VLLM_")}
     assert set_by_arming <= variables.KNOWN
+
+
+def test_variables_that_vllm_sets_itself_are_no_reason_to_refuse():
+    """vLLM sets some by the platform, the model or the executor. Workers are asked after that."""
+    root = Path(pytest.importorskip("vllm").__file__).parent
+    others = ("platforms/rocm.py", "platforms/xpu.py", "benchmarks/", "determinism/batch_invariant.py")
+    given = re.compile(r"""os\.environ\[["'](VLLM_\w+)["']\] = """)
+    files = {file.relative_to(root).as_posix(): file for file in root.rglob("*.py")}
+    read = [file.read_text() for path, file in files.items() if not any(other in path for other in others)]
+    found = {name for text in read for name in given.findall(text)}
+    listed = set(pytest.importorskip("vllm.envs").environment_variables)
+    assert found and not {n for n in found & listed - variables.KNOWN if not n.startswith(variables.BEHIND)}
 
 
 def test_variables_that_choose_kernels_are_refused():
