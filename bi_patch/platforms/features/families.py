@@ -30,6 +30,7 @@ _H100_FIRST = "invariance-2026-11-21-h100-vllm-0.33.0.json"
 _H100_MOE = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
 _H100_DECODE = "invariance-2026-11-22-h100-decode-vllm-0.33.0.json"
+_H200_LAYERS = "invariance-2026-11-30-h200-families-vllm-0.33.0.json"
 # Families of which every axis of `bi-patch verify --full` was measured on CPU -> the file.
 _FULL = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0"
 _WITH_FULL = {
@@ -134,9 +135,17 @@ def _sigmoid_of_cohere(config: Any) -> str:
 
 
 FAMILIES: tuple[Feature, ...] = (
-    row("Llama 2 and 3", short="Llama", cpu=served(_CPU), cuda=served(_H100, _H100_NEWEST), ascend=_ASCEND),
+    row(
+        "Llama 2 and 3", short="Llama", cpu=served(_CPU), cuda=served(_H100, _H100_NEWEST, _H200_LAYERS), ascend=_ASCEND
+    ),
     row("Qwen3 dense", short="Qwen3", cpu=served(_CPU), cuda=served(_H100, _H100_DECODE), ascend=_ASCEND),
-    row("Qwen3-MoE", short="Qwen3-MoE", cpu=served(_CPU), cuda=served(_H100_FIRST, _H100_MOE), ascend=_ASCEND),
+    row(
+        "Qwen3-MoE",
+        short="Qwen3-MoE",
+        cpu=served(_CPU),
+        cuda=served(_H100_FIRST, _H100_MOE, _H200_LAYERS),
+        ascend=_ASCEND,
+    ),
     row("Qwen2.5", cpu=_tiny("Qwen2.5"), cuda=served(_H100), ascend=_ASCEND),
     row("SmolLM2", cpu=served(_CPU), cuda=untried(), ascend=_ASCEND),
     row("Mistral 7B", cpu=_tiny("Mistral"), cuda=served(_H100_FIRST), ascend=_ASCEND),
@@ -150,7 +159,7 @@ FAMILIES: tuple[Feature, ...] = (
         "Gemma 1, 2 and 3 (text)",
         short="Gemma, Phi, Mistral and other dense models",
         cpu=_tiny("Gemma 1", "Gemma 2", "Gemma 3"),
-        cuda=_LAYERS,
+        cuda=served(_H100_LAYERS, _H200_LAYERS, why="four layers of published sizes; of Gemma 3, also compiled"),
         ascend=_ASCEND,
     ),
     row(

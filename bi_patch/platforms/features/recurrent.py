@@ -13,12 +13,13 @@ from bi_patch.platforms.features.model import Feature, refused, row, served, unt
 
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
-# -5 to -7: the kernels of today; -4: also a slower form of those of gated delta nets and Mamba 2.
+# -5 and -7: the kernels of 2026-11-29; -4: also a slower form of those of gated delta nets and Mamba 2.
 _H200_CHUNKS = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-4.json"
 _H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-5.json"
-_H200_EAGER = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-6.json"
 _H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-7.json"  # compiled, and Nemotron-H in eager mode
 _CPU_EXPERTS = "invariance-2026-11-30-cpu-recurrent-vllm-0.32.0.json"
+# In engines with few KV blocks, too.
+_H200_FEW = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-2.json"
 _H200_LAST = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0.json"
 _H200_KIMI = "invariance-2026-11-30-h200-kimi-vllm-0.33.0.json"
 # --full: every axis, eager and compiled engines among them.
@@ -76,7 +77,7 @@ RECURRENT: tuple[Feature, ...] = (
         "gated delta nets (Qwen3-Next)",
         short="Qwen3-Next",
         cpu=_TINY,
-        cuda=(_OLD, served(_H200, _H200_EAGER, why=f"{_FOUR}; compiled and in eager mode")),
+        cuda=(_OLD, served(_H200, _H200_FEW, why=f"{_FOUR} and preemption; compiled and in eager mode")),
         ascend=_CHUNKS,
         asked=_asked("gated delta nets"),
         details="The states are kept exactly, with prefix caching (`--mamba-cache-mode align`) and without. On CPU in "
@@ -86,14 +87,14 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "gated delta nets, compiled",
         cpu=served(_FULL_4),
-        cuda=(_OLD, served(_H200)),
+        cuda=(_OLD, served(_H200, _H200_FEW)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("gated delta nets")(config) and not _eager(config) and "compiled gated delta nets",
     ),
     row(
         "gated delta nets, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, served(_H200_EAGER)),
+        cuda=(_OLD, served(_H200_FEW)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("gated delta nets")(config) and _eager(config) and "gated delta nets in eager mode",
     ),
@@ -112,7 +113,7 @@ RECURRENT: tuple[Feature, ...] = (
             _OLD,
             served(
                 _H200,
-                _H200_EAGER,
+                _H200_FEW,
                 _H200_MORE,
                 _H200_LAST,
                 why=_RUN,
@@ -131,14 +132,14 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "Mamba 2, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, served(_H200_EAGER, _H200_MORE, _H200_LAST)),
+        cuda=(_OLD, served(_H200_FEW, _H200_MORE, _H200_LAST)),
         ascend=_CHUNKS,
         asked=lambda config: _asked("Mamba 2")(config) and _eager(config) and "Mamba 2 in eager mode",
     ),
     row(
         "Granite 4-H, in eager mode",
         cpu=served(_CPU),
-        cuda=(_OLD, served(_H200_LAST)),
+        cuda=(_OLD, served(_H200_LAST, _H200_FEW)),
         ascend=_CHUNKS,
         asked=lambda config: (
             _named("GraniteMoeHybridForCausalLM")(config) and _eager(config) and "Granite 4-H in eager mode"
@@ -169,7 +170,10 @@ RECURRENT: tuple[Feature, ...] = (
         "short convolutions (LFM2)",
         short="LFM2",
         cpu=_TINY,
-        cuda=(_OLD, served(_H200_CHUNKS, _H200_MORE, why=f"{_FOUR}; compiled and in eager mode")),
+        cuda=(
+            _OLD,
+            served(_H200_CHUNKS, _H200_MORE, _H200_FEW, why=f"{_FOUR} and preemption; compiled and in eager mode"),
+        ),
         ascend=_CHUNKS,
         asked=_asked("short convolutions"),
     ),

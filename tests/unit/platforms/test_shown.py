@@ -415,10 +415,15 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images with structured output", "cpu"): (("Qwen3-VL, bf16, grammars", "images"),),
     # Recurrent layers.
     ("gated delta nets (Qwen3-Next)", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
-    ("gated delta nets (Qwen3-Next)", "cuda"): (("Qwen3-Next", *_SIX), ("Qwen3-Next, eager", *_SIX)),
-    ("gated delta nets, in eager mode", "cuda"): (("Qwen3-Next, eager", *_SIX),),
+    ("gated delta nets (Qwen3-Next)", "cuda"): (
+        *((f"Qwen3-Next{mode}", *_SIX, *more) for mode in ("", ", eager") for more in ((), ("preemption",))),
+    ),
+    ("gated delta nets, in eager mode", "cuda"): (
+        ("Qwen3-Next, eager", *_SIX),
+        ("Qwen3-Next, eager", *_SIX, "preemption"),
+    ),
     ("gated delta nets, in eager mode", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
-    ("gated delta nets, compiled", "cuda"): (("Qwen3-Next", *_SIX),),
+    ("gated delta nets, compiled", "cuda"): (("Qwen3-Next", *_SIX), ("Qwen3-Next", *_SIX, "preemption")),
     ("gated delta nets, compiled", "cpu"): (("Qwen3-Next,* --full", *_SIX, "eager and compiled"),),
     **{
         (f"Mamba 2{more}", platform): (("Falcon-H1*", *_SIX), ("Granite 4-H*", *_SIX))
@@ -437,7 +442,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Nemotron-H", *_SIX),
     ),
     ("Granite 4-H, in eager mode", "cpu"): (("Granite 4-H*", *_SIX),),
-    ("Granite 4-H, in eager mode", "cuda"): (("Granite 4-H, eager", *_SIX),),
+    ("Granite 4-H, in eager mode", "cuda"): (
+        ("Granite 4-H, eager", *_SIX),
+        ("Granite 4-H, eager", *_SIX, "preemption"),
+    ),
     ("Mamba 2, compiled", "cpu"): tuple(
         (f"{name},* --full", *_SIX, "eager and compiled")
         for name in ("Falcon-H1", "Granite 4-H", "Nemotron-H", "Mamba 2")
@@ -458,7 +466,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("Nemotron-H", "cuda"): (("Nemotron-H, eager", *_SIX), ("Nemotron-H", *_SIX)),
     ("Nemotron-H, compiled", "cuda"): (("Nemotron-H", *_SIX),),
     ("short convolutions (LFM2)", "cpu"): (("LFM2,*", *_SIX, "preemption"),),
-    ("short convolutions (LFM2)", "cuda"): (("LFM2, eager", *_SIX), ("LFM2", *_SIX)),
+    ("short convolutions (LFM2)", "cuda"): (
+        ("LFM2, eager", *_SIX),
+        ("LFM2, eager", *_SIX, "preemption"),
+        ("LFM2", *_SIX),
+    ),
     ("LFM2 with experts", "cpu"): (
         ("LFM2-MoE,* bf16", *_SIX, "preemption"),
         ("LFM2-MoE,* compiled", *_SIX, "eager and compiled"),
@@ -693,11 +705,16 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("Llama 2 and 3", "cuda"): (
         ("Llama-3.2-1B", "batch 257", "mixed lengths*", "cached prefix*", "decode = prefill"),
         ("Llama-3.2-1B", *_SIX, "eager and compiled"),
+        ("Llama", *_SIX, "preemption"),
     ),
     ("Qwen3 dense", "cpu"): (("tiny-qwen3 bf16", *_SIX), ("tiny-qwen3 fp32", *_SIX)),
     ("Qwen3 dense", "cuda"): (("Qwen3-8B", *_SIX), ("Qwen3-1.7B", *_SIX, "eager and compiled")),
     ("Qwen3-MoE", "cpu"): (("tiny-qwen3-moe bf16", *_SIX), ("tiny-qwen3-moe fp32", *_SIX)),
-    ("Qwen3-MoE", "cuda"): (("Qwen3-30B-A3B", "batch 257", "decode = prefill"), ("Qwen3-30B-A3B, *", *_SIX)),
+    ("Qwen3-MoE", "cuda"): (
+        ("Qwen3-30B-A3B", "batch 257", "decode = prefill"),
+        ("Qwen3-30B-A3B, *", *_SIX),
+        ("Qwen3-MoE", *_SIX, "preemption"),
+    ),
     ("SmolLM2", "cpu"): (("smollm2-*", *_SIX),),
     ("Mistral 7B", "cpu"): (("Mistral,*", *_SIX),),
     ("Mistral 7B", "cuda"): (("Mistral-window-*", "batch 257", "decode = prefill"),),
