@@ -182,7 +182,7 @@ def lora(
     m, k = x.shape
     length = chunk(k)
     chunks = triton.cdiv(k, length)
-    (block_m, block_r, warps, stages), expand = tiles(m, rank, active)
+    block_m, block_r, warps, stages = tiles(m, rank, active)[0]
     blocks = triton.cdiv(rank, block_r) * triton.cdiv(m, block_m)
     way = way or ("fused" if m <= FEW else "split" if blocks * slices < PROGRAMS else "whole")
     parts = 1 if way == "whole" else chunks
@@ -198,9 +198,27 @@ def lora(
         sums = torch.empty((slices, 1, m, rank), dtype=x.dtype, device=x.device)
         size = m * rank
         _sum[(triton.cdiv(size, 1024), slices)](t, sums, size, parts * size, PARTS=parts, BLOCK=1024, num_warps=4)
-        t, parts = sums, 1
-    begin, weights, b_slot, sizes, same, most = b
-    block_m, block_n, block_r, warps, stages = expand
+        t = sums
+    expand(y, t, b, rank, slices, rows, counts, starts, slots, active)
+
+
+def expand(
+    y: torch.Tensor,
+    t: torch.Tensor,
+    b: tuple,
+    rank: int,
+    slices: int,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    starts: torch.Tensor,
+    slots: torch.Tensor,
+    active: int,
+) -> None:
+    """Add d of every row to y [M, columns] in place. t: [slices, parts, M, rank], dense; fp32 sums of chunks for
+    several parts, else the rounded t in y's type. An embedding's t is a row of its adapter. The others: see `lora`.
+    """
+    (_, parts, m, _), (begin, weights, b_slot, sizes, same, most) = t.shape, b
+    block_m, block_n, block_r, warps, stages = tiles(m, rank, active)[1]
     _expand[(triton.cdiv(m, block_m) * triton.cdiv(most, block_n), slices, active)](
         t, weights, y, m, rows, counts, starts, slots, begin, sizes,
         t.stride(0), t.stride(1), t.stride(2), b_slot, y.stride(0),

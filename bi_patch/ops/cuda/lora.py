@@ -17,7 +17,7 @@ _tables: dict[tuple, tuple] = {}  # by the addresses of the stacks, which vLLM a
 
 
 def register() -> None:
-    """Define torch.ops.bi_patch.cuda_lora. Compiled code calls `add`, and cannot define an operator itself."""
+    """Define the operators of `add` and `expand`. Compiled code calls these, and cannot define an operator itself."""
     define(
         "cuda_lora(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor counts, Tensor starts, "
         "Tensor slots, Tensor none, Tensor active) -> ()",
@@ -25,6 +25,60 @@ def register() -> None:
         "CUDA",
         lambda *args: None,
     )
+    define(
+        "cuda_lora_expand(Tensor(a!) y, Tensor t, Tensor b, Tensor rows, Tensor counts, Tensor starts, Tensor slots, "
+        "Tensor none, Tensor active) -> ()",
+        _run_expand,
+        "CUDA",
+        lambda *args: None,
+    )
+
+
+def expand(y, t, b, rows, counts, starts, slots, none, active) -> None:
+    """Add t b^T to y [M, N] in place, for t [M, rank], in the order of `add`, in compiled code too.
+
+    b: [slots, 1, N, rank]. The others, and errors, are as in `add`. Call `register` first.
+    """
+    import torch
+
+    torch.ops.bi_patch.cuda_lora_expand(y, t, b, rows, counts, starts, slots, none, active)
+
+
+def add_rows(y, x, a, b, slots: torch.Tensor, table: torch.Tensor) -> None:
+    """Add each row's adapter to y [M, N] in place, in the order of `add`, without vLLM's metadata, in eager code.
+
+    x: [M, K]. a: [slots, 1, rank, K]. b: [slots, 1, N, rank]. slots: int64 [M], negative for a row without an adapter.
+    table: int32 [slots], -1 for a slot whose adapter is left out, else the slot. Errors are as in `add`.
+    """
+    import torch
+
+    # Nothing waits for the device.
+    held, rows = torch.sort(slots, stable=True)
+    ids = torch.arange(len(table), device=slots.device)
+    starts, ends = torch.searchsorted(held, ids), torch.searchsorted(held, ids, right=True)
+    _add(y, x, (a,), (b,), rows.int(), (ends - starts).int(), starts.int(), table, len(table))
+
+
+def _run_expand(y, t, b, rows, counts, starts, slots, none, active) -> None:
+    from bi_patch.kernels.triton import lora
+
+    _same_type(y, t, b)
+    if not len(t) or none.item():
+        return
+    held = 0, b, b.stride(0), b.shape[-2], True, b.shape[-2]
+    t = t.contiguous()[None, None]
+    lora.expand(y, t, held, b.shape[-1], 1, rows, counts, starts, slots, int(active.item()))
+
+
+def _same_type(*given: torch.Tensor) -> None:
+    import torch
+
+    kinds = {held.dtype for held in given}
+    if len(kinds) != 1 or kinds.isdisjoint((torch.bfloat16, torch.float16)):
+        raise UnsupportedFeature(
+            f"lora.cuda: an adapter's product of {', '.join(sorted(map(str, kinds)))} has no order. Use bf16 or fp16, "
+            "and adapters of the model's type (--lora-dtype auto)"
+        )
 
 
 def add(y, x, a, b, rows, counts, starts, slots, none, active) -> None:
@@ -42,22 +96,20 @@ def add(y, x, a, b, rows, counts, starts, slots, none, active) -> None:
 
 
 def _run(y, x, a, b, rows, counts, starts, slots, none, active) -> None:
-    import torch
+    if none.item():
+        _same_type(y, x, *a, *b)
+        return
+    _add(y, x, a, b, rows, counts, starts, slots, int(active.item()))
 
+
+def _add(y, x, a, b, rows, counts, starts, slots, active: int) -> None:
     from bi_patch.kernels.triton import lora
 
-    kinds = {held.dtype for held in (y, x, *a, *b)}
-    if len(kinds) != 1 or kinds.isdisjoint((torch.bfloat16, torch.float16)):
-        raise UnsupportedFeature(
-            f"lora.cuda: an adapter's product of {', '.join(sorted(map(str, kinds)))} has no order. Use bf16 or fp16, "
-            "and adapters of the model's type (--lora-dtype auto)"
-        )
-    if not len(x) or none.item():
+    _same_type(y, x, *a, *b)
+    if not len(x):
         return
     of_a, of_b = _pointers(a, b, x.device)
-    lora.lora(
-        y, x.contiguous(), of_a, of_b, a[0].shape[-2], len(a), rows, counts, starts, slots, int(active.item())
-    )  # fmt: skip
+    lora.lora(y, x.contiguous(), of_a, of_b, a[0].shape[-2], len(a), rows, counts, starts, slots, active)
 
 
 def _pointers(a: list[torch.Tensor], b: list[torch.Tensor], device: torch.device) -> tuple[tuple, tuple]:

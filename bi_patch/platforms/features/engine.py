@@ -864,13 +864,23 @@ FEATURES: tuple[Feature, ...] = (
             served(
                 _H200_LORA,
                 _H200_LORA_COMPILED,
-                why="on linear layers; adapters of embeddings and heads are refused by name",
+                why="on linear layers",
             ),
         ),
         ascend=refused("its products split K by the number of rows"),
         asked=_given("lora_config", "LoRA"),
         details="Adapters of several ranks side by side, and more adapters than `max_loras`. A request without an "
         "adapter has the bits of an engine without LoRA. Each adapter needs a number (`lora_int_id`) of its own.",
+    ),
+    row(
+        "LoRA adapters of embeddings and of the head",
+        cpu=served(_CPU_LORA),
+        cuda=(
+            refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33"),
+            untried(),
+        ),
+        ascend=refused("its products split K by the number of rows"),
+        details="The head's adapter of each row is that of the row's own token, also for prompt logprobs and drafts.",
     ),
     row(
         "speculative decoding with n-grams of the request (method ngram)",

@@ -1,13 +1,12 @@
 """LoRA on CPU: each row's adapter is added by the bundled kernel, and rows without an adapter are left alone."""
 
-import contextlib
 import functools
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import adapters
 from bi_patch.seams.model import Seam, Target
 
 _CLASS = "PunicaWrapperCPU"
-_PROMPT = "_bi_patch_prompt"  # attribute of a PunicaWrapperCPU: the hidden states of a step whose prompts are scored
 
 
 def _unscaled(scale: float) -> None:
@@ -73,47 +72,9 @@ def _logits(original):
         from bi_patch.ops.cpu import lora
 
         _unscaled(scale)
-        slots = _of_prompt(self, x) if getattr(self, _PROMPT, None) is not None else self.sampler_indices
-        if x.shape[0] != slots.shape[0]:
-            raise UnsupportedFeature(
-                f"lora.cpu: the head gets {x.shape[0]} rows for {slots.shape[0]} requests, so nobody knows which "
-                "adapter a row has. Set BI_PATCH=0"
-            )
-        lora.add(y, x, lora_a_stacked, lora_b_stacked, slots)
+        lora.add(y, x, lora_a_stacked, lora_b_stacked, adapters.slots(self, x, "cpu"))
 
     return add_lora_logits
-
-
-def _of_prompt(wrapper, x):
-    """The slots of rows of a prompt: x is a part of the step's hidden states, and its place tells the tokens."""
-    held = getattr(wrapper, _PROMPT)
-    apart = x.data_ptr() - held.data_ptr()
-    first, inside = divmod(apart, held.stride(0) * held.element_size())
-    slots = wrapper.token_lora_indices
-    same = x.untyped_storage().data_ptr() == held.untyped_storage().data_ptr() and x.stride() == held.stride()
-    if not same or inside or not 0 <= first <= first + x.shape[0] <= slots.shape[0]:
-        raise UnsupportedFeature(
-            "lora.cpu: the head gets rows that are no part of the step's hidden states, so nobody knows which adapter "
-            "a row has. Ask for no prompt logprobs, or set BI_PATCH=0"
-        )
-    return slots[first : first + x.shape[0]]
-
-
-def _prompt_logprobs(original):
-    """GPUModelRunner._get_prompt_logprobs_dict: let the head know that it gets the rows of a prompt."""
-
-    @functools.wraps(original)
-    def _get_prompt_logprobs_dict(self, hidden_states, *args, **kwargs):
-        if self.lora_config is None or not self.num_prompt_logprobs:
-            return original(self, hidden_states, *args, **kwargs)
-        wrappers = set(self.model.lora_manager.punica_wrapper_mapping.values())
-        with contextlib.ExitStack() as stack:
-            for wrapper in wrappers:
-                setattr(wrapper, _PROMPT, hidden_states)
-                stack.callback(setattr, wrapper, _PROMPT, None)
-            return original(self, hidden_states, *args, **kwargs)
-
-    return _get_prompt_logprobs_dict
 
 
 def _refused(what: str):
@@ -170,7 +131,7 @@ SEAMS = (
     Seam(
         name="lora.cpu_prompt_logprobs",
         targets=(Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._get_prompt_logprobs_dict"),),
-        close=_prompt_logprobs,
+        close=adapters.prompt_logprobs,
         why="for the logprobs of a prompt, the head's adapter is taken from another request of the batch",
         how="the head takes the adapter of the prompt's own tokens",
         until=_UNTIL,

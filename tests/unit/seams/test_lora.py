@@ -6,8 +6,9 @@ import pytest
 
 from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
 from bi_patch.platforms.features.pairs import PAIRS
-from bi_patch.seams import weights
+from bi_patch.seams import adapters, weights
 from bi_patch.seams.common import lora
+from bi_patch.seams.cuda import lora as on_cuda
 
 torch = pytest.importorskip("torch")
 
@@ -135,3 +136,79 @@ def test_what_is_covered_with_lora():
 )
 def test_what_is_refused_with_lora(given, said):
     assert said in beside(config(**given))
+
+
+class Wrapper:
+    def __init__(self, tokens, requests=()):
+        self.token_lora_indices, self.sampler_indices = torch.tensor(tokens), torch.tensor(requests)
+
+
+def of(made):
+    return SimpleNamespace(lora_manager=SimpleNamespace(punica_wrapper_mapping={"": made}))
+
+
+def test_the_head_takes_the_adapter_of_each_rows_token():
+    made, hidden = Wrapper([2, 2, 2, -1, 0, 0]), torch.randn(8, 4)
+    with adapters.step(of(made), hidden, torch.tensor([2, 3, 4, 5])):
+        sampled = hidden[torch.tensor([2, 3, 4, 5])]
+        assert adapters.slots(made, sampled, "cuda").tolist() == [2, -1, 0, 0]  # drafts: two rows of one request
+        assert adapters.slots(made, hidden[1:5], "cuda").tolist() == [2, 2, -1, 0]  # a part of prompts
+        for unknown in (hidden[3:8], hidden[1:3].clone(), hidden[::2]):
+            with pytest.raises(UnsupportedFeature, match="lora.cuda: the head gets"):
+                adapters.slots(made, unknown, "cuda")
+    made.sampler_indices = torch.tensor([2, -1])
+    assert adapters.slots(made, hidden[:2], "cpu").tolist() == [2, -1]
+    with pytest.raises(UnsupportedFeature, match="lora.cpu: the head gets 3 rows"):
+        adapters.slots(made, hidden[:3], "cpu")
+
+
+def test_model_runners_tell_the_head_its_rows():
+    made, hidden = Wrapper([1, 0]), torch.randn(2, 4)
+    batch = SimpleNamespace(logits_indices=torch.tensor([1]))
+    runner = SimpleNamespace(
+        model=of(made),
+        lora_config=object(),
+        num_prompt_logprobs={"a": 1},
+        execute_model_state=SimpleNamespace(hidden_states=hidden, input_batch=batch),
+    )
+    sample = adapters.sample_tokens(lambda self, grammar: adapters.slots(made, hidden[batch.logits_indices], "cuda"))
+    assert sample(runner, None).tolist() == [0]
+    scored = adapters.prompt_logprobs(lambda self, given: adapters.slots(made, given[:1], "cpu"))
+    assert scored(runner, hidden).tolist() == [1]
+    runner.execute_model_state = None
+    assert adapters.sample_tokens(lambda self, grammar: None)(runner, None) is None
+
+
+def head(slots=3, kind=None):
+    return SimpleNamespace(
+        base_layer=SimpleNamespace(head_dtype=kind), lora_b_stacked=torch.zeros(slots, 1, 8, 4, dtype=torch.bfloat16)
+    )
+
+
+def test_only_adapters_with_a_part_for_the_head_change_logits(monkeypatch):
+    from bi_patch.ops.cuda import lora as op
+
+    layer, added = head(), []
+    reset = on_cuda._reset_head(lambda self, index: None)
+    put = on_cuda._set_head(lambda self, index, a, b: reset(self, index))
+    add = on_cuda._logits(lambda *given: pytest.fail("vLLM's own product"))
+    made = Wrapper([], [0, 2])
+    monkeypatch.setattr(op, "add_rows", lambda y, x, a, b, slots, table: added.append((slots.tolist(), table.tolist())))
+
+    def run():
+        add(made, torch.zeros(2, 8), torch.zeros(2, 4), None, layer.lora_b_stacked, 1.0)
+        return added.pop() if added else None
+
+    zeros, weights = torch.zeros(8, 4), torch.ones(8, 4)
+    assert run() is None
+    put(layer, 1, None, zeros)
+    assert run() is None
+    put(layer, 2, None, weights)
+    assert run() == ([0, 2], [-1, -1, 2])
+    put(layer, 0, None, weights)
+    assert run() == ([0, 2], [0, -1, 2])
+    reset(layer, 2)
+    put(layer, 0, None, zeros)
+    assert run() is None
+    with pytest.raises(UnsupportedFeature, match="a head in torch.float32"):
+        put(head(kind=torch.float32), 0, None, weights)

@@ -668,6 +668,18 @@ def loras() -> None:
                 report(f"{case} {way} too", "" if torch.equal(got[way], got["fused"]) else "it differs")
             base = [i for i, slot in enumerate(slots) if slot < 0]
             report(f"{case} no adapter", "" if torch.equal(got["fused"][base], y[base]) else "a row was touched")
+            if slices == 1:  # an embedding: t is a row of the adapter
+                t = torch.randn(21, 24, generator=generator).to(dtype)
+                want, embedded = y.double(), y.clone()
+                for i, slot in enumerate(slots):
+                    if slot >= 0:
+                        want[i] += t[i].double() @ b[0][slot].double().T
+                lora.expand(embedded, t[None, None], of_b, 24, 1, *_named(slots, 3))
+                report(f"{case} embedding", close(embedded, want, dtype))
+                for i in (1, 2):
+                    alone = y[i : i + 1].clone()
+                    lora.expand(alone, t[None, None, i : i + 1], of_b, 24, 1, *_named(slots[i : i + 1], 3))
+                    report(f"{case} token {i} alone", "" if torch.equal(alone[0], embedded[i]) else "it differs")
             for i in (0, 1, 2, 3):
                 alone = y[i : i + 1].clone()
                 lora.lora(alone, x[i : i + 1], of_a, of_b, 24, slices, *_named(slots[i : i + 1], 3))
