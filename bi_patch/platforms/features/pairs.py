@@ -145,15 +145,16 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     "a reasoning parser": _parses_reasoning,
     "custom logits processors": _model("logits_processors"),
     "watermarks": lambda config: getattr(config, "watermark_config", None) is not None,
-    # The last four are what LoRA is refused with:
+    EXPERTS: _model("is_moe"),
+    # The last three are what LoRA is refused with:
     _DRAFTS: lambda config: getattr(config.speculative_config, "method", None) not in (None, "ngram"),
-    EXPERTS: _model("is_moe"),  # vLLM takes other kernels for experts where adapters may come
     "sharded adapters (--fully-sharded-loras)": lambda config: bool(
         getattr(config.lora_config, "fully_sharded_loras", False)
     ),
     "adapters in another type than the model's (--lora-dtype)": _other_dtype,
 }
-_OF_LORA = list(PARTS)[-4:]
+_OF_LORA = list(PARTS)[-3:]
+_EXPERTS_OF_LORA = ("Qwen3MoeForCausalLM",)  # models whose experts may take adapters
 
 
 def _pairs(first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], ascend: Cell) -> Feature:
@@ -171,6 +172,13 @@ def _pairs(first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], a
 _REFUSED = refused(_ALONE, todo="Use one of them")
 _NO_SEAM = refused("no patch point covers it yet")
 _OLDER = refused(_ALONE, todo="Use vLLM 0.33, or one of them", releases="<0.33")
+
+
+_NO_EXPERTS = refused(
+    "vLLM takes Triton experts where adapters may come, and its CPU build has no Triton: with vLLM 0.32.0, a tiny "
+    "Qwen3-MoE stopped at its first step (module 'triton.language' has no attribute 'bfloat16')",
+    todo="Use one of them",
+)
 
 
 _LATENT_RANKS = (
@@ -212,6 +220,25 @@ def _all_three(config: Any) -> str:
     return "LoRA with speculative decoding and quantized weights" if held else ""
 
 
+def _adapted_experts(config: Any) -> str:
+    return f"{LORA} with {EXPERTS}" if _lora_of_experts(config) and _only_examined(config) else ""
+
+
+def _other_adapted_experts(config: Any) -> str:
+    asked = _lora_of_experts(config) and not _only_examined(config)
+    return f"{LORA} with {EXPERTS} of other models, or beside another feature" if asked else ""
+
+
+def _lora_of_experts(config: Any) -> bool:
+    return config.model_config is not None and PARTS[LORA](config) and PARTS[EXPERTS](config)
+
+
+def _only_examined(config: Any) -> bool:
+    held = getattr(config.model_config, "architectures", None) or ()
+    beside = PARTS[SPECULATION](config) or PARTS[QUANTIZED](config)
+    return bool(held) and set(held) <= set(_EXPERTS_OF_LORA) and not beside
+
+
 def _never(first: str, *others: str) -> Feature:
     return _pairs(first, *others, cpu=_REFUSED, cuda=_REFUSED, ascend=_REFUSED)
 
@@ -239,6 +266,20 @@ PAIRS: tuple[Feature, ...] = (
         asked=_all_three,
     ),
     _pairs(LORA, OTHER_SCHEMES, cpu=served(_CPU_PAIRS, why=_SCHEMES), cuda=_REFUSED, ascend=_REFUSED),
+    row(
+        "LoRA with experts: Qwen3-MoE",
+        cpu=_NO_EXPERTS,
+        cuda=(_OLDER, untried("adapters of attention, experts, embeddings and head")),
+        ascend=_REFUSED,
+        asked=_adapted_experts,
+    ),
+    row(
+        "LoRA with experts of other models than Qwen3-MoE, or beside speculation or quantized weights",
+        cpu=_NO_EXPERTS,
+        cuda=_REFUSED,
+        ascend=_REFUSED,
+        asked=_other_adapted_experts,
+    ),
     _pairs(
         SPECULATION,
         QUANTIZED,

@@ -40,10 +40,10 @@ def missing(config: dict) -> str:
     return "" if kinds[kind] in names else f"no adapter is made for {names[0]}, whose type says {kind!r}"
 
 
-def shapes(config: dict) -> dict[str, tuple[int, int]]:
+def shapes(config: dict, experts: bool = False) -> dict[str, tuple[int, int]]:
     """The linear layers of one layer of a model that take an adapter: name -> (inputs, outputs).
 
-    config: config.json. Raises NoAdapter. Experts are left out.
+    config: config.json. experts: whether routed experts are among them. Raises NoAdapter.
     """
     if why := missing(config):
         raise NoAdapter(why)
@@ -59,8 +59,17 @@ def shapes(config: dict) -> dict[str, tuple[int, int]]:
     }
     if "num_experts" not in config:
         inner = config["intermediate_size"]
-        found |= {"mlp.gate_proj": (hidden, inner), "mlp.up_proj": (hidden, inner), "mlp.down_proj": (inner, hidden)}
+        found |= {f"mlp.{name}": size for name, size in _gated(hidden, inner)}
+    elif experts:
+        parts = _gated(hidden, config["moe_intermediate_size"])
+        found |= {
+            f"mlp.experts.{expert}.{name}": size for expert in range(config["num_experts"]) for name, size in parts
+        }
     return found
+
+
+def _gated(hidden: int, inner: int) -> tuple[tuple[str, tuple[int, int]], ...]:
+    return ("gate_proj", (hidden, inner)), ("up_proj", (hidden, inner)), ("down_proj", (inner, hidden))
 
 
 def embeds(config: dict) -> bool:
@@ -68,19 +77,31 @@ def embeds(config: dict) -> bool:
     return config.get("model_type") in _EMBEDDED and not config.get("tie_word_embeddings")
 
 
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def write(
-    model: str | Path, folder: Path, *, seed: int, rank: int, only: tuple[str, ...] = (), embedded: bool = False
+    model: str | Path,
+    folder: Path,
+    *,
+    seed: int,
+    rank: int,
+    only: tuple[str, ...] = (),
+    embedded: bool = False,
+    experts: bool = False,
 ) -> Path:
     """Write an adapter of a rank into `folder`, and return the folder. The same arguments give the same adapter.
 
     model: a folder with config.json. only: the last parts of the names of the layers that it changes, () for all linear
-    layers. embedded: whether it also changes the embeddings and the head. Raises NoAdapter.
+    layers. embedded: whether it also changes the embeddings and the head. experts: whether it also changes routed
+    experts. Raises NoAdapter.
     """
     import torch
     from safetensors.torch import save_file
 
     config = json.loads((Path(model).expanduser() / "config.json").read_text())
-    wanted = {name: size for name, size in shapes(config).items() if not only or name.split(".")[1] in only}
+    wanted = {name: size for name, size in shapes(config, experts).items() if not only or _last(name) in only}
     if embedded and not embeds(config):
         raise NoAdapter("vLLM takes no adapters of this model's embeddings and head")
     generator = torch.Generator().manual_seed(seed)
@@ -95,7 +116,7 @@ def write(
         for name, size in wanted.items():
             place = f"base_model.model.model.{inner}layers.{layer}.{name}"
             tensors[f"{place}.lora_A.weight"], tensors[f"{place}.lora_B.weight"] = pair(*size)
-    targets = [name.split(".")[1] for name in wanted]
+    targets = sorted({_last(name) for name in wanted})
     if embedded:
         vocab, hidden = config["vocab_size"], config["hidden_size"]
         place = "base_model.model.model.embed_tokens"

@@ -8,6 +8,7 @@ from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
 from bi_patch.platforms.features.pairs import PAIRS
 from bi_patch.seams import adapters, weights
 from bi_patch.seams.common import lora
+from bi_patch.seams.cuda import expert_lora
 from bi_patch.seams.cuda import lora as on_cuda
 
 torch = pytest.importorskip("torch")
@@ -212,3 +213,112 @@ def test_only_adapters_with_a_part_for_the_head_change_logits(monkeypatch):
     assert run() is None
     with pytest.raises(UnsupportedFeature, match="a head in torch.float32"):
         put(head(kind=torch.float32), 0, None, weights)
+
+
+class TritonExperts(SimpleNamespace):
+    pass
+
+
+def of_experts(kernel=TritonExperts, **given):
+    config = dict(activation=SimpleNamespace(value="silu"), is_act_and_mul=True, has_bias=False, swiglu_limit=None)
+    held = dict(quant_dtype=None, weight_quant_dtype=None, w1_bias=None)
+    layer = dict(tp_size=1, use_ep=False, _shared_experts=None, _lora_stream=None)
+    asked = dict.fromkeys(("enable_moe_shared_loras", "enable_mixed_moe_lora_format", "fully_sharded_loras"), False)
+    routed = dict(apply_router_weight_on_input=False)
+    for part in (config, held, layer, asked, routed):
+        part.update({name: given.pop(name) for name in list(given) if name in part})
+    assert not given
+    experts = kernel(quant_config=SimpleNamespace(**held))
+    base = SimpleNamespace(routed_experts=SimpleNamespace(**routed))
+    kernel = SimpleNamespace(fused_experts=experts)
+    made = SimpleNamespace(moe_config=SimpleNamespace(**config), _moe_kernel=kernel, base_layer=base, **layer)
+    return made, SimpleNamespace(**asked)
+
+
+@pytest.mark.parametrize(
+    "given,said",
+    [
+        (dict(kernel=SimpleNamespace), "another kernel than vLLM's Triton experts"),
+        (dict(activation=SimpleNamespace(value="swigluoai")), "the activation swigluoai"),
+        (dict(is_act_and_mul=False), "the activation"),
+        (dict(has_bias=True), "a bias"),
+        (dict(swiglu_limit=7.0), "a limit of the activation"),
+        (dict(weight_quant_dtype="fp8"), "quantized weights"),
+        (dict(quant_dtype="fp8"), "quantized weights"),
+        (dict(tp_size=2), "several ranks"),
+        (dict(use_ep=True), "several ranks"),
+        (dict(_shared_experts=object()), "shared experts"),
+        (dict(_lora_stream=object()), "a stream of their own"),
+        (dict(enable_moe_shared_loras=True), "a factor shared by all experts"),
+        (dict(enable_mixed_moe_lora_format=True), "checkpoints of two layouts"),
+        (dict(fully_sharded_loras=True), "sharded adapters"),
+        (dict(apply_router_weight_on_input=True), "a router that weights the input"),
+    ],
+)
+def test_experts_that_nobody_examined_are_refused(given, said):
+    made = expert_lora._examined(lambda *given: "made")
+    assert expert_lora._unexamined(*of_experts()) == ""
+    layer, asked = of_experts(**given)
+    with pytest.raises(UnsupportedFeature, match=f"lora.experts: .*{said}"):
+        made(layer, 4, asked)
+
+
+def test_fused_experts_are_refused():
+    with pytest.raises(UnsupportedFeature, match="FusedMoE3DWithLoRA"):
+        expert_lora._fused(lambda *given: None)(object(), 4, object())
+
+
+def of_tokens(none=False):
+    held, zero = torch.tensor([0, 1]), torch.zeros(1, dtype=torch.int32)
+    meta = (held, None, None, None, torch.tensor([-1, 0, 1]), torch.tensor([none]), zero + 3)
+    return SimpleNamespace(
+        token_mapping_meta=SimpleNamespace(meta_args=lambda tokens, special: meta),
+        lora_config=SimpleNamespace(specialize_active_lora=False),
+        moe_lora_align_block_size=lambda ids, *sizes, naive_block_assignment: (
+            held,
+            None if naive_block_assignment else "rows",
+            "experts",
+            None if naive_block_assignment else "padded",
+        ),
+    )
+
+
+def test_both_products_of_experts_get_one_assignment(monkeypatch):
+    from bi_patch.ops.cuda import expert_lora as op
+
+    added = []
+    monkeypatch.setattr(op, "add", lambda *given: added.append(given))
+    first = expert_lora._first(lambda *given: pytest.fail("vLLM's own product"))
+    second = expert_lora._second(lambda *given: pytest.fail("vLLM's own product"))
+    y, x, ids, weights = torch.zeros(2, 2, 6), torch.zeros(2, 4), torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 2)
+
+    def run(made, experts, **given):
+        sizes = dict(fully_sharded=False, use_tuned_config=False, top_k=2, max_loras=2, adapter_enabled="enabled")
+        found = first(
+            made, y, x, "a", "b", ids, weights, None, None, None, 2, 2,
+            local_num_experts=experts, num_slices=2, **{**sizes, **given},
+        )  # fmt: skip
+        second(
+            made, y, x, "a", "b", weights, found[0], found[1], found[2], found[3], 2, None, None, 2,
+            tp_rank=0, **sizes,
+        )  # fmt: skip
+        return [(call[4], call[5], call[6], call[-2]) for call in (added.pop(0) for _ in range(len(added)))]
+
+    assert run(of_tokens(none=True), 8) == []
+    assert run(of_tokens(), 1) == [("rows", "experts", "padded", None), ("rows", "experts", "padded", weights)]
+    assert run(of_tokens(), 8) == [(None, "experts", None, None), (None, "experts", None, weights)]
+    for given in (dict(fully_sharded=True), dict(add_inputs=False), dict(token_lora_mapping=ids)):
+        with pytest.raises(UnsupportedFeature, match="lora.experts"):
+            run(of_tokens(), 8, **given)
+
+
+def moe(*names, **given):
+    held = config(is_moe=True, **given)
+    held.model_config.architectures = list(names)
+    return held
+
+
+def test_which_models_experts_take_adapters():
+    assert beside(moe("Qwen3MoeForCausalLM")).strip() == "LoRA with experts"
+    for other in (moe("MixtralForCausalLM"), moe("Qwen3MoeForCausalLM", quantization="fp8"), moe()):
+        assert "LoRA with experts of other models, or beside another feature" in beside(other)

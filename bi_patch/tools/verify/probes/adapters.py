@@ -20,6 +20,7 @@ from bi_patch.tools.verify.probes import images
 from bi_patch.tools.verify.probes.base import Change, CrossProbe, NotExercised, Run, Workload, config, pair
 
 RANKS = (8, 64, 16, 256)
+EXPERT_RANKS = (8, 32, 16, 64)  # of adapters that change experts, which are as many as the experts
 SLOTS = 2  # fewer than adapters
 _LEAST = 8  # concurrent requests: every level has a batch of this size or more, with room beside its subjects
 _MOST = 40  # requests of a batch
@@ -34,13 +35,13 @@ def missing(engine: Engine) -> str:
         return "making an adapter needs the model's config.json, and the model is not a local folder"
     if engine.options.max_num_seqs < _LEAST:
         return f"max_num_seqs is {engine.options.max_num_seqs}: no batch of {_LEAST} requests"
-    if "num_experts" in found:
-        return "bi_patch covers no adapters of models with experts"
+    if "num_experts" in found and engine.info.platform != "cuda":
+        return "vLLM runs adapters of models with experts on CUDA only"
     return made.missing(found)
 
 
 def options(base: Options) -> dict[str, object]:
-    given = {"enable_lora": True, "max_lora_rank": max(RANKS), "max_loras": SLOTS}
+    given = {"enable_lora": True, "max_lora_rank": max(_ranks(config(base.model))), "max_loras": SLOTS}
     return {"extra": {**base.extra, **given}}
 
 
@@ -126,25 +127,31 @@ class WithoutProbe(CrossProbe):
 _batches: dict[str, list[Request]] = {}  # the last batch of a WithoutProbe
 
 
+def _ranks(found: dict) -> tuple[int, ...]:
+    """found: config.json."""
+    return EXPERT_RANKS if "num_experts" in found else RANKS
+
+
 def adapters(engine: Engine) -> tuple[str, ...]:
     """The folders of an adapter of each rank for the engine's model."""
-    return _adapters(engine.options.model, engine.info.platform == "cpu")
+    return _adapters(engine.options.model)
 
 
 @functools.cache
-def _adapters(model: str, embedded: bool) -> tuple[str, ...]:
+def _adapters(model: str) -> tuple[str, ...]:
     """The folders of a random adapter of each rank for a local model. They are deleted when the process ends.
 
-    The first changes every linear layer, the second a part of them, the others all. embedded: the last also changes
-    embeddings and head, where vLLM takes them.
+    The first changes every linear layer and all routed experts, the second a part of the linear layers and no expert,
+    the others all. The last also changes embeddings and head, where vLLM takes them.
     """
     held = config(model)
     folders = []
-    for i, rank in enumerate(RANKS):
-        last = i == len(RANKS) - 1
-        only = ("q_proj", "o_proj", "down_proj") if i == 1 else ()
+    for i, rank in enumerate(_ranks(held)):
+        last, experts = i == len(_ranks(held)) - 1, "num_experts" in held
+        only = ("q_proj", "o_proj", *(() if experts else ("down_proj",))) if i == 1 else ()
         folder = Path(_folder()) / f"rank-{rank}"
-        made.write(model, folder, seed=i + 1, rank=rank, only=only, embedded=last and embedded and made.embeds(held))
+        embedded = last and made.embeds(held)
+        made.write(model, folder, seed=i + 1, rank=rank, only=only, embedded=embedded, experts=experts and not only)
         folders.append(str(folder))
     return tuple(folders)
 

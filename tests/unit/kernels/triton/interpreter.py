@@ -23,6 +23,7 @@ from bi_patch.kernels.triton import (
     chains,
     drafts,
     embedding_backward,
+    expert_lora,
     gated_backward,
     gemm,
     leaves,
@@ -686,6 +687,116 @@ def loras() -> None:
                 report(f"{case} row {i} alone", "" if torch.equal(alone[0], got["fused"][i]) else "a row alone differs")
 
 
+def _experts_of(dtype, slots, experts, rank, ranks, k, n, slices):
+    """Adapters of experts: A [slots, experts, rank, k] and B [slots, experts, n, rank], zero above their rank."""
+    generator = torch.Generator().manual_seed(14)
+    a = [torch.zeros(slots, experts, rank, k, dtype=dtype) for _ in range(slices)]
+    b = [torch.zeros(slots, experts, n, rank, dtype=dtype) for _ in range(slices)]
+    for s in range(slices):
+        for slot, held in enumerate(ranks):
+            a[s][slot, :, :held] = (torch.randn(experts, held, k, generator=generator) * k**-0.5).to(dtype)
+            b[s][slot, :, :, :held] = (torch.randn(experts, n, held, generator=generator) * held**-0.5).to(dtype)
+    return a, b
+
+
+def _blocks(ids, mapping, slots: int, experts: int, enabled, in_order: bool, seed: int = 0):
+    """What vLLM's moe_lora_align_block_size makes of the experts of each token; rows of a block in a random order."""
+    size, rows = expert_lora.BLOCK_M, ids.numel()
+    active = torch.tensor([*sorted(set(mapping.tolist())), *[-1] * (slots + 1)], dtype=torch.int32)[: slots + 1]
+    if not in_order:
+        return expert_lora.Blocks(None, ids.reshape(-1), None, mapping, active, enabled, slots + 1)
+    generator = torch.Generator().manual_seed(seed)
+    length = rows + experts * (size - 1)
+    blocks = -(-length // size)
+    sorted_rows = torch.randint(10**6, (slots, length), generator=generator).int()  # what was never written
+    of_block, padded = torch.full((slots, blocks), -1).int(), torch.randint(99, (slots,), generator=generator).int()
+    for slot in range(slots):
+        if not enabled[slot] or slot not in mapping:
+            continue
+        at = 0
+        for expert in range(experts):
+            held = ((ids == expert) & (mapping[:, None] == slot)).reshape(-1).nonzero().flatten()
+            held = held[torch.randperm(len(held), generator=generator)]
+            for first in range(0, len(held), size):
+                part = held[first : first + size]
+                of_block[slot, at // size] = expert
+                sorted_rows[slot, at : at + size] = rows
+                sorted_rows[slot, at : at + len(part)] = part.int()
+                at += size
+        padded[slot] = at
+    return expert_lora.Blocks(
+        sorted_rows.reshape(-1), of_block.reshape(-1), padded, mapping, active, enabled, slots + 1
+    )  # fmt: skip
+
+
+def _expert_loop(y, x, a, b, ids, mapping, enabled, weights):
+    """The order of kernels/triton/expert_lora.py, one row at a time."""
+    got, top_k = y.clone(), ids.shape[1]
+    for i in range(len(y)):
+        slot, expert = int(mapping[i // top_k]), int(ids.reshape(-1)[i])
+        if slot < 0 or not enabled[slot]:
+            continue
+        n = b[0].shape[-2]
+        for s in range(len(a)):
+            row = x[i // top_k] if len(x) < len(y) else x[i]
+            total, k = torch.zeros(a[s].shape[-2]), len(row)
+            for first in range(0, k, lora.chunk(k)):
+                acc = torch.zeros(a[s].shape[-2])
+                for k0 in range(first, min(k, first + lora.chunk(k)), lora.BLOCK_K):
+                    acc = acc + a[s][slot, expert, :, k0 : k0 + 128].float() @ row[k0 : k0 + 128].float()
+                total = total + acc
+            d = b[s][slot, expert].float() @ total.to(y.dtype).float()
+            d = d if weights is None else d * weights.reshape(-1)[i]
+            at = slice(s * n, (s + 1) * n)
+            got[i, at] = (got[i, at].float() + d.to(y.dtype).float()).to(y.dtype)
+    return got
+
+
+def expert_loras() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for slices, k, n in ((2, 600, 40), (1, 300, 136)):
+            _expert_case(f"expert lora {slices} {dtype}", dtype, slices, k, n)
+
+
+def _expert_case(case: str, dtype, slices: int, k: int, n: int) -> None:
+    experts, top_k, tokens, rank, ranks = 5, 2, 19, 24, (8, 24, 16)
+    enabled = torch.tensor([1, 1, 0, 0], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(15)
+    mapping = torch.tensor([(i * 5) % 4 - 1 for i in range(tokens)], dtype=torch.int32)
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)]).int()
+    a, b = _experts_of(dtype, len(ranks), experts, rank, ranks, k, n, slices)
+    second = slices == 1  # the second product has a row of x for each row of y, and the router's weights
+    x = torch.randn(tokens * (top_k if second else 1), k, generator=generator).to(dtype)
+    y = torch.randn(tokens * top_k, slices * n, generator=generator).to(dtype)
+    weights = torch.rand(tokens, top_k, generator=generator) if second else None
+
+    def run(at, way="", in_order=True, seed=0):
+        """The rows of tokens `at` in a batch of these tokens."""
+        lines = (at[:, None] * top_k + torch.arange(top_k)).flatten()
+        got = y[lines].clone()
+        blocks = _blocks(ids[at], mapping[at], len(ranks), experts, enabled, in_order, seed)
+        part = None if weights is None else weights[at].reshape(-1)
+        expert_lora.expert_lora(got, x[lines] if second else x[at], a, b, blocks, part, top_k, way=way)
+        return got
+
+    whole = torch.arange(tokens)
+    want = _expert_loop(y, x, a, b, ids, mapping, enabled, weights)
+    got = run(whole, "fused")
+    report(f"{case} loop", close(got, want.double(), dtype))
+    for way in ("fused", "whole"):
+        for in_order in (True, False):
+            other = run(whole, way, in_order, seed=1)
+            report(f"{case} {way} {in_order}", "" if torch.equal(other, got) else "it differs")
+    base = [i for i in range(len(y)) if mapping[i // top_k] < 0 or not enabled[mapping[i // top_k]]]
+    report(f"{case} no adapter", "" if torch.equal(got[base], y[base]) and base else "a row was touched")
+    held = [i for i in range(len(y)) if i not in base]
+    report(f"{case} adapters", "it added nothing" if bool((got[held] == y[held]).all(1).any()) else "")
+    for i in (1, 2, 5, 6):
+        alone = run(torch.tensor([i]), in_order=i != 2)
+        same = torch.equal(alone, got[i * top_k : (i + 1) * top_k])
+        report(f"{case} token {i} alone", "" if same else "a token alone differs")
+
+
 def drafted() -> None:
     """The same tokens and numbers as PyTorch's operations, which the tests of these compare with a loop."""
     generator = torch.Generator().manual_seed(13)
@@ -721,6 +832,7 @@ AREAS = {
     "attention backward": attention_backwards,
     "training": training,
     "lora": loras,
+    "expert lora": expert_loras,
     "drafts": drafted,
 }
 

@@ -29,6 +29,7 @@ AREAS = (
     "attention backward",
     "training",
     "lora",
+    "expert lora",
     "drafts",
 )
 
