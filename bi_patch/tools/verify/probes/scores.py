@@ -30,7 +30,7 @@ def decode_equals_prefill(run: Run) -> Iterator[Case]:
     for index in run.subjects:
         request = run.greedy(index).but(max_tokens=2 * run.workload.generate)
         (decoded,) = run.alone([request])
-        again = Request((*request.prompt, *decoded.tokens), max_tokens=1, prompt_logprobs=0)
+        again = Request((*request.prompt, *decoded.tokens), max_tokens=1, prompt_logprobs=0, lora=request.lora)
         (prefilled,) = run.alone([again])
         tail = prefilled.prompt_logprobs[-len(decoded.tokens) :]
         yield pair(
