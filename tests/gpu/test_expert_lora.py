@@ -18,7 +18,7 @@ def _case(k: int, n: int, slices: int, tokens: int):
     x = made(tokens if slices == 2 else tokens * TOP_K, k)
     y = made(tokens * TOP_K, slices * n)
     ids = torch.rand(tokens, EXPERTS, generator=generator, device="cuda").topk(TOP_K).indices.int()
-    mapping = ((torch.arange(tokens, device="cuda") * 5) % (SLOTS + 1) - 1).int()
+    mapping = ((torch.arange(tokens, device="cuda") * 7) % (SLOTS + 1) - 1).int()
     weights = torch.rand(tokens, TOP_K, generator=generator, device="cuda") if slices == 1 else None
     return a, b, x, y, ids, mapping, weights
 
@@ -83,6 +83,7 @@ def test_a_row_in_any_company(k, n, slices):
     assert torch.equal(run(order), want[order])
     one = (mapping == 1).nonzero().flatten()
     assert torch.equal(run(one), want[one])
+    assert len(one) and not torch.equal(want, y.view(tokens, TOP_K, -1))
     untouched = (mapping < 0) | (enabled[mapping.clamp_min(0).long()] == 0)
     assert torch.equal(want[untouched], y.view(tokens, TOP_K, -1)[untouched])
     rows = want.view(tokens * TOP_K, -1)

@@ -876,10 +876,15 @@ FEATURES: tuple[Feature, ...] = (
         "LoRA adapters of embeddings and of the head",
         cpu=served(_CPU_LORA),
         cuda=(
-            refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33"),
+            refused(
+                "bi_patch has patch points for newer releases only",
+                by="features.cuda",
+                todo="Use vLLM 0.33",
+                releases="<0.33",
+            ),
             untried(),
         ),
-        ascend=refused("its products split K by the number of rows"),
+        ascend=refused("its products split K by the number of rows", by="features.ascend"),
         details="The head's adapter of each row is that of the row's own token, also for prompt logprobs and drafts.",
     ),
     row(

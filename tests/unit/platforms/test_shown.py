@@ -192,6 +192,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("workers of an external launcher (torchrun)", "cuda"): (("* external launcher", *_SIX, "executor", "both ranks"),),
     ("LoRA", "cpu"): (("* LoRA", *_LORA),),
+    ("LoRA adapters of embeddings and of the head", "cpu"): (("* LoRA", *_LORA),),
     ("LoRA", "cuda"): (("* LoRA eager", *_LORA), ("* LoRA compiled", *_LORA)),
     ("speculative decoding with n-grams of the request (method ngram)", "cpu"): (
         ("* bf16, n-grams", *_SPECULATED),

@@ -321,14 +321,18 @@ def test_lora(architecture, rank, parts):
 def test_expert_lora(architecture, rank, parts):
     tables = ("rows_ptr", "experts_ptr", "padded_ptr", "mapping_ptr", "slots_ptr", "enabled_ptr")
     weights = ("x_ptr", "y_ptr", "a_ptr", "a2_ptr", "b_ptr", "b2_ptr")
-    sizes = ("ROWS", "LENGTH", "BLOCKS", "x_row", "y_row", "a_slot", "a_expert", "b_slot", "b_expert")
+    sizes = ("ROWS", "LENGTH", "BLOCKS", "ACTIVE", "x_row", "y_row", "a_slot", "a_expert", "b_slot", "b_expert")
     kinds = dict.fromkeys(tables, "*i32") | dict.fromkeys(weights, "*bf16") | dict.fromkeys(sizes, "i32")
     kinds |= {"t_ptr": "*bf16" if parts == 1 else "*fp32", "w_ptr": "*fp32"}
     shared = {"R": rank, "PARTS": parts, "TOP_K": 8, "SORTED": parts == 1, "BLOCK_M": expert_lora.BLOCK_M}
-    shared["BLOCK_R"] = max(16, min(rank, 64))
+    shared |= {"BLOCK_R": max(16, min(rank, 64)), "MOST": 8}
     for kernel, own, stages in (
         (expert_lora._shrink, {"K": 2048, "CHUNK": 256, "PER": 8, "BLOCK_K": expert_lora.BLOCK_K}, 3),
-        (expert_lora._expand, {"N": 768, "WEIGHTED": True, "BLOCK_N": expert_lora.BLOCK_N}, 2 if parts == 1 else 1),
+        (
+            expert_lora._expand,
+            {"N": 768, "WEIGHTED": True, "COLUMNS": 512, "BLOCK_N": expert_lora.BLOCK_N},
+            2 if parts == 1 else 1,
+        ),
     ):
         signature = {name: kind for name, kind in kinds.items() if name in kernel.arg_names}
         built = build(kernel, signature, shared | own, architecture, num_warps=4, num_stages=stages)
