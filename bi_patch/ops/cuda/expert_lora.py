@@ -51,12 +51,14 @@ def _run(y, x, a, b, rows, experts, padded, mapping, slots, enabled, active, wei
     kinds = {held.dtype for held in (y, x, *a, *b)}
     if len(kinds) != 1 or kinds.isdisjoint((torch.bfloat16, torch.float16)):
         raise UnsupportedFeature(
-            f"lora.experts: an adapter's product of {', '.join(sorted(map(str, kinds)))} has no order. Use bf16 or "
+            f"expert_lora.cuda: an adapter's product of {', '.join(sorted(map(str, kinds)))} has no order. Use bf16 or "
             "fp16, and adapters of the model's type (--lora-dtype auto)"
         )
     for held in (a, b):
         if len(held) > 2 or len({(part.shape, part.stride()) for part in held}) != 1 or not held[0].is_contiguous():
-            raise UnsupportedFeature("lora.experts: a layer's slices have adapters of several shapes. Set BI_PATCH=0")
+            raise UnsupportedFeature(
+                "expert_lora.cuda: a layer's slices have adapters of several shapes. Set BI_PATCH=0"
+            )
     if not len(x):
         return
     blocks = expert_lora.Blocks(rows, experts, padded, mapping, slots, enabled, int(active.item()))

@@ -17,7 +17,7 @@ _ALIGN = "PunicaWrapperGPU.moe_lora_align_block_size"
 
 def _refuse(what: str) -> None:
     raise UnsupportedFeature(
-        f"lora.experts: bi_patch does not cover adapters of experts with {what}. "
+        f"expert_lora.cuda: bi_patch does not cover adapters of experts with {what}. "
         "Leave --enable-lora out, or set BI_PATCH=0"
     )
 
@@ -138,7 +138,7 @@ def _add(wrapper, y, x, a, b, rows, experts, padded, mapping, enabled, weights, 
 
 def _seam(name: str, module: str, qualname: str, close, why: str, how: str, **given) -> Seam:
     return Seam(
-        name=f"lora.{name}",
+        name=f"expert_lora.{name}",
         targets=(Target(module, qualname, _RELEASES),),
         close=close,
         why=why,
@@ -159,10 +159,10 @@ _NOBODY = "nobody has examined adapters of other experts"
 _NAMED = "they are refused by name"
 
 SEAMS = (
-    _seam("cuda_experts", _LAYER, "FusedMoEWithLoRA.create_lora_weights", _examined, _NOBODY, _NAMED),
-    _seam("cuda_fused_experts", _LAYER, "FusedMoE3DWithLoRA.create_lora_weights", _fused, _NOBODY, _NAMED),
+    _seam("cuda_layer", _LAYER, "FusedMoEWithLoRA.create_lora_weights", _examined, _NOBODY, _NAMED),
+    _seam("cuda_fused", _LAYER, "FusedMoE3DWithLoRA.create_lora_weights", _fused, _NOBODY, _NAMED),
     _seam(
-        "cuda_experts_first",
+        "cuda_first",
         _PUNICA,
         "PunicaWrapperGPU.add_lora_w13",
         _first,
@@ -178,7 +178,7 @@ SEAMS = (
         ),
     ),
     _seam(
-        "cuda_experts_second",
+        "cuda_second",
         _PUNICA,
         "PunicaWrapperGPU.add_lora_w2",
         _second,

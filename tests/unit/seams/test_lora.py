@@ -259,7 +259,7 @@ def test_experts_that_nobody_examined_are_refused(given, said):
     made = expert_lora._examined(lambda *given: "made")
     assert expert_lora._unexamined(*of_experts()) == ""
     layer, asked = of_experts(**given)
-    with pytest.raises(UnsupportedFeature, match=f"lora.experts: .*{said}"):
+    with pytest.raises(UnsupportedFeature, match=f"expert_lora.cuda: .*{said}"):
         made(layer, 4, asked)
 
 
@@ -308,7 +308,7 @@ def test_both_products_of_experts_get_one_assignment(monkeypatch):
     assert run(of_tokens(), 1) == [("rows", "experts", "padded", None), ("rows", "experts", "padded", weights)]
     assert run(of_tokens(), 8) == [(None, "experts", None, None), (None, "experts", None, weights)]
     for given in (dict(fully_sharded=True), dict(add_inputs=False), dict(token_lora_mapping=ids)):
-        with pytest.raises(UnsupportedFeature, match="lora.experts"):
+        with pytest.raises(UnsupportedFeature, match="expert_lora.cuda"):
             run(of_tokens(), 8, **given)
 
 
