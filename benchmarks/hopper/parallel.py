@@ -6,8 +6,8 @@ Without labels, every case below is measured, one after the other. Shapes are re
 weights, which every engine loads from one file; each rank makes quantized weights by itself, and the ranks' parts
 differ. "tensor parallel size" compares 2 ranks with 1 (on hosts of four GPUs with 4, too), with
 BI_PATCH_TP_INVARIANT=8. data_ranks.py says what engines of data parallelism are asked, and executors.py how ranks of
-other executors are compared. The rows join one result file of the day. Exit code 1: a position differs, or an axis has
-no result.
+other executors are compared; servers.py measures a server with several front ends. The rows join one result file of the
+day. Exit code 1: a position differs, or an axis has no result.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import data_ranks
 import executors
 import schemes
+import servers
 
 import bi_patch_entry
 
@@ -34,6 +35,7 @@ SIZES = ("tensor parallel size", "batch size", "chunk budget", "decode = prefill
 MEMORY = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30}
 SIZES_OF_GRAPHS = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}}
 SMALL = "DeepSeek-V3 small"
+FRONT = "tiny-qwen3"  # with a tokenizer, which a server needs
 LAYERS = {"Qwen3-8B": 4, "Qwen3-30B-A3B": 2, "DeepSeek-V2-Lite": 2, SMALL: 2}
 EXPERTS = [name for name in LAYERS if name != "Qwen3-8B"]
 # The architecture of DeepSeek-V3, with its router and groups of experts, in the sizes of a small model.
@@ -117,6 +119,7 @@ CASES = {
             f"Qwen3-8B, 4 layers, TP 2, {words}", "Qwen3-8B", TWO | {"distributed_executor_backend": executor}
         ).items()
     },
+    **_both("tiny-qwen3, two API servers", FRONT, {"api_server_count": 2}),
     "Qwen3-8B, 4 layers, DP 2": Case("Qwen3-8B", DATA),
     "Qwen3-8B, 4 layers, DP 2 compiled": Case("Qwen3-8B", DATA, eager=False),
     **{
@@ -143,6 +146,8 @@ def folder(model: str, root: Path, layers: int = 0) -> Path:
     from bi_patch.tools.models import shapes
     from bi_patch.tools.verify import checkpoint
 
+    if model == FRONT:
+        return Path()  # servers.py makes it
     if model not in LAYERS:
         return Path(shapes.save(f"{model} {os.getpid()}", schemes.config(model, layers or 2), root))
     layers = layers or LAYERS[model]
@@ -220,6 +225,19 @@ def of_data_ranks(label: str, case: Case, model: Path, scratch: Path, flags: Seq
     return rows
 
 
+def _here() -> object:
+    """The device and libraries of this process."""
+    import torch
+    import vllm
+
+    return SimpleNamespace(
+        device=torch.cuda.get_device_name(),
+        vllm=vllm.__version__,
+        torch=str(torch.__version__),
+        threads=torch.get_num_threads(),
+    )
+
+
 def measure(label: str, results: Path, root: Path, flags: Sequence[str] = (), until: int = 0) -> bool:
     """Measure one case and write its rows. Returns whether every axis has a result and no position differs.
 
@@ -235,15 +253,10 @@ def measure(label: str, results: Path, root: Path, flags: Sequence[str] = (), un
     model = folder(case.model, root)
     if "data_parallel_size" in case.engine:
         rows = of_data_ranks(label, case, model, root, flags)
-        import torch
-        import vllm
-
-        here = SimpleNamespace(
-            device=torch.cuda.get_device_name(),
-            vllm=vllm.__version__,
-            torch=str(torch.__version__),
-            threads=torch.get_num_threads(),
-        )
+        here = _here()
+    elif "api_server_count" in case.engine:
+        rows, holes = servers.measure(label, case.engine["api_server_count"], case.eager, MEMORY)
+        here = _here()
     elif "distributed_executor_backend" in case.engine:
         rows, here = executors.measure(label, str(model), case.engine, MEMORY | SIZES_OF_GRAPHS, case.eager, root)
     else:

@@ -815,6 +815,13 @@ FEATURES: tuple[Feature, ...] = (
         asked=_compiled(_started_by("ray", "compiled workers of Ray")),
     ),
     row(
+        "several API servers (--api-server-count)",
+        cpu=untried("a test compares two"),
+        cuda=untried("one engine answers them all"),
+        ascend=untried(_NO_NPU),
+        asked=_of_parallel("_api_process_count", "several API servers"),
+    ),
+    row(
         "several hosts",
         cpu=untried("the sum over ranks is checked at the start"),
         cuda=untried("the sum over ranks is checked at the start"),
