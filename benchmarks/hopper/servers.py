@@ -15,7 +15,6 @@ from pathlib import Path
 
 SECONDS = 240
 AXES = ("batch size", "position and order", "mixed lengths", "co-batch contents", "prefix cache")
-_ARMED = ("-c", "import bi_patch_entry; bi_patch_entry.cli()", "run", "--")
 _VLLM = ("-m", "vllm.entrypoints.cli.main", "serve")
 
 
@@ -24,12 +23,16 @@ def serving(model: str, *options: str) -> Iterator[str]:
     """The address of an armed server of a model's folder. Raises RuntimeError if the server does not start."""
     import psutil
 
+    from bi_patch.arming import children
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, *_ARMED, sys.executable, *_VLLM, model, "--host", "127.0.0.1", "--port", port, *options]
-    process = subprocess.Popen(command, env=os.environ | {"BI_PATCH": "1"})
+    command = [sys.executable, *_VLLM, model, "--host", "127.0.0.1", "--port", port, *options]
+    armed = {"VLLM_BATCH_INVARIANT": "1", "BI_PATCH": "1"}
+    armed["PYTHONPATH"] = children.python_path(os.environ.get("PYTHONPATH", ""))
+    process = subprocess.Popen(command, env=os.environ | armed)
     limit = time.monotonic() + SECONDS
     try:
         while True:
