@@ -46,10 +46,12 @@ SCHEMES = {
 BESIDE: dict[str, dict[str, object]] = {
     **dict.fromkeys(SCHEMES, {}),
     "TP 2": {"tensor_parallel_size": 2},
+    "TP 2, whole images": {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"},
     "n-grams": {"speculative_config": _DRAFTS},
     "LoRA": {"enable_lora": True, "max_lora_rank": max(adapters.RANKS), "max_loras": adapters.SLOTS},
     "grammars": {},
 }
+_RANKS = {name for name, given in BESIDE.items() if "tensor_parallel_size" in given}
 _GRAMMARS = ("", json.dumps({"regex": "[a-f]{3,9}[0-9]+x"}), json.dumps({"choice": ["alpha", "beta", "gamma delta"]}))
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -92,8 +94,8 @@ def measure(kind: str, args: argparse.Namespace, root: str) -> int:
     for name in args.beside:
         arguments |= BESIDE[name]
     scheme = "".join(SCHEMES.get(name, "") for name in args.beside)
-    folder, seed = vision.write(kind, root, "" if "TP 2" in args.beside else scheme), 7
-    if "TP 2" in args.beside:  # workers of several ranks load weights from files only
+    folder, seed = vision.write(kind, root, "" if _RANKS & set(args.beside) else scheme), 7
+    if _RANKS & set(args.beside):  # workers of several ranks load weights from files only
         written = checkpoint.write(folder, seed, Path(root) / f"{kind} weights")
         if scheme:
             quantize.convert(written, scheme, left_out=vision.outside(kind))

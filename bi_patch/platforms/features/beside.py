@@ -21,6 +21,10 @@ _CPU_RANKS = "invariance-2026-11-30-cpu-images-vllm-0.32.0-4.json"
 _CPU_FIRST = "invariance-2026-11-30-cpu-images-vllm-0.32.0-5.json"
 _CPU_RANKS_MORE = "invariance-2026-11-30-cpu-images-vllm-0.32.0-6.json"
 _CPU_MORE = "invariance-2026-11-30-cpu-images-vllm-0.32.0-7.json"
+_CPU_WHOLE = (
+    "invariance-2026-11-30-cpu-images-vllm-0.32.0-8.json",
+    "invariance-2026-11-30-cpu-images-vllm-0.32.0-9.json",
+)
 _INT8, _AWQ, _GPTQ, _FOUR = "INT8 weights and activations", "AWQ", "GPTQ", "4-bit weights of compressed-tensors"
 _BLOCKS, _CHANNELS = "FP8 blocks of 128 x 128", "FP8 weights per channel"
 # Every quantization scheme of a checkpoint must be of the kind.
@@ -35,6 +39,7 @@ _SCHEMES: dict[str, Callable[[schemes.Scheme], bool]] = {
     _CHANNELS: lambda s: s.method == "compressed-tensors" and kinds.fp8(s, schemes.CHANNEL, schemes.TOKEN),
 }
 _TWO, _GRAMS = "two tensor-parallel ranks", "n-grams"
+_WHOLE = "two tensor-parallel ranks that encode whole images"
 _RANKS = "several ranks"
 _ONE_OF = ("pipeline", "data", "decode_context", "prefill_context")
 # Models whose encoder a run compared over two ranks, by what tables call them.
@@ -46,6 +51,9 @@ _CUT = {
     "Mistral Small 3": "Mistral3ForConditionalGeneration",
     "LLaVA with CLIP": "LlavaForConditionalGeneration",
 }
+
+# Models whose ranks encoded whole images in a run.
+_UNCUT = {name: _CUT[name] for name in ("Qwen3-VL", "Qwen2.5-VL")}
 
 
 def _of_scheme(kind: Callable[[schemes.Scheme], bool]) -> Callable[[Any], bool]:
@@ -62,9 +70,24 @@ def _two(config: Any, *names: str) -> bool:
     names: of models in _CUT, all of them by default."""
     vision = getattr(getattr(config.model_config, "hf_config", None), "vision_config", None)
     heads = getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None) or 1
-    alone = all(size(config, f"{kind}_parallel_size") == 1 for kind in _ONE_OF)
     known = images.taken(config) in [_CUT[name] for name in names or _CUT] and heads % 2 == 0
-    return size(config, "tensor_parallel_size") == 2 and alone and known
+    return _pair(config) and known and not _by_image(config)
+
+
+def _whole(config: Any) -> bool:
+    """Two ranks, each of which encodes some of the images."""
+    return _pair(config) and images.taken(config) in _UNCUT.values() and _by_image(config)
+
+
+def _pair(config: Any) -> bool:
+    """Two tensor-parallel ranks, and no others."""
+    alone = all(size(config, f"{kind}_parallel_size") == 1 for kind in _ONE_OF)
+    return size(config, "tensor_parallel_size") == 2 and alone
+
+
+def _by_image(config: Any) -> bool:
+    media = getattr(config.model_config, "multimodal_config", None)
+    return getattr(media, "mm_encoder_tp_mode", None) == "data"
 
 
 def _grams(config: Any) -> bool:
@@ -80,6 +103,7 @@ def _adapters(config: Any) -> bool:
 _SHOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (_of_scheme(kind), QUANTIZED) for name, kind in _SCHEMES.items()},
     _TWO: (_two, _RANKS),
+    _WHOLE: (_whole, _RANKS),
     _GRAMS: (_grams, SPECULATION),
     LORA: (_adapters, LORA),
 }
@@ -102,7 +126,6 @@ def _prepared_by(media: Any) -> object:
 
 # Settings of vLLM's MultiModalConfig under which an encoder computes in another way.
 _SETTINGS: dict[str, Callable[[Any], object]] = {
-    "an encoder over several ranks (--mm-encoder-tp-mode data)": _of_media("mm_encoder_tp_mode", "data"),
     "an encoder without its language model (--mm-encoder-only)": _of_media("mm_encoder_only", True),
     "quantized attention of encoders (--mm-encoder-attn-dtype)": lambda m: getattr(m, "mm_encoder_attn_dtype", None),
     "another attention backend of encoders (--mm-encoder-attn-backend)": lambda m: (
@@ -122,6 +145,7 @@ def _other(config: Any) -> str:
     found = {name: PARTS[name](config) and name not in shown.values() for name in _PARTS}
     found |= {name: asked(media) for name, asked in _SETTINGS.items()}
     found |= {
+        "whole images for each rank (--mm-encoder-tp-mode data)": _by_image(config) and _WHOLE not in shown,
         "transfer of encoded images": getattr(config, "ec_transfer_config", None) is not None,
         "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
     }
@@ -202,8 +226,7 @@ def _ranks(names: tuple[str, ...], cuda: Cells) -> Feature:
         cuda=cuda,
         ascend=images.ASCEND,
         asked=lambda config: f"images with {_TWO}" if _two(config, *names) else "",
-        details="The ranks cut encoder and language model. With another number of ranks, and with whole images for "
-        "each rank (--mm-encoder-tp-mode data), images are refused.",
+        details="The ranks cut encoder and language model. With another number of ranks, images are refused.",
     )
 
 
@@ -216,6 +239,12 @@ BESIDE: tuple[Feature, ...] = (
     *(_of_language(name, cpu=served(_CPU_MORE, why=f"{_TINY}, in eager mode")) for name in (_GPTQ, _FOUR)),
     *(_of_language(name, cpu=_ALONE) for name in (_BLOCKS, _CHANNELS)),
     _ranks(tuple(_CUT), _ALONE),
+    _beside(
+        _WHOLE,
+        f"images of {' and '.join(_UNCUT)} with two tensor-parallel ranks that encode whole images "
+        "(--mm-encoder-tp-mode data)",
+        cpu=served(*_CPU_WHOLE, why="tiny models with random weights, over shared memory; Qwen3-VL compiled, too"),
+    ),
     _beside(
         _GRAMS,
         "images with n-grams (speculative decoding)",
@@ -244,10 +273,10 @@ BESIDE: tuple[Feature, ...] = (
     ),
     row(
         "images with INT8 weights, AWQ, n-grams or two ranks, in an engine that vLLM compiles",
-        cpu=served(_CPU_RANKS_MORE, _CPU_MORE, why="tiny models with random weights"),
+        cpu=served(_CPU_RANKS_MORE, _CPU_MORE, _CPU_WHOLE[1], why="tiny models with random weights"),
         cuda=(images.OLDER, _EAGER),
         ascend=images.ASCEND,
-        asked=_compiled(_INT8, _AWQ, _GRAMS, _TWO),
+        asked=_compiled(_INT8, _AWQ, _GRAMS, _TWO, _WHOLE),
     ),
     row(
         "images with GPTQ, 4-bit weights of compressed-tensors, FP8 weights or LoRA, in an engine that vLLM compiles",

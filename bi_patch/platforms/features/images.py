@@ -15,6 +15,7 @@ _CPU_INTERN = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-3.json"
 _CPU_QWEN2 = "invariance-2026-11-30-cpu-images-vllm-0.32.0.json"
 _CPU_GLM = "invariance-2026-11-30-cpu-images-vllm-0.32.0-2.json"
 _CPU_NEW = "invariance-2026-11-30-cpu-images-vllm-0.32.0-3.json"
+_CPU_PIXTRAL = "invariance-2026-11-30-cpu-images-vllm-0.32.0-10.json"
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _H200_GEMMA = "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json"
 _H200_GEMMA_COMPILED = "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json"
@@ -24,6 +25,7 @@ ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 # Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
 _IDEFICS = {("Idefics3ForConditionalGeneration", "idefics3_vision")}
 _TOWERS = {("Mistral3ForConditionalGeneration", "pixtral"), ("LlavaForConditionalGeneration", "clip_vision_model")}
+_PIXTRAL = {("LlavaForConditionalGeneration", "pixtral")}
 _QWEN = {("Qwen3VLForConditionalGeneration", "qwen3_vl"), ("Qwen3VLForConditionalGeneration", "qwen3_vl_vision")}
 _QWEN2_5 = {("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")}
 _QWEN2 = {("Qwen2VLForConditionalGeneration", "qwen2_vl"), ("Qwen2VLForConditionalGeneration", "qwen2_vl_vision")}
@@ -81,7 +83,7 @@ def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
 
 
 def _other(config: Any) -> str:
-    known = encoder(config) in _IDEFICS | _TOWERS | _QWEN | _QWEN2_5 | _GEMMA | _INTERN | _NEW
+    known = encoder(config) in _IDEFICS | _TOWERS | _PIXTRAL | _QWEN | _QWEN2_5 | _GEMMA | _INTERN | _NEW
     return f"multimodal inputs of {taken(config)}" if taken(config) and not known else ""
 
 
@@ -162,6 +164,15 @@ IMAGES: tuple[Feature, ...] = (
         ascend=ASCEND,
         asked=_of(_TOWERS),
         details="On CPU, vLLM needs torchvision for them.",
+    ),
+    row(
+        "images (Pixtral as Hugging Face transformers has it)",
+        cpu=served(_CPU_PIXTRAL, why=f"{_TINY}; preemption in eager mode"),
+        cuda=refused("nobody has compared such an engine", todo=_TEXT_ONLY),
+        ascend=ASCEND,
+        asked=_of(_PIXTRAL),
+        details="LlavaForConditionalGeneration with an encoder of Pixtral. In Mistral's own format "
+        "(PixtralForConditionalGeneration), the model is refused. vLLM needs torchvision for them.",
     ),
     row(
         "images (Qwen3-VL)",

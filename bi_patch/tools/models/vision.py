@@ -560,10 +560,12 @@ CPU = (
     "LLaVA-NeXT",
     "LLaVA-OneVision",
     "GLM-4.1V",
+    "Pixtral",
 )  # tiny, and served there
-ARGUMENTS = dict.fromkeys(
+# Of vLLM's LLM, for models that need them: code of their own, or room for three images in a prompt.
+ARGUMENTS: dict[str, dict[str, object]] = dict.fromkeys(
     ("InternVLChat", "InternVLChat-2B"), {"trust_remote_code": True}
-)  # of vLLM's LLM, for models that need them
+) | {"LLaVA-OneVision-7B": {"max_model_len": 8192}}
 WITHOUT_TORCHVISION = ("Idefics3",)
 
 

@@ -483,8 +483,9 @@ def image_tokens(llm) -> tuple[dict[str, tuple[int, ...]], int]:
     most = budget.mm_max_toks_per_item
     kind = get_model_cls(model)
     text = kind.get_placeholder_str("image", 1)
-    # Mistral's models leave it to their processor.
-    text = text or getattr(budget.processor.info.get_hf_processor(), "image_token", "")
+    # Mistral's models leave it to their processor, which also knows the token of a LLaVA with a Pixtral encoder.
+    if not text or kind.__name__ == "LlavaForConditionalGeneration":
+        text = getattr(budget.processor.info.get_hf_processor(), "image_token", text)
     if "image" not in most or not text:
         return {}, 0
     texts = {"image": text}

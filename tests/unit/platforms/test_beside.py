@@ -100,11 +100,20 @@ def test_two_ranks_need_a_known_model_and_heads_that_they_share_evenly():
         QWEN | {"parallel_data_parallel_size": 2},
     ):
         refused("cpu", "images with several ranks", **changes)
-    refused(
-        "cpu",
-        "an encoder over several ranks",
-        **two(model_multimodal_config=SimpleNamespace(mm_encoder_tp_mode="data")),
-    )
+
+
+def test_two_ranks_may_encode_whole_images_of_some_models():
+    data = {"model_multimodal_config": SimpleNamespace(mm_encoder_tp_mode="data")}
+    check("cpu", **two(**data))
+    check("cpu", **two(heads=15, **data))
+    gemma = {"architecture": "Gemma3ForConditionalGeneration", "encoder": "siglip_vision_model"}
+    for changes in (
+        two(**gemma, **data),
+        two(**data, parallel_tensor_parallel_size=4),
+        two(**data, parallel_data_parallel_size=2),
+        QWEN | data,
+    ):
+        refused("cpu", "whole images for each rank", **changes)
 
 
 def test_adapters_and_drafts_of_the_language_model_start_on_cpu():

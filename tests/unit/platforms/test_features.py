@@ -177,7 +177,7 @@ def test_a_plain_configuration_passes(platform):
         (images("Idefics3ForConditionalGeneration", model_quantization="fp8"), "images with quantized weights"),
         (images("Idefics3ForConditionalGeneration", parallel_tensor_parallel_size=2), "images with several ranks"),
         (images("Idefics3ForConditionalGeneration", model_enable_prompt_embeds=True), "images with prompt embed"),
-        (images("Idefics3ForConditionalGeneration", mm_encoder_tp_mode="data"), "images with an encoder over"),
+        (images("Idefics3ForConditionalGeneration", mm_encoder_tp_mode="data"), "images with whole images"),
         (images("Idefics3ForConditionalGeneration", compilation_compile_mm_encoder=True), "images with a compiled"),
         (images("Idefics3ForConditionalGeneration", compilation_cudagraph_mm_encoder=True), "images with CUDA graphs"),
         (
@@ -490,6 +490,7 @@ def test_images_of_known_models_are_served_on_cpu():
     [
         ("Mistral3ForConditionalGeneration", "pixtral"),
         ("LlavaForConditionalGeneration", "clip_vision_model"),
+        ("LlavaForConditionalGeneration", "pixtral"),
         ("Idefics3ForConditionalGeneration", "idefics3_vision"),
         ("Gemma3ForConditionalGeneration", "siglip_vision_model"),
         ("Qwen3VLForConditionalGeneration", "qwen3_vl"),

@@ -373,6 +373,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images of Mistral Small 3, LLaVA with CLIP, Qwen2.5-VL and Idefics3 with preemption", "cpu"): tuple(
         (f"{model}, * across engines", "preemption") for model in ("Mistral Small 3", "LLaVA", "Qwen2.5-VL", "Idefics3")
     ),
+    ("images (Pixtral as Hugging Face transformers has it)", "cpu"): (
+        ("Pixtral, bf16", *_IMAGES, "prefix cache", "batch size"),
+        ("Pixtral, bf16 compiled", *_IMAGES, "batch size"),
+        ("Pixtral, bf16, across engines", "preemption"),
+    ),
     # Images beside another feature.
     ("images with INT8 weights and activations of the language model", "cpu"): (
         ("Qwen3-VL, bf16, INT8", *_IMAGES, "batch size"),
@@ -400,6 +405,15 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
             for model in ("Qwen2.5-VL", "Gemma 3", "InternVL", "Mistral Small 3", "LLaVA")
         ),
     ),
+    (
+        "images of Qwen3-VL and Qwen2.5-VL with two tensor-parallel ranks that encode whole images "
+        "(--mm-encoder-tp-mode data)",
+        "cpu",
+    ): (
+        ("Qwen3-VL, bf16, TP 2, whole images", "images", "batch size"),
+        ("Qwen2.5-VL, bf16, TP 2, whole images", "images"),
+        ("Qwen3-VL, bf16 compiled, TP 2, whole images", "images"),
+    ),
     ("images with n-grams (speculative decoding)", "cpu"): (
         ("Qwen3-VL, bf16, n-grams", "images"),
         ("Qwen3-VL, bf16 compiled, n-grams", "images"),
@@ -408,6 +422,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images with LoRA of the language model", "cpu"): (("Qwen3-VL, bf16, LoRA", "images", "batch size"),),
     ("images with INT8 weights, AWQ, n-grams or two ranks, in an engine that vLLM compiles", "cpu"): (
         ("Qwen3-VL, bf16 compiled, TP 2", "images"),
+        ("Qwen3-VL, bf16 compiled, TP 2, whole images", "images"),
         ("Qwen3-VL, bf16 compiled, INT8", "images"),
         ("Qwen2.5-VL, bf16 compiled, AWQ", "images"),
         ("Qwen3-VL, bf16 compiled, n-grams", "images"),
