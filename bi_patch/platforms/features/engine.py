@@ -889,7 +889,11 @@ FEATURES: tuple[Feature, ...] = (
                 todo="Use vLLM 0.33",
                 releases="<0.33",
             ),
-            untried(),
+            served(
+                "invariance-2026-11-30-h200-expert-lora-vllm-0.33.0.json",
+                "invariance-2026-11-30-h200-expert-lora-vllm-0.33.0-2.json",
+                why="two layers of Qwen3-30B-A3B with 32 experts, in eager mode and compiled",
+            ),
         ),
         ascend=refused("its products split K by the number of rows", by="features.ascend"),
         details="The head's adapter of each row is that of the row's own token, also for prompt logprobs and drafts.",

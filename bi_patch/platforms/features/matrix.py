@@ -33,6 +33,7 @@ _CPU: dict[tuple[str, str], str] = {
 }
 _CUDA: dict[tuple[str, str], str] = {
     (LORA, LOGPROBS): _H200_LORA,
+    (LORA, CACHED): "invariance-2026-11-30-h200-expert-lora-vllm-0.33.0.json",
     (SPECULATION, LOGPROBS): _H200_SPECULATION,
     **dict.fromkeys(((QUANTIZED, asked) for asked in REQUESTS), _H200_FP8),
     **dict.fromkeys(((LOGPROBS, CACHED), (LOGPROBS, PREEMPTED), (CACHED, PREEMPTED)), _H100),

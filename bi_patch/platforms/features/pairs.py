@@ -22,6 +22,10 @@ _CPU_STAGES_MORE = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-5.json"
 _H200_PAIRS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-2.json"
 _H200_EXPERTS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
 _H200_RANKS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
+_H200_EXPERT_LORA = (
+    "invariance-2026-11-30-h200-expert-lora-vllm-0.33.0.json",
+    "invariance-2026-11-30-h200-expert-lora-vllm-0.33.0-2.json",
+)
 _H200_LORA_FP8 = "invariance-2026-11-29-h200-pairs-vllm-0.33.0-2.json"
 _SCHEMES = "INT8, 4-bit weights and FP8 blocks of tiny models, in eager mode"
 _ALONE = "nobody has compared bits of both together"
@@ -269,7 +273,14 @@ PAIRS: tuple[Feature, ...] = (
     row(
         "LoRA with experts: Qwen3-MoE",
         cpu=_NO_EXPERTS,
-        cuda=(_OLDER, untried("adapters of attention, experts, embeddings and head")),
+        cuda=(
+            _OLDER,
+            served(
+                *_H200_EXPERT_LORA,
+                why="two layers of Qwen3-30B-A3B with 32 experts, in eager mode and compiled; adapters of ranks 8 to "
+                "64 of attention, experts, embeddings and the head",
+            ),
+        ),
         ascend=_REFUSED,
         asked=_adapted_experts,
     ),

@@ -724,8 +724,10 @@ def test_an_engine_names_the_untried_pairs_of_which_it_has_its_part():
         return table.untried(config(**changes), "cuda", Version("0.33.0"))
 
     lora = untried(lora=SimpleNamespace())
-    assert "LoRA with prefix caching" in lora and "LoRA with preemption" in lora
-    assert "LoRA with prefix caching" not in untried(lora=SimpleNamespace(), cache_enable_prefix_caching=False)
+    assert "LoRA with structured output" in lora and "LoRA with preemption" in lora
+    drafts = "speculative decoding with prefix caching"
+    assert drafts in untried(speculative=ngram())
+    assert drafts not in untried(speculative=ngram(), cache_enable_prefix_caching=False)
     assert "speculative decoding with preemption" in untried(speculative=ngram())
     assert untried() == ()
 

@@ -31,6 +31,7 @@ _MLA = ("batch size", "prefix cache", "chunk budget")
 _ENCODED = ("batch size", "mixed lengths", "pooled vectors")
 _TRAINED = ("alone", "padded right", "packed", "gradients", "GRPO", "GRPO rerun", "weight update")
 _LORA = ("LoRA", "LoRA off")
+_ADAPTED = ("batch size", "late arrivals", "chunk budget", "prefix cache", "decode = prefill", "prompt logprobs")
 _ASKED = (
     *("n", "beam search", "prompt embeddings", "bias with allowed tokens", "min_tokens", "priorities"),
     "a reset of running requests",
@@ -193,6 +194,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("workers of an external launcher (torchrun)", "cuda"): (("* external launcher", *_SIX, "executor", "both ranks"),),
     ("LoRA", "cpu"): (("* LoRA", *_LORA),),
     ("LoRA adapters of embeddings and of the head", "cpu"): (("* LoRA", *_LORA),),
+    **dict.fromkeys(
+        (("LoRA adapters of embeddings and of the head", "cuda"), ("LoRA with experts: Qwen3-MoE", "cuda")),
+        tuple((f"Qwen3-30B-A3B (2 layers, 32 experts) {kind}", *_LORA, *_ADAPTED) for kind in ("LoRA", "LoRA eager")),
+    ),
     ("LoRA", "cuda"): (("* LoRA eager", *_LORA), ("* LoRA compiled", *_LORA)),
     ("speculative decoding with n-grams of the request (method ngram)", "cpu"): (
         ("* bf16, n-grams", *_SPECULATED),
