@@ -1,12 +1,12 @@
 """Decode attention over paged KV: compiles and launches decode.cu, which states shapes, order and limits.
 
-The bits are the same for every number of blocks (`parts`), so the number of requests may choose it.
+The bits are the same in every form, so the number of requests may choose it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 TILES = {64: 128, 128: 128, 256: 80}
 HEAD_SIZES = tuple(TILES)
 GROUP = 16  # most query heads per key head
-PARTS = (8, 4, 2, 1)  # blocks of a cluster
-_LEAST_COLUMNS = 32  # of V per block: with 16, a warp that sums V is slower than the warps that score
 _MOST_SCORERS = 8
-_FEW_WARPS = 8  # most warps of a block whose threads may have 255 registers
 _LOG2E = 1.4426950408889634
 _INPUTS = {"bfloat16": "bf16", "float16": "f16"}
 # 1: a partial sum's rescale and the tile's first addition are one FMA, as FlashAttention 3 was compiled.
@@ -46,11 +43,18 @@ def covers_pages(page_size: int) -> bool:
 
 
 class Form(NamedTuple):
-    """What decode.cu is compiled for. group: query heads per key head. parts: blocks of a cluster."""
+    """What decode.cu is compiled for.
+
+    group: query heads per key head. parts: blocks of a cluster. scorers, summers, carriers: warps of a block that score,
+    sum V and copy V.
+    """
 
     head_size: int
     group: int
     parts: int
+    scorers: int
+    summers: int
+    carriers: int
 
     @property
     def halves(self) -> int:
@@ -62,89 +66,83 @@ class Form(NamedTuple):
         """Keys of a tile."""
         return TILES[self.head_size]
 
-    def defines(self, shared: int) -> dict[str, int]:
-        """The preprocessor macros of decode.cu, for `shared` bytes of shared memory per block."""
+    @property
+    def columns(self) -> int:
+        """Columns of V that a block sums."""
+        return self.head_size // self.parts
+
+    def defines(self) -> dict[str, int]:
+        """The preprocessor macros of decode.cu."""
         return {
             "HEAD": self.head_size,
             "TILE": self.tile,
             "PARTS": self.parts,
             "HALVES": self.halves,
-            "SCORERS": self.scorers(shared),
+            "SCORERS": self.scorers,
             "SUMMERS": self.summers,
             "CARRIERS": self.carriers,
         }
 
     @property
-    def summers(self) -> int:
-        """Warps of a block that sum V. In a cluster, a warp holds two tiles of its columns in registers, at most 32
-        columns then. More warps would leave each warp fewer registers."""
-        return 4 if self.parts == 1 else max(2, self.head_size // self.parts // 32)
-
-    @property
-    def carriers(self) -> int:
-        """Warps of a block that copy V. One warp keeps up if a single block loads all of a tile's K and V."""
-        return 1 if self.parts == 1 else 2
-
-    def scorers(self, shared: int) -> int:
-        """Warps of a block that score. Each needs shared memory for a tile's K, and a slot in every block."""
-        most = _MOST_SCORERS if self.parts == 1 else _FEW_WARPS - self.summers - self.carriers
-        return min(most, (shared - 128) // self._scorer_bytes)
-
-    def threads(self, shared: int) -> int:
+    def threads(self) -> int:
         """Threads of a block. In a cluster, one or two summers are warps 3 and 7, so some warps may have no work."""
-        busy = self.scorers(shared) + self.summers + self.carriers
         apart = self.parts > 1 and self.summers <= 2
-        return 32 * max(busy, 4 * self.summers if apart else 0)
-
-    def shared_bytes(self, shared: int) -> int:
-        return self.scorers(shared) * self._scorer_bytes + 128
+        return 32 * max(self.scorers + self.summers + self.carriers, 4 * self.summers if apart else 0)
 
     @property
-    def _scorer_bytes(self) -> int:
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: a scorer's tile of K and its slot in every block; at the end, 128 bytes."""
         keys = self.tile * 2 * self.head_size + 5 * GROUP * 4 + 3 * 8
         loads = -(-self.tile // (32 // self.halves))
-        slot = self.tile * 2 * self.head_size // self.parts + loads * 512 + GROUP * 4 + 2 * 8
-        return -(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)
+        slot = self.tile * 2 * self.columns + loads * 512 + GROUP * 4 + 2 * 8
+        return self.scorers * (-(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)) + 128
 
 
-def parts_of(head_size: int, major: int) -> tuple[int, ...]:
-    """The numbers of blocks that may share the work of a token and key head on a device of compute capability `major`.
+# By a GPU's measurements (docs/log/hopper.md): head size -> eights of query rows -> parts, scorers, summers and carriers of
+# the forms for Hopper and later. The first form whose clusters all run at once serves.
+_CLUSTERS: dict[int, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    64: {n: ((4, 3, 1, 3), (2, 4, 2, 2), (1, 6, 4, 1)) for n in (1, 2)},
+    128: {
+        1: ((8, 2, 1, 4), (4, 3, 2, 2), (2, 3, 2, 2), (1, 3, 4, 1)),
+        2: ((8, 2, 1, 4), (4, 2, 2, 2), (2, 3, 2, 2), (1, 3, 4, 1)),
+    },
+    256: {n: ((8, 2, 1, 4), (4, 2, 2, 4), (2, 2, 4, 2), (1, 2, 4, 1)) for n in (1, 2)},
+}
 
-    More than one block form a cluster.
+
+def forms(head_size: int, group: int, major: int, shared: int) -> tuple[Form, ...]:
+    """The forms that may serve on a device of compute capability `major` with `shared` bytes of shared memory a block.
+
+    The last one needs no cluster. There is none if shared memory does not hold it.
     """
-    return tuple(n for n in PARTS if n == 1 or (major >= 9 and head_size // n >= _LEAST_COLUMNS))
+    measured = [Form(head_size, group, *row) for row in _CLUSTERS[head_size][1 if group <= 8 else 2]]
+    if major >= 9 and all(form.shared_bytes <= shared for form in measured):
+        return tuple(measured)
+    alone = (Form(head_size, group, 1, scorers, 4, 1) for scorers in range(_MOST_SCORERS, 1, -1))
+    return tuple(form for form in alone if form.shared_bytes <= shared)[:1]
 
 
-def parts_on(head_size: int, device: int) -> tuple[int, ...]:
-    """parts_of for device number `device`."""
+def forms_on(head_size: int, group: int, device: int) -> tuple[Form, ...]:
+    """`forms` for device number `device`."""
     import torch
 
-    return parts_of(head_size, torch.cuda.get_device_capability(device)[0])
+    _, shared, _ = _target(device)
+    return forms(head_size, group, torch.cuda.get_device_capability(device)[0], shared)
 
 
-def forms(heads: int, key_heads: int, head_size: int, parts: Iterable[int]) -> list[Form]:
-    """Every form that a model may need; the number of requests decides which serves a call."""
-    return [Form(head_size, heads // key_heads, number) for number in parts]
-
-
-def choose_parts(pairs: int, at_once: Mapping[int, int]) -> int:
-    """How many blocks share the work of a token and key head, given `pairs` such pairs.
-
-    The most blocks for which all clusters run at once. at_once: blocks of a cluster -> clusters that run at once.
+def choose(pairs: int, given: Sequence[Form], at_once: Mapping[Form, int]) -> Form:
+    """The form that serves `pairs` pairs of a token and a key head: the first whose clusters all run at once, else the
+    last. at_once: form of several blocks -> clusters that run at once.
     """
-    return next(number for number in PARTS if pairs <= at_once.get(number, 0) or number == 1)
+    return next((form for form in given if pairs <= at_once.get(form, 0)), given[-1])
 
 
 @functools.cache
-def build(form: Form, dtype: torch.dtype, arch: str, shared: int, major: int) -> bytes:
-    """Compile a cubin for `arch` (e.g. sm_90) and `shared` bytes of shared memory per block with NVRTC of CUDA `major`.
-
-    Raises nvrtc.CompileError.
-    """
+def build(form: Form, dtype: torch.dtype, arch: str, major: int) -> bytes:
+    """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     source = nvrtc.source("primitives.h", "paged.h", "decode.cu")
     name = _INPUTS[str(dtype).removeprefix("torch.")]
-    defines = form.defines(shared) | {"INPUT": f'"{name}"', "CONTRACT": _CONTRACT}
-    return nvrtc.compile(source, arch, defines, major)
+    return nvrtc.compile(source, arch, form.defines() | {"INPUT": f'"{name}"', "CONTRACT": _CONTRACT}, major)
 
 
 def attend(
@@ -156,15 +154,14 @@ def attend(
     lengths: torch.Tensor,
     pages: torch.Tensor,
     scale: float,
-    parts: int | None = None,
+    form: Form | None = None,
 ) -> None:
     """Causal attention of q [tokens, heads, D] over paged KV, written to out [tokens, heads, D].
 
     k, v [pages, page size, key heads, D]: equal strides. starts [requests + 1], int32: where each request's tokens
     begin in q; a request may have none. lengths [requests], int32: tokens of each request in KV; its tokens in q are
-    the last of these, in order. pages [requests, most pages], int32. scale: of the softmax. parts: one of PARTS, by
-    default choose_parts's choice; it changes no bit. Raises Unfit before any work if the kernel does not support a
-    tensor.
+    the last of these, in order. pages [requests, most pages], int32. scale: of the softmax. form: one of forms_on's, by
+    default choose's choice; it changes no bit. Raises Unfit before any work if the kernel does not support a tensor.
     """
     if problem := _unfit(q, k, v, out, starts, lengths, pages):
         raise Unfit(f"decode: {problem}")
@@ -182,10 +179,9 @@ def attend(
         *(c_int(stride) for stride in (*q.stride()[:2], *(2 * x for x in k.stride()[:3]), *out.stride()[:2])),
     ]
     stream = torch.cuda.current_stream(q.device).cuda_stream
-    if parts is None:
-        parts = choose_parts(key_heads * tokens, _at_once(heads // key_heads, size, q.dtype, q.device.index))
-    form = Form(size, heads // key_heads, parts)
-    kernel(form, q.dtype, q.device.index)((parts * key_heads, tokens), stream, arguments)
+    if form is None:
+        form = choose(key_heads * tokens, *_choices(heads // key_heads, size, q.dtype, q.device.index))
+    kernel(form, q.dtype, q.device.index)((form.parts * key_heads, tokens), stream, arguments)
 
 
 def _unfit(q, k, v, out, starts, lengths, pages) -> str:
@@ -216,10 +212,10 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
 
 
 @functools.cache
-def _at_once(group: int, head_size: int, dtype: torch.dtype, device: int) -> dict[int, int]:
-    """Blocks of a cluster (more than 1) -> clusters that run at once on the device."""
-    found = parts_on(head_size, device)
-    return {n: kernel(Form(head_size, group, n), dtype, device).clusters(n) for n in found if n > 1}
+def _choices(group: int, head_size: int, dtype: torch.dtype, device: int) -> tuple[tuple[Form, ...], dict[Form, int]]:
+    """The forms that may serve, and how many clusters of each form of several blocks run at once on the device."""
+    given = forms_on(head_size, group, device)
+    return given, {f: kernel(f, dtype, device).clusters(f.parts) for f in given if f.parts > 1}
 
 
 def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int) -> None:
@@ -227,13 +223,14 @@ def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, devi
 
     Raises nvrtc.CompileError.
     """
-    target = _target(device)
-    needed = forms(heads, key_heads, head_size, parts_on(head_size, device))
+    arch, _, major = _target(device)
+    needed = forms_on(head_size, heads // key_heads, device)
+    if not needed:
+        raise nvrtc.CompileError(f"decode: heads of {head_size} do not fit into the shared memory of {arch}")
     with ThreadPoolExecutor(len(needed)) as pool:
-        list(pool.map(lambda form: build(form, dtype, *target), needed))
-    for form in needed:
-        kernel(form, dtype, device)
-    _at_once(heads // key_heads, head_size, dtype, device)
+        list(pool.map(lambda form: build(form, dtype, arch, major), needed))
+    _choices(heads // key_heads, head_size, dtype, device)
+    kernel(needed[-1], dtype, device)
 
 
 @functools.cache
@@ -241,10 +238,10 @@ def kernel(form: Form, dtype: torch.dtype, device: int) -> nvrtc.Function:
     """The kernel, compiled and loaded on the device. Raises nvrtc.CompileError."""
     import torch
 
-    arch, shared, major = _target(device)
-    cubin = build(form, dtype, arch, shared, major)
+    arch, _, major = _target(device)
+    cubin = build(form, dtype, arch, major)
     with torch.cuda.device(device):
-        return nvrtc.Function(cubin, "decode", form.threads(shared), form.shared_bytes(shared))
+        return nvrtc.Function(cubin, "decode", form.threads, form.shared_bytes)
 
 
 def _target(device: int) -> tuple[str, int, int]:

@@ -144,10 +144,10 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     for what, q, k, v, pages, scale in layouts():
         want = prefill(q, k, v, pages, scale)[rows]
         held = pages.expand(len(lengths), -1)
-        for parts in decode.parts_on(size, device):
+        for form in decode.forms_on(size, heads // key_heads, device):
             got = torch.empty_like(want)
-            decode.attend(q[rows], k, v, got, starts, lengths, held, scale, parts)
+            decode.attend(q[rows], k, v, got, starts, lengths, held, scale, form)
             wrong = bits.differing(got, want)
-            said = f"{what} scores, {parts} parts: {wrong} of {got.numel()} elements differ from prefill"
+            said = f"{what} scores, {form.parts} parts: {wrong} of {got.numel()} elements differ from prefill"
             tally.add(got.numel(), wrong, said)
     return tally.certificate(key, "bundled decode")

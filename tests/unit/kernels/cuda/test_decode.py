@@ -31,7 +31,7 @@ extern "C" int shared_bytes() { return sizeof(Shared); }
 AMPERE, SHARED = 163 * 1024, 227 * 1024
 
 
-def build(folder: Path, form: decode.Form, shared: int) -> ctypes.CDLL:
+def build(folder: Path, form: decode.Form) -> ctypes.CDLL:
     source = folder / "decode.cpp"
     source.write_text(
         f'#include "emulate.h"\n#include "{KERNELS / "paged.h"}"\n#include "{KERNELS / "decode.cu"}"\n'
@@ -51,7 +51,7 @@ def build(folder: Path, form: decode.Form, shared: int) -> ctypes.CDLL:
         "-o",
         str(library),
     ]
-    command += [f"-D{name}={value}" for name, value in form.defines(shared).items()]
+    command += [f"-D{name}={value}" for name, value in form.defines().items()]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
@@ -65,26 +65,27 @@ def in_order(library, q, k, v, row: int, scale: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "head, group, key_heads, page, parts, shared",
+    "key_heads, page, form",
     [
-        (64, 4, 2, 16, 1, SHARED),
-        (128, 8, 1, 32, 1, AMPERE),
-        (64, 16, 1, 128, 2, SHARED),
-        (128, 12, 2, 16, 4, SHARED),
-        (64, 4, 1, 1024, 2, SHARED),
-        (128, 4, 1, 16, 4, SHARED),
-        (128, 16, 1, 16, 1, SHARED),
-        (256, 8, 1, 16, 1, SHARED),
-        (256, 16, 1, 128, 2, SHARED),
-        (256, 4, 2, 16, 4, SHARED),
-        (256, 12, 1, 1024, 8, SHARED),
+        (2, 16, decode.Form(64, 4, 1, 6, 4, 1)),
+        (1, 32, decode.Form(128, 8, 1, 2, 4, 1)),
+        (1, 128, decode.Form(64, 16, 2, 4, 2, 2)),
+        (2, 16, decode.Form(128, 12, 4, 2, 2, 2)),
+        (1, 1024, decode.Form(64, 4, 4, 3, 1, 3)),
+        (1, 16, decode.Form(128, 4, 8, 2, 1, 4)),
+        (1, 16, decode.Form(128, 16, 1, 3, 4, 1)),
+        (1, 16, decode.Form(256, 8, 1, 2, 4, 1)),
+        (1, 128, decode.Form(256, 16, 2, 2, 4, 2)),
+        (2, 16, decode.Form(256, 4, 4, 2, 2, 4)),
+        (1, 1024, decode.Form(256, 12, 8, 2, 1, 4)),
     ],
+    ids=str,
 )
-def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_heads, page, parts, shared):
-    form = decode.Form(head, group, parts)
-    library = build(tmp_path, form, shared)
-    assert library.shared_bytes() <= form.shared_bytes(shared) <= shared
-    assert library.threads() == form.threads(shared)
+def test_attention_of_single_queries(tmp_path, monkeypatch, key_heads, page, form):
+    head, group = form.head_size, form.group
+    library = build(tmp_path, form)
+    assert library.shared_bytes() <= form.shared_bytes <= SHARED
+    assert library.threads() == form.threads
 
     def emulated(grid, stream, arguments):
         strides = (ctypes.c_int * 7)(*(a.value for a in arguments[-7:]))
@@ -108,7 +109,7 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
     q = torch.randn(9, heads, head).to(torch.bfloat16)
     out = torch.full_like(q, 7.0)
     scale = head**-0.5
-    decode.attend(q, k, v, out, starts, lengths, pages, scale, parts)
+    decode.attend(q, k, v, out, starts, lengths, pages, scale, form)
     assert (out[8] == 7).all()
     tokens = [(i, n) for i, n in enumerate(lengths.tolist()[:6])] + [(6, tile + 1), (6, tile + 2)]
     for token, (i, length) in enumerate(tokens):
@@ -126,22 +127,21 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, head, group, key_hea
 @pytest.mark.parametrize("head", decode.HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiles_without_a_gpu(arch, shared, head, dtype):
-    parts = decode.parts_of(head, int(arch[3:]) // 10)
-    if shared == AMPERE and head == 256:  # one scorer fits: FlashAttention keeps such a call
-        with pytest.raises(nvrtc.CompileError, match="RING > 1"):
-            decode.build(decode.Form(head, 8, 1), dtype, arch, shared, 13)
-        return
-    for form in (form for group in (8, 16) for form in decode.forms(group, 1, head, parts)):
-        assert decode.build(form, dtype, arch, shared, 13)[:4] == b"\x7fELF"
-        # Each slot waits for the slot before it.
-        assert form.scorers(shared) >= 2
+    given = [form for group in (8, 16) for form in decode.forms(head, group, int(arch[3:]) // 10, shared)]
+    assert bool(given) == (shared != AMPERE or head < 256)  # one scorer fits: FlashAttention keeps such a call
+    for form in given:
+        assert decode.build(form, dtype, arch, 13)[:4] == b"\x7fELF"
+        assert form.shared_bytes <= shared
+        assert form.scorers * form.parts >= 2  # each slot waits for the slot before it
 
 
-@pytest.mark.parametrize("head, parts", [(64, 2), (128, 2), (128, 4), (256, 2), (256, 4), (256, 8)])
-@pytest.mark.parametrize("group", [8, 16])
-def test_another_block_is_told_after_the_loads(tmp_path, head, parts, group):
+CLUSTERS = [form for head in decode.HEAD_SIZES for n in (8, 16) for form in decode.forms(head, n, 9, SHARED)[:-1]]
+
+
+@pytest.mark.parametrize("form", CLUSTERS, ids=str)
+def test_another_block_is_told_after_the_loads(tmp_path, form):
     """In the machine code too, a block signals another block only after a reduction over the loaded values."""
-    (tmp_path / "cubin").write_bytes(decode.build(decode.Form(head, group, parts), torch.bfloat16, "sm_90", SHARED, 13))
+    (tmp_path / "cubin").write_bytes(decode.build(form, torch.bfloat16, "sm_90", 13))
     triton = Path(importlib.util.find_spec("triton").origin).parent
     command = [triton / "backends" / "nvidia" / "bin" / "nvdisasm", "-c", tmp_path / "cubin"]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -150,11 +150,18 @@ def test_another_block_is_told_after_the_loads(tmp_path, head, parts, group):
 
 
 def test_few_requests_are_shared_by_clusters():
-    found = {pairs: decode.choose_parts(pairs, {4: 30, 2: 66}) for pairs in (1, 30, 31, 66, 67, 2000)}
-    assert found == {1: 4, 30: 4, 31: 2, 66: 2, 67: 1, 2000: 1}
-    assert decode.choose_parts(1, {}) == 1
-    assert decode.parts_of(256, 9) == (8, 4, 2, 1) and decode.parts_of(128, 9) == (4, 2, 1)
-    assert decode.parts_of(64, 10) == (2, 1) and decode.parts_of(64, 8) == (1,)
+    for head in decode.HEAD_SIZES:
+        for group in (1, 16):
+            given = decode.forms(head, group, 9, SHARED)
+            parts = [form.parts for form in given]
+            assert parts == sorted(parts, reverse=True) and parts[-1] == 1
+            at_once = {form: 120 // form.parts for form in given[:-1]}
+            for pairs in (1, *at_once.values(), 121, 2000):
+                want = next((form for form in given[:-1] if pairs <= at_once[form]), given[-1])
+                assert decode.choose(pairs, given, at_once) == want
+            assert decode.choose(1, given, {}) == given[-1]
+    assert [form.parts for form in decode.forms(64, 8, 8, AMPERE)] == [1]
+    assert [form.parts for form in decode.forms(64, 8, 12, 99 * 1024)] == [1]  # Hopper's forms do not fit
 
 
 def test_what_the_kernel_does_not_have_is_refused():
