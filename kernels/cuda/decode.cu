@@ -275,8 +275,10 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   }
 }
 
-// Carrier `warp` of the block: copies V of every CARRIERS-th tile to the tile's slot.
+// Carrier `warp` of the block: copies V of every CARRIERS-th tile to the tile's slot once that is free, and tells the tile's
+// scorer. Summers tell nobody in other blocks: such a message could overtake their loads.
 DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
+  bool began = false;
   const unsigned char* const from = cache.k + cache.to_v + work.part * VALUE_PIECES * 16;
   int next_page = find_page(cache, warp, CARRIERS);
   for (int first = warp; first < work.tiles; first += FOUND * CARRIERS) {
@@ -286,7 +288,13 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
       const int i = first + n * CARRIERS;
       Slot& slot = memory().slots[i % RING];
       if (i >= RING) wait(&slot.empty, phase_of(i - RING));
-      if (PARTS > 1 && thread() % 32 == 0) expect(&slot.full, sizeof slot.weights + 8 * HALVES * 4);
+      const bool first = thread() % 32 == 0;
+      if (PARTS > 1 && first) expect(&slot.full, sizeof slot.weights + 8 * HALVES * 4);
+      if (PARTS > 1 && i >= RING) {  // the tile's scorer, in any block, may send weights
+        if (!began) all_began();
+        began = true;
+        arrive_at(&memory().scorers[i % RING % SCORERS].cleared, i % RING / SCORERS, first);
+      }
       together();
       copy_tile<VALUE_PIECES>(cache, from, i, located, GROUPS * n, slot.values);
       arrive_when_copied(&slot.full);
@@ -294,7 +302,7 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
   }
   end_group();
   wait_groups<0>();  // a thread must not end before its copies
-  all_began();
+  if (!began) all_began();
 }
 
 // A tile's inputs in the registers of a summer's lane.
@@ -311,8 +319,8 @@ struct Turn {
   bool full;
 };
 
-// Waits for the next slot and loads its weights.
-DEVICE void begin_take(Taken& taken, Turn& turn) {
+// Waits for the next slot and loads what is in the slot.
+DEVICE void take(Taken& taken, Turn& turn) {
   const int lane = thread() % 32, at = turn.slot;
   const Slot& slot = memory().slots[at];
   if (!turn.full) wait(&slot.full, turn.phase);
@@ -329,44 +337,20 @@ DEVICE void begin_take(Taken& taken, Turn& turn) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) taken.weights[load][part] = slot.weights[load][lane][part];
   }
-}
-
-// Loads the values of a step of 16 keys.
-DEVICE void take_step(Taken& taken, const Turn& turn, int step) {
-  const unsigned char* const values = memory().slots[taken.slot].values + step * 16 * VALUE_PIECES * 16;
 #pragma unroll
-  for (int pair = 0; pair < OWN / 2; ++pair) {
-    load_matrices_transposed(taken.values[step][pair], values + (turn.v_row ^ pair * 32));
+  for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+    for (int pair = 0; pair < OWN / 2; ++pair) {
+      const unsigned char* const values = slot.values + step * 16 * VALUE_PIECES * 16;
+      load_matrices_transposed(taken.values[step][pair], values + (turn.v_row ^ pair * 32));
+    }
   }
 }
 
-DEVICE void take(Taken& taken, Turn& turn) {
-  begin_take(taken, turn);
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) take_step(taken, turn, step);
-}
 
-// Zero, once all loads of what scorers sent have finished.
-DEVICE int loaded(const Taken& taken, const Work& work) {
-  u32 values = 0;
-#pragma unroll
-  for (int half = 0; half < HALVES; ++half) values |= bits_of(taken.by[half][0]) | bits_of(taken.by[half][1]);
-#pragma unroll
-  for (int load = 0; load < LOADS; ++load) {
-#pragma unroll
-    for (int part = 0; part < 4; ++part) values |= taken.weights[load][part];
-  }
-  return zero_after(values, hidden_zero(work));
-}
-
-// Frees the slot of tile i: the carrier may copy to the slot, and the scorer, in any block, may send weights. If no
-// scorer waits for the slot, nothing is sent: the scorer's block may have ended.
-DEVICE void free(const Taken& taken, const Work& work, int i, int zero) {
+DEVICE void free(const Taken& taken) {
   together();
-  const bool first = thread() % 32 == 0;
-  arrive_if(&memory().slots[taken.slot].empty, first);
-  arrive_at(&memory().scorers[taken.slot % SCORERS].cleared, taken.slot / SCORERS + zero,
-            first && i + RING < work.tiles);
+  arrive_if(&memory().slots[taken.slot].empty, thread() % 32 == 0);
 }
 
 // Columns of the output in a summer's registers: of each 16 columns and eight rows, a lane has columns g and g + 8 of
@@ -384,41 +368,46 @@ DEVICE void shrink(Sums& o, const Taken& taken) {
   }
 }
 
-DEVICE void add_step(Sums& o, const Taken& taken, int step) {
+// Adds a step of 16 keys. after: zero, of values that must be there first.
+DEVICE void add_step(Sums& o, const Taken& taken, int step, u32 after) {
   const u32* const w = taken.weights[step / TAKEN] + step % TAKEN * 2;
 #pragma unroll
   for (int pair = 0; pair < OWN / 2; ++pair) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      multiply_add(o[pair][half], taken.values[step][pair], w[half], w[HALVES + half]);
+      multiply_add(o[pair][half], taken.values[step][pair], w[half] | after, w[HALVES + half]);
     }
   }
 }
 
-// Adds tile i and frees its slot. `next`, if any, gets the values of tile i + 1 between the additions: these depend on
-// each other and leave time. No branch is among them: all additions would have to end first.
+// Adds a tile and frees its slot. `next`, if any, gets the next tile between the additions: these depend on each other and
+// leave time. Later additions depend on its loads, as the compiler would load last, and then wait before the next branch.
 template <bool ahead>
-DEVICE void add(Sums& o, const Taken& taken, Taken& next, const Work& work, int i, Turn& turn) {
+DEVICE void add(Sums& o, const Taken& taken, Taken& next, const Work& work, Turn& turn) {
+  u32 loads = 0;
+  if (ahead) {
+    take(next, turn);
+#pragma unroll
+    for (int pair = 0; pair < OWN / 2; ++pair) loads |= next.values[STEPS - 1][pair][3];
+    loads |= next.weights[LOADS - 1][3];
+  }
   shrink(o, taken);
-  add_step(o, taken, 0);
-  if (ahead) begin_take(next, turn);
-  int zero = 0;
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    if (ahead && 2 * step < STEPS) take_step(next, turn, 2 * step);
-    if (ahead && 2 * step + 1 < STEPS) take_step(next, turn, 2 * step + 1);
-    if (PARTS > 1 && step == 0) zero = loaded(taken, work);  // long ago
-    if (PARTS > 1 && step == 2) free(taken, work, i, zero);
-    if (step + 1 < STEPS) add_step(o, taken, step + 1);
+    u32 after = 0;
+    if (ahead && step == STEPS - 3) after = loads & hidden_zero(work);
+    if (ahead && step == STEPS - 1) after = turn.full & hidden_zero(work);
+    add_step(o, taken, step, after);
+    if (PARTS > 1 && step == 1) free(taken);
+    if (ahead && step == STEPS - 4) turn.full = is_over(&memory().slots[turn.slot].full, turn.phase);
   }
-  if (ahead) turn.full = is_over(&memory().slots[turn.slot].full, turn.phase);
 }
 
-// Adds tile i and takes tile i + 1, at the same time if the latter waits in its slot.
+// Adds tile i - 1 and takes tile i, at the same time if the latter waits in its slot.
 DEVICE void add_and_take(Sums& o, const Taken& taken, Taken& next, const Work& work, int i, Turn& turn) {
-  if (turn.full) return add<true>(o, taken, next, work, i, turn);
-  add<false>(o, taken, next, work, i, turn);
-  if (i + 1 >= work.tiles) return;
+  if (turn.full) return add<true>(o, taken, next, work, turn);
+  add<false>(o, taken, next, work, turn);
+  if (i == work.tiles) return;
   take(next, turn);
   turn.full = is_over(&memory().slots[turn.slot].full, turn.phase);
 }
@@ -433,15 +422,15 @@ DEVICE void sum_values(const Work& work, int warp) {
   if (PARTS == 1) {
     for (int i = 0; i < work.tiles; ++i) {
       take(now, turn);
-      free(now, work, i, 0);
-      add<false>(o, now, now, work, i, turn);
+      free(now);
+      add<false>(o, now, now, work, turn);
     }
   } else {
     Taken then;  // the next tile, loaded while this tile is added: in a cluster every tile waits for the previous tile
     if (work.tiles > 0) take(now, turn);
-    for (int i = 0; i < work.tiles; i += 2) {
-      add_and_take(o, now, then, work, i, turn);
-      if (i + 1 < work.tiles) add_and_take(o, then, now, work, i + 1, turn);
+    for (int i = 0; i < work.tiles;) {
+      add_and_take(o, now, then, work, ++i, turn);
+      if (i < work.tiles) add_and_take(o, then, now, work, ++i, turn);
     }
   }
   if (work.tiles > 0) wait(&memory().done, 0);
@@ -491,7 +480,7 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
         Scorer& scorer = memory().scorers[i];
         open(&scorer.peaked, 1);
         open(&scorer.summed, 1);
-        open(&scorer.cleared, SUMMERS * PARTS);
+        open(&scorer.cleared, PARTS);
       }
       Slot& slot = memory().slots[i];
       open(&slot.full, 33);  // 32 lanes that copy V, and 1 for the weights

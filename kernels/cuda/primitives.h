@@ -210,11 +210,8 @@ DEVICE void hand(u32* at, const u32 (&v)[4], i64* mbar, int to) {
                    remote(at, to)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(remote(mbar, to)) : "memory");
 }
 
-// Returns zero, given that `zero` is zero, once all lanes have loaded their `values`.
-DEVICE int zero_after(u32 values, u32 zero) { return __reduce_or_sync(0xffffffffu, values & zero); }
-
 // Arrives at `mbar` of block `to` if `wanted`, without a branch. The arrival can overtake earlier loads, which would then
-// read what block `to` sends next: `to` must depend on the loaded values. A fence would also order them, but doubles the
+// read what block `to` sends next: no load of the thread's may need that. A fence would also order them, but doubles the
 // kernel's time.
 DEVICE void arrive_at(i64* mbar, int to, bool wanted) {
   asm volatile("{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %1, 0;\n\t"
@@ -232,7 +229,6 @@ DEVICE void all_began() { asm volatile("barrier.cluster.wait.aligned;" ::: "memo
 DEVICE void expect(i64*, int) {}
 DEVICE void hand(float*, float, i64*, int) {}
 DEVICE void hand(u32*, const u32 (&)[4], i64*, int) {}
-DEVICE int zero_after(u32, u32 zero) { return zero; }
 DEVICE void arrive_at(i64*, int, bool) {}
 DEVICE void begin() { barrier(); }
 DEVICE void all_began() {}

@@ -149,7 +149,6 @@ DEVICE T* remote(T* at, int to) {
   return reinterpret_cast<T*>(blocks[to]->memory + (reinterpret_cast<unsigned char*>(at) - shared()));
 }
 
-DEVICE int zero_after(u32, u32 zero) { return zero; }
 DEVICE void arrive_at(i64* at, int to, bool wanted) {
   if (wanted) count(remote(at, to), 1, 0);
 }
