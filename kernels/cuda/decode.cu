@@ -23,16 +23,17 @@
 // key head: each block scores every PARTS-th run of SCORERS tiles, sends the weights to all blocks, and sums HEAD /
 // PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
 //
-// Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS and CARRIERS.
+// Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS, CARRIERS and
+// APART (where the summers are).
 // Limits: sm_80 or later, clusters sm_90 or later; at most 16 query heads per key head; pages of a power of two of
 // tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
 constexpr int COLUMNS = HEAD / PARTS;
 constexpr int KEY_PIECES = HEAD / 8, VALUE_PIECES = COLUMNS / 8;  // pieces of 16 bytes in a row of K and of V
 constexpr int OWN = VALUE_PIECES / SUMMERS;  // pieces of V that a summer sums
-// Warps w, w + 4, .. share a quarter of the multiprocessor. In a cluster the summers are the slowest, so one or two have
-// the last quarter alone: warps 3 and 7. Some warps may then have no work.
-constexpr bool APART = PARTS > 1 && SUMMERS <= 2;
+// Warps w, w + 4, .. share a quarter of the multiprocessor. APART: the summers, at most two, have the last quarter alone:
+// warps 3 and 7. Some warps may then have no work.
+static_assert(!APART || SUMMERS <= 2);
 constexpr int BUSY = SCORERS + SUMMERS + CARRIERS, WARPS = APART && BUSY < 4 * SUMMERS ? 4 * SUMMERS : BUSY;
 constexpr int THREADS = 32 * WARPS;
 constexpr int RING = SCORERS * PARTS;  // scorers of a cluster, and slots of a block

@@ -1,12 +1,12 @@
 """Decode attention over paged KV: compiles and launches decode.cu, which states shapes, order and limits.
 
-The bits are the same in every form, so the number of requests may choose it.
+The bits are the same in every form, so the number of requests and their lengths may choose it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from typing import TYPE_CHECKING, NamedTuple
@@ -46,7 +46,7 @@ class Form(NamedTuple):
     """What decode.cu is compiled for.
 
     group: query heads per key head. parts: blocks of a cluster. scorers, summers, carriers: warps of a block that score,
-    sum V and copy V.
+    sum V and copy V. apart: the summers, at most two, have a quarter of the multiprocessor alone.
     """
 
     head_size: int
@@ -55,6 +55,7 @@ class Form(NamedTuple):
     scorers: int
     summers: int
     carriers: int
+    apart: bool = False
 
     @property
     def halves(self) -> int:
@@ -81,13 +82,13 @@ class Form(NamedTuple):
             "SCORERS": self.scorers,
             "SUMMERS": self.summers,
             "CARRIERS": self.carriers,
+            "APART": int(self.apart),
         }
 
     @property
     def threads(self) -> int:
-        """Threads of a block. In a cluster, one or two summers are warps 3 and 7, so some warps may have no work."""
-        apart = self.parts > 1 and self.summers <= 2
-        return 32 * max(self.scorers + self.summers + self.carriers, 4 * self.summers if apart else 0)
+        """Threads of a block. Summers apart are warps 3 and 7, so some warps may have no work."""
+        return 32 * max(self.scorers + self.summers + self.carriers, 4 * self.summers if self.apart else 0)
 
     @property
     def shared_bytes(self) -> int:
@@ -98,31 +99,46 @@ class Form(NamedTuple):
         return self.scorers * (-(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)) + 128
 
 
-# By a GPU's measurements (docs/log/hopper.md): head size -> eights of query rows -> parts, scorers, summers and carriers of
-# the forms for Hopper and later. The first form whose clusters all run at once serves.
-_CLUSTERS: dict[int, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
-    64: {n: ((4, 3, 1, 3), (2, 4, 2, 2), (1, 6, 4, 1)) for n in (1, 2)},
+class Choice(NamedTuple):
+    """A form's numbers, as in Form. least: keys of the longest request from which on the form may serve."""
+
+    least: int
+    parts: int
+    scorers: int
+    summers: int
+    carriers: int
+    apart: bool = False
+
+
+# By a GPU's measurements (docs/log/hopper.md): head size -> eights of query rows -> forms for Hopper and later.
+_FORMS: dict[int, dict[int, tuple[Choice, ...]]] = {
+    64: {n: (Choice(0, 4, 3, 1, 3, True), Choice(0, 2, 4, 2, 2), Choice(0, 1, 6, 4, 1)) for n in (1, 2)},
     128: {
-        1: ((8, 2, 1, 4), (4, 3, 2, 2), (2, 3, 2, 2), (1, 3, 4, 1)),
-        2: ((8, 2, 1, 4), (4, 2, 2, 2), (2, 3, 2, 2), (1, 3, 4, 1)),
+        1: (Choice(8192, 8, 2, 1, 4, True), Choice(0, 4, 3, 2, 2), Choice(0, 2, 3, 2, 2), Choice(0, 1, 3, 4, 1)),
+        2: (Choice(4096, 8, 2, 1, 4, True), Choice(0, 4, 2, 2, 2), Choice(0, 2, 3, 2, 2, True), Choice(0, 1, 3, 4, 1)),
     },
-    256: {n: ((8, 2, 1, 4), (4, 2, 2, 4), (2, 2, 4, 2), (1, 2, 4, 1)) for n in (1, 2)},
+    256: {
+        n: (Choice(1024, 8, 2, 1, 4, True), Choice(0, 4, 2, 2, 4), Choice(0, 2, 2, 4, 2), Choice(0, 1, 2, 4, 1))
+        for n in (1, 2)
+    },
 }
 
 
-def forms(head_size: int, group: int, major: int, shared: int) -> tuple[Form, ...]:
-    """The forms that may serve on a device of compute capability `major` with `shared` bytes of shared memory a block.
+def forms(head_size: int, group: int, major: int, shared: int) -> dict[Form, int]:
+    """The forms that may serve on a device of compute capability `major` with `shared` bytes of shared memory a block,
+    each with its least length (Choice).
 
-    The last one needs no cluster. There is none if shared memory does not hold it.
+    The last one needs no cluster and serves any length. There is none if shared memory does not hold it.
     """
-    measured = [Form(head_size, group, *row) for row in _CLUSTERS[head_size][1 if group <= 8 else 2]]
-    if major >= 9 and all(form.shared_bytes <= shared for form in measured):
-        return tuple(measured)
+    measured = _FORMS[head_size][1 if group <= 8 else 2]
+    held = {Form(head_size, group, *choice[1:]): choice.least for choice in measured}
+    if major >= 9 and all(form.shared_bytes <= shared for form in held):
+        return held
     alone = (Form(head_size, group, 1, scorers, 4, 1) for scorers in range(_MOST_SCORERS, 1, -1))
-    return tuple(form for form in alone if form.shared_bytes <= shared)[:1]
+    return dict.fromkeys([form for form in alone if form.shared_bytes <= shared][:1], 0)
 
 
-def forms_on(head_size: int, group: int, device: int) -> tuple[Form, ...]:
+def forms_on(head_size: int, group: int, device: int) -> dict[Form, int]:
     """`forms` for device number `device`."""
     import torch
 
@@ -130,11 +146,14 @@ def forms_on(head_size: int, group: int, device: int) -> tuple[Form, ...]:
     return forms(head_size, group, torch.cuda.get_device_capability(device)[0], shared)
 
 
-def choose(pairs: int, given: Sequence[Form], at_once: Mapping[Form, int]) -> Form:
-    """The form that serves `pairs` pairs of a token and a key head: the first whose clusters all run at once, else the
-    last. at_once: form of several blocks -> clusters that run at once.
+def choose(pairs: int, longest: int, given: Mapping[Form, int], at_once: Mapping[Form, int]) -> Form:
+    """The form that serves `pairs` pairs of a token and a key head.
+
+    longest: keys of the longest request, or more. given: what `forms` returns. at_once: form of several blocks -> its
+    clusters that run at once. The first form serves whose clusters all run at once, else the last.
     """
-    return next((form for form in given if pairs <= at_once.get(form, 0)), given[-1])
+    fitting = (form for form, least in given.items() if pairs <= at_once.get(form, 0) and longest >= least)
+    return next(fitting, [*given][-1])
 
 
 @functools.cache
@@ -154,14 +173,16 @@ def attend(
     lengths: torch.Tensor,
     pages: torch.Tensor,
     scale: float,
+    longest: int | None = None,
     form: Form | None = None,
 ) -> None:
     """Causal attention of q [tokens, heads, D] over paged KV, written to out [tokens, heads, D].
 
     k, v [pages, page size, key heads, D]: equal strides. starts [requests + 1], int32: where each request's tokens
     begin in q; a request may have none. lengths [requests], int32: tokens of each request in KV; its tokens in q are
-    the last of these, in order. pages [requests, most pages], int32. scale: of the softmax. form: one of forms_on's, by
-    default choose's choice; it changes no bit. Raises Unfit before any work if the kernel does not support a tensor.
+    the last of these, in order. pages [requests, most pages], int32. scale: of the softmax. longest: the most of
+    lengths, or more; by default what pages holds. form: one of forms_on's, by default choose's choice. Neither changes
+    a bit. Raises Unfit before any work if the kernel does not support a tensor.
     """
     if problem := _unfit(q, k, v, out, starts, lengths, pages):
         raise Unfit(f"decode: {problem}")
@@ -180,7 +201,8 @@ def attend(
     ]
     stream = torch.cuda.current_stream(q.device).cuda_stream
     if form is None:
-        form = choose(key_heads * tokens, *_choices(heads // key_heads, size, q.dtype, q.device.index))
+        most = pages.shape[1] * page_size if longest is None else longest
+        form = choose(key_heads * tokens, most, *_choices(heads // key_heads, size, q.dtype, q.device.index))
     kernel(form, q.dtype, q.device.index)((form.parts * key_heads, tokens), stream, arguments)
 
 
@@ -212,7 +234,7 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
 
 
 @functools.cache
-def _choices(group: int, head_size: int, dtype: torch.dtype, device: int) -> tuple[tuple[Form, ...], dict[Form, int]]:
+def _choices(group: int, head_size: int, dtype: torch.dtype, device: int) -> tuple[dict[Form, int], dict[Form, int]]:
     """The forms that may serve, and how many clusters of each form of several blocks run at once on the device."""
     given = forms_on(head_size, group, device)
     return given, {f: kernel(f, dtype, device).clusters(f.parts) for f in given if f.parts > 1}
@@ -224,7 +246,7 @@ def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, devi
     Raises nvrtc.CompileError.
     """
     arch, _, major = _target(device)
-    needed = forms_on(head_size, heads // key_heads, device)
+    needed = [*forms_on(head_size, heads // key_heads, device)]
     if not needed:
         raise nvrtc.CompileError(f"decode: heads of {head_size} do not fit into the shared memory of {arch}")
     with ThreadPoolExecutor(len(needed)) as pool:

@@ -40,11 +40,11 @@ def test_rows_of_any_batch_through_a_graph(page):
     q, k, v, starts, pages = requests(number, size, page, -(-most // page))
     starts[-1] = number - 1
     lengths = torch.full((number,), 5, device="cuda", dtype=torch.int32)
-    out, forms = torch.zeros_like(q), decode.forms_on(size, 4, 0)
+    out, forms = torch.zeros_like(q), [*decode.forms_on(size, 4, 0)]
     decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # clusters, where the device has them
-        decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, forms[0])
+        decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, form=forms[0])
     for _ in range(3):
         lengths.copy_(torch.randint(0, most, (number,)))
         lengths[0] = 0
@@ -53,7 +53,7 @@ def test_rows_of_any_batch_through_a_graph(page):
         assert (out[0] == 0).all() and (out[-1] == 7).all()
         for form in forms:
             again = torch.full_like(q, 7)
-            decode.attend(q, k, v, again, starts, lengths, pages, size**-0.5, form)
+            decode.attend(q, k, v, again, starts, lengths, pages, size**-0.5, form=form)
             assert torch.equal(again, out), form
         for i in range(1, number - 1):
             alone = torch.empty_like(q[:1])
@@ -72,10 +72,10 @@ def test_long_requests_while_memory_is_busy(size, number):
     q, k, v, starts, pages = requests(number, size, page, blocks)
     lengths = torch.full((number,), page * blocks, device="cuda", dtype=torch.int32)
     want = torch.empty_like(q)
-    forms = decode.forms_on(size, 4, 0)
-    decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, forms[-1])
+    forms = [*decode.forms_on(size, 4, 0)]
+    decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, form=forms[-1])
     for form in forms:
         outs = [torch.empty_like(q) for _ in range(100)]
         for out in outs:
-            decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, form)
+            decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, form=form)
         assert sum(not torch.equal(out, want) for out in outs) == 0, form

@@ -92,7 +92,7 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     return certificate
 
 
-def attend(q, k, v, out, starts, lengths, pages, scale: float) -> bool:
+def attend(q, k, v, out, starts, lengths, pages, scale: float, longest: int | None = None) -> bool:
     """Write attention into `out` by the bundled kernel; bi_patch.kernels.cuda.decode.attend documents the arguments.
 
     Returns False, and writes nothing, if the kernel cannot take the tensors.
@@ -100,7 +100,7 @@ def attend(q, k, v, out, starts, lengths, pages, scale: float) -> bool:
     from bi_patch.kernels.cuda import decode
 
     try:
-        decode.attend(q, k, v, out, starts, lengths, pages, scale)
+        decode.attend(q, k, v, out, starts, lengths, pages, scale, longest)
     except decode.Unfit:
         return False
     return True
@@ -146,7 +146,7 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
         held = pages.expand(len(lengths), -1)
         for form in decode.forms_on(size, heads // key_heads, device):
             got = torch.empty_like(want)
-            decode.attend(q[rows], k, v, got, starts, lengths, held, scale, form)
+            decode.attend(q[rows], k, v, got, starts, lengths, held, scale, form=form)
             wrong = bits.differing(got, want)
             said = f"{what} scores, {form.parts} parts: {wrong} of {got.numel()} elements differ from prefill"
             tally.add(got.numel(), wrong, said)

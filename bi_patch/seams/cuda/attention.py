@@ -221,6 +221,7 @@ def _decode_or(flash):
                 given["seqused_k"],
                 given["block_table"],
                 given["softmax_scale"],
+                given.get("max_seqlen_k"),
             )
         ):
             return given["out"]

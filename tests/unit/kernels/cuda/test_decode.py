@@ -70,14 +70,14 @@ def in_order(library, q, k, v, row: int, scale: float) -> torch.Tensor:
         (2, 16, decode.Form(64, 4, 1, 6, 4, 1)),
         (1, 32, decode.Form(128, 8, 1, 2, 4, 1)),
         (1, 128, decode.Form(64, 16, 2, 4, 2, 2)),
-        (2, 16, decode.Form(128, 12, 4, 2, 2, 2)),
-        (1, 1024, decode.Form(64, 4, 4, 3, 1, 3)),
-        (1, 16, decode.Form(128, 4, 8, 2, 1, 4)),
+        (2, 16, decode.Form(128, 12, 2, 3, 2, 2, True)),
+        (1, 1024, decode.Form(64, 4, 4, 3, 1, 3, True)),
+        (1, 16, decode.Form(128, 4, 8, 2, 1, 4, True)),
         (1, 16, decode.Form(128, 16, 1, 3, 4, 1)),
         (1, 16, decode.Form(256, 8, 1, 2, 4, 1)),
         (1, 128, decode.Form(256, 16, 2, 2, 4, 2)),
         (2, 16, decode.Form(256, 4, 4, 2, 2, 4)),
-        (1, 1024, decode.Form(256, 12, 8, 2, 1, 4)),
+        (1, 1024, decode.Form(256, 12, 8, 2, 1, 4, True)),
     ],
     ids=str,
 )
@@ -109,7 +109,7 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, key_heads, page, for
     q = torch.randn(9, heads, head).to(torch.bfloat16)
     out = torch.full_like(q, 7.0)
     scale = head**-0.5
-    decode.attend(q, k, v, out, starts, lengths, pages, scale, form)
+    decode.attend(q, k, v, out, starts, lengths, pages, scale, form=form)
     assert (out[8] == 7).all()
     tokens = [(i, n) for i, n in enumerate(lengths.tolist()[:6])] + [(6, tile + 1), (6, tile + 2)]
     for token, (i, length) in enumerate(tokens):
@@ -135,7 +135,7 @@ def test_compiles_without_a_gpu(arch, shared, head, dtype):
         assert form.scorers * form.parts >= 2  # each slot waits for the slot before it
 
 
-CLUSTERS = [form for head in decode.HEAD_SIZES for n in (8, 16) for form in decode.forms(head, n, 9, SHARED)[:-1]]
+CLUSTERS = [form for head in decode.HEAD_SIZES for n in (8, 16) for form in [*decode.forms(head, n, 9, SHARED)][:-1]]
 
 
 @pytest.mark.parametrize("form", CLUSTERS, ids=str)
@@ -154,13 +154,16 @@ def test_few_requests_are_shared_by_clusters():
     for head in decode.HEAD_SIZES:
         for group in (1, 16):
             given = decode.forms(head, group, 9, SHARED)
-            parts = [form.parts for form in given]
+            held, parts = [*given], [form.parts for form in given]
             assert parts == sorted(parts, reverse=True) and parts[-1] == 1
-            at_once = {form: 120 // form.parts for form in given[:-1]}
+            at_once = {form: 120 // form.parts for form in held[:-1]}
             for pairs in (1, *at_once.values(), 121, 2000):
-                want = next((form for form in given[:-1] if pairs <= at_once[form]), given[-1])
-                assert decode.choose(pairs, given, at_once) == want
-            assert decode.choose(1, given, {}) == given[-1]
+                want = next((form for form in held[:-1] if pairs <= at_once[form]), held[-1])
+                assert decode.choose(pairs, 40960, given, at_once) == want
+            assert decode.choose(1, 40960, given, {}) == held[-1]
+            for form, least in given.items():
+                assert least == 0 or decode.choose(1, least, given, at_once) == form
+                assert least == 0 or decode.choose(1, least - 1, given, at_once) != form
     assert [form.parts for form in decode.forms(64, 8, 8, AMPERE)] == [1]
     assert [form.parts for form in decode.forms(64, 8, 12, 99 * 1024)] == [1]  # Hopper's forms do not fit
 
