@@ -45,8 +45,8 @@ def covers_pages(page_size: int) -> bool:
 class Form(NamedTuple):
     """What decode.cu is compiled for.
 
-    group: query heads per key head. parts: blocks of a cluster. scorers, summers, carriers: warps of a block that score,
-    sum V and copy V. apart: the summers, at most two, have a quarter of the multiprocessor alone.
+    group: query heads per key head. parts: blocks of a cluster. scorers, summers, carriers: warps of a block that
+    score, sum V and copy V. apart: the summers, at most two, have a quarter of the multiprocessor alone.
     """
 
     head_size: int

@@ -3,7 +3,6 @@ its source over emulated instructions."""
 
 import ctypes
 import importlib.util
-import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
