@@ -348,10 +348,17 @@ DEVICE void take(Taken& taken, Turn& turn) {
   }
 }
 
-
-DEVICE void free(const Taken& taken) {
+// Frees the slot of a tile. In a cluster, the arrival could overtake the loads of what a scorer sent, and the next message
+// would come too early: the arrival's address depends on the loaded values.
+DEVICE void free(const Taken& taken, const Work& work) {
+  u32 sent = 0;
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) sent |= bits_of(taken.by[half][0]) | bits_of(taken.by[half][1]);
+#pragma unroll
+  for (int load = 0; load < LOADS; ++load) sent |= taken.weights[load][0];
+  const u32 zero = PARTS > 1 ? sent & hidden_zero(work) : 0;
   together();
-  arrive_if(&memory().slots[taken.slot].empty, thread() % 32 == 0);
+  arrive_if(&memory().slots[taken.slot].empty + zero, thread() % 32 == 0);
 }
 
 // Columns of the output in a summer's registers: of each 16 columns and eight rows, a lane has columns g and g + 8 of
@@ -399,7 +406,7 @@ DEVICE void add(Sums& o, const Taken& taken, Taken& next, const Work& work, Turn
     if (ahead && step == STEPS - 3) after = loads & hidden_zero(work);
     if (ahead && step == STEPS - 1) after = turn.full & hidden_zero(work);
     add_step(o, taken, step, after);
-    if (PARTS > 1 && step == 1) free(taken);
+    if (PARTS > 1 && step == 1) free(taken, work);
     if (ahead && step == STEPS - 4) turn.full = is_over(&memory().slots[turn.slot].full, turn.phase);
   }
 }
@@ -423,7 +430,7 @@ DEVICE void sum_values(const Work& work, int warp) {
   if (PARTS == 1) {
     for (int i = 0; i < work.tiles; ++i) {
       take(now, turn);
-      free(now);
+      free(now, work);
       add<false>(o, now, now, work, turn);
     }
   } else {
