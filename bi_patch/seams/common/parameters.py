@@ -29,7 +29,12 @@ EXAMINED = frozenset(
 
 def unknown(params: Any) -> list[str]:
     """The fields of a request's parameters that nobody has examined, and whose value is not vLLM's default."""
-    return [name for name, usual in _unexamined(type(params)) if getattr(params, name) != usual]
+    return [name for name, usual in _unexamined(type(params)) if _differs(getattr(params, name), usual)]
+
+
+def _differs(value: Any, usual: Any) -> bool:
+    found = value != usual
+    return bool(found.any() if hasattr(found, "any") else found)  # of an array, one for each element
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from vllm.exceptions import VLLMValidationError
 
@@ -67,7 +68,9 @@ def test_a_field_that_nobody_has_examined_is_refused():
         temperature: float = 1.0
         sums_by_arrival: bool = False
         tokens: list[int] = []
+        rows: object = None
 
+    assert parameters.unknown(Later(rows=np.array([[3, 4]]))) == ["rows"]
     assert parameters.unknown(Later(temperature=0.5)) == []
     assert parameters.unknown(Later(sums_by_arrival=True, tokens=[3])) == ["sums_by_arrival", "tokens"]
     config = SimpleNamespace(use_v2_model_runner=True, cache_config=None)
