@@ -18,6 +18,7 @@ _H200_CHUNKS = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-4.json"
 _H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-5.json"
 _H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-7.json"  # compiled, and Nemotron-H in eager mode
 _CPU_EXPERTS = "invariance-2026-11-30-cpu-recurrent-vllm-0.32.0.json"
+_H200_NEW = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-3.json"  # eager, two families more
 # In engines with few KV blocks, too.
 _H200_FEW = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-2.json"
 _H200_LAST = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0.json"
@@ -103,7 +104,20 @@ RECURRENT: tuple[Feature, ...] = (
         cpu=untried("the layers of Qwen3-Next, with projections of their own"),
         cuda=(_OLD, untried("the layers of Qwen3-Next, with projections of their own")),
         ascend=_CHUNKS,
-        asked=_asked("Qwen3.5"),
+        asked=lambda config: (
+            _asked("Qwen3.5")(config)
+            and not (_named("Qwen3_5ForCausalLM")(config) and _eager(config))
+            and "gated delta nets (Qwen3.5)"
+        ),
+    ),
+    row(
+        "gated delta nets (Qwen3.5 without experts), in eager mode",
+        cpu=untried("the layers of Qwen3-Next, with projections of their own"),
+        cuda=(_OLD, served(_H200_NEW, why=_FOUR)),
+        ascend=_CHUNKS,
+        asked=lambda config: (
+            _named("Qwen3_5ForCausalLM")(config) and _eager(config) and "Qwen3.5 without experts in eager mode"
+        ),
     ),
     row(
         "Mamba 2 (Falcon-H1, Granite 4-H, Nemotron-H)",
@@ -180,9 +194,18 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "LFM2 with experts",
         cpu=served(_CPU_EXPERTS, why="a tiny shape with random weights, compiled and in eager mode"),
-        cuda=(_OLD, untried("the layers of LFM2, with experts")),
+        cuda=(_OLD, served(_H200_NEW, why=f"in eager mode, {_FOUR}")),
         ascend=_CHUNKS,
         asked=lambda config: _named("Lfm2MoeForCausalLM")(config) and "LFM2 with experts",
+    ),
+    row(
+        "LFM2 with experts, compiled",
+        cpu=served(_CPU_EXPERTS),
+        cuda=(_OLD, untried("the layers of LFM2, with experts")),
+        ascend=_CHUNKS,
+        asked=lambda config: (
+            _named("Lfm2MoeForCausalLM")(config) and not _eager(config) and "compiled LFM2 with experts"
+        ),
     ),
     row(
         "short convolutions, compiled",

@@ -492,6 +492,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("LFM2, eager", *_SIX, "preemption"),
         ("LFM2", *_SIX),
     ),
+    ("LFM2 with experts", "cuda"): (("LFM2-MoE, eager", *_SIX),),
+    ("LFM2 with experts, compiled", "cpu"): (("LFM2-MoE,* compiled", *_SIX, "eager and compiled"),),
+    ("gated delta nets (Qwen3.5 without experts), in eager mode", "cuda"): (("Qwen3.5, eager", *_SIX),),
     ("LFM2 with experts", "cpu"): (
         ("LFM2-MoE,* bf16", *_SIX, "preemption"),
         ("LFM2-MoE,* compiled", *_SIX, "eager and compiled"),
