@@ -15,7 +15,14 @@ from pathlib import Path
 
 SECONDS = 240
 AXES = ("batch size", "position and order", "mixed lengths", "co-batch contents", "prefix cache")
-_VLLM = ("-m", "vllm.entrypoints.cli.main", "serve")
+# vLLM's command asks for its own version, which a folder without the package's metadata cannot tell.
+_VLLM = """
+import importlib.metadata as installed
+own = installed.version
+installed.version = lambda name: "" if name == "vllm" else own(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
 
 
 @contextlib.contextmanager
@@ -29,7 +36,7 @@ def serving(model: str, *options: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, *_VLLM, model, "--host", "127.0.0.1", "--port", port, *options]
+    command = [sys.executable, "-c", _VLLM, "serve", model, "--host", "127.0.0.1", "--port", port, *options]
     armed = {"VLLM_BATCH_INVARIANT": "1", "BI_PATCH": "1"}
     armed["PYTHONPATH"] = children.python_path(os.environ.get("PYTHONPATH", ""))
     process = subprocess.Popen(command, env=os.environ | armed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from bi_patch.platforms import schemes
@@ -46,7 +46,8 @@ _CELLS: dict[tuple[str, bool], tuple[Cell, Cell]] = {
     (BLOCKS, True): (_ALONE, _TRIAL),
     (MXFP4, True): (_ALONE, _TRIAL),
 }
-COMPILED: frozenset[tuple[str, bool]] = frozenset()  # of _CELLS, those that a run had in compiled code, on CUDA
+# Of _CELLS, those that a run on CUDA had in compiled code.
+COMPILED: tuple[tuple[str, bool], ...] = ()
 _RANKS = 2
 
 
@@ -77,6 +78,11 @@ def _otherwise(config: Any) -> str:
     return "" if measured else "quantized weights with other tensor parallelism"
 
 
+def _but(measured: Iterable[tuple[str, bool]]) -> str:
+    named = ", ".join(f"{name}{' with experts' * experts}" for name, experts in measured)
+    return f" (but {named})" if named else ""
+
+
 def _row(kind: tuple[str, bool], cpu: Cell, cuda: Cell) -> Feature:
     name, experts = kind
     words = f"{name}{', with experts' * experts}, with tensor parallelism"
@@ -93,7 +99,7 @@ SHARED: tuple[Feature, ...] = (
         asked=_of(None),
     ),
     row(
-        "quantized weights with tensor parallelism, compiled, or over more than two ranks",
+        f"quantized weights with tensor parallelism, compiled{_but(COMPILED)}, or over more than two ranks",
         cpu=untried("measured with two ranks in eager mode"),
         cuda=untried("measured with two ranks in eager mode"),
         ascend=_NO_SEAM,
