@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 _QWEN3, _DEEPSEEK = "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM"
-# Two layers of Qwen3-30B-A3B's and of DeepSeek-V2-Lite's sizes: architecture, tensor-parallel ranks, data-parallel
-# ranks, whether a rank holds whole experts (expert parallelism), whether vLLM compiled the model.
+# Two layers of published sizes: architecture, tensor-parallel ranks, data-parallel ranks, whether a rank holds whole
+# experts (expert parallelism), whether vLLM compiled the model.
 RUNS = frozenset(
     {
         (_QWEN3, 2, 1, False, True),
