@@ -35,6 +35,11 @@ def accurate(engine, linears):
     assert found.layers == linears and not found.failed and 0 < found.worst < 1, found.words()
 
 
+def needs_tiles(name):
+    if name == recipes.FP8_BLOCKS and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM's CPU build needs AMX for FP8 in blocks")
+
+
 def test_int8_and_a_scale_that_the_batch_shares(start):
     """Three layers of four linears, the head, and a layer's down_proj that stays in bf16."""
     with start(ARMED, recipes.INT8, kind=FaultyEngine, chunk=512, digests=True) as engine:
@@ -58,6 +63,7 @@ def test_four_bits(start, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.QUANTIZED)
 def test_compiled(start, name):
+    needs_tiles(name)
     with start(ARMED, name, chunk=512, eager=False) as engine:
         invariant(engine)
 
@@ -65,8 +71,7 @@ def test_compiled(start, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [recipes.STATIC, recipes.W4A16, recipes.ZEROS, recipes.FP8_BLOCKS])
 def test_further_schemes(start, name):
-    if name == recipes.FP8_BLOCKS and not torch.cpu._is_amx_tile_supported():
-        pytest.skip("vLLM's CPU build needs AMX for FP8 in blocks")
+    needs_tiles(name)
     with start(ARMED, name, chunk=512) as engine:
         invariant(engine)
         accurate(engine, 13)
