@@ -233,8 +233,9 @@ FAMILIES: tuple[Feature, ...] = (
             served(
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json",
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json",
-                why="two layers of its sizes with random weights, in eager mode; compiled: batch size and decode = "
-                "prefill; the whole model needs several GPUs, which is untried",
+                "invariance-2026-11-30-h200-quantized-vllm-0.33.0-5.json",
+                why="two layers of its sizes with random weights, in eager mode; compiled, with the bits of eager mode: "
+                "batch size and decode = prefill; the whole model needs several GPUs, which is untried",
             ),
         ),
         ascend=_QUANTIZED,
