@@ -234,7 +234,7 @@ FAMILIES: tuple[Feature, ...] = (
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json",
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json",
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0-5.json",
-                why="two layers of its sizes with random weights, in eager mode; compiled, with the bits of eager mode: "
+                why="two layers of its sizes with random weights, in eager mode; compiled, with eager mode's bits: "
                 "batch size and decode = prefill; the whole model needs several GPUs, which is untried",
             ),
         ),
