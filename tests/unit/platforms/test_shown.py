@@ -774,6 +774,7 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("layers of GLM-4.6 (FP8 per channel)", "cuda"): (
         ("GLM-4.6 FP8,* eager", *_SIX, *_RESTARTED),
         ("GLM-4.6 FP8, 2 layers", "batch size", "decode = prefill"),
+        ("GLM-4.6 FP8, 2 layers", "batch size", "eager and compiled"),
     ),
     ("DeepSeek V3, V3.1 and R1 in FP8 blocks", "cuda"): (
         ("DeepSeek-V3 FP8 block,*", *_MLA),
