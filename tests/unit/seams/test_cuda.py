@@ -516,6 +516,7 @@ def flash_call(**changes):
         "cu_seqlens_q": torch.arange(4),
         "max_seqlen_q": 1,
         "seqused_k": torch.ones(3),
+        "max_seqlen_k": 9,
         "block_table": torch.zeros(3, 1),
         "softmax_scale": 0.5,
         "causal": True,
@@ -554,7 +555,7 @@ def test_single_queries_take_the_certified_kernel_and_nothing_else_does(changes,
     given = flash_call(**changes)
     took = []
     monkeypatch.setitem(attention._certified, attention_cuda._problem(given["q"], given["k"]), certified)
-    monkeypatch.setattr(attention, "attend", lambda *_: took.append("bundled") or True)
+    monkeypatch.setattr(attention, "attend", lambda *told: took.append("bundled") or told[-1] == given["max_seqlen_k"])
     monkeypatch.setattr(attention.machine, "processors", lambda: 8)  # three tokens with two key heads are few
     attention_cuda._decode_or(lambda **a: took.append(("flash", a["max_seqlen_q"], a["scheduler_metadata"])))(**given)
     assert took == [expected]
