@@ -37,8 +37,8 @@ def missing(engine: Engine) -> str:
         return "verify gives a running server no weights"
     if options.random_weights is not None or options.tied:
         return "made weights cannot be loaded again; give a folder with weights"
-    if engine.info.quantization and not (engine.info.quantization in _UPDATED and ", AMX" in engine.info.device):
-        return f"weights are quantized ({engine.info.quantization})"
+    if (kind := engine.info.quantization) and not (kind in _UPDATED and ", AMX" in engine.info.device):
+        return f"weights are quantized ({kind}){', and this is no CPU with AMX' if kind in _UPDATED else ''}"
     return (
         "" if any(Path(options.model).expanduser().glob("*.safetensors")) else "needs a local folder with safetensors"
     )
