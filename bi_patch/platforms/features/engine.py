@@ -31,6 +31,7 @@ _H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
 _H200_RANKS_MORE = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
 _H200_DATA = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-2.json"
 _H200_EXECUTORS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-3.json"
+_H200_PARTS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
@@ -1173,10 +1174,21 @@ FEATURES: tuple[Feature, ...] = (
         | {
             "cuda": (
                 refused("the norm is a sum over ranks", todo="Use vLLM 0.33", releases="<0.33"),
-                untried("each worker checks the order of the sums at its start"),
+                served(_H200_PARTS, why="two layers of MiniMax-M2's sizes, two ranks, in eager mode"),
             )
         },
         asked=_norms_over_ranks,
         details="Ranks add their sums of squares in rank order, in fp32.",
+    ),
+    row(
+        "norms over ranks (MiniMax-M2 with tensor parallelism), compiled",
+        **_everywhere("the norm is a sum over ranks")
+        | {
+            "cuda": (
+                refused("the norm is a sum over ranks", todo="Use vLLM 0.33", releases="<0.33"),
+                untried("measured in eager mode"),
+            )
+        },
+        asked=_compiled(_norms_over_ranks),
     ),
 )

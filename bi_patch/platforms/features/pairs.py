@@ -434,8 +434,9 @@ PAIRS: tuple[Feature, ...] = (
         ascend=untried(),
     ),
     row(
-        "experts with tensor parallelism in other models than Qwen3-MoE and DeepSeek V2, over three or more than four "
-        "ranks, over four of DeepSeek V2, or in eager mode (but Qwen3-MoE over two)",
+        "experts with tensor parallelism in other models than Qwen3-MoE, DeepSeek V2 and MiniMax-M2, over three or "
+        "more than four ranks, over four of DeepSeek V2, MiniMax-M2 compiled or over more than two, or others in eager "
+        "mode (but Qwen3-MoE over two)",
         cpu=untried("measured with a tiny Qwen3-MoE"),
         cuda=untried(),
         ascend=untried(),

@@ -15,6 +15,11 @@ _CPU = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0.json"
 _ALONE = refused("nobody has compared bits of both together", todo="Use one of them")
 _NO_SEAM = refused("no patch point covers it yet")
 _TRIAL = untried()
+_H200 = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
+
+
+def _shown(why: str) -> tuple[Cell, Cell]:
+    return untried("measured on vLLM 0.33", releases="<0.33"), served(_H200, why=why)
 
 
 def _is(*methods: str, kind: Callable[[Scheme], bool]) -> Callable[[Scheme], bool]:
@@ -34,16 +39,19 @@ KINDS: dict[str, Callable[[Scheme], bool]] = {
     MXFP4: _is("mxfp4", kind=kinds.mxfp4),
 }
 # Kinds and whether the model has experts: the cells of CPU and CUDA.
-_CELLS: dict[tuple[str, bool], tuple[Cell, Cell]] = {
+_CELLS: dict[tuple[str, bool], tuple[Cell, Cell | tuple[Cell, Cell]]] = {
     (INT8, False): (served(_CPU, why="two ranks, a tiny Qwen3, in eager mode"), _TRIAL),
-    (AWQ, False): (served(_CPU, why="two ranks, a tiny Qwen2, in eager mode"), _TRIAL),
+    (AWQ, False): (
+        served(_CPU, why="two ranks, a tiny Qwen2, in eager mode"),
+        _shown("two layers of Qwen3-8B's sizes, in eager mode"),
+    ),
     (GPTQ, False): (_ALONE, _TRIAL),
     (FOUR_BITS, False): (_ALONE, _TRIAL),
-    (CHANNELS, False): (_ALONE, _TRIAL),
-    (BLOCKS, False): (_ALONE, _TRIAL),
-    (FOUR_BITS, True): (_ALONE, _TRIAL),
+    (CHANNELS, False): (_ALONE, _shown("two layers of Qwen3-8B's sizes, in eager mode")),
+    (BLOCKS, False): (_ALONE, _shown("two layers of Qwen3-8B's sizes, in eager mode")),
+    (FOUR_BITS, True): (_ALONE, _shown("two layers of Qwen3-30B-A3B's sizes, in eager mode")),
     (CHANNELS, True): (_ALONE, _TRIAL),
-    (BLOCKS, True): (_ALONE, _TRIAL),
+    (BLOCKS, True): (_ALONE, _shown("two layers of Qwen3-30B-A3B's and MiniMax-M2's sizes, in eager mode")),
     (MXFP4, True): (_ALONE, _TRIAL),
 }
 # Of _CELLS, those that a run on CUDA had in compiled code.
@@ -83,7 +91,7 @@ def _but(measured: Iterable[tuple[str, bool]]) -> str:
     return f" (but {named})" if named else ""
 
 
-def _row(kind: tuple[str, bool], cpu: Cell, cuda: Cell) -> Feature:
+def _row(kind: tuple[str, bool], cpu: Cell, cuda: Cell | tuple[Cell, Cell]) -> Feature:
     name, experts = kind
     words = f"{name}{', with experts' * experts}, with tensor parallelism"
     return row(words, cpu=cpu, cuda=cuda, ascend=_NO_SEAM, asked=_of(kind))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 _QWEN3, _DEEPSEEK = "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM"
+_MINIMAX = "MiniMaxM2ForCausalLM"
 # Two layers of published sizes: architecture, tensor-parallel ranks, data-parallel ranks, whether a rank holds whole
 # experts (expert parallelism), whether vLLM compiled the model.
 RUNS = frozenset(
     {
+        (_MINIMAX, 2, 1, False, False),
         (_QWEN3, 2, 1, False, True),
         (_QWEN3, 2, 1, False, False),
         (_QWEN3, 4, 1, False, True),

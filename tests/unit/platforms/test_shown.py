@@ -171,6 +171,25 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("INT8 weights and activations, with tensor parallelism", "cpu"): (("tiny-qwen3-int8 bf16 TP 2", *_SIX),),
     ("AWQ, with tensor parallelism", "cpu"): (("tiny-qwen2-awq bf16 TP 2", *_SIX),),
+    ("AWQ, with tensor parallelism", "cuda"): (
+        ("Qwen3-8B AWQ, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
+    ),
+    ("FP8 per channel, with tensor parallelism", "cuda"): (
+        ("Qwen3-8B FP8 channel, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
+    ),
+    ("FP8 blocks of 128 x 128, with tensor parallelism", "cuda"): (
+        ("Qwen3-8B FP8 block, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+    ),
+    ("compressed-tensors W4A16, with experts, with tensor parallelism", "cuda"): (
+        ("Qwen3-30B-A3B W4A16 experts, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
+    ),
+    ("FP8 blocks of 128 x 128, with experts, with tensor parallelism", "cuda"): (
+        ("Qwen3-30B-A3B FP8 block experts, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("MiniMax-M2 FP8, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+    ),
+    ("norms over ranks (MiniMax-M2 with tensor parallelism)", "cuda"): (
+        ("MiniMax-M2 FP8, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+    ),
     ("expert parallelism of tensor-parallel ranks", "cuda"): (
         ("Qwen3-30B-A3B*experts over 2 ranks", *_RANKS, "decode = prefill"),
         ("DeepSeek-V2-Lite*experts over 2 ranks", *_RANKS),
@@ -852,11 +871,12 @@ def test_the_files_hold_what_the_cell_says(name, platform, cell):
 
 
 _MODELS = {"Qwen3MoeForCausalLM": "Qwen3-30B-A3B", "DeepseekV2ForCausalLM": "DeepSeek-V2-Lite"}
+_MODELS["MiniMaxM2ForCausalLM"] = "MiniMax-M2 FP8"
 
 
 @pytest.mark.parametrize("run", sorted(ranks.RUNS))
 def test_each_run_of_ranks_has_a_file(run):
-    """Eager engines are compared by axes of their own, or all at once with a compiled engine."""
+    """Eager engines are compared by axes of their own, or with a compiled engine."""
     architecture, tensor, data, whole, compiled = run
     if data > 1:
         ranks_of, axes = f"DP {data}{', experts over ranks' if whole else ''}", _STEPS
@@ -866,6 +886,8 @@ def test_each_run_of_ranks_has_a_file(run):
     ends = ["compiled"] if compiled or together else [""]
     names = [f"{_MODELS[architecture]}, 2 layers, {ranks_of}{gap}{end}" for end in ends for gap in (", ", " ")]
     entries = [(name.rstrip(", "), "eager and compiled") if together else (name.rstrip(", "), *axes) for name in names]
+    if not compiled:
+        entries.append((f"{_MODELS[architecture]}, 2 layers, {ranks_of}", *axes))
     files = [file.name for file in RESULTS.glob("invariance-*-h200-ranks-vllm-0.33.0*.json")]
     assert any(holds(file, entry) for file in files for entry in entries)
 
