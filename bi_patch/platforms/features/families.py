@@ -357,7 +357,7 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_MULTIMODAL,
     ),
     row(
-        "Llama 4, Qwen-Omni, other LLaVA, Pixtral in Mistral's own format, GLM-4.5V, Phi-3V",
+        "Llama 4, Qwen-Omni, other LLaVA, Pixtral in Mistral's own format, Phi-3V",
         cpu=_IMAGES,
         cuda=_IMAGES,
         ascend=_MULTIMODAL,

@@ -15,6 +15,7 @@ _CPU_INTERN = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-3.json"
 _CPU_QWEN2 = "invariance-2026-11-30-cpu-images-vllm-0.32.0.json"
 _CPU_GLM = "invariance-2026-11-30-cpu-images-vllm-0.32.0-2.json"
 _CPU_NEW = "invariance-2026-11-30-cpu-images-vllm-0.32.0-3.json"
+_CPU_GLM_EXPERTS = "invariance-2026-11-30-cpu-images-vllm-0.32.0-11.json"
 _CPU_PIXTRAL = "invariance-2026-11-30-cpu-images-vllm-0.32.0-10.json"
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _H200_GEMMA = "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json"
@@ -32,6 +33,7 @@ _QWEN2 = {("Qwen2VLForConditionalGeneration", "qwen2_vl"), ("Qwen2VLForCondition
 _NEXT = {("LlavaNextForConditionalGeneration", "clip_vision_model")}
 _ONEVISION = {("LlavaOnevisionForConditionalGeneration", "siglip_vision_model")}
 _GLM = {("Glm4vForConditionalGeneration", "glm4v"), ("Glm4vForConditionalGeneration", "glm4v_vision")}
+_GLM_EXPERTS = {("Glm4vMoeForConditionalGeneration", kind) for kind in ("glm4v_moe", "glm4v_moe_vision")}
 _GEMMA = {("Gemma3ForConditionalGeneration", "siglip_vision_model")}
 _INTERN = {("InternVLForConditionalGeneration", "internvl_vision")}
 _INTERN_CHAT = {("InternVLChatModel", "intern_vit_6b")}
@@ -55,6 +57,7 @@ _LANGUAGE = (
     "Qwen3ForCausalLM",
     "Gemma3ForCausalLM",
     "Glm4ForCausalLM",
+    "Glm4MoeForCausalLM",
 )
 
 
@@ -83,7 +86,7 @@ def _of(known: set[tuple[str, str]]) -> Callable[[Any], str]:
 
 
 def _other(config: Any) -> str:
-    known = encoder(config) in _IDEFICS | _TOWERS | _PIXTRAL | _QWEN | _QWEN2_5 | _GEMMA | _INTERN | _NEW
+    known = encoder(config) in _IDEFICS | _TOWERS | _PIXTRAL | _GLM_EXPERTS | _QWEN | _QWEN2_5 | _GEMMA | _INTERN | _NEW
     return f"multimodal inputs of {taken(config)}" if taken(config) and not known else ""
 
 
@@ -281,6 +284,14 @@ IMAGES: tuple[Feature, ...] = (
         ascend=ASCEND,
         asked=_of(_GLM),
         details="On CPU, vLLM needs torchvision for them.",
+    ),
+    row(
+        "images (GLM-4.5V)",
+        cpu=served(_CPU_GLM_EXPERTS, why=f"{_TINY}, 8 experts; preemption in eager mode"),
+        cuda=refused("nobody has compared such an engine", todo=_TEXT_ONLY),
+        ascend=ASCEND,
+        asked=_of(_GLM_EXPERTS),
+        details="vLLM needs torchvision for them.",
     ),
     row(
         "images, sound and video of other models",

@@ -260,6 +260,27 @@ VISION["GLM-4.1V"] = {
     },
 }
 
+VISION["GLM-4.5V"] = VISION["GLM-4.1V"] | {
+    "architectures": ["Glm4vMoeForConditionalGeneration"],
+    "model_type": "glm4v_moe",
+    "text_config": VISION["GLM-4.1V"]["text_config"]
+    | {
+        "model_type": "glm4v_moe_text",
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "partial_rotary_factor": 0.5,
+        "use_qk_norm": False,
+    },
+    "vision_config": VISION["GLM-4.1V"]["vision_config"] | {"model_type": "glm4v_moe_vision"},
+}
+
 # OpenGVLab's checkpoints bring the code of their configuration. This one has what vLLM reads.
 _INTERN_CHAT = """from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -561,11 +582,12 @@ CPU = (
     "LLaVA-OneVision",
     "GLM-4.1V",
     "Pixtral",
+    "GLM-4.5V",
 )  # tiny, and served there
 # Of vLLM's LLM, for models that need them: code of their own, or room for three images in a prompt.
 ARGUMENTS: dict[str, dict[str, object]] = dict.fromkeys(
     ("InternVLChat", "InternVLChat-2B"), {"trust_remote_code": True}
-) | {"LLaVA-OneVision-7B": {"max_model_len": 8192}}
+) | {"LLaVA-OneVision-7B": {"max_model_len": 8192, "limit_mm_per_prompt": {"image": 4, "video": 0}}}
 WITHOUT_TORCHVISION = ("Idefics3",)
 
 
@@ -787,6 +809,7 @@ _PROCESSORS: dict[str, Callable[[Path], object]] = {
     "LLaVA-OneVision-7B": _onevision(27, [[27 * _PATCH, 54 * _PATCH]]),
     "GLM-4.1V-9B": _glm,
     "GLM-4.1V": _glm,
+    "GLM-4.5V": _glm,
     "Qwen2-VL-2B": _qwen2,
     "LLaVA-NeXT": _llava_next(8 * _PATCH, _GRID),
     "LLaVA-NeXT-7B": _llava_next(16 * _PATCH, _LARGE_GRID),

@@ -491,6 +491,7 @@ def test_images_of_known_models_are_served_on_cpu():
         ("Mistral3ForConditionalGeneration", "pixtral"),
         ("LlavaForConditionalGeneration", "clip_vision_model"),
         ("LlavaForConditionalGeneration", "pixtral"),
+        ("Glm4vMoeForConditionalGeneration", "glm4v_moe_vision"),
         ("Idefics3ForConditionalGeneration", "idefics3_vision"),
         ("Gemma3ForConditionalGeneration", "siglip_vision_model"),
         ("Qwen3VLForConditionalGeneration", "qwen3_vl"),

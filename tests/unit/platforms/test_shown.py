@@ -397,6 +397,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images of Mistral Small 3, LLaVA with CLIP, Qwen2.5-VL and Idefics3 with preemption", "cpu"): tuple(
         (f"{model}, * across engines", "preemption") for model in ("Mistral Small 3", "LLaVA", "Qwen2.5-VL", "Idefics3")
     ),
+    ("images (GLM-4.5V)", "cpu"): (
+        ("GLM-4.5V, bf16", *_IMAGES, "prefix cache", "batch size"),
+        ("GLM-4.5V, bf16 compiled", *_IMAGES, "batch size"),
+        ("GLM-4.5V, bf16, across engines", "preemption"),
+    ),
     ("images (Pixtral as Hugging Face transformers has it)", "cpu"): (
         ("Pixtral, bf16", *_IMAGES, "prefix cache", "batch size"),
         ("Pixtral, bf16 compiled", *_IMAGES, "batch size"),
