@@ -15,13 +15,21 @@ from pathlib import Path
 
 SECONDS = 240
 AXES = ("batch size", "position and order", "mixed lengths", "co-batch contents", "prefix cache")
-# vLLM's command asks for its own version, which a folder without the package's metadata cannot tell.
+# vLLM's command asks for the version of the package of its name, which not every environment has.
 _VLLM = """
 import importlib.metadata as installed
 own = installed.version
-installed.version = lambda name: "" if name == "vllm" else own(name)
-from vllm.entrypoints.cli.main import main
-main()
+def version(name):
+    try:
+        return own(name)
+    except installed.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        import vllm
+        return vllm.__version__
+import vllm.entrypoints.cli.main as command
+installed.version = version
+command.main()
 """
 
 
