@@ -17,18 +17,10 @@ SECONDS = 240
 AXES = ("batch size", "position and order", "mixed lengths", "co-batch contents", "prefix cache")
 # vLLM's command asks for the version of the package of its name, which not every environment has.
 _VLLM = """
-import importlib.metadata as installed
-own = installed.version
-def version(name):
-    try:
-        return own(name)
-    except installed.PackageNotFoundError:
-        if name != "vllm":
-            raise
-        import vllm
-        return vllm.__version__
+import types, vllm
 import vllm.entrypoints.cli.main as command
-installed.version = version
+told = types.SimpleNamespace(version=lambda name: vllm.__version__)
+command.importlib = types.SimpleNamespace(metadata=told)
 command.main()
 """
 
