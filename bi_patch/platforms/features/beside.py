@@ -274,16 +274,16 @@ BESIDE: tuple[Feature, ...] = (
     row(
         "images with INT8 weights, AWQ, n-grams or two ranks, in an engine that vLLM compiles",
         cpu=served(_CPU_RANKS_MORE, _CPU_MORE, _CPU_WHOLE[1], why="tiny models with random weights"),
-        cuda=(images.OLDER, _EAGER),
+        cuda=_ALONE,
         ascend=images.ASCEND,
         asked=_compiled(_INT8, _AWQ, _GRAMS, _TWO, _WHOLE),
     ),
     row(
-        "images with GPTQ, 4-bit weights of compressed-tensors, FP8 weights or LoRA, in an engine that vLLM compiles",
+        "images with GPTQ, 4-bit weights of compressed-tensors or LoRA, in an engine that vLLM compiles",
         cpu=_EAGER,
-        cuda=(images.OLDER, _EAGER),
+        cuda=_ALONE,
         ascend=images.ASCEND,
-        asked=_compiled(_GPTQ, _FOUR, _BLOCKS, _CHANNELS, LORA),
+        asked=_compiled(_GPTQ, _FOUR, LORA),
     ),
     row(
         "images with two others of LoRA, speculation, quantized weights and several ranks",
