@@ -8,8 +8,9 @@
 // request's own inputs, whatever step brought them: conv [slots, BEFORE, CHANNELS] bf16 keeps the last of them.
 //
 // convolve: out. In a step of one token a request (starts null) it also keeps the inputs. keep_inputs: the same after a
-// step of prompts. weight [CHANNELS, BEFORE + 1] (fp32 if WEIGHT_FLOAT), bias [CHANNELS] or null, bf16. starts [requests + 1], slots [requests]
-// (0 and below are skipped), fresh [requests], which [tokens]: as in recurrent.cu. out [tokens, CHANNELS], dense.
+// step of prompts. weight [CHANNELS, BEFORE + 1] (fp32 if WEIGHT_FLOAT), bias [CHANNELS] or null, bf16. starts
+// [requests + 1], slots [requests] (0 and below are skipped), fresh [requests], which [tokens]: as in recurrent.cu. out
+// [tokens, CHANNELS], dense.
 //
 // Compiled for CHANNELS (even), BEFORE (1 to 7), GATED, WEIGHT_FLOAT, THREADS.
 

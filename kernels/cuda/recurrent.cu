@@ -34,7 +34,8 @@
 //
 // Compiled for MAMBA (0, 1), KEYS and VALUES (multiples of 64), KEY_HEADS, HEADS, PIECES (of S: 2, or 1 for the rounded
 // number alone), and for fp32 or bf16 parameters (RATE_FLOAT, BIAS_FLOAT, D_FLOAT). What changes no bit: TILE (tokens in
-// shared memory), WARPS (of a block of scan), SEGMENT (tokens), PART and AHEAD (keys and tokens of a block of follow). ONLY: which kernel is compiled, by default all.
+// shared memory), WARPS (of a block of scan), SEGMENT (tokens), PART and AHEAD (keys and tokens of a block of follow).
+// ONLY: which kernel is compiled, by default all.
 
 constexpr int CHUNK = 8;
 constexpr int CHANNELS = 2 * KEY_HEADS * KEYS + HEADS * VALUES;

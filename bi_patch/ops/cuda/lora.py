@@ -13,7 +13,9 @@ from bi_patch.ops.registration import define
 if TYPE_CHECKING:
     import torch
 
-_tables: dict[tuple, tuple] = {}  # by the addresses of the stacks, which vLLM allocates once
+# By the addresses and the shapes of the stacks. An engine allocates its stacks once; a later engine of the process may
+# get the same addresses.
+_tables: dict[tuple, tuple] = {}
 
 
 def register() -> None:
@@ -116,7 +118,7 @@ def _pointers(a: list[torch.Tensor], b: list[torch.Tensor], device: torch.device
     """What the kernels need to find the stacks. Tables are made at the first call, before any graph is captured."""
     import torch
 
-    key = tuple(held.data_ptr() for held in (*a, *b))
+    key = len(a), *((held.data_ptr(), held.shape) for held in (*a, *b))
     if key in _tables:
         return _tables[key]
     sizes = [held.shape[-2] for held in b]

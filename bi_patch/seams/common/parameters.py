@@ -28,7 +28,14 @@ EXAMINED = frozenset(
 
 
 def unknown(params: Any) -> list[str]:
-    """The fields of a request's parameters that nobody has examined, and whose value is not vLLM's default."""
+    """The fields of a request's parameters that nobody has examined, and whose value is not vLLM's default.
+
+    vLLM's classes are Structs of msgspec. Of another class nobody knows the defaults: every other attribute is named.
+    """
+    import msgspec
+
+    if not isinstance(params, msgspec.Struct):
+        return [name for name in vars(params) if name not in EXAMINED and name[0] != "_"]
     return [name for name, usual in _unexamined(type(params)) if _differs(getattr(params, name), usual)]
 
 
@@ -42,8 +49,6 @@ def _unexamined(kind: type) -> tuple[tuple[str, Any], ...]:
     """(name, default) of each field that nobody has examined. vLLM sets fields whose name begins with _ itself."""
     import msgspec
 
-    if not issubclass(kind, msgspec.Struct):
-        return ()
     found = [field for field in msgspec.structs.fields(kind) if field.name not in EXAMINED and field.name[0] != "_"]
     return tuple((field.name, _default(field)) for field in found)
 

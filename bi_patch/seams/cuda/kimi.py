@@ -58,6 +58,8 @@ def _unknown_delta(layer) -> str:
         return "drafts. Leave speculative decoding out"
     if layer.o_norm.activation != "sigmoid" or layer.o_norm.weight is None:
         return "another gate of its norm than the sigmoid"
+    if layer.local_num_heads % 2:  # a row of the projection has an element for each head: rows need 4 bytes
+        return f"{layer.local_num_heads} heads; an even number works"
     return kda.uncovered(layer.head_dim, layer.conv_size)
 
 

@@ -85,6 +85,7 @@ DELTA = {
     "num_spec": 0,
     "head_dim": 128,
     "conv_size": 4,
+    "local_num_heads": 2,
     "states": (torch.bfloat16, torch.float32),
     "mode": "align",
     "gate": "sigmoid",
@@ -100,6 +101,7 @@ DELTA = {
         ({"head_dim": 64}, "heads of 64 elements"),
         ({"conv_size": 3}, "over 3 tokens"),
         ({"gate": "silu"}, "another gate"),
+        ({"local_num_heads": 3}, "3 heads; an even number works"),
         ({"states": (torch.bfloat16, torch.bfloat16)}, "--mamba-ssm-cache-dtype float32"),
         ({"mode": "all"}, "--mamba-cache-mode align"),
         ({"failed": "no NVRTC"}, "did not compile: no NVRTC"),
@@ -114,7 +116,6 @@ def test_layers_that_the_kernels_do_not_compute_are_refused(monkeypatch, changed
         return SimpleNamespace(
             prefix="model.layers.0",
             conv1d=SimpleNamespace(weight=torch.zeros(768, 1, 4)),
-            local_num_heads=2,
             o_norm=SimpleNamespace(activation=held["gate"], weight=torch.zeros(128)),
             cache_config=SimpleNamespace(mamba_cache_mode=held["mode"]),
             get_state_dtype=lambda: held["states"],

@@ -322,3 +322,15 @@ def test_which_models_experts_take_adapters():
     assert beside(moe("Qwen3MoeForCausalLM")).strip() == "LoRA with experts"
     for other in (moe("MixtralForCausalLM"), moe("Qwen3MoeForCausalLM", quantization="fp8"), moe()):
         assert "LoRA with experts of other models, or beside another feature" in beside(other)
+
+
+def test_stacks_of_a_later_engine_at_the_same_addresses():
+    from bi_patch.ops.cuda import lora as op
+
+    memory = torch.zeros(4096)
+    a, b = memory[:512].view(2, 1, 8, 32), memory[512:1024].view(2, 1, 32, 8)
+    of_a, of_b = op._pointers([a], [b], memory.device)
+    assert (of_a[1:], of_b[5]) == ((256, 32), 32)
+    a, b = memory[:512].view(2, 1, 4, 64), memory[512:1024].view(2, 1, 64, 4)
+    of_a, of_b = op._pointers([a], [b], memory.device)
+    assert (of_a[1:], of_b[5]) == ((256, 64), 64)

@@ -73,6 +73,7 @@ def test_a_field_that_nobody_has_examined_is_refused():
     assert parameters.unknown(Later(rows=np.array([[3, 4]]))) == ["rows"]
     assert parameters.unknown(Later(temperature=0.5)) == []
     assert parameters.unknown(Later(sums_by_arrival=True, tokens=[3])) == ["sums_by_arrival", "tokens"]
+    assert parameters.unknown(SimpleNamespace(temperature=0.5, sums_by_arrival=False)) == ["sums_by_arrival"]
     config = SimpleNamespace(use_v2_model_runner=True, cache_config=None)
     with pytest.raises(UnsupportedRequest, match="sums_by_arrival, which nobody has examined"):
         requests.check(config, Later(sums_by_arrival=True))
