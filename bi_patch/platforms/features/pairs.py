@@ -16,7 +16,10 @@ from bi_patch.platforms.features.ranks import compiled, shown, size, whole_exper
 
 _CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
 _CPU_TOGETHER = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0-2.json"  # with grammars and cached prefixes, too
-_CPU_STAGES = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-4.json"
+_CPU_STAGES = (
+    "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-4.json",
+    "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-2.json",
+)
 _CPU_LATENT = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0-4.json"
 _CPU_STAGES_MORE = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-5.json"
 _H200_PAIRS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-2.json"
@@ -453,7 +456,7 @@ PAIRS: tuple[Feature, ...] = (
     *(
         _pairs(kind, parallel, cpu=cpu, cuda=cuda, ascend=_NO_SEAM)
         for kind, staged, shared in (
-            (MLA, served(_CPU_STAGES, why="a tiny DeepSeek V2, compiled, with one thread a rank"), _LATENT_RANKS),
+            (MLA, served(*_CPU_STAGES, why="a tiny DeepSeek V2, compiled, with one thread a rank"), _LATENT_RANKS),
             (RECURRENT, untried(), untried()),
         )
         for parallel, cpu, cuda in (
@@ -465,7 +468,7 @@ PAIRS: tuple[Feature, ...] = (
     _pairs(
         _INT8,
         "pipeline parallelism",
-        cpu=served(_CPU_STAGES_MORE, why="a tiny Qwen3, compiled, with one thread a rank"),
+        cpu=served(*_CPU_STAGES_MORE, why="a tiny Qwen3, compiled, with one thread a rank"),
         cuda=untried(),
         ascend=_NO_SEAM,
     ),

@@ -192,7 +192,8 @@ class LocalEngine:
             disable_log_stats=False,  # counters() reads them
             **{**made, **options.extra},
         )
-        several = options.random_weights is not None and options.extra.get("tensor_parallel_size", 1) != 1
+        counts = (options.extra.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        several = options.random_weights is not None and any(count != 1 for count in counts)
         # Not by llm.apply_model, which may write weights, so that engines with quantized weights refuse it.
         if several and not all(self.core.model_executor.collective_rpc(weights.filled)):
             raise RuntimeError("a worker did not make random weights: only workers of the executor mp do")

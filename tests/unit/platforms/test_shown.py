@@ -82,7 +82,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("INT8 weights and activations with pipeline parallelism", "cpu"): (
         ("tiny-qwen3-int8 * PP 2 compiled", *_MLA, "decode = prefill"),
     ),
-    ("MLA with pipeline parallelism", "cpu"): (("DeepSeek V2 * PP 2 compiled", *_MLA, "decode = prefill"),),
+    ("MLA with pipeline parallelism", "cpu"): (
+        ("DeepSeek V2 * PP 2 compiled", *_MLA, "decode = prefill"),
+        ("DeepSeek V2 * PP 2 compiled", "batch size", "position and order", "decode = prefill", "seeded sampling"),
+    ),
     ("processed logprobs and logits (--logprobs-mode)", "cpu"): (("*", "processed logprobs"),),
     ("processed logprobs and logits (--logprobs-mode)", "cuda"): (("Qwen3-30B-A3B*", "processed logprobs"),),
     ("a trainer on Hugging Face transformers with the sampler's bits", "cpu"): (
