@@ -468,7 +468,7 @@ PAIRS: tuple[Feature, ...] = (
     _pairs(
         _INT8,
         "pipeline parallelism",
-        cpu=served(*_CPU_STAGES_MORE, why="a tiny Qwen3, compiled, with one thread a rank"),
+        cpu=served(_CPU_STAGES_MORE, why="a tiny Qwen3, compiled, with one thread a rank"),
         cuda=untried(),
         ascend=_NO_SEAM,
     ),
