@@ -116,6 +116,7 @@ QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
 OTHER_SCHEMES = "quantized weights other than FP8 made while loading"
 EIGHTH = "an FP8 KV cache"
 EXPERTS = "experts"
+_EMBEDS = "prompt embeddings"
 _CHANNELS, _LATENT_BLOCKS = "FP8 weights per channel", "FP8 blocks of 128 x 128 in models with MLA"
 _BLOCKS = "FP8 blocks of 128 x 128 in dense models"
 _OTHERS = "other quantized weights"
@@ -153,6 +154,8 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     "custom logits processors": _model("logits_processors"),
     "watermarks": lambda config: getattr(config, "watermark_config", None) is not None,
     EXPERTS: _model("is_moe"),
+    # vLLM embeds the other tokens of a step apart, and its metadata of adapters are those of the whole step.
+    _EMBEDS: _model("enable_prompt_embeds"),
     # The last three are what LoRA is refused with:
     _DRAFTS: lambda config: getattr(config.speculative_config, "method", None) not in (None, "ngram"),
     "sharded adapters (--fully-sharded-loras)": lambda config: bool(
@@ -345,7 +348,7 @@ PAIRS: tuple[Feature, ...] = (
     _never(
         LORA,
         *("pipeline parallelism", "tensor parallelism", "data parallelism", "KV transfer or offload"),
-        *(POOLING, _TEXT, "encoder-decoder models", MLA, RECURRENT),
+        *(POOLING, _TEXT, "encoder-decoder models", MLA, RECURRENT, _EMBEDS),
         *_OF_LORA,
     ),
     _never(

@@ -116,6 +116,7 @@ def test_what_is_covered_with_lora():
     "given,said",
     [
         (dict(is_moe=True), "experts"),
+        (dict(enable_prompt_embeds=True), "prompt embeddings"),
         (dict(is_moe=True, target_modules=["q_proj"]), "experts"),
         (dict(runner_type="pooling"), "pooling"),
         (
