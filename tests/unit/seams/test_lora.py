@@ -91,6 +91,7 @@ def config(**given):
         use_mla=False,
         is_hybrid=False,
         is_moe=False,
+        enable_prompt_embeds=False,
         quantization=None,
         dtype=torch.bfloat16,
     )
