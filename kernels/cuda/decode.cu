@@ -355,7 +355,10 @@ DEVICE void free(const Taken& taken, const Work& work) {
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) sent |= bits_of(taken.by[half][0]) | bits_of(taken.by[half][1]);
 #pragma unroll
-  for (int load = 0; load < LOADS; ++load) sent |= taken.weights[load][0];
+  for (int load = 0; load < LOADS; ++load) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) sent |= taken.weights[load][part];  // all, if the compiler splits a load
+  }
   const u32 zero = PARTS > 1 ? sent & hidden_zero(work) : 0;
   together();
   arrive_if(&memory().slots[taken.slot].empty + zero, thread() % 32 == 0);
