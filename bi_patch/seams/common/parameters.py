@@ -36,7 +36,12 @@ def unknown(params: Any) -> list[str]:
 
     if not isinstance(params, msgspec.Struct):
         return [name for name in vars(params) if name not in EXAMINED and name[0] != "_"]
-    return [name for name, usual in _unexamined(type(params)) if _differs(getattr(params, name), usual)]
+    found = []
+    for name, usual in _unexamined(type(params)):  # for every request: no call for a field at its default
+        value = getattr(params, name)
+        if value is not usual and _differs(value, usual):
+            found.append(name)
+    return found
 
 
 def _differs(value: Any, usual: Any) -> bool:
