@@ -31,24 +31,12 @@ def answer(model: str, options: dict, out: Path) -> None:
     import bi_patch
 
     bi_patch.arm()
-    import msgspec
-
+    from bi_patch.tools.bench import launched
     from bi_patch.tools.verify.engine import LocalEngine, Options
-    from bi_patch.tools.verify.probes import PROBES, Workload
-    from bi_patch.tools.verify.probes.crossing import everything
 
     engine = LocalEngine(Options(model, **options))
-    assert engine.info.mode == "armed" and not engine.info.open_seams, engine.info
-    load = Workload.random(
-        engine.info.vocab_size, generate=4, sizes=(2, 17, 64), prefix=200, lengths=(3, 40, 290), score_sizes=(17,)
-    )
-    engine.reset_cache()
-    answers = engine.generate(everything(engine, load))
-    info = {name: getattr(engine.info, name) for name in ("device", "vllm", "torch", "threads")}
-    found = [probe.run(engine, load) for probe in PROBES if probe.name in AXES and not probe.missing(engine)]
-    rows = [[f.axis, f.compared, f.differing, str(f.first or "")] for f in found]
     made = out.with_suffix(".part")
-    made.write_text(json.dumps({"info": info, "answers": msgspec.to_builtins(answers), "rows": rows}))
+    made.write_text(json.dumps(launched.kept(engine, AXES)))
     made.rename(out)
     sys.stdout.flush()
     os._exit(0)  # Ray would end its workers twice, which aborts this process

@@ -1,8 +1,5 @@
 """The kernels of causal convolutions on the CPU, compared with fp64: g++ compiles them over emulated instructions."""
 
-import ctypes
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +7,6 @@ import torch
 
 from bi_patch.kernels.cuda import causal_conv
 
-KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
 LAUNCH = {
     "convolve": "const u16* x, const u16* weight, const u16* bias, u16* conv, u16* out, const int* starts, const int* "
     "slots, const signed char* fresh, const int* which, i64 conv_slot, int tokens, int requests, int per, int x_row, "
@@ -23,25 +19,12 @@ FLOATS = causal_conv.Form(70, 3, False, True)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def kernels(emulated, tmp_path_factory):
     """The kernels for the CPU, by form."""
-    built = {}
-    for form in (*FORMS.values(), FLOATS):
-        text = f'#include "emulate.h"\n#include "{KERNELS / "causal_conv.cu"}"\n'
-        for kernel, parameters in LAUNCH.items():
-            names = ", ".join(part.replace("*", " ").split()[-1] for part in parameters.split(","))
-            text += (
-                f'extern "C" void run_{kernel}(int blocks_x, int blocks_y, {parameters}) {{\n'
-                f"  run_grid(blocks_x, blocks_y, THREADS, [&] {{ {kernel}({names}); }});\n}}\n"
-            )
-        source = tmp_path_factory.mktemp("causal_conv") / "causal_conv.cpp"
-        source.write_text(text)
-        library = source.with_suffix(".so")
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
-        command += [f"-I{Path(__file__).parent}", str(source), "-o", str(library)]
-        subprocess.run([*command, *(f"-D{name}={value}" for name, value in form.defines().items())], check=True)
-        built[form] = ctypes.CDLL(str(library))
-    return built
+    forms = (*FORMS.values(), FLOATS)
+    return {
+        form: emulated(tmp_path_factory.mktemp("causal_conv"), "causal_conv", LAUNCH, form.defines()) for form in forms
+    }
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """SwiGLU with a factor of its gate on the CPU: g++ compiles the kernel over emulated instructions."""
 
-import ctypes
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,25 +7,14 @@ import torch
 
 from bi_patch.kernels.cuda import gated
 
-KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
 PARAMETERS = "const u16* x, u16* out, i64 x_row, float factor"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(emulated, tmp_path, monkeypatch):
     def load(form, device):
-        source = tmp_path / "gated.cpp"
-        source.write_text(
-            f'#include "emulate.h"\n#include "{KERNELS / "gated.cu"}"\n'
-            f'extern "C" void run_gated(int blocks_x, int blocks_y, {PARAMETERS}) {{\n'
-            "  run_grid(blocks_x, blocks_y, THREADS, [&] { gated_silu(x, out, x_row, factor); });\n}\n"
-        )
-        library = source.with_suffix(".so")
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
-        command += [f"-I{Path(__file__).parent}", str(source), "-o", str(library)]
-        subprocess.run([*command, *(f"-D{name}={value}" for name, value in form.defines().items())], check=True)
-        held = ctypes.CDLL(str(library))
-        return lambda grid, stream, given: held.run_gated(*grid, *given)
+        held = emulated(tmp_path, "gated", {"gated_silu": PARAMETERS}, form.defines())
+        return lambda grid, stream, given: held.run_gated_silu(*grid, *given)
 
     monkeypatch.setattr(gated, "load", load)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))

@@ -1,8 +1,5 @@
 """Kimi delta attention on the CPU, compared with fp64: g++ compiles the kernels over emulated instructions."""
 
-import ctypes
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +7,6 @@ import torch
 
 from bi_patch.kernels.cuda import kda
 
-KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
 LAUNCH = {
     "prepare": "const u16* y, const u16* gate, const u16* beta, const float* rate, const float* dt_bias, float* "
     "decays, float* numbers, int tokens, int gate_row, int beta_row",
@@ -21,25 +17,10 @@ TOKENS, SLOTS = 12, 4
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def kernels(emulated, tmp_path_factory):
     """The kernels for the CPU, by form."""
-    built = {}
-    for form in (kda.Form(1, 2), kda.Form(1, 4)):
-        text = f'#include "emulate.h"\n#include "{KERNELS / "kda.cu"}"\n'
-        for kernel, parameters in LAUNCH.items():
-            names = ", ".join(part.replace("*", " ").split()[-1] for part in parameters.split(","))
-            text += (
-                f'extern "C" void run_{kernel}(int blocks_x, int blocks_y, {parameters}) {{\n'
-                f"  run_grid(blocks_x, blocks_y, THREADS, [&] {{ {kernel}({names}); }});\n}}\n"
-            )
-        source = tmp_path_factory.mktemp("kda") / "kda.cpp"
-        source.write_text(text)
-        library = source.with_suffix(".so")
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
-        command += [f"-I{Path(__file__).parent}", str(source), "-o", str(library)]
-        subprocess.run([*command, *(f"-D{name}={value}" for name, value in form.defines().items())], check=True)
-        built[form] = ctypes.CDLL(str(library))
-    return built
+    forms = (kda.Form(1, 2), kda.Form(1, 4))
+    return {form: emulated(tmp_path_factory.mktemp("kda"), "kda", LAUNCH, form.defines()) for form in forms}
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """Mamba 1's recurrence on the CPU, compared with fp64: g++ compiles the kernel over emulated instructions."""
 
-import ctypes
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +7,6 @@ import torch
 
 from bi_patch.kernels.cuda import mamba1
 
-KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
 PARAMETERS = (
     "const u16* x, const u16* dt, const u16* b, const u16* c, const u16* gate, const float* rate, const float* skip, "
     "const float* dt_bias, float* states, u16* out, const int* starts, const int* slots, const signed char* fresh, "
@@ -20,19 +16,8 @@ FORM = mamba1.Form(70, 16)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    names = ", ".join(part.replace("*", " ").split()[-1] for part in PARAMETERS.split(","))
-    source = tmp_path / "mamba1.cpp"
-    source.write_text(
-        f'#include "emulate.h"\n#include "{KERNELS / "mamba1.cu"}"\n'
-        f'extern "C" void run_scan(int blocks_x, int blocks_y, {PARAMETERS}) {{\n'
-        f"  run_grid(blocks_x, blocks_y, THREADS, [&] {{ scan({names}); }});\n}}\n"
-    )
-    library = source.with_suffix(".so")
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
-    command += [f"-I{Path(__file__).parent}", str(source), "-o", str(library)]
-    subprocess.run([*command, *(f"-D{name}={value}" for name, value in FORM.defines().items())], check=True)
-    held = ctypes.CDLL(str(library))
+def run(emulated, tmp_path, monkeypatch):
+    held = emulated(tmp_path, "mamba1", {"scan": PARAMETERS}, FORM.defines())
     monkeypatch.setattr(mamba1, "load", lambda *_: lambda grid, stream, given: held.run_scan(*grid, *given))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     return mamba1.run
