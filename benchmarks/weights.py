@@ -52,7 +52,7 @@ def measure(only: str, results: Path | None) -> int:
     from bi_patch.tools.verify.local import local
 
     on_gpu = torch.cuda.is_available()
-    further = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 1 << 30} if on_gpu else {}
+    further = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30} if on_gpu else {}
     rows = []
     with tempfile.TemporaryDirectory(prefix="bi_patch-weights-") as root:
         for label, name, eager, tied in cases(on_gpu):
