@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import bi_patch_entry
+
 SEED = 7
+# Two threads, because one hides variance.
+ENVIRON = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 LEVELS = ("quick", "default", "full")
 
@@ -87,3 +91,35 @@ def run(names: Sequence[str], one: Callable[[str, str], int], *, errors: bool) -
             differ |= differing > 0
             print(f"{name}: {differing} differ ({time.perf_counter() - start:.0f} s)", flush=True)
     sys.exit(1 if differ else 0)
+
+
+def case(label: str, system, level, axes: Sequence[str], variant: str, results: Path | None) -> list:
+    """Measure one case, and write its rows at once, because the next case may fail. Returns the rows.
+
+    system: what verify measures. variant: as in `kind`. results: the folder of the result file, None for no file.
+    """
+    from bi_patch.tools import evidence
+    from bi_patch.tools.bench import invariance
+
+    rows, report = invariance.measure(label, system, level, only=axes, tell=lambda text: print(text, flush=True))
+    if results is not None:
+        found = evidence.new(kind(variant), report)
+        found.rows = rows
+        print(evidence.write(found, results), flush=True)
+    return rows
+
+
+def cases(doc: str, measure: Callable[[str, Path | None], list]) -> None:
+    """The main function of a script with cases. measure(only, results): the rows of the cases whose label contains
+    `only`. Exits with 1 if something differs, or if no case has such a label."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="measure only cases with this text in their label")
+    parser.add_argument("--results", type=Path, help="the folder of a result file; by default, none is written")
+    given = parser.parse_args()
+    bi_patch_entry.without_arming()
+    from bi_patch.tools import evidence
+
+    rows = measure(given.only, given.results)
+    if not rows:
+        raise SystemExit(f"no case has {given.only!r} in its label")
+    sys.exit(1 if evidence.total_differing(rows) else 0)

@@ -9,17 +9,11 @@ eagerly. Exit code 1: positions differ.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 import sweep
 
-import bi_patch_entry
-
-# Two threads, because one hides variance.
-ENVIRON = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 LENGTH = 1024
 ARGUMENTS = {"max_model_len": LENGTH, "max_num_seqs": 16, "max_num_batched_tokens": 512}
 
@@ -40,13 +34,11 @@ def cases(on_gpu: bool):
         yield f"{name} bf16, eager", name, True, False
 
 
-def measure(only: str, results: Path | None) -> int:
-    """Measure the cases whose label contains `only`. Returns how many positions differ. results: None for no file."""
+def measure(only: str, results: Path | None) -> list:
+    """Measure the cases whose label contains `only`. Returns their rows. results: None for no file."""
     import torch
 
     from bi_patch import settings
-    from bi_patch.tools import evidence
-    from bi_patch.tools.bench import invariance
     from bi_patch.tools.models import families, recipes
     from bi_patch.tools.verify import checkpoint, levels
     from bi_patch.tools.verify.local import local
@@ -71,29 +63,11 @@ def measure(only: str, results: Path | None) -> int:
                 engine_args=ARGUMENTS | further,
                 dtype="bfloat16",
                 eager=eager,
-                environ={} if on_gpu else ENVIRON,
+                environ={} if on_gpu else sweep.ENVIRON,
             )
-            made, report = invariance.measure(
-                label, system, levels.QUICK, only=["weight update"], tell=lambda text: print(text, flush=True)
-            )
-            rows += made
-            if results is not None:  # after each case: the next one may fail
-                found = evidence.new(sweep.kind("weights"), report)
-                found.rows = made
-                print(evidence.write(found, results), flush=True)
-    if not rows:
-        raise SystemExit(f"no case has {only!r} in its label")
-    return evidence.total_differing(rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="measure only cases with this text in their label")
-    parser.add_argument("--results", type=Path, help="the folder of a result file; by default, none is written")
-    given = parser.parse_args()
-    bi_patch_entry.without_arming()
-    sys.exit(1 if measure(given.only, given.results) else 0)
+            rows += sweep.case(label, system, levels.QUICK, ["weight update"], "weights", results)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    sweep.cases(__doc__, measure)

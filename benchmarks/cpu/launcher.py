@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -68,7 +67,9 @@ def rank(model: str, eager: bool, out: Path) -> None:
 
 
 def start(model: str, eager: bool, folder: Path) -> list[dict]:
-    """What each rank kept. Raises RuntimeError if a rank fails or takes too long."""
+    """What each rank kept. Raises RuntimeError if a rank fails, TimeoutExpired if one takes too long."""
+    from bi_patch.tools.bench import launched
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -80,14 +81,7 @@ def start(model: str, eager: bool, folder: Path) -> list[dict]:
         # -P: beside this file lies a requests.py, which is not the library that vLLM imports
         command = [sys.executable, "-P", __file__, "--rank", model, json.dumps(eager), str(file)]
         running.append(subprocess.Popen(command, env=environ))
-    limit = time.monotonic() + SECONDS
-    try:
-        codes = [process.wait(max(0.1, limit - time.monotonic())) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    if any(codes):
-        raise RuntimeError(f"ranks ended with {codes}")
+    launched.wait(running, SECONDS)
     return [json.loads(file.read_text()) for file in files]
 
 

@@ -15,7 +15,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,11 +59,12 @@ def started(model: str, options: dict, files: Sequence[Path], environ: dict[str,
 def measure(label: str, model: str, engine: dict, memory: dict, eager: bool, scratch: Path) -> tuple[list, object]:
     """The rows of a case, and the device and libraries. engine: arguments of vllm.LLM, the executor among them.
 
-    Raises RuntimeError if an engine or a rank fails, or takes longer than SECONDS.
+    Raises RuntimeError if an engine or a rank fails, TimeoutExpired if one takes longer than SECONDS.
     """
     import msgspec
 
     from bi_patch.tools import evidence
+    from bi_patch.tools.bench import launched
     from bi_patch.tools.verify.answers import Answer, compare
 
     executor = engine["distributed_executor_backend"]
@@ -74,14 +74,7 @@ def measure(label: str, model: str, engine: dict, memory: dict, eager: bool, scr
         extra = memory | engine | {"distributed_executor_backend": name, "seed": 0}
         options = {"eager": eager, "max_model_len": 1024, "chunk": 512, "tokenizer": False, "extra": extra}
         running += started(model, options, files[name], os.environ | ENVIRON)
-    limit = time.monotonic() + SECONDS
-    try:
-        codes = [process.wait(max(0.1, limit - time.monotonic())) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    if any(codes):
-        raise RuntimeError(f"{label}: engines and ranks ended with {codes}")
+    launched.wait(running, SECONDS)
     plain, *held = [json.loads(file.read_text()) for file in (*files[MP], *files[executor])]
     rows = list(held[0]["rows"])
     for axis, other in (("executor", plain), *(("both ranks", rank) for rank in held[1:])):

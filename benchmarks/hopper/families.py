@@ -19,6 +19,10 @@ from pathlib import Path
 
 import bi_patch_entry
 
+bi_patch_entry.without_arming()  # the engines run in processes of their own
+
+from bi_patch.tools.models import shapes  # noqa: E402
+
 AXES = ("batch size", "mixed lengths", "co-batch contents", "prefix cache", "chunk budget", "decode = prefill")
 PREEMPTION = "preemption"
 SEED = 7
@@ -27,6 +31,14 @@ WINDOW = 256
 
 _LAYERS = {"num_hidden_layers": 4, "vocab_size": 32000, "max_position_embeddings": 8192}
 _EVERY_FOURTH = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": WINDOW}
+_DELTA_NETS = {
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+_PLAIN = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def _sizes(hidden, intermediate, heads, key_heads, head_dim=None, **more):
@@ -58,11 +70,7 @@ SIZES: dict[str, dict[str, object]] = {
         16,
         2,
         256,
-        layer_types=["linear_attention"] * 3 + ["full_attention"],
-        linear_num_key_heads=16,
-        linear_num_value_heads=32,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
+        **_DELTA_NETS,
         num_experts=64,
         num_experts_per_tok=10,
         moe_intermediate_size=512,
@@ -115,11 +123,7 @@ SIZES: dict[str, dict[str, object]] = {
         16,
         2,
         256,
-        layer_types=["linear_attention"] * 3 + ["full_attention"],
-        linear_num_key_heads=16,
-        linear_num_value_heads=32,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
+        **_DELTA_NETS,
         num_experts=64,
         num_experts_per_tok=8,
         moe_intermediate_size=512,
@@ -131,11 +135,7 @@ SIZES: dict[str, dict[str, object]] = {
         16,
         4,
         256,
-        layer_types=["linear_attention"] * 3 + ["full_attention"],
-        linear_num_key_heads=16,
-        linear_num_value_heads=32,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
+        **_DELTA_NETS,
     ),
     "Nemotron 3": _sizes(
         2688,
@@ -215,24 +215,10 @@ SIZES: dict[str, dict[str, object]] = {
     ),
     "Llama": _sizes(4096, 14336, 32, 8),
     "Qwen3-MoE": _sizes(2048, 6144, 32, 4, 128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
-    "Kimi Linear": _sizes(
-        2304,
-        9216,
-        32,
-        32,
-        72,
-        linear_attn_config={
-            "kda_layers": [1, 2, 3],
-            "full_attn_layers": [4],
-            "num_heads": 32,
-            "head_dim": 128,
-            "short_conv_kernel_size": 4,
-        },
-        num_experts=64,
-        num_experts_per_token=8,
-        moe_intermediate_size=1024,
-        max_position_embeddings=16384,
-    ),
+    "Kimi Linear": shapes.SHAPES["Kimi-Linear-48B-A3B, 4 layers"]
+    | _LAYERS
+    | _PLAIN
+    | {"num_experts": 64, "max_position_embeddings": 16384},
     "Qwen2-MoE": _sizes(
         2048,
         5632,
@@ -243,7 +229,10 @@ SIZES: dict[str, dict[str, object]] = {
         moe_intermediate_size=1408,
         shared_expert_intermediate_size=5632,
     ),
-    "gpt-oss in bf16": _sizes(2880, 2880, 64, 8, 64, num_local_experts=32, num_experts_per_tok=4),
+    "gpt-oss in bf16": shapes.SHAPES["gpt-oss-20b"]
+    | _LAYERS
+    | _PLAIN
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "Mixtral": _sizes(4096, 14336, 32, 8, num_hidden_layers=2),
     "OLMoE": _sizes(2048, 1024, 16, 16, num_experts=64, num_experts_per_tok=8),
     "PhiMoE": _sizes(4096, 6400, 32, 8, num_local_experts=16, num_experts_per_tok=2, num_hidden_layers=2),
@@ -361,30 +350,8 @@ SIZES: dict[str, dict[str, object]] = {
     "BLOOM": {"n_layer": 4, "n_head": 32, "hidden_size": 4096, "vocab_size": 32000},
 }
 
-_PLAIN = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-# Families that the CPU sweep does not have: bi_patch serves them on GPUs only.
+# What SIZES lacks of families that the CPU sweep does not have: bi_patch serves most of them on GPUs only.
 GPU_ONLY: dict[str, dict[str, object]] = {
-    "gpt-oss in bf16": _PLAIN
-    | {
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": "gpt_oss",
-        "hidden_act": "silu",
-        "swiglu_limit": 7.0,
-        "attention_bias": True,
-        "rms_norm_eps": 1e-5,
-        "sliding_window": 128,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "rope_theta": 150000,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "original_max_position_embeddings": 4096,
-            "truncate": False,
-        },
-        "tie_word_embeddings": False,
-    },
     "Llama": _PLAIN
     | {
         "architectures": ["LlamaForCausalLM"],
@@ -406,29 +373,6 @@ GPU_ONLY: dict[str, dict[str, object]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
-    "Kimi Linear": _PLAIN
-    | {
-        "architectures": ["KimiLinearForCausalLM"],
-        "model_type": "kimi_linear",
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "q_lora_rank": None,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "mla_use_nope": True,
-        "num_shared_experts": 1,
-        "moe_renormalize": True,
-        "moe_router_activation_func": "sigmoid",
-        "routed_scaling_factor": 2.446,
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "num_expert_group": 1,
-        "topk_group": 1,
-        "use_grouped_topk": True,
-        "tie_word_embeddings": False,
-    },
     "BLOOM": _PLAIN
     | {
         "architectures": ["BloomForCausalLM"],
@@ -445,7 +389,7 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path, pr
     whose KV cache is too small for the batch."""
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
-    from bi_patch.tools.models import families, shapes
+    from bi_patch.tools.models import families
     from bi_patch.tools.verify import levels, local
 
     config = families.FAMILIES.get(family, {}) | GPU_ONLY.get(family, {}) | SIZES[family]
@@ -475,8 +419,6 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path, pr
 
 def alone(family: str, args: argparse.Namespace) -> int:
     """Run this script for one family, and print its last line."""
-    from bi_patch.tools.models import shapes
-
     start = time.perf_counter()
     own = args.results / "families" / shapes.short(family)  # processes must not write to the same file
     own.mkdir(parents=True, exist_ok=True)
@@ -499,7 +441,6 @@ def join(results: Path) -> None:
 
 
 def main() -> None:
-    bi_patch_entry.without_arming()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", default=list(SIZES))
     parser.add_argument("--beside", type=int, default=4)

@@ -7,14 +7,14 @@ layer: the median of 30 calls with the L2 cache flushed, decodes as CUDA graphs.
 of Kimi Linear (Triton).
 """
 
-import json
 import sys
-import traceback
 from types import SimpleNamespace
 from unittest import mock
 
+import steps
 import torch
-from recurrent_times import DEVICE, error, graphed, ints, spans, timed
+from recurrent_times import DEVICE, error, ints, spans
+from steps import graphed, timed
 
 from bi_patch.kernels.cuda import causal_conv, kda
 
@@ -223,17 +223,7 @@ for _l in ([512], [2048], [8192], [1024] * 8, [128] * 64, [32000] * 2):
 
 def main() -> None:
     path, only = sys.argv[1], sys.argv[2:]
-    found: dict = {"device": torch.cuda.get_device_name()}
-    for name in dict.fromkeys(name for part in only or [""] for name in STEPS if part in name):
-        try:
-            with torch.no_grad():
-                found[name] = STEPS[name]()
-        except Exception:
-            found[name] = {"failed": traceback.format_exc()[-1500:]}
-        print(name, json.dumps(found[name]), flush=True)
-        with open(path, "w") as file:
-            json.dump(found, file, indent=1)
-        torch.cuda.empty_cache()
+    steps.run(STEPS, steps.named(STEPS, only), path)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import lora_engine
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -22,18 +24,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--eager", action="store_true")
     asked = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    from bi_patch import arming
-
-    arming.arm()
+    lora_engine.start("armed")
     import msgspec
 
     from bi_patch.tools import evidence
     from bi_patch.tools.evidence import Invariance, InvarianceRow
     from bi_patch.tools.models import shapes
     from bi_patch.tools.verify.answers import Answer
-    from bi_patch.tools.verify.engine import LocalEngine, Options
+    from bi_patch.tools.verify.engine import LocalEngine
     from bi_patch.tools.verify.probes import FEATURE_PROBES, Workload, adapters
     from bi_patch.tools.verify.probes.base import Result
 
@@ -42,20 +40,7 @@ def main() -> None:
 
     shape = {**shapes.SHAPES["Llama-3.1-8B"], "num_hidden_layers": asked.layers, "vocab_size": 32000}
     model = shapes.save("Llama-3.1-8B, few layers", shape, tempfile.mkdtemp())
-    options = Options(
-        model,
-        eager=asked.eager,
-        max_model_len=2048,
-        max_num_seqs=64,
-        chunk=2048,
-        tokenizer=False,
-        random_weights=7,
-        extra={
-            "gpu_memory_utilization": 0.1,
-            "kv_cache_memory_bytes": 2 << 30,
-            "compilation_config": {} if asked.eager else {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
-        },
-    )
+    options = lora_engine.options(model, asked.eager, 2 << 30)
     off = next(p for p in FEATURE_PROBES if isinstance(p, adapters.WithoutProbe))
     on = next(p for p in FEATURE_PROBES if p.name == "LoRA")
     load = Workload.random(32000, lengths=(3, 37, 150, 411, 1030), generate=12, sizes=(1, 2, 3, 8, 9, 16, 17, 33, 40))
@@ -63,7 +48,7 @@ def main() -> None:
         engine = LocalEngine(options)
         asked.answers.write_bytes(msgspec.msgpack.encode(off.collect(engine, load)))
         os._exit(0)
-    change = off.changes(_Shown(options))[0]
+    change = lora_engine.change(off, options)
     engine = LocalEngine(options.but(**change.options))
     label = f"Llama-3.1-8B ({asked.layers} layers) LoRA{' eager' if asked.eager else ''}"
     rows = []
@@ -81,13 +66,6 @@ def main() -> None:
         keep(Result.of(off.name, off.cases(change, off.requests(engine, load), expected, got)))
     sys.stdout.flush()
     os._exit(1 if any(row.differing for row in rows) else 0)
-
-
-class _Shown:
-    """An engine that was not started: what the probes read of it before its start."""
-
-    def __init__(self, options) -> None:
-        self.options = options
 
 
 if __name__ == "__main__":

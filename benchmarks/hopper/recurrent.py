@@ -7,15 +7,15 @@ with the L2 cache flushed.
 """
 
 import functools
-import json
 import sys
-import traceback
 
+import steps
 import torch
+from steps import graphed, timed
 
 H, HV, D, CHUNK = 16, 32, 128, 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-found: dict = {}
+TIMES = 50  # calls that are timed
 
 
 def make(tokens, seed=0):
@@ -45,31 +45,6 @@ def exact(q, k, v, g, beta, state=None):
 
 def error(got, want):
     return float((got.double() - want).abs().max() / want.abs().max())
-
-
-def timed(call, times=50):
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
-    for _ in range(3):
-        call()
-    out = []
-    for _ in range(times):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        out.append(start.elapsed_time(end) * 1e3)
-    return round(sorted(out)[times // 2], 1)
-
-
-def graphed(call):
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def fla(q, k, v, g, beta, state=None, starts=None):
@@ -193,7 +168,7 @@ def recurrent_inputs(n):
 def decode_times(n):
     import delta_tile as delta
 
-    out = {"recurrent (stock)": timed(graphed(recurrent_inputs(n)))}
+    out = {"recurrent (stock)": timed(graphed(recurrent_inputs(n)), TIMES)}
     out["state bytes, recurrent"] = 2 * n * HV * D * D * 4
     states = torch.randn(n, HV, D, D, device=DEVICE)
     for rows in (1, 32, 63):
@@ -204,7 +179,7 @@ def decode_times(n):
         for values, warps in ((64, 4), (128, 8), (128, 4)):
             try:
                 call = lambda: delta.decode(q, *open_, states, lengths, values=values, warps=warps)  # noqa: E731,B023
-                out[f"tile of {values}, {warps} warps, {rows} rows open"] = timed(graphed(call))
+                out[f"tile of {values}, {warps} warps, {rows} rows open"] = timed(graphed(call), TIMES)
             except Exception as e:
                 out[f"tile of {values}, {warps} warps, {rows} rows open"] = repr(e)[:200]
         out[f"bytes read, chunked, {rows} rows"] = n * (HV * D * D * 4 + rows * (H * D * 2 + HV * D * 2 + HV * 8))
@@ -332,18 +307,7 @@ STEPS = {
 
 def main() -> None:
     path, only = sys.argv[1], sys.argv[2:]
-    if DEVICE == "cuda":
-        found["device"] = torch.cuda.get_device_name()
-    for name, run in STEPS.items():
-        if only and name not in only:
-            continue
-        try:
-            found[name] = run()
-        except Exception:
-            found[name] = {"failed": traceback.format_exc()[-1500:]}
-        print(name, json.dumps(found[name]), flush=True)
-        with open(path, "w") as file:
-            json.dump(found, file, indent=1)
+    steps.run(STEPS, [name for name in STEPS if not only or name in only], path)
 
 
 if __name__ == "__main__":

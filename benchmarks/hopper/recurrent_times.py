@@ -8,7 +8,6 @@ over whole chunks, on average. vLLM's prefill is its Triton backend (FLA) for ga
 FlashInfer, and its SSD kernels for Mamba 2.
 """
 
-import json
 import multiprocessing
 import os
 import sys
@@ -16,7 +15,9 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
+import steps
 import torch
+from steps import graphed, timed
 
 from bi_patch.kernels.cuda import recurrent
 
@@ -29,7 +30,6 @@ FORMS = {
 CHUNK = 256  # of vLLM's Mamba 2
 TILES = tuple(map(int, os.environ.get("TILES", "1,2,4,8").split(",")))  # warps of a block
 FLASHINFER = bool(os.environ.get("FLASHINFER"))  # time it, too: it compiles its kernels for minutes
-found: dict = {}
 
 
 class Layer:
@@ -207,33 +207,6 @@ def error(got, want):
     """Mean and greatest difference, over the greatest value."""
     off = (got.double() - want).abs() / want.abs().max()
     return {"mean": float(off.mean()), "max": float(off.max())}
-
-
-def timed(call, times=30, mean=False):
-    flush = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
-    for _ in range(3):
-        call()
-    out = []
-    for _ in range(times):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        out.append(start.elapsed_time(end) * 1e3)
-    return round(sum(out) / times if mean else sorted(out)[times // 2], 1)
-
-
-def graphed(call):
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def forms(form):
@@ -414,19 +387,7 @@ def main() -> None:
                 if not only or any(name in part or part in STEPS_OF_ALL for part in only)
             ]
         )
-    found["device"] = torch.cuda.get_device_name()
-    wanted = dict.fromkeys(name for part in only or [""] for name in STEPS if part in name)
-    for name in wanted:
-        run = STEPS[name]
-        try:
-            with torch.no_grad():
-                found[name] = run()
-        except Exception:
-            found[name] = {"failed": traceback.format_exc()[-1500:]}
-        print(name, json.dumps(found[name]), flush=True)
-        with open(path, "w") as file:
-            json.dump(found, file, indent=1)
-        torch.cuda.empty_cache()
+    steps.run(STEPS, steps.named(STEPS, only), path)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import subprocess
+import time
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -24,3 +26,18 @@ def kept(engine: LocalEngine, axes: Collection[str]) -> dict:
     found = [probe.run(engine, load) for probe in PROBES if probe.name in axes and not probe.missing(engine)]
     rows = [[f.axis, f.compared, f.differing, str(f.first or "")] for f in found]
     return {"info": info, "answers": msgspec.to_builtins(answers), "rows": rows}
+
+
+def wait(running: Sequence[subprocess.Popen], seconds: float) -> None:
+    """Wait for processes, at most so many seconds in all, and end what is left of them.
+
+    Raises RuntimeError if one of them failed, and subprocess.TimeoutExpired if one took too long.
+    """
+    limit = time.monotonic() + seconds
+    try:
+        codes = [process.wait(max(0.1, limit - time.monotonic())) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    if any(codes):
+        raise RuntimeError(f"the processes ended with {codes}")
