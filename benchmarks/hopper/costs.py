@@ -66,7 +66,7 @@ def _given(a: argparse.Namespace, kv_gib: float, workloads: Sequence[str], repea
     longest = 33000 if LONG in workloads else 2048
     engine = {"compilation_config": {"cudagraph_capture_sizes": sizes}, "max_num_seqs": sizes[-1]}
     engine["max_num_batched_tokens"] = 8192  # as vLLM's server has it
-    given = {"kv_gib": kv_gib, "only": ",".join(workloads), "repeats": repeats, "max_model_len": longest}
+    given = {"kv_gib": kv_gib, "only": ",".join(workloads), "repeats": a.repeats or repeats, "max_model_len": longest}
     return argparse.Namespace(**vars(a) | given | {"share": SHARE, "engine": engine} | more)
 
 
@@ -123,7 +123,7 @@ ROUNDS: list[list[Entry]] = [
     ],
     [
         model("Qwen3-Next-80B-A3B, 8 layers", (26.5, 14.0, 4.5), (ONE, EIGHT, MANY, MOST, LONG)),
-        model("Falcon-H1-7B, 8 layers", (4.5, 7.0, 3.0), (ONE, EIGHT, MANY, LONG)),
+        model("Falcon-H1-7B, 8 layers", (4.5, 7.0, 3.0), (LONG, EIGHT, MANY, ONE)),
     ],
     [
         model("DeepSeek-V2-Lite", (29.3, 3.0, 3.5), (ONE, EIGHT, MANY, LATENT, LONG), modes=UPSTREAM),
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=_numbers, default=OF_ONE)
     parser.add_argument("--only", action="append", help="models whose name contains this text; repeatable")
     parser.add_argument("--modes", default=",".join(UPSTREAM))
+    parser.add_argument("--repeats", type=int, help="of each workload; by default, as planned")
     parser.add_argument("--start", type=float, default=170, help="seconds for the start of the first round")
     parser.add_argument("--later", type=float, default=120, help="seconds for the start of a later round")
     parser.add_argument("--limit", type=float, default=560, help="begin no workload after so many seconds")

@@ -5,7 +5,7 @@
 MODE: stock, upstream (vLLM's batch-invariant mode) or armed; each in a process of its own. Processes that start side by
 side time one at a time, if they have a lock. Workloads: decode of 1, 8
 and 64 requests with adapters in turn and, for every ninth, with none; prefill of 8 prompts of 1,000 tokens. Seconds
-are the least of several runs.
+by the clock are the least of several runs, those of the GPU's kernels are of one run.
 """
 
 import argparse
