@@ -25,11 +25,11 @@ BASE = {"torch.bfloat16": 128, "torch.float16": 1024}
 
 
 class Packed(NamedTuple):
-    """Packed weights [N, K].
+    """Packed weights [N, K], or those of experts [E, N, K], one expert after the other.
 
-    data: uint8 (4 bits) or int8 (8 bits), of N * K * bits / 8 elements. scale: [K / group, N], bf16 or fp16. zero: the
-    zero points, of scale's shape and type, or None: of 4 bits plus BASE, of 8 bits less 128. bits: 4 or 8. group:
-    elements of K.
+    data: uint8 (4 bits) or int8 (8 bits), of N * K * bits / 8 elements for each expert. scale: [K / group, N], or
+    [E, K / group, N], bf16 or fp16. zero: the zero points, of scale's shape and type, or None: of 4 bits plus BASE, of
+    8 bits less 128. bits: 4 or 8. group: elements of K.
     """
 
     data: torch.Tensor
@@ -41,7 +41,8 @@ class Packed(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return self.scale.shape[1], self.data.numel() * 8 // self.bits // self.scale.shape[1]
+        *_, groups, n = self.scale.shape
+        return n, self.data.numel() * 8 // self.bits // (self.scale.numel() // groups)
 
 
 def covers(n: int, k: int, bits: int, group: int) -> bool:
@@ -63,6 +64,21 @@ def pack(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: 
         zero = (zero.int() + base).T.to(scale.dtype).contiguous()
     data = _four(q) if bits == 4 else _eight(q)
     return Packed(data.contiguous().view(-1), scale.T.contiguous(), zero, bits, group)
+
+
+def pack_experts(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> Packed:
+    """Pack experts' integers q [E, N, K] of 4 bits, uint8, with scales [E, N, K / group], bf16 or fp16.
+
+    zero: integers [E, N, K / group], or None for 8. Raises ValueError if `covers` is false, or if there is no expert.
+    """
+    import torch
+
+    if not len(q):
+        raise ValueError("no experts to pack")
+    made = [pack(*one, 4) for one in zip(q, scale, zero if zero is not None else [None] * len(q), strict=True)]
+    data = torch.cat([one.data for one in made])
+    zeros = None if zero is None else torch.stack([one.zero for one in made])
+    return Packed(data, torch.stack([one.scale for one in made]), zeros, 4, made[0].group)
 
 
 def _four(q: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,43 @@ FORMS = (
 )
 
 
+# Forms that may serve experts, where an expert has few rows of its own.
+FORMS_OF_EXPERTS = (
+    Form(2, 1, 8),
+    Form(4, 1, 8),
+    Form(4, 2, 6, True),
+    Form(4, 4, 6, True),
+    Form(4, 8, 5, True),
+    Form(8, 16, 4, True),
+)
+
+
+class Rows(NamedTuple):
+    """The rows of each expert, sorted as by vLLM's moe_align_block_size with block_size = 8 * form.tiles.
+
+    An id is a row of out; id // each is the row of x. sorted_ids: int32 [S], ids in tiles of block_size; in a tile, ids
+    are of one expert, and ids that are not below `ids` fill the end. experts: int32 [tiles], the expert of each tile, or
+    -1: out gets zeros. padded: int32 [1], on the device, how many of sorted_ids count; a multiple of block_size. each:
+    ids of one row of x. ids: how many ids there are. weights: fp32 [ids], by which the sums are multiplied, or None.
+    """
+
+    sorted_ids: torch.Tensor
+    experts: torch.Tensor
+    padded: torch.Tensor
+    each: int
+    ids: int
+    weights: torch.Tensor | None = None
+
+
+def form_of_experts(ids: int, experts: int, n: int, k: int) -> Form:
+    """The form that serves `ids` ids spread over `experts` experts of weights [n, k]. Every form has the same bits."""
+    mean = ids / experts
+    for form in FORMS_OF_EXPERTS[1:-1]:
+        if mean <= 4 * form.tiles:
+            return form
+    return FORMS_OF_EXPERTS[-1]
+
+
 def groups(group: int) -> int:
     """How many groups of scales 128 elements of K have."""
     return max(1, BLOCK_K // group)
@@ -196,3 +233,15 @@ def dequantize(packed: Packed) -> torch.Tensor:
     units = n // 16 * (k // BLOCK_K)
     held((-(-units // form.warps), 1), torch.cuda.current_stream(device).cuda_stream, arguments)
     return out
+
+
+def product_of_experts(
+    x: torch.Tensor, packed: Packed, rows: Rows, bias: torch.Tensor | None, form: Form, out: torch.Tensor
+) -> None:
+    """out[id] = round((x[id // each] @ w[e].T + bias[e]) * weights[id]) for each id of each expert e, in one launch.
+
+    x: [M, K], bf16 or fp16, aligned to 16 bytes, without gaps in K. packed: of experts, of x's type. bias: [E, N] of
+    x's type or None. out: [ids, N] of x's type, contiguous. A row whose expert is -1 gets zeros; a row without an entry
+    in rows.sorted_ids stays as before. The host waits for nothing, so the launch may be captured in a CUDA graph.
+    """
+    raise NotImplementedError
