@@ -3,29 +3,52 @@
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w. TILES: eights of rows of x in
 // a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such a block. ZEROS: whether
 // there are zero points. EARLY: whether weights are unpacked while the products before run. INPUT: the 16-bit type.
-// unpack.h makes floats of the integers.
+// EXPERTS: whether rows belong to experts (rows.h), each with weights, scales, zero points and bias of its own, one
+// expert's after the other's. unpack.h makes floats of the integers.
 //
 // Order of one output: one fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass. (q - zero) * scale
-// is rounded once, the bias is added in fp32, and the result is rounded once. No warp shares an output with another.
+// is rounded once, the bias is added in fp32, a row's own
+// factor multiplies in fp32, and the result is rounded once. No warp shares an output with another.
 
-#define THREADS (32 * WARPS)
 #define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
 #define X_BYTES (8 * TILES * ROW)
 #define SCALE_BYTES (32 * GROUPS)
 #define STAGE (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))
 
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
-               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride) {
+               const u16* bias, u16* out, int rows, int cols, int depth, int group,
+               int stride PARAMETERS_OF_EXPERTS) {
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
-  const int strips = cols / 16, mine = block_x() * WARPS + warp, strip = mine < strips ? mine : strips - 1;
-  const int first = block_y() * 8 * TILES;  // row of x
+#if EXPERTS
+  const Place here = place(tiles, span, (cols + 16 * WARPS - 1) / (16 * WARPS));
+  const int column = here.column, first = here.tile * 8 * TILES;
+  const int end = fetch(padded), expert = fetch(experts + here.tile);
+  ids += first;
+#else
+  const int column = block_x(), first = block_y() * 8 * TILES;  // row of x
   x += static_cast<i64>(first) * stride;
   out += static_cast<i64>(first) * cols;
   rows -= first;
+#endif
+  const int strips = cols / 16, mine = column * WARPS + warp, strip = mine < strips ? mine : strips - 1;
   // What this thread copies for a block of K: a part of a row of x and of every THREADS / 16th row after it, its own
   // weights, and a part of its warp's scales. The pointers move on by one block at each call.
   const int part = thread() % 16, row = thread() / 16;
+#if EXPERTS
+  int rows_at[PIECES(TILES)];
+  find_rows(rows_at, ids, row, 8 * TILES, share, limit, stride);
+  if (first >= end) return;
+  if (expert < 0) {
+    write_zeros(out, ids, limit, column * 16 * WARPS, cols);
+    return;
+  }
+  w += static_cast<i64>(expert) * strips * blocks * 1024;
+  scale += static_cast<i64>(expert) * (depth / group) * cols * 2;
+  zero += static_cast<i64>(expert) * (depth / group) * cols * 2;
+  const u16* x_from = x + part * 8;
+#else
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
+#endif
   const unsigned char* w_from = w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
   const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
   const unsigned char* s_from = (kind ? zero : scale) + (static_cast<i64>(piece / 2) * cols + strip * 16) * 2;
@@ -36,13 +59,23 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   auto load = [&] {
     if (left > 0) {
       unsigned char* at = shared() + slot;
+#if !EXPERTS
       const u16* from = x_from;
+#endif
 #pragma unroll
       for (int c = 0; c < 8 * TILES; c += THREADS / 16) {
+#if EXPERTS
+        const int place = rows_at[c / (THREADS / 16)];
+        const bool there = place >= 0;
+        const u16* from = x_from + static_cast<i64>(place) * 8;
+#else
         const bool there = row + c < rows;
+#endif
         if (THREADS / 16 <= 8 * TILES || row < 8 * TILES)
           copy_16(at + (row + c) * ROW + part * 16, there ? from : x, there);
+#if !EXPERTS
         from += THREADS / 16 * stride;
+#endif
       }
       at += X_BYTES;
       copy_16(at + warp * 1024 + lane * 16, w_from, true);
@@ -69,6 +102,10 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) load();
+#if EXPERTS
+  Row* held = reinterpret_cast<Row*>(shared() + STAGES * STAGE);
+  hold_rows(held, ids, factors, 8 * TILES, limit);
+#endif
   // A pair is two products of 16 elements of K. With EARLY, the weights and rows of the next pair are read and unpacked
   // while the products of one pair run, one after the other.
   u32 a[2][2][4], b[2][TILES][4];
@@ -122,6 +159,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   wait_groups<0>();
   float added[2] = {0, 0};
   if (bias) {
+#if EXPERTS
+    bias += static_cast<i64>(expert) * cols;
+#endif
 #pragma unroll
     for (int r = 0; r < 2; ++r) added[r] = widen(bias[strip * 16 + g + 8 * r]);
   }
@@ -131,11 +171,18 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = t * 8 + lane % 4 * 2 + i % 2, n = strip * 16 + g + i / 2 * 8;
-      const float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
+      float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
+#if EXPERTS
+      const Row one = held[m];
+      if (factors) value = times_unflushed(value, one.factor);
+      if (one.id >= 0) out[static_cast<i64>(one.id) * cols + n] = static_cast<u16>(round_pair(value, 0));
+#else
       if (m < rows) out[static_cast<i64>(m) * cols + n] = static_cast<u16>(round_pair(value, 0));
+#endif
     }
 }
 
+#if !EXPERTS
 // The weights as 16-bit floats [N, K]: a warp for each strip of 16 rows and block of 128 elements of K. They pass
 // through shared memory, so that lanes store neighbouring elements.
 KERNEL dequantize(const unsigned char* w, const u16* scale, const u16* zero, u16* out, int cols, int depth, int group) {
@@ -165,3 +212,4 @@ KERNEL dequantize(const unsigned char* w, const u16* scale, const u16* zero, u16
     *reinterpret_cast<Four*>(to + static_cast<i64>(r) * depth) =
         *reinterpret_cast<const Four*>(held + (r + lane / 16) * ROW + lane % 16 * 16);
 }
+#endif

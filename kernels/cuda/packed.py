@@ -21,6 +21,9 @@ _BITS = {"torch.bfloat16": (0x3F80, 0x4300), "torch.float16": (0x3C00, 0x6400)}
 _ROW_BYTES = 2 * BLOCK_K + 16
 _DEQUANTIZING_WARPS = 8
 _HOPPER = 9, 0
+_ROW_OF_EXPERTS = 8  # bytes: a row's id and factor
+_FEWEST = 4  # a tile of experts may be multiplied as its fourth part
+_SPAN = 16  # tiles of experts whose rows and weights are in the cache at once
 _LARGE = 64  # rows of a wide form's tile that may serve any number of tiles
 
 
@@ -48,8 +51,8 @@ class Form(NamedTuple):
         hopper = tuple(capability) == _HOPPER
         return hopper if self.wide else self.tiles == 1 or not hopper
 
-    def defines(self, groups: int, zeros: bool, dtype: str) -> dict[str, object]:
-        """The preprocessor macros of packed.cu. groups: of scales in 128 elements of K. dtype: of x."""
+    def defines(self, groups: int, zeros: bool, dtype: str, experts: bool = False) -> dict[str, object]:
+        """The preprocessor macros of the source. groups: of scales in 128 elements of K. dtype: of x."""
         one, base = _BITS[dtype]
         return {
             "PARTS": 1,
@@ -60,17 +63,20 @@ class Form(NamedTuple):
             "STAGES": self.stages,
             "GROUPS": groups,
             "ZEROS": int(zeros),
+            "EXPERTS": int(experts),
+            "LEAST": max(1, self.tiles // _FEWEST),
             "ONE": f"{one * 0x10001:#x}u",
             "BASE": f"{base * 0x10001:#x}u",
             "MIDDLE": f"{(base + MIDDLE[4]) * 0x10001:#x}u",
         }
 
-    def shared_bytes(self, groups: int, zeros: bool) -> int:
+    def shared_bytes(self, groups: int, zeros: bool, experts: bool = False) -> int:
         """Bytes of shared memory of a block. groups: of scales in 128 elements of K."""
+        rows = 8 * self.tiles * _ROW_OF_EXPERTS if experts else 0
         own = self.warps * (16 * BLOCK_K // 2 + 32 * groups * (1 + zeros))
         if self.wide:
-            return self.stages * -(-(8 * self.tiles * 2 * BLOCK_K + own) // 1024) * 1024
-        return self.stages * (8 * self.tiles * _ROW_BYTES + own)
+            return self.stages * -(-(8 * self.tiles * 2 * BLOCK_K + own) // 1024) * 1024 + rows
+        return self.stages * (8 * self.tiles * _ROW_BYTES + own) + rows
 
 
 # Forms that may serve. A certificate compares and times them.
@@ -146,15 +152,16 @@ def groups(group: int) -> int:
 
 
 @functools.cache
-def build(form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: int) -> bytes:
+def build(form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: int, experts: bool = False) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     brain = dtype == "torch.bfloat16"
     product, file = "", "packed.cu"
     if form.wide:
-        product, file = multiply_wide(form.tiles), "packed_wide.cu"
+        used = {form.tiles // part for part in ((1, 2, _FEWEST) if experts else (1,))} - {0}
+        product, file = "".join(map(multiply_wide, sorted(used))), "packed_wide.cu"
         arch += "a"  # instructions of this architecture alone
-    source = nvrtc.source("primitives.h") + product + nvrtc.source("unpack.h", file)
-    defines = form.defines(groups, zeros, dtype) | {"BRAIN": int(brain), "INPUT": '"bf16"' if brain else '"f16"'}
+    source = nvrtc.source("primitives.h") + product + nvrtc.source("unpack.h", "rows.h", file)
+    defines = form.defines(groups, zeros, dtype, experts) | {"BRAIN": int(brain), "INPUT": '"bf16"' if brain else '"f16"'}
     return nvrtc.compile(source, arch, defines | {"CONTRACT": 1}, major)
 
 
@@ -179,23 +186,25 @@ DEVICE void multiply_wide(float (&d)[{tiles}][4], const u32 (&a)[4], i64 b) {{
 
 
 @functools.cache
-def _kernel(name: str, form: Form, groups: int, zeros: bool, dtype: str, device: int) -> nvrtc.Function:
+def _kernel(
+    name: str, form: Form, groups: int, zeros: bool, dtype: str, device: int, experts: bool = False
+) -> nvrtc.Function:
     import torch
 
-    cubin = build(form, groups, zeros, dtype, *nvrtc.target(device))
-    shared = form.shared_bytes(groups, zeros) if name == "product" else form.warps * 16 * _ROW_BYTES
+    cubin = build(form, groups, zeros, dtype, *nvrtc.target(device), experts)
+    shared = form.shared_bytes(groups, zeros, experts) if name == "product" else form.warps * 16 * _ROW_BYTES
     with torch.cuda.device(device):
         return nvrtc.Function(cubin, name, 32 * form.warps, shared)
 
 
-def fits(form: Form, group: int, zeros: bool, shared: int) -> bool:
+def fits(form: Form, group: int, zeros: bool, shared: int, experts: bool = False) -> bool:
     """Whether a form's block fits into `shared` bytes of shared memory."""
-    return form.shared_bytes(groups(group), zeros) <= shared
+    return form.shared_bytes(groups(group), zeros, experts) <= shared
 
 
-def prepare(form: Form, group: int, zeros: bool, dtype: torch.dtype, device: int) -> None:
+def prepare(form: Form, group: int, zeros: bool, dtype: torch.dtype, device: int, experts: bool = False) -> None:
     """Compile a form, so that its first launch finds it ready. Raises nvrtc.CompileError."""
-    build(form, groups(group), zeros, str(dtype), *nvrtc.target(device))
+    build(form, groups(group), zeros, str(dtype), *nvrtc.target(device), experts)
 
 
 def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Form) -> torch.Tensor:
@@ -204,8 +213,7 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Fo
 
     rows, depth = x.shape
     cols = packed.scale.shape[1]
-    if x.stride(1) != 1 or x.data_ptr() % 16 or x.stride(0) * 2 % 16:
-        raise ValueError(f"packed: the kernel does not take rows of strides {x.stride()}")
+    _check_rows(x)
     out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
     if not rows:
         return out
@@ -217,6 +225,11 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Fo
     grid = -(-cols // (16 * form.warps)), -(-rows // (8 * form.tiles))
     held(grid[::-1] if form.wide else grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)
     return out
+
+
+def _check_rows(x: torch.Tensor) -> None:
+    if x.stride(1) != 1 or x.data_ptr() % 16 or x.stride(0) * 2 % 16:
+        raise ValueError(f"packed: the kernel does not take rows of strides {x.stride()}")
 
 
 def dequantize(packed: Packed) -> torch.Tensor:
@@ -244,4 +257,22 @@ def product_of_experts(
     x's type or None. out: [ids, N] of x's type, contiguous. A row whose expert is -1 gets zeros; a row without an entry
     in rows.sorted_ids stays as before. The host waits for nothing, so the launch may be captured in a CUDA graph.
     """
-    raise NotImplementedError
+    import torch
+
+    _check_rows(x)
+    tiles = rows.sorted_ids.numel() // (8 * form.tiles)
+    if not tiles:
+        return
+    depth, cols = x.shape[1], packed.scale.shape[2]
+    if out.shape != (rows.ids, cols) or not out.is_contiguous() or out.data_ptr() % 16:
+        raise ValueError(f"packed: the kernel does not write {tuple(out.shape)} with strides {out.stride()}")
+    zeros = packed.zero is not None
+    held = _kernel("product", form, groups(packed.group), zeros, str(x.dtype), x.device.index, True)
+    tensors = (x, packed.data, packed.scale, packed.zero, bias, out)
+    sizes = (x.shape[0], cols, depth, packed.group, x.stride(0))
+    arguments = [*(c_void_p(None if t is None else t.data_ptr()) for t in tensors), *map(c_int, sizes)]
+    of_rows = (rows.sorted_ids, rows.experts, rows.padded, rows.weights)
+    arguments += [c_void_p(None if t is None else t.data_ptr()) for t in of_rows]
+    arguments += map(c_int, (rows.each, rows.ids, tiles, _SPAN))
+    grid = tiles * -(-cols // (16 * form.warps)), 1
+    held(grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)

@@ -3,18 +3,18 @@
 //
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w; four are a warpgroup. TILES:
 // eights of rows of x in a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such
-// a block. ZEROS: whether there are zero points. INPUT: the 16-bit type. unpack.h makes floats of the integers.
+// a block. ZEROS: whether there are zero points. INPUT: the 16-bit type. EXPERTS: whether rows belong to experts (rows.h),
+// each with weights, scales, zero points and bias of its own, one expert's after the other's. LEAST: the fewest eights of
+// rows that a block of experts takes where its tile has few. unpack.h makes floats of the integers.
 //
 // Order of one output: that of packed.cu. One fp32 accumulator of wgmma.m64nNk16 takes K in ascending order in one pass.
 // The weights of 16 elements of K lie in a warp's registers as for mma.m16n8k16, so both read one packing.
 
-#define THREADS (32 * WARPS)
 #define ATOM (1024 * TILES)  // bytes of all rows of x and 64 elements of K: rows of 128 bytes, swizzled
 #define X_BYTES (2 * ATOM)
 #define SCALE_BYTES (32 * GROUPS)
 #define STAGE ((X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)) + 1023) / 1024 * 1024)
 #define AHEAD (STAGES - 2)         // loads in flight: a block's last products may run into the next block
-#define BATCH (TILES > 8 ? 2 : 4)  // products of 16 elements of K that run while the next ones' weights are unpacked
 #define OUT_ROW (32 * WARPS + 16)  // bytes of a row of outputs in shared memory
 
 // A lane's weights of a block of K: its words, and of each group the scales and zero points of its two rows.
@@ -50,36 +50,66 @@ DEVICE void unpack(u32 (&a)[4], const Words& block, int step) {
   }
 }
 
-KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
-               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride) {
+// What a block multiplies: the pointers are those of its expert, and dense of its first row. column: of blocks.
+struct Task {
+  const u16* x;
+  const unsigned char *w, *scale, *zero;
+  const u16* bias;
+  u16* out;
+  int rows, cols, depth, group, stride, column;
+#if EXPERTS
+  const int* ids;
+  const float* factors;
+  int share, limit;
+#endif
+};
+
+// The product for the first 8 * USED rows of a block.
+template <int USED>
+DEVICE void multiply(const Task& task) {
+  constexpr int BATCH = USED > 8 ? 2 : 4;  // products of 16 elements of K that run while the next's weights are unpacked
+  const u16* x = task.x;
+  const int cols = task.cols, depth = task.depth, stride = task.stride;
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
-  const int strips = cols / 16, mine = block_y() * WARPS + warp, strip = mine < strips ? mine : strips - 1;
-  const int first = block_x() * 8 * TILES;  // row of x: neighbouring blocks share weights
-  x += static_cast<i64>(first) * stride;
-  out += static_cast<i64>(first) * cols;
-  rows -= first;
+  const int strips = cols / 16, mine = task.column * WARPS + warp, strip = mine < strips ? mine : strips - 1;
   // What this thread copies for a block of K: a part of a row of x and of every THREADS / 16th row after it, its own
   // weights, and a part of its warp's scales. The pointers move on by one block at each call.
   const int part = thread() % 16, row = thread() / 16;
+#if EXPERTS
+  int rows_at[PIECES(USED)];
+  find_rows(rows_at, task.ids, row, 8 * USED, task.share, task.limit, stride);
+  const u16* x_from = x + part * 8;
+#else
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
+#endif
   const int x_to = part / 8 * ATOM + row * 128 + (part % 8 ^ row % 8) * 16;
-  const unsigned char* w_from = w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
+  const unsigned char* w_from = task.w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
   const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
-  const unsigned char* s_from = (kind ? zero : scale) + (static_cast<i64>(piece / 2) * cols + strip * 16) * 2;
+  const unsigned char* s_from = (kind ? task.zero : task.scale) + (static_cast<i64>(piece / 2) * cols + strip * 16) * 2;
   s_from += piece % 2 * 16;
   const i64 s_step = static_cast<i64>(GROUPS) * cols * 2;
-  const int each = GROUPS > 1 ? 1 : group / 128;  // blocks that share a group
+  const int each = GROUPS > 1 ? 1 : task.group / 128;  // blocks that share a group
   int left = blocks, same = each, slot = 0;
   auto load = [&] {
     if (left > 0) {
       unsigned char* at = shared_1024() + slot;
+#if !EXPERTS
       const u16* from = x_from;
+#endif
 #pragma unroll
-      for (int c = 0; c < 8 * TILES; c += THREADS / 16) {
-        const bool there = row + c < rows;
-        if (8 * TILES % (THREADS / 16) == 0 || row + c < 8 * TILES)
+      for (int c = 0; c < 8 * USED; c += THREADS / 16) {
+#if EXPERTS
+        const int place = rows_at[c / (THREADS / 16)];
+        const bool there = place >= 0;
+        const u16* from = x_from + static_cast<i64>(place) * 8;
+#else
+        const bool there = row + c < task.rows;
+#endif
+        if (8 * USED % (THREADS / 16) == 0 || row + c < 8 * USED)
           copy_16(at + x_to + c * 128, there ? from : x, there);
+#if !EXPERTS
         from += THREADS / 16 * stride;
+#endif
       }
       at += X_BYTES;
       copy_16(at + warp * 1024 + lane * 16, w_from, true);
@@ -98,14 +128,18 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     end_group();
   };
 
-  float sum[TILES][4];
+  float sum[USED][4];
 #pragma unroll
-  for (int t = 0; t < TILES; ++t)
+  for (int t = 0; t < USED; ++t)
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[t][i] = 0;
 
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i) load();
+#if EXPERTS
+  Row* of_rows = reinterpret_cast<Row*>(shared_1024() + STAGES * STAGE);
+  hold_rows(of_rows, task.ids, task.factors, 8 * USED, task.limit);
+#endif
   u32 a[2][BATCH][4];  // the weights of two batches: one is unpacked while products read the other
   wait_groups<AHEAD - 1>();
   together();
@@ -145,25 +179,77 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   barrier();  // the outputs pass through the memory of x
 
   float added[2] = {0, 0};
-  if (bias) {
+  if (task.bias) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) added[r] = widen(bias[strip * 16 + g + 8 * r]);
+    for (int r = 0; r < 2; ++r) added[r] = widen(task.bias[strip * 16 + g + 8 * r]);
   }
   unsigned char* outputs = shared_1024();
 #pragma unroll
-  for (int t = 0; t < TILES; ++t)
+  for (int t = 0; t < USED; ++t)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = t * 8 + lane % 4 * 2 + i % 2, n = warp * 16 + g + i / 2 * 8;
-      const float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
+      float value = task.bias ? sum[t][i] + added[i / 2] : sum[t][i];
+#if EXPERTS
+      if (task.factors) value = times_unflushed(value, of_rows[m].factor);
+#endif
       *reinterpret_cast<u16*>(outputs + m * OUT_ROW + n * 2) = static_cast<u16>(round_pair(value, 0));
     }
   barrier();
-  const int column = block_y() * WARPS * 16, parts = 2 * WARPS;
-  for (int i = thread(); i < 8 * TILES * parts; i += THREADS) {
+  const int column = task.column * WARPS * 16, parts = 2 * WARPS;
+  for (int i = thread(); i < 8 * USED * parts; i += THREADS) {
     const int m = i / parts, n = column + i % parts * 8;
-    if (m < rows && n < cols)
-      *reinterpret_cast<Four*>(out + static_cast<i64>(m) * cols + n) =
+#if EXPERTS
+    const int to = of_rows[m].id;
+    const bool there = to >= 0;
+#else
+    const int to = m;
+    const bool there = m < task.rows;
+#endif
+    if (there && n < cols)
+      *reinterpret_cast<Four*>(task.out + static_cast<i64>(to) * cols + n) =
           *reinterpret_cast<const Four*>(outputs + m * OUT_ROW + i % parts * 16);
   }
 }
+
+#if EXPERTS
+// Multiplies a tile's first `used` rows with the smallest form that has them.
+template <int USED>
+DEVICE void multiply_used(const Task& task, int used) {
+  if constexpr (USED / 2 >= LEAST) {
+    if (used <= 4 * USED) return multiply_used<USED / 2>(task, used);
+  }
+  multiply<USED>(task);
+}
+
+KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
+               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride PARAMETERS_OF_EXPERTS) {
+  const Place here = place(tiles, span, (cols + 16 * WARPS - 1) / (16 * WARPS));
+  const int end = fetch(padded), expert = fetch(experts + here.tile);
+  ids += here.tile * 8 * TILES;
+  int used = 0;
+#pragma unroll
+  for (int i = 0; i < 8 * TILES; i += 32) {
+    const int m = i + thread() % 32;
+    if (m < 8 * TILES && is_row(fetch(ids + m), limit)) used = m + 1;
+  }
+  if (here.tile * 8 * TILES >= end) return;
+  if (expert < 0) {
+    write_zeros(out, ids, limit, here.column * 16 * WARPS, cols);
+    return;
+  }
+  w += static_cast<i64>(expert) * (cols / 16) * (depth / 128) * 1024;
+  const i64 scales = static_cast<i64>(expert) * (depth / group) * cols * 2;
+  if (bias) bias += static_cast<i64>(expert) * cols;
+  const Task task = {x,     w,     scale + scales, zero + scales, bias, out, rows,
+                     cols,  depth, group,          stride,        here.column, ids, factors, share, limit};
+  multiply_used<TILES>(task, greatest(used));
+}
+#else
+KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
+               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride) {
+  const i64 first = block_x() * 8 * TILES;  // row of x: neighbouring blocks share weights
+  multiply<TILES>({x + first * stride, w, scale, zero, bias, out + first * cols, rows - static_cast<int>(first), cols,
+                   depth, group, stride, block_y()});
+}
+#endif

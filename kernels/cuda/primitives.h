@@ -39,6 +39,9 @@ DEVICE float exchange(float value, int distance) { return __shfl_xor_sync(0xffff
 
 DEVICE float of_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
+// The greatest x of a warp.
+DEVICE int greatest(int x) { return __reduce_max_sync(0xffffffffu, x); }
+
 DEVICE i64 from_lane(i64 value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 DEVICE float power_of_2(float x) {

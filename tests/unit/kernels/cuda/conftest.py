@@ -13,14 +13,15 @@ KERNELS = HERE.parents[3] / "kernels" / "cuda"
 
 @pytest.fixture(scope="session")
 def emulated() -> Callable[..., ctypes.CDLL]:
-    """emulated(folder, name, launch, defines): kernels/cuda/NAME.cu as a library in a folder.
+    """emulated(folder, name, launch, defines, headers=()): kernels/cuda/NAME.cu after headers as a library in a folder.
 
     launch: the parameters of each kernel, in C. run_KERNEL(blocks_x, blocks_y, *parameters) runs the kernel's grid.
     defines: of the preprocessor.
     """
 
-    def build(folder: Path, name: str, launch: dict[str, str], defines: dict) -> ctypes.CDLL:
-        text = f'#include "emulate.h"\n#include "{KERNELS / name}.cu"\n'
+    def build(folder: Path, name: str, launch: dict[str, str], defines: dict, headers=()) -> ctypes.CDLL:
+        text = "".join(f'#include "{file}"\n' for file in ("emulate.h", *(KERNELS / h for h in headers)))
+        text += f'#include "{KERNELS / name}.cu"\n'
         for kernel, parameters in launch.items():
             names = ", ".join(part.replace("*", " ").split()[-1] for part in parameters.split(","))
             text += (

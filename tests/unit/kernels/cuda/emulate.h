@@ -188,6 +188,16 @@ DEVICE i64 from_lane(i64 value, int lane) {
   return got;
 }
 
+DEVICE int greatest(int x) {
+  Warp& w = warp_of();
+  w.numbers[this_thread % LANES] = x;
+  w.together.arrive_and_wait();
+  i64 most = x;
+  for (const i64 number : w.numbers) most = number > most ? number : most;
+  w.together.arrive_and_wait();
+  return static_cast<int>(most);
+}
+
 DEVICE float power_of_2(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.f / x; }
 DEVICE float log_of_1_plus(float x) { return log1pf(x); }

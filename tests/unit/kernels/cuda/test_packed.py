@@ -33,7 +33,8 @@ def emulated(folder, form, groups, zeros):
     source, library = folder / "packed.cpp", folder / "packed.so"
     kernel = "packed_wide.cu" if form.wide else "packed.cu"
     dequantizing = "" if form.wide else LAUNCH_DEQUANTIZE
-    included = "".join(f'#include "{name}"\n' for name in ("emulate.h", KERNELS / "unpack.h", KERNELS / kernel))
+    files = ("emulate.h", *(KERNELS / name for name in ("unpack.h", "rows.h", kernel)))
+    included = "".join(f'#include "{file}"\n' for file in files)
     source.write_text(f"{included}{LAUNCH}{dequantizing}")
     command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
     command += [f"-I{Path(__file__).parent}", str(source), "-o", str(library)]

@@ -1,0 +1,118 @@
+"""Grouped products with packed weights of experts: each row gets its expert's product, whatever the other rows are."""
+
+from ctypes import c_int
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_patch.kernels import packing
+from bi_patch.kernels.cuda import nvrtc, packed
+
+PARAMETERS = (
+    "const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero, const u16* bias,"
+    "u16* out, int rows, int cols, int depth, int group, int stride"
+)
+OF_EXPERTS = (
+    ", const int* ids, const int* experts, const int* padded, const float* factors, int share, int limit, int tiles,"
+    "int span"
+)
+
+
+@pytest.fixture
+def launched(emulated, monkeypatch, tmp_path):
+    """launched(form, group, zeros): from then on packed's products run emulated. launched.grids: of the launches."""
+    built = {}
+
+    def use(form, group, zeros):
+        def kernel(name, form, groups, zeros, dtype, device, experts=False):
+            key = form, groups, zeros, experts
+            if key not in built:
+                folder = tmp_path / str(len(built))
+                folder.mkdir()
+                built[key] = emulated(
+                    folder,
+                    "packed_wide" if form.wide else "packed",
+                    {"product": PARAMETERS + OF_EXPERTS * experts},
+                    form.defines(groups, zeros, dtype, experts),
+                    ("unpack.h", "rows.h"),
+                )
+            return lambda grid, stream, arguments: built[key].run_product(*map(c_int, grid), *arguments)
+
+        monkeypatch.setattr(packed, "_kernel", kernel)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+
+    return use
+
+
+def made(experts, n, k, group, zeros, bias):
+    """Packed weights of experts, and bias or None."""
+    generator = torch.Generator().manual_seed(n + group)
+    q = torch.randint(0, 16, (experts, n, k), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand((experts, n, k // group), generator=generator) * 0.01 + 0.002).bfloat16()
+    zero = torch.randint(0, 16, scale.shape, generator=generator, dtype=torch.uint8) if zeros else None
+    added = torch.randn((experts, n), generator=generator).bfloat16() if bias else None
+    return packing.pack_experts(q, scale, zero), added
+
+
+def one_of(held, expert):
+    """The packed weights of one expert."""
+    experts = len(held.scale)
+    return held._replace(
+        data=held.data.view(experts, -1)[expert].clone(),
+        scale=held.scale[expert],
+        zero=None if held.zero is None else held.zero[expert],
+    )
+
+
+def sort(chosen, tile, elsewhere=()):
+    """What moe_align_block_size gives for the expert of each id: ids by expert, padded to tiles, and unused tiles."""
+    ids, experts = [], []
+    for expert in sorted(set(chosen)):
+        own = [i for i, of in enumerate(chosen) if of == expert]
+        own += [len(chosen)] * (-len(own) % tile)
+        ids += own
+        experts += [-1 if expert in elsewhere else expert] * (len(own) // tile)
+    padded = torch.tensor([len(ids)], dtype=torch.int32)
+    ids += [123456789] * (2 * tile + 3)  # what lies beyond is read, and never followed
+    experts += [987654321] * 3
+    return torch.tensor(ids, dtype=torch.int32), torch.tensor(experts, dtype=torch.int32), padded
+
+
+CHOSEN = {
+    "ragged": [3, 0, 3, 3, 0, 3, 3, 3, 0, 3, 3, 3, 3, 0],  # experts 1 and 2 have no rows
+    "single": [2, 1],
+    "many": [i % 7 % 4 for i in range(46)],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "case", "n", "group", "zeros", "bias", "share", "factors"),
+    [
+        (packed.Form(2, 1, 3), "ragged", 48, 128, True, True, 2, False),
+        (packed.Form(4, 1, 3, early=True), "single", 80, 32, False, False, 2, True),
+        (packed.Form(2, 2, 3), "many", 32, 64, True, True, 1, True),
+        (packed.Form(4, 1, 3, True), "ragged", 80, 64, True, False, 1, True),
+        (packed.Form(4, 2, 3, True), "single", 64, 256, False, True, 1, False),
+        (packed.Form(4, 4, 4, True), "ragged", 48, 128, False, True, 2, True),
+        (packed.Form(8, 2, 4, True), "many", 144, 32, True, True, 2, True),
+    ],
+)
+def test_each_row_gets_its_experts_product(launched, form, case, n, group, zeros, bias, share, factors):
+    chosen, k = CHOSEN[case], 256
+    held, added = made(4, n, k, group, zeros, bias)
+    launched(form, group, zeros)
+    ids = len(chosen)
+    x = torch.randn(ids // share, k).bfloat16()
+    by = 2.0 ** torch.randint(-3, 3, (ids,)) if factors else None  # rounding after the sum's factor changes no bit
+    elsewhere = {0} if case == "ragged" else set()
+    rows = packed.Rows(*sort(chosen, 8 * form.tiles, elsewhere), share, ids, by)
+    out = torch.full((ids, n), torch.nan).bfloat16()
+    packed.product_of_experts(x, held, rows, added, form, out)
+    for expert in set(chosen):
+        mine = torch.tensor([i for i, of in enumerate(chosen) if of == expert])
+        bias_of = None if added is None else added[expert]
+        want = packed.product(x[mine // share].clone(), one_of(held, expert), bias_of, form)
+        if factors:
+            want = want * by[mine, None].bfloat16()
+        assert torch.equal(out[mine], torch.zeros_like(want) if expert in elsewhere else want), expert
