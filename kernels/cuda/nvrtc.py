@@ -156,11 +156,12 @@ class Function:
         _check(code, "cuOccupancyMaxActiveClusters")
         return found.value
 
-    def __call__(self, grid: tuple[int, int], stream: int, arguments: Sequence[ctypes._SimpleCData]) -> None:
-        """Launch on `stream`. Each argument has the size of the kernel's parameter."""
+    def __call__(self, grid: tuple[int, ...], stream: int, arguments: Sequence[ctypes._SimpleCData]) -> None:
+        """Launch on `stream`. grid: two or three numbers of blocks. Each argument has the size of its parameter."""
+        x, y, z = (*grid, 1)[:3]
         held = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         code = self._driver.cuLaunchKernel(
-            self._function, grid[0], grid[1], 1, self._threads, 1, 1, self._shared, c_void_p(stream), held, None
+            self._function, x, y, z, self._threads, 1, 1, self._shared, c_void_p(stream), held, None
         )
         _check(code, "cuLaunchKernel")
 

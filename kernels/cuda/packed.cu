@@ -20,9 +20,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
                int stride PARAMETERS_OF_EXPERTS) {
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
 #if EXPERTS
-  const Place here = place(tiles, span, (cols + 16 * WARPS - 1) / (16 * WARPS));
-  const int column = here.column, first = here.tile * 8 * TILES;
-  const int end = fetch(padded), expert = fetch(experts + here.tile);
+  const int column = block_y(), tile = tile_of_block(), first = tile * 8 * TILES;
+  if (tile >= tiles) return;
+  const int end = fetch(padded), expert = fetch(experts + tile);
   ids += first;
 #else
   const int column = block_x(), first = block_y() * 8 * TILES;  // row of x
@@ -36,15 +36,15 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   const int part = thread() % 16, row = thread() / 16;
 #if EXPERTS
   int rows_at[PIECES(TILES)];
-  find_rows(rows_at, ids, row, 8 * TILES, share, limit, stride);
+  find_rows(rows_at, ids, row, 8 * TILES, inverse, limit, stride);
   if (first >= end) return;
   if (expert < 0) {
     write_zeros(out, ids, limit, column * 16 * WARPS, cols);
     return;
   }
   w += static_cast<i64>(expert) * strips * blocks * 1024;
-  scale += static_cast<i64>(expert) * (depth / group) * cols * 2;
-  zero += static_cast<i64>(expert) * (depth / group) * cols * 2;
+  scale += static_cast<i64>(expert) * scales * cols * 2;
+  zero += static_cast<i64>(expert) * scales * cols * 2;
   const u16* x_from = x + part * 8;
 #else
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;

@@ -7,7 +7,7 @@ kernels/triton/gemm.py for the dequantized weights. Wide forms need Hopper.
 from __future__ import annotations
 
 import functools
-from ctypes import c_int, c_void_p
+from ctypes import c_int, c_longlong, c_void_p
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..packing import BLOCK_K, MIDDLE, Packed
@@ -273,6 +273,10 @@ def product_of_experts(
     arguments = [*(c_void_p(None if t is None else t.data_ptr()) for t in tensors), *map(c_int, sizes)]
     of_rows = (rows.sorted_ids, rows.experts, rows.padded, rows.weights)
     arguments += [c_void_p(None if t is None else t.data_ptr()) for t in of_rows]
-    arguments += map(c_int, (rows.each, rows.ids, tiles, _SPAN))
-    grid = tiles * -(-cols // (16 * form.warps)), 1
+    inverse = -(-(1 << 32) // rows.each)  # the product of an id and the inverse, over 2**32, is id // each
+    if rows.ids * rows.each >= 1 << 32:
+        raise ValueError(f"packed: the kernel does not take {rows.ids} ids")
+    arguments += [c_longlong(inverse), *map(c_int, (rows.ids, tiles, depth // packed.group))]
+    span = min(tiles, _SPAN)
+    grid = span, -(-cols // (16 * form.warps)), -(-tiles // span)
     held(grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)

@@ -60,7 +60,8 @@ struct Task {
 #if EXPERTS
   const int* ids;
   const float* factors;
-  int share, limit;
+  i64 inverse;
+  int limit;
 #endif
 };
 
@@ -77,7 +78,7 @@ DEVICE void multiply(const Task& task) {
   const int part = thread() % 16, row = thread() / 16;
 #if EXPERTS
   int rows_at[PIECES(USED)];
-  find_rows(rows_at, task.ids, row, 8 * USED, task.share, task.limit, stride);
+  find_rows(rows_at, task.ids, row, 8 * USED, task.inverse, task.limit, stride);
   const u16* x_from = x + part * 8;
 #else
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
@@ -224,25 +225,26 @@ DEVICE void multiply_used(const Task& task, int used) {
 
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
                const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride PARAMETERS_OF_EXPERTS) {
-  const Place here = place(tiles, span, (cols + 16 * WARPS - 1) / (16 * WARPS));
-  const int end = fetch(padded), expert = fetch(experts + here.tile);
-  ids += here.tile * 8 * TILES;
+  const int column = block_y(), tile = tile_of_block(), first = tile * 8 * TILES;
+  if (tile >= tiles) return;
+  const int end = fetch(padded), expert = fetch(experts + tile);
+  ids += first;
   int used = 0;
 #pragma unroll
   for (int i = 0; i < 8 * TILES; i += 32) {
     const int m = i + thread() % 32;
     if (m < 8 * TILES && is_row(fetch(ids + m), limit)) used = m + 1;
   }
-  if (here.tile * 8 * TILES >= end) return;
+  if (first >= end) return;
   if (expert < 0) {
-    write_zeros(out, ids, limit, here.column * 16 * WARPS, cols);
+    write_zeros(out, ids, limit, column * 16 * WARPS, cols);
     return;
   }
   w += static_cast<i64>(expert) * (cols / 16) * (depth / 128) * 1024;
-  const i64 scales = static_cast<i64>(expert) * (depth / group) * cols * 2;
+  const i64 at = static_cast<i64>(expert) * scales * cols * 2;
   if (bias) bias += static_cast<i64>(expert) * cols;
-  const Task task = {x,     w,     scale + scales, zero + scales, bias, out, rows,
-                     cols,  depth, group,          stride,        here.column, ids, factors, share, limit};
+  const Task task = {x,     w,     scale + at, zero + at, bias, out, rows,
+                     cols,  depth, group,          stride,        column, ids, factors, inverse, limit};
   multiply_used<TILES>(task, greatest(used));
 }
 #else

@@ -18,6 +18,8 @@ typedef long long i64;
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
+DEVICE int block_z() { return blockIdx.z; }
+DEVICE int blocks_x() { return gridDim.x; }
 DEVICE void barrier() { __syncthreads(); }
 
 // Synchronizes a warp. Each lane then sees what the other lanes wrote.

@@ -1,31 +1,27 @@
 // Which rows a block of the products with packed weights has. Dense: neighbouring rows of x and out. EXPERTS: ids sorted
-// by expert, in tiles of 8 * TILES whose ids are of one expert. An id is a row of out; id / share is the row of x. In a
-// tile, ids from `limit` on fill the end. experts: of each tile; -1: its rows of out get zeros. padded: how many ids count.
-// factors: of each id, multiplies its sum, or null. tiles: all, also those beyond `padded`. span: see `place`.
+// by expert, in tiles of 8 * TILES whose ids are of one expert. An id is a row of out; (id * inverse) >> 32 is the row of x.
+// In a tile, ids from `limit` on fill the end. experts: of each tile; -1: its rows of out get zeros. padded: how many ids
+// count. factors: of each id, multiplies its sum, or null. tiles: all, also those beyond `padded`. scales: rows of
+// scales, depth / group. A division would take long beside a product of few rows.
+//
+// Blocks go through a few tiles (the grid's x) for one column of out after the other (y), and then through the next
+// tiles (z). So x and w of blocks that run together are few and stay in the cache: neighbouring tiles have one expert or
+// a few.
 
 #define THREADS (32 * WARPS)
 #define PIECES(eights) ((8 * (eights) + THREADS / 16 - 1) / (THREADS / 16))  // rows of x that a thread copies
 
 #if EXPERTS
 #define PARAMETERS_OF_EXPERTS                                                                                       \
-  , const int *ids, const int *experts, const int *padded, const float *factors, int share, int limit, int tiles, int span
+  , const int *ids, const int *experts, const int *padded, const float *factors, i64 inverse, int limit, int tiles, \
+      int scales
 
 struct Row {
   int id;  // -1: none
   float factor;
 };
 
-struct Place {
-  int tile, column;
-};
-
-// Blocks go through `span` tiles for one column of out after the other, so that x and w of blocks that run together are
-// few and stay in the cache: neighbouring tiles have one expert or a few.
-DEVICE Place place(int tiles, int span, int columns) {
-  const int begin = block_x() / (span * columns) * span, rest = block_x() % (span * columns);
-  const int here = tiles - begin < span ? tiles - begin : span;
-  return {begin + rest % here, rest / here};
-}
+DEVICE int tile_of_block() { return block_z() * blocks_x() + block_x(); }
 
 DEVICE bool is_row(int id, int limit) { return static_cast<u32>(id) < static_cast<u32>(limit); }
 
@@ -41,14 +37,14 @@ DEVICE void write_zeros(u16* out, const int* ids, int limit, int column, int col
 
 // The places in x of the rows that this thread copies, in parts of 16 bytes; -1: none.
 template <int count>
-DEVICE void find_rows(int (&at)[count], const int* ids, int row, int most, int share, int limit, int stride) {
+DEVICE void find_rows(int (&at)[count], const int* ids, int row, int most, i64 inverse, int limit, int stride) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     const int m = row + i * (THREADS / 16);
     at[i] = m < most ? fetch(ids + m) : limit;
   }
 #pragma unroll
-  for (int i = 0; i < count; ++i) at[i] = is_row(at[i], limit) ? at[i] / share * (stride / 8) : -1;
+  for (int i = 0; i < count; ++i) at[i] = is_row(at[i], limit) ? static_cast<int>(at[i] * inverse >> 32) * (stride / 8) : -1;
 }
 
 DEVICE void hold_rows(Row* held, const int* ids, const float* factors, int most, int limit) {

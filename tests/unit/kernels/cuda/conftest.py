@@ -15,7 +15,8 @@ KERNELS = HERE.parents[3] / "kernels" / "cuda"
 def emulated() -> Callable[..., ctypes.CDLL]:
     """emulated(folder, name, launch, defines, headers=()): kernels/cuda/NAME.cu after headers as a library in a folder.
 
-    launch: the parameters of each kernel, in C. run_KERNEL(blocks_x, blocks_y, *parameters) runs the kernel's grid.
+    launch: the parameters of each kernel, in C. run_KERNEL(blocks_x, blocks_y, *parameters) runs the kernel's grid;
+    run_deep_KERNEL(blocks_x, blocks_y, blocks_z, *parameters) a grid of three sizes.
     defines: of the preprocessor.
     """
 
@@ -25,8 +26,10 @@ def emulated() -> Callable[..., ctypes.CDLL]:
         for kernel, parameters in launch.items():
             names = ", ".join(part.replace("*", " ").split()[-1] for part in parameters.split(","))
             text += (
+                f'extern "C" void run_deep_{kernel}(int blocks_x, int blocks_y, int blocks_z, {parameters}) {{\n'
+                f"  run_grid(blocks_x, blocks_y, blocks_z, THREADS, [&] {{ {kernel}({names}); }});\n}}\n"
                 f'extern "C" void run_{kernel}(int blocks_x, int blocks_y, {parameters}) {{\n'
-                f"  run_grid(blocks_x, blocks_y, THREADS, [&] {{ {kernel}({names}); }});\n}}\n"
+                f"  run_deep_{kernel}(blocks_x, blocks_y, 1, {names});\n}}\n"
             )
         source = folder / f"{name}.cpp"
         source.write_text(text)

@@ -54,7 +54,7 @@ struct Block {
 
 static thread_local int this_part;
 static thread_local bool this_began;
-static int this_cluster, this_block_y;
+static int this_cluster, this_block_y, this_block_z, all_blocks_x;
 static std::vector<std::unique_ptr<Block>> blocks;
 static int not_begun;  // how many threads of the cluster have not begun
 static std::mutex lock;
@@ -64,6 +64,8 @@ static std::condition_variable changed[64];  // by the address of an mbarrier: f
 DEVICE int thread() { return this_thread; }
 DEVICE int block_x() { return this_cluster * PARTS + this_part; }
 DEVICE int block_y() { return this_block_y; }
+DEVICE int block_z() { return this_block_z; }
+DEVICE int blocks_x() { return all_blocks_x; }
 DEVICE void barrier() { blocks[this_part]->whole.arrive_and_wait(); }
 DEVICE unsigned char* shared() { return blocks[this_part]->memory; }
 DEVICE Warp& warp_of() { return blocks[this_part]->warps[this_thread / LANES]; }
@@ -363,22 +365,29 @@ DEVICE void wait_products() {
 }
 
 // Runs one cluster after the other.
-static void run_grid(int x, int y, int threads, const std::function<void()>& kernel) {
-  for (this_block_y = 0; this_block_y < y; ++this_block_y) {
-    for (this_cluster = 0; this_cluster < x / PARTS; ++this_cluster) {
-      blocks.clear();
-      for (int i = 0; i < PARTS; ++i) blocks.push_back(std::make_unique<Block>(threads));
-      not_begun = threads * PARTS;
-      std::vector<std::thread> team;
-      for (int i = 0; i < threads * PARTS; ++i) {
-        team.emplace_back([&, i] {
-          this_thread = i % threads;
-          this_part = i / threads;
-          kernel();
-          --blocks[this_part]->running;
-        });
+static void run_grid(int x, int y, int z, int threads, const std::function<void()>& kernel) {
+  all_blocks_x = x;
+  for (this_block_z = 0; this_block_z < z; ++this_block_z) {
+    for (this_block_y = 0; this_block_y < y; ++this_block_y) {
+      for (this_cluster = 0; this_cluster < x / PARTS; ++this_cluster) {
+        blocks.clear();
+        for (int i = 0; i < PARTS; ++i) blocks.push_back(std::make_unique<Block>(threads));
+        not_begun = threads * PARTS;
+        std::vector<std::thread> team;
+        for (int i = 0; i < threads * PARTS; ++i) {
+          team.emplace_back([&, i] {
+            this_thread = i % threads;
+            this_part = i / threads;
+            kernel();
+            --blocks[this_part]->running;
+          });
+        }
+        for (std::thread& member : team) member.join();
       }
-      for (std::thread& member : team) member.join();
     }
   }
+}
+
+static void run_grid(int x, int y, int threads, const std::function<void()>& kernel) {
+  run_grid(x, y, 1, threads, kernel);
 }

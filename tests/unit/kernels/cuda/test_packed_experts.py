@@ -14,8 +14,8 @@ PARAMETERS = (
     "u16* out, int rows, int cols, int depth, int group, int stride"
 )
 OF_EXPERTS = (
-    ", const int* ids, const int* experts, const int* padded, const float* factors, int share, int limit, int tiles,"
-    "int span"
+    ", const int* ids, const int* experts, const int* padded, const float* factors, i64 inverse, int limit,"
+    "int tiles, int scales"
 )
 
 
@@ -37,7 +37,8 @@ def launched(emulated, monkeypatch, tmp_path):
                     form.defines(groups, zeros, dtype, experts),
                     ("unpack.h", "rows.h"),
                 )
-            return lambda grid, stream, arguments: built[key].run_product(*map(c_int, grid), *arguments)
+            run = built[key].run_deep_product if experts else built[key].run_product
+            return lambda grid, stream, arguments: run(*map(c_int, grid), *arguments)
 
         monkeypatch.setattr(packed, "_kernel", kernel)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
