@@ -7,8 +7,8 @@
 // expert's after the other's. unpack.h makes floats of the integers.
 //
 // Order of one output: one fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass. (q - zero) * scale
-// is rounded once, the bias is added in fp32, a row's own
-// factor multiplies in fp32, and the result is rounded once. No warp shares an output with another.
+// is rounded once, the bias is added in fp32, a row's factor multiplies in fp32, and the result is rounded once. No warp
+// shares an output with another.
 
 #define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
 #define X_BYTES (8 * TILES * ROW)

@@ -124,8 +124,8 @@ class Rows(NamedTuple):
     """The rows of each expert, sorted as by vLLM's moe_align_block_size with block_size = 8 * form.tiles.
 
     An id is a row of out; id // each is the row of x. sorted_ids: int32 [S], ids in tiles of block_size; in a tile, ids
-    are of one expert, and ids that are not below `ids` fill the end. experts: int32 [tiles], the expert of each tile, or
-    -1: out gets zeros. padded: int32 [1], on the device, how many of sorted_ids count; a multiple of block_size. each:
+    are of one expert, and ids that are not below `ids` fill the end. experts: int32 [tiles], each tile's expert, or -1:
+    out gets zeros. padded: int32 [1], on the device, how many of sorted_ids count; a multiple of block_size. each:
     ids of one row of x. ids: how many ids there are. weights: fp32 [ids], by which the sums are multiplied, or None.
     """
 
@@ -161,8 +161,8 @@ def build(form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: in
         product, file = "".join(map(multiply_wide, sorted(used))), "packed_wide.cu"
         arch += "a"  # instructions of this architecture alone
     source = nvrtc.source("primitives.h") + product + nvrtc.source("unpack.h", "rows.h", file)
-    defines = form.defines(groups, zeros, dtype, experts) | {"BRAIN": int(brain), "INPUT": '"bf16"' if brain else '"f16"'}
-    return nvrtc.compile(source, arch, defines | {"CONTRACT": 1}, major)
+    defines = form.defines(groups, zeros, dtype, experts) | {"CONTRACT": 1, "BRAIN": int(brain)}
+    return nvrtc.compile(source, arch, defines | {"INPUT": '"bf16"' if brain else '"f16"'}, major)
 
 
 def multiply_wide(tiles: int) -> str:

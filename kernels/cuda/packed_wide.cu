@@ -3,9 +3,9 @@
 //
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w; four are a warpgroup. TILES:
 // eights of rows of x in a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such
-// a block. ZEROS: whether there are zero points. INPUT: the 16-bit type. EXPERTS: whether rows belong to experts (rows.h),
-// each with weights, scales, zero points and bias of its own, one expert's after the other's. LEAST: the fewest eights of
-// rows that a block of experts takes where its tile has few. unpack.h makes floats of the integers.
+// a block. ZEROS: whether there are zero points. INPUT: the 16-bit type. EXPERTS: whether rows belong to experts
+// (rows.h), each with weights, scales, zero points and bias of its own, one expert's after the other's. LEAST: of experts,
+// the fewest eights of rows that a block multiplies where its tile has few rows. unpack.h makes floats of the integers.
 //
 // Order of one output: that of packed.cu. One fp32 accumulator of wgmma.m64nNk16 takes K in ascending order in one pass.
 // The weights of 16 elements of K lie in a warp's registers as for mma.m16n8k16, so both read one packing.
@@ -68,7 +68,7 @@ struct Task {
 // The product for the first 8 * USED rows of a block.
 template <int USED>
 DEVICE void multiply(const Task& task) {
-  constexpr int BATCH = USED > 8 ? 2 : 4;  // products of 16 elements of K that run while the next's weights are unpacked
+  constexpr int BATCH = USED > 8 ? 2 : 4;  // products of 16 elements of K that run while others' weights are unpacked
   const u16* x = task.x;
   const int cols = task.cols, depth = task.depth, stride = task.stride;
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
@@ -243,9 +243,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   w += static_cast<i64>(expert) * (cols / 16) * (depth / 128) * 1024;
   const i64 at = static_cast<i64>(expert) * scales * cols * 2;
   if (bias) bias += static_cast<i64>(expert) * cols;
-  const Task task = {x,     w,     scale + at, zero + at, bias, out, rows,
-                     cols,  depth, group,          stride,        column, ids, factors, inverse, limit};
-  multiply_used<TILES>(task, greatest(used));
+  multiply_used<TILES>({x, w, scale + at, zero + at, bias, out, rows, cols, depth, group, stride, column, ids, factors,
+                        inverse, limit},
+                       greatest(used));
 }
 #else
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,

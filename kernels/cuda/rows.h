@@ -1,20 +1,19 @@
-// Which rows a block of the products with packed weights has. Dense: neighbouring rows of x and out. EXPERTS: ids sorted
-// by expert, in tiles of 8 * TILES whose ids are of one expert. An id is a row of out; (id * inverse) >> 32 is the row of x.
-// In a tile, ids from `limit` on fill the end. experts: of each tile; -1: its rows of out get zeros. padded: how many ids
-// count. factors: of each id, multiplies its sum, or null. tiles: all, also those beyond `padded`. scales: rows of
-// scales, depth / group. A division would take long beside a product of few rows.
+// Which rows a block of the products with packed weights has. Dense: neighbouring rows of x and out. EXPERTS: ids
+// sorted by expert, in tiles of 8 * TILES whose ids are of one expert. An id is a row of out; (id * inverse) >> 32 is
+// the row of x. In a tile, ids from `limit` on fill the end. experts: of each tile; -1: its rows of out get zeros.
+// padded: how many ids count. factors: of each id, multiplies its sum, or null. tiles: all, also those beyond `padded`.
+// scales: depth / group. A division would take long beside a product of few rows.
 //
 // Blocks go through a few tiles (the grid's x) for one column of out after the other (y), and then through the next
-// tiles (z). So x and w of blocks that run together are few and stay in the cache: neighbouring tiles have one expert or
-// a few.
+// tiles (z). So x and w of blocks that run together are few and stay in the cache: few experts have these tiles.
 
 #define THREADS (32 * WARPS)
 #define PIECES(eights) ((8 * (eights) + THREADS / 16 - 1) / (THREADS / 16))  // rows of x that a thread copies
 
 #if EXPERTS
-#define PARAMETERS_OF_EXPERTS                                                                                       \
-  , const int *ids, const int *experts, const int *padded, const float *factors, i64 inverse, int limit, int tiles, \
-      int scales
+#define PARAMETERS_OF_EXPERTS                                                                                \
+  , const int *ids, const int *experts, const int *padded, const float *factors, i64 inverse, int limit,     \
+      int tiles, int scales
 
 struct Row {
   int id;  // -1: none
@@ -44,7 +43,10 @@ DEVICE void find_rows(int (&at)[count], const int* ids, int row, int most, i64 i
     at[i] = m < most ? fetch(ids + m) : limit;
   }
 #pragma unroll
-  for (int i = 0; i < count; ++i) at[i] = is_row(at[i], limit) ? static_cast<int>(at[i] * inverse >> 32) * (stride / 8) : -1;
+  for (int i = 0; i < count; ++i) {
+    const int in_x = static_cast<int>(at[i] * inverse >> 32);
+    at[i] = is_row(at[i], limit) ? in_x * (stride / 8) : -1;
+  }
 }
 
 DEVICE void hold_rows(Row* held, const int* ids, const float* factors, int most, int limit) {

@@ -117,3 +117,43 @@ def test_each_row_gets_its_experts_product(launched, form, case, n, group, zeros
         if factors:
             want = want * by[mine, None].bfloat16()
         assert torch.equal(out[mine], torch.zeros_like(want) if expert in elsewhere else want), expert
+
+
+def test_what_the_kernel_does_not_take_is_refused(launched):
+    held, _ = made(2, 32, 256, 128, False, False)
+    form, ids = packed.Form(2, 1, 3), 2
+    launched(form, 128, False)
+    rows = packed.Rows(*sort([0, 1], 8), 1, ids)
+    x, out = torch.randn(ids, 256).bfloat16(), torch.zeros(ids, 32).bfloat16()
+    with pytest.raises(ValueError, match="does not take rows of strides"):
+        packed.product_of_experts(x.T, held, rows, None, form, out)
+    with pytest.raises(ValueError, match=r"does not write \(2, 16\)"):
+        packed.product_of_experts(x, held, rows, None, form, out[:, :16])
+    with pytest.raises(ValueError, match=r"does not take \d+ ids"):
+        packed.product_of_experts(x, held, rows._replace(each=1 << 31), None, form, out)
+    packed.product_of_experts(x, held, rows._replace(sorted_ids=rows.sorted_ids[:7]), None, form, out)
+    assert not out.any()  # no tile
+    with pytest.raises(ValueError, match="no experts to pack"):
+        packing.pack_experts(torch.zeros((0, 32, 256)), torch.zeros((0, 32, 2)), None)
+
+
+def test_forms_of_experts_fit_and_one_serves_every_number_of_ids():
+    for form in packed.FORMS_OF_EXPERTS:
+        assert packed.fits(form, 32, True, 232448, experts=True), form
+        outputs = 8 * form.tiles * (32 * form.warps + 16)  # they pass through shared memory
+        assert not form.wide or outputs <= form.shared_bytes(1, False)
+    for experts in (1, 8, 60, 128, 512):
+        chosen = [packed.form_of_experts(ids, experts, 1536, 2048) for ids in range(1, 70_000, 97)]
+        assert all(form in packed.FORMS_OF_EXPERTS for form in chosen)
+        assert [form.tiles for form in chosen] == sorted(form.tiles for form in chosen)
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
+def test_the_kernel_of_experts_compiles(dtype):
+    try:
+        nvrtc.library(13)
+    except nvrtc.CompileError:
+        pytest.skip("NVRTC is not installed")
+    for form in packed.FORMS_OF_EXPERTS[::2]:
+        for groups, zeros in ((1, True), (4, False)):
+            assert packed.build(form, groups, zeros, dtype, "sm_90", 13, True)

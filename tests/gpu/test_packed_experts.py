@@ -1,0 +1,78 @@
+"""On a GPU: a row of an expert with packed weights has the bits of the dense product, in every form and company."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+EXPERTS, N, K, TOP = 6, 272, 768, 2
+
+
+def made(group, zeros, bias, dtype):
+    from bi_patch.kernels.packing import pack_experts
+
+    generator = torch.Generator("cuda").manual_seed(group)
+    q = torch.randint(0, 16, (EXPERTS, N, K), generator=generator, device="cuda", dtype=torch.uint8)
+    scale = (torch.rand((EXPERTS, N, K // group), generator=generator, device="cuda") * 0.01 + 0.002).to(dtype)
+    zero = None
+    if zeros:
+        zero = torch.randint(0, 16, scale.shape, generator=generator, device="cuda", dtype=torch.uint8)
+    added = torch.randn((EXPERTS, N), generator=generator, device="cuda").to(dtype) if bias else None
+    return pack_experts(q, scale, zero), added
+
+
+@pytest.mark.parametrize(
+    ("group", "zeros", "bias", "dtype"),
+    [(128, False, True, torch.bfloat16), (32, True, False, torch.float16), (64, True, True, torch.bfloat16)],
+)
+@pytest.mark.parametrize("tokens", [1, 9, 150])
+def test_every_form_has_the_bits_of_the_dense_product(group, zeros, bias, dtype, tokens):
+    from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+
+    from bi_patch.kernels.cuda import packed
+
+    held, added = made(group, zeros, bias, dtype)
+    x = torch.randn(tokens, K, device="cuda").to(dtype)
+    x[:, K // 2 :] = x[:, : K // 2].flip(1) * -1.03  # sums that cancel show another order
+    chosen = torch.randint(0, 2, (tokens, TOP), device="cuda", dtype=torch.int32) * 3
+    chosen += torch.arange(TOP, device="cuda", dtype=torch.int32) * 2
+    chosen[: tokens // 2, 1] = 4  # expert 1 has no rows, and expert 4 has many
+    flat, elsewhere, ids = chosen.flatten(), 2, tokens * TOP
+    want = torch.zeros((ids, N), dtype=dtype, device="cuda")
+    dense = packed.Form(4, 4, 8, True)
+    for expert in set(flat.tolist()) - {elsewhere}:
+        mine = (flat == expert).nonzero().flatten()
+        own = held._replace(
+            data=held.data.view(EXPERTS, -1)[expert].clone(),
+            scale=held.scale[expert].contiguous(),
+            zero=None if held.zero is None else held.zero[expert].contiguous(),
+        )
+        bias_of = None if added is None else added[expert].contiguous()
+        want[mine] = packed.product(x[mine // TOP], own, bias_of, dense)
+    here = torch.arange(EXPERTS, device="cuda", dtype=torch.int32)
+    here[elsewhere] = -1
+    doubles = torch.full((ids,), 2.0, device="cuda")
+    for form in packed.FORMS_OF_EXPERTS:
+        rows = moe_align_block_size(chosen, 8 * form.tiles, EXPERTS, here)
+        for factors in (None, doubles):
+            out = torch.full((ids, N), torch.nan, dtype=dtype, device="cuda")
+            packed.product_of_experts(x, held, packed.Rows(*rows, TOP, ids, factors), added, form, out)
+            assert torch.equal(out, want if factors is None else want * 2), (form, factors is None)
+
+
+def test_a_launch_may_be_captured():
+    from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+
+    from bi_patch.kernels.cuda import packed
+
+    held, _ = made(128, False, False, torch.bfloat16)
+    x = torch.randn(40, K, device="cuda").bfloat16()
+    chosen = torch.randint(0, EXPERTS, (40, 1), device="cuda", dtype=torch.int32)
+    form = packed.form_of_experts(40, EXPERTS, N, K)
+    out, again = (torch.zeros((40, N), dtype=x.dtype, device="cuda") for _ in range(2))
+    rows = packed.Rows(*moe_align_block_size(chosen, 8 * form.tiles, EXPERTS), 1, 40)
+    packed.product_of_experts(x, held, rows, None, form, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        packed.product_of_experts(x, held, rows, None, form, again)
+    graph.replay()
+    assert torch.equal(out, again) and out.any()
