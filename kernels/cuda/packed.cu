@@ -20,10 +20,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
                int stride PARAMETERS_OF_EXPERTS) {
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
 #if EXPERTS
-  const int column = block_y(), tile = tile_of_block(), first = tile * 8 * TILES;
-  if (tile >= tiles) return;
-  const int end = fetch(padded), expert = fetch(experts + tile);
-  ids += first;
+  const int column = block_y();
 #else
   const int column = block_x(), first = block_y() * 8 * TILES;  // row of x
   x += static_cast<i64>(first) * stride;
@@ -34,21 +31,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   // What this thread copies for a block of K: a part of a row of x and of every THREADS / 16th row after it, its own
   // weights, and a part of its warp's scales. The pointers move on by one block at each call.
   const int part = thread() % 16, row = thread() / 16;
-#if EXPERTS
-  int rows_at[PIECES(TILES)];
-  find_rows(rows_at, ids, row, 8 * TILES, inverse, limit, stride);
-  if (first >= end) return;
-  if (expert < 0) {
-    write_zeros(out, ids, limit, column * 16 * WARPS, cols);
-    return;
-  }
-  w += static_cast<i64>(expert) * strips * blocks * 1024;
-  scale += static_cast<i64>(expert) * scales * cols * 2;
-  zero += static_cast<i64>(expert) * scales * cols * 2;
-  const u16* x_from = x + part * 8;
-#else
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
-#endif
   const unsigned char* w_from = w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
   const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
   const unsigned char* s_from = (kind ? zero : scale) + (static_cast<i64>(piece / 2) * cols + strip * 16) * 2;
@@ -56,7 +39,40 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   const i64 s_step = static_cast<i64>(GROUPS) * cols * 2;
   const int each = GROUPS > 1 ? 1 : group / 128;  // blocks that share a group
   int left = blocks, same = each, slot = 0;
+#if EXPERTS
+  // Loads run ahead of the products, also into this block's next tile. What that tile needs is fetched a tile before.
+  left = 0;
+  const int hop = blocks_x();
+  const i64 w_each = static_cast<i64>(strips) * blocks * 1024, s_each = static_cast<i64>(scales) * cols * 2;
+  const unsigned char *w_first = w_from, *s_first = s_from;
+  int tile = block_x(), next_expert, next_ids[PIECES(TILES)], rows_at[PIECES(TILES)];
+  auto look = [&] {
+    next_expert = tile < tiles ? fetch(experts + tile) : 0;
+#pragma unroll
+    for (int i = 0; i < PIECES(TILES); ++i) {
+      const int m = row + i * (THREADS / 16);
+      next_ids[i] = tile < tiles && m < 8 * TILES ? fetch(ids + tile * 8 * TILES + m) : limit;
+    }
+  };
+  look();
+  const int end = fetch(padded) / (8 * TILES);
+  auto enter_tile = [&] {
+    for (; tile < end && next_expert < 0; look()) tile += hop;
+    if (tile >= end) return;
+    find_rows(rows_at, next_ids, inverse, limit, stride);
+    x_from = x + part * 8;
+    w_from = w_first + next_expert * w_each;
+    s_from = s_first + next_expert * s_each;
+    left = blocks;
+    same = each;
+    tile += hop;
+    look();
+  };
+#endif
   auto load = [&] {
+#if EXPERTS
+    if (left == 0) enter_tile();
+#endif
     if (left > 0) {
       unsigned char* at = shared() + slot;
 #if !EXPERTS
@@ -95,17 +111,19 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   };
 
   float sum[TILES][4];
+  auto clear = [&] {
 #pragma unroll
-  for (int t = 0; t < TILES; ++t)
+    for (int t = 0; t < TILES; ++t)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[t][i] = 0;
-
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) load();
+      for (int i = 0; i < 4; ++i) sum[t][i] = 0;
+  };
 #if EXPERTS
-  Row* held = reinterpret_cast<Row*>(shared() + STAGES * STAGE);
-  hold_rows(held, ids, factors, 8 * TILES, limit);
+#pragma unroll 1
+#else
+  clear();
+#pragma unroll
 #endif
+  for (int i = 0; i < STAGES - 1; ++i) load();
   // A pair is two products of 16 elements of K. With EARLY, the weights and rows of the next pair are read and unpacked
   // while the products of one pair run, one after the other.
   u32 a[2][2][4], b[2][TILES][4];
@@ -144,42 +162,75 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     enter();
     read(0);
   }
-  for (int block = 0; block < blocks; ++block) {
+#if EXPERTS
+  int id[2 * TILES];  // of this lane's rows
+  float factor[2 * TILES];
+#endif
+  auto multiply = [&] {
+    for (int block = 0; block < blocks; ++block) {
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      if (pair == (EARLY ? 3 : 0)) enter();
-      read((pair + EARLY) % 4);
+      for (int pair = 0; pair < 4; ++pair) {
+        if (pair == (EARLY ? 3 : 0)) enter();
+        read((pair + EARLY) % 4);
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+        for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int t = 0; t < TILES; ++t)
-          multiply_add(sum[t], a[pair % 2][j], b[pair % 2][t][2 * j], b[pair % 2][t][2 * j + 1]);
+          for (int t = 0; t < TILES; ++t)
+            multiply_add(sum[t], a[pair % 2][j], b[pair % 2][t][2 * j], b[pair % 2][t][2 * j + 1]);
+      }
+#if EXPERTS
+      if (block == 0) {  // by now the ids are there
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; ++i) factor[i] = factors && is_row(id[i], limit) ? fetch(factors + id[i]) : 1;
+      }
+#endif
     }
+  };
+  float added[2] = {0, 0};
+  auto fetch_bias = [&](const u16* from) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) added[r] = widen(from[strip * 16 + g + 8 * r]);
+  };
+#if EXPERTS
+  for (int t = block_x(); t < end; t += hop) {
+    const int expert = fetch(experts + t);
+    const int* own = ids + t * 8 * TILES;
+    if (expert < 0) {
+      write_zeros(out, own, limit, column * 16 * WARPS, cols);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; ++i) id[i] = fetch(own + i / 2 * 8 + lane % 4 * 2 + i % 2);
+    clear();
+    multiply();
+    if (bias) fetch_bias(bias + static_cast<i64>(expert) * cols);
+    if (mine >= strips) continue;
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int m = t * 2 + i % 2;
+        float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
+        if (factors) value = times_unflushed(value, factor[m]);
+        u16* to = out + static_cast<i64>(id[m]) * cols + strip * 16 + g + i / 2 * 8;
+        if (is_row(id[m], limit)) *to = static_cast<u16>(round_pair(value, 0));
+      }
   }
   wait_groups<0>();
-  float added[2] = {0, 0};
-  if (bias) {
-#if EXPERTS
-    bias += static_cast<i64>(expert) * cols;
-#endif
-#pragma unroll
-    for (int r = 0; r < 2; ++r) added[r] = widen(bias[strip * 16 + g + 8 * r]);
-  }
+#else
+  multiply();
+  wait_groups<0>();
+  if (bias) fetch_bias(bias);
   if (mine >= strips) return;
 #pragma unroll
   for (int t = 0; t < TILES; ++t)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = t * 8 + lane % 4 * 2 + i % 2, n = strip * 16 + g + i / 2 * 8;
-      float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
-#if EXPERTS
-      const Row one = held[m];
-      if (factors) value = times_unflushed(value, one.factor);
-      if (one.id >= 0) out[static_cast<i64>(one.id) * cols + n] = static_cast<u16>(round_pair(value, 0));
-#else
+      const float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
       if (m < rows) out[static_cast<i64>(m) * cols + n] = static_cast<u16>(round_pair(value, 0));
-#endif
     }
+#endif
 }
 
 #if !EXPERTS

@@ -227,6 +227,13 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Fo
     return out
 
 
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _check_rows(x: torch.Tensor) -> None:
     if x.stride(1) != 1 or x.data_ptr() % 16 or x.stride(0) * 2 % 16:
         raise ValueError(f"packed: the kernel does not take rows of strides {x.stride()}")
@@ -277,6 +284,10 @@ def product_of_experts(
     if rows.ids * rows.each >= 1 << 32:
         raise ValueError(f"packed: the kernel does not take {rows.ids} ids")
     arguments += [c_longlong(inverse), *map(c_int, (rows.ids, tiles, depth // packed.group))]
-    span = min(tiles, _SPAN)
-    grid = span, -(-cols // (16 * form.warps)), -(-tiles // span)
+    columns = -(-cols // (16 * form.warps))
+    if form.wide:
+        span = min(tiles, _SPAN)
+        grid = span, columns, -(-tiles // span)
+    else:
+        grid = min(tiles, max(1, held.resident * _multiprocessors(x.device.index) // columns)), columns, 1
     held(grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)

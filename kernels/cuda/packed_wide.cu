@@ -78,7 +78,12 @@ DEVICE void multiply(const Task& task) {
   const int part = thread() % 16, row = thread() / 16;
 #if EXPERTS
   int rows_at[PIECES(USED)];
-  find_rows(rows_at, task.ids, row, 8 * USED, task.inverse, task.limit, stride);
+#pragma unroll
+  for (int i = 0; i < PIECES(USED); ++i) {
+    const int m = row + i * (THREADS / 16);
+    rows_at[i] = m < 8 * USED ? fetch(task.ids + m) : task.limit;
+  }
+  find_rows(rows_at, rows_at, task.inverse, task.limit, stride);
   const u16* x_from = x + part * 8;
 #else
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;

@@ -32,6 +32,12 @@ DEVICE int fetch(const int* at) {
   return value;
 }
 
+DEVICE float fetch(const float* at) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(at));
+  return value;
+}
+
 DEVICE unsigned char* shared() {
   extern __shared__ __align__(128) unsigned char dynamic_memory[];
   return dynamic_memory;

@@ -34,18 +34,13 @@ DEVICE void write_zeros(u16* out, const int* ids, int limit, int column, int col
   }
 }
 
-// The places in x of the rows that this thread copies, in parts of 16 bytes; -1: none.
+// The places in x of ids' rows, in parts of 16 bytes; -1: none.
 template <int count>
-DEVICE void find_rows(int (&at)[count], const int* ids, int row, int most, i64 inverse, int limit, int stride) {
+DEVICE void find_rows(int (&at)[count], const int (&ids)[count], i64 inverse, int limit, int stride) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    const int m = row + i * (THREADS / 16);
-    at[i] = m < most ? fetch(ids + m) : limit;
-  }
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    const int in_x = static_cast<int>(at[i] * inverse >> 32);
-    at[i] = is_row(at[i], limit) ? in_x * (stride / 8) : -1;
+    const int in_x = static_cast<int>(ids[i] * inverse >> 32);
+    at[i] = is_row(ids[i], limit) ? in_x * (stride / 8) : -1;
   }
 }
 

@@ -71,6 +71,7 @@ DEVICE unsigned char* shared() { return blocks[this_part]->memory; }
 DEVICE Warp& warp_of() { return blocks[this_part]->warps[this_thread / LANES]; }
 DEVICE void together() { warp_of().together.arrive_and_wait(); }
 DEVICE int fetch(const int* at) { return *at; }
+DEVICE float fetch(const float* at) { return *at; }
 DEVICE int keep(int x) { return x; }
 DEVICE void begin() {
   {
