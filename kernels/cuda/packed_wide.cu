@@ -58,6 +58,7 @@ struct Task {
   u16* out;
   int rows, cols, depth, group, stride, column;
 #if EXPERTS
+  const int (&copied)[PIECES(TILES)];  // the ids whose rows of x this thread copies
   const int* ids;
   const float* factors;
   i64 inverse;
@@ -78,12 +79,7 @@ DEVICE void multiply(const Task& task) {
   const int part = thread() % 16, row = thread() / 16;
 #if EXPERTS
   int rows_at[PIECES(USED)];
-#pragma unroll
-  for (int i = 0; i < PIECES(USED); ++i) {
-    const int m = row + i * (THREADS / 16);
-    rows_at[i] = m < 8 * USED ? fetch(task.ids + m) : task.limit;
-  }
-  find_rows(rows_at, rows_at, task.inverse, task.limit, stride);
+  find_rows(rows_at, task.copied, task.inverse, task.limit, stride);
   const u16* x_from = x + part * 8;
 #else
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
@@ -234,7 +230,12 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   if (tile >= tiles) return;
   const int end = fetch(padded), expert = fetch(experts + tile);
   ids += first;
-  int used = 0;
+  int copied[PIECES(TILES)], used = 0;
+#pragma unroll
+  for (int i = 0; i < PIECES(TILES); ++i) {
+    const int m = thread() / 16 + i * (THREADS / 16);
+    copied[i] = m < 8 * TILES ? fetch(ids + m) : limit;
+  }
 #pragma unroll
   for (int i = 0; i < 8 * TILES; i += 32) {
     const int m = i + thread() % 32;
@@ -248,8 +249,8 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   w += static_cast<i64>(expert) * (cols / 16) * (depth / 128) * 1024;
   const i64 at = static_cast<i64>(expert) * scales * cols * 2;
   if (bias) bias += static_cast<i64>(expert) * cols;
-  multiply_used<TILES>({x, w, scale + at, zero + at, bias, out, rows, cols, depth, group, stride, column, ids, factors,
-                        inverse, limit},
+  multiply_used<TILES>({x, w, scale + at, zero + at, bias, out, rows, cols, depth, group, stride, column, copied, ids,
+                        factors, inverse, limit},
                        greatest(used));
 }
 #else

@@ -35,8 +35,8 @@ DEVICE void write_zeros(u16* out, const int* ids, int limit, int column, int col
 }
 
 // The places in x of ids' rows, in parts of 16 bytes; -1: none.
-template <int count>
-DEVICE void find_rows(int (&at)[count], const int (&ids)[count], i64 inverse, int limit, int stride) {
+template <int count, int most>
+DEVICE void find_rows(int (&at)[count], const int (&ids)[most], i64 inverse, int limit, int stride) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     const int in_x = static_cast<int>(ids[i] * inverse >> 32);
