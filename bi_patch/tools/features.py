@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from packaging.version import Version
+
 from bi_patch.platforms import releases
 from bi_patch.platforms.features import table
 from bi_patch.platforms.features.beside import BESIDE
@@ -19,6 +21,7 @@ from bi_patch.platforms.features.quantization import QUANTIZATION
 from bi_patch.platforms.features.recurrent import RECURRENT
 from bi_patch.platforms.features.versions import VERSIONS
 
+_WORSE = (SERVED, UNTRIED, REFUSED)
 _STATES = {SERVED: "**served**", REFUSED: "refused", UNTRIED: "untried"}
 
 
@@ -81,17 +84,32 @@ def _full(rows: Sequence[Feature], what: str) -> str:
 
 
 def _remarks(row: Feature) -> list[str]:
-    """The reasons and advice of the cells; platforms with the same text share a remark."""
+    """What older releases lack, the reasons and advice of the cells. Platforms with the same text share a remark."""
     said: dict[str, list[str]] = {}
     for platform, title in TITLES.items():
         cell = row.cell(platform)
         text = ". ".join(filter(None, (cell.why, cell.todo)))
+        text = "; ".join(filter(None, (_before(row, platform), text)))
         if text:
             said.setdefault(text, []).append(title)
     remarks = [
         words if len(titles) == len(TITLES) else f"{', '.join(titles)}: {words}" for words, titles in said.items()
     ]
     return [*remarks, row.details] if row.details else remarks
+
+
+def _before(row: Feature, platform: str) -> str:
+    """Words for older releases whose state is worse than the newest one's, for example "refused before vLLM 0.33"."""
+    held = releases.BY_PLATFORM[platform]
+    states = [row.cell(platform, Version(release)).state for release in held]
+    if not set(states) <= set(_WORSE):
+        return ""
+    worse = [i for i, state in enumerate(states) if _WORSE.index(state) > _WORSE.index(states[-1])]
+    if not worse:
+        return ""
+    first = Version(held[worse[-1] + 1])
+    words = " or ".join(dict.fromkeys(states[i] for i in worse))
+    return f"{words} before vLLM {first.major}.{first.minor}"
 
 
 def _evidence(row: Feature) -> str:

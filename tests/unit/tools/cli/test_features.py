@@ -1,10 +1,12 @@
 """The command `features`: what names a text is printed as plain text; tables otherwise."""
 
+import pytest
 from typer.testing import CliRunner
 
 from bi_patch.errors import SettingError
 from bi_patch.platforms.features.families import FAMILIES
-from bi_patch.platforms.features.model import TITLES
+from bi_patch.platforms.features.model import TITLES, refused, row, served, untried
+from bi_patch.tools import features as tables
 from bi_patch.tools.cli import app, features, status  # noqa: F401  two commands, so that each has its name
 
 
@@ -28,3 +30,18 @@ def test_a_text_that_nothing_names_is_an_error():
 def test_every_table_is_printed():
     said = run().output
     assert all(f"| {head} | " in said for head in ("feature", "both together", "layers", "weights", "models", "device"))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"),
+    [
+        ((served("a.json", releases=">=0.33"), refused("no")), "CUDA: refused before vLLM 0.33"),
+        ((untried(releases=">=0.32"), refused("no")), "CUDA: refused before vLLM 0.32"),
+        ((served("a.json", why="eager", releases=">=0.26"), untried()), "CUDA: untried before vLLM 0.26; eager"),
+        ((served("a.json"),), None),
+        ((refused("no", releases=">=0.33"), served("a.json")), "CUDA: no"),
+    ],
+)
+def test_a_row_says_what_older_releases_lack(cuda, said):
+    made = row("x", cpu=served("a.json"), cuda=cuda, ascend=served("a.json"))
+    assert tables._remarks(made) == ([said] if said else [])
