@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_patch.platforms import schemes
-from bi_patch.platforms.features import parallel, variables
+from bi_patch.platforms.features import configs, parallel, variables
 from bi_patch.platforms.features.model import REFUSED, SERVED, UNTRIED, Feature, absent, refused, row, served, untried
 from bi_patch.platforms.features.pairs import one_form, recurrent
 from bi_patch.platforms.features.ranks import compiled, norms, shown, size, whole_experts
@@ -294,20 +294,12 @@ _FREE = {
 }
 
 
-def _odd_options(speculative: Any) -> list[str]:
-    """The options of a SpeculativeConfig that nobody has examined and that have another value than their default."""
-    fields = getattr(type(speculative), "__dataclass_fields__", {})
-    # Pydantic's fields hold their default in a FieldInfo.
-    known = {name: getattr(field.default, "default", field.default) for name, field in fields.items()}
-    return sorted(name for name in known if name not in _FREE and getattr(speculative, name) not in (known[name], None))
-
-
 def _beside_drafts(config: Any) -> str:
     """Options of speculative decoding, and kinds of draft models, that nobody has examined."""
     speculative = config.speculative_config
     if speculative is None:
         return ""
-    found = {f"the option {name}": True for name in _odd_options(speculative)}
+    found = {f"the option {name}": True for name in configs.changed(speculative, _FREE)}
     draft = getattr(speculative, "draft_model_config", None)
     if _method(speculative) in (*_DRAFTING, "mtp") and draft is not None:
         kinds = {
@@ -369,7 +361,11 @@ def _started_by(backend: str, words: str) -> Callable[[Any], str]:
 
 
 def _unexamined(config: Any) -> str:
-    return _joined("", dict.fromkeys(parallel.unknown(config.parallel_config), True))
+    return ", ".join(parallel.unknown(config.parallel_config))
+
+
+def _other_options(config: Any) -> str:
+    return ", ".join(configs.unknown(config))
 
 
 def _offloaded(config: Any) -> str:
@@ -381,7 +377,7 @@ def _offloaded(config: Any) -> str:
 
 
 def _variables(config: Any) -> str:
-    return _joined("", dict.fromkeys(variables.unknown(), True))
+    return ", ".join(variables.unknown())
 
 
 def _switched(name: str, words: str) -> Callable[[Any], str]:
@@ -834,6 +830,13 @@ FEATURES: tuple[Feature, ...] = (
         "tolerance, ...)",
         **_everywhere("nobody has examined it"),
         asked=_unexamined,
+    ),
+    row(
+        "every other option of vLLM's configuration that may choose a kernel or a rule, and that nobody has examined "
+        "(use_fp64_gumbel, use_inductor_graph_partition, mla_prefill_backend, ...)",
+        **_everywhere("nobody has examined it", "Leave it out"),
+        asked=_other_options,
+        details="Also an option that a later vLLM brings.",
     ),
     row(
         "environment variables of vLLM that may choose a kernel, and that nobody has examined "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
+
+from bi_patch.platforms.features import configs
 
 # What decides the bits of a row: a row of the feature table or a policy looks at it.
 EXAMINED = frozenset(
@@ -84,12 +85,4 @@ KNOWN = EXAMINED | PLACES | BEHIND
 
 def unknown(parallel: Any) -> list[str]:
     """The fields of a ParallelConfig that nobody has examined, and whose value is not vLLM's default."""
-    fields = dataclasses.fields(parallel) if dataclasses.is_dataclass(parallel) else ()
-    return sorted(f.name for f in fields if f.name not in KNOWN and _changed(getattr(parallel, f.name, None), f))
-
-
-def _changed(value: Any, field: dataclasses.Field) -> bool:
-    """Whether a field has another value than its default. False counts as None: vLLM resolves some switches so."""
-    held = field.default if hasattr(field.default, "default_factory") else field  # pydantic's FieldInfo
-    given = held.default_factory() if callable(held.default_factory) else held.default
-    return value != given and not (value is False and given is None)
+    return configs.changed(parallel, KNOWN)
