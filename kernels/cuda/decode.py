@@ -181,7 +181,7 @@ def attend(
     k, v [pages, page size, key heads, D]: equal strides. starts [requests + 1], int32: where each request's tokens
     begin in q; a request may have none. lengths [requests], int32: tokens of each request in KV; its tokens in q are
     the last of these, in order. pages [requests, most pages], int32. scale: of the softmax. longest: the most of
-    lengths, or more; by default what pages holds. form: one of forms_on's, by default choose's choice. Neither changes
+    lengths, or more; by default what pages holds. form: one of serving's, by default choose's choice. Neither changes
     a bit. Raises Unfit before any work if the kernel does not support a tensor.
     """
     if problem := _unfit(q, k, v, out, starts, lengths, pages):
@@ -235,9 +235,18 @@ def _unfit(q, k, v, out, starts, lengths, pages) -> str:
 
 @functools.cache
 def _choices(group: int, head_size: int, dtype: torch.dtype, device: int) -> tuple[dict[Form, int], dict[Form, int]]:
-    """The forms that may serve, and how many clusters of each form of several blocks run at once on the device."""
+    """The forms that may serve, and how many clusters of each form of several blocks run at once on the device.
+
+    A form may not serve if no cluster of its size runs, e.g. on a small slice of a GPU (MIG).
+    """
     given = forms_on(head_size, group, device)
-    return given, {f: kernel(f, dtype, device).clusters(f.parts) for f in given if f.parts > 1}
+    at_once = {f: kernel(f, dtype, device).clusters(f.parts) for f in given if f.parts > 1}
+    return {f: least for f, least in given.items() if at_once.get(f, 1)}, at_once
+
+
+def serving(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int) -> list[Form]:
+    """The forms that may serve these heads on device number `device`. Raises nvrtc.CompileError."""
+    return [*_choices(heads // key_heads, head_size, dtype, device)[0]]
 
 
 def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int) -> None:

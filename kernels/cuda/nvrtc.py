@@ -18,6 +18,7 @@ from pathlib import Path
 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, and .._PREFERRED_SHARED_MEMORY_CARVEOUT in percent.
 _SHARED_BYTES, _CARVEOUT = 8, 9
 _CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_INVALID_CLUSTER_SIZE = 912  # CUDA_ERROR_INVALID_CLUSTER_SIZE
 folder: Path | None = None  # keeps compiled code for later processes; None keeps none
 
 
@@ -148,11 +149,16 @@ class Function:
             _check(self._driver.cuFuncSetAttribute(self._function, attribute, value), "cuFuncSetAttribute")
 
     def clusters(self, blocks: int) -> int:
-        """How many clusters of `blocks` blocks run at once. A cluster needs neighbouring multiprocessors."""
+        """How many clusters of `blocks` blocks run at once, 0 if a cluster of this size does not fit on the device.
+
+        A cluster needs neighbouring multiprocessors.
+        """
         attribute = _Attribute(_CLUSTER, 0, (c_uint * 3)(blocks, 1, 1))
         sizes = (c_uint * 7)(blocks, 1, 1, self._threads, 1, 1, self._shared)
         launch, found = _Launch(sizes, None, ctypes.addressof(attribute), 1), c_int()
         code = self._driver.cuOccupancyMaxActiveClusters(byref(found), self._function, byref(launch))
+        if code == _INVALID_CLUSTER_SIZE:
+            return 0
         _check(code, "cuOccupancyMaxActiveClusters")
         return found.value
 

@@ -53,6 +53,9 @@ def test_what_is_covered_passes(configured, options):
         ({"compilation_config": {"mode": 1}}, "compilation.cpu_mode: .*STOCK_TORCH_COMPILE"),
         ({"compilation_config": {"inductor_compile_config": {"deterministic": False}}}, "compilation.inductor"),
         ({"kernel_config": {"ir_op_priority": {"rms_norm": ["vllm_c"]}}}, "ir_op_priority for rms_norm"),
+        ({"use_fp64_gumbel": True}, "ModelConfig.use_fp64_gumbel: nobody has examined it"),
+        ({"compilation_config": {"use_inductor_graph_partition": True}}, "CompilationConfig.use_inductor_graph"),
+        ({"compilation_config": {"dynamic_shapes_config": {"type": "unbacked"}}}, "DynamicShapesConfig.type"),
         ({"name": recipes.MOE, "data_parallel_size": 2}, "data parallelism over 1 of a MoE model"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},

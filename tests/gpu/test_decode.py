@@ -40,7 +40,7 @@ def test_rows_of_any_batch_through_a_graph(page):
     q, k, v, starts, pages = requests(number, size, page, -(-most // page))
     starts[-1] = number - 1
     lengths = torch.full((number,), 5, device="cuda", dtype=torch.int32)
-    out, forms = torch.zeros_like(q), [*decode.forms_on(size, 4, 0)]
+    out, forms = torch.zeros_like(q), decode.serving(32, 8, size, q.dtype, 0)
     decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # clusters, where the device has them
@@ -72,7 +72,7 @@ def test_long_requests_while_memory_is_busy(size, number):
     q, k, v, starts, pages = requests(number, size, page, blocks)
     lengths = torch.full((number,), page * blocks, device="cuda", dtype=torch.int32)
     want = torch.empty_like(q)
-    forms = [*decode.forms_on(size, 4, 0)]
+    forms = decode.serving(32, 8, size, q.dtype, 0)
     decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, form=forms[-1])
     for form in forms:
         outs = [torch.empty_like(q) for _ in range(100)]

@@ -144,7 +144,7 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     for what, q, k, v, pages, scale in layouts():
         want = prefill(q, k, v, pages, scale)[rows]
         held = pages.expand(len(lengths), -1)
-        for form in decode.forms_on(size, heads // key_heads, device):
+        for form in decode.serving(*problem, device):
             got = torch.empty_like(want)
             decode.attend(q[rows], k, v, got, starts, lengths, held, scale, form=form)
             wrong = bits.differing(got, want)

@@ -63,7 +63,7 @@ KNOWN: dict[str, frozenset[str]] = {
         indexer_kv_dtype indexer_sparse_logits indexer_tp_shard_min_rows minimax_m3_indexer_cp
         minimax_m3_msa_decode_backend sparse_mla_force_mqa sparse_mla_prefill_workspace_factor
         tokenspeed_mla_min_split_kv tq_max_kv_splits_for_cuda_graph trtllm_ragged_backend use_fp4_indexer_cache
-        use_non_causal use_trtllm_attention
+        use_non_causal use_prefill_query_quantization use_trtllm_attention
         """
     ),
     "AuxOutputConfig": _names("enable_return_routed_experts max_bytes"),

@@ -15,7 +15,6 @@ REFUSED = {
     "AttentionConfig.backend_per_kind",
     "AttentionConfig.mla_prefill_backend",
     "AttentionConfig.use_prefill_decode_attention",
-    "AttentionConfig.use_prefill_query_quantization",
     "CacheConfig.calculate_kv_scales",
     "CacheConfig.enable_mamba_shared_prefix_checkpoint",
     "CacheConfig.kv_cache_dtype_skip_layers",

@@ -167,6 +167,31 @@ def test_few_requests_are_shared_by_clusters():
     assert [form.parts for form in decode.forms(64, 8, 12, 99 * 1024)] == [1]  # Hopper's forms do not fit
 
 
+@pytest.mark.parametrize("most", [8, 4, 2, 1, 0])
+def test_a_form_whose_clusters_do_not_run_does_not_serve(monkeypatch, most):
+    """A small slice of a GPU (MIG) runs clusters of up to `most` blocks. The certificate launches no others."""
+    at_once = {blocks: 8 // blocks if blocks <= most else 0 for blocks in (8, 4, 2)}
+    monkeypatch.setattr(decode, "forms_on", lambda head, group, device: decode.forms(head, group, 9, SHARED))
+    monkeypatch.setattr(decode, "kernel", lambda *form: SimpleNamespace(clusters=at_once.get))
+    monkeypatch.setattr(decode, "_choices", decode._choices.__wrapped__)
+    served = decode.serving(32, 8, 128, torch.bfloat16, 0)
+    assert [form.parts for form in served] == [parts for parts in (8, 4, 2, 1) if parts <= max(1, most)]
+    assert decode.choose(1, 40960, *decode._choices(4, 128, torch.bfloat16, 0)) == served[0]
+
+
+@pytest.mark.parametrize("code, found", [(0, 3), (912, 0)])
+def test_a_cluster_that_does_not_fit_never_runs(code, found):
+    function = object.__new__(nvrtc.Function)
+    function._function, function._threads, function._shared = None, 256, 1024
+
+    def count(held, function, launch):
+        held._obj.value = 3
+        return code
+
+    function._driver = SimpleNamespace(cuOccupancyMaxActiveClusters=count)
+    assert function.clusters(8) == found
+
+
 def test_what_the_kernel_does_not_have_is_refused():
     def given(page=16, dtype=torch.bfloat16, shift=0, **changes):
         q = torch.zeros(3, 8, 64, dtype=dtype)
