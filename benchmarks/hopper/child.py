@@ -27,6 +27,9 @@ COST = {
     "256 x 1024/256": (256, 1024, 256, 2),
     "2 x 32000/64": (2, 32000, 64, 2),
 }
+# Only by name: fewer decode steps.
+SHORT = {name.replace("/128", "/64"): (*size[:2], 64, 3) for name, size in COST.items() if "/128" in name}
+WORKLOADS = COST | SHORT
 
 
 def parse(arguments=None):
@@ -48,11 +51,11 @@ def parse(arguments=None):
 
 
 def workloads(only: str | None, max_model_len: int) -> list[str]:
-    """The names of the workloads in `only` (all if None) that fit into max_model_len. Exits for an unknown name."""
+    """The names of the workloads in `only` (of COST if None) that fit into max_model_len. Exits for an unknown name."""
     names = only.split(",") if only else list(COST)
-    if unknown := [name for name in names if name not in COST]:
-        sys.exit(f"no such workload: {', '.join(unknown)}; there are {', '.join(COST)}")
-    return [name for name in names if sum(COST[name][1:3]) <= max_model_len]
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        sys.exit(f"no such workload: {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    return [name for name in names if sum(WORKLOADS[name][1:3]) <= max_model_len]
 
 
 def shape(model: str) -> dict[str, object]:
@@ -136,7 +139,7 @@ class Engine:
             self.llm.apply_model(randomize)
         self.started = time.perf_counter() - started
         self.vocabulary = shape(a.model)["vocab_size"]
-        self.count = 0
+        self.count, self.ranks = 0, a.ranks
         self.on_step = None  # called with the outputs of a step
 
     def forget(self):
@@ -192,7 +195,7 @@ def cost(engine: Engine, number: int, length: int, tokens: int, seed: int) -> di
         if len(first) == number:
             marks.append(now)
     # The first mark ends the prefill. Of many requests, those that began early end early: the last steps are smaller.
-    steady = marks[: max(2, tokens - 8)] if number > 64 else marks
+    steady = marks[: max(2, tokens - 8 - number * length // 8192)] if number > 64 else marks
     return {
         "decode_ms": 1000 * (steady[-1] - steady[0]) / (len(steady) - 1),
         "prefill_s": marks[0] - begin,
@@ -275,18 +278,31 @@ def warm(engine: Engine, name: str, whole: bool = False) -> None:
 
     whole: run all steps of the workload, for a library that compiles kernels for each number of rows.
     """
-    number, length, tokens, _ = COST[name]
+    number, length, tokens, _ = WORKLOADS[name]
     cost(engine, number, length, tokens if whole else 4, 500)
 
 
 def measure(engine: Engine, result: dict, name: str, repeat: int) -> None:
     """Measure one repeat of a workload and append it to `result`. The first repeat also profiles the GPU."""
-    number, length, tokens, _ = COST[name]
+    number, length, tokens, _ = WORKLOADS[name]
     row = {"workload": name, "repeat": repeat} | cost(engine, number, length, tokens, repeat)
     if repeat == 0:
-        row |= gpu_cost(engine, number, length)
+        row |= of_gpu(engine, number, length)
     result["cost"].append(row)
     print("cost", result["model"], result["mode"], row, flush=True)
+
+
+def of_gpu(engine: Engine, number: int, length: int) -> dict:
+    """GPU times of a workload, {} where an engine of several ranks has none."""
+    if engine.ranks == 1:
+        return gpu_cost(engine, number, length)
+    import bursts
+
+    try:
+        return bursts.gpu_cost(engine, number, length)
+    except bursts.NotOneGraph as error:  # the same on every rank
+        print(f"no GPU time: {error}", flush=True)
+        return {}
 
 
 def save(result: dict, out: str) -> None:
@@ -356,7 +372,7 @@ def main() -> None:
     if a.cost:
         for name in workloads(a.only, a.max_model_len):
             warm(engine, name, deep)
-            for repeat in range(COST[name][3]):
+            for repeat in range(WORKLOADS[name][3]):
                 measure(engine, result, name, repeat)
             save(result, a.out)
     if a.turns:
@@ -367,6 +383,8 @@ def main() -> None:
             measure(engine, result, name, repeat)
             save(result, a.out)
 
+        if a.ranks > 1:
+            peers.pin()
         take_turns(turn)
     if a.profile:
         profile(engine)

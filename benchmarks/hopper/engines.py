@@ -20,6 +20,7 @@ from pathlib import Path
 from nursery import Nursery
 
 START_S, REPEAT_S, END_S = 300, 120, 30
+ALL = range(1 << 30)
 COMPARED = frozenset({"stock", "armed"})
 
 
@@ -98,6 +99,7 @@ class Group:
     workloads: Sequence[str]
     repeats: int
     missing: list[str] = field(default_factory=list)  # what did not start or failed, in words
+    failed: bool = False  # an engine did not answer: the group measures nothing more
 
     def kill(self) -> None:
         for child in self.children:
@@ -132,11 +134,16 @@ def ready(groups: Sequence[Group], deadline: float, needed: frozenset[str] = COM
     return started
 
 
-def measure(group: Group, until: float = float("inf")) -> None:
-    """Measure a group's workloads; none begins after `until`. An error ends the group, which keeps what it has."""
+def measure(group: Group, until: float = float("inf"), repeats: range = ALL) -> None:
+    """Measure a group's workloads; none begins after `until`. An error ends the group, which keeps what it has.
+
+    repeats: which of the group's.
+    """
+    if group.failed:
+        return
     try:
         for name in group.workloads:
-            for repeat in range(group.repeats):
+            for repeat in range(repeats.start, min(repeats.stop, group.repeats)):
                 if time.monotonic() > until:
                     print(f"no time for {group.children[0].model} {name}", flush=True)
                     return
@@ -145,6 +152,7 @@ def measure(group: Group, until: float = float("inf")) -> None:
                     child.measure(name, repeat)
     except (RuntimeError, OSError) as error:
         print(f"failed: {error}", flush=True)
+        group.failed = True
         group.missing.append(f"{error}")
         for child in group.children:
             _tell(child)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -70,6 +71,16 @@ def _watch(process: int, log: Path) -> None:
     if os.waitpid(process, 0)[1]:
         print(f"{log.name} ended:\n{log.read_text(errors='replace')[-3000:]}", flush=True)
         os._exit(1)
+
+
+def pin() -> None:
+    """Keep every thread of this rank on its share of the host's cores, so that no rank moves another."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // int(os.environ["WORLD_SIZE"]))
+    first = int(os.environ["RANK"]) * share % len(cores)
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(int(thread), cores[first : first + share])
 
 
 def lines() -> Iterator[str]:
