@@ -238,11 +238,18 @@ def _here() -> object:
     )
 
 
-def measure(label: str, results: Path, root: Path, flags: Sequence[str] = (), until: int = 0) -> bool:
+def measure(
+    label: str,
+    results: Path,
+    root: Path,
+    flags: Sequence[str] = (),
+    until: int = 0,
+    without: Sequence[str] = (),
+) -> bool:
     """Measure one case and write its rows. Returns whether every axis has a result and no position differs.
 
     flags: of data_ranks.py, for data-parallel ranks. With flags, nothing is written. until: a run of verify ends then,
-    in seconds since 1970, and its complete axes are kept.
+    in seconds since 1970, and its complete axes are kept. without: axes that verify leaves out.
     """
     from bi_patch.tools import evidence
 
@@ -250,6 +257,7 @@ def measure(label: str, results: Path, root: Path, flags: Sequence[str] = (), un
         variant = property(lambda self: "ranks")
 
     case, holes = CASES[label], []
+    case = case._replace(axes=tuple(axis for axis in case.axes if axis not in without))
     model = folder(case.model, root)
     if "data_parallel_size" in case.engine:
         rows = of_data_ranks(label, case, model, root, flags)
@@ -277,6 +285,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", type=Path, default=Path("/tmp/models"))
     parser.add_argument("--until", type=int, default=0, help="end axes of verify then, in seconds since 1970")
+    parser.add_argument("--without", action="append", default=[], help="an axis of verify to leave out; repeatable")
     parser.add_argument("--prepare", action="store_true", help="only write the models of the cases")
     for flag, what in (("--stock", "without bi_patch"), ("--faults", "with planted faults, in eager mode")):
         parser.add_argument(flag, action="store_true", help=f"data-parallel ranks {what}; no rows are kept")
@@ -289,7 +298,7 @@ def main() -> None:
         if args.prepare:
             folder(CASES[label].model, args.models)
         else:
-            good &= measure(label, args.results, args.models, flags, args.until)
+            good &= measure(label, args.results, args.models, flags, args.until, args.without)
         print(f"{label}: {time.perf_counter() - start:.0f} s", flush=True)
     sys.exit(0 if good else 1)
 
