@@ -137,7 +137,19 @@ def _nvfp4(original):
     return init_nvfp4_linear_kernel
 
 
+def _ordered(original):
+    """_resolve_backend_kernels: of packed integers, Humming's kernel comes after those whose products bi_patch
+    replaces. vLLM puts it before Marlin on Hopper, where the package humming-kernels is installed."""
+
+    @functools.wraps(original)
+    def _resolve_backend_kernels(kernels, layer_desc, **given):
+        return sorted(original(kernels, layer_desc, **given), key=lambda kernel: kernel.__name__ == _LAST)
+
+    return _resolve_backend_kernels
+
+
 _KERNELS = ("MacheteLinearKernel", "MarlinLinearKernel")
+_LAST = "HummingLinearKernel"
 
 
 def problems(model):
@@ -209,6 +221,14 @@ SEAMS = (
         close=_compressed,
         why="upstream's mode unpacks the weights of compressed-tensors at every call, for one row, too",
         how="the layers are those of vLLM's fast kernels, whose products bi_patch replaces",
+        until=_UNTIL,
+    ),
+    Seam(
+        name="packed_linear.cuda_order",
+        targets=(Target("vllm.model_executor.kernels.linear", "_resolve_backend_kernels", ">=0.33"),),
+        close=_ordered,
+        why="on Hopper vLLM takes Humming's kernel before Marlin, and its schedule depends on the number of rows",
+        how="Humming's kernel comes last, so layers are those of Machete and Marlin, whose products bi_patch replaces",
         until=_UNTIL,
     ),
     Seam(

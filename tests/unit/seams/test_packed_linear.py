@@ -196,3 +196,19 @@ def test_random_nvfp4_weights_have_the_spread_of_others():
     value = code[nibbles & 7] * torch.where(nibbles > 7, -1, 1)
     spread = (value * layer.weight_scale.float().repeat_interleave(16, 1) / layer.weight_global_scale[0]).std()
     assert 0.8 < spread * K**0.5 < 1.3
+
+
+def test_hummings_kernel_comes_last_unless_it_was_asked_for():
+    from vllm.model_executor.kernels import linear
+
+    names = ["MacheteLinearKernel", "HummingLinearKernel", "MarlinLinearKernel"]
+    kinds = {name: type(name, (), {}) for name in names}
+
+    def resolve(kernels, layer_desc, *, quantization, compute_capability=None):
+        return [kinds[name] for name in kernels]
+
+    ordered = packed_linear._ordered(resolve)
+    given = dict(quantization="mixed_precision", compute_capability=90)
+    assert [kind.__name__ for kind in ordered(names, "mixed-precision", **given)] == [names[0], names[2], names[1]]
+    assert ordered(names[1:2], "mixed-precision", **given) == [kinds[names[1]]]
+    assert linear.HummingLinearKernel.__name__ == packed_linear._LAST
