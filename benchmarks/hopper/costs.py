@@ -120,8 +120,8 @@ ROUNDS: list[list[Entry]] = [
     [
         model("Llama-3.2-1B", (2.4, 2.5, 2.0), (ONE, EIGHT, MANY, LONG), repeats=5),
         model("Qwen3-30B-A3B, 12 layers", (15.5, 2.0, 3.0), (ONE, EIGHT, MANY, LONG)),
-        scheme("GPTQ", QUANTIZED),
         scheme("FP8 channel", QUANTIZED, modes=UPSTREAM),
+        scheme("FP8 tensor", QUANTIZED),
         extra("lora", 3),
     ],
     [
@@ -137,19 +137,28 @@ ROUNDS: list[list[Entry]] = [
         extra("embed", 1.5),
         model("Granite-4.0-H-Small, 8 layers", (12.5, 10.0, 3.5), (ONE, EIGHT, MANY, LONG)),
         extra("images", 2),
-        scheme("W4A16", QUANTIZED),
+        scheme("W4A16", QUANTIZED, modes=UPSTREAM),
     ],
     # DeepGEMM's kernels and many certificates: its engines take the longest to start, 272 s with empty caches
     # (--start 330), 44 s with full ones.
-    [scheme("FP8 block MLA", (17.0, 1.0, 5.0), (ONE, EIGHT, MANY, LATENT, LONG), layers=4, modes=UPSTREAM)],
+    [
+        scheme("FP8 block MLA", (17.0, 1.0, 5.0), (ONE, EIGHT, MANY, LATENT, LONG), layers=4, modes=UPSTREAM),
+        scheme("INT8", QUANTIZED),
+        scheme("W8A16", QUANTIZED),
+        scheme("FP8 static", QUANTIZED),
+    ],
     [
         scheme("FP8 block experts", (5.0, 4.0, 2.5), modes=UPSTREAM),
-        scheme("MXFP4", (4.5, 4.0, 2.5)),
+        scheme("FP8 channel experts", (5.0, 4.0, 2.5), modes=UPSTREAM),
+        scheme("MXFP4", (4.5, 4.0, 2.5), modes=UPSTREAM),  # on the package humming-kernels, as NVFP4
         scheme("W4A16 experts", (3.5, 4.0, 2.5)),
-        scheme("NVFP4", QUANTIZED),
-        scheme("FP8 KV cache", (5.0, 4.0, 2.5)),
     ],
-    [model("Kimi-Linear-48B-A3B, 4 layers", (13.0, 6.0, 4.0), (ONE, EIGHT, MANY, LONG))],
+    [
+        model("Kimi-Linear-48B-A3B, 4 layers", (13.0, 6.0, 4.0), (ONE, EIGHT, MANY, LONG)),
+        scheme("NVFP4", QUANTIZED),
+        scheme("FP8 KV cache", (5.0, 4.0, 2.5), modes=UPSTREAM),
+        scheme("GPTQ", QUANTIZED, modes=UPSTREAM),
+    ],
 ]
 OF_ONE = list(range(1, len(ROUNDS) + 1))
 # The last round, only by its number: two GPUs.
@@ -164,11 +173,13 @@ ROUNDS += [
 
 
 def plan(a: argparse.Namespace) -> Iterator[list[Entry]]:
-    """The rounds of --rounds, with the models whose names contain a text of --only."""
-    for number in a.rounds:
-        entries = [e for e in ROUNDS[number - 1] if not a.only or any(text in e.name for text in a.only)]
-        if entries:
-            yield entries
+    """The rounds of --rounds, with the models whose names contain a text of --only. --together: as one round."""
+    rounds = [
+        [e for e in ROUNDS[number - 1] if not a.only or any(text in e.name for text in a.only)] for number in a.rounds
+    ]
+    if a.together:
+        rounds = [[entry for entries in rounds for entry in entries]]
+    yield from filter(None, rounds)
 
 
 def begin(entries: Sequence[Entry], a: argparse.Namespace, made: Mapping[str, Nursery]) -> list[engines.Group]:
@@ -187,6 +198,7 @@ def main() -> None:
     parser = run.options(__doc__)
     parser.add_argument("--rounds", type=_numbers, default=OF_ONE)
     parser.add_argument("--only", action="append", help="models whose name contains this text; repeatable")
+    parser.add_argument("--together", action="store_true", help="start the models of all --rounds at once")
     parser.add_argument("--modes", default=",".join(UPSTREAM))
     parser.add_argument("--repeats", type=int, help="of each workload; by default, as planned")
     parser.add_argument("--start", type=float, default=170, help="seconds for the start of the first round")

@@ -187,6 +187,8 @@ def config(scheme: str, layers: int) -> dict[str, object]:
     held = shapes.SHAPES[shape] | {"num_hidden_layers": layers}
     if "layer_types" in held:
         held["layer_types"] = held["layer_types"][:layers]
+    if "first_k_dense_replace" in held:  # at least the last layer has experts
+        held["first_k_dense_replace"] = min(held["first_k_dense_replace"], layers - 1)
     return held if quantization is None else held | {"quantization_config": quantization}
 
 

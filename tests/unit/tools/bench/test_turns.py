@@ -154,6 +154,20 @@ def test_the_rounds_fit_on_one_gpu(hopper):
     assert len(set(names)) == len(names)
 
 
+def test_named_models_of_several_rounds_start_together(hopper):
+    import argparse
+
+    import costs
+
+    def names(**given):
+        a = argparse.Namespace(**{"rounds": costs.OF_ONE, "only": ["MXFP4", "NVFP4"], "together": False} | given)
+        return [[entry.name for entry in entries] for entries in costs.plan(a)]
+
+    oss, four = "gpt-oss-20b MXFP4, 6 layers", "Qwen3-8B NVFP4, 6 layers"
+    assert names() == [[oss], [four]] and names(together=True) == [[oss, four]]
+    assert names(only=["nothing"]) == names(only=["nothing"], together=True) == []
+
+
 def test_a_shape_with_another_number_of_layers(hopper):
     import child
 
