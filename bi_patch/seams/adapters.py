@@ -52,6 +52,16 @@ def slots(wrapper: Any, x: Any, platform: str) -> Any:
     return found
 
 
+def refuse_head(layer: Any, kind: Any, platform: str) -> None:
+    """Raise UnsupportedFeature if a head computes in another type than its adapters. layer: a LogitsProcessorWithLoRA.
+    kind: the adapters' type. Requests of such adapters are refused before, by their files (seams/common/lora.py)."""
+    if layer.base_layer.head_dtype not in (None, kind):
+        raise UnsupportedFeature(
+            f"lora.{platform}: bi_patch does not cover adapters of a head in {layer.base_layer.head_dtype}. Use a head "
+            "of the model's type, or an adapter without it"
+        )
+
+
 def _is_part(x: Any, held: Any) -> bool:
     return x.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
 

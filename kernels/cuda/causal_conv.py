@@ -134,6 +134,6 @@ def _unfit(form, x, weight, bias, conv, slots) -> str:
         return f"states {tuple(conv.shape)}, or a weight that is not dense"
     if any(t.data_ptr() % 4 or t.stride(0) % 2 for t in (x, conv)) or conv.stride(1) % 2:
         return "rows are not aligned to 4 bytes"
-    if slots.dtype != torch.int32 or not slots.is_contiguous() or len(slots) > 65535:
+    if slots.dtype != torch.int32 or not slots.is_contiguous() or len(slots) > nvrtc.MOST_BLOCKS:
         return "slots are not int32, side by side, or too many"
     return ""

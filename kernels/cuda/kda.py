@@ -152,6 +152,6 @@ def _unfit(heads, out, y, gate, beta, rate, dt_bias, states, slots) -> str:
         return f"states {tuple(states.shape)} in {states.dtype}"
     if states.data_ptr() % 16 or states.stride(0) % 4:
         return "states are not aligned to 16 bytes"
-    if slots.dtype != torch.int32 or not slots.is_contiguous() or len(slots) > 65535:
+    if slots.dtype != torch.int32 or not slots.is_contiguous() or len(slots) > nvrtc.MOST_BLOCKS:
         return "slots are not int32, side by side, or too many"
     return ""

@@ -19,6 +19,7 @@ from pathlib import Path
 _SHARED_BYTES, _CARVEOUT = 8, 9
 _CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _INVALID_CLUSTER_SIZE = 912  # CUDA_ERROR_INVALID_CLUSTER_SIZE
+MOST_BLOCKS = 65535  # of a grid's second and third dimension: some kernels give each request of a step a block there
 folder: Path | None = None  # keeps compiled code for later processes; None keeps none
 
 

@@ -320,6 +320,6 @@ def _unfit(
         return "inputs of a slot are not dense and aligned to 16 bytes"
     if states.data_ptr() % 16 or states.stride(0) % 4 or out.data_ptr() % 16:
         return "states or out are not aligned to 16 bytes"
-    if slots.dtype != torch.int32 or not slots.is_contiguous() or len(slots) > 65535:
+    if slots.dtype != torch.int32 or not slots.is_contiguous() or len(slots) > nvrtc.MOST_BLOCKS:
         return "slots are not int32, side by side, or too many"
     return ""

@@ -125,14 +125,57 @@ if __name__ == "__main__":
 def test_loading_and_unloading(model, cache, tmp_path):
     own = model(recipes.LLAMA)
     folders = [str(made.write(own, tmp_path / f"{i}", seed=i, rank=rank)) for i, rank in enumerate((8, 16))]
+    _run(tmp_path, RUN, cache, own, *folders)
+
+
+def _run(tmp_path, text, cache, *given):
     script = tmp_path / "run.py"
-    script.write_text(RUN)
+    script.write_text(text)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
-    given = {"BI_PATCH_CACHE": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), own, *folders], env=clean | given, capture_output=True, text=True, timeout=900
-    )
+    clean |= {"BI_PATCH_CACHE": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run([sys.executable, str(script), *given], env=clean, capture_output=True, text=True, timeout=900)
     assert "DONE" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+WIDE_HEAD = """
+import sys
+from bi_patch import arming
+arming.arm()
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+if __name__ == "__main__":
+    model, head, plain = sys.argv[1:]
+    llm = LLM(model, dtype="bfloat16", max_model_len=256, max_num_seqs=2, enforce_eager=True, enable_lora=True,
+              max_lora_rank=8, max_loras=2, hf_overrides={"head_dtype": "float32"})
+    asked = SamplingParams(temperature=0, max_tokens=3, logprobs=0, ignore_eos=True)
+
+    def answer(*lora):
+        made = llm.generate([{"prompt_token_ids": list(range(5, 30))}], asked, use_tqdm=False,
+                            lora_request=LoRARequest(*lora) if lora else None)
+        return [next(iter(step.values())).logprob for step in made[0].outputs[0].logprobs]
+
+    before = answer()
+    for ask in (lambda: answer("head", 1, head), lambda: llm.llm_engine.add_lora(LoRARequest("head", 1, head))):
+        try:
+            ask()
+        except Exception as error:
+            assert "lora.head" in str(error), error
+        else:
+            raise AssertionError("not refused")
+    assert answer("plain", 2, plain) != before
+    assert answer() == before
+    print("DONE", flush=True)
+"""
+
+
+def test_an_adapter_of_a_wide_head_is_refused_and_the_engine_goes_on(model, cache, tmp_path):
+    own = model(recipes.LLAMA)
+    folders = [
+        str(made.write(own, tmp_path / name, seed=i, rank=8, embedded=embedded))
+        for i, (name, embedded) in enumerate((("head", True), ("plain", False)))
+    ]
+    _run(tmp_path, WIDE_HEAD, cache, own, *folders)
 
 
 @pytest.mark.parametrize(

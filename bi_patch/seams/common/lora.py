@@ -3,15 +3,24 @@
 import functools
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams import adapter_files
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
 _KNOWN = "_bi_patch_adapters"  # attribute of an EngineCore: lora_int_id -> (name, path)
+_FILES = "_bi_patch_adapter_files"  # attribute of an EngineCore: lora_int_id -> (stamp, digest) of adapter_files
 _LOADED = "_bi_patch_loaded"  # attribute of a WorkerLoRAManager: lora_int_id -> a checksum of the weights
 
 
+_CHANGED = (
+    "lora.load: {path} holds other weights than when adapter {id} ({name!r}) was loaded before. Cached keys and "
+    "values, and requests that are running, have the old weights. Load it with another lora_int_id"
+)
+
+
 def check(core, lora) -> None:
-    """Raise UnsupportedRequest if a LoRARequest's number or name means another adapter, too. core: EngineCore.
+    """Raise UnsupportedRequest if a LoRARequest's number or name means another adapter, too, or if a step would refuse
+    its files. core: EngineCore.
 
     vLLM finds adapters by number once they are loaded, and tells requests apart by name: two adapters with one number
     or name would be mixed up.
@@ -32,6 +41,29 @@ def check(core, lora) -> None:
                 f"lora.adapters: requests of another adapter that is named {name!r}, too, are running. Wait for them, "
                 "or give the adapter another name"
             )
+    _check_files(core, lora)
+
+
+def _check_files(core, lora) -> None:
+    """Raise UnsupportedRequest for files that changed since a request named the adapter first, and for an adapter of a
+    head in another type. Inside a step, which reads the files, an error would end the engine."""
+    where = adapter_files.folder(lora.lora_path)
+    if where is None:  # vLLM says what it misses
+        return
+    model = core.vllm_config.model_config
+    kind = getattr(model, "head_dtype", model.dtype)
+    if kind != model.dtype and adapter_files.may_have_head(where):
+        raise bad_request(
+            f"lora.head: {lora.lora_path} may change the model's head, and bi_patch does not cover adapters of a head "
+            f"in {kind}. Use a head of the model's type, or an adapter of safetensors without lm_head"
+        )
+    stamp, known = adapter_files.stamp(where), core.__dict__.setdefault(_FILES, {})
+    if known.get(lora.lora_int_id, ((), ""))[0] == stamp:
+        return
+    digest = adapter_files.digest(where)
+    if known.setdefault(lora.lora_int_id, (stamp, digest))[1] != digest:
+        raise bad_request(_CHANGED.format(path=lora.lora_path, id=lora.lora_int_id, name=lora.lora_name))
+    known[lora.lora_int_id] = stamp, digest
 
 
 def _add(original):
@@ -71,9 +103,7 @@ def _load(original):
         known = self.__dict__.setdefault(_LOADED, {}).setdefault(lora_request.lora_int_id, hash(held))
         if known != hash(held):
             raise UnsupportedFeature(
-                f"lora.load: {lora_request.lora_path} holds other weights than when adapter {lora_request.lora_int_id} "
-                f"({lora_request.lora_name!r}) was loaded before. Cached keys and values, and requests that are "
-                "running, have the old weights. Load it with another lora_int_id"
+                _CHANGED.format(path=lora_request.lora_path, id=lora_request.lora_int_id, name=lora_request.lora_name)
             )
         return adapter
 

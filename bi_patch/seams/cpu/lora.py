@@ -72,9 +72,23 @@ def _logits(original):
         from bi_patch.ops.cpu import lora
 
         _unscaled(scale)
+        if y.dtype != lora_b_stacked.dtype:
+            return  # no adapter has a part for such a head: `_set_head`
         lora.add(y, x, lora_a_stacked, lora_b_stacked, adapters.slots(self, x, "cpu"))
 
     return add_lora_logits
+
+
+def _set_head(original):
+    """LogitsProcessorWithLoRA.set_lora: a head of another type than the model's takes no adapter."""
+
+    @functools.wraps(original)
+    def set_lora(self, index, lora_a, lora_b):
+        if bool(lora_b.any()):
+            adapters.refuse_head(self, self.lora_b_stacked.dtype, "cpu")
+        return original(self, index, lora_a, lora_b)
+
+    return set_lora
 
 
 def _refused(what: str):
@@ -125,6 +139,16 @@ SEAMS = (
     ),
     _seam("cpu_embedding_add", "add_lora_embedding", _refused("other embeddings"), how="they are refused by name"),
     _seam("cpu_logits", "add_lora_logits", _logits, serves=("LogitsProcessorWithLoRA",)),
+    Seam(
+        name="lora.cpu_head_set",
+        targets=(Target("vllm.lora.layers.logits_processor", "LogitsProcessorWithLoRA.set_lora"),),
+        close=_set_head,
+        why="the head may compute in another type than its adapters (head_dtype), and such products have no order",
+        how="such an adapter is refused by name",
+        until=_UNTIL,
+        causes=(10, 34),
+        on_import=True,
+    ),
     _seam("cpu_shrink", "add_shrink", _refused("adapters that are sharded"), how="they are refused by name"),
     _seam("cpu_expand", "add_expand", _refused("adapters that are sharded"), how="they are refused by name"),
     _seam("cpu_full", "apply_lora_full_linear", _refused("adapters of heads"), how="they are refused by name"),

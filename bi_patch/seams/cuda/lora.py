@@ -79,11 +79,7 @@ def _set_head(original):
         original(self, index, lora_a, lora_b)
         if not bool(lora_b.any()):
             return
-        if self.base_layer.head_dtype not in (None, self.lora_b_stacked.dtype):
-            raise UnsupportedFeature(
-                f"lora.cuda: bi_patch does not cover adapters of a head in {self.base_layer.head_dtype}. Use a head of "
-                "the model's type, or an adapter without it"
-            )
+        adapters.refuse_head(self, self.lora_b_stacked.dtype, "cuda")
         _hold(self.lora_b_stacked, lambda held: held | {index})
 
     return set_lora

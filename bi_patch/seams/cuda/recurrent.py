@@ -6,7 +6,7 @@ import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
-from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.model import Policy, Seam, Target
 
 _RELEASES = ">=0.33"
 # vLLM's names of the states that the kernels keep
@@ -33,6 +33,20 @@ def _backend(original):
         return held
 
     return get_mamba_attn_backend
+
+
+def _few_requests(config) -> None:
+    """Refuse more requests than a step's kernels take: inside a step, this would end the engine."""
+    from bi_patch.kernels.cuda import nvrtc
+
+    kinds = ("is_hybrid", "is_attention_free", "has_inner_state")
+    if not any(getattr(config.model_config, name, False) for name in kinds):
+        return
+    if (most := config.scheduler_config.max_num_seqs) > nvrtc.MOST_BLOCKS:
+        raise UnsupportedFeature(
+            f"recurrent.cuda_requests: the kernels of recurrent layers take {nvrtc.MOST_BLOCKS} requests at once, not "
+            f"{most}. Lower --max-num-seqs, or set BI_PATCH=0"
+        )
 
 
 def _give_back(held, before) -> None:
@@ -440,6 +454,15 @@ _TOKENS = (
 )
 _ENDS = "a step ends where a state is cached, and other dtypes of states are refused"
 _NORMS = "vllm.model_executor.layers.layernorm"
+
+POLICIES = (
+    Policy(
+        name="recurrent.cuda_requests",
+        apply=_few_requests,
+        releases=_RELEASES,
+        why="the kernels of recurrent layers give each request of a step a block of a grid, whose size is limited",
+    ),
+)
 
 SEAMS = (
     _seam(

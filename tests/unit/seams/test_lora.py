@@ -6,8 +6,9 @@ import pytest
 
 from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
 from bi_patch.platforms.features.pairs import PAIRS
-from bi_patch.seams import adapters, weights
+from bi_patch.seams import adapter_files, adapters, weights
 from bi_patch.seams.common import lora
+from bi_patch.seams.cpu import lora as on_cpu
 from bi_patch.seams.cuda import expert_lora
 from bi_patch.seams.cuda import lora as on_cuda
 
@@ -18,9 +19,11 @@ def adapter(number, name="one", path="/one"):
     return SimpleNamespace(lora_int_id=number, lora_name=name, lora_path=path)
 
 
-def core(*running):
+def core(*running, head=torch.bfloat16):
     requests = {str(i): SimpleNamespace(lora_request=held) for i, held in enumerate(running)}
-    return SimpleNamespace(scheduler=SimpleNamespace(requests=requests))
+    model = SimpleNamespace(dtype=torch.bfloat16, head_dtype=head)
+    config = SimpleNamespace(model_config=model)
+    return SimpleNamespace(scheduler=SimpleNamespace(requests=requests), vllm_config=config)
 
 
 def test_a_number_stands_for_one_adapter():
@@ -39,6 +42,46 @@ def test_a_name_stands_for_one_running_adapter():
         lora.check(core(None, adapter(1)), adapter(2))
     lora.check(core(None, adapter(1, "two")), adapter(2))
     lora.check(core(adapter(2)), adapter(2))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """write(names, value=1.0): the path of an adapter with tensors of these names."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+
+    def write(*names, value=1.0):
+        save_file({name: torch.full((2, 2), value) for name in names}, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text("{}")
+        return str(tmp_path)
+
+    return write
+
+
+def test_files_that_changed_are_refused_before_a_step(folder):
+    held, path = core(), folder("q_proj")
+    lora.check(held, adapter(1, path=path))
+    folder("q_proj")  # written again, with the same weights
+    lora.check(held, adapter(1, path=path))
+    folder("q_proj", value=2.0)
+    for _ in range(2):
+        with pytest.raises(UnsupportedRequest, match="lora.load: .* holds other weights than when adapter 1"):
+            lora.check(held, adapter(1, path=path))
+    lora.check(held, adapter(2, "two", path))
+    folder("q_proj")
+    lora.check(held, adapter(1, path=path))
+
+
+def test_an_adapter_of_a_head_in_another_type_is_refused_before_a_step(folder):
+    plain, wide = core(), core(head=torch.float32)
+    head, other = "base_model.model.lm_head.lora_A.weight", "base_model.model.model.layers.0.q_proj.lora_A.weight"
+    lora.check(plain, adapter(1, path=folder(head, other)))
+    with pytest.raises(UnsupportedRequest, match="lora.head: .* adapters of a head in torch.float32"):
+        lora.check(wide, adapter(1, path=folder(head, other)))
+    path = folder(other)
+    lora.check(wide, adapter(2, "two", path))
+    adapter_files.Path(path, "adapter_model.safetensors").rename(adapter_files.Path(path, "adapter_model.bin"))
+    with pytest.raises(UnsupportedRequest, match="lora.head"):  # nobody reads names from such a file
+        lora.check(wide, adapter(3, "three", path))
 
 
 def test_adding_an_adapter_is_checked():
@@ -215,6 +258,18 @@ def test_only_adapters_with_a_part_for_the_head_change_logits(monkeypatch):
     assert run() is None
     with pytest.raises(UnsupportedFeature, match="a head in torch.float32"):
         put(head(kind=torch.float32), 0, None, weights)
+
+
+def test_a_head_of_another_type_takes_no_adapter_on_cpu():
+    put = on_cpu._set_head(lambda self, index, a, b: index)
+    assert put(head(), 1, None, torch.ones(8, 4)) == 1
+    wide = head(kind=torch.float32)
+    assert put(wide, 1, None, torch.zeros(8, 4)) == 1
+    with pytest.raises(UnsupportedFeature, match="lora.cpu: .* a head in torch.float32"):
+        put(wide, 1, None, torch.ones(8, 4))
+    y = torch.zeros(2, 8)
+    on_cpu._logits(None)(None, y, torch.zeros(2, 4).bfloat16(), None, wide.lora_b_stacked, 1.0)
+    assert not y.any()
 
 
 class TritonExperts(SimpleNamespace):

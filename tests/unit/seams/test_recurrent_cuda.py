@@ -18,6 +18,17 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+def test_more_requests_than_a_steps_kernels_take_are_refused_at_the_start():
+    def config(most, hybrid=True):
+        model = SimpleNamespace(is_hybrid=hybrid)
+        return SimpleNamespace(model_config=model, scheduler_config=SimpleNamespace(max_num_seqs=most))
+
+    recurrent._few_requests(config(65535))
+    recurrent._few_requests(config(65536, hybrid=False))
+    with pytest.raises(UnsupportedFeature, match="65535 requests at once, not 65536. Lower --max-num-seqs"):
+        recurrent._few_requests(config(65536))
+
+
 @pytest.fixture
 def run(monkeypatch):
     """run(close, layer, meta, tensors): the arguments that the kernels get for a step of a layer."""
