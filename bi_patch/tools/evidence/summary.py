@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
+from bi_patch.tools.evidence import schemes
 from bi_patch.tools.evidence.kinds import (
     CAUSES,
     Cost,
@@ -50,15 +51,6 @@ CHOSEN: Mapping[str, Choice] = {
         ),
         many=False,
     ),
-    "quantized": Choice(
-        (
-            "Qwen3-8B W4A16, 6 layers",
-            "Qwen3-8B AWQ, 6 layers",
-            "Qwen3-8B GPTQ, 6 layers",
-            "Qwen3-8B FP8 block, 6 layers",
-            "Qwen3-8B FP8 channel, 6 layers",
-        )
-    ),
     "mla": Choice(("DeepSeek-V2-Lite", "DeepSeek-V3 FP8 block, 4 layers", "DeepSeek-V2-Lite, 6 layers")),
     "trainer": Choice(("Qwen3-1.7B, trainer", "Llama-3.2-1B, trainer")),
 }
@@ -80,6 +72,10 @@ def blocks(tables: Mapping[str, Table]) -> dict[str, str]:
         for word, choice in CHOSEN.items():
             if mark == "cost-h200" and models.issuperset(choice.models):
                 made[f"summary-{mark}-{word}"] = _cost(table, choice)
+        if mark == "cost-h200" and (held := schemes.models(table)):
+            made[f"summary-{mark}-quantized"] = (
+                f"{schemes.markdown(table)}\n\n{_origin(table, held, 'stock and armed / upstream')}"
+            )
     for kind, name in ((Invariance, "axes"), (Parity, "lines")):
         if found := [table for table in _distinct(tables) if table.kind is kind]:
             made[f"summary-{kind.kind}"] = _compared(found, name)
@@ -214,8 +210,8 @@ def _device(found: Evidence) -> str:
     return {"cpu": "CPU", "cpu-amx": "CPU with AMX"}.get(found.platform, found.platform.upper())
 
 
-def _origin(table: Table, models: set[str]) -> str:
+def _origin(table: Table, models: set[str], other: str = "stock") -> str:
     """Device, release and days of the files that supply these models."""
     days = sorted({source.evidence.date for source in table.sources if models & set(source.models)})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"Armed / stock on {table.device}, vLLM {table.vllm}, {when}."
+    return f"Armed / {other} on {table.device}, vLLM {table.vllm}, {when}."

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bi_patch.tools import evidence
-from bi_patch.tools.evidence import summary
+from bi_patch.tools.evidence import schemes, summary
 from bi_patch.tools.verify.engine import Info
 
 RESULTS = Path(__file__).resolve().parents[4] / "benchmarks" / "results"
@@ -55,6 +55,28 @@ def test_a_chosen_table_has_its_models_in_its_order(tmp_path, monkeypatch):
 def test_a_chosen_table_needs_all_of_its_models(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "CHOSEN", {"two": summary.Choice(("a", "no such model"))})
     assert "summary-cost-h200-two" not in summary.blocks(tables(tmp_path, a={"decode 1 x 512/128": 1.0}))
+
+
+def test_a_scheme_that_nobody_has_measured_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(schemes, "MODELS", ("b", "a"))
+    rows = {
+        "decode 1 x 512/128": 9.0,
+        "decode (GPU) 1 x 512/128": 0.5,
+        "decode (GPU) 256 x 512/128": 0.6,
+        "decode (GPU) 2 x 32000/64": 9.0,
+        "prefill (GPU) 8 x 1024/128": 0.7,
+        "prefill (GPU) 256 x 512/128": 0.8,
+    }
+    made = tables(tmp_path, a=rows, c=rows)
+    made["cost-h200"].rows[1].upstream = 20.0
+    lines = summary.blocks(made)["summary-cost-h200-quantized"].splitlines()
+    no = schemes.MISSING
+    assert lines[2:5] == [
+        f"| b | stock and upstream's mode | {no} | {no} | {no} | {no} | {no} |",
+        f"| a | stock | 0.50 | {no} | {no} | 0.60 | 0.70 to 0.80 |",
+        f"| a | upstream's mode | 0.25 | {no} | {no} | {no} | {no} |",
+    ]
+    assert "summary-cost-h200-quantized" not in summary.blocks(tables(tmp_path / "other", c=rows))
 
 
 @pytest.mark.parametrize("word", summary.CHOSEN)

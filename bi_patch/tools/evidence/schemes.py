@@ -1,0 +1,72 @@
+"""A table of quantized weights: each scheme's cost beside stock vLLM and beside upstream's mode, holes included."""
+
+from __future__ import annotations
+
+import re
+
+from bi_patch.tools.evidence.store import Table
+
+MISSING = "not measured"
+# The models whose rows the table has, in this order, with or without a measurement.
+MODELS = (
+    "Qwen3-8B FP8 block, 6 layers",
+    "Qwen3-8B FP8 channel, 6 layers",
+    "Qwen3-8B FP8 tensor, 6 layers",
+    "Qwen3-8B FP8 static, 6 layers",
+    "Qwen3-8B INT8, 6 layers",
+    "Qwen3-8B AWQ, 6 layers",
+    "Qwen3-8B GPTQ, 6 layers",
+    "Qwen3-8B W4A16, 6 layers",
+    "Qwen3-8B W8A16, 6 layers",
+    "Qwen3-8B NVFP4, 6 layers",
+    "Qwen3-8B FP8 KV cache, 6 layers",
+    "Qwen3-30B-A3B FP8 block experts, 6 layers",
+    "Qwen3-30B-A3B FP8 channel experts, 6 layers",
+    "Qwen3-30B-A3B W4A16 experts, 6 layers",
+    "gpt-oss-20b MXFP4, 6 layers",
+    "DeepSeek-V3 FP8 block, 4 layers",
+)
+_COLUMNS = ("1", "8", "64", "128 or 256", "prompts")
+_HEADS = ("decode of 1 request", *_COLUMNS[1:])
+_OTHERS = {"stock": "stock", "upstream": "upstream's mode"}
+_WORKLOAD = re.compile(r"(decode|prefill) \(GPU\) (\d+) x (\d+)/")
+_LONG = 8000  # tokens: requests of more have no column
+
+
+def markdown(table: Table) -> str:
+    """The table: armed / other, by the GPU's time, for each model and each of the two others. table: of costs."""
+    lines = [f"| model | against | {' | '.join(_HEADS)} |", "|---|---|" + "--:|" * len(_HEADS)]
+    for model in MODELS:
+        rows = {name: _ratios(table, model, field) for field, name in _OTHERS.items()}
+        if not any(rows.values()):
+            rows = {" and ".join(rows): {}}
+        for name, found in rows.items():
+            cells = (_range(found[column]) if column in found else MISSING for column in _COLUMNS)
+            lines.append(f"| {model} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def models(table: Table) -> set[str]:
+    """The models of the table that a file has measured."""
+    return {row.model for row in table.rows} & set(MODELS)
+
+
+def _ratios(table: Table, model: str, other: str) -> dict[str, list[float]]:
+    """By column: the ratios of a model's armed times and those of the other mode."""
+    found: dict[str, list[float]] = {}
+    for row in table.rows:
+        time, workload = getattr(row, other), _WORKLOAD.match(row.workload)
+        if row.model != model or workload is None or not time or not row.armed or int(workload[3]) >= _LONG:
+            continue
+        ratio = row.ratio if other == "stock" and row.ratio else row.armed / time
+        found.setdefault(_column(workload[1], int(workload[2])), []).append(ratio)
+    return found
+
+
+def _column(kind: str, requests: int) -> str:
+    return "prompts" if kind == "prefill" else str(requests) if requests <= 64 else "128 or 256"
+
+
+def _range(values: list[float]) -> str:
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return least if least == most else f"{least} to {most}"
