@@ -21,7 +21,8 @@ class RowCheck:
     operation, problem: as in certificates.Key. rows: the numbers of rows that are compared. make(rows, generator):
     random inputs on the generator's device, whose first dimension is rows. run(*inputs): the outputs, whose first
     dimension is rows; `run` may change its inputs. indexes: a kernel's result may be used as an index, so CUDA does not
-    rehearse the operation (bi_patch.ops.cuda.ahead).
+    rehearse the operation (bi_patch.ops.cuda.ahead). library: a package beside vLLM whose kernels serve, with its
+    version.
     """
 
     operation: str
@@ -30,3 +31,4 @@ class RowCheck:
     make: Callable[[int, torch.Generator], tuple[torch.Tensor, ...]]
     run: Callable[..., tuple[torch.Tensor, ...]]
     indexes: bool = False
+    library: str = ""

@@ -46,7 +46,7 @@ def _key(check: RowCheck, library: str) -> Key:
         check.operation,
         check.problem,
         machine.device(),
-        f"{library} {machine.libraries()}",
+        " ".join(filter(None, (library, check.library, machine.libraries()))),
         machine.kernels_digest(),
         DATA,
     )

@@ -5,7 +5,10 @@ order in one accumulator, and gets one tile for every number of rows (moe.cuda_d
 package humming-kernels) takes its batch-invariant schedules: one block of K for every number of rows, and no parts.
 """
 
-KINDS = ("TritonWNA16Experts", "HummingIndexedExperts")
+from bi_patch.seams import library
+
+_HUMMING = "HummingIndexedExperts"
+KINDS = ("TritonWNA16Experts", _HUMMING)
 
 
 def kernel(module):
@@ -34,6 +37,7 @@ def checks(model, dtype):
             _inputs(count, hidden, top_k, dtype),
             _run(module),
             indexes=True,  # the sorted rows of each expert
+            library=library.humming() if type(kernel(module)).__name__ == _HUMMING else "",
         )
 
 

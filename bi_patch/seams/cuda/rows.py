@@ -5,6 +5,7 @@ import itertools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.row_checks import FEW, ROWS, RowCheck
+from bi_patch.seams import library
 from bi_patch.seams.cuda import norm as norms
 from bi_patch.seams.cuda import packed_experts, quantized, scaled_linear
 from bi_patch.seams.naming import dotted
@@ -68,7 +69,7 @@ def _nvfp4(model, dtype):
 
         name = f"nvfp4 K={k} N={n}{'' if bias is None else ' bias'} {str(dtype).removeprefix('torch.')}"
         # The kernels are compiled at their first call, which must see real data.
-        yield RowCheck("cuda.nvfp4_linear", name, ROWS, _random(dtype, k), run, indexes=True)
+        yield RowCheck("cuda.nvfp4_linear", name, ROWS, _random(dtype, k), run, indexes=True, library=library.humming())
 
 
 def _name(layer, *sizes, dtype) -> str:

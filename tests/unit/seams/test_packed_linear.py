@@ -170,7 +170,10 @@ def test_an_nvfp4_layer_is_certified_as_it_is(monkeypatch):
     layer.held, layer.bias = torch.ones(64, 32), torch.ones(32)
     layer.input_size_per_partition, layer.output_size_per_partition = 64, 32
     monkeypatch.setattr(quantized, "layers", lambda *_: [("qkv", layer, HummingNvFp4LinearKernel())])
+    monkeypatch.setitem(sys.modules, "humming", SimpleNamespace(__version__="0.1.19"))
+    monkeypatch.setenv("HUMMING_COMPILER", "nvcc")
     (check,) = rows._nvfp4(None, torch.bfloat16)
+    assert check.library == "humming-kernels 0.1.19 HUMMING_COMPILER=nvcc"
     assert (check.operation, check.problem) == ("cuda.nvfp4_linear", "nvfp4 K=64 N=32 bias bfloat16")
     assert (check.run(torch.ones(3, 64))[0] == 65).all() and check.rows[-1] > 1024
     layer.skip_bias_add = True

@@ -334,6 +334,19 @@ def test_experts_without_groups_have_a_scale_for_each_row_or_expert(scale, shape
     assert len(scale13[0].unique()) == (768 if scale == moe.ROW else 1) and len(scale2.unique()) > 3
 
 
+def test_a_package_whose_kernels_serve_is_a_part_of_a_row_certificates_key(monkeypatch):
+    from bi_patch.ops.cuda import machine, rows
+    from bi_patch.ops.row_checks import RowCheck
+
+    for name in ("device", "libraries", "kernels_digest"):
+        monkeypatch.setattr(machine, name, lambda name=name: name)
+    keys = [
+        rows._key(RowCheck("o", "p", (1,), None, None, library=library), "vllm 1").libraries
+        for library in ("", "humming-kernels 0.1.19")
+    ]
+    assert keys == ["vllm 1 libraries", "vllm 1 humming-kernels 0.1.19 libraries"]
+
+
 def test_a_variable_that_chooses_the_librarys_kernels_is_a_part_of_a_certificates_key(monkeypatch):
     monkeypatch.setattr(cublaslt, "version", lambda: 1)
     monkeypatch.setattr(machine, "_driver_version", lambda: 1)
