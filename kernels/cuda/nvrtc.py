@@ -163,16 +163,6 @@ class Function:
         _check(code, "cuOccupancyMaxActiveClusters")
         return found.value
 
-    @functools.cached_property
-    def resident(self) -> int:
-        """How many blocks run on one multiprocessor at once."""
-        found = c_int()
-        code = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-            byref(found), self._function, self._threads, c_size_t(self._shared)
-        )
-        _check(code, "cuOccupancyMaxActiveBlocksPerMultiprocessor")
-        return found.value
-
     def __call__(self, grid: tuple[int, ...], stream: int, arguments: Sequence[ctypes._SimpleCData]) -> None:
         """Launch on `stream`. grid: two or three numbers of blocks. Each argument has the size of its parameter."""
         x, y, z = (*grid, 1)[:3]

@@ -29,14 +29,15 @@ _LARGE = 64  # rows of a wide form's tile that may serve any number of tiles
 
 class Form(NamedTuple):
     """What the source is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
-    blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu. early: of packed.cu, read
-    and unpack the next products' weights while products run."""
+    of blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu. Of packed.cu: early: read
+    and unpack the next products' weights while products run. blocks: of a stage; early wants 1."""
 
     warps: int
     tiles: int
     stages: int
     wide: bool = False
     early: bool = False
+    blocks: int = 1
 
     def serves(self, rows: int) -> bool:
         """Whether this form can be the fastest for a number of rows."""
@@ -61,6 +62,7 @@ class Form(NamedTuple):
             "WARPS": self.warps,
             "TILES": self.tiles,
             "STAGES": self.stages,
+            "BLOCKS": self.blocks,
             "GROUPS": groups,
             "ZEROS": int(zeros),
             "EXPERTS": int(experts),
@@ -76,7 +78,7 @@ class Form(NamedTuple):
         own = self.warps * (16 * BLOCK_K // 2 + 32 * groups * (1 + zeros))
         if self.wide:
             return self.stages * -(-(8 * self.tiles * 2 * BLOCK_K + own) // 1024) * 1024 + rows
-        return self.stages * (8 * self.tiles * _ROW_BYTES + own) + rows
+        return self.stages * self.blocks * (8 * self.tiles * _ROW_BYTES + own)
 
 
 # Forms that may serve. A certificate compares and times them.
@@ -227,13 +229,6 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Fo
     return out
 
 
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    import torch
-
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _check_rows(x: torch.Tensor) -> None:
     if x.stride(1) != 1 or x.data_ptr() % 16 or x.stride(0) * 2 % 16:
         raise ValueError(f"packed: the kernel does not take rows of strides {x.stride()}")
@@ -284,10 +279,6 @@ def product_of_experts(
     if rows.ids * rows.each >= 1 << 32:
         raise ValueError(f"packed: the kernel does not take {rows.ids} ids")
     arguments += [c_longlong(inverse), *map(c_int, (rows.ids, tiles, depth // packed.group))]
-    columns = -(-cols // (16 * form.warps))
-    if form.wide:
-        span = min(tiles, _SPAN)
-        grid = span, columns, -(-tiles // span)
-    else:
-        grid = min(tiles, max(1, held.resident * _multiprocessors(x.device.index) // columns)), columns, 1
+    span = min(tiles, _SPAN)
+    grid = span, -(-cols // (16 * form.warps)), -(-tiles // span)
     held(grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)

@@ -37,25 +37,13 @@ def launched(emulated, monkeypatch, tmp_path):
                     form.defines(groups, zeros, dtype, experts),
                     ("unpack.h", "rows.h"),
                 )
-            return Emulated(built[key].run_deep_product if experts else built[key].run_product)
+            run = built[key].run_deep_product if experts else built[key].run_product
+            return lambda grid, stream, arguments: run(*map(c_int, grid), *arguments)
 
         monkeypatch.setattr(packed, "_kernel", kernel)
-        monkeypatch.setattr(packed, "_multiprocessors", lambda device: 1)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
 
     return use
-
-
-class Emulated:
-    """A kernel as nvrtc.Function. resident: few, so that a block takes several tiles."""
-
-    resident = 4
-
-    def __init__(self, run):
-        self.run = run
-
-    def __call__(self, grid, stream, arguments):
-        self.run(*map(c_int, grid), *arguments)
 
 
 def made(experts, n, k, group, zeros, bias):
