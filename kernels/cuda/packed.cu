@@ -1,63 +1,30 @@
 // Products of few rows with weights of 4 bits: out[m, n] = round(sum over k of x[m, k] * w[n, k] + bias[n]).
 //
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w. TILES: eights of rows of x in
-// a block. STAGES of BLOCKS blocks of 128 elements of K each are in shared memory; a block of threads waits once a stage.
-// GROUPS: groups of scales in a block of K. ZEROS: whether there are zero points. EARLY: whether weights are unpacked
-// while the products before run; BLOCKS is 1 then. INPUT: the 16-bit type.
-// EXPERTS: whether rows belong to experts (rows.h), each with weights, scales, zero points and bias of its own, one
-// expert's after the other's. unpack.h makes floats of the integers.
+// a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such a block. ZEROS: whether
+// there are zero points. EARLY: whether weights are unpacked while the products before run. INPUT: the 16-bit type.
+// unpack.h makes floats of the integers.
 //
 // Order of one output: one fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass. (q - zero) * scale
-// is rounded once, the bias is added in fp32, a row's factor multiplies in fp32, and the result is rounded once. No warp
-// shares an output with another.
+// is rounded once, the bias is added in fp32, and the result is rounded once. No warp shares an output with another.
 
 #define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
 #define X_BYTES (8 * TILES * ROW)
 #define SCALE_BYTES (32 * GROUPS)
-#define SLOT (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))  // bytes of a block of K
-#define STAGE (BLOCKS * SLOT)
+#define STAGE (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))
 
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
-               const u16* bias, u16* out, int rows, int cols, int depth, int group,
-               int stride PARAMETERS_OF_EXPERTS) {
+               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride) {
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
-#if EXPERTS
-  const int column = block_y(), tile = tile_of_block(), first = tile * 8 * TILES;
-  if (tile >= tiles) return;
-  const int end = fetch(padded), expert = fetch(experts + tile);
-  ids += first;
-#else
-  const int column = block_x(), first = block_y() * 8 * TILES;  // row of x
+  const int strips = cols / 16, mine = block_x() * WARPS + warp, strip = mine < strips ? mine : strips - 1;
+  const int first = block_y() * 8 * TILES;  // row of x
   x += static_cast<i64>(first) * stride;
   out += static_cast<i64>(first) * cols;
   rows -= first;
-#endif
-  const int strips = cols / 16, mine = column * WARPS + warp, strip = mine < strips ? mine : strips - 1;
   // What this thread copies for a block of K: a part of a row of x and of every THREADS / 16th row after it, its own
   // weights, and a part of its warp's scales. The pointers move on by one block at each call.
   const int part = thread() % 16, row = thread() / 16;
-#if EXPERTS
-  int copied[PIECES(TILES)], rows_at[PIECES(TILES)], id[2 * TILES];  // id: of this lane's rows of out
-#pragma unroll
-  for (int i = 0; i < PIECES(TILES); ++i) {
-    const int m = row + i * (THREADS / 16);
-    copied[i] = m < 8 * TILES ? fetch(ids + m) : limit;
-  }
-#pragma unroll
-  for (int i = 0; i < 2 * TILES; ++i) id[i] = fetch(ids + i / 2 * 8 + lane % 4 * 2 + i % 2);
-  find_rows(rows_at, copied, inverse, limit, stride);
-  if (first >= end) return;
-  if (expert < 0) {
-    write_zeros(out, ids, limit, column * 16 * WARPS, cols);
-    return;
-  }
-  w += static_cast<i64>(expert) * strips * blocks * 1024;
-  scale += static_cast<i64>(expert) * scales * cols * 2;
-  zero += static_cast<i64>(expert) * scales * cols * 2;
-  const u16* x_from = x + part * 8;
-#else
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
-#endif
   const unsigned char* w_from = w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
   const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
   const unsigned char* s_from = (kind ? zero : scale) + (static_cast<i64>(piece / 2) * cols + strip * 16) * 2;
@@ -67,42 +34,28 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   int left = blocks, same = each, slot = 0;
   auto load = [&] {
     if (left > 0) {
+      unsigned char* at = shared() + slot;
+      const u16* from = x_from;
 #pragma unroll
-      for (int b = 0; b < BLOCKS; ++b) {
-        if (b >= left) break;
-        unsigned char* at = shared() + slot + b * SLOT;
-#if !EXPERTS
-        const u16* from = x_from;
-#endif
-#pragma unroll
-        for (int c = 0; c < 8 * TILES; c += THREADS / 16) {
-#if EXPERTS
-          const int place = rows_at[c / (THREADS / 16)];
-          const bool there = place >= 0;
-          const u16* from = x_from + static_cast<i64>(place) * 8;
-#else
-          const bool there = row + c < rows;
-#endif
-          if (THREADS / 16 <= 8 * TILES || row < 8 * TILES)
-            copy_16(at + (row + c) * ROW + part * 16, there ? from : x, there);
-#if !EXPERTS
-          from += THREADS / 16 * stride;
-#endif
-        }
-        at += X_BYTES;
-        copy_16(at + warp * 1024 + lane * 16, w_from, true);
-        copy_16(at + warp * 1024 + 512 + lane * 16, w_from + 512, true);
-        at += WARPS * 1024 + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
-        if (kind <= ZEROS) copy_16(at, s_from, true);
-        x_from += 128;
-        w_from += 1024;
-        if (--same == 0) {
-          same = each;
-          s_from += s_step;
-        }
+      for (int c = 0; c < 8 * TILES; c += THREADS / 16) {
+        const bool there = row + c < rows;
+        if (THREADS / 16 <= 8 * TILES || row < 8 * TILES)
+          copy_16(at + (row + c) * ROW + part * 16, there ? from : x, there);
+        from += THREADS / 16 * stride;
+      }
+      at += X_BYTES;
+      copy_16(at + warp * 1024 + lane * 16, w_from, true);
+      copy_16(at + warp * 1024 + 512 + lane * 16, w_from + 512, true);
+      at += WARPS * 1024 + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
+      if (kind <= ZEROS) copy_16(at, s_from, true);
+      x_from += 128;
+      w_from += 1024;
+      if (--same == 0) {
+        same = each;
+        s_from += s_step;
       }
       slot = slot == (STAGES - 1) * STAGE ? 0 : slot + STAGE;
-      left -= BLOCKS;
+      --left;
     }
     end_group();
   };
@@ -121,16 +74,15 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   u32 by[2], less[2];  // of this lane's two rows
   Four four;
   const unsigned char* now = shared() + (STAGES - 1) * STAGE;
-  auto enter = [&] {  // the next stage: it is there, and all warps have read the one before
+  auto enter = [&] {  // the next block of K: it is there, and all warps have read the one before
     wait_groups<STAGES - 2>();
     barrier();
     load();
     now = now == shared() + (STAGES - 1) * STAGE ? shared() : now + STAGE;
   };
-  auto read = [&](int of_stage) {
-    const int pair = of_stage % 4, step = pair * 2;
-    const unsigned char* here = now + of_stage / 4 * SLOT;
-    const unsigned char* own = here + X_BYTES;
+  auto read = [&](int pair) {
+    const int step = pair * 2;
+    const unsigned char* own = now + X_BYTES;
     if (pair % 2 == 0) four = *reinterpret_cast<const Four*>(own + warp * 1024 + pair / 2 * 512 + lane * 16);
     if (step % (8 / GROUPS) == 0) {
       const u16* scales = reinterpret_cast<const u16*>(own + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES);
@@ -143,7 +95,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     }
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
-      load_matrices(b[pair % 2][t], here + lane % 8 * ROW + lane / 8 * 16 + t * 8 * ROW + step * 32);
+      load_matrices(b[pair % 2][t], now + lane % 8 * ROW + lane / 8 * 16 + t * 8 * ROW + step * 32);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -154,34 +106,21 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     enter();
     read(0);
   }
-#if EXPERTS
-  float factor[2 * TILES];
-#endif
-  for (int block = 0; block < blocks; block += BLOCKS) {
+  for (int block = 0; block < blocks; ++block) {
 #pragma unroll
-    for (int pair = 0; pair < 4 * BLOCKS; ++pair) {
-      if (pair == (EARLY ? 4 * BLOCKS - 1 : 0)) enter();
-      if (pair == 4 && block + 1 == blocks) break;
-      read((pair + EARLY) % (4 * BLOCKS));
+    for (int pair = 0; pair < 4; ++pair) {
+      if (pair == (EARLY ? 3 : 0)) enter();
+      read((pair + EARLY) % 4);
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll
         for (int t = 0; t < TILES; ++t)
           multiply_add(sum[t], a[pair % 2][j], b[pair % 2][t][2 * j], b[pair % 2][t][2 * j + 1]);
     }
-#if EXPERTS
-    if (block == 0) {
-#pragma unroll
-      for (int i = 0; i < 2 * TILES; ++i) factor[i] = factors && is_row(id[i], limit) ? fetch(factors + id[i]) : 1;
-    }
-#endif
   }
   wait_groups<0>();
   float added[2] = {0, 0};
   if (bias) {
-#if EXPERTS
-    bias += static_cast<i64>(expert) * cols;
-#endif
 #pragma unroll
     for (int r = 0; r < 2; ++r) added[r] = widen(bias[strip * 16 + g + 8 * r]);
   }
@@ -191,20 +130,11 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = t * 8 + lane % 4 * 2 + i % 2, n = strip * 16 + g + i / 2 * 8;
-      float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
-#if EXPERTS
-      const int of = t * 2 + i % 2, to = id[of];
-      if (factors) value = times_unflushed(value, factor[of]);
-      const bool there = is_row(to, limit);
-#else
-      const int to = m;
-      const bool there = m < rows;
-#endif
-      if (there) out[static_cast<i64>(to) * cols + n] = static_cast<u16>(round_pair(value, 0));
+      const float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
+      if (m < rows) out[static_cast<i64>(m) * cols + n] = static_cast<u16>(round_pair(value, 0));
     }
 }
 
-#if !EXPERTS
 // The weights as 16-bit floats [N, K]: a warp for each strip of 16 rows and block of 128 elements of K. They pass
 // through shared memory, so that lanes store neighbouring elements.
 KERNEL dequantize(const unsigned char* w, const u16* scale, const u16* zero, u16* out, int cols, int depth, int group) {
@@ -234,4 +164,3 @@ KERNEL dequantize(const unsigned char* w, const u16* scale, const u16* zero, u16
     *reinterpret_cast<Four*>(to + static_cast<i64>(r) * depth) =
         *reinterpret_cast<const Four*>(held + (r + lane / 16) * ROW + lane % 16 * 16);
 }
-#endif

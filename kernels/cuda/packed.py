@@ -29,8 +29,9 @@ _LARGE = 64  # rows of a wide form's tile that may serve any number of tiles
 
 class Form(NamedTuple):
     """What the source is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
-    of blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu. Of packed.cu: early: read
-    and unpack the next products' weights while products run. blocks: of a stage; early wants 1."""
+    of blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu, and packed_experts.cu for
+    experts. early: of packed.cu, read and unpack the next products' weights while products run. blocks: of a stage of
+    packed_experts.cu, where tiles is 1."""
 
     warps: int
     tiles: int
@@ -63,7 +64,8 @@ class Form(NamedTuple):
             "TILES": self.tiles,
             "STAGES": self.stages,
             "BLOCKS": self.blocks,
-            "GROUPS": groups,
+            "GROUPS": max(1, groups),
+            "LONG": int(not groups),
             "ZEROS": int(zeros),
             "EXPERTS": int(experts),
             "LEAST": max(1, self.tiles // _FEWEST),
@@ -75,7 +77,7 @@ class Form(NamedTuple):
     def shared_bytes(self, groups: int, zeros: bool, experts: bool = False) -> int:
         """Bytes of shared memory of a block. groups: of scales in 128 elements of K."""
         rows = 8 * self.tiles * _ROW_OF_EXPERTS if experts else 0
-        own = self.warps * (16 * BLOCK_K // 2 + 32 * groups * (1 + zeros))
+        own = self.warps * (16 * BLOCK_K // 2 + 32 * max(1, groups) * (1 + zeros))
         if self.wide:
             return self.stages * -(-(8 * self.tiles * 2 * BLOCK_K + own) // 1024) * 1024 + rows
         return self.stages * self.blocks * (8 * self.tiles * _ROW_BYTES + own)
@@ -112,14 +114,8 @@ FORMS = (
 
 
 # Forms that may serve experts, where an expert has few rows of its own.
-FORMS_OF_EXPERTS = (
-    Form(2, 1, 8),
-    Form(4, 1, 8),
-    Form(4, 2, 6, True),
-    Form(4, 4, 6, True),
-    Form(4, 8, 5, True),
-    Form(8, 16, 4, True),
-)
+FORMS_OF_EXPERTS = (Form(4, 1, 2, blocks=2), Form(4, 2, 4, True), Form(8, 8, 4, True), Form(16, 16, 4, True))
+_MOST_IDS = (5.5, 11, 48)  # of an expert in the mean, of each of these forms but the last
 
 
 class Rows(NamedTuple):
@@ -140,24 +136,21 @@ class Rows(NamedTuple):
 
 
 def form_of_experts(ids: int, experts: int, n: int, k: int) -> Form:
-    """The form that serves `ids` ids spread over `experts` experts of weights [n, k]. Every form has the same bits."""
-    mean = ids / experts
-    for form in FORMS_OF_EXPERTS[1:-1]:
-        if mean <= 4 * form.tiles:
-            return form
-    return FORMS_OF_EXPERTS[-1]
+    """The form that serves `ids` ids spread over `experts` experts of weights [n, k]. Every form has the same bits. The
+    products of one layer get one number of tiles."""
+    return FORMS_OF_EXPERTS[sum(ids > most * experts for most in _MOST_IDS)]
 
 
 def groups(group: int) -> int:
-    """How many groups of scales 128 elements of K have."""
-    return max(1, BLOCK_K // group)
+    """How many groups of scales 128 elements of K have. 0: a group has more elements."""
+    return BLOCK_K // group
 
 
 @functools.cache
 def build(form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: int, experts: bool = False) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     brain = dtype == "torch.bfloat16"
-    product, file = "", "packed.cu"
+    product, file = "", "packed_experts.cu" if experts else "packed.cu"
     if form.wide:
         used = {form.tiles // part for part in ((1, 2, _FEWEST) if experts else (1,))} - {0}
         product, file = "".join(map(multiply_wide, sorted(used))), "packed_wide.cu"
@@ -269,6 +262,8 @@ def product_of_experts(
     if out.shape != (rows.ids, cols) or not out.is_contiguous() or out.data_ptr() % 16:
         raise ValueError(f"packed: the kernel does not write {tuple(out.shape)} with strides {out.stride()}")
     zeros = packed.zero is not None
+    if depth // BLOCK_K % form.blocks:
+        form = form._replace(blocks=1, stages=form.stages * form.blocks)
     held = _kernel("product", form, groups(packed.group), zeros, str(x.dtype), x.device.index, True)
     tensors = (x, packed.data, packed.scale, packed.zero, bias, out)
     sizes = (x.shape[0], cols, depth, packed.group, x.stride(0))

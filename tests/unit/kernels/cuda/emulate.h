@@ -254,6 +254,10 @@ DEVICE void copy_16(void* to, const void* from, bool wanted) {
   open_group.push_back({to, from, wanted});
 }
 
+DEVICE void copy_16_if(void* to, const void* from, bool wanted) {
+  if (wanted) copy_16(to, from, true);
+}
+
 DEVICE void end_group();
 template <int pending>
 DEVICE void wait_groups();

@@ -32,7 +32,7 @@ def launched(emulated, monkeypatch, tmp_path):
                 folder.mkdir()
                 built[key] = emulated(
                     folder,
-                    "packed_wide" if form.wide else "packed",
+                    "packed_wide" if form.wide else "packed_experts" if experts else "packed",
                     {"product": PARAMETERS + OF_EXPERTS * experts},
                     form.defines(groups, zeros, dtype, experts),
                     ("unpack.h", "rows.h"),
@@ -91,8 +91,9 @@ CHOSEN = {
     ("form", "case", "n", "group", "zeros", "bias", "share", "factors"),
     [
         (packed.Form(2, 1, 3), "ragged", 48, 128, True, True, 2, False),
-        (packed.Form(4, 1, 3, early=True), "single", 80, 32, False, False, 2, True),
-        (packed.Form(2, 2, 3), "many", 32, 64, True, True, 1, True),
+        (packed.Form(4, 1, 2, blocks=2), "single", 80, 32, False, False, 2, True),
+        (packed.Form(2, 1, 3, blocks=2), "many", 32, 64, True, True, 1, True),
+        (packed.Form(4, 1, 2, blocks=4), "ragged", 80, 256, True, False, 1, False),  # K has no four blocks
         (packed.Form(4, 1, 3, True), "ragged", 80, 64, True, False, 1, True),
         (packed.Form(4, 2, 3, True), "single", 64, 256, False, True, 1, False),
         (packed.Form(4, 4, 4, True), "ragged", 48, 128, False, True, 2, True),

@@ -1,0 +1,135 @@
+// Products of few rows of experts with weights of 4 bits: out[id, n] = round((sum over k of x[m, k] * w[e, n, k] +
+// bias[e, n]) * factor[id]), where m is the id's row of x and e the expert of the id's tile (rows.h).
+//
+// packing.py states how the weights lie, one expert's after the other's. WARPS: warps of a block of threads, each with 16
+// rows of w. TILES is 1: a tile has 8 ids. STAGES of BLOCKS blocks of 128 elements of K each are in shared memory; the
+// threads wait once a stage. K has whole stages. GROUPS: groups of scales in such a block. LONG: whether a group has more than 128 elements.
+// ZEROS: whether there are zero points. INPUT: the 16-bit type. unpack.h makes floats of the integers.
+//
+// Order of one output: that of packed.cu. One fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass.
+// (q - zero) * scale is rounded once, the bias is added in fp32, the factor multiplies in fp32, and the result is rounded
+// once. No warp shares an output with another.
+//
+// With few rows, the instructions that make floats of the integers take most of the time, so all others count.
+
+#define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
+#define X_BYTES (8 * ROW)
+#define SCALE_BYTES (32 * GROUPS)
+#define SLOT (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))  // bytes of a block of K
+#define STAGE (BLOCKS * SLOT)
+
+KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
+               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride PARAMETERS_OF_EXPERTS) {
+  const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
+  const int column = block_y(), tile = tile_of_block(), first = tile * 8;
+  if (tile >= tiles) return;
+  const int end = fetch(padded), expert = fetch(experts + tile);
+  ids += first;
+  const int part = thread() % 16, row = thread() / 16;
+  int copied[PIECES(1)], rows_at[PIECES(1)], id[2];  // id: of this lane's rows of out
+#pragma unroll
+  for (int i = 0; i < PIECES(1); ++i) {
+    const int m = row + i * (THREADS / 16);
+    copied[i] = m < 8 ? fetch(ids + m) : limit;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) id[i] = fetch(ids + lane % 4 * 2 + i);
+  if (first >= end) return;
+  if (expert < 0) {
+    write_zeros(out, ids, limit, column * 16 * WARPS, cols);
+    return;
+  }
+  find_rows(rows_at, copied, inverse, limit, stride);
+  const int strips = cols / 16, mine = column * WARPS + warp, strip = mine < strips ? mine : strips - 1;
+
+  // What this thread copies for a block of K: a part of a row of x and of every THREADS / 16th row after it, its own
+  // weights, and a part of its warp's scales. Rows without an id are not copied: their products are not stored.
+  const u16* x_from[PIECES(1)];
+#pragma unroll
+  for (int i = 0; i < PIECES(1); ++i) x_from[i] = x + static_cast<i64>(rows_at[i]) * 8 + part * 8;
+  const unsigned char* w_from = w + (static_cast<i64>(expert) * strips + strip) * blocks * 1024 + lane * 16;
+  const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
+  const i64 scales_from = (static_cast<i64>(expert) * scales + piece / 2) * cols + strip * 16 + piece % 2 * 8;
+  const unsigned char* s_from = (kind ? zero : scale) + scales_from * 2;
+  const i64 s_step = static_cast<i64>(GROUPS) * cols * 2;
+  unsigned char* const x_to = shared() + row * ROW + part * 16;
+  unsigned char* const w_to = shared() + X_BYTES + warp * 1024 + lane * 16;
+  unsigned char* const s_to =
+      shared() + X_BYTES + WARPS * 1024 + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
+  const int each = LONG ? group / 128 : 1;  // blocks that share a group
+  int left = blocks, same = each, to = 0;
+  auto load = [&] {
+    if (left > 0) {
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+        const int at = to + b * SLOT;
+#pragma unroll
+        for (int i = 0; i < PIECES(1); ++i)
+          copy_16_if(x_to + at + i * (THREADS / 16) * ROW, x_from[i] + b * 128, rows_at[i] >= 0);
+        copy_16(w_to + at, w_from + b * 1024, true);
+        copy_16(w_to + at + 512, w_from + b * 1024 + 512, true);
+        copy_16_if(s_to + at, s_from, kind <= ZEROS);
+        if (!LONG || --same == 0) {
+          same = each;
+          s_from += s_step;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < PIECES(1); ++i) x_from[i] += BLOCKS * 128;
+      w_from += BLOCKS * 1024;
+      to = to == (STAGES - 1) * STAGE ? 0 : to + STAGE;
+      left -= BLOCKS;
+    }
+    end_group();
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; ++i) load();
+
+  float factor[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) factor[i] = factors && is_row(id[i], limit) ? fetch(factors + id[i]) : 1;
+  float sum[4] = {0, 0, 0, 0};
+  const unsigned char* const rows_of = shared() + lane % 8 * ROW + lane / 8 * 16;
+  const unsigned char* const words = shared() + X_BYTES + warp * 1024 + lane * 16;
+  const unsigned char* const scales_of = shared() + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES + g * 2;
+  int now = 0;
+  for (int block = 0; block < blocks; block += BLOCKS) {
+    wait_groups<STAGES - 2>();
+    barrier();  // the next stage is there, and all warps have read the one before
+    load();
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      const int at = now + b * SLOT;
+      Four four;
+      u32 by[2], less[2];  // of this lane's two rows of w
+      u32 rows_now[4];
+#pragma unroll
+      for (int step = 0; step < 8; ++step) {
+        if (step % 4 == 0) four = *reinterpret_cast<const Four*>(words + at + step / 4 * 512);
+        if (step % (8 / GROUPS) == 0) {
+          const u16* from = reinterpret_cast<const u16*>(scales_of + at) + step * GROUPS / 8 * 16;
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            by[r] = twice(from[8 * r]);
+            less[r] = minus(ZEROS ? twice(from[8 * r + SCALE_BYTES / 2]) : MIDDLE);
+          }
+        }
+        if (step % 2 == 0) load_matrices(rows_now, rows_of + at + step * 32);
+        u32 a[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) a[r] = weights(four.word[step % 4], 4 * r, less[r % 2], by[r % 2]);
+        multiply_add(sum, a, rows_now[step % 2 * 2], rows_now[step % 2 * 2 + 1]);
+      }
+    }
+    now = now == (STAGES - 1) * STAGE ? 0 : now + STAGE;
+  }
+  wait_groups<0>();
+  if (mine >= strips) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int n = strip * 16 + g + i / 2 * 8;
+    float value = bias ? sum[i] + widen(bias[static_cast<i64>(expert) * cols + n]) : sum[i];
+    if (factors) value = times_unflushed(value, factor[i % 2]);
+    if (is_row(id[i % 2], limit)) out[static_cast<i64>(id[i % 2]) * cols + n] = static_cast<u16>(round_pair(value, 0));
+  }
+}
