@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
@@ -20,10 +21,12 @@ from bi_patch.ops.row_checks import FEW, ROWS, RowCheck
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+
 # Rounding to 16 bits hides another order in most outputs. So small numbers of rows run at many places of the data.
 _PLACES = 32
 _THREADS = (1, 3)  # besides the engine's own number of threads
-DATA = f"random rows at {_PLACES} places; {' and '.join(map(str, _THREADS))} threads"
+DATA = f"random rows at {_PLACES} places; {' and '.join(map(str, _THREADS))} threads, in a pool of their own"
 
 _registered: dict[tuple[str, str], RowCheck] = {}
 
@@ -55,35 +58,55 @@ def certificate(check: RowCheck, key: Key) -> Certificate:
     import torch
 
     start = time.perf_counter()
-    inputs = check.make(max(check.rows), torch.Generator().manual_seed(0))
+    most = max(check.rows)
+    inputs = check.make(most, torch.Generator().manual_seed(0))
     want = check.run(*(t.clone() for t in inputs))
-    own = torch.get_num_threads()
-    compared, differing, first, passed = 0, 0, "", []
-    for m in check.rows:
-        unequal = 0
-        for threads, at in _tries(m, max(check.rows), own):
-            torch.set_num_threads(threads)
-            try:
-                got = check.run(*(t[at : at + m].clone() for t in inputs))
-            finally:
-                torch.set_num_threads(own)
+
+    def compare(m: int, places: list[int]) -> tuple[int, int]:
+        """The compared and the differing elements of m rows at these places."""
+        compared = unequal = 0
+        for at in places:
+            got = check.run(*(t[at : at + m].clone() for t in inputs))
             unequal += sum(bits.differing(g, w[at : at + m]) for g, w in zip(got, want, strict=True))
             compared += sum(g.numel() for g in got)
-        differing += unequal
-        if unequal:
-            first = first or f"{m} rows: {unequal} elements differ"
-        else:
-            passed.append(m)
+        return compared, unequal
+
+    def few() -> list[tuple[int, int]]:
+        return [compare(m, [_places(m, most)[0], _places(m, most)[-1]]) for m in check.rows]
+
+    others = [threads for threads in _THREADS if threads != torch.get_num_threads()]
+    runs = [[compare(m, _places(m, most)) for m in check.rows], *(_on(threads, few) for threads in others)]
+    differing = {m: sum(run[i][1] for run in runs) for i, m in enumerate(check.rows)}
+    first = next((f"{m} rows: {unequal} elements differ" for m, unequal in differing.items() if unequal), "")
+    passed = [m for m, unequal in differing.items() if not unequal]
     seconds = round(time.perf_counter() - start, 3)
-    evidence = Evidence(list(check.rows), compared, differing, first)
-    return Certificate(key, "kept", differing == 0, passed, evidence, seconds, certificates.today())
+    counts = sum(compared for run in runs for compared, _ in run), sum(differing.values())
+    evidence = Evidence(list(check.rows), *counts, first)
+    return Certificate(key, "kept", not counts[1], passed, evidence, seconds, certificates.today())
 
 
-def _tries(rows: int, of: int, own: int) -> list[tuple[int, int]]:
-    """The comparisons for one number of rows: a number of threads, and the first row. own: the engine's threads."""
-    places = _places(rows, of)
-    others = [threads for threads in _THREADS if threads != own]
-    return [(own, at) for at in places] + [(threads, at) for threads in others for at in (places[0], places[-1])]
+def _on(threads: int, work: Callable[[], T]) -> T:
+    """What `work` returns where operators run on so many threads. Raises RuntimeError if their number cannot be set.
+
+    vLLM pins its worker's threads to cores, and replaces torch.set_num_threads by a function that only warns, for a
+    pool that shrinks and grows again loses its pins. So `work` runs in a new thread, which has a pool of its own.
+    """
+    import torch
+
+    own, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def run() -> T:
+        torch._C.set_num_threads(threads)
+        try:
+            if torch.get_num_threads() != threads:
+                raise RuntimeError(f"PyTorch's number of threads stays {torch.get_num_threads()} instead of {threads}")
+            with torch.inference_mode(inference):
+                return work()
+        finally:
+            torch._C.set_num_threads(own)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
 
 
 def _places(rows: int, of: int) -> list[int]:

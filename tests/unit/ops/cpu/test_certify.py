@@ -1,5 +1,6 @@
 """Certificates of operations that keep the library's kernel, on CPU."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +105,32 @@ def test_other_numbers_of_threads_are_tried_and_put_back(tmp_path):
     with pytest.raises(CertificateFailed, match=r"test.threads 8: 1 rows: \d+ elements differ"):
         certify.certify(tmp_path, "test 1")
     assert torch.get_num_threads() == own
+
+
+def test_other_numbers_of_threads_are_tried_in_a_worker_of_vllm(tmp_path, monkeypatch):
+    """Such a worker replaces torch.set_num_threads by a function that does nothing. The threads that it pinned stay."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    seen = set()
+
+    def note(x):
+        seen.add(torch.get_num_threads())
+        return (x.exp(),)
+
+    torch.randn(1000, 1000).exp()  # starts the pool
+    pool = set(os.listdir("/proc/self/task"))
+    rows.register(RowCheck("test.pool", "8", (1, 2), lambda m, g: (torch.randn(m, 99999, generator=g),), note))
+    with torch.inference_mode():
+        certify.certify(tmp_path, "test 1")
+    assert seen == {1, 3, torch.get_num_threads()}
+    torch.randn(1000, 1000).exp()
+    assert pool <= set(os.listdir("/proc/self/task"))
+
+
+def test_a_number_of_threads_that_cannot_be_set_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._C, "set_num_threads", lambda number: None)
+    rows.register(RowCheck("test.stuck", "8", (1, 2), lambda m, g: (torch.randn(m, 8, generator=g),), lambda x: (x,)))
+    with pytest.raises(CertificateFailed, match="PyTorch's number of threads stays"):
+        certify.certify(tmp_path, "test 1")
 
 
 def test_layer_norms_and_routers_pass(tmp_path):
