@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from bi_patch.arming import sign, startup, workers
-from bi_patch.seams import active
+from bi_patch.seams import active, stages
 from bi_patch.seams.model import Seam, Target
 
 
@@ -20,12 +20,15 @@ def _config(original):
 
 
 def _worker(original):
-    """WorkerWrapperBase.init_worker: run the start-up check first, whatever plugins vLLM loaded."""
+    """WorkerWrapperBase.init_worker: run the start-up check first, whatever plugins vLLM loaded. And what stops one
+    rank's start stops every rank's."""
 
     @functools.wraps(original)
     def init_worker(self, all_kwargs):
         startup.check_worker(all_kwargs[self.rpc_rank].get("vllm_config"))
-        return original(self, all_kwargs)
+        result = original(self, all_kwargs)
+        stages.guard(self.worker)
+        return result
 
     return init_worker
 
@@ -98,7 +101,8 @@ SEAMS = (
         targets=(Target("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker"),),
         close=_worker,
         why="the variable VLLM_PLUGINS can leave out bi_patch's plugin, which runs the start-up check",
-        how="every worker runs the start-up check and the policies before it starts",
+        how="every worker runs the start-up check and the policies before it starts. If the start of one rank fails, "
+        "the others stop with its reason",
         until="never: this patch point runs the start-up check",
     ),
     Seam(

@@ -6,7 +6,7 @@ from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.platforms.features.ranks import norms
-from bi_patch.seams import active, agreement
+from bi_patch.seams import active, agreement, stages
 
 _FEW = 65  # rows of a width that no layer has
 
@@ -38,6 +38,7 @@ def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[A
 
     world = get_world_group()
     agreement.check(name, world)
+    stages.watch(world)
     group = get_tp_group()
     # All ranks agree after each check: one that stopped alone would leave the ranks of other groups waiting.
     if group.world_size > 1:

@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,14 +122,39 @@ if __name__ == "__main__":
 """
 
 
-def one_of_two(folder, model, **environ):
-    """Start a process of ONE_OF_TWO."""
+# The ranks of a launcher, of which one has no certificate. Its process stays: nothing else wakes a rank that waits.
+ONE_FAILS = """
+import bi_patch
+import os, sys, time
+from vllm import LLM
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "1":
+        from bi_patch.errors import CertificateFailed
+        from bi_patch.ops.cpu import certify
+
+        def fails(*_):
+            raise CertificateFailed("planted: an order moved")
+
+        certify.certify = fails
+    given = dict(tensor_parallel_size=2, enforce_eager=True, max_model_len=256, seed=0)
+    try:
+        LLM(sys.argv[1], dtype="bfloat16", distributed_executor_backend="external_launcher", **given)
+    except Exception as error:
+        print(f"{time.time()} stopped: {type(error).__name__}: {error}", flush=True)
+        sys.stdin.read()
+"""
+
+
+def one_of_two(folder, model, text=ONE_OF_TWO, **environ):
+    """Start a process of ONE_OF_TWO or ONE_FAILS."""
     script = folder / "script.py"
-    script.write_text(ONE_OF_TWO)
+    script.write_text(text)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
     clean |= PATIENT | ONE_THREAD | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, "-P", script, model(recipes.QWEN3)]
-    return subprocess.Popen(command, env=clean | environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=clean | environ, **pipes)
 
 
 @pytest.mark.slow
@@ -159,6 +186,21 @@ def test_ranks_of_a_launcher_stop_if_they_are_not_armed_alike(model, tmp_path, f
     assert all(rank.returncode for rank in ranks), [text[-3000:] for text in said]
     armed = said if "BI_PATCH" not in other else said[:1]
     assert all(f"SeamOpen: communicator.cpu_order: {reason}" in text for text in armed), [t[-3000:] for t in said]
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_certificate_stops_the_other(model, tmp_path, free_port):
+    """The other has its certificates, and waits for the first in its next step; or it hears of it before."""
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [one_of_two(tmp_path, model, ONE_FAILS, RANK=str(r), **place) for r in range(2)]
+    try:
+        well, ended = ranks[0].communicate(timeout=900)[0], time.time()
+    finally:
+        ranks[1].kill()
+    failed = ranks[1].communicate()[0]
+    told = re.search(r"^(\S+) stopped: CertificateFailed: planted: an order moved$", failed, re.MULTILINE)
+    assert told and ended - float(told[1]) < 30, (failed[-3000:], well[-3000:])
+    assert "planted: an order moved (rank 1 said this, and stopped)" in well, well[-3000:]
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""What stops one rank's start stops every rank, with the reason; real ranks over gloo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bi_patch.seams import stages
+
+PROGRAM = Path(__file__).with_name("staged.py")
+FAILED = "CertificateFailed: an encoder gives other bits"
+OTHER = " (rank 1 said this, and stopped)"
+
+
+def run(case, port, ranks=2):
+    """What each rank printed, its log and exit code."""
+    command = [sys.executable, PROGRAM]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    held = [subprocess.Popen([*command, str(n), str(ranks), str(port), case], **pipes) for n in range(ranks)]
+    try:
+        for process in (*held[:1], *held[2:]):  # rank 1 stays until its stdin ends
+            process.wait(600)
+        return [(*process.communicate(timeout=600), process.returncode) for process in held]
+    finally:
+        for process in held:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("well", ["", ""]),
+        ("no certificate", [FAILED + OTHER, FAILED, FAILED + OTHER]),
+        ("no memory", [f"BiPatchError: no memory{OTHER}", "ValueError: no memory"]),
+    ],
+    ids=["well", "no certificate", "no memory"],
+)
+def test_every_rank_says_the_same(case, said, free_tcp_port):
+    assert [json.loads(out) for out, _, _ in run(case, free_tcp_port, len(said))] == said
+
+
+def test_a_rank_that_waits_ends_with_the_reason(free_tcp_port):
+    """Rank 1's process stays, so nothing else wakes a rank that waits for it."""
+    (first, log, code), (second, _, _) = run("waiting", free_tcp_port)
+    assert (first, code, json.loads(second)) == ("", 1, FAILED)
+    assert f"an encoder gives other bits{OTHER}. This rank waits for that rank, so this process ends" in log
+
+
+def test_a_rank_that_has_started_ends_where_another_fails_later(free_tcp_port):
+    (first, _, _), (second, log, code) = run("later", free_tcp_port)
+    assert json.loads(first) == "CertificateFailed: a late one" and json.loads(second) == ""
+    assert code == 1 and "a late one (rank 0 said this, and stopped)" in log
+
+
+def test_one_rank_asks_nobody():
+    stages.watch(SimpleNamespace(world_size=1))
+    worker = SimpleNamespace(load_model=lambda: 3)
+    stages.guard(worker)
+    assert worker.load_model() == 3 and not hasattr(worker, "init_device")
