@@ -30,6 +30,7 @@ _H200_RANKS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0.json"
 _H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
 _H200_RANKS_MORE = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
 _H200_DATA = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-2.json"
+_H200_MORE_RANKS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-5.json"
 _H200_EXECUTORS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-3.json"
 _H200_PARTS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
@@ -358,6 +359,11 @@ def _started_by(backend: str, words: str) -> Callable[[Any], str]:
         return words if backend in given else ""
 
     return asked
+
+
+def _data_ranks_of_ray(config: Any) -> str:
+    started = getattr(config.parallel_config, "data_parallel_backend", None) == "ray"
+    return "data-parallel ranks of Ray" if started and size(config, "data_parallel_size") > 1 else ""
 
 
 def _unexamined(config: Any) -> str:
@@ -698,8 +704,9 @@ FEATURES: tuple[Feature, ...] = (
             refused(_STEP, todo="Use vLLM 0.33", releases="<0.33"),
             served(
                 _H200_DATA,
-                why="two ranks, compiled: two layers of Qwen3-30B-A3B with and without expert parallelism, and of "
-                "DeepSeek-V2-Lite with it",
+                _H200_MORE_RANKS,
+                why="two ranks: two layers of Qwen3-30B-A3B with and without expert parallelism, compiled and in eager "
+                "mode, and of DeepSeek-V2-Lite with it, compiled",
             ),
         ),
         ascend=refused(_STEP),
@@ -708,8 +715,8 @@ FEATURES: tuple[Feature, ...] = (
         "Requests have the same bits on every rank, whatever the other ranks do.",
     ),
     row(
-        "data parallelism of MoE models in eager mode, over three or four ranks, over hosts or load balancers, with "
-        "TP, of DeepSeek V3, or of DeepSeek V2 without expert parallelism",
+        "data parallelism of MoE models over three or four ranks, over hosts or load balancers, with TP, of DeepSeek "
+        "V3, or of DeepSeek V2 in eager mode or without expert parallelism",
         cpu=refused(_NO_EXCHANGE),
         cuda=(
             refused(_STEP, todo="Use vLLM 0.33", releases="<0.33"),
@@ -790,7 +797,10 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "workers of an external launcher (torchrun), compiled",
         cpu=served(_CPU_LAUNCHER),
-        cuda=untried("measured in eager mode"),
+        cuda=(
+            untried("each worker must say that it is armed", releases="<0.33"),
+            served(_H200_MORE_RANKS, why="two tensor-parallel ranks of Qwen3-8B's sizes"),
+        ),
         ascend=untried(_NO_NPU),
         asked=_compiled(_started_by("external_launcher", "compiled workers of an external launcher")),
     ),
@@ -800,16 +810,26 @@ FEATURES: tuple[Feature, ...] = (
             "vLLM's CPU build has none: with Ray 2.60.0 it says 'current platform cpu does not support ray'",
             todo="Use the executor mp",
         ),
-        cuda=untried("each worker must say that it is armed"),
+        cuda=(
+            untried("each worker must say that it is armed", releases="<0.33"),
+            served(_H200_MORE_RANKS, why="two tensor-parallel ranks of Qwen3-8B's sizes, in eager mode, on one host"),
+        ),
         ascend=untried(_NO_NPU),
         asked=_started_by("ray", "workers of Ray"),
     ),
     row(
         "workers of Ray, compiled",
         cpu=refused("vLLM's CPU build has none", todo="Use the executor mp"),
-        cuda=untried("each worker must say that it is armed"),
+        cuda=untried("measured in eager mode"),
         ascend=untried(_NO_NPU),
         asked=_compiled(_started_by("ray", "compiled workers of Ray")),
+    ),
+    row(
+        "data-parallel ranks that Ray starts",
+        cpu=refused("vLLM's CPU build has no Ray", todo="Use the executor mp"),
+        cuda=untried("measured with tensor-parallel ranks"),
+        ascend=untried(_NO_NPU),
+        asked=_data_ranks_of_ray,
     ),
     row(
         "several API servers (--api-server-count)",
@@ -1189,7 +1209,7 @@ FEATURES: tuple[Feature, ...] = (
         | {
             "cuda": (
                 refused("the norm is a sum over ranks", todo="Use vLLM 0.33", releases="<0.33"),
-                untried("measured in eager mode"),
+                served(_H200_MORE_RANKS, why="two layers of MiniMax-M2's sizes, two ranks"),
             )
         },
         asked=_compiled(_norms_over_ranks),

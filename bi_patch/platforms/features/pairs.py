@@ -440,9 +440,9 @@ PAIRS: tuple[Feature, ...] = (
         ascend=untried(),
     ),
     row(
-        "experts with tensor parallelism in other models than Qwen3-MoE, DeepSeek V2 and MiniMax-M2, over three or "
-        "more than four ranks, over four of DeepSeek V2, MiniMax-M2 compiled or over more than two, or others in eager "
-        "mode (but Qwen3-MoE over two)",
+        "experts with tensor parallelism in other models than Qwen3-MoE, DeepSeek V2, MiniMax-M2 and gpt-oss as "
+        "published, over three or more than four ranks, over four but Qwen3-MoE's, gpt-oss compiled, or DeepSeek V2 or "
+        "four ranks in eager mode",
         cpu=untried("measured with a tiny Qwen3-MoE"),
         cuda=untried(),
         ascend=untried(),

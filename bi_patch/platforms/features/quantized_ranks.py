@@ -16,10 +16,11 @@ _ALONE = refused("nobody has compared bits of both together", todo="Use one of t
 _NO_SEAM = refused("no patch point covers it yet")
 _TRIAL = untried()
 _H200 = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
+_MORE = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-5.json"
 
 
-def _shown(why: str) -> tuple[Cell, Cell]:
-    return untried("measured on vLLM 0.33", releases="<0.33"), served(_H200, why=why)
+def _shown(*files: str, why: str) -> tuple[Cell, Cell]:
+    return untried("measured on vLLM 0.33", releases="<0.33"), served(*files, why=why)
 
 
 def _is(*methods: str, kind: Callable[[Scheme], bool]) -> Callable[[Scheme], bool]:
@@ -40,22 +41,38 @@ KINDS: dict[str, Callable[[Scheme], bool]] = {
 }
 # Kinds and whether the model has experts: the cells of CPU and CUDA.
 _CELLS: dict[tuple[str, bool], tuple[Cell, Cell | tuple[Cell, Cell]]] = {
-    (INT8, False): (served(_CPU, why="two ranks, a tiny Qwen3, in eager mode"), _TRIAL),
+    (INT8, False): (
+        served(_CPU, why="two ranks, a tiny Qwen3, in eager mode"),
+        _shown(_MORE, why="two layers of Qwen3-8B's sizes, in eager mode"),
+    ),
     (AWQ, False): (
         served(_CPU, why="two ranks, a tiny Qwen2, in eager mode"),
-        _shown("two layers of Qwen3-8B's sizes, in eager mode"),
+        _shown(_H200, _MORE, why="two layers of Qwen3-8B's sizes, in eager mode and compiled"),
     ),
-    (GPTQ, False): (_ALONE, _TRIAL),
+    (GPTQ, False): (_ALONE, _shown(_MORE, why="two layers of Qwen3-8B's sizes, in eager mode")),
     (FOUR_BITS, False): (_ALONE, _TRIAL),
-    (CHANNELS, False): (_ALONE, _shown("two layers of Qwen3-8B's sizes, in eager mode")),
-    (BLOCKS, False): (_ALONE, _shown("two layers of Qwen3-8B's sizes, in eager mode")),
-    (FOUR_BITS, True): (_ALONE, _shown("two layers of Qwen3-30B-A3B's sizes, in eager mode")),
+    (CHANNELS, False): (_ALONE, _shown(_H200, why="two layers of Qwen3-8B's sizes, in eager mode")),
+    (BLOCKS, False): (_ALONE, _shown(_H200, _MORE, why="two layers of Qwen3-8B's sizes, in eager mode and compiled")),
+    (FOUR_BITS, True): (
+        _ALONE,
+        _shown(_H200, _MORE, why="two layers of Qwen3-30B-A3B's sizes, in eager mode and compiled"),
+    ),
     (CHANNELS, True): (_ALONE, _TRIAL),
-    (BLOCKS, True): (_ALONE, _shown("two layers of Qwen3-30B-A3B's and MiniMax-M2's sizes, in eager mode")),
-    (MXFP4, True): (_ALONE, _TRIAL),
+    (BLOCKS, True): (
+        _ALONE,
+        _shown(
+            _H200,
+            _MORE,
+            why="two layers of Qwen3-30B-A3B's and MiniMax-M2's sizes, in eager mode; of MiniMax-M2's compiled",
+        ),
+    ),
+    (MXFP4, True): (
+        _ALONE,
+        _shown(_MORE, why="two layers of gpt-oss-20b's sizes, in eager mode, with the package humming-kernels"),
+    ),
 }
 # Of _CELLS, those that a run on CUDA had in compiled code.
-COMPILED: tuple[tuple[str, bool], ...] = ()
+COMPILED: tuple[tuple[str, bool], ...] = ((AWQ, False), (BLOCKS, False), (FOUR_BITS, True), (BLOCKS, True))
 _RANKS = 2
 
 

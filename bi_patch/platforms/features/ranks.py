@@ -5,19 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 _QWEN3, _DEEPSEEK = "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM"
-_MINIMAX = "MiniMaxM2ForCausalLM"
+_MINIMAX, _GPT_OSS = "MiniMaxM2ForCausalLM", "GptOssForCausalLM"
+_QUANTIZED = frozenset({_MINIMAX, _GPT_OSS})  # measured as published
 # Two layers of published sizes: architecture, tensor-parallel ranks, data-parallel ranks, whether a rank holds whole
 # experts (expert parallelism), whether vLLM compiled the model.
 RUNS = frozenset(
     {
+        (_MINIMAX, 2, 1, False, True),
         (_MINIMAX, 2, 1, False, False),
+        (_GPT_OSS, 2, 1, False, False),
         (_QWEN3, 2, 1, False, True),
         (_QWEN3, 2, 1, False, False),
         (_QWEN3, 4, 1, False, True),
         (_QWEN3, 2, 1, True, True),
         (_QWEN3, 2, 1, True, False),
         (_QWEN3, 1, 2, False, True),
+        (_QWEN3, 1, 2, False, False),
         (_QWEN3, 1, 2, True, True),
+        (_QWEN3, 1, 2, True, False),
         (_DEEPSEEK, 2, 1, False, True),
         (_DEEPSEEK, 2, 1, True, True),
         (_DEEPSEEK, 2, 1, True, False),
@@ -68,4 +73,6 @@ def shown(config: Any) -> bool:
         whole_experts(config),
         compiled(config),
     )
+    if own & _QUANTIZED and getattr(config.model_config, "quantization", None) is None:
+        return False
     return bool(own) and {(name, *kind) for name in own} <= RUNS and not elsewhere(config)

@@ -171,24 +171,40 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Qwen3-30B-A3B*DP 2, compiled", *_STEPS),
         ("Qwen3-30B-A3B*DP 2, experts over ranks, compiled", *_STEPS),
         ("DeepSeek-V2-Lite*DP 2, experts over ranks, compiled", *_STEPS),
+        ("Qwen3-30B-A3B, 2 layers, DP 2", *_STEPS),
+        ("Qwen3-30B-A3B, 2 layers, DP 2, experts over ranks", *_STEPS),
+    ),
+    ("INT8 weights and activations, with tensor parallelism", "cuda"): (
+        ("Qwen3-8B INT8, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+    ),
+    ("GPTQ, with tensor parallelism", "cuda"): (("Qwen3-8B GPTQ, 2 layers, TP 2", *_RANKS, "decode = prefill"),),
+    ("MXFP4, with experts, with tensor parallelism", "cuda"): (
+        ("gpt-oss-20b MXFP4, 2 layers, TP 2", *_RANKS, "decode = prefill"),
     ),
     ("INT8 weights and activations, with tensor parallelism", "cpu"): (("tiny-qwen3-int8 bf16 TP 2", *_SIX),),
     ("AWQ, with tensor parallelism", "cpu"): (("tiny-qwen2-awq bf16 TP 2", *_SIX),),
     ("AWQ, with tensor parallelism", "cuda"): (
         ("Qwen3-8B AWQ, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
+        ("Qwen3-8B AWQ, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
     ),
     ("FP8 per channel, with tensor parallelism", "cuda"): (
         ("Qwen3-8B FP8 channel, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
     ),
     ("FP8 blocks of 128 x 128, with tensor parallelism", "cuda"): (
         ("Qwen3-8B FP8 block, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("Qwen3-8B FP8 block, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
     ),
     ("compressed-tensors W4A16, with experts, with tensor parallelism", "cuda"): (
         ("Qwen3-30B-A3B W4A16 experts, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
+        ("Qwen3-30B-A3B W4A16 experts, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
     ),
     ("FP8 blocks of 128 x 128, with experts, with tensor parallelism", "cuda"): (
         ("Qwen3-30B-A3B FP8 block experts, 2 layers, TP 2", *_RANKS, "decode = prefill"),
         ("MiniMax-M2 FP8, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("MiniMax-M2 FP8, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
+    ),
+    ("norms over ranks (MiniMax-M2 with tensor parallelism), compiled", "cuda"): (
+        ("MiniMax-M2 FP8, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
     ),
     ("norms over ranks (MiniMax-M2 with tensor parallelism)", "cuda"): (
         ("MiniMax-M2 FP8, 2 layers, TP 2", *_RANKS, "decode = prefill"),
@@ -214,6 +230,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* external launcher, compiled", *_SIX, "both ranks"),
     ),
     ("workers of an external launcher (torchrun)", "cuda"): (("* external launcher", *_SIX, "executor", "both ranks"),),
+    ("workers of an external launcher (torchrun), compiled", "cuda"): (
+        ("* external launcher, compiled", *_SIX, "executor", "both ranks"),
+    ),
+    ("workers of Ray", "cuda"): (("* workers of Ray", *_SIX, "executor"),),
     ("LoRA", "cpu"): (("* LoRA", *_LORA),),
     ("LoRA adapters of embeddings and of the head", "cpu"): (("* LoRA", *_LORA),),
     **dict.fromkeys(
@@ -879,7 +899,7 @@ def test_the_files_hold_what_the_cell_says(name, platform, cell):
 
 
 _MODELS = {"Qwen3MoeForCausalLM": "Qwen3-30B-A3B", "DeepseekV2ForCausalLM": "DeepSeek-V2-Lite"}
-_MODELS["MiniMaxM2ForCausalLM"] = "MiniMax-M2 FP8"
+_MODELS |= {"MiniMaxM2ForCausalLM": "MiniMax-M2 FP8", "GptOssForCausalLM": "gpt-oss-20b MXFP4"}
 
 
 @pytest.mark.parametrize("run", sorted(ranks.RUNS))
