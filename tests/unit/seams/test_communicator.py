@@ -11,15 +11,16 @@ from bi_patch.arming.catalog import plan
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import bits, collectives
 from bi_patch.platforms import releases
-from bi_patch.seams import active, agreement
+from bi_patch.seams import active, agreement, stages
 from bi_patch.seams import ranks as seams_ranks
 
 
 @pytest.fixture(autouse=True)
 def _agreed(monkeypatch):
-    """The doubles are no real ranks, which test_agreement.py has."""
+    """The doubles are no real ranks, which test_agreement.py and test_stages.py have."""
     monkeypatch.setattr(agreement, "check", lambda name, group: None)
     monkeypatch.setattr(agreement, "together", lambda group, own: _raise(own) if own else None)
+    monkeypatch.setattr(stages, "watch", lambda world: None)
     monkeypatch.setattr("vllm.distributed.parallel_state.get_world_group", lambda: None)
 
 
