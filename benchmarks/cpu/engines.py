@@ -1,6 +1,6 @@
 """Measures armed engines of other forms on CPU against a plain one: several ranks, text-only and constant rotations.
 
-    PYTHONPATH=. python3 -P benchmarks/cpu/engines.py [--only ranks|text] [--results FOLDER]
+    PYTHONPATH=. python3 -P benchmarks/cpu/engines.py [--only ranks|text] [--case TEXT] [--results FOLDER]
 
 Each engine gets nine prompts together and then one by one, greedy and seeded. Every answer is compared, bit by bit,
 with the answers that the plain engine of the same model gives one by one. Exit code 1: positions differ.
@@ -160,8 +160,9 @@ def _kind(name: str):
     return Found
 
 
-def measure(parts: list[str], results: Path) -> int:
-    """Measure the cases of these parts, write a result file for each, and return how many positions differ."""
+def measure(parts: list[str], results: Path, text: str = "") -> int:
+    """Measure the cases of these parts whose labels contain a text, write a result file for each part, and return how
+    many positions differ."""
     import torch
     import vllm
 
@@ -180,7 +181,7 @@ def measure(parts: list[str], results: Path) -> int:
         plain = {}
         for variant in parts:
             rows = []
-            for label, name, options, other in CASES[variant]:
+            for label, name, options, other in (case for case in CASES[variant] if text in case[0]):
                 given = {"model": folders[name]}
                 if name not in plain:
                     plain[name] = start(given | options)
@@ -201,6 +202,7 @@ def measure(parts: list[str], results: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(CASES))
+    parser.add_argument("--case", default="", help="only cases whose label contains this text")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--engine", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -212,7 +214,7 @@ def main() -> None:
         Path(file).write_text(json.dumps(asyncio.run(answers(json.loads(options)))))
         return
     bi_patch_entry.without_arming()
-    sys.exit(1 if measure([args.only] if args.only else list(CASES), args.results) else 0)
+    sys.exit(1 if measure([args.only] if args.only else list(CASES), args.results, args.case) else 0)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def quantities(workload: str) -> list[tuple[str, str, str]]:
     found += [(f"decode {workload}", "ms/step", "decode_ms"), (f"decode (GPU) {workload}", "ms/step", "gpu_typical_ms")]
     number = workload.partition(" x ")[0]
     many = number.isdecimal() and int(number) > 64
-    if many or workload in ("8 x 1024/128", "2 x 32000/64"):
+    if many or workload.partition("/")[0] in ("8 x 1024", "2 x 32000"):
         found += [(f"prefill {workload}", "s", "prefill_s"), (f"prefill (GPU) {workload}", "s", "gpu_prefill_s")]
     return found + ([(f"total {workload}", "s", "total_s")] if many else [])
 

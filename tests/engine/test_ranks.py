@@ -54,6 +54,7 @@ def test_two_ranks(start):
             assert found.compared and not found.differing, found.first
         axis = engine.line("padded right", Plan(tokens=3))  # a trainer on one device
         assert axis.compared and not axis.differing, axis.shown
+        invariant(engine, {"prefix cache", "chunk budget", "decode = prefill"})
 
 
 @pytest.mark.slow
@@ -93,10 +94,14 @@ def measure(program, *options):
     subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=900)
 
 
+def test_data_parallel_ranks_answer_as_one_engine(tmp_path):
+    """A real engine of two ranks, against one engine; exit code 1: bits differ."""
+    measure("engines.py", "--only", "ranks", "--case", "DP 2", "--results", tmp_path)
+
+
 @pytest.mark.slow
-def test_data_and_pipeline_parallel_ranks_answer_as_one_engine(tmp_path):
-    """Real engines of two data-parallel ranks and of two stages, against one engine; exit code 1: bits differ."""
-    measure("engines.py", "--only", "ranks", "--results", tmp_path)
+def test_stages_answer_as_one_engine(tmp_path):
+    measure("engines.py", "--only", "ranks", "--case", "PP 2", "--results", tmp_path)
 
 
 @pytest.mark.slow
