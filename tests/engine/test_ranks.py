@@ -151,8 +151,31 @@ if __name__ == "__main__":
 """
 
 
+# An engine of which one worker fails in a call, and answers it with the error, while the other waits for this worker.
+ONE_WAITS = """
+import bi_patch
+import sys, time
+import torch.distributed as dist
+from bi_patch.errors import CertificateFailed
+from vllm import LLM
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+def fails(self):
+    if self.rank == 1:
+        print(f"{time.time()} planted", flush=True)
+        raise CertificateFailed("planted: an order moved")
+    dist.barrier()
+
+
+CPUWorker.compile_or_warm_up_model = fails  # in the workers, too, which import this file
+if __name__ == "__main__":
+    LLM(sys.argv[1], dtype="bfloat16", tensor_parallel_size=2, enforce_eager=True, max_model_len=256, seed=0)
+"""
+
+
 def one_of_two(folder, model, text=ONE_OF_TWO, **environ):
-    """Start a process of ONE_OF_TWO or ONE_FAILS."""
+    """Start a process of ONE_OF_TWO, ONE_FAILS or ONE_WAITS."""
     script = folder / "script.py"
     script.write_text(text)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("BI_PATCH", "VLLM_BATCH"))}
@@ -206,6 +229,18 @@ def test_a_rank_without_a_certificate_stops_the_other(model, tmp_path, free_port
     told = re.search(r"^(\S+) stopped: CertificateFailed: planted: an order moved$", failed, re.MULTILINE)
     assert told and ended - float(told[1]) < 30, (failed[-3000:], well[-3000:])
     assert "planted: an order moved (rank 1 said this, and stopped)" in well, well[-3000:]
+
+
+@pytest.mark.slow
+def test_a_worker_that_fails_stops_the_worker_that_waits_for_it(model, tmp_path):
+    process = one_of_two(tmp_path, model, ONE_WAITS)
+    try:
+        said, ended = process.communicate(timeout=900)[0], time.time()
+    finally:
+        process.kill()
+    began = float(re.search(r"(\d+\.\d+) planted", said)[1])
+    assert process.returncode and ended - began < 30, said[-4000:]
+    assert "planted: an order moved (rank 1 said this, and stopped). This rank waits" in said, said[-4000:]
 
 
 @pytest.mark.slow
