@@ -31,7 +31,7 @@ class Form(NamedTuple):
     """What the source is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
     of blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu, and packed_experts.cu for
     experts. early: of packed.cu, read and unpack the next products' weights while products run. blocks: of a stage of
-    packed_experts.cu, where tiles is 1."""
+    packed_experts.cu."""
 
     warps: int
     tiles: int
@@ -114,8 +114,15 @@ FORMS = (
 
 
 # Forms that may serve experts, where an expert has few rows of its own.
-FORMS_OF_EXPERTS = (Form(4, 1, 2, blocks=2), Form(4, 2, 4, True), Form(8, 8, 4, True), Form(16, 16, 4, True))
-_MOST_IDS = (5.5, 11, 48)  # of an expert in the mean, of each of these forms but the last
+FORMS_OF_EXPERTS = (
+    Form(4, 1, 2, blocks=4),
+    Form(4, 1, 2, blocks=2),
+    Form(4, 2, 4, True),
+    Form(8, 8, 4, True),
+    Form(16, 16, 4, True),
+)
+_MOST_IDS = (8.5, 13, 60)  # of an expert in the mean, of the second of these forms and the next two
+_DEEP = 6144  # from this K on, few rows take longer stages: the first form
 
 
 class Rows(NamedTuple):
@@ -138,7 +145,9 @@ class Rows(NamedTuple):
 def form_of_experts(ids: int, experts: int, n: int, k: int) -> Form:
     """The form that serves `ids` ids spread over `experts` experts of weights [n, k]. Every form has the same bits. The
     products of one layer get one number of tiles."""
-    return FORMS_OF_EXPERTS[sum(ids > most * experts for most in _MOST_IDS)]
+    number = 1 + sum(ids > most * experts for most in _MOST_IDS)
+    deep = number == 1 and k >= _DEEP and k // BLOCK_K % FORMS_OF_EXPERTS[0].blocks == 0
+    return FORMS_OF_EXPERTS[0 if deep else number]
 
 
 def groups(group: int) -> int:

@@ -2,7 +2,7 @@
 // bias[e, n]) * factor[id]), where m is the id's row of x and e the expert of the id's tile (rows.h).
 //
 // packing.py states how the weights lie, one expert's after the other's. WARPS: warps of a block of threads, each with 16
-// rows of w. TILES is 1: a tile has 8 ids. STAGES of BLOCKS blocks of 128 elements of K each are in shared memory; the
+// rows of w. TILES: eights of ids in a tile. STAGES of BLOCKS blocks of 128 elements of K each are in shared memory; the
 // threads wait once a stage. K has whole stages. GROUPS: groups of scales in such a block. LONG: whether a group has more than 128 elements.
 // ZEROS: whether there are zero points. INPUT: the 16-bit type. unpack.h makes floats of the integers.
 //
@@ -13,7 +13,7 @@
 // With few rows, the instructions that make floats of the integers take most of the time, so all others count.
 
 #define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
-#define X_BYTES (8 * ROW)
+#define X_BYTES (8 * TILES * ROW)
 #define SCALE_BYTES (32 * GROUPS)
 #define SLOT (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))  // bytes of a block of K
 #define STAGE (BLOCKS * SLOT)
@@ -21,19 +21,19 @@
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
                const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride PARAMETERS_OF_EXPERTS) {
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
-  const int column = block_y(), tile = tile_of_block(), first = tile * 8;
+  const int column = block_y(), tile = tile_of_block(), first = tile * 8 * TILES;
   if (tile >= tiles) return;
   const int end = fetch(padded), expert = fetch(experts + tile);
   ids += first;
   const int part = thread() % 16, row = thread() / 16;
-  int copied[PIECES(1)], rows_at[PIECES(1)], id[2];  // id: of this lane's rows of out
+  int copied[PIECES(TILES)], rows_at[PIECES(TILES)], id[2 * TILES];  // id: of this lane's rows of out
 #pragma unroll
-  for (int i = 0; i < PIECES(1); ++i) {
+  for (int i = 0; i < PIECES(TILES); ++i) {
     const int m = row + i * (THREADS / 16);
-    copied[i] = m < 8 ? fetch(ids + m) : limit;
+    copied[i] = m < 8 * TILES ? fetch(ids + m) : limit;
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) id[i] = fetch(ids + lane % 4 * 2 + i);
+  for (int i = 0; i < 2 * TILES; ++i) id[i] = fetch(ids + i / 2 * 8 + lane % 4 * 2 + i % 2);
   if (first >= end) return;
   if (expert < 0) {
     write_zeros(out, ids, limit, column * 16 * WARPS, cols);
@@ -44,9 +44,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 
   // What this thread copies for a block of K: a part of a row of x and of every THREADS / 16th row after it, its own
   // weights, and a part of its warp's scales. Rows without an id are not copied: their products are not stored.
-  const u16* x_from[PIECES(1)];
+  const u16* x_from[PIECES(TILES)];
 #pragma unroll
-  for (int i = 0; i < PIECES(1); ++i) x_from[i] = x + static_cast<i64>(rows_at[i]) * 8 + part * 8;
+  for (int i = 0; i < PIECES(TILES); ++i) x_from[i] = x + static_cast<i64>(rows_at[i]) * 8 + part * 8;
   const unsigned char* w_from = w + (static_cast<i64>(expert) * strips + strip) * blocks * 1024 + lane * 16;
   const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
   const i64 scales_from = (static_cast<i64>(expert) * scales + piece / 2) * cols + strip * 16 + piece % 2 * 8;
@@ -64,7 +64,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
       for (int b = 0; b < BLOCKS; ++b) {
         const int at = to + b * SLOT;
 #pragma unroll
-        for (int i = 0; i < PIECES(1); ++i)
+        for (int i = 0; i < PIECES(TILES); ++i)
           copy_16_if(x_to + at + i * (THREADS / 16) * ROW, x_from[i] + b * 128, rows_at[i] >= 0);
         copy_16(w_to + at, w_from + b * 1024, true);
         copy_16(w_to + at + 512, w_from + b * 1024 + 512, true);
@@ -75,7 +75,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
         }
       }
 #pragma unroll
-      for (int i = 0; i < PIECES(1); ++i) x_from[i] += BLOCKS * 128;
+      for (int i = 0; i < PIECES(TILES); ++i) x_from[i] += BLOCKS * 128;
       w_from += BLOCKS * 1024;
       to = to == (STAGES - 1) * STAGE ? 0 : to + STAGE;
       left -= BLOCKS;
@@ -85,10 +85,13 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) load();
 
-  float factor[2];
+  float factor[2 * TILES], sum[TILES][4];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) factor[i] = factors && is_row(id[i], limit) ? fetch(factors + id[i]) : 1;
-  float sum[4] = {0, 0, 0, 0};
+  for (int i = 0; i < 2 * TILES; ++i) factor[i] = factors && is_row(id[i], limit) ? fetch(factors + id[i]) : 1;
+#pragma unroll
+  for (int t = 0; t < TILES; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[t][i] = 0;
   const unsigned char* const rows_of = shared() + lane % 8 * ROW + lane / 8 * 16;
   const unsigned char* const words = shared() + X_BYTES + warp * 1024 + lane * 16;
   const unsigned char* const scales_of = shared() + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES + g * 2;
@@ -102,7 +105,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
       const int at = now + b * SLOT;
       Four four;
       u32 by[2], less[2];  // of this lane's two rows of w
-      u32 rows_now[4];
+      u32 rows_now[TILES][4];
 #pragma unroll
       for (int step = 0; step < 8; ++step) {
         if (step % 4 == 0) four = *reinterpret_cast<const Four*>(words + at + step / 4 * 512);
@@ -114,22 +117,34 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
             less[r] = minus(ZEROS ? twice(from[8 * r + SCALE_BYTES / 2]) : MIDDLE);
           }
         }
-        if (step % 2 == 0) load_matrices(rows_now, rows_of + at + step * 32);
+#pragma unroll
+        for (int t = 0; t < TILES; ++t)
+          if (step % 2 == 0) load_matrices(rows_now[t], rows_of + at + t * 8 * ROW + step * 32);
         u32 a[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) a[r] = weights(four.word[step % 4], 4 * r, less[r % 2], by[r % 2]);
-        multiply_add(sum, a, rows_now[step % 2 * 2], rows_now[step % 2 * 2 + 1]);
+#pragma unroll
+        for (int t = 0; t < TILES; ++t)
+          multiply_add(sum[t], a, rows_now[t][step % 2 * 2], rows_now[t][step % 2 * 2 + 1]);
       }
     }
     now = now == (STAGES - 1) * STAGE ? 0 : now + STAGE;
   }
   wait_groups<0>();
   if (mine >= strips) return;
+  float added[2] = {0, 0};
+  if (bias) {
+    bias += static_cast<i64>(expert) * cols;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int n = strip * 16 + g + i / 2 * 8;
-    float value = bias ? sum[i] + widen(bias[static_cast<i64>(expert) * cols + n]) : sum[i];
-    if (factors) value = times_unflushed(value, factor[i % 2]);
-    if (is_row(id[i % 2], limit)) out[static_cast<i64>(id[i % 2]) * cols + n] = static_cast<u16>(round_pair(value, 0));
+    for (int r = 0; r < 2; ++r) added[r] = widen(bias[strip * 16 + g + 8 * r]);
   }
+#pragma unroll
+  for (int t = 0; t < TILES; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int m = t * 2 + i % 2, n = strip * 16 + g + i / 2 * 8;
+      float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
+      if (factors) value = times_unflushed(value, factor[m]);
+      if (is_row(id[m], limit)) out[static_cast<i64>(id[m]) * cols + n] = static_cast<u16>(round_pair(value, 0));
+    }
 }

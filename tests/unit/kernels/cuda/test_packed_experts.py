@@ -93,6 +93,7 @@ CHOSEN = {
         (packed.Form(2, 1, 3), "ragged", 48, 128, True, True, 2, False),
         (packed.Form(4, 1, 2, blocks=2), "single", 80, 32, False, False, 2, True),
         (packed.Form(2, 1, 3, blocks=2), "many", 32, 64, True, True, 1, True),
+        (packed.Form(4, 2, 2, blocks=2), "ragged", 48, 32, True, True, 2, True),
         (packed.Form(4, 1, 2, blocks=4), "ragged", 80, 256, True, False, 1, False),  # K has no four blocks
         (packed.Form(4, 1, 3, True), "ragged", 80, 64, True, False, 1, True),
         (packed.Form(4, 2, 3, True), "single", 64, 256, False, True, 1, False),
@@ -147,6 +148,10 @@ def test_forms_of_experts_fit_and_one_serves_every_number_of_ids():
         chosen = [packed.form_of_experts(ids, experts, 1536, 2048) for ids in range(1, 70_000, 97)]
         assert all(form in packed.FORMS_OF_EXPERTS for form in chosen)
         assert [form.tiles for form in chosen] == sorted(form.tiles for form in chosen)
+        for n, k in ((4096, 14336), (7168, 6272)):  # each product of a layer has the same tiles
+            others = [packed.form_of_experts(ids, experts, n, k) for ids in range(1, 70_000, 97)]
+            assert [form.tiles for form in others] == [form.tiles for form in chosen]
+            assert all(k // packed.BLOCK_K % form.blocks == 0 for form in others)
 
 
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
