@@ -15,13 +15,16 @@ from bi_patch.tools.verify.answers import Request, compare
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 
 
+LAYERS = ("gated delta nets (Qwen3-Next)", "Mamba 2 (Falcon-H1, Granite 4-H, Nemotron-H)")  # rows of the feature table
+
+
 def _refused() -> bool:
     """Whether the feature table refuses gated delta nets or Mamba 2 in this release of vLLM."""
+    rows = [row for row in RECURRENT if row.name in LAYERS]
+    assert len(rows) == len(LAYERS)  # here, so that a run without a GPU notices, too
     if not torch.cuda.is_available():
         return False  # vLLM's CPU build has another name
     release = Version(importlib.metadata.version("vllm"))
-    rows = [row for row in RECURRENT if row.name.startswith(("gated delta nets (Qwen3-Next)", "Mamba 2 ("))]
-    assert len(rows) == 2
     return any(row.cell("cuda", release).state == "refused" for row in rows)
 
 
