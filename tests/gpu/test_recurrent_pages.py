@@ -14,7 +14,6 @@ from bi_patch.tools.models import families, shapes
 from bi_patch.tools.verify.answers import Request, compare
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 
-
 LAYERS = ("gated delta nets (Qwen3-Next)", "Mamba 2 (Falcon-H1, Granite 4-H, Nemotron-H)")  # rows of the feature table
 
 
