@@ -8,6 +8,7 @@ name of the folder that was verified.
 """
 
 import argparse
+import importlib.metadata
 import statistics
 import sys
 from pathlib import Path
@@ -123,6 +124,10 @@ def write(kind, runs: list, rows: list, note: str, a: argparse.Namespace) -> Pat
     commands = "; ".join(dict.fromkeys(run.provenance.command for run in runs))
     made_by = msgspec.structs.replace(runs[-1].provenance, command=a.command or commands)
     found = evidence.new(kind, runs[-1], made_by)
+    if isinstance(runs[-1], verify.Report):
+        found.date, _, found.time = runs[-1].date.partition("T")
+    if importlib.metadata.version("torch") != runs[-1].torch:
+        found.triton = ""  # Triton here is not the one that ran, which the files do not name
     found.rows, found.note = rows, ". ".join(filter(None, (a.note, note)))
     return evidence.write(found, a.results)
 

@@ -130,6 +130,7 @@ def test_reports_of_verify_become_rows_of_their_model(tmp_path):
     rows = [(row.model, row.axis, row.compared, row.differing) for row in found.rows]
     assert rows == [("Qwen3-30B-A3B, 6 layers", "restart", 5, 0)]
     assert found.note == "Qwen3-30B-A3B, 6 layers: prefix cache: not exercised: no hits"
+    assert (found.date, found.time, found.triton) == ("2026-01-01", "00:00:00", "")  # of the run, not of this process
     assert evidence.read(cost, evidence.Cost).rows[0].armed == 2.0
     assert set(evidence.current(tmp_path / "results")) >= {"cost-h100", "invariance-h100"}
 
