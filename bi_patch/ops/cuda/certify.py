@@ -19,6 +19,7 @@ from bi_patch.ops.cuda import (
     linear,
     machine,
     moe,
+    packed_experts,
     packed_linear,
     prompts,
     rows,
@@ -29,6 +30,7 @@ from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.ops.row_checks import RowCheck
 
 _log = logging.getLogger("vllm.bi_patch")
+_PRODUCTS = linear, scaled_linear, packed_linear, packed_experts
 
 
 def begin(checks: Callable[[], Iterable[RowCheck]], library: str, cache: Path) -> Ahead:
@@ -52,7 +54,7 @@ def begin(checks: Callable[[], Iterable[RowCheck]], library: str, cache: Path) -
 
 
 def certify(
-    linears: Iterable[linear.Problem | scaled_linear.Problem | packed_linear.Problem],
+    linears: Iterable[linear.Problem | scaled_linear.Problem | packed_linear.Problem | packed_experts.Problem],
     experts: Iterable[tuple[moe.Problem, moe.Kernel]],
     decoders: Iterable[tuple[attention.Problem, attention.Prefill]],
     attentions: Iterable[
@@ -88,7 +90,7 @@ def certify(
             first.finish()
         made: list[Certificate | None] = []
         # Threads compile the rest meanwhile. A kernel of the rest that fails there fails a certificate that needs it.
-        for module in (linear, scaled_linear, packed_linear):
+        for module in _PRODUCTS:
             made += module.certify(_of(module, linears), max_rows, cache)
         for problem, kernel in experts:
             made.append(moe.certify(problem, kernel, max_rows + others, library, cache))
@@ -109,7 +111,7 @@ def _rehearse_products(linears, experts, max_rows, others, library, cache, ahead
     """Rehearse the certificates of experts and linears."""
     for problem, kernel in dict(experts).items():
         _try(lambda p=problem, k=kernel: moe.rehearse(p, k, max_rows + others, library, cache, ahead))
-    for module in (linear, scaled_linear, packed_linear):
+    for module in _PRODUCTS:
         for problem in dict.fromkeys(_of(module, linears)):
             _try(lambda p=problem, m=module: m.rehearse(p, max_rows, cache, ahead))
 

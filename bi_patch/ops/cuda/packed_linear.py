@@ -286,34 +286,48 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
     )
 
 
+def drawn(problem: Problem, order: torch.Tensor, generator: torch.Generator):
+    """Random packed weights, and a bias or None. With rows that zero_sums.cancelling makes of the same order and sign
+    1, half of the sums are exactly zero.
+
+    order: a permutation of the K columns, int64, on the generator's device.
+    """
+    import torch
+
+    from bi_patch.kernels.packing import pack
+
+    n, k, dtype, bias, bits, group, zeros = problem
+    device = generator.device
+    most = 2 ** (bits - 1) - 1 if not zeros else 2 ** (bits - 2)
+    half = torch.randint(-most, most + 1, (n, k // 2), generator=generator, device=device, dtype=torch.int16)
+    value = torch.cat((half, -half), 1)[:, order]  # pairs that cancel where the scale is one for a row
+    value[1::2].abs_()
+    scale = torch.rand((n, k // group), generator=generator, device=device) * 0.01 + 0.002
+    scale[::2] = scale[::2, :1]
+    zero = None
+    if zeros:
+        zero = torch.randint(most, 2**bits - most, (n, k // group), generator=generator, device=device)
+    middle = 2 ** (bits - 1) if zero is None else zero.to(torch.int16).repeat_interleave(group, 1)
+    packed = pack((value + middle).to(torch.uint8), scale.to(dtype), zero, bits)
+    if not bias:
+        return packed, None
+    added = torch.randn(n, generator=generator, device=device, dtype=dtype)
+    added[::2] = 0  # a bias would hide the rounding left of a sum
+    return packed, added
+
+
 class _Trial:
     """Random data for one problem, the reference's output, and the comparisons with this output."""
 
     def __init__(self, problem: Problem, rows: int):
         import torch
 
-        from bi_patch.kernels.packing import pack
-
         self.problem, self.rows = problem, rows
-        n, k, dtype, bias, bits, group, zeros = problem
+        n, k, dtype, *_ = problem
         generator = torch.Generator("cuda").manual_seed(n * 1_000_003 + k)
         order = torch.randperm(k, generator=generator, device="cuda")
         self.x = cancelling(rows, order, 1, generator, dtype)
-        most = 2 ** (bits - 1) - 1 if not zeros else 2 ** (bits - 2)
-        half = torch.randint(-most, most + 1, (n, k // 2), generator=generator, device="cuda", dtype=torch.int16)
-        value = torch.cat((half, -half), 1)[:, order]  # pairs that cancel where the scale is one for a row
-        value[1::2].abs_()
-        scale = torch.rand((n, k // group), generator=generator, device="cuda") * 0.01 + 0.002
-        scale[::2] = scale[::2, :1]
-        zero = None
-        if zeros:
-            zero = torch.randint(most, 2**bits - most, (n, k // group), generator=generator, device="cuda")
-        middle = 2 ** (bits - 1) if zero is None else zero.to(torch.int16).repeat_interleave(group, 1)
-        self.packed = pack((value + middle).to(torch.uint8), scale.to(dtype), zero, bits)
-        self.bias = None
-        if bias:
-            self.bias = torch.randn(n, generator=generator, device="cuda", dtype=dtype)
-            self.bias[::2] = 0  # a bias would hide the rounding left of a sum
+        self.packed, self.bias = drawn(problem, order, generator)
         self.want = linear.bundled(self.x, dequantize(self.packed), self.bias, False)
         if not bool(torch.isfinite(self.want).all()):
             raise ArithmeticError("the bundled GEMM gives values that are not finite")

@@ -53,6 +53,7 @@ def _load(original):
         from bi_patch.seams import vision as images
         from bi_patch.seams.cuda import attention, chunks, moe, norm, packed_linear, pooling, quantized, rows, vision
         from bi_patch.seams.cuda import leaves as parts
+        from bi_patch.seams.cuda import packed_products as products
         from bi_patch.seams.cuda import scaled_linear as scaled
 
         config = self.vllm_config
@@ -83,7 +84,10 @@ def _load(original):
 
             def make():
                 return certify.certify(
-                    [*_problems(model, config), *scaled.problems(model), *packed_linear.problems(model)],
+                    [
+                        *(*_problems(model, config), *scaled.problems(model)),
+                        *(*packed_linear.problems(model), *products.problems(model)),
+                    ],
                     moe.experts(model),
                     attention.decoders(config),
                     chunks.layers(config),

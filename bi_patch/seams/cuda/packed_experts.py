@@ -1,14 +1,15 @@
-"""Experts with packed weights of 4 bits on vLLM's own kernels: which ones a row certificate covers, how to call them.
+"""Experts with packed weights of 4 bits: which kernels a row certificate covers, and how to call them.
 
-With upstream's mode, vLLM takes one of two kernels. `TritonWNA16Experts` dequantizes in the tile, adds K in ascending
-order in one accumulator, and gets one tile for every number of rows (moe.cuda_default). `HummingIndexedExperts` (of the
-package humming-kernels) takes its batch-invariant schedules: one block of K for every number of rows, and no parts.
+`PackedExperts` is bi_patch's (packed_products.py). Layers that it does not cover keep what vLLM takes in
+upstream's mode. `TritonWNA16Experts` dequantizes in the tile, adds K in ascending order in one accumulator, and gets
+one tile for every number of rows (moe.cuda_default). `HummingIndexedExperts` (of the package humming-kernels) takes its
+batch-invariant schedules: one block of K for every number of rows, and no parts.
 """
 
 from bi_patch.seams import library
 
-_HUMMING = "HummingIndexedExperts"
-KINDS = ("TritonWNA16Experts", _HUMMING)
+OWN, _HUMMING = "PackedExperts", "HummingIndexedExperts"
+KINDS = (OWN, "TritonWNA16Experts", _HUMMING)
 
 
 def kernel(module):

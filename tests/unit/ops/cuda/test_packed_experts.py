@@ -1,0 +1,88 @@
+"""Certificates of experts' products with packed weights, without a GPU: which forms serve after them."""
+
+import pytest
+import torch
+
+from bi_patch.errors import CertificateFailed
+from bi_patch.kernels.cuda import packed
+from bi_patch.ops import certificates
+from bi_patch.ops.cuda import linear, machine, packed_experts
+
+PROBLEM = packed_experts.Problem(256, 128, torch.bfloat16, False, 128, False)
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch):
+    """Make this process look as if it had certified nothing and had a Hopper GPU."""
+    for name in ("device", "libraries"):
+        monkeypatch.setattr(machine, name, lambda: "none")
+    monkeypatch.setattr(machine, "kernels_digest", lambda kind="triton": kind)
+    monkeypatch.setattr(machine, "shared_memory", lambda: 227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(packed_experts, "_able", {})
+    monkeypatch.setattr(certificates, "_warned", set())
+
+
+def comparisons(monkeypatch, wrong):
+    """Let the forms with these numbers differ in 7 outputs for 9 tokens. Returns what is compared."""
+    made = []
+
+    class Trial:
+        def __init__(self, problem):
+            assert problem.n == PROBLEM.n
+
+        def differing(self, number, m):
+            made.append((number, m))
+            return torch.tensor(7 * (number in wrong and m == 9))
+
+    monkeypatch.setattr(packed_experts, "_Trial", Trial)
+    return made
+
+
+def test_every_form_is_compared_once_and_serves(monkeypatch, tmp_path):
+    made = comparisons(monkeypatch, ())
+    (first,) = packed_experts.certify([PROBLEM, PROBLEM], 64, tmp_path)
+    (again,) = packed_experts.certify([PROBLEM], 8192, tmp_path)
+    forms = len(packed.FORMS_OF_EXPERTS)
+    assert first == again and first.passed and len(made) == forms * len(packed_experts._COMPARED)
+    assert first.evidence.compared == forms * 2 * 3 * sum(packed_experts._COMPARED) * PROBLEM.n
+    served = {packed_experts.form(PROBLEM, ids, 128) for ids in range(1, 20000, 7)}
+    assert served <= set(packed.FORMS_OF_EXPERTS)
+
+
+def test_a_form_that_differs_does_not_serve(monkeypatch, tmp_path):
+    usual = packed.form_of_experts(8, 128, PROBLEM.n, PROBLEM.k)
+    number = packed.FORMS_OF_EXPERTS.index(usual)
+    comparisons(monkeypatch, {number})
+    (certificate,) = packed_experts.certify([PROBLEM], 64, tmp_path)
+    assert not certificate.passed and [number] not in certificate.algorithms
+    assert "9 tokens: 7 outputs of Form" in certificate.evidence.first and 9 not in certificate.passed_rows
+    assert packed_experts.form(PROBLEM, 8, 128) != usual
+
+
+def test_no_engine_starts_without_a_form(monkeypatch, tmp_path):
+    comparisons(monkeypatch, set(range(len(packed.FORMS_OF_EXPERTS))))
+    with pytest.raises(CertificateFailed, match="cuda.packed_products experts N=256 K=128 int4 .*9 tokens"):
+        packed_experts.certify([PROBLEM], 64, tmp_path)
+    monkeypatch.setattr(machine, "shared_memory", lambda: 1 << 10)
+    with pytest.raises(CertificateFailed, match="this device runs no form"):
+        packed_experts.certify([PROBLEM._replace(group=64)], 64, tmp_path)
+
+
+def test_forms_are_compiled_ahead_unless_there_is_a_certificate(monkeypatch, tmp_path):
+    prepared, rehearsed = [], []
+    monkeypatch.setattr(packed, "prepare", lambda *given: prepared.append(given))
+    monkeypatch.setattr(linear, "bundled", lambda x, weight, bias, agree: rehearsed.append((x.shape, weight.shape)))
+
+    class Ahead:
+        work = rehearse = staticmethod(lambda call: call())
+
+    packed_experts.rehearse(PROBLEM, 64, tmp_path, Ahead())
+    wanted = [(form, 128, False, torch.bfloat16, 0, True) for form in packed.FORMS_OF_EXPERTS]
+    assert prepared == wanted and rehearsed == [((512, 128), (256, 128))]
+    comparisons(monkeypatch, ())
+    packed_experts.certify([PROBLEM], 64, tmp_path)
+    packed_experts.rehearse(PROBLEM, 64, tmp_path, Ahead())
+    assert prepared == wanted
