@@ -20,6 +20,7 @@ NEW_EAGER = "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json"
 NEW_GRAPHS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json"
 AXES = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-3.json"
 CUT = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json"  # compiled, without an eager engine beside
+OWN_EXPERTS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-6.json"  # of 4 bits, on the bundled kernel
 
 
 def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[str, ...] = ()) -> Cell:
@@ -52,16 +53,6 @@ INT8_STATIC = (
     served(
         "invariance-2026-11-29-h200-quantized-vllm-0.33.0-4.json",
         why="two layers of Qwen3-8B's sizes, in eager mode",
-        releases=">=0.33",
-    ),
-    NONE,
-)
-EXPERTS = (
-    served(
-        FOUR_BITS,
-        EAGER,
-        GRAPHS,
-        why="two layers of Qwen3-30B-A3B's sizes, compiled and in eager mode",
         releases=">=0.33",
     ),
     NONE,

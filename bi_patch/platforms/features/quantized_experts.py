@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -89,13 +88,10 @@ def quantized_experts(kind: Callable[[Scheme], bool] | None) -> Callable[[Any], 
     return asked
 
 
-def _beside_humming(config: Any) -> str:
-    """As quantized_experts(_zeros), where vLLM finds the package whose kernels it then takes for such experts."""
-    return quantized_experts(_zeros)(config) if importlib.util.find_spec("humming") else ""
-
-
 # Kinds of experts that a run on CUDA had in compiled code.
 COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros)
+
+_OWN = cells.layers("Qwen3-30B-A3B", how="compiled, beside an eager engine", files=(cells.OWN_EXPERTS,))
 
 EXPERT_ROWS: tuple[Feature, ...] = (
     row(
@@ -107,7 +103,7 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     ),
     row(
         "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)",
-        **cells.REFUSED | {"cuda": cells.EXPERTS},
+        **cells.cuda(_OWN),
         asked=quantized_experts(_four_bits),
     ),
     row(
@@ -138,20 +134,8 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     ),
     row("experts in FP8 made while loading, otherwise", **cells.cuda(cells.TRIAL), asked=quantized_experts(_made)),
     row(
-        "experts of 4 bits in groups with zero points, beside the package humming-kernels",
-        **cells.cuda(cells.TRIAL),
-        asked=_beside_humming,
-    ),
-    row(
         "experts of 4 bits in groups with zero points (AWQ, compressed-tensors)",
-        **cells.cuda(
-            cells.layers(
-                "Qwen3-30B-A3B",
-                how="compiled and in eager mode, without the package humming-kernels; compressed-tensors compiled: "
-                "batch size and decode = prefill",
-                files=(cells.NEW_EAGER, cells.NEW_GRAPHS, cells.CUT),
-            )
-        ),
+        **cells.cuda(_OWN),
         asked=quantized_experts(_zeros),
     ),
     row(

@@ -608,7 +608,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         )
     },
     ("experts in FP8 with one scale each (method fp8)", "cuda"): (
-        ("* FP8 tensor experts, 2 layers", *_SIX, *_PUBLISHED),
+        ("* FP8 tensor experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
         ("* FP8 tensor experts,* eager", *_SIX, *_RESTARTED),
         ("* FP8 static experts,* eager", *_SIX, *_RESTARTED),
         ("* FP8 static experts, 2 layers", "batch size", "decode = prefill"),
@@ -617,10 +617,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* FP8 channel experts while loading,* eager", *_SIX, *_RESTARTED),
     ),
     ("experts of 4 bits in groups with zero points (AWQ, compressed-tensors)", "cuda"): (
-        ("* AWQ experts, 2 layers", *_SIX, *_PUBLISHED),
-        ("* AWQ experts,* eager", *_SIX, *_RESTARTED),
-        ("* W4A16 experts with zero points,* eager", *_SIX, *_RESTARTED),
-        ("* W4A16 experts with zero points, 2 layers", "batch size", "decode = prefill"),
+        ("* AWQ experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
+        ("* W4A16 experts with zero points, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
     ),
     ("FP8 per tensor, static activations (method fp8)", "cuda"): (("* FP8 static,*", *_SIX, *_PUBLISHED),),
     ("FP8 made while loading (--quantization fp8)", "cuda"): (("* FP8 while loading,*", *_SIX, *_PUBLISHED),),
@@ -632,10 +630,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* FP8 channel while loading,*", *_SIX, *_PUBLISHED),
     ),
     ("experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)", "cuda"): (
-        ("* W4A16 experts,* eager", *_SIX, "preemption"),
-        ("* GPTQ experts,* eager", *_SIX),
-        ("* W4A16 experts, 2 layers", *_SIX),
-        ("* GPTQ experts, 2 layers", *_SIX),
+        ("* W4A16 experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
+        ("* GPTQ experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
     ),
     ("NVFP4 weights alone (compressed-tensors)", "cuda"): (
         ("* NVFP4,* eager", *_SIX),
