@@ -203,7 +203,7 @@ def _certify(problem: Problem, key: Key) -> Certificate:
     torch.cuda.empty_cache()
     return Certificate(
         key=key,
-        route="bundled",
+        route="bundled" if good else "kept",
         passed=bool(good) and not bad,
         passed_rows=[m for m in _COMPARED if m not in bad] if found else [],
         evidence=Evidence(

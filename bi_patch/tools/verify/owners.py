@@ -82,6 +82,8 @@ class Owners:
                 return _of_scheme(module) or found
         if quantized := _of_scheme(module):
             return quantized
+        if packed := _of_packed_experts(module):
+            return packed
         kinds = (kind.__name__ for kind in type(module).__mro__)
         return next((self._by_class[kind] for kind in kinds if kind in self._by_class), "")
 
@@ -94,6 +96,14 @@ def _of_scheme(module) -> str:
         return ""
     kinds = {"W8": "int8", "W4": "int4", "FP": "fp8"}
     return f"quantized.cpu_{kinds[quantized.scheme(module)[:2]]}"
+
+
+def _of_packed_experts(module) -> str:
+    """The seam of experts of 4 bits on bi_patch's kernel, "" for other layers. All experts share their classes."""
+    from bi_patch.seams.cuda import packed_experts
+
+    held = packed_experts.kernel(getattr(module, "routed_experts", module))
+    return "packed_products.cuda_kernel" if type(held).__name__ == packed_experts.OWN else ""
 
 
 def status(seam: str) -> str:

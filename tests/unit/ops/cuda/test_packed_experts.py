@@ -7,6 +7,7 @@ from bi_patch.errors import CertificateFailed
 from bi_patch.kernels.cuda import packed
 from bi_patch.ops import certificates
 from bi_patch.ops.cuda import linear, machine, packed_experts
+from bi_patch.tools.cli import certify
 
 PROBLEM = packed_experts.Problem(256, 128, torch.bfloat16, False, 128, False)
 
@@ -66,6 +67,8 @@ def test_no_engine_starts_without_a_form(monkeypatch, tmp_path):
     comparisons(monkeypatch, set(range(len(packed.FORMS_OF_EXPERTS))))
     with pytest.raises(CertificateFailed, match="cuda.packed_products experts N=256 K=128 int4 .*9 tokens"):
         packed_experts.certify([PROBLEM], 64, tmp_path)
+    (failed,) = [one for _, one in certificates.every(tmp_path)]
+    assert certify.state(failed) == certify.FAILED
     monkeypatch.setattr(machine, "shared_memory", lambda: 1 << 10)
     with pytest.raises(CertificateFailed, match="this device runs no form"):
         packed_experts.certify([PROBLEM._replace(group=64)], 64, tmp_path)

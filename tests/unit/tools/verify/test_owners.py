@@ -65,6 +65,15 @@ def test_layers_by_their_class_or_one_above_it(platform):
     assert made.seam(object(), "model", "aten.mm") == made.seam(None, "", "aten.mm") == ""
 
 
+def test_experts_by_their_kernel(platform):
+    made, experts = owners.Owners(), type("RoutedExperts", (), {})()
+    runner = type("MoERunner", (), {"routed_experts": experts})()
+    for name, seam in (("PackedExperts", "packed_products.cuda_kernel"), ("Triton", LAYERS[platform]["MoERunner"])):
+        kernel = types.SimpleNamespace(fused_experts=type(name, (), {})())
+        experts.quant_method = types.SimpleNamespace(moe_kernel=kernel)
+        assert made.seam(experts, "experts", "aten.mm") == made.seam(runner, "experts", "vllm.moe_forward") == seam
+
+
 def test_operations_by_their_module(platform):
     made = owners.Owners()
     for name, seam in OPS[platform].items():
