@@ -194,10 +194,6 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Qwen3-8B FP8 block, 2 layers, TP 2", *_RANKS, "decode = prefill"),
         ("Qwen3-8B FP8 block, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
     ),
-    ("compressed-tensors W4A16, with experts, with tensor parallelism", "cuda"): (
-        ("Qwen3-30B-A3B W4A16 experts, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
-        ("Qwen3-30B-A3B W4A16 experts, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
-    ),
     ("FP8 blocks of 128 x 128, with experts, with tensor parallelism", "cuda"): (
         ("Qwen3-30B-A3B FP8 block experts, 2 layers, TP 2", *_RANKS, "decode = prefill"),
         ("MiniMax-M2 FP8, 2 layers, TP 2", *_RANKS, "decode = prefill"),
