@@ -39,6 +39,7 @@ def test_linear(dtype, bias, tmp_path):
     assert torch.equal(torch.ops.bi_patch.linear(x[333:334], weight, held), whole[333:334])
 
 
+@pytest.mark.alone
 def test_linear_by_the_fastest_algorithm(tmp_path):
     """For this size, the library's first offer is not always the fastest. The served algorithm gives the reference's
     bits and is no slower than the first offer."""
