@@ -5,6 +5,7 @@
 Each measurement is one line of the JSON file: the kernel, the shape, the number of tokens, and microseconds for the two
 products of a layer, w13 and w2. Kernels of one shape and number of tokens are timed in turns, with the same experts for
 each token; sorting the rows by expert is not timed. Of the bundled kernels, the form that serves, or all with --forms.
+--no-triton leaves vLLM's Triton kernel out.
 `differ`: outputs of all forms that differ from the dense product of each expert, in a smaller problem.
 """
 
@@ -141,7 +142,8 @@ def measure(a, name, held, tokens):
         serving = four.form_of_experts(ids, experts, n, k)
         forms = [f for f in four.FORMS_OF_EXPERTS if ids / experts <= 16 * f.tiles] if a.forms else [serving]
         ways = {("marlin",): [partial(marlin, r) for r in rows(block)]}
-        ways[("triton",)] = [partial(other, r) for r in rows(_TRITON["BLOCK_SIZE_M"])]
+        if not a.no_triton:
+            ways[("triton",)] = [partial(other, r) for r in rows(_TRITON["BLOCK_SIZE_M"])]
         ways |= {("bundled", *f): [partial(ours, r, f) for r in rows(8 * f.tiles)] for f in forms}
         for way, us in zip(ways, timing.microseconds(list(ways.values())), strict=True):
             times.setdefault(way if a.forms else way[:1], []).append(round(us, 2))
@@ -158,6 +160,7 @@ def main():
     a.add_argument("--only", help="comma-separated shapes")
     a.add_argument("--tokens", default="", help="comma-separated numbers of tokens")
     a.add_argument("--forms", action="store_true", help="time every form, not only the one that serves")
+    a.add_argument("--no-triton", action="store_true", help="leave vLLM's Triton kernel out")
     a = a.parse_args()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda form: four.prepare(form, GROUP, False, torch.bfloat16, 0, True), four.FORMS_OF_EXPERTS))

@@ -48,10 +48,10 @@ class Form(NamedTuple):
         return rows <= tile and (tile < 2 * rows or self.tiles == 1)
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether the form may serve on a device of this compute capability: wide forms on Hopper, where they serve 9
-        rows and more, and the others elsewhere."""
+        """Whether the form may serve on a device of this compute capability. Wide forms need Hopper. There, for 9 rows
+        and more, the only others that may be faster have stages of several blocks."""
         hopper = tuple(capability) == _HOPPER
-        return hopper if self.wide else self.tiles == 1 or not hopper
+        return hopper if self.wide else self.tiles == 1 or self.blocks > 1 or not hopper
 
     def defines(self, groups: int, zeros: bool, dtype: str, experts: bool = False) -> dict[str, object]:
         """The preprocessor macros of the source. groups: of scales in 128 elements of K. dtype: of x."""
@@ -115,14 +115,15 @@ FORMS = (
 
 # Forms that may serve experts, where an expert has few rows of its own.
 FORMS_OF_EXPERTS = (
-    Form(4, 1, 2, blocks=4),
     Form(4, 1, 2, blocks=2),
-    Form(4, 2, 4, True),
+    Form(4, 2, 2, blocks=2),
     Form(8, 8, 4, True),
     Form(16, 16, 4, True),
+    Form(4, 1, 2, blocks=4),
+    Form(4, 2, 2, blocks=4),
 )
-_MOST_IDS = (8.5, 13, 60)  # of an expert in the mean, of the second of these forms and the next two
-_DEEP = 6144  # from this K on, few rows take longer stages: the first form
+_MOST_IDS = (7, 14, 60)  # of an expert in the mean, of each of the first three forms
+_DEEP = 6144  # from this K on, the first two forms get longer stages: the last two
 
 
 class Rows(NamedTuple):
@@ -145,9 +146,10 @@ class Rows(NamedTuple):
 def form_of_experts(ids: int, experts: int, n: int, k: int) -> Form:
     """The form that serves `ids` ids spread over `experts` experts of weights [n, k]. Every form has the same bits. The
     products of one layer get one number of tiles."""
-    number = 1 + sum(ids > most * experts for most in _MOST_IDS)
-    deep = number == 1 and k >= _DEEP and k // BLOCK_K % FORMS_OF_EXPERTS[0].blocks == 0
-    return FORMS_OF_EXPERTS[0 if deep else number]
+    number = sum(ids > most * experts for most in _MOST_IDS)
+    if number < 2 and k >= _DEEP and k // BLOCK_K % FORMS_OF_EXPERTS[number + 4].blocks == 0:
+        number += 4
+    return FORMS_OF_EXPERTS[number]
 
 
 def groups(group: int) -> int:

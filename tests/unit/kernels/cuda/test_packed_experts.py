@@ -141,7 +141,7 @@ def test_what_the_kernel_does_not_take_is_refused(launched):
 
 def test_forms_of_experts_fit_and_one_serves_every_number_of_ids():
     for form in packed.FORMS_OF_EXPERTS:
-        assert packed.fits(form, 32, True, 232448, experts=True), form
+        assert packed.fits(form, 32, True, 232448, experts=True) and form.runs_on((9, 0)), form
         outputs = 8 * form.tiles * (32 * form.warps + 16)  # they pass through shared memory
         assert not form.wide or outputs <= form.shared_bytes(1, False)
     for experts in (1, 8, 60, 128, 512):
@@ -151,7 +151,7 @@ def test_forms_of_experts_fit_and_one_serves_every_number_of_ids():
         for n, k in ((4096, 14336), (7168, 6272)):  # each product of a layer has the same tiles
             others = [packed.form_of_experts(ids, experts, n, k) for ids in range(1, 70_000, 97)]
             assert [form.tiles for form in others] == [form.tiles for form in chosen]
-            assert (others[0] == packed.FORMS_OF_EXPERTS[0]) == (k == 14336)  # the other K has no four blocks
+            assert (others[0].blocks == 4) == (k == 14336)  # the other K has no four blocks
 
 
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
