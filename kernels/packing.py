@@ -9,6 +9,13 @@ bytes, bits 4 r to 4 r + 3 and 16 + 4 r to 19 + 4 r are the two integers of regi
 piece, and unpacks two integers in one step, as Marlin does (github.com/IST-DASLab/marlin).
 
 Of 8 bits, q - 128 lies in strips of 16 rows and blocks of 128 elements of K, each contiguous.
+
+Floats e2m1 (OCP Microscaling Formats 1.0: a sign, two bits of exponent, one of mantissa) have no zero points, and x is
+bf16. w[n, k] = v[n, k] * s[n, g] * 2**-7, which is exact, and the sum over K is multiplied by an fp32 number `whole`,
+before the bias is added. Their 4 bytes for each instruction are four registers' worth of bits, too, in an order that
+takes few instructions to unpack (`_PLACES`). A scale is the byte whose bits are those of s * 2**119 in bf16 from the
+fifth exponent bit to the third of the mantissa; the bits above are ones, those below zeros. The scales of a strip and a
+block of 128 elements of K are contiguous: a row's and the eighth row's after it, for each group, for each of 8 rows.
 """
 
 from __future__ import annotations
@@ -22,6 +29,10 @@ BLOCK_K, STRIP = 128, 16
 MIDDLE = {4: 8, 8: 128}
 # The float whose last bit of the mantissa is 1, by type: setting the low bits of its mantissa adds an integer.
 BASE = {"torch.bfloat16": 128, "torch.float16": 1024}
+# Of e2m1, where the mantissa, the exponent and the sign of a register's element lie, in bits of 16. The sign of the
+# second register lies in the other 16.
+_PLACES = ((14, 7, 15), (10, 11, 3), (4, 5, 13), (0, 1, 9))
+_LEAST, _END = 2.0**-22, 2.0**9  # a scale of e2m1 is at least the first, and less than the second
 
 
 class Packed(NamedTuple):
@@ -29,7 +40,8 @@ class Packed(NamedTuple):
 
     data: uint8 (4 bits) or int8 (8 bits), of N * K * bits / 8 elements for each expert. scale: [K / group, N], or
     [E, K / group, N], bf16 or fp16. zero: the zero points, of scale's shape and type, or None: of 4 bits plus BASE, of
-    8 bits less 128. bits: 4 or 8. group: elements of K.
+    8 bits less 128. bits: 4 or 8. group: elements of K. whole: of e2m1, fp32 [], by which sums are multiplied; scale is
+    uint8, and its shape says nothing of its order.
     """
 
     data: torch.Tensor
@@ -37,6 +49,7 @@ class Packed(NamedTuple):
     zero: torch.Tensor | None
     bits: int
     group: int
+    whole: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,8 +58,10 @@ class Packed(NamedTuple):
         return n, self.data.numel() * 8 // self.bits // (self.scale.numel() // groups)
 
 
-def covers(n: int, k: int, bits: int, group: int) -> bool:
-    """Whether there are kernels for such weights."""
+def covers(n: int, k: int, bits: int, group: int, floats: bool = False) -> bool:
+    """Whether there are kernels for such weights. floats: e2m1."""
+    if floats:
+        return n % STRIP == 0 and k % BLOCK_K == 0 and bits == 4 and group in (16, 32)
     return n % STRIP == 0 and k % BLOCK_K == 0 and bits in MIDDLE and (group in (32, 64) or group % BLOCK_K == 0)
 
 
@@ -81,11 +96,56 @@ def pack_experts(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
     return Packed(data, torch.stack([one.scale for one in made]), zeros, 4, made[0].group)
 
 
-def _four(q: torch.Tensor) -> torch.Tensor:
+def pack_floats(q: torch.Tensor, scale: torch.Tensor, whole: torch.Tensor) -> Packed:
+    """Pack floats e2m1 q [N, K], uint8 from 0 to 15, with scales [N, K / group] of any float type with at most 4
+    significant bits, and one fp32 number `whole` for all: a weight is q * scale * whole.
+
+    Raises ValueError if `covers` is false, or if a scale is not finite, or has no byte.
+    """
+    import torch
+
     n, k = q.shape
-    # strip, half of its rows, row; unit of K, instruction, half of its K, pair, half of the pair
-    parts = q.view(n // 16, 2, 8, k // 64, 4, 2, 4, 2).permute(0, 3, 2, 6, 4, 7, 5, 1)
+    group = k // scale.shape[1]
+    if not covers(n, k, 4, group, True):
+        raise ValueError(f"cannot pack {n} x {k} floats of 4 bits in groups of {group}")
+    held = scale.float()
+    zero, below = held == 0, held < 0
+    held = held.abs().where(~zero, 1)
+    bits = (held * 2.0**119).to(torch.bfloat16)
+    known = (held >= _LEAST) & (held < _END) & (bits.float() == held * 2.0**119)
+    bits = bits.view(torch.int16)
+    if not bool((known & (bits & 15 == 0)).all()):
+        raise ValueError("a scale of floats of 4 bits is not finite, or out of range")
+    # A scale has no sign, and is not zero: both go to the group's floats.
+    turned = q ^ below.to(torch.uint8).mul_(8).repeat_interleave(group, 1)
+    turned *= (~zero).to(torch.uint8).repeat_interleave(group, 1)
+    parts = (bits >> 4 & 255).to(torch.uint8).view(n // STRIP, 2, 8, k // BLOCK_K, BLOCK_K // group)
+    scales = parts.permute(0, 3, 2, 4, 1).contiguous().view(k // group, n)
+    return Packed(_floats(turned).view(-1), scales, None, 4, group, (whole.float() * 2.0**7).reshape(()).clone())
+
+
+def _parts(q: torch.Tensor) -> torch.Tensor:
+    """q by strip, unit of K, row, pair, instruction, half of the pair, half of the instruction's K, half of the rows:
+    the last two are a register."""
+    n, k = q.shape
+    return q.view(n // 16, 2, 8, k // 64, 4, 2, 4, 2).permute(0, 3, 2, 6, 4, 7, 5, 1)
+
+
+def _four(q: torch.Tensor) -> torch.Tensor:
+    parts = _parts(q)
     return parts[..., 0] | (parts[..., 1] << 4)
+
+
+def _floats(q: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    parts = _parts(q).flatten(-2).to(torch.int16)
+    made = torch.zeros_like(parts[..., 0])
+    for register, (mantissa, exponent, sign) in enumerate(_PLACES):
+        held = parts[..., register]
+        signs = (held.flip(-1) if register == 1 else held) >> 3
+        made |= (held & 1) << mantissa | (held >> 1 & 3) << exponent | signs << sign
+    return made.contiguous().view(torch.uint8)
 
 
 def _eight(q: torch.Tensor) -> torch.Tensor:

@@ -3,18 +3,18 @@
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w. TILES: eights of rows of x in
 // a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such a block. ZEROS: whether
 // there are zero points. EARLY: whether weights are unpacked while the products before run. INPUT: the 16-bit type.
-// unpack.h makes floats of the integers.
+// E2M1: whether weights are floats, whose sums are multiplied by `whole`. unpack.h unpacks.
 //
 // Order of one output: one fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass. (q - zero) * scale
-// is rounded once, the bias is added in fp32, and the result is rounded once. No warp shares an output with another.
+// is rounded once, the sum is multiplied by `whole` and the bias is added in fp32, and the result is rounded once. No
+// warp shares an output with another.
 
 #define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
 #define X_BYTES (8 * TILES * ROW)
-#define SCALE_BYTES (32 * GROUPS)
 #define STAGE (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))
 
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
-               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride) {
+               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride, const float* whole) {
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
   const int strips = cols / 16, mine = block_x() * WARPS + warp, strip = mine < strips ? mine : strips - 1;
   const int first = block_y() * 8 * TILES;  // row of x
@@ -26,11 +26,16 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   const int part = thread() % 16, row = thread() / 16;
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
   const unsigned char* w_from = w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
+#if E2M1
+  const int kind = lane < GROUPS ? 0 : ZEROS + 1, piece = lane, s_step = SCALE_BYTES, each = 1;
+  const unsigned char* s_from = scale + static_cast<i64>(strip) * blocks * SCALE_BYTES + lane * 16;
+#else
   const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
   const unsigned char* s_from = (kind ? zero : scale) + (static_cast<i64>(piece / 2) * cols + strip * 16) * 2;
   s_from += piece % 2 * 16;
   const i64 s_step = static_cast<i64>(GROUPS) * cols * 2;
   const int each = GROUPS > 1 ? 1 : group / 128;  // blocks that share a group
+#endif
   int left = blocks, same = each, slot = 0;
   auto load = [&] {
     if (left > 0) {
@@ -71,7 +76,11 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   // A pair is two products of 16 elements of K. With EARLY, the weights and rows of the next pair are read and unpacked
   // while the products of one pair run, one after the other.
   u32 a[2][2][4], b[2][TILES][4];
+#if E2M1
+  Scales scales;
+#else
   u32 by[2], less[2];  // of this lane's two rows
+#endif
   Four four;
   const unsigned char* now = shared() + (STAGES - 1) * STAGE;
   auto enter = [&] {  // the next block of K: it is there, and all warps have read the one before
@@ -84,6 +93,10 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     const int step = pair * 2;
     const unsigned char* own = now + X_BYTES;
     if (pair % 2 == 0) four = *reinterpret_cast<const Four*>(own + warp * 1024 + pair / 2 * 512 + lane * 16);
+#if E2M1
+    if (pair == 0)
+      scales = *reinterpret_cast<const Scales*>(own + WARPS * 1024 + warp * SCALE_BYTES + g * 2 * GROUPS);
+#else
     if (step % (8 / GROUPS) == 0) {
       const u16* scales = reinterpret_cast<const u16*>(own + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES);
       const u16* from = scales + step * GROUPS / 8 * 16 + g;
@@ -93,14 +106,21 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
         less[r] = minus(ZEROS ? twice(from[8 * r + SCALE_BYTES / 2]) : MIDDLE);
       }
     }
+#endif
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
       load_matrices(b[pair % 2][t], now + lane % 8 * ROW + lane / 8 * 16 + t * 8 * ROW + step * 32);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int r = 0; r < 4; ++r)
-        a[pair % 2][j][r] = weights(four.word[pair % 2 * 2 + j], 4 * r, less[r % 2], by[r % 2]);
+      for (int r = 0; r < 4; ++r) {
+        const u32 word = four.word[pair % 2 * 2 + j];
+#if E2M1
+        a[pair % 2][j][r] = weights(word, r, scale_of(scales, (step + j) * GROUPS / 8, r % 2));
+#else
+        a[pair % 2][j][r] = weights(word, r, less[r % 2], by[r % 2]);
+#endif
+      }
   };
   if (EARLY) {
     enter();
@@ -119,6 +139,12 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     }
   }
   wait_groups<0>();
+#if E2M1
+#pragma unroll
+  for (int t = 0; t < TILES; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[t][i] = times_unflushed(sum[t][i], *whole);
+#endif
   float added[2] = {0, 0};
   if (bias) {
 #pragma unroll
@@ -135,9 +161,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     }
 }
 
-// The weights as 16-bit floats [N, K]: a warp for each strip of 16 rows and block of 128 elements of K. They pass
-// through shared memory, so that lanes store neighbouring elements.
-KERNEL dequantize(const unsigned char* w, const u16* scale, const u16* zero, u16* out, int cols, int depth, int group) {
+// The weights as 16-bit floats [N, K], without `whole`: a warp for each strip of 16 rows and block of 128 elements of K.
+// They pass through shared memory, so that lanes store neighbouring elements.
+KERNEL dequantize(const unsigned char* w, const Scale* scale, const u16* zero, u16* out, int cols, int depth, int group) {
   const int lane = thread() % 32, blocks = depth / 128, g = lane / 4;
   const int index = block_x() * WARPS + thread() / 32, strip = index / blocks, block = index % blocks;
   if (strip >= cols / 16) return;
@@ -148,11 +174,17 @@ KERNEL dequantize(const unsigned char* w, const u16* scale, const u16* zero, u16
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int k = half * 64 + j * 16;
+#if !E2M1
       const i64 from = static_cast<i64>((block * 128 + k) / group) * cols + strip * 16 + g;
+#endif
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
+#if E2M1
+        const u32 two = weights(four.word[j], r, scale_of(scale[index * 8 + g], k / 16 * GROUPS / 8, r % 2));
+#else
         const u32 less = minus(ZEROS ? twice(zero[from + r % 2 * 8]) : MIDDLE);
-        const u32 two = weights(four.word[j], 4 * r, less, twice(scale[from + r % 2 * 8]));
+        const u32 two = weights(four.word[j], r, less, twice(scale[from + r % 2 * 8]));
+#endif
         *reinterpret_cast<u32*>(held + (g + r % 2 * 8) * ROW + (k + lane % 4 * 2 + r / 2 * 8) * 2) = two;
       }
     }

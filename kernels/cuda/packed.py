@@ -1,7 +1,7 @@
-"""Products with packed weights of 4 bits: compiles and launches packed.cu and packed_wide.cu, which state the order.
+"""Products with packed weights of 4 bits: compiles and launches packed*.cu, which state the order.
 
-x [M, K], bias [N] or none and out [M, N] are bf16 or fp16. Weights: kernels/packing.py. The order is that of
-kernels/triton/gemm.py for the dequantized weights. Wide forms need Hopper.
+x [M, K], bias [N] or none and out [M, N] are bf16 or fp16, and bf16 with floats e2m1. Weights: kernels/packing.py. The
+order is that of kernels/triton/gemm.py for the dequantized weights. Wide forms need Hopper.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # The bits of 1, and of the float to whose mantissa an integer is added (packing.BASE).
 _BITS = {"torch.bfloat16": (0x3F80, 0x4300), "torch.float16": (0x3C00, 0x6400)}
+_OF_FLOATS = "torch.bfloat16"  # x, with floats e2m1
 _ROW_BYTES = 2 * BLOCK_K + 16
 _DEQUANTIZING_WARPS = 8
 _HOPPER = 9, 0
@@ -31,7 +32,7 @@ class Form(NamedTuple):
     """What the source is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
     of blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu, and packed_experts.cu for
     experts. early: of packed.cu, read and unpack the next products' weights while products run. blocks: of a stage of
-    packed_experts.cu."""
+    packed_experts.cu and packed_few.cu. halves: packed_few.cu, where two warps share 16 rows of w and tiles is 1."""
 
     warps: int
     tiles: int
@@ -39,6 +40,18 @@ class Form(NamedTuple):
     wide: bool = False
     early: bool = False
     blocks: int = 1
+    halves: bool = False
+
+    @property
+    def strips(self) -> int:
+        """How many times 16 rows of w a block of threads has."""
+        return self.warps // (1 + self.halves)
+
+    def whole_stages(self, depth: int) -> Form:
+        """This form, or one whose stages have one block, if `depth` elements of K are not whole stages."""
+        if depth // BLOCK_K % self.blocks:
+            return self._replace(blocks=1, stages=self.stages * self.blocks)
+        return self
 
     def serves(self, rows: int) -> bool:
         """Whether this form can be the fastest for a number of rows."""
@@ -53,7 +66,9 @@ class Form(NamedTuple):
         hopper = tuple(capability) == _HOPPER
         return hopper if self.wide else self.tiles == 1 or self.blocks > 1 or not hopper
 
-    def defines(self, groups: int, zeros: bool, dtype: str, experts: bool = False) -> dict[str, object]:
+    def defines(
+        self, groups: int, zeros: bool, dtype: str, experts: bool = False, floats: bool = False
+    ) -> dict[str, object]:
         """The preprocessor macros of the source. groups: of scales in 128 elements of K. dtype: of x."""
         one, base = _BITS[dtype]
         return {
@@ -67,6 +82,7 @@ class Form(NamedTuple):
             "GROUPS": max(1, groups),
             "LONG": int(not groups),
             "ZEROS": int(zeros),
+            "E2M1": int(floats),
             "EXPERTS": int(experts),
             "LEAST": max(1, self.tiles // _FEWEST),
             "ONE": f"{one * 0x10001:#x}u",
@@ -74,10 +90,10 @@ class Form(NamedTuple):
             "MIDDLE": f"{(base + MIDDLE[4]) * 0x10001:#x}u",
         }
 
-    def shared_bytes(self, groups: int, zeros: bool, experts: bool = False) -> int:
+    def shared_bytes(self, groups: int, zeros: bool, experts: bool = False, floats: bool = False) -> int:
         """Bytes of shared memory of a block. groups: of scales in 128 elements of K."""
         rows = 8 * self.tiles * _ROW_OF_EXPERTS if experts else 0
-        own = self.warps * (16 * BLOCK_K // 2 + 32 * max(1, groups) * (1 + zeros))
+        own = self.strips * (16 * BLOCK_K // 2 + (16 if floats else 32) * max(1, groups) * (1 + zeros))
         if self.wide:
             return self.stages * -(-(8 * self.tiles * 2 * BLOCK_K + own) // 1024) * 1024 + rows
         return self.stages * self.blocks * (8 * self.tiles * _ROW_BYTES + own)
@@ -91,6 +107,9 @@ FORMS = (
     Form(2, 1, 8, early=True),
     Form(4, 1, 8, early=True),
     Form(8, 1, 6, early=True),
+    Form(2, 1, 4, blocks=2, halves=True),
+    Form(4, 1, 4, blocks=2, halves=True),
+    Form(8, 1, 3, blocks=2, halves=True),
     Form(2, 2, 8),
     Form(4, 2, 6),
     Form(8, 2, 6),
@@ -158,16 +177,18 @@ def groups(group: int) -> int:
 
 
 @functools.cache
-def build(form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: int, experts: bool = False) -> bytes:
+def build(
+    form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: int, experts: bool = False, floats: bool = False
+) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     brain = dtype == "torch.bfloat16"
-    product, file = "", "packed_experts.cu" if experts else "packed.cu"
+    product, file = "", "packed_experts.cu" if experts else "packed_few.cu" if form.halves else "packed.cu"
     if form.wide:
         used = {form.tiles // part for part in ((1, 2, _FEWEST) if experts else (1,))} - {0}
         product, file = "".join(map(multiply_wide, sorted(used))), "packed_wide.cu"
         arch += "a"  # instructions of this architecture alone
     source = nvrtc.source("primitives.h") + product + nvrtc.source("unpack.h", "rows.h", file)
-    defines = form.defines(groups, zeros, dtype, experts) | {"CONTRACT": 1, "BRAIN": int(brain)}
+    defines = form.defines(groups, zeros, dtype, experts, floats) | {"CONTRACT": 1, "BRAIN": int(brain)}
     return nvrtc.compile(source, arch, defines | {"INPUT": '"bf16"' if brain else '"f16"'}, major)
 
 
@@ -193,24 +214,39 @@ DEVICE void multiply_wide(float (&d)[{tiles}][4], const u32 (&a)[4], i64 b) {{
 
 @functools.cache
 def _kernel(
-    name: str, form: Form, groups: int, zeros: bool, dtype: str, device: int, experts: bool = False
+    name: str,
+    form: Form,
+    groups: int,
+    zeros: bool,
+    dtype: str,
+    device: int,
+    experts: bool = False,
+    floats: bool = False,
 ) -> nvrtc.Function:
     import torch
 
-    cubin = build(form, groups, zeros, dtype, *nvrtc.target(device), experts)
-    shared = form.shared_bytes(groups, zeros, experts) if name == "product" else form.warps * 16 * _ROW_BYTES
+    cubin = build(form, groups, zeros, dtype, *nvrtc.target(device), experts, floats)
+    shared = form.shared_bytes(groups, zeros, experts, floats) if name == "product" else form.warps * 16 * _ROW_BYTES
     with torch.cuda.device(device):
         return nvrtc.Function(cubin, name, 32 * form.warps, shared)
 
 
-def fits(form: Form, group: int, zeros: bool, shared: int, experts: bool = False) -> bool:
+def fits(form: Form, group: int, zeros: bool, shared: int, experts: bool = False, floats: bool = False) -> bool:
     """Whether a form's block fits into `shared` bytes of shared memory."""
-    return form.shared_bytes(groups(group), zeros, experts) <= shared
+    return form.shared_bytes(groups(group), zeros, experts, floats) <= shared
 
 
-def prepare(form: Form, group: int, zeros: bool, dtype: torch.dtype, device: int, experts: bool = False) -> None:
+def prepare(
+    form: Form,
+    group: int,
+    zeros: bool,
+    dtype: torch.dtype,
+    device: int,
+    experts: bool = False,
+    floats: bool = False,
+) -> None:
     """Compile a form, so that its first launch finds it ready. Raises nvrtc.CompileError."""
-    build(form, groups(group), zeros, str(dtype), *nvrtc.target(device), experts)
+    build(form, groups(group), zeros, str(dtype), *nvrtc.target(device), experts, floats)
 
 
 def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Form) -> torch.Tensor:
@@ -223,12 +259,16 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Fo
     out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
     if not rows:
         return out
-    zeros = packed.zero is not None
-    held = _kernel("product", form, groups(packed.group), zeros, str(x.dtype), x.device.index)
+    zeros, floats = packed.zero is not None, packed.whole is not None
+    if floats and str(x.dtype) != _OF_FLOATS:
+        raise ValueError(f"packed: no exact product of floats of 4 bits and {x.dtype}")
+    form = form.whole_stages(depth)
+    held = _kernel("product", form, groups(packed.group), zeros, str(x.dtype), x.device.index, False, floats)
     tensors = (x, packed.data, packed.scale, packed.zero, bias, out)
     sizes = (rows, cols, depth, packed.group, x.stride(0))
     arguments = [*(c_void_p(None if t is None else t.data_ptr()) for t in tensors), *map(c_int, sizes)]
-    grid = -(-cols // (16 * form.warps)), -(-rows // (8 * form.tiles))
+    arguments.append(c_void_p(packed.whole.data_ptr() if floats else None))
+    grid = -(-cols // (16 * form.strips)), -(-rows // (8 * form.tiles))
     held(grid[::-1] if form.wide else grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)
     return out
 
@@ -239,14 +279,14 @@ def _check_rows(x: torch.Tensor) -> None:
 
 
 def dequantize(packed: Packed) -> torch.Tensor:
-    """The weights [N, K] in the type of the scales."""
+    """The weights w [N, K] in the type of the scales, of floats e2m1 in bf16."""
     import torch
 
     n, k = packed.shape
-    device = packed.data.device
-    out = torch.empty((n, k), dtype=packed.scale.dtype, device=device)
+    device, floats = packed.data.device, packed.whole is not None
+    out = torch.empty((n, k), dtype=torch.bfloat16 if floats else packed.scale.dtype, device=device)
     form, zeros = Form(_DEQUANTIZING_WARPS, 1, 2), packed.zero is not None
-    held = _kernel("dequantize", form, groups(packed.group), zeros, str(packed.scale.dtype), device.index)
+    held = _kernel("dequantize", form, groups(packed.group), zeros, str(out.dtype), device.index, False, floats)
     tensors = (packed.data, packed.scale, packed.zero, out)
     arguments = [*(c_void_p(None if t is None else t.data_ptr()) for t in tensors), *map(c_int, (n, k, packed.group))]
     units = n // 16 * (k // BLOCK_K)
@@ -273,8 +313,7 @@ def product_of_experts(
     if out.shape != (rows.ids, cols) or not out.is_contiguous() or out.data_ptr() % 16:
         raise ValueError(f"packed: the kernel does not write {tuple(out.shape)} with strides {out.stride()}")
     zeros = packed.zero is not None
-    if depth // BLOCK_K % form.blocks:
-        form = form._replace(blocks=1, stages=form.stages * form.blocks)
+    form = form.whole_stages(depth)
     held = _kernel("product", form, groups(packed.group), zeros, str(x.dtype), x.device.index, True)
     tensors = (x, packed.data, packed.scale, packed.zero, bias, out)
     sizes = (x.shape[0], cols, depth, packed.group, x.stride(0))

@@ -14,7 +14,6 @@
 
 #define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
 #define X_BYTES (8 * TILES * ROW)
-#define SCALE_BYTES (32 * GROUPS)
 #define SLOT (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))  // bytes of a block of K
 #define STAGE (BLOCKS * SLOT)
 
@@ -122,7 +121,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
           if (step % 2 == 0) load_matrices(rows_now[t], rows_of + at + t * 8 * ROW + step * 32);
         u32 a[4];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) a[r] = weights(four.word[step % 4], 4 * r, less[r % 2], by[r % 2]);
+        for (int r = 0; r < 4; ++r) a[r] = weights(four.word[step % 4], r, less[r % 2], by[r % 2]);
 #pragma unroll
         for (int t = 0; t < TILES; ++t)
           multiply_add(sum[t], a, rows_now[t][step % 2 * 2], rows_now[t][step % 2 * 2 + 1]);

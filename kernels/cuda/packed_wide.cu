@@ -5,14 +5,14 @@
 // eights of rows of x in a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such
 // a block. ZEROS: whether there are zero points. INPUT: the 16-bit type. EXPERTS: whether rows belong to experts
 // (rows.h), each with weights, scales, zero points and bias of its own, one expert's after the other's. LEAST: of experts,
-// the fewest eights of rows that a block multiplies where its tile has few rows. unpack.h makes floats of the integers.
+// the fewest eights of rows that a block multiplies where its tile has few rows. E2M1: whether weights are floats, whose
+// sums are multiplied by `whole`, without experts. unpack.h unpacks.
 //
 // Order of one output: that of packed.cu. One fp32 accumulator of wgmma.m64nNk16 takes K in ascending order in one pass.
 // The weights of 16 elements of K lie in a warp's registers as for mma.m16n8k16, so both read one packing.
 
 #define ATOM (1024 * TILES)  // bytes of all rows of x and 64 elements of K: rows of 128 bytes, swizzled
 #define X_BYTES (2 * ATOM)
-#define SCALE_BYTES (32 * GROUPS)
 #define STAGE ((X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)) + 1023) / 1024 * 1024)
 #define AHEAD (STAGES - 2)         // loads in flight: a block's last products may run into the next block
 #define OUT_ROW (32 * WARPS + 16)  // bytes of a row of outputs in shared memory
@@ -20,7 +20,11 @@
 // A lane's weights of a block of K: its words, and of each group the scales and zero points of its two rows.
 struct Words {
   Four four[2];
+#if E2M1
+  Scales scales;
+#else
   u32 scale[GROUPS], zero[GROUPS];
+#endif
 };
 
 DEVICE Words words_at(const unsigned char* stage, int warp, int lane) {
@@ -29,12 +33,16 @@ DEVICE Words words_at(const unsigned char* stage, int warp, int lane) {
   block.four[0] = *reinterpret_cast<const Four*>(words);
   block.four[1] = *reinterpret_cast<const Four*>(words + 512);
   const unsigned char* scales = stage + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES;
+#if E2M1
+  block.scales = *reinterpret_cast<const Scales*>(scales + lane / 4 * 2 * GROUPS);
+#else
 #pragma unroll
   for (int group = 0; group < GROUPS; ++group) {
     const u16* from = reinterpret_cast<const u16*>(scales) + group * 16 + lane / 4;
     block.scale[group] = from[0] | static_cast<u32>(from[8]) << 16;
     if (ZEROS) block.zero[group] = from[SCALE_BYTES / 2] | static_cast<u32>(from[8 + SCALE_BYTES / 2]) << 16;
   }
+#endif
   return block;
 }
 
@@ -45,8 +53,13 @@ DEVICE void unpack(u32 (&a)[4], const Words& block, int step) {
   const int group = step * GROUPS / 8;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
+    const u32 word = block.four[step / 4].word[step % 4];
+#if E2M1
+    a[r] = weights(word, r, scale_of(block.scales, group, r % 2));
+#else
     const u32 less = minus(ZEROS ? twice_of(block.zero[group], r % 2) : MIDDLE);
-    a[r] = weights(block.four[step / 4].word[step % 4], 4 * r, less, twice_of(block.scale[group], r % 2));
+    a[r] = weights(word, r, less, twice_of(block.scale[group], r % 2));
+#endif
   }
 }
 
@@ -57,6 +70,9 @@ struct Task {
   const u16* bias;
   u16* out;
   int rows, cols, depth, group, stride, column;
+#if E2M1
+  const float* whole;
+#endif
 #if EXPERTS
   const int (&copied)[PIECES(TILES)];  // the ids whose rows of x this thread copies
   const int* ids;
@@ -86,11 +102,16 @@ DEVICE void multiply(const Task& task) {
 #endif
   const int x_to = part / 8 * ATOM + row * 128 + (part % 8 ^ row % 8) * 16;
   const unsigned char* w_from = task.w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
+#if E2M1
+  const int kind = lane < GROUPS ? 0 : ZEROS + 1, piece = lane, s_step = SCALE_BYTES, each = 1;
+  const unsigned char* s_from = task.scale + static_cast<i64>(strip) * blocks * SCALE_BYTES + lane * 16;
+#else
   const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
   const unsigned char* s_from = (kind ? task.zero : task.scale) + (static_cast<i64>(piece / 2) * cols + strip * 16) * 2;
   s_from += piece % 2 * 16;
   const i64 s_step = static_cast<i64>(GROUPS) * cols * 2;
   const int each = GROUPS > 1 ? 1 : task.group / 128;  // blocks that share a group
+#endif
   int left = blocks, same = each, slot = 0;
   auto load = [&] {
     if (left > 0) {
@@ -191,6 +212,9 @@ DEVICE void multiply(const Task& task) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = t * 8 + lane % 4 * 2 + i % 2, n = warp * 16 + g + i / 2 * 8;
+#if E2M1
+      sum[t][i] = times_unflushed(sum[t][i], *task.whole);
+#endif
       float value = task.bias ? sum[t][i] + added[i / 2] : sum[t][i];
 #if EXPERTS
       if (task.factors) value = times_unflushed(value, of_rows[m].factor);
@@ -255,9 +279,13 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 }
 #else
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
-               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride) {
+               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride, const float* whole) {
   const i64 first = block_x() * 8 * TILES;  // row of x: neighbouring blocks share weights
   multiply<TILES>({x + first * stride, w, scale, zero, bias, out + first * cols, rows - static_cast<int>(first), cols,
-                   depth, group, stride, block_y()});
+                   depth, group, stride, block_y()
+#if E2M1
+                   , whole
+#endif
+  });
 }
 #endif

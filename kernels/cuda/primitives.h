@@ -90,6 +90,12 @@ DEVICE u32 masked_or(u32 x, u32 mask, u32 set) {
   return y;
 }
 
+// The word turned left by 1 to 31 bits.
+DEVICE u32 rotated(u32 word, u32 by) { return __funnelshift_l(word, word, by); }
+
+// The bytes of a word and zeros that a selector's digits of 4 bits name: 0 to 3 of the word, 4 for zero.
+DEVICE u32 chosen_bytes(u32 word, u32 selector) { return __byte_perm(word, 0, selector); }
+
 // A 16-bit element as fp32. BRAIN: whether it is bf16.
 DEVICE float widen(u16 half) {
   float value;

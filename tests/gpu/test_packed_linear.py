@@ -65,3 +65,35 @@ def test_a_row_has_its_bits_in_any_batch(bits, group, zeros, dtype, bias, tmp_pa
     assert (whole.double() - want).norm() / want.norm() < 4e-3
     for at, m in ((0, 1), (3, 2), (0, 8), (8, 9), (8, 16), (1, 17), (0, 64), (0, 65), (100, 128), (0, 300), (0, 601)):
         assert torch.equal(run(x[at : at + m]), whole[at : at + m]), (at, m)
+
+
+@pytest.mark.parametrize(("group", "bias"), [(16, True), (32, False)])
+def test_floats_of_4_bits_have_their_bits_in_any_batch(group, bias, tmp_path):
+    from bi_patch.kernels.packing import pack_floats
+    from bi_patch.ops.cuda import packed_linear
+
+    problem = packed_linear.Problem(N, K, torch.bfloat16, bias, 4, group, False, True)
+    (first,) = packed_linear.certify([problem], 600, tmp_path)
+    (again,) = packed_linear.certify([problem], 600, tmp_path)
+    assert first == again and first.evidence.compared and first.passed, first.evidence
+    generator = torch.Generator("cuda").manual_seed(group)
+    q = torch.randint(0, 16, (N, K), generator=generator, device="cuda", dtype=torch.uint8)
+    scale = torch.randn((N, K // group), generator=generator, device="cuda").mul(32).to(torch.float8_e4m3fn)
+    scale[0, :4] = torch.tensor([0, 2**-9, 448, 3 * 2**-9], device="cuda")
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64, device="cuda")[q.long() & 7]
+    exact = values * torch.where(q > 7, -1, 1) * scale.double().repeat_interleave(group, 1)
+    whole = torch.tensor(0.0123, device="cuda")
+    packed = pack_floats(q, scale, whole)
+    assert torch.equal(packed_linear.dequantize(packed).double(), exact * 2**-7)
+    x = torch.randn(700, K, device="cuda").bfloat16()
+    held = torch.randn(N, device="cuda").bfloat16() if bias else None
+
+    def run(rows):
+        given = packed.data, packed.scale, None, held, 4, group, packed.whole
+        return torch.ops.bi_patch.packed_linear(rows, *given)
+
+    got = run(x)
+    want = x.double() @ exact.T * whole.double() + (held.double() if bias else 0)
+    assert (got.double() - want).norm() / want.norm() < 4e-3
+    for at, m in ((0, 1), (3, 2), (0, 8), (8, 9), (8, 16), (1, 17), (0, 64), (0, 65), (100, 128), (0, 300), (0, 601)):
+        assert torch.equal(run(x[at : at + m]), got[at : at + m]), (at, m)

@@ -1,9 +1,13 @@
 """Routes of linears with packed weights of 4 or 8 bits on CUDA: the fastest kernel for each M, all in one order.
 
 Order: that of 16-bit linears (bi_patch.ops.cuda.linear) for the dequantized weights (kernels/packing.py). Bundled
-kernels dequantize in registers: of 4 bits kernels/cuda/packed.cu and, on Hopper, packed_wide.cu; of 8 bits
-kernels/triton/packed_gemm.py. Or the weights are dequantized once a call, and the route of the 16-bit linear serves,
-with its own certificate.
+kernels dequantize in registers: of 4 bits kernels/cuda/packed.cu, packed_few.cu and, on Hopper, packed_wide.cu; of 8
+bits kernels/triton/packed_gemm.py. Or the weights are dequantized once a call, and the route of the 16-bit linear
+serves, with its own certificate.
+
+Floats e2m1 of 4 bits (NVFP4) have no such other way: the bundled kernels multiply the fp32 sum by the one scale of all
+weights, which a 16-bit linear would do after rounding. So the bundled kernels serve every number of rows, on GPUs where
+they can be the fastest (`serves_floats`), and no engine starts without a variant.
 
 A certificate compares each variant of the bundled kernels with the bundled GEMM of the dequantized weights, at numbers
 of rows up to a limit, and times the variants and the other way. A variant that differs does not serve. A problem
@@ -42,6 +46,7 @@ DATA = "sums of zero and others, kernels by time"
 _TYPES = ("bfloat16", "float16")
 _MOST = 2048  # rows: above, dequantizing takes a small part of the time
 _TIMED = (24, 48, 96)  # rows at which ways are timed besides those of 16-bit linears
+_POWER = 0.25  # the one scale of the compared floats e2m1
 _WHOLE = -1  # in a certificate, the number of the way that dequantizes all weights
 # Variants are compared at these numbers of rows, at the beginning and the end of the input.
 _COMPARED = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 500, 512)
@@ -52,6 +57,7 @@ class Problem(NamedTuple):
     """One linear: y [M, n] = x [M, k] @ w [n, k].T + bias, w from integers of `bits` bits.
 
     dtype: of x, y, bias and the scales. group: elements of K that share a scale. zeros: whether there are zero points.
+    floats: weights are floats e2m1, with scales of one byte, in place of integers.
     """
 
     n: int
@@ -61,9 +67,11 @@ class Problem(NamedTuple):
     bits: int
     group: int
     zeros: bool
+    floats: bool = False
 
     def __str__(self) -> str:
-        said = f"N={self.n} K={self.k} int{self.bits} groups of {self.group}{' zero points' if self.zeros else ''}"
+        kind = "e2m1" if self.floats else f"int{self.bits}"
+        said = f"N={self.n} K={self.k} {kind} groups of {self.group}{' zero points' if self.zeros else ''}"
         return f"{said} {machine.name(self.dtype)}{' bias' if self.bias else ''}"
 
     def dequantized(self) -> linear.Problem:
@@ -73,16 +81,20 @@ class Problem(NamedTuple):
 
 @dataclass
 class Route:
-    """Which way serves which numbers of rows: preferred has the fastest, by timed M, as the number of a variant."""
+    """Which way serves which numbers of rows: preferred has the fastest, by timed M, as the number of a variant. whole:
+    whether the weights may be dequantized; else the variant of the most timed rows serves more rows, too."""
 
     able: frozenset[int]
     preferred: Mapping[int, int]
+    whole: bool = True
     _chosen: dict[int, int | None] = field(default_factory=dict, repr=False)
 
     def variant(self, rows: int) -> int | None:
         """The number of the variant that serves a number of rows, or None if the weights are dequantized."""
         if rows not in self._chosen:
             above = min((m for m in self.preferred if m >= rows), default=None)
+            if above is None and not self.whole:
+                above = max(self.preferred, default=None)
             number = _WHOLE if above is None else self.preferred[above]
             self._chosen[rows] = number if number in self.able else None
         return self._chosen[rows]
@@ -94,30 +106,35 @@ _routes: dict[Problem, Route] = {}
 def define_op() -> None:
     """Define torch.ops.bi_patch.packed_linear. A second call does nothing."""
     define(
-        "packed_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group) -> Tensor",
+        "packed_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group, "
+        "Tensor? whole=None) -> Tensor",
         packed_linear,
         "CUDA",
-        lambda x, data, scale, zero, bias, bits, group: x.new_empty((*x.shape[:-1], scale.shape[1])),
+        lambda x, data, scale, zero, bias, bits, group, whole=None: x.new_empty((*x.shape[:-1], scale.shape[1])),
     )
 
 
-def packed_linear(x, data, scale, zero, bias, bits: int, group: int) -> torch.Tensor:
-    """x [..., K] @ w [N, K].T + bias [N] -> [..., N], by the problem's route. data, scale, zero, bits, group: see
-    kernels/packing.Packed. Raises CertificateFailed for another dtype than bf16 and fp16, or if the types of
-    x and scale differ."""
+def packed_linear(x, data, scale, zero, bias, bits: int, group: int, whole=None) -> torch.Tensor:
+    """x [..., K] @ w [N, K].T + bias [N] -> [..., N], by the problem's route. data, scale, zero, bits, group, whole:
+    see kernels/packing.Packed. Raises CertificateFailed for another dtype than bf16 and fp16, if the types of x and of
+    integers' scales differ, or if floats e2m1 have no route."""
     import torch
 
     from bi_patch.kernels.packing import Packed
 
-    if machine.name(x.dtype) not in _TYPES or scale.dtype != x.dtype:
+    floats = whole is not None
+    if machine.name(x.dtype) not in _TYPES or scale.dtype != (torch.uint8 if floats else x.dtype):
         raise CertificateFailed(f"packed_linear: no invariant GEMM for {x.dtype} rows and scales of {scale.dtype}")
-    packed = Packed(data, scale, zero, bits, group)
+    packed = Packed(data, scale, zero, bits, group, whole)
     n, k = packed.shape
     flat = x.reshape(-1, k)
     if not linear.packed(flat, k):
         flat = flat.clone(memory_format=torch.contiguous_format)
-    route = _routes.get(Problem(n, k, x.dtype, bias is not None, bits, group, zero is not None))
+    problem = Problem(n, k, x.dtype, bias is not None, bits, group, zero is not None, floats)
+    route = _routes.get(problem)
     number = route.variant(flat.shape[0]) if route is not None else None
+    if number is None and floats:
+        raise CertificateFailed(f"{OPERATION}: {problem} has no certificate")
     if number is None:
         out = linear.linear(flat, dequantize(packed), bias)
     else:
@@ -133,6 +150,16 @@ def variants(bits: int):
     return packed.FORMS if bits == 4 else packed_gemm.TILES
 
 
+def serves_floats() -> bool:
+    """Whether this device runs a variant of each number of rows for floats e2m1."""
+    import torch
+
+    from bi_patch.kernels.cuda import packed
+
+    capability = torch.cuda.get_device_capability()
+    return any(form.wide and form.runs_on(capability) for form in packed.FORMS)
+
+
 def runnable(problem: Problem) -> list[int]:
     """The numbers of the variants that this device can run."""
     known = variants(problem.bits)
@@ -140,11 +167,15 @@ def runnable(problem: Problem) -> list[int]:
         return list(range(len(known)))
     import torch
 
+    capability, shared = torch.cuda.get_device_capability(), machine.shared_memory()
+    fits = (form.runs_on(capability) and _fits(form, problem, shared) for form in known)
+    return [number for number, able in enumerate(fits) if able]
+
+
+def _fits(form, problem: Problem, shared: int) -> bool:
     from bi_patch.kernels.cuda import packed
 
-    capability, shared = torch.cuda.get_device_capability(), machine.shared_memory()
-    fits = (form.runs_on(capability) and packed.fits(form, problem.group, problem.zeros, shared) for form in known)
-    return [number for number, able in enumerate(fits) if able]
+    return packed.fits(form, problem.group, problem.zeros, shared, floats=problem.floats)
 
 
 def _product(number: int, x, packed: Packed, bias):
@@ -160,7 +191,7 @@ def _product(number: int, x, packed: Packed, bias):
 
 
 def dequantize(packed: Packed):
-    """The weights [N, K] in the type of their scales."""
+    """The weights w [N, K] of kernels/packing.py in the type of their scales, of floats e2m1 in bf16."""
     if packed.bits == 4:
         from bi_patch.kernels.cuda.packed import dequantize as unpack
     else:
@@ -177,7 +208,8 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
     """Certify each problem for all M up to max_rows, or read its certificate from `cache`, and set up its route.
 
     Call this before any graph is captured, and after linear.certify of the problems' dequantized linears. Returns one
-    certificate per distinct problem, failed certificates included.
+    certificate per distinct problem, failed certificates included. Raises CertificateFailed if no variant is left for
+    floats e2m1.
     """
     from bi_patch.kernels.cuda import nvrtc
 
@@ -185,11 +217,15 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
     made = []
     for problem in dict.fromkeys(problems):
         key = _key(problem, max_rows)
+        instead = "what is left of its variants" if problem.floats else "the GEMM of dequantized weights"
         certificate = certificates.obtain(
-            cache, key, lambda p=problem, k=key: _certify(p, k, max_rows), instead="the GEMM of dequantized weights"
+            cache, key, lambda p=problem, k=key: _certify(p, k, max_rows), instead=instead
         )
         able = frozenset(number for (number,) in certificate.algorithms)
-        _routes[problem] = Route(able, {m: number for m, (number,) in certificate.preferred.items()})
+        preferred = {m: number for m, (number,) in certificate.preferred.items()}
+        if problem.floats and not preferred:
+            certificates.require([certificate])
+        _routes[problem] = Route(able, preferred, not problem.floats)
         made.append(certificate)
     return made
 
@@ -209,7 +245,19 @@ def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None
     device = torch.cuda.current_device()
     for number in runnable(problem):
         form = packed.FORMS[number]
-        ahead.work(lambda f=form: packed.prepare(f, problem.group, problem.zeros, problem.dtype, device))
+        given = problem.group, problem.zeros, problem.dtype, device, False, problem.floats
+        ahead.work(lambda f=form, g=given: packed.prepare(f, *g))
+    if problem.floats:
+        ahead.rehearse(lambda: _rehearse_reference(problem, max_rows))
+
+
+def _rehearse_reference(problem: Problem, max_rows: int) -> None:
+    import torch
+
+    rows = min(max_rows, _MOST)
+    x, weight = (torch.empty((m, problem.k), dtype=problem.dtype, device="meta") for m in (rows, problem.n))
+    bias = torch.empty(problem.n, dtype=problem.dtype, device="meta") if problem.bias else None
+    linear.bundled(x, weight, bias, False)
 
 
 def _rehearse(problem: Problem, max_rows: int) -> None:
@@ -294,9 +342,9 @@ def drawn(problem: Problem, order: torch.Tensor, generator: torch.Generator):
     """
     import torch
 
-    from bi_patch.kernels.packing import pack
+    from bi_patch.kernels.packing import pack, pack_floats
 
-    n, k, dtype, bias, bits, group, zeros = problem
+    n, k, dtype, bias, bits, group, zeros, floats = problem
     device = generator.device
     most = 2 ** (bits - 1) - 1 if not zeros else 2 ** (bits - 2)
     half = torch.randint(-most, most + 1, (n, k // 2), generator=generator, device=device, dtype=torch.int16)
@@ -304,11 +352,15 @@ def drawn(problem: Problem, order: torch.Tensor, generator: torch.Generator):
     value[1::2].abs_()
     scale = torch.rand((n, k // group), generator=generator, device=device) * 0.01 + 0.002
     scale[::2] = scale[::2, :1]
-    zero = None
-    if zeros:
-        zero = torch.randint(most, 2**bits - most, (n, k // group), generator=generator, device=device)
-    middle = 2 ** (bits - 1) if zero is None else zero.to(torch.int16).repeat_interleave(group, 1)
-    packed = pack((value + middle).to(torch.uint8), scale.to(dtype), zero, bits)
+    if floats:
+        codes = (value.abs() | (value < 0).to(torch.int16) * 8).to(torch.uint8)
+        packed = pack_floats(codes, (scale * 32).to(torch.float8_e4m3fn), torch.tensor(_POWER, device=device))
+    else:
+        zero = None
+        if zeros:
+            zero = torch.randint(most, 2**bits - most, (n, k // group), generator=generator, device=device)
+        middle = 2 ** (bits - 1) if zero is None else zero.to(torch.int16).repeat_interleave(group, 1)
+        packed = pack((value + middle).to(torch.uint8), scale.to(dtype), zero, bits)
     if not bias:
         return packed, None
     added = torch.randn(n, generator=generator, device=device, dtype=dtype)
@@ -328,7 +380,10 @@ class _Trial:
         order = torch.randperm(k, generator=generator, device="cuda")
         self.x = cancelling(rows, order, 1, generator, dtype)
         self.packed, self.bias = drawn(problem, order, generator)
-        self.want = linear.bundled(self.x, dequantize(self.packed), self.bias, False)
+        weights = dequantize(self.packed)
+        if problem.floats:
+            weights *= self.packed.whole  # a power of two, so these weights are as exact as their products
+        self.want = linear.bundled(self.x, weights, self.bias, False)
         if not bool(torch.isfinite(self.want).all()):
             raise ArithmeticError("the bundled GEMM gives values that are not finite")
 
@@ -362,7 +417,7 @@ class _Trial:
         for m in sorted({*cublaslt_choice.timed_rows(self.rows), *(m for m in _TIMED if m < self.rows)}):
             x = self._take(0, m)
             ways = [number for number in good if known[number].serves(m)]
-            ways += [_WHOLE] if m > 16 else []
+            ways += [_WHOLE] if m > 16 and not self.problem.floats else []
             if not ways:
                 continue
             us = timing.microseconds([[partial(self._run, way, x, p) for p in packs] for way in ways], 3)

@@ -1,9 +1,9 @@
-"""Seams of linear layers with packed weights of 4 or 8 bits: AWQ, GPTQ, compressed-tensors W4A16 and W8A16."""
+"""Seams of linear layers with packed weights of 4 or 8 bits: AWQ, GPTQ, compressed-tensors W4A16 and W8A16, NVFP4."""
 
 import functools
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams.cuda import quantized
+from bi_patch.seams.cuda import nvfp4, quantized
 from bi_patch.seams.model import Seam, Target
 
 
@@ -117,20 +117,23 @@ def _compressed(original):
 
 
 def _nvfp4(original):
-    """init_nvfp4_linear_kernel: for weights alone, take Humming's batch-invariant schedules. A row certificate compares
-    them."""
+    """init_nvfp4_linear_kernel: for weights alone, take the bundled kernel, and where it does not serve, Humming's
+    batch-invariant schedules. A row certificate compares them."""
 
     @functools.wraps(original)
     def init_nvfp4_linear_kernel(use_a16=False):
         from vllm.model_executor.kernels import linear
 
+        if use_a16 and nvfp4.served():
+            return nvfp4.own()(linear.NvFp4LinearLayerConfig())
         kind = linear.HummingNvFp4LinearKernel
         able, reason = kind.is_supported()
         if not use_a16 or not able:
             said = reason if use_a16 else "vLLM's kernels of upstream's mode round activations to NVFP4 on this GPU"
             raise UnsupportedFeature(
                 f"linear.cuda_nvfp4: bi_patch has no certified order for this checkpoint's NVFP4 layers ({said}). Use "
-                "a checkpoint with NVFP4 weights alone and the package humming-kernels, or set BI_PATCH=0"
+                "a checkpoint with NVFP4 weights alone in bf16 on Hopper, or with the package humming-kernels, or set "
+                "BI_PATCH=0"
             )
         return kind(linear.NvFp4LinearLayerConfig())
 
@@ -153,21 +156,28 @@ _LAST = "HummingLinearKernel"
 
 
 def problems(model):
-    """For every linear layer with packed weights, a Problem, and one of its dequantized weights."""
+    """For every linear layer with packed weights, a Problem, and of integers one of the dequantized weights."""
     from bi_patch.ops.cuda.packed_linear import Problem
 
-    for name, layer, kernel in quantized.layers(model, _KERNELS):
+    for name, layer, kernel in quantized.layers(model, (*_KERNELS, quantized.PACKED_NVFP4)):
+        if type(kernel).__name__ == quantized.PACKED_NVFP4:
+            yield from (nvfp4.problem(kernel, added) for added in _biases(layer))
+            continue
         if not hasattr(kernel, "bi_patch_group"):
             raise UnsupportedFeature(f"linear.cuda_packed: {name} was loaded before bi_patch was armed")
         data, scale, zero = kernel._get_weight_params(layer)
-        bias = getattr(layer, "bias", None) is not None and not getattr(layer, "skip_bias_add", False)
         bits = kernel.config.weight_type.size_bits
         n, k = scale.shape[1], data.numel() * 8 // bits // scale.shape[1]
-        # In a sum over ranks, only the first rank adds the bias.
-        for added in (True, False) if bias and getattr(layer, "tp_size", 1) > 1 else (bias,):
+        for added in _biases(layer):
             problem = Problem(n, k, scale.dtype, added, bits, kernel.bi_patch_group, bool(kernel.config.zero_points))
             yield problem.dequantized()
             yield problem
+
+
+def _biases(layer) -> tuple[bool, ...]:
+    """Whether a layer's products add a bias: in a sum over ranks, only the first rank's do."""
+    bias = getattr(layer, "bias", None) is not None and not getattr(layer, "skip_bias_add", False)
+    return (True, False) if bias and getattr(layer, "tp_size", 1) > 1 else (bias,)
 
 
 _MIXED = "vllm.model_executor.kernels.linear.mixed_precision"
@@ -249,9 +259,10 @@ SEAMS = (
         close=_nvfp4,
         why="Marlin cuts K into parts by the number of rows, and upstream's mode has no kernel for NVFP4 weights with "
         "16-bit activations on Hopper",
-        how="layers with NVFP4 weights alone take Humming's batch-invariant schedules, and a row certificate compares "
-        "them. Others are refused by name",
+        how="layers with NVFP4 weights alone take a bundled kernel, in bf16 on Hopper. Elsewhere they take Humming's "
+        "batch-invariant schedules, and a row certificate compares them. Others are refused by name",
         until="upstream's mode serves NVFP4 weights on Hopper",
         causes=(1,),
+        relies=("vllm.model_executor.kernels.linear.nvfp4.base:NvFp4LinearKernel",),
     ),
 )

@@ -3,6 +3,7 @@
 from bi_patch.errors import UnsupportedFeature
 
 INT8, NVFP4 = "CutlassInt8ScaledMMLinearKernel", "HummingNvFp4LinearKernel"
+PACKED_NVFP4 = "PackedNvFp4LinearKernel"  # bi_patch's own (nvfp4)
 # By the class of vLLM's kernel: the module of seams that replaces its product, or that certifies it as it is.
 KERNELS = {
     "CutlassFP8ScaledMMLinearKernel": "scaled_linear",
@@ -11,6 +12,7 @@ KERNELS = {
     "TritonFp8BlockScaledMMKernel": "scaled_linear",
     "MacheteLinearKernel": "packed_linear",
     "MarlinLinearKernel": "packed_linear",
+    PACKED_NVFP4: "packed_linear",
     INT8: "rows",
     NVFP4: "rows",
 }
@@ -23,11 +25,12 @@ def layers(model, kinds):
 
 def check(model) -> None:
     """Raise UnsupportedFeature if a linear layer or a head is quantized, and its kernel is none of KERNELS. No head may
-    have a kernel that is certified as it is."""
+    have a kernel that is certified as it is, or have NVFP4 weights."""
     for name, layer, kernel in _all(model):
-        kind = KERNELS.get(type(kernel).__name__)
-        if kind is None or kind == "rows" and _is_head(layer):
-            found = type(layer.quant_method if kernel is None else kernel).__name__
+        name_of = type(kernel).__name__
+        kind = KERNELS.get(name_of)
+        if kind is None or (kind == "rows" or name_of == PACKED_NVFP4) and _is_head(layer):
+            found = type(layer.quant_method).__name__ if kernel is None else name_of
             raise UnsupportedFeature(
                 f"linear.cuda_quantized: {name} runs on {found}, and bi_patch has no certified order for it. Leave out "
                 "--linear-backend, use another checkpoint, or set BI_PATCH=0"

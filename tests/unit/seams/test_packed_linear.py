@@ -8,9 +8,12 @@ import torch
 
 pytest.importorskip("vllm")
 
-from bi_patch.errors import UnsupportedFeature
+from bi_patch.errors import CertificateFailed, UnsupportedFeature
+from bi_patch.kernels import packing
+from bi_patch.ops.cuda import packed_linear as ops
 from bi_patch.ops.cuda.packed_linear import Problem, Route
-from bi_patch.seams.cuda import packed_linear, quantized
+from bi_patch.ops.zero_sums import cancelling
+from bi_patch.seams.cuda import nvfp4, packed_linear, quantized
 from bi_patch.tools.models import quantize
 
 N, K = 64, 256
@@ -145,6 +148,7 @@ class HummingNvFp4LinearKernel:
 
 
 def test_nvfp4_weights_alone_take_the_kernel_that_is_certified(monkeypatch):
+    monkeypatch.setattr(ops, "serves_floats", lambda: False)
     kernels = SimpleNamespace(
         HummingNvFp4LinearKernel=HummingNvFp4LinearKernel, NvFp4LinearLayerConfig=lambda: "config"
     )
@@ -161,6 +165,88 @@ def test_nvfp4_weights_alone_take_the_kernel_that_is_certified(monkeypatch):
     monkeypatch.setattr(HummingNvFp4LinearKernel, "supported", (False, "Humming is not installed"))
     with pytest.raises(UnsupportedFeature, match="linear.cuda_nvfp4: .*Humming is not installed"):
         choose(use_a16=True)
+
+
+@pytest.fixture
+def bf16():
+    held = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(held)
+
+
+def test_nvfp4_weights_in_bf16_on_hopper_take_the_bundled_kernel(monkeypatch, bf16):
+    def init_nvfp4_linear_kernel(use_a16=False):
+        raise AssertionError("vLLM's choice")
+
+    choose = packed_linear._nvfp4(init_nvfp4_linear_kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    kernel = choose(use_a16=True)
+    assert type(kernel).__name__ == quantized.PACKED_NVFP4 and kernel.input_quant_key() is None
+    assert quantized.KERNELS[quantized.PACKED_NVFP4] == "packed_linear"
+    with pytest.raises(UnsupportedFeature, match="linear.cuda_nvfp4: .*round activations"):
+        choose()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert not nvfp4.served()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert nvfp4.served()
+    torch.set_default_dtype(torch.float16)
+    assert not nvfp4.served()
+
+
+def nvfp4_layer(n, k):
+    """A layer as vLLM's schemes hand it to a kernel, and its codes [N, K]."""
+    generator = torch.Generator().manual_seed(n)
+    q = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    layer = _Layer()
+    scale = (torch.rand((n, k // 16), generator=generator) * 32).to(torch.float8_e4m3fn)
+    held = {"weight": q[:, 0::2] | q[:, 1::2] << 4, "weight_scale": scale, "weight_global_scale": torch.tensor(0.03)}
+    for name, value in held.items():
+        layer.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+    return layer, q, scale
+
+
+def test_the_floats_of_nvfp4_are_packed_once(monkeypatch):
+    from vllm.model_executor.kernels.linear import NvFp4LinearLayerConfig
+
+    layer, q, scale = nvfp4_layer(N, K)
+    kernel = nvfp4.own()(NvFp4LinearLayerConfig())
+    kernel.process_weights_after_loading(layer)
+    want = packing.pack_floats(q, scale, torch.tensor(0.03))
+    assert torch.equal(layer.weight, want.data) and torch.equal(layer.weight_scale, want.scale)
+    assert layer.weight_global_scale == want.whole == torch.tensor(0.03) * 128
+    layer.bias, layer.tp_size = torch.zeros(N), 2
+    monkeypatch.setattr(quantized, "layers", lambda model, kinds: [("qkv", layer, kernel)])
+    made = [Problem(N, K, torch.bfloat16, bias, 4, 16, False, True) for bias in (True, False)]
+    assert list(packed_linear.problems(None)) == made
+    assert str(made[0]) == "N=64 K=256 e2m1 groups of 16 bfloat16 bias"
+    with pytest.raises(CertificateFailed, match="cuda.packed_linear: N=64 K=256 e2m1 .* has no certificate"):
+        held = layer.weight, layer.weight_scale, None, None, 4, 16, layer.weight_global_scale
+        ops.packed_linear(torch.zeros(1, K, dtype=torch.bfloat16), *held)
+    with pytest.raises(CertificateFailed, match="no invariant GEMM for torch.bfloat16 rows and scales of torch.uint8"):
+        ops.packed_linear(torch.zeros(1, K, dtype=torch.bfloat16), *held[:-1])
+    for n, k in ((40, 256), (64, 192)):
+        with pytest.raises(UnsupportedFeature, match=f"linear.cuda_packed: a _Layer of {n} x {k} with NVFP4 weights"):
+            kernel.process_weights_after_loading(nvfp4_layer(n, k)[0])
+
+
+def test_floats_have_no_way_but_the_bundled_kernels():
+    route = Route(frozenset({0, 3}), {8: 0, 64: 3}, False)
+    assert [route.variant(m) for m in (1, 8, 9, 64, 65, 5000)] == [0, 0, 3, 3, 3, 3]
+    assert Route(frozenset(), {}, False).variant(1) is None
+
+
+def test_half_of_the_compared_sums_of_floats_are_zero(monkeypatch):
+    given, make = [], packing.pack_floats
+    monkeypatch.setattr(packing, "pack_floats", lambda *held: given.append(held) or make(*held))
+    generator = torch.Generator().manual_seed(5)
+    order = torch.randperm(K, generator=generator)
+    packed, bias = ops.drawn(Problem(N, K, torch.bfloat16, True, 4, 16, False, True), order, generator)
+    (codes, scale, _), x = given[0], cancelling(7, order, 1, generator, torch.bfloat16)
+    value = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes.long() & 7] * torch.where(codes > 7, -1, 1)
+    sums = x.double() @ (value.double() * scale.double().repeat_interleave(16, 1)).T
+    assert (sums[:, ::2] == 0).all() and (sums[:, 1::2] != 0).all() and (bias[::2] == 0).all()
+    assert packed.whole == ops._POWER * 128 and len(codes.unique()) > 12
 
 
 def test_an_nvfp4_layer_is_certified_as_it_is(monkeypatch):

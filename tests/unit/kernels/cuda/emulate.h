@@ -240,6 +240,17 @@ DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf
 
 DEVICE u32 masked_or(u32 x, u32 mask, u32 set) { return (x & mask) | set; }
 
+DEVICE u32 rotated(u32 word, u32 by) { return word << by | word >> (32 - by); }
+
+DEVICE u32 chosen_bytes(u32 word, u32 selector) {
+  u32 y = 0;
+  for (int i = 0; i < 4; ++i) {
+    const u32 from = selector >> 4 * i & 15;
+    if (from < 4) y |= (word >> 8 * from & 255) << 8 * i;
+  }
+  return y;
+}
+
 DEVICE float widen(u16 half) { return widen_bf16(half); }
 
 // Exact if the product has at most 24 bits.

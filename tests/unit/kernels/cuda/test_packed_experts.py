@@ -13,6 +13,7 @@ PARAMETERS = (
     "const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero, const u16* bias,"
     "u16* out, int rows, int cols, int depth, int group, int stride"
 )
+OF_ONE = ", const float* whole"
 OF_EXPERTS = (
     ", const int* ids, const int* experts, const int* padded, const float* factors, i64 inverse, int limit,"
     "int tiles, int scales"
@@ -25,7 +26,7 @@ def launched(emulated, monkeypatch, tmp_path):
     built = {}
 
     def use(form, group, zeros):
-        def kernel(name, form, groups, zeros, dtype, device, experts=False):
+        def kernel(name, form, groups, zeros, dtype, device, experts=False, floats=False):
             key = form, groups, zeros, experts
             if key not in built:
                 folder = tmp_path / str(len(built))
@@ -33,7 +34,7 @@ def launched(emulated, monkeypatch, tmp_path):
                 built[key] = emulated(
                     folder,
                     "packed_wide" if form.wide else "packed_experts" if experts else "packed",
-                    {"product": PARAMETERS + OF_EXPERTS * experts},
+                    {"product": PARAMETERS + (OF_EXPERTS if experts else OF_ONE)},
                     form.defines(groups, zeros, dtype, experts),
                     ("unpack.h", "rows.h"),
                 )
