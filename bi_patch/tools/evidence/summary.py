@@ -54,8 +54,6 @@ CHOSEN: Mapping[str, Choice] = {
     "mla": Choice(("DeepSeek-V2-Lite", "DeepSeek-V3 FP8 block, 4 layers", "DeepSeek-V2-Lite, 6 layers")),
     "trainer": Choice(("Qwen3-1.7B, trainer", "Llama-3.2-1B, trainer")),
 }
-# Models whose label in the files leaves out what decides their time.
-_SHOWN = {"DeepSeek-V2-Lite, 6 layers": "DeepSeek-V2-Lite, 6 layers, BI_PATCH_MLA=one"}
 
 _GPU = re.compile(r" ?\(GPU\)")
 _WORKLOAD = re.compile(r"(decode|prefill) (\d+) x (\d+)(?:/\d+)?$")
@@ -165,7 +163,7 @@ def _others(others: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
 
 
 def _shown(model: str) -> str:
-    return _SHOWN.get(model, model)
+    return schemes.SHOWN.get(model, model)
 
 
 def _range(values: list[float] | None) -> str:
