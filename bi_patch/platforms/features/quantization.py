@@ -141,7 +141,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "NVFP4 weights alone (compressed-tensors)",
         kinds.nvfp4,
-        cells.NO_KERNEL | {"cuda": cells.BOTH},
+        cells.NO_KERNEL | {"cuda": cells.NVFP4},
     ),
 )
 _OTHERS = "other quantized weights"

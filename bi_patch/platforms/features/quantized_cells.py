@@ -65,6 +65,17 @@ BOTH = (
     served(EAGER, GRAPHS, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"),
     NONE,
 )
+NVFP4 = (
+    served(
+        "invariance-2026-11-30-h200-quantized-vllm-0.33.0-7.json",
+        EAGER,
+        GRAPHS,
+        why="two layers of Qwen3-8B's sizes, compiled on the bundled kernels in four axes; in eager mode and in "
+        "further axes on the package humming-kernels, which served them before",
+        releases=">=0.33",
+    ),
+    NONE,
+)
 Cells = dict[str, Cell | tuple[Cell, ...]]
 
 

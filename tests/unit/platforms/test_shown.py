@@ -632,6 +632,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("NVFP4 weights alone (compressed-tensors)", "cuda"): (
         ("* NVFP4,* eager", *_SIX),
         ("* NVFP4, 2 layers", *_SIX),
+        ("* NVFP4, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
     ),
     ("FP8 per channel or tensor, static activations (other methods)", "cuda"): (
         ("* FP8 static, compressed-tensors,* eager", *_SIX),
