@@ -321,8 +321,9 @@ def product_of_experts(
     of_rows = (rows.sorted_ids, rows.experts, rows.padded, rows.weights)
     arguments += [c_void_p(None if t is None else t.data_ptr()) for t in of_rows]
     inverse = -(-(1 << 32) // rows.each)  # the product of an id and the inverse, over 2**32, is id // each
-    if rows.ids * rows.each >= 1 << 32:
-        raise ValueError(f"packed: the kernel does not take {rows.ids} ids")
+    # The kernel counts ids in 32 bits, and places in x in parts of 16 bytes.
+    if rows.ids * rows.each >= 1 << 32 or x.shape[0] * (x.stride(0) // 8) >= 1 << 31:
+        raise ValueError(f"packed: the kernel does not take {rows.ids} ids of {x.shape[0]} rows of {depth} elements")
     arguments += [c_longlong(inverse), *map(c_int, (rows.ids, tiles, depth // packed.group))]
     span = min(tiles, _SPAN)
     grid = span, -(-cols // (16 * form.warps)), -(-tiles // span)

@@ -7,7 +7,10 @@ def group(quant_config) -> int | None:
     size = getattr(of, "group_size", None) or -1
     known = {
         "QuantizationArgs": lambda: (
-            of.num_bits == 4 and of.type == "int" and of.strategy == "group" and of.actorder != "group"
+            of.num_bits == 4
+            and of.type == "int"
+            and of.strategy == "group"
+            and of.actorder in (None, "weight", "static")  # orders that leave no trace in the checkpoint
         ),
         "AutoGPTQConfig": lambda: of.weight_bits == 4 and of.is_sym and not of.desc_act,
         "AutoAWQConfig": lambda: of.weight_bits == 4 and of.zero_point,

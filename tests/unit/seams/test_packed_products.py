@@ -110,6 +110,7 @@ def test_layers_of_every_method_get_the_kernel(monkeypatch, kind):
         (QuantizationArgs(**vars(COMPRESSED) | {"type": "float"}), {}),
         (QuantizationArgs(**vars(COMPRESSED) | {"strategy": "channel", "group_size": None}), {}),
         (QuantizationArgs(**vars(COMPRESSED) | {"actorder": "group"}), {}),
+        (QuantizationArgs(**vars(COMPRESSED) | {"actorder": "dynamic"}), {}),
         (QuantizationArgs(**vars(COMPRESSED) | {"group_size": 512}), {}),
         (AutoGPTQConfig(**vars(GPTQ) | {"desc_act": True}), {}),
         (AutoGPTQConfig(**vars(GPTQ) | {"weight_bits": 8}), {}),
