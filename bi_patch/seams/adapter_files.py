@@ -13,12 +13,19 @@ _SAFE = "adapter_model.safetensors"
 _NAMES = ("adapter_config.json", _SAFE, "adapter_model.bin", "adapter_model.pt")
 
 
+_folders: dict[str, Path] = {}  # each request asks, and a hub must not
+
+
 def folder(path: str) -> Path | None:
     """The folder of an adapter's path, from the hub if vLLM would take it from there. None if vLLM finds none."""
-    from vllm.lora.utils import get_adapter_absolute_path
+    if path not in _folders:
+        from vllm.lora.utils import get_adapter_absolute_path
 
-    found = Path(get_adapter_absolute_path(path))
-    return found if found.is_dir() else None
+        found = Path(get_adapter_absolute_path(path))
+        if not found.is_dir():
+            return None
+        _folders[path] = found
+    return _folders[path]
 
 
 def stamp(where: Path) -> tuple:

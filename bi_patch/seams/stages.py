@@ -58,7 +58,8 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # the store's process has ended
             if reason is None:
                 text = str(error) or type(error).__name__
-                self._store.set(_REASON, json.dumps([self._rank, type(error).__name__, text]))
+                self._store.compare_set(_REASON, "", json.dumps([self._rank, type(error).__name__, text]))
+                self._reason()  # another rank's may have come first, and waits until it is heard
             self._told()
         return None if isinstance(error, errors.BiPatchError) else reason
 
@@ -103,7 +104,7 @@ class Watch:
 
     def _all_started(self) -> bool:
         try:
-            return self._store.add(_STARTED, 0) == self._ranks
+            return self._store.add(_STARTED, 0) >= self._ranks
         except RuntimeError:
             return self._started
 
@@ -133,6 +134,7 @@ def watch(world: Any) -> None:
 
 def guard(worker: Any) -> None:
     """Let the other ranks know if a stage of `worker`, a worker of vLLM, fails; and stop it if another rank failed."""
+    _watches.clear()  # an engine before this one may have failed
     for name in STAGES:
         if callable(method := getattr(worker, name, None)):
             setattr(worker, name, _guarded(method, last=name == STAGES[-1]))

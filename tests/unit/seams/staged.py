@@ -13,7 +13,7 @@ import torch.distributed as dist
 from bi_patch.errors import BiPatchError, CertificateFailed
 from bi_patch.seams import stages
 
-stages.LOOK, stages.GRACE = 0.1, 2.0
+stages.LOOK, stages.GRACE, stages.HEARD = 0.1, 2.0, 600.0  # a rank that nobody hears would show
 
 
 class Worker:
@@ -31,6 +31,9 @@ class Worker:
             raise CertificateFailed("an encoder gives other bits")
         if self.rank == 1 and self.case == "no memory":
             raise ValueError("no memory")
+        if self.case == "alike":
+            dist.barrier()
+            raise ValueError(f"of rank {self.rank}")
         if self.case == "waiting":
             dist.barrier()  # rank 1 never comes
         if self.case in ("no certificate", "no memory"):

@@ -71,6 +71,18 @@ def test_files_that_changed_are_refused_before_a_step(folder):
     lora.check(held, adapter(1, path=path))
 
 
+def test_a_hub_is_asked_once(monkeypatch, tmp_path):
+    from vllm.lora import utils
+
+    asked = []
+    monkeypatch.setattr(utils, "get_adapter_absolute_path", lambda path: asked.append(path) or str(tmp_path / path[4:]))
+    monkeypatch.setattr(adapter_files, "_folders", {})
+    assert adapter_files.folder("hub/one") is None and adapter_files.folder("hub/one") is None
+    (tmp_path / "one").mkdir()
+    assert [adapter_files.folder("hub/one") for _ in range(3)] == [tmp_path / "one"] * 3
+    assert asked == ["hub/one"] * 3
+
+
 def test_an_adapter_of_a_head_in_another_type_is_refused_before_a_step(folder):
     plain, wide = core(), core(head=torch.float32)
     head, other = "base_model.model.lm_head.lora_A.weight", "base_model.model.model.layers.0.q_proj.lora_A.weight"

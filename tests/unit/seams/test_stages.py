@@ -60,3 +60,19 @@ def test_one_rank_asks_nobody():
     worker = SimpleNamespace(load_model=lambda: 3)
     stages.guard(worker)
     assert worker.load_model() == 3 and not hasattr(worker, "init_device")
+
+
+def test_ranks_that_fail_alike_wait_for_nobody(free_tcp_port):
+    said = [json.loads(out) for out, _, _ in run("alike", free_tcp_port)]
+    for rank, text in enumerate(said):
+        assert text in (
+            f"ValueError: of rank {rank}",
+            f"BiPatchError: of rank {1 - rank} (rank {1 - rank} said this, and stopped)",
+        )
+    assert sum(text.startswith("ValueError") for text in said) >= 1
+
+
+def test_a_new_engine_does_not_hear_of_the_one_before():
+    stages._watches.append(object())
+    stages.guard(SimpleNamespace())
+    assert not stages._watches
