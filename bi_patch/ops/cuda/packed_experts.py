@@ -136,9 +136,7 @@ def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None
     for number in runnable(problem):
         held = packed.FORMS_OF_EXPERTS[number]
         ahead.work(lambda f=held: packed.prepare(f, problem.group, problem.zeros, problem.dtype, device, True))
-    x, weight = (torch.empty((rows, problem.k), dtype=problem.dtype, device="meta") for rows in (512, problem.n))
-    added = torch.empty(problem.n, dtype=problem.dtype, device="meta") if problem.bias else None
-    ahead.rehearse(lambda: linear.bundled(x, weight, added, False))
+    ahead.rehearse(lambda: packed_linear.rehearse_reference(problem.of_one(), 512))
 
 
 def runnable(problem: Problem) -> list[int]:

@@ -248,13 +248,13 @@ def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None
         given = problem.group, problem.zeros, problem.dtype, device, False, problem.floats
         ahead.work(lambda f=form, g=given: packed.prepare(f, *g))
     if problem.floats:
-        ahead.rehearse(lambda: _rehearse_reference(problem, max_rows))
+        ahead.rehearse(lambda: rehearse_reference(problem, min(max_rows, _MOST)))
 
 
-def _rehearse_reference(problem: Problem, max_rows: int) -> None:
+def rehearse_reference(problem: Problem, rows: int) -> None:
+    """For Ahead.rehearse: the bundled GEMM that a certificate compares with, for so many rows."""
     import torch
 
-    rows = min(max_rows, _MOST)
     x, weight = (torch.empty((m, problem.k), dtype=problem.dtype, device="meta") for m in (rows, problem.n))
     bias = torch.empty(problem.n, dtype=problem.dtype, device="meta") if problem.bias else None
     linear.bundled(x, weight, bias, False)
