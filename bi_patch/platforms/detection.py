@@ -26,7 +26,8 @@ def detect(distribution: str, version: Version) -> str:
     foreign = next((name for name in _FOREIGN if name in local), None)
     if foreign:
         raise UnsupportedFeature(
-            f"this vLLM is built for {foreign}, but bi_patch supports only CUDA, CPU and Ascend. Set BI_PATCH=0"
+            f"platform: this vLLM is built for {foreign}, and bi_patch has patch points for CUDA, CPU and Ascend only. "
+            "Set BI_PATCH=0"
         )
     try:
         importlib.metadata.version(_ASCEND)

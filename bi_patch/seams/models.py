@@ -33,6 +33,11 @@ def policies(platform: str) -> tuple[Policy, ...]:
     )
 
 
+def cured(found: str) -> str:
+    """What is not covered of a model, with what to do: the advice that the words bring, or another model."""
+    return f"{found}{'' if '. ' in found else '. Use another model'}, or set BI_PATCH=0"
+
+
 def _refuse_own_package(config: Any, policy: str, platform: str) -> None:
     """Refuse a model whose code vLLM keeps in vllm.models, outside of its common layers. policy: the policy's name."""
     from vllm.model_executor.models.registry import ModelRegistry
@@ -41,9 +46,7 @@ def _refuse_own_package(config: Any, policy: str, platform: str) -> None:
         module = getattr(ModelRegistry.models.get(name), "module_name", "")
         found = packages.reason(module, name, platform)
         if found:
-            raise UnsupportedFeature(
-                f"{policy}: bi_patch does not cover {name}: {found}. Use another model, or set BI_PATCH=0"
-            )
+            raise UnsupportedFeature(f"{policy}: bi_patch does not cover {name}: {cured(found)}")
 
 
 def _refuse_rotations(config: Any, policy: str) -> None:

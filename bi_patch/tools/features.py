@@ -1,4 +1,4 @@
-"""The feature table as Markdown: the README's short table, and the full tables of the documentation."""
+"""The feature table as Markdown for the README and the documentation, and as plain text for a terminal."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ from bi_patch.platforms.features.quantization import QUANTIZATION
 from bi_patch.platforms.features.recurrent import RECURRENT
 from bi_patch.platforms.features.versions import VERSIONS
 
+# The full tables, by the name of their marks: what their first column holds, and their rows.
+_TABLES: dict[str, tuple[str, tuple[Feature, ...]]] = {
+    "features": ("feature", (*FEATURES, *IMAGES)),
+    "pairs": ("both together", (*PAIRS, *BESIDE, *MATRIX)),
+    "recurrent": ("layers", RECURRENT),
+    "quantization": ("weights", QUANTIZATION),
+    "families": ("models", FAMILIES),
+}
 _WORSE = (SERVED, UNTRIED, REFUSED)
 _STATES = {SERVED: "**served**", REFUSED: "refused", UNTRIED: "untried"}
 
@@ -29,20 +37,26 @@ def blocks() -> dict[str, str]:
     """The generated tables by the name of their marks. A page marks the table "features" with `<!-- features -->`."""
     return {
         "support": _short([row for row in table.ROWS if row.short]),
-        "features": _full((*FEATURES, *IMAGES), "feature"),
-        "pairs": _full((*PAIRS, *BESIDE, *MATRIX), "both together"),
-        "recurrent": _full(RECURRENT, "layers"),
-        "quantization": _full(QUANTIZATION, "weights"),
-        "families": _full(FAMILIES, "models"),
+        **{name: _full(rows, what) for name, (what, rows) in _TABLES.items()},
         "cards": _cards(),
         "releases": _releases(),
     }
 
 
-def found(text: str) -> list[str]:
-    """The rows whose name or remarks hold this text, in any case, as plain text: name, states and remarks."""
-    rows = (*FAMILIES, *FEATURES, *IMAGES, *QUANTIZATION, *RECURRENT, *PAIRS, *BESIDE, *MATRIX)
-    return [_plain(row) for row in rows if text.lower() in " ".join((row.name, *_remarks(row))).lower()]
+def states() -> list[list[str]]:
+    """Every row in short, for a terminal: its state on each platform, and its name. A head begins each table."""
+    lines = []
+    for what, rows in _TABLES.values():
+        lines += ([""] * 4, [*TITLES.values(), what.upper()])
+        lines += ([*(row.cell(platform).state for platform in TITLES), row.name] for row in rows)
+    return lines[1:]
+
+
+def found(texts: Sequence[str]) -> list[str]:
+    """The rows that name all of these texts, in any case, as plain text: name, states and remarks."""
+    rows = (row for name in ("families", "features", "quantization", "recurrent", "pairs") for row in _TABLES[name][1])
+    said = [(row, " ".join((row.name, *_remarks(row))).lower()) for row in rows]
+    return [_plain(row) for row, words in said if all(text.lower() in words for text in texts)]
 
 
 def _plain(row: Feature) -> str:

@@ -20,11 +20,12 @@ def forward(module: torch.nn.Module, name: str) -> Callable:
     kind, at = f"{type(module).__module__}.{type(module).__qualname__}", name.rpartition(".")[2]
     if kind != "peft.tuners.lora.layer.Linear" or type(module.base_layer) is not torch.nn.Linear:
         raise UnsupportedFeature(
-            f"training.leaf: {name} ({kind}) has no cover in the trainer. Of PEFT, LoRA on linear layers is covered"
+            f"training.leaf: {name} ({kind}) has no cover in the trainer. Use LoRA of PEFT on linear layers"
         )
     if at not in COVERED:
         raise UnsupportedFeature(
-            f"training.lora: {name} has an adapter, and the trainer covers adapters of {', '.join(COVERED)} only"
+            f"training.lora: {name} has an adapter, and the trainer covers adapters of "
+            f"{', '.join(COVERED)} only. Leave it out of target_modules"
         )
     for adapter in module.lora_A:
         _check(module, name, adapter)
@@ -39,7 +40,9 @@ def _check(module: torch.nn.Module, name: str, adapter: str) -> None:
     }
     if any(odd.values()):
         said = ", ".join(what for what, found in odd.items() if found)
-        raise UnsupportedFeature(f"training.lora: the adapter {adapter} of {name} has {said}, which has no cover")
+        raise UnsupportedFeature(
+            f"training.lora: the adapter {adapter} of {name} has {said}, which has no cover. Use plain LoRA"
+        )
 
 
 def active(module: torch.nn.Module, name: str = "a layer") -> str:

@@ -130,8 +130,8 @@ def check_sampling(params: Any) -> None:
     for name in type(params).__struct_fields__:
         if name not in SAMPLING and not name.startswith("_") and getattr(params, name) != getattr(plain, name):
             raise UnsupportedRequest(
-                f"training.sampling: the trainer does not repeat {name}={getattr(params, name)!r}. It repeats "
-                "temperature, top_k, top_p and seed"
+                f"training.sampling: the trainer does not repeat {name}={getattr(params, name)!r}. Leave "
+                f"{name} out: only temperature, top_k, top_p and seed are repeated"
             )
 
 
@@ -154,27 +154,31 @@ def _of_engine(sampler: Any) -> dict[str, Any]:
 def _said(contract: dict[str, Any] | None, who: str) -> dict[str, Any]:
     if not contract:
         raise ContractBroken(
-            f"training.contract: {who} is not armed by this release of bi_patch, so nobody knows what decides its bits"
+            f"training.contract: {who} is not armed by this release of bi_patch, so nobody knows what decides its "
+            "bits. Start it with the trainer's bi_patch"
         )
     missing = [name for name in running.FIELDS if name not in contract]
     missing += [f"model.{name}" for name in running.MODEL if name not in (contract.get("model") or ())]
     if missing or not contract["attention"]:
         raise ContractBroken(
-            f"training.contract: {who} lacks {', '.join(missing) or 'attention'}, so nobody knows what decides its bits"
+            f"training.contract: {who} lacks {', '.join(missing) or 'attention'}, so nobody knows what decides its "
+            "bits. Start it with the trainer's bi_patch"
         )
     return contract
 
 
 def _same(name: str, own: Any, theirs: Any) -> None:
     if own != theirs:
-        raise ContractBroken(f"training.contract: {name} is {own!r} in the trainer and {theirs!r} in the sampler")
+        raise ContractBroken(
+            f"training.contract: {name} is {own!r} in the trainer and {theirs!r} in the sampler. Make them equal"
+        )
 
 
 def _among(name: str, value: Any, known: tuple) -> None:
     if value not in known:
         raise ContractBroken(
             f"training.contract: the sampler's {name} is {value!r}, and the trainer repeats only "
-            f"{', '.join(map(repr, known))}"
+            f"{', '.join(map(repr, known))}. Start the sampler with another"
         )
 
 

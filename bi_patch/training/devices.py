@@ -53,7 +53,9 @@ def define(
 def implementation(device: str, module: str = "") -> Any:
     """A module of a device's folder, or the folder's package. Raises UnsupportedDevice if there is no folder."""
     if device not in FOLDERS:
-        raise UnsupportedDevice(f"training.device: bi_patch has no operators with a backward on {device}")
+        raise UnsupportedDevice(
+            f"training.device: bi_patch has no operators with a backward on {device}. Use cpu or cuda"
+        )
     return importlib.import_module(f"{FOLDERS[device]}.{module}" if module else FOLDERS[device])
 
 

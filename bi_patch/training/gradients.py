@@ -108,7 +108,7 @@ def gradients(model: torch.nn.Module) -> Iterator[Gradients]:
         raise BiPatchError("training.gradients: the model is not armed. Call bi_patch.training.arm first")
     _refuse_wrappers(model)
     if any(isinstance(held, _Chained) for held in state.functions.values()):
-        raise GradientsOpen("training.gradients: this model is in such a block already")
+        raise GradientsOpen("training.gradients: this model is in such a block already. Use one block")
     made, before = Gradients(), dict(state.functions)
     state.functions.update({name: _Chained(made, state, make) for name, make in _OPERATORS.items()})
     try:

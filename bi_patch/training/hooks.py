@@ -22,7 +22,7 @@ def check_release() -> None:
     if Version(transformers.__version__).major != _MAJOR:
         raise MissingDependency(
             f"training.transformers: bi_patch knows the hooks of transformers {_MAJOR}, and {transformers.__version__} "
-            "is installed"
+            f"is installed. Install transformers {_MAJOR}"
         )
 
 
@@ -35,7 +35,7 @@ def prepare(base, args, kwargs):
     if torch.is_autocast_enabled(tokens.device.type):
         raise UnsupportedFeature(
             "training.autocast: autocast changes dtypes between layers. Leave the context, and arm a model whose "
-            "parameters are in the sampler's dtype, or in float32 with dtype=..."
+            "parameters are in the sampler's dtype, or in float32 with the argument dtype"
         )
     if state.asked is None and not torch.compiler.is_compiling():  # training.logprobs has looked
         leaves.check_unchanged(state.plan[0].module, state.plan)
@@ -44,7 +44,9 @@ def prepare(base, args, kwargs):
     batch, length = tokens.shape[:2]
     mask, positions, cumulative = (given.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (batch, length)):
-        raise UnsupportedFeature("training.mask: the attention mask is no padding mask of the batch's shape [B, T]")
+        raise UnsupportedFeature(
+            "training.mask: the attention mask is no padding mask. Give one of the batch's shape [B, T]"
+        )
     if positions is not None:
         positions = positions.expand(batch, length)
     if cumulative is not None:
@@ -75,7 +77,10 @@ def _attention(
         "attention that is not causal": not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False,
     }
     if any(odd.values()):
-        raise UnsupportedFeature(f"training.attention: no cover for {', '.join(k for k, v in odd.items() if v)}")
+        raise UnsupportedFeature(
+            f"training.attention: no cover for {', '.join(k for k, v in odd.items() if v)}. Call the armed model "
+            "itself, and leave these out"
+        )
     batch, heads, length, size = query.shape
     rows = [x.transpose(1, 2).reshape(batch * length, x.shape[1], size) for x in (query, key, value)]
     scale = size**-0.5 if scaling is None else scaling

@@ -120,7 +120,8 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
     family = leaves.family_of(model)
     if family.experts and parts > 1:
         raise UnsupportedFeature(
-            "training.parallel: a sampler whose ranks share experts is not repeated by the trainer"
+            "training.parallel: a sampler whose ranks share experts is not repeated by the trainer. Start one without "
+            "tensor parallelism"
         )
     plan = leaves.plan(model, family, dtype, parts)
     devices.prepare(next(model.parameters()).device.type)

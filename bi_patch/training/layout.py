@@ -96,7 +96,9 @@ def _positions(starts, lengths, rows, given, mask):
     if len(starts):  # the host asks the device once
         end, begin, tokens = torch.stack(((starts + lengths).max(), starts.min(), lengths.sum())).tolist()
     if len(starts) and (end > rows or begin < 0):
-        raise UnsupportedRequest(f"training.layout: the sequences reach beyond the {rows} tokens of the batch")
+        raise UnsupportedRequest(
+            f"training.layout: the sequences reach beyond the {rows} tokens of the batch. Give lengths that end there"
+        )
     if mask is not None:
         pairs = [torch.stack(pair, 1) for pair in (_padded(mask), (starts, lengths))]
         theirs, ours = (pair[pair[:, 1] > 0] for pair in pairs)

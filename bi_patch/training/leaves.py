@@ -29,8 +29,8 @@ def family_of(model: torch.nn.Module) -> Family:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES or not _own_class(model).__name__.endswith("ForCausalLM"):
         raise UnsupportedFeature(
-            f"training.model: {type(model).__name__} ({kind}) is not covered. bi_patch covers causal language models "
-            f"of transformers of these types: {', '.join(FAMILIES)}"
+            f"training.model: {type(model).__name__} ({kind}) is not covered. Use a causal language model of "
+            f"transformers of one of these types: {', '.join(FAMILIES)}"
         )
     if getattr(model.config, "attention_dropout", 0):
         raise UnsupportedFeature(
@@ -42,7 +42,9 @@ def family_of(model: torch.nn.Module) -> Family:
             "Set it to 0"
         )
     if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedFeature("training.quantization: a quantized model's layers have no cover in the trainer")
+        raise UnsupportedFeature(
+            "training.quantization: a quantized model's layers have no cover in the trainer. Use an unquantized one"
+        )
     module_of(model)  # raises for a class of another library
     return FAMILIES[kind]
 
@@ -71,10 +73,16 @@ def plan(model: torch.nn.Module, family: Family, dtype: torch.dtype, parts: int)
         if forward is adapters.linear:
             devices.implementation(module.weight.device.type, "lora").cover(dtype)
             if parts > 1:
-                raise UnsupportedFeature(f"training.lora: {name} has an adapter, and the sampler's ranks share its K")
+                raise UnsupportedFeature(
+                    f"training.lora: {name} has an adapter, and the sampler's ranks share its K. Start a sampler "
+                    "without tensor parallelism"
+                )
         module_parts = parts if name.rpartition(".")[2] in ROW_PARALLEL else 1
         if module_parts > 1 and module.weight.shape[1] % parts:
-            raise UnsupportedFeature(f"training.parallel: {parts} ranks cannot share the input of {name} equally")
+            raise UnsupportedFeature(
+                f"training.parallel: {parts} ranks cannot share the input of {name} equally. Start a sampler with "
+                "another number of ranks"
+            )
         found.append(Planned(name, module, None if forward is _OWN else forward, module_parts))
     return found
 
@@ -115,8 +123,8 @@ def _check_parameters(name: str, module: torch.nn.Module, dtype: torch.dtype) ->
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.dtype not in (dtype, torch.float32):
             raise UnsupportedFeature(
-                f"training.dtype: {name}.{own} is {parameter.dtype}, and the sampler computes in {dtype}. Parameters "
-                f"are in {dtype}, or in float32 as master weights"
+                f"training.dtype: {name}.{own} is {parameter.dtype}, and the sampler computes in {dtype}. Use {dtype}, "
+                "or float32 for master weights"
             )
 
 
@@ -130,7 +138,7 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
         return _head if module is model.get_output_embeddings() else _linear
     if own is torch.nn.Embedding or kind == f"{prefix}TextScaledWordEmbedding":
         if module.max_norm is not None:
-            raise UnsupportedFeature(f"training.leaf: {name} has max_norm, which changes weights in a forward")
+            raise UnsupportedFeature(f"training.leaf: {name} has max_norm, which changes weights. Set it to None")
         return _embedding
     if kind == f"{prefix}RMSNorm":
         of_heads = name.endswith((".q_norm", ".k_norm"))
@@ -155,7 +163,8 @@ def _forward(module: torch.nn.Module, name: str, family: Family, model: torch.nn
     if name.endswith(".act_fn"):
         return _OWN  # the MLP's forward does not call it
     raise UnsupportedFeature(
-        f"training.leaf: {name} ({type(module).__module__}.{type(module).__qualname__}) has no cover in the trainer"
+        f"training.leaf: {name} ({type(module).__module__}.{type(module).__qualname__}) has no cover in the trainer. "
+        "Use a model without it"
     )
 
 
@@ -182,7 +191,10 @@ def _activation(config: Any) -> str:
 
 def _check_activation(name: str, module: torch.nn.Module) -> None:
     if _activation(module.config) not in ACTIVATIONS:
-        raise UnsupportedFeature(f"training.leaf: {name} has the activation {_activation(module.config)}")
+        raise UnsupportedFeature(
+            f"training.leaf: {name} has the activation {_activation(module.config)}, and the trainer has "
+            f"{', '.join(ACTIVATIONS)} only. Use another model"
+        )
 
 
 def _check_rotation(name: str, module: torch.nn.Module) -> None:
@@ -190,18 +202,18 @@ def _check_rotation(name: str, module: torch.nn.Module) -> None:
         if kind not in ROTATIONS:
             raise UnsupportedFeature(
                 f"training.rotation: {name} has the rotation {kind!r}. The tables of other rotations than "
-                f"{', '.join(ROTATIONS)} may differ between transformers and vLLM"
+                f"{', '.join(ROTATIONS)} may differ between transformers and vLLM. Use another model"
             )
         parameters = module.config.rope_parameters[layers] if layers else module.config.rope_parameters
         if kind == "linear" and math.frexp(parameters["factor"])[0] != 0.5:
             raise UnsupportedFeature(
                 f"training.rotation: {name} divides by {parameters['factor']}, and the tables of transformers and vLLM "
-                "are equal only for a power of two"
+                "are equal only for a power of two. Use another model"
             )
         at = f"{layers}_" if layers else ""
         held = getattr(module, f"{at}inv_freq")
         if 2 * held.numel() != head_size(module.config):
-            raise UnsupportedFeature(f"training.rotation: {name} rotates a part of each head only")
+            raise UnsupportedFeature(f"training.rotation: {name} rotates a part of each head only. Use another model")
         want = _frequencies(module, layers, kind, "cpu")
         if held.dtype != torch.float32 or not torch.equal(held.cpu(), want):
             raise UnsupportedFeature(

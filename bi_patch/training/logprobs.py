@@ -74,7 +74,7 @@ def logprobs(
 
 def _layout(batch, attention_mask, position_ids, cu_seqlens):
     if attention_mask is not None and attention_mask.shape != batch.shape:
-        raise UnsupportedRequest("training.mask: the attention mask is no padding mask of ids' shape")
+        raise UnsupportedRequest("training.mask: the attention mask is no padding mask. Give one of ids' shape [B, T]")
     if cu_seqlens is not None:
         return layout.cumulative(cu_seqlens.to(batch.device))
     if attention_mask is not None:
@@ -96,7 +96,7 @@ def _transforms(state, vocabulary, targets, shape, temperature, top_k, top_p):
     asked = ((count > 0) & (count < vocabulary)).any(), (share < 1).any(), (heat <= 0).any(), (heat != 1).any()
     bounded, cut, cold, changed = torch.stack(asked).tolist()
     if cold:
-        raise UnsupportedRequest("training.logprobs: a temperature must be above 0")
+        raise UnsupportedRequest("training.logprobs: a temperature is not above 0. Give 1 for a greedy request")
     mode = state.contract.get("logprobs_mode")
     if mode == "raw_logprobs" and (bounded or cut or changed):
         raise ContractBroken(

@@ -43,7 +43,9 @@ def sampler(given: object) -> Sampler:
         return Server(given)
     if hasattr(given, "collective_rpc") and hasattr(given, "llm_engine"):
         return Engine(given)
-    raise UnsupportedFeature(f"{type(given).__name__} is no sampler: give a vllm.LLM, or a server's address")
+    raise UnsupportedFeature(
+        f"training.sampler: {type(given).__name__} is no sampler. Give a vllm.LLM, or a server's address"
+    )
 
 
 class Engine:

@@ -15,9 +15,7 @@ from bi_patch.errors import UnsupportedFeature
 
 def refuse(op: str, why: str):
     """Raise UnsupportedFeature. op: the operator's full name. why: what the call asks for that is not covered."""
-    raise UnsupportedFeature(
-        f"{op}: {why}. bi_patch fixes no order for this call on Ascend; set BI_PATCH=0 to run without bi_patch"
-    )
+    raise UnsupportedFeature(f"{op}: {why}. bi_patch fixes no order for this call on Ascend. Set BI_PATCH=0")
 
 
 def out_form(function: Callable, results: int = 1) -> Callable:

@@ -12,6 +12,7 @@ from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.model import Seam, Target
+from bi_patch.seams.models import cured
 
 # vLLM's names of the states that the kernels keep.
 _BACKENDS = frozenset({"GDN_ATTN", "MAMBA1", "MAMBA2", "SHORT_CONV"})
@@ -257,7 +258,7 @@ def check_again(model) -> None:
     """Raise UnsupportedFeature if new weights of a model are such that the bundled kernels do not cover them."""
     for name, layer in model.named_modules():
         if LAYERS.get(_kind(layer)) is _of_mamba1 and (found := _of_decays(layer)):
-            raise UnsupportedFeature(f"recurrent.cpu_layers: on CPU, bi_patch does not cover {name}: {found}")
+            raise UnsupportedFeature(f"recurrent.cpu_layers: on CPU, bi_patch does not cover {name}: {cured(found)}")
 
 
 def check(config) -> None:
@@ -289,7 +290,7 @@ def check(config) -> None:
         else:
             found = LAYERS[kind](layer)
         if found:
-            raise UnsupportedFeature(f"recurrent.cpu_layers: on CPU, bi_patch does not cover {name}: {found}")
+            raise UnsupportedFeature(f"recurrent.cpu_layers: on CPU, bi_patch does not cover {name}: {cured(found)}")
 
 
 def _seam(name: str, target: str, close, how: str, *serves: str) -> Seam:

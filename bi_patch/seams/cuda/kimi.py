@@ -103,7 +103,10 @@ def _absorbed(layer, q, meta, out) -> None:
 
     rows, heads, _ = q.shape
     if meta.num_decode_tokens != rows:
-        raise UnsupportedFeature(f"kimi.cuda_mla: {rows - meta.num_decode_tokens} rows are not in the absorbed form")
+        raise UnsupportedFeature(
+            f"kimi.cuda_mla: {rows - meta.num_decode_tokens} rows are not in the absorbed form. Set "
+            "BI_PATCH=0, and report this as a bug of bi_patch"
+        )
     nope, rotary = q.split([layer.qk_nope_head_dim, layer.qk_rope_head_dim], dim=-1)
     low = q.new_empty((rows, heads, layer.kv_lora_rank))
     products.product(nope.transpose(0, 1), layer.W_UK_T, low.transpose(0, 1))

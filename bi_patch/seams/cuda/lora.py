@@ -65,7 +65,9 @@ def _logits(original):
         if not held:
             return
         if scale != 1.0 or buffer is not None or y.shape[-1] < lora_b_stacked.shape[-2]:
-            raise UnsupportedFeature("lora.cuda: a head's adapters with a scale or of another size have no order")
+            raise UnsupportedFeature(
+                "lora.cuda: a head's adapters with a scale or of another size have no order. Set BI_PATCH=0"
+            )
         lora.add_rows(y, x, lora_a_stacked, lora_b_stacked, adapters.slots(self, x, "cuda"), table)
 
     return add_lora_logits

@@ -158,7 +158,9 @@ def _long(impl, q, cache, group: Group, out) -> None:
 
     heads, most, keys = impl.num_heads, len(group.workspace), group.keys
     if group.count != 1:
-        raise UnsupportedFeature("mla.cuda_prompts: a group of several segments exceeds the workspace")
+        raise UnsupportedFeature(
+            "mla.cuda_prompts: a group of several segments exceeds the workspace. Set BI_PATCH_MLA=one"
+        )
     at_once = max(1, heads * most // (2 * keys))  # beside the projections of all heads, which are made for each part
     nope, wide = impl.qk_nope_head_dim, impl.qk_nope_head_dim + impl.qk_rope_head_dim
     for head in range(0, heads, at_once):

@@ -96,7 +96,7 @@ def build(original):
         if not hasattr(self, "bi_patch_rows"):  # one form, or another backend
             return original(self, common_prefix_len, common_attn_metadata, fast_build)
         if common_attn_metadata.causal is False:
-            raise UnsupportedFeature("mla.cuda_forms: only causal MLA has a certificate")
+            raise UnsupportedFeature("mla.cuda_forms: only causal MLA has a certificate. Set BI_PATCH=0")
         rows, segments = divide(common_attn_metadata, prompt_lengths)
         if not segments and len(rows) == 0:
             return original(self, common_prefix_len, common_attn_metadata, fast_build)

@@ -164,7 +164,9 @@ def problems(model):
             yield from (nvfp4.problem(kernel, added) for added in _biases(layer))
             continue
         if not hasattr(kernel, "bi_patch_group"):
-            raise UnsupportedFeature(f"linear.cuda_packed: {name} was loaded before bi_patch was armed")
+            raise UnsupportedFeature(
+                f"linear.cuda_packed: {name} was loaded before bi_patch was armed. Import bi_patch first"
+            )
         data, scale, zero = kernel._get_weight_params(layer)
         bits = kernel.config.weight_type.size_bits
         n, k = scale.shape[1], data.numel() * 8 // bits // scale.shape[1]

@@ -7,6 +7,7 @@ import functools
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
 from bi_patch.seams.model import Policy, Seam, Target
+from bi_patch.seams.models import cured
 
 _RELEASES = ">=0.33"
 # vLLM's names of the states that the kernels keep
@@ -228,10 +229,12 @@ def shape(dtypes, unknown, prepare):
         @functools.wraps(original)
         def get_state_shape(self):
             if found := unknown(self) or _unknown_cache(self, self.cache_config, dtypes()):
-                raise UnsupportedFeature(f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {found}")
+                raise UnsupportedFeature(
+                    f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {cured(found)}"
+                )
             if failed := prepare(self):
                 raise UnsupportedFeature(
-                    f"recurrent.cuda_states: the kernels of recurrent layers did not compile: {failed}"
+                    f"recurrent.cuda_states: the kernels of recurrent layers did not compile: {failed}. Set BI_PATCH=0"
                 )
             return original(self)
 
@@ -316,15 +319,17 @@ def _states(form_of, unknown):
             from bi_patch.ops.cuda import recurrent
 
             if found := unknown(self) or _unknown_states(self, vllm_config):
-                raise UnsupportedFeature(f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {found}")
+                raise UnsupportedFeature(
+                    f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with {cured(found)}"
+                )
             if tuple(self.get_state_shape()[0]) != recurrent.inputs_of(form := form_of(self)):
                 raise UnsupportedFeature(
                     f"recurrent.cuda_states: bi_patch does not cover {self.prefix} with states of "
-                    f"{self.get_state_shape()}. Leave out options that change the states' layout"
+                    f"{self.get_state_shape()}. Leave out options that change the states' layout, or set BI_PATCH=0"
                 )
             if failed := recurrent.prepare(form):
                 raise UnsupportedFeature(
-                    f"recurrent.cuda_states: the kernels of recurrent layers did not compile: {failed}"
+                    f"recurrent.cuda_states: the kernels of recurrent layers did not compile: {failed}. Set BI_PATCH=0"
                 )
             return MambaBase.get_kv_cache_spec(self, vllm_config)
 
@@ -400,7 +405,8 @@ def _gated(original):
     def forward(self, x, z=None):
         if z is None or not self.norm_before_gate or self.group_size not in (None, x.shape[-1]):
             raise UnsupportedFeature(
-                "recurrent.cuda_gated_norm: bi_patch covers RMSNorm of whole rows with a gate after it"
+                "recurrent.cuda_gated_norm: bi_patch covers RMSNorm of whole rows with a gate after it. Use another "
+                "model, or set BI_PATCH=0"
             )
         return recurrent.gated_rms_norm(x, z, self.weight.data, self.eps, self.activation == "sigmoid")
 

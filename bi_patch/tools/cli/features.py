@@ -1,4 +1,4 @@
-"""`bi-patch features` prints tables of what is served, refused or untried, and renews or checks them in pages."""
+"""`bi-patch features` prints what is served, refused or untried, and renews or checks the tables of pages."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +12,15 @@ from bi_patch.tools.cli import app
 def features(
     pages: Annotated[list[Path] | None, typer.Argument(help="Markdown pages with marks, e.g. README.md.")] = None,
     about: Annotated[
-        str,
-        typer.Option(metavar="TEXT", help="Print only what names this text, e.g. `LoRA` or `Qwen3`, as plain text."),
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Print what names this text, e.g. `LoRA`, with reasons and advice; repeatable for all of several.",
+        ),
+    ] = None,
     write: Annotated[bool, typer.Option("--write", help="Renew the tables between the marks of the pages.")] = False,
 ) -> None:
-    """Print what is served, refused and untried.
+    """Print what is served, refused and untried: a line for each feature and model.
 
     With PAGES, the command checks that the pages' tables match the code, or renews the tables with --write.
 
@@ -25,21 +28,23 @@ def features(
     """
     from bi_patch.errors import SettingError
     from bi_patch.tools import marks, output
-    from bi_patch.tools.features import blocks, found
+    from bi_patch.tools.features import blocks, found, states
 
     if about and (pages or write):
         raise SettingError("--about prints and takes no pages")
     if about:
         rows = found(about)
         if not rows:
-            raise SettingError(f"nothing in the feature table names {about!r}. `bi-patch features` prints all of it")
+            texts = " and ".join(map(repr, about))
+            raise SettingError(f"nothing in the feature table names {texts}. `bi-patch features` prints all of it")
         output.paragraph(output.console(), "\n\n".join(rows))
         return
     made = blocks()
     if not pages:
         if write:
             raise SettingError("--write needs pages: bi-patch features --write README.md docs/coverage.md")
-        print("\n\n".join(table for name, table in made.items() if name != "support"))
+        output.rows(output.console(), states())
+        output.paragraph(output.console(), "\n`bi-patch features --about TEXT` tells why, and what to do instead.")
         return
     old = {}
     for page in pages:

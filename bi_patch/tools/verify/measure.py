@@ -502,7 +502,7 @@ def _goes_on(engine: Engine) -> bool:
 
 def _sentence(error: BaseException) -> str:
     """An error on one line. Of a child's message, the path of the log stays, and the log's last lines are dropped."""
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().replace("\nits output is in", "; its output is in").splitlines()
     if isinstance(error, EngineFailed):
         last = next((i for i, line in enumerate(lines) if "its output is in" in line), len(lines))
         lines = lines[: last + 1]

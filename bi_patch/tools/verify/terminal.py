@@ -69,7 +69,7 @@ class Live(Watcher):
         if self._console.is_terminal:
             self._show(what, left)
         else:
-            self._console.print(f"{what}, about {_time(left)} left", highlight=False)
+            self._console.print(f"{what}: about {_time(left)} to the end of this run", highlight=False)
 
     def measuring(self, axis: Axis, left: float) -> None:
         self._show(f"{axis.name} [dim]({axis.pairs} pairs, {axis.differing} positions differ)[/]", left)
@@ -170,7 +170,7 @@ def _aside(axes: list[Axis]) -> list[RenderableType]:
 
 def _line(axis: Axis) -> Text:
     counted = f"{axis.differing:,} of {axis.compared:,} positions differ" if axis.compared else ""
-    text = "  ".join(filter(None, (counted, axis.reason)))
+    text = "; ".join(filter(None, (counted, axis.reason)))
     return Text.assemble(("  " + axis.state, _COLOURS.get(axis.state, "")), f"  {axis.name}  ", (text, "dim"))
 
 

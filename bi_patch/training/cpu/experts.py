@@ -50,10 +50,13 @@ def experts(
     if not hasattr(torch.ops._C, "cpu_fused_moe"):
         raise MissingDependency("training.experts: vLLM's CPU kernel of experts is not loaded. Import vllm first")
     if x.shape[1] % _ALIGNED or down.shape[2] % _ALIGNED:
-        raise UnsupportedFeature(f"training.experts: the sizes of experts must be multiples of {_ALIGNED}")
+        raise UnsupportedFeature(
+            f"training.experts: experts of {x.shape[1]} and {down.shape[2]} elements have no kernel on CPU, which "
+            f"takes multiples of {_ALIGNED}. Use another model"
+        )
     tiles = torch.cpu._is_amx_tile_supported() and x.dtype == torch.bfloat16
     if tiles and not machine.allow_tiles():
-        raise UnsupportedDevice("training.experts: Linux does not let this process use AMX tiles")
+        raise UnsupportedDevice("training.experts: Linux does not let this process use AMX tiles. Train in fp32")
     isa = "amx" if tiles else "vec"
     held = [weight.to(x.dtype) for weight in (gate_up, down)]
     packed = [torch.empty_like(weight) for weight in held]

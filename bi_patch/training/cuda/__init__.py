@@ -19,7 +19,9 @@ def prepare(cache: Path) -> None:
     from bi_patch.training.cuda import linear, vllm_kernels
 
     if torch.cuda.get_device_capability()[0] != 9:
-        raise UnsupportedDevice("training.device: bi_patch trains on Hopper GPUs, whose FlashAttention 3 it knows")
+        raise UnsupportedDevice(
+            "training.device: bi_patch trains on Hopper GPUs, whose FlashAttention 3 it knows. Use one"
+        )
     linear.certificates_in(cache)
     vllm_kernels.load()
 
@@ -31,7 +33,7 @@ def cover(head_size: int, experts: bool) -> None:
     if head_size < 16 or head_size & (head_size - 1):
         raise UnsupportedFeature(
             f"training.rotation: heads of {head_size} elements take another rotation in the sampler on CUDA than the "
-            "bundled kernel, which covers powers of two from 16 on"
+            "bundled kernel, which covers powers of two from 16 on. Use another model"
         )
 
 

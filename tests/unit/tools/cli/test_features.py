@@ -1,9 +1,10 @@
-"""The command `features`: what names a text is printed as plain text; tables otherwise."""
+"""The command `features`: a line for each row; what names a text with its reasons."""
 
 import pytest
 from typer.testing import CliRunner
 
 from bi_patch.errors import SettingError
+from bi_patch.platforms.features import table
 from bi_patch.platforms.features.families import FAMILIES
 from bi_patch.platforms.features.model import TITLES, refused, row, served, untried
 from bi_patch.tools import features as tables
@@ -27,9 +28,20 @@ def test_a_text_that_nothing_names_is_an_error():
     assert isinstance(run("--about", "LoRA", "README.md").exception, SettingError)
 
 
-def test_every_table_is_printed():
-    said = run().output
-    assert all(f"| {head} | " in said for head in ("feature", "both together", "layers", "weights", "models", "device"))
+def test_what_names_two_texts_is_printed():
+    said, more = run("--about", "LoRA", "--about", "tensor parallelism").output, run("--about", "LoRA").output
+    assert "LoRA with pipeline parallelism, tensor parallelism" in said
+    assert "LoRA with preemption" in more and "LoRA with preemption" not in said
+
+
+def test_every_row_is_a_line():
+    lines = run().output.splitlines()
+    assert [line.split()[3] for line in lines if line.startswith("CPU ")] == [
+        *("FEATURE", "BOTH", "LAYERS", "WEIGHTS", "MODELS")
+    ]
+    for feature in table.ROWS:
+        states = [feature.cell(platform).state for platform in TITLES]
+        assert any(line.endswith(f"  {feature.name}") and line.startswith(states[0]) for line in lines), feature.name
 
 
 @pytest.mark.parametrize(
