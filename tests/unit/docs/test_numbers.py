@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bi_patch.tools.evidence.kinds import KINDS
+
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks/results"
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -20,6 +22,15 @@ TABLE = re.compile(r"<!-- (\S+) -->.*?<!-- /\1 -->", re.DOTALL)
 def test_every_result_file_that_a_page_names_exists(page):
     for name in FILE.findall(page.read_text(encoding="utf-8")):
         assert any(RESULTS.rglob(name)), f"{name} is not in {RESULTS}"
+
+
+def test_every_result_file_has_a_reader():
+    """Tables choose among the files of verify's and bench's kinds. Any other current file must be named by a page."""
+    named = "\n".join(page.read_text(encoding="utf-8") for page in (*PAGES, *(ROOT / "kernels").rglob("*.md")))
+    kinds = tuple(kind.kind for kind in KINDS)
+    files = [file.name for file in RESULTS.iterdir() if file.is_file() and not file.name.startswith(kinds)]
+    files += [file.name for file in RESULTS.glob("*.svg")]
+    assert not [name for name in files if name not in named]
 
 
 @pytest.mark.parametrize("page", USERS)

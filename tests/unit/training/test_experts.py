@@ -74,9 +74,7 @@ def test_the_compiler_sees_one_node():
 
 
 def test_without_vllms_kernel(monkeypatch):
-    monkeypatch.setattr(
-        torch.ops, "_C", SimpleNamespace()
-    )  # another test may have loaded vLLM's kernels
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())  # another test may have loaded vLLM's kernels
     weights, ids = ops.route(randn(ROWS, EXPERTS), CHOSEN, True)
     with pytest.raises(MissingDependency, match="training.experts"):
         ops.experts(
