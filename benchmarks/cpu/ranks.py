@@ -23,6 +23,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 EQUAL = {"BI_PATCH_TP_INVARIANT": "8"}
 FEW = ("batch size", "position and order", "prefix cache", "chunk budget", "decode = prefill", "seeded sampling")
 SIZES = ("tensor parallel size",)
+MORE = (*FEW, "mixed lengths", "co-batch contents")
 
 
 class Case(NamedTuple):
@@ -51,8 +52,11 @@ CASES = {
     "tiny-qwen3 bf16 TP 2, new weights, compiled": Case("tiny-qwen3", 2, ("weight update",), eager=False),
     "tiny-llama bf16 TP 2, equal for every size": Case("tiny-llama", 2, FEW, environ=EQUAL),
     "DeepSeek V2 bf16 PP 2 compiled": Case("DeepSeek V2", 1, FEW, eager=False, stages=2),
-    "tiny-qwen3-int8 bf16 TP 2": Case("tiny-qwen3-int8", 2, (*FEW, "mixed lengths", "co-batch contents")),
-    "tiny-qwen2-awq bf16 TP 2": Case("tiny-qwen2-awq", 2, (*FEW, "mixed lengths", "co-batch contents")),
+    **{
+        f"{model} bf16 TP 2{' compiled' * (not eager)}": Case(model, 2, MORE, eager=eager)
+        for model in ("tiny-qwen3-int8", "tiny-qwen2-awq", "tiny-llama-gptq", "tiny-qwen3-w4a16")
+        for eager in (True, False)
+    },
     "tiny-qwen3-int8 bf16 PP 2 compiled": Case("tiny-qwen3-int8", 1, FEW, eager=False, stages=2),
 }
 
