@@ -74,6 +74,14 @@ def test_every_axis_compiled(start, extra):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", [recipes.INT8, recipes.AWQ, recipes.GPTQ, recipes.W4A16])
+def test_quantized_weights(start, name, eager):
+    with two_ranks(start, model=name, eager=eager) as engine:
+        invariant(engine, {*AXES, "mixed lengths", "co-batch contents", "decode = prefill", "seeded sampling"})
+
+
+@pytest.mark.slow
 def test_new_weights_reach_both_ranks(start):
     """An engine of two ranks that gets weights answers as one that was started with them."""
     probe = next(p for p in FEATURE_PROBES if p.name == "weight update")

@@ -12,6 +12,7 @@ from bi_patch.platforms.features.ranks import compiled, size
 from bi_patch.platforms.schemes import CHANNEL, TOKEN, Scheme
 
 _CPU = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0.json"
+_CPU_MORE = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-3.json"
 _ALONE = refused("nobody has compared bits of both together", todo="Use one of them")
 _NO_SEAM = refused("no patch point covers it yet")
 _TRIAL = untried()
@@ -42,15 +43,18 @@ KINDS: dict[str, Callable[[Scheme], bool]] = {
 # Kinds and whether the model has experts: the cells of CPU and CUDA.
 _CELLS: dict[tuple[str, bool], tuple[Cell, Cell | tuple[Cell, Cell]]] = {
     (INT8, False): (
-        served(_CPU, why="two ranks, a tiny Qwen3, in eager mode"),
+        served(_CPU, why="two ranks, a tiny Qwen3, without AMX"),
         _shown(_MORE, why="two layers of Qwen3-8B's sizes, in eager mode"),
     ),
     (AWQ, False): (
-        served(_CPU, why="two ranks, a tiny Qwen2, in eager mode"),
+        served(_CPU, _CPU_MORE, why="two ranks, a tiny Qwen2, without AMX, in eager mode and compiled"),
         _shown(_H200, _MORE, why="two layers of Qwen3-8B's sizes, in eager mode and compiled"),
     ),
-    (GPTQ, False): (_TRIAL, _shown(_MORE, why="two layers of Qwen3-8B's sizes, in eager mode")),
-    (FOUR_BITS, False): (_TRIAL, _TRIAL),
+    (GPTQ, False): (
+        served(_CPU_MORE, why="two ranks, a tiny Llama, without AMX"),
+        _shown(_MORE, why="two layers of Qwen3-8B's sizes, in eager mode"),
+    ),
+    (FOUR_BITS, False): (served(_CPU_MORE, why="two ranks, a tiny Qwen3, without AMX"), _TRIAL),
     (CHANNELS, False): (_ALONE, _shown(_H200, why="two layers of Qwen3-8B's sizes, in eager mode")),
     (BLOCKS, False): (_ALONE, _shown(_H200, _MORE, why="two layers of Qwen3-8B's sizes, in eager mode and compiled")),
     (FOUR_BITS, True): (_ALONE, untried("measured before these experts had the bundled kernel")),
@@ -68,7 +72,7 @@ _CELLS: dict[tuple[str, bool], tuple[Cell, Cell | tuple[Cell, Cell]]] = {
         _shown(_MORE, why="two layers of gpt-oss-20b's sizes, in eager mode, with the package humming-kernels"),
     ),
 }
-# Of _CELLS, those that a run on CUDA had in compiled code.
+# Of _CELLS, those that a run on CUDA had in compiled code. On CPU, runs had all that are served there.
 COMPILED: tuple[tuple[str, bool], ...] = ((AWQ, False), (BLOCKS, False), (BLOCKS, True))
 _RANKS = 2
 
@@ -93,11 +97,23 @@ def _of(kind: tuple[str, bool] | None) -> Callable[[Any], str]:
     return asked
 
 
-def _otherwise(config: Any) -> str:
-    if config.model_config is None or not _shared(config) or (kind := _kind(config)) is None:
-        return ""
-    measured = size(config, "tensor_parallel_size") <= _RANKS and (not compiled(config) or kind in COMPILED)
-    return "" if measured else "quantized weights with other tensor parallelism"
+def _known(config: Any) -> tuple[str, bool] | None:
+    """The kind of quantized weights that ranks share, None for others, which have a row of their own."""
+    return _kind(config) if config.model_config is not None and _shared(config) else None
+
+
+def _many(config: Any) -> str:
+    several = _known(config) is not None and size(config, "tensor_parallel_size") > _RANKS
+    return "quantized weights with other tensor parallelism" if several else ""
+
+
+def _in_code(config: Any) -> str:
+    kind = _known(config)
+    return (
+        "compiled quantized weights with tensor parallelism"
+        if kind not in (None, *COMPILED) and compiled(config)
+        else ""
+    )
 
 
 def _but(measured: Iterable[tuple[str, bool]]) -> str:
@@ -121,10 +137,17 @@ SHARED: tuple[Feature, ...] = (
         asked=_of(None),
     ),
     row(
-        f"quantized weights with tensor parallelism, compiled{_but(COMPILED)}, or over more than two ranks",
-        cpu=untried("measured with two ranks in eager mode"),
-        cuda=untried("measured with two ranks in eager mode"),
+        f"quantized weights with tensor parallelism, compiled{_but(COMPILED)}",
+        cpu=served(_CPU_MORE, why="two ranks, without AMX: INT8, GPTQ, compressed-tensors W4A16"),
+        cuda=untried("measured in eager mode"),
         ascend=_NO_SEAM,
-        asked=_otherwise,
+        asked=_in_code,
+    ),
+    row(
+        "quantized weights with tensor parallelism over more than two ranks",
+        cpu=untried("measured with two ranks"),
+        cuda=untried("measured with two ranks"),
+        ascend=_NO_SEAM,
+        asked=_many,
     ),
 )

@@ -6,7 +6,7 @@ import pytest
 from packaging.version import Version
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.platforms.features import pairs, quantization, table
+from bi_patch.platforms.features import pairs, quantization, quantized_ranks, table
 from bi_patch.settings import Settings
 
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -140,3 +140,28 @@ def test_experts_that_ran_in_eager_mode_only_are_named_in_compiled_code():
         assert row.asked(config), method
         config.model_config.enforce_eager = True
         assert not row.asked(config), method
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks", "eager", "named"),
+    [
+        ("gptq", 1, False, set()),
+        ("gptq", 2, True, set()),
+        ("gptq", 2, False, {"compiled"}),
+        ("gptq", 4, False, {"compiled", "over more than two ranks"}),
+        ("gptq", 4, True, {"over more than two ranks"}),
+        ("fp8", 2, False, set()),  # measured in compiled code, too
+        ("fp8", 4, False, {"over more than two ranks"}),
+        ("quark", 2, False, {"other"}),
+    ],
+)
+def test_what_no_run_of_ranks_had_is_named(method, ranks, eager, named):
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    config = latent("LlamaForCausalLM", eager)
+    config.model_config.hf_config.quantization_config = {"gptq": gptq, "fp8": BLOCKS}.get(method, gptq)
+    config.model_config.quantization = method
+    config.parallel_config = SimpleNamespace(tensor_parallel_size=ranks)
+    *_, other, compiled, several = quantized_ranks.SHARED
+    rows = {"other": other, "compiled": compiled, "over more than two ranks": several}
+    assert all(word in row.name for word, row in rows.items())
+    assert {word for word, row in rows.items() if row.asked(config)} == named

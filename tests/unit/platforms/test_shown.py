@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bi_patch.platforms.features import matrix, model, pairs, ranks, table
+from bi_patch.platforms.features import matrix, model, pairs, quantized_ranks, ranks, table
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
@@ -43,6 +43,9 @@ _SPECULATED = ("speculative decoding",)
 _PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
 _RESTARTED = ("preemption", "restart")
 _LATE = ("batch size", "decode = prefill", *_RESTARTED)
+
+# Quantized weights over ranks, in compiled code.
+COMPILED = next(row.name for row in quantized_ranks.SHARED if "tensor parallelism, compiled" in row.name)
 
 SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("bf16 weights", "cpu"): (("* bf16", *_SIX), ("* bf16 compiled", *_SIX)),
@@ -182,7 +185,15 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("gpt-oss-20b MXFP4, 2 layers, TP 2", *_RANKS, "decode = prefill"),
     ),
     ("INT8 weights and activations, with tensor parallelism", "cpu"): (("tiny-qwen3-int8 bf16 TP 2", *_SIX),),
-    ("AWQ, with tensor parallelism", "cpu"): (("tiny-qwen2-awq bf16 TP 2", *_SIX),),
+    ("AWQ, with tensor parallelism", "cpu"): (
+        ("tiny-qwen2-awq bf16 TP 2", *_SIX),
+        ("tiny-qwen2-awq bf16 TP 2 compiled", *_SIX),
+    ),
+    ("GPTQ, with tensor parallelism", "cpu"): (("tiny-llama-gptq bf16 TP 2", *_SIX),),
+    ("compressed-tensors W4A16, with tensor parallelism", "cpu"): (("tiny-qwen3-w4a16 bf16 TP 2", *_SIX),),
+    (COMPILED, "cpu"): tuple(
+        (f"{model} bf16 TP 2 compiled", *_SIX) for model in ("tiny-qwen3-int8", "tiny-llama-gptq", "tiny-qwen3-w4a16")
+    ),
     ("AWQ, with tensor parallelism", "cuda"): (
         ("Qwen3-8B AWQ, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
         ("Qwen3-8B AWQ, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
