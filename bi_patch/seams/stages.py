@@ -128,8 +128,8 @@ def watch(world: Any) -> None:
     import torch.distributed as dist
 
     own = dist.PrefixStore(f"bi_patch/start/{number}", store)
-    own.check([_REASON])  # raises for a store that cannot be asked
-    _watches.append(Watch(own, world.rank_in_group, world.world_size))
+    if _answers(own):
+        _watches.append(Watch(own, world.rank_in_group, world.world_size))
 
 
 def guard(worker: Any) -> None:
@@ -158,11 +158,32 @@ def _guarded(method: Callable[..., Any], last: bool) -> Callable[..., Any]:
 
 def _store() -> Any | None:
     """A connection of its own to the store of PyTorch's ranks, for another thread may wait in the first. None if vLLM
-    connected the ranks in another way."""
+    connected the ranks in another way, or if the store has no second connection."""
     from torch.distributed import distributed_c10d as c10d
 
     try:
         store = c10d._get_default_store()
     except ValueError:
         return None
-    return store.clone() if hasattr(store, "clone") else store
+    try:
+        return store.clone() if hasattr(store, "clone") else store
+    except Exception as error:  # of any kind: a program can write a store of its own
+        return _unwatched(store, error)
+
+
+def _answers(store: Any) -> bool:
+    """Whether a store has all that a Watch asks of it."""
+    try:
+        store.check([_REASON])
+        store.compare_set("asked", "", "1")
+        return store.add(_HEARD, 0) >= 0
+    except Exception as error:
+        _unwatched(store, error)
+        return False
+
+
+def _unwatched(store: Any, error: Exception) -> None:
+    kind = type(getattr(store, "underlying_store", store)).__name__
+    _log.info(
+        "%s, the store of the ranks, cannot carry what stops a rank's start (%s): ranks look after none", kind, error
+    )

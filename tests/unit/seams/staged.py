@@ -1,11 +1,14 @@
-"""One rank of a worker's start, as a program: `staged.py RANK RANKS PORT CASE` prints what its stages raise, as JSON.
+"""One rank of a worker's start, as a program: `staged.py RANK RANKS PLACE CASE` prints what its stages raise, as JSON.
 
-Rank 1 fails in CASE, and its process stays. The other ranks wait for it in an exchange, or do not.
+PLACE is where the ranks meet: "KIND:NUMBER OR PATH", with a kind of STORES. Rank 1 fails in CASE, and its process
+stays. The other ranks wait for it in an exchange, or do not.
 """
 
 import json
+import os
 import sys
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch.distributed as dist
@@ -13,7 +16,58 @@ import torch.distributed as dist
 from bi_patch.errors import BiPatchError, CertificateFailed
 from bi_patch.seams import stages
 
-stages.LOOK, stages.GRACE, stages.HEARD = 0.1, 2.0, 600.0  # a rank that nobody hears would show
+ENDS = ("waiting", "later")  # cases in which a rank's process ends, because nothing else wakes it
+stages.LOOK, stages.HEARD = 0.1, 600.0  # a rank that nobody hears would show
+
+
+class Own(dist.Store):
+    """A store in Python, which PyTorch cannot clone. Ranks meet in another."""
+
+    def __init__(self, store):
+        super().__init__()
+        self._store = store
+
+    def set(self, key, value):
+        self._store.set(key, value)
+
+    def get(self, key):
+        return self._store.get(key)
+
+    def add(self, key, number):
+        return self._store.add(key, number)
+
+    def check(self, keys):
+        return self._store.check(keys)
+
+    def wait(self, keys, limit=timedelta(minutes=30)):
+        self._store.wait(keys, limit)
+
+
+def of_port(rank, ranks, port):
+    return dist.TCPStore("127.0.0.1", int(port), ranks, rank == 0, wait_for_workers=False)
+
+
+def of_file(rank, ranks, path):
+    """As vLLM's executor mp makes it."""
+    return dist.FileStore(path, ranks)
+
+
+def of_layers(rank, ranks, port):
+    """As a program that connects the ranks itself may make it."""
+    return dist.PrefixStore("outer", dist.PrefixStore("inner", of_port(rank, ranks, port)))
+
+
+def of_python(rank, ranks, path):
+    return Own(of_file(rank, ranks, path))
+
+
+def of_launcher(rank, ranks, port):
+    """None: PyTorch finds the store of torchrun's agent, which is another process, in the environment."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+
+
+STORES = {"tcp": of_port, "file": of_file, "layers": of_layers, "python": of_python, "launcher": of_launcher}
 
 
 class Worker:
@@ -29,28 +83,36 @@ class Worker:
             meeting.set("there", "") if self.rank == 0 else meeting.wait(["there"])
         if self.rank == 1 and self.case in ("no certificate", "waiting"):
             raise CertificateFailed("an encoder gives other bits")
-        if self.rank == 1 and self.case == "no memory":
+        if self.rank == 1 and self.case in ("no memory", "nobody looks"):
             raise ValueError("no memory")
         if self.case in ("alike", "after"):
             dist.barrier()
-            while self.case == "after" and self.rank == 0 and not stages._watches[0]._heard:
-                time.sleep(0.05)
+            if self.case == "after" and self.rank == 0:
+                until(lambda: stages._watches[0]._heard)
             raise ValueError(f"of rank {self.rank}")
         if self.case == "waiting":
             dist.barrier()  # rank 1 never comes
         if self.case in ("no certificate", "no memory"):
-            time.sleep(1)
+            until(lambda: stages._watches[0]._heard)
 
     def compile_or_warm_up_model(self):
         if self.rank != 1 and self.case == "later":
-            time.sleep(0.5)  # nothing went wrong before; rank 1 has started already
+            until(lambda: stages._watches[0]._store.add("started", 0))  # rank 1's start is over
             raise CertificateFailed("a late one")
         if self.case == "well":
             dist.barrier()
 
 
-def main(rank, ranks, port, case):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+def until(true):
+    while not true():
+        time.sleep(0.05)
+
+
+def main(rank, ranks, place, case):
+    stages.GRACE = 2.0 if case in ENDS else 600.0
+    kind, _, where = place.partition(":")
+    store = STORES[kind](rank, ranks, where)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     worker, said = Worker(rank, case), ""
     stages.guard(worker)
     try:
@@ -61,6 +123,9 @@ def main(rank, ranks, port, case):
         said = f"{type(error).__name__}: {error}"
         if isinstance(error, BiPatchError) and error.__cause__ is not None:
             said += " (from another)"
+    if case == "well":
+        for watch in stages._watches:
+            watch._thread.join()  # nothing is left that could delay the end
     print(json.dumps(said), flush=True)
     if case == "later" and rank == 1:
         time.sleep(600)  # a rank that has started ends, too
@@ -68,4 +133,4 @@ def main(rank, ranks, port, case):
         sys.stdin.read()  # its process stays, as that of a worker that answers a call
 
 
-main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

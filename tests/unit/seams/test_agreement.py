@@ -42,7 +42,8 @@ def test_three_ranks(tmp_path):
             text, seconds = said["not armed"]
             assert text.startswith("SeamOpen: communicator.order: within 5 s, not every one of 3 ranks said")
             assert seconds < 600  # gloo's own limit is half an hour
-    assert "Ranks 1 failed" in found[0]["not armed"][0]
+    # Rank 2 is late, too, where the machine stops its process for SECONDS.
+    assert any(f"Ranks {late} failed" in found[0]["not armed"][0] for late in ("1", "1, 2", "2, 1"))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
