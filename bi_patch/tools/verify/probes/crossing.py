@@ -12,8 +12,8 @@ from pathlib import Path
 from packaging.version import Version
 
 from bi_patch.platforms.features import table
-from bi_patch.platforms.features.engine import OWN_HEADS
 from bi_patch.platforms.features.model import REFUSED, TITLES
+from bi_patch.platforms.features.speculation import OWN_HEADS
 from bi_patch.tools.models import drafts
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.engine import PREEMPTIONS, Engine
