@@ -20,9 +20,9 @@ def features(
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Renew the tables between the marks of the pages.")] = False,
 ) -> None:
-    """Print what is served, refused and untried: a line for each feature and model.
+    """Print what is served, refused and untried.
 
-    With PAGES, the command checks that the pages' tables match the code, or renews the tables with --write.
+    Without PAGES, the command prints a line for each feature and model. With PAGES, the command checks that the pages' tables match the code, or renews the tables with --write.
 
     Exit code 1: a table does not match the code.
     """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -43,7 +44,12 @@ class Look:
 
 @app.command()
 def status(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Explain this patch point.")] = "",
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]", help="Explain this patch point. Any other text, e.g. RMSNorm: which change it."
+        ),
+    ] = "",
     every: Annotated[bool, typer.Option("--all", help="List every patch point of this platform.")] = False,
     every_platform: Annotated[
         bool, typer.Option("--every-platform", help="With --all: list the patch points of other platforms, too.")
@@ -97,14 +103,21 @@ def _look() -> Look:
 def _check_name(name: str) -> None:
     from bi_patch.tools import findings
 
-    known = list(findings.declared())
+    declared = findings.declared()
+    known = list(declared)
     if name in known:
         return
     close = difflib.get_close_matches(name, known, n=3) or [n for n in known if n.split(".", 1)[0] == name]
+    close = close or [n for n, one in declared.items() if name.lower() in _where(one).lower()]
     hint = f" Did you mean {', '.join(close)}?" if close else ""
     raise SettingError(
         f"no patch point is called {name!r}.{hint} `bi-patch status --all --every-platform` lists every name"
     )
+
+
+def _where(declared: "Seam | Variable") -> str:
+    """What a patch point replaces, in every release, or the name of a variable."""
+    return getattr(declared, "variable", "") or " ".join(map(str, declared.targets))
 
 
 def _json(look: Look) -> None:
@@ -233,11 +246,20 @@ def _details(declared: "Seam | Variable", found: "Finding | None") -> list[tuple
         ("how", declared.how),
         ("until", declared.until),
         ("target", found.target if found else ""),
+        ("code", _code(declared)),
         ("causes", f"{causes} (numbers of the table in docs/causes.md)" if causes else "none of docs/causes.md"),
         ("for", platforms),
         ("needed", "required: an engine does not start while it is open" if declared.required else "optional"),
     ]
     return fields + [("link", link) for link in links]
+
+
+def _code(seam: "Seam") -> str:
+    """The file and line of the function that makes the replacement."""
+    close = seam.close
+    while isinstance(close, functools.partial):
+        close = close.func
+    return f"{close.__module__.replace('.', '/')}.py:{close.__code__.co_firstlineno}"
 
 
 def _field(console, label: str, text: str) -> None:

@@ -127,7 +127,8 @@ def test_one_patch_point_is_explained_in_full(capsys, terminal, monkeypatch):
     monkeypatch.undo()
     status._one(look(*POINTS), name)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["why", "how", "until", "target", "causes", "for", "needed"]
+    fields = ["why", "how", "until", "target", "code", "causes", "for", "needed"]
+    assert [line.split()[0] for line in lines[1:]] == fields
     assert f"why     {words(seam.why)}" in lines
 
 
@@ -147,11 +148,21 @@ def test_every_patch_point_can_be_explained(name):
 
 
 @pytest.mark.parametrize(
-    "name, said", [("linear.cpu_dispach", "linear.cpu_dispatch"), ("scheduler", "scheduler.cascade")]
+    "name, said",
+    [
+        ("linear.cpu_dispach", "linear.cpu_dispatch"),
+        ("scheduler", "scheduler.cascade"),
+        ("rmsnorm", "norm.cuda_rms"),  # the class that a patch point changes
+    ],
 )
 def test_an_unknown_name_is_an_error_that_suggests_another(name, said):
     with pytest.raises(SettingError, match=f"no patch point is called '{name}'. Did you mean .*{said}"):
         status._check_name(name)
+
+
+def test_the_code_of_a_patch_point_is_named():
+    file, line = status._code(findings.declared()["norm.cuda_rms"]).split(":")
+    assert file == "bi_patch/seams/cuda/norm.py" and int(line) > 1
 
 
 def test_nothing_to_arm_is_a_named_error(bi_patch, run_python):
