@@ -22,7 +22,8 @@ def features(
 ) -> None:
     """Print what is served, refused and untried.
 
-    Without PAGES, the command prints a line for each feature and model. With PAGES, the command checks that the pages' tables match the code, or renews the tables with --write.
+    Without PAGES, the command prints a line for each feature and model. With PAGES, it checks that the pages' tables
+    match the code, or renews the tables with --write.
 
     Exit code 1: a table does not match the code.
     """
