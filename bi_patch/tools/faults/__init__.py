@@ -21,6 +21,7 @@ def every() -> tuple[Fault, ...]:
         cuda,
         images,
         latent,
+        packed_experts,
         pooling,
         recurrent,
         shared,
@@ -28,7 +29,8 @@ def every() -> tuple[Fault, ...]:
         weights,
     )
 
-    parts = (shared, attention, cpu, cuda, latent, recurrent, weights, pooling, adapters, speculation, images)
+    on_cuda = (cuda, packed_experts)
+    parts = (shared, attention, cpu, *on_cuda, latent, recurrent, weights, pooling, adapters, speculation, images)
     found = tuple(fault for part in parts for fault in part.FAULTS)
     return tuple(sorted(found, key=lambda fault: (fault.cause, fault.name)))
 

@@ -11,7 +11,7 @@ from bi_patch.tools.verify.engine import LocalEngine
 
 CPU, CUDA = "cpu", "cuda"
 BOTH = (CPU, CUDA)
-FP8, PACKED = "fp8", "packed"
+FP8, PACKED, PACKED_EXPERTS = "fp8", "packed", "packed experts"
 
 
 class UnknownFault(BiPatchError):
@@ -28,7 +28,7 @@ class Fault:
     seam: the seam that must be located, by platform; "" for vLLM's own code without a seam. emulated: platforms on
     which the fault re-creates the mechanism outside the kernel that has it, because the platform lacks this kernel.
     model: the family (tools/models/families.py) or the quantized recipe (tools/models/recipes.py) whose layers the
-    fault needs, FP8 or PACKED for such weights in a model on CUDA, "" for the layers of every model.
+    fault needs, FP8, PACKED or PACKED_EXPERTS for such weights in a model on CUDA, "" for the layers of every model.
     """
 
     name: str

@@ -166,8 +166,16 @@ def quantized(given: Options, folder: str) -> Options:
     return given.but(model=model, extra=given.extra | {"quantization": "fp8"})
 
 
+_AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+
+
 def packed(given: Options, folder: str) -> Options:
     """These options with another model: three dense layers with weights of 4 bits, as AWQ packs them."""
-    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
-    config = shapes.SHAPES["Qwen3-1.7B"] | {"num_hidden_layers": 3, "quantization_config": awq}
+    config = shapes.SHAPES["Qwen3-1.7B"] | {"num_hidden_layers": 3, "quantization_config": _AWQ}
     return given.but(model=shapes.save("Qwen3-1.7B AWQ, 3 layers", config, folder))
+
+
+def packed_experts(given: Options, folder: str) -> Options:
+    """These options with another model: the same shape, with experts and linears of 4 bits, as AWQ packs them."""
+    config = shapes.SHAPES[shapes.WIDE_MOE] | {"quantization_config": _AWQ | {"modules_to_not_convert": ["mlp.gate"]}}
+    return given.but(model=shapes.save(f"{shapes.WIDE_MOE} AWQ", config, folder))

@@ -16,7 +16,7 @@ from bi_patch.files import write_json
 from bi_patch.tools import evidence
 from bi_patch.tools.evidence import FaultRow, Faults
 from bi_patch.tools.faults import Fault, catch, engines, every, named
-from bi_patch.tools.faults.base import FP8, PACKED
+from bi_patch.tools.faults.base import FP8, PACKED, PACKED_EXPERTS
 from bi_patch.tools.faults.child import FaultyEngine
 from bi_patch.tools.faults.compiled import AXIS, CAUSE, NAME, catch_compiled
 from bi_patch.tools.verify import forks
@@ -104,6 +104,8 @@ class _Run:
             return engines.quantized(given, self.folder)
         if model == PACKED:
             return engines.packed(given, self.folder)
+        if model == PACKED_EXPERTS:
+            return engines.packed_experts(given, self.folder)
         return engines.of_family(model, self.folder, given.dtype, self.platform) if model else given
 
     def _in_model(self, given: Options, wanted: list[Fault]) -> list[Callable[[], None]]:

@@ -134,7 +134,7 @@ def test_gpus_that_do_not_run_every_form_keep_what_vllm_takes(monkeypatch):
 @pytest.fixture
 def layer(monkeypatch):
     """make(kind) -> a layer of experts on the kernel, and the weights [E, N, K] of its products. The kernel's products
-    are computed from these weights, and vLLM's CUDA operators by PyTorch's."""
+    are computed from these weights in fp64, and vLLM's CUDA operators by PyTorch's."""
     from vllm.model_executor.layers.fused_moe import moe_align_block_size as module
 
     dense, calls = {}, []
@@ -145,7 +145,7 @@ def layer(monkeypatch):
         tiles = zip(rows.sorted_ids[:count].view(-1, 8 * form.tiles).tolist(), rows.experts.tolist(), strict=False)
         for ids, expert in tiles:
             ids = [i for i in ids if i < rows.ids]
-            got = x[[i // rows.each for i in ids]].float() @ dense[data.data.data_ptr()][expert].T
+            got = x[[i // rows.each for i in ids]].double() @ dense[data.data.data_ptr()][expert].double().T
             got += 0 if bias is None else bias[expert]
             out[ids] = (got * (1 if rows.weights is None else rows.weights[ids, None])).to(out.dtype)
 
@@ -193,7 +193,7 @@ def layer(monkeypatch):
             ops._able[problem] = tuple(range(len(packed.FORMS_OF_EXPERTS)))
         return held, (w13.float(), w2.float(), *biases)
 
-    make.calls = calls
+    make.calls, make.dense = calls, dense
     yield make
     seam.own.cache_clear()
 
@@ -317,3 +317,106 @@ def test_rows_are_sorted_as_vllm_sorts_them():
     want = [3, 6, 9, 12, 0, 4, 10, 12, 1, 7, 11, 12, 2, 5, 8, 12]
     assert sorted_ids[:16].tolist() == want and experts[:4].tolist() == [1, 2, 3, 4] and padded.item() == 16
     assert (sorted_ids[16:] > 12).all() and (experts[4:] > 4).all()
+
+
+class Layer(torch.nn.Module):
+    """As vLLM's runner of experts: one module with the routed experts of a token's layer."""
+
+    def __init__(self, held, given):
+        super().__init__()
+        self.routed_experts, self.given = held, given
+
+    def forward(self, tokens):
+        return run(self.routed_experts, *(t[:tokens] for t in self.given))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """traced(layer, tokens) -> the trace of the first token's rows in a layer's answer for so many tokens."""
+    from packaging.version import Version
+
+    from bi_patch.arming import catalog
+    from bi_patch.tools.verify import owners, trace
+
+    monkeypatch.setattr(owners.process, "state", lambda: None)
+    monkeypatch.setattr(owners, "_plan", lambda: catalog.plan(Version("0.33.0"), "cuda"))
+
+    def make(layer, tokens):
+        tracer = trace.Tracer({id(layer): "mlp.experts"}, owners.Owners().seam, lambda func, args: "")
+        with (
+            torch.inference_mode(),
+            tracer.hooked(),
+            tracer.phase(trace.Rows(0, trace.FORWARD, frozenset({tokens}), 0, 1, 0)),
+        ):
+            out = layer(tokens)
+        return out[:1], trace.Trace(tracer.calls)
+
+    return make
+
+
+@pytest.fixture
+def fault(layer, monkeypatch):
+    """fault(held): plant the fault of such experts. Its weights are those of the layer's double."""
+    from bi_patch.ops.cuda import packed_linear
+    from bi_patch.tools.faults import named
+
+    def dequantize(one):
+        held = {part.data_ptr(): w for name in ("w13", "w2") for part, w in zip(*parts(layer, name), strict=True)}
+        return held[one.data.data_ptr()]
+
+    def parts(layer, name):
+        packed_weights = getattr(layer.held, f"{name}_weight")
+        return packed_weights, layer.dense[packed_weights.data_ptr()]
+
+    def plant(held):
+        layer.held = held
+        return named("parts of K of packed experts added as they arrive").plant(None)
+
+    monkeypatch.setattr(packed_linear, "dequantize", dequantize)
+    return plant
+
+
+@pytest.mark.parametrize("kind", [COMPRESSED, AWQ], ids=lambda kind: type(kind).__name__)
+def test_a_planted_fault_is_found_and_named(layer, fault, traced, kind):
+    """The halves of each sum over K cancel, so that another order of parts shows."""
+    from bi_patch.tools.verify import align
+
+    held, _ = layer(kind)
+    for weights in layer.dense.values():
+        half = weights.shape[-1] // 2
+        weights[..., half:] = -weights[..., :half]
+    x, *given = routed(40)
+    x[:, K // 2 :] = x[:, : K // 2]
+    experts = Layer(held, (x, *given))
+    with fault(held):
+        (alone, one), (company, many) = traced(experts, 1), traced(experts, 40)
+        first = align.compare(one, many).first
+    assert not torch.equal(alone, company) and first.company.module == "mlp.experts"
+    assert {first.company.seam, *(call.seam for call in first.only_alone)} == {"packed_products.cuda_kernel"}
+    (alone, one), (company, many) = traced(experts, 1), traced(experts, 40)
+    assert torch.equal(alone, company) and align.compare(one, many).first is None
+
+
+@pytest.mark.parametrize("kind", [COMPRESSED, AWQ], ids=lambda kind: type(kind).__name__)
+def test_the_fault_computes_the_products(layer, fault, kind):
+    held, weights = layer(kind, bias=True)
+    given = routed(9)
+    with fault(held):
+        got = run(held, *given)
+    want = reference(*given, *weights)
+    assert not layer.calls and (got.float() - want.float()).norm() < 4e-3 * want.float().norm()
+
+
+def test_rows_of_no_expert_get_zeros_from_the_fault_as_from_the_kernel(monkeypatch):
+    from bi_patch.tools.faults import packed_experts as fault
+
+    monkeypatch.setattr(fault, "_one", lambda held, expert: None)
+    monkeypatch.setattr(fault, "_added", lambda x, held: x.float())
+    x, out = torch.randn(4, 3).bfloat16(), torch.full((4, 3), float("nan")).bfloat16()
+    form = packed.FORMS_OF_EXPERTS[0]._replace(tiles=1)
+    places = torch.full((16,), 4, dtype=torch.int32)
+    places[:2], places[8:10] = torch.tensor([3, 1]), torch.tensor([0, 2])
+    rows = packed.Rows(places, torch.tensor([0, -1]), torch.tensor([16]), 1, 4)
+    with fault.atomic_experts(None):
+        ops.product(x, None, rows, None, form, out)
+    assert torch.equal(out[[1, 3]], x[[1, 3]]) and not out[[0, 2]].any()
