@@ -1,11 +1,12 @@
 """Measures the cost of all models in rounds on one GPU: the engines of a round start side by side, then take turns.
 
-    PYTHONPATH=. python3 benchmarks/hopper/costs.py --limit 560 [--rounds 1,2] [--only Qwen3-8B]... [--results FOLDER]
+    PYTHONPATH=. python3 benchmarks/hopper/costs.py --limit 560 [--rounds 1,2] [--only Qwen3-8B]... [--plan]
+        [--results FOLDER]
 
 A round holds the models whose engines fit on a GPU of 140 GiB together. Engines that are not ready `--start` seconds
 after their round began are left out and named. No workload begins after `--limit` seconds, so that one call of limited
 time measures the most important models first. Each engine keeps its file of --raw up to date; the result files are
-written after each round.
+written after each round. --plan prints the rounds, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ ROUNDS: list[list[Entry]] = [
     [
         scheme("FP8 block experts", (5.0, 4.0, 2.5), modes=UPSTREAM),
         scheme("FP8 channel experts", (5.0, 4.0, 2.5), modes=UPSTREAM),
-        scheme("MXFP4", (4.5, 4.0, 2.5), modes=UPSTREAM),  # on the package humming-kernels, as NVFP4
+        scheme("MXFP4", (4.5, 4.0, 2.5), modes=UPSTREAM),  # on the package humming-kernels
         scheme("W4A16 experts", (3.5, 4.0, 2.5)),
     ],
     [
@@ -182,6 +183,14 @@ def plan(a: argparse.Namespace) -> Iterator[list[Entry]]:
     yield from filter(None, rounds)
 
 
+def unknown(a: argparse.Namespace) -> str:
+    """What the arguments name and no round has, in words; "" for nothing."""
+    names = [entry.name for number in a.rounds for entry in ROUNDS[number - 1]]
+    said = [f"--only {text!r}" for text in a.only or () if not any(text in name for name in names)]
+    said += [f"--modes {mode!r}" for mode in a.modes.split(",") if mode not in UPSTREAM]
+    return ", ".join(said)
+
+
 def begin(entries: Sequence[Entry], a: argparse.Namespace, made: Mapping[str, Nursery]) -> list[engines.Group]:
     """Start a round's engines. A model whose engines cannot be made is left out."""
     print(f"round: {sum(e.memory for e in entries):.0f} GiB for {', '.join(e.name for e in entries)}", flush=True)
@@ -205,7 +214,15 @@ def main() -> None:
     parser.add_argument("--later", type=float, default=120, help="seconds for the start of a later round")
     parser.add_argument("--limit", type=float, default=560, help="begin no workload after so many seconds")
     parser.add_argument("--phase", type=Path, help="a file that says whether engines start or are timed")
+    parser.add_argument("--plan", action="store_true", help="print the rounds, and start nothing")
     a = parser.parse_args()
+    if (said := unknown(a)) or a.limit <= 0:
+        parser.error(f"no round has {said}" if said else "--limit leaves no time")
+    if a.plan:
+        for entries in plan(a):
+            print(*(f"{e.name}: {', '.join(m for m in e.modes if m in a.modes.split(','))}" for e in entries), sep="\n")
+            print()
+        return
     began, rounds, done = time.monotonic(), list(plan(a)), []
 
     def say(phase: str) -> None:

@@ -168,6 +168,23 @@ def test_named_models_of_several_rounds_start_together(hopper):
     assert names(only=["nothing"]) == names(only=["nothing"], together=True) == []
 
 
+def test_what_no_round_has_is_told_before_anything_starts(hopper, monkeypatch, capsys):
+    import costs
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["costs.py", *words])
+        costs.main()
+        return capsys.readouterr().out
+
+    assert run("--plan", "--rounds", "8", "--only", "NVFP4", "--modes", "stock,armed") == (
+        "Qwen3-8B NVFP4, 6 layers: stock, armed\n\n"
+    )
+    for words in (["--rounds", "7", "--only", "NVFP4"], ["--only", "NVFP4", "--only", "NVFP5"], ["--modes", "armd"]):
+        with pytest.raises(SystemExit):
+            run(*words)
+        assert f"no round has {words[-2]} '{words[-1]}'" in capsys.readouterr().err
+
+
 def test_a_shape_with_another_number_of_layers(hopper):
     import child
 
