@@ -150,6 +150,34 @@ def embeddings(llm: LLM) -> None:
     compare("prompt_embeds against tokens", [(plain, answers)])
     warm = run(llm, [(given, seeded(temperature=0.0))] * 2, warm=True)
     compare("prompt_embeds on a warm cache", [(answers, one) for one in warm])
+    mistaken(llm, table[torch.tensor(tokens)], tokens)
+
+
+def mistaken(llm: LLM, held: torch.Tensor, tokens: list[int]) -> None:
+    """Embeddings whose bytes others have in the cache, as another type or as tokens, and those that are refused."""
+    long, held = [0, *tokens * 4], torch.cat([torch.zeros(1, held.shape[1]), *[held] * 4]).bfloat16()
+    every = {"prompt_embeds": held, "prompt_token_ids": long}
+    asked = [
+        {"prompt_embeds": held},
+        {"prompt_embeds": held.view(torch.float16)},
+        {**every, "prompt_is_token_ids": [True] * len(long)},
+        {**every, "prompt_is_token_ids": [False] + [True] * (len(long) - 1)},
+    ]
+    alone = [run(llm, [(given, seeded())])[0] for given in asked]
+    llm.reset_prefix_cache()
+    for order in (range(4), range(3, -1, -1)):
+        found = [run(llm, [(asked[i], seeded())], warm=True)[0] for i in order]
+        compare(
+            "prompt_embeds with the bytes of others", [(alone[i], one) for i, one in zip(order, found, strict=True)]
+        )
+    bad = held.clone()
+    bad[9, 3] = float("inf")
+    for name, wrong in (("an infinity", bad), ("another width", held[:, :-1])):
+        try:
+            run(llm, [({"prompt_embeds": wrong}, seeded())])
+            report(f"prompt_embeds with {name} are refused", "an answer came")
+        except ValueError as error:
+            report(f"prompt_embeds with {name} are refused", "" if "embeds.check" in str(error) else str(error))
 
 
 def limits(llm: LLM) -> None:

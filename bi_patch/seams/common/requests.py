@@ -9,7 +9,7 @@ import functools
 from bi_patch.errors import UnsupportedRequest
 from bi_patch.seams import active
 from bi_patch.seams import pooling as poolers
-from bi_patch.seams.common import lora, parameters, seeds
+from bi_patch.seams.common import embeds, lora, parameters, seeds
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
@@ -108,6 +108,7 @@ def _checked_in_core(original):
         try:
             check(self.vllm_config, request.params)
             lora.check(self, request.lora_request)
+            embeds.check(self.vllm_config, request)
             _refuse_growing(self.vllm_config, request)
             _clear_signs(request.params)
             seed = seeds.source(self, request)

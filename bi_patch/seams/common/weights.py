@@ -8,6 +8,7 @@ from pathlib import Path
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.files import HANDED_OVER
 from bi_patch.seams import active, pooling, vision, weights
+from bi_patch.seams.common import embeds
 from bi_patch.seams.model import Seam, Target
 
 HEADER = "bi-patch-weights"
@@ -51,11 +52,14 @@ def tell(state, completion) -> None:
 
 
 def _first_block(original):
-    """generate_block_hash_extra_keys: the first block's hash holds the identity of the weights."""
+    """generate_block_hash_extra_keys: the first block's hash holds the identity of the weights. The hash of a block
+    with prompt embeddings holds what these are."""
 
     @functools.wraps(original)
     def generate_block_hash_extra_keys(request, start_token_idx, end_token_idx, start_mm_idx):
         keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        if described := embeds.described(request, start_token_idx, end_token_idx):
+            keys = (*(keys or ()), *described)
         if start_token_idx:
             return keys, next_mm_idx
         held = request.__dict__.setdefault(_KEY, weights.identity())
@@ -249,11 +253,12 @@ SEAMS = (
             Target(_HASHES, "generate_block_hash_extra_keys", ">=0.32", (_POOL, _OFFLOAD)),
         ),
         close=_first_block,
-        why=_STALE,
+        why=f"{_STALE}. And the hash of a block with prompt embeddings holds their bytes, but neither their type nor "
+        "which positions are tokens, so a request can get the keys and values of other embeddings",
         how="the hash of a prompt's first block holds a random identity of the loaded weights, and all later blocks "
-        "follow from the first",
+        "follow from the first. The hash of a block with embeddings holds their type, and which positions are tokens",
         until=_UNTIL,
-        causes=(31,),
+        causes=(7, 31),
     ),
     _seam("core", _CORE, "EngineCore.__init__", _core, "each engine core hears of new weights in its process"),
     _seam(

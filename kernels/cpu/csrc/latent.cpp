@@ -287,12 +287,24 @@ template <class T> class Worker {
     });
   }
 
-  // Writes o / l of row r of the open unit, rounded, to the output.
-  void close_row(int r, const State& st, const float* o) {
+  // Writes o / l of row r of the open unit, rounded, to the output. Returns whether the row is finite.
+  bool close_row(int r, const State& st, const float* o) {
     const int64_t t = a_.query_start[u_.req] + (u_.row0 + r) / a_.heads, head = (u_.row0 + r) % a_.heads;
     T* out = static_cast<T*>(a_.out) + t * a_.out_token + head * a_.out_head;
-    const V16 l = set1(st.l);
-    for (int d = 0; d < vdim_; d += 16) store(out + d, div(load(o + d), l));
+    return close_values(o, st, vdim_, out);
+  }
+
+  // Computes row r of unit u again, alone: the row reads no key that it does not see. run_o, leaf_o: [vdim].
+  void alone(const Unit& u, int r, float* run_o, float* leaf_o) {
+    const int len = a_.query_start[u.req + 1] - a_.query_start[u.req];
+    const int pos = a_.seq_lens[u.req] - len + int((u.row0 + r) / a_.heads);
+    open({u.req, u.row0 + r, 1, pos / kLeaf + 1});
+    State run, one;
+    for (int i = 0; i < u_.leaves; ++i) {
+      leaf(i, &one, leaf_o);
+      merge(run, run_o, one, leaf_o, vdim_);
+    }
+    close_row(0, run, run_o);
   }
 };
 
@@ -338,6 +350,7 @@ template <class T> void run(const LatentArgs& a, int threads) {
     float* const run_o = o_mem.get<float>(size_t(2 * kTile) * dim);
     float* const leaf_o = run_o + size_t(kTile) * dim;
     State run_st[kTile], leaf_st[kTile];
+    bool finite[kTile];
     if (split) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t t = 0; t < tasks; ++t) {
@@ -354,8 +367,9 @@ template <class T> void run(const LatentArgs& a, int threads) {
           State st;
           for (int64_t at = row_at[i] + r; at < row_at[i + 1]; at += u.rows)
             merge(st, run_o, split_st[at], so + at * dim, dim);
-          w.close_row(r, st, run_o);
+          finite[r] = w.close_row(r, st, run_o);
         }
+        again(w, u, finite, run_o, leaf_o);
       }
     } else {
 #pragma omp for schedule(dynamic, 1)
@@ -367,7 +381,8 @@ template <class T> void run(const LatentArgs& a, int threads) {
           w.leaf(leaf, leaf_st, leaf_o);
           for (int r = 0; r < u.rows; ++r) merge(run_st[r], run_o + r * dim, leaf_st[r], leaf_o + r * dim, dim);
         }
-        for (int r = 0; r < u.rows; ++r) w.close_row(r, run_st[r], run_o + r * dim);
+        for (int r = 0; r < u.rows; ++r) finite[r] = w.close_row(r, run_st[r], run_o + r * dim);
+        again(w, u, finite, run_o, leaf_o);
       }
     }
     w.done();

@@ -36,5 +36,25 @@ BI_INLINE void merge(State& run, float* run_o, const State& leaf, const float* o
   for (int d = 0; d < dim; d += 16) store(run_o + d, fma(load(run_o + d), a, mul(load(o + d), b)));
 }
 
+// Writes o / l, rounded, to out [dim]. Returns whether all of o is finite.
+template <class T> BI_INLINE bool close_values(const float* o, const State& st, int dim, T* out) {
+  const V16 l = set1(st.l);
+  V16 seen = zero();  // stays zero while all values are finite
+  for (int d = 0; d < dim; d += 16) {
+    const V16 x = load(o + d);
+    seen = fma(x, zero(), seen);
+    store(out + d, div(x, l));
+  }
+  return sum_lanes(seen) == 0;
+}
+
+// A row of p holds zeros for keys that the row does not see, and zero times an infinite value or NaN is NaN. So rows
+// of a unit that are not finite are computed again, each alone.
+template <class Worker, class Unit>
+void again(Worker& w, const Unit& u, const bool* finite, float* run_o, float* leaf_o) {
+  for (int r = 0; r < u.rows && u.rows > 1; ++r)
+    if (!finite[r]) w.alone(u, r, run_o, leaf_o);
+}
+
 }  // namespace
 }  // namespace bi

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from vllm.exceptions import VLLMValidationError
 
 from bi_patch import settings
@@ -120,7 +121,7 @@ class Core:
 
     def __init__(self):
         cache = SimpleNamespace(kv_sharing_fast_prefill=False)
-        model = SimpleNamespace(seed=0)
+        model = SimpleNamespace(seed=0, dtype=torch.bfloat16, get_inputs_embeds_size=lambda: 4)
         self.scheduler = SimpleNamespace(requests={})
         self.vllm_config = SimpleNamespace(use_v2_model_runner=True, cache_config=cache, model_config=model)
         self.seen = []  # what the engine core worked on
@@ -192,6 +193,26 @@ def test_the_core_refuses_before_it_works_on_a_request(monkeypatch):
         core.add(Params(extra_args={"own": object()}), mm_features=[image])
     assert core.seen == [] and core.kept == [image, image]
     assert core.add(Params(seed=2**64), abort_immediately=True)  # it only frees what another engine holds
+
+
+@pytest.mark.parametrize(
+    "embeds, said",
+    [
+        (torch.tensor([[0.0, 1.0, float("nan"), 2.0]]), "NaN or an infinity in torch.bfloat16"),
+        (torch.tensor([[0.0, 1.0, float("-inf"), 2.0]], dtype=torch.float16), "NaN or an infinity"),
+        (torch.tensor([[0.0, 1.0, 2.0, 1e39]], dtype=torch.float64), "NaN or an infinity in torch.bfloat16"),
+        (torch.zeros(3, 5), r"shape \[3, 5\]. Give floating-point numbers of shape \[tokens, 4\]"),
+        (torch.zeros(0, 4), r"shape \[0, 4\]"),
+        (torch.zeros(4), r"shape \[4\]"),
+        (torch.zeros(3, 4, dtype=torch.int32), "torch.int32"),
+    ],
+)
+def test_the_core_refuses_embeddings_that_would_reach_other_requests(embeds, said):
+    core = Core()
+    with pytest.raises(UnsupportedRequest, match=f"embeds.check: .*{said}"):
+        core.add(Params(seed=1), prompt_token_ids=None, prompt_embeds=embeds)
+    assert core.seen == []
+    assert core.add(Params(seed=1), prompt_token_ids=None, prompt_embeds=torch.ones(3, 4, dtype=torch.float16))
 
 
 def test_a_front_end_forgets_a_request_that_its_core_refused():

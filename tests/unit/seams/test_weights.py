@@ -30,7 +30,7 @@ class Request:
     def __init__(self, name, blocks=0, outputs=0, computed=0, preemptions=0):
         self.request_id, self.blocks = name, blocks
         self.num_output_tokens, self.num_computed_tokens, self.num_preemptions = outputs, computed, preemptions
-        self.trace_headers = None
+        self.trace_headers = self.prompt_embeds = None
         self.block_hashes = []
         self.update_block_hashes()
 

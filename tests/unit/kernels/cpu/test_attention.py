@@ -1,5 +1,6 @@
 """Paged attention on CPU: its accuracy, and equal bits for a row in any batch."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -178,6 +179,26 @@ def test_nothing_outside_the_window_is_read(ops, dtype):
         cut = first - window  # first key that position `first` sees
         hole.k[:cut], hole.v[:cut] = float("nan"), float("nan")
         assert same(run(ops, [(hole, first, n)], window, bs=bs)[0], want[first:]), first
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [-1, 70])
+def test_a_value_that_is_not_finite_reaches_no_row_before_it(ops, threads, dtype, window):
+    """Other requests read the cached rows before it. Prefills and decode give the same rows, on all threads."""
+    model, n = (6, 2, 64), 600
+    clean, at = seq(n, *model, dtype), (3, 259, 530)
+    want = run(ops, [(clean, 0, n)], window)[0]
+    for place, wrong in itertools.product(at, (float("inf"), float("nan"))):
+        bad = Seq(clean.q, clean.k.clone(), clean.v.clone())
+        bad.k[place], bad.v[place] = 0.0, wrong
+        zero = Seq(clean.q, bad.k, clean.v)
+        last = n if window < 0 else place + window + 1
+        for first, end, count in ((0, n, 1), (0, n, 3), (place - 3, place + 1, 2), (place - 3, min(n, place + 40), 3)):
+            threads(count)
+            got = run(ops, [(bad, first, end)], window)[0]
+            assert same(got[: place - first], want[first:place]), (place, wrong, first)
+            assert not got[place - first : last - first].isfinite().all(-1).any(), (place, wrong, first)
+            assert same(got[last - first :], run(ops, [(zero, 0, n)], window)[0][last:end]), (place, wrong, first)
 
 
 def test_strided_inputs_outputs_and_padding(ops):

@@ -64,6 +64,22 @@ def test_accuracy(ops, dtype, n, heads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 4, 16])
+def test_a_latent_that_is_not_finite_reaches_no_row_before_it(ops, threads, dtype, heads):
+    n, place = 300, 259
+    queries, latents = make(n, heads, dtype)
+    (want,) = run(ops, [((queries, latents), 0, n)])
+    for wrong in (float("inf"), float("nan")):
+        bad = latents.clone()
+        bad[place] = wrong
+        for first, end, count in ((0, n, 1), (0, n, 3), (256, 262, 2), (255, 260, 3)):
+            threads(count)
+            (got,) = run(ops, [((queries, bad), first, end)])
+            assert same(got[: place - first], want[first:place]), (wrong, first)
+            assert not got[place - first :].isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [1, 4, 16, 40])
 def test_a_row_keeps_its_bits(ops, threads, dtype, heads):
     """Chunks, decode, company, block sizes and threads do not change a row."""
