@@ -16,7 +16,7 @@ import torch
 
 from bi_patch import identity, installed, running
 from bi_patch.errors import ContractBroken, UnsupportedRequest
-from bi_patch.training import adapters, devices, leaves
+from bi_patch.training import adapters, devices, forwards
 
 # What a request may ask for beside the defaults of vLLM's SamplingParams. Everything else could change the logits in a
 # way that the trainer does not repeat, or does not concern logits and is not listed because nobody looked.
@@ -101,7 +101,7 @@ def check(contract: dict[str, Any], model: torch.nn.Module, dtype: torch.dtype) 
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": None,
     }
-    if folder.CALLS_VLLM or leaves.family_of(model).experts:
+    if folder.CALLS_VLLM or forwards.family_of(model).experts:
         found = installed.find(device)
         own["vllm"] = None if found is None else str(found.release)
     for name, value in own.items():
@@ -118,7 +118,7 @@ def check(contract: dict[str, Any], model: torch.nn.Module, dtype: torch.dtype) 
     layers = sorted(int(found[1]) if found else -1 for found in numbers.values())
     _same("the layers of attention", list(range(model.config.num_hidden_layers)), layers)
     _among("runner", contract["runner"], ("V1", "V2"))
-    attention, size = devices.implementation(device, "attention"), leaves.head_size(model.config)
+    attention, size = devices.implementation(device, "attention"), forwards.head_size(model.config)
     for layer, backend in contract["attention"].items():
         window = _window(model.config, int(numbers[layer][1]))
         _among(f"attention of {layer}", backend, attention.backends(dtype, size, window))

@@ -8,7 +8,7 @@ import torch
 from packaging.version import Version
 
 from bi_patch.errors import MissingDependency, UnsupportedFeature
-from bi_patch.training import layout, leaves, ops
+from bi_patch.training import forwards, layout, ops
 
 NAME = "bi_patch"  # of the attention function and of the mask function
 _MAJOR = 5  # of transformers
@@ -38,7 +38,7 @@ def prepare(base, args, kwargs):
             "parameters are in the sampler's dtype, or in float32 with the argument dtype"
         )
     if state.asked is None and not torch.compiler.is_compiling():  # training.logprobs has looked
-        leaves.check_unchanged(state.plan[0].module, state.plan)
+        forwards.check_unchanged(state.plan[0].module, state.plan)
     if given.get("past_key_values") is not None or given.get("use_cache"):
         raise UnsupportedFeature("training.cache: an armed model keeps no KV cache. Let the sampler generate")
     batch, length = tokens.shape[:2]

@@ -1,4 +1,4 @@
-"""Arm a model of Hugging Face transformers in place: its own code runs, and its leaves compute the sampler's bits.
+"""Arm a model of Hugging Face transformers in place: its own code runs, and its layers compute the sampler's bits.
 
 The hooks are transformers' own: an attention function and a mask function of a name of their own, and a forward of each
 leaf module. The rotation is a function of the model's module. The armed model's rotary table says which of two
@@ -19,7 +19,7 @@ import torch
 
 from bi_patch.errors import BiPatchError, UnsupportedFeature
 from bi_patch.ops.casts import Hold
-from bi_patch.training import adapters, devices, hooks, leaves, ops
+from bi_patch.training import adapters, devices, forwards, hooks, ops
 from bi_patch.training.contract import Form
 from bi_patch.training.families import Family
 
@@ -52,7 +52,7 @@ class Armed:
 
     dtype: what all rows are computed in. parts: how many ranks of the sampler share the K of row-parallel layers.
     contract: what the sampler and this model agreed on. form: what of it chooses kernels. before: the model's own
-    attention. names: the arguments of the base model's forward. functions: the operators that the leaves call, by name.
+    attention. names: the arguments of the base model's forward. functions: the operators that the layers call, by name.
     A way to compute gradients may replace them. layout: starts and lengths of the last forward's sequences. asked:
     set while the head computes logprobs. plan: the modules that were armed, the model first. casts: compiled code
     rounds as eager code does while a model or a copy of it is armed.
@@ -68,7 +68,7 @@ class Armed:
     layout: tuple[torch.Tensor, torch.Tensor] | None = None
     asked: Asked | None = None
     casts: Hold = field(default_factory=Hold)
-    plan: list[leaves.Planned] = field(default_factory=list, repr=False)
+    plan: list[forwards.Planned] = field(default_factory=list, repr=False)
     functions: dict[str, Callable] = field(
         default_factory=lambda: {
             "attention": ops.attention,
@@ -117,28 +117,28 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
     if armed(model) is not None:
         raise BiPatchError("training.arm: the model is armed already. Call disarm first")
     hooks.check_release()
-    family = leaves.family_of(model)
+    family = forwards.family_of(model)
     if family.experts and parts > 1:
         raise UnsupportedFeature(
             "training.parallel: a sampler whose ranks share experts is not repeated by the trainer. Start one without "
             "tensor parallelism"
         )
-    plan = leaves.plan(model, family, dtype, parts)
+    plan = forwards.plan(model, family, dtype, parts)
     devices.prepare(next(model.parameters()).device.type)
     state = Armed(dtype, family, parts, before=model.config._attn_implementation)
     base = model.base_model
     state.names = tuple(inspect.signature(type(base).forward).parameters)[1:]
     hooks.register()
     model.set_attn_implementation(hooks.NAME)
-    hooks.open_rotation(sys.modules[leaves.module_of(model)])
+    hooks.open_rotation(sys.modules[forwards.module_of(model)])
     state.plan = plan
     for planned in plan:
         module = planned.module
         setattr(module, _HELD, state)
-        setattr(module, leaves.PARTS, planned.parts)
+        setattr(module, forwards.PARTS, planned.parts)
         if planned.forward is not None:
             module.forward = types.MethodType(planned.forward, module)
-        leaves.take_frequencies(module)
+        forwards.take_frequencies(module)
     for module in {model, base}:
         setattr(module, _HELD, state)
     base._bi_patch_hook = base.register_forward_pre_hook(hooks.prepare, with_kwargs=True)
@@ -147,7 +147,7 @@ def arm(model: torch.nn.Module, dtype: torch.dtype, parts: int = 1) -> Armed:
 
 def check_unchanged(state: Armed) -> None:
     """Raise UnsupportedFeature by name if the model changed after arming: a new module, forward or hook."""
-    leaves.check_unchanged(state.plan[0].module, state.plan)
+    forwards.check_unchanged(state.plan[0].module, state.plan)
 
 
 def disarm(model: torch.nn.Module) -> None:
@@ -161,9 +161,9 @@ def disarm(model: torch.nn.Module) -> None:
     for module in model.modules():
         held = vars(module)
         held.pop(_HELD, None)
-        held.pop(leaves.PARTS, None)
-        leaves.return_frequencies(module)
-        if getattr(held.get("forward"), "__module__", "") in (leaves.__name__, adapters.__name__):
+        held.pop(forwards.PARTS, None)
+        forwards.return_frequencies(module)
+        if getattr(held.get("forward"), "__module__", "") in (forwards.__name__, adapters.__name__):
             del module.forward
     state.casts.release()
     model.set_attn_implementation(state.before)

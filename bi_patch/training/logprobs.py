@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bi_patch.errors import BiPatchError, ContractBroken, UnsupportedRequest
-from bi_patch.training import huggingface, layout, leaves, routing
+from bi_patch.training import forwards, huggingface, layout, routing
 from bi_patch.training.samples import Batch
 
 Number = float | torch.Tensor
@@ -68,7 +68,7 @@ def logprobs(
     with huggingface.asking(state, request, config):
         out = model(input_ids=flat[rows][None], cu_seq_lens_q=cumulative, use_cache=False)
     if held is not None:
-        held.routing = routing.compare(request.chosen, held.experts, rows, leaves.routers(state.plan))
+        held.routing = routing.compare(request.chosen, held.experts, rows, forwards.routers(state.plan))
     return found.index_copy(0, targets, out.logits).view(ids.shape)
 
 

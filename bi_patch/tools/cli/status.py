@@ -47,7 +47,8 @@ def status(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="[NAME]", help="Explain this patch point. Any other text, e.g. RMSNorm: which change it."
+            metavar="[NAME]",
+            help="Explain this patch point. With another text, e.g. RMSNorm: list those that change it.",
         ),
     ] = "",
     every: Annotated[bool, typer.Option("--all", help="List every patch point of this platform.")] = False,
@@ -68,13 +69,14 @@ def status(
         raise SettingError("--every-platform needs --all")
     if bool(name) + every + json > 1:
         raise SettingError("NAME, --all and --json: choose one")
-    if name:
-        _check_name(name)
+    names = _named(name) if name else []
     look = _look()
     if json:
         _json(look)
-    elif name:
+    elif names == [name]:
         _one(look, name)
+    elif names:
+        _those(look, names)
     else:
         _summary(look)
         _every(look, every_platform) if every else _open(look)
@@ -100,15 +102,17 @@ def _look() -> Look:
     return Look(state, found, moved)
 
 
-def _check_name(name: str) -> None:
+def _named(name: str) -> list[str]:
+    """The patch point of this name, or those with this text in the name or in what they change. Raises SettingError."""
     from bi_patch.tools import findings
 
     declared = findings.declared()
     known = list(declared)
     if name in known:
-        return
-    close = difflib.get_close_matches(name, known, n=3) or [n for n in known if n.split(".", 1)[0] == name]
-    close = close or [n for n, one in declared.items() if name.lower() in _where(one).lower()]
+        return [name]
+    if changing := [n for n, one in declared.items() if name.lower() in f"{n} {_where(one)}".lower()]:
+        return changing
+    close = difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {', '.join(close)}?" if close else ""
     raise SettingError(
         f"no patch point is called {name!r}.{hint} `bi-patch status --all --every-platform` lists every name"
@@ -195,6 +199,13 @@ def _open(look: Look) -> None:
     for f in is_open:
         what = "open" if f.required else "open (optional)"
         output.whole(console, Text.assemble((what, _COLOURS["open"]), f"  {f.name}  {' '.join(f.reason.split())}"))
+
+
+def _those(look: Look, names: list[str]) -> None:
+    """A line for each of these patch points: its state, and what it replaces."""
+    found = {f.name: f for f in look.findings}
+    shown = [found[name] for name in names if name in found]  # a variable of another platform has no finding
+    output.rows(output.console(), [(f.name, Text(f.status, _COLOURS[f.status]), f.target) for f in shown])
 
 
 def _every(look: Look, every_platform: bool) -> None:

@@ -148,16 +148,20 @@ def test_every_patch_point_can_be_explained(name):
 
 
 @pytest.mark.parametrize(
-    "name, said",
-    [
-        ("linear.cpu_dispach", "linear.cpu_dispatch"),
-        ("scheduler", "scheduler.cascade"),
-        ("rmsnorm", "norm.cuda_rms"),  # the class that a patch point changes
-    ],
+    "name, said", [("linear.cpu_dispach", "linear.cpu_dispatch"), ("sheduler.cascade", "scheduler.cascade")]
 )
 def test_an_unknown_name_is_an_error_that_suggests_another(name, said):
     with pytest.raises(SettingError, match=f"no patch point is called '{name}'. Did you mean .*{said}"):
-        status._check_name(name)
+        status._named(name)
+
+
+def test_a_class_names_the_patch_points_that_change_it(bi_patch):
+    names = status._named("rmsnorm")
+    assert {"norm.cpu_rms", "norm.cuda_rms"} <= set(names) and "linear.cpu_dispatch" not in names
+    assert "scheduler.cascade" in status._named("scheduler")
+    lines = bi_patch("status", "RMSNorm", BI_PATCH="1").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == names
+    assert "layernorm:RMSNorm.forward" in next(line for line in lines if line.startswith("norm.cpu_rms "))
 
 
 def test_the_code_of_a_patch_point_is_named():
