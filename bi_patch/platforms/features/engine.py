@@ -241,8 +241,8 @@ FEATURES: tuple[Feature, ...] = (
         details="Also an option that a later vLLM brings.",
     ),
     row(
-        "environment variables of vLLM that may choose a kernel, and that nobody has examined "
-        "(VLLM_MOE_ROUTING_SIMULATION_STRATEGY, VLLM_FLOAT32_MATMUL_PRECISION, ...)",
+        "environment variables of vLLM and of PyTorch's Inductor that may choose a kernel, and that nobody has "
+        "examined (VLLM_MOE_ROUTING_SIMULATION_STRATEGY, TORCHINDUCTOR_MAX_AUTOTUNE, ...)",
         **everywhere("nobody has examined it", "Unset it"),
         asked=_variables,
         details="Variables of paths, logs, limits and timeouts are free, and so are those that a patch point covers.",

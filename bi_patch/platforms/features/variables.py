@@ -1,4 +1,5 @@
-"""vLLM's environment variables that somebody has examined. An engine for which another one is set is refused.
+"""Environment variables of vLLM and of PyTorch's Inductor that somebody has examined. An engine for which another one
+is set is refused.
 
 vLLM has more than 300. Many choose a kernel, and some change it with the number of rows, draw experts at random, or let
 a request's cache key leave something out.
@@ -204,6 +205,39 @@ FRONT = frozenset(
         "VLLM_XGRAMMAR_CACHE_MB",
     }
 )
+# Inductor's caches, logs, assertions, processes and profiles, and what vLLM and arming set. Others choose how code is
+# made: they time kernels anew in each process, cut sums, or allow unsafe arithmetic.
+INDUCTOR = frozenset(
+    f"TORCHINDUCTOR_{name}"
+    for name in (
+        "ALIGNMENT_ASSERTS",
+        "AUTOGRAD_CACHE",
+        "CACHE_DIR",
+        "COMPILE_THREADS",
+        "COMPILE_WORKER_WAIT_TIMEOUT",
+        "CPP_DYNAMIC_THREADS",
+        "CPP_ENABLE_KERNEL_PROFILE",
+        "DEBUG_FUSION",
+        "DETERMINISTIC",
+        "ENABLED_METRIC_TABLES",
+        "ERROR_ON_CUSTOM_OP_ALIASING",
+        "FILE_LOCK_TIMEOUT",
+        "FORCE_DISABLE_CACHES",
+        "FX_GRAPH_CACHE",
+        "NAN_ASSERTS",
+        "PATTERN_MATCH_DEBUG",
+        "PRECOMPILATION_TIMEOUT_SECONDS",
+        "PROFILE",
+        "PROFILE_OUTPUT",
+        "SAVE_ARGS",
+        "SCALAR_ASSERTS",
+        "SIZE_ASSERTS",
+        "UNIQUE_KERNEL_NAMES",
+        "WORKER_START",
+        "WORKER_SUPPRESS_LOGGING",
+    )
+)
+_COMPILER = "TORCHINDUCTOR_"
 # What acts only together with a refused feature: KV transfer; Ray's variables say where its workers run.
 BEHIND = ("MOONCAKE_", "VLLM_MOONCAKE_", "VLLM_NIXL_", "VLLM_P2P_", "VLLM_RAY_", "VLLM_USE_RAY_")
 # What vLLM reads without listing.
@@ -213,11 +247,12 @@ KNOWN = COVERED | OWN | PLACES | LOGS | FRONT
 
 
 def unknown() -> list[str]:
-    """The variables that are set, that the installed vLLM or vLLM-Ascend reads, and that nobody has examined."""
+    """The variables that are set, that vLLM, vLLM-Ascend or Inductor reads, and that nobody has examined."""
     read = set(UNLISTED)
     for module, listed in _LISTS:
         read |= set(getattr(sys.modules.get(module), listed, ()))
-    return sorted(name for name in read if name in os.environ and name not in KNOWN and not name.startswith(BEHIND))
+    own = {name for name in read if name in os.environ and name not in KNOWN and not name.startswith(BEHIND)}
+    return sorted(own | {name for name in os.environ if name.startswith(_COMPILER) and name not in INDUCTOR})
 
 
 def switched(name: str) -> bool:

@@ -1,5 +1,6 @@
 """vLLM's environment variables: one that nobody has examined is refused, also one that a later release brings."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ def listed(monkeypatch):
     for name in (*envs.environment_variables, *variables.UNLISTED, *variables.KNOWN):
         if name.startswith("VLLM_"):
             monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("TORCHINDUCTOR_")]:
+        monkeypatch.delenv(name)
 
 
 def test_what_vllm_lists_and_nobody_has_examined_is_refused(listed, monkeypatch):
@@ -48,6 +51,17 @@ def test_what_vllm_reads_without_listing_is_refused(listed, monkeypatch):
     assert variables.unknown() == [variables.UNLISTED[0]]
 
 
+def test_an_option_of_inductor_is_refused_as_a_variable_too(listed, monkeypatch):
+    """`inductor_compile_config` refuses the same options by name."""
+    for name in variables.INDUCTOR:
+        monkeypatch.setenv(name, "1")
+    assert variables.unknown() == []
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG", "1")
+    found = ["TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG", "TORCHINDUCTOR_MAX_AUTOTUNE"]
+    assert variables.unknown() == found
+
+
 def test_the_sets_do_not_overlap():
     sets = (variables.COVERED, variables.OWN, variables.PLACES, variables.LOGS, variables.FRONT)
     assert sum(map(len, sets)) == len(variables.KNOWN)
@@ -57,19 +71,21 @@ def test_the_sets_do_not_overlap():
 def test_arming_sets_no_variable_that_is_refused():
     from bi_patch.seams.registry import CATALOG
 
-    set_by_arming = {item.variable for item in CATALOG.variables if item.variable.startswith("VLLM_")}
-    assert set_by_arming <= variables.KNOWN
+    set_by_arming = {n.variable for n in CATALOG.variables if n.variable.startswith(("VLLM_", "TORCHINDUCTOR_"))}
+    assert set_by_arming <= variables.KNOWN | variables.INDUCTOR
 
 
 def test_variables_that_vllm_sets_itself_are_no_reason_to_refuse():
     """vLLM sets some by the platform, the model or the executor. Workers are asked after that."""
     root = Path(pytest.importorskip("vllm").__file__).parent
     others = ("platforms/rocm.py", "platforms/xpu.py", "benchmarks/", "determinism/batch_invariant.py")
-    given = re.compile(r"""os\.environ\[["'](VLLM_\w+)["']\] = """)
+    given = re.compile(r"""(?:os\.environ\[|set_env_var\()["']((?:VLLM|TORCHINDUCTOR)_\w+)["'](?:\] = |, )""")
     files = {file.relative_to(root).as_posix(): file for file in root.rglob("*.py")}
     read = [file.read_text() for path, file in files.items() if not any(other in path for other in others)]
     found = {name for text in read for name in given.findall(text)}
     listed = set(pytest.importorskip("vllm.envs").environment_variables)
+    inductors = {name for name in found if name.startswith("TORCHINDUCTOR_")}
+    assert len(inductors) > 2 and inductors <= variables.INDUCTOR
     assert found and not {n for n in found & listed - variables.KNOWN if not n.startswith(variables.BEHIND)}
 
 
