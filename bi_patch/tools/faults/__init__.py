@@ -19,19 +19,21 @@ def every() -> tuple[Fault, ...]:
         attention,
         cpu,
         cuda,
+        experts,
         images,
         latent,
         packed_experts,
         pooling,
         recurrent,
+        requests,
         shared,
         speculation,
         weights,
     )
 
     on_cuda = (cuda, packed_experts)
-    parts = (shared, attention, cpu, *on_cuda, latent, recurrent, weights, pooling, adapters, speculation, images)
-    found = tuple(fault for part in parts for fault in part.FAULTS)
+    both = (shared, requests, experts, attention, latent, recurrent, weights, pooling, adapters, speculation, images)
+    found = tuple(fault for part in (*both, cpu, *on_cuda) for fault in part.FAULTS)
     return tuple(sorted(found, key=lambda fault: (fault.cause, fault.name)))
 
 

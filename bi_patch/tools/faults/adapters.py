@@ -8,8 +8,7 @@ import types
 import torch
 
 from bi_patch.tools.faults import parts
-from bi_patch.tools.faults.base import CPU, CUDA, Fault
-from bi_patch.tools.faults.shared import FEW
+from bi_patch.tools.faults.base import CPU, CUDA, FEW, Fault
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner, replaced
 

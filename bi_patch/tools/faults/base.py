@@ -12,6 +12,8 @@ from bi_patch.tools.verify.engine import LocalEngine
 CPU, CUDA = "cpu", "cuda"
 BOTH = (CPU, CUDA)
 FP8, PACKED, PACKED_EXPERTS = "fp8", "packed", "packed experts"
+FEW = 4  # up to this number of rows, a library takes its kernel for few rows
+RANKS = 4  # a sum of two is the same in any order
 
 
 class UnknownFault(BiPatchError):

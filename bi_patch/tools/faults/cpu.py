@@ -7,8 +7,7 @@ import contextlib
 import torch
 
 from bi_patch.tools.faults import parts
-from bi_patch.tools.faults.base import CPU, Fault
-from bi_patch.tools.faults.shared import FEW
+from bi_patch.tools.faults.base import CPU, FEW, Fault
 from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bi_patch.tools.faults.base import CUDA, FP8, PACKED, Fault
-from bi_patch.tools.faults.shared import FEW
+from bi_patch.tools.faults.base import CUDA, FEW, FP8, PACKED, Fault
 from bi_patch.tools.verify import layers
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner, replaced

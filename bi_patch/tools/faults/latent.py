@@ -10,8 +10,8 @@ import torch
 
 from bi_patch.tools.faults import latent_cuda, parts
 from bi_patch.tools.faults.attention import Cut, overwrite
-from bi_patch.tools.faults.base import BOTH, Fault, platform
-from bi_patch.tools.faults.shared import EXPERTS, FEW, each_moe, one_expert_at_a_time
+from bi_patch.tools.faults.base import BOTH, FEW, Fault, platform
+from bi_patch.tools.faults.experts import EXPERTS, each_moe, one_expert_at_a_time
 from bi_patch.tools.verify.engine import LocalEngine
 
 MODEL = "DeepSeek V2"  # the faults are planted in an engine of this family (tools/models/families.py)

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bi_patch.tools.faults.base import CUDA, PACKED_EXPERTS, Fault
-from bi_patch.tools.faults.shared import FEW
+from bi_patch.tools.faults.base import CUDA, FEW, PACKED_EXPERTS, Fault
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import replaced
 

@@ -63,3 +63,12 @@ def test_every_named_error_has_a_heading_in_troubleshooting():
     named = re.findall(r"^class (\w+)\(", (ROOT / "bi_patch/errors.py").read_text(encoding="utf-8"), re.MULTILINE)
     heads = re.findall(r"^## (.*)$", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(named) - {"BiPatchError"} <= {word for head in heads for word in head.split(", ")}
+
+
+def test_every_script_of_the_benchmarks_is_named_by_a_page_or_by_another_script():
+    folder = ROOT / "benchmarks"
+    pages = {path: path.read_text(encoding="utf-8") for path in (*folder.rglob("README.md"), *folder.rglob("*.py"))}
+    for path, text in pages.items():
+        if path.suffix == ".py" and "__main__" in text:
+            others = "".join(other for at, other in pages.items() if at != path)
+            assert re.search(rf"\b{re.escape(path.name)}", others), path
