@@ -77,7 +77,7 @@ def check(
 
 
 def _print(reports: "list[Report]", console: Console) -> None:
-    """Print a table in a terminal, or a plain line for each report in a pipe; then print the problems."""
+    """Print a table in a terminal, or a line for each report in a pipe; then the problems, and what is counted."""
     if console.is_terminal:
         console.print(_table(reports))
     else:
@@ -87,10 +87,15 @@ def _print(reports: "list[Report]", console: Console) -> None:
     for r in reports:
         for p in r.problems:
             _problem(console, _name(r), p)
+    output.paragraph(
+        console,
+        "\nCounted: diffs that apply and that reverse, patch points that the patched source closes, and patch points "
+        "whose source is the recorded one.",
+    )
 
 
 def _table(reports: "list[Report]") -> Table:
-    table = Table(box=None, pad_edge=False, title="Patches and anchors", title_justify="left")
+    table = Table(box=None, pad_edge=False, title="Patches and source fingerprints", title_justify="left")
     for column in ("release", *(name for name, _, _ in _shares(reports[0])), "result"):
         table.add_column(column, overflow="fold", justify="left" if column in ("release", "result") else "right")
     for r in reports:
@@ -118,7 +123,7 @@ def _shares(report: "Report") -> list[tuple[str, int, int]]:
         ("applied", report.applied, report.patches),
         ("reversed", report.reversed, report.patches),
         ("closed", report.closed, report.seams),
-        ("anchors", report.matched, report.anchors),
+        ("sources", report.matched, report.anchors),
     ]
 
 

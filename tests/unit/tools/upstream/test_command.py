@@ -61,10 +61,10 @@ def test_wrong_usage_exits_2(arguments):
 
 
 def test_a_pipe_gets_a_plain_line_for_each_report(small):
-    shares = "applied 0/{0}, reversed 0/{0}, closed 0/{1}, anchors 0/{2}"
+    shares = "applied 0/{0}, reversed 0/{0}, closed 0/{1}, sources 0/{2}"
     result = run(small.tree, "--release", "0.33.0", COLUMNS="40")
     first = result.stdout.splitlines()[0]
-    counts = r"applied 0/(\d+), reversed 0/(\d+), closed 0/(\d+), anchors 0/(\d+)"
+    counts = r"applied 0/(\d+), reversed 0/(\d+), closed 0/(\d+), sources 0/(\d+)"
     made = re.fullmatch(rf"vLLM 0\.33\.0 \(tree\): \d+ problems; {counts}", first)
     assert made and made[1] == made[2] and first.endswith(shares.format(made[1], made[3], made[4]))
 
