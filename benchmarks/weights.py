@@ -4,7 +4,7 @@
 
 It runs the axis "weight update" of `bi-patch verify` on small models whose head is their embedding, in bf16, eager and
 compiled, with CUDA graphs on a GPU. Models with latent attention or recurrent layers, whose heads are their own, run
-eagerly. Exit code 1: positions differ.
+eagerly. On CPU, so do models with quantized weights, and compiled. Exit code 1: positions differ.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ def cases(on_gpu: bool):
             yield f"{name} bf16 tied, {'eager' if eager else 'graphs' if on_gpu else 'compiled'}", name, eager, True
     for name in FAMILIES:
         yield f"{name} bf16, eager", name, True, False
+    for name in () if on_gpu else (recipes.INT8, recipes.AWQ, recipes.GPTQ, recipes.W4A16, recipes.ZEROS):
+        for eager in (True, False):
+            yield f"{name} bf16, {'eager' if eager else 'compiled'}", name, eager, False
 
 
 def measure(only: str, results: Path | None) -> list:

@@ -57,6 +57,10 @@ CASES = {
         for model in ("tiny-qwen3-int8", "tiny-qwen2-awq", "tiny-llama-gptq", "tiny-qwen3-w4a16")
         for eager in (True, False)
     },
+    **{
+        f"{model} bf16 TP 2, new weights": Case(model, 2, ("weight update",))
+        for model in ("tiny-qwen3-int8", "tiny-qwen2-awq")
+    },
     "tiny-qwen3-int8 bf16 PP 2 compiled": Case("tiny-qwen3-int8", 1, FEW, eager=False, stages=2),
 }
 

@@ -15,7 +15,7 @@ from bi_patch.tools.models import recipes
 from bi_patch.tools.verify import precision
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 from bi_patch.tools.verify.engine import Options
-from bi_patch.tools.verify.probes import FEATURE_PROBES
+from bi_patch.tools.verify.probes import FEATURE_PROBES, updating
 
 pytestmark = pytest.mark.engine
 
@@ -51,6 +51,9 @@ def test_int8_and_a_scale_that_the_batch_shares(start):
             found = catch.catch(engine, name, load)
             print(f"{name}: {found.named}")
             assert found.caught and found.right, found
+        if not updating.missing(engine):  # vLLM's kernel for AMX takes no new weights
+            cases = list(catch.cases(engine, catch.UPDATE, load))
+            assert cases and not [case.label for case in cases if case.differs]
 
 
 @pytest.mark.parametrize("name", [recipes.AWQ, recipes.GPTQ])
@@ -96,10 +99,19 @@ def test_other_kernels(start, name, dtype, environ):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [recipes.AWQ, recipes.GPTQ])
-def test_new_weights(model, name):
+@pytest.mark.parametrize(
+    ("name", "dtype", "eager"),
+    [
+        *((name, "bfloat16", True) for name in (recipes.INT8, recipes.AWQ, recipes.GPTQ, recipes.W4A16, recipes.ZEROS)),
+        *((recipes.INT8, dtype, True) for dtype in ("float16", "float32")),
+        *((name, "bfloat16", False) for name in (recipes.INT8, recipes.W4A16)),
+        (recipes.W4A16, "float32", True),
+    ],
+)
+def test_new_weights(model, name, dtype, eager):
     probe = next(probe for probe in FEATURE_PROBES if probe.name == catch.UPDATE)
-    given, environ = Options(model(name), max_model_len=1024, chunk=512), PATIENT | os.environ
+    given = Options(model(name), dtype=dtype, max_model_len=1024, chunk=512, eager=eager)
+    environ = PATIENT | os.environ
     with ChildEngine(ARMED, given, environ=environ) as engine:
         load = catch.workload(engine)
         if why := probe.missing(engine):
@@ -108,6 +120,7 @@ def test_new_weights(model, name):
         expected = probe.collect(engine, load)
     with ChildEngine(ARMED, given.but(**change.options), environ=environ) as engine:
         got = probe.collect(engine, load, change)
+        invariant(engine)
     cases = list(probe.cases(change, requests, expected, got))
     assert cases and not [f"{case.label}: {case.difference.first}" for case in cases if case.differs]
 

@@ -28,6 +28,8 @@ def _int8(original):
             self.linear_method = self._apply_weights_onednn
             self.process_weights_for_onednn(layer)
         kernel = self.linear_method.__name__.removeprefix("_apply_weights_")
+        # oneDNN reads the scales at their place. An update copies them to the layer's first tensor, and frees these.
+        self.bi_patch_scale = layer.weight_scale
         kind = "static" if self.config.is_static_input_scheme else "token"
 
         def wide():
@@ -113,11 +115,14 @@ def _no_static(layer):
     )
 
 
+_UPDATED = ("W4A8 ", "W4A16 ", "W8A8 onednn token")  # schemes of layers that take new weights
+
+
 def _first(layer):
     """Raise UnsupportedFeature if a layer that has a route gets new weights, and no evidence covers that."""
     from bi_patch.ops.cpu import quantized
 
-    if quantized.has_route(layer) and not quantized.scheme(layer).startswith("W4A8"):
+    if quantized.has_route(layer) and not quantized.scheme(layer).startswith(_UPDATED):
         raise UnsupportedFeature(
             f"quantized.cpu_update: no evidence covers new weights in a quantized {type(layer).__name__} "
             f"({quantized.scheme(layer)}). Start a new engine with the new weights"

@@ -103,9 +103,13 @@ def _complete(original):
 
     @functools.wraps(original)
     def materialize_layer(layer, info):
+        from bi_patch.ops.cpu import quantized
+
         original(layer, info)
         if info.kernel_tensors is None or info.load_numel >= info.load_numel_total:
             return
+        if quantized.has_route(layer):
+            raise _partly(layer)
         for name, held in (info.kernel_tensors[0] | info.kernel_tensors[1]).items():
             fresh = getattr(layer, name, None)
             if fresh is not None and fresh is not held:
@@ -121,11 +125,15 @@ def _unpacked(layer, name: str, held, fresh):
     if name == "weight" and not held.numel() and linear.has_route(layer):
         return linear.unpacked(layer)
     if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None or held.shape != fresh.shape:
-        raise UnsupportedFeature(
-            f"weights.cpu_complete: a load gave a part of the weights of {type(layer).__name__}; the rest is packed. "
-            "Give all weights of a layer between two requests, or use reload_weights"
-        )
+        raise _partly(layer)
     return held
+
+
+def _partly(layer) -> UnsupportedFeature:
+    return UnsupportedFeature(
+        f"weights.cpu_complete: a load gave a part of the weights of {type(layer).__name__}; the rest is packed. "
+        "Give all weights of a layer between two requests, or use reload_weights"
+    )
 
 
 def _pack_experts(original):

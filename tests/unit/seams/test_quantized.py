@@ -36,7 +36,18 @@ def test_a_quantized_layer_without_a_route_is_refused_by_name():
         quantized.check(model(**plain, down=(torch.nn.Linear(2, 2), AutoAWQMarlinLinearMethod())))
 
 
-@pytest.mark.parametrize(("scheme", "served"), [("W4A8 groups of 32", True), ("W8A8 sgl token", False), ("", True)])
+@pytest.mark.parametrize(
+    ("scheme", "served"),
+    [
+        ("W4A8 groups of 32", True),
+        ("W4A16 groups of 128 zeros", True),
+        ("W8A8 onednn token", True),
+        ("W8A8 onednn static", False),
+        ("W8A8 sgl token", False),
+        ("FP8 blocks of 128x128", False),
+        ("", True),
+    ],
+)
 def test_new_weights_without_evidence_are_refused_by_name(monkeypatch, scheme, served):
     from bi_patch.ops.cpu import quantized as routes
 
@@ -44,7 +55,7 @@ def test_new_weights_without_evidence_are_refused_by_name(monkeypatch, scheme, s
     monkeypatch.setattr(routes, "scheme", lambda layer: scheme)
     if served:
         return quantized._first(torch.nn.Linear(2, 2))
-    with pytest.raises(UnsupportedFeature, match="quantized.cpu_update: .*Linear .W8A8 sgl token"):
+    with pytest.raises(UnsupportedFeature, match=f"quantized.cpu_update: .*Linear .{scheme}"):
         quantized._first(torch.nn.Linear(2, 2))
 
 

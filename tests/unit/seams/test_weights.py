@@ -281,7 +281,9 @@ def test_weights_changed_needs_an_engine_or_a_model():
     assert settled == [model] and weights.identity() != before
 
 
-def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others():
+def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others(monkeypatch):
+    from bi_patch.ops.cpu import quantized
+
     old, layer = torch.ones(3), SimpleNamespace(scale=torch.full((3,), 7.0), quant_method=None)
 
     def complete(layer, loaded, total, kernel=({"scale": old}, {})):
@@ -295,6 +297,11 @@ def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others():
     layer.quant_method = SimpleNamespace(moe_kernel=object())
     with pytest.raises(UnsupportedFeature, match="weights.cpu_complete: .*reload_weights"):
         complete(layer, 2, 3)
+    layer.quant_method = None
+    monkeypatch.setattr(quantized, "has_route", lambda held: held is layer)
+    assert complete(layer, 3, 3) == [7.0] * 3
+    with pytest.raises(UnsupportedFeature, match="weights.cpu_complete: .*reload_weights"):
+        complete(layer, 2, 3)  # vLLM frees the packed weight of such a layer, so nothing holds the rest
 
 
 def test_packed_experts_may_be_written_by_a_load_only():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 
 from bi_patch.errors import BiPatchError
+from bi_patch.platforms import schemes
+from bi_patch.platforms.features import scheme_kinds
 from bi_patch.tools.verify import checkpoint, updates
 from bi_patch.tools.verify.answers import Answer, Request, compare
 from bi_patch.tools.verify.case import Case, Scenario, Update
@@ -19,8 +23,6 @@ from bi_patch.tools.verify.instruments import InFlight
 from bi_patch.tools.verify.probes.base import Change, CrossProbe, NotExercised, Workload
 
 _SEED = 5  # of the other weights
-# vLLM's names of 4-bit methods: on CPU with AMX, weights of these may be updated.
-_UPDATED = ("awq", "auto_awq", "gptq", "auto_gptq")
 _SLACK = 0.05  # the share of the weights by which updates may let an engine grow
 _folders: dict[str, tempfile.TemporaryDirectory] = {}
 # Folder that an engine was started with -> its updates, and what went wrong besides bits.
@@ -37,11 +39,27 @@ def missing(engine: Engine) -> str:
         return "verify gives a running server no weights"
     if options.random_weights is not None or options.tied:
         return "made weights cannot be loaded again; give a folder with weights"
-    if (kind := engine.info.quantization) and not (kind in _UPDATED and ", AMX" in engine.info.device):
-        return f"weights are quantized ({kind}){', and this is no CPU with AMX' if kind in _UPDATED else ''}"
+    if engine.info.quantization and (named := _kept(engine)):
+        return f"weights are quantized ({named}), and no new ones may come"
     return (
         "" if any(Path(options.model).expanduser().glob("*.safetensors")) else "needs a local folder with safetensors"
     )
+
+
+def _kept(engine: Engine) -> str:
+    """The schemes of an engine's quantized weights that take no new weights, in words."""
+    if engine.info.platform != "cpu":
+        return engine.info.quantization
+    held = json.loads((Path(engine.options.model).expanduser() / "config.json").read_text())
+    model = SimpleNamespace(quantization=engine.info.quantization, hf_config=SimpleNamespace(**held))
+    tiles = ", AMX" in engine.info.device and engine.options.dtype == "bfloat16"  # vLLM's own kernel for INT8
+    return "; ".join(str(s) for s in schemes.of(SimpleNamespace(model_config=model)) if not _updated(s, tiles))
+
+
+def _updated(scheme: schemes.Scheme, tiles: bool) -> bool:
+    if scheme_kinds.int8(scheme, schemes.TOKEN, static=False):
+        return not tiles
+    return scheme_kinds.weight_only(scheme, 4)
 
 
 def other(model: str) -> str:
