@@ -21,6 +21,10 @@ _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
 _H200_WEIGHTS_OLDER = "invariance-2026-11-29-h200-weights-vllm-0.26.0.json"
 _H200_WEIGHTS_OLDER_GRAPHS = "invariance-2026-11-30-h200-weights-vllm-0.26.0.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
+# Of INT8, compressed-tensors W4A16 without and with zero points, AWQ and GPTQ.
+_CPU_WEIGHTS_QUANTIZED = tuple(
+    f"invariance-2026-11-30-cpu-weights-vllm-0.32.0{number}.json" for number in ("", "-2", "-3", "-4", "-5")
+)
 _CPU_WEIGHTS_MORE = "invariance-2026-11-29-cpu-amx-weights-vllm-0.32.0.json"
 _H200_PARITY_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0-4.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
@@ -128,7 +132,9 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(
             _CPU_WEIGHTS,
             _CPU_WEIGHTS_MORE,
-            why="by reload_weights and model.load_weights; also of a model with MLA and of a hybrid",
+            *_CPU_WEIGHTS_QUANTIZED,
+            why="by reload_weights and model.load_weights; also of a model with MLA, of a hybrid, and of INT8 and "
+            "4-bit weights without AMX",
         ),
         cuda=served(
             _H200_WEIGHTS,

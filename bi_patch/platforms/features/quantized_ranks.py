@@ -13,6 +13,7 @@ from bi_patch.platforms.schemes import CHANNEL, TOKEN, Scheme
 
 _CPU = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0.json"
 _CPU_MORE = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-3.json"
+_CPU_UPDATES = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-4.json"
 _ALONE = refused("nobody has compared bits of both together", todo="Use one of them")
 _NO_SEAM = refused("no patch point covers it yet")
 _TRIAL = untried()
@@ -43,11 +44,16 @@ KINDS: dict[str, Callable[[Scheme], bool]] = {
 # Kinds and whether the model has experts: the cells of CPU and CUDA.
 _CELLS: dict[tuple[str, bool], tuple[Cell, Cell | tuple[Cell, Cell]]] = {
     (INT8, False): (
-        served(_CPU, why="two ranks, a tiny Qwen3, without AMX"),
+        served(_CPU, _CPU_UPDATES, why="two ranks, a tiny Qwen3, without AMX; new weights, too"),
         _shown(_MORE, why="two layers of Qwen3-8B's sizes, in eager mode"),
     ),
     (AWQ, False): (
-        served(_CPU, _CPU_MORE, why="two ranks, a tiny Qwen2, without AMX, in eager mode and compiled"),
+        served(
+            _CPU,
+            _CPU_MORE,
+            _CPU_UPDATES,
+            why="two ranks, a tiny Qwen2, without AMX, in eager mode and compiled; new weights, too",
+        ),
         _shown(_H200, _MORE, why="two layers of Qwen3-8B's sizes, in eager mode and compiled"),
     ),
     (GPTQ, False): (

@@ -38,6 +38,7 @@ _ASKED = (
 )
 _EQUAL = ("tensor parallel size",)
 _STEPS = ("batch size", "load of all ranks", "data-parallel rank")
+_OTHER_FOUR_BITS = ("tiny-qwen2-awq", "tiny-llama-gptq")
 _RANKS = ("batch size", "position and order", "mixed lengths", "prefix cache", "chunk budget")
 _SPECULATED = ("speculative decoding",)
 _PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
@@ -68,6 +69,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* compiled", "weight update"),
         ("DeepSeek V3*", "weight update"),
         ("Qwen3-Next*", "weight update"),
+        *(
+            (f"{model} bf16, {mode}", "weight update")
+            for model in (*("tiny-qwen3-int8", "tiny-qwen3-w4a16", "tiny-qwen3-w4a16-zeros"), *_OTHER_FOUR_BITS)
+            for mode in ("eager", "compiled")
+        ),
     ),
     ("weight updates", "cuda"): (
         ("*, eager", "weight update"),
@@ -184,10 +190,14 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("MXFP4, with experts, with tensor parallelism", "cuda"): (
         ("gpt-oss-20b MXFP4, 2 layers, TP 2", *_RANKS, "decode = prefill"),
     ),
-    ("INT8 weights and activations, with tensor parallelism", "cpu"): (("tiny-qwen3-int8 bf16 TP 2", *_SIX),),
+    ("INT8 weights and activations, with tensor parallelism", "cpu"): (
+        ("tiny-qwen3-int8 bf16 TP 2", *_SIX),
+        ("tiny-qwen3-int8 bf16 TP 2, new weights", "weight update"),
+    ),
     ("AWQ, with tensor parallelism", "cpu"): (
         ("tiny-qwen2-awq bf16 TP 2", *_SIX),
         ("tiny-qwen2-awq bf16 TP 2 compiled", *_SIX),
+        ("tiny-qwen2-awq bf16 TP 2, new weights", "weight update"),
     ),
     ("GPTQ, with tensor parallelism", "cpu"): (("tiny-llama-gptq bf16 TP 2", *_SIX),),
     ("compressed-tensors W4A16, with tensor parallelism", "cpu"): (("tiny-qwen3-w4a16 bf16 TP 2", *_SIX),),
