@@ -150,6 +150,11 @@ def embeddings(llm: LLM) -> None:
     compare("prompt_embeds against tokens", [(plain, answers)])
     warm = run(llm, [(given, seeded(temperature=0.0))] * 2, warm=True)
     compare("prompt_embeds on a warm cache", [(answers, one) for one in warm])
+    penalized = (given, seeded(repetition_penalty=1.9, presence_penalty=0.3))
+    alone = alone_and_among(llm, "prompt_embeds with penalties", penalized)
+    for other in range(3):  # they had the same place in the batch
+        run(llm, [({"prompt_token_ids": prompt(200, 50 + other)}, seeded(repetition_penalty=1.5))])
+        compare("prompt_embeds with penalties after other prompts", [(alone, run(llm, [penalized])[0])])
     mistaken(llm, table[torch.tensor(tokens)], tokens)
 
 

@@ -18,6 +18,8 @@ KINDS = (
     "n",
     "beam search",
     "prompt_embeds against tokens",
+    "prompt_embeds with penalties",
+    "prompt_embeds with penalties after other prompts",
     "prompt_embeds with the bytes of others",
     "prompt_embeds with an infinity are refused",
     "prompt_embeds with another width are refused",

@@ -11,7 +11,7 @@ def check(config, request) -> None:
 
     An attention kernel multiplies the values of keys that a row does not see by zero, and zero times infinity is NaN.
     So a NaN at one position reaches earlier positions, and through the prefix cache the requests that share these. An
-    embedding of another width ends the engine inside a step.
+    embedding of another width ends the engine inside a step, and so does a token outside of the vocabulary.
     """
     held = request.prompt_embeds
     if held is None:
@@ -28,6 +28,12 @@ def check(config, request) -> None:
             f"embeds.check: prompt_embeds holds a NaN or an infinity in {model.dtype}. Cached keys and values of "
             "positions before it would hold it, too, and other requests that begin alike would read them. Give finite "
             "embeddings"
+        )
+    tokens, mask = request.prompt_token_ids, request.prompt_is_token_ids
+    size = model.get_vocab_size()
+    if tokens and mask and not all(0 <= token < size for token, used in zip(tokens, mask, strict=False) if used):
+        raise bad_request(
+            f"embeds.check: a token beside prompt_embeds is not below the vocabulary's size, {size}. Give another one"
         )
 
 

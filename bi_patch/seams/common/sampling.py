@@ -71,6 +71,20 @@ def _swap_states(original):
     return swap_states
 
 
+def _prompt_tokens(original):
+    """InputBatch._make_prompt_token_ids_cpu_tensor: an embedding is no token. vLLM's number for none is vocab_size."""
+
+    @functools.wraps(original)
+    def _make_prompt_token_ids_cpu_tensor(self):
+        made = original(self)
+        for row in self.req_prompt_embeds:
+            length = self.num_prompt_tokens[row]
+            made[row, :length].numpy()[~self.is_token_ids[row, :length]] = self.vocab_size
+        return made
+
+    return _make_prompt_token_ids_cpu_tensor
+
+
 _BATCH = "vllm.v1.worker.gpu_input_batch"
 
 
@@ -86,6 +100,16 @@ SEAMS = (
         "tokens, and the other requests lose their top logprobs",
         how="each row keeps the logprobs that its request asked for",
         until="upstream merges the two kinds of logprobs row by row (https://github.com/vllm-project/vllm/pull/51789)",
+        causes=(8,),
+    ),
+    Seam(
+        name="sampling.prompt_tokens",
+        targets=(Target(_BATCH, "InputBatch._make_prompt_token_ids_cpu_tensor"),),
+        close=_prompt_tokens,
+        why="model runner V1 writes no tokens for a prompt of embeddings. A repetition penalty then counts the tokens "
+        "of an earlier request, which had the same place in the batch",
+        how="a position with an embedding counts as no token",
+        until="upstream leaves embeddings out of the tokens that penalties count",
         causes=(8,),
     ),
     Seam(

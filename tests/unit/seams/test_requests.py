@@ -121,7 +121,9 @@ class Core:
 
     def __init__(self):
         cache = SimpleNamespace(kv_sharing_fast_prefill=False)
-        model = SimpleNamespace(seed=0, dtype=torch.bfloat16, get_inputs_embeds_size=lambda: 4)
+        model = SimpleNamespace(
+            seed=0, dtype=torch.bfloat16, get_inputs_embeds_size=lambda: 4, get_vocab_size=lambda: 9
+        )
         self.scheduler = SimpleNamespace(requests={})
         self.vllm_config = SimpleNamespace(use_v2_model_runner=True, cache_config=cache, model_config=model)
         self.seen = []  # what the engine core worked on
@@ -211,8 +213,12 @@ def test_the_core_refuses_embeddings_that_would_reach_other_requests(embeds, sai
     core = Core()
     with pytest.raises(UnsupportedRequest, match=f"embeds.check: .*{said}"):
         core.add(Params(seed=1), prompt_token_ids=None, prompt_embeds=embeds)
+    mixed = {"prompt_embeds": torch.ones(2, 4), "prompt_is_token_ids": [True, False]}
+    with pytest.raises(UnsupportedRequest, match="not below the vocabulary's size, 9"):
+        core.add(Params(seed=1), prompt_token_ids=[9, 1], **mixed)
     assert core.seen == []
     assert core.add(Params(seed=1), prompt_token_ids=None, prompt_embeds=torch.ones(3, 4, dtype=torch.float16))
+    assert core.add(Params(seed=1), prompt_token_ids=[8, 9], **mixed)  # the second token is an embedding
 
 
 def test_a_front_end_forgets_a_request_that_its_core_refused():

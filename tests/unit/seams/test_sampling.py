@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,24 @@ def test_two_requests_swap_their_masks():
     held = batch(1, 2, 3)
     sampling._swap_states(swap_states)(held, 0, 2)
     assert held.allowed_token_ids_mask_cpu_tensor.tolist() == [[3, 3], [2, 2], [1, 1]]
+
+
+def test_an_embedding_counts_as_no_token():
+    """vLLM's own InputBatch: the place in the batch holds the tokens of the request before."""
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    make = sampling._prompt_tokens(InputBatch._make_prompt_token_ids_cpu_tensor)
+    held = SimpleNamespace(
+        num_reqs=3,
+        vocab_size=100,
+        num_prompt_tokens=np.array([4, 3, 2]),
+        token_ids_cpu=np.array([[7, 8, 9, 10], [1, 2, 3, 4], [5, 250, 6, 6]], dtype=np.int32),
+        is_token_ids=np.array([[False] * 4, [True] * 4, [True, False, True, True]]),
+        req_prompt_embeds={0: torch.zeros(4, 8), 2: torch.zeros(2, 8)},
+    )
+    assert make(held).tolist() == [[100] * 4, [1, 2, 3, 100], [5, 100, 100, 100]]
+    held.req_prompt_embeds = {}
+    assert make(held).tolist() == [[7, 8, 9, 10], [1, 2, 3, 100], [5, 250, 100, 100]]
 
 
 def test_without_masks_nothing_happens():
