@@ -152,8 +152,8 @@ def embeddings(llm: LLM) -> None:
     compare("prompt_embeds on a warm cache", [(answers, one) for one in warm])
     penalized = (given, seeded(repetition_penalty=1.9, presence_penalty=0.3))
     alone = alone_and_among(llm, "prompt_embeds with penalties", penalized)
-    for other in range(3):  # they had the same place in the batch
-        run(llm, [({"prompt_token_ids": prompt(200, 50 + other)}, seeded(repetition_penalty=1.5))])
+    for other in range(3):  # a prompt of the answer's tokens had the same place in the batch
+        run(llm, [({"prompt_token_ids": (alone[0][0] * 20)[other:]}, seeded(repetition_penalty=1.5))])
         compare("prompt_embeds with penalties after other prompts", [(alone, run(llm, [penalized])[0])])
     mistaken(llm, table[torch.tensor(tokens)], tokens)
 
