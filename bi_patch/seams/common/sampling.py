@@ -78,6 +78,8 @@ def _prompt_tokens(original):
     def _make_prompt_token_ids_cpu_tensor(self):
         made = original(self)
         for row in self.req_prompt_embeds:
+            if row >= len(made):  # before 0.32, vLLM keeps the embeddings of a request that has ended
+                continue
             length = self.num_prompt_tokens[row]
             made[row, :length].numpy()[~self.is_token_ids[row, :length]] = self.vocab_size
         return made
