@@ -224,6 +224,7 @@ INDUCTOR = frozenset(
         "FILE_LOCK_TIMEOUT",
         "FORCE_DISABLE_CACHES",
         "FX_GRAPH_CACHE",
+        "FX_GRAPH_CACHE_DEFAULT",
         "NAN_ASSERTS",
         "PATTERN_MATCH_DEBUG",
         "PRECOMPILATION_TIMEOUT_SECONDS",
@@ -233,6 +234,8 @@ INDUCTOR = frozenset(
         "SCALAR_ASSERTS",
         "SIZE_ASSERTS",
         "UNIQUE_KERNEL_NAMES",
+        "UNIQUE_USER_KERNEL_NAMES",
+        "WORKER_LOGPATH",
         "WORKER_START",
         "WORKER_SUPPRESS_LOGGING",
     )

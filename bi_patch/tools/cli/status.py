@@ -203,9 +203,15 @@ def _open(look: Look) -> None:
 
 def _those(look: Look, names: list[str]) -> None:
     """A line for each of these patch points: its state, and what it replaces."""
-    found = {f.name: f for f in look.findings}
-    shown = [found[name] for name in names if name in found]  # a variable of another platform has no finding
-    output.rows(output.console(), [(f.name, Text(f.status, _COLOURS[f.status]), f.target) for f in shown])
+    from bi_patch.tools import findings
+
+    declared, held = findings.declared(), {f.name: (f.status, f.target) for f in look.findings}
+    lines = []
+    for name in names:
+        # A variable of another platform has no finding.
+        state, target = held.get(name) or (findings.NOT_NEEDED, f"{_VARIABLE}{_where(declared[name])}")
+        lines.append((name, Text(state, _COLOURS[state]), target))
+    output.rows(output.console(), lines)
 
 
 def _every(look: Look, every_platform: bool) -> None:

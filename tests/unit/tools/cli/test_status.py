@@ -164,6 +164,14 @@ def test_a_class_names_the_patch_points_that_change_it(bi_patch):
     assert "layernorm:RMSNorm.forward" in next(line for line in lines if line.startswith("norm.cpu_rms "))
 
 
+def test_variables_of_other_platforms_are_listed_too(capsys):
+    """A variable of another platform has no finding."""
+    names = status._named("TORCHINDUCTOR_DETERMINISTIC")
+    status._those(look(), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert names and lines == [f"{name}  not needed here  environment:TORCHINDUCTOR_DETERMINISTIC" for name in names]
+
+
 def test_the_code_of_a_patch_point_is_named():
     file, line = status._code(findings.declared()["norm.cuda_rms"]).split(":")
     assert file == "bi_patch/seams/cuda/norm.py" and int(line) > 1
