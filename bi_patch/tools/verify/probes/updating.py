@@ -39,11 +39,10 @@ def missing(engine: Engine) -> str:
         return "verify gives a running server no weights"
     if options.random_weights is not None or options.tied:
         return "made weights cannot be loaded again; give a folder with weights"
-    if engine.info.quantization and (named := _kept(engine)):
-        return f"weights are quantized ({named}), and no new ones may come"
-    return (
-        "" if any(Path(options.model).expanduser().glob("*.safetensors")) else "needs a local folder with safetensors"
-    )
+    if not any(Path(options.model).expanduser().glob("*.safetensors")):
+        return "needs a local folder with safetensors"
+    named = _kept(engine) if engine.info.quantization else ""
+    return f"weights are quantized ({named}), and no new ones may come" if named else ""
 
 
 def _kept(engine: Engine) -> str:

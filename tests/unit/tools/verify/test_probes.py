@@ -1,5 +1,8 @@
 """Every probe on a simulated engine: each probe finds an existing difference, and reports none where there is none."""
 
+import json
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 
@@ -57,6 +60,23 @@ def test_probes_that_cannot_happen_say_so(arithmetic):
         engine = arithmetic()
         engine.info = msgspec.structs.replace(engine.info, **changed)
         assert said in ranks.missing(engine)
+
+
+def test_a_quantized_model_that_is_no_local_folder_gets_no_new_weights(tmp_path):
+    """Its configuration is not at hand to say which schemes it has."""
+    engine = SimpleNamespace(
+        options=SimpleNamespace(random_weights=None, tied=False, model="an/AWQ-model", dtype="bfloat16"),
+        info=SimpleNamespace(platform="cpu", quantization="awq", device="a CPU"),
+    )
+    new_weights = named(probes.FEATURE_PROBES, "weight update")
+    assert "local folder" in new_weights.missing(engine)
+    held = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": held}))
+    (tmp_path / "model.safetensors").touch()
+    engine.options.model = str(tmp_path)
+    assert new_weights.missing(engine) == ""
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": held | {"bits": 8}}))
+    assert "weights are quantized (awq" in new_weights.missing(engine)
 
 
 def test_numbers_of_ranks(arithmetic, tmp_path):
