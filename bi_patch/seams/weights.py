@@ -151,13 +151,18 @@ def settle() -> None:
 
 def _or_broken(model: Any, call: Callable[[Any], object]) -> None:
     """Run call(model). If it fails, nobody knows the model's weights, and each later step raises WeightsBroken."""
-    global pending
     try:
         call(model)
     except BaseException as error:
-        pending = True
-        _broken[model] = f"{type(error).__name__}: {error}"
+        broke(model, error)
         raise
+
+
+def broke(model: Any, error: BaseException) -> None:
+    """Note that an update of a model failed half way: each later step raises WeightsBroken with this error."""
+    global pending
+    pending = True
+    _broken[model] = f"{type(error).__name__}: {error}"
 
 
 def weights_changed() -> None:

@@ -204,7 +204,8 @@ def _wake(original):
 
 
 def _reload(original):
-    """GPUModelRunner.reload_weights: the weights count as written, also if the call fails on the way.
+    """GPUModelRunner.reload_weights: the weights count as written, also if the call fails. A model that holds a
+    part of a layer then stops the engine.
 
     vLLM notes the folder as the model's, and reads it at the next reload. A folder of training.sync is gone by then.
     """
@@ -216,12 +217,26 @@ def _reload(original):
         own = {name: getattr(config, name) for name in _SOURCE if hasattr(config, name)}
         try:
             return original(self, *args, **kwargs)
+        except BaseException as error:
+            if _partly(model := self.get_model()):
+                weights.broke(model, error)
+            raise
         finally:
             if Path(config.model).name.startswith(HANDED_OVER):
                 vars(config).update(own)
             weights.wrote()
 
     return reload_weights
+
+
+def _partly(model) -> bool:
+    """Whether a load ended before all layers had their weights, and after some had. vLLM would count the parts of such
+    a layer twice at the next load, take the layer for whole, and leave memory as it was for the rest."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    layers = [get_layerwise_info(layer) for layer in model.modules()]
+    loading = [layer for layer in layers if layer.can_load()]
+    return bool(loading) and (len(loading) < len(layers) or any(layer.load_numel for layer in loading))
 
 
 _CORE = "vllm.v1.engine.core"

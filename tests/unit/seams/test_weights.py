@@ -337,7 +337,7 @@ def test_a_reload_keeps_its_folder_but_for_a_folder_of_sync():
         if weights_path.endswith("bad"):
             raise OSError("half of it")
 
-    runner = SimpleNamespace(vllm_config=SimpleNamespace(model_config=config))
+    runner = SimpleNamespace(vllm_config=SimpleNamespace(model_config=config), get_model=torch.nn.Module)
     reload = seams._reload(load)
     with samplers.written([("a", torch.ones(1))]) as folder:
         reload(runner, str(folder))
@@ -347,3 +347,36 @@ def test_a_reload_keeps_its_folder_but_for_a_folder_of_sync():
     assert config.model == "started" and weights.pending
     reload(runner, "other")
     assert vars(config) == {"model": "other", "model_weights": "", "revision": None}
+
+
+class Layers(torch.nn.Sequential):
+    def load_weights(self, given):
+        for parameter in given:
+            parameter.weight_loader(parameter, torch.ones_like(parameter, device="cpu"))
+
+
+@pytest.mark.parametrize("loaded", [0, 1, 2], ids=["nothing", "a part of a layer", "a layer"])
+def test_a_reload_that_fails_half_way_stops_the_engine(loaded):
+    """With vLLM's own layerwise load. A load that wrote nothing, as of a wrong folder, can be made again."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    model = Layers(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    layerwise.record_metadata_for_reloading(model)
+    weights.watch_model(model)
+
+    def fails(self):
+        layerwise.initialize_layerwise_reload(model)
+        model.load_weights(list(model.parameters())[:loaded])
+        raise OSError("the network failed")
+
+    runner = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(model="")))
+    runner.get_model = lambda: model
+    with pytest.raises(OSError, match="the network failed"):
+        seams._reload(fails)(runner)
+    assert weights.pending
+    weights.told()
+    if loaded:
+        with pytest.raises(WeightsBroken, match="Layers failed half way.*OSError: the network failed"):
+            weights.settle()
+    else:
+        weights.settle()
