@@ -159,10 +159,15 @@ def _or_broken(model: Any, call: Callable[[Any], object]) -> None:
 
 
 def broke(model: Any, error: BaseException) -> None:
-    """Note that an update of a model failed half way: each later step raises WeightsBroken with this error."""
+    """Note that an update of a model failed half way: each later step raises WeightsBroken with the first error."""
     global pending
     pending = True
-    _broken[model] = f"{type(error).__name__}: {error}"
+    _broken.setdefault(model, f"{type(error).__name__}: {error}")
+
+
+def models() -> list[Any]:
+    """The models of this process that `watch_model` got."""
+    return list(_models)
 
 
 def weights_changed() -> None:

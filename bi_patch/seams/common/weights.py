@@ -122,9 +122,20 @@ def _settled(worker) -> None:
     weights.settle()
 
 
-def _settle(core) -> None:
+def _failed(worker) -> None:
+    """In a worker, after a call that failed: a model that holds a part of a layer stops the engine. An update in
+    several calls goes on if the failed call was no part of it."""
+    try:
+        _settled(worker)
+    finally:
+        if not getattr(worker, "_weight_update_active", False):
+            for model in filter(_partly, weights.models()):
+                weights.broke(model, RuntimeError("a call to the workers, whose error its caller got"))
+
+
+def _settle(core, after=_settled) -> None:
     if active.plan is not None and active.plan.platform in ("cpu", "cuda"):
-        core.model_executor.collective_rpc(_settled)
+        core.model_executor.collective_rpc(after)
 
 
 def _refuse(core, method) -> None:
@@ -165,7 +176,7 @@ def _calls(original):
             result = original(self, method, *args, **kwargs)
         except BaseException:
             with contextlib.suppress(Exception):  # a worker that did not settle refuses its next step
-                _settle(self)
+                _settle(self, _failed)
             raise
         else:
             _settle(self)

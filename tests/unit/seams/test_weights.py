@@ -380,3 +380,32 @@ def test_a_reload_that_fails_half_way_stops_the_engine(loaded):
             weights.settle()
     else:
         weights.settle()
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_update_in_several_calls_that_fails_half_way_stops_the_engine(goes_on, monkeypatch):
+    """vLLM ends such an update if a part of it fails, but not if another call does."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    model = Layers(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    layerwise.record_metadata_for_reloading(model)
+    weights.watch_model(model)
+    monkeypatch.setattr(seams.active, "plan", SimpleNamespace(platform="cuda"))
+    worker = SimpleNamespace(_weight_update_active=True)
+    config = SimpleNamespace(model_config=SimpleNamespace(quantization=None), lora_config=None)
+    core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda call: call(worker)), vllm_config=config)
+    run = seams._calls(lambda self, method: method(worker))
+
+    def fails(worker):
+        worker._weight_update_active = goes_on
+        raise OSError("the network failed")
+
+    run(core, lambda worker: layerwise.initialize_layerwise_reload(model))
+    run(core, lambda worker: model.load_weights(list(model.parameters())[:1]))
+    with pytest.raises(OSError, match="the network failed"):
+        run(core, fails)
+    if goes_on:
+        weights.settle()
+    else:
+        with pytest.raises(WeightsBroken, match="Layers failed half way"):
+            weights.settle()
