@@ -39,12 +39,13 @@ def unknown(params: Any) -> list[str]:
     found = []
     for name, usual in _unexamined(type(params)):  # for every request: no call for a field at its default
         value = getattr(params, name)
-        if value is not usual and _differs(value, usual):
+        if value is not usual and differs(value, usual):
             found.append(name)
     return found
 
 
-def _differs(value: Any, usual: Any) -> bool:
+def differs(value: Any, usual: Any) -> bool:
+    """Whether two values of a field differ."""
     found = value != usual
     return bool(found.any() if hasattr(found, "any") else found)  # of an array, one for each element
 

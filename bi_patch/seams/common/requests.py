@@ -9,7 +9,7 @@ import functools
 from bi_patch.errors import UnsupportedRequest
 from bi_patch.seams import active
 from bi_patch.seams import pooling as poolers
-from bi_patch.seams.common import embeds, lora, parameters, seeds
+from bi_patch.seams.common import embeds, lora, parameters, seeds, streamed
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
@@ -25,6 +25,12 @@ def check(config, params) -> None:
         raise bad_request(
             f"requests.parameters: batch invariance does not cover {'; nor '.join(found)}. Leave it out, or start "
             "the engine with BI_PATCH=0"
+        )
+    found = _too_long(params) if config.use_v2_model_runner else []
+    if found:
+        raise bad_request(
+            f"requests.parameters: the request has {'; and '.join(found)}. An error inside a step would end the engine, "
+            "and all requests with it. Give fewer, or start the engine with VLLM_USE_V2_MODEL_RUNNER=0"
         )
     found = [name for name, asked in _wrong_seed(params).items() if asked]
     if found:
@@ -73,6 +79,21 @@ def _uncovered(config, params) -> dict[str, bool]:
     }
 
 
+# How much room the tables of model runner V2 have for a request (vllm/v1/worker/gpu/sample/logit_bias.py).
+ROOM = {"allowed_token_ids": 1024, "logit_bias": 1024, "all_stop_token_ids": 128}
+
+
+def _too_long(params) -> list[str]:
+    """What of a request's parameters has no room in the tables of model runner V2."""
+    found = []
+    for name, room in ROOM.items():
+        count = len(getattr(params, name, None) or ())
+        if count > room and (name != "all_stop_token_ids" or (params.min_tokens or 0) > 0):
+            with_minimum = "" if name != "all_stop_token_ids" else " with min_tokens"
+            found.append(f"{count} {name}{with_minimum}, more than {room}")
+    return found
+
+
 def _wrong_seed(params) -> dict[str, bool]:
     """Each fault of a request's seed, and whether its parameters have the fault."""
     seed = getattr(params, "seed", None)
@@ -110,6 +131,9 @@ def _checked_in_core(original):
             lora.check(self, request.lora_request)
             embeds.check(self.vllm_config, request)
             _refuse_growing(self.vllm_config, request)
+            if request.resumable:
+                earlier = self.scheduler.requests.get(request.request_id)
+                streamed.check(getattr(earlier, "sampling_params", None), request.sampling_params)
             _clear_signs(request.params)
             seed = seeds.source(self, request)
         except Exception:

@@ -14,7 +14,7 @@ from bi_patch import settings
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import seeds
 from bi_patch.seams import active
-from bi_patch.seams.common import weights
+from bi_patch.seams.common import streamed, weights
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Policy, Seam, Target
 
@@ -114,12 +114,14 @@ def _of_request(original):
 
     @functools.wraps(original)
     def add_request(self, request, *args, **kwargs):
+        streamed.check_front(self.request_states, request)
         # Later parts of a streamed input keep the seed of its first part.
         _draw(request, getattr(self.request_states.get(request.request_id), _SEED, None))
         original(self, request, *args, **kwargs)
         state = self.request_states.get(request.request_id)
         if state is not None:
             setattr(state, _SEED, request.sampling_params.seed if samples(request.sampling_params) else None)
+            streamed.keep(state, request)
 
     return add_request
 

@@ -42,6 +42,8 @@ def ask(v2=False, fast_prefill=False, drafts=False, **parameters):
         ({"seed": -(2**63) - 1, "n": 1}, "more than 64 bits"),
         ({"seed": 2**63 - 2, "n": 3}, "more than 64 bits"),
         ({"seed": -3, "n": 3}, "holds -1"),
+        ({"v2": True, "allowed_token_ids": list(range(1025))}, "1025 allowed_token_ids, more than 1024"),
+        ({"v2": True, "logit_bias": dict.fromkeys(range(1025), 1.0)}, "1025 logit_bias, more than 1024"),
     ],
 )
 def test_it_is_refused_by_name_as_a_bad_request(given, said):
@@ -92,10 +94,30 @@ def test_a_field_that_nobody_has_examined_is_refused():
         {"seed": 2**63 - 3, "n": 3},
         {"seed": -3, "n": 2},
         {"seed": None, "n": 2, "temperature": 1.0},
+        {"allowed_token_ids": list(range(1025)), "logit_bias": dict.fromkeys(range(1025), 1.0)},
+        {"v2": True, "allowed_token_ids": list(range(1024)), "logit_bias": dict.fromkeys(range(1024), 1.0)},
     ],
 )
 def test_all_else_passes(given):
     assert ask(**given) == "passed"
+
+
+def test_stop_tokens_need_room_beside_min_tokens():
+    from vllm import SamplingParams
+
+    cache = SimpleNamespace(kv_sharing_fast_prefill=False)
+    config = SimpleNamespace(use_v2_model_runner=True, cache_config=cache)
+    for count, minimum in ((129, 0), (128, 3)):
+        requests.check(config, SamplingParams(seed=1, stop_token_ids=list(range(count)), min_tokens=minimum))
+    with pytest.raises(UnsupportedRequest, match="129 all_stop_token_ids with min_tokens, more than 128"):
+        requests.check(config, SamplingParams(seed=1, stop_token_ids=list(range(129)), min_tokens=3))
+
+
+def test_the_room_of_the_tables_is_that_of_the_installed_release():
+    from vllm.v1.worker.gpu.sample import logit_bias
+
+    sizes = (logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS, logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS)
+    assert (*sizes, logit_bias.MAX_NUM_STOP_TOKEN_IDS) == tuple(requests.ROOM.values())
 
 
 def test_refuse_names_requests_that_sample_without_a_seed(monkeypatch):
@@ -189,12 +211,23 @@ def test_the_core_refuses_before_it_works_on_a_request(monkeypatch):
     with pytest.raises(UnsupportedRequest, match="more than 64 bits"):
         core.add(Params(seed=2**64), mm_features=[image])
     with pytest.raises(UnsupportedRequest, match="streams its input"):
-        core.add(Params(), resumable=True)
+        core.add(Params(), resumable=True, request_id="name")
     monkeypatch.setattr(active, "unseeded", "derive")
     with pytest.raises(UnsupportedRequest, match="no seed can be derived"):
         core.add(Params(extra_args={"own": object()}), mm_features=[image])
     assert core.seen == [] and core.kept == [image, image]
     assert core.add(Params(seed=2**64), abort_immediately=True)  # it only frees what another engine holds
+
+
+def test_the_core_refuses_a_part_of_a_streamed_input_with_other_logprobs():
+    from vllm import SamplingParams
+
+    core = Core()
+    core.scheduler.requests["name"] = SimpleNamespace(sampling_params=SamplingParams(seed=1, logprobs=2))
+    given = {"resumable": True, "request_id": "name"}
+    with pytest.raises(UnsupportedRequest, match="streamed.parts: .* another value of logprobs than"):
+        core.add(SamplingParams(seed=1), **given)
+    assert core.seen == [] and core.add(SamplingParams(seed=2, logprobs=2, max_tokens=3), **given)
 
 
 @pytest.mark.parametrize(
