@@ -29,8 +29,8 @@ def check(config, params) -> None:
     found = _too_long(params) if config.use_v2_model_runner else []
     if found:
         raise bad_request(
-            f"requests.parameters: the request has {'; and '.join(found)}. An error inside a step would end the engine, "
-            "and all requests with it. Give fewer, or start the engine with VLLM_USE_V2_MODEL_RUNNER=0"
+            f"requests.parameters: the request has {'; and '.join(found)}. An error inside a step would end the engine "
+            "and all requests. Give fewer, or start the engine with VLLM_USE_V2_MODEL_RUNNER=0"
         )
     found = [name for name, asked in _wrong_seed(params).items() if asked]
     if found:
