@@ -4,6 +4,7 @@ python request_kinds.py MODEL [DTYPE]. Prints `ok NAME` or `FAIL NAME: reason` f
 many generated tokens were compared, with all their logprobs, and how many differ. `requests.py` starts it.
 """
 
+import copy
 import itertools
 import json
 import os
@@ -221,9 +222,67 @@ def resets(llm: LLM) -> None:
         report(f"the reset before step {at} took place", "" if found == [True] else f"{found}")
 
 
+def streamed(llm: LLM) -> None:
+    """Each part of a streamed input, against a request whose prompt is all that came before; alone and in company."""
+    sizes = [(1, seeded()), (40, seeded(temperature=0.0, repetition_penalty=1.3)), (33, seeded(seed=12, max_tokens=3))]
+    parts = [(prompt(size, size), params) for size, params in sizes]
+    alone = session(llm, parts, [])
+    tokens, wanted = [], []
+    for given, params in parts:
+        tokens += given
+        (answer,) = run(llm, [({"prompt_token_ids": tokens}, params)])
+        wanted.append(answer[0])
+        tokens = tokens + answer[0][0][:-1]  # vLLM drops the last token of a part
+    compare("streamed inputs against whole prompts", [(wanted, alone)])
+    for others in (OTHERS[:2], OTHERS, OTHERS[::-1]):
+        compare("streamed inputs in company", [(alone, session(llm, parts, others))])
+    try:
+        session(llm, [parts[0], (prompt(9, 9), seeded(logprobs=1))], [])
+        report("streamed inputs with other logprobs are refused", "an answer came")
+    except ValueError as error:
+        report("streamed inputs with other logprobs are refused", "" if "streamed.parts" in str(error) else str(error))
+
+
+def session(llm: LLM, parts: list, others: list) -> list:
+    """The answers to the parts of one streamed input: tokens, and the bits of their logprobs."""
+    llm.reset_prefix_cache()
+    engine = llm.llm_engine
+    session.serial = getattr(session, "serial", 0) + 1
+    name = f"session-{session.serial}"
+    for i, (given, params) in enumerate(others):
+        engine.add_request(f"{name}-{i}", given, params.clone())
+    for given, params in parts:
+        params = params.clone()
+        params.output_kind = RequestOutputKind.DELTA
+        request = engine.input_processor.process_inputs(
+            name,
+            {"prompt_token_ids": list(given), "type": "token"},
+            params,
+            supported_tasks=engine.get_supported_tasks(),
+            resumable=True,
+        )
+        request.external_req_id = name
+        engine.output_processor.add_request(request, None, None, 0)
+        sent = copy.copy(request)  # as through a socket: the front end extends its own list of tokens
+        sent.prompt_token_ids = list(given)
+        engine.engine_core.add_request(sent)
+    found: list = [[[], []]]
+    while len(found) <= len(parts) or engine.output_processor.request_states.keys() - {name}:
+        for output in engine.step():
+            if output.request_id != name:
+                continue
+            (tokens, scores), (more, bits) = found[-1], said(output)[0]
+            tokens += more
+            scores += bits
+            if output.outputs[0].finish_reason:
+                found.append([[], []])
+    engine.abort_request([name])
+    return found[: len(parts)]
+
+
 def main() -> None:
     llm = start()
-    for kind in (several, beams, embeddings, limits, priorities, resets):
+    for kind in (several, beams, embeddings, limits, priorities, resets, streamed):
         try:
             kind(llm)
         except Exception as error:

@@ -1,5 +1,6 @@
 """What single requests may turn on: n, beam search, prompt embeddings, bias and allowed tokens, min_tokens, priorities,
-and a reset that preempts all running requests. Tokens and logprobs are bitwise those of the request alone."""
+a reset that preempts all running requests, and streamed inputs. Tokens and logprobs are bitwise those of the request
+alone."""
 
 import os
 import subprocess
@@ -27,6 +28,9 @@ KINDS = (
     "min_tokens",
     "priorities",
     "a reset of running requests",
+    "streamed inputs against whole prompts",
+    "streamed inputs in company",
+    "streamed inputs with other logprobs are refused",
 )
 
 

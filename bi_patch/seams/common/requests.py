@@ -165,7 +165,14 @@ def _forgotten(original):
 
 
 def _refuse_growing(config, request) -> None:
-    """Raise UnsupportedRequest for a request whose prompt takes in its generated tokens, where MLA has two forms."""
+    """Raise UnsupportedRequest for a request whose prompt takes in its generated tokens, where MLA has two forms, or
+    where drafts may be among the tokens."""
+    if request.resumable and getattr(config, "speculative_config", None) is not None:
+        # Where a stop drops accepted drafts, vLLM counts their keys and values as those of the next part's tokens.
+        raise bad_request(
+            "requests.core: the request streams its input, and speculative decoding may leave keys and values of "
+            "dropped tokens in its cache. Send the whole prompt, or start the engine without speculative decoding"
+        )
     two = active.mla == "two" and active.plan is not None and active.plan.platform == "cuda"
     if request.resumable and two and getattr(config.model_config, "use_mla", False):
         raise bad_request(

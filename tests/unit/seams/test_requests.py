@@ -230,6 +230,14 @@ def test_the_core_refuses_a_part_of_a_streamed_input_with_other_logprobs():
     assert core.seen == [] and core.add(SamplingParams(seed=2, logprobs=2, max_tokens=3), **given)
 
 
+def test_the_core_refuses_streamed_inputs_beside_speculation():
+    core = Core()
+    core.vllm_config.speculative_config = SimpleNamespace()
+    with pytest.raises(UnsupportedRequest, match="streams its input, and speculative decoding"):
+        core.add(Params(seed=1), resumable=True, request_id="name")
+    assert core.seen == [] and core.add(Params(seed=1))
+
+
 @pytest.mark.parametrize(
     "embeds, said",
     [
