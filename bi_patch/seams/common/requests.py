@@ -80,6 +80,7 @@ def _uncovered(config, params) -> dict[str, bool]:
 
 
 # How much room the tables of model runner V2 have for a request (vllm/v1/worker/gpu/sample/logit_bias.py).
+# `_bad_words` knows the room for bad words.
 ROOM = {"allowed_token_ids": 1024, "logit_bias": 1024, "all_stop_token_ids": 128}
 
 
@@ -91,7 +92,22 @@ def _too_long(params) -> list[str]:
         if count > room and (name != "all_stop_token_ids" or (params.min_tokens or 0) > 0):
             with_minimum = "" if name != "all_stop_token_ids" else " with min_tokens"
             found.append(f"{count} {name}{with_minimum}, more than {room}")
-    return found
+    return found + _bad_words(getattr(params, "bad_words_token_ids", None) or ())
+
+
+def _bad_words(words) -> list[str]:
+    """What has no room in the table of bad words. words: token ids of each bad word. vLLM makes them in its front end
+    after the check there, so the engine core's check sees them."""
+    if not words:
+        return []
+    from vllm import envs
+
+    # The releases without these settings have their usual values as constants.
+    room = getattr(envs, "VLLM_MAX_NUM_BAD_WORDS", 128)
+    room_of_tokens = getattr(envs, "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS", 1024)
+    tokens = sum(map(len, words))
+    found = [f"{len(words)} bad words, more than {room}"] if len(words) > room else []
+    return found + ([f"{tokens} tokens of bad words, more than {room_of_tokens}"] if tokens > room_of_tokens else [])
 
 
 def _wrong_seed(params) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -118,6 +119,32 @@ def test_the_room_of_the_tables_is_that_of_the_installed_release():
 
     sizes = (logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS, logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS)
     assert (*sizes, logit_bias.MAX_NUM_STOP_TOKEN_IDS) == tuple(requests.ROOM.values())
+
+
+@pytest.mark.parametrize(
+    "count, length, said",
+    [
+        (128, 8, ""),
+        (129, 1, "129 bad words, more than 128"),
+        (128, 9, "1152 tokens of bad words, more than 1024"),
+    ],
+)
+def test_the_core_refuses_bad_words_that_end_a_step_of_model_runner_v2(count, length, said):
+    """vLLM's front end counts the words and not their tokens, or neither."""
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+
+    params, core = SamplingParams(seed=1, bad_words=["word"]), Core()
+    params._bad_words_token_ids = [[7] * length] * count
+    if not said:
+        assert core.add(params) and BadWordsState.add_request(MagicMock(), 0, params)
+        return
+    with pytest.raises(ValueError, match="Too many"):
+        BadWordsState.add_request(MagicMock(), 0, params)
+    with pytest.raises(UnsupportedRequest, match=said):
+        core.add(params)
+    core.vllm_config.use_v2_model_runner = False
+    assert core.add(params)
 
 
 def test_refuse_names_requests_that_sample_without_a_seed(monkeypatch):

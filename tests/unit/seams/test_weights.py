@@ -409,3 +409,27 @@ def test_an_update_in_several_calls_that_fails_half_way_stops_the_engine(goes_on
     else:
         with pytest.raises(WeightsBroken, match="Layers failed half way"):
             weights.settle()
+
+
+def test_a_load_of_its_own_that_fails_half_way_can_be_made_again(monkeypatch):
+    """A call of model.load_weights outside of vLLM's updates, as docs/rl.md says."""
+
+    class Plain(torch.nn.Linear):
+        def load_weights(self, given):
+            for name, value in given:
+                self.get_parameter(name).data.copy_(value)
+
+    def half():
+        yield "weight", torch.ones(2, 2)
+        raise OSError("the network failed")
+
+    model = Plain(2, 2)
+    weights.watch_model(model)
+    monkeypatch.setattr(seams.active, "plan", SimpleNamespace(platform="cuda"))
+    config = SimpleNamespace(model_config=SimpleNamespace(quantization=None), lora_config=None)
+    core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda call: call(None)), vllm_config=config)
+    run, identity = seams._calls(lambda self, method: method(None)), weights.identity()
+    with pytest.raises(OSError, match="the network failed"):
+        run(core, lambda worker: model.load_weights(half()))
+    weights.ready()
+    assert not weights.pending and weights.identity() != identity
