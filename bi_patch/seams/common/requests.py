@@ -7,11 +7,15 @@ request again, since clients other than vLLM's Python front end send requests to
 import functools
 
 from bi_patch.errors import UnsupportedRequest
+from bi_patch.platforms import releases
 from bi_patch.seams import active
 from bi_patch.seams import pooling as poolers
 from bi_patch.seams.common import embeds, lora, parameters, seeds, streamed
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
+
+# Releases whose scheduler does not take back what it planned, asynchronously, behind a part of a streamed input.
+_COUNTS_LATE = "<0.32"
 
 
 def check(config, params) -> None:
@@ -180,14 +184,26 @@ def _forgotten(original):
     return add_request
 
 
+def _may_keep_dropped(config) -> bool:
+    """Whether the scheduler counts a step that it planned before a part of a streamed input stopped."""
+    late = active.plan is not None and releases.holds(_COUNTS_LATE, active.plan.release)
+    return late and bool(getattr(config.scheduler_config, "async_scheduling", False))
+
+
 def _refuse_growing(config, request) -> None:
-    """Raise UnsupportedRequest for a request whose prompt takes in its generated tokens, where MLA has two forms, or
-    where drafts may be among the tokens."""
+    """Raise UnsupportedRequest for a request whose prompt takes in its generated tokens, where MLA has two forms, where
+    drafts may be among the tokens, or where the scheduler's timing decides about the last token."""
     if request.resumable and getattr(config, "speculative_config", None) is not None:
         # Where a stop drops accepted drafts, vLLM counts their keys and values as those of the next part's tokens.
         raise bad_request(
             "requests.core: the request streams its input, and speculative decoding may leave keys and values of "
             "dropped tokens in its cache. Send the whole prompt, or start the engine without speculative decoding"
+        )
+    if request.resumable and _may_keep_dropped(config):
+        raise bad_request(
+            "requests.core: the request streams its input, and with asynchronous scheduling this vLLM keeps the last "
+            "token of a part only if its next step was not scheduled yet. Send the whole prompt, or start the engine "
+            "with --no-async-scheduling"
         )
     two = active.mla == "two" and active.plan is not None and active.plan.platform == "cuda"
     if request.resumable and two and getattr(config.model_config, "use_mla", False):

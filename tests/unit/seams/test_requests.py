@@ -7,6 +7,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from vllm.exceptions import VLLMValidationError
 
 from bi_patch import settings
@@ -345,3 +346,17 @@ def test_no_request_reads_the_environment(monkeypatch):
     monkeypatch.setattr(settings, "read", None)
     first, second = (Core().add(Params()).sampling_params.seed for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize(("release", "asynchronous", "refused"), [("0.26.0", 1, 1), ("0.26.0", 0, 0), ("0.33.0", 1, 0)])
+def test_a_streamed_input_is_refused_where_a_late_step_may_count(monkeypatch, release, asynchronous, refused):
+    core = Core()
+    core.vllm_config.scheduler_config = SimpleNamespace(async_scheduling=bool(asynchronous))
+    monkeypatch.setattr(active, "plan", SimpleNamespace(release=Version(release), platform="cpu"))
+    given = {"params": Params(temperature=0.0), "resumable": True, "request_id": "name"}
+    if refused:
+        with pytest.raises(UnsupportedRequest, match="--no-async-scheduling"):
+            core.add(**given)
+    else:
+        core.add(**given)
+    assert len(core.seen) == 1 - refused
