@@ -83,9 +83,9 @@ def _uncovered(config, params) -> dict[str, bool]:
     }
 
 
-# How much room the tables of model runner V2 have for a request (vllm/v1/worker/gpu/sample/logit_bias.py).
-# `_bad_words` knows the room for bad words.
-ROOM = {"allowed_token_ids": 1024, "logit_bias": 1024, "all_stop_token_ids": 128}
+# How much room the tables of model runner V2 have for a request (logit_bias.py and logprob.py in
+# vllm/v1/worker/gpu/sample). `_bad_words` knows the room for bad words.
+ROOM = {"allowed_token_ids": 1024, "logit_bias": 1024, "all_stop_token_ids": 128, "logprob_token_ids": 128}
 
 
 def _too_long(params) -> list[str]:

@@ -46,6 +46,7 @@ def ask(v2=False, fast_prefill=False, drafts=False, **parameters):
         ({"seed": -3, "n": 3}, "holds -1"),
         ({"v2": True, "allowed_token_ids": list(range(1025))}, "1025 allowed_token_ids, more than 1024"),
         ({"v2": True, "logit_bias": dict.fromkeys(range(1025), 1.0)}, "1025 logit_bias, more than 1024"),
+        ({"v2": True, "logprob_token_ids": list(range(129))}, "129 logprob_token_ids, more than 128"),
     ],
 )
 def test_it_is_refused_by_name_as_a_bad_request(given, said):
@@ -97,6 +98,8 @@ def test_a_field_that_nobody_has_examined_is_refused():
         {"seed": -3, "n": 2},
         {"seed": None, "n": 2, "temperature": 1.0},
         {"allowed_token_ids": list(range(1025)), "logit_bias": dict.fromkeys(range(1025), 1.0)},
+        {"logprob_token_ids": list(range(129))},
+        {"v2": True, "logprob_token_ids": list(range(128))},
         {"v2": True, "allowed_token_ids": list(range(1024)), "logit_bias": dict.fromkeys(range(1024), 1.0)},
     ],
 )
@@ -116,10 +119,11 @@ def test_stop_tokens_need_room_beside_min_tokens():
 
 
 def test_the_room_of_the_tables_is_that_of_the_installed_release():
-    from vllm.v1.worker.gpu.sample import logit_bias
+    from vllm.v1.worker.gpu.sample import logit_bias, logprob
 
     sizes = (logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS, logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS)
-    assert (*sizes, logit_bias.MAX_NUM_STOP_TOKEN_IDS) == tuple(requests.ROOM.values())
+    sizes += (logit_bias.MAX_NUM_STOP_TOKEN_IDS, logprob.MAX_LOGPROB_TOKEN_IDS)
+    assert sizes == tuple(requests.ROOM.values())
 
 
 @pytest.mark.parametrize(
