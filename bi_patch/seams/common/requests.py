@@ -93,9 +93,9 @@ def _too_long(params) -> list[str]:
     found = []
     for name, room in ROOM.items():
         count = len(getattr(params, name, None) or ())
-        if count > room and (name != "all_stop_token_ids" or (params.min_tokens or 0) > 0):
-            with_minimum = "" if name != "all_stop_token_ids" else " with min_tokens"
-            found.append(f"{count} {name}{with_minimum}, more than {room}")
+        stops = name == "all_stop_token_ids"  # in a table only until the request has min_tokens
+        if count > room and (not stops or (params.min_tokens or 0) > 0):
+            found.append(f"{count} {name}{' with min_tokens' * stops}, more than {room}")
     return found + _bad_words(getattr(params, "bad_words_token_ids", None) or ())
 
 
@@ -193,20 +193,22 @@ def _may_keep_dropped(config) -> bool:
 def _refuse_growing(config, request) -> None:
     """Raise UnsupportedRequest for a request whose prompt takes in its generated tokens, where MLA has two forms, where
     drafts may be among the tokens, or where the scheduler's timing decides about the last token."""
-    if request.resumable and getattr(config, "speculative_config", None) is not None:
+    if not request.resumable:
+        return
+    if getattr(config, "speculative_config", None) is not None:
         # Where a stop drops accepted drafts, vLLM counts their keys and values as those of the next part's tokens.
         raise bad_request(
             "requests.core: the request streams its input, and speculative decoding may leave keys and values of "
             "dropped tokens in its cache. Send the whole prompt, or start the engine without speculative decoding"
         )
-    if request.resumable and _may_keep_dropped(config):
+    if _may_keep_dropped(config):
         raise bad_request(
             "requests.core: the request streams its input, and with asynchronous scheduling this vLLM keeps the last "
             "token of a part only if its next step was not scheduled yet. Send the whole prompt, or start the engine "
             "with --no-async-scheduling"
         )
     two = active.mla == "two" and active.plan is not None and active.plan.platform == "cuda"
-    if request.resumable and two and getattr(config.model_config, "use_mla", False):
+    if two and getattr(config.model_config, "use_mla", False):
         raise bad_request(
             "mla.cuda_forms: the request streams its input, so tokens that MLA computed as generated would become part "
             "of the prompt. Send the whole prompt, or start the engine with BI_PATCH_MLA=one"

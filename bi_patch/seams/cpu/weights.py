@@ -109,7 +109,7 @@ def _complete(original):
         if info.kernel_tensors is None or info.load_numel >= info.load_numel_total:
             return
         if quantized.has_route(layer):
-            raise _partly(layer)
+            raise _a_part(layer)
         for name, held in (info.kernel_tensors[0] | info.kernel_tensors[1]).items():
             fresh = getattr(layer, name, None)
             if fresh is not None and fresh is not held:
@@ -125,11 +125,11 @@ def _unpacked(layer, name: str, held, fresh):
     if name == "weight" and not held.numel() and linear.has_route(layer):
         return linear.unpacked(layer)
     if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None or held.shape != fresh.shape:
-        raise _partly(layer)
+        raise _a_part(layer)
     return held
 
 
-def _partly(layer) -> UnsupportedFeature:
+def _a_part(layer) -> UnsupportedFeature:
     return UnsupportedFeature(
         f"weights.cpu_complete: a load gave a part of the weights of {type(layer).__name__}; the rest is packed. "
         "Give all weights of a layer between two requests, or use reload_weights"
