@@ -60,6 +60,7 @@ def _int4(original):
         from bi_patch.ops.cpu import quantized
 
         _first(layer)
+        _read[layer] = {self.w_q_name, self.w_s_name, "bias"} | ({self.w_zp_name} if self.config.zero_points else set())
         k, n = self.config.partition_weight_shape
         names = (self.w_q_name, self.w_s_name, self.w_zp_name if self.config.zero_points else None)
         # Upstream replaces the tensors' data; these are the checkpoint's.
@@ -127,6 +128,21 @@ def _first(layer):
             f"quantized.cpu_update: no evidence covers new weights in a quantized {type(layer).__name__} "
             f"({quantized.scheme(layer)}). Start a new engine with the new weights"
         )
+
+
+# Layer of 4 bits -> the names of the tensors that its kernel reads. A checkpoint may have others, e.g. GPTQ's qzeros.
+_read: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def complete(layer, info) -> bool:
+    """Whether a load that left tensors of a layer out brought all that its kernel reads. info: LayerReloadingInfo."""
+    from vllm.model_executor.model_loader.reload.utils import get_layer_tensors, get_tensor_load_numel
+
+    read = _read.get(layer, ())
+    if not read or any(name not in read for name, _ in info.loaded_weights):
+        return False  # load_numel counts elements of all tensors
+    needed = (get_tensor_load_numel(held) for name, held in get_layer_tensors(layer).items() if name in read)
+    return info.load_numel >= sum(needed)
 
 
 class _Held:

@@ -104,11 +104,14 @@ def _complete(original):
     @functools.wraps(original)
     def materialize_layer(layer, info):
         from bi_patch.ops.cpu import quantized
+        from bi_patch.seams.cpu.quantized import complete
 
         original(layer, info)
         if info.kernel_tensors is None or info.load_numel >= info.load_numel_total:
             return
         if quantized.has_route(layer):
+            if complete(layer, info):
+                return
             raise _a_part(layer)
         for name, held in (info.kernel_tensors[0] | info.kernel_tensors[1]).items():
             fresh = getattr(layer, name, None)

@@ -59,6 +59,51 @@ def test_new_weights_without_evidence_are_refused_by_name(monkeypatch, scheme, s
         quantized._first(torch.nn.Linear(2, 2))
 
 
+class Packed(torch.nn.Module):
+    """The tensors of a GPTQ layer, of 32 integers, 4 scales, 4 biases and 2 zero points."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        for name, size in {"qweight": 32, "scales": 4, "qzeros": 2}.items():
+            self.register_buffer(name, torch.zeros(size))
+        self.bias = torch.nn.Parameter(torch.zeros(4)) if bias else None
+
+
+@pytest.mark.parametrize(
+    ("given", "bias", "zeros", "whole"),
+    [
+        ({"qweight": 32, "scales": 4}, False, False, True),
+        ({"qweight": 32, "scales": 4, "bias": 4}, True, False, True),
+        ({"qweight": 32, "scales": 4}, True, False, False),
+        ({"qweight": 32}, False, False, False),
+        ({"qweight": 16, "scales": 4}, False, False, False),
+        ({"qweight": 32, "scales": 2, "qzeros": 2}, False, False, False),
+        ({"qweight": 32, "scales": 4}, False, True, False),
+        ({}, False, False, False),
+    ],
+)
+def test_a_load_may_leave_out_what_the_kernel_does_not_read(given, bias, zeros, whole):
+    """zeros: whether the kernel reads zero points."""
+
+    class Kernel:
+        w_q_name, w_s_name, w_zp_name = "qweight", "scales", "qzeros"
+        config = SimpleNamespace(zero_points=zeros, partition_weight_shape=(8, 4), act_type=torch.bfloat16)
+
+    def load(self, layer):
+        raise InterruptedError  # before a route is made
+
+    layer, info = (
+        Packed(bias),
+        SimpleNamespace(loaded_weights=[(n, None) for n in given], load_numel=sum(given.values())),
+    )
+    assert not quantized.complete(layer, info)  # of a scheme that names no tensors
+    for name in ("qweight", "scales", "qzeros"):
+        getattr(layer, name).output_dim = 1
+    with pytest.raises(InterruptedError):
+        quantized._int4(load)(Kernel(), layer)
+    assert quantized.complete(layer, info) is whole
+
+
 @pytest.mark.parametrize("outputs_first", [False, True], ids=["GPTQ", "compressed-tensors"])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_loaded_integers_give_the_weight(outputs_first, zeros):

@@ -284,7 +284,10 @@ def test_weights_changed_needs_an_engine_or_a_model():
 def test_a_layer_that_gets_a_part_of_its_weights_keeps_the_others(monkeypatch):
     from bi_patch.ops.cpu import quantized
 
-    old, layer = torch.ones(3), SimpleNamespace(scale=torch.full((3,), 7.0), quant_method=None)
+    class Layer(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    old, layer = torch.ones(3), Layer(scale=torch.full((3,), 7.0), quant_method=None)
 
     def complete(layer, loaded, total, kernel=({"scale": old}, {})):
         layer.scale = torch.full((3,), 7.0)
