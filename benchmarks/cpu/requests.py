@@ -1,10 +1,12 @@
 """Measures on CPU what single requests turn on: structured output, processed logprobs, custom logits processors; and
-n, beam search, prompt embeddings, bias with allowed tokens, min_tokens, priorities, and a reset of running requests.
+n, beam search, prompt embeddings, bias with allowed tokens, min_tokens, priorities, a reset of running requests, and
+streamed inputs.
 
     PYTHONPATH=. python3 -P benchmarks/cpu/requests.py [--only axes|kinds] [--results FOLDER]
 
-The first three: axes of verify, on one armed engine of a tiny model in eager mode, and one compiled. The others: each
-alone and in company, on engines in fp32 and bf16 (request_kinds.py). Exit code 1: positions differ.
+The first three and streamed inputs: axes of verify, on one armed engine of a tiny model in eager mode, and one
+compiled; streamed inputs of some families as well. The others, and streamed inputs: each alone and in company, on
+engines in fp32 and bf16 (request_kinds.py). Exit code 1: positions differ.
 """
 
 from __future__ import annotations
@@ -13,13 +15,24 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import bi_patch_entry
 
-AXES = ("structured output", "processed logprobs", "custom logits processors", "kinds of sampling")
+AXES = (
+    *("structured output", "processed logprobs", "custom logits processors", "kinds of sampling"),
+    "streamed inputs",
+)
+FAMILIES = (
+    "Gemma 3",
+    "DeepSeek V2",
+    "Qwen3-Next",
+    "Falcon-H1",
+    "LFM2",
+)  # their streamed inputs: each keeps other states
 # Beginnings of what request_kinds.py prints, and the name of the axis.
 KINDS = {
     "n": "n",
@@ -29,6 +42,7 @@ KINDS = {
     "min_tokens": "min_tokens",
     "priorities": "priorities",
     "a reset of running requests": "a reset of running requests",
+    "streamed inputs": "streamed inputs",
 }
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
@@ -75,7 +89,7 @@ def kinds(dtype: str) -> tuple[list, SimpleNamespace]:
 def axes() -> tuple[list, object]:
     """Rows of evidence of an engine in eager mode and of a compiled one, and verify's last report."""
     from bi_patch.tools.bench import invariance
-    from bi_patch.tools.models import recipes
+    from bi_patch.tools.models import families, recipes
     from bi_patch.tools.verify import levels, local
 
     level = replace(levels.FULL, cpu_seconds=None, cross=(), lengths=(3, 40, 290))
@@ -87,9 +101,17 @@ def axes() -> tuple[list, object]:
     rows, report = [], None
     for eager in (True, False):
         system = local.local(recipes.QWEN3, level, dtype="bfloat16", eager=eager, logits=True)
-        label = f"{recipes.QWEN3} bf16{'' if eager else ' compiled'}"
+        label = f"{recipes.QWEN3} bf16, requests{'' if eager else ', compiled'}"
         made, report = invariance.measure(label, system, level, only=AXES, tell=tell)
         rows += made
+    with tempfile.TemporaryDirectory() as root:
+        for family in FAMILIES:
+            folder = families.write(family, root)
+            system = local.local(folder, level, dtype="bfloat16", eager=True, random_weights=7)
+            made, report = invariance.measure(
+                f"{family}, tiny, bf16, requests", system, level, only=AXES[-1:], tell=tell
+            )
+            rows += made
     return rows, report
 
 

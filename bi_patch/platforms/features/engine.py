@@ -32,6 +32,7 @@ _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
 _CPU_QUICK = "invariance-2026-11-29-cpu-amx-quick-vllm-0.32.0.json"
 _CPU_REQUESTS = "invariance-2026-11-29-cpu-amx-requests-vllm-0.32.0.json"
+_CPU_STREAMED = "invariance-2026-11-30-cpu-requests-vllm-0.32.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
@@ -191,6 +192,20 @@ FEATURES: tuple[Feature, ...] = (
         ascend=untried(NO_NPU),
         details="`reset_prefix_cache(reset_running_requests=True)` is refused where it would drop tokens that a "
         "sampled request has drawn: with asynchronous scheduling on model runner V1.",
+    ),
+    row(
+        "streamed inputs (prompts in parts)",
+        cpu=served(
+            _CPU_STREAMED,
+            why="a tiny Qwen3, eager and compiled; models with MLA, windows or recurrent layers in eager mode",
+        ),
+        cuda=(
+            untried("with --no-async-scheduling; vLLM 0.32 and later take it without", releases="<0.32"),
+            untried(),
+        ),
+        ascend=untried(NO_NPU),
+        details="Refused are parts that change what vLLM reads from the first part alone (`streamed.parts`), streamed "
+        "inputs beside speculative decoding (`requests.core`), and where MLA has two forms (`mla.cuda_forms`).",
     ),
     row(
         "watermarks (--watermark-config)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 from collections.abc import Iterator
 
@@ -142,7 +143,50 @@ def aborted_prefix(engine: LocalEngine):
     return replaced(scheduler, "finish_requests", wrap)
 
 
+def first_generator(engine: LocalEngine):
+    """A later part of a streamed input draws on from the generator of its first part."""
+    runner, original = model_runner(engine), parts.original("streamed.seeds")
+    return replaced(runner, "_update_streaming_request", lambda _: functools.partial(original, runner))
+
+
+def block_given_away(engine: LocalEngine):
+    """While a streamed input waits for its next part, the last block of its keys and values serves another request."""
+    scheduler, runner = engine.core.scheduler, model_runner(engine)
+
+    def wrap(held):
+        def _update_request_as_session(session, update):
+            last = scheduler.kv_cache_manager.get_block_ids(session.request_id)[0][-1]
+            for cache in runner.kv_caches:
+                axis = list(cache.shape).index(runner.kv_cache_config.num_blocks)
+                cache.movedim(axis, 0)[last] = 0
+            return held(session, update)
+
+        return _update_request_as_session
+
+    return replaced(scheduler, "_update_request_as_session", wrap)
+
+
 FAULTS = (
+    Fault(
+        "block of a waiting session given away",
+        7,
+        block_given_away.__doc__,
+        "streamed inputs",
+        block_given_away,
+        BOTH,
+        "attn",
+        emulated=BOTH,
+    ),
+    Fault(
+        "generator of the first part",
+        21,
+        first_generator.__doc__,
+        "streamed inputs",
+        first_generator,
+        (CPU,),  # model runner V2 draws by a request's seed and the position
+        "sampler",
+        seam={"cpu": "streamed.seeds"},
+    ),
     Fault(
         "prefix of an aborted prompt",
         7,

@@ -45,7 +45,10 @@ class Request(msgspec.Struct, frozen=True):
     after its arrival at which the client gives the request up, 0 for never; the answer to an aborted request has no
     tokens. grammar: vLLM's `structured_outputs` as JSON, "" for none. dimensions, activation: of a request to a pooling
     model: the length of the embedding, and whether the pooler's activation is applied; None for the model's own.
-    images: made images and videos in ascending order of their places; `prompt` holds no tokens for them.
+    images: made images and videos in ascending order of their places; `prompt` holds no tokens for them. parts: of a
+    streamed input, for each part but the last, its end in `prompt` and how many tokens answer it; `prompt` holds these
+    tokens but the last, and the answer is that of the last part. at_once: no part waits for the answer to the part
+    before.
     """
 
     prompt: tuple[int, ...]
@@ -74,6 +77,8 @@ class Request(msgspec.Struct, frozen=True):
     dimensions: int | None = None
     activation: bool | None = None
     images: tuple[Image, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
+    at_once: bool = False
 
     @property
     def alternatives(self) -> int | None:

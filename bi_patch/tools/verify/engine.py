@@ -15,6 +15,7 @@ import msgspec
 
 from bi_patch.platforms.features import images
 from bi_patch.tools.evidence.kinds import short_name
+from bi_patch.tools.verify import streams
 from bi_patch.tools.verify.answers import Answer, Image, Request
 
 SERVER = "server"  # Info.platform of a running server
@@ -230,7 +231,7 @@ class LocalEngine:
             return self._pooled(requests)
         names = [self._digest_name() if r.digest and self.options.digests else "" for r in requests]
         parameters = [_sampling(r, name, self.options.tokenizer) for r, name in zip(requests, names)]
-        if any(r.delay or r.abort for r in requests):
+        if any(r.delay or r.abort or r.parts for r in requests):
             outputs = self._generate_staggered(requests, parameters)
         else:
             adapters = [_adapter(r.lora) for r in requests]
@@ -347,6 +348,7 @@ class LocalEngine:
         engine = self._llm.llm_engine
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].delay)
         done: dict[int, object] = {}
+        streamed: dict[str, streams.Stream] = {}
         names: dict[str, int] = {}
         ends: dict[str, int] = {}  # the step before which a request is aborted
         step = 0
@@ -361,17 +363,18 @@ class LocalEngine:
                 request = requests[index]
                 if request.abort:
                     ends[name] = step + request.abort
-                engine.add_request(
-                    name,
-                    self._prompt(request),
-                    parameters[index],
-                    lora_request=_adapter(request.lora),
-                )
+                adapter = _adapter(request.lora)
+                if request.parts:
+                    streamed[name] = streams.Stream(engine, name, request, parameters[index], lora_request=adapter)
+                    continue
+                engine.add_request(name, self._prompt(request), parameters[index], lora_request=adapter)
             for name in [name for name, end in ends.items() if end == step]:
                 if names[name] not in done:
                     engine.abort_request([name])
             for output in engine.step():
-                if output.finished:
+                if output.request_id in streamed:
+                    output = streamed[output.request_id].take(output)
+                if output is not None and output.finished:
                     done[names[output.request_id]] = output
             step += 1
         return [done.get(i) if requests[i].abort else done[i] for i in range(len(requests))]

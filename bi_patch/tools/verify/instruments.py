@@ -19,6 +19,7 @@ from bi_patch.tools.verify.trace import Trace
 COMPILED = "compilation.cache_key"  # the seam named for a difference in compiled code
 PREFIX = "weights.first_block"  # the seam named for cached keys and values of other weights
 ADAPTERS = "lora.keys"  # the seam named for cached keys and values of another adapter
+PARTS = "streamed.seeds"  # the seam named for a draw of a part of a streamed input
 
 
 class TraceAsk(msgspec.Struct, frozen=True):
@@ -53,9 +54,8 @@ def traced(engine: LocalEngine, ask: TraceAsk) -> Traced:
     tracer = trace.Tracer(runner.module_names(held), owners.Owners().seam, owners.kernel, ask.watch, ask.coarse)
     with runner.attach(held, tracer, ask.requests, ask.index).attached():
         answer = engine.generate(ask.requests)[ask.index]
-    names = (
-        {call.seam for call in tracer.calls if call.seam} | {PREFIX, ADAPTERS} | ({COMPILED} if ask.coarse else set())
-    )
+    names = {call.seam for call in tracer.calls if call.seam} | {PREFIX, ADAPTERS, PARTS}
+    names |= {COMPILED} if ask.coarse else set()
     return Traced(answer, Trace(tracer.calls, ask.coarse), {name: owners.status(name) for name in names})
 
 

@@ -23,7 +23,7 @@ from bi_patch.tools.verify.answers import compare as compare_answers
 from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.child import ChildEngine
 from bi_patch.tools.verify.engine import Options
-from bi_patch.tools.verify.instruments import ADAPTERS, COMPILED, PREFIX, TraceAsk, Traced
+from bi_patch.tools.verify.instruments import ADAPTERS, COMPILED, PARTS, PREFIX, TraceAsk, Traced
 from bi_patch.tools.verify.trace import CACHE, MODULE, RETURNED, SAMPLE, Call, Trace
 
 
@@ -234,6 +234,9 @@ def judge(case: Case, alone: Traced, company: Traced, coarse: bool = False) -> L
     if _cached_for_another(case.company) and not coarse:
         note, status = "another adapter computed a prefix", statuses.get(ADAPTERS, "")
         located = msgspec.structs.replace(located, seam=ADAPTERS, seam_status=status, note=note)
+    if case.company.request.parts and located.phase == SAMPLE and not coarse:
+        note, status = "the draw of a part of a streamed input", statuses.get(PARTS, "")
+        located = msgspec.structs.replace(located, seam=PARTS, seam_status=status, note=note)
     return located
 
 

@@ -48,6 +48,8 @@ _LATE = ("batch size", "decode = prefill", *_RESTARTED)
 # Quantized weights over ranks, in compiled code.
 COMPILED = next(row.name for row in quantized_ranks.SHARED if "tensor parallelism, compiled" in row.name)
 
+_STREAMED = ("streamed inputs",)
+
 SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("bf16 weights", "cpu"): (("* bf16", *_SIX), ("* bf16 compiled", *_SIX)),
     ("bf16 weights", "cuda"): (("Qwen3-8B", *_SIX), ("Llama-3.2-1B", *_SIX)),
@@ -83,6 +85,12 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("structured output", "cpu"): (("smollm2*", "structured output"), ("* compiled", "structured output")),
     ("n, beam search, bias with allowed tokens, min_tokens, priorities, a reset of running requests", "cpu"): tuple(
         (f"* {dtype}, single requests", *_ASKED) for dtype in ("bf16", "fp32")
+    ),
+    ("streamed inputs (prompts in parts)", "cpu"): (
+        *((f"* {dtype}, single requests", *_STREAMED) for dtype in ("bf16", "fp32")),
+        ("tiny-* compiled", *_STREAMED),
+        ("Qwen3-Next*", *_STREAMED),
+        ("DeepSeek V2*", *_STREAMED),
     ),
     ("prompt embeddings (enable_prompt_embeds)", "cpu"): tuple(
         (f"* {dtype}, single requests", "prompt embeddings") for dtype in ("bf16", "fp32")

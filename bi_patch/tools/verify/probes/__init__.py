@@ -30,6 +30,7 @@ from bi_patch.tools.verify.probes import (
     pooling,
     routing,
     sleeping,
+    streaming,
     together,
     updating,
 )
@@ -178,6 +179,14 @@ PROBES = (
         leaving,
         (6, 7, 20),
         needs_company,
+        seconds=3,
+    ),
+    Probe(
+        "streamed inputs",
+        "requests whose prompts come in parts, against whole prompts",
+        streaming.streaming,
+        (7, 21, 29),
+        either(needs_company, streaming.missing),
         seconds=3,
     ),
     Probe(

@@ -1,12 +1,13 @@
 """The results of locate on invented traces, and the tracer on a small torch module."""
 
+import msgspec
 import torch
 
 from bi_patch.tools.verify import locate
 from bi_patch.tools.verify.answers import Answer, Request
 from bi_patch.tools.verify.case import Case, Scenario
 from bi_patch.tools.verify.instruments import Traced
-from bi_patch.tools.verify.trace import FORWARD, MODULE, WIDTH, Call, Rows, Trace, Tracer, digest_rows
+from bi_patch.tools.verify.trace import FORWARD, MODULE, SAMPLE, WIDTH, Call, Rows, Trace, Tracer, digest_rows
 
 SAME, OTHER = Answer([1, 2], [-1.0, -2.0]), Answer([1, 2], [-1.0, -2.5])
 ALONE = Scenario([Request((1, 2, 3))])
@@ -24,6 +25,21 @@ def call(op, value, m=1, seam="linear.cpu_dispatch", kernel=""):
 
 def traced(answer, *calls):
     return Traced(answer, Trace(list(calls)), {"linear.cpu_dispatch": "closed"})
+
+
+def test_the_draw_of_a_part_of_a_streamed_input_is_named_by_its_own_seam():
+    company = Scenario([Request((1, 2, 3), parts=((1, 1),))])
+    sides = [
+        Traced(
+            answer,
+            Trace([msgspec.structs.replace(call("aten.argmax", value), phase=SAMPLE)]),
+            {"streamed.seeds": "closed"},
+        )
+        for answer, value in ((SAME, b"a"), (OTHER, b"b"))
+    ]
+    found = locate.judge(msgspec.structs.replace(case(), company=company), *sides)
+    assert (found.op, found.seam, found.seam_status) == ("aten.argmax", "streamed.seeds", "closed")
+    assert locate.judge(case(), *sides).seam == "linear.cpu_dispatch"
 
 
 def test_names_module_op_seam_rows_and_kernels():

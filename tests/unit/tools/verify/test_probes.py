@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from bi_patch.tools.verify import levels, probes
+from bi_patch.tools.verify import levels, probes, streams
 from bi_patch.tools.verify.answers import Request
 from bi_patch.tools.verify.engine import Info
 from bi_patch.tools.verify.probes import crossing, online
@@ -93,6 +93,31 @@ def test_numbers_of_ranks(arithmetic, tmp_path):
     assert sizes(extra={"tensor_parallel_size": 2}) == [1, 4]
     assert sizes("armed", 2) == [2]
     assert sizes("armed", 8) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("mode", "vllm", "extra", "said"),
+    [
+        ("armed", "0.32.0", {}, ""),
+        ("armed", "0.31.0", {"async_scheduling": False}, ""),
+        ("stock", "0.26.0", {"speculative_config": {"method": "ngram"}}, ""),
+        ("armed", "0.32.0", {"speculative_config": {"method": "ngram"}}, "speculative decoding"),
+        ("armed", "0.26.0", {}, "asynchronous scheduling"),
+    ],
+)
+def test_streamed_inputs_are_left_out_where_the_engine_refuses_them(arithmetic, mode, vllm, extra, said):
+    engine = arithmetic()
+    engine.options = engine.options.but(extra=extra)
+    engine.info = msgspec.structs.replace(engine.info, mode=mode, vllm=vllm)
+    found = named(probes.PROBES, "streamed inputs").missing(engine)
+    assert said in found and bool(said) == bool(found)
+
+
+def test_a_streamed_input_is_the_prompt_and_the_answers_without_their_last_tokens():
+    request = Request((1, 2, 3, 11, 12, 4, 5), max_tokens=4, parts=((3, 3),))
+    assert streams.parts(request) == [((1, 2, 3), 3), ((4, 5), 4)]
+    longer = Request((1, 2, 3, 11, 12, 4, 5, 21, 6), max_tokens=7, parts=((3, 3), (7, 2)))
+    assert streams.parts(longer) == [((1, 2, 3), 3), ((4, 5), 2), ((6,), 7)]
 
 
 def named(registry, name):
