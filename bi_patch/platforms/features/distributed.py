@@ -20,6 +20,7 @@ _H200_SHARED = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
 _H200_RANKS_MORE = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
 _H200_DATA = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-2.json"
 _H200_MORE_RANKS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-5.json"
+_H200_LAST = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-6.json"
 _H200_EXECUTORS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-3.json"
 _H200_PARTS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
@@ -212,6 +213,7 @@ DISTRIBUTED: tuple[Feature, ...] = (
             served(
                 _H200_RANKS,
                 _H200_RANKS_MORE,
+                _H200_LAST,
                 why="dense decoders in 16 bits with a 16-bit KV cache: one, two and four ranks compiled, one and two "
                 "in eager mode; layers with a window, sinks or ALiBi were not measured, and the rest is refused",
             ),
@@ -366,7 +368,10 @@ DISTRIBUTED: tuple[Feature, ...] = (
     row(
         "workers of Ray, compiled",
         cpu=refused("vLLM's CPU build has none", todo="Use the executor mp"),
-        cuda=untried("measured in eager mode"),
+        cuda=(
+            untried("each worker must say that it is armed", releases="<0.33"),
+            served(_H200_LAST, why="two tensor-parallel ranks of Qwen3-8B's sizes, on one host"),
+        ),
         ascend=untried(NO_NPU),
         asked=when_compiled(_started_by("ray", "compiled workers of Ray")),
     ),
@@ -380,7 +385,10 @@ DISTRIBUTED: tuple[Feature, ...] = (
     row(
         "several API servers (--api-server-count)",
         cpu=untried("a test compares two"),
-        cuda=untried("one engine answers them all"),
+        cuda=(
+            untried("one engine answers them all", releases="<0.33"),
+            served(_H200_LAST, why="two front ends of a tiny Qwen3, through HTTP, in eager mode"),
+        ),
         ascend=untried(NO_NPU),
         asked=_of_parallel("_api_process_count", "several API servers"),
     ),

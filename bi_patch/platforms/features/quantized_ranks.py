@@ -19,6 +19,7 @@ _NO_SEAM = refused("no patch point covers it yet")
 _TRIAL = untried()
 _H200 = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
 _MORE = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-5.json"
+_LAST = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-6.json"
 
 
 def _shown(*files: str, why: str) -> tuple[Cell, Cell]:
@@ -60,17 +61,21 @@ _CELLS: dict[tuple[str, bool], tuple[Cell, Cell | tuple[Cell, Cell]]] = {
         served(_CPU_MORE, why="two ranks, a tiny Llama, without AMX"),
         _shown(_MORE, why="two layers of Qwen3-8B's sizes, in eager mode"),
     ),
-    (FOUR_BITS, False): (served(_CPU_MORE, why="two ranks, a tiny Qwen3, without AMX"), _TRIAL),
+    (FOUR_BITS, False): (
+        served(_CPU_MORE, why="two ranks, a tiny Qwen3, without AMX"),
+        _shown(_LAST, why="two layers of Qwen3-8B's sizes, in eager mode"),
+    ),
     (CHANNELS, False): (_ALONE, _shown(_H200, why="two layers of Qwen3-8B's sizes, in eager mode")),
     (BLOCKS, False): (_ALONE, _shown(_H200, _MORE, why="two layers of Qwen3-8B's sizes, in eager mode and compiled")),
-    (FOUR_BITS, True): (_ALONE, untried("measured before these experts had the bundled kernel")),
-    (CHANNELS, True): (_ALONE, _TRIAL),
+    (FOUR_BITS, True): (_ALONE, _shown(_LAST, why="two layers of Qwen3-30B-A3B's sizes, in eager mode and compiled")),
+    (CHANNELS, True): (_ALONE, _shown(_LAST, why="two layers of Qwen3-30B-A3B's sizes, in eager mode")),
     (BLOCKS, True): (
         _ALONE,
         _shown(
             _H200,
             _MORE,
-            why="two layers of Qwen3-30B-A3B's and MiniMax-M2's sizes, in eager mode; of MiniMax-M2's compiled",
+            _LAST,
+            why="two layers of Qwen3-30B-A3B's and MiniMax-M2's sizes, in eager mode and compiled",
         ),
     ),
     (MXFP4, True): (
@@ -79,7 +84,7 @@ _CELLS: dict[tuple[str, bool], tuple[Cell, Cell | tuple[Cell, Cell]]] = {
     ),
 }
 # Of _CELLS, those that a run on CUDA had in compiled code. On CPU, runs had all that are served there.
-COMPILED: tuple[tuple[str, bool], ...] = ((AWQ, False), (BLOCKS, False), (BLOCKS, True))
+COMPILED: tuple[tuple[str, bool], ...] = ((AWQ, False), (BLOCKS, False), (BLOCKS, True), (FOUR_BITS, True))
 _RANKS = 2
 
 

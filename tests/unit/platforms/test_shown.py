@@ -159,6 +159,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cuda"): (
         ("* TP 1 and 2 equal", *_EQUAL),
         ("* TP 1, 2 and 4 equal, compiled", *_EQUAL),
+        ("* TP 1 and 2 equal, compiled", *_EQUAL),
     ),
     (
         "tensor parallelism without vLLM's one-stage all-reduce (no peer memory, or other than 2, 4, 6 or 8 ranks), "
@@ -225,6 +226,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("FP8 blocks of 128 x 128, with experts, with tensor parallelism", "cuda"): (
         ("Qwen3-30B-A3B FP8 block experts, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("Qwen3-30B-A3B FP8 block experts, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
         ("MiniMax-M2 FP8, 2 layers, TP 2", *_RANKS, "decode = prefill"),
         ("MiniMax-M2 FP8, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
     ),
@@ -234,6 +236,27 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("norms over ranks (MiniMax-M2 with tensor parallelism)", "cuda"): (
         ("MiniMax-M2 FP8, 2 layers, TP 2", *_RANKS, "decode = prefill"),
     ),
+    ("compressed-tensors W4A16, with experts, with tensor parallelism", "cuda"): (
+        ("Qwen3-30B-A3B W4A16 experts, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("Qwen3-30B-A3B W4A16 experts, 2 layers, TP 2, compiled", *_RANKS, "decode = prefill"),
+    ),
+    ("compressed-tensors W4A16, with tensor parallelism", "cuda"): (
+        ("Qwen3-8B W4A16, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+    ),
+    ("FP8 per channel, with experts, with tensor parallelism", "cuda"): (
+        ("Qwen3-30B-A3B FP8 channel experts, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+    ),
+    ("several API servers (--api-server-count)", "cuda"): (
+        (
+            "tiny-qwen3, two API servers",
+            "batch size",
+            "co-batch contents",
+            "mixed lengths",
+            "position and order",
+            "prefix cache",
+        ),
+    ),
+    ("workers of Ray, compiled", "cuda"): (("* workers of Ray, compiled", *_SIX, "executor"),),
     ("expert parallelism of tensor-parallel ranks", "cuda"): (
         ("Qwen3-30B-A3B*experts over 2 ranks", *_RANKS, "decode = prefill"),
         ("DeepSeek-V2-Lite*experts over 2 ranks", *_RANKS),
