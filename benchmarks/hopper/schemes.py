@@ -148,6 +148,8 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
     "W4A16 experts": ("Qwen3-30B-A3B", _packed(4, 128) | {"ignore": ["lm_head", "re:.*mlp.gate$"]}),
     "GPTQ experts": ("Qwen3-30B-A3B", _GPTQ | {"dynamic": {"-:.*\\.mlp\\.gate$": {}}}),
     "AWQ experts": ("Qwen3-30B-A3B", _AWQ | {"modules_to_not_convert": ["mlp.gate"]}),
+    "AWQ experts by moe_wna16": ("Qwen3-30B-A3B", _AWQ | {"modules_to_not_convert": ["mlp.gate"]}),
+    "GPTQ experts by moe_wna16": ("Qwen3-30B-A3B", _GPTQ | {"dynamic": {"-:.*\\.mlp\\.gate$": {}}}),
     "FP8 channel experts": ("Qwen3-30B-A3B", _CHANNEL | _GATE),
     "GLM-4.6 FP8": ("GLM-4.6", _CHANNEL | _GATE),
     "MiniMax-M2 FP8": (
@@ -198,6 +200,8 @@ _ARGUMENTS: dict[str, dict[str, object]] = {
     "FP8 channel while loading": {"quantization": "fp8_per_channel"},
     "FP8 block while loading": {"quantization": "fp8_per_block"},
     "FP8 channel experts while loading": {"quantization": "fp8_per_channel"},
+    "AWQ experts by moe_wna16": {"quantization": "moe_wna16"},
+    "GPTQ experts by moe_wna16": {"quantization": "moe_wna16"},
     "FP8 KV cache": {"kv_cache_dtype": "fp8"},
     "FP8 block and KV cache": {"kv_cache_dtype": "fp8"},
 }

@@ -30,6 +30,9 @@ _METHODS = {
     "modelopt_mixed": "modelopt",
 }
 
+# vLLM's method that takes checkpoints of AWQ and GPTQ, where a user names it: experts have a layout of its own.
+WNA16, _WNA16_OF = "moe_wna16", ("awq", "gptq")
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -96,12 +99,24 @@ def of(config: Any) -> tuple[Scheme, ...]:
     if held is None:
         return (_ONLINE["fp8"] if method == "fp8" else Scheme(method, other="its config.json does not describe it"),)
     said = str(held.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
+    if method == WNA16 and said in _WNA16_OF:
+        return _uniform(_read(said, held))
     if _METHODS.get(said, said) != method or method not in _READERS:
         return (Scheme(method, other=f"a checkpoint of method {said!r}"),)
+    return _read(method, held)
+
+
+def _read(method: str, held: Mapping[str, Any]) -> tuple[Scheme, ...]:
     try:
         return tuple(dict.fromkeys(_READERS[method](held)))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         return (Scheme(method, other=f"a configuration that cannot be read ({type(error).__name__}: {error})"),)
+
+
+def _uniform(found: tuple[Scheme, ...]) -> tuple[Scheme, ...]:
+    """A checkpoint's schemes for moe_wna16, which loads no quantized head, and keeps rules by layer for linears."""
+    odd = "a quantized head" if any(scheme.head for scheme in found) else "rules by layer" if len(found) > 1 else ""
+    return tuple(replace(scheme, other=scheme.other or (odd and f"{odd} with {WNA16}")) for scheme in found)
 
 
 # What vLLM makes of 16-bit weights, by the name in --quantization.

@@ -88,6 +88,14 @@ def quantized_experts(kind: Callable[[Scheme], bool] | None) -> Callable[[Any], 
     return asked
 
 
+def _by_wna16(config: Any) -> str:
+    """Words for weights that vLLM's method moe_wna16 loads. Experts get its layout, on the same kernels."""
+    used = schemes.of(config)
+    known = used and not any(scheme.other for scheme in used)
+    named = known and config.model_config.quantization == schemes.WNA16
+    return f"moe_wna16 ({'; '.join(map(str, used))})" if named else ""
+
+
 # Kinds of experts that a run on CUDA had in compiled code.
 COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros)
 
@@ -142,6 +150,11 @@ EXPERT_ROWS: tuple[Feature, ...] = (
         "experts of 8 bits in groups, weights alone (GPTQ, compressed-tensors)",
         **cells.cuda(cells.TRIAL),
         asked=quantized_experts(_eight_bits),
+    ),
+    row(
+        "experts of AWQ and GPTQ by --quantization moe_wna16",
+        **cells.cuda(cells.TRIAL),
+        asked=_by_wna16,
     ),
     row("experts in MXFP4", **cells.REFUSED | {"cuda": cells.OSS}, asked=quantized_experts(kinds.mxfp4)),
     row("quantized experts", **cells.REFUSED, asked=quantized_experts(None)),

@@ -367,11 +367,38 @@ def test_gpt_oss_as_published_has_a_row_with_its_reason():
     assert rows(held | {"block_size": 16}, "mxfp4") == ["other quantized weights"]
 
 
+_BY_WNA16 = "experts of AWQ and GPTQ by --quantization moe_wna16"
+
+
+@pytest.mark.parametrize(
+    ("held", "linears", "experts"),
+    [
+        (AWQ, "AWQ, 4 bits", "experts of 4 bits in groups with zero points (AWQ, compressed-tensors)"),
+        (GPTQ, "GPTQ, 4 bits", "experts of 4 bits in groups (GPTQ, compressed-tensors W4A16)"),
+        (
+            GPTQ | {"bits": 8},
+            "8-bit weights alone (GPTQ, compressed-tensors W8A16)",
+            "experts of 8 bits in groups, weights alone (GPTQ, compressed-tensors)",
+        ),
+        (GPTQ | {"dynamic": {"-:.*mlp.gate$": {}}}, "GPTQ, 4 bits", None),
+    ],
+)
+def test_experts_that_a_user_names_another_method_for_have_a_row_of_their_own(held, linears, experts):
+    assert rows(held, "moe_wna16") == [linears, _BY_WNA16]
+    if experts:
+        assert rows(held, "moe_wna16", is_moe=True) == [linears, experts, _BY_WNA16]
+    for refused in ({"lm_head": True}, {"dynamic": {"+:.*down.*": {"bits": 8}}}, {"sym": False, "bits": 4}):
+        assert "other quantized weights" in rows(GPTQ | refused, "moe_wna16")
+    (row,) = (row for row in quantization.QUANTIZATION if row.name == _BY_WNA16)
+    assert row.cell("cuda").state == "untried" and row.cell("cpu").state == "refused"
+    assert row.cell("cuda", Version("0.32.0")).state == "refused"
+
+
 def test_a_method_must_be_the_checkpoints():
     assert rows(AWQ, "awq_marlin") == rows(AWQ, "auto_awq") == ["AWQ, 4 bits"]
     for made in (
         rows(AWQ, "gptq"),
-        rows(GPTQ, "moe_wna16"),
+        rows(FP8, "moe_wna16"),
         rows(None, "awq"),
         rows(AWQ, quantization_config=object()),
     ):

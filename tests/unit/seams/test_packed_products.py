@@ -82,6 +82,39 @@ def test_every_layout_is_packed_for_the_kernel(monkeypatch, kind, at_once):
     assert packing.Packed(data, scales, zeros, 4, kind.group_size).shape == (2 * N, K)
 
 
+@pytest.mark.parametrize("kind", [GPTQ, AWQ], ids=lambda kind: type(kind).__name__)
+def test_moe_wna16_hands_over_the_integers_of_awq_and_gptq(monkeypatch, kind):
+    """vLLM's own loader of --quantization moe_wna16: its layout gives the kernel what the checkpoint's method gives."""
+    from vllm.model_executor.layers.quantization import moe_wna16 as module
+
+    monkeypatch.setattr(module, "get_tp_group", lambda: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
+    _, (words, scale, zero) = given(kind, N, K)
+    across = kind is AWQ
+    asked = MoeWNA16Config(weight_bits=4, group_size=kind.group_size, has_zp=across)
+    asked.linear_quant_method, asked.bit8_pack_factor = "awq" if across else "gptq", 2
+    held = SimpleNamespace(quant_config=asked, group_size_div_factor=1, intermediate_size_per_partition=K)
+    held.tp_size, held.moe_config = 1, SimpleNamespace(tp_size=1)  # by release
+
+    def place(param, loaded, name, shard, expert, return_success=False):
+        param[expert] = loaded
+
+    load = module.MoeWNA16Method.get_weight_loader(held, place)
+    made = {
+        "qweight": torch.zeros((E, N, K // 2), dtype=torch.uint8),
+        "scales": torch.zeros((E, N, K // kind.group_size), dtype=scale.dtype),
+        "qzeros": torch.zeros((E, N // 2, K // kind.group_size), dtype=torch.uint8),
+    }
+    for expert in range(E):
+        for name, each in (("qweight", words), ("scales", scale), ("qzeros", zero)):
+            # A checkpoint of GPTQ has K first, and vLLM's own method turns it.
+            one = each[expert] if across else each[expert].T.contiguous()
+            load(SimpleNamespace(data=made[name]) if name == "qzeros" else made[name], one, f"w2_{name}", "w2", expert)
+    want = packed_experts_weights.pack(words, scale, zero, kind)
+    got = packed_experts_weights.pack(made["qweight"], made["scales"], made["qzeros"] if across else None, asked)
+    assert all(b is None if a is None else torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
 def config(**changed):
     held = {"moe_backend": "auto", "is_lora_enabled": False, "intermediate_size_per_partition": N, "hidden_dim": K}
     return SimpleNamespace(**held | {"is_act_and_mul": True, "in_dtype": torch.bfloat16} | changed)
