@@ -207,7 +207,8 @@ def _packed_size(named, name: str, bits: int = 4) -> int:
     for kind, axis in (("weight_packed", 2), ("qweight", 1), ("weight", 2)):
         found = named.get(stem + kind)
         if found is not None and not found.is_floating_point():
-            return found.shape[axis] * found.element_size() * 8 // bits
+            last = found.element_size() == 1  # bytes lie along K in every layout
+            return found.shape[2 if last else axis] * found.element_size() * 8 // bits
     return 0
 
 

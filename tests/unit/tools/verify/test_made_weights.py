@@ -75,3 +75,14 @@ def test_ranks_differ_in_what_they_cut_alone():
     assert differing == {"0.weight", "3.experts.w13_weight"}
     assert all(torch.equal(single[name], again[name]) for name in single)
     assert len({tuple(parameter.flatten()[:3].tolist()) for parameter in one.values()}) == len(one)
+
+
+def test_k_of_packed_experts_in_each_layout():
+    """Words of 8 integers, K first (GPTQ) or last (compressed-tensors), and bytes of two (moe_wna16)."""
+    for name, shape, dtype in (
+        ("w13_qweight", (4, 32, 64), torch.int32),
+        ("w13_weight_packed", (4, 64, 32), torch.int32),
+        ("w13_qweight", (4, 64, 128), torch.uint8),
+    ):
+        named = {f"layers.0.{name}": torch.zeros(shape, dtype=dtype)}
+        assert weights._packed_size(named, "layers.0.w13_scales") == 256
