@@ -99,6 +99,7 @@ def _by_wna16(config: Any) -> str:
 # Kinds of experts that a run on CUDA had in compiled code.
 COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros)
 
+_BY_WNA16 = "invariance-2026-11-30-h200-moe-wna16-vllm-0.33.0.json"
 _OWN = cells.layers("Qwen3-30B-A3B", how="compiled, beside an eager engine", files=(cells.OWN_EXPERTS,))
 
 EXPERT_ROWS: tuple[Feature, ...] = (
@@ -153,7 +154,9 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     ),
     row(
         "experts of AWQ and GPTQ by --quantization moe_wna16",
-        **cells.cuda(cells.TRIAL),
+        **cells.cuda(
+            cells.layers("Qwen3-30B-A3B", how="of 4 bits, compiled, beside an eager engine", files=(_BY_WNA16,))
+        ),
         asked=_by_wna16,
     ),
     row("experts in MXFP4", **cells.REFUSED | {"cuda": cells.OSS}, asked=quantized_experts(kinds.mxfp4)),

@@ -390,7 +390,7 @@ def test_experts_that_a_user_names_another_method_for_have_a_row_of_their_own(he
     for refused in ({"lm_head": True}, {"dynamic": {"+:.*down.*": {"bits": 8}}}, {"sym": False, "bits": 4}):
         assert "other quantized weights" in rows(GPTQ | refused, "moe_wna16")
     (row,) = (row for row in quantization.QUANTIZATION if row.name == _BY_WNA16)
-    assert row.cell("cuda").state == "untried" and row.cell("cpu").state == "refused"
+    assert row.cell("cuda").state == "served" and row.cell("cpu").state == "refused"
     assert row.cell("cuda", Version("0.32.0")).state == "refused"
 
 

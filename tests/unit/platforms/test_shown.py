@@ -681,6 +681,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* W4A16 experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
         ("* GPTQ experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
     ),
+    ("experts of AWQ and GPTQ by --quantization moe_wna16", "cuda"): tuple(
+        (f"* {method} experts by moe_wna16, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED) for method in ("AWQ", "GPTQ")
+    ),
     ("NVFP4 weights alone (compressed-tensors)", "cuda"): (
         ("* NVFP4,* eager", *_SIX),
         ("* NVFP4, 2 layers", *_SIX),
