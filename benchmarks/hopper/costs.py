@@ -36,14 +36,17 @@ SHORT = ("1 x 512/64", "8 x 1024/64", "64 x 512/64", "256 x 512/64")
 SHARE = 0.03  # of the GPU's memory that must be free at each start; the KV caches have fixed sizes
 MODES = ("stock", "armed")
 UPSTREAM = (*MODES, "upstream")
-OF_TWO = (
-    "Ranks are started as by torchrun, each on its own half of the cores. Stock engines have vLLM's custom all-reduce, "
-    "and no NVLink multicast. (GPU) of a decode step: its CUDA graph, replayed 112 times in a row on both ranks, by "
-    "CUDA events, and the kernels outside the graph; of a prefill: the kernels, of sums over ranks the shortest of five"
-)
-NOTE = (
-    f"{turns.NOTE}. The engines of a round start side by side, and times are taken when all have started. "
+TOGETHER = (
+    "The engines of a round start side by side, and times are taken when all have started. "
     "CUDA graphs of the measured sizes alone"
+)
+NOTE = f"{turns.NOTE}. {TOGETHER}"
+OF_TWO = (
+    f"Engines of two GPUs in turns. {TOGETHER}. Ranks are started as by torchrun, each on its own half of the cores. "
+    "Stock engines have vLLM's custom all-reduce, and no NVLink multicast. (GPU) of a decode step: its CUDA graph, "
+    "replayed 112 times in a row on both ranks, by CUDA events, and the kernels outside the graph; of a prefill: the "
+    "kernels, of sums over ranks the shortest of five. Outside a graph, the lesser of the ranks' times, for a rank "
+    "that comes last waits least"
 )
 
 
@@ -231,7 +234,8 @@ def main() -> None:
             a.phase.write_text(phase)
 
     say("starts")
-    note = f"{NOTE}. {OF_TWO}" if len(OF_ONE) + 1 in a.rounds else NOTE
+    two_gpus = len(OF_ONE) + 1 in a.rounds
+    note = ". ".join([NOTE] * bool({*a.rounds} & {*OF_ONE}) + [OF_TWO] * two_gpus)
     with nurseries(a.modes.split(",")) as made:
         for number, entries in enumerate(rounds):
             allowed = a.later if number else a.start

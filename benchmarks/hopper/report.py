@@ -26,6 +26,8 @@ from bi_patch.tools.provenance import Provenance  # noqa: E402
 from bi_patch.tools.verify import report as verify  # noqa: E402
 
 MODES = ("stock", "upstream", "armed")
+# What bursts.py measures on each rank, a wait for another rank included: of the ranks, the least waited least.
+OF_RANKS = ("outside_ms", "gpu_prefill_s")
 
 
 class Costs(msgspec.Struct):
@@ -45,7 +47,7 @@ def load(path: Path) -> Costs | verify.Report:
     """Read a file of child.py or a report of verify. Exits for another file, and for a report that is no evidence."""
     try:
         if "axes" not in msgspec.json.decode(path.read_bytes(), type=dict):
-            return msgspec.json.decode(path.read_bytes(), type=Costs)
+            return of_ranks(msgspec.json.decode(path.read_bytes(), type=Costs), path)
         found = verify.read(path)
     except (OSError, msgspec.DecodeError, ValueError) as error:
         sys.exit(f"{path} is neither a file of child.py nor a report of verify: {error}")
@@ -54,6 +56,20 @@ def load(path: Path) -> Costs | verify.Report:
     if not found.compared:
         sys.exit(f"{path}: nothing was compared: {found.stopped}")
     return found
+
+
+def of_ranks(run: Costs, path: Path) -> Costs:
+    """The times of rank 0, with the least of all ranks where a rank's time holds waits. Other ranks' files lie beside
+    the file of rank 0 (peers.fork)."""
+    held = {(row["workload"], row["repeat"]): row for row in run.cost}
+    for beside in sorted(path.parent.glob(f"{path.name}.rank*[0-9]")):
+        for row in msgspec.json.decode(beside.read_bytes(), type=Costs).cost:
+            own = held.get((row["workload"], row["repeat"]), {})
+            own |= {field: min(own[field], row[field]) for field in OF_RANKS if field in own and field in row}
+    for row in run.cost:
+        if "graph_ms" in row:
+            row["gpu_ms"] = row["gpu_typical_ms"] = row["graph_ms"] + row["outside_ms"]
+    return run
 
 
 def measured_on(run: Costs | verify.Report) -> tuple[str, str, str, str]:

@@ -48,6 +48,8 @@ CHOSEN: Mapping[str, Choice] = {
             "Granite-4.0-H-Small, 8 layers",
             "Qwen3-8B W4A16, 6 layers",
             "Qwen3-8B FP8 block, 6 layers",
+            "Qwen3-8B, 8 layers, TP 2",
+            "Qwen3-30B-A3B, 4 layers, TP 2",
         ),
         many=False,
     ),

@@ -108,6 +108,27 @@ def test_the_rows_of_a_workload(tmp_path):
     assert rows["decode 256 x 512/128"].ratio == 0.5  # the median over pairs of 2 / 2, 1 / 2, 2 / 4 and 9 / 18
 
 
+def test_a_wait_of_one_rank_for_another_is_no_time_of_the_gpu(tmp_path):
+    files = costs(tmp_path, "a", stock=10.0, armed=9.0)
+    for file, own, other in zip(files, (5.0, 1.0), (2.0, 4.0), strict=True):
+        found = json.loads(file.read_text())
+        for rank, outside in ((file, own), (Path(f"{file}.rank1"), other)):
+            row = {
+                "workload": "8 x 1024/64",
+                "repeat": 0,
+                "graph_ms": 8.0,
+                "outside_ms": outside,
+                "gpu_prefill_s": outside,
+            }
+            rank.write_text(json.dumps(found | {"cost": [row | {"gpu_ms": 99.0, "gpu_typical_ms": 99.0}]}))
+        Path(f"{file}.rank1.log").write_text("not a result")
+    (written,) = report(tmp_path, *files)
+    rows = {row["workload"]: row for row in json.loads(written.read_text())["rows"]}
+    decode, prompts = rows["decode (GPU) 8 x 1024/64"], rows["prefill (GPU) 8 x 1024/64"]
+    assert (decode["stock"], decode["armed"], decode["ratio"]) == (10.0, 9.0, 0.9)
+    assert (prompts["stock"], prompts["armed"], prompts["ratio"]) == (2.0, 1.0, 0.5)
+
+
 def test_other_models_and_notes_stay_in_the_file(tmp_path):
     report(tmp_path, *costs(tmp_path, "one", armed=2.0, stock=4.0), "--note", "kept")
     (path,) = report(tmp_path, *costs(tmp_path, "two", armed=3.0, stock=3.0))
