@@ -29,6 +29,11 @@ class Hold:
         self._end()
 
 
+def held() -> bool:
+    """Whether a hold lives, so that the option must be on."""
+    return bool(_holds)
+
+
 def _released() -> Hold:
     made = Hold()
     made.release()

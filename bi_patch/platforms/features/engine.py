@@ -41,6 +41,7 @@ _WINDOW_H200 = "invariance-2026-11-28-h200-vllm-0.26.0.json"
 _LAYERS = "invariance-2026-11-28-h100-families-vllm-0.33.0.json"
 _ALIBI = "invariance-2026-11-28-h100-alibi-vllm-0.33.0.json"
 _OUTSIDE = "bi_patch has patch points for vLLM's own code only"
+_OWN_GRAPHS = "Set it for your own graphs only, with torch.compile(..., options={...})"
 _VOUCH = "Name the code in BI_PATCH_ALLOW_CODE if you know that its results do not depend on the batch"
 
 
@@ -267,6 +268,15 @@ FEATURES: tuple[Feature, ...] = (
         **everywhere("nobody has examined it", "Unset it"),
         asked=_variables,
         details="Variables of paths, logs, limits and timeouts are free, and so are those that a patch point covers.",
+    ),
+    row(
+        "options of Inductor that a program sets in its process (`torch._inductor.config`)",
+        **{
+            platform: refused("nobody has examined it", todo=_OWN_GRAPHS, by="compilation.options")
+            for platform in ("cpu", "cuda", "ascend")
+        },
+        details="Checked with the configuration, in each worker, and again where a compilation starts. Caches, logs, "
+        "assertions and profiles are free. `torch.use_deterministic_algorithms(False)` sets such an option, too.",
     ),
     row(
         "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=1)",

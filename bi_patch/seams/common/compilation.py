@@ -7,7 +7,7 @@ import functools
 import hashlib
 
 from bi_patch import identity
-from bi_patch.seams import active, graphs
+from bi_patch.seams import active, graphs, inductor
 from bi_patch.seams.model import Policy, Seam, Target
 
 
@@ -24,6 +24,17 @@ def _hash(original):
     return compute_hash
 
 
+def _checked(original):
+    """monitor_torch_compile, the context of a compilation: check Inductor's options of this process again."""
+
+    @functools.wraps(original)
+    def monitor_torch_compile(*args, **kwargs):
+        inductor.check()
+        return original(*args, **kwargs)
+
+    return monitor_torch_compile
+
+
 SEAMS = (
     Seam(
         name="compilation.cache_key",
@@ -33,6 +44,15 @@ SEAMS = (
         how="the hash that keys vLLM's compile caches includes a digest of bi_patch's sources",
         until="never: every bi_patch needs compile caches of its own",
         causes=(17, 18),
+    ),
+    Seam(
+        name="compilation.start",
+        targets=(Target("vllm.compilation.monitor", "monitor_torch_compile", copies=("vllm.compilation.decorators",)),),
+        close=_checked,
+        why="code that runs between the check of the configuration and the compilation may set options of Inductor",
+        how="the policy compilation.options runs once more where a compilation starts",
+        until="upstream's mode checks Inductor's options where it compiles",
+        causes=(18,),
     ),
 )
 
@@ -46,6 +66,12 @@ POLICIES = (
         name="compilation.inductor",
         apply=graphs.check_inductor,
         why="an option of Inductor takes back what arming set: Inductor then times kernels anew in each process",
+    ),
+    Policy(
+        name="compilation.options",
+        apply=inductor.check,
+        why="an option set on torch._inductor.config acts on all graphs of the process: Inductor may then choose "
+        "kernels by time, cut sums or round in another way",
     ),
     Policy(
         name="compilation.operators",

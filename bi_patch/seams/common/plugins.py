@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
+from bi_patch.seams.inductor import CODE
 from bi_patch.seams.model import Policy, Seam, Target
 from bi_patch.seams.naming import dotted
 
@@ -59,24 +60,11 @@ def _passes(compilation) -> Iterator[tuple[str, str]]:
     """Code that Inductor runs on the graphs that it compiles: from vLLM's options, or set for the whole process."""
     inductor = sys.modules.get("torch._inductor.config")  # not loaded: nothing has set a pass
     given = [*(getattr(compilation, "inductor_compile_config", None) or {}).items()]
-    given += [(name, getattr(inductor, name, None)) for name in _INDUCTOR]
+    given += [(name, getattr(inductor, name, None)) for name in CODE]
     for name, code in given:
         if callable(code):
             # vLLM wraps a function.
             yield f"the Inductor pass {name!r},", dotted(getattr(code, "callable", code))
-
-
-# Options of torch._inductor.config that hold code.
-_INDUCTOR = (
-    "post_grad_custom_pre_pass",
-    "post_grad_custom_post_pass",
-    "joint_custom_pre_pass",
-    "joint_custom_post_pass",
-    "pre_grad_custom_pass",
-    "_pre_fusion_custom_pass",
-    "_post_fusion_custom_pass",
-    "custom_partitioner_fn",
-)
 
 
 def _models(model) -> Iterator[tuple[str, str]]:

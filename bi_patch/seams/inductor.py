@@ -1,0 +1,96 @@
+"""Options of PyTorch's Inductor that something sets in this process, on `torch._inductor.config`.
+
+They act on every graph that vLLM compiles here. `graphs.check_inductor` looks at vLLM's own way to give options,
+`platforms.features.variables` at environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.ops import casts
+
+_MODULE = "torch._inductor.config"
+_DETERMINISTIC = "TORCHINDUCTOR_DETERMINISTIC"
+
+# Caches, logs, assertions, processes and profiles. None of them changes a sum or how a kernel is chosen.
+_FREE = frozenset(
+    {
+        *("alignment_asserts", "nan_asserts", "scalar_asserts", "size_asserts", "assert_indirect_indexing"),
+        *("autotune_remote_cache", "bundle_triton_into_fx_graph_cache", "force_disable_caches", "fx_graph_cache"),
+        *("fx_graph_remote_cache", "global_cache_dir", "remote_gemm_autotune_cache", "cpp_cache_precompile_headers"),
+        *("debug", "debug_fusion", "debug_index_asserts", "debug_ir_traceback", "comment_origin", "save_args"),
+        *("disable_progress", "verbose_progress", "enabled_metric_tables", "log_tlparse"),
+        *("compile_threads", "compile_worker_wait_timeout", "file_lock_timeout", "precompilation_timeout_seconds"),
+        *("quiesce_async_compile_pool", "worker_log_path", "torchinductor_worker_logpath", "worker_start_method"),
+        "worker_suppress_logging",
+        *("_profile_var", "profile_bandwidth_output", "profiler_mark_wrapper_call", "cpp.enable_kernel_profile"),
+        *("triton.unique_kernel_names", "triton.unique_user_kernel_names", "cpp.dynamic_threads"),
+    }
+)
+# What vLLM sets around its own compilation.
+_OF_VLLM = frozenset({"assume_32bit_indexing", "custom_should_partition_ops", "_cache_config_ignore_prefix"})
+# What keeps an order, with the only value that does. Upstream's mode and bi_patch set them.
+_ROUNDED = "emulate_precision_casts"
+_KEPT = {"batch_invariant": True, "deterministic": True, _ROUNDED: True}
+_NOTHING = object()
+# Code is the affair of the policy plugins.code.
+CODE = (
+    "post_grad_custom_pre_pass",
+    "post_grad_custom_post_pass",
+    "joint_custom_pre_pass",
+    "joint_custom_post_pass",
+    "pre_grad_custom_pass",
+    "_pre_fusion_custom_pass",
+    "_post_fusion_custom_pass",
+    "custom_partitioner_fn",
+)
+
+
+def check(config: Any = None) -> None:
+    """Raise UnsupportedFeature for options that are set in this process and that nobody has examined.
+
+    config: the engine's VllmConfig, which does not matter: vLLM compiles functions of its own in eager mode, too.
+    """
+    options = sys.modules.get(_MODULE)
+    if options is None:  # nothing has set an option
+        return
+    _settle(options)
+    found = changed(options)
+    if found:
+        also = " (torch.use_deterministic_algorithms sets deterministic)" if "deterministic" in found else ""
+        raise UnsupportedFeature(
+            f"compilation.options: {_MODULE} sets {', '.join(found)} in this process{also}, which nobody has examined. "
+            "Inductor may then choose kernels by time, cut sums or round in another way. Set it for your own graphs "
+            "only, with torch.compile(..., options={...}), or in another process than the engine, or set BI_PATCH=0"
+        )
+
+
+def changed(options: Any) -> list[str]:
+    """Names of options, sorted, whose value is not PyTorch's own and may change bits. options: Inductor's module."""
+    return sorted(name for name, entry in options._config.items() if not _free(options, name, entry))
+
+
+def _free(options: Any, name: str, entry: Any) -> bool:
+    if name in _FREE or name in _OF_VLLM or name.startswith("trace."):
+        return True
+    if getattr(entry, "alias", None) is not None:  # another option's name
+        return True
+    value = getattr(options, name)
+    if value == entry.default:
+        return not (name == _ROUNDED and casts.held())
+    return value == _KEPT.get(name, _NOTHING) or (name in CODE and callable(value))
+
+
+def _settle(options: Any) -> None:
+    """Make Inductor deterministic where its options were loaded before arming set the variable for it."""
+    if os.environ.get(_DETERMINISTIC) == "1" and _late(options):
+        options.deterministic = True
+
+
+def _late(options: Any) -> bool:
+    entry = options._config.get("deterministic")
+    return entry is not None and entry.default is False and options.deterministic is False
