@@ -139,12 +139,12 @@ def settle() -> None:
     """
     global pending
     pending = True
+    for model, what in list(_broken.items()):
+        raise WeightsBroken(
+            f"an update of the weights of {type(model).__name__} failed half way, so the engine stops. Start it "
+            f"again. What failed: {what}"
+        )
     for model, call in list(_models.items()):
-        if model in _broken:
-            raise WeightsBroken(
-                f"an update of the weights of {type(model).__name__} failed half way, so the engine stops. Start it "
-                f"again. What failed: {_broken[model]}"
-            )
         _or_broken(model, call)
     pending = _untold
 
@@ -159,7 +159,10 @@ def _or_broken(model: Any, call: Callable[[Any], object]) -> None:
 
 
 def broke(model: Any, error: BaseException) -> None:
-    """Note that an update of a model failed half way: each later step raises WeightsBroken with the first error."""
+    """Note that an update of a model failed half way: each later step raises WeightsBroken with the first error.
+
+    model: a torch.nn.Module, held weakly. `watch_model` need not know it: a draft model shares layers with the target.
+    """
     global pending
     pending = True
     _broken.setdefault(model, f"{type(error).__name__}: {error}")

@@ -4,6 +4,7 @@ import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import adapter_files
+from bi_patch.seams.common import arriving
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
@@ -34,7 +35,7 @@ def check(core, lora) -> None:
             f"lora.adapters: lora_int_id {lora.lora_int_id} is the adapter {name!r} of {path}. Give "
             f"{lora.lora_name!r} of {lora.lora_path} another number"
         )
-    for request in core.scheduler.requests.values():
+    for request in arriving.everyone(core):
         other = request.lora_request
         if other is not None and other.lora_name == name and other.lora_int_id != lora.lora_int_id:
             raise bad_request(

@@ -10,7 +10,7 @@ from bi_patch.errors import UnsupportedRequest
 from bi_patch.platforms import releases
 from bi_patch.seams import active
 from bi_patch.seams import pooling as poolers
-from bi_patch.seams.common import embeds, lora, parameters, seeds, streamed
+from bi_patch.seams.common import arriving, embeds, lora, parameters, seeds, streamed
 from bi_patch.seams.common.refused import bad_request
 from bi_patch.seams.model import Seam, Target
 
@@ -152,7 +152,7 @@ def _checked_in_core(original):
             embeds.check(self.vllm_config, request)
             _refuse_growing(self.vllm_config, request)
             if request.resumable:
-                earlier = self.scheduler.requests.get(request.request_id)
+                earlier = arriving.latest(self, request.request_id)
                 streamed.check(getattr(earlier, "sampling_params", None), request.sampling_params)
             _clear_signs(request.params)
             seed = seeds.source(self, request)
@@ -162,6 +162,7 @@ def _checked_in_core(original):
         added = original(self, request, *args, **kwargs)
         if seed is not None:
             seeds.give(added[0], seed())
+        arriving.note(self, added[0])
         return added
 
     return preprocess_add_request

@@ -8,7 +8,7 @@ from pathlib import Path
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.files import HANDED_OVER
 from bi_patch.seams import active, pooling, vision, weights
-from bi_patch.seams.common import embeds
+from bi_patch.seams.common import arriving, embeds
 from bi_patch.seams.model import Seam, Target
 
 HEADER = "bi-patch-weights"
@@ -105,13 +105,17 @@ def _core(original):
 
 
 def _arrival(original):
-    """EngineCore.add_request: hash a request again whose hashes were made before the weights changed."""
+    """EngineCore.add_request: hash a request again whose hashes were made before the weights changed. The request is no
+    longer on its way."""
 
     @functools.wraps(original)
     def add_request(self, request, *args, **kwargs):
         if request.__dict__.get(_KEY, weights.identity()) != weights.identity():
             _hash_again(request, weights.identity())
-        return original(self, request, *args, **kwargs)
+        try:
+            return original(self, request, *args, **kwargs)
+        finally:
+            arriving.arrived(self, request)
 
     return add_request
 
@@ -129,8 +133,31 @@ def _failed(worker) -> None:
         _settled(worker)
     finally:
         if not getattr(worker, "_weight_update_active", False):
-            for model in filter(_partly, weights.models()):
+            for model in _halves(worker):
                 weights.broke(model, RuntimeError("a call to the workers, whose error its caller got"))
+
+
+def _halves(worker) -> list:
+    """The models of a worker that hold a part of an update: its own, and a draft model.
+
+    A draft model may share embeddings and the head with the target. An update of the drafts has then changed the
+    target's layer, if it got so far.
+    """
+    targets = weights.models()
+    found = [model for model in targets if _partly(model)]
+    draft = getattr(getattr(worker, "model_runner", None), "get_draft_model", lambda: None)()
+    if draft is not None and _begun(draft, targets) and _partly(draft):
+        found.append(draft)
+    return found
+
+
+def _begun(draft, targets: list) -> bool:
+    """Whether an update of a draft model began: a layer that is its own waits for weights. A shared layer also waits in
+    an update of the target."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    shared = {layer for model in targets for layer in model.modules()}
+    return any(get_layerwise_info(layer).can_load() for layer in draft.modules() if layer not in shared)
 
 
 def _settle(core, after=_settled) -> None:

@@ -7,7 +7,7 @@ import pytest
 from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
 from bi_patch.platforms.features.pairs import PAIRS
 from bi_patch.seams import adapter_files, adapters, weights
-from bi_patch.seams.common import lora
+from bi_patch.seams.common import arriving, lora
 from bi_patch.seams.cpu import lora as on_cpu
 from bi_patch.seams.cuda import expert_lora
 from bi_patch.seams.cuda import lora as on_cuda
@@ -42,6 +42,16 @@ def test_a_name_stands_for_one_running_adapter():
         lora.check(core(None, adapter(1)), adapter(2))
     lora.check(core(None, adapter(1, "two")), adapter(2))
     lora.check(core(adapter(2)), adapter(2))
+
+
+def test_a_name_stands_for_one_adapter_also_among_requests_on_their_way():
+    """The scheduler gets requests in another thread than the one that checks them."""
+    held, one = core(), SimpleNamespace(lora_request=adapter(1))
+    arriving.note(held, one)
+    with pytest.raises(UnsupportedRequest, match="another adapter that is named 'one'"):
+        lora.check(held, adapter(2))
+    arriving.arrived(held, one)
+    lora.check(held, adapter(3))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from bi_patch import settings
 from bi_patch.errors import UnsupportedFeature, UnsupportedRequest
 from bi_patch.seams import active
-from bi_patch.seams.common import parameters, requests, seeds
+from bi_patch.seams.common import arriving, parameters, requests, seeds, weights
 
 
 def ask(v2=False, fast_prefill=False, drafts=False, **parameters):
@@ -188,7 +188,8 @@ class Core:
         request = SimpleNamespace(
             **{
                 "abort_immediately": False, "resumable": False, "prompt_token_ids": [1, 2], "prompt_embeds": None,
-                "prompt_is_token_ids": None, "mm_features": None, "lora_request": None, "cache_salt": None, **given,
+                "prompt_is_token_ids": None, "mm_features": None, "lora_request": None, "cache_salt": None,
+                "request_id": "", **given,
             },
             params=params,
             sampling_params=params,
@@ -198,7 +199,8 @@ class Core:
             if core.failing:
                 raise LookupError("a part of the request is not in the cache")
             core.seen.append(request)
-            return SimpleNamespace(sampling_params=request.sampling_params, trace_headers={"traceparent": "x"}), 0
+            made = {"sampling_params": request.sampling_params, "trace_headers": {"traceparent": "x"}}
+            return SimpleNamespace(**made, request_id=request.request_id, lora_request=request.lora_request), 0
 
         return requests._checked_in_core(original)(self, request)[0]
 
@@ -260,6 +262,35 @@ def test_the_core_refuses_a_part_of_a_streamed_input_with_other_logprobs():
     with pytest.raises(UnsupportedRequest, match="streamed.parts: .* another value of logprobs than"):
         core.add(SamplingParams(seed=1), **given)
     assert core.seen == [] and core.add(SamplingParams(seed=2, logprobs=2, max_tokens=3), **given)
+
+
+def test_a_part_is_compared_with_a_part_that_the_scheduler_does_not_have_yet():
+    """The input thread checks a request before the engine's thread adds the request before it to the scheduler."""
+    from vllm import SamplingParams
+
+    core, given = Core(), {"resumable": True, "request_id": "name"}
+    first = core.add(SamplingParams(seed=1, logprobs=2), **given)
+    with pytest.raises(UnsupportedRequest, match="streamed.parts: .* another value of logprobs than"):
+        core.add(SamplingParams(seed=1), **given)
+    assert core.add(SamplingParams(seed=1), **given | {"request_id": "other"})
+    add = weights._arrival(lambda core, request: core.scheduler.requests.update({request.request_id: request}))
+    add(core, first)
+    with pytest.raises(UnsupportedRequest, match="another value of logprobs than"):
+        core.add(SamplingParams(seed=1), **given)
+    core.scheduler.requests.clear()  # the session ended
+    assert core.add(SamplingParams(seed=1), **given)
+
+
+def test_a_request_that_the_scheduler_does_not_take_is_not_on_its_way_any_more():
+    core, made = Core(), SimpleNamespace(request_id="name")
+    arriving.note(core, made)
+
+    def fails(core, request):
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        weights._arrival(fails)(core, made)
+    assert arriving.everyone(core) == [] and arriving.latest(core, "name") is None
 
 
 def test_the_core_refuses_streamed_inputs_beside_speculation():

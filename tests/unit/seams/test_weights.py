@@ -414,6 +414,41 @@ def test_an_update_in_several_calls_that_fails_half_way_stops_the_engine(goes_on
             weights.settle()
 
 
+@pytest.mark.parametrize(
+    ("whose", "loaded", "stops"),
+    [("draft", 0, True), ("draft", 2, True), ("draft", 3, True), ("target", 0, False), ("target", 2, True)],
+    ids=["drafts, nothing", "drafts, the shared layer", "drafts, and a part", "target, nothing", "target, a layer"],
+)
+def test_an_update_of_drafts_that_share_a_layer_with_the_target(whose, loaded, stops, monkeypatch):
+    """vLLM gives a draft model the embeddings and the head of its target. An update of the drafts that fails after the
+    shared layer leaves a target that is neither old nor new."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    shared = torch.nn.Linear(2, 2)
+    models = {"target": Layers(shared, torch.nn.Linear(2, 2)), "draft": Layers(shared, torch.nn.Linear(2, 2))}
+    for model in models.values():
+        layerwise.record_metadata_for_reloading(model)
+    weights.watch_model(models["target"])
+    monkeypatch.setattr(seams.active, "plan", SimpleNamespace(platform="cuda"))
+    runner = SimpleNamespace(get_draft_model=lambda: models["draft"])
+    worker = SimpleNamespace(_weight_update_active=False, model_runner=runner)
+    config = SimpleNamespace(model_config=SimpleNamespace(quantization=None), lora_config=None)
+    core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda call: call(worker)), vllm_config=config)
+
+    def fails(worker):
+        layerwise.initialize_layerwise_reload(models[whose])
+        models[whose].load_weights(list(models[whose].parameters())[:loaded])
+        raise OSError("the network failed")
+
+    with pytest.raises(OSError, match="the network failed"):
+        seams._calls(lambda self, method: method(worker))(core, fails)
+    if stops:
+        with pytest.raises(WeightsBroken, match="Layers failed half way"):
+            weights.settle()
+    else:
+        weights.settle()
+
+
 def test_a_load_of_its_own_that_fails_half_way_can_be_made_again(monkeypatch):
     """A call of model.load_weights outside of vLLM's updates, as docs/rl.md says."""
 
