@@ -1,9 +1,11 @@
 """On a Hopper GPU: experts in FP8 give a token the same bits among any others, by certificate, near fp64."""
 
 import functools
+import importlib.metadata
 
 import pytest
 import torch
+from packaging.version import Version
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,16 +57,21 @@ def given(problem, rows):
 
 
 def rounded(x, problem):
-    """x after its quantization, in fp64."""
+    """x after its quantization, in fp64. As in vLLM, what exceeds the largest float is that float, and with DeepGEMM
+    scales of groups are powers of two."""
+    from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
+
     wide = x.double()
     if problem.scale == "expert":
         scale = torch.full_like(wide[:, :1], 0.02)
     elif problem.group:
         parts = wide.unflatten(1, (-1, 128))
-        scale = (parts.abs().amax(-1, keepdim=True) / 448).expand_as(parts).flatten(1)
+        scale = parts.abs().amax(-1, keepdim=True) / 448
+        scale = torch.exp2(torch.log2(scale).ceil()) if is_deep_gemm_e8m0_used() else scale
+        scale = scale.expand_as(parts).flatten(1)
     else:
         scale = wide.abs().amax(-1, keepdim=True) / 448
-    return (wide / scale).float().to(torch.float8_e4m3fn).double() * scale
+    return (wide / scale).clamp(-448, 448).float().to(torch.float8_e4m3fn).double() * scale
 
 
 def weight(held, problem, expert):
@@ -95,6 +102,11 @@ def test_a_token_has_its_bits_among_any_others(kernel, form, tmp_path):
 @pytest.mark.parametrize("form", FORMS, ids=[" ".join(map(str, form.values())) for form in FORMS])
 def test_experts_are_near_fp64(kernel, form):
     from bi_patch.ops.cuda import moe
+
+    if form.get("scale") == "expert and row" and Version(importlib.metadata.version("vllm")) < Version("0.33"):
+        pytest.skip(
+            "vLLM before 0.33 takes the first expert's scale for all, and bi_patch refuses such a checkpoint there"
+        )
 
     problem = moe.Problem(4, 384, 512, 2, torch.bfloat16, **form)
     x, w13, w2, weights, ids = given(problem, 37)

@@ -20,6 +20,7 @@ _H200_WEIGHTS = "invariance-2026-11-29-h200-weights-vllm-0.33.0.json"
 _H200_WEIGHTS_GRAPHS = "invariance-2026-11-29-h200-weights-vllm-0.33.0-2.json"
 _H200_WEIGHTS_OLDER = "invariance-2026-11-29-h200-weights-vllm-0.26.0.json"
 _H200_WEIGHTS_OLDER_GRAPHS = "invariance-2026-11-30-h200-weights-vllm-0.26.0.json"
+_H200_WEIGHTS_OLDER_EXPERTS = "invariance-2026-11-30-h200-weights-vllm-0.26.0-2.json"
 _CPU_WEIGHTS = "invariance-2026-11-28-cpu-weights-vllm-0.32.0.json"
 # Of INT8, compressed-tensors W4A16 without and with zero points, AWQ and GPTQ.
 _CPU_WEIGHTS_QUANTIZED = tuple(
@@ -143,6 +144,7 @@ FEATURES: tuple[Feature, ...] = (
             _H200_WEIGHTS_GRAPHS,
             _H200_WEIGHTS_OLDER,
             _H200_WEIGHTS_OLDER_GRAPHS,
+            _H200_WEIGHTS_OLDER_EXPERTS,
             _H200_PARITY_GRPO,
             why="by reload_weights, on vLLM 0.26, too, eager and with CUDA graphs; 200 syncs of a trainer",
         ),

@@ -14,7 +14,9 @@ VERSIONS: dict[str, dict[str, Cell]] = {
         "0.26.0": served(
             "invariance-2026-11-22-h100-seams-vllm-0.26.0.json",
             "invariance-2026-11-30-h200-vllm-0.26.0.json",
+            "invariance-2026-11-30-h200-vllm-0.26.0-2.json",
             "invariance-2026-11-30-h200-families-vllm-0.26.0-2.json",
+            "invariance-2026-11-30-h200-families-vllm-0.26.0-3.json",
         ),
         "0.32.0": untried("the patch points are compared with its sources"),
         "0.33.0": served("invariance-2026-11-22-h100-seams-vllm-0.33.0.json"),
