@@ -3,6 +3,7 @@
 //   out[t, h] = softmax(scale * q[t, h] K^T) V, where K and V are the keys and values of t's request up to t itself.
 //
 // q, out [tokens, heads, HEAD] and k, v [pages, page size, key heads, HEAD] are all bf16 or all fp16; sums are fp32.
+// If EIGHTHS is 1, k and v are e4m3, and an element stands for fp32(element) * scale, rounded to q's type: eighths.h.
 //
 // Order of one output row (token, query head). Keys are cut into tiles of TILE that start at multiples of TILE, and the
 // tiles are processed from the last to the first. TILE is FlashAttention 3's for the head size. Each tile:
@@ -23,9 +24,9 @@
 // key head: each block scores every PARTS-th run of SCORERS tiles, sends the weights to all blocks, and sums HEAD /
 // PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
 //
-// Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS, CARRIERS and
-// APART (where the summers are).
-// Limits: sm_80 or later, clusters sm_90 or later; at most 16 query heads per key head; pages of a power of two of
+// Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS, CARRIERS,
+// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile.
+// Limits: sm_80 or later, clusters sm_90 or later, EIGHTHS sm_89 or later; at most 16 query heads per key head; pages of a power of two of
 // tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
 constexpr int COLUMNS = HEAD / PARTS;
@@ -45,7 +46,15 @@ constexpr int EARLY = PARTS > 1 ? 3 : 1;  // loads of K ahead of their products
 constexpr int PRODUCTS = HEAD / 16 * STEPS;  // pairs of products of a tile's scores
 // A scorer reads its own numbers while it writes those of the next scorer, which another block may hold.
 static_assert(RING > 1);
-static_assert(RING % CARRIERS == 0);  // each slot has one carrier, which waits for the slot's phases in turn
+#if EIGHTHS
+constexpr int TEAMS = CARRIERS / SHARES, SHARE = GROUPS / SHARES;  // teams of carriers; groups of a carrier's share
+constexpr int FILLS = SHARES + 1;  // arrivals that fill a slot: of the carriers of V, and 1 of the weights
+static_assert(CARRIERS % SHARES == 0 && GROUPS % SHARES == 0);
+#else
+constexpr int TEAMS = CARRIERS;
+constexpr int FILLS = 33;  // 32 lanes that copy V, and 1 for the weights
+#endif
+static_assert(RING % TEAMS == 0);  // each slot has one team of carriers, which waits for the slot's phases in turn
 
 // One scorer's shared memory.
 struct alignas(128) Scorer {
@@ -77,6 +86,9 @@ struct Work {
   u16* out;
   int tiles, group, q_head, o_head, part;
   float scale;
+#if EIGHTHS
+  float k_scale, v_scale;  // of the key head
+#endif
 };
 
 // The parity of the phases of tile i's mbarriers.
@@ -84,6 +96,15 @@ DEVICE int phase_of(int i) { return i / RING & 1; }
 
 // A zero that the compiler cannot prove to be zero.
 DEVICE u32 hidden_zero(const Work& work) { return work.group >> 16; }
+
+// Copies the keys of tile i.
+DEVICE void copy_keys(const Cache& cache, int i, i64 located, unsigned char* to) {
+#if EIGHTHS
+  copy_eighths<KEY_PIECES, GROUPS>(cache, cache.k, i, 0, located, 0, to);
+#else
+  copy_tile<KEY_PIECES>(cache, cache.k, i, located, 0, to);
+#endif
+}
 
 // Scorer `warp` of the block: scores every RING-th tile, all of which use one slot.
 DEVICE void score(const Work& work, const Cache& cache, int warp) {
@@ -96,7 +117,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   if (mine >= work.tiles) return all_began();
 
   const int page = find_page(cache, mine, RING);
-  copy_tile<KEY_PIECES>(cache, cache.k, mine, locate(cache, mine, RING, page), 0, own.keys);
+  copy_keys(cache, mine, locate(cache, mine, RING, page), own.keys);
   end_group();
   int next_page = find_page(cache, mine + RING, RING);
 
@@ -122,6 +143,10 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     }
     wait_groups<0>();  // K has arrived
     together();
+#if EIGHTHS
+    widen_rows<KEY_PIECES, TILE>(own.keys, 0, work.k_scale);
+    together();
+#endif
 
     float s[2 * STEPS][4] = {};
     u32 b[EARLY + 1][4];  // loads take longer than the products between them
@@ -140,7 +165,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     }
     together();
     if (i + RING < work.tiles) {
-      copy_tile<KEY_PIECES>(cache, cache.k, i + RING, locate(cache, i + RING, RING, next_page), 0, own.keys);
+      copy_keys(cache, i + RING, locate(cache, i + RING, RING, next_page), own.keys);
       next_page = find_page(cache, i + 2 * RING, RING);
     }
     end_group();
@@ -276,6 +301,53 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   }
 }
 
+#if EIGHTHS
+// Carrier `warp` of the block: its team has every TEAMS-th tile, and the carrier SHARE groups of each tile's keys. Copies
+// V's bytes to the tile's slot once that is free, and converts a tile while the next tile's bytes arrive. The first
+// carrier of a team tells the tile's scorer, as below.
+DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
+  const int team = warp / SHARES, member = warp % SHARES;
+  const int tiles = work.tiles > team ? (work.tiles - team + TEAMS - 1) / TEAMS : 0;  // of the team
+  const unsigned char* const from = cache.k + cache.to_v + work.part * COLUMNS;
+  const bool speaks = PARTS > 1 && member == 0;
+  bool began = false;
+  int next_page = find_page(cache, team, TEAMS);
+  i64 located = 0;
+  for (int copied = 0, carried = 0; carried < tiles;) {
+    const int next = team + copied * TEAMS;
+    Slot& slot = memory().slots[next % RING];
+    // Two tiles at most are under way. With one under way, no wait for a slot: that tile may be what the summers wait for.
+    if (copied < tiles && (copied == carried || (copied == carried + 1 &&
+                                                 (next < RING || is_over(&slot.empty, phase_of(next - RING)))))) {
+      if (next >= RING) wait(&slot.empty, phase_of(next - RING));
+      if (copied % FOUND == 0) {
+        located = locate(cache, next, TEAMS, next_page);
+        next_page = find_page(cache, next + FOUND * TEAMS, TEAMS);
+      }
+      const bool first = thread() % 32 == 0;
+      if (speaks && first) expect(&slot.full, sizeof slot.weights + 8 * HALVES * 4);
+      if (speaks && next >= RING) {
+        if (!began) all_began();
+        began = true;
+        arrive_at(&memory().scorers[next % RING % SCORERS].cleared, next % RING / SCORERS, first);
+      }
+      together();
+      copy_eighths<VALUE_PIECES, SHARE>(cache, from, next, member * SHARE, located, copied % FOUND * GROUPS, slot.values);
+      end_group();
+      ++copied;
+      continue;
+    }
+    if (copied == carried + 1) wait_groups<0>();
+    else wait_groups<1>();
+    together();
+    Slot& arrived = memory().slots[(team + carried * TEAMS) % RING];
+    widen_rows<VALUE_PIECES, SHARE * GROUP>(arrived.values, member * SHARE * GROUP, work.v_scale);
+    arrive_as_one(&arrived.full);
+    ++carried;
+  }
+  if (!began) all_began();
+}
+#else
 // Carrier `warp` of the block: copies V of every CARRIERS-th tile to the tile's slot once that is free, and tells the tile's
 // scorer. Summers tell nobody in other blocks: such a message could overtake their loads.
 DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
@@ -305,6 +377,7 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
   wait_groups<0>();  // a thread must not end before its copies
   if (!began) all_began();
 }
+#endif
 
 // A tile's inputs in the registers of a summer's lane.
 struct Taken {
@@ -470,11 +543,16 @@ DEVICE void sum_values(const Work& work, int warp) {
 // starts [requests + 1]: where each request's tokens begin in q. lengths [requests]: keys of each request; its tokens
 // in q are the last of these. pages [requests, most_pages]. Strides of q and out in elements, of the cache in bytes.
 // group: query heads per key head, at most 8 * HALVES. scale: of the softmax, times log2(e).
+// EIGHTHS: k_scales, v_scales: of key head 0; of a further head, scale_head elements on (0: one scale for all).
 // Grid: PARTS * key heads by tokens. The kernel does not write the output of tokens that belong to no request.
 KERNEL
 decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const int* lengths, const int* pages,
        i64 to_v, int requests, int most_pages, int page_bits, int group, float scale, int q_token, int q_head,
-       int k_page, int k_token, int k_head, int o_token, int o_head) {
+       int k_page, int k_token, int k_head, int o_token, int o_head
+#if EIGHTHS
+       , const float* k_scales, const float* v_scales, int scale_head
+#endif
+       ) {
   const int head = block_x() / PARTS, token = block_y(), warp = thread() / 32;
   const Request request = request_of(starts, lengths, requests, token);
   if (token >= request.end) return;
@@ -483,7 +561,11 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
                     static_cast<u32>(k_page), static_cast<u32>(k_token), page_bits, length, tiles};
   const Work work{q + static_cast<i64>(token) * q_token + head * group * q_head,
                   out + static_cast<i64>(token) * o_token + head * group * o_head,
-                  tiles, group, q_head, o_head, block_x() % PARTS, scale};
+                  tiles, group, q_head, o_head, block_x() % PARTS, scale
+#if EIGHTHS
+                  , fetch(k_scales + head * scale_head), fetch(v_scales + head * scale_head)
+#endif
+  };
   if (thread() % 32 == 0) {  // the lanes of a warp would run one after the other
 #pragma unroll 1
     for (int i = warp; i < RING; i += WARPS) {
@@ -494,7 +576,7 @@ decode(const u16* q, const unsigned char* k, u16* out, const int* starts, const 
         open(&scorer.cleared, PARTS);
       }
       Slot& slot = memory().slots[i];
-      open(&slot.full, 33);  // 32 lanes that copy V, and 1 for the weights
+      open(&slot.full, FILLS);
       open(&slot.empty, SUMMERS);
     }
   }

@@ -96,6 +96,17 @@ DEVICE u32 rotated(u32 word, u32 by) { return __funnelshift_l(word, word, by); }
 // The bytes of a word and zeros that a selector's digits of 4 bits name: 0 to 3 of the word, 4 for zero.
 DEVICE u32 chosen_bytes(u32 word, u32 selector) { return __byte_perm(word, 0, selector); }
 
+#if EIGHTHS
+// The lower two bytes of a word as e4m3 elements, in fp32: exact, and NaN stays NaN.
+DEVICE void widen_eighths(u32 pair, float& low, float& high) {
+  asm("{\n\t.reg .b16 pair, low, high;\n\t.reg .b32 halves;\n\tcvt.u16.u32 pair, %2;\n\t"
+      "cvt.rn.f16x2.e4m3x2 halves, pair;\n\tmov.b32 {low, high}, halves;\n\t"
+      "cvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;\n\t}"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+}
+#endif
+
 // A 16-bit element as fp32. BRAIN: whether it is bf16.
 DEVICE float widen(u16 half) {
   float value;

@@ -236,6 +236,18 @@ DEVICE float widen_bf16(u32 half) {
   return value;
 }
 
+// An e4m3 element: 1 sign, 4 bits of exponent, 3 of mantissa; the largest of all stands for NaN.
+DEVICE float widen_eighth(u32 byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  float value = exponent ? ldexpf(8.f + mantissa, exponent - 10) : ldexpf(static_cast<float>(mantissa), -9);
+  if ((byte & 127) == 127) value = NAN;
+  return byte & 128 ? -value : value;
+}
+DEVICE void widen_eighths(u32 pair, float& low, float& high) {
+  low = widen_eighth(pair & 255);
+  high = widen_eighth(pair >> 8 & 255);
+}
+
 DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 
 DEVICE u32 masked_or(u32 x, u32 mask, u32 set) { return (x & mask) | set; }

@@ -16,11 +16,16 @@ KERNELS = Path(__file__).resolve().parents[4] / "kernels" / "cuda"
 LAUNCH = """
 extern "C" void launch(int x, int y, const u16* q, const unsigned char* k, u16* out, const int* starts,
                        const int* lengths, const int* pages, i64 to_v, int requests, int most_pages,
-                       int page_bits, int group, float scale, const int* strides) {
+                       int page_bits, int group, float scale, const int* strides, const float* k_scales,
+                       const float* v_scales, int scale_head) {
   const int* s = strides;
   run_grid(x, y, THREADS, [&] {
     decode(q, k, out, starts, lengths, pages, to_v, requests, most_pages, page_bits, group, scale, s[0], s[1], s[2],
-           s[3], s[4], s[5], s[6]);
+           s[3], s[4], s[5], s[6]
+#if EIGHTHS
+           , k_scales, v_scales, scale_head
+#endif
+    );
   });
 }
 extern "C" int threads() { return THREADS; }
@@ -33,7 +38,8 @@ AMPERE, SHARED = 163 * 1024, 227 * 1024
 def build(folder: Path, form: decode.Form) -> ctypes.CDLL:
     source = folder / "decode.cpp"
     source.write_text(
-        f'#include "emulate.h"\n#include "{KERNELS / "paged.h"}"\n#include "{KERNELS / "decode.cu"}"\n'
+        f'#include "emulate.h"\n#include "{KERNELS / "paged.h"}"\n'
+        f'#include "{KERNELS / "eighths.h"}"\n#include "{KERNELS / "decode.cu"}"\n'
         f'#include "decode_order.h"\n{LAUNCH}'
     )
     library = folder / "decode.so"
@@ -63,6 +69,11 @@ def in_order(library, q, k, v, row: int, scale: float) -> torch.Tensor:
     return arrays[-1]
 
 
+def sixteenth(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What e4m3 values [..., key heads, D] stand for."""
+    return (values.float() * scales[:, None]).to(torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     "key_heads, page, form",
     [
@@ -77,6 +88,17 @@ def in_order(library, q, k, v, row: int, scale: float) -> torch.Tensor:
         (1, 128, decode.Form(256, 16, 2, 2, 4, 2)),
         (2, 16, decode.Form(256, 4, 4, 2, 2, 4)),
         (1, 1024, decode.Form(256, 12, 8, 2, 1, 4, True)),
+        (2, 16, decode.Form(64, 4, 1, 6, 4, 2, False, 1)),
+        (2, 1024, decode.Form(64, 4, 4, 3, 1, 3, True, 1)),
+        (2, 16, decode.Form(128, 4, 1, 3, 2, 2, False, 2)),
+        (1, 32, decode.Form(128, 8, 1, 3, 4, 4, False, 4)),
+        (1, 128, decode.Form(128, 12, 1, 3, 2, 3, False, 1)),
+        (2, 16, decode.Form(128, 16, 2, 3, 2, 2, True, 1)),
+        (1, 16, decode.Form(128, 4, 8, 2, 1, 4, True, 1)),
+        (1, 16, decode.Form(256, 8, 1, 2, 4, 2, False, 1)),
+        (1, 64, decode.Form(256, 8, 1, 2, 4, 5, False, 5)),
+        (2, 16, decode.Form(256, 4, 4, 2, 2, 4, False, 1)),
+        (1, 1024, decode.Form(256, 12, 8, 2, 1, 4, True, 1)),
     ],
     ids=str,
 )
@@ -87,8 +109,8 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, key_heads, page, for
     assert library.threads() == form.threads
 
     def emulated(grid, stream, arguments):
-        strides = (ctypes.c_int * 7)(*(a.value for a in arguments[-7:]))
-        library.launch(*grid, *arguments[:-7], strides)
+        held, strides = arguments[:12], (ctypes.c_int * 7)(*(a.value for a in arguments[12:19]))
+        library.launch(*grid, *held, strides, *(arguments[19:] or (None, None, 0)))
 
     monkeypatch.setattr(decode, "kernel", lambda *_: emulated)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
@@ -104,12 +126,18 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, key_heads, page, for
     for i, length in enumerate(lengths.tolist()):  # what lies past a request's tokens may be anything
         slots = torch.arange(length, blocks * page)
         cache[pages[i].long()[slots // page], :, slots % page] = float("nan")
+    cache = cache.to(torch.float8_e4m3fn) if form.shares else cache
     k, v = cache.transpose(1, 2).split(head, dim=-1)
+    scales = (torch.tensor([0.37, 1.0])[:key_heads], torch.tensor([1.9, 0.11])[:key_heads]) if form.shares else None
+    if page == 16 and form.shares:  # one scale for all heads
+        scales = tuple(scale[:1].expand(key_heads) for scale in scales)
     q = torch.randn(9, heads, head).to(torch.bfloat16)
     out = torch.full_like(q, 7.0)
     scale = head**-0.5
-    decode.attend(q, k, v, out, starts, lengths, pages, scale, form=form)
+    decode.attend(q, k, v, out, starts, lengths, pages, scale, form=form, scales=scales)
     assert (out[8] == 7).all()
+    if scales is not None:
+        k, v = (sixteenth(*given) for given in zip((k, v), scales))
     tokens = [(i, n) for i, n in enumerate(lengths.tolist()[:6])] + [(6, tile + 1), (6, tile + 2)]
     for token, (i, length) in enumerate(tokens):
         held = [x[pages[i].long()].reshape(-1, key_heads, head)[:length].float() for x in (k, v)]
@@ -126,7 +154,13 @@ def test_attention_of_single_queries(tmp_path, monkeypatch, key_heads, page, for
 @pytest.mark.parametrize("head", decode.HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiles_without_a_gpu(arch, shared, head, dtype):
-    given = [form for group in (8, 16) for form in decode.forms(head, group, int(arch[3:]) // 10, shared)]
+    major = int(arch[3:]) // 10
+    eighths = [form for group in (8, 16) for form in decode.forms(head, group, major, shared, True)]
+    assert bool(eighths) == (major >= 9)
+    for form in eighths:
+        assert decode.build(form, dtype, arch, 13)[:4] == b"\x7fELF"
+        assert form.shared_bytes <= shared
+    given = [form for group in (8, 16) for form in decode.forms(head, group, major, shared)]
     assert bool(given) == (shared != AMPERE or head < 256)  # one scorer fits: FlashAttention keeps such a call
     for form in given:
         assert decode.build(form, dtype, arch, 13)[:4] == b"\x7fELF"
@@ -134,7 +168,13 @@ def test_compiles_without_a_gpu(arch, shared, head, dtype):
         assert form.scorers * form.parts >= 2  # each slot waits for the slot before it
 
 
-CLUSTERS = [form for head in decode.HEAD_SIZES for n in (8, 16) for form in [*decode.forms(head, n, 9, SHARED)][:-1]]
+CLUSTERS = [
+    form
+    for head in decode.HEAD_SIZES
+    for n in (8, 16)
+    for eighths in (False, True)
+    for form in [*decode.forms(head, n, 9, SHARED, eighths)][:-1]
+]
 
 
 @pytest.mark.parametrize("form", CLUSTERS, ids=str)
@@ -171,7 +211,7 @@ def test_few_requests_are_shared_by_clusters():
 def test_a_form_whose_clusters_do_not_run_does_not_serve(monkeypatch, most):
     """A small slice of a GPU (MIG) runs clusters of up to `most` blocks. The certificate launches no others."""
     at_once = {blocks: 8 // blocks if blocks <= most else 0 for blocks in (8, 4, 2)}
-    monkeypatch.setattr(decode, "forms_on", lambda head, group, device: decode.forms(head, group, 9, SHARED))
+    monkeypatch.setattr(decode, "forms_on", lambda head, group, device, eighths: decode.forms(head, group, 9, SHARED))
     monkeypatch.setattr(decode, "kernel", lambda *form: SimpleNamespace(clusters=at_once.get))
     monkeypatch.setattr(decode, "_choices", decode._choices.__wrapped__)
     served = decode.serving(32, 8, 128, torch.bfloat16, 0)
@@ -200,6 +240,10 @@ def test_what_the_kernel_does_not_have_is_refused():
         held = {name: x.to(torch.int32) for name, x in numbers.items()}
         return {"q": q, "k": cache, "v": cache, "out": torch.empty_like(q), "scale": 1.0} | held | changes
 
+    def eighths(dtype=torch.float8_e4m3fn, scales=(torch.ones(2), torch.ones(2))):
+        cache = torch.zeros(4, 16, 2, 64).to(dtype)
+        return {"k": cache, "v": cache, "scales": scales}
+
     # A view, which nothing reads, whose tokens lie further apart than the kernel's offsets reach.
     far = torch.empty((15 << 27) + 128, dtype=torch.bfloat16).as_strided((4, 16, 2, 64), (0, 1 << 27, 64, 1))
     for arguments, said in (
@@ -212,6 +256,12 @@ def test_what_the_kernel_does_not_have_is_refused():
         (given(k=far, v=far), "too large"),
         (given(starts=torch.arange(3, dtype=torch.int32)), "do not belong to 3 requests"),
         (given(lengths=torch.ones(3, dtype=torch.int64)), "not int32"),
+        (given() | eighths(scales=None), "scales of a cache in torch.float8_e4m3fn, or none"),
+        (given(scales=(torch.ones(2),) * 2), "scales of a cache in torch.bfloat16, or none"),
+        (given() | eighths(scales=(torch.ones(3),) * 2), "scales are not fp32 .2., laid out alike"),
+        (given() | eighths(scales=(torch.ones(2, dtype=torch.bfloat16),) * 2), "scales are not fp32"),
+        (given() | eighths(scales=(torch.ones(2), torch.ones(1).expand(2))), "laid out alike"),
+        (given() | eighths(torch.float8_e5m2), "in torch.bfloat16 and torch.float8_e5m2 are not covered"),
     ):
         with pytest.raises(decode.Unfit, match=said):
             decode.attend(**arguments)
