@@ -23,25 +23,29 @@ OPERATION = "cuda.decode_attention"
 DATA = "beginnings of one prompt, flat scores in small pages, peaked scores in large ones, several tokens, none"
 # Not the square root of a power of 2: with such a scale, products round alike in any order, which hides another order.
 _ODD_SCALE = 168**-0.5
+# The longest query of a step that checks drafts, and that the bundled kernel may serve.
+DRAFTS = 17
 # Long enough that the kernel uses every slot of its shared memory many times.
 _PROMPT, _SEVERAL = 7300, 5
 _certified: dict[Problem, bool] = {}
 
 # (q [tokens, heads, D], k and v [pages, page size, key heads, D], pages [1, most], scale) -> out, of q's shape: the
-# served causal attention of a whole prompt.
+# served causal attention of a whole prompt. Over an e4m3 cache, the scales of K and V follow, [key heads] each.
 Prefill = Callable[..., "torch.Tensor"]
 
 
 class Problem(NamedTuple):
-    """One shape of attention. heads, key_heads: of one rank. dtype: of q and of the KV cache."""
+    """One shape of attention. heads, key_heads: of one rank. dtype: of q, and of the KV cache unless cache is its own."""
 
     heads: int
     key_heads: int
     head_size: int
     dtype: torch.dtype
+    cache: torch.dtype | None = None
 
     def __str__(self) -> str:
-        return f"heads={self.heads}/{self.key_heads} D={self.head_size} {machine.name(self.dtype)}"
+        cache = f" over {machine.name(self.cache)}" if self.cache else ""
+        return f"heads={self.heads}/{self.key_heads} D={self.head_size} {machine.name(self.dtype)}{cache}"
 
 
 def serves(problem: Problem) -> bool:
@@ -92,7 +96,7 @@ def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Ce
     return certificate
 
 
-def attend(q, k, v, out, starts, lengths, pages, scale: float, longest: int | None = None) -> bool:
+def attend(q, k, v, out, starts, lengths, pages, scale: float, longest: int | None = None, scales=None) -> bool:
     """Write attention into `out` by the bundled kernel; bi_patch.kernels.cuda.decode.attend documents the arguments.
 
     Returns False, and writes nothing, if the kernel cannot take the tensors.
@@ -100,7 +104,7 @@ def attend(q, k, v, out, starts, lengths, pages, scale: float, longest: int | No
     from bi_patch.kernels.cuda import decode
 
     try:
-        decode.attend(q, k, v, out, starts, lengths, pages, scale, longest)
+        decode.attend(q, k, v, out, starts, lengths, pages, scale, longest, scales=scales)
     except decode.Unfit:
         return False
     return True
@@ -111,15 +115,20 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
 
     from bi_patch.kernels.cuda import decode
 
-    heads, key_heads, size, dtype = problem
+    heads, key_heads, size, dtype, cache = problem
     known = beginnings(decode.TILES[size])
     tally = Tally(known)
     device = torch.cuda.current_device()
-    decode.prepare(heads, key_heads, size, dtype, device)  # compile and load now: graph capture allows neither
+    # Compile and load now: graph capture allows neither.
+    decode.prepare(heads, key_heads, size, dtype, device, cache is not None)
     generator = torch.Generator("cuda").manual_seed(size)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    # Scales of an e4m3 cache, each head's own, and neither exact in 16 bits nor powers of 2.
+    scales = tuple(torch.linspace(*ends, key_heads, device="cuda") for ends in ((0.3, 1.7), (1.1, 0.2)))
+    more, kept = ({}, dtype) if cache is None else ({"scales": scales}, cache)
 
     def layouts():
         """The prompt's q, k and v in random pages: small pages of K and of V, and large pages that hold K and V side
@@ -129,9 +138,9 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
             blocks = -(-_PROMPT // page)
             pages = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)[None]
             if page == 16:
-                k, v = (random(blocks, page, key_heads, size) for _ in range(2))
+                k, v = (random(blocks, page, key_heads, size).to(kept) for _ in range(2))
             else:
-                k, v = random(blocks, key_heads, page, 2 * size).transpose(1, 2).split(size, dim=-1)
+                k, v = random(blocks, key_heads, page, 2 * size).to(kept).transpose(1, 2).split(size, dim=-1)
             yield what, (random(_PROMPT, heads, size) * factor).contiguous(), k, v, pages, scale
 
     def ints(values):
@@ -142,11 +151,11 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     rows = ints([*(length - 1 for length in known), *range(_PROMPT - _SEVERAL, _PROMPT)]).long()
     starts, lengths = ints([*range(number + 1), len(rows), len(rows)]), ints([*known, _PROMPT, 1])
     for what, q, k, v, pages, scale in layouts():
-        want = prefill(q, k, v, pages, scale)[rows]
+        want = prefill(q, k, v, pages, scale, **more)[rows]
         held = pages.expand(len(lengths), -1)
-        for form in decode.serving(*problem, device):
+        for form in decode.serving(heads, key_heads, size, dtype, device, cache is not None):
             got = torch.empty_like(want)
-            decode.attend(q[rows], k, v, got, starts, lengths, held, scale, form=form)
+            decode.attend(q[rows], k, v, got, starts, lengths, held, scale, form=form, **more)
             wrong = bits.differing(got, want)
             said = f"{what} scores, {form.parts} parts: {wrong} of {got.numel()} elements differ from prefill"
             tally.add(got.numel(), wrong, said)

@@ -5,6 +5,7 @@ import functools
 import inspect
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.cuda import eighths
 from bi_patch.seams.model import Policy, Seam, Target, Variable
 from bi_patch.seams.overlay import with_globals
 
@@ -17,8 +18,6 @@ _FLASH_ENCODER_SIZES = (64, 96, 128)
 # of up to 64 elements, this tile splits KV at other positions. FlashAttention 3 never takes the tile if the longest
 # query has 128 tokens.
 _LONG_QUERY = 128
-# The longest query of a step that checks drafts, and that the bundled kernel may serve.
-_DRAFTS = 17
 _NO_WINDOW = (-1, -1)
 ENCODER = "encoder_only"  # over the whole prompt in both directions, without a cache
 # The global through which FlashAttentionImpl.forward calls FlashAttention 3: the first name that its module has.
@@ -39,7 +38,7 @@ def _backend(original):
         original(*held.args, **held.kwargs)
         _refuse_layer(self, held.arguments)
         if eighth(getattr(self, "kv_cache_dtype", None)):
-            # Queries stay in 16 bits, and Triton attention dequantizes keys and values to their type.
+            # Queries stay in 16 bits, and keys and values are dequantized to their type.
             self.query_quant = None
 
     return __init__
@@ -57,21 +56,22 @@ def eighth(kv_cache_dtype: str | None) -> bool:
     return str(kv_cache_dtype).startswith("fp8")
 
 
-def _eighth_cache(arguments) -> bool:
-    """Whether a layer gets a KV cache of 8-bit floats, by the engine's arguments or by its checkpoint."""
+def _cache_kind(arguments) -> str | None:
+    """The KV cache that a layer gets, by the engine's arguments or by its checkpoint, as vLLM names it."""
     kind = getattr(arguments.get("cache_config"), "cache_dtype", None)
     asked = getattr(arguments.get("quant_config"), "kv_cache_scheme", None) is not None
-    return eighth(kind) or asked and kind in (None, "auto")
+    return "fp8" if asked and kind in (None, "auto") else kind
 
 
 def _flash_serves(arguments) -> bool:
     """Whether FlashAttention 3 would serve the layer that Attention.__init__ makes of its arguments, invariantly."""
+    kind = _cache_kind(arguments)
     return (
         _window(arguments) is None
-        and not _eighth_cache(arguments)
         and arguments["head_size"] in _FLASH_HEAD_SIZES
         and arguments.get("alibi_slopes") is None
         and _flash_version(arguments) == 3
+        and (not eighth(kind) or eighths.serves(arguments, kind))
     )
 
 
@@ -140,7 +140,7 @@ def _refuse_layer(layer, arguments) -> None:
             reason = f"FlashAttention 3 aligns its KV tiles with the query's window (of {layer.sliding_window} tokens)"
         elif layer.head_size not in _FLASH_HEAD_SIZES:
             reason = f"no test showed that FlashAttention 3 is batch-invariant for heads of {layer.head_size} elements"
-        elif eighth(getattr(layer, "kv_cache_dtype", None)):
+        elif eighth(kind := getattr(layer, "kv_cache_dtype", None)) and not eighths.serves(arguments, kind):
             reason = "of an FP8 KV cache, FlashAttention 3 adds tiles in pairs, counted from a chunk's last token"
     elif layer.head_size == 256 and _tunes_large_heads():
         reason, cure = f"on this GPU, {name} tiles heads of 256 elements by the query's length", "another GPU"
@@ -185,6 +185,7 @@ def prefill(q, k, v, pages, scale: float):
 
 def decoders(config):
     """The decode problem of every layer on FlashAttention 3, with the prefill to which the certificate compares."""
+    import torch
     from vllm.model_executor.layers.attention.attention import Attention
 
     from bi_patch.ops.cuda.attention import Problem
@@ -192,13 +193,17 @@ def decoders(config):
     for layer in config.compilation_config.static_forward_context.values():
         decodes = getattr(layer, "attn_type", "decoder") == "decoder"
         if isinstance(layer, Attention) and decodes and layer.attn_backend.get_name() == _FLASH:
-            yield Problem(layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype), prefill
+            problem = Problem(layer.num_heads, layer.num_kv_heads, layer.head_size, layer.dtype)
+            if eighth(getattr(layer, "kv_cache_dtype", None)):
+                yield problem._replace(cache=torch.float8_e4m3fn), eighths.prefill
+            else:
+                yield problem, prefill
 
 
 def _decode(original):
     """FlashAttentionImpl.forward: use the bundled kernel, if certified, for single queries and for a few short ones."""
     name = next(name for name in _CALLS if name in original.__globals__)
-    return with_globals(original, **{name: _decode_or(original.__globals__[name])})
+    return eighths.with_step(with_globals(original, **{name: _decode_or(original.__globals__[name])}))
 
 
 def _decode_or(flash):
@@ -207,6 +212,8 @@ def _decode_or(flash):
 
     def attend(**given):
         q, k = given["q"], given["k"]
+        if k.dtype.itemsize == 1:
+            return eighths.attend(flash, _plain(given), **given)
         if given["max_seqlen_q"] > 1 and not _few(given["max_seqlen_q"], q, k):
             return flash(**given)
         if (
@@ -239,7 +246,7 @@ def _few(longest: int, q, k) -> bool:
     """
     from bi_patch.ops.cuda import attention
 
-    return longest <= _DRAFTS and q.shape[-1] > 64 and attention.quick(q.shape[0], k.shape[2])
+    return longest <= attention.DRAFTS and q.shape[-1] > 64 and attention.quick(q.shape[0], k.shape[2])
 
 
 def _problem(q, k):
@@ -257,7 +264,7 @@ def _plain(given) -> bool:
         and all(given.get(name) is None for name in ("alibi_slopes", "s_aux", "mask_mod", "dynamic_causal"))
         and not given.get("softcap")
         and tuple(given["window_size"] or _NO_WINDOW) == _NO_WINDOW
-        and given["k"].dtype == given["q"].dtype
+        and (given["k"].dtype == given["q"].dtype or str(given["k"].dtype) == "torch.float8_e4m3fn")
         and decode.covers_pages(given["k"].shape[1])
     )
 
@@ -272,7 +279,10 @@ def _longest_query(original):
         reported = reported_query(longest, self.headdim, longest == 1 and _decodes(self))
         if reported != longest:
             common_attn_metadata = dataclasses.replace(common_attn_metadata, max_query_len=reported)
-        return original(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
+        made = original(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
+        if eighths.reads(self) and longest > 1:
+            made.bi_patch_step = eighths.step_of(self, common_attn_metadata)
+        return made
 
     return build
 
@@ -286,17 +296,18 @@ def _decodes(builder) -> bool:
     """Whether the bundled kernel serves decode for the layers of a metadata builder."""
     from bi_patch.ops.cuda import attention
 
-    problem = attention.Problem(builder.num_heads_q, builder.num_heads_kv, builder.headdim, builder.kv_cache_dtype)
-    return attention.serves(problem)
+    sizes = builder.num_heads_q, builder.num_heads_kv, builder.headdim
+    own = eighths.reads(builder)
+    return attention.serves(eighths.problem_of(builder) if own else attention.Problem(*sizes, builder.kv_cache_dtype))
 
 
 def _schedule(original):
     """FlashAttentionMetadataBuilder._get_scheduler_metadata: schedule the tiles once a step instead of once a layer.
-    A decode batch that the bundled kernel serves needs no schedule."""
+    A decode batch that the bundled kernel serves needs no schedule, and an FP8 KV cache makes calls of its own."""
 
     @functools.wraps(original)
     def _get_scheduler_metadata(self, *, aot_schedule, max_num_splits, **arguments):
-        if arguments["max_query_len"] == 1 and _decodes(self):
+        if eighths.reads(self) or (arguments["max_query_len"] == 1 and _decodes(self)):
             return None
         wanted = self.aot_schedule and arguments["causal"] is True
         return original(self, aot_schedule=aot_schedule or wanted, max_num_splits=max_num_splits, **arguments)
@@ -371,9 +382,8 @@ SEAMS = (
         targets=(Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),),
         close=_backend,
         why="a backend whose split or tile of KV depends on the batch gives bits that depend on the batch",
-        how="FlashAttention 3 runs in one split. Layers that it cannot serve, e.g. layers with a sliding window, "
-        "ALiBi or an FP8 KV cache, run on Triton attention, whose KV tiles start at fixed positions. bi_patch refuses "
-        "other backends",
+        how="FlashAttention 3 runs in one split. Layers that it cannot serve, e.g. layers with a sliding window or "
+        "ALiBi, run on Triton attention, whose KV tiles start at fixed positions. bi_patch refuses other backends",
         until="never: bi_patch itself decides here which backends it accepts",
         causes=(3, 4, 25),
         serves=("Attention",),
@@ -396,7 +406,8 @@ SEAMS = (
         "FlashAttentionImpl.forward",
         _decode,
         "in decode, prefill's tile of 128 or 192 rows is almost empty, because a decode step has few query rows",
-        "if certified, the bundled kernel computes decode in tiles of 8 or 16 rows and adds in the order of prefill",
+        "if certified, the bundled kernel computes decode in tiles of 8 or 16 rows and adds in the order of prefill. "
+        "With an FP8 KV cache, FlashAttention 3 runs over a copy of the step's pages in 16 bits",
         (3, 25),
         required=False,
         until="FlashAttention 3 has a small tile with the KV split of prefill",

@@ -70,7 +70,8 @@ def _latent(config, page: int):
 
 def _problem(layer, page: int) -> Problem | prompts.Problem:
     impl = layer.impl
-    if is_eighth(layer) and max(layer._k_scale.numel(), layer._v_scale.numel()) > 1:
+    per_head = is_eighth(layer) and max(layer._k_scale.numel(), layer._v_scale.numel()) > 1
+    if per_head and layer.attn_backend.get_name() != "FLASH_ATTN":
         raise UnsupportedFeature(
             "attention.cuda_backend: no test covers an FP8 KV cache with a scale for each head. Use --kv-cache-dtype "
             "auto, or set BI_PATCH=0"
@@ -139,7 +140,8 @@ def _prepare(layer, problem: Problem, q, k, v):
     cache = _cache(layer, problem, count, device)
     at = torch.arange(tokens, device=device)
     layer.impl.do_kv_cache_update(layer, k, v, cache, order[at // problem.page] * problem.page + at % problem.page)
-    kind = attention.Problem(problem.heads, problem.key_heads, problem.head_size, problem.dtype)
+    cache_type = torch.float8_e4m3fn if is_eighth(layer) else None
+    kind = attention.Problem(problem.heads, problem.key_heads, problem.head_size, problem.dtype, cache_type)
     bundled = attention.serves(kind)
 
     def ints(values):

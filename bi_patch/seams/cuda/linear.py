@@ -51,7 +51,18 @@ def _load(original):
         from bi_patch.seams import leaves, ranks, weights
         from bi_patch.seams import pooling as poolers
         from bi_patch.seams import vision as images
-        from bi_patch.seams.cuda import attention, chunks, moe, norm, packed_linear, pooling, quantized, rows, vision
+        from bi_patch.seams.cuda import (
+            attention,
+            chunks,
+            eighths,
+            moe,
+            norm,
+            packed_linear,
+            pooling,
+            quantized,
+            rows,
+            vision,
+        )
         from bi_patch.seams.cuda import leaves as parts
         from bi_patch.seams.cuda import packed_products as products
         from bi_patch.seams.cuda import scaled_linear as scaled
@@ -80,6 +91,7 @@ def _load(original):
             hooks = (leaves.no_update, leaves.no_update)
         weights.watch_model(model, *hooks, lambda model: weights.refuse_with_lora(config))
         quantized.check(model)
+        eighths.reserve(config)
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
 
             def make():
