@@ -32,11 +32,9 @@ class Unfit(ValueError):
     """The kernel does not support a call's tensors; the message says why."""
 
 
-def covers(
-    heads: int, key_heads: int, head_size: int, dtype: torch.dtype, cache: torch.dtype | None = None
-) -> bool:
-    """Whether the kernel supports these numbers of heads, this head size, this dtype of q and the output, and this dtype
-    of k and v, by default the same."""
+def covers(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, cache: torch.dtype | None = None) -> bool:
+    """Whether the kernel supports these numbers of heads, this head size, this dtype of q and the output, and this
+    dtype of k and v, by default the same."""
     held = cache in (None, dtype) or _name(cache) == EIGHTHS
     grouped = heads % key_heads == 0 and heads // key_heads <= GROUP
     return head_size in HEAD_SIZES and _name(dtype) in _INPUTS and held and grouped
@@ -136,8 +134,8 @@ _FORMS: dict[int, dict[int, tuple[Choice, ...]]] = {
     },
 }
 
-# The same for an e4m3 cache, not measured: the forms above, with as many carriers as conversion takes, and with few enough
-# warps (8, but 12 of heads of 64) that registers suffice.
+# The same for an e4m3 cache, not measured: the forms above, with as many carriers as conversion takes, and with few
+# enough warps (8, but 12 of heads of 64) that registers suffice.
 _EIGHTHS: dict[int, dict[int, tuple[Choice, ...]]] = {
     64: {
         n: (Choice(0, 4, 3, 1, 3, True, 1), Choice(0, 2, 4, 2, 2, False, 1), Choice(0, 1, 6, 4, 2, False, 1))
@@ -222,11 +220,12 @@ def attend(
     """Causal attention of q [tokens, heads, D] over paged KV, written to out [tokens, heads, D].
 
     k, v [pages, page size, key heads, D]: equal strides, q's type or e4m3. scales: of an e4m3 cache, K's and V's, fp32
-    [key heads], whose stride may be 0; an element stands for fp32(element) * scale, rounded to q's type. starts [requests + 1], int32: where each request's tokens
-    begin in q; a request may have none. lengths [requests], int32: tokens of each request in KV; its tokens in q are
-    the last of these, in order. pages [requests, most pages], int32. scale: of the softmax. longest: the most of
-    lengths, or more; by default what pages holds. form: one of serving's, by default choose's choice. Neither changes
-    a bit. Raises Unfit before any work if the kernel does not support a tensor.
+    [key heads], whose stride may be 0; an element stands for fp32(element) * scale, rounded to q's type. starts
+    [requests + 1], int32: where each request's tokens begin in q; a request may have none. lengths [requests], int32:
+    tokens of each request in KV; its tokens in q are the last of these, in order. pages [requests, most pages], int32.
+    scale: of the softmax. longest: the most of lengths, or more; by default what pages holds. form: one of serving's,
+    by default choose's choice. Neither changes a bit. Raises Unfit before any work if the kernel does not support a
+    tensor.
     """
     if problem := _unfit(q, k, v, out, starts, lengths, pages, scales):
         raise Unfit(f"decode: {problem}")
@@ -237,12 +236,13 @@ def attend(
     width = k.element_size()
     if not tokens or not len(lengths):
         return
+    strides = (*q.stride()[:2], *(width * x for x in k.stride()[:3]), *out.stride()[:2])
     arguments = [
         *(c_void_p(x.data_ptr()) for x in (q, k, out, starts, lengths, pages)),
         c_longlong(v.data_ptr() - k.data_ptr()),
         *(c_int(x) for x in (len(lengths), pages.stride(0), page_size.bit_length() - 1, heads // key_heads)),
         c_float(c_float(scale).value * _LOG2E),
-        *(c_int(stride) for stride in (*q.stride()[:2], *(width * x for x in k.stride()[:3]), *out.stride()[:2])),
+        *(c_int(stride) for stride in strides),
     ]
     if scales is not None:
         arguments += [*(c_void_p(x.data_ptr()) for x in scales), c_int(scales[0].stride(0))]
@@ -257,7 +257,8 @@ def attend(
 def _unfit(q, k, v, out, starts, lengths, pages, scales) -> str:
     """Why the kernel does not support these arguments; empty if it does."""
     if not covers(q.shape[1], k.shape[2], q.shape[2], q.dtype, k.dtype) or v.dtype != k.dtype or out.dtype != q.dtype:
-        return f"heads {tuple(q.shape[1:])} over {k.shape[2]} in {q.dtype} and {k.dtype} are not covered"
+        cache = "" if k.dtype == q.dtype else f" with KV in {k.dtype}"
+        return f"heads {tuple(q.shape[1:])} over {k.shape[2]} in {q.dtype}{cache} are not covered"
     if (scales is None) != (k.dtype == q.dtype):
         return f"scales of a cache in {k.dtype}, or none"
     if scales is not None and (
@@ -310,9 +311,7 @@ def serving(
     return [*_choices(heads // key_heads, head_size, dtype, device, eighths)[0]]
 
 
-def prepare(
-    heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int, eighths: bool = False
-) -> None:
+def prepare(heads: int, key_heads: int, head_size: int, dtype: torch.dtype, device: int, eighths: bool = False) -> None:
     """Compile and load every form that a model may need, so that no CUDA graph capture has to. eighths: over an e4m3
     cache.
 

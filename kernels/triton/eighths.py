@@ -55,7 +55,8 @@ def _widen(
 
 
 def widen(k, v, scales, table, lengths, owners, bases, keys, values) -> None:
-    """Write the keys and values of requests to keys, values [pages of the copy, PAGE, key heads, D], 16 bits, contiguous.
+    """Write the keys and values of requests to keys, values [pages of the copy, PAGE, key heads, D]: 16 bits,
+    contiguous.
 
     scales: K's and V's, fp32 [key heads], with equal strides. table [requests, most], int32: the pages of each request.
     lengths [requests], int32: tokens. owners, bases: int32, see above.

@@ -35,7 +35,7 @@ Prefill = Callable[..., "torch.Tensor"]
 
 
 class Problem(NamedTuple):
-    """One shape of attention. heads, key_heads: of one rank. dtype: of q, and of the KV cache unless cache is its own."""
+    """One shape of attention. heads, key_heads: of one rank. dtype: of q. cache: of the KV cache, None for q's type."""
 
     heads: int
     key_heads: int

@@ -27,9 +27,9 @@ class Run(NamedTuple):
     """Requests of a step that run at once over the scratch.
 
     requests, tokens: the first and the one after the last, of the step. starts [requests + 1]: where each request's
-    tokens begin, from `tokens` on. lengths [requests]: keys, 0 for a single query between them, whose row means nothing.
-    owners, bases: of the copy. table [requests, most]: pages of the copy. longest_query, longest: the most new tokens, and
-    the most keys or more. heads: key heads at a time.
+    tokens begin, from `tokens` on. lengths [requests]: keys, 0 for a single query between them, whose row is of no
+    use. owners, bases: of the copy. table [requests, most]: pages of the copy. longest_query, longest: the most new
+    tokens, and the most keys or more. heads: key heads at a time.
     """
 
     requests: tuple[int, int]
@@ -149,7 +149,9 @@ def _run(group, counts, begins, most, starts, lengths, key_heads, pages) -> Run:
     number = sum(own)
     heads = next((n for n in range(key_heads, 0, -1) if key_heads % n == 0 and number * n <= pages), 0)
     if not heads:
-        raise ValueError(f"bi_patch: {max(most[i] for i in group)} keys do not fit into the scratch of an e4m3 KV cache")
+        raise ValueError(
+            f"bi_patch: {max(most[i] for i in group)} keys do not fit into the scratch of an e4m3 KV cache"
+        )
     bases, owners = [], []
     for i, count in enumerate(own):
         bases.append(len(owners))
@@ -188,7 +190,7 @@ def _singles(which: list[int], counts, begins, starts, lengths) -> Singles | Non
     for i in which:
         edges.append(edges[-1] + counts[i])
     rows, requests, edges = _move([torch.tensor(x) for x in (rows, which, edges)], starts.device)
-    return Singles(rows, requests, edges, lengths.index_select(0, requests))
+    return Singles(rows.long(), requests, edges, lengths.index_select(0, requests))
 
 
 def _move(given: list[torch.Tensor], device) -> list[torch.Tensor]:

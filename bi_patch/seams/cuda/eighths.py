@@ -25,7 +25,7 @@ def serves(arguments, kind: str | None) -> bool:
     extras = arguments.get("extra_impl_args", {})
     return (
         kind in KINDS
-        and decode.covers(heads, arguments.get("num_kv_heads") or heads, arguments["head_size"], dtype)
+        and decode.covers(heads, arguments.get("num_kv_heads") or heads, arguments.get("head_size"), dtype)
         and arguments.get("attn_type", "decoder") == "decoder"
         and arguments.get("kv_sharing_target_layer_name") is None
         and not arguments.get("logits_soft_cap")
@@ -117,9 +117,7 @@ def attend(flash, plain: bool, **given):
     problem = attention.Problem(q.shape[1], k.shape[2], q.shape[2], q.dtype, k.dtype)
     if not plain or not attention.serves(problem):
         what = "its certificate failed" if plain else "the call asks for more than plain causal attention"
-        raise UnsupportedFeature(
-            f"attention.cuda_decode: the bundled kernel does not serve an FP8 KV cache here ({problem}): {what}. {_CURE}"
-        )
+        raise UnsupportedFeature(f"attention.cuda_decode: the bundled kernel does not serve {problem}: {what}. {_CURE}")
     scales = given["k_descale"][0], given["v_descale"][0]
     if given["max_seqlen_q"] == 1:
         rest = given["cu_seqlens_q"], given["seqused_k"], given["block_table"]
@@ -225,12 +223,11 @@ def reserve(config) -> None:
     """Make the scratch of a loaded model's layers with an FP8 KV cache on FlashAttention 3, if it has such layers."""
     from bi_patch.ops.cuda import eighths
 
+    found = [*layers(config)]
+    if not found:
+        return
     longest, most = config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens
-    sizes = [
-        eighths.bytes_of(layer.num_kv_heads, layer.head_size, longest, most) for layer in layers(config)
-    ]
-    if sizes:
-        eighths.reserve(max(sizes))
+    eighths.reserve(max(eighths.bytes_of(x.num_kv_heads, x.head_size, longest, most) for x in found))
 
 
 def layers(config):
@@ -239,5 +236,5 @@ def layers(config):
 
     for layer in config.compilation_config.static_forward_context.values():
         if isinstance(layer, Attention) and layer.attn_backend.get_name() == "FLASH_ATTN":
-            if layer.kv_cache_dtype in KINDS and getattr(layer, "attn_type", "decoder") == "decoder":
+            if getattr(layer, "kv_cache_dtype", None) in KINDS and getattr(layer, "attn_type", "decoder") == "decoder":
                 yield layer

@@ -22,6 +22,7 @@ from bi_patch.kernels.triton import (
     attention_lse,
     chains,
     drafts,
+    eighths,
     embedding_backward,
     expert_lora,
     gated_backward,
@@ -816,6 +817,35 @@ def drafted() -> None:
             report(f"drafts {most} {kind} alone", "" if same else "a request alone differs")
 
 
+def copies_of_pages() -> None:
+    """Copies of e4m3 pages in fp16, against PyTorch: the interpreter cuts fp32 to bf16, where a GPU rounds."""
+    generator = torch.Generator().manual_seed(3)
+    lengths, most = [5, 128, 300, 0, 129], 40
+    bases, owners = [0, 1, 2, 5, 5], [0, 1, 2, 2, 2, 4, 4]
+    for page, head, key_heads in ((16, 64, 2), (32, 128, 1), (1024, 256, 2)):
+        count = -(-most * 16 // page)
+        table = torch.randperm(len(lengths) * count, generator=generator).to(torch.int32).view(len(lengths), count)
+        cache = torch.randn(table.numel(), key_heads, page, 2 * head, generator=generator).to(torch.float8_e4m3fn)
+        held = cache.view(torch.uint8)
+        held[table[0].long(), :, 5:] = 0x7F  # NaN past a request's tokens
+        k, v = cache.transpose(1, 2).split(head, dim=-1)
+        per_head = torch.rand(2, key_heads, generator=generator) + 0.1
+        for what, scales in (("own", tuple(per_head)), ("one", tuple(x[:1].expand(key_heads) for x in per_head))):
+            keys, values = (torch.full((7, 128, key_heads, head), 7.0, dtype=torch.float16) for _ in range(2))
+            numbers = [torch.tensor(x, dtype=torch.int32) for x in (lengths, owners, bases)]
+            eighths.widen(k, v, scales, table, *numbers, keys, values)
+            for i, length in enumerate(lengths):
+                for name, got, wide, scale in (("K", keys, k, scales[0]), ("V", values, v, scales[1])):
+                    case = f"e4m3 pages of {page} D={head} {what} scales {name} request {i}"
+                    pages = [n for n, owner in enumerate(owners) if owner == i]
+                    rows = got[pages].flatten(0, 1)
+                    want = torch.zeros_like(rows)
+                    tokens = torch.arange(length)
+                    found = wide[table[i].long()[tokens // page], tokens % page]
+                    want[:length] = (found.float() * scale[:, None]).half()
+                    report(case, "" if torch.equal(rows, want) else "other numbers")
+
+
 AREAS = {
     "gemm": gemms,
     "heads": heads_products,
@@ -834,6 +864,7 @@ AREAS = {
     "lora": loras,
     "expert lora": expert_loras,
     "drafts": drafted,
+    "e4m3 pages": copies_of_pages,
 }
 
 if __name__ == "__main__":

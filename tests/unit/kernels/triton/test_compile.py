@@ -15,6 +15,7 @@ from bi_patch.kernels.triton import (
     attention_backward,
     chains,
     drafts,
+    eighths,
     embedding_backward,
     expert_lora,
     gated_backward,
@@ -151,6 +152,20 @@ def test_norm(architecture, cols):
     build(
         norm._rms_norm, pointers | sizes | {"eps": "fp32", "offset": "fp32"}, constants, architecture, num_warps=warps
     )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_copies_of_e4m3_pages_round_as_the_decode_kernel_does(dtype):
+    """On Hopper: exactly to fp32, one product that keeps small numbers, and one rounding."""
+    pointers = dict.fromkeys(("k", "v"), "*fp8e4nv") | dict.fromkeys(("keys", "values"), f"*{dtype}")
+    pointers |= dict.fromkeys(("table", "lengths", "owners", "bases"), "*i32")
+    pointers |= dict.fromkeys(("k_scales", "v_scales"), "*fp32")
+    sizes = dict.fromkeys(("table_row", "page_step", "token_step", "head_step", "scale_step", "heads"), "i32")
+    constants = {"SIZE": 16, "PAGE": eighths.PAGE, "TOKENS": eighths._TOKENS, "HEAD": 128}
+    made = build(eighths._widen, pointers | sizes, constants, 90).asm["ptx"]
+    names = {"bf16": "cvt.rn.bf16", "fp16": "cvt.rn.f16"}
+    assert "cvt.rn.f16x2.e4m3x2" in made and "mul.f32" in made and f"{names[dtype]}x2.f32" in made
+    assert "mul.ftz" not in made and "fma" not in made
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -31,6 +31,7 @@ AREAS = (
     "lora",
     "expert lora",
     "drafts",
+    "e4m3 pages",
 )
 
 
