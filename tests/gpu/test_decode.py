@@ -20,6 +20,21 @@ def test_certificate(size, heads, key_heads, dtype, tmp_path):
     assert attention.serves(problem)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, key_heads", [(32, 8), (8, 8), (14, 2), (64, 4)])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_certificate_over_an_e4m3_cache(size, heads, key_heads, dtype, tmp_path):
+    from bi_patch.ops.cuda import attention, eighths
+    from bi_patch.seams.cuda.eighths import prefill
+
+    attention._certified.clear()
+    eighths.reserve(eighths.bytes_of(key_heads, size, 8192, 2048))
+    problem = attention.Problem(heads, key_heads, size, dtype, torch.float8_e4m3fn)
+    certificate = attention.certify(problem, prefill, "test", tmp_path)
+    assert certificate.evidence.differing == 0, certificate.evidence.first
+    assert attention.serves(problem)
+
+
 def requests(number, size, page, blocks):
     """q, K, V, starts and pages of `number` requests with 32 query heads, 8 key heads and `blocks` pages each."""
     # K and V of a token lie side by side, as in vLLM.

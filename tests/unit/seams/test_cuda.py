@@ -427,6 +427,84 @@ def test_layers_go_to_triton_where_flash_attention_cannot_serve(given, version, 
     assert Layer(**{"head_size": 128, **given}).given == served
 
 
+@pytest.mark.parametrize(
+    ("given", "replaced", "served"),
+    [
+        ({}, True, "X"),
+        ({"head_size": 64}, True, "X"),
+        ({"head_size": 256, "num_heads": 16, "num_kv_heads": 2}, True, "X"),
+        ({"extra_impl_args": {"sinks": None}}, True, "X"),
+        ({}, False, "TRITON"),  # vLLM's FlashAttention as it is
+        ({"head_size": 96}, True, "TRITON"),
+        ({"num_heads": 34, "num_kv_heads": 2}, True, "TRITON"),
+        ({"logits_soft_cap": 30.0}, True, "TRITON"),
+        ({"extra_impl_args": {"sinks": torch.zeros(2)}}, True, "TRITON"),
+        ({"extra_impl_args": {"chunk_lookback": 2}}, True, "TRITON"),
+        ({"alibi_slopes": [0.5]}, True, "TRITON"),
+        ({"per_layer_sliding_window": 512}, True, "TRITON"),
+        ({"kv_sharing_target_layer_name": "layers.1"}, True, "TRITON"),
+        ({"kind": "fp8_e5m2"}, True, "TRITON"),
+    ],
+)
+def test_which_layers_with_an_fp8_kv_cache_run_on_flash_attention(given, replaced, served, monkeypatch):
+    from bi_patch.seams.cuda import attention as attention_cuda
+    from bi_patch.seams.cuda import eighths
+
+    monkeypatch.setattr(attention_cuda, "_flash_version", lambda arguments: 3)
+    monkeypatch.setattr(eighths, "replaced", lambda: replaced)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    given = dict(given)
+    cache = SimpleNamespace(sliding_window=None, cache_dtype=given.pop("kind", "fp8"))
+    arguments = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "cache_config": cache, **given}
+    assert attention_cuda._flash_serves(arguments) == (served == "X")
+    asked = {"quant_config": SimpleNamespace(kv_cache_scheme={}), "cache_config": None}
+    if cache.cache_dtype == "fp8":  # the same by a checkpoint
+        assert attention_cuda._flash_serves(arguments | asked) == (served == "X")
+
+
+def test_layers_with_an_fp8_kv_cache_are_compared_with_the_copys_prefill(monkeypatch):
+    from bi_patch.ops.cuda import attention
+    from bi_patch.ops.cuda import eighths as ops
+    from bi_patch.seams.cuda import attention as attention_cuda
+    from bi_patch.seams.cuda import eighths
+
+    layer, other = Attention("FLASH_ATTN", 128, None), Attention("FLASH_ATTN", 64, None)
+    for at, kind in ((layer, "fp8"), (other, "auto")):
+        at.num_heads, at.num_kv_heads, at.dtype, at.kv_cache_dtype = 32, 8, torch.bfloat16, kind
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": other}),
+        model_config=SimpleNamespace(max_model_len=1 << 20),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
+    )
+    stand_in = SimpleNamespace(Attention=Attention)
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.attention.attention", stand_in)
+    assert [*attention_cuda.decoders(config)] == [
+        (attention.Problem(32, 8, 128, torch.bfloat16, torch.float8_e4m3fn), eighths.prefill),
+        (attention.Problem(32, 8, 64, torch.bfloat16), attention_cuda.prefill),
+    ]
+    made = []
+    monkeypatch.setattr(ops, "reserve", made.append)
+    eighths.reserve(config)
+    assert made == [ops.bytes_of(8, 128, 1 << 20, 8192)]
+    layer.kv_cache_dtype = "auto"
+    eighths.reserve(config)
+    assert len(made) == 1
+
+
+def test_a_step_over_an_fp8_kv_cache_gets_its_plan_and_no_schedule(monkeypatch):
+    from bi_patch.seams.cuda import eighths
+
+    builder = SimpleNamespace(headdim=64, num_heads_q=32, num_heads_kv=8, kv_cache_dtype=torch.uint8, aot_schedule=True)
+    builder.model_config = SimpleNamespace(dtype=torch.bfloat16)
+    monkeypatch.setattr(eighths, "step_of", lambda builder, common: ("plan", common.max_query_len))
+    common = dataclasses.make_dataclass("Common", ["max_query_len"])
+    build = _closed("attention.cuda_longest_query", lambda self, prefix, common: SimpleNamespace(common=common))
+    assert build(builder, 0, common(5)).bi_patch_step == ("plan", 128)
+    assert not hasattr(build(builder, 0, common(1)), "bi_patch_step")
+    schedule = _closed("attention.cuda_schedule", lambda self, **_: "schedule")
+    assert schedule(builder, aot_schedule=False, max_num_splits=1, causal=True, max_query_len=5) is None
+
+
 def test_an_fp8_kv_cache_meets_queries_of_16_bits_on_triton_attention_alone(monkeypatch):
     from bi_patch.seams.cuda import attention as attention_cuda
     from bi_patch.seams.cuda import chunks
