@@ -26,8 +26,8 @@
 //
 // Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS, CARRIERS,
 // APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile.
-// Limits: sm_80 or later, clusters sm_90 or later, EIGHTHS sm_89 or later; at most 16 query heads per key head; pages of a power of two of
-// tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
+// Limits: sm_80 or later, clusters sm_90 or later, EIGHTHS sm_89 or later; at most 16 query heads per key head; pages of
+// a power of two of tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
 constexpr int COLUMNS = HEAD / PARTS;
 constexpr int KEY_PIECES = HEAD / 8, VALUE_PIECES = COLUMNS / 8;  // pieces of 16 bytes in a row of K and of V
@@ -316,7 +316,7 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
   for (int copied = 0, carried = 0; carried < tiles;) {
     const int next = team + copied * TEAMS;
     Slot& slot = memory().slots[next % RING];
-    // Two tiles at most are under way. With one under way, no wait for a slot: that tile may be what the summers wait for.
+    // Two tiles at most are under way. With one under way, no wait for a slot: the summers may wait for that tile.
     if (copied < tiles && (copied == carried || (copied == carried + 1 &&
                                                  (next < RING || is_over(&slot.empty, phase_of(next - RING)))))) {
       if (next >= RING) wait(&slot.empty, phase_of(next - RING));
