@@ -13,9 +13,11 @@ import triton.language as tl
 
 PAGE = 128  # tokens of a page of the copy: FlashAttention 3 then loads pages by tensor maps
 _TOKENS = 32  # of a program
+# What changes from step to step, or with the number of key heads at a time, must not ask for another compilation.
+_ANY = ["table", "lengths", "owners", "bases", "k_scales", "v_scales", "table_row", "scale_step", "heads"]
 
 
-@triton.jit(do_not_specialize=["table_row"])
+@triton.jit(do_not_specialize=_ANY, do_not_specialize_on_alignment=_ANY)
 def _widen(
     k,
     v,
