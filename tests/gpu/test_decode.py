@@ -35,31 +35,42 @@ def test_certificate_over_an_e4m3_cache(size, heads, key_heads, dtype, tmp_path)
     assert attention.serves(problem)
 
 
-def requests(number, size, page, blocks):
+CACHES = pytest.mark.parametrize("held", [torch.bfloat16, torch.float8_e4m3fn], ids=["16 bits", "e4m3"])
+
+
+def scales_of(held):
+    """The scales of K and V that a call gets, one for all heads."""
+    made = (torch.full((), x, device="cuda").expand(8) for x in (0.7, 1.3))
+    return {"scales": tuple(made)} if held.itemsize == 1 else {}
+
+
+def requests(number, size, page, blocks, held=torch.bfloat16):
     """q, K, V, starts and pages of `number` requests with 32 query heads, 8 key heads and `blocks` pages each."""
     # K and V of a token lie side by side, as in vLLM.
-    cache = torch.randn(number * blocks, 8, page, 2 * size, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randn(number * blocks, 8, page, 2 * size, device="cuda", dtype=torch.bfloat16).to(held)
     k, v = cache.transpose(1, 2).split(size, dim=-1)
     pages = torch.randperm(number * blocks, device="cuda").to(torch.int32).reshape(number, blocks)
     q = torch.randn(number, 32, size, device="cuda", dtype=torch.bfloat16)
     return q, k, v, torch.arange(number + 1, device="cuda", dtype=torch.int32), pages
 
 
+@CACHES
 @pytest.mark.parametrize("page", [16, 128, 1024])
-def test_rows_of_any_batch_through_a_graph(page):
+def test_rows_of_any_batch_through_a_graph(page, held):
     """Each replay of one graph has requests of other lengths; one request has length 0, one has no query token."""
     from bi_patch.kernels.cuda import decode
 
     torch.manual_seed(page)
     number, size, most = 40, 64, 3000
-    q, k, v, starts, pages = requests(number, size, page, -(-most // page))
+    q, k, v, starts, pages = requests(number, size, page, -(-most // page), held)
+    more = scales_of(held)
     starts[-1] = number - 1
     lengths = torch.full((number,), 5, device="cuda", dtype=torch.int32)
-    out, forms = torch.zeros_like(q), decode.serving(32, 8, size, q.dtype, 0)
-    decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5)
+    out, forms = torch.zeros_like(q), decode.serving(32, 8, size, q.dtype, 0, bool(more))
+    decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, **more)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # clusters, where the device has them
-        decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, form=forms[0])
+        decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, form=forms[0], **more)
     for _ in range(3):
         lengths.copy_(torch.randint(0, most, (number,)))
         lengths[0] = 0
@@ -68,29 +79,32 @@ def test_rows_of_any_batch_through_a_graph(page):
         assert (out[0] == 0).all() and (out[-1] == 7).all()
         for form in forms:
             again = torch.full_like(q, 7)
-            decode.attend(q, k, v, again, starts, lengths, pages, size**-0.5, form=form)
+            decode.attend(q, k, v, again, starts, lengths, pages, size**-0.5, form=form, **more)
             assert torch.equal(again, out), form
         for i in range(1, number - 1):
             alone = torch.empty_like(q[:1])
             one = torch.tensor([0, 1], device="cuda", dtype=torch.int32)
-            decode.attend(q[i : i + 1], k, v, alone, one, lengths[i : i + 1], pages[i : i + 1], size**-0.5)
+            own = q[i : i + 1], k, v, alone, one, lengths[i : i + 1], pages[i : i + 1]
+            decode.attend(*own, size**-0.5, **more)
             assert torch.equal(alone[0], out[i]), (i, int(lengths[i]))
 
 
+@CACHES
 @pytest.mark.parametrize("size, number", [(64, 4), (128, 2), (256, 1)])
-def test_long_requests_while_memory_is_busy(size, number):
+def test_long_requests_while_memory_is_busy(size, number, held):
     """While memory is busy, messages between the blocks of a cluster overtake copies. The bits must not change."""
     from bi_patch.kernels.cuda import decode
 
     torch.manual_seed(size)
     page, blocks = 16, 2000
-    q, k, v, starts, pages = requests(number, size, page, blocks)
+    q, k, v, starts, pages = requests(number, size, page, blocks, held)
+    more = scales_of(held)
     lengths = torch.full((number,), page * blocks, device="cuda", dtype=torch.int32)
     want = torch.empty_like(q)
-    forms = decode.serving(32, 8, size, q.dtype, 0)
-    decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, form=forms[-1])
+    forms = decode.serving(32, 8, size, q.dtype, 0, bool(more))
+    decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, form=forms[-1], **more)
     for form in forms:
         outs = [torch.empty_like(q) for _ in range(100)]
         for out in outs:
-            decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, form=form)
+            decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, form=form, **more)
         assert sum(not torch.equal(out, want) for out in outs) == 0, form
