@@ -25,7 +25,8 @@
 // PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
 //
 // Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS, CARRIERS,
-// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile.
+// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile; DIRECT (0, 1):
+// whether scorers convert K on its way to the products, instead of in shared memory.
 // Limits: sm_80 or later, clusters sm_90 or later, EIGHTHS sm_89 or later; at most 16 query heads per key head; pages of
 // a power of two of tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
@@ -50,15 +51,16 @@ static_assert(RING > 1);
 constexpr int TEAMS = CARRIERS / SHARES, SHARE = GROUPS / SHARES;  // teams of carriers; groups of a carrier's share
 constexpr int FILLS = SHARES + 1;  // arrivals that fill a slot: of the carriers of V, and 1 of the weights
 static_assert(CARRIERS % SHARES == 0 && GROUPS % SHARES == 0);
+constexpr int KEY_BYTES = DIRECT ? TILE * HEAD : TILE * HEAD * 2;  // of a scorer's tile of K
 #else
-constexpr int TEAMS = CARRIERS;
+constexpr int TEAMS = CARRIERS, KEY_BYTES = TILE * KEY_PIECES * 16;
 constexpr int FILLS = 33;  // 32 lanes that copy V, and 1 for the weights
 #endif
 static_assert(RING % TEAMS == 0);  // each slot has one team of carriers, which waits for the slot's phases in turn
 
 // One scorer's shared memory.
 struct alignas(128) Scorer {
-  unsigned char keys[TILE * KEY_PIECES * 16];
+  unsigned char keys[KEY_BYTES];
   float peaks[ROWS], sums[ROWS][4];  // running maxima and partial sums after the previous tile
   i64 peaked, summed, cleared;       // mbarriers: peaks written; sums written; slot free in every block
 };
@@ -99,12 +101,42 @@ DEVICE u32 hidden_zero(const Work& work) { return work.group >> 16; }
 
 // Copies the keys of tile i.
 DEVICE void copy_keys(const Cache& cache, int i, i64 located, unsigned char* to) {
-#if EIGHTHS
+#if EIGHTHS && DIRECT
+  copy_tile<KEY_PIECES / 2>(cache, cache.k, i, located, 0, to);
+#elif EIGHTHS
   copy_eighths<KEY_PIECES, GROUPS>(cache, cache.k, i, 0, located, 0, to);
 #else
   copy_tile<KEY_PIECES>(cache, cache.k, i, located, 0, to);
 #endif
 }
+
+#if EIGHTHS && DIRECT
+// The scores of a tile whose keys are e4m3. A lane's four bytes of a key stand for elements 4 t to 4 t + 3 of a step,
+// where the instruction takes elements 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. So the 16 products of a step are added in
+// another sequence; on Hopper, the instruction adds all 16 at once. The queries lie alike.
+template <bool scaled>
+DEVICE void multiply_keys(float (&s)[2 * STEPS][4], const u32 (&queries)[HEAD / 16][4], const unsigned char* keys,
+                          float scale) {
+  constexpr int RAW = KEY_PIECES / 2, ALL = HEAD / 32 * STEPS;  // pieces of a row; loads of 16 keys and two steps
+  const int lane = thread() % 32, row = lane / 8 % 2 * 8 + lane % 8, step = lane / 16;
+  u32 b[EARLY + 1][4];
+  const auto load_keys = [&](int n) {
+    load_matrices(b[n % (EARLY + 1)], keys + place(n % STEPS * 16 + row, RAW, n / STEPS * 2 + step));
+  };
+#pragma unroll
+  for (int n = 0; n < EARLY; ++n) load_keys(n);
+#pragma unroll
+  for (int n = 0; n < ALL; ++n) {
+    if (n + EARLY < ALL) load_keys(n + EARLY);
+    const u32(&words)[4] = b[n % (EARLY + 1)];
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {  // eight keys of a step
+      const u32 low = round_eighths<scaled>(words[part], scale), high = round_eighths<scaled>(words[part] >> 16, scale);
+      multiply_add(s[n % STEPS * 2 + part % 2], queries[n / STEPS * 2 + part / 2], low, high);
+    }
+  }
+}
+#endif
 
 // Scorer `warp` of the block: scores every RING-th tile, all of which use one slot.
 DEVICE void score(const Work& work, const Cache& cache, int warp) {
@@ -127,7 +159,11 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   for (int i = 0; i < HEAD / 16; ++i) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
+#if EIGHTHS && DIRECT
+      const int row = g + 8 * (part & 1), d = 16 * i + 2 * (part >> 1) + 4 * t;
+#else
       const int row = g + 8 * (part & 1), d = 16 * i + 8 * (part >> 1) + 2 * t;
+#endif
       const bool there = (part & 1) < HALVES && row < work.group;
       queries[i][part] = there ? *reinterpret_cast<const u32*>(work.q + row * work.q_head + d) : zero;
     }
@@ -143,12 +179,16 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     }
     wait_groups<0>();  // K has arrived
     together();
-#if EIGHTHS
+#if EIGHTHS && !DIRECT
     widen_rows<KEY_PIECES, TILE>(own.keys, 0, work.k_scale);
     together();
 #endif
 
     float s[2 * STEPS][4] = {};
+#if EIGHTHS && DIRECT
+    if (work.k_scale == 1.f) multiply_keys<false>(s, queries, own.keys, work.k_scale);
+    else multiply_keys<true>(s, queries, own.keys, work.k_scale);
+#else
     u32 b[EARLY + 1][4];  // loads take longer than the products between them
     const auto load_keys = [&](int n) {
       const int d = n / STEPS, pair = n % STEPS;
@@ -163,6 +203,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       multiply_add(s[n % STEPS * 2], queries[n / STEPS], keys[0], keys[1]);
       multiply_add(s[n % STEPS * 2 + 1], queries[n / STEPS], keys[2], keys[3]);
     }
+#endif
     together();
     if (i + RING < work.tiles) {
       copy_keys(cache, i + RING, locate(cache, i + RING, RING, next_page), own.keys);

@@ -54,7 +54,8 @@ class Form(NamedTuple):
 
     group: query heads per key head. parts: blocks of a cluster. scorers, summers, carriers: warps of a block that
     score, sum V and copy V. apart: the summers, at most two, have a quarter of the multiprocessor alone. shares: 0 for
-    a 16-bit cache; for an e4m3 cache, the carriers that share a tile.
+    a 16-bit cache; for an e4m3 cache, the carriers that share a tile. direct: of an e4m3 cache, whether K is converted
+    on its way to the products, not in shared memory.
     """
 
     head_size: int
@@ -65,6 +66,7 @@ class Form(NamedTuple):
     carriers: int
     apart: bool = False
     shares: int = 0
+    direct: bool = False
 
     @property
     def halves(self) -> int:
@@ -83,8 +85,8 @@ class Form(NamedTuple):
 
     def defines(self) -> dict[str, int]:
         """The preprocessor macros of decode.cu."""
-        eighths = {"EIGHTHS": 1, "SHARES": self.shares} if self.shares else {"EIGHTHS": 0}
-        return eighths | {
+        own = {"EIGHTHS": 1, "SHARES": self.shares, "DIRECT": int(self.direct)} if self.shares else {"EIGHTHS": 0}
+        return own | {
             "HEAD": self.head_size,
             "TILE": self.tile,
             "PARTS": self.parts,
@@ -103,7 +105,7 @@ class Form(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: a scorer's tile of K and its slot in every block; at the end, 128 bytes."""
-        keys = self.tile * 2 * self.head_size + 5 * GROUP * 4 + 3 * 8
+        keys = self.tile * (1 if self.direct else 2) * self.head_size + 5 * GROUP * 4 + 3 * 8
         loads = -(-self.tile // (32 // self.halves))
         slot = self.tile * 2 * self.columns + loads * 512 + GROUP * 4 + 2 * 8
         return self.scorers * (-(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)) + 128
@@ -119,6 +121,7 @@ class Choice(NamedTuple):
     carriers: int
     apart: bool = False
     shares: int = 0
+    direct: bool = False
 
 
 # By a GPU's measurements (docs/log/hopper.md): head size -> eights of query rows -> forms for Hopper and later.
