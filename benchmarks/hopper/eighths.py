@@ -25,12 +25,24 @@ CASES = {"128": (32, 8, 128), "64": (32, 8, 64), "256": (16, 2, 256)}  # heads, 
 LOADS = ((1, 576), (8, 1088), (64, 576), (256, 1088), (2, 32000))
 PROMPTS = (((8192, 0),), ((512, 0),) * 16, ((2048, 30000),))  # new and cached tokens of each request of a step
 PAGE, CALLS, MOST = 16, 12, 33000
-# Forms to choose from, besides those that serve: parts, scorers, summers, carriers, apart, shares.
+# Forms to choose from, besides those that serve: parts, scorers, summers, carriers, apart, shares, direct.
 MORE = {
-    "128": ((1, 3, 4, 4, False, 4), (1, 3, 4, 1, False, 1), (1, 3, 2, 3, False, 1), (1, 3, 4, 2, False, 2))
-    + ((2, 3, 2, 2, False, 1), (4, 3, 2, 4, False, 1), (8, 2, 1, 2, True, 1)),
-    "64": ((1, 6, 2, 2, False, 1), (1, 6, 4, 1, False, 1), (1, 5, 2, 1, False, 1), (2, 4, 2, 4, False, 1)),
-    "256": ((1, 2, 4, 5, False, 5), (1, 2, 4, 1, False, 1), (2, 2, 4, 4, False, 1), (4, 2, 2, 2, False, 1)),
+    "128": (
+        *((1, 3, 4, 4, False, 4), (1, 3, 4, 1, False, 1), (1, 3, 2, 3, False, 1), (1, 3, 4, 2, False, 2)),
+        *((2, 3, 2, 2, False, 1), (4, 3, 2, 4, False, 1), (8, 2, 1, 2, True, 1)),
+        *((1, 4, 2, 2, False, 2, True), (1, 4, 2, 1, False, 1, True), (1, 3, 4, 1, False, 1, True)),
+        *((2, 3, 2, 2, False, 1, True), (4, 3, 2, 2, False, 1, True), (8, 2, 1, 4, True, 1, True)),
+    ),
+    "64": (
+        *((1, 6, 2, 2, False, 1), (1, 6, 4, 1, False, 1), (1, 5, 2, 1, False, 1), (2, 4, 2, 4, False, 1)),
+        *((1, 6, 4, 2, False, 1, True), (1, 6, 2, 2, False, 1, True), (2, 4, 2, 2, False, 1, True)),
+        (4, 3, 1, 3, True, 1, True),
+    ),
+    "256": (
+        *((1, 2, 4, 5, False, 5), (1, 2, 4, 1, False, 1), (2, 2, 4, 4, False, 1), (4, 2, 2, 2, False, 1)),
+        *((1, 3, 2, 3, False, 1, True), (1, 2, 4, 2, False, 1, True), (2, 2, 4, 2, False, 1, True)),
+        *((4, 2, 2, 4, False, 1, True), (8, 2, 1, 4, True, 1, True)),
+    ),
 }
 
 
@@ -63,6 +75,7 @@ def compile_ahead() -> None:
 
 
 def compare(case, keep) -> None:
+    """The certificate of the forms that serve, then each other form by itself."""
     import tempfile
 
     import torch
@@ -72,23 +85,21 @@ def compare(case, keep) -> None:
     from bi_patch.seams.cuda import eighths as route
 
     problem = attention.Problem(*CASES[case], torch.bfloat16, torch.float8_e4m3fn)
-    served, tried = decode.serving, []
-
-    def serving(*given):
-        """All forms whose clusters run."""
-        tried[:] = [
-            form
-            for form in forms(case)
-            if form.parts == 1 or decode.kernel(form, torch.bfloat16, 0).clusters(form.parts)
-        ]
-        return tried
-
-    decode.serving = serving
+    served = decode.serving
     with tempfile.TemporaryDirectory() as folder:
         made = attention.certify(problem, route.prefill, "benchmark", Path(folder))
-    decode.serving = served
     found = made.evidence
-    keep(case=case, forms=len(tried), compared=found.compared, differing=found.differing, first=str(found.first)[:200])
+    serving = [*served(*problem[:4], 0, True)]
+    keep(case=case, forms=len(serving), compared=found.compared, differing=found.differing, first=found.first[:200])
+    try:
+        for form in forms(case):
+            if form in serving or (form.parts > 1 and not decode.kernel(form, problem.dtype, 0).clusters(form.parts)):
+                continue
+            decode.serving = lambda *_: [form]  # noqa: B023
+            found = attention._certify(problem, route.prefill, made.key).evidence
+            keep(case=case, form=tuple(form)[2:], differing=found.differing, first=found.first[:120])
+    finally:
+        decode.serving = served
 
 
 def mixed(case, keep) -> None:
