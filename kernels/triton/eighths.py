@@ -64,11 +64,12 @@ def widen(k, v, scales, table, lengths, owners, bases, keys, values) -> None:
     lengths [requests], int32: tokens. owners, bases: int32, see above.
     """
     size, heads, head = k.shape[1:]
-    _widen[len(owners), heads, PAGE // _TOKENS](
+    tokens = min(PAGE, _TOKENS)
+    _widen[len(owners), heads, PAGE // tokens](
         *(k, v, keys, values, table, lengths, owners, bases, *scales, table.stride(0)),
         *(*k.stride()[:3], scales[0].stride(0), heads),
         SIZE=size,
         PAGE=PAGE,
-        TOKENS=_TOKENS,
+        TOKENS=tokens,
         HEAD=head,
     )

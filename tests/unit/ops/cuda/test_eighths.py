@@ -177,6 +177,9 @@ def test_runs_fill_the_scratch_and_groups_of_heads_serve_what_is_longer():
 
 
 def test_the_scratch_has_room_for_the_longest_request_and_is_bounded():
+    from bi_patch.kernels.triton import eighths as copies
+
+    assert copies.PAGE == eighths.PAGE
     page = 2 * eighths.PAGE * 128 * 2
     assert eighths.bytes_of(8, 128, 40960, 8192) == 384 * 8 * page
     assert eighths.bytes_of(8, 128, 65536, 8192) == eighths.MOST_BYTES < 576 * 8 * page
