@@ -114,10 +114,7 @@ def attend(flash, plain: bool, **given):
     from bi_patch.ops.cuda import attention
 
     q, k = given["q"], given["k"]
-    problem = attention.Problem(q.shape[1], k.shape[2], q.shape[2], q.dtype, k.dtype)
-    if not plain or not attention.serves(problem):
-        what = "its certificate failed" if plain else "the call asks for more than plain causal attention"
-        raise UnsupportedFeature(f"attention.cuda_decode: the bundled kernel does not serve {problem}: {what}. {_CURE}")
+    _require(attention.Problem(q.shape[1], k.shape[2], q.shape[2], q.dtype, k.dtype), plain)
     scales = given["k_descale"][0], given["v_descale"][0]
     if given["max_seqlen_q"] == 1:
         rest = given["cu_seqlens_q"], given["seqused_k"], given["block_table"]
@@ -133,6 +130,15 @@ def attend(flash, plain: bool, **given):
     if step.singles is not None:
         _decode_singles(given, step.singles, scales)
     return given["out"]
+
+
+def _require(problem, plain: bool = True) -> None:
+    from bi_patch.ops.cuda import attention
+
+    if plain and attention.serves(problem):
+        return
+    what = "its certificate failed" if plain else "the call asks for more than plain causal attention"
+    raise UnsupportedFeature(f"attention.cuda_decode: the bundled kernel does not serve {problem}: {what}. {_CURE}")
 
 
 def _captures() -> bool:
@@ -228,6 +234,17 @@ def reserve(config) -> None:
         return
     longest, most = config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens
     eighths.reserve(max(eighths.bytes_of(x.num_kv_heads, x.head_size, longest, most) for x in found))
+
+
+def require(config) -> None:
+    """Raise UnsupportedFeature unless the bundled kernel is certified for each such layer: nothing else serves it."""
+    import torch
+
+    from bi_patch.ops.cuda.attention import Problem
+
+    for layer in layers(config):
+        sizes = layer.num_heads, layer.num_kv_heads, layer.head_size
+        _require(Problem(*sizes, layer.dtype, torch.float8_e4m3fn))
 
 
 def layers(config):

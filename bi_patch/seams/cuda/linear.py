@@ -95,7 +95,7 @@ def _load(original):
         with set_current_vllm_config(config):  # attention asks for the layout of the KV cache
 
             def make():
-                return certify.certify(
+                made = certify.certify(
                     [
                         *(*_problems(model, config), *scaled.problems(model)),
                         *(*packed_linear.problems(model), *products.problems(model)),
@@ -110,6 +110,8 @@ def _load(original):
                     ahead=ahead,
                     others=ranks.others(config),
                 )
+                eighths.require(config)
+                return made
 
             ranks.alike("linear.cuda_certify", config, make)
             vision.certify(model, config)

@@ -486,8 +486,15 @@ def test_layers_with_an_fp8_kv_cache_are_compared_with_the_copys_prefill(monkeyp
     monkeypatch.setattr(ops, "reserve", made.append)
     eighths.reserve(config)
     assert made == [ops.bytes_of(8, 128, 1 << 20, 8192)]
+    problem = attention.Problem(32, 8, 128, torch.bfloat16, torch.float8_e4m3fn)
+    monkeypatch.setitem(attention._certified, problem, True)
+    eighths.require(config)
+    monkeypatch.setitem(attention._certified, problem, False)
+    with pytest.raises(UnsupportedFeature, match="its certificate failed.* --attention-backend TRITON_ATTN"):
+        eighths.require(config)
     layer.kv_cache_dtype = "auto"
     eighths.reserve(config)
+    eighths.require(config)
     assert len(made) == 1
 
 
