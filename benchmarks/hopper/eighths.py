@@ -28,20 +28,21 @@ PAGE, CALLS, MOST = 16, 12, 33000
 # Forms to choose from, besides those that serve: parts, scorers, summers, carriers, apart, shares, direct.
 MORE = {
     "128": (
-        *((1, 3, 4, 4, False, 4), (1, 3, 4, 1, False, 1), (1, 3, 2, 3, False, 1), (1, 3, 4, 2, False, 2)),
-        *((2, 3, 2, 2, False, 1), (4, 3, 2, 4, False, 1), (8, 2, 1, 2, True, 1)),
-        *((1, 4, 2, 2, False, 2, True), (1, 4, 2, 1, False, 1, True), (1, 3, 4, 1, False, 1, True)),
-        *((2, 3, 2, 2, False, 1, True), (4, 3, 2, 2, False, 1, True), (8, 2, 1, 4, True, 1, True)),
+        *((1, 3, 2, 2, False, 2, 1), (1, 4, 2, 1, False, 1, 1), (1, 3, 4, 1, False, 1, 1), (1, 4, 2, 2, False, 1, 1)),
+        *((2, 3, 2, 2, False, 1, 1), (4, 3, 2, 4, False, 1, 1), (8, 2, 1, 2, True, 1, 1)),
+        *((1, 3, 2, 2, False, 2, 0), (1, 3, 4, 4, False, 4, 0), (1, 3, 4, 1, False, 1, 0), (2, 3, 2, 3, False, 1, 0)),
+        *((4, 3, 2, 2, False, 1, 0), (8, 2, 1, 4, True, 1, 0)),
+        *((1, 4, 2, 2, False, 2, 2), (2, 3, 2, 2, False, 1, 2), (4, 3, 2, 2, False, 1, 2), (8, 2, 1, 4, True, 1, 2)),
     ),
     "64": (
-        *((1, 6, 2, 2, False, 1), (1, 6, 4, 1, False, 1), (1, 5, 2, 1, False, 1), (2, 4, 2, 4, False, 1)),
-        *((1, 6, 4, 2, False, 1, True), (1, 6, 2, 2, False, 1, True), (2, 4, 2, 2, False, 1, True)),
-        (4, 3, 1, 3, True, 1, True),
+        *((1, 6, 2, 2, False, 1, 1), (1, 6, 4, 1, False, 1, 1), (1, 5, 2, 1, False, 1, 1), (2, 4, 2, 4, False, 1, 1)),
+        *((1, 6, 4, 2, False, 1, 0), (2, 4, 2, 2, False, 1, 0), (4, 3, 1, 3, True, 1, 0)),
+        *((1, 6, 4, 2, False, 1, 2), (2, 4, 2, 2, False, 1, 2), (4, 3, 1, 3, True, 1, 2)),
     ),
     "256": (
-        *((1, 2, 4, 5, False, 5), (1, 2, 4, 1, False, 1), (2, 2, 4, 4, False, 1), (4, 2, 2, 2, False, 1)),
-        *((1, 3, 2, 3, False, 1, True), (1, 2, 4, 2, False, 1, True), (2, 2, 4, 2, False, 1, True)),
-        *((4, 2, 2, 4, False, 1, True), (8, 2, 1, 4, True, 1, True)),
+        *((1, 2, 4, 2, False, 1, 1), (1, 3, 4, 1, False, 1, 1), (2, 2, 4, 4, False, 1, 1), (4, 2, 2, 2, False, 1, 1)),
+        *((1, 2, 4, 2, False, 1, 0), (1, 2, 4, 5, False, 5, 0), (2, 2, 4, 2, False, 1, 0), (8, 2, 1, 4, True, 1, 0)),
+        *((1, 3, 2, 3, False, 1, 2), (2, 2, 4, 2, False, 1, 2), (4, 2, 2, 4, False, 1, 2), (8, 2, 1, 4, True, 1, 2)),
     ),
 }
 

@@ -25,8 +25,8 @@
 // PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
 //
 // Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS, CARRIERS,
-// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile; DIRECT (0, 1):
-// whether scorers convert K on its way to the products, instead of in shared memory.
+// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile; DIRECT (0, 1, 2):
+// 0 if scorers convert K in shared memory, else how they convert K on its way to the products (multiply_keys).
 // Limits: sm_80 or later, clusters sm_90 or later, EIGHTHS sm_89 or later; at most 16 query heads per key head; pages of
 // a power of two of tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
@@ -111,12 +111,43 @@ DEVICE void copy_keys(const Cache& cache, int i, i64 located, unsigned char* to)
 }
 
 #if EIGHTHS && DIRECT
-// The scores of a tile whose keys are e4m3. A lane's four bytes of a key stand for elements 4 t to 4 t + 3 of a step,
-// where the instruction takes elements 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. So the 16 products of a step are added in
-// another sequence; on Hopper, the instruction adds all 16 at once. The queries lie alike.
+// The lower two bytes of words[0] and [1], then of [2] and [3]: elements 2 t and 2 t + 1, then 2 t + 8 and 2 t + 9 of a
+// key's step, of two eights of keys, as the instruction takes these elements. own: of this lane's first key, step 0. The
+// key 8 further is a constant away; other steps differ by an exclusive or.
+DEVICE void load_pairs(u32 (&words)[4], const unsigned char* keys, int own, int step, int pair) {
+  constexpr int RAW = KEY_PIECES / 2, TURNED = RAW < 8 ? RAW : 8;  // pieces of a row; those that change places
+  const unsigned char* const at = keys + (own ^ step % TURNED * 16) + step / TURNED * 128 + pair * 16 * RAW * 16;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) words[n] = load_pair(at + n / 2 * 8 * RAW * 16 + n % 2 * 8);
+}
+
+// The scores of a tile whose keys are e4m3.
+//   DIRECT 1: a lane loads two bytes at a time, which are what the instruction takes.
+//   DIRECT 2: ldmatrix gives a lane four bytes of a key: elements 4 t to 4 t + 3 of a step, where the instruction takes
+//   elements 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. So the 16 products of a step are added in another sequence; on Hopper, the
+//   instruction adds all 16 at once. The queries lie alike.
 template <bool scaled>
 DEVICE void multiply_keys(float (&s)[2 * STEPS][4], const u32 (&queries)[HEAD / 16][4], const unsigned char* keys,
                           float scale) {
+#if DIRECT == 1
+  constexpr int AHEAD = 3, ALL = HEAD / 16 * STEPS;  // loads of 16 keys and a step
+  const int own = keep(place(thread() % 32 / 4, KEY_PIECES / 2, 0) + thread() % 4 * 2);
+  u32 b[AHEAD + 1][4];
+#pragma unroll
+  for (int n = 0; n < AHEAD; ++n) load_pairs(b[n], keys, own, n / STEPS, n % STEPS);
+#pragma unroll
+  for (int n = 0; n < ALL; ++n) {
+    const int next = n + AHEAD;
+    if (next < ALL) load_pairs(b[next % (AHEAD + 1)], keys, own, next / STEPS, next % STEPS);
+    const u32(&words)[4] = b[n % (AHEAD + 1)];
+#pragma unroll
+    for (int eight = 0; eight < 2; ++eight) {
+      const u32 low = round_eighths<scaled>(words[eight * 2], scale);
+      const u32 high = round_eighths<scaled>(words[eight * 2 + 1], scale);
+      multiply_add(s[n % STEPS * 2 + eight], queries[n / STEPS], low, high);
+    }
+  }
+#else
   constexpr int RAW = KEY_PIECES / 2, ALL = HEAD / 32 * STEPS;  // pieces of a row; loads of 16 keys and two steps
   const int lane = thread() % 32, row = lane / 8 % 2 * 8 + lane % 8, step = lane / 16;
   u32 b[EARLY + 1][4];
@@ -135,6 +166,7 @@ DEVICE void multiply_keys(float (&s)[2 * STEPS][4], const u32 (&queries)[HEAD / 
       multiply_add(s[n % STEPS * 2 + part % 2], queries[n / STEPS * 2 + part / 2], low, high);
     }
   }
+#endif
 }
 #endif
 
@@ -159,7 +191,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   for (int i = 0; i < HEAD / 16; ++i) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-#if EIGHTHS && DIRECT
+#if EIGHTHS && DIRECT == 2
       const int row = g + 8 * (part & 1), d = 16 * i + 2 * (part >> 1) + 4 * t;
 #else
       const int row = g + 8 * (part & 1), d = 16 * i + 8 * (part >> 1) + 2 * t;

@@ -54,8 +54,8 @@ class Form(NamedTuple):
 
     group: query heads per key head. parts: blocks of a cluster. scorers, summers, carriers: warps of a block that
     score, sum V and copy V. apart: the summers, at most two, have a quarter of the multiprocessor alone. shares: 0 for
-    a 16-bit cache; for an e4m3 cache, the carriers that share a tile. direct: of an e4m3 cache, whether K is converted
-    on its way to the products, not in shared memory.
+    a 16-bit cache; for an e4m3 cache, the carriers that share a tile. direct: of an e4m3 cache, 0 if K is
+    converted in shared memory, else how K is converted on its way to the products.
     """
 
     head_size: int
@@ -66,7 +66,7 @@ class Form(NamedTuple):
     carriers: int
     apart: bool = False
     shares: int = 0
-    direct: bool = False
+    direct: int = 0
 
     @property
     def halves(self) -> int:
@@ -85,7 +85,7 @@ class Form(NamedTuple):
 
     def defines(self) -> dict[str, int]:
         """The preprocessor macros of decode.cu."""
-        own = {"EIGHTHS": 1, "SHARES": self.shares, "DIRECT": int(self.direct)} if self.shares else {"EIGHTHS": 0}
+        own = {"EIGHTHS": 1, "SHARES": self.shares, "DIRECT": self.direct} if self.shares else {"EIGHTHS": 0}
         return own | {
             "HEAD": self.head_size,
             "TILE": self.tile,
@@ -121,7 +121,7 @@ class Choice(NamedTuple):
     carriers: int
     apart: bool = False
     shares: int = 0
-    direct: bool = False
+    direct: int = 0
 
 
 # By a GPU's measurements (docs/log/hopper.md): head size -> eights of query rows -> forms for Hopper and later.
@@ -137,27 +137,27 @@ _FORMS: dict[int, dict[int, tuple[Choice, ...]]] = {
     },
 }
 
-# The same for an e4m3 cache, not measured: the forms above, with as many carriers as conversion takes, and with few
-# enough warps (8, but 12 of heads of 64) that registers suffice.
+# The same for an e4m3 cache, not measured: the forms above, with as many carriers as conversion takes, and with as many
+# scorers as K's bytes leave room for. None spills registers.
 _EIGHTHS: dict[int, dict[int, tuple[Choice, ...]]] = {
     64: {
-        n: (Choice(0, 4, 3, 1, 3, True, 1), Choice(0, 2, 4, 2, 2, False, 1), Choice(0, 1, 6, 4, 2, False, 1))
+        n: (Choice(0, 4, 3, 1, 3, True, 1, 1), Choice(0, 2, 4, 2, 2, False, 1, 1), Choice(0, 1, 6, 4, 2, False, 1, 1))
         for n in (1, 2)
     },
     128: {
         1: (
-            *(Choice(8192, 8, 2, 1, 4, True, 1), Choice(0, 4, 3, 2, 2, False, 1)),
-            *(Choice(0, 2, 3, 2, 3, False, 1), Choice(0, 1, 3, 2, 2, False, 2)),
+            *(Choice(8192, 8, 2, 1, 4, True, 1, 1), Choice(0, 4, 3, 2, 2, False, 1, 1)),
+            *(Choice(0, 2, 3, 2, 3, False, 1, 1), Choice(0, 1, 4, 2, 2, False, 2, 1)),
         ),
         2: (
-            *(Choice(4096, 8, 2, 1, 4, True, 1), Choice(0, 4, 2, 2, 2, False, 1)),
-            *(Choice(0, 2, 3, 2, 2, True, 1), Choice(0, 1, 3, 2, 2, False, 2)),
+            *(Choice(4096, 8, 2, 1, 4, True, 1, 1), Choice(0, 4, 2, 2, 2, False, 1, 1)),
+            *(Choice(0, 2, 3, 2, 2, True, 1, 1), Choice(0, 1, 4, 2, 2, False, 2, 1)),
         ),
     },
     256: {
         n: (
-            *(Choice(1024, 8, 2, 1, 4, True, 1), Choice(0, 4, 2, 2, 4, False, 1)),
-            *(Choice(0, 2, 2, 4, 2, False, 1), Choice(0, 1, 2, 4, 2, False, 1)),
+            *(Choice(1024, 8, 2, 1, 4, True, 1, 1), Choice(0, 4, 2, 2, 4, False, 1, 1)),
+            *(Choice(0, 2, 2, 4, 2, False, 1, 1), Choice(0, 1, 3, 2, 3, False, 1, 1)),
         )
         for n in (1, 2)
     },

@@ -163,6 +163,17 @@ DEVICE int keep(int x) {
 
 DEVICE u32 address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
 
+#if EIGHTHS
+// Two bytes of shared memory, in the lower half of a word. Stays where it is among loads of matrices and products.
+DEVICE u32 load_pair(const void* at) {
+  u32 pair;
+  asm volatile("{\n\t.reg .b16 held;\n\tld.shared.b16 held, [%1];\n\tcvt.u32.u16 %0, held;\n\t}"
+               : "=r"(pair)
+               : "r"(address(at)));
+  return pair;
+}
+#endif
+
 // mbarriers in shared memory. A phase ends after `count` arrivals and after all bytes that `expect` announced. `wait`
 // returns when the phase of the given parity has ended; the waiting thread then sees what the arriving threads wrote.
 DEVICE void open(i64* mbar, int count) {

@@ -248,6 +248,12 @@ DEVICE void widen_eighths(u32 pair, float& low, float& high) {
   high = widen_eighth(pair >> 8 & 255);
 }
 
+DEVICE u32 load_pair(const void* at) {
+  u16 pair;
+  memcpy(&pair, at, 2);
+  return pair;
+}
+
 DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 
 DEVICE u32 masked_or(u32 x, u32 mask, u32 set) { return (x & mask) | set; }
