@@ -2,11 +2,11 @@
 
     PYTHONPATH=. python3 benchmarks/hopper/eighths.py OUT.json [--only bits|times|forms|prompts] [--seconds 60]
 
-Bits: the certificate (the decode kernel in every form that serves, and the forms that "forms" times, against
-FlashAttention 3 over a 16-bit copy), and the rows of one mixed step, in a large and in a small scratch, against the
-same rows in one piece. Times: microseconds of a layer's decode in captured graphs, by the e4m3 form, by the 16-bit
-form, and by FlashAttention 3 as stock calls it; forms: of every form; prompts: of the copy, of the copy with
-FlashAttention 3, and of FlashAttention 3 over e4m3 and over 16-bit pages.
+Bits: the certificate (the decode kernel in every form that serves against FlashAttention 3 over a 16-bit copy), and the
+rows of one mixed step, in a large and in a small scratch, against the same rows in one piece. Times: microseconds of a
+layer's decode in captured graphs, by the e4m3 form, by the 16-bit form, and by FlashAttention 3 as stock calls it.
+Prompts: of the copy, of the copy with FlashAttention 3, and of FlashAttention 3 over e4m3 and over 16-bit pages. Forms:
+bits and times of other forms.
 """
 
 import argparse
@@ -20,6 +20,9 @@ from pathlib import Path
 import attention as calls  # sets the environment
 import stamp
 from gemm import time_calls
+
+from bi_patch.kernels.cuda import nvrtc
+from bi_patch.ops.certificates import Key
 
 CASES = {"128": (32, 8, 128), "64": (32, 8, 64), "256": (16, 2, 256)}  # heads, key heads, head size
 LOADS = ((1, 576), (8, 1088), (64, 576), (256, 1088), (2, 32000))
@@ -58,46 +61,64 @@ def forms(case):
     from bi_patch.kernels.cuda import decode
 
     heads, key_heads, size = CASES[case]
-    served = [*decode.forms_on(size, heads // key_heads, 0, True)]
-    more = [decode.Form(size, heads // key_heads, *numbers) for numbers in MORE[case]]
+    served, more = serving(case), [decode.Form(size, heads // key_heads, *numbers) for numbers in MORE[case]]
     return [*served, *(form for form in more if form not in served)]
 
 
-def compile_ahead() -> None:
+def compile_ahead(cases, more: bool) -> None:
+    """Compile the forms of these cases side by side: those that serve, or all."""
     import torch
 
     from bi_patch.kernels.cuda import decode, nvrtc
 
     arch, major = nvrtc.target(0)
+    wanted = [form for case in cases for form in forms(case)[: None if more else len(serving(case))]]
     with ThreadPoolExecutor(12) as pool:
-        list(
-            pool.map(lambda form: decode.build(form, torch.bfloat16, arch, major), (f for c in CASES for f in forms(c)))
-        )
+        list(pool.map(lambda form: decode.build(form, torch.bfloat16, arch, major), wanted))
+
+
+def serving(case):
+    """The e4m3 forms that serve."""
+    from bi_patch.kernels.cuda import decode
+
+    heads, key_heads, size = CASES[case]
+    return [*decode.forms_on(size, heads // key_heads, 0, True)]
 
 
 def compare(case, keep) -> None:
-    """The certificate of the forms that serve, then each other form by itself."""
+    """The certificate of the forms that serve."""
     import tempfile
 
+    import torch
+
+    from bi_patch.ops.cuda import attention
+    from bi_patch.seams.cuda import eighths as route
+
+    problem = attention.Problem(*CASES[case], torch.bfloat16, torch.float8_e4m3fn)
+    with tempfile.TemporaryDirectory() as folder:
+        found = attention.certify(problem, route.prefill, "benchmark", Path(folder)).evidence
+    told = {"compared": found.compared, "differing": found.differing, "first": found.first[:200]}
+    keep(case=case, forms=len(serving(case)), **told)
+
+
+def compare_each(case, keep, end) -> None:
+    """Each other form by itself."""
     import torch
 
     from bi_patch.kernels.cuda import decode
     from bi_patch.ops.cuda import attention
     from bi_patch.seams.cuda import eighths as route
 
-    problem = attention.Problem(*CASES[case], torch.bfloat16, torch.float8_e4m3fn)
-    served = decode.serving
-    with tempfile.TemporaryDirectory() as folder:
-        made = attention.certify(problem, route.prefill, "benchmark", Path(folder))
-    found = made.evidence
-    serving = [*served(*problem[:4], 0, True)]
-    keep(case=case, forms=len(serving), compared=found.compared, differing=found.differing, first=found.first[:200])
+    problem, served = attention.Problem(*CASES[case], torch.bfloat16, torch.float8_e4m3fn), decode.serving
     try:
-        for form in forms(case):
-            if form in serving or (form.parts > 1 and not decode.kernel(form, problem.dtype, 0).clusters(form.parts)):
+        for form in forms(case)[len(serving(case)) :]:
+            if time.monotonic() > end:
+                return
+            if form.parts > 1 and not decode.kernel(form, problem.dtype, 0).clusters(form.parts):
                 continue
             decode.serving = lambda *_: [form]  # noqa: B023
-            found = attention._certify(problem, route.prefill, made.key).evidence
+            key = Key("", str(problem), "", "", "")
+            found = attention._certify(problem, route.prefill, key).evidence
             keep(case=case, form=tuple(form)[2:], differing=found.differing, first=found.first[:120])
     finally:
         decode.serving = served
@@ -253,6 +274,7 @@ def main() -> None:
 
     from bi_patch.ops.cuda import eighths
 
+    nvrtc.folder = Path("/tmp/bi_patch-eighths")
     eighths.reserve(max(eighths.bytes_of(key_heads, size, MOST, 8192) for _, key_heads, size in CASES.values()))
 
     def keep(**row):
@@ -260,8 +282,7 @@ def main() -> None:
         print(row, flush=True)
         a.out.write_text(json.dumps({**stamp.head(), "rows": rows}, indent=1))
 
-    if a.only in (None, "bits", "forms"):
-        compile_ahead()
+    compile_ahead(cases, False)
     for what in ("bits", "times", "prompts", "forms"):
         for case in cases:
             if a.only not in (None, what) or time.monotonic() > end:
@@ -273,6 +294,9 @@ def main() -> None:
                 elif what == "prompts":
                     prompts(case, keep, end)
                 else:
+                    if what == "forms":
+                        compile_ahead([case], True)
+                        compare_each(case, keep, end)
                     times(case, keep, end, what == "forms")
             except Exception as error:
                 keep(case=case, what=what, error=f"{type(error).__name__}: {str(error)[:400]}")
