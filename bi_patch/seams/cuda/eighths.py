@@ -9,7 +9,6 @@ import threading
 
 from bi_patch.errors import UnsupportedFeature
 
-_CURE = "Use --attention-backend TRITON_ATTN, or set BI_PATCH=0"
 KINDS = ("fp8", "fp8_e4m3")
 _now = threading.local()  # step: how to compute the step of the running layer, or None
 
@@ -138,7 +137,10 @@ def _require(problem, plain: bool = True) -> None:
     if plain and attention.serves(problem):
         return
     what = "its certificate failed" if plain else "the call asks for more than plain causal attention"
-    raise UnsupportedFeature(f"attention.cuda_decode: the bundled kernel does not serve {problem}: {what}. {_CURE}")
+    raise UnsupportedFeature(
+        f"attention.cuda_decode: the bundled kernel does not serve {problem}: {what}. Use --attention-backend "
+        "TRITON_ATTN, or set BI_PATCH=0"
+    )
 
 
 def _captures() -> bool:
@@ -154,7 +156,7 @@ def _decode(given, q, out, starts, lengths, pages, scales):
     if not attention.attend(q, given["k"], given["v"], out, starts, lengths, pages, *more):
         raise UnsupportedFeature(
             f"attention.cuda_decode: the bundled kernel does not take queries {tuple(q.shape)} over an FP8 KV cache "
-            f"{tuple(given['k'].shape)}. {_CURE}"
+            f"{tuple(given['k'].shape)}. Use --attention-backend TRITON_ATTN, or set BI_PATCH=0"
         )
     return out
 
