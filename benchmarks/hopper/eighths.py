@@ -138,6 +138,8 @@ def mixed(case, keep) -> None:
     q, pages = torch.randn(tokens, heads, size, device="cuda", dtype=torch.bfloat16), -(-tokens // PAGE)
     k, v = held(pages, key_heads, size, torch.float8_e4m3fn)
     table = torch.randperm(pages, device="cuda").to(torch.int32)[None]
+    for x in (k, v):  # NaN past the last token
+        x.view(torch.uint8)[int(table[0, -1]), tokens % PAGE :] = 0x7F
     scales = torch.linspace(0.3, 1.7, key_heads, device="cuda"), torch.linspace(1.1, 0.2, key_heads, device="cuda")
     want = route.prefill(q, k, v, table, 0.07, scales)
     rows = torch.cat([torch.arange(first, first + new) for first, new in cuts]).cuda()
