@@ -146,8 +146,8 @@ _EIGHTHS: dict[int, dict[int, tuple[Choice, ...]]] = {
     },
     128: {
         1: (
-            *(Choice(8192, 8, 2, 1, 4, True, 1, 1), Choice(0, 4, 3, 2, 2, False, 1, 1)),
-            *(Choice(0, 2, 3, 2, 3, False, 1, 1), Choice(0, 1, 4, 2, 2, False, 2, 1)),
+            *(Choice(8192, 8, 3, 1, 4, True, 1, 2), Choice(0, 4, 3, 2, 2, False, 1, 2)),
+            *(Choice(0, 2, 4, 2, 2, False, 1, 1), Choice(0, 1, 4, 2, 4, False, 2, 1)),
         ),
         2: (
             *(Choice(4096, 8, 2, 1, 4, True, 1, 1), Choice(0, 4, 2, 2, 2, False, 1, 1)),
