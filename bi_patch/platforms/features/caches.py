@@ -81,8 +81,8 @@ CACHES: tuple[Feature, ...] = (
         | {
             "cuda": (
                 served(
-                    "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
-                    why="two layers of Qwen3-8B's sizes, compiled and in eager mode; Triton attention",
+                    "invariance-2026-11-30-h200-eighths-vllm-0.33.0.json",
+                    why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
                     releases=">=0.33",
                 ),
                 refused("bi_patch has no certificate for its attention", todo="Use --kv-cache-dtype auto"),

@@ -364,7 +364,7 @@ PAIRS: tuple[Feature, ...] = (
         cpu=_REFUSED,
         cuda=(
             served(
-                "invariance-2026-11-29-h200-quantized-vllm-0.33.0-3.json",
+                "invariance-2026-11-30-h200-eighths-vllm-0.33.0.json",
                 why="two layers of Qwen3-8B's sizes, in eager mode; the checkpoint asks for the cache",
                 releases=">=0.33",
             ),
@@ -378,7 +378,7 @@ PAIRS: tuple[Feature, ...] = (
         cpu=_REFUSED,
         cuda=(
             served(
-                "invariance-2026-11-29-h200-quantized-vllm-0.33.0-5.json",
+                "invariance-2026-11-30-h200-eighths-vllm-0.33.0.json",
                 why="two layers of Qwen3-8B's sizes, in eager mode; scales of 1",
                 releases=">=0.33",
             ),
