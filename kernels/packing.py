@@ -16,6 +16,7 @@ before the bias is added. Their 4 bytes for each instruction are four registers'
 takes few instructions to unpack (`_PLACES`). A scale is the byte whose bits are those of s * 2**119 in bf16 from the
 fifth exponent bit to the third of the mantissa; the bits above are ones, those below zeros. The scales of a strip and a
 block of 128 elements of K are contiguous: a row's and the eighth row's after it, for each group, for each of 8 rows.
+Of experts there is no `whole`: s is 2**7 times a power of two (e8m0 of the same standard), so w is v times the power.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ BASE = {"torch.bfloat16": 128, "torch.float16": 1024}
 # second register lies in the other 16.
 _PLACES = ((14, 7, 15), (10, 11, 3), (4, 5, 13), (0, 1, 9))
 _LEAST, _END = 2.0**-22, 2.0**9  # a scale of e2m1 is at least the first, and less than the second
+_EXPONENTS = 98, 128  # of e8m0: the least and the greatest that have a byte
+_OF_EXPONENT = 32  # floats e2m1 that share one
 
 
 class Packed(NamedTuple):
@@ -40,8 +43,8 @@ class Packed(NamedTuple):
 
     data: uint8 (4 bits) or int8 (8 bits), of N * K * bits / 8 elements for each expert. scale: [K / group, N], or
     [E, K / group, N], bf16 or fp16. zero: the zero points, of scale's shape and type, or None: of 4 bits plus BASE, of
-    8 bits less 128. bits: 4 or 8. group: elements of K. whole: of e2m1, fp32 [], by which sums are multiplied; scale is
-    uint8, and its shape says nothing of its order.
+    8 bits less 128. bits: 4 or 8. group: elements of K. whole: of e2m1 without experts, fp32 [], by which sums are
+    multiplied. Of e2m1, scale is uint8, and its shape says nothing of its order.
     """
 
     data: torch.Tensor
@@ -50,6 +53,11 @@ class Packed(NamedTuple):
     bits: int
     group: int
     whole: torch.Tensor | None = None
+
+    @property
+    def floats(self) -> bool:
+        """Whether weights are floats e2m1."""
+        return str(self.scale.dtype) == "torch.uint8"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,6 +71,11 @@ def covers(n: int, k: int, bits: int, group: int, floats: bool = False) -> bool:
     if floats:
         return n % STRIP == 0 and k % BLOCK_K == 0 and bits == 4 and group in (16, 32)
     return n % STRIP == 0 and k % BLOCK_K == 0 and bits in MIDDLE and (group in (32, 64) or group % BLOCK_K == 0)
+
+
+def covers_float_experts(n: int, k: int) -> bool:
+    """Whether `pack_float_experts` takes experts' floats e2m1 [N, K]."""
+    return k > 0 and k % _OF_EXPONENT == 0 and covers(n, -(-k // BLOCK_K) * BLOCK_K, 4, _OF_EXPONENT, True)
 
 
 def pack(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> Packed:
@@ -119,9 +132,45 @@ def pack_floats(q: torch.Tensor, scale: torch.Tensor, whole: torch.Tensor) -> Pa
     # A scale has no sign, and is not zero: both go to the group's floats.
     turned = q ^ below.to(torch.uint8).mul_(8).repeat_interleave(group, 1)
     turned *= (~zero).to(torch.uint8).repeat_interleave(group, 1)
-    parts = (bits >> 4 & 255).to(torch.uint8).view(n // STRIP, 2, 8, k // BLOCK_K, BLOCK_K // group)
-    scales = parts.permute(0, 3, 2, 4, 1).contiguous().view(k // group, n)
+    scales = _laid((bits >> 4 & 255).to(torch.uint8), group).view(k // group, n)
     return Packed(_floats(turned).view(-1), scales, None, 4, group, (whole.float() * 2.0**7).reshape(()).clone())
+
+
+def pack_float_experts(q: torch.Tensor, exponent: torch.Tensor) -> Packed:
+    """Pack experts' floats e2m1 q [E, N, K], uint8 from 0 to 15, with e8m0 [E, N, K / 32], uint8: a weight is
+    q * 2**(exponent - 127). K of what is returned is the next multiple of 128; the weights added are zeros.
+
+    The exponent of 32 zeros does not count. Raises ValueError if `covers` is false for such weights, if there is no
+    expert, or if another exponent has no byte: one from 98 to 128 has.
+    """
+    import torch
+
+    experts, n, k = q.shape
+    padded = -(-k // BLOCK_K) * BLOCK_K
+    if not experts or not covers_float_experts(n, k):
+        raise ValueError(f"cannot pack {experts} experts of {n} x {k} floats of 4 bits")
+    least, greatest = _EXPONENTS
+    zero = (q.view(experts, n, -1, _OF_EXPONENT) & 7 == 0).all(-1)
+    held = exponent.where(~zero, least)
+    if not bool(((held >= least) & (held <= greatest)).all()):
+        found = held[(held < least) | (held > greatest)]
+        raise ValueError(
+            f"an exponent of experts' floats of 4 bits is {int(found[0])}, and must be from {least} to {greatest}"
+        )
+    added = padded - k
+    q = torch.nn.functional.pad(q, (0, added))
+    held = torch.nn.functional.pad(held - least, (0, added // _OF_EXPONENT)) * 8
+    data = _floats(q.flatten(0, 1)).view(-1)
+    scales = _laid(held.flatten(0, 1), _OF_EXPONENT).view(experts, padded // _OF_EXPONENT, n)
+    return Packed(data, scales, None, 4, _OF_EXPONENT)
+
+
+def _laid(scale: torch.Tensor, group: int) -> torch.Tensor:
+    """Scales' bytes [N, K / group] in the kernels' order: by strip, block of K, row, group, and half of the rows."""
+    n, groups = scale.shape
+    each = BLOCK_K // group
+    parts = scale.view(n // STRIP, 2, STRIP // 2, groups // each, each)
+    return parts.permute(0, 3, 2, 4, 1).contiguous()
 
 
 def _parts(q: torch.Tensor) -> torch.Tensor:

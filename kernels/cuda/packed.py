@@ -67,9 +67,10 @@ class Form(NamedTuple):
         return hopper if self.wide else self.tiles == 1 or self.blocks > 1 or not hopper
 
     def defines(
-        self, groups: int, zeros: bool, dtype: str, experts: bool = False, floats: bool = False
+        self, groups: int, zeros: bool, dtype: str, experts: bool = False, floats: bool = False, tail: bool = False
     ) -> dict[str, object]:
-        """The preprocessor macros of the source. groups: of scales in 128 elements of K. dtype: of x."""
+        """The preprocessor macros of the source. groups: of scales in 128 elements of K. dtype: of x. tail: of experts,
+        whether x ends inside of the weights' last block of K."""
         one, base = _BITS[dtype]
         return {
             "PARTS": 1,
@@ -84,6 +85,7 @@ class Form(NamedTuple):
             "ZEROS": int(zeros),
             "E2M1": int(floats),
             "EXPERTS": int(experts),
+            "TAIL": int(tail),
             "LEAST": max(1, self.tiles // _FEWEST),
             "ONE": f"{one * 0x10001:#x}u",
             "BASE": f"{base * 0x10001:#x}u",
@@ -178,7 +180,15 @@ def groups(group: int) -> int:
 
 @functools.cache
 def build(
-    form: Form, groups: int, zeros: bool, dtype: str, arch: str, major: int, experts: bool = False, floats: bool = False
+    form: Form,
+    groups: int,
+    zeros: bool,
+    dtype: str,
+    arch: str,
+    major: int,
+    experts: bool = False,
+    floats: bool = False,
+    tail: bool = False,
 ) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     brain = dtype == "torch.bfloat16"
@@ -188,7 +198,7 @@ def build(
         product, file = "".join(map(multiply_wide, sorted(used))), "packed_wide.cu"
         arch += "a"  # instructions of this architecture alone
     source = nvrtc.source("primitives.h") + product + nvrtc.source("unpack.h", "rows.h", file)
-    defines = form.defines(groups, zeros, dtype, experts, floats) | {"CONTRACT": 1, "BRAIN": int(brain)}
+    defines = form.defines(groups, zeros, dtype, experts, floats, tail) | {"CONTRACT": 1, "BRAIN": int(brain)}
     return nvrtc.compile(source, arch, defines | {"INPUT": '"bf16"' if brain else '"f16"'}, major)
 
 
@@ -222,10 +232,11 @@ def _kernel(
     device: int,
     experts: bool = False,
     floats: bool = False,
+    tail: bool = False,
 ) -> nvrtc.Function:
     import torch
 
-    cubin = build(form, groups, zeros, dtype, *nvrtc.target(device), experts, floats)
+    cubin = build(form, groups, zeros, dtype, *nvrtc.target(device), experts, floats, tail)
     shared = form.shared_bytes(groups, zeros, experts, floats) if name == "product" else form.warps * 16 * _ROW_BYTES
     with torch.cuda.device(device):
         return nvrtc.Function(cubin, name, 32 * form.warps, shared)
@@ -244,9 +255,10 @@ def prepare(
     device: int,
     experts: bool = False,
     floats: bool = False,
+    tail: bool = False,
 ) -> None:
     """Compile a form, so that its first launch finds it ready. Raises nvrtc.CompileError."""
-    build(form, groups(group), zeros, str(dtype), *nvrtc.target(device), experts, floats)
+    build(form, groups(group), zeros, str(dtype), *nvrtc.target(device), experts, floats, tail)
 
 
 def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Form) -> torch.Tensor:
@@ -259,9 +271,8 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Fo
     out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
     if not rows:
         return out
-    zeros, floats = packed.zero is not None, packed.whole is not None
-    if floats and str(x.dtype) != _OF_FLOATS:
-        raise ValueError(f"packed: no exact product of floats of 4 bits and {x.dtype}")
+    zeros, floats = packed.zero is not None, packed.floats
+    _check_type(x, packed)
     form = form.whole_stages(depth)
     held = _kernel("product", form, groups(packed.group), zeros, str(x.dtype), x.device.index, False, floats)
     tensors = (x, packed.data, packed.scale, packed.zero, bias, out)
@@ -271,6 +282,11 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Fo
     grid = -(-cols // (16 * form.strips)), -(-rows // (8 * form.tiles))
     held(grid[::-1] if form.wide else grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)
     return out
+
+
+def _check_type(x: torch.Tensor, packed: Packed) -> None:
+    if packed.floats and str(x.dtype) != _OF_FLOATS:
+        raise ValueError(f"packed: no exact product of floats of 4 bits and {x.dtype}")
 
 
 def _check_rows(x: torch.Tensor) -> None:
@@ -283,7 +299,7 @@ def dequantize(packed: Packed) -> torch.Tensor:
     import torch
 
     n, k = packed.shape
-    device, floats = packed.data.device, packed.whole is not None
+    device, floats = packed.data.device, packed.floats
     out = torch.empty((n, k), dtype=torch.bfloat16 if floats else packed.scale.dtype, device=device)
     form, zeros = Form(_DEQUANTIZING_WARPS, 1, 2), packed.zero is not None
     held = _kernel("dequantize", form, groups(packed.group), zeros, str(out.dtype), device.index, False, floats)
@@ -299,9 +315,10 @@ def product_of_experts(
 ) -> None:
     """out[id] = round((x[id // each] @ w[e].T + bias[e]) * weights[id]) for each id of each expert e, in one launch.
 
-    x: [M, K], bf16 or fp16, aligned to 16 bytes, without gaps in K. packed: of experts, of x's type. bias: [E, N] of
-    x's type or None. out: [ids, N] of x's type, contiguous. A row whose expert is -1 gets zeros; a row without an entry
-    in rows.sorted_ids stays as before. The host waits for nothing, so the launch may be captured in a CUDA graph.
+    x: [M, K], bf16 or fp16, aligned to 16 bytes, without gaps in K. packed: of experts, of x's type, or floats e2m1
+    without `whole`; K may be x's up to the next multiple of 128, and what x lacks counts as zeros. bias: [E, N] of x's
+    type or None. out: [ids, N] of x's type, contiguous. A row whose expert is -1 gets zeros; a row without an entry in
+    rows.sorted_ids stays as before. The host waits for nothing, so the launch may be captured in a CUDA graph.
     """
     import torch
 
@@ -309,12 +326,17 @@ def product_of_experts(
     tiles = rows.sorted_ids.numel() // (8 * form.tiles)
     if not tiles:
         return
-    depth, cols = x.shape[1], packed.scale.shape[2]
+    cols, depth = packed.shape
+    rest = x.shape[1] - depth + BLOCK_K
+    if not 0 < rest <= BLOCK_K or rest % 8 or packed.whole is not None:
+        raise ValueError(f"packed: the kernel does not take rows of {x.shape[1]} for weights {packed.shape} of experts")
+    _check_type(x, packed)
     if out.shape != (rows.ids, cols) or not out.is_contiguous() or out.data_ptr() % 16:
         raise ValueError(f"packed: the kernel does not write {tuple(out.shape)} with strides {out.stride()}")
-    zeros = packed.zero is not None
-    form = form.whole_stages(depth)
-    held = _kernel("product", form, groups(packed.group), zeros, str(x.dtype), x.device.index, True)
+    zeros, tail = packed.zero is not None, rest < BLOCK_K
+    form = form if tail else form.whole_stages(depth)
+    given = groups(packed.group), zeros, str(x.dtype), x.device.index, True, packed.floats, tail
+    held = _kernel("product", form, *given)
     tensors = (x, packed.data, packed.scale, packed.zero, bias, out)
     sizes = (x.shape[0], cols, depth, packed.group, x.stride(0))
     arguments = [*(c_void_p(None if t is None else t.data_ptr()) for t in tensors), *map(c_int, sizes)]
@@ -323,8 +345,8 @@ def product_of_experts(
     inverse = -(-(1 << 32) // rows.each)  # the product of an id and the inverse, over 2**32, is id // each
     # The kernel counts ids in 32 bits, and places in x in parts of 16 bytes.
     if rows.ids * rows.each >= 1 << 32 or x.shape[0] * (x.stride(0) // 8) >= 1 << 31:
-        raise ValueError(f"packed: the kernel does not take {rows.ids} ids of {x.shape[0]} rows of {depth} elements")
-    arguments += [c_longlong(inverse), *map(c_int, (rows.ids, tiles, depth // packed.group))]
+        raise ValueError(f"packed: the kernel does not take {rows.ids} ids of {x.shape[0]} rows of {x.shape[1]} elements")
+    arguments += [c_longlong(inverse), *map(c_int, (rows.ids, tiles, depth // packed.group, rest))]
     span = min(tiles, _SPAN)
     grid = span, -(-cols // (16 * form.warps)), -(-tiles // span)
     held(grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)

@@ -3,14 +3,15 @@
 //
 // packing.py states how the weights lie, one expert's after the other's. WARPS: warps of a block of threads, each with 16
 // rows of w. TILES: eights of ids in a tile. STAGES of BLOCKS blocks of 128 elements of K each are in shared memory; the
-// threads wait once a stage. K has whole stages. GROUPS: groups of scales in such a block. LONG: whether a group has more than 128 elements.
-// ZEROS: whether there are zero points. INPUT: the 16-bit type. unpack.h makes floats of the integers.
+// threads wait once a stage. K has whole stages, except with TAIL (rows.h). GROUPS: groups of scales in such a block. LONG:
+// whether a group has more than 128 elements. ZEROS: whether there are zero points. INPUT: the 16-bit type. E2M1: whether
+// weights are floats. unpack.h unpacks.
 //
 // Order of one output: that of packed.cu. One fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass.
-// (q - zero) * scale is rounded once, the bias is added in fp32, the factor multiplies in fp32, and the result is rounded
+// (q - zero) * scale is rounded once, a float times its scale is exact, the bias is added in fp32, the factor multiplies in fp32, and the result is rounded
 // once. No warp shares an output with another.
 //
-// With few rows, the instructions that make floats of the integers take most of the time, so all others count.
+// With few rows, the instructions that unpack take most of the time, so all others count.
 
 #define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
 #define X_BYTES (8 * TILES * ROW)
@@ -47,10 +48,15 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
   for (int i = 0; i < PIECES(TILES); ++i) x_from[i] = x + static_cast<i64>(rows_at[i]) * 8 + part * 8;
   const unsigned char* w_from = w + (static_cast<i64>(expert) * strips + strip) * blocks * 1024 + lane * 16;
+#if E2M1
+  const int kind = lane < GROUPS ? 0 : ZEROS + 1, piece = lane, s_step = SCALE_BYTES;
+  const unsigned char* s_from = scale + (static_cast<i64>(expert) * strips + strip) * blocks * SCALE_BYTES + lane * 16;
+#else
   const int kind = lane / (2 * GROUPS), piece = lane % (2 * GROUPS);
   const i64 scales_from = (static_cast<i64>(expert) * scales + piece / 2) * cols + strip * 16 + piece % 2 * 8;
   const unsigned char* s_from = (kind ? zero : scale) + scales_from * 2;
   const i64 s_step = static_cast<i64>(GROUPS) * cols * 2;
+#endif
   unsigned char* const x_to = shared() + row * ROW + part * 16;
   unsigned char* const w_to = shared() + X_BYTES + warp * 1024 + lane * 16;
   unsigned char* const s_to =
@@ -62,9 +68,17 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b) {
         const int at = to + b * SLOT;
+#if TAIL
+        if (b >= left) break;
+        const bool inside = left - b > 1 || part * 8 < rest;
+#endif
 #pragma unroll
         for (int i = 0; i < PIECES(TILES); ++i)
+#if TAIL
+          copy_inside_16_if(x_to + at + i * (THREADS / 16) * ROW, x_from[i] + b * 128, rows_at[i] >= 0, inside);
+#else
           copy_16_if(x_to + at + i * (THREADS / 16) * ROW, x_from[i] + b * 128, rows_at[i] >= 0);
+#endif
         copy_16(w_to + at, w_from + b * 1024, true);
         copy_16(w_to + at + 512, w_from + b * 1024 + 512, true);
         copy_16_if(s_to + at, s_from, kind <= ZEROS);
@@ -93,7 +107,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     for (int i = 0; i < 4; ++i) sum[t][i] = 0;
   const unsigned char* const rows_of = shared() + lane % 8 * ROW + lane / 8 * 16;
   const unsigned char* const words = shared() + X_BYTES + warp * 1024 + lane * 16;
-  const unsigned char* const scales_of = shared() + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES + g * 2;
+  const unsigned char* const scales_of = shared() + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES;
   int now = 0;
   for (int block = 0; block < blocks; block += BLOCKS) {
     wait_groups<STAGES - 2>();
@@ -101,27 +115,42 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     load();
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
+#if TAIL
+      if (block + b >= blocks) break;
+#endif
       const int at = now + b * SLOT;
       Four four;
+#if E2M1
+      const Scales own = *reinterpret_cast<const Scales*>(scales_of + at + g * 2 * GROUPS);
+#endif
       u32 by[2], less[2];  // of this lane's two rows of w
       u32 rows_now[TILES][4];
 #pragma unroll
       for (int step = 0; step < 8; ++step) {
         if (step % 4 == 0) four = *reinterpret_cast<const Four*>(words + at + step / 4 * 512);
         if (step % (8 / GROUPS) == 0) {
-          const u16* from = reinterpret_cast<const u16*>(scales_of + at) + step * GROUPS / 8 * 16;
+#if E2M1
+#pragma unroll
+          for (int r = 0; r < 2; ++r) by[r] = scale_of(own, step * GROUPS / 8, r);
+#else
+          const u16* from = reinterpret_cast<const u16*>(scales_of + at) + step * GROUPS / 8 * 16 + g;
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             by[r] = twice(from[8 * r]);
             less[r] = minus(ZEROS ? twice(from[8 * r + SCALE_BYTES / 2]) : MIDDLE);
           }
+#endif
         }
 #pragma unroll
         for (int t = 0; t < TILES; ++t)
           if (step % 2 == 0) load_matrices(rows_now[t], rows_of + at + t * 8 * ROW + step * 32);
         u32 a[4];
 #pragma unroll
+#if E2M1
+        for (int r = 0; r < 4; ++r) a[r] = weights(four.word[step % 4], r, by[r % 2]);
+#else
         for (int r = 0; r < 4; ++r) a[r] = weights(four.word[step % 4], r, less[r % 2], by[r % 2]);
+#endif
 #pragma unroll
         for (int t = 0; t < TILES; ++t)
           multiply_add(sum[t], a, rows_now[t][step % 2 * 2], rows_now[t][step % 2 * 2 + 1]);

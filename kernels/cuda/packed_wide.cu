@@ -6,7 +6,7 @@
 // a block. ZEROS: whether there are zero points. INPUT: the 16-bit type. EXPERTS: whether rows belong to experts
 // (rows.h), each with weights, scales, zero points and bias of its own, one expert's after the other's. LEAST: of experts,
 // the fewest eights of rows that a block multiplies where its tile has few rows. E2M1: whether weights are floats, whose
-// sums are multiplied by `whole`, without experts. unpack.h unpacks.
+// sums are multiplied by `whole`, except those of experts. TAIL: rows.h. unpack.h unpacks.
 //
 // Order of one output: that of packed.cu. One fp32 accumulator of wgmma.m64nNk16 takes K in ascending order in one pass.
 // The weights of 16 elements of K lie in a warp's registers as for mma.m16n8k16, so both read one packing.
@@ -70,7 +70,7 @@ struct Task {
   const u16* bias;
   u16* out;
   int rows, cols, depth, group, stride, column;
-#if E2M1
+#if E2M1 && !EXPERTS
   const float* whole;
 #endif
 #if EXPERTS
@@ -78,7 +78,7 @@ struct Task {
   const int* ids;
   const float* factors;
   i64 inverse;
-  int limit;
+  int limit, rest;
 #endif
 };
 
@@ -116,6 +116,11 @@ DEVICE void multiply(const Task& task) {
   auto load = [&] {
     if (left > 0) {
       unsigned char* at = shared_1024() + slot;
+#if TAIL
+      const bool inside = left > 1 || part * 8 < task.rest;
+#else
+      const bool inside = true;
+#endif
 #if !EXPERTS
       const u16* from = x_from;
 #endif
@@ -123,10 +128,10 @@ DEVICE void multiply(const Task& task) {
       for (int c = 0; c < 8 * USED; c += THREADS / 16) {
 #if EXPERTS
         const int place = rows_at[c / (THREADS / 16)];
-        const bool there = place >= 0;
+        const bool there = place >= 0 && inside;
         const u16* from = x_from + static_cast<i64>(place) * 8;
 #else
-        const bool there = row + c < task.rows;
+        const bool there = row + c < task.rows && inside;
 #endif
         if (8 * USED % (THREADS / 16) == 0 || row + c < 8 * USED)
           copy_16(at + x_to + c * 128, there ? from : x, there);
@@ -212,7 +217,7 @@ DEVICE void multiply(const Task& task) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = t * 8 + lane % 4 * 2 + i % 2, n = warp * 16 + g + i / 2 * 8;
-#if E2M1
+#if E2M1 && !EXPERTS
       sum[t][i] = times_unflushed(sum[t][i], *task.whole);
 #endif
       float value = task.bias ? sum[t][i] + added[i / 2] : sum[t][i];
@@ -271,10 +276,10 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     return;
   }
   w += static_cast<i64>(expert) * (cols / 16) * (depth / 128) * 1024;
-  const i64 at = static_cast<i64>(expert) * scales * cols * 2;
+  const i64 at = static_cast<i64>(expert) * scales * cols * (SCALE_BYTES / (16 * GROUPS));
   if (bias) bias += static_cast<i64>(expert) * cols;
   multiply_used<TILES>({x, w, scale + at, zero + at, bias, out, rows, cols, depth, group, stride, column, copied, ids,
-                        factors, inverse, limit},
+                        factors, inverse, limit, rest},
                        greatest(used));
 }
 #else

@@ -285,6 +285,13 @@ DEVICE void copy_16_if(void* to, const void* from, bool wanted) {
                "r"(static_cast<u32>(wanted)));
 }
 
+// As copy_16_if, and writes zeros unless `inside`: then nothing is read.
+DEVICE void copy_inside_16_if(void* to, const void* from, bool wanted, bool inside) {
+  asm volatile("{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %2, 0;\n\t"
+               "@wanted cp.async.cg.shared.global [%0], [%1], 16, %3;\n\t}" ::"r"(address(to)), "l"(from),
+               "r"(static_cast<u32>(wanted)), "r"(inside ? 16 : 0));
+}
+
 // Arrives once this thread's copies have finished.
 DEVICE void arrive_when_copied(i64* mbar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(mbar)) : "memory");

@@ -2,7 +2,8 @@
 // sorted by expert, in tiles of 8 * TILES whose ids are of one expert. An id is a row of out; (id * inverse) >> 32 is
 // the row of x. In a tile, ids from `limit` on fill the end. experts: of each tile; -1: its rows of out get zeros.
 // padded: how many ids count. factors: of each id, multiplies its sum, or null. tiles: all, also those beyond `padded`.
-// scales: depth / group. A division would take long beside a product of few rows.
+// scales: depth / group. A division would take long beside a product of few rows. With TAIL, rows of x end inside of
+// w's last block of 128 elements of K: `rest` elements of x belong to the block, and zeros follow.
 //
 // Blocks go through a few tiles (the grid's x) for one column of out after the other (y), and then through the next
 // tiles (z). So x and w of blocks that run together are few and stay in the cache: few experts have these tiles.
@@ -13,7 +14,7 @@
 #if EXPERTS
 #define PARAMETERS_OF_EXPERTS                                                                                \
   , const int *ids, const int *experts, const int *padded, const float *factors, i64 inverse, int limit,     \
-      int tiles, int scales
+      int tiles, int scales, int rest
 
 struct Row {
   int id;  // -1: none

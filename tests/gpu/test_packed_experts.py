@@ -76,3 +76,40 @@ def test_a_launch_may_be_captured():
         packed.product_of_experts(x, held, rows, None, form, again)
     graph.replay()
     assert torch.equal(out, again) and out.any()
+
+
+@pytest.mark.parametrize("k", [768, 416])  # the second is not a multiple of 128
+@pytest.mark.parametrize("tokens", [1, 9, 150])
+def test_every_form_has_the_bits_of_the_dense_product_of_floats(k, tokens):
+    from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+
+    from bi_patch.kernels.cuda import packed
+    from bi_patch.kernels.packing import pack_float_experts
+
+    generator = torch.Generator("cuda").manual_seed(k)
+    q = torch.randint(0, 16, (EXPERTS, N, k), generator=generator, device="cuda", dtype=torch.uint8)
+    exponent = torch.randint(117, 121, (EXPERTS, N, k // 32), generator=generator, device="cuda").to(torch.uint8)
+    held, added = (
+        pack_float_experts(q, exponent),
+        torch.randn((EXPERTS, N), generator=generator, device="cuda").bfloat16(),
+    )
+    x = torch.randn(tokens, k, device="cuda").bfloat16()
+    x[:, k // 2 :] = x[:, : k // 2].flip(1) * -1.03  # sums that cancel show another order
+    chosen = torch.randint(0, EXPERTS // TOP, (tokens, TOP), device="cuda", dtype=torch.int32) * TOP
+    chosen += torch.arange(TOP, device="cuda", dtype=torch.int32)
+    flat, ids = chosen.flatten(), tokens * TOP
+    want = torch.zeros((ids, N), dtype=x.dtype, device="cuda")
+    wide, one = torch.nn.functional.pad(x, (0, held.shape[1] - k)), torch.ones((), device="cuda")
+    for expert in set(flat.tolist()):
+        mine = (flat == expert).nonzero().flatten()
+        own = held._replace(
+            data=held.data.view(EXPERTS, -1)[expert].clone(), scale=held.scale[expert].clone(), whole=one
+        )
+        want[mine] = packed.product(wide[mine // TOP], own, added[expert].clone(), packed.Form(4, 4, 8, True))
+    doubles = torch.full((ids,), 2.0, device="cuda")
+    for form in packed.FORMS_OF_EXPERTS:
+        rows = moe_align_block_size(chosen, 8 * form.tiles, EXPERTS)
+        for factors in (None, doubles):
+            out = torch.full((ids, N), torch.nan, dtype=x.dtype, device="cuda")
+            packed.product_of_experts(x, held, packed.Rows(*rows, TOP, ids, factors), added, form, out)
+            assert torch.equal(out, want if factors is None else want * 2), (form, factors is None)

@@ -1,7 +1,8 @@
 """Products of experts with packed weights of 4 bits on CUDA, on a bundled kernel. All forms of it have one order.
 
-Order: that of 16-bit linears (bi_patch.ops.cuda.linear) for the dequantized weights of each expert. The sum, with the
-expert's bias, is multiplied by the router's weight in fp32, and rounded once (kernels/cuda/packed.py).
+Weights are integers, or floats e2m1 with powers of two as scales (MXFP4). Order: that of 16-bit linears
+(bi_patch.ops.cuda.linear) for the dequantized weights of each expert. The sum, with the expert's bias, is multiplied by
+the router's weight in fp32, and rounded once (kernels/cuda/packed.py).
 
 A certificate compares each form with the bundled GEMM of the dequantized weights, expert by expert. A form that differs
 does not serve. No other kernel takes packed weights, so no engine starts if no form is left.
@@ -43,6 +44,8 @@ class Problem(NamedTuple):
     """One product of each expert: y [M, n] = x [M, k] @ w [n, k].T + bias [n], w from integers of 4 bits.
 
     dtype: of x, y, bias and the scales. group: elements of K that share a scale. zeros: whether there are zero points.
+    floats: weights are floats e2m1, with powers of two as scales, in place of integers. K of the packed weights may be
+    greater than k, up to the next multiple of 128.
     """
 
     n: int
@@ -51,13 +54,21 @@ class Problem(NamedTuple):
     bias: bool
     group: int
     zeros: bool
+    floats: bool = False
 
     def __str__(self) -> str:
         return f"experts {self.of_one()}"
 
     def of_one(self) -> packed_linear.Problem:
         """The product of one expert."""
-        return packed_linear.Problem(self.n, self.k, self.dtype, self.bias, 4, self.group, self.zeros)
+        return packed_linear.Problem(self.n, self.k, self.dtype, self.bias, 4, self.group, self.zeros, self.floats)
+
+    @property
+    def tail(self) -> bool:
+        """Whether k is not whole blocks of the packed weights."""
+        from bi_patch.kernels.packing import BLOCK_K
+
+        return self.k % BLOCK_K > 0
 
 
 _able: dict[Problem, tuple[int, ...]] = {}  # numbers of the forms whose certificate passed
@@ -92,12 +103,12 @@ def _form(able: tuple[int, ...], ids: int, experts: int, n: int, k: int) -> Form
 
 def product(x: torch.Tensor, packed: Packed, rows: Rows, bias: torch.Tensor | None, form: Form, out: torch.Tensor):
     """kernels.cuda.packed.product_of_experts, for x that may have gaps. Raises CertificateFailed if the types of x and
-    the scales differ."""
+    the scales differ, or if x is not bf16 and weights are floats e2m1."""
     from bi_patch.kernels.cuda.packed import product_of_experts
 
-    if packed.scale.dtype != x.dtype:
+    if machine.name(x.dtype) != "bfloat16" if packed.floats else packed.scale.dtype != x.dtype:
         raise CertificateFailed(f"{OPERATION}: no invariant product for {x.dtype} and scales of {packed.scale.dtype}")
-    x = x if linear.packed(x, packed.shape[1]) else x.clone()
+    x = x if linear.packed(x, x.shape[1]) else x.clone()
     product_of_experts(x, packed, rows, bias, form, out)
 
 
@@ -135,7 +146,8 @@ def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None
     device = torch.cuda.current_device()
     for number in runnable(problem):
         held = packed.FORMS_OF_EXPERTS[number]
-        ahead.work(lambda f=held: packed.prepare(f, problem.group, problem.zeros, problem.dtype, device, True))
+        given = problem.group, problem.zeros, problem.dtype, device, True, problem.floats, problem.tail
+        ahead.work(lambda f=held, g=given: packed.prepare(f, *g))
     ahead.rehearse(lambda: packed_linear.rehearse_reference(problem.of_one(), 512))
 
 
@@ -147,7 +159,7 @@ def runnable(problem: Problem) -> list[int]:
 
     capability, shared = torch.cuda.get_device_capability(), machine.shared_memory()
     fits = (
-        form.runs_on(capability) and packed.fits(form, problem.group, problem.zeros, shared, True)
+        form.runs_on(capability) and packed.fits(form, problem.group, problem.zeros, shared, True, problem.floats)
         for form in packed.FORMS_OF_EXPERTS
     )
     return [number for number, able in enumerate(fits) if able]
@@ -216,6 +228,25 @@ def _certify(problem: Problem, key: Key) -> Certificate:
     )
 
 
+def _drawn(problem: Problem, order: torch.Tensor, generator: torch.Generator):
+    """As packed_linear.drawn, of one expert. Of floats e2m1, exponents of three neighbouring values, K filled up."""
+    import torch
+
+    from bi_patch.kernels.packing import pack_float_experts
+
+    if not problem.floats:
+        return packed_linear.drawn(problem.of_one(), order, generator)
+    n, k, device = problem.n, problem.k, generator.device
+    half = torch.randint(-7, 8, (n, k // 2), generator=generator, device=device, dtype=torch.int16)
+    value = torch.cat((half, -half), 1)[:, order]  # pairs that cancel where the scale is one for a row
+    value[1::2].abs_()
+    codes = (value.abs() | (value < 0).to(torch.int16) * 8).to(torch.uint8)
+    exponent = torch.randint(117, 120, (n, k // problem.group), generator=generator, device=device)
+    exponent[::2] = exponent[::2, :1]
+    packed = pack_float_experts(codes[None], exponent[None].to(torch.uint8))
+    return packed._replace(scale=packed.scale[0]), packed_linear.drawn_bias(problem.of_one(), generator)
+
+
 class _Trial:
     """Random data for one problem, what the bundled GEMM gives for each row and expert, and comparisons with it."""
 
@@ -228,14 +259,15 @@ class _Trial:
         self.generator = torch.Generator("cuda").manual_seed(n * 1_000_003 + k)
         order = torch.randperm(k, generator=self.generator, device="cuda")
         self.x = cancelling(max(_COMPARED) * _TOP, order, 1, self.generator, dtype)
-        made = [packed_linear.drawn(problem.of_one(), order, self.generator) for _ in range(_EXPERTS)]
+        made = [_drawn(problem, order, self.generator) for _ in range(_EXPERTS)]
         each = [one for one, _ in made]
         zero = torch.stack([one.zero for one in each]) if problem.zeros else None
         scale = torch.stack([one.scale for one in each])
+        weights = [packed_linear.dequantize(one)[:, :k].contiguous() for one in each]
         self.packed = Packed(torch.cat([one.data for one in each]), scale, zero, 4, problem.group)
         self.bias = torch.stack([bias for _, bias in made]) if problem.bias else None
         self.want = torch.stack(
-            [linear.bundled(self.x, packed_linear.dequantize(one), bias, False) for one, bias in made]
+            [linear.bundled(self.x, w, bias, False) for w, (_, bias) in zip(weights, made, strict=True)]
         )
         if not bool(torch.isfinite(self.want).all()):
             raise ArithmeticError("the bundled GEMM gives values that are not finite")

@@ -344,7 +344,7 @@ def drawn(problem: Problem, order: torch.Tensor, generator: torch.Generator):
 
     from bi_patch.kernels.packing import pack, pack_floats
 
-    n, k, dtype, bias, bits, group, zeros, floats = problem
+    n, k, dtype, _, bits, group, zeros, floats = problem
     device = generator.device
     most = 2 ** (bits - 1) - 1 if not zeros else 2 ** (bits - 2)
     half = torch.randint(-most, most + 1, (n, k // 2), generator=generator, device=device, dtype=torch.int16)
@@ -361,11 +361,18 @@ def drawn(problem: Problem, order: torch.Tensor, generator: torch.Generator):
             zero = torch.randint(most, 2**bits - most, (n, k // group), generator=generator, device=device)
         middle = 2 ** (bits - 1) if zero is None else zero.to(torch.int16).repeat_interleave(group, 1)
         packed = pack((value + middle).to(torch.uint8), scale.to(dtype), zero, bits)
-    if not bias:
-        return packed, None
-    added = torch.randn(n, generator=generator, device=device, dtype=dtype)
+    return packed, drawn_bias(problem, generator)
+
+
+def drawn_bias(problem: Problem, generator: torch.Generator):
+    """A random bias [N] for weights as `drawn` makes them, or None."""
+    import torch
+
+    if not problem.bias:
+        return None
+    added = torch.randn(problem.n, generator=generator, device=generator.device, dtype=problem.dtype)
     added[::2] = 0  # a bias would hide the rounding left of a sum
-    return packed, added
+    return added
 
 
 class _Trial:

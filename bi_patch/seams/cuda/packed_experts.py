@@ -1,15 +1,17 @@
 """Experts with packed weights of 4 bits: which kernels a row certificate covers, and how to call them.
 
-`PackedExperts` is bi_patch's (packed_products.py). Layers that it does not cover keep what vLLM takes in
-upstream's mode. `TritonWNA16Experts` dequantizes in the tile, adds K in ascending order in one accumulator, and gets
+`PackedExperts` (packed_products.py) and `PackedFloatExperts` (mxfp4.py) are bi_patch's. Layers that they do not cover
+keep what vLLM takes in upstream's mode. `TritonWNA16Experts` dequantizes in the tile, adds K in ascending order in one accumulator, and gets
 one tile for every number of rows (moe.cuda_default). `HummingIndexedExperts` (of the package humming-kernels) takes its
 batch-invariant schedules: one block of K for every number of rows, and no parts.
 """
 
 from bi_patch.seams import library
 
-OWN, _HUMMING = "PackedExperts", "HummingIndexedExperts"
-KINDS = (OWN, "TritonWNA16Experts", _HUMMING)
+OWN, FLOATS, _HUMMING = "PackedExperts", "PackedFloatExperts", "HummingIndexedExperts"
+# bi_patch's own, with the seam that brings each.
+OWNED = {OWN: "packed_products.cuda_kernel", FLOATS: "mxfp4.cuda_kernel"}
+KINDS = (*OWNED, "TritonWNA16Experts", _HUMMING)
 
 
 def kernel(module):

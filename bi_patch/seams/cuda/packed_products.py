@@ -8,7 +8,7 @@ import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.cuda import packed_experts_weights as integers
-from bi_patch.seams.cuda.packed_experts import OWN, kernel
+from bi_patch.seams.cuda.packed_experts import OWNED, kernel
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.overlay import with_globals
 
@@ -158,7 +158,7 @@ def own() -> type:
 def problems(model):
     """The Problem of each product of a model's experts on the bundled kernel."""
     for module in model.modules():
-        if type(kernel(module)).__name__ == OWN:
+        if type(kernel(module)).__name__ in OWNED:
             yield from kernel(module).bi_patch_products(module.w13_weight, module.w2_weight)
 
 

@@ -103,7 +103,7 @@ def _of_packed_experts(module) -> str:
     from bi_patch.seams.cuda import packed_experts
 
     held = packed_experts.kernel(getattr(module, "routed_experts", module))
-    return "packed_products.cuda_kernel" if type(held).__name__ == packed_experts.OWN else ""
+    return packed_experts.OWNED.get(type(held).__name__, "")
 
 
 def status(seam: str) -> str:

@@ -287,6 +287,10 @@ DEVICE void copy_16_if(void* to, const void* from, bool wanted) {
   if (wanted) copy_16(to, from, true);
 }
 
+DEVICE void copy_inside_16_if(void* to, const void* from, bool wanted, bool inside) {
+  if (wanted) copy_16(to, from, inside);
+}
+
 DEVICE void end_group();
 template <int pending>
 DEVICE void wait_groups();

@@ -16,7 +16,7 @@ PARAMETERS = (
 OF_ONE = ", const float* whole"
 OF_EXPERTS = (
     ", const int* ids, const int* experts, const int* padded, const float* factors, i64 inverse, int limit,"
-    "int tiles, int scales"
+    "int tiles, int scales, int rest"
 )
 
 
@@ -26,8 +26,8 @@ def launched(emulated, monkeypatch, tmp_path):
     built = {}
 
     def use(form, group, zeros):
-        def kernel(name, form, groups, zeros, dtype, device, experts=False, floats=False):
-            key = form, groups, zeros, experts
+        def kernel(name, form, groups, zeros, dtype, device, experts=False, floats=False, tail=False):
+            key = form, groups, zeros, experts, floats, tail
             if key not in built:
                 folder = tmp_path / str(len(built))
                 folder.mkdir()
@@ -35,7 +35,7 @@ def launched(emulated, monkeypatch, tmp_path):
                     folder,
                     "packed_wide" if form.wide else "packed_experts" if experts else "packed",
                     {"product": PARAMETERS + (OF_EXPERTS if experts else OF_ONE)},
-                    form.defines(groups, zeros, dtype, experts),
+                    form.defines(groups, zeros, dtype, experts, floats, tail),
                     ("unpack.h", "rows.h"),
                 )
             run = built[key].run_deep_product if experts else built[key].run_product
@@ -122,6 +122,83 @@ def test_each_row_gets_its_experts_product(launched, form, case, n, group, zeros
         assert torch.equal(out[mine], torch.zeros_like(want) if expert in elsewhere else want), expert
 
 
+def floats_of(experts, n, k, bias):
+    """As `made`, of floats e2m1 with exponents, and the weights in fp64 [E, n, k]."""
+    generator = torch.Generator().manual_seed(n + k)
+    q = torch.randint(0, 16, (experts, n, k), generator=generator, dtype=torch.uint8)
+    exponent = torch.randint(98, 129, (experts, n, k // 32), generator=generator, dtype=torch.uint8)
+    exponent[:, 1::2] = torch.randint(117, 121, exponent[:, 1::2].shape, generator=generator, dtype=torch.uint8)
+    q[0, 3, :32], exponent[0, 3, 0] = 8, 3  # the exponent of zeros, of either sign, does not count
+    value = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)[q.long() & 7] * torch.where(q > 7, -1, 1)
+    added = torch.randn((experts, n), generator=generator).bfloat16() if bias else None
+    weight = value * torch.exp2(exponent.double() - 127).repeat_interleave(32, 2)
+    return packing.pack_float_experts(q, exponent), added, weight
+
+
+@pytest.mark.parametrize(
+    ("form", "case", "n", "k", "bias", "share", "factors"),
+    [
+        (packed.Form(2, 1, 3), "ragged", 48, 256, True, 2, False),
+        (packed.Form(2, 1, 3), "ragged", 48, 160, True, 2, True),
+        (packed.Form(4, 1, 2, blocks=2), "many", 80, 512, False, 2, False),
+        (packed.Form(4, 1, 2, blocks=2), "single", 80, 288, False, 2, True),
+        (packed.Form(4, 2, 2, blocks=2), "many", 48, 352, True, 1, False),
+        (packed.Form(4, 1, 2, blocks=4), "ragged", 80, 672, True, 1, True),  # two stages, the last of two blocks
+        (packed.Form(4, 1, 3, True), "ragged", 80, 160, False, 1, True),
+        (packed.Form(8, 2, 4, True), "many", 144, 256, True, 2, True),
+        (packed.Form(8, 4, 4, True), "ragged", 144, 352, True, 2, False),
+    ],
+)
+def test_floats_of_experts(launched, form, case, n, k, bias, share, factors):
+    chosen = CHOSEN[case]
+    held, added, exact = floats_of(4, n, k, bias)
+    padded = held.shape[1]
+    assert padded == -(-k // 128) * 128 and held.scale.shape == (4, padded // 32, n) and held.floats
+    launched(form, 32, False)
+    ids = len(chosen)
+    x = torch.randn(ids // share, k).bfloat16()
+    by = 2.0 ** torch.randint(-3, 3, (ids,)) if factors else None
+    rows = packed.Rows(*sort(chosen, 8 * form.tiles), share, ids, by)
+    out = torch.full((ids, n), torch.nan).bfloat16()
+    packed.product_of_experts(x, held, rows, added, form, out)
+    wide = torch.nn.functional.pad(x, (0, padded - k))
+    for expert in set(chosen):
+        mine = torch.tensor([i for i, of in enumerate(chosen) if of == expert])
+        bias_of = None if added is None else added[expert]
+        own = one_of(held, expert)._replace(whole=torch.tensor(1.0))
+        want = packed.product(wide[mine // share].clone(), own, bias_of, form)
+        double = x[mine // share].double() @ exact[expert].T + (0 if bias_of is None else bias_of.double())
+        assert (want.double() - double).norm() < 4e-3 * double.norm()
+        assert torch.equal(out[mine], want * by[mine, None].bfloat16() if factors else want), expert
+    lost = x.clone()
+    lost[0] = torch.nan  # beside the end of other rows
+    again = torch.full((ids, n), torch.nan).bfloat16()
+    packed.product_of_experts(lost, held, rows, added, form, again)
+    assert again[:share].isnan().all() and torch.equal(again[share:], out[share:])
+
+
+def test_floats_of_experts_that_have_no_packing_are_refused(launched):
+    q, exponent = torch.full((2, 32, 160), 1, dtype=torch.uint8), torch.full((2, 32, 5), 120, dtype=torch.uint8)
+    for wrong in (0, 97, 129, 254, 255):
+        other = exponent.clone()
+        other[1, 7, 2] = wrong
+        with pytest.raises(ValueError, match=f"floats of 4 bits is {wrong}, and must be from 98 to 128"):
+            packing.pack_float_experts(q, other)
+    for experts, n, k in ((0, 32, 160), (2, 40, 160), (2, 32, 144)):
+        with pytest.raises(ValueError, match=f"cannot pack {experts} experts of {n} x {k} floats of 4 bits"):
+            packing.pack_float_experts(torch.zeros((experts, n, k), dtype=torch.uint8), exponent)
+    assert packing.covers_float_experts(5760, 2880) and not packing.covers_float_experts(5760, 720)
+    held = packing.pack_float_experts(q, exponent)
+    form = packed.Form(2, 1, 3)
+    launched(form, 32, False)
+    rows, out = packed.Rows(*sort([0, 1], 8), 1, 2), torch.zeros(2, 32).bfloat16()
+    for k in (128, 264):
+        with pytest.raises(ValueError, match=rf"does not take rows of {k} for weights \(32, 256\)"):
+            packed.product_of_experts(torch.zeros(2, k).bfloat16(), held, rows, None, form, out)
+    with pytest.raises(ValueError, match="no exact product of floats of 4 bits and torch.float16"):
+        packed.product_of_experts(torch.zeros(2, 160).half(), held, rows, None, form, out.half())
+
+
 def test_what_the_kernel_does_not_take_is_refused(launched):
     held, _ = made(2, 32, 256, 128, False, False)
     form, ids = packed.Form(2, 1, 3), 2
@@ -143,6 +220,7 @@ def test_what_the_kernel_does_not_take_is_refused(launched):
 def test_forms_of_experts_fit_and_one_serves_every_number_of_ids():
     for form in packed.FORMS_OF_EXPERTS:
         assert packed.fits(form, 32, True, 232448, experts=True) and form.runs_on((9, 0)), form
+        assert packed.fits(form, 32, False, 232448, True, True), form
         outputs = 8 * form.tiles * (32 * form.warps + 16)  # they pass through shared memory
         assert not form.wide or outputs <= form.shared_bytes(1, False)
     for experts in (1, 8, 60, 128, 512):
@@ -164,3 +242,6 @@ def test_the_kernel_of_experts_compiles(dtype):
     for form in packed.FORMS_OF_EXPERTS[::2]:
         for groups, zeros in ((1, True), (4, False)):
             assert packed.build(form, groups, zeros, dtype, "sm_90", 13, True)
+        if dtype == "torch.bfloat16":
+            for tail in (False, True):
+                assert packed.build(form, 4, False, dtype, "sm_90", 13, True, True, tail)

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from bi_patch.errors import CertificateFailed
+from bi_patch.kernels import packing
 from bi_patch.kernels.cuda import packed
 from bi_patch.ops import certificates
 from bi_patch.ops.cuda import linear, machine, packed_experts
+from bi_patch.ops.zero_sums import cancelling
 from bi_patch.tools.cli import certify
 
 PROBLEM = packed_experts.Problem(256, 128, torch.bfloat16, False, 128, False)
@@ -83,9 +85,47 @@ def test_forms_are_compiled_ahead_unless_there_is_a_certificate(monkeypatch, tmp
         work = rehearse = staticmethod(lambda call: call())
 
     packed_experts.rehearse(PROBLEM, 64, tmp_path, Ahead())
-    wanted = [(form, 128, False, torch.bfloat16, 0, True) for form in packed.FORMS_OF_EXPERTS]
+    wanted = [(form, 128, False, torch.bfloat16, 0, True, False, False) for form in packed.FORMS_OF_EXPERTS]
     assert prepared == wanted and rehearsed == [((512, 128), (256, 128))]
     comparisons(monkeypatch, ())
     packed_experts.certify([PROBLEM], 64, tmp_path)
     packed_experts.rehearse(PROBLEM, 64, tmp_path, Ahead())
     assert prepared == wanted
+
+
+def test_floats_have_a_problem_of_their_own(monkeypatch, tmp_path):
+    problem = packed_experts.Problem(256, 2880, torch.bfloat16, True, 32, False, True)
+    assert str(problem) == "experts N=256 K=2880 e2m1 groups of 32 bfloat16 bias"
+    assert problem.tail and not problem._replace(k=2944).tail and not PROBLEM.tail
+    prepared = []
+    monkeypatch.setattr(packed, "prepare", lambda *given: prepared.append(given))
+    monkeypatch.setattr(linear, "bundled", lambda *_: None)
+
+    class Ahead:
+        work = rehearse = staticmethod(lambda call: call())
+
+    packed_experts.rehearse(problem, 64, tmp_path, Ahead())
+    assert {given[1:] for given in prepared} == {(32, False, torch.bfloat16, 0, True, True, True)}
+    made = comparisons(monkeypatch, ())
+    packed_experts.certify([problem], 64, tmp_path)
+    assert made and packed_experts.form(problem, 8, 32) in packed.FORMS_OF_EXPERTS
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_of_the_compared_sums_of_floats_are_zero(bias):
+    problem = packed_experts.Problem(32, 160, torch.bfloat16, bias, 32, False, True)
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(problem.k, generator=generator)
+    one, added = packed_experts._drawn(problem, order, generator)
+    assert one.shape == (32, 256) and one.floats and one.scale.shape == (8, 32) and one.whole is None
+    assert (added is not None) == bias and (added is None or not added[::2].any() and added[1::2].all())
+    drawn = {}
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(packing, "pack_float_experts", lambda q, e: drawn.update(q=q, e=e) or one)
+        packed_experts._drawn(problem, order, torch.Generator().manual_seed(2))
+    value = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[drawn["q"][0].long() & 7] * torch.where(drawn["q"][0] > 7, -1, 1)
+    weight = value * torch.exp2(drawn["e"][0].float() - 127).repeat_interleave(32, 1)
+    x = cancelling(5, order, 1, generator, torch.bfloat16)
+    sums = x.double() @ weight.double().T
+    assert not sums[:, ::2].any() and sums[:, 1::2].all()

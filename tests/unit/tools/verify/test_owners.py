@@ -68,7 +68,8 @@ def test_layers_by_their_class_or_one_above_it(platform):
 def test_experts_by_their_kernel(platform):
     made, experts = owners.Owners(), type("RoutedExperts", (), {})()
     runner = type("MoERunner", (), {"routed_experts": experts})()
-    for name, seam in (("PackedExperts", "packed_products.cuda_kernel"), ("Triton", LAYERS[platform]["MoERunner"])):
+    own = ("PackedExperts", "packed_products.cuda_kernel"), ("PackedFloatExperts", "mxfp4.cuda_kernel")
+    for name, seam in (*own, ("Triton", LAYERS[platform]["MoERunner"])):
         kernel = types.SimpleNamespace(fused_experts=type(name, (), {})())
         experts.quant_method = types.SimpleNamespace(moe_kernel=kernel)
         assert made.seam(experts, "experts", "aten.mm") == made.seam(runner, "experts", "vllm.moe_forward") == seam
