@@ -107,7 +107,8 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     for (int i = 0; i < 4; ++i) sum[t][i] = 0;
   const unsigned char* const rows_of = shared() + lane % 8 * ROW + lane / 8 * 16;
   const unsigned char* const words = shared() + X_BYTES + warp * 1024 + lane * 16;
-  const unsigned char* const scales_of = shared() + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES;
+  const unsigned char* const scales_of =
+      shared() + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES + g * (E2M1 ? 2 * GROUPS : 2);
   int now = 0;
   for (int block = 0; block < blocks; block += BLOCKS) {
     wait_groups<STAGES - 2>();
@@ -121,7 +122,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
       const int at = now + b * SLOT;
       Four four;
 #if E2M1
-      const Scales own = *reinterpret_cast<const Scales*>(scales_of + at + g * 2 * GROUPS);
+      const Scales own = *reinterpret_cast<const Scales*>(scales_of + at);
 #endif
       u32 by[2], less[2];  // of this lane's two rows of w
       u32 rows_now[TILES][4];
@@ -133,7 +134,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
           for (int r = 0; r < 2; ++r) by[r] = scale_of(own, step * GROUPS / 8, r);
 #else
-          const u16* from = reinterpret_cast<const u16*>(scales_of + at) + step * GROUPS / 8 * 16 + g;
+          const u16* from = reinterpret_cast<const u16*>(scales_of + at) + step * GROUPS / 8 * 16;
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             by[r] = twice(from[8 * r]);

@@ -1,7 +1,8 @@
 """gpt-oss's experts in MXFP4 on a bundled kernel: `PackedFloatExperts`, which vLLM takes for covered layers.
 
-The kernel, and what is around it, are those of integers (packed_products.py). The weights are floats e2m1 with powers of
-two as scales. K of gpt-oss is not a multiple of 128: the packed weights have zeros there, and rows of activations end.
+The kernel, and what is around the kernel, are those of integers (packed_products.py). The weights are floats e2m1 with
+powers of two as scales. K of gpt-oss is not a multiple of 128: the packed weights have zeros there, and rows of
+activations end.
 """
 
 import functools
@@ -115,11 +116,11 @@ _AT_ONCE = 1 << 27  # floats that are unpacked at once, a byte each
 
 
 def pack(words, exponent):
-    """Experts' floats for the bundled kernel: data uint8 [E, N, K' / 2] and scales uint8 [E, K' / 32, N], of K' = K up to
+    """Experts' floats for the bundled kernel: data uint8 [E, N, K' / 2] and scales uint8 [E, K' / 32, N]. K' is K up to
     the next multiple of 128.
 
-    words: uint8 [E, N, K / 2], two floats in a byte, the first in the lower bits. exponent: e8m0 as uint8 [E, N, K / 32].
-    Raises UnsupportedFeature for exponents that the kernel does not hold.
+    words: uint8 [E, N, K / 2], two floats in a byte, the first in the lower bits. exponent: e8m0 as uint8
+    [E, N, K / 32]. Raises UnsupportedFeature for exponents that the kernel does not hold.
     """
     import torch
 
@@ -154,8 +155,8 @@ SEAMS = (
         targets=(Target(f"{_QUANTIZATION}.mxfp4", "GptOssMxfp4MoEMethod.__init__", ">=0.33"),),
         close=_chosen,
         why="Marlin cuts K into parts by the number of rows, and upstream's mode needs the package humming-kernels",
-        how="experts run on a bundled kernel, which unpacks in registers and keeps the order of 16-bit linears. What the "
-        "kernel does not cover, experts over several ranks among others, stays with vLLM's kernels of upstream's mode",
+        how="experts run on a bundled kernel, which unpacks in registers and keeps the order of 16-bit linears. What "
+        "the kernel does not cover stays with vLLM's kernels of upstream's mode, as do experts over several ranks",
         until=_UNTIL,
         causes=(1,),
         op="bi_patch.ops.cuda.packed_experts",

@@ -85,6 +85,38 @@ def test_gpt_oss_gets_the_kernel_and_keeps_its_sizes(monkeypatch, hopper):
     assert made.quant_dtype is None and made.w1_zp is None
 
 
+def test_vllms_method_loads_packed_weights(monkeypatch, hopper):
+    from vllm.model_executor.layers.quantization import mxfp4 as module
+
+    monkeypatch.setattr(seam, "_supported", lambda _: True)
+    name, made = "convert_gpt_oss_weight_to_mxfp4_moe_kernel_format", []
+    monkeypatch.setattr(module, name, seam._packed(getattr(module, name)))
+    kernel = SimpleNamespace(fused_experts=SimpleNamespace(process_weights_after_loading=lambda layer: None))
+    monkeypatch.setattr(module, "make_mxfp4_moe_kernel", lambda **given: made.append(given) or kernel)
+    method, held = object.__new__(module.GptOssMxfp4MoEMethod), torch.nn.Module()
+    sizes = {"hidden_dim": K, "intermediate_size_per_partition": N, "w13_num_shards": 2, "has_bias": True}
+    seam._chosen(module.GptOssMxfp4MoEMethod.__init__)(method, config(**sizes))
+    held.quant_method, held._expert_routing_tables = method, lambda: None
+    method.create_weights(held, E, K, N, torch.bfloat16, weight_loader=None)
+    wanted = {}
+    for part, size in zip(("w13", "w2"), SIZES, strict=True):
+        (q, words, exponent), _ = given(*size)
+        getattr(held, f"{part}_weight").data.copy_(words)
+        getattr(held, f"{part}_weight_scale").data.copy_(exponent)
+        getattr(held, f"{part}_bias").data.normal_()
+        wanted[part] = packing.pack_float_experts(q, exponent), getattr(held, f"{part}_bias").clone()
+    method.process_weights_after_loading(held)
+    assert [(each["experts_cls"], each["mxfp4_backend"].name) for each in made] == [(seam.own(), "B12X_MXFP4_BF16")]
+    config_of = made[0]["moe_quant_config"]
+    for part, scale, bias in (
+        ("w13", config_of.w1_scale, config_of.w1_bias),
+        ("w2", config_of.w2_scale, config_of.w2_bias),
+    ):
+        want, added = wanted[part]
+        assert torch.equal(getattr(held, f"{part}_weight").flatten(), want.data)
+        assert torch.equal(scale, want.scale) and torch.equal(bias, added)
+
+
 def test_only_weights_in_mxfp4_are_taken():
     from vllm.model_executor.layers.quantization.utils import quant_utils
 
