@@ -6,6 +6,7 @@ activations end.
 """
 
 import functools
+import logging
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams.cuda import packed_products
@@ -13,6 +14,7 @@ from bi_patch.seams.cuda.packed_experts import FLOATS
 from bi_patch.seams.model import Seam, Target
 from bi_patch.seams.overlay import with_globals
 
+_log = logging.getLogger("vllm.bi_patch")
 _GROUP = 32
 _ALONE = ("tp_size", "pcp_size", "dp_size", "ep_size", "sp_size")
 
@@ -93,23 +95,50 @@ def own() -> type:
 
 
 def _packed(original):
-    """convert_gpt_oss_weight_to_mxfp4_moe_kernel_format: pack the checkpoint's floats for the bundled kernel, once."""
+    """convert_gpt_oss_weight_to_mxfp4_moe_kernel_format: pack the checkpoint's floats for the bundled kernel, once. A
+    layer whose exponents the kernel does not hold gets what vLLM takes."""
 
     @functools.wraps(original)
     def convert_gpt_oss_weight_to_mxfp4_moe_kernel_format(
         mxfp4_backend, layer, w13_weight, w2_weight, w13_weight_scale, w2_weight_scale, w13_bias=None, w2_bias=None,
         w13_input_scale=None, w2_input_scale=None, _cache_permute_indices=None,
     ):  # fmt: skip
-        if getattr(getattr(layer, "quant_method", None), "experts_cls", None) is not own():
-            return original(
-                mxfp4_backend, layer, w13_weight, w2_weight, w13_weight_scale, w2_weight_scale, w13_bias, w2_bias,
-                w13_input_scale, w2_input_scale, _cache_permute_indices,
-            )  # fmt: skip
-        w13, w13_scale = pack(w13_weight.data, w13_weight_scale.data)
-        w2, w2_scale = pack(w2_weight.data, w2_weight_scale.data)
-        return w13, w2, w13_scale, w2_scale, w13_bias, w2_bias
+        if getattr(getattr(layer, "quant_method", None), "experts_cls", None) is own():
+            try:
+                w13, w13_scale = pack(w13_weight.data, w13_weight_scale.data)
+                w2, w2_scale = pack(w2_weight.data, w2_weight_scale.data)
+                return w13, w2, w13_scale, w2_scale, w13_bias, w2_bias
+            except ValueError as error:
+                mxfp4_backend = _leave(layer, error)
+        return original(
+            mxfp4_backend, layer, w13_weight, w2_weight, w13_weight_scale, w2_weight_scale, w13_bias, w2_bias,
+            w13_input_scale, w2_input_scale, _cache_permute_indices,
+        )  # fmt: skip
 
     return convert_gpt_oss_weight_to_mxfp4_moe_kernel_format
+
+
+def _leave(layer, reason: ValueError):
+    """Give a layer vLLM's own kernel in place of `PackedFloatExperts`. Returns vLLM's backend.
+
+    Raises UnsupportedFeature if vLLM has no kernel, or one with other sizes of weights.
+    """
+    from vllm.model_executor.layers.fused_moe.oracle import mxfp4 as oracle
+
+    config = layer.moe_config
+    sizes = config.hidden_dim, config.intermediate_size_per_partition
+    try:
+        backend, experts = oracle.select_mxfp4_moe_backend(config)
+        if oracle.mxfp4_round_up_hidden_size_and_intermediate_size(backend, *sizes) != sizes:
+            raise ValueError(f"{backend.value} has other sizes of weights")
+    except (ValueError, NotImplementedError) as error:
+        raise UnsupportedFeature(
+            f"mxfp4.cuda_weights: bi_patch's kernel does not take this checkpoint's experts: {reason}. vLLM has no "
+            f"other kernel here: {error}. Install the package humming-kernels, or set BI_PATCH=0"
+        ) from reason
+    _log.warning("bi_patch: experts in MXFP4 take vLLM's kernel %s: %s", experts.__name__, reason)
+    layer.quant_method.mxfp4_backend, layer.quant_method.experts_cls = backend, experts
+    return backend
 
 
 _AT_ONCE = 1 << 27  # floats that are unpacked at once, a byte each
@@ -120,7 +149,7 @@ def pack(words, exponent):
     the next multiple of 128.
 
     words: uint8 [E, N, K / 2], two floats in a byte, the first in the lower bits. exponent: e8m0 as uint8
-    [E, N, K / 32]. Raises UnsupportedFeature for exponents that the kernel does not hold.
+    [E, N, K / 32]. Raises ValueError for exponents that the kernel does not hold.
     """
     import torch
 
@@ -134,13 +163,7 @@ def pack(words, exponent):
     for at in range(0, experts, step):
         held = words[at : at + step]
         q = torch.stack((held & 15, held >> 4), -1).flatten(-2)
-        try:
-            made = packing.pack_float_experts(q, exponent[at : at + step].contiguous())
-        except ValueError as error:
-            raise UnsupportedFeature(
-                f"mxfp4.cuda_weights: bi_patch's kernel does not take this checkpoint's experts: {error}. Pass "
-                "--moe-backend humming (the package humming-kernels), or set BI_PATCH=0"
-            ) from error
+        made = packing.pack_float_experts(q, exponent[at : at + step].contiguous())
         data[at : at + step] = made.data.view(len(held), n, -1)
         scales[at : at + step] = made.scale
     return data, scales
@@ -164,6 +187,7 @@ SEAMS = (
             "vllm.model_executor.layers.fused_moe.oracle.mxfp4:_resolve_activation_key",
             "vllm.model_executor.layers.fused_moe.oracle.mxfp4:mxfp4_round_up_hidden_size_and_intermediate_size",
             "vllm.model_executor.layers.fused_moe.oracle.mxfp4:make_mxfp4_moe_quant_config",
+            "GptOssMxfp4MoEMethod._setup_kernel",
         ),
     ),
     Seam(

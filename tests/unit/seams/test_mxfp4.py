@@ -62,11 +62,35 @@ def test_floats_are_packed_for_the_kernel(monkeypatch, at_once):
     assert packing.Packed(data, scales, None, 4, 32).shape == (2 * N, 256)
 
 
-def test_an_exponent_that_the_kernel_does_not_hold_is_refused():
-    (_, words, exponent), _ = given(*SIZES[0])
-    exponent[2, 5, 1] = 90
-    with pytest.raises(UnsupportedFeature, match=r"mxfp4.cuda_weights: .* is 90, .*--moe-backend humming"):
-        seam.pack(words, exponent)
+class HummingIndexedExperts:
+    pass
+
+
+def test_a_layer_whose_exponents_the_kernel_does_not_hold_gets_vllms_kernel(monkeypatch, caplog):
+    backends, seen = oracle().Mxfp4MoeBackend, []
+    convert = seam._packed(lambda *given: seen.append(given) or "converted")
+    (first, second), method = (given(*size)[0] for size in SIZES), SimpleNamespace(experts_cls=seam.own())
+    second[2][2, 5, 1] = 90
+    sizes = {"hidden_dim": 2880, "intermediate_size_per_partition": 2880}
+    held = SimpleNamespace(quant_method=method, moe_config=config(**sizes))
+    loaded = first[1], second[1], first[2], second[2]
+    monkeypatch.setattr(oracle(), "select_mxfp4_moe_backend", lambda _: (backends.HUMMING, HummingIndexedExperts))
+    assert convert(backends.B12X_MXFP4_BF16, held, *loaded, "b1", "b2") == "converted"
+    assert method.experts_cls is HummingIndexedExperts and method.mxfp4_backend is backends.HUMMING
+    assert seen[0][:2] == (backends.HUMMING, held) and seen[0][2:8] == (*loaded, "b1", "b2")
+    assert "take vLLM's kernel HummingIndexedExperts: an exponent of experts' floats of 4 bits is 90" in caplog.text
+    for backend in (backends.MARLIN, None):  # a kernel with other sizes; none
+
+        def select(_, backend=backend):
+            if backend is None:
+                raise NotImplementedError("no MXFP4 MoE backend")
+            return backend, HummingIndexedExperts
+
+        method.experts_cls = seam.own()
+        monkeypatch.setattr(oracle(), "select_mxfp4_moe_backend", select)
+        with pytest.raises(UnsupportedFeature, match=r"mxfp4.cuda_weights: .* is 90, .*Install .*humming-kernels"):
+            convert(backends.B12X_MXFP4_BF16, held, *loaded)
+        assert method.experts_cls is seam.own() and len(seen) == 1
 
 
 def test_gpt_oss_gets_the_kernel_and_keeps_its_sizes(monkeypatch, hopper):
