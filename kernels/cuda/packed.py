@@ -345,7 +345,9 @@ def product_of_experts(
     inverse = -(-(1 << 32) // rows.each)  # the product of an id and the inverse, over 2**32, is id // each
     # The kernel counts ids in 32 bits, and places in x in parts of 16 bytes.
     if rows.ids * rows.each >= 1 << 32 or x.shape[0] * (x.stride(0) // 8) >= 1 << 31:
-        raise ValueError(f"packed: the kernel does not take {rows.ids} ids of {x.shape[0]} rows of {x.shape[1]} elements")
+        raise ValueError(
+            f"packed: the kernel does not take {rows.ids} ids of {x.shape[0]} rows of {x.shape[1]} elements"
+        )
     arguments += [c_longlong(inverse), *map(c_int, (rows.ids, tiles, depth // packed.group, rest))]
     span = min(tiles, _SPAN)
     grid = span, -(-cols // (16 * form.warps)), -(-tiles // span)
