@@ -2,7 +2,7 @@
 //
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w. TILES: eights of rows of x in
 // a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such a block. ZEROS: whether
-// there are zero points. EARLY: whether weights are unpacked while the products before run. INPUT: the 16-bit type.
+// there are zero points. INPUT: the 16-bit type.
 // E2M1: whether weights are floats, whose sums are multiplied by `whole`. unpack.h unpacks.
 //
 // Order of one output: one fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass. (q - zero) * scale
@@ -73,8 +73,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) load();
-  // A pair is two products of 16 elements of K. With EARLY, the weights and rows of the next pair are read and unpacked
-  // while the products of one pair run, one after the other.
+  // A pair is two products of 16 elements of K.
   u32 a[2][2][4], b[2][TILES][4];
 #if E2M1
   Scales scales;
@@ -122,15 +121,11 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #endif
       }
   };
-  if (EARLY) {
-    enter();
-    read(0);
-  }
   for (int block = 0; block < blocks; ++block) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      if (pair == (EARLY ? 3 : 0)) enter();
-      read((pair + EARLY) % 4);
+      if (pair == 0) enter();
+      read(pair);
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll

@@ -30,17 +30,21 @@ _LARGE = 64  # rows of a wide form's tile that may serve any number of tiles
 
 class Form(NamedTuple):
     """What the source is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
-    of blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu, and packed_experts.cu for
-    experts. early: of packed.cu, read and unpack the next products' weights while products run. blocks: of a stage of
-    packed_experts.cu and packed_few.cu. halves: packed_few.cu, where two warps share 16 rows of w and tiles is 1."""
+    of blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu, or with stages of
+    several blocks and of experts packed_lean.cu. blocks: of a stage of packed_lean.cu and packed_few.cu. halves:
+    packed_few.cu, where two warps share 16 rows of w and tiles is 1."""
 
     warps: int
     tiles: int
     stages: int
     wide: bool = False
-    early: bool = False
     blocks: int = 1
     halves: bool = False
+
+    @property
+    def lean(self) -> bool:
+        """Whether the form is of packed_lean.cu also for dense products, which takes no floats there."""
+        return self.blocks > 1 and not self.wide and not self.halves
 
     @property
     def strips(self) -> int:
@@ -75,7 +79,6 @@ class Form(NamedTuple):
         return {
             "PARTS": 1,
             "WIDE": int(self.wide),
-            "EARLY": int(self.early),
             "WARPS": self.warps,
             "TILES": self.tiles,
             "STAGES": self.stages,
@@ -106,12 +109,16 @@ FORMS = (
     Form(2, 1, 8),
     Form(4, 1, 8),
     Form(8, 1, 6),
-    Form(2, 1, 8, early=True),
-    Form(4, 1, 8, early=True),
-    Form(8, 1, 6, early=True),
     Form(2, 1, 4, blocks=2, halves=True),
     Form(4, 1, 4, blocks=2, halves=True),
     Form(8, 1, 3, blocks=2, halves=True),
+    Form(2, 1, 2, blocks=4),
+    Form(2, 1, 3, blocks=4),
+    Form(4, 1, 2, blocks=4),
+    Form(4, 1, 3, blocks=2),
+    Form(8, 1, 2, blocks=2),
+    Form(8, 1, 2, blocks=4),
+    Form(4, 2, 2, blocks=4),
     Form(2, 2, 8),
     Form(4, 2, 6),
     Form(8, 2, 6),
@@ -192,7 +199,7 @@ def build(
 ) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     brain = dtype == "torch.bfloat16"
-    product, file = "", "packed_experts.cu" if experts else "packed_few.cu" if form.halves else "packed.cu"
+    product, file = "", "packed_lean.cu" if experts or form.lean else "packed_few.cu" if form.halves else "packed.cu"
     if form.wide:
         used = {form.tiles // part for part in ((1, 2, _FEWEST) if experts else (1,))} - {0}
         product, file = "".join(map(multiply_wide, sorted(used))), "packed_wide.cu"
@@ -243,8 +250,8 @@ def _kernel(
 
 
 def fits(form: Form, group: int, zeros: bool, shared: int, experts: bool = False, floats: bool = False) -> bool:
-    """Whether a form's block fits into `shared` bytes of shared memory."""
-    return form.shared_bytes(groups(group), zeros, experts, floats) <= shared
+    """Whether a form takes such weights, and its block fits into `shared` bytes of shared memory."""
+    return not (floats and form.lean) and form.shared_bytes(groups(group), zeros, experts, floats) <= shared
 
 
 def prepare(

@@ -11,6 +11,18 @@
 #define THREADS (32 * WARPS)
 #define PIECES(eights) ((8 * (eights) + THREADS / 16 - 1) / (THREADS / 16))  // rows of x that a thread copies
 
+DEVICE bool is_row(int id, int limit) { return static_cast<u32>(id) < static_cast<u32>(limit); }
+
+// The places in x of ids' rows, in parts of 16 bytes; -1: none.
+template <int count, int most>
+DEVICE void find_rows(int (&at)[count], const int (&ids)[most], i64 inverse, int limit, int stride) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const int in_x = static_cast<int>(ids[i] * inverse >> 32);
+    at[i] = is_row(ids[i], limit) ? in_x * (stride / 8) : -1;
+  }
+}
+
 #if EXPERTS
 #define PARAMETERS_OF_EXPERTS                                                                                \
   , const int *ids, const int *experts, const int *padded, const float *factors, i64 inverse, int limit,     \
@@ -23,8 +35,6 @@ struct Row {
 
 DEVICE int tile_of_block() { return block_z() * blocks_x() + block_x(); }
 
-DEVICE bool is_row(int id, int limit) { return static_cast<u32>(id) < static_cast<u32>(limit); }
-
 // Zeros for a tile's rows and this block's columns of out.
 DEVICE void write_zeros(u16* out, const int* ids, int limit, int column, int cols) {
   const int parts = 2 * WARPS;
@@ -32,16 +42,6 @@ DEVICE void write_zeros(u16* out, const int* ids, int limit, int column, int col
   for (int i = thread(); i < 8 * TILES * parts; i += THREADS) {
     const int id = ids[i / parts], n = column + i % parts * 8;
     if (is_row(id, limit) && n < cols) *reinterpret_cast<Four*>(out + static_cast<i64>(id) * cols + n) = Four{};
-  }
-}
-
-// The places in x of ids' rows, in parts of 16 bytes; -1: none.
-template <int count, int most>
-DEVICE void find_rows(int (&at)[count], const int (&ids)[most], i64 inverse, int limit, int stride) {
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    const int in_x = static_cast<int>(ids[i] * inverse >> 32);
-    at[i] = is_row(ids[i], limit) ? in_x * (stride / 8) : -1;
   }
 }
 

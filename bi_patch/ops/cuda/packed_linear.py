@@ -1,7 +1,7 @@
 """Routes of linears with packed weights of 4 or 8 bits on CUDA: the fastest kernel for each M, all in one order.
 
 Order: that of 16-bit linears (bi_patch.ops.cuda.linear) for the dequantized weights (kernels/packing.py). Bundled
-kernels dequantize in registers: of 4 bits kernels/cuda/packed.cu, packed_few.cu and, on Hopper, packed_wide.cu; of 8
+kernels dequantize in registers: of 4 bits kernels/cuda/packed.cu, packed_lean.cu, packed_few.cu and, on Hopper, packed_wide.cu; of 8
 bits kernels/triton/packed_gemm.py. Or the weights are dequantized once a call, and the route of the 16-bit linear
 serves, with its own certificate.
 

@@ -31,8 +31,9 @@ extern "C" void launch_dequantize(int x, int y, const unsigned char* w, const Sc
 def emulated(folder, form, groups, zeros, floats=False):
     """The kernels, compiled by g++ over emulated instructions."""
     source, library = folder / "packed.cpp", folder / "packed.so"
-    kernel = "packed_wide.cu" if form.wide else "packed_few.cu" if form.halves else "packed.cu"
-    dequantizing = "" if form.wide or form.halves else LAUNCH_DEQUANTIZE
+    few = "packed_lean.cu" if form.lean else "packed_few.cu" if form.halves else "packed.cu"
+    kernel = "packed_wide.cu" if form.wide else few
+    dequantizing = LAUNCH_DEQUANTIZE if kernel == "packed.cu" else ""
     files = ("emulate.h", *(KERNELS / name for name in ("unpack.h", "rows.h", kernel)))
     included = "".join(f'#include "{file}"\n' for file in files)
     source.write_text(f"{included}{LAUNCH}{dequantizing}")
@@ -60,8 +61,9 @@ def run_emulated(monkeypatch, library, form):
         (packed.Form(4, 2, 4), 40, 80, 64, False, False),
         (packed.Form(1, 4, 2), 29, 32, 32, True, False),
         (packed.Form(2, 1, 8), 1, 32, 512, False, True),
-        (packed.Form(2, 1, 3, early=True), 5, 48, 32, True, True),
-        (packed.Form(4, 2, 4, early=True), 40, 80, 128, False, False),
+        (packed.Form(4, 1, 2, blocks=2), 5, 48, 32, True, True),
+        (packed.Form(2, 2, 2, blocks=4), 40, 80, 512, True, False),
+        (packed.Form(8, 1, 2, blocks=4), 8, 144, 128, False, True),
         (packed.Form(2, 1, 3, blocks=2, halves=True), 5, 48, 128, True, True),
         (packed.Form(4, 1, 2, blocks=2, halves=True), 13, 80, 32, True, False),
         (packed.Form(8, 1, 2, blocks=2, halves=True), 8, 80, 256, False, True),
@@ -82,7 +84,7 @@ def test_products_and_weights(tmp_path, monkeypatch, form, rows, n, group, zeros
     held = packing.pack(q, scale, zero, 4)
 
     run_emulated(monkeypatch, emulated(tmp_path, form, packed.groups(group), zeros), form)
-    if not (form.wide or form.halves):
+    if not (form.wide or form.halves or form.lean):
         assert torch.equal(packed.dequantize(held), weight)
     x = torch.randn(rows, k, generator=generator).bfloat16()
     added = torch.randn(n, generator=generator).bfloat16() if bias else None
@@ -111,8 +113,6 @@ def value_of(q):
     [
         (packed.Form(2, 1, 3), 5, 48, 16, True),
         (packed.Form(4, 2, 4), 40, 80, 32, False),
-        (packed.Form(2, 1, 3, early=True), 5, 48, 32, True),
-        (packed.Form(4, 2, 4, early=True), 40, 80, 16, False),
         (packed.Form(2, 1, 3, blocks=2, halves=True), 5, 48, 16, True),
         (packed.Form(4, 1, 2, blocks=2, halves=True), 13, 80, 32, False),
         (packed.Form(8, 1, 2, blocks=2, halves=True), 8, 80, 16, True),
@@ -196,13 +196,13 @@ def test_other_sizes_are_refused(n, k, bits, group):
 def test_every_form_fits_into_a_block_of_hopper():
     for form in packed.FORMS:
         assert packed.fits(form, 32, True, 232448), form
-        assert packed.fits(form, 16, False, 232448, False, True), form
+        assert packed.fits(form, 16, False, 232448, False, True) != form.lean, form
         assert form.serves(8 * form.tiles) and (form.tiles == 1 or not form.serves(4 * form.tiles - 1))
         assert form.wide or not form.serves(65)
         outputs = 8 * form.tiles * (32 * form.warps + 16)  # they pass through shared memory
         assert not form.wide or outputs <= form.shared_bytes(1, False) and form.stages >= 3
         assert not form.wide or form.warps % 4 == 0
-        assert form.blocks == 1 or form.whole_stages(256) == form and form.whole_stages(384).blocks == 1
+        assert form.blocks == 1 or form.whole_stages(512) == form and form.whole_stages(384).blocks == 1
         assert form.whole_stages(384).shared_bytes(4, True) == form.shared_bytes(4, True)
     for capability, most in (((8, 0), 64), ((9, 0), 4096), ((10, 0), 64)):
         able = [form for form in packed.FORMS if form.runs_on(capability)]
@@ -220,15 +220,16 @@ def test_the_kernel_compiles(architecture, dtype):
     few = [form for form in packed.FORMS if not form.wide]
     halves = next(form for form in few if form.halves)
     wide = [form for form in packed.FORMS if form.wide and architecture == "sm_90"]
-    early = next(form for form in few if form.early)
+    lean = next(form for form in few if form.lean)
     for form, groups, zeros in (
         (few[0], 1, True),
-        (early, 2, True),
+        (lean, 2, True),
+        (lean, 0, False),
         (halves, 2, True),
         (halves._replace(blocks=1), 0, False),
         (few[-1], 4, False),
         *((form, 4, True) for form in wide[::6]),
     ):
         assert packed.build(form, groups, zeros, dtype, architecture, 13)
-        if dtype == "torch.bfloat16":
+        if dtype == "torch.bfloat16" and not form.lean:
             assert packed.build(form, 8, False, dtype, architecture, 13, False, True)

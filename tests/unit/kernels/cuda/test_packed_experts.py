@@ -33,7 +33,7 @@ def launched(emulated, monkeypatch, tmp_path):
                 folder.mkdir()
                 built[key] = emulated(
                     folder,
-                    "packed_wide" if form.wide else "packed_experts" if experts else "packed",
+                    "packed_wide" if form.wide else "packed_lean" if experts else "packed",
                     {"product": PARAMETERS + (OF_EXPERTS if experts else OF_ONE)},
                     form.defines(groups, zeros, dtype, experts, floats, tail),
                     ("unpack.h", "rows.h"),

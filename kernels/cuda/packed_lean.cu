@@ -1,11 +1,12 @@
-// Products of few rows of experts with weights of 4 bits: out[id, n] = round((sum over k of x[m, k] * w[e, n, k] +
-// bias[e, n]) * factor[id]), where m is the id's row of x and e the expert of the id's tile (rows.h).
+// Products of few rows with weights of 4 bits: those of packed.cu, or of experts (EXPERTS): out[id, n] = round((sum over k
+// of x[m, k] * w[e, n, k] + bias[e, n]) * factor[id]), where m is the id's row of x and e the expert of the id's tile
+// (rows.h).
 //
-// packing.py states how the weights lie, one expert's after the other's. WARPS: warps of a block of threads, each with 16
-// rows of w. TILES: eights of ids in a tile. STAGES of BLOCKS blocks of 128 elements of K each are in shared memory; the
-// threads wait once a stage. K has whole stages, except with TAIL (rows.h). GROUPS: groups of scales in such a block. LONG:
-// whether a group has more than 128 elements. ZEROS: whether there are zero points. INPUT: the 16-bit type. E2M1: whether
-// weights are floats. unpack.h unpacks.
+// packing.py states how the weights lie, one expert's after the other's. WARPS: warps of a block of threads, each with
+// 16 rows of w. TILES: eights of ids in a block. STAGES of BLOCKS blocks of 128 elements of K each are in shared memory;
+// the threads wait once a stage. K has whole stages, except with TAIL (rows.h). GROUPS: groups of scales in a block of K.
+// LONG: whether a group has more than 128 elements. ZEROS: whether there are zero points. INPUT: the 16-bit type. E2M1:
+// whether weights are floats, whose sums are multiplied by `whole`, except those of experts. unpack.h unpacks.
 //
 // Order of one output: that of packed.cu. One fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass.
 // (q - zero) * scale is rounded once, a float times its scale is exact, the bias is added in fp32, the factor multiplies in fp32, and the result is rounded
@@ -19,14 +20,21 @@
 #define STAGE (BLOCKS * SLOT)
 
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
-               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride PARAMETERS_OF_EXPERTS) {
+               const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride
+#if EXPERTS
+                   PARAMETERS_OF_EXPERTS
+#else
+               , const float*
+#endif
+) {
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
+  const int part = thread() % 16, row = thread() / 16;
+  int copied[PIECES(TILES)], rows_at[PIECES(TILES)], id[2 * TILES];  // id: of this lane's rows of out
+#if EXPERTS
   const int column = block_y(), tile = tile_of_block(), first = tile * 8 * TILES;
   if (tile >= tiles) return;
   const int end = fetch(padded), expert = fetch(experts + tile);
   ids += first;
-  const int part = thread() % 16, row = thread() / 16;
-  int copied[PIECES(TILES)], rows_at[PIECES(TILES)], id[2 * TILES];  // id: of this lane's rows of out
 #pragma unroll
   for (int i = 0; i < PIECES(TILES); ++i) {
     const int m = row + i * (THREADS / 16);
@@ -39,6 +47,18 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     write_zeros(out, ids, limit, column * 16 * WARPS, cols);
     return;
   }
+#else
+  const int column = block_x(), first = block_y() * 8 * TILES, expert = 0, scales = 0, limit = rows;
+  const float* const factors = nullptr;
+  const i64 inverse = 1ll << 32;
+#pragma unroll
+  for (int i = 0; i < PIECES(TILES); ++i) {
+    const int m = row + i * (THREADS / 16);
+    copied[i] = m < 8 * TILES ? first + m : limit;
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * TILES; ++i) id[i] = first + i / 2 * 8 + lane % 4 * 2 + i % 2;
+#endif
   find_rows(rows_at, copied, inverse, limit, stride);
   const int strips = cols / 16, mine = column * WARPS + warp, strip = mine < strips ? mine : strips - 1;
 
