@@ -43,7 +43,7 @@ class Form(NamedTuple):
 
     @property
     def lean(self) -> bool:
-        """Whether the form is of packed_lean.cu also for dense products, which takes no floats there."""
+        """Whether the form is of packed_lean.cu also for dense products."""
         return self.blocks > 1 and not self.wide and not self.halves
 
     @property
@@ -250,8 +250,8 @@ def _kernel(
 
 
 def fits(form: Form, group: int, zeros: bool, shared: int, experts: bool = False, floats: bool = False) -> bool:
-    """Whether a form takes such weights, and its block fits into `shared` bytes of shared memory."""
-    return not (floats and form.lean) and form.shared_bytes(groups(group), zeros, experts, floats) <= shared
+    """Whether a form's block fits into `shared` bytes of shared memory."""
+    return form.shared_bytes(groups(group), zeros, experts, floats) <= shared
 
 
 def prepare(

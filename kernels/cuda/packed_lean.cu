@@ -9,8 +9,8 @@
 // whether weights are floats, whose sums are multiplied by `whole`, except those of experts. unpack.h unpacks.
 //
 // Order of one output: that of packed.cu. One fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass.
-// (q - zero) * scale is rounded once, a float times its scale is exact, the bias is added in fp32, the factor multiplies in fp32, and the result is rounded
-// once. No warp shares an output with another.
+// (q - zero) * scale is rounded once, a float times its scale is exact, the bias is added in fp32, the factor multiplies
+// in fp32, and the result is rounded once. No warp shares an output with another.
 //
 // With few rows, the instructions that unpack take most of the time, so all others count.
 
@@ -24,7 +24,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #if EXPERTS
                    PARAMETERS_OF_EXPERTS
 #else
-               , const float*
+               , const float* whole
 #endif
 ) {
   const int lane = thread() % 32, warp = thread() / 32, blocks = depth / 128, g = lane / 4;
@@ -192,6 +192,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = t * 2 + i % 2, n = strip * 16 + g + i / 2 * 8;
+#if E2M1 && !EXPERTS
+      sum[t][i] = times_unflushed(sum[t][i], *whole);
+#endif
       float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];
       if (factors) value = times_unflushed(value, factor[m]);
       if (is_row(id[m], limit)) out[static_cast<i64>(id[m]) * cols + n] = static_cast<u16>(round_pair(value, 0));
