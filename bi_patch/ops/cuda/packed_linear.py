@@ -1,9 +1,9 @@
 """Routes of linears with packed weights of 4 or 8 bits on CUDA: the fastest kernel for each M, all in one order.
 
 Order: that of 16-bit linears (bi_patch.ops.cuda.linear) for the dequantized weights (kernels/packing.py). Bundled
-kernels dequantize in registers: of 4 bits kernels/cuda/packed.cu, packed_lean.cu, packed_few.cu and, on Hopper, packed_wide.cu; of 8
-bits kernels/triton/packed_gemm.py. Or the weights are dequantized once a call, and the route of the 16-bit linear
-serves, with its own certificate.
+kernels dequantize in registers: of 4 bits kernels/cuda/packed.cu, packed_lean.cu, packed_few.cu and, on Hopper,
+packed_wide.cu; of 8 bits kernels/triton/packed_gemm.py. Or the weights are dequantized once a call, and the route of
+the 16-bit linear serves, with its own certificate.
 
 Floats e2m1 of 4 bits (NVFP4) have no such other way: the bundled kernels multiply the fp32 sum by the one scale of all
 weights, which a 16-bit linear would do after rounding. So the bundled kernels serve every number of rows, on GPUs where
