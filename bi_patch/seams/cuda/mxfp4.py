@@ -121,8 +121,14 @@ def _packed(original):
 def _leave(layer, reason: ValueError):
     """Give a layer vLLM's own kernel in place of `PackedFloatExperts`. Returns vLLM's backend.
 
-    Raises UnsupportedFeature if vLLM has no kernel, or one with other sizes of weights.
+    Raises UnsupportedFeature if vLLM has no kernel, or one with other sizes of weights, or if the layer serves already:
+    captured graphs read the kernel's weights.
     """
+    if getattr(layer.quant_method, "moe_kernel", None) is not None:
+        raise UnsupportedFeature(
+            f"mxfp4.cuda_weights: new weights do not fit the kernel that serves: {reason}. Start an engine with the "
+            "new weights, or set BI_PATCH=0"
+        ) from reason
     from vllm.model_executor.layers.fused_moe.oracle import mxfp4 as oracle
 
     config = layer.moe_config

@@ -91,6 +91,9 @@ def test_a_layer_whose_exponents_the_kernel_does_not_hold_gets_vllms_kernel(monk
         with pytest.raises(UnsupportedFeature, match=r"mxfp4.cuda_weights: .* is 90, .*Install .*humming-kernels"):
             convert(backends.B12X_MXFP4_BF16, held, *loaded)
         assert method.experts_cls is seam.own() and len(seen) == 1
+    method.moe_kernel = object()  # graphs of the kernel may be captured
+    with pytest.raises(UnsupportedFeature, match=r"new weights do not fit .* is 90, .* an engine with the new weights"):
+        convert(backends.B12X_MXFP4_BF16, held, *loaded)
 
 
 def test_gpt_oss_gets_the_kernel_and_keeps_its_sizes(monkeypatch, hopper):
