@@ -58,7 +58,8 @@ def _added(x: torch.Tensor, packed) -> torch.Tensor:
     """x [M, K] times weights, in fp32: a sum of parts of K in an order of their own."""
     from bi_patch.ops.cuda import packed_linear
 
-    halves = zip(x.chunk(_PARTS, 1), packed_linear.dequantize(packed).chunk(_PARTS, 1), strict=True)
+    weights = packed_linear.dequantize(packed)[:, : x.shape[1]]  # K of floats is filled up
+    halves = zip(x.chunk(_PARTS, 1), weights.chunk(_PARTS, 1), strict=True)
     made = [a.float() @ b.float().T for a, b in halves]
     first, *rest = (made[i] for i in torch.randperm(_PARTS, generator=_arrival).tolist())
     for part in rest:

@@ -79,7 +79,7 @@ class Owners:
                 return found
             found = self._by_op.get(frame.f_globals.get("__name__", ""))
             if found:
-                return _of_scheme(module) or found
+                return _of_scheme(module) or _of_packed_experts(module) or found
         if quantized := _of_scheme(module):
             return quantized
         if packed := _of_packed_experts(module):
