@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = ("UnsupportedFeature", "UnsupportedRequest", "bad_request")
-NAME = re.compile(r"(\{[^}]*\}|[a-z_]+(\.[a-z0-9_{}]+)?): ")
+NAME = re.compile(r"(\{[^}]*\}|[a-z][a-z0-9_]*(\.[a-z0-9_{}]+)?): ")
 TO_DO = (
     *("Activate", "Arm", "Ask", "Call", "Delete", "Give", "Import", "Install", "Leave", "Let", "Load", "Lower"),
     *(
