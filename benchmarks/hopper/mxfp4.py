@@ -34,6 +34,16 @@ SIZES = {"gpt-oss-20b": (32, 4), "gpt-oss-120b": (128, 4)}  # experts, and exper
 HIDDEN = INNER = 2880
 TOKENS = (1, 8, 64, 256, 2048)
 ROWS = (1, 2, 3, 5, 8, 17, 33, 64, 129, 256, 513)
+FORMS_AT = (64, 2048, 256, 1, 8, 512, 128, 32, 8192, 16)  # tokens, the most important first
+# Forms that do not serve, beside those that do.
+CANDIDATES = (
+    four.Form(2, 1, 3, blocks=2),
+    four.Form(8, 1, 2, blocks=2),
+    four.Form(4, 4, 2, blocks=2),
+    four.Form(8, 4, 6, True),
+    four.Form(4, 8, 6, True),
+    four.Form(8, 16, 4, True),
+)
 INVARIANT = {"bundled": "1", "humming": "1", "marlin": "0"}
 lines, started = [], time.perf_counter()
 
@@ -170,24 +180,28 @@ def forms(out, name, held, end):
     experts, top = SIZES[name]
     kernel = held.quant_method.moe_kernel.fused_experts
     parts = (held.w13_weight, kernel.w1_scale, HIDDEN, top), (held.w2_weight, kernel.w2_scale, INNER, 1)
-    for tokens in TOKENS:
+    for tokens in FORMS_AT:
         if time.perf_counter() > end:
             return
-        ids, found = tokens * top, {}
-        able = [f for f in four.FORMS_OF_EXPERTS if ids / experts <= 16 * f.tiles or f.tiles >= 8]
+        ids, found, wrong = tokens * top, {}, {}
+        mean = ids / experts
+        able = [f for f in four.FORMS_OF_EXPERTS + CANDIDATES if f.tiles >= 8 or mean <= 16 * f.tiles]
+        able = [f for f in able if f.tiles <= 4 or mean >= f.tiles / 2]
         chosen = [routed(experts, top, tokens, seed)[2] for seed in range(24 if tokens == 1 else 4)]
         for data, scale, k, share in parts:
             packed = Packed(data, scale, None, 4, 32)
             x, o = torch.randn((ids // share, k), device="cuda").bfloat16(), packed.shape[0]
-            to = torch.empty((ids, o), device="cuda", dtype=torch.bfloat16)
-            ways = []
+            to, want, ways = torch.empty((ids, o), device="cuda", dtype=torch.bfloat16), None, []
             for f in able:
                 rows = [four.Rows(*moe_align_block_size(c, 8 * f.tiles, experts), share, ids) for c in chosen]
                 ways.append([partial(four.product_of_experts, x, packed, r, None, f, to) for r in rows])
+                ways[-1][0]()
+                want = to.clone() if want is None else want
+                wrong[f] = wrong.get(f, 0) + bits.differing(to, want)
             for f, us in zip(able, timing.microseconds(ways), strict=True):
                 found.setdefault(f, []).append(round(us, 2))
         for f, us in found.items():
-            tell(out, shape=name, tokens=tokens, form=list(f), us=us)
+            tell(out, shape=name, tokens=tokens, form=list(f), us=us, differ=wrong[f])
 
 
 def main():
@@ -211,7 +225,8 @@ def main():
     workspace.init_workspace_manager(torch.device("cuda"))
     with ThreadPoolExecutor(8) as pool:
         prepare = partial(four.prepare, group=32, zeros=False, dtype=torch.bfloat16, device=0)
-        list(pool.map(lambda f: prepare(f, experts=True, floats=True, tail=True), four.FORMS_OF_EXPERTS))
+        compiled = four.FORMS_OF_EXPERTS + (CANDIDATES if a.forms else ())
+        list(pool.map(lambda f: prepare(f, experts=True, floats=True, tail=True), compiled[::-1]))
     print(f"{time.perf_counter() - started:.0f} s compiled", flush=True)
     with set_current_vllm_config(config), set_forward_context(None, config):
         for name in a.shapes.split(","):
