@@ -154,7 +154,7 @@ ROUNDS: list[list[Entry]] = [
     [
         scheme("FP8 block experts", (5.0, 4.0, 2.5), modes=UPSTREAM),
         scheme("FP8 channel experts", (5.0, 4.0, 2.5), modes=UPSTREAM),
-        scheme("MXFP4", (4.5, 4.0, 2.5), modes=UPSTREAM),  # on the package humming-kernels
+        scheme("MXFP4", (4.5, 4.0, 2.5), modes=UPSTREAM),
         scheme("W4A16 experts", (3.5, 4.0, 2.5)),
     ],
     [

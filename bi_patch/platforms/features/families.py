@@ -201,10 +201,8 @@ FAMILIES: tuple[Feature, ...] = (
         cuda=(
             refused("quantized experts", releases="<0.33"),
             served(
-                "invariance-2026-11-29-h200-four-bits-vllm-0.33.0.json",
-                "invariance-2026-11-29-h200-quantized-vllm-0.33.0-6.json",
-                why="two layers of gpt-oss-20b's sizes with random weights, compiled and in eager mode; with the "
-                "package humming-kernels, on which vLLM's CUDA build depends",
+                "invariance-2026-11-30-h200-mxfp4-vllm-0.33.0.json",
+                why="two layers of gpt-oss-20b's sizes with random weights, compiled and beside an eager engine",
             ),
         ),
         ascend=_QUANTIZED,

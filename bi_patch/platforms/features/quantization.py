@@ -302,6 +302,8 @@ QUANTIZATION: tuple[Feature, ...] = (
             cells.GRAPHS,
             cells.NEW_GRAPHS,
             cells.AXES,
+            cells.OSS_RUN,
+            cells.NVFP4_RUN,
             why="AWQ, GPTQ, W4A16, W8A16, INT8 with dynamic and FP8 with static and dynamic activations, NVFP4 "
             "weights, and experts of 4 bits, in MXFP4 and in FP8",
         ),

@@ -57,21 +57,25 @@ INT8_STATIC = (
     ),
     NONE,
 )
+OSS_RUN = "invariance-2026-11-30-h200-mxfp4-vllm-0.33.0.json"
 OSS = (
-    served(FOUR_BITS, GRAPHS, why="two layers of gpt-oss-20b's sizes, compiled and in eager mode", releases=">=0.33"),
+    served(
+        OSS_RUN,
+        why="two layers of gpt-oss-20b's sizes on the bundled kernels, compiled and beside an eager engine",
+        releases=">=0.33",
+    ),
     NONE,
 )
 BOTH = (
     served(EAGER, GRAPHS, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"),
     NONE,
 )
+NVFP4_RUN = "invariance-2026-11-30-h200-nvfp4-vllm-0.33.0.json"
 NVFP4 = (
     served(
         "invariance-2026-11-30-h200-quantized-vllm-0.33.0-7.json",
-        EAGER,
-        GRAPHS,
-        why="two layers of Qwen3-8B's sizes, compiled on the bundled kernels in four axes; in eager mode and in "
-        "further axes on the package humming-kernels, which served them before",
+        NVFP4_RUN,
+        why="two layers of Qwen3-8B's sizes on the bundled kernels, compiled and in eager mode",
         releases=">=0.33",
     ),
     NONE,

@@ -686,7 +686,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("NVFP4 weights alone (compressed-tensors)", "cuda"): (
         ("* NVFP4,* eager", *_SIX),
-        ("* NVFP4, 2 layers", *_SIX),
+        ("* NVFP4, 2 layers, compiled", "prefix cache", "chunk budget", "preemption", "eager and compiled"),
         ("* NVFP4, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
     ),
     ("FP8 per channel or tensor, static activations (other methods)", "cuda"): (
@@ -694,10 +694,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* FP8 static, compressed-tensors, 2 layers", *_SIX),
     ),
     **{
-        (name, "cuda"): (
-            ("gpt-oss-20b MXFP4,* eager", *_SIX, "preemption"),
-            ("gpt-oss-20b MXFP4, 2 layers", *_SIX),
-        )
+        (name, "cuda"): (("gpt-oss-20b MXFP4, 2 layers", *_SIX, "preemption", "eager and compiled"),)
         for name in ("MXFP4 (gpt-oss as published)", "experts in MXFP4", "gpt-oss as published (MXFP4)")
     },
     ("experts in FP8 blocks of 128 x 128", "cuda"): (
@@ -721,7 +718,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         (f"* {scheme}, 2 layers", *_SIX, *_PUBLISHED)
         for scheme in ("FP8 tensor", "AutoRound", "ModelOpt FP8", "Quark FP8", "FP8 channel experts", "AWQ experts")
     )
-    + (("* FP8 channel, 2 layers", *_LATE),),
+    + (
+        ("* FP8 channel, 2 layers", *_LATE),
+        ("* NVFP4, 2 layers, compiled", "prefix cache", "preemption", "eager and compiled"),
+    ),
     ("quantized weights or experts in another scheme, compiled", "cpu"): tuple(
         (f"*-{scheme} bf16 compiled", *_SIX, "eager and compiled")
         for scheme in ("int8", "int8-static", "awq", "gptq", "w4a16", "w4a16-zeros", "fp8-blocks")
