@@ -169,6 +169,9 @@ def arithmetic():
             self.mode = mode
 
         def ask(self, do, data):
+            if do == "pause":
+                self.pauses = [*getattr(self, "pauses", []), msgspec.msgpack.decode(data)]
+                return b""
             assert do == "precision"
             return msgspec.msgpack.encode(Precision(1, 1, 0.5, []))
 

@@ -4,7 +4,7 @@ streamed inputs.
 
     PYTHONPATH=. python3 -P benchmarks/cpu/requests.py [--only axes|kinds] [--results FOLDER]
 
-The first three and streamed inputs: axes of verify, on one armed engine of a tiny model in eager mode, and one
+The first three, streamed inputs and pauses: axes of verify, on one armed engine of a tiny model in eager mode, and one
 compiled; streamed inputs of some families as well. The others, and streamed inputs: each alone and in company, on
 engines in fp32 and bf16 (request_kinds.py). Exit code 1: positions differ.
 """
@@ -24,7 +24,7 @@ import bi_patch_entry
 
 AXES = (
     *("structured output", "processed logprobs", "custom logits processors", "kinds of sampling"),
-    "streamed inputs",
+    *("streamed inputs", "pauses"),
 )
 FAMILIES = (
     "Gemma 3",
@@ -32,7 +32,7 @@ FAMILIES = (
     "Qwen3-Next",
     "Falcon-H1",
     "LFM2",
-)  # their streamed inputs: each keeps other states
+)  # streamed inputs and pauses: each keeps other states
 # Beginnings of what request_kinds.py prints, and the name of the axis.
 KINDS = {
     "n": "n",
@@ -109,7 +109,7 @@ def axes() -> tuple[list, object]:
             folder = families.write(family, root)
             system = local.local(folder, level, dtype="bfloat16", eager=True, random_weights=7)
             made, report = invariance.measure(
-                f"{family}, tiny, bf16, requests", system, level, only=AXES[-1:], tell=tell
+                f"{family}, tiny, bf16, requests", system, level, only=AXES[-2:], tell=tell
             )
             rows += made
     return rows, report

@@ -33,7 +33,7 @@ _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
 _CPU_QUICK = "invariance-2026-11-29-cpu-amx-quick-vllm-0.32.0.json"
 _CPU_REQUESTS = "invariance-2026-11-29-cpu-amx-requests-vllm-0.32.0.json"
-_CPU_STREAMED = "invariance-2026-11-30-cpu-requests-vllm-0.32.0.json"
+_CPU_STREAMED = "invariance-2026-11-30-cpu-requests-vllm-0.32.0-2.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
@@ -209,6 +209,23 @@ FEATURES: tuple[Feature, ...] = (
         ascend=untried(NO_NPU),
         details="Refused are parts that change what vLLM reads from the first part alone (`streamed.parts`), streamed "
         "inputs beside speculative decoding (`requests.core`), and where MLA has two forms (`mla.cuda_forms`).",
+    ),
+    row(
+        "pauses (sleep level 0, pause_generation)",
+        cpu=served(_CPU_STREAMED, why="running requests kept their keys and values, or were computed again"),
+        cuda=untried(),
+        ascend=untried(NO_NPU),
+        details="Requests that are kept go on with the same bits. Where a pause clears the cache and would drop tokens "
+        "that a sampled request has drawn, it is refused (`scheduler.reset_running`).",
+    ),
+    row(
+        "sleep and wake (--enable-sleep-mode)",
+        cpu=absent("vLLM for CPU keeps its memory"),
+        cuda=served(
+            _H200_WEIGHTS, _H200_WEIGHTS_GRAPHS, why="at levels 1 and 2, each followed by a reload of the weights"
+        ),
+        ascend=untried(NO_NPU),
+        asked=of_model(lambda model: getattr(model, "enable_sleep_mode", False), "sleep mode"),
     ),
     row(
         "watermarks (--watermark-config)",

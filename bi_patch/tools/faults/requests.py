@@ -166,6 +166,22 @@ def block_given_away(engine: LocalEngine):
     return replaced(scheduler, "_update_request_as_session", wrap)
 
 
+def idle_draws(engine: LocalEngine):
+    """At the end of a pause, each seeded request that runs has drawn once more."""
+    core, runner = engine.core, model_runner(engine)
+
+    def wrap(held):
+        def resume_scheduler():
+            for state in runner.requests.values():
+                if state.generator is not None:
+                    torch.rand(1, generator=state.generator)
+            return held()
+
+        return resume_scheduler
+
+    return replaced(core, "resume_scheduler", wrap)
+
+
 FAULTS = (
     Fault(
         "block of a waiting session given away",
@@ -228,6 +244,17 @@ FAULTS = (
         BOTH,
         "topk_topp_sampler",
         seam=_DRAW,
+    ),
+    Fault(
+        "draws in a pause",
+        29,
+        idle_draws.__doc__,
+        "pauses",
+        idle_draws,
+        (CPU,),  # model runner V2 draws by a request's seed and the position
+        "sampler",
+        seam={"cpu": "sampling.cpu_draw"},
+        emulated=(CPU,),
     ),
     Fault(
         "seeds drawn on arrival",

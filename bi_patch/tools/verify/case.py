@@ -15,6 +15,7 @@ A Case holds everything that running the pair again needs. For each of its two s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import msgspec
 
@@ -28,6 +29,16 @@ class Update(msgspec.Struct, frozen=True):
     model: str
 
 
+class Pause(msgspec.Struct, frozen=True):
+    """A pause of the engine in the middle of answers. step: the engine step before which it begins. forget: running
+    requests lose their keys and values meanwhile, and are computed again."""
+
+    STEPS: ClassVar[int] = 3  # calls for a step in which nothing is computed
+
+    step: int
+    forget: bool = False
+
+
 class Scenario(msgspec.Struct, frozen=True):
     """The batch and the engine that answered the target.
 
@@ -36,6 +47,7 @@ class Scenario(msgspec.Struct, frozen=True):
     engine runs in a new process whose compile caches are empty. chunk: a budget of tokens per engine step that is set
     on the running engine, None for the engine's own budget. scores: the logprobs mode that is set on the running
     engine, None for the engine's own mode. updates: weights that the running engine gets after the warm-up, in order.
+    pause: a pause of the running engine while it makes the answers, None for none.
     """
 
     requests: list[Request]
@@ -46,6 +58,7 @@ class Scenario(msgspec.Struct, frozen=True):
     chunk: int | None = None
     scores: str | None = None
     updates: list[Update] = []
+    pause: Pause | None = None
 
     @property
     def request(self) -> Request:

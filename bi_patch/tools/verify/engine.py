@@ -17,6 +17,7 @@ from bi_patch.platforms.features import images
 from bi_patch.tools.evidence.kinds import short_name
 from bi_patch.tools.verify import streams
 from bi_patch.tools.verify.answers import Answer, Image, Request
+from bi_patch.tools.verify.case import Pause
 
 SERVER = "server"  # Info.platform of a running server
 HITS, PREEMPTIONS = "vllm:prefix_cache_hits", "vllm:num_preemptions"  # counters
@@ -205,6 +206,7 @@ class LocalEngine:
         self._cached = 0
         self._chunk: int | None = None  # the engine's own budget, kept from the first change on
         self._logprobs: str | None = None  # the engine's own mode, kept from the first change on
+        self._pause: Pause | None = None  # of the next answers
 
     @property
     def llm(self):
@@ -231,8 +233,9 @@ class LocalEngine:
             return self._pooled(requests)
         names = [self._digest_name() if r.digest and self.options.digests else "" for r in requests]
         parameters = [_sampling(r, name, self.options.tokenizer) for r, name in zip(requests, names)]
-        if any(r.delay or r.abort or r.parts for r in requests):
-            outputs = self._generate_staggered(requests, parameters)
+        calls = self._paused()
+        if calls or any(r.delay or r.abort or r.parts for r in requests):
+            outputs = self._generate_staggered(requests, parameters, calls)
         else:
             adapters = [_adapter(r.lora) for r in requests]
             outputs = self._llm.generate(
@@ -310,6 +313,23 @@ class LocalEngine:
         """Answer all requests together, and run `call` after this many engine steps."""
         parameters = [_sampling(r, "", self.options.tokenizer) for r in requests]
         return [_answer(output) for output in self._generate_staggered(requests, parameters, {steps: call})]
+
+    def pause(self, pause: Pause) -> None:
+        """Let the engine pause while it makes the next answers."""
+        self._pause = pause
+
+    def _paused(self) -> dict[int, Callable[[], None]]:
+        """What to call before which steps for the pause of the next answers."""
+        pause, self._pause = self._pause, None
+        if pause is None:
+            return {}
+
+        def begin() -> None:
+            self._llm.sleep(level=0, mode="keep")
+            if pause.forget:
+                self._llm.reset_prefix_cache(reset_running_requests=True)
+
+        return {pause.step: begin, pause.step + pause.STEPS: self._llm.wake_up}
 
     def counters(self) -> dict[str, float]:
         total: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: traces, accuracy, sleep, new
+"""The instruments of an engine child, which a parent runs with `ChildEngine.ask`: traces, accuracy, sleep, pauses, new
 weights, calls.
 
 Only the engine children of verify have instruments; no serving process has them. A tool with its own kind of child adds
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from bi_patch.tools.verify.answers import Answer, Request
-from bi_patch.tools.verify.case import Update
+from bi_patch.tools.verify.case import Pause, Update
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.trace import Trace
 
@@ -74,6 +74,11 @@ def _sleep(engine: LocalEngine, data: bytes) -> bytes:
     return b""
 
 
+def _pause(engine: LocalEngine, data: bytes) -> bytes:
+    engine.pause(msgspec.msgpack.decode(data, type=Pause))
+    return b""
+
+
 def _update(engine: LocalEngine, data: bytes) -> bytes:
     from bi_patch.tools.verify import updates
 
@@ -106,6 +111,7 @@ SERVED: dict[str, Instrument] = {
     "trace": _trace,
     "precision": _precision,
     "sleep": _sleep,
+    "pause": _pause,
     "update": _update,
     "update in flight": _update_in_flight,
     "held": _held,

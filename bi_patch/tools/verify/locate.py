@@ -160,6 +160,8 @@ def trace(
             statuses |= warm.statuses
         for update in scenario.updates:
             engine.ask("update", msgspec.msgpack.encode(update))
+        if scenario.pause is not None:
+            engine.ask("pause", msgspec.msgpack.encode(scenario.pause))
         traced = _ask(engine, TraceAsk(scenario.requests, scenario.index, watch, coarse))
     finally:
         if scenario.chunk is not None:

@@ -86,6 +86,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("n, beam search, bias with allowed tokens, min_tokens, priorities, a reset of running requests", "cpu"): tuple(
         (f"* {dtype}, single requests", *_ASKED) for dtype in ("bf16", "fp32")
     ),
+    ("sleep and wake (--enable-sleep-mode)", "cuda"): (("*, eager", "weight update"), ("*, graphs", "weight update")),
+    ("pauses (sleep level 0, pause_generation)", "cpu"): tuple(
+        (model, "pauses") for model in ("tiny-* requests", "tiny-* compiled", "Qwen3-Next*", "DeepSeek V2*")
+    ),
     ("streamed inputs (prompts in parts)", "cpu"): (
         *((f"* {dtype}, single requests", *_STREAMED) for dtype in ("bf16", "fp32")),
         ("tiny-* compiled", *_STREAMED),

@@ -190,6 +190,14 @@ PROBES = (
         seconds=3,
     ),
     Probe(
+        "pauses",
+        "the engine pauses in the middle of answers, and running requests keep or lose their keys and values",
+        sleeping.pausing,
+        (9, 29),
+        either(needs_company, in_this_process),
+        seconds=2,
+    ),
+    Probe(
         "chunk budget",
         "smaller budgets of tokens per engine step, set on the running engine",
         chunks,

@@ -153,6 +153,8 @@ class Run:
             self.engine.reset_cache()
             for batch in scenario.warmup:
                 self.engine.generate(batch)
+            if scenario.pause is not None:
+                self.engine.ask("pause", msgspec.msgpack.encode(scenario.pause))
             return self.engine.generate(scenario.requests)[scenario.index]
         finally:
             if scenario.chunk is not None:

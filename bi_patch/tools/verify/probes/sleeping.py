@@ -1,4 +1,4 @@
-"""The axis "sleep and wake": an engine that gave its memory back answers as before."""
+"""The axes "pauses" and "sleep and wake": an engine that paused, or gave its memory back, answers as before."""
 
 from __future__ import annotations
 
@@ -6,11 +6,39 @@ from collections.abc import Iterator
 
 import msgspec
 
-from bi_patch.tools.verify.case import Case, Scenario
+from bi_patch.tools.verify.case import Case, Pause, Scenario
 from bi_patch.tools.verify.engine import SERVER, Engine, Options
 from bi_patch.tools.verify.probes.base import Run, pair
 
 RELOADING = 2  # the sleep level that drops the weights
+
+
+_PAUSED_AT = (1, 3)  # engine steps: behind the first part of a prompt, and in the middle of an answer
+
+
+def pausing(run: Run) -> Iterator[Case]:
+    """Each subject beside others, over a pause: running requests keep their keys and values, or lose them. Requests
+    arrive during the pause.
+
+    Every second subject is sampled with a seed. Such a subject keeps its keys and values: with asynchronous scheduling,
+    an engine of model runner V1 refuses to forget them.
+    """
+    load = run.workload
+    for index in run.subjects:
+        request, drawn = run.greedy(index), index % 2
+        if drawn:
+            request = request.but(temperature=0.8, seed=400 + index)
+        for step in _PAUSED_AT:
+            late = [load.filler(2).but(delay=step + 1), load.filler(3).but(delay=step + 2)]
+            batch = [load.filler(0), request, load.filler(1), *late]
+            if not run.holds(batch):
+                continue
+            (expected,) = run.alone([request])
+            for forget in (False,) if drawn else (False, True):
+                company = Scenario(batch, 1, pause=Pause(step, forget))
+                words = "without its keys and values" if forget else "with its keys and values"
+                label = f"{load.label(index)} over a pause at step {step}, {words}"
+                yield pair(label, Scenario.alone(request), company, expected, run.scenario(company))
 
 
 def missing(engine: Engine) -> str:

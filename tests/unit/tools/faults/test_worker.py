@@ -18,7 +18,7 @@ def served(monkeypatch):
 
 def test_only_the_worker_of_faults_plants(monkeypatch, served):
     monkeypatch.setattr(worker.worker, "main", lambda: None)
-    assert served() == {"trace", "precision", "sleep", "update", "update in flight", "held", "calls"}
+    assert served() == {"trace", "precision", "sleep", "pause", "update", "update in flight", "held", "calls"}
     before = served()
     worker.main()
     assert served() - before == {"plant", "plant over ranks"}

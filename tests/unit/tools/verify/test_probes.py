@@ -95,6 +95,15 @@ def test_numbers_of_ranks(arithmetic, tmp_path):
     assert sizes("armed", 8) == [2, 4]
 
 
+def test_an_engine_pauses_early_and_late_with_and_without_keys_and_values(arithmetic):
+    engine = arithmetic()
+    named(probes.PROBES, "pauses").run(engine, WORKLOAD)
+    found = [(pause["step"], pause["forget"]) for pause in engine.pauses]
+    assert set(found) == {(step, forget) for step in (1, 3) for forget in (False, True)}
+    sampled = len(WORKLOAD.subjects) // 2  # a sampled request keeps its keys and values
+    assert found.count((3, False)) - found.count((3, True)) == sampled
+
+
 @pytest.mark.parametrize(
     ("mode", "vllm", "extra", "said"),
     [
