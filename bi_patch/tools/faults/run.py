@@ -22,7 +22,7 @@ from bi_patch.tools.faults.compiled import AXIS, CAUSE, NAME, catch_compiled
 from bi_patch.tools.verify import forks
 from bi_patch.tools.verify.child import ARMED, PATIENT, ChildEngine
 from bi_patch.tools.verify.engine import Info, Options
-from bi_patch.tools.verify.probes import Workload
+from bi_patch.tools.verify.probes import AXES, Workload
 
 # On CUDA, faults are planted in model runner V1, which runs the same layers as V2, and in both forms of MLA.
 _ENVIRON = {"cpu": {}, "cuda": {"VLLM_USE_V2_MODEL_RUNNER": "0", "BI_PATCH_MLA": "two"}}
@@ -128,10 +128,20 @@ class _Run:
         with FaultyEngine(ARMED, given, environ=self.environ) as engine:
             self._begin(engine.info, given.dtype)
             load = catch.workload(engine)
+            there = [fault for fault in there if not self._left_out(engine, fault)]
             self._add([self._row(engine, fault, load) for fault in there])
             axes = {fault.axis for fault in there} - {catch.PRECISION, catch.RESTART}
             self._add([], self._clean(engine, axes, load))
             return engine.info.block_size
+
+    def _left_out(self, engine: FaultyEngine, fault: Fault) -> bool:
+        """Whether the fault's axis does not apply to its engine, such as a prefix cache of MLA on a CPU without AMX."""
+        if fault.axis in _OTHER[self.platform]:  # it has an engine that was started for it
+            return False
+        why = next((probe.missing(engine) for probe in AXES if probe.name == fault.axis), "")
+        if why:
+            self.tell(f"{fault.cause:2} {fault.name}: left out ({fault.axis}): {why}")
+        return bool(why)
 
     def _begin(self, info: Info, dtype: str) -> None:
         with self.lock:
