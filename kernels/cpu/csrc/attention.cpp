@@ -20,9 +20,8 @@
 #include <vector>
 #include "api.h"
 #include "attention_amx.h"
-#include "leaves.h"
 #include "micro.h"
-#include "scratch.h"
+#include "units.h"
 
 namespace bi {
 namespace {
@@ -36,7 +35,6 @@ template <class T> constexpr bool kUseTiles = false;
 template <class T> constexpr int kRowsOf = kUseTiles<T> ? 32 : 5 * kMaxRows;
 constexpr int kGroups = kLeaf / 16;
 constexpr int kMaxDim = 512;
-constexpr int64_t kTinyWork = 1 << 15;  // multiply-adds; below this, waking threads costs more than it saves
 
 // ------------------------------------------------------------------ pages
 template <class T> struct Pages {
@@ -394,17 +392,11 @@ template <class T> class Worker {
     return close_values(o, st, dim_, out);
   }
 
-  // Computes row r of unit u again, alone: the row reads no key that it does not see. run_o, leaf_o: [dim].
-  void alone(const Unit& u, int r, float* run_o, float* leaf_o) {
+  // Row r of unit u as a unit of its own, which reads no key that the row does not see.
+  Unit only(const Unit& u, int r) const {
     const int len = a_.query_start[u.req + 1] - a_.query_start[u.req];
     const int pos = a_.seq_lens[u.req] - len + int((u.row0 + r) / group_);
-    open({u.req, u.kv_head, u.row0 + r, 1, first_key(a_, pos) / kLeaf, (end_key(a_, u.req, pos) - 1) / kLeaf + 1});
-    State run, one;
-    for (int i = u_.leaf0; i < u_.leaf1; ++i) {
-      leaf(i, &one, leaf_o);
-      merge(run, run_o, one, leaf_o, dim_);
-    }
-    close_row(0, run, run_o);
+    return {u.req, u.kv_head, u.row0 + r, 1, first_key(a_, pos) / kLeaf, (end_key(a_, u.req, pos) - 1) / kLeaf + 1};
   }
 };
 
@@ -427,70 +419,7 @@ std::vector<Unit> make_units(const AttentionArgs& a, int tile) {
 }
 
 template <class T> void run(const AttentionArgs& a, int threads) {
-  constexpr int kTile = kRowsOf<T>;
-  const std::vector<Unit> units = make_units(a, kTile);
-  const int dim = a.kv.dim;
-  int64_t keys = 0;
-  for (int r = 0; r < a.reqs; ++r)
-    keys += int64_t(a.seq_lens[r]) * (a.query_start[r + 1] - a.query_start[r]);
-  if (keys * a.heads * dim < kTinyWork) threads = 1;
-  std::vector<int64_t> first(units.size() + 1, 0);  // first leaf task of each unit
-  std::vector<int64_t> row_at(units.size() + 1, 0);  // first result row of each unit
-  for (size_t i = 0; i < units.size(); ++i) {
-    const int leaves = units[i].leaf1 - units[i].leaf0;
-    first[i + 1] = first[i] + leaves;
-    row_at[i + 1] = row_at[i] + int64_t(leaves) * units[i].rows;
-  }
-  // Few units and long contexts: compute leaves in parallel and merge them in the same order.
-  const bool split = threads > 1 && units.size() < size_t(4 * threads) && first.back() > int64_t(units.size());
-  static thread_local Scratch split_o;
-  std::vector<State> split_st(split ? row_at.back() : 0);
-  float* const so = split ? split_o.get<float>(row_at.back() * dim) : nullptr;
-  const int64_t tasks = split ? first.back() : int64_t(units.size());
-#pragma omp parallel num_threads(threads) if (tasks > 1)
-  {
-    static thread_local Scratch worker_mem, o_mem;
-    Worker<T>& w = *new (worker_mem.get<Worker<T>>(1)) Worker<T>(a);
-    float* const run_o = o_mem.get<float>(size_t(2 * kTile) * dim);
-    float* const leaf_o = run_o + size_t(kTile) * dim;
-    State run_st[kTile], leaf_st[kTile];
-    bool finite[kTile];
-    if (split) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < tasks; ++t) {
-        const size_t i = std::upper_bound(first.begin(), first.end(), t) - first.begin() - 1;
-        const int64_t at = row_at[i] + (t - first[i]) * units[i].rows;
-        w.open(units[i]);
-        w.leaf(units[i].leaf0 + int(t - first[i]), split_st.data() + at, so + at * dim);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (size_t i = 0; i < units.size(); ++i) {
-        const Unit& u = units[i];
-        w.open(u);
-        for (int r = 0; r < u.rows; ++r) {
-          State st;
-          for (int64_t at = row_at[i] + r; at < row_at[i + 1]; at += u.rows)
-            merge(st, run_o, split_st[at], so + at * dim, dim);
-          finite[r] = w.close_row(r, st, run_o);
-        }
-        again(w, u, finite, run_o, leaf_o);
-      }
-    } else {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < tasks; ++t) {
-        const Unit& u = units[t];
-        w.open(u);
-        for (int r = 0; r < u.rows; ++r) run_st[r] = State{};
-        for (int leaf = u.leaf0; leaf < u.leaf1; ++leaf) {
-          w.leaf(leaf, leaf_st, leaf_o);
-          for (int r = 0; r < u.rows; ++r) merge(run_st[r], run_o + r * dim, leaf_st[r], leaf_o + r * dim, dim);
-        }
-        for (int r = 0; r < u.rows; ++r) finite[r] = w.close_row(r, run_st[r], run_o + r * dim);
-        again(w, u, finite, run_o, leaf_o);
-      }
-    }
-    w.done();
-  }
+  run_units<Worker<T>, kRowsOf<T>>(make_units(a, kRowsOf<T>), a, a.kv.dim, threads);
 }
 
 }  // namespace

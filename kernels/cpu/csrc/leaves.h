@@ -48,13 +48,5 @@ template <class T> BI_INLINE bool close_values(const float* o, const State& st, 
   return sum_lanes(seen) == 0;
 }
 
-// A row of p holds zeros for keys that the row does not see, and zero times an infinite value or NaN is NaN. So rows
-// of a unit that are not finite are computed again, each alone.
-template <class Worker, class Unit>
-void again(Worker& w, const Unit& u, const bool* finite, float* run_o, float* leaf_o) {
-  for (int r = 0; r < u.rows && u.rows > 1; ++r)
-    if (!finite[r]) w.alone(u, r, run_o, leaf_o);
-}
-
 }  // namespace
 }  // namespace bi
