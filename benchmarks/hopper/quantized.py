@@ -4,7 +4,7 @@
     PYTHONPATH=. python3 benchmarks/hopper/quantized.py cost [SCHEME ...] [--layers 8] [--results FOLDER]
 
 SCHEME is a name of schemes.py. For `verify`, a tiny model of recipes.QUANTIZED is one, too: it has files, so its
-products are compared with fp64 on the checkpoint's dequantized weights. `verify` runs `bi-patch verify` of all schemes
+products are compared with fp64 on the checkpoint's dequantized weights, if --axes is left out. `verify` runs `bi-patch verify` of all schemes
 beside each other; --until ends a run early, and its file holds the axes that were complete. `cost` starts an engine of
 each of --modes for each scheme, all at once, and measures those that start in turns (turns.py).
 """
@@ -60,13 +60,15 @@ def measure(scheme: str, a: argparse.Namespace) -> int:
             label, seed, given = schemes.label(scheme, a.layers), SEED, given | schemes.arguments(scheme)
         system = local.local(folder, level, mode=a.mode, eager=a.eager, random_weights=seed, engine_args=given)
         label += (", eager" if a.eager else "") + (f", {a.mode}" if a.mode != "armed" else "")
-        only = a.axes.split(",") if a.axes else AXES
+        only = a.axes.split(",") if a.axes else () if seed is None else AXES  # verify compares products if it is empty
         with ending(a.until):
             rows, report = invariance.measure(label, system, level, only=only, tell=told, cut=a.until > 0)
+    if report.precision is not None:
+        told(f"{label}: {report.precision.words()}")
     found = evidence.new(evidence.Invariance, report)
     found.rows, found.command = rows, "python3 benchmarks/hopper/quantized.py verify"
     found.command += f" --mode {a.mode}" if a.mode != "armed" else ""
-    if len(rows) < len(only):
+    if len(rows) < len(only) or 0 < a.until <= time.time():
         found.note = f"{label}: complete axes of a run that was cut"
     evidence.write(found, a.results)
     return evidence.total_differing(rows)
