@@ -4,9 +4,10 @@
     PYTHONPATH=. python3 benchmarks/hopper/quantized.py cost [SCHEME ...] [--layers 8] [--results FOLDER]
 
 SCHEME is a name of schemes.py. For `verify`, a tiny model of recipes.QUANTIZED is one, too: it has files, so its
-products are compared with fp64 on the checkpoint's dequantized weights, if --axes is left out. `verify` runs `bi-patch verify` of all schemes
-beside each other; --until ends a run early, and its file holds the axes that were complete. `cost` starts an engine of
-each of --modes for each scheme, all at once, and measures those that start in turns (turns.py).
+products are compared with fp64 on the checkpoint's dequantized weights, if --axes is left out. `verify` runs `bi-patch
+verify` of all schemes beside each other; --until ends a run early, and its file holds the axes that were complete.
+`cost` starts an engine of each of --modes for each scheme, all at once, and measures those that start in turns
+(turns.py).
 """
 
 import argparse
