@@ -118,6 +118,11 @@ def kernels_digest(kind: str = "triton") -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def kernels_digests() -> str:
+    """The digests of the bundled kernels in Triton and in CUDA C++, for a certificate that launches both."""
+    return f"{kernels_digest()} {kernels_digest('cuda')}"
+
+
 def kernels() -> dict[str, str]:
     """What decides the bits of this device's kernels: {"kernels": ..., "device": ...}.
 

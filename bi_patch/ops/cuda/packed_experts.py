@@ -188,7 +188,7 @@ def sort(ids: torch.Tensor, block: int, experts: int) -> tuple[torch.Tensor, tor
 
 
 def _key(problem: Problem) -> Key:
-    return Key(OPERATION, str(problem), machine.device(), machine.libraries(), machine.kernels_digest(), DATA)
+    return Key(OPERATION, str(problem), machine.device(), machine.libraries(), machine.kernels_digests(), DATA)
 
 
 def _certify(problem: Problem, key: Key) -> Certificate:

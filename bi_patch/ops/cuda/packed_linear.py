@@ -283,9 +283,8 @@ def _empty(problem: Problem) -> Packed:
 
 
 def _key(problem: Problem, max_rows: int) -> Key:
-    return Key(
-        OPERATION, f"{problem} M<={max_rows}", machine.device(), machine.libraries(), machine.kernels_digest(), DATA
-    )
+    said = f"{problem} M<={max_rows}"
+    return Key(OPERATION, said, machine.device(), machine.libraries(), machine.kernels_digests(), DATA)
 
 
 def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:

@@ -47,7 +47,7 @@ def _key(check: RowCheck, library: str) -> Key:
         check.problem,
         machine.device(),
         " ".join(filter(None, (library, check.library, machine.libraries()))),
-        machine.kernels_digest(),
+        machine.kernels_digests(),
         DATA,
     )
 

@@ -93,6 +93,16 @@ def test_forms_are_compiled_ahead_unless_there_is_a_certificate(monkeypatch, tmp
     assert prepared == wanted
 
 
+def test_a_certificate_names_the_kernels_in_triton_and_in_cuda():
+    from bi_patch.ops import row_checks
+    from bi_patch.ops.cuda import packed_linear, rows
+
+    dense = packed_linear.Problem(256, 128, torch.bfloat16, False, 4, 128, False)
+    check = row_checks.RowCheck("cuda.norm", "RMSNorm 64 bfloat16", row_checks.FEW, None, None)
+    keys = packed_experts._key(PROBLEM), packed_linear._key(dense, 8), rows._key(check, "vllm 1")
+    assert [key.kernels for key in keys] == ["triton cuda"] * 3
+
+
 def test_floats_have_a_problem_of_their_own(monkeypatch, tmp_path):
     problem = packed_experts.Problem(256, 2880, torch.bfloat16, True, 32, False, True)
     assert str(problem) == "experts N=256 K=2880 e2m1 groups of 32 bfloat16 bias"
