@@ -25,8 +25,8 @@
 // PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
 //
 // Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS, CARRIERS,
-// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile; DIRECT (0, 1, 2):
-// 0 if scorers convert K in shared memory, else how they convert K on its way to the products (multiply_keys).
+// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile; DIRECT (1, 2):
+// how scorers convert K on its way to the products (multiply_keys).
 // Limits: sm_80 or later, clusters sm_90 or later, EIGHTHS sm_89 or later; at most 16 query heads per key head; pages of
 // a power of two of tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
@@ -51,7 +51,7 @@ static_assert(RING > 1);
 constexpr int TEAMS = CARRIERS / SHARES, SHARE = GROUPS / SHARES;  // teams of carriers; groups of a carrier's share
 constexpr int FILLS = SHARES + 1;  // arrivals that fill a slot: of the carriers of V, and 1 of the weights
 static_assert(CARRIERS % SHARES == 0 && GROUPS % SHARES == 0);
-constexpr int KEY_BYTES = DIRECT ? TILE * HEAD : TILE * HEAD * 2;  // of a scorer's tile of K
+constexpr int KEY_BYTES = TILE * HEAD;  // of a scorer's tile of K
 #else
 constexpr int TEAMS = CARRIERS, KEY_BYTES = TILE * KEY_PIECES * 16;
 constexpr int FILLS = 33;  // 32 lanes that copy V, and 1 for the weights
@@ -101,16 +101,14 @@ DEVICE u32 hidden_zero(const Work& work) { return work.group >> 16; }
 
 // Copies the keys of tile i.
 DEVICE void copy_keys(const Cache& cache, int i, i64 located, unsigned char* to) {
-#if EIGHTHS && DIRECT
+#if EIGHTHS
   copy_tile<KEY_PIECES / 2>(cache, cache.k, i, located, 0, to);
-#elif EIGHTHS
-  copy_eighths<KEY_PIECES, GROUPS>(cache, cache.k, i, 0, located, 0, to);
 #else
   copy_tile<KEY_PIECES>(cache, cache.k, i, located, 0, to);
 #endif
 }
 
-#if EIGHTHS && DIRECT
+#if EIGHTHS
 // The lower two bytes of words[0] and [1], then of [2] and [3]: elements 2 t and 2 t + 1, then 2 t + 8 and 2 t + 9 of a
 // key's step, of two eights of keys, as the instruction takes these elements. own: of this lane's first key, step 0. The
 // key 8 further is a constant away; other steps differ by an exclusive or.
@@ -211,13 +209,9 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     }
     wait_groups<0>();  // K has arrived
     together();
-#if EIGHTHS && !DIRECT
-    widen_rows<KEY_PIECES, TILE>(own.keys, 0, work.k_scale);
-    together();
-#endif
 
     float s[2 * STEPS][4] = {};
-#if EIGHTHS && DIRECT
+#if EIGHTHS
     if (work.k_scale == 1.f) multiply_keys<false>(s, queries, own.keys, work.k_scale);
     else multiply_keys<true>(s, queries, own.keys, work.k_scale);
 #else

@@ -54,8 +54,8 @@ class Form(NamedTuple):
 
     group: query heads per key head. parts: blocks of a cluster. scorers, summers, carriers: warps of a block that
     score, sum V and copy V. apart: the summers, at most two, have a quarter of the multiprocessor alone. shares: 0 for
-    a 16-bit cache; for an e4m3 cache, the carriers that share a tile. direct: of an e4m3 cache, 0 if K is
-    converted in shared memory, else how K is converted on its way to the products.
+    a 16-bit cache; for an e4m3 cache, the carriers that share a tile. direct: 0 for a 16-bit cache; for an e4m3 cache,
+    1 or 2: how K is converted on its way to the products.
     """
 
     head_size: int
@@ -105,7 +105,7 @@ class Form(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: a scorer's tile of K and its slot in every block; at the end, 128 bytes."""
-        keys = self.tile * (1 if self.direct else 2) * self.head_size + 5 * GROUP * 4 + 3 * 8
+        keys = self.tile * (1 if self.shares else 2) * self.head_size + 5 * GROUP * 4 + 3 * 8
         loads = -(-self.tile // (32 // self.halves))
         slot = self.tile * 2 * self.columns + loads * 512 + GROUP * 4 + 2 * 8
         return self.scorers * (-(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)) + 128
