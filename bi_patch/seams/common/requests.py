@@ -151,6 +151,7 @@ def _checked_in_core(original):
             lora.check(self, request.lora_request)
             embeds.check(self.vllm_config, request)
             _refuse_growing(self.vllm_config, request)
+            streamed.check_core(self.scheduler, request)
             if request.resumable:
                 earlier = arriving.latest(self, request.request_id)
                 streamed.check(getattr(earlier, "sampling_params", None), request.sampling_params)

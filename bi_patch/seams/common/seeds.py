@@ -114,7 +114,9 @@ def _of_request(original):
 
     @functools.wraps(original)
     def add_request(self, request, *args, **kwargs):
-        streamed.check_front(self.request_states, request)
+        # As vLLM's: request, prompt, parent_req, request_index, queue.
+        queue = args[3] if len(args) > 3 else kwargs.get("queue")
+        streamed.check_front(self.request_states, request, queue)
         # Later parts of a streamed input keep the seed of its first part.
         _draw(request, getattr(self.request_states.get(request.request_id), _SEED, None))
         original(self, request, *args, **kwargs)
@@ -127,19 +129,26 @@ def _of_request(original):
 
 
 def _from_core(original):
-    """OutputProcessor.process_outputs: read the seeds that the engine core gave, and whether weights changed."""
+    """OutputProcessor.process_outputs: read the seeds that the engine core gave, and whether weights changed. A
+    streamed input that the engine core aborted has ended."""
 
     @functools.wraps(original)
     def process_outputs(self, engine_core_outputs, *args, **kwargs):
+        ended = []
         for output in engine_core_outputs:
             state = self.request_states.get(output.request_id)
             if state is not None:
                 weights.read(state, output)
+                if streamed.end(state, output):
+                    ended.append(output.request_id)
             if output.trace_headers and HEADER in output.trace_headers:
                 said = output.trace_headers[HEADER]
                 if state is not None and said.isdecimal():  # a client's own header can hold anything
                     setattr(state, _SEED, int(said))
-        return original(self, engine_core_outputs, *args, **kwargs)
+        found = original(self, engine_core_outputs, *args, **kwargs)
+        if ended:  # of a refused part, the engine core still has the parts before
+            found.reqs_to_abort.extend(ended)
+        return found
 
     return process_outputs
 

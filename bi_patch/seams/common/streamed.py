@@ -20,6 +20,13 @@ OF_PARTS = frozenset(
         "skip_clone",
     }
 )
+_ENDED = "_bi_patch_ended"  # attribute of vLLM's RequestOutputCollector
+_ABORTED = "_bi_patch_aborted"  # attribute of vLLM's Scheduler: ids of streamed inputs, the latest last
+_MOST = 10_000  # ids
+_FORGOT = (
+    "streamed.ended: the engine ended this streamed input, by an abort or an error, and forgot the parts before this "
+    "one. Send all of them again, as a new request"
+)
 _PARAMS = "_bi_patch_parts"  # attribute of vLLM's RequestState: the parameters of the request's latest part
 
 
@@ -45,11 +52,61 @@ def check(before: Any, params: Any) -> None:
         )
 
 
-def check_front(states: dict, request: Any) -> None:
-    """As `check`, in the front end, before a part goes to the engine core. states: OutputProcessor.request_states.
-    request: an EngineCoreRequest."""
+def check_front(states: dict, request: Any, queue: Any = None) -> None:
+    """As `check`, in the front end, before a part goes to the engine core. Raise UnsupportedRequest also for a part of
+    a streamed input that has ended (see `end`): the engine core would take the part for the first of another one.
+
+    states: OutputProcessor.request_states. request: an EngineCoreRequest. queue: vLLM's RequestOutputCollector, one for
+    all parts, or None.
+    """
+    if getattr(queue, _ENDED, False):
+        raise bad_request(_FORGOT)
     if request.resumable:
         check(getattr(states.get(request.request_id), _PARAMS, None), request.sampling_params)
+
+
+def check_core(scheduler: Any, request: Any) -> None:
+    """Raise UnsupportedRequest, in the engine core, for a part of a streamed input that a pause aborted. scheduler:
+    vLLM's. request: an EngineCoreRequest."""
+    if ended(scheduler, request):
+        raise bad_request(_FORGOT)
+
+
+def ended(scheduler: Any, request: Any) -> bool:
+    """Whether a pause aborted the streamed input of which a request is a part."""
+    return getattr(request, "resumable", False) and request.request_id in getattr(scheduler, _ABORTED, ())
+
+
+def _noted(original):
+    """Scheduler.finish_requests: note the streamed inputs among all requests that a pause aborts."""
+
+    @functools.wraps(original)
+    def finish_requests(self, request_ids, *args, **kwargs):
+        if request_ids is None:
+            aborted = self.__dict__.setdefault(_ABORTED, {})
+            aborted |= {name: None for name, held in list(self.requests.items()) if held.resumable}
+            for name in list(aborted)[:-_MOST]:
+                del aborted[name]
+        return original(self, request_ids, *args, **kwargs)
+
+    return finish_requests
+
+
+def end(state: Any, output: Any) -> bool:
+    """Whether the engine core aborted a streamed input, or refused a part of it. The streamed input then ends.
+
+    vLLM's front end takes that for the end of a part. The engine core would answer a later part as if no part had been
+    before it. state: RequestState. output: EngineCoreOutput.
+    """
+    from vllm.v1.engine import FinishReason
+
+    failed = output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)
+    if not failed or not getattr(state, "streaming_input", False):
+        return False
+    state.streaming_input = False
+    if state.queue is not None:
+        setattr(state.queue, _ENDED, True)
+    return True
 
 
 def keep(state: Any, request: Any) -> None:
@@ -81,6 +138,16 @@ def _generator(params: Any, device: Any) -> Any:
 
 
 SEAMS = (
+    Seam(
+        name="streamed.ended",
+        targets=(Target("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests"),),
+        close=_noted,
+        why="a pause that aborts all requests ends a streamed input between two parts. vLLM takes the next part for "
+        "the first of another one, and answers it without the parts before",
+        how="the engine core keeps the ids of these streamed inputs and refuses their parts. The front end ends them",
+        until="upstream's front end ends a streamed input that the engine core aborts",
+        causes=(29,),
+    ),
     Seam(
         name="streamed.seeds",
         targets=(Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_streaming_request"),),

@@ -8,7 +8,7 @@ from pathlib import Path
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.files import HANDED_OVER
 from bi_patch.seams import active, pooling, vision, weights
-from bi_patch.seams.common import arriving, embeds
+from bi_patch.seams.common import arriving, embeds, streamed
 from bi_patch.seams.model import Seam, Target
 
 HEADER = "bi-patch-weights"
@@ -106,13 +106,15 @@ def _core(original):
 
 def _arrival(original):
     """EngineCore.add_request: hash a request again whose hashes were made before the weights changed. The request is no
-    longer on its way."""
+    longer on its way. A part of a streamed input that a pause aborted meanwhile is dropped."""
 
     @functools.wraps(original)
     def add_request(self, request, *args, **kwargs):
         if request.__dict__.get(_KEY, weights.identity()) != weights.identity():
             _hash_again(request, weights.identity())
         try:
+            if streamed.ended(getattr(self, "scheduler", None), request):
+                return None  # a pause aborted the parts before, and its client knows
             return original(self, request, *args, **kwargs)
         finally:
             arriving.arrived(self, request)
