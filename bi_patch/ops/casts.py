@@ -1,6 +1,8 @@
 """Inductor's emulate_precision_casts: compiled code rounds 16-bit results after every operation, as eager code does.
 
-A process has one such option, and several users: the engine on CPU, and each armed model of a trainer.
+A process has several users of this option: the engine on CPU, and each armed model of a trainer. PyTorch 2.13 keeps the
+value of an option by thread, and its default for the process. So a hold changes both: code may be compiled in a thread
+that began before the hold.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import weakref
 
 _lock = threading.RLock()  # of one thread it may be taken twice: a collection of garbage may end a hold anywhere
 _holds: set[int] = set()
-_before = False  # what Inductor had before the first hold
+_before = _default = False  # what Inductor had before the first hold
 
 
 class Hold:
@@ -29,9 +31,12 @@ class Hold:
         self._end()
 
 
-def held() -> bool:
-    """Whether a hold lives, so that the option must be on."""
-    return bool(_holds)
+def kept() -> bool:
+    """Whether code that this thread compiles rounds as the living holds want."""
+    from torch._inductor import config
+
+    with _lock:
+        return config.emulate_precision_casts or not _holds
 
 
 def _released() -> Hold:
@@ -41,13 +46,15 @@ def _released() -> Hold:
 
 
 def _take(key: int) -> None:
-    global _before
+    global _before, _default
     from torch._inductor import config
 
+    entry = config._config["emulate_precision_casts"]
     with _lock:
         if not _holds:
-            _before = config.emulate_precision_casts
+            _before, _default = config.emulate_precision_casts, entry.default
         _holds.add(key)
+        entry.default = True
         config.emulate_precision_casts = True
 
 
@@ -57,4 +64,5 @@ def _give(key: int) -> None:
     with _lock:
         _holds.discard(key)
         if not _holds:
+            config._config["emulate_precision_casts"].default = _default
             config.emulate_precision_casts = _before

@@ -33,9 +33,9 @@ _FREE = frozenset(
 )
 # What vLLM sets around its own compilation.
 _OF_VLLM = frozenset({"assume_32bit_indexing", "custom_should_partition_ops", "_cache_config_ignore_prefix"})
-# What keeps an order, with the only value that does. Upstream's mode and bi_patch set them.
-_ROUNDED = "emulate_precision_casts"
-_KEPT = {"batch_invariant": True, "deterministic": True, _ROUNDED: True}
+# What keeps an order, with the only value that does. Upstream's mode and arming set them.
+_KEPT = {"batch_invariant": True, "deterministic": True}
+_ROUNDED = "emulate_precision_casts"  # either value keeps an order. Only a hold's may not be taken back
 _NOTHING = object()
 # Code is the affair of the policy plugins.code.
 CODE = (
@@ -79,15 +79,17 @@ def _free(options: Any, name: str, entry: Any) -> bool:
         return True
     if getattr(entry, "alias", None) is not None:  # another option's name
         return True
+    if name == _ROUNDED:
+        return casts.kept()
     value = getattr(options, name)
-    if value == entry.default:
-        return not (name == _ROUNDED and casts.held())
-    return value == _KEPT.get(name, _NOTHING) or (name in CODE and callable(value))
+    return value in (entry.default, _KEPT.get(name, _NOTHING)) or (name in CODE and callable(value))
 
 
 def _settle(options: Any) -> None:
-    """Make Inductor deterministic where its options were loaded before arming set the variable for it."""
+    """Make Inductor deterministic where its options were loaded before arming set the variable for it: in all threads,
+    as if PyTorch had read the variable, and here, where something may have set the option."""
     if os.environ.get(_DETERMINISTIC) == "1" and _late(options):
+        options._config["deterministic"].default = True
         options.deterministic = True
 
 

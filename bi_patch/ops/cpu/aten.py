@@ -85,9 +85,10 @@ def _put_back(held: dict, entries: dict) -> None:
 
 
 def _set(config, name: str, value: object) -> None:
-    """Set an option of a configuration of PyTorch until `restore`."""
-    _undo.append(functools.partial(setattr, config, name, getattr(config, name)))
-    setattr(config, name, value)
+    """Set an option of a configuration of PyTorch until `restore`, in this thread and as the default of the others."""
+    for held, what in ((config, name), (config._config[name], "default")):
+        _undo.append(functools.partial(setattr, held, what, getattr(held, what)))
+        setattr(held, what, value)
 
 
 def _floats(x, *_, **__) -> bool:

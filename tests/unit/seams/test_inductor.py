@@ -1,6 +1,7 @@
 """Options of Inductor that are set in the process: those of a list are free, others are refused with their names."""
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,19 @@ def test_rounding_that_a_hold_asked_for_may_not_be_taken_back(options):
         hold.release()
 
 
+def test_a_thread_that_began_before_a_hold_may_start_an_engine():
+    """PyTorch 2.13 keeps the values of options by thread."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(inductor.check).result()
+        hold = casts.Hold()
+        try:
+            thread.submit(inductor.check).result()
+            assert thread.submit(casts.kept).result()
+        finally:
+            hold.release()
+        thread.submit(inductor.check).result()
+
+
 def made(deterministic: bool, default: bool):
     return SimpleNamespace(
         deterministic=deterministic, _config={"deterministic": SimpleNamespace(default=default, alias=None)}
@@ -91,6 +105,7 @@ def test_options_that_were_loaded_before_arming_become_deterministic(monkeypatch
     monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "1")
     inductor.check()
     assert held.deterministic is True
+    assert held._config["deterministic"].default is True  # other threads read the default
 
 
 def test_use_deterministic_algorithms_may_not_take_it_back(monkeypatch):

@@ -1,5 +1,7 @@
 """PyTorch's pointwise operators on CPU: every form takes the bundled kernels, whatever the rows and threads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,3 +149,18 @@ def test_what_changed_in_pytorch_is_restored():
             assert state()[3].count("bi_patch") == 1 and state()[0] != before[0]
             aten.restore()
             assert state() == before and not aten._library
+
+
+def test_code_that_another_thread_compiles_rounds_as_eager_code():
+    """PyTorch 2.13 keeps the values of options by thread."""
+    from torch._inductor import config
+
+    def state():
+        return config.emulate_precision_casts, torch.compiler.config.cache_key_tag
+
+    with ThreadPoolExecutor(1) as thread:
+        before = thread.submit(state).result()
+        aten.keep_whole()
+        assert thread.submit(state).result() == (True, aten._TAG)
+        aten.restore()
+        assert thread.submit(state).result() == before
