@@ -22,6 +22,9 @@ from safetensors import safe_open  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind  # noqa: E402
 
+from bi_patch.tools.verify import streams  # noqa: E402
+from bi_patch.tools.verify.answers import Request  # noqa: E402
+
 MODEL, DTYPE = sys.argv[1], (*sys.argv[2:], "float32")[0]
 
 
@@ -243,6 +246,26 @@ def streamed(llm: LLM) -> None:
         report("streamed inputs with other logprobs are refused", "" if "streamed.parts" in str(error) else str(error))
 
 
+def paused(llm: LLM) -> None:
+    """A streamed input whose next part comes after a pause that aborted the parts before. It is refused."""
+    name, engine = "streamed inputs that a pause aborted are refused", llm.llm_engine
+    whole = Request((*prompt(40, 40), *prompt(9, 9)), max_tokens=3, parts=((40, 1),))
+    stream, sent = streams.Stream(engine, "aborted", whole, seeded()), False
+    try:
+        while not sent:
+            for output in engine.step():
+                if output.outputs[0].finish_reason:
+                    llm.sleep(level=0, mode="abort")
+                    llm.wake_up()
+                    sent = True
+                stream.take(output)  # sends the next part
+        report(name, "a part without the parts before was taken")
+    except ValueError as error:
+        report(name, "" if "streamed.ended" in str(error) else str(error))
+    finally:
+        engine.abort_request(["aborted"])
+
+
 def session(llm: LLM, parts: list, others: list) -> list:
     """The answers to the parts of one streamed input: tokens, and the bits of their logprobs."""
     llm.reset_prefix_cache()
@@ -282,7 +305,7 @@ def session(llm: LLM, parts: list, others: list) -> list:
 
 def main() -> None:
     llm = start()
-    for kind in (several, beams, embeddings, limits, priorities, resets, streamed):
+    for kind in (several, beams, embeddings, limits, priorities, resets, streamed, paused):
         try:
             kind(llm)
         except Exception as error:

@@ -31,6 +31,7 @@ KINDS = (
     "streamed inputs against whole prompts",
     "streamed inputs in company",
     "streamed inputs with other logprobs are refused",
+    "streamed inputs that a pause aborted are refused",
 )
 
 
