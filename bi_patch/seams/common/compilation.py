@@ -8,6 +8,7 @@ import hashlib
 
 from bi_patch import identity
 from bi_patch.seams import active, graphs, inductor
+from bi_patch.seams.common import plugins
 from bi_patch.seams.model import Policy, Seam, Target
 
 
@@ -25,11 +26,13 @@ def _hash(original):
 
 
 def _checked(original):
-    """monitor_torch_compile, the context of a compilation: check Inductor's options of this process again."""
+    """monitor_torch_compile, the context of a compilation: check Inductor's options of this process again, and code
+    among them."""
 
     @functools.wraps(original)
     def monitor_torch_compile(*args, **kwargs):
         inductor.check()
+        plugins.check_passes()
         return original(*args, **kwargs)
 
     return monitor_torch_compile
@@ -50,7 +53,8 @@ SEAMS = (
         targets=(Target("vllm.compilation.monitor", "monitor_torch_compile", copies=("vllm.compilation.decorators",)),),
         close=_checked,
         why="code that runs between the check of the configuration and the compilation may set options of Inductor",
-        how="the policy compilation.options runs once more where a compilation starts",
+        how="the policy compilation.options runs once more where a compilation starts, and plugins.code for code among "
+        "the options",
         until="upstream's mode checks Inductor's options where it compiles",
         causes=(18,),
     ),

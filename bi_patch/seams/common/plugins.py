@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 
 from bi_patch.errors import UnsupportedFeature
@@ -18,7 +18,17 @@ _KNOWN = ("vllm", "vllm_ascend", "bi_patch", "bi_patch_entry")
 
 def _refuse_code(config) -> None:
     """Raise UnsupportedFeature with every class and plugin from outside vLLM that the user does not vouch for."""
-    found = {name: what for what, name in _outside(config) if _unknown(name)}
+    _refuse_unknown(_outside(config))
+
+
+def check_passes() -> None:
+    """Raise UnsupportedFeature for code from outside vLLM that Inductor runs on all graphs of this process."""
+    _refuse_unknown(_passes(None))
+
+
+def _refuse_unknown(code: Iterable[tuple[str, str]]) -> None:
+    """code: the words and the dotted name of each piece of code."""
+    found = {name: what for what, name in code if _unknown(name)}
     if not found:
         return
     said = "; nor ".join(f"{what} {name}" for name, what in found.items())

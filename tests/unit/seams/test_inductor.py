@@ -120,11 +120,17 @@ def test_a_process_without_inductor_has_set_nothing(monkeypatch):
     inductor.check()
 
 
+def a_pass(graph):
+    """Code from outside vLLM that Inductor runs on each graph."""
+
+
 def test_a_compilation_checks_again_before_it_starts(options):
     calls = []
     (seam,) = (s for s in compilation.SEAMS if s.name == "compilation.start")
     start = seam.close(lambda *args, **kwargs: calls.append((args, kwargs)))
     start("config", tag="model")
     with options.patch(max_autotune=True), pytest.raises(UnsupportedFeature, match="max_autotune"):
+        start("config")
+    with options.patch(post_grad_custom_post_pass=a_pass), pytest.raises(UnsupportedFeature, match="a_pass"):
         start("config")
     assert calls == [(("config",), {"tag": "model"})]
