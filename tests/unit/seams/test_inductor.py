@@ -30,6 +30,7 @@ def test_pytorchs_own_options_are_free(options):
         ("cpp.simdlen", 8),
         ("triton.persistent_reductions", False),
         ("epilogue_fusion", False),
+        ("joint_custom_pre_pass", "the name of a pass"),
     ],
 )
 def test_an_option_that_nobody_examined_is_refused_by_name(options, name, value):
@@ -52,6 +53,7 @@ def test_several_are_named_at_once(options):
         ("assume_32bit_indexing", True),
         ("custom_should_partition_ops", ["vllm::unified_attention"]),
         ("deterministic", True),
+        ("batch_invariant", True),
         ("emulate_precision_casts", True),
         ("joint_custom_pre_pass", print),  # the policy plugins.code looks at code
     ],

@@ -281,6 +281,17 @@ def test_a_part_is_compared_with_a_part_that_the_scheduler_does_not_have_yet():
     assert core.add(SamplingParams(seed=1), **given)
 
 
+def test_the_latest_part_on_its_way_counts():
+    core = Core()
+    first, second = (SimpleNamespace(request_id="name") for _ in range(2))
+    core.scheduler.requests["name"] = first
+    assert arriving.latest(core, "name") is first
+    arriving.note(core, second)
+    assert arriving.latest(core, "name") is second
+    arriving.note(core, third := SimpleNamespace(request_id="name"))
+    assert arriving.latest(core, "name") is third
+
+
 def test_a_request_that_the_scheduler_does_not_take_is_not_on_its_way_any_more():
     core, made = Core(), SimpleNamespace(request_id="name")
     arriving.note(core, made)

@@ -40,6 +40,8 @@ def test_the_draw_of_a_part_of_a_streamed_input_is_named_by_its_own_seam():
     found = locate.judge(msgspec.structs.replace(case(), company=company), *sides)
     assert (found.op, found.seam, found.seam_status) == ("aten.argmax", "streamed.seeds", "closed")
     assert locate.judge(case(), *sides).seam == "linear.cpu_dispatch"
+    layers = (traced(SAME, call("aten.mm", b"a")), traced(OTHER, call("aten.mm", b"b")))
+    assert locate.judge(msgspec.structs.replace(case(), company=company), *layers).seam == "linear.cpu_dispatch"
 
 
 def test_names_module_op_seam_rows_and_kernels():

@@ -75,6 +75,15 @@ def test_experts_by_their_kernel(platform):
         assert made.seam(experts, "experts", "aten.mm") == made.seam(runner, "experts", "vllm.moe_forward") == seam
 
 
+def test_operations_of_packed_experts_belong_to_the_seam_of_their_kernel(platform):
+    made, name = owners.Owners(), f"bi_patch.ops.{platform}.linear"
+    kernel = types.SimpleNamespace(fused_experts=type("PackedFloatExperts", (), {})())
+    experts = types.SimpleNamespace(quant_method=types.SimpleNamespace(moe_kernel=kernel))
+    module = types.ModuleType(name)
+    exec("def call(made, layer):\n    return made.seam(layer, 'experts', 'aten.mm')", module.__dict__)
+    assert module.call(made, experts) == "mxfp4.cuda_kernel"
+
+
 def test_operations_by_their_module(platform):
     made = owners.Owners()
     for name, seam in OPS[platform].items():

@@ -8,7 +8,8 @@ import pytest
 
 from bi_patch.tools.verify import levels, probes, streams
 from bi_patch.tools.verify.answers import Request
-from bi_patch.tools.verify.engine import Info
+from bi_patch.tools.verify.case import Pause
+from bi_patch.tools.verify.engine import Info, LocalEngine
 from bi_patch.tools.verify.probes import crossing, online
 from bi_patch.tools.verify.probes.scores import has_tie
 
@@ -95,6 +96,25 @@ def test_numbers_of_ranks(arithmetic, tmp_path):
     assert sizes("armed", 8) == [2, 4]
 
 
+def test_a_pause_of_the_next_answers():
+    """Nothing is computed for some steps, then the engine wakes up. Later answers have no pause."""
+    did, engine = [], LocalEngine.__new__(LocalEngine)
+    engine._pause = None
+    engine._llm = SimpleNamespace(
+        sleep=lambda level, mode: did.append((level, mode)),
+        reset_prefix_cache=lambda reset_running_requests: did.append(reset_running_requests),
+        wake_up=lambda: did.append("awake"),
+    )
+    for forget, began in ((False, [(0, "keep")]), (True, [(0, "keep"), True])):
+        engine.pause(Pause(3, forget))
+        calls = engine._paused()
+        assert list(calls) == [3, 3 + Pause.STEPS] and engine._paused() == {}
+        for call in calls.values():
+            call()
+        assert did == [*began, "awake"]
+        did.clear()
+
+
 def test_an_engine_pauses_early_and_late_with_and_without_keys_and_values(arithmetic):
     engine = arithmetic()
     named(probes.PROBES, "pauses").run(engine, WORKLOAD)
@@ -120,6 +140,12 @@ def test_streamed_inputs_are_left_out_where_the_engine_refuses_them(arithmetic, 
     engine.info = msgspec.structs.replace(engine.info, mode=mode, vllm=vllm)
     found = named(probes.PROBES, "streamed inputs").missing(engine)
     assert said in found and bool(said) == bool(found)
+
+
+def test_streamed_inputs_are_left_out_where_mla_has_two_forms(arithmetic):
+    engine = arithmetic()
+    engine.info = msgspec.structs.replace(engine.info, two_forms=True)
+    assert "two forms" in named(probes.PROBES, "streamed inputs").missing(engine)
 
 
 def test_a_streamed_input_is_the_prompt_and_the_answers_without_their_last_tokens():
