@@ -443,6 +443,7 @@ def test_layers_go_to_triton_where_flash_attention_cannot_serve(given, version, 
         ({"alibi_slopes": [0.5]}, True, "TRITON"),
         ({"per_layer_sliding_window": 512}, True, "TRITON"),
         ({"kv_sharing_target_layer_name": "layers.1"}, True, "TRITON"),
+        ({"attn_type": "encoder_only"}, True, "TRITON"),
         ({"kind": "fp8_e5m2"}, True, "TRITON"),
     ],
 )

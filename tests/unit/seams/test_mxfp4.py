@@ -178,6 +178,7 @@ def chosen(config):
         {"in_dtype": torch.float16},
         {"hidden_dim": 2872},
         {"intermediate_size_per_partition": 720},
+        {"hidden_dim": 720},
         {"activation": "silu"},
         *({"moe_parallel_config": ranks(**{size: 2})} for size in seam._ALONE),
         {"moe_parallel_config": ranks(use_ep=True)},
