@@ -138,11 +138,14 @@ def complete(layer, info) -> bool:
     """Whether a load that left tensors of a layer out brought all that its kernel reads. info: LayerReloadingInfo."""
     from vllm.model_executor.model_loader.reload.utils import get_layer_tensors, get_tensor_load_numel
 
-    read = _read.get(layer, ())
-    if not read or any(name not in read for name, _ in info.loaded_weights):
-        return False  # load_numel counts elements of all tensors
-    needed = (get_tensor_load_numel(held) for name, held in get_layer_tensors(layer).items() if name in read)
-    return info.load_numel >= sum(needed)
+    read = _read.get(layer)
+    if not read:
+        return False
+    # load_numel counts elements of all tensors: those that came must be whole, too.
+    wanted = read | {name for name, _ in info.loaded_weights}
+    return info.load_numel >= sum(
+        get_tensor_load_numel(held) for name, held in get_layer_tensors(layer).items() if name in wanted
+    )
 
 
 class _Held:

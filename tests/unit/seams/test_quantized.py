@@ -77,6 +77,7 @@ class Packed(torch.nn.Module):
         ({"qweight": 32, "scales": 4}, True, False, False),
         ({"qweight": 32}, False, False, False),
         ({"qweight": 16, "scales": 4}, False, False, False),
+        ({"qweight": 32, "scales": 4, "qzeros": 2}, False, False, True),
         ({"qweight": 32, "scales": 2, "qzeros": 2}, False, False, False),
         ({"qweight": 32, "scales": 4}, False, True, False),
         ({}, False, False, False),
