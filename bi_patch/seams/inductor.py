@@ -12,6 +12,7 @@ from typing import Any
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import casts
+from bi_patch.seams import active
 
 _MODULE = "torch._inductor.config"
 _DETERMINISTIC = "TORCHINDUCTOR_DETERMINISTIC"
@@ -50,13 +51,19 @@ CODE = (
 )
 
 
+def compiles() -> bool:
+    """Whether Inductor compiles vLLM's graphs. On Ascend, vLLM-Ascend's own compiler does, and loading torch_npu's
+    Inductor sets options."""
+    return active.plan is None or active.plan.platform != "ascend"
+
+
 def check(config: Any = None) -> None:
     """Raise UnsupportedFeature for options that are set in this process and that nobody has examined.
 
     config: the engine's VllmConfig, which does not matter: vLLM compiles functions of its own in eager mode, too.
     """
     options = sys.modules.get(_MODULE)
-    if options is None:  # nothing has set an option
+    if options is None or not compiles():  # without the module, nothing has set an option
         return
     _settle(options)
     found = changed(options)

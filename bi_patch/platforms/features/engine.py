@@ -292,8 +292,9 @@ FEATURES: tuple[Feature, ...] = (
         "options of Inductor that a program sets in its process (`torch._inductor.config`)",
         **{
             platform: refused("nobody has examined it", todo=_OWN_GRAPHS, by="compilation.options")
-            for platform in ("cpu", "cuda", "ascend")
+            for platform in ("cpu", "cuda")
         },
+        ascend=absent("vLLM-Ascend's own compiler makes the graphs; the backend inductor is refused"),
         details="Checked with the configuration, in each worker, and again where a compilation starts. Caches, logs, "
         "assertions and profiles are free. `torch.use_deterministic_algorithms(False)` sets such an option, too.",
     ),

@@ -28,6 +28,8 @@ def _fusions(config) -> None:
 
 def _modes(config) -> None:
     graphs.check_mode("compilation.ascend_mode", config, ("NONE", "VLLM_COMPILE"))
+    if getattr(config.compilation_config, "backend", None) == "inductor":
+        refuse("compilation.ascend_mode", ["the compiler backend inductor"], "Leave the backend out")
 
 
 SEAMS = ()
@@ -40,7 +42,8 @@ POLICIES = (
     Policy(
         name="compilation.ascend_mode",
         apply=_modes,
-        why="PyTorch's own compilation makes a graph for one token and another for more",
+        why="PyTorch's own compilation makes a graph for one token and another for more, and Inductor's options "
+        "choose kernels",
     ),
     Policy(name="compilation.ascend_fusions", apply=_fusions, why="fused operators avoid bi_patch's dispatch table"),
 )

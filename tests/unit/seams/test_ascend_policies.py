@@ -95,6 +95,7 @@ def test_a_plain_configuration_passes_and_fusions_are_off(config):
         ("parallel_config.enable_expert_parallel", True, "expert parallelism"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
         ("compilation_config.cudagraph_mode", Mode("FULL_DECODE_ONLY"), "FULL_DECODE_ONLY"),
+        ("compilation_config.backend", "inductor", "the compiler backend inductor"),
         ("compilation_config.pass_config.enable_sp", True, "enable_sp"),
         (
             "scheduler_config.scheduler_cls",

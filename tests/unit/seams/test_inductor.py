@@ -136,3 +136,11 @@ def test_a_compilation_checks_again_before_it_starts(options):
     with options.patch(post_grad_custom_post_pass=a_pass), pytest.raises(UnsupportedFeature, match="a_pass"):
         start("config")
     assert calls == [(("config",), {"tag": "model"})]
+
+
+def test_where_another_compiler_makes_the_graphs_options_are_free(options, monkeypatch):
+    monkeypatch.setattr(inductor.active, "plan", SimpleNamespace(platform="ascend"))
+    (seam,) = (s for s in compilation.SEAMS if s.name == "compilation.start")
+    with options.patch(max_autotune=True, post_grad_custom_post_pass=a_pass):
+        inductor.check()
+        assert seam.close(lambda: "compiled")() == "compiled"
