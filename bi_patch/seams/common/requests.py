@@ -151,8 +151,8 @@ def _checked_in_core(original):
             lora.check(self, request.lora_request)
             embeds.check(self.vllm_config, request)
             _refuse_growing(self.vllm_config, request)
-            streamed.check_core(self.scheduler, request)
             if request.resumable:
+                streamed.check_core(self.scheduler, request)
                 earlier = arriving.latest(self, request.request_id)
                 streamed.check(getattr(earlier, "sampling_params", None), request.sampling_params)
             _clear_signs(request.params)
@@ -163,7 +163,8 @@ def _checked_in_core(original):
         added = original(self, request, *args, **kwargs)
         if seed is not None:
             seeds.give(added[0], seed())
-        arriving.note(self, added[0])
+        if request.resumable or request.lora_request is not None:  # what a check looks for
+            arriving.note(self, added[0])
         return added
 
     return preprocess_add_request

@@ -110,8 +110,10 @@ def _arrival(original):
 
     @functools.wraps(original)
     def add_request(self, request, *args, **kwargs):
-        if request.__dict__.get(_KEY, weights.identity()) != weights.identity():
-            _hash_again(request, weights.identity())
+        if request.__dict__.get(_KEY) not in (None, now := weights.identity()):
+            _hash_again(request, now)
+        if id(request) not in self.__dict__.get(arriving.ON_THEIR_WAY, ()):
+            return original(self, request, *args, **kwargs)
         try:
             if streamed.ended(getattr(self, "scheduler", None), request):
                 return None  # a pause aborted the parts before, and its client knows

@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from vllm.v1.engine import FinishReason
 
 from bi_patch.errors import UnsupportedRequest
-from bi_patch.seams.common import seeds, streamed, weights
+from bi_patch.seams.common import arriving, seeds, streamed, weights
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,9 @@ def test_the_core_refuses_a_part_of_a_streamed_input_that_a_pause_aborted(monkey
     added = []
     add = weights._arrival(lambda core, request: added.append(request.request_id))
     for name in ("a", "b"):  # checked before the pause, and added after it
-        add(SimpleNamespace(scheduler=scheduler), SimpleNamespace(request_id=name, resumable=True))
+        core = SimpleNamespace(scheduler=scheduler)
+        arriving.note(core, coming := SimpleNamespace(request_id=name, resumable=True))
+        add(core, coming)
     assert added == ["b"]
     monkeypatch.setattr(streamed, "_MOST", 1)
     scheduler.requests = {"c": SimpleNamespace(resumable=True)}

@@ -97,13 +97,13 @@ def test_a_connector_forgets_what_it_holds():
 
 
 def test_a_request_that_was_hashed_before_an_update_is_hashed_again_on_arrival():
-    late, added = Request("late"), []
+    core, late, added = SimpleNamespace(), Request("late"), []
     weights.renew()
     add = seams._arrival(lambda self, request, wave=0: added.append((request, wave)))
-    add(None, late, 3)
+    add(core, late, 3)
     assert added == [(late, 3)] and late.block_hashes[0][1][0] == ("weights", weights.identity())
     before = late.block_hashes[0]
-    add(None, late)
+    add(core, late)
     assert late.block_hashes[0] is before
 
 

@@ -61,7 +61,7 @@ def _cut(run: Run, index: int) -> list[Request]:
     request = run.greedy(index).but(digest=False)  # vLLM keeps a processor's arguments of the first part
     if index % 2:
         request = request.but(temperature=0.8, seed=300 + index)
-    subject = request.prompt
+    subject = request.prompt * -(-3 // len(request.prompt))  # a part has a token at least
     ends = [len(subject) * third // 3 for third in (1, 2, 3)]
     prompt, start, parts, made = (), 0, (), []
     for end in ends:
