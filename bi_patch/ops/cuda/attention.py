@@ -24,7 +24,7 @@ DATA = "beginnings of one prompt, flat scores in small pages, peaked scores in l
 # Not the square root of a power of 2: with such a scale, products round alike in any order, which hides another order.
 _ODD_SCALE = 168**-0.5
 # The longest query of a step that checks drafts, and that the bundled kernel may serve.
-DRAFTS = 17
+_DRAFTS = 17
 # Long enough that the kernel uses every slot of its shared memory many times.
 _PROMPT, _SEVERAL = 7300, 5
 _certified: dict[Problem, bool] = {}
@@ -59,10 +59,14 @@ def beginnings(tile: int) -> list[int]:
     return sorted({*range(1, 40, 3), *around, 5000, 6200, _PROMPT})
 
 
-def quick(tokens: int, key_heads: int) -> bool:
-    """Whether the bundled kernel is faster than prefill's for a few new tokens per request: each pair of a token and a
-    key head has a multiprocessor of its own. Prefill's kernel reads a request's keys once for all its tokens."""
-    return tokens * key_heads <= machine.processors()
+def quick(longest: int, tokens: int, head_size: int, key_heads: int) -> bool:
+    """Whether a step with queries of several tokens has so few that the bundled kernel is faster than prefill's: each
+    pair of a token and a key head has a multiprocessor of its own. Bits are the same.
+
+    longest: tokens of the longest query. tokens: new tokens of the step. Prefill's kernel reads a request's keys once
+    for all its tokens. With small heads, it hears of long queries only.
+    """
+    return longest <= _DRAFTS and head_size > 64 and tokens * key_heads <= machine.processors()
 
 
 def certify(problem: Problem, prefill: Prefill, library: str, cache: Path) -> Certificate | None:

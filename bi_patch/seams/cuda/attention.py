@@ -214,7 +214,8 @@ def _decode_or(flash):
         q, k = given["q"], given["k"]
         if k.dtype.itemsize == 1:
             return eighths.attend(flash, _plain(given), **given)
-        if given["max_seqlen_q"] > 1 and not _few(given["max_seqlen_q"], q, k):
+        longest = given["max_seqlen_q"]
+        if longest > 1 and not attention.quick(longest, q.shape[0], q.shape[-1], k.shape[2]):
             return flash(**given)
         if (
             _plain(given)
@@ -237,16 +238,6 @@ def _decode_or(flash):
         return flash(**given)
 
     return attend
-
-
-def _few(longest: int, q, k) -> bool:
-    """Whether a step with queries of several tokens has so few that the bundled kernel is faster. Bits are the same.
-
-    With small heads, FlashAttention 3 hears of long queries only.
-    """
-    from bi_patch.ops.cuda import attention
-
-    return longest <= attention.DRAFTS and q.shape[-1] > 64 and attention.quick(q.shape[0], k.shape[2])
 
 
 def _problem(q, k):

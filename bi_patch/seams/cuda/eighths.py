@@ -76,7 +76,7 @@ def problem_of(builder):
 
 def step_of(builder, common):
     """How to compute a step whose longest query has several tokens. common: vLLM's CommonAttentionMetadata."""
-    from bi_patch.ops.cuda import eighths
+    from bi_patch.ops.cuda import attention, eighths
 
     number = common.num_reqs
     begins = common.query_start_loc_cpu[: number + 1].tolist()
@@ -84,23 +84,17 @@ def step_of(builder, common):
     known = common.seq_lens_cpu_upper_bound
     most = [common.max_seq_len] * number if known is None else known[:number].tolist()
     starts, lengths = common.query_start_loc[: number + 1], common.seq_lens[:number]
-    few = _few(max(counts, default=0), sum(counts), builder.headdim, builder.num_heads_kv)
+    few = attention.quick(max(counts, default=0), sum(counts), builder.headdim, builder.num_heads_kv)
     return eighths.plan(counts, most, starts, lengths, builder.num_heads_kv, eighths.room(builder.headdim), few)
-
-
-def _few(longest: int, tokens: int, head_size: int, key_heads: int) -> bool:
-    from bi_patch.ops.cuda import attention
-
-    return longest <= attention.DRAFTS and head_size > 64 and attention.quick(tokens, key_heads)
 
 
 def _step_of_call(given):
     """The same from the call's tensors, for calls without vLLM's builder: certificates. This waits for the GPU."""
-    from bi_patch.ops.cuda import eighths
+    from bi_patch.ops.cuda import attention, eighths
 
     begins, lengths, k = given["cu_seqlens_q"].tolist(), given["seqused_k"], given["k"]
     counts = [end - begin for begin, end in zip(begins, begins[1:])]
-    few = _few(max(counts, default=0), sum(counts), k.shape[3], k.shape[2])
+    few = attention.quick(max(counts, default=0), sum(counts), k.shape[3], k.shape[2])
     room = eighths.room(k.shape[3])
     return eighths.plan(counts, lengths.tolist(), given["cu_seqlens_q"], lengths, k.shape[2], room, few)
 

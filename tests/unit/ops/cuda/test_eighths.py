@@ -156,8 +156,8 @@ def test_few_queries_go_to_the_decode_kernel_together(kernels, monkeypatch):
     step = eighths.plan(counts, most, starts, lengths, KEY_HEADS, 10, True)
     assert not step.runs and step.singles.rows == slice(0, 6) and step.singles.starts.tolist() == [0, 1, 4, 4, 6]
     monkeypatch.setattr(attention.machine, "processors", lambda: 12)
-    assert route._few(3, 6, 128, KEY_HEADS) and not route._few(3, 6, 64, KEY_HEADS)
-    assert not route._few(3, 7, 128, KEY_HEADS) and not route._few(18, 6, 128, KEY_HEADS)
+    assert attention.quick(3, 6, 128, KEY_HEADS) and not attention.quick(3, 6, 64, KEY_HEADS)
+    assert not attention.quick(3, 7, 128, KEY_HEADS) and not attention.quick(18, 6, 128, KEY_HEADS)
 
 
 def test_runs_fill_the_scratch_and_groups_of_heads_serve_what_is_longer():
