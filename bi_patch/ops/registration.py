@@ -18,6 +18,9 @@ def define(schema: str, run: Callable, key: str, fake: Callable) -> None:
     schema: in PyTorch's syntax, e.g. "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor". run: the function that
     computes the results. key: the dispatch key of `run`, "CUDA" or "CPU". fake: takes the same arguments and returns
     empty tensors of the results' shapes and dtypes; torch.compile traces with it.
+
+    Raises ValueError for an argument with a default. A graph of torch.compile leaves out arguments that equal their
+    defaults, and the call in the graph would then pass through PyTorch's dispatcher (bi_patch.ops.direct).
     """
     import torch
 
@@ -26,6 +29,8 @@ def define(schema: str, run: Callable, key: str, fake: Callable) -> None:
     name = schema.partition("(")[0]
     if name in _libraries:
         return
+    if "=" in schema:
+        raise ValueError(f"{name}: no argument may have a default")
     library = torch.library.Library("bi_patch", "FRAGMENT")
     library.define(schema)
     library.impl(name, run, key)

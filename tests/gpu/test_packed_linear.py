@@ -57,7 +57,7 @@ def test_a_row_has_its_bits_in_any_batch(bits, group, zeros, dtype, bias, tmp_pa
     product = torch.ops.bi_patch.packed_linear
 
     def run(rows):
-        return product(rows, packed.data, packed.scale, packed.zero, held, bits, group)
+        return product(rows, packed.data, packed.scale, packed.zero, held, bits, group, None)
 
     whole = run(x)
     assert torch.equal(whole, linear.bundled(x, exact.to(dtype), held, False))

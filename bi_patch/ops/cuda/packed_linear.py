@@ -107,10 +107,10 @@ def define_op() -> None:
     """Define torch.ops.bi_patch.packed_linear. A second call does nothing."""
     define(
         "packed_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group, "
-        "Tensor? whole=None) -> Tensor",
+        "Tensor? whole) -> Tensor",
         packed_linear,
         "CUDA",
-        lambda x, data, scale, zero, bias, bits, group, whole=None: x.new_empty((*x.shape[:-1], scale.shape[1])),
+        lambda x, data, scale, zero, bias, bits, group, whole: x.new_empty((*x.shape[:-1], scale.shape[1])),
     )
 
 

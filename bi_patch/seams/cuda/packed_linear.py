@@ -83,7 +83,7 @@ def _applied(original):
         data, scale, zero = self._get_weight_params(layer)
         if not self.config.zero_points:
             zero = None
-        return product(x, data, scale, zero, bias, self.config.weight_type.size_bits, self.bi_patch_group)
+        return product(x, data, scale, zero, bias, self.config.weight_type.size_bits, self.bi_patch_group, None)
 
     return apply_weights
 

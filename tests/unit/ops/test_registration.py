@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 
 from bi_patch.ops.registration import define
@@ -18,6 +19,12 @@ def test_an_operator_is_defined_once_and_stays():
     gc.collect()
     assert torch.equal(torch.ops.bi_patch.test_doubled(torch.ones(3)), torch.full((3,), 2.0))
     assert torch.ops.bi_patch.test_doubled(torch.ones(3, 4, device="meta")).shape == (3, 4)
+
+
+def test_no_argument_has_a_default():
+    with pytest.raises(ValueError, match="no argument may have a default"):
+        define("test_default(Tensor x, bool more=False) -> Tensor", doubled, "CPU", torch.empty_like)
+    assert not hasattr(torch.ops.bi_patch, "test_default")
 
 
 def test_compiled_code_calls_it_whole():
