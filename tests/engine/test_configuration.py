@@ -66,3 +66,10 @@ def test_what_is_covered_passes(configured, options):
 def test_what_is_not_covered_is_refused_by_name(configured, options, named):
     with pytest.raises(UnsupportedFeature, match=named):
         configured(**options)
+
+
+def test_threads_by_the_load_of_the_machine_are_refused(configured, monkeypatch):
+    """With this variable and a load above the number of cores, all 12 answers of an INT8 model were NaN."""
+    monkeypatch.setenv("OMP_DYNAMIC", "true")
+    with pytest.raises(UnsupportedFeature, match="OMP_DYNAMIC: nobody has examined it. Unset it"):
+        configured()

@@ -282,8 +282,9 @@ FEATURES: tuple[Feature, ...] = (
         details="Also an option that a later vLLM brings.",
     ),
     row(
-        "environment variables of vLLM and of PyTorch's Inductor that may choose a kernel, and that nobody has "
-        "examined (VLLM_MOE_ROUTING_SIMULATION_STRATEGY, TORCHINDUCTOR_MAX_AUTOTUNE, ...)",
+        "environment variables of vLLM, of PyTorch's Inductor and of OpenMP that may choose a kernel or its threads, "
+        "and that nobody has examined (VLLM_MOE_ROUTING_SIMULATION_STRATEGY, TORCHINDUCTOR_MAX_AUTOTUNE, "
+        "OMP_DYNAMIC, ...)",
         **everywhere("nobody has examined it", "Unset it"),
         asked=_variables,
         details="Variables of paths, logs, limits and timeouts are free, and so are those that a patch point covers.",

@@ -1,8 +1,8 @@
-"""Environment variables of vLLM and of PyTorch's Inductor that somebody has examined. An engine for which another one
-is set is refused.
+"""Environment variables of vLLM, of PyTorch's Inductor and of OpenMP that somebody has examined. An engine for which
+another one is set is refused.
 
 vLLM has more than 300. Many choose a kernel, and some change it with the number of rows, draw experts at random, or let
-a request's cache key leave something out.
+a request's cache key leave something out. Some of OpenMP's give a kernel fewer threads than it asked for.
 """
 
 from __future__ import annotations
@@ -241,6 +241,56 @@ INDUCTOR = frozenset(
     )
 )
 _COMPILER = "TORCHINDUCTOR_"
+# Where OpenMP's threads run, how many there are, how they wait, and what they print. Others can give a parallel region
+# fewer threads than it asked for: with OMP_DYNAMIC by the machine's load, with OMP_THREAD_LIMIT by other regions.
+# oneDNN cuts a product for the threads that it asked for, so the parts of the missing ones are never computed.
+OPENMP = frozenset(
+    {
+        *(f"GOMP_{name}" for name in ("CPU_AFFINITY", "DEBUG", "SPINCOUNT", "STACKSIZE")),
+        *(
+            f"KMP_{name}"
+            for name in (
+                "AFFINITY",
+                "BLOCKTIME",
+                "DUPLICATE_LIB_OK",
+                "FORKJOIN_BARRIER",
+                "FORKJOIN_BARRIER_PATTERN",
+                "HW_SUBSET",
+                "INIT_AT_FORK",
+                "PLAIN_BARRIER",
+                "PLAIN_BARRIER_PATTERN",
+                "REDUCTION_BARRIER",
+                "REDUCTION_BARRIER_PATTERN",
+                "SETTINGS",
+                "STACKSIZE",
+                "TPAUSE",
+                "USE_YIELD",
+                "VERSION",
+                "WARNINGS",
+            )
+        ),
+        *(
+            f"OMP_{name}"
+            for name in (
+                "AFFINITY_FORMAT",
+                "CANCELLATION",
+                "DEFAULT_DEVICE",
+                "DISPLAY_AFFINITY",
+                "DISPLAY_ENV",
+                "NUM_THREADS",
+                "PLACES",
+                "PREFIX",
+                "PROC_BIND",
+                "SCHEDULE",
+                "STACKSIZE",
+                "TARGET_OFFLOAD",
+                "WAIT_POLICY",
+            )
+        ),
+    }
+)
+_RUNTIMES = ("GOMP_", "KMP_", "OMP_")
+_HARMLESS = {"OMP_DYNAMIC": ("0", "false"), "OMP_MAX_ACTIVE_LEVELS": ("1",), "OMP_NESTED": ("0", "false")}
 # What acts only together with a refused feature: KV transfer; Ray's variables say where its workers run.
 BEHIND = ("MOONCAKE_", "VLLM_MOONCAKE_", "VLLM_NIXL_", "VLLM_P2P_", "VLLM_RAY_", "VLLM_USE_RAY_")
 # What vLLM reads without listing.
@@ -250,12 +300,19 @@ KNOWN = COVERED | OWN | PLACES | LOGS | FRONT
 
 
 def unknown() -> list[str]:
-    """The variables that are set, that vLLM, vLLM-Ascend or Inductor reads, and that nobody has examined."""
+    """The variables that are set, that vLLM, vLLM-Ascend, Inductor or OpenMP reads, and that nobody has examined."""
     read = set(UNLISTED)
     for module, listed in _LISTS:
         read |= set(getattr(sys.modules.get(module), listed, ()))
     own = {name for name in read if name in os.environ and name not in KNOWN and not name.startswith(BEHIND)}
-    return sorted(own | {name for name in os.environ if name.startswith(_COMPILER) and name not in INDUCTOR})
+    own |= {name for name in os.environ if name.startswith(_COMPILER) and name not in INDUCTOR}
+    return sorted(own | set(of_threads()))
+
+
+def of_threads() -> list[str]:
+    """The variables of OpenMP that are set, and that nobody has examined, or not with this value."""
+    given = {name: value.strip().lower() for name, value in os.environ.items() if name.startswith(_RUNTIMES)}
+    return sorted(n for n, value in given.items() if n not in OPENMP and value not in _HARMLESS.get(n, ()))
 
 
 def switched(name: str) -> bool:

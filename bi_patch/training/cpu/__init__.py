@@ -16,6 +16,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bi_patch.errors import UnsupportedFeature
+from bi_patch.platforms.features import variables
+
 CALLS_VLLM = False  # only experts call a kernel of the installed vLLM
 
 
@@ -23,10 +26,16 @@ def prepare(cache: Path) -> None:
     """Load the kernels, and ask Linux for AMX tiles, before the first operator runs.
 
     cache: the folder of built kernels and certificates.
-    Raises CertificateFailed if the kernels cannot be built.
+    Raises CertificateFailed if the kernels cannot be built, and UnsupportedFeature for variables of OpenMP with which
+    an engine would be refused.
     """
     from bi_patch.ops.cpu import machine
 
+    if found := variables.of_threads():
+        raise UnsupportedFeature(
+            f"training.threads: nobody has examined {', '.join(found)}, which may give a kernel fewer threads than it "
+            "asked for. Unset it"
+        )
     machine.load_kernels(cache)
     machine.allow_tiles()
 

@@ -28,7 +28,7 @@ def listed(monkeypatch):
     for name in (*envs.environment_variables, *variables.UNLISTED, *variables.KNOWN):
         if name.startswith("VLLM_"):
             monkeypatch.delenv(name, raising=False)
-    for name in [name for name in os.environ if name.startswith("TORCHINDUCTOR_")]:
+    for name in [name for name in os.environ if name.startswith(("TORCHINDUCTOR_", "OMP_", "GOMP_", "KMP_"))]:
         monkeypatch.delenv(name)
 
 
@@ -60,6 +60,19 @@ def test_an_option_of_inductor_is_refused_as_a_variable_too(listed, monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG", "1")
     found = ["TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG", "TORCHINDUCTOR_MAX_AUTOTUNE"]
     assert variables.unknown() == found
+
+
+def test_what_gives_a_kernel_fewer_threads_than_it_asked_for_is_refused(listed, monkeypatch):
+    """With each of these, PyTorch's bf16 product of 300 x 256 and 256 x 768 left parts of the result as they were."""
+    for name in variables.OPENMP:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OMP_DYNAMIC", "False")
+    monkeypatch.setenv("OMP_MAX_ACTIVE_LEVELS", "1")
+    assert variables.unknown() == []
+    given = {"OMP_DYNAMIC": "true", "OMP_MAX_ACTIVE_LEVELS": "0", "OMP_THREAD_LIMIT": "1", "KMP_DYNAMIC_MODE": "thread"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert variables.unknown() == sorted(given)
 
 
 def test_the_sets_do_not_overlap():

@@ -9,7 +9,7 @@ import torch
 
 from bi_patch import identity, running, training
 from bi_patch.arming import contract as made
-from bi_patch.errors import ContractBroken
+from bi_patch.errors import ContractBroken, UnsupportedFeature
 from bi_patch.training import contract, devices, huggingface
 
 
@@ -275,3 +275,9 @@ def test_experts_call_the_kernel_of_the_same_vllm(make, agreed):
     agreed["model"] = {name: made._plain(getattr(model.config, name, None)) for name in running.MODEL}
     with pytest.raises(ContractBroken, match="vllm is .*'0.1.0' in the sampler"):
         training.arm(model, sampler=agreed | {"vllm": "0.1.0"})
+
+
+def test_a_trainer_with_threads_by_the_load_is_refused(monkeypatch):
+    monkeypatch.setenv("OMP_DYNAMIC", "true")
+    with pytest.raises(UnsupportedFeature, match="training.threads: nobody has examined OMP_DYNAMIC"):
+        devices.prepare("cpu")
