@@ -8,7 +8,9 @@ mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16"): 16 bytes for each l
 bytes, bits 4 r to 4 r + 3 and 16 + 4 r to 19 + 4 r are the two integers of register r. So a lane loads its part in one
 piece, and unpacks two integers in one step, as Marlin does (github.com/IST-DASLab/marlin).
 
-Of 8 bits, q - 128 lies in strips of 16 rows and blocks of 128 elements of K, each contiguous.
+Of 8 bits, the unit is the same strip, and a lane has 16 bytes for rows g = lane / 4, registers 0 and 2 of each
+instruction, and 16 more, 512 bytes later, for rows g + 8, registers 1 and 3. Of the 4 bytes for each instruction, the
+first and the third are the two integers of the first register, and the others those of the second.
 
 Floats e2m1 (OCP Microscaling Formats 1.0: a sign, two bits of exponent, one of mantissa) have no zero points, and x is
 bf16. w[n, k] = v[n, k] * s[n, g] * 2**-7, which is exact, and the sum over K is multiplied by an fp32 number `whole`,
@@ -41,10 +43,10 @@ _OF_EXPONENT = 32  # floats e2m1 that share one
 class Packed(NamedTuple):
     """Packed weights [N, K], or those of experts [E, N, K], one expert after the other.
 
-    data: uint8 (4 bits) or int8 (8 bits), of N * K * bits / 8 elements for each expert. scale: [K / group, N], or
-    [E, K / group, N], bf16 or fp16. zero: the zero points, of scale's shape and type, or None: of 4 bits plus BASE, of
-    8 bits less 128. bits: 4 or 8. group: elements of K. whole: of e2m1 without experts, fp32 [], by which sums are
-    multiplied. Of e2m1, scale is uint8, and its shape says nothing of its order.
+    data: uint8, N * K * bits / 8 elements for each expert. scale: [K / group, N], or [E, K / group, N], bf16 or fp16.
+    zero: the zero points, of scale's shape and type, or None: of 4 bits plus BASE, of 8 bits less 128. bits: 4 or 8.
+    group: elements of K. whole: of e2m1 without experts, fp32 [], by which sums are multiplied. Of e2m1, scale is
+    uint8, and its shape says nothing of its order.
     """
 
     data: torch.Tensor
@@ -198,7 +200,7 @@ def _floats(q: torch.Tensor) -> torch.Tensor:
 
 
 def _eight(q: torch.Tensor) -> torch.Tensor:
-    import torch
-
     n, k = q.shape
-    return (q.view(n // STRIP, STRIP, k // BLOCK_K, BLOCK_K).transpose(1, 2).to(torch.int16) - 128).to(torch.int8)
+    # By strip, half of the rows, row, unit of K, instruction, half of the instruction's K, pair, half of the pair.
+    parts = q.view(n // STRIP, 2, STRIP // 2, k // 64, 4, 2, 4, 2)
+    return parts.permute(0, 3, 1, 2, 6, 4, 7, 5)

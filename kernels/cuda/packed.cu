@@ -1,4 +1,4 @@
-// Products of few rows with weights of 4 bits: out[m, n] = round(sum over k of x[m, k] * w[n, k] + bias[n]).
+// Products of few rows with weights of 4 or 8 bits: out[m, n] = round(sum over k of x[m, k] * w[n, k] + bias[n]).
 //
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w. TILES: eights of rows of x in
 // a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such a block. ZEROS: whether
@@ -11,7 +11,7 @@
 
 #define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
 #define X_BYTES (8 * TILES * ROW)
-#define STAGE (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))
+#define STAGE (X_BYTES + WARPS * (BLOCK_BYTES + SCALE_BYTES * (1 + ZEROS)))
 
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
                const u16* bias, u16* out, int rows, int cols, int depth, int group, int stride, const float* whole) {
@@ -25,7 +25,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   // weights, and a part of its warp's scales. The pointers move on by one block at each call.
   const int part = thread() % 16, row = thread() / 16;
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
-  const unsigned char* w_from = w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
+  const unsigned char* w_from = w + static_cast<i64>(strip) * blocks * BLOCK_BYTES + lane * 16;
 #if E2M1
   const int kind = lane < GROUPS ? 0 : ZEROS + 1, piece = lane, s_step = SCALE_BYTES, each = 1;
   const unsigned char* s_from = scale + static_cast<i64>(strip) * blocks * SCALE_BYTES + lane * 16;
@@ -49,12 +49,12 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
         from += THREADS / 16 * stride;
       }
       at += X_BYTES;
-      copy_16(at + warp * 1024 + lane * 16, w_from, true);
-      copy_16(at + warp * 1024 + 512 + lane * 16, w_from + 512, true);
-      at += WARPS * 1024 + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
+      COPY_UNIT(at + warp * BLOCK_BYTES + lane * 16, w_from);
+      COPY_UNIT(at + warp * BLOCK_BYTES + UNIT + lane * 16, w_from + UNIT);
+      at += WARPS * BLOCK_BYTES + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
       if (kind <= ZEROS) copy_16(at, s_from, true);
       x_from += 128;
-      w_from += 1024;
+      w_from += BLOCK_BYTES;
       if (--same == 0) {
         same = each;
         s_from += s_step;
@@ -80,7 +80,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #else
   u32 by[2], less[2];  // of this lane's two rows
 #endif
-  Four four;
+  Unit unit;
   const unsigned char* now = shared() + (STAGES - 1) * STAGE;
   auto enter = [&] {  // the next block of K: it is there, and all warps have read the one before
     wait_groups<STAGES - 2>();
@@ -91,13 +91,13 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   auto read = [&](int pair) {
     const int step = pair * 2;
     const unsigned char* own = now + X_BYTES;
-    if (pair % 2 == 0) four = *reinterpret_cast<const Four*>(own + warp * 1024 + pair / 2 * 512 + lane * 16);
+    if (pair % 2 == 0) unit = unit_at(own + warp * BLOCK_BYTES + pair / 2 * UNIT + lane * 16);
 #if E2M1
     if (pair == 0)
-      scales = *reinterpret_cast<const Scales*>(own + WARPS * 1024 + warp * SCALE_BYTES + g * 2 * GROUPS);
+      scales = *reinterpret_cast<const Scales*>(own + WARPS * BLOCK_BYTES + warp * SCALE_BYTES + g * 2 * GROUPS);
 #else
     if (step % (8 / GROUPS) == 0) {
-      const u16* scales = reinterpret_cast<const u16*>(own + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES);
+      const u16* scales = reinterpret_cast<const u16*>(own + WARPS * BLOCK_BYTES + warp * (1 + ZEROS) * SCALE_BYTES);
       const u16* from = scales + step * GROUPS / 8 * 16 + g;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -113,7 +113,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const u32 word = four.word[pair % 2 * 2 + j];
+        const u32 word = word_of(unit, pair % 2 * 2 + j, r);
 #if E2M1
         a[pair % 2][j][r] = weights(word, r, scale_of(scales, (step + j) * GROUPS / 8, r % 2));
 #else
@@ -165,7 +165,7 @@ KERNEL dequantize(const unsigned char* w, const Scale* scale, const u16* zero, u
   unsigned char* held = shared() + thread() / 32 * 16 * ROW;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const Four four = *reinterpret_cast<const Four*>(w + static_cast<i64>(index) * 1024 + half * 512 + lane * 16);
+    const Unit unit = unit_at(w + static_cast<i64>(index) * BLOCK_BYTES + half * UNIT + lane * 16);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int k = half * 64 + j * 16;
@@ -175,10 +175,10 @@ KERNEL dequantize(const unsigned char* w, const Scale* scale, const u16* zero, u
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
 #if E2M1
-        const u32 two = weights(four.word[j], r, scale_of(scale[index * 8 + g], k / 16 * GROUPS / 8, r % 2));
+        const u32 two = weights(word_of(unit, j, r), r, scale_of(scale[index * 8 + g], k / 16 * GROUPS / 8, r % 2));
 #else
         const u32 less = minus(ZEROS ? twice(zero[from + r % 2 * 8]) : MIDDLE);
-        const u32 two = weights(four.word[j], r, less, twice(scale[from + r % 2 * 8]));
+        const u32 two = weights(word_of(unit, j, r), r, less, twice(scale[from + r % 2 * 8]));
 #endif
         *reinterpret_cast<u32*>(held + (g + r % 2 * 8) * ROW + (k + lane % 4 * 2 + r / 2 * 8) * 2) = two;
       }

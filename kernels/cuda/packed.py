@@ -1,4 +1,4 @@
-"""Products with packed weights of 4 bits: compiles and launches packed*.cu, which state the order.
+"""Products with packed weights of 4 or 8 bits: compiles and launches packed*.cu, which state the order.
 
 x [M, K], bias [N] or none and out [M, N] are bf16 or fp16, and bf16 with floats e2m1. Weights: kernels/packing.py. The
 order is that of kernels/triton/gemm.py for the dequantized weights. Wide forms need Hopper.
@@ -10,7 +10,7 @@ import functools
 from ctypes import c_int, c_longlong, c_void_p
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..packing import BLOCK_K, MIDDLE, Packed
+from ..packing import BLOCK_K, MIDDLE, STRIP, Packed
 from . import nvrtc
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Form(NamedTuple):
     """What the source is compiled for. warps: of a block, with 16 rows of w each. tiles: eights of rows of x. stages:
     of blocks of 128 elements of K in shared memory. wide: packed_wide.cu, else packed.cu, or with stages of
     several blocks and of experts packed_lean.cu. blocks: of a stage of packed_lean.cu and packed_few.cu. halves:
-    packed_few.cu, where two warps share 16 rows of w and tiles is 1."""
+    packed_few.cu, where two warps share 16 rows of w and tiles is 1 or 2. bits: of integers, 4 or 8; of experts 4."""
 
     warps: int
     tiles: int
@@ -40,6 +40,7 @@ class Form(NamedTuple):
     wide: bool = False
     blocks: int = 1
     halves: bool = False
+    bits: int = 4
 
     @property
     def lean(self) -> bool:
@@ -78,6 +79,8 @@ class Form(NamedTuple):
         one, base = _BITS[dtype]
         return {
             "PARTS": 1,
+            "BITS": self.bits,
+            "BRAIN": int(dtype == "torch.bfloat16"),
             "WIDE": int(self.wide),
             "WARPS": self.warps,
             "TILES": self.tiles,
@@ -92,13 +95,13 @@ class Form(NamedTuple):
             "LEAST": max(1, self.tiles // _FEWEST),
             "ONE": f"{one * 0x10001:#x}u",
             "BASE": f"{base * 0x10001:#x}u",
-            "MIDDLE": f"{(base + MIDDLE[4]) * 0x10001:#x}u",
+            "MIDDLE": f"{(base + MIDDLE[self.bits]) * 0x10001:#x}u",
         }
 
     def shared_bytes(self, groups: int, zeros: bool, experts: bool = False, floats: bool = False) -> int:
         """Bytes of shared memory of a block. groups: of scales in 128 elements of K."""
         rows = 8 * self.tiles * _ROW_OF_EXPERTS if experts else 0
-        own = self.strips * (16 * BLOCK_K // 2 + (16 if floats else 32) * max(1, groups) * (1 + zeros))
+        own = self.strips * (STRIP * BLOCK_K * self.bits // 8 + (16 if floats else 32) * max(1, groups) * (1 + zeros))
         if self.wide:
             return self.stages * -(-(8 * self.tiles * 2 * BLOCK_K + own) // 1024) * 1024 + rows
         return self.stages * self.blocks * (8 * self.tiles * _ROW_BYTES + own)
@@ -135,6 +138,46 @@ FORMS = (
     Form(4, 16, 5, True),
     Form(8, 16, 5, True),
     Form(16, 16, 4, True),
+    *(
+        form._replace(bits=8)
+        for form in (
+            Form(2, 1, 8),
+            Form(4, 1, 6),
+            Form(8, 1, 4),
+            Form(2, 1, 6, blocks=2, halves=True),
+            Form(4, 1, 4, blocks=2, halves=True),
+            Form(8, 1, 4, blocks=2, halves=True),
+            Form(2, 1, 4, blocks=4, halves=True),
+            Form(4, 1, 3, blocks=4, halves=True),
+            Form(2, 2, 5, blocks=2, halves=True),
+            Form(4, 2, 4, blocks=2, halves=True),
+            Form(8, 2, 3, blocks=2, halves=True),
+            Form(2, 2, 4, blocks=4, halves=True),
+            Form(4, 2, 3, blocks=4, halves=True),
+            Form(2, 1, 3, blocks=4),
+            Form(4, 1, 3, blocks=2),
+            Form(4, 1, 2, blocks=4),
+            Form(8, 1, 2, blocks=2),
+            Form(2, 2, 3, blocks=4),
+            Form(4, 2, 3, blocks=2),
+            Form(8, 2, 2, blocks=2),
+            Form(2, 2, 6),
+            Form(4, 2, 6),
+            Form(2, 4, 5),
+            Form(4, 4, 4),
+            Form(2, 8, 4),
+            Form(4, 8, 3),
+            Form(4, 2, 6, True),
+            Form(8, 2, 6, True),
+            Form(4, 4, 6, True),
+            Form(8, 4, 6, True),
+            Form(4, 8, 6, True),
+            Form(8, 8, 5, True),
+            Form(16, 8, 4, True),
+            Form(4, 16, 5, True),
+            Form(8, 16, 4, True),
+        )
+    ),
 )
 
 
@@ -202,7 +245,7 @@ def build(
         product, file = "".join(map(multiply_wide, sorted(used))), "packed_wide.cu"
         arch += "a"  # instructions of this architecture alone
     source = nvrtc.source("primitives.h") + product + nvrtc.source("unpack.h", "rows.h", file)
-    defines = form.defines(groups, zeros, dtype, experts, floats, tail) | {"CONTRACT": 1, "BRAIN": int(brain)}
+    defines = form.defines(groups, zeros, dtype, experts, floats, tail) | {"CONTRACT": 1}
     return nvrtc.compile(source, arch, defines | {"INPUT": '"bf16"' if brain else '"f16"'}, major)
 
 
@@ -277,6 +320,7 @@ def product(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, form: Fo
         return out
     zeros, floats = packed.zero is not None, packed.floats
     _check_type(x, packed)
+    _check_bits(packed, form.bits)
     form = form.whole_stages(depth)
     held = _kernel("product", form, groups(packed.group), zeros, str(x.dtype), x.device.index, False, floats)
     tensors = (x, packed.data, packed.scale, packed.zero, bias, out)
@@ -293,6 +337,11 @@ def _check_type(x: torch.Tensor, packed: Packed) -> None:
         raise ValueError(f"packed: no exact product of floats of 4 bits and {x.dtype}")
 
 
+def _check_bits(packed: Packed, bits: int) -> None:
+    if packed.bits != bits:
+        raise ValueError(f"packed: a form for weights of {bits} bits does not take {packed.bits} bits")
+
+
 def _check_rows(x: torch.Tensor) -> None:
     if x.stride(1) != 1 or x.data_ptr() % 16 or x.stride(0) * 2 % 16:
         raise ValueError(f"packed: the kernel does not take rows of strides {x.stride()}")
@@ -305,7 +354,7 @@ def dequantize(packed: Packed) -> torch.Tensor:
     n, k = packed.shape
     device, floats = packed.data.device, packed.floats
     out = torch.empty((n, k), dtype=torch.bfloat16 if floats else packed.scale.dtype, device=device)
-    form, zeros = Form(_DEQUANTIZING_WARPS, 1, 2), packed.zero is not None
+    form, zeros = Form(_DEQUANTIZING_WARPS, 1, 2, bits=packed.bits), packed.zero is not None
     held = _kernel("dequantize", form, groups(packed.group), zeros, str(out.dtype), device.index, False, floats)
     tensors = (packed.data, packed.scale, packed.zero, out)
     arguments = [*(c_void_p(None if t is None else t.data_ptr()) for t in tensors), *map(c_int, (n, k, packed.group))]
@@ -335,6 +384,7 @@ def product_of_experts(
     if not 0 < rest <= BLOCK_K or rest % 8 or packed.whole is not None:
         raise ValueError(f"packed: the kernel does not take rows of {x.shape[1]} for weights {packed.shape} of experts")
     _check_type(x, packed)
+    _check_bits(packed, form.bits)
     if out.shape != (rows.ids, cols) or not out.is_contiguous() or out.data_ptr() % 16:
         raise ValueError(f"packed: the kernel does not write {tuple(out.shape)} with strides {out.stride()}")
     zeros, tail = packed.zero is not None, rest < BLOCK_K

@@ -1,6 +1,6 @@
-// Products of few rows with weights of 4 bits: those of packed.cu, or of experts (EXPERTS): out[id, n] = round((sum over k
-// of x[m, k] * w[e, n, k] + bias[e, n]) * factor[id]), where m is the id's row of x and e the expert of the id's tile
-// (rows.h).
+// Products of few rows with weights of 4 or 8 bits: those of packed.cu, or of experts (EXPERTS): out[id, n] = round((sum
+// over k of x[m, k] * w[e, n, k] + bias[e, n]) * factor[id]), where m is the id's row of x and e the expert of the id's
+// tile (rows.h).
 //
 // packing.py states how the weights lie, one expert's after the other's. WARPS: warps of a block of threads, each with
 // 16 rows of w. TILES: eights of ids in a block. STAGES of BLOCKS blocks of 128 elements of K each are in shared memory;
@@ -16,7 +16,7 @@
 
 #define ROW 272  // bytes of a row of x in shared memory: 128 elements, and 16 bytes against bank conflicts
 #define X_BYTES (8 * TILES * ROW)
-#define SLOT (X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)))  // bytes of a block of K
+#define SLOT (X_BYTES + WARPS * (BLOCK_BYTES + SCALE_BYTES * (1 + ZEROS)))  // bytes of a block of K
 #define STAGE (BLOCKS * SLOT)
 
 KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale, const unsigned char* zero,
@@ -67,7 +67,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   const u16* x_from[PIECES(TILES)];
 #pragma unroll
   for (int i = 0; i < PIECES(TILES); ++i) x_from[i] = x + static_cast<i64>(rows_at[i]) * 8 + part * 8;
-  const unsigned char* w_from = w + (static_cast<i64>(expert) * strips + strip) * blocks * 1024 + lane * 16;
+  const unsigned char* w_from = w + (static_cast<i64>(expert) * strips + strip) * blocks * BLOCK_BYTES + lane * 16;
 #if E2M1
   const int kind = lane < GROUPS ? 0 : ZEROS + 1, piece = lane, s_step = SCALE_BYTES;
   const unsigned char* s_from = scale + (static_cast<i64>(expert) * strips + strip) * blocks * SCALE_BYTES + lane * 16;
@@ -78,9 +78,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   const i64 s_step = static_cast<i64>(GROUPS) * cols * 2;
 #endif
   unsigned char* const x_to = shared() + row * ROW + part * 16;
-  unsigned char* const w_to = shared() + X_BYTES + warp * 1024 + lane * 16;
+  unsigned char* const w_to = shared() + X_BYTES + warp * BLOCK_BYTES + lane * 16;
   unsigned char* const s_to =
-      shared() + X_BYTES + WARPS * 1024 + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
+      shared() + X_BYTES + WARPS * BLOCK_BYTES + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
   const int each = LONG ? group / 128 : 1;  // blocks that share a group
   int left = blocks, same = each, to = 0;
   auto load = [&] {
@@ -99,8 +99,8 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #else
           copy_16_if(x_to + at + i * (THREADS / 16) * ROW, x_from[i] + b * 128, rows_at[i] >= 0);
 #endif
-        copy_16(w_to + at, w_from + b * 1024, true);
-        copy_16(w_to + at + 512, w_from + b * 1024 + 512, true);
+        COPY_UNIT(w_to + at, w_from + b * BLOCK_BYTES);
+        COPY_UNIT(w_to + at + UNIT, w_from + b * BLOCK_BYTES + UNIT);
         copy_16_if(s_to + at, s_from, kind <= ZEROS);
         if (!LONG || --same == 0) {
           same = each;
@@ -109,7 +109,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
       }
 #pragma unroll
       for (int i = 0; i < PIECES(TILES); ++i) x_from[i] += BLOCKS * 128;
-      w_from += BLOCKS * 1024;
+      w_from += BLOCKS * BLOCK_BYTES;
       to = to == (STAGES - 1) * STAGE ? 0 : to + STAGE;
       left -= BLOCKS;
     }
@@ -126,9 +126,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[t][i] = 0;
   const unsigned char* const rows_of = shared() + lane % 8 * ROW + lane / 8 * 16;
-  const unsigned char* const words = shared() + X_BYTES + warp * 1024 + lane * 16;
+  const unsigned char* const words = shared() + X_BYTES + warp * BLOCK_BYTES + lane * 16;
   const unsigned char* const scales_of =
-      shared() + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES + g * (E2M1 ? 2 * GROUPS : 2);
+      shared() + X_BYTES + WARPS * BLOCK_BYTES + warp * (1 + ZEROS) * SCALE_BYTES + g * (E2M1 ? 2 * GROUPS : 2);
   int now = 0;
   for (int block = 0; block < blocks; block += BLOCKS) {
     wait_groups<STAGES - 2>();
@@ -140,7 +140,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
       if (block + b >= blocks) break;
 #endif
       const int at = now + b * SLOT;
-      Four four;
+      Unit unit;
 #if E2M1
       const Scales own = *reinterpret_cast<const Scales*>(scales_of + at);
 #endif
@@ -148,7 +148,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
       u32 rows_now[TILES][4];
 #pragma unroll
       for (int step = 0; step < 8; ++step) {
-        if (step % 4 == 0) four = *reinterpret_cast<const Four*>(words + at + step / 4 * 512);
+        if (step % 4 == 0) unit = unit_at(words + at + step / 4 * UNIT);
         if (step % (8 / GROUPS) == 0) {
 #if E2M1
 #pragma unroll
@@ -168,9 +168,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
         u32 a[4];
 #pragma unroll
 #if E2M1
-        for (int r = 0; r < 4; ++r) a[r] = weights(four.word[step % 4], r, by[r % 2]);
+        for (int r = 0; r < 4; ++r) a[r] = weights(word_of(unit, step, r), r, by[r % 2]);
 #else
-        for (int r = 0; r < 4; ++r) a[r] = weights(four.word[step % 4], r, less[r % 2], by[r % 2]);
+        for (int r = 0; r < 4; ++r) a[r] = weights(word_of(unit, step, r), r, less[r % 2], by[r % 2]);
 #endif
 #pragma unroll
         for (int t = 0; t < TILES; ++t)

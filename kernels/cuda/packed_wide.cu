@@ -1,4 +1,4 @@
-// Products with weights of 4 bits on Hopper's wide matrix instructions: out[m, n] = round(sum over k of x[m, k] *
+// Products with weights of 4 or 8 bits on Hopper's wide matrix instructions: out[m, n] = round(sum over k of x[m, k] *
 // w[n, k] + bias[n]).
 //
 // packing.py states how the weights lie. WARPS: warps of a block, each with 16 rows of w; four are a warpgroup. TILES:
@@ -13,13 +13,13 @@
 
 #define ATOM (1024 * TILES)  // bytes of all rows of x and 64 elements of K: rows of 128 bytes, swizzled
 #define X_BYTES (2 * ATOM)
-#define STAGE ((X_BYTES + WARPS * (1024 + SCALE_BYTES * (1 + ZEROS)) + 1023) / 1024 * 1024)
+#define STAGE ((X_BYTES + WARPS * (BLOCK_BYTES + SCALE_BYTES * (1 + ZEROS)) + 1023) / 1024 * 1024)
 #define AHEAD (STAGES - 2)         // loads in flight: a block's last products may run into the next block
 #define OUT_ROW (32 * WARPS + 16)  // bytes of a row of outputs in shared memory
 
 // A lane's weights of a block of K: its words, and of each group the scales and zero points of its two rows.
 struct Words {
-  Four four[2];
+  Unit unit[2];
 #if E2M1
   Scales scales;
 #else
@@ -29,10 +29,10 @@ struct Words {
 
 DEVICE Words words_at(const unsigned char* stage, int warp, int lane) {
   Words block;
-  const unsigned char* words = stage + X_BYTES + warp * 1024 + lane * 16;
-  block.four[0] = *reinterpret_cast<const Four*>(words);
-  block.four[1] = *reinterpret_cast<const Four*>(words + 512);
-  const unsigned char* scales = stage + X_BYTES + WARPS * 1024 + warp * (1 + ZEROS) * SCALE_BYTES;
+  const unsigned char* words = stage + X_BYTES + warp * BLOCK_BYTES + lane * 16;
+  block.unit[0] = unit_at(words);
+  block.unit[1] = unit_at(words + UNIT);
+  const unsigned char* scales = stage + X_BYTES + WARPS * BLOCK_BYTES + warp * (1 + ZEROS) * SCALE_BYTES;
 #if E2M1
   block.scales = *reinterpret_cast<const Scales*>(scales + lane / 4 * 2 * GROUPS);
 #else
@@ -53,7 +53,7 @@ DEVICE void unpack(u32 (&a)[4], const Words& block, int step) {
   const int group = step * GROUPS / 8;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const u32 word = block.four[step / 4].word[step % 4];
+    const u32 word = word_of(block.unit[step / 4], step, r);
 #if E2M1
     a[r] = weights(word, r, scale_of(block.scales, group, r % 2));
 #else
@@ -101,7 +101,7 @@ DEVICE void multiply(const Task& task) {
   const u16* x_from = x + static_cast<i64>(row) * stride + part * 8;
 #endif
   const int x_to = part / 8 * ATOM + row * 128 + (part % 8 ^ row % 8) * 16;
-  const unsigned char* w_from = task.w + static_cast<i64>(strip) * blocks * 1024 + lane * 16;
+  const unsigned char* w_from = task.w + static_cast<i64>(strip) * blocks * BLOCK_BYTES + lane * 16;
 #if E2M1
   const int kind = lane < GROUPS ? 0 : ZEROS + 1, piece = lane, s_step = SCALE_BYTES, each = 1;
   const unsigned char* s_from = task.scale + static_cast<i64>(strip) * blocks * SCALE_BYTES + lane * 16;
@@ -140,12 +140,12 @@ DEVICE void multiply(const Task& task) {
 #endif
       }
       at += X_BYTES;
-      copy_16(at + warp * 1024 + lane * 16, w_from, true);
-      copy_16(at + warp * 1024 + 512 + lane * 16, w_from + 512, true);
-      at += WARPS * 1024 + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
+      COPY_UNIT(at + warp * BLOCK_BYTES + lane * 16, w_from);
+      COPY_UNIT(at + warp * BLOCK_BYTES + UNIT + lane * 16, w_from + UNIT);
+      at += WARPS * BLOCK_BYTES + (warp * (1 + ZEROS) + kind) * SCALE_BYTES + piece * 16;
       if (kind <= ZEROS) copy_16(at, s_from, true);
       x_from += 128;
-      w_from += 1024;
+      w_from += BLOCK_BYTES;
       if (--same == 0) {
         same = each;
         s_from += s_step;
@@ -275,7 +275,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
     write_zeros(out, ids, limit, column * 16 * WARPS, cols);
     return;
   }
-  w += static_cast<i64>(expert) * (cols / 16) * (depth / 128) * 1024;
+  w += static_cast<i64>(expert) * (cols / 16) * (depth / 128) * BLOCK_BYTES;
   const i64 at = static_cast<i64>(expert) * scales * cols * (SCALE_BYTES / (16 * GROUPS));
   if (bias) bias += static_cast<i64>(expert) * cols;
   multiply_used<TILES>({x, w, scale + at, zero + at, bias, out, rows, cols, depth, group, stride, column, copied, ids,

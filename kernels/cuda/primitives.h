@@ -90,6 +90,13 @@ DEVICE u32 masked_or(u32 x, u32 mask, u32 set) {
   return y;
 }
 
+// x & mask ^ other, in one instruction.
+DEVICE u32 masked_xor(u32 x, u32 mask, u32 other) {
+  u32 y;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(y) : "r"(x), "r"(mask), "r"(other));
+  return y;
+}
+
 // The word turned left by 1 to 31 bits.
 DEVICE u32 rotated(u32 word, u32 by) { return __funnelshift_l(word, word, by); }
 

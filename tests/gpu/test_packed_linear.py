@@ -39,6 +39,9 @@ def made(bits, group, zeros, dtype):
         (4, 32, True, torch.float16, False),
         (4, K, False, torch.bfloat16, False),
         (8, K, False, torch.bfloat16, True),
+        (8, 128, False, torch.bfloat16, False),
+        (8, 128, True, torch.bfloat16, True),
+        (8, 32, False, torch.float16, False),
         (8, 64, True, torch.float16, False),
     ],
 )

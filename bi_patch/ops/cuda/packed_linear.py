@@ -1,9 +1,8 @@
 """Routes of linears with packed weights of 4 or 8 bits on CUDA: the fastest kernel for each M, all in one order.
 
 Order: that of 16-bit linears (bi_patch.ops.cuda.linear) for the dequantized weights (kernels/packing.py). Bundled
-kernels dequantize in registers: of 4 bits kernels/cuda/packed.cu, packed_lean.cu, packed_few.cu and, on Hopper,
-packed_wide.cu; of 8 bits kernels/triton/packed_gemm.py. Or the weights are dequantized once a call, and the route of
-the 16-bit linear serves, with its own certificate.
+kernels dequantize in registers: kernels/cuda/packed.cu, packed_lean.cu, packed_few.cu and, on Hopper, packed_wide.cu.
+Or the weights are dequantized once a call, and the route of the 16-bit linear serves, with its own certificate.
 
 Floats e2m1 of 4 bits (NVFP4) have no such other way: the bundled kernels multiply the fp32 sum by the one scale of all
 weights, which a 16-bit linear would do after rounding. So the bundled kernels serve every number of rows, on GPUs where
@@ -142,14 +141,6 @@ def packed_linear(x, data, scale, zero, bias, bits: int, group: int, whole=None)
     return out.view(*x.shape[:-1], n)
 
 
-def variants(bits: int):
-    """The bundled kernels' variants for weights of so many bits."""
-    from bi_patch.kernels.cuda import packed
-    from bi_patch.kernels.triton import packed_gemm
-
-    return packed.FORMS if bits == 4 else packed_gemm.TILES
-
-
 def serves_floats() -> bool:
     """Whether this device runs a variant of each number of rows for floats e2m1."""
     import torch
@@ -157,45 +148,38 @@ def serves_floats() -> bool:
     from bi_patch.kernels.cuda import packed
 
     capability = torch.cuda.get_device_capability()
-    return any(form.wide and form.runs_on(capability) for form in packed.FORMS)
+    return any(form.wide and form.bits == 4 and form.runs_on(capability) for form in packed.FORMS)
 
 
 def runnable(problem: Problem) -> list[int]:
     """The numbers of the variants that this device can run."""
-    known = variants(problem.bits)
-    if problem.bits == 8:
-        return list(range(len(known)))
     import torch
 
+    from bi_patch.kernels.cuda import packed
+
     capability, shared = torch.cuda.get_device_capability(), machine.shared_memory()
-    fits = (form.runs_on(capability) and _fits(form, problem, shared) for form in known)
-    return [number for number, able in enumerate(fits) if able]
+    able = (form.runs_on(capability) and _fits(form, problem, shared) for form in packed.FORMS)
+    return [number for number, fits in enumerate(able) if fits]
 
 
 def _fits(form, problem: Problem, shared: int) -> bool:
     from bi_patch.kernels.cuda import packed
 
-    return packed.fits(form, problem.group, problem.zeros, shared, floats=problem.floats)
+    fits = packed.fits(form, problem.group, problem.zeros, shared, floats=problem.floats)
+    return fits and form.bits == problem.bits
 
 
 def _product(number: int, x, packed: Packed, bias):
     """The bundled kernel's product by one variant."""
-    if packed.bits == 4:
-        from bi_patch.kernels.cuda import packed as four
+    from bi_patch.kernels.cuda.packed import FORMS, product
 
-        return four.product(x, packed, bias, four.FORMS[number])
-    from bi_patch.kernels.triton import packed_gemm
-
-    tile = packed_gemm.fit(packed_gemm.TILES[number], machine.shared_memory())
-    return packed_gemm.gemm(x, packed, bias, tile)
+    return product(x, packed, bias, FORMS[number])
 
 
 def dequantize(packed: Packed):
     """The weights w [N, K] of kernels/packing.py in the type of their scales, of floats e2m1 in bf16."""
-    if packed.bits == 4:
-        from bi_patch.kernels.cuda.packed import dequantize as unpack
-    else:
-        from bi_patch.kernels.triton.packed_gemm import dequantize as unpack
+    from bi_patch.kernels.cuda.packed import dequantize as unpack
+
     return unpack(packed)
 
 
@@ -234,9 +218,6 @@ def rehearse(problem: Problem, max_rows: int, cache: Path, ahead: Ahead) -> None
     """Compile ahead what `certify` will launch. Does nothing if `cache` has the certificate."""
     if certificates.load(cache, _key(problem, max_rows)) is not None:
         return
-    if problem.bits == 8:
-        ahead.rehearse(lambda: _rehearse(problem, max_rows))
-        return
     import torch
 
     from bi_patch.kernels.cuda import nvrtc, packed
@@ -260,28 +241,6 @@ def rehearse_reference(problem: Problem, rows: int) -> None:
     linear.bundled(x, weight, bias, False)
 
 
-def _rehearse(problem: Problem, max_rows: int) -> None:
-    import torch
-
-    packed = _empty(problem)
-    bias = torch.empty(problem.n, dtype=problem.dtype, device="meta") if problem.bias else None
-    dequantize(packed)
-    for number, tile in enumerate(variants(problem.bits)):
-        x = torch.empty((min(max_rows, tile.m), problem.k), dtype=problem.dtype, device="meta")
-        _product(number, x, packed, bias)
-
-
-def _empty(problem: Problem) -> Packed:
-    """Packed weights of 8 bits without contents."""
-    import torch
-
-    from bi_patch.kernels.packing import Packed
-
-    data = torch.empty(problem.n * problem.k, dtype=torch.int8, device="meta")
-    scale = torch.empty((problem.k // problem.group, problem.n), dtype=problem.dtype, device="meta")
-    return Packed(data, scale, scale if problem.zeros else None, problem.bits, problem.group)
-
-
 def _key(problem: Problem, max_rows: int) -> Key:
     said = f"{problem} M<={max_rows}"
     return Key(OPERATION, said, machine.device(), machine.libraries(), machine.kernels_digests(), DATA)
@@ -290,9 +249,10 @@ def _key(problem: Problem, max_rows: int) -> Key:
 def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
     import torch
 
+    from bi_patch.kernels.cuda.packed import FORMS as known
+
     start = time.perf_counter()
     trial = _Trial(problem, min(max_rows, _MOST))
-    known = variants(problem.bits)
     wrong: dict[int, dict[int, int]] = {}
     for number in runnable(problem):
         serves = known[number].serves
@@ -416,7 +376,8 @@ class _Trial:
 
     def fastest(self, good: list[int]) -> tuple[dict[int, int], dict[int, float]]:
         """The fastest way at each timed number of rows, and its microseconds."""
-        known = variants(self.problem.bits)
+        from bi_patch.kernels.cuda.packed import FORMS as known
+
         more = 2 * machine.cache_bytes() // self.packed.data.nbytes
         packs = [self.packed, *(self.packed._replace(data=self.packed.data.clone()) for _ in range(min(more, 47)))]
         preferred, times = {}, {}

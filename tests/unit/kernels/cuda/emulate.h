@@ -258,6 +258,8 @@ DEVICE u32 round_pair(float low, float high) { return round_bf16(low) | round_bf
 
 DEVICE u32 masked_or(u32 x, u32 mask, u32 set) { return (x & mask) | set; }
 
+DEVICE u32 masked_xor(u32 x, u32 mask, u32 other) { return (x & mask) ^ other; }
+
 DEVICE u32 rotated(u32 word, u32 by) { return word << by | word >> (32 - by); }
 
 DEVICE u32 chosen_bytes(u32 word, u32 selector) {

@@ -1,4 +1,4 @@
-"""Packed weights of 4 bits: where each integer lies, and that the kernel compiles for every architecture."""
+"""Packed weights of 4 and 8 bits: where each integer lies, and that the kernel compiles for every architecture."""
 
 import ctypes
 import subprocess
@@ -71,17 +71,31 @@ def run_emulated(monkeypatch, library, form):
         (packed.Form(4, 4, 4, True), 40, 80, 64, False, False),
         (packed.Form(8, 2, 5, True), 17, 144, 32, True, False),
         (packed.Form(4, 1, 3, True), 1, 32, 512, False, True),
+        (packed.Form(2, 2, 3, blocks=2, halves=True), 29, 80, 64, True, True),
+        (packed.Form(2, 1, 3, bits=8), 5, 48, 128, True, True),
+        (packed.Form(4, 2, 4, bits=8), 40, 80, 32, False, False),
+        (packed.Form(4, 1, 2, blocks=2, bits=8), 5, 48, 32, True, True),
+        (packed.Form(2, 2, 3, blocks=4, bits=8), 40, 80, 512, False, False),
+        (packed.Form(2, 1, 3, blocks=2, halves=True, bits=8), 5, 48, 128, True, True),
+        (packed.Form(4, 2, 2, blocks=4, halves=True, bits=8), 29, 80, 512, False, True),
+        (packed.Form(4, 2, 3, True, bits=8), 5, 48, 128, True, True),
+        (packed.Form(8, 4, 4, True, bits=8), 40, 144, 64, False, False),
+        (packed.Form(4, 4, 5, True, bits=8), 29, 80, 512, True, False),
     ],
 )
 def test_products_and_weights(tmp_path, monkeypatch, form, rows, n, group, zeros, bias):
     generator = torch.Generator().manual_seed(rows)
     k = 512
-    q = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-    scale = (torch.rand((n, k // group), generator=generator) * 0.01 + 0.002).bfloat16()
-    zero = torch.randint(0, 16, (n, k // group), generator=generator, dtype=torch.uint8) if zeros else None
-    middle = zero.float().repeat_interleave(group, 1) if zeros else 8
+    bits = form.bits
+    q = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
+    q[0, :2], q[-1, -2:] = torch.tensor([0, 2**bits - 1]), torch.tensor([2 ** (bits - 1), 2 ** (bits - 1) - 1])
+    scale = (torch.rand((n, k // group), generator=generator) * 0.01 + 0.002).mul_(8 / 2 ** (bits - 1)).bfloat16()
+    zero = torch.randint(0, 2**bits, (n, k // group), generator=generator, dtype=torch.uint8) if zeros else None
+    if zeros:
+        zero[0, 0], zero[-1, -1] = 2**bits - 1, 0
+    middle = zero.float().repeat_interleave(group, 1) if zeros else 2 ** (bits - 1)
     weight = ((q.float() - middle) * scale.float().repeat_interleave(group, 1)).bfloat16()
-    held = packing.pack(q, scale, zero, 4)
+    held = packing.pack(q, scale, zero, bits)
 
     run_emulated(monkeypatch, emulated(tmp_path, form, packed.groups(group), zeros), form)
     if not (form.wide or form.halves or form.lean):
@@ -158,7 +172,7 @@ def test_scales_without_a_byte_are_refused():
             packing.pack_floats(torch.zeros((n, k), dtype=torch.uint8), torch.ones(n, k // group), torch.tensor(1.0))
 
 
-def unpacked(data, n, k):
+def unpacked(data, n, k, bits):
     """The integers [N, K] by the definition of the fragments of mma.m16n8k16, element by element."""
     words = data.view(-1, 4).to(torch.int64)
     words = (words << torch.tensor([0, 8, 16, 24])).sum(1)
@@ -166,25 +180,28 @@ def unpacked(data, n, k):
     for at, word in enumerate(words.tolist()):
         rest, step = divmod(at, 4)
         rest, lane = divmod(rest, 32)
+        rest, below = divmod(rest, bits // 4)  # below: of 8 bits, the half of a strip's rows
         strip, unit = divmod(rest, k // 64)
-        for register in range(4):
+        for register in range(4) if bits == 4 else (below, below + 2):
+            shift = 4 * register if bits == 4 else 8 * (register // 2)
             for half in range(2):
                 row = strip * 16 + lane // 4 + 8 * (register % 2)
                 column = unit * 64 + step * 16 + lane % 4 * 2 + half + 8 * (register // 2)
-                q[row, column] = word >> (4 * register + 16 * half) & 15
+                q[row, column] = word >> (shift + 16 * half) & (2**bits - 1)
     return q
 
 
-def test_each_integer_lies_where_its_lane_finds_it():
-    q = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+@pytest.mark.parametrize(("bits", "base"), [(4, (128, 1024)), (8, (-128, -128))])
+def test_each_integer_lies_where_its_lane_finds_it(bits, base):
+    q = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8)
     scale = torch.rand(N, 2).bfloat16()
-    zero = torch.randint(0, 16, (N, 2), dtype=torch.uint8)
-    held = packing.pack(q, scale, zero, 4)
+    zero = torch.randint(0, 2**bits, (N, 2), dtype=torch.uint8)
+    held = packing.pack(q, scale, zero, bits)
     assert held.shape == (N, K) and held.group == 128 and held.data.dtype == torch.uint8
-    assert torch.equal(unpacked(held.data, N, K), q.long())
-    assert torch.equal(held.scale, scale.T) and torch.equal(held.zero.long() - 128, zero.T.long())
-    assert packing.pack(q, scale.half(), None, 4).zero is None
-    assert (packing.pack(q, scale.half(), zero, 4).zero.long() - 1024 == zero.T.long()).all()
+    assert torch.equal(unpacked(held.data, N, K, bits), q.long())
+    assert torch.equal(held.scale, scale.T) and torch.equal(held.zero.long() - base[0], zero.T.long())
+    assert packing.pack(q, scale.half(), None, bits).zero is None
+    assert (packing.pack(q, scale.half(), zero, bits).zero.long() - base[1] == zero.T.long()).all()
 
 
 @pytest.mark.parametrize(("n", "k", "bits", "group"), [(40, 256, 4, 128), (48, 192, 4, 64), (48, 256, 3, 128)])
@@ -198,7 +215,7 @@ def test_other_sizes_are_refused(n, k, bits, group):
 def test_every_form_fits_into_a_block_of_hopper():
     for form in packed.FORMS:
         assert packed.fits(form, 32, True, 232448), form
-        assert packed.fits(form, 16, False, 232448, False, True), form
+        assert form.bits == 8 or packed.fits(form, 16, False, 232448, False, True), form
         assert form.serves(8 * form.tiles) and (form.tiles == 1 or not form.serves(4 * form.tiles - 1))
         assert form.wide or not form.serves(65)
         outputs = 8 * form.tiles * (32 * form.warps + 16)  # they pass through shared memory
@@ -207,9 +224,10 @@ def test_every_form_fits_into_a_block_of_hopper():
         assert form.blocks == 1 or form.whole_stages(512) == form and form.whole_stages(384).blocks == 1
         assert form.whole_stages(384).shared_bytes(4, True) == form.shared_bytes(4, True)
     for capability, most in (((8, 0), 64), ((9, 0), 4096), ((10, 0), 64)):
-        able = [form for form in packed.FORMS if form.runs_on(capability)]
-        assert all(any(form.serves(m) for form in able) for m in range(1, most + 1))
-        assert any(form.wide for form in able) == (capability == (9, 0))
+        for bits in (4, 8):
+            able = [form for form in packed.FORMS if form.bits == bits and form.runs_on(capability)]
+            assert all(any(form.serves(m) for form in able) for m in range(1, most + 1))
+            assert any(form.wide for form in able) == (capability == (9, 0))
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -219,9 +237,9 @@ def test_the_kernel_compiles(architecture, dtype):
         nvrtc.library(13)
     except nvrtc.CompileError:
         pytest.skip("NVRTC is not installed")
-    few = [form for form in packed.FORMS if not form.wide]
+    few = [form for form in packed.FORMS if not form.wide and form.bits == 4]
     halves = next(form for form in few if form.halves)
-    wide = [form for form in packed.FORMS if form.wide and architecture == "sm_90"]
+    wide = [form for form in packed.FORMS if form.wide and form.bits == 4 and architecture == "sm_90"]
     lean = next(form for form in few if form.lean)
     for form, groups, zeros in (
         (few[0], 1, True),
@@ -233,5 +251,6 @@ def test_the_kernel_compiles(architecture, dtype):
         *((form, 4, True) for form in wide[::6]),
     ):
         assert packed.build(form, groups, zeros, dtype, architecture, 13)
+        assert packed.build(form._replace(bits=8, stages=3), groups, zeros, dtype, architecture, 13)
         if dtype == "torch.bfloat16":
             assert packed.build(form, 8, False, dtype, architecture, 13, False, True)

@@ -16,7 +16,6 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
-from bi_patch.kernels import packing  # noqa: E402
 from bi_patch.kernels.triton import (
     attention_backward,
     attention_lse,
@@ -32,7 +31,6 @@ from bi_patch.kernels.triton import (
     lora,
     norm,
     norm_backward,
-    packed_gemm,
     pooling,
     rank_norm,
     ranks,
@@ -156,35 +154,6 @@ def scaled_gemms() -> None:
                     for m in (0, 36)
                 ]
                 report(f"{case} alone", "" if torch.equal(torch.cat(alone), got[[0, 36]]) else "a row alone differs")
-
-
-PACKED = (packed_gemm.Tile(16, 32, 4, 2), packed_gemm.Tile(16, 64, 4, 2, True))
-
-
-def packed_gemms() -> None:
-    """fp16 only: the interpreter computes with the bits of bf16 as integers."""
-    generator = torch.Generator().manual_seed(11)
-    rows, cols, depth = 19, 80, 256
-    x = torch.randn(rows, depth, generator=generator).half()
-    for group in (32, 64, 128, depth):
-        for zeros in (False, True):
-            size = cols, depth // group
-            q = torch.randint(0, 256, (cols, depth), generator=generator, dtype=torch.uint8)
-            scale = (torch.rand(size, generator=generator) * 0.01 + 0.002).half()
-            zero = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8) if zeros else None
-            packed = packing.pack(q, scale, zero, 8)
-            middle = zero.float().repeat_interleave(group, 1) if zeros else 128.0
-            weight = ((q.float() - middle) * scale.float().repeat_interleave(group, 1)).half()
-            case = f"packed gemm groups of {group} {'zero points' if zeros else 'plain'}"
-            got = packed_gemm.dequantize(packed)
-            report(f"{case} dequantized", "" if torch.equal(got, weight) else "weights differ")
-            bias = torch.randn(cols, generator=generator).half() if zeros else None
-            want = x.double() @ weight.double().T + (bias.double() if zeros else 0)
-            for tile in PACKED:
-                got = packed_gemm.gemm(x, packed, bias, tile)
-                report(f"{case} {tile}", close(got, want, torch.float16))
-                alone = torch.cat([packed_gemm.gemm(x[m : m + 1], packed, bias, tile) for m in (0, 18)])
-                report(f"{case} {tile} alone", "" if torch.equal(alone, got[[0, 18]]) else "a row alone differs")
 
 
 def norms() -> None:
@@ -850,7 +819,6 @@ AREAS = {
     "gemm": gemms,
     "heads": heads_products,
     "scaled gemm": scaled_gemms,
-    "packed gemm": packed_gemms,
     "norm": norms,
     "norm over ranks": norms_over_ranks,
     "layer norm": layer_norms,

@@ -26,7 +26,6 @@ from bi_patch.kernels.triton import (
     lora,
     norm,
     norm_backward,
-    packed_gemm,
     pooling,
     rank_norm,
     ranks,
@@ -126,19 +125,6 @@ def test_scaled_persistent(architecture, rows, grouped):
     constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     built = build(scaled_gemm._persistent, described | _SCALED, constants, architecture, **options)
-    assert built.metadata.shared <= SHARED[architecture]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("number", [0, 2])
-def test_packed(architecture, number):
-    tile = packed_gemm.fit(packed_gemm.TILES[number], SHARED[architecture])
-    pointers = dict.fromkeys(("x", "scale", "zero", "bias", "out"), "*bf16") | {"w": "*i8"}
-    sizes = dict.fromkeys(("rows", "cols", "depth", "group", "stride_x"), "i32")
-    constants = {"HAS_BIAS": True, "ZEROS": True, "WHOLE": True, "SWAP": tile.swap}
-    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "GROUP": 8}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    built = build(packed_gemm._tile, pointers | sizes, constants, architecture, **options)
     assert built.metadata.shared <= SHARED[architecture]
 
 

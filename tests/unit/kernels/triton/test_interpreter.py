@@ -17,7 +17,6 @@ AREAS = (
     "gemm",
     "heads",
     "scaled gemm",
-    "packed gemm",
     "norm",
     "norm over ranks",
     "layer norm",
