@@ -80,7 +80,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "8-bit weights alone (GPTQ, compressed-tensors W8A16)",
         lambda s: kinds.weight_only(s, 8),
-        cells.NO_KERNEL | {"cuda": cells.LATER},
+        cells.NO_KERNEL | {"cuda": cells.EIGHT_BITS},
     ),
     (
         "FP8 in blocks of 128 x 128",

@@ -49,6 +49,15 @@ LATER = (
     ),
     NONE,
 )
+EIGHT_BITS = (
+    served(
+        "invariance-2026-11-30-h200-w8a16-vllm-0.33.0.json",
+        "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
+        why="two layers of Qwen3-8B's sizes, in eager mode; compiled on an earlier kernel",
+        releases=">=0.33",
+    ),
+    NONE,
+)
 INT8_STATIC = (
     served(
         "invariance-2026-11-29-h200-quantized-vllm-0.33.0-4.json",

@@ -631,7 +631,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("compressed-tensors W4A16", "cpu"): (("*-w4a16 bf16", *_SIX), ("*-w4a16-zeros bf16", *_SIX)),
     ("compressed-tensors W4A16", "cuda"): (("* W4A16,*", *_SIX, *_PUBLISHED),),
-    ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", "cuda"): (("* W8A16,*", *_SIX, *_PUBLISHED),),
+    ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", "cuda"): (
+        ("* W8A16,*", *_SIX, *_PUBLISHED),
+        ("* W8A16,* eager", *_SIX),
+    ),
     ("FP8 in blocks of 128 x 128", "cpu"): (("*-fp8-blocks bf16", *_SIX),),
     ("FP8 in blocks of 128 x 128", "cuda"): (
         ("* FP8 block,*", *_SIX),
