@@ -1,12 +1,12 @@
 """Compares and times attention over an e4m3 KV cache on one Hopper GPU.
 
-    PYTHONPATH=. python3 benchmarks/hopper/eighths.py OUT.json [--only bits|times|forms|prompts] [--seconds 60]
+    PYTHONPATH=. python3 benchmarks/hopper/eighths.py OUT.json [--only bits|times|forms|prompts] [--between]
 
 Bits: the certificate (the decode kernel in every form that serves against FlashAttention 3 over a 16-bit copy), and the
 rows of one mixed step, in a large and in a small scratch, against the same rows in one piece. Times: microseconds of a
 layer's decode in captured graphs, by the e4m3 form, by the 16-bit form, and by FlashAttention 3 as stock calls it.
 Prompts: of the copy, of the copy with FlashAttention 3, and of FlashAttention 3 over e4m3 and over 16-bit pages. Forms:
-bits and times of other forms.
+bits and times of other forms. With --between, times of decode are those after another kernel, as in an engine.
 """
 
 import argparse
@@ -28,22 +28,21 @@ CASES = {"128": (32, 8, 128), "64": (32, 8, 64), "256": (16, 2, 256)}  # heads, 
 LOADS = ((1, 576), (8, 1088), (64, 576), (256, 1088), (2, 32000))
 PROMPTS = (((8192, 0),), ((512, 0),) * 16, ((2048, 30000),))  # new and cached tokens of each request of a step
 PAGE, CALLS, MOST = 16, 12, 33000
-# Forms to choose from, besides those that serve: parts, scorers, summers, carriers, apart, shares, direct.
+# Forms to choose from, besides those that serve: parts, scorers, summers, carriers, apart, shares.
 MORE = {
     "128": (
-        *((1, 4, 2, 2, False, 1, 1), (1, 4, 2, 4, False, 2, 1), (1, 4, 4, 2, False, 2, 1)),
-        *((1, 4, 2, 2, False, 2, 2), (1, 4, 2, 2, False, 1, 2)),
-        *((2, 4, 2, 2, False, 1, 1), (2, 3, 2, 2, False, 1, 1), (2, 3, 2, 2, False, 1, 2)),
-        *((4, 3, 2, 4, False, 1, 1), (4, 3, 2, 2, False, 1, 2)),
-        *((8, 3, 1, 4, True, 1, 1), (8, 3, 1, 4, True, 1, 2), (8, 2, 1, 4, True, 1, 2)),
+        *((1, 4, 2, 2, False, 2), (1, 4, 2, 4, False, 1), (1, 4, 4, 4, False, 2), (1, 4, 4, 4, False, 1)),
+        *((1, 4, 4, 8, False, 2), (1, 4, 2, 8, False, 4), (1, 4, 2, 8, False, 2)),
+        *((2, 3, 2, 3, False, 1), (4, 3, 2, 4, False, 1), (4, 3, 2, 6, False, 1)),
+        *((8, 2, 1, 4, True, 1), (8, 3, 1, 6, True, 1), (8, 3, 1, 8, True, 1), (8, 2, 1, 8, True, 1)),
     ),
     "64": (
-        *((1, 6, 2, 2, False, 1, 1), (1, 6, 4, 1, False, 1, 1), (1, 5, 2, 1, False, 1, 1), (2, 4, 2, 4, False, 1, 1)),
-        *((1, 6, 4, 2, False, 1, 2), (2, 4, 2, 2, False, 1, 2), (4, 3, 1, 3, True, 1, 2)),
+        *((1, 6, 2, 2, False, 1), (1, 6, 4, 3, False, 1), (1, 6, 2, 6, False, 2), (1, 6, 4, 6, False, 1)),
+        *((2, 4, 2, 4, False, 1), (4, 3, 1, 4, True, 1), (4, 3, 1, 6, True, 1)),
     ),
     "256": (
-        *((1, 2, 4, 2, False, 1, 1), (1, 3, 4, 1, False, 1, 1), (2, 2, 4, 4, False, 1, 1), (4, 2, 2, 2, False, 1, 1)),
-        *((1, 3, 2, 3, False, 1, 2), (2, 2, 4, 2, False, 1, 2), (4, 2, 2, 4, False, 1, 2), (8, 2, 1, 4, True, 1, 2)),
+        *((1, 3, 4, 3, False, 1), (1, 3, 4, 5, False, 5), (2, 2, 4, 4, False, 1), (4, 2, 2, 8, False, 1)),
+        (8, 2, 1, 8, True, 1),
     ),
 }
 
@@ -174,10 +173,23 @@ def layers(pages, key_heads, size, dtype):
     return [held(pages, key_heads, size, dtype) for _ in range(max(2, min(CALLS, (256 << 20) // bytes_each)))]
 
 
-def times(case, keep, end, all_forms) -> None:
+def between():
+    """A product that reads 100 MB, as between two layers' attention: caches hold neither KV nor code of attention."""
+    import torch
+
+    weight = torch.randn(12288, 4096, device="cuda", dtype=torch.bfloat16)
+    rows = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(64, 12288, device="cuda", dtype=torch.bfloat16)
+    return partial(torch.mm, rows, weight.t(), out=out)
+
+
+def times(case, keep, end, all_forms, cold) -> None:
     import torch
 
     from bi_patch.kernels.cuda import decode
+
+    other = between() if cold else None
+    alone = time_calls([other] * CALLS) if cold else 0.0
 
     heads, key_heads, size = CASES[case]
     eighth, scales = torch.float8_e4m3fn, (torch.ones((), device="cuda").expand(key_heads),) * 2
@@ -189,30 +201,38 @@ def times(case, keep, end, all_forms) -> None:
 
         def tell(way, made):
             if time.monotonic() < end:
-                keep(case=case, requests=number, context=context, way=way, us=timed(made))  # noqa: B023
+                us = timed(made, other, alone)
+                keep(case=case, requests=number, context=context, way=way, us=us, between=cold)  # noqa: B023
 
         of = {dtype: layers(number * blocks, key_heads, size, dtype) for dtype in (eighth, torch.bfloat16)}
         rest = out, starts, lengths, table, size**-0.5, context
         ways = {"e4m3": (eighth, {"scales": scales}), "16 bits": (torch.bfloat16, {})}
         if all_forms:
-            ways = {str(tuple(form)[2:]): (eighth, {"scales": scales, "form": form}) for form in forms(case)}
+            del ways["e4m3"]
+            ways |= {str(tuple(form)[2:]): (eighth, {"scales": scales, "form": form}) for form in forms(case)}
         for way, (dtype, more) in ways.items():
             tell(way, lambda: [partial(decode.attend, q, *pair, *rest, **more) for pair in some(of[dtype])])  # noqa: B023
-        if not all_forms:
-            stock = partial(calls.flash, longest_q=1, window=0, cap=0.0, longest_k=context, splits=32)
-            for dtype in of:
-                own = q.to(dtype)
-                way = "FlashAttention 3, e4m3" if dtype == eighth else "FlashAttention 3"
-                tell(way, lambda: [partial(stock, own, *pair, table, starts, lengths) for pair in some(of[dtype])])  # noqa: B023
+        stock = partial(calls.flash, longest_q=1, window=0, cap=0.0, longest_k=context, splits=32)
+        for dtype in of:
+            own = q.to(dtype)
+            way = "FlashAttention 3, e4m3" if dtype == eighth else "FlashAttention 3"
+            tell(way, lambda: [partial(stock, own, *pair, table, starts, lengths) for pair in some(of[dtype])])  # noqa: B023
 
 
 def some(pairs):
     return islice(cycle(pairs), CALLS)
 
 
-def timed(made):
+def timed(made, other=None, alone=0.0):
+    """Microseconds of a call. other: what runs before each call, and takes `alone` microseconds."""
+
+    def both(call):
+        other()
+        call()
+
     try:
-        return round(time_calls(made()), 2)
+        calls = made()
+        return round(time_calls([partial(both, call) for call in calls] if other else calls) - alone, 2)
     except Exception as error:  # a refusal by a library is a result, too
         return f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
 
@@ -268,6 +288,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", choices=("bits", "times", "forms", "prompts"))
     parser.add_argument("--case", action="append", choices=CASES)
+    parser.add_argument("--between", action="store_true", help="before each call of decode, another kernel")
     parser.add_argument("--seconds", type=float, default=60, help="begin nothing after so many seconds")
     a = parser.parse_args()
     end, rows, cases = time.monotonic() + a.seconds, [], a.case or [*CASES]
@@ -297,7 +318,7 @@ def main() -> None:
                     if what == "forms":
                         compile_ahead([case], True)
                         compare_each(case, keep, end - 0.4 * a.seconds / len(cases))  # times need the rest
-                    times(case, keep, end, what == "forms")
+                    times(case, keep, end, what == "forms", a.between)
             except Exception as error:
                 keep(case=case, what=what, error=f"{type(error).__name__}: {str(error)[:400]}")
 

@@ -25,8 +25,7 @@
 // PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
 //
 // Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS, CARRIERS,
-// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile; DIRECT (1, 2):
-// how scorers convert K on its way to the products (multiply_keys).
+// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile.
 // Limits: sm_80 or later, clusters sm_90 or later, EIGHTHS sm_89 or later; at most 16 query heads per key head; pages of
 // a power of two of tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
@@ -43,18 +42,19 @@ constexpr int STEPS = TILE / 16;  // steps of 16 keys in a tile
 constexpr int ROWS = 16;
 constexpr int TAKEN = 2 / HALVES;  // steps per load of weights
 constexpr int LOADS = (STEPS + TAKEN - 1) / TAKEN;  // per tile; half of the last load may be zeros
-constexpr int EARLY = PARTS > 1 ? 3 : 1;  // loads of K ahead of their products
-constexpr int PRODUCTS = HEAD / 16 * STEPS;  // pairs of products of a tile's scores
 // A scorer reads its own numbers while it writes those of the next scorer, which another block may hold.
 static_assert(RING > 1);
 #if EIGHTHS
 constexpr int TEAMS = CARRIERS / SHARES, SHARE = GROUPS / SHARES;  // teams of carriers; groups of a carrier's share
+constexpr int UNDER_WAY = RING / TEAMS < 6 ? RING / TEAMS : 6;  // tiles that a team copies at once, at most
 constexpr int FILLS = SHARES + 1;  // arrivals that fill a slot: of the carriers of V, and 1 of the weights
 static_assert(CARRIERS % SHARES == 0 && GROUPS % SHARES == 0);
 constexpr int KEY_BYTES = TILE * HEAD;  // of a scorer's tile of K
 #else
 constexpr int TEAMS = CARRIERS, KEY_BYTES = TILE * KEY_PIECES * 16;
 constexpr int FILLS = 33;  // 32 lanes that copy V, and 1 for the weights
+constexpr int EARLY = PARTS > 1 ? 3 : 1;  // loads of K ahead of their products
+constexpr int PRODUCTS = HEAD / 16 * STEPS;  // pairs of products of a tile's scores
 #endif
 static_assert(RING % TEAMS == 0);  // each slot has one team of carriers, which waits for the slot's phases in turn
 
@@ -76,6 +76,9 @@ struct alignas(128) Slot {
 struct Shared {
   Scorer scorers[SCORERS];
   Slot slots[RING];
+#if EIGHTHS
+  u32 queries[HEAD / 16][32][4];  // per step and lane, as multiply_add takes them
+#endif
   float totals[ROWS];
   i64 done;  // mbarrier: totals written
 };
@@ -110,61 +113,46 @@ DEVICE void copy_keys(const Cache& cache, int i, i64 located, unsigned char* to)
 
 #if EIGHTHS
 // The lower two bytes of words[0] and [1], then of [2] and [3]: elements 2 t and 2 t + 1, then 2 t + 8 and 2 t + 9 of a
-// key's step, of two eights of keys, as the instruction takes these elements. own: of this lane's first key, step 0. The
-// key 8 further is a constant away; other steps differ by an exclusive or.
-DEVICE void load_pairs(u32 (&words)[4], const unsigned char* keys, int own, int step, int pair) {
-  constexpr int RAW = KEY_PIECES / 2, TURNED = RAW < 8 ? RAW : 8;  // pieces of a row; those that change places
-  const unsigned char* const at = keys + (own ^ step % TURNED * 16) + step / TURNED * 128 + pair * 16 * RAW * 16;
+// key's step, of two eights of keys, as the instruction takes these elements. at: of this lane's first key and the step.
+DEVICE void load_pairs(u32 (&words)[4], const unsigned char* at, int pair) {
+  constexpr int ROW = KEY_PIECES / 2 * 16;  // bytes of a key
 #pragma unroll
-  for (int n = 0; n < 4; ++n) words[n] = load_pair(at + n / 2 * 8 * RAW * 16 + n % 2 * 8);
+  for (int n = 0; n < 4; ++n) words[n] = load_pair(at + (pair * 16 + n / 2 * 8) * ROW + n % 2 * 8);
 }
 
-// The scores of a tile whose keys are e4m3.
-//   DIRECT 1: a lane loads two bytes at a time, which are what the instruction takes.
-//   DIRECT 2: ldmatrix gives a lane four bytes of a key: elements 4 t to 4 t + 3 of a step, where the instruction takes
-//   elements 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. So the 16 products of a step are added in another sequence; on Hopper, the
-//   instruction adds all 16 at once. The queries lie alike.
+// The scores of a tile whose keys are e4m3, converted on their way to the products. A loop over the steps of the head, as
+// other kernels of a model take the instruction cache in the meantime: short code arrives sooner. So the queries lie in
+// shared memory, where a step can be chosen.
 template <bool scaled>
-DEVICE void multiply_keys(float (&s)[2 * STEPS][4], const u32 (&queries)[HEAD / 16][4], const unsigned char* keys,
-                          float scale) {
-#if DIRECT == 1
-  constexpr int AHEAD = 3, ALL = HEAD / 16 * STEPS;  // loads of 16 keys and a step
-  const int own = keep(place(thread() % 32 / 4, KEY_PIECES / 2, 0) + thread() % 4 * 2);
+DEVICE void multiply_keys(float (&s)[2 * STEPS][4], const unsigned char* keys, float scale) {
+  constexpr int AHEAD = STEPS % 4 ? STEPS - 1 : 3;  // loads of 16 keys, ahead of their products
+  constexpr int RAW = KEY_PIECES / 2, TURNED = RAW < 8 ? RAW : 8;  // pieces of a key; those that change places
+  static_assert(STEPS % (AHEAD + 1) == 0);
+  const int lane = thread() % 32, own = keep(place(lane / 4, RAW, 0) + lane % 4 * 2);
+  const auto place_of = [&](int step) { return keys + (own ^ step % TURNED * 16) + step / TURNED * 128; };
   u32 b[AHEAD + 1][4];
+  const unsigned char* now = place_of(0);
 #pragma unroll
-  for (int n = 0; n < AHEAD; ++n) load_pairs(b[n], keys, own, n / STEPS, n % STEPS);
+  for (int n = 0; n < AHEAD; ++n) load_pairs(b[n], now, n);
+#pragma unroll 1
+  for (int step = 0; step < HEAD / 16; ++step) {
+    const unsigned char* const next = place_of(step + 1 < HEAD / 16 ? step + 1 : step);  // at the end, read in vain
+    u32 queries[4];
 #pragma unroll
-  for (int n = 0; n < ALL; ++n) {
-    const int next = n + AHEAD;
-    if (next < ALL) load_pairs(b[next % (AHEAD + 1)], keys, own, next / STEPS, next % STEPS);
-    const u32(&words)[4] = b[n % (AHEAD + 1)];
+    for (int part = 0; part < 4; ++part) queries[part] = memory().queries[step][lane][part];
 #pragma unroll
-    for (int eight = 0; eight < 2; ++eight) {
-      const u32 low = round_eighths<scaled>(words[eight * 2], scale);
-      const u32 high = round_eighths<scaled>(words[eight * 2 + 1], scale);
-      multiply_add(s[n % STEPS * 2 + eight], queries[n / STEPS], low, high);
+    for (int n = 0; n < STEPS; ++n) {
+      load_pairs(b[(n + AHEAD) % (AHEAD + 1)], n + AHEAD < STEPS ? now : next, (n + AHEAD) % STEPS);
+      const u32(&words)[4] = b[n % (AHEAD + 1)];
+#pragma unroll
+      for (int eight = 0; eight < 2; ++eight) {
+        const u32 low = round_eighths<scaled>(words[eight * 2], scale);
+        const u32 high = round_eighths<scaled>(words[eight * 2 + 1], scale);
+        multiply_add(s[n * 2 + eight], queries, low, high);
+      }
     }
+    now = next;
   }
-#else
-  constexpr int RAW = KEY_PIECES / 2, ALL = HEAD / 32 * STEPS;  // pieces of a row; loads of 16 keys and two steps
-  const int lane = thread() % 32, row = lane / 8 % 2 * 8 + lane % 8, step = lane / 16;
-  u32 b[EARLY + 1][4];
-  const auto load_keys = [&](int n) {
-    load_matrices(b[n % (EARLY + 1)], keys + place(n % STEPS * 16 + row, RAW, n / STEPS * 2 + step));
-  };
-#pragma unroll
-  for (int n = 0; n < EARLY; ++n) load_keys(n);
-#pragma unroll
-  for (int n = 0; n < ALL; ++n) {
-    if (n + EARLY < ALL) load_keys(n + EARLY);
-    const u32(&words)[4] = b[n % (EARLY + 1)];
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {  // eight keys of a step
-      const u32 low = round_eighths<scaled>(words[part], scale), high = round_eighths<scaled>(words[part] >> 16, scale);
-      multiply_add(s[n % STEPS * 2 + part % 2], queries[n / STEPS * 2 + part / 2], low, high);
-    }
-  }
-#endif
 }
 #endif
 
@@ -183,23 +171,31 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   end_group();
   int next_page = find_page(cache, mine + RING, RING);
 
-  const u32 zero = hidden_zero(work);  // the compiler would set a known zero again for each instruction
+#if EIGHTHS
+  auto& queries = memory().queries;  // all scorers store the same, and a lane loads what the lane stored
+  const u32 zero = 0;
+#else
   u32 queries[HEAD / 16][4];
+  const u32 zero = hidden_zero(work);  // the compiler would set a known zero again for each instruction
+#endif
 #pragma unroll
   for (int i = 0; i < HEAD / 16; ++i) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-#if EIGHTHS && DIRECT == 2
-      const int row = g + 8 * (part & 1), d = 16 * i + 2 * (part >> 1) + 4 * t;
-#else
       const int row = g + 8 * (part & 1), d = 16 * i + 8 * (part >> 1) + 2 * t;
-#endif
       const bool there = (part & 1) < HALVES && row < work.group;
-      queries[i][part] = there ? *reinterpret_cast<const u32*>(work.q + row * work.q_head + d) : zero;
+      const u32 query = there ? *reinterpret_cast<const u32*>(work.q + row * work.q_head + d) : zero;
+#if EIGHTHS
+      queries[i][lane][part] = query;
+#else
+      queries[i][part] = query;
+#endif
     }
   }
+#if !EIGHTHS
   // Offset of this lane's row of K. The row 16 further is a constant away; other pieces differ by an exclusive or.
   const int k_row = place(8 * (lane / 16) + lane % 8, KEY_PIECES, lane / 8 % 2);
+#endif
 
   all_began();
   for (int i = mine; i < work.tiles; i += RING) {
@@ -212,8 +208,8 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
 
     float s[2 * STEPS][4] = {};
 #if EIGHTHS
-    if (work.k_scale == 1.f) multiply_keys<false>(s, queries, own.keys, work.k_scale);
-    else multiply_keys<true>(s, queries, own.keys, work.k_scale);
+    if (work.k_scale == 1.f) multiply_keys<false>(s, own.keys, work.k_scale);
+    else multiply_keys<true>(s, own.keys, work.k_scale);
 #else
     u32 b[EARLY + 1][4];  // loads take longer than the products between them
     const auto load_keys = [&](int n) {
@@ -383,8 +379,8 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
   for (int copied = 0, carried = 0; carried < tiles;) {
     const int next = team + copied * TEAMS;
     Slot& slot = memory().slots[next % RING];
-    // Two tiles at most are under way. With one under way, no wait for a slot: the summers may wait for that tile.
-    if (copied < tiles && (copied == carried || (copied == carried + 1 &&
+    // With a tile under way, no wait for a slot: the summers may wait for that tile.
+    if (copied < tiles && (copied == carried || (copied - carried < UNDER_WAY &&
                                                  (next < RING || is_over(&slot.empty, phase_of(next - RING)))))) {
       if (next >= RING) wait(&slot.empty, phase_of(next - RING));
       if (copied % FOUND == 0) {
@@ -404,8 +400,14 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
       ++copied;
       continue;
     }
-    if (copied == carried + 1) wait_groups<0>();
-    else wait_groups<1>();
+    switch (copied - carried) {
+      case 1: wait_groups<0>(); break;
+      case 2: wait_groups<1>(); break;
+      case 3: wait_groups<2>(); break;
+      case 4: wait_groups<3>(); break;
+      case 5: wait_groups<4>(); break;
+      default: wait_groups<5>();
+    }
     together();
     Slot& arrived = memory().slots[(team + carried * TEAMS) % RING];
     widen_rows<VALUE_PIECES, SHARE * GROUP>(arrived.values, member * SHARE * GROUP, work.v_scale);

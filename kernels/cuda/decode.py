@@ -54,8 +54,7 @@ class Form(NamedTuple):
 
     group: query heads per key head. parts: blocks of a cluster. scorers, summers, carriers: warps of a block that
     score, sum V and copy V. apart: the summers, at most two, have a quarter of the multiprocessor alone. shares: 0 for
-    a 16-bit cache; for an e4m3 cache, the carriers that share a tile. direct: 0 for a 16-bit cache; for an e4m3 cache,
-    1 or 2: how K is converted on its way to the products.
+    a 16-bit cache; for an e4m3 cache, the carriers that share a tile.
     """
 
     head_size: int
@@ -66,7 +65,6 @@ class Form(NamedTuple):
     carriers: int
     apart: bool = False
     shares: int = 0
-    direct: int = 0
 
     @property
     def halves(self) -> int:
@@ -85,7 +83,7 @@ class Form(NamedTuple):
 
     def defines(self) -> dict[str, int]:
         """The preprocessor macros of decode.cu."""
-        own = {"EIGHTHS": 1, "SHARES": self.shares, "DIRECT": self.direct} if self.shares else {"EIGHTHS": 0}
+        own = {"EIGHTHS": 1, "SHARES": self.shares} if self.shares else {"EIGHTHS": 0}
         return own | {
             "HEAD": self.head_size,
             "TILE": self.tile,
@@ -104,11 +102,13 @@ class Form(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: a scorer's tile of K and its slot in every block; at the end, 128 bytes."""
+        """Shared memory of a block: a scorer's tile of K and its slot in every block, queries of an e4m3 form, 128
+        bytes at the end."""
         keys = self.tile * (1 if self.shares else 2) * self.head_size + 5 * GROUP * 4 + 3 * 8
         loads = -(-self.tile // (32 // self.halves))
         slot = self.tile * 2 * self.columns + loads * 512 + GROUP * 4 + 2 * 8
-        return self.scorers * (-(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)) + 128
+        queries = self.head_size * 32 if self.shares else 0
+        return self.scorers * (-(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)) + queries + 128
 
 
 class Choice(NamedTuple):
@@ -121,7 +121,6 @@ class Choice(NamedTuple):
     carriers: int
     apart: bool = False
     shares: int = 0
-    direct: int = 0
 
 
 # By a GPU's measurements (docs/log/hopper.md): head size -> eights of query rows -> forms for Hopper and later.
@@ -141,23 +140,23 @@ _FORMS: dict[int, dict[int, tuple[Choice, ...]]] = {
 # forms above, with as many carriers as conversion takes, and with as many scorers as K's bytes leave room for.
 _EIGHTHS: dict[int, dict[int, tuple[Choice, ...]]] = {
     64: {
-        n: (Choice(0, 4, 3, 1, 3, True, 1, 1), Choice(0, 2, 4, 2, 2, False, 1, 1), Choice(0, 1, 6, 4, 2, False, 1, 1))
+        n: (Choice(0, 4, 3, 1, 3, True, 1), Choice(0, 2, 4, 2, 2, False, 1), Choice(0, 1, 6, 4, 2, False, 1))
         for n in (1, 2)
     },
     128: {
         1: (
-            *(Choice(8192, 8, 3, 1, 4, True, 1, 2), Choice(0, 4, 3, 2, 2, False, 1, 2)),
-            *(Choice(0, 2, 4, 2, 2, False, 1, 1), Choice(0, 1, 4, 2, 4, False, 2, 1)),
+            *(Choice(8192, 8, 3, 1, 4, True, 1), Choice(0, 4, 3, 2, 2, False, 1)),
+            *(Choice(0, 2, 4, 2, 2, False, 1), Choice(0, 1, 4, 2, 4, False, 2)),
         ),
         2: (
-            *(Choice(4096, 8, 2, 1, 4, True, 1, 1), Choice(0, 4, 2, 2, 2, False, 1, 1)),
-            *(Choice(0, 2, 3, 2, 2, True, 1, 1), Choice(0, 1, 4, 2, 2, False, 2, 1)),
+            *(Choice(4096, 8, 2, 1, 4, True, 1), Choice(0, 4, 2, 2, 2, False, 1)),
+            *(Choice(0, 2, 3, 2, 2, True, 1), Choice(0, 1, 4, 2, 2, False, 2)),
         ),
     },
     256: {
         n: (
-            *(Choice(1024, 8, 2, 1, 4, True, 1, 1), Choice(0, 4, 2, 2, 4, False, 1, 1)),
-            *(Choice(0, 2, 2, 4, 2, False, 1, 1), Choice(0, 1, 3, 2, 3, False, 1, 1)),
+            *(Choice(1024, 8, 2, 1, 4, True, 1), Choice(0, 4, 2, 2, 4, False, 1)),
+            *(Choice(0, 2, 2, 4, 2, False, 1), Choice(0, 1, 3, 2, 3, False, 1)),
         )
         for n in (1, 2)
     },
