@@ -31,19 +31,11 @@ PAGE, CALLS, MOST = 16, 12, 33000
 # Forms to choose from, besides those that serve: parts, scorers, summers, carriers, apart, shares.
 MORE = {
     "128": (
-        *((1, 4, 2, 2, False, 2), (1, 4, 2, 4, False, 1), (1, 4, 4, 4, False, 2), (1, 4, 4, 4, False, 1)),
-        *((1, 4, 4, 8, False, 2), (1, 4, 2, 8, False, 4), (1, 4, 2, 8, False, 2)),
-        *((2, 3, 2, 3, False, 1), (4, 3, 2, 4, False, 1), (4, 3, 2, 6, False, 1)),
-        *((8, 2, 1, 4, True, 1), (8, 3, 1, 6, True, 1), (8, 3, 1, 8, True, 1), (8, 2, 1, 8, True, 1)),
+        *((1, 4, 2, 2, False, 2), (1, 4, 2, 4, False, 1), (1, 4, 4, 4, False, 2)),
+        *((2, 4, 2, 2, False, 1), (4, 3, 2, 4, False, 1), (8, 3, 1, 4, True, 1)),
     ),
-    "64": (
-        *((1, 6, 2, 2, False, 1), (1, 6, 4, 3, False, 1), (1, 6, 2, 6, False, 2), (1, 6, 4, 6, False, 1)),
-        *((2, 4, 2, 4, False, 1), (4, 3, 1, 4, True, 1), (4, 3, 1, 6, True, 1)),
-    ),
-    "256": (
-        *((1, 3, 4, 3, False, 1), (1, 3, 4, 5, False, 5), (2, 2, 4, 4, False, 1), (4, 2, 2, 8, False, 1)),
-        (8, 2, 1, 8, True, 1),
-    ),
+    "64": ((1, 6, 4, 3, False, 1), (1, 6, 2, 6, False, 2), (4, 3, 1, 6, True, 1)),
+    "256": ((1, 3, 2, 3, False, 1), (2, 2, 4, 4, False, 1), (4, 2, 2, 8, False, 1), (8, 2, 1, 4, True, 1)),
 }
 
 

@@ -136,17 +136,20 @@ _FORMS: dict[int, dict[int, tuple[Choice, ...]]] = {
     },
 }
 
-# The same for an e4m3 cache. Heads of 128, one eight of rows: by a GPU's measurements (docs/log/hopper.md). Others: the
-# forms above, with as many carriers as conversion takes, and with as many scorers as K's bytes leave room for.
+# The same for an e4m3 cache, measured with one eight of rows. With two, heads of 64 and 256 have the same forms, and
+# heads of 128 the forms above, with as many scorers as K's bytes leave room for.
 _EIGHTHS: dict[int, dict[int, tuple[Choice, ...]]] = {
     64: {
-        n: (Choice(0, 4, 3, 1, 3, True, 1), Choice(0, 2, 4, 2, 2, False, 1), Choice(0, 1, 6, 4, 2, False, 1))
+        n: (
+            *(Choice(0, 4, 3, 1, 4, True, 1), Choice(4096, 2, 4, 2, 4, False, 1)),
+            *(Choice(0, 2, 4, 2, 2, False, 1), Choice(0, 1, 6, 4, 6, False, 1)),
+        )
         for n in (1, 2)
     },
     128: {
         1: (
-            *(Choice(8192, 8, 3, 1, 4, True, 1), Choice(0, 4, 3, 2, 2, False, 1)),
-            *(Choice(0, 2, 4, 2, 2, False, 1), Choice(0, 1, 4, 2, 4, False, 2)),
+            *(Choice(4096, 4, 3, 2, 6, False, 1), Choice(0, 4, 3, 2, 2, False, 1)),
+            *(Choice(0, 2, 3, 2, 3, False, 1), Choice(0, 1, 4, 2, 4, False, 2)),
         ),
         2: (
             *(Choice(4096, 8, 2, 1, 4, True, 1), Choice(0, 4, 2, 2, 2, False, 1)),
@@ -155,8 +158,8 @@ _EIGHTHS: dict[int, dict[int, tuple[Choice, ...]]] = {
     },
     256: {
         n: (
-            *(Choice(1024, 8, 2, 1, 4, True, 1), Choice(0, 4, 2, 2, 4, False, 1)),
-            *(Choice(0, 2, 2, 4, 2, False, 1), Choice(0, 1, 3, 2, 3, False, 1)),
+            *(Choice(1024, 8, 2, 1, 8, True, 1), Choice(0, 4, 2, 2, 4, False, 1)),
+            *(Choice(0, 2, 2, 4, 2, False, 1), Choice(0, 1, 3, 4, 5, False, 5)),
         )
         for n in (1, 2)
     },
