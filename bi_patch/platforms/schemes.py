@@ -7,7 +7,8 @@ method's name alone with a remark in `other`, which no row of the feature table 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,7 +110,7 @@ def of(config: Any) -> tuple[Scheme, ...]:
 def _read(method: str, held: Mapping[str, Any]) -> tuple[Scheme, ...]:
     try:
         return tuple(dict.fromkeys(_READERS[method](held)))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
         return (Scheme(method, other=f"a configuration that cannot be read ({type(error).__name__}: {error})"),)
 
 
@@ -266,7 +267,7 @@ def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
             weight.scale,
             zeros=not weight.symmetric,
             order=weight.order,
-            head=any("lm_head" in target for target in targets),
+            head=_takes_head(targets) and not _takes_head(held.get("ignore") or ()),
             other=odd or weight.other or (f"targets {', '.join(strange)}" if strange else ""),
         )
         if weight.dynamic:
@@ -283,6 +284,16 @@ def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
         yield made
 
 
+def _takes_head(names: Iterable[str]) -> bool:
+    """Whether one of these names or expressions ("re:...") is that of a head. vLLM compares expressions from a name's
+    beginning."""
+    return any(
+        any(re.match(name[3:], head) for head in _HEADS) if name.startswith("re:") else name.endswith("lm_head")
+        for name in names
+    )
+
+
+_HEADS = ("lm_head", "language_model.lm_head")
 _CACHE = "kv_cache_scheme"
 
 
@@ -386,7 +397,7 @@ def _auto_round(held: Mapping[str, Any]) -> Iterator[Scheme]:
             f"int{int(said['bits'])}",
             _group(said["group_size"]),
             zeros=zeros,
-            head=name.endswith("lm_head"),
+            head=bool(name) and _takes_head((name, f"re:.*?(?:{name})")),
             other=other or (f"packing {packing!r} {'with' if zeros else 'without'} zero points" if strange else ""),
         )
 

@@ -38,6 +38,9 @@ _OF_VLLM = frozenset({"assume_32bit_indexing", "custom_should_partition_ops", "_
 _KEPT = {"batch_invariant": True, "deterministic": True}
 _ROUNDED = "emulate_precision_casts"  # either value keeps an order. Only a hold's may not be taken back
 _NOTHING = object()
+_DYNAMO = "torch._dynamo.config"
+# Dynamo's options that give Inductor other options, or another compiler, for some graphs.
+_ROUTES = ("debug_backend_override", "debug_dynamo_config_override", "debug_inductor_config_override")
 # Code is the affair of the policy plugins.code.
 CODE = (
     "post_grad_custom_pre_pass",
@@ -62,6 +65,8 @@ def check(config: Any = None) -> None:
 
     config: the engine's VllmConfig, which does not matter: vLLM compiles functions of its own in eager mode, too.
     """
+    if compiles():
+        _check_routes(sys.modules.get(_DYNAMO))
     options = sys.modules.get(_MODULE)
     if options is None or not compiles():  # without the module, nothing has set an option
         return
@@ -73,6 +78,17 @@ def check(config: Any = None) -> None:
             f"compilation.options: {_MODULE} sets {', '.join(found)} in this process{also}, which nobody has examined. "
             "Inductor may then choose kernels by time, cut sums or round in another way. Set it for your own graphs "
             "only, with torch.compile(..., options={...}), or in another process than the engine, or set BI_PATCH=0"
+        )
+
+
+def _check_routes(dynamo: Any) -> None:
+    """Raise UnsupportedFeature for options of Dynamo that give some graphs other options of Inductor. dynamo: Dynamo's
+    module of options, or None if it is not loaded."""
+    found = [name for name in _ROUTES if getattr(dynamo, name, "")]
+    if found:
+        raise UnsupportedFeature(
+            f"compilation.options: {_DYNAMO} sets {', '.join(found)} in this process, which gives some graphs other "
+            "options or another compiler. Leave it empty, or set BI_PATCH=0"
         )
 
 

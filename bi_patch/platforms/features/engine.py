@@ -282,7 +282,7 @@ FEATURES: tuple[Feature, ...] = (
         details="Also an option that a later vLLM brings.",
     ),
     row(
-        "environment variables of vLLM, of PyTorch's Inductor and of OpenMP that may choose a kernel or its threads, "
+        "environment variables of vLLM, of PyTorch's compiler and of OpenMP that may choose a kernel or its threads, "
         "and that nobody has examined (VLLM_MOE_ROUTING_SIMULATION_STRATEGY, TORCHINDUCTOR_MAX_AUTOTUNE, "
         "OMP_DYNAMIC, ...)",
         **everywhere("nobody has examined it", "Unset it"),

@@ -1,4 +1,4 @@
-"""Environment variables of vLLM, of PyTorch's Inductor and of OpenMP that somebody has examined. An engine for which
+"""Environment variables of vLLM, of PyTorch's compiler and of OpenMP that somebody has examined. An engine for which
 another one is set is refused.
 
 vLLM has more than 300. Many choose a kernel, and some change it with the number of rows, draw experts at random, or let
@@ -240,7 +240,45 @@ INDUCTOR = frozenset(
         "WORKER_SUPPRESS_LOGGING",
     )
 )
-_COMPILER = "TORCHINDUCTOR_"
+# The same of Dynamo, which hands the graphs to Inductor, with other options for some graphs if a variable says so
+# (TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS).
+DYNAMO = frozenset(
+    {
+        *(
+            f"TORCH_COMPILE_{name}"
+            for name in (
+                "CACHE_KEY_TAG",
+                "CPROFILE",
+                "DEBUG",
+                "DEBUG_DIR",
+                "DEBUG_SAVE_REAL",
+                "DISABLE",  # vLLM then runs in eager mode
+                "DYNAMO_PROFILER",
+                "FORCE_DISABLE_CACHES",
+                "GRAPH_FORMAT",
+                "STROBELIGHT",
+            )
+        ),
+        *(
+            f"TORCHDYNAMO_{name}"
+            for name in (
+                "DEBUG_FUNCTION",
+                "EXTENDED_ADVICE",
+                "EXTENDED_DEBUG_CPP",
+                "EXTENDED_DEBUG_CREATE_SYMBOL",
+                "EXTENDED_DEBUG_GUARD_ADDED",
+                "PRINT_MISSING",
+                "VERBOSE",
+            )
+        ),
+        "TORCH_DYNAMO_RUN_GC_AFTER_COMPILE",
+    }
+)
+# The last are of products that PyTorch chooses by time.
+_COMPILERS = (
+    *("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_BISECT_", "TORCH_COMPILE_", "TORCH_COMPILER_", "TORCH_DYNAMO_"),
+    "PYTORCH_TUNABLEOP_",
+)
 # Where OpenMP's threads run, how many there are, how they wait, and what they print. Others can give a parallel region
 # fewer threads than it asked for: with OMP_DYNAMIC by the machine's load, with OMP_THREAD_LIMIT by other regions.
 # oneDNN cuts a product for the threads that it asked for, so the parts of the missing ones are never computed.
@@ -300,12 +338,13 @@ KNOWN = COVERED | OWN | PLACES | LOGS | FRONT
 
 
 def unknown() -> list[str]:
-    """The variables that are set, that vLLM, vLLM-Ascend, Inductor or OpenMP reads, and that nobody has examined."""
+    """The variables that are set, that vLLM, vLLM-Ascend, PyTorch's compiler or OpenMP reads, and that nobody has
+    examined."""
     read = set(UNLISTED)
     for module, listed in _LISTS:
         read |= set(getattr(sys.modules.get(module), listed, ()))
     own = {name for name in read if name in os.environ and name not in KNOWN and not name.startswith(BEHIND)}
-    own |= {name for name in os.environ if name.startswith(_COMPILER) and name not in INDUCTOR}
+    own |= {name for name in os.environ if name.startswith(_COMPILERS) and name not in INDUCTOR | DYNAMO}
     return sorted(own | set(of_threads()))
 
 

@@ -133,6 +133,33 @@ def test_each_scheme_of_a_mixed_checkpoint_counts():
     assert rows(ruled) == ["GPTQ, 4 bits", "8-bit weights alone (GPTQ, compressed-tensors W8A16)"]
 
 
+@pytest.mark.parametrize(
+    ("targets", "ignore", "head"),
+    [
+        (["Linear"], [], False),
+        (["Linear", "lm_head"], [], True),
+        (["re:.*proj"], [], False),
+        (["re:.*"], ["lm_head"], False),
+        (["re:.*"], ["re:.*lm_head$"], False),
+        (["re:.*"], ["re:.*mlp.*"], True),
+        (["re:.*proj", "re:.*head$"], [], True),
+        (["re:language_model.*"], [], True),
+    ],
+)
+def test_an_expression_may_name_the_head(targets, ignore, head):
+    """vLLM quantizes a head that an expression of compressed-tensors names."""
+    held = tensors(INT4, format="pack-quantized") | {"ignore": ignore}
+    held["config_groups"]["group_0"]["targets"] = targets
+    named = ["quantized language-model head (other methods)"] if head else []
+    assert rows(held) == ["compressed-tensors W4A16", *named]
+
+
+def test_an_expression_that_nobody_reads_is_refused():
+    held = tensors(INT4, format="pack-quantized")
+    held["config_groups"]["group_0"]["targets"] = ["re:*head"]
+    assert rows(held) == ["other quantized weights"]
+
+
 def test_experts_and_heads_have_rows_of_their_own():
     zeros = "experts of 4 bits in groups with zero points (AWQ, compressed-tensors)"
     assert rows(AWQ, is_moe=True) == ["AWQ, 4 bits", zeros]
@@ -266,6 +293,12 @@ def test_checkpoints_of_other_tools_have_rows_of_their_own(held, method, name):
 )
 def test_what_lands_on_no_certified_layer_is_refused(held, method):
     assert "other quantized weights" in rows(held, method)
+
+
+@pytest.mark.parametrize("name", ["lm_head", ".*head", "head"])
+def test_autoround_may_name_the_head_by_an_expression(name):
+    held = ROUND | {"extra_config": {name: {"bits": 4}}}
+    assert rows(held, "inc") == [INC_ROW, "quantized language-model head (other methods)"]
 
 
 @pytest.mark.parametrize("ignored", [{"ignore": []}, {"ignore": ["*.gate"]}, {"ignore": None}])

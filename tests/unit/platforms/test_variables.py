@@ -28,7 +28,8 @@ def listed(monkeypatch):
     for name in (*envs.environment_variables, *variables.UNLISTED, *variables.KNOWN):
         if name.startswith("VLLM_"):
             monkeypatch.delenv(name, raising=False)
-    for name in [name for name in os.environ if name.startswith(("TORCHINDUCTOR_", "OMP_", "GOMP_", "KMP_"))]:
+    others = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "OMP_", "GOMP_", "KMP_")
+    for name in [name for name in os.environ if name.startswith(others)]:
         monkeypatch.delenv(name)
 
 
@@ -62,6 +63,16 @@ def test_an_option_of_inductor_is_refused_as_a_variable_too(listed, monkeypatch)
     assert variables.unknown() == found
 
 
+def test_what_gives_inductor_other_options_for_some_graphs_is_refused(listed, monkeypatch):
+    for name in variables.DYNAMO:
+        monkeypatch.setenv(name, "1")
+    assert variables.unknown() == []
+    found = ["TORCH_COMPILE_OVERRIDE_BACKENDS", "TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS"]
+    for name in found:
+        monkeypatch.setenv(name, ">=0:max_autotune=True")
+    assert variables.unknown() == found
+
+
 def test_what_gives_a_kernel_fewer_threads_than_it_asked_for_is_refused(listed, monkeypatch):
     """With each of these, PyTorch's bf16 product of 300 x 256 and 256 x 768 left parts of the result as they were."""
     for name in variables.OPENMP:
@@ -86,19 +97,24 @@ def test_arming_sets_no_variable_that_is_refused():
 
     set_by_arming = {n.variable for n in CATALOG.variables if n.variable.startswith(("VLLM_", "TORCHINDUCTOR_"))}
     assert set_by_arming <= variables.KNOWN | variables.INDUCTOR
+    others = {n.variable for n in CATALOG.variables} - set_by_arming
+    assert not {name for name in others if name.startswith(("TORCH_COMPILE", "TORCHDYNAMO", "OMP_", "KMP_"))}
 
 
 def test_variables_that_vllm_sets_itself_are_no_reason_to_refuse():
     """vLLM sets some by the platform, the model or the executor. Workers are asked after that."""
     root = Path(pytest.importorskip("vllm").__file__).parent
     others = ("platforms/rocm.py", "platforms/xpu.py", "benchmarks/", "determinism/batch_invariant.py")
-    given = re.compile(r"""(?:os\.environ\[|set_env_var\()["']((?:VLLM|TORCHINDUCTOR)_\w+)["'](?:\] = |, )""")
+    kinds = "VLLM|TORCHINDUCTOR|TORCHDYNAMO|TORCH_COMPILE|OMP|KMP"
+    given = re.compile(rf"""(?:os\.environ\[|set_env_var\()["']((?:{kinds})_\w+)["'](?:\] = |, )""")
     files = {file.relative_to(root).as_posix(): file for file in root.rglob("*.py")}
     read = [file.read_text() for path, file in files.items() if not any(other in path for other in others)]
     found = {name for text in read for name in given.findall(text)}
     listed = set(pytest.importorskip("vllm.envs").environment_variables)
     inductors = {name for name in found if name.startswith("TORCHINDUCTOR_")}
     assert len(inductors) > 2 and inductors <= variables.INDUCTOR
+    others = {name for name in found if not name.startswith(("VLLM_", "TORCHINDUCTOR_"))}
+    assert others <= variables.OPENMP | variables.DYNAMO
     assert found and not {n for n in found & listed - variables.KNOWN if not n.startswith(variables.BEHIND)}
 
 

@@ -39,6 +39,16 @@ def test_an_option_that_nobody_examined_is_refused_by_name(options, name, value)
     inductor.check()
 
 
+def test_options_for_some_graphs_are_refused_too():
+    """Dynamo reads TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS into such an option, and a program can set it."""
+    dynamo = importlib.import_module("torch._dynamo.config")
+    assert all(getattr(dynamo, name) == "" for name in inductor._ROUTES)
+    with dynamo.patch(debug_inductor_config_override=">=0:emulate_precision_casts=False"):
+        with pytest.raises(UnsupportedFeature, match="compilation.options: .*sets debug_inductor_config_override in"):
+            inductor.check()
+    inductor.check()
+
+
 def test_several_are_named_at_once(options):
     with options.patch({"max_autotune": True, "cpp.simdlen": 8}):
         assert inductor.changed(options) == ["cpp.simdlen", "max_autotune"]
