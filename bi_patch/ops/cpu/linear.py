@@ -47,7 +47,8 @@ class Linear:
 
     key: of the certificate. packed: the weight [n, k], packed for the bundled GEMM. vendor: the library's GEMM, None
     where it serves no row count. vendor_rows: the row counts M that the library serves. layer: the layer, whose
-    parameter `vendor` takes. function: the route as a function (x, weight, bias).
+    parameter `vendor` takes. biased: whether the certificate is of products with a bias. function: the route as a
+    function (x, weight, bias).
     """
 
     key: Key
@@ -57,10 +58,12 @@ class Linear:
     vendor: Vendor | None
     vendor_rows: frozenset[int]
     layer: weakref.ref[torch.nn.Module]
+    biased: bool
     function: Vendor | None = None
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.numel() // self.k in self.vendor_rows:
+        # A layer may leave its bias out: of tensor-parallel ranks, only the first adds it.
+        if x.numel() // self.k in self.vendor_rows and (bias is not None) == self.biased:
             return self.vendor(x, weight, bias)
         return _bundled(x, self.packed, self.n, self.k, bias)
 
@@ -109,7 +112,7 @@ def route(
         return held.function
     certificate = certify.certify_linear(cache, asked, lambda: _certify(asked, weight, packed, bias, vendor, layer))
     rows = serving(certificate)
-    made = Linear(asked, packed, n, k, vendor if rows else None, rows, weakref.ref(layer))
+    made = Linear(asked, packed, n, k, vendor if rows else None, rows, weakref.ref(layer), bias is not None)
     handle = next(_handles)
     setattr(layer, _HANDLE, handle)
     _layers[handle] = made

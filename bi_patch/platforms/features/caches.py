@@ -37,6 +37,8 @@ def _transfer(to_host: bool) -> Callable[[Any], str]:
     return asked
 
 
+# With "auto", a checkpoint may choose FP8.
+_PLAIN = "Use --kv-cache-dtype bfloat16 or float16, the model's own type"
 _EIGHTH_CACHES = ("fp8", "fp8_e4m3")
 
 
@@ -77,7 +79,7 @@ CACHES: tuple[Feature, ...] = (
     ),
     row(
         "FP8 KV cache (e4m3, static scales)",
-        **everywhere("bi_patch has no certificate for its attention", "Use --kv-cache-dtype auto")
+        **everywhere("bi_patch has no certificate for its attention", _PLAIN)
         | {
             "cuda": (
                 served(
@@ -85,7 +87,7 @@ CACHES: tuple[Feature, ...] = (
                     why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
                     releases=">=0.33",
                 ),
-                refused("bi_patch has no certificate for its attention", todo="Use --kv-cache-dtype auto"),
+                refused("bi_patch has no certificate for its attention", todo=_PLAIN),
             )
         },
         asked=_eighth_cache,

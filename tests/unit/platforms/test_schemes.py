@@ -341,6 +341,7 @@ def test_a_checkpoint_may_ask_for_an_fp8_kv_cache_with_one_static_scale():
     made.cache_config = SimpleNamespace(cache_dtype="auto")
     cache = next(row for row in engine.FEATURES if row.name.startswith("FP8 KV cache"))
     assert cache.asked(made) == "the checkpoint's FP8 KV cache"
+    assert "--kv-cache-dtype bfloat16" in cache.cell("cpu").todo  # "auto" is what the checkpoint chooses for
     made.cache_config.cache_dtype = "bfloat16"
     assert not cache.asked(made)
 

@@ -122,6 +122,20 @@ def test_shapes_and_bias(layer, tmp_path):
     assert torch.equal(apply(x, layer.weight, None), apply(x, layer.weight, layer.bias * 0))
 
 
+def test_a_library_certified_with_a_bias_does_not_serve_without_one(layer, tmp_path, monkeypatch):
+    """Of tensor-parallel ranks, only the first adds a layer's bias."""
+    monkeypatch.setattr(linear, "serving", lambda certificate: frozenset(certificate.passed_rows))
+    ours = bundled(layer)
+
+    def vendor(x, weight, bias):
+        return split_k(x, weight, torch.zeros(N)) if bias is None else ours(x, weight, bias)
+
+    apply = route(layer, vendor, tmp_path)
+    x = torch.randn(40, K).to(layer.weight.dtype)
+    for m in (1, 4, 40):
+        assert torch.equal(apply(x[:m], layer.weight, None), ours(x, layer.weight, None)[:m])
+
+
 def test_a_stale_certificate_is_made_again(layer, tmp_path):
     route(layer, split_k, tmp_path)
     route(layer, split_k, tmp_path)

@@ -100,6 +100,21 @@ def test_sizes_with_another_order_are_filled_up(weight, tmp_path):
     assert torch.equal(whole, product(x, None))
 
 
+def test_a_layer_with_a_bias_is_certified_without_its_bias_too(weight, tmp_path):
+    """Of tensor-parallel ranks, only the first adds a layer's bias."""
+    product, bias = quantized.dequantized_product(weight), torch.ones(N, dtype=torch.bfloat16)
+
+    def vendor(x, given):
+        y = product(x, given)
+        return torch.nextafter(y, y + 1) if given is None and x.shape[0] < 3 else y
+
+    apply = route(torch.nn.Module(), vendor, weight, tmp_path, bias=bias)
+    (certificate,) = [c for _, c in certificates.every(tmp_path)]
+    assert certificate.passed_rows == [m for m in quantized.ROWS if m > 2]
+    x, whole = alone_and_among(apply)
+    assert torch.equal(whole, product(x, None)) and torch.equal(apply(x[:2], bias), product(x, bias)[:2])
+
+
 def test_a_kernel_whose_rows_share_a_scale_is_not_used(weight, tmp_path, caplog):
     product = quantized.dequantized_product(weight)
 
