@@ -62,6 +62,46 @@ def test_a_row_has_its_bits_in_any_batch(group, dtype, bias, tmp_path):
         assert torch.equal(product(x[part], w, x_scale[part], w_scale, held, group, dtype), whole[part]), (at, m)
 
 
+@pytest.mark.parametrize(("n", "k"), [(1280, 2048), (6144, 4096)])
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)])
+def test_static_activations(n, k, dtype, bias, tmp_path):
+    from bi_patch.ops.cuda import scaled_linear
+
+    pytest.importorskip("vllm._custom_ops", reason="vLLM is not installed")
+    from bi_patch.seams.cuda.scaled_linear import _cutlass
+
+    scaled_linear.hand(_cutlass(), static=True)
+    problem = scaled_linear.Problem(n, k, dtype, bias, 0, True)
+    (certificate,) = scaled_linear.certify([problem], 1100, tmp_path)
+    handed = list(scaled_linear._own(scaled_linear._HANDED))
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert (handed in certificate.algorithms) is not bias
+    x, w, _, w_scale = operands(1100, n, k, 0)
+    x_scale, held = (
+        torch.full((1,), 0.0123, device="cuda"),
+        torch.randn(n, device="cuda", dtype=dtype) if bias else None,
+    )
+    product = torch.ops.bi_patch.scaled_linear
+    at_once = product(x, w, x_scale, w_scale, held, 0, dtype, True)
+    scaled_linear.keep(x_scale, w_scale, n)
+    whole = product(x, w, x_scale, w_scale, held, 0, dtype, True)
+    assert torch.equal(at_once, whole)
+    want = exact(x, w, x_scale, w_scale, 0) + (held.double() if bias else 0)
+    assert (whole.double() - want).norm() / want.norm() < 1e-2
+    for m in (*range(1, 67), 96, 127, 128, 129, 200, 256, 500, 512, 513, 700, 1024):
+        for at in (0, 1100 - m):
+            part = slice(at, at + m)
+            assert torch.equal(product(x[part], w, x_scale, w_scale, held, 0, dtype, True), whole[part]), (at, m)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = product(x[:64], w, x_scale, w_scale, held, 0, dtype, True)
+    x_scale.mul_(0.5)
+    scaled_linear.keep(x_scale, w_scale, n)  # in place: the graph reads the new products
+    graph.replay()
+    assert torch.equal(out, product(x[:64], w, x_scale, w_scale, held, 0, dtype, True))
+    assert not torch.equal(out, whole[:64])
+
+
 @pytest.mark.parametrize("group", [0, 128])
 def test_every_bundled_tile(group):
     from bi_patch.kernels.triton import scaled_gemm

@@ -2,10 +2,14 @@
 
 Order: that of kernels/triton/scaled_gemm.py. Rows and weights are e4m3. Scales belong to a row, or to a group of 128
 elements of K in a row, so no row depends on another. The kernels are cuBLASLt's without split-K, variants of the
-bundled one, and for few rows with groups a kernel that vLLM's seam hands over (`hand`). As for 16-bit linears
+bundled one, and a kernel of vLLM that its seam hands over (`hand`): for few rows with groups, and for static
+activations. As for 16-bit linears
 (bi_patch.ops.cuda.linear), a certificate covers one problem for every number of rows up to a limit. A kernel that
 differs from the bundled reference at any compared number of rows does not serve. cuBLASLt rounds once more where it
 adds a bias, so it serves no linear with a bias.
+
+Static activations have one scale, which the checkpoint has. The weight's scales are multiplied by this scale once
+(`keep`), and a sum is multiplied by the products. So the order of the two scales, in which kernels differ, is no matter.
 
 Rounding to 16 bits hides most other orders, and the tensor cores' short sums show them. By rows, half of the compared
 sums are exactly zero. By groups, plain random data are compared.
@@ -14,6 +18,7 @@ sums are exactly zero. By groups, plain random data are compared.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +52,7 @@ class Problem(NamedTuple):
     """One linear: y [M, n] = (x [M, k] * scales) @ (weight [n, k] * scales).T + bias, from e4m3 to dtype.
 
     group: 0 for a scale for each row of x and of weight, 128 for one for each group of a row and each block of weight.
+    static: one scale for all of x, which the checkpoint has, and group is 0.
     """
 
     n: int
@@ -54,17 +60,19 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     bias: bool
     group: int
+    static: bool = False
 
     def __str__(self) -> str:
-        kind = f"groups of {self.group}" if self.group else "by row"
+        kind = f"groups of {self.group}" if self.group else "static" if self.static else "by row"
         return f"N={self.n} K={self.k} e4m3 {kind} {machine.name(self.dtype)}{' bias' if self.bias else ''}"
 
 
 class Kernel(NamedTuple):
-    """A kernel of vLLM for groups that serves few rows, if certified.
+    """A kernel of vLLM for groups or for static activations, which serves few rows if certified.
 
-    run: (x [M, K], weight [N, K], x_scale [M, K / 128], weight_scale) -> [M, N] bf16. most: the maximum M. version: of
-    its library.
+    run: (x [M, K], weight [N, K], x_scale, weight_scale, dtype) -> [M, N] of dtype. With groups, x_scale is [M, K / 128]
+    and dtype is bf16. For static activations, x_scale is [M] ones, and weight_scale is [N]. most: the maximum M.
+    version: of its library.
     """
 
     run: Callable[..., torch.Tensor]
@@ -88,7 +96,7 @@ class Route(linear.Route):
     handed: the kernel of vLLM that was a candidate when the route was made, or None.
     """
 
-    handed: Kernel | None = field(default_factory=lambda: _handed, repr=False)
+    handed: Kernel | None = field(default=None, repr=False)
     _own_kinds: dict[int, Kind | None] = field(default_factory=dict, repr=False)
 
     def kind(self, rows: int) -> Kind | None:
@@ -102,47 +110,97 @@ class Route(linear.Route):
 
 
 _routes: dict[Problem, Route] = {}
-_handed: Kernel | None = None
+_handed: dict[bool, Kernel | None] = {}  # by whether activations are static; else for groups
 _TYPES = ("bfloat16", "float16")
+# By the addresses of a layer's two scales: their products, [N]. A captured graph has the address of the products.
+_folded: dict[tuple[int, int], torch.Tensor] = {}
+_units: list[torch.Tensor] = []  # ones, which are never freed: captured graphs have their addresses
 
 
-def hand(kernel: Kernel | None) -> None:
-    """Let a kernel of vLLM be a candidate for linears with groups. Call this before `certify`."""
-    global _handed
-    _handed = kernel
+def hand(kernel: Kernel | None, *, static: bool = False) -> None:
+    """Let a kernel of vLLM be a candidate for linears with groups, or with static activations. Call this before
+    `certify`."""
+    _handed[static] = kernel
+
+
+def keep(x_scale: torch.Tensor, weight_scale: torch.Tensor, n: int) -> None:
+    """Keep the products of a layer's scales of static activations: x_scale, one element, and weight_scale, one element
+    or [n], both fp32.
+
+    If the layer's scales have changed, the kept products change in place. They are dropped with x_scale.
+    """
+    key, made = _addresses(x_scale, weight_scale), _fold(x_scale, weight_scale, n)
+    held = _folded.get(key)
+    if held is not None and held.shape == made.shape:
+        held.copy_(made)
+        return
+    _folded[key] = made
+    if held is None:
+        weakref.finalize(x_scale, _folded.pop, key, None).atexit = False
+
+
+def _addresses(x_scale, weight_scale) -> tuple[int, int]:
+    return x_scale.data_ptr(), weight_scale.data_ptr()
+
+
+def _fold(x_scale, weight_scale, n: int):
+    return _each(weight_scale, n) * x_scale.reshape(())
+
+
+def _unit(rows: int, device):
+    """[rows] ones, from those that are kept if they suffice."""
+    import torch
+
+    held = _kept_units(rows, device)
+    return torch.ones(rows, device=device) if held is None else held[:rows]
+
+
+def _kept_units(rows: int, device):
+    return next((ones for ones in _units if ones.device == device and ones.shape[0] >= rows), None)
+
+
+def _handed_to(problem: Problem) -> Kernel | None:
+    return _handed.get(problem.static) if problem.group or problem.static else None
 
 
 def define_op() -> None:
     """Define torch.ops.bi_patch.scaled_linear. A second call does nothing."""
     define(
         "scaled_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, int group, "
-        "ScalarType dtype) -> Tensor",
+        "ScalarType dtype, bool static=False) -> Tensor",
         scaled_linear,
         "CUDA",
-        lambda x, weight, x_scale, weight_scale, bias, group, dtype: x.new_empty(
+        lambda x, weight, x_scale, weight_scale, bias, group, dtype, static=False: x.new_empty(
             (x.shape[0], weight.shape[0]), dtype=dtype
         ),
     )
 
 
-def scaled_linear(x, weight, x_scale, weight_scale, bias, group: int, dtype: torch.dtype) -> torch.Tensor:
+def scaled_linear(
+    x, weight, x_scale, weight_scale, bias, group: int, dtype: torch.dtype, static: bool = False
+) -> torch.Tensor:
     """(x [M, K] * scales) @ (weight [N, K] * scales).T + bias [N] -> [M, N] of dtype, from e4m3, by its route.
 
     group 0: x_scale [M], [M, 1] or one element; weight_scale [N], [N, 1] or one element. group 128: x_scale
-    [M, K / 128] of any strides, weight_scale [ceil(N / 128), K / 128]. Scales are fp32. The bundled reference serves a
-    problem without a route. Raises CertificateFailed for another dtype or group.
+    [M, K / 128] of any strides, weight_scale [ceil(N / 128), K / 128]. static, with group 0: x_scale is one element, and
+    weight_scale times x_scale is rounded once before it multiplies a sum. Scales are fp32. The bundled reference serves
+    a problem without a route. Raises CertificateFailed for another dtype or group, and for static groups.
     """
     n, k = weight.shape
     rows = x.shape[0]
-    if machine.name(dtype) not in _TYPES or group not in (0, GROUP):
+    if machine.name(dtype) not in _TYPES or group not in (0, GROUP) or (static and group):
         raise CertificateFailed(f"scaled_linear: no invariant GEMM for groups of {group} and {dtype}")
-    if not group:
+    if static:
+        held = _folded.get(_addresses(x_scale, weight_scale))
+        weight_scale = _fold(x_scale, weight_scale, n) if held is None else held
+        x_scale = _unit(rows, x.device)
+    elif not group:
         x_scale, weight_scale = _each(x_scale, rows), _each(weight_scale, n)
     x = x if linear.packed(x, k) else x.contiguous().clone()
-    route = _routes.get((n, k, dtype, bias is not None, group))
+    route = _routes.get((n, k, dtype, bias is not None, group, static))
     kind = route.kind(rows) if route is not None else None
     if kind is not None and kind.id == _HANDED and linear.packed(weight, k):
-        return route.handed.run(x, weight, x_scale, weight_scale)
+        return route.handed.run(x, weight, x_scale, weight_scale, dtype)
     if kind is not None and kind.id == _TILE:
         return _variant(kind.tile, x, weight, x_scale, weight_scale, bias, dtype)
     whole = -(-rows // _GROUPED_ROWS) * _GROUPED_ROWS if group else rows
@@ -219,31 +277,48 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
 
     Call this before any graph is captured. Returns one certificate per distinct problem, failed certificates included.
     """
-    made = []
-    for problem in dict.fromkeys(problems):
+    made, problems = [], list(dict.fromkeys(problems))
+    if any(problem.static for problem in problems):
+        _keep_units(max_rows)
+    for problem in problems:
         key = _key(problem, max_rows)
         certificate = certificates.obtain(
             cache, key, lambda p=problem, k=key: _certify(p, k, max_rows), instead="the bundled GEMM"
         )
-        route = linear.route(certificate, cublaslt.ScaledGemm(*problem) if _vendors(certificate) else None)
-        _routes[problem] = Route(route.kinds, route.limit, route.tiles_agree, route.gemm, route.preferred)
-        if _own(_HANDED) in route.kinds and _handed is not None:
-            _load(problem)
+        route = linear.route(certificate, _gemm(problem) if _vendors(certificate) else None)
+        handed = _handed_to(problem)
+        _routes[problem] = Route(
+            route.kinds, route.limit, route.tiles_agree, route.gemm, route.preferred, handed=handed
+        )
+        if _own(_HANDED) in route.kinds and handed is not None:
+            _load(problem, handed)
         made.append(certificate)
     return made
+
+
+def _keep_units(rows: int) -> None:
+    import torch
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    if _kept_units(rows, device) is None:
+        _units.append(torch.ones(rows, device=device))
+
+
+def _gemm(problem: Problem) -> cublaslt.ScaledGemm:
+    return cublaslt.ScaledGemm(problem.n, problem.k, problem.dtype, problem.bias, problem.group)
 
 
 def _vendors(certificate: Certificate) -> bool:
     return any(kind[0] >= 0 for kind in certificate.algorithms)
 
 
-def _load(problem: Problem) -> None:
+def _load(problem: Problem, handed: Kernel) -> None:
     """Call the handed kernel once: it may compile, which must not happen while a graph is captured."""
     import torch
 
     x, weight = (torch.zeros(m, problem.k, device="cuda").to(torch.float8_e4m3fn) for m in (1, problem.n))
     scales = [torch.ones(size, device="cuda") for size in _scale_sizes(problem, 1)]
-    _handed.run(x, weight, *scales)
+    handed.run(x, weight, *scales, problem.dtype)
 
 
 def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
@@ -292,7 +367,8 @@ def routes() -> dict[Problem, linear.Route]:
 
 
 def _key(problem: Problem, max_rows: int) -> Key:
-    libraries = machine.libraries() + (f" {_handed.version}" if problem.group and _handed is not None else "")
+    handed = _handed_to(problem)
+    libraries = machine.libraries() + (f" {handed.version}" if handed is not None else "")
     return Key(OPERATION, f"{problem} M<={max_rows}", machine.device(), libraries, machine.kernels_digest(), DATA)
 
 
@@ -303,8 +379,9 @@ class _Trial(linear.Trial):
         import torch
 
         self.problem = problem
-        n, k, dtype, bias, group = problem
+        n, k, dtype, bias, group, static = problem
         self.mixed = bool(group)
+        self.handed = _handed_to(problem)
         free, _ = torch.cuda.mem_get_info()
         limit = int(free * _MEMORY_SHARE) - 8 * n * k  # random numbers need more than what is made of them
         self.rows = max(1, min(max_rows, limit // (8 * k + 4 * n)))
@@ -323,11 +400,13 @@ class _Trial(linear.Trial):
             self.weight = weight.to(eighth)
         for name, size in zip(("x_scale", "weight_scale"), _scale_sizes(problem, self.rows), strict=True):
             setattr(self, name, torch.rand(size, generator=generator, device="cuda").mul_(0.02).add_(0.001))
+        if static:
+            self.x_scale.fill_(1.0)
         self.bias, self.bias_given = None, bias
         if bias:
             self.bias = torch.randn(n, generator=generator, device="cuda", dtype=dtype)
             self.bias[::2] = 0  # a bias would hide the rounding left of a sum
-        self.gemm = cublaslt.ScaledGemm(*problem)
+        self.gemm = _gemm(problem)
         self.out = torch.empty((self.rows, n), dtype=dtype, device="cuda")
         self.want = self._bundled(self.rows, False)
         if not bool(torch.isfinite(self.want).all()):
@@ -397,14 +476,17 @@ class _Trial(linear.Trial):
             for number, tile in enumerate(scaled_gemm.TILES)
             if machine.vendor_allowed() or not tile.persistent
         }
-        if grouped and not self.bias_given and _handed is not None and machine.name(self.problem.dtype) == "bfloat16":
-            found[_own(_HANDED)] = lambda m: m <= _handed.most
+        typed = self.problem.static or machine.name(self.problem.dtype) == "bfloat16"
+        if self.handed is not None and not self.bias_given and typed:
+            found[_own(_HANDED)] = lambda m: m <= self.handed.most
         return found
 
     def _agrees(self, kind: Kind, able: Callable[[int], bool]) -> bool:
         """Whether a kernel gives the reference's bits for every compared M that it may serve."""
         every = (
-            range(1, 65) if kind.id == _HANDED else (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128)
+            (*range(1, 66), 127, 128)
+            if kind.id == _HANDED
+            else (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128)
         )
         tested = [m for m in (*every, 129, 200, 255, 256, 500, 512, 513, self.rows) if m <= self.rows and able(m)]
         try:
@@ -420,5 +502,5 @@ class _Trial(linear.Trial):
     def _call(self, kind: Kind, rows, weight):
         x, scale = rows
         if kind.id == _HANDED:
-            return _handed.run(x, weight, scale, self.weight_scale)
+            return self.handed.run(x, weight, scale, self.weight_scale, self.problem.dtype)
         return _variant(kind.tile, x, weight, scale, self.weight_scale, self.bias, self.problem.dtype)

@@ -33,7 +33,7 @@ def _by_row(original):
             A = torch.nn.functional.pad(A, (0, k - A.shape[1]))
         if bias is not None and n > bias.shape[0]:
             bias = torch.nn.functional.pad(bias, (0, n - bias.shape[0]))
-        out = product(A, weight, As, Bs, bias, 0, out_dtype)
+        out = product(A, weight, As, Bs, bias, 0, out_dtype, self.quant_fp8.static)
         if n > wide:
             out = out[:, :wide].contiguous()
         return out.view(*output_shape[:-1], wide)
@@ -79,22 +79,28 @@ _KERNELS = {
 def problems(model):
     """A Problem for every linear layer of a model with 8-bit floats. Raises UnsupportedFeature for blocks of another
     size than 128 x 128."""
-    from bi_patch.ops.cuda.scaled_linear import Problem, hand
+    from bi_patch.ops.cuda.scaled_linear import Problem, hand, keep
 
     hand(None)
+    hand(None, static=True)
     for name, layer, kernel in quantized.layers(model, _KERNELS):
         if type(kernel).__name__ == "DeepGemmFp8BlockScaledMMKernel":
             hand(_deep_gemm())
         group = _KERNELS[type(kernel).__name__]
         weight = layer.weight
         n, k = weight.shape if group else weight.shape[::-1]
+        static = not group and kernel.quant_fp8.static
+        if static:
+            hand(_cutlass(), static=True)
+            _, weight_scale, x_scale, *_ = kernel.layer_param_names
+            keep(getattr(layer, x_scale), getattr(layer, weight_scale), n)
         if group:
             _check_blocks(name, kernel)
         # With groups, vLLM adds the bias to the rounded product.
         bias = not group and getattr(layer, "bias", None) is not None and not getattr(layer, "skip_bias_add", False)
-        yield Problem(n, k, kernel.config.out_dtype, bias, group)
+        yield Problem(n, k, kernel.config.out_dtype, bias, group, static)
         if bias and getattr(layer, "tp_size", 1) > 1:  # in a sum over ranks, only the first rank adds the bias
-            yield Problem(n, k, kernel.config.out_dtype, False, group)
+            yield Problem(n, k, kernel.config.out_dtype, False, group, static)
         if group and hasattr(layer, "deep_gemm_warmup_provider"):
             del layer.deep_gemm_warmup_provider  # DeepGEMM would compile kernels that never serve
 
@@ -107,12 +113,32 @@ def _deep_gemm():
 
     from bi_patch.ops.cuda.scaled_linear import Kernel
 
-    def run(x, weight, x_scale, weight_scale):
-        out = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.bfloat16, device=x.device)
+    def run(x, weight, x_scale, weight_scale, dtype):
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
         fp8_gemm_nt((x, x_scale), (weight, weight_scale), out, is_deep_gemm_e8m0_used=False)  # scales as they are
         return out
 
     return Kernel(run, 64, f"DeepGEMM of vLLM {library.vllm()}")
+
+
+_MOST_BY_CUTLASS = 512  # rows: a certificate times other kernels than cuBLASLt's up to here
+
+
+@functools.cache
+def _cutlass():
+    """vLLM's CUTLASS product. Its tile, and which of the two scales multiplies first, depend on M. With ones as the
+    scales of rows, the order of the scales changes no bit."""
+    import torch
+    from vllm import _custom_ops  # noqa: F401, registers the operator
+
+    from bi_patch.ops.cuda.scaled_linear import Kernel
+
+    def run(x, weight, x_scale, weight_scale, dtype):
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
+        torch.ops._C.cutlass_scaled_mm(out, x, weight.t(), x_scale[:1], weight_scale.view(-1, 1), None)
+        return out
+
+    return Kernel(run, _MOST_BY_CUTLASS, f"CUTLASS of vLLM {library.vllm()}")
 
 
 def _check_blocks(name, kernel) -> None:
@@ -164,7 +190,8 @@ _SCALED_MM = "vllm.model_executor.kernels.linear.scaled_mm"
 _WHY = "vLLM's FP8 kernels choose tiles, a swapped form and the order of the two scales by the number of rows"
 _HOW = (
     "the product runs on the fastest kernel with a certificate: cuBLASLt without split-K, the bundled Triton GEMM, or "
-    "DeepGEMM for up to 64 rows of blocks, in one order for every number of rows"
+    "DeepGEMM for up to 64 rows of blocks, or vLLM's CUTLASS for up to 512 rows of static activations, in one order "
+    "for every number of rows"
 )
 _UNTIL = "upstream's mode runs FP8 linears on fast kernels (https://github.com/vllm-project/vllm/issues/27433)"
 

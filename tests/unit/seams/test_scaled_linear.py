@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.ops.cuda import scaled_linear as ops
 from bi_patch.ops.cuda.scaled_linear import Problem
 from bi_patch.seams.cuda import quantized, rows, scaled_linear
 
@@ -32,11 +33,12 @@ class UnquantizedLinearMethod:
     pass
 
 
-def kernel(name, block=(128, 128), powers=False):
+def kernel(name, block=(128, 128), powers=False, static=False):
     made = type(name, (), {})()
     made.config = SimpleNamespace(out_dtype=torch.bfloat16)
     made.weight_group_shape = SimpleNamespace(row=block[0], col=block[1])
-    made.quant_fp8 = SimpleNamespace(forward_cuda=lambda x, scale: (x, scale), use_ue8m0=powers)
+    made.quant_fp8 = SimpleNamespace(forward_cuda=lambda x, scale: (x, scale), use_ue8m0=powers, static=static)
+    made.layer_param_names = ["weight", "weight_scale", "input_scale", "input_scale_ub"]
     return made
 
 
@@ -50,26 +52,33 @@ def vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.linear", module)
 
 
-def test_every_layer_has_a_problem_and_a_quantizer():
+def test_every_layer_has_a_problem_and_a_quantizer(monkeypatch):
+    monkeypatch.setattr(ops, "_folded", {})
+    monkeypatch.setattr(ops, "_handed", {})
     plain = LinearBase(8, 16, None)
     plain.quant_method = UnquantizedLinearMethod()
     block = LinearBase(256, 128, kernel("DeepGemmFp8BlockScaledMMKernel", powers=True), transposed=False, bias=True)
     block.deep_gemm_warmup_provider = block.quant_method
+    fixed = LinearBase(48, 64, kernel(BY_ROW, static=True), scheme=True, scale=torch.full((1,), 0.5))
+    fixed.weight_scale = torch.nn.Parameter(torch.arange(48.0), requires_grad=False)
     model = torch.nn.ModuleList(
         [
             plain,
             LinearBase(32, 64, kernel(BY_ROW), bias=True, tp_size=2),
-            LinearBase(48, 64, kernel(BY_ROW), scheme=True, scale=torch.ones(1)),
+            fixed,
             block,
         ]
     )
     assert list(scaled_linear.problems(model)) == [
         Problem(32, 64, torch.bfloat16, True, 0),
         Problem(32, 64, torch.bfloat16, False, 0),  # the other ranks of a sum add no bias
-        Problem(48, 64, torch.bfloat16, False, 0),
+        Problem(48, 64, torch.bfloat16, False, 0, True),
         Problem(256, 128, torch.bfloat16, False, 128),
     ]
     assert not hasattr(block, "deep_gemm_warmup_provider")
+    (products,) = ops._folded.values()
+    assert products.tolist() == [0.5 * i for i in range(48)]
+    assert [ops._handed_to(p) is not None for p in scaled_linear.problems(model)] == [False, False, True, True]
     forms = [(form, k) for form, k, _ in scaled_linear.quantizers(model)]
     assert forms == [("by row K=64", 64), ("static K=64", 64), ("groups of 128 powers of two K=128", 128)]
     checks = list(rows._quantizers(model, torch.bfloat16))
@@ -97,16 +106,16 @@ def test_another_kernel_is_refused_by_name(held, said):
 def test_a_padded_weight_is_multiplied_whole_and_cut(monkeypatch):
     called = []
 
-    def product(x, weight, x_scale, weight_scale, bias, group, dtype):
-        called.append((tuple(x.shape), tuple(weight.shape), tuple(bias.shape), group))
+    def product(x, weight, x_scale, weight_scale, bias, group, dtype, static):
+        called.append((tuple(x.shape), tuple(weight.shape), tuple(bias.shape), group, static))
         return torch.arange(32.0).repeat(x.shape[0], 1)
 
     monkeypatch.setattr(scaled_linear, "_op", lambda: product)
     apply = scaled_linear._by_row(None)
     given = {"A": torch.zeros(3, 30), "B": torch.zeros(32, 32).t(), "As": None, "Bs": None, "bias": torch.zeros(20)}
-    held = SimpleNamespace(logical_output_size=20)
+    held = SimpleNamespace(logical_output_size=20, quant_fp8=SimpleNamespace(static=True))
     out = apply(held, **given, out_dtype=torch.bfloat16, output_shape=[1, 3, 32])
-    assert called == [((3, 32), (32, 32), (32,), 0)] and out.shape == (1, 3, 20) and out[0, 0, -1] == 19
+    assert called == [((3, 32), (32, 32), (32,), 0, True)] and out.shape == (1, 3, 20) and out[0, 0, -1] == 19
 
 
 def test_the_scale_of_a_whole_weight_is_repeated_for_each_row(monkeypatch):

@@ -1,5 +1,7 @@
 """Which kernel serves a linear of 8-bit floats. The kernels are stand-ins; no GPU is needed."""
 
+import gc
+
 import pytest
 import torch
 
@@ -31,6 +33,8 @@ def served(monkeypatch):
     """(problem, kinds that passed) -> the library of the problem's route, and the calls of the bundled kernel."""
     bundled = []
     monkeypatch.setattr(scaled_linear, "_routes", {})
+    monkeypatch.setattr(scaled_linear, "_folded", {})
+    monkeypatch.setattr(scaled_linear, "_units", [])
     monkeypatch.setattr(machine, "stream", lambda device: 0)
 
     def product(x, weight, x_scale, weight_scale, bias, dtype, tiles_agree):
@@ -40,7 +44,7 @@ def served(monkeypatch):
     monkeypatch.setattr(scaled_linear, "bundled", product)
 
     def route(problem, *kinds, preferred=None):
-        library = Library(*problem)
+        library = Library(*problem[:5])
         scaled_linear._routes[problem] = scaled_linear.Route(
             frozenset(kinds), 64, True, library if kinds else None, preferred or {}
         )
@@ -49,10 +53,10 @@ def served(monkeypatch):
     return route
 
 
-def call(rows, scales=None, *, n=256, k=128, group=0, dtype=torch.bfloat16):
+def call(rows, scales=None, *, n=256, k=128, group=0, dtype=torch.bfloat16, static=False):
     x, w = torch.zeros(rows, k).to(EIGHTH), torch.zeros(n, k).to(EIGHTH)
     scales = scales or (torch.ones(rows, 1), torch.ones(n, 1))
-    return scaled_linear.scaled_linear(x, w, *scales, None, group, dtype)
+    return scaled_linear.scaled_linear(x, w, *scales, None, group, dtype, static)
 
 
 def test_a_certified_algorithm_serves_up_to_the_limit(served):
@@ -77,7 +81,57 @@ def test_every_row_gets_a_scale(served):
     assert x_scale.tolist() == [2.0] * 3 and weight_scale.tolist() == [3.0] * 256
 
 
-@pytest.mark.parametrize("given", [{"dtype": torch.float32}, {"group": 64}])
+def test_a_scale_of_the_checkpoint_is_multiplied_into_the_weights_once(served):
+    _, bundled = served(Problem(256, 128, torch.bfloat16, False, 0, True))
+    x_scale, weight_scale = torch.tensor(0.3), torch.rand(256)
+    want = weight_scale * 0.3
+    for rows in (1, 3):  # nothing is kept: the products are made in each call
+        call(rows, (x_scale, weight_scale), static=True)
+    scaled_linear.keep(x_scale, weight_scale, 256)
+    scaled_linear._units.append(torch.ones(8))
+    for rows in (1, 8, 9):
+        call(rows, (x_scale, weight_scale), static=True)
+    assert [ones.tolist() for ones, *_ in bundled] == [[1.0] * rows for rows in (1, 3, 1, 8, 9)]
+    assert all(torch.equal(products, want) and used for _, products, used in bundled)
+    kept = [products.data_ptr() for _, products, _ in bundled[2:]]
+    assert len(set(kept)) == 1 and bundled[2][0].data_ptr() == bundled[3][0].data_ptr()
+
+
+def test_kept_products_change_in_place_and_go_with_the_layer(served):
+    _, bundled = served(Problem(256, 128, torch.bfloat16, False, 0, True))
+    scales = torch.tensor([0.5]), torch.tensor(2.0)
+    scaled_linear.keep(*scales, 256)
+    call(3, scales, static=True)
+    scales[0].fill_(0.25)
+    scaled_linear.keep(*scales, 256)
+    call(3, scales, static=True)
+    (_, before, _), (_, after, _) = bundled
+    assert before.data_ptr() == after.data_ptr() and after.tolist() == [0.5] * 256
+    other = torch.tensor([0.5]), scales[1]
+    call(3, other, static=True)
+    assert bundled[2][1].tolist() == [1.0] * 256 and len(scaled_linear._folded) == 1
+    del scales
+    gc.collect()
+    assert not scaled_linear._folded
+
+
+def test_vllms_kernel_serves_static_activations_only(served, monkeypatch):
+    handed, called = scaled_linear._own(scaled_linear._HANDED), []
+    run = scaled_linear.Kernel(lambda x, w, xs, ws, dtype: called.append((xs.tolist(), ws[0].item(), dtype)), 512, "1")
+    monkeypatch.setattr(scaled_linear, "_handed", {True: run, False: None})
+    by_row, static = Problem(256, 128, torch.bfloat16, False, 0), Problem(256, 128, torch.bfloat16, False, 0, True)
+    assert scaled_linear._handed_to(by_row) is None and scaled_linear._handed_to(static) is run
+    assert scaled_linear._handed_to(by_row._replace(group=128)) is None
+    for problem in (by_row, static):
+        served(problem, KIND, handed, preferred={64: handed})
+    scaled_linear._routes[static].handed = run
+    call(3)
+    assert not called
+    call(3, (torch.tensor(0.5), torch.tensor(4.0)), static=True)
+    assert called == [([1.0] * 3, 2.0, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("given", [{"dtype": torch.float32}, {"group": 64}, {"group": 128, "static": True}])
 def test_an_unknown_form_is_an_error(served, given):
     with pytest.raises(CertificateFailed, match="no invariant GEMM"):
         call(3, **given)
@@ -118,7 +172,7 @@ def test_the_fastest_kernel_at_the_next_timed_number_of_rows_serves(served, monk
     tile, handed = scaled_linear._own(scaled_linear._TILE, 2), scaled_linear._own(scaled_linear._HANDED)
     called = []
     monkeypatch.setattr(scaled_linear, "_variant", lambda number, *_: called.append(number))
-    monkeypatch.setattr(scaled_linear, "_handed", None)
+    monkeypatch.setattr(scaled_linear, "_handed", {})
     problem = Problem(256, 128, torch.bfloat16, False, 128)
     library, bundled = served(problem, KIND, tile, handed, preferred={8: handed, 32: tile, 64: KIND})
 
@@ -144,12 +198,14 @@ def test_a_kernel_that_did_not_agree_does_not_serve(served):
 def test_what_a_problem_is_called():
     assert str(Problem(8, 16, torch.bfloat16, True, 0)) == "N=8 K=16 e4m3 by row bfloat16 bias"
     assert str(Problem(8, 128, torch.float16, False, 128)) == "N=8 K=128 e4m3 groups of 128 float16"
+    assert str(Problem(8, 16, torch.float16, False, 0, True)) == "N=8 K=16 e4m3 static float16"
     assert scaled_linear._scale_sizes(Problem(200, 256, torch.bfloat16, False, 128), 5) == ((5, 2), (2, 2))
 
 
 def test_a_key_tells_the_form(monkeypatch):
     for name in ("device", "libraries", "kernels_digest"):
         monkeypatch.setattr(machine, name, lambda *_: "none")
-    keys = {scaled_linear._key(Problem(8, 128, torch.bfloat16, False, group), 60).digest() for group in (0, 128)}
-    assert len(keys) == 2
+    forms = [(0, False), (0, True), (128, False)]
+    keys = {scaled_linear._key(Problem(8, 128, torch.bfloat16, False, *form), 60).digest() for form in forms}
+    assert len(keys) == 3
     assert cublaslt.ScaledGemm.__doc__
