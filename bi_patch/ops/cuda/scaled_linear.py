@@ -9,7 +9,7 @@ differs from the bundled reference at any compared number of rows does not serve
 adds a bias, so it serves no linear with a bias.
 
 Static activations have one scale, which the checkpoint has. The weight's scales are multiplied by this scale once
-(`keep`), and a sum is multiplied by the products. So the order of the two scales, in which kernels differ, is no matter.
+(`keep`), and a sum is multiplied by the products. So kernels that take the two scales in another order have equal bits.
 
 Rounding to 16 bits hides most other orders, and the tensor cores' short sums show them. By rows, half of the compared
 sums are exactly zero. By groups, plain random data are compared.
@@ -70,9 +70,9 @@ class Problem(NamedTuple):
 class Kernel(NamedTuple):
     """A kernel of vLLM for groups or for static activations, which serves few rows if certified.
 
-    run: (x [M, K], weight [N, K], x_scale, weight_scale, dtype) -> [M, N] of dtype. With groups, x_scale is [M, K / 128]
-    and dtype is bf16. For static activations, x_scale is [M] ones, and weight_scale is [N]. most: the maximum M.
-    version: of its library.
+    run: (x [M, K], weight [N, K], x_scale, weight_scale, dtype) -> [M, N] of dtype. With groups, x_scale is
+    [M, K / 128] and dtype is bf16. For static activations, x_scale is [M] ones, and weight_scale is [N]. most: the
+    maximum M. version: of its library.
     """
 
     run: Callable[..., torch.Tensor]
@@ -182,8 +182,8 @@ def scaled_linear(
     """(x [M, K] * scales) @ (weight [N, K] * scales).T + bias [N] -> [M, N] of dtype, from e4m3, by its route.
 
     group 0: x_scale [M], [M, 1] or one element; weight_scale [N], [N, 1] or one element. group 128: x_scale
-    [M, K / 128] of any strides, weight_scale [ceil(N / 128), K / 128]. static, with group 0: x_scale is one element, and
-    weight_scale times x_scale is rounded once before it multiplies a sum. Scales are fp32. The bundled reference serves
+    [M, K / 128] of any strides, weight_scale [ceil(N / 128), K / 128]. static, with group 0: x_scale is one element,
+    and weight_scale times x_scale is rounded before it multiplies a sum. Scales are fp32. The bundled reference serves
     a problem without a route. Raises CertificateFailed for another dtype or group, and for static groups.
     """
     n, k = weight.shape
