@@ -54,12 +54,13 @@ def test_a_row_has_its_bits_in_any_batch(group, dtype, bias, tmp_path):
     x, w, x_scale, w_scale = operands(700, n, k, group)
     held = torch.randn(n, device="cuda", dtype=dtype) if bias else None
     product = torch.ops.bi_patch.scaled_linear
-    whole = product(x, w, x_scale, w_scale, held, group, dtype)
+    whole = product(x, w, x_scale, w_scale, held, group, dtype, False)
     want = exact(x, w, x_scale, w_scale, group) + (held.double() if bias else 0)
     assert (whole.double() - want).norm() / want.norm() < 1e-2
     for at, m in ((0, 1), (3, 2), (0, 4), (8, 16), (1, 17), (0, 64), (0, 65), (100, 128), (0, 600), (0, 601)):
         part = slice(at, at + m)
-        assert torch.equal(product(x[part], w, x_scale[part], w_scale, held, group, dtype), whole[part]), (at, m)
+        got = product(x[part], w, x_scale[part], w_scale, held, group, dtype, False)
+        assert torch.equal(got, whole[part]), (at, m)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1280, 2048), (6144, 4096)])

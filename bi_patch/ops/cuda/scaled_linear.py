@@ -167,10 +167,10 @@ def define_op() -> None:
     """Define torch.ops.bi_patch.scaled_linear. A second call does nothing."""
     define(
         "scaled_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, int group, "
-        "ScalarType dtype, bool static=False) -> Tensor",
+        "ScalarType dtype, bool static) -> Tensor",
         scaled_linear,
         "CUDA",
-        lambda x, weight, x_scale, weight_scale, bias, group, dtype, static=False: x.new_empty(
+        lambda x, weight, x_scale, weight_scale, bias, group, dtype, static: x.new_empty(
             (x.shape[0], weight.shape[0]), dtype=dtype
         ),
     )

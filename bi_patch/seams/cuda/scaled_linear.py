@@ -62,7 +62,7 @@ def _by_block(original):
     product = _op()
 
     def apply_block_scaled_mm(self, A, B, As, Bs):
-        return product(A, B, As, Bs, None, _GROUP, self.config.out_dtype)
+        return product(A, B, As, Bs, None, _GROUP, self.config.out_dtype, False)
 
     return apply_block_scaled_mm
 
