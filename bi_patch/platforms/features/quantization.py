@@ -96,7 +96,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "FP8 per tensor, static activations (method fp8)",
         lambda s: s.method == "fp8" and kinds.fp8(s, TENSOR, TENSOR, static=True),
-        cells.REFUSED | {"cuda": cells.PACKED},
+        cells.REFUSED | {"cuda": cells.STATIC},
     ),
     (
         "FP8 per channel or tensor, static activations (other methods)",

@@ -30,6 +30,16 @@ def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[
 
 RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
 PACKED = (served(RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), NONE)
+STATIC_RUN = "invariance-2026-11-30-h200-static-vllm-0.33.0.json"
+STATIC = (
+    served(
+        STATIC_RUN,
+        RUN,
+        why="two layers of Qwen3-8B's sizes, in eager mode; compiled before the weight's scales held the activations'",
+        releases=">=0.33",
+    ),
+    NONE,
+)
 FOUR_BITS = "invariance-2026-11-29-h200-four-bits-vllm-0.33.0.json"
 EAGER = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-5.json"
 GRAPHS = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-6.json"
