@@ -675,7 +675,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* AWQ experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
         ("* W4A16 experts with zero points, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
     ),
-    ("FP8 per tensor, static activations (method fp8)", "cuda"): (("* FP8 static,*", *_SIX, *_PUBLISHED),),
+    ("FP8 per tensor, static activations (method fp8)", "cuda"): (
+        ("* FP8 static,*", *_SIX, *_PUBLISHED),
+        ("* FP8 static,* eager", *_SIX),
+    ),
     ("FP8 made while loading (--quantization fp8)", "cuda"): (("* FP8 while loading,*", *_SIX, *_PUBLISHED),),
     ("FP8 made while loading, in blocks (--quantization fp8_per_block)", "cuda"): (
         ("* FP8 block while loading, 2 layers", *_SIX, "preemption"),
