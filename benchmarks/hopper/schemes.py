@@ -136,6 +136,10 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
     "FP8 block and KV cache": ("Qwen3-8B", _BLOCK),
     "FP8 KV cache": ("Qwen3-8B", None),
     "FP8 channel and KV cache": ("Qwen3-8B", _CHANNEL | {"kv_cache_scheme": _FLOAT | {"strategy": "tensor"}}),
+    "FP8 channel and KV cache per head": (
+        "Qwen3-8B",
+        _CHANNEL | {"kv_cache_scheme": _FLOAT | {"strategy": "attn_head"}},
+    ),
     "FP8 block experts": ("Qwen3-30B-A3B", _BLOCK),
     "FP8 block MLA": ("DeepSeek-V3, 4 layers", _BLOCK),
     "FP8 block ue8m0 MLA": ("DeepSeek-V3, 4 layers", _BLOCK | {"scale_fmt": "ue8m0"}),  # as DeepSeek V3.1

@@ -251,7 +251,7 @@ _NOTED = {"observer", "observer_kwargs", "zp_dtype"}
 def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
     other = _unknown({name: value for name, value in held.items() if name != _CACHE}, _TENSORS)
     if held.get(_CACHE) and not _eighth_cache(held[_CACHE]):
-        other = other or "with another KV cache than FP8 with one static scale"
+        other = other or "with another KV cache than FP8 with static scales, one for a layer or for each key head"
     for group in held["config_groups"].values():
         packing = str(group.get("format", held.get("format")))
         weight = _args(group["weights"])
@@ -298,8 +298,10 @@ _CACHE = "kv_cache_scheme"
 
 
 def _eighth_cache(held: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's scheme of the KV cache is FP8 with one static scale for the keys of a layer, and one for
-    its values."""
+    """Whether a checkpoint's scheme of the KV cache is FP8 with static scales: for the keys of a layer one, and one for
+    its values, or such a pair for each key head."""
+    if held.get("strategy") == "attn_head":
+        held = {**held, "strategy": "tensor"}  # the rest is what one scale has
     made = _args(held)
     kind = (made.kind, made.scale, made.symmetric, made.dynamic, made.order, made.other)
     return kind == ("fp8", TENSOR, True, False, False, "")

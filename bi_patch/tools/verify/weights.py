@@ -112,7 +112,9 @@ def fill(model, seed: int, rank: int | None = None) -> None:
                 part.copy_(torch.empty(part.shape, device=value.device).normal_(0, _EIGHTH, generator=generator))
             continue
         wide = value if value.element_size() > 1 else torch.empty(value.shape, device=value.device)
-        if name.endswith(("input_scale", ".k_scale", ".v_scale")):
+        if name.endswith((".k_scale", ".v_scale")) and value.numel() > 1:  # each key head its own
+            wide.uniform_(0.01, 0.03, generator=generator)
+        elif name.endswith(("input_scale", ".k_scale", ".v_scale")):
             wide.fill_(0.02)
         elif scaled is not None:
             wide.uniform_(0.5, 1.5, generator=generator).mul_(scaled.shape[-1] ** -0.5 / _EIGHTH)

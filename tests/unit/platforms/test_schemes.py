@@ -332,11 +332,22 @@ def test_a_language_model_inside_of_another_model_leaves_its_schemes_to_that_one
 CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
-def test_a_checkpoint_may_ask_for_an_fp8_kv_cache_with_one_static_scale():
-    held = tensors(INT8, TOKEN, kv_cache_scheme=CACHE)
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+def test_a_checkpoint_may_ask_for_an_fp8_kv_cache_with_static_scales(strategy):
+    cache = CACHE | {"strategy": strategy}
+    held = tensors(INT8, TOKEN, kv_cache_scheme=cache)
     assert rows(held) == rows(W8A8) and schemes.caches(config(held)) and not schemes.caches(config(W8A8))
-    for change in ({"strategy": "attn_head"}, {"dynamic": True}, {"num_bits": 4}, {"symmetric": False}):
-        assert rows(tensors(INT8, TOKEN, kv_cache_scheme=CACHE | change)) == ["other quantized weights"]
+    for change in (
+        {"strategy": "token"},
+        {"strategy": "channel"},
+        {"dynamic": True},
+        {"num_bits": 4},
+        {"type": "int"},
+        {"symmetric": False},
+        {"dynamic": "local"},
+        {"block_structure": [8, 8], "new": 1},
+    ):
+        assert rows(tensors(INT8, TOKEN, kv_cache_scheme=cache | change)) == ["other quantized weights"], change
     made = config(held)
     made.cache_config = SimpleNamespace(cache_dtype="auto")
     cache = next(row for row in engine.FEATURES if row.name.startswith("FP8 KV cache"))

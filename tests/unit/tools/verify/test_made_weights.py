@@ -40,6 +40,15 @@ def test_integers_and_scales_are_made_from_the_seed(make):
         assert torch.equal(first["g_idx"], torch.arange(256))
 
 
+def test_an_fp8_kv_cache_gets_a_scale_for_a_layer_or_one_for_each_key_head():
+    model = torch.nn.Sequential(*(Layer(k_scale=torch.ones(size), v_scale=torch.ones(size)) for size in (1, 8)))
+    weights.fill(model, 7)
+    one, each = model
+    assert one.k_scale == one.v_scale == torch.tensor(0.02)
+    made = torch.cat([each.k_scale, each.v_scale])
+    assert made.unique().numel() == 16 and (made >= 0.01).all() and (made <= 0.03).all()
+
+
 class LinearBase(Layer):
     """Named as vLLM's class, whose layers ranks cut."""
 
