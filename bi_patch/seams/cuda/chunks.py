@@ -73,8 +73,8 @@ def _problem(layer, page: int) -> Problem | prompts.Problem:
     per_head = is_eighth(layer) and max(layer._k_scale.numel(), layer._v_scale.numel()) > 1
     if per_head and layer.attn_backend.get_name() != "FLASH_ATTN":
         raise UnsupportedFeature(
-            "attention.cuda_backend: no test covers an FP8 KV cache with a scale for each head. Use --kv-cache-dtype "
-            "auto, or set BI_PATCH=0"
+            f"attention.cuda_backend: no test covers an FP8 KV cache with a scale for each head on "
+            f"{layer.attn_backend.get_name()}. Use --kv-cache-dtype auto, or set BI_PATCH=0"
         )
     version = getattr(impl, "vllm_flash_attn_version", None)
     extras = {
