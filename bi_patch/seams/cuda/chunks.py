@@ -74,7 +74,8 @@ def _problem(layer, page: int) -> Problem | prompts.Problem:
     if per_head and layer.attn_backend.get_name() != "FLASH_ATTN":
         raise UnsupportedFeature(
             f"attention.cuda_backend: no test covers an FP8 KV cache with a scale for each head on "
-            f"{layer.attn_backend.get_name()}. Use --kv-cache-dtype auto, or set BI_PATCH=0"
+            f"{layer.attn_backend.get_name()}. Use --kv-cache-dtype bfloat16 or float16, the model's own type, or set "
+            "BI_PATCH=0"
         )
     version = getattr(impl, "vllm_flash_attn_version", None)
     extras = {

@@ -356,7 +356,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek V2, BI_PATCH_MLA=one", *_SIX),
     ),
     ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cpu"): (("DeepSeek V2,* compiled", *_SIX),),
-    ("FP8 KV cache (e4m3, static scales)", "cuda"): (("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),),
+    ("FP8 KV cache (e4m3, static scales)", "cuda"): (
+        ("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),
+        ("* KV cache per head, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
+    ),
     ("fp32 KV cache", "cpu"): (("* fp32", *_SIX, "preemption"),),
     # Images.
     ("images (InternVL as Hugging Face transformers has it)", "cpu"): (
@@ -634,6 +637,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", "cuda"): (
         ("* W8A16,*", *_SIX, *_PUBLISHED),
         ("* W8A16,* eager", *_SIX),
+        ("* W8A16, 2 layers", "batch size", "decode = prefill"),
     ),
     ("FP8 in blocks of 128 x 128", "cpu"): (("*-fp8-blocks bf16", *_SIX),),
     ("FP8 in blocks of 128 x 128", "cuda"): (
@@ -770,7 +774,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("an FP8 KV cache with FP8 blocks of 128 x 128 in dense models", "cuda"): (
         ("* FP8 block and KV cache,* eager", *_SIX),
     ),
-    ("an FP8 KV cache with FP8 weights per channel", "cuda"): (("* FP8 channel and KV cache,* eager", *_SIX),),
+    ("an FP8 KV cache with FP8 weights per channel", "cuda"): (
+        ("* FP8 channel and KV cache,* eager", *_SIX),
+        ("* KV cache per head, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
+    ),
     ("speculative decoding with quantized weights", "cpu"): tuple(
         (f"* {scheme}, n-grams", *_SPECULATED) for scheme in ("INT8", "W4A16", "FP8 blocks")
     ),
