@@ -6,6 +6,7 @@ They act on every graph that vLLM compiles here. `graphs.check_inductor` looks a
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Any
@@ -16,6 +17,7 @@ from bi_patch.seams import active
 
 _MODULE = "torch._inductor.config"
 _DETERMINISTIC = "TORCHINDUCTOR_DETERMINISTIC"
+_MARK = "_bi_patch_keeps_inductor"
 
 # Caches, logs, assertions, processes and profiles. None of them changes a sum or how a kernel is chosen.
 _FREE = frozenset(
@@ -73,9 +75,8 @@ def check(config: Any = None) -> None:
     _settle(options)
     found = changed(options)
     if found:
-        also = " (torch.use_deterministic_algorithms sets deterministic)" if "deterministic" in found else ""
         raise UnsupportedFeature(
-            f"compilation.options: {_MODULE} sets {', '.join(found)} in this process{also}, which nobody has examined. "
+            f"compilation.options: {_MODULE} sets {', '.join(found)} in this process, which nobody has examined. "
             "Inductor may then choose kernels by time, cut sums or round in another way. Set it for your own graphs "
             "only, with torch.compile(..., options={...}), or in another process than the engine, or set BI_PATCH=0"
         )
@@ -109,13 +110,31 @@ def _free(options: Any, name: str, entry: Any) -> bool:
 
 
 def _settle(options: Any) -> None:
-    """Make Inductor deterministic where its options were loaded before arming set the variable for it: in all threads,
-    as if PyTorch had read the variable, and here, where something may have set the option."""
-    if os.environ.get(_DETERMINISTIC) == "1" and _late(options):
-        options._config["deterministic"].default = True
-        options.deterministic = True
-
-
-def _late(options: Any) -> bool:
+    """Make Inductor deterministic where arming set the variable for it: in all threads, as if PyTorch had read the
+    variable first, and here, where something may have set the option. It stays so."""
     entry = options._config.get("deterministic")
-    return entry is not None and entry.default is False and options.deterministic is False
+    if entry is not None and _wanted():
+        entry.default = True
+        options.deterministic = True
+        _hold(sys.modules["torch"])
+
+
+def _wanted() -> bool:
+    return os.environ.get(_DETERMINISTIC) == "1"
+
+
+def _hold(torch: Any) -> None:
+    """Let torch.use_deterministic_algorithms keep Inductor's option. Dynamo calls it after each graph, to give PyTorch
+    its own flag back, and so turns the option off for all later graphs of the process."""
+    original = torch.use_deterministic_algorithms
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def use_deterministic_algorithms(mode: bool, *, warn_only: bool = False) -> None:
+        original(mode, warn_only=warn_only)
+        if _wanted():
+            sys.modules[_MODULE].deterministic = True
+
+    setattr(use_deterministic_algorithms, _MARK, True)
+    torch.use_deterministic_algorithms = use_deterministic_algorithms

@@ -297,7 +297,8 @@ FEATURES: tuple[Feature, ...] = (
         },
         ascend=absent("vLLM-Ascend's own compiler makes the graphs; the backend inductor is refused"),
         details="Checked with the configuration, in each worker, and again where a compilation starts. Caches, logs, "
-        "assertions and profiles are free. `torch.use_deterministic_algorithms(False)` sets such an option, too.",
+        "assertions and profiles are free. On CUDA Inductor stays deterministic, also after "
+        "`torch.use_deterministic_algorithms(False)`.",
     ),
     row(
         "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=1)",

@@ -263,6 +263,7 @@ DYNAMO = frozenset(
             f"TORCHDYNAMO_{name}"
             for name in (
                 "DEBUG_FUNCTION",
+                "DISABLE",  # the functions that PyTorch would compile run in eager mode
                 "EXTENDED_ADVICE",
                 "EXTENDED_DEBUG_CPP",
                 "EXTENDED_DEBUG_CREATE_SYMBOL",

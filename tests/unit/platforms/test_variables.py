@@ -101,6 +101,15 @@ def test_arming_sets_no_variable_that_is_refused():
     assert not {name for name in others if name.startswith(("TORCH_COMPILE", "TORCHDYNAMO", "OMP_", "KMP_"))}
 
 
+def test_the_engines_of_verify_have_no_variable_that_is_refused(monkeypatch):
+    from bi_patch.tools.verify.child import ARMED, Options, child_environ
+
+    for eager in (True, False):
+        for name, value in child_environ({}, ARMED, Options("model", eager=eager)).items():
+            monkeypatch.setenv(name, value)
+        assert not variables.unknown()
+
+
 def test_variables_that_vllm_sets_itself_are_no_reason_to_refuse():
     """vLLM sets some by the platform, the model or the executor. Workers are asked after that."""
     root = Path(pytest.importorskip("vllm").__file__).parent

@@ -1,6 +1,9 @@
 """Options of Inductor that are set in the process: those of a list are free, others are refused with their names."""
 
 import importlib
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -120,11 +123,32 @@ def test_options_that_were_loaded_before_arming_become_deterministic(monkeypatch
     assert held._config["deterministic"].default is True  # other threads read the default
 
 
-def test_use_deterministic_algorithms_may_not_take_it_back(monkeypatch):
-    monkeypatch.setitem(inductor.sys.modules, "torch._inductor.config", made(False, True))
-    monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "1")
-    with pytest.raises(UnsupportedFeature, match="sets deterministic .*use_deterministic_algorithms"):
-        inductor.check()
+CHILD = """
+import os
+os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+import torch
+from bi_patch.seams import inductor
+from torch._inductor import config
+seen = []
+def backend(graph, inputs):
+    seen.append(config.deterministic)
+    return graph
+inductor.check()
+for n in (2, 3):
+    torch.compile(lambda x, n=n: (x * n).sum(), backend=backend)(torch.ones(4))
+torch.use_deterministic_algorithms(False)
+seen.append(config.deterministic)
+inductor.check()
+inductor.check()
+print(seen, torch.are_deterministic_algorithms_enabled())
+"""
+
+
+def test_inductor_stays_deterministic_after_a_graph():
+    """Dynamo gives PyTorch's own flag back after each graph, and its call turns Inductor's option off."""
+    environ = {**os.environ, "BI_PATCH": "0"}
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, env=environ, timeout=120)
+    assert done.stdout.split("\n")[-2:] == ["[True, True, True] False", ""], done.stderr
 
 
 def test_a_process_without_inductor_has_set_nothing(monkeypatch):
