@@ -6,7 +6,6 @@ request again, since clients other than vLLM's Python front end send requests to
 
 import functools
 
-from bi_patch.errors import UnsupportedRequest
 from bi_patch.platforms import releases
 from bi_patch.seams import active
 from bi_patch.seams import pooling as poolers
@@ -171,15 +170,15 @@ def _checked_in_core(original):
 
 
 def _forgotten(original):
-    """LLMEngine.add_request: a front end whose engine core runs in its process forgets a request that the core refused.
-    It would wait for the answer for ever."""
+    """LLMEngine.add_request: the front end forgets a request that did not reach its engine core, or that a core in its
+    process refused. It would wait for the answer for ever."""
 
     @functools.wraps(original)
     def add_request(self, request_id, *args, **kwargs):
         known = set(self.output_processor.request_states)
         try:
             return original(self, request_id, *args, **kwargs)
-        except UnsupportedRequest:
+        except Exception:
             # Those of this call alone: a running request may have the same name.
             self.abort_request([added for added in self.output_processor.request_states if added not in known], True)
             raise
@@ -258,10 +257,11 @@ SEAMS = (
         name="requests.local",
         targets=(Target("vllm.v1.engine.llm_engine", "LLMEngine.add_request"),),
         close=_forgotten,
-        why="without a process of its own (VLLM_ENABLE_V1_MULTIPROCESSING=0), an engine core that refuses a request "
-        "leaves the request in the front end, whose next call never returns",
+        why="a request that cannot be sent to the engine core (extra_args that nothing serializes) stays in the front "
+        "end, whose next call never returns. So does one that a core without a process of its own refuses "
+        "(VLLM_ENABLE_V1_MULTIPROCESSING=0)",
         how="the front end forgets the request, and the caller gets the error",
-        until="upstream takes back a request that its engine core in the same process did not take",
+        until="upstream takes back a request that its engine core did not take",
         causes=(8, 9, 34),
     ),
 )

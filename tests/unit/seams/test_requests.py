@@ -336,7 +336,7 @@ def test_the_core_refuses_embeddings_that_would_reach_other_requests(embeds, sai
     assert core.add(Params(seed=1), prompt_token_ids=[8, 9], **mixed)  # the second token is an embedding
 
 
-def test_a_front_end_forgets_a_request_that_its_core_refused():
+def test_a_front_end_forgets_a_request_that_its_core_did_not_get():
     forgotten = []
     states = {"a-0": None, "b-0": None}  # both run: the name of one of them comes again
     front = SimpleNamespace(request_states=states)
@@ -352,9 +352,9 @@ def test_a_front_end_forgets_a_request_that_its_core_refused():
     assert closed(engine, "a", None) == "a" and not forgotten
     with pytest.raises(UnsupportedRequest):
         closed(engine, "b", UnsupportedRequest("no"))
-    with pytest.raises(ValueError):
-        closed(engine, "c", ValueError("vLLM's own"))
-    assert forgotten == ["b-1"]
+    with pytest.raises(TypeError):
+        closed(engine, "c", TypeError("cannot be sent"))
+    assert forgotten == ["b-1", "c-1"]
 
 
 def test_a_penalty_of_minus_zero_is_none():
