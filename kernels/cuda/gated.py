@@ -1,9 +1,9 @@
-"""SwiGLU with a factor of its gate: compiles and launches gated.cu, which states shapes and roundings."""
+"""Forms of SwiGLU: compiles and launches gated.cu, which states shapes and roundings."""
 
 from __future__ import annotations
 
 import functools
-from ctypes import c_float, c_longlong, c_void_p
+from ctypes import _SimpleCData, c_float, c_longlong, c_uint, c_void_p
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import nvrtc
@@ -13,18 +13,21 @@ if TYPE_CHECKING:
 
 _THREADS = 256
 _EACH = 8  # elements of a thread
+MOST = 1 << 35  # elements of x: the kernel counts threads in 31 bits
 
 
 class Form(NamedTuple):
-    """What gated.cu is compiled for. brain: bf16, not fp16."""
+    """What gated.cu is compiled for. brain: bf16, not fp16. scaled: with a factor."""
 
     columns: int
     brain: bool
+    scaled: bool = False
 
     def defines(self) -> dict[str, object]:
         """The preprocessor macros of gated.cu."""
         return {
             "COLUMNS": self.columns,
+            "SCALED": int(self.scaled),
             "THREADS": _THREADS,
             "PARTS": 1,
             "BRAIN": int(self.brain),
@@ -47,31 +50,46 @@ def build(form: Form, arch: str, major: int) -> bytes:
 
 
 @functools.cache
-def load(form: Form, device: int) -> nvrtc.Function:
-    """The kernel, compiled and loaded on the device. Raises nvrtc.CompileError."""
+def load(form: Form, kernel: str, device: int) -> nvrtc.Function:
+    """A kernel of gated.cu, compiled and loaded on the device. Raises nvrtc.CompileError."""
     import torch
 
     with torch.cuda.device(device):
-        return nvrtc.Function(build(form, *nvrtc.target(device)), "gated_silu", _THREADS, 0)
+        return nvrtc.Function(build(form, *nvrtc.target(device)), kernel, _THREADS, 0)
 
 
-def run(x: torch.Tensor, factor: float) -> torch.Tensor:
+def run(x: torch.Tensor, factor: float, adds_zero: bool) -> torch.Tensor:
     """silu(factor * x[:, :C]) * x[:, C:] of x [tokens, 2 C], which `covers`, -> [tokens, C] of x's type.
 
-    Raises nvrtc.CompileError.
+    adds_zero: -0 in x[:, C:] counts as 0. Raises nvrtc.CompileError, and ValueError for x of MOST elements or more.
     """
     import torch
 
-    tokens, columns = len(x), x.shape[1] // 2
-    out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
-    if not tokens:
-        return out
+    out = torch.empty(len(x), x.shape[1] // 2, dtype=x.dtype, device=x.device)
+    _launch("gated_silu", x, out, factor != 1, c_float(factor), c_uint(0 if adds_zero else 0x80008000))
+    return out
+
+
+def run_pairs(x: torch.Tensor, out: torch.Tensor, alpha: float, limit: float) -> None:
+    """Write gpt-oss's SwiGLU of pairs x [rows, 2 C] to out [rows, C], dense and aligned to 16 bytes. `covers` both.
+
+    Raises nvrtc.CompileError, and ValueError for x of MOST elements or more.
+    """
+    _launch("clamped_pairs", x, out, False, c_float(alpha), c_float(limit))
+
+
+def _launch(kernel: str, x: torch.Tensor, out: torch.Tensor, scaled: bool, *more: _SimpleCData) -> None:
+    import torch
+
+    rows, columns = out.shape
+    if x.numel() >= MOST:
+        raise ValueError(f"x of {rows} x {2 * columns} has too many elements")
+    if not rows:
+        return
     if x.stride(1) != 1 or x.stride(0) % _EACH or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    at = [c_void_p(t.data_ptr()) for t in (x, out)]
-    load(Form(columns, x.dtype == torch.bfloat16), x.device.index)(
-        (tokens, -(-columns // (_EACH * _THREADS))),
+    load(Form(columns, x.dtype == torch.bfloat16, scaled), kernel, x.device.index)(
+        (-(-rows * columns // (_EACH * _THREADS)), 1),
         torch.cuda.current_stream(x.device).cuda_stream,
-        [*at, c_longlong(x.stride(0)), c_float(factor)],
+        [c_void_p(x.data_ptr()), c_void_p(out.data_ptr()), c_longlong(x.stride(0)), c_uint(rows), *more],
     )
-    return out

@@ -142,15 +142,36 @@ DEVICE float times_unflushed(float a, float b) {
   return y;
 }
 
-// x / (1 + expf(-x)), with the instructions that nvcc makes of it without fast math.
-DEVICE float swish(float x) {
+// The lesser number, also of numbers below the normal range.
+DEVICE float lesser(float a, float b) {
+  float y;
+  asm("min.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// by / (1 + expf(-x)), with the instructions that nvcc makes of it without fast math.
+DEVICE float over_1_plus_exp(float by, float x) {
   float y;
   asm("{\n\t.reg .f32 n, t, k, f;\n\t.reg .b32 s;\n\tneg.f32 n, %1;\n\t"
       "fma.rn.f32 t, n, 0f3BBB989D, 0f3F000000;\n\tcvt.sat.f32.f32 t, t;\n\t"
       "fma.rm.f32 t, t, 0f437C0000, 0f4B400001;\n\tadd.rn.f32 k, t, 0fCB40007F;\n\tneg.f32 k, k;\n\t"
       "fma.rn.f32 f, n, 0f3FB8AA3B, k;\n\tfma.rn.f32 f, n, 0f32A57060, f;\n\t"
       "mov.b32 s, t;\n\tshl.b32 s, s, 23;\n\tmov.b32 t, s;\n\tex2.approx.ftz.f32 f, f;\n\t"
-      "fma.rn.f32 f, f, t, 0f3F800000;\n\tdiv.rn.f32 %0, %1, f;\n\t}"
+      "fma.rn.f32 f, f, t, 0f3F800000;\n\tdiv.rn.f32 %0, %2, f;\n\t}"
+      : "=f"(y)
+      : "f"(x), "f"(by));
+  return y;
+}
+
+DEVICE float swish(float x) { return over_1_plus_exp(x, x); }
+
+// swish within a few units in the last place, infinities and zeros included. 2^-8 keeps the reciprocal in the normal
+// range: a sum can exceed 2^126.
+DEVICE float quick_swish(float x) {
+  float y;
+  asm("{\n\t.reg .f32 e, s;\n\tmul.rn.f32 e, %1, 0fBFB8AA3B;\n\tex2.approx.ftz.f32 e, e;\n\t"
+      "fma.rn.f32 e, e, 0f3B800000, 0f3B800000;\n\trcp.approx.ftz.f32 e, e;\n\t"
+      "mul.rn.f32 s, %1, 0f3B800000;\n\tmul.rn.f32 %0, s, e;\n\t}"
       : "=f"(y)
       : "f"(x));
   return y;

@@ -1,8 +1,8 @@
 """The certificates of a CUDA worker. All are made at one moment, when the model is loaded.
 
 At that moment vLLM has compiled and captured nothing, and has not measured the free memory. If the certificate of a
-linear, of experts or of decode attention fails, another kernel serves, which keeps the order by construction. For the
-other certificates there is no such kernel, so the engine stops (bi_patch.ops.certificates).
+linear, of experts, of a gated activation or of decode attention fails, another kernel serves, which keeps the order by
+construction. For the other certificates there is no such kernel, so the engine stops (bi_patch.ops.certificates).
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Certificate
 from bi_patch.ops.cuda import (
+    activation,
     attention,
     chunks,
     linear,
@@ -28,6 +30,9 @@ from bi_patch.ops.cuda import (
 )
 from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.ops.row_checks import RowCheck
+
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger("vllm.bi_patch")
 _PRODUCTS = linear, scaled_linear, packed_linear, packed_experts
@@ -69,11 +74,12 @@ def certify(
     cache: Path,
     ahead: Ahead | None = None,
     others: int = 0,
+    activations: Iterable[tuple[str, torch.dtype]] = (),
 ) -> list[Certificate]:
     """Certify every linear, every kind of experts and of attention, and the rows of all other operations of one worker.
 
     max_rows: the maximum number of tokens of a step. Linears and experts are certified for up to max_rows rows.
-    others: the rows that other ranks may add for the experts.
+    others: the rows that other ranks may add for the experts. activations: form and type of gated activations.
     library: the version of vLLM, whose kernels are compared, and the switches that choose among these kernels. cache:
     the folder of certificates. ahead: what `begin` started. A problem that occurs several times is certified once.
     Returns all certificates, in the order of the arguments, with failed certificates of linears, experts and decoders.
@@ -98,6 +104,7 @@ def certify(
             rest.finish()
         for decoder, prefill in decoders:
             made.append(attention.certify(decoder, prefill, library, cache))
+        made += (activation.certify(*given, library, cache) for given in activations)
         with torch.inference_mode():
             chunked = [_attention(layer).certify(layer, run, library, cache) for layer, run in attentions]
             among_rows = [rows.certify(check, library, cache) for check in checks]

@@ -17,6 +17,34 @@ def _custom_op(config) -> None:
             held.append(f"+{name}")
 
 
+def _silu(original):
+    """SiluAndMul.forward_cuda: call the bundled kernel for rows of 16-bit elements."""
+    from bi_patch.ops.cuda import activation
+
+    activation.define_op()
+
+    def forward_cuda(self, x):
+        if x.ndim != 2 or not activation.covers(x.shape[1] // 2, x.dtype):
+            return original(self, x)
+        return activation.scaled_silu_and_mul(x)
+
+    return forward_cuda
+
+
+def forms(model, config):
+    """The form and the type of each gated activation of a model that a bundled kernel can take."""
+    from vllm.model_executor.layers.activation import SiluAndMul
+
+    from bi_patch.ops.cuda import activation
+    from bi_patch.seams.cuda.packed_experts import OWNED, kernel
+
+    for module in model.modules():
+        if isinstance(module, SiluAndMul):
+            yield activation.SILU, config.model_config.dtype
+        elif type(kernel(module)).__name__ in OWNED and module.moe_config.activation.value == "swigluoai":
+            yield activation.PAIRS, config.model_config.dtype
+
+
 def _scaled(original):
     """FalconH1MLP.forward: one launch multiplies the gate by its factor, activates it, and multiplies by the rest."""
     from bi_patch.ops.cuda import activation
@@ -35,6 +63,18 @@ def _scaled(original):
 
 
 SEAMS = (
+    Seam(
+        name="activation.cuda_silu",
+        targets=(Target("vllm.model_executor.layers.activation", "SiluAndMul.forward_cuda"),),
+        close=_silu,
+        why="vLLM's kernel for SwiGLU takes longer than code that torch.compile makes, which rounds in other places",
+        how="a bundled kernel with the bits of vLLM's, if its certificate allows that",
+        until="vLLM's kernel is as fast as code of torch.compile",
+        required=False,
+        causes=(17,),
+        serves=("SiluAndMul",),
+        op="bi_patch.ops.cuda.activation",
+    ),
     Seam(
         name="activation.cuda_scaled",
         targets=(Target("vllm.model_executor.models.falcon_h1", "FalconH1MLP.forward", ">=0.33"),),

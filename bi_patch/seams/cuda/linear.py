@@ -52,6 +52,7 @@ def _load(original):
         from bi_patch.seams import pooling as poolers
         from bi_patch.seams import vision as images
         from bi_patch.seams.cuda import (
+            activation,
             attention,
             chunks,
             eighths,
@@ -109,6 +110,7 @@ def _load(original):
                     cache=active.cache,
                     ahead=ahead,
                     others=ranks.others(config),
+                    activations=activation.forms(model, config),
                 )
                 eighths.require(config)
                 return made
@@ -196,9 +198,10 @@ SEAMS = (
         close=_load,
         why="no switch forbids kernels that slice K inside one launch, and the batch decides the tiles of experts and "
         "of attention",
-        how="after the model is loaded, bi_patch compares its linear layers, experts' tiles and decode attention "
-        "bitwise with kernels that keep the order. A kernel that differs does not serve. Attention, norms, routers and "
-        "sampling are compared with themselves, in chunks and among other rows. If they differ, the engine stops",
+        how="after the model is loaded, bi_patch compares its linear layers, experts' tiles, gated activations and "
+        "decode attention bitwise with kernels that keep the order. A kernel that differs does not serve. Attention, "
+        "norms, routers and sampling are compared with themselves, in chunks and among other rows. If they differ, the "
+        "engine stops",
         until="never: this patch point makes the certificates",
         causes=(1, 10, 13, 19),
     ),

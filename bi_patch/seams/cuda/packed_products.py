@@ -98,6 +98,7 @@ def own() -> type:
 
     from bi_patch.kernels.cuda.packed import Rows
     from bi_patch.kernels.packing import Packed
+    from bi_patch.ops.cuda import activation as gated
     from bi_patch.ops.cuda import packed_experts
 
     class PackedExperts(TritonWNA16Experts):
@@ -130,7 +131,8 @@ def own() -> type:
             rows = align(form)
             data = Packed(w1, self.w1_scale, self.w1_zp, 4, first.group)
             packed_experts.product(hidden_states, data, Rows(*rows, top_k, ids), self.w1_bias, form, up)
-            self.activation(activation, active, up)
+            if activation.value != "swigluoai" or not gated.swigluoai_and_mul(active, up):
+                self.activation(activation, active, up)
             then = packed_experts.form(second, ids, experts)
             if then.tiles != form.tiles:
                 rows = align(then)

@@ -1,4 +1,4 @@
-"""Falcon-H1's gated activation: one operator between the projections, and vLLM's own code for other types."""
+"""Gated activations: one operator for rows of 16-bit elements, and vLLM's own code for others."""
 
 from types import SimpleNamespace
 
@@ -53,3 +53,25 @@ def test_compiled_code_calls_the_operator(layer):
         torch.empty(5, 32, dtype=torch.bfloat16, device="meta")
     )
     assert out.shape == (5, 16) and out.dtype == torch.bfloat16
+
+
+def test_rows_of_16_bit_elements_take_the_operator(monkeypatch):
+    monkeypatch.setattr(ops, "scaled_silu_and_mul", lambda x: "bundled")
+    forward = activation._silu(lambda self, x: "stock")
+    assert forward.__name__ == "forward_cuda"  # certificates of rows are named after it
+    rows = torch.zeros(3, 32, dtype=torch.bfloat16)
+    assert [forward(None, x) for x in (rows, rows.half())] == ["bundled"] * 2
+    assert [forward(None, x) for x in (rows.float(), rows[:, :24], rows[None])] == ["stock"] * 3
+
+
+def test_which_activations_of_a_model_get_a_certificate():
+    layers = pytest.importorskip("vllm.model_executor.layers.activation")
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
+    act, model = torch.nn.Module(), torch.nn.Sequential(*(torch.nn.Module() for _ in range(3)))
+    act.__class__ = type("Act", (layers.SiluAndMul,), {})
+    kinds = ("PackedFloatExperts", "swigluoai"), ("PackedExperts", "silu"), ("Other", "swigluoai")
+    for layer, (name, kind) in zip(model, kinds, strict=True):
+        layer.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=type(name, (), {})()))
+        layer.moe_config = SimpleNamespace(activation=SimpleNamespace(value=kind))
+    assert [*activation.forms(model, config)] == [(ops.PAIRS, torch.bfloat16)]
+    assert [*activation.forms(torch.nn.Sequential(act, torch.nn.Linear(2, 2)), config)] == [(ops.SILU, torch.bfloat16)]

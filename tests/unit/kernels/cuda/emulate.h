@@ -205,7 +205,10 @@ DEVICE float power_of_2(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.f / x; }
 DEVICE float log_of_1_plus(float x) { return log1pf(x); }
 DEVICE float times_unflushed(float a, float b) { return a * b; }
-DEVICE float swish(float x) { return x / (1.f + expf(-x)); }
+DEVICE float lesser(float a, float b) { return fminf(a, b); }
+DEVICE float over_1_plus_exp(float by, float x) { return by / (1.f + expf(-x)); }
+DEVICE float swish(float x) { return over_1_plus_exp(x, x); }
+DEVICE float quick_swish(float x) { return x * 0x1p-8f * (1.f / fmaf(exp2f(x * -1.44269504f), 0x1p-8f, 0x1p-8f)); }
 DEVICE float root_reciprocal(float x) { return 1.f / sqrtf(x); }
 DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float times(float a, float b) { return a * b; }
