@@ -47,6 +47,14 @@ def vendor_allowed() -> bool:
 
 
 @functools.cache
+def is_hopper() -> bool:
+    """Whether the current device has compute capability 9.0."""
+    import torch
+
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+@functools.cache
 def _raw_stream():
     import torch
 

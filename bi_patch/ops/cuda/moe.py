@@ -10,7 +10,8 @@ errors cancel again.
 
 Experts with 8-bit floats in blocks sum each group of 128 elements of K on the tensor cores. Each group's sum is
 multiplied by its two scales, then added. Experts with a scale for each row or for each expert sum all of K there, and
-multiply once. Plain random data are compared: the tensor cores' short sums show another order by themselves.
+multiply once, first by the scale of activations. So the tile may decide which operand the tensor cores take first.
+Plain random data are compared: the tensor cores' short sums show another order by themselves.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ FIXED = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE
 # For 8-bit floats with a scale for each group: the same, with K blocks of one group.
 FIXED_GROUPS = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
 FP8 = "fp8_w8a8"  # vLLM's name of the kind of weights
+# On Hopper, for 8-bit floats without groups, if an expert has many rows on average. vLLM's tables for this GPU mostly
+# have this tile there, and vLLM's default tile is half as wide, which reads more from the L2 cache.
+MANY = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
+MANY |= {"num_warps": 8, "num_stages": 4}
+MANY_ROWS = 128
 ROW, EXPERT, EXPERT_AND_ROW = "row", "expert", "expert and row"
 # By table key: whether every certificate of this size passed. A size that is not here has none, and FIXED serves it.
 _passed: dict[tuple[int, int, str | None], bool] = {}
@@ -69,7 +75,8 @@ class Problem(NamedTuple):
     scale: str = ""
 
     def __str__(self) -> str:
-        eighth = f" e4m3 groups of {self.group}" if self.group else f" e4m3 by {self.scale}" if self.scale else ""
+        whole = f" e4m3 by {self.scale}, swapped by tile" if self.scale else ""
+        eighth = f" e4m3 groups of {self.group}" if self.group else whole
         extras = f"{' bias' * self.bias}{' weighted input' * self.weighted_input}{eighth}"
         size = f"E={self.experts} N={self.n} K={self.hidden} top{self.top_k}"
         return f"{size} {self.activation}{extras} {machine.name(self.dtype)}"
@@ -112,15 +119,24 @@ def one_pass(tile: dict[str, int], dtype: str | None = None, group: int = 0) -> 
     return kept | {"BLOCK_SIZE_N": max(kept["BLOCK_SIZE_N"], 64)} | ({"BLOCK_SIZE_K": group} if group else {})
 
 
+def widened(tile: dict[str, int], rows: float, dtype: str | None, group: int = 0) -> dict[str, int]:
+    """vLLM's default `tile`, or MANY. rows: how many an expert has on average. dtype, group: as for `one_pass`."""
+    return dict(MANY) if dtype == FP8 and not group and rows >= MANY_ROWS and machine.is_hopper() else tile
+
+
 def is_fixed(experts: int, n: int, dtype: str | None) -> bool:
     """Whether only FIXED may serve this size: it has no certificate, or a certificate failed."""
     return not _passed.get((experts, n, dtype), False)
 
 
-def bundled_table(experts: int, n: int, dtype: str | None) -> dict[int, dict[str, int]] | None:
-    """bi_patch's own tuned tiles for this device, by number of tokens; None if bi_patch has no table for this size."""
+def bundled_table(experts: int, n: int, dtype: str | None, group: int = 0) -> dict[int, dict[str, int]] | None:
+    """bi_patch's own tuned tiles for this device, by number of tokens; None if bi_patch has no table for this size.
+
+    dtype, group: as for `one_pass`.
+    """
     model = machine.device().split(" sm_")[0].replace(" ", "_")
-    file = _TABLES / f"moe-{model}-E{experts}-N{n}{'-' + dtype if dtype else ''}.json"
+    kind = (f"-{dtype}" if dtype else "") + (f"-{group}" if group else "")
+    file = _TABLES / f"moe-{model}-E{experts}-N{n}{kind}.json"
     if not file.is_file():
         return None
     return {int(m): tile for m, tile in json.loads(file.read_text()).items()}

@@ -18,7 +18,7 @@ def _configs(original):
 
     @functools.cache
     def tuned(E, N, dtype, block_n, block_k):
-        table = moe.bundled_table(E, N, dtype) or stock(E, N, dtype, block_n, block_k)
+        table = moe.bundled_table(E, N, dtype, block_k or 0) or stock(E, N, dtype, block_n, block_k)
         return table and {m: moe.one_pass(tile, dtype, block_k or 0) for m, tile in table.items()}
 
     def get_moe_configs(E, N, dtype, block_n=None, block_k=None):
@@ -40,18 +40,24 @@ def _default(original):
         group = block_shape[1] if dtype == moe.FP8 and block_shape else 0
         if moe.is_fixed(E, N, dtype):
             return dict(moe.FIXED_GROUPS) if group else original(M, E, N, K, topk, dtype, block_shape)
-        return moe.one_pass(stock(M, E, N, K, topk, dtype, block_shape), dtype, group)
+        tile = stock(M, E, N, K, topk, dtype, block_shape)
+        return moe.one_pass(moe.widened(tile, M * topk / E, dtype, group), dtype, group)
 
     return get_default_config
 
 
 def _swapped(original):
-    """enable_swap_ab: swap the operands of 8-bit floats for every number of rows, or for none."""
+    """invoke_fused_moe_triton_kernel: swap the operands of groups for every number of rows, or for none."""
+    by_tile = original.__globals__["enable_swap_ab"]
+    of_groups = with_globals(original, enable_swap_ab=lambda m, n: by_tile(1, n))
+    at = list(inspect.signature(original).parameters).index("block_shape")
 
-    def enable_swap_ab(BLOCK_SIZE_M, BLOCK_SIZE_N):
-        return original(1, BLOCK_SIZE_N)
+    @functools.wraps(original)
+    def invoke_fused_moe_triton_kernel(*given, **named):
+        block = given[at] if len(given) > at else named.get("block_shape")
+        return (original if block is None else of_groups)(*given, **named)
 
-    return enable_swap_ab
+    return invoke_fused_moe_triton_kernel
 
 
 def _gate(original):
@@ -210,6 +216,7 @@ def _run(fused_experts, activation, problem):
 
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe.fused_moe"
+_TRITON_EXPERTS = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
 
 
 SEAMS = (
@@ -235,11 +242,12 @@ SEAMS = (
     ),
     Seam(
         name="moe.cuda_swapped",
-        targets=(Target("vllm.model_executor.layers.fused_moe.utils", "enable_swap_ab", ">=0.33", (_FUSED_MOE,)),),
+        targets=(Target(_FUSED_MOE, "invoke_fused_moe_triton_kernel", ">=0.33", (_TRITON_EXPERTS,)),),
         close=_swapped,
-        why="for few rows vLLM swaps the operands of FP8 experts, which multiplies a sum by its two scales in another "
-        "order",
-        how="on Hopper the operands are swapped for every number of rows",
+        why="for few rows vLLM swaps the operands of experts in FP8 blocks, which multiplies a sum by its two scales "
+        "in another order",
+        how="on Hopper the operands of blocks are swapped for every number of rows. Other FP8 experts multiply by the "
+        "scales in one order",
         until="upstream's kernel multiplies by the scales in one order",
         causes=(12,),
     ),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.ops.cuda import machine
 from bi_patch.ops.cuda import moe as certified
 from bi_patch.seams.cuda import moe
 
@@ -87,14 +88,21 @@ def test_the_certificate_calls_the_kernel_with_the_form_of_the_layer(form, token
 
 
 def test_the_number_of_rows_does_not_decide_the_form():
-    swapped = moe._swapped(lambda m, n: m < 64 <= n)  # as vLLM decides on Hopper
-    assert [swapped(m, 128) for m in (16, 64, 128)] == [True] * 3
-    assert [swapped(m, 32) for m in (16, 64)] == [False] * 2
+    vllm = {"enable_swap_ab": lambda m, n: m < 64 <= n}  # as vLLM decides on Hopper
+    exec("def invoke(A, m, n, block_shape=None, B_bias=None): return enable_swap_ab(m, n)", vllm)
+    invoke = moe._swapped(vllm["invoke"])
+    groups = [128, 128]
+    assert [invoke("A", m, 128, block_shape=groups) for m in (16, 64, 128)] == [True] * 3
+    assert [invoke("A", m, 32, groups) for m in (16, 64)] == [False] * 2
+    # Without groups, one expression multiplies by the scales in both forms: the tile may decide.
+    assert [invoke("A", m, 128, None) for m in (16, 64, 128)] == [True, False, False]
+    assert [invoke("A", m, 128) for m in (32, 256)] == [True, False]
 
 
 def test_the_default_tile_of_groups_follows_its_certificate(monkeypatch):
     pytest.importorskip("vllm")
     monkeypatch.setattr(certified, "_passed", {})
+    monkeypatch.setattr(machine, "is_hopper", lambda: True)
 
     def get_default_config(M, E, N, K, topk, dtype, block_shape=None):
         return {"BLOCK_SIZE_M": 16 if M < 9 else 64, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "SPLIT_K": 4}
@@ -107,3 +115,8 @@ def test_the_default_tile_of_groups_follows_its_certificate(monkeypatch):
     by_row = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "SPLIT_K": 1}
     assert close(1, *given[:-1], None) == by_row
     assert close(1, *given) == {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "SPLIT_K": 1}
+    # 128 rows for each of four experts, of which a token takes two.
+    assert close(255, *given[:-1], None)["BLOCK_SIZE_M"] == 64 and close(256, *given[:-1], None) == certified.MANY
+    assert close(256, *given)["BLOCK_SIZE_M"] == 64 and close(256, 4, 384, 256, 2, None)["BLOCK_SIZE_M"] == 64
+    monkeypatch.setattr(machine, "is_hopper", lambda: False)
+    assert close(256, *given[:-1], None)["BLOCK_SIZE_M"] == 64
