@@ -41,7 +41,7 @@ def _default(original):
         if moe.is_fixed(E, N, dtype):
             return dict(moe.FIXED_GROUPS) if group else original(M, E, N, K, topk, dtype, block_shape)
         tile = stock(M, E, N, K, topk, dtype, block_shape)
-        return moe.one_pass(moe.widened(tile, M * topk / E, dtype, group), dtype, group)
+        return moe.one_pass(moe.tuned(tile, M * topk / E, dtype, group), dtype, group)
 
     return get_default_config
 

@@ -115,8 +115,10 @@ def test_the_default_tile_of_groups_follows_its_certificate(monkeypatch):
     by_row = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "SPLIT_K": 1}
     assert close(1, *given[:-1], None) == by_row
     assert close(1, *given) == {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "SPLIT_K": 1}
-    # 128 rows for each of four experts, of which a token takes two.
-    assert close(255, *given[:-1], None)["BLOCK_SIZE_M"] == 64 and close(256, *given[:-1], None) == certified.MANY
-    assert close(256, *given)["BLOCK_SIZE_M"] == 64 and close(256, 4, 384, 256, 2, None)["BLOCK_SIZE_M"] == 64
+    # 64 rows for each of four experts, of which a token takes two.
+    assert close(9, *given[:-1], None) == close(127, *given[:-1], None) == certified.FEW
+    assert close(128, *given[:-1], None) == certified.MANY
+    for other in (given, (4, 384, 256, 2, None)):
+        assert close(128, *other)["BLOCK_SIZE_M"] == 64 and close(128, *other)["BLOCK_SIZE_N"] < 128
     monkeypatch.setattr(machine, "is_hopper", lambda: False)
-    assert close(256, *given[:-1], None)["BLOCK_SIZE_M"] == 64
+    assert close(128, *given[:-1], None)["BLOCK_SIZE_N"] == 64
