@@ -20,6 +20,8 @@ NEW_EAGER = "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json"
 NEW_GRAPHS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json"
 AXES = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-3.json"
 CUT = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json"  # compiled, without an eager engine beside
+WIDE = "invariance-2026-11-30-h200-channel-experts-vllm-0.33.0.json"
+WIDE_GRAPHS = "invariance-2026-11-30-h200-channel-experts-vllm-0.33.0-2.json"  # without an eager engine beside
 OWN_EXPERTS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-6.json"  # of 4 bits, on the bundled kernel
 
 
@@ -31,11 +33,14 @@ def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[
 RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
 PACKED = (served(RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), NONE)
 STATIC_RUN = "invariance-2026-11-30-h200-static-vllm-0.33.0.json"
+STATIC_GRAPHS = "invariance-2026-11-30-h200-static-vllm-0.33.0-2.json"  # without an eager engine beside
 STATIC = (
     served(
         STATIC_RUN,
+        STATIC_GRAPHS,
         RUN,
-        why="two layers of Qwen3-8B's sizes, in eager mode; compiled before the weight's scales held the activations'",
+        why="two layers of Qwen3-8B's sizes, compiled and in eager mode; both beside each other before the weight's "
+        "scales held those of activations",
         releases=">=0.33",
     ),
     NONE,

@@ -117,7 +117,9 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     ),
     row(
         "experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)",
-        **cells.cuda(cells.layers("Qwen3-30B-A3B")),
+        **cells.cuda(
+            cells.layers("Qwen3-30B-A3B", files=(cells.WIDE, cells.WIDE_GRAPHS, cells.NEW_EAGER, cells.NEW_GRAPHS))
+        ),
         asked=quantized_experts(_channels),
     ),
     row(

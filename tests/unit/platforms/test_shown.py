@@ -660,12 +660,14 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
             ("Quark: FP8 per tensor, static activations", "Quark FP8"),
             ("FP8 per tensor, dynamic activations", "FP8 tensor"),
             ("quantized language-model head (GPTQ)", "GPTQ head"),
-            (
-                "experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)",
-                "FP8 channel experts",
-            ),
         )
     },
+    ("experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)", "cuda"): (
+        ("* FP8 channel experts, 2 layers, eager", *_SIX, *_RESTARTED),
+        ("* FP8 channel experts, 2 layers", *_SIX, *_PUBLISHED),
+        ("* FP8 channel experts, 2 layers, eager", *_SIX),
+        ("* FP8 channel experts, 2 layers", "batch size", "decode = prefill"),
+    ),
     ("experts in FP8 with one scale each (method fp8)", "cuda"): (
         ("* FP8 tensor experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
         ("* FP8 tensor experts,* eager", *_SIX, *_RESTARTED),
@@ -682,6 +684,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("FP8 per tensor, static activations (method fp8)", "cuda"): (
         ("* FP8 static,*", *_SIX, *_PUBLISHED),
         ("* FP8 static,* eager", *_SIX),
+        ("* FP8 static, 2 layers", "batch size", "decode = prefill"),
     ),
     ("FP8 made while loading (--quantization fp8)", "cuda"): (("* FP8 while loading,*", *_SIX, *_PUBLISHED),),
     ("FP8 made while loading, in blocks (--quantization fp8_per_block)", "cuda"): (
