@@ -31,7 +31,7 @@ def kernel(monkeypatch):
     for name, close in (
         ("get_moe_configs", seam._configs),
         ("get_default_config", seam._default),
-        ("invoke_fused_moe_triton_kernel", seam._swapped),
+        ("invoke_fused_moe_triton_kernel", seam._blocks),
     ):
         monkeypatch.setattr(fused_moe, name, close(getattr(fused_moe, name)))
 

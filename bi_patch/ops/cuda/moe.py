@@ -9,7 +9,7 @@ exactly zero, and their outputs are only rounding errors. In half of the sums of
 errors cancel again.
 
 Experts with 8-bit floats in blocks sum each group of 128 elements of K on the tensor cores. Each group's sum is
-multiplied by its two scales, then added. Experts with a scale for each row or for each expert sum all of K there, and
+multiplied by its two scales, then added; on Hopper by a bundled kernel (kernels/triton/block_experts.py). Experts with a scale for each row or for each expert sum all of K there, and
 multiply once, first by the scale of activations. So the tile may decide which operand the tensor cores take first.
 Plain random data are compared: the tensor cores' short sums show another order by themselves.
 """
@@ -114,11 +114,12 @@ class Kernel(NamedTuple):
 
 def one_pass(tile: dict[str, int], dtype: str | None = None, group: int = 0) -> dict[str, int]:
     """`tile` without split-K. dtype: vLLM's name of the kind of weights. The columns of 8-bit floats fill Hopper's
-    instructions. A K block of groups is one group."""
+    instructions. A K block of groups is one group, and a tile's columns have one scale for each group."""
     kept = {**tile, "SPLIT_K": 1}
     if dtype != FP8:
         return kept
-    return kept | {"BLOCK_SIZE_N": max(kept["BLOCK_SIZE_N"], 64)} | ({"BLOCK_SIZE_K": group} if group else {})
+    kept["BLOCK_SIZE_N"] = max(kept["BLOCK_SIZE_N"], 64)
+    return kept | {"BLOCK_SIZE_N": min(kept["BLOCK_SIZE_N"], group), "BLOCK_SIZE_K": group} if group else kept
 
 
 def tuned(tile: dict[str, int], rows: float, dtype: str | None, group: int = 0) -> dict[str, int]:

@@ -46,16 +46,35 @@ def _default(original):
     return get_default_config
 
 
-def _swapped(original):
-    """invoke_fused_moe_triton_kernel: swap the operands of groups for every number of rows, or for none."""
+def _blocks(original):
+    """invoke_fused_moe_triton_kernel: a bundled kernel for experts in FP8 blocks on Hopper."""
     by_tile = original.__globals__["enable_swap_ab"]
-    of_groups = with_globals(original, enable_swap_ab=lambda m, n: by_tile(1, n))
-    at = list(inspect.signature(original).parameters).index("block_shape")
+    bind = inspect.signature(original).bind
 
     @functools.wraps(original)
     def invoke_fused_moe_triton_kernel(*given, **named):
-        block = given[at] if len(given) > at else named.get("block_shape")
-        return (original if block is None else of_groups)(*given, **named)
+        from bi_patch.kernels.triton import block_experts
+        from bi_patch.ops.cuda import machine
+
+        a = bind(*given, **named).arguments
+        if list(a.get("block_shape") or ()) != [_GROUP, _GROUP] or not a["use_fp8_w8a8"] or not machine.is_hopper():
+            return original(*given, **named)
+        if a.get("B_bias") is not None:
+            raise UnsupportedFeature("moe.cuda_blocks: experts in FP8 blocks with a bias are not covered")
+        block_experts.products(
+            a["A"],
+            a["B"],
+            a["C"],
+            a["A_scale"],
+            a["B_scale"],
+            a["topk_weights"] if a["mul_routed_weight"] else None,
+            a["sorted_token_ids"],
+            a["expert_ids"],
+            a["num_tokens_post_padded"],
+            a["top_k"],
+            a["config"],
+            by_tile(a["config"]["BLOCK_SIZE_M"], a["config"]["BLOCK_SIZE_N"]),
+        )
 
     return invoke_fused_moe_triton_kernel
 
@@ -242,13 +261,13 @@ SEAMS = (
         causes=(10,),
     ),
     Seam(
-        name="moe.cuda_swapped",
+        name="moe.cuda_blocks",
         targets=(Target(_FUSED_MOE, "invoke_fused_moe_triton_kernel", ">=0.33", (_TRITON_EXPERTS,)),),
-        close=_swapped,
+        close=_blocks,
         why="for few rows vLLM swaps the operands of experts in FP8 blocks, which multiplies a sum by its two scales "
         "in another order",
-        how="on Hopper the operands of blocks are swapped for every number of rows. Other FP8 experts multiply by the "
-        "scales in one order",
+        how="on Hopper a bundled kernel multiplies the two scales first, in every tile. Other FP8 experts multiply by "
+        "the scales in one order",
         until="upstream's kernel multiplies by the scales in one order",
         causes=(12,),
     ),

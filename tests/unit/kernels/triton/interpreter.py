@@ -4,6 +4,8 @@ Each kernel is compared with fp64 within a tolerance, and each row alone with th
 line per case: `ok NAME` or `FAIL NAME: reason`.
 """
 
+import functools
+import itertools
 import os
 import sys
 from typing import NamedTuple
@@ -19,6 +21,7 @@ import triton.runtime.interpreter as interpreter  # noqa: E402
 from bi_patch.kernels.triton import (
     attention_backward,
     attention_lse,
+    block_experts,
     chains,
     drafts,
     eighths,
@@ -154,6 +157,71 @@ def scaled_gemms() -> None:
                     for m in (0, 36)
                 ]
                 report(f"{case} alone", "" if torch.equal(torch.cat(alone), got[[0, 36]]) else "a row alone differs")
+
+
+BLOCKS = {
+    "reference": (32, 64, 2, False),
+    "swapped": (16, 64, 1, True),
+    "grouped": (16, 128, 3, False),
+}
+
+
+def sorted_blocks(ids: torch.Tensor, size: int, without: int):
+    """As vLLM: the rows of each block, sorted by expert; the expert of each block, -1 for `without`; their number."""
+    rows, experts = [], []
+    for expert in sorted(set(ids.flatten().tolist())):
+        mine = (ids.flatten() == expert).nonzero().flatten().tolist()
+        mine += [ids.numel()] * (-len(mine) % size)
+        rows += mine
+        experts += [-1 if expert == without else expert] * (len(mine) // size)
+    padded = torch.tensor([len(rows)], dtype=torch.int32)
+    # What lies past the end is never read as a row.
+    return *(torch.tensor(x + [0] * n, dtype=torch.int32) for x, n in ((rows, size), (experts, 1))), padded
+
+
+def run_blocks(x, w, scales, weights, ids, dtype, tile, part, without=-1, unsorted=False):
+    """The products [rows, N] of the tokens `part` alone. x has a row for each token, or one for each of its rows."""
+    size, columns, together, swap = tile
+    named = {"BLOCK_SIZE_M": size, "BLOCK_SIZE_N": columns, "GROUP_SIZE_M": together, "num_stages": 2}
+    top, each = ids.shape[1], len(x) // len(ids)
+    chosen = ids[part]
+    at = slice(part.start * each, part.stop * each)
+    out = torch.full((len(chosen), top, w.shape[1]), float("nan"), dtype=dtype)
+    held = None, chosen.flatten(), torch.tensor([chosen.numel() * size], dtype=torch.int32)
+    held = held if unsorted else sorted_blocks(chosen, size, without)
+    factors = None if weights is None else weights[part].contiguous()
+    given = x[at].contiguous(), w, out, scales[0][at].contiguous(), scales[1], factors
+    block_experts.products(*given, *held, top // each, named, swap)
+    return out.flatten(0, 1)
+
+
+def block_products() -> None:
+    generator = torch.Generator().manual_seed(13)
+    tokens, experts, top, cols = 21, 4, 2, 160  # a few columns of the second 128
+    ids = torch.rand(tokens, experts, generator=generator).topk(top, dim=-1).indices.to(torch.int32)
+    kept = ids.flatten() != 1
+    for dtype, depth, second in itertools.product((torch.float16, torch.bfloat16), (256, 288), (False, True)):
+        rows, groups = tokens * (top if second else 1), -(-depth // 128)
+        x = torch.randn(rows, depth, generator=generator).to(torch.float8_e4m3fn)
+        w = torch.randn(experts, cols, depth, generator=generator).to(torch.float8_e4m3fn)
+        scales = [torch.rand(size, generator=generator) + 0.5 for size in ((rows, groups), (experts, 2, groups))]
+        weights = torch.rand(tokens, top, generator=generator) if second else None
+        wide = [scale.double().repeat_interleave(128, -1)[..., :depth] for scale in scales]
+        a = (x.double() * wide[0]).repeat_interleave(1 if second else top, 0)
+        b = w.double() * wide[1].repeat_interleave(128, 1)[:, :cols]
+        want = torch.einsum("ik,ink->in", a, b[ids.flatten().long()])
+        want *= weights.double().view(-1, 1) if second else 1
+        for name, tile in BLOCKS.items():
+            run = functools.partial(run_blocks, x, w, scales, weights, ids, dtype, tile)
+            case = f"block experts {name} {dtype} K={depth} {'second' if second else 'first'}"
+            got = run(slice(0, tokens))
+            report(case, close(got, want, dtype))
+            report(f"{case} alone", "" if torch.equal(run(slice(5, 6)), got[10:12]) else "a row alone differs")
+            same = torch.equal(run(slice(5, 6), unsorted=True), got[10:12])
+            report(f"{case} unsorted", "" if same else "a row without sorted blocks differs")
+            got = run(slice(0, tokens), without=1)
+            held = bool((got[~kept] == 0).all()) and not close(got[kept], want[kept], dtype)
+            report(f"{case} of another rank", "" if held else "rows of another rank's expert are not zero")
 
 
 def norms() -> None:
@@ -819,6 +887,7 @@ AREAS = {
     "gemm": gemms,
     "heads": heads_products,
     "scaled gemm": scaled_gemms,
+    "block experts": block_products,
     "norm": norms,
     "norm over ranks": norms_over_ranks,
     "layer norm": layer_norms,

@@ -17,6 +17,7 @@ AREAS = (
     "gemm",
     "heads",
     "scaled gemm",
+    "block experts",
     "norm",
     "norm over ranks",
     "layer norm",
