@@ -1,6 +1,6 @@
-"""Products of experts in 8-bit floats with a scale for each block: out[i, n] = round(sum over k of x[r, k] * w[e, n, k]).
+"""Experts in 8-bit floats with a scale for each block: out[i, n] = round(sum over k of x[r, k] * w[e, n, k], scaled).
 
-Row i is a token with one of its experts e, and r = i // per. x [tokens, K] and w [experts, N, K] are e4m3 and contiguous
+Row i is a token with one of its experts e, and r = i // per. x [tokens, K] and w [experts, N, K] are e4m3, contiguous
 along K. Scales are fp32: one for each row and group of 128 of x, one for each block of 128 x 128 of w. out
 [tokens * per, N] is bf16, fp16 or fp32. In the second product, the router's weight of i multiplies the sum.
 

@@ -9,9 +9,10 @@ exactly zero, and their outputs are only rounding errors. In half of the sums of
 errors cancel again.
 
 Experts with 8-bit floats in blocks sum each group of 128 elements of K on the tensor cores. Each group's sum is
-multiplied by its two scales, then added; on Hopper by a bundled kernel (kernels/triton/block_experts.py). Experts with a scale for each row or for each expert sum all of K there, and
-multiply once, first by the scale of activations. So the tile may decide which operand the tensor cores take first.
-Plain random data are compared: the tensor cores' short sums show another order by themselves.
+multiplied by its two scales, then added; on Hopper by a bundled kernel (kernels/triton/block_experts.py). Experts with
+a scale for each row or for each expert sum all of K there, and multiply once, first by the scale of activations. So the
+tile may decide which operand the tensor cores take first. Plain random data are compared: the tensor cores' short sums
+show another order by themselves.
 """
 
 from __future__ import annotations

@@ -87,16 +87,52 @@ def test_the_certificate_calls_the_kernel_with_the_form_of_the_layer(form, token
     assert held.block_shape == block and (held.a1_scale is not None) == (held.a2_scale is not None) == fixed
 
 
-def test_the_number_of_rows_does_not_decide_the_form():
+GIVEN = "A", "B", "C", "A_scale", "B_scale", "weights", "rows", "experts", "padded"
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    """The seam of a stand-in for vLLM's launch, which returns the operands' form. Calls of the bundled kernel go into
+    invoke.calls."""
+    block_experts = pytest.importorskip("bi_patch.kernels.triton.block_experts")
     vllm = {"enable_swap_ab": lambda m, n: m < 64 <= n}  # as vLLM decides on Hopper
-    exec("def invoke(A, m, n, block_shape=None, B_bias=None): return enable_swap_ab(m, n)", vllm)
-    invoke = moe._swapped(vllm["invoke"])
-    groups = [128, 128]
-    assert [invoke("A", m, 128, block_shape=groups) for m in (16, 64, 128)] == [True] * 3
-    assert [invoke("A", m, 32, groups) for m in (16, 64)] == [False] * 2
+    names = "A, B, C, A_scale, B_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded"
+    exec(
+        f"def invoke({names}, mul_routed_weight, top_k, config, use_fp8_w8a8, block_shape=None, B_bias=None):\n"
+        "    return enable_swap_ab(config['BLOCK_SIZE_M'], config['BLOCK_SIZE_N'])",
+        vllm,
+    )
+    closed, calls = moe._blocks(vllm["invoke"]), []
+    monkeypatch.setattr(machine, "is_hopper", lambda: True)
+    monkeypatch.setattr(block_experts, "products", lambda *given: calls.append(given))
+
+    def invoke(m, n, block_shape, weighted=True, fp8=True, **named):
+        config = {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n}
+        return closed(*GIVEN, weighted, 2, config, use_fp8_w8a8=fp8, block_shape=block_shape, **named)
+
+    invoke.calls = calls
+    return invoke
+
+
+def test_blocks_take_the_bundled_kernel(invoke):
+    for m, n, swap in ((16, 128, True), (32, 64, True), (64, 128, False), (128, 128, False)):
+        for weighted in (True, False):
+            invoke(m, n, [128, 128], weighted)
+            config = {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n}
+            weights = "weights" if weighted else None
+            assert invoke.calls.pop() == (*GIVEN[:5], weights, *GIVEN[6:], 2, config, swap)
+    with pytest.raises(UnsupportedFeature, match=r"moe\.cuda_blocks: .* bias"):
+        invoke(16, 64, [128, 128], B_bias="bias")
+    assert not invoke.calls
+
+
+def test_others_take_the_kernel_of_vllm(invoke, monkeypatch):
     # Without groups, one expression multiplies by the scales in both forms: the tile may decide.
-    assert [invoke("A", m, 128, None) for m in (16, 64, 128)] == [True, False, False]
-    assert [invoke("A", m, 128) for m in (32, 256)] == [True, False]
+    assert [invoke(m, 128, None) for m in (16, 64, 128)] == [True, False, False]
+    assert invoke(16, 64, None, B_bias="bias") and invoke(16, 64, [0, 128], fp8=False)
+    monkeypatch.setattr(machine, "is_hopper", lambda: False)
+    assert invoke(16, 64, [128, 128])
+    assert not invoke.calls
 
 
 def test_the_default_tile_of_groups_follows_its_certificate(monkeypatch):

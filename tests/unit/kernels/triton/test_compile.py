@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from bi_patch.kernels.triton import (
     attention_backward,
+    block_experts,
     chains,
     drafts,
     eighths,
@@ -126,6 +127,23 @@ def test_scaled_persistent(architecture, rows, grouped):
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     built = build(scaled_gemm._persistent, described | _SCALED, constants, architecture, **options)
     assert built.metadata.shared <= SHARED[architecture]
+
+
+@pytest.mark.parametrize(("rows", "warps"), [(16, 4), (64, 4), (128, 8)])
+def test_block_experts(rows, warps):
+    """On Hopper: the tensor cores' instructions of a warpgroup, a sum for each group, and one rounding."""
+    pointers = {"x": "*fp8e4nv", "w": "*fp8e4nv", "out": "*bf16"}
+    pointers |= dict.fromkeys(("x_scale", "w_scale", "weights"), "*fp32")
+    pointers |= dict.fromkeys(("rows_ptr", "experts_ptr", "padded_ptr"), "*i32")
+    sizes = dict.fromkeys(("valid", "cols", "depth", "stride_x", "stride_we", "stride_w", "stride_out"), "i32")
+    sizes |= dict.fromkeys(("stride_xs", "stride_xs_k", "stride_wse", "stride_ws", "together"), "i32")
+    constants = {"PER": 8, "WEIGHTED": False, "SORTED": True, "EVEN": True, "SWAP": rows < 64}
+    constants |= {"BLOCK_M": rows, "BLOCK_N": 128}
+    built = build(block_experts._tile, pointers | sizes, constants, 90, num_warps=warps, num_stages=4)
+    assert built.metadata.shared <= SHARED[90]
+    made = built.asm["ptx"]
+    assert f"wgmma.mma_async.sync.aligned.m64n{rows if rows < 64 else 128}k32" in made and "mma.sync" not in made
+    assert "fma.rn.f32" in made and "add.f32" not in made and "add.rn.f32" not in made
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

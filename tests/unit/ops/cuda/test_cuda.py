@@ -317,6 +317,8 @@ def test_experts_in_groups_have_tiles_of_one_group_and_data_with_a_spread():
     few = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "SPLIT_K": 2, "num_warps": 4}
     kept = {"BLOCK_SIZE_M": 16, "num_warps": 4, "SPLIT_K": 1}
     assert moe.one_pass(few, moe.FP8, 128) == kept | {"BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128}
+    wide = few | {"BLOCK_SIZE_N": 256}  # a tile's columns have one scale for each group
+    assert [moe.one_pass(wide, moe.FP8, group)["BLOCK_SIZE_N"] for group in (128, 0)] == [128, 256]
     assert moe.one_pass(few, moe.FP8) == kept | {"BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64}
     assert moe.one_pass(few) == moe.one_pass(few, "int4_w4a16", 128) == few | {"SPLIT_K": 1}
 
