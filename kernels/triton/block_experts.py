@@ -143,8 +143,11 @@ def products(
     contiguous, one for each row, or None. rows: int32, the rows of each block of the tile's rows, sorted by expert; a
     number that is no row pads a block. None: a block for each row. experts: int32, the expert of each block, -1 for an
     expert of another rank, which writes zeros. padded: int32 [1], the rows of all blocks, padding included. tile:
-    vLLM's names of block sizes and launch options.
+    vLLM's names of block sizes and launch options, with at most 128 rows of w. Raises ValueError for other strides and
+    scales.
     """
+    if not x.stride(1) == w.stride(2) == out.stride(2) == 1 or not w_scale.dtype == x_scale.dtype == torch.float32:
+        raise ValueError("products: x, w and out are contiguous along their last dimension, and scales are fp32")
     tokens = x.shape[0]
     _, cols, depth = w.shape
     size = tile["BLOCK_SIZE_M"]
