@@ -49,18 +49,21 @@ def _default(original):
 def _blocks(original):
     """invoke_fused_moe_triton_kernel: a bundled kernel for experts in FP8 blocks on Hopper."""
     by_tile = original.__globals__["enable_swap_ab"]
-    bind = inspect.signature(original).bind
+    names = tuple(inspect.signature(original).parameters)
 
     @functools.wraps(original)
     def invoke_fused_moe_triton_kernel(*given, **named):
         from bi_patch.kernels.triton import block_experts
         from bi_patch.ops.cuda import machine
 
-        a = bind(*given, **named).arguments
+        a = dict(zip(names, given, strict=False), **named)  # binding the signature would take the host longer
         if list(a.get("block_shape") or ()) != [_GROUP, _GROUP] or not a["use_fp8_w8a8"] or not machine.is_hopper():
             return original(*given, **named)
         if a.get("B_bias") is not None:
-            raise UnsupportedFeature("moe.cuda_blocks: experts in FP8 blocks with a bias are not covered")
+            raise UnsupportedFeature(
+                "moe.cuda_blocks: experts in FP8 blocks have no certified order with a bias. Use another checkpoint, or "
+                "set BI_PATCH=0"
+            )
         block_experts.products(
             a["A"],
             a["B"],
