@@ -61,8 +61,8 @@ def _blocks(original):
             return original(*given, **named)
         if a.get("B_bias") is not None:
             raise UnsupportedFeature(
-                "moe.cuda_blocks: experts in FP8 blocks have no certified order with a bias. Use another checkpoint, or "
-                "set BI_PATCH=0"
+                "moe.cuda_blocks: experts in FP8 blocks have no certified order with a bias. Use another checkpoint, "
+                "or set BI_PATCH=0"
             )
         block_experts.products(
             a["A"],
