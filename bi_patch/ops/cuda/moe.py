@@ -46,6 +46,13 @@ FEW = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE
 FEW |= {"num_warps": 4, "num_stages": 3}
 MANY = FEW | {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 256, "num_warps": 8, "num_stages": 4}
 MANY_ROWS = 64
+# On Hopper, for groups, in place of vLLM's default tile of 64 rows: if an expert has at most so many rows on average.
+# With fewer rows than a tile has, the tensor cores compute rows that nobody reads. More rows keep vLLM's default.
+_COMMON = {"BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 16, "SPLIT_K": 1, "num_warps": 4}
+GROUPS = {
+    16: _COMMON | {"BLOCK_SIZE_M": 16, "num_stages": 3},
+    128: _COMMON | {"BLOCK_SIZE_M": 64, "num_stages": 4},
+}
 ROW, EXPERT, EXPERT_AND_ROW = "row", "expert", "expert and row"
 # By table key: whether every certificate of this size passed. A size that is not here has none, and FIXED serves it.
 _passed: dict[tuple[int, int, str | None], bool] = {}
@@ -124,10 +131,12 @@ def one_pass(tile: dict[str, int], dtype: str | None = None, group: int = 0) -> 
 
 
 def tuned(tile: dict[str, int], rows: float, dtype: str | None, group: int = 0) -> dict[str, int]:
-    """vLLM's default `tile`, or FEW or MANY. rows: how many an expert has on average. dtype, group: as for
-    `one_pass`."""
-    if dtype != FP8 or group or tile["BLOCK_SIZE_M"] < FEW["BLOCK_SIZE_M"] or not machine.is_hopper():
+    """vLLM's default `tile`, or FEW, MANY or one of GROUPS. rows: how many an expert has on average. dtype, group: as
+    for `one_pass`."""
+    if dtype != FP8 or tile["BLOCK_SIZE_M"] < FEW["BLOCK_SIZE_M"] or not machine.is_hopper():
         return tile
+    if group:
+        return next((dict(held) for most, held in GROUPS.items() if rows <= most), tile)
     return dict(MANY if rows >= MANY_ROWS else FEW)
 
 

@@ -154,7 +154,10 @@ def test_the_default_tile_of_groups_follows_its_certificate(monkeypatch):
     # 64 rows for each of four experts, of which a token takes two.
     assert close(9, *given[:-1], None) == close(127, *given[:-1], None) == certified.FEW
     assert close(128, *given[:-1], None) == certified.MANY
-    for other in (given, (4, 384, 256, 2, None)):
-        assert close(128, *other)["BLOCK_SIZE_M"] == 64 and close(128, *other)["BLOCK_SIZE_N"] < 128
+    plain = close(128, 4, 384, 256, 2, None)
+    assert plain["BLOCK_SIZE_M"] == 64 and plain["BLOCK_SIZE_N"] < 128
+    assert close(9, *given) == close(32, *given) == certified.GROUPS[16]
+    assert close(33, *given) == close(256, *given) == certified.GROUPS[128]
+    assert close(257, *given) == close(1, *given) | {"BLOCK_SIZE_M": 64}
     monkeypatch.setattr(machine, "is_hopper", lambda: False)
-    assert close(128, *given[:-1], None)["BLOCK_SIZE_N"] == 64
+    assert close(128, *given[:-1], None)["BLOCK_SIZE_N"] == close(9, *given)["BLOCK_SIZE_N"] == 64
