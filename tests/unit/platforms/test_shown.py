@@ -359,6 +359,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("FP8 KV cache (e4m3, static scales)", "cuda"): (
         ("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),
         ("* KV cache per head, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
+        ("* KV cache per head,* eager", *_SIX),
     ),
     ("fp32 KV cache", "cpu"): (("* fp32", *_SIX, "preemption"),),
     # Images.
@@ -780,6 +781,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("an FP8 KV cache with FP8 weights per channel", "cuda"): (
         ("* FP8 channel and KV cache,* eager", *_SIX),
         ("* KV cache per head, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
+        ("* KV cache per head,* eager", *_SIX),
     ),
     ("speculative decoding with quantized weights", "cpu"): tuple(
         (f"* {scheme}, n-grams", *_SPECULATED) for scheme in ("INT8", "W4A16", "FP8 blocks")
