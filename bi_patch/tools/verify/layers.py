@@ -38,13 +38,15 @@ def _convolution(module: torch.nn.Module) -> bool:
 
 
 def quantized(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module, str]]:
-    """Every quantized linear with a route on CPU, or with packed weights on CUDA: (path, layer, its scheme in words,
-    e.g. "W4A8 groups of 128")."""
+    """Every quantized linear with a route on CPU, or with packed weights or INT8 on CUDA: (path, layer, its scheme in
+    words, e.g. "W4A8 groups of 128")."""
     if engine.info.platform != "cpu":
         for name, module in model(engine).named_modules():
             kernel = packed_kernel(module)
             if kernel is not None:
                 yield name, module, f"W{kernel.config.weight_type.size_bits}A16 groups of {kernel.bi_patch_group}"
+            elif scheme := _integers(module):
+                yield name, module, scheme
         return
     from bi_patch.ops.cpu import quantized as routes
 
@@ -60,6 +62,19 @@ def packed_kernel(module: torch.nn.Module):
         if hasattr(kernel, "bi_patch_group"):
             return kernel
     return None
+
+
+def _integers(module: torch.nn.Module) -> str:
+    """The scheme of a linear with weights and activations in INT8 on CUDA, "" for others.
+
+    FP8 is left out: vLLM rounds weights in blocks again, to scales that are powers of two, and gives all parts of a
+    merged layer with one scale for a weight one scale. So these weights are not the checkpoint's.
+    """
+    for owner in (getattr(module, "quant_method", None), getattr(module, "scheme", None)):
+        kernel = getattr(owner, "kernel", None)
+        if type(kernel).__name__ == "CutlassInt8ScaledMMLinearKernel":
+            return f"W8A8 cutlass{' static' if kernel.config.is_static_input_scheme else ''}"
+    return ""
 
 
 def norms(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -116,7 +116,7 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
             try:
                 held = _checkpoint(engine)
                 w = held.weight(name, None if "A8" in scheme else _dtype(engine))
-                scale = held.static_scale(name) if scheme.endswith("onednn static") else None
+                scale = held.static_scale(name) if scheme.endswith(("onednn static", "cutlass static")) else None
             except (KeyError, OSError) as error:
                 missing = missing or f"the checkpoint has no tensors for {name} ({error})"
                 continue

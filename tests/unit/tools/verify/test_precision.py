@@ -1,11 +1,13 @@
 """The bound on each output's error: half a unit in the last place, and every output finite."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from bi_patch.tools.verify import layers  # noqa: E402
 from bi_patch.tools.verify.precision import over  # noqa: E402
 
 
@@ -47,3 +49,13 @@ def test_an_error_where_none_is_allowed_fails():
     zero = torch.zeros(2, dtype=torch.float64)
     assert over(torch.tensor([0.0, 0.0]), zero, zero) == 0
     assert over(torch.tensor([0.0, 1e-30]), zero, zero) > 1
+
+
+def test_which_linears_of_8_bits_are_compared_on_cuda():
+    def layer(kind, static=False):
+        kernel = type(kind, (), {"config": SimpleNamespace(is_static_input_scheme=static)})()
+        return SimpleNamespace(scheme=SimpleNamespace(kernel=kernel))
+
+    assert layers._integers(layer("CutlassInt8ScaledMMLinearKernel")) == "W8A8 cutlass"
+    assert layers._integers(layer("CutlassInt8ScaledMMLinearKernel", static=True)) == "W8A8 cutlass static"
+    assert layers._integers(layer("DeepGemmFp8BlockScaledMMKernel")) == layers._integers(SimpleNamespace()) == ""
