@@ -29,7 +29,6 @@ MODELS = (
 # Models whose label in the newest file leaves out what decides their time.
 SHOWN = {
     "DeepSeek-V2-Lite, 6 layers": "DeepSeek-V2-Lite, 6 layers, BI_PATCH_MLA=one",
-    "Qwen3-8B NVFP4, 6 layers": "Qwen3-8B NVFP4, 6 layers, on humming-kernels",
 }
 _COLUMNS = ("1", "8", "64", "128 or 256", "prompts")
 _HEADS = ("decode of 1 request", *_COLUMNS[1:])
