@@ -258,8 +258,8 @@ SEAMS = (
         targets=(Target(_FUSED_MOE, "get_default_config"),),
         close=_default,
         why="upstream's mode forces one untuned tile for every batch",
-        how="experts without a table use stock vLLM's default tiles for the number of tokens, or on Hopper two faster "
-        "ones for FP8 without blocks, and never split K",
+        how="experts without a table use stock vLLM's default tiles for the number of tokens, or for FP8 on Hopper "
+        "faster ones, and never split K",
         until="upstream's mode keeps tuned tiles (https://github.com/vllm-project/vllm/issues/27433)",
         causes=(10,),
     ),
