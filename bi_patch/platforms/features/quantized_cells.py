@@ -22,6 +22,8 @@ AXES = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-3.json"
 CUT = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json"  # compiled, without an eager engine beside
 WIDE = "invariance-2026-11-30-h200-channel-experts-vllm-0.33.0-3.json"
 WIDE_GRAPHS = "invariance-2026-11-30-h200-channel-experts-vllm-0.33.0-2.json"  # without an eager engine beside
+BLOCKS = "invariance-2026-11-30-h200-block-experts-vllm-0.33.0.json"
+BLOCKS_GRAPHS = "invariance-2026-11-30-h200-block-experts-vllm-0.33.0-2.json"  # without an eager engine beside
 OWN_EXPERTS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-6.json"  # of 4 bits, on the bundled kernel
 
 

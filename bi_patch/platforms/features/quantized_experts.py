@@ -106,7 +106,11 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     row(
         "experts in FP8 blocks of 128 x 128",
         **cells.cuda(
-            cells.layers("Qwen3-30B-A3B and MiniMax-M2", files=(cells.H200, cells.NEW_EAGER, cells.NEW_GRAPHS))
+            cells.layers(
+                "Qwen3-30B-A3B and MiniMax-M2",
+                how="compiled and in eager mode; MiniMax-M2, and both beside each other, on the kernel before",
+                files=(cells.BLOCKS, cells.BLOCKS_GRAPHS, cells.H200, cells.NEW_EAGER, cells.NEW_GRAPHS),
+            )
         ),
         asked=quantized_experts(_blocks),
     ),

@@ -716,6 +716,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         for name in ("MXFP4 (gpt-oss as published)", "experts in MXFP4", "gpt-oss as published (MXFP4)")
     },
     ("experts in FP8 blocks of 128 x 128", "cuda"): (
+        ("* FP8 block experts, 2 layers, eager", *_SIX),
+        ("* FP8 block experts, 2 layers", "batch size", "decode = prefill"),
         ("* FP8 block experts,*", *_SIX),
         ("MiniMax-M2 FP8, 2 layers", *_SIX, *_PUBLISHED),
         ("MiniMax-M2 FP8,* eager", *_SIX, *_RESTARTED),
