@@ -88,6 +88,19 @@ def test_every_layer_has_a_problem_and_a_quantizer(monkeypatch):
     assert len(checks[0].run(torch.ones(2, 64))) == 2
 
 
+def test_products_of_scales_are_not_kept_where_layers_share_addresses(monkeypatch):
+    """With --offload-group-size, the scales of several layers lie in one buffer, each layer's in turn."""
+    monkeypatch.setattr(ops, "_folded", {})
+    monkeypatch.setattr(ops, "_handed", {})
+    monkeypatch.setattr("vllm.model_executor.offloader.get_offloader", type("PrefetchOffloader", (), {}))
+    scales, layers = torch.full((1,), 0.5), []
+    for _ in range(2):
+        layers.append(LinearBase(48, 64, kernel(BY_ROW, static=True), scale=scales))
+        layers[-1].weight_scale = torch.nn.Parameter(torch.arange(48.0), requires_grad=False)
+    assert [problem.static for problem in scaled_linear.problems(torch.nn.ModuleList(layers))] == [True, True]
+    assert not ops._folded
+
+
 @pytest.mark.parametrize(
     ("held", "said"),
     [
