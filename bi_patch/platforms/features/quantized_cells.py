@@ -41,8 +41,8 @@ STATIC = (
         STATIC_RUN,
         STATIC_GRAPHS,
         RUN,
-        why="two layers of Qwen3-8B's sizes, compiled and in eager mode; both beside each other before the weight's "
-        "scales held those of activations",
+        why="two layers of Qwen3-8B's sizes, compiled and in eager mode; a compiled engine beside an eager one with an "
+        "earlier order of the scales",
         releases=">=0.33",
     ),
     NONE,
