@@ -148,6 +148,8 @@ def products(
     """
     if not x.stride(1) == w.stride(2) == out.stride(2) == 1 or not w_scale.dtype == x_scale.dtype == torch.float32:
         raise ValueError("products: x, w and out are contiguous along their last dimension, and scales are fp32")
+    if w_scale.stride(2) != 1 < w_scale.shape[2]:
+        raise ValueError("products: scales of w are contiguous along their last dimension")
     tokens = x.shape[0]
     _, cols, depth = w.shape
     size = tile["BLOCK_SIZE_M"]

@@ -10,6 +10,8 @@ pytest.importorskip("vllm")
 
 from bi_patch.errors import CertificateFailed, UnsupportedFeature
 from bi_patch.kernels import packing
+from bi_patch.kernels.cuda import packed
+from bi_patch.ops.cuda import machine
 from bi_patch.ops.cuda import packed_linear as ops
 from bi_patch.ops.cuda.packed_linear import Problem, Route
 from bi_patch.ops.zero_sums import cancelling
@@ -46,6 +48,14 @@ def dequantized(q, scale, zero):
     size = q.shape[1] // scale.shape[1]
     middle = 8 if zero is None else zero.double().repeat_interleave(size, 1)
     return (q.double() - middle) * scale.double().repeat_interleave(size, 1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_forms_of_other_bits_are_no_candidates(monkeypatch, bits):
+    monkeypatch.setattr(machine, "shared_memory", lambda: 227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    numbers = ops.runnable(Problem(N, K, torch.bfloat16, False, bits, 128, False))
+    assert {packed.FORMS[number].bits for number in numbers} == {bits}
 
 
 def test_the_integers_of_awq_gptq_and_compressed_tensors():

@@ -7,6 +7,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -144,6 +145,16 @@ def test_block_experts(rows, warps):
     made = built.asm["ptx"]
     assert f"wgmma.mma_async.sync.aligned.m64n{rows if rows < 64 else 128}k32" in made and "mma.sync" not in made
     assert "fma.rn.f32" in made and "add.f32" not in made and "add.rn.f32" not in made
+
+
+@pytest.mark.parametrize("at", ["x", "w", "out", "w_scale"])
+def test_block_experts_refuse_other_strides(at):
+    """The kernel counts one element from a column to the next. Other strides would give other numbers."""
+    held = {"x": (4, 256), "w": (2, 128, 256), "out": (4, 2, 128), "x_scale": (4, 2), "w_scale": (2, 1, 2)}
+    held = {name: torch.empty(size) for name, size in held.items()}
+    held[at] = torch.empty(held[at].mT.shape).mT if at != "w_scale" else torch.empty(2, 2, 2)[..., 0].unsqueeze(1)
+    with pytest.raises(ValueError, match="contiguous along their last dimension"):
+        block_experts.products(*held.values(), None, None, None, None, 2, {"BLOCK_SIZE_M": 16}, False)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
