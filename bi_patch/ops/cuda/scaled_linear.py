@@ -3,10 +3,9 @@
 Order: that of kernels/triton/scaled_gemm.py. Rows and weights are e4m3. Scales belong to a row, or to a group of 128
 elements of K in a row, so no row depends on another. The kernels are cuBLASLt's without split-K, variants of the
 bundled one, and a kernel of vLLM that its seam hands over (`hand`): for few rows with groups, and for static
-activations. As for 16-bit linears
-(bi_patch.ops.cuda.linear), a certificate covers one problem for every number of rows up to a limit. A kernel that
-differs from the bundled reference at any compared number of rows does not serve. cuBLASLt rounds once more where it
-adds a bias, so it serves no linear with a bias.
+activations. As for 16-bit linears (bi_patch.ops.cuda.linear), a certificate covers one problem for every number of rows
+up to a limit. A kernel that differs from the bundled reference at any compared number of rows does not serve. cuBLASLt
+rounds once more where it adds a bias, so it serves no linear with a bias.
 
 Static activations have one scale, which the checkpoint has. The weight's scales are multiplied by this scale once
 (`keep`), and a sum is multiplied by the products. So kernels that take the two scales in another order have equal bits.

@@ -82,6 +82,7 @@ def _problem(layer, page: int) -> Problem | prompts.Problem:
         "sinks": getattr(impl, "sinks", None) is not None,
         "alibi": getattr(impl, "alibi_slopes", None) is not None,
         "e4m3 KV": is_eighth(layer),
+        "scales by head": per_head,  # a certificate with one scale for all heads does not show these
         "sqrt": bool(getattr(impl, "use_alibi_sqrt", False)),
         f"softcap={getattr(impl, 'logits_soft_cap', 0)}": bool(getattr(impl, "logits_soft_cap", 0)),
         f"lookback={getattr(impl, 'chunk_lookback', -1)}": getattr(impl, "chunk_lookback", -1) != -1,

@@ -535,6 +535,8 @@ def test_an_fp8_kv_cache_meets_queries_of_16_bits_on_triton_attention_alone(monk
     layer._v_scale = torch.ones(2)
     with pytest.raises(UnsupportedFeature, match="a scale for each head"):
         chunks._problem(layer, 16)
+    layer.attn_backend.get_name = lambda: "FLASH_ATTN"
+    assert chunks._problem(layer, 16).extras == "e4m3 KV scales by head"
 
 
 def test_encoders_go_to_triton_where_flash_attention_was_not_shown(monkeypatch):
