@@ -10,6 +10,7 @@ pytest.importorskip("vllm")
 from bi_patch.errors import CertificateFailed, UnsupportedFeature
 from bi_patch.kernels import packing
 from bi_patch.kernels.cuda import packed
+from bi_patch.ops.cuda import activation as gated
 from bi_patch.ops.cuda import packed_experts as ops
 from bi_patch.seams.cuda import packed_experts, packed_experts_weights
 from bi_patch.seams.cuda import packed_products as seam
@@ -238,13 +239,13 @@ def routed(tokens):
     return x, weights, ids.int()
 
 
-def run(held, x, weights, ids, on_input=False, expert_map=None):
+def run(held, x, weights, ids, on_input=False, expert_map=None, activation="silu"):
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
     wide = len(x) * TOP * 2 * N + 1
     output, spaces = torch.empty_like(x), torch.full((2, wide), float("nan")).bfloat16()
     held.quant_method.moe_kernel.fused_experts.apply(
-        output, x, held.w13_weight, held.w2_weight, weights, ids, MoEActivation.SILU, E, expert_map, None, None,
+        output, x, held.w13_weight, held.w2_weight, weights, ids, MoEActivation(activation), E, expert_map, None, None,
         spaces[0], spaces[1], None, on_input,
     )  # fmt: skip
     return output
@@ -273,6 +274,23 @@ def test_a_layer_is_two_products_around_the_activation(layer, kind, bias):
     assert (first.each, first.weights, second.each) == (TOP, None, 1) and second.weights.shape == (9 * TOP,)
     ones = torch.ones_like(given[1])  # the weights that were applied to the input before
     assert torch.equal(run(held, *given, on_input=True), run(held, given[0], ones, given[2]))
+
+
+@pytest.mark.parametrize(
+    ("activation", "certified", "want"),
+    [
+        ("silu", True, ["silu"]),
+        ("swigluoai", True, ["bundled"]),
+        ("swigluoai", False, ["bundled", "swigluoai"]),
+    ],
+)
+def test_pairs_alone_take_the_bundled_activation(layer, monkeypatch, activation, certified, want):
+    """A process may have a certificate of pairs from another model."""
+    seen, (held, _) = [], layer()
+    monkeypatch.setattr(gated, "swigluoai_and_mul", lambda output, input: seen.append("bundled") or certified)
+    held.quant_method.moe_kernel.fused_experts.activation = lambda kind, output, input: seen.append(kind.value)
+    run(held, *routed(3), activation=activation)
+    assert seen == want
 
 
 def test_rows_are_sorted_again_for_another_form(layer, monkeypatch):
