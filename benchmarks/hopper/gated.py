@@ -27,10 +27,6 @@ NAMES = "and_mul_kernel", "gated_silu", "clamped_pairs"
 ROWS = 1, 2, 3, 7, 8, 9, 63, 64, 65, 256, 1000, 8192
 
 
-def bundled(form, x):
-    return activation._bundled(form, x)
-
-
 def differ(got, want):
     nan = want.isnan()
     return int(((got.view(torch.int16) != want.view(torch.int16)) & ~nan | (got.isnan() != nan)).sum())
@@ -46,7 +42,7 @@ def bits():
             for columns in (2880, 3072, 12288, 14336):
                 x = (torch.randn(max(ROWS), 2 * columns, device="cuda") * 3).to(dtype)
                 for rows in ROWS:
-                    wrong += differ(bundled(form, x[:rows]), activation._vllms(form, x[:rows]))
+                    wrong += differ(activation._bundled(form, x[:rows]), activation._vllms(form, x[:rows]))
                     total += rows * columns
             certificate = {"passed": made.passed, "differ": [made.evidence.differing, made.evidence.compared]}
             found[f"{form} {dtype}"] = {"certificate": certificate, "random rows differ": [wrong, total]}
@@ -60,7 +56,7 @@ def microseconds():
         for rows in sizes:
             h = torch.randn(rows, hidden, device="cuda").bfloat16()
             x = torch.empty(rows, 2 * columns, device="cuda", dtype=torch.bfloat16)
-            calls = {"vLLM": activation._vllms, "bundled": bundled}
+            calls = {"vLLM": activation._vllms, "bundled": activation._bundled}
             found[f"{name}, {rows} rows"] = {kind: timed(h, w, x, form, call) for kind, call in calls.items()}
     return found
 

@@ -57,11 +57,14 @@ def quantized(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module, str]]
 
 def packed_kernel(module: torch.nn.Module):
     """vLLM's kernel object of a linear whose weights bi_patch packed on CUDA, else None."""
+    return next((kernel for kernel in _kernels(module) if hasattr(kernel, "bi_patch_group")), None)
+
+
+def _kernels(module: torch.nn.Module) -> Iterator[object]:
+    """vLLM's kernel objects of a linear."""
     for owner in (getattr(module, "quant_method", None), getattr(module, "scheme", None)):
-        kernel = getattr(owner, "kernel", None)
-        if hasattr(kernel, "bi_patch_group"):
-            return kernel
-    return None
+        if (kernel := getattr(owner, "kernel", None)) is not None:
+            yield kernel
 
 
 def _integers(module: torch.nn.Module) -> str:
@@ -70,8 +73,7 @@ def _integers(module: torch.nn.Module) -> str:
     FP8 is left out: vLLM rounds weights in blocks again, to scales that are powers of two, and gives all parts of a
     merged layer with one scale for a weight one scale. So these weights are not the checkpoint's.
     """
-    for owner in (getattr(module, "quant_method", None), getattr(module, "scheme", None)):
-        kernel = getattr(owner, "kernel", None)
+    for kernel in _kernels(module):
         if type(kernel).__name__ == "CutlassInt8ScaledMMLinearKernel":
             return f"W8A8 cutlass{' static' if kernel.config.is_static_input_scheme else ''}"
     return ""
