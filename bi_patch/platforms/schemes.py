@@ -45,8 +45,8 @@ class Scheme:
     block ("128x128").
     zeros: zero points. order: act-order, which gives each element of K a group of its own choice.
     activation: "" for 16-bit activations, else their type. activation_scale: what shares an activation's scale:
-    "token", a number of elements ("128"), or "tensor". static: the checkpoint has the activations' scale. Without it,
-    the scale of a "tensor" depends on the batch.
+    "token", a number of elements ("128"), or "tensor". static: the checkpoint has the activations' scale, of "nvfp4"
+    the one scale of all. Without it, the scale of a "tensor" depends on the batch.
     head: the language-model head is quantized, too. online: vLLM quantizes 16-bit weights while it loads them.
     powers: scales of blocks are powers of two (scale_fmt ue8m0).
     other: what `of` does not know, in words. No scheme with a remark is served.
@@ -278,7 +278,7 @@ def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
                 made,
                 activation=rows.kind if rows.symmetric else f"asymmetric {rows.kind}",
                 activation_scale=rows.scale,
-                static=not rows.dynamic,
+                static=rows.local if rows.kind == "nvfp4" else not rows.dynamic,
                 other=made.other or rows.other or ("act-order of activations" if rows.order else ""),
             )
         yield made
@@ -327,6 +327,7 @@ class _Args:
     scale: str
     symmetric: bool
     dynamic: bool
+    local: bool  # NVFP4: a scale of all from the checkpoint, and one of each group from the row
     order: bool
     other: str
 
@@ -352,7 +353,8 @@ def _args(held: Mapping[str, Any]) -> _Args:
         kind, scales[strategy] = "nvfp4", "16"
         known |= {"scale_dtype"} if "float8_e4m3fn" in str(held.get("scale_dtype")) else set()
     odd = sorted(name for name, value in held.items() if value is not None and name not in known)
-    if held.get("dynamic") not in (None, True, False):
+    local = kind == "nvfp4" and held.get("dynamic") == "local"
+    if held.get("dynamic") not in (None, True, False) and not local:
         odd.append(f"dynamic {held['dynamic']!r}")
     # "weight" and "static" order the groups before packing, and keep them in order in memory.
     order = str(held.get("actorder") or "none").lower() in ("group", "true", "dynamic")
@@ -361,6 +363,7 @@ def _args(held: Mapping[str, Any]) -> _Args:
         scales.get(strategy, ""),
         bool(held.get("symmetric", True)),
         bool(held.get("dynamic", False)),
+        local,
         order,
         f"with {', '.join(odd)}" if odd else "" if scales.get(strategy) else f"scales of strategy {strategy!r}",
     )
@@ -413,6 +416,7 @@ _ALGORITHMS = {
     "FP8_PER_CHANNEL_PER_TOKEN": Scheme("modelopt", "fp8", CHANNEL, activation="fp8", activation_scale=TOKEN),
     "FP8_PB_WO": Scheme("modelopt", "fp8", "128x128", activation="fp8", activation_scale="128"),
     "W4A16_NVFP4": Scheme("modelopt", "nvfp4", "16"),
+    "NVFP4": Scheme("modelopt", "nvfp4", "16", activation="nvfp4", activation_scale="16", static=True),
 }
 
 
@@ -424,16 +428,30 @@ def _modelopt(held: Mapping[str, Any]) -> Iterator[Scheme]:
     other = _unknown({**said, **held}, _MODELOPT) or ("" if layers else "no quantized layers")
     if said.get("has_zero_point") or said.get("pre_quant_scale"):
         other = other or "zero points or smoothed activations"
+    if not _modelopt_cache(said, held):
+        other = other or "with another KV cache than FP8 with one static scale for a layer"
+    groups = list((held.get("config_groups") or {}).values())
     yield from () if layers else (Scheme("modelopt", other=other),)
     # One algorithm for all layers is the head's, too, unless the file leaves the head out.
     left_out = (*(said.get("ignore") or ()), *(said.get("exclude_modules") or ()))
     whole_head = whole != "MIXED_PRECISION" and not any("lm_head" in name for name in left_out)
     for name, layer in layers.items():
         algorithm = str(layer["quant_algo"]).upper()
+        if algorithm == whole == "NVFP4" and groups and not any(group.get("input_activations") for group in groups):
+            algorithm = "W4A16_NVFP4"  # as vLLM reads such a file
         made = _ALGORITHMS.get(algorithm, Scheme("modelopt", other=f"algorithm {algorithm}"))
-        if made.weight == "nvfp4" and int(layer.get("group_size") or said.get("group_size") or 16) != 16:
+        sizes = (layer, said, *(group.get("weights") or {} for group in groups))
+        if made.weight == "nvfp4" and any(int(part.get("group_size") or 16) != 16 for part in sizes):
             made = replace(made, other="groups of another size than 16")
         yield replace(made, head=whole_head or name.endswith("lm_head"), other=made.other or other)
+
+
+def _modelopt_cache(said: Mapping[str, Any], held: Mapping[str, Any]) -> bool:
+    """Whether ModelOpt's file asks for no quantized KV cache, or for FP8 with static scales."""
+    asked = [part.get(name) for name in (_CACHE, "kv_cache_quant_algo") for part in (said, held)]
+    return all(
+        _eighth_cache(each) if isinstance(each, Mapping) else str(each).upper() == "FP8" for each in asked if each
+    )
 
 
 _QUARK = (
@@ -447,10 +465,13 @@ _QUARK_TENSOR = (
 
 
 def _quark(held: Mapping[str, Any]) -> Iterator[Scheme]:
-    """AMD Quark in FP8: static activations, or scales per channel with activations per token."""
+    """AMD Quark in FP8: static activations, or scales per channel with activations per token. And in NVFP4."""
     other = _unknown(held, _QUARK) or ("rules by the type of a layer" if held.get("layer_type_quant_config") else "")
     for group in (held["global_quant_config"], *(held.get("layer_quant_config") or {}).values()):
         weight, rows = group["weight"], group.get("input_tensors") or {}
+        if isinstance(weight, list):
+            yield _quark_four(weight, rows, other)
+            continue
         odd = _unknown(weight, _QUARK_TENSOR) or _unknown(rows, _QUARK_TENSOR)
         scales = {"per_tensor": TENSOR, "per_channel": CHANNEL}
         kinds = (weight.get("dtype"), rows.get("dtype"), bool(weight.get("is_dynamic")))
@@ -467,6 +488,21 @@ def _quark(held: Mapping[str, Any]) -> Iterator[Scheme]:
             static=static,
             other=other or odd or ("" if known else f"weights {kinds[0]}, activations {kinds[1]}, {form}"),
         )
+
+
+# What matters of each of Quark's two specifications: of groups, and of all.
+_QUARK_FOUR = (("fp4", "per_group", 16), ("fp8_e4m3", "per_tensor", None))
+
+
+def _quark_four(weight: list, rows: Any, other: str) -> Scheme:
+    """NVFP4 of weights and activations. Of activations, a group's scale comes from the row."""
+    both = [*weight, *(rows if isinstance(rows, list) else ())]
+    form = [(part.get("dtype"), part.get("qscheme"), part.get("group_size") or None) for part in both]
+    dynamic = [bool(part.get("is_dynamic")) for part in both]
+    odd = next(filter(None, (_unknown(part, _QUARK_TENSOR) for part in both)), "")
+    if form != [*_QUARK_FOUR, *_QUARK_FOUR] or dynamic != [False, False, True, False]:
+        return Scheme("quark", other=other or odd or f"several specifications of one tensor: {form}")
+    return Scheme("quark", "nvfp4", "16", activation="nvfp4", activation_scale="16", static=True, other=other or odd)
 
 
 _READERS = {

@@ -36,11 +36,17 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
         cells.cuda(cells.TRIAL),
     ),
     (
+        "ModelOpt: NVFP4 weights and activations",
+        kinds.tool("modelopt", kinds.nvfp4_rows),
+        cells.NO_KERNEL,
+    ),
+    (
         "Quark: FP8 per tensor, static activations",
         kinds.tool("quark", kinds.one_scale),
         cells.cuda(cells.layers("Qwen3-8B")),
     ),
     ("Quark: FP8 per channel", kinds.tool("quark", kinds.static, kinds.by_token), cells.cuda(cells.TRIAL)),
+    ("Quark: NVFP4 weights and activations", kinds.tool("quark", kinds.nvfp4_rows), cells.NO_KERNEL),
     (
         "INT8 weights and activations (compressed-tensors W8A8)",
         lambda s: kinds.int8(s, TOKEN, static=False),
@@ -143,6 +149,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
         kinds.nvfp4,
         cells.NO_KERNEL | {"cuda": cells.NVFP4},
     ),
+    ("NVFP4 weights and activations (compressed-tensors)", kinds.nvfp4_rows, cells.NO_KERNEL),
 )
 _OTHERS = "other quantized weights"
 # The rows that the README shows, and its names for them.
@@ -322,7 +329,7 @@ QUANTIZATION: tuple[Feature, ...] = (
         **cells.REFUSED,
         asked=_asked(_OTHERS),
         details="Each method, group size and packing that no row above names: torchao (a package with "
-        "products of its own), MXFP8, activations in NVFP4",
+        "products of its own), MXFP8",
     ),
     row(
         "quantized weights in fp16 or fp32",

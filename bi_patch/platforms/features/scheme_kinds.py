@@ -47,6 +47,12 @@ def nvfp4(scheme: Scheme) -> bool:
     return kind == ("nvfp4", "16", "", False, False)
 
 
+def nvfp4_rows(scheme: Scheme) -> bool:
+    """NVFP4 weights of a checkpoint that asks for activations in NVFP4, too."""
+    kind = (scheme.weight, scheme.scale, scheme.activation, scheme.activation_scale, scheme.static)
+    return kind == ("nvfp4", "16", "nvfp4", "16", True) and not (scheme.zeros or scheme.order)
+
+
 def by_token(scheme: Scheme) -> bool:
     return any(fp8(scheme, scale, TOKEN) for scale in (CHANNEL, TENSOR))
 

@@ -28,6 +28,7 @@ INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, 
 TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "dynamic": False}
 NVFP4 = INT4 | {"type": "float", "strategy": "tensor_group", "group_size": 16}
+NVFP4_ROWS = NVFP4 | {"dynamic": "local", "scale_dtype": "torch.float8_e4m3fn", "observer": "static_minmax"}
 FLOATS = {"format": "nvfp4-pack-quantized"}
 W8A8, W4A16 = tensors(INT8, TOKEN), tensors(INT4, format="pack-quantized")
 CHANNELS = tensors(INT8 | {"type": "float"}, TOKEN | {"type": "float"}, format="float-quantized")
@@ -73,6 +74,7 @@ def rows(held, method=None, **model):
         (FP8 | {"weight_block_size": None}, "FP8 per tensor, dynamic activations"),
         (tensors(NVFP4, **FLOATS), "NVFP4 weights alone (compressed-tensors)"),
         (tensors(NVFP4 | {"scale_dtype": "torch.float8_e4m3fn"}, **FLOATS), "NVFP4 weights alone (compressed-tensors)"),
+        (tensors(NVFP4, NVFP4_ROWS, **FLOATS), "NVFP4 weights and activations (compressed-tensors)"),
     ],
 )
 def test_a_scheme_belongs_to_one_row(held, name):
@@ -104,7 +106,15 @@ def test_a_scheme_belongs_to_one_row(held, name):
         tensors(INT8, TOKEN, transform_config={"config_groups": {"a": 1}}),
         tensors(INT8, TOKEN, sparsity_config={"format": "dense"}),
         tensors(INT8, TOKEN, format="marlin-24"),
+        tensors(NVFP4, NVFP4, **FLOATS),
         tensors(NVFP4, NVFP4 | {"dynamic": True}, **FLOATS),
+        tensors(NVFP4 | {"dynamic": "local"}, NVFP4_ROWS, **FLOATS),
+        tensors(NVFP4 | {"dynamic": "local"}, **FLOATS),
+        tensors(NVFP4, NVFP4_ROWS | {"group_size": 32}, **FLOATS),
+        tensors(NVFP4, NVFP4_ROWS | {"symmetric": False}, **FLOATS),
+        tensors(NVFP4, TOKEN | {"type": "float"}, **FLOATS),
+        tensors(INT4, NVFP4_ROWS, format="pack-quantized"),
+        tensors(INT8, TOKEN | {"dynamic": "local"}),
         tensors(NVFP4, format="pack-quantized"),
         tensors(NVFP4 | {"group_size": 32}, **FLOATS),
         tensors(NVFP4 | {"strategy": "group"}, **FLOATS),
@@ -189,7 +199,8 @@ def test_experts_and_heads_have_rows_of_their_own():
     assert rows(GPTQ, is_moe=True) == ["GPTQ, 4 bits", four]
     assert rows(GPTQ | {"group_size": -1}, is_moe=True) == ["GPTQ, 4 bits", "quantized experts"]
     assert "quantized experts" in rows(GPTQ | {"sym": False}, is_moe=True)
-    assert rows(tensors(NVFP4, **FLOATS), is_moe=True)[1:] == ["quantized experts"]
+    for four in (tensors(NVFP4, **FLOATS), tensors(NVFP4, NVFP4_ROWS, **FLOATS)):
+        assert rows(four, is_moe=True)[1:] == ["quantized experts"]
     assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head (GPTQ)"]
     assert rows(AWQ | {"lm_head": True}) == ["AWQ, 4 bits", "quantized language-model head (other methods)"]
 
@@ -223,6 +234,11 @@ def quark(weight, rows, **more):
 INC_ROW, INC_MORE = "AutoRound (INC), 4 bits in the packing of GPTQ", "AutoRound (INC), 8 bits or in the packing of AWQ"
 OPT_ROW = "ModelOpt: FP8 per tensor, static activations"
 OPT_MORE = "ModelOpt: FP8 per channel or in blocks, NVFP4 weights alone"
+OPT_FOUR, QUARK_FOUR = (f"{tool}: NVFP4 weights and activations" for tool in ("ModelOpt", "Quark"))
+GROUPS = {"config_groups": {"group_0": {"weights": {"group_size": 16}, "targets": ["Linear"]}}}
+ROUNDED = {"config_groups": {"group_0": GROUPS["config_groups"]["group_0"] | {"input_activations": {"group_size": 16}}}}
+OF_GROUPS = {"dtype": "fp4", "qscheme": "per_group", "group_size": 16, "is_dynamic": False, "symmetric": True}
+OF_ROWS, OF_ALL = OF_GROUPS | {"is_dynamic": True}, STATIC | {"group_size": None}
 QUARK_ROW, QUARK_MORE = "Quark: FP8 per tensor, static activations", "Quark: FP8 per channel"
 
 
@@ -237,6 +253,23 @@ QUARK_ROW, QUARK_MORE = "Quark: FP8 per tensor, static activations", "Quark: FP8
         (MODELOPT | {"quant_algo": "fp8_pb_wo"}, "modelopt", OPT_MORE),
         (MODELOPT | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "modelopt", OPT_MORE),
         (MODELOPT | {"quant_algo": "W4A16_NVFP4", "group_size": 16}, "modelopt_fp4", OPT_MORE),
+        (MODELOPT | {"quant_algo": "NVFP4"}, "modelopt_fp4", OPT_FOUR),
+        (MODELOPT | ROUNDED | {"quant_algo": "nvfp4", "group_size": 16}, "modelopt_fp4", OPT_FOUR),
+        (MODELOPT | GROUPS | {"quant_algo": "NVFP4"}, "modelopt_fp4", OPT_MORE),  # weights alone, as vLLM reads it
+        (
+            {
+                "quant_method": "modelopt",
+                "producer": {"name": "modelopt"},
+                "quantization": {
+                    "quant_algo": "NVFP4",
+                    "kv_cache_quant_algo": "FP8",
+                    "group_size": 16,
+                    "exclude_modules": ["lm_head"],
+                },
+            },
+            "modelopt_fp4",
+            OPT_FOUR,
+        ),
         (
             {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
             "modelopt",
@@ -251,6 +284,16 @@ QUARK_ROW, QUARK_MORE = "Quark: FP8 per tensor, static activations", "Quark: FP8
             "modelopt_mixed",
             (OPT_ROW, OPT_MORE),
         ),
+        (
+            MODELOPT
+            | {
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"a.q_proj": {"quant_algo": "FP8"}, "a.up_proj": {"quant_algo": "NVFP4"}},
+            },
+            "modelopt_mixed",
+            (OPT_ROW, OPT_FOUR),
+        ),
+        (quark([OF_GROUPS, OF_ALL], [OF_ROWS, OF_ALL]), "quark", QUARK_FOUR),
         (quark(STATIC, STATIC), "quark", QUARK_ROW),
         (quark(PER_CHANNEL, STATIC), "quark", QUARK_MORE),
         (quark(PER_CHANNEL, PER_TOKEN), "quark", QUARK_MORE),
@@ -263,7 +306,8 @@ def test_checkpoints_of_other_tools_have_rows_of_their_own(held, method, name):
         cells = row.cell("cpu"), row.cell("ascend"), row.cell("cuda", Version("0.32.0"))
         assert {cell.state for cell in cells} == {"refused"}
         measured = row.name in (INC_ROW, OPT_ROW, QUARK_ROW)
-        assert row.cell("cuda", Version("0.33.0")).state == ("served" if measured else "untried")
+        state = "served" if measured else "refused" if row.name in (OPT_FOUR, QUARK_FOUR) else "untried"
+        assert row.cell("cuda", Version("0.33.0")).state == state
 
 
 @pytest.mark.parametrize(
@@ -277,7 +321,11 @@ def test_checkpoints_of_other_tools_have_rows_of_their_own(held, method, name):
         (ROUND | {"act_bits": 8}, "inc"),
         (ROUND | {"extra_config": {"lm_head": {"bits": 3}}}, "inc"),
         (ROUND | {"rotation": True}, "inc"),
-        (MODELOPT | {"quant_algo": "NVFP4"}, "modelopt"),
+        (MODELOPT | {"quant_algo": "NVFP4", "group_size": 32}, "modelopt"),
+        (MODELOPT | {"quant_algo": "NVFP4", "config_groups": {"a": {"weights": {"group_size": 32}}}}, "modelopt"),
+        (MODELOPT | {"quant_algo": "NVFP4_AWQ"}, "modelopt"),
+        (MODELOPT | {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4"}, "modelopt"),
+        (MODELOPT | {"quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 4, "type": "float"}}, "modelopt"),
         (MODELOPT | {"quant_algo": "MXFP8"}, "modelopt"),
         (MODELOPT | {"quant_algo": "MIXED_PRECISION"}, "modelopt_mixed"),
         (MODELOPT | {"quant_algo": "W4A16_NVFP4", "group_size": 32}, "modelopt"),
@@ -289,6 +337,12 @@ def test_checkpoints_of_other_tools_have_rows_of_their_own(held, method, name):
         (quark(STATIC, STATIC, layer_type_quant_config={"Linear": {}}), "quark"),
         (quark(STATIC, STATIC, layer_quant_config={"*k_proj": {"weight": PER_TOKEN, "input_tensors": None}}), "quark"),
         (quark(STATIC, None), "quark"),
+        (quark([OF_GROUPS, OF_ALL], None), "quark"),
+        (quark([OF_GROUPS, OF_ALL], [OF_GROUPS, OF_ALL]), "quark"),
+        (quark([OF_GROUPS | {"group_size": 32}, OF_ALL], [OF_ROWS, OF_ALL]), "quark"),
+        (quark([OF_GROUPS, OF_ALL], [OF_ROWS, OF_ALL | {"new_option": 1}]), "quark"),
+        (quark([OF_GROUPS], [OF_ROWS]), "quark"),
+        (quark(STATIC, [OF_ROWS, OF_ALL]), "quark"),
     ],
 )
 def test_what_lands_on_no_certified_layer_is_refused(held, method):
