@@ -28,7 +28,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "ModelOpt: FP8 per tensor, static activations",
         kinds.tool("modelopt", kinds.one_scale),
-        cells.cuda(cells.layers("Qwen3-8B")),
+        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES)),
     ),
     (
         "ModelOpt: FP8 per channel or in blocks, NVFP4 weights alone",
@@ -43,7 +43,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "Quark: FP8 per tensor, static activations",
         kinds.tool("quark", kinds.one_scale),
-        cells.cuda(cells.layers("Qwen3-8B")),
+        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES)),
     ),
     ("Quark: FP8 per channel", kinds.tool("quark", kinds.static, kinds.by_token), cells.cuda(cells.TRIAL)),
     ("Quark: NVFP4 weights and activations", kinds.tool("quark", kinds.nvfp4_rows), cells.NO_KERNEL),
@@ -60,17 +60,17 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "AWQ, 4 bits",
         kinds.int4("awq"),
-        cells.ON_CPU | {"cuda": cells.four(cells.FOUR_BITS, cells.AXES, now="on the kernels of today both")},
+        cells.ON_CPU | {"cuda": cells.four(cells.FOUR_BITS, cells.AXES)},
     ),
     (
         "GPTQ, 4 bits",
         kinds.int4("gptq"),
-        cells.ON_CPU | {"cuda": cells.four(cells.EAGER, cells.GRAPHS, cells.AXES, now="on the kernels of today both")},
+        cells.ON_CPU | {"cuda": cells.four(cells.EAGER, cells.GRAPHS, cells.AXES)},
     ),
     (
         "compressed-tensors W4A16",
         kinds.int4("compressed-tensors"),
-        cells.ON_CPU | {"cuda": cells.four(cells.FOUR_BITS, now="on the kernels of today both")},
+        cells.ON_CPU | {"cuda": cells.four(cells.FOUR_BITS)},
     ),
     (
         "GPTQ and compressed-tensors with act-order",

@@ -27,6 +27,9 @@ BLOCKS_GRAPHS = "invariance-2026-11-30-h200-block-experts-vllm-0.33.0-2.json"  #
 OWN_EXPERTS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-6.json"  # of 4 bits, on the bundled kernel
 
 
+EARLIER_SCALES = "compiled and in eager mode, with an earlier order of the scales"
+
+
 def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[str, ...] = ()) -> Cell:
     """Two layers of a model's sizes. how: the modes."""
     return served(*(files or (NEW_EAGER, NEW_GRAPHS)), why=f"two layers of {sizes}'s sizes, {how}", releases=">=0.33")
@@ -52,9 +55,9 @@ EAGER = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-5.json"
 GRAPHS = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-6.json"
 
 
-def four(*files: str, now: str) -> tuple[Cell, ...]:
-    """4-bit weights. now: what ran on the kernels of today."""
-    why = f"two layers of Qwen3-8B's sizes, compiled and in eager mode; {now}"
+def four(*files: str) -> tuple[Cell, ...]:
+    """4-bit weights."""
+    why = "two layers of Qwen3-8B's sizes, compiled and in eager mode; before the forms for few rows that serve now"
     return served(*files, RUN, why=why, releases=">=0.33"), NONE
 
 
@@ -71,7 +74,8 @@ EIGHT_BITS = (
         "invariance-2026-11-30-h200-w8a16-vllm-0.33.0.json",
         "invariance-2026-11-30-h200-w8a16-vllm-0.33.0-2.json",
         "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
-        why="two layers of Qwen3-8B's sizes, compiled and in eager mode; all axes on an earlier kernel",
+        why="two layers of Qwen3-8B's sizes in compressed-tensors, one scale for each channel, compiled and in eager "
+        "mode; all axes on an earlier kernel",
         releases=">=0.33",
     ),
     NONE,
@@ -94,7 +98,7 @@ OSS = (
     NONE,
 )
 BOTH = (
-    served(EAGER, GRAPHS, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"),
+    served(EAGER, GRAPHS, why=f"two layers of Qwen3-8B's sizes, {EARLIER_SCALES}", releases=">=0.33"),
     NONE,
 )
 NVFP4_RUN = "invariance-2026-11-30-h200-nvfp4-vllm-0.33.0.json"

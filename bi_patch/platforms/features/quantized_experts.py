@@ -122,7 +122,11 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     row(
         "experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)",
         **cells.cuda(
-            cells.layers("Qwen3-30B-A3B", files=(cells.WIDE, cells.WIDE_GRAPHS, cells.NEW_EAGER, cells.NEW_GRAPHS))
+            cells.layers(
+                "Qwen3-30B-A3B",
+                how="compiled and in eager mode; both beside each other on the tiles before",
+                files=(cells.WIDE, cells.WIDE_GRAPHS, cells.NEW_EAGER, cells.NEW_GRAPHS),
+            )
         ),
         asked=quantized_experts(_channels),
     ),

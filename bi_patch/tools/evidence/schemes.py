@@ -1,4 +1,5 @@
-"""A table of quantized weights: each scheme's cost beside stock vLLM and beside upstream's mode, holes included."""
+"""Tables of quantized weights: each scheme's cost beside stock vLLM and beside upstream's mode, holes included; and
+the axes of verify in which few layers with each scheme were compared."""
 
 from __future__ import annotations
 
@@ -74,3 +75,35 @@ def _column(kind: str, requests: int) -> str:
 def _range(values: list[float]) -> str:
     least, most = f"{min(values):.2f}", f"{max(values):.2f}"
     return least if least == most else f"{least} to {most}"
+
+
+BATCH = ("batch size", "mixed lengths", "co-batch contents", "prefix cache", "chunk budget", "decode = prefill")
+_FEW_LAYERS = re.compile(r"(.+), 2 layers(?:, (eager|compiled))?$")
+_SCHEME = re.compile(r"FP8|FP4|INT8|AWQ|GPTQ|W[48]A16|AutoRound")
+_EAGER, _GRAPHS, _BOTH = "eager", "compiled", "eager and compiled"
+
+
+def compared(table: Table) -> str:
+    """What the newest files compared of two layers with quantized weights: a row for each model. "" without a model.
+
+    table: of invariance. A number counts axes of BATCH. A mode is named where its newest file has the axis.
+    """
+    held: dict[str, dict[str, set[str]]] = {}
+    for row in table.rows:
+        found = _FEW_LAYERS.match(row.model)
+        if found and _SCHEME.search(found[1]) and row.compared and not row.differing:
+            held.setdefault(found[1], {}).setdefault(found[2] or _GRAPHS, set()).add(row.axis)
+    if not held:
+        return ""
+    lines = [
+        "| model | axes in eager mode | axes compiled | compiled against eager | preemption | restart |",
+        "|---|--:|--:|---|---|---|",
+    ]
+    for model, modes in sorted(held.items(), key=lambda item: item[0].lower()):
+        counts = [len(modes.get(mode, set()) & {*BATCH}) for mode in (_EAGER, _GRAPHS)]
+        cells = [f"{count} of {len(BATCH)}" if count else "-" for count in counts]
+        cells.append("yes" if _BOTH in set().union(*modes.values()) else "-")
+        for axis in ("preemption", "restart"):
+            cells.append(", ".join(mode for mode in (_EAGER, _GRAPHS) if axis in modes.get(mode, ())) or "-")
+        lines.append(f"| {' | '.join([model, *cells])} |")
+    return "\n".join(lines)

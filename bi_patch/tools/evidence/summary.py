@@ -65,6 +65,8 @@ def blocks(tables: Mapping[str, Table]) -> dict[str, str]:
     """The Markdown of each summary, by the summary's mark."""
     made = {}
     for mark, table in tables.items():
+        if table.kind is Invariance and mark == "invariance-h200" and (text := schemes.compared(table)):
+            made[f"summary-{mark}-quantized"] = text
         if table.kind is not Cost:
             continue
         made[f"summary-{mark}"] = _cost(table)

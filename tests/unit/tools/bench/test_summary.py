@@ -79,6 +79,26 @@ def test_a_scheme_that_nobody_has_measured_says_so(tmp_path, monkeypatch):
     assert "summary-cost-h200-quantized" not in summary.blocks(tables(tmp_path / "other", c=rows))
 
 
+def test_axes_of_quantized_weights_stand_by_mode(tmp_path):
+    found = evidence.new(evidence.Invariance, INFO)
+    held = {
+        "a FP8, 2 layers": ("batch size", "restart", "eager and compiled"),
+        "a FP8, 2 layers, eager": (*schemes.BATCH, "preemption", "another axis"),
+        "a FP8, 2 layers, compiled": ("prefix cache", "preemption"),
+        "a FP8, 2 layers, TP 2": ("batch size",),
+        "a FP8, 4 layers": ("batch size",),
+        "b INT8, 2 layers": ("batch size",),
+        "c, 2 layers": ("batch size",),
+    }
+    found.rows = [evidence.InvarianceRow(model, axis, 10, 0) for model, axes in held.items() for axis in axes]
+    found.rows.append(evidence.InvarianceRow("b INT8, 2 layers", "prefix cache", 10, 1))
+    evidence.write(found, tmp_path)
+    assert summary.blocks(evidence.current(tmp_path))["summary-invariance-h200-quantized"].splitlines()[2:] == [
+        "| a FP8 | 6 of 6 | 2 of 6 | yes | eager, compiled | compiled |",
+        "| b INT8 | - | 1 of 6 | - | - | - |",
+    ]
+
+
 @pytest.mark.parametrize("word", summary.CHOSEN)
 def test_the_committed_files_have_the_chosen_models(word):
     assert f"summary-cost-h200-{word}" in summary.blocks(evidence.current(RESULTS))
