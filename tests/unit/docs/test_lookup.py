@@ -22,5 +22,5 @@ def test_the_schemes_of_a_checkpoint_are_rows_with_these_states():
     table = (DOCS / "quantization.md").read_text().split("## Find your scheme", 1)[1].split("\n## ", 1)[0]
     named = re.findall(r"^\|.*\| (.+) \| (served|refused|untried) \|$", table, re.MULTILINE)
     states = {row.name: row.cell("cuda").state for row in ROWS}
-    assert len(named) == 14
+    assert len(named) == 15
     assert {name: states.get(name) for name, _ in named} == dict(named)
