@@ -1,9 +1,11 @@
 """Measures armed engines of other forms on CPU against a plain one: several ranks, text-only and constant rotations.
 
-    PYTHONPATH=. python3 -P benchmarks/cpu/engines.py [--only ranks|text] [--case TEXT] [--results FOLDER]
+    PYTHONPATH=. python3 -P benchmarks/cpu/engines.py [--only ranks|replicas|text] [--case TEXT] [--results FOLDER]
 
-Each engine gets nine prompts together and then one by one, greedy and seeded. Every answer is compared, bit by bit,
-with the answers that the plain engine of the same model gives one by one. Exit code 1: positions differ.
+Each engine gets nine prompts together and then one by one, greedy and seeded; an engine of data-parallel ranks then
+gets them one by one on each rank. Every answer is compared, bit by bit, with the answers that the plain engine of the
+same model gives one by one. The plain engine of tensor-parallel ranks has as many of them. Exit code 1: positions
+differ.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import bi_patch_entry
 
 TOKENS = 10
+ALONE = "one by one"
 PLAIN = {
     "dtype": "bfloat16",
     "enforce_eager": True,
@@ -32,6 +36,7 @@ PLAIN = {
 }
 COMPILED = {"enforce_eager": False}
 TEXT = {"language_model_only": True}
+CUT, STAGED, WHOLE = ({f"{kind}_parallel_size": 2} for kind in ("tensor", "pipeline", "data"))
 # Two threads, because one hides variance.
 ENVIRON = {
     "OMP_NUM_THREADS": "2",
@@ -42,17 +47,48 @@ ENVIRON = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-# file -> (label, model, options of the plain engine, options of the other engine or None for the plain engine's own)
+THREADS = {"replicas": "1"}  # two cores have four ranks
+EQUAL = {"BI_PATCH_TP_INVARIANT": "8"}
+
+
+class Case(NamedTuple):
+    """plain: options of the plain engine. other: options of the engine to compare, None for the plain engine's own.
+    environ: of both."""
+
+    label: str
+    model: str
+    plain: dict[str, object]
+    other: dict[str, object] | None
+    environ: dict[str, str] = {}
+
+
+# By the file of the results.
 CASES = {
     "ranks": (
-        ("tiny-qwen3 bf16 DP 2", "qwen3", {}, {"data_parallel_size": 2}),
-        ("tiny-qwen3 bf16 PP 2 compiled", "qwen3", {}, {"pipeline_parallel_size": 2} | COMPILED),
+        Case("tiny-qwen3 bf16 DP 2", "qwen3", {}, {"data_parallel_size": 2}),
+        Case("tiny-qwen3 bf16 PP 2 compiled", "qwen3", {}, {"pipeline_parallel_size": 2} | COMPILED),
+    ),
+    "replicas": (
+        Case("tiny-qwen3 bf16 DP 4", "qwen3", {}, {"data_parallel_size": 4}),
+        Case("tiny-qwen3 bf16 DP 4 compiled", "qwen3", {}, {"data_parallel_size": 4} | COMPILED),
+        *(
+            Case(f"tiny-{name} bf16 TP 2 DP 2{' compiled' * bool(mode)}", name, CUT, CUT | WHOLE | mode)
+            for name in ("qwen3", "qwen3-int8", "qwen3-w4a16", "qwen2-awq", "llama-gptq")
+            for mode in ({}, COMPILED)
+        ),
+        Case("tiny-qwen3 bf16 TP 2 DP 2, equal for every size", "qwen3", {}, CUT | WHOLE, EQUAL),
+        Case("tiny-qwen3 bf16 TP 2 PP 2, equal for every size", "qwen3", {}, CUT | STAGED, EQUAL),
+        *(
+            Case(f"tiny-qwen3 bf16 {name} 2{' compiled' * bool(mode)}", "qwen3", plain, plain | STAGED | more | mode)
+            for name, plain, more in (("PP", {}, {}), ("TP 2 PP", CUT, {}), ("PP 2 DP", {}, WHOLE))
+            for mode in ({}, COMPILED)
+        ),
     ),
     "text": (
-        ("tiny-idefics3 bf16, language model only", "idefics3", TEXT, None),
-        ("tiny-idefics3 bf16, language model only, compiled", "idefics3", TEXT, TEXT | COMPILED),
-        ("tiny-hunyuan bf16", "hunyuan", {}, None),
-        ("tiny-hunyuan bf16 compiled", "hunyuan", {}, COMPILED),
+        Case("tiny-idefics3 bf16, language model only", "idefics3", TEXT, None),
+        Case("tiny-idefics3 bf16, language model only, compiled", "idefics3", TEXT, TEXT | COMPILED),
+        Case("tiny-hunyuan bf16", "hunyuan", {}, None),
+        Case("tiny-hunyuan bf16 compiled", "hunyuan", {}, COMPILED),
     ),
 }
 
@@ -68,36 +104,43 @@ def prompts() -> list[list[int]]:
     return [tokens(n) for n in (5, 17, 33, 129, 300, 470)] + [shared + tokens(n) for n in (3, 40, 77)]
 
 
-async def answers(options: dict) -> dict:
-    """The answers of one engine, together and one by one: a list of [token, logprobs as hexadecimal floats]."""
+async def answers(options: dict) -> dict[str, list]:
+    """The answers of one engine to each prompt, by how it was asked: together, one by one, and of data-parallel ranks
+    one by one on each rank. An answer is a list of [token, logprobs as hexadecimal floats]."""
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**(PLAIN | options)))
 
-    async def one(i, prompt, name):
+    async def one(i, prompt, name, **where):
         params = SamplingParams(
             temperature=0.8 * (i % 2), seed=i, max_tokens=TOKENS, logprobs=5, ignore_eos=True, detokenize=False
         )
-        async for output in engine.generate({"prompt_token_ids": prompt}, params, f"{name} {i}"):
+        async for output in engine.generate({"prompt_token_ids": prompt}, params, f"{name} {i}", **where):
             last = output.outputs[0]
         exact = [sorted((token, held.logprob.hex()) for token, held in at.items()) for at in last.logprobs]
         return list(zip(last.token_ids, exact))
 
     asked = list(enumerate(prompts()))
-    together = await asyncio.gather(*(one(i, prompt, "together") for i, prompt in asked))
-    alone = [await one(i, prompt, "alone") for i, prompt in asked]
+    found = {"batch size": await asyncio.gather(*(one(i, prompt, "together") for i, prompt in asked))}
+    found[ALONE] = [await one(i, prompt, "alone") for i, prompt in asked]
+    if (ranks := options.get("data_parallel_size", 1)) > 1:
+        found["data-parallel rank"] = [
+            await one(i, prompt, f"rank {rank}", data_parallel_rank=rank)
+            for rank in range(ranks)
+            for i, prompt in asked
+        ]
     engine.shutdown()
-    return {"together": together, "alone": alone}
+    return found
 
 
-def start(options: dict) -> dict:
-    """Start an armed engine in a child process and return its answers."""
+def start(options: dict, environ: dict[str, str]) -> dict[str, list]:
+    """Start an armed engine in a child process, whose environment has `environ`, too, and return its answers."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         # -P: beside this file lies a requests.py, which is not the library that vLLM imports
         command = [sys.executable, "-P", __file__, "--engine", json.dumps(options), file.name]
-        subprocess.run(command, check=True, env=os.environ | ENVIRON)
+        subprocess.run(command, check=True, env=os.environ | ENVIRON | environ)
         return json.loads(Path(file.name).read_text())
 
 
@@ -116,8 +159,8 @@ def make(name: str, root: Path) -> str:
     from bi_patch.tools.models import recipes
 
     base = recipes.path(recipes.QWEN3, cache=settings.read().cache)
-    if name == "qwen3":
-        return str(base)
+    if f"tiny-{name}" in recipes.NAMES:
+        return str(recipes.path(f"tiny-{name}", cache=settings.read().cache))
     torch.manual_seed(0)
     shape = dict(
         hidden_size=256,
@@ -169,30 +212,33 @@ def measure(parts: list[str], results: Path, text: str = "") -> int:
     from bi_patch.tools import evidence
     from bi_patch.tools.verify.engine import cpu_name
 
-    here = SimpleNamespace(
-        device=f"{cpu_name()} ({os.cpu_count()} cores)",
-        vllm=vllm.__version__,
-        torch=str(torch.__version__),
-        threads=int(ENVIRON["OMP_NUM_THREADS"]),
-    )
     total = 0
     with tempfile.TemporaryDirectory() as root:
-        folders = {name: make(name, Path(root)) for name in {case[1] for part in parts for case in CASES[part]}}
-        plain = {}
+        cases = {part: [case for case in CASES[part] if text in case.label] for part in parts}
+        folders = {name: make(name, Path(root)) for name in {case.model for held in cases.values() for case in held}}
         for variant in parts:
-            rows = []
-            for label, name, options, other in (case for case in CASES[variant] if text in case[0]):
-                given = {"model": folders[name]}
-                if name not in plain:
-                    plain[name] = start(given | options)
-                got = plain[name] if other is None else start(given | other)
-                for axis, answered in (("batch size", got["together"]), ("one by one", got["alone"])):
-                    if answered is plain[name]["alone"]:
+            rows, plain, threads = [], {}, THREADS.get(variant, ENVIRON["OMP_NUM_THREADS"])
+            for case in cases[variant]:
+                given, environ = {"model": folders[case.model]}, case.environ | {"OMP_NUM_THREADS": threads}
+                kind = (case.model, *case.plain, *case.environ)
+                if kind not in plain:
+                    plain[kind] = start(given | case.plain, environ)
+                got, wanted = plain[kind], plain[kind][ALONE]
+                if case.other is not None:
+                    got = start(given | case.other, environ)
+                for axis, answered in got.items():
+                    if answered is wanted:
                         continue
-                    compared, differ = differing(plain[name]["alone"], answered)
-                    print(f"{label}: {axis}: {differ} of {compared} differ", flush=True)
-                    rows.append(evidence.InvarianceRow(label, axis, compared, differ))
+                    compared, differ = differing(wanted * (len(answered) // len(wanted)), answered)
+                    print(f"{case.label}: {axis}: {differ} of {compared} differ", flush=True)
+                    rows.append(evidence.InvarianceRow(case.label, axis, compared, differ))
                     total += differ
+            here = SimpleNamespace(
+                device=f"{cpu_name()} ({os.cpu_count()} cores)",
+                vllm=vllm.__version__,
+                torch=str(torch.__version__),
+                threads=int(threads),
+            )
             found = evidence.new(_kind(variant), here)
             found.rows = rows
             evidence.write(found, results)

@@ -26,9 +26,27 @@ SIZES = ("tensor parallel size",)
 MORE = (*FEW, "mixed lengths", "co-batch contents")
 
 
+FOUR = {"num_hidden_layers": 4}  # a stage of a hybrid model needs layers of both kinds: vLLM stops otherwise
+# Families with recurrent layers, and what four layers of them change in the family's shape.
+RECURRENT = {
+    "Qwen3-Next": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "Falcon-H1": {},
+    "Granite 4-H": {"layer_types": ["mamba", "attention"] * 2},
+    "Mamba": {},
+    "Jamba": {},
+    "LFM2": {"layer_types": ["conv", "full_attention"] * 2},
+}
+ONE_GROUP = "Granite 4-H, one group"  # the norm of a row is then one over ranks
+SHAPES = {ONE_GROUP: ("Granite 4-H", {"mamba_n_groups": 1})}
+
+
+def _mode(eager: bool) -> str:
+    return "" if eager else " compiled"
+
+
 class Case(NamedTuple):
-    """model: a name of recipes.NAMES, or of families.FAMILIES. ranks: tensor-parallel ones. axes: of verify, empty for
-    those of level quick. stages: of pipeline parallelism."""
+    """model: a name of recipes.NAMES, of families.FAMILIES or of SHAPES. ranks: tensor-parallel ones. axes: of verify,
+    empty for those of level quick. stages: of pipeline parallelism. shape: what differs from the family's shape."""
 
     model: str
     ranks: int
@@ -37,6 +55,7 @@ class Case(NamedTuple):
     eager: bool = True
     environ: dict[str, str] = {}
     stages: int = 1
+    shape: dict[str, object] = {}
 
 
 CASES = {
@@ -62,6 +81,25 @@ CASES = {
         for model in ("tiny-qwen3-int8", "tiny-qwen2-awq")
     },
     "tiny-qwen3-int8 bf16 PP 2 compiled": Case("tiny-qwen3-int8", 1, FEW, eager=False, stages=2),
+    "tiny-qwen3 bf16 PP 2": Case("tiny-qwen3", 1, MORE, stages=2),
+    "tiny-qwen3 bf16 PP 2, TP 1, 2 and 4 equal": Case("tiny-qwen3", 1, SIZES, environ=EQUAL, stages=2),
+    **{
+        f"{model} bf16 TP 2 PP 2{_mode(eager)}": Case(model, 2, MORE, eager=eager, stages=2)
+        for model in ("tiny-qwen3", "tiny-qwen3-moe")
+        for eager in (True, False)
+    },
+    **{
+        f"{model} bf16 TP 2{_mode(eager)}": Case(model, 2, MORE, eager=eager)
+        for model in ("DeepSeek V2", *RECURRENT, ONE_GROUP)
+        for eager in (True, False)
+    },
+    **{
+        f"{model}, four layers, bf16 PP 2{_mode(eager)}": Case(
+            model, 1, MORE, eager=eager, stages=2, shape=FOUR | RECURRENT[model]
+        )
+        for model in RECURRENT
+        for eager in (True, False)
+    },
 }
 
 
@@ -70,7 +108,7 @@ def measure(label: str, results: Path) -> int:
     from bi_patch import settings
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
-    from bi_patch.tools.models import families, recipes
+    from bi_patch.tools.models import families, recipes, shapes
     from bi_patch.tools.verify import levels, local
 
     class Ranks(evidence.Invariance, kw_only=True):
@@ -79,9 +117,12 @@ def measure(label: str, results: Path) -> int:
     case = CASES[label]
     level = replace(levels.LEVELS["quick"], seconds=None, cpu_seconds=None)
     given, folder = {"tensor_parallel_size": case.ranks}, settings.read().cache / "ranks"
-    made = case.model in families.FAMILIES
+    family, own = SHAPES.get(case.model, (case.model, case.shape))
+    made = family in families.FAMILIES
     system = local.local(
-        families.write(case.model, folder) if made else str(recipes.path(case.model, cache=settings.read().cache)),
+        shapes.save(label, families.FAMILIES[family] | own, folder)
+        if made
+        else str(recipes.path(case.model, cache=settings.read().cache)),
         level,
         dtype=case.dtype,
         eager=case.eager,

@@ -212,6 +212,12 @@ def _other_latent(config: Any) -> str:
     return "MLA with other tensor parallelism" if asked and (one_form() or not shown(config)) else ""
 
 
+def _more_than_two(config: Any) -> str:
+    sizes = [size(config, f"{kind}_parallel_size") for kind in ("tensor", "pipeline", "data")]
+    several = sorted(size for size in sizes if size > 1)
+    return "ranks of two kinds, more than two by two" if len(several) > 1 and several != [2, 2] else ""
+
+
 def _two_compiled(config: Any) -> str:
     if not compiled(config):
         return ""
@@ -425,12 +431,20 @@ PAIRS: tuple[Feature, ...] = (
         cuda=(untried(releases=">=0.33"), _REFUSED),
         ascend=_REFUSED,
     ),
-    _pairs(
-        "tensor parallelism",
-        *("pipeline parallelism", "data parallelism"),
-        cpu=refused(TRIAL, todo="Use one of them"),
+    *(
+        _pairs(first, other, cpu=cpu, cuda=untried(), ascend=untried())
+        for first, other, cpu in (
+            ("tensor parallelism", "pipeline parallelism", untried()),
+            ("tensor parallelism", "data parallelism", untried()),
+            ("pipeline parallelism", "data parallelism", untried()),
+        )
+    ),
+    row(
+        "two kinds of tensor, pipeline and data parallelism, of which one has more than two ranks",
+        cpu=untried("measured with two by two ranks"),
         cuda=untried(),
         ascend=untried(),
+        asked=_more_than_two,
     ),
     _pairs(
         EXPERTS,
@@ -454,7 +468,7 @@ PAIRS: tuple[Feature, ...] = (
     row(
         "MLA with tensor parallelism in other models than DeepSeek V2, in one form (BI_PATCH_MLA=one), in eager mode "
         "with cut experts, or over more than two ranks (but four compiled ones with whole experts)",
-        cpu=_REFUSED,
+        cpu=untried(),
         cuda=untried(),
         ascend=_NO_SEAM,
         asked=_other_latent,
@@ -466,7 +480,7 @@ PAIRS: tuple[Feature, ...] = (
             (RECURRENT, untried(), untried()),
         )
         for parallel, cpu, cuda in (
-            ("tensor parallelism", _REFUSED, shared),
+            ("tensor parallelism", untried(), shared),
             ("pipeline parallelism", staged, untried()),
         )
     ),

@@ -40,7 +40,7 @@ def _uncovered(config: Any) -> dict[str, bool]:
         and model.enforce_eager
         and parallel.tensor_parallel_size > _EAGER_RANKS,
         f"{parallel.tensor_parallel_size} ranks": active.leaves % parallel.tensor_parallel_size != 0,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "pipeline parallelism on CUDA": platform == "cuda" and parallel.pipeline_parallel_size > 1,
         "experts": bool(getattr(model, "is_moe", False)),
         "MLA": bool(getattr(model, "use_mla", False)),
         "recurrent layers": bool(getattr(model, "is_hybrid", False) or getattr(model, "is_attention_free", False)),

@@ -67,9 +67,21 @@ def _load(original):
         vision.certify(self.get_model(), self.vllm_config)
         weights.watch(self.get_model(), self.vllm_config)
         _recurrent_layers(self.vllm_config)
+        _later_stage(self)
         return result
 
     return load_model
+
+
+def _later_stage(runner) -> None:
+    """Make the buffer for the rows that the stage before sends. vLLM makes it while it warms up compiled code, and an
+    engine in eager mode stops at its first request without it."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
 
 
 def _recurrent_layers(config) -> None:
@@ -134,8 +146,10 @@ SEAMS = (
         targets=(Target("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model"),),
         close=_load,
         why="an operation that stays on its stock kernel must reduce each row in an order that the batch does not "
-        "change",
-        how="after the weights are loaded, bi_patch certifies the row order of norms, routers, experts and sampling",
+        "change. And in eager mode, a later stage of a pipeline has no buffer for its rows, and stops at the first "
+        "request",
+        how="after the weights are loaded, bi_patch certifies the row order of norms, routers, experts and sampling, "
+        "and a later stage makes its buffer",
         until="never: this patch point makes the certificates",
     ),
     Seam(

@@ -66,13 +66,27 @@ def _gated(original):
 
 
 def _gate_first(original):
-    """Mixer2RMSNormGated.forward_native: the same kernel, which multiplies by the gate before it norms."""
+    """Mixer2RMSNormGated.forward_native: the same kernel, which multiplies by the gate before it norms.
+
+    A rank has whole groups of columns, or a part of the only group. Each rank then gathers the row, norms all of it,
+    and keeps its part, which so has the bits that one rank computes.
+    """
     from bi_patch.ops.cpu import machine, norm
 
     def forward_native(self, x, gate):
-        if not self.use_rms_norm or self.tp_size > 1 or not machine.covers(x, self.weight.data):
+        weight = self.weight.data if self.use_rms_norm else None
+        if weight is None or not machine.covers(x, weight):
             return original(self, x, gate)
-        return norm.gated_rms_norm(x, gate, self.weight.data, self.variance_epsilon, self.group_size, True)
+        eps, group = self.variance_epsilon, self.group_size
+        if self.n_groups % self.tp_size == 0:
+            return norm.gated_rms_norm(x, gate, weight, eps, group, True)
+        from torch.nn import functional
+        from vllm.distributed import tensor_model_parallel_all_gather as gathered
+
+        own, start = weight.shape[0], weight.shape[0] * self.tp_rank
+        x, gate = gathered(x.contiguous(), -1), gathered(gate.contiguous(), -1)
+        whole = functional.pad(weight, (start, x.shape[-1] - start - own))
+        return norm.gated_rms_norm(x, gate, whole, eps, group, True)[..., start : start + own].contiguous()
 
     return forward_native
 

@@ -52,6 +52,7 @@ def use(monkeypatch, platform):
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_dense_decoders_pass(ranks):
     POLICY.apply(config(ranks))
+    POLICY.apply(config(ranks, pipeline=2, data=2))
     POLICY.apply(SimpleNamespace(model_config=None))
 
 
@@ -60,7 +61,6 @@ def test_dense_decoders_pass(ranks):
     [
         ({"ranks": 3}, "3 ranks"),
         ({"ranks": 16}, "16 ranks"),
-        ({"pipeline": 2}, "pipeline parallelism"),
         ({"is_moe": True}, "experts"),
         ({"use_mla": True}, "MLA"),
         ({"is_hybrid": True}, "recurrent layers"),
@@ -89,6 +89,7 @@ def test_what_nobody_measured_on_cuda_is_refused(monkeypatch):
         ({"ranks": 4}, "4 ranks on CUDA in eager mode"),
         ({"cache": "fp8"}, "a 'fp8' KV cache on CUDA"),
         ({"data": 2}, "data parallelism on CUDA"),
+        ({"pipeline": 2}, "pipeline parallelism on CUDA"),
     ):
         with pytest.raises(UnsupportedFeature, match=said):
             POLICY.apply(config(**changes))

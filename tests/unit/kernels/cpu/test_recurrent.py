@@ -1,8 +1,12 @@
 """Recurrent layers on CPU: accuracy against fp64, and equal bits however a request's tokens come."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+
+from bi_patch.seams.cpu import norm
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-18}
@@ -218,3 +222,38 @@ def test_what_does_not_fit_is_refused(ops):
             delta.run(states, [slice(0, TOKENS)], *given)
     with pytest.raises(RuntimeError, match="states must be"):
         conv.run(conv.states().float(), [slice(0, TOKENS)], *spans([TOKENS], [3], [True]))
+
+
+@pytest.mark.parametrize(("groups", "ranks"), [(1, 2), (1, 4), (2, 2), (4, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_gated_norm_of_mamba_2_has_the_bits_of_one_rank(monkeypatch, ops, groups, ranks, rows):
+    """Ranks have whole groups of a row, or gather the row of one group."""
+    distributed = pytest.importorskip("vllm.distributed")
+    made = torch.Generator().manual_seed(groups)
+    x, gate = (torch.randn(rows, 64, generator=made).bfloat16() for _ in range(2))
+    weight = torch.randn(64, generator=made).bfloat16()
+    monkeypatch.setattr(
+        distributed,
+        "tensor_model_parallel_all_gather",
+        lambda part, dim: next(whole for whole in (x, gate) if any(torch.equal(part, p) for p in parts(whole))),
+    )
+
+    def parts(whole):
+        return whole.chunk(ranks, -1)
+
+    def layer(rank, of):
+        own = weight.chunk(of)[rank]
+        return SimpleNamespace(
+            use_rms_norm=True,
+            weight=torch.nn.Parameter(own),
+            tp_size=of,
+            tp_rank=rank,
+            n_groups=groups,
+            group_size=64 // groups,
+            variance_epsilon=1e-5,
+        )
+
+    run = norm._gate_first(None)
+    want = run(layer(0, 1), x, gate)
+    got = [run(layer(rank, ranks), parts(x)[rank], parts(gate)[rank]) for rank in range(ranks)]
+    assert torch.equal(torch.cat(got, -1), want) and all(part.is_contiguous() for part in got)
