@@ -70,6 +70,7 @@ CASES = {
     "tiny-qwen3-moe bf16 TP 2, new weights": Case("tiny-qwen3-moe", 2, ("weight update",)),
     "tiny-qwen3 bf16 TP 2, new weights, compiled": Case("tiny-qwen3", 2, ("weight update",), eager=False),
     "tiny-llama bf16 TP 2, equal for every size": Case("tiny-llama", 2, FEW, environ=EQUAL),
+    "DeepSeek V2 bf16 PP 2": Case("DeepSeek V2", 1, FEW, stages=2),
     "DeepSeek V2 bf16 PP 2 compiled": Case("DeepSeek V2", 1, FEW, eager=False, stages=2),
     **{
         f"{model} bf16 TP 2{' compiled' * (not eager)}": Case(model, 2, MORE, eager=eager)
@@ -80,6 +81,7 @@ CASES = {
         f"{model} bf16 TP 2, new weights": Case(model, 2, ("weight update",))
         for model in ("tiny-qwen3-int8", "tiny-qwen2-awq")
     },
+    "tiny-qwen3-int8 bf16 PP 2": Case("tiny-qwen3-int8", 1, FEW, stages=2),
     "tiny-qwen3-int8 bf16 PP 2 compiled": Case("tiny-qwen3-int8", 1, FEW, eager=False, stages=2),
     "tiny-qwen3 bf16 PP 2": Case("tiny-qwen3", 1, MORE, stages=2),
     "tiny-qwen3 bf16 PP 2, TP 1, 2 and 4 equal": Case("tiny-qwen3", 1, SIZES, environ=EQUAL, stages=2),
@@ -90,7 +92,7 @@ CASES = {
     },
     **{
         f"{model} bf16 TP 2{_mode(eager)}": Case(model, 2, MORE, eager=eager)
-        for model in ("DeepSeek V2", *RECURRENT, ONE_GROUP)
+        for model in ("DeepSeek V2", "DeepSeek V3", *RECURRENT, ONE_GROUP)
         for eager in (True, False)
     },
     **{

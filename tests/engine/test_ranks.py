@@ -96,6 +96,30 @@ def test_new_weights_reach_both_ranks(start):
     assert len(pairs) > 4 and not [case.label for case in pairs if case.differs]
 
 
+def test_two_by_two_ranks(start):
+    """Tensor-parallel ranks in two stages of a pipeline. In eager mode, stock vLLM stops at the first request."""
+    with two_ranks(start, {"pipeline_parallel_size": 2}) as engine:
+        assert not engine.info.open_seams
+        made = random.Random(3)
+        requests = [Request(tuple(made.randrange(2000) for _ in range(n)), max_tokens=3) for n in (3, 290, 19)]
+        alone = [engine.generate([request])[0] for request in requests]
+        engine.reset_cache()
+        for one, other in zip(alone, engine.generate(requests), strict=True):
+            found = compare(one, other)
+            assert found.compared and not found.differing, found.first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("stages", [1, 2], ids=["cut", "staged"])
+@pytest.mark.parametrize("family", ["DeepSeek V2", "Qwen3-Next", "Falcon-H1", "Mamba"])
+def test_latent_attention_and_recurrent_layers(tmp_path, family, stages, eager):
+    """The cases of the benchmark: two ranks cut each layer, or have layers of their own."""
+    four = stages == 2 and family != "DeepSeek V2"
+    label = f"{family}{', four layers,' * four} bf16 {('TP', 'PP')[stages - 1]} 2{' compiled' * (not eager)}"
+    measure("ranks.py", label, "--results", tmp_path)
+
+
 def measure(program, *options):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-P", root / "benchmarks/cpu" / program, *options]
@@ -110,6 +134,13 @@ def test_data_parallel_ranks_answer_as_one_engine(tmp_path):
 @pytest.mark.slow
 def test_stages_answer_as_one_engine(tmp_path):
     measure("engines.py", "--only", "ranks", "--case", "PP 2", "--results", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tiny-qwen3 bf16 TP 2 DP 2", "tiny-qwen3 bf16 TP 2 PP 2", "tiny-qwen3 bf16 DP 4"])
+def test_four_ranks_answer_as_fewer(tmp_path, case):
+    """Eager and compiled engines, also with equal bits for every number of tensor-parallel ranks."""
+    measure("engines.py", "--only", "replicas", "--case", case, "--results", tmp_path)
 
 
 @pytest.mark.slow
