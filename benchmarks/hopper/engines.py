@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from nursery import Nursery
 START_S, REPEAT_S, END_S = 300, 120, 30
 ALL = range(1 << 30)
 COMPARED = frozenset({"stock", "armed"})
+_FAILED = re.compile(r"the certificate of .* failed.*")
 
 
 class Child:
@@ -66,6 +68,11 @@ class Child:
         self._input.write(f"{name}\t{repeat}\n")
         self._input.flush()
         self.wait("turn done", REPEAT_S)
+
+    def failed_certificates(self) -> list[str]:
+        """The warnings of the engine's log that a certificate failed, each in one line."""
+        found = (_FAILED.search(line) for line in list(self.lines))
+        return list(dict.fromkeys(f"{self}: {each[0][:300]}" for each in found if each))
 
     def kill(self) -> None:
         """End the process, its other ranks and compilers, and wait until they are gone, so that their memory and the
@@ -114,13 +121,15 @@ class Group:
 def ready(groups: Sequence[Group], deadline: float, needed: frozenset[str] = COMPARED) -> list[Group]:
     """The groups whose engines of all modes in `needed` are ready before `deadline`, a time of time.monotonic().
 
-    Every other engine is ended. Upstream's mode does not run every model: its engine may be missing.
+    Every other engine is ended. Upstream's mode does not run every model: its engine may be missing. A certificate that
+    failed lets another kernel serve, so the group names it as missing, too.
     """
     started = []
     for group in groups:
         for child in list(group.children):
             try:
                 child.wait("turn ready", deadline - time.monotonic())
+                group.missing += child.failed_certificates()
             except RuntimeError as error:
                 print(f"not ready: {error}", flush=True)
                 group.missing.append(f"{child.model}: no engine of mode {child.mode} started")

@@ -26,6 +26,8 @@ def measure(name, repeat):
         file.write(f"{mode} {name} {repeat}\\n")
     child.save({"cost": name}, out)
 print("a line of its log", flush=True)
+if fails == "certificate":
+    print("WARNING bi_patch: the certificate of cuda.linear N=1 failed (no memory); another serves", flush=True)
 child.take_turns(measure)
 """
 
@@ -96,6 +98,14 @@ def test_engines_take_turns_to_go_first(hopper, group, tmp_path):
     assert list(held.children[0].lines) == ["a line of its log\n"]
     held.kill()
     assert all(gone(child.process) for child in held.children)
+
+
+def test_a_certificate_that_failed_is_named(hopper, group):
+    engines, _ = hopper
+    held = group("one", fails="certificate")
+    assert engines.ready([held], time.monotonic() + 600, MODES) == [held]
+    said = "the certificate of cuda.linear N=1 failed (no memory); another serves"
+    assert held.missing == [f"one stock: {said}", f"one upstream: {said}"]
 
 
 def test_who_is_late_is_left_out_and_ends(hopper, group):
