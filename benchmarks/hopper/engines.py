@@ -76,8 +76,11 @@ class Child:
 
     def kill(self) -> None:
         """End the process, its other ranks and compilers, and wait until they are gone, so that their memory and the
-        processor are free."""
+        processor are free. What bi_patch logged there is kept beside `out`, in a file that ends with .log."""
         import psutil
+
+        if said := [line for line in list(self.lines) if "bi_patch" in line]:
+            self.out.with_suffix(".log").write_text("".join(said))
 
         try:
             held = psutil.Process(self.process)
@@ -129,7 +132,9 @@ def ready(groups: Sequence[Group], deadline: float, needed: frozenset[str] = COM
         for child in list(group.children):
             try:
                 child.wait("turn ready", deadline - time.monotonic())
-                group.missing += child.failed_certificates()
+                for failed in child.failed_certificates():
+                    print(failed, flush=True)
+                    group.missing.append(failed)
             except RuntimeError as error:
                 print(f"not ready: {error}", flush=True)
                 group.missing.append(f"{child.model}: no engine of mode {child.mode} started")

@@ -106,6 +106,9 @@ def test_a_certificate_that_failed_is_named(hopper, group):
     assert engines.ready([held], time.monotonic() + 600, MODES) == [held]
     said = "the certificate of cuda.linear N=1 failed (no memory); another serves"
     assert held.missing == [f"one stock: {said}", f"one upstream: {said}"]
+    held.kill()
+    kept = [child.out.with_suffix(".log").read_text() for child in held.children]
+    assert kept == [f"WARNING bi_patch: {said}\n"] * 2
 
 
 def test_who_is_late_is_left_out_and_ends(hopper, group):
