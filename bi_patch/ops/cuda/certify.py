@@ -18,6 +18,7 @@ from bi_patch.ops.cuda import (
     activation,
     attention,
     chunks,
+    factored_linear,
     linear,
     machine,
     moe,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger("vllm.bi_patch")
-_PRODUCTS = linear, scaled_linear, packed_linear, packed_experts
+_PRODUCTS = linear, scaled_linear, factored_linear, packed_linear, packed_experts
 
 
 def begin(checks: Callable[[], Iterable[RowCheck]], library: str, cache: Path) -> Ahead:
@@ -59,7 +60,13 @@ def begin(checks: Callable[[], Iterable[RowCheck]], library: str, cache: Path) -
 
 
 def certify(
-    linears: Iterable[linear.Problem | scaled_linear.Problem | packed_linear.Problem | packed_experts.Problem],
+    linears: Iterable[
+        linear.Problem
+        | scaled_linear.Problem
+        | factored_linear.Problem
+        | packed_linear.Problem
+        | packed_experts.Problem
+    ],
     experts: Iterable[tuple[moe.Problem, moe.Kernel]],
     decoders: Iterable[tuple[attention.Problem, attention.Prefill]],
     attentions: Iterable[

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _COMPUTE_32F = 68
 _R_32F, _R_8F_E4M3, _TYPES = 0, 28, {"float32": 0, "float16": 2, "bfloat16": 14}
-_DESC_TRANS, _DESC_EPILOGUE, _DESC_BIAS = {"a": 3, "b": 4}, 7, 8
+_DESC_POINTERS, _DESC_TRANS, _DESC_EPILOGUE, _DESC_BIAS = 2, {"a": 3, "b": 4}, 7, 8
+_ON_DEVICE = 1  # where alpha and beta are read
 _DESC_SCALE, _DESC_SCALE_MODE, _DESC_FAST, _DESC_BIAS_TYPE = {"a": 17, "b": 18}, {"a": 31, "b": 32}, 25, 26
 # How many elements share a scale: one scale for each row; for 128 of K; for 128 rows and 128 of K.
 _SCALE_ROW, _SCALE_GROUP, _SCALE_BLOCK = 3, 4, 5
@@ -113,16 +114,18 @@ class _Product:
                 offered[kind] = _Opaque.from_buffer_copy(result.algorithm)
         return [(opaque, kind) for kind, opaque in offered.items()]
 
-    def _enqueue(self, a: _Matrix, b: _Matrix, out: _Matrix, opaque: _Opaque, beta: Any, stream: int) -> None:
-        """Enqueue out = a @ b + beta * out, as the library sees the matrices, on a CUDA stream.
+    def _enqueue(
+        self, a: _Matrix, b: _Matrix, out: _Matrix, opaque: _Opaque, beta: Any, stream: int, alpha: Any = None
+    ) -> None:
+        """Enqueue out = alpha * (a @ b) + beta * out, as the library sees the matrices, on a CUDA stream.
 
-        beta: a reference to a c_float.
+        alpha, beta: references to a c_float, or device addresses where the description says so. None: 1.
         """
         into = c_void_p(out[0])
         code = self._matmul(
             self._handle,
             self._desc,
-            self._one,
+            self._one if alpha is None else alpha,
             c_void_p(a[0]),
             a[1],
             c_void_p(b[0]),
@@ -222,6 +225,27 @@ class Gemm(_Product):
         with self._lock:
             self._set(_DESC_BIAS, c_void_p(bias))
             return self._enqueue(first, second, into, algorithm.opaque, self._zero, stream)
+
+
+class FactoredGemm(Gemm):
+    """out [M, N] = whole * (x [M, K] @ weight [N, K].T), where the fp32 sum is multiplied before it is rounded.
+
+    whole: one fp32 number in the device's memory, read as the product runs, so a captured graph follows its value.
+    Tensors and errors: as for Gemm.
+    """
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype):
+        import torch
+
+        super().__init__(n, k, dtype, False)
+        self._set(_DESC_POINTERS, c_int(_ON_DEVICE))
+        self._beta = torch.zeros(1, device="cuda")  # the description says of both numbers that they lie on the device
+
+    def __call__(self, algorithm: Algorithm, x: int, weight: int, whole: int, out: int, stream: int) -> None:
+        """Enqueue the product on `stream`. x, weight, whole and out are device addresses; stream is a CUDA stream's."""
+        first, second, into = (weight, self._weight), (x, algorithm.x), (out, algorithm.out)
+        beta = c_void_p(self._beta.data_ptr())
+        self._enqueue(first, second, into, algorithm.opaque, beta, stream, c_void_p(whole))
 
 
 class ScaledGemm(_Product):

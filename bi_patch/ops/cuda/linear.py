@@ -46,7 +46,7 @@ VENDOR = "cublaslt"
 # A certificate's inputs and outputs use at most this share of the free memory, which limits the M that it covers.
 _MEMORY_SHARE = 0.3
 # Up to this many rows are compared at two positions of the input. More rows include many positions anyway.
-_TWICE = 2048
+TWICE = 2048
 # The library is asked for every M up to _EACH, then for every seventh M. 7 divides no alignment that a choice may have.
 _EACH, _STEP = 1024, 7
 # A timed graph holds enough calls to take about _TIMED_US microseconds, but at most _CALLS. It is replayed _REPLAYS
@@ -296,7 +296,7 @@ def compare(make: Callable[[], Trial], key: Key) -> Certificate:
         passed_rows=sorted({m for _, m in tested} - {m for kind, m in tested if kind not in good}),
         evidence=Evidence(
             rows=sorted({m for _, m in tested}),
-            compared=sum((2 if m <= _TWICE else 1) * m * n for _, m in tested),
+            compared=sum((2 if m <= TWICE else 1) * m * n for _, m in tested),
             differing=differing,
             first=first,
         ),
@@ -388,7 +388,7 @@ class Trial:
         """How many outputs differ from the reference, for the first m rows and, if m is small, also the last m rows."""
         return bits.total(
             bits.count(self._run(algorithm, self.take(at, m), self.weight), self.want[at : at + m])
-            for at in ({0, self.rows - m} if m <= _TWICE else {0})
+            for at in ({0, self.rows - m} if m <= TWICE else {0})
         )
 
     def take(self, at: int, m: int):

@@ -4,9 +4,10 @@ Order: that of 16-bit linears (bi_patch.ops.cuda.linear) for the dequantized wei
 kernels dequantize in registers: kernels/cuda/packed.cu, packed_lean.cu, packed_few.cu and, on Hopper, packed_wide.cu.
 Or the weights are dequantized once a call, and the route of the 16-bit linear serves, with its own certificate.
 
-Floats e2m1 of 4 bits (NVFP4) have no such other way: the bundled kernels multiply the fp32 sum by the one scale of all
-weights, which a 16-bit linear would do after rounding. So the bundled kernels serve every number of rows, on GPUs where
-they can be the fastest (`serves_floats`), and no engine starts without a variant.
+Of floats e2m1 of 4 bits (NVFP4), the one scale of all weights multiplies the fp32 sum. So the other way is the route
+of a linear with such a number (bi_patch.ops.cuda.factored_linear). This route needs cuBLASLt and serves no bias: a
+bundled kernel adds the bias to the rounded product. Where this route does not serve, the bundled kernels serve every
+number of rows, on GPUs where they can be the fastest (`serves_floats`). No engine starts without a variant.
 
 A certificate compares each variant of the bundled kernels with the bundled GEMM of the dequantized weights, at numbers
 of rows up to a limit, and times the variants and the other way. A variant that differs does not serve. A problem
@@ -29,7 +30,7 @@ from bi_patch.errors import CertificateFailed
 from bi_patch.ops import bits as compare_bits
 from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
-from bi_patch.ops.cuda import cublaslt_choice, linear, machine, timing
+from bi_patch.ops.cuda import cublaslt_choice, factored_linear, linear, machine, timing
 from bi_patch.ops.cuda.ahead import Ahead
 from bi_patch.ops.registration import define
 from bi_patch.ops.zero_sums import cancelling
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("vllm.bi_patch")
 OPERATION = "cuda.packed_linear"
 DATA = "sums of zero and others, kernels by time"
+DATA_OF_FLOATS = f"{DATA}, dequantized weights too"  # where factored_linear may serve
 _TYPES = ("bfloat16", "float16")
 _MOST = 2048  # rows: above, dequantizing takes a small part of the time
 _TIMED = (24, 48, 96)  # rows at which ways are timed besides those of 16-bit linears
@@ -73,30 +75,41 @@ class Problem(NamedTuple):
         said = f"N={self.n} K={self.k} {kind} groups of {self.group}{' zero points' if self.zeros else ''}"
         return f"{said} {machine.name(self.dtype)}{' bias' if self.bias else ''}"
 
-    def dequantized(self) -> linear.Problem:
-        """The 16-bit linear of the same weights. It needs a certificate, too."""
+    def dequantized(self) -> linear.Problem | factored_linear.Problem | None:
+        """The 16-bit linear of the same weights, which needs a certificate, too. None: there is none."""
+        if self.floats:
+            return None if self.bias else factored_linear.Problem(self.n, self.k, self.dtype)
         return linear.Problem(self.n, self.k, self.dtype, self.bias)
 
 
 @dataclass
 class Route:
     """Which way serves which numbers of rows: preferred has the fastest, by timed M, as the number of a variant. whole:
-    whether the weights may be dequantized; else the variant of the most timed rows serves more rows, too."""
+    whether the weights may always be dequantized; else the way of the most timed rows serves more rows, too. variants:
+    the fastest variant by timed M, where weights that could be dequantized are not."""
 
     able: frozenset[int]
     preferred: Mapping[int, int]
     whole: bool = True
+    variants: Mapping[int, int] = field(default_factory=dict)
     _chosen: dict[int, int | None] = field(default_factory=dict, repr=False)
 
     def variant(self, rows: int) -> int | None:
         """The number of the variant that serves a number of rows, or None if the weights are dequantized."""
         if rows not in self._chosen:
-            above = min((m for m in self.preferred if m >= rows), default=None)
-            if above is None and not self.whole:
-                above = max(self.preferred, default=None)
-            number = _WHOLE if above is None else self.preferred[above]
-            self._chosen[rows] = number if number in self.able else None
+            self._chosen[rows] = self._of(self.preferred, rows)
         return self._chosen[rows]
+
+    def instead(self, rows: int) -> int | None:
+        """The number of the variant that serves a number of rows whose weights cannot be dequantized. None: none."""
+        return self._of(self.variants, rows)
+
+    def _of(self, ways: Mapping[int, int], rows: int) -> int | None:
+        above = min((m for m in ways if m >= rows), default=None)
+        if above is None and not self.whole:
+            above = max(ways, default=None)
+        number = _WHOLE if above is None else ways[above]
+        return number if number in self.able else None
 
 
 _routes: dict[Problem, Route] = {}
@@ -132,13 +145,28 @@ def packed_linear(x, data, scale, zero, bias, bits: int, group: int, whole=None)
     problem = Problem(n, k, x.dtype, bias is not None, bits, group, zero is not None, floats)
     route = _routes.get(problem)
     number = route.variant(flat.shape[0]) if route is not None else None
-    if number is None and floats:
-        raise CertificateFailed(f"{OPERATION}: {problem} has no certificate")
-    if number is None:
-        out = linear.linear(flat, dequantize(packed), bias)
-    else:
+    if number is None and floats and not _multiplies(problem, flat.shape[0]):
+        number = route.instead(flat.shape[0]) if route is not None else None
+        if number is None:
+            raise CertificateFailed(f"{OPERATION}: {problem} has no certificate")
+    if number is not None:
         out = _product(number, flat, packed, bias)
+    else:
+        out = _whole(flat, packed, bias)
     return out.view(*x.shape[:-1], n)
+
+
+def _multiplies(problem: Problem, rows: int) -> bool:
+    """Whether the route of dequantized floats e2m1 serves. `certify` of this module has seen to their bits."""
+    other = problem.dequantized()
+    return problem in _routes and other is not None and factored_linear.serves(other, rows)
+
+
+def _whole(x, packed: Packed, bias):
+    """The product by dequantizing all weights."""
+    if packed.floats:
+        return factored_linear.product(x, dequantize(packed), packed.whole)
+    return linear.linear(x, dequantize(packed), bias)
 
 
 def serves_floats() -> bool:
@@ -191,7 +219,7 @@ def routes() -> dict[Problem, Route]:
 def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Certificate]:
     """Certify each problem for all M up to max_rows, or read its certificate from `cache`, and set up its route.
 
-    Call this before any graph is captured, and after linear.certify of the problems' dequantized linears. Returns one
+    Call this before any graph is captured, and after the certificates of the problems' dequantized linears. Returns one
     certificate per distinct problem, failed certificates included. Raises CertificateFailed if no variant is left for
     floats e2m1.
     """
@@ -206,10 +234,11 @@ def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Cer
             cache, key, lambda p=problem, k=key: _certify(p, k, max_rows), instead=instead
         )
         able = frozenset(number for (number,) in certificate.algorithms)
-        preferred = {m: number for m, (number,) in certificate.preferred.items()}
+        preferred = {m: numbers[0] for m, numbers in certificate.preferred.items()}
+        variants = {m: numbers[-1] for m, numbers in certificate.preferred.items()} if problem.floats else {}
         if problem.floats and not preferred:
             certificates.require([certificate])
-        _routes[problem] = Route(able, preferred, not problem.floats)
+        _routes[problem] = Route(able, preferred, not problem.floats, variants)
         made.append(certificate)
     return made
 
@@ -243,7 +272,8 @@ def rehearse_reference(problem: Problem, rows: int) -> None:
 
 def _key(problem: Problem, max_rows: int) -> Key:
     said = f"{problem} M<={max_rows}"
-    return Key(OPERATION, said, machine.device(), machine.libraries(), machine.kernels_digests(), DATA)
+    data = DATA_OF_FLOATS if problem.floats and problem.dequantized() is not None else DATA
+    return Key(OPERATION, said, machine.device(), machine.libraries(), machine.kernels_digests(), data)
 
 
 def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
@@ -257,13 +287,16 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
     for number in runnable(problem):
         serves = known[number].serves
         wrong[number] = {m: trial.differs(number, m) for m in _COMPARED if m <= trial.rows and serves(m)}
+    if problem.floats:  # of integers, this product is what the variants are compared with
+        wrong[_WHOLE] = {m: trial.differs(_WHOLE, m) for m in _COMPARED if m <= trial.rows and trial.multiplies(m)}
     wrong = {number: found for number, found in wrong.items() if found}
     good = [number for number, found in wrong.items() if not any(found.values())]
     preferred, times = trial.fastest(good)
     differing = sum(sum(found.values()) for found in wrong.values())
     first = next(
         (
-            f"M={m}: {count} outputs of {known[number]} differ from the GEMM of dequantized weights"
+            f"M={m}: {count} outputs of {'the library' if number == _WHOLE else known[number]} differ from the GEMM of "
+            "dequantized weights"
             for number, found in wrong.items()
             for m, count in found.items()
             if count
@@ -277,7 +310,7 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
     return Certificate(
         key=key,
         route="bundled",
-        passed=bool(good) and not differing,
+        passed=any(number != _WHOLE for number in good) and not differing,
         passed_rows=[m for m in rows if m not in bad],
         evidence=Evidence(
             rows=rows,
@@ -288,8 +321,8 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
         seconds=round(time.perf_counter() - start, 3),
         made=certificates.today(),
         microseconds={"served": {str(m): round(us, 2) for m, us in times.items()}},
-        algorithms=[[number] for number in sorted(good)],
-        preferred={m: [number] for m, number in preferred.items()},
+        algorithms=[[number] for number in sorted(good) if number != _WHOLE],
+        preferred={m: list(numbers) for m, numbers in preferred.items()},
     )
 
 
@@ -371,11 +404,17 @@ class _Trial:
 
     def _run(self, number: int, x, packed):
         if number == _WHOLE:
-            return linear.linear(x, dequantize(packed), self.bias)
+            return _whole(x, packed, self.bias)
         return _product(number, x, packed, self.bias)
 
-    def fastest(self, good: list[int]) -> tuple[dict[int, int], dict[int, float]]:
-        """The fastest way at each timed number of rows, and its microseconds."""
+    def multiplies(self, m: int) -> bool:
+        """Whether the route of dequantized floats e2m1 serves m rows."""
+        other = self.problem.dequantized()
+        return self.problem.floats and other is not None and factored_linear.serves(other, m)
+
+    def fastest(self, good: list[int]) -> tuple[dict[int, tuple[int, ...]], dict[int, float]]:
+        """The fastest way at each timed number of rows, and its microseconds. Of floats e2m1 that may be dequantized,
+        the fastest variant, too: a pair."""
         from bi_patch.kernels.cuda.packed import FORMS as known
 
         more = 2 * machine.cache_bytes() // self.packed.data.nbytes
@@ -383,11 +422,17 @@ class _Trial:
         preferred, times = {}, {}
         for m in sorted({*cublaslt_choice.timed_rows(self.rows), *(m for m in _TIMED if m < self.rows)}):
             x = self._take(0, m)
-            ways = [number for number in good if known[number].serves(m)]
-            ways += [_WHOLE] if m > 16 and not self.problem.floats else []
+            ways = [number for number in good if number != _WHOLE and known[number].serves(m)]
+            count = len(ways)
+            if self.problem.floats and not ways:
+                continue
+            may = _WHOLE in good and self.multiplies(m) if self.problem.floats else m > 16
+            ways += [_WHOLE] if may else []
             if not ways:
                 continue
             us = timing.microseconds([[partial(self._run, way, x, p) for p in packs] for way in ways], 3)
             best = min(range(len(us)), key=us.__getitem__)
-            preferred[m], times[m] = ways[best], us[best]
+            preferred[m], times[m] = (ways[best],), us[best]
+            if self.problem.floats and self.problem.dequantized() is not None:
+                preferred[m] += (ways[min(range(count), key=us.__getitem__)],)
         return preferred, times

@@ -156,12 +156,14 @@ _LAST = "HummingLinearKernel"
 
 
 def problems(model):
-    """For every linear layer with packed weights, a Problem, and of integers one of the dequantized weights."""
+    """For every linear layer with packed weights, a Problem, and one of the dequantized weights if there is one."""
     from bi_patch.ops.cuda.packed_linear import Problem
 
     for name, layer, kernel in quantized.layers(model, (*_KERNELS, quantized.PACKED_NVFP4)):
         if type(kernel).__name__ == quantized.PACKED_NVFP4:
-            yield from (nvfp4.problem(kernel, added) for added in _biases(layer))
+            for added in _biases(layer):
+                problem = nvfp4.problem(kernel, added)
+                yield from (held for held in (problem.dequantized(), problem) if held is not None)
             continue
         if not hasattr(kernel, "bi_patch_group"):
             raise UnsupportedFeature(

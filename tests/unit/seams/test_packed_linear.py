@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 from bi_patch.errors import CertificateFailed, UnsupportedFeature
 from bi_patch.kernels import packing
 from bi_patch.kernels.cuda import packed
-from bi_patch.ops.cuda import machine
+from bi_patch.ops.cuda import factored_linear, machine
 from bi_patch.ops.cuda import packed_linear as ops
 from bi_patch.ops.cuda.packed_linear import Problem, Route
 from bi_patch.ops.zero_sums import cancelling
@@ -228,7 +228,9 @@ def test_the_floats_of_nvfp4_are_packed_once(monkeypatch):
     layer.bias, layer.tp_size = torch.zeros(N), 2
     monkeypatch.setattr(quantized, "layers", lambda model, kinds: [("qkv", layer, kernel)])
     made = [Problem(N, K, torch.bfloat16, bias, 4, 16, False, True) for bias in (True, False)]
-    assert list(packed_linear.problems(None)) == made
+    assert made[0].dequantized() is None  # a bundled kernel adds the bias to the rounded product
+    assert list(packed_linear.problems(None)) == [made[0], made[1].dequantized(), made[1]]
+    assert made[1].dequantized() == factored_linear.Problem(N, K, torch.bfloat16)
     assert str(made[0]) == "N=64 K=256 e2m1 groups of 16 bfloat16 bias"
     with pytest.raises(CertificateFailed, match="cuda.packed_linear: N=64 K=256 e2m1 .* has no certificate"):
         held = layer.weight, layer.weight_scale, None, None, 4, 16, layer.weight_global_scale
