@@ -7,8 +7,8 @@ product.
 
 cuBLASLt takes `whole` as its alpha. A certificate compares as for 16-bit linears, with two numbers: one that is no
 power of two, so that each rounding shows, and one with which half of the results lie below the normal range. The
-reference is the bundled GEMM with results in fp32, which PyTorch multiplies and rounds. Where no algorithm is certified,
-`serves` is false, and the caller takes the packed weights.
+reference is the bundled GEMM with results in fp32, which PyTorch multiplies and rounds. Where no algorithm is
+certified, `serves` is false, and the caller takes the packed weights.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _vendor(gemm: cublaslt.FactoredGemm, algorithm: cublaslt.Algorithm, x, weigh
 
 
 def certify(problems: Iterable[Problem], max_rows: int, cache: Path) -> list[Certificate]:
-    """Certify each problem for all M from LEAST to max_rows, or read its certificate from `cache`, and set up its route.
+    """Certify each problem for M from LEAST to max_rows, or read its certificate from `cache`, and set up its route.
 
     Call this before any graph is captured, and before packed_linear.certify. Returns one certificate per distinct
     problem, failed certificates included.
