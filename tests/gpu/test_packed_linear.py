@@ -73,9 +73,14 @@ def test_a_row_has_its_bits_in_any_batch(bits, group, zeros, dtype, bias, tmp_pa
 @pytest.mark.parametrize(("group", "bias"), [(16, True), (32, False)])
 def test_floats_of_4_bits_have_their_bits_in_any_batch(group, bias, tmp_path):
     from bi_patch.kernels.packing import pack_floats
-    from bi_patch.ops.cuda import packed_linear
+    from bi_patch.ops.cuda import factored_linear, packed_linear
 
     problem = packed_linear.Problem(N, K, torch.bfloat16, bias, 4, group, False, True)
+    other = problem.dequantized()
+    assert (other is None) == bias
+    if other is not None:
+        (made,) = factored_linear.certify([other], 600, tmp_path)
+        assert made.passed and factored_linear.serves(other, 600), made.evidence
     (first,) = packed_linear.certify([problem], 600, tmp_path)
     (again,) = packed_linear.certify([problem], 600, tmp_path)
     assert first == again and first.evidence.compared and first.passed, first.evidence
@@ -100,3 +105,6 @@ def test_floats_of_4_bits_have_their_bits_in_any_batch(group, bias, tmp_path):
     assert (got.double() - want).norm() / want.norm() < 4e-3
     for at, m in ((0, 1), (3, 2), (0, 8), (8, 9), (8, 16), (1, 17), (0, 64), (0, 65), (100, 128), (0, 300), (0, 601)):
         assert torch.equal(run(x[at : at + m]), got[at : at + m]), (at, m)
+    if other is not None:  # whichever way is faster, dequantized weights have the same bits
+        product = factored_linear.product(x[:600], packed_linear.dequantize(packed), packed.whole)
+        assert torch.equal(product, got[:600])
