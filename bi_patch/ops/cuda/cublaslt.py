@@ -239,7 +239,8 @@ class FactoredGemm(Gemm):
 
         super().__init__(n, k, dtype, False)
         self._set(_DESC_POINTERS, c_int(_ON_DEVICE))
-        self._beta = torch.zeros(1, device="cuda")  # the description says of both numbers that they lie on the device
+        # The description says of both numbers that they lie on the device.
+        self._beta = torch.zeros(1, dtype=torch.float32, device="cuda")
 
     def __call__(self, algorithm: Algorithm, x: int, weight: int, whole: int, out: int, stream: int) -> None:
         """Enqueue the product on `stream`. x, weight, whole and out are device addresses; stream is a CUDA stream's."""

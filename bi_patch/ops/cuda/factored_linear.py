@@ -156,7 +156,7 @@ class _Trial(linear.Trial):
         self.x = cancelling(self.rows, order, 1, generator, dtype)
         self.weight = cancelling(n, order, -1, generator, dtype)
         self.weight[1::2].abs_().mul_(0.125)
-        self.numbers = [torch.tensor(number, device="cuda") for number in _NUMBERS]
+        self.numbers = [torch.tensor(number, dtype=torch.float32, device="cuda") for number in _NUMBERS]
         self.gemm = cublaslt.FactoredGemm(*problem)
         self.out = torch.empty((self.rows, n), dtype=dtype, device="cuda")
         self.wants = self._references()
