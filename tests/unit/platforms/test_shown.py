@@ -706,7 +706,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* NVFP4,* eager", *_SIX),
         ("* NVFP4, 2 layers, compiled", "prefix cache", "chunk budget", "preemption", "eager and compiled"),
         ("* NVFP4, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
-        ("* NVFP4, 2 layers", *_RESTARTED, *_PUBLISHED),
+        ("* NVFP4, 2 layers, compiled, prompts dequantized", *_RESTARTED, *_PUBLISHED),
     ),
     ("FP8 per channel or tensor, static activations (other methods)", "cuda"): (
         ("* FP8 static, compressed-tensors,* eager", *_SIX),
